@@ -1,0 +1,122 @@
+"""The shape of a model: the content of a checkpoint's ``params.json``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+# Llama 3.1's rotary scaling factor is not in params.json: it is 8, and 32 for the two small 3.2
+# models, known by their width (llama-models issues 166 and 241).
+ROPE_FACTOR, ROPE_FACTOR_OF_WIDTH = 8.0, {2048: 32.0, 3072: 32.0}
+
+
+@dataclass
+class ModelArgs:
+    """The shape of a model: the keys of ``params.json`` and the two limits of a run.
+
+    ``n_kv_heads`` None means ``n_heads``; ``vocab_size`` -1 means the tokenizer's size;
+    ``rope_scaling_factor`` None means the released model's factor (used only with
+    ``use_scaled_rope``). ``max_batch_size`` and ``max_seq_len`` bound generation.
+    """
+
+    dim: int = 4096
+    n_layers: int = 32
+    n_heads: int = 32
+    n_kv_heads: int | None = None
+    vocab_size: int = -1
+    multiple_of: int = 256
+    ffn_dim_multiplier: float | None = None
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    use_scaled_rope: bool = False
+    rope_scaling_factor: float | None = None
+    max_batch_size: int = 32
+    max_seq_len: int = 2048
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.n_heads
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
+
+    @property
+    def ffn_dim(self) -> int:
+        """Width of the feed-forward layer: 2/3 of 4 D, scaled, rounded up to ``multiple_of``."""
+        hidden = int(2 * (4 * self.dim) / 3)
+        if self.ffn_dim_multiplier is not None:
+            hidden = int(self.ffn_dim_multiplier * hidden)
+        return self.multiple_of * math.ceil(hidden / self.multiple_of)
+
+    @property
+    def rope_factor(self) -> float | None:
+        """The 3.1 scaling factor of the rotary wavelengths; None if they are not scaled."""
+        if not self.use_scaled_rope:
+            return None
+        return self.rope_scaling_factor or ROPE_FACTOR_OF_WIDTH.get(self.dim, ROPE_FACTOR)
+
+    @classmethod
+    def from_params(cls, params: Mapping[str, Any], **limits: int) -> ModelArgs:
+        """Arguments from the content of a ``params.json``, checked.
+
+        Args:
+            params: the file's object; the keys may also stand under ``"model"``.
+            limits: ``max_batch_size`` and ``max_seq_len``.
+
+        Raises:
+            ValueError: a key is missing, unknown, of the wrong type, or contradicts another.
+        """
+        params = params.get("model", params)
+        unknown = sorted(set(params) - {f.name for f in fields(cls)})
+        if unknown:
+            raise ValueError(f"params.json has keys this Llama does not know: {unknown}")
+        missing = sorted({"dim", "n_layers", "n_heads"} - set(params))
+        if missing:
+            raise ValueError(f"params.json lacks {missing}")
+        args = cls(**{**params, **limits})
+        args.check()
+        return args
+
+    def check(self) -> None:
+        """Raises ValueError unless the numbers describe a model."""
+        for name in ("dim", "n_layers", "n_heads", "kv_heads", "multiple_of"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        if not isinstance(self.vocab_size, int) or (self.vocab_size < 1 and self.vocab_size != -1):
+            raise ValueError(
+                f"vocab_size must be a positive integer or -1, got {self.vocab_size!r}"
+            )
+        for name in ("norm_eps", "rope_theta", "ffn_dim_multiplier", "rope_scaling_factor"):
+            value = getattr(self, name)
+            optional = value is None and name not in ("norm_eps", "rope_theta")
+            if not optional and not (isinstance(value, int | float) and 0 < value < math.inf):
+                raise ValueError(f"{name} must be a positive number, got {value!r}")
+        for name in ("max_batch_size", "max_seq_len"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.dim % self.n_heads or self.head_dim % 2:
+            raise ValueError(
+                f"dim {self.dim} does not split into {self.n_heads} heads of even width"
+            )
+        if self.n_heads % self.kv_heads:
+            raise ValueError(
+                f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.kv_heads}"
+            )
+
+
+def check_split(params: ModelArgs, ranks: int) -> None:
+    """Raises ValueError unless heads, widths and vocabulary divide among the ranks."""
+    shares = {
+        "n_heads": params.n_heads,
+        "n_kv_heads": params.kv_heads,
+        "the feed-forward width": params.ffn_dim,
+        "dim": params.dim,
+        "vocab_size": params.vocab_size,
+    }
+    for name, value in shares.items():
+        if value % ranks:
+            raise ValueError(f"{name} {value} does not divide among {ranks} model-parallel ranks")

@@ -1,0 +1,275 @@
+"""A Meta checkpoint directory as data: validate, read, and write it tensor by tensor.
+
+A directory holds ``params.json``, ``consolidated.00.pth`` and on (one file for each
+model-parallel rank) and a tokenizer.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from llama.archive import Shard, write_shard
+from llama.args import ModelArgs
+
+# Along which dimension the shards of a tensor are cut; None: every shard holds all of it.
+# `tok_embeddings.weight` is cut along 1 in Llama 2 and along 0 in Llama 3: its shape tells.
+LAYER_SPLITS: dict[str, int | None] = {
+    "attention.wq.weight": 0,
+    "attention.wk.weight": 0,
+    "attention.wv.weight": 0,
+    "attention.wo.weight": 1,
+    "feed_forward.w1.weight": 0,
+    "feed_forward.w2.weight": 1,
+    "feed_forward.w3.weight": 0,
+    "attention_norm.weight": None,
+    "ffn_norm.weight": None,
+}
+LAYER_NAME = re.compile(r"layers\.(\d+)\.(.+)")
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json")
+PROVENANCE = "pruning.json"
+
+
+def full_shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor of the whole model, by name."""
+    d, f = args.dim, args.ffn_dim
+    q, kv = args.n_heads * args.head_dim, args.kv_heads * args.head_dim
+    layer = {
+        "attention.wq.weight": (q, d),
+        "attention.wk.weight": (kv, d),
+        "attention.wv.weight": (kv, d),
+        "attention.wo.weight": (d, q),
+        "feed_forward.w1.weight": (f, d),
+        "feed_forward.w2.weight": (d, f),
+        "feed_forward.w3.weight": (f, d),
+        "attention_norm.weight": (d,),
+        "ffn_norm.weight": (d,),
+    }
+    shapes: dict[str, tuple[int, ...]] = {"tok_embeddings.weight": (args.vocab_size, d)}
+    for i in range(args.n_layers):
+        shapes |= {f"layers.{i}.{name}": shape for name, shape in layer.items()}
+    return shapes | {"norm.weight": (d,), "output.weight": (args.vocab_size, d)}
+
+
+def split_dim(name: str) -> int | None:
+    """Along which dimension shards of this tensor are cut (not for ``tok_embeddings``)."""
+    match = LAYER_NAME.fullmatch(name)
+    return LAYER_SPLITS[match[2]] if match else {"output.weight": 0}.get(name)
+
+
+def _cut(shape: tuple[int, ...], dim: int | None, shards: int) -> tuple[int, ...]:
+    return tuple(n // shards if i == dim else n for i, n in enumerate(shape))
+
+
+class Checkpoint:
+    """A checkpoint directory, opened and checked; weights are read later.
+
+    Args:
+        ckpt_dir: the directory.
+        limits: ``max_seq_len`` and ``max_batch_size`` of the run.
+
+    Attributes:
+        params: content of ``params.json``.
+        args: its `ModelArgs`, with ``vocab_size`` taken from the weights where it is -1.
+        shards: the files, in the order of their names, which is the order of ranks.
+        vocab_parallel: whether the shards cut the embedding by vocabulary (Llama 3) or not.
+
+    Raises:
+        FileNotFoundError: the directory, ``params.json`` or the ``.pth`` files are missing.
+        ValueError: a file cannot be read, or names or shapes are not what ``params.json`` says.
+    """
+
+    ignored = frozenset({"rope.freqs"})  # computed from params.json; Llama 2's files carry it
+
+    def __init__(self, ckpt_dir: str | os.PathLike[str], **limits: int) -> None:
+        self.directory = Path(str(ckpt_dir))
+        self.params = read_params(self.directory)
+        args = ModelArgs.from_params(self.params, **limits)
+        paths = sorted(self.directory.glob("*.pth"))
+        if not paths:
+            raise FileNotFoundError(f"no consolidated.*.pth in {self.directory}")
+        self.shards = [Shard(path) for path in paths]
+        if args.vocab_size == -1:
+            args.vocab_size = self._vocab_size()
+        self.args = args
+        self.vocab_parallel = self._check()
+
+    def _vocab_size(self) -> int:
+        info = self.shards[0].infos.get("output.weight")
+        if info is None:
+            raise ValueError(f"{self.shards[0].path} lacks output.weight")
+        return info.shape[0] * len(self.shards)
+
+    def _check(self) -> bool:
+        """Compares names and shapes with params.json; returns ``vocab_parallel``."""
+        shapes = full_shapes(self.args)
+        ranks = len(self.shards)
+        vocabulary, dim = shapes["tok_embeddings.weight"]
+        by_dim, by_vocabulary = (vocabulary, dim // ranks), (vocabulary // ranks, dim)
+        found = self.shards[0].infos.get("tok_embeddings.weight")
+        vocab_parallel = ranks > 1 and found is not None and found.shape == by_vocabulary
+        expected = {n: _cut(shape, split_dim(n), ranks) for n, shape in shapes.items()}
+        expected["tok_embeddings.weight"] = by_vocabulary if vocab_parallel else by_dim
+        for shard in self.shards:
+            _compare(shard, expected, ranks)
+        return vocab_parallel
+
+
+def _compare(shard: Shard, expected: Mapping[str, tuple[int, ...]], ranks: int) -> None:
+    found = {n: info.shape for n, info in shard.infos.items() if n not in Checkpoint.ignored}
+    for problem, names in (
+        ("lacks", sorted(expected.keys() - found.keys())),
+        ("has, unknown to params.json,", sorted(found.keys() - expected.keys())),
+    ):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise ValueError(f"{shard.path} {problem} {', '.join(names[:3])}{more}")
+    for name, shape in found.items():
+        if shape != expected[name]:
+            raise ValueError(
+                f"{name} in {shard.path} has shape {list(shape)}; params.json and {ranks} "
+                f"shard(s) give {list(expected[name])}"
+            )
+
+
+def read_params(directory: Path) -> dict[str, Any]:
+    """Content of the directory's ``params.json``."""
+    if not directory.is_dir():
+        raise FileNotFoundError(f"checkpoint directory {directory} does not exist")
+    path = directory / "params.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{directory} has no params.json; is it a Meta checkpoint?")
+    try:
+        params = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(params, dict) or not isinstance(params.get("model", {}), dict):
+        raise ValueError(f"{path} must hold one JSON object")
+    return params
+
+
+@contextmanager
+def new_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A directory that appears whole or not at all.
+
+    Gives a sibling to write into; it takes its place when the block ends well and is deleted
+    when it does not.
+
+    Raises:
+        FileExistsError: ``path`` exists and ``overwrite`` is not set.
+    """
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path} exists; choose another directory or pass overwrite")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    partial.mkdir()
+    try:
+        yield partial
+        if path.exists():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        partial.rename(path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copies the tokenizer file ``source`` and its configuration beside it."""
+    for name in {source.name, "tokenizer_config.json"}:
+        file = source.with_name(name)
+        if file.is_file():
+            shutil.copyfile(file, target / name)
+
+
+def prune(
+    ckpt_dir: str | os.PathLike[str],
+    out_dir: str | os.PathLike[str],
+    layers: list[int],
+    *,
+    tokenizer_path: str | os.PathLike[str] | None = None,
+    provenance: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    progress: Callable[[str], object] = str,
+) -> Path:
+    """Writes the checkpoint without some layers, tensor by tensor, with the same sharding.
+
+    The tensors' bytes are copied, so the result equals the model pruned in memory bit for bit.
+    Memory is bounded by the largest tensor.
+
+    Args:
+        ckpt_dir: the source.
+        out_dir: the new directory; appears whole or not at all.
+        layers: numbers of the layers to leave out.
+        tokenizer_path: copied along; None looks beside the source.
+        provenance: written as ``pruning.json``, after what was removed and kept.
+        overwrite: whether an existing ``out_dir`` is replaced.
+        progress: called with every tensor's name before it is written.
+
+    Returns:
+        ``out_dir``.
+
+    Raises:
+        ValueError: a layer does not exist, none or all would go, or ``out_dir`` is the source.
+        FileExistsError: ``out_dir`` exists.
+    """
+    from llama.tokenizer import find_tokenizer
+
+    source, out = Checkpoint(ckpt_dir), Path(str(out_dir))
+    if out.resolve() == source.directory.resolve():
+        raise ValueError(f"{out} is the source itself; choose another directory")
+    keep = kept_layers(layers, source.args.n_layers)
+    tokenizer = Path(str(tokenizer_path)) if tokenizer_path else find_tokenizer(source.directory)
+    new_number = {str(old): new for new, old in enumerate(keep)}
+    with new_directory(out, overwrite=overwrite) as partial:
+        for shard in source.shards:
+            _prune_shard(shard, partial / shard.path.name, new_number, progress)
+        params = {**source.params.get("model", source.params), "n_layers": len(keep)}
+        write_json(partial / "params.json", params)
+        copy_tokenizer(tokenizer, partial)
+        record = {"removed_layers": list(layers), "kept_layers": keep, **(provenance or {})}
+        parent = source.directory / PROVENANCE
+        if parent.is_file():
+            record["source_pruning"] = json.loads(parent.read_text(encoding="utf-8"))
+        write_json(partial / PROVENANCE, record)
+    return out
+
+
+def kept_layers(drop: list[int], n_layers: int) -> list[int]:
+    """The layers that stay, ascending; ValueError unless ``drop`` names some but not all."""
+    unknown = sorted(set(drop) - set(range(n_layers)))
+    if unknown:
+        raise ValueError(f"layers {unknown} do not exist; the model has 0..{n_layers - 1}")
+    keep = [i for i in range(n_layers) if i not in set(drop)]
+    if not drop or not keep or len(set(drop)) != len(drop):
+        raise ValueError(f"expected 1 to {n_layers - 1} different layers to remove, got {drop}")
+    return keep
+
+
+def _prune_shard(
+    shard: Shard, path: Path, new_number: Mapping[str, int], progress: Callable[[str], object]
+) -> None:
+    old_name: dict[str, str] = {}
+    for name in shard.infos:
+        match = LAYER_NAME.fullmatch(name)
+        if match is None:
+            old_name[name] = name
+        elif match[1] in new_number:
+            old_name[f"layers.{new_number[match[1]]}.{match[2]}"] = name
+
+    def read(name: str) -> Tensor:
+        progress(name)
+        return shard.read(old_name[name])
+
+    write_shard(path, {new: shard.infos[old] for new, old in old_name.items()}, read)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes an object as JSON; numbers are kept to the last digit."""
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,310 @@
+"""Building a model from a checkpoint directory and generating with it: the reference's API.
+
+Shapes: B prompts, T positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypedDict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llama.checkpoint import Checkpoint
+from llama.dialog import UNSAFE_ERROR, Dialog, Message, encode_dialog, is_unsafe
+from llama.model import Transformer, load_model
+from llama.parallel import choose_device, choose_dtype, initialize
+from llama.tokenizer import Tokenizer
+
+
+class CompletionPrediction(TypedDict, total=False):
+    """A completed text; tokens and their log probabilities (nats) only if asked for."""
+
+    generation: str
+    tokens: list[str]
+    logprobs: list[float]
+
+
+class ChatPrediction(TypedDict, total=False):
+    """An assistant's answer; tokens and their log probabilities (nats) only if asked for."""
+
+    generation: Message
+    tokens: list[str]
+    logprobs: list[float]
+
+
+class Llama:
+    """A Transformer and its tokenizer; `build` makes one from a checkpoint directory.
+
+    Attributes:
+        model: the `Transformer`.
+        tokenizer: the `Tokenizer`.
+        ckpt_dir: where the weights came from, or None.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        *,
+        seed: int = 1,
+        ckpt_dir: Path | None = None,
+        tokenizer_path: Path | None = None,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.ckpt_dir = ckpt_dir
+        self.tokenizer_path = tokenizer_path
+        self._generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
+
+    @staticmethod
+    def build(
+        ckpt_dir: str | os.PathLike[str],
+        tokenizer_path: str | os.PathLike[str],
+        max_seq_len: int,
+        max_batch_size: int,
+        model_parallel_size: int | None = None,
+        seed: int = 1,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+    ) -> Llama:
+        """Loads a Llama 2 or Llama 3 checkpoint in Meta's format.
+
+        Everything that can be wrong with the files is found before weights are read.
+
+        Args:
+            ckpt_dir: directory with ``params.json`` and ``consolidated.*.pth``.
+            tokenizer_path: SentencePiece model, tiktoken ranks or ``tokenizer.json``.
+            max_seq_len: longest prompt plus generation, in tokens.
+            max_batch_size: most prompts in one call of `generate`.
+            model_parallel_size: ranks that share the model (torchrun); None: all running ranks.
+            seed: of the sampling; equal on all ranks of a model.
+            device: None takes CUDA, MPS or CPU, the first there is.
+            dtype: of weights and states; None is float32 on CPU, bfloat16 on CUDA, else float16.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: a file is damaged or does not fit the others, or the number of files is
+                not the number of ranks.
+        """
+        place = choose_device(device)
+        kind = choose_dtype(dtype, place)
+        limits = {"max_seq_len": max_seq_len, "max_batch_size": max_batch_size}
+        tokenizer = Tokenizer(tokenizer_path)
+        checkpoint = Checkpoint(ckpt_dir, **limits)
+        if tokenizer.n_words != checkpoint.args.vocab_size:
+            raise ValueError(
+                f"the tokenizer {tokenizer_path} has {tokenizer.n_words} words, the checkpoint "
+                f"{checkpoint.directory} {checkpoint.args.vocab_size}; they do not belong together"
+            )
+        initialize(model_parallel_size, device=place)
+        model = load_model(checkpoint, device=place, dtype=kind)
+        return Llama(
+            model,
+            tokenizer,
+            seed=seed,
+            ckpt_dir=checkpoint.directory,
+            tokenizer_path=Path(str(tokenizer_path)),
+        )
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompt_tokens: Sequence[Sequence[int]],
+        max_gen_len: int,
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        logprobs: bool = False,
+        echo: bool = False,
+    ) -> tuple[list[list[int]], list[list[float]] | None]:
+        """Continues prompts of any lengths, all at once.
+
+        The batch starts at the end of the shortest prompt and moves one position at a time; a
+        longer prompt's own tokens take precedence, so the model never sees padding.
+
+        Args:
+            prompt_tokens: B lists of token ids, none empty.
+            max_gen_len: most tokens to add to each prompt.
+            temperature: 0 takes the likeliest token; higher values sample more evenly.
+            top_p: samples from the smallest set of tokens whose probability exceeds this.
+            logprobs: whether to return log probabilities.
+            echo: whether the results start with the prompt.
+
+        Returns:
+            B lists of tokens, ending before the first stop token, and, with ``logprobs``, B
+            lists of their log probabilities in nats (a prompt's first token has 0), else None.
+
+        Raises:
+            ValueError: a prompt is empty or longer than ``max_seq_len``, ``max_batch_size`` is
+                exceeded, or a token id is not in the vocabulary.
+        """
+        self._check_prompts(prompt_tokens)
+        if max_gen_len < 0:
+            raise ValueError(f"max_gen_len must be 0 or more, got {max_gen_len}")
+        lengths = [len(t) for t in prompt_tokens]
+        total = min(self.model.params.max_seq_len, max_gen_len + max(lengths))
+        tokens, scores = self._decode(prompt_tokens, total, temperature, top_p, logprobs)
+        out_tokens, out_scores = [], []
+        for row, row_scores, length in zip(tokens.tolist(), scores.tolist(), lengths, strict=True):
+            end = self._end(row, length, min(total, length + max_gen_len))
+            start = 0 if echo else length
+            out_tokens.append(row[start:end])
+            out_scores.append(row_scores[start:end])
+        return out_tokens, out_scores if logprobs else None
+
+    def _check_prompts(self, prompt_tokens: Sequence[Sequence[int]]) -> None:
+        params = self.model.params
+        if not 0 < len(prompt_tokens) <= params.max_batch_size:
+            raise ValueError(
+                f"expected 1 to max_batch_size = {params.max_batch_size} prompts, "
+                f"got {len(prompt_tokens)}"
+            )
+        for i, prompt in enumerate(prompt_tokens):
+            if not 0 < len(prompt) <= params.max_seq_len:
+                raise ValueError(
+                    f"prompt {i} has {len(prompt)} tokens; expected 1 to max_seq_len = "
+                    f"{params.max_seq_len}"
+                )
+            if min(prompt) < 0 or max(prompt) >= params.vocab_size:
+                raise ValueError(
+                    f"prompt {i} has token ids outside 0..{params.vocab_size - 1}: "
+                    f"{min(prompt)}..{max(prompt)}"
+                )
+
+    def _decode(
+        self,
+        prompts: Sequence[Sequence[int]],
+        total: int,
+        temperature: float,
+        top_p: float,
+        logprobs: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Fills (B, total) tokens left to right; also their log probabilities."""
+        device = next(self.model.parameters()).device
+        tokens = torch.zeros(len(prompts), total, dtype=torch.long)
+        given = torch.zeros(len(prompts), total, dtype=torch.bool)
+        for row, prompt in enumerate(prompts):
+            tokens[row, : len(prompt)] = torch.tensor(prompt)
+            given[row, : len(prompt)] = True
+        tokens, given = tokens.to(device), given.to(device)
+        scores = torch.zeros(tokens.shape, device=device)
+        stop = torch.tensor(self._stop_tokens(), device=device)
+        done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+        previous, shortest = 0, min(len(p) for p in prompts)
+        # A prompt that fills all positions still gets its own log probabilities.
+        for position in range(shortest, total + (logprobs and shortest == total)):
+            logits = self.model(tokens[:, previous:position], previous)
+            if position < total:
+                chosen = self._choose(logits[:, -1], temperature, top_p)
+                chosen = torch.where(given[:, position], tokens[:, position], chosen)
+                tokens[:, position] = chosen
+                done |= ~given[:, position] & torch.isin(chosen, stop)
+            if logprobs:
+                targets = tokens[:, previous + 1 : position + 1]
+                nats = F.cross_entropy(
+                    logits[:, : targets.shape[1]].transpose(1, 2), targets, reduction="none"
+                )
+                scores[:, previous + 1 : position + 1] = -nats
+            previous = position
+            if done.all():
+                break
+        return tokens, scores
+
+    def _choose(self, logits: Tensor, temperature: float, top_p: float) -> Tensor:
+        if temperature <= 0:
+            return logits.argmax(-1)
+        probs = torch.softmax(logits / temperature, dim=-1)
+        return sample_top_p(probs, top_p, generator=self._generator)
+
+    def _stop_tokens(self) -> list[int]:
+        return sorted(getattr(self.tokenizer, "stop_tokens", None) or {self.tokenizer.eos_id})
+
+    def _end(self, row: list[int], start: int, limit: int) -> int:
+        """Where the generation that begins at ``start`` ends: the first stop token or the limit."""
+        stops = self._stop_tokens()
+        return next((i for i in range(start, limit) if row[i] in stops), limit)
+
+    def text_completion(
+        self,
+        prompts: Sequence[str],
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        max_gen_len: int | None = None,
+        logprobs: bool = False,
+        echo: bool = False,
+    ) -> list[CompletionPrediction]:
+        """Completes texts; arguments as in `generate`, ``max_gen_len`` None means as long as fits.
+
+        Example:
+            >>> llama.text_completion(["I am an avid fan of "], max_gen_len=20)  # doctest: +SKIP
+            [{'generation': 'the Harry Potter series...'}]
+        """
+        add_bos = self.tokenizer.add_bos
+        encoded = [self.tokenizer.encode(p, bos=add_bos, eos=False) for p in prompts]
+        tokens, scores = self.generate(
+            encoded, self._gen_len(max_gen_len), temperature, top_p, logprobs, echo
+        )
+        results: list[CompletionPrediction] = []
+        for i, ids in enumerate(tokens):
+            result: CompletionPrediction = {"generation": self.tokenizer.decode(ids)}
+            if scores is not None:
+                result["tokens"] = [self.tokenizer.decode([t]) for t in ids]
+                result["logprobs"] = scores[i]
+            results.append(result)
+        return results
+
+    def chat_completion(
+        self,
+        dialogs: Sequence[Dialog],
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        max_gen_len: int | None = None,
+        logprobs: bool = False,
+    ) -> list[ChatPrediction]:
+        """Answers dialogs in the format of the tokenizer's family, Llama 2 or Llama 3.
+
+        Args:
+            dialogs: lists of ``{"role", "content"}``: an optional system message, then user and
+                assistant in turn, a user last. Others arguments as in `text_completion`.
+
+        Raises:
+            ValueError: roles out of order, or a tokenizer of neither family.
+        """
+        encoded = [encode_dialog(self.tokenizer, dialog) for dialog in dialogs]
+        tokens, scores = self.generate(
+            encoded, self._gen_len(max_gen_len), temperature, top_p, logprobs
+        )
+        results: list[ChatPrediction] = []
+        for i, (ids, dialog) in enumerate(zip(tokens, dialogs, strict=True)):
+            unsafe = is_unsafe(self.tokenizer, dialog)
+            text = UNSAFE_ERROR if unsafe else self.tokenizer.decode(ids)
+            result: ChatPrediction = {"generation": {"role": "assistant", "content": text}}
+            if scores is not None:
+                result["tokens"] = [self.tokenizer.decode([t]) for t in ids]
+                result["logprobs"] = scores[i]
+            results.append(result)
+        return results
+
+    def _gen_len(self, max_gen_len: int | None) -> int:
+        return self.model.params.max_seq_len - 1 if max_gen_len is None else max_gen_len
+
+
+def sample_top_p(probs: Tensor, p: float, *, generator: torch.Generator | None = None) -> Tensor:
+    """Draws a token from the smallest set of likeliest tokens whose probability exceeds p.
+
+    Args:
+        probs: (B, V), rows sum to 1.
+        p: in [0, 1]; 0 always takes the likeliest token.
+
+    Returns:
+        (B,) token ids.
+    """
+    ordered, index = probs.sort(dim=-1, descending=True)
+    before = ordered.cumsum(dim=-1) - ordered
+    kept = torch.where(before > p, 0.0, ordered)
+    choice = torch.multinomial(kept, 1, generator=generator)
+    return index.gather(-1, choice).squeeze(-1)

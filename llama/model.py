@@ -1,0 +1,286 @@
+"""The Llama decoder with the reference's attribute and parameter names, on fairscale's layers.
+
+Shapes: B sequences, S tokens, D width, L layers, V vocabulary, H heads, Hkv key/value heads,
+hd = D / H the width of a head.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from fairscale.nn.model_parallel.layers import (
+    ColumnParallelLinear,
+    ParallelEmbedding,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+)
+from torch import Tensor, nn
+
+from llama.args import ModelArgs, check_split
+from llama.checkpoint import Checkpoint
+from llama.parallel import model_parallel_rank, model_parallel_size
+
+# Llama 3.1's stretching of the rotary wavelengths (meta-llama/llama-models, model.py).
+ROPE_LOW_FACTOR, ROPE_HIGH_FACTOR, ROPE_ORIGINAL_CONTEXT = 1.0, 4.0, 8192
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, the division in float32."""
+
+    def __init__(self, dim: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., D) -> (..., D)
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return wide.type_as(x) * self.weight
+
+
+def rope_frequencies(head_dim: int, theta: float, factor: float | None = None) -> Tensor:
+    """Rotary frequencies, (hd / 2,) float32 in radians per token.
+
+    With ``factor``, Llama 3.1's scaling: wavelengths over 8192 tokens are stretched by the
+    factor, those under 2048 stay, those between are interpolated.
+    """
+    f = 1.0 / (theta ** (torch.arange(0, head_dim, 2)[: head_dim // 2].float() / head_dim))
+    if factor is None:
+        return f
+    wavelength = 2 * math.pi / f
+    smooth = (ROPE_ORIGINAL_CONTEXT / wavelength - ROPE_LOW_FACTOR) / (
+        ROPE_HIGH_FACTOR - ROPE_LOW_FACTOR
+    )
+    smooth = smooth.clamp(0, 1)
+    return (1 - smooth) * f / factor + smooth * f
+
+
+def precompute_freqs_cis(args: ModelArgs, length: int) -> Tensor:
+    """Cosine and sine of every position's rotation, (length, hd / 2, 2) float32.
+
+    These are the real and imaginary parts of the reference's complex table, kept as real
+    numbers so that every device can multiply with them.
+    """
+    frequencies = rope_frequencies(args.head_dim, args.rope_theta, args.rope_factor)
+    angles = torch.outer(torch.arange(length).float(), frequencies)
+    return torch.stack((angles.cos(), angles.sin()), dim=-1)
+
+
+def apply_rotary_emb(x: Tensor, freqs_cis: Tensor) -> Tensor:
+    """Rotates neighbouring components (2i, 2i+1) by the position's angles, in float32.
+
+    Args:
+        x: (B, S, H, hd).
+        freqs_cis: (S, hd / 2, 2).
+    """
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = freqs_cis[:, None].unbind(-1)
+    rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    return rotated.flatten(-2).type_as(x)
+
+
+def _keep(weight: Tensor) -> Tensor:
+    return weight
+
+
+def _column(inputs: int, outputs: int) -> nn.Module:
+    return ColumnParallelLinear(inputs, outputs, bias=False, gather_output=False, init_method=_keep)
+
+
+def _row(inputs: int, outputs: int) -> nn.Module:
+    return RowParallelLinear(inputs, outputs, bias=False, input_is_parallel=True, init_method=_keep)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention; its key/value cache is made at the first cached call."""
+
+    def __init__(self, args: ModelArgs) -> None:
+        super().__init__()
+        ranks = model_parallel_size()
+        self.n_kv_heads = args.kv_heads
+        self.n_local_heads = args.n_heads // ranks
+        self.n_local_kv_heads = args.kv_heads // ranks
+        self.n_rep = self.n_local_heads // self.n_local_kv_heads
+        self.head_dim = args.head_dim
+        self.max_seq_len = args.max_seq_len
+        self.wq = _column(args.dim, args.n_heads * self.head_dim)
+        self.wk = _column(args.dim, self.n_kv_heads * self.head_dim)
+        self.wv = _column(args.dim, self.n_kv_heads * self.head_dim)
+        self.wo = _row(args.n_heads * self.head_dim, args.dim)
+        self.cache_k: Tensor | None = None
+        self.cache_v: Tensor | None = None
+
+    def forward(
+        self, x: Tensor, start_pos: int | None, freqs_cis: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        B, S, _ = x.shape
+        q = self.wq(x).view(B, S, self.n_local_heads, self.head_dim)
+        k = self.wk(x).view(B, S, self.n_local_kv_heads, self.head_dim)
+        v = self.wv(x).view(B, S, self.n_local_kv_heads, self.head_dim)
+        q, k = apply_rotary_emb(q, freqs_cis), apply_rotary_emb(k, freqs_cis)
+        if start_pos is not None:
+            k, v = self._cached(k, v, start_pos)
+        out = F.scaled_dot_product_attention(
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            attn_mask=mask,
+            is_causal=mask is None and S > 1,
+            enable_gqa=self.n_rep > 1,
+        )
+        return self.wo(out.transpose(1, 2).reshape(B, S, -1))
+
+    def _cached(self, k: Tensor, v: Tensor, start_pos: int) -> tuple[Tensor, Tensor]:
+        """Writes the keys and values of this call; returns those of all positions so far."""
+        B, end = len(k), start_pos + k.shape[1]
+        if start_pos == 0:
+            self._make_room(k)
+        if self.cache_k is None or self.cache_v is None or len(self.cache_k) < B:
+            raise ValueError(
+                f"start_pos {start_pos} continues a batch of {B} whose beginning was never run; "
+                "call with start_pos=0 first"
+            )
+        self.cache_k[:B, start_pos:end] = k.detach()
+        self.cache_v[:B, start_pos:end] = v.detach()
+        return self.cache_k[:B, :end], self.cache_v[:B, :end]
+
+    def _make_room(self, k: Tensor) -> None:
+        old = self.cache_k
+        fits = old is not None and len(old) >= len(k)
+        if old is None or not fits or (old.dtype, old.device) != (k.dtype, k.device):
+            shape = (len(k), self.max_seq_len, *k.shape[2:])
+            self.cache_k = torch.zeros(shape, dtype=k.dtype, device=k.device)
+            self.cache_v = torch.zeros(shape, dtype=k.dtype, device=k.device)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: w2(silu(w1 x) * w3 x)."""
+
+    def __init__(self, args: ModelArgs) -> None:
+        super().__init__()
+        self.w1 = _column(args.dim, args.ffn_dim)
+        self.w2 = _row(args.ffn_dim, args.dim)
+        self.w3 = _column(args.dim, args.ffn_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class TransformerBlock(nn.Module):
+    """One layer: x + attention(norm(x)), then the same with the feed-forward layer."""
+
+    def __init__(self, layer_id: int, args: ModelArgs) -> None:
+        super().__init__()
+        self.layer_id = layer_id
+        self.attention = Attention(args)
+        self.feed_forward = FeedForward(args)
+        self.attention_norm = RMSNorm(args.dim, eps=args.norm_eps)
+        self.ffn_norm = RMSNorm(args.dim, eps=args.norm_eps)
+
+    def forward(
+        self,
+        x: Tensor,
+        start_pos: int | None,
+        freqs_cis: Tensor,
+        mask: Tensor | None = None,
+    ) -> Tensor:  # (B, S, D) -> (B, S, D)
+        h = x + self.attention(self.attention_norm(x), start_pos, freqs_cis, mask)
+        return h + self.feed_forward(self.ffn_norm(h))
+
+
+class Transformer(nn.Module):
+    """The decoder. Parameters have the names and shapes of Meta's checkpoints.
+
+    Args:
+        params: the shape; ``vocab_size`` must be set.
+        vocab_parallel: how several ranks share the embedding: by vocabulary (Llama 3) or, by
+            default, by width (Llama 2). One rank holds all of it either way.
+        device: "meta" makes the model without weights, to be loaded with ``assign=True``;
+            otherwise the weights are drawn from N(0, 0.02) on the CPU.
+    """
+
+    def __init__(
+        self, params: ModelArgs, *, vocab_parallel: bool = False, device: str | None = None
+    ) -> None:
+        super().__init__()
+        params.check()
+        if params.vocab_size < 1:
+            raise ValueError(f"vocab_size must be set, got {params.vocab_size}")
+        check_split(params, model_parallel_size())
+        self.params = params
+        self.vocab_size = params.vocab_size
+        self.n_layers = params.n_layers
+
+        embedding = VocabParallelEmbedding if vocab_parallel else ParallelEmbedding
+        self.tok_embeddings = embedding(params.vocab_size, params.dim, init_method=_keep)
+        # fairscale allocates on the CPU: each part moves before the next is made
+        self.tok_embeddings.to(device)
+        self.layers = nn.ModuleList(
+            TransformerBlock(i, params).to(device) for i in range(params.n_layers)
+        )
+        self.norm = RMSNorm(params.dim, eps=params.norm_eps).to(device)
+        self.output = ColumnParallelLinear(
+            params.dim, params.vocab_size, bias=False, init_method=_keep
+        ).to(device)
+        self.freqs_cis = precompute_freqs_cis(params, 2 * params.max_seq_len)
+        if device is None:
+            for name, weight in self.named_parameters():
+                if "norm" not in name:
+                    nn.init.normal_(weight, std=0.02)
+
+    def hidden(self, tokens: Tensor, start_pos: int | None = None) -> Tensor:
+        """Embeddings and layers only: the state in front of the final norm.
+
+        Args:
+            tokens: (B, S) int64.
+            start_pos: None reads ``tokens`` as whole sequences and caches nothing; a number
+                is the position of ``tokens[:, 0]``, whose predecessors are in the cache.
+
+        Returns:
+            (B, S, D).
+        """
+        S, first = tokens.shape[1], start_pos or 0
+        if first + S > len(self.freqs_cis):
+            raise ValueError(
+                f"positions up to {first + S} were asked for; the model was built for "
+                f"max_seq_len {self.params.max_seq_len} and holds {len(self.freqs_cis)}"
+            )
+        h = self.tok_embeddings(tokens)
+        self.freqs_cis = self.freqs_cis.to(h.device)
+        freqs_cis = self.freqs_cis[first : first + S]
+        mask = None
+        if first and S > 1:  # new rows under old columns: not the square causal case
+            mask = torch.ones(S, first + S, dtype=torch.bool, device=h.device).tril(first)
+        for layer in self.layers:
+            h = layer(h, start_pos, freqs_cis, mask)
+        return h
+
+    def forward(self, tokens: Tensor, start_pos: int | None = None) -> Tensor:
+        """Logits of every position, (B, S, V) float32; arguments as in `hidden`."""
+        return self.output(self.norm(self.hidden(tokens, start_pos))).float()
+
+
+def load_model(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype) -> Transformer:
+    """The checkpoint's Transformer; this rank reads its own file. Tied weights stay tied."""
+    ranks = model_parallel_size()
+    if len(checkpoint.shards) != ranks:
+        raise ValueError(
+            f"{checkpoint.directory} has {len(checkpoint.shards)} shard(s), but {ranks} "
+            f"model-parallel rank(s) run; start with torchrun --nproc_per_node "
+            f"{len(checkpoint.shards)}"
+        )
+    check_split(checkpoint.args, ranks)
+    model = Transformer(checkpoint.args, vocab_parallel=checkpoint.vocab_parallel, device="meta")
+    shard = checkpoint.shards[model_parallel_rank()]
+    parameters: dict[object, nn.Parameter] = {}
+    state: dict[str, nn.Parameter] = {}
+    for name, tensor in shard.load().items():
+        if name not in checkpoint.ignored:
+            source = shard.infos[name].storage
+            if source not in parameters:
+                parameters[source] = nn.Parameter(tensor.to(device, dtype))
+            state[name] = parameters[source]
+    model.load_state_dict(state, strict=True, assign=True)
+    return model.eval()

@@ -1,0 +1,114 @@
+"""Process group, fairscale's model-parallel groups, and the choice of device and dtype.
+
+One process needs no launcher: it is a group of one on a store of its own. Under torchrun the
+groups come from the launcher's environment.
+"""
+
+from __future__ import annotations
+
+import os
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from fairscale.nn.model_parallel import initialize as groups
+
+
+def choose_device(device: str | torch.device | None = None) -> torch.device:
+    """The given device, or CUDA, Apple's MPS, CPU in this order of preference.
+
+    Under torchrun a bare ``"cuda"`` means the card of the process's ``LOCAL_RANK``.
+
+    Raises:
+        ValueError: the device is unknown or not there.
+    """
+    if device is None:
+        mps = torch.backends.mps.is_available()
+        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise ValueError(
+            f"expected a device such as cpu, cuda, cuda:1 or mps, got {device!r}"
+        ) from None
+    missing = (chosen.type == "cuda" and not torch.cuda.is_available()) or (
+        chosen.type == "mps" and not torch.backends.mps.is_available()
+    )
+    if missing:
+        raise ValueError(f"device {device!r} is not available here; pass device='cpu'")
+    if chosen.type == "cuda" and chosen.index is None:
+        chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return chosen
+
+
+def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    """The given dtype, or float32 on CPU, bfloat16 on CUDA that has it, float16 elsewhere.
+
+    Raises:
+        ValueError: not one of float32, bfloat16, float16, float64.
+    """
+    if dtype is None:
+        if device.type == "cpu":
+            return torch.float32
+        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return torch.bfloat16 if bf16 else torch.float16
+    known = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.bfloat16)}
+    known |= {"float16": torch.float16, "float64": torch.float64}
+    name = str(dtype).removeprefix("torch.")
+    if name not in known:
+        raise ValueError(f"expected a dtype of {', '.join(known)}, got {dtype!r}")
+    return known[name]
+
+
+def initialize(model_parallel_size: int | None = None, *, device: torch.device) -> None:
+    """Makes the process group and fairscale's groups, unless the process has them already.
+
+    Args:
+        model_parallel_size: ranks that share one model; None means all ranks (WORLD_SIZE under
+            torchrun, else 1) or what is already set up.
+        device: decides the backend of several ranks: nccl on CUDA, gloo elsewhere. A single
+            rank communicates nothing and always takes gloo.
+
+    Raises:
+        ValueError: the size does not divide the number of ranks, or differs from the groups
+            that the process has already.
+    """
+    if not dist.is_initialized():
+        _make_process_group(device)
+    world = dist.get_world_size()
+    if groups.model_parallel_is_initialized():
+        current = groups.get_model_parallel_world_size()
+        if model_parallel_size not in (None, current):
+            raise ValueError(
+                f"model_parallel_size {model_parallel_size} was asked for, but this process is "
+                f"already set up for {current}; one process serves one size"
+            )
+        return
+    size = world if model_parallel_size is None else model_parallel_size
+    if size < 1 or world % size:
+        raise ValueError(
+            f"model_parallel_size {size} does not divide the {world} running rank(s); start "
+            f"torchrun --nproc_per_node {max(size, 1)}"
+        )
+    # fairscale reports the sizes on stdout, which belongs to the caller's own output.
+    with mock.patch.object(groups, "print", lambda *_: None, create=True):
+        groups.initialize_model_parallel(size)
+
+
+def _make_process_group(device: torch.device) -> None:
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world > 1:
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+
+
+def model_parallel_rank() -> int:
+    """This process's place among the ranks that share one model; 0 for a single process."""
+    return groups.get_model_parallel_rank()
+
+
+def model_parallel_size() -> int:
+    """How many ranks share one model; 1 for a single process."""
+    return groups.get_model_parallel_world_size()

@@ -1,0 +1,60 @@
+"""Packaging of the two packages, the console script and the optional extras."""
+
+from pathlib import Path
+
+from setuptools import setup
+
+PLOTS = ["matplotlib>=3.7"]
+DEMO = ["gguf>=0.17", "platformdirs>=4", *PLOTS]
+NOTEBOOKS = ["jupyter", *DEMO]
+DEV = [
+    "hypothesis",
+    "ipykernel",
+    "mypy",
+    "nbclient",
+    "nbformat",
+    "pytest",
+    "ruff",
+    "transformers>=4.55",
+    *DEMO,
+]
+
+setup(
+    name="short-gpt",
+    version="0.1.0",
+    description="Find the redundant layers of a large language model, remove them, use the rest.",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    packages=["short_gpt", "llama"],
+    package_data={"short_gpt": ["py.typed", "published.json"], "llama": ["py.typed"]},
+    python_requires=">=3.10",
+    install_requires=[
+        "torch>=2.5",
+        "numpy",
+        "fairscale>=0.4.13",
+        "fire>=0.6",
+        "sentencepiece>=0.1.99",
+        "tiktoken>=0.7",
+        "tokenizers>=0.19",
+        "datasets>=3",
+        "tqdm",
+    ],
+    extras_require={
+        "plots": PLOTS,
+        "demo": DEMO,
+        "notebooks": NOTEBOOKS,
+        "dev": DEV,
+        "all": sorted({*NOTEBOOKS, *DEV}),
+    },
+    entry_points={"console_scripts": ["short-gpt = short_gpt.__main__:main"]},
+    classifiers=[
+        "License :: OSI Approved :: MIT License",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

@@ -1,0 +1,80 @@
+"""Quality of a model on held-out text.
+
+Shapes: B windows, S tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+
+from short_gpt.decoder import Decoder, pad
+from short_gpt.progress import bar, set_rate
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """Total loss over predicted tokens.
+
+    Attributes:
+        nats: summed negative log-likelihood of the predicted tokens.
+        tokens: how many were predicted: all of a window but its first.
+        windows: windows read.
+    """
+
+    nats: float
+    tokens: int
+    windows: int
+
+    @property
+    def value(self) -> float:
+        """exp(nats / tokens): 1 is certainty, the vocabulary's size is blind guessing."""
+        try:
+            return math.exp(self.nats / self.tokens)
+        except OverflowError:
+            return math.inf
+
+
+def perplexity(
+    decoder: Decoder,
+    batches: Iterable[Sequence[Sequence[int]]],
+    *,
+    total: int | None = None,
+    progress: bool = False,
+) -> Perplexity:
+    """Perplexity of the model on windows of token ids.
+
+    Every window is read on its own: its first token is only read, the others are predicted.
+
+    Args:
+        decoder: the model.
+        batches: lists of windows, which may differ in length.
+        total: number of windows to come, for the progress bar.
+        progress: whether to show one.
+
+    Raises:
+        ValueError: no window has two tokens, or as in `decoder.pad`.
+        FloatingPointError: a logit of a predicted token is NaN or infinite.
+    """
+    nats, predicted, windows = 0.0, 0, 0
+    with bar("perplexity", total=total, unit="window", show=progress) as shown:
+        for batch in batches:
+            tokens, mask = pad(batch, decoder)
+            logits = decoder.logits(tokens)[:, :-1]
+            targets = tokens[:, 1:].masked_fill(~mask[:, 1:], -100)
+            loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+            nats += float(loss.cpu().double().sum())
+            predicted += int(mask[:, 1:].sum())
+            windows += len(batch)
+            set_rate(shown, predicted)
+            shown.update(len(batch))
+            if not math.isfinite(nats):
+                raise FloatingPointError(
+                    "the model gave a NaN or infinite loss; check the weights, or another dtype"
+                )
+    if not predicted:
+        raise ValueError("expected windows of at least 2 tokens; nothing was predicted")
+    return Perplexity(nats, predicted, windows)

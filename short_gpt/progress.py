@@ -1,0 +1,19 @@
+"""The progress bar of every long run: items done, rate, time left."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def bar(desc: str, *, total: int | None, unit: str, show: bool = True) -> Any:
+    """A tqdm bar on stderr, for use in a ``with`` block; a silent one unless ``show``."""
+    from tqdm.auto import tqdm
+
+    return tqdm(total=total, desc=desc, unit=unit, disable=not show)
+
+
+def set_rate(bar: Any, tokens: int) -> None:
+    """Shows the tokens per second since the bar began."""
+    if not bar.disable:
+        rate = tokens / max(bar.format_dict["elapsed"], 1e-9)
+        bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)

@@ -1,0 +1,65 @@
+"""Results on disk: what was computed, from what, with which versions."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("short-gpt", "torch", "fairscale", "datasets", "transformers", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that numbers depend on, where installed."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def write_record(
+    path: str | os.PathLike[str], content: Mapping[str, Any], *, overwrite: bool = False
+) -> Path:
+    """Writes ``content`` and `versions` as a JSON file, whole or not at all.
+
+    Raises:
+        FileExistsError: the file exists and ``overwrite`` is not set.
+    """
+    target = Path(str(path))
+    refuse_existing(target, overwrite=overwrite)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    partial.write_text(json.dumps({**content, "versions": versions()}, indent=1) + "\n")
+    partial.replace(target)
+    return target
+
+
+def read_record(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What `write_record` wrote.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, or not a JSON object.
+    """
+    source = Path(str(path))
+    if not source.is_file():
+        raise FileNotFoundError(f"{source} does not exist")
+    try:
+        content = json.loads(source.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{source} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{source} must hold one JSON object")
+    return content
+
+
+def refuse_existing(path: Path, *, overwrite: bool) -> None:
+    """Raises FileExistsError if the path exists; for a check before long work."""
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path} exists; choose another name or pass --overwrite")

@@ -1,0 +1,104 @@
+"""ShortGPT for a Llama in Meta's format."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from short_gpt.decoder import MetaDecoder
+from short_gpt.short_model import ShortModel
+
+
+class ShortLlama(ShortModel):
+    """Scores and removes layers of a `llama.Llama`, or of an instance of Meta's own ``Llama``.
+
+    The model is read only through hooks on ``llama.model.layers``.
+
+    Args:
+        llama: has ``model`` and ``tokenizer``.
+        n_prune_layers: how many layers `remove_layers` takes out; may be set later.
+
+    Example:
+        >>> short = ShortLlama(llama, n_prune_layers=9)  # doctest: +SKIP
+        >>> short.eval_importance([short.encode(text)])  # doctest: +SKIP
+        >>> short.remove_layers()  # doctest: +SKIP
+        [27, 26, 25, 28, 24, 29, 23, 21, 22]
+    """
+
+    def __init__(self, llama: Any, n_prune_layers: int | None = None) -> None:
+        super().__init__(MetaDecoder(llama.model), n_prune_layers)
+        self.llama = llama
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, with bos in front where the model expects it."""
+        bos = getattr(self.llama.tokenizer, "add_bos", True)
+        return self.llama.tokenizer.encode(text, bos=bos, eos=False)
+
+    def eval_importance(
+        self,
+        prompt_tokens: Sequence[Sequence[int]],
+        max_gen_len: int = 0,
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        angular: bool = False,
+    ) -> None:
+        """Scores one batch of prompts and adds it to the scores so far.
+
+        Args:
+            prompt_tokens: B lists of token ids, of any lengths up to ``max_seq_len``.
+            max_gen_len: if positive, each prompt is first continued by up to so many tokens, and
+                prompt and continuation are scored together.
+            temperature, top_p: of that generation.
+            angular: accepted for older scripts; one pass always gives both measures.
+
+        Raises:
+            ValueError: a prompt is empty, too long, or holds ids outside the vocabulary.
+            FloatingPointError: a state is NaN or infinite; nothing of the batch is counted.
+        """
+        if max_gen_len > 0:
+            prompt_tokens, _ = self.llama.generate(
+                prompt_tokens, max_gen_len, temperature, top_p, echo=True
+            )
+        self.measure(prompt_tokens, batch_size=max(len(prompt_tokens), 1), progress=False)
+
+    def save(
+        self,
+        out_dir: str | os.PathLike[str],
+        *,
+        ckpt_dir: str | os.PathLike[str] | None = None,
+        provenance: dict[str, Any] | None = None,
+        overwrite: bool = False,
+    ) -> Path:
+        """Writes the checkpoint without the removed layers, in Meta's format.
+
+        The source's bytes are copied tensor by tensor: its dtype and sharding stay, and
+        `Llama.build` on the result gives the logits of the model in memory bit for bit.
+
+        Args:
+            out_dir: the new directory; appears whole or not at all.
+            ckpt_dir: the source; None takes the one that ``Llama.build`` loaded.
+            provenance: facts to keep beside the weights in ``pruning.json``.
+            overwrite: whether an existing ``out_dir`` is replaced.
+
+        Raises:
+            RuntimeError: nothing was removed.
+            ValueError: no source is known.
+            FileExistsError: ``out_dir`` exists.
+        """
+        from llama.checkpoint import prune
+
+        source = ckpt_dir or getattr(self.llama, "ckpt_dir", None)
+        if source is None:
+            raise ValueError("pass ckpt_dir: this Llama does not know where its weights came from")
+        if not self.removed:
+            raise RuntimeError("nothing was removed yet; call remove_layers first")
+        return prune(
+            source,
+            out_dir,
+            self.removed,
+            tokenizer_path=getattr(self.llama, "tokenizer_path", None),
+            provenance=provenance,
+            overwrite=overwrite,
+        )

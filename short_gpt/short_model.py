@@ -1,0 +1,212 @@
+"""All that the wrappers of both model families share: score, look, remove.
+
+Layer numbers are the original model's, from 0, before and after removal. L = its layers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence, Sized
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from short_gpt import selection
+from short_gpt.data import batches
+from short_gpt.decoder import Decoder
+from short_gpt.evaluate import Perplexity, perplexity
+from short_gpt.importance import Importance, measure
+from short_gpt.layer_removal import check_layers, remove_layers, span
+
+
+class ShortModel:
+    """A model whose layers can be scored and removed.
+
+    Args:
+        decoder: the model.
+        n_prune_layers: how many layers `remove_layers` takes out, 1 to L - 1; may be set later.
+
+    Attributes:
+        decoder: the model.
+        n_layers: L, before any removal.
+        kept: the layers that the model has now, ascending.
+        removed: the layers taken out so far, in order of removal.
+        importance: the sums of all windows scored since the last removal.
+    """
+
+    def __init__(self, decoder: Decoder, n_prune_layers: int | None = None) -> None:
+        self.decoder = decoder
+        self.n_layers = len(decoder.layers)
+        self.kept = list(range(self.n_layers))
+        self.removed: list[int] = []
+        self.importance = Importance.empty(self.kept)
+        self.n_prune_layers = n_prune_layers
+        if n_prune_layers is not None:
+            self._check_count(n_prune_layers)
+
+    def measure(
+        self,
+        windows: Iterable[Sequence[int]],
+        *,
+        batch_size: int = 1,
+        total: int | None = None,
+        progress: bool = True,
+    ) -> None:
+        """Scores windows of token ids and adds them to the scores so far.
+
+        One pass gives Block Influence of every layer and the angular distances of every block.
+
+        Args:
+            windows: token ids, each at most ``max_seq_len`` long.
+            batch_size: windows read at once.
+            total: number of windows, for the progress bar; taken from ``len(windows)`` if known.
+            progress: whether to show one.
+
+        Raises:
+            ValueError: a window does not fit the model.
+            FloatingPointError: a state is NaN or infinite. Like after an interruption, the
+                batches read before count.
+        """
+        if self._stale:
+            self.importance = Importance.empty(self.kept)
+        measure(
+            self.decoder,
+            batches(windows, batch_size),
+            into=self.importance,
+            total=_count(windows) if total is None else total,
+            progress=progress,
+        )
+
+    def perplexity(
+        self,
+        windows: Iterable[Sequence[int]],
+        *,
+        batch_size: int = 1,
+        total: int | None = None,
+        progress: bool = True,
+    ) -> Perplexity:
+        """Perplexity of the model as it is now; arguments and errors as in `measure`."""
+        return perplexity(
+            self.decoder,
+            batches(windows, batch_size),
+            total=_count(windows) if total is None else total,
+            progress=progress,
+        )
+
+    @property
+    def importances(self) -> Tensor:
+        """Mean Block Influence of every original layer, (L,) float64; see `Importance`.
+
+        NaN for layers that were not in the model when it was scored.
+        """
+        return self._by_layer(self._scored().block_influence)
+
+    @property
+    def standard_errors(self) -> Tensor:
+        """Standard error of every entry of `importances`, (L,); NaN below two windows."""
+        return self._by_layer(self._scored().standard_error)
+
+    @property
+    def agreement(self) -> float:
+        """Rank correlation of the scores between two halves of the windows, in [-1, 1]."""
+        return self._scored().agreement
+
+    @property
+    def angular(self) -> Tensor:
+        """Mean angular distances, (L' + 1, L' + 1) over the L' layers scored; see `Importance`."""
+        return self._scored().angular
+
+    @property
+    def n_windows(self) -> int:
+        """Windows scored."""
+        return self.importance.n_windows
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens scored; padding does not count."""
+        return self.importance.n_tokens
+
+    def layers_to_remove(self, *, angular: bool = False, n: int | None = None) -> list[int]:
+        """The n layers that the scores would remove, without removing them.
+
+        Args:
+            angular: the best block of consecutive layers instead of the lowest Block Influence.
+            n: how many; None takes ``n_prune_layers``.
+
+        Returns:
+            Original layer numbers: least important first, or a block in ascending order.
+
+        Raises:
+            ValueError: n is not set or out of range.
+            RuntimeError: nothing was scored, or the scored model is no longer this one.
+        """
+        n = self.n_prune_layers if n is None else n
+        if n is None:
+            raise ValueError("set n_prune_layers, or name the layers: remove_layers([...])")
+        self._check_count(n)
+        importance = self._scored()
+        if self._stale:
+            raise RuntimeError(
+                f"layers {self.removed} were removed since these scores were measured; score "
+                "the model again before removing more by score"
+            )
+        if angular:
+            positions = selection.best_block(importance.angular, n)
+        else:
+            positions = selection.lowest(importance.block_influence, n)
+        return [importance.layers[i] for i in positions]
+
+    def remove_layers(
+        self, layers_to_remove: Sequence[int] | None = None, angular: bool = False
+    ) -> list[int]:
+        """Removes layers from the model in place.
+
+        Args:
+            layers_to_remove: original layer numbers; None (or empty) removes the
+                ``n_prune_layers`` least important ones by the scores.
+            angular: by score, the best block of consecutive layers (Gromov et al.) instead of
+                the lowest Block Influence (ShortGPT).
+
+        Returns:
+            The removed layers: as given, or least important first, or a block in ascending order.
+
+        Raises:
+            ValueError: a layer does not exist (any more), or the number is out of range.
+            RuntimeError: nothing was scored, or the scores are of the model before a removal.
+                The model is unchanged after any error.
+        """
+        if layers_to_remove is None or len(layers_to_remove) == 0:
+            drop = self.layers_to_remove(angular=angular)
+        else:
+            drop = [int(i) for i in layers_to_remove]
+        check_layers(drop, self.kept)
+        remove_layers(self.decoder, [self.kept.index(i) for i in drop])
+        self.kept = [i for i in self.kept if i not in drop]
+        self.removed += drop
+        return drop
+
+    @property
+    def _stale(self) -> bool:
+        return self.importance.layers != self.kept
+
+    def _scored(self) -> Importance:
+        if self.importance.n_windows == 0:
+            raise RuntimeError("no scores yet; call eval_importance or measure first")
+        return self.importance
+
+    def _by_layer(self, values: Tensor) -> Tensor:
+        full = torch.full((self.n_layers,), math.nan, dtype=torch.float64)
+        full[self.importance.layers] = values
+        return full
+
+    def _check_count(self, n: Any) -> None:
+        if not isinstance(n, int) or isinstance(n, bool) or not 1 <= n < len(self.kept):
+            raise ValueError(
+                f"n_prune_layers = {n!r}; the model has {len(self.kept)} layers "
+                f"({span(self.kept)}): expected 1 to {len(self.kept) - 1}"
+            )
+
+
+def _count(windows: Iterable[Sequence[int]]) -> int | None:
+    return len(windows) if isinstance(windows, Sized) else None

@@ -1,0 +1,102 @@
+"""Ranks: two processes with two shards equal one; device, dtype and sizes are checked."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from conftest import CharTokenizer, make_transformer, save_checkpoint
+
+from llama.parallel import choose_device, choose_dtype, initialize
+
+TOKENS = torch.arange(3, 23).reshape(2, 10)
+
+
+def run_rank(rank: int, folder: Path, store: Path) -> None:
+    """One of two ranks: loads its shard, and the first writes what it sees."""
+    import torch.distributed as dist
+
+    from llama import Llama
+    from llama.checkpoint import Checkpoint
+    from llama.model import load_model
+    from short_gpt import ShortLlama
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    cpu = torch.device("cpu")
+    initialize(2, device=cpu)
+    checkpoint = Checkpoint(folder, max_seq_len=64, max_batch_size=4)
+    llama = Llama(load_model(checkpoint, device=cpu, dtype=torch.float32), CharTokenizer())
+    short = ShortLlama(llama, n_prune_layers=2)
+    short.eval_importance(TOKENS.tolist())
+    with torch.no_grad():
+        logits = llama.model(TOKENS)
+    sampled, _ = llama.generate(TOKENS.tolist(), 6, temperature=0.8)
+    result = {"logits": logits, "importances": short.importances, "angular": short.angular}
+    result["sampled"] = torch.tensor([s + [0] * (6 - len(s)) for s in sampled])
+    result["removed"] = torch.tensor(short.remove_layers())
+    torch.save(result, folder / f"rank{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="gloo over a file store")
+@pytest.mark.parametrize("vocab_parallel", [False, True], ids=["llama-2", "llama-3"])
+def test_two_ranks_with_two_shards_equal_one(tmp_path, vocab_parallel):
+    from llama import Llama
+    from short_gpt import ShortLlama
+
+    model = make_transformer()
+    folder = save_checkpoint(tmp_path / "two", model, shards=2, vocab_parallel=vocab_parallel)
+    mp.spawn(run_rank, args=(folder, tmp_path / "store"), nprocs=2)
+    first, second = (torch.load(folder / f"rank{r}.pt") for r in range(2))
+    short = ShortLlama(Llama(model, CharTokenizer()), n_prune_layers=2)
+    short.eval_importance(TOKENS.tolist())
+    with torch.no_grad():
+        assert (first["logits"] - model(TOKENS)).abs().max() < 1e-5
+    assert (first["importances"] - short.importances).abs().max() < 1e-6
+    assert (first["angular"] - short.angular).abs().max() < 1e-5
+    assert first["removed"].tolist() == short.remove_layers()
+    for name in first:  # both ranks see, sample and remove the same
+        assert torch.equal(first[name], second[name])
+
+
+def test_devices():
+    assert choose_device("cpu") == torch.device("cpu")
+    assert choose_device().type in ("cpu", "cuda", "mps")
+    with pytest.raises(ValueError, match="expected a device such as cpu"):
+        choose_device("gpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="'cuda' is not available here"):
+            choose_device("cuda")
+
+
+def test_dtypes():
+    cpu = torch.device("cpu")
+    assert choose_dtype(None, cpu) == torch.float32
+    assert choose_dtype("bfloat16", cpu) == choose_dtype(torch.bfloat16, cpu) == torch.bfloat16
+    with pytest.raises(ValueError, match="expected a dtype of float32, bfloat16"):
+        choose_dtype("int8", cpu)
+
+
+def test_the_groups_are_silent_and_keep_their_size(capfd):
+    initialize(device=torch.device("cpu"))
+    initialize(1, device=torch.device("cpu"))
+    with pytest.raises(ValueError, match="model_parallel_size 2 was asked for"):
+        initialize(2, device=torch.device("cpu"))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_fresh_process_prints_nothing_and_leaves_no_defaults(tmp_path):
+    import subprocess
+
+    code = (
+        "import torch; from llama.parallel import initialize; import sys; out = sys.stdout\n"
+        "initialize(device=torch.device('cpu'))\n"
+        "assert sys.stdout is out and torch.get_default_dtype() == torch.float32\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == ""
