@@ -4,10 +4,11 @@ from pathlib import Path
 
 from setuptools import setup
 
-PLOTS = ["matplotlib>=3.7"]
+PLOTS = ["matplotlib>=3.8"]
 DEMO = ["gguf>=0.17", "platformdirs>=4", *PLOTS]
 NOTEBOOKS = ["jupyter", *DEMO]
 DEV = [
+    "accelerate",
     "hypothesis",
     "ipykernel",
     "mypy",

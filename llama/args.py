@@ -82,7 +82,8 @@ class ModelArgs:
 
     def check(self) -> None:
         """Raises ValueError unless the numbers describe a model."""
-        for name in ("dim", "n_layers", "n_heads", "kv_heads", "multiple_of"):
+        limits = ("max_batch_size", "max_seq_len")
+        for name in ("dim", "n_layers", "n_heads", "kv_heads", "multiple_of", *limits):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
@@ -95,9 +96,6 @@ class ModelArgs:
             optional = value is None and name not in ("norm_eps", "rope_theta")
             if not optional and not (isinstance(value, int | float) and 0 < value < math.inf):
                 raise ValueError(f"{name} must be a positive number, got {value!r}")
-        for name in ("max_batch_size", "max_seq_len"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.dim % self.n_heads or self.head_dim % 2:
             raise ValueError(
                 f"dim {self.dim} does not split into {self.n_heads} heads of even width"

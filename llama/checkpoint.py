@@ -271,5 +271,7 @@ def _prune_shard(
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes an object as JSON; numbers are kept to the last digit."""
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    """Writes an object as JSON, innermost lists on one line; numbers keep their last digit."""
+    text = json.dumps(content, indent=1)
+    text = re.sub(r"\[[^][{}\"]*\]", lambda m: " ".join(m[0].split()), text)
+    path.write_text(text + "\n", encoding="utf-8")

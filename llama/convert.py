@@ -212,14 +212,16 @@ class _GGUF:
                 f"{self.path} has a tokenizer of kind {kind!r}; only byte-level BPE ('gpt2') "
                 "can be converted"
             )
-        tokens = self.need("tokenizer.ggml.tokens")
+        tokens, pre = self.need("tokenizer.ggml.tokens"), self.get("tokenizer.ggml.pre", "default")
         text = tokenizer_json(
             tokens,
             self.need("tokenizer.ggml.token_type"),
             self.need("tokenizer.ggml.merges"),
-            self.get("tokenizer.ggml.pre", "default"),
+            pre,
         )
-        config: dict[str, Any] = {"add_bos_token": self.get("tokenizer.ggml.add_bos_token", False)}
+        # llama.cpp's defaults where the file is silent: Llama 3 begins with bos, others do not
+        add_bos = self.get("tokenizer.ggml.add_bos_token", pre == "llama-bpe")
+        config: dict[str, Any] = {"add_bos_token": add_bos}
         for name in ("bos", "eos", "unknown", "padding"):
             number = self.get(f"tokenizer.ggml.{name}_token_id")
             if number is not None:

@@ -21,20 +21,23 @@ from llama.parallel import choose_device, choose_dtype, initialize
 from llama.tokenizer import Tokenizer
 
 
-class CompletionPrediction(TypedDict, total=False):
-    """A completed text; tokens and their log probabilities (nats) only if asked for."""
+class Details(TypedDict, total=False):
+    """Tokens as texts and their log probabilities in nats, only if asked for."""
+
+    tokens: list[str]
+    logprobs: list[float]
+
+
+class CompletionPrediction(Details):
+    """A completed text."""
 
     generation: str
-    tokens: list[str]
-    logprobs: list[float]
 
 
-class ChatPrediction(TypedDict, total=False):
-    """An assistant's answer; tokens and their log probabilities (nats) only if asked for."""
+class ChatPrediction(Details):
+    """An assistant's answer."""
 
     generation: Message
-    tokens: list[str]
-    logprobs: list[float]
 
 
 class Llama:
@@ -248,14 +251,10 @@ class Llama:
         tokens, scores = self.generate(
             encoded, self._gen_len(max_gen_len), temperature, top_p, logprobs, echo
         )
-        results: list[CompletionPrediction] = []
-        for i, ids in enumerate(tokens):
-            result: CompletionPrediction = {"generation": self.tokenizer.decode(ids)}
-            if scores is not None:
-                result["tokens"] = [self.tokenizer.decode([t]) for t in ids]
-                result["logprobs"] = scores[i]
-            results.append(result)
-        return results
+        return [
+            {"generation": self.tokenizer.decode(ids), **self._details(ids, scores, i)}
+            for i, ids in enumerate(tokens)
+        ]
 
     def chat_completion(
         self,
@@ -282,12 +281,15 @@ class Llama:
         for i, (ids, dialog) in enumerate(zip(tokens, dialogs, strict=True)):
             unsafe = is_unsafe(self.tokenizer, dialog)
             text = UNSAFE_ERROR if unsafe else self.tokenizer.decode(ids)
-            result: ChatPrediction = {"generation": {"role": "assistant", "content": text}}
-            if scores is not None:
-                result["tokens"] = [self.tokenizer.decode([t]) for t in ids]
-                result["logprobs"] = scores[i]
-            results.append(result)
+            answer: Message = {"role": "assistant", "content": text}
+            results.append({"generation": answer, **self._details(ids, scores, i)})
         return results
+
+    def _details(self, ids: list[int], scores: list[list[float]] | None, i: int) -> Details:
+        """The tokens of a prediction as texts, and their log probabilities, if asked for."""
+        if scores is None:
+            return {}
+        return {"tokens": [self.tokenizer.decode([t]) for t in ids], "logprobs": scores[i]}
 
     def _gen_len(self, max_gen_len: int | None) -> int:
         return self.model.params.max_seq_len - 1 if max_gen_len is None else max_gen_len

@@ -14,26 +14,20 @@ LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# GGUF's names of pre-tokenizers: the split before the byte level, None for GPT-2's own. SmolLM2 was
-# trained with a cut around every digit too, which transformers leaves out when it reads a GGUF: no
-# merge joins digits, so they stay single, but "\n\n1" is "\n", "\n", "1" and not "\n\n", "1".
-PRE_TOKENIZERS = {"gpt-2": None, "smollm": None, "llama-bpe": LLAMA3_PATTERN}
-# Llama 3's special tokens that are not reserved, then 3.1's second names of reserved ones.
-LLAMA3_NAMES = {
-    0: "<|begin_of_text|>",
-    1: "<|end_of_text|>",
-    6: "<|start_header_id|>",
-    7: "<|end_header_id|>",
-    9: "<|eot_id|>",
-}
-LLAMA31_NAMES = {4: "<|finetune_right_pad_id|>", 8: "<|eom_id|>", 10: "<|python_tag|>"}
+GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# By GGUF's names. SmolLM2 was trained with a cut around every digit too, which transformers drops
+# for a GGUF: digits stay single, as no merge joins them, but "\n\n1" loses the token "\n\n".
+PRE_TOKENIZERS = {"gpt-2": GPT2_PATTERN, "smollm": GPT2_PATTERN, "llama-bpe": LLAMA3_PATTERN}
+# Llama 3's special tokens, in reserve (-) from here to N_SPECIAL; 3.1 gave three of those names.
+LLAMA_NAMES = "begin_of_text end_of_text - - - - start_header_id end_header_id - eot_id"
+LLAMA31_NAMES = {4: "finetune_right_pad_id", 8: "eom_id", 10: "python_tag"}
 N_SPECIAL = 256
 USUAL_NAMES = {
     "bos_token": {"<|begin_of_text|>", "<s>", "<bos>", "<|im_start|>", "<|endoftext|>"},
     "eos_token": {"<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "<|endoftext|>"},
 }
-# Longer texts, or longer runs of only white space or only other characters, overflow tiktoken's
-# stack. The reference cuts at the same places, so the ids are the same.
+# tiktoken fails on longer texts and on longer runs of (or without) white space. The reference cuts
+# at the same places, so the ids are the same.
 MAX_CHARS, MAX_RUN = 400_000, 25_000
 LONG_RUN = re.compile(rf"(?<!\S)\S{{{MAX_RUN + 1},}}|(?<!\s)\s{{{MAX_RUN + 1},}}")
 
@@ -42,12 +36,11 @@ class Tokenizer:
     """One `encode` and one `decode` over SentencePiece, tiktoken and ``tokenizer.json`` files.
 
     Text never turns into special tokens: ``"<|end_of_text|>"`` in a text is encoded as the
-    characters it is made of. Likewise special tokens have no text and vanish in `decode`.
+    characters it is made of. In `decode` special tokens vanish; half characters become U+FFFD.
 
     Attributes:
         n_words: size of the vocabulary, special tokens included.
-        bos_id, eos_id, pad_id: -1 where there is none. Llama 3 has no pad_id: the file does not
-            tell 3.1, which has ``<|finetune_right_pad_id|>``, from 3.
+        bos_id, eos_id, pad_id: -1 where there is none; Llama 3's file tells of no padding.
         stop_tokens: ids that end a generation: eos and Llama 3's ends of turn and message.
         special_tokens: their ids by name; empty for SentencePiece.
         add_bos: whether the model expects bos in front of a plain text.
@@ -67,16 +60,13 @@ class Tokenizer:
         backend = self._backend = _open(Path(str(model_path)))
         special = self.special_tokens = backend.special_tokens
         self.n_words: int = max(backend.ids, default=-1) + 1
-        self.bos_id: int = backend.bos_id
-        self.eos_id: int = backend.eos_id
-        self.pad_id: int = backend.pad_id
+        self.bos_id, self.eos_id, self.pad_id = backend.bos_eos_pad
         self.add_bos: bool = backend.add_bos
         ends = {special.get(name, -1) for name in ("<|eot_id|>", "<|eom_id|>")}
         self.stop_tokens: set[int] = (ends | {self.eos_id}) - {-1}
-        headers = {"<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"}
-        self.dialog_format = "llama3" if headers <= special.keys() else None
-        if isinstance(backend, _SentencePiece):
-            self.dialog_format = "llama2"
+        self.dialog_format = "llama2" if isinstance(backend, _SentencePiece) else None
+        if {"<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"} <= special.keys():
+            self.dialog_format = "llama3"
 
     def encode(self, s: str, bos: bool, eos: bool) -> list[int]:
         """Token ids of a text of any length, between `bos_id` and `eos_id` where asked for.
@@ -86,22 +76,15 @@ class Tokenizer:
         """
         for wanted, token_id, key in ((bos, self.bos_id, "bos"), (eos, self.eos_id, "eos")):
             if wanted and token_id < 0:
-                lack = self._backend.lack
-                raise ValueError(f"encode({key}=True): {lack} {key}_token; encode with {key}=False")
+                raise ValueError(f"encode({key}=True) needs a {key}_token; {self._backend.lack}")
         s.encode("utf-8")  # raises on surrogates, which the backends treat differently
         return [self.bos_id] * bos + self._backend.encode(s) + [self.eos_id] * eos
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of token ids; incomplete characters become U+FFFD.
-
-        Raises:
-            ValueError: an id is not in the vocabulary, like the -1 of an absent token.
-        """
+        """The text of token ids; ValueError if one is not in the vocabulary, like -1."""
         ids = [int(i) for i in ids]
-        unknown = [i for i in ids if i not in self._backend.ids]
-        if unknown:
-            known = f"the vocabulary is 0..{self.n_words - 1}"
-            raise ValueError(f"there is no token id {unknown[0]}, {known}; drop it to decode")
+        if unknown := [i for i in ids if i not in self._backend.ids]:
+            raise ValueError(f"no token has id {unknown[0]}, only 0..{self.n_words - 1}; drop it")
         return self._backend.decode(ids)
 
 
@@ -112,21 +95,20 @@ class _SentencePiece:
         from sentencepiece import SentencePieceProcessor
 
         try:
-            if not _has_settings(data):
-                raise RuntimeError("the settings behind the pieces are missing")
-            self.model = SentencePieceProcessor(model_proto=data)
+            model = self.model = SentencePieceProcessor(model_proto=data)
         except RuntimeError as error:
             raise ValueError(f"{path} is a damaged SentencePiece model: {error}") from None
-        self.lack, self.add_bos = f"{path} defines no", True
-        self.ids = range(self.model.vocab_size())
-        self.bos_id, self.eos_id = self.model.bos_id(), self.model.eos_id()
-        self.pad_id, self.special_tokens = self.model.pad_id(), dict[str, int]()
+        if not _has_settings(data):
+            raise ValueError(f"{path} is a damaged SentencePiece model: it ends after the pieces")
+        self.lack, self.add_bos = f"{path} defines none", True
+        self.ids, self.special_tokens = range(model.vocab_size()), dict[str, int]()
+        self.bos_eos_pad = model.bos_id(), model.eos_id(), model.pad_id()
 
     def encode(self, text: str) -> list[int]:
         return self.model.encode(text)
 
     def decode(self, ids: list[int]) -> str:
-        return self.model.decode(ids) if ids else ""
+        return self.model.decode(ids)
 
 
 class _Tiktoken:
@@ -136,12 +118,11 @@ class _Tiktoken:
         from tiktoken import Encoding
 
         ranks = _read_ranks(path, data)
-        self.lack, self.add_bos = f"{path} defines no", True
-        self.n_ranks, self.ids = len(ranks), range(len(ranks) + N_SPECIAL)
-        self.special_tokens = llama3_special_tokens(self.n_ranks)
-        self.bos_id, self.eos_id, self.pad_id = self.n_ranks, self.n_ranks + 1, -1
-        args = {"pat_str": LLAMA3_PATTERN, "mergeable_ranks": ranks, "special_tokens": {}}
-        self.model = Encoding(path.name, **args)
+        self.lack, self.add_bos = f"{path} defines none", True
+        n = self.n_ranks = len(ranks)
+        self.ids, self.special_tokens = range(n + N_SPECIAL), llama3_special_tokens(n)
+        self.bos_eos_pad = n, n + 1, -1
+        self.model = Encoding("", pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens={})
 
     def encode(self, text: str) -> list[int]:
         return [i for chunk in _chunks(text) for i in self.model.encode_ordinary(chunk)]
@@ -154,11 +135,10 @@ class _TokenizerJson:
     """A Hugging Face ``tokenizer.json`` and the ``tokenizer_config.json`` beside it."""
 
     def __init__(self, path: Path, data: bytes) -> None:
-        from tokenizers import AddedToken
-        from tokenizers import Tokenizer as Model
+        import tokenizers
 
         try:
-            model = self.model = Model.from_buffer(data)
+            model = self.model = tokenizers.Tokenizer.from_buffer(data)
         except ValueError as error:
             raise ValueError(f"{path} is no tokenizer.json or a damaged one: {error}") from None
         model.no_truncation()
@@ -167,21 +147,18 @@ class _TokenizerJson:
         added, vocab = model.get_added_tokens_decoder().items(), model.get_vocab()
         special = {token.content: i for i, token in sorted(added) if token.special}
         config_path = path.with_name("tokenizer_config.json")
-        verb = "names no" if config_path.is_file() else "is missing, which would name the"
-        self.lack = f"{config_path} {verb}"
+        self.lack = f"{config_path} {'names none' if config_path.is_file() else 'is missing'}"
         config = _read_config(config_path)
         names = [_name(config, key, special) for key in ("bos_token", "eos_token", "pad_token")]
         for name in filter(None, names):
             if name not in vocab:
                 raise ValueError(f"{config_path} names a token {name!r}, which {path} lacks")
-            model.add_special_tokens([AddedToken(name, normalized=False)])
+            model.add_special_tokens([name])
             special[name] = vocab[name]
-        self.bos_id, self.eos_id, self.pad_id = (vocab.get(name, -1) for name in names)
         self.ids, self.special_tokens = frozenset(vocab.values()), special
-        add_bos = config.get("add_bos_token")
-        if add_bos is None:  # does the file's own post-processor add it?
-            add_bos = model.encode("").ids[:1] == [self.bos_id]
-        self.add_bos = bool(add_bos)
+        self.bos_eos_pad = tuple(vocab.get(name, -1) for name in names)
+        own = model.encode("").ids[:1] == [self.bos_eos_pad[0]]  # the file's post-processor adds it
+        self.add_bos = bool(config.get("add_bos_token", own))
 
     def encode(self, text: str) -> list[int]:
         return self.model.encode(text, add_special_tokens=False).ids
@@ -191,18 +168,10 @@ class _TokenizerJson:
 
 
 def find_tokenizer(ckpt_dir: str | os.PathLike[str]) -> Path:
-    """The tokenizer in a checkpoint directory or, Llama 2's place, in its parent.
-
-    Raises:
-        FileNotFoundError: none is there; names the places.
-    """
-    directory = Path(str(ckpt_dir))
-    above = Path(os.path.abspath(directory)).parent
-    places = [
-        directory / "tokenizer.model",
-        directory / "tokenizer.json",
-        above / "tokenizer.model",
-    ]
+    """The tokenizer file in a directory or, Llama 2's place, its parent; else FileNotFoundError."""
+    here = Path(str(ckpt_dir))
+    places = [here / "tokenizer.model", here / "tokenizer.json"]
+    places.append(Path(os.path.abspath(here)).parent / "tokenizer.model")
     for place in places:
         if place.is_file():
             return place
@@ -215,11 +184,10 @@ def llama3_special_tokens(n_ranks: int) -> dict[str, int]:
     The files of Llama 3 and 3.1 are the same, so the names of both are there: every id has its
     Llama 3 name, and 3.1's new tokens are second names of three that Llama 3 keeps in reserve.
     """
-    names, spare = [], iter(range(N_SPECIAL))
-    for i in range(N_SPECIAL):
-        names.append(LLAMA3_NAMES.get(i) or f"<|reserved_special_token_{next(spare)}|>")
-    numbered = [*enumerate(names), *LLAMA31_NAMES.items()]
-    return {name: n_ranks + i for i, name in numbered}
+    reserved = (f"reserved_special_token_{i}" for i in range(N_SPECIAL))
+    names = (LLAMA_NAMES.split() + ["-"] * N_SPECIAL)[:N_SPECIAL]
+    names = [next(reserved) if name == "-" else name for name in names]
+    return {f"<|{name}|>": n_ranks + i for i, name in [*enumerate(names), *LLAMA31_NAMES.items()]}
 
 
 def tokenizer_json(
@@ -244,30 +212,22 @@ def tokenizer_json(
     if pre not in PRE_TOKENIZERS:
         raise ValueError(f"unknown pre-tokenizer {pre!r}; known are {sorted(PRE_TOKENIZERS)}")
     spell = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    bytewise = {t for t in tokens if set(t) <= set(spell.alphabet())}
     # As in transformers: other tokens are spelled bytewise and, special or not, never whole.
-    vocab = {
-        t if t in bytewise else spell.pre_tokenize_str(t)[0][0]: i for i, t in enumerate(tokens)
-    }
+    alphabet = set(spell.alphabet())
+    whole = {t for t in tokens if set(t) <= alphabet}
+    vocab = {t if t in whole else spell.pre_tokenize_str(t)[0][0]: i for i, t in enumerate(tokens)}
     pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
-    misfit = next((p for p in pairs if not {*p, "".join(p)} <= vocab.keys()), None)
-    if misfit or not len(tokens) == len(vocab) == len(token_types):
-        raise ValueError(
-            "expected distinct tokens, one type a token and merges among them; got "
-            f"{len(tokens)} tokens, {len(vocab)} distinct, {len(token_types)} types"
-            + (f", and a merge of {misfit}" if misfit else "")
-        )
+    misfits = [pair for pair in pairs if not {*pair, "".join(pair)} <= vocab.keys()][:1]
+    if misfits or not len(tokens) == len(vocab) == len(token_types):
+        counts = f"{len(tokens)} tokens, {len(vocab)} distinct, and {len(token_types)} types"
+        raise ValueError(f"expected one type a token, got {counts}; wrong merges: {misfits}")
     model = Tokenizer(models.BPE(vocab, pairs, ignore_merges=pre == "llama-bpe"))
-    before = PRE_TOKENIZERS[pre]
-    if before is None:
-        model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    else:
-        split = pre_tokenizers.Split(Regex(before), behavior="isolated")
-        model.pre_tokenizer = pre_tokenizers.Sequence([split, spell])
+    split = pre_tokenizers.Split(Regex(PRE_TOKENIZERS[pre]), behavior="isolated")
+    model.pre_tokenizer = pre_tokenizers.Sequence([split, spell])
     model.decoder = decoders.ByteLevel()
-    kinds = [(t, kind) for t, kind in zip(tokens, token_types, strict=True) if t in bytewise]
-    model.add_special_tokens([AddedToken(t, normalized=False) for t, kind in kinds if kind == 3])
-    model.add_tokens([AddedToken(t, normalized=False) for t, kind in kinds if kind == 4])
+    typed = [(t, kind) for t, kind in zip(tokens, token_types, strict=True) if t in whole]
+    model.add_special_tokens([t for t, kind in typed if kind == 3])
+    model.add_tokens([AddedToken(t, normalized=False) for t, kind in typed if kind == 4])
     return model.to_str()
 
 
@@ -275,7 +235,7 @@ def _open(path: Path) -> _SentencePiece | _Tiktoken | _TokenizerJson:
     if path.is_dir():
         raise ValueError(f"{path} is a directory; give the tokenizer.model or tokenizer.json in it")
     if not path.is_file():
-        raise FileNotFoundError(f"there is no tokenizer file {path}")
+        raise FileNotFoundError(f"tokenizer file {path} does not exist")
     data = path.read_bytes()
     if data[:64].lstrip().startswith(b"{"):
         return _TokenizerJson(path, data)
@@ -283,40 +243,32 @@ def _open(path: Path) -> _SentencePiece | _Tiktoken | _TokenizerJson:
         return _Tiktoken(path, data)
     if re.match(rb"\n[\x07-\xff]\x01?\n", data):  # a piece, its length, and its text likewise
         return _SentencePiece(path, data)
-    content = f"begins with {data[:20]!r}" if data else "is empty"
-    raise ValueError(
-        f"{path} {content}; expected a SentencePiece model, tiktoken ranks or a tokenizer.json"
-    )
+    what = f"begins with {data[:20]!r}" if data else "is empty"
+    raise ValueError(f"{path} {what}; expected SentencePiece, tiktoken ranks or tokenizer.json")
 
 
 def _has_settings(model: bytes) -> bool:
     """Whether something follows the pieces of a SentencePiece model."""
     at = 0
-    while model[at : at + 1] == b"\n" and at + 2 < len(model):
-        size, at = model[at + 1], at + 2
-        if size > 127:  # the length has a second byte
-            size, at = size - 128 + 128 * model[at], at + 1
-        at += size
+    while model[at : at + 1] == b"\n":
+        size = model[at + 1]  # a second byte follows where the first is above 127
+        at += 2 + size if size < 128 else 3 + size - 128 + 128 * model[at + 2]
     return at < len(model)
 
 
 def _read_ranks(path: Path, data: bytes) -> dict[bytes, int]:
     ranks: dict[bytes, int] = {}
-    for number, line in enumerate(filter(None, data.splitlines())):
+    for line in filter(None, data.splitlines()):
         try:
             word, rank = line.split()
             token = base64.b64decode(word, validate=True)
-            damaged = int(rank) != number or token in ranks
+            if int(rank) != len(ranks) or token in ranks:
+                raise ValueError
         except ValueError:
-            damaged = True
-        if damaged:
-            raise ValueError(
-                f"{path} is damaged: expected a new token in base64 and the rank {number}, got "
-                f"{line[:40]!r}"
-            )
-        ranks[token] = number
-    lacking = sum(bytes([i]) not in ranks for i in range(256))
-    if lacking:
+            expected = f"expected a new token in base64 and the rank {len(ranks)}"
+            raise ValueError(f"{path} is damaged: {expected}, got {line[:40]!r}") from None
+        ranks[token] = len(ranks)
+    if lacking := sum(bytes([i]) not in ranks for i in range(256)):
         raise ValueError(f"{path} is damaged: it lacks {lacking} of the 256 single bytes")
     return ranks
 
@@ -334,12 +286,9 @@ def _chunks(text: str) -> Iterator[str]:
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_bytes()) if path.is_file() else {}
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} must hold one JSON object")
-    return config
+        return dict(json.loads(path.read_bytes())) if path.is_file() else {}
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is no JSON object: {error}") from None
 
 
 def _name(config: dict[str, Any], key: str, special: dict[str, int]) -> str:

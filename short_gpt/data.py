@@ -35,7 +35,7 @@ def texts(source: str | Path, *, split: str | None = None, column: str = "text")
         column: where the text is, in .jsonl, .parquet and data sets.
 
     Raises:
-        FileNotFoundError: source looks like a path that does not exist, or the hub has it not.
+        FileNotFoundError: source looks like a path that does not exist, or the hub lacks it.
         ConnectionError: the hub cannot be reached, or `HF_HUB_OFFLINE` is set.
         ValueError: an unknown kind of file, a bad line, a missing column or split, no text.
     """
@@ -261,9 +261,8 @@ def _cell(row: Any, column: str) -> str:
 
 def _reach(name: str) -> None:
     """Asks the hub for the data set: `load_dataset` alone takes 23 s to find it out of reach."""
-    from huggingface_hub import HfApi
-
     # HTTPError is that of the HTTP library in use, whose connection errors need not be OSErrors.
+    from huggingface_hub import HfApi
     from huggingface_hub.errors import HTTPError, RepositoryNotFoundError
 
     try:

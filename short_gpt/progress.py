@@ -6,10 +6,13 @@ from typing import Any
 
 
 def bar(desc: str, *, total: int | None, unit: str, show: bool = True) -> Any:
-    """A tqdm bar on stderr, for use in a ``with`` block; a silent one unless ``show``."""
+    """A tqdm bar on stderr, for use in a ``with`` block; a silent one unless ``show``.
+
+    It appears after a second, so that short work stays quiet.
+    """
     from tqdm.auto import tqdm
 
-    return tqdm(total=total, desc=desc, unit=unit, disable=not show)
+    return tqdm(total=total, desc=desc, unit=unit, delay=1.0, disable=not show)
 
 
 def set_rate(bar: Any, tokens: int) -> None:

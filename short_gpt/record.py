@@ -32,11 +32,13 @@ def write_record(
     Raises:
         FileExistsError: the file exists and ``overwrite`` is not set.
     """
+    from llama.checkpoint import write_json
+
     target = Path(str(path))
     refuse_existing(target, overwrite=overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
-    partial.write_text(json.dumps({**content, "versions": versions()}, indent=1) + "\n")
+    write_json(partial, {**content, "versions": versions()})
     partial.replace(target)
     return target
 

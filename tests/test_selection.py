@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-import json
-from importlib import resources
-
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from short_gpt.reproduce import published
 from short_gpt.selection import best_block, lowest
-
-
-def reimplementation(model: str) -> dict:
-    """Vectors and lists that the public reimplementation of ShortGPT printed."""
-    text = resources.files("short_gpt").joinpath("published.json").read_text()
-    return json.loads(text)["reimplementation"]["runs"][model]
 
 
 @pytest.mark.parametrize("model", ["Llama-2-7B", "Mistral-7B-v0.1"])
 def test_published_vectors_give_the_published_lists(model):
-    run = reimplementation(model)
-    assert lowest(torch.tensor(run["bi"], dtype=torch.float64), 9) == run["removed"]["bi"]
-    n, layers = 9, len(run["bi"])
-    angular = torch.full((layers + 1, layers + 1), float("nan"), dtype=torch.float64)
-    distances = torch.tensor(run["angular_n9"][: layers - n + 1], dtype=torch.float64)
-    angular.diagonal(n).copy_(distances)
-    assert best_block(angular, n) == run["removed"]["angular_n9"]
+    run = published()["reimplementation"]["models"][model]
+    scores = torch.tensor(run["importance"], dtype=torch.float64)
+    assert lowest(scores, 9) == run["removed"]
+    angular = torch.full((33, 33), float("nan"), dtype=torch.float64)
+    distances = torch.tensor(run["angular_n9"][: 32 - 9 + 1], dtype=torch.float64)
+    angular.diagonal(9).copy_(distances)
+    assert best_block(angular, 9) == run["removed_angular_n9"]
 
 
 def test_ties_go_to_the_lower_layer():

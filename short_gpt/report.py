@@ -1,0 +1,65 @@
+"""Results as text for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from short_gpt.evaluate import Perplexity
+from short_gpt.importance import Importance
+from short_gpt.selection import best_block, lowest
+
+
+def ranking(importance: Importance, n: int | None = None) -> str:
+    """A row for every layer, and what each method would remove.
+
+    Args:
+        importance: at least one window.
+        n: how many layers to remove; None leaves the methods' choices out.
+    """
+    scores, errors = importance.block_influence, importance.standard_error
+    order = scores.argsort(stable=True).tolist()
+    place = {position: rank for rank, position in enumerate(order, start=1)}
+    chosen = set(lowest(scores, n)) if n is not None else set()
+    rows = [f"{'layer':>5}  {'Block Influence':>15}  {'std. error':>10}  {'rank':>4}"]
+    for i, layer in enumerate(importance.layers):
+        mark = "  remove" if i in chosen else ""
+        rows.append(f"{layer:>5}  {scores[i]:>15.6f}  {errors[i]:>10.6f}  {place[i]:>4}{mark}")
+    rows += [
+        "",
+        f"{importance.n_windows:,} windows, {importance.n_tokens:,} tokens; {_halves(importance)}",
+    ]
+    return "\n".join(rows + choices(importance, n))
+
+
+def choices(importance: Importance, n: int | None) -> list[str]:
+    """The layers that each method would remove; nothing if ``n`` is None."""
+    if n is None:
+        return []
+    layers = importance.layers
+    low = [layers[i] for i in lowest(importance.block_influence, n)]
+    block = best_block(importance.angular, n)
+    distance = importance.angular[block[0], block[0] + n]
+    numbers = [layers[i] for i in block]
+    return [
+        f"lowest Block Influence:    {low}",
+        f"best block by angle:       {numbers}, distance {distance:.4f}",
+    ]
+
+
+def _halves(importance: Importance) -> str:
+    if importance.n_windows < 2:
+        return "one window: no standard errors"
+    return f"rank agreement of two halves of the windows {importance.agreement:.3f}"
+
+
+def perplexities(found: Mapping[str, Perplexity]) -> str:
+    """A row for every named perplexity, with the ratio to the first."""
+    width = max(len(name) for name in found)
+    first = next(iter(found.values())).value
+    rows = [f"{'':<{width}}  {'perplexity':>12}  {'ratio':>7}  {'tokens':>9}  {'windows':>7}"]
+    for name, p in found.items():
+        rows.append(
+            f"{name:<{width}}  {p.value:>12.3f}  {p.value / first:>7.2f}  {p.tokens:>9,}"
+            f"  {p.windows:>7,}"
+        )
+    return "\n".join(rows)

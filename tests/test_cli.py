@@ -1,0 +1,232 @@
+"""The commands as a user types them: right once, and wrong in every way."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_transformer, save_checkpoint
+
+from llama.tokenizer import tokenizer_json
+from short_gpt import cli
+from short_gpt.__main__ import main
+
+BYTES = [chr(c) for c in [*range(33, 127), *range(161, 173), *range(174, 256)]]
+BYTES += [chr(256 + i) for i in range(256 - len(BYTES))]
+TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom. " * 8
+
+
+@pytest.fixture
+def ckpt(tmp_path: Path, monkeypatch) -> Path:
+    """A random model of 5 layers over bytes; the working directory is a fresh folder."""
+    directory = save_checkpoint(tmp_path / "ckpt", make_transformer(vocab_size=258))
+    params = json.loads((directory / "params.json").read_text()) | {"vocab_size": 258}
+    (directory / "params.json").write_text(json.dumps(params))
+    types = [3, 3] + [1] * 256
+    (directory / "tokenizer.json").write_text(
+        tokenizer_json(["<s>", "</s>", *BYTES], types, [], "gpt-2")
+    )
+    config = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True}
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "book.txt").write_text(TEXT)
+    monkeypatch.chdir(tmp_path)
+    return directory
+
+
+def run(*argv: object) -> None:
+    main([str(a) for a in argv])
+
+
+def fails(capsys, *argv: object) -> str:
+    """Runs a command that must exit with 1 and one line; returns the line."""
+    with pytest.raises(SystemExit) as stop:
+        run(*argv)
+    out, err = capsys.readouterr()
+    assert stop.value.code == 1
+    assert out == ""
+    lines = [line for line in err.splitlines() if "it/s" not in line and line.strip()]
+    assert len(lines) == 1 and lines[0].startswith("short-gpt: "), err
+    return lines[0]
+
+
+DATA = ("--data", "book.txt", "--size", 32, "--stride", 16)
+
+
+def test_rank_prune_plot_and_perplexity(ckpt, capsys):
+    run("rank", "ckpt", *DATA, "--n_prune_layers", 2, "--out", "r.json", "--plots", "pictures")
+    out = capsys.readouterr().out
+    record = json.loads(Path("r.json").read_text())
+    tokens = len(TEXT) + 1  # bytes and bos
+    windows = (tokens - 32) // 16 + 1
+    assert f"{windows} windows, {windows * 32:,} tokens" in out
+    assert record["arguments"]["size"] == 32 and record["seed"] == 0
+    assert record["versions"]["torch"] == torch.__version__
+    assert {p.name for p in Path("pictures").iterdir()} == {"block_influence.png", "angular.png"}
+
+    run("prune", "ckpt", "small", "--scores", "r.json", "--n_prune_layers", 2)
+    removed = json.loads(Path("small/pruning.json").read_text())["removed_layers"]
+    assert f"lowest Block Influence:    {removed}" in out
+    run("prune", "ckpt", "block", "--scores", "r.json", "--n_prune_layers", 2, "--angular")
+    block = json.loads(Path("block/pruning.json").read_text())["removed_layers"]
+    assert f"best block by angle:       {block}" in out
+    run("prune", "ckpt", "named", "--layers", ",".join(map(str, removed)))
+    for name in ("small", "named"):
+        state = torch.load(f"{name}/consolidated.00.pth")
+        assert len(state) == 3 + 3 * 9
+    run("prune", "ckpt", "one", "--layers", 3)
+    run("plot", "r.json", "again", "--n_prune_layers", 2)
+    capsys.readouterr()
+
+    run("perplexity", "small", *DATA[:4], "--out", "p.json")
+    value = json.loads(Path("p.json").read_text())["result"]["perplexity"]
+    assert f"{value:.3f}" in capsys.readouterr().out
+    assert 1 < value < math.inf
+
+
+def test_the_same_seed_gives_the_same_scores(ckpt):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2), ("d", "none")):
+        run("rank", "ckpt", *DATA, "--max_windows", 5, "--seed", seed, "--out", f"{name}.json")
+    a, b, c, d = (json.loads(Path(f"{n}.json").read_text())["importance"] for n in "abcd")
+    assert a == b
+    assert a["influence"] != c["influence"] != d["influence"]
+
+
+def test_generate(ckpt, capsys):
+    run("generate", "ckpt", "It was", "--temperature", 0, "--max_gen_len", 5)
+    assert capsys.readouterr().out.startswith("It was")
+
+
+def test_a_number_can_be_a_path_and_a_text(ckpt, capsys):
+    Path("ckpt").rename("2048")
+    run("generate", 2048, 1984, "--max_gen_len", 2)
+    assert capsys.readouterr().out.startswith("1984")
+
+
+def test_reproduce_runs_the_protocol_on_a_model_of_the_papers_shape(ckpt, capsys, monkeypatch):
+    """A random model of 5 layers stands in: what is shown is the command, not the paper."""
+    from short_gpt import reproduce
+
+    table = reproduce.published()
+    table["paper"]["models"]["tiny"] = {
+        "dim": 32,
+        "n_layers": 5,
+        "vocab_size": 258,
+        "removed": [3, 1],
+    }
+    monkeypatch.setattr(reproduce, "published", lambda: table)
+    Path("books").mkdir()
+    Path("books/validation-1.txt").write_text(TEXT * 3)
+    run("reproduce", "ckpt", "--data", "books", "--max_windows", 2, "--out", "r.json")
+    out = capsys.readouterr().out
+    record = json.loads(Path("r.json").read_text())
+    assert record["result"]["model"] == "tiny" and record["result"]["paper"] == [3, 1]
+    assert len(record["result"]["ours"]) == 2
+    assert record["importance"]["tokens"] == [1024.0, 1024.0]
+    assert "same layers: " in out and "paper" in out
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["rnk"], "no command 'rnk'; did you mean rank?"),
+        (["rank"], "rank needs CKPT_DIR; see rank --help"),
+        (["rank", "nowhere"], "checkpoint directory nowhere does not exist"),
+        (["rank", "."], "has no params.json; is it a Meta checkpoint?"),
+        (["rank", "ckpt", "--sed", "1"], "rank has no flag --sed; did you mean --seed?"),
+        (["rank", "ckpt", "-q", "1"], "rank has no flag -q"),
+        (["rank", "ckpt", "--size", "big"], "--size expects a whole number, got 'big'"),
+        (["rank", "ckpt", "--overwrite", "3"], "--overwrite expects True or False, got 3"),
+        (["rank", "ckpt", "more"], "rank takes CKPT_DIR; what is 'more'?"),
+        (["rank", "ckpt", "--data", "no.txt"], "'no.txt' does not exist"),
+        (["rank", "ckpt", "--data", "book.txt"], "no windows: the longest of 1 texts has 633"),
+        (["rank", "ckpt", *DATA, "--n_prune_layers", "5"], "expected 1 to 4"),
+        (["rank", "ckpt", *DATA, "--batch_size", "0"], "max_batch_size must be a positive"),
+        (["rank", "ckpt", *DATA, "--device", "tpu9"], "expected a device such as cpu"),
+        (["rank", "ckpt", *DATA, "--dtype", "int4"], "expected a dtype of float32"),
+        (["rank", "ckpt", *DATA, "--out", "book.txt"], "book.txt exists"),
+        (["prune", "ckpt"], "prune needs OUT_DIR"),
+        (["prune", "ckpt", "x"], "prune needs either --layers 21,22,23 or --scores FILE"),
+        (["prune", "ckpt", "x", "--layers", "7"], "layers [7] do not exist; the model has 0..4"),
+        (["prune", "ckpt", "x", "--layers", "a"], "expected layer numbers as in"),
+        (["prune", "ckpt", "x", "--scores", "no.json"], "no.json does not exist"),
+        (["prune", "ckpt", "x", "--scores", "book.txt"], "book.txt is not JSON"),
+        (["prune", "ckpt", "ckpt", "--layers", "1"], "ckpt exists"),
+        (["plot", "ckpt/params.json", "x"], "holds no scores; expected a file written by"),
+        (["generate", "ckpt", "a", "b"], "generate takes CKPT_DIR PROMPT; what is 'b'?"),
+        (["generate", "ckpt", "a", "--top_p", "x"], "--top_p expects a number, got 'x'"),
+        (["convert", "no.gguf", "x"], "GGUF file no.gguf does not exist"),
+        (["convert", "book.txt", "x"], "book.txt is not a complete GGUF file"),
+        (["reproduce"], "reproduce needs a checkpoint of one of the paper's models"),
+        (["reproduce", "ckpt"], "the paper has no list for a model of dim 32, 5 layers"),
+        (["demo", "--out_dir", "ckpt"], "ckpt exists"),
+    ],
+)
+def test_mistakes_cost_one_line(ckpt, capsys, argv, message):
+    before = sorted(p.name for p in Path().iterdir())
+    assert message in fails(capsys, *argv)
+    assert sorted(p.name for p in Path().iterdir()) == before
+
+
+def test_scores_of_another_model_are_refused(ckpt, capsys):
+    run("rank", "ckpt", *DATA, "--max_windows", 2, "--out", "r.json")
+    run("prune", "ckpt", "small", "--layers", 1)
+    capsys.readouterr()
+    line = fails(capsys, "prune", "small", "x", "--scores", "r.json", "--n_prune_layers", 1)
+    assert "scores 5 layers, small has 4; they do not belong together" in line
+    assert "--n_prune_layers N" in fails(capsys, "prune", "ckpt", "x", "--scores", "r.json")
+
+
+def test_a_mistyped_flag_is_told_before_anything_runs(ckpt, capsys, monkeypatch):
+    monkeypatch.setitem(cli.COMMANDS, "rank", lambda ckpt_dir, seed=0: pytest.fail("it ran"))
+    assert "did you mean --seed" in fails(capsys, "rank", "ckpt", "--sead", "1")
+
+
+def test_no_network_is_told_within_seconds(ckpt, capsys):
+    start = time.monotonic()
+    line = fails(capsys, "rank", "ckpt")
+    assert "emozilla/pg19" in line and "--data FOLDER" in line
+    assert time.monotonic() - start < 15
+
+
+def test_an_interruption_is_no_traceback(ckpt, capsys, monkeypatch):
+    def interrupt(ckpt_dir: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli.COMMANDS, "rank", interrupt)
+    with pytest.raises(SystemExit) as stop:
+        run("rank", "ckpt")
+    assert stop.value.code == 130
+    assert capsys.readouterr().err == "short-gpt: interrupted\n"
+
+
+@pytest.mark.parametrize("command", [None, *cli.COMMANDS])
+def test_help_describes_every_command_and_flag(command):
+    argv = [sys.executable, "-m", "short_gpt", *([command] if command else []), "--help"]
+    done = subprocess.run(argv, capture_output=True, text=True, check=True)
+    text = done.stdout + done.stderr
+    if command is None:
+        assert all(name in text for name in cli.COMMANDS)
+        return
+    flags = text.split("FLAGS")[-1]
+    entries = [line for line in flags.splitlines() if line.strip().startswith("-")]
+    assert entries and "<class" not in text
+    for line in entries:
+        position = flags.index(line) + len(line)
+        described = flags[position:].split("\n    -")[0].strip().splitlines()
+        assert len(described) >= 3 and len(described[-1].strip()) > 10, line
+
+
+def test_importing_the_package_is_light():
+    code = (
+        "import sys, short_gpt\n"
+        "heavy = {'datasets', 'transformers', 'matplotlib', 'fire', 'fairscale', 'llama'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

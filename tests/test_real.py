@@ -1,0 +1,192 @@
+"""The real small model against transformers, and the whole job from end to end.
+
+SmolLM2-135M-Instruct and the King James Bible, as `short_gpt.demo` fetches them.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from llama import Llama
+from llama.tokenizer import Tokenizer
+from short_gpt import ShortLlama, demo, windows
+
+pytestmark = [
+    pytest.mark.real,
+    pytest.mark.filterwarnings("default"),  # transformers' own, while it reads GGUF
+]
+
+PROMPTS = [
+    "The capital of France is",
+    "Once upon a time there was a little fox who",
+    "Water boils at",
+    "def fibonacci(n):\n",
+    "In the year 1492, Columbus sailed across the ocean with three ships, and on them were",
+    "My favourite colour is",
+]
+ODD = [
+    "",
+    " ",
+    "a",
+    "  two  spaces   three ",
+    "tab\tand\r\nCRLF\n\n\n",
+    "1234567 12.5 1,000",
+    "a\n\n1 b\n\n\n22",
+    "don't I'll WE'RE",
+    "caf\u00e9 cafe\u0301 na\u00efve \u00df",
+    "\u4f60\u597d\uff0c\u4e16\u754c \u3053\u3093\u306b\u3061\u306f \ud55c\uad6d\uc5b4",
+    "\U0001f600\U0001f468\u200d\U0001f469\u200d\U0001f467 \U0001f1ec\U0001f1e7",
+    "\u00a0\u2003\u200b\ufeff",
+    "nul\x00byte",
+    "x" * 3000,
+    " " * 500,
+    "http://example.com/?a=1&b=%20#x",
+]
+
+
+@pytest.fixture(scope="module")
+def theirs():
+    """transformers' model and tokenizer, read from the same GGUF file."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    file = demo.gguf_file()
+    model = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, dtype=torch.float32
+    )
+    return model.eval(), AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+
+
+def build(**changes) -> Llama:
+    directory = demo.checkpoint()
+    limits = {"max_seq_len": 1024, "max_batch_size": 8, "device": "cpu"}
+    return Llama.build(directory, directory / "tokenizer.json", **{**limits, **changes})
+
+
+@pytest.fixture(scope="module")
+def llama() -> Llama:
+    return build()
+
+
+@pytest.fixture(scope="module")
+def book(llama) -> list[list[int]]:
+    encode = ShortLlama(llama).encode
+    return list(windows(demo.bible(), encode, size=1024, stride=1024, seed=0, limit=6))
+
+
+def test_tokenization_equals_transformers(theirs):
+    ours = Tokenizer(demo.checkpoint() / "tokenizer.json")
+    for text in [*ODD, *demo.bible(), *demo.bible("held_out")]:
+        expected = theirs[1](text, add_special_tokens=False)["input_ids"]
+        assert ours.encode(text, bos=False, eos=False) == expected, text[:40]
+    assert (ours.n_words, ours.bos_id, ours.eos_id) == (49152, 1, 2)
+
+
+def test_logits_equal_transformers(theirs, llama, book):
+    tokens = torch.tensor([book[0][:512]])
+    with torch.no_grad():
+        expected, found = theirs[0](tokens).logits, llama.model(tokens)
+    assert (found - expected).abs().max() < 1e-4
+    assert torch.equal(found.argmax(-1), expected.argmax(-1))
+
+
+def test_hidden_states_equal_transformers(theirs, llama, book):
+    """Every layer's output, seen by hooks in both models."""
+    tokens = torch.tensor([book[1][:256]])
+    ours: list[torch.Tensor] = []
+    handles = [
+        layer.register_forward_hook(lambda *a: ours.append(a[-1])) for layer in llama.model.layers
+    ]
+    with torch.no_grad():
+        llama.model.hidden(tokens)
+        expected = theirs[0](tokens, output_hidden_states=True).hidden_states
+    for handle in handles:
+        handle.remove()
+    for found, state in zip(ours[:-1], expected[1:-1], strict=True):
+        assert (found - state).abs().max() <= 1e-5 * state.abs().max()
+
+
+def test_greedy_generation_equals_transformers_single_and_in_one_ragged_batch(theirs, llama):
+    prompts = [llama.tokenizer.encode(p, bos=False, eos=False) for p in PROMPTS]
+    llama.tokenizer.stop_tokens = {llama.tokenizer.eos_id}
+    expected = []
+    for prompt in prompts:
+        with torch.no_grad():
+            out = (
+                theirs[0]
+                .generate(
+                    torch.tensor([prompt]),
+                    attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+                    max_new_tokens=50,
+                    do_sample=False,
+                    eos_token_id=2,
+                    pad_token_id=0,
+                )[0, len(prompt) :]
+                .tolist()
+            )
+        expected.append(out[: out.index(2)] if 2 in out else out)
+    assert sum(map(len, expected)) > 200
+    assert [llama.generate([p], 50, temperature=0)[0][0] for p in prompts] == expected
+    assert llama.generate(prompts, 50, temperature=0)[0] == expected
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_low_precision_finds_the_same_nine_layers(llama, book, dtype):
+    """In float16 products of this model's norms overflow; the scores are taken in float32."""
+    found = ShortLlama(build(dtype=dtype), n_prune_layers=9)
+    full = ShortLlama(llama, n_prune_layers=9)
+    for short in (found, full):
+        short.measure(book[:3], progress=False)
+    assert set(found.layers_to_remove()) == set(full.layers_to_remove())
+    assert (found.importances - full.importances).abs().max() < 1e-2
+
+
+def test_a_pruned_checkpoint_is_the_model_pruned_in_memory(tmp_path, book):
+    short = ShortLlama(build(), n_prune_layers=8)
+    short.measure(book[:2], progress=False)
+    removed = short.remove_layers(angular=True)
+    short.save(tmp_path / "pruned")
+    again = Llama.build(
+        tmp_path / "pruned", tmp_path / "pruned/tokenizer.json", 1024, 8, device="cpu"
+    )
+    tokens = torch.tensor([book[2][:300]])
+    assert torch.equal(again.model(tokens), short.llama.model(tokens))
+    assert json.loads((tmp_path / "pruned/pruning.json").read_text())["removed_layers"] == removed
+
+
+PEAK = """
+import resource, sys
+from llama.checkpoint import prune
+base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+prune(sys.argv[1], sys.argv[2], [3, 4, 5])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ru_maxrss in KiB")
+def test_pruning_takes_the_memory_of_one_tensor(tmp_path):
+    """The largest tensor, the embedding, has 113 MB; the file has 538 MB."""
+    command = [sys.executable, "-c", PEAK, str(demo.checkpoint()), str(tmp_path / "pruned")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert int(done.stdout) * 1024 < 1.5 * 49152 * 576 * 4
+
+
+def test_the_demo_does_the_whole_job(tmp_path):
+    command = [sys.executable, "-m", "short_gpt", "demo", "--max_windows", "4"]
+    command += ["--eval_windows", "2", "--out_dir", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "gives the same logits" in done.stdout
+    names = {"layers.json", "block_influence.png", "angular.png", "pruned"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == names
+    record = json.loads((tmp_path / "out/layers.json").read_text())
+    assert len(record["layers"]["block_influence"]) == 8
+    block = record["layers"]["angular"]
+    assert block == list(range(block[0], block[0] + 8))
+    dense, pruned, angular = (r["perplexity"] for r in record["result"].values())
+    assert 5 < dense < 60 and dense < pruned < 2000 and dense < angular < 5000
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 1 and "exists" in again.stderr.splitlines()[-1]

@@ -1,0 +1,531 @@
+"""The three kinds of tokenizer files, on vocabularies made here."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from llama.tokenizer import (
+    GPT2_PATTERN,
+    LLAMA3_PATTERN,
+    MAX_CHARS,
+    MAX_RUN,
+    Tokenizer,
+    _chunks,
+    find_tokenizer,
+    llama3_special_tokens,
+    tokenizer_json,
+)
+
+# SWIG's types, on which sentencepiece is built, lack __module__ for Python 3.12 and on.
+pytestmark = pytest.mark.filterwarnings("ignore:builtin type [sS]wig.*:DeprecationWarning")
+
+PAIRS = ["t h", "th e", "i n", "a n", "an d", "Ġ the", "Ġ and", "Ġ Ġ", "ĠĠ ĠĠ", "1 2", "12 3"]
+CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+ODD = [
+    "",
+    "in the beginning and the end",
+    "1234567 12 123",
+    "a\r\nb\n\n c\t\td    e\n\n1",
+    "don't I'LL we've",
+    "cafe\u0301 \u0301\u0300",
+    "😀👩\u200d👧 中文\uff0c字符",
+    "\u2003\u00a0\u3000x\u2028",
+    "nul\0nul",
+    "Ġ Ċ ġ",
+    "<|im_start|>user <|end_of_text|> <s> <0x0A> </s>",
+]
+TEXT = st.text() | st.text(alphabet=" \n\tthe and123'sé中😀<|>")
+same_files = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+
+
+def byte_alphabet() -> dict[int, str]:
+    """GPT-2's letter for every byte: printable ones are themselves, the others follow U+0100."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
+
+
+def vocabulary(*, control: list[str]) -> tuple[list[str], list[int]]:
+    """Control tokens, the byte alphabet and what the merges make, with their types."""
+    letters, made = list(byte_alphabet().values()), [pair.replace(" ", "") for pair in PAIRS]
+    return [*control, *letters, *made], [3] * len(control) + [1] * (256 + len(made))
+
+
+def rank_lines(tokens: list[str]) -> bytes:
+    """A tiktoken file with these tokens, written in the byte alphabet, as ranks 0, 1, ..."""
+    byte_of = {letter: byte for byte, letter in byte_alphabet().items()}
+    words = [base64.b64encode(bytes(byte_of[letter] for letter in token)) for token in tokens]
+    return b"".join(b"%s %d\n" % (word, rank) for rank, word in enumerate(words))
+
+
+@pytest.fixture(scope="session")
+def sentencepiece_bytes() -> bytes:
+    import sentencepiece
+
+    lines = ["in the beginning god created the heaven and the earth", "and the end was like it"]
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines * 5),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=300,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    return model.getvalue()
+
+
+@pytest.fixture
+def llama2(tmp_path: Path, sentencepiece_bytes: bytes) -> Tokenizer:
+    return Tokenizer(write(tmp_path / "tokenizer.model", sentencepiece_bytes))
+
+
+@pytest.fixture
+def llama3(tmp_path: Path) -> Tokenizer:
+    tokens, _ = vocabulary(control=[])
+    return Tokenizer(write(tmp_path / "tokenizer.model", rank_lines(tokens)))
+
+
+@pytest.fixture
+def smollm(tmp_path: Path) -> Tokenizer:
+    tokens, types = vocabulary(control=CONTROL)
+    config = {"bos_token": "<|im_start|>", "eos_token": {"content": "<|im_end|>"}}
+    return Tokenizer(write_json(tmp_path, tokenizer_json(tokens, types, PAIRS, "smollm"), config))
+
+
+def write(path: Path, data: bytes) -> Path:
+    path.write_bytes(data)
+    return path
+
+
+def write_json(directory: Path, text: str, config: Mapping[str, object] | None = None) -> Path:
+    directory.mkdir(exist_ok=True)
+    if config is not None:
+        write(directory / "tokenizer_config.json", json.dumps(config).encode())
+    return write(directory / "tokenizer.json", text.encode())
+
+
+def plain(tokenizer: Tokenizer, text: str) -> list[int]:
+    return tokenizer.encode(text, bos=False, eos=False)
+
+
+# What a file says
+
+
+def test_llama2_facts(llama2: Tokenizer) -> None:
+    assert (llama2.n_words, llama2.bos_id, llama2.eos_id, llama2.pad_id) == (300, 1, 2, -1)
+    assert llama2.stop_tokens == {2} and llama2.special_tokens == {}
+    assert llama2.add_bos and llama2.dialog_format == "llama2"
+
+
+def test_llama3_facts(llama3: Tokenizer) -> None:
+    n = 256 + len(PAIRS)
+    assert (llama3.n_words, llama3.bos_id, llama3.eos_id) == (n + 256, n, n + 1)
+    assert llama3.pad_id == -1 and llama3.stop_tokens == {n + 1, n + 8, n + 9}
+    assert llama3.add_bos and llama3.dialog_format == "llama3"
+    assert llama3.special_tokens == llama3_special_tokens(n)
+
+
+def test_json_facts(smollm: Tokenizer) -> None:
+    assert (smollm.n_words, smollm.bos_id, smollm.eos_id) == (3 + 256 + len(PAIRS), 1, 2)
+    assert smollm.pad_id == -1 and smollm.stop_tokens == {2}
+    assert not smollm.add_bos and smollm.dialog_format is None
+    assert smollm.special_tokens == {name: i for i, name in enumerate(CONTROL)}
+
+
+def test_published_special_ids() -> None:
+    ids = llama3_special_tokens(128_000)
+    assert set(ids.values()) == set(range(128_000, 128_256))
+    assert ids["<|begin_of_text|>"] == 128_000
+    assert ids["<|end_of_text|>"] == 128_001
+    assert ids["<|reserved_special_token_0|>"] == 128_002
+    assert ids["<|start_header_id|>"] == 128_006
+    assert ids["<|end_header_id|>"] == 128_007
+    assert ids["<|eot_id|>"] == 128_009
+    assert ids["<|reserved_special_token_5|>"] == 128_010
+    assert ids["<|reserved_special_token_250|>"] == 128_255
+
+
+def test_names_of_llama31_are_second_names() -> None:
+    ids = llama3_special_tokens(128_000)
+    assert ids["<|finetune_right_pad_id|>"] == ids["<|reserved_special_token_2|>"] == 128_004
+    assert ids["<|eom_id|>"] == ids["<|reserved_special_token_4|>"] == 128_008
+    assert ids["<|python_tag|>"] == ids["<|reserved_special_token_5|>"] == 128_010
+
+
+def test_a_full_sized_rank_file(tmp_path: Path) -> None:
+    words = [bytes([i]) for i in range(256)] + [i.to_bytes(3, "big") for i in range(127_744)]
+    lines = [b"%s %d" % (base64.b64encode(word), rank) for rank, word in enumerate(words)]
+    tokenizer = Tokenizer(write(tmp_path / "tokenizer.model", b"\n".join(lines)))
+    assert (tokenizer.n_words, tokenizer.bos_id, tokenizer.eos_id) == (128_256, 128_000, 128_001)
+    assert tokenizer.stop_tokens == {128_001, 128_008, 128_009}
+
+
+# Encoding and decoding
+
+
+@pytest.mark.parametrize("kind", ["llama2", "llama3", "smollm"])
+@pytest.mark.parametrize("text", ODD)
+def test_round_trip_with_bos_and_eos(kind: str, text: str, request: pytest.FixtureRequest) -> None:
+    tokenizer: Tokenizer = request.getfixturevalue(kind)
+    ids = tokenizer.encode(text, bos=True, eos=True)
+    assert ids == [tokenizer.bos_id, *plain(tokenizer, text), tokenizer.eos_id]
+    assert tokenizer.encode(text, True, False) == ids[:-1]
+    assert tokenizer.decode(ids) == text
+
+
+@pytest.mark.parametrize("kind", ["llama2", "llama3", "smollm"])
+def test_text_never_turns_into_special_tokens(kind: str, request: pytest.FixtureRequest) -> None:
+    tokenizer: Tokenizer = request.getfixturevalue(kind)
+    special = {tokenizer.bos_id, tokenizer.eos_id, *tokenizer.special_tokens.values()}
+    names = ["<s>", "</s>", *CONTROL, *llama3_special_tokens(0)]
+    for name in names:
+        ids = plain(tokenizer, f"so {name} said")
+        assert not special & set(ids), name
+        assert tokenizer.decode(ids) == f"so {name} said"
+
+
+@same_files
+@given(TEXT)
+def test_llama3_round_trips(llama3: Tokenizer, text: str) -> None:
+    assert llama3.decode(plain(llama3, text)) == text
+
+
+@same_files
+@given(TEXT)
+def test_json_round_trips(smollm: Tokenizer, text: str) -> None:
+    assert smollm.decode(plain(smollm, text)) == text
+
+
+@pytest.mark.parametrize("kind", ["llama2", "llama3", "smollm"])
+def test_half_characters_decode_to_the_replacement(
+    kind: str, request: pytest.FixtureRequest
+) -> None:
+    tokenizer: Tokenizer = request.getfixturevalue(kind)
+    assert "\ufffd" in tokenizer.decode(plain(tokenizer, "😀")[:-1])
+    assert tokenizer.decode([]) == ""
+
+
+@pytest.mark.parametrize("kind", ["llama2", "llama3", "smollm"])
+@pytest.mark.parametrize("wrong", [-1, 10_000])
+def test_unknown_id(kind: str, wrong: int, request: pytest.FixtureRequest) -> None:
+    tokenizer: Tokenizer = request.getfixturevalue(kind)
+    with pytest.raises(
+        ValueError, match=rf"no token has id {wrong}, only 0\.\.{tokenizer.n_words - 1}"
+    ):
+        tokenizer.decode([1, wrong])
+
+
+@pytest.mark.parametrize("kind", ["llama2", "llama3", "smollm"])
+def test_half_a_surrogate_pair(kind: str, request: pytest.FixtureRequest) -> None:
+    with pytest.raises(ValueError, match="surrogates not allowed"):
+        plain(request.getfixturevalue(kind), "a\ud83d")
+
+
+# Long texts
+
+
+@pytest.mark.parametrize("kind", ["llama2", "llama3", "smollm"])
+@pytest.mark.parametrize(
+    "text", ["a" * 10**6, " " * 10**6, "\n" * 10**6, "1" * 10**6, "an " * 10**5]
+)
+def test_long_texts(kind: str, text: str, request: pytest.FixtureRequest) -> None:
+    tokenizer: Tokenizer = request.getfixturevalue(kind)
+    assert tokenizer.decode(plain(tokenizer, text)) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "sizes"),
+    [
+        ("", []),
+        ("a" * MAX_RUN, [MAX_RUN]),
+        ("a" * (MAX_RUN + 1), [MAX_RUN, 1]),
+        ("ab " + " " * (MAX_RUN - 1), [MAX_RUN + 2]),
+        ("ab " + " " * 2 * MAX_RUN, [2 + MAX_RUN, MAX_RUN, 1]),
+        ("ab c" + "d" * MAX_RUN + " e", [3 + MAX_RUN, 3]),
+        ("ab " * 200_000, [MAX_CHARS, 200_000]),
+    ],
+)
+def test_cuts(text: str, sizes: list[int]) -> None:
+    chunks = list(_chunks(text))
+    assert [len(chunk) for chunk in chunks] == sizes
+    assert "".join(chunks) == text
+
+
+# tokenizer.json from a GGUF vocabulary
+
+
+def test_tiktoken_and_json_agree(tmp_path: Path, llama3: Tokenizer) -> None:
+    tokens, types = vocabulary(control=[])
+    other = Tokenizer(write_json(tmp_path, tokenizer_json(tokens, types, PAIRS, "llama-bpe")))
+    for text in [*ODD, "anthe thethe   12312 the123"]:
+        assert plain(other, text) == plain(llama3, text)
+
+
+@pytest.mark.parametrize("pre", ["smollm", "gpt-2", "llama-bpe"])
+def test_pre_tokenizers(tmp_path: Path, pre: str) -> None:
+    """Merges stop at the cuts: white space leaves its last blank to the word behind it."""
+    tokens, types = vocabulary(control=[])
+    tokenizer = Tokenizer(write_json(tmp_path, tokenizer_json(tokens, types, PAIRS, pre)))
+    pieces = [tokens[i] for i in plain(tokenizer, "the    the 1234")]
+    assert pieces == ["the", "ĠĠ", "Ġ", "Ġthe", "Ġ", "123", "4"]
+    model = json.loads(tokenizer_json(tokens, types, PAIRS, pre))
+    assert model["model"]["ignore_merges"] == (pre == "llama-bpe")
+    split = model["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
+    assert split == (LLAMA3_PATTERN if pre == "llama-bpe" else GPT2_PATTERN)
+
+
+def test_whole_words_precede_merges_in_llama_bpe(tmp_path: Path) -> None:
+    tokens, types = vocabulary(control=[])
+    for pre, length in [("llama-bpe", 1), ("gpt-2", 5)]:
+        text = tokenizer_json([*tokens, "whole"], [*types, 1], PAIRS, pre)
+        assert len(plain(Tokenizer(write_json(tmp_path, text)), "whole")) == length
+
+
+def test_token_types(tmp_path: Path) -> None:
+    """Type 3 is special and absent from texts; type 4 is whole in texts and has a text."""
+    tokens, types = vocabulary(control=CONTROL)
+    text = tokenizer_json([*tokens, "<think>"], [*types, 4], PAIRS, "smollm")
+    tokenizer = Tokenizer(write_json(tmp_path, text))
+    assert plain(tokenizer, "<think>the") == [len(tokens), tokens.index("the")]
+    assert tokenizer.decode([0, len(tokens), 1]) == "<think>"
+    assert "<think>" not in tokenizer.special_tokens
+
+
+def test_tokens_outside_the_byte_alphabet(tmp_path: Path) -> None:
+    """Spelled in bytes and never whole in texts, as transformers has it."""
+    tokens, types = vocabulary(control=[])
+    text = tokenizer_json([*tokens, "<\uff5cend\uff5c>"], [*types, 3], PAIRS, "smollm")
+    tokenizer = Tokenizer(write_json(tmp_path, text))
+    assert tokenizer.n_words == len(tokens) + 1 and tokenizer.special_tokens == {}
+    assert tokenizer.decode([len(tokens)]) == "<\uff5cend\uff5c>"
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"pre": "qwen2"}, r"unknown pre-tokenizer 'qwen2'; known are \['gpt-2', 'llama-bpe',"),
+        ({"token_types": [1]}, "got 267 tokens, 267 distinct, and 1 types"),
+        ({"tokens": ["a"] * 267, "merges": []}, "got 267 tokens, 1 distinct, and 267 types"),
+        ({"merges": ["q z"]}, r"wrong merges: \[\('q', 'z'\)\]"),
+        ({"merges": ["the"]}, r"wrong merges: \[\('the', ''\)\]"),
+    ],
+)
+def test_vocabularies_that_do_not_fit(change: dict[str, Any], match: str) -> None:
+    tokens, types = vocabulary(control=[])
+    parts: dict[str, Any] = dict(tokens=tokens, token_types=types, merges=PAIRS, pre="smollm")
+    with pytest.raises(ValueError, match=match):
+        tokenizer_json(**(parts | change))
+
+
+# Names of bos and eos beside a tokenizer.json
+
+
+def json_file(
+    directory: Path, names: list[str], config: Mapping[str, object] | None = None
+) -> Tokenizer:
+    tokens, types = vocabulary(control=names)
+    return Tokenizer(write_json(directory, tokenizer_json(tokens, types, PAIRS, "gpt-2"), config))
+
+
+@pytest.mark.parametrize(
+    ("names", "bos", "eos"),
+    [
+        (["<s>", "</s>"], 0, 1),
+        (["<|end_of_text|>", "<|begin_of_text|>"], 1, 0),
+        (["<|endoftext|>"], 0, 0),
+        (["<s>", "</s>", "<|endoftext|>"], -1, -1),
+        (CONTROL, -1, -1),
+        (["<pad>"], -1, -1),
+    ],
+)
+def test_usual_names_without_a_config(tmp_path: Path, names: list[str], bos: int, eos: int) -> None:
+    tokenizer = json_file(tmp_path, names)
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (bos, eos, -1)
+    assert tokenizer.stop_tokens == {eos} - {-1} and not tokenizer.add_bos
+
+
+def test_a_config_precedes_usual_names(tmp_path: Path) -> None:
+    config = {"bos_token": None, "eos_token": "</s>", "pad_token": "<s>"}
+    tokenizer = json_file(tmp_path, ["<s>", "</s>"], config)
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (-1, 1, 0)
+
+
+def test_a_config_makes_a_token_special(tmp_path: Path) -> None:
+    tokens, types = vocabulary(control=[])
+    text = tokenizer_json([*tokens, "<end>"], [*types, 4], PAIRS, "gpt-2")
+    tokenizer = Tokenizer(write_json(tmp_path, text, {"eos_token": "<end>"}))
+    assert tokenizer.special_tokens == {"<end>": len(tokens)}
+    assert tokenizer.eos_id not in plain(tokenizer, "the <end>")
+    assert tokenizer.decode([tokenizer.eos_id]) == ""
+
+
+@pytest.mark.parametrize(("config", "expected"), [({"add_bos_token": True}, True), ({}, False)])
+def test_add_bos_from_the_config(tmp_path: Path, config: dict[str, object], expected: bool) -> None:
+    assert json_file(tmp_path, ["<s>", "</s>"], config).add_bos is expected
+
+
+@pytest.mark.parametrize(("config", "expected"), [({"add_bos_token": False}, False), ({}, True)])
+def test_add_bos_from_the_post_processor(
+    tmp_path: Path, config: dict[str, object], expected: bool
+) -> None:
+    from tokenizers import Tokenizer as Model
+    from tokenizers.processors import TemplateProcessing
+
+    tokens, types = vocabulary(control=["<s>", "</s>"])
+    model = Model.from_str(tokenizer_json(tokens, types, PAIRS, "gpt-2"))
+    model.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    model.enable_truncation(3)
+    model.enable_padding(length=5)
+    tokenizer = Tokenizer(write_json(tmp_path, model.to_str(), config))
+    assert tokenizer.add_bos is expected
+    assert len(plain(tokenizer, "xyzxyz")) == 6, "neither bos, nor truncation, nor padding"
+    assert plain(tokenizer, "x") == [tokens.index("x")]
+
+
+def test_llama3_as_json(tmp_path: Path) -> None:
+    names = ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>"]
+    headers = ["<|start_header_id|>", "<|end_header_id|>"]
+    tokenizer = json_file(tmp_path, names + headers)
+    assert tokenizer.dialog_format == "llama3" and tokenizer.stop_tokens == {1, 2, 3}
+    assert json_file(tmp_path, names).dialog_format is None
+
+
+@pytest.mark.parametrize("key", ["bos", "eos"])
+def test_absent_bos_or_eos(tmp_path: Path, key: str) -> None:
+    flags = {"bos": False, "eos": False, key: True}
+    need = rf"encode\({key}=True\) needs a {key}_token; .*tokenizer_config.json"
+    with pytest.raises(ValueError, match=f"{need} is missing"):
+        json_file(tmp_path, ["<pad>"]).encode("the", **flags)
+    with pytest.raises(ValueError, match=f"{need} names none"):
+        json_file(tmp_path, ["<pad>"], {"bos_token": None}).encode("the", **flags)
+
+
+@pytest.mark.parametrize(
+    ("config", "match"),
+    [
+        (b'{"bos_token": "<', r"tokenizer_config.json is no JSON object: Unterminated"),
+        (b'"bos"', r"tokenizer_config.json is no JSON object"),
+        (b'{"bos_token": "<x>"}', r"names a token '<x>', which .*tokenizer.json lacks"),
+    ],
+)
+def test_damaged_config(tmp_path: Path, config: bytes, match: str) -> None:
+    write(tmp_path / "tokenizer_config.json", config)
+    with pytest.raises(ValueError, match=match):
+        json_file(tmp_path, ["<s>"])
+
+
+# Files that are not what they should be
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"tokenizer\.model"):
+        Tokenizer(tmp_path / "tokenizer.model")
+
+
+def test_directory(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"is a directory; give the tokenizer\.model or"):
+        Tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("data", "match"),
+    [
+        (b"", "is empty; expected SentencePiece, tiktoken ranks or tokenizer.json"),
+        (b"version https://git-lfs", r"begins with b'version https://git-'; expected"),
+        (b"<html>", "begins with b'<html>'; expected"),
+        (b"\x00" * 99, r"begins with b'\\x00"),
+        (b'{"version": "1.0", "trunc', "is no tokenizer.json or a damaged one: .*EOF"),
+        (b'{"dim": 4096}', "is no tokenizer.json or a damaged one"),
+        (b"IQ== 0\nIg=", r"damaged: expected a new token in base64 and the rank 1, got b'Ig='"),
+        (b"IQ== 0\nIg== 7\n", "and the rank 1, got b'Ig== 7'"),
+        (b"IQ== 0\nIQ== 1\n", "and the rank 1, got b'IQ== 1'"),
+        (b"IQ== 0\nI?== 1\n", r"and the rank 1, got b'I\?== 1'"),
+        (b"IQ== 0\nIg== 1\n", "damaged: it lacks 254 of the 256 single bytes"),
+        (b"\n\x0e\n\x05<unk>\x15\0\0", "is a damaged SentencePiece model: "),
+    ],
+)
+def test_damaged_files(tmp_path: Path, data: bytes, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        Tokenizer(write(tmp_path / "tokenizer.model", data))
+
+
+def truncations(data: bytes) -> list[int]:
+    return [*range(0, len(data) - 200, max(1, len(data) // 300)), *range(40, 140)]
+
+
+def test_truncated_sentencepiece(tmp_path: Path, sentencepiece_bytes: bytes) -> None:
+    """Also where the cut falls between two pieces, which leaves a readable message."""
+    for size in truncations(sentencepiece_bytes):
+        path = write(tmp_path / "tokenizer.model", sentencepiece_bytes[:size])
+        with pytest.raises(ValueError, match=r"damaged SentencePiece model|is empty|begins with"):
+            Tokenizer(path)
+
+
+def test_truncated_json(tmp_path: Path) -> None:
+    text = tokenizer_json(*vocabulary(control=CONTROL), PAIRS, "smollm").encode()
+    for size in truncations(text):
+        with pytest.raises(ValueError, match=r"damaged one: |is empty"):
+            Tokenizer(write(tmp_path / "tokenizer.json", text[:size]))
+
+
+def test_a_long_piece_is_no_damage(tmp_path: Path) -> None:
+    """A piece of 128 bytes and more has a length of two bytes."""
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["in the beginning"] * 9),
+        model_writer=model,
+        vocab_size=20,
+        user_defined_symbols=["x" * 300],
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    tokenizer = Tokenizer(write(tmp_path / "tokenizer.model", model.getvalue()))
+    assert tokenizer.decode(plain(tokenizer, "in " + "x" * 300)) == "in " + "x" * 300
+
+
+# Where a tokenizer is
+
+
+@pytest.mark.parametrize(
+    ("files", "found"),
+    [
+        (["m/tokenizer.model", "m/tokenizer.json", "tokenizer.model"], "m/tokenizer.model"),
+        (["m/tokenizer.json", "tokenizer.model"], "m/tokenizer.json"),
+        (["tokenizer.model", "tokenizer.json"], "tokenizer.model"),
+    ],
+)
+def test_find_tokenizer(tmp_path: Path, files: list[str], found: str) -> None:
+    (tmp_path / "m").mkdir()
+    for name in files:
+        write(tmp_path / name, b"x")
+    assert find_tokenizer(tmp_path / "m") == tmp_path / found
+    assert find_tokenizer(str(tmp_path / "m")) == tmp_path / found
+
+
+def test_find_tokenizer_from_inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "m").mkdir()
+    write(tmp_path / "tokenizer.model", b"x")
+    monkeypatch.chdir(tmp_path / "m")
+    assert find_tokenizer(".").samefile(tmp_path / "tokenizer.model")
+
+
+def test_find_no_tokenizer(tmp_path: Path) -> None:
+    (tmp_path / "m").mkdir()
+    write(tmp_path / "tokenizer.json", b"{}")
+    looked = r"looked for .*m/tokenizer\.model, .*m/tokenizer\.json, .*/tokenizer\.model$"
+    with pytest.raises(FileNotFoundError, match=looked):
+        find_tokenizer(tmp_path / "m")
