@@ -20,12 +20,12 @@ import json
 import math
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import fire
 import torch
@@ -56,7 +56,8 @@ def main(repeats: int = 15, out: str | None = None, overwrite: bool = False) -> 
         for name in rotated(list(ways), repeat):
             seconds[name].append(timed(ways[name], window))
         hooks.append(hook_share(short, window))
-    memory = {name: peak_memory(name) for name in ways if name != "peer"}
+    linux = sys.platform == "linux"
+    memory = {name: peak_memory(name) for name in ways if linux and name != "peer"}
     result = summary(seconds, hooks, memory)
     print(table(result))
     if out is not None:
@@ -177,8 +178,9 @@ def read(name: str) -> None:
     generator = torch.Generator().manual_seed(0)
     for _ in range(3):
         way(short, torch.randint(49152, (SIZE,), generator=generator).tolist())
-    unit = 1e6 if sys.platform == "darwin" else 1e3
-    print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit))
+    # not ru_maxrss, which a process takes over from the one that started it
+    status = Path("/proc/self/status").read_text()
+    print(json.dumps(int(status.split("VmHWM:")[1].split()[0]) / 1e3))
 
 
 def summary(

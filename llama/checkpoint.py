@@ -156,28 +156,52 @@ def read_params(directory: Path) -> dict[str, Any]:
     return params
 
 
+def check_new(path: Path, *, replaces: str | None = None) -> None:
+    """Raises FileExistsError or PermissionError where `new_directory` could not go."""
+    if path.exists() and replaces is None:
+        raise FileExistsError(f"{path} exists; choose another directory or pass overwrite")
+    if path.exists() and not (path / str(replaces)).is_file():
+        raise FileExistsError(
+            f"{path} exists and holds no {replaces}, so it is not overwritten; choose another "
+            "directory"
+        )
+    check_writable(path)
+
+
+def check_writable(path: Path) -> None:
+    """Raises PermissionError if ``path`` could not be created; for a check before long work."""
+    parent = next(p for p in path.absolute().parents if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise PermissionError(f"{path} cannot be written: {parent} is no writable directory")
+
+
 @contextmanager
-def new_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+def new_directory(path: Path, *, replaces: str | None = None) -> Iterator[Path]:
     """A directory that appears whole or not at all.
 
     Gives a sibling to write into; it takes its place when the block ends well and is deleted
     when it does not.
 
+    Args:
+        path: the new directory.
+        replaces: name of a file; an existing directory that holds it is replaced. None replaces
+            nothing.
+
     Raises:
-        FileExistsError: ``path`` exists and ``overwrite`` is not set.
+        FileExistsError: ``path`` exists and is not to be replaced.
     """
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} exists; choose another directory or pass overwrite")
+    check_new(path, replaces=replaces)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    partial, old = (path.with_name(f".{path.name}.{kind}-{os.getpid()}") for kind in ("new", "old"))
     partial.mkdir()
     try:
         yield partial
         if path.exists():
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            path.rename(old)
         partial.rename(path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
@@ -209,7 +233,7 @@ def prune(
         layers: numbers of the layers to leave out.
         tokenizer_path: copied along; None looks beside the source.
         provenance: written as ``pruning.json``, after what was removed and kept.
-        overwrite: whether an existing ``out_dir`` is replaced.
+        overwrite: whether an existing pruned checkpoint is replaced; nothing else ever is.
         progress: called with every tensor's name before it is written.
 
     Returns:
@@ -227,7 +251,7 @@ def prune(
     keep = kept_layers(layers, source.args.n_layers)
     tokenizer = Path(str(tokenizer_path)) if tokenizer_path else find_tokenizer(source.directory)
     new_number = {str(old): new for new, old in enumerate(keep)}
-    with new_directory(out, overwrite=overwrite) as partial:
+    with new_directory(out, replaces=PROVENANCE if overwrite else None) as partial:
         for shard in source.shards:
             _prune_shard(shard, partial / shard.path.name, new_number, progress)
         params = {**source.params.get("model", source.params), "n_layers": len(keep)}

@@ -57,7 +57,7 @@ def gguf_to_meta(
         path: the GGUF file.
         out_dir: the new directory; appears whole or not at all.
         dtype: of the weights.
-        overwrite: whether an existing ``out_dir`` is replaced.
+        overwrite: whether an existing checkpoint directory is replaced; nothing else ever is.
         progress: called with every tensor's name before it is written.
 
     Returns:
@@ -80,7 +80,8 @@ def gguf_to_meta(
         progress(name)
         return source.read(source.name_of(name)).to(kind)
 
-    with new_directory(Path(str(out_dir)), overwrite=overwrite) as partial:
+    replaces = "params.json" if overwrite else None
+    with new_directory(Path(str(out_dir)), replaces=replaces) as partial:
         write_shard(partial / "consolidated.00.pth", infos, read)
         write_json(partial / "params.json", params_json(args))
         (partial / "tokenizer.json").write_text(tokenizer[0], encoding="utf-8")

@@ -107,7 +107,6 @@ def prune(
 
     if (layers is None) == (scores is None):
         raise ValueError("prune needs either --layers 21,22,23 or --scores FILE --n_prune_layers N")
-    refuse_existing(Path(out_dir), overwrite=overwrite)
     provenance: dict[str, Any] = {"source": ckpt_dir, "versions": versions()}
     if scores is None:
         drop = _layer_list(layers)
@@ -120,7 +119,9 @@ def prune(
                 f"{scores} scores {len(importance.layers)} layers, {ckpt_dir} has {found}; they "
                 "do not belong together"
             )
-        drop = _select(importance, n_prune_layers, angular=angular)
+        if n_prune_layers is None:
+            raise ValueError("with --scores, say how many layers to remove: --n_prune_layers N")
+        drop = importance.least_important(n_prune_layers, angular=angular)
         provenance |= {"method": "angular" if angular else "block influence"}
         provenance |= {"block_influence": importance.block_influence.tolist()}
         provenance |= {"scored_by": record.get("arguments")}
@@ -252,7 +253,6 @@ def convert(source: str, out_dir: str, *, dtype: str = "float32", overwrite: boo
     from llama.convert import gguf_to_meta
     from short_gpt.progress import bar
 
-    refuse_existing(Path(out_dir), overwrite=overwrite)
     with bar("converting", total=None, unit="tensor") as shown:
         gguf_to_meta(
             source, out_dir, dtype=dtype, overwrite=overwrite, progress=lambda _: shown.update()
@@ -347,13 +347,13 @@ def demo(
         device: cpu, cuda or mps; the best there is if not given.
         overwrite: replace an existing folder.
     """
-    from llama.checkpoint import new_directory
+    from llama.checkpoint import check_new, new_directory
     from short_gpt import demo as material
     from short_gpt.layer_removal import without_layers
 
     arguments = _arguments(locals())
-    out = Path(out_dir)
-    refuse_existing(out, overwrite=overwrite)
+    out, replaces = Path(out_dir), "layers.json" if overwrite else None
+    check_new(out, replaces=replaces)
     require_matplotlib()
     short = _short(str(material.checkpoint()), None, 1024, 1, device, None, n_prune_layers)
 
@@ -388,7 +388,7 @@ def demo(
     record |= {"result": result, "importance": short.importance.to_dict()}
     provenance = {"method": "block influence", "data": "King James Bible", "result": result}
     short.remove_layers()
-    with new_directory(out, overwrite=overwrite) as partial:
+    with new_directory(out, replaces=replaces) as partial:
         write_record(partial / "layers.json", record)
         _draw(short.importance, _targets(None, str(partial), overwrite=False), n_prune_layers)
         short.save(partial / "pruned", provenance=provenance)
@@ -507,21 +507,12 @@ def _importance(record: dict[str, Any], source: str) -> Importance:
     return Importance.from_dict(record["importance"])
 
 
-def _select(importance: Importance, n: int | None, *, angular: bool) -> list[int]:
-    from short_gpt.selection import best_block, lowest
-
-    if n is None:
-        raise ValueError("with --scores, say how many layers to remove: --n_prune_layers N")
-    return best_block(importance.angular, n) if angular else lowest(importance.block_influence, n)
-
-
 def _draw(importance: Importance, targets: Sequence[Path], n: int | None) -> None:
     """Writes the two pictures."""
     from short_gpt.plots import angular_heatmap, importance_bars
-    from short_gpt.selection import best_block, lowest
 
-    removed = [] if n is None else lowest(importance.block_influence, n)
-    block = None if n is None else (best_block(importance.angular, n)[0], n)
+    removed = [] if n is None else importance.least_important(n)
+    block = None if n is None else (importance.least_important(n, angular=True)[0], n)
     bars = importance_bars(
         importance.block_influence, standard_error=importance.standard_error, removed=removed
     )

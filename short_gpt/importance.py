@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from short_gpt.decoder import Decoder, pad
 from short_gpt.metrics import cosine_from_products, spearman, widen
 from short_gpt.progress import bar, set_rate
+from short_gpt.selection import best_block, lowest
 
 
 @dataclass
@@ -64,12 +65,12 @@ class Importance:
         """
         first = int(self.windows.sum())
         half = torch.arange(first, first + len(tokens)) % 2
-        sums = torch.cat((influence, tokens[:, None]), dim=1).double().cpu()
+        sums = torch.cat((influence, tokens[:, None]), dim=1).cpu().double()  # MPS has no float64
         self.windows += torch.bincount(half, minlength=2)
         self.tokens.index_add_(0, half, sums[:, -1])
         self.influence.index_add_(0, half, sums[:, :-1])
         self.products += sums.T @ sums
-        self.angles += angles.double().cpu().sum(0)
+        self.angles += angles.cpu().double().sum(0)
 
     def __add__(self, other: Importance) -> Importance:
         if self.layers != other.layers:
@@ -126,6 +127,22 @@ class Importance:
         """
         return self.angles / self.windows.sum()
 
+    def least_important(self, n: int, *, angular: bool = False) -> list[int]:
+        """The n layers to remove: those of `selection.lowest`, or of `selection.best_block`.
+
+        Args:
+            n: 1 to L - 1.
+            angular: the best block of consecutive layers instead of the lowest Block Influence.
+
+        Returns:
+            Original layer numbers: least important first, or a block in ascending order.
+
+        Raises:
+            ValueError: n is out of range.
+        """
+        places = best_block(self.angular, n) if angular else lowest(self.block_influence, n)
+        return [self.layers[i] for i in places]
+
     def to_dict(self) -> dict[str, Any]:
         """The sums as lists, ready for JSON."""
         sums = {f.name: getattr(self, f.name).tolist() for f in fields(self)[1:]}
@@ -172,7 +189,7 @@ def measure(
         batches before it are in the sums.
 
     Raises:
-        ValueError: a window is empty, too long or not in the vocabulary.
+        ValueError: there is no window, or one is empty, too long or not in the vocabulary.
         FloatingPointError: a state is NaN or infinite; the message names the layer.
     """
     into = Importance.empty(range(len(decoder.layers))) if into is None else into
@@ -184,6 +201,8 @@ def measure(
             read += int(tokens.sum())
             set_rate(shown, read)
             shown.update(len(batch))
+    if not read:
+        raise ValueError("expected at least one window of tokens, got none")
     return into
 
 

@@ -10,7 +10,7 @@ def bar(desc: str, *, total: int | None, unit: str, show: bool = True) -> Any:
 
     It appears after a second, so that short work stays quiet.
     """
-    from tqdm.auto import tqdm
+    from tqdm import tqdm
 
     return tqdm(total=total, desc=desc, unit=unit, delay=1.0, disable=not show)
 

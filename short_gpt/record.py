@@ -62,6 +62,9 @@ def read_record(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def refuse_existing(path: Path, *, overwrite: bool) -> None:
-    """Raises FileExistsError if the path exists; for a check before long work."""
+    """Raises FileExistsError or PermissionError; for a check before long work."""
+    from llama.checkpoint import check_writable
+
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} exists; choose another name or pass --overwrite")
+    check_writable(path)

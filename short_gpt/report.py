@@ -6,7 +6,6 @@ from collections.abc import Mapping
 
 from short_gpt.evaluate import Perplexity
 from short_gpt.importance import Importance
-from short_gpt.selection import best_block, lowest
 
 
 def ranking(importance: Importance, n: int | None = None) -> str:
@@ -19,10 +18,10 @@ def ranking(importance: Importance, n: int | None = None) -> str:
     scores, errors = importance.block_influence, importance.standard_error
     order = scores.argsort(stable=True).tolist()
     place = {position: rank for rank, position in enumerate(order, start=1)}
-    chosen = set(lowest(scores, n)) if n is not None else set()
+    chosen = [] if n is None else importance.least_important(n)
     rows = [f"{'layer':>5}  {'Block Influence':>15}  {'std. error':>10}  {'rank':>4}"]
     for i, layer in enumerate(importance.layers):
-        mark = "  remove" if i in chosen else ""
+        mark = "  remove" if layer in chosen else ""
         rows.append(f"{layer:>5}  {scores[i]:>15.6f}  {errors[i]:>10.6f}  {place[i]:>4}{mark}")
     rows += [
         "",
@@ -35,14 +34,12 @@ def choices(importance: Importance, n: int | None) -> list[str]:
     """The layers that each method would remove; nothing if ``n`` is None."""
     if n is None:
         return []
-    layers = importance.layers
-    low = [layers[i] for i in lowest(importance.block_influence, n)]
-    block = best_block(importance.angular, n)
-    distance = importance.angular[block[0], block[0] + n]
-    numbers = [layers[i] for i in block]
+    block = importance.least_important(n, angular=True)
+    start = importance.layers.index(block[0])
+    distance = importance.angular[start, start + n]
     return [
-        f"lowest Block Influence:    {low}",
-        f"best block by angle:       {numbers}, distance {distance:.4f}",
+        f"lowest Block Influence:    {importance.least_important(n)}",
+        f"best block by angle:       {block}, distance {distance:.4f}",
     ]
 
 

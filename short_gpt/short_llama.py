@@ -80,7 +80,7 @@ class ShortLlama(ShortModel):
             out_dir: the new directory; appears whole or not at all.
             ckpt_dir: the source; None takes the one that ``Llama.build`` loaded.
             provenance: facts to keep beside the weights in ``pruning.json``.
-            overwrite: whether an existing ``out_dir`` is replaced.
+            overwrite: whether an existing pruned checkpoint is replaced; nothing else ever is.
 
         Raises:
             RuntimeError: nothing was removed.

@@ -6,13 +6,13 @@ Layer numbers are the original model's, from 0, before and after removal. L = it
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterable, Sequence, Sized
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from short_gpt import selection
 from short_gpt.data import batches
 from short_gpt.decoder import Decoder
 from short_gpt.evaluate import Perplexity, perplexity
@@ -151,11 +151,7 @@ class ShortModel:
                 f"layers {self.removed} were removed since these scores were measured; score "
                 "the model again before removing more by score"
             )
-        if angular:
-            positions = selection.best_block(importance.angular, n)
-        else:
-            positions = selection.lowest(importance.block_influence, n)
-        return [importance.layers[i] for i in positions]
+        return importance.least_important(n, angular=angular)
 
     def remove_layers(
         self, layers_to_remove: Sequence[int] | None = None, angular: bool = False
@@ -179,7 +175,7 @@ class ShortModel:
         if layers_to_remove is None or len(layers_to_remove) == 0:
             drop = self.layers_to_remove(angular=angular)
         else:
-            drop = [int(i) for i in layers_to_remove]
+            drop = [operator.index(i) for i in layers_to_remove]
         check_layers(drop, self.kept)
         remove_layers(self.decoder, [self.kept.index(i) for i in drop])
         self.kept = [i for i in self.kept if i not in drop]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from llama.args import ModelArgs
 from llama.model import Transformer
 from llama.parallel import initialize
+from llama.tokenizer import tokenizer_json
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(2)
@@ -111,4 +111,16 @@ class CharTokenizer:
         return "".join(chr(32 + i - 3) for i in ids if i >= 3)
 
 
-Make = Callable[..., Transformer]
+BYTES = [chr(c) for c in [*range(33, 127), *range(161, 173), *range(174, 256)]]
+BYTES += [chr(256 + i) for i in range(256 - len(BYTES))]
+BYTE_VOCAB = 258
+
+
+def write_byte_tokenizer(directory: Path) -> Path:
+    """A tokenizer.json of the 256 bytes with bos 0 and eos 1, and its configuration."""
+    tokens, types = ["<s>", "</s>", *BYTES], [3, 3] + [1] * 256
+    path = directory / "tokenizer.json"
+    path.write_text(tokenizer_json(tokens, types, [], "gpt-2"))
+    config = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True}
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    return path

@@ -240,6 +240,11 @@ def test_pruning_overwrites_only_when_asked_and_never_its_source(tmp_path, check
         prune(checkpoint_dir, tmp_path / "out", [1, 2])
     prune(checkpoint_dir, tmp_path / "out", [1, 2], overwrite=True)
     assert Checkpoint(tmp_path / "out").args.n_layers == 3
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("years of work")
+    with pytest.raises(FileExistsError, match=r"holds no pruning\.json, so it is not overwritten"):
+        prune(checkpoint_dir, tmp_path / "mine", [1], overwrite=True)
+    assert (tmp_path / "mine" / "thesis.tex").is_file()
     with pytest.raises(ValueError, match="is the source itself"):
         prune(checkpoint_dir, checkpoint_dir, [1], overwrite=True)
 

@@ -11,29 +11,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_transformer, save_checkpoint
+from conftest import BYTE_VOCAB, make_transformer, save_checkpoint, write_byte_tokenizer
 
-from llama.tokenizer import tokenizer_json
 from short_gpt import cli
 from short_gpt.__main__ import main
 
-BYTES = [chr(c) for c in [*range(33, 127), *range(161, 173), *range(174, 256)]]
-BYTES += [chr(256 + i) for i in range(256 - len(BYTES))]
 TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom. " * 8
 
 
 @pytest.fixture
 def ckpt(tmp_path: Path, monkeypatch) -> Path:
     """A random model of 5 layers over bytes; the working directory is a fresh folder."""
-    directory = save_checkpoint(tmp_path / "ckpt", make_transformer(vocab_size=258))
-    params = json.loads((directory / "params.json").read_text()) | {"vocab_size": 258}
-    (directory / "params.json").write_text(json.dumps(params))
-    types = [3, 3] + [1] * 256
-    (directory / "tokenizer.json").write_text(
-        tokenizer_json(["<s>", "</s>", *BYTES], types, [], "gpt-2")
-    )
-    config = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True}
-    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    model = make_transformer(vocab_size=BYTE_VOCAB)
+    directory = save_checkpoint(tmp_path / "ckpt", model)
+    write_byte_tokenizer(directory)
     (tmp_path / "book.txt").write_text(TEXT)
     monkeypatch.chdir(tmp_path)
     return directory
@@ -156,7 +147,7 @@ def test_reproduce_runs_the_protocol_on_a_model_of_the_papers_shape(ckpt, capsys
         (["prune", "ckpt", "x", "--layers", "a"], "expected layer numbers as in"),
         (["prune", "ckpt", "x", "--scores", "no.json"], "no.json does not exist"),
         (["prune", "ckpt", "x", "--scores", "book.txt"], "book.txt is not JSON"),
-        (["prune", "ckpt", "ckpt", "--layers", "1"], "ckpt exists"),
+        (["prune", "ckpt", "ckpt", "--layers", "1"], "ckpt is the source itself"),
         (["plot", "ckpt/params.json", "x"], "holds no scores; expected a file written by"),
         (["generate", "ckpt", "a", "b"], "generate takes CKPT_DIR PROMPT; what is 'b'?"),
         (["generate", "ckpt", "a", "--top_p", "x"], "--top_p expects a number, got 'x'"),
@@ -165,6 +156,8 @@ def test_reproduce_runs_the_protocol_on_a_model_of_the_papers_shape(ckpt, capsys
         (["reproduce"], "reproduce needs a checkpoint of one of the paper's models"),
         (["reproduce", "ckpt"], "the paper has no list for a model of dim 32, 5 layers"),
         (["demo", "--out_dir", "ckpt"], "ckpt exists"),
+        (["demo", "--out_dir", "ckpt", "--overwrite"], "ckpt exists and holds no layers.json"),
+        (["rank", "ckpt", *DATA, "--out", "book.txt/r.json"], "is no writable directory"),
     ],
 )
 def test_mistakes_cost_one_line(ckpt, capsys, argv, message):

@@ -2,56 +2,62 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
-from conftest import CharTokenizer, make_transformer, save_checkpoint
+from conftest import (
+    BYTE_VOCAB,
+    CharTokenizer,
+    make_transformer,
+    save_checkpoint,
+    write_byte_tokenizer,
+)
 
+from llama import Llama
 from llama.parallel import choose_device, choose_dtype, initialize
+from short_gpt import ShortLlama
 
 TOKENS = torch.arange(3, 23).reshape(2, 10)
 
 
-def run_rank(rank: int, folder: Path, store: Path) -> None:
-    """One of two ranks: loads its shard, and the first writes what it sees."""
-    import torch.distributed as dist
+SCRIPT = """
+import sys, torch, torch.distributed as dist
+from pathlib import Path
+from llama import Llama
+from short_gpt import ShortLlama
 
-    from llama import Llama
-    from llama.checkpoint import Checkpoint
-    from llama.model import load_model
-    from short_gpt import ShortLlama
-
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    cpu = torch.device("cpu")
-    initialize(2, device=cpu)
-    checkpoint = Checkpoint(folder, max_seq_len=64, max_batch_size=4)
-    llama = Llama(load_model(checkpoint, device=cpu, dtype=torch.float32), CharTokenizer())
-    short = ShortLlama(llama, n_prune_layers=2)
-    short.eval_importance(TOKENS.tolist())
-    with torch.no_grad():
-        logits = llama.model(TOKENS)
-    sampled, _ = llama.generate(TOKENS.tolist(), 6, temperature=0.8)
-    result = {"logits": logits, "importances": short.importances, "angular": short.angular}
-    result["sampled"] = torch.tensor([s + [0] * (6 - len(s)) for s in sampled])
-    result["removed"] = torch.tensor(short.remove_layers())
-    torch.save(result, folder / f"rank{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+folder, tokens = Path(sys.argv[1]), torch.arange(3, 23).reshape(2, 10)
+torch.set_num_threads(1)
+llama = Llama.build(folder, folder / "tokenizer.json", 64, 4, device="cpu")
+short = ShortLlama(llama, n_prune_layers=2)
+short.eval_importance(tokens.tolist())
+with torch.no_grad():
+    logits = llama.model(tokens)
+sampled, _ = llama.generate(tokens.tolist(), 6, temperature=0.8)
+result = {"logits": logits, "importances": short.importances, "angular": short.angular}
+result["sampled"] = torch.tensor([s + [0] * (6 - len(s)) for s in sampled])
+result["perplexity"] = torch.tensor(short.perplexity(tokens.tolist(), progress=False).value)
+result["removed"] = torch.tensor(short.remove_layers())
+torch.save(result, folder / f"rank{dist.get_rank()}.pt")
+dist.barrier()
+dist.destroy_process_group()
+"""
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="gloo over a file store")
+@pytest.mark.skipif(sys.platform == "win32", reason="torchrun with gloo")
 @pytest.mark.parametrize("vocab_parallel", [False, True], ids=["llama-2", "llama-3"])
 def test_two_ranks_with_two_shards_equal_one(tmp_path, vocab_parallel):
-    from llama import Llama
-    from short_gpt import ShortLlama
-
-    model = make_transformer()
+    """Under torchrun, each rank with its own file, through Llama.build."""
+    model = make_transformer(vocab_size=BYTE_VOCAB)
     folder = save_checkpoint(tmp_path / "two", model, shards=2, vocab_parallel=vocab_parallel)
-    mp.spawn(run_rank, args=(folder, tmp_path / "store"), nprocs=2)
+    write_byte_tokenizer(folder)
+    (tmp_path / "script.py").write_text(SCRIPT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc_per_node", "2", str(tmp_path / "script.py"), str(folder)]
+    subprocess.run(command, capture_output=True, check=True, timeout=300)
+
     first, second = (torch.load(folder / f"rank{r}.pt") for r in range(2))
     short = ShortLlama(Llama(model, CharTokenizer()), n_prune_layers=2)
     short.eval_importance(TOKENS.tolist())
@@ -59,6 +65,8 @@ def test_two_ranks_with_two_shards_equal_one(tmp_path, vocab_parallel):
         assert (first["logits"] - model(TOKENS)).abs().max() < 1e-5
     assert (first["importances"] - short.importances).abs().max() < 1e-6
     assert (first["angular"] - short.angular).abs().max() < 1e-5
+    expected = short.perplexity(TOKENS.tolist(), progress=False).value
+    assert first["perplexity"].item() == pytest.approx(expected, rel=1e-5)
     assert first["removed"].tolist() == short.remove_layers()
     for name in first:  # both ranks see, sample and remove the same
         assert torch.equal(first[name], second[name])
@@ -91,8 +99,6 @@ def test_the_groups_are_silent_and_keep_their_size(capfd):
 
 
 def test_a_fresh_process_prints_nothing_and_leaves_no_defaults(tmp_path):
-    import subprocess
-
     code = (
         "import torch; from llama.parallel import initialize; import sys; out = sys.stdout\n"
         "initialize(device=torch.device('cpu'))\n"

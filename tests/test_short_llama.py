@@ -159,6 +159,14 @@ def test_without_n_there_is_nothing_to_choose(short):
     assert short.remove_layers([4, 0]) == [4, 0]
 
 
+def test_nothing_to_score_is_refused(short):
+    with pytest.raises(ValueError, match="expected at least one window of tokens, got none"):
+        short.eval_importance([])
+    with pytest.raises(TypeError):
+        short.remove_layers([1.5])
+    assert unchanged(short)
+
+
 def test_nan_states_never_become_scores(short):
     short.eval_importance(WINDOWS[:1])
     before = short.importances.clone()

@@ -1,0 +1,149 @@
+"""Llama.build on complete directories of all three tokenizer kinds, and everything it refuses."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import BYTE_VOCAB, make_transformer, save_checkpoint, write_byte_tokenizer
+
+from llama import Llama
+
+# SWIG's types, on which sentencepiece is built, lack __module__ for Python 3.12 and on.
+pytestmark = pytest.mark.filterwarnings("ignore:builtin type [sS]wig.*:DeprecationWarning")
+
+
+def sentencepiece_file(directory: Path) -> tuple[Path, int]:
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["a short text to learn from [INST] and [/INST]"] * 5),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=290,
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    path = directory / "tokenizer.model"
+    path.write_bytes(model.getvalue())
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    return path, processor.get_piece_size()
+
+
+def tiktoken_file(directory: Path) -> tuple[Path, int]:
+    lines = (b"%s %d\n" % (base64.b64encode(bytes([i])), i) for i in range(256))
+    path = directory / "tokenizer.model"
+    path.write_bytes(b"".join(lines))
+    return path, 256 + 256
+
+
+def json_file(directory: Path) -> tuple[Path, int]:
+    return write_byte_tokenizer(directory), BYTE_VOCAB
+
+
+KINDS = {"llama-2": sentencepiece_file, "llama-3": tiktoken_file, "json": json_file}
+
+
+@pytest.fixture(params=KINDS)
+def built(request, tmp_path: Path):
+    """The kind of tokenizer, the Llama built with it, and the model that was saved."""
+    tokenizer, vocab_size = KINDS[request.param](tmp_path)
+    model = make_transformer(vocab_size=vocab_size)
+    save_checkpoint(tmp_path, model)
+    return request.param, Llama.build(tmp_path, tokenizer, 64, 4, device="cpu"), model
+
+
+def test_a_built_model_is_the_saved_one(built):
+    _, llama, model = built
+    tokens = torch.arange(3, 15)[None]
+    assert torch.equal(llama.model(tokens), model(tokens))
+    assert not llama.model.training
+    assert llama.model.params.max_batch_size == 4
+    assert llama.tokenizer.n_words == llama.model.vocab_size
+
+
+def test_completions(built):
+    _, llama, _ = built
+    results = llama.text_completion(["a text", "from"], temperature=0, max_gen_len=5, logprobs=True)
+    assert [sorted(r) for r in results] == [["generation", "logprobs", "tokens"]] * 2
+
+
+def test_chat(built):
+    kind, llama, _ = built
+    dialogs = [[{"role": "user", "content": "a text"}]]
+    if kind == "json":
+        with pytest.raises(ValueError, match="neither Llama 2's nor Llama 3's dialog format"):
+            llama.chat_completion(dialogs)
+        return
+    result = llama.chat_completion(dialogs, temperature=0, max_gen_len=5)[0]
+    assert list(result) == ["generation"]
+    assert sorted(result["generation"]) == ["content", "role"]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.float16])
+def test_dtypes(tmp_path, dtype):
+    save_checkpoint(tmp_path, make_transformer(vocab_size=BYTE_VOCAB))
+    tokenizer = write_byte_tokenizer(tmp_path)
+    llama = Llama.build(tmp_path, tokenizer, 64, 4, device="cpu", dtype=dtype)
+    expected = torch.bfloat16 if dtype == "bfloat16" else dtype
+    assert {w.dtype for w in llama.model.parameters()} == {expected}
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path):
+    save_checkpoint(tmp_path, make_transformer(vocab_size=96))
+    tokenizer = write_byte_tokenizer(tmp_path)
+    with pytest.raises(ValueError, match=r"has 258 words, the checkpoint .* 96; they do not"):
+        Llama.build(tmp_path, tokenizer, 64, 4, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (
+            lambda d: (d / "tokenizer.json").unlink(),
+            FileNotFoundError,
+            "tokenizer file .* does not",
+        ),
+        (lambda d: (d / "params.json").write_text("{}"), ValueError, r"params.json lacks \['dim'"),
+        (lambda d: (d / "consolidated.00.pth").unlink(), FileNotFoundError, "no consolidated"),
+        (lambda d: (d / "consolidated.00.pth").write_bytes(b""), ValueError, "cannot be read"),
+        (
+            lambda d: (d / "consolidated.01.pth").write_bytes(
+                (d / "consolidated.00.pth").read_bytes()
+            ),
+            ValueError,
+            r"has shape .*; params.json and 2 shard\(s\) give",
+        ),
+    ],
+)
+def test_broken_directories_are_refused(tmp_path, change, error, message):
+    save_checkpoint(tmp_path, make_transformer(vocab_size=BYTE_VOCAB))
+    tokenizer = write_byte_tokenizer(tmp_path)
+    change(tmp_path)
+    with pytest.raises(error, match=message):
+        Llama.build(tmp_path, tokenizer, 64, 4, device="cpu")
+
+
+def test_limits_are_checked(tmp_path):
+    save_checkpoint(tmp_path, make_transformer(vocab_size=BYTE_VOCAB))
+    tokenizer = write_byte_tokenizer(tmp_path)
+    with pytest.raises(ValueError, match="max_seq_len must be a positive integer, got 0"):
+        Llama.build(tmp_path, tokenizer, 0, 4)
+    with pytest.raises(ValueError, match="model_parallel_size 2 was asked for"):
+        Llama.build(tmp_path, tokenizer, 64, 4, model_parallel_size=2, device="cpu")
+
+
+def test_llama_3_scaling_is_read_from_params(tmp_path):
+    model = make_transformer(vocab_size=BYTE_VOCAB, use_scaled_rope=True, rope_theta=500000.0)
+    save_checkpoint(tmp_path, model)
+    params = json.loads((tmp_path / "params.json").read_text())
+    (tmp_path / "params.json").write_text(json.dumps({**params, "use_scaled_rope": True}))
+    llama = Llama.build(tmp_path, write_byte_tokenizer(tmp_path), 64, 4, device="cpu")
+    assert torch.equal(llama.model.freqs_cis, model.freqs_cis)
