@@ -57,7 +57,7 @@ def test_rank_prune_plot_and_perplexity(ckpt, capsys):
     windows = (tokens - 32) // 16 + 1
     assert f"{windows} windows, {windows * 32:,} tokens" in out
     assert record["arguments"]["size"] == 32 and record["seed"] == 0
-    assert record["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(record["versions"]["torch"])
     assert {p.name for p in Path("pictures").iterdir()} == {"block_influence.png", "angular.png"}
 
     run("prune", "ckpt", "small", "--scores", "r.json", "--n_prune_layers", 2)
