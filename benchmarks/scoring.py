@@ -26,6 +26,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import fire
 import torch
@@ -33,7 +34,7 @@ from torch import Tensor
 
 from llama import Llama
 from short_gpt import ShortLlama, demo, windows
-from short_gpt.importance import Watch, score
+from short_gpt.importance import Watch, measure
 from short_gpt.record import versions, write_record
 
 SIZE = 1024
@@ -60,10 +61,14 @@ def main(repeats: int = 15, out: str | None = None, overwrite: bool = False) -> 
     memory = {name: peak_memory(name) for name in ways if linux and name != "peer"}
     result = summary(seconds, hooks, memory)
     print(table(result))
+    missed = [text for text, held in limits(result).items() if not held]
+    print("\n".join(f"MISSED: {text}" for text in missed) or "all limits held")
     if out is not None:
         command = " ".join(["python", "benchmarks/scoring.py", *sys.argv[1:]])
         content = {"command": command, "machine": machine(), "versions": versions()}
-        write_record(out, {**content, "seconds": seconds, **result}, overwrite=overwrite)
+        content |= {"limits": limits(result), "seconds": seconds, **result}
+        write_record(out, content, overwrite=overwrite)
+    sys.exit(bool(missed))
 
 
 def build() -> ShortLlama:
@@ -83,7 +88,7 @@ def bare(short: ShortLlama, window: list[int]) -> None:
 
 
 def scoring(short: ShortLlama, window: list[int]) -> None:
-    score(short.decoder, [window], layers=range(30))
+    measure(short.decoder, [[window]])
 
 
 @torch.no_grad()
@@ -185,7 +190,7 @@ def read(name: str) -> None:
 
 def summary(
     seconds: dict[str, list[float]], hooks: list[float], memory: dict[str, float]
-) -> dict[str, object]:
+) -> dict[str, Any]:
     def ratio(name: str, to: str) -> dict[str, float]:
         return spread([a / b for a, b in zip(seconds[name], seconds[to], strict=True)])
 
@@ -202,18 +207,30 @@ def summary(
     }
 
 
+def limits(result: dict[str, Any]) -> dict[str, bool]:
+    """What this library promises, and whether it held (medians)."""
+    ratios, memory = result["ratios"], result["peak_memory_mb"]
+    extra = memory.get("scoring", 0) - memory.get("bare", 0)
+    return {
+        "scoring at most 1.05 x bare": ratios["scoring / bare"]["median"] <= 1.05,
+        "hooks at most 1.5% of the pass": ratios["hooks / rest of the pass"]["median"] <= 0.015,
+        "scoring at most 64 MB over bare": extra <= 64,
+        "bare at most 1.05 x transformers": ratios["bare / transformers"]["median"] <= 1.05,
+    }
+
+
 def spread(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
-def table(result: dict[str, object]) -> str:
+def table(result: dict[str, Any]) -> str:
     rows = [f"{'':<26}  {'median':>8}  {'min':>8}  {'max':>8}"]
     for group in ("ratios", "seconds_per_window"):
-        for name, s in result[group].items():  # type: ignore[attr-defined]
+        for name, s in result[group].items():
             label = name if group == "ratios" else f"{name}, s/window"
             rows.append(f"{label:<26}  {s['median']:>8.4f}  {s['min']:>8.4f}  {s['max']:>8.4f}")
     memory = result["peak_memory_mb"]
-    rows += [f"{f'{n}, peak MB':<26}  {mb:>8.0f}" for n, mb in memory.items()]  # type: ignore[attr-defined]
+    rows += [f"{f'{n}, peak MB':<26}  {mb:>8.0f}" for n, mb in memory.items()]
     return "\n".join(rows)
 
 

@@ -60,11 +60,13 @@ class Shard:
             raise ValueError(
                 f"{self.path} was refused: its pickle holds more than tensors ({reason})"
             ) from None
-        except (RuntimeError, EOFError) as error:
-            reason = str(error).split("\n")[0]
+        except Exception as error:  # a damaged file can make the unpickler raise anything
+            if not zipfile.is_zipfile(self.path):
+                why = "it is cut off, or in the format of torch before 1.6: torch.save it anew"
+            else:
+                why = f"it is damaged ({str(error).splitlines()[0] if str(error) else error!r})"
             raise ValueError(
-                f"{self.path} cannot be read: expected a complete file written by torch.save "
-                f"({reason}); copy it again and compare its checksum"
+                f"{self.path} cannot be read: expected a complete zip file of torch.save, but {why}"
             ) from None
         if not isinstance(content, dict):
             raise ValueError(
@@ -76,9 +78,14 @@ class Shard:
         """One tensor, mapped from the file; the mapping goes when the tensor does."""
         return self.load()[name]
 
-    def _describe(self, tensor: object, name: str) -> TensorInfo:
-        if not isinstance(tensor, Tensor) or tensor.dtype not in STORAGES:
-            kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+    def _describe(self, tensor: object, name: object) -> TensorInfo:
+        if not isinstance(name, str):
+            raise ValueError(f"{self.path} holds the name {name!r}, expected tensors by name")
+        dense = isinstance(tensor, Tensor) and tensor.layout == torch.strided
+        if not isinstance(tensor, Tensor) or not dense or tensor.dtype not in STORAGES:
+            kind = type(tensor).__name__
+            if isinstance(tensor, Tensor):
+                kind = str(tensor.dtype if dense else tensor.layout)
             raise ValueError(
                 f"{name} in {self.path} is {kind}; expected a tensor of "
                 f"{', '.join(str(t) for t in STORAGES)}"

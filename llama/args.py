@@ -91,6 +91,8 @@ class ModelArgs:
             raise ValueError(
                 f"vocab_size must be a positive integer or -1, got {self.vocab_size!r}"
             )
+        if not isinstance(self.use_scaled_rope, bool):
+            raise ValueError(f"use_scaled_rope must be true or false, got {self.use_scaled_rope!r}")
         for name in ("norm_eps", "rope_theta", "ffn_dim_multiplier", "rope_scaling_factor"):
             value = getattr(self, name)
             optional = value is None and name not in ("norm_eps", "rope_theta")

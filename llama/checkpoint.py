@@ -7,6 +7,7 @@ model-parallel rank) and a tokenizer.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -34,8 +35,12 @@ LAYER_SPLITS: dict[str, int | None] = {
     "ffn_norm.weight": None,
 }
 LAYER_NAME = re.compile(r"layers\.(\d+)\.(.+)")
-TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json")
 PROVENANCE = "pruning.json"
+# What this library writes: an existing directory with anything else in it is never replaced.
+OURS = re.compile(
+    r"consolidated\.\d+\.pth|params\.json|tokenizer\.(model|json)|tokenizer_config\.json|"
+    r"(pruning|conversion|layers)\.json|(block_influence|angular)\.png|pruned"
+)
 
 
 def full_shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:
@@ -93,7 +98,7 @@ class Checkpoint:
         self.directory = Path(str(ckpt_dir))
         self.params = read_params(self.directory)
         args = ModelArgs.from_params(self.params, **limits)
-        paths = sorted(self.directory.glob("*.pth"))
+        paths = sorted(self.directory.glob("consolidated.*.pth"))
         if not paths:
             raise FileNotFoundError(f"no consolidated.*.pth in {self.directory}")
         self.shards = [Shard(path) for path in paths]
@@ -156,15 +161,25 @@ def read_params(directory: Path) -> dict[str, Any]:
     return params
 
 
-def check_new(path: Path, *, replaces: str | None = None) -> None:
-    """Raises FileExistsError or PermissionError where `new_directory` could not go."""
+def check_new(path: Path, *, replaces: str | None = None, source: Path | None = None) -> None:
+    """Raises FileExistsError or PermissionError where `new_directory` could not go.
+
+    Args:
+        path, replaces: as for `new_directory`.
+        source: what the new content is made from; it must not lie in the directory replaced.
+    """
     if path.exists() and replaces is None:
         raise FileExistsError(f"{path} exists; choose another directory or pass overwrite")
-    if path.exists() and not (path / str(replaces)).is_file():
-        raise FileExistsError(
-            f"{path} exists and holds no {replaces}, so it is not overwritten; choose another "
-            "directory"
-        )
+    if path.exists():
+        names = {p.name for p in path.iterdir()} if path.is_dir() else set()
+        foreign = sorted(name for name in names if not OURS.fullmatch(name))
+        if str(replaces) not in names or foreign:
+            problem = f"holds {foreign[0]}" if foreign else f"holds no {replaces}"
+            raise FileExistsError(
+                f"{path} exists and {problem}, so it is not overwritten; choose another directory"
+            )
+        if source is not None and path.resolve() in (source.resolve(), *source.resolve().parents):
+            raise FileExistsError(f"{path} holds the source {source}; choose another directory")
     check_writable(path)
 
 
@@ -190,26 +205,41 @@ def new_directory(path: Path, *, replaces: str | None = None) -> Iterator[Path]:
     Raises:
         FileExistsError: ``path`` exists and is not to be replaced.
     """
+    path = path.resolve()
     check_new(path, replaces=replaces)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial, old = (path.with_name(f".{path.name}.{kind}-{os.getpid()}") for kind in ("new", "old"))
     partial.mkdir()
     try:
         yield partial
-        if path.exists():
-            path.rename(old)
-        partial.rename(path)
+        check_new(path, replaces=replaces)  # somebody else may have made it meanwhile
+        _swap(partial, path, old)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+
+
+def _swap(partial: Path, path: Path, old: Path) -> None:
+    """Puts ``partial`` in the place of ``path``, which stays as it was if that fails."""
+    if not path.exists():
+        partial.rename(path)
+        return
+    path.rename(old)
+    try:
+        partial.rename(path)
+    except OSError:
+        old.rename(path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copies the tokenizer file ``source`` and its configuration beside it."""
-    for name in {source.name, "tokenizer_config.json"}:
-        file = source.with_name(name)
-        if file.is_file():
-            shutil.copyfile(file, target / name)
+    """Copies a tokenizer file, under its usual name, and its configuration beside it."""
+    with open(source, "rb") as file:
+        kind = "json" if file.read(64).lstrip().startswith(b"{") else "model"
+    shutil.copyfile(source, target / f"tokenizer.{kind}")
+    config = source.with_name("tokenizer_config.json")
+    if config.is_file():
+        shutil.copyfile(config, target / config.name)
 
 
 def prune(
@@ -240,18 +270,21 @@ def prune(
         ``out_dir``.
 
     Raises:
-        ValueError: a layer does not exist, none or all would go, or ``out_dir`` is the source.
-        FileExistsError: ``out_dir`` exists.
+        ValueError: a layer does not exist, or none or all would go.
+        FileExistsError: ``out_dir`` exists, or with ``overwrite`` holds the source or other files.
+        FileNotFoundError: there is no tokenizer.
     """
     from llama.tokenizer import find_tokenizer
 
     source, out = Checkpoint(ckpt_dir), Path(str(out_dir))
-    if out.resolve() == source.directory.resolve():
-        raise ValueError(f"{out} is the source itself; choose another directory")
     keep = kept_layers(layers, source.args.n_layers)
     tokenizer = Path(str(tokenizer_path)) if tokenizer_path else find_tokenizer(source.directory)
+    if not tokenizer.is_file():
+        raise FileNotFoundError(f"tokenizer file {tokenizer} does not exist")
+    replaces = PROVENANCE if overwrite else None
+    check_new(out, replaces=replaces, source=source.directory)
     new_number = {str(old): new for new, old in enumerate(keep)}
-    with new_directory(out, replaces=PROVENANCE if overwrite else None) as partial:
+    with new_directory(out, replaces=replaces) as partial:
         for shard in source.shards:
             _prune_shard(shard, partial / shard.path.name, new_number, progress)
         params = {**source.params.get("model", source.params), "n_layers": len(keep)}
@@ -295,7 +328,24 @@ def _prune_shard(
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes an object as JSON, innermost lists on one line; numbers keep their last digit."""
-    text = json.dumps(content, indent=1)
-    text = re.sub(r"\[[^][{}\"]*\]", lambda m: " ".join(m[0].split()), text)
-    path.write_text(text + "\n", encoding="utf-8")
+    """Writes an object as JSON, lists of numbers on one line.
+
+    Numbers keep their last digit; NaN and infinities, which JSON lacks, become null.
+    """
+    path.write_text(_json(content, "\n") + "\n", encoding="utf-8")
+
+
+def _json(value: Any, line: str) -> str:
+    """``line`` is the line break with the indentation of the place."""
+    inner = line + " "
+    if isinstance(value, Mapping):
+        items = [f"{json.dumps(str(k))}: {_json(v, inner)}" for k, v in value.items()]
+        return "{" + inner + ("," + inner).join(items) + line + "}" if items else "{}"
+    if isinstance(value, list | tuple):
+        items = [_json(v, inner) for v in value]
+        if any(isinstance(v, Mapping | list | tuple) for v in value):
+            return "[" + inner + ("," + inner).join(items) + line + "]"
+        return "[" + ", ".join(items) + "]"
+    if isinstance(value, float) and not math.isfinite(value):
+        return "null"
+    return json.dumps(value)

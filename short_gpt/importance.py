@@ -222,8 +222,8 @@ def score(
     if bad.any():
         row, layer = (int(i) for i in bad.nonzero()[bad.nonzero()[:, 1].argmin()])
         raise FloatingPointError(
-            f"layer {layers[layer]} gave a NaN or infinite state (window {row} of the batch); "
-            "nothing of this batch was counted. Check the weights, or try another dtype"
+            f"layer {layers[layer]} met or gave a NaN or infinite state (window {row} of the "
+            "batch); nothing of this batch was counted. Check the weights, or try another dtype"
         )
     return influence, mask.sum(1), angular_distances(torch.stack(seen.last, dim=1))
 

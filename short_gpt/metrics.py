@@ -22,7 +22,8 @@ def cosine(x: Tensor, y: Tensor) -> Tensor:
 
     Returns:
         (...) in [-1, 1], float32 (float64 if both are). Two zero vectors count as equal (1); a
-        zero vector and another count as orthogonal (0). NaN where a component is not finite.
+        zero vector and another count as orthogonal (0). NaN where a component is not finite. In
+        float32 norms must lie between 1e-19 and 1e19, whose squares it can hold.
     """
     x, y = widen(x), widen(y)
     return cosine_from_products((x * y).sum(-1), (x * x).sum(-1), (y * y).sum(-1))

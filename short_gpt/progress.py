@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 
 def bar(desc: str, *, total: int | None, unit: str, show: bool = True) -> Any:
     """A tqdm bar on stderr, for use in a ``with`` block; a silent one unless ``show``.
 
-    It appears after a second, so that short work stays quiet.
+    It appears after a second, so that short work stays quiet. Of several ranks only the first
+    shows one.
     """
     from tqdm import tqdm
 
-    return tqdm(total=total, desc=desc, unit=unit, delay=1.0, disable=not show)
+    return tqdm(total=total, desc=desc, unit=unit, delay=1.0, disable=not (show and first_rank()))
+
+
+def first_rank() -> bool:
+    """Whether this process speaks for all: rank 0 under torchrun, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def set_rate(bar: Any, tokens: int) -> None:

@@ -38,8 +38,11 @@ def write_record(
     refuse_existing(target, overwrite=overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
-    write_json(partial, {**content, "versions": versions()})
-    partial.replace(target)
+    try:
+        write_json(partial, {**content, "versions": versions()})
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
     return target
 
 
@@ -65,6 +68,8 @@ def refuse_existing(path: Path, *, overwrite: bool) -> None:
     """Raises FileExistsError or PermissionError; for a check before long work."""
     from llama.checkpoint import check_writable
 
+    if path.is_dir():
+        raise FileExistsError(f"{path} is a directory; choose another name")
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} exists; choose another name or pass --overwrite")
     check_writable(path)

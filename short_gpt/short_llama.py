@@ -84,16 +84,22 @@ class ShortLlama(ShortModel):
 
         Raises:
             RuntimeError: nothing was removed.
-            ValueError: no source is known.
+            ValueError: no source is known, or it has another number of layers.
             FileExistsError: ``out_dir`` exists.
         """
-        from llama.checkpoint import prune
+        from llama.checkpoint import Checkpoint, prune
 
         source = ckpt_dir or getattr(self.llama, "ckpt_dir", None)
         if source is None:
             raise ValueError("pass ckpt_dir: this Llama does not know where its weights came from")
         if not self.removed:
             raise RuntimeError("nothing was removed yet; call remove_layers first")
+        found = Checkpoint(source).args.n_layers
+        if found != self.n_layers:
+            raise ValueError(
+                f"{source} has {found} layers, this model began with {self.n_layers}: it is not "
+                "where the model came from, or layers were removed before ShortLlama wrapped it"
+            )
         return prune(
             source,
             out_dir,

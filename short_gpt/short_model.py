@@ -68,15 +68,19 @@ class ShortModel:
             FloatingPointError: a state is NaN or infinite. Like after an interruption, the
                 batches read before count.
         """
-        if self._stale:
-            self.importance = Importance.empty(self.kept)
-        measure(
-            self.decoder,
-            batches(windows, batch_size),
-            into=self.importance,
-            total=_count(windows) if total is None else total,
-            progress=progress,
-        )
+        self._check_whole()
+        into = Importance.empty(self.kept) if self._stale else self.importance
+        try:
+            measure(
+                self.decoder,
+                batches(windows, batch_size),
+                into=into,
+                total=_count(windows) if total is None else total,
+                progress=progress,
+            )
+        finally:
+            if into.n_windows:
+                self.importance = into
 
     def perplexity(
         self,
@@ -170,13 +174,14 @@ class ShortModel:
         Raises:
             ValueError: a layer does not exist (any more), or the number is out of range.
             RuntimeError: nothing was scored, or the scores are of the model before a removal.
-                The model is unchanged after any error.
+                Or the model lacks layers for a trial. It is unchanged after any error.
         """
         if layers_to_remove is None or len(layers_to_remove) == 0:
             drop = self.layers_to_remove(angular=angular)
         else:
             drop = [operator.index(i) for i in layers_to_remove]
         check_layers(drop, self.kept)
+        self._check_whole()
         remove_layers(self.decoder, [self.kept.index(i) for i in drop])
         self.kept = [i for i in self.kept if i not in drop]
         self.removed += drop
@@ -185,6 +190,14 @@ class ShortModel:
     @property
     def _stale(self) -> bool:
         return self.importance.layers != self.kept
+
+    def _check_whole(self) -> None:
+        found = len(self.decoder.layers)
+        if found != len(self.kept):
+            raise RuntimeError(
+                f"the model has {found} layers, expected {len(self.kept)} ({span(self.kept)}): "
+                "inside without_layers, or after a removal elsewhere, it cannot be scored or cut"
+            )
 
     def _scored(self) -> Importance:
         if self.importance.n_windows == 0:

@@ -84,6 +84,7 @@ def test_params_may_stand_under_model():
         ({"norm_eps": "small"}, "norm_eps must be a positive number"),
         ({"vocab_size": 0}, "vocab_size must be a positive integer or -1, got 0"),
         ({"vocab_size": "x"}, "vocab_size must be a positive integer or -1"),
+        ({"use_scaled_rope": "no"}, "use_scaled_rope must be true or false, got 'no'"),
         ({"ffn_dim_multiplier": -1}, "ffn_dim_multiplier must be a positive number"),
     ],
 )

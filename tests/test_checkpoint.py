@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
+import random
 import shutil
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import CharTokenizer, make_transformer, save_checkpoint
 
 from llama.archive import Shard, TensorInfo, write_shard
-from llama.checkpoint import Checkpoint, new_directory, prune
+from llama.checkpoint import Checkpoint, new_directory, prune, write_json
 from llama.model import load_model
 
 CPU, F32 = torch.device("cpu"), torch.float32
@@ -107,7 +110,7 @@ def test_misnumbered_layers_are_refused(checkpoint_dir):
 def test_a_truncated_file_is_refused(checkpoint_dir):
     path = checkpoint_dir / "consolidated.00.pth"
     path.write_bytes(path.read_bytes()[:-1000])
-    with pytest.raises(ValueError, match="cannot be read: expected a complete file"):
+    with pytest.raises(ValueError, match="cannot be read: .* it is cut off"):
         Checkpoint(checkpoint_dir)
 
 
@@ -234,19 +237,108 @@ def test_pruning_bad_layers_writes_nothing(tmp_path, checkpoint_dir, layers, mes
     assert not (tmp_path / "out").exists()
 
 
-def test_pruning_overwrites_only_when_asked_and_never_its_source(tmp_path, checkpoint_dir):
+def test_pruning_overwrites_only_its_own_and_only_when_asked(tmp_path, checkpoint_dir):
     prune(checkpoint_dir, tmp_path / "out", [1])
     with pytest.raises(FileExistsError, match="out exists"):
         prune(checkpoint_dir, tmp_path / "out", [1, 2])
     prune(checkpoint_dir, tmp_path / "out", [1, 2], overwrite=True)
     assert Checkpoint(tmp_path / "out").args.n_layers == 3
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.tex").write_text("years of work")
-    with pytest.raises(FileExistsError, match=r"holds no pruning\.json, so it is not overwritten"):
-        prune(checkpoint_dir, tmp_path / "mine", [1], overwrite=True)
-    assert (tmp_path / "mine" / "thesis.tex").is_file()
-    with pytest.raises(ValueError, match="is the source itself"):
-        prune(checkpoint_dir, checkpoint_dir, [1], overwrite=True)
+    (tmp_path / "out" / "thesis.tex").write_text("years of work")
+    with pytest.raises(FileExistsError, match=r"out exists and holds thesis\.tex"):
+        prune(checkpoint_dir, tmp_path / "out", [1], overwrite=True)
+    with pytest.raises(FileExistsError, match=r"checkpoint exists and holds no pruning\.json"):
+        prune(tmp_path / "out", checkpoint_dir, [1], overwrite=True)
+
+
+def test_pruning_never_overwrites_its_source(tmp_path, checkpoint_dir):
+    prune(checkpoint_dir, tmp_path / "out", [1])
+    prune(checkpoint_dir, tmp_path / "out" / "pruned", [1])  # our own file name, inside
+    for source in (tmp_path / "out", tmp_path / "out" / "pruned"):
+        with pytest.raises(FileExistsError, match="holds the source"):
+            prune(source, tmp_path / "out", [0], overwrite=True)
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "out", target_is_directory=True)
+    with pytest.raises(FileExistsError, match="holds the source"):
+        prune(tmp_path / "out", link, [0], overwrite=True)
+
+
+def test_a_link_is_followed_and_a_failed_swap_leaves_the_old(tmp_path, checkpoint_dir, monkeypatch):
+    prune(checkpoint_dir, tmp_path / "real", [1])
+    (tmp_path / "link").symlink_to(tmp_path / "real", target_is_directory=True)
+    prune(checkpoint_dir, tmp_path / "link", [1, 2], overwrite=True)
+    assert (tmp_path / "link").is_symlink()
+    assert Checkpoint(tmp_path / "real").args.n_layers == 3
+    plain = Path.rename
+
+    def rename(self, target):
+        if ".new-" in self.name:
+            raise OSError("in use")
+        return plain(self, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(OSError, match="in use"):
+        prune(checkpoint_dir, tmp_path / "real", [1], overwrite=True)
+    assert Checkpoint(tmp_path / "real").args.n_layers == 3
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint", "link", "real"]
+
+
+def test_what_somebody_else_made_meanwhile_is_not_replaced(tmp_path):
+    with pytest.raises(FileExistsError, match="out exists"), new_directory(tmp_path / "out"):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "thesis.tex").write_text("years of work")
+    assert (tmp_path / "out" / "thesis.tex").is_file()
+
+
+def test_the_tokenizer_goes_along_under_its_usual_name(tmp_path, checkpoint_dir):
+    with pytest.raises(FileNotFoundError, match=r"tokenizer file typo\.model does not exist"):
+        prune(checkpoint_dir, tmp_path / "out", [1], tokenizer_path="typo.model")
+    (tmp_path / "mine.bin").write_bytes(b"\x0asentencepiece")
+    prune(checkpoint_dir, tmp_path / "out", [1], tokenizer_path=tmp_path / "mine.bin")
+    assert (tmp_path / "out/tokenizer.model").read_bytes() == b"\x0asentencepiece"
+
+
+def test_json_keeps_texts_and_digits(tmp_path):
+    content = {
+        "text": "{{ [a,     b] }} [my   folder]",
+        "numbers": [1, 0.1, 1e-300],
+        "nested": [[1, 2], {"a": []}],
+        "none": [None, True, math.inf],
+        "empty": {},
+    }
+    write_json(tmp_path / "x.json", content)
+    text = (tmp_path / "x.json").read_text()
+    assert json.loads(text) == {**content, "none": [None, True, None]}
+    assert '"numbers": [1, 0.1, 1e-300]' in text
+
+
+def test_damaged_files_never_give_anything_but_one_error(checkpoint_dir):
+    path = checkpoint_dir / "consolidated.00.pth"
+    whole = path.read_bytes()
+    start = whole.index(b"data.pkl")
+    rng = random.Random(0)
+    for _ in range(150):
+        broken = bytearray(whole)
+        for _ in range(3):
+            broken[start + rng.randrange(4000)] = rng.randrange(256)
+        path.write_bytes(broken)
+        try:
+            Checkpoint(checkpoint_dir)
+        except ValueError as error:
+            assert str(path) in str(error)
+
+
+def test_other_files_beside_the_shards_are_left_alone(checkpoint_dir):
+    torch.save({"a": torch.ones(1)}, checkpoint_dir / "lora.pth")
+    assert len(Checkpoint(checkpoint_dir).shards) == 1
+
+
+def test_odd_names_and_layouts_are_refused(checkpoint_dir):
+    edit(checkpoint_dir, lambda s: s.update({3: torch.ones(1)}))
+    with pytest.raises(ValueError, match="holds the name 3, expected tensors by name"):
+        Checkpoint(checkpoint_dir)
+    edit(checkpoint_dir, lambda s: (s.pop(3), s.update(x=torch.ones(2, 2).to_sparse())))
+    with pytest.raises(ValueError, match="x in .* is torch.sparse_coo; expected"):
+        Checkpoint(checkpoint_dir)
 
 
 def test_a_directory_appears_whole_or_not_at_all(tmp_path):

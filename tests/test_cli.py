@@ -93,10 +93,58 @@ def test_generate(ckpt, capsys):
     assert capsys.readouterr().out.startswith("It was")
 
 
-def test_a_number_can_be_a_path_and_a_text(ckpt, capsys):
+@pytest.mark.parametrize(
+    "text",
+    [
+        "1984",
+        "1e3",
+        "1_000",
+        "Hello, world",
+        "hello # there",
+        "(hello)",
+        '"quoted"',
+        "[a, b]",
+        "''",
+    ],
+)
+def test_texts_and_paths_are_taken_as_they_are(ckpt, capsys, text):
     Path("ckpt").rename("2048")
-    run("generate", 2048, 1984, "--max_gen_len", 2)
-    assert capsys.readouterr().out.startswith("1984")
+    run("generate", "2048", text, "--max_gen_len", 2)
+    assert capsys.readouterr().out.startswith(text)
+
+
+def test_version(capsys):
+    run("--version")
+    assert capsys.readouterr().out.startswith("short-gpt ")
+
+
+def test_of_two_ranks_one_prints_and_writes(ckpt):
+    save_checkpoint(Path("two"), make_transformer(vocab_size=BYTE_VOCAB), shards=2)
+    write_byte_tokenizer(Path("two"))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc_per_node", "2", "-m", "short_gpt"]
+    rank = ["rank", "two", *map(str, DATA), "--n_prune_layers", "2", "--out", "two.json"]
+    done = subprocess.run([*command, *rank], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Block Influence") == 2  # the heading and the list, once
+    assert done.stdout.count("written") == 1
+    run("rank", "ckpt", *DATA, "--out", "one.json")
+    one, two = (json.loads(Path(f"{n}.json").read_text())["importance"] for n in ("one", "two"))
+    assert two["influence"][0] == pytest.approx(one["influence"][0], rel=1e-4)
+
+    cut = ["prune", "two", "small", "--scores", "two.json", "--n_prune_layers", "2"]
+    subprocess.run([*command, *cut], capture_output=True, check=True, timeout=300)
+    look = ["perplexity", "small", *map(str, DATA[:4])]
+    both = subprocess.run([*command, *look], capture_output=True, text=True, check=True)
+    removed = json.loads(Path("small/pruning.json").read_text())["removed_layers"]
+    run("prune", "ckpt", "whole", "--layers", ",".join(map(str, removed)))
+    whole = subprocess.run(
+        [sys.executable, "-m", "short_gpt", "perplexity", "whole", *map(str, DATA[:4])],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert both.stdout.split()[5:] == whole.stdout.split()[5:]  # behind the name
 
 
 def test_reproduce_runs_the_protocol_on_a_model_of_the_papers_shape(ckpt, capsys, monkeypatch):
@@ -113,7 +161,9 @@ def test_reproduce_runs_the_protocol_on_a_model_of_the_papers_shape(ckpt, capsys
     monkeypatch.setattr(reproduce, "published", lambda: table)
     Path("books").mkdir()
     Path("books/validation-1.txt").write_text(TEXT * 3)
-    run("reproduce", "ckpt", "--data", "books", "--max_windows", 2, "--out", "r.json")
+    command = ("reproduce", "ckpt", "--data", "books", "--max_windows", 2, "--out", "r.json")
+    assert "groups its keys and values, so it is another model" in fails(capsys, *command)
+    run(*command, "--model", "tiny")
     out = capsys.readouterr().out
     record = json.loads(Path("r.json").read_text())
     assert record["result"]["model"] == "tiny" and record["result"]["paper"] == [3, 1]
@@ -147,7 +197,15 @@ def test_reproduce_runs_the_protocol_on_a_model_of_the_papers_shape(ckpt, capsys
         (["prune", "ckpt", "x", "--layers", "a"], "expected layer numbers as in"),
         (["prune", "ckpt", "x", "--scores", "no.json"], "no.json does not exist"),
         (["prune", "ckpt", "x", "--scores", "book.txt"], "book.txt is not JSON"),
-        (["prune", "ckpt", "ckpt", "--layers", "1"], "ckpt is the source itself"),
+        (["prune", "ckpt", "ckpt", "--layers", "1"], "ckpt exists"),
+        (["prune", "ckpt", "x", "--layers", "1", "--angular"], "choose from --scores"),
+        (["prune", "ckpt", "x", "--layers", "1", "--tokenizer_path", "no"], "no does not exist"),
+        (["rank", "ckpt", *DATA, "--stride", "0"], "stride = 0: expected"),
+        (["rank", "ckpt", *DATA, "--max_windows", "0"], "limit = 0: expected"),
+        (["rank", "ckpt", *DATA, "--max_texts", "0"], "--max_texts expects at least 1"),
+        (["rank", "ckpt", *DATA, "--device", "meta"], "expected a device such as cpu"),
+        (["rank", "ckpt", "--out", ".", "--overwrite"], "is a directory"),
+        (["generate", "ckpt", "a", "--top_p", "-1"], "a top_p in 0..1, got 0.6 and -1"),
         (["plot", "ckpt/params.json", "x"], "holds no scores; expected a file written by"),
         (["generate", "ckpt", "a", "b"], "generate takes CKPT_DIR PROMPT; what is 'b'?"),
         (["generate", "ckpt", "a", "--top_p", "x"], "--top_p expects a number, got 'x'"),

@@ -109,11 +109,31 @@ def test_top_p_takes_the_smallest_sufficient_set():
         ([[1] * 65], "prompt 0 has 65 tokens"),
         ([[96]], r"prompt 0 has token ids outside 0..95: 96..96"),
         ([[-1, 4]], "outside"),
+        ([1, 2], "expected a list of prompts, each a list of token ids, got one"),
     ],
 )
 def test_prompts_that_do_not_fit(llama, prompts, message):
     with pytest.raises(ValueError, match=message):
         llama.generate(prompts, 4)
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_p"), [(-1, 0.9), (float("nan"), 0.9), (1, 2), (1, float("nan")), (1, -1)]
+)
+def test_sampling_arguments_are_checked(llama, temperature, top_p):
+    with pytest.raises(ValueError, match=r"a temperature of 0 or more and a top_p in 0\.\.1"):
+        llama.generate([[3]], 2, temperature, top_p)
+
+
+@pytest.mark.parametrize("temperature", [1e-42, 1e-300, 1e-5])
+def test_a_tiny_temperature_is_greedy(llama, temperature):
+    greedily = llama.generate([[3, 4]], 8, temperature=0)
+    assert llama.generate([[3, 4]], 8, temperature=temperature) == greedily
+
+
+def test_one_string_is_no_list_of_prompts(llama):
+    with pytest.raises(ValueError, match=r"got one string: pass \[prompt\]"):
+        llama.text_completion("abc")
 
 
 def test_text_completion_returns_what_the_reference_returns(llama):

@@ -99,7 +99,7 @@ def test_a_state_that_is_not_finite_names_its_layer_and_counts_nothing(bad):
     before = seen.to_dict()
     with torch.no_grad():
         model.layers[2].feed_forward.w2.weight[0, 0] = bad
-    with pytest.raises(FloatingPointError, match="layer 6 gave a NaN or infinite state"):
+    with pytest.raises(FloatingPointError, match="layer 6 met or gave a NaN or infinite state"):
         measure(MetaDecoder(model), [good], into=seen)
     assert seen.to_dict() == before
 
@@ -152,6 +152,16 @@ def test_agreement_of_halves():
     same = measure(decoder, [[w, w] for w in windows])
     assert same.agreement == pytest.approx(1.0)
     assert math.isnan(measure(decoder, [windows[:1]]).agreement)
+
+
+def test_windows_fall_alternately_into_the_halves_whatever_the_batches():
+    windows, decoder = random_windows(7, 9), MetaDecoder(make_transformer())
+    single = measure(decoder, [[w] for w in windows])
+    mixed = measure(decoder, [windows[:3], windows[3:4], windows[4:]])
+    assert single.windows.tolist() == mixed.windows.tolist() == [4, 3]
+    assert torch.allclose(single.influence, mixed.influence, rtol=1e-5)
+    first = measure(decoder, [windows[0::2]]).influence.sum(0)
+    assert torch.allclose(single.influence[0], first, rtol=1e-5)
 
 
 def test_one_window_has_no_standard_error():

@@ -50,6 +50,13 @@ def test_norms_beyond_float16_are_scored_right():
     assert block_influence(x, y).dtype == torch.float32
 
 
+@pytest.mark.parametrize("norm", [1e-12, 1e12])
+def test_squared_norms_are_not_multiplied(norm):
+    """The product of two squared norms would leave float32's range long before the norms do."""
+    x, y = torch.tensor([norm, 0.0]), torch.tensor([norm, norm])
+    assert cosine(x, y).item() == pytest.approx(math.sqrt(0.5), abs=1e-6)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_what_is_not_finite_stays_visible(bad):
     assert cosine(torch.tensor([1.0, bad]), torch.tensor([1.0, 1.0])).isnan()

@@ -149,14 +149,37 @@ def test_the_cache_can_be_used_after_gradients_and_grows_with_the_batch(transfor
     assert torch.allclose(last[:, 0], whole[:, -1], atol=1e-5)
 
 
+def test_a_cache_of_inference_mode_is_made_anew_outside(transformer):
+    tokens = torch.randint(0, 96, (1, 5))
+    with torch.inference_mode():
+        transformer(tokens, 0)
+    with torch.no_grad():
+        assert torch.allclose(transformer(tokens, 0), transformer(tokens), atol=1e-5)
+
+
+def test_a_full_pass_builds_no_mask(transformer, monkeypatch):
+    seen = []
+    plain = torch.nn.functional.scaled_dot_product_attention
+
+    def attention(*args, attn_mask, is_causal, **kwargs):
+        seen.append((attn_mask, is_causal))
+        return plain(*args, attn_mask=attn_mask, is_causal=is_causal, **kwargs)
+
+    monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", attention)
+    transformer(torch.randint(0, 96, (2, 9)))
+    transformer(torch.randint(0, 96, (2, 9)), 0)
+    assert seen == [(None, True)] * 10
+
+
 def test_continuing_what_never_began_is_refused(transformer):
     with pytest.raises(ValueError, match="start_pos 3 continues a batch of 1"):
         transformer(torch.zeros(1, 1, dtype=torch.long), 3)
 
 
 def test_too_many_positions_are_refused(transformer):
-    with pytest.raises(ValueError, match="max_seq_len 64"):
-        transformer(torch.zeros(1, 129, dtype=torch.long))
+    for start_pos, size, limit in ((None, 129, 128), (0, 65, 64)):
+        with pytest.raises(ValueError, match=f"{size} positions; .* takes up to {limit} here"):
+            transformer(torch.zeros(1, size, dtype=torch.long), start_pos)
 
 
 def test_rms_norm_divides_by_the_root_mean_square():

@@ -28,7 +28,8 @@ def test_the_notebook_runs(name, tmp_path):
     client = NotebookClient(notebook, timeout=900, resources={"metadata": {"path": tmp_path}})
     client.execute()
     assert (tmp_path / "short_llama_pruned/params.json").is_file()
-    assert notebook.cells[-1].outputs[0].data["text/plain"] == "True"
+    printed = "".join(o.text for c in notebook.cells for o in c.get("outputs", []) if "text" in o)
+    assert "the same completion: True" in printed
 
 
 @pytest.mark.parametrize("name", FEWER)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -77,6 +78,9 @@ def test_devices():
     assert choose_device().type in ("cpu", "cuda", "mps")
     with pytest.raises(ValueError, match="expected a device such as cpu"):
         choose_device("gpu")
+    for name in ("meta", "xpu"):
+        with pytest.raises(ValueError, match="expected a device such as cpu"):
+            choose_device(name)
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="'cuda' is not available here"):
             choose_device("cuda")
@@ -88,6 +92,8 @@ def test_dtypes():
     assert choose_dtype("bfloat16", cpu) == choose_dtype(torch.bfloat16, cpu) == torch.bfloat16
     with pytest.raises(ValueError, match="expected a dtype of float32, bfloat16"):
         choose_dtype("int8", cpu)
+    with pytest.raises(ValueError, match="MPS has no float64"):
+        choose_dtype("float64", torch.device("mps"))
 
 
 def test_the_groups_are_silent_and_keep_their_size(capfd):
@@ -96,6 +102,16 @@ def test_the_groups_are_silent_and_keep_their_size(capfd):
     with pytest.raises(ValueError, match="model_parallel_size 2 was asked for"):
         initialize(2, device=torch.device("cpu"))
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_model_can_be_made_without_any_setting_up():
+    code = (
+        "from llama import ModelArgs, Transformer\n"
+        "Transformer(ModelArgs(dim=32, n_layers=1, n_heads=2, vocab_size=8))"
+    )
+    env = {**os.environ, "WORLD_SIZE": "2"}  # left over, and no launcher's without RANK
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_a_fresh_process_prints_nothing_and_leaves_no_defaults(tmp_path):

@@ -7,11 +7,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import CharTokenizer, make_transformer, random_windows, zero_layer
+from conftest import (
+    CharTokenizer,
+    make_transformer,
+    random_windows,
+    save_checkpoint,
+    zero_layer,
+)
 from torch import nn
 
 from llama import Llama
 from short_gpt import ShortLlama
+from short_gpt.layer_removal import without_layers
 
 
 @pytest.fixture
@@ -165,6 +172,38 @@ def test_nothing_to_score_is_refused(short):
     with pytest.raises(TypeError):
         short.remove_layers([1.5])
     assert unchanged(short)
+
+
+def test_one_window_is_no_list_of_windows(short):
+    with pytest.raises(ValueError, match="expected a list of windows, each a list of token ids"):
+        short.eval_importance([1, 2, 3])
+
+
+def test_inside_a_trial_nothing_is_scored_or_removed(short):
+    with without_layers(short.decoder, [0]):
+        for act in (lambda: short.eval_importance(WINDOWS[:1]), lambda: short.remove_layers([1])):
+            with pytest.raises(RuntimeError, match="the model has 4 layers, expected 5"):
+                act()
+        assert short.perplexity(WINDOWS[:1], progress=False).tokens == 19
+    assert unchanged(short)
+
+
+def test_scores_outlive_a_failed_measurement_after_a_removal(short):
+    short.eval_importance(WINDOWS[:2])
+    before = short.importances.clone()
+    short.remove_layers()
+    with pytest.raises(ValueError, match="outside the vocabulary"):
+        short.eval_importance([[5000]])
+    assert torch.equal(short.importances, before)
+
+
+def test_a_model_cut_before_it_was_wrapped_is_not_saved(short, tmp_path):
+    save_checkpoint(tmp_path / "source", make_transformer())
+    short.remove_layers([1])
+    again = ShortLlama(short.llama)
+    again.remove_layers([2])
+    with pytest.raises(ValueError, match="has 5 layers, this model began with 4"):
+        again.save(tmp_path / "out", ckpt_dir=tmp_path / "source")
 
 
 def test_nan_states_never_become_scores(short):
