@@ -17,7 +17,8 @@ from torch import Tensor
 
 from llama.archive import TensorInfo, write_shard
 from llama.args import ModelArgs
-from llama.checkpoint import check_new, full_shapes, new_directory, write_json
+from llama.checkpoint import full_shapes
+from llama.files import check_new, new_directory, write_json
 from llama.model import rope_frequencies
 from llama.parallel import choose_dtype
 from llama.tokenizer import tokenizer_json

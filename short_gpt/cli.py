@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from llama.args import ModelArgs
-from llama.checkpoint import Checkpoint, check_new, new_directory, read_params
+from llama.checkpoint import Checkpoint, read_params
+from llama.files import check_new, new_directory
 from short_gpt import report
 from short_gpt.data import pg19, texts, windows
 from short_gpt.importance import Importance

@@ -32,7 +32,7 @@ def write_record(
     Raises:
         FileExistsError: the file exists and ``overwrite`` is not set.
     """
-    from llama.checkpoint import write_json
+    from llama.files import write_json
 
     target = Path(str(path))
     refuse_existing(target, overwrite=overwrite)
@@ -66,7 +66,7 @@ def read_record(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def refuse_existing(path: Path, *, overwrite: bool) -> None:
     """Raises FileExistsError or PermissionError; for a check before long work."""
-    from llama.checkpoint import check_writable
+    from llama.files import check_writable
 
     if path.is_dir():
         raise FileExistsError(f"{path} is a directory; choose another name")

@@ -15,7 +15,8 @@ import torch
 from conftest import CharTokenizer, make_transformer, save_checkpoint
 
 from llama.archive import Shard, TensorInfo, write_shard
-from llama.checkpoint import Checkpoint, new_directory, prune, write_json
+from llama.checkpoint import Checkpoint, prune
+from llama.files import new_directory, write_json
 from llama.model import load_model
 
 CPU, F32 = torch.device("cpu"), torch.float32
