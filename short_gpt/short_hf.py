@@ -1,0 +1,195 @@
+"""ShortGPT for causal language models of transformers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from short_gpt.data import windows
+from short_gpt.hf_decoder import HFDecoder
+from short_gpt.short_model import ShortModel
+
+
+class ShortHFModel(ShortModel):
+    """Scores and removes layers of a ``transformers`` causal language model.
+
+    Args:
+        model_name: a hub id, a local directory, a GGUF file, or a loaded model.
+        layers_path: where its layers are, as in ``"model.layers"``; None finds them.
+        n_prune_layers: how many layers `remove_layers` takes out; may be set later.
+        tokenizer: needed with a loaded model to read texts; None loads the model's own.
+        options: passed on to ``from_pretrained``, such as ``dtype`` and ``device_map``.
+
+    Attributes:
+        model: the ``transformers`` model.
+        tokenizer: its tokenizer, or None.
+
+    Raises:
+        ImportError: transformers is missing.
+        ValueError: the model's layers cannot be found.
+
+    Example:
+        >>> short = ShortHFModel("mistralai/Mistral-7B-v0.1", n_prune_layers=9)  # doctest: +SKIP
+        >>> short.eval_importance([text], max_seq_len=1024)  # doctest: +SKIP
+        >>> short.remove_layers()  # doctest: +SKIP
+        >>> short.save_pretrained("mistral-5b")  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        model_name: Any,
+        layers_path: str | None = None,
+        n_prune_layers: int | None = None,
+        *,
+        tokenizer: Any = None,
+        **options: Any,
+    ) -> None:
+        if isinstance(model_name, str | os.PathLike):
+            model, own = _load(str(model_name), options)
+            tokenizer = own if tokenizer is None else tokenizer
+        elif options:
+            raise ValueError(f"options {sorted(options)} are for loading; the model is loaded")
+        else:
+            model = model_name
+        super().__init__(HFDecoder(model.eval(), layers_path), n_prune_layers)
+        self.model = model
+        self.tokenizer = tokenizer
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, with the special tokens that the tokenizer puts in front."""
+        return self._tokenizer()(text, verbose=False)["input_ids"]
+
+    def eval_importance(
+        self,
+        prompts: Sequence[str],
+        max_seq_len: int,
+        stride: int = 256,
+        max_gen_len: int = 0,
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        angular: bool = False,
+    ) -> None:
+        """Scores texts and adds them to the scores so far.
+
+        Args:
+            prompts: texts of any length.
+            max_seq_len: tokens of a window; longer texts are cut into windows.
+            stride: tokens between the starts of windows.
+            max_gen_len: if positive, each text's first ``max_seq_len`` tokens are first continued
+                by up to so many tokens, and both are scored together.
+            temperature, top_p: of that generation.
+            angular: accepted for older scripts; one pass always gives both measures.
+
+        Raises:
+            ValueError: no text gives a window of two tokens.
+            FloatingPointError: a state is NaN or infinite.
+        """
+        if isinstance(prompts, str):
+            raise ValueError("expected a list of texts, got one string: pass [text]")
+        if max_gen_len > 0:
+            ids = (self.encode(p)[:max_seq_len] for p in prompts)
+            self.measure([self._continue(i, max_gen_len, temperature, top_p) for i in ids])
+            return
+        cut = windows(prompts, self.encode, size=max_seq_len, stride=stride, tail="keep")
+        self.measure(cut, progress=False)
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        max_gen_len: int = 50,
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+    ) -> list[str]:
+        """Continues texts, one by one; ``temperature`` 0 takes the likeliest token."""
+        done = []
+        for prompt in prompts:
+            ids = self.encode(prompt)
+            new = self._continue(ids, max_gen_len, temperature, top_p)[len(ids) :]
+            done.append(self._tokenizer().decode(new, skip_special_tokens=True))
+        return done
+
+    @torch.no_grad()
+    def _continue(
+        self, ids: list[int], max_gen_len: int, temperature: float, top_p: float
+    ) -> list[int]:
+        tokens = torch.tensor([ids], device=self.decoder.device)
+        sampling: dict[str, Any] = {"do_sample": False}
+        if temperature > 0:
+            sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p}
+        out = self.model.generate(
+            input_ids=tokens,
+            attention_mask=torch.ones_like(tokens),
+            max_new_tokens=max_gen_len,
+            **sampling,
+        )
+        return out[0].tolist()
+
+    def save_pretrained(self, out_dir: str | os.PathLike[str], *, verify: bool = True) -> Path:
+        """Writes model, config, generation config and tokenizer for plain ``from_pretrained``.
+
+        Args:
+            out_dir: the new directory; appears whole or not at all.
+            verify: load the result again and compare: the same logits, bit for bit, and the same
+                greedy generation with and without the cache.
+
+        Raises:
+            FileExistsError: ``out_dir`` exists.
+            RuntimeError: the saved model is not the one in memory; nothing is left behind.
+        """
+        from llama.files import new_directory
+
+        out = Path(str(out_dir))
+        with new_directory(out) as partial:
+            self.model.save_pretrained(partial)
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(partial)
+            if verify:
+                self._verify(partial)
+        return out
+
+    @torch.no_grad()
+    def _verify(self, directory: Path) -> None:
+        again = type(self.model).from_pretrained(
+            directory, dtype=self.model.dtype, device_map=self.decoder.device
+        )
+        for weight in again.parameters():  # mapped weights lie unaligned and may round otherwise
+            weight.data = weight.data.clone()
+        tokens = torch.arange(8, device=self.decoder.device)[None] % self.decoder.vocab_size
+        ours, theirs = (self.decoder.logits(tokens), HFDecoder(again.eval()).logits(tokens))
+        if not torch.equal(ours, theirs):
+            off = (ours - theirs).abs().max()
+            raise RuntimeError(f"the saved model's logits differ by up to {off:.3g}; not saved")
+        cached, uncached = (
+            again.generate(
+                input_ids=tokens,
+                attention_mask=torch.ones_like(tokens),
+                max_new_tokens=8,
+                do_sample=False,
+                use_cache=use_cache,
+            )
+            for use_cache in (True, False)
+        )
+        if not torch.equal(cached, uncached):
+            raise RuntimeError("the saved model generates otherwise with its cache; not saved")
+
+    def _tokenizer(self) -> Any:
+        if self.tokenizer is None:
+            raise ValueError("pass tokenizer=... with a loaded model to read and write texts")
+        return self.tokenizer
+
+
+def _load(name: str, options: dict[str, Any]) -> tuple[Any, Any]:
+    try:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+    except ImportError:
+        raise ImportError('ShortHFModel needs: pip install "short-gpt[hf]"') from None
+    where: tuple[Any, dict[str, Any]] = (name, {})
+    if name.endswith(".gguf"):
+        path = Path(name)
+        where = (path.parent, {"gguf_file": path.name})
+    model = AutoModelForCausalLM.from_pretrained(where[0], **where[1], **options)
+    return model, AutoTokenizer.from_pretrained(where[0], **where[1])
