@@ -6,9 +6,10 @@ from setuptools import setup
 
 PLOTS = ["matplotlib>=3.8"]
 DEMO = ["gguf>=0.17", "platformdirs>=4", *PLOTS]
-NOTEBOOKS = ["jupyter", *DEMO]
+HF = ["transformers>=4.57", "accelerate"]
+EVAL = ["lm_eval>=0.4.13", *HF]
+NOTEBOOKS = ["jupyter", *DEMO, *HF]
 DEV = [
-    "accelerate",
     "hypothesis",
     "ipykernel",
     "mypy",
@@ -16,8 +17,8 @@ DEV = [
     "nbformat",
     "pytest",
     "ruff",
-    "transformers>=4.55",
     *DEMO,
+    *EVAL,
 ]
 
 setup(
@@ -44,6 +45,8 @@ setup(
     extras_require={
         "plots": PLOTS,
         "demo": DEMO,
+        "hf": HF,
+        "eval": EVAL,
         "notebooks": NOTEBOOKS,
         "dev": DEV,
         "all": sorted({*NOTEBOOKS, *DEV}),

@@ -35,6 +35,7 @@ LAYER_SPLITS: dict[str, int | None] = {
 }
 LAYER_NAME = re.compile(r"layers\.(\d+)\.(.+)")
 PROVENANCE = "pruning.json"
+CONVERSION = "conversion.json"  # what a converted checkpoint was made from
 
 
 def full_shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:
@@ -109,6 +110,12 @@ class Checkpoint:
 
     def _check(self) -> bool:
         """Compares names and shapes with params.json; returns ``vocab_parallel``."""
+        count = len(self.shards[0].infos)
+        if self.args.n_layers > count:
+            raise ValueError(
+                f"n_layers {self.args.n_layers} in {self.directory / 'params.json'}; the file has "
+                f"{count} tensors"
+            )
         shapes = full_shapes(self.args)
         ranks = len(self.shards)
         vocabulary, dim = shapes["tok_embeddings.weight"]
@@ -146,13 +153,21 @@ def read_params(directory: Path) -> dict[str, Any]:
     path = directory / "params.json"
     if not path.is_file():
         raise FileNotFoundError(f"{directory} has no params.json; is it a Meta checkpoint?")
-    try:
-        params = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(params, dict) or not isinstance(params.get("model", {}), dict):
+    params = read_json(path)
+    if not isinstance(params.get("model", {}), dict):
         raise ValueError(f"{path} must hold one JSON object")
     return params
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; ValueError if it is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold one JSON object")
+    return content
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
@@ -197,13 +212,20 @@ def prune(
         FileExistsError: ``out_dir`` exists, or with ``overwrite`` holds the source or other files.
         FileNotFoundError: there is no tokenizer.
     """
-    from llama.tokenizer import find_tokenizer
+    from llama.tokenizer import Tokenizer, find_tokenizer
 
     source, out = Checkpoint(ckpt_dir), Path(str(out_dir))
     keep = kept_layers(layers, source.args.n_layers)
     tokenizer = Path(str(tokenizer_path)) if tokenizer_path else find_tokenizer(source.directory)
-    if not tokenizer.is_file():
-        raise FileNotFoundError(f"tokenizer file {tokenizer} does not exist")
+    words = Tokenizer(tokenizer).n_words
+    if words != source.args.vocab_size:
+        raise ValueError(
+            f"the tokenizer {tokenizer} has {words} words, the checkpoint {source.directory} "
+            f"{source.args.vocab_size}; they do not belong together"
+        )
+    record = {"removed_layers": list(layers), "kept_layers": keep, **(provenance or {})}
+    if (source.directory / PROVENANCE).is_file():
+        record["source_pruning"] = read_json(source.directory / PROVENANCE)
     replaces = PROVENANCE if overwrite else None
     check_new(out, replaces=replaces, source=source.directory)
     new_number = {str(old): new for new, old in enumerate(keep)}
@@ -213,10 +235,8 @@ def prune(
         params = {**source.params.get("model", source.params), "n_layers": len(keep)}
         write_json(partial / "params.json", params)
         copy_tokenizer(tokenizer, partial)
-        record = {"removed_layers": list(layers), "kept_layers": keep, **(provenance or {})}
-        parent = source.directory / PROVENANCE
-        if parent.is_file():
-            record["source_pruning"] = json.loads(parent.read_text(encoding="utf-8"))
+        if (source.directory / CONVERSION).is_file():
+            shutil.copyfile(source.directory / CONVERSION, partial / CONVERSION)
         write_json(partial / PROVENANCE, record)
     return out
 

@@ -1,14 +1,13 @@
-"""Other checkpoint formats to Meta's: GGUF files of Llama models.
+"""Other checkpoint formats to Meta's and back: Hugging Face directories, GGUF files.
 
 One table of weight names serves every direction; weights go over one tensor at a time.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,29 +16,61 @@ from torch import Tensor
 
 from llama.archive import TensorInfo, write_shard
 from llama.args import ModelArgs
-from llama.checkpoint import full_shapes
+from llama.checkpoint import CONVERSION, Checkpoint, full_shapes, split_dim
 from llama.files import check_new, new_directory, write_json
-from llama.model import rope_frequencies
 from llama.parallel import choose_dtype
-from llama.tokenizer import tokenizer_json
+from llama.safetensors_file import Entry, grouped, open_weights, tensor_bytes, write_weights
+from llama.tokenizer import Tokenizer, find_tokenizer
 
-# Meta's name, GGUF's name; {} is the layer. GGUF keeps the rows of wq and wk in Meta's order.
-GGUF_NAMES = {
-    "tok_embeddings.weight": "token_embd.weight",
-    "norm.weight": "output_norm.weight",
-    "output.weight": "output.weight",
-    "layers.{}.attention.wq.weight": "blk.{}.attn_q.weight",
-    "layers.{}.attention.wk.weight": "blk.{}.attn_k.weight",
-    "layers.{}.attention.wv.weight": "blk.{}.attn_v.weight",
-    "layers.{}.attention.wo.weight": "blk.{}.attn_output.weight",
-    "layers.{}.feed_forward.w1.weight": "blk.{}.ffn_gate.weight",
-    "layers.{}.feed_forward.w2.weight": "blk.{}.ffn_down.weight",
-    "layers.{}.feed_forward.w3.weight": "blk.{}.ffn_up.weight",
-    "layers.{}.attention_norm.weight": "blk.{}.attn_norm.weight",
-    "layers.{}.ffn_norm.weight": "blk.{}.ffn_norm.weight",
-}
-ROPE_FACTORS = "rope_freqs.weight"
-CONVERSION = "conversion.json"  # what was converted; marks a directory that may be replaced
+# The names of a weight in Meta's, Hugging Face's and GGUF's format; {} is the layer.
+META, HF, GGUF = range(3)
+NAMES = (
+    ("tok_embeddings.weight", "model.embed_tokens.weight", "token_embd.weight"),
+    ("norm.weight", "model.norm.weight", "output_norm.weight"),
+    ("output.weight", "lm_head.weight", "output.weight"),
+    *(
+        (f"layers.{{}}.{meta}.weight", f"model.layers.{{}}.{hf}.weight", f"blk.{{}}.{gguf}.weight")
+        for meta, hf, gguf in (
+            ("attention.wq", "self_attn.q_proj", "attn_q"),
+            ("attention.wk", "self_attn.k_proj", "attn_k"),
+            ("attention.wv", "self_attn.v_proj", "attn_v"),
+            ("attention.wo", "self_attn.o_proj", "attn_output"),
+            ("feed_forward.w1", "mlp.gate_proj", "ffn_gate"),
+            ("feed_forward.w2", "mlp.down_proj", "ffn_down"),
+            ("feed_forward.w3", "mlp.up_proj", "ffn_up"),
+            ("attention_norm", "input_layernorm", "attn_norm"),
+            ("ffn_norm", "post_attention_layernorm", "ffn_norm"),
+        )
+    ),
+)
+EMBEDDING, OUTPUT = "tok_embeddings.weight", "output.weight"
+
+
+def name_in(column: int, meta_name: str) -> str:
+    """The name of Meta's weight in another column of `NAMES`."""
+    number = re.match(r"layers\.(\d+)\.", meta_name)
+    template = re.sub(r"^layers\.\d+\.", "layers.{}.", meta_name)
+    row = next(row for row in NAMES if row[META] == template)
+    return row[column].format(number[1] if number else "")
+
+
+def permute(meta_name: str, weight: Tensor, args: ModelArgs, *, to: int) -> Tensor:
+    """Rows of wq and wk in the other order; every other weight as it is.
+
+    Meta rotates the neighbours (2i, 2i + 1) of a head, Hugging Face i and i + hd / 2.
+
+    Args:
+        meta_name: of the weight.
+        weight: (H hd, D), H heads of width hd.
+        args: tells the numbers of heads.
+        to: `HF` from Meta's order, or `META` from Hugging Face's.
+    """
+    heads = {"wq": args.n_heads, "wk": args.kv_heads}.get(meta_name.split(".")[-2])
+    if heads is None:
+        return weight
+    half = args.head_dim // 2
+    parts = (half, 2) if to == HF else (2, half)
+    return weight.unflatten(0, (heads, *parts)).transpose(1, 2).flatten(0, 2)
 
 
 def gguf_to_meta(
@@ -70,7 +101,9 @@ def gguf_to_meta(
         ValueError: not a GGUF file, or not a Llama: the message names what differs.
         ImportError: the package gguf is missing.
     """
-    source = _GGUF(Path(str(path)))
+    from llama.gguf_file import GGUFFile
+
+    source = GGUFFile(Path(str(path)))
     args, kind = source.args(), choose_dtype(dtype, torch.device("cpu"))
     tokenizer = source.tokenizer()
     infos = {
@@ -93,6 +126,147 @@ def gguf_to_meta(
     return Path(str(out_dir))
 
 
+def hf_to_meta(
+    source: str | os.PathLike[str],
+    out_dir: str | os.PathLike[str],
+    *,
+    dtype: str | torch.dtype | None = None,
+    overwrite: bool = False,
+    progress: Callable[[str], object] = str,
+) -> Path:
+    """Writes a Hugging Face Llama as a Meta checkpoint directory, tensor by tensor.
+
+    Memory is bounded by the largest tensor. Tied embeddings are stored once.
+
+    Args:
+        source: a directory with ``config.json`` and safetensors, or a hub id.
+        out_dir: the new directory; appears whole or not at all.
+        dtype: of the weights; None keeps each one's.
+        overwrite: whether an earlier conversion is replaced; nothing else ever is.
+        progress: called with every tensor's name before it is written.
+
+    Returns:
+        ``out_dir``.
+
+    Raises:
+        FileNotFoundError: config, weights or tokenizer are missing.
+        ValueError: a file is damaged, or not a Llama: the message names what differs.
+        ConnectionError: a hub id cannot be fetched.
+    """
+    from llama.hf_llama import args_of, copy_tokenizer, meta_infos, read_json, resolve
+
+    directory, out = resolve(source), Path(str(out_dir))
+    replaces = CONVERSION if overwrite else None
+    check_new(out, replaces=replaces, source=directory)
+    config = read_json(directory / "config.json")
+    args, weights = args_of(config, directory), open_weights(directory)
+    tied = bool(config.get("tie_word_embeddings", False))
+    infos = meta_infos(args, weights, dtype, tied, directory)
+
+    def read(name: str) -> Tensor:
+        progress(name)
+        hf_name = name_in(HF, name)
+        return permute(name, weights[hf_name].read(hf_name), args, to=META).to(infos[name].dtype)
+
+    kept = ("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
+    record: dict[str, Any] = {"source": str(source), "dtype": None if dtype is None else str(dtype)}
+    record |= {key: config[key] for key in kept if key in config}
+    if (directory / "generation_config.json").is_file():
+        record["generation_config"] = read_json(directory / "generation_config.json")
+    with new_directory(out, replaces=replaces) as partial:
+        copy_tokenizer(directory, partial)
+        write_shard(partial / "consolidated.00.pth", infos, read)
+        write_json(partial / "params.json", params_json(args))
+        write_json(partial / CONVERSION, record)
+    return out
+
+
+def meta_to_hf(
+    ckpt_dir: str | os.PathLike[str],
+    out_dir: str | os.PathLike[str],
+    *,
+    tokenizer_path: str | os.PathLike[str] | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+    overwrite: bool = False,
+    progress: Callable[[str], object] = str,
+) -> Path:
+    """Writes a Meta checkpoint as a directory for ``AutoModelForCausalLM.from_pretrained``.
+
+    Model-parallel shards are merged; memory is bounded by the largest tensor. An output head
+    equal to the embedding is stored once, as tied.
+
+    Args:
+        ckpt_dir: the Meta checkpoint directory.
+        out_dir: the new directory; appears whole or not at all.
+        tokenizer_path: tokenizer file; None looks beside the checkpoint.
+        max_shard_bytes: limit of a safetensors file; more are written with their index.
+        overwrite: whether an earlier conversion is replaced; nothing else ever is.
+        progress: called with every tensor's name before it is written.
+
+    Returns:
+        ``out_dir``.
+
+    Raises:
+        FileNotFoundError: checkpoint or tokenizer are missing.
+        ValueError: the checkpoint cannot be read.
+    """
+    from llama.hf_llama import config_of, read_json, write_tokenizer
+
+    source, out = Checkpoint(ckpt_dir), Path(str(out_dir))
+    tokenizer = Path(str(tokenizer_path)) if tokenizer_path else find_tokenizer(source.directory)
+    replaces = CONVERSION if overwrite else None
+    check_new(out, replaces=replaces, source=source.directory)
+    tied, infos = _tied(source), source.shards[0].infos
+    shapes = {n: s for n, s in full_shapes(source.args).items() if not (tied and n == OUTPUT)}
+    meta_names = {name_in(HF, name): name for name in shapes}
+    entries = {hf: Entry.of(infos[name].dtype, shapes[name]) for hf, name in meta_names.items()}
+
+    def read(hf_name: str) -> Iterator[memoryview]:
+        name = meta_names[hf_name]
+        progress(name)
+        yield from tensor_bytes(permute(name, _merged(source, name), source.args, to=HF))
+
+    earlier = source.directory / CONVERSION
+    record = read_json(earlier) if earlier.is_file() else {}
+    dtype = infos[EMBEDDING].dtype
+    config, generation = config_of(source.args, dtype, tied, Tokenizer(tokenizer), record)
+    with new_directory(out, replaces=replaces) as partial:
+        write_tokenizer(tokenizer, partial)
+        write_weights(partial, grouped(entries, max_shard_bytes), read)
+        write_json(partial / "config.json", config)
+        write_json(partial / "generation_config.json", generation)
+        write_json(partial / CONVERSION, {"source": str(ckpt_dir)})
+    return out
+
+
+def _merged(source: Checkpoint, name: str) -> Tensor:
+    """A whole tensor from the parts of all shards."""
+    if name == EMBEDDING:
+        dim: int | None = 0 if source.vocab_parallel else 1
+    else:
+        dim = split_dim(name)
+    if dim is None or len(source.shards) == 1:
+        return source.shards[0].read(name)
+    return torch.cat([shard.read(name) for shard in source.shards], dim)
+
+
+def _tied(source: Checkpoint) -> bool:
+    """Whether output head and embedding are the same, bit for bit; compared shard by shard."""
+    first = source.shards[0].infos
+    if first[OUTPUT].dtype != first[EMBEDDING].dtype:
+        return False
+    for rank, shard in enumerate(source.shards):
+        head, rows = shard.read(OUTPUT), shard.infos[OUTPUT].shape[0]
+        if len(source.shards) == 1 or source.vocab_parallel:
+            embedding = shard.read(EMBEDDING)
+        else:
+            part = slice(rank * rows, (rank + 1) * rows)
+            embedding = torch.cat([s.read(EMBEDDING)[part] for s in source.shards], 1)
+        if not torch.equal(head, embedding):
+            return False
+    return True
+
+
 def params_json(args: ModelArgs) -> dict[str, Any]:
     """The content of a ``params.json`` for these arguments; keys of no effect are left out."""
     names = ["dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of"]
@@ -110,135 +284,3 @@ def ffn_keys(dim: int, width: int) -> dict[str, Any]:
             return {"multiple_of": multiple_of}
     multiplier = (width + 0.5) / int(2 * (4 * dim) / 3)
     return {"multiple_of": 1, "ffn_dim_multiplier": multiplier}
-
-
-class _GGUF:
-    """A GGUF file as Meta's keys and names."""
-
-    def __init__(self, path: Path) -> None:
-        if not path.is_file():
-            raise FileNotFoundError(f"GGUF file {path} does not exist")
-        try:
-            import gguf
-        except ImportError:
-            raise ImportError('reading GGUF needs: pip install "short-gpt[demo]"') from None
-        self.path = path
-        try:
-            reader = gguf.GGUFReader(path)
-        except (ValueError, IndexError, OSError) as error:
-            raise ValueError(f"{path} is not a complete GGUF file: {error}") from None
-        self.fields = {name: field.contents for name, field in reader.fields.items()}
-        self.tensors = {tensor.name: tensor for tensor in reader.tensors}
-        self._dequantize = gguf.quants.dequantize
-        if self.get("general.architecture") != "llama":
-            raise ValueError(
-                f"{path} holds architecture {self.get('general.architecture')!r}; expected 'llama'"
-            )
-
-    def get(self, key: str, default: Any = None) -> Any:
-        return self.fields[key]() if key in self.fields else default
-
-    def need(self, key: str) -> Any:
-        if key not in self.fields:
-            raise ValueError(f"{self.path} lacks the key {key}")
-        return self.get(key)
-
-    def read(self, name: str) -> Tensor:
-        tensor = self.tensors[name]
-        return torch.from_numpy(self._dequantize(tensor.data, tensor.tensor_type).copy())
-
-    def name_of(self, meta_name: str) -> str:
-        """GGUF's name of a tensor; the output head is the embedding where it has none."""
-        number = re.search(r"\d+(?=\.)", meta_name.removesuffix("weight"))
-        layer = number[0] if number else ""
-        name = GGUF_NAMES[meta_name.replace(f"layers.{layer}.", "layers.{}.")].format(layer)
-        return "token_embd.weight" if name not in self.tensors and name == "output.weight" else name
-
-    def args(self) -> ModelArgs:
-        """The model's shape; ValueError where it is no Llama that Meta's code could run."""
-        need = self.need
-        dim, heads = need("llama.embedding_length"), need("llama.attention.head_count")
-        if "token_embd.weight" not in self.tensors:
-            raise ValueError(f"{self.path} lacks token_embd.weight")
-        args = ModelArgs(
-            dim=dim,
-            n_layers=need("llama.block_count"),
-            n_heads=heads,
-            n_kv_heads=self.get("llama.attention.head_count_kv", heads),
-            vocab_size=int(self.tensors["token_embd.weight"].shape[1]),
-            norm_eps=_decimal(need("llama.attention.layer_norm_rms_epsilon")),
-            rope_theta=_decimal(self.get("llama.rope.freq_base", 10000.0)),
-            **ffn_keys(dim, need("llama.feed_forward_length")),
-        )
-        args.check()
-        self._check(args)
-        if ROPE_FACTORS in self.tensors:
-            args.use_scaled_rope = True
-            args.rope_scaling_factor = self._rope_factor(args)
-        return args
-
-    def _check(self, args: ModelArgs) -> None:
-        expected = {
-            "llama.rope.dimension_count": args.head_dim,
-            "llama.attention.key_length": args.head_dim,
-            "llama.attention.value_length": args.head_dim,
-            "llama.expert_count": 0,
-            "llama.rope.scaling.type": "none",
-        }
-        for key, value in expected.items():
-            if self.get(key, value) != value:
-                raise ValueError(
-                    f"{self.path} has {key} = {self.get(key)!r}; Meta's Llama has {value!r}"
-                )
-        wanted = {self.name_of(name) for name in full_shapes(args)}
-        unknown = sorted(self.tensors.keys() - wanted - {ROPE_FACTORS})
-        missing = sorted(wanted - self.tensors.keys())
-        if unknown or missing:
-            raise ValueError(
-                f"{self.path} is not a plain Llama: it lacks tensors {missing[:3]} and has "
-                f"others {unknown[:3]}"
-            )
-
-    def _rope_factor(self, args: ModelArgs) -> float:
-        """Llama 3.1's factor from the file's divisors of the rotary frequencies."""
-        divisors = self.read(ROPE_FACTORS)
-        factor = float(divisors.max())
-        plain = rope_frequencies(args.head_dim, args.rope_theta)
-        scaled = rope_frequencies(args.head_dim, args.rope_theta, factor)
-        if not torch.allclose(plain / divisors, scaled, rtol=1e-4, atol=0):
-            raise ValueError(f"{self.path} scales its rotary frequencies unlike Llama 3.1")
-        return factor
-
-    def tokenizer(self) -> tuple[str, Mapping[str, Any]]:
-        """The texts of ``tokenizer.json`` and the content of ``tokenizer_config.json``."""
-        kind = self.need("tokenizer.ggml.model")
-        if kind != "gpt2":
-            raise ValueError(
-                f"{self.path} has a tokenizer of kind {kind!r}; only byte-level BPE ('gpt2') "
-                "can be converted"
-            )
-        tokens, pre = self.need("tokenizer.ggml.tokens"), self.get("tokenizer.ggml.pre", "default")
-        text = tokenizer_json(
-            tokens,
-            self.need("tokenizer.ggml.token_type"),
-            self.need("tokenizer.ggml.merges"),
-            pre,
-        )
-        # llama.cpp's defaults where the file is silent: Llama 3 begins with bos, others do not
-        add_bos = self.get("tokenizer.ggml.add_bos_token", pre == "llama-bpe")
-        config: dict[str, Any] = {"add_bos_token": add_bos}
-        for name in ("bos", "eos", "unknown", "padding"):
-            number = self.get(f"tokenizer.ggml.{name}_token_id")
-            if number is not None:
-                key = {"unknown": "unk", "padding": "pad"}.get(name, name)
-                config[f"{key}_token"] = tokens[number]
-        template = self.get("tokenizer.chat_template")
-        if template is not None:
-            config["chat_template"] = template
-        config["tokenizer_class"] = "PreTrainedTokenizerFast"
-        return text, json.loads(json.dumps(config))
-
-
-def _decimal(value: float) -> float:
-    """The shortest decimal that rounds to this float32: 1e-05, not 9.99999974e-06."""
-    return float(str(torch.tensor(value, dtype=torch.float32).numpy()))

@@ -7,6 +7,7 @@ import math
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,8 +15,10 @@ from typing import Any
 
 # What this library writes: an existing directory with anything else in it is never replaced.
 OURS = re.compile(
-    r"consolidated\.\d+\.pth|params\.json|tokenizer\.(model|json)|tokenizer_config\.json|"
-    r"(pruning|conversion|layers)\.json|(block_influence|angular)\.png|pruned"
+    r"consolidated\.\d+\.pth|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|"
+    r"tokenizer\.model|(block_influence|angular)\.png|merges\.txt|.+\.jinja|"
+    r"(params|config|generation_config|tokenizer|tokenizer_config|special_tokens_map|vocab|"
+    r"added_tokens|pruning|conversion|layers)\.json|README\.md|(LICENSE|NOTICE|USE_POLICY).*"
 )
 
 
@@ -29,16 +32,30 @@ def check_new(path: Path, *, replaces: str | None = None, source: Path | None = 
     if path.exists() and replaces is None:
         raise FileExistsError(f"{path} exists; choose another directory or pass overwrite")
     if path.exists():
-        names = {p.name for p in path.iterdir()} if path.is_dir() else set()
-        foreign = sorted(name for name in names if not OURS.fullmatch(name))
-        if str(replaces) not in names or foreign:
-            problem = f"holds {foreign[0]}" if foreign else f"holds no {replaces}"
+        problem = _foreign(path, str(replaces))
+        if problem:
             raise FileExistsError(
-                f"{path} exists and {problem}, so it is not overwritten; choose another directory"
+                f"{path} exists and holds {problem}, so it is not overwritten; choose another "
+                "directory"
             )
         if source is not None and path.resolve() in (source.resolve(), *source.resolve().parents):
             raise FileExistsError(f"{path} holds the source {source}; choose another directory")
     check_writable(path)
+
+
+def _foreign(path: Path, marker: str) -> str | None:
+    """What in a directory is not ours or, like the marker of its kind, not there; else None."""
+    entries = {p.name: p for p in path.iterdir()} if path.is_dir() else {}
+    if marker not in entries:
+        return f"no {marker}"
+    for name, entry in sorted(entries.items()):
+        if name == "pruned" and marker == "layers.json" and entry.is_dir():
+            inside = _foreign(entry, "pruning.json")
+            if inside:
+                return f"{inside} in {name}"
+        elif not OURS.fullmatch(name) or not entry.is_file():
+            return name
+    return None
 
 
 def check_writable(path: Path) -> None:
@@ -66,14 +83,15 @@ def new_directory(path: Path, *, replaces: str | None = None) -> Iterator[Path]:
     path = path.resolve()
     check_new(path, replaces=replaces)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial, old = (path.with_name(f".{path.name}.{kind}-{os.getpid()}") for kind in ("new", "old"))
+    work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    partial = work / "new"
     partial.mkdir()
     try:
         yield partial
         check_new(path, replaces=replaces)  # somebody else may have made it meanwhile
-        _swap(partial, path, old)
+        _swap(partial, path, work / "old")
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def _swap(partial: Path, path: Path, old: Path) -> None:
@@ -84,10 +102,9 @@ def _swap(partial: Path, path: Path, old: Path) -> None:
     path.rename(old)
     try:
         partial.rename(path)
-    except OSError:
+    except BaseException:
         old.rename(path)
         raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -98,13 +98,19 @@ def initialize(model_parallel_size: int | None = None, *, device: torch.device) 
         groups.initialize_model_parallel(size)
 
 
+def several_ranks() -> bool:
+    """Whether a launcher such as torchrun started this process as one of several."""
+    named = {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
+    return named and int(os.environ["WORLD_SIZE"]) > 1
+
+
 def _make_process_group(device: torch.device) -> None:
-    if {"RANK", "WORLD_SIZE"} <= os.environ.keys():  # torchrun
+    if several_ranks():
         if device.type == "cuda":
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         return
-    # A group of one talks to nobody; on the loopback it needs no network and no host name.
+    # A group of one talks to nobody; on the loopback it needs neither a network nor a host name.
     loopback = {"linux": "lo", "darwin": "lo0"}.get(sys.platform)
     names = {"GLOO_SOCKET_IFNAME": loopback} if loopback else {}
     with mock.patch.dict(os.environ, names):

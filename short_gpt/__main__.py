@@ -6,7 +6,7 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from functools import wraps
 from importlib import metadata
@@ -20,21 +20,11 @@ USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError)
 def main(argv: list[str] | None = None) -> None:
     """Runs one command; exits with 1 and one line on stderr if the user's input is at fault."""
     argv = sys.argv[1:] if argv is None else argv
-    os.environ.setdefault("PAGER", "cat")  # help goes to the terminal, not into a pager
-    import fire
-
-    from short_gpt.cli import ALONE, COMMANDS
-    from short_gpt.progress import first_rank
-
     if argv == ["--version"]:
         print(f"short-gpt {metadata.version('short-gpt')}")
         return
     try:
-        check(argv, COMMANDS)
-        if not first_rank() and argv[:1] and argv[0] in ALONE:
-            return
-        commands = {name: typed(command) for name, command in COMMANDS.items()}
-        fire.Fire(commands, command=argv, name="short-gpt")
+        run(argv)
     except USER_ERRORS as error:
         if os.environ.get("SHORT_GPT_TRACEBACK"):
             raise
@@ -47,6 +37,20 @@ def main(argv: list[str] | None = None) -> None:
         leave_group()
 
 
+def run(argv: list[str]) -> None:
+    """Checks the arguments and gives them to fire."""
+    os.environ.setdefault("PAGER", "cat")  # help goes to the terminal, not into a pager
+    import fire
+
+    from short_gpt.cli import ALONE, COMMANDS
+    from short_gpt.progress import first_rank
+
+    argv = prepared(argv, COMMANDS)
+    if first_rank() or argv[:1] == [] or argv[0] not in ALONE:
+        commands = {name: typed(command) for name, command in COMMANDS.items()}
+        fire.Fire(commands, command=argv, name="short-gpt")
+
+
 def leave_group() -> None:
     """Ends the process group of several ranks, if the command made one."""
     dist = sys.modules.get("torch.distributed")
@@ -54,34 +58,73 @@ def leave_group() -> None:
         dist.destroy_process_group()
 
 
-def check(argv: list[str], commands: dict[str, Callable[..., None]]) -> None:
-    """Raises ValueError for an unknown command or flag, or a missing argument.
+def prepared(argv: list[str], commands: dict[str, Callable[..., None]]) -> list[str]:
+    """The arguments, checked, in a form that fire cannot misread: ``--flag=value`` each.
 
-    Fire would run the command first and complain about a mistyped flag afterwards.
+    Fire would run the command first and complain about a mistyped flag afterwards, and it reads
+    every value as Python: a path such as 2048 would arrive as a number, "a, b" as a tuple. Texts
+    and paths are quoted for it here.
+
+    Raises:
+        ValueError: an unknown command or flag, a flag without its value, or a missing argument.
     """
     if not argv or argv[0] in ("--help", "-h", "--"):
-        return
-    if argv[0] not in commands:
-        raise ValueError(f"no command {argv[0]!r}{_similar(argv[0], commands)}; see --help")
+        return ["--help"] if argv else []
     name, given = argv[0], argv[1:]
+    if name not in commands:
+        raise ValueError(f"no command {name!r}{_similar(name, commands)}; see --help")
     if "--help" in given or "-h" in given:
-        return
+        return [name, "--help"]
+    hints = get_type_hints(commands[name])
     parameters = inspect.signature(commands[name]).parameters
+    values: dict[str, str] = {}
     positional: list[str] = []
-    named: set[str] = set()
-    waiting = False  # whether the flag before may still take a value
-    for item in given:
-        if re.match(r"--?[A-Za-z]", item):
-            named.add(_flag(name, item.split("=")[0], parameters))
-            waiting = "=" not in item
-        elif waiting:
-            waiting = False
-        else:
+    items = iter(enumerate(given))
+    for i, item in items:
+        if not re.match(r"--?[A-Za-z]", item):
             positional.append(item)
-    _check_positional(name, parameters, positional, named)
+            continue
+        written, equals, value = item.partition("=")
+        flag = _flag(name, written, list(parameters))
+        following = given[i + 1] if i + 1 < len(given) else None
+        if not equals and hints[flag] is bool and str(following).lower() not in BOOLEANS:
+            value = "True"
+        elif not equals:
+            if following is None or re.match(r"--?[A-Za-z]", following):
+                raise ValueError(f"{written} needs a value; write {written}=VALUE if it has dashes")
+            value = following
+            next(items)
+        values[flag] = value
+    free = [p for p in parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    free = [p for p in free if p.name not in values]
+    if len(positional) > len(free):
+        raise ValueError(
+            f"{name} takes {' '.join(_places(parameters.values()))}; "
+            f"what is {positional[len(free)]!r}? Quote texts with spaces"
+        )
+    missing = [p.name.upper() for p in free[len(positional) :] if p.default is p.empty]
+    if missing:
+        raise ValueError(f"{name} needs {' '.join(missing)}; see {name} --help")
+    values |= {p.name: value for p, value in zip(free, positional, strict=False)}
+    return [name, *(f"--{flag}={_quoted(value, hints[flag])}" for flag, value in values.items())]
 
 
-def _flag(name: str, given: str, parameters: Mapping[str, inspect.Parameter]) -> str:
+BOOLEANS = {"true": "True", "false": "False", "yes": "True", "no": "False"}
+
+
+def _quoted(value: str, hint: Any) -> str:
+    if hint is bool:
+        return BOOLEANS.get(value.lower(), value)
+    if str in (hint, *get_args(hint)):
+        return repr(value)
+    return value
+
+
+def _places(parameters: Iterable[inspect.Parameter]) -> list[str]:
+    return [p.name.upper() for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+
+
+def _flag(name: str, given: str, parameters: list[str]) -> str:
     """The parameter that a flag such as --batch-size or -b names."""
     flag = given.lstrip("-").replace("-", "_")
     if not given.startswith("--") and len(flag) == 1:  # fire's short form
@@ -94,34 +137,12 @@ def _flag(name: str, given: str, parameters: Mapping[str, inspect.Parameter]) ->
     return flag
 
 
-def _check_positional(
-    name: str,
-    parameters: Mapping[str, inspect.Parameter],
-    positional: list[str],
-    named: set[str],
-) -> None:
-    places = [p for p in parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
-    free = [p for p in places if p.name not in named]
-    if len(positional) > len(free):
-        raise ValueError(
-            f"{name} takes {' '.join(p.name.upper() for p in places)}; "
-            f"what is {positional[len(free)]!r}? Quote texts with spaces"
-        )
-    missing = [p.name.upper() for p in free[len(positional) :] if p.default is p.empty]
-    if missing:
-        raise ValueError(f"{name} needs {' '.join(missing)}; see {name} --help")
-
-
 def typed(command: Callable[..., None]) -> Callable[..., None]:
     """The command, with its arguments checked against their annotations first.
 
-    Fire reads every argument as Python: a path such as 2048 would arrive as a number, "a, b" as
-    a tuple, and text where a number belongs stays text. ``none`` stands for None where allowed.
+    Fire leaves text where a number belongs as text. ``none`` stands for None where allowed.
     """
-    from fire.decorators import SetParseFns
-
     hints = get_type_hints(command)
-    hints.pop("return", None)
 
     @wraps(command)
     def checked(*args: Any, **kwargs: Any) -> None:
@@ -130,9 +151,6 @@ def typed(command: Callable[..., None]) -> Callable[..., None]:
             bound.arguments[name] = _as(hints[name], name, value)
         return command(*bound.args, **bound.kwargs)
 
-    # texts and paths are taken as they are, not read as Python
-    as_given = {name: str for name, hint in hints.items() if str in (hint, *get_args(hint))}
-    checked = SetParseFns(**as_given)(checked)
     # what the help shows as types: str for str | None
     signature = inspect.signature(command)
     shown = [
@@ -150,6 +168,8 @@ def _as(hint: Any, name: str, value: Any) -> Any:
     if NoneType in allowed and (value is None or str(value).lower() == "none"):
         return None
     if str in allowed:
+        if value == "":
+            raise ValueError(f"--{name} is empty")
         return str(value)
     if float in allowed and type(value) is int:
         return float(value)

@@ -11,15 +11,17 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from llama.args import ModelArgs
-from llama.checkpoint import Checkpoint, read_params
+from llama.checkpoint import Checkpoint
 from llama.files import check_new, new_directory
+from llama.parallel import several_ranks
 from short_gpt import report
 from short_gpt.data import pg19, texts, windows
 from short_gpt.importance import Importance
+from short_gpt.models import is_meta, layers_of, open_model, same_model
 from short_gpt.plots import require_matplotlib
 from short_gpt.progress import bar, first_rank
-from short_gpt.record import read_record, refuse_existing, write_record
+from short_gpt.record import read_record, refuse_existing, versions, write_record
+from short_gpt.short_llama import ShortLlama
 
 
 def rank(
@@ -47,8 +49,8 @@ def rank(
     Example: short-gpt rank llama-2-7b --n_prune_layers 9 --out ranking.json
 
     Args:
-        ckpt_dir: Meta checkpoint directory (params.json, consolidated.*.pth).
-        tokenizer_path: tokenizer file; found beside the checkpoint if not given.
+        ckpt_dir: Meta checkpoint directory, Hugging Face directory or hub id, or GGUF file.
+        tokenizer_path: tokenizer of a Meta checkpoint; found beside it if not given.
         data: pg19, a local file or folder of .txt, .jsonl or .parquet, or a hub data set's name.
         split: split of the data.
         column: column of the text in .jsonl, .parquet and hub data sets.
@@ -68,7 +70,6 @@ def rank(
     """
     arguments = _arguments(locals())
     targets = _targets(out, plots, overwrite=overwrite)
-    tokenizer_path = _tokenizer(ckpt_dir, tokenizer_path)
     _check_run(ckpt_dir, n_prune_layers, size, stride, max_windows)
     source = _texts(data, split, column, max_texts)
     short = _short(ckpt_dir, tokenizer_path, size, batch_size, device, dtype, n_prune_layers)
@@ -92,59 +93,83 @@ def prune(
     scores: str | None = None,
     n_prune_layers: int | None = None,
     angular: bool = False,
+    recipe: str | None = None,
+    verify: bool = True,
     tokenizer_path: str | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Writes a checkpoint without some layers, tensor by tensor, without loading the model.
+    """Writes a checkpoint without some layers, tensor by tensor, in the format of the source.
+
+    Then loads source and result, one after the other, and compares them, unless --verify no.
 
     Example: short-gpt prune llama-2-7b llama-2-5b --scores ranking.json --n_prune_layers 9
 
     Args:
-        ckpt_dir: Meta checkpoint directory.
+        ckpt_dir: Meta checkpoint directory, or Hugging Face directory or hub id (safetensors).
         out_dir: new directory; must not exist.
         layers: numbers of the layers to remove, as in 21,22,23; or choose them by --scores.
         scores: JSON file that rank wrote.
         n_prune_layers: how many layers to remove by the scores.
         angular: remove the best block of consecutive layers, not the lowest Block Influence.
-        tokenizer_path: tokenizer file; found beside the checkpoint if not given.
-        overwrite: replace an existing out_dir.
+        recipe: also write a mergekit passthrough recipe to this file.
+        verify: whether to prove the result: the same logits as the source without the layers in
+            memory, and the same greedy generation with and without the cache.
+        tokenizer_path: tokenizer of a Meta checkpoint; found beside it if not given.
+        overwrite: replace an earlier pruned checkpoint.
     """
-    from llama.checkpoint import prune as write_pruned
-    from short_gpt.record import versions
+    from llama.checkpoint import prune as prune_meta
+    from short_gpt.hf_checkpoint import mergekit_recipe, prune_hf
 
+    drop, facts = _chosen(ckpt_dir, layers, scores, n_prune_layers, angular=angular)
+    meta = is_meta(ckpt_dir)
+    if recipe is not None:
+        refuse_existing(Path(recipe), overwrite=overwrite)
+    common: dict[str, Any] = {"provenance": facts, "overwrite": overwrite}
+    with bar("writing", total=None, unit="tensor") as shown:
+        common["progress"] = lambda _: shown.update()
+        if meta:
+            prune_meta(ckpt_dir, out_dir, drop, tokenizer_path=tokenizer_path, **common)
+        else:
+            prune_hf(ckpt_dir, out_dir, drop, **common)
+    _print(f"removed layers {drop}\nwritten: {out_dir}")
+    if recipe is not None:
+        keep = read_record(f"{out_dir}/pruning.json")["kept_layers"]
+        Path(recipe).write_text(mergekit_recipe(ckpt_dir, keep), encoding="utf-8")
+        _print(f"written: {recipe}")
+    shards = len(Checkpoint(ckpt_dir).shards) if meta else 1
+    if verify and (shards > 1 or several_ranks()):
+        _print(
+            f"not verified: that loads the model, whose {shards} shard(s) need ranks of their own"
+        )
+    elif verify:
+        _print(same_model(ckpt_dir, out_dir, drop, tokenizer_path=tokenizer_path))
+
+
+def _chosen(
+    ckpt_dir: str, layers: Any, scores: str | None, n: int | None, *, angular: bool
+) -> tuple[list[int], dict[str, Any]]:
+    """The layers that `prune` is to remove, and what is to be kept of how they were chosen."""
     if (layers is None) == (scores is None):
         raise ValueError("prune needs either --layers 21,22,23 or --scores FILE --n_prune_layers N")
-    if layers is not None and (angular or n_prune_layers is not None):
+    if layers is not None and (angular or n is not None):
         raise ValueError("--n_prune_layers and --angular choose from --scores, not from --layers")
-    provenance: dict[str, Any] = {"source": ckpt_dir, "versions": versions()}
+    facts: dict[str, Any] = {"source": ckpt_dir, "versions": versions()}
     if scores is None:
-        drop = _layer_list(layers)
-    else:
-        record = read_record(scores)
-        importance = _importance(record, scores)
-        found = Checkpoint(ckpt_dir).args.n_layers
-        if importance.layers != list(range(found)):
-            raise ValueError(
-                f"{scores} scores {len(importance.layers)} layers, {ckpt_dir} has {found}; they "
-                "do not belong together"
-            )
-        if n_prune_layers is None:
-            raise ValueError("with --scores, say how many layers to remove: --n_prune_layers N")
-        drop = importance.least_important(n_prune_layers, angular=angular)
-        provenance |= {"method": "angular" if angular else "block influence"}
-        provenance |= {"block_influence": importance.block_influence.tolist()}
-        provenance |= {"scored_by": record.get("arguments")}
-    with bar("writing", total=None, unit="tensor") as shown:
-        write_pruned(
-            ckpt_dir,
-            out_dir,
-            drop,
-            tokenizer_path=tokenizer_path,
-            provenance=provenance,
-            overwrite=overwrite,
-            progress=lambda _: shown.update(),
+        return _layer_list(layers), facts
+    record = read_record(scores)
+    importance, found = _importance(record, scores), layers_of(ckpt_dir)
+    if found is not None and importance.layers != list(range(found)):
+        raise ValueError(
+            f"{scores} scores {len(importance.layers)} layers, {ckpt_dir} has {found}; they "
+            "do not belong together"
         )
-    _print(f"removed layers {drop}\nwritten: {out_dir}")
+    if n is None:
+        raise ValueError("with --scores, say how many layers to remove: --n_prune_layers N")
+    facts |= {"method": "angular" if angular else "block influence"}
+    facts |= {"block_influence": importance.block_influence.tolist()}
+    return importance.least_important(n, angular=angular), facts | {
+        "scored_by": record.get("arguments")
+    }
 
 
 def generate(
@@ -164,19 +189,24 @@ def generate(
     Example: short-gpt generate llama-2-7b "I am an avid fan of"
 
     Args:
-        ckpt_dir: Meta checkpoint directory.
+        ckpt_dir: Meta checkpoint directory, Hugging Face directory or hub id, or GGUF file.
         prompt: the text to continue.
         max_gen_len: most tokens to add.
         temperature: 0 takes the likeliest token.
         top_p: sample from the smallest set of tokens with this probability.
         seed: of the sampling.
-        tokenizer_path: tokenizer file; found beside the checkpoint if not given.
+        tokenizer_path: tokenizer of a Meta checkpoint; found beside it if not given.
         device: cpu, cuda or mps; the best there is if not given.
         dtype: float32, bfloat16 or float16; float32 on cpu if not given.
     """
-    llama = _build(ckpt_dir, tokenizer_path, None, 1, device, dtype, seed=seed)
-    done = llama.text_completion([prompt], temperature, top_p, max_gen_len)
-    _print(f"{prompt}{done[0]['generation']}")
+    short = open_model(
+        ckpt_dir, tokenizer_path=tokenizer_path, seed=seed, device=device, dtype=dtype
+    )
+    if isinstance(short, ShortLlama):
+        done = short.llama.text_completion([prompt], temperature, top_p, max_gen_len)
+        _print(f"{prompt}{done[0]['generation']}")
+    else:
+        _print(f"{prompt}{short.generate([prompt], max_gen_len, temperature, top_p)[0]}")
 
 
 def perplexity(
@@ -201,8 +231,8 @@ def perplexity(
     Example: short-gpt perplexity llama-2-7b --data novels/ --max_windows 100
 
     Args:
-        ckpt_dir: Meta checkpoint directory.
-        tokenizer_path: tokenizer file; found beside the checkpoint if not given.
+        ckpt_dir: Meta checkpoint directory, Hugging Face directory or hub id, or GGUF file.
+        tokenizer_path: tokenizer of a Meta checkpoint; found beside it if not given.
         data: pg19, a local file or folder of .txt, .jsonl or .parquet, or a hub data set's name.
         split: split of the data.
         column: column of the text in .jsonl, .parquet and hub data sets.
@@ -219,7 +249,6 @@ def perplexity(
     """
     arguments = _arguments(locals())
     targets = _targets(out, None, overwrite=overwrite)
-    tokenizer_path = _tokenizer(ckpt_dir, tokenizer_path)
     _check_run(ckpt_dir, None, size, size, max_windows)
     source = _texts(data, split, column, max_texts)
     short = _short(ckpt_dir, tokenizer_path, size, batch_size, device, dtype, None)
@@ -231,6 +260,83 @@ def perplexity(
         record = {"command": "perplexity", "arguments": arguments, "seed": seed, "result": result}
         write_record(out, record, overwrite=overwrite)
     _say_written(targets)
+
+
+def evaluate(
+    dense: str,
+    pruned: str | None = None,
+    *,
+    text: str = "wikitext-2",
+    source: str | None = None,
+    size: int = 2048,
+    max_windows: int | None = None,
+    tasks: str | None = None,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    include_path: str | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    out: str | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Perplexity and tasks of the lm-evaluation-harness, dense against pruned, in one table.
+
+    Example: short-gpt evaluate llama-2-7b llama-2-5b --tasks piqa,arc_easy
+
+    Args:
+        dense: checkpoint of either format.
+        pruned: another, to stand beside it.
+        text: wikitext-2, c4 or pg19, cut as published results do; a local file or folder; none.
+        source: a local copy of wikitext-2, c4 or pg19.
+        size: tokens in a window.
+        max_windows: read only the first so many windows.
+        tasks: names of tasks with commas between, such as piqa,arc_easy; none if not given.
+        limit: only the first so many documents of each task.
+        num_fewshot: examples in each prompt; the tasks' own numbers if not given.
+        include_path: folder with YAML files of more tasks.
+        device: cpu, cuda or mps; the best there is if not given.
+        dtype: float32, bfloat16 or float16; float32 on cpu if not given.
+        out: JSON file for the results.
+        overwrite: replace an existing file.
+    """
+    arguments = _arguments(locals())
+    if text == "none" and tasks is None:
+        raise ValueError("nothing to evaluate: give --text or --tasks")
+    targets = _targets(out, None, overwrite=overwrite)
+    results: dict[str, dict[str, float]] = {}
+    for name in [dense] if pruned is None else [dense, pruned]:
+        short = open_model(name, max_seq_len=size, device=device, dtype=dtype)
+        row = results[name] = {"layers": float(len(short.kept))}
+        if text != "none":
+            chosen = _evaluation_text(text, source, short.encode, size, max_windows)
+            row[f"{text} perplexity"] = short.perplexity(chosen).value
+        if tasks is not None:
+            from short_gpt.harness import run_tasks
+
+            found = run_tasks(
+                short,
+                tasks.split(","),
+                limit=limit,
+                num_fewshot=num_fewshot,
+                include_path=include_path,
+            )
+            row |= {f"{t} {m}": v for t, metrics in found.items() for m, v in metrics.items()}
+        del short
+    _print(report.comparison(results))
+    if out is not None and first_rank():
+        record = {"command": "evaluate", "arguments": arguments, "result": results}
+        write_record(out, record, overwrite=overwrite)
+    _say_written(targets)
+
+
+def _evaluation_text(
+    text: str, source: str | None, encode: Callable[[str], list[int]], size: int, limit: int | None
+) -> list[list[int]]:
+    from short_gpt.protocols import PROTOCOLS, protocol
+
+    if text in PROTOCOLS:
+        return protocol(text, encode, size=size, limit=limit, source=source)
+    return list(windows(_shown(texts(text)), encode, size=size, stride=size, limit=limit))
 
 
 def plot(
@@ -252,24 +358,52 @@ def plot(
     _say_written(targets)
 
 
-def convert(source: str, out_dir: str, *, dtype: str = "float32", overwrite: bool = False) -> None:
-    """Writes a GGUF file of a Llama model as a Meta checkpoint directory.
+def convert(
+    source: str,
+    out_dir: str,
+    *,
+    dtype: str | None = None,
+    tokenizer_path: str | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Writes a Llama in the other format: GGUF or Hugging Face to Meta, Meta to Hugging Face.
 
     Example: short-gpt convert model.gguf model-meta
 
     Args:
-        source: the GGUF file.
+        source: GGUF file, Hugging Face directory or hub id, or Meta checkpoint directory.
         out_dir: new directory; must not exist.
-        dtype: of the written weights; float32 keeps what quantized weights stand for exactly.
-        overwrite: replace an existing out_dir.
+        dtype: of the weights written for Meta; the source's if not given, float32 from GGUF, which
+            keeps what quantized weights stand for exactly.
+        tokenizer_path: tokenizer of a Meta checkpoint; found beside it if not given.
+        overwrite: replace an earlier conversion.
     """
-    from llama.convert import gguf_to_meta
-
     with bar("converting", total=None, unit="tensor") as shown:
-        gguf_to_meta(
-            source, out_dir, dtype=dtype, overwrite=overwrite, progress=lambda _: shown.update()
-        )
+        _convert(source, out_dir, dtype, tokenizer_path, overwrite, lambda _: shown.update())
     _print(f"written: {out_dir}")
+
+
+def _convert(
+    source: str,
+    out_dir: str,
+    dtype: str | None,
+    tokenizer_path: str | None,
+    overwrite: bool,
+    progress: Callable[[str], object],
+) -> None:
+    from llama.convert import gguf_to_meta, hf_to_meta, meta_to_hf
+
+    if source.endswith(".gguf"):
+        kind = dtype or "float32"
+        gguf_to_meta(source, out_dir, dtype=kind, overwrite=overwrite, progress=progress)
+    elif not is_meta(source):
+        hf_to_meta(source, out_dir, dtype=dtype, overwrite=overwrite, progress=progress)
+    elif dtype is not None:
+        raise ValueError("--dtype is for writing Meta's format; Hugging Face's keeps the source's")
+    else:
+        meta_to_hf(
+            source, out_dir, tokenizer_path=tokenizer_path, overwrite=overwrite, progress=progress
+        )
 
 
 def reproduce(
@@ -295,7 +429,7 @@ def reproduce(
 
     Args:
         ckpt_dir: Meta checkpoint directory of Llama-2-7B or Llama-2-13B.
-        tokenizer_path: tokenizer file; found beside the checkpoint if not given.
+        tokenizer_path: tokenizer of a Meta checkpoint; found beside it if not given.
         data: local copy of PG-19; streamed from the hub if not given.
         model: which of the paper's models this is; told by its shape if not given.
         max_windows: stop after so many; all (about 18,000 for Llama 2) if not given.
@@ -324,7 +458,9 @@ def reproduce(
             f"model; compare anyway with --model {name}"
         )
     n = len(compare(name, []).paper)
-    tokenizer_path = _tokenizer(ckpt_dir, tokenizer_path)
+    if n >= args.n_layers:
+        raise ValueError(f"{name} loses {n} layers; {ckpt_dir} has {args.n_layers} in all")
+    windows([], lambda _: [], size=1024, limit=max_windows)
     source = _shown(pg19("validation", path=data))
     short = _short(ckpt_dir, tokenizer_path, 1024, batch_size, device, dtype, n)
     chosen = windows(source, short.encode, size=1024, stride=256, seed=seed, limit=max_windows)
@@ -364,9 +500,15 @@ def demo(
         overwrite: replace an existing folder.
     """
     from short_gpt import demo as material
-    from short_gpt.layer_removal import without_layers
 
     arguments = _arguments(locals())
+    for limit in (max_windows, eval_windows):
+        windows([], lambda _: [], size=1024, limit=limit)
+    if not 1 <= n_prune_layers < material.N_LAYERS:
+        raise ValueError(
+            f"--n_prune_layers {n_prune_layers}; the model has {material.N_LAYERS} layers: "
+            f"expected 1 to {material.N_LAYERS - 1}"
+        )
     out, replaces = Path(out_dir), "layers.json" if overwrite else None
     check_new(out, replaces=replaces)
     require_matplotlib()
@@ -379,7 +521,7 @@ def demo(
     prompt = "And God said unto Noah,"
 
     def look(name: str, drop: Sequence[int]) -> None:
-        with without_layers(short.decoder, drop):
+        with short.without_layers(drop):
             quality[name] = short.perplexity(held_out)
             done = short.llama.text_completion([prompt], temperature=0, max_gen_len=24)
         text = " ".join(f"{prompt}{done[0]['generation']}".split())
@@ -418,6 +560,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "prune": prune,
     "generate": generate,
     "perplexity": perplexity,
+    "evaluate": evaluate,
     "plot": plot,
     "reproduce": reproduce,
     "convert": convert,
@@ -436,35 +579,8 @@ def _arguments(values: dict[str, Any]) -> dict[str, Any]:
 Plain = str | int | float | bool | None
 
 
-def _tokenizer(ckpt_dir: str, tokenizer_path: str | None) -> str:
-    """The tokenizer's path; a directory that is no checkpoint is told as such before."""
-    from llama.tokenizer import find_tokenizer
-
-    read_params(Path(ckpt_dir))
-    return tokenizer_path or str(find_tokenizer(ckpt_dir))
-
-
-def _build(
-    ckpt_dir: str,
-    tokenizer_path: str | None,
-    max_seq_len: int | None,
-    batch_size: int,
-    device: str | None,
-    dtype: str | None,
-    *,
-    seed: int = 1,
-) -> Any:
-    from llama import Llama
-
-    tokenizer = _tokenizer(ckpt_dir, tokenizer_path)
-    length = 2048 if max_seq_len is None else max_seq_len
-    return Llama.build(
-        ckpt_dir, tokenizer, length, batch_size, seed=seed, device=device, dtype=dtype
-    )
-
-
 def _short(
-    ckpt_dir: str,
+    source: str,
     tokenizer_path: str | None,
     size: int,
     batch_size: int,
@@ -472,18 +588,23 @@ def _short(
     dtype: str | None,
     n_prune_layers: int | None,
 ) -> Any:
-    from short_gpt.short_llama import ShortLlama
-
-    llama = _build(ckpt_dir, tokenizer_path, size, batch_size, device, dtype)
-    return ShortLlama(llama, n_prune_layers)
+    return open_model(
+        source,
+        n_prune_layers=n_prune_layers,
+        tokenizer_path=tokenizer_path,
+        max_seq_len=size,
+        max_batch_size=batch_size,
+        device=device,
+        dtype=dtype,
+    )
 
 
 def _check_run(
     ckpt_dir: str, n_prune_layers: int | None, size: int, stride: int, max_windows: int | None
 ) -> None:
     """Raises what would go wrong after the model is loaded."""
-    n_layers = ModelArgs.from_params(read_params(Path(ckpt_dir))).n_layers
-    if n_prune_layers is not None and not 1 <= n_prune_layers < n_layers:
+    n_layers = layers_of(ckpt_dir)
+    if n_layers and n_prune_layers is not None and not 1 <= n_prune_layers < n_layers:
         raise ValueError(
             f"--n_prune_layers {n_prune_layers}; the model has {n_layers} layers: "
             f"expected 1 to {n_layers - 1}"
@@ -519,6 +640,8 @@ def _targets(out: str | None, plots: str | None, *, overwrite: bool) -> list[Pat
         targets += [Path(plots) / name for name in PICTURES]
     for target in targets:
         refuse_existing(target, overwrite=overwrite)
+        if target.parent in targets:
+            raise ValueError(f"{target} cannot be written into the file {target.parent}")
     return targets
 
 
@@ -557,9 +680,9 @@ def _say_same(short: Any, directory: Path) -> None:
     import torch
 
     device, dtype = short.decoder.device, next(short.llama.model.parameters()).dtype
-    again = _build(str(directory), None, 1024, 1, device, dtype)
+    again = open_model(str(directory), max_seq_len=1024, device=device, dtype=dtype)
     tokens = torch.tensor([short.encode("In the beginning")], device=device)
-    if not torch.equal(again.model(tokens), short.llama.model(tokens)):
+    if not torch.equal(again.decoder.logits(tokens), short.decoder.logits(tokens)):
         raise RuntimeError(
             f"{directory}, loaded again, gives other logits than the model in memory"
         )

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from short_gpt.progress import bar
 
+N_LAYERS = 30  # of the model
 HELD_OUT_EVERY = 10  # every tenth chapter of the book is kept for evaluation
 
 

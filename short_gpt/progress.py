@@ -19,7 +19,9 @@ def bar(desc: str, *, total: int | None, unit: str, show: bool = True) -> Any:
 
 def first_rank() -> bool:
     """Whether this process speaks for all: rank 0 under torchrun, or the only one."""
-    return os.environ.get("RANK", "0") == "0"
+    from llama.parallel import several_ranks
+
+    return not several_ranks() or os.environ["RANK"] == "0"
 
 
 def set_rate(bar: Any, tokens: int) -> None:

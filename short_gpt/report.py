@@ -60,3 +60,18 @@ def perplexities(found: Mapping[str, Perplexity]) -> str:
             f"  {p.windows:>7,}"
         )
     return "\n".join(rows)
+
+
+def comparison(results: Mapping[str, Mapping[str, float]]) -> str:
+    """A row for every measure, a column for every model."""
+    names = list(results)
+    measures = list(dict.fromkeys(m for row in results.values() for m in row))
+    first = max(map(len, measures))
+    widths = [max(len(name), 12) for name in names]
+    cells = [f"{n:>{w}}" for n, w in zip(names, widths, strict=True)]
+    rows = ["  ".join([f"{'':<{first}}", *cells])]
+    for measure in measures:
+        values = (results[n].get(measure) for n in names)
+        cells = [f"{v:>{w}.6g}" for v, w in zip(values, widths, strict=True) if v is not None]
+        rows.append("  ".join([f"{measure:<{first}}", *cells]))
+    return "\n".join(rows)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 
 from short_gpt.data import windows
 from short_gpt.hf_decoder import HFDecoder
-from short_gpt.short_model import ShortModel
+from short_gpt.short_model import ShortModel, fingerprint
 
 
 class ShortHFModel(ShortModel):
@@ -55,7 +55,9 @@ class ShortHFModel(ShortModel):
             raise ValueError(f"options {sorted(options)} are for loading; the model is loaded")
         else:
             model = model_name
-        super().__init__(HFDecoder(model.eval(), layers_path), n_prune_layers)
+        decoder = HFDecoder(model.eval(), layers_path)
+        super().__init__(decoder, n_prune_layers)
+        self._layers_path = decoder.layers_path
         self.model = model
         self.tokenizer = tokenizer
 
@@ -113,6 +115,19 @@ class ShortHFModel(ShortModel):
         return done
 
     @torch.no_grad()
+    def greedy(self, ids: list[int], count: int, *, use_cache: bool = True) -> list[int]:
+        """Up to ``count`` likeliest next tokens, by the model's own generation config."""
+        tokens = torch.tensor([ids], device=self.decoder.device)
+        out = self.model.generate(
+            input_ids=tokens,
+            attention_mask=torch.ones_like(tokens),
+            max_new_tokens=count,
+            do_sample=False,
+            use_cache=use_cache,
+        )
+        return out[0, len(ids) :].tolist()
+
+    @torch.no_grad()
     def _continue(
         self, ids: list[int], max_gen_len: int, temperature: float, top_p: float
     ) -> list[int]:
@@ -128,11 +143,21 @@ class ShortHFModel(ShortModel):
         )
         return out[0].tolist()
 
-    def save_pretrained(self, out_dir: str | os.PathLike[str], *, verify: bool = True) -> Path:
+    def save_pretrained(
+        self,
+        out_dir: str | os.PathLike[str],
+        *,
+        verify: bool = True,
+        facts: Mapping[str, Any] | None = None,
+    ) -> Path:
         """Writes model, config, generation config and tokenizer for plain ``from_pretrained``.
+
+        Beside them stand a model card and ``pruning.json``: the layers removed and kept, their
+        scores, the perplexities measured.
 
         Args:
             out_dir: the new directory; appears whole or not at all.
+            facts: more to keep in both, such as ``{"data": "PG-19"}``.
             verify: load the result again and compare: the same logits, bit for bit, and the same
                 greedy generation with and without the cache.
 
@@ -140,40 +165,32 @@ class ShortHFModel(ShortModel):
             FileExistsError: ``out_dir`` exists.
             RuntimeError: the saved model is not the one in memory; nothing is left behind.
         """
-        from llama.files import new_directory
+        from llama.checkpoint import PROVENANCE
+        from llama.files import new_directory, write_json
+        from short_gpt.model_card import model_card, provenance
 
-        out = Path(str(out_dir))
+        out, facts = Path(str(out_dir)), facts or {}
         with new_directory(out) as partial:
             self.model.save_pretrained(partial)
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(partial)
+            card = model_card(self, str(self.model.config.name_or_path), facts)
+            (partial / "README.md").write_text(card, encoding="utf-8")
+            write_json(partial / PROVENANCE, provenance(self, facts))
             if verify:
                 self._verify(partial)
         return out
 
-    @torch.no_grad()
     def _verify(self, directory: Path) -> None:
-        again = type(self.model).from_pretrained(
-            directory, dtype=self.model.dtype, device_map=self.decoder.device
-        )
+        again = type(self.model).from_pretrained(directory, dtype=self.model.dtype)
         for weight in again.parameters():  # mapped weights lie unaligned and may round otherwise
             weight.data = weight.data.clone()
-        tokens = torch.arange(8, device=self.decoder.device)[None] % self.decoder.vocab_size
-        ours, theirs = (self.decoder.logits(tokens), HFDecoder(again.eval()).logits(tokens))
+        saved = ShortHFModel(again.to(self.decoder.device), self._layers_path)
+        (ours, _, _), (theirs, cached, uncached) = fingerprint(self), fingerprint(saved)
         if not torch.equal(ours, theirs):
             off = (ours - theirs).abs().max()
             raise RuntimeError(f"the saved model's logits differ by up to {off:.3g}; not saved")
-        cached, uncached = (
-            again.generate(
-                input_ids=tokens,
-                attention_mask=torch.ones_like(tokens),
-                max_new_tokens=8,
-                do_sample=False,
-                use_cache=use_cache,
-            )
-            for use_cache in (True, False)
-        )
-        if not torch.equal(cached, uncached):
+        if cached != uncached:
             raise RuntimeError("the saved model generates otherwise with its cache; not saved")
 
     def _tokenizer(self) -> Any:
@@ -191,5 +208,12 @@ def _load(name: str, options: dict[str, Any]) -> tuple[Any, Any]:
     if name.endswith(".gguf"):
         path = Path(name)
         where = (path.parent, {"gguf_file": path.name})
-    model = AutoModelForCausalLM.from_pretrained(where[0], **where[1], **options)
-    return model, AutoTokenizer.from_pretrained(where[0], **where[1])
+    try:
+        model = AutoModelForCausalLM.from_pretrained(where[0], **where[1], **options)
+        tokenizer = AutoTokenizer.from_pretrained(where[0], **where[1])
+    except OSError as error:  # a wrong name, a gated model, no network
+        raise OSError(f"{name} cannot be loaded: {' '.join(str(error).split())}") from None
+    if where[1]:  # the weights are no longer quantized, so they can be saved
+        del model.config.quantization_config
+        vars(model)["hf_quantizer"] = None
+    return model, tokenizer

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from short_gpt.decoder import MetaDecoder
 from short_gpt.short_model import ShortModel
 
@@ -62,6 +64,20 @@ class ShortLlama(ShortModel):
                 prompt_tokens, max_gen_len, temperature, top_p, echo=True
             )
         self.measure(prompt_tokens, batch_size=max(len(prompt_tokens), 1), progress=False)
+
+    @torch.no_grad()
+    def greedy(self, ids: list[int], count: int, *, use_cache: bool = True) -> list[int]:
+        """The ``count`` likeliest next tokens; nothing ends them early."""
+        tokens = torch.tensor([ids], device=self.decoder.device)
+        start = 0
+        for _ in range(count):
+            if use_cache:
+                logits = self.llama.model(tokens[:, start:], start)
+                start = tokens.shape[1]
+            else:
+                logits = self.decoder.logits(tokens)
+            tokens = torch.cat((tokens, logits[:, -1:].argmax(-1)), dim=1)
+        return tokens[0, len(ids) :].tolist()
 
     def save(
         self,

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable, Sequence, Sized
+from collections.abc import Iterable, Iterator, Sequence, Sized
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from short_gpt.data import batches
 from short_gpt.decoder import Decoder
 from short_gpt.evaluate import Perplexity, perplexity
 from short_gpt.importance import Importance, measure
-from short_gpt.layer_removal import check_layers, remove_layers, span
+from short_gpt.layer_removal import check_layers, remove_layers, span, without_layers
 
 
 class ShortModel:
@@ -33,6 +34,7 @@ class ShortModel:
         kept: the layers that the model has now, ascending.
         removed: the layers taken out so far, in order of removal.
         importance: the sums of all windows scored since the last removal.
+        quality: the last perplexity measured, by the number of layers that the model had.
     """
 
     def __init__(self, decoder: Decoder, n_prune_layers: int | None = None) -> None:
@@ -41,6 +43,8 @@ class ShortModel:
         self.kept = list(range(self.n_layers))
         self.removed: list[int] = []
         self.importance = Importance.empty(self.kept)
+        self.quality: dict[int, Perplexity] = {}
+        self._weights_checked = False
         self.n_prune_layers = n_prune_layers
         if n_prune_layers is not None:
             self._check_count(n_prune_layers)
@@ -65,10 +69,11 @@ class ShortModel:
 
         Raises:
             ValueError: a window does not fit the model.
-            FloatingPointError: a state is NaN or infinite. Like after an interruption, the
-                batches read before count.
+            FloatingPointError: a weight or a state is NaN or infinite. Like after an
+                interruption, the batches read before count.
         """
         self._check_whole()
+        self._check_weights()
         into = Importance.empty(self.kept) if self._stale else self.importance
         try:
             measure(
@@ -91,12 +96,29 @@ class ShortModel:
         progress: bool = True,
     ) -> Perplexity:
         """Perplexity of the model as it is now; arguments and errors as in `measure`."""
-        return perplexity(
+        found = perplexity(
             self.decoder,
             batches(windows, batch_size),
             total=_count(windows) if total is None else total,
             progress=progress,
         )
+        self.quality[len(self.decoder.layers)] = found
+        return found
+
+    @contextmanager
+    def without_layers(self, layers: Sequence[int]) -> Iterator[None]:
+        """The model without some layers inside a ``with`` block, whole again after it.
+
+        Args:
+            layers: original layer numbers; none changes nothing.
+
+        Raises:
+            ValueError: a layer does not exist (any more), is named twice, or none would stay.
+        """
+        if layers:
+            check_layers(layers, self.kept)
+        with without_layers(self.decoder, [self.kept.index(i) for i in layers]):
+            yield
 
     @property
     def importances(self) -> Tensor:
@@ -176,8 +198,14 @@ class ShortModel:
             RuntimeError: nothing was scored, or the scores are of the model before a removal.
                 Or the model lacks layers for a trial. It is unchanged after any error.
         """
+        if isinstance(layers_to_remove, int):
+            raise ValueError(
+                f"expected a list of layers, got {layers_to_remove}: pass it in a list"
+            )
         if layers_to_remove is None or len(layers_to_remove) == 0:
             drop = self.layers_to_remove(angular=angular)
+        elif any(isinstance(i, bool) for i in layers_to_remove):
+            raise ValueError(f"expected layer numbers, got {list(layers_to_remove)}")
         else:
             drop = [operator.index(i) for i in layers_to_remove]
         check_layers(drop, self.kept)
@@ -190,6 +218,18 @@ class ShortModel:
     @property
     def _stale(self) -> bool:
         return self.importance.layers != self.kept
+
+    def _check_weights(self) -> None:
+        """Once: attention kernels may turn NaN weights into finite states that look harmless."""
+        if self._weights_checked:
+            return
+        for number, layer in zip(self.kept, self.decoder.layers, strict=True):
+            for name, weight in layer.named_parameters():
+                if not weight.isfinite().all():
+                    raise FloatingPointError(
+                        f"layer {number} has NaN or infinite weights in {name}"
+                    )
+        self._weights_checked = True
 
     def _check_whole(self) -> None:
         found = len(self.decoder.layers)
@@ -219,3 +259,19 @@ class ShortModel:
 
 def _count(windows: Iterable[Sequence[int]]) -> int | None:
     return len(windows) if isinstance(windows, Sized) else None
+
+
+def fingerprint(short: Any, count: int = 8) -> tuple[torch.Tensor, list[int], list[int]]:
+    """What two models must share to be the same: logits, and greedy tokens with and without cache.
+
+    Args:
+        short: the model.
+        count: tokens read, and tokens generated.
+
+    Returns:
+        Logits (1, count, V), and the tokens generated with and without the cache.
+    """
+    ids = [i % short.decoder.vocab_size for i in range(count)]
+    logits = short.decoder.logits(torch.tensor([ids], device=short.decoder.device)).cpu()
+    cached, uncached = (short.greedy(ids, count, use_cache=c) for c in (True, False))
+    return logits, cached, uncached

@@ -12,21 +12,31 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CharTokenizer, make_transformer, save_checkpoint
+from conftest import (
+    BYTE_VOCAB,
+    CharTokenizer,
+    make_transformer,
+    save_checkpoint,
+    write_byte_tokenizer,
+)
 
 from llama.archive import Shard, TensorInfo, write_shard
 from llama.checkpoint import Checkpoint, prune
-from llama.files import new_directory, write_json
+from llama.files import check_new, new_directory, write_json
 from llama.model import load_model
 
 CPU, F32 = torch.device("cpu"), torch.float32
 TOKENS = torch.arange(3, 15)[None]
 
 
+@pytest.fixture
+def transformer():
+    return make_transformer(vocab_size=BYTE_VOCAB)
+
+
 @pytest.fixture(autouse=True)
 def tokenizer_file(checkpoint_dir):
-    (checkpoint_dir / "tokenizer.json").write_text("{}")
-    (checkpoint_dir / "tokenizer_config.json").write_text("{}")
+    write_byte_tokenizer(checkpoint_dir)
 
 
 def load(directory, **limits):
@@ -60,7 +70,7 @@ def test_tied_weights_stay_tied(checkpoint_dir):
 def test_vocab_size_minus_one_comes_from_the_weights(checkpoint_dir):
     path = checkpoint_dir / "params.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "vocab_size": -1}))
-    assert Checkpoint(checkpoint_dir).args.vocab_size == 96
+    assert Checkpoint(checkpoint_dir).args.vocab_size == BYTE_VOCAB
 
 
 @pytest.mark.parametrize("vocab_parallel", [False, True])
@@ -211,8 +221,9 @@ def test_pruning_twice_keeps_the_history(tmp_path, checkpoint_dir):
 
 
 def test_pruning_keeps_dtype_sharding_and_ties(tmp_path, checkpoint_dir):
-    save_checkpoint(tmp_path / "two", make_transformer().bfloat16(), shards=2, vocab_parallel=True)
-    shutil.copy(checkpoint_dir / "tokenizer.json", tmp_path / "two")
+    model = make_transformer(vocab_size=BYTE_VOCAB).bfloat16()
+    save_checkpoint(tmp_path / "two", model, shards=2, vocab_parallel=True)
+    write_byte_tokenizer(tmp_path / "two")
     prune(tmp_path / "two", tmp_path / "out", [0, 2])
     out = Checkpoint(tmp_path / "out")
     assert out.vocab_parallel and len(out.shards) == 2
@@ -247,16 +258,27 @@ def test_pruning_overwrites_only_its_own_and_only_when_asked(tmp_path, checkpoin
     (tmp_path / "out" / "thesis.tex").write_text("years of work")
     with pytest.raises(FileExistsError, match=r"out exists and holds thesis\.tex"):
         prune(checkpoint_dir, tmp_path / "out", [1], overwrite=True)
+    (tmp_path / "out" / "thesis.tex").unlink()
+    (tmp_path / "out" / "README.md").mkdir()
+    with pytest.raises(FileExistsError, match=r"out exists and holds README\.md"):
+        prune(checkpoint_dir, tmp_path / "out", [1], overwrite=True)
     with pytest.raises(FileExistsError, match=r"checkpoint exists and holds no pruning\.json"):
         prune(tmp_path / "out", checkpoint_dir, [1], overwrite=True)
 
 
 def test_pruning_never_overwrites_its_source(tmp_path, checkpoint_dir):
     prune(checkpoint_dir, tmp_path / "out", [1])
-    prune(checkpoint_dir, tmp_path / "out" / "pruned", [1])  # our own file name, inside
-    for source in (tmp_path / "out", tmp_path / "out" / "pruned"):
-        with pytest.raises(FileExistsError, match="holds the source"):
-            prune(source, tmp_path / "out", [0], overwrite=True)
+    with pytest.raises(FileExistsError, match="holds the source"):
+        prune(tmp_path / "out", tmp_path / "out", [0], overwrite=True)
+    prune(checkpoint_dir, tmp_path / "out" / "pruned", [1])
+    (tmp_path / "out" / "layers.json").write_text("{}")
+    with pytest.raises(FileExistsError, match="holds the source"):
+        check_new(tmp_path / "out", replaces="layers.json", source=tmp_path / "out" / "pruned")
+    (tmp_path / "out" / "pruned" / "mine.txt").write_text("notes")
+    with pytest.raises(FileExistsError, match=r"holds mine\.txt in pruned"):
+        check_new(tmp_path / "out", replaces="layers.json")
+    shutil.rmtree(tmp_path / "out" / "pruned")
+    (tmp_path / "out" / "layers.json").unlink()
     link = tmp_path / "link"
     link.symlink_to(tmp_path / "out", target_is_directory=True)
     with pytest.raises(FileExistsError, match="holds the source"):
@@ -272,7 +294,7 @@ def test_a_link_is_followed_and_a_failed_swap_leaves_the_old(tmp_path, checkpoin
     plain = Path.rename
 
     def rename(self, target):
-        if ".new-" in self.name:
+        if self.name == "new":
             raise OSError("in use")
         return plain(self, target)
 
@@ -293,9 +315,23 @@ def test_what_somebody_else_made_meanwhile_is_not_replaced(tmp_path):
 def test_the_tokenizer_goes_along_under_its_usual_name(tmp_path, checkpoint_dir):
     with pytest.raises(FileNotFoundError, match=r"tokenizer file typo\.model does not exist"):
         prune(checkpoint_dir, tmp_path / "out", [1], tokenizer_path="typo.model")
-    (tmp_path / "mine.bin").write_bytes(b"\x0asentencepiece")
-    prune(checkpoint_dir, tmp_path / "out", [1], tokenizer_path=tmp_path / "mine.bin")
-    assert (tmp_path / "out/tokenizer.model").read_bytes() == b"\x0asentencepiece"
+    (tmp_path / "mine.py").write_text("print('no tokenizer')")
+    with pytest.raises(ValueError, match=r"mine\.py"):
+        prune(checkpoint_dir, tmp_path / "out", [1], tokenizer_path=tmp_path / "mine.py")
+    (checkpoint_dir / "tokenizer.json").rename(checkpoint_dir / "mine.bin")
+    prune(checkpoint_dir, tmp_path / "out", [1], tokenizer_path=checkpoint_dir / "mine.bin")
+    names = {p.name for p in (tmp_path / "out").iterdir()}
+    assert {"tokenizer.json", "tokenizer_config.json"} < names and "mine.bin" not in names
+
+
+def test_what_is_wrong_beside_the_weights_is_told_before_they_are_copied(tmp_path, checkpoint_dir):
+    (checkpoint_dir / "pruning.json").write_text("{")
+    with pytest.raises(ValueError, match=r"pruning\.json is not JSON"):
+        prune(checkpoint_dir, tmp_path / "out", [1], progress=lambda _: pytest.fail("it began"))
+    path = checkpoint_dir / "params.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "n_layers": 10**9}))
+    with pytest.raises(ValueError, match="n_layers 1000000000 in .*; the file has 48 tensors"):
+        Checkpoint(checkpoint_dir)
 
 
 def test_json_keeps_texts_and_digits(tmp_path):

@@ -113,6 +113,24 @@ def test_texts_and_paths_are_taken_as_they_are(ckpt, capsys, text):
     assert capsys.readouterr().out.startswith(text)
 
 
+def test_help_behind_complete_arguments_runs_nothing(ckpt, capsys):
+    run_help = ["rank", "ckpt", *DATA, "--out", "h.json", "--help"]
+    with pytest.raises(SystemExit) as stop:
+        run(*run_help)
+    assert stop.value.code == 0 and not Path("h.json").exists()
+
+
+def test_a_bare_flag_may_stand_in_front(ckpt):
+    run("rank", "--overwrite", "ckpt", *DATA, "--max_windows", 2, "--out", "a.json")
+    run("prune", "--angular", "ckpt", "x", "--scores=a.json", "-n", 2, "--verify", "no")
+    assert Path("x/params.json").is_file()
+
+
+def test_prune_says_that_it_verified(ckpt, capsys):
+    run("prune", "ckpt", "x", "--layers", 3)
+    assert "verified: the logits are those of the source" in capsys.readouterr().out
+
+
 def test_version(capsys):
     run("--version")
     assert capsys.readouterr().out.startswith("short-gpt ")
@@ -178,11 +196,11 @@ def test_reproduce_runs_the_protocol_on_a_model_of_the_papers_shape(ckpt, capsys
         (["rnk"], "no command 'rnk'; did you mean rank?"),
         (["rank"], "rank needs CKPT_DIR; see rank --help"),
         (["rank", "nowhere"], "checkpoint directory nowhere does not exist"),
-        (["rank", "."], "has no params.json; is it a Meta checkpoint?"),
+        (["rank", "."], "has no params.json (Meta's format) and no config.json"),
         (["rank", "ckpt", "--sed", "1"], "rank has no flag --sed; did you mean --seed?"),
         (["rank", "ckpt", "-q", "1"], "rank has no flag -q"),
         (["rank", "ckpt", "--size", "big"], "--size expects a whole number, got 'big'"),
-        (["rank", "ckpt", "--overwrite", "3"], "--overwrite expects True or False, got 3"),
+        (["rank", "ckpt", "--overwrite=3"], "--overwrite expects True or False, got 3"),
         (["rank", "ckpt", "more"], "rank takes CKPT_DIR; what is 'more'?"),
         (["rank", "ckpt", "--data", "no.txt"], "'no.txt' does not exist"),
         (["rank", "ckpt", "--data", "book.txt"], "no windows: the longest of 1 texts has 633"),
@@ -210,10 +228,17 @@ def test_reproduce_runs_the_protocol_on_a_model_of_the_papers_shape(ckpt, capsys
         (["generate", "ckpt", "a", "b"], "generate takes CKPT_DIR PROMPT; what is 'b'?"),
         (["generate", "ckpt", "a", "--top_p", "x"], "--top_p expects a number, got 'x'"),
         (["convert", "no.gguf", "x"], "GGUF file no.gguf does not exist"),
-        (["convert", "book.txt", "x"], "book.txt is not a complete GGUF file"),
+        (["convert", "book.txt", "x"], "expected a checkpoint directory or .gguf"),
         (["reproduce"], "reproduce needs a checkpoint of one of the paper's models"),
         (["reproduce", "ckpt"], "the paper has no list for a model of dim 32, 5 layers"),
         (["demo", "--out_dir", "ckpt"], "ckpt exists"),
+        (["demo", "--eval_windows", "0"], "limit = 0: expected"),
+        (["demo", "--n_prune_layers", "40"], "the model has 30 layers: expected 1 to 29"),
+        (["rank", "ckpt", "--out"], "--out needs a value"),
+        (["rank", "ckpt", "--out", "--overwrite"], "--out needs a value"),
+        (["rank", "ckpt", "--plots", ""], "--plots is empty"),
+        (["rank", "--overwrite", "ckpt", "--sed", "1"], "rank has no flag --sed"),
+        (["rank", "ckpt", *DATA, "--out", "a.json", "--plots", "a.json"], "into the file a.json"),
         (["demo", "--out_dir", "ckpt", "--overwrite"], "ckpt exists and holds no layers.json"),
         (["rank", "ckpt", *DATA, "--out", "book.txt/r.json"], "is no writable directory"),
     ],
@@ -266,7 +291,7 @@ def test_help_describes_every_command_and_flag(command):
         return
     flags = text.split("FLAGS")[-1]
     entries = [line for line in flags.splitlines() if line.strip().startswith("-")]
-    assert entries and "<class" not in text
+    assert entries and "<class" not in text and "GROUP" not in text
     for line in entries:
         position = flags.index(line) + len(line)
         described = flags[position:].split("\n    -")[0].strip().splitlines()

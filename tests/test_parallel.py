@@ -109,7 +109,7 @@ def test_a_model_can_be_made_without_any_setting_up():
         "from llama import ModelArgs, Transformer\n"
         "Transformer(ModelArgs(dim=32, n_layers=1, n_heads=2, vocab_size=8))"
     )
-    env = {**os.environ, "WORLD_SIZE": "2"}  # left over, and no launcher's without RANK
+    env = {**os.environ, "WORLD_SIZE": "2", "RANK": "1"}  # no launcher's without MASTER_ADDR
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 

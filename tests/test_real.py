@@ -132,7 +132,7 @@ def test_greedy_generation_equals_transformers_single_and_in_one_ragged_batch(th
                 .tolist()
             )
         expected.append(out[: out.index(2)] if 2 in out else out)
-    assert sum(map(len, expected)) > 200
+    assert sum(len(tokens) == 50 for tokens in expected) >= 5
     assert [llama.generate([p], 50, temperature=0)[0][0] for p in prompts] == expected
     assert llama.generate(prompts, 50, temperature=0)[0] == expected
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
 import subprocess
 import sys
@@ -29,7 +31,7 @@ def test_scores_are_those_of_transformers_states(family):
         states = model(TOKENS, output_hidden_states=True).hidden_states
     # the last state is behind the final norm; Mamba's first is behind layer 0, not in front
     first = 1 if family == "mamba" else 0
-    for i, (x, y) in enumerate(zip(states[:-2], states[1:-1], strict=True)):
+    for i, (x, y) in enumerate(itertools.pairwise(states[:-1])):
         expected = block_influence(x, y).mean().item()
         assert found.block_influence[first + i].item() == pytest.approx(expected, abs=1e-5)
 
@@ -119,6 +121,73 @@ def test_what_the_config_cannot_say_is_refused_and_undone():
     assert torch.equal(decoder.logits(TOKENS), before)
     assert model.config.to_dict() == saved
     remove_layers(decoder, [2, 3])  # keeps the rule
+
+
+def multimodal(name: str):
+    """A tiny model whose decoder sits in a wrapper, beside a tower of as many layers."""
+    import transformers as t
+    from families import PLAIN
+
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": LAYERS}
+    vision |= {"num_attention_heads": 2, "image_size": 8, "patch_size": 4}
+    torch.manual_seed(0)
+    if name == "llava":
+        tower, text = t.CLIPVisionConfig(**vision, projection_dim=16), t.LlamaConfig(**PLAIN)
+        config = t.LlavaConfig(vision_config=tower, text_config=text, image_token_index=95)
+        return t.LlavaForConditionalGeneration(config).eval()
+    text = t.Gemma3TextConfig(**PLAIN, head_dim=8, sliding_window=8)
+    config = t.Gemma3Config(
+        vision_config=t.SiglipVisionConfig(**vision),
+        text_config=text,
+        mm_tokens_per_image=4,
+        image_token_index=95,
+        boi_token_index=93,
+        eoi_token_index=94,
+    )
+    return t.Gemma3ForConditionalGeneration(config).eval()
+
+
+@pytest.mark.parametrize("name", ["llava", "gemma3"])
+def test_a_decoder_inside_a_multimodal_wrapper(name, tmp_path):
+    model = multimodal(name)
+    short = ShortHFModel(model, "model.language_model.layers", n_prune_layers=2)
+    short.measure(TOKENS.tolist(), progress=False)
+    assert short.importances.shape == (LAYERS,)
+    short.remove_layers(DROP)
+    assert model.config.text_config.num_hidden_layers == 4
+    assert model.config.vision_config.num_hidden_layers == LAYERS
+    short.save_pretrained(tmp_path / "out")
+    again = type(model).from_pretrained(tmp_path / "out").eval()
+    found = HFDecoder(again, "model.language_model.layers").logits(TOKENS)
+    assert (found - short.decoder.logits(TOKENS)).abs().max() < 1e-5
+
+
+def test_the_card_and_the_record_say_what_was_done(tmp_path):
+    short = ShortHFModel(make("llama"), n_prune_layers=2)
+    short.measure(TOKENS.tolist(), progress=False)
+    short.perplexity(TOKENS.tolist(), progress=False)
+    removed = short.remove_layers()
+    short.perplexity(TOKENS.tolist(), progress=False)
+    short.save_pretrained(tmp_path / "out", facts={"data": "twenty tokens"})
+    record = json.loads((tmp_path / "out/pruning.json").read_text())
+    assert (record["removed_layers"], record["kept_layers"]) == (removed, short.kept)
+    assert record["block_influence"] == short.importances.tolist()
+    assert list(record["perplexity"]) == ["4", "6"]
+    card = (tmp_path / "out/README.md").read_text()
+    assert f"    {removed}" in card and "20 tokens of twenty tokens in 2 windows" in card
+    assert f"| 6 | {record['perplexity']['6']:.3f} | 18 |" in card
+    assert (tmp_path / "out/generation_config.json").is_file()
+
+
+def test_a_trial_names_original_layers_and_gives_the_model_back():
+    short = ShortHFModel(make("llama"))
+    short.remove_layers([0])
+    before = short.decoder.logits(TOKENS)
+    with short.without_layers([1, 5]):
+        assert len(short.decoder.layers) == 3
+    assert torch.equal(short.decoder.logits(TOKENS), before)
+    with pytest.raises(ValueError, match=r"layers \[0\] do not exist"), short.without_layers([0]):
+        pass
 
 
 def test_layers_are_found_or_named():

@@ -139,6 +139,8 @@ def test_removing_twice_on_the_same_scores_is_refused(short):
         ([9], r"layers \[9\] do not exist; the model has 0..4"),
         ([2, 2], "name a layer twice"),
         ([0, 1, 2, 3, 4], "expected 1 to 4"),
+        ([True], "expected layer numbers"),
+        (3, "expected a list of layers, got 3"),
     ],
 )
 def test_explicit_lists_are_checked(short, layers, message):
@@ -206,6 +208,13 @@ def test_a_model_cut_before_it_was_wrapped_is_not_saved(short, tmp_path):
         again.save(tmp_path / "out", ckpt_dir=tmp_path / "source")
 
 
+def test_nan_weights_are_found_before_attention_hides_them(short):
+    with torch.no_grad():
+        short.llama.model.layers[2].attention.wq.weight[0] = math.nan
+    with pytest.raises(FloatingPointError, match=r"layer 2 has NaN .* in attention\.wq\.weight"):
+        short.eval_importance(WINDOWS[:1])
+
+
 def test_nan_states_never_become_scores(short):
     short.eval_importance(WINDOWS[:1])
     before = short.importances.clone()
@@ -222,6 +231,11 @@ def test_perplexity_of_uniform_logits_is_the_vocabulary(short):
     found = short.perplexity(WINDOWS, batch_size=4, progress=False)
     assert found.value == pytest.approx(96, rel=1e-5)
     assert (found.tokens, found.windows) == (6 * 19, 6)
+
+
+def test_greedy_tokens_are_the_same_with_and_without_the_cache(short):
+    cached, uncached = (short.greedy(WINDOWS[0], 9, use_cache=c) for c in (True, False))
+    assert cached == uncached and len(cached) == 9
 
 
 def test_saving_needs_a_source_and_something_removed(short, tmp_path):

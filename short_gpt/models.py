@@ -1,0 +1,133 @@
+"""Checkpoints of either format by their path: which it is, and opened as a `ShortModel`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from short_gpt.short_model import ShortModel, fingerprint
+
+
+def is_meta(source: str) -> bool:
+    """Whether a path is a Meta checkpoint directory; any other source is for transformers.
+
+    Raises:
+        FileNotFoundError: it looks like a path and does not exist, or a directory is no model.
+    """
+    path = Path(source)
+    if path.is_dir():
+        if not any((path / name).is_file() for name in ("params.json", "config.json")):
+            raise FileNotFoundError(
+                f"{path} has no params.json (Meta's format) and no config.json (Hugging Face's); "
+                "is it a checkpoint?"
+            )
+        return (path / "params.json").is_file()
+    if path.is_file() and path.suffix != ".gguf":
+        raise FileNotFoundError(f"{path} is a file; expected a checkpoint directory or .gguf")
+    if not path.exists() and (source.count("/") != 1 or source.startswith((".", "/", "~"))):
+        raise FileNotFoundError(f"checkpoint directory {source} does not exist")
+    return False
+
+
+def open_model(
+    source: str,
+    *,
+    n_prune_layers: int | None = None,
+    tokenizer_path: str | None = None,
+    max_seq_len: int = 2048,
+    max_batch_size: int = 1,
+    seed: int = 1,
+    device: str | None = None,
+    dtype: str | None = None,
+) -> Any:
+    """Opens a Meta directory as `ShortLlama`, anything else as `ShortHFModel`.
+
+    Args:
+        source: Meta directory, Hugging Face directory, hub id or GGUF file.
+        n_prune_layers, device, dtype: as usual.
+        tokenizer_path, max_seq_len, max_batch_size, seed: for Meta's format only.
+
+    Raises:
+        FileNotFoundError, ValueError, OSError: as those of ``Llama.build`` or ``from_pretrained``.
+    """
+    if is_meta(source):
+        from llama import Llama
+        from llama.tokenizer import find_tokenizer
+        from short_gpt.short_llama import ShortLlama
+
+        tokenizer = tokenizer_path or find_tokenizer(source)
+        llama = Llama.build(
+            source,
+            tokenizer,
+            max_seq_len,
+            max_batch_size,
+            seed=seed,
+            device=device,
+            dtype=dtype,
+        )
+        return ShortLlama(llama, n_prune_layers)
+
+    from llama.parallel import choose_device, choose_dtype
+    from short_gpt.short_hf import ShortHFModel
+
+    place = choose_device(device)
+    torch.manual_seed(seed)
+    short = ShortHFModel(source, None, n_prune_layers, dtype=choose_dtype(dtype, place))
+    short.model.to(place)
+    return short
+
+
+def layers_of(source: str) -> int | None:
+    """How many layers a checkpoint has, by its params.json or config.json; None if not local.
+
+    Raises:
+        FileNotFoundError, ValueError: as those of `is_meta` and ``ModelArgs.from_params``.
+    """
+    if is_meta(source):
+        from llama.args import ModelArgs
+        from llama.checkpoint import read_params
+
+        return ModelArgs.from_params(read_params(Path(source))).n_layers
+    if not (Path(source) / "config.json").is_file():
+        return None
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(source).get_text_config(decoder=True).num_hidden_layers
+
+
+def same_model(
+    source: str, pruned: str, drop: list[int], *, tokenizer_path: str | None = None
+) -> str:
+    """Proves that a pruned checkpoint is the source without some layers; one is loaded at a time.
+
+    Returns:
+        A sentence that says what was compared.
+
+    Raises:
+        RuntimeError: the logits or the generation with the cache differ.
+    """
+    whole = open_model(source, tokenizer_path=tokenizer_path, device="cpu")
+    whole.remove_layers(drop)
+    expected = _aligned(whole)
+    del whole
+    found, cached, uncached = _aligned(open_model(pruned, device="cpu"))
+    if not torch.equal(found, expected[0]) or cached != expected[1]:
+        off = (found - expected[0]).abs().max()
+        raise RuntimeError(f"{pruned} is not {source} without {drop}: logits differ by {off:.3g}")
+    if cached != uncached:
+        raise RuntimeError(f"{pruned} generates otherwise with its cache than without")
+    return (
+        "verified: the logits are those of the source without these layers, bit for bit, and "
+        "generation with the cache is that without it"
+    )
+
+
+def _aligned(short: ShortModel) -> tuple[torch.Tensor, list[int], list[int]]:
+    """`fingerprint` with all weights copied: mapped ones may lie unaligned and round otherwise."""
+    model = short.decoder.model  # type: ignore[attr-defined]
+    shared: dict[int, torch.Tensor] = {}
+    for weight in model.parameters():
+        weight.data = shared.setdefault(weight.data_ptr(), weight.data.clone())
+    return fingerprint(short)
