@@ -6,7 +6,7 @@ from setuptools import setup
 
 PLOTS = ["matplotlib>=3.8"]
 DEMO = ["gguf>=0.17", "platformdirs>=4", *PLOTS]
-HF = ["transformers>=4.57", "accelerate"]
+HF = ["transformers>=4.57.1", "accelerate"]
 EVAL = ["lm_eval>=0.4.13", *HF]
 NOTEBOOKS = ["jupyter", *DEMO, *HF]
 DEV = [

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from short_gpt.evaluate import Perplexity
 from short_gpt.short_model import ShortModel
 
 TEMPLATE = """---
@@ -39,8 +41,8 @@ def provenance(short: ShortModel, facts: Mapping[str, Any]) -> dict[str, Any]:
     if short.n_windows:
         record["block_influence"] = short.importances.tolist()
         record["scored"] = {"windows": short.n_windows, "tokens": short.n_tokens}
-    if short.quality:
-        record["perplexity"] = {str(n): p.value for n, p in sorted(short.quality.items())}
+    if _quality(short):
+        record["perplexity"] = {f"{n} layers": p.value for n, p in _quality(short).items()}
     return {**record, **facts, "versions": versions()}
 
 
@@ -55,13 +57,13 @@ def model_card(short: ShortModel, source: str, facts: Mapping[str, Any]) -> str:
         method = facts.get("method", "Block Influence and angular distance")
         scores = f"Scores: {method}, on {tokens:,} tokens{data} in {windows:,} windows."
     quality = "Its quality was not measured."
-    if short.quality:
-        measured = sorted(short.quality.items(), reverse=True)
-        rows = (f"| {n} | {p.value:.3f} | {p.tokens:,} |" for n, p in measured)
+    measured = _quality(short)
+    if measured:
+        rows = (f"| {n} | {p.value:.3f} | {p.tokens:,} |" for n, p in measured.items())
         quality = "| layers | perplexity | tokens |\n| --- | --- | --- |\n" + "\n".join(rows)
     return TEMPLATE.format(
         base=f"base_model: {source}\n" if hub_id else "",
-        name=source,
+        name=source if hub_id else Path(source).name,
         count=len(short.removed),
         total=short.n_layers,
         removed=short.removed,
@@ -69,3 +71,9 @@ def model_card(short: ShortModel, source: str, facts: Mapping[str, Any]) -> str:
         quality=quality + "\n",
         versions=", ".join(f"{k} {v}" for k, v in record["versions"].items()),
     )
+
+
+def _quality(short: ShortModel) -> dict[int, Perplexity]:
+    """What was measured of the whole model and of the one that is left, by number of layers."""
+    states = (tuple(range(short.n_layers)), tuple(short.kept))
+    return {len(layers): short.quality[layers] for layers in states if layers in short.quality}

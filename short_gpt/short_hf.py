@@ -27,6 +27,7 @@ class ShortHFModel(ShortModel):
     Attributes:
         model: the ``transformers`` model.
         tokenizer: its tokenizer, or None.
+        source: where the model came from.
 
     Raises:
         ImportError: transformers is missing.
@@ -60,6 +61,8 @@ class ShortHFModel(ShortModel):
         self._layers_path = decoder.layers_path
         self.model = model
         self.tokenizer = tokenizer
+        named = isinstance(model_name, str | os.PathLike)
+        self.source = str(model_name) if named else str(model.config.name_or_path or "a model")
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, with the special tokens that the tokenizer puts in front."""
@@ -148,6 +151,7 @@ class ShortHFModel(ShortModel):
         out_dir: str | os.PathLike[str],
         *,
         verify: bool = True,
+        overwrite: bool = False,
         facts: Mapping[str, Any] | None = None,
     ) -> Path:
         """Writes model, config, generation config and tokenizer for plain ``from_pretrained``.
@@ -161,6 +165,8 @@ class ShortHFModel(ShortModel):
             verify: load the result again and compare: the same logits, bit for bit, and the same
                 greedy generation with and without the cache.
 
+            overwrite: whether an earlier pruned model is replaced; nothing else ever is.
+
         Raises:
             FileExistsError: ``out_dir`` exists.
             RuntimeError: the saved model is not the one in memory; nothing is left behind.
@@ -170,11 +176,11 @@ class ShortHFModel(ShortModel):
         from short_gpt.model_card import model_card, provenance
 
         out, facts = Path(str(out_dir)), facts or {}
-        with new_directory(out) as partial:
+        with new_directory(out, replaces=PROVENANCE if overwrite else None) as partial:
             self.model.save_pretrained(partial)
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(partial)
-            card = model_card(self, str(self.model.config.name_or_path), facts)
+            card = model_card(self, self.source, facts)
             (partial / "README.md").write_text(card, encoding="utf-8")
             write_json(partial / PROVENANCE, provenance(self, facts))
             if verify:

@@ -34,7 +34,7 @@ class ShortModel:
         kept: the layers that the model has now, ascending.
         removed: the layers taken out so far, in order of removal.
         importance: the sums of all windows scored since the last removal.
-        quality: the last perplexity measured, by the number of layers that the model had.
+        quality: the last perplexity measured, by the layers that the model had.
     """
 
     def __init__(self, decoder: Decoder, n_prune_layers: int | None = None) -> None:
@@ -43,7 +43,8 @@ class ShortModel:
         self.kept = list(range(self.n_layers))
         self.removed: list[int] = []
         self.importance = Importance.empty(self.kept)
-        self.quality: dict[int, Perplexity] = {}
+        self.quality: dict[tuple[int, ...], Perplexity] = {}
+        self._present = self.kept  # kept, less those of a trial
         self._weights_checked = False
         self.n_prune_layers = n_prune_layers
         if n_prune_layers is not None:
@@ -102,7 +103,8 @@ class ShortModel:
             total=_count(windows) if total is None else total,
             progress=progress,
         )
-        self.quality[len(self.decoder.layers)] = found
+        if len(self._present) == len(self.decoder.layers):
+            self.quality[tuple(self._present)] = found
         return found
 
     @contextmanager
@@ -118,7 +120,11 @@ class ShortModel:
         if layers:
             check_layers(layers, self.kept)
         with without_layers(self.decoder, [self.kept.index(i) for i in layers]):
-            yield
+            self._present = [i for i in self.kept if i not in layers]
+            try:
+                yield
+            finally:
+                self._present = self.kept
 
     @property
     def importances(self) -> Tensor:
@@ -211,7 +217,7 @@ class ShortModel:
         check_layers(drop, self.kept)
         self._check_whole()
         remove_layers(self.decoder, [self.kept.index(i) for i in drop])
-        self.kept = [i for i in self.kept if i not in drop]
+        self.kept = self._present = [i for i in self.kept if i not in drop]
         self.removed += drop
         return drop
 

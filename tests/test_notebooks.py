@@ -13,7 +13,11 @@ FEWER = {
     "short_llama.ipynb": {
         "max_windows = 24 ": "max_windows = 3 ",
         "eval_windows = 8 ": "eval_windows = 1 ",
-    }
+    },
+    "short_hf.ipynb": {
+        "max_windows = 24 ": "max_windows = 3 ",
+        "eval_windows = 8 ": "eval_windows = 1 ",
+    },
 }
 
 
@@ -21,13 +25,13 @@ FEWER = {
 @pytest.mark.parametrize("name", FEWER)
 def test_the_notebook_runs(name, tmp_path):
     notebook = nbformat.read(NOTEBOOKS / name, as_version=4)
-    parameters = next(c for c in notebook.cells if c.source.startswith("ckpt_dir = None"))
+    parameters = next(c for c in notebook.cells if "n_prune_layers = 8" in c.source)
     for old, new in FEWER[name].items():
         assert old in parameters.source
         parameters.source = parameters.source.replace(old, new)
     client = NotebookClient(notebook, timeout=900, resources={"metadata": {"path": tmp_path}})
     client.execute()
-    assert (tmp_path / "short_llama_pruned/params.json").is_file()
+    assert (tmp_path / name.replace(".ipynb", "_pruned") / "pruning.json").is_file()
     printed = "".join(o.text for c in notebook.cells for o in c.get("outputs", []) if "text" in o)
     assert "the same completion: True" in printed
 

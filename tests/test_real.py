@@ -49,6 +49,13 @@ ODD = [
 ]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def two_threads():
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="module")
 def theirs():
     """transformers' model and tokenizer, read from the same GGUF file."""
@@ -198,3 +205,41 @@ def test_the_demo_does_the_whole_job(tmp_path):
     assert 5 < dense < 60 and dense < pruned < 2000 and dense < angular < 5000
     again = subprocess.run(command, capture_output=True, text=True)
     assert again.returncode == 1 and "exists" in again.stderr.splitlines()[-1]
+
+
+def test_both_wrappers_are_one_on_the_same_weights(llama, book, tmp_path):
+    """The same scores, lists and perplexities; what either saves, the other's loader loads."""
+    from transformers import AutoModelForCausalLM
+
+    from llama.convert import hf_to_meta, meta_to_hf
+    from short_gpt import ShortHFModel
+
+    ours = ShortLlama(build(), n_prune_layers=8)
+    theirs = ShortHFModel(str(demo.gguf_file()), n_prune_layers=8, dtype=torch.float32)
+    sample = [w[:512] for w in book[:3]]
+    assert ours.encode("And it came to pass") == theirs.encode("And it came to pass")
+    for short in (ours, theirs):
+        short.measure(sample, progress=False)
+    assert (ours.importances - theirs.importances).abs().max() < 1e-5
+    assert (ours.angular - theirs.angular).abs().max() < 1e-5
+    assert ours.layers_to_remove(angular=True) == theirs.layers_to_remove(angular=True)
+    before = [s.perplexity(sample, progress=False).value for s in (ours, theirs)]
+    assert ours.remove_layers() == theirs.remove_layers()
+    after = [s.perplexity(sample, progress=False).value for s in (ours, theirs)]
+    for a, b in (before, after):
+        assert a == pytest.approx(b, rel=1e-5)
+
+    ours.save(tmp_path / "ours")
+    theirs.save_pretrained(tmp_path / "theirs")
+    meta_to_hf(tmp_path / "ours", tmp_path / "ours-hf")
+    hf_to_meta(tmp_path / "theirs", tmp_path / "theirs-meta")
+    tokens = torch.tensor([sample[0][:64]])
+    expected = ours.decoder.logits(tokens)
+    for name in ("theirs", "ours-hf"):
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / name).eval()
+        with torch.no_grad():
+            assert (loaded(tokens).logits - expected).abs().max() < 1e-4
+    for name in ("ours", "theirs-meta"):
+        path = tmp_path / name
+        loaded = Llama.build(path, path / "tokenizer.json", 1024, 8, device="cpu")
+        assert torch.equal(loaded.model(tokens), expected)

@@ -165,18 +165,32 @@ def test_a_decoder_inside_a_multimodal_wrapper(name, tmp_path):
 def test_the_card_and_the_record_say_what_was_done(tmp_path):
     short = ShortHFModel(make("llama"), n_prune_layers=2)
     short.measure(TOKENS.tolist(), progress=False)
-    short.perplexity(TOKENS.tolist(), progress=False)
+    whole = short.perplexity(TOKENS.tolist(), progress=False)
     removed = short.remove_layers()
-    short.perplexity(TOKENS.tolist(), progress=False)
+    left = short.perplexity(TOKENS.tolist(), progress=False)
+    with short.without_layers([short.kept[0]]):  # a trial of something else is not the model's
+        short.perplexity(TOKENS.tolist(), progress=False)
     short.save_pretrained(tmp_path / "out", facts={"data": "twenty tokens"})
     record = json.loads((tmp_path / "out/pruning.json").read_text())
     assert (record["removed_layers"], record["kept_layers"]) == (removed, short.kept)
     assert record["block_influence"] == short.importances.tolist()
-    assert list(record["perplexity"]) == ["4", "6"]
+    assert record["perplexity"] == {"6 layers": whole.value, "4 layers": left.value}
     card = (tmp_path / "out/README.md").read_text()
     assert f"    {removed}" in card and "20 tokens of twenty tokens in 2 windows" in card
-    assert f"| 6 | {record['perplexity']['6']:.3f} | 18 |" in card
+    assert f"| 6 | {whole.value:.3f} | 18 |\n| 4 | {left.value:.3f} | 18 |" in card
     assert (tmp_path / "out/generation_config.json").is_file()
+
+
+def test_another_choice_of_as_many_layers_does_not_pass_for_the_model(tmp_path):
+    short = ShortHFModel(make("llama"))
+    for layers in ([0, 1], [2, 3]):
+        with short.without_layers(layers):
+            short.perplexity(TOKENS.tolist(), progress=False)
+    short.remove_layers([0, 1])
+    short.save_pretrained(tmp_path / "out")
+    record = json.loads((tmp_path / "out/pruning.json").read_text())
+    expected = short.perplexity(TOKENS.tolist(), progress=False).value
+    assert record["perplexity"] == {"4 layers": expected}
 
 
 def test_a_trial_names_original_layers_and_gives_the_model_back():
