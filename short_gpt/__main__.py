@@ -87,7 +87,7 @@ def prepared(argv: list[str], commands: dict[str, Callable[..., None]]) -> list[
         written, equals, value = item.partition("=")
         flag = _flag(name, written, list(parameters))
         following = given[i + 1] if i + 1 < len(given) else None
-        if not equals and hints[flag] is bool and str(following).lower() not in BOOLEANS:
+        if not equals and _takes(hints[flag], bool) and str(following).lower() not in BOOLEANS:
             value = "True"
         elif not equals:
             if following is None or re.match(r"--?[A-Za-z]", following):
@@ -112,10 +112,14 @@ def prepared(argv: list[str], commands: dict[str, Callable[..., None]]) -> list[
 BOOLEANS = {"true": "True", "false": "False", "yes": "True", "no": "False"}
 
 
+def _takes(hint: Any, kind: type) -> bool:
+    return kind in (hint, *get_args(hint))
+
+
 def _quoted(value: str, hint: Any) -> str:
-    if hint is bool:
+    if _takes(hint, bool):
         return BOOLEANS.get(value.lower(), value)
-    if str in (hint, *get_args(hint)):
+    if _takes(hint, str):
         return repr(value)
     return value
 

@@ -94,13 +94,14 @@ def prune(
     n_prune_layers: int | None = None,
     angular: bool = False,
     recipe: str | None = None,
-    verify: bool = True,
+    verify: bool | None = None,
     tokenizer_path: str | None = None,
     overwrite: bool = False,
 ) -> None:
     """Writes a checkpoint without some layers, tensor by tensor, in the format of the source.
 
-    Then loads source and result, one after the other, and compares them, unless --verify no.
+    The model is not loaded for that: memory is bounded by the largest tensor. With --verify yes,
+    source and result are then loaded, one after the other, and compared.
 
     Example: short-gpt prune llama-2-7b llama-2-5b --scores ranking.json --n_prune_layers 9
 
@@ -113,7 +114,9 @@ def prune(
         angular: remove the best block of consecutive layers, not the lowest Block Influence.
         recipe: also write a mergekit passthrough recipe to this file.
         verify: whether to prove the result: the same logits as the source without the layers in
-            memory, and the same greedy generation with and without the cache.
+            memory, and the same greedy generation with and without the cache. If not given, yes
+            for Hugging Face's format, where a config can fail to say which layers are left, and
+            no for Meta's.
         tokenizer_path: tokenizer of a Meta checkpoint; found beside it if not given.
         overwrite: replace an earlier pruned checkpoint.
     """
@@ -136,7 +139,8 @@ def prune(
         keep = read_record(f"{out_dir}/pruning.json")["kept_layers"]
         Path(recipe).write_text(mergekit_recipe(ckpt_dir, keep), encoding="utf-8")
         _print(f"written: {recipe}")
-    shards = len(Checkpoint(ckpt_dir).shards) if meta else 1
+    verify = not meta if verify is None else verify
+    shards = len(Checkpoint(ckpt_dir).shards) if meta and verify else 1
     if verify and (shards > 1 or several_ranks()):
         _print(
             f"not verified: that loads the model, whose {shards} shard(s) need ranks of their own"

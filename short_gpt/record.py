@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 from collections.abc import Mapping
@@ -52,16 +51,12 @@ def read_record(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         FileNotFoundError, ValueError: no such file, or not a JSON object.
     """
+    from llama.checkpoint import read_json
+
     source = Path(str(path))
     if not source.is_file():
         raise FileNotFoundError(f"{source} does not exist")
-    try:
-        content = json.loads(source.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{source} is not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{source} must hold one JSON object")
-    return content
+    return read_json(source)
 
 
 def refuse_existing(path: Path, *, overwrite: bool) -> None:

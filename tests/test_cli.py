@@ -127,8 +127,10 @@ def test_a_bare_flag_may_stand_in_front(ckpt):
 
 
 def test_prune_says_that_it_verified(ckpt, capsys):
-    run("prune", "ckpt", "x", "--layers", 3)
+    run("prune", "ckpt", "x", "--layers", 3, "--verify", "yes")
     assert "verified: the logits are those of the source" in capsys.readouterr().out
+    run("prune", "ckpt", "y", "--layers", 3)
+    assert "verified" not in capsys.readouterr().out
 
 
 def test_version(capsys):
