@@ -28,7 +28,7 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
-    packages=["short_gpt", "llama"],
+    packages=["short_gpt", "short_gpt.cli", "llama"],
     package_data={"short_gpt": ["py.typed", "published.json"], "llama": ["py.typed"]},
     python_requires=">=3.10",
     install_requires=[

@@ -1,0 +1,195 @@
+"""Commands that try a model: generate, perplexity, evaluate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from short_gpt import report
+from short_gpt.cli.shared import (
+    arguments_of,
+    check_run,
+    open_short,
+    read_texts,
+    say,
+    say_written,
+    shown,
+    targets_of,
+    total,
+)
+from short_gpt.data import texts, windows
+from short_gpt.models import open_model
+from short_gpt.progress import first_rank
+from short_gpt.record import write_record
+from short_gpt.short_llama import ShortLlama
+
+
+def generate(
+    ckpt_dir: str,
+    prompt: str,
+    *,
+    max_gen_len: int = 64,
+    temperature: float = 0.6,
+    top_p: float = 0.9,
+    seed: int = 1,
+    tokenizer_path: str | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+) -> None:
+    """Completes a text.
+
+    Example: short-gpt generate llama-2-7b "I am an avid fan of"
+
+    Args:
+        ckpt_dir: Meta checkpoint directory, Hugging Face directory or hub id, or GGUF file.
+        prompt: the text to continue.
+        max_gen_len: most tokens to add.
+        temperature: 0 takes the likeliest token.
+        top_p: sample from the smallest set of tokens with this probability.
+        seed: of the sampling.
+        tokenizer_path: tokenizer of a Meta checkpoint; found beside it if not given.
+        device: cpu, cuda or mps; the best there is if not given.
+        dtype: float32, bfloat16 or float16; float32 on cpu if not given.
+    """
+    short = open_model(
+        ckpt_dir, tokenizer_path=tokenizer_path, seed=seed, device=device, dtype=dtype
+    )
+    if isinstance(short, ShortLlama):
+        done = short.llama.text_completion([prompt], temperature, top_p, max_gen_len)
+        say(f"{prompt}{done[0]['generation']}")
+    else:
+        say(f"{prompt}{short.generate([prompt], max_gen_len, temperature, top_p)[0]}")
+
+
+def perplexity(
+    ckpt_dir: str,
+    *,
+    tokenizer_path: str | None = None,
+    data: str = "pg19",
+    split: str = "test",
+    column: str = "text",
+    max_texts: int | None = None,
+    size: int = 1024,
+    max_windows: int | None = None,
+    seed: int | None = 0,
+    batch_size: int = 1,
+    device: str | None = None,
+    dtype: str | None = None,
+    out: str | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Measures the perplexity of a checkpoint on a text, in windows that do not overlap.
+
+    Example: short-gpt perplexity llama-2-7b --data novels/ --max_windows 100
+
+    Args:
+        ckpt_dir: Meta checkpoint directory, Hugging Face directory or hub id, or GGUF file.
+        tokenizer_path: tokenizer of a Meta checkpoint; found beside it if not given.
+        data: pg19, a local file or folder of .txt, .jsonl or .parquet, or a hub data set's name.
+        split: split of the data.
+        column: column of the text in .jsonl, .parquet and hub data sets.
+        max_texts: take only the first so many texts; a seed draws from all that are taken, so
+            set it for a data set that is too large to be read whole.
+        size: tokens in a window; each is read on its own, its first token is not predicted.
+        max_windows: stop after so many; all if not given.
+        seed: of the random order of all windows; none reads them in the order of the texts.
+        batch_size: windows read at once.
+        device: cpu, cuda or mps; the best there is if not given.
+        dtype: float32, bfloat16 or float16; float32 on cpu if not given.
+        out: JSON file for the result.
+        overwrite: replace an existing file.
+    """
+    arguments = arguments_of(locals())
+    targets = targets_of(out, None, overwrite=overwrite)
+    check_run(ckpt_dir, None, size, size, max_windows)
+    source = read_texts(data, split, column, max_texts)
+    short = open_short(ckpt_dir, tokenizer_path, size, batch_size, device, dtype, None)
+    chosen = windows(source, short.encode, size=size, stride=size, seed=seed, limit=max_windows)
+    found = short.perplexity(chosen, batch_size=batch_size, total=total(chosen, max_windows))
+    say(report.perplexities({ckpt_dir: found}))
+    if out is not None and first_rank():
+        result = {"perplexity": found.value, **vars(found)}
+        record = {
+            "command": "perplexity",
+            "arguments": arguments,
+            "seed": seed,
+            "result": result,
+        }
+        write_record(out, record, overwrite=overwrite)
+    say_written(targets)
+
+
+def evaluate(
+    dense: str,
+    pruned: str | None = None,
+    *,
+    text: str = "wikitext-2",
+    source: str | None = None,
+    size: int = 2048,
+    max_windows: int | None = None,
+    tasks: str | None = None,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    include_path: str | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    out: str | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Perplexity and tasks of the lm-evaluation-harness, dense against pruned, in one table.
+
+    Example: short-gpt evaluate llama-2-7b llama-2-5b --tasks piqa,arc_easy
+
+    Args:
+        dense: checkpoint of either format.
+        pruned: another, to stand beside it.
+        text: wikitext-2, c4 or pg19, cut as published results do; a local file or folder; none.
+        source: a local copy of wikitext-2, c4 or pg19.
+        size: tokens in a window.
+        max_windows: read only the first so many windows.
+        tasks: names of tasks with commas between, such as piqa,arc_easy; none if not given.
+        limit: only the first so many documents of each task.
+        num_fewshot: examples in each prompt; the tasks' own numbers if not given.
+        include_path: folder with YAML files of more tasks.
+        device: cpu, cuda or mps; the best there is if not given.
+        dtype: float32, bfloat16 or float16; float32 on cpu if not given.
+        out: JSON file for the results.
+        overwrite: replace an existing file.
+    """
+    arguments = arguments_of(locals())
+    if text == "none" and tasks is None:
+        raise ValueError("nothing to evaluate: give --text or --tasks")
+    targets = targets_of(out, None, overwrite=overwrite)
+    results: dict[str, dict[str, float]] = {}
+    for name in [dense] if pruned is None else [dense, pruned]:
+        short = open_model(name, max_seq_len=size, device=device, dtype=dtype)
+        row = results[name] = {"layers": float(len(short.kept))}
+        if text != "none":
+            chosen = _evaluation_text(text, source, short.encode, size, max_windows)
+            row[f"{text} perplexity"] = short.perplexity(chosen).value
+        if tasks is not None:
+            from short_gpt.harness import run_tasks
+
+            found = run_tasks(
+                short,
+                tasks.split(","),
+                limit=limit,
+                num_fewshot=num_fewshot,
+                include_path=include_path,
+            )
+            row |= {f"{t} {m}": v for t, metrics in found.items() for m, v in metrics.items()}
+        del short
+    say(report.comparison(results))
+    if out is not None and first_rank():
+        record = {"command": "evaluate", "arguments": arguments, "result": results}
+        write_record(out, record, overwrite=overwrite)
+    say_written(targets)
+
+
+def _evaluation_text(
+    text: str, source: str | None, encode: Callable[[str], list[int]], size: int, limit: int | None
+) -> list[list[int]]:
+    from short_gpt.protocols import PROTOCOLS, protocol
+
+    if text in PROTOCOLS:
+        return protocol(text, encode, size=size, limit=limit, source=source)
+    return list(windows(shown(texts(text)), encode, size=size, stride=size, limit=limit))

@@ -1,0 +1,171 @@
+"""Commands that score: rank, plot, reproduce."""
+
+from __future__ import annotations
+
+from llama.checkpoint import Checkpoint
+from short_gpt import report
+from short_gpt.cli.shared import (
+    arguments_of,
+    check_run,
+    draw,
+    importance_of,
+    open_short,
+    read_texts,
+    say,
+    say_written,
+    shown,
+    targets_of,
+    total,
+)
+from short_gpt.data import pg19, windows
+from short_gpt.progress import first_rank
+from short_gpt.record import read_record, write_record
+
+
+def rank(
+    ckpt_dir: str,
+    *,
+    tokenizer_path: str | None = None,
+    data: str = "pg19",
+    split: str = "validation",
+    column: str = "text",
+    max_texts: int | None = None,
+    size: int = 1024,
+    stride: int = 256,
+    max_windows: int | None = None,
+    seed: int | None = 0,
+    n_prune_layers: int | None = None,
+    batch_size: int = 1,
+    device: str | None = None,
+    dtype: str | None = None,
+    out: str | None = None,
+    plots: str | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Scores every layer of a checkpoint: Block Influence and angular distance, one pass.
+
+    Example: short-gpt rank llama-2-7b --n_prune_layers 9 --out ranking.json
+
+    Args:
+        ckpt_dir: Meta checkpoint directory, Hugging Face directory or hub id, or GGUF file.
+        tokenizer_path: tokenizer of a Meta checkpoint; found beside it if not given.
+        data: pg19, a local file or folder of .txt, .jsonl or .parquet, or a hub data set's name.
+        split: split of the data.
+        column: column of the text in .jsonl, .parquet and hub data sets.
+        max_texts: take only the first so many texts; a seed draws from all that are taken, so
+            set it for a data set that is too large to be read whole.
+        size: tokens in a window.
+        stride: tokens between the starts of windows.
+        max_windows: stop after so many; all if not given.
+        seed: of the random order of all windows; none reads them in the order of the texts.
+        n_prune_layers: also say which so many layers each method would remove.
+        batch_size: windows read at once.
+        device: cpu, cuda or mps; the best there is if not given.
+        dtype: float32, bfloat16 or float16; float32 on cpu if not given.
+        out: JSON file for the scores, which prune and plot read.
+        plots: folder for the two pictures.
+        overwrite: replace existing files.
+    """
+    arguments = arguments_of(locals())
+    targets = targets_of(out, plots, overwrite=overwrite)
+    check_run(ckpt_dir, n_prune_layers, size, stride, max_windows)
+    source = read_texts(data, split, column, max_texts)
+    short = open_short(ckpt_dir, tokenizer_path, size, batch_size, device, dtype, n_prune_layers)
+    chosen = windows(source, short.encode, size=size, stride=stride, seed=seed, limit=max_windows)
+    short.measure(chosen, batch_size=batch_size, total=total(chosen, max_windows))
+    say(report.ranking(short.importance, n_prune_layers))
+    if out is not None and first_rank():
+        scores = {"importance": short.importance.to_dict()}
+        record = {"command": "rank", "arguments": arguments, "seed": seed, **scores}
+        write_record(out, record, overwrite=overwrite)
+    if plots is not None and first_rank():
+        draw(short.importance, targets[-2:], n_prune_layers)
+    say_written(targets)
+
+
+def plot(
+    scores: str, out_dir: str, *, n_prune_layers: int | None = None, overwrite: bool = False
+) -> None:
+    """Draws the scores that rank wrote: Block Influence bars and the angular heat map.
+
+    Example: short-gpt plot ranking.json pictures --n_prune_layers 9
+
+    Args:
+        scores: JSON file that rank wrote.
+        out_dir: folder for block_influence.png and angular.png.
+        n_prune_layers: mark what each method would remove.
+        overwrite: replace existing pictures.
+    """
+    importance = importance_of(read_record(scores), scores)
+    targets = targets_of(None, out_dir, overwrite=overwrite)
+    draw(importance, targets, n_prune_layers)
+    say_written(targets)
+
+
+def reproduce(
+    ckpt_dir: str | None = None,
+    *,
+    tokenizer_path: str | None = None,
+    data: str | None = None,
+    model: str | None = None,
+    max_windows: int | None = None,
+    seed: int | None = 0,
+    batch_size: int = 1,
+    device: str | None = None,
+    dtype: str | None = None,
+    out: str | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Runs the ShortGPT paper's protocol and sets the result beside the paper's list.
+
+    PG-19 validation in windows of 1024 tokens, 256 apart; lowest Block Influence; as many layers
+    as the paper's Table 9 removes. Llama-2-7B: [27, 26, 25, 28, 24, 29, 23, 21, 22].
+
+    Example: short-gpt reproduce llama-2-7b
+
+    Args:
+        ckpt_dir: Meta checkpoint directory of Llama-2-7B or Llama-2-13B.
+        tokenizer_path: tokenizer of a Meta checkpoint; found beside it if not given.
+        data: local copy of PG-19; streamed from the hub if not given.
+        model: which of the paper's models this is; told by its shape if not given.
+        max_windows: stop after so many; all (about 18,000 for Llama 2) if not given.
+        seed: of the random order of all windows; none reads them in the order of the books.
+        batch_size: windows read at once.
+        device: cpu, cuda or mps; the best there is if not given.
+        dtype: float32, bfloat16 or float16; float32 on cpu if not given.
+        out: JSON file for the result.
+        overwrite: replace an existing file.
+    """
+    from short_gpt.reproduce import compare, identify
+
+    if ckpt_dir is None:
+        raise ValueError(
+            "reproduce needs a checkpoint of one of the paper's models in Meta's format, "
+            "Llama-2-7B or Llama-2-13B (llama.com, or meta-llama/Llama-2-7b on the hub), and "
+            "PG-19 (streamed, or --data FOLDER): short-gpt reproduce --ckpt_dir llama-2-7b"
+        )
+    arguments = arguments_of(locals())
+    targets = targets_of(out, None, overwrite=overwrite)
+    args = Checkpoint(ckpt_dir).args
+    name = model or identify(args.dim, args.n_layers, args.vocab_size)
+    if model is None and args.kv_heads != args.n_heads:
+        raise ValueError(
+            f"{ckpt_dir} has the size of {name} but groups its keys and values, so it is another "
+            f"model; compare anyway with --model {name}"
+        )
+    n = len(compare(name, []).paper)
+    if n >= args.n_layers:
+        raise ValueError(f"{name} loses {n} layers; {ckpt_dir} has {args.n_layers} in all")
+    windows([], lambda _: [], size=1024, limit=max_windows)
+    source = shown(pg19("validation", path=data))
+    short = open_short(ckpt_dir, tokenizer_path, 1024, batch_size, device, dtype, n)
+    chosen = windows(source, short.encode, size=1024, stride=256, seed=seed, limit=max_windows)
+    short.measure(chosen, batch_size=batch_size, total=total(chosen, max_windows))
+    comparison = compare(name, short.layers_to_remove())
+    say(report.ranking(short.importance, n))
+    say(f"\n{comparison.table()}")
+    if out is not None and first_rank():
+        record = {"command": "reproduce", "arguments": arguments, "seed": seed}
+        record |= {"result": vars(comparison), "importance": short.importance.to_dict()}
+        write_record(out, record, overwrite=overwrite)
+    say_written(targets)
