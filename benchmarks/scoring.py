@@ -34,8 +34,9 @@ from torch import Tensor
 
 from llama import Llama
 from short_gpt import ShortLlama, demo, windows
-from short_gpt.importance import Watch, measure
+from short_gpt.importance import measure
 from short_gpt.record import versions, write_record
+from short_gpt.watch import Watch
 
 SIZE = 1024
 

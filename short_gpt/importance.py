@@ -1,28 +1,28 @@
-"""Scores of all layers from one forward pass: hooks, and the sums they add to.
+"""Scores of all layers as sums over windows, and the loop that fills them in one pass.
 
-Shapes: B windows, S tokens, D width, L layers.
+Shapes: B windows, L layers.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from short_gpt.decoder import Decoder, pad
-from short_gpt.metrics import cosine_from_products, spearman, widen
+from short_gpt.decoder import Decoder
+from short_gpt.metrics import spearman
 from short_gpt.progress import bar, set_rate
 from short_gpt.selection import best_block, lowest
+from short_gpt.watch import Scores, score
 
 
 @dataclass
 class Importance:
-    """Block Influence and angular distances of a model's layers, as sums over windows.
+    """Block Influence, angular distances and further scores of a model's layers.
 
     Plain data that knows no model: two of them add up (`+`), and `to_dict` / `from_dict` keep
     every digit. Sums are float64, on the CPU. A window is one sequence that the model read.
@@ -39,6 +39,10 @@ class Importance:
         products: sums over windows of the outer product with itself of the vector of a window's
             L sums and its token count, (L + 1, L + 1).
         angles: sums over windows of angular distances, (L + 1, L + 1).
+        angle_products: sums over windows of the products of the distances of blocks of n layers
+            that start at l and at m: entry [n - 1, l, m], (L, L, L); zero where there is no block.
+        magnitude, norm, halves, token_angles: the sums of `watch.Scores` over all windows, (L,),
+            (L,), (2, L), (L + 1, L + 1); NaN where a window was not scored so.
     """
 
     layers: list[int]
@@ -47,30 +51,37 @@ class Importance:
     influence: Tensor
     products: Tensor
     angles: Tensor
+    angle_products: Tensor
+    magnitude: Tensor
+    norm: Tensor
+    halves: Tensor
+    token_angles: Tensor
 
     @classmethod
     def empty(cls, layers: Sequence[int]) -> Importance:
         """Zero sums for these layers."""
         n = len(layers)
-        shapes = ((2,), (2,), (2, n), (n + 1, n + 1), (n + 1, n + 1))
+        square = (n + 1, n + 1)
+        shapes = ((2,), (2,), (2, n), square, square, (n, n, n), (n,), (n,), (2, n), square)
         return cls(list(layers), *(torch.zeros(s, dtype=torch.float64) for s in shapes))
 
-    def add(self, influence: Tensor, tokens: Tensor, angles: Tensor) -> None:
-        """Adds windows.
-
-        Args:
-            influence: (B, L) sums over each window's tokens.
-            tokens: (B,) token counts.
-            angles: (B, L + 1, L + 1) angular distances at each window's last token.
-        """
-        first = int(self.windows.sum())
-        half = torch.arange(first, first + len(tokens)) % 2
-        sums = torch.cat((influence, tokens[:, None]), dim=1).cpu().double()  # MPS has no float64
-        self.windows += torch.bincount(half, minlength=2)
-        self.tokens.index_add_(0, half, sums[:, -1])
-        self.influence.index_add_(0, half, sums[:, :-1])
-        self.products += sums.T @ sums
-        self.angles += angles.cpu().double().sum(0)
+    def add(self, scores: Scores) -> None:
+        """Adds the scores of single windows: all of them or, if interrupted, none."""
+        found = {f.name: getattr(scores, f.name).cpu().double() for f in fields(scores)}
+        tokens, influence, angles = (found[n] for n in ("tokens", "influence", "angles"))
+        half = (torch.arange(len(tokens)) + self.n_windows) % 2
+        sums = torch.cat((influence, tokens[:, None]), dim=1)
+        changed = {
+            "windows": self.windows + torch.bincount(half, minlength=2),
+            "tokens": self.tokens.index_add(0, half, tokens),
+            "influence": self.influence.index_add(0, half, influence),
+            "products": self.products + sums.T @ sums,
+            "angles": self.angles + angles.sum(0),
+            "angle_products": self.angle_products + _angle_products(angles),
+        }
+        for name in ("magnitude", "norm", "halves", "token_angles"):
+            changed[name] = getattr(self, name) + found[name].sum(0)
+        vars(self).update(changed)
 
     def __add__(self, other: Importance) -> Importance:
         if self.layers != other.layers:
@@ -127,6 +138,39 @@ class Importance:
         """
         return self.angles / self.windows.sum()
 
+    @property
+    def angular_all_tokens(self) -> Tensor:
+        """Like `angular`, as the mean over all tokens; NaN unless they were scored."""
+        return self.token_angles / self.tokens.sum()
+
+    def angular_covariance(self, n: int) -> Tensor:
+        """Covariance, over samples of windows, of the mean distances of all blocks of n layers.
+
+        Returns:
+            (L - n + 1, L - n + 1), by the blocks' starts; NaN for fewer than two windows.
+        """
+        count, starts = self.n_windows, len(self.layers) - n + 1
+        if count < 2:
+            return torch.full((starts, starts), math.nan, dtype=torch.float64)
+        mean = self.angular.diagonal(n)
+        second = self.angle_products[n - 1, :starts, :starts] / count
+        return (second - torch.outer(mean, mean)) / (count - 1)
+
+    @property
+    def relative_magnitude(self) -> Tensor:
+        """Mean over tokens of ||f(x)|| / ||x + f(x)||, (L,) (Samragh et al. 2023)."""
+        return self.magnitude / self.tokens.sum()
+
+    @property
+    def mean_norm(self) -> Tensor:
+        """Mean over tokens of the norm of the state behind each layer, (L,)."""
+        return self.norm / self.tokens.sum()
+
+    @property
+    def sublayer_influence(self) -> Tensor:
+        """Block Influence of each layer's attention and MLP, (2, L); NaN where not scored."""
+        return self.halves / self.tokens.sum()
+
     def least_important(self, n: int, *, angular: bool = False) -> list[int]:
         """The n layers to remove: those of `selection.lowest`, or of `selection.best_block`.
 
@@ -144,8 +188,8 @@ class Importance:
         return [self.layers[i] for i in places]
 
     def to_dict(self) -> dict[str, Any]:
-        """The sums as lists, ready for JSON."""
-        sums = {f.name: getattr(self, f.name).tolist() for f in fields(self)[1:]}
+        """The sums as lists, ready for JSON: None stands for NaN."""
+        sums = {f.name: _lists(getattr(self, f.name).tolist()) for f in fields(self)[1:]}
         return {"layers": self.layers, **sums}
 
     @classmethod
@@ -157,14 +201,39 @@ class Importance:
         """
         try:
             empty = cls.empty(content["layers"])
-            sums = [torch.tensor(content[f.name], dtype=torch.float64) for f in fields(cls)[1:]]
-        except (KeyError, TypeError) as error:
+            sums = [_tensor(content[f.name]) for f in fields(cls)[1:]]
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"these are not saved scores: {error!r}") from None
         for f, loaded in zip(fields(cls)[1:], sums, strict=True):
             expected = getattr(empty, f.name).shape
             if loaded.shape != expected:
                 raise ValueError(f"{f.name} is {list(loaded.shape)}, expected {list(expected)}")
         return cls(empty.layers, *sums)
+
+
+def _angle_products(angles: Tensor) -> Tensor:
+    """What windows' distances (B, L + 1, L + 1) add to ``Importance.angle_products``."""
+    L = angles.shape[1] - 1
+    products = torch.zeros(L, L, L, dtype=torch.float64)
+    for n in range(1, L + 1):
+        blocks = angles.diagonal(n, dim1=1, dim2=2)  # (B, L - n + 1)
+        products[n - 1, : L - n + 1, : L - n + 1] = blocks.T @ blocks
+    return products
+
+
+def _lists(values: Any) -> Any:
+    if isinstance(values, list):
+        return [_lists(v) for v in values]
+    return None if math.isnan(values) else values
+
+
+def _tensor(lists: Any) -> Tensor:
+    def numbers(value: Any) -> Any:
+        if isinstance(value, list):
+            return [numbers(v) for v in value]
+        return math.nan if value is None else value
+
+    return torch.tensor(numbers(lists), dtype=torch.float64)
 
 
 def measure(
@@ -174,6 +243,9 @@ def measure(
     into: Importance | None = None,
     total: int | None = None,
     progress: bool = False,
+    sublayers: bool = False,
+    all_tokens: bool = False,
+    after: Callable[[Importance], bool] = lambda _: False,
 ) -> Importance:
     """Reads batches of windows and scores every layer: one pass, both papers' measures.
 
@@ -183,6 +255,8 @@ def measure(
         into: sums to add to, which also name the layers; None starts new ones from layer 0.
         total: number of windows to come, for the progress bar.
         progress: whether to show one.
+        sublayers, all_tokens: further scores from the same pass, see `watch.score`.
+        after: called with the sums after every batch; True ends the run.
 
     Returns:
         ``into``. A batch counts whole or not at all: after an error or an interruption, the
@@ -193,105 +267,15 @@ def measure(
         FloatingPointError: a state is NaN or infinite; the message names the layer.
     """
     into = Importance.empty(range(len(decoder.layers))) if into is None else into
-    read = 0
+    extras = {"sublayers": sublayers, "all_tokens": all_tokens}
+    before = into.n_tokens
     with bar("scoring", total=total, unit="window", show=progress) as shown:
         for batch in batches:
-            influence, tokens, angles = score(decoder, batch, layers=into.layers)
-            into.add(influence, tokens, angles)
-            read += int(tokens.sum())
-            set_rate(shown, read)
+            into.add(score(decoder, batch, layers=into.layers, **extras))
+            set_rate(shown, into.n_tokens - before)
             shown.update(len(batch))
-    if not read:
+            if after(into):
+                break
+    if into.n_tokens == before:
         raise ValueError("expected at least one window of tokens, got none")
     return into
-
-
-def score(
-    decoder: Decoder, windows: Sequence[Sequence[int]], *, layers: Sequence[int]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Scores of single windows from one pass, in the form that `Importance.add` takes.
-
-    Raises:
-        ValueError, FloatingPointError: as in `measure`.
-    """
-    tokens, mask = pad(windows, decoder)
-    with watch(decoder.layers, mask) as seen:
-        decoder.run(tokens)
-    influence = torch.stack(seen.influence, dim=1)  # (B, L)
-    bad = ~influence.isfinite()
-    if bad.any():
-        row, layer = (int(i) for i in bad.nonzero()[bad.nonzero()[:, 1].argmin()])
-        raise FloatingPointError(
-            f"layer {layers[layer]} met or gave a NaN or infinite state (window {row} of the "
-            "batch); nothing of this batch was counted. Check the weights, or try another dtype"
-        )
-    return influence, mask.sum(1), angular_distances(torch.stack(seen.last, dim=1))
-
-
-def angular_distances(states: Tensor) -> Tensor:
-    """Angular distances between all pairs of states, in float64.
-
-    Args:
-        states: (B, L + 1, D).
-
-    Returns:
-        (B, L + 1, L + 1) in [0, 1], zero on the diagonal.
-    """
-    states = states.cpu().double()
-    gram = states @ states.mT
-    squares = gram.diagonal(dim1=1, dim2=2)
-    angles = cosine_from_products(gram, squares[:, :, None], squares[:, None, :]).arccos() / math.pi
-    angles.diagonal(dim1=1, dim2=2).zero_()
-    return angles
-
-
-class Watch:
-    """What the hooks of one pass have reduced the states to.
-
-    Attributes:
-        influence: for every layer, (B,) sums over real tokens of 1 - cos, float32.
-        last: the last real token's state in front of the first layer and behind every layer,
-            L + 1 of (B, D), float32.
-    """
-
-    def __init__(self, mask: Tensor) -> None:
-        self.influence: list[Tensor] = []
-        self.last: list[Tensor] = []
-        self._mask = mask
-        self._rows = torch.arange(len(mask), device=mask.device)
-        self._ends = mask.sum(1) - 1
-        self._state: Tensor | None = None  # behind the previous layer, and its squared norms
-        self._squares: Tensor | None = None
-
-    def after(self, layer: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any) -> None:
-        """Forward hook: the state in front (B, S, D) and the one behind, of one layer."""
-        state = args[0] if args else kwargs["hidden_states"]
-        result = output[0] if isinstance(output, tuple) else output
-        x, y = widen(state), widen(result)
-        if not self.last:
-            self.last.append(x[self._rows, self._ends])
-        xx = self._squares
-        if xx is None or state is not self._state:
-            xx = torch.linalg.vecdot(x, x)
-        yy = torch.linalg.vecdot(y, y)
-        turned = 1.0 - cosine_from_products(torch.linalg.vecdot(x, y), xx, yy)
-        self.influence.append(torch.where(self._mask, turned, 0.0).sum(1))
-        self.last.append(y[self._rows, self._ends])
-        self._state, self._squares = result, yy
-
-
-@contextmanager
-def watch(layers: nn.ModuleList, mask: Tensor) -> Iterator[Watch]:
-    """Hooks on every layer for the passes inside the block; gone after it, whatever happens.
-
-    Args:
-        layers: called in order, each with the (B, S, D) state first.
-        mask: (B, S) bool, True for real tokens.
-    """
-    seen = Watch(mask)
-    handles = [layer.register_forward_hook(seen.after, with_kwargs=True) for layer in layers]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()

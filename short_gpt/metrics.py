@@ -74,6 +74,26 @@ def angular_distance(x: Tensor, y: Tensor) -> Tensor:
     return torch.arccos(cosine(x, y)) / math.pi
 
 
+def relative_magnitude(x: Tensor, y: Tensor, yy: Tensor | None = None) -> Tensor:
+    """||f(x)|| / ||x + f(x)|| of a layer that makes y = x + f(x) of x (Samragh et al. 2023).
+
+    Args:
+        x, y: (..., D), a token's state in front of a layer and behind it, float32 or wider.
+        yy: (...) the squared norms of ``y``, if known.
+
+    Returns:
+        (...) from 0, for a layer that does nothing; 0 also where x and y are zero, infinite where
+        y alone is.
+
+    Example:
+        >>> relative_magnitude(torch.tensor([1.0, 0.0]), torch.tensor([4.0, 0.0])).item()
+        0.75
+    """
+    changed = torch.linalg.vector_norm(y - x, dim=-1)
+    norm = torch.linalg.vector_norm(y, dim=-1) if yy is None else yy.sqrt()
+    return torch.where(changed == 0, torch.zeros_like(norm), changed / norm)
+
+
 def ranks(x: Tensor) -> Tensor:
     """Rank of every entry, 0 for the lowest; equal entries share the mean of their ranks.
 

@@ -11,8 +11,9 @@ from conftest import make_transformer, random_windows, zero_layer
 from torch import Tensor
 
 from short_gpt.decoder import MetaDecoder, pad
-from short_gpt.importance import Importance, angular_distances, measure
+from short_gpt.importance import Importance, measure
 from short_gpt.metrics import angular_distance, block_influence
+from short_gpt.watch import angular_distances
 
 
 def stored_states(model, window: list[int]) -> list[Tensor]:
@@ -217,3 +218,73 @@ def test_angular_distances_are_a_metric_on_directions():
 def test_windows_that_do_not_fit(windows, message):
     with pytest.raises(ValueError, match=message):
         pad(windows, MetaDecoder(make_transformer()))
+
+
+def stored_all(model, window: list[int]) -> Tensor:
+    return torch.stack(stored_states(model, window))  # (L + 1, S, D) float64
+
+
+def test_distances_at_all_tokens_equal_those_of_stored_states():
+    windows = [w[:n] for w, n in zip(random_windows(2, 40), (40, 7), strict=True)]
+    found = measure(MetaDecoder(make_transformer()), [windows], all_tokens=True)
+    states = torch.cat([stored_all(make_transformer(), w) for w in windows], dim=1)
+    for start, end in ((0, 1), (1, 4), (0, 5)):
+        expected = angular_distance(states[start], states[end]).mean()
+        assert found.angular_all_tokens[start, end] == pytest.approx(expected.item(), abs=1e-5)
+    assert measure(MetaDecoder(make_transformer()), [windows]).angular_all_tokens.isnan().all()
+
+
+def test_magnitude_and_norm_equal_those_of_stored_states():
+    window = random_windows(1, 30)[0]
+    found = measure(MetaDecoder(make_transformer()), [[window]])
+    states = stored_all(make_transformer(), window)
+    norms = states.norm(dim=-1)
+    changed = (states[1:] - states[:-1]).norm(dim=-1)
+    assert torch.allclose(found.relative_magnitude, (changed / norms[1:]).mean(1), atol=1e-5)
+    assert torch.allclose(found.mean_norm, norms[1:].mean(1), rtol=1e-5)
+
+
+def test_the_halves_of_a_layer_are_scored_around_its_attention_and_its_mlp():
+    model, window = make_transformer(), random_windows(1, 30)[0]
+    with torch.no_grad():
+        model.layers[1].attention.wo.weight.zero_()
+        model.layers[3].feed_forward.w2.weight.zero_()
+    found = measure(MetaDecoder(model), [[window]], sublayers=True)
+    attention, mlp = found.sublayer_influence
+    assert attention[1].abs() < 1e-6 and mlp[3].abs() < 1e-6
+    assert mlp[1] == pytest.approx(found.block_influence[1].item(), abs=1e-6)
+    assert attention[3] == pytest.approx(found.block_influence[3].item(), abs=1e-6)
+    x = stored_all(model, window).float()[0]
+    layer = model.float().layers[0]
+    with torch.no_grad():
+        middle = x + layer.attention(
+            layer.attention_norm(x[None]), None, model.freqs_cis[:30], None
+        )
+    assert attention[0] == pytest.approx(block_influence(x, middle[0]).mean().item(), abs=1e-5)
+
+
+def test_halves_that_do_not_add_up_to_the_layer_are_not_scored():
+    model = make_transformer()
+    layer = model.layers[2]
+    layer.feed_forward.register_forward_hook(lambda *_: None)
+    plain = layer.forward
+    layer.forward = lambda x, *rest: 0.5 * plain(x, *rest)  # scaled: not x + attention + MLP
+    found = measure(MetaDecoder(model), [random_windows(2, 12)], sublayers=True)
+    assert found.sublayer_influence[:, 2].isnan().all()
+    assert found.sublayer_influence[:, [0, 1, 3, 4]].isfinite().all()
+
+
+def test_the_covariance_of_blocks_is_that_of_the_windows_distances():
+    windows, decoder = random_windows(9, 20), MetaDecoder(make_transformer())
+    each = torch.stack([measure(decoder, [[w]]).angular for w in windows])
+    found = measure(decoder, [windows])
+    for n in (1, 2, 4):
+        expected = torch.cov(each.diagonal(n, dim1=1, dim2=2).T) / len(windows)
+        assert torch.allclose(found.angular_covariance(n), expected, atol=1e-12)
+    assert measure(decoder, [windows[:1]]).angular_covariance(2).isnan().all()
+
+
+def test_a_run_can_be_ended_after_a_batch():
+    decoder, windows = MetaDecoder(make_transformer()), random_windows(6, 10)
+    found = measure(decoder, [[w] for w in windows], after=lambda sums: sums.n_windows == 4)
+    assert found.n_windows == 4
