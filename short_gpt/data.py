@@ -126,17 +126,23 @@ def windows(
         found += [(len(flat) + start, len(flat) + end) for start, end in spans]
         flat.extend(tokens)
     random.Random(seed).shuffle(found)
-    return Windows(flat, found[:limit])
+    return Windows(flat, found[:limit], population=len(found))
 
 
 class Windows:
     """Windows in all texts' tokens, which are held once, at 4 bytes each.
 
     Has a length, gives window number i by [i], and can be iterated again and again.
+
+    Attributes:
+        population: how many windows there are in all, of which these are a random sample.
     """
 
-    def __init__(self, tokens: array[int], spans: Sequence[Span]) -> None:
+    def __init__(
+        self, tokens: array[int], spans: Sequence[Span], *, population: int | None = None
+    ) -> None:
         self._tokens, self._spans = tokens, spans
+        self.population = len(spans) if population is None else population
 
     def __len__(self) -> int:
         return len(self._spans)

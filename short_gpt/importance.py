@@ -268,14 +268,15 @@ def measure(
     """
     into = Importance.empty(range(len(decoder.layers))) if into is None else into
     extras = {"sublayers": sublayers, "all_tokens": all_tokens}
-    before = into.n_tokens
+    before, steps = into.n_tokens, 0
     with bar("scoring", total=total, unit="window", show=progress) as shown:
-        for batch in batches:
-            into.add(score(decoder, batch, layers=into.layers, **extras))
+        for steps, batch in enumerate(batches, 1):  # noqa: B007
+            if batch:  # of several replicas, one may have nothing left
+                into.add(score(decoder, batch, layers=into.layers, **extras))
             set_rate(shown, into.n_tokens - before)
             shown.update(len(batch))
             if after(into):
                 break
-    if into.n_tokens == before:
+    if not steps and not into.n_windows:
         raise ValueError("expected at least one window of tokens, got none")
     return into

@@ -17,8 +17,11 @@ from torch import Tensor
 from short_gpt.data import batches
 from short_gpt.decoder import Decoder
 from short_gpt.evaluate import Perplexity, perplexity
-from short_gpt.importance import Importance, measure
+from short_gpt.importance import Importance
 from short_gpt.layer_removal import check_layers, remove_layers, span, without_layers
+from short_gpt.resume import RunState
+from short_gpt.scoring import ScoringRun
+from short_gpt.stopping import Stop, Verdict
 
 
 class ShortModel:
@@ -57,7 +60,11 @@ class ShortModel:
         batch_size: int = 1,
         total: int | None = None,
         progress: bool = True,
-    ) -> None:
+        stop: Stop | None = None,
+        state: RunState | None = None,
+        sublayers: bool = False,
+        all_tokens: bool = False,
+    ) -> Verdict | None:
         """Scores windows of token ids and adds them to the scores so far.
 
         One pass gives Block Influence of every layer and the angular distances of every block.
@@ -67,26 +74,45 @@ class ShortModel:
             batch_size: windows read at once.
             total: number of windows, for the progress bar; taken from ``len(windows)`` if known.
             progress: whether to show one.
+            stop: ends the run when its answer is settled; the windows must then be in random
+                order, as those of `data.windows` with a seed are.
+            state: saves the run and continues it; the scores so far are then those saved.
+            sublayers: also score the attention and the MLP of every layer.
+            all_tokens: also take angular distances at all tokens; keeps the states of all layers.
+
+        Returns:
+            With ``stop``, whether the answer is settled and what that rests on.
 
         Raises:
-            ValueError: a window does not fit the model.
+            ValueError: a window does not fit the model, or the state is of another run.
             FloatingPointError: a weight or a state is NaN or infinite. Like after an
                 interruption, the batches read before count.
         """
         self._check_whole()
         self._check_weights()
         into = Importance.empty(self.kept) if self._stale else self.importance
+        if state is not None:
+            into = state.sums(self.kept)
+        run = ScoringRun(
+            self.decoder,
+            into,
+            batch_size=batch_size,
+            population=getattr(windows, "population", None),
+            stop=stop,
+            state=state,
+        )
         try:
-            measure(
-                self.decoder,
-                batches(windows, batch_size),
-                into=into,
+            run.read(
+                windows,
                 total=_count(windows) if total is None else total,
                 progress=progress,
+                sublayers=sublayers,
+                all_tokens=all_tokens,
             )
         finally:
-            if into.n_windows:
-                self.importance = into
+            if run.into.n_windows:
+                self.importance = run.into
+        return run.verdict
 
     def perplexity(
         self,

@@ -1,0 +1,126 @@
+"""The state of a scoring run on disk, so that it can be interrupted and continued."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from short_gpt.importance import Importance
+from short_gpt.record import read_record, write_record
+
+
+class RunState:
+    """Saves the sums of a run now and then, and continues from them.
+
+    Args:
+        path: the state file; written whole, replaced by the next save.
+        identity: what the run depends on, by the names that an error shows: model, data, seed...
+        every: seconds between two saves.
+
+    Raises:
+        ValueError: the file holds the state of another run; the message names what differs.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], identity: Mapping[str, Any], *, every: float = 120.0
+    ) -> None:
+        self.path = Path(str(path))
+        self.every = every
+        self._identity = dict(identity)
+        self._saved = time.monotonic()
+        self._texts: dict[int, str] = {}  # digest of the first windows, by their number
+        self._hash = hashlib.sha256()
+        self._found = self._load()
+
+    def _load(self) -> dict[str, Any] | None:
+        if not self.path.exists():
+            return None
+        found = read_record(self.path)
+        theirs = found.get("run")
+        if not isinstance(theirs, dict) or "importance" not in found:
+            raise ValueError(f"{self.path} is no state of a scoring run; choose another name")
+        for name, value in self._identity.items():
+            if theirs.get(name) != value:
+                raise ValueError(
+                    f"{self.path} is the state of a run with another {name}: "
+                    f"{theirs.get(name)!r}, now {value!r}; delete it or name another state"
+                )
+        return found
+
+    def sums(self, layers: Sequence[int]) -> Importance:
+        """The sums to continue from: those of the file, or empty ones.
+
+        Raises:
+            ValueError: the file scores other layers.
+        """
+        if self._found is None:
+            return Importance.empty(layers)
+        sums = Importance.from_dict(self._found["importance"])
+        if sums.layers != list(layers):
+            raise ValueError(f"{self.path} scores the layers {sums.layers}, not {list(layers)}")
+        return sums
+
+    def unread(self, batches: Iterable[list[Any]], read: int) -> Iterator[list[Any]]:
+        """The batches that follow the first ``read`` windows, which are compared with the file's.
+
+        Raises:
+            ValueError: the windows are not those that the state was made of.
+        """
+        rest, count = iter(batches), 0
+        while count < read and (batch := next(rest, None)) is not None:
+            self._note(batch, count)
+            count += len(batch)
+        if self._found is not None and self._texts.get(read) != self._found["texts"]:
+            raise ValueError(
+                f"{self.path} is the state of a run on other texts or windows; delete it or name "
+                "another state"
+            )
+        for batch in rest:
+            self._note(batch, count)
+            count += len(batch)
+            yield batch
+
+    def _note(self, batch: Sequence[Sequence[int]], before: int) -> None:
+        for window in batch:
+            self._hash.update(torch.tensor([len(window), *window]).numpy().tobytes())
+        after = before + len(batch)
+        self._texts = {before: self._texts.get(before, ""), after: self._hash.hexdigest()}
+
+    def tick(self, sums: Importance) -> None:
+        """Saves if it is time to."""
+        if time.monotonic() - self._saved >= self.every:
+            self.save(sums)
+
+    def save(self, sums: Importance) -> None:
+        """Saves the sums of the windows read so far, unless there are none."""
+        texts = self._texts.get(sums.n_windows)
+        if not sums.n_windows or not texts:
+            return
+        record = {"run": self._identity, "texts": texts, "importance": sums.to_dict()}
+        write_record(self.path, record, overwrite=True)
+        self._saved = time.monotonic()
+
+    def clear(self) -> None:
+        """Deletes the file, once the result is safe, and what a killed save may have left."""
+        for path in (self.path, *self.path.parent.glob(f".{self.path.name}.partial-*")):
+            with suppress(FileNotFoundError):
+                path.unlink()
+
+
+def weights_digest(model: nn.Module, samples: int = 64) -> str:
+    """A digest of names, shapes, dtypes and a sample of the values of all parameters."""
+    digest = hashlib.sha256()
+    for name, weight in model.named_parameters():
+        flat = weight.detach().flatten()
+        few = flat[:: max(1, len(flat) // samples)][:samples].float().cpu()
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+        digest.update(few.numpy().tobytes())
+    return digest.hexdigest()[:16]
