@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch.nn.functional as F
+from torch import Tensor
 
 from short_gpt.decoder import Decoder, pad
 from short_gpt.progress import bar, set_rate
@@ -66,10 +67,7 @@ def perplexity(
     with bar("perplexity", total=total, unit="window", show=progress) as shown:
         for batch in batches:
             tokens, mask = pad(batch, decoder)
-            logits = decoder.logits(tokens)[:, :-1]
-            targets = tokens[:, 1:].masked_fill(~mask[:, 1:], -100)
-            loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-            nats += float(loss.cpu().double().sum())
+            nats += batch_nats(decoder, tokens, mask)
             predicted += int(mask[:, 1:].sum())
             windows += len(batch)
             set_rate(shown, predicted)
@@ -81,3 +79,16 @@ def perplexity(
     if not predicted:
         raise ValueError("expected windows of at least 2 tokens; nothing was predicted")
     return Perplexity(nats, predicted, windows)
+
+
+def batch_nats(decoder: Decoder, tokens: Tensor, mask: Tensor) -> float:
+    """Summed negative log-likelihood of a batch's predicted tokens: all but each window's first.
+
+    Args:
+        decoder: the model.
+        tokens, mask: (B, S), as `decoder.pad` gives them.
+    """
+    logits = decoder.logits(tokens)[:, :-1]
+    targets = tokens[:, 1:].masked_fill(~mask[:, 1:], -100)
+    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+    return float(loss.cpu().double().sum())

@@ -2,32 +2,63 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from short_gpt.evaluate import Perplexity
+from short_gpt.greedy import Search
 from short_gpt.importance import Importance
+from short_gpt.methods import METHODS, choose
 
 
-def ranking(importance: Importance, n: int | None = None) -> str:
-    """A row for every layer, and what each method would remove.
+def ranking(
+    importance: Importance, n: int | None = None, *, method: str = "bi", seed: int = 0
+) -> str:
+    """A row for every layer, with 95% intervals, and what each method would remove.
 
     Args:
         importance: at least one window.
         n: how many layers to remove; None leaves the methods' choices out.
+        method, seed: whose layers are marked, as in `methods.choose`.
     """
     scores, errors = importance.block_influence, importance.standard_error
     order = scores.argsort(stable=True).tolist()
     place = {position: rank for rank, position in enumerate(order, start=1)}
-    chosen = [] if n is None else importance.least_important(n)
-    rows = [f"{'layer':>5}  {'Block Influence':>15}  {'std. error':>10}  {'rank':>4}"]
+    chosen = [] if n is None else choose(importance, n, method=method, seed=seed)
+    rows = [f"{'layer':>5}  {'Block Influence':>15}  {'± (95%)':>10}  {'rank':>4}"]
     for i, layer in enumerate(importance.layers):
         mark = "  remove" if layer in chosen else ""
-        rows.append(f"{layer:>5}  {scores[i]:>15.6f}  {errors[i]:>10.6f}  {place[i]:>4}{mark}")
+        rows.append(
+            f"{layer:>5}  {scores[i]:>15.6f}  {1.96 * errors[i]:>10.6f}  {place[i]:>4}{mark}"
+        )
     rows += [
         "",
         f"{importance.n_windows:,} windows, {importance.n_tokens:,} tokens; {_halves(importance)}",
     ]
+    if n is not None and method not in ("bi", "angular"):
+        rows.append(f"{METHODS[method]}: {chosen}")
     return "\n".join(rows + choices(importance, n))
+
+
+def search(found: Search, method: str) -> str:
+    """A row for every layer that a search by loss removed."""
+    rows = [f"{'layer':>5}  {'loss, nats':>10}  {'perplexity':>12}"]
+    for i, layer in enumerate(found.removed):
+        loss = found.losses[min(i, len(found.losses) - 1)][layer]
+        rows.append(f"{layer:>5}  {loss:>10.4f}  {math.exp(min(loss, 700)):>12.3f}")
+    alone = "without it alone" if method == "perplexity" else "without it and those above"
+    return "\n".join([*rows, "", f"loss {alone}", f"{METHODS[method]}: {found.removed}"])
+
+
+def sublayers(importance: Importance) -> str:
+    """A row for every layer: Block Influence of its attention and of its MLP."""
+    attention, mlp = importance.sublayer_influence.tolist()
+    rows = [f"{'layer':>5}  {'attention':>10}  {'MLP':>10}"]
+    for layer, a, m in zip(importance.layers, attention, mlp, strict=True):
+        rows.append(f"{layer:>5}  {a:>10.6f}  {m:>10.6f}")
+    if importance.halves.isnan().any():
+        rows.append("nan: the layer is not x + attention, then + MLP")
+    return "\n".join(rows)
 
 
 def choices(importance: Importance, n: int | None) -> list[str]:

@@ -17,13 +17,16 @@ from short_gpt.importance import Importance
 from short_gpt.record import read_record, write_record
 
 
-class RunState:
-    """Saves the sums of a run now and then, and continues from them.
+class StateFile:
+    """A JSON file that a long run is saved in, with what the run depends on.
 
     Args:
-        path: the state file; written whole, replaced by the next save.
+        path: written whole, replaced by the next save.
         identity: what the run depends on, by the names that an error shows: model, data, seed...
         every: seconds between two saves.
+
+    Attributes:
+        content: what the file held; None if there is none.
 
     Raises:
         ValueError: the file holds the state of another run; the message names what differs.
@@ -36,18 +39,17 @@ class RunState:
         self.every = every
         self._identity = dict(identity)
         self._saved = time.monotonic()
-        self._texts: dict[int, str] = {}  # digest of the first windows, by their number
-        self._hash = hashlib.sha256()
-        self._found = self._load()
+        self.content = self._load()
 
     def _load(self) -> dict[str, Any] | None:
         if not self.path.exists():
             return None
         found = read_record(self.path)
         theirs = found.get("run")
-        if not isinstance(theirs, dict) or "importance" not in found:
-            raise ValueError(f"{self.path} is no state of a scoring run; choose another name")
-        for name, value in self._identity.items():
+        if not isinstance(theirs, dict):
+            raise ValueError(f"{self.path} is no state of a run; choose another name")
+        for name in (*self._identity, *(theirs.keys() - self._identity.keys())):
+            value = self._identity.get(name)
             if theirs.get(name) != value:
                 raise ValueError(
                     f"{self.path} is the state of a run with another {name}: "
@@ -55,17 +57,47 @@ class RunState:
                 )
         return found
 
+    def due(self) -> bool:
+        """Whether it is time to save."""
+        return time.monotonic() - self._saved >= self.every
+
+    def save(self, content: Mapping[str, Any]) -> None:
+        """Replaces the file."""
+        write_record(self.path, {"run": self._identity, **content}, overwrite=True)
+        self._saved = time.monotonic()
+
+    def clear(self) -> None:
+        """Deletes the file, once the result is safe, and what a killed save may have left."""
+        for path in (self.path, *self.path.parent.glob(f".{self.path.name}.partial-*")):
+            with suppress(FileNotFoundError):
+                path.unlink()
+
+
+class RunState:
+    """The state of a scoring run: its sums, and a digest of the windows they are of.
+
+    Args:
+        file: where it is saved.
+    """
+
+    def __init__(self, file: StateFile) -> None:
+        self.file = file
+        self._texts: dict[int, str] = {}  # digest of the first windows, by their number
+        self._hash = hashlib.sha256()
+
     def sums(self, layers: Sequence[int]) -> Importance:
         """The sums to continue from: those of the file, or empty ones.
 
         Raises:
             ValueError: the file scores other layers.
         """
-        if self._found is None:
+        if self.file.content is None:
             return Importance.empty(layers)
-        sums = Importance.from_dict(self._found["importance"])
+        sums = Importance.from_dict(self.file.content.get("importance", {}))
         if sums.layers != list(layers):
-            raise ValueError(f"{self.path} scores the layers {sums.layers}, not {list(layers)}")
+            raise ValueError(
+                f"{self.file.path} scores the layers {sums.layers}, not {list(layers)}"
+            )
         return sums
 
     def unread(self, batches: Iterable[list[Any]], read: int) -> Iterator[list[Any]]:
@@ -78,10 +110,11 @@ class RunState:
         while count < read and (batch := next(rest, None)) is not None:
             self._note(batch, count)
             count += len(batch)
-        if self._found is not None and self._texts.get(read) != self._found["texts"]:
+        found = self.file.content
+        if found is not None and self._texts.get(read) != found.get("texts"):
             raise ValueError(
-                f"{self.path} is the state of a run on other texts or windows; delete it or name "
-                "another state"
+                f"{self.file.path} is the state of a run on other texts or windows; delete it or "
+                "name another state"
             )
         for batch in rest:
             self._note(batch, count)
@@ -96,23 +129,14 @@ class RunState:
 
     def tick(self, sums: Importance) -> None:
         """Saves if it is time to."""
-        if time.monotonic() - self._saved >= self.every:
+        if self.file.due():
             self.save(sums)
 
     def save(self, sums: Importance) -> None:
         """Saves the sums of the windows read so far, unless there are none."""
         texts = self._texts.get(sums.n_windows)
-        if not sums.n_windows or not texts:
-            return
-        record = {"run": self._identity, "texts": texts, "importance": sums.to_dict()}
-        write_record(self.path, record, overwrite=True)
-        self._saved = time.monotonic()
-
-    def clear(self) -> None:
-        """Deletes the file, once the result is safe, and what a killed save may have left."""
-        for path in (self.path, *self.path.parent.glob(f".{self.path.name}.partial-*")):
-            with suppress(FileNotFoundError):
-                path.unlink()
+        if sums.n_windows and texts:
+            self.file.save({"texts": texts, "importance": sums.to_dict()})
 
 
 def weights_digest(model: nn.Module, samples: int = 64) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 from torch import Tensor
 
 
@@ -45,6 +47,41 @@ def best_block(angular: Tensor, n: int) -> list[int]:
     distances = _finite(angular.diagonal(n))
     start = int(distances.argsort(stable=True)[0])
     return list(range(start, start + n))
+
+
+def deepest(n_layers: int, n: int) -> list[int]:
+    """The n layers in front of the last one, ascending (the simple heuristic of Gromov et al.).
+
+    Section 4.4 prints "(L-n) to (L-1)", which leaves the last layer out only if counted from 1.
+
+    Args:
+        n_layers: L.
+        n: 1 to L - 1.
+
+    Example:
+        >>> deepest(32, 8)
+        [23, 24, 25, 26, 27, 28, 29, 30]
+    """
+    _check(n, n_layers)
+    return list(range(n_layers - 1 - n, n_layers - 1))
+
+
+def sequential(n_layers: int, n: int) -> list[int]:
+    """The first n layers (a baseline of ShortGPT, Table 10); arguments as in `deepest`."""
+    _check(n, n_layers)
+    return list(range(n))
+
+
+def reverse(n_layers: int, n: int) -> list[int]:
+    """The last n layers, last first (a baseline of ShortGPT, Table 10)."""
+    _check(n, n_layers)
+    return list(range(n_layers - 1, n_layers - 1 - n, -1))
+
+
+def at_random(n_layers: int, n: int, seed: int = 0) -> list[int]:
+    """n different layers, drawn with Python's ``random.Random(seed)``."""
+    _check(n, n_layers)
+    return random.Random(seed).sample(range(n_layers), n)
 
 
 def _check(n: int, n_layers: int) -> None:

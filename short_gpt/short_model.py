@@ -17,9 +17,11 @@ from torch import Tensor
 from short_gpt.data import batches
 from short_gpt.decoder import Decoder
 from short_gpt.evaluate import Perplexity, perplexity
+from short_gpt.greedy import Search, one_shot, sleb
 from short_gpt.importance import Importance
 from short_gpt.layer_removal import check_layers, remove_layers, span, without_layers
-from short_gpt.resume import RunState
+from short_gpt.methods import BY_LOSS, choose
+from short_gpt.resume import RunState, StateFile
 from short_gpt.scoring import ScoringRun
 from short_gpt.stopping import Stop, Verdict
 
@@ -114,6 +116,48 @@ class ShortModel:
                 self.importance = run.into
         return run.verdict
 
+    def search(
+        self,
+        windows: Sequence[Sequence[int]],
+        n: int,
+        *,
+        method: str = "sleb",
+        candidates: Sequence[int] | None = None,
+        batch_size: int = 1,
+        max_memory: int = 2**31,
+        state: StateFile | None = None,
+        progress: bool = True,
+    ) -> Search:
+        """The layers to remove by the loss without them; see `greedy.sleb` and `greedy.one_shot`.
+
+        Args:
+            windows: token ids, all read for every candidate.
+            n: how many layers.
+            method: "sleb", or "perplexity" for the one-shot choice.
+            candidates: original numbers of the layers that sleb may remove; None for all.
+            batch_size, max_memory, state, progress: as there.
+
+        Returns:
+            Layers in original numbers, in order of removal, and the losses of all trials.
+
+        Raises:
+            ValueError: a number is out of range or the method is unknown.
+            FloatingPointError: a weight or a loss is NaN or infinite.
+        """
+        self._check_whole()
+        self._check_weights()
+        options: dict[str, Any] = {"batch_size": batch_size, "max_memory": max_memory}
+        options |= {"state": state, "progress": progress}
+        if method not in BY_LOSS:
+            raise ValueError(f"no search by {method!r}; expected one of {', '.join(BY_LOSS)}")
+        if method == "sleb":
+            few = None if candidates is None else [self.kept.index(i) for i in candidates]
+            found = sleb(self.decoder, windows, n, candidates=few, **options)
+        else:
+            found = one_shot(self.decoder, windows, n, **options)
+        numbers = [{self.kept[i]: v for i, v in loss.items()} for loss in found.losses]
+        return Search([self.kept[i] for i in found.removed], numbers, found.evaluations)
+
     def perplexity(
         self,
         windows: Iterable[Sequence[int]],
@@ -185,12 +229,21 @@ class ShortModel:
         """Tokens scored; padding does not count."""
         return self.importance.n_tokens
 
-    def layers_to_remove(self, *, angular: bool = False, n: int | None = None) -> list[int]:
+    def layers_to_remove(
+        self,
+        *,
+        angular: bool = False,
+        n: int | None = None,
+        method: str | None = None,
+        seed: int = 0,
+    ) -> list[int]:
         """The n layers that the scores would remove, without removing them.
 
         Args:
             angular: the best block of consecutive layers instead of the lowest Block Influence.
             n: how many; None takes ``n_prune_layers``.
+            method: a name of `methods.METHODS`, in the place of ``angular``.
+            seed: of the random method.
 
         Returns:
             Original layer numbers: least important first, or a block in ascending order.
@@ -209,7 +262,7 @@ class ShortModel:
                 f"layers {self.removed} were removed since these scores were measured; score "
                 "the model again before removing more by score"
             )
-        return importance.least_important(n, angular=angular)
+        return choose(importance, n, method=method or ("angular" if angular else "bi"), seed=seed)
 
     def remove_layers(
         self, layers_to_remove: Sequence[int] | None = None, angular: bool = False

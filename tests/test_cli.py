@@ -15,6 +15,7 @@ from conftest import BYTE_VOCAB, make_transformer, save_checkpoint, write_byte_t
 
 from short_gpt import cli
 from short_gpt.__main__ import main
+from short_gpt.methods import METHODS
 
 TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom. " * 8
 
@@ -50,7 +51,8 @@ DATA = ("--data", "book.txt", "--size", 32, "--stride", 16)
 
 
 def test_rank_prune_plot_and_perplexity(ckpt, capsys):
-    run("rank", "ckpt", *DATA, "--n_prune_layers", 2, "--out", "r.json", "--plots", "pictures")
+    numbers = ("--n_prune_layers", 2, "--confidence", "none")
+    run("rank", "ckpt", *DATA, *numbers, "--out", "r.json", "--plots", "pictures")
     out = capsys.readouterr().out
     record = json.loads(Path("r.json").read_text())
     tokens = len(TEXT) + 1  # bytes and bos
@@ -78,6 +80,52 @@ def test_rank_prune_plot_and_perplexity(ckpt, capsys):
     value = json.loads(Path("p.json").read_text())["result"]["perplexity"]
     assert f"{value:.3f}" in capsys.readouterr().out
     assert 1 < value < math.inf
+
+
+@pytest.mark.parametrize("method", ["bi", "angular"])
+def test_rank_ends_when_its_answer_is_settled(ckpt, capsys, method):
+    numbers = ("--n_prune_layers", 1, "--method", method)
+    run("rank", "ckpt", *DATA, *numbers, "--out", "settled.json")
+    out = capsys.readouterr().out
+    run("rank", "ckpt", *DATA, *numbers, "--confidence", "none", "--out", "all.json")
+    assert "settled" not in capsys.readouterr().out
+    some, full = (json.loads(Path(f"{n}.json").read_text()) for n in ("settled", "all"))
+    read, of = (int(sum(r["importance"]["windows"])) for r in (some, full))
+    assert some["settled"]["settled"] and full["settled"] is None
+    what = "set of the 1 lowest" if method == "bi" else "best block"
+    if read < of:
+        assert f"{what} settled at 0.99 after {read} of {of} windows; closest" in out
+    else:
+        assert f"{what} settled: all {of} windows were read" in out
+
+
+def test_rank_that_reads_too_little_says_so(ckpt, capsys):
+    run("rank", "ckpt", *DATA, "--n_prune_layers", 2, "--max_windows", 10)
+    assert "NOT settled at 0.99 by 10 of 38 windows; closest layers" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("bi", "angular")])
+def test_rank_by_every_method(ckpt, capsys, method):
+    numbers = ("--n_prune_layers", 2, "--max_windows", 6, "--stride", 32)
+    run("rank", "ckpt", *DATA[:4], *numbers, "--method", method, "--out", "m.json")
+    (line,) = (r for r in capsys.readouterr().out.splitlines() if r.startswith(METHODS[method]))
+    layers = json.loads(line.partition(": ")[2])
+    assert len(set(layers)) == 2 and set(layers) <= set(range(5))
+    expected = {"deepest": [2, 3], "sequential": [0, 1], "reverse": [4, 3]}
+    assert layers == expected.get(method, layers)
+
+
+def test_a_search_among_the_lowest_only(ckpt):
+    numbers = ("--n_prune_layers", 1, "--max_windows", 4, "--candidates", 3)
+    run("rank", "ckpt", *DATA, *numbers, "--method", "sleb", "--out", "s.json")
+    record = json.loads(Path("s.json").read_text())
+    assert len(record["search"]["losses"][0]) <= 3
+    assert record["chosen"]["layers"] == record["search"]["removed"]
+
+
+def test_rank_scores_halves_of_layers(ckpt, capsys):
+    run("rank", "ckpt", *DATA, "--max_windows", 2, "--sublayers")
+    assert "attention" in capsys.readouterr().out
 
 
 def test_the_same_seed_gives_the_same_scores(ckpt):
@@ -144,6 +192,7 @@ def test_of_two_ranks_one_prints_and_writes(ckpt):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc_per_node", "2", "-m", "short_gpt"]
     rank = ["rank", "two", *map(str, DATA), "--n_prune_layers", "2", "--out", "two.json"]
+    rank += ["--confidence", "none"]
     done = subprocess.run([*command, *rank], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Block Influence") == 2  # the heading and the list, once

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
 from llama.checkpoint import Checkpoint
+from llama.parallel import several_ranks
 from short_gpt import report
 from short_gpt.cli.shared import (
     arguments_of,
     check_run,
     draw,
     importance_of,
+    interruptible,
     open_short,
     read_texts,
+    run_state,
     say,
     say_written,
     shown,
@@ -18,8 +25,12 @@ from short_gpt.cli.shared import (
     total,
 )
 from short_gpt.data import pg19, windows
+from short_gpt.memory_plan import bytes_of
+from short_gpt.methods import BY_LOSS, check_method
 from short_gpt.progress import first_rank
 from short_gpt.record import read_record, write_record
+from short_gpt.resume import RunState, StateFile
+from short_gpt.stopping import Stop, Verdict
 
 
 def rank(
@@ -35,14 +46,25 @@ def rank(
     max_windows: int | None = None,
     seed: int | None = 0,
     n_prune_layers: int | None = None,
+    method: str = "bi",
+    candidates: int | None = None,
+    max_memory: str | None = None,
+    confidence: float | None = 0.99,
+    sublayers: bool = False,
     batch_size: int = 1,
     device: str | None = None,
     dtype: str | None = None,
+    state: str | None = None,
+    save_every: float = 120.0,
     out: str | None = None,
     plots: str | None = None,
     overwrite: bool = False,
 ) -> None:
     """Scores every layer of a checkpoint: Block Influence and angular distance, one pass.
+
+    With --n_prune_layers and a seed, the run ends as soon as the answer of --method (bi or
+    angular) is settled: as sure as --confidence says to be that of all windows. Interrupted or
+    killed, the same command continues where it was, from the state file.
 
     Example: short-gpt rank llama-2-7b --n_prune_layers 9 --out ranking.json
 
@@ -57,11 +79,20 @@ def rank(
         size: tokens in a window.
         stride: tokens between the starts of windows.
         max_windows: stop after so many; all if not given.
-        seed: of the random order of all windows; none reads them in the order of the texts.
-        n_prune_layers: also say which so many layers each method would remove.
+        seed: of the random order of all windows, and of the random method; none reads them in
+            the order of the texts.
+        n_prune_layers: also say which so many layers the methods would remove.
+        method: bi, angular, angular_all, deepest, relative_magnitude, norm, sequential, reverse,
+            random, perplexity or sleb.
+        candidates: sleb only tries the so many layers of lowest Block Influence; all if not given.
+        max_memory: for the states that perplexity and sleb store, as in 2GB.
+        confidence: that a settled answer is that of all windows; none reads all of them.
+        sublayers: also score the attention and the MLP of every layer.
         batch_size: windows read at once.
         device: cpu, cuda or mps; the best there is if not given.
         dtype: float32, bfloat16 or float16; float32 on cpu if not given.
+        state: file that the run is saved in and continued from; OUT.state if not given.
+        save_every: seconds between two saves.
         out: JSON file for the scores, which prune and plot read.
         plots: folder for the two pictures.
         overwrite: replace existing files.
@@ -69,18 +100,94 @@ def rank(
     arguments = arguments_of(locals())
     targets = targets_of(out, plots, overwrite=overwrite)
     check_run(ckpt_dir, n_prune_layers, size, stride, max_windows)
+    check_method(method)
+    rule = stop_rule(n_prune_layers, method, confidence, seed)
+    if method in BY_LOSS and n_prune_layers is None:
+        raise ValueError(f"--method {method} needs --n_prune_layers N")
     source = read_texts(data, split, column, max_texts)
     short = open_short(ckpt_dir, tokenizer_path, size, batch_size, device, dtype, n_prune_layers)
     chosen = windows(source, short.encode, size=size, stride=stride, seed=seed, limit=max_windows)
-    short.measure(chosen, batch_size=batch_size, total=total(chosen, max_windows))
-    say(report.ranking(short.importance, n_prune_layers))
+    saved = run_state(short, state, out, arguments, every=save_every)
+    if method in BY_LOSS:
+        _search(short, chosen, saved, arguments, candidates, targets)
+        return
+    with interruptible():
+        verdict = short.measure(
+            chosen,
+            batch_size=batch_size,
+            total=total(chosen, max_windows),
+            stop=rule,
+            state=saved and RunState(saved),
+            sublayers=sublayers,
+            all_tokens=method == "angular_all",
+        )
+    say(report.ranking(short.importance, n_prune_layers, method=method, seed=seed or 0))
+    if sublayers:
+        say("\n" + report.sublayers(short.importance))
+    if verdict:
+        say(str(verdict))
     if out is not None and first_rank():
-        scores = {"importance": short.importance.to_dict()}
+        scores = {"importance": short.importance.to_dict(), "settled": settled_record(verdict)}
         record = {"command": "rank", "arguments": arguments, "seed": seed, **scores}
         write_record(out, record, overwrite=overwrite)
     if plots is not None and first_rank():
         draw(short.importance, targets[-2:], n_prune_layers)
+    if saved is not None and first_rank():
+        saved.clear()
     say_written(targets)
+
+
+def _search(
+    short: Any,
+    chosen: Iterable[list[int]],
+    saved: StateFile | None,
+    arguments: dict[str, Any],
+    candidates: int | None,
+    targets: Sequence[Path],
+) -> None:
+    """The methods of rank that run the model without layers."""
+    if several_ranks():
+        raise ValueError(f"--method {arguments['method']} runs on one rank; start it alone")
+    n, method, windows = arguments["n_prune_layers"], arguments["method"], list(chosen)
+    size, memory = arguments["batch_size"], bytes_of(arguments["max_memory"] or "2GB")
+    with interruptible():
+        few = None
+        if candidates is not None:
+            short.measure(windows, batch_size=size)
+            few = short.layers_to_remove(n=candidates)
+        found = short.search(
+            windows,
+            n,
+            method=method,
+            candidates=few,
+            batch_size=size,
+            max_memory=memory,
+            state=saved,
+        )
+    say(report.search(found, method))
+    if arguments["out"] is not None:
+        record = {"command": "rank", "arguments": arguments, "seed": arguments["seed"]}
+        record |= {"chosen": {"method": method, "layers": found.removed}, "search": vars(found)}
+        write_record(arguments["out"], record, overwrite=arguments["overwrite"])
+    if saved is not None:
+        saved.clear()
+    say_written(targets)
+
+
+def stop_rule(
+    n: int | None, method: str, confidence: float | None, seed: int | None
+) -> Stop | None:
+    """The rule that ends a run early, where the answer can be settled: a method of this pass that
+    takes its n layers by means over windows, and windows in random order."""
+    rule = None if confidence is None else Stop(n or 1, method == "angular", confidence)
+    return rule if n is not None and seed is not None and method in ("bi", "angular") else None
+
+
+def settled_record(verdict: Verdict | None) -> dict[str, Any] | None:
+    """A verdict, ready for JSON."""
+    if verdict is None:
+        return None
+    return {**vars(verdict), "stop": vars(verdict.stop), "pair": list(verdict.pair)}
 
 
 def plot(

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import signal
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from llama.files import check_writable
 from short_gpt.data import pg19, texts, windows
 from short_gpt.importance import Importance
+from short_gpt.methods import BY_LOSS
 from short_gpt.models import layers_of, open_model
 from short_gpt.plots import require_matplotlib
 from short_gpt.progress import bar, first_rank
 from short_gpt.record import refuse_existing
+from short_gpt.resume import StateFile, weights_digest
 
 PICTURES = ("block_influence.png", "angular.png")
 PLAIN = (str, int, float, bool, type(None))
@@ -58,6 +63,46 @@ def check_run(
             f"expected 1 to {n_layers - 1}"
         )
     windows([], lambda _: [], size=size, stride=stride, limit=max_windows)
+
+
+def run_state(
+    short: Any, state: str | None, out: str | None, arguments: Mapping[str, Any], *, every: float
+) -> StateFile | None:
+    """The file that a run is saved in; None if neither it nor ``out`` has a name."""
+    if state is None and out is None:
+        return None
+    path = Path(state if state is not None else f"{out}.state")
+    check_writable(path)
+    model = next(iter(short.decoder.layers.parameters()))
+    names = ("ckpt_dir", "data", "split", "column", "max_texts", "size", "stride", "seed")
+    identity = {name: arguments[name] for name in names}
+    identity |= {"batch_size": arguments["batch_size"], "sublayers": arguments["sublayers"]}
+    method = arguments["method"]
+    if method in BY_LOSS:
+        identity |= {n: arguments[n] for n in ("method", "n_prune_layers", "candidates")}
+        identity |= {n: arguments[n] for n in ("max_windows", "max_memory")}
+    identity |= {"method of all tokens": method == "angular_all"}
+    identity |= {"dtype": str(model.dtype), "device": model.device.type}
+    identity |= {"weights": weights_digest(short.decoder.layers)}
+    return StateFile(path, identity, every=every)
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """A request to end (SIGTERM) inside the block counts as Ctrl-C, so that work is saved."""
+
+    def end(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        before = signal.signal(signal.SIGTERM, end)
+    except ValueError:  # only the main thread may
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def read_texts(data: str, split: str, column: str, limit: int | None) -> Iterable[str]:

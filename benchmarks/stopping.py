@@ -1,0 +1,140 @@
+"""How often a stopped run gives the answer of the full run, and what it saves; real small model.
+
+The model scores every window once. Its windows are then replayed in many random orders, each until
+the stopping rule ends it, for the k layers of lowest Block Influence and for the best block of k
+layers. Reported: the share of orders whose stopped answer is the answer of all windows, and the
+share of windows read.
+
+    python benchmarks/stopping.py --windows 600 --out benchmarks/results/stopping.json
+
+``--scores FILE`` keeps the scores of single windows, or takes them from there.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import fire
+import numpy as np
+import torch
+from scoring import SIZE, build, machine
+from torch import Tensor
+
+from short_gpt import demo, windows
+from short_gpt.importance import Importance
+from short_gpt.progress import bar
+from short_gpt.record import versions, write_record
+from short_gpt.stopping import Stop, next_look
+from short_gpt.watch import Scores, score
+
+COUNTS = (4, 8, 12)
+
+
+def main(
+    windows: int = 600,
+    orders: int = 1000,
+    confidence: float = 0.99,
+    scores: str | None = None,
+    out: str | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Runs the benchmark, prints the table, and writes the JSON file if ``out`` is given."""
+    influence, angles, seconds = read_scores(windows, scores)
+    cases = {
+        f"{'best block' if angular else 'lowest BI'}, k = {k}": replays(
+            Stop(k, angular=angular, confidence=confidence), influence, angles, orders
+        )
+        for angular in (False, True)
+        for k in COUNTS
+    }
+    print(table(cases, len(influence)))
+    missed = [name for name, case in cases.items() if case["agreement"] < confidence]
+    print("\n".join(f"MISSED: {name}" for name in missed) or "all as sure as stated")
+    if out is not None:
+        command = " ".join(["python", "benchmarks/stopping.py", *sys.argv[1:]])
+        content: dict[str, Any] = {"command": command, "machine": machine(), "versions": versions()}
+        content |= {"confidence": confidence, "orders": orders, "windows": len(influence)}
+        content |= {"tokens_per_window": SIZE, "scoring_seconds": seconds, "cases": cases}
+        write_record(out, content, overwrite=overwrite)
+    sys.exit(bool(missed))
+
+
+def read_scores(count: int, file: str | None) -> tuple[Tensor, Tensor, float | None]:
+    """Block Influence (N, L) and angular distances (N, L + 1, L + 1) of single windows."""
+    if file is not None and Path(file).exists():
+        kept = np.load(file)
+        return torch.tensor(kept["influence"]), torch.tensor(kept["angles"]), None
+    short = build()
+    text = demo.bible("calibration") + demo.bible("held_out")
+    chosen = windows(text, short.encode, size=SIZE, stride=SIZE, seed=0, limit=count)
+    parts, started = [], time.perf_counter()
+    with bar("scoring", total=len(chosen), unit="window") as shown:
+        for window in chosen:
+            parts.append(score(short.decoder, [window], layers=short.kept))
+            shown.update()
+    seconds = time.perf_counter() - started
+    found = Scores.cat(parts)
+    influence = found.influence.double() / found.tokens[:, None]
+    if file is not None:
+        np.savez_compressed(file, influence=influence.numpy(), angles=found.angles.numpy())
+    return influence, found.angles, seconds
+
+
+def replays(rule: Stop, influence: Tensor, angles: Tensor, orders: int) -> dict[str, Any]:
+    """Runs the rule on random orders of the windows."""
+    whole = Importance.empty(range(influence.shape[1]))
+    whole.add(as_scores(influence, angles))
+    truth = set(whole.least_important(rule.n, angular=rule.angular))
+    right, shares, unsettled = 0, [], 0
+    for seed in range(orders):
+        order = torch.randperm(len(influence), generator=torch.Generator().manual_seed(seed))
+        sums = replay(rule, influence[order], angles[order])
+        right += set(sums.least_important(rule.n, angular=rule.angular)) == truth
+        shares.append(sums.n_windows / len(influence))
+        unsettled += sums.n_windows == len(influence)
+    cuts = statistics.quantiles(shares, n=20, method="inclusive")
+    return {
+        "agreement": right / orders,
+        "share_of_windows": {"median": cuts[9], "95th percentile": cuts[18], "min": min(shares)},
+        "read_to_the_end": unsettled / orders,
+        "layers": sorted(truth),
+    }
+
+
+def replay(rule: Stop, influence: Tensor, angles: Tensor) -> Importance:
+    """Reads the windows in their order until the rule stops."""
+    sums, at, target = Importance.empty(range(influence.shape[1])), 0, rule.min_windows
+    while at < len(influence):
+        part = slice(at, min(target, len(influence)))
+        sums.add(as_scores(influence[part], angles[part]))
+        at, target = part.stop, next_look(target)
+        if rule.judge(sums, len(influence)).settled:
+            break
+    return sums
+
+
+def as_scores(influence: Tensor, angles: Tensor) -> Scores:
+    """Windows of one token each, whose sums are their means: all windows are equally long."""
+    B, L = influence.shape
+    none = torch.zeros(B, L)
+    return Scores(torch.ones(B), influence, angles, none, none, torch.zeros(B, 2, L), 0 * angles)
+
+
+def table(cases: dict[str, Any], count: int) -> str:
+    head = f"{'':<20}  {'same answer':>11}  {'median':>7}  {'95th':>6}  {'to the end':>10}"
+    rows = [f"{count} windows; share of them read:", head]
+    for name, case in cases.items():
+        shares = case["share_of_windows"]
+        rows.append(
+            f"{name:<20}  {case['agreement']:>11.2%}  {shares['median']:>7.1%}"
+            f"  {shares['95th percentile']:>6.1%}  {case['read_to_the_end']:>10.1%}"
+        )
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    fire.Fire(main)
