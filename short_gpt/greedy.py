@@ -15,12 +15,12 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from short_gpt.data import batches
 from short_gpt.decoder import Decoder, pad
 from short_gpt.evaluate import batch_nats
+from short_gpt.layer_removal import output_form, patched_forward
 from short_gpt.progress import bar
 from short_gpt.resume import StateFile
 
@@ -223,17 +223,7 @@ class Stack:
 
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
-        tokens = torch.zeros(1, 1, dtype=torch.long, device=decoder.device)
-        seen: list[Any] = []
-        layer = decoder.layers[0]
-        handle = layer.register_forward_hook(lambda _module, _args, output: seen.append(output))
-        try:
-            decoder.run(tokens)
-        finally:
-            handle.remove()
-        output = seen[0]
-        self._extra = len(output) - 1 if isinstance(output, tuple) else None
-        state = output[0] if isinstance(output, tuple) else output
+        state, self._form = output_form(decoder)
         self.bytes_per_token = state.numel() * state.element_size()
 
     def advance(self, tokens: Tensor, run: Sequence[int], state: Tensor | None) -> Tensor:
@@ -266,7 +256,7 @@ class Stack:
             for i, layer in enumerate(layers):
                 if i not in run:
                     replacement = state if i == first else None
-                    stack.enter_context(_forward(layer, self._passing(replacement)))
+                    stack.enter_context(patched_forward(layer, self._passing(replacement)))
             if state is not None and run:
                 handle = layers[first].register_forward_pre_hook(_meeting(state), with_kwargs=True)
                 stack.callback(handle.remove)
@@ -278,8 +268,7 @@ class Stack:
     def _passing(self, state: Tensor | None) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
             given = args[0] if args else kwargs["hidden_states"]
-            result = given if state is None else state
-            return result if self._extra is None else (result, *[None] * self._extra)
+            return self._form(given if state is None else state)
 
         return forward
 
@@ -298,17 +287,3 @@ def _keeping(kept: list[Tensor]) -> Callable[..., None]:
         kept.append(output[0] if isinstance(output, tuple) else output)
 
     return hook
-
-
-@contextmanager
-def _forward(layer: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """The layer with another forward inside the block."""
-    own = vars(layer).get("forward")
-    layer.forward = forward
-    try:
-        yield
-    finally:
-        if own is None:
-            del layer.forward
-        else:
-            layer.forward = own

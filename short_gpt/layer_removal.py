@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 from short_gpt.decoder import Decoder
 
@@ -41,6 +45,40 @@ def without_layers(decoder: Decoder, drop: Sequence[int]) -> Iterator[None]:
         yield
     finally:
         undo()
+
+
+def output_form(decoder: Decoder) -> tuple[Tensor, Callable[[Tensor], Any]]:
+    """What the decoder's layers return, told by running one token.
+
+    Returns:
+        A state (1, 1, D) as the first layer gives it, and a function that puts a state into the
+        form that layers return: itself, or a tuple in some families and versions.
+    """
+    seen: list[Any] = []
+    layer = decoder.layers[0]
+    handle = layer.register_forward_hook(lambda _module, _args, output: seen.append(output))
+    try:
+        decoder.run(torch.zeros(1, 1, dtype=torch.long, device=decoder.device))
+    finally:
+        handle.remove()
+    if not isinstance(seen[0], tuple):
+        return seen[0], lambda state: state
+    rest = (None,) * (len(seen[0]) - 1)
+    return seen[0][0], lambda state: (state, *rest)
+
+
+@contextmanager
+def patched_forward(layer: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """A layer that does something else inside a ``with`` block."""
+    own = vars(layer).get("forward")
+    layer.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del layer.forward
+        else:
+            layer.forward = own
 
 
 def check_layers(drop: Sequence[int], present: Sequence[int]) -> None:

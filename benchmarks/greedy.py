@@ -1,0 +1,117 @@
+"""Greedy search (SLEB) from stored states against the plain loop; real small model.
+
+Both search on the same windows in the same run. The plain loop is that of SLEB's authors: every
+trial runs the model without the layer from the beginning. The two must give the same list, and
+losses within 1e-5 nats.
+
+    python benchmarks/greedy.py --repeats 3 --out benchmarks/results/greedy.json
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+import fire
+from scoring import build, machine, spread
+
+from short_gpt import ShortLlama, demo, windows
+from short_gpt.evaluate import perplexity
+from short_gpt.greedy import Search, sleb
+from short_gpt.layer_removal import without_layers
+from short_gpt.progress import bar
+from short_gpt.record import versions, write_record
+
+
+def main(
+    n: int = 8,
+    count: int = 2,
+    size: int = 256,
+    repeats: int = 3,
+    out: str | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Runs the benchmark, prints the table, and writes the JSON file if ``out`` is given."""
+    short = build()
+    chosen = windows(demo.bible(), short.encode, size=size, stride=size, seed=0, limit=count)
+    read = list(chosen)
+    seconds: dict[str, list[float]] = {"plain": [], "restart": []}
+    found: dict[str, Search] = {}
+    with bar("searching", total=2 * repeats, unit="search") as shown:
+        for repeat in range(repeats):
+            ways = {"plain": plain, "restart": restart}
+            for name in sorted(ways, reverse=bool(repeat % 2)):
+                started = time.perf_counter()
+                found[name] = ways[name](short, read, n)
+                seconds[name].append(time.perf_counter() - started)
+                shown.update()
+    result = summary(found, seconds)
+    print(table(result))
+    missed = [text for text, held in result["limits"].items() if not held]
+    print("\n".join(f"MISSED: {text}" for text in missed) or "all limits held")
+    if out is not None:
+        command = " ".join(["python", "benchmarks/greedy.py", *sys.argv[1:]])
+        content = {"command": command, "machine": machine(), "versions": versions(), **result}
+        content |= {"windows": count, "tokens_per_window": size, "seconds": seconds}
+        write_record(out, content, overwrite=overwrite)
+    sys.exit(bool(missed))
+
+
+def restart(short: ShortLlama, read: list[list[int]], n: int) -> Search:
+    return sleb(short.decoder, read, n)
+
+
+def plain(short: ShortLlama, read: list[list[int]], n: int) -> Search:
+    decoder, search = short.decoder, Search()
+    count = len(decoder.layers)
+    for _ in range(n):
+        alive = [i for i in range(count) if i not in search.removed]
+        loss = {}
+        for j in alive[1:-1]:
+            with without_layers(decoder, [*search.removed, j]):
+                tried = perplexity(decoder, [[window] for window in read])
+            loss[j] = tried.nats / tried.tokens
+            search.evaluations += (len(alive) - 1) * len(read)
+        search.removed.append(min(loss, key=lambda i: (loss[i], i)))
+        search.losses.append(loss)
+    return search
+
+
+def summary(found: dict[str, Search], seconds: dict[str, list[float]]) -> dict[str, Any]:
+    ours, theirs = found["restart"], found["plain"]
+    pairs = zip(ours.losses, theirs.losses, strict=True)
+    off = max(abs(a[i] - b[i]) for a, b in pairs for i in b)
+    ratios = [a / b for a, b in zip(seconds["restart"], seconds["plain"], strict=True)]
+    layers = ours.evaluations / theirs.evaluations
+    limits = {
+        "the same list": ours.removed == theirs.removed,
+        "losses within 1e-5 nats": off <= 1e-5,
+        "at most 0.55 x the layers run": layers <= 0.55,
+        "at most 0.65 x the time (median)": spread(ratios)["median"] <= 0.65,
+    }
+    return {
+        "removed": ours.removed,
+        "largest_difference_of_losses": off,
+        "layers_run": {"plain": theirs.evaluations, "restart": ours.evaluations},
+        "layers_run_ratio": layers,
+        "time_ratio": spread(ratios),
+        "limits": limits,
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    time_ratio = result["time_ratio"]
+    return "\n".join(
+        [
+            f"removed, both ways: {result['removed']}",
+            f"losses differ by at most {result['largest_difference_of_losses']:.1e} nats",
+            f"layers run, restart / plain: {result['layers_run_ratio']:.3f}",
+            f"time, restart / plain: {time_ratio['median']:.3f} "
+            f"({time_ratio['min']:.3f} to {time_ratio['max']:.3f})",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    fire.Fire(main)
