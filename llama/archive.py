@@ -10,7 +10,8 @@ import pickle
 import sys
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ class Shard:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._mapped: dict[str, Tensor] | None = None
         self.infos = {name: self._describe(t, name) for name, t in self.load().items()}
 
     def load(self) -> dict[str, Tensor]:
@@ -76,7 +78,23 @@ class Shard:
 
     def read(self, name: str) -> Tensor:
         """One tensor, mapped from the file; the mapping goes when the tensor does."""
-        return self.load()[name]
+        if self._mapped is None:
+            return self.load()[name]
+        if not self._mapped:
+            self._mapped.update(self.load())
+        return self._mapped[name]
+
+    @contextmanager
+    def mapped(self) -> Iterator[None]:
+        """Inside, `read` maps the file once for all tensors, which takes less time.
+
+        Pages read then count as this process's memory until the block ends.
+        """
+        self._mapped = {}
+        try:
+            yield
+        finally:
+            self._mapped = None
 
     def _describe(self, tensor: object, name: object) -> TensorInfo:
         if not isinstance(name, str):
@@ -134,22 +152,44 @@ def write_shard(path: Path, infos: Mapping[str, TensorInfo], read: Callable[[str
         infos: what is to be written, by name; equal ``storage`` is written once.
         read: gives the tensor of a name; called once for every distinct storage.
     """
+    write_shards([path], infos, read, lambda _, tensor, __: tensor)
+
+
+def write_shards(
+    paths: Sequence[Path],
+    infos: Mapping[str, TensorInfo],
+    read: Callable[[str], Tensor],
+    part: Callable[[str, Tensor, int], Tensor],
+) -> None:
+    """`write_shard` for several files at once: every tensor is read once and written in parts.
+
+    Args:
+        paths: the new files.
+        infos: what each of them holds.
+        read: gives a whole tensor.
+        part: gives the part of a tensor of this name, for the file of this number.
+    """
     storages: dict[object, _Storage] = {}
     sources: dict[str, str] = {}
     for name, info in infos.items():
         if info.storage not in storages:
             storages[info.storage] = _Storage(str(len(storages)), info.dtype, info.numel)
             sources[name] = storages[info.storage].key
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-        with archive.open("archive/data.pkl", "w") as file:
-            _Pickler(file, storages).dump(dict(infos))
-        archive.writestr("archive/byteorder", sys.byteorder)
+    with ExitStack() as stack:
+        archives = [stack.enter_context(zipfile.ZipFile(path, "w")) for path in paths]
+        for archive in archives:
+            with archive.open("archive/data.pkl", "w") as file:
+                _Pickler(file, storages).dump(dict(infos))
+            archive.writestr("archive/byteorder", sys.byteorder)
         for name, key in sources.items():
-            tensor = read(name).detach().to("cpu", infos[name].dtype).contiguous()
-            if tuple(tensor.shape) != infos[name].shape:
-                raise ValueError(f"{name} is {list(tensor.shape)}, expected {infos[name].shape}")
-            _write_record(archive, f"archive/data/{key}", tensor)
-        archive.writestr("archive/version", "3\n")
+            whole, info = read(name).detach().to("cpu", infos[name].dtype), infos[name]
+            for number, archive in enumerate(archives):
+                tensor = part(name, whole, number).contiguous()
+                if tuple(tensor.shape) != info.shape:
+                    raise ValueError(f"{name} is {list(tensor.shape)}, expected {info.shape}")
+                _write_record(archive, f"archive/data/{key}", tensor)
+        for archive in archives:
+            archive.writestr("archive/version", "3\n")
 
 
 def _write_record(archive: zipfile.ZipFile, name: str, tensor: Tensor) -> None:

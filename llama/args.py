@@ -108,11 +108,29 @@ class ModelArgs:
             )
 
 
+def kv_heads_of_rank(params: ModelArgs, rank: int, ranks: int) -> list[int]:
+    """The key/value heads that one of several ranks needs for its query heads, in their order.
+
+    A rank serves n_heads / ranks query heads in groups of equal size, each with a key/value head
+    of its own. Where a head serves query heads of several ranks, each of these holds it.
+
+    Example:
+        >>> args = ModelArgs(n_heads=8, n_kv_heads=2)
+        >>> [kv_heads_of_rank(args, rank, 4) for rank in range(4)]
+        [[0], [0], [1], [1]]
+    """
+    mine, group = params.n_heads // ranks, params.n_heads // params.kv_heads
+    first = rank * mine
+    return [head // group for head in range(first, first + mine, math.gcd(mine, group))]
+
+
 def check_split(params: ModelArgs, ranks: int) -> None:
-    """Raises ValueError unless heads, widths and vocabulary divide among the ranks."""
+    """Raises ValueError unless heads, widths and vocabulary divide among the ranks.
+
+    Key/value heads need not: see `kv_heads_of_rank`.
+    """
     shares = {
         "n_heads": params.n_heads,
-        "n_kv_heads": params.kv_heads,
         "the feed-forward width": params.ffn_dim,
         "dim": params.dim,
         "vocab_size": params.vocab_size,

@@ -10,63 +10,22 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from llama.archive import Shard, write_shard
+from llama.archive import Shard, TensorInfo, write_shard
 from llama.args import ModelArgs
 from llama.files import check_new, new_directory, write_json
+from llama.sharding import EMBEDDING, by_vocabulary, full_shapes, held, shapes_of_rank, split_dim
 
-# Along which dimension the shards of a tensor are cut; None: every shard holds all of it.
-# `tok_embeddings.weight` is cut along 1 in Llama 2 and along 0 in Llama 3: its shape tells.
-LAYER_SPLITS: dict[str, int | None] = {
-    "attention.wq.weight": 0,
-    "attention.wk.weight": 0,
-    "attention.wv.weight": 0,
-    "attention.wo.weight": 1,
-    "feed_forward.w1.weight": 0,
-    "feed_forward.w2.weight": 1,
-    "feed_forward.w3.weight": 0,
-    "attention_norm.weight": None,
-    "ffn_norm.weight": None,
-}
 LAYER_NAME = re.compile(r"layers\.(\d+)\.(.+)")
 PROVENANCE = "pruning.json"
 CONVERSION = "conversion.json"  # what a converted checkpoint was made from
-
-
-def full_shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor of the whole model, by name."""
-    d, f = args.dim, args.ffn_dim
-    q, kv = args.n_heads * args.head_dim, args.kv_heads * args.head_dim
-    layer = {
-        "attention.wq.weight": (q, d),
-        "attention.wk.weight": (kv, d),
-        "attention.wv.weight": (kv, d),
-        "attention.wo.weight": (d, q),
-        "feed_forward.w1.weight": (f, d),
-        "feed_forward.w2.weight": (d, f),
-        "feed_forward.w3.weight": (f, d),
-        "attention_norm.weight": (d,),
-        "ffn_norm.weight": (d,),
-    }
-    shapes: dict[str, tuple[int, ...]] = {"tok_embeddings.weight": (args.vocab_size, d)}
-    for i in range(args.n_layers):
-        shapes |= {f"layers.{i}.{name}": shape for name, shape in layer.items()}
-    return shapes | {"norm.weight": (d,), "output.weight": (args.vocab_size, d)}
-
-
-def split_dim(name: str) -> int | None:
-    """Along which dimension shards of this tensor are cut (not for ``tok_embeddings``)."""
-    match = LAYER_NAME.fullmatch(name)
-    return LAYER_SPLITS[match[2]] if match else {"output.weight": 0}.get(name)
-
-
-def _cut(shape: tuple[int, ...], dim: int | None, shards: int) -> tuple[int, ...]:
-    return tuple(n // shards if i == dim else n for i, n in enumerate(shape))
 
 
 class Checkpoint:
@@ -80,7 +39,9 @@ class Checkpoint:
         params: content of ``params.json``.
         args: its `ModelArgs`, with ``vocab_size`` taken from the weights where it is -1.
         shards: the files, in the order of their names, which is the order of ranks.
-        vocab_parallel: whether the shards cut the embedding by vocabulary (Llama 3) or not.
+        vocab_parallel: whether ranks share the embedding by vocabulary (Llama 3) or by width.
+            Several shards tell by their shapes, for one see `sharding.by_vocabulary`.
+        infos: shape (of the whole tensor), dtype and storage of every tensor, by name.
 
     Raises:
         FileNotFoundError: the directory, ``params.json`` or the ``.pth`` files are missing.
@@ -101,6 +62,7 @@ class Checkpoint:
             args.vocab_size = self._vocab_size()
         self.args = args
         self.vocab_parallel = self._check()
+        self.infos = self._whole()
 
     def _vocab_size(self) -> int:
         info = self.shards[0].infos.get("output.weight")
@@ -116,17 +78,80 @@ class Checkpoint:
                 f"n_layers {self.args.n_layers} in {self.directory / 'params.json'}; the file has "
                 f"{count} tensors"
             )
-        shapes = full_shapes(self.args)
         ranks = len(self.shards)
-        vocabulary, dim = shapes["tok_embeddings.weight"]
-        by_dim, by_vocabulary = (vocabulary, dim // ranks), (vocabulary // ranks, dim)
-        found = self.shards[0].infos.get("tok_embeddings.weight")
-        vocab_parallel = ranks > 1 and found is not None and found.shape == by_vocabulary
-        expected = {n: _cut(shape, split_dim(n), ranks) for n, shape in shapes.items()}
-        expected["tok_embeddings.weight"] = by_vocabulary if vocab_parallel else by_dim
+        width_cut, vocabulary_cut = (
+            shapes_of_rank(self.args, ranks, vocab_parallel=v) for v in (False, True)
+        )
+        first = self.shards[0].infos
+        if ranks == 1:
+            vocab_parallel = by_vocabulary(self.args, first)
+        else:
+            found = first.get(EMBEDDING)
+            vocab_parallel = found is not None and found.shape == vocabulary_cut[EMBEDDING]
         for shard in self.shards:
-            _compare(shard, expected, ranks)
+            _compare(shard, vocabulary_cut if vocab_parallel else width_cut, ranks)
         return vocab_parallel
+
+    def _whole(self) -> dict[str, TensorInfo]:
+        shapes, whole = full_shapes(self.args), {}
+        for name, info in self.shards[0].infos.items():
+            storage = tuple(shard.infos[name].storage for shard in self.shards)
+            whole[name] = TensorInfo(shapes.get(name, info.shape), info.dtype, storage)
+        return whole
+
+    def read(self, name: str, *, rank: int = 0, ranks: int = 1) -> Tensor:
+        """The part of a tensor that one of several model-parallel ranks holds.
+
+        From any number of shards to any number of ranks that divides the heads. What lies in one
+        shard is mapped from its file, not copied; what several hold is joined, and of each only
+        the bytes needed are touched.
+
+        Args:
+            name: of the tensor.
+            rank: 0 to ``ranks`` - 1.
+            ranks: how many share the model; 1 reads the whole tensor.
+        """
+        if ranks == len(self.shards):
+            return self.shards[rank].read(name)
+        dim = split_dim(name, vocab_parallel=self.vocab_parallel)
+        if dim is None:
+            return self.shards[0].read(name)
+        pieces = [
+            self.shards[shard].read(name).narrow(dim, start, length)
+            for shard, start, length in self._pieces(name, dim, rank, ranks)
+        ]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
+
+    @contextmanager
+    def mapped(self) -> Iterator[None]:
+        """`Shard.mapped` for all files, for several calls of `read` in a row."""
+        with ExitStack() as stack:
+            for shard in self.shards:
+                stack.enter_context(shard.mapped())
+            yield
+
+    def _pieces(self, name: str, dim: int, rank: int, ranks: int) -> list[tuple[int, int, int]]:
+        """Where a rank's part lies: shard, start and length in it, in order."""
+        size, count = self.infos[name].shape[dim], len(self.shards)
+        found: list[tuple[int, int, int]] = []
+        for at, end in held(self.args, name, size, rank, ranks):
+            for shard in range(count):
+                offset = 0  # in the shard, of the range looked at
+                for start, stop in held(self.args, name, size, shard, count):
+                    if start <= at < min(stop, end):
+                        length = min(stop, end) - at
+                        _append(found, (shard, offset + at - start, length))
+                        at += length
+                    offset += stop - start
+        return found
+
+
+def _append(pieces: list[tuple[int, int, int]], piece: tuple[int, int, int]) -> None:
+    """Adds a piece, to the last one if it follows it in the same shard."""
+    if pieces and (pieces[-1][0], sum(pieces[-1][1:])) == piece[:2]:
+        piece = (*pieces[-1][:2], pieces[-1][2] + piece[2])
+        pieces.pop()
+    pieces.append(piece)
 
 
 def _compare(shard: Shard, expected: Mapping[str, tuple[int, ...]], ranks: int) -> None:

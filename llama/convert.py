@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama.archive import TensorInfo, write_shard
+from llama.archive import TensorInfo
 from llama.args import ModelArgs
-from llama.checkpoint import CONVERSION, Checkpoint, full_shapes, split_dim
+from llama.checkpoint import CONVERSION, Checkpoint, copy_tokenizer
 from llama.files import check_new, new_directory, write_json
 from llama.parallel import choose_dtype
+from llama.reshard import check_shards, write_model
 from llama.safetensors_file import Entry, grouped, open_weights, tensor_bytes, write_weights
+from llama.sharding import EMBEDDING, OUTPUT, full_shapes
 from llama.tokenizer import Tokenizer, find_tokenizer
 
 # The names of a weight in Meta's, Hugging Face's and GGUF's format; {} is the layer.
@@ -43,7 +45,6 @@ NAMES = (
         )
     ),
 )
-EMBEDDING, OUTPUT = "tok_embeddings.weight", "output.weight"
 
 
 def name_in(column: int, meta_name: str) -> str:
@@ -78,6 +79,7 @@ def gguf_to_meta(
     out_dir: str | os.PathLike[str],
     *,
     dtype: str | torch.dtype = "float32",
+    shards: int = 1,
     overwrite: bool = False,
     progress: Callable[[str], object] = str,
 ) -> Path:
@@ -90,6 +92,7 @@ def gguf_to_meta(
         path: the GGUF file.
         out_dir: the new directory; appears whole or not at all.
         dtype: of the weights.
+        shards: number of files: the model-parallel ranks that the checkpoint is made for.
         overwrite: whether an earlier conversion is replaced; nothing else ever is.
         progress: called with every tensor's name before it is written.
 
@@ -105,6 +108,7 @@ def gguf_to_meta(
 
     source = GGUFFile(Path(str(path)))
     args, kind = source.args(), choose_dtype(dtype, torch.device("cpu"))
+    check_shards(args, shards)
     tokenizer = source.tokenizer()
     infos = {
         name: TensorInfo(shape, kind, source.name_of(name))
@@ -118,7 +122,7 @@ def gguf_to_meta(
     replaces = CONVERSION if overwrite else None
     check_new(Path(str(out_dir)), replaces=replaces, source=source.path)
     with new_directory(Path(str(out_dir)), replaces=replaces) as partial:
-        write_shard(partial / "consolidated.00.pth", infos, read)
+        write_model(partial, args, infos, read, shards=shards)
         write_json(partial / "params.json", params_json(args))
         (partial / "tokenizer.json").write_text(tokenizer[0], encoding="utf-8")
         write_json(partial / "tokenizer_config.json", tokenizer[1])
@@ -131,6 +135,7 @@ def hf_to_meta(
     out_dir: str | os.PathLike[str],
     *,
     dtype: str | torch.dtype | None = None,
+    shards: int = 1,
     overwrite: bool = False,
     progress: Callable[[str], object] = str,
 ) -> Path:
@@ -142,6 +147,7 @@ def hf_to_meta(
         source: a directory with ``config.json`` and safetensors, or a hub id.
         out_dir: the new directory; appears whole or not at all.
         dtype: of the weights; None keeps each one's.
+        shards: number of files: the model-parallel ranks that the checkpoint is made for.
         overwrite: whether an earlier conversion is replaced; nothing else ever is.
         progress: called with every tensor's name before it is written.
 
@@ -153,15 +159,15 @@ def hf_to_meta(
         ValueError: a file is damaged, or not a Llama: the message names what differs.
         ConnectionError: a hub id cannot be fetched.
     """
-    from llama.hf_llama import args_of, copy_tokenizer, meta_infos, read_json, resolve
+    from llama.hf_llama import find_hf_tokenizer, read_json
+    from llama.hub import resolve
 
     directory, out = resolve(source), Path(str(out_dir))
     replaces = CONVERSION if overwrite else None
     check_new(out, replaces=replaces, source=directory)
-    config = read_json(directory / "config.json")
-    args, weights = args_of(config, directory), open_weights(directory)
-    tied = bool(config.get("tie_word_embeddings", False))
-    infos = meta_infos(args, weights, dtype, tied, directory)
+    config, weights = read_json(directory / "config.json"), open_weights(directory)
+    args, infos = check_llama(directory, dtype)
+    check_shards(args, shards)
 
     def read(name: str) -> Tensor:
         progress(name)
@@ -174,11 +180,30 @@ def hf_to_meta(
     if (directory / "generation_config.json").is_file():
         record["generation_config"] = read_json(directory / "generation_config.json")
     with new_directory(out, replaces=replaces) as partial:
-        copy_tokenizer(directory, partial)
-        write_shard(partial / "consolidated.00.pth", infos, read)
+        copy_tokenizer(find_hf_tokenizer(directory), partial)
+        write_model(partial, args, infos, read, shards=shards)
         write_json(partial / "params.json", params_json(args))
         write_json(partial / CONVERSION, record)
     return out
+
+
+def check_llama(
+    directory: str | os.PathLike[str], dtype: str | torch.dtype | None = None
+) -> tuple[ModelArgs, dict[str, TensorInfo]]:
+    """The shape of a Hugging Face Llama and its tensors in Meta's format, from the headers alone.
+
+    Raises:
+        FileNotFoundError, ValueError, ConnectionError: as for `hf_to_meta`.
+    """
+    from llama.hf_llama import args_of, find_hf_tokenizer, meta_infos, read_json
+    from llama.hub import resolve
+
+    directory = resolve(directory)
+    config = read_json(directory / "config.json")
+    args, weights = args_of(config, directory), open_weights(directory)
+    tied = bool(config.get("tie_word_embeddings", False))
+    find_hf_tokenizer(directory)
+    return args, meta_infos(args, weights, dtype, tied, directory)
 
 
 def meta_to_hf(
@@ -224,7 +249,7 @@ def meta_to_hf(
     def read(hf_name: str) -> Iterator[memoryview]:
         name = meta_names[hf_name]
         progress(name)
-        yield from tensor_bytes(permute(name, _merged(source, name), source.args, to=HF))
+        yield from tensor_bytes(permute(name, source.read(name), source.args, to=HF))
 
     earlier = source.directory / CONVERSION
     record = read_json(earlier) if earlier.is_file() else {}
@@ -237,17 +262,6 @@ def meta_to_hf(
         write_json(partial / "generation_config.json", generation)
         write_json(partial / CONVERSION, {"source": str(ckpt_dir)})
     return out
-
-
-def _merged(source: Checkpoint, name: str) -> Tensor:
-    """A whole tensor from the parts of all shards."""
-    if name == EMBEDDING:
-        dim: int | None = 0 if source.vocab_parallel else 1
-    else:
-        dim = split_dim(name)
-    if dim is None or len(source.shards) == 1:
-        return source.shards[0].read(name)
-    return torch.cat([shard.read(name) for shard in source.shards], dim)
 
 
 def _tied(source: Checkpoint) -> bool:

@@ -86,14 +86,15 @@ class Llama:
             max_seq_len: longest prompt plus generation, in tokens.
             max_batch_size: most prompts in one call of `generate`.
             model_parallel_size: ranks that share the model (torchrun); None: all running ranks.
+                Any number of files loads on any number of ranks that divides the heads.
             seed: of the sampling; equal on all ranks of a model.
             device: None takes CUDA, MPS or CPU, the first there is.
             dtype: of weights and states; None is float32 on CPU, bfloat16 on CUDA, else float16.
 
         Raises:
             FileNotFoundError: a file is missing.
-            ValueError: a file is damaged or does not fit the others, or the number of files is
-                not the number of ranks.
+            ValueError: a file is damaged or does not fit the others, or the model does not divide
+                among the ranks.
         """
         place = choose_device(device)
         kind = choose_dtype(dtype, place)

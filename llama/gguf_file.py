@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from llama.args import ModelArgs
-from llama.checkpoint import full_shapes
 from llama.convert import GGUF, ffn_keys, name_in
 from llama.hf_llama import with_bos
 from llama.model import rope_frequencies
+from llama.sharding import full_shapes
 from llama.tokenizer import tokenizer_json
 
 ROPE_FACTORS = "rope_freqs.weight"

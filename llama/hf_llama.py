@@ -1,12 +1,9 @@
-"""A Hugging Face Llama directory in Meta's terms: where it is, its config, its tokenizer."""
+"""A Hugging Face Llama directory in Meta's terms: its config, its weights, its tokenizer."""
 
 from __future__ import annotations
 
 import json
-import re
-import shutil
 from collections.abc import Mapping
-from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +11,13 @@ import torch
 
 from llama.archive import TensorInfo
 from llama.args import ModelArgs
-from llama.checkpoint import copy_tokenizer as copy_known_tokenizer
-from llama.checkpoint import full_shapes
-from llama.convert import EMBEDDING, HF, OUTPUT, ffn_keys, name_in
+from llama.checkpoint import copy_tokenizer
+from llama.convert import HF, ffn_keys, name_in
 from llama.files import write_json
 from llama.model import ROPE_HIGH_FACTOR, ROPE_LOW_FACTOR, ROPE_ORIGINAL_CONTEXT
 from llama.parallel import choose_dtype
 from llama.safetensors_file import DTYPES, SafetensorsFile
+from llama.sharding import EMBEDDING, OUTPUT, full_shapes
 from llama.tokenizer import (
     N_SPECIAL,
     Tokenizer,
@@ -34,45 +31,6 @@ LLAMA3_SCALING = {
     "high_freq_factor": ROPE_HIGH_FACTOR,
     "original_max_position_embeddings": ROPE_ORIGINAL_CONTEXT,
 }
-FETCHED = ["*.json", "*.safetensors", "tokenizer*", "*.jinja", "merges.txt", "LICENSE*"]
-
-
-def resolve(source: str | PathLike[str]) -> Path:
-    """The directory of a model: an existing one, or the hub's, fetched into the hub's cache.
-
-    Raises:
-        FileNotFoundError: neither a directory nor a name that the hub could know.
-        ValueError: the hub has no such model, or none for this user.
-        ConnectionError: the hub cannot be reached.
-        ImportError: the package huggingface_hub is missing.
-    """
-    path, name = Path(str(source)), str(source)
-    if path.is_dir():
-        return path
-    if path.exists() or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
-        raise FileNotFoundError(f"{path} is neither a directory nor a hub id like 'owner/name'")
-    try:
-        from huggingface_hub import errors, snapshot_download
-    except ImportError:
-        raise ImportError("fetching a model needs: pip install huggingface_hub") from None
-    try:
-        skipped = ["original/*", "consolidated*"]
-        return Path(snapshot_download(name, allow_patterns=FETCHED, ignore_patterns=skipped))
-    except errors.GatedRepoError:
-        raise ValueError(
-            f"{name} is gated: accept its terms on https://huggingface.co/{name}, then log in "
-            "with: hf auth login"
-        ) from None
-    except (errors.RepositoryNotFoundError, errors.HFValidationError):
-        raise ValueError(
-            f"{name} is neither a directory here nor a model on the hub; check the name or, if "
-            "it is private, log in with: hf auth login"
-        ) from None
-    except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, ConnectionError):
-        raise ConnectionError(
-            f"{name} is no directory here, and the hub cannot be reached to fetch it; connect "
-            "(and unset HF_HUB_OFFLINE), or give the directory of a downloaded model"
-        ) from None
 
 
 def args_of(config: Mapping[str, Any], directory: Path) -> ModelArgs:
@@ -218,22 +176,17 @@ def meta_infos(
                 f"{names[name]} in {directory} has shape {list(entry.shape)}; config.json gives "
                 f"{list(shape)}"
             )
-        kind = (
-            DTYPES.get(entry.dtype) if dtype is None else choose_dtype(dtype, torch.device("cpu"))
-        )
+        kind = chosen or DTYPES.get(entry.dtype)
         if kind is None:
             raise ValueError(f"{names[name]} in {directory} is {entry.dtype}; expected {known}")
-        infos[name] = TensorInfo(shape, chosen or kind, names[name])
+        infos[name] = TensorInfo(shape, kind, names[name])
     return infos
 
 
-def copy_tokenizer(directory: Path, partial: Path) -> None:
+def find_hf_tokenizer(directory: Path) -> Path:
     for name in ("tokenizer.json", "tokenizer.model"):
         if (directory / name).is_file():
-            shutil.copyfile(directory / name, partial / name)
-            if (directory / "tokenizer_config.json").is_file():
-                shutil.copy(directory / "tokenizer_config.json", partial)
-            return
+            return directory / name
     raise FileNotFoundError(f"{directory} has neither tokenizer.json nor tokenizer.model")
 
 
@@ -246,7 +199,7 @@ def write_tokenizer(source: Path, target: Path) -> None:
     dialog = Tokenizer(source).dialog_format
     is_json = source.read_bytes()[:64].lstrip().startswith(b"{")
     if is_json or dialog == "llama2":
-        copy_known_tokenizer(source, target)
+        copy_tokenizer(source, target)
         config: dict[str, Any] = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
         config |= {"add_bos_token": True, "add_eos_token": False, "legacy": True}
         config |= {"tokenizer_class": "LlamaTokenizer"}

@@ -18,9 +18,10 @@ from fairscale.nn.model_parallel.layers import (
 )
 from torch import Tensor, nn
 
-from llama.args import ModelArgs, check_split
-from llama.checkpoint import Checkpoint
+from llama.args import ModelArgs, check_split, kv_heads_of_rank
+from llama.checkpoint import LAYER_NAME, Checkpoint
 from llama.parallel import model_parallel_rank, model_parallel_size
+from llama.sharding import split_dim
 
 # Llama 3.1's stretching of the rotary wavelengths (meta-llama/llama-models, model.py).
 ROPE_LOW_FACTOR, ROPE_HIGH_FACTOR, ROPE_ORIGINAL_CONTEXT = 1.0, 4.0, 8192
@@ -101,13 +102,13 @@ class Attention(nn.Module):
         ranks = model_parallel_size()
         self.n_kv_heads = args.kv_heads
         self.n_local_heads = args.n_heads // ranks
-        self.n_local_kv_heads = args.kv_heads // ranks
+        self.n_local_kv_heads = len(kv_heads_of_rank(args, 0, ranks))  # some on several ranks
         self.n_rep = self.n_local_heads // self.n_local_kv_heads
         self.head_dim = args.head_dim
         self.max_seq_len = args.max_seq_len
         self.wq = _column(args.dim, args.n_heads * self.head_dim)
-        self.wk = _column(args.dim, self.n_kv_heads * self.head_dim)
-        self.wv = _column(args.dim, self.n_kv_heads * self.head_dim)
+        self.wk = _column(args.dim, ranks * self.n_local_kv_heads * self.head_dim)
+        self.wv = _column(args.dim, ranks * self.n_local_kv_heads * self.head_dim)
         self.wo = _row(args.n_heads * self.head_dim, args.dim)
         self.cache_k: Tensor | None = None
         self.cache_v: Tensor | None = None
@@ -269,25 +270,41 @@ class Transformer(nn.Module):
 
 
 def load_model(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype) -> Transformer:
-    """The checkpoint's Transformer; this rank reads its own file. Tied weights stay tied."""
-    ranks = model_parallel_size()
-    if len(checkpoint.shards) != ranks:
-        raise ValueError(
-            f"{checkpoint.directory} has {len(checkpoint.shards)} shard(s), but {ranks} "
-            f"model-parallel rank(s) run; start with torchrun --nproc_per_node "
-            f"{len(checkpoint.shards)}"
-        )
+    """The checkpoint's Transformer on any number of ranks that divides the heads.
+
+    Each rank reads its part from the shards that hold it, tensor by tensor: where there are as
+    many shards as ranks it maps its own file, else it copies no more than its part. Tied weights
+    stay tied.
+
+    Raises:
+        ValueError: heads, widths or vocabulary do not divide among the ranks.
+    """
+    rank, ranks = model_parallel_rank(), model_parallel_size()
     check_split(checkpoint.args, ranks)
-    model = Transformer(checkpoint.args, vocab_parallel=checkpoint.vocab_parallel, device="meta")
-    shard = checkpoint.shards[model_parallel_rank()]
+    vocab_parallel = checkpoint.vocab_parallel
+    model = Transformer(checkpoint.args, vocab_parallel=vocab_parallel, device="meta")
+    own = len(checkpoint.shards) == ranks
     parameters: dict[object, nn.Parameter] = {}
+
+    def parameter(name: str) -> nn.Parameter:
+        # what shares its bytes in the files does so on a rank too, if it is cut alike
+        dim = split_dim(name, vocab_parallel=vocab_parallel) if ranks > 1 else None
+        source = (checkpoint.infos[name].storage, dim)
+        if source not in parameters:
+            part = checkpoint.read(name, rank=rank, ranks=ranks)
+            # a copy where the part is not the file's: a view would keep other parts mapped
+            part = part.to(device, dtype, copy=not own, memory_format=torch.contiguous_format)
+            parameters[source] = nn.Parameter(part)
+        return parameters[source]
+
+    groups: dict[str, list[str]] = {}  # files stay mapped for the whole model, or for one layer
+    for name in sorted(checkpoint.infos.keys() - checkpoint.ignored):
+        layer = LAYER_NAME.fullmatch(name)
+        groups.setdefault(layer[1] if layer and not own else "", []).append(name)
     state: dict[str, nn.Parameter] = {}
-    for name, tensor in shard.load().items():
-        if name not in checkpoint.ignored:
-            source = shard.infos[name].storage
-            if source not in parameters:
-                parameters[source] = nn.Parameter(tensor.to(device, dtype))
-            state[name] = parameters[source]
+    for names in groups.values():
+        with checkpoint.mapped():
+            state |= {name: parameter(name) for name in names}
     model.load_state_dict(state, strict=True, assign=True)
     model.freqs_cis = model.freqs_cis.to(device)
     return model.eval()

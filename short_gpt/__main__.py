@@ -25,16 +25,29 @@ def main(argv: list[str] | None = None) -> None:
         return
     try:
         run(argv)
-    except USER_ERRORS as error:
-        if os.environ.get("SHORT_GPT_TRACEBACK"):
+    except (Exception, KeyboardInterrupt) as error:
+        from llama.parallel import several_ranks
+
+        code = 130 if isinstance(error, KeyboardInterrupt) else 1
+        line = said(error)
+        if several_ranks():
+            from short_gpt.ending import end_all
+
+            end_all(error, line=line, code=code)
+        if line is None:
             raise
-        print(f"short-gpt: {error}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("short-gpt: interrupted", file=sys.stderr)
-        sys.exit(130)
-    finally:
-        leave_group()
+        print(line, file=sys.stderr)
+        sys.exit(code)
+    leave_group()
+
+
+def said(error: BaseException) -> str | None:
+    """The line that tells a user what went wrong; None where a traceback tells us."""
+    if isinstance(error, KeyboardInterrupt):
+        return "short-gpt: interrupted"
+    if isinstance(error, USER_ERRORS) and not os.environ.get("SHORT_GPT_TRACEBACK"):
+        return f"short-gpt: {error}"
+    return None
 
 
 def run(argv: list[str]) -> None:
@@ -46,7 +59,8 @@ def run(argv: list[str]) -> None:
     from short_gpt.progress import first_rank
 
     argv = prepared(argv, COMMANDS)
-    if first_rank() or argv[:1] == [] or argv[0] not in ALONE:
+    alone = argv[:1] == [] or argv[0] in ALONE or "--help" in argv
+    if first_rank() or not alone:
         commands = {name: typed(command) for name, command in COMMANDS.items()}
         fire.Fire(commands, command=argv, name="short-gpt")
 

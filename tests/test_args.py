@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from llama.args import ModelArgs, check_split
+from llama.args import ModelArgs, check_split, kv_heads_of_rank
 from llama.checkpoint import full_shapes
 from llama.convert import ffn_keys, params_json
 
@@ -96,5 +96,24 @@ def test_bad_params_are_refused(changes, message):
 
 def test_what_does_not_divide_among_ranks_is_refused():
     args = ModelArgs(dim=64, n_heads=4, n_kv_heads=1, vocab_size=96)
-    with pytest.raises(ValueError, match="n_kv_heads 1 does not divide among 2"):
-        check_split(args, 2)
+    check_split(args, 4)
+    with pytest.raises(ValueError, match="n_heads 4 does not divide among 3 model-parallel ranks"):
+        check_split(args, 3)
+    with pytest.raises(ValueError, match="vocab_size 99 does not divide among 2"):
+        check_split(ModelArgs(dim=64, n_heads=4, vocab_size=99), 2)
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "ranks", "expected"),
+    [
+        (8, 2, 1, [[0, 1]]),
+        (8, 2, 2, [[0], [1]]),
+        (8, 2, 4, [[0], [0], [1], [1]]),
+        (8, 8, 4, [[0, 1], [2, 3], [4, 5], [6, 7]]),
+        (128, 8, 16, [[i // 2] for i in range(16)]),  # Llama-3.1-405B mp16
+        (6, 3, 2, [[0, 0, 1], [1, 2, 2]]),  # groups that end inside a rank
+    ],
+)
+def test_key_value_heads_of_every_rank(heads, kv_heads, ranks, expected):
+    args = ModelArgs(n_heads=heads, n_kv_heads=kv_heads)
+    assert [kv_heads_of_rank(args, rank, ranks) for rank in range(ranks)] == expected

@@ -81,10 +81,11 @@ def test_shards_of_llama_2_and_llama_3_are_told_apart_by_shape(tmp_path, vocab_p
     assert checkpoint.vocab_parallel is vocab_parallel
 
 
-def test_a_wrong_number_of_shards_is_refused(tmp_path):
-    save_checkpoint(tmp_path / "two", make_transformer(), shards=2)
-    with pytest.raises(ValueError, match=r"has 2 shard\(s\), but 1 .* torchrun --nproc_per_node 2"):
-        load(tmp_path / "two")
+@pytest.mark.parametrize("vocab_parallel", [False, True])
+def test_several_shards_load_on_one_rank(tmp_path, vocab_parallel):
+    model = make_transformer()
+    save_checkpoint(tmp_path / "two", model, shards=2, vocab_parallel=vocab_parallel)
+    assert torch.equal(load(tmp_path / "two")(TOKENS), model(TOKENS))
 
 
 @pytest.mark.parametrize(
