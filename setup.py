@@ -8,7 +8,8 @@ PLOTS = ["matplotlib>=3.8"]
 DEMO = ["gguf>=0.17", "platformdirs>=4", *PLOTS]
 HF = ["transformers>=4.57.1", "accelerate"]
 EVAL = ["lm_eval>=0.4.13", *HF]
-NOTEBOOKS = ["jupyter", *DEMO, *HF]
+HEAL = ["peft>=0.18", *HF]
+NOTEBOOKS = ["jupyter", *DEMO, *HEAL]
 DEV = [
     "hypothesis",
     "ipykernel",
@@ -19,6 +20,7 @@ DEV = [
     "ruff",
     *DEMO,
     *EVAL,
+    *HEAL,
 ]
 
 setup(
@@ -47,6 +49,7 @@ setup(
         "demo": DEMO,
         "hf": HF,
         "eval": EVAL,
+        "heal": HEAL,
         "notebooks": NOTEBOOKS,
         "dev": DEV,
         "all": sorted({*NOTEBOOKS, *DEV}),

@@ -10,6 +10,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -63,15 +64,13 @@ def run_tasks(
     Example:
         >>> run_tasks(short, ["piqa", "arc_easy"])  # doctest: +SKIP
     """
-    evaluator = _lm_eval("evaluator")
-    manager = _lm_eval("tasks").TaskManager(include_path=include_path and str(include_path))
-    names = _names(manager, [tasks] if isinstance(tasks, str) else tasks)
-    done = evaluator.simple_evaluate(
+    names = task_names(tasks, include_path)
+    done = _lm_eval("evaluator").simple_evaluate(
         harness_model(short, batch_size=batch_size),
         tasks=names,
         limit=limit,
         num_fewshot=num_fewshot,
-        task_manager=manager,
+        task_manager=_task_manager(include_path and str(include_path)),
         log_samples=False,
     )
     return {task: _metrics(found) for task, found in done["results"].items()}
@@ -264,16 +263,27 @@ def _score(logits: Tensor, continuation: Sequence[int]) -> tuple[float, bool]:
     return float(nats), bool((logits.argmax(-1) == targets).all())
 
 
-def _names(manager: Any, tasks: Sequence[str]) -> list[str]:
-    if not tasks:
+def task_names(tasks: str | Sequence[str], include_path: str | Path | None = None) -> list[str]:
+    """The tasks that are meant, wildcards resolved; arguments and errors as for `run_tasks`."""
+    asked = [tasks] if isinstance(tasks, str) else tasks
+    if not asked:
         raise ValueError("expected at least one task, got none; `lm-eval ls tasks` lists them")
-    found = {task: manager.match_tasks([task]) for task in tasks}
+    _lm_eval("tasks")  # a manager of an earlier call may be there without the package
+    manager = _task_manager(include_path and str(include_path))
+    found = {task: manager.match_tasks([task]) for task in asked}
     if unknown := [task for task, names in found.items() if not names]:
         raise ValueError(
             f"lm-eval has no tasks {unknown}; `lm-eval ls tasks` lists those it has, and "
             "include_path names a folder with more as YAML files"
         )
     return list(dict.fromkeys(name for names in found.values() for name in names))
+
+
+@cache  # reading all of lm-eval's own tasks takes seconds
+def _task_manager(include_path: str | None) -> Any:
+    if include_path is not None and not Path(include_path).is_dir():
+        raise FileNotFoundError(f"include_path {include_path} is no folder of YAML files")
+    return _lm_eval("tasks").TaskManager(include_path=include_path)
 
 
 def _metrics(found: Mapping[str, Any]) -> dict[str, float]:

@@ -14,9 +14,12 @@ import torch
 
 from llama.checkpoint import PROVENANCE, kept_layers
 from llama.files import check_new, new_directory, write_json
-from llama.hf_llama import read_json, resolve
+from llama.hf_llama import read_json
+from llama.hub import resolve
 from llama.safetensors_file import Entry, SafetensorsFile, open_weights, write_weights
 from short_gpt.hf_decoder import HFDecoder
+from short_gpt.model_card import model_card
+from short_gpt.short_hf import auto_class, explained
 
 # What goes along as it is: tokenizers, generation settings, templates, licenses.
 COPIED = re.compile(r".+\.(json|jinja|model|txt)|(LICENSE|NOTICE|USE_POLICY).*|tokenizer.*")
@@ -36,7 +39,7 @@ def prune_hf(
 
     The tensors' bytes are copied in pieces, so memory does not grow with the model and any dtype
     goes over. ``config.json`` changes in what the removal changes, and in nothing else, so it
-    stays one for the version of ``transformers`` that wrote it.
+    stays one for the version of ``transformers`` that wrote it. A model card says what went.
 
     Args:
         source: a directory with ``config.json`` and safetensors of any family, or a hub id.
@@ -81,6 +84,8 @@ def prune_hf(
             wanted = COPIED.fullmatch(path.name) and not NOT_COPIED.fullmatch(path.name)
             if wanted and path.is_file():
                 shutil.copyfile(path, partial / path.name)
+        card = model_card(record, str(source))
+        (partial / "README.md").write_text(card, encoding="utf-8")
         write_json(partial / PROVENANCE, record)
     return out
 
@@ -127,7 +132,7 @@ def mergekit_recipe(source: str, keep: Sequence[int], dtype: str = "bfloat16") -
 def _skeleton(directory: Path) -> HFDecoder:
     """The model of a directory's config, without weights."""
     try:
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoConfig
     except ImportError:
         raise ImportError('pruning these files needs: pip install "short-gpt[hf]"') from None
     quantization = read_json(directory / "config.json").get("quantization_config")
@@ -138,10 +143,11 @@ def _skeleton(directory: Path) -> HFDecoder:
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
         with torch.device("meta"):
-            return HFDecoder(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
-    except (ValueError, KeyError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"{directory} is no causal model that can be pruned: {reason}") from None
+            model = auto_class(config).from_config(config, trust_remote_code=False)
+            return HFDecoder(model)
+    except Exception as error:
+        reason = explained(error)
+        raise ValueError(f"{directory} is no causal model that can be pruned: {reason}") from error
 
 
 def _prefix(weights: Mapping[str, object], layers_path: str, count: int) -> str:

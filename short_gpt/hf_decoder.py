@@ -11,9 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from short_gpt.twin import Outline, differences, outline, part, twin_outline
+
 # Config entries that list layers by number. Entries with one value a layer need no list: they
 # are known by their length.
 NUMBERED = ("mlp_only_layers", "moe_layers")
+# Config entries that count the first layers, which are of another kind than those behind them.
+LEADING = ("first_k_dense_replace",)
+# Modules' attributes that hold the number of their layer.
+NUMBERS = ("layer_idx", "layer_id")
+# Config entries by which layers compute with their own number, which no outline shows.
+BY_NUMBER = ("scale_attn_by_inverse_layer_idx", "rescale_every")
+# where something stands, what stood there, what is to stand there
+Edit = tuple[dict[str, Any], dict[str, Any], dict[str, Any]]
 
 
 class HFDecoder:
@@ -42,6 +52,12 @@ class HFDecoder:
             found = None
         if not isinstance(found, nn.ModuleList):
             raise ValueError(f"{self.layers_path} is no list of layers of {type(model).__name__}")
+        if len(found) != self.config.num_hidden_layers:
+            raise ValueError(
+                f"{self.layers_path} of {type(model).__name__} has {len(found)} layers, its config "
+                f"says {self.config.num_hidden_layers}: it is another list, or was cut elsewhere"
+            )
+        self._twins: dict[str, Outline] = {}
 
     @property
     def config(self) -> Any:
@@ -54,7 +70,12 @@ class HFDecoder:
 
     @property
     def device(self) -> torch.device:
-        return self.model.get_input_embeddings().weight.device
+        """Where tokens go: the embedding's device, also while its weights are offloaded."""
+        embedding = self.model.get_input_embeddings()
+        hook = getattr(embedding, "_hf_hook", None)
+        if embedding.weight.is_meta and hook is not None:
+            return torch.device(hook.execution_device)
+        return embedding.weight.device
 
     @property
     def vocab_size(self) -> int:
@@ -74,41 +95,93 @@ class HFDecoder:
         return self.model(input_ids=tokens, use_cache=False).logits.float()
 
     def keep_layers(self, keep: Sequence[int]) -> Callable[[], None]:
-        before, config = self.layers, self.config
-        entries = _entries(config, len(before))
-
-        def put(layers: nn.ModuleList, values: dict[str, Any], places: Sequence[int]) -> None:
-            setattr(self._owner, self._name, layers)
-            for name, value in values.items():
-                config.__dict__[name] = value
-            for place, layer in zip(places, layers, strict=True):
-                for module in _numbered(layer):
-                    vars(module)["layer_idx"] = place
-
+        before = self.layers
+        _check_family(self.model, self.config)
         kept = nn.ModuleList(before[i] for i in keep)
-        put(kept, _cut(entries, keep), range(len(kept)))
+        edits = self._edits(keep)
+
+        def cut() -> None:
+            setattr(self._owner, self._name, kept)
+            for target, _, new in edits:
+                target.update(new)
 
         def undo() -> None:
-            put(before, entries, range(len(before)))
+            setattr(self._owner, self._name, before)
+            for target, old, _ in edits:
+                target.update(old)
 
         try:
-            self._prove()
-        except ValueError:
+            cut()
+            ours, twin = self._outlines()
+            if differences(ours, twin):
+                undo()
+                known, settings = self._without_removal(keep, twin)
+                edits += settings
+                cut()
+                new = [d for d in differences(*self._outlines()) if d not in known]
+                if new:
+                    raise ValueError(f"its config would make {new[0]}")
+        except ValueError as error:
+            undo()
+            kind = type(self.model).__name__
+            raise ValueError(f"these layers of {kind} cannot be removed: {error}") from None
+        except BaseException:
             undo()
             raise
         return undo
 
-    def _prove(self) -> None:
-        """Raises ValueError unless the config alone gives layers like those in the model."""
-        with torch.device("meta"):
-            twin = type(self.model)(self.model.config)
-        made = HFDecoder(twin, self.layers_path).layers
-        for place, (ours, theirs) in enumerate(zip(self.layers, made, strict=True)):
-            for difference in _differences(ours, theirs):
-                raise ValueError(
-                    f"these layers of {type(self.model).__name__} cannot be removed: its config "
-                    f"would make layer {place} of the rest with {difference}"
-                )
+    def _without_removal(self, keep: Sequence[int], after: Outline) -> tuple[list[str], list[Edit]]:
+        """What no removal is to blame for, and settings around the layers that follow the config.
+
+        A quantized model differs from the one of its config anyway: in the kind of its weights.
+        """
+        ours, before = self._outlines()
+        known = differences(part(ours, keep), part(before, keep))
+        edits: list[Edit] = []
+        for name, value in after.rest.items():
+            owner, _, key = name.rpartition(".")
+            target, old = vars(self.model.get_submodule(owner)), before.rest.get(name)
+            if key in target and ours.rest.get(name) == old != value:
+                edits.append((target, {key: old}, {key: value}))
+        return known, edits
+
+    def _edits(self, keep: Sequence[int]) -> list[Edit]:
+        """All that counts or lists layers: configs, modules' numbers, modules' copies of both."""
+        edits: list[Edit] = []
+        for config in self._configs():
+            entries = _entries(config, len(self.layers))
+            edits.append((vars(config), entries, _cut(entries, keep)))
+        _, entries, cut = edits[0]
+        for module in self._owner.modules():
+            old = {k: v for k, v in entries.items() if vars(module).get(k) == v}
+            if old:
+                edits.append((vars(module), old, {key: cut[key] for key in old}))
+        for place, number in enumerate(keep):
+            for module in self.layers[number].modules():
+                old = {k: number for k in NUMBERS if vars(module).get(k) == number}
+                if old:
+                    edits.append((vars(module), old, dict.fromkeys(old, place)))
+        return edits
+
+    def _configs(self) -> list[Any]:
+        """The language model's config and copies of it that parts of the model go by."""
+        found = {id(self.config): self.config}
+        for module in self._owner.modules():
+            config = getattr(module, "config", None)
+            if type(config) is type(self.config):
+                found[id(config)] = config
+        return list(found.values())
+
+    def _outlines(self) -> tuple[Outline, Outline]:
+        """The model's, and that of the model which its config would make."""
+        return outline(self.model, self.layers_path), self._twin()
+
+    def _twin(self) -> Outline:
+        """Made once for each config: hundreds of trials of a plain model share one."""
+        key = self.model.config.to_json_string(use_diff=False)
+        if key not in self._twins:
+            self._twins[key] = twin_outline(self.model, self.layers_path)
+        return self._twins[key]
 
 
 def find_layers(model: nn.Module) -> str:
@@ -136,18 +209,18 @@ def find_layers(model: nn.Module) -> str:
     return decoder[0]
 
 
-def _numbered(layer: nn.Module) -> list[nn.Module]:
-    """The modules of a layer that know its number."""
-    return [m for m in layer.modules() if isinstance(getattr(m, "layer_idx", None), int)]
-
-
 def _entries(config: Any, count: int) -> dict[str, Any]:
     """What the config holds of single layers, by the names of its own attributes."""
     count_name = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
-    found = {count_name: config.__dict__[count_name]}
-    for name, value in config.__dict__.items():
-        if isinstance(value, list | tuple) and (name in NUMBERED or len(value) == count):
+    found: dict[str, Any] = {}
+    for name, value in vars(config).items():
+        # as many ends of text (eos_token_id) as layers are no list of layers
+        listed = isinstance(value, list | tuple) and "token" not in name
+        counted = name in (count_name, *LEADING) and isinstance(value, int)
+        if counted or (listed and (name in NUMBERED or len(value) == count)):
             found[name] = value
+    if "attention_layers" in found:  # GPT Neo's list, and the runs of it that make the list
+        found |= {k: v for k, v in vars(config).items() if k == "attention_types"}
     return found
 
 
@@ -155,8 +228,12 @@ def _cut(entries: dict[str, Any], keep: Sequence[int]) -> dict[str, Any]:
     new_number = {old: new for new, old in enumerate(keep)}
     cut: dict[str, Any] = {}
     for name, value in entries.items():
-        if isinstance(value, int):
+        if name in LEADING:
+            cut[name] = sum(i < value for i in keep)
+        elif isinstance(value, int):
             cut[name] = len(keep)
+        elif name == "attention_types":
+            cut[name] = [[[entries["attention_layers"][i] for i in keep], 1]]
         elif name in NUMBERED:
             cut[name] = type(value)(new_number[i] for i in value if i in new_number)
         else:
@@ -164,19 +241,10 @@ def _cut(entries: dict[str, Any], keep: Sequence[int]) -> dict[str, Any]:
     return cut
 
 
-def _differences(ours: nn.Module, theirs: nn.Module) -> list[str]:
-    """How two layers differ in parameters or in settings; weights do not count."""
-    shapes = [{n: tuple(p.shape) for n, p in m.named_parameters()} for m in (ours, theirs)]
-    found = [f"other parameters ({name})" for name in shapes[0].keys() ^ shapes[1].keys()]
-    found += [f"{n} of shape {s}" for n, s in shapes[1].items() if shapes[0].get(n, s) != s]
-    others = dict(theirs.named_modules())
-    for name, module in ours.named_modules():
-        twin = others.get(name)
-        if twin is None or type(twin) is not type(module):
-            found.append(f"another {name or 'layer'}")
-            continue
-        for key, value in vars(twin).items():
-            plain = isinstance(value, bool | int | float | str | None)
-            if plain and key != "training" and getattr(module, key, value) != value:
-                found.append(f"{name}.{key} = {value!r}".lstrip("."))
-    return found
+def _check_family(model: nn.Module, config: Any) -> None:
+    """Raises ValueError where layers compute with their own number."""
+    if found := [name for name in BY_NUMBER if getattr(config, name, False)]:
+        raise ValueError(
+            f"layers of this {type(model).__name__} cannot be removed: they compute with their "
+            f"own number ({found[0]})"
+        )

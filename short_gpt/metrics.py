@@ -125,4 +125,6 @@ def spearman(a: Tensor, b: Tensor) -> float:
     x, y = ranks(a), ranks(b)
     x, y = x - x.mean(), y - y.mean()
     norm = (x @ x).sqrt() * (y @ y).sqrt()
-    return float((x @ y) / norm) if len(a) > 1 and norm > 0 else math.nan
+    if len(a) < 2 or norm == 0:
+        return math.nan
+    return max(-1.0, min(1.0, float((x @ y) / norm)))

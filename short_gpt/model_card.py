@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -46,30 +47,45 @@ def provenance(short: ShortModel, facts: Mapping[str, Any]) -> dict[str, Any]:
     return {**record, **facts, "versions": versions()}
 
 
-def model_card(short: ShortModel, source: str, facts: Mapping[str, Any]) -> str:
+def card_of(short: ShortModel, source: str, facts: Mapping[str, Any]) -> str:
     """The text of a ``README.md``; arguments as in `provenance`, ``source`` names the original."""
-    record = provenance(short, facts)
-    hub_id = source.count("/") == 1 and not source.startswith((".", "/", "~"))
+    return model_card(provenance(short, facts), source, _quality(short))
+
+
+def model_card(
+    record: Mapping[str, Any], source: str, measured: Mapping[int, Perplexity] | None = None
+) -> str:
+    """The text of a ``README.md`` for a pruned model.
+
+    Args:
+        record: what `provenance` gives, or the content of another ``pruning.json``.
+        source: names the original.
+        measured: perplexities, by the number of layers.
+    """
+    from short_gpt.record import versions
+
+    hub_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source) and not Path(source).exists()
     scores = "They were chosen by hand."
     if "scored" in record:
         windows, tokens = record["scored"]["windows"], record["scored"]["tokens"]
-        data = f" of {facts['data']}" if "data" in facts else ""
-        method = facts.get("method", "Block Influence and angular distance")
+        data = f" of {record['data']}" if "data" in record else ""
+        method = record.get("method", "Block Influence and angular distance")
         scores = f"Scores: {method}, on {tokens:,} tokens{data} in {windows:,} windows."
     quality = "Its quality was not measured."
-    measured = _quality(short)
     if measured:
         rows = (f"| {n} | {p.value:.3f} | {p.tokens:,} |" for n, p in measured.items())
         quality = "| layers | perplexity | tokens |\n| --- | --- | --- |\n" + "\n".join(rows)
+    removed = list(record["removed_layers"])
+    made = record.get("versions") or versions()
     return TEMPLATE.format(
         base=f"base_model: {source}\n" if hub_id else "",
         name=source if hub_id else Path(source).name,
-        count=len(short.removed),
-        total=short.n_layers,
-        removed=short.removed,
+        count=len(removed),
+        total=len(removed) + len(record["kept_layers"]),
+        removed=removed,
         scores=scores,
         quality=quality + "\n",
-        versions=", ".join(f"{k} {v}" for k, v in record["versions"].items()),
+        versions=", ".join(f"{k} {v}" for k, v in made.items()),
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,8 +18,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from short_gpt.comparison import Row
+
 # Colours that colour-blind readers tell apart (Okabe and Ito), and that differ in lightness too.
 KEPT, REMOVED = "#56B4E9", "#D55E00"
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
 
 
 def importance_bars(
@@ -84,6 +88,57 @@ def angular_heatmap(
             f"layers 0..{n_layers - 1}"
         )
     return _draw_heatmap(_by_start_and_size(distances), block, title)
+
+
+def quality_curves(rows: Sequence[Row], *, title: str | None = None) -> Figure:
+    """Perplexity over the number of layers removed, a line for every method and healing.
+
+    Args:
+        rows: of `comparison.Comparison.rows`, the whole model first. Several rows of one method
+            and number, such as random sets, are drawn as a band from the least to the largest.
+        title: a line above the picture.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    figure = _figure(7.5, 4.8)
+    axes = figure.subplots()
+    dense, found = rows[0], rows[1:]
+    colours = dict(zip(dict.fromkeys(r.method for r in found), PALETTE * 3, strict=False))
+    for healing, style in (("raw", "-"), ("patched", "--"), ("lora", ":")):
+        for method, colour in colours.items():
+            points = [(0, dense.perplexity, dense.perplexity)]
+            for n in sorted({r.n for r in found}):
+                values = [
+                    r.perplexity
+                    for r in found
+                    if (r.method, r.n, r.healing) == (method, n, healing)
+                ]
+                points += [(n, min(values), max(values))] if values else []
+            if len(points) > 1:
+                x, low, high = (list(column) for column in zip(*points, strict=True))
+                label = method if healing == "raw" else f"{method}, {healing}"
+                if low != high:
+                    axes.fill_between(x, low, high, color="0.8", label=label)
+                else:
+                    axes.plot(x, low, style, color=colour, marker="o", markersize=4, label=label)
+    axes.set_yscale("log")
+    axes.set_xlabel("layers removed")
+    axes.set_ylabel("perplexity")
+    axes.locator_params(axis="x", integer=True)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside right upper", frameon=False, fontsize="small")
+    if title is not None:
+        figure.suptitle(title)
+    return figure
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Writes a picture as PNG, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}")
+    figure.savefig(partial, format="png", dpi=150)
+    partial.replace(path)
 
 
 def _errors(standard_error: Tensor) -> Tensor:

@@ -16,7 +16,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from llama.model import TransformerBlock, apply_rotary_emb
 from short_gpt.decoder import Decoder
 from short_gpt.layer_removal import check_layers, output_form, patched_forward
 
@@ -36,6 +35,8 @@ def skipped_in_prefill(decoder: Decoder, layers: Sequence[int]) -> Iterator[None
         ValueError: a layer does not exist or is named twice, all would be skipped, or the
             family's layers have no attention that this can fill the cache of.
     """
+    from llama.model import TransformerBlock
+
     if layers:
         check_layers(layers, range(len(decoder.layers)))
     with ExitStack() as stack:
@@ -48,7 +49,9 @@ def skipped_in_prefill(decoder: Decoder, layers: Sequence[int]) -> Iterator[None
         yield
 
 
-def _meta(layer: TransformerBlock) -> Callable[..., Tensor]:
+def _meta(layer: Any) -> Callable[..., Tensor]:
+    from llama.model import apply_rotary_emb
+
     plain, attention = layer.forward, layer.attention
 
     def forward(

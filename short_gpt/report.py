@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+from short_gpt.comparison import Row
 from short_gpt.evaluate import Perplexity
 from short_gpt.greedy import Search
 from short_gpt.importance import Importance
@@ -106,3 +108,61 @@ def comparison(results: Mapping[str, Mapping[str, float]]) -> str:
         cells = [f"{v:>{w}.6g}" for v, w in zip(values, widths, strict=True) if v is not None]
         rows.append("  ".join([f"{measure:<{first}}", *cells]))
     return "\n".join(rows)
+
+
+def compared(
+    rows: Sequence[Row], agreed: Sequence[Mapping[str, Any]] = (), tasks: Mapping[str, Any] = {}
+) -> str:
+    """Perplexities of a comparison: a row for every method, a column for every number of layers.
+
+    Args:
+        rows: of `comparison.Comparison.rows`, the whole model first.
+        agreed: of its ``agreement``.
+        tasks: of its ``tasks``.
+    """
+    dense, counts = rows[0], sorted({r.n for r in rows[1:]})
+    lines = [f"whole model: perplexity {dense.perplexity:.3f}, {dense.parameters / 1e6:.1f} M", ""]
+    head = f"{'layers removed':<28}" + "".join(f"{n:>20}" for n in counts)
+    for healing in dict.fromkeys(r.healing for r in rows[1:]):
+        lines += [head, f"{healing}: perplexity (standard error)"]
+        lines += _by_method([r for r in rows[1:] if r.healing == healing], counts)
+        lines.append("")
+    sizes = {r.n: r for r in rows[1:]}
+    for name, cell in (
+        ("parameters, M", lambda r: f"{r.parameters / 1e6:.1f}"),
+        ("weights, MB", lambda r: f"{r.megabytes:.0f}"),
+        ("speed / whole model's", lambda r: f"{r.tokens_per_second / dense.tokens_per_second:.2f}"),
+    ):
+        lines.append(f"{name:<28}" + "".join(f"{cell(sizes[n]):>20}" for n in counts))
+    for found in agreed:
+        shares = "; ".join(f"{pair} {share:.0%}" for pair, share in found["overlap"].items())
+        lines.append(f"{found['n']} layers in common: {shares}")
+    if agreed:
+        value = agreed[0]["rank_correlation_of_bi_with_loss"]
+        lines.append(
+            f"rank correlation of Block Influence with the loss without a layer {value:.3f}"
+        )
+    for layers, values in tasks.items():
+        lines.append(f"without {layers}: " + ", ".join(f"{k} {v:.4g}" for k, v in values.items()))
+    return "\n".join(lines)
+
+
+def _by_method(rows: Sequence[Row], counts: Sequence[int]) -> list[str]:
+    lines = []
+    for method in dict.fromkeys(r.method for r in rows):
+        cells = ""
+        for n in counts:
+            found = [r for r in rows if (r.method, r.n) == (method, n)]
+            cells += f"{_cell(found):>20}"
+        lines.append(f"  {method:<26}{cells}")
+    return lines
+
+
+def _cell(found: Sequence[Row]) -> str:
+    """One model's perplexity with its error, or the range of several."""
+    values = [r.perplexity for r in found]
+    if not values:
+        return "-"
+    if len(values) > 1:
+        return f"{min(values):.4g} to {max(values):.4g}"
+    return f"{values[0]:.2f} ({values[0] * found[0].standard_error:.2f})"

@@ -41,7 +41,7 @@ class ScoringRun:
         self.verdict: Verdict | None = None
         self._decoder, self._batch_size, self._population = decoder, batch_size, population
         self._stop, self._state = stop, state
-        self._team = replicas.current()
+        self._team = replicas.current(decoder.device)
         self._read = into.n_windows
         first = stop.min_windows if stop else 32
         self._next = first
@@ -89,14 +89,16 @@ class ScoringRun:
             self._state.save(self.into)
 
     def _mine(self, windows: Iterable[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
-        """This replica's batch of every step."""
-        size, rank = self._batch_size, self._team.rank
-        steps: Iterable[list[Sequence[int]]] = batches(windows, size * self._team.count)
+        """This replica's batches of every step; empty ones where nothing is left for it."""
+        size = self._batch_size
+        steps: Iterable[list[Sequence[int]]] = batches(windows, self._team.step(size))
         if self._state:
             steps = self._state.unread(steps, self._read)
         for step in steps:
+            *first, last = self._team.share(step, size)
+            yield from first
             self._read += len(step)
-            yield step[rank * size : (rank + 1) * size]
+            yield last
 
     def _after(self, local: Importance) -> bool:
         if self._state and self._team.count == 1:

@@ -13,6 +13,10 @@ from short_gpt.data import windows
 from short_gpt.hf_decoder import HFDecoder
 from short_gpt.short_model import ShortModel, fingerprint
 
+# options of loading that say where files come from: the tokenizer's as well as the model's
+FROM_WHERE = ["cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder"]
+FROM_WHERE += ["token", "trust_remote_code"]
+
 
 class ShortHFModel(ShortModel):
     """Scores and removes layers of a ``transformers`` causal language model.
@@ -22,7 +26,9 @@ class ShortHFModel(ShortModel):
         layers_path: where its layers are, as in ``"model.layers"``; None finds them.
         n_prune_layers: how many layers `remove_layers` takes out; may be set later.
         tokenizer: needed with a loaded model to read texts; None loads the model's own.
-        options: passed on to ``from_pretrained``, such as ``dtype`` and ``device_map``.
+        device: where the model goes when it is loaded; None leaves it where it is loaded to.
+        options: passed on to ``from_pretrained``: ``dtype`` (the files' if not given),
+            ``device_map``, ``offload_folder``, ``quantization_config``, ``revision`` and the like.
 
     Attributes:
         model: the ``transformers`` model.
@@ -31,7 +37,7 @@ class ShortHFModel(ShortModel):
 
     Raises:
         ImportError: transformers is missing.
-        ValueError: the model's layers cannot be found.
+        OSError, ValueError: the model cannot be loaded, or its layers cannot be found.
 
     Example:
         >>> short = ShortHFModel("mistralai/Mistral-7B-v0.1", n_prune_layers=9)  # doctest: +SKIP
@@ -47,8 +53,10 @@ class ShortHFModel(ShortModel):
         n_prune_layers: int | None = None,
         *,
         tokenizer: Any = None,
+        device: str | torch.device | None = None,
         **options: Any,
     ) -> None:
+        place = _place(device, options)
         if isinstance(model_name, str | os.PathLike):
             model, own = _load(str(model_name), options)
             tokenizer = own if tokenizer is None else tokenizer
@@ -56,6 +64,8 @@ class ShortHFModel(ShortModel):
             raise ValueError(f"options {sorted(options)} are for loading; the model is loaded")
         else:
             model = model_name
+        if place is not None and not getattr(model, "is_quantized", False):
+            model.to(place)
         decoder = HFDecoder(model.eval(), layers_path)
         super().__init__(decoder, n_prune_layers)
         self._layers_path = decoder.layers_path
@@ -173,14 +183,14 @@ class ShortHFModel(ShortModel):
         """
         from llama.checkpoint import PROVENANCE
         from llama.files import new_directory, write_json
-        from short_gpt.model_card import model_card, provenance
+        from short_gpt.model_card import card_of, provenance
 
         out, facts = Path(str(out_dir)), facts or {}
         with new_directory(out, replaces=PROVENANCE if overwrite else None) as partial:
             self.model.save_pretrained(partial)
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(partial)
-            card = model_card(self, self.source, facts)
+            card = card_of(self, self.source, facts)
             (partial / "README.md").write_text(card, encoding="utf-8")
             write_json(partial / PROVENANCE, provenance(self, facts))
             if verify:
@@ -191,7 +201,9 @@ class ShortHFModel(ShortModel):
         again = type(self.model).from_pretrained(directory, dtype=self.model.dtype)
         for weight in again.parameters():  # mapped weights lie unaligned and may round otherwise
             weight.data = weight.data.clone()
-        saved = ShortHFModel(again.to(self.decoder.device), self._layers_path)
+        if not getattr(again, "is_quantized", False):  # those are where they belong
+            again.to(self.decoder.device)
+        saved = ShortHFModel(again, self._layers_path)
         (ours, _, _), (theirs, cached, uncached) = fingerprint(self), fingerprint(saved)
         if not torch.equal(ours, theirs):
             off = (ours - theirs).abs().max()
@@ -199,27 +211,73 @@ class ShortHFModel(ShortModel):
         if cached != uncached:
             raise RuntimeError("the saved model generates otherwise with its cache; not saved")
 
+    def _check_weights(self) -> None:
+        # offloaded weights cannot be looked at; their states are, whenever they are read
+        if not any(weight.is_meta for weight in self.decoder.layers.parameters()):
+            super()._check_weights()
+
     def _tokenizer(self) -> Any:
         if self.tokenizer is None:
             raise ValueError("pass tokenizer=... with a loaded model to read and write texts")
         return self.tokenizer
 
 
+def _place(device: str | torch.device | None, options: Mapping[str, Any]) -> torch.device | None:
+    from llama.parallel import choose_device
+
+    if device is not None and "device_map" in options:
+        raise ValueError("give device for one place or device_map for several, not both")
+    return None if device is None else choose_device(device)
+
+
+def auto_class(config: Any) -> Any:
+    """The class of transformers that makes the whole model of a config, towers for images included.
+
+    Raises:
+        ValueError: the config is of no language model; the message names its kind.
+    """
+    import transformers as t
+
+    if getattr(config, "auto_map", None):  # code that comes with the model decides itself
+        return t.AutoModelForCausalLM
+    if config.get_text_config(decoder=True) is not config:
+        if type(config) in t.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+            return t.AutoModelForImageTextToText
+    elif type(config) in t.MODEL_FOR_CAUSAL_LM_MAPPING:
+        return t.AutoModelForCausalLM
+    raise ValueError(f"a model of type {config.model_type!r} is no causal language model")
+
+
 def _load(name: str, options: dict[str, Any]) -> tuple[Any, Any]:
     try:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoConfig, AutoTokenizer
     except ImportError:
         raise ImportError('ShortHFModel needs: pip install "short-gpt[hf]"') from None
-    where: tuple[Any, dict[str, Any]] = (name, {})
+    path, gguf = Path(name), {}
     if name.endswith(".gguf"):
-        path = Path(name)
-        where = (path.parent, {"gguf_file": path.name})
+        if not path.is_file():
+            raise FileNotFoundError(f"GGUF file {name} does not exist")
+        path, gguf = path.parent, {"gguf_file": path.name}
+    where = str(path) if gguf else name
+    both = {key: options[key] for key in FROM_WHERE if key in options} | gguf
     try:
-        model = AutoModelForCausalLM.from_pretrained(where[0], **where[1], **options)
-        tokenizer = AutoTokenizer.from_pretrained(where[0], **where[1])
-    except OSError as error:  # a wrong name, a gated model, no network
-        raise OSError(f"{name} cannot be loaded: {' '.join(str(error).split())}") from None
-    if where[1]:  # the weights are no longer quantized, so they can be saved
+        loader = auto_class(AutoConfig.from_pretrained(where, **both))
+        tokenizer = AutoTokenizer.from_pretrained(where, **both)
+        model = loader.from_pretrained(where, **gguf, **{"dtype": "auto", **options})
+    except Exception as error:  # a wrong name, no network, an unknown kind, a wrong option ...
+        from llama.hub import hub_failure
+
+        if not path.exists() and (failure := hub_failure(name, error)):
+            raise failure from error
+        kind = OSError if isinstance(error, OSError) else ValueError
+        raise kind(f"{name} cannot be loaded: {explained(error)}") from error
+    if gguf:  # the weights are no longer quantized, so they can be saved
         del model.config.quantization_config
         vars(model)["hf_quantizer"] = None
     return model, tokenizer
+
+
+def explained(error: BaseException) -> str:
+    """Transformers' errors in one line: the first paragraph, of at most 300 characters."""
+    text = " ".join(str(error).strip().split("\n\n")[0].split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:300] + " ..."

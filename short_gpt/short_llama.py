@@ -33,6 +33,60 @@ class ShortLlama(ShortModel):
         super().__init__(MetaDecoder(llama.model), n_prune_layers)
         self.llama = llama
 
+    @classmethod
+    def from_checkpoint(
+        cls,
+        ckpt_dir: str | os.PathLike[str],
+        n_prune_layers: int | None = None,
+        *,
+        tokenizer_path: str | os.PathLike[str] | None = None,
+        max_seq_len: int = 2048,
+        max_batch_size: int = 1,
+        device: str | None = None,
+        dtype: str | None = None,
+        stream: bool = False,
+        max_memory: str | int | None = None,
+    ) -> ShortLlama:
+        """Opens a checkpoint directory, in memory or to be streamed.
+
+        Args:
+            ckpt_dir: in Meta's format; with ``stream`` also a Llama of Hugging Face's format.
+            n_prune_layers: how many layers `remove_layers` takes out; may be set later.
+            tokenizer_path: tokenizer file; None looks beside the checkpoint.
+            max_seq_len: longest window, in tokens.
+            max_batch_size: most windows read at once.
+            device: None takes CUDA, MPS or CPU, the first there is.
+            dtype: of weights and states; None is float32 on CPU, bfloat16 on CUDA, else float16.
+            stream: whether to hold one layer at a time: a `streaming.StreamedLlama`, which scores
+                and removes but does not generate.
+            max_memory: of the process when streamed, in bytes or like "3GB"; None takes half of
+                what is free.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: a file is damaged or does not fit the others, or ``max_memory`` is too
+                little or given without ``stream``.
+        """
+        if stream:
+            from short_gpt.streaming import StreamedLlama
+
+            limits = {"max_seq_len": max_seq_len, "batch_size": max_batch_size}
+            options: dict[str, Any] = {"device": device, "dtype": dtype, "max_memory": max_memory}
+            options |= {"tokenizer_path": tokenizer_path, **limits}
+            return StreamedLlama(ckpt_dir, n_prune_layers, **options)
+        if max_memory is not None:
+            raise ValueError(
+                "max_memory bounds a streamed model; pass stream as well, or leave it out"
+            )
+        from llama import Llama
+        from llama.tokenizer import find_tokenizer
+
+        path = tokenizer_path or find_tokenizer(ckpt_dir)
+        limits = {"max_seq_len": max_seq_len, "max_batch_size": max_batch_size}
+        return cls(
+            Llama.build(ckpt_dir, path, **limits, device=device, dtype=dtype), n_prune_layers
+        )
+
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, with bos in front where the model expects it."""
         bos = getattr(self.llama.tokenizer, "add_bos", True)

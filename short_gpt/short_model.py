@@ -21,9 +21,11 @@ from short_gpt.greedy import Search, one_shot, sleb
 from short_gpt.importance import Importance
 from short_gpt.layer_removal import check_layers, remove_layers, span, without_layers
 from short_gpt.methods import BY_LOSS, choose
+from short_gpt.prefill import skipped_in_prefill
 from short_gpt.resume import RunState, StateFile
 from short_gpt.scoring import ScoringRun
 from short_gpt.stopping import Stop, Verdict
+from short_gpt.sublayers import remove_sublayers
 
 
 class ShortModel:
@@ -38,6 +40,7 @@ class ShortModel:
         n_layers: L, before any removal.
         kept: the layers that the model has now, ascending.
         removed: the layers taken out so far, in order of removal.
+        removed_sublayers: the layers that lost their attention, and those that lost their MLP.
         importance: the sums of all windows scored since the last removal.
         quality: the last perplexity measured, by the layers that the model had.
     """
@@ -48,6 +51,7 @@ class ShortModel:
         self.kept = list(range(self.n_layers))
         self.removed: list[int] = []
         self.importance = Importance.empty(self.kept)
+        self.removed_sublayers: dict[str, list[int]] = {"attention": [], "mlp": []}
         self.quality: dict[tuple[int, ...], Perplexity] = {}
         self._present = self.kept  # kept, less those of a trial
         self._weights_checked = False
@@ -195,6 +199,40 @@ class ShortModel:
                 yield
             finally:
                 self._present = self.kept
+
+    @contextmanager
+    def skipped_in_prefill(self, layers: Sequence[int]) -> Iterator[None]:
+        """The model that skips some layers while it reads a prompt; see `prefill`.
+
+        Args:
+            layers: original layer numbers; none changes nothing.
+
+        Raises:
+            ValueError: a layer does not exist, or the family cannot do this.
+        """
+        if layers:
+            check_layers(layers, self.kept)
+        with skipped_in_prefill(self.decoder, [self.kept.index(i) for i in layers]):
+            yield
+
+    def remove_sublayers(self, *, attention: Sequence[int] = (), mlp: Sequence[int] = ()) -> None:
+        """Takes out the attention or the MLP of some layers, in place; see `sublayers`.
+
+        Args:
+            attention, mlp: original numbers of the layers that lose this half.
+
+        Raises:
+            ValueError: a layer does not exist (any more), or its halves cannot be told apart.
+        """
+        self._check_whole()
+        if unknown := [i for i in (*attention, *mlp) if i not in self.kept]:
+            raise ValueError(f"layers {unknown} do not exist; the model has {span(self.kept)}")
+        places = [[self.kept.index(i) for i in layers] for layers in (attention, mlp)]
+        remove_sublayers(self.decoder, attention=places[0], mlp=places[1])
+        self.removed_sublayers["attention"] += attention
+        self.removed_sublayers["mlp"] += mlp
+        self.importance = Importance.empty(self.kept)
+        self.quality.pop(tuple(self.kept), None)
 
     @property
     def importances(self) -> Tensor:

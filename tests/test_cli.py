@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from conftest import BYTE_VOCAB, make_transformer, save_checkpoint, write_byte_t
 from short_gpt import cli
 from short_gpt.__main__ import main
 from short_gpt.methods import METHODS
+from short_gpt.models import open_model
 
 TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom. " * 8
 
@@ -123,6 +125,62 @@ def test_a_search_among_the_lowest_only(ckpt):
     assert record["chosen"]["layers"] == record["search"]["removed"]
 
 
+def test_prune_takes_what_a_search_chose(ckpt, capsys):
+    run("rank", "ckpt", *DATA, "--n_prune_layers", 2, "--max_windows", 3, "--method", "sleb",
+        "--out", "s.json")  # fmt: skip
+    layers = json.loads(Path("s.json").read_text())["chosen"]["layers"]
+    run("prune", "ckpt", "two", "--scores", "s.json", "--n_prune_layers", 2)
+    run("prune", "ckpt", "one", "--scores", "s.json", "--n_prune_layers", 1)
+    for name, count in (("two", 2), ("one", 1)):
+        record = json.loads(Path(name, "pruning.json").read_text())
+        assert record["removed_layers"] == layers[:count]
+        assert record["method"] == METHODS["sleb"]
+    capsys.readouterr()
+    for options, message in (
+        (("--n_prune_layers", 3), "holds 2 layers that sleb chose"),
+        (("--n_prune_layers", 1, "--method", "bi"), "holds the layers of sleb, not of bi"),
+    ):
+        assert message in fails(capsys, "prune", "ckpt", "x", "--scores", "s.json", *options)
+
+
+def test_prune_by_the_method_that_ranked_or_another(ckpt):
+    run("rank", "ckpt", *DATA, "--max_windows", 3, "--method", "reverse", "--out", "r.json")
+    for name, options, expected in (
+        ("ranked", (), [4, 3]),
+        ("other", ("--method", "deepest"), [2, 3]),
+    ):
+        run("prune", "ckpt", name, "--scores", "r.json", "--n_prune_layers", 2, *options)
+        record = json.loads(Path(name, "pruning.json").read_text())
+        assert record["removed_layers"] == expected
+
+
+def test_the_quality_gate_removes_what_the_perplexity_allows(ckpt, capsys):
+    Path("other.txt").write_text("".join(chr(97 + i * i % 26) for i in range(400)))
+    run("rank", "ckpt", *DATA, "--max_windows", 3, "--out", "r.json")
+    gate = ("--scores", "r.json", "--eval_data", "other.txt", "--size", 32, "--device", "cpu")
+    capsys.readouterr()
+    run("prune", "ckpt", "gated", *gate, "--max_perplexity_ratio", 1e9)
+    record = json.loads(Path("gated/pruning.json").read_text())
+    tried = record["quality_gate"]["tried"]
+    assert len(record["removed_layers"]) == 4 and [t["layers"] for t in tried] == [0, 1, 2, 3, 4]
+    assert f"4 layers less: perplexity {tried[4]['perplexity']:.3f}" in capsys.readouterr().out
+    run("perplexity", "gated", "--data", "other.txt", "--size", 32, "--out", "p.json")
+    capsys.readouterr()
+    value = json.loads(Path("p.json").read_text())["result"]["perplexity"]
+    assert value == pytest.approx(tried[4]["perplexity"], rel=1e-5)
+    ratios = [t["ratio"] for t in tried]
+    wanted = next((n for n in range(1, 5) if ratios[n] > 1.0), 5) - 1
+    if wanted == 0:
+        message = fails(capsys, "prune", "ckpt", "x", *gate, "--max_perplexity_ratio", 1.0)
+        assert "not even one layer may go" in message
+    for options, message in (
+        ((*gate[:2], "--max_perplexity_ratio", 1.1), "needs --eval_data"),
+        ((*gate, "--max_perplexity_ratio", 0.9), "expected a factor of at least 1"),
+        ((*gate[:2], "--eval_data", DATA[1], "--max_perplexity_ratio", 2), "what the scores were"),
+    ):
+        assert message in fails(capsys, "prune", "ckpt", "x", *options)
+
+
 def test_rank_scores_halves_of_layers(ckpt, capsys):
     run("rank", "ckpt", *DATA, "--max_windows", 2, "--sublayers")
     assert "attention" in capsys.readouterr().out
@@ -184,6 +242,33 @@ def test_prune_says_that_it_verified(ckpt, capsys):
 def test_version(capsys):
     run("--version")
     assert capsys.readouterr().out.startswith("short-gpt ")
+
+
+def test_two_replicas_of_two_ranks_stop_together(ckpt):
+    text = " ".join(f"{i * i % 977} and {i * 7 % 89}" for i in range(900))
+    Path("long.txt").write_text(text)
+    data = ["--data", "long.txt", "--size", "32", "--stride", "32", "--device", "cpu"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc_per_node", "4", "-m", "short_gpt", "rank", "ckpt", *data]
+    command += ["--model_parallel_size", "2", "--n_prune_layers", "1", "--out", "four.json"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("set of the 1 lowest settled at 0.99 after") == 1
+    four = json.loads(Path("four.json").read_text())
+    read = four["settled"]["windows"]
+    assert four["settled"]["settled"] and read < four["settled"]["population"]
+    run("rank", "ckpt", *data, "--confidence", "none", "--max_windows", read, "--out", "one.json")
+    one, four = (json.loads(Path(f"{n}.json").read_text())["importance"] for n in ("one", "four"))
+    for name in ("windows", "tokens", "influence", "products", "angles"):
+        expected = torch.tensor(one[name])
+        assert torch.allclose(torch.tensor(four[name]), expected, rtol=1e-5, atol=1e-5), name
+
+
+def test_hugging_face_models_are_not_split_over_ranks(capsys, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ValueError, match="only Meta's format is split over ranks; convert"):
+        open_model(str(tmp_path), model_parallel_size=2)
 
 
 def test_of_two_ranks_one_prints_and_writes(ckpt):
@@ -261,13 +346,13 @@ def test_reproduce_runs_the_protocol_on_a_model_of_the_papers_shape(ckpt, capsys
         (["rank", "ckpt", *DATA, "--dtype", "int4"], "expected a dtype of float32"),
         (["rank", "ckpt", *DATA, "--out", "book.txt"], "book.txt exists"),
         (["prune", "ckpt"], "prune needs OUT_DIR"),
-        (["prune", "ckpt", "x"], "prune needs either --layers 21,22,23 or --scores FILE"),
+        (["prune", "ckpt", "x"], "expected either --layers 21,22,23 or --scores FILE"),
         (["prune", "ckpt", "x", "--layers", "7"], "layers [7] do not exist; the model has 0..4"),
         (["prune", "ckpt", "x", "--layers", "a"], "expected layer numbers as in"),
         (["prune", "ckpt", "x", "--scores", "no.json"], "no.json does not exist"),
         (["prune", "ckpt", "x", "--scores", "book.txt"], "book.txt is not JSON"),
         (["prune", "ckpt", "ckpt", "--layers", "1"], "ckpt exists"),
-        (["prune", "ckpt", "x", "--layers", "1", "--angular"], "choose from --scores"),
+        (["prune", "ckpt", "x", "--layers", "1", "--angular"], "chooses from --scores"),
         (["prune", "ckpt", "x", "--layers", "1", "--tokenizer_path", "no"], "no does not exist"),
         (["rank", "ckpt", *DATA, "--stride", "0"], "stride = 0: expected"),
         (["rank", "ckpt", *DATA, "--max_windows", "0"], "limit = 0: expected"),

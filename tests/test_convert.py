@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from llama import Tokenizer
 from llama.checkpoint import Checkpoint
 from llama.convert import HF, META, gguf_to_meta, hf_to_meta, meta_to_hf, name_in, permute
-from llama.hf_llama import resolve, write_tokenizer
+from llama.hf_llama import write_tokenizer
+from llama.hub import hub_failure, resolve
 from llama.model import load_model
 from llama.safetensors_file import SafetensorsFile, open_weights
 
@@ -246,6 +247,10 @@ def test_the_hub_refuses_in_one_line(monkeypatch, name, kind, message):
     with pytest.raises(kind, match=message) as caught:
         resolve("a/b")
     assert "\n" not in str(caught.value)
+    wrapped = OSError("transformers'\nown words")  # as its loaders raise it
+    wrapped.__cause__ = cls.__new__(cls)
+    assert str(hub_failure("a/b", wrapped)) == str(caught.value)
+    assert hub_failure("a/b", OSError("disk full")) is None
     with pytest.raises(FileNotFoundError, match="neither a directory nor a hub id"):
         resolve("/no/such/place")
 

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from families import FAMILIES, make
+from conftest import write_byte_tokenizer
+from families import DROP, FAMILIES, KEPT, TOKENS, check, make
 from safetensors.torch import load_file, save_file
 
-from short_gpt import ShortHFModel
+from llama.safetensors_file import Entry
 from short_gpt.hf_checkpoint import mergekit_recipe, prune_hf
 from short_gpt.hf_decoder import HFDecoder
 
 pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
-TOKENS = torch.arange(3, 23).reshape(2, 10)
-DROP, KEPT = [1, 4], [0, 2, 3, 5]
 
 
 def logits(directory):
@@ -26,20 +29,7 @@ def logits(directory):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_files_hold_the_model_pruned_in_memory(family, tmp_path):
-    model = make(family)
-    model.save_pretrained(tmp_path / "whole", max_shard_size="20KB")
-    prune_hf(tmp_path / "whole", tmp_path / "cut", DROP)
-    short = ShortHFModel(model)
-    short.remove_layers(DROP)
-    loaded, problems = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "cut", output_loading_info=True
-    )
-    assert not any(problems.values()), problems
-    ours = HFDecoder(loaded.eval())
-    assert (ours.logits(TOKENS) - short.decoder.logits(TOKENS)).abs().max() < 1e-5
-    expected = json.loads(json.dumps(model.config.to_dict()))
-    found = json.loads(json.dumps(loaded.config.to_dict()))
-    assert {k for k in expected if found.get(k) != expected[k]} <= {"_name_or_path"}
+    check(family, "files", tmp_path)
 
 
 @pytest.fixture
@@ -56,8 +46,10 @@ def test_a_single_file_stays_single_and_other_files_go_along(whole, tmp_path):
     seen = []
     out = prune_hf(whole, tmp_path / "cut", DROP, provenance={"by": "me"}, progress=seen.append)
     names = {"tokenizer.json", "chat_template.jinja", "LICENSE", "merges.txt", "config.json"}
-    names |= {"generation_config.json", "model.safetensors", "pruning.json"}
+    names |= {"generation_config.json", "model.safetensors", "pruning.json", "README.md"}
     assert {p.name for p in out.iterdir()} == names
+    assert "# whole without 2 of its 6 layers" in (out / "README.md").read_text()
+    assert "    [1, 4]\n\nThey were chosen by hand." in (out / "README.md").read_text()
     record = json.loads((out / "pruning.json").read_text())
     assert record == {"removed_layers": DROP, "kept_layers": KEPT, "by": "me"}
     assert len(seen) == len(load_file(out / "model.safetensors"))
@@ -139,3 +131,65 @@ def test_mergekit_recipe():
     assert (recipe["merge_method"], recipe["dtype"]) == ("passthrough", "float16")
     with pytest.raises(ValueError, match=r"expected ascending .* got \[2, 1\]"):
         mergekit_recipe("a", [2, 1])
+
+
+def large_llama(directory):
+    """A Llama of 20 layers in bfloat16, all zeros, its file a hole: (largest tensor, all) bytes."""
+    config = transformers.LlamaConfig(**LARGE, architectures=["LlamaForCausalLM"], dtype="bfloat16")
+    directory.mkdir()
+    config.save_pretrained(directory)
+    write_byte_tokenizer(directory)
+    with torch.device("meta"):
+        weights = transformers.LlamaForCausalLM(config).state_dict()
+    entries = {name: Entry.of(torch.bfloat16, tuple(w.shape)) for name, w in weights.items()}
+    path = directory / "model.safetensors"
+    header, end = {}, 0
+    for name, entry in entries.items():
+        offsets = [end, end + entry.nbytes]
+        header[name] = {"dtype": "BF16", "shape": entry.shape, "data_offsets": offsets}
+        end += entry.nbytes
+    text = json.dumps(header).encode()
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    return max(entry.nbytes for entry in entries.values()), end
+
+
+LARGE = {"vocab_size": 32000, "hidden_size": 256, "intermediate_size": 4096}
+LARGE |= {"num_hidden_layers": 20, "num_attention_heads": 8, "tie_word_embeddings": True}
+PEAK = """
+import sys
+from pathlib import Path
+from families import make
+import llama.hf_llama
+from llama.convert import hf_to_meta, meta_to_hf
+from short_gpt.hf_checkpoint import prune_hf
+
+def peak():  # not ru_maxrss, which a process takes over from the one that started it
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
+
+folder = Path(sys.argv[1])
+make("llama").save_pretrained(folder / "small")
+prune_hf(folder / "small", folder / "small-cut", [1])  # loads all the code there is to load
+base = peak()
+prune_hf(folder / "hf", folder / "cut", [3, 4, 15])
+print(peak() - base)
+hf_to_meta(folder / "hf", folder / "meta")
+print(peak() - base)
+meta_to_hf(folder / "meta", folder / "back")
+print(peak() - base)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_is_bounded_by_the_largest_tensor(tmp_path):
+    """The model has eight times as much; pruning copies pieces, converting turns whole tensors."""
+    largest, total = large_llama(tmp_path / "hf")
+    assert total > 8 * largest
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    command = [sys.executable, "-c", PEAK, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    pruning, to_meta, to_hf = map(int, done.stdout.split())
+    assert pruning < 32 * 2**20 + largest / 4  # two pieces of 16 MiB, and the header's names
+    assert to_meta < to_hf + 1 < 3 * largest

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from short_gpt.reproduce import published
-from short_gpt.selection import best_block, lowest
+from short_gpt.selection import at_random, best_block, deepest, lowest, reverse, sequential
 
 
 @pytest.mark.parametrize("model", ["Llama-2-7B", "Mistral-7B-v0.1"])
@@ -53,3 +53,26 @@ def test_n_out_of_range(n):
 def test_nan_is_never_selected():
     with pytest.raises(ValueError, match="must be finite"):
         lowest(torch.tensor([0.1, float("nan"), 0.3]), 1)
+
+
+def test_rules_without_scores():
+    assert deepest(32, 8) == list(range(23, 31))  # Gromov et al., counted from 0
+    assert sequential(6, 2) == [0, 1]
+    assert reverse(6, 3) == [5, 4, 3]
+    assert at_random(30, 8, 5) == at_random(30, 8, 5) != at_random(30, 8, 6)
+    assert len({*at_random(30, 29)}) == 29
+
+
+@pytest.mark.parametrize("rule", [deepest, sequential, reverse, at_random])
+@pytest.mark.parametrize("n", [0, 6, True])
+def test_rules_check_the_number(rule, n):
+    with pytest.raises(ValueError, match="layers to remove of 6: expected 1 to 5"):
+        rule(6, n)
+
+
+def test_every_random_set_is_equally_likely():
+    counts = [0] * 6
+    for seed in range(3000):
+        for layer in at_random(6, 2, seed):
+            counts[layer] += 1
+    assert all(abs(c - 1000) < 100 for c in counts)  # 4 standard deviations

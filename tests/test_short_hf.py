@@ -10,67 +10,21 @@ import sys
 
 import pytest
 import torch
-from families import FAMILIES, LAYERS, make
+from conftest import BYTE_VOCAB, write_byte_tokenizer
+from families import DROP, FAMILIES, KEPT, LAYERS, PLAIN, STEPS, TOKENS, check, make
 
-from short_gpt import ShortHFModel
+from short_gpt import ShortHFModel, hf_decoder, short_hf
 from short_gpt.hf_decoder import HFDecoder, find_layers
 from short_gpt.importance import measure
 from short_gpt.layer_removal import remove_layers, without_layers
-from short_gpt.metrics import block_influence
 
 pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
-TOKENS = torch.arange(3, 23).reshape(2, 10)
-DROP, KEPT = [1, 4], [0, 2, 3, 5]
 
 
+@pytest.mark.parametrize("step", [s for s in STEPS if s != "files"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_scores_are_those_of_transformers_states(family):
-    model = make(family)
-    found = measure(HFDecoder(model), [TOKENS.tolist()])
-    with torch.no_grad():
-        states = model(TOKENS, output_hidden_states=True).hidden_states
-    # the last state is behind the final norm; Mamba's first is behind layer 0, not in front
-    first = 1 if family == "mamba" else 0
-    for i, (x, y) in enumerate(itertools.pairwise(states[:-1])):
-        expected = block_influence(x, y).mean().item()
-        assert found.block_influence[first + i].item() == pytest.approx(expected, abs=1e-5)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_padding_does_not_count(family):
-    model, ragged = make(family), [TOKENS[0].tolist(), TOKENS[1, :4].tolist()]
-    padded = measure(HFDecoder(model), [ragged])
-    single = measure(HFDecoder(model), [[w] for w in ragged])
-    assert (padded.block_influence - single.block_influence).abs().max() < 1e-5
-    assert (padded.angular - single.angular).abs().max() < 1e-4
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_removal_undo_generation_and_reload(family, tmp_path):
-    model = make(family)
-    decoder = HFDecoder(model)
-    layers, config, before = list(decoder.layers), model.config.to_dict(), decoder.logits(TOKENS)
-    with without_layers(decoder, DROP):
-        assert list(decoder.layers) == [layers[i] for i in KEPT]
-        assert decoder.config.num_hidden_layers == 4
-        assert not torch.equal(decoder.logits(TOKENS), before)
-    assert list(decoder.layers) == layers
-    assert model.config.to_dict() == config
-    assert torch.equal(decoder.logits(TOKENS), before)
-
-    short = ShortHFModel(model)
-    assert short.remove_layers(DROP) == DROP
-    short.save_pretrained(tmp_path / "out")  # compares logits and cached generation itself
-    again = HFDecoder(type(model).from_pretrained(tmp_path / "out").eval())
-    assert (again.logits(TOKENS) - decoder.logits(TOKENS)).abs().max() < 1e-5
-    with torch.no_grad():
-        cached, uncached = (
-            model.generate(
-                TOKENS, max_new_tokens=8, do_sample=False, use_cache=cache, pad_token_id=0
-            )
-            for cache in (True, False)
-        )
-    assert torch.equal(cached, uncached)
+def test_contract(family, step, tmp_path):
+    check(family, step, tmp_path)
 
 
 def test_a_fresh_process_gives_the_same_logits(tmp_path):
@@ -123,43 +77,21 @@ def test_what_the_config_cannot_say_is_refused_and_undone():
     remove_layers(decoder, [2, 3])  # keeps the rule
 
 
-def multimodal(name: str):
-    """A tiny model whose decoder sits in a wrapper, beside a tower of as many layers."""
-    import transformers as t
-    from families import PLAIN
-
-    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": LAYERS}
-    vision |= {"num_attention_heads": 2, "image_size": 8, "patch_size": 4}
-    torch.manual_seed(0)
-    if name == "llava":
-        tower, text = t.CLIPVisionConfig(**vision, projection_dim=16), t.LlamaConfig(**PLAIN)
-        config = t.LlavaConfig(vision_config=tower, text_config=text, image_token_index=95)
-        return t.LlavaForConditionalGeneration(config).eval()
-    text = t.Gemma3TextConfig(**PLAIN, head_dim=8, sliding_window=8)
-    config = t.Gemma3Config(
-        vision_config=t.SiglipVisionConfig(**vision),
-        text_config=text,
-        mm_tokens_per_image=4,
-        image_token_index=95,
-        boi_token_index=93,
-        eoi_token_index=94,
-    )
-    return t.Gemma3ForConditionalGeneration(config).eval()
-
-
-@pytest.mark.parametrize("name", ["llava", "gemma3"])
-def test_a_decoder_inside_a_multimodal_wrapper(name, tmp_path):
-    model = multimodal(name)
-    short = ShortHFModel(model, "model.language_model.layers", n_prune_layers=2)
+@pytest.mark.parametrize("family", ["llava", "gemma3, wrapped"])
+def test_the_tower_beside_the_decoder_keeps_its_layers(family, tmp_path):
+    model = make(family)
+    assert find_layers(model) == "model.language_model.layers"
+    short = ShortHFModel(model, n_prune_layers=2)
     short.measure(TOKENS.tolist(), progress=False)
     assert short.importances.shape == (LAYERS,)
     short.remove_layers(DROP)
     assert model.config.text_config.num_hidden_layers == 4
     assert model.config.vision_config.num_hidden_layers == LAYERS
-    short.save_pretrained(tmp_path / "out")
-    again = type(model).from_pretrained(tmp_path / "out").eval()
-    found = HFDecoder(again, "model.language_model.layers").logits(TOKENS)
-    assert (found - short.decoder.logits(TOKENS)).abs().max() < 1e-5
+    model = make(family)
+    lists = (n for n, m in model.named_modules() if isinstance(m, torch.nn.ModuleList))
+    tower = next(name for name in lists if "vision" in name)
+    with pytest.raises(ValueError, match="cannot be removed: its config would make 6 layers, not"):
+        HFDecoder(model, tower).keep_layers(KEPT)
 
 
 def test_the_card_and_the_record_say_what_was_done(tmp_path):
@@ -202,6 +134,230 @@ def test_a_trial_names_original_layers_and_gives_the_model_back():
     assert torch.equal(short.decoder.logits(TOKENS), before)
     with pytest.raises(ValueError, match=r"layers \[0\] do not exist"), short.without_layers([0]):
         pass
+
+
+def test_per_layer_entries_are_cut_and_nothing_else_is():
+    model = make("qwen3_moe")
+    config = model.config
+    config.moe_layer_freq, config.eos_token_id = [0, 1, 1, 1, 0, 2], [2, 3, 4, 5, 6, 7]
+    undo = HFDecoder(model).keep_layers(KEPT)
+    assert config.mlp_only_layers == [0, 2]  # [0, 3] in the old numbers
+    assert config.moe_layer_freq == [0, 1, 1, 2]
+    assert config.eos_token_id == [2, 3, 4, 5, 6, 7]  # as many as layers, by chance
+    undo()
+    assert (config.mlp_only_layers, config.moe_layer_freq) == ([0, 3], [0, 1, 1, 1, 0, 2])
+
+
+def test_a_count_that_the_model_keeps_follows_the_config():
+    """Gemma 4 remembers from which layer on keys and values are shared: here, from none."""
+    transformers = pytest.importorskip("transformers", minversion="5")
+    if not hasattr(transformers, "Gemma4TextConfig"):
+        pytest.skip("this version of transformers has no Gemma 4")
+    config = transformers.Gemma4TextConfig(
+        **{**PLAIN, "head_dim": 8, "global_head_dim": 8, "sliding_window": 8},
+        hidden_size_per_layer_input=0,
+        num_kv_shared_layers=0,
+        layer_types=["sliding_attention", "full_attention"] * 3,
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    decoder = HFDecoder(model)
+    undo = decoder.keep_layers([0, 3, 4, 5])
+    assert model.model.first_kv_shared_layer_idx == 4
+    undo()
+    assert model.model.first_kv_shared_layer_idx == LAYERS
+    with pytest.raises(ValueError, match="layer 1 of the rest with .*store_full_length_kv = True"):
+        decoder.keep_layers(KEPT)
+
+
+def test_first_layers_of_another_kind_are_counted_anew():
+    model = make("deepseek_v3")
+    remove_layers(HFDecoder(model), [0, 4])
+    assert model.config.first_k_dense_replace == 2
+
+
+def test_layers_that_compute_with_their_number_are_refused():
+    from families import FAMILIES
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    kind, arguments = FAMILIES["gpt2"]
+    config = AutoConfig.for_model(kind, **arguments, scale_attn_by_inverse_layer_idx=True)
+    decoder = HFDecoder(AutoModelForCausalLM.from_config(config).eval())
+    with pytest.raises(ValueError, match="compute with their own number"):
+        decoder.keep_layers(KEPT)
+    assert len(decoder.layers) == decoder.config.num_hidden_layers == LAYERS
+
+
+def test_any_failure_of_the_proof_gives_the_model_back(monkeypatch):
+    model = make("llama")
+    decoder, saved = HFDecoder(model), model.config.to_dict()
+
+    class Broken(type(model)):
+        def __init__(self, config):
+            raise IndexError("no layer\n7")
+
+    monkeypatch.setattr(model, "__class__", Broken)
+    with pytest.raises(ValueError, match="cannot be removed: its config would make no model: no l"):
+        decoder.keep_layers(KEPT)
+    assert len(decoder.layers) == LAYERS and model.config.to_dict() == saved
+
+
+def test_what_a_config_sizes_outside_the_layers_is_refused():
+    """Gemma 3n keeps embeddings for every layer in one matrix."""
+    from transformers import AutoModelForCausalLM, Gemma3nTextConfig
+
+    config = Gemma3nTextConfig(
+        **{**PLAIN, "intermediate_size": [48] * LAYERS, "head_dim": 8, "laurel_rank": 4},
+        hidden_size_per_layer_input=4,
+        vocab_size_per_layer_input=96,
+        num_kv_shared_layers=0,
+        activation_sparsity_pattern=[0.0] * LAYERS,
+        layer_types=["sliding_attention", "full_attention"] * 3,
+        sliding_window=8,
+    )
+    decoder = HFDecoder(AutoModelForCausalLM.from_config(config).eval())
+    before = decoder.logits(TOKENS)
+    with pytest.raises(ValueError, match=r"would make model\.\S+ = .* around the layers"):
+        decoder.keep_layers(KEPT)
+    assert torch.equal(decoder.logits(TOKENS), before)
+
+
+def test_hundreds_of_trials_share_one_proof_and_draw_no_random_number(monkeypatch):
+    model, made = make("llama"), []
+    decoder, state = HFDecoder(model), torch.get_rng_state()
+    plain = hf_decoder.twin_outline
+    monkeypatch.setattr(hf_decoder, "twin_outline", lambda *a: made.append(a) or plain(*a))
+    for layers in itertools.combinations(range(LAYERS), 2):
+        with without_layers(decoder, layers):
+            pass
+    assert len(made) == 1
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_replaced_weights_as_of_a_quantized_model_can_be_cut():
+    """The twin of its config has plain weights; that is no harm of the removal."""
+
+    class Packed(torch.nn.Module):
+        def __init__(self, linear):
+            super().__init__()
+            self.packed = torch.nn.Parameter(linear.weight.detach().flatten())
+            self.shape = tuple(linear.weight.shape)
+
+        def forward(self, x):
+            return x @ self.packed.view(self.shape).T
+
+    model, whole = make("llama"), make("llama")
+    for layer in model.model.layers:
+        layer.mlp.down_proj = Packed(layer.mlp.down_proj)
+    remove_layers(HFDecoder(model), DROP)
+    remove_layers(HFDecoder(whole), DROP)
+    assert torch.equal(HFDecoder(model).logits(TOKENS), HFDecoder(whole).logits(TOKENS))
+    model.model.layers[1].mlp = torch.nn.Identity()  # but a layer cut by hand stays a stranger
+    remove_layers(HFDecoder(model), [0])
+    with pytest.raises(ValueError, match="has 3 layers, its config says 2"):
+        model.config.num_hidden_layers = 2
+        HFDecoder(model, "model.layers")
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    """A Llama with a tokenizer, as from the hub."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    path = tmp_path_factory.mktemp("llama")
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**{**PLAIN, "vocab_size": BYTE_VOCAB})).save_pretrained(path)
+    write_byte_tokenizer(path)
+    return path
+
+
+PLACES = {
+    f"{'model.' * (n != 'lm_head')}{n}": "cpu"
+    for n in ("embed_tokens", "norm", "rotary_emb", "lm_head", *(f"layers.{i}" for i in range(6)))
+}
+OPTIONS = {
+    "device": {"device": "cpu"},
+    "one place": {"device_map": {"": "cpu"}},
+    "auto": {"device_map": "auto"},
+    "layers on disk": {"device_map": PLACES | {f"model.layers.{i}": "disk" for i in (1, 2, 5)}},
+    "embedding on disk": {"device_map": PLACES | {"model.embed_tokens": "disk"}},
+}
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+def test_wherever_the_weights_are_the_model_is_the_same(case, directory, tmp_path):
+    if case != "device":
+        pytest.importorskip("accelerate")
+    options = OPTIONS[case] | ({"offload_folder": tmp_path / "off"} if "disk" in case else {})
+    whole = ShortHFModel(str(directory), n_prune_layers=2)
+    short = ShortHFModel(str(directory), n_prune_layers=2, **options)
+    if "disk" in case:
+        assert any(weight.is_meta for weight in short.model.parameters())
+    before = short.decoder.logits(TOKENS)
+    for each in (whole, short):
+        each.eval_importance(["It was the best of times"], max_seq_len=16)
+    assert torch.equal(short.importances, whole.importances)
+    with short.without_layers([2]):
+        assert not torch.equal(short.decoder.logits(TOKENS), before)
+    assert torch.equal(short.decoder.logits(TOKENS), before)
+    assert short.remove_layers() == whole.remove_layers()
+    assert torch.equal(short.decoder.logits(TOKENS), whole.decoder.logits(TOKENS))
+    assert short.generate(["It"], 5, 0) == whole.generate(["It"], 5, 0)
+    short.save_pretrained(tmp_path / "out")
+    again = ShortHFModel(str(tmp_path / "out"))
+    assert torch.equal(again.decoder.logits(TOKENS), whole.decoder.logits(TOKENS))
+
+
+def test_dtypes_are_the_files_unless_asked(directory, tmp_path):
+    assert ShortHFModel(str(directory)).model.dtype == torch.float32
+    half = ShortHFModel(str(directory), dtype="bfloat16")
+    assert half.model.dtype == torch.bfloat16
+    half.remove_layers(DROP)
+    half.save_pretrained(tmp_path / "half")
+    assert ShortHFModel(str(tmp_path / "half")).model.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "int4"}, "cannot be loaded: .*int4"),
+        ({"device": "tpu"}, "expected a device such as cpu"),
+        ({"device": "cpu", "device_map": "auto"}, "not both"),
+        ({"device_map": "nowhere"}, "cannot be loaded: .*nowhere"),
+        ({"no_such_option": 3}, "cannot be loaded: .*no_such_option"),
+        ({"layers_path": "model.h"}, r"model\.h is no list of layers of LlamaForCausalLM"),
+    ],
+)
+def test_wrong_options_get_one_line(directory, options, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        ShortHFModel(str(directory), **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_where_the_files_are_from_holds_for_the_tokenizer_too(directory, monkeypatch):
+    import transformers
+
+    seen = {}
+    for name in ("AutoTokenizer", "AutoConfig"):
+        plain = getattr(transformers, name).from_pretrained
+
+        def spy(*args, plain=plain, name=name, **options):
+            seen.setdefault(name, options)
+            return plain(*args, **options)
+
+        monkeypatch.setattr(getattr(transformers, name), "from_pretrained", spy)
+    ShortHFModel(str(directory), revision="main", dtype="float32")
+    assert all(seen[n]["revision"] == "main" and "dtype" not in seen[n] for n in seen)
+    assert len(seen) == 2
+
+
+def test_a_wrapped_model_is_loaded_whole_by_its_name(tmp_path):
+    model = make("llava")
+    model.save_pretrained(tmp_path)
+    write_byte_tokenizer(tmp_path)
+    short = ShortHFModel(str(tmp_path))
+    assert type(short.model) is type(model)
+    with pytest.raises(ValueError, match="a model of type 'clip' is no causal language model"):
+        short_hf.auto_class(model.config.vision_config.__class__.from_dict({"model_type": "clip"}))
 
 
 def test_layers_are_found_or_named():

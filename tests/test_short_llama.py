@@ -280,3 +280,45 @@ def test_an_object_of_the_reference_package_works_too(short):
     assert theirs.perplexity(WINDOWS, progress=False).value == pytest.approx(ours, rel=1e-5)
     assert theirs.remove_layers() == short.remove_layers()
     assert reference.model.n_layers == reference.model.params.n_layers == 3
+
+
+def test_a_search_and_methods_name_original_layers(short):
+    windows = random_windows(3, 20)
+    short.remove_layers([2])
+    found = short.search(windows, 2, progress=False)
+    assert set(found.losses[0]) == {1, 3} and set(found.removed) == {1, 3}
+    only = short.search(windows, 1, candidates=[3], progress=False)
+    assert only.removed == [3]
+    one_shot = short.search(windows, 1, method="perplexity", progress=False)
+    assert set(one_shot.losses[0]) == {0, 1, 3, 4}
+    short.measure(windows, progress=False)
+    assert short.layers_to_remove(n=2, method="deepest") == [1, 3]
+    with pytest.raises(ValueError, match="no search by 'bi'; expected one of perplexity, sleb"):
+        short.search(windows, 1, method="bi")
+
+
+def test_prompts_pass_by_original_layers(short):
+    short.remove_layers([0])
+    ids = random_windows(1, 9)[0]
+    whole = short.greedy(ids, 4)
+    with short.skipped_in_prefill([1, 3]):
+        short.greedy(ids, 4)
+    assert short.greedy(ids, 4) == whole
+    with (
+        pytest.raises(ValueError, match=r"layers \[0\] do not exist"),
+        short.skipped_in_prefill([0]),
+    ):
+        pass
+
+
+def test_halves_of_original_layers_go(short):
+    short.remove_layers([0])
+    short.measure(random_windows(2, 12), progress=False)
+    short.remove_sublayers(attention=[2], mlp=[4])
+    assert short.removed_sublayers == {"attention": [2], "mlp": [4]}
+    assert short.n_windows == 0  # those scores were of the whole model
+    short.measure(random_windows(2, 12), progress=False, sublayers=True)
+    halves = short.importance.sublayer_influence
+    assert halves[0, 1].abs() < 1e-6 and halves[1, 3].abs() < 1e-6
+    with pytest.raises(ValueError, match=r"layers \[0\] do not exist"):
+        short.remove_sublayers(mlp=[0])

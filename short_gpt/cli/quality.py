@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from short_gpt import report
 from short_gpt.cli.shared import (
     arguments_of,
@@ -19,6 +17,7 @@ from short_gpt.cli.shared import (
 from short_gpt.data import texts, windows
 from short_gpt.models import open_model
 from short_gpt.progress import first_rank
+from short_gpt.protocols import PROTOCOLS, protocol
 from short_gpt.record import write_record
 from short_gpt.short_llama import ShortLlama
 
@@ -159,16 +158,25 @@ def evaluate(
     if text == "none" and tasks is None:
         raise ValueError("nothing to evaluate: give --text or --tasks")
     targets = targets_of(out, None, overwrite=overwrite)
+    models = [dense] if pruned is None else [dense, pruned]
+    for name in models:
+        check_run(name, None, size, size, max_windows)
+    if tasks is not None:
+        from short_gpt.harness import run_tasks, task_names
+
+        task_names(tasks.split(","), include_path)
+    own = None if text in ("none", *PROTOCOLS) else list(shown(texts(text)))
     results: dict[str, dict[str, float]] = {}
-    for name in [dense] if pruned is None else [dense, pruned]:
+    for name in models:
         short = open_model(name, max_seq_len=size, device=device, dtype=dtype)
         row = results[name] = {"layers": float(len(short.kept))}
         if text != "none":
-            chosen = _evaluation_text(text, source, short.encode, size, max_windows)
-            row[f"{text} perplexity"] = short.perplexity(chosen).value
+            if own is None:
+                cut = protocol(text, short.encode, size=size, limit=max_windows, source=source)
+            else:
+                cut = list(windows(own, short.encode, size=size, stride=size, limit=max_windows))
+            row[f"{text} perplexity"] = short.perplexity(cut).value
         if tasks is not None:
-            from short_gpt.harness import run_tasks
-
             found = run_tasks(
                 short,
                 tasks.split(","),
@@ -183,13 +191,3 @@ def evaluate(
         record = {"command": "evaluate", "arguments": arguments, "result": results}
         write_record(out, record, overwrite=overwrite)
     say_written(targets)
-
-
-def _evaluation_text(
-    text: str, source: str | None, encode: Callable[[str], list[int]], size: int, limit: int | None
-) -> list[list[int]]:
-    from short_gpt.protocols import PROTOCOLS, protocol
-
-    if text in PROTOCOLS:
-        return protocol(text, encode, size=size, limit=limit, source=source)
-    return list(windows(shown(texts(text)), encode, size=size, stride=size, limit=limit))

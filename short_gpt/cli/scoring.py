@@ -52,6 +52,7 @@ def rank(
     confidence: float | None = 0.99,
     sublayers: bool = False,
     batch_size: int = 1,
+    model_parallel_size: int | None = None,
     device: str | None = None,
     dtype: str | None = None,
     state: str | None = None,
@@ -88,7 +89,9 @@ def rank(
         max_memory: for the states that perplexity and sleb store, as in 2GB.
         confidence: that a settled answer is that of all windows; none reads all of them.
         sublayers: also score the attention and the MLP of every layer.
-        batch_size: windows read at once.
+        batch_size: windows read at once, by each replica.
+        model_parallel_size: under torchrun, ranks that share one model of Meta's format; all if
+            not given. The others are replicas, which share the windows.
         device: cpu, cuda or mps; the best there is if not given.
         dtype: float32, bfloat16 or float16; float32 on cpu if not given.
         state: file that the run is saved in and continued from; OUT.state if not given.
@@ -105,7 +108,8 @@ def rank(
     if method in BY_LOSS and n_prune_layers is None:
         raise ValueError(f"--method {method} needs --n_prune_layers N")
     source = read_texts(data, split, column, max_texts)
-    short = open_short(ckpt_dir, tokenizer_path, size, batch_size, device, dtype, n_prune_layers)
+    options = (device, dtype, n_prune_layers, model_parallel_size)
+    short = open_short(ckpt_dir, tokenizer_path, size, batch_size, *options)
     chosen = windows(source, short.encode, size=size, stride=stride, seed=seed, limit=max_windows)
     saved = run_state(short, state, out, arguments, every=save_every)
     if method in BY_LOSS:

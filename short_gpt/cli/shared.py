@@ -40,6 +40,7 @@ def open_short(
     device: str | None,
     dtype: str | None,
     n_prune_layers: int | None,
+    model_parallel_size: int | None = None,
 ) -> Any:
     return open_model(
         source,
@@ -49,6 +50,7 @@ def open_short(
         max_batch_size=batch_size,
         device=device,
         dtype=dtype,
+        model_parallel_size=model_parallel_size,
     )
 
 
@@ -63,6 +65,14 @@ def check_run(
             f"expected 1 to {n_layers - 1}"
         )
     windows([], lambda _: [], size=size, stride=stride, limit=max_windows)
+
+
+def numbers_of(given: Any, flag: str = "--counts 2,4,8") -> list[int]:
+    """Whole numbers above 0 that a flag lists."""
+    numbers = [given] if isinstance(given, int) else given
+    if not isinstance(numbers, list | tuple) or not all(type(i) is int and i > 0 for i in numbers):
+        raise ValueError(f"expected whole numbers as in {flag}, got {given!r}")
+    return list(numbers)
 
 
 def run_state(
@@ -146,7 +156,7 @@ def importance_of(record: dict[str, Any], source: str) -> Importance:
 
 def draw(importance: Importance, targets: Sequence[Path], n: int | None) -> None:
     """Writes the two pictures."""
-    from short_gpt.plots import angular_heatmap, importance_bars
+    from short_gpt.plots import angular_heatmap, importance_bars, save
 
     removed = [] if n is None else importance.least_important(n)
     block = None if n is None else (importance.least_important(n, angular=True)[0], n)
@@ -155,10 +165,7 @@ def draw(importance: Importance, targets: Sequence[Path], n: int | None) -> None
     )
     heat = angular_heatmap(importance.angular, block=block)
     for figure, target in zip((bars, heat), targets, strict=True):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f".{target.name}")
-        figure.savefig(partial, format="png", dpi=150)
-        partial.replace(target)
+        save(figure, target)
 
 
 def say(text: str) -> None:

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shutil
 from pathlib import Path
 from typing import Any
 
-from llama.checkpoint import Checkpoint
+from llama.checkpoint import PROVENANCE
+from llama.files import check_new
+from llama.hf_llama import read_json
+from llama.hub import resolve
 from llama.parallel import several_ranks
-from short_gpt.cli.shared import importance_of, say
-from short_gpt.models import is_meta, layers_of, same_model
+from short_gpt.cli.choice import Choice, chosen, method_of
+from short_gpt.cli.shared import say
+from short_gpt.hf_checkpoint import mergekit_recipe
+from short_gpt.models import is_meta, same_model
 from short_gpt.progress import bar
-from short_gpt.record import read_record, refuse_existing, versions
+from short_gpt.pruning import prune_checkpoint, refuse_gguf
+from short_gpt.record import read_record, refuse_existing
+
+_chosen = chosen
 
 
 def prune(
@@ -21,13 +29,20 @@ def prune(
     layers: Any = None,
     scores: str | None = None,
     n_prune_layers: int | None = None,
+    method: str | None = None,
     angular: bool = False,
+    max_perplexity_ratio: float | None = None,
+    eval_data: str | None = None,
+    eval_windows: int = 32,
+    size: int = 1024,
+    device: str | None = None,
     recipe: str | None = None,
+    to: str | None = None,
     verify: bool | None = None,
     tokenizer_path: str | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Writes a checkpoint without some layers, tensor by tensor, in the format of the source.
+    """Writes a checkpoint without some layers, tensor by tensor, in either format.
 
     The model is not loaded for that: memory is bounded by the largest tensor. With --verify yes,
     source and result are then loaded, one after the other, and compared.
@@ -40,74 +55,80 @@ def prune(
         layers: numbers of the layers to remove, as in 21,22,23; or choose them by --scores.
         scores: JSON file that rank wrote.
         n_prune_layers: how many layers to remove by the scores.
-        angular: remove the best block of consecutive layers, not the lowest Block Influence.
+        method: by which method of rank; the one that the scores were ranked by if not given.
+        angular: short for --method angular, the best block of consecutive layers.
+        max_perplexity_ratio: remove as many layers as the perplexity on --eval_data allows, which
+            may rise by this factor, as in 1.1; the model is loaded for that.
+        eval_data: text for that, which the scores were not measured on: a file or folder.
+        eval_windows: windows of it to read at most.
+        size: tokens in such a window.
+        device: cpu, cuda or mps for that; the best there is if not given.
         recipe: also write a mergekit passthrough recipe to this file.
+        to: the format to write, meta or hf (a Llama only); the source's if not given.
         verify: whether to prove the result: the same logits as the source without the layers in
             memory, and the same greedy generation with and without the cache. If not given, yes
-            for Hugging Face's format, where a config can fail to say which layers are left, and
-            no for Meta's.
+            where Hugging Face's format is read or written, whose config can fail to say which
+            layers are left, and no from Meta's to Meta's.
         tokenizer_path: tokenizer of a Meta checkpoint; found beside it if not given.
         overwrite: replace an earlier pruned checkpoint.
     """
-    from llama.checkpoint import prune as prune_meta
-    from short_gpt.hf_checkpoint import mergekit_recipe, prune_hf
-
-    drop, facts = _chosen(ckpt_dir, layers, scores, n_prune_layers, angular=angular)
-    meta = is_meta(ckpt_dir)
-    if recipe is not None:
-        refuse_existing(Path(recipe), overwrite=overwrite)
-    common: dict[str, Any] = {"provenance": facts, "overwrite": overwrite}
+    refuse_gguf(ckpt_dir)
+    choice = Choice(ckpt_dir, layers, scores, method_of(angular, method))
+    check_new(Path(out_dir), replaces=PROVENANCE if overwrite else None)
+    if max_perplexity_ratio is None:
+        drop = choice.layers(n_prune_layers)
+    elif eval_data is None or n_prune_layers is not None:
+        raise ValueError("--max_perplexity_ratio needs --eval_data, and no --n_prune_layers")
+    else:
+        ratio, text = max_perplexity_ratio, eval_data
+        drop = choice.most(ratio, text, size=size, limit=eval_windows, device=device)
+    facts = choice.facts
+    dtype = None if recipe is None else _recipe_dtype(ckpt_dir, recipe, overwrite=overwrite)
     with bar("writing", total=None, unit="tensor") as shown:
-        common["progress"] = lambda _: shown.update()
-        if meta:
-            prune_meta(ckpt_dir, out_dir, drop, tokenizer_path=tokenizer_path, **common)
-        else:
-            prune_hf(ckpt_dir, out_dir, drop, **common)
-    say(f"removed layers {drop}\nwritten: {out_dir}")
-    if recipe is not None:
-        keep = read_record(f"{out_dir}/pruning.json")["kept_layers"]
-        Path(recipe).write_text(mergekit_recipe(ckpt_dir, keep), encoding="utf-8")
-        say(f"written: {recipe}")
-    verify = not meta if verify is None else verify
-    shards = len(Checkpoint(ckpt_dir).shards) if meta and verify else 1
-    if verify and (shards > 1 or several_ranks()):
-        say(f"not verified: that loads the model, whose {shards} shard(s) need ranks of their own")
-    elif verify:
-        say(same_model(ckpt_dir, out_dir, drop, tokenizer_path=tokenizer_path))
-
-
-def _chosen(
-    ckpt_dir: str, layers: Any, scores: str | None, n: int | None, *, angular: bool
-) -> tuple[list[int], dict[str, Any]]:
-    """The layers that `prune` is to remove, and what is to be kept of how they were chosen."""
-    if (layers is None) == (scores is None):
-        raise ValueError("prune needs either --layers 21,22,23 or --scores FILE --n_prune_layers N")
-    if layers is not None and (angular or n is not None):
-        raise ValueError("--n_prune_layers and --angular choose from --scores, not from --layers")
-    facts: dict[str, Any] = {"source": ckpt_dir, "versions": versions()}
-    if scores is None:
-        return _layer_list(layers), facts
-    record = read_record(scores)
-    importance, found = importance_of(record, scores), layers_of(ckpt_dir)
-    if found is not None and importance.layers != list(range(found)):
-        raise ValueError(
-            f"{scores} scores {len(importance.layers)} layers, {ckpt_dir} has {found}; they "
-            "do not belong together"
+        prune_checkpoint(
+            ckpt_dir,
+            out_dir,
+            drop,
+            to=to,
+            tokenizer_path=tokenizer_path,
+            provenance=facts,
+            overwrite=overwrite,
+            progress=lambda _: shown.update(),
         )
-    if n is None:
-        raise ValueError("with --scores, say how many layers to remove: --n_prune_layers N")
-    facts |= {"method": "angular" if angular else "block influence"}
-    facts |= {"block_influence": importance.block_influence.tolist()}
-    return importance.least_important(n, angular=angular), facts | {
-        "scored_by": record.get("arguments")
-    }
+    proof = _proof(ckpt_dir, out_dir, drop, tokenizer_path, verify)
+    say(f"removed layers {drop}\nwritten: {out_dir}")
+    if recipe is not None and dtype is not None:
+        keep = read_record(f"{out_dir}/pruning.json")["kept_layers"]
+        Path(recipe).write_text(mergekit_recipe(ckpt_dir, keep, dtype), encoding="utf-8")
+        say(f"written: {recipe}")
+    if proof is not None:
+        say(proof)
 
 
-def _layer_list(layers: Any) -> list[int]:
-    numbers = [layers] if isinstance(layers, int) else layers
-    if not isinstance(numbers, list | tuple) or not all(type(i) is int for i in numbers):
-        raise ValueError(f"expected layer numbers as in --layers 21,22,23, got {layers!r}")
-    return list(numbers)
+def _proof(
+    source: str, out: str, drop: list[int], tokenizer_path: str | None, verify: bool | None
+) -> str | None:
+    """What `same_model` says, if it is to be asked; a result that fails is deleted."""
+    meta = is_meta(source)
+    if not (verify or (verify is None and not (meta and is_meta(out)))):
+        return None
+    if several_ranks():
+        return "not verified: that loads the model on one rank; run it without torchrun"
+    try:
+        return same_model(source, out, drop, tokenizer_path=tokenizer_path)
+    except RuntimeError:
+        shutil.rmtree(out)
+        raise
+
+
+def _recipe_dtype(source: str, recipe: str, *, overwrite: bool) -> str:
+    """The dtype of a model that mergekit is to read; checks that it can."""
+    if is_meta(source):
+        raise ValueError("--recipe: mergekit reads no Meta checkpoint; convert it first")
+    refuse_existing(Path(recipe), overwrite=overwrite)
+    config = read_json(resolve(source) / "config.json")
+    config = {**config, **(config.get("text_config") or {})}
+    return str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
 
 
 def convert(
@@ -115,10 +136,13 @@ def convert(
     out_dir: str,
     *,
     dtype: str | None = None,
+    shards: int | None = None,
     tokenizer_path: str | None = None,
     overwrite: bool = False,
 ) -> None:
     """Writes a Llama in the other format: GGUF or Hugging Face to Meta, Meta to Hugging Face.
+
+    With --shards, Meta's format in any case: so many files, for so many model-parallel ranks.
 
     Example: short-gpt convert model.gguf model-meta
 
@@ -127,11 +151,15 @@ def convert(
         out_dir: new directory; must not exist.
         dtype: of the weights written for Meta; the source's if not given, float32 from GGUF, which
             keeps what quantized weights stand for exactly.
+        shards: write Meta's format in so many files. The embedding stays cut as it is; that of
+            one file is cut by vocabulary if that is Llama 3's or tied to the output head, else by
+            width, as Llama 2's. Any number of files runs on any number of ranks all the same.
         tokenizer_path: tokenizer of a Meta checkpoint; found beside it if not given.
         overwrite: replace an earlier conversion.
     """
     with bar("converting", total=None, unit="tensor") as shown:
-        _convert(source, out_dir, dtype, tokenizer_path, overwrite, lambda _: shown.update())
+        common = {"overwrite": overwrite, "progress": lambda _: shown.update()}
+        _convert(source, out_dir, dtype, shards, tokenizer_path, common)
     say(f"written: {out_dir}")
 
 
@@ -139,20 +167,22 @@ def _convert(
     source: str,
     out_dir: str,
     dtype: str | None,
+    shards: int | None,
     tokenizer_path: str | None,
-    overwrite: bool,
-    progress: Callable[[str], object],
+    common: dict[str, Any],
 ) -> None:
     from llama.convert import gguf_to_meta, hf_to_meta, meta_to_hf
+    from llama.reshard import reshard
 
+    files = 1 if shards is None else shards
     if source.endswith(".gguf"):
-        kind = dtype or "float32"
-        gguf_to_meta(source, out_dir, dtype=kind, overwrite=overwrite, progress=progress)
+        gguf_to_meta(source, out_dir, dtype=dtype or "float32", shards=files, **common)
     elif not is_meta(source):
-        hf_to_meta(source, out_dir, dtype=dtype, overwrite=overwrite, progress=progress)
+        hf_to_meta(source, out_dir, dtype=dtype, shards=files, **common)
+    elif shards is not None:
+        common["tokenizer_path"] = tokenizer_path
+        reshard(source, out_dir, shards=shards, dtype=dtype, **common)
     elif dtype is not None:
         raise ValueError("--dtype is for writing Meta's format; Hugging Face's keeps the source's")
     else:
-        meta_to_hf(
-            source, out_dir, tokenizer_path=tokenizer_path, overwrite=overwrite, progress=progress
-        )
+        meta_to_hf(source, out_dir, tokenizer_path=tokenizer_path, **common)

@@ -1,0 +1,245 @@
+"""The command that sets all methods side by side: compare."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from llama.parallel import several_ranks
+from short_gpt import report
+from short_gpt.cli.shared import (
+    arguments_of,
+    check_run,
+    interruptible,
+    numbers_of,
+    open_short,
+    read_texts,
+    say,
+    say_written,
+    targets_of,
+)
+from short_gpt.comparison import LORA, PATCHED, RAW, Comparison
+from short_gpt.data import texts, windows
+from short_gpt.evaluate import Perplexity
+from short_gpt.methods import METHODS
+from short_gpt.overlap import hold_out
+from short_gpt.plots import require_matplotlib
+from short_gpt.record import write_record
+from short_gpt.resume import StateFile, weights_digest
+
+DEFAULT = "bi,angular,deepest,relative_magnitude,perplexity,sleb,reverse,random"
+
+
+def compare(
+    ckpt_dir: str | None = None,
+    *,
+    methods: str = DEFAULT,
+    counts: Any = (2, 4, 8, 12),
+    healing: str = "raw,patched",
+    data: str = "pg19",
+    eval_data: str | None = None,
+    split: str = "validation",
+    column: str = "text",
+    max_texts: int | None = None,
+    size: int = 1024,
+    max_windows: int = 24,
+    search_windows: int = 4,
+    eval_windows: int = 16,
+    seeds: int = 3,
+    lora_steps: int | None = None,
+    lora_rank: int | None = None,
+    lora_learning_rate: float | None = None,
+    lora_batch: int | None = None,
+    lora_size: int | None = None,
+    tasks: str | None = None,
+    limit: int | None = None,
+    include_path: str | None = None,
+    seed: int = 0,
+    tokenizer_path: str | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    state: str | None = None,
+    out: str | None = None,
+    plots: str | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Compares methods x numbers of layers x healing on one model, nothing measured twice.
+
+    Without a checkpoint, the demo's small model and book are compared. Interrupted, the same
+    command continues from its state file.
+
+    Example: short-gpt compare llama-2-7b --data novels/ --eval_data others/ --out compared.json
+
+    Args:
+        ckpt_dir: Meta checkpoint directory, Hugging Face directory or hub id, or GGUF file.
+        methods: names as of rank --method, with commas between.
+        counts: numbers of layers to remove, as in 2,4,8.
+        healing: of raw, patched and lora, with commas between.
+        data: texts to choose layers and to heal by: pg19, a local file or folder of .txt, .jsonl
+            or .parquet, or a hub data set's name.
+        eval_data: texts to evaluate on; if not given, a tenth of the texts of data is held out.
+        split: split of the data.
+        column: column of the text in .jsonl, .parquet and hub data sets.
+        max_texts: take only the first so many texts of data.
+        size: tokens in a window.
+        max_windows: windows of data for scores and patches.
+        search_windows: of these, how many the searches by loss read.
+        eval_windows: windows to evaluate on.
+        seeds: random sets for every number of layers.
+        lora_steps: steps of lora, a tenth of them warm-up but at most 100; the recipe's 5000 if
+            not given.
+        lora_rank: its rank; the recipe's if not given.
+        lora_learning_rate: its peak; the recipe's if not given.
+        lora_batch: windows a step; the recipe's 16 if not given.
+        lora_size: tokens in a window of lora; the recipe's if not given.
+        tasks: of lm-eval, with commas between, for the models without healing.
+        limit: only the first so many documents of each task.
+        include_path: folder with YAML files of more tasks.
+        seed: of the choice of windows.
+        tokenizer_path: tokenizer of a Meta checkpoint; found beside it if not given.
+        device: cpu, cuda or mps; the best there is if not given.
+        dtype: float32, bfloat16 or float16; float32 on cpu if not given.
+        state: file that the run is saved in and continued from; OUT.state if not given.
+        out: JSON file for the results.
+        plots: folder for the picture quality.png.
+        overwrite: replace existing files.
+    """
+    arguments = arguments_of(locals())
+    if several_ranks():
+        raise ValueError("compare runs on one rank; start it alone")
+    names, numbers, healings = methods.split(","), numbers_of(counts), healing.split(",")
+    if odd := [h for h in healings if h not in (RAW, PATCHED, LORA)]:
+        raise ValueError(f"--healing {odd[0]}: expected some of {RAW}, {PATCHED}, {LORA}")
+    if odd := [m for m in names if m not in METHODS]:
+        raise ValueError(f"--methods {odd[0]}: expected some of {', '.join(METHODS)}")
+    targets = targets_of(out, None, overwrite=overwrite)
+    picture = _picture(plots, overwrite=overwrite)
+    source, calibration, evaluation = _material(ckpt_dir, arguments)
+    check_run(source, max(numbers), size, size, max_windows)
+    short = open_short(source, tokenizer_path, size, 1, device, dtype, None)
+
+    def cut(found: list[str], count: int | None, length: int = size) -> list[list[int]]:
+        return list(
+            windows(found, short.encode, size=length, stride=length, seed=seed, limit=count)
+        )
+
+    held, chosen = cut(evaluation, eval_windows), cut(calibration, max_windows)
+    saved = _state(short, state, out, arguments)
+    comparison = Comparison(short, chosen, held, few=search_windows, state=saved)
+    lora = _lora(source, calibration, held, cut, arguments) if LORA in healings else None
+    with interruptible():
+        rows = comparison.rows(names, numbers, healings=healings, seeds=seeds, lora=lora)
+        agreed = []
+        if "sleb" in names:
+            agreed = [comparison.agreement(n, max(numbers)) for n in numbers]
+        scored = comparison.tasks(rows, _tasks(short, tasks, limit, include_path)) if tasks else {}
+    say(report.compared(rows, agreed, scored))
+    if out is not None:
+        result = {"rows": [asdict(r) for r in rows], "agreement": agreed, "tasks": scored}
+        record = {"command": "compare", "arguments": arguments, "seed": seed, **result}
+        write_record(out, record, overwrite=overwrite)
+    if picture is not None:
+        from short_gpt.plots import quality_curves, save
+
+        save(quality_curves(rows), picture)
+        targets.append(picture)
+    if saved is not None:
+        saved.clear()
+    say_written(targets)
+
+
+def _picture(plots: str | None, *, overwrite: bool) -> Path | None:
+    from short_gpt.record import refuse_existing
+
+    if plots is None:
+        return None
+    require_matplotlib()
+    picture = Path(plots) / "quality.png"
+    refuse_existing(picture, overwrite=overwrite)
+    return picture
+
+
+def _material(ckpt_dir: str | None, given: dict[str, Any]) -> tuple[str, list[str], list[str]]:
+    """The model, texts to choose and heal by, and texts to evaluate on."""
+    if ckpt_dir is None:
+        from short_gpt import demo
+
+        return str(demo.checkpoint()), demo.bible("calibration"), demo.bible("held_out")
+    found = list(read_texts(given["data"], given["split"], given["column"], given["max_texts"]))
+    if given["eval_data"] is None:
+        return ckpt_dir, *hold_out(found, seed=given["seed"])
+    return ckpt_dir, found, list(texts(given["eval_data"], column=given["column"]))
+
+
+def _state(
+    short: Any, state: str | None, out: str | None, arguments: dict[str, Any]
+) -> StateFile | None:
+    if state is None and out is None:
+        return None
+    names: tuple[str, ...] = (
+        "ckpt_dir",
+        "data",
+        "eval_data",
+        "split",
+        "column",
+        "max_texts",
+        "size",
+        "seed",
+    )
+    names += ("max_windows", "search_windows", "eval_windows", "dtype", "device")
+    names += ("lora_steps", "lora_rank", "lora_learning_rate", "lora_batch", "lora_size", "limit")
+    identity = {name: arguments[name] for name in names}
+    identity["weights"] = weights_digest(short.decoder.layers)
+    return StateFile(state or f"{out}.state", identity)
+
+
+def _lora(
+    source: str,
+    calibration: list[str],
+    evaluation: list[list[int]],
+    cut: Callable[..., list[list[int]]],
+    given: dict[str, Any],
+) -> Callable[[list[int]], list[Perplexity]]:
+    """Heals a model without some layers, from its files, and evaluates it."""
+    from short_gpt.healing import heal, require_packages
+    from short_gpt.healing_recipe import recipe_for
+    from short_gpt.models import open_model
+    from short_gpt.overlap import overlapping
+    from short_gpt.paired import losses
+    from short_gpt.pruning import prune_checkpoint
+
+    require_packages()
+    changes = {"steps": given["lora_steps"], "rank": given["lora_rank"]}
+    changes |= {"alpha": given["lora_rank"], "learning_rate": given["lora_learning_rate"]}
+    changes |= {"batch": given["lora_batch"], "size": given["lora_size"]}
+    if given["lora_steps"] is not None:
+        changes["warmup"] = min(100, given["lora_steps"] // 10)
+
+    def healed(layers: list[int]) -> list[Perplexity]:
+        with tempfile.TemporaryDirectory() as folder:
+            pruned = prune_checkpoint(source, f"{folder}/pruned", layers, to="hf")
+            short = open_model(str(pruned), device=given["device"], dtype=given["dtype"])
+            recipe = recipe_for(short.model.config)
+            recipe = replace(recipe, **{k: v for k, v in changes.items() if v is not None})
+            learned = cut(calibration, None, recipe.size)
+            shared = overlapping(learned, evaluation)
+            learned = [w for i, w in enumerate(learned) if i not in shared]
+            heal(short, learned[:-8], learned[-8:], evaluation, recipe=recipe)
+            return losses(short.decoder, evaluation, progress=False)
+
+    return healed
+
+
+def _tasks(
+    short: Any, tasks: str, limit: int | None, include_path: str | None
+) -> Callable[[], dict[str, Any]]:
+    from short_gpt.harness import run_tasks
+
+    def run() -> dict[str, Any]:
+        found = run_tasks(short, tasks.split(","), limit=limit, include_path=include_path)
+        return {f"{t} {m}": v for t, metrics in found.items() for m, v in metrics.items()}
+
+    return run

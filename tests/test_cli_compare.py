@@ -1,0 +1,78 @@
+"""The compare command, start to end on a tiny model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import BYTE_VOCAB, make_transformer, save_checkpoint, write_byte_tokenizer
+
+from short_gpt.__main__ import main
+
+WORDS = ("alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta")
+
+
+def text(start: int) -> str:
+    return " ".join(WORDS[(start + i * i * (start + 3)) % 8] + str(start + i) for i in range(120))
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_byte_tokenizer(save_checkpoint(Path("ckpt"), make_transformer(vocab_size=BYTE_VOCAB)))
+    for folder, starts in (("books", (1000, 2000)), ("others", (5000,))):
+        Path(folder).mkdir()
+        for start in starts:
+            Path(folder, f"{start}.txt").write_text(text(start))
+
+
+COMMON = ["compare", "ckpt", "--data", "books", "--size", "48", "--max_windows", "6"]
+COMMON += ["--eval_windows", "4", "--search_windows", "2", "--counts", "1,3", "--device", "cpu"]
+
+
+def test_compare_writes_table_picture_and_json(here, capsys):
+    methods = ["--methods", "bi,sleb,random", "--eval_data", "others"]
+    main([*COMMON, *methods, "--out", "c.json", "--plots", "pictures"])
+    out = capsys.readouterr().out
+    record = json.loads(Path("c.json").read_text())
+    rows = record["rows"]
+    assert len(rows) >= 1 + 2 * (1 + 1 + 3)
+    for row in rows[1:]:
+        if row["method"] == "bi":
+            assert f"{row['perplexity']:.2f}" in out
+    assert "layers in common: bi, angular" in out and "speed / whole model's" in out
+    assert Path("pictures/quality.png").read_bytes()[:4] == b"\x89PNG"
+    assert not Path("c.json.state").exists()
+
+
+def test_without_eval_data_texts_are_held_out(here, capsys):
+    main([*COMMON, "--methods", "bi", "--healing", "raw"])
+    assert "raw: perplexity" in capsys.readouterr().out
+
+
+def test_lora_heals_in_the_comparison(here, capsys):
+    options = ["--methods", "bi", "--counts", "1", "--healing", "lora", "--eval_data", "others"]
+    options += ["--lora_steps", "2", "--lora_rank", "2", "--lora_learning_rate", "0.01"]
+    options += ["--lora_size", "48", "--lora_batch", "2"]
+    main([*COMMON, *options, "--out", "c.json"])
+    rows = json.loads(Path("c.json").read_text())["rows"]
+    assert [r["healing"] for r in rows] == ["raw", "lora"]
+    assert "lora: perplexity" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--methods", "best"], "--methods best: expected some of bi, angular"),
+        (["--healing", "glue"], "--healing glue: expected some of raw, patched, lora"),
+        (["--counts", "0,2"], "expected whole numbers as in --counts 2,4,8"),
+        (["--counts", "2,5"], "--n_prune_layers 5; the model has 5 layers"),
+        (["--eval_data", "books"], "share text with the windows to evaluate on"),
+    ],
+)
+def test_mistakes_are_one_line(here, capsys, options, message):
+    with pytest.raises(SystemExit):
+        main([*COMMON, *options])
+    errors = capsys.readouterr().err.splitlines()
+    assert errors[-1].startswith("short-gpt: ") and message in errors[-1]

@@ -1,0 +1,267 @@
+"""One layer at a time: the same scores and perplexity as in memory, within the memory planned."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import (
+    make_transformer,
+    random_windows,
+    save_checkpoint,
+    write_byte_tokenizer,
+)
+
+from llama import Llama
+from llama.archive import TensorInfo, write_shard
+from llama.args import ModelArgs
+from llama.convert import meta_to_hf, params_json
+from llama.sharding import full_shapes
+from short_gpt import ShortLlama, memory_plan, streamed_transformer
+from short_gpt.memory_plan import bytes_of
+from short_gpt.streaming import StreamedLlama
+
+VOCAB = 258
+WINDOWS = [w[: 20 - i % 3] for i, w in enumerate(random_windows(7, 20, vocab=VOCAB))]
+SCALED = {"use_scaled_rope": True, "rope_scaling_factor": 4.0, "rope_theta": 500000.0}
+META = {
+    "one file": {},
+    "two files, cut by width": {"shards": 2},
+    "two files, cut by vocabulary": {"shards": 2, "vocab_parallel": True},
+    "as many key heads": {"n_kv_heads": 4},
+    "tied": {"tied": True},
+    "llama 3.1": SCALED,
+    "bfloat16": {"dtype": torch.bfloat16},
+}
+
+
+def meta(
+    directory, *, shards=1, vocab_parallel=False, tied=False, dtype=torch.float32, seed=0, **changes
+):
+    model = make_transformer(seed, vocab_size=VOCAB, **changes)
+    if tied:
+        model.output.weight = model.tok_embeddings.weight
+    save_checkpoint(directory, model.to(dtype), shards=shards, vocab_parallel=vocab_parallel)
+    params = json.loads((directory / "params.json").read_text()) | changes
+    (directory / "params.json").write_text(json.dumps(params))
+    write_byte_tokenizer(directory)
+    return ShortLlama(Llama(model.float(), None))
+
+
+def same(streamed, memory, *, scores: bool = True, **options) -> None:
+    found = streamed.perplexity(WINDOWS, progress=False, **options)
+    expected = memory.perplexity(WINDOWS, progress=False, **options)
+    assert found.value == pytest.approx(expected.value, rel=1e-6)
+    assert (found.tokens, found.windows) == (expected.tokens, expected.windows)
+    if not scores:
+        return
+    for short in (streamed, memory):
+        short.measure(WINDOWS, progress=False, **options)
+    assert streamed.importances[streamed.kept].isfinite().all()
+    for name, found in vars(streamed.importance).items():
+        expected = getattr(memory.importance, name)
+        if name != "layers":  # every window's scores are bit-equal; their sums are in another order
+            assert torch.allclose(found, expected, rtol=1e-13, atol=1e-13, equal_nan=True), name
+
+
+@pytest.mark.parametrize("case", META)
+def test_a_meta_directory_gives_the_scores_of_the_model_in_memory_bit_for_bit(
+    case, tmp_path, monkeypatch
+):
+    memory = meta(tmp_path / "meta", **META[case])
+    monkeypatch.setattr(memory_plan, "BLOCK_BYTES", 10_000)  # some rows of one file, some of two
+    streamed = ShortLlama.from_checkpoint(
+        tmp_path / "meta", stream=True, max_seq_len=64, device="cpu"
+    )
+    same(streamed, memory, batch_size=3)
+
+
+@pytest.mark.parametrize("case", ["one file", "tied", "llama 3.1", "bfloat16"])
+@pytest.mark.parametrize("max_shard_bytes", [10**9, 20_000])
+def test_a_hugging_face_directory_too(case, max_shard_bytes, tmp_path, monkeypatch):
+    memory = meta(tmp_path / "meta", **META[case])
+    meta_to_hf(tmp_path / "meta", tmp_path / "hf", max_shard_bytes=max_shard_bytes)
+    monkeypatch.setattr(memory_plan, "BLOCK_BYTES", 10_000)
+    same(StreamedLlama(tmp_path / "hf", max_seq_len=64, device="cpu"), memory, batch_size=2)
+
+
+@pytest.fixture
+def streamed(tmp_path, monkeypatch) -> StreamedLlama:
+    monkeypatch.setattr(streamed_transformer, "resident", lambda: 0)
+    meta(tmp_path / "meta")
+    return StreamedLlama(tmp_path / "meta", 2, max_seq_len=20, device="cpu")
+
+
+def test_several_rounds_are_one_round(streamed, monkeypatch):
+    rounds = []
+    run = streamed.stream.run
+    monkeypatch.setattr(streamed.stream, "run", lambda g, **k: (rounds.append(len(g)), run(g, **k)))
+    streamed.measure(WINDOWS, batch_size=2, progress=False)
+    whole, found = streamed.importance, streamed.perplexity(WINDOWS, progress=False)
+    assert rounds == [4, 7]
+    streamed.importance, least = type(whole).empty(range(5)), streamed.plan(2)
+    fixed = sum(least.host.values())
+    streamed.max_memory = fixed + 5 * least.window  # two batches of two windows, not five windows
+    assert streamed.plan(2).windows == 4 and streamed.plan(2).total <= streamed.max_memory
+    streamed.measure(WINDOWS, batch_size=2, progress=False)
+    assert rounds == [4, 7, 2, 2]
+    for name, sums in vars(streamed.importance).items():
+        expected = getattr(whole, name)
+        assert name == "layers" or torch.allclose(sums, expected, rtol=1e-13, equal_nan=True)
+    again = streamed.perplexity(WINDOWS, batch_size=2, progress=False)
+    assert again.value == pytest.approx(found.value, rel=1e-6)
+
+
+def test_a_rule_stops_after_a_round(streamed):
+    seen = []
+    streamed.max_memory = streamed.plan().total - (streamed.plan().windows - 3) * (
+        streamed.plan().window
+    )
+    streamed.measure(WINDOWS, progress=False, stop=lambda sums: seen.append(sums.n_windows) or True)
+    assert seen == [2] and streamed.n_windows == 2
+
+
+def test_too_little_memory_is_refused_and_the_least_is_enough(streamed, tmp_path):
+    with pytest.raises(ValueError, match="max_memory 100kB is too little: .* at least ") as caught:
+        StreamedLlama(tmp_path / "meta", max_seq_len=20, device="cpu", max_memory="100kB")
+    least = str(caught.value).split("at least ")[1].split(" (")[0]
+    short = StreamedLlama(tmp_path / "meta", max_seq_len=20, device="cpu", max_memory=least)
+    assert short.plan().windows == 1
+    with pytest.raises(ValueError, match="states of a batch"):
+        short.measure(WINDOWS, batch_size=9, progress=False)
+    assert short.plan().describe().startswith("one layer at a time, 1 windows a round: ")
+
+
+def test_sizes():
+    sizes = {"3GB": 3 * 10**9, "2.5 GiB": 5 * 2**29, "800mb": 8 * 10**8, "17": 17, 4096: 4096}
+    for text, size in sizes.items():
+        assert bytes_of(text) == size
+    for text in ("3 apples", "-1GB", "", "GB", "1e9", None, True):
+        with pytest.raises(ValueError, match="expected a size such as 3GB"):
+            bytes_of(text)
+
+
+def test_layers_are_removed_tried_and_saved_without_being_read(streamed, tmp_path):
+    memory = meta(tmp_path / "again")
+    for short in (streamed, memory):
+        short.eval_importance(WINDOWS[:4])
+    with streamed.without_layers([1, 3]), memory.without_layers([1, 3]):
+        same(streamed, memory, scores=False)
+    assert streamed.remove_layers() == memory.remove_layers(memory.layers_to_remove(n=2))
+    same(streamed, memory)
+    tokens = torch.tensor([WINDOWS[0]])
+    assert torch.allclose(
+        streamed.decoder.logits(tokens), memory.decoder.logits(tokens), rtol=1e-5, atol=1e-5
+    )
+    streamed.save(tmp_path / "cut")
+    assert ShortLlama.from_checkpoint(tmp_path / "cut", max_seq_len=20, device="cpu").n_layers == 3
+
+
+def test_halves_of_layers_are_scored_and_all_angles_refused(streamed, tmp_path):
+    memory = meta(tmp_path / "again")
+    for short in (streamed, memory):
+        short.measure(WINDOWS, progress=False, sublayers=True)
+    found, expected = (s.importance.sublayer_influence for s in (streamed, memory))
+    assert found.isfinite().all() and torch.allclose(found, expected, rtol=1e-13)
+    with pytest.raises(ValueError, match="all tokens need the states of all layers"):
+        streamed.measure(WINDOWS, progress=False, all_tokens=True)
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("layers.2.attention.wq.weight", r"layer 2 has NaN .* weights in attention\.wq\.weight"),
+        ("tok_embeddings.weight", "layer 0 gave a NaN or infinite state"),
+        ("output.weight", "NaN or infinite loss"),
+    ],
+)
+def test_nan_is_found_where_it_begins(place, message, tmp_path):
+    model = make_transformer(vocab_size=VOCAB)
+    with torch.no_grad():
+        weight = model.get_parameter(place)
+        weight[WINDOWS[5][3] % len(weight)] = math.nan  # the row of a token of window 5
+    save_checkpoint(tmp_path, model)
+    write_byte_tokenizer(tmp_path)
+    short = StreamedLlama(tmp_path, max_seq_len=20, device="cpu")
+    if place != "output.weight":
+        with pytest.raises(FloatingPointError, match=message):
+            short.measure(WINDOWS, progress=False)
+        assert short.n_windows == 0
+    with pytest.raises(FloatingPointError, match=message):
+        short.perplexity(WINDOWS, progress=False)
+
+
+def test_what_cannot_be_is_said(streamed, tmp_path):
+    with pytest.raises(ValueError, match="a model that is streamed cannot generate"):
+        streamed.eval_importance(WINDOWS[:1], max_gen_len=4)
+    with pytest.raises(ValueError, match="cannot generate|has no cache"):
+        streamed.greedy(WINDOWS[0], 2)
+    with pytest.raises(ValueError, match="not searched by its loss"):
+        streamed.search(WINDOWS, 2)
+    with pytest.raises(ValueError, match="expected at least one window"):
+        streamed.measure([], progress=False)
+    with pytest.raises(ValueError, match="expected windows of at least 2 tokens"):
+        streamed.perplexity([[5]], progress=False)
+    with pytest.raises(ValueError, match="1 to 20"):
+        streamed.measure([WINDOWS[0] * 2], progress=False)
+    with pytest.raises(ValueError, match="max_memory bounds a streamed model; pass stream"):
+        ShortLlama.from_checkpoint(tmp_path / "meta", max_memory="3GB")
+    with pytest.raises(FileNotFoundError, match="has no params.json"):
+        StreamedLlama(tmp_path)
+    write_byte_tokenizer(tmp_path)
+    small = make_transformer()
+    save_checkpoint(tmp_path, small)
+    with pytest.raises(ValueError, match="has 258 words, the checkpoint .* 96; they do not"):
+        StreamedLlama(tmp_path, max_seq_len=20)
+
+
+def test_another_checkpoint_has_another_digest(streamed, tmp_path):
+    meta(tmp_path / "again")
+    meta(tmp_path / "other", seed=1)
+    again, other = (
+        StreamedLlama(tmp_path / name, max_seq_len=20, device="cpu") for name in ("again", "other")
+    )
+    assert streamed.weights_digest() == again.weights_digest() != other.weights_digest()
+
+
+PEAK = """
+import sys, torch
+from pathlib import Path
+from short_gpt.importance import Importance
+from short_gpt.streaming import StreamedLlama
+
+torch.set_num_threads(1)
+short = StreamedLlama(sys.argv[1], max_seq_len=64, device="cpu", max_memory=sys.argv[2])
+windows = torch.randint(258, (12, 64), generator=torch.Generator().manual_seed(0)).tolist()
+short.eval_importance(windows[:1])  # what torch sets up at its first use is no part of the plan
+plan = short.plan(2)
+short.measure(windows, batch_size=2, progress=False)
+short.perplexity(windows, batch_size=2, progress=False)
+peak = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
+print(plan.total, plan.host["the process itself"], plan.windows, peak)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_peak_stays_within_the_plan(tmp_path):
+    args = ModelArgs(dim=768, n_layers=12, n_heads=12, vocab_size=VOCAB)
+    shapes = full_shapes(args)
+    infos = {name: TensorInfo(shape, torch.bfloat16, name) for name, shape in shapes.items()}
+    path = tmp_path / "consolidated.00.pth"
+    write_shard(path, infos, lambda n: torch.full(shapes[n], 0.01, dtype=torch.bfloat16))
+    (tmp_path / "params.json").write_text(json.dumps(params_json(args)))
+    write_byte_tokenizer(tmp_path)
+    weights = sum(info.numel for info in infos.values())
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, str(tmp_path), "2GB"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    total, before, windows, peak = map(int, done.stdout.split())
+    assert windows == 32 and 4 * weights > 300e6
+    planned = total - 20 * 64 * (768 * 4 + 16)  # only twelve windows come
+    print(planned, before, peak, weights)
+    assert peak < planned + 32e6 and planned - before < 4 * weights / 4
