@@ -125,6 +125,15 @@ def test_a_search_among_the_lowest_only(ckpt):
     assert record["chosen"]["layers"] == record["search"]["removed"]
 
 
+def test_generate_skips_layers_in_the_prompt(ckpt, capsys):
+    common = ("generate", "ckpt", "abc", "--max_gen_len", 8, "--temperature", 0, "--device", "cpu")
+    run(*common)
+    whole = capsys.readouterr().out
+    run(*common, "--skip_prefill", "1,2,3")
+    assert capsys.readouterr().out != whole
+    assert "layers [9] do not exist" in fails(capsys, *common, "--skip_prefill", 9)
+
+
 def test_prune_takes_what_a_search_chose(ckpt, capsys):
     run("rank", "ckpt", *DATA, "--n_prune_layers", 2, "--max_windows", 3, "--method", "sleb",
         "--out", "s.json")  # fmt: skip

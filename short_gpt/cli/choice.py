@@ -40,7 +40,7 @@ class Choice:
             raise ValueError("--method chooses from --scores, not from --layers")
         self.facts: dict[str, Any] = {"source": ckpt_dir, "versions": versions()}
         self._ckpt_dir, self._scores = ckpt_dir, scores
-        self._named = None if layers is None else _layer_list(layers)
+        self._named = None if layers is None else layer_list(layers)
         self._importance: Importance | None = None
         self._found: list[int] | None = None
         if scores is not None:
@@ -139,7 +139,8 @@ def method_of(angular: bool, method: str | None) -> str | None:
     return "angular" if angular else method
 
 
-def _layer_list(layers: Any) -> list[int]:
+def layer_list(layers: Any) -> list[int]:
+    """Layer numbers as fire gives them: one number, or several."""
     numbers = [layers] if isinstance(layers, int) else layers
     if not isinstance(numbers, list | tuple) or not all(type(i) is int for i in numbers):
         raise ValueError(f"expected layer numbers as in --layers 21,22,23, got {layers!r}")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from short_gpt import report
+from short_gpt.cli.choice import layer_list
 from short_gpt.cli.shared import (
     arguments_of,
     check_run,
@@ -30,6 +33,7 @@ def generate(
     temperature: float = 0.6,
     top_p: float = 0.9,
     seed: int = 1,
+    skip_prefill: Any = None,
     tokenizer_path: str | None = None,
     device: str | None = None,
     dtype: str | None = None,
@@ -45,6 +49,8 @@ def generate(
         temperature: 0 takes the likeliest token.
         top_p: sample from the smallest set of tokens with this probability.
         seed: of the sampling.
+        skip_prefill: layers to skip while the prompt is read, as in 21,22,23; they run while text
+            is added (ShortGPT-gen).
         tokenizer_path: tokenizer of a Meta checkpoint; found beside it if not given.
         device: cpu, cuda or mps; the best there is if not given.
         dtype: float32, bfloat16 or float16; float32 on cpu if not given.
@@ -52,11 +58,13 @@ def generate(
     short = open_model(
         ckpt_dir, tokenizer_path=tokenizer_path, seed=seed, device=device, dtype=dtype
     )
-    if isinstance(short, ShortLlama):
-        done = short.llama.text_completion([prompt], temperature, top_p, max_gen_len)
-        say(f"{prompt}{done[0]['generation']}")
-    else:
-        say(f"{prompt}{short.generate([prompt], max_gen_len, temperature, top_p)[0]}")
+    with short.skipped_in_prefill([] if skip_prefill is None else layer_list(skip_prefill)):
+        if isinstance(short, ShortLlama):
+            done = short.llama.text_completion([prompt], temperature, top_p, max_gen_len)
+            text = done[0]["generation"]
+        else:
+            text = short.generate([prompt], max_gen_len, temperature, top_p)[0]
+    say(f"{prompt}{text}")
 
 
 def perplexity(
