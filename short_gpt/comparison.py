@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -99,6 +99,7 @@ class Comparison:
         healings: Sequence[str] = (RAW,),
         seeds: int = 3,
         lora: Heal | None = None,
+        lora_only: Collection[tuple[str, int]] | None = None,
     ) -> list[Row]:
         """Measures every method x number of layers x healing, and the whole model first.
 
@@ -109,6 +110,8 @@ class Comparison:
             seeds: how many random sets for every number.
             lora: heals the model without these layers and gives the loss of every evaluation
                 window.
+            lora_only: the methods and numbers to heal so, which takes far longer than all the
+                rest; None means all.
 
         Raises:
             ValueError: a method is unknown or a number is out of range.
@@ -126,15 +129,18 @@ class Comparison:
         sets = [self.layers(method, n, seed or 0, most=max(counts)) for method, seed, n in cases]
         if PATCHED in healings:
             self._patch_all(sets)
+        trained = [(m, n) for m, _, n in cases] if lora_only is None else lora_only
         found = [self._row("dense", None, 0, RAW, [])]
         with bar("comparing", total=len(cases) * len(healings), unit="model") as shown:
             for healing in healings:
                 for (method, seed, n), layers in zip(cases, sets, strict=True):
+                    shown.update()
+                    if healing == LORA and (method, n) not in trained:
+                        continue
                     if healing == LORA and lora is not None:
                         self._measured(LORA, layers, partial(lora, layers))
                     if healing != PATCHED or 0 not in layers:
                         found.append(self._row(method, seed, n, healing, layers))
-                    shown.update()
         return found
 
     def layers(self, method: str, n: int, seed: int = 0, *, most: int | None = None) -> list[int]:

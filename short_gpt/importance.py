@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -269,10 +270,11 @@ def measure(
     into = Importance.empty(range(len(decoder.layers))) if into is None else into
     extras = {"sublayers": sublayers, "all_tokens": all_tokens}
     before, steps = into.n_tokens, 0
+    read = getattr(decoder, "score", None) or partial(score, decoder)  # a streamed one has its own
     with bar("scoring", total=total, unit="window", show=progress) as shown:
         for steps, batch in enumerate(batches, 1):  # noqa: B007
             if batch:  # of several replicas, one may have nothing left
-                into.add(score(decoder, batch, layers=into.layers, **extras))
+                into.add(read(batch, layers=into.layers, **extras))
             set_rate(shown, into.n_tokens - before)
             shown.update(len(batch))
             if after(into):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,12 +19,12 @@ from llama.tokenizer import Tokenizer, find_tokenizer
 from short_gpt.data import batches
 from short_gpt.decoder import MetaDecoder, pad
 from short_gpt.evaluate import Perplexity
-from short_gpt.importance import Importance
 from short_gpt.layer_source import digest, open_source
 from short_gpt.memory_plan import Plan
 from short_gpt.progress import bar, set_rate
 from short_gpt.short_llama import ShortLlama
 from short_gpt.short_model import _count
+from short_gpt.stopping import Verdict
 from short_gpt.streamed_transformer import Batch, StreamedTransformer
 from short_gpt.watch import Scores
 
@@ -192,43 +192,30 @@ class StreamedLlama(ShortLlama):
         """
         return self.stream.plan(batch_size=batch_size, max_memory=self.max_memory)
 
-    def measure(  # type: ignore[override]
+    def measure(
         self,
         windows: Iterable[Sequence[int]],
         *,
         batch_size: int = 1,
-        total: int | None = None,
         progress: bool = True,
-        stop: Callable[[Importance], bool] = lambda _: False,
-        sublayers: bool = False,
-        all_tokens: bool = False,
-    ) -> None:
+        **options: Any,
+    ) -> Verdict | None:
         """Scores windows as `ShortModel.measure` does, in rounds.
 
         Args:
-            windows, batch_size, total, progress, sublayers: as there.
-            stop: called with the sums after every round; True ends the run.
-            all_tokens: not possible here.
+            windows, options: as there; angles at all tokens are not possible here. Whether the
+                answer is settled is looked at, and the state saved, after a round.
+            batch_size: windows of a round that pass a layer together.
+            progress: whether to show bars.
 
         Raises:
             ValueError: a window does not fit the model, or a batch not into ``max_memory``.
             FloatingPointError: a weight or a state is NaN or infinite; nothing of that round
                 counts, the rounds before it do.
         """
-        self._check_whole()
-        into = Importance.empty(self.kept) if self._stale else self.importance
-        extras = {"sublayers": sublayers, "all_tokens": all_tokens}
-        before = into.n_windows
-        try:
-            for part in self._rounds("scoring", windows, batch_size, total, progress):
-                into.add(self._streamed.score(part, layers=into.layers, **extras))
-                if stop(into):
-                    break
-        finally:
-            if into.n_windows:
-                self.importance = into
-        if into.n_windows == before:
-            raise ValueError("expected at least one window of tokens, got none")
+        self._streamed.batch_size, self._streamed.progress = batch_size, progress
+        size = self.plan(batch_size).windows
+        return super().measure(windows, batch_size=size, progress=progress, **options)
 
     def perplexity(
         self,

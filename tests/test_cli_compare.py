@@ -52,7 +52,8 @@ def test_without_eval_data_texts_are_held_out(here, capsys):
 
 
 def test_lora_heals_in_the_comparison(here, capsys):
-    options = ["--methods", "bi", "--counts", "1", "--healing", "lora", "--eval_data", "others"]
+    options = ["--methods", "bi", "--healing", "lora", "--eval_data", "others"]
+    options += ["--lora_only", "bi:1"]
     options += ["--lora_steps", "2", "--lora_rank", "2", "--lora_learning_rate", "0.01"]
     options += ["--lora_size", "48", "--lora_batch", "2"]
     main([*COMMON, *options, "--out", "c.json"])
@@ -66,6 +67,11 @@ def test_lora_heals_in_the_comparison(here, capsys):
     [
         (["--methods", "best"], "--methods best: expected some of bi, angular"),
         (["--healing", "glue"], "--healing glue: expected some of raw, patched, lora"),
+        (["--lora_only", "bi:1"], "--lora_only is for --healing lora"),
+        (
+            ["--healing", "lora", "--lora_only", "bi:1,bi:2"],
+            "--lora_only bi:2: expected METHOD:NUMBER of --methods and --counts, as in bi:1",
+        ),
         (["--counts", "0,2"], "expected whole numbers as in --counts 2,4,8"),
         (["--counts", "2,5"], "--n_prune_layers 5; the model has 5 layers"),
         (["--eval_data", "books"], "share text with the windows to evaluate on"),

@@ -116,6 +116,16 @@ def test_lora_is_called_once_for_every_set():
     assert rows[1].perplexity == pytest.approx(rows[0].perplexity)
 
 
+def test_lora_may_be_for_some_sets_only():
+    def lora(layers):
+        return [perplexity(short().decoder, [[w]]) for w in EVALUATION]
+
+    options = {"healings": ["raw", "lora"], "lora": lora, "lora_only": [("bi", 2)]}
+    rows = Comparison(short(), CALIBRATION, EVALUATION).rows(["bi", "deepest"], [1, 2], **options)
+    assert [(r.method, r.n) for r in rows if r.healing == "lora"] == [("bi", 2)]
+    assert len(rows) == 1 + 4 + 1
+
+
 def test_agreement_of_the_methods():
     model = Tiny()
     for i in (2, 3):

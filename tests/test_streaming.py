@@ -23,6 +23,8 @@ from llama.convert import meta_to_hf, params_json
 from llama.sharding import full_shapes
 from short_gpt import ShortLlama, memory_plan, streamed_transformer
 from short_gpt.memory_plan import bytes_of
+from short_gpt.resume import RunState, StateFile
+from short_gpt.stopping import Stop
 from short_gpt.streaming import StreamedLlama
 
 VOCAB = 258
@@ -116,13 +118,41 @@ def test_several_rounds_are_one_round(streamed, monkeypatch):
     assert again.value == pytest.approx(found.value, rel=1e-6)
 
 
+def few_rounds(streamed, windows: int) -> None:
+    """Bounds the memory so that a round takes so many windows."""
+    plan = streamed.plan()
+    streamed.max_memory = plan.total - (plan.windows - windows) * plan.window
+    assert streamed.plan().windows == windows
+
+
 def test_a_rule_stops_after_a_round(streamed):
-    seen = []
-    streamed.max_memory = streamed.plan().total - (streamed.plan().windows - 3) * (
-        streamed.plan().window
-    )
-    streamed.measure(WINDOWS, progress=False, stop=lambda sums: seen.append(sums.n_windows) or True)
-    assert seen == [2] and streamed.n_windows == 2
+    few_rounds(streamed, 4)
+    many = random_windows(90, 12)
+    verdict = streamed.measure(many, progress=False, stop=Stop(3, min_windows=16))
+    assert verdict.settled and verdict.windows == streamed.n_windows < 90
+    assert streamed.n_windows % 4 == 0 and streamed.n_windows >= 16
+
+
+def test_a_run_in_rounds_continues(streamed, tmp_path, monkeypatch):
+    few_rounds(streamed, 4)
+    many, identity = random_windows(18, 12), {"model": "tiny"}
+    streamed.measure(many, progress=False)
+    expected = streamed.importance.to_dict()
+    plain, rounds = streamed.decoder.score, []
+
+    def fails(part, **options):
+        rounds.append(len(part))
+        if len(rounds) == 3:
+            raise KeyboardInterrupt
+        return plain(part, **options)
+
+    monkeypatch.setattr(streamed.decoder, "score", fails)
+    with pytest.raises(KeyboardInterrupt):
+        state = RunState(StateFile(tmp_path / "state", identity))
+        streamed.measure(many, progress=False, state=state)
+    state = RunState(StateFile(tmp_path / "state", identity))
+    streamed.measure(many, progress=False, state=state)
+    assert rounds == [4, 4, 4, 4, 4, 2] and streamed.importance.to_dict() == expected
 
 
 def test_too_little_memory_is_refused_and_the_least_is_enough(streamed, tmp_path):

@@ -49,6 +49,7 @@ def compare(
     search_windows: int = 4,
     eval_windows: int = 16,
     seeds: int = 3,
+    lora_only: str | None = None,
     lora_steps: int | None = None,
     lora_rank: int | None = None,
     lora_learning_rate: float | None = None,
@@ -89,6 +90,8 @@ def compare(
         search_windows: of these, how many the searches by loss read.
         eval_windows: windows to evaluate on.
         seeds: random sets for every number of layers.
+        lora_only: what to heal by lora, which takes far longer than all the rest, as in
+            bi:8,angular:8; all if not given.
         lora_steps: steps of lora, a tenth of them warm-up but at most 100; the recipe's 5000 if
             not given.
         lora_rank: its rank; the recipe's if not given.
@@ -115,6 +118,7 @@ def compare(
         raise ValueError(f"--healing {odd[0]}: expected some of {RAW}, {PATCHED}, {LORA}")
     if odd := [m for m in names if m not in METHODS]:
         raise ValueError(f"--methods {odd[0]}: expected some of {', '.join(METHODS)}")
+    only = _pairs(lora_only, names, numbers, healings)
     targets = targets_of(out, None, overwrite=overwrite)
     picture = _picture(plots, overwrite=overwrite)
     source, calibration, evaluation = _material(ckpt_dir, arguments)
@@ -131,7 +135,9 @@ def compare(
     comparison = Comparison(short, chosen, held, few=search_windows, state=saved)
     lora = _lora(source, calibration, held, cut, arguments) if LORA in healings else None
     with interruptible():
-        rows = comparison.rows(names, numbers, healings=healings, seeds=seeds, lora=lora)
+        options: dict[str, Any] = {"healings": healings, "seeds": seeds}
+        options |= {"lora": lora, "lora_only": only}
+        rows = comparison.rows(names, numbers, **options)
         agreed = []
         if "sleb" in names:
             agreed = [comparison.agreement(n, max(numbers)) for n in numbers]
@@ -149,6 +155,23 @@ def compare(
     if saved is not None:
         saved.clear()
     say_written(targets)
+
+
+def _pairs(
+    given: str | None, methods: list[str], counts: list[int], healings: list[str]
+) -> list[tuple[str, int]] | None:
+    """Methods and numbers, as in bi:8,angular:8."""
+    if given is None:
+        return None
+    if LORA not in healings:
+        raise ValueError("--lora_only is for --healing lora")
+    cases = {f"{m}:{n}": (m, n) for m in methods for n in counts}
+    if odd := [part for part in given.split(",") if part not in cases]:
+        raise ValueError(
+            f"--lora_only {odd[0]}: expected METHOD:NUMBER of --methods and --counts, as in "
+            f"{next(iter(cases))}"
+        )
+    return [cases[part] for part in given.split(",")]
 
 
 def _picture(plots: str | None, *, overwrite: bool) -> Path | None:
