@@ -14,14 +14,14 @@ import time
 from typing import Any
 
 import fire
-from scoring import build, machine, spread
+from scoring import build, spread
 
 from short_gpt import ShortLlama, demo, windows
 from short_gpt.evaluate import perplexity
 from short_gpt.greedy import Search, sleb
 from short_gpt.layer_removal import without_layers
 from short_gpt.progress import bar
-from short_gpt.record import versions, write_record
+from short_gpt.record import write_record
 
 
 def main(
@@ -52,7 +52,7 @@ def main(
     print("\n".join(f"MISSED: {text}" for text in missed) or "all limits held")
     if out is not None:
         command = " ".join(["python", "benchmarks/greedy.py", *sys.argv[1:]])
-        content = {"command": command, "machine": machine(), "versions": versions(), **result}
+        content = {"command": command, **result}
         content |= {"windows": count, "tokens_per_window": size, "seconds": seconds}
         write_record(out, content, overwrite=overwrite)
     sys.exit(bool(missed))

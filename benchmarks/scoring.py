@@ -18,8 +18,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -35,7 +33,7 @@ from torch import Tensor
 from llama import Llama
 from short_gpt import ShortLlama, demo, windows
 from short_gpt.importance import measure
-from short_gpt.record import versions, write_record
+from short_gpt.record import write_record
 from short_gpt.watch import Watch
 
 SIZE = 1024
@@ -66,7 +64,7 @@ def main(repeats: int = 15, out: str | None = None, overwrite: bool = False) -> 
     print("\n".join(f"MISSED: {text}" for text in missed) or "all limits held")
     if out is not None:
         command = " ".join(["python", "benchmarks/scoring.py", *sys.argv[1:]])
-        content = {"command": command, "machine": machine(), "versions": versions()}
+        content = {"command": command}
         content |= {"limits": limits(result), "seconds": seconds, **result}
         write_record(out, content, overwrite=overwrite)
     sys.exit(bool(missed))
@@ -233,14 +231,6 @@ def table(result: dict[str, Any]) -> str:
     memory = result["peak_memory_mb"]
     rows += [f"{f'{n}, peak MB':<26}  {mb:>8.0f}" for n, mb in memory.items()]
     return "\n".join(rows)
-
-
-def machine() -> dict[str, object]:
-    return {
-        "system": f"{platform.system()} {platform.machine()}",
-        "cores": os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
-    }
 
 
 if __name__ == "__main__":

@@ -21,13 +21,13 @@ from typing import Any
 import fire
 import numpy as np
 import torch
-from scoring import SIZE, build, machine
+from scoring import SIZE, build
 from torch import Tensor
 
 from short_gpt import demo, windows
 from short_gpt.importance import Importance
 from short_gpt.progress import bar
-from short_gpt.record import versions, write_record
+from short_gpt.record import write_record
 from short_gpt.stopping import Stop, next_look
 from short_gpt.watch import Scores, score
 
@@ -56,7 +56,7 @@ def main(
     print("\n".join(f"MISSED: {name}" for name in missed) or "all as sure as stated")
     if out is not None:
         command = " ".join(["python", "benchmarks/stopping.py", *sys.argv[1:]])
-        content: dict[str, Any] = {"command": command, "machine": machine(), "versions": versions()}
+        content: dict[str, Any] = {"command": command}
         content |= {"confidence": confidence, "orders": orders, "windows": len(influence)}
         content |= {"tokens_per_window": SIZE, "scoring_seconds": seconds, "cases": cases}
         write_record(out, content, overwrite=overwrite)

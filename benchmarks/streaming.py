@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -26,7 +25,7 @@ from typing import Any
 
 import fire
 import torch
-from scoring import machine, spread
+from scoring import spread
 from torch import Tensor
 
 from llama.archive import TensorInfo, write_shard
@@ -37,7 +36,7 @@ from llama.sharding import full_shapes
 from short_gpt.importance import Importance
 from short_gpt.memory_plan import plan, resident
 from short_gpt.progress import bar
-from short_gpt.record import versions, write_record
+from short_gpt.record import write_record
 from short_gpt.streaming import StreamedDecoder, open_stream
 
 SIZE, MAX_MEMORY = 1024, "3GB"
@@ -78,8 +77,8 @@ def main(
     print("\n".join(f"MISSED: {text}" for text in missed) or "all limits held")
     if out is not None:
         command = " ".join(["python", "benchmarks/streaming.py", *sys.argv[1:]])
-        content = {"command": command, "machine": {**machine(), "processor": processor()}}
-        content |= {"versions": versions(), "limits": limits(result), **result}
+        content: dict[str, Any] = {"command": command}
+        content |= {"limits": limits(result), **result}
         write_record(out, content, overwrite=overwrite)
     sys.exit(bool(missed))
 
@@ -231,15 +230,6 @@ def table(result: dict[str, Any]) -> str:
     ]
     rows += [f"70B in {n}: {need['plan']}" for n, need in result["llama_2_70b"].items()]
     return "\n".join(rows)
-
-
-def processor() -> str:
-    """The processor's name, where the system tells."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return platform.processor()
-    return text.split("model name\t: ")[-1].split("\n")[0] if "model name" in text else ""
 
 
 if __name__ == "__main__":

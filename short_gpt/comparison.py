@@ -152,36 +152,47 @@ class Comparison:
     @property
     def importance(self) -> Importance:
         """Scores of the calibration windows."""
-        if not self.short.n_windows:
-            if "importance" in self._cells:
-                self.short.importance = Importance.from_dict(self._cells["importance"])
-            else:
-                self.short.measure(self._calibration, all_tokens=True)
-                self._keep("importance", self.short.importance.to_dict())
-        return self.short.importance
+        return self._scored("importance", self._calibration)
+
+    def _scored(self, key: str, windows: Windows) -> Importance:
+        """Scores of some windows; the model keeps those that it has."""
+        if key not in self._cells:
+            before, self.short.importance = self.short.importance, Importance.empty(self.short.kept)
+            try:
+                self.short.measure(windows, all_tokens=True)
+                self._keep(key, self.short.importance.to_dict())
+            finally:
+                self.short.importance = before
+        return Importance.from_dict(self._cells[key])
 
     def _search(self, method: str, n: int) -> Search:
         key = f"{method} {n}"
         if key not in self._cells:
-            found = self.short.search(self._few, n, method=method)
+            part = None if self._state is None else self._state.part(key.replace(" ", "-"))
+            found = self.short.search(self._few, n, method=method, state=part)
             self._keep(key, {"removed": found.removed, "losses": found.losses})
+            if part is not None:
+                part.clear()
         content = self._cells[key]
         losses = [{int(i): v for i, v in loss.items()} for loss in content["losses"]]
         return Search(content["removed"], losses)
 
     def agreement(self, n: int, most: int) -> dict[str, Any]:
-        """Whether the cheap rankings hold: Block Influence, angle and greedy search.
+        """Whether the cheap rankings hold: Block Influence, angle and greedy search, all on the
+        windows that the searches read.
 
         Returns:
             The share of n layers that each pair of methods has in common, and Spearman's
             correlation of Block Influence with the loss without each layer alone, over the
             layers that the search tries first.
         """
-        sets = {m: set(self.layers(m, n, most=most)) for m in ("bi", "angular", "sleb")}
+        few = self._scored("importance of few", self._few)
+        sets = {m: set(choose(few, n, method=m)) for m in ("bi", "angular")}
+        sets["sleb"] = set(self.layers("sleb", n, most=most))
         pairs = (("bi", "angular"), ("bi", "sleb"), ("angular", "sleb"))
         shared = {f"{a}, {b}": len(sets[a] & sets[b]) / n for a, b in pairs}
         alone = self._search("sleb", most).losses[0]
-        scores = self.importance.block_influence
+        scores = few.block_influence
         correlation = spearman(scores[list(alone)], torch.tensor(list(alone.values())).double())
         return {"n": n, "overlap": shared, "rank_correlation_of_bi_with_loss": correlation}
 

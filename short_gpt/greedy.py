@@ -284,6 +284,6 @@ def _meeting(state: Tensor) -> Callable[..., Any]:
 
 def _keeping(kept: list[Tensor]) -> Callable[..., None]:
     def hook(module: nn.Module, args: Any, output: Any) -> None:
-        kept.append(output[0] if isinstance(output, tuple) else output)
+        kept.append(output[0] if isinstance(output, tuple | list) else output)
 
     return hook

@@ -8,14 +8,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from llama.archive import Shard, write_shard
-from llama.checkpoint import PROVENANCE, Checkpoint, copy_tokenizer, prune, read_json
+from llama.checkpoint import (
+    CONVERSION,
+    PROVENANCE,
+    Checkpoint,
+    copy_tokenizer,
+    prune,
+    read_json,
+)
 from llama.files import new_directory, write_json
 from llama.tokenizer import find_tokenizer
-from short_gpt.linear_patch import Patch
-from short_gpt.mlp_output import mlp_output
+from short_gpt.model_card import changes, sublayers_gone
 from short_gpt.record import versions
 from short_gpt.short_hf import ShortHFModel
 from short_gpt.short_llama import ShortLlama
@@ -32,7 +38,7 @@ Layers that stayed, in the original model's numbering from 0:
 
     {layers}
 
-Their weights were changed by {how}. {measured}
+Their weights were changed by {how}. {sublayers}{measured}
 Made with ShortGPT ({versions}). `pruning.json` holds this in numbers.
 """
 
@@ -55,7 +61,7 @@ def provenance(short: Any, source: str, facts: Mapping[str, Any]) -> dict[str, A
         record = dict(earlier)
     elif earlier is not None:
         record["source_pruning"] = earlier
-    record |= {"source": source, "original_layers": original_layers(record)}
+    record |= {"source": source, "original_layers": original_layers(record), **changes(short)}
     return {**record, **facts, "versions": versions()}
 
 
@@ -74,7 +80,6 @@ def save_healed(
     facts: Mapping[str, Any],
     *,
     source: str,
-    patch: Patch | None = None,
     as_meta: bool = False,
     tokenizer_path: str | None = None,
     overwrite: bool = False,
@@ -82,11 +87,10 @@ def save_healed(
     """Writes a healed model so that plain ``from_pretrained``, or ``Llama.build``, loads it.
 
     Args:
-        short: a `ShortHFModel`, or a `ShortLlama` with a folded patch.
+        short: a `ShortHFModel`, or a `ShortLlama`.
         out_dir: the new directory; appears whole or not at all.
         facts: kept in ``pruning.json`` and on the model card, see `provenance`.
         source: the checkpoint that the model came from.
-        patch: of a `ShortLlama`: tells which weights differ from the source's.
         as_meta: whether a `ShortHFModel` of a Llama is written in Meta's format, as the source is.
         tokenizer_path: of a Meta source; None looks beside it.
         overwrite: whether an earlier pruned model is replaced; nothing else ever is.
@@ -106,7 +110,7 @@ def save_healed(
             else:
                 short.save_pretrained(inner)
         else:
-            _save_meta(short, inner, source, patch)
+            _save_meta(short, inner, source)
         for file in sorted(inner.iterdir()):
             file.rename(partial / file.name)
         inner.rmdir()
@@ -132,6 +136,7 @@ def healed_card(record: Mapping[str, Any]) -> str:
         total=total,
         layers=layers,
         how=record["healing"]["method"],
+        sublayers=sublayers_gone(record),
         measured=measured or "Its quality was not measured.\n",
         versions=", ".join(f"{k} {v}" for k, v in record["versions"].items()),
     )
@@ -153,45 +158,69 @@ def _save_as_meta(short: ShortHFModel, out: Path, tokenizer: str | Path) -> None
     copy_tokenizer(Path(tokenizer), out)
 
 
-def _save_meta(short: ShortLlama, out: Path, source: str, patch: Patch | None) -> None:
-    """Prunes the source's files, and writes the patched weights in place of the former."""
-    changed = check_source(short, source)
-    assert patch is not None, "a ShortLlama is healed by a patch"
-    pruned = prune(
-        source,
-        out.with_name("pruned"),
-        short.removed,
-        tokenizer_path=getattr(short.llama, "tokenizer_path", None),
-    )
-    replaced: dict[str, Tensor] = {}
-    for front in patch.maps:
-        place = short.kept.index(front)
-        weight = mlp_output(short.decoder.layers[place]).weight
-        replaced[f"layers.{place}.feed_forward.w2.weight"] = weight  # type: ignore[assignment]
+def _save_meta(short: ShortLlama, out: Path, source: str) -> None:
+    """Prunes the source's files, and writes the changed weights in place of the former."""
+    changed, files = check_source(short, source), Path(source)
+    if short.removed:
+        path = getattr(short.llama, "tokenizer_path", None)
+        files = prune(source, out.with_name("pruned"), short.removed, tokenizer_path=path)
+    replaced = _replaced(short)
     out.mkdir()
-    shard = Shard(pruned / changed)
+    shard = Shard(files / changed)
 
     def read(name: str) -> Tensor:
         return replaced[name] if name in replaced else shard.read(name)
 
     write_shard(out / changed, shard.infos, read)
-    for file in sorted(pruned.iterdir()):
-        if file.name != changed:
-            file.rename(out / file.name)
-    shutil.rmtree(pruned)
+    if short.removed:
+        for file in sorted(files.iterdir()):
+            if file.name != changed:
+                file.rename(out / file.name)
+        shutil.rmtree(files)
+        return
+    for name in ("params.json", CONVERSION):
+        if (files / name).is_file():
+            shutil.copyfile(files / name, out / name)
+    path = getattr(short.llama, "tokenizer_path", None) or find_tokenizer(source)
+    copy_tokenizer(Path(path), out)
+
+
+def _replaced(short: ShortLlama) -> dict[str, Tensor]:
+    """The weights that differ from the source's, by their names without the removed layers."""
+    gone, how = short.removed_sublayers, short.healing
+    ends = {("attention.wo", i) for i in gone["attention"]}
+    ends |= {("feed_forward.w2", i) for i in gone["mlp"]}
+    while how is not None:
+        ends |= {("feed_forward.w2", int(front)) for front in how["restored"]}
+        how = how.get("earlier")
+    found = {}
+    for name, number in ends:
+        if number in short.kept:
+            place = short.kept.index(number)
+            module: nn.Module = short.decoder.layers[place].get_submodule(name)
+            found[f"layers.{place}.{name}.weight"] = module.weight
+    return found  # type: ignore[return-value]
 
 
 def check_source(short: ShortLlama, source: str) -> str:
     """The name of the one file of weights; for a check before long work.
 
     Raises:
-        ValueError: the source has several shards, or not this model's layers or dtype.
+        ValueError: the source has several shards, or not this model's layers; or several
+            model-parallel ranks share the model.
     """
+    from llama.parallel import model_parallel_size
+
     checkpoint = Checkpoint(source)
     if len(checkpoint.shards) > 1:
         raise ValueError(
-            f"{source} has {len(checkpoint.shards)} shards; a patched checkpoint is written as "
-            "one: convert it to Hugging Face's format and patch that"
+            f"{source} has {len(checkpoint.shards)} shards; changed weights are written to one: "
+            f"short-gpt convert {source} DIRECTORY --shards 1, and change that"
+        )
+    if model_parallel_size() > 1:
+        raise ValueError(
+            f"changed weights are written by one rank that holds them whole, got "
+            f"{model_parallel_size()} model-parallel ranks; start it without torchrun"
         )
     if checkpoint.args.n_layers != short.n_layers:
         raise ValueError(

@@ -92,10 +92,29 @@ def heal(
     _check(short, training, validation, evaluation, recipe)
     run = (training, validation, recipe, work_dir)
     if recipe.four_bit:
-        return _heal_four_bit(short, *run, resume=resume, show=progress)
+        healed = _heal_four_bit(short, *run, resume=resume, show=progress)
+    else:
+        healed = _heal(short, *run, resume=resume, show=progress)
+    if healed.kept_step:
+        earlier = {"earlier": short.healing} if short.healing else {}
+        short.note_healing(healed.to_dict() | earlier)
+    return healed
+
+
+def _heal(
+    short: Any,
+    training: Sequence[Window],
+    validation: Sequence[Window],
+    recipe: Recipe,
+    work_dir: str | Path | None,
+    *,
+    resume: bool,
+    show: bool,
+) -> Healed:
+    """Trains over the model's own weights and merges."""
     adapted = adapt(short.model, recipe)
     try:
-        healed = _train(adapted, *run, resume=resume, show=progress)
+        healed = _train(adapted, training, validation, recipe, work_dir, resume=resume, show=show)
     except BaseException:
         adapted.unload()
         raise
@@ -140,7 +159,7 @@ def _train(
         kept_step=best if measured[best] < before else 0,
         losses={entry["step"]: entry["loss"] for entry in logs if "loss" in entry},
         validation={0: before, **measured},
-        tokens=state.global_step * recipe.batch * sum(map(len, training)) // len(training),
+        tokens=round(state.epoch * sum(map(len, training))),
     )
 
 

@@ -207,6 +207,7 @@ def _edited_config(directory: Path, decoder: HFDecoder, keep: Sequence[int]) -> 
     decoder.keep_layers(keep)
     after = decoder.model.config.to_dict()
     config = read_json(directory / "config.json")
+    config.pop("auto_map", None)  # names code that does not go along: the library's own is enough
     aliases = {own: name for name, own in decoder.config.attribute_map.items()}
     _patch(config, before, after, aliases)
     return config

@@ -17,7 +17,7 @@ from short_gpt.twin import Outline, differences, outline, part, twin_outline
 # are known by their length.
 NUMBERED = ("mlp_only_layers", "moe_layers")
 # Config entries that count the first layers, which are of another kind than those behind them.
-LEADING = ("first_k_dense_replace",)
+LEADING = ("first_k_dense_replace", "num_dense_layers")
 # Modules' attributes that hold the number of their layer.
 NUMBERS = ("layer_idx", "layer_id")
 # Config entries by which layers compute with their own number, which no outline shows.
@@ -38,10 +38,12 @@ class HFDecoder:
         layers_path: where its layers are, as in ``"model.layers"``; None finds them.
 
     Raises:
-        ValueError: there are no such layers, or several lists could be them.
+        ValueError: there are no such layers, several lists could be them, or the model is no
+            causal language model.
     """
 
     def __init__(self, model: Any, layers_path: str | None = None) -> None:
+        _check_kind(model)
         self.model = model
         self.layers_path = find_layers(model) if layers_path is None else layers_path
         owner, _, self._name = self.layers_path.rpartition(".")
@@ -97,6 +99,7 @@ class HFDecoder:
     def keep_layers(self, keep: Sequence[int]) -> Callable[[], None]:
         before = self.layers
         _check_family(self.model, self.config)
+        _check_shared(self.model, before)
         kept = nn.ModuleList(before[i] for i in keep)
         edits = self._edits(keep)
 
@@ -241,6 +244,18 @@ def _cut(entries: dict[str, Any], keep: Sequence[int]) -> dict[str, Any]:
     return cut
 
 
+def _check_kind(model: Any) -> None:
+    """Raises ValueError for a model without a language-model head, or with an encoder."""
+    kind = type(model).__name__
+    if not (hasattr(model, "can_generate") and model.can_generate()):
+        raise ValueError(
+            f"{kind} has no language-model head of transformers; load the model with "
+            "AutoModelForCausalLM"
+        )
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError(f"{kind} is no causal language model: it has an encoder and a decoder")
+
+
 def _check_family(model: nn.Module, config: Any) -> None:
     """Raises ValueError where layers compute with their own number."""
     if found := [name for name in BY_NUMBER if getattr(config, name, False)]:
@@ -248,3 +263,15 @@ def _check_family(model: nn.Module, config: Any) -> None:
             f"layers of this {type(model).__name__} cannot be removed: they compute with their "
             f"own number ({found[0]})"
         )
+
+
+def _check_shared(model: nn.Module, layers: nn.ModuleList) -> None:
+    """Raises ValueError where layers share weights: a file holds them with one of these alone."""
+    owners: dict[int, int] = {}
+    for number, layer in enumerate(layers):
+        for weight in layer.parameters():
+            if (first := owners.setdefault(id(weight), number)) != number:
+                raise ValueError(
+                    f"layers of this {type(model).__name__} cannot be removed: {first} and "
+                    f"{number} share weights"
+                )

@@ -52,7 +52,7 @@ def output_form(decoder: Decoder) -> tuple[Tensor, Callable[[Tensor], Any]]:
 
     Returns:
         A state (1, 1, D) as the first layer gives it, and a function that puts a state into the
-        form that layers return: itself, or a tuple in some families and versions.
+        form that the model takes: itself, or a tuple in some families and versions.
     """
     seen: list[Any] = []
     layer = decoder.layers[0]
@@ -61,7 +61,7 @@ def output_form(decoder: Decoder) -> tuple[Tensor, Callable[[Tensor], Any]]:
         decoder.run(torch.zeros(1, 1, dtype=torch.long, device=decoder.device))
     finally:
         handle.remove()
-    if not isinstance(seen[0], tuple):
+    if not isinstance(seen[0], tuple | list):
         return seen[0], lambda state: state
     rest = (None,) * (len(seen[0]) - 1)
     return seen[0][0], lambda state: (state, *rest)

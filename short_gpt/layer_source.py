@@ -116,6 +116,11 @@ def open_source(ckpt_dir: str | os.PathLike[str], *, max_seq_len: int) -> MetaSo
         ValueError: a file is damaged, or the model is not a Llama.
     """
     path = Path(str(ckpt_dir))
+    if not path.is_dir():
+        raise FileNotFoundError(
+            f"{path} is no local directory; to be streamed, a Llama must be one in Meta's format "
+            "or Hugging Face's with safetensors"
+        )
     hugging_face = not (path / "params.json").is_file() and (path / "config.json").is_file()
     return (HFSource if hugging_face else MetaSource)(path, max_seq_len=max_seq_len)
 

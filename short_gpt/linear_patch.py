@@ -187,11 +187,13 @@ def fold(short: ShortModel, patch: Patch) -> Callable[[], None]:
             f"has {span(present)}: remove the former, keep the latter"
         )
     before: list[tuple[Tensor, Tensor]] = []
+    earlier = short.healing
 
     @torch.no_grad()
     def undo() -> None:
         for parameter, value in before:
             parameter.copy_(value)
+        short.note_healing(earlier)
 
     for front, linear_map in patch.maps.items():
         module = mlp_output(short.decoder.layers[present.index(front)])
@@ -205,6 +207,7 @@ def fold(short: ShortModel, patch: Patch) -> Callable[[], None]:
         if not off <= 16 * torch.finfo(probe.dtype).eps:
             undo()
             raise ValueError(f"layer {front}'s MLP took the map only to {off:.2g}: not a plain map")
+    short.note_healing(patch.to_dict() | ({"earlier": earlier} if earlier else {}))
     return undo
 
 

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
@@ -75,7 +76,7 @@ def _folder(work_dir: str | Path | None, run: dict[str, Any], *, resume: bool) -
             yield Path(name)
         return
     folder = Path(str(work_dir))
-    begun = any(folder.glob("checkpoint-*"))
+    begun = whole_checkpoints(folder) if resume else any(folder.glob("checkpoint-*"))
     if not resume:
         if begun or (folder.exists() and {p.name for p in folder.iterdir()} - {RECIPE}):
             raise FileExistsError(f"{folder} holds an earlier run; resume it, or remove it")
@@ -92,6 +93,18 @@ def _folder(work_dir: str | Path | None, run: dict[str, Any], *, resume: bool) -
                 "elsewhere"
             )
     yield folder
+
+
+def whole_checkpoints(folder: Path) -> bool:
+    """Deletes checkpoints that a kill cut short; whether others are left."""
+    left = False
+    for path in folder.glob("checkpoint-*"):
+        try:
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))  # written last
+            left = True
+        except (OSError, ValueError):
+            shutil.rmtree(path)
+    return left
 
 
 def _identity(
@@ -206,6 +219,7 @@ def _arguments(adapted: Any, recipe: Recipe, folder: Path) -> Any:
         report_to=[],
         seed=recipe.seed,
         data_seed=recipe.seed,
+        restore_callback_states_from_checkpoint=True,  # how long patience has lasted
         log_level="error",
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # the model stays whole on one card

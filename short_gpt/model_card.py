@@ -24,7 +24,7 @@ Removed layers, in the original model's numbering from 0 and in the order of rem
 
 {scores}
 {quality}
-Made with ShortGPT ({versions}). No weight of the kept layers was changed. `pruning.json` holds
+Made with ShortGPT ({versions}). {changed} `pruning.json` holds
 this in numbers, with the original number of every layer that stayed.
 """
 
@@ -44,7 +44,31 @@ def provenance(short: ShortModel, facts: Mapping[str, Any]) -> dict[str, Any]:
         record["scored"] = {"windows": short.n_windows, "tokens": short.n_tokens}
     if _quality(short):
         record["perplexity"] = {f"{n} layers": p.value for n, p in _quality(short).items()}
-    return {**record, **facts, "versions": versions()}
+    return {**record, **changes(short), **facts, "versions": versions()}
+
+
+def changes(short: ShortModel) -> dict[str, Any]:
+    """How the layers that a model has differ from the source's, ready for JSON."""
+    found: dict[str, Any] = {} if short.healing is None else {"healing": short.healing}
+    gone = {k: [i for i in v if i in short.kept] for k, v in short.removed_sublayers.items()}
+    return found | ({"removed_sublayers": gone} if any(gone.values()) else {})
+
+
+def sublayers_gone(record: Mapping[str, Any]) -> str:
+    """A sentence on the halves of layers that were taken out; nothing if none was."""
+    gone = record.get("removed_sublayers", {})
+    halves = {"attention": gone.get("attention"), "MLP": gone.get("mlp")}
+    parts = [f"the {half} of layers {layers}" for half, layers in halves.items() if layers]
+    if not parts:
+        return ""
+    return f"Taken out by a zero output projection: {' and '.join(parts)}. "
+
+
+def _changed(record: Mapping[str, Any]) -> str:
+    gone = sublayers_gone(record)
+    if "healing" in record:
+        return f"{gone}Weights of the kept layers were changed by {record['healing']['method']}."
+    return f"{gone}No {'other ' if gone else ''}weight of the kept layers was changed."
 
 
 def card_of(short: ShortModel, source: str, facts: Mapping[str, Any]) -> str:
@@ -85,6 +109,7 @@ def model_card(
         removed=removed,
         scores=scores,
         quality=quality + "\n",
+        changed=_changed(record),
         versions=", ".join(f"{k} {v}" for k, v in made.items()),
     )
 

@@ -23,10 +23,32 @@ def versions() -> dict[str, str]:
     return found
 
 
+def machine() -> dict[str, Any]:
+    """The system, processor, cores, threads and CUDA device that numbers were computed with."""
+    import torch
+
+    found: dict[str, Any] = {"system": f"{platform.system()} {platform.machine()}"}
+    found |= {"processor": processor(), "cores": os.cpu_count()}
+    found["torch_threads"] = torch.get_num_threads()
+    if torch.cuda.is_available():
+        found["cuda"] = torch.cuda.get_device_name()
+    return found
+
+
+def processor() -> str:
+    """The processor's name, where the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
 def write_record(
     path: str | os.PathLike[str], content: Mapping[str, Any], *, overwrite: bool = False
 ) -> Path:
-    """Writes ``content`` and `versions` as a JSON file, whole or not at all.
+    """Writes ``content``, `versions` and `machine` as a JSON file, whole or not at all.
 
     Raises:
         FileExistsError: the file exists and ``overwrite`` is not set.
@@ -38,7 +60,7 @@ def write_record(
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
     try:
-        write_json(partial, {**content, "versions": versions()})
+        write_json(partial, {**content, "versions": versions(), "machine": machine()})
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)

@@ -107,6 +107,17 @@ def current(device: torch.device | None = None) -> Replicas:
     return Replicas(groups.get_data_parallel_rank(), groups.get_data_parallel_world_size())
 
 
+def of_model(value: T) -> list[T]:
+    """What each of the ranks that share this one's model gives, in order. All must call it."""
+    from fairscale.nn.model_parallel import initialize as groups
+
+    if not _several() or not groups.model_parallel_is_initialized():
+        return [value]
+    found: list[Any] = [None] * groups.get_model_parallel_world_size()
+    dist.all_gather_object(found, value, group=groups.get_model_parallel_group())
+    return found
+
+
 def _several() -> bool:
     return dist.is_initialized() and dist.get_world_size() > 1
 

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,11 @@ class StateFile:
                 )
         return found
 
+    def part(self, name: str) -> StateFile:
+        """The state, in a file of its own, of a run inside this one."""
+        path = self.path.with_name(f"{self.path.name}.{name}")
+        return StateFile(path, {**self._identity, "part": name}, every=self.every)
+
     def due(self) -> bool:
         """Whether it is time to save."""
         return time.monotonic() - self._saved >= self.every
@@ -100,30 +106,32 @@ class RunState:
             )
         return sums
 
-    def unread(self, batches: Iterable[list[Any]], read: int) -> Iterator[list[Any]]:
-        """The batches that follow the first ``read`` windows, which are compared with the file's.
+    def unread(self, windows: Iterable[Sequence[int]], read: int) -> Iterator[Sequence[int]]:
+        """The windows that follow the first ``read``, which are compared with the file's.
 
         Raises:
             ValueError: the windows are not those that the state was made of.
         """
-        rest, count = iter(batches), 0
-        while count < read and (batch := next(rest, None)) is not None:
-            self._note(batch, count)
-            count += len(batch)
-        found = self.file.content
+        rest, found, count = iter(windows), self.file.content, 0
+        for count, window in enumerate(islice(rest, read), 1):  # noqa: B007
+            self.note([window])
+        if count < read:
+            raise ValueError(
+                f"{self.file.path} is the state of a run that has read {read} windows, now there "
+                f"are {count}; take as many, delete it or name another state"
+            )
         if found is not None and self._texts.get(read) != found.get("texts"):
             raise ValueError(
                 f"{self.file.path} is the state of a run on other texts or windows; delete it or "
                 "name another state"
             )
-        for batch in rest:
-            self._note(batch, count)
-            count += len(batch)
-            yield batch
+        return rest
 
-    def _note(self, batch: Sequence[Sequence[int]], before: int) -> None:
+    def note(self, batch: Sequence[Sequence[int]]) -> None:
+        """Tells of windows that are read next."""
         for window in batch:
             self._hash.update(torch.tensor([len(window), *window]).numpy().tobytes())
+        before = max(self._texts, default=0)
         after = before + len(batch)
         self._texts = {before: self._texts.get(before, ""), after: self._hash.hexdigest()}
 

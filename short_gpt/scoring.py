@@ -45,7 +45,8 @@ class ScoringRun:
         self._read = into.n_windows
         first = stop.min_windows if stop else 32
         self._next = first
-        while self._next <= self._read:
+        step = self._team.step(batch_size) if state else 0  # it may have been saved before a look
+        while self._next <= self._read - step:
             self._next = next_look(self._next)
         self._before = into
 
@@ -91,10 +92,12 @@ class ScoringRun:
     def _mine(self, windows: Iterable[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
         """This replica's batches of every step; empty ones where nothing is left for it."""
         size = self._batch_size
-        steps: Iterable[list[Sequence[int]]] = batches(windows, self._team.step(size))
         if self._state:
-            steps = self._state.unread(steps, self._read)
-        for step in steps:
+            windows = self._state.unread(windows, self._read)
+            yield []  # looks, where the run that is continued would have
+        for step in batches(windows, self._team.step(size)):
+            if self._state:
+                self._state.note(step)
             *first, last = self._team.share(step, size)
             yield from first
             self._read += len(step)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from short_gpt.short_model import ShortModel, fingerprint
 # options of loading that say where files come from: the tokenizer's as well as the model's
 FROM_WHERE = ["cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder"]
 FROM_WHERE += ["token", "trust_remote_code"]
+TOKENIZER = re.compile(r"(tokenizer|vocab|merges).*|.+\.(model|tiktoken)")
 
 
 class ShortHFModel(ShortModel):
@@ -25,7 +27,8 @@ class ShortHFModel(ShortModel):
         model_name: a hub id, a local directory, a GGUF file, or a loaded model.
         layers_path: where its layers are, as in ``"model.layers"``; None finds them.
         n_prune_layers: how many layers `remove_layers` takes out; may be set later.
-        tokenizer: needed with a loaded model to read texts; None loads the model's own.
+        tokenizer: needed with a loaded model to read texts; None loads the model's own, if it has
+            one.
         device: where the model goes when it is loaded; None leaves it where it is loaded to.
         options: passed on to ``from_pretrained``: ``dtype`` (the files' if not given),
             ``device_map``, ``offload_folder``, ``quantization_config``, ``revision`` and the like.
@@ -58,8 +61,7 @@ class ShortHFModel(ShortModel):
     ) -> None:
         place = _place(device, options)
         if isinstance(model_name, str | os.PathLike):
-            model, own = _load(str(model_name), options)
-            tokenizer = own if tokenizer is None else tokenizer
+            model, tokenizer = _load(str(model_name), options, tokenizer)
         elif options:
             raise ValueError(f"options {sorted(options)} are for loading; the model is loaded")
         else:
@@ -119,7 +121,13 @@ class ShortHFModel(ShortModel):
         temperature: float = 0.6,
         top_p: float = 0.9,
     ) -> list[str]:
-        """Continues texts, one by one; ``temperature`` 0 takes the likeliest token."""
+        """Continues texts, one by one; ``temperature`` 0 takes the likeliest token.
+
+        Raises:
+            ValueError: one text instead of a list, or a text without a token.
+        """
+        if isinstance(prompts, str):
+            raise ValueError("expected a list of texts, got one string: pass [text]")
         done = []
         for prompt in prompts:
             ids = self.encode(prompt)
@@ -144,6 +152,8 @@ class ShortHFModel(ShortModel):
     def _continue(
         self, ids: list[int], max_gen_len: int, temperature: float, top_p: float
     ) -> list[int]:
+        if not ids:
+            raise ValueError("a text has no tokens to continue; its tokenizer puts none in front")
         tokens = torch.tensor([ids], device=self.decoder.device)
         sampling: dict[str, Any] = {"do_sample": False}
         if temperature > 0:
@@ -179,12 +189,14 @@ class ShortHFModel(ShortModel):
 
         Raises:
             FileExistsError: ``out_dir`` exists.
-            RuntimeError: the saved model is not the one in memory; nothing is left behind.
+            RuntimeError: the saved model is not the one in memory, or the model lacks layers for
+                a trial; nothing is left behind.
         """
         from llama.checkpoint import PROVENANCE
         from llama.files import new_directory, write_json
         from short_gpt.model_card import card_of, provenance
 
+        self._check_whole()
         out, facts = Path(str(out_dir)), facts or {}
         with new_directory(out, replaces=PROVENANCE if overwrite else None) as partial:
             self.model.save_pretrained(partial)
@@ -218,7 +230,10 @@ class ShortHFModel(ShortModel):
 
     def _tokenizer(self) -> Any:
         if self.tokenizer is None:
-            raise ValueError("pass tokenizer=... with a loaded model to read and write texts")
+            raise ValueError(
+                f"{self.source} came without a tokenizer, which texts need: pass tokenizer=..., or "
+                "put its files beside the weights"
+            )
         return self.tokenizer
 
 
@@ -248,7 +263,7 @@ def auto_class(config: Any) -> Any:
     raise ValueError(f"a model of type {config.model_type!r} is no causal language model")
 
 
-def _load(name: str, options: dict[str, Any]) -> tuple[Any, Any]:
+def _load(name: str, options: dict[str, Any], tokenizer: Any) -> tuple[Any, Any]:
     try:
         from transformers import AutoConfig, AutoTokenizer
     except ImportError:
@@ -262,7 +277,8 @@ def _load(name: str, options: dict[str, Any]) -> tuple[Any, Any]:
     both = {key: options[key] for key in FROM_WHERE if key in options} | gguf
     try:
         loader = auto_class(AutoConfig.from_pretrained(where, **both))
-        tokenizer = AutoTokenizer.from_pretrained(where, **both)
+        if tokenizer is None and (gguf or _has_tokenizer(path)):
+            tokenizer = AutoTokenizer.from_pretrained(where, **both)
         model = loader.from_pretrained(where, **gguf, **{"dtype": "auto", **options})
     except Exception as error:  # a wrong name, no network, an unknown kind, a wrong option ...
         from llama.hub import hub_failure
@@ -275,6 +291,11 @@ def _load(name: str, options: dict[str, Any]) -> tuple[Any, Any]:
         del model.config.quantization_config
         vars(model)["hf_quantizer"] = None
     return model, tokenizer
+
+
+def _has_tokenizer(path: Path) -> bool:
+    """Whether there is a tokenizer to load: not in a directory of weights alone."""
+    return not path.is_dir() or any(TOKENIZER.match(p.name) for p in path.iterdir())
 
 
 def explained(error: BaseException) -> str:

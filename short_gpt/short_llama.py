@@ -144,7 +144,9 @@ class ShortLlama(ShortModel):
         """Writes the checkpoint without the removed layers, in Meta's format.
 
         The source's bytes are copied tensor by tensor: its dtype and sharding stay, and
-        `Llama.build` on the result gives the logits of the model in memory bit for bit.
+        `Llama.build` on the result gives the logits of the model in memory bit for bit. Weights
+        that a patch or `remove_sublayers` changed are written as they are now, in the source's
+        dtype; that takes a source of one file.
 
         Args:
             out_dir: the new directory; appears whole or not at all.
@@ -154,7 +156,8 @@ class ShortLlama(ShortModel):
 
         Raises:
             RuntimeError: nothing was removed.
-            ValueError: no source is known, or it has another number of layers.
+            ValueError: no source is known, or it has another number of layers; or weights were
+                changed and it has several files or several ranks share the model.
             FileExistsError: ``out_dir`` exists.
         """
         from llama.checkpoint import Checkpoint, prune
@@ -162,7 +165,8 @@ class ShortLlama(ShortModel):
         source = ckpt_dir or getattr(self.llama, "ckpt_dir", None)
         if source is None:
             raise ValueError("pass ckpt_dir: this Llama does not know where its weights came from")
-        if not self.removed:
+        changed = self.healing is not None or any(self.removed_sublayers.values())
+        if not self.removed and not changed:
             raise RuntimeError("nothing was removed yet; call remove_layers first")
         found = Checkpoint(source).args.n_layers
         if found != self.n_layers:
@@ -170,6 +174,11 @@ class ShortLlama(ShortModel):
                 f"{source} has {found} layers, this model began with {self.n_layers}: it is not "
                 "where the model came from, or layers were removed before ShortLlama wrapped it"
             )
+        if changed:
+            from short_gpt.healed_model import save_healed
+
+            facts = provenance or {}
+            return save_healed(self, out_dir, facts, source=str(source), overwrite=overwrite)
         return prune(
             source,
             out_dir,

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from short_gpt import replicas
 from short_gpt.data import batches
 from short_gpt.decoder import Decoder
 from short_gpt.evaluate import Perplexity, perplexity
@@ -22,7 +23,7 @@ from short_gpt.importance import Importance
 from short_gpt.layer_removal import check_layers, remove_layers, span, without_layers
 from short_gpt.methods import BY_LOSS, choose
 from short_gpt.prefill import skipped_in_prefill
-from short_gpt.resume import RunState, StateFile
+from short_gpt.resume import RunState, StateFile, weights_digest
 from short_gpt.scoring import ScoringRun
 from short_gpt.stopping import Stop, Verdict
 from short_gpt.sublayers import remove_sublayers
@@ -41,6 +42,8 @@ class ShortModel:
         kept: the layers that the model has now, ascending.
         removed: the layers taken out so far, in order of removal.
         removed_sublayers: the layers that lost their attention, and those that lost their MLP.
+        healing: how weights of the layers left were changed, ready for JSON, with what went
+            before as its ``earlier``; None if they were not.
         importance: the sums of all windows scored since the last removal.
         quality: the last perplexity measured, by the layers that the model had.
     """
@@ -52,6 +55,7 @@ class ShortModel:
         self.removed: list[int] = []
         self.importance = Importance.empty(self.kept)
         self.removed_sublayers: dict[str, list[int]] = {"attention": [], "mlp": []}
+        self.healing: dict[str, Any] | None = None
         self.quality: dict[tuple[int, ...], Perplexity] = {}
         self._present = self.kept  # kept, less those of a trial
         self._weights_checked = False
@@ -90,10 +94,13 @@ class ShortModel:
             With ``stop``, whether the answer is settled and what that rests on.
 
         Raises:
-            ValueError: a window does not fit the model, or the state is of another run.
+            ValueError: a window does not fit the model, the state is of another run, or the rule
+                is for a number of layers out of range.
             FloatingPointError: a weight or a state is NaN or infinite. Like after an
                 interruption, the batches read before count.
         """
+        if stop is not None:
+            self._check_count(stop.n)
         self._check_whole()
         self._check_weights()
         into = Importance.empty(self.kept) if self._stale else self.importance
@@ -191,14 +198,15 @@ class ShortModel:
         Raises:
             ValueError: a layer does not exist (any more), is named twice, or none would stay.
         """
+        present = self._present  # fewer than kept inside another trial
         if layers:
-            check_layers(layers, self.kept)
-        with without_layers(self.decoder, [self.kept.index(i) for i in layers]):
-            self._present = [i for i in self.kept if i not in layers]
+            check_layers(layers, present)
+        with without_layers(self.decoder, [present.index(i) for i in layers]):
+            self._present = [i for i in present if i not in layers]
             try:
                 yield
             finally:
-                self._present = self.kept
+                self._present = present
 
     @contextmanager
     def skipped_in_prefill(self, layers: Sequence[int]) -> Iterator[None]:
@@ -211,8 +219,8 @@ class ShortModel:
             ValueError: a layer does not exist, or the family cannot do this.
         """
         if layers:
-            check_layers(layers, self.kept)
-        with skipped_in_prefill(self.decoder, [self.kept.index(i) for i in layers]):
+            check_layers(layers, self._present)
+        with skipped_in_prefill(self.decoder, [self._present.index(i) for i in layers]):
             yield
 
     def remove_sublayers(self, *, attention: Sequence[int] = (), mlp: Sequence[int] = ()) -> None:
@@ -233,6 +241,11 @@ class ShortModel:
         self.removed_sublayers["mlp"] += mlp
         self.importance = Importance.empty(self.kept)
         self.quality.pop(tuple(self.kept), None)
+
+    def note_healing(self, how: dict[str, Any] | None) -> None:
+        """Keeps how weights were changed; what was measured of this model before is dropped."""
+        self.healing = how
+        self.quality.pop(tuple(self._present), None)
 
     @property
     def importances(self) -> Tensor:
@@ -338,6 +351,13 @@ class ShortModel:
         self.removed += drop
         return drop
 
+    def weights_digest(self) -> str:
+        """A digest of the weights, by which another model is told; the same on all ranks."""
+        parts = replicas.of_model(
+            weights_digest(getattr(self.decoder, "model", self.decoder.layers))
+        )
+        return parts[0] if len(parts) == 1 else "-".join(parts)
+
     @property
     def _stale(self) -> bool:
         return self.importance.layers != self.kept
@@ -359,7 +379,7 @@ class ShortModel:
         if found != len(self.kept):
             raise RuntimeError(
                 f"the model has {found} layers, expected {len(self.kept)} ({span(self.kept)}): "
-                "inside without_layers, or after a removal elsewhere, it cannot be scored or cut"
+                "in a trial, or after a removal elsewhere, it cannot be scored, cut or saved"
             )
 
     def _scored(self) -> Importance:

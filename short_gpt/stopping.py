@@ -5,7 +5,9 @@ answer is settled when every chosen layer (or block) lies below every other one 
 reading all windows would not change the choice, at a stated confidence. The error is bounded over
 all pairs and all looks by Bonferroni's inequality; the differences are paired, because the same
 windows score all layers, and shrink by the finite-population correction to nothing once all
-windows are read (Cochran, Sampling Techniques, 3rd ed., section 2.6).
+windows are read (Cochran, Sampling Techniques, 3rd ed., section 2.6). Like every rule that sees
+only means and variances, it cannot know of windows so rare that none was read and so different
+that they decide; ``min_windows`` guards against these.
 """
 
 from __future__ import annotations

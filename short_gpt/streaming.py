@@ -14,12 +14,12 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from llama.parallel import choose_device, choose_dtype
+from llama.parallel import choose_device, choose_dtype, several_ranks
 from llama.tokenizer import Tokenizer, find_tokenizer
 from short_gpt.data import batches
 from short_gpt.decoder import MetaDecoder, pad
 from short_gpt.evaluate import Perplexity
-from short_gpt.layer_source import digest, open_source
+from short_gpt.layer_source import HFSource, digest, open_source
 from short_gpt.memory_plan import Plan
 from short_gpt.progress import bar, set_rate
 from short_gpt.short_llama import ShortLlama
@@ -138,16 +138,27 @@ class Streamed:
     text_completion = chat_completion = generate
 
 
+def _hf_tokenizer(directory: Path) -> Any:
+    try:
+        from transformers import AutoTokenizer
+    except ImportError:
+        raise ImportError(
+            'Hugging Face directories need: pip install "short-gpt[hf]"; or pass tokenizer_path'
+        ) from None
+    return AutoTokenizer.from_pretrained(directory)
+
+
 class StreamedLlama(ShortLlama):
     """`ShortLlama` over a checkpoint of which one layer at a time is in memory.
 
     Scores and perplexities are those of the model in memory. Layers can be removed, which only
-    skips them, and `save` writes the checkpoint without them.
+    skips them, and `save` writes a checkpoint in Meta's format without them.
 
     Args:
         ckpt_dir: as for `open_stream`.
         n_prune_layers: how many layers `remove_layers` takes out; may be set later.
-        tokenizer_path: tokenizer file; None looks beside the checkpoint.
+        tokenizer_path: tokenizer file; None looks beside the checkpoint, and reads texts by
+            transformers where that is the checkpoint's format.
         max_seq_len, device, dtype: as for `open_stream`.
         batch_size: of the runs to come; checked here against ``max_memory``.
         max_memory: of this process in the machine's memory, in bytes or like "3GB"; None takes
@@ -156,7 +167,7 @@ class StreamedLlama(ShortLlama):
     Raises:
         FileNotFoundError: a file is missing.
         ValueError: a file is damaged, the model is not a Llama, the tokenizer is another model's,
-            or ``max_memory`` is too little.
+            ``max_memory`` is too little, or this is one of several ranks.
     """
 
     def __init__(
@@ -171,18 +182,30 @@ class StreamedLlama(ShortLlama):
         dtype: str | None = None,
         max_memory: str | int | None = None,
     ) -> None:
+        if several_ranks():
+            raise ValueError("a streamed model runs on one rank; start it alone, not by torchrun")
         self.stream = open_stream(ckpt_dir, max_seq_len=max_seq_len, device=device, dtype=dtype)
         directory, self.max_memory = self.stream.source.directory, max_memory
         path = Path(str(tokenizer_path)) if tokenizer_path else find_tokenizer(directory)
         tokenizer = Tokenizer(path)
-        if tokenizer.n_words > self.stream.vocab_size:
+        padded = isinstance(self.stream.source, HFSource)  # the embedding may have rows to spare
+        most = self.stream.vocab_size
+        if tokenizer.n_words > most or (tokenizer.n_words < most and not padded):
             raise ValueError(
                 f"the tokenizer {path} has {tokenizer.n_words} words, the checkpoint {directory} "
-                f"{self.stream.vocab_size}; they do not belong together"
+                f"{most}; they do not belong together"
             )
+        theirs = padded and tokenizer_path is None
+        self._hf_tokenizer = _hf_tokenizer(directory) if theirs else None
         self.plan(batch_size)
         super().__init__(Streamed(self.stream, tokenizer, path), n_prune_layers)
         self.decoder = self._streamed = StreamedDecoder(self.stream)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, as in memory: by transformers where the checkpoint is its format."""
+        if self._hf_tokenizer is None:
+            return super().encode(text)
+        return self._hf_tokenizer(text, verbose=False)["input_ids"]
 
     def plan(self, batch_size: int = 1) -> Plan:
         """The memory that a run will take, and the windows of a round.

@@ -69,6 +69,8 @@ def attention_output(layer: nn.Module) -> nn.Module:
     modules = dict(layer.named_modules())
     found = [modules[name] for name in ATTENTION_OUTPUTS if name in modules]
     weight = getattr(found[0], "weight", None) if len(found) == 1 else None
+    if isinstance(weight, torch.Tensor) and weight.is_meta:
+        raise ValueError("the weights are not in memory: open the model whole, not streamed")
     if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
         raise ValueError(
             f"{type(layer).__name__} has no plain matrix at the end of its attention (looked for "

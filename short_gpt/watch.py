@@ -113,7 +113,7 @@ class Watch:
     def after(self, layer: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any) -> None:
         """Forward hook: the state in front (B, S, D) and the one behind, of one layer."""
         state = args[0] if args else kwargs["hidden_states"]
-        result = output[0] if isinstance(output, tuple) else output
+        result = output[0] if isinstance(output, tuple | list) else output
         x, y = widen(state), widen(result)
         if not self._last:
             self._keep(state, x)

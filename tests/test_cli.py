@@ -186,8 +186,24 @@ def test_the_quality_gate_removes_what_the_perplexity_allows(ckpt, capsys):
         ((*gate[:2], "--max_perplexity_ratio", 1.1), "needs --eval_data"),
         ((*gate, "--max_perplexity_ratio", 0.9), "expected a factor of at least 1"),
         ((*gate[:2], "--eval_data", DATA[1], "--max_perplexity_ratio", 2), "what the scores were"),
+        (
+            (*gate[:2], "--eval_data", "../" + Path.cwd().name, "--max_perplexity_ratio", 2),
+            "scores",
+        ),
     ):
         assert message in fails(capsys, "prune", "ckpt", "x", *options)
+
+
+def test_the_quality_gate_with_a_tokenizer_elsewhere(ckpt):
+    run("rank", "ckpt", *DATA, "--max_windows", 2, "--out", "r.json")
+    Path("other.txt").write_text("".join(chr(97 + i * i % 26) for i in range(100)))
+    Path("elsewhere").mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        Path("ckpt", name).rename(Path("elsewhere", name))
+    gate = ("--scores", "r.json", "--eval_data", "other.txt", "--size", 32, "--device", "cpu")
+    gate += ("--max_perplexity_ratio", 1e9, "--tokenizer_path", "elsewhere/tokenizer.json")
+    run("prune", "ckpt", "gated", *gate)
+    assert Path("gated/tokenizer.json").is_file()
 
 
 def test_rank_scores_halves_of_layers(ckpt, capsys):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import BYTE_VOCAB, make_transformer, save_checkpoint, write_byte_tokenizer
 
+from short_gpt import healing
 from short_gpt.__main__ import main
 
 WORDS = ("alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta")
@@ -62,6 +65,53 @@ def test_lora_heals_in_the_comparison(here, capsys):
     assert "lora: perplexity" in capsys.readouterr().out
 
 
+def test_interrupted_in_training_it_continues_there(here, monkeypatch):
+    options = ["--methods", "bi", "--counts", "1", "--healing", "lora", "--eval_data", "others"]
+    options += ["--lora_steps", "2", "--lora_size", "48", "--lora_batch", "2", "--lora_rank", "2"]
+    resumed, plain = [], healing.heal
+
+    def interrupted(*args, work_dir, resume, **given):
+        resumed.append(resume)
+        plain(*args, work_dir=work_dir, resume=resume, **given)
+        if not resume:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(healing, "heal", interrupted)
+    with pytest.raises(SystemExit):
+        main([*COMMON, *options, "--out", "c.json"])
+    assert any(Path().glob("c.json.state.lora-*/checkpoint-*"))
+    main([*COMMON, *options, "--out", "c.json"])
+    assert resumed == [False, True]
+    assert not [*Path().glob("c.json.*")]
+
+
+def test_lora_with_a_tokenizer_elsewhere_and_texts_that_repeat_themselves(here, capsys):
+    Path("elsewhere").mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        Path("ckpt", name).rename(Path("elsewhere", name))
+    for path in Path("books").iterdir():
+        path.write_text(text(1000)[:400] + path.read_text() + text(1000)[:400])
+    options = ["--methods", "bi", "--counts", "1", "--healing", "lora", "--eval_data", "others"]
+    options += ["--lora_steps", "1", "--lora_size", "100", "--lora_batch", "1", "--lora_rank", "2"]
+    main([*COMMON, *options, "--tokenizer_path", "elsewhere/tokenizer.json"])
+    assert "lora: perplexity" in capsys.readouterr().out
+
+
+def test_a_state_with_other_tasks_is_refused(tmp_path):
+    from short_gpt.cli import comparison
+
+    class Layers:
+        decoder = type("", (), {"layers": torch.nn.Linear(2, 2)})
+
+    given = dict.fromkeys(inspect.signature(comparison.compare).parameters)
+    path = str(tmp_path / "state")
+    state = comparison._state(Layers, path, None, {**given, "tasks": "one"})
+    assert state is not None
+    state.save({"cells": {}})
+    with pytest.raises(ValueError, match="a run with another tasks: 'one', now 'two'"):
+        comparison._state(Layers, path, None, {**given, "tasks": "two"})
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -73,6 +123,20 @@ def test_lora_heals_in_the_comparison(here, capsys):
             "--lora_only bi:2: expected METHOD:NUMBER of --methods and --counts, as in bi:1",
         ),
         (["--counts", "0,2"], "expected whole numbers as in --counts 2,4,8"),
+        (["--healing", "lora", "--eval_data", "others"], "a window needs 2048"),
+        (
+            [
+                "--healing",
+                "lora",
+                "--eval_data",
+                "others",
+                "--max_texts",
+                "1",
+                "--lora_size",
+                "700",
+            ],
+            "lora needs two windows of 700 tokens or more, one of them to validate on",
+        ),
         (["--counts", "2,5"], "--n_prune_layers 5; the model has 5 layers"),
         (["--eval_data", "books"], "share text with the windows to evaluate on"),
     ],

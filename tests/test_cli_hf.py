@@ -100,6 +100,15 @@ def test_prune_by_scores_verified_and_with_a_recipe(here, capsys):
     assert "verified" not in capsys.readouterr().out
 
 
+def test_prune_proves_weights_without_a_tokenizer_too(here, capsys):
+    for path in Path("hf").glob("tokenizer*"):
+        path.unlink()
+    run("prune", "hf", "small", *CUT, "--recipe", "new/recipe.yaml")
+    assert "verified: the logits are those of the source" in capsys.readouterr().out
+    assert Path("new/recipe.yaml").is_file()
+    assert "hf came without a tokenizer" in fails(capsys, "rank", "hf", *DATA)
+
+
 @pytest.mark.parametrize(("source", "to"), [("hf", "meta"), ("meta", "hf")])
 def test_prune_writes_the_other_format(here, capsys, source, to):
     run("prune", source, "out", *CUT, "--to", to)
@@ -133,12 +142,13 @@ def test_only_a_llama_goes_to_metas_format(here, capsys):
     assert sorted(p.name for p in here.iterdir()) == before
 
 
-def test_what_fails_the_proof_is_not_left_behind(here, capsys, monkeypatch):
+@pytest.mark.parametrize("kind", [RuntimeError, OSError, KeyboardInterrupt])
+def test_what_fails_the_proof_is_not_left_behind(here, capsys, monkeypatch, kind):
     def differ(*_, **__):
-        raise RuntimeError("logits differ")
+        raise kind("logits differ")
 
     monkeypatch.setattr("short_gpt.cli.surgery.same_model", differ)
-    with pytest.raises(RuntimeError, match="logits differ"):
+    with pytest.raises((kind, SystemExit)):
         run("prune", "hf", "x", *CUT, "--recipe", "r.yaml")
     assert not Path("x").exists() and not Path("r.yaml").exists()
     assert "written" not in capsys.readouterr().out
@@ -220,6 +230,7 @@ def test_evaluate_dense_against_pruned(here, capsys, lm_eval, tasks):  # noqa: F
         (["prune", "no/where", "x", "--scores", "other.json", "-n", 1], "the hub cannot be"),
         (["prune", "meta", "x", *CUT, "--recipe", "r.yaml"], "mergekit reads no Meta checkpoint"),
         (["prune", "hf", "x", *CUT, "--recipe", "book.txt"], "book.txt exists"),
+        (["prune", "hf", "x", *CUT, "--recipe", "book.txt/r.yaml"], "r.yaml cannot be written"),
         (["prune", "hf", "hf", *CUT, "--overwrite"], "hf exists and holds"),
         (["prune", "hf", "hf", *CUT, "--overwrite", "--to", "meta"], "hf exists and holds"),
         (["prune", "hf", "x", "--scores", "other.json", "-n", 1], "scores 4 layers, hf has 5"),
@@ -240,6 +251,7 @@ def test_evaluate_dense_against_pruned(here, capsys, lm_eval, tasks):  # noqa: F
         (["convert", "meta", "x", "--dtype", "bfloat16"], "--dtype is for writing Meta's format"),
         (["evaluate", "hf", "--text", "none"], "nothing to evaluate: give --text or --tasks"),
         (["evaluate", "hf", "nowhere", "--text", "book.txt"], "nowhere does not exist"),
+        (["evaluate", "hf", "--text", "book.txt", "--source", "x"], "--source is a copy of wiki"),
         (["evaluate", "hf", "--text", "no.txt"], "no.txt' does not exist"),
         (["evaluate", "hf", "--size", "1"], "size = 1: expected"),
         (["evaluate", "hf", "--out", "book.txt"], "book.txt exists"),

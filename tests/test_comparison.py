@@ -10,6 +10,7 @@ from short_gpt import comparison as module
 from short_gpt.comparison import Comparison
 from short_gpt.evaluate import perplexity
 from short_gpt.gate import most_layers
+from short_gpt.greedy import Stack
 from short_gpt.linear_patch import heal
 from short_gpt.methods import METHODS
 from short_gpt.resume import StateFile
@@ -92,6 +93,31 @@ def test_nothing_is_computed_twice_and_it_continues(tmp_path, monkeypatch):
     distinct = {tuple(sorted(r.layers)) for r in found}
     assert len(calls) == len(distinct) + 1  # and the interrupted one
     assert [r.perplexity for r in found] == [r.perplexity for r in run()]
+
+
+def test_an_interrupted_search_continues_in_the_middle(tmp_path, monkeypatch):
+    calls, plain = [], Stack.nats
+
+    def counted(*args):
+        calls.append(1)
+        if len(calls) == 9:
+            raise KeyboardInterrupt
+        return plain(*args)
+
+    monkeypatch.setattr(Stack, "nats", counted)
+
+    def layers():
+        state = StateFile(tmp_path / "state", {"model": "tiny"})
+        return Comparison(short(), CALIBRATION, EVALUATION, state=state).layers("sleb", 2)
+
+    with pytest.raises(KeyboardInterrupt):
+        layers()
+    assert (tmp_path / "state.sleb-2").is_file()
+    found, needed = layers(), len(calls)
+    assert [p.name for p in tmp_path.iterdir()] == ["state"]
+    calls[:] = range(100)
+    assert Comparison(short(), CALIBRATION, EVALUATION).layers("sleb", 2) == found
+    assert needed == len(calls) - 100 + 1  # and the interrupted window
 
 
 def test_the_model_is_left_as_it_was():

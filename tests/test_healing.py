@@ -206,6 +206,46 @@ def test_training_stops_early_and_the_best_evaluation_is_kept():
     assert short.perplexity(VALIDATION, progress=False).value == pytest.approx(best, rel=1e-4)
 
 
+def stopped_at(count: int, monkeypatch, **options):
+    """A run that is interrupted in this micro-step."""
+    from transformers import Trainer
+
+    step, calls = Trainer.training_step, []
+
+    def stop(*args, **kwargs):
+        calls.append(None)
+        if len(calls) == count:
+            raise KeyboardInterrupt
+        return step(*args, **kwargs)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Trainer, "training_step", stop)
+        heal(ShortHFModel(make("llama")), TRAINING, VALIDATION, progress=False, **options)
+
+
+def test_patience_goes_on_where_it_was_and_a_checkpoint_cut_short_is_passed_over(
+    tmp_path, monkeypatch
+):
+    options = {"recipe": changed(learning_rate=5.0, patience=2, steps=20), "progress": False}
+    whole = heal(ShortHFModel(make("llama")), TRAINING, VALIDATION, **options)
+    assert whole.validation[whole.steps - 2] > whole.validation[whole.kept_step]
+    options["work_dir"] = tmp_path
+    in_step = 2 * (whole.steps - 1) + 1  # after the first evaluation that was not better
+    stopped_at(in_step, monkeypatch, recipe=options["recipe"], work_dir=tmp_path)
+    last = tmp_path / f"checkpoint-{whole.steps}"
+    last.mkdir()
+    (last / "adapter_config.json").write_text("{}")  # killed while it was written
+    short = ShortHFModel(make("llama"))
+    resumed = heal(short, TRAINING, VALIDATION, resume=True, **options)
+    assert resumed.validation == whole.validation and resumed.steps == whole.steps
+
+
+def test_tokens_are_those_that_were_read():
+    short = ShortHFModel(make("llama"))
+    recipe = changed(batch=4, steps=3)  # 6 windows: steps of 4 and of 2
+    assert heal(short, TRAINING, VALIDATION, recipe=recipe, progress=False).tokens == 10 * 16
+
+
 def test_gradient_checkpointing_changes_nothing_but_memory():
     plain, saving = ShortHFModel(make("llama")), ShortHFModel(make("llama"))
     recipe = changed(dropout=0.0, steps=2)
@@ -325,8 +365,8 @@ def test_a_patched_meta_model_loads_bit_for_bit_in_its_dtype(dense, tmp_path, dt
     path = dense / "consolidated.00.pth"
     torch.save({k: v.to(kind) for k, v in torch.load(path).items()}, path)
     short = open_model(str(dense), max_seq_len=64, device="cpu", dtype=dtype)
-    fitted = patch(short, [1, 3], TRAINING, progress=False)
-    out = save_healed(short, tmp_path / "out", FACTS, source=str(dense), patch=fitted)
+    patch(short, [1, 3], TRAINING, progress=False)
+    out = save_healed(short, tmp_path / "out", FACTS, source=str(dense))
     again = open_model(str(out), max_seq_len=64, device="cpu", dtype=dtype)
     assert torch.equal(again.decoder.logits(TOKENS), short.decoder.logits(TOKENS))
     state = torch.load(out / "consolidated.00.pth")
@@ -365,14 +405,54 @@ def test_a_healed_hugging_face_model_is_an_ordinary_checkpoint(dense, tmp_path):
     assert "with 3 of its 5 layers" in (twice / "README.md").read_text()
 
 
+@pytest.mark.parametrize("drop", [[2], []])
+def test_halves_taken_out_of_a_meta_model_are_saved(dense, tmp_path, drop):
+    short = opened(dense)
+    if drop:
+        short.remove_layers(drop)
+    short.remove_sublayers(attention=[1], mlp=[3])
+    out = short.save(tmp_path / "out", provenance={"data": "a book"})
+    again = opened(out)
+    assert torch.equal(again.decoder.logits(TOKENS), short.decoder.logits(TOKENS))
+    record = json.loads((out / "pruning.json").read_text())
+    assert record["removed_sublayers"] == {"attention": [1], "mlp": [3]}
+    assert record["removed_layers"] == drop and record["data"] == "a book"
+    assert (out / "tokenizer.json").is_file()
+
+
+def test_a_patched_meta_model_saves_its_patch(dense, tmp_path):
+    short = opened(dense)
+    patch(short, [1], TRAINING, progress=False)
+    patch(short, [3], TRAINING, progress=False)
+    again = opened(short.save(tmp_path / "out"))
+    assert torch.equal(again.decoder.logits(TOKENS), short.decoder.logits(TOKENS))
+    record = json.loads((tmp_path / "out/pruning.json").read_text())
+    assert record["healing"]["layers"] == [3] and record["healing"]["earlier"]["layers"] == [1]
+
+
+def test_the_model_card_tells_of_changed_weights(tmp_path):
+    short = ShortHFModel(make("llama"))
+    short.remove_layers([2, 4])
+    short.perplexity(VALIDATION, progress=False)
+    assert heal(short, TRAINING, VALIDATION, recipe=QUICK, progress=False).kept_step
+    assert not short.quality  # that was of another model
+    short.remove_sublayers(mlp=[3])
+    out = short.save_pretrained(tmp_path / "out")
+    card, record = (out / "README.md").read_text(), json.loads((out / "pruning.json").read_text())
+    assert "output projection: the MLP of layers [3]. Weights of the kept" in card
+    assert "were changed by LoRA" in card and "No weight" not in card
+    assert "not measured" in card and "perplexity" not in record
+    assert record["healing"]["steps"] == 6 and record["removed_sublayers"]["mlp"] == [3]
+
+
 def test_several_shards_are_refused(tmp_path):
     model = make_transformer(vocab_size=BYTE_VOCAB)
     directory = save_checkpoint(tmp_path / "two", model, shards=2)
     write_byte_tokenizer(directory)
     short = ShortLlama(SimpleNamespace(model=model, tokenizer=CharTokenizer()))
-    fitted = patch(short, [3], TRAINING, progress=False)
-    with pytest.raises(ValueError, match="has 2 shards; a patched checkpoint is written as one"):
-        save_healed(short, tmp_path / "out", FACTS, source=str(directory), patch=fitted)
+    patch(short, [3], TRAINING, progress=False)
+    with pytest.raises(ValueError, match="has 2 shards; changed weights are written to one"):
+        save_healed(short, tmp_path / "out", FACTS, source=str(directory))
     assert [p.name for p in tmp_path.iterdir()] == ["two"]
 
 

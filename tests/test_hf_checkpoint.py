@@ -66,6 +66,16 @@ def test_the_config_changes_in_nothing_but_the_layers(whole, tmp_path):
     assert found == {**config, "num_hidden_layers": 4}
 
 
+def test_code_that_does_not_go_along_is_not_named(whole, tmp_path):
+    config = json.loads((whole / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "strange.Config", "AutoModelForCausalLM": "strange.Model"}
+    (whole / "config.json").write_text(json.dumps(config))
+    (whole / "strange.py").write_text("")
+    out = prune_hf(whole, tmp_path / "cut", DROP)
+    again = transformers.AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
+    assert len(again.model.layers) == len(KEPT)
+
+
 def test_names_may_lack_the_models_name(tmp_path):
     model = make("gpt2")
     model.save_pretrained(tmp_path / "whole")

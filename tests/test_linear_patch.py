@@ -160,6 +160,16 @@ def test_sets_fitted_together_are_those_fitted_alone_and_padding_does_not_count(
     assert len(short.kept) == 5
 
 
+def test_an_undone_patch_is_forgotten():
+    short = meta()
+    patch = fit(short, [2], WINDOWS, progress=False)
+    short.remove_layers([2])
+    undo = fold(short, patch)
+    assert short.healing == patch.to_dict()
+    undo()
+    assert short.healing is None
+
+
 def test_after_an_earlier_removal():
     short = meta()
     short.remove_layers([2])

@@ -304,3 +304,32 @@ def test_lm_eval_finds_the_same_in_both_wrappers(llama, two_tasks, lm_eval):  # 
     for task in ("verses", "halves"):
         assert results[0][task] == pytest.approx(results[1][task], rel=1e-5)
     assert results[0]["verses"]["acc"] > 0.5
+
+
+def test_one_layer_at_a_time_is_the_model_in_memory(llama, book):
+    whole = ShortLlama(llama)
+    streamed = ShortLlama.from_checkpoint(
+        demo.checkpoint(), max_seq_len=1024, device="cpu", stream=True, max_memory="2GB"
+    )
+    sample = [w[:512] for w in book[:3]]
+    for short in (whole, streamed):
+        short.measure(sample, progress=False)
+    assert (whole.importances - streamed.importances).abs().max() < 1e-6
+    assert (whole.angular - streamed.angular).abs().max() < 1e-6
+    found, expected = (s.perplexity(sample, progress=False).value for s in (streamed, whole))
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_linear_patch_brings_quality_back_on_other_text(llama, book):
+    from short_gpt.comparison import Comparison
+
+    encode = ShortLlama(llama).encode
+    text = demo.bible("held_out")
+    held = list(windows(text, encode, size=1024, stride=1024, seed=0, limit=4))
+    comparison = Comparison(ShortLlama(llama), book[:4], held)
+    rows = comparison.rows(["bi", "angular"], [8], healings=["raw", "patched"])
+    found = {(r.method, r.healing): r for r in rows}
+    for method in ("bi", "angular"):
+        raw, patched = found[method, "raw"], found[method, "patched"]
+        assert raw.layers == patched.layers
+        assert raw.nats - patched.nats > 0.5

@@ -88,6 +88,7 @@ def results(mp):
         found["shared", size] = shared(short.decoder, given["windows"], size)
         short.measure(given["windows"], batch_size=size, progress=False)
         found["measured", size] = short.importance.to_dict()
+    found["digest"] = short.weights_digest()
     team = replicas.current()
     assert team.count * mp == dist.get_world_size()
     found["few"] = shared(short.decoder, given["windows"][:1], 1)
@@ -233,6 +234,13 @@ def same(one: Importance, other: Importance) -> None:
     for name in ("influence", "products", "angles"):
         ours, theirs = getattr(one, name), getattr(other, name)
         assert (ours - theirs).abs().max() < 1e-5 * max(1.0, float(theirs.abs().max())), name
+
+
+@pytest.mark.parametrize(("mp", "replicas"), DIVISIONS)
+def test_all_ranks_know_a_model_by_the_same_digest(found, mp, replicas):
+    digests = {result["digest"] for result in of_ranks(found, mp, replicas)}
+    alone = ShortLlama(Llama(tied_model(), CharTokenizer())).weights_digest()
+    assert len(digests) == 1 and (digests == {alone}) == (mp == 1)
 
 
 @pytest.mark.parametrize(("mp", "replicas"), DIVISIONS)

@@ -20,6 +20,7 @@ from short_gpt import ShortLlama
 from short_gpt.__main__ import main
 from short_gpt.record import read_record
 from short_gpt.resume import RunState, StateFile, weights_digest
+from short_gpt.stopping import Stop
 
 IDENTITY = {"model": "tiny", "data": "random", "seed": 0}
 
@@ -152,3 +153,53 @@ def test_the_command_saves_when_asked_to_end_and_continues(tmp_path, capsys):
     found = read_record(tmp_path / "scores.json")["importance"]
     assert found == read_record(tmp_path / "whole.json")["importance"]
     assert sum(found["windows"]) > 1900 and not state.exists()
+
+
+def test_what_was_settled_when_it_was_killed_reads_no_further(tmp_path):
+    """The state may be saved in front of a look, or behind the one that ended the run."""
+
+    def ended(path: Path | None) -> tuple[str, dict]:
+        short = ShortLlama(Tiny())
+        state = None if path is None else RunState(StateFile(path, IDENTITY))
+        rule = Stop(1, min_windows=16)
+        windows = random_windows(100, 40)
+        verdict = short.measure(windows, batch_size=2, progress=False, stop=rule, state=state)
+        return str(verdict), short.importance.to_dict()
+
+    expected = ended(None)
+    assert "settled at 0.99 after 16 windows" in expected[0]
+    for _ in range(3):
+        assert ended(tmp_path / "state") == expected
+
+
+def test_fewer_windows_than_were_read_are_refused_and_other_batches_go_on(tmp_path):
+    run(tmp_path / "state", 11)
+    with pytest.raises(ValueError, match="has read 11 windows, now there are 7; take as many"):
+        run(tmp_path / "state", 7)
+    found, expected = run(tmp_path / "state", 20, batch_size=4), run(None, 20, batch_size=4)
+    assert found["windows"] == expected["windows"] == [10, 10]
+    assert torch.allclose(*(torch.tensor(r["influence"]) for r in (found, expected)), rtol=1e-6)
+
+
+@pytest.mark.parametrize("stream", [[], ["--stream"]])
+def test_a_state_of_a_changed_model_in_the_same_place_is_refused_by_name(
+    tmp_path, capsys, monkeypatch, stream
+):
+    folder = save_checkpoint(tmp_path / "model", make_transformer(vocab_size=258))
+    write_tokenizer(folder)
+    (tmp_path / "book.txt").write_text("abcdefgh" * 20)
+    command = ["rank", str(folder), "--data", str(tmp_path / "book.txt"), "--size", "32", *stream]
+    command += ["--stride", "32", "--device", "cpu", "--state", str(tmp_path / "state")]
+    monkeypatch.setattr(StateFile, "clear", lambda self: None)  # killed before it was cleared
+    main(command)
+    main(command)
+    file, weights = folder / "params.json", folder / "consolidated.00.pth"
+    before, content = file.read_text(), torch.load(weights)
+    file.write_text(before.replace('"rope_theta": 10000.0', '"rope_theta": 20000.0'))
+    embedding = {"tok_embeddings.weight": content["tok_embeddings.weight"] * 2}
+    for name in ("configuration", "weights"):
+        with pytest.raises(SystemExit):
+            main(command)
+        assert f"is the state of a run with another {name}: " in capsys.readouterr().err
+        file.write_text(before)
+        torch.save(content | embedding, weights)

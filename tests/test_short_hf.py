@@ -136,6 +136,61 @@ def test_a_trial_names_original_layers_and_gives_the_model_back():
         pass
 
 
+def test_a_trial_inside_a_trial_names_original_layers_too():
+    short = ShortHFModel(make("llama"))
+    layers = list(short.decoder.layers)
+    with short.without_layers([0]):
+        with short.without_layers([3]):
+            assert list(short.decoder.layers) == [layers[i] for i in (1, 2, 4, 5)]
+            inner = short.perplexity(TOKENS.tolist(), progress=False)
+        outer = short.perplexity(TOKENS.tolist(), progress=False)
+        with pytest.raises(ValueError, match=r"layers \[0\] do not"), short.without_layers([0]):
+            pass
+    assert list(short.decoder.layers) == layers
+    assert short.quality == {(1, 2, 4, 5): inner, (1, 2, 3, 4, 5): outer}
+
+
+def test_a_trial_cannot_be_saved_as_the_model(tmp_path):
+    short = ShortHFModel(make("llama"))
+    with short.without_layers([1]), pytest.raises(RuntimeError, match="has 5 layers, expected 6"):
+        short.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_no_causal_language_model_is_refused():
+    import transformers as t
+
+    small = {"d_model": 16, "d_kv": 4, "d_ff": 16, "num_layers": 3, "num_heads": 2}
+    both = t.T5ForConditionalGeneration(t.T5Config(**small, vocab_size=50))
+    with pytest.raises(ValueError, match="T5.* is no causal .*: it has an encoder and a decoder"):
+        ShortHFModel(both)
+    for model in (make("llama").model, t.LlamaForSequenceClassification(t.LlamaConfig(**PLAIN))):
+        with pytest.raises(ValueError, match="has no language-model head"):
+            ShortHFModel(model)
+
+
+def test_layers_that_share_weights_are_refused():
+    model = make("llama")
+    model.model.layers[3].mlp.up_proj.weight = model.model.layers[1].mlp.up_proj.weight
+    with pytest.raises(ValueError, match="cannot be removed: 1 and 3 share weights"):
+        remove_layers(HFDecoder(model), [0])
+    assert len(model.model.layers) == LAYERS
+
+
+def test_layers_that_return_lists_are_scored_and_searched():
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {"vocab_size": 96, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}
+    config = AutoConfig.for_model("openai-gpt", **sizes)
+    short = ShortHFModel(AutoModelForCausalLM.from_config(config))
+    short.measure(TOKENS.tolist(), progress=False)
+    assert short.importances.isfinite().all()
+    (removed,) = short.search(TOKENS.tolist(), 1, progress=False).removed
+    with short.without_layers([removed]):
+        expected = short.perplexity(TOKENS.tolist(), progress=False).value
+    assert 1 < expected < 200
+
+
 def test_per_layer_entries_are_cut_and_nothing_else_is():
     model = make("qwen3_moe")
     config = model.config
@@ -173,6 +228,10 @@ def test_first_layers_of_another_kind_are_counted_anew():
     model = make("deepseek_v3")
     remove_layers(HFDecoder(model), [0, 4])
     assert model.config.first_k_dense_replace == 2
+    model = make("llama")
+    model.config.num_dense_layers = 3
+    remove_layers(HFDecoder(model), DROP)
+    assert model.config.num_dense_layers == 2
 
 
 def test_layers_that_compute_with_their_number_are_refused():
@@ -314,6 +373,28 @@ def test_dtypes_are_the_files_unless_asked(directory, tmp_path):
     half.remove_layers(DROP)
     half.save_pretrained(tmp_path / "half")
     assert ShortHFModel(str(tmp_path / "half")).model.dtype == torch.bfloat16
+
+
+def test_a_directory_without_a_tokenizer(directory, tmp_path):
+    whole = ShortHFModel(str(directory))
+    whole.model.save_pretrained(tmp_path / "weights")
+    short = ShortHFModel(tmp_path / "weights")
+    assert torch.equal(short.decoder.logits(TOKENS), whole.decoder.logits(TOKENS))
+    with pytest.raises(ValueError, match="weights came without a tokenizer, .*pass tokenizer="):
+        short.generate(["It"], 5, 0)
+    short = ShortHFModel(tmp_path / "weights", tokenizer=whole.tokenizer)
+    assert short.generate(["It"], 5, 0) == whole.generate(["It"], 5, 0)
+
+
+def test_texts_to_continue_are_a_list_of_some_tokens(directory):
+    short = ShortHFModel(str(directory))
+    with pytest.raises(ValueError, match="expected a list of texts, got one string"):
+        short.generate("It", 5)
+    short.encode = lambda _: []
+    with pytest.raises(ValueError, match="no tokens to continue"):
+        short.generate([""], 5)
+    with pytest.raises(ValueError, match="no tokens to continue"):
+        short.eval_importance([""], max_seq_len=8, max_gen_len=5)
 
 
 @pytest.mark.parametrize(

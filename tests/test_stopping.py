@@ -209,3 +209,11 @@ def test_a_limited_sample_of_a_larger_population_may_end_unsettled():
     verdict = short.measure(chosen, progress=False, stop=Stop(2))
     assert not verdict.settled and (verdict.windows, len(chosen)) == (20, 20)
     assert verdict.population > 300
+
+
+@pytest.mark.parametrize("n", [0, 5])
+def test_a_rule_for_layers_that_there_are_not_is_refused_before_the_run(n):
+    short = ShortLlama(Tiny())
+    with pytest.raises(ValueError, match=f"n_prune_layers = {n}; the model has 5 layers"):
+        short.measure(random_windows(40, 8), progress=False, stop=Stop(n))
+    assert short.n_windows == 0

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import random
+import re
 import subprocess
 import sys
+from pathlib import Path
+from string import ascii_lowercase
 
 import pytest
 import torch
@@ -22,10 +26,12 @@ from llama.args import ModelArgs
 from llama.convert import meta_to_hf, params_json
 from llama.sharding import full_shapes
 from short_gpt import ShortLlama, memory_plan, streamed_transformer
+from short_gpt.__main__ import main
+from short_gpt.importance import Importance
 from short_gpt.memory_plan import bytes_of
 from short_gpt.resume import RunState, StateFile
 from short_gpt.stopping import Stop
-from short_gpt.streaming import StreamedLlama
+from short_gpt.streaming import StreamedDecoder, StreamedLlama
 
 VOCAB = 258
 WINDOWS = [w[: 20 - i % 3] for i, w in enumerate(random_windows(7, 20, vocab=VOCAB))]
@@ -247,6 +253,9 @@ def test_what_cannot_be_is_said(streamed, tmp_path):
     save_checkpoint(tmp_path, small)
     with pytest.raises(ValueError, match="has 258 words, the checkpoint .* 96; they do not"):
         StreamedLlama(tmp_path, max_seq_len=20)
+    save_checkpoint(tmp_path, make_transformer(vocab_size=300))
+    with pytest.raises(ValueError, match="has 258 words, the checkpoint .* 300; they do not"):
+        StreamedLlama(tmp_path, max_seq_len=20)
 
 
 def test_another_checkpoint_has_another_digest(streamed, tmp_path):
@@ -295,3 +304,118 @@ def test_the_peak_stays_within_the_plan(tmp_path):
     planned = total - 20 * 64 * (768 * 4 + 16)  # only twelve windows come
     print(planned, before, peak, weights)
     assert peak < planned + 32e6 and planned - before < 4 * weights / 4
+
+
+def run(*arguments: object) -> None:
+    main([str(a) for a in arguments])
+
+
+def scores(name: str) -> Importance:
+    return Importance.from_dict(json.loads(Path(f"{name}.json").read_text())["importance"])
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A checkpoint in both formats and a text; the working directory."""
+    meta(tmp_path / "meta")
+    meta_to_hf(tmp_path / "meta", tmp_path / "hf")
+    letters = random.Random(0)
+    (tmp_path / "book.txt").write_text("".join(letters.choices(ascii_lowercase, k=1600)))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+DATA = ("--data", "book.txt", "--size", 16, "--device", "cpu")
+STREAM = ("--stream", "--max_memory", "900GB")
+
+
+@pytest.mark.parametrize("kind", ["meta", "hf"])
+def test_commands_stream_and_say_first_what_it_takes(kind, folder, capsys):
+    options = ("rank", kind, *DATA, "--stride", 16, "--n_prune_layers", 2, "--batch_size", 3)
+    for name, more in (("streamed", STREAM), ("memory", ())):
+        run(*options, "--sublayers", "--out", f"{name}.json", *more)
+        said = capsys.readouterr()
+        assert said.err.count("one layer at a time, ") == (name == "streamed")
+        assert "the process itself" not in said.out and "settled" in said.out
+        run("perplexity", kind, *DATA, "--out", f"{name}-p.json", *more)
+        assert capsys.readouterr().err.count("one layer at a time, ") == (name == "streamed")
+    run(*options, *STREAM, "--confidence", "none", "--plots", "pictures", "--out", "all.json")
+    run(*options, "--confidence", "none", "--out", "all-memory.json")
+    found, expected = scores("all"), scores("all-memory")
+    assert found.n_windows == expected.n_windows == 100
+    for name in ("block_influence", "standard_error", "angular", "mean_norm"):
+        ours, theirs = getattr(found, name), getattr(expected, name)
+        assert torch.allclose(ours, theirs, rtol=1e-6, atol=1e-7), name
+    values = (
+        json.loads(Path(f"{n}-p.json").read_text())["result"]["perplexity"]
+        for n in ("streamed", "memory")
+    )
+    assert next(values) == pytest.approx(next(values), rel=1e-6)
+    assert len(list(Path("pictures").iterdir())) == 2
+
+
+def test_a_streamed_command_continues_whatever_its_rounds(folder, capsys, monkeypatch):
+    """States are of the streamed model alone, and told apart by their name."""
+    options = ("rank", "meta", *DATA, "--stride", 16, "--state", "s.json", *STREAM)
+    read, rounds = StreamedDecoder.score, []
+
+    def fails(self, part, **more):
+        rounds.append(len(part))
+        if len(rounds) == 3:
+            raise KeyboardInterrupt
+        return read(self, part, **more)
+
+    monkeypatch.setattr(memory_plan, "MOST_WINDOWS", 8)
+    monkeypatch.setattr(StreamedDecoder, "score", fails)
+    with pytest.raises(SystemExit) as stop:
+        run(*options)
+    assert stop.value.code == 130 and Path("s.json").exists()
+    with pytest.raises(SystemExit):
+        run(*options[:-3])
+    assert "is the state of a run with another stream: True, now False" in capsys.readouterr().err
+    monkeypatch.setattr(memory_plan, "MOST_WINDOWS", 32)
+    run(*options, "--out", "continued.json")
+    assert rounds == [8, 8, 8, 32, 32, 20] and not Path("s.json").exists()
+    run(*options, "--out", "whole.json")
+    assert torch.allclose(scores("continued").influence, scores("whole").influence, rtol=1e-13)
+
+
+REFUSED = [
+    (("rank", "hf", "--method", "sleb", "--n_prune_layers", 1), "--method sleb needs the whole"),
+    (("rank", "hf", "--method", "angular_all"), "--method angular_all needs all states"),
+    (("rank", "hf", "--model_parallel_size", 2), "--model_parallel_size 2: --stream holds one"),
+    (("rank", "hf", "--max_memory", "1MB"), "max_memory 1MB is too little: .* at least"),
+    (("perplexity", "hf", "--max_memory", "much"), "expected a size such as 3GB"),
+    (("rank", "model.gguf"), "model.gguf is no local directory; to be streamed"),
+    (("perplexity", "some/model"), "some/model is no local directory; to be streamed"),
+    (("rank", "other"), "other is not a plain Llama: its model_type is 'gpt2'"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), REFUSED)
+def test_commands_refuse_what_cannot_be_streamed(arguments, message, folder, capsys):
+    (folder / "model.gguf").write_bytes(b"GGUF")
+    (folder / "other").mkdir()
+    (folder / "other" / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(SystemExit) as stop:
+        run(*arguments, *DATA, "--stream")
+    lines = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 1 and len(lines) == 1
+    assert re.match(f"short-gpt: {message}", lines[0]), lines
+
+
+def test_a_limit_of_memory_that_nothing_would_keep_is_refused(folder, capsys):
+    for command, message in (
+        ("rank", "bounds --stream and the methods perplexity, sleb; add --stream"),
+        ("perplexity", "bounds --stream; add it"),
+    ):
+        with pytest.raises(SystemExit):
+            run(command, "meta", *DATA, "--max_memory", "3GB")
+        assert message in capsys.readouterr().err
+
+
+def test_of_several_ranks_none_streams(folder, monkeypatch):
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "localhost")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="a streamed model runs on one rank; start it alone"):
+        StreamedLlama("meta", device="cpu")

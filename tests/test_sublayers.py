@@ -68,3 +68,15 @@ def test_other_structures_are_refused(family):
 def test_layers_are_checked(layers, message):
     with pytest.raises(ValueError, match=message):
         remove_sublayers(MetaDecoder(make_transformer()), **layers)
+
+
+def test_a_streamed_model_is_refused(tmp_path):
+    from conftest import BYTE_VOCAB, save_checkpoint, write_byte_tokenizer
+
+    from short_gpt.short_llama import ShortLlama
+
+    path = save_checkpoint(tmp_path / "meta", make_transformer(vocab_size=BYTE_VOCAB))
+    write_byte_tokenizer(path)
+    short = ShortLlama.from_checkpoint(path, stream=True, max_seq_len=64, device="cpu")
+    with pytest.raises(ValueError, match="not in memory: open the model whole, not streamed"):
+        short.remove_sublayers(attention=[1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from llama.hub import resolve
@@ -93,14 +94,21 @@ class Choice:
         return choose(self._importance, n, method=self.method, seed=seed)
 
     def most(
-        self, ratio: float, eval_data: str, *, size: int, limit: int, device: str | None
+        self,
+        ratio: float,
+        eval_data: str,
+        *,
+        size: int,
+        limit: int,
+        device: str | None,
+        tokenizer_path: str | None = None,
     ) -> list[int]:
         """As many layers as the perplexity on held-out text allows; keeps the evidence."""
         if self._named is not None:
             raise ValueError("--max_perplexity_ratio chooses from --scores, not from --layers")
-        if eval_data == self.facts.get("data"):
+        if _same_texts(eval_data, self.facts.get("data")):
             raise ValueError(f"--eval_data {eval_data} is what the scores were measured on")
-        short = open_short(self._ckpt_dir, None, size, 1, device, None, None)
+        short = open_short(self._ckpt_dir, tokenizer_path, size, 1, device, None, None)
         options = {"size": size, "stride": size, "seed": 0, "limit": limit}
         held = list(windows(texts(eval_data), short.encode, **options))  # type: ignore[arg-type]
         bound = len(self._found) if self._found is not None else short.n_layers - 1
@@ -130,6 +138,14 @@ def chosen(
     """The layers to remove, and the facts to keep; ``angular`` is short for that method."""
     choice = Choice(ckpt_dir, layers, scores, method_of(angular, method))
     return choice.layers(n), choice.facts
+
+
+def _same_texts(eval_data: str, data: str | None) -> bool:
+    """Whether texts to evaluate on are, hold or are part of those that the scores come from."""
+    if data is None or not (Path(eval_data).exists() and Path(data).exists()):
+        return eval_data == data
+    ours, theirs = Path(eval_data).resolve(), Path(data).resolve()
+    return ours.is_relative_to(theirs) or theirs.is_relative_to(ours)
 
 
 def method_of(angular: bool, method: str | None) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -28,7 +29,7 @@ from short_gpt.methods import METHODS
 from short_gpt.overlap import hold_out
 from short_gpt.plots import require_matplotlib
 from short_gpt.record import write_record
-from short_gpt.resume import StateFile, weights_digest
+from short_gpt.resume import StateFile
 
 DEFAULT = "bi,angular,deepest,relative_magnitude,perplexity,sleb,reverse,random"
 
@@ -133,7 +134,7 @@ def compare(
     held, chosen = cut(evaluation, eval_windows), cut(calibration, max_windows)
     saved = _state(short, state, out, arguments)
     comparison = Comparison(short, chosen, held, few=search_windows, state=saved)
-    lora = _lora(source, calibration, held, cut, arguments) if LORA in healings else None
+    lora = _lora(source, calibration, held, cut, arguments, saved) if LORA in healings else None
     with interruptible():
         options: dict[str, Any] = {"healings": healings, "seeds": seeds}
         options |= {"lora": lora, "lora_only": only}
@@ -214,8 +215,9 @@ def _state(
     )
     names += ("max_windows", "search_windows", "eval_windows", "dtype", "device")
     names += ("lora_steps", "lora_rank", "lora_learning_rate", "lora_batch", "lora_size", "limit")
+    names += ("tasks", "include_path")
     identity = {name: arguments[name] for name in names}
-    identity["weights"] = weights_digest(short.decoder.layers)
+    identity["weights"] = short.weights_digest()
     return StateFile(state or f"{out}.state", identity)
 
 
@@ -225,12 +227,14 @@ def _lora(
     evaluation: list[list[int]],
     cut: Callable[..., list[list[int]]],
     given: dict[str, Any],
+    state: StateFile | None,
 ) -> Callable[[list[int]], list[Perplexity]]:
-    """Heals a model without some layers, from its files, and evaluates it."""
+    """Heals a model without some layers, from its files, and evaluates it. Checkpoints of the
+    training lie beside the state until it is done."""
     from short_gpt.healing import heal, require_packages
-    from short_gpt.healing_recipe import recipe_for
+    from short_gpt.healing_recipe import Recipe, recipe_for
+    from short_gpt.lora_training import whole_checkpoints
     from short_gpt.models import open_model
-    from short_gpt.overlap import overlapping
     from short_gpt.paired import losses
     from short_gpt.pruning import prune_checkpoint
 
@@ -240,20 +244,49 @@ def _lora(
     changes |= {"batch": given["lora_batch"], "size": given["lora_size"]}
     if given["lora_steps"] is not None:
         changes["warmup"] = min(100, given["lora_steps"] // 10)
+    size = given["lora_size"] or Recipe.size
+    if len(cut(calibration, 2, size)) < 2:  # now rather than after all else is measured
+        raise ValueError(
+            f"lora needs two windows of {size} tokens or more, one of them to validate on: give "
+            "more text to heal by, or a smaller --lora_size"
+        )
 
     def healed(layers: list[int]) -> list[Perplexity]:
         with tempfile.TemporaryDirectory() as folder:
-            pruned = prune_checkpoint(source, f"{folder}/pruned", layers, to="hf")
+            options = {"to": "hf", "tokenizer_path": given["tokenizer_path"]}
+            pruned = prune_checkpoint(source, f"{folder}/pruned", layers, **options)
             short = open_model(str(pruned), device=given["device"], dtype=given["dtype"])
             recipe = recipe_for(short.model.config)
             recipe = replace(recipe, **{k: v for k, v in changes.items() if v is not None})
             learned = cut(calibration, None, recipe.size)
-            shared = overlapping(learned, evaluation)
-            learned = [w for i, w in enumerate(learned) if i not in shared]
-            heal(short, learned[:-8], learned[-8:], evaluation, recipe=recipe)
-            return losses(short.decoder, evaluation, progress=False)
+            learned = _without(learned, evaluation)
+            count = max(1, min(len(learned) // 10, 8))
+            parts = (_without(learned[:-count], learned[-count:]), learned[-count:], evaluation)
+            work = (
+                state.path.with_name(f"{state.path.name}.lora-{_name(layers)}") if state else None
+            )
+            begun = bool(work and whole_checkpoints(work))
+            if work and not begun:
+                shutil.rmtree(work, ignore_errors=True)
+            heal(short, *parts, recipe=recipe, work_dir=work, resume=begun)
+            found = losses(short.decoder, evaluation, progress=False)
+            if work:
+                shutil.rmtree(work, ignore_errors=True)
+            return found
 
     return healed
+
+
+def _without(windows: list[list[int]], others: list[list[int]]) -> list[list[int]]:
+    """The windows that share no text with the others."""
+    from short_gpt.overlap import overlapping
+
+    shared = overlapping(windows, others)
+    return [window for i, window in enumerate(windows) if i not in shared]
+
+
+def _name(layers: list[int]) -> str:
+    return "-".join(map(str, sorted(layers)))
 
 
 def _tasks(

@@ -13,6 +13,7 @@ from typing import Any
 from llama.checkpoint import PROVENANCE
 from llama.files import check_new
 from short_gpt import report
+from short_gpt.cli.choice import chosen
 from short_gpt.cli.healing_texts import Learning, Source
 from short_gpt.cli.shared import (
     arguments_of,
@@ -22,7 +23,6 @@ from short_gpt.cli.shared import (
     say_written,
     targets_of,
 )
-from short_gpt.cli.surgery import _chosen
 from short_gpt.evaluate import Perplexity
 from short_gpt.models import is_meta
 from short_gpt.paired import difference, losses, together
@@ -187,7 +187,7 @@ def _selection(
             "the patch reads the whole model and removes layers itself: give --layers 21,22,23 or "
             "--scores FILE --n_prune_layers N"
         )
-    return _chosen(model_dir, layers, scores, n, angular=angular)
+    return chosen(model_dir, layers, scores, n, angular=angular)
 
 
 @contextmanager
@@ -248,7 +248,7 @@ class _Job:
         from short_gpt.healed_model import save_healed
 
         meta = self.recipe is not None and is_meta(source)
-        options = {**options, "as_meta": meta, "patch": self.patch}
+        options = {**options, "as_meta": meta}
         save_healed(self.short, out_dir, facts, source=source, **options)
         if self.recipe is not None:
             shutil.rmtree(self.work_dir, ignore_errors=True)

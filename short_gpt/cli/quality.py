@@ -12,6 +12,7 @@ from short_gpt.cli.shared import (
     open_short,
     read_texts,
     say,
+    say_plan,
     say_written,
     shown,
     targets_of,
@@ -78,6 +79,8 @@ def perplexity(
     size: int = 1024,
     max_windows: int | None = None,
     seed: int | None = 0,
+    stream: bool = False,
+    max_memory: str | None = None,
     batch_size: int = 1,
     device: str | None = None,
     dtype: str | None = None,
@@ -99,6 +102,10 @@ def perplexity(
         size: tokens in a window; each is read on its own, its first token is not predicted.
         max_windows: stop after so many; all if not given.
         seed: of the random order of all windows; none reads them in the order of the texts.
+        stream: hold one layer at a time in memory: for a Llama larger than the machine, in Meta's
+            format or Hugging Face's. What it takes is said before it starts.
+        max_memory: of the whole process with --stream, as in 3GB; half of what is free if not
+            given.
         batch_size: windows read at once.
         device: cpu, cuda or mps; the best there is if not given.
         dtype: float32, bfloat16 or float16; float32 on cpu if not given.
@@ -107,10 +114,15 @@ def perplexity(
     """
     arguments = arguments_of(locals())
     targets = targets_of(out, None, overwrite=overwrite)
+    if max_memory is not None and not stream:
+        raise ValueError(f"--max_memory {max_memory} bounds --stream; add it, or leave this out")
     check_run(ckpt_dir, None, size, size, max_windows)
     source = read_texts(data, split, column, max_texts)
-    short = open_short(ckpt_dir, tokenizer_path, size, batch_size, device, dtype, None)
+    streamed: dict[str, Any] = {"stream": stream, "max_memory": max_memory}
+    options = (device, dtype, None)
+    short = open_short(ckpt_dir, tokenizer_path, size, batch_size, *options, **streamed)
     chosen = windows(source, short.encode, size=size, stride=size, seed=seed, limit=max_windows)
+    say_plan(short, batch_size)
     found = short.perplexity(chosen, batch_size=batch_size, total=total(chosen, max_windows))
     say(report.perplexities({ckpt_dir: found}))
     if out is not None and first_rank():
@@ -165,6 +177,8 @@ def evaluate(
     arguments = arguments_of(locals())
     if text == "none" and tasks is None:
         raise ValueError("nothing to evaluate: give --text or --tasks")
+    if source is not None and text not in PROTOCOLS:
+        raise ValueError(f"--source is a copy of {' or '.join(PROTOCOLS)}; --text is {text}")
     targets = targets_of(out, None, overwrite=overwrite)
     models = [dense] if pruned is None else [dense, pruned]
     for name in models:

@@ -19,6 +19,7 @@ from short_gpt.cli.shared import (
     read_texts,
     run_state,
     say,
+    say_plan,
     say_written,
     shown,
     targets_of,
@@ -48,6 +49,7 @@ def rank(
     n_prune_layers: int | None = None,
     method: str = "bi",
     candidates: int | None = None,
+    stream: bool = False,
     max_memory: str | None = None,
     confidence: float | None = 0.99,
     sublayers: bool = False,
@@ -86,7 +88,10 @@ def rank(
         method: bi, angular, angular_all, deepest, relative_magnitude, norm, sequential, reverse,
             random, perplexity or sleb.
         candidates: sleb only tries the so many layers of lowest Block Influence; all if not given.
-        max_memory: for the states that perplexity and sleb store, as in 2GB.
+        stream: hold one layer at a time in memory: for a Llama larger than the machine, in Meta's
+            format or Hugging Face's. What it takes is said before it starts.
+        max_memory: with --stream, of the whole process, half of what is free if not given; else
+            for the states that perplexity and sleb store, 2GB if not given.
         confidence: that a settled answer is that of all windows; none reads all of them.
         sublayers: also score the attention and the MLP of every layer.
         batch_size: windows read at once, by each replica.
@@ -105,16 +110,19 @@ def rank(
     check_run(ckpt_dir, n_prune_layers, size, stride, max_windows)
     check_method(method)
     rule = stop_rule(n_prune_layers, method, confidence, seed)
+    check_stream(method, max_memory, stream=stream)
     if method in BY_LOSS and n_prune_layers is None:
         raise ValueError(f"--method {method} needs --n_prune_layers N")
     source = read_texts(data, split, column, max_texts)
     options = (device, dtype, n_prune_layers, model_parallel_size)
-    short = open_short(ckpt_dir, tokenizer_path, size, batch_size, *options)
+    streamed: dict[str, Any] = {"stream": stream, "max_memory": max_memory}
+    short = open_short(ckpt_dir, tokenizer_path, size, batch_size, *options, **streamed)
     chosen = windows(source, short.encode, size=size, stride=stride, seed=seed, limit=max_windows)
     saved = run_state(short, state, out, arguments, every=save_every)
     if method in BY_LOSS:
         _search(short, chosen, saved, arguments, candidates, targets)
         return
+    say_plan(short, batch_size)
     with interruptible():
         verdict = short.measure(
             chosen,
@@ -185,6 +193,20 @@ def stop_rule(
     takes its n layers by means over windows, and windows in random order."""
     rule = None if confidence is None else Stop(n or 1, method == "angular", confidence)
     return rule if n is not None and seed is not None and method in ("bi", "angular") else None
+
+
+def check_stream(method: str, max_memory: str | None, *, stream: bool) -> None:
+    """Raises ValueError if one layer at a time does not suffice, or no use is made of a limit."""
+    if stream and (method in BY_LOSS or method == "angular_all"):
+        why = "all states" if method == "angular_all" else "the whole model for every candidate"
+        raise ValueError(f"--method {method} needs {why}; choose another, or leave out --stream")
+    if max_memory is not None:
+        bytes_of(max_memory)
+        if not stream and method not in BY_LOSS:
+            raise ValueError(
+                f"--max_memory {max_memory} bounds --stream and the methods {', '.join(BY_LOSS)}; "
+                "add --stream, or leave it out"
+            )
 
 
 def settled_record(verdict: Verdict | None) -> dict[str, Any] | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import signal
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -17,7 +19,9 @@ from short_gpt.models import layers_of, open_model
 from short_gpt.plots import require_matplotlib
 from short_gpt.progress import bar, first_rank
 from short_gpt.record import refuse_existing
-from short_gpt.resume import StateFile, weights_digest
+from short_gpt.replicas import of_model
+from short_gpt.resume import StateFile
+from short_gpt.short_llama import ShortLlama
 
 PICTURES = ("block_influence.png", "angular.png")
 PLAIN = (str, int, float, bool, type(None))
@@ -41,7 +45,27 @@ def open_short(
     dtype: str | None,
     n_prune_layers: int | None,
     model_parallel_size: int | None = None,
+    *,
+    stream: bool = False,
+    max_memory: str | None = None,
 ) -> Any:
+    if stream:
+        if model_parallel_size is not None:
+            raise ValueError(
+                f"--model_parallel_size {model_parallel_size}: --stream holds one layer on one "
+                "rank; leave one of them out"
+            )
+        return ShortLlama.from_checkpoint(
+            source,
+            n_prune_layers,
+            tokenizer_path=tokenizer_path,
+            max_seq_len=size,
+            max_batch_size=batch_size,
+            device=device,
+            dtype=dtype,
+            stream=True,
+            max_memory=max_memory,
+        )
     return open_model(
         source,
         n_prune_layers=n_prune_layers,
@@ -52,6 +76,12 @@ def open_short(
         dtype=dtype,
         model_parallel_size=model_parallel_size,
     )
+
+
+def say_plan(short: Any, batch_size: int) -> None:
+    """Tells on stderr what a streamed run will take in memory; nothing of a model in memory."""
+    if hasattr(short, "stream") and first_rank():
+        print(short.plan(batch_size).describe(), file=sys.stderr, flush=True)
 
 
 def check_run(
@@ -83,7 +113,6 @@ def run_state(
         return None
     path = Path(state if state is not None else f"{out}.state")
     check_writable(path)
-    model = next(iter(short.decoder.layers.parameters()))
     names = ("ckpt_dir", "data", "split", "column", "max_texts", "size", "stride", "seed")
     identity = {name: arguments[name] for name in names}
     identity |= {"batch_size": arguments["batch_size"], "sublayers": arguments["sublayers"]}
@@ -92,8 +121,13 @@ def run_state(
         identity |= {n: arguments[n] for n in ("method", "n_prune_layers", "candidates")}
         identity |= {n: arguments[n] for n in ("max_windows", "max_memory")}
     identity |= {"method of all tokens": method == "angular_all"}
+    model = getattr(short, "stream", None) or next(iter(short.decoder.layers.parameters()))
     identity |= {"dtype": str(model.dtype), "device": model.device.type}
-    identity |= {"weights": weights_digest(short.decoder.layers)}
+    identity |= {"stream": hasattr(short, "stream"), "model_parallel_size": len(of_model(None))}
+    whole = short.decoder.model
+    settings = str(getattr(whole, "params", None) or getattr(whole, "config", None))
+    identity |= {"configuration": hashlib.sha256(settings.encode()).hexdigest()[:16]}
+    identity |= {"weights": short.weights_digest()}
     return StateFile(path, identity, every=every)
 
 

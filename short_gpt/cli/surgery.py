@@ -7,19 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from llama.checkpoint import PROVENANCE
-from llama.files import check_new
+from llama.files import check_new, check_writable
 from llama.hf_llama import read_json
 from llama.hub import resolve
 from llama.parallel import several_ranks
-from short_gpt.cli.choice import Choice, chosen, method_of
+from short_gpt.cli.choice import Choice, method_of
 from short_gpt.cli.shared import say
 from short_gpt.hf_checkpoint import mergekit_recipe
 from short_gpt.models import is_meta, same_model
 from short_gpt.progress import bar
 from short_gpt.pruning import prune_checkpoint, refuse_gguf
 from short_gpt.record import read_record, refuse_existing
-
-_chosen = chosen
 
 
 def prune(
@@ -81,7 +79,8 @@ def prune(
         raise ValueError("--max_perplexity_ratio needs --eval_data, and no --n_prune_layers")
     else:
         ratio, text = max_perplexity_ratio, eval_data
-        drop = choice.most(ratio, text, size=size, limit=eval_windows, device=device)
+        options: dict[str, Any] = {"size": size, "limit": eval_windows, "device": device}
+        drop = choice.most(ratio, text, **options, tokenizer_path=tokenizer_path)
     facts = choice.facts
     dtype = None if recipe is None else _recipe_dtype(ckpt_dir, recipe, overwrite=overwrite)
     with bar("writing", total=None, unit="tensor") as shown:
@@ -99,6 +98,7 @@ def prune(
     say(f"removed layers {drop}\nwritten: {out_dir}")
     if recipe is not None and dtype is not None:
         keep = read_record(f"{out_dir}/pruning.json")["kept_layers"]
+        Path(recipe).parent.mkdir(parents=True, exist_ok=True)
         Path(recipe).write_text(mergekit_recipe(ckpt_dir, keep, dtype), encoding="utf-8")
         say(f"written: {recipe}")
     if proof is not None:
@@ -116,7 +116,7 @@ def _proof(
         return "not verified: that loads the model on one rank; run it without torchrun"
     try:
         return same_model(source, out, drop, tokenizer_path=tokenizer_path)
-    except RuntimeError:
+    except BaseException:  # also what kept it from being proved: no memory, an interruption
         shutil.rmtree(out)
         raise
 
@@ -126,6 +126,7 @@ def _recipe_dtype(source: str, recipe: str, *, overwrite: bool) -> str:
     if is_meta(source):
         raise ValueError("--recipe: mergekit reads no Meta checkpoint; convert it first")
     refuse_existing(Path(recipe), overwrite=overwrite)
+    check_writable(Path(recipe))
     config = read_json(resolve(source) / "config.json")
     config = {**config, **(config.get("text_config") or {})}
     return str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
