@@ -44,6 +44,7 @@ class Row:
         layers: removed, original numbers.
         perplexity: on the evaluation text.
         nats, standard_error: mean loss less that of the whole model, paired over the windows.
+        gain, gain_error: the same less that of the raw model, if this one is healed; else None.
         parameters: of the model without the layers.
         megabytes: of its weights.
         tokens_per_second: greedy generation with the cache, one sequence.
@@ -57,6 +58,8 @@ class Row:
     perplexity: float
     nats: float
     standard_error: float
+    gain: float | None
+    gain_error: float | None
     parameters: int
     megabytes: float
     tokens_per_second: float
@@ -217,9 +220,9 @@ class Comparison:
 
     def _row(self, method: str, seed: int | None, n: int, healing: str, layers: list[int]) -> Row:
         dense = self._measured(RAW, [], partial(self._losses, []))
-        raw = partial(self._losses, layers)
-        parts = self._measured(RAW, layers, raw) if healing == RAW else self._kept(healing, layers)
-        change = difference(dense, parts)
+        raw = self._measured(RAW, layers, partial(self._losses, layers))
+        parts = raw if healing == RAW else self._kept(healing, layers)
+        change, gain = difference(dense, parts), difference(raw, parts)
         parameters, size = self._size(layers)
         return Row(
             method=method,
@@ -230,6 +233,8 @@ class Comparison:
             perplexity=together(parts).value,
             nats=change.nats,
             standard_error=change.standard_error if n else 0.0,
+            gain=None if healing == RAW else gain.nats,
+            gain_error=None if healing == RAW else gain.standard_error,
             parameters=parameters,
             megabytes=size / 1e6,
             tokens_per_second=self._speed(n, layers),

@@ -239,8 +239,9 @@ def _check_config(partial: Path, decoder: HFDecoder) -> None:
 
 
 def _differing(expected: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
-    """The keys whose values differ, but for those that making a model sets itself."""
+    """The keys whose values differ, but for those that loading sets and what is dropped."""
     own = {"_name_or_path", "name_or_path", "transformers_version", "dtype", "torch_dtype"}
+    own.add("auto_map")  # dropped on purpose
     wrong = []
     for key, value in expected.items():
         other = found.get(key)

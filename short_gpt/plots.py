@@ -96,6 +96,7 @@ def quality_curves(rows: Sequence[Row], *, title: str | None = None) -> Figure:
     Args:
         rows: of `comparison.Comparison.rows`, the whole model first. Several rows of one method
             and number, such as random sets, are drawn as a band from the least to the largest.
+            Where a method has one number of several, it is a point and no line.
         title: a line above the picture.
 
     Raises:
@@ -116,6 +117,8 @@ def quality_curves(rows: Sequence[Row], *, title: str | None = None) -> Figure:
                 ]
                 points += [(n, min(values), max(values))] if values else []
             if len(points) > 1:
+                if len(points) == 2 and len({r.n for r in found}) > 1:  # one number of several
+                    points = points[1:]
                 x, low, high = (list(column) for column in zip(*points, strict=True))
                 label = method if healing == "raw" else f"{method}, {healing}"
                 if low != high:

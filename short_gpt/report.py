@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from short_gpt.comparison import Row
@@ -122,10 +122,14 @@ def compared(
     """
     dense, counts = rows[0], sorted({r.n for r in rows[1:]})
     lines = [f"whole model: perplexity {dense.perplexity:.3f}, {dense.parameters / 1e6:.1f} M", ""]
-    head = f"{'layers removed':<28}" + "".join(f"{n:>20}" for n in counts)
+    head = f"{'layers removed':<28}" + "".join(f"{n:>22}" for n in counts)
     for healing in dict.fromkeys(r.healing for r in rows[1:]):
         lines += [head, f"{healing}: perplexity (standard error)"]
-        lines += _by_method([r for r in rows[1:] if r.healing == healing], counts)
+        part = [r for r in rows[1:] if r.healing == healing]
+        lines += _by_method(part, counts, _perplexity)
+        if any(r.gain is not None for r in part):
+            lines.append(f"{healing}: loss in nats a token, less raw (standard error)")
+            lines += _by_method(part, counts, _gain)
         lines.append("")
     sizes = {r.n: r for r in rows[1:]}
     for name, cell in (
@@ -133,7 +137,7 @@ def compared(
         ("weights, MB", lambda r: f"{r.megabytes:.0f}"),
         ("speed / whole model's", lambda r: f"{r.tokens_per_second / dense.tokens_per_second:.2f}"),
     ):
-        lines.append(f"{name:<28}" + "".join(f"{cell(sizes[n]):>20}" for n in counts))
+        lines.append(f"{name:<28}" + "".join(f"{cell(sizes[n]):>22}" for n in counts))
     for found in agreed:
         shares = "; ".join(f"{pair} {share:.0%}" for pair, share in found["overlap"].items())
         lines.append(f"{found['n']} layers in common: {shares}")
@@ -147,22 +151,35 @@ def compared(
     return "\n".join(lines)
 
 
-def _by_method(rows: Sequence[Row], counts: Sequence[int]) -> list[str]:
+def _by_method(
+    rows: Sequence[Row], counts: Sequence[int], cell: Callable[[Sequence[Row]], str]
+) -> list[str]:
     lines = []
     for method in dict.fromkeys(r.method for r in rows):
         cells = ""
         for n in counts:
             found = [r for r in rows if (r.method, r.n) == (method, n)]
-            cells += f"{_cell(found):>20}"
+            cells += f"{cell(found) if found else '-':>22}"
         lines.append(f"  {method:<26}{cells}")
     return lines
 
 
-def _cell(found: Sequence[Row]) -> str:
+def _perplexity(found: Sequence[Row]) -> str:
     """One model's perplexity with its error, or the range of several."""
     values = [r.perplexity for r in found]
-    if not values:
-        return "-"
     if len(values) > 1:
-        return f"{min(values):.4g} to {max(values):.4g}"
-    return f"{values[0]:.2f} ({values[0] * found[0].standard_error:.2f})"
+        return f"{_short(min(values))} to {_short(max(values))}"
+    return f"{_short(values[0])} ({_short(values[0] * found[0].standard_error)})"
+
+
+def _short(value: float) -> str:
+    """Two decimals where that is short, else three digits."""
+    return f"{value:.2f}" if value < 10_000 else f"{value:.2e}"
+
+
+def _gain(found: Sequence[Row]) -> str:
+    """What healing one model brought with its error, or the range of several."""
+    values = [r.gain for r in found if r.gain is not None]
+    if len(values) > 1:
+        return f"{min(values):+.2f} to {max(values):+.2f}"
+    return f"{values[0]:+.3f} ({found[0].gain_error:.3f})"

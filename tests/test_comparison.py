@@ -13,6 +13,8 @@ from short_gpt.gate import most_layers
 from short_gpt.greedy import Stack
 from short_gpt.linear_patch import heal
 from short_gpt.methods import METHODS
+from short_gpt.paired import difference, losses
+from short_gpt.report import compared
 from short_gpt.resume import StateFile
 
 CALIBRATION, EVALUATION = random_windows(6, 40), random_windows(5, 30, seed=9)
@@ -126,6 +128,20 @@ def test_the_model_is_left_as_it_was():
     Comparison(model, CALIBRATION, EVALUATION).rows(["bi"], [2], healings=["raw", "patched"])
     assert perplexity(model.decoder, [EVALUATION]) == before
     assert model.removed == []
+
+
+def test_what_healing_brings_is_paired_with_the_same_layers_raw():
+    rows = Comparison(short(), CALIBRATION, EVALUATION).rows(["bi"], [2], healings=["patched"])
+    model = short()
+    model.remove_layers(rows[1].layers)
+    raw = losses(model.decoder, EVALUATION, progress=False)
+    model = short()
+    heal(model, rows[1].layers, CALIBRATION, progress=False)
+    expected = difference(raw, losses(model.decoder, EVALUATION, progress=False))
+    assert rows[1].gain == pytest.approx(expected.nats, abs=1e-6)
+    assert rows[1].gain_error == pytest.approx(expected.standard_error, rel=1e-3)
+    assert rows[0].gain is None
+    assert f"{expected.nats:+.3f} ({expected.standard_error:.3f})" in compared(rows)
 
 
 def test_lora_is_called_once_for_every_set():
