@@ -9,11 +9,15 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from short_gpt.decoder import Decoder, pad
 from short_gpt.progress import bar, set_rate
+
+# Logits turned into losses at once: their logarithms of softmax stay in the processor's cache.
+AT_ONCE = 2**21
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,9 @@ def batch_nats(decoder: Decoder, tokens: Tensor, mask: Tensor) -> float:
         decoder: the model.
         tokens, mask: (B, S), as `decoder.pad` gives them.
     """
-    logits = decoder.logits(tokens)[:, :-1]
-    targets = tokens[:, 1:].masked_fill(~mask[:, 1:], -100)
-    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+    logits = decoder.logits(tokens)[:, :-1].flatten(0, 1)
+    targets = tokens[:, 1:].masked_fill(~mask[:, 1:], -100).flatten()
+    rows = max(1, AT_ONCE // logits.shape[-1])
+    parts = zip(logits.split(rows), targets.split(rows), strict=True)
+    loss = torch.cat([F.cross_entropy(x, y, reduction="none") for x, y in parts])
     return float(loss.cpu().double().sum())

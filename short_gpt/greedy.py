@@ -1,8 +1,9 @@
 """Layers chosen by the loss of the model without them: one-shot, or greedily (SLEB).
 
 A trial without layer j differs from the model only behind j, so it starts from the stored state in
-front of j. The states move on layer by layer as j does: one state for each window is stored, and
-a round costs about half of what trials from the beginning cost, for the same losses.
+front of j: a round costs about half of what trials from the beginning cost, for the same losses.
+The states move on layer by layer as j does. Those in front of the layer that a round removes hold
+for the next round too; as many as memory allows are stored, the others computed anew.
 
 Shapes: B windows, S tokens, D width.
 """
@@ -62,7 +63,8 @@ def sleb(
         n: how many layers, 1 to L - 2.
         candidates: positions that may be removed; None takes all.
         batch_size: windows read at once.
-        max_memory: bytes for stored states: more windows are read in groups, one after the other.
+        max_memory: bytes for stored states. Windows that need more even for one state each are
+            read in groups, one after the other.
         state: saves the search and continues it.
         progress: whether to show a bar.
 
@@ -80,9 +82,9 @@ def sleb(
     trials = _Trials(decoder, windows, batch_size, max_memory, state)
     rounds = [len(allowed & set(range(1, count - 1))) - i for i in range(n)]
     with bar("searching", total=sum(rounds) * trials.groups, unit="trial", show=progress) as shown:
-        for _ in range(n):
+        for left in reversed(range(n)):
             alive = [i for i in range(count) if i not in trials.found.removed]
-            trials.round([i for i in alive[1:-1] if i in allowed], shown.update)
+            trials.round([i for i in alive[1:-1] if i in allowed], shown.update, again=left > 0)
     return trials.found
 
 
@@ -131,6 +133,10 @@ class _Trials:
             raise ValueError("expected windows of at least 2 tokens; nothing was predicted")
         self._groups = list(self._grouped(padded, max_memory))
         self.groups = len(self._groups)
+        self._stored: dict[int, list[Tensor]] = {}  # by layer, the states in front of it
+        size = sum(tokens.numel() for tokens, _ in padded) * self._stack.bytes_per_token
+        # two more are in use while the states move on
+        self._room = 0 if self.groups > 1 else max_memory // size - 2
         if state is not None and state.content:
             content = state.content["search"]
             losses = [{int(i): v for i, v in r.items()} for r in content["losses"]]
@@ -153,8 +159,16 @@ class _Trials:
             used += size
         yield group
 
-    def round(self, candidates: Sequence[int], tick: Callable[[int], object]) -> None:
-        """Scores the candidates and removes the best, unless a saved search did so already."""
+    def round(
+        self, candidates: Sequence[int], tick: Callable[[int], object], *, again: bool = False
+    ) -> None:
+        """Scores the candidates and removes the best, unless a saved search did so already.
+
+        Args:
+            candidates: positions, ascending.
+            tick: called with 1 after every trial.
+            again: whether another round follows, so that states are worth storing.
+        """
         if self._rounds_kept:
             self._rounds_kept -= 1
             return
@@ -162,7 +176,7 @@ class _Trials:
             for number, group in enumerate(self._groups):
                 while len(self._done) <= number:
                     self._done.append({})
-                self._try(candidates, group, self._done[number], tick)
+                self._try(candidates, group, self._done[number], tick, again)
         except BaseException:
             self._save()
             raise
@@ -170,7 +184,9 @@ class _Trials:
         bad = [i for i in candidates if not math.isfinite(nats[i])]
         if bad:
             raise FloatingPointError(f"the loss without layer {bad[0]} is NaN or infinite")
-        self.found.removed.append(min(candidates, key=lambda i: (nats[i], i)))
+        best = min(candidates, key=lambda i: (nats[i], i))
+        self._stored = {i: states for i, states in self._stored.items() if i <= best}
+        self.found.removed.append(best)
         self.found.losses.append({i: value / self._predicted for i, value in nats.items()})
         self._done = [{}]
         self._save()
@@ -181,6 +197,7 @@ class _Trials:
         group: list[tuple[Tensor, Tensor]],
         done: dict[int, float],
         tick: Callable[[int], object],
+        again: bool,
     ) -> None:
         """Adds each candidate's nats on the group's windows to ``done``."""
         removed, count = set(self.found.removed), len(self._decoder.layers)
@@ -190,11 +207,16 @@ class _Trials:
         for j in candidates:
             if j in done:
                 continue
+            for i in sorted(self._stored):
+                if at <= i <= j:
+                    at, states = i, self._stored[i]
             between = [i for i in range(at, j) if i not in removed]
             states = [
                 self._stack.advance(tokens, between, None if states is None else states[k])
                 for k, (tokens, _) in enumerate(group)
             ]
+            if again and j not in self._stored and len(self._stored) < self._room:
+                self._stored[j] = states
             at, rest = j, [i for i in range(j + 1, count) if i not in removed]
             done[j] = sum(
                 self._stack.nats(tokens, mask, rest, state)

@@ -6,6 +6,7 @@ writes it, a notebook shows it. L layers, by their numbers in the original model
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 # Colours that colour-blind readers tell apart (Okabe and Ito), and that differ in lightness too.
 KEPT, REMOVED = "#56B4E9", "#D55E00"
+# Times the whole model's perplexity, up to where curves of quality are shown.
+SHOWN = 100
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
 
 
@@ -91,49 +94,76 @@ def angular_heatmap(
 
 
 def quality_curves(rows: Sequence[Row], *, title: str | None = None) -> Figure:
-    """Perplexity over the number of layers removed, a line for every method and healing.
+    """Perplexity over the number of layers removed, a colour for every method.
+
+    The left part shows the models as cut, the right one, where there are any, the healed: lines
+    for linear patches, stars for LoRA. Several rows of one method and number, such as random sets,
+    are drawn as a band from the least to the largest. The axis ends at `SHOWN` times the whole
+    model's perplexity; lines of what is worse leave the picture.
 
     Args:
-        rows: of `comparison.Comparison.rows`, the whole model first. Several rows of one method
-            and number, such as random sets, are drawn as a band from the least to the largest.
-            Where a method has one number of several, it is a point and no line.
+        rows: of `comparison.Comparison.rows`, the whole model first.
         title: a line above the picture.
 
     Raises:
+        ValueError: there is no row.
         ImportError: matplotlib is not installed.
     """
-    figure = _figure(7.5, 4.8)
-    axes = figure.subplots()
+    if not rows:
+        raise ValueError("expected the rows of a comparison, the whole model first; got none")
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
     dense, found = rows[0], rows[1:]
     colours = dict(zip(dict.fromkeys(r.method for r in found), PALETTE * 3, strict=False))
-    for healing, style in (("raw", "-"), ("patched", "--"), ("lora", ":")):
-        for method, colour in colours.items():
-            points = [(0, dense.perplexity, dense.perplexity)]
-            for n in sorted({r.n for r in found}):
-                values = [
-                    r.perplexity
-                    for r in found
-                    if (r.method, r.n, r.healing) == (method, n, healing)
-                ]
-                points += [(n, min(values), max(values))] if values else []
-            if len(points) > 1:
-                if len(points) == 2 and len({r.n for r in found}) > 1:  # one number of several
-                    points = points[1:]
-                x, low, high = (list(column) for column in zip(*points, strict=True))
-                label = method if healing == "raw" else f"{method}, {healing}"
-                if low != high:
-                    axes.fill_between(x, low, high, color="0.8", label=label)
-                else:
-                    axes.plot(x, low, style, color=colour, marker="o", markersize=4, label=label)
-    axes.set_yscale("log")
-    axes.set_xlabel("layers removed")
-    axes.set_ylabel("perplexity")
-    axes.locator_params(axis="x", integer=True)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside right upper", frameon=False, fontsize="small")
+    parts = [["raw"], ["patched", "lora"]] if {r.healing for r in found} - {"raw"} else [["raw"]]
+    figure = _figure(2.0 + 4.0 * len(parts), 4.4)
+    axes = figure.subplots(1, len(parts), sharey=True, squeeze=False)[0]
+    for axis, healings, name in zip(axes, parts, ("as cut", "healed"), strict=False):
+        for healing in healings:
+            for method, colour in colours.items():
+                chosen = [r for r in found if (r.method, r.healing) == (method, healing)]
+                _draw_curve(axis, dense, chosen, colour)
+        axis.set_title(name, fontsize="medium")
+        axis.set_xlabel("layers removed")
+        axis.locator_params(axis="x", integer=True)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_yscale("log")
+    highest = max((r.perplexity for r in rows if math.isfinite(r.perplexity)), default=1.0)
+    if highest > SHOWN * dense.perplexity:
+        axes[0].set_ylim(0.9 * dense.perplexity, SHOWN * dense.perplexity)
+    axes[0].yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes[0].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.5g}"))
+    axes[0].yaxis.set_minor_formatter(NullFormatter())
+    axes[0].set_ylabel("perplexity")
+    named = dict(
+        pair
+        for axis in axes
+        for pair in zip(*reversed(axis.get_legend_handles_labels()), strict=True)
+    )
+    figure.legend(named.values(), named.keys(), loc="outside right upper", frameon=False)
     if title is not None:
         figure.suptitle(title)
     return figure
+
+
+def _draw_curve(axes: Axes, dense: Row, rows: Sequence[Row], colour: str) -> None:
+    """One method, healed one way: a line from the whole model on, a band, or LoRA's stars."""
+    if not rows:
+        return
+    values = {n: [r.perplexity for r in rows if r.n == n] for n in sorted({r.n for r in rows})}
+    if rows[0].healing == "lora":
+        x = [n for n, found in values.items() for _ in found]
+        y = [value for found in values.values() for value in found]
+        label = f"{rows[0].method}, LoRA"
+        style: dict[str, Any] = {"linestyle": "none", "markersize": 11, "markeredgecolor": "black"}
+        axes.plot(x, y, marker="*", color=colour, label=label, zorder=3, **style)
+        return
+    x = [0, *values]
+    low, high = ([dense.perplexity, *map(f, values.values())] for f in (min, max))
+    if low == high:
+        axes.plot(x, low, color=colour, marker="o", markersize=4, label=rows[0].method)
+    else:
+        axes.fill_between(x, low, high, color="0.88", label=rows[0].method)
 
 
 def save(figure: Figure, path: Path) -> None:

@@ -36,7 +36,9 @@ def model(layers: int = 8):
     return MetaDecoder(make_transformer(n_layers=layers))
 
 
-@pytest.mark.parametrize("options", [{}, {"batch_size": 2}, {"max_memory": 1}])
+@pytest.mark.parametrize(
+    "options", [{}, {"batch_size": 2}, {"max_memory": 1}, {"max_memory": 4 * 98 * 32 * 4}]
+)
 def test_sleb_equals_the_plain_loop(options):
     windows = [w[:n] for w, n in zip(random_windows(5, 24), (24, 24, 24, 9, 17), strict=True)]
     found = sleb(model(), windows, 4, **options)
@@ -50,6 +52,15 @@ def test_sleb_runs_about_half_of_the_layers():
     found = sleb(model(8), random_windows(3, 12), 1)
     # 6 trials of 7 layers each; here 6 + 5 + ... + 1 behind the trials and 6 to move on
     assert found.evaluations == 3 * (21 + 6)
+
+
+def test_what_a_round_leaves_unchanged_is_not_run_again():
+    found = sleb(model(8), random_windows(3, 12), 2)
+    again = max(0, 6 - found.removed[0] - 1)  # behind the removed layer the states move on anew
+    assert found.evaluations == 3 * (21 + 6 + 15 + again)
+    bounded = sleb(model(8), random_windows(3, 12), 2, max_memory=1)
+    assert bounded.evaluations > found.evaluations
+    assert (bounded.removed, bounded.losses) == (found.removed, found.losses)
 
 
 def test_the_model_is_left_as_it_was():

@@ -21,9 +21,9 @@ FEWER = {
     },
     "compare_methods.ipynb": {
         "max_windows = 16 ": "max_windows = 2 ",
-        "eval_windows = 6 ": "eval_windows = 1 ",
+        "eval_windows = 4 ": "eval_windows = 1 ",
         '"deepest", "relative_magnitude", "sleb", "reverse"': '"sleb"',
-        "counts = [2, 4, 8]": "counts = [1, 2]",
+        "counts = [2, 4, 8, 12]": "counts = [1, 2]",
     },
 }
 PICTURES = {"short_llama.ipynb": 2, "short_hf.ipynb": 2, "compare_methods.ipynb": 1}

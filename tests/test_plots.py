@@ -20,7 +20,8 @@ from matplotlib.container import BarContainer, ErrorbarContainer
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from short_gpt.plots import KEPT, REMOVED, angular_heatmap, importance_bars
+from short_gpt.comparison import Row
+from short_gpt.plots import KEPT, REMOVED, SHOWN, angular_heatmap, importance_bars, quality_curves
 
 LEVEL = torch.tensor([0.4, 0.2, 0.1, 0.3, 0.25])
 TOWER = torch.tensor([0.99, 0.04, 0.03, 0.05, 0.04, 0.03, 0.06, 0.05, 0.04, 0.03])
@@ -216,13 +217,67 @@ def test_the_block_must_exist(block: tuple[int, int]) -> None:
         angular_heatmap(distances(), block=block)
 
 
-# Both
+# Curves
+
+
+def row(method: str, n: int, healing: str, perplexity: float) -> Row:
+    return Row(method, None, n, healing, [], perplexity, 0.0, 0.0, None, None, 1, 1.0, 1.0)
+
+
+DENSE = row("dense", 0, "raw", 10.0)
+CUT = [row("bi", 2, "raw", 20.0), row("bi", 4, "raw", 90.0)]
+RANDOM = [row("random", 2, "raw", value) for value in (30.0, 80.0, 50.0)]
+HEALED = [row("bi", 2, "patched", 12.0), row("bi", 4, "lora", 11.0)]
+
+
+def curves(axes: Axes) -> list[tuple[list[float], list[float]]]:
+    return [(list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines]
+
+
+def test_a_curve_starts_at_the_whole_model_and_a_band_spans_the_seeds() -> None:
+    figure = quality_curves([DENSE, *CUT, *RANDOM], title="A model")
+    (axes,) = figure.axes
+    assert curves(axes) == [([0, 2, 4], [10.0, 20.0, 90.0])]
+    (band,) = axes.collections
+    box = band.get_paths()[0].get_extents()
+    assert (box.x0, box.x1, box.y0, box.y1) == (0, 2, 10.0, 80.0)
+    assert figure.get_suptitle() == "A model"
+    png(figure)
+
+
+def test_the_healed_stand_beside_the_cut() -> None:
+    figure = quality_curves([DENSE, *CUT, *HEALED])
+    cut, healed = figure.axes
+    assert curves(cut) == [([0, 2, 4], [10.0, 20.0, 90.0])]
+    assert curves(healed) == [([0, 2], [10.0, 12.0]), ([4], [11.0])]
+    assert cut.get_ylim() == healed.get_ylim()
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["bi", "bi, LoRA"]
+    png(figure)
+
+
+@pytest.mark.parametrize("worst", [1e9, math.inf])
+def test_what_is_far_worse_leaves_the_picture(worst: float) -> None:
+    figure = quality_curves(
+        [DENSE, *CUT, row("reverse", 2, "raw", 5e4), row("deepest", 2, "raw", worst)]
+    )
+    assert figure.axes[0].get_ylim()[1] == SHOWN * DENSE.perplexity
+    png(figure)
+
+
+def test_curves_need_rows() -> None:
+    with pytest.raises(ValueError, match="expected the rows of a comparison"):
+        quality_curves([])
+
+
+# All
 
 
 def test_pyplot_is_not_needed() -> None:
     before = set(sys.modules)
     png(importance_bars(LEVEL))
     png(angular_heatmap(distances()))
+    png(quality_curves([DENSE, *CUT]))
     assert "matplotlib.pyplot" not in set(sys.modules) - before
 
 
