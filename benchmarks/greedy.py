@@ -1,8 +1,8 @@
 """Greedy search (SLEB) from stored states against the plain loop; real small model.
 
-Both search on the same windows in the same run. The plain loop is that of SLEB's authors: every
-trial runs the model without the layer from the beginning. The two must give the same list, and
-losses within 1e-5 nats.
+Both search on the same windows in the same run, in turns of one round each, so that both meet the
+machine's changing speed alike. The plain loop is that of SLEB's authors: every trial runs the model
+without the layer from the beginning. The two must give the same list, and losses within 1e-5 nats.
 
     python benchmarks/greedy.py --repeats 3 --out benchmarks/results/greedy.json
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import fire
@@ -18,7 +19,7 @@ from scoring import build, spread
 
 from short_gpt import ShortLlama, demo, windows
 from short_gpt.evaluate import perplexity
-from short_gpt.greedy import Search, sleb
+from short_gpt.greedy import Search, sleb_rounds
 from short_gpt.layer_removal import without_layers
 from short_gpt.progress import bar
 from short_gpt.record import write_record
@@ -38,14 +39,18 @@ def main(
     read = list(chosen)
     seconds: dict[str, list[float]] = {"plain": [], "restart": []}
     found: dict[str, Search] = {}
-    with bar("searching", total=2 * repeats, unit="search") as shown:
+    with bar("searching", total=2 * repeats * n, unit="round") as shown:
         for repeat in range(repeats):
-            ways = {"plain": plain, "restart": restart}
-            for name in sorted(ways, reverse=bool(repeat % 2)):
-                started = time.perf_counter()
-                found[name] = ways[name](short, read, n)
-                seconds[name].append(time.perf_counter() - started)
-                shown.update()
+            ways = {"plain": plain(short, read, n), "restart": sleb_rounds(short.decoder, read, n)}
+            spent = dict.fromkeys(ways, 0.0)
+            for turn in range(n):
+                for name in sorted(ways, reverse=bool((repeat + turn) % 2)):
+                    started = time.perf_counter()
+                    found[name] = next(ways[name])
+                    spent[name] += time.perf_counter() - started
+                    shown.update()
+            for name, total in spent.items():
+                seconds[name].append(total)
     result = summary(found, seconds)
     print(table(result))
     missed = [text for text, held in result["limits"].items() if not held]
@@ -58,11 +63,7 @@ def main(
     sys.exit(bool(missed))
 
 
-def restart(short: ShortLlama, read: list[list[int]], n: int) -> Search:
-    return sleb(short.decoder, read, n)
-
-
-def plain(short: ShortLlama, read: list[list[int]], n: int) -> Search:
+def plain(short: ShortLlama, read: list[list[int]], n: int) -> Iterator[Search]:
     decoder, search = short.decoder, Search()
     count = len(decoder.layers)
     for _ in range(n):
@@ -75,7 +76,7 @@ def plain(short: ShortLlama, read: list[list[int]], n: int) -> Search:
             search.evaluations += (len(alive) - 1) * len(read)
         search.removed.append(min(loss, key=lambda i: (loss[i], i)))
         search.losses.append(loss)
-    return search
+        yield search
 
 
 def summary(found: dict[str, Search], seconds: dict[str, list[float]]) -> dict[str, Any]:

@@ -72,6 +72,31 @@ def sleb(
         ValueError: n is out of range, or as in `decoder.pad`.
         FloatingPointError: a loss is NaN or infinite.
     """
+    *_, found = sleb_rounds(
+        decoder,
+        windows,
+        n,
+        candidates=candidates,
+        batch_size=batch_size,
+        max_memory=max_memory,
+        state=state,
+        progress=progress,
+    )
+    return found
+
+
+def sleb_rounds(
+    decoder: Decoder,
+    windows: Sequence[Sequence[int]],
+    n: int,
+    *,
+    candidates: Collection[int] | None = None,
+    batch_size: int = 1,
+    max_memory: int = 2**31,
+    state: StateFile | None = None,
+    progress: bool = False,
+) -> Iterator[Search]:
+    """The same search, n times: what was found so far after every round. As in `sleb`."""
     count = len(decoder.layers)
     allowed = set(range(count)) if candidates is None else set(candidates)
     possible = len(allowed & set(range(1, count - 1)))
@@ -85,7 +110,7 @@ def sleb(
         for left in reversed(range(n)):
             alive = [i for i in range(count) if i not in trials.found.removed]
             trials.round([i for i in alive[1:-1] if i in allowed], shown.update, again=left > 0)
-    return trials.found
+            yield trials.found
 
 
 def one_shot(

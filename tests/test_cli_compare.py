@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import BYTE_VOCAB, make_transformer, save_checkpoint, write_byte_tokenizer
 
 from short_gpt import healing
@@ -101,7 +100,7 @@ def test_a_state_with_other_tasks_is_refused(tmp_path):
     from short_gpt.cli import comparison
 
     class Layers:
-        decoder = type("", (), {"layers": torch.nn.Linear(2, 2)})
+        weights_digest = staticmethod(lambda: "a digest")
 
     given = dict.fromkeys(inspect.signature(comparison.compare).parameters)
     path = str(tmp_path / "state")
@@ -110,6 +109,13 @@ def test_a_state_with_other_tasks_is_refused(tmp_path):
     state.save({"cells": {}})
     with pytest.raises(ValueError, match="a run with another tasks: 'one', now 'two'"):
         comparison._state(Layers, path, None, {**given, "tasks": "two"})
+
+
+def test_lora_refuses_a_file_before_anything_is_measured():
+    from short_gpt.cli import comparison
+
+    with pytest.raises(ValueError, match="checkpoint directories, not .*convert it first"):
+        comparison._lora(__file__, [], [], lambda *_: [], {}, None)
 
 
 @pytest.mark.parametrize(

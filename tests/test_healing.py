@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import signal
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -504,6 +506,19 @@ def test_heal_by_lora_a_pruned_meta_model_and_back(books, capsys):
     same = torch.equal(ours.decoder.logits(TOKENS), before.decoder.logits(TOKENS))
     assert same == (kept == 0)
     assert not Path("out.training").exists()
+
+
+def test_asked_to_end_it_leaves_no_copy_behind(books, capsys, monkeypatch):
+    def asked(*args, **given):
+        signal.raise_signal(signal.SIGTERM)
+
+    Path("temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(Path("temporary").resolve()))
+    monkeypatch.setattr(healing, "heal", asked)
+    with pytest.raises(SystemExit, match="130"):
+        run("heal", "dense", "out", *SMALL, *LORA)
+    assert capsys.readouterr().err.splitlines()[-1] == "short-gpt: interrupted"
+    assert not list(Path("temporary").iterdir()) and not Path("out").exists()
 
 
 def test_heal_refuses_before_it_works(books, capsys):

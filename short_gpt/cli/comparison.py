@@ -239,6 +239,11 @@ def _lora(
     from short_gpt.pruning import prune_checkpoint
 
     require_packages()
+    if Path(source).is_file():
+        raise ValueError(
+            f"lora heals checkpoint directories, not {source}; convert it first: "
+            f"short-gpt convert {source} model-meta"
+        )
     changes = {"steps": given["lora_steps"], "rank": given["lora_rank"]}
     changes |= {"alpha": given["lora_rank"], "learning_rate": given["lora_learning_rate"]}
     changes |= {"batch": given["lora_batch"], "size": given["lora_size"]}

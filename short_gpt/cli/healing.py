@@ -18,6 +18,7 @@ from short_gpt.cli.healing_texts import Learning, Source
 from short_gpt.cli.shared import (
     arguments_of,
     check_run,
+    interruptible,
     open_short,
     say,
     say_written,
@@ -131,7 +132,7 @@ def heal(
     check_run(model_dir, None, size or 1024, 1, max_windows)
     source = Source(data, eval_data, split, column, max_texts, seed)
     given = {"tokenizer_path": tokenizer_path, "device": device, "dtype": dtype}
-    with _opened(model_dir, method, size or 1024, given) as short:
+    with interruptible(), _opened(model_dir, method, size or 1024, given) as short:
         recipe = _recipe(short, preset, settings, seed) if method == "lora" else None
         size = size or (recipe.size if recipe else 1024)
         limit = max_windows or (64 if method == "patch" else None)
