@@ -169,6 +169,7 @@ def write_shards(
         read: gives a whole tensor.
         part: gives the part of a tensor of this name, for the file of this number.
     """
+    # Every entry is a ZipInfo, whose date is fixed: the same tensors give the same bytes.
     storages: dict[object, _Storage] = {}
     sources: dict[str, str] = {}
     for name, info in infos.items():
@@ -178,9 +179,9 @@ def write_shards(
     with ExitStack() as stack:
         archives = [stack.enter_context(zipfile.ZipFile(path, "w")) for path in paths]
         for archive in archives:
-            with archive.open("archive/data.pkl", "w") as file:
+            with archive.open(zipfile.ZipInfo("archive/data.pkl"), "w") as file:
                 _Pickler(file, storages).dump(dict(infos))
-            archive.writestr("archive/byteorder", sys.byteorder)
+            archive.writestr(zipfile.ZipInfo("archive/byteorder"), sys.byteorder)
         for name, key in sources.items():
             whole, info = read(name).detach().to("cpu", infos[name].dtype), infos[name]
             for number, archive in enumerate(archives):
@@ -189,7 +190,7 @@ def write_shards(
                     raise ValueError(f"{name} is {list(tensor.shape)}, expected {info.shape}")
                 _write_record(archive, f"archive/data/{key}", tensor)
         for archive in archives:
-            archive.writestr("archive/version", "3\n")
+            archive.writestr(zipfile.ZipInfo("archive/version"), "3\n")
 
 
 def _write_record(archive: zipfile.ZipFile, name: str, tensor: Tensor) -> None:

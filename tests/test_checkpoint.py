@@ -197,6 +197,14 @@ def test_write_shard_writes_what_torch_save_writes(tmp_path):
     assert Shard(path).infos["tied"].storage == Shard(path).infos["a"].storage
 
 
+def test_the_same_tensors_give_the_same_bytes_at_any_time(tmp_path, monkeypatch):
+    info = {"x": TensorInfo((2,), torch.float32, 0)}
+    for year, name in ((2001, "a"), (2011, "b")):
+        monkeypatch.setattr("time.localtime", lambda *_, y=year: (y, 1, 2, 3, 4, 5, 0, 0, 0))
+        write_shard(tmp_path / name, info, lambda _: torch.ones(2))
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
 def test_pruned_checkpoint_equals_the_model_pruned_in_memory(tmp_path, checkpoint_dir):
     from short_gpt import ShortLlama
 
