@@ -287,9 +287,9 @@ def _load(name: str, options: dict[str, Any], tokenizer: Any) -> tuple[Any, Any]
             raise failure from error
         kind = OSError if isinstance(error, OSError) else ValueError
         raise kind(f"{name} cannot be loaded: {explained(error)}") from error
-    if gguf:  # the weights are no longer quantized, so they can be saved
+    if gguf:  # the weights are no longer quantized, so they can be saved and trained
         del model.config.quantization_config
-        vars(model)["hf_quantizer"] = None
+        vars(model).update(hf_quantizer=None, is_quantized=False)
     return model, tokenizer
 
 

@@ -9,7 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import BYTE_VOCAB, make_transformer, save_checkpoint, write_byte_tokenizer
+from conftest import (
+    BYTE_VOCAB,
+    make_transformer,
+    random_windows,
+    save_checkpoint,
+    write_byte_tokenizer,
+)
 from test_cli import DATA, TEXT, fails, run
 from test_convert import write_gguf
 from test_harness import lm_eval, tasks  # noqa: F401
@@ -20,6 +26,7 @@ from llama.hf_llama import with_bos
 from short_gpt.hf_decoder import HFDecoder
 from short_gpt.importance import Importance
 from short_gpt.models import open_model
+from short_gpt.short_hf import ShortHFModel
 
 pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
 LAYERS = 5
@@ -57,6 +64,16 @@ def logits(directory: str) -> torch.Tensor:
     model, problems = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
     assert not any(problems.values()), problems
     return HFDecoder(model.eval()).logits(TOKENS)
+
+
+def test_a_gguf_model_can_be_trained(here):
+    from short_gpt.healing import heal
+    from short_gpt.healing_recipe import Recipe
+
+    short = ShortHFModel("model.gguf", device="cpu", dtype="float32")
+    recipe = Recipe(rank=2, steps=1, warmup=0, batch=1, eval_every=1, learning_rate=0.01)
+    apart = [random_windows(2, 16, vocab=90, seed=seed) for seed in (1, 2, 3)]
+    assert heal(short, *apart, recipe=recipe).to_dict()["recipe"]["rank"] == 2
 
 
 def test_rank_gives_the_scores_of_metas_format(here, capsys):
