@@ -6,6 +6,7 @@ Shapes: B sequences, S tokens, V vocabulary; L layers.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from inspect import signature
 from typing import Any
 
 import torch
@@ -90,11 +91,11 @@ class HFDecoder:
     @torch.no_grad()
     def run(self, tokens: Tensor) -> None:
         # the module that owns the layers has embeddings and layers, and no head
-        self._owner(input_ids=tokens, use_cache=False)
+        self._owner(input_ids=tokens, **_uncached(self._owner))
 
     @torch.no_grad()
     def logits(self, tokens: Tensor) -> Tensor:
-        return self.model(input_ids=tokens, use_cache=False).logits.float()
+        return self.model(input_ids=tokens, **_uncached(self.model)).logits.float()
 
     def keep_layers(self, keep: Sequence[int]) -> Callable[[], None]:
         before = self.layers
@@ -185,6 +186,13 @@ class HFDecoder:
         if key not in self._twins:
             self._twins[key] = twin_outline(self.model, self.layers_path)
         return self._twins[key]
+
+
+def _uncached(module: nn.Module) -> dict[str, bool]:
+    """What tells a module to keep no cache; nothing, where it knows of none."""
+    known = signature(module.forward).parameters.values()
+    takes = any(p.name == "use_cache" or p.kind is p.VAR_KEYWORD for p in known)
+    return {"use_cache": False} if takes else {}
 
 
 def find_layers(model: nn.Module) -> str:
