@@ -149,7 +149,8 @@ class _Trials:
         max_memory: int,
         state: StateFile | None,
     ) -> None:
-        self.found, self._done = Search(), [{}]  # type: ignore[var-annotated]
+        self.found = Search()
+        self._done: list[dict[int, float]] = [{}]  # by group, nats without each candidate
         self._decoder, self._state = decoder, state
         self._stack = Stack(decoder)
         padded = [pad(batch, decoder) for batch in batches(windows, batch_size)]

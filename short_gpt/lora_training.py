@@ -129,6 +129,8 @@ def quiet() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+            # peft looks for a config beside GGUF files; no embedding changes its size here
+            warnings.filterwarnings("ignore", message="Could not find a config file in")
             yield
     finally:
         logger.setLevel(level)
