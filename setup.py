@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 PLOTS = ["matplotlib>=3.8"]
 DEMO = ["gguf>=0.17", "platformdirs>=4", *PLOTS]
@@ -30,8 +30,12 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
-    packages=["short_gpt", "short_gpt.cli", "llama"],
-    package_data={"short_gpt": ["py.typed", "published.json"], "llama": ["py.typed"]},
+    packages=find_packages(include=["short_gpt", "short_gpt.*", "llama", "llama.*"]),
+    package_data={
+        "short_gpt": ["py.typed"],
+        "short_gpt.experiments": ["published.json"],
+        "llama": ["py.typed"],
+    },
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.5",
@@ -54,7 +58,7 @@ setup(
         "dev": DEV,
         "all": sorted({*NOTEBOOKS, *DEV}),
     },
-    entry_points={"console_scripts": ["short-gpt = short_gpt.__main__:main"]},
+    entry_points={"console_scripts": ["short-gpt = short_gpt.cli.app:main"]},
     classifiers=[
         "License :: OSI Approved :: MIT License",
         "Programming Language :: Python :: 3",

@@ -17,12 +17,13 @@ from typing import Any
 import fire
 from scoring import build, spread
 
-from short_gpt import ShortLlama, demo, windows
-from short_gpt.evaluate import perplexity
-from short_gpt.greedy import Search, sleb_rounds
-from short_gpt.layer_removal import without_layers
-from short_gpt.progress import bar
-from short_gpt.record import write_record
+from short_gpt import ShortLlama, windows
+from short_gpt.data import demo
+from short_gpt.evaluation.perplexity import perplexity
+from short_gpt.runtime.progress import bar
+from short_gpt.runtime.results import write_record
+from short_gpt.selection.search import Search, sleb_rounds
+from short_gpt.surgery.layers import without_layers
 
 
 def main(

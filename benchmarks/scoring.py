@@ -31,10 +31,11 @@ import torch
 from torch import Tensor
 
 from llama import Llama
-from short_gpt import ShortLlama, demo, windows
-from short_gpt.importance import measure
-from short_gpt.record import write_record
-from short_gpt.watch import Watch
+from short_gpt import ShortLlama, windows
+from short_gpt.data import demo
+from short_gpt.runtime.results import write_record
+from short_gpt.scoring.hooks import Watch
+from short_gpt.scoring.importance import measure
 
 SIZE = 1024
 

@@ -24,12 +24,13 @@ import torch
 from scoring import SIZE, build
 from torch import Tensor
 
-from short_gpt import demo, windows
-from short_gpt.importance import Importance
-from short_gpt.progress import bar
-from short_gpt.record import write_record
-from short_gpt.stopping import Stop, next_look
-from short_gpt.watch import Scores, score
+from short_gpt import windows
+from short_gpt.data import demo
+from short_gpt.runtime.progress import bar
+from short_gpt.runtime.results import write_record
+from short_gpt.scoring.hooks import Scores, score
+from short_gpt.scoring.importance import Importance
+from short_gpt.scoring.stopping import Stop, next_look
 
 COUNTS = (4, 8, 12)
 

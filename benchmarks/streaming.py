@@ -28,16 +28,16 @@ import torch
 from scoring import spread
 from torch import Tensor
 
-from llama.archive import TensorInfo, write_shard
 from llama.args import ModelArgs
-from llama.checkpoint import Checkpoint
-from llama.convert import params_json
-from llama.sharding import full_shapes
-from short_gpt.importance import Importance
-from short_gpt.memory_plan import plan, resident
-from short_gpt.progress import bar
-from short_gpt.record import write_record
-from short_gpt.streaming import StreamedDecoder, open_stream
+from llama.checkpoint.meta import Checkpoint
+from llama.checkpoint.pth import TensorInfo, write_shard
+from llama.checkpoint.sharding import full_shapes
+from llama.formats.names import params_json
+from short_gpt.runtime.progress import bar
+from short_gpt.runtime.results import write_record
+from short_gpt.scoring.importance import Importance
+from short_gpt.streaming.decoder import StreamedDecoder, open_stream
+from short_gpt.streaming.memory import plan, resident
 
 SIZE, MAX_MEMORY = 1024, "3GB"
 LLAMA_70B: dict[str, Any] = {"dim": 8192, "n_heads": 64, "n_kv_heads": 8, "multiple_of": 4096}

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from llama.errors import InputError
+
 # Llama 3.1's rotary scaling factor is not in params.json: it is 8, and 32 for the two small 3.2
 # models, known by their width (llama-models issues 166 and 241).
 ROPE_FACTOR, ROPE_FACTOR_OF_WIDTH = 8.0, {2048: 32.0, 3072: 32.0}
@@ -67,43 +69,43 @@ class ModelArgs:
             limits: ``max_batch_size`` and ``max_seq_len``.
 
         Raises:
-            ValueError: a key is missing, unknown, of the wrong type, or contradicts another.
+            InputError: a key is missing, unknown, of the wrong type, or contradicts another.
         """
         params = params.get("model", params)
         unknown = sorted(set(params) - {f.name for f in fields(cls)})
         if unknown:
-            raise ValueError(f"params.json has keys this Llama does not know: {unknown}")
+            raise InputError(f"params.json has keys this Llama does not know: {unknown}")
         missing = sorted({"dim", "n_layers", "n_heads"} - set(params))
         if missing:
-            raise ValueError(f"params.json lacks {missing}")
+            raise InputError(f"params.json lacks {missing}")
         args = cls(**{**params, **limits})
         args.check()
         return args
 
     def check(self) -> None:
-        """Raises ValueError unless the numbers describe a model."""
+        """Raises InputError unless the numbers describe a model."""
         limits = ("max_batch_size", "max_seq_len")
         for name in ("dim", "n_layers", "n_heads", "kv_heads", "multiple_of", *limits):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+                raise InputError(f"{name} must be a positive integer, got {value!r}")
         if not isinstance(self.vocab_size, int) or (self.vocab_size < 1 and self.vocab_size != -1):
-            raise ValueError(
+            raise InputError(
                 f"vocab_size must be a positive integer or -1, got {self.vocab_size!r}"
             )
         if not isinstance(self.use_scaled_rope, bool):
-            raise ValueError(f"use_scaled_rope must be true or false, got {self.use_scaled_rope!r}")
+            raise InputError(f"use_scaled_rope must be true or false, got {self.use_scaled_rope!r}")
         for name in ("norm_eps", "rope_theta", "ffn_dim_multiplier", "rope_scaling_factor"):
             value = getattr(self, name)
             optional = value is None and name not in ("norm_eps", "rope_theta")
             if not optional and not (isinstance(value, int | float) and 0 < value < math.inf):
-                raise ValueError(f"{name} must be a positive number, got {value!r}")
+                raise InputError(f"{name} must be a positive number, got {value!r}")
         if self.dim % self.n_heads or self.head_dim % 2:
-            raise ValueError(
+            raise InputError(
                 f"dim {self.dim} does not split into {self.n_heads} heads of even width"
             )
         if self.n_heads % self.kv_heads:
-            raise ValueError(
+            raise InputError(
                 f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.kv_heads}"
             )
 
@@ -125,7 +127,7 @@ def kv_heads_of_rank(params: ModelArgs, rank: int, ranks: int) -> list[int]:
 
 
 def check_split(params: ModelArgs, ranks: int) -> None:
-    """Raises ValueError unless heads, widths and vocabulary divide among the ranks.
+    """Raises InputError unless heads, widths and vocabulary divide among the ranks.
 
     Key/value heads need not: see `kv_heads_of_rank`.
     """
@@ -137,4 +139,4 @@ def check_split(params: ModelArgs, ranks: int) -> None:
     }
     for name, value in shares.items():
         if value % ranks:
-            raise ValueError(f"{name} {value} does not divide among {ranks} model-parallel ranks")
+            raise InputError(f"{name} {value} does not divide among {ranks} model-parallel ranks")

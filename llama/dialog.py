@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, TypedDict
 
+from llama.errors import InputError
 from llama.tokenizer import Tokenizer
 
 Role = Literal["system", "user", "assistant"]
@@ -28,7 +29,7 @@ def encode_dialog(tokenizer: Tokenizer, dialog: Dialog) -> list[int]:
     """Token ids that ask the model for the next assistant message.
 
     Raises:
-        ValueError: the roles are not [system,] user, assistant, ..., user, or the tokenizer
+        InputError: the roles are not [system,] user, assistant, ..., user, or the tokenizer
             belongs to neither family.
     """
     check_roles(dialog)
@@ -36,7 +37,7 @@ def encode_dialog(tokenizer: Tokenizer, dialog: Dialog) -> list[int]:
         return _encode_llama2(tokenizer, dialog)
     if tokenizer.dialog_format == "llama3":
         return _encode_llama3(tokenizer, dialog)
-    raise ValueError(
+    raise InputError(
         "this tokenizer has neither Llama 2's nor Llama 3's dialog format; write the model's own "
         "chat template into a prompt and call text_completion"
     )
@@ -53,12 +54,12 @@ def is_unsafe(tokenizer: Tokenizer, dialog: Dialog) -> bool:
 
 
 def check_roles(dialog: Dialog) -> None:
-    """Raises ValueError unless the roles are [system,] user, assistant, ..., user."""
+    """Raises InputError unless the roles are [system,] user, assistant, ..., user."""
     roles = [message["role"] for message in dialog]
     turns = roles[1:] if roles[:1] == ["system"] else roles
     expected = ["user" if i % 2 == 0 else "assistant" for i in range(len(turns))]
     if turns != expected or len(turns) % 2 == 0:
-        raise ValueError(
+        raise InputError(
             f"expected roles [system,] user, assistant, user, ... ending with user, got {roles}"
         )
 

@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llama.checkpoint import Checkpoint
+from llama.checkpoint.meta import Checkpoint
 from llama.dialog import UNSAFE_ERROR, Dialog, Message, encode_dialog, is_unsafe
+from llama.errors import InputError
 from llama.model import Transformer, load_model
 from llama.parallel import choose_device, choose_dtype, initialize
 from llama.tokenizer import Tokenizer
@@ -93,7 +94,7 @@ class Llama:
 
         Raises:
             FileNotFoundError: a file is missing.
-            ValueError: a file is damaged or does not fit the others, or the model does not divide
+            InputError: a file is damaged or does not fit the others, or the model does not divide
                 among the ranks.
         """
         place = choose_device(device)
@@ -102,7 +103,7 @@ class Llama:
         tokenizer = Tokenizer(tokenizer_path)
         checkpoint = Checkpoint(ckpt_dir, **limits)
         if tokenizer.n_words != checkpoint.args.vocab_size:
-            raise ValueError(
+            raise InputError(
                 f"the tokenizer {tokenizer_path} has {tokenizer.n_words} words, the checkpoint "
                 f"{checkpoint.directory} {checkpoint.args.vocab_size}; they do not belong together"
             )
@@ -144,14 +145,14 @@ class Llama:
             lists of their log probabilities in nats (a prompt's first token has 0), else None.
 
         Raises:
-            ValueError: a prompt is empty or longer than ``max_seq_len``, ``max_batch_size`` is
+            InputError: a prompt is empty or longer than ``max_seq_len``, ``max_batch_size`` is
                 exceeded, or a token id is not in the vocabulary.
         """
         self._check_prompts(prompt_tokens)
         if max_gen_len < 0:
-            raise ValueError(f"max_gen_len must be 0 or more, got {max_gen_len}")
+            raise InputError(f"max_gen_len must be 0 or more, got {max_gen_len}")
         if not 0 <= temperature < math.inf or not 0 <= top_p <= 1:
-            raise ValueError(
+            raise InputError(
                 f"expected a temperature of 0 or more and a top_p in 0..1, got {temperature} and "
                 f"{top_p}"
             )
@@ -169,20 +170,20 @@ class Llama:
     def _check_prompts(self, prompt_tokens: Sequence[Sequence[int]]) -> None:
         params = self.model.params
         if not 0 < len(prompt_tokens) <= params.max_batch_size:
-            raise ValueError(
+            raise InputError(
                 f"expected 1 to max_batch_size = {params.max_batch_size} prompts, "
                 f"got {len(prompt_tokens)}"
             )
         for i, prompt in enumerate(prompt_tokens):
             if isinstance(prompt, int):
-                raise ValueError("expected a list of prompts, each a list of token ids, got one")
+                raise InputError("expected a list of prompts, each a list of token ids, got one")
             if not 0 < len(prompt) <= params.max_seq_len:
-                raise ValueError(
+                raise InputError(
                     f"prompt {i} has {len(prompt)} tokens; expected 1 to max_seq_len = "
                     f"{params.max_seq_len}"
                 )
             if min(prompt) < 0 or max(prompt) >= params.vocab_size:
-                raise ValueError(
+                raise InputError(
                     f"prompt {i} has token ids outside 0..{params.vocab_size - 1}: "
                     f"{min(prompt)}..{max(prompt)}"
                 )
@@ -259,7 +260,7 @@ class Llama:
             [{'generation': 'the Harry Potter series...'}]
         """
         if isinstance(prompts, str):
-            raise ValueError("expected a list of prompts, got one string: pass [prompt]")
+            raise InputError("expected a list of prompts, got one string: pass [prompt]")
         add_bos = self.tokenizer.add_bos
         encoded = [self.tokenizer.encode(p, bos=add_bos, eos=False) for p in prompts]
         tokens, scores = self.generate(
@@ -285,7 +286,7 @@ class Llama:
                 assistant in turn, a user last. Others arguments as in `text_completion`.
 
         Raises:
-            ValueError: roles out of order, or a tokenizer of neither family.
+            InputError: roles out of order, or a tokenizer of neither family.
         """
         encoded = [encode_dialog(self.tokenizer, dialog) for dialog in dialogs]
         tokens, scores = self.generate(

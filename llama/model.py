@@ -19,9 +19,10 @@ from fairscale.nn.model_parallel.layers import (
 from torch import Tensor, nn
 
 from llama.args import ModelArgs, check_split, kv_heads_of_rank
-from llama.checkpoint import LAYER_NAME, Checkpoint
+from llama.checkpoint.meta import LAYER_NAME, Checkpoint
+from llama.checkpoint.sharding import split_dim
+from llama.errors import InputError
 from llama.parallel import model_parallel_rank, model_parallel_size
-from llama.sharding import split_dim
 
 # Llama 3.1's stretching of the rotary wavelengths (meta-llama/llama-models, model.py).
 ROPE_LOW_FACTOR, ROPE_HIGH_FACTOR, ROPE_ORIGINAL_CONTEXT = 1.0, 4.0, 8192
@@ -139,7 +140,7 @@ class Attention(nn.Module):
         if start_pos == 0:
             self._make_room(k)
         if self.cache_k is None or self.cache_v is None or len(self.cache_k) < B:
-            raise ValueError(
+            raise InputError(
                 f"start_pos {start_pos} continues a batch of {B} whose beginning was never run; "
                 "call with start_pos=0 first"
             )
@@ -210,7 +211,7 @@ class Transformer(nn.Module):
         super().__init__()
         params.check()
         if params.vocab_size < 1:
-            raise ValueError(f"vocab_size must be set, got {params.vocab_size}")
+            raise InputError(f"vocab_size must be set, got {params.vocab_size}")
         check_split(params, model_parallel_size())
         self.params = params
         self.vocab_size = params.vocab_size
@@ -247,7 +248,7 @@ class Transformer(nn.Module):
         S, first = tokens.shape[1], start_pos or 0
         limit = len(self.freqs_cis) if start_pos is None else self.params.max_seq_len
         if first + S > limit:
-            raise ValueError(
+            raise InputError(
                 f"{first + S} positions; the model was built for max_seq_len "
                 f"{self.params.max_seq_len} and takes up to {limit} here"
             )
@@ -277,7 +278,7 @@ def load_model(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dty
     stay tied.
 
     Raises:
-        ValueError: heads, widths or vocabulary do not divide among the ranks.
+        InputError: heads, widths or vocabulary do not divide among the ranks.
     """
     rank, ranks = model_parallel_rank(), model_parallel_size()
     check_split(checkpoint.args, ranks)

@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from fairscale.nn.model_parallel import initialize as groups
 
+from llama.errors import InputError
+
 
 def choose_device(device: str | torch.device | None = None) -> torch.device:
     """The given device, or CUDA, Apple's MPS, CPU in this order of preference.
@@ -21,7 +23,7 @@ def choose_device(device: str | torch.device | None = None) -> torch.device:
     Under torchrun a bare ``"cuda"`` means the card of the process's ``LOCAL_RANK``.
 
     Raises:
-        ValueError: the device is none of these or not there.
+        InputError: the device is none of these or not there.
     """
     if device is None:
         mps = torch.backends.mps.is_available()
@@ -31,14 +33,14 @@ def choose_device(device: str | torch.device | None = None) -> torch.device:
     except RuntimeError:
         chosen = torch.device("meta")
     if chosen.type not in ("cpu", "cuda", "mps"):
-        raise ValueError(f"expected a device such as cpu, cuda, cuda:1 or mps, got {device!r}")
+        raise InputError(f"expected a device such as cpu, cuda, cuda:1 or mps, got {device!r}")
     if chosen.type == "cuda" and chosen.index is None:
         chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if (chosen.type == "cuda" and (chosen.index or 0) >= count) or (
         chosen.type == "mps" and not torch.backends.mps.is_available()
     ):
-        raise ValueError(f"device {device!r} is not available here; pass device='cpu'")
+        raise InputError(f"device {device!r} is not available here; pass device='cpu'")
     return chosen
 
 
@@ -46,7 +48,7 @@ def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch
     """The given dtype, or float32 on CPU, bfloat16 on CUDA that has it, float16 elsewhere.
 
     Raises:
-        ValueError: not one of float32, bfloat16, float16, float64.
+        InputError: not one of float32, bfloat16, float16, float64.
     """
     if dtype is None:
         if device.type == "cpu":
@@ -57,9 +59,9 @@ def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch
     known |= {"float16": torch.float16, "float64": torch.float64}
     name = str(dtype).removeprefix("torch.")
     if name not in known:
-        raise ValueError(f"expected a dtype of {', '.join(known)}, got {dtype!r}")
+        raise InputError(f"expected a dtype of {', '.join(known)}, got {dtype!r}")
     if name == "float64" and device.type == "mps":
-        raise ValueError("MPS has no float64; pass float32, bfloat16 or float16")
+        raise InputError("MPS has no float64; pass float32, bfloat16 or float16")
     return known[name]
 
 
@@ -73,7 +75,7 @@ def initialize(model_parallel_size: int | None = None, *, device: torch.device) 
             rank communicates nothing and always takes gloo.
 
     Raises:
-        ValueError: the size does not divide the number of ranks, or differs from the groups
+        InputError: the size does not divide the number of ranks, or differs from the groups
             that the process has already.
     """
     if not dist.is_initialized():
@@ -82,14 +84,14 @@ def initialize(model_parallel_size: int | None = None, *, device: torch.device) 
     if groups.model_parallel_is_initialized():
         current = groups.get_model_parallel_world_size()
         if model_parallel_size not in (None, current):
-            raise ValueError(
+            raise InputError(
                 f"model_parallel_size {model_parallel_size} was asked for, but this process is "
                 f"already set up for {current}; one process serves one size"
             )
         return
     size = world if model_parallel_size is None else model_parallel_size
     if size < 1 or world % size:
-        raise ValueError(
+        raise InputError(
             f"model_parallel_size {size} does not divide the {world} running rank(s); start "
             f"torchrun --nproc_per_node {max(size, 1)}"
         )

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from llama.errors import InputError
+
 LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -53,7 +55,7 @@ class Tokenizer:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is a directory, empty, damaged or of no known kind.
+        InputError: the file is a directory, empty, damaged or of no known kind.
     """
 
     def __init__(self, model_path: str | os.PathLike[str]) -> None:
@@ -72,19 +74,19 @@ class Tokenizer:
         """Token ids of a text of any length, between `bos_id` and `eos_id` where asked for.
 
         Raises:
-            ValueError: bos or eos is unknown, or the text holds half a surrogate pair.
+            InputError: bos or eos is unknown, or the text holds half a surrogate pair.
         """
         for wanted, token_id, key in ((bos, self.bos_id, "bos"), (eos, self.eos_id, "eos")):
             if wanted and token_id < 0:
-                raise ValueError(f"encode({key}=True) needs a {key}_token; {self._backend.lack}")
+                raise InputError(f"encode({key}=True) needs a {key}_token; {self._backend.lack}")
         s.encode("utf-8")  # raises on surrogates, which the backends treat differently
         return [self.bos_id] * bos + self._backend.encode(s) + [self.eos_id] * eos
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of token ids; ValueError if one is not in the vocabulary, like -1."""
+        """The text of token ids; InputError if one is not in the vocabulary, like -1."""
         ids = [int(i) for i in ids]
         if unknown := [i for i in ids if i not in self._backend.ids]:
-            raise ValueError(f"no token has id {unknown[0]}, only 0..{self.n_words - 1}; drop it")
+            raise InputError(f"no token has id {unknown[0]}, only 0..{self.n_words - 1}; drop it")
         return self._backend.decode(ids)
 
 
@@ -97,9 +99,9 @@ class _SentencePiece:
         try:
             model = self.model = SentencePieceProcessor(model_proto=data)
         except RuntimeError as error:
-            raise ValueError(f"{path} is a damaged SentencePiece model: {error}") from None
+            raise InputError(f"{path} is a damaged SentencePiece model: {error}") from None
         if not _has_settings(data):
-            raise ValueError(f"{path} is a damaged SentencePiece model: it ends after the pieces")
+            raise InputError(f"{path} is a damaged SentencePiece model: it ends after the pieces")
         self.lack, self.add_bos = f"{path} defines none", True
         self.ids, self.special_tokens = range(model.vocab_size()), dict[str, int]()
         self.bos_eos_pad = model.bos_id(), model.eos_id(), model.pad_id()
@@ -140,7 +142,7 @@ class _TokenizerJson:
         try:
             model = self.model = tokenizers.Tokenizer.from_buffer(data)
         except ValueError as error:
-            raise ValueError(f"{path} is no tokenizer.json or a damaged one: {error}") from None
+            raise InputError(f"{path} is no tokenizer.json or a damaged one: {error}") from None
         model.no_truncation()
         model.no_padding()
         model.encode_special_tokens = True  # in spite of its name: as ordinary text
@@ -152,7 +154,7 @@ class _TokenizerJson:
         names = [_name(config, key, special) for key in ("bos_token", "eos_token", "pad_token")]
         for name in filter(None, names):
             if name not in vocab:
-                raise ValueError(f"{config_path} names a token {name!r}, which {path} lacks")
+                raise InputError(f"{config_path} names a token {name!r}, which {path} lacks")
             model.add_special_tokens([name])
             special[name] = vocab[name]
         self.ids, self.special_tokens = frozenset(vocab.values()), special
@@ -205,12 +207,12 @@ def tokenizer_json(
         pre: name of the pre-tokenizer (``tokenizer.ggml.pre``), a key of `PRE_TOKENIZERS`.
 
     Raises:
-        ValueError: ``pre`` is unknown, or tokens, types and merges do not fit together.
+        InputError: ``pre`` is unknown, or tokens, types and merges do not fit together.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
     if pre not in PRE_TOKENIZERS:
-        raise ValueError(f"unknown pre-tokenizer {pre!r}; known are {sorted(PRE_TOKENIZERS)}")
+        raise InputError(f"unknown pre-tokenizer {pre!r}; known are {sorted(PRE_TOKENIZERS)}")
     spell = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     # As in transformers: other tokens are spelled bytewise and, special or not, never whole.
     alphabet = set(spell.alphabet())
@@ -220,7 +222,7 @@ def tokenizer_json(
     misfits = [pair for pair in pairs if not {*pair, "".join(pair)} <= vocab.keys()][:1]
     if misfits or not len(tokens) == len(vocab) == len(token_types):
         counts = f"{len(tokens)} tokens, {len(vocab)} distinct, and {len(token_types)} types"
-        raise ValueError(f"expected one type a token, got {counts}; wrong merges: {misfits}")
+        raise InputError(f"expected one type a token, got {counts}; wrong merges: {misfits}")
     model = Tokenizer(models.BPE(vocab, pairs, ignore_merges=pre == "llama-bpe"))
     split = pre_tokenizers.Split(Regex(PRE_TOKENIZERS[pre]), behavior="isolated")
     model.pre_tokenizer = pre_tokenizers.Sequence([split, spell])
@@ -233,7 +235,7 @@ def tokenizer_json(
 
 def _open(path: Path) -> _SentencePiece | _Tiktoken | _TokenizerJson:
     if path.is_dir():
-        raise ValueError(f"{path} is a directory; give the tokenizer.model or tokenizer.json in it")
+        raise InputError(f"{path} is a directory; give the tokenizer.model or tokenizer.json in it")
     if not path.is_file():
         raise FileNotFoundError(f"tokenizer file {path} does not exist")
     data = path.read_bytes()
@@ -244,7 +246,7 @@ def _open(path: Path) -> _SentencePiece | _Tiktoken | _TokenizerJson:
     if re.match(rb"\n[\x07-\xff]\x01?\n", data):  # a piece, its length, and its text likewise
         return _SentencePiece(path, data)
     what = f"begins with {data[:20]!r}" if data else "is empty"
-    raise ValueError(f"{path} {what}; expected SentencePiece, tiktoken ranks or tokenizer.json")
+    raise InputError(f"{path} {what}; expected SentencePiece, tiktoken ranks or tokenizer.json")
 
 
 def _has_settings(model: bytes) -> bool:
@@ -263,13 +265,13 @@ def _read_ranks(path: Path, data: bytes) -> dict[bytes, int]:
             word, rank = line.split()
             token = base64.b64decode(word, validate=True)
             if int(rank) != len(ranks) or token in ranks:
-                raise ValueError
+                raise InputError
         except ValueError:
             expected = f"expected a new token in base64 and the rank {len(ranks)}"
-            raise ValueError(f"{path} is damaged: {expected}, got {line[:40]!r}") from None
+            raise InputError(f"{path} is damaged: {expected}, got {line[:40]!r}") from None
         ranks[token] = len(ranks)
     if lacking := sum(bytes([i]) not in ranks for i in range(256)):
-        raise ValueError(f"{path} is damaged: it lacks {lacking} of the 256 single bytes")
+        raise InputError(f"{path} is damaged: it lacks {lacking} of the 256 single bytes")
     return ranks
 
 
@@ -288,7 +290,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_bytes())) if path.is_file() else {}
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is no JSON object: {error}") from None
+        raise InputError(f"{path} is no JSON object: {error}") from None
 
 
 def _name(config: dict[str, Any], key: str, special: dict[str, int]) -> str:

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from short_gpt.data import windows
-from short_gpt.hf_decoder import HFDecoder
-from short_gpt.short_model import ShortModel, fingerprint
-
-# options of loading that say where files come from: the tokenizer's as well as the model's
-FROM_WHERE = ["cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder"]
-FROM_WHERE += ["token", "trust_remote_code"]
-TOKENIZER = re.compile(r"(tokenizer|vocab|merges).*|.+\.(model|tiktoken)")
+from llama.checkpoint.meta import PROVENANCE
+from llama.io.files import new_directory, write_json
+from llama.parallel import choose_device
+from short_gpt.checkpoints.card import card_of, provenance
+from short_gpt.checkpoints.verify import fingerprint
+from short_gpt.data.windows import windows
+from short_gpt.evaluation.tasks import hugging_face_lm
+from short_gpt.models.hf import HFDecoder
+from short_gpt.models.loading import load
+from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.short_model import ShortModel
 
 
 class ShortHFModel(ShortModel):
@@ -39,8 +41,8 @@ class ShortHFModel(ShortModel):
         source: where the model came from.
 
     Raises:
-        ImportError: transformers is missing.
-        OSError, ValueError: the model cannot be loaded, or its layers cannot be found.
+        MissingPackageError: transformers is missing.
+        OSError, ShortGPTError: the model cannot be loaded, or its layers cannot be found.
 
     Example:
         >>> short = ShortHFModel("mistralai/Mistral-7B-v0.1", n_prune_layers=9)  # doctest: +SKIP
@@ -61,9 +63,9 @@ class ShortHFModel(ShortModel):
     ) -> None:
         place = _place(device, options)
         if isinstance(model_name, str | os.PathLike):
-            model, tokenizer = _load(str(model_name), options, tokenizer)
+            model, tokenizer = load(str(model_name), options, tokenizer)
         elif options:
-            raise ValueError(f"options {sorted(options)} are for loading; the model is loaded")
+            raise ShortGPTError(f"options {sorted(options)} are for loading; the model is loaded")
         else:
             model = model_name
         if place is not None and not getattr(model, "is_quantized", False):
@@ -102,11 +104,11 @@ class ShortHFModel(ShortModel):
             angular: accepted for older scripts; one pass always gives both measures.
 
         Raises:
-            ValueError: no text gives a window of two tokens.
-            FloatingPointError: a state is NaN or infinite.
+            ShortGPTError: no text gives a window of two tokens.
+            NotFiniteError: a state is NaN or infinite.
         """
         if isinstance(prompts, str):
-            raise ValueError("expected a list of texts, got one string: pass [text]")
+            raise ShortGPTError("expected a list of texts, got one string: pass [text]")
         if max_gen_len > 0:
             ids = (self.encode(p)[:max_seq_len] for p in prompts)
             self.measure([self._continue(i, max_gen_len, temperature, top_p) for i in ids])
@@ -124,10 +126,10 @@ class ShortHFModel(ShortModel):
         """Continues texts, one by one; ``temperature`` 0 takes the likeliest token.
 
         Raises:
-            ValueError: one text instead of a list, or a text without a token.
+            ShortGPTError: one text instead of a list, or a text without a token.
         """
         if isinstance(prompts, str):
-            raise ValueError("expected a list of texts, got one string: pass [text]")
+            raise ShortGPTError("expected a list of texts, got one string: pass [text]")
         done = []
         for prompt in prompts:
             ids = self.encode(prompt)
@@ -153,7 +155,9 @@ class ShortHFModel(ShortModel):
         self, ids: list[int], max_gen_len: int, temperature: float, top_p: float
     ) -> list[int]:
         if not ids:
-            raise ValueError("a text has no tokens to continue; its tokenizer puts none in front")
+            raise ShortGPTError(
+                "a text has no tokens to continue; its tokenizer puts none in front"
+            )
         tokens = torch.tensor([ids], device=self.decoder.device)
         sampling: dict[str, Any] = {"do_sample": False}
         if temperature > 0:
@@ -192,11 +196,8 @@ class ShortHFModel(ShortModel):
             RuntimeError: the saved model is not the one in memory, or the model lacks layers for
                 a trial; nothing is left behind.
         """
-        from llama.checkpoint import PROVENANCE
-        from llama.files import new_directory, write_json
-        from short_gpt.model_card import card_of, provenance
 
-        self._check_whole()
+        self.check_whole()
         out, facts = Path(str(out_dir)), facts or {}
         with new_directory(out, replaces=PROVENANCE if overwrite else None) as partial:
             self.model.save_pretrained(partial)
@@ -208,6 +209,18 @@ class ShortHFModel(ShortModel):
             if verify:
                 self._verify(partial)
         return out
+
+    def save(
+        self,
+        out_dir: str | os.PathLike[str],
+        *,
+        facts: Mapping[str, object] | None = None,
+        overwrite: bool = False,
+    ) -> Path:
+        return self.save_pretrained(out_dir, facts=facts, overwrite=overwrite)
+
+    def harness_model(self, *, batch_size: int = 1) -> object:
+        return hugging_face_lm(self.model, self.tokenizer, batch_size=batch_size)
 
     def _verify(self, directory: Path) -> None:
         again = type(self.model).from_pretrained(directory, dtype=self.model.dtype)
@@ -230,7 +243,7 @@ class ShortHFModel(ShortModel):
 
     def _tokenizer(self) -> Any:
         if self.tokenizer is None:
-            raise ValueError(
+            raise ShortGPTError(
                 f"{self.source} came without a tokenizer, which texts need: pass tokenizer=..., or "
                 "put its files beside the weights"
             )
@@ -238,67 +251,7 @@ class ShortHFModel(ShortModel):
 
 
 def _place(device: str | torch.device | None, options: Mapping[str, Any]) -> torch.device | None:
-    from llama.parallel import choose_device
 
     if device is not None and "device_map" in options:
-        raise ValueError("give device for one place or device_map for several, not both")
+        raise ShortGPTError("give device for one place or device_map for several, not both")
     return None if device is None else choose_device(device)
-
-
-def auto_class(config: Any) -> Any:
-    """The class of transformers that makes the whole model of a config, towers for images included.
-
-    Raises:
-        ValueError: the config is of no language model; the message names its kind.
-    """
-    import transformers as t
-
-    if getattr(config, "auto_map", None):  # code that comes with the model decides itself
-        return t.AutoModelForCausalLM
-    if config.get_text_config(decoder=True) is not config:
-        if type(config) in t.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-            return t.AutoModelForImageTextToText
-    elif type(config) in t.MODEL_FOR_CAUSAL_LM_MAPPING:
-        return t.AutoModelForCausalLM
-    raise ValueError(f"a model of type {config.model_type!r} is no causal language model")
-
-
-def _load(name: str, options: dict[str, Any], tokenizer: Any) -> tuple[Any, Any]:
-    try:
-        from transformers import AutoConfig, AutoTokenizer
-    except ImportError:
-        raise ImportError('ShortHFModel needs: pip install "short-gpt[hf]"') from None
-    path, gguf = Path(name), {}
-    if name.endswith(".gguf"):
-        if not path.is_file():
-            raise FileNotFoundError(f"GGUF file {name} does not exist")
-        path, gguf = path.parent, {"gguf_file": path.name}
-    where = str(path) if gguf else name
-    both = {key: options[key] for key in FROM_WHERE if key in options} | gguf
-    try:
-        loader = auto_class(AutoConfig.from_pretrained(where, **both))
-        if tokenizer is None and (gguf or _has_tokenizer(path)):
-            tokenizer = AutoTokenizer.from_pretrained(where, **both)
-        model = loader.from_pretrained(where, **gguf, **{"dtype": "auto", **options})
-    except Exception as error:  # a wrong name, no network, an unknown kind, a wrong option ...
-        from llama.hub import hub_failure
-
-        if not path.exists() and (failure := hub_failure(name, error)):
-            raise failure from error
-        kind = OSError if isinstance(error, OSError) else ValueError
-        raise kind(f"{name} cannot be loaded: {explained(error)}") from error
-    if gguf:  # the weights are no longer quantized, so they can be saved and trained
-        del model.config.quantization_config
-        vars(model).update(hf_quantizer=None, is_quantized=False)
-    return model, tokenizer
-
-
-def _has_tokenizer(path: Path) -> bool:
-    """Whether there is a tokenizer to load: not in a directory of weights alone."""
-    return not path.is_dir() or any(TOKENIZER.match(p.name) for p in path.iterdir())
-
-
-def explained(error: BaseException) -> str:
-    """Transformers' errors in one line: the first paragraph, of at most 300 characters."""
-    text = " ".join(str(error).strip().split("\n\n")[0].split()) or type(error).__name__
-    return text if len(text) <= 300 else text[:300] + " ..."

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from short_gpt.decoder import MetaDecoder
+from llama import Llama
+from llama.checkpoint.meta import Checkpoint, prune
+from llama.tokenizer import find_tokenizer
+from short_gpt.evaluation.tasks import llama_lm
+from short_gpt.models.meta import MetaDecoder
+from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.short_model import ShortModel
+from short_gpt.streamed_llama import StreamedLlama
 
 
 class ShortLlama(ShortModel):
@@ -46,7 +52,7 @@ class ShortLlama(ShortModel):
         dtype: str | None = None,
         stream: bool = False,
         max_memory: str | int | None = None,
-    ) -> ShortLlama:
+    ) -> ShortLlama | StreamedLlama:
         """Opens a checkpoint directory, in memory or to be streamed.
 
         Args:
@@ -64,22 +70,18 @@ class ShortLlama(ShortModel):
 
         Raises:
             FileNotFoundError: a file is missing.
-            ValueError: a file is damaged or does not fit the others, or ``max_memory`` is too
+            ShortGPTError: a file is damaged or does not fit the others, or ``max_memory`` is too
                 little or given without ``stream``.
         """
         if stream:
-            from short_gpt.streaming import StreamedLlama
-
             limits = {"max_seq_len": max_seq_len, "batch_size": max_batch_size}
             options: dict[str, Any] = {"device": device, "dtype": dtype, "max_memory": max_memory}
             options |= {"tokenizer_path": tokenizer_path, **limits}
             return StreamedLlama(ckpt_dir, n_prune_layers, **options)
         if max_memory is not None:
-            raise ValueError(
+            raise ShortGPTError(
                 "max_memory bounds a streamed model; pass stream as well, or leave it out"
             )
-        from llama import Llama
-        from llama.tokenizer import find_tokenizer
 
         path = tokenizer_path or find_tokenizer(ckpt_dir)
         limits = {"max_seq_len": max_seq_len, "max_batch_size": max_batch_size}
@@ -110,8 +112,8 @@ class ShortLlama(ShortModel):
             angular: accepted for older scripts; one pass always gives both measures.
 
         Raises:
-            ValueError: a prompt is empty, too long, or holds ids outside the vocabulary.
-            FloatingPointError: a state is NaN or infinite; nothing of the batch is counted.
+            ShortGPTError: a prompt is empty, too long, or holds ids outside the vocabulary.
+            NotFiniteError: a state is NaN or infinite; nothing of the batch is counted.
         """
         if max_gen_len > 0:
             prompt_tokens, _ = self.llama.generate(
@@ -133,12 +135,26 @@ class ShortLlama(ShortModel):
             tokens = torch.cat((tokens, logits[:, -1:].argmax(-1)), dim=1)
         return tokens[0, len(ids) :].tolist()
 
+    def generate(
+        self,
+        prompts: Sequence[str],
+        max_gen_len: int = 50,
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+    ) -> list[str]:
+        done = self.llama.text_completion(prompts, temperature, top_p, max_gen_len)
+        return [prediction["generation"] for prediction in done]
+
+    def harness_model(self, *, batch_size: int = 1) -> object:
+        return llama_lm(self, batch_size=batch_size)
+
     def save(
         self,
         out_dir: str | os.PathLike[str],
         *,
         ckpt_dir: str | os.PathLike[str] | None = None,
-        provenance: dict[str, Any] | None = None,
+        facts: Mapping[str, object] | None = None,
+        provenance: Mapping[str, object] | None = None,
         overwrite: bool = False,
     ) -> Path:
         """Writes the checkpoint without the removed layers, in Meta's format.
@@ -151,39 +167,41 @@ class ShortLlama(ShortModel):
         Args:
             out_dir: the new directory; appears whole or not at all.
             ckpt_dir: the source; None takes the one that ``Llama.build`` loaded.
-            provenance: facts to keep beside the weights in ``pruning.json``.
+            facts: to keep beside the weights in ``pruning.json``.
+            provenance: the older name of ``facts``.
             overwrite: whether an existing pruned checkpoint is replaced; nothing else ever is.
 
         Raises:
             RuntimeError: nothing was removed.
-            ValueError: no source is known, or it has another number of layers; or weights were
+            ShortGPTError: no source is known, or it has another number of layers; or weights were
                 changed and it has several files or several ranks share the model.
             FileExistsError: ``out_dir`` exists.
         """
-        from llama.checkpoint import Checkpoint, prune
 
         source = ckpt_dir or getattr(self.llama, "ckpt_dir", None)
         if source is None:
-            raise ValueError("pass ckpt_dir: this Llama does not know where its weights came from")
-        changed = self.healing is not None or any(self.removed_sublayers.values())
+            raise ShortGPTError(
+                "pass ckpt_dir: this Llama does not know where its weights came from"
+            )
+        facts = {**(facts or {}), **(provenance or {})}
+        changed = self.changed
         if not self.removed and not changed:
             raise RuntimeError("nothing was removed yet; call remove_layers first")
         found = Checkpoint(source).args.n_layers
         if found != self.n_layers:
-            raise ValueError(
+            raise ShortGPTError(
                 f"{source} has {found} layers, this model began with {self.n_layers}: it is not "
                 "where the model came from, or layers were removed before ShortLlama wrapped it"
             )
         if changed:
-            from short_gpt.healed_model import save_healed
+            from short_gpt.checkpoints.healed import save_healed
 
-            facts = provenance or {}
             return save_healed(self, out_dir, facts, source=str(source), overwrite=overwrite)
         return prune(
             source,
             out_dir,
             self.removed,
             tokenizer_path=getattr(self.llama, "tokenizer_path", None),
-            provenance=provenance,
+            provenance=facts,
             overwrite=overwrite,
         )

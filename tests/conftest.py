@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -124,3 +127,65 @@ def write_byte_tokenizer(directory: Path) -> Path:
     config = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True}
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
     return path
+
+
+@pytest.fixture(scope="session")
+def lm_eval() -> Iterator[Any]:
+    """The package, without what takes it seconds: its own tasks' files, a report on the machine."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_DATASETS_OFFLINE", "1")
+        package = pytest.importorskip("lm_eval")
+        from lm_eval import evaluator, tasks
+
+        patch.setattr(tasks, "TaskManager", partial(tasks.TaskManager, include_defaults=False))
+        patch.setattr(evaluator, "add_env_info", lambda results: None)
+        yield package
+
+
+DOCS = [
+    ("Ice is", ["cold", "hot"], 0),
+    ("Fire is", ["A", "B"], 1),
+    ("Two and two", [" make four", " make five, or so they say"], 0),
+    ("", ["Once upon", "Never"], 0),
+    ("A long one. " * 8, ["end", "ends here"], 1),
+    ("Trailing ", ["space", "tab"], 1),
+]
+
+
+@pytest.fixture(scope="session")
+def tasks(tmp_path_factory) -> Path:
+    """A folder with a task of each kind of request over local documents."""
+    folder = tmp_path_factory.mktemp("tasks")
+    rows = [{"question": q, "choices": c, "label": n} for q, c, n in DOCS]
+    data = folder / "docs.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows)))
+    common = f"""
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {json.dumps(str(data))}}}}}
+test_split: test
+"""
+    texts = {
+        "tiny_choice": """
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: label
+metric_list: [{metric: acc}, {metric: acc_norm}]
+""",
+        "tiny_generate": """
+output_type: generate_until
+doc_to_text: "Q: {{question}}"
+doc_to_target: "{{choices[label]}}"
+generation_kwargs: {until: ["e"], max_gen_toks: 40, do_sample: false}
+metric_list: [{metric: exact_match}]
+""",
+        "tiny_rolling": """
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{question}} and {{choices[0]}}"
+metric_list: [{metric: word_perplexity}, {metric: byte_perplexity}, {metric: bits_per_byte}]
+""",
+    }
+    for name, text in texts.items():
+        (folder / f"{name}.yaml").write_text(f"task: {name}\n{common}{text}")
+    return folder

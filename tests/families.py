@@ -18,11 +18,11 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from short_gpt import ShortHFModel
-from short_gpt.hf_checkpoint import prune_hf
-from short_gpt.hf_decoder import HFDecoder
-from short_gpt.importance import measure
-from short_gpt.layer_removal import without_layers
-from short_gpt.metrics import block_influence
+from short_gpt.checkpoints.hf import prune_hf
+from short_gpt.models.hf import HFDecoder
+from short_gpt.scoring.importance import measure
+from short_gpt.scoring.metrics import block_influence
+from short_gpt.surgery.layers import without_layers
 
 LAYERS = 6
 PLAIN = {

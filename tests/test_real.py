@@ -1,6 +1,6 @@
 """The real small model against transformers, and the whole job from end to end.
 
-SmolLM2-135M-Instruct and the King James Bible, as `short_gpt.demo` fetches them.
+SmolLM2-135M-Instruct and the King James Bible, as `short_gpt.data.demo` fetches them.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import sys
 
 import pytest
 import torch
-from test_harness import lm_eval  # noqa: F401
 
 from llama import Llama
 from llama.tokenizer import Tokenizer
-from short_gpt import ShortLlama, demo, windows
+from short_gpt import ShortLlama, windows
+from short_gpt.data import demo
 
 pytestmark = [
     pytest.mark.real,
@@ -172,7 +172,7 @@ def test_a_pruned_checkpoint_is_the_model_pruned_in_memory(tmp_path, book):
 PEAK = """
 import sys
 from pathlib import Path
-from llama.checkpoint import prune
+from llama.checkpoint.meta import prune
 
 def peak():  # not ru_maxrss, which a process takes over from the one that started it
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
@@ -212,7 +212,7 @@ def test_both_wrappers_are_one_on_the_same_weights(llama, book, tmp_path):
     """The same scores, lists and perplexities; what either saves, the other's loader loads."""
     from transformers import AutoModelForCausalLM
 
-    from llama.convert import hf_to_meta, meta_to_hf
+    from llama.formats.convert import hf_to_meta, meta_to_hf
     from short_gpt import ShortHFModel
 
     ours = ShortLlama(build(), n_prune_layers=8)
@@ -271,18 +271,18 @@ def two_tasks(tmp_path_factory):
     return folder
 
 
-def test_lm_eval_finds_the_same_in_both_wrappers(llama, two_tasks, lm_eval):  # noqa: F811
+def test_lm_eval_finds_the_same_in_both_wrappers(llama, two_tasks, lm_eval):
     """lm-eval's own class on transformers' model, ours on Meta's: every request agrees."""
     from lm_eval.api.instance import Instance
 
     from short_gpt import ShortHFModel
-    from short_gpt.harness import harness_model, run_tasks
+    from short_gpt.evaluation.tasks import run_tasks
 
     pair = (
         ShortLlama(llama),
         ShortHFModel(str(demo.gguf_file()), dtype=torch.float32),
     )
-    ours, theirs = map(harness_model, pair)
+    ours, theirs = (m.harness_model() for m in pair)
 
     def ask(kind, *arguments):
         asked = [Instance(kind, {}, found, i) for i, found in enumerate(arguments)]
@@ -322,7 +322,7 @@ def test_one_layer_at_a_time_is_the_model_in_memory(llama, book):
 
 
 def test_the_linear_patch_brings_quality_back_on_other_text(llama, book):
-    from short_gpt.comparison import Comparison
+    from short_gpt.experiments.comparison import Comparison
 
     encode = ShortLlama(llama).encode
     text = demo.bible("held_out")

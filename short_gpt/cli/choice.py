@@ -5,14 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from llama.hub import resolve
+from llama.io.hub import resolve
+from llama.io.sources import is_meta
 from short_gpt.cli.shared import importance_of, open_short, say
-from short_gpt.data import texts, windows
-from short_gpt.gate import most_layers
-from short_gpt.importance import Importance
-from short_gpt.methods import METHODS, check_method, choose
-from short_gpt.models import is_meta, layers_of
-from short_gpt.record import read_record, versions
+from short_gpt.data.texts import texts
+from short_gpt.data.windows import windows
+from short_gpt.opening import layers_of
+from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.results import read_record, versions
+from short_gpt.scoring.importance import Importance
+from short_gpt.selection.methods import METHODS, check_method, choose
+from short_gpt.selection.perplexity_budget import most_layers
 
 
 class Choice:
@@ -25,20 +28,20 @@ class Choice:
         method: a name of `methods.METHODS`; None takes that of the file.
 
     Raises:
-        ValueError: neither or both are given, or the scores are of another model.
+        ShortGPTError: neither or both are given, or the scores are of another model.
     """
 
     def __init__(
         self, ckpt_dir: str, layers: Any, scores: str | None, method: str | None = None
     ) -> None:
         if (layers is None) == (scores is None):
-            raise ValueError(
+            raise ShortGPTError(
                 "expected either --layers 21,22,23 or --scores FILE --n_prune_layers N"
             )
         if method is not None:
             check_method(method)
         if layers is not None and method is not None:
-            raise ValueError("--method chooses from --scores, not from --layers")
+            raise ShortGPTError("--method chooses from --scores, not from --layers")
         self.facts: dict[str, Any] = {"source": ckpt_dir, "versions": versions()}
         self._ckpt_dir, self._scores = ckpt_dir, scores
         self._named = None if layers is None else layer_list(layers)
@@ -52,7 +55,7 @@ class Choice:
         if "chosen" in record:
             self.method = record["chosen"]["method"]
             if method not in (None, self.method):
-                raise ValueError(f"{scores} holds the layers of {self.method}, not of {method}")
+                raise ShortGPTError(f"{scores} holds the layers of {self.method}, not of {method}")
             self._found = list(record["chosen"]["layers"])
         else:
             self.method = method or ranked.get("method") or "bi"
@@ -69,7 +72,7 @@ class Choice:
         source = self._ckpt_dir
         found = layers_of(source if is_meta(source) else str(resolve(source)))
         if found is not None and importance.layers != list(range(found)):
-            raise ValueError(
+            raise ShortGPTError(
                 f"{scores} scores {len(importance.layers)} layers, {source} has {found}; they "
                 "do not belong together"
             )
@@ -78,13 +81,13 @@ class Choice:
         """The layers, n of them where scores choose."""
         if self._named is not None:
             if n is not None:
-                raise ValueError("--n_prune_layers chooses from --scores, not from --layers")
+                raise ShortGPTError("--n_prune_layers chooses from --scores, not from --layers")
             return self._named
         if n is None:
-            raise ValueError("with --scores, say how many layers to remove: --n_prune_layers N")
+            raise ShortGPTError("with --scores, say how many layers to remove: --n_prune_layers N")
         if self._found is not None:
             if not 1 <= n <= len(self._found):
-                raise ValueError(
+                raise ShortGPTError(
                     f"--n_prune_layers {n}; {self._scores} holds {len(self._found)} layers that "
                     f"{self.method} chose"
                 )
@@ -105,9 +108,9 @@ class Choice:
     ) -> list[int]:
         """As many layers as the perplexity on held-out text allows; keeps the evidence."""
         if self._named is not None:
-            raise ValueError("--max_perplexity_ratio chooses from --scores, not from --layers")
+            raise ShortGPTError("--max_perplexity_ratio chooses from --scores, not from --layers")
         if _same_texts(eval_data, self.facts.get("data")):
-            raise ValueError(f"--eval_data {eval_data} is what the scores were measured on")
+            raise ShortGPTError(f"--eval_data {eval_data} is what the scores were measured on")
         short = open_short(self._ckpt_dir, tokenizer_path, size, 1, device, None, None)
         options = {"size": size, "stride": size, "seed": 0, "limit": limit}
         held = list(windows(texts(eval_data), short.encode, **options))  # type: ignore[arg-type]
@@ -115,7 +118,7 @@ class Choice:
         gate = most_layers(short, self.layers, held, ratio=ratio, most=bound)
         dense = gate.tried[0].value
         if not gate.layers:
-            raise ValueError(
+            raise ShortGPTError(
                 f"not even one layer may go: without {self.layers(1)} the perplexity on "
                 f"{eval_data} rises by a factor of {gate.tried[1].value / dense:.4f}, above {ratio}"
             )
@@ -151,7 +154,7 @@ def _same_texts(eval_data: str, data: str | None) -> bool:
 def method_of(angular: bool, method: str | None) -> str | None:
     """The method that two flags name."""
     if angular and method not in (None, "angular"):
-        raise ValueError(f"--angular and --method {method} contradict each other")
+        raise ShortGPTError(f"--angular and --method {method} contradict each other")
     return "angular" if angular else method
 
 
@@ -159,5 +162,5 @@ def layer_list(layers: Any) -> list[int]:
     """Layer numbers as fire gives them: one number, or several."""
     numbers = [layers] if isinstance(layers, int) else layers
     if not isinstance(numbers, list | tuple) or not all(type(i) is int for i in numbers):
-        raise ValueError(f"expected layer numbers as in --layers 21,22,23, got {layers!r}")
+        raise ShortGPTError(f"expected layer numbers as in --layers 21,22,23, got {layers!r}")
     return list(numbers)

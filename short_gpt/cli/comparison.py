@@ -10,26 +10,35 @@ from pathlib import Path
 from typing import Any
 
 from llama.parallel import several_ranks
-from short_gpt import report
+from short_gpt.checkpoints.prune import prune_checkpoint
 from short_gpt.cli.shared import (
     arguments_of,
     check_run,
     interruptible,
     numbers_of,
     open_short,
-    read_texts,
     say,
     say_written,
     targets_of,
 )
-from short_gpt.comparison import LORA, PATCHED, RAW, Comparison
-from short_gpt.data import texts, windows
-from short_gpt.evaluate import Perplexity
-from short_gpt.methods import METHODS
-from short_gpt.overlap import hold_out
-from short_gpt.plots import require_matplotlib
-from short_gpt.record import write_record
-from short_gpt.resume import StateFile
+from short_gpt.data import demo
+from short_gpt.data.disjoint import hold_out, overlapping
+from short_gpt.data.texts import read_texts, texts
+from short_gpt.data.windows import windows
+from short_gpt.evaluation.paired import losses
+from short_gpt.evaluation.perplexity import Perplexity
+from short_gpt.evaluation.tasks import run_tasks
+from short_gpt.experiments.comparison import LORA, PATCHED, RAW, Comparison
+from short_gpt.healing.lora import heal, require_packages
+from short_gpt.healing.recipe import Recipe, recipe_for
+from short_gpt.healing.trainer import whole_checkpoints
+from short_gpt.opening import open_model
+from short_gpt.report import tables as report
+from short_gpt.report.plots import quality_curves, require_matplotlib, save
+from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.results import refuse_existing, write_record
+from short_gpt.runtime.state import StateFile
+from short_gpt.selection.methods import METHODS
 
 DEFAULT = "bi,angular,deepest,relative_magnitude,perplexity,sleb,reverse,random"
 
@@ -113,12 +122,12 @@ def compare(
     """
     arguments = arguments_of(locals())
     if several_ranks():
-        raise ValueError("compare runs on one rank; start it alone")
+        raise ShortGPTError("compare runs on one rank; start it alone")
     names, numbers, healings = methods.split(","), numbers_of(counts), healing.split(",")
     if odd := [h for h in healings if h not in (RAW, PATCHED, LORA)]:
-        raise ValueError(f"--healing {odd[0]}: expected some of {RAW}, {PATCHED}, {LORA}")
+        raise ShortGPTError(f"--healing {odd[0]}: expected some of {RAW}, {PATCHED}, {LORA}")
     if odd := [m for m in names if m not in METHODS]:
-        raise ValueError(f"--methods {odd[0]}: expected some of {', '.join(METHODS)}")
+        raise ShortGPTError(f"--methods {odd[0]}: expected some of {', '.join(METHODS)}")
     only = _pairs(lora_only, names, numbers, healings)
     targets = targets_of(out, None, overwrite=overwrite)
     picture = _picture(plots, overwrite=overwrite)
@@ -149,8 +158,6 @@ def compare(
         record = {"command": "compare", "arguments": arguments, "seed": seed, **result}
         write_record(out, record, overwrite=overwrite)
     if picture is not None:
-        from short_gpt.plots import quality_curves, save
-
         save(quality_curves(rows), picture)
         targets.append(picture)
     if saved is not None:
@@ -165,10 +172,10 @@ def _pairs(
     if given is None:
         return None
     if LORA not in healings:
-        raise ValueError("--lora_only is for --healing lora")
+        raise ShortGPTError("--lora_only is for --healing lora")
     cases = {f"{m}:{n}": (m, n) for m in methods for n in counts}
     if odd := [part for part in given.split(",") if part not in cases]:
-        raise ValueError(
+        raise ShortGPTError(
             f"--lora_only {odd[0]}: expected METHOD:NUMBER of --methods and --counts, as in "
             f"{next(iter(cases))}"
         )
@@ -176,7 +183,6 @@ def _pairs(
 
 
 def _picture(plots: str | None, *, overwrite: bool) -> Path | None:
-    from short_gpt.record import refuse_existing
 
     if plots is None:
         return None
@@ -189,8 +195,6 @@ def _picture(plots: str | None, *, overwrite: bool) -> Path | None:
 def _material(ckpt_dir: str | None, given: dict[str, Any]) -> tuple[str, list[str], list[str]]:
     """The model, texts to choose and heal by, and texts to evaluate on."""
     if ckpt_dir is None:
-        from short_gpt import demo
-
         return str(demo.checkpoint()), demo.bible("calibration"), demo.bible("held_out")
     found = list(read_texts(given["data"], given["split"], given["column"], given["max_texts"]))
     if given["eval_data"] is None:
@@ -231,16 +235,10 @@ def _lora(
 ) -> Callable[[list[int]], list[Perplexity]]:
     """Heals a model without some layers, from its files, and evaluates it. Checkpoints of the
     training lie beside the state until it is done."""
-    from short_gpt.healing import heal, require_packages
-    from short_gpt.healing_recipe import Recipe, recipe_for
-    from short_gpt.lora_training import whole_checkpoints
-    from short_gpt.models import open_model
-    from short_gpt.paired import losses
-    from short_gpt.pruning import prune_checkpoint
 
     require_packages()
     if Path(source).is_file():
-        raise ValueError(
+        raise ShortGPTError(
             f"lora heals checkpoint directories, not {source}; convert it first: "
             f"short-gpt convert {source} model-meta"
         )
@@ -251,7 +249,7 @@ def _lora(
         changes["warmup"] = min(100, given["lora_steps"] // 10)
     size = given["lora_size"] or Recipe.size
     if len(cut(calibration, 2, size)) < 2:  # now rather than after all else is measured
-        raise ValueError(
+        raise ShortGPTError(
             f"lora needs two windows of {size} tokens or more, one of them to validate on: give "
             "more text to heal by, or a smaller --lora_size"
         )
@@ -284,7 +282,6 @@ def _lora(
 
 def _without(windows: list[list[int]], others: list[list[int]]) -> list[list[int]]:
     """The windows that share no text with the others."""
-    from short_gpt.overlap import overlapping
 
     shared = overlapping(windows, others)
     return [window for i, window in enumerate(windows) if i not in shared]
@@ -297,7 +294,6 @@ def _name(layers: list[int]) -> str:
 def _tasks(
     short: Any, tasks: str, limit: int | None, include_path: str | None
 ) -> Callable[[], dict[str, Any]]:
-    from short_gpt.harness import run_tasks
 
     def run() -> dict[str, Any]:
         found = run_tasks(short, tasks.split(","), limit=limit, include_path=include_path)

@@ -10,11 +10,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from llama.checkpoint import PROVENANCE
-from llama.files import check_new
-from short_gpt import report
+from llama.checkpoint.meta import PROVENANCE
+from llama.formats.convert import meta_to_hf
+from llama.io.files import check_new
+from llama.io.sources import is_meta
+from short_gpt.checkpoints.healed import save_healed
 from short_gpt.cli.choice import chosen
-from short_gpt.cli.healing_texts import Learning, Source
 from short_gpt.cli.shared import (
     arguments_of,
     check_run,
@@ -24,10 +25,16 @@ from short_gpt.cli.shared import (
     say_written,
     targets_of,
 )
-from short_gpt.evaluate import Perplexity
-from short_gpt.models import is_meta
-from short_gpt.paired import difference, losses, together
-from short_gpt.record import write_record
+from short_gpt.evaluation.paired import difference, losses, together
+from short_gpt.evaluation.perplexity import Perplexity
+from short_gpt.healing.linear_patch import RIDGE, fit, fold
+from short_gpt.healing.lora import heal as heal_lora
+from short_gpt.healing.lora import require_four_bit, require_packages
+from short_gpt.healing.recipe import PRESETS, Recipe, recipe_for
+from short_gpt.healing.texts import Learning, Source
+from short_gpt.report import tables as report
+from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.results import write_record
 
 METHODS = ("patch", "lora")
 SETTINGS = (
@@ -151,24 +158,21 @@ def heal(
 def _check_method(
     method: str, preset: str, settings: dict[str, Any], ridge: float | None, *, resume: bool
 ) -> None:
-    from short_gpt.healing_recipe import PRESETS, Recipe
 
     if method not in METHODS:
-        raise ValueError(f"--method {method}: expected one of {', '.join(METHODS)}")
+        raise ShortGPTError(f"--method {method}: expected one of {', '.join(METHODS)}")
     foreign = [
         *settings,
         *(["resume"] if resume else []),
         *(["preset"] if preset != "paper" else []),
     ]
     if method == "patch" and foreign:
-        raise ValueError(f"--{foreign[0]} is for --method lora")
+        raise ShortGPTError(f"--{foreign[0]} is for --method lora")
     if method == "lora" and ridge is not None:
-        raise ValueError("--ridge is for --method patch")
+        raise ShortGPTError("--ridge is for --method patch")
     if preset not in PRESETS:
-        raise ValueError(f"--preset {preset}: expected one of {', '.join(PRESETS)}")
+        raise ShortGPTError(f"--preset {preset}: expected one of {', '.join(PRESETS)}")
     if method == "lora":
-        from short_gpt.healing import require_four_bit, require_packages
-
         Recipe(**{**asdict(Recipe()), **settings})
         require_packages()
         if settings.get("four_bit"):
@@ -181,10 +185,10 @@ def _selection(
     """The layers to remove, if any, and how they were chosen."""
     if method == "lora" and layers is None and scores is None:
         if n is not None or angular:
-            raise ValueError("--n_prune_layers and --angular choose from --scores FILE")
+            raise ShortGPTError("--n_prune_layers and --angular choose from --scores FILE")
         return [], {}
     if layers is None and scores is None:
-        raise ValueError(
+        raise ShortGPTError(
             "the patch reads the whole model and removes layers itself: give --layers 21,22,23 or "
             "--scores FILE --n_prune_layers N"
         )
@@ -198,7 +202,6 @@ def _opened(model_dir: str, method: str, size: int, given: dict[str, Any]) -> It
     if method == "patch" or not is_meta(model_dir):
         yield open_short(model_dir, path, size, 1, device, dtype, None)
         return
-    from llama.convert import meta_to_hf
 
     with tempfile.TemporaryDirectory() as folder:
         converted = f"{folder}/converted"
@@ -207,7 +210,6 @@ def _opened(model_dir: str, method: str, size: int, given: dict[str, Any]) -> It
 
 
 def _recipe(short: Any, preset: str, settings: dict[str, Any], seed: int) -> Any:
-    from short_gpt.healing_recipe import recipe_for
 
     return recipe_for(short.model.config, preset, **{**settings, "seed": seed})
 
@@ -246,7 +248,6 @@ class _Job:
     def save(
         self, out_dir: str, facts: dict[str, Any], source: str, options: dict[str, Any]
     ) -> None:
-        from short_gpt.healed_model import save_healed
 
         meta = self.recipe is not None and is_meta(source)
         options = {**options, "as_meta": meta}
@@ -255,21 +256,17 @@ class _Job:
             shutil.rmtree(self.work_dir, ignore_errors=True)
 
     def _fit(self) -> Any:
-        from short_gpt.linear_patch import RIDGE, fit
 
         ridge = RIDGE if self.ridge is None else self.ridge
         return fit(self.short, self.drop, self.cut.training, ridge=ridge)
 
     def _heal(self, *, resume: bool) -> dict[str, Any]:
         if self.patch is not None:
-            from short_gpt.linear_patch import fold
-
             fold(self.short, self.patch)
             return self.patch.to_dict()
-        from short_gpt.healing import heal
 
         parts = (self.cut.training, self.cut.validation, self.cut.evaluation)
-        return heal(
+        return heal_lora(
             self.short, *parts, recipe=self.recipe, work_dir=self.work_dir, resume=resume
         ).to_dict()
 

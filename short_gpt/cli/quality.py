@@ -4,25 +4,26 @@ from __future__ import annotations
 
 from typing import Any
 
-from short_gpt import report
 from short_gpt.cli.choice import layer_list
 from short_gpt.cli.shared import (
     arguments_of,
     check_run,
     open_short,
-    read_texts,
     say,
     say_plan,
     say_written,
-    shown,
     targets_of,
     total,
 )
-from short_gpt.data import texts, windows
-from short_gpt.models import open_model
-from short_gpt.progress import first_rank
-from short_gpt.protocols import PROTOCOLS, protocol
-from short_gpt.record import write_record
+from short_gpt.data.texts import read_texts, shown, texts
+from short_gpt.data.windows import windows
+from short_gpt.evaluation.protocols import PROTOCOLS, protocol
+from short_gpt.evaluation.tasks import run_tasks, task_names
+from short_gpt.opening import open_model
+from short_gpt.report import tables as report
+from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.progress import first_rank
+from short_gpt.runtime.results import write_record
 from short_gpt.short_llama import ShortLlama
 
 
@@ -115,7 +116,7 @@ def perplexity(
     arguments = arguments_of(locals())
     targets = targets_of(out, None, overwrite=overwrite)
     if max_memory is not None and not stream:
-        raise ValueError(f"--max_memory {max_memory} bounds --stream; add it, or leave this out")
+        raise ShortGPTError(f"--max_memory {max_memory} bounds --stream; add it, or leave this out")
     check_run(ckpt_dir, None, size, size, max_windows)
     source = read_texts(data, split, column, max_texts)
     streamed: dict[str, Any] = {"stream": stream, "max_memory": max_memory}
@@ -176,16 +177,14 @@ def evaluate(
     """
     arguments = arguments_of(locals())
     if text == "none" and tasks is None:
-        raise ValueError("nothing to evaluate: give --text or --tasks")
+        raise ShortGPTError("nothing to evaluate: give --text or --tasks")
     if source is not None and text not in PROTOCOLS:
-        raise ValueError(f"--source is a copy of {' or '.join(PROTOCOLS)}; --text is {text}")
+        raise ShortGPTError(f"--source is a copy of {' or '.join(PROTOCOLS)}; --text is {text}")
     targets = targets_of(out, None, overwrite=overwrite)
     models = [dense] if pruned is None else [dense, pruned]
     for name in models:
         check_run(name, None, size, size, max_windows)
     if tasks is not None:
-        from short_gpt.harness import run_tasks, task_names
-
         task_names(tasks.split(","), include_path)
     own = None if text in ("none", *PROTOCOLS) else list(shown(texts(text)))
     results: dict[str, dict[str, float]] = {}

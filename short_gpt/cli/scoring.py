@@ -6,9 +6,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from llama.checkpoint import Checkpoint
+from llama.checkpoint.meta import Checkpoint
 from llama.parallel import several_ranks
-from short_gpt import report
 from short_gpt.cli.shared import (
     arguments_of,
     check_run,
@@ -16,22 +15,25 @@ from short_gpt.cli.shared import (
     importance_of,
     interruptible,
     open_short,
-    read_texts,
     run_state,
     say,
     say_plan,
     say_written,
-    shown,
     targets_of,
     total,
 )
-from short_gpt.data import pg19, windows
-from short_gpt.memory_plan import bytes_of
-from short_gpt.methods import BY_LOSS, check_method
-from short_gpt.progress import first_rank
-from short_gpt.record import read_record, write_record
-from short_gpt.resume import RunState, StateFile
-from short_gpt.stopping import Stop, Verdict
+from short_gpt.data.texts import pg19, read_texts, shown
+from short_gpt.data.windows import windows
+from short_gpt.experiments.published import compare, identify
+from short_gpt.report import tables as report
+from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.progress import first_rank
+from short_gpt.runtime.results import read_record, write_record
+from short_gpt.runtime.state import StateFile
+from short_gpt.scoring.state import RunState
+from short_gpt.scoring.stopping import Stop, Verdict
+from short_gpt.selection.methods import BY_LOSS, check_method
+from short_gpt.streaming.memory import bytes_of
 
 
 def rank(
@@ -112,7 +114,7 @@ def rank(
     rule = stop_rule(n_prune_layers, method, confidence, seed)
     check_stream(method, max_memory, stream=stream)
     if method in BY_LOSS and n_prune_layers is None:
-        raise ValueError(f"--method {method} needs --n_prune_layers N")
+        raise ShortGPTError(f"--method {method} needs --n_prune_layers N")
     source = read_texts(data, split, column, max_texts)
     options = (device, dtype, n_prune_layers, model_parallel_size)
     streamed: dict[str, Any] = {"stream": stream, "max_memory": max_memory}
@@ -159,7 +161,7 @@ def _search(
 ) -> None:
     """The methods of rank that run the model without layers."""
     if several_ranks():
-        raise ValueError(f"--method {arguments['method']} runs on one rank; start it alone")
+        raise ShortGPTError(f"--method {arguments['method']} runs on one rank; start it alone")
     n, method, windows = arguments["n_prune_layers"], arguments["method"], list(chosen)
     size, memory = arguments["batch_size"], bytes_of(arguments["max_memory"] or "2GB")
     with interruptible():
@@ -196,14 +198,14 @@ def stop_rule(
 
 
 def check_stream(method: str, max_memory: str | None, *, stream: bool) -> None:
-    """Raises ValueError if one layer at a time does not suffice, or no use is made of a limit."""
+    """Raises ShortGPTError if one layer at a time does not do, or a limit has no use."""
     if stream and (method in BY_LOSS or method == "angular_all"):
         why = "all states" if method == "angular_all" else "the whole model for every candidate"
-        raise ValueError(f"--method {method} needs {why}; choose another, or leave out --stream")
+        raise ShortGPTError(f"--method {method} needs {why}; choose another, or leave out --stream")
     if max_memory is not None:
         bytes_of(max_memory)
         if not stream and method not in BY_LOSS:
-            raise ValueError(
+            raise ShortGPTError(
                 f"--max_memory {max_memory} bounds --stream and the methods {', '.join(BY_LOSS)}; "
                 "add --stream, or leave it out"
             )
@@ -269,10 +271,9 @@ def reproduce(
         out: JSON file for the result.
         overwrite: replace an existing file.
     """
-    from short_gpt.reproduce import compare, identify
 
     if ckpt_dir is None:
-        raise ValueError(
+        raise ShortGPTError(
             "reproduce needs a checkpoint of one of the paper's models in Meta's format, "
             "Llama-2-7B or Llama-2-13B (llama.com, or meta-llama/Llama-2-7b on the hub), and "
             "PG-19 (streamed, or --data FOLDER): short-gpt reproduce --ckpt_dir llama-2-7b"
@@ -282,13 +283,13 @@ def reproduce(
     args = Checkpoint(ckpt_dir).args
     name = model or identify(args.dim, args.n_layers, args.vocab_size)
     if model is None and args.kv_heads != args.n_heads:
-        raise ValueError(
+        raise ShortGPTError(
             f"{ckpt_dir} has the size of {name} but groups its keys and values, so it is another "
             f"model; compare anyway with --model {name}"
         )
     n = len(compare(name, []).paper)
     if n >= args.n_layers:
-        raise ValueError(f"{name} loses {n} layers; {ckpt_dir} has {args.n_layers} in all")
+        raise ShortGPTError(f"{name} loses {n} layers; {ckpt_dir} has {args.n_layers} in all")
     windows([], lambda _: [], size=1024, limit=max_windows)
     source = shown(pg19("validation", path=data))
     short = open_short(ckpt_dir, tokenizer_path, 1024, batch_size, device, dtype, n)

@@ -5,22 +5,22 @@ from __future__ import annotations
 import hashlib
 import signal
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from llama.files import check_writable
-from short_gpt.data import pg19, texts, windows
-from short_gpt.importance import Importance
-from short_gpt.methods import BY_LOSS
-from short_gpt.models import layers_of, open_model
-from short_gpt.plots import require_matplotlib
-from short_gpt.progress import bar, first_rank
-from short_gpt.record import refuse_existing
-from short_gpt.replicas import of_model
-from short_gpt.resume import StateFile
+from llama.io.files import check_writable
+from short_gpt.data.windows import windows
+from short_gpt.opening import layers_of, open_model
+from short_gpt.report.plots import angular_heatmap, importance_bars, require_matplotlib, save
+from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.progress import first_rank
+from short_gpt.runtime.replicas import of_model
+from short_gpt.runtime.results import refuse_existing
+from short_gpt.runtime.state import StateFile
+from short_gpt.scoring.importance import Importance
+from short_gpt.selection.methods import BY_LOSS
 from short_gpt.short_llama import ShortLlama
 
 PICTURES = ("block_influence.png", "angular.png")
@@ -51,7 +51,7 @@ def open_short(
 ) -> Any:
     if stream:
         if model_parallel_size is not None:
-            raise ValueError(
+            raise ShortGPTError(
                 f"--model_parallel_size {model_parallel_size}: --stream holds one layer on one "
                 "rank; leave one of them out"
             )
@@ -90,7 +90,7 @@ def check_run(
     """Raises what would go wrong after the model is loaded."""
     n_layers = layers_of(ckpt_dir)
     if n_layers and n_prune_layers is not None and not 1 <= n_prune_layers < n_layers:
-        raise ValueError(
+        raise ShortGPTError(
             f"--n_prune_layers {n_prune_layers}; the model has {n_layers} layers: "
             f"expected 1 to {n_layers - 1}"
         )
@@ -101,7 +101,7 @@ def numbers_of(given: Any, flag: str = "--counts 2,4,8") -> list[int]:
     """Whole numbers above 0 that a flag lists."""
     numbers = [given] if isinstance(given, int) else given
     if not isinstance(numbers, list | tuple) or not all(type(i) is int and i > 0 for i in numbers):
-        raise ValueError(f"expected whole numbers as in {flag}, got {given!r}")
+        raise ShortGPTError(f"expected whole numbers as in {flag}, got {given!r}")
     return list(numbers)
 
 
@@ -149,21 +149,6 @@ def interruptible() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def read_texts(data: str, split: str, column: str, limit: int | None) -> Iterable[str]:
-    if limit is not None and limit < 1:
-        raise ValueError(f"--max_texts expects at least 1, got {limit}")
-    found = pg19(split) if data == "pg19" else texts(data, split=split, column=column)
-    return shown(islice(found, limit))
-
-
-def shown(found: Iterable[str]) -> Iterator[str]:
-    """The same texts, with a progress bar while they are read."""
-    with bar("reading", total=None, unit="text") as shown:
-        for text in found:
-            yield text
-            shown.update()
-
-
 def total(chosen: object, limit: int | None) -> int | None:
     """How many windows are to come, as far as that is known."""
     return len(chosen) if hasattr(chosen, "__len__") else limit
@@ -178,19 +163,18 @@ def targets_of(out: str | None, plots: str | None, *, overwrite: bool) -> list[P
     for target in targets:
         refuse_existing(target, overwrite=overwrite)
         if target.parent in targets:
-            raise ValueError(f"{target} cannot be written into the file {target.parent}")
+            raise ShortGPTError(f"{target} cannot be written into the file {target.parent}")
     return targets
 
 
 def importance_of(record: dict[str, Any], source: str) -> Importance:
     if "importance" not in record:
-        raise ValueError(f"{source} holds no scores; expected a file written by short-gpt rank")
+        raise ShortGPTError(f"{source} holds no scores; expected a file written by short-gpt rank")
     return Importance.from_dict(record["importance"])
 
 
 def draw(importance: Importance, targets: Sequence[Path], n: int | None) -> None:
     """Writes the two pictures."""
-    from short_gpt.plots import angular_heatmap, importance_bars, save
 
     removed = [] if n is None else importance.least_important(n)
     block = None if n is None else (importance.least_important(n, angular=True)[0], n)

@@ -6,18 +6,22 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from llama.checkpoint import PROVENANCE
-from llama.files import check_new, check_writable
-from llama.hf_llama import read_json
-from llama.hub import resolve
+from llama.checkpoint.meta import PROVENANCE
+from llama.checkpoint.reshard import reshard
+from llama.formats.convert import gguf_to_meta, hf_to_meta, meta_to_hf
+from llama.formats.hf import read_json
+from llama.io.files import check_new, check_writable
+from llama.io.hub import resolve
+from llama.io.sources import is_meta
 from llama.parallel import several_ranks
+from short_gpt.checkpoints.hf import mergekit_recipe
+from short_gpt.checkpoints.prune import prune_checkpoint, refuse_gguf
 from short_gpt.cli.choice import Choice, method_of
 from short_gpt.cli.shared import say
-from short_gpt.hf_checkpoint import mergekit_recipe
-from short_gpt.models import is_meta, same_model
-from short_gpt.progress import bar
-from short_gpt.pruning import prune_checkpoint, refuse_gguf
-from short_gpt.record import read_record, refuse_existing
+from short_gpt.opening import same_model
+from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.progress import bar
+from short_gpt.runtime.results import read_record, refuse_existing
 
 
 def prune(
@@ -76,7 +80,7 @@ def prune(
     if max_perplexity_ratio is None:
         drop = choice.layers(n_prune_layers)
     elif eval_data is None or n_prune_layers is not None:
-        raise ValueError("--max_perplexity_ratio needs --eval_data, and no --n_prune_layers")
+        raise ShortGPTError("--max_perplexity_ratio needs --eval_data, and no --n_prune_layers")
     else:
         ratio, text = max_perplexity_ratio, eval_data
         options: dict[str, Any] = {"size": size, "limit": eval_windows, "device": device}
@@ -124,7 +128,7 @@ def _proof(
 def _recipe_dtype(source: str, recipe: str, *, overwrite: bool) -> str:
     """The dtype of a model that mergekit is to read; checks that it can."""
     if is_meta(source):
-        raise ValueError("--recipe: mergekit reads no Meta checkpoint; convert it first")
+        raise ShortGPTError("--recipe: mergekit reads no Meta checkpoint; convert it first")
     refuse_existing(Path(recipe), overwrite=overwrite)
     check_writable(Path(recipe))
     config = read_json(resolve(source) / "config.json")
@@ -172,8 +176,6 @@ def _convert(
     tokenizer_path: str | None,
     common: dict[str, Any],
 ) -> None:
-    from llama.convert import gguf_to_meta, hf_to_meta, meta_to_hf
-    from llama.reshard import reshard
 
     files = 1 if shards is None else shards
     if source.endswith(".gguf"):
@@ -184,6 +186,8 @@ def _convert(
         common["tokenizer_path"] = tokenizer_path
         reshard(source, out_dir, shards=shards, dtype=dtype, **common)
     elif dtype is not None:
-        raise ValueError("--dtype is for writing Meta's format; Hugging Face's keeps the source's")
+        raise ShortGPTError(
+            "--dtype is for writing Meta's format; Hugging Face's keeps the source's"
+        )
     else:
         meta_to_hf(source, out_dir, tokenizer_path=tokenizer_path, **common)

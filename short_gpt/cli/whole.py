@@ -6,8 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from llama.files import check_new, new_directory
-from short_gpt import report
+from llama.io.files import check_new, new_directory
 from short_gpt.cli.shared import (
     PICTURES,
     arguments_of,
@@ -17,10 +16,13 @@ from short_gpt.cli.shared import (
     say_written,
     targets_of,
 )
-from short_gpt.data import windows
-from short_gpt.models import open_model
-from short_gpt.plots import require_matplotlib
-from short_gpt.record import write_record
+from short_gpt.data import demo as material
+from short_gpt.data.windows import windows
+from short_gpt.opening import open_model
+from short_gpt.report import tables as report
+from short_gpt.report.plots import require_matplotlib
+from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.results import write_record
 
 
 def demo(
@@ -47,13 +49,12 @@ def demo(
         device: cpu, cuda or mps; the best there is if not given.
         overwrite: replace an existing folder.
     """
-    from short_gpt import demo as material
 
     arguments = arguments_of(locals())
     for limit in (max_windows, eval_windows):
         windows([], lambda _: [], size=1024, limit=limit)
     if not 1 <= n_prune_layers < material.N_LAYERS:
-        raise ValueError(
+        raise ShortGPTError(
             f"--n_prune_layers {n_prune_layers}; the model has {material.N_LAYERS} layers: "
             f"expected 1 to {material.N_LAYERS - 1}"
         )

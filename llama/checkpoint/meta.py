@@ -1,0 +1,303 @@
+"""A Meta checkpoint directory as data: validate, read, and write it tensor by tensor.
+
+A directory holds ``params.json``, ``consolidated.00.pth`` and on (one file for each
+model-parallel rank) and a tokenizer.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llama.args import ModelArgs
+from llama.checkpoint.pth import Shard, TensorInfo, write_shard
+from llama.checkpoint.sharding import (
+    EMBEDDING,
+    by_vocabulary,
+    full_shapes,
+    held,
+    shapes_of_rank,
+    split_dim,
+)
+from llama.errors import InputError
+from llama.io.files import check_new, new_directory, write_json
+from llama.tokenizer import Tokenizer, find_tokenizer
+
+LAYER_NAME = re.compile(r"layers\.(\d+)\.(.+)")
+PROVENANCE = "pruning.json"
+CONVERSION = "conversion.json"  # what a converted checkpoint was made from
+
+
+class Checkpoint:
+    """A checkpoint directory, opened and checked; weights are read later.
+
+    Args:
+        ckpt_dir: the directory.
+        limits: ``max_seq_len`` and ``max_batch_size`` of the run.
+
+    Attributes:
+        params: content of ``params.json``.
+        args: its `ModelArgs`, with ``vocab_size`` taken from the weights where it is -1.
+        shards: the files, in the order of their names, which is the order of ranks.
+        vocab_parallel: whether ranks share the embedding by vocabulary (Llama 3) or by width.
+            Several shards tell by their shapes, for one see `sharding.by_vocabulary`.
+        infos: shape (of the whole tensor), dtype and storage of every tensor, by name.
+
+    Raises:
+        FileNotFoundError: the directory, ``params.json`` or the ``.pth`` files are missing.
+        InputError: a file cannot be read, or names or shapes are not what ``params.json`` says.
+    """
+
+    ignored = frozenset({"rope.freqs"})  # computed from params.json; Llama 2's files carry it
+
+    def __init__(self, ckpt_dir: str | os.PathLike[str], **limits: int) -> None:
+        self.directory = Path(str(ckpt_dir))
+        self.params = read_params(self.directory)
+        args = ModelArgs.from_params(self.params, **limits)
+        paths = sorted(self.directory.glob("consolidated.*.pth"))
+        if not paths:
+            raise FileNotFoundError(f"no consolidated.*.pth in {self.directory}")
+        self.shards = [Shard(path) for path in paths]
+        if args.vocab_size == -1:
+            args.vocab_size = self._vocab_size()
+        self.args = args
+        self.vocab_parallel = self._check()
+        self.infos = self._whole()
+
+    def _vocab_size(self) -> int:
+        info = self.shards[0].infos.get("output.weight")
+        if info is None:
+            raise InputError(f"{self.shards[0].path} lacks output.weight")
+        return info.shape[0] * len(self.shards)
+
+    def _check(self) -> bool:
+        """Compares names and shapes with params.json; returns ``vocab_parallel``."""
+        count = len(self.shards[0].infos)
+        if self.args.n_layers > count:
+            raise InputError(
+                f"n_layers {self.args.n_layers} in {self.directory / 'params.json'}; the file has "
+                f"{count} tensors"
+            )
+        ranks = len(self.shards)
+        width_cut, vocabulary_cut = (
+            shapes_of_rank(self.args, ranks, vocab_parallel=v) for v in (False, True)
+        )
+        first = self.shards[0].infos
+        if ranks == 1:
+            vocab_parallel = by_vocabulary(self.args, first)
+        else:
+            found = first.get(EMBEDDING)
+            vocab_parallel = found is not None and found.shape == vocabulary_cut[EMBEDDING]
+        for shard in self.shards:
+            _compare(shard, vocabulary_cut if vocab_parallel else width_cut, ranks)
+        return vocab_parallel
+
+    def _whole(self) -> dict[str, TensorInfo]:
+        shapes, whole = full_shapes(self.args), {}
+        for name, info in self.shards[0].infos.items():
+            storage = tuple(shard.infos[name].storage for shard in self.shards)
+            whole[name] = TensorInfo(shapes.get(name, info.shape), info.dtype, storage)
+        return whole
+
+    def read(self, name: str, *, rank: int = 0, ranks: int = 1) -> Tensor:
+        """The part of a tensor that one of several model-parallel ranks holds.
+
+        From any number of shards to any number of ranks that divides the heads. What lies in one
+        shard is mapped from its file, not copied; what several hold is joined, and of each only
+        the bytes needed are touched.
+
+        Args:
+            name: of the tensor.
+            rank: 0 to ``ranks`` - 1.
+            ranks: how many share the model; 1 reads the whole tensor.
+        """
+        if ranks == len(self.shards):
+            return self.shards[rank].read(name)
+        dim = split_dim(name, vocab_parallel=self.vocab_parallel)
+        if dim is None:
+            return self.shards[0].read(name)
+        pieces = [
+            self.shards[shard].read(name).narrow(dim, start, length)
+            for shard, start, length in self._pieces(name, dim, rank, ranks)
+        ]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
+
+    @contextmanager
+    def mapped(self) -> Iterator[None]:
+        """`Shard.mapped` for all files, for several calls of `read` in a row."""
+        with ExitStack() as stack:
+            for shard in self.shards:
+                stack.enter_context(shard.mapped())
+            yield
+
+    def _pieces(self, name: str, dim: int, rank: int, ranks: int) -> list[tuple[int, int, int]]:
+        """Where a rank's part lies: shard, start and length in it, in order."""
+        size, count = self.infos[name].shape[dim], len(self.shards)
+        found: list[tuple[int, int, int]] = []
+        for at, end in held(self.args, name, size, rank, ranks):
+            for shard in range(count):
+                offset = 0  # in the shard, of the range looked at
+                for start, stop in held(self.args, name, size, shard, count):
+                    if start <= at < min(stop, end):
+                        length = min(stop, end) - at
+                        _append(found, (shard, offset + at - start, length))
+                        at += length
+                    offset += stop - start
+        return found
+
+
+def _append(pieces: list[tuple[int, int, int]], piece: tuple[int, int, int]) -> None:
+    """Adds a piece, to the last one if it follows it in the same shard."""
+    if pieces and (pieces[-1][0], sum(pieces[-1][1:])) == piece[:2]:
+        piece = (*pieces[-1][:2], pieces[-1][2] + piece[2])
+        pieces.pop()
+    pieces.append(piece)
+
+
+def _compare(shard: Shard, expected: Mapping[str, tuple[int, ...]], ranks: int) -> None:
+    found = {n: info.shape for n, info in shard.infos.items() if n not in Checkpoint.ignored}
+    for problem, names in (
+        ("lacks", sorted(expected.keys() - found.keys())),
+        ("has, unknown to params.json,", sorted(found.keys() - expected.keys())),
+    ):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise InputError(f"{shard.path} {problem} {', '.join(names[:3])}{more}")
+    for name, shape in found.items():
+        if shape != expected[name]:
+            raise InputError(
+                f"{name} in {shard.path} has shape {list(shape)}; params.json and {ranks} "
+                f"shard(s) give {list(expected[name])}"
+            )
+
+
+def read_params(directory: Path) -> dict[str, Any]:
+    """Content of the directory's ``params.json``."""
+    if not directory.is_dir():
+        raise FileNotFoundError(f"checkpoint directory {directory} does not exist")
+    path = directory / "params.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{directory} has no params.json; is it a Meta checkpoint?")
+    params = read_json(path)
+    if not isinstance(params.get("model", {}), dict):
+        raise InputError(f"{path} must hold one JSON object")
+    return params
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; InputError if it is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path} must hold one JSON object")
+    return content
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copies a tokenizer file, under its usual name, and its configuration beside it."""
+    with open(source, "rb") as file:
+        kind = "json" if file.read(64).lstrip().startswith(b"{") else "model"
+    shutil.copyfile(source, target / f"tokenizer.{kind}")
+    config = source.with_name("tokenizer_config.json")
+    if config.is_file():
+        shutil.copyfile(config, target / config.name)
+
+
+def prune(
+    ckpt_dir: str | os.PathLike[str],
+    out_dir: str | os.PathLike[str],
+    layers: list[int],
+    *,
+    tokenizer_path: str | os.PathLike[str] | None = None,
+    provenance: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    progress: Callable[[str], object] = str,
+) -> Path:
+    """Writes the checkpoint without some layers, tensor by tensor, with the same sharding.
+
+    The tensors' bytes are copied, so the result equals the model pruned in memory bit for bit.
+    Memory is bounded by the largest tensor.
+
+    Args:
+        ckpt_dir: the source.
+        out_dir: the new directory; appears whole or not at all.
+        layers: numbers of the layers to leave out.
+        tokenizer_path: copied along; None looks beside the source.
+        provenance: written as ``pruning.json``, after what was removed and kept.
+        overwrite: whether an existing pruned checkpoint is replaced; nothing else ever is.
+        progress: called with every tensor's name before it is written.
+
+    Returns:
+        ``out_dir``.
+
+    Raises:
+        InputError: a layer does not exist, or none or all would go.
+        FileExistsError: ``out_dir`` exists, or with ``overwrite`` holds the source or other files.
+        FileNotFoundError: there is no tokenizer.
+    """
+
+    source, out = Checkpoint(ckpt_dir), Path(str(out_dir))
+    keep = kept_layers(layers, source.args.n_layers)
+    tokenizer = Path(str(tokenizer_path)) if tokenizer_path else find_tokenizer(source.directory)
+    words = Tokenizer(tokenizer).n_words
+    if words != source.args.vocab_size:
+        raise InputError(
+            f"the tokenizer {tokenizer} has {words} words, the checkpoint {source.directory} "
+            f"{source.args.vocab_size}; they do not belong together"
+        )
+    record = {"removed_layers": list(layers), "kept_layers": keep, **(provenance or {})}
+    if (source.directory / PROVENANCE).is_file():
+        record["source_pruning"] = read_json(source.directory / PROVENANCE)
+    replaces = PROVENANCE if overwrite else None
+    check_new(out, replaces=replaces, source=source.directory)
+    new_number = {str(old): new for new, old in enumerate(keep)}
+    with new_directory(out, replaces=replaces) as partial:
+        for shard in source.shards:
+            _prune_shard(shard, partial / shard.path.name, new_number, progress)
+        params = {**source.params.get("model", source.params), "n_layers": len(keep)}
+        write_json(partial / "params.json", params)
+        copy_tokenizer(tokenizer, partial)
+        if (source.directory / CONVERSION).is_file():
+            shutil.copyfile(source.directory / CONVERSION, partial / CONVERSION)
+        write_json(partial / PROVENANCE, record)
+    return out
+
+
+def kept_layers(drop: list[int], n_layers: int) -> list[int]:
+    """The layers that stay, ascending; InputError unless ``drop`` names some but not all."""
+    unknown = sorted(set(drop) - set(range(n_layers)))
+    if unknown:
+        raise InputError(f"layers {unknown} do not exist; the model has 0..{n_layers - 1}")
+    keep = [i for i in range(n_layers) if i not in set(drop)]
+    if not drop or not keep or len(set(drop)) != len(drop):
+        raise InputError(f"expected 1 to {n_layers - 1} different layers to remove, got {drop}")
+    return keep
+
+
+def _prune_shard(
+    shard: Shard, path: Path, new_number: Mapping[str, int], progress: Callable[[str], object]
+) -> None:
+    old_name: dict[str, str] = {}
+    for name in shard.infos:
+        match = LAYER_NAME.fullmatch(name)
+        if match is None:
+            old_name[name] = name
+        elif match[1] in new_number:
+            old_name[f"layers.{new_number[match[1]]}.{match[2]}"] = name
+
+    def read(name: str) -> Tensor:
+        progress(name)
+        return shard.read(old_name[name])
+
+    write_shard(path, {new: shard.infos[old] for new, old in old_name.items()}, read)

@@ -1,0 +1,206 @@
+"""One ``.pth`` file of a checkpoint, as ``torch.save`` writes it: read and written by tensor.
+
+Files are opened by memory mapping and with ``weights_only=True``: nothing in them is ever
+executed, and what is not touched is not read.
+"""
+
+from __future__ import annotations
+
+import pickle
+import sys
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llama.errors import InputError
+
+STORAGES = {
+    torch.float32: torch.FloatStorage,
+    torch.float64: torch.DoubleStorage,
+    torch.float16: torch.HalfStorage,
+    torch.bfloat16: torch.BFloat16Storage,
+}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Shape and dtype of a stored tensor; tensors with the same ``storage`` share their bytes."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    storage: object
+
+    @property
+    def numel(self) -> int:
+        return torch.Size(self.shape).numel()
+
+
+class Shard:
+    """One ``.pth`` file: the names, shapes and dtypes of its tensors; bytes only on demand.
+
+    Raises:
+        InputError: not a whole ``torch.save`` zip file of named tensors, or a pickle that
+            asks for anything but tensors.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._mapped: dict[str, Tensor] | None = None
+        self.infos = {name: self._describe(t, name) for name, t in self.load().items()}
+
+    def load(self) -> dict[str, Tensor]:
+        """All tensors, mapped from the file: a tensor's bytes are read when it is used."""
+        try:
+            content = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
+        except pickle.UnpicklingError as error:
+            reason = str(error).split("\n")[0]
+            raise InputError(
+                f"{self.path} was refused: its pickle holds more than tensors ({reason})"
+            ) from None
+        except Exception as error:  # a damaged file can make the unpickler raise anything
+            if not zipfile.is_zipfile(self.path):
+                why = "it is cut off, or in the format of torch before 1.6: torch.save it anew"
+            else:
+                why = f"it is damaged ({str(error).splitlines()[0] if str(error) else error!r})"
+            raise InputError(
+                f"{self.path} cannot be read: expected a complete zip file of torch.save, but {why}"
+            ) from None
+        if not isinstance(content, dict):
+            raise InputError(
+                f"{self.path} holds a {type(content).__name__}, expected tensors by name"
+            )
+        return content
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, mapped from the file; the mapping goes when the tensor does."""
+        if self._mapped is None:
+            return self.load()[name]
+        if not self._mapped:
+            self._mapped.update(self.load())
+        return self._mapped[name]
+
+    @contextmanager
+    def mapped(self) -> Iterator[None]:
+        """Inside, `read` maps the file once for all tensors, which takes less time.
+
+        Pages read then count as this process's memory until the block ends.
+        """
+        self._mapped = {}
+        try:
+            yield
+        finally:
+            self._mapped = None
+
+    def _describe(self, tensor: object, name: object) -> TensorInfo:
+        if not isinstance(name, str):
+            raise InputError(f"{self.path} holds the name {name!r}, expected tensors by name")
+        dense = isinstance(tensor, Tensor) and tensor.layout == torch.strided
+        if not isinstance(tensor, Tensor) or not dense or tensor.dtype not in STORAGES:
+            kind = type(tensor).__name__
+            if isinstance(tensor, Tensor):
+                kind = str(tensor.dtype if dense else tensor.layout)
+            raise InputError(
+                f"{name} in {self.path} is {kind}; expected a tensor of "
+                f"{', '.join(str(t) for t in STORAGES)}"
+            )
+        whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
+        storage = tensor.data_ptr() if whole else name
+        return TensorInfo(tuple(tensor.shape), tensor.dtype, storage)
+
+
+@dataclass(frozen=True)
+class _Storage:
+    key: str
+    dtype: torch.dtype
+    numel: int
+
+
+class _Pickler(pickle.Pickler):
+    """Writes ``torch.save``'s pickle of a dict of tensors from the tensors' descriptions."""
+
+    def __init__(self, file: Any, storages: Mapping[object, _Storage]) -> None:
+        super().__init__(file, protocol=2)
+        self.storages = storages
+
+    def persistent_id(self, obj: Any) -> Any:
+        if isinstance(obj, _Storage):
+            return ("storage", STORAGES[obj.dtype], obj.key, "cpu", obj.numel)
+        return None
+
+    def reducer_override(self, obj: Any) -> Any:
+        if not isinstance(obj, TensorInfo):
+            return NotImplemented
+        stride = torch.empty(obj.shape, device="meta").stride()
+        no_hooks: OrderedDict[str, object] = OrderedDict()
+        args = (self.storages[obj.storage], 0, obj.shape, stride, False, no_hooks)
+        return torch._utils._rebuild_tensor_v2, args
+
+
+def write_shard(path: Path, infos: Mapping[str, TensorInfo], read: Callable[[str], Tensor]) -> None:
+    """Writes a file that ``torch.load`` reads (mapped too), holding one tensor at a time.
+
+    ``torch.save`` would need all tensors at once. The layout is its zip archive of stored
+    records, aligned at 64 bytes, with right checksums.
+
+    Args:
+        path: the new file.
+        infos: what is to be written, by name; equal ``storage`` is written once.
+        read: gives the tensor of a name; called once for every distinct storage.
+    """
+    write_shards([path], infos, read, lambda _, tensor, __: tensor)
+
+
+def write_shards(
+    paths: Sequence[Path],
+    infos: Mapping[str, TensorInfo],
+    read: Callable[[str], Tensor],
+    part: Callable[[str, Tensor, int], Tensor],
+) -> None:
+    """`write_shard` for several files at once: every tensor is read once and written in parts.
+
+    Args:
+        paths: the new files.
+        infos: what each of them holds.
+        read: gives a whole tensor.
+        part: gives the part of a tensor of this name, for the file of this number.
+    """
+    # Every entry is a ZipInfo, whose date is fixed: the same tensors give the same bytes.
+    storages: dict[object, _Storage] = {}
+    sources: dict[str, str] = {}
+    for name, info in infos.items():
+        if info.storage not in storages:
+            storages[info.storage] = _Storage(str(len(storages)), info.dtype, info.numel)
+            sources[name] = storages[info.storage].key
+    with ExitStack() as stack:
+        archives = [stack.enter_context(zipfile.ZipFile(path, "w")) for path in paths]
+        for archive in archives:
+            with archive.open(zipfile.ZipInfo("archive/data.pkl"), "w") as file:
+                _Pickler(file, storages).dump(dict(infos))
+            archive.writestr(zipfile.ZipInfo("archive/byteorder"), sys.byteorder)
+        for name, key in sources.items():
+            whole, info = read(name).detach().to("cpu", infos[name].dtype), infos[name]
+            for number, archive in enumerate(archives):
+                tensor = part(name, whole, number).contiguous()
+                if tuple(tensor.shape) != info.shape:
+                    raise InputError(f"{name} is {list(tensor.shape)}, expected {info.shape}")
+                _write_record(archive, f"archive/data/{key}", tensor)
+        for archive in archives:
+            archive.writestr(zipfile.ZipInfo("archive/version"), "3\n")
+
+
+def _write_record(archive: zipfile.ZipFile, name: str, tensor: Tensor) -> None:
+    record = zipfile.ZipInfo(name)
+    assert archive.fp is not None
+    # local header 30 bytes + name + zip64 field 20 + our padding field, whose head takes 4
+    start = archive.fp.tell() + 30 + len(name) + 20 + 4
+    padding = -start % 64
+    record.extra = b"FB" + padding.to_bytes(2, "little") + b"Z" * padding
+    with archive.open(record, "w", force_zip64=True) as file:
+        file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)

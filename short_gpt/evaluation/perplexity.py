@@ -1,0 +1,101 @@
+"""Quality of a model on held-out text.
+
+Shapes: B windows, S tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from short_gpt.models.decoder import Decoder, pad
+from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
+from short_gpt.runtime.progress import bar, set_rate
+
+# Logits turned into losses at once: their logarithms of softmax stay in the processor's cache.
+AT_ONCE = 2**21
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """Total loss over predicted tokens.
+
+    Attributes:
+        nats: summed negative log-likelihood of the predicted tokens.
+        tokens: how many were predicted: all of a window but its first.
+        windows: windows read.
+    """
+
+    nats: float
+    tokens: int
+    windows: int
+
+    @property
+    def value(self) -> float:
+        """exp(nats / tokens): 1 is certainty, the vocabulary's size is blind guessing."""
+        try:
+            return math.exp(self.nats / self.tokens)
+        except OverflowError:
+            return math.inf
+
+
+def perplexity(
+    decoder: Decoder,
+    batches: Iterable[Sequence[Sequence[int]]],
+    *,
+    total: int | None = None,
+    progress: bool = False,
+) -> Perplexity:
+    """Perplexity of the model on windows of token ids.
+
+    Every window is read on its own: its first token is only read, the others are predicted.
+    SLEB (arXiv:2402.09025) and others print exp(sum(2048 mean loss) / (2048 n)) over n chunks, the
+    mean being over a chunk's 2047 predicted tokens: the same value, as the chunks are equal. Their
+    texts and chunks are those of `short_gpt.evaluation.protocols.protocol`.
+
+    Args:
+        decoder: the model.
+        batches: lists of windows, which may differ in length.
+        total: number of windows to come, for the progress bar.
+        progress: whether to show one.
+
+    Raises:
+        ShortGPTError: no window has two tokens, or as in `decoder.pad`.
+        NotFiniteError: a logit of a predicted token is NaN or infinite.
+    """
+    nats, predicted, windows = 0.0, 0, 0
+    with bar("perplexity", total=total, unit="window", show=progress) as shown:
+        for batch in batches:
+            tokens, mask = pad(batch, decoder)
+            nats += batch_nats(decoder, tokens, mask)
+            predicted += int(mask[:, 1:].sum())
+            windows += len(batch)
+            set_rate(shown, predicted)
+            shown.update(len(batch))
+            if not math.isfinite(nats):
+                raise NotFiniteError(
+                    "the model gave a NaN or infinite loss; check the weights, or another dtype"
+                )
+    if not predicted:
+        raise ShortGPTError("expected windows of at least 2 tokens; nothing was predicted")
+    return Perplexity(nats, predicted, windows)
+
+
+def batch_nats(decoder: Decoder, tokens: Tensor, mask: Tensor) -> float:
+    """Summed negative log-likelihood of a batch's predicted tokens: all but each window's first.
+
+    Args:
+        decoder: the model.
+        tokens, mask: (B, S), as `decoder.pad` gives them.
+    """
+    logits = decoder.logits(tokens)[:, :-1].flatten(0, 1)
+    targets = tokens[:, 1:].masked_fill(~mask[:, 1:], -100).flatten()
+    rows = max(1, AT_ONCE // logits.shape[-1])
+    parts = zip(logits.split(rows), targets.split(rows), strict=True)
+    loss = torch.cat([F.cross_entropy(x, y, reduction="none") for x, y in parts])
+    return float(loss.cpu().double().sum())

@@ -1,0 +1,69 @@
+"""The texts and windows on which the literature measures perplexity."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+
+from short_gpt.data.texts import pg19, texts
+from short_gpt.data.windows import windows
+from short_gpt.runtime.errors import ShortGPTError
+
+PROTOCOLS = ("wikitext-2", "c4", "pg19")
+WIKITEXT2 = "Salesforce/wikitext:wikitext-2-raw-v1"
+C4 = "allenai/c4:en"
+C4_TEXTS, C4_WINDOWS = 1100, 256
+
+
+def protocol(
+    name: str,
+    encode: Callable[[str], Sequence[int]],
+    *,
+    size: int = 2048,
+    limit: int | None = None,
+    source: str | Path | None = None,
+) -> list[list[int]]:
+    """Windows of token ids for `perplexity`, cut as published results cut them.
+
+    "wikitext-2" is the test split, its rows joined with two line breaks, and "c4" the first 1100
+    texts of the English validation split, joined with spaces, of which the first 256 windows
+    count: each is tokenized as one text (SLEB, arXiv:2402.09025, SliceGPT and others). "pg19" is
+    the test split, book by book. Windows do not overlap; what follows the last whole one is
+    dropped. No token is put in front of a window: ``encode`` may add one, once a text.
+
+    Args:
+        name: "wikitext-2", "c4" or "pg19".
+        encode: from a text to its token ids, such as ``short.encode``.
+        size: tokens of a window; published numbers have 2048.
+        limit: the first so many windows; None for all.
+        source: a local copy or another name at the hub, as `texts` reads it, with
+            the rows of the original in their order; for "pg19" only a path.
+
+    Raises:
+        ShortGPTError: an unknown name, or the texts are too short for a window.
+        ConnectionError, FileNotFoundError: as in `texts`.
+
+    Example:
+        >>> windows = protocol("wikitext-2", short.encode, limit=40)  # doctest: +SKIP
+        >>> short.perplexity(windows).value  # doctest: +SKIP
+    """
+    if name not in PROTOCOLS:
+        raise ShortGPTError(f"protocol {name!r} is unknown: expected one of {', '.join(PROTOCOLS)}")
+    found = _texts(name, source)
+    if name == "c4":
+        limit = C4_WINDOWS if limit is None else min(limit, C4_WINDOWS)
+    return [*windows(found, encode, size=size, stride=size, limit=limit)]
+
+
+def _texts(name: str, source: str | Path | None) -> Iterable[str]:
+    """The texts that are tokenized each on its own."""
+    if name == "pg19":
+        return pg19("test", path=source)
+    if name == "c4":
+        return [" ".join(islice(_rows(C4, source, "validation"), C4_TEXTS))]
+    return ["\n\n".join(_rows(WIKITEXT2, source, "test"))]
+
+
+def _rows(original: str, source: str | Path | None, split: str) -> Iterator[str]:
+    return texts(original if source is None else source, split=split)

@@ -1,0 +1,157 @@
+"""Published layer lists with their sources, and your own list against the paper's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
+
+import torch
+
+from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.scoring.metrics import spearman
+
+
+def published() -> dict[str, Any]:
+    """Published lists and scores, each group with its "source" and its "models".
+
+    Layers count from 0; lists are in order of removal.
+
+    Returns:
+        "paper": of each model dim, n_layers, vocab_size and the layers "removed" (Table 9).
+        "authors_repository": first and last removed layer of each model.
+        "reimplementation": "importance" and "angular_n9", of two 7B models with 32 layers, and
+            the lists "removed" and "removed_angular_n9" printed for them. Of `angular_n9` only
+            the first 32 - 9 + 1 = 24 entries are distances; the rest is padding with 0, so that
+            the least entry of all is not the best block.
+        "sleb", "evopress": one list of removed layers a model.
+    """
+    return json.loads(
+        files("short_gpt.experiments").joinpath("published.json").read_text(encoding="utf-8")
+    )
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two lists of removed layers, the paper's and ours, least important first.
+
+    Attributes:
+        model: the paper's name of the model.
+        paper: the paper's layers (arXiv:2403.03853v3, Table 9), in order of removal.
+        ours: ours, in order of removal.
+        same_set: whether both hold the same layers, in whatever order.
+        overlap: how many layers both hold.
+        same_order: whether the lists are equal.
+        rank_correlation: Spearman's rho between the places in the two lists of the layers that
+            both hold, in [-1, 1]; 1 if these come in the same order, -1 if in reverse. None if
+            fewer than 2 layers are shared.
+    """
+
+    model: str
+    paper: list[int]
+    ours: list[int]
+    same_set: bool
+    overlap: int
+    same_order: bool
+    rank_correlation: float | None
+
+    def table(self) -> str:
+        """Both lists, one above the other, and how they agree, for a terminal."""
+        places = [f"{n + 1}." for n in range(max(len(self.paper), len(self.ours)))]
+        rows: dict[str, Sequence[object]] = {"removed": places, "paper": self.paper}
+        lines = [
+            f"{name:<8}" + "".join(f"{cell!s:>4}" for cell in cells)
+            for name, cells in {**rows, "ours": self.ours}.items()
+        ]
+        return "\n".join([f"{self.model}, layers in order of removal", *lines, *self._verdict()])
+
+    def _verdict(self) -> list[str]:
+        rho = "-" if self.rank_correlation is None else f"{self.rank_correlation:.2f}"
+        only_paper = sorted({*self.paper} - {*self.ours})
+        only_ours = sorted({*self.ours} - {*self.paper})
+        lines = [
+            f"same layers: {_yes(self.same_set)} ({self.overlap} of {len(self.paper)})",
+            f"same order: {_yes(self.same_order)} (rank correlation {rho})",
+        ]
+        lines += [f"only the paper removes {only_paper}"] if only_paper else []
+        lines += [f"only we remove {only_ours}"] if only_ours else []
+        return lines
+
+
+def compare(model: str, ours: Sequence[int]) -> Comparison:
+    """Compares a list of removed layers with the paper's (arXiv:2403.03853v3, Table 9).
+
+    Args:
+        model: "Llama-2-7B", "Llama-2-13B", "Baichuan-2-7B" or "Baichuan-2-13B".
+        ours: layers counted from 0, least important first; it may be of another length.
+
+    Raises:
+        ShortGPTError: the paper has no list for the model; a layer occurs twice or does not exist.
+
+    Example:
+        >>> compare("Llama-2-7B", [25, 27, 24, 26, 28, 29, 23, 22, 21]).same_set
+        True
+    """
+    models = published()["paper"]["models"]
+    if model not in models:
+        raise ShortGPTError(f"the paper has no list for {model!r}, only for {', '.join(models)}")
+    ours = [int(layer) for layer in ours]
+    _check_layers(ours, models[model]["n_layers"])
+    paper = models[model]["removed"]
+    shared = [layer for layer in paper if layer in ours]
+    places = [torch.tensor([side.index(layer) for layer in shared]) for side in (paper, ours)]
+    return Comparison(
+        model=model,
+        paper=paper,
+        ours=ours,
+        same_set=sorted(paper) == sorted(ours),
+        overlap=len(shared),
+        same_order=paper == ours,
+        rank_correlation=spearman(*places) if len(shared) >= 2 else None,
+    )
+
+
+def identify(dim: int, n_layers: int, vocab_size: int) -> str:
+    """Which of the paper's models has this shape.
+
+    A shape is no proof of identity: LLaMA 1 7B and Mistral 7B share that of Llama-2-7B.
+
+    Args:
+        dim: width of the hidden states.
+        n_layers: layers before any is removed.
+        vocab_size: rows of the embedding.
+
+    Returns:
+        A name that `compare` knows.
+
+    Raises:
+        ShortGPTError: the paper has no model of this shape.
+
+    Example:
+        >>> identify(4096, 32, 32000)
+        'Llama-2-7B'
+    """
+    models = published()["paper"]["models"]
+    shapes = {(m["dim"], m["n_layers"], m["vocab_size"]): name for name, m in models.items()}
+    if (dim, n_layers, vocab_size) not in shapes:
+        known = "; ".join(f"{name} {shape}" for shape, name in shapes.items())
+        raise ShortGPTError(
+            f"the paper has no list for a model of dim {dim}, {n_layers} layers and a vocabulary "
+            f"of {vocab_size}; it covers {known}"
+        )
+    return shapes[dim, n_layers, vocab_size]
+
+
+def _check_layers(layers: Sequence[int], n_layers: int) -> None:
+    wrong = sorted({layer for layer in layers if not 0 <= layer < n_layers})
+    if wrong:
+        raise ShortGPTError(f"layers {wrong} do not exist; the model has 0..{n_layers - 1}")
+    twice = sorted({layer for layer in layers if layers.count(layer) > 1})
+    if twice:
+        raise ShortGPTError(f"layers {twice} occur more than once in {list(layers)}")
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"

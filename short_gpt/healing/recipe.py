@@ -1,0 +1,128 @@
+"""Settings of LoRA healing, and the published ones."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from short_gpt.runtime.errors import ShortGPTError
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Settings of LoRA; the defaults are those of Gromov et al.
+
+    Attributes:
+        rank: of the changes.
+        alpha: their scale times the rank; None is the rank.
+        dropout: in front of them.
+        modules: ends of the names of the linear maps that change; None takes the MLP's.
+        learning_rate: at its peak, after ``warmup`` steps; a half cosine to 0 follows.
+        steps, warmup: optimizer steps.
+        batch: windows a step.
+        micro_batch: windows read at once; divides ``batch``.
+        size: tokens of a window, as a recommendation to whoever cuts them.
+        seed: of everything random.
+        eval_every: steps from one evaluation, and one checkpoint, to the next.
+        patience: stop after so many evaluations without a better one; None never does.
+        four_bit: train over weights in 4 bits (QLoRA), merge into the unquantized ones.
+        gradient_checkpointing: less memory for a second forward pass.
+    """
+
+    rank: int = 64
+    alpha: int | None = None
+    dropout: float = 0.05
+    modules: tuple[str, ...] | None = None
+    learning_rate: float = 3e-4
+    steps: int = 5000
+    warmup: int = 100
+    batch: int = 16
+    micro_batch: int = 1
+    size: int = 2048
+    seed: int = 0
+    eval_every: int = 100
+    patience: int | None = None
+    four_bit: bool = False
+    gradient_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("rank", "steps", "batch", "micro_batch", "eval_every"):
+            if getattr(self, name) < 1:
+                raise ShortGPTError(f"{name} = {getattr(self, name)}: expected at least 1")
+        if self.batch % self.micro_batch:
+            raise ShortGPTError(f"batch {self.batch} is not a multiple of {self.micro_batch}")
+        if not self.learning_rate > 0 or not 0 <= self.dropout < 1 or self.warmup < 0:
+            raise ShortGPTError(
+                f"expected learning_rate above 0, dropout in [0, 1), warmup of at least 0; got "
+                f"{self.learning_rate}, {self.dropout}, {self.warmup}"
+            )
+
+
+# Gromov et al., table of appendix A: a config's values, and the settings for such a model. The
+# numbers of layers are left out, so that pruned models are known too.
+LLAMA, MISTRAL = {"model_type": "llama", "vocab_size": 32000}, {"model_type": "mistral"}
+PAPER: tuple[tuple[dict[str, Any], dict[str, Any]], ...] = (
+    (
+        {**LLAMA, "hidden_size": 4096, "intermediate_size": 11008},
+        {"rank": 2, "learning_rate": 3e-4, "size": 2048},
+    ),
+    (
+        {**LLAMA, "hidden_size": 5120, "intermediate_size": 13824},
+        {"rank": 64, "learning_rate": 3e-4, "size": 4096},
+    ),
+    (
+        {**LLAMA, "hidden_size": 8192, "intermediate_size": 28672},
+        {"rank": 8, "learning_rate": 3e-5, "size": 4096},
+    ),
+    (
+        {"model_type": "qwen", "hidden_size": 4096},
+        {"rank": 64, "learning_rate": 3e-4, "size": 2048},
+    ),
+    (
+        {"model_type": "qwen", "hidden_size": 5120},
+        {"rank": 64, "learning_rate": 3e-4, "size": 4096},
+    ),
+    (
+        {**MISTRAL, "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336},
+        {"rank": 4, "learning_rate": 3e-6, "size": 2048},
+    ),
+    (
+        {"model_type": "phi", "vocab_size": 51200, "hidden_size": 2560},
+        {"rank": 64, "learning_rate": 2e-4, "size": 2048},
+    ),
+)
+QWEN_MODULES = ("w1", "w2", "mlp.c_proj")
+# The public healing demonstration of ShortGPT for Hugging Face models.
+DEMO = {"rank": 8, "alpha": 32, "learning_rate": 1e-6, "modules": ("q_proj", "v_proj")}
+DEMO |= {"batch": 1, "warmup": 0}
+PRESETS = ("paper", "demo")
+
+
+def recipe_for(config: Any, preset: str = "paper", **changes: Any) -> Recipe:
+    """The published settings for a model.
+
+    Args:
+        config: of the model, pruned or not.
+        preset: "paper" takes rank, learning rate and size from the paper's table where the model
+            is in it, told by its type and widths, else rank 64 and 3e-4, the table's most
+            common; "demo" is the public demonstration: rank 8, alpha 32, q_proj and v_proj, 1e-6.
+        changes: attributes of `Recipe`, which go before.
+
+    Raises:
+        ShortGPTError: no such preset or attribute, or a value out of range.
+    """
+    if preset not in PRESETS:
+        raise ShortGPTError(f"preset {preset!r} is unknown: expected one of {', '.join(PRESETS)}")
+    unknown = set(changes) - set(Recipe.__dataclass_fields__)
+    if unknown:
+        raise ShortGPTError(f"no setting {sorted(unknown)}; there are {[*asdict(Recipe())]}")
+    if preset == "demo":
+        return Recipe(**{**DEMO, **changes})
+    text = config.get_text_config(decoder=True)
+    found: dict[str, Any] = {}
+    for model, settings in PAPER:
+        if all(getattr(text, name, None) == value for name, value in model.items()):
+            found = dict(settings)
+    if text.model_type == "qwen":
+        found["modules"] = QWEN_MODULES
+    return Recipe(**{**found, **changes})

@@ -1,0 +1,94 @@
+"""The little that the method needs to know of a model, and Meta's Llama seen that way.
+
+Shapes: B sequences, S tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from short_gpt.runtime.errors import ShortGPTError
+
+
+class Decoder(Protocol):
+    """A stack of layers over token ids.
+
+    Scoring reads the states from hooks on ``layers``, surgery goes through `keep_layers`; a new
+    family needs nothing else.
+
+    Example:
+        >>> decoder = MetaDecoder(llama.model)  # doctest: +SKIP
+        >>> undo = decoder.keep_layers([0, 1, 3])  # doctest: +SKIP
+    """
+
+    @property
+    def module(self) -> nn.Module:
+        """The model itself."""
+
+    @property
+    def layers(self) -> nn.ModuleList: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def max_seq_len(self) -> int: ...
+
+    def run(self, tokens: Tensor) -> None:
+        """Reads (B, S) tokens through embeddings and layers; nothing is kept."""
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """(B, S) tokens to (B, S, V) float32 logits."""
+
+    def keep_layers(self, keep: Sequence[int]) -> Callable[[], None]:
+        """Leaves only these layers (ascending positions), everywhere the model counts them.
+
+        Returns:
+            A function that restores the model as it was.
+        """
+
+
+def pad(windows: Sequence[Sequence[int]], decoder: Decoder) -> tuple[Tensor, Tensor]:
+    """Windows of any lengths as one batch, padded on the right with token 0.
+
+    Under a causal mask no real token sees the padding; the mask only weights the sums.
+
+    Args:
+        windows: B lists of token ids.
+        decoder: gives the device and the limits.
+
+    Returns:
+        tokens (B, S) int64 and mask (B, S) bool, True for real tokens, S the longest window.
+
+    Raises:
+        ShortGPTError: no windows, an empty or too long one, or ids outside the vocabulary.
+    """
+    if not windows:
+        raise ShortGPTError("expected at least one window of tokens, got none")
+    if isinstance(windows[0], int):
+        raise ShortGPTError(
+            "expected a list of windows, each a list of token ids, got one: pass [it]"
+        )
+    lengths = [len(w) for w in windows]
+    if min(lengths) < 1 or max(lengths) > decoder.max_seq_len:
+        raise ShortGPTError(
+            f"windows have {min(lengths)} to {max(lengths)} tokens; this model takes 1 to "
+            f"{decoder.max_seq_len} (max_seq_len)"
+        )
+    tokens = torch.zeros(len(windows), max(lengths), dtype=torch.long)
+    for row, window in enumerate(windows):
+        tokens[row, : len(window)] = torch.as_tensor(window)
+    if tokens.min() < 0 or tokens.max() >= decoder.vocab_size:
+        raise ShortGPTError(
+            f"token ids {int(tokens.min())}..{int(tokens.max())} are outside the vocabulary "
+            f"0..{decoder.vocab_size - 1}; is this the model's tokenizer?"
+        )
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    return tokens.to(decoder.device), mask.to(decoder.device)

@@ -1,0 +1,292 @@
+"""Causal language models of transformers seen as a `Decoder`.
+
+Shapes: B sequences, S tokens, V vocabulary; L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from short_gpt.models.config_check import Outline, differences, outline, part, twin_outline
+from short_gpt.runtime.errors import ShortGPTError
+
+# Config entries that list layers by number. Entries with one value a layer need no list: they
+# are known by their length.
+NUMBERED = ("mlp_only_layers", "moe_layers")
+# Config entries that count the first layers, which are of another kind than those behind them.
+LEADING = ("first_k_dense_replace", "num_dense_layers")
+# Modules' attributes that hold the number of their layer.
+NUMBERS = ("layer_idx", "layer_id")
+# Config entries by which layers compute with their own number, which no outline shows.
+BY_NUMBER = ("scale_attn_by_inverse_layer_idx", "rescale_every")
+# where something stands, what stood there, what is to stand there
+Edit = tuple[dict[str, Any], dict[str, Any], dict[str, Any]]
+
+
+class HFDecoder:
+    """A `Decoder` over a ``transformers`` model with a language-model head.
+
+    A removed layer is four edits: the list, ``num_hidden_layers``, every module's ``layer_idx``
+    and every per-layer entry of the config. Whether they suffice is proved on the spot: a model
+    made anew from the edited config must have the same layers, or nothing is removed.
+
+    Args:
+        model: for instance a ``LlamaForCausalLM``.
+        layers_path: where its layers are, as in ``"model.layers"``; None finds them.
+
+    Raises:
+        ShortGPTError: there are no such layers, several lists could be them, or the model is no
+            causal language model.
+    """
+
+    def __init__(self, model: Any, layers_path: str | None = None) -> None:
+        _check_kind(model)
+        self.model = model
+        self.layers_path = find_layers(model) if layers_path is None else layers_path
+        owner, _, self._name = self.layers_path.rpartition(".")
+        try:
+            self._owner = model.get_submodule(owner)
+            found = self.layers
+        except AttributeError:
+            found = None
+        if not isinstance(found, nn.ModuleList):
+            raise ShortGPTError(
+                f"{self.layers_path} is no list of layers of {type(model).__name__}"
+            )
+        if len(found) != self.config.num_hidden_layers:
+            raise ShortGPTError(
+                f"{self.layers_path} of {type(model).__name__} has {len(found)} layers, its config "
+                f"says {self.config.num_hidden_layers}: it is another list, or was cut elsewhere"
+            )
+        self._twins: dict[str, Outline] = {}
+
+    @property
+    def module(self) -> nn.Module:
+        return self.model
+
+    @property
+    def config(self) -> Any:
+        """The config of the language model, also inside a multimodal one."""
+        return self.model.config.get_text_config(decoder=True)
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        return getattr(self._owner, self._name)
+
+    @property
+    def device(self) -> torch.device:
+        """Where tokens go: the embedding's device, also while its weights are offloaded."""
+        embedding = self.model.get_input_embeddings()
+        hook = getattr(embedding, "_hf_hook", None)
+        if embedding.weight.is_meta and hook is not None:
+            return torch.device(hook.execution_device)
+        return embedding.weight.device
+
+    @property
+    def vocab_size(self) -> int:
+        return self.model.get_input_embeddings().weight.shape[0]
+
+    @property
+    def max_seq_len(self) -> int:
+        return getattr(self.config, "max_position_embeddings", None) or 2**31 - 1
+
+    @torch.no_grad()
+    def run(self, tokens: Tensor) -> None:
+        # the module that owns the layers has embeddings and layers, and no head
+        self._owner(input_ids=tokens, **_uncached(self._owner))
+
+    @torch.no_grad()
+    def logits(self, tokens: Tensor) -> Tensor:
+        return self.model(input_ids=tokens, **_uncached(self.model)).logits.float()
+
+    def keep_layers(self, keep: Sequence[int]) -> Callable[[], None]:
+        before = self.layers
+        _check_family(self.model, self.config)
+        _check_shared(self.model, before)
+        kept = nn.ModuleList(before[i] for i in keep)
+        edits = self._edits(keep)
+
+        def cut() -> None:
+            setattr(self._owner, self._name, kept)
+            for target, _, new in edits:
+                target.update(new)
+
+        def undo() -> None:
+            setattr(self._owner, self._name, before)
+            for target, old, _ in edits:
+                target.update(old)
+
+        try:
+            cut()
+            ours, twin = self._outlines()
+            if differences(ours, twin):
+                undo()
+                known, settings = self._without_removal(keep, twin)
+                edits += settings
+                cut()
+                new = [d for d in differences(*self._outlines()) if d not in known]
+                if new:
+                    raise ShortGPTError(f"its config would make {new[0]}")
+        except ValueError as error:
+            undo()
+            kind = type(self.model).__name__
+            raise ShortGPTError(f"these layers of {kind} cannot be removed: {error}") from None
+        except BaseException:
+            undo()
+            raise
+        return undo
+
+    def _without_removal(self, keep: Sequence[int], after: Outline) -> tuple[list[str], list[Edit]]:
+        """What no removal is to blame for, and settings around the layers that follow the config.
+
+        A quantized model differs from the one of its config anyway: in the kind of its weights.
+        """
+        ours, before = self._outlines()
+        known = differences(part(ours, keep), part(before, keep))
+        edits: list[Edit] = []
+        for name, value in after.rest.items():
+            owner, _, key = name.rpartition(".")
+            target, old = vars(self.model.get_submodule(owner)), before.rest.get(name)
+            if key in target and ours.rest.get(name) == old != value:
+                edits.append((target, {key: old}, {key: value}))
+        return known, edits
+
+    def _edits(self, keep: Sequence[int]) -> list[Edit]:
+        """All that counts or lists layers: configs, modules' numbers, modules' copies of both."""
+        edits: list[Edit] = []
+        for config in self._configs():
+            entries = _entries(config, len(self.layers))
+            edits.append((vars(config), entries, _cut(entries, keep)))
+        _, entries, cut = edits[0]
+        for module in self._owner.modules():
+            old = {k: v for k, v in entries.items() if vars(module).get(k) == v}
+            if old:
+                edits.append((vars(module), old, {key: cut[key] for key in old}))
+        for place, number in enumerate(keep):
+            for module in self.layers[number].modules():
+                old = {k: number for k in NUMBERS if vars(module).get(k) == number}
+                if old:
+                    edits.append((vars(module), old, dict.fromkeys(old, place)))
+        return edits
+
+    def _configs(self) -> list[Any]:
+        """The language model's config and copies of it that parts of the model go by."""
+        found = {id(self.config): self.config}
+        for module in self._owner.modules():
+            config = getattr(module, "config", None)
+            if type(config) is type(self.config):
+                found[id(config)] = config
+        return list(found.values())
+
+    def _outlines(self) -> tuple[Outline, Outline]:
+        """The model's, and that of the model which its config would make."""
+        return outline(self.model, self.layers_path), self._twin()
+
+    def _twin(self) -> Outline:
+        """Made once for each config: hundreds of trials of a plain model share one."""
+        key = self.model.config.to_json_string(use_diff=False)
+        if key not in self._twins:
+            self._twins[key] = twin_outline(self.model, self.layers_path)
+        return self._twins[key]
+
+
+def _uncached(module: nn.Module) -> dict[str, bool]:
+    """What tells a module to keep no cache; nothing, where it knows of none."""
+    known = signature(module.forward).parameters.values()
+    takes = any(p.name == "use_cache" or p.kind is p.VAR_KEYWORD for p in known)
+    return {"use_cache": False} if takes else {}
+
+
+def find_layers(model: nn.Module) -> str:
+    """The path of the decoder's list of layers: as many as its config says, all of one kind.
+
+    Raises:
+        ShortGPTError: no list or more than one fits; the message names them.
+    """
+    config = model.config.get_text_config(decoder=True)  # type: ignore[operator, union-attr]
+    count = config.num_hidden_layers
+    paths = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == count
+    ]
+    outer = [p for p in paths if not any(p.startswith(f"{q}.") for q in paths)]
+    decoder = [
+        p for p in outer if "vision" not in p and "encoder." not in p.replace("decoder.", "")
+    ]
+    if len(decoder) != 1:
+        raise ShortGPTError(
+            f"{type(model).__name__} has {len(decoder)} lists of {count} layers {decoder}; name "
+            "one with layers_path, as in 'model.layers'"
+        )
+    return decoder[0]
+
+
+def _entries(config: Any, count: int) -> dict[str, Any]:
+    """What the config holds of single layers, by the names of its own attributes."""
+    count_name = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    found: dict[str, Any] = {}
+    for name, value in vars(config).items():
+        # as many ends of text (eos_token_id) as layers are no list of layers
+        listed = isinstance(value, list | tuple) and "token" not in name
+        counted = name in (count_name, *LEADING) and isinstance(value, int)
+        if counted or (listed and (name in NUMBERED or len(value) == count)):
+            found[name] = value
+    if "attention_layers" in found:  # GPT Neo's list, and the runs of it that make the list
+        found |= {k: v for k, v in vars(config).items() if k == "attention_types"}
+    return found
+
+
+def _cut(entries: dict[str, Any], keep: Sequence[int]) -> dict[str, Any]:
+    new_number = {old: new for new, old in enumerate(keep)}
+    cut: dict[str, Any] = {}
+    for name, value in entries.items():
+        if name in LEADING:
+            cut[name] = sum(i < value for i in keep)
+        elif isinstance(value, int):
+            cut[name] = len(keep)
+        elif name == "attention_types":
+            cut[name] = [[[entries["attention_layers"][i] for i in keep], 1]]
+        elif name in NUMBERED:
+            cut[name] = type(value)(new_number[i] for i in value if i in new_number)
+        else:
+            cut[name] = type(value)(value[i] for i in keep)
+    return cut
+
+
+def _check_kind(model: Any) -> None:
+    """Raises ShortGPTError for a model without a language-model head, or with an encoder."""
+    kind = type(model).__name__
+    if not (hasattr(model, "can_generate") and model.can_generate()):
+        raise ShortGPTError(
+            f"{kind} has no language-model head of transformers; load the model with "
+            "AutoModelForCausalLM"
+        )
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ShortGPTError(f"{kind} is no causal language model: it has an encoder and a decoder")
+
+
+def _check_family(model: nn.Module, config: Any) -> None:
+    """Raises ShortGPTError where layers compute with their own number."""
+    if found := [name for name in BY_NUMBER if getattr(config, name, False)]:
+        raise ShortGPTError(
+            f"layers of this {type(model).__name__} cannot be removed: they compute with their "
+            f"own number ({found[0]})"
+        )
+
+
+def _check_shared(model: nn.Module, layers: nn.ModuleList) -> None:
+    """Raises ShortGPTError where layers share weights: a file holds them with one layer alone."""
+    owners: dict[int, int] = {}
+    for number, layer in enumerate(layers):
+        for weight in layer.parameters():
+            if (first := owners.setdefault(id(weight), number)) != number:
+                raise ShortGPTError(
+                    f"layers of this {type(model).__name__} cannot be removed: {first} and "
+                    f"{number} share weights"
+                )

@@ -1,0 +1,185 @@
+"""Where a layer's MLP ends: the last linear map in front of the residual sum.
+
+Shapes: B windows, S tokens, D width of the stream, F width of the MLP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from short_gpt.models.decoder import Decoder
+from short_gpt.runtime.errors import ShortGPTError
+
+# Its name inside a layer, by the families that use it.
+NAMES = (
+    "feed_forward.w2",  # Meta's Llama
+    "mlp.down_proj",  # llama, mistral, qwen2, qwen3, phi3, gemma, olmo2, smollm3, stablelm, ...
+    "mlp.c_proj",  # gpt2 (a Conv1D), starcoder2
+    "mlp.fc2",  # phi
+    "mlp.dense_4h_to_h",  # gpt_neox, falcon, bloom
+    "fc2",  # opt
+)
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def mlp_output(layer: nn.Module) -> nn.Module:
+    """The linear map that ends a layer's MLP.
+
+    Raises:
+        ShortGPTError: the layer has none of a known name, or its weights are quantized.
+    """
+    modules = dict(layer.named_modules())
+    found = [modules[name] for name in NAMES if name in modules]
+    kind = type(layer).__name__
+    if len(found) != 1:
+        raise ShortGPTError(
+            f"{kind} has no single linear map at the end of its MLP (looked for "
+            f"{', '.join(NAMES)}; mixtures of experts have many)"
+        )
+    weight = getattr(found[0], "weight", None)
+    if isinstance(weight, Tensor) and weight.is_meta:
+        raise ShortGPTError("the weights are not in memory: open the model whole, not streamed")
+    wrapped = any(True for _ in found[0].children())  # such as an adapter
+    plain = isinstance(weight, Tensor) and weight.dim() == 2 and weight.dtype in FLOATS
+    if wrapped or not plain:
+        have = f"{type(found[0]).__name__} of {getattr(weight, 'dtype', 'no weight')}"
+        raise ShortGPTError(
+            f"the map at the end of {kind}'s MLP is {have}; expected one plain matrix: load the "
+            "model unquantized and without adapters"
+        )
+    return found[0]
+
+
+def transposed(linear: nn.Module) -> bool:
+    """Whether its weight is (F, D), as in GPT-2's Conv1D, and not (D, F)."""
+    return type(linear).__name__ == "Conv1D"
+
+
+@contextmanager
+def replaced_output(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Any:
+    """A module whose output goes through ``change`` inside the block; a tuple's first entry."""
+
+    def hook(_: nn.Module, __: Any, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (change(output[0]), *output[1:])
+        return change(output)
+
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@torch.no_grad()
+def check_added(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Proves that a layer adds the output of its MLP to the stream, whole and as it is.
+
+    The layer runs twice, the second time with a random tensor added to what `mlp_output` gives:
+    its own output must change by that tensor. A norm behind the MLP (Gemma 2, OLMo 2), a
+    factor (Granite) or a norm behind the sum fails. In a parallel block (GPT-NeoX, Phi) the MLP
+    reads the block's input, and its output is still a summand: it passes.
+
+    Args:
+        layer: in evaluation mode.
+        args, kwargs: what the model calls it with.
+
+    Raises:
+        ShortGPTError: the output changed otherwise.
+    """
+    before = first(layer(*args, **kwargs))
+    scale = before.float().pow(2).mean().sqrt().item()
+    generator = torch.Generator().manual_seed(0)
+    added = torch.randn(before.shape, generator=generator).mul_(scale)
+    added = added.to(before.device, before.dtype)
+    with replaced_output(mlp_output(layer), lambda out: out + added.view_as(out)):
+        after = first(layer(*args, **kwargs))
+    off = (after.double().cpu() - before.double().cpu() - added.double().cpu()).abs()
+    allowed = before.abs().double().cpu() + added.abs().double().cpu() + scale
+    worst = float((off / allowed).max())
+    if not worst <= 16 * torch.finfo(before.dtype).eps:
+        raise ShortGPTError(
+            f"{type(layer).__name__} does not add its MLP's output to the stream as it is (a norm "
+            f"or a factor comes between; off by {worst:.2g} of the stream): it cannot be folded"
+        )
+
+
+def first(output: Any) -> Tensor:
+    """The state (B, S, D) in what a layer returns."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+class States(ExitStack):
+    """Hooks for one pass: states behind layers, outputs of MLPs, and how layers were called.
+
+    Attributes:
+        behind: (B, S, D) by the layer's place.
+        mlp: (B, S, D) by the layer's place.
+        calls: positional and named arguments by the layer's place.
+    """
+
+    def __init__(self, layers: nn.ModuleList, fronts: set[int], ends: set[int]) -> None:
+        super().__init__()
+        self.behind: dict[int, Tensor] = {}
+        self.mlp: dict[int, Tensor] = {}
+        self.calls: dict[int, tuple[Any, Any]] = {}
+
+        def keep(place: int) -> Callable[..., None]:
+            def hook(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+                self.behind[place] = first(output)
+                self.calls[place] = (args, kwargs)
+
+            return hook
+
+        def note(place: int) -> Callable[..., None]:
+            def hook(_: nn.Module, __: Any, output: Any) -> None:
+                self.mlp[place] = first(output)
+
+            return hook
+
+        for place in ends:
+            self._hook(layers[place].register_forward_hook(keep(place), with_kwargs=True))
+        for place in fronts:
+            self._hook(mlp_output(layers[place]).register_forward_hook(note(place)))
+
+    def _hook(self, handle: Any) -> None:
+        self.callback(handle.remove)
+
+
+def output_form(decoder: Decoder) -> tuple[Tensor, Callable[[Tensor], Any]]:
+    """What the decoder's layers return, told by running one token.
+
+    Returns:
+        A state (1, 1, D) as the first layer gives it, and a function that puts a state into the
+        form that the model takes: itself, or a tuple in some families and versions.
+    """
+    seen: list[Any] = []
+    layer = decoder.layers[0]
+    handle = layer.register_forward_hook(lambda _module, _args, output: seen.append(output))
+    try:
+        decoder.run(torch.zeros(1, 1, dtype=torch.long, device=decoder.device))
+    finally:
+        handle.remove()
+    if not isinstance(seen[0], tuple | list):
+        return seen[0], lambda state: state
+    rest = (None,) * (len(seen[0]) - 1)
+    return seen[0][0], lambda state: (state, *rest)
+
+
+@contextmanager
+def patched_forward(layer: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """A layer that does something else inside a ``with`` block."""
+    own = vars(layer).get("forward")
+    layer.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del layer.forward
+        else:
+            layer.forward = own

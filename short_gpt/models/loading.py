@@ -1,0 +1,72 @@
+"""Models of transformers from where they lie: hub, directory or GGUF file."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from llama.io.hub import hub_failure
+from short_gpt.runtime.errors import MissingPackageError, ShortGPTError
+
+# options of loading that say where files come from: the tokenizer's as well as the model's
+FROM_WHERE = ["cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder"]
+FROM_WHERE += ["token", "trust_remote_code"]
+TOKENIZER = re.compile(r"(tokenizer|vocab|merges).*|.+\.(model|tiktoken)")
+
+
+def auto_class(config: Any) -> Any:
+    """The class of transformers that makes the whole model of a config, towers for images included.
+
+    Raises:
+        ShortGPTError: the config is of no language model; the message names its kind.
+    """
+    import transformers as t
+
+    if getattr(config, "auto_map", None):  # code that comes with the model decides itself
+        return t.AutoModelForCausalLM
+    if config.get_text_config(decoder=True) is not config:
+        if type(config) in t.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+            return t.AutoModelForImageTextToText
+    elif type(config) in t.MODEL_FOR_CAUSAL_LM_MAPPING:
+        return t.AutoModelForCausalLM
+    raise ShortGPTError(f"a model of type {config.model_type!r} is no causal language model")
+
+
+def load(name: str, options: dict[str, Any], tokenizer: Any) -> tuple[Any, Any]:
+    try:
+        from transformers import AutoConfig, AutoTokenizer
+    except ImportError:
+        raise MissingPackageError('ShortHFModel needs: pip install "short-gpt[hf]"') from None
+    path, gguf = Path(name), {}
+    if name.endswith(".gguf"):
+        if not path.is_file():
+            raise FileNotFoundError(f"GGUF file {name} does not exist")
+        path, gguf = path.parent, {"gguf_file": path.name}
+    where = str(path) if gguf else name
+    both = {key: options[key] for key in FROM_WHERE if key in options} | gguf
+    try:
+        loader = auto_class(AutoConfig.from_pretrained(where, **both))
+        if tokenizer is None and (gguf or _has_tokenizer(path)):
+            tokenizer = AutoTokenizer.from_pretrained(where, **both)
+        model = loader.from_pretrained(where, **gguf, **{"dtype": "auto", **options})
+    except Exception as error:  # a wrong name, no network, an unknown kind, a wrong option ...
+        if not path.exists() and (failure := hub_failure(name, error)):
+            raise failure from error
+        kind = OSError if isinstance(error, OSError) else ShortGPTError
+        raise kind(f"{name} cannot be loaded: {explained(error)}") from error
+    if gguf:  # the weights are no longer quantized, so they can be saved and trained
+        del model.config.quantization_config
+        vars(model).update(hf_quantizer=None, is_quantized=False)
+    return model, tokenizer
+
+
+def _has_tokenizer(path: Path) -> bool:
+    """Whether there is a tokenizer to load: not in a directory of weights alone."""
+    return not path.is_dir() or any(TOKENIZER.match(p.name) for p in path.iterdir())
+
+
+def explained(error: BaseException) -> str:
+    """Transformers' errors in one line: the first paragraph, of at most 300 characters."""
+    text = " ".join(str(error).strip().split("\n\n")[0].split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:300] + " ..."

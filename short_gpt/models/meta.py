@@ -1,0 +1,65 @@
+"""Meta's Llama, ours or the reference package's, seen as a `Decoder`.
+
+Shapes: B sequences, S tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class MetaDecoder:
+    """A `Decoder` over ``llama.Transformer``, or over the model of Meta's reference package."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    @property
+    def module(self) -> nn.Module:
+        return self.model
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        return self.model.layers
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def vocab_size(self) -> int:
+        return self.model.vocab_size
+
+    @property
+    def max_seq_len(self) -> int:
+        return self.model.params.max_seq_len
+
+    @torch.no_grad()
+    def run(self, tokens: Tensor) -> None:
+        # The reference's model has no way around its output head.
+        read = getattr(self.model, "hidden", None)
+        if read is not None:
+            read(tokens)
+        else:
+            self.model(tokens, 0)
+
+    @torch.no_grad()
+    def logits(self, tokens: Tensor) -> Tensor:
+        own = hasattr(self.model, "hidden")
+        return self.model(tokens) if own else self.model(tokens, 0).float()
+
+    def keep_layers(self, keep: Sequence[int]) -> Callable[[], None]:
+        before = self.layers
+
+        def put(layers: nn.ModuleList) -> None:
+            self.model.layers = layers
+            self.model.n_layers = self.model.params.n_layers = len(layers)
+            for i, layer in enumerate(layers):
+                layer.layer_id = i  # type: ignore[assignment]
+
+        put(nn.ModuleList(before[i] for i in keep))
+        return lambda: put(before)

@@ -1,0 +1,185 @@
+"""Results as text for a terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from short_gpt.evaluation.perplexity import Perplexity
+from short_gpt.experiments.comparison import Row
+from short_gpt.scoring.importance import Importance
+from short_gpt.selection.methods import METHODS, choose
+from short_gpt.selection.search import Search
+
+
+def ranking(
+    importance: Importance, n: int | None = None, *, method: str = "bi", seed: int = 0
+) -> str:
+    """A row for every layer, with 95% intervals, and what each method would remove.
+
+    Args:
+        importance: at least one window.
+        n: how many layers to remove; None leaves the methods' choices out.
+        method, seed: whose layers are marked, as in `methods.choose`.
+    """
+    scores, errors = importance.block_influence, importance.standard_error
+    order = scores.argsort(stable=True).tolist()
+    place = {position: rank for rank, position in enumerate(order, start=1)}
+    chosen = [] if n is None else choose(importance, n, method=method, seed=seed)
+    rows = [f"{'layer':>5}  {'Block Influence':>15}  {'± (95%)':>10}  {'rank':>4}"]
+    for i, layer in enumerate(importance.layers):
+        mark = "  remove" if layer in chosen else ""
+        rows.append(
+            f"{layer:>5}  {scores[i]:>15.6f}  {1.96 * errors[i]:>10.6f}  {place[i]:>4}{mark}"
+        )
+    rows += [
+        "",
+        f"{importance.n_windows:,} windows, {importance.n_tokens:,} tokens; {_halves(importance)}",
+    ]
+    if n is not None and method not in ("bi", "angular"):
+        rows.append(f"{METHODS[method]}: {chosen}")
+    return "\n".join(rows + choices(importance, n))
+
+
+def search(found: Search, method: str) -> str:
+    """A row for every layer that a search by loss removed."""
+    rows = [f"{'layer':>5}  {'loss, nats':>10}  {'perplexity':>12}"]
+    for i, layer in enumerate(found.removed):
+        loss = found.losses[min(i, len(found.losses) - 1)][layer]
+        rows.append(f"{layer:>5}  {loss:>10.4f}  {math.exp(min(loss, 700)):>12.3f}")
+    alone = "without it alone" if method == "perplexity" else "without it and those above"
+    return "\n".join([*rows, "", f"loss {alone}", f"{METHODS[method]}: {found.removed}"])
+
+
+def sublayers(importance: Importance) -> str:
+    """A row for every layer: Block Influence of its attention and of its MLP."""
+    attention, mlp = importance.sublayer_influence.tolist()
+    rows = [f"{'layer':>5}  {'attention':>10}  {'MLP':>10}"]
+    for layer, a, m in zip(importance.layers, attention, mlp, strict=True):
+        rows.append(f"{layer:>5}  {a:>10.6f}  {m:>10.6f}")
+    if importance.halves.isnan().any():
+        rows.append("nan: the layer is not x + attention, then + MLP")
+    return "\n".join(rows)
+
+
+def choices(importance: Importance, n: int | None) -> list[str]:
+    """The layers that each method would remove; nothing if ``n`` is None."""
+    if n is None:
+        return []
+    block = importance.least_important(n, angular=True)
+    start = importance.layers.index(block[0])
+    distance = importance.angular[start, start + n]
+    return [
+        f"lowest Block Influence:    {importance.least_important(n)}",
+        f"best block by angle:       {block}, distance {distance:.4f}",
+    ]
+
+
+def _halves(importance: Importance) -> str:
+    if importance.n_windows < 2:
+        return "one window: no standard errors"
+    return f"rank agreement of two halves of the windows {importance.agreement:.3f}"
+
+
+def perplexities(found: Mapping[str, Perplexity]) -> str:
+    """A row for every named perplexity, with the ratio to the first."""
+    width = max(len(name) for name in found)
+    first = next(iter(found.values())).value
+    rows = [f"{'':<{width}}  {'perplexity':>12}  {'ratio':>7}  {'tokens':>9}  {'windows':>7}"]
+    for name, p in found.items():
+        rows.append(
+            f"{name:<{width}}  {p.value:>12.3f}  {p.value / first:>7.2f}  {p.tokens:>9,}"
+            f"  {p.windows:>7,}"
+        )
+    return "\n".join(rows)
+
+
+def comparison(results: Mapping[str, Mapping[str, float]]) -> str:
+    """A row for every measure, a column for every model."""
+    names = list(results)
+    measures = list(dict.fromkeys(m for row in results.values() for m in row))
+    first = max(map(len, measures))
+    widths = [max(len(name), 12) for name in names]
+    cells = [f"{n:>{w}}" for n, w in zip(names, widths, strict=True)]
+    rows = ["  ".join([f"{'':<{first}}", *cells])]
+    for measure in measures:
+        values = (results[n].get(measure) for n in names)
+        cells = [f"{v:>{w}.6g}" for v, w in zip(values, widths, strict=True) if v is not None]
+        rows.append("  ".join([f"{measure:<{first}}", *cells]))
+    return "\n".join(rows)
+
+
+def compared(
+    rows: Sequence[Row], agreed: Sequence[Mapping[str, Any]] = (), tasks: Mapping[str, Any] = {}
+) -> str:
+    """Perplexities of a comparison: a row for every method, a column for every number of layers.
+
+    Args:
+        rows: of `comparison.Comparison.rows`, the whole model first.
+        agreed: of its ``agreement``.
+        tasks: of its ``tasks``.
+    """
+    dense, counts = rows[0], sorted({r.n for r in rows[1:]})
+    lines = [f"whole model: perplexity {dense.perplexity:.3f}, {dense.parameters / 1e6:.1f} M", ""]
+    head = f"{'layers removed':<28}" + "".join(f"{n:>22}" for n in counts)
+    for healing in dict.fromkeys(r.healing for r in rows[1:]):
+        lines += [head, f"{healing}: perplexity (standard error)"]
+        part = [r for r in rows[1:] if r.healing == healing]
+        lines += _by_method(part, counts, _perplexity)
+        if any(r.gain is not None for r in part):
+            lines.append(f"{healing}: loss in nats a token, less raw (standard error)")
+            lines += _by_method(part, counts, _gain)
+        lines.append("")
+    sizes = {r.n: r for r in rows[1:]}
+    for name, cell in (
+        ("parameters, M", lambda r: f"{r.parameters / 1e6:.1f}"),
+        ("weights, MB", lambda r: f"{r.megabytes:.0f}"),
+        ("speed / whole model's", lambda r: f"{r.tokens_per_second / dense.tokens_per_second:.2f}"),
+    ):
+        lines.append(f"{name:<28}" + "".join(f"{cell(sizes[n]):>22}" for n in counts))
+    for found in agreed:
+        shares = "; ".join(f"{pair} {share:.0%}" for pair, share in found["overlap"].items())
+        lines.append(f"{found['n']} layers in common: {shares}")
+    if agreed:
+        value = agreed[0]["rank_correlation_of_bi_with_loss"]
+        lines.append(
+            f"rank correlation of Block Influence with the loss without a layer {value:.3f}"
+        )
+    for layers, values in tasks.items():
+        lines.append(f"without {layers}: " + ", ".join(f"{k} {v:.4g}" for k, v in values.items()))
+    return "\n".join(lines)
+
+
+def _by_method(
+    rows: Sequence[Row], counts: Sequence[int], cell: Callable[[Sequence[Row]], str]
+) -> list[str]:
+    lines = []
+    for method in dict.fromkeys(r.method for r in rows):
+        cells = ""
+        for n in counts:
+            found = [r for r in rows if (r.method, r.n) == (method, n)]
+            cells += f"{cell(found) if found else '-':>22}"
+        lines.append(f"  {method:<26}{cells}")
+    return lines
+
+
+def _perplexity(found: Sequence[Row]) -> str:
+    """One model's perplexity with its error, or the range of several."""
+    values = [r.perplexity for r in found]
+    if len(values) > 1:
+        return f"{_short(min(values))} to {_short(max(values))}"
+    return f"{_short(values[0])} ({_short(values[0] * found[0].standard_error)})"
+
+
+def _short(value: float) -> str:
+    """Two decimals where that is short, else three digits."""
+    return f"{value:.2f}" if value < 10_000 else f"{value:.2e}"
+
+
+def _gain(found: Sequence[Row]) -> str:
+    """What healing one model brought with its error, or the range of several."""
+    values = [r.gain for r in found if r.gain is not None]
+    if len(values) > 1:
+        return f"{min(values):+.2f} to {max(values):+.2f}"
+    return f"{values[0]:+.3f} ({found[0].gain_error:.3f})"

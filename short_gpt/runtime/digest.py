@@ -1,0 +1,18 @@
+"""Digests by which weights, windows and settings are told from others."""
+
+from __future__ import annotations
+
+import hashlib
+
+from torch import nn
+
+
+def weights_digest(model: nn.Module, samples: int = 64) -> str:
+    """A digest of names, shapes, dtypes and a sample of the values of all parameters."""
+    digest = hashlib.sha256()
+    for name, weight in model.named_parameters():
+        flat = weight.detach().flatten()
+        few = flat[:: max(1, len(flat) // samples)][:samples].float().cpu()
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+        digest.update(few.numpy().tobytes())
+    return digest.hexdigest()[:16]

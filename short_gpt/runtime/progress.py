@@ -1,0 +1,32 @@
+"""The progress bar of every long run: items done, rate, time left."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from llama.parallel import several_ranks
+
+
+def bar(desc: str, *, total: int | None, unit: str, show: bool = True) -> Any:
+    """A tqdm bar on stderr, for use in a ``with`` block; a silent one unless ``show``.
+
+    It appears after a second, so that short work stays quiet. Of several ranks only the first
+    shows one.
+    """
+    from tqdm import tqdm
+
+    return tqdm(total=total, desc=desc, unit=unit, delay=1.0, disable=not (show and first_rank()))
+
+
+def first_rank() -> bool:
+    """Whether this process speaks for all: rank 0 under torchrun, or the only one."""
+
+    return not several_ranks() or os.environ["RANK"] == "0"
+
+
+def set_rate(bar: Any, tokens: int) -> None:
+    """Shows the tokens per second since the bar began."""
+    if not bar.disable:
+        rate = tokens / max(bar.format_dict["elapsed"], 1e-9)
+        bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)

@@ -1,0 +1,92 @@
+"""Results on disk: what was computed, from what, with which versions."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from llama.checkpoint.meta import read_json
+from llama.io.files import check_writable, write_json
+
+PACKAGES = ("short-gpt", "torch", "fairscale", "datasets", "transformers", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that numbers depend on, where installed."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """The system, processor, cores, threads and CUDA device that numbers were computed with."""
+    import torch
+
+    found: dict[str, Any] = {"system": f"{platform.system()} {platform.machine()}"}
+    found |= {"processor": processor(), "cores": os.cpu_count()}
+    found["torch_threads"] = torch.get_num_threads()
+    if torch.cuda.is_available():
+        found["cuda"] = torch.cuda.get_device_name()
+    return found
+
+
+def processor() -> str:
+    """The processor's name, where the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def write_record(
+    path: str | os.PathLike[str], content: Mapping[str, Any], *, overwrite: bool = False
+) -> Path:
+    """Writes ``content``, `versions` and `machine` as a JSON file, whole or not at all.
+
+    Raises:
+        FileExistsError: the file exists and ``overwrite`` is not set.
+    """
+
+    target = Path(str(path))
+    refuse_existing(target, overwrite=overwrite)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    try:
+        write_json(partial, {**content, "versions": versions(), "machine": machine()})
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+    return target
+
+
+def read_record(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What `write_record` wrote.
+
+    Raises:
+        FileNotFoundError, ShortGPTError: no such file, or not a JSON object.
+    """
+
+    source = Path(str(path))
+    if not source.is_file():
+        raise FileNotFoundError(f"{source} does not exist")
+    return read_json(source)
+
+
+def refuse_existing(path: Path, *, overwrite: bool) -> None:
+    """Raises FileExistsError or PermissionError; for a check before long work."""
+
+    if path.is_dir():
+        raise FileExistsError(f"{path} is a directory; choose another name")
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path} exists; choose another name or pass --overwrite")
+    check_writable(path)

@@ -1,0 +1,74 @@
+"""The state of a long run on disk, so that it can be interrupted and continued."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.results import read_record, write_record
+
+
+class StateFile:
+    """A JSON file that a long run is saved in, with what the run depends on.
+
+    Args:
+        path: written whole, replaced by the next save.
+        identity: what the run depends on, by the names that an error shows: model, data, seed...
+        every: seconds between two saves.
+
+    Attributes:
+        content: what the file held; None if there is none.
+
+    Raises:
+        ShortGPTError: the file holds the state of another run; the message names what differs.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], identity: Mapping[str, Any], *, every: float = 120.0
+    ) -> None:
+        self.path = Path(str(path))
+        self.every = every
+        self._identity = dict(identity)
+        self._saved = time.monotonic()
+        self.content = self._load()
+
+    def _load(self) -> dict[str, Any] | None:
+        if not self.path.exists():
+            return None
+        found = read_record(self.path)
+        theirs = found.get("run")
+        if not isinstance(theirs, dict):
+            raise ShortGPTError(f"{self.path} is no state of a run; choose another name")
+        for name in (*self._identity, *(theirs.keys() - self._identity.keys())):
+            value = self._identity.get(name)
+            if theirs.get(name) != value:
+                raise ShortGPTError(
+                    f"{self.path} is the state of a run with another {name}: "
+                    f"{theirs.get(name)!r}, now {value!r}; delete it or name another state"
+                )
+        return found
+
+    def part(self, name: str) -> StateFile:
+        """The state, in a file of its own, of a run inside this one."""
+        path = self.path.with_name(f"{self.path.name}.{name}")
+        return StateFile(path, {**self._identity, "part": name}, every=self.every)
+
+    def due(self) -> bool:
+        """Whether it is time to save."""
+        return time.monotonic() - self._saved >= self.every
+
+    def save(self, content: Mapping[str, Any]) -> None:
+        """Replaces the file."""
+        write_record(self.path, {"run": self._identity, **content}, overwrite=True)
+        self._saved = time.monotonic()
+
+    def clear(self) -> None:
+        """Deletes the file, once the result is safe, and what a killed save may have left."""
+        for path in (self.path, *self.path.parent.glob(f".{self.path.name}.partial-*")):
+            with suppress(FileNotFoundError):
+                path.unlink()

@@ -1,0 +1,285 @@
+"""Scores of all layers as sums over windows, and the loop that fills them in one pass.
+
+Shapes: B windows, L layers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from short_gpt.models.decoder import Decoder
+from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.progress import bar, set_rate
+from short_gpt.scoring.hooks import Scores, score
+from short_gpt.scoring.metrics import spearman
+from short_gpt.scoring.order import best_block, lowest
+
+
+@dataclass
+class Importance:
+    """Block Influence, angular distances and further scores of a model's layers.
+
+    Plain data that knows no model: two of them add up (`+`), and `to_dict` / `from_dict` keep
+    every digit. Sums are float64, on the CPU. A window is one sequence that the model read.
+
+    The windows fall alternately into two halves, whose agreement tells how settled the ranking
+    is. Standard errors take the windows as independent samples: windows that overlap (a stride
+    below the size) are not, and make both look better than they are.
+
+    Attributes:
+        layers: the layers' numbers in the original model, ascending.
+        windows: windows in each half, (2,).
+        tokens: tokens in each half, (2,).
+        influence: sums over tokens of 1 - cos, (2, L).
+        products: sums over windows of the outer product with itself of the vector of a window's
+            L sums and its token count, (L + 1, L + 1).
+        angles: sums over windows of angular distances, (L + 1, L + 1).
+        angle_products: sums over windows of the products of the distances of blocks of n layers
+            that start at l and at m: entry [n - 1, l, m], (L, L, L); zero where there is no block.
+        magnitude, norm, halves, token_angles: the sums of `watch.Scores` over all windows, (L,),
+            (L,), (2, L), (L + 1, L + 1); NaN where a window was not scored so.
+    """
+
+    layers: list[int]
+    windows: Tensor
+    tokens: Tensor
+    influence: Tensor
+    products: Tensor
+    angles: Tensor
+    angle_products: Tensor
+    magnitude: Tensor
+    norm: Tensor
+    halves: Tensor
+    token_angles: Tensor
+
+    @classmethod
+    def empty(cls, layers: Sequence[int]) -> Importance:
+        """Zero sums for these layers."""
+        n = len(layers)
+        square = (n + 1, n + 1)
+        shapes = ((2,), (2,), (2, n), square, square, (n, n, n), (n,), (n,), (2, n), square)
+        return cls(list(layers), *(torch.zeros(s, dtype=torch.float64) for s in shapes))
+
+    def add(self, scores: Scores) -> None:
+        """Adds the scores of single windows: all of them or, if interrupted, none."""
+        found = {f.name: getattr(scores, f.name).cpu().double() for f in fields(scores)}
+        tokens, influence, angles = (found[n] for n in ("tokens", "influence", "angles"))
+        half = (torch.arange(len(tokens)) + self.n_windows) % 2
+        sums = torch.cat((influence, tokens[:, None]), dim=1)
+        changed = {
+            "windows": self.windows + torch.bincount(half, minlength=2),
+            "tokens": self.tokens.index_add(0, half, tokens),
+            "influence": self.influence.index_add(0, half, influence),
+            "products": self.products + sums.T @ sums,
+            "angles": self.angles + angles.sum(0),
+            "angle_products": self.angle_products + _angle_products(angles),
+        }
+        for name in ("magnitude", "norm", "halves", "token_angles"):
+            changed[name] = getattr(self, name) + found[name].sum(0)
+        vars(self).update(changed)
+
+    def __add__(self, other: Importance) -> Importance:
+        if self.layers != other.layers:
+            raise ShortGPTError(f"scores of layers {self.layers} and {other.layers} do not add up")
+        sums = (getattr(self, f.name) + getattr(other, f.name) for f in fields(self)[1:])
+        return Importance(self.layers, *sums)
+
+    @property
+    def n_windows(self) -> int:
+        return int(self.windows.sum())
+
+    @property
+    def n_tokens(self) -> int:
+        return int(self.tokens.sum())
+
+    @property
+    def block_influence(self) -> Tensor:
+        """Mean over tokens of 1 - cos(state in front, state behind): (L,) in [0, 2]; Eq. 1."""
+        return self.influence.sum(0) / self.tokens.sum()
+
+    @property
+    def covariance(self) -> Tensor:
+        """Covariance of the entries of `block_influence` over samples of windows, (L, L).
+
+        The estimate for a ratio of means with windows as sampling units, (n / (n-1)) sum r r^T /
+        T^2 with r = a window's sums - its tokens x the mean. NaN for fewer than two windows.
+        """
+        n = self.n_windows
+        if n < 2:
+            return torch.full((len(self.layers),) * 2, math.nan, dtype=torch.float64)
+        eye = torch.eye(len(self.layers), dtype=torch.float64)
+        residual = torch.cat((eye, -self.block_influence[:, None]), dim=1)
+        return residual @ self.products @ residual.T * (n / (n - 1) / self.tokens.sum() ** 2)
+
+    @property
+    def standard_error(self) -> Tensor:
+        """Standard error of every entry of `block_influence`, (L,)."""
+        return self.covariance.diagonal().clamp(min=0).sqrt()
+
+    @property
+    def agreement(self) -> float:
+        """Spearman's rank correlation of `block_influence` between the two halves."""
+        if self.windows.min() == 0:
+            return math.nan
+        first, second = self.influence / self.tokens[:, None]
+        return spearman(first, second)
+
+    @property
+    def angular(self) -> Tensor:
+        """Mean angular distances, (L + 1, L + 1), symmetric, in [0, 1].
+
+        Entry [l, l + n] compares the last token's state in front of layer l with that in front
+        of layer l + n, as `selection.best_block` reads it (Gromov et al., Eq. 6).
+        """
+        return self.angles / self.windows.sum()
+
+    @property
+    def angular_all_tokens(self) -> Tensor:
+        """Like `angular`, as the mean over all tokens; NaN unless they were scored."""
+        return self.token_angles / self.tokens.sum()
+
+    def angular_covariance(self, n: int) -> Tensor:
+        """Covariance, over samples of windows, of the mean distances of all blocks of n layers.
+
+        Returns:
+            (L - n + 1, L - n + 1), by the blocks' starts; NaN for fewer than two windows.
+        """
+        count, starts = self.n_windows, len(self.layers) - n + 1
+        if count < 2:
+            return torch.full((starts, starts), math.nan, dtype=torch.float64)
+        mean = self.angular.diagonal(n)
+        second = self.angle_products[n - 1, :starts, :starts] / count
+        return (second - torch.outer(mean, mean)) / (count - 1)
+
+    @property
+    def relative_magnitude(self) -> Tensor:
+        """Mean over tokens of ||f(x)|| / ||x + f(x)||, (L,) (Samragh et al. 2023)."""
+        return self.magnitude / self.tokens.sum()
+
+    @property
+    def mean_norm(self) -> Tensor:
+        """Mean over tokens of the norm of the state behind each layer, (L,)."""
+        return self.norm / self.tokens.sum()
+
+    @property
+    def sublayer_influence(self) -> Tensor:
+        """Block Influence of each layer's attention and MLP, (2, L); NaN where not scored."""
+        return self.halves / self.tokens.sum()
+
+    def least_important(self, n: int, *, angular: bool = False) -> list[int]:
+        """The n layers to remove: those of `selection.lowest`, or of `selection.best_block`.
+
+        Args:
+            n: 1 to L - 1.
+            angular: the best block of consecutive layers instead of the lowest Block Influence.
+
+        Returns:
+            Original layer numbers: least important first, or a block in ascending order.
+
+        Raises:
+            ShortGPTError: n is out of range.
+        """
+        places = best_block(self.angular, n) if angular else lowest(self.block_influence, n)
+        return [self.layers[i] for i in places]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The sums as lists, ready for JSON: None stands for NaN."""
+        sums = {f.name: _lists(getattr(self, f.name).tolist()) for f in fields(self)[1:]}
+        return {"layers": self.layers, **sums}
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Importance:
+        """What `to_dict` wrote.
+
+        Raises:
+            ShortGPTError: a field is missing or has the wrong shape.
+        """
+        try:
+            empty = cls.empty(content["layers"])
+            sums = [_tensor(content[f.name]) for f in fields(cls)[1:]]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ShortGPTError(f"these are not saved scores: {error!r}") from None
+        for f, loaded in zip(fields(cls)[1:], sums, strict=True):
+            expected = getattr(empty, f.name).shape
+            if loaded.shape != expected:
+                raise ShortGPTError(f"{f.name} is {list(loaded.shape)}, expected {list(expected)}")
+        return cls(empty.layers, *sums)
+
+
+def _angle_products(angles: Tensor) -> Tensor:
+    """What windows' distances (B, L + 1, L + 1) add to ``Importance.angle_products``."""
+    L = angles.shape[1] - 1
+    products = torch.zeros(L, L, L, dtype=torch.float64)
+    for n in range(1, L + 1):
+        blocks = angles.diagonal(n, dim1=1, dim2=2)  # (B, L - n + 1)
+        products[n - 1, : L - n + 1, : L - n + 1] = blocks.T @ blocks
+    return products
+
+
+def _lists(values: Any) -> Any:
+    if isinstance(values, list):
+        return [_lists(v) for v in values]
+    return None if math.isnan(values) else values
+
+
+def _tensor(lists: Any) -> Tensor:
+    def numbers(value: Any) -> Any:
+        if isinstance(value, list):
+            return [numbers(v) for v in value]
+        return math.nan if value is None else value
+
+    return torch.tensor(numbers(lists), dtype=torch.float64)
+
+
+def measure(
+    decoder: Decoder,
+    batches: Iterable[Sequence[Sequence[int]]],
+    *,
+    into: Importance | None = None,
+    total: int | None = None,
+    progress: bool = False,
+    sublayers: bool = False,
+    all_tokens: bool = False,
+    after: Callable[[Importance], bool] = lambda _: False,
+) -> Importance:
+    """Reads batches of windows and scores every layer: one pass, both papers' measures.
+
+    Args:
+        decoder: the model.
+        batches: lists of windows of token ids; windows may differ in length.
+        into: sums to add to, which also name the layers; None starts new ones from layer 0.
+        total: number of windows to come, for the progress bar.
+        progress: whether to show one.
+        sublayers, all_tokens: further scores from the same pass, see `watch.score`.
+        after: called with the sums after every batch; True ends the run.
+
+    Returns:
+        ``into``. A batch counts whole or not at all: after an error or an interruption, the
+        batches before it are in the sums.
+
+    Raises:
+        ShortGPTError: there is no window, or one is empty, too long or not in the vocabulary.
+        NotFiniteError: a state is NaN or infinite; the message names the layer.
+    """
+    into = Importance.empty(range(len(decoder.layers))) if into is None else into
+    extras = {"sublayers": sublayers, "all_tokens": all_tokens}
+    before, steps = into.n_tokens, 0
+    read = getattr(decoder, "score", None) or partial(score, decoder)  # a streamed one has its own
+    with bar("scoring", total=total, unit="window", show=progress) as shown:
+        for steps, batch in enumerate(batches, 1):  # noqa: B007
+            if batch:  # of several replicas, one may have nothing left
+                into.add(read(batch, layers=into.layers, **extras))
+            set_rate(shown, into.n_tokens - before)
+            shown.update(len(batch))
+            if after(into):
+                break
+    if not steps and not into.n_windows:
+        raise ShortGPTError("expected at least one window of tokens, got none")
+    return into

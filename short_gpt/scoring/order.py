@@ -1,0 +1,99 @@
+"""From scores to layer numbers. Numbers in, numbers out; no model."""
+
+from __future__ import annotations
+
+import random
+
+from torch import Tensor
+
+from short_gpt.runtime.errors import ShortGPTError
+
+
+def lowest(scores: Tensor, n: int) -> list[int]:
+    """The n layers with the lowest scores, lowest first (ShortGPT, section 3.2).
+
+    Args:
+        scores: (L,), one score a layer; ties go to the lower number.
+        n: 1 to L - 1.
+
+    Returns:
+        n layer numbers.
+
+    Raises:
+        ShortGPTError: n is out of range or a score is not finite.
+
+    Example:
+        >>> import torch
+        >>> lowest(torch.tensor([0.9, 0.1, 0.3, 0.1]), 2)
+        [1, 3]
+    """
+    _check(n, len(scores))
+    return _finite(scores).argsort(stable=True)[:n].tolist()
+
+
+def best_block(angular: Tensor, n: int) -> list[int]:
+    """The n consecutive layers whose ends are nearest (Gromov et al., Eq. 7).
+
+    Args:
+        angular: (L+1, L+1); entry [l, l+n] is the mean angular distance between the states in
+            front of layer l and in front of layer l+n. Entries below the diagonal are not read.
+        n: 1 to L - 1.
+
+    Returns:
+        The layers l .. l+n-1 of the l in 0..L-n with the least distance; ties go to the lower l.
+
+    Raises:
+        ShortGPTError: n is out of range, or a distance that is compared is not finite.
+    """
+    _check(n, len(angular) - 1)
+    distances = _finite(angular.diagonal(n))
+    start = int(distances.argsort(stable=True)[0])
+    return list(range(start, start + n))
+
+
+def deepest(n_layers: int, n: int) -> list[int]:
+    """The n layers in front of the last one, ascending (the simple heuristic of Gromov et al.).
+
+    Section 4.4 prints "(L-n) to (L-1)", which leaves the last layer out only if counted from 1.
+
+    Args:
+        n_layers: L.
+        n: 1 to L - 1.
+
+    Example:
+        >>> deepest(32, 8)
+        [23, 24, 25, 26, 27, 28, 29, 30]
+    """
+    _check(n, n_layers)
+    return list(range(n_layers - 1 - n, n_layers - 1))
+
+
+def sequential(n_layers: int, n: int) -> list[int]:
+    """The first n layers (a baseline of ShortGPT, Table 10); arguments as in `deepest`."""
+    _check(n, n_layers)
+    return list(range(n))
+
+
+def reverse(n_layers: int, n: int) -> list[int]:
+    """The last n layers, last first (a baseline of ShortGPT, Table 10)."""
+    _check(n, n_layers)
+    return list(range(n_layers - 1, n_layers - 1 - n, -1))
+
+
+def at_random(n_layers: int, n: int, seed: int = 0) -> list[int]:
+    """n different layers, drawn with Python's ``random.Random(seed)``."""
+    _check(n, n_layers)
+    return random.Random(seed).sample(range(n_layers), n)
+
+
+def _check(n: int, n_layers: int) -> None:
+    if not isinstance(n, int) or isinstance(n, bool) or not 1 <= n < n_layers:
+        raise ShortGPTError(
+            f"n = {n!r} layers to remove of {n_layers}: expected 1 to {n_layers - 1}"
+        )
+
+
+def _finite(scores: Tensor) -> Tensor:
+    if not scores.isfinite().all():
+        raise ShortGPTError(f"scores must be finite to be compared, got {scores.tolist()}")
+    return scores

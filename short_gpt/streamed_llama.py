@@ -1,0 +1,213 @@
+"""ShortGPT for a Llama larger than the memory: scored straight from its checkpoint directory.
+
+Shapes: B windows of a batch, L layers.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from llama.checkpoint.meta import prune
+from llama.parallel import several_ranks
+from llama.tokenizer import Tokenizer, find_tokenizer
+from short_gpt.data.windows import batches, count_of
+from short_gpt.evaluation.perplexity import Perplexity
+from short_gpt.runtime.errors import MissingPackageError, NotFiniteError, ShortGPTError
+from short_gpt.runtime.progress import bar
+from short_gpt.scored_model import ScoredModel
+from short_gpt.scoring.hooks import Scores
+from short_gpt.scoring.stopping import Verdict
+from short_gpt.streaming.decoder import StreamedDecoder, open_stream
+from short_gpt.streaming.memory import Plan
+from short_gpt.streaming.weights import HFSource, digest
+
+
+def _hf_tokenizer(directory: Path) -> Any:
+    try:
+        from transformers import AutoTokenizer
+    except ImportError:
+        raise MissingPackageError(
+            'Hugging Face directories need: pip install "short-gpt[hf]"; or pass tokenizer_path'
+        ) from None
+    return AutoTokenizer.from_pretrained(directory)
+
+
+class StreamedLlama(ScoredModel):
+    """A Llama of whose checkpoint one layer at a time is in memory.
+
+    It does what every `ScoredModel` does. It does not generate, and is not searched by its loss,
+    which would read all of the checkpoint for every token or candidate.
+
+    Scores and perplexities are those of the model in memory. Layers can be removed, which only
+    skips them, and `save` writes a checkpoint in Meta's format without them.
+
+    Args:
+        ckpt_dir: as for `open_stream`.
+        n_prune_layers: how many layers `remove_layers` takes out; may be set later.
+        tokenizer_path: tokenizer file; None looks beside the checkpoint, and reads texts by
+            transformers where that is the checkpoint's format.
+        max_seq_len, device, dtype: as for `open_stream`.
+        batch_size: of the runs to come; checked here against ``max_memory``.
+        max_memory: of this process in the machine's memory, in bytes or like "3GB"; None takes
+            half of what is free. It decides how many windows go through the layers together.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ShortGPTError: a file is damaged, the model is not a Llama, the tokenizer is another
+            model's, ``max_memory`` is too little, or this is one of several ranks.
+    """
+
+    def __init__(
+        self,
+        ckpt_dir: str | os.PathLike[str],
+        n_prune_layers: int | None = None,
+        *,
+        tokenizer_path: str | os.PathLike[str] | None = None,
+        max_seq_len: int = 2048,
+        batch_size: int = 1,
+        device: str | None = None,
+        dtype: str | None = None,
+        max_memory: str | int | None = None,
+    ) -> None:
+        if several_ranks():
+            raise ShortGPTError(
+                "a streamed model runs on one rank; start it alone, not by torchrun"
+            )
+        self.stream = open_stream(ckpt_dir, max_seq_len=max_seq_len, device=device, dtype=dtype)
+        directory, self.max_memory = self.stream.source.directory, max_memory
+        path = Path(str(tokenizer_path)) if tokenizer_path else find_tokenizer(directory)
+        tokenizer = Tokenizer(path)
+        padded = isinstance(self.stream.source, HFSource)  # the embedding may have rows to spare
+        most = self.stream.vocab_size
+        if tokenizer.n_words > most or (tokenizer.n_words < most and not padded):
+            raise ShortGPTError(
+                f"the tokenizer {path} has {tokenizer.n_words} words, the checkpoint {directory} "
+                f"{most}; they do not belong together"
+            )
+        theirs = padded and tokenizer_path is None
+        self._hf_tokenizer = _hf_tokenizer(directory) if theirs else None
+        self.plan(batch_size)
+        self._streamed = StreamedDecoder(self.stream)
+        super().__init__(self._streamed, n_prune_layers)
+        self.tokenizer, self.tokenizer_path = tokenizer, path
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, as in memory: by transformers where the checkpoint is its format."""
+        if self._hf_tokenizer is None:
+            return self.tokenizer.encode(text, bos=self.tokenizer.add_bos, eos=False)
+        return self._hf_tokenizer(text, verbose=False)["input_ids"]
+
+    def plan(self, batch_size: int = 1) -> Plan:
+        """The memory that a run will take, and the windows of a round.
+
+        Raises:
+            ShortGPTError: ``max_memory`` is too little; the message says the least.
+        """
+        return self.stream.plan(batch_size=batch_size, max_memory=self.max_memory)
+
+    def measure(
+        self,
+        windows: Iterable[Sequence[int]],
+        *,
+        batch_size: int = 1,
+        progress: bool = True,
+        **options: Any,
+    ) -> Verdict | None:
+        """Scores windows as `ShortModel.measure` does, in rounds.
+
+        Args:
+            windows, options: as there; angles at all tokens are not possible here. Whether the
+                answer is settled is looked at, and the state saved, after a round.
+            batch_size: windows of a round that pass a layer together.
+            progress: whether to show bars.
+
+        Raises:
+            ShortGPTError: a window does not fit the model, or a batch not into ``max_memory``.
+            NotFiniteError: a weight or a state is NaN or infinite; nothing of that round
+                counts, the rounds before it do.
+        """
+        self._streamed.batch_size, self._streamed.progress = batch_size, progress
+        size = self.plan(batch_size).windows
+        return super().measure(windows, batch_size=size, progress=progress, **options)
+
+    def perplexity(
+        self,
+        windows: Iterable[Sequence[int]],
+        *,
+        batch_size: int = 1,
+        total: int | None = None,
+        progress: bool = True,
+    ) -> Perplexity:
+        """Perplexity of the model as it is now; arguments and errors as in `measure`."""
+        nats, predicted, count = 0.0, 0, 0
+        for part in self._rounds("perplexity", windows, batch_size, total, progress):
+            losses = self._streamed.losses(part)
+            nats += float(losses.double().sum())
+            predicted += len(losses)
+            count += len(part)
+            if not math.isfinite(nats):
+                raise NotFiniteError(
+                    "the model gave a NaN or infinite loss; check the weights, or another dtype"
+                )
+        if not predicted:
+            raise ShortGPTError("expected windows of at least 2 tokens; nothing was predicted")
+        found = Perplexity(nats, predicted, count)
+        if len(self.present) == len(self.decoder.layers):
+            self.quality[tuple(self.present)] = found
+        return found
+
+    def score(
+        self, windows: Sequence[Sequence[int]], *, sublayers: bool = False, all_tokens: bool = False
+    ) -> Scores:
+        return self._streamed.score(
+            windows, layers=self.kept, sublayers=sublayers, all_tokens=all_tokens
+        )
+
+    def plan_text(self, batch_size: int = 1) -> str:
+        return self.plan(batch_size).describe()
+
+    def save(
+        self,
+        out_dir: str | os.PathLike[str],
+        *,
+        facts: Mapping[str, object] | None = None,
+        overwrite: bool = False,
+    ) -> Path:
+        """Writes the checkpoint without the removed layers; arguments as in `ScoredModel.save`."""
+        if not self.removed:
+            raise RuntimeError("nothing was removed yet; call remove_layers first")
+        return prune(
+            self.stream.source.directory,
+            out_dir,
+            self.removed,
+            tokenizer_path=self.tokenizer_path,
+            provenance=facts,
+            overwrite=overwrite,
+        )
+
+    def weights_digest(self) -> str:
+        """A digest of the checkpoint's files, by which another one is told."""
+        return digest(self.stream.source.files)
+
+    def _rounds(
+        self,
+        name: str,
+        windows: Iterable[Sequence[int]],
+        batch_size: int,
+        total: int | None,
+        progress: bool,
+    ) -> Iterator[list[Sequence[int]]]:
+        """The windows of each round."""
+        self._streamed.batch_size, self._streamed.progress = batch_size, progress
+        total = count_of(windows) if total is None else total
+        with bar(name, total=total, unit="window", show=progress) as shown:
+            for part in batches(windows, self.plan(batch_size).windows):
+                yield part
+                shown.update(len(part))
+
+    def _check_weights(self) -> None:
+        """Weights are checked as they are read."""

@@ -1,0 +1,175 @@
+"""What running a model one layer at a time takes in memory, before anything is read.
+
+Shapes: B windows of a batch, S tokens, D width, L layers, V vocabulary, F feed-forward width.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from llama.args import ModelArgs
+from llama.checkpoint.sharding import full_shapes
+from short_gpt.runtime.errors import ShortGPTError
+
+BLOCK_BYTES = 32 * 2**20  # rows of the embedding or the output head that are read at once
+# Windows of a round, at most: by then reading a layer takes less time than running it, and a rule
+# to stop can look again.
+MOST_WINDOWS, MOST_ON_DEVICE = 32, 256
+UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Memory of a run, in bytes.
+
+    Attributes:
+        host: what the machine's memory holds whatever the number of windows, by what it is for.
+        device: the same of an accelerator; empty on the CPU.
+        window: of the states of one window, in the machine's memory.
+        windows: windows of a round, all of which pass a layer before the next one is read.
+    """
+
+    host: Mapping[str, int]
+    device: Mapping[str, int]
+    window: int
+    windows: int
+
+    @property
+    def total(self) -> int:
+        """The most that the process holds in the machine's memory."""
+        return sum(self.host.values()) + self.window * self.windows
+
+    def describe(self) -> str:
+        """One line for the user."""
+        parts = {**self.host, f"states of {self.windows} windows": self.windows * self.window}
+        line = f"one layer at a time, {self.windows} windows a round: {shown(self.total)} = "
+        line += " + ".join(f"{shown(size)} {name}" for name, size in parts.items() if size)
+        if self.device:
+            line += f"; on the device {shown(sum(self.device.values()))}"
+        return line
+
+
+def plan(
+    args: ModelArgs,
+    *,
+    dtype: torch.dtype,
+    stored: torch.dtype,
+    batch_size: int = 1,
+    max_memory: str | int | None = None,
+    on_host: bool = True,
+    process: int | None = None,
+) -> Plan:
+    """Plans a run.
+
+    Args:
+        args: the model's shape; ``max_seq_len`` is the longest window, in tokens.
+        dtype: of the computation.
+        stored: of the weights in the files.
+        batch_size: windows that pass a layer together.
+        max_memory: of the process in the machine's memory, in bytes or like "3GB"; None takes
+            half of what is free.
+        on_host: whether the CPU computes.
+        process: bytes that the process holds already; None looks.
+
+    Raises:
+        ShortGPTError: ``max_memory`` is too little; the message says the least.
+    """
+    shapes = full_shapes(args)
+    layer = sum(math.prod(s) for n, s in shapes.items() if n.startswith("layers.0."))
+    largest = args.dim * max(args.ffn_dim, 2 * args.dim)  # wq is twice there while it is permuted
+    working = _working(args, batch_size, dtype, stored)
+    host = {
+        "the process itself": resident() if process is None else process,
+        "next layer as stored": (layer + largest) * stored.itemsize,
+    }
+    ours = {"layer": layer * dtype.itemsize, "working memory": working}
+    if on_host:
+        host |= ours
+    else:
+        host["working memory"] = 2 * BLOCK_BYTES
+        ours["layer"] += largest * stored.itemsize
+    window = args.max_seq_len * (args.dim * dtype.itemsize + 16)
+    window += (args.n_layers + 1) * (4 * args.dim + 16 * (args.n_layers + 1) + 64)
+    room = _room(max_memory) - sum(host.values())
+    if max_memory is not None and room < batch_size * window:
+        least = sum(host.values()) + batch_size * window
+        raise ShortGPTError(
+            f"max_memory {max_memory} is too little: one layer at a time, this model needs at "
+            f"least {shown(least, up=True)} ("
+            + ", ".join(f"{shown(size)} {name}" for name, size in host.items())
+            + f", {shown(batch_size * window)} states of a batch)"
+        )
+    most = MOST_WINDOWS if on_host else MOST_ON_DEVICE
+    batches = max(min(room // window, most) // batch_size, 1)
+    # a power of two: another run's rounds, after a little more or less memory, begin where these do
+    rounded = 1 << (batches.bit_length() - 1)
+    return Plan(host, {} if on_host else ours, window, rounded * batch_size)
+
+
+def _working(args: ModelArgs, batch_size: int, dtype: torch.dtype, stored: torch.dtype) -> int:
+    """The most that a batch needs beside its states: in a layer, in the head, or at the end."""
+    tokens, wide = batch_size * args.max_seq_len, max(dtype.itemsize, 4)
+    inside = tokens * (3 * args.ffn_dim * dtype.itemsize + 8 * args.dim * wide)
+    rows = block_rows(args, stored)
+    head = 2 * rows * args.dim * (stored.itemsize + dtype.itemsize) + tokens * rows * 4 * wide
+    end = 3 * 8 * batch_size * (args.n_layers + 1) * args.dim
+    return max(inside, head, end)
+
+
+def block_rows(args: ModelArgs, stored: torch.dtype) -> int:
+    """Rows of the embedding or the head that are read at once."""
+    return min(max(BLOCK_BYTES // (args.dim * stored.itemsize), 1), args.vocab_size)
+
+
+def _room(max_memory: str | int | None) -> int:
+    return free_memory() // 2 if max_memory is None else bytes_of(max_memory)
+
+
+def bytes_of(text: str | int) -> int:
+    """A number of bytes, or a text like "3GB", "2.5 GiB" or "800MB".
+
+    Raises:
+        ShortGPTError: anything else.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", str(text).strip().lower())
+    if match is None or match[2] not in UNITS or isinstance(text, bool):
+        raise ShortGPTError(f"expected a size such as 3GB, 800MB or 2.5GiB, got {text!r}")
+    return int(float(match[1]) * UNITS[match[2]])
+
+
+def shown(size: int, *, up: bool = False) -> str:
+    """Bytes as a short text, to two digits or more; rounded up where asked."""
+    for name, unit in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if size >= unit:
+            digits = size / unit * (10 if size < 100 * unit else 1)
+            whole = math.ceil(digits) if up else round(digits)
+            return f"{whole / 10 if size < 100 * unit else whole:g} {name}"
+    return f"{size} B"
+
+
+def resident() -> int:
+    """Bytes of memory that this process holds; 0 where the system does not tell."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def free_memory() -> int:
+    """Bytes that the machine can still give."""
+    try:
+        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    except OSError:
+        found = None
+    if found is not None:
+        return int(found[1]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,0 +1,251 @@
+"""A Llama that runs straight from its checkpoint directory, one layer in memory at a time.
+
+Windows pass the layers in rounds: all windows of a round go through layer i, which is then
+dropped, while a thread reads layer i + 1.
+
+Shapes: B windows of a batch, S tokens, D width, L layers, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llama.checkpoint.sharding import EMBEDDING, OUTPUT
+from llama.model import RMSNorm, TransformerBlock, precompute_freqs_cis
+from llama.parallel import initialize
+from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
+from short_gpt.scoring.hooks import Watch
+from short_gpt.streaming.memory import Plan, block_rows, plan, resident
+from short_gpt.streaming.weights import LAYER_NAMES, HFSource, MetaSource
+
+
+class Batch:
+    """Windows on their way through the layers.
+
+    Args:
+        tokens: (B, S) int64.
+        mask: (B, S) bool, True for real tokens.
+        watched: whether the layers are scored.
+        sublayers: whether their attention and MLP are, too.
+
+    Attributes:
+        state: in front of the next layer, (B, S, D) in the machine's memory.
+        seen: what the layers so far did to the states, if watched.
+    """
+
+    def __init__(
+        self, tokens: Tensor, mask: Tensor, *, watched: bool = False, sublayers: bool = False
+    ) -> None:
+        self.tokens, self.mask = tokens.cpu(), mask.cpu()
+        self.sublayers = sublayers
+        self.seen = Watch(mask) if watched else None
+        self.state = torch.empty(0)
+
+    def embed(self, start: int, rows: Tensor) -> None:
+        """Fills in the tokens whose rows of the embedding these are."""
+        inside = (self.tokens >= start) & (self.tokens < start + len(rows))
+        self.state[inside] = rows[self.tokens[inside] - start].to(self.state.dtype)
+
+    def through(self, layer: nn.Module, freqs_cis: Tensor) -> Tensor:
+        """Runs the layer; returns the sum of all states behind it."""
+        pinned = self.state.is_pinned()
+        state = self.state.to(freqs_cis.device, non_blocking=pinned)
+        hooks = self.seen._middle.watch(layer) if self.seen and self.sublayers else []
+        try:
+            result = layer(state, None, freqs_cis[: state.shape[1]], None)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if self.seen is not None:
+            self.seen.after(layer, (state,), {}, result)
+        if state is self.state:
+            self.state = result
+        else:  # another device computes, and keeps nothing
+            self.state.copy_(result, non_blocking=pinned)
+            if self.seen is not None:
+                self.seen._state = None
+        return result.sum(dtype=torch.promote_types(result.dtype, torch.float32))
+
+
+class StreamedTransformer(nn.Module):
+    """What `llama.Transformer` is to the scoring core, with weights that come and go.
+
+    ``layers`` have no weights but while they run; hooks on them work as ever, and layers may be
+    taken out. `hidden` and calls read a batch on its own; `run` takes many through together.
+
+    Args:
+        source: the weights.
+        device: where layers run.
+        dtype: of weights and states there.
+    """
+
+    def __init__(
+        self, source: MetaSource | HFSource, *, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        initialize(1, device=device)
+        self.source, self.params, self.dtype = source, source.args, dtype
+        self.vocab_size, self.n_layers = self.params.vocab_size, self.params.n_layers
+        self.norm = RMSNorm(self.params.dim, eps=self.params.norm_eps).to(device, dtype)
+        self.norm.weight.data.copy_(source.read("norm.weight"))
+        self.layers = nn.ModuleList(
+            TransformerBlock(i, self.params).to("meta") for i in range(self.n_layers)
+        )
+        self._numbers = {layer: i for i, layer in enumerate(self.layers)}
+        self.freqs_cis = precompute_freqs_cis(self.params, self.params.max_seq_len).to(device)
+        stored = {source.infos[f"layers.0.{name}"].dtype for name in LAYER_NAMES}
+        self.stored = max(stored, key=lambda kind: kind.itemsize)
+        self._ready: dict[str, Tensor] = {}  # the weights of the layer that runs
+        self._next: dict[tuple[str, torch.dtype], Tensor] = {}  # of the one that is read
+
+    @property
+    def device(self) -> torch.device:
+        return self.freqs_cis.device
+
+    def plan(self, *, batch_size: int = 1, max_memory: str | int | None = None) -> Plan:
+        """Memory of a run from here; see `memory_plan.plan`."""
+        held = [*self._ready.values(), *self._next.values()]
+        process = resident() - sum(t.nbytes for t in held if t.device.type == "cpu")
+        return plan(
+            self.params,
+            dtype=self.dtype,
+            stored=self.stored,
+            batch_size=batch_size,
+            max_memory=max_memory,
+            on_host=self.device.type == "cpu",
+            process=max(process, 0),
+        )
+
+    @torch.no_grad()
+    def run(self, batches: Sequence[Batch], *, step: Callable[[Batch], object] = id) -> None:
+        """Embeds batches and takes all of them through every layer.
+
+        Args:
+            batches: keep their states.
+            step: called for every batch behind every layer.
+
+        Raises:
+            NotFiniteError: a weight or a state is NaN or infinite; the message names the layer.
+        """
+        self._embed(batches)
+        with closing(self._loaded()) as layers:
+            for layer in layers:
+                sums = []
+                for batch in batches:
+                    sums.append(batch.through(layer, self.freqs_cis))
+                    step(batch)
+                if not torch.stack(sums).isfinite().all():
+                    self._check_states(layer, batches)
+
+    def _embed(self, batches: Sequence[Batch]) -> None:
+        pin = self.device.type == "cuda"
+        for batch in batches:
+            shape = (*batch.tokens.shape, self.params.dim)
+            batch.state = torch.empty(shape, dtype=self.dtype, pin_memory=pin)
+        kind = self.source.infos[EMBEDDING].dtype
+        for start, rows in self.source.blocks(EMBEDDING, block_rows(self.params, kind)):
+            for batch in batches:
+                batch.embed(start, rows)
+
+    def _loaded(self) -> Generator[nn.Module, None, None]:
+        """The layers in order, each with its weights until the next is asked for."""
+        numbers = [self._numbers[layer] for layer in self.layers]
+        with ThreadPoolExecutor(1, thread_name_prefix="layer") as pool:
+            ahead: Future[dict[str, Tensor]] = pool.submit(self._read, numbers[0])
+            for layer, number, after in zip(
+                self.layers, numbers, [*numbers[1:], None], strict=True
+            ):
+                self._make_ready(number, ahead.result())
+                if after is not None:
+                    ahead = pool.submit(self._read, after)
+                layer.load_state_dict(self._ready, assign=True)
+                try:
+                    yield layer
+                finally:
+                    layer.to("meta")
+
+    def _read(self, number: int) -> dict[str, Tensor]:
+        """A layer's weights as stored, in memory that is used again for the next."""
+        found = {}
+        for name in LAYER_NAMES:
+            weight = self.source.read(f"layers.{number}.{name}")
+            place = self._next.get((name, weight.dtype))
+            if place is None:
+                place = torch.empty_like(weight, pin_memory=self.device.type == "cuda")
+                self._next[name, weight.dtype] = place
+            # numpy's copy is a single thread's: torch's would compete with the layer that runs
+            np.copyto(place.view(torch.uint8).numpy(), weight.view(torch.uint8).numpy())
+            found[name] = place
+            del weight  # and with it what it held or mapped, before the next is read
+        return found
+
+    def _make_ready(self, number: int, stored: dict[str, Tensor]) -> None:
+        """Converts and moves a layer's weights to where they run."""
+        for name, weight in stored.items():
+            if name not in self._ready:
+                self._ready[name] = torch.empty_like(weight, dtype=self.dtype, device=self.device)
+            ready = self._ready[name].copy_(weight.to(self.device))
+            # attention kernels may turn NaN weights into finite states that look harmless
+            total = ready.sum(dtype=torch.promote_types(self.dtype, torch.float32))
+            if not total.isfinite() and not ready.isfinite().all():
+                raise NotFiniteError(f"layer {number} has NaN or infinite weights in {name}")
+
+    def _check_states(self, layer: nn.Module, batches: Sequence[Batch]) -> None:
+        """Sums may pass the largest number, and padding does not count: looks again."""
+        for batch in batches:
+            if not batch.state[batch.mask].isfinite().all():
+                raise NotFiniteError(
+                    f"layer {self._numbers[layer]} gave a NaN or infinite state; nothing of this "
+                    "round was counted. Check the weights, or try another dtype"
+                )
+
+    @torch.no_grad()
+    def losses(self, batches: Sequence[Batch]) -> list[Tensor]:
+        """Negative log-likelihood in nats of all tokens but the first, (B, S - 1) float32 each.
+
+        The output head is read in blocks of rows, so that neither it nor the logits are ever
+        held whole. The batches have passed the layers, and lose their states.
+        """
+        every = [torch.full(b.tokens[:, 1:].shape, -torch.inf, device=self.device) for b in batches]
+        chosen = [torch.zeros_like(total) for total in every]
+        for batch in batches:
+            batch.state = self._normed(batch.state[:, :-1])
+        for start, weight in self._head():
+            for i, batch in enumerate(batches):
+                logits = F.linear(batch.state.to(self.device), weight).float()
+                every[i] = torch.logaddexp(every[i], logits.logsumexp(-1))
+                place = batch.tokens[:, 1:, None].to(self.device) - start
+                found = logits.gather(-1, place.clamp(0, len(weight) - 1))
+                inside = (place >= 0) & (place < len(weight))
+                chosen[i] = torch.where(inside, found, chosen[i][..., None])[..., 0]
+        for batch in batches:
+            batch.state = torch.empty(0)
+        return [total - one for total, one in zip(every, chosen, strict=True)]
+
+    def _normed(self, state: Tensor) -> Tensor:
+        return self.norm(state.to(self.device)).to(state.device)
+
+    def _head(self) -> Iterator[tuple[int, Tensor]]:
+        kind = self.source.infos[OUTPUT].dtype
+        for start, rows in self.source.blocks(OUTPUT, block_rows(self.params, kind)):
+            yield start, rows.to(self.device, self.dtype)
+
+    def hidden(self, tokens: Tensor, start_pos: int | None = None) -> Tensor:
+        """The state in front of the final norm, (B, S, D), of one batch read on its own."""
+        if start_pos is not None:
+            raise ShortGPTError("a streamed model has no cache; it reads whole windows only")
+        batch = Batch(tokens, torch.ones_like(tokens, dtype=torch.bool))
+        self.run([batch])
+        return batch.state.to(self.device)
+
+    def forward(self, tokens: Tensor, start_pos: int | None = None) -> Tensor:
+        """Logits of every position, (B, S, V) float32."""
+        state = self.norm(self.hidden(tokens, start_pos))
+        return torch.cat([F.linear(state, weight).float() for _, weight in self._head()], dim=-1)

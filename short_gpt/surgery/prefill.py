@@ -1,0 +1,95 @@
+"""Layers that are skipped while a prompt is read, but run while text is generated.
+
+The variant of ShortGPT for generation in the authors' repository (ShortGPT-gen): the model does not
+get smaller, prompts are read faster, and every decoding step uses all layers. For that the skipped
+layers still put the prompt's keys and values into their cache. The authors' code caches the keys
+without their rotary position; here they are turned like all others.
+
+Shapes: B sequences, S tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from llama.model import TransformerBlock, apply_rotary_emb
+from short_gpt.models.decoder import Decoder
+from short_gpt.models.layer_hooks import output_form, patched_forward
+from short_gpt.models.numbering import check_layers
+from short_gpt.runtime.errors import ShortGPTError
+
+
+@contextmanager
+def skipped_in_prefill(decoder: Decoder, layers: Sequence[int]) -> Iterator[None]:
+    """The model with some layers skipped whenever several tokens are read at once with the cache.
+
+    Inside the block a cached call of more than one token, which reads a prompt, passes these
+    layers by and fills their caches. Calls of one token, and calls without a cache, are as ever.
+
+    Args:
+        decoder: the model.
+        layers: positions; none changes nothing.
+
+    Raises:
+        ShortGPTError: a layer does not exist or is named twice, all would be skipped, or the
+            family's layers have no attention that this can fill the cache of.
+    """
+
+    if layers:
+        check_layers(layers, range(len(decoder.layers)))
+    with ExitStack() as stack:
+        for layer in [decoder.layers[i] for i in layers]:
+            if isinstance(layer, TransformerBlock):
+                skip: Callable[..., Any] = _meta(layer)
+            else:
+                skip = _hugging_face(layer, output_form(decoder)[1])
+            stack.enter_context(patched_forward(layer, skip))
+        yield
+
+
+def _meta(layer: Any) -> Callable[..., Tensor]:
+
+    plain, attention = layer.forward, layer.attention
+
+    def forward(
+        x: Tensor, start_pos: int | None, freqs_cis: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
+        B, S, _ = x.shape
+        if start_pos is None or S == 1:
+            return plain(x, start_pos, freqs_cis, mask)
+        h = layer.attention_norm(x)
+        k, v = (
+            project(h).view(B, S, attention.n_local_kv_heads, attention.head_dim)
+            for project in (attention.wk, attention.wv)
+        )
+        attention._cached(apply_rotary_emb(k, freqs_cis), v, start_pos)
+        return x
+
+    return forward
+
+
+def _hugging_face(layer: nn.Module, form: Callable[[Tensor], Any]) -> Callable[..., Any]:
+    norm, attention = getattr(layer, "input_layernorm", None), getattr(layer, "self_attn", None)
+    if norm is None or attention is None:
+        raise ShortGPTError(
+            f"{type(layer).__name__} has no input_layernorm and self_attn, whose cache could be "
+            "filled: this family cannot skip layers in the prompt alone"
+        )
+    from transformers.cache_utils import Cache
+
+    plain = layer.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        x = args[0] if args else kwargs.pop("hidden_states")
+        cached = any(isinstance(value, Cache) for value in kwargs.values())  # by either name
+        if not cached or x.shape[1] == 1:
+            return plain(x, *args[1:], **kwargs)
+        # the family's own attention puts keys and values into the cache; what it gives is left
+        attention(hidden_states=norm(x), **kwargs)
+        return form(x)
+
+    return forward

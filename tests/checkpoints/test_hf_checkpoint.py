@@ -1,0 +1,205 @@
+"""Hugging Face checkpoints pruned from their files."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from conftest import write_byte_tokenizer
+from families import DROP, FAMILIES, KEPT, TOKENS, check, make
+from safetensors.torch import load_file, save_file
+
+from llama.formats.safetensors import Entry
+from short_gpt.checkpoints.hf import mergekit_recipe, prune_hf
+from short_gpt.models.hf import HFDecoder
+
+pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
+
+
+def logits(directory):
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory).eval()
+    return HFDecoder(model).logits(TOKENS)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_files_hold_the_model_pruned_in_memory(family, tmp_path):
+    check(family, "files", tmp_path)
+
+
+@pytest.fixture
+def whole(tmp_path):
+    make("llama").save_pretrained(tmp_path / "whole")
+    return tmp_path / "whole"
+
+
+def test_a_single_file_stays_single_and_other_files_go_along(whole, tmp_path):
+    for name in ("tokenizer.json", "chat_template.jinja", "LICENSE", "merges.txt"):
+        (whole / name).write_text("{}")
+    for name in ("modeling.py", "pytorch_model.bin", "consolidated.safetensors"):
+        (whole / name).write_text("")
+    seen = []
+    out = prune_hf(whole, tmp_path / "cut", DROP, provenance={"by": "me"}, progress=seen.append)
+    names = {"tokenizer.json", "chat_template.jinja", "LICENSE", "merges.txt", "config.json"}
+    names |= {"generation_config.json", "model.safetensors", "pruning.json", "README.md"}
+    assert {p.name for p in out.iterdir()} == names
+    assert "# whole without 2 of its 6 layers" in (out / "README.md").read_text()
+    assert "    [1, 4]\n\nThey were chosen by hand." in (out / "README.md").read_text()
+    record = json.loads((out / "pruning.json").read_text())
+    assert record == {"removed_layers": DROP, "kept_layers": KEPT, "by": "me"}
+    assert len(seen) == len(load_file(out / "model.safetensors"))
+
+
+def test_the_config_changes_in_nothing_but_the_layers(whole, tmp_path):
+    """A config of transformers 4 keeps its keys, which 5 would write otherwise."""
+    config = json.loads((whole / "config.json").read_text())
+    config = {k: v for k, v in config.items() if k not in ("rope_parameters", "dtype")}
+    config |= {"rope_theta": 500000.0, "rope_scaling": None, "torch_dtype": "float32"}
+    (whole / "config.json").write_text(json.dumps(config))
+    out = prune_hf(whole, tmp_path / "cut", DROP)
+    found = json.loads((out / "config.json").read_text())
+    assert found == {**config, "num_hidden_layers": 4}
+
+
+def test_code_that_does_not_go_along_is_not_named(whole, tmp_path):
+    config = json.loads((whole / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "strange.Config", "AutoModelForCausalLM": "strange.Model"}
+    (whole / "config.json").write_text(json.dumps(config))
+    (whole / "strange.py").write_text("")
+    out = prune_hf(whole, tmp_path / "cut", DROP)
+    again = transformers.AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
+    assert len(again.model.layers) == len(KEPT)
+
+
+def test_names_may_lack_the_models_name(tmp_path):
+    model = make("gpt2")
+    model.save_pretrained(tmp_path / "whole")
+    path = tmp_path / "whole" / "model.safetensors"
+    tensors = {name.removeprefix("transformer."): t for name, t in load_file(path).items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+    assert "h.0.ln_1.weight" in tensors
+    prune_hf(tmp_path / "whole", tmp_path / "cut", DROP)
+    HFDecoder(model).keep_layers(KEPT)
+    assert (logits(tmp_path / "cut") - HFDecoder(model).logits(TOKENS)).abs().max() < 1e-5
+
+
+def test_every_dtype_goes_over_as_bytes(whole, tmp_path):
+    path = whole / "model.safetensors"
+    tensors = {n: t.to(torch.float8_e4m3fn) for n, t in load_file(path).items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+    out = load_file(prune_hf(whole, tmp_path / "cut", [0]) / "model.safetensors")
+    name = "layers.{}.self_attn.q_proj.weight"
+    assert torch.equal(
+        out["model." + name.format(0)].view(torch.uint8),
+        tensors["model." + name.format(1)].view(torch.uint8),
+    )
+
+
+def test_pruned_again_it_remembers_the_first_time(whole, tmp_path):
+    prune_hf(whole, tmp_path / "one", [1])
+    out = prune_hf(tmp_path / "one", tmp_path / "two", [3])
+    record = json.loads((out / "pruning.json").read_text())
+    assert record["source_pruning"]["removed_layers"] == [1]
+    prune_hf(whole, tmp_path / "both", DROP)
+    assert torch.equal(logits(out), logits(tmp_path / "both"))
+
+
+def test_refusals(whole, tmp_path):
+    out = tmp_path / "cut"
+    with pytest.raises(ValueError, match=r"layers \[9\] do not exist; the model has 0..5"):
+        prune_hf(whole, out, [9])
+    with pytest.raises(FileExistsError, match="exists"):
+        prune_hf(whole, whole, [1])
+    with pytest.raises(FileNotFoundError, match="neither a directory nor a hub id"):
+        prune_hf(tmp_path / "none", out, [1])
+    path = whole / "model.safetensors"
+    tensors = {n.replace("layers.5.", "layers.6."): t for n, t in load_file(path).items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"expected tensors of model.layers.0 to model.layers.5"):
+        prune_hf(whole, out, [1])
+    config = json.loads((whole / "config.json").read_text())
+    (whole / "config.json").write_text(json.dumps({**config, "model_type": "nothing"}))
+    with pytest.raises(ValueError, match="is no causal model that can be pruned"):
+        prune_hf(whole, out, [1])
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match="has neither model.safetensors nor"):
+        prune_hf(whole, out, [1])
+    assert not out.exists()
+
+
+def test_mergekit_recipe():
+    yaml = pytest.importorskip("yaml")
+    recipe = yaml.safe_load(mergekit_recipe("a: b", [0, 1, 2, 5, 7, 8], dtype="float16"))
+    ranges = [s["sources"][0]["layer_range"] for s in recipe["slices"]]
+    assert ranges == [[0, 3], [5, 6], [7, 9]]
+    assert {s["sources"][0]["model"] for s in recipe["slices"]} == {"a: b"}
+    assert (recipe["merge_method"], recipe["dtype"]) == ("passthrough", "float16")
+    with pytest.raises(ValueError, match=r"expected ascending .* got \[2, 1\]"):
+        mergekit_recipe("a", [2, 1])
+
+
+def large_llama(directory):
+    """A Llama of 20 layers in bfloat16, all zeros, its file a hole: (largest tensor, all) bytes."""
+    config = transformers.LlamaConfig(**LARGE, architectures=["LlamaForCausalLM"], dtype="bfloat16")
+    directory.mkdir()
+    config.save_pretrained(directory)
+    write_byte_tokenizer(directory)
+    with torch.device("meta"):
+        weights = transformers.LlamaForCausalLM(config).state_dict()
+    entries = {name: Entry.of(torch.bfloat16, tuple(w.shape)) for name, w in weights.items()}
+    path = directory / "model.safetensors"
+    header, end = {}, 0
+    for name, entry in entries.items():
+        offsets = [end, end + entry.nbytes]
+        header[name] = {"dtype": "BF16", "shape": entry.shape, "data_offsets": offsets}
+        end += entry.nbytes
+    text = json.dumps(header).encode()
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    return max(entry.nbytes for entry in entries.values()), end
+
+
+LARGE = {"vocab_size": 32000, "hidden_size": 256, "intermediate_size": 4096}
+LARGE |= {"num_hidden_layers": 20, "num_attention_heads": 8, "tie_word_embeddings": True}
+PEAK = """
+import sys
+from pathlib import Path
+from families import make
+import llama.formats.hf
+from llama.formats.convert import hf_to_meta, meta_to_hf
+from short_gpt.checkpoints.hf import prune_hf
+
+def peak():  # not ru_maxrss, which a process takes over from the one that started it
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
+
+folder = Path(sys.argv[1])
+make("llama").save_pretrained(folder / "small")
+prune_hf(folder / "small", folder / "small-cut", [1])  # loads all the code there is to load
+base = peak()
+prune_hf(folder / "hf", folder / "cut", [3, 4, 15])
+print(peak() - base)
+hf_to_meta(folder / "hf", folder / "meta")
+print(peak() - base)
+meta_to_hf(folder / "meta", folder / "back")
+print(peak() - base)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_is_bounded_by_the_largest_tensor(tmp_path):
+    """The model has eight times as much; pruning copies pieces, converting turns whole tensors."""
+    largest, total = large_llama(tmp_path / "hf")
+    assert total > 8 * largest
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    command = [sys.executable, "-c", PEAK, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    pruning, to_meta, to_hf = map(int, done.stdout.split())
+    assert pruning < 32 * 2**20 + largest / 4  # two pieces of 16 MiB, and the header's names
+    assert to_meta < to_hf + 1 < 3 * largest

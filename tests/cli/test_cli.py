@@ -1,0 +1,448 @@
+"""The commands as a user types them: right once, and wrong in every way."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from commands import DATA, TEXT, fails, run
+from conftest import BYTE_VOCAB, make_transformer, save_checkpoint, write_byte_tokenizer
+
+from short_gpt import cli
+from short_gpt.opening import open_model
+from short_gpt.selection.methods import METHODS
+
+
+@pytest.fixture
+def ckpt(tmp_path: Path, monkeypatch) -> Path:
+    """A random model of 5 layers over bytes; the working directory is a fresh folder."""
+    model = make_transformer(vocab_size=BYTE_VOCAB)
+    directory = save_checkpoint(tmp_path / "ckpt", model)
+    write_byte_tokenizer(directory)
+    (tmp_path / "book.txt").write_text(TEXT)
+    monkeypatch.chdir(tmp_path)
+    return directory
+
+
+def test_rank_prune_plot_and_perplexity(ckpt, capsys):
+    numbers = ("--n_prune_layers", 2, "--confidence", "none")
+    run("rank", "ckpt", *DATA, *numbers, "--out", "r.json", "--plots", "pictures")
+    out = capsys.readouterr().out
+    record = json.loads(Path("r.json").read_text())
+    tokens = len(TEXT) + 1  # bytes and bos
+    windows = (tokens - 32) // 16 + 1
+    assert f"{windows} windows, {windows * 32:,} tokens" in out
+    assert record["arguments"]["size"] == 32 and record["seed"] == 0
+    assert torch.__version__.startswith(record["versions"]["torch"])
+    assert {p.name for p in Path("pictures").iterdir()} == {"block_influence.png", "angular.png"}
+
+    run("prune", "ckpt", "small", "--scores", "r.json", "--n_prune_layers", 2)
+    removed = json.loads(Path("small/pruning.json").read_text())["removed_layers"]
+    assert f"lowest Block Influence:    {removed}" in out
+    run("prune", "ckpt", "block", "--scores", "r.json", "--n_prune_layers", 2, "--angular")
+    block = json.loads(Path("block/pruning.json").read_text())["removed_layers"]
+    assert f"best block by angle:       {block}" in out
+    run("prune", "ckpt", "named", "--layers", ",".join(map(str, removed)))
+    for name in ("small", "named"):
+        state = torch.load(f"{name}/consolidated.00.pth")
+        assert len(state) == 3 + 3 * 9
+    run("prune", "ckpt", "one", "--layers", 3)
+    run("plot", "r.json", "again", "--n_prune_layers", 2)
+    capsys.readouterr()
+
+    run("perplexity", "small", *DATA[:4], "--out", "p.json")
+    value = json.loads(Path("p.json").read_text())["result"]["perplexity"]
+    assert f"{value:.3f}" in capsys.readouterr().out
+    assert 1 < value < math.inf
+
+
+@pytest.mark.parametrize("method", ["bi", "angular"])
+def test_rank_ends_when_its_answer_is_settled(ckpt, capsys, method):
+    numbers = ("--n_prune_layers", 1, "--method", method)
+    run("rank", "ckpt", *DATA, *numbers, "--out", "settled.json")
+    out = capsys.readouterr().out
+    run("rank", "ckpt", *DATA, *numbers, "--confidence", "none", "--out", "all.json")
+    assert "settled" not in capsys.readouterr().out
+    some, full = (json.loads(Path(f"{n}.json").read_text()) for n in ("settled", "all"))
+    read, of = (int(sum(r["importance"]["windows"])) for r in (some, full))
+    assert some["settled"]["settled"] and full["settled"] is None
+    what = "set of the 1 lowest" if method == "bi" else "best block"
+    if read < of:
+        assert f"{what} settled at 0.99 after {read} of {of} windows; closest" in out
+    else:
+        assert f"{what} settled: all {of} windows were read" in out
+
+
+def test_rank_that_reads_too_little_says_so(ckpt, capsys):
+    run("rank", "ckpt", *DATA, "--n_prune_layers", 2, "--max_windows", 10)
+    assert "NOT settled at 0.99 by 10 of 38 windows; closest layers" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("bi", "angular")])
+def test_rank_by_every_method(ckpt, capsys, method):
+    numbers = ("--n_prune_layers", 2, "--max_windows", 6, "--stride", 32)
+    run("rank", "ckpt", *DATA[:4], *numbers, "--method", method, "--out", "m.json")
+    (line,) = (r for r in capsys.readouterr().out.splitlines() if r.startswith(METHODS[method]))
+    layers = json.loads(line.partition(": ")[2])
+    assert len(set(layers)) == 2 and set(layers) <= set(range(5))
+    expected = {"deepest": [2, 3], "sequential": [0, 1], "reverse": [4, 3]}
+    assert layers == expected.get(method, layers)
+
+
+def test_a_search_among_the_lowest_only(ckpt):
+    numbers = ("--n_prune_layers", 1, "--max_windows", 4, "--candidates", 3)
+    run("rank", "ckpt", *DATA, *numbers, "--method", "sleb", "--out", "s.json")
+    record = json.loads(Path("s.json").read_text())
+    assert len(record["search"]["losses"][0]) <= 3
+    assert record["chosen"]["layers"] == record["search"]["removed"]
+
+
+def test_generate_skips_layers_in_the_prompt(ckpt, capsys):
+    common = ("generate", "ckpt", "abc", "--max_gen_len", 8, "--temperature", 0, "--device", "cpu")
+    run(*common)
+    whole = capsys.readouterr().out
+    run(*common, "--skip_prefill", "1,2,3")
+    assert capsys.readouterr().out != whole
+    assert "layers [9] do not exist" in fails(capsys, *common, "--skip_prefill", 9)
+
+
+def test_prune_takes_what_a_search_chose(ckpt, capsys):
+    run("rank", "ckpt", *DATA, "--n_prune_layers", 2, "--max_windows", 3, "--method", "sleb",
+        "--out", "s.json")  # fmt: skip
+    layers = json.loads(Path("s.json").read_text())["chosen"]["layers"]
+    run("prune", "ckpt", "two", "--scores", "s.json", "--n_prune_layers", 2)
+    run("prune", "ckpt", "one", "--scores", "s.json", "--n_prune_layers", 1)
+    for name, count in (("two", 2), ("one", 1)):
+        record = json.loads(Path(name, "pruning.json").read_text())
+        assert record["removed_layers"] == layers[:count]
+        assert record["method"] == METHODS["sleb"]
+    capsys.readouterr()
+    for options, message in (
+        (("--n_prune_layers", 3), "holds 2 layers that sleb chose"),
+        (("--n_prune_layers", 1, "--method", "bi"), "holds the layers of sleb, not of bi"),
+    ):
+        assert message in fails(capsys, "prune", "ckpt", "x", "--scores", "s.json", *options)
+
+
+def test_prune_by_the_method_that_ranked_or_another(ckpt):
+    run("rank", "ckpt", *DATA, "--max_windows", 3, "--method", "reverse", "--out", "r.json")
+    for name, options, expected in (
+        ("ranked", (), [4, 3]),
+        ("other", ("--method", "deepest"), [2, 3]),
+    ):
+        run("prune", "ckpt", name, "--scores", "r.json", "--n_prune_layers", 2, *options)
+        record = json.loads(Path(name, "pruning.json").read_text())
+        assert record["removed_layers"] == expected
+
+
+def test_the_quality_gate_removes_what_the_perplexity_allows(ckpt, capsys):
+    Path("other.txt").write_text("".join(chr(97 + i * i % 26) for i in range(400)))
+    run("rank", "ckpt", *DATA, "--max_windows", 3, "--out", "r.json")
+    gate = ("--scores", "r.json", "--eval_data", "other.txt", "--size", 32, "--device", "cpu")
+    capsys.readouterr()
+    run("prune", "ckpt", "gated", *gate, "--max_perplexity_ratio", 1e9)
+    record = json.loads(Path("gated/pruning.json").read_text())
+    tried = record["quality_gate"]["tried"]
+    assert len(record["removed_layers"]) == 4 and [t["layers"] for t in tried] == [0, 1, 2, 3, 4]
+    assert f"4 layers less: perplexity {tried[4]['perplexity']:.3f}" in capsys.readouterr().out
+    run("perplexity", "gated", "--data", "other.txt", "--size", 32, "--out", "p.json")
+    capsys.readouterr()
+    value = json.loads(Path("p.json").read_text())["result"]["perplexity"]
+    assert value == pytest.approx(tried[4]["perplexity"], rel=1e-5)
+    ratios = [t["ratio"] for t in tried]
+    wanted = next((n for n in range(1, 5) if ratios[n] > 1.0), 5) - 1
+    if wanted == 0:
+        message = fails(capsys, "prune", "ckpt", "x", *gate, "--max_perplexity_ratio", 1.0)
+        assert "not even one layer may go" in message
+    for options, message in (
+        ((*gate[:2], "--max_perplexity_ratio", 1.1), "needs --eval_data"),
+        ((*gate, "--max_perplexity_ratio", 0.9), "expected a factor of at least 1"),
+        ((*gate[:2], "--eval_data", DATA[1], "--max_perplexity_ratio", 2), "what the scores were"),
+        (
+            (*gate[:2], "--eval_data", "../" + Path.cwd().name, "--max_perplexity_ratio", 2),
+            "scores",
+        ),
+    ):
+        assert message in fails(capsys, "prune", "ckpt", "x", *options)
+
+
+def test_the_quality_gate_with_a_tokenizer_elsewhere(ckpt):
+    run("rank", "ckpt", *DATA, "--max_windows", 2, "--out", "r.json")
+    Path("other.txt").write_text("".join(chr(97 + i * i % 26) for i in range(100)))
+    Path("elsewhere").mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        Path("ckpt", name).rename(Path("elsewhere", name))
+    gate = ("--scores", "r.json", "--eval_data", "other.txt", "--size", 32, "--device", "cpu")
+    gate += ("--max_perplexity_ratio", 1e9, "--tokenizer_path", "elsewhere/tokenizer.json")
+    run("prune", "ckpt", "gated", *gate)
+    assert Path("gated/tokenizer.json").is_file()
+
+
+def test_rank_scores_halves_of_layers(ckpt, capsys):
+    run("rank", "ckpt", *DATA, "--max_windows", 2, "--sublayers")
+    assert "attention" in capsys.readouterr().out
+
+
+def test_the_same_seed_gives_the_same_scores(ckpt):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2), ("d", "none")):
+        run("rank", "ckpt", *DATA, "--max_windows", 5, "--seed", seed, "--out", f"{name}.json")
+    a, b, c, d = (json.loads(Path(f"{n}.json").read_text())["importance"] for n in "abcd")
+    assert a == b
+    assert a["influence"] != c["influence"] != d["influence"]
+
+
+def test_generate(ckpt, capsys):
+    run("generate", "ckpt", "It was", "--temperature", 0, "--max_gen_len", 5)
+    assert capsys.readouterr().out.startswith("It was")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "1984",
+        "1e3",
+        "1_000",
+        "Hello, world",
+        "hello # there",
+        "(hello)",
+        '"quoted"',
+        "[a, b]",
+        "''",
+    ],
+)
+def test_texts_and_paths_are_taken_as_they_are(ckpt, capsys, text):
+    Path("ckpt").rename("2048")
+    run("generate", "2048", text, "--max_gen_len", 2)
+    assert capsys.readouterr().out.startswith(text)
+
+
+def test_help_behind_complete_arguments_runs_nothing(ckpt, capsys):
+    run_help = ["rank", "ckpt", *DATA, "--out", "h.json", "--help"]
+    with pytest.raises(SystemExit) as stop:
+        run(*run_help)
+    assert stop.value.code == 0 and not Path("h.json").exists()
+
+
+def test_a_bare_flag_may_stand_in_front(ckpt):
+    run("rank", "--overwrite", "ckpt", *DATA, "--max_windows", 2, "--out", "a.json")
+    run("prune", "--angular", "ckpt", "x", "--scores=a.json", "-n", 2, "--verify", "no")
+    assert Path("x/params.json").is_file()
+
+
+def test_prune_says_that_it_verified(ckpt, capsys):
+    run("prune", "ckpt", "x", "--layers", 3, "--verify", "yes")
+    assert "verified: the logits are those of the source" in capsys.readouterr().out
+    run("prune", "ckpt", "y", "--layers", 3)
+    assert "verified" not in capsys.readouterr().out
+
+
+def test_version(capsys):
+    run("--version")
+    assert capsys.readouterr().out.startswith("short-gpt ")
+
+
+def test_two_replicas_of_two_ranks_stop_together(ckpt):
+    text = " ".join(f"{i * i % 977} and {i * 7 % 89}" for i in range(900))
+    Path("long.txt").write_text(text)
+    data = ["--data", "long.txt", "--size", "32", "--stride", "32", "--device", "cpu"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc_per_node", "4", "-m", "short_gpt", "rank", "ckpt", *data]
+    command += ["--model_parallel_size", "2", "--n_prune_layers", "1", "--out", "four.json"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("set of the 1 lowest settled at 0.99 after") == 1
+    four = json.loads(Path("four.json").read_text())
+    read = four["settled"]["windows"]
+    assert four["settled"]["settled"] and read < four["settled"]["population"]
+    run("rank", "ckpt", *data, "--confidence", "none", "--max_windows", read, "--out", "one.json")
+    one, four = (json.loads(Path(f"{n}.json").read_text())["importance"] for n in ("one", "four"))
+    for name in ("windows", "tokens", "influence", "products", "angles"):
+        expected = torch.tensor(one[name])
+        assert torch.allclose(torch.tensor(four[name]), expected, rtol=1e-5, atol=1e-5), name
+
+
+def test_hugging_face_models_are_not_split_over_ranks(capsys, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ValueError, match="only Meta's format is split over ranks; convert"):
+        open_model(str(tmp_path), model_parallel_size=2)
+
+
+def test_of_two_ranks_one_prints_and_writes(ckpt):
+    save_checkpoint(Path("two"), make_transformer(vocab_size=BYTE_VOCAB), shards=2)
+    write_byte_tokenizer(Path("two"))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc_per_node", "2", "-m", "short_gpt"]
+    rank = ["rank", "two", *map(str, DATA), "--n_prune_layers", "2", "--out", "two.json"]
+    rank += ["--confidence", "none"]
+    done = subprocess.run([*command, *rank], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Block Influence") == 2  # the heading and the list, once
+    assert done.stdout.count("written") == 1
+    run("rank", "ckpt", *DATA, "--out", "one.json")
+    one, two = (json.loads(Path(f"{n}.json").read_text())["importance"] for n in ("one", "two"))
+    assert two["influence"][0] == pytest.approx(one["influence"][0], rel=1e-4)
+
+    cut = ["prune", "two", "small", "--scores", "two.json", "--n_prune_layers", "2"]
+    subprocess.run([*command, *cut], capture_output=True, check=True, timeout=300)
+    look = ["perplexity", "small", *map(str, DATA[:4])]
+    both = subprocess.run([*command, *look], capture_output=True, text=True, check=True)
+    removed = json.loads(Path("small/pruning.json").read_text())["removed_layers"]
+    run("prune", "ckpt", "whole", "--layers", ",".join(map(str, removed)))
+    whole = subprocess.run(
+        [sys.executable, "-m", "short_gpt", "perplexity", "whole", *map(str, DATA[:4])],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert both.stdout.split()[5:] == whole.stdout.split()[5:]  # behind the name
+
+
+def test_reproduce_runs_the_protocol_on_a_model_of_the_papers_shape(ckpt, capsys, monkeypatch):
+    """A random model of 5 layers stands in: what is shown is the command, not the paper."""
+    from short_gpt.experiments import published as reproduce
+
+    table = reproduce.published()
+    table["paper"]["models"]["tiny"] = {
+        "dim": 32,
+        "n_layers": 5,
+        "vocab_size": 258,
+        "removed": [3, 1],
+    }
+    monkeypatch.setattr(reproduce, "published", lambda: table)
+    Path("books").mkdir()
+    Path("books/validation-1.txt").write_text(TEXT * 3)
+    command = ("reproduce", "ckpt", "--data", "books", "--max_windows", 2, "--out", "r.json")
+    assert "groups its keys and values, so it is another model" in fails(capsys, *command)
+    run(*command, "--model", "tiny")
+    out = capsys.readouterr().out
+    record = json.loads(Path("r.json").read_text())
+    assert record["result"]["model"] == "tiny" and record["result"]["paper"] == [3, 1]
+    assert len(record["result"]["ours"]) == 2
+    assert record["importance"]["tokens"] == [1024.0, 1024.0]
+    assert "same layers: " in out and "paper" in out
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["rnk"], "no command 'rnk'; did you mean rank?"),
+        (["rank"], "rank needs CKPT_DIR; see rank --help"),
+        (["rank", "nowhere"], "checkpoint directory nowhere does not exist"),
+        (["rank", "."], "has no params.json (Meta's format) and no config.json"),
+        (["rank", "ckpt", "--sed", "1"], "rank has no flag --sed; did you mean --seed?"),
+        (["rank", "ckpt", "-q", "1"], "rank has no flag -q"),
+        (["rank", "ckpt", "--size", "big"], "--size expects a whole number, got 'big'"),
+        (["rank", "ckpt", "--overwrite=3"], "--overwrite expects True or False, got 3"),
+        (["rank", "ckpt", "more"], "rank takes CKPT_DIR; what is 'more'?"),
+        (["rank", "ckpt", "--data", "no.txt"], "'no.txt' does not exist"),
+        (["rank", "ckpt", "--data", "book.txt"], "no windows: the longest of 1 texts has 633"),
+        (["rank", "ckpt", *DATA, "--n_prune_layers", "5"], "expected 1 to 4"),
+        (["rank", "ckpt", *DATA, "--batch_size", "0"], "max_batch_size must be a positive"),
+        (["rank", "ckpt", *DATA, "--device", "tpu9"], "expected a device such as cpu"),
+        (["rank", "ckpt", *DATA, "--dtype", "int4"], "expected a dtype of float32"),
+        (["rank", "ckpt", *DATA, "--out", "book.txt"], "book.txt exists"),
+        (["prune", "ckpt"], "prune needs OUT_DIR"),
+        (["prune", "ckpt", "x"], "expected either --layers 21,22,23 or --scores FILE"),
+        (["prune", "ckpt", "x", "--layers", "7"], "layers [7] do not exist; the model has 0..4"),
+        (["prune", "ckpt", "x", "--layers", "a"], "expected layer numbers as in"),
+        (["prune", "ckpt", "x", "--scores", "no.json"], "no.json does not exist"),
+        (["prune", "ckpt", "x", "--scores", "book.txt"], "book.txt is not JSON"),
+        (["prune", "ckpt", "ckpt", "--layers", "1"], "ckpt exists"),
+        (["prune", "ckpt", "x", "--layers", "1", "--angular"], "chooses from --scores"),
+        (["prune", "ckpt", "x", "--layers", "1", "--tokenizer_path", "no"], "no does not exist"),
+        (["rank", "ckpt", *DATA, "--stride", "0"], "stride = 0: expected"),
+        (["rank", "ckpt", *DATA, "--max_windows", "0"], "limit = 0: expected"),
+        (["rank", "ckpt", *DATA, "--max_texts", "0"], "--max_texts expects at least 1"),
+        (["rank", "ckpt", *DATA, "--device", "meta"], "expected a device such as cpu"),
+        (["rank", "ckpt", "--out", ".", "--overwrite"], "is a directory"),
+        (["generate", "ckpt", "a", "--top_p", "-1"], "a top_p in 0..1, got 0.6 and -1"),
+        (["plot", "ckpt/params.json", "x"], "holds no scores; expected a file written by"),
+        (["generate", "ckpt", "a", "b"], "generate takes CKPT_DIR PROMPT; what is 'b'?"),
+        (["generate", "ckpt", "a", "--top_p", "x"], "--top_p expects a number, got 'x'"),
+        (["convert", "no.gguf", "x"], "GGUF file no.gguf does not exist"),
+        (["convert", "book.txt", "x"], "expected a checkpoint directory or .gguf"),
+        (["reproduce"], "reproduce needs a checkpoint of one of the paper's models"),
+        (["reproduce", "ckpt"], "the paper has no list for a model of dim 32, 5 layers"),
+        (["demo", "--out_dir", "ckpt"], "ckpt exists"),
+        (["demo", "--eval_windows", "0"], "limit = 0: expected"),
+        (["demo", "--n_prune_layers", "40"], "the model has 30 layers: expected 1 to 29"),
+        (["rank", "ckpt", "--out"], "--out needs a value"),
+        (["rank", "ckpt", "--out", "--overwrite"], "--out needs a value"),
+        (["rank", "ckpt", "--plots", ""], "--plots is empty"),
+        (["rank", "--overwrite", "ckpt", "--sed", "1"], "rank has no flag --sed"),
+        (["rank", "ckpt", *DATA, "--out", "a.json", "--plots", "a.json"], "into the file a.json"),
+        (["demo", "--out_dir", "ckpt", "--overwrite"], "ckpt exists and holds no layers.json"),
+        (["rank", "ckpt", *DATA, "--out", "book.txt/r.json"], "is no writable directory"),
+    ],
+)
+def test_mistakes_cost_one_line(ckpt, capsys, argv, message):
+    before = sorted(p.name for p in Path().iterdir())
+    assert message in fails(capsys, *argv)
+    assert sorted(p.name for p in Path().iterdir()) == before
+
+
+def test_scores_of_another_model_are_refused(ckpt, capsys):
+    run("rank", "ckpt", *DATA, "--max_windows", 2, "--out", "r.json")
+    run("prune", "ckpt", "small", "--layers", 1)
+    capsys.readouterr()
+    line = fails(capsys, "prune", "small", "x", "--scores", "r.json", "--n_prune_layers", 1)
+    assert "scores 5 layers, small has 4; they do not belong together" in line
+    assert "--n_prune_layers N" in fails(capsys, "prune", "ckpt", "x", "--scores", "r.json")
+
+
+def test_a_mistyped_flag_is_told_before_anything_runs(ckpt, capsys, monkeypatch):
+    monkeypatch.setitem(cli.COMMANDS, "rank", lambda ckpt_dir, seed=0: pytest.fail("it ran"))
+    assert "did you mean --seed" in fails(capsys, "rank", "ckpt", "--sead", "1")
+
+
+def test_no_network_is_told_within_seconds(ckpt, capsys):
+    start = time.monotonic()
+    line = fails(capsys, "rank", "ckpt")
+    assert "emozilla/pg19" in line and "--data FOLDER" in line
+    assert time.monotonic() - start < 15
+
+
+def test_an_interruption_is_no_traceback(ckpt, capsys, monkeypatch):
+    def interrupt(ckpt_dir: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli.COMMANDS, "rank", interrupt)
+    with pytest.raises(SystemExit) as stop:
+        run("rank", "ckpt")
+    assert stop.value.code == 130
+    assert capsys.readouterr().err == "short-gpt: interrupted\n"
+
+
+@pytest.mark.parametrize("command", [None, *cli.COMMANDS])
+def test_help_describes_every_command_and_flag(command):
+    argv = [sys.executable, "-m", "short_gpt", *([command] if command else []), "--help"]
+    done = subprocess.run(argv, capture_output=True, text=True, check=True)
+    text = done.stdout + done.stderr
+    if command is None:
+        assert all(name in text for name in cli.COMMANDS)
+        return
+    flags = text.split("FLAGS")[-1]
+    entries = [line for line in flags.splitlines() if line.strip().startswith("-")]
+    assert entries and "<class" not in text and "GROUP" not in text
+    for line in entries:
+        position = flags.index(line) + len(line)
+        described = flags[position:].split("\n    -")[0].strip().splitlines()
+        assert len(described) >= 3 and len(described[-1].strip()) > 10, line
+
+
+def test_importing_the_package_is_light():
+    code = (
+        "import sys, short_gpt\n"
+        "heavy = {'datasets', 'transformers', 'matplotlib', 'fire', 'fairscale', 'llama'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,154 @@
+"""The compare command, start to end on a tiny model."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from pathlib import Path
+
+import pytest
+from conftest import BYTE_VOCAB, make_transformer, save_checkpoint, write_byte_tokenizer
+
+from short_gpt.cli.app import main
+from short_gpt.healing import lora as healing
+
+WORDS = ("alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta")
+
+
+def text(start: int) -> str:
+    return " ".join(WORDS[(start + i * i * (start + 3)) % 8] + str(start + i) for i in range(120))
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_byte_tokenizer(save_checkpoint(Path("ckpt"), make_transformer(vocab_size=BYTE_VOCAB)))
+    for folder, starts in (("books", (1000, 2000)), ("others", (5000,))):
+        Path(folder).mkdir()
+        for start in starts:
+            Path(folder, f"{start}.txt").write_text(text(start))
+
+
+COMMON = ["compare", "ckpt", "--data", "books", "--size", "48", "--max_windows", "6"]
+COMMON += ["--eval_windows", "4", "--search_windows", "2", "--counts", "1,3", "--device", "cpu"]
+
+
+def test_compare_writes_table_picture_and_json(here, capsys):
+    methods = ["--methods", "bi,sleb,random", "--eval_data", "others"]
+    main([*COMMON, *methods, "--out", "c.json", "--plots", "pictures"])
+    out = capsys.readouterr().out
+    record = json.loads(Path("c.json").read_text())
+    rows = record["rows"]
+    assert len(rows) >= 1 + 2 * (1 + 1 + 3)
+    for row in rows[1:]:
+        if row["method"] == "bi":
+            assert f"{row['perplexity']:.2f}" in out
+    assert "layers in common: bi, angular" in out and "speed / whole model's" in out
+    assert Path("pictures/quality.png").read_bytes()[:4] == b"\x89PNG"
+    assert not Path("c.json.state").exists()
+
+
+def test_without_eval_data_texts_are_held_out(here, capsys):
+    main([*COMMON, "--methods", "bi", "--healing", "raw"])
+    assert "raw: perplexity" in capsys.readouterr().out
+
+
+def test_lora_heals_in_the_comparison(here, capsys):
+    options = ["--methods", "bi", "--healing", "lora", "--eval_data", "others"]
+    options += ["--lora_only", "bi:1"]
+    options += ["--lora_steps", "2", "--lora_rank", "2", "--lora_learning_rate", "0.01"]
+    options += ["--lora_size", "48", "--lora_batch", "2"]
+    main([*COMMON, *options, "--out", "c.json"])
+    rows = json.loads(Path("c.json").read_text())["rows"]
+    assert [r["healing"] for r in rows] == ["raw", "lora"]
+    assert "lora: perplexity" in capsys.readouterr().out
+
+
+def test_interrupted_in_training_it_continues_there(here, monkeypatch):
+    options = ["--methods", "bi", "--counts", "1", "--healing", "lora", "--eval_data", "others"]
+    options += ["--lora_steps", "2", "--lora_size", "48", "--lora_batch", "2", "--lora_rank", "2"]
+    resumed, plain = [], healing.heal
+
+    def interrupted(*args, work_dir, resume, **given):
+        resumed.append(resume)
+        plain(*args, work_dir=work_dir, resume=resume, **given)
+        if not resume:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(healing, "heal", interrupted)
+    with pytest.raises(SystemExit):
+        main([*COMMON, *options, "--out", "c.json"])
+    assert any(Path().glob("c.json.state.lora-*/checkpoint-*"))
+    main([*COMMON, *options, "--out", "c.json"])
+    assert resumed == [False, True]
+    assert not [*Path().glob("c.json.*")]
+
+
+def test_lora_with_a_tokenizer_elsewhere_and_texts_that_repeat_themselves(here, capsys):
+    Path("elsewhere").mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        Path("ckpt", name).rename(Path("elsewhere", name))
+    for path in Path("books").iterdir():
+        path.write_text(text(1000)[:400] + path.read_text() + text(1000)[:400])
+    options = ["--methods", "bi", "--counts", "1", "--healing", "lora", "--eval_data", "others"]
+    options += ["--lora_steps", "1", "--lora_size", "100", "--lora_batch", "1", "--lora_rank", "2"]
+    main([*COMMON, *options, "--tokenizer_path", "elsewhere/tokenizer.json"])
+    assert "lora: perplexity" in capsys.readouterr().out
+
+
+def test_a_state_with_other_tasks_is_refused(tmp_path):
+    from short_gpt.cli import comparison
+
+    class Layers:
+        weights_digest = staticmethod(lambda: "a digest")
+
+    given = dict.fromkeys(inspect.signature(comparison.compare).parameters)
+    path = str(tmp_path / "state")
+    state = comparison._state(Layers, path, None, {**given, "tasks": "one"})
+    assert state is not None
+    state.save({"cells": {}})
+    with pytest.raises(ValueError, match="a run with another tasks: 'one', now 'two'"):
+        comparison._state(Layers, path, None, {**given, "tasks": "two"})
+
+
+def test_lora_refuses_a_file_before_anything_is_measured():
+    from short_gpt.cli import comparison
+
+    with pytest.raises(ValueError, match="checkpoint directories, not .*convert it first"):
+        comparison._lora(__file__, [], [], lambda *_: [], {}, None)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--methods", "best"], "--methods best: expected some of bi, angular"),
+        (["--healing", "glue"], "--healing glue: expected some of raw, patched, lora"),
+        (["--lora_only", "bi:1"], "--lora_only is for --healing lora"),
+        (
+            ["--healing", "lora", "--lora_only", "bi:1,bi:2"],
+            "--lora_only bi:2: expected METHOD:NUMBER of --methods and --counts, as in bi:1",
+        ),
+        (["--counts", "0,2"], "expected whole numbers as in --counts 2,4,8"),
+        (["--healing", "lora", "--eval_data", "others"], "a window needs 2048"),
+        (
+            [
+                "--healing",
+                "lora",
+                "--eval_data",
+                "others",
+                "--max_texts",
+                "1",
+                "--lora_size",
+                "700",
+            ],
+            "lora needs two windows of 700 tokens or more, one of them to validate on",
+        ),
+        (["--counts", "2,5"], "--n_prune_layers 5; the model has 5 layers"),
+        (["--eval_data", "books"], "share text with the windows to evaluate on"),
+    ],
+)
+def test_mistakes_are_one_line(here, capsys, options, message):
+    with pytest.raises(SystemExit):
+        main([*COMMON, *options])
+    errors = capsys.readouterr().err.splitlines()
+    assert errors[-1].startswith("short-gpt: ") and message in errors[-1]

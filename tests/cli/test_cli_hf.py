@@ -1,0 +1,300 @@
+"""The commands on Hugging Face directories and GGUF files, as a user types them."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from commands import DATA, TEXT, fails, run
+from conftest import (
+    BYTE_VOCAB,
+    make_transformer,
+    random_windows,
+    save_checkpoint,
+    write_byte_tokenizer,
+)
+from gguf_files import write_gguf
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from llama.formats.convert import meta_to_hf
+from llama.formats.hf import with_bos
+from short_gpt.models.hf import HFDecoder
+from short_gpt.opening import open_model
+from short_gpt.scoring.importance import Importance
+from short_gpt.short_hf import ShortHFModel
+
+pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
+LAYERS = 5
+CUT = ("--layers", "1,3")
+TOKENS = torch.arange(3, 27).reshape(2, 12)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, one_rank) -> Path:
+    """A random Llama in both formats, hf and meta, as GGUF, and a text."""
+    path = tmp_path_factory.mktemp("made")
+    model = make_transformer(vocab_size=BYTE_VOCAB)
+    write_byte_tokenizer(save_checkpoint(path / "meta", model))
+    words = path / "meta/tokenizer.json"
+    words.write_text(with_bos(words.read_text(), "<s>", 0))
+    meta_to_hf(path / "meta", path / "hf")
+    write_gguf(path / "model.gguf", model)
+    (path / "book.txt").write_text(TEXT)
+    return path
+
+
+@pytest.fixture
+def here(made, tmp_path, monkeypatch) -> Path:
+    """A fresh working directory with all that."""
+    shutil.copytree(made, tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "here"
+
+
+def record(name: str) -> dict:
+    return json.loads(Path(name).read_text())
+
+
+def logits(directory: str) -> torch.Tensor:
+    model, problems = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
+    assert not any(problems.values()), problems
+    return HFDecoder(model.eval()).logits(TOKENS)
+
+
+def test_a_gguf_model_can_be_trained(here):
+    from short_gpt.healing.lora import heal
+    from short_gpt.healing.recipe import Recipe
+
+    short = ShortHFModel("model.gguf", device="cpu", dtype="float32")
+    recipe = Recipe(rank=2, steps=1, warmup=0, batch=1, eval_every=1, learning_rate=0.01)
+    apart = [random_windows(2, 16, vocab=90, seed=seed) for seed in (1, 2, 3)]
+    assert heal(short, *apart, recipe=recipe).to_dict()["recipe"]["rank"] == 2
+
+
+def test_rank_gives_the_scores_of_metas_format(here, capsys):
+    found = {}
+    for name in ("hf", "model.gguf", "meta"):
+        run("rank", name, *DATA, "--n_prune_layers", 2, "--out", f"{name}.json")
+        out = capsys.readouterr().out
+        found[name] = Importance.from_dict(record(f"{name}.json")["importance"])
+        assert f"{found[name].least_important(2)}" in out and "written" in out
+    expected = found["meta"]
+    for name in ("hf", "model.gguf"):
+        ours = found[name]
+        assert (ours.n_windows, ours.n_tokens) == (expected.n_windows, expected.n_tokens)
+        assert (ours.block_influence - expected.block_influence).abs().max() < 1e-5
+        assert (ours.angular - expected.angular).abs().max() < 1e-5
+
+
+def test_prune_by_scores_verified_and_with_a_recipe(here, capsys):
+    run("rank", "hf", *DATA, "--max_windows", 4, "--out", "r.json")
+    scores = ("--scores", "r.json", "--n_prune_layers", 2)
+    run("prune", "hf", "small", *scores, "--recipe", "recipe.yaml")
+    out = capsys.readouterr().out
+    found = record("small/pruning.json")
+    assert f"removed layers {found['removed_layers']}" in out
+    assert "verified: the logits are those of the source without these layers, bit for bit" in out
+    assert "Block Influence" in found["method"] and found["source"] == "hf"
+    assert found["scored_by"]["data"] == "book.txt" and len(found["block_influence"]) == LAYERS
+    card = Path("small/README.md").read_text()
+    assert f"    {found['removed_layers']}\n" in card
+    assert f"Scores: {found['method']}, on 128 tokens of book.txt in 4 windows." in card
+    model = AutoModelForCausalLM.from_pretrained("hf").eval()
+    decoder = HFDecoder(model)
+    decoder.keep_layers(found["kept_layers"])
+    assert torch.equal(logits("small"), decoder.logits(TOKENS))
+    recipe = Path("recipe.yaml").read_text()
+    assert 'model: "hf"' in recipe and recipe.endswith("dtype: float32\n")
+
+    run("prune", "hf", "block", *scores, "--angular", "--verify", "no")
+    block = record("block/pruning.json")["removed_layers"]
+    assert block[1] == block[0] + 1
+    assert "verified" not in capsys.readouterr().out
+
+
+def test_prune_proves_weights_without_a_tokenizer_too(here, capsys):
+    for path in Path("hf").glob("tokenizer*"):
+        path.unlink()
+    run("prune", "hf", "small", *CUT, "--recipe", "new/recipe.yaml")
+    assert "verified: the logits are those of the source" in capsys.readouterr().out
+    assert Path("new/recipe.yaml").is_file()
+    assert "hf came without a tokenizer" in fails(capsys, "rank", "hf", *DATA)
+
+
+@pytest.mark.parametrize(("source", "to"), [("hf", "meta"), ("meta", "hf")])
+def test_prune_writes_the_other_format(here, capsys, source, to):
+    run("prune", source, "out", *CUT, "--to", to)
+    assert "without these layers, but for the last digits" in capsys.readouterr().out
+    run("prune", source, "same", *CUT)
+    run("convert", "same", "expected")
+    assert {p.name for p in Path("out").iterdir()} == {
+        *(p.name for p in Path("expected").iterdir()),
+        "pruning.json",
+        *(["README.md"] if to == "hf" else []),
+    }
+    for name in ("consolidated.00.pth", "model.safetensors", "config.json", "params.json"):
+        if (Path("expected") / name).exists():
+            assert (Path("out") / name).read_bytes() == (Path("expected") / name).read_bytes()
+    assert record("out/pruning.json") == record("same/pruning.json")
+    assert record("out/conversion.json")["source"] == source
+    assert [p.name for p in here.iterdir() if p.name.startswith(".")] == []
+    run("prune", source, "out", "--layers", 2, "--to", to, "--overwrite", "--verify", "no")
+    assert record("out/pruning.json")["removed_layers"] == [2]
+
+
+def test_only_a_llama_goes_to_metas_format(here, capsys):
+    from families import make
+
+    make("qwen2").save_pretrained("qwen")
+    before = sorted(p.name for p in here.iterdir())
+    capsys.readouterr()
+    line = fails(capsys, "prune", "qwen", "x", *CUT, "--to", "meta")
+    assert "qwen is not a plain Llama: its model_type is 'qwen2', expected 'llama'" in line
+    assert "its model_type is 'qwen2'" in fails(capsys, "convert", "qwen", "x")
+    assert sorted(p.name for p in here.iterdir()) == before
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, OSError, KeyboardInterrupt])
+def test_what_fails_the_proof_is_not_left_behind(here, capsys, monkeypatch, kind):
+    def differ(*_, **__):
+        raise kind("logits differ")
+
+    monkeypatch.setattr("short_gpt.cli.surgery.same_model", differ)
+    with pytest.raises((kind, SystemExit)):
+        run("prune", "hf", "x", *CUT, "--recipe", "r.yaml")
+    assert not Path("x").exists() and not Path("r.yaml").exists()
+    assert "written" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("source", ["hf", "model.gguf"])
+def test_generate(here, capsys, source):
+    run("generate", source, "It was", "--temperature", 0, "--max_gen_len", 5)
+    out = capsys.readouterr().out
+    run("generate", "meta", "It was", "--temperature", 0, "--max_gen_len", 5)
+    assert out == capsys.readouterr().out and out.startswith("It was")
+    for _ in range(2):
+        run("generate", source, "It was", "--seed", 3, "--max_gen_len", 5)
+    first, second = capsys.readouterr().out.split("It was")[1:]
+    assert first == second
+
+
+def test_perplexity_is_that_of_metas_format(here, capsys):
+    for name in ("hf", "meta"):
+        run("perplexity", name, *DATA[:4], "--out", f"{name}.json")
+    assert "hf" in capsys.readouterr().out
+    ours, theirs = (record(f"{n}.json")["result"] for n in ("hf", "meta"))
+    assert ours["tokens"] == theirs["tokens"]
+    assert ours["perplexity"] == pytest.approx(theirs["perplexity"], rel=1e-5)
+    assert 1 < ours["perplexity"] < math.inf
+
+
+def test_convert_in_every_direction_comes_back_bit_exact(here, capsys):
+    run("convert", "hf", "a")
+    run("convert", "a", "b")
+    run("convert", "model.gguf", "c")
+    state, expected = (torch.load(f"{n}/consolidated.00.pth") for n in ("a", "meta"))
+    gguf = torch.load("c/consolidated.00.pth")
+    assert all(torch.equal(state[n], expected[n]) for n in expected)
+    assert all(torch.equal(gguf[n], expected[n]) for n in expected)
+    assert Path("b/model.safetensors").read_bytes() == Path("hf/model.safetensors").read_bytes()
+    assert capsys.readouterr().out == "written: a\nwritten: b\nwritten: c\n"
+    run("convert", "hf", "half", "--dtype", "bfloat16")
+    capsys.readouterr()
+    assert torch.load("half/consolidated.00.pth")["norm.weight"].dtype == torch.bfloat16
+    assert "b exists" in fails(capsys, "convert", "a", "b")
+    run("convert", "a", "b", "--overwrite")
+
+
+def test_evaluate_dense_against_pruned(here, capsys, lm_eval, tasks):
+    """Perplexity of a folder and a local task, for either format, in one table and one file."""
+    Path("texts").mkdir()
+    shutil.copy("book.txt", "texts")
+    options = ("--text", "texts", "--size", 64, "--tasks", "tiny_choice", "--include_path", tasks)
+    found = {}
+    for name in ("hf", "meta"):
+        run("prune", name, f"{name}-cut", *CUT, "--verify", "no")
+        capsys.readouterr()
+        run("evaluate", name, f"{name}-cut", *options, "--out", f"{name}.json")
+        out = capsys.readouterr().out
+        found[name] = [*record(f"{name}.json")["result"].values()]
+        assert f"{name}-cut" in out and "texts perplexity" in out and "tiny_choice acc" in out
+    dense, cut = found["hf"]
+    assert (dense["layers"], cut["layers"]) == (LAYERS, LAYERS - 2)
+    assert dense["texts perplexity"] != cut["texts perplexity"]
+    assert 0 <= dense["tiny_choice acc"] <= 1
+    for ours, theirs in zip(found["hf"], found["meta"], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5, nan_ok=True)
+    assert record("hf.json")["arguments"]["tasks"] == "tiny_choice"
+    short = open_model("hf", max_seq_len=64)
+    ids = short.encode(TEXT)
+    windows = [ids[i : i + 64] for i in range(0, len(ids) - 63, 64)]
+    value = short.perplexity(windows, progress=False).value
+    assert dense["texts perplexity"] == pytest.approx(value, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["prune", "hf", "x", "--layers", "9"], "layers [9] do not exist; the model has 0..4"),
+        (["prune", "hf", "x", *CUT, "--to", "gguf"], "a format of meta or hf, got 'gguf'"),
+        (["prune", "model.gguf", "x", *CUT], "convert it first: short-gpt convert model.gguf"),
+        (["prune", "model.gguf", "x", "--scores", "no.json"], "convert it first: short-gpt"),
+        (["prune", "no/where", "x", "--scores", "other.json", "-n", 1], "the hub cannot be"),
+        (["prune", "meta", "x", *CUT, "--recipe", "r.yaml"], "mergekit reads no Meta checkpoint"),
+        (["prune", "hf", "x", *CUT, "--recipe", "book.txt"], "book.txt exists"),
+        (["prune", "hf", "x", *CUT, "--recipe", "book.txt/r.yaml"], "r.yaml cannot be written"),
+        (["prune", "hf", "hf", *CUT, "--overwrite"], "hf exists and holds"),
+        (["prune", "hf", "hf", *CUT, "--overwrite", "--to", "meta"], "hf exists and holds"),
+        (["prune", "hf", "x", "--scores", "other.json", "-n", 1], "scores 4 layers, hf has 5"),
+        (["prune", "no/where", "x", *CUT], "no/where is no directory here, and the hub cannot be"),
+        (["convert", "no/where", "x"], "no/where is no directory here, and the hub cannot be"),
+        (["rank", "no/where", *DATA], "no/where is no directory here, and the hub cannot be"),
+        (["rank", "strange", *DATA], "strange cannot be loaded: The checkpoint you are trying"),
+        (["rank", "hf", *DATA, "--dtype", "int4"], "expected a dtype of float32"),
+        (["rank", "hf", *DATA, "--device", "tpu9"], "expected a device such as cpu"),
+        (["rank", "hf", *DATA, "-n", "5"], "expected 1 to 4"),
+        (["rank", "no.gguf", *DATA], "no.gguf does not exist"),
+        (["rank", "broken.gguf", *DATA], "broken.gguf cannot be loaded: "),
+        (["generate", "damaged", "a"], "damaged cannot be loaded: "),
+        (["generate", "empty", "a"], "empty has no params.json (Meta's format) and no config.json"),
+        (["convert", "empty", "x"], "empty has no params.json (Meta's format) and no config.json"),
+        (["convert", "broken.gguf", "x"], "broken.gguf is not a complete GGUF file"),
+        (["convert", "damaged", "x"], "model.safetensors is not a complete safetensors file"),
+        (["convert", "meta", "x", "--dtype", "bfloat16"], "--dtype is for writing Meta's format"),
+        (["evaluate", "hf", "--text", "none"], "nothing to evaluate: give --text or --tasks"),
+        (["evaluate", "hf", "nowhere", "--text", "book.txt"], "nowhere does not exist"),
+        (["evaluate", "hf", "--text", "book.txt", "--source", "x"], "--source is a copy of wiki"),
+        (["evaluate", "hf", "--text", "no.txt"], "no.txt' does not exist"),
+        (["evaluate", "hf", "--size", "1"], "size = 1: expected"),
+        (["evaluate", "hf", "--out", "book.txt"], "book.txt exists"),
+        (["evaluate", "hf"], "the hub cannot be reached"),
+        (["evaluate", "hf", "--text", "none", "--tasks", "nothing"], "lm-eval has no tasks"),
+        (
+            ["evaluate", "hf", "--text", "none", "--tasks", "a", "--include_path", "no"],
+            "no is no folder",
+        ),
+    ],
+)
+def test_mistakes_cost_one_line(here, capsys, lm_eval, argv, message):
+    Path("empty").mkdir()
+    shutil.copytree("hf", "strange")
+    Path("strange/config.json").write_text('{"model_type": "nothing"}')
+    shutil.copytree("hf", "damaged")
+    Path("damaged/model.safetensors").write_bytes(b"\x00" * 50)
+    Path("broken.gguf").write_bytes(Path("model.gguf").read_bytes()[:3000])
+    if "other.json" in argv:
+        config = LlamaConfig(num_hidden_layers=4, hidden_size=32, intermediate_size=32)
+        config.update({"vocab_size": BYTE_VOCAB, "num_attention_heads": 4, "head_dim": 8})
+        config.num_key_value_heads = 4
+        LlamaForCausalLM(config).save_pretrained("other")
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(f"hf/{name}", "other")
+        run("rank", "other", *DATA, "--max_windows", 1, "--out", "other.json")
+        capsys.readouterr()
+    before = sorted(p.name for p in Path().iterdir())
+    assert message in fails(capsys, *argv)
+    assert sorted(p.name for p in Path().iterdir()) == before

@@ -1,0 +1,400 @@
+"""Texts from files and from the hub, and the windows cut from them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from short_gpt.data.texts import pg19, texts
+from short_gpt.data.windows import Windows, batches, windows
+
+BOOKS = ["First book.\n\nIt is short.", "Second book: naïve.", "Third."]
+
+
+def write_txt(folder: Path, books: list[str] = BOOKS) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, book in enumerate(books):
+        (folder / f"{number}.txt").write_text(book, encoding="utf-8")
+
+
+def write_parquet(file: Path, books: list[str] = BOOKS) -> None:
+    """A file with the columns of PG-19's Parquet copy."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    columns = {
+        "short_book_title": [f"Title {n}" for n in range(len(books))],
+        "publication_date": pa.array([1850] * len(books), pa.int32()),
+        "url": ["http://www.gutenberg.org/ebooks/1"] * len(books),
+        "text": books,
+    }
+    pq.write_table(pa.table(columns), file)
+
+
+def write_jsonl(file: Path, books: list[str] = BOOKS, column: str = "text") -> None:
+    lines = (json.dumps({column: book, "n": n}) for n, book in enumerate(books))
+    file.write_text("\n\n".join(lines) + "\n", encoding="utf-8")
+
+
+# Local files
+
+
+def test_a_txt_file_is_one_text(tmp_path: Path) -> None:
+    write_txt(tmp_path)
+    assert [*texts(tmp_path / "1.txt")] == [BOOKS[1]]
+    assert [*texts(str(tmp_path / "1.txt"), split="validation")] == [BOOKS[1]]
+
+
+def test_a_byte_order_mark_is_not_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("book", encoding="utf-8-sig")
+    assert [*texts(tmp_path)] == ["book"]
+
+
+def test_jsonl_and_parquet_hold_a_text_a_row(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl")
+    write_parquet(tmp_path / "a.parquet")
+    assert [*texts(tmp_path / "a.jsonl")] == BOOKS
+    assert [*texts(tmp_path / "a.parquet")] == BOOKS
+    assert [*texts(tmp_path / "a.parquet", column="short_book_title")][2] == "Title 2"
+
+
+def test_a_folder_is_read_recursively_by_name_and_passes_over_other_files(tmp_path: Path) -> None:
+    write_txt(tmp_path / "b", ["in b"])
+    write_txt(tmp_path / ".cache", ["hidden"])
+    write_jsonl(tmp_path / "c.jsonl", ["in c"], column="content")
+    (tmp_path / "a.TXT").write_text("in a")
+    (tmp_path / "README.md").write_text("not a text")
+    (tmp_path / "c.jsonl").write_text('{"text": "in c"}')
+    assert [*texts(tmp_path)] == ["in a", "in b", "in c"]
+
+
+@pytest.mark.parametrize("layout", ["bucket", "parquet", "prefix", "nested"])
+def test_a_split_of_a_folder_is_read_alone(tmp_path: Path, layout: str) -> None:
+    for split in ("train", "validation", "test"):
+        books = [f"{split} {book}" for book in BOOKS]
+        if layout == "bucket":
+            write_txt(tmp_path / split, books)
+        if layout == "parquet":
+            write_parquet(tmp_path / "data" / f"{split}-00000-of-00001.parquet", books)
+        if layout == "prefix":
+            write_jsonl(tmp_path / f"{split}.jsonl", books)
+        if layout == "nested":
+            write_txt(tmp_path / "data" / split, books)
+    write_txt(tmp_path / "validations", ["of another name"])
+    (tmp_path / "metadata.csv").write_text("1,title,1850")
+    assert [*texts(tmp_path, split="validation")] == [f"validation {book}" for book in BOOKS]
+    assert [*pg19(path=tmp_path)] == [f"validation {book}" for book in BOOKS]
+    assert [*pg19("test", path=str(tmp_path))] == [f"test {book}" for book in BOOKS]
+
+
+def test_a_folder_without_the_split_is_read_whole(tmp_path: Path) -> None:
+    write_txt(tmp_path)
+    assert [*texts(tmp_path, split="validation")] == BOOKS
+    assert [*pg19("train", path=tmp_path)] == BOOKS
+
+
+def test_an_existing_path_wins_over_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_txt(tmp_path / "allenai" / "c4")
+    monkeypatch.chdir(tmp_path)
+    assert [*texts("allenai/c4")] == BOOKS
+
+
+@pytest.mark.parametrize(
+    "source", ["./novels", "/no/such/novels", "~no-one/novels", "novels.txt", "a/b/c", "", "a\\b"]
+)
+def test_what_looks_like_a_path_is_not_asked_of_the_hub(source: str) -> None:
+    with pytest.raises(FileNotFoundError, match=r"does not exist: expected a file or folder of"):
+        texts(source)
+
+
+def test_a_path_object_is_never_a_name_at_the_hub() -> None:
+    with pytest.raises(FileNotFoundError, match="'novels' does not exist"):
+        texts(Path("novels"))
+    with pytest.raises(FileNotFoundError, match="'novels' does not exist"):
+        pg19(path="novels")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", b"text", r"a\.csv is of an unknown kind: expected \.txt, \.jsonl or \.parquet"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": ', r"a\.jsonl: line 2: .*column 10"),
+        ("a.jsonl", b'{"content": "a", "n": 1}', r"line 1: no column 'text', only \['content', "),
+        ("a.jsonl", b'{"text": null}', r"line 1: column 'text' holds None, expected text"),
+        ("a.jsonl", b'["a"]', r"line 1: expected an object with named values, got \['a'\]"),
+        ("a.jsonl", b"\n", r"a\.jsonl' holds no text"),
+        ("a.txt", b"caf\xe9 noir", r"a\.txt: 'utf-8' codec can't decode byte 0xe9"),
+        ("a.parquet", b"text", r"a\.parquet: .*[Pp]arquet"),
+    ],
+)
+def test_a_bad_file_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        [*texts(tmp_path / name)]
+
+
+def test_a_missing_column_names_those_that_are_there(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "a.parquet")
+    columns = r"\['short_book_title', 'publication_date', 'url', 'text'\]; pass column="
+    with pytest.raises(ValueError, match=rf"no column 'content', only {columns}"):
+        texts(tmp_path, column="content")
+    with pytest.raises(ValueError, match="column 'publication_date' holds 1850, expected text"):
+        texts(tmp_path, column="publication_date")
+
+
+def test_a_folder_without_texts_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").touch()
+    with pytest.raises(ValueError, match=r"has no file of a known kind: expected \.txt, \.jsonl"):
+        texts(tmp_path)
+
+
+# The hub
+
+
+@pytest.mark.parametrize(
+    "environment", [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}]
+)
+@pytest.mark.parametrize("call", ["pg19()", "texts('allenai/c4:en', split='validation')"])
+def test_without_the_hub_the_call_fails_at_once(environment: dict[str, str], call: str) -> None:
+    code = (
+        f"from short_gpt.data.texts import pg19, texts\ntry: {call}\nexcept ConnectionError as e: "
+    )
+    began = time.monotonic()
+    run = subprocess.run(
+        [sys.executable, "-c", code + "print(e)"],
+        env={**os.environ, "HF_HUB_OFFLINE": "", "NO_PROXY": "*", **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert "is no local path, and the hub cannot be reached" in run.stdout, run.stderr
+    assert "pg19(path=FOLDER), or --data FOLDER on the command line" in run.stdout
+    assert time.monotonic() - began < 20
+
+
+class Hub:
+    """Stands in for the hub: what was asked of it, and what it answers."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[object, ...]] = []
+        self.splits = {"train": [{"text": "a", "n": 1}], "test": [{"text": "b", "n": 2}]}
+        self.error: Exception | None = None
+
+    def dataset_info(self, name: str, *, timeout: float) -> None:
+        assert timeout < 10
+
+    def load_dataset(self, name: str, config: str | None, *, split: str | None, streaming: bool):
+        self.asked.append((name, config, split, streaming))
+        if self.error:
+            raise self.error
+        return self.splits[split] if split else self.splits
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
+    hub = Hub()
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: hub)
+    monkeypatch.setattr("datasets.load_dataset", hub.load_dataset)
+    return hub
+
+
+def test_a_data_set_is_streamed(hub: Hub) -> None:
+    assert [*texts("allenai/c4:en", split="test")] == ["b"]
+    assert hub.asked == [("allenai/c4", "en", "test", True)]
+
+
+def test_pg19_is_the_parquet_copy(hub: Hub) -> None:
+    hub.splits["validation"] = [{"text": book} for book in BOOKS]
+    assert [*pg19()] == BOOKS
+    assert hub.asked == [("emozilla/pg19", None, "validation", True)]
+
+
+def test_the_only_split_need_not_be_named(hub: Hub) -> None:
+    with pytest.raises(ValueError, match=r"several splits, \['train', 'test'\]; pass split="):
+        texts("allenai/c4")
+    del hub.splits["train"]
+    assert [*texts("allenai/c4")] == ["b"]
+
+
+def test_a_data_set_without_the_column_names_those_that_are_there(hub: Hub) -> None:
+    with pytest.raises(ValueError, match=r"c4: no column 'content', only \['text', 'n'\]"):
+        texts("allenai/c4", split="train", column="content")
+
+
+def test_a_script_is_not_run(hub: Hub) -> None:
+    hub.error = RuntimeError("Dataset scripts are no longer supported, but found pg19.py")
+    with pytest.raises(ValueError, match=r"deepmind/pg19 is a script.*use .*emozilla/pg19"):
+        texts("deepmind/pg19", split="validation")
+    hub.error = RuntimeError("another")
+    with pytest.raises(RuntimeError, match="another"):
+        texts("deepmind/pg19", split="validation")
+
+
+def test_a_missing_configuration_says_how_to_give_one(hub: Hub) -> None:
+    hub.error = ValueError("Config name is missing.")
+    with pytest.raises(ValueError, match=r"missing\.; a configuration is given as allenai/c4:NAME"):
+        texts("allenai/c4", split="train")
+
+
+def test_pg19_has_three_splits() -> None:
+    with pytest.raises(ValueError, match="split = 'dev': PG-19 has train, validation, test"):
+        pg19("dev")
+
+
+# Windows
+
+
+def letters(text: str) -> list[int]:
+    return [ord(letter) for letter in text]
+
+
+def numbered(lengths: list[int]) -> list[str]:
+    """Texts of these lengths, no character twice."""
+    ends = [sum(lengths[: n + 1]) for n in range(len(lengths))]
+    return [
+        "".join(chr(33 + c) for c in range(end - length, end))
+        for length, end in zip(lengths, ends, strict=True)
+    ]
+
+
+LENGTHS = st.lists(st.integers(0, 40), min_size=1, max_size=6)
+SIZES = st.integers(2, 12)
+STRIDES = st.integers(1, 15)
+
+
+def test_windows_of_a_known_text() -> None:
+    def cut(text: str, **arguments: object) -> list[str]:
+        found = windows([text], letters, size=4, **arguments)
+        return ["".join(map(chr, window)) for window in found]
+
+    assert cut("abcdefg", stride=2) == ["abcd", "cdef"]
+    assert cut("abcdefg", stride=2, tail="keep") == ["abcd", "cdef", "efg"]
+    assert cut("abcdefgh", stride=2, tail="keep") == ["abcd", "cdef", "efgh"]
+    assert cut("abcde", stride=4, tail="keep") == ["abcd", "de"]
+    assert cut("abc", stride=2, tail="keep") == ["abc"]
+    assert cut("abcdefgh", stride=6, tail="keep") == ["abcd", "gh"]
+    assert cut("abcdef", stride=6, tail="keep") == ["abcd"]
+
+
+@given(LENGTHS.filter(lambda lengths: max(lengths) >= 12), SIZES, STRIDES)
+def test_whole_windows_start_at_multiples_of_the_stride(
+    lengths: list[int], size: int, stride: int
+) -> None:
+    books = numbered(lengths)
+    expected = [
+        letters(book[start : start + size])
+        for book in books
+        for start in range(0, len(book), stride)
+        if start + size <= len(book)
+    ]
+    assert [*windows(books, letters, size=size, stride=stride)] == expected
+
+
+@given(LENGTHS.filter(lambda lengths: max(lengths) >= 2), SIZES, STRIDES)
+def test_a_kept_tail_covers_every_token(lengths: list[int], size: int, stride: int) -> None:
+    stride = min(stride, size)
+    books = numbered(lengths)
+    found = [*windows(books, letters, size=size, stride=stride, tail="keep")]
+    whole = sum(len(window) == size for window in found)
+    assert {token for window in found for token in window} == {
+        token for book in books if len(book) >= 2 for token in letters(book)
+    }
+    assert all(2 <= len(window) <= size for window in found)
+    assert len(found) - whole <= len(books)
+    assert all("".join(map(chr, window)) in "\n".join(books) for window in found)
+
+
+@given(LENGTHS.filter(lambda lengths: max(lengths) >= 12), SIZES, STRIDES, st.integers(), st.data())
+def test_a_seed_permutes_and_a_limit_takes_the_first(
+    lengths: list[int], size: int, stride: int, seed: int, data: st.DataObject
+) -> None:
+    tail = data.draw(st.sampled_from(["drop", "keep"]))
+    books = numbered(lengths)
+    plain = [*windows(books, letters, size=size, stride=stride, tail=tail)]
+    mixed = windows(books, letters, size=size, stride=stride, tail=tail, seed=seed)
+    assert isinstance(mixed, Windows)
+    assert len(mixed) == len(plain)
+    assert Counter(map(tuple, mixed)) == Counter(map(tuple, plain))
+    assert [*mixed] == [*mixed] == [mixed[n] for n in range(len(mixed))]
+    limit = data.draw(st.integers(1, len(plain)))
+    for full, one_seed in ((plain, None), ([*mixed], seed)):
+        part = windows(
+            books, letters, size=size, stride=stride, tail=tail, seed=one_seed, limit=limit
+        )
+        assert [*part] == full[:limit]
+
+
+def test_the_seeded_order_is_this_one_everywhere() -> None:
+    first = [w[0] - 33 for w in windows(numbered([12]), letters, size=2, stride=1, seed=0)]
+    assert first == [8, 9, 1, 2, 5, 3, 7, 4, 0, 10, 6]
+
+
+def test_texts_are_read_as_windows_are_taken() -> None:
+    read = []
+
+    def endless() -> Iterator[str]:
+        while True:
+            read.append(len(read))
+            yield "abcdefgh"
+
+    assert len([*islice(windows(endless(), letters, size=4, stride=2), 4)]) == 4
+    assert len([*windows(endless(), letters, size=4, stride=2, limit=5)]) == 5
+    assert len(read) == 4
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+def test_no_window_says_how_long_the_texts_are(seed: int | None) -> None:
+    message = r"longest of 2 texts has 5 tokens, a window needs 8; use longer texts, a smaller"
+    with pytest.raises(ValueError, match=message):
+        [*windows(["abc", "abcde"], letters, size=8, seed=seed)]
+    with pytest.raises(ValueError, match=r"longest of 1 texts has 1 tokens, a window needs 2"):
+        [*windows(["a"], letters, tail="keep", seed=seed)]
+    with pytest.raises(ValueError, match=r"of 0 texts.* read an iterator of texts only once"):
+        [*windows([], letters, seed=seed)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"size": 1}, "size = 1: expected a whole number of at least 2"),
+        ({"size": 2.5}, r"size = 2\.5: expected a whole number"),
+        ({"stride": 0}, "stride = 0: expected a whole number of at least 1"),
+        ({"limit": 0}, "limit = 0: expected a whole number of at least 1"),
+        ({"limit": True}, "limit = True: expected a whole number"),
+        ({"tail": "pad"}, "tail = 'pad': expected 'drop' or 'keep'"),
+    ],
+)
+def test_wrong_arguments_fail_in_the_call(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        windows(["abc"], letters, **arguments)
+
+
+def test_one_string_is_not_a_list_of_texts() -> None:
+    with pytest.raises(TypeError, match=r"one string, expected an iterable of strings: pass \["):
+        windows("abc", letters)
+
+
+@given(st.integers(0, 20), st.integers(1, 8))
+def test_batches_keep_the_order(count: int, size: int) -> None:
+    found = [*batches(([n] for n in range(count)), size)]
+    assert [window for batch in found for window in batch] == [[n] for n in range(count)]
+    assert [len(batch) for batch in found[:-1]] == [size] * (len(found) - 1)
+    assert all(found)
+
+
+def test_a_batch_has_at_least_one_window() -> None:
+    with pytest.raises(ValueError, match="size = 0: expected a whole number of at least 1"):
+        batches([], 0)

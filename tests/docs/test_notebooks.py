@@ -1,0 +1,61 @@
+"""The notebooks run from top to bottom; here on few windows of the real small model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
+FEWER = {
+    "short_llama.ipynb": {
+        "max_windows = 200 ": "max_windows = 3 ",
+        "eval_windows = 8 ": "eval_windows = 1 ",
+    },
+    "short_hf.ipynb": {
+        "max_windows = 24 ": "max_windows = 3 ",
+        "eval_windows = 8 ": "eval_windows = 1 ",
+        "lora_steps = 40 ": "lora_steps = 2 ",
+    },
+    "compare_methods.ipynb": {
+        "max_windows = 16 ": "max_windows = 2 ",
+        "eval_windows = 4 ": "eval_windows = 1 ",
+        '"deepest", "relative_magnitude", "sleb", "reverse"': '"sleb"',
+        "counts = [2, 4, 8, 12]": "counts = [1, 2]",
+    },
+}
+PICTURES = {"short_llama.ipynb": 2, "short_hf.ipynb": 2, "compare_methods.ipynb": 1}
+PRINTED = {
+    "short_llama.ipynb": "the same completion: True",
+    "short_hf.ipynb": "the same completion: True",
+    "compare_methods.ipynb": "layers in common: bi, angular",
+}
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name", FEWER)
+def test_the_notebook_runs(name, tmp_path):
+    notebook = nbformat.read(NOTEBOOKS / name, as_version=4)
+    heading = next(i for i, c in enumerate(notebook.cells) if c.source == "## Parameters")
+    parameters = notebook.cells[heading + 1]
+    for old, new in FEWER[name].items():
+        assert old in parameters.source
+        parameters.source = parameters.source.replace(old, new)
+    client = NotebookClient(notebook, timeout=900, resources={"metadata": {"path": tmp_path}})
+    client.execute()
+    if name != "compare_methods.ipynb":
+        assert (tmp_path / name.replace(".ipynb", "_pruned") / "pruning.json").is_file()
+    printed = "".join(o.text for c in notebook.cells for o in c.get("outputs", []) if "text" in o)
+    assert PRINTED[name] in printed
+
+
+@pytest.mark.parametrize("name", FEWER)
+def test_the_outputs_are_kept(name):
+    notebook = nbformat.read(NOTEBOOKS / name, as_version=4)
+    code = [c for c in notebook.cells if c.cell_type == "code"]
+    outputs = [o for c in code for o in c.outputs]
+    assert [c.execution_count for c in code] == list(range(1, len(code) + 1))
+    assert all(o.output_type != "error" for o in outputs)
+    assert sum("image/png" in o.get("data", {}) for o in outputs) == PICTURES[name]

@@ -1,0 +1,42 @@
+"""Perplexity is exp(total nats / predicted tokens), never a mean of means."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import make_transformer, random_windows
+
+from short_gpt.evaluation.perplexity import Perplexity, perplexity
+from short_gpt.models.meta import MetaDecoder
+
+
+def test_ragged_windows_weigh_by_their_tokens():
+    model = make_transformer()
+    windows = [w[:n] for w, n in zip(random_windows(3, 30), (30, 2, 11), strict=True)]
+    nats = [
+        F.cross_entropy(model(torch.tensor([w]))[0, :-1], torch.tensor(w[1:]), reduction="sum")
+        for w in windows
+    ]
+    found = perplexity(MetaDecoder(model), [windows[:2], windows[2:]])
+    assert found.tokens == 29 + 1 + 10
+    assert found.value == pytest.approx(math.exp(sum(nats).item() / 40), rel=1e-5)
+
+
+def test_hopeless_models_have_infinite_perplexity():
+    assert Perplexity(nats=1e6, tokens=10, windows=1).value == math.inf
+
+
+def test_nothing_to_predict_is_refused():
+    with pytest.raises(ValueError, match="at least 2 tokens; nothing was predicted"):
+        perplexity(MetaDecoder(make_transformer()), [[[5], [6]]])
+
+
+def test_nan_logits_are_refused():
+    model = make_transformer()
+    with torch.no_grad():
+        model.output.weight[3] = math.nan
+    with pytest.raises(FloatingPointError, match="NaN or infinite loss"):
+        perplexity(MetaDecoder(model), [random_windows(1, 8)])

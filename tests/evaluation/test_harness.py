@@ -1,0 +1,204 @@
+"""Tasks of the lm-evaluation-harness: both wrappers on the same weights agree."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import BYTE_VOCAB, DOCS, write_byte_tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from weights import from_transformers
+
+from llama import Llama
+from llama.tokenizer import Tokenizer
+from short_gpt import ShortHFModel, ShortLlama
+from short_gpt.evaluation.tasks import run_tasks
+
+needs_lm_eval = pytest.mark.usefixtures("lm_eval")
+pytestmark = pytest.mark.filterwarnings("default")
+SIZE = 64  # max_seq_len
+
+
+def pair(folder: Path, *, bos: bool) -> tuple[ShortLlama, ShortHFModel]:
+    """A random Llama of 3 layers in both forms, and its tokenizer in both."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=BYTE_VOCAB,
+        hidden_size=32,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        rms_norm_eps=1e-5,
+        max_position_embeddings=SIZE,
+        initializer_range=0.2,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    hf = LlamaForCausalLM(config).eval()
+    params = {
+        "dim": 32,
+        "n_layers": 3,
+        "n_heads": 4,
+        "n_kv_heads": 2,
+        "vocab_size": BYTE_VOCAB,
+        "multiple_of": 32,
+        "norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+    }
+    file = write_byte_tokenizer(folder)
+    if bos:  # as the files of Llamas say it: a step of the tokenizer puts bos in front
+        content = json.loads(file.read_text())
+        part = (
+            {"SpecialToken": {"id": "<s>", "type_id": 0}},
+            {"Sequence": {"id": "A", "type_id": 0}},
+        )
+        content["post_processor"] = {
+            "type": "TemplateProcessing",
+            "single": part,
+            "pair": part,
+            "special_tokens": {"<s>": {"id": "<s>", "ids": [0], "tokens": ["<s>"]}},
+        }
+        file.write_text(json.dumps(content))
+    file.with_name("tokenizer_config.json").write_text(
+        json.dumps({"bos_token": "<s>", "eos_token": "</s>"})
+    )
+    words = PreTrainedTokenizerFast(
+        tokenizer_file=str(file),
+        bos_token="<s>",
+        eos_token="</s>",
+        clean_up_tokenization_spaces=False,
+    )
+    ours = ShortLlama(Llama(from_transformers(hf, params), Tokenizer(file)))
+    return ours, ShortHFModel(hf, tokenizer=words)
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["bos", "no bos"])
+def both(request, tmp_path_factory) -> tuple[ShortLlama, ShortHFModel]:
+    return pair(tmp_path_factory.mktemp("pair"), bos=request.param)
+
+
+def test_the_tokenizers_agree(both):
+    ours, theirs = both
+    for text in ("", "Ice is", " naïve\n"):
+        assert ours.encode(text) == theirs.encode(text)
+
+
+def requests(kind: str, *arguments: tuple) -> list[Any]:
+    from lm_eval.api.instance import Instance
+
+    return [Instance(kind, {}, found, i) for i, found in enumerate(arguments)]
+
+
+@needs_lm_eval
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_loglikelihoods_agree(both, batch_size):
+    asked = requests("loglikelihood", *((q, choice) for q, c, _ in DOCS for choice in c))
+    ours, theirs = (
+        m.harness_model(batch_size=batch_size).loglikelihood(asked, disable_tqdm=True) for m in both
+    )
+    for (found, greedy), (expected, expected_greedy) in zip(ours, theirs, strict=True):
+        assert found == pytest.approx(expected, rel=1e-5)
+        assert greedy == expected_greedy
+
+
+@needs_lm_eval
+def test_what_greedy_decoding_gives_is_greedy(both):
+    ours, theirs = (m.harness_model() for m in both)
+    encoded = ours.tok_encode("Once")
+    (made,), _ = both[0].llama.generate([encoded], 5, temperature=0)
+    for model in (ours, theirs):
+        asked = [(("", ""), encoded, made), (("", ""), encoded, [*made[:-1], made[-1] ^ 1])]
+        found = model._loglikelihood_tokens(asked, disable_tqdm=True)
+        assert [greedy for _, greedy in found] == [True, False]
+        assert found[0][0] > found[1][0]
+
+
+@needs_lm_eval
+def test_rolling_loglikelihoods_agree(both):
+    texts = ["", "x", "short", "a" * (SIZE - 1), "b" * SIZE, "c" * (SIZE + 1), "Long text. " * 20]
+    asked = requests("loglikelihood_rolling", *((text,) for text in texts))
+    ours, theirs = (m.harness_model().loglikelihood_rolling(asked, disable_tqdm=True) for m in both)
+    assert ours == pytest.approx(theirs, rel=1e-5)
+    assert min(map(abs, ours[1:])) > 1  # not the empty text, which may have no token
+
+
+@needs_lm_eval
+def test_generations_agree(both):
+    settings = [
+        {"until": ["e"], "max_gen_toks": 40},
+        {"until": "\n", "max_new_tokens": 50, "do_sample": False, "temperature": 0.0},
+        {"until": ["zq", "o", "x"], "max_gen_toks": 3, "top_p": 1.0},
+        {"max_gen_toks": 45},
+    ]
+    prompts = ["Once upon", "A long one. " * 8, "Q"]
+    asked = requests("generate_until", *((p, s) for p in prompts for s in settings))
+    ours, theirs = (m.harness_model().generate_until(asked, disable_tqdm=True) for m in both)
+    assert ours == theirs
+    assert not any("e" in text for text in ours[0::4])
+    assert any(len(text) > 32 for text in ours)  # longer than the first look for a stop string
+
+
+@needs_lm_eval
+def test_metrics_of_local_tasks_agree(both, tasks):
+    names = ["tiny_choice", "tiny_generate", "tiny_rolling"]
+    ours, theirs = (run_tasks(model, names, include_path=tasks) for model in both)
+    assert [*ours] == names
+    assert json.loads(json.dumps(ours, allow_nan=False)) == ours
+    assert {*ours["tiny_choice"]} == {"acc", "acc_norm", "acc_stderr", "acc_norm_stderr"}
+    assert {*ours["tiny_rolling"]} >= {"word_perplexity", "byte_perplexity", "bits_per_byte"}
+    for name in names:
+        assert ours[name] == pytest.approx(theirs[name], rel=1e-5)
+
+
+@needs_lm_eval
+def test_the_metric_is_that_of_the_model_after_removal(tmp_path, tasks):
+    both = pair(tmp_path, bos=True)
+    before = [run_tasks(m, "tiny_rolling", include_path=tasks, limit=2) for m in both]
+    for model in both:
+        model.remove_layers([1])
+    after = [run_tasks(m, "tiny_rolling", include_path=tasks, limit=2) for m in both]
+    perplexities = [r["tiny_rolling"]["byte_perplexity"] for r in (*before, *after)]
+    assert perplexities[0] == pytest.approx(perplexities[1], rel=1e-5)
+    assert perplexities[2] == pytest.approx(perplexities[3], rel=1e-5)
+    assert not math.isclose(perplexities[0], perplexities[2], rel_tol=1e-3)
+
+
+@needs_lm_eval
+def test_the_users_tokenizer_is_left_as_it_is(both):
+    both[1].harness_model()
+    assert both[1].tokenizer.pad_token is None
+
+
+@needs_lm_eval
+def test_mistakes_get_one_line(both, tasks):
+    ours, theirs = both
+    with pytest.raises(ValueError, match=r"no tasks \['tiny_chioce'\]; `lm-eval ls tasks`.* YAML"):
+        run_tasks(ours, ["tiny_choice", "tiny_chioce"], include_path=tasks)
+    with pytest.raises(ValueError, match="at least one task"):
+        run_tasks(ours, [])
+    with pytest.raises(ValueError, match="pass tokenizer="):
+        ShortHFModel(theirs.model).harness_model()
+    model = ours.harness_model()
+    with pytest.raises(ValueError, match=r"settings \{'num_beams': 4\} have no meaning"):
+        model.generate_until(requests("generate_until", ("a", {"num_beams": 4})))
+    with pytest.raises(ValueError, match="256 tokens to generate leave no room .* takes 64"):
+        model.generate_until(requests("generate_until", ("a", {})))
+    with pytest.raises(ValueError, match="65 to predict; this model takes .* 1 to 64"):
+        model.loglikelihood(requests("loglikelihood", ("a", "b" * 65)))
+
+
+def test_a_missing_package_names_its_extra(both, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    for name in [*sys.modules]:
+        if name.startswith("lm_eval."):
+            monkeypatch.setitem(sys.modules, name, None)
+    for act in (lambda model: model.harness_model(), lambda model: run_tasks(model, ["piqa"])):
+        for model in both:
+            with pytest.raises(ImportError, match=r'pip install "short-gpt\[eval\]"'):
+                act(model)

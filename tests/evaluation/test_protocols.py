@@ -1,0 +1,80 @@
+"""Perplexity protocols on local copies: which texts count, how they are joined and cut."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import make_transformer, random_windows
+
+from short_gpt.evaluation.perplexity import perplexity
+from short_gpt.evaluation.protocols import protocol
+from short_gpt.models.meta import MetaDecoder
+
+# bos once a text, then the characters
+BOS = -1
+
+
+def encode(text: str) -> list[int]:
+    return [BOS, *map(ord, text)]
+
+
+def copy(folder: Path, split: str, rows: list[str]) -> Path:
+    folder.mkdir()
+    for name, texts in ((split, rows), ("train", ["not these"])):
+        lines = (json.dumps({"text": text}) for text in texts)
+        (folder / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return folder
+
+
+def test_wikitext_is_one_text_of_joined_rows(tmp_path):
+    source = copy(tmp_path / "wiki", "test", ["", " = A = \n", "word"])
+    whole = encode("\n\n = A = \n\n\nword")
+    found = protocol("wikitext-2", encode, size=5, source=source)
+    assert found == [whole[0:5], whole[5:10], whole[10:15]]  # the rest of 18 is dropped
+    assert protocol("wikitext-2", encode, size=5, limit=2, source=source) == found[:2]
+
+
+def test_c4_is_256_windows_of_the_first_1100_texts(tmp_path):
+    rows = [f"{n:04}" for n in range(1200)]
+    source = copy(tmp_path / "c4", "validation", rows)
+    whole = encode(" ".join(rows[:1100]))
+    found = protocol("c4", encode, size=20, source=source)
+    assert len(found) == 256
+    assert [token for window in found for token in window] == whole[: 256 * 20]
+    assert len(protocol("c4", encode, size=50, source=source)) == len(whole) // 50
+    assert protocol("c4", encode, size=20, limit=3, source=source) == found[:3]
+    assert len(protocol("c4", encode, size=20, limit=300, source=source)) == 256
+
+
+def test_pg19_windows_do_not_cross_books(tmp_path):
+    source = copy(tmp_path / "pg19", "test", ["abcdefg", "hi", "jklm"])
+    found = protocol("pg19", encode, size=4, source=source)
+    assert found == [encode("abc"), [*map(ord, "defg")], encode("jkl")]
+
+
+def test_unknown_names_and_short_texts_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="protocol 'ptb' is unknown: .* wikitext-2, c4, pg19"):
+        protocol("ptb", encode)
+    source = copy(tmp_path / "wiki", "test", ["short"])
+    with pytest.raises(ValueError, match="no windows: the longest of 1 texts has 6 tokens"):
+        protocol("wikitext-2", encode, source=source)
+
+
+@pytest.mark.parametrize("name", ["wikitext-2", "c4", "pg19"])
+def test_without_a_network_the_error_says_what_to_do(name):
+    with pytest.raises(ConnectionError, match="the hub cannot be reached .* pass a local copy"):
+        protocol(name, encode)
+
+
+def test_the_published_formula_gives_the_same_perplexity():
+    model, windows = make_transformer(), random_windows(5, 16)
+    tokens = torch.tensor(windows)
+    means = [F.cross_entropy(model(t[None])[0, :-1], t[1:]) * 16 for t in tokens]
+    theirs = math.exp(sum(means).item() / (5 * 16))
+    found = perplexity(MetaDecoder(model), [windows[:3], windows[3:]])
+    assert found.value == pytest.approx(theirs, rel=1e-5)

@@ -1,0 +1,135 @@
+"""Published layer lists, and comparisons with them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from short_gpt.experiments.published import Comparison, compare, identify, published
+
+LLAMA = [27, 26, 25, 28, 24, 29, 23, 21, 22]
+RUNS = published()["reimplementation"]["models"]
+
+
+def test_every_group_has_a_source_and_its_layers_exist() -> None:
+    groups = {name: group for name, group in published().items() if name != "about"}
+    assert all(group["source"] and group["models"] for group in groups.values())
+    for group in ("sleb", "evopress"):
+        for layers in groups[group]["models"].values():
+            assert len({*layers}) == len(layers) and max(layers) < 32
+
+
+def test_the_paper_and_the_authors_repository_remove_the_same_layers() -> None:
+    paper = published()["paper"]["models"]
+    for name, (first, last) in published()["authors_repository"]["models"].items():
+        assert sorted(paper[name]["removed"]) == [*range(first, last + 1)]
+    assert {name: len(model["removed"]) for name, model in paper.items()} == {
+        "Llama-2-7B": 9,
+        "Llama-2-13B": 10,
+        "Baichuan-2-7B": 9,
+        "Baichuan-2-13B": 10,
+    }
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_lowest_published_scores_are_the_printed_list(name: str) -> None:
+    importance = torch.tensor(RUNS[name]["importance"], dtype=torch.float64)
+    assert len(importance) == 32
+    assert importance.argsort(stable=True)[:9].tolist() == RUNS[name]["removed"]
+
+
+@pytest.mark.parametrize(("name", "start"), [("Llama-2-7B", 21), ("Mistral-7B-v0.1", 20)])
+def test_the_best_published_block_is_among_the_real_starts(name: str, start: int) -> None:
+    angular = torch.tensor(RUNS[name]["angular_n9"], dtype=torch.float64)
+    assert int(angular[: 32 - 9 + 1].argmin()) == start
+    assert RUNS[name]["removed_angular_n9"] == [*range(start, start + 9)]
+    assert int(angular.argmin()) == 24  # the trap: the first 0 of the padding
+
+
+def test_the_reimplementation_removes_the_papers_layers_in_another_order() -> None:
+    found = compare("Llama-2-7B", RUNS["Llama-2-7B"]["removed"])
+    assert found == Comparison(
+        model="Llama-2-7B",
+        paper=LLAMA,
+        ours=[25, 27, 24, 26, 28, 29, 23, 22, 21],
+        same_set=True,
+        overlap=9,
+        same_order=False,
+        rank_correlation=pytest.approx(1 - 6 * 16 / (9 * 80)),
+    )
+
+
+def test_another_calibration_text_gives_the_papers_layers_too() -> None:
+    first_nine = published()["evopress"]["models"]["Llama-2-7B"][:9]
+    found = compare("Llama-2-7B", first_nine)
+    assert (found.same_set, found.same_order) == (True, False)
+
+
+def test_the_papers_own_list() -> None:
+    found = compare("Llama-2-7B", LLAMA)
+    assert (found.same_set, found.same_order, found.overlap) == (True, True, 9)
+    assert found.rank_correlation == pytest.approx(1.0)
+    assert compare("Llama-2-7B", LLAMA[::-1]).rank_correlation == pytest.approx(-1.0)
+
+
+def test_lists_that_share_a_part() -> None:
+    found = compare("Llama-2-7B", [0, 22, 27, 1, 26])
+    assert (found.same_set, found.same_order, found.overlap) == (False, False, 3)
+    assert found.rank_correlation == pytest.approx(-0.5)  # places 0, 1, 8 and 2, 4, 1
+
+
+@pytest.mark.parametrize(("ours", "overlap"), [([0, 1, 2], 0), ([0, 27], 1), ([], 0)])
+def test_fewer_than_two_shared_layers_have_no_correlation(ours: list[int], overlap: int) -> None:
+    found = compare("Llama-2-7B", ours)
+    assert found.overlap == overlap
+    assert found.rank_correlation is None
+    assert "rank correlation -)" in found.table()
+
+
+def test_the_table_sets_both_lists_one_above_the_other() -> None:
+    assert compare("Llama-2-7B", [25, 27, 24, 26, 28, 29, 23, 20]).table() == "\n".join(
+        [
+            "Llama-2-7B, layers in order of removal",
+            "removed   1.  2.  3.  4.  5.  6.  7.  8.  9.",
+            "paper     27  26  25  28  24  29  23  21  22",
+            "ours      25  27  24  26  28  29  23  20",
+            "same layers: no (7 of 9)",
+            "same order: no (rank correlation 0.75)",
+            "only the paper removes [21, 22]",
+            "only we remove [20]",
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    ("model", "ours", "message"),
+    [
+        ("Llama-3-8B", [1], "no list for 'Llama-3-8B', only for Llama-2-7B, Llama-2-13B, Baich"),
+        ("Llama-2-7B", [31, 32], r"layers \[32\] do not exist; the model has 0\.\.31"),
+        ("Llama-2-13B", [-1], r"layers \[-1\] do not exist; the model has 0\.\.39"),
+        ("Llama-2-7B", [5, 7, 5], r"layers \[5\] occur more than once in \[5, 7, 5\]"),
+    ],
+)
+def test_what_cannot_be_compared(model: str, ours: list[int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        compare(model, ours)
+
+
+@pytest.mark.parametrize(
+    ("shape", "name"),
+    [
+        ((4096, 32, 32000), "Llama-2-7B"),
+        ((5120, 40, 32000), "Llama-2-13B"),
+        ((4096, 32, 125696), "Baichuan-2-7B"),
+        ((5120, 40, 125696), "Baichuan-2-13B"),
+    ],
+)
+def test_a_shape_names_its_model(shape: tuple[int, int, int], name: str) -> None:
+    assert identify(*shape) == name
+    assert compare(name, [0]).model == name
+
+
+def test_another_shape_names_those_that_are_covered() -> None:
+    message = r"dim 4096, 32 layers and a vocabulary of 128256; it covers Llama-2-7B \(4096, 32, "
+    with pytest.raises(ValueError, match=message):
+        identify(4096, 32, 128256)

@@ -1,0 +1,544 @@
+"""LoRA healing, texts kept apart, healed models on disk, and the command."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from commands import fails, run
+from conftest import (
+    BYTE_VOCAB,
+    CharTokenizer,
+    make_transformer,
+    random_windows,
+    save_checkpoint,
+    write_byte_tokenizer,
+)
+from families import make
+
+from short_gpt.checkpoints.healed import original_layers, save_healed
+from short_gpt.data.disjoint import check_disjoint, hold_out, overlapping
+from short_gpt.evaluation.paired import difference, losses, together
+from short_gpt.evaluation.perplexity import Perplexity
+from short_gpt.healing import lora as healing
+from short_gpt.healing.linear_patch import heal as patch
+from short_gpt.healing.lora import adapt, heal, target_modules
+from short_gpt.healing.recipe import Recipe, recipe_for
+from short_gpt.opening import open_model
+from short_gpt.short_hf import ShortHFModel
+from short_gpt.short_llama import ShortLlama
+
+pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
+
+TRAINING, VALIDATION = random_windows(6, 16), random_windows(3, 16, seed=5)
+TOKENS = torch.tensor(random_windows(2, 16, seed=9))
+QUICK = Recipe(rank=4, steps=6, warmup=1, batch=2, eval_every=2, learning_rate=2e-2)
+
+
+def changed(**changes: object) -> Recipe:
+    return Recipe(**{**vars(QUICK), **changes})
+
+
+# settings
+
+
+def config(kind: str, **values: object) -> SimpleNamespace:
+    text = SimpleNamespace(model_type=kind, **values)
+    text.get_text_config = lambda decoder: text
+    return text
+
+
+def test_the_papers_table_knows_its_models_pruned_or_not():
+    seven = {"hidden_size": 4096, "intermediate_size": 11008, "vocab_size": 32000}
+    found = recipe_for(config("llama", **seven, num_hidden_layers=23))
+    assert (found.rank, found.learning_rate, found.size) == (2, 3e-4, 2048)
+    assert (found.alpha, found.dropout, found.warmup, found.batch) == (None, 0.05, 100, 16)
+    assert found.steps * found.batch * found.size == 163_840_000  # its 164M tokens
+    mistral = {"hidden_size": 4096, "intermediate_size": 14336, "vocab_size": 32000}
+    found = recipe_for(config("mistral", **mistral))
+    assert (found.rank, found.learning_rate) == (4, 3e-6)
+    other = recipe_for(config("llama", **{**seven, "vocab_size": 128256}))
+    assert other == Recipe()
+    assert recipe_for(config("qwen", hidden_size=5120)).modules == ("w1", "w2", "mlp.c_proj")
+    demo = recipe_for(config("llama", **seven), "demo", steps=7)
+    assert (demo.rank, demo.alpha, demo.learning_rate, demo.steps) == (8, 32, 1e-6, 7)
+    assert demo.modules == ("q_proj", "v_proj")
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: recipe_for(config("llama"), "best"), "preset 'best' is unknown: expected one of"),
+        (lambda: recipe_for(config("llama"), lr=1), r"no setting \['lr'\]; there are \['rank'"),
+        (lambda: Recipe(batch=16, micro_batch=3), "batch 16 is not a multiple of 3"),
+        (lambda: Recipe(rank=0), "rank = 0: expected at least 1"),
+        (lambda: Recipe(learning_rate=0), "expected learning_rate above 0"),
+    ],
+)
+def test_settings_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_trainable_parameters_are_those_published_for_mistral():
+    from transformers import MistralConfig, MistralForCausalLM
+
+    with torch.device("meta"):
+        model = MistralForCausalLM(MistralConfig(num_hidden_layers=23))
+        adapted = adapt(model, recipe_for(model.config, "demo"))
+    assert adapted.get_nb_trainable_parameters() == (2_449_408, 5_281_173_504)
+
+
+@pytest.mark.parametrize(
+    ("family", "maps", "sizes"),
+    [
+        ("llama", ("gate_proj", "up_proj", "down_proj"), 3 * (32 + 48)),
+        ("phi", ("fc1", "fc2"), 2 * (32 + 48)),
+        ("phi3", ("gate_up_proj", "down_proj"), (32 + 96) + (48 + 32)),
+        ("gpt2", ("mlp.c_fc", "mlp.c_proj"), 2 * (32 + 128)),
+        ("gpt_neox", ("dense_h_to_4h", "dense_4h_to_h"), 2 * (32 + 48)),
+        ("opt", ("fc1", "fc2"), 2 * (32 + 48)),
+    ],
+)
+def test_the_mlps_maps_are_found_in_every_layer(family, maps, sizes):
+    model = make(family)
+    found = target_modules(model)
+    assert len(found) == 6 * len(maps) and all(name.endswith(maps) for name in found)
+    trainable, _ = adapt(model, QUICK).get_nb_trainable_parameters()
+    assert trainable == 6 * QUICK.rank * sizes
+
+
+# training
+
+
+def test_the_loss_falls_and_what_is_merged_is_what_was_trained(monkeypatch):
+    short = ShortHFModel(make("llama"))
+    short.remove_layers([2, 4])
+    before = losses(short.decoder, TRAINING)
+    seen = {}
+    merge = healing._merge
+
+    def look(adapted, healed):
+        seen["adapter"] = adapted.get_base_model().eval()(TOKENS).logits.detach()
+        merge(adapted, healed)
+
+    monkeypatch.setattr(healing, "_merge", look)
+    healed = heal(short, TRAINING, VALIDATION, recipe=QUICK, progress=False)
+    assert healed.kept_step
+    assert torch.allclose(short.decoder.logits(TOKENS), seen["adapter"], atol=1e-5)
+    assert difference(before, losses(short.decoder, TRAINING)).nats < -0.02
+    assert healed.trainable == 4 * 4 * 3 * (32 + 48)
+    assert not any("lora" in name for name, _ in short.model.named_parameters())
+    assert all(p.requires_grad and p.grad is None for p in short.model.parameters())
+    assert not short.model.training and not torch.are_deterministic_algorithms_enabled()
+    assert set(healed.validation) == {0, 2, 4, 6} and healed.steps == 6
+    json.dumps(healed.to_dict())
+
+
+def weights(short: ShortHFModel) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in short.model.parameters()]
+
+
+def test_the_same_seed_gives_the_same_weights_and_resuming_those_of_one_run(tmp_path, monkeypatch):
+    recipe = changed(dropout=0.1)
+    whole, again, broken, resumed = (ShortHFModel(make("llama")) for _ in range(4))
+    first = heal(whole, TRAINING, VALIDATION, recipe=recipe, progress=False)
+    heal(again, TRAINING, VALIDATION, recipe=recipe, work_dir=tmp_path / "a", progress=False)
+    assert all(map(torch.equal, weights(whole), weights(again)))
+
+    from transformers import Trainer
+
+    step, count = Trainer.training_step, 0
+
+    def stop(*args, **kwargs):
+        nonlocal count
+        count += 1
+        if count == 8:  # in step 4 of 6; the last checkpoint is that of step 2
+            raise KeyboardInterrupt
+        return step(*args, **kwargs)
+
+    untouched = weights(broken)
+    monkeypatch.setattr(Trainer, "training_step", stop)
+    with pytest.raises(KeyboardInterrupt):
+        heal(broken, TRAINING, VALIDATION, recipe=recipe, work_dir=tmp_path / "b", progress=False)
+    monkeypatch.undo()
+    assert all(map(torch.equal, weights(broken), untouched))
+    options = {"work_dir": tmp_path / "b", "progress": False}
+    with pytest.raises(FileExistsError, match="holds an earlier run; resume it, or remove it"):
+        heal(resumed, TRAINING, VALIDATION, recipe=recipe, **options)
+    for windows, other, what in (
+        (TRAINING, QUICK, "another recipe: give the same"),
+        (TRAINING[1:], recipe, "another text"),
+    ):
+        with pytest.raises(ValueError, match=f"holds a run of {what}"):
+            heal(resumed, windows, VALIDATION, recipe=other, resume=True, **options)
+    with pytest.raises(ValueError, match="holds a run of another model"):
+        other_model = ShortHFModel(make("llama", seed=1))
+        heal(other_model, TRAINING, VALIDATION, recipe=recipe, resume=True, **options)
+    with pytest.raises(ValueError, match="holds no checkpoint to resume from"):
+        nowhere = {**options, "work_dir": tmp_path / "c"}
+        heal(resumed, TRAINING, VALIDATION, recipe=recipe, resume=True, **nowhere)
+    second = heal(resumed, TRAINING, VALIDATION, recipe=recipe, resume=True, **options)
+    assert all(map(torch.equal, weights(whole), weights(resumed)))
+    assert second.validation == first.validation and second.losses == first.losses
+
+
+def test_training_that_only_harms_leaves_the_model_as_it_was():
+    short = ShortHFModel(make("llama"))
+    before = weights(short)
+    recipe = changed(learning_rate=5.0, steps=2)
+    healed = heal(short, TRAINING, VALIDATION, recipe=recipe, progress=False)
+    assert healed.kept_step == 0 and healed.validation[2] > healed.validation[0]
+    assert all(map(torch.equal, weights(short), before))
+
+
+def test_training_stops_early_and_the_best_evaluation_is_kept():
+    short = ShortHFModel(make("llama"))
+    recipe = changed(learning_rate=5.0, patience=1, steps=40)
+    healed = heal(short, TRAINING, VALIDATION, recipe=recipe, progress=False)
+    assert healed.steps < 40 and healed.steps == max(healed.validation)
+    best = min(healed.validation.values())
+    assert healed.validation[healed.kept_step] == best < healed.validation[healed.steps]
+    assert short.perplexity(VALIDATION, progress=False).value == pytest.approx(best, rel=1e-4)
+
+
+def stopped_at(count: int, monkeypatch, **options):
+    """A run that is interrupted in this micro-step."""
+    from transformers import Trainer
+
+    step, calls = Trainer.training_step, []
+
+    def stop(*args, **kwargs):
+        calls.append(None)
+        if len(calls) == count:
+            raise KeyboardInterrupt
+        return step(*args, **kwargs)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Trainer, "training_step", stop)
+        heal(ShortHFModel(make("llama")), TRAINING, VALIDATION, progress=False, **options)
+
+
+def test_patience_goes_on_where_it_was_and_a_checkpoint_cut_short_is_passed_over(
+    tmp_path, monkeypatch
+):
+    options = {"recipe": changed(learning_rate=5.0, patience=2, steps=20), "progress": False}
+    whole = heal(ShortHFModel(make("llama")), TRAINING, VALIDATION, **options)
+    assert whole.validation[whole.steps - 2] > whole.validation[whole.kept_step]
+    options["work_dir"] = tmp_path
+    in_step = 2 * (whole.steps - 1) + 1  # after the first evaluation that was not better
+    stopped_at(in_step, monkeypatch, recipe=options["recipe"], work_dir=tmp_path)
+    last = tmp_path / f"checkpoint-{whole.steps}"
+    last.mkdir()
+    (last / "adapter_config.json").write_text("{}")  # killed while it was written
+    short = ShortHFModel(make("llama"))
+    resumed = heal(short, TRAINING, VALIDATION, resume=True, **options)
+    assert resumed.validation == whole.validation and resumed.steps == whole.steps
+
+
+def test_tokens_are_those_that_were_read():
+    short = ShortHFModel(make("llama"))
+    recipe = changed(batch=4, steps=3)  # 6 windows: steps of 4 and of 2
+    assert heal(short, TRAINING, VALIDATION, recipe=recipe, progress=False).tokens == 10 * 16
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory():
+    plain, saving = ShortHFModel(make("llama")), ShortHFModel(make("llama"))
+    recipe = changed(dropout=0.0, steps=2)
+    heal(plain, TRAINING, VALIDATION, recipe=recipe, progress=False)
+    recipe = changed(dropout=0.0, steps=2, gradient_checkpointing=True)
+    heal(saving, TRAINING, VALIDATION, recipe=recipe, progress=False)
+    for ours, theirs in zip(weights(plain), weights(saving), strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-6)
+    assert not saving.model.model.gradient_checkpointing
+
+
+def test_windows_of_different_lengths_and_gpt2s_transposed_maps():
+    short = ShortHFModel(make("gpt2"))
+    windows = [w[: 5 + 2 * i] for i, w in enumerate(TRAINING)]
+    healed = heal(
+        short, windows, VALIDATION, recipe=changed(micro_batch=2, steps=2), progress=False
+    )
+    assert healed.losses and all(map(math.isfinite, healed.losses.values()))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "changes", "message"),
+    [
+        ((TRAINING, VALIDATION, TRAINING[2:4]), {}, "2 of 6 training windows share text"),
+        ((TRAINING, TRAINING[:1]), {}, "1 of 6 training windows share"),
+        ((TRAINING, VALIDATION, VALIDATION), {}, "3 of 3 training windows share"),
+        (([], VALIDATION), {}, "expected training windows of at least 2 tokens, got 0"),
+        ((TRAINING, VALIDATION), {"modules": ("nothing",)}, "no linear maps named nothing"),
+    ],
+)
+def test_healing_refused(arguments, changes, message):
+    with pytest.raises(ValueError, match=message):
+        heal(ShortHFModel(make("llama")), *arguments, recipe=changed(**changes), progress=False)
+
+
+def test_what_four_bits_and_other_models_need(monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    short = ShortHFModel(make("llama"))
+    with pytest.raises(ImportError, match="4 bits needs: pip install bitsandbytes"):
+        heal(short, TRAINING, VALIDATION, recipe=changed(four_bit=True), progress=False)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", SimpleNamespace())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="4 bits needs CUDA"):
+        heal(short, TRAINING, VALIDATION, recipe=changed(four_bit=True), progress=False)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ImportError, match=r'healing needs peft: pip install "short-gpt\[heal\]"'):
+        heal(short, TRAINING, VALIDATION, recipe=QUICK, progress=False)
+    monkeypatch.undo()
+    meta = ShortLlama(SimpleNamespace(model=make_transformer(), tokenizer=CharTokenizer()))
+    with pytest.raises(ValueError, match="heals a ShortHFModel, got ShortLlama: convert"):
+        heal(meta, TRAINING, VALIDATION, recipe=QUICK, progress=False)
+
+
+# texts
+
+
+def test_shared_spans_are_found_wherever_they_lie():
+    one, two = random_windows(2, 200)
+    three = random_windows(1, 200, seed=3)[0]
+    shared = three[:50] + one[70:134] + three[50:120]
+    assert overlapping([two, shared], [one]) == {1: 0}
+    assert overlapping([three[:50] + one[70:133] + three[50:120]], [two, one]) == {}
+    assert overlapping([one[:40]], [one]) == {}  # shorter than a span, and no whole window
+    assert overlapping([one[:40], one[:30]], [two, one[:40]]) == {0: 1}
+    with pytest.raises(ValueError, match="1 of 2 training windows share text"):
+        check_disjoint([two, shared], [one])
+    check_disjoint([one], [two])
+    check_disjoint([one], [])
+
+
+def test_texts_held_out_are_whole_and_the_rest_is_for_training():
+    texts = [str(i) * (20 + i) for i in range(30)]
+    training, held = hold_out(texts, share=0.2, seed=1)
+    assert sorted(training + held) == sorted(texts) and not set(training) & set(held)
+    assert 0.1 < sum(map(len, held)) / sum(map(len, texts)) < 0.3
+    assert hold_out(texts, share=0.2, seed=1) == (training, held)
+    assert [*map(len, hold_out(["a", "b"]))] == [1, 1]
+    with pytest.raises(ValueError, match="1 text cannot be split"):
+        hold_out(["a"])
+
+
+def test_paired_difference_and_its_error():
+    first = [Perplexity(10.0, 10, 1), Perplexity(24.0, 20, 1)]
+    second = [Perplexity(8.0, 10, 1), Perplexity(19.0, 20, 1)]
+    found = difference(first, second)
+    mean = -7 / 30
+    residuals = (-2 - 10 * mean) ** 2 + (-5 - 20 * mean) ** 2
+    assert found.nats == pytest.approx(mean)
+    assert found.standard_error == pytest.approx(math.sqrt(2 * residuals) / 30)
+    assert together(first) == Perplexity(34.0, 30, 2)
+    with pytest.raises(ValueError, match="losses of the same windows, got 2 windows and 1"):
+        difference(first, second[:1])
+
+
+# on disk
+
+
+@pytest.fixture
+def dense(tmp_path: Path) -> Path:
+    directory = save_checkpoint(tmp_path / "dense", make_transformer(vocab_size=BYTE_VOCAB))
+    write_byte_tokenizer(directory)
+    return directory
+
+
+def opened(path: Path):
+    return open_model(str(path), max_seq_len=64, device="cpu")
+
+
+FACTS = {"healing": {"method": "a test"}, "perplexity": {"pruned": 3.5, "healed": 2.25}}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_patched_meta_model_loads_bit_for_bit_in_its_dtype(dense, tmp_path, dtype):
+    kind = getattr(torch, dtype)
+    path = dense / "consolidated.00.pth"
+    torch.save({k: v.to(kind) for k, v in torch.load(path).items()}, path)
+    short = open_model(str(dense), max_seq_len=64, device="cpu", dtype=dtype)
+    patch(short, [1, 3], TRAINING, progress=False)
+    out = save_healed(short, tmp_path / "out", FACTS, source=str(dense))
+    again = open_model(str(out), max_seq_len=64, device="cpu", dtype=dtype)
+    assert torch.equal(again.decoder.logits(TOKENS), short.decoder.logits(TOKENS))
+    state = torch.load(out / "consolidated.00.pth")
+    assert {t.dtype for t in state.values()} == {kind}
+    record = json.loads((out / "pruning.json").read_text())
+    assert record["kept_layers"] == record["original_layers"] == [0, 2, 4]
+    assert {p.name for p in out.iterdir()} == {
+        *("consolidated.00.pth", "params.json", "pruning.json"),
+        *("tokenizer.json", "tokenizer_config.json"),
+    }
+
+
+def test_a_healed_hugging_face_model_is_an_ordinary_checkpoint(dense, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    from llama.formats.convert import meta_to_hf
+
+    meta_to_hf(dense, tmp_path / "hf")
+    short = opened(tmp_path / "hf")
+    short.remove_layers([3])
+    heal(short, TRAINING, VALIDATION, recipe=changed(steps=2), progress=False)
+    out = save_healed(short, tmp_path / "out", FACTS, source=str(tmp_path / "hf"))
+    loaded = AutoModelForCausalLM.from_pretrained(out)
+    assert torch.allclose(loaded(TOKENS).logits, short.decoder.logits(TOKENS), atol=1e-5)
+    assert not [p.name for p in out.iterdir() if "adapter" in p.name]
+    card = (out / "README.md").read_text()
+    assert "with 4 of its 5 layers, healed" in card and "| healed | 2.250 |" in card
+    assert "No weight" not in card and "changed by a test" in card
+
+    further = opened(out)  # removing more: the map goes back to the first model
+    patch(further, [1], TRAINING, progress=False)
+    twice = save_healed(further, tmp_path / "twice", FACTS, source=str(out))
+    record = json.loads((twice / "pruning.json").read_text())
+    assert record["kept_layers"] == [0, 2, 3] and record["original_layers"] == [0, 2, 4]
+    assert original_layers(record) == [0, 2, 4]
+    assert "with 3 of its 5 layers" in (twice / "README.md").read_text()
+
+
+@pytest.mark.parametrize("drop", [[2], []])
+def test_halves_taken_out_of_a_meta_model_are_saved(dense, tmp_path, drop):
+    short = opened(dense)
+    if drop:
+        short.remove_layers(drop)
+    short.remove_sublayers(attention=[1], mlp=[3])
+    out = short.save(tmp_path / "out", provenance={"data": "a book"})
+    again = opened(out)
+    assert torch.equal(again.decoder.logits(TOKENS), short.decoder.logits(TOKENS))
+    record = json.loads((out / "pruning.json").read_text())
+    assert record["removed_sublayers"] == {"attention": [1], "mlp": [3]}
+    assert record["removed_layers"] == drop and record["data"] == "a book"
+    assert (out / "tokenizer.json").is_file()
+
+
+def test_a_patched_meta_model_saves_its_patch(dense, tmp_path):
+    short = opened(dense)
+    patch(short, [1], TRAINING, progress=False)
+    patch(short, [3], TRAINING, progress=False)
+    again = opened(short.save(tmp_path / "out"))
+    assert torch.equal(again.decoder.logits(TOKENS), short.decoder.logits(TOKENS))
+    record = json.loads((tmp_path / "out/pruning.json").read_text())
+    assert record["healing"]["layers"] == [3] and record["healing"]["earlier"]["layers"] == [1]
+
+
+def test_the_model_card_tells_of_changed_weights(tmp_path):
+    short = ShortHFModel(make("llama"))
+    short.remove_layers([2, 4])
+    short.perplexity(VALIDATION, progress=False)
+    assert heal(short, TRAINING, VALIDATION, recipe=QUICK, progress=False).kept_step
+    assert not short.quality  # that was of another model
+    short.remove_sublayers(mlp=[3])
+    out = short.save_pretrained(tmp_path / "out")
+    card, record = (out / "README.md").read_text(), json.loads((out / "pruning.json").read_text())
+    assert "output projection: the MLP of layers [3]. Weights of the kept" in card
+    assert "were changed by LoRA" in card and "No weight" not in card
+    assert "not measured" in card and "perplexity" not in record
+    assert record["healing"]["steps"] == 6 and record["removed_sublayers"]["mlp"] == [3]
+
+
+def test_several_shards_are_refused(tmp_path):
+    model = make_transformer(vocab_size=BYTE_VOCAB)
+    directory = save_checkpoint(tmp_path / "two", model, shards=2)
+    write_byte_tokenizer(directory)
+    short = ShortLlama(SimpleNamespace(model=model, tokenizer=CharTokenizer()))
+    patch(short, [3], TRAINING, progress=False)
+    with pytest.raises(ValueError, match="has 2 shards; changed weights are written to one"):
+        save_healed(short, tmp_path / "out", FACTS, source=str(directory))
+    assert [p.name for p in tmp_path.iterdir()] == ["two"]
+
+
+# the command
+
+
+@pytest.fixture
+def books(dense, monkeypatch) -> Path:
+    """Ten texts of random letters; the working directory holds them."""
+    monkeypatch.chdir(dense.parent)
+    folder = dense.parent / "books"
+    folder.mkdir()
+    for number in range(10):
+        letters = random_windows(1, 400, vocab=26, seed=number)[0]
+        (folder / f"{number}.txt").write_text("".join(chr(97 + i) for i in letters))
+    return folder
+
+
+SMALL = ("--data", "books", "--size", 32, "--eval_windows", 4)
+
+
+def test_heal_by_patch(books, capsys):
+    run("heal", "dense", "out", *SMALL, "--layers", "3,1", "--out", "e.json")
+    out = capsys.readouterr().out
+    evidence = json.loads(Path("e.json").read_text())["result"]
+    assert list(evidence["perplexity"]) == ["whole, 5 layers", "pruned, 3 layers", "healed"]
+    assert f"{evidence['perplexity']['healed']:.3f}" in out and "healing changes the loss by" in out
+    record = json.loads(Path("out/pruning.json").read_text())
+    assert record["removed_layers"] == [3, 1] and record["kept_layers"] == [0, 2, 4]
+    assert record["healing"]["method"] == "linear patch" and record["change"] == evidence["change"]
+    ratio = evidence["perplexity"]["healed"] / evidence["perplexity"]["pruned, 3 layers"]
+    assert math.log(ratio) == pytest.approx(evidence["change"]["nats"])
+
+
+LORA = ("--method", "lora", "--steps", 2, "--batch", 2, "--rank", 2, "--warmup", 0)
+
+
+def test_heal_by_lora_a_pruned_meta_model_and_back(books, capsys):
+    run("prune", "dense", "small", "--layers", "2")
+    run("heal", "small", "out", *SMALL, *LORA, "--learning_rate", 0.02)
+    out = capsys.readouterr().out
+    assert "before, 4 layers" in out and "healed" in out
+    record = json.loads(Path("out/pruning.json").read_text())
+    assert record["kept_layers"] == record["original_layers"] == [0, 1, 3, 4]
+    assert record["healing"]["recipe"]["rank"] == 2 and record["healing"]["method"] == "LoRA"
+    ours, before = opened(Path("out")), opened(Path("small"))
+    assert isinstance(ours, ShortLlama)
+    kept = record["healing"]["kept_step"]
+    same = torch.equal(ours.decoder.logits(TOKENS), before.decoder.logits(TOKENS))
+    assert same == (kept == 0)
+    assert not Path("out.training").exists()
+
+
+def test_asked_to_end_it_leaves_no_copy_behind(books, capsys, monkeypatch):
+    def asked(*args, **given):
+        signal.raise_signal(signal.SIGTERM)
+
+    Path("temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(Path("temporary").resolve()))
+    monkeypatch.setattr(healing, "heal", asked)
+    with pytest.raises(SystemExit, match="130"):
+        run("heal", "dense", "out", *SMALL, *LORA)
+    assert capsys.readouterr().err.splitlines()[-1] == "short-gpt: interrupted"
+    assert not list(Path("temporary").rglob("*.safetensors")) and not Path("out").exists()
+
+
+def test_heal_refuses_before_it_works(books, capsys):
+    base = ("heal", "dense", "out", *SMALL)
+    assert "the patch reads the whole model" in fails(capsys, *base)
+    assert "--rank is for --method lora" in fails(capsys, *base, "--layers", "1", "--rank", 2)
+    assert "--ridge is for --method patch" in fails(capsys, *base, "--method", "lora", "--ridge", 1)
+    assert "expected one of patch, lora" in fails(capsys, *base, "--method", "prayer")
+    assert "begin the model" in fails(capsys, *base, "--layers", "0")
+    assert "batch 16 is not a multiple" in fails(
+        capsys, *base, "--method", "lora", "--micro_batch", 3
+    )
+    line = fails(capsys, *base, "--layers", "1", "--eval_data", "books/3.txt")
+    assert "healing must not see that text" in line
+    Path("out").mkdir()
+    assert "out exists" in fails(capsys, *base, "--layers", "1")
+
+
+def test_heal_leaves_out_what_is_evaluated_on_when_told_to(books, capsys):
+    arguments = ("--layers", "2", "--eval_data", "books/3.txt", "--drop_overlap", "yes")
+    run("heal", "dense", "out", *SMALL, *arguments, "--max_windows", 200)
+    out = capsys.readouterr().out
+    assert "left out" in out and "text kept apart from learning" in out

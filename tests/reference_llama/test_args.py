@@ -1,0 +1,119 @@
+"""Shapes from params.json: the released models' numbers, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+
+from llama.args import ModelArgs, check_split, kv_heads_of_rank
+from llama.checkpoint.meta import full_shapes
+from llama.formats.names import ffn_keys, params_json
+
+# params.json as published by Meta, with the feed-forward width and the number of parameters.
+LLAMA3 = {"vocab_size": 128256, "rope_theta": 500000.0, "norm_eps": 1e-5, "n_kv_heads": 8}
+RELEASED = {
+    "Llama-2-7B": (
+        {"dim": 4096, "multiple_of": 256, "n_heads": 32, "n_layers": 32, "vocab_size": -1},
+        11008,
+        6_738_415_616,
+    ),
+    "Llama-2-13B": (
+        {"dim": 5120, "multiple_of": 256, "n_heads": 40, "n_layers": 40, "vocab_size": -1},
+        13824,
+        13_015_864_320,
+    ),
+    "Llama-2-70B": (
+        {
+            "dim": 8192,
+            "multiple_of": 4096,
+            "ffn_dim_multiplier": 1.3,
+            "n_heads": 64,
+            "n_kv_heads": 8,
+            "n_layers": 80,
+            "vocab_size": -1,
+        },
+        28672,
+        68_976_648_192,
+    ),
+    "Llama-3-8B": (
+        {
+            "dim": 4096,
+            "n_layers": 32,
+            "n_heads": 32,
+            "multiple_of": 1024,
+            "ffn_dim_multiplier": 1.3,
+            **LLAMA3,
+        },
+        14336,
+        8_030_261_248,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_released_models(name):
+    params, ffn_dim, total = RELEASED[name]
+    args = ModelArgs.from_params(params)
+    if args.vocab_size == -1:
+        args.vocab_size = 32000
+    assert args.ffn_dim == ffn_dim
+    counts = [a * (b[0] if b else 1) for a, *b in full_shapes(args).values()]
+    assert sum(counts) == total
+
+
+@pytest.mark.parametrize(("dim", "width"), [(576, 1536), (4096, 11008), (4096, 14336), (64, 100)])
+def test_any_feed_forward_width_can_be_written(dim, width):
+    args = ModelArgs.from_params({"dim": dim, "n_layers": 1, "n_heads": 2, **ffn_keys(dim, width)})
+    assert args.ffn_dim == width
+    assert ModelArgs.from_params(params_json(args)) == args
+
+
+def test_params_may_stand_under_model():
+    assert ModelArgs.from_params({"model": {"dim": 64, "n_layers": 1, "n_heads": 2}}).dim == 64
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dim": None}, r"params.json lacks \['dim'\]"),
+        ({"moe": 4}, r"does not know: \['moe'\]"),
+        ({"dim": "64"}, "dim must be a positive integer, got '64'"),
+        ({"n_layers": 0}, "n_layers must be a positive integer, got 0"),
+        ({"n_heads": True}, "n_heads must be a positive integer"),
+        ({"n_heads": 3}, "dim 64 does not split into 3 heads"),
+        ({"n_kv_heads": 3}, "n_heads 4 is not a multiple of n_kv_heads 3"),
+        ({"norm_eps": "small"}, "norm_eps must be a positive number"),
+        ({"vocab_size": 0}, "vocab_size must be a positive integer or -1, got 0"),
+        ({"vocab_size": "x"}, "vocab_size must be a positive integer or -1"),
+        ({"use_scaled_rope": "no"}, "use_scaled_rope must be true or false, got 'no'"),
+        ({"ffn_dim_multiplier": -1}, "ffn_dim_multiplier must be a positive number"),
+    ],
+)
+def test_bad_params_are_refused(changes, message):
+    params = {"dim": 64, "n_layers": 2, "n_heads": 4, **changes}
+    with pytest.raises(ValueError, match=message):
+        ModelArgs.from_params({k: v for k, v in params.items() if v is not None})
+
+
+def test_what_does_not_divide_among_ranks_is_refused():
+    args = ModelArgs(dim=64, n_heads=4, n_kv_heads=1, vocab_size=96)
+    check_split(args, 4)
+    with pytest.raises(ValueError, match="n_heads 4 does not divide among 3 model-parallel ranks"):
+        check_split(args, 3)
+    with pytest.raises(ValueError, match="vocab_size 99 does not divide among 2"):
+        check_split(ModelArgs(dim=64, n_heads=4, vocab_size=99), 2)
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "ranks", "expected"),
+    [
+        (8, 2, 1, [[0, 1]]),
+        (8, 2, 2, [[0], [1]]),
+        (8, 2, 4, [[0], [0], [1], [1]]),
+        (8, 8, 4, [[0, 1], [2, 3], [4, 5], [6, 7]]),
+        (128, 8, 16, [[i // 2] for i in range(16)]),  # Llama-3.1-405B mp16
+        (6, 3, 2, [[0, 0, 1], [1, 2, 2]]),  # groups that end inside a rank
+    ],
+)
+def test_key_value_heads_of_every_rank(heads, kv_heads, ranks, expected):
+    args = ModelArgs(n_heads=heads, n_kv_heads=kv_heads)
+    assert [kv_heads_of_rank(args, rank, ranks) for rank in range(ranks)] == expected

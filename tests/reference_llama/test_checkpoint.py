@@ -1,0 +1,394 @@
+"""Meta checkpoint directories: read, refused, pruned."""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+import random
+import shutil
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import (
+    BYTE_VOCAB,
+    CharTokenizer,
+    make_transformer,
+    save_checkpoint,
+    write_byte_tokenizer,
+)
+
+from llama.checkpoint.meta import Checkpoint, prune
+from llama.checkpoint.pth import Shard, TensorInfo, write_shard
+from llama.io.files import check_new, new_directory, write_json
+from llama.model import load_model
+
+CPU, F32 = torch.device("cpu"), torch.float32
+TOKENS = torch.arange(3, 15)[None]
+
+
+@pytest.fixture
+def transformer():
+    return make_transformer(vocab_size=BYTE_VOCAB)
+
+
+@pytest.fixture(autouse=True)
+def tokenizer_file(checkpoint_dir):
+    write_byte_tokenizer(checkpoint_dir)
+
+
+def load(directory, **limits):
+    return load_model(Checkpoint(directory, max_seq_len=64, **limits), device=CPU, dtype=F32)
+
+
+def edit(directory, change) -> None:
+    """Applies a function to the state dict in the directory's only file."""
+    path = directory / "consolidated.00.pth"
+    state = torch.load(path)
+    change(state)
+    torch.save(state, path)
+
+
+def test_a_loaded_model_gives_the_logits_of_the_saved_one(checkpoint_dir, transformer):
+    assert torch.equal(load(checkpoint_dir)(TOKENS), transformer(TOKENS))
+
+
+def test_rope_freqs_is_the_only_name_ignored(checkpoint_dir, transformer):
+    edit(checkpoint_dir, lambda s: s.update({"rope.freqs": torch.ones(4)}))
+    assert torch.equal(load(checkpoint_dir)(TOKENS), transformer(TOKENS))
+
+
+def test_tied_weights_stay_tied(checkpoint_dir):
+    edit(checkpoint_dir, lambda s: s.update({"output.weight": s["tok_embeddings.weight"]}))
+    model = load_model(Checkpoint(checkpoint_dir), device=CPU, dtype=torch.bfloat16)
+    assert model.output.weight is model.tok_embeddings.weight
+    assert model.output.weight.dtype == torch.bfloat16
+
+
+def test_vocab_size_minus_one_comes_from_the_weights(checkpoint_dir):
+    path = checkpoint_dir / "params.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "vocab_size": -1}))
+    assert Checkpoint(checkpoint_dir).args.vocab_size == BYTE_VOCAB
+
+
+@pytest.mark.parametrize("vocab_parallel", [False, True])
+def test_shards_of_llama_2_and_llama_3_are_told_apart_by_shape(tmp_path, vocab_parallel):
+    save_checkpoint(tmp_path / "two", make_transformer(), shards=2, vocab_parallel=vocab_parallel)
+    checkpoint = Checkpoint(tmp_path / "two")
+    assert len(checkpoint.shards) == 2
+    assert checkpoint.vocab_parallel is vocab_parallel
+
+
+@pytest.mark.parametrize("vocab_parallel", [False, True])
+def test_several_shards_load_on_one_rank(tmp_path, vocab_parallel):
+    model = make_transformer()
+    save_checkpoint(tmp_path / "two", model, shards=2, vocab_parallel=vocab_parallel)
+    assert torch.equal(load(tmp_path / "two")(TOKENS), model(TOKENS))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop("layers.1.attention.wq.weight"), r"lacks layers.1.attention.wq.weight"),
+        (lambda s: s.update(extra=torch.ones(1)), "has, unknown to params.json, extra"),
+        (
+            lambda s: s.update({"norm.weight": torch.ones(31)}),
+            r"norm.weight in .* has shape \[31\]; params.json and 1 shard\(s\) give \[32\]",
+        ),
+        (
+            lambda s: s.update({"norm.weight": torch.ones(32, dtype=torch.int8)}),
+            "norm.weight in .* is torch.int8; expected a tensor of torch.float32",
+        ),
+        (lambda s: s.update(note="text"), "note in .* is str; expected a tensor"),
+    ],
+)
+def test_wrong_tensors_are_refused(checkpoint_dir, change, message):
+    edit(checkpoint_dir, change)
+    with pytest.raises(ValueError, match=message):
+        Checkpoint(checkpoint_dir)
+
+
+def test_misnumbered_layers_are_refused(checkpoint_dir):
+    """A checkpoint of layers 0, 1, 3, 4 must not load as a model with a random layer 2."""
+    path = checkpoint_dir / "params.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "n_layers": 4}))
+    edit(checkpoint_dir, lambda s: [s.pop(n) for n in list(s) if n.startswith("layers.2.")])
+    with pytest.raises(ValueError, match="lacks layers.2"):
+        Checkpoint(checkpoint_dir)
+
+
+def test_a_truncated_file_is_refused(checkpoint_dir):
+    path = checkpoint_dir / "consolidated.00.pth"
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(ValueError, match="cannot be read: .* it is cut off"):
+        Checkpoint(checkpoint_dir)
+
+
+class Bomb:
+    def __reduce__(self):
+        return exec, ("raise SystemExit('the pickle ran code')",)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_pickle_that_runs_code_is_refused(checkpoint_dir, zipped):
+    path = checkpoint_dir / "consolidated.00.pth"
+    if zipped:
+        torch.save({"norm.weight": Bomb()}, path)
+        expected = "was refused: its pickle holds more than tensors"
+    else:
+        path.write_bytes(pickle.dumps({"norm.weight": Bomb()}))
+        expected = "cannot be read"
+    with pytest.raises(ValueError, match=expected):
+        Checkpoint(checkpoint_dir)
+
+
+def test_a_file_of_something_else_is_refused(checkpoint_dir):
+    torch.save([torch.ones(1)], checkpoint_dir / "consolidated.00.pth")
+    with pytest.raises(ValueError, match="holds a list, expected tensors by name"):
+        Checkpoint(checkpoint_dir)
+
+
+def test_missing_files(tmp_path, checkpoint_dir):
+    with pytest.raises(FileNotFoundError, match="checkpoint directory .* does not exist"):
+        Checkpoint(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"has no params\.json"):
+        Checkpoint(tmp_path / "empty")
+    (checkpoint_dir / "consolidated.00.pth").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no consolidated\.\*\.pth"):
+        Checkpoint(checkpoint_dir)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("{", "is not JSON"), ("[1]", "must hold one JSON object")]
+)
+def test_bad_params_json(checkpoint_dir, text, message):
+    (checkpoint_dir / "params.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        Checkpoint(checkpoint_dir)
+
+
+# ------------------------------------------------------------------------------ writing
+
+
+def test_write_shard_writes_what_torch_save_writes(tmp_path):
+    tensors = {
+        "a": torch.randn(3, 5),
+        "b": torch.randn(7).bfloat16(),
+        "c": torch.randn(2, 2, 2).half(),
+        "d": torch.randn(1).double(),
+    }
+    infos = {n: TensorInfo(tuple(t.shape), t.dtype, n) for n, t in tensors.items()}
+    infos["tied"] = infos["a"]
+    path, calls = tmp_path / "x.pth", []
+    write_shard(path, infos, lambda name: calls.append(name) or tensors[name])
+    assert calls == ["a", "b", "c", "d"]  # shared bytes are asked for once
+    for mmap in (True, False):
+        found = torch.load(path, mmap=mmap, weights_only=True)
+        assert list(found) == [*tensors, "tied"]
+        assert all(
+            torch.equal(found[n], t) and found[n].dtype == t.dtype for n, t in tensors.items()
+        )
+        assert found["tied"].data_ptr() == found["a"].data_ptr()
+        assert all(t.data_ptr() % 64 == 0 for t in found.values()) or not mmap
+    assert zipfile.ZipFile(path).testzip() is None  # checksums are right
+    assert Shard(path).infos["tied"].storage == Shard(path).infos["a"].storage
+
+
+def test_the_same_tensors_give_the_same_bytes_at_any_time(tmp_path, monkeypatch):
+    info = {"x": TensorInfo((2,), torch.float32, 0)}
+    for year, name in ((2001, "a"), (2011, "b")):
+        monkeypatch.setattr("time.localtime", lambda *_, y=year: (y, 1, 2, 3, 4, 5, 0, 0, 0))
+        write_shard(tmp_path / name, info, lambda _: torch.ones(2))
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_pruned_checkpoint_equals_the_model_pruned_in_memory(tmp_path, checkpoint_dir):
+    from short_gpt import ShortLlama
+
+    llama = type("Llama", (), {"model": load(checkpoint_dir), "tokenizer": CharTokenizer()})
+    short = ShortLlama(llama)
+    short.remove_layers([3, 1])
+    prune(checkpoint_dir, tmp_path / "out", [3, 1], provenance={"why": "test"})
+    assert torch.equal(load(tmp_path / "out")(TOKENS), llama.model(TOKENS))
+    assert json.loads((tmp_path / "out/params.json").read_text())["n_layers"] == 3
+    record = json.loads((tmp_path / "out/pruning.json").read_text())
+    assert record == {"removed_layers": [3, 1], "kept_layers": [0, 2, 4], "why": "test"}
+    assert (tmp_path / "out/tokenizer.json").is_file()
+    assert (tmp_path / "out/tokenizer_config.json").is_file()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint", "out"]
+
+
+def test_pruning_twice_keeps_the_history(tmp_path, checkpoint_dir):
+    prune(checkpoint_dir, tmp_path / "once", [4])
+    prune(tmp_path / "once", tmp_path / "twice", [0])
+    record = json.loads((tmp_path / "twice/pruning.json").read_text())
+    assert record["source_pruning"]["removed_layers"] == [4]
+    assert Checkpoint(tmp_path / "twice").args.n_layers == 3
+
+
+def test_pruning_keeps_dtype_sharding_and_ties(tmp_path, checkpoint_dir):
+    model = make_transformer(vocab_size=BYTE_VOCAB).bfloat16()
+    save_checkpoint(tmp_path / "two", model, shards=2, vocab_parallel=True)
+    write_byte_tokenizer(tmp_path / "two")
+    prune(tmp_path / "two", tmp_path / "out", [0, 2])
+    out = Checkpoint(tmp_path / "out")
+    assert out.vocab_parallel and len(out.shards) == 2
+    for before, after in zip(Checkpoint(tmp_path / "two").shards, out.shards, strict=True):
+        assert torch.equal(
+            before.read("layers.3.attention.wo.weight"), after.read("layers.1.attention.wo.weight")
+        )
+        assert after.infos["norm.weight"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ([5], r"layers \[5\] do not exist; the model has 0..4"),
+        ([], "expected 1 to 4 different layers"),
+        ([1, 1], "expected 1 to 4 different layers"),
+        ([0, 1, 2, 3, 4], "expected 1 to 4 different layers"),
+    ],
+)
+def test_pruning_bad_layers_writes_nothing(tmp_path, checkpoint_dir, layers, message):
+    with pytest.raises(ValueError, match=message):
+        prune(checkpoint_dir, tmp_path / "out", layers)
+    assert not (tmp_path / "out").exists()
+
+
+def test_pruning_overwrites_only_its_own_and_only_when_asked(tmp_path, checkpoint_dir):
+    prune(checkpoint_dir, tmp_path / "out", [1])
+    with pytest.raises(FileExistsError, match="out exists"):
+        prune(checkpoint_dir, tmp_path / "out", [1, 2])
+    prune(checkpoint_dir, tmp_path / "out", [1, 2], overwrite=True)
+    assert Checkpoint(tmp_path / "out").args.n_layers == 3
+    (tmp_path / "out" / "thesis.tex").write_text("years of work")
+    with pytest.raises(FileExistsError, match=r"out exists and holds thesis\.tex"):
+        prune(checkpoint_dir, tmp_path / "out", [1], overwrite=True)
+    (tmp_path / "out" / "thesis.tex").unlink()
+    (tmp_path / "out" / "README.md").mkdir()
+    with pytest.raises(FileExistsError, match=r"out exists and holds README\.md"):
+        prune(checkpoint_dir, tmp_path / "out", [1], overwrite=True)
+    with pytest.raises(FileExistsError, match=r"checkpoint exists and holds no pruning\.json"):
+        prune(tmp_path / "out", checkpoint_dir, [1], overwrite=True)
+
+
+def test_pruning_never_overwrites_its_source(tmp_path, checkpoint_dir):
+    prune(checkpoint_dir, tmp_path / "out", [1])
+    with pytest.raises(FileExistsError, match="holds the source"):
+        prune(tmp_path / "out", tmp_path / "out", [0], overwrite=True)
+    prune(checkpoint_dir, tmp_path / "out" / "pruned", [1])
+    (tmp_path / "out" / "layers.json").write_text("{}")
+    with pytest.raises(FileExistsError, match="holds the source"):
+        check_new(tmp_path / "out", replaces="layers.json", source=tmp_path / "out" / "pruned")
+    (tmp_path / "out" / "pruned" / "mine.txt").write_text("notes")
+    with pytest.raises(FileExistsError, match=r"holds mine\.txt in pruned"):
+        check_new(tmp_path / "out", replaces="layers.json")
+    shutil.rmtree(tmp_path / "out" / "pruned")
+    (tmp_path / "out" / "layers.json").unlink()
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "out", target_is_directory=True)
+    with pytest.raises(FileExistsError, match="holds the source"):
+        prune(tmp_path / "out", link, [0], overwrite=True)
+
+
+def test_a_link_is_followed_and_a_failed_swap_leaves_the_old(tmp_path, checkpoint_dir, monkeypatch):
+    prune(checkpoint_dir, tmp_path / "real", [1])
+    (tmp_path / "link").symlink_to(tmp_path / "real", target_is_directory=True)
+    prune(checkpoint_dir, tmp_path / "link", [1, 2], overwrite=True)
+    assert (tmp_path / "link").is_symlink()
+    assert Checkpoint(tmp_path / "real").args.n_layers == 3
+    plain = Path.rename
+
+    def rename(self, target):
+        if self.name == "new":
+            raise OSError("in use")
+        return plain(self, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(OSError, match="in use"):
+        prune(checkpoint_dir, tmp_path / "real", [1], overwrite=True)
+    assert Checkpoint(tmp_path / "real").args.n_layers == 3
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint", "link", "real"]
+
+
+def test_what_somebody_else_made_meanwhile_is_not_replaced(tmp_path):
+    with pytest.raises(FileExistsError, match="out exists"), new_directory(tmp_path / "out"):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "thesis.tex").write_text("years of work")
+    assert (tmp_path / "out" / "thesis.tex").is_file()
+
+
+def test_the_tokenizer_goes_along_under_its_usual_name(tmp_path, checkpoint_dir):
+    with pytest.raises(FileNotFoundError, match=r"tokenizer file typo\.model does not exist"):
+        prune(checkpoint_dir, tmp_path / "out", [1], tokenizer_path="typo.model")
+    (tmp_path / "mine.py").write_text("print('no tokenizer')")
+    with pytest.raises(ValueError, match=r"mine\.py"):
+        prune(checkpoint_dir, tmp_path / "out", [1], tokenizer_path=tmp_path / "mine.py")
+    (checkpoint_dir / "tokenizer.json").rename(checkpoint_dir / "mine.bin")
+    prune(checkpoint_dir, tmp_path / "out", [1], tokenizer_path=checkpoint_dir / "mine.bin")
+    names = {p.name for p in (tmp_path / "out").iterdir()}
+    assert {"tokenizer.json", "tokenizer_config.json"} < names and "mine.bin" not in names
+
+
+def test_what_is_wrong_beside_the_weights_is_told_before_they_are_copied(tmp_path, checkpoint_dir):
+    (checkpoint_dir / "pruning.json").write_text("{")
+    with pytest.raises(ValueError, match=r"pruning\.json is not JSON"):
+        prune(checkpoint_dir, tmp_path / "out", [1], progress=lambda _: pytest.fail("it began"))
+    path = checkpoint_dir / "params.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "n_layers": 10**9}))
+    with pytest.raises(ValueError, match="n_layers 1000000000 in .*; the file has 48 tensors"):
+        Checkpoint(checkpoint_dir)
+
+
+def test_json_keeps_texts_and_digits(tmp_path):
+    content = {
+        "text": "{{ [a,     b] }} [my   folder]",
+        "numbers": [1, 0.1, 1e-300],
+        "nested": [[1, 2], {"a": []}],
+        "none": [None, True, math.inf],
+        "empty": {},
+    }
+    write_json(tmp_path / "x.json", content)
+    text = (tmp_path / "x.json").read_text()
+    assert json.loads(text) == {**content, "none": [None, True, None]}
+    assert '"numbers": [1, 0.1, 1e-300]' in text
+
+
+def test_damaged_files_never_give_anything_but_one_error(checkpoint_dir):
+    path = checkpoint_dir / "consolidated.00.pth"
+    whole = path.read_bytes()
+    start = whole.index(b"data.pkl")
+    rng = random.Random(0)
+    for _ in range(150):
+        broken = bytearray(whole)
+        for _ in range(3):
+            broken[start + rng.randrange(4000)] = rng.randrange(256)
+        path.write_bytes(broken)
+        try:
+            Checkpoint(checkpoint_dir)
+        except ValueError as error:
+            assert str(path) in str(error)
+
+
+def test_other_files_beside_the_shards_are_left_alone(checkpoint_dir):
+    torch.save({"a": torch.ones(1)}, checkpoint_dir / "lora.pth")
+    assert len(Checkpoint(checkpoint_dir).shards) == 1
+
+
+def test_odd_names_and_layouts_are_refused(checkpoint_dir):
+    edit(checkpoint_dir, lambda s: s.update({3: torch.ones(1)}))
+    with pytest.raises(ValueError, match="holds the name 3, expected tensors by name"):
+        Checkpoint(checkpoint_dir)
+    edit(checkpoint_dir, lambda s: (s.pop(3), s.update(x=torch.ones(2, 2).to_sparse())))
+    with pytest.raises(ValueError, match="x in .* is torch.sparse_coo; expected"):
+        Checkpoint(checkpoint_dir)
+
+
+def test_a_directory_appears_whole_or_not_at_all(tmp_path):
+    with pytest.raises(KeyboardInterrupt), new_directory(tmp_path / "out") as partial:
+        (partial / "file").write_text("half")
+        raise KeyboardInterrupt
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint"]

@@ -1,0 +1,335 @@
+"""Meta to Hugging Face and back, and GGUF to Meta."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+import transformers
+from conftest import make_transformer, save_checkpoint, write_byte_tokenizer
+from gguf_files import write_gguf
+from safetensors.torch import load_file, save_file
+
+from llama import Tokenizer
+from llama.checkpoint.meta import Checkpoint
+from llama.formats.convert import gguf_to_meta, hf_to_meta, meta_to_hf
+from llama.formats.hf import write_tokenizer
+from llama.formats.names import HF, META, name_in, permute
+from llama.formats.safetensors import SafetensorsFile, open_weights
+from llama.io.hub import hub_failure, resolve
+from llama.model import load_model
+
+pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
+VOCAB = 258
+TOKENS = torch.arange(3, 27).reshape(2, 12)
+SCALED = {"use_scaled_rope": True, "rope_scaling_factor": 4.0, "rope_theta": 500000.0}
+
+
+def meta(directory, *, shards=1, vocab_parallel=False, tied=False, dtype=torch.float32, **changes):
+    """A Meta checkpoint with the byte tokenizer, and its model."""
+    model = make_transformer(vocab_size=VOCAB, **changes)
+    if tied:
+        model.output.weight = model.tok_embeddings.weight
+    model.to(dtype)
+    save_checkpoint(directory, model, shards=shards, vocab_parallel=vocab_parallel)
+    params = json.loads((directory / "params.json").read_text()) | changes
+    (directory / "params.json").write_text(json.dumps(params))
+    write_byte_tokenizer(directory)
+    return model
+
+
+def state(directory):
+    assert len(list(directory.glob("consolidated.*"))) == 1
+    return torch.load(directory / "consolidated.00.pth", mmap=True)
+
+
+def same(one, other) -> bool:
+    return one.keys() == other.keys() and all(
+        one[n].dtype == other[n].dtype and torch.equal(one[n], other[n]) for n in one
+    )
+
+
+def weights(directory):
+    return {k: v for p in directory.glob("*.safetensors") for k, v in load_file(p).items()}
+
+
+def hf_logits(directory, **options):
+    model, problems = transformers.AutoModelForCausalLM.from_pretrained(
+        directory, output_loading_info=True, **options
+    )
+    assert not any(problems.values()), problems
+    with torch.no_grad():
+        return model.eval()(TOKENS).logits
+
+
+CASES = {
+    "grouped queries": {},
+    "as many key heads": {"n_kv_heads": 4},
+    "llama 3.1": SCALED,
+    "tied": {"tied": True},
+    "bfloat16": {"dtype": torch.bfloat16},
+    "odd width": {"ffn_dim_multiplier": 1.3, "multiple_of": 1},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_meta_to_hf_gives_the_same_logits_and_comes_back_bit_exact(case, tmp_path):
+    model = meta(tmp_path / "meta", **CASES[case])
+    hf = meta_to_hf(tmp_path / "meta", tmp_path / "hf")
+    if case != "bfloat16":
+        expected = model(TOKENS)
+        assert (hf_logits(hf) - expected).abs().max() < 1e-5 * expected.abs().max()
+    back = hf_to_meta(hf, tmp_path / "back")
+    assert same(state(tmp_path / "meta"), state(back))
+    ours, theirs = Checkpoint(tmp_path / "meta").args, Checkpoint(back).args
+    assert ours.ffn_dim == theirs.ffn_dim and ours.rope_factor == theirs.rope_factor
+    assert (ours.norm_eps, ours.rope_theta) == (theirs.norm_eps, theirs.rope_theta)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (back / name).read_bytes() == (tmp_path / "meta" / name).read_bytes()
+    loaded = load_model(
+        Checkpoint(back, max_seq_len=64), device=torch.device("cpu"), dtype=torch.float32
+    )
+    assert torch.equal(loaded(TOKENS), model.float()(TOKENS))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_hf_comes_back_bit_exact(case, tmp_path):
+    meta(tmp_path / "meta", **CASES[case])
+    first = meta_to_hf(tmp_path / "meta", tmp_path / "hf")
+    # as transformers writes it
+    model = transformers.AutoModelForCausalLM.from_pretrained(first, dtype="auto")
+    model.config.max_position_embeddings = 777
+    model.generation_config.eos_token_id = [1, 5]
+    model.save_pretrained(tmp_path / "own", max_shard_size="20KB")
+    write_byte_tokenizer(tmp_path / "own")
+    hf_to_meta(tmp_path / "own", tmp_path / "middle")
+    back = meta_to_hf(tmp_path / "middle", tmp_path / "back")
+    assert same(weights(tmp_path / "own"), weights(back))
+    assert same(weights(first), weights(back))
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(back, dtype="auto")
+    ours, theirs = model.config.to_dict(), loaded.config.to_dict()
+    assert {k for k in ours if theirs[k] != ours[k]} <= {"_name_or_path"}
+    assert loaded.generation_config.eos_token_id == [1, 5]
+
+
+@pytest.mark.parametrize("vocab_parallel", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+def test_model_parallel_files_are_merged(vocab_parallel, tied, tmp_path):
+    model = meta(tmp_path / "two", shards=2, vocab_parallel=vocab_parallel, tied=tied)
+    meta(tmp_path / "one", tied=tied)
+    out = meta_to_hf(tmp_path / "two", tmp_path / "hf", max_shard_bytes=20_000)
+    assert same(weights(out), weights(meta_to_hf(tmp_path / "one", tmp_path / "hf1")))
+    assert ("lm_head.weight" in weights(out)) is not tied
+    assert len(list(out.glob("model-*-of-*.safetensors"))) > 2
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    total = sum(t.nbytes for t in weights(out).values())
+    assert index["metadata"]["total_size"] == total
+    expected = model(TOKENS)
+    assert (hf_logits(out) - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def test_permutation_of_one_head():
+    args = Checkpoint.__new__(Checkpoint)  # only the numbers of heads matter
+    args.n_heads, args.kv_heads, args.head_dim = 1, 1, 8
+    rows = torch.arange(8.0)[:, None]
+    turned = permute("layers.0.attention.wk.weight", rows, args, to=HF)
+    assert turned.flatten().tolist() == [0, 2, 4, 6, 1, 3, 5, 7]
+    assert torch.equal(permute("layers.0.attention.wk.weight", turned, args, to=META), rows)
+
+
+def test_names():
+    assert name_in(HF, "layers.12.feed_forward.w2.weight") == "model.layers.12.mlp.down_proj.weight"
+    assert name_in(HF, "output.weight") == "lm_head.weight"
+
+
+def test_a_config_of_transformers_4_is_read(tmp_path):
+    model = meta(tmp_path / "meta", **SCALED)
+    hf = meta_to_hf(tmp_path / "meta", tmp_path / "hf")
+    config = json.loads((hf / "config.json").read_text())
+    assert config.pop("rope_parameters")["rope_theta"] == 500000.0
+    assert config["max_position_embeddings"] == 131072
+    (hf / "config.json").write_text(json.dumps(config))
+    args = Checkpoint(hf_to_meta(hf, tmp_path / "back")).args
+    assert (args.rope_theta, args.rope_factor) == (500000.0, model.params.rope_factor)
+
+
+REFUSED = {
+    "its model_type is 'qwen2', expected 'llama'": {"model_type": "qwen2"},
+    "its architectures is ['LlamaForSequence": {
+        "architectures": ["LlamaForSequenceClassification"]
+    },
+    "its attention_bias is True": {"attention_bias": True},
+    "its mlp_bias is True": {"mlp_bias": True},
+    "its head_dim is 16, expected 8": {"head_dim": 16},
+    "its hidden_act is 'gelu'": {"hidden_act": "gelu"},
+    "its quantization_config is 'gptq'": {"quantization_config": {"quant_method": "gptq"}},
+    "scales its rotary frequencies by {'rope_type': 'yarn'": {
+        "rope_parameters": {"rope_type": "yarn", "factor": 2.0}
+    },
+    "lacks ['vocab_size']": {"vocab_size": ...},
+    "has shape [258, 32]; config.json gives [99, 32]": {"vocab_size": 99},
+    "it lacks tensors ['model.layers.5": {"num_hidden_layers": 6},
+    "and has others ['model.layers.4": {"num_hidden_layers": 4},
+}
+
+
+@pytest.fixture(scope="module")
+def hf_dir(tmp_path_factory, one_rank):
+    path = tmp_path_factory.mktemp("refused")
+    meta(path / "meta")
+    return meta_to_hf(path / "meta", path / "hf")
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_what_is_no_llama_is_refused(message, hf_dir, tmp_path):
+    shutil.copytree(hf_dir, tmp_path / "hf")
+    path = tmp_path / "hf" / "config.json"
+    config = json.loads(path.read_text()) | REFUSED[message]
+    path.write_text(json.dumps({k: v for k, v in config.items() if v is not ...}))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        hf_to_meta(tmp_path / "hf", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_biases_are_refused_and_old_buffers_are_not(hf_dir, tmp_path):
+    shutil.copytree(hf_dir, tmp_path / "hf")
+    path = tmp_path / "hf" / "model.safetensors"
+    buffer = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    save_file(load_file(hf_dir / path.name) | buffer, path)
+    hf_to_meta(tmp_path / "hf", tmp_path / "out", dtype="bfloat16")
+    assert state(tmp_path / "out")["norm.weight"].dtype == torch.bfloat16
+    bias = {"model.layers.0.self_attn.q_proj.bias": torch.ones(32)}
+    save_file(load_file(hf_dir / path.name) | bias, path)
+    with pytest.raises(ValueError, match="has others .*q_proj.bias"):
+        hf_to_meta(tmp_path / "hf", tmp_path / "out2")
+
+
+def test_missing_and_damaged_files(hf_dir, tmp_path):
+    for name, error, message in (
+        ("config.json", FileNotFoundError, "has no config.json"),
+        ("model.safetensors", FileNotFoundError, "neither model.safetensors nor"),
+        ("tokenizer.json", FileNotFoundError, "neither tokenizer.json nor tokenizer.model"),
+    ):
+        shutil.copytree(hf_dir, tmp_path / name)
+        (tmp_path / name / name).unlink()
+        with pytest.raises(error, match=message):
+            hf_to_meta(tmp_path / name, tmp_path / "out")
+    data = (hf_dir / "model.safetensors").read_bytes()
+    path = tmp_path / "cut.safetensors"
+    for size in (0, 5, 100, len(data) - 1):
+        path.write_bytes(data[:size])
+        with pytest.raises(ValueError, match="not a complete safetensors file"):
+            SafetensorsFile(path)
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../b"}}')
+    with pytest.raises(FileNotFoundError, match="names a file ../b"):
+        open_weights(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "message"),
+    [
+        ("GatedRepoError", ValueError, "a/b is gated: accept its terms"),
+        ("RepositoryNotFoundError", ValueError, "neither a directory here nor a model"),
+        ("LocalEntryNotFoundError", ConnectionError, "the hub cannot be reached"),
+        ("OfflineModeIsEnabled", ConnectionError, "the hub cannot be reached"),
+    ],
+)
+def test_the_hub_refuses_in_one_line(monkeypatch, name, kind, message):
+    import huggingface_hub
+
+    cls = getattr(huggingface_hub.errors, name)
+
+    def refuse(*_, **__):
+        raise cls.__new__(cls)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    with pytest.raises(kind, match=message) as caught:
+        resolve("a/b")
+    assert "\n" not in str(caught.value)
+    wrapped = OSError("transformers'\nown words")  # as its loaders raise it
+    wrapped.__cause__ = cls.__new__(cls)
+    assert str(hub_failure("a/b", wrapped)) == str(caught.value)
+    assert hub_failure("a/b", OSError("disk full")) is None
+    with pytest.raises(FileNotFoundError, match="neither a directory nor a hub id"):
+        resolve("/no/such/place")
+
+
+def test_llama_3_ranks_become_a_tokenizer_json_with_the_same_ids(tmp_path):
+    from base64 import b64encode
+
+    words = [bytes([i]) for i in range(256)]
+    words += [b"th", b" t", b"the", b" the", b"in", b"ing", b"12", b"\n\n", "é".encode()]
+    path = tmp_path / "tokenizer.model"
+    lines = [b"%s %d\n" % (b64encode(word), i) for i, word in enumerate(words)]
+    path.write_bytes(b"".join(lines))
+    (tmp_path / "out").mkdir()
+    write_tokenizer(path, tmp_path / "out")
+    ours, theirs = Tokenizer(path), Tokenizer(tmp_path / "out" / "tokenizer.json")
+    auto = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    for text in ("the thing, then\n\n12 3 é", " the  singing\t日本"):
+        ids = ours.encode(text, bos=True, eos=False)
+        assert theirs.encode(text, bos=True, eos=False) == ids
+        assert auto(text)["input_ids"] == ids
+    assert (theirs.bos_id, theirs.eos_id) == (ours.bos_id, ours.eos_id)
+    assert theirs.stop_tokens == ours.stop_tokens and theirs.dialog_format == "llama3"
+
+
+@pytest.fixture
+def gguf_model():
+    return make_transformer(vocab_size=VOCAB)
+
+
+def test_gguf_to_meta_is_exact(tmp_path, gguf_model):
+    path = write_gguf(tmp_path / "a.gguf", gguf_model)
+    out = gguf_to_meta(path, tmp_path / "out")
+    assert same(state(out), gguf_model.state_dict())
+    assert Checkpoint(out).args.rope_factor is None
+    again = gguf_to_meta(path, tmp_path / "out", overwrite=True)
+    assert again == out
+
+
+def test_a_gguf_without_output_is_tied(tmp_path, gguf_model):
+    path = write_gguf(tmp_path / "a.gguf", gguf_model, drop=["output.weight"])
+    out = gguf_to_meta(path, tmp_path / "out")
+    assert state(out)["output.weight"].equal(gguf_model.tok_embeddings.weight)
+    hf = meta_to_hf(out, tmp_path / "hf")
+    assert "lm_head.weight" not in weights(hf)
+    ids = Tokenizer(out / "tokenizer.json").encode("a text", bos=True, eos=False)
+    assert transformers.AutoTokenizer.from_pretrained(hf)("a text")["input_ids"] == ids
+
+
+def test_gguf_rope_factors(tmp_path):
+    from llama.model import rope_frequencies
+
+    model = make_transformer(vocab_size=VOCAB, rope_theta=500000.0, dim=64)
+    hd = model.params.head_dim
+    divisors = rope_frequencies(hd, 500000.0) / rope_frequencies(hd, 500000.0, 32.0)
+    path = write_gguf(tmp_path / "a.gguf", model, tensors=[("rope_freqs.weight", divisors)])
+    assert Checkpoint(gguf_to_meta(path, tmp_path / "out")).args.rope_factor == 32.0
+    wrong = [("rope_freqs.weight", divisors.sqrt())]
+    path = write_gguf(tmp_path / "b.gguf", model, tensors=wrong)
+    with pytest.raises(ValueError, match=r"scales its rotary frequencies unlike Llama 3\.1"):
+        gguf_to_meta(path, tmp_path / "out2")
+
+
+def test_gguf_refusals(tmp_path, gguf_model):
+    for options, message in (
+        ({"arch": "qwen2"}, "holds architecture 'qwen2'; expected 'llama'"),
+        ({"tensors": [("blk.0.attn_q.bias", torch.ones(32))]}, r"others \['blk.0.attn_q.bias'\]"),
+        ({"drop": ["norm.weight"]}, r"lacks tensors \['output_norm.weight'\]"),
+        ({"drop": ["tok_embeddings.weight"]}, "lacks token_embd.weight"),
+        ({"expert_count": 8}, "llama.expert_count = 8; Meta's Llama has 0"),
+        ({"attention__key_length": 16}, "key_length = 16; Meta's Llama has 8"),
+    ):
+        path = write_gguf(tmp_path / "a.gguf", gguf_model, **options)
+        with pytest.raises(ValueError, match=message):
+            gguf_to_meta(path, tmp_path / "out")
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        gguf_to_meta(tmp_path / "none.gguf", tmp_path / "out")
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(ValueError, match="not a complete GGUF file"):
+        gguf_to_meta(path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,204 @@
+"""The Transformer against transformers' Llama, and against itself in pieces."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from conftest import make_transformer
+from transformers import LlamaConfig, LlamaForCausalLM
+from weights import from_transformers
+
+from llama.args import ModelArgs
+from llama.model import (
+    RMSNorm,
+    Transformer,
+    apply_rotary_emb,
+    precompute_freqs_cis,
+    rope_frequencies,
+)
+
+SCALED = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+@pytest.mark.parametrize(
+    ("kv_heads", "tied", "theta", "scaled"),
+    [
+        pytest.param(4, False, 10000.0, False, id="mha"),
+        pytest.param(2, False, 10000.0, False, id="gqa"),
+        pytest.param(1, True, 10000.0, False, id="mqa-tied"),
+        pytest.param(2, False, 500000.0, False, id="theta"),
+        pytest.param(2, True, 500000.0, True, id="llama-3.1"),
+    ],
+)
+def test_logits_equal_transformers(kv_heads, tied, theta, scaled):
+    torch.manual_seed(0)
+    rope = SCALED if scaled else {"rope_type": "default", "rope_theta": theta}
+    config = LlamaConfig(
+        vocab_size=96,
+        hidden_size=64,
+        intermediate_size=192,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=kv_heads,
+        tie_word_embeddings=tied,
+        rms_norm_eps=1e-5,
+        rope_parameters=rope,
+        max_position_embeddings=64,
+        initializer_range=0.1,
+    )
+    hf = LlamaForCausalLM(config).eval()
+    params = {
+        "dim": 64,
+        "n_layers": 3,
+        "n_heads": 4,
+        "n_kv_heads": kv_heads,
+        "vocab_size": 96,
+        "multiple_of": 32,
+        "norm_eps": 1e-5,
+        "rope_theta": theta,
+        "use_scaled_rope": scaled,
+    }
+    ours = from_transformers(hf, params)
+    tokens = torch.randint(0, 96, (2, 48))
+    with torch.no_grad():
+        expected, found = hf(tokens).logits, ours(tokens)
+    assert (found - expected).abs().max() < 1e-5
+    # the settings matter: another theta or no scaling is seen at this tolerance
+    params |= {"use_scaled_rope": not scaled, "rope_theta": theta * (1 if scaled else 2)}
+    with torch.no_grad():
+        assert (from_transformers(hf, params)(tokens) - expected).abs().max() > 1e-4
+
+
+def test_prefill_equals_step_by_step(transformer):
+    tokens = torch.randint(0, 96, (3, 20))
+    with torch.no_grad():
+        whole = transformer(tokens)
+        steps = torch.cat([transformer(tokens[:, i : i + 1], i) for i in range(20)], dim=1)
+        chunks = torch.cat(
+            [transformer(tokens[:, a:b], a) for a, b in ((0, 7), (7, 8), (8, 20))], dim=1
+        )
+    assert (steps - whole).abs().max() < 1e-5
+    assert (chunks - whole).abs().max() < 1e-5
+
+
+def test_a_full_pass_leaves_no_cache_and_a_cached_one_goes_with_its_layer(transformer):
+    tokens = torch.randint(0, 96, (1, 5))
+    transformer(tokens)
+    assert all(layer.attention.cache_k is None for layer in transformer.layers)
+    transformer(tokens, 0)
+    assert all(layer.attention.cache_k.shape == (1, 64, 2, 8) for layer in transformer.layers)
+    assert not any("cache" in name for name in transformer.state_dict())
+
+
+def test_the_cache_can_be_used_after_gradients_and_grows_with_the_batch(transformer):
+    one, three = torch.randint(0, 96, (1, 5)), torch.randint(0, 96, (3, 5))
+    transformer(one, 0)
+    transformer(three, 0).sum().backward()
+    with torch.no_grad():
+        whole = transformer(one)
+        transformer(one[:, :4], 0)
+        last = transformer(one[:, 4:], 4)
+    assert torch.allclose(last[:, 0], whole[:, -1], atol=1e-5)
+
+
+def test_a_cache_of_inference_mode_is_made_anew_outside(transformer):
+    tokens = torch.randint(0, 96, (1, 5))
+    with torch.inference_mode():
+        transformer(tokens, 0)
+    with torch.no_grad():
+        assert torch.allclose(transformer(tokens, 0), transformer(tokens), atol=1e-5)
+
+
+def test_a_full_pass_builds_no_mask(transformer, monkeypatch):
+    seen = []
+    plain = torch.nn.functional.scaled_dot_product_attention
+
+    def attention(*args, attn_mask, is_causal, **kwargs):
+        seen.append((attn_mask, is_causal))
+        return plain(*args, attn_mask=attn_mask, is_causal=is_causal, **kwargs)
+
+    monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", attention)
+    transformer(torch.randint(0, 96, (2, 9)))
+    transformer(torch.randint(0, 96, (2, 9)), 0)
+    assert seen == [(None, True)] * 10
+
+
+def test_continuing_what_never_began_is_refused(transformer):
+    with pytest.raises(ValueError, match="start_pos 3 continues a batch of 1"):
+        transformer(torch.zeros(1, 1, dtype=torch.long), 3)
+
+
+def test_too_many_positions_are_refused(transformer):
+    for start_pos, size, limit in ((None, 129, 128), (0, 65, 64)):
+        with pytest.raises(ValueError, match=f"{size} positions; .* takes up to {limit} here"):
+            transformer(torch.zeros(1, size, dtype=torch.long), start_pos)
+
+
+def test_rms_norm_divides_by_the_root_mean_square():
+    norm = RMSNorm(4, eps=0.0)
+    assert norm(torch.tensor([[2.0, -2.0, 2.0, -2.0]])).tolist() == [[1.0, -1.0, 1.0, -1.0]]
+
+
+def test_rotation_turns_neighbours_by_position_times_frequency():
+    args = ModelArgs(dim=4, n_heads=1, rope_theta=10000.0)
+    x = torch.tensor([[1.0, 0.0, 1.0, 0.0]]).expand(3, 4)[None, :, None]  # (1, 3, 1, 4)
+    turned = apply_rotary_emb(x, precompute_freqs_cis(args, 3))[0, 2, 0]
+    expected = [math.cos(2), math.sin(2), math.cos(0.02), math.sin(0.02)]
+    assert turned.tolist() == pytest.approx(expected, abs=1e-6)
+
+
+# Values computed from the formula of Llama 3.1's reference in float64, theta 500000.
+@pytest.mark.parametrize(
+    ("head_dim", "factor", "expected"),
+    [
+        (128, 8.0, {29: 0.002166570763503359, 34: 0.00017850781276799638}),
+        (128, 8.0, {35: 9.556212353964683e-05, 63: 3.068925988914511e-07}),
+        (64, 32.0, {15: 0.001290547928209264, 17: 9.70828780262767e-05}),
+        (64, 32.0, {18: 1.9461638184831125e-05, 31: 9.418306725434909e-08}),
+        (128, 32.0, {29: 0.002118406996779608, 63: 7.672314972286278e-08}),
+    ],
+)
+def test_scaled_rope_frequencies(head_dim, factor, expected):
+    found = rope_frequencies(head_dim, 500000.0, factor)
+    plain = rope_frequencies(head_dim, 500000.0)
+    for index, value in expected.items():
+        assert found[index].item() == pytest.approx(value, rel=2e-6)
+    assert torch.equal(found[:14], plain[:14])
+
+
+def test_the_scaling_factor_is_32_for_the_small_llama_3_2_models():
+    def factor(dim: int, **more: object) -> float | None:
+        return ModelArgs(dim=dim, use_scaled_rope=True, **more).rope_factor
+
+    assert (factor(4096), factor(2048), factor(3072)) == (8.0, 32.0, 32.0)
+    assert factor(2048, rope_scaling_factor=4.0) == 4.0
+    assert ModelArgs(dim=2048).rope_factor is None
+
+
+def test_vocabulary_parallel_and_width_parallel_embeddings_agree_on_one_rank(transformer):
+    other = Transformer(transformer.params, vocab_parallel=True)
+    other.load_state_dict(transformer.state_dict())
+    tokens = torch.randint(0, 96, (1, 9))
+    assert torch.equal(other(tokens), transformer(tokens))
+
+
+def test_gradients_reach_every_weight(transformer):
+    transformer(torch.randint(0, 96, (1, 9))).square().mean().backward()
+    assert all(w.grad is not None and w.grad.abs().sum() > 0 for w in transformer.parameters())
+
+
+def test_a_padded_row_equals_the_row_alone():
+    model = make_transformer(3)
+    row = torch.randint(0, 96, (1, 7))
+    padded = torch.cat((row, torch.zeros(1, 5, dtype=torch.long)), dim=1)
+    with torch.no_grad():
+        assert torch.allclose(model(padded)[:, :7], model(row), atol=1e-5)

@@ -1,0 +1,416 @@
+"""Ranks and replicas: every division of the work gives one process's numbers; failures end all.
+
+Two launches, of 2 and of 4 processes, each check many things; the tests compare what they saved.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import (
+    BYTE_VOCAB,
+    CharTokenizer,
+    cut,
+    make_transformer,
+    random_windows,
+    save_checkpoint,
+    write_byte_tokenizer,
+)
+
+from llama import Llama
+from llama.checkpoint.meta import Checkpoint
+from llama.checkpoint.reshard import reshard
+from llama.model import load_model
+from short_gpt import ShortLlama
+from short_gpt.cli.app import main
+from short_gpt.runtime.abort import lost
+from short_gpt.runtime.replicas import Replicas
+from short_gpt.scoring.importance import Importance
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="torchrun with gloo")
+SHAPE = {"n_heads": 8, "n_kv_heads": 2, "n_layers": 3}
+TOKENS = torch.arange(3, 23).reshape(2, 10)
+WINDOWS = random_windows(11, 12)
+DIRECTORIES = ("one", "two", "eight", "tied")
+
+WORKER = """
+import sys, torch, torch.distributed as dist
+from pathlib import Path
+from types import SimpleNamespace as Space
+from fairscale.nn.model_parallel import initialize as groups
+from llama import Llama
+from llama.checkpoint.meta import Checkpoint
+from llama.model import load_model
+from llama.parallel import initialize
+from short_gpt import ShortLlama
+from short_gpt.runtime import replicas
+from short_gpt.data.windows import batches
+from short_gpt.runtime.abort import lost
+from short_gpt.scoring.importance import Importance
+from short_gpt.scoring.hooks import score
+
+torch.set_num_threads(1)
+folder, cpu = Path(sys.argv[1]), torch.device("cpu")
+given = torch.load(folder / "given.pt")
+
+
+def shared(decoder, windows, size):
+    team, own = replicas.current(), Importance.empty(range(len(decoder.layers)))
+    for step in batches(windows, team.step(size)):
+        for batch in team.share(step, size):
+            if batch:
+                own.add(score(decoder, batch, layers=own.layers))
+    before = own.to_dict()
+    total = team.sum(own)
+    assert own.to_dict() == before
+    return total.to_dict()
+
+
+def results(mp):
+    found = {}
+    for name in given["directories"]:
+        checkpoint = Checkpoint(folder / name, max_seq_len=64, max_batch_size=4)
+        model = load_model(checkpoint, device=cpu, dtype=torch.float32)
+        with torch.no_grad():
+            found[name] = model(given["tokens"])
+        found[name, "tied"] = model.output.weight is model.tok_embeddings.weight
+    llama = Llama(model, Space(eos_id=96, bos_id=1))
+    found["sampled"], _ = llama.generate(given["tokens"].tolist(), 6, temperature=0.8)
+    for size in (1, 2, 3):
+        short = ShortLlama(llama)
+        found["shared", size] = shared(short.decoder, given["windows"], size)
+        short.measure(given["windows"], batch_size=size, progress=False)
+        found["measured", size] = short.importance.to_dict()
+    found["digest"] = short.weights_digest()
+    team = replicas.current()
+    assert team.count * mp == dist.get_world_size()
+    found["few"] = shared(short.decoder, given["windows"][:1], 1)
+    found["any"] = [team.any(dist.get_rank() == dist.get_world_size() - 1), team.any(False)]
+    return found
+
+
+def of_transformers():
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from short_gpt import ShortHFModel
+
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
+                         num_attention_heads=4, num_key_value_heads=2)
+    short = ShortHFModel(LlamaForCausalLM(config))
+    short.measure(given["windows"], progress=False)
+    alone = Importance.empty(range(3))
+    for window in given["windows"]:
+        alone.add(score(short.decoder, [window], layers=alone.layers))
+    return {"measured": short.importance.to_dict(), "alone": alone.to_dict()}
+
+
+found, world = {}, int(sys.argv[2])
+if world == 2:
+    assert replicas.current(cpu) == replicas.Replicas(dist.get_rank(), 2)  # made by this call
+    found["hf"] = of_transformers()
+for mp in [1, 2, 4][: world // 2 + 1]:
+    if groups.model_parallel_is_initialized():
+        groups.destroy_model_parallel()
+    initialize(mp, device=cpu)
+    found[mp] = results(mp)
+if world == 2:
+    groups.destroy_model_parallel()
+    try:
+        initialize(3, device=cpu)
+    except ValueError as error:
+        found["error"] = str(error)
+torch.save(found, folder / f"world{world}-rank{dist.get_rank()}.pt")
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def launch(ranks: int, *arguments: object) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc_per_node", str(ranks), *(str(a) for a in arguments)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
+    )
+
+
+def model_of(**changes):
+    return make_transformer(**{**SHAPE, **changes})
+
+
+@pytest.fixture(scope="module")
+def model():
+    return model_of()
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory, model):
+    """What every rank saved: by world size and rank."""
+    folder = tmp_path_factory.mktemp("replicas")
+    save_checkpoint(folder / "one", model)
+    save_checkpoint(folder / "two", model, shards=2)
+    save_tied(folder / "tied", tied_model())
+    save_eight(folder / "eight", model)
+    given = {"tokens": TOKENS, "windows": WINDOWS, "directories": DIRECTORIES}
+    torch.save(given, folder / "given.pt")
+    (folder / "worker.py").write_text(WORKER)
+    results = {}
+    for world in (2, 4):
+        run = launch(world, folder / "worker.py", folder, world)
+        _, errors = run.communicate(timeout=300)
+        assert run.returncode == 0, errors
+        results |= {
+            (world, r): torch.load(folder / f"world{world}-rank{r}.pt") for r in range(world)
+        }
+    return results
+
+
+def tied_model(**changes):
+    model = model_of(**changes)
+    model.output.weight = model.tok_embeddings.weight
+    return model
+
+
+def save_tied(directory: Path, model) -> Path:
+    save_checkpoint(directory, model)
+    state = torch.load(directory / "consolidated.00.pth")
+    state["output.weight"] = state["tok_embeddings.weight"]
+    torch.save(state, directory / "consolidated.00.pth")
+    return directory
+
+
+def save_eight(directory: Path, model) -> Path:
+    """Eight shards by vocabulary of a model of two key/value heads: each holds one of them."""
+    save_checkpoint(directory, model, shards=8, vocab_parallel=True)
+    for rank in range(8):
+        path = directory / f"consolidated.{rank:02d}.pth"
+        state = torch.load(path)
+        for name, weight in model.state_dict().items():
+            if name.endswith(("wk.weight", "wv.weight")):
+                state[name] = cut(name, weight, rank // 4, 2, True)
+        torch.save(state, path)
+    return directory
+
+
+DIVISIONS = [(1, 2), (2, 1), (1, 4), (2, 2), (4, 1)]  # ranks of a model x replicas
+
+
+def of_ranks(found, mp: int, replicas: int):
+    return [found[mp * replicas, rank][mp] for rank in range(mp * replicas)]
+
+
+@pytest.mark.parametrize(("mp", "replicas"), DIVISIONS)
+def test_any_shards_on_any_ranks_give_the_same_logits(found, model, mp, replicas):
+    with torch.no_grad():
+        expected = model(TOKENS)
+    for result in of_ranks(found, mp, replicas):
+        for name in ("one", "two", "eight"):
+            assert (result[name] - expected).abs().max() < 1e-5, name
+        assert result["tied", "tied"] and not result["one", "tied"]
+
+
+@pytest.mark.parametrize("kind", ["shared", "measured"])
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize(("mp", "replicas"), DIVISIONS)
+def test_any_division_gives_the_sums_of_one_process(found, mp, replicas, size, kind):
+    """11 windows: replicas have unequal shares."""
+    short = ShortLlama(Llama(tied_model(), CharTokenizer()))
+    short.measure(WINDOWS, batch_size=size, progress=False)
+    results = of_ranks(found, mp, replicas)
+    assert all(r[kind, size] == results[0][kind, size] for r in results)
+    same(Importance.from_dict(results[0][kind, size]), short.importance)
+
+
+def same(one: Importance, other: Importance) -> None:
+    assert one.layers == other.layers
+    assert torch.equal(one.windows, other.windows) and torch.equal(one.tokens, other.tokens)
+    for name in ("influence", "products", "angles"):
+        ours, theirs = getattr(one, name), getattr(other, name)
+        assert (ours - theirs).abs().max() < 1e-5 * max(1.0, float(theirs.abs().max())), name
+
+
+@pytest.mark.parametrize(("mp", "replicas"), DIVISIONS)
+def test_all_ranks_know_a_model_by_the_same_digest(found, mp, replicas):
+    digests = {result["digest"] for result in of_ranks(found, mp, replicas)}
+    alone = ShortLlama(Llama(tied_model(), CharTokenizer())).weights_digest()
+    assert len(digests) == 1 and (digests == {alone}) == (mp == 1)
+
+
+@pytest.mark.parametrize(("mp", "replicas"), DIVISIONS)
+def test_replicas_without_windows_and_agreement(found, mp, replicas):
+    for result in of_ranks(found, mp, replicas):
+        assert sum(result["few"]["windows"]) == 1
+        assert result["any"] == [True, False]
+        assert result["sampled"] == of_ranks(found, 1, 2)[0]["sampled"]
+
+
+def test_models_of_transformers_are_scored_data_parallel(found):
+    for rank in range(2):
+        hf = found[2, rank]["hf"]
+        same(Importance.from_dict(hf["measured"]), Importance.from_dict(hf["alone"]))
+
+
+def test_ranks_that_do_not_divide_are_refused(found):
+    expected = "model_parallel_size 3 does not divide the 2 running rank(s)"
+    assert found[2, 0]["error"].startswith(expected)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("windows", [0, 1, 7, 25])
+def test_shares_are_disjoint_whole_and_in_step(count, size, windows):
+    seen, steps, halves = [], [], []
+    for rank in range(count):
+        team, mine = Replicas(rank, count), []
+        for start in range(0, windows, team.step(size)):
+            step = list(range(windows))[start : start + team.step(size)]
+            mine.append(team.share(step, size))
+        steps.append([len(batches) for batches in mine])
+        own = [number for batches in mine for batch in batches for number in batch]
+        assert all(len(batch) <= size for batches in mine for batch in batches)
+        seen += own
+        halves += [number % 2 == place % 2 for place, number in enumerate(own)]
+    assert sorted(seen) == list(range(windows)) and all(halves)
+    assert all(s == steps[0] for s in steps)
+
+
+FAILING = """
+import os, signal, sys, torch, torch.distributed as dist
+import short_gpt.cli.app as program
+case = sys.argv[1]
+
+def run(argv):
+    rank = int(os.environ["RANK"])
+    if case == "alike":
+        raise FileNotFoundError("nothing here")
+    dist.init_process_group("gloo")
+    if rank == 1 and case == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if rank == 1:
+        raise {"alone": ValueError, "defect": AssertionError}[case]("rank 1 alone")
+    dist.all_reduce(torch.ones(1))  # waits for a rank that never comes
+
+program.run = run
+program.main([])
+"""
+ENDS = {
+    "alike": "short-gpt: nothing here",
+    "alone": "short-gpt: rank 1 alone",
+    "defect": "AssertionError: rank 1 alone",
+    "killed": "exitcode: -9",  # the launcher tells, and may end the others before they notice
+}
+
+
+def test_a_failing_rank_ends_all_with_one_message(tmp_path):
+    (tmp_path / "failing.py").write_text(FAILING)
+    begin = time.monotonic()
+    runs = {case: launch(2, tmp_path / "failing.py", case) for case in ENDS}
+    for case, run in runs.items():
+        output, errors = run.communicate(timeout=100)
+        ours = errors.split("torch/distributed/elastic")[0]  # what follows is the launcher's
+        assert run.returncode == 1 and output == "", case
+        assert errors.count(ENDS[case]) == 1, f"{case}: {errors}"
+        assert ours.count("short-gpt: ") == (case in ("alike", "alone")), f"{case}: {ours}"
+        assert ours.count("Traceback") == (case == "defect"), f"{case}: {ours}"
+    assert time.monotonic() - begin < 60
+
+
+def test_a_lost_connection_is_told_from_a_defect():
+    assert lost(RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer"))
+    assert lost(torch.distributed.DistNetworkError("timed out"))
+    assert not lost(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+
+
+SPLITS = [(2, {}), (8, {}), (2, {"n_heads": 6, "n_kv_heads": 3, "dim": 48})]
+
+
+@pytest.mark.parametrize(("shards", "changes"), SPLITS)
+@pytest.mark.parametrize("source", ["by width", "by vocabulary", "tied"])
+def test_there_and_back_gives_the_same_bits(tmp_path, shards, changes, source, monkeypatch):
+    if source == "by vocabulary":
+        monkeypatch.setattr("llama.checkpoint.sharding.LLAMA_3_VOCABULARY", 96)
+    model = (tied_model if source == "tied" else model_of)(**changes).bfloat16()
+    folder = (save_tied if source == "tied" else save_checkpoint)(tmp_path / "one", model)
+    write_byte_tokenizer(folder)
+    (folder / "pruning.json").write_text('{"removed_layers": [3]}')
+    reshard(folder, tmp_path / "many", shards=shards)
+    many = Checkpoint(tmp_path / "many")
+    assert len(many.shards) == shards and many.vocab_parallel == (source != "by width")
+    for shard in many.shards:
+        storages = {shard.infos[f"{n}.weight"].storage for n in ("output", "tok_embeddings")}
+        assert len(storages) == (1 if source == "tied" else 2)
+    loaded = load_model(many, device=torch.device("cpu"), dtype=torch.bfloat16)
+    assert torch.equal(loaded(TOKENS), model(TOKENS))
+    reshard(tmp_path / "many", tmp_path / "back", shards=1)
+    one, back = (torch.load(tmp_path / n / "consolidated.00.pth") for n in ("one", "back"))
+    assert list(one) == list(back) and all(torch.equal(one[name], back[name]) for name in one)
+    for name in ("params.json", "pruning.json", "tokenizer.json"):
+        first, last = (json.loads((tmp_path / n / name).read_text()) for n in ("one", "back"))
+        assert first == last
+
+
+@pytest.mark.parametrize("shards", [1, 2, 8])
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+def test_a_rank_reads_its_part_whatever_the_shards(tmp_path, model, shards, ranks):
+    (save_eight if shards == 8 else partial(save_checkpoint, shards=shards))(tmp_path / "x", model)
+    checkpoint = Checkpoint(tmp_path / "x")
+    with checkpoint.mapped():
+        for name, whole in model.state_dict().items():
+            for rank in range(ranks):
+                kv = name.endswith(("wk.weight", "wv.weight"))
+                heads = min(ranks, 2) if kv else ranks
+                expected = cut(name, whole, rank * heads // ranks, heads, shards == 8)
+                assert torch.equal(checkpoint.read(name, rank=rank, ranks=ranks), expected)
+
+
+def test_what_one_file_holds_is_mapped_not_copied(tmp_path, model):
+    checkpoint = Checkpoint(save_checkpoint(tmp_path / "x", model))
+    with checkpoint.mapped():
+        for name in ("output.weight", "layers.1.attention.wk.weight", "norm.weight"):
+            whole = checkpoint.read(name)
+            part = checkpoint.read(name, rank=1, ranks=2)
+            assert part.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
+
+
+def test_resharding_refuses_what_cannot_be(tmp_path):
+    folder = save_checkpoint(tmp_path / "one", model_of())
+    write_byte_tokenizer(folder)
+    for shards, message in (
+        (3, "n_heads 8 does not divide among 3"),
+        (0, "expected 1 to 100 shards, got 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            reshard(folder, tmp_path / "out", shards=shards)
+    assert not (tmp_path / "out").exists()
+    save_checkpoint(tmp_path / "two", model_of())
+    with pytest.raises(FileExistsError, match="two exists"):
+        reshard(folder, tmp_path / "two", shards=2)
+
+
+def test_any_source_becomes_shards(tmp_path, capsys):
+    model = make_transformer(vocab_size=BYTE_VOCAB)
+    folder = save_checkpoint(tmp_path / "meta", model)
+    write_byte_tokenizer(folder)
+    main(["convert", str(folder), str(tmp_path / "hf")])
+    main(["convert", str(tmp_path / "hf"), str(tmp_path / "two"), "--shards", "2"])
+    main(["convert", str(folder), str(tmp_path / "half"), "--shards", "2", "--dtype", "bfloat16"])
+    cpu, tokens = torch.device("cpu"), TOKENS
+    two, half = (Checkpoint(tmp_path / n, max_seq_len=64) for n in ("two", "half"))
+    assert len(two.shards) == len(half.shards) == 2
+    with torch.no_grad():
+        expected = model(tokens)
+        assert torch.equal(load_model(two, device=cpu, dtype=torch.float32)(tokens), expected)
+    assert {info.dtype for info in half.infos.values()} == {torch.bfloat16}
+    with pytest.raises(SystemExit):
+        main(["convert", str(tmp_path / "hf"), str(tmp_path / "three"), "--shards", "3"])
+    assert "n_heads 4 does not divide among 3" in capsys.readouterr().err
+    main(["prune", str(tmp_path / "two"), str(tmp_path / "cut"), "--layers", "1", "--verify"])
+    assert "verified: the logits are those" in capsys.readouterr().out

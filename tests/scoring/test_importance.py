@@ -1,0 +1,291 @@
+"""Scores from hooks: the same as from stored states, whatever the batching, in every dtype."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from conftest import make_transformer, random_windows, zero_layer
+from torch import Tensor
+
+from short_gpt.models.decoder import pad
+from short_gpt.models.meta import MetaDecoder
+from short_gpt.scoring.hooks import angular_distances
+from short_gpt.scoring.importance import Importance, measure
+from short_gpt.scoring.metrics import angular_distance, block_influence
+
+
+def stored_states(model, window: list[int]) -> list[Tensor]:
+    """(S, D) in front of every layer and behind the last, by a plain loop in float64."""
+    model = model.double()
+    with torch.no_grad():
+        h = model.tok_embeddings(torch.tensor([window]))
+        states = [h[0]]
+        for layer in model.layers:
+            h = layer(h, None, model.freqs_cis[: len(window)])
+            states.append(h[0])
+    return states
+
+
+def test_scores_equal_those_of_stored_states():
+    windows = random_windows(6, 20)
+    found = measure(MetaDecoder(make_transformer()), [windows[:2], windows[2:]])
+    states = [stored_states(make_transformer(), w) for w in windows]
+    expected = torch.stack(
+        [torch.cat([block_influence(s[i], s[i + 1]) for s in states]).mean() for i in range(5)]
+    )
+    assert (found.block_influence - expected).abs().max() < 1e-5
+    for start in range(6):
+        for end in range(start + 1, 6):
+            one_by_one = [angular_distance(s[start][-1], s[end][-1]) for s in states]
+            assert found.angular[start, end] == pytest.approx(
+                torch.stack(one_by_one).mean().item(), abs=1e-5
+            )
+    assert (found.n_windows, found.n_tokens) == (6, 120)
+
+
+def test_ragged_padded_batches_equal_single_windows():
+    windows = [w[:n] for w, n in zip(random_windows(4, 30), (30, 1, 7, 19), strict=True)]
+    decoder = MetaDecoder(make_transformer())
+    batched = measure(decoder, [windows])
+    single = measure(decoder, [[w] for w in windows])
+    assert batched.n_tokens == single.n_tokens == 57
+    assert (batched.block_influence - single.block_influence).abs().max() < 1e-6
+    assert (batched.angular - single.angular).abs().max() < 1e-5
+
+
+def test_the_mean_is_over_tokens_not_over_windows():
+    windows = [w[:n] for w, n in zip(random_windows(2, 30), (30, 3), strict=True)]
+    decoder = MetaDecoder(make_transformer())
+    long, short = (measure(decoder, [[w]]).block_influence for w in windows)
+    both = measure(decoder, [windows]).block_influence
+    assert torch.allclose(both, (30 * long + 3 * short) / 33, atol=1e-6)
+
+
+@pytest.mark.parametrize("position", range(5))
+def test_an_identity_layer_scores_zero(position):
+    model = make_transformer()
+    zero_layer(model, position)
+    found = measure(MetaDecoder(model), [random_windows(3, 25)])
+    assert found.block_influence[position].abs() < 1e-6
+    assert found.angular[position, position + 1] < 1e-6
+    others = [i for i in range(5) if i != position]
+    assert found.block_influence[others].min() > 0.01
+
+
+def test_the_last_layer_is_measured_before_the_final_norm():
+    model = make_transformer()
+    with torch.no_grad():
+        model.norm.weight.copy_(torch.linspace(-3, 3, 32))
+    changed = measure(MetaDecoder(model), [random_windows(2, 12)])
+    plain = measure(MetaDecoder(make_transformer()), [random_windows(2, 12)])
+    assert torch.equal(changed.block_influence, plain.block_influence)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_low_precision_models_score_alike(dtype):
+    windows = [random_windows(4, 30)]
+    low = measure(MetaDecoder(make_transformer().to(dtype)), windows)
+    full = measure(MetaDecoder(make_transformer()), windows)
+    # bfloat16 keeps 8 bits: states are off by 0.4%, the scores by about as much
+    assert (low.block_influence - full.block_influence).abs().max() < 1e-2
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_state_that_is_not_finite_names_its_layer_and_counts_nothing(bad):
+    model = make_transformer()
+    good, seen = random_windows(1, 8), Importance.empty([3, 4, 6, 8, 9])
+    measure(MetaDecoder(model), [good], into=seen)
+    before = seen.to_dict()
+    with torch.no_grad():
+        model.layers[2].feed_forward.w2.weight[0, 0] = bad
+    with pytest.raises(FloatingPointError, match="layer 6 met or gave a NaN or infinite state"):
+        measure(MetaDecoder(model), [good], into=seen)
+    assert seen.to_dict() == before
+
+
+def test_hooks_are_gone_even_after_an_error():
+    model = make_transformer()
+    with torch.no_grad():
+        model.layers[1].feed_forward.w2.weight.fill_(math.nan)
+    with pytest.raises(FloatingPointError):
+        measure(MetaDecoder(model), [random_windows(1, 8)])
+    assert not any(layer._forward_hooks for layer in model.layers)
+
+
+def test_padding_cannot_hide_or_cause_a_nan():
+    """Token 0 pads; its embedding is NaN here, and no real token is touched."""
+    model = make_transformer()
+    windows = [[5, 6, 7, 8], [9, 10]]
+    expected = measure(MetaDecoder(model), [[w] for w in windows]).block_influence
+    with torch.no_grad():
+        model.tok_embeddings.weight[0] = 1e30
+    found = measure(MetaDecoder(model), [windows]).block_influence
+    assert torch.allclose(found, expected, atol=1e-6)
+
+
+def test_standard_errors_are_those_of_window_means():
+    windows = random_windows(40, 10)
+    decoder = MetaDecoder(make_transformer())
+    means = torch.stack([measure(decoder, [[w]]).block_influence for w in windows])
+    found = measure(decoder, [windows])
+    assert torch.allclose(found.standard_error, means.std(0) / math.sqrt(40), rtol=1e-4)
+    assert torch.allclose(found.covariance, means.T.cov() / 40, rtol=1e-3, atol=1e-12)
+
+
+def test_standard_errors_cover_the_truth():
+    """Of many small samples, 95% intervals should hold the full mean about 95% of the time."""
+    decoder = MetaDecoder(make_transformer())
+    windows = random_windows(600, 6)
+    truth = measure(decoder, [windows]).block_influence
+    inside = []
+    for i in range(0, 600, 20):
+        sample = measure(decoder, [windows[i : i + 20]])
+        inside.append((sample.block_influence - truth).abs() < 1.96 * sample.standard_error)
+    assert 0.85 < torch.stack(inside).double().mean() <= 1.0
+
+
+def test_agreement_of_halves():
+    windows = random_windows(8, 20)
+    decoder = MetaDecoder(make_transformer())
+    assert measure(decoder, [windows]).agreement > 0.7
+    same = measure(decoder, [[w, w] for w in windows])
+    assert same.agreement == pytest.approx(1.0)
+    assert math.isnan(measure(decoder, [windows[:1]]).agreement)
+
+
+def test_windows_fall_alternately_into_the_halves_whatever_the_batches():
+    windows, decoder = random_windows(7, 9), MetaDecoder(make_transformer())
+    single = measure(decoder, [[w] for w in windows])
+    mixed = measure(decoder, [windows[:3], windows[3:4], windows[4:]])
+    assert single.windows.tolist() == mixed.windows.tolist() == [4, 3]
+    assert torch.allclose(single.influence, mixed.influence, rtol=1e-5)
+    first = measure(decoder, [windows[0::2]]).influence.sum(0)
+    assert torch.allclose(single.influence[0], first, rtol=1e-5)
+
+
+def test_one_window_has_no_standard_error():
+    assert (
+        measure(MetaDecoder(make_transformer()), [random_windows(1, 9)])
+        .standard_error.isnan()
+        .all()
+    )
+
+
+def test_sums_add_up_and_survive_json():
+    windows, decoder = random_windows(6, 15), MetaDecoder(make_transformer())
+    whole = measure(decoder, [[w] for w in windows])
+    first, second = (measure(decoder, [[w] for w in part]) for part in (windows[:2], windows[2:]))
+    assert torch.allclose((first + second).products, whole.products, rtol=1e-12)
+    assert torch.allclose((first + second).angles, whole.angles, rtol=1e-12)
+    again = Importance.from_dict(json.loads(json.dumps(whole.to_dict())))
+    assert torch.equal(again.products, whole.products)
+    assert again.to_dict() == whole.to_dict()
+
+
+def test_scores_of_different_layers_do_not_add():
+    with pytest.raises(ValueError, match="do not add up"):
+        Importance.empty([0, 1]) + Importance.empty([0, 2])
+
+
+def test_saved_scores_are_checked():
+    with pytest.raises(ValueError, match="not saved scores"):
+        Importance.from_dict({"layers": [0, 1]})
+    broken = {**Importance.empty([0, 1]).to_dict(), "influence": [[0.0]]}
+    with pytest.raises(ValueError, match=r"influence is \[1, 1\], expected \[2, 2\]"):
+        Importance.from_dict(broken)
+
+
+def test_angular_distances_are_a_metric_on_directions():
+    states = torch.randn(2, 7, 16)
+    found = angular_distances(states)
+    assert torch.allclose(found, found.mT, rtol=0, atol=1e-12)
+    assert found.diagonal(dim1=1, dim2=2).abs().max() == 0
+    assert (found >= 0).all() and (found <= 1).all()
+
+
+@pytest.mark.parametrize(
+    ("windows", "message"),
+    [
+        ([], "at least one window"),
+        ([[1], []], "windows have 0 to 1 tokens; this model takes 1 to 64"),
+        ([[1] * 65], "windows have 65 to 65 tokens"),
+        ([[1, 96]], r"token ids 1..96 are outside the vocabulary 0..95"),
+        ([[-1, 3]], r"token ids -1..3 are outside"),
+    ],
+)
+def test_windows_that_do_not_fit(windows, message):
+    with pytest.raises(ValueError, match=message):
+        pad(windows, MetaDecoder(make_transformer()))
+
+
+def stored_all(model, window: list[int]) -> Tensor:
+    return torch.stack(stored_states(model, window))  # (L + 1, S, D) float64
+
+
+def test_distances_at_all_tokens_equal_those_of_stored_states():
+    windows = [w[:n] for w, n in zip(random_windows(2, 40), (40, 7), strict=True)]
+    found = measure(MetaDecoder(make_transformer()), [windows], all_tokens=True)
+    states = torch.cat([stored_all(make_transformer(), w) for w in windows], dim=1)
+    for start, end in ((0, 1), (1, 4), (0, 5)):
+        expected = angular_distance(states[start], states[end]).mean()
+        assert found.angular_all_tokens[start, end] == pytest.approx(expected.item(), abs=1e-5)
+    assert measure(MetaDecoder(make_transformer()), [windows]).angular_all_tokens.isnan().all()
+
+
+def test_magnitude_and_norm_equal_those_of_stored_states():
+    window = random_windows(1, 30)[0]
+    found = measure(MetaDecoder(make_transformer()), [[window]])
+    states = stored_all(make_transformer(), window)
+    norms = states.norm(dim=-1)
+    changed = (states[1:] - states[:-1]).norm(dim=-1)
+    assert torch.allclose(found.relative_magnitude, (changed / norms[1:]).mean(1), atol=1e-5)
+    assert torch.allclose(found.mean_norm, norms[1:].mean(1), rtol=1e-5)
+
+
+def test_the_halves_of_a_layer_are_scored_around_its_attention_and_its_mlp():
+    model, window = make_transformer(), random_windows(1, 30)[0]
+    with torch.no_grad():
+        model.layers[1].attention.wo.weight.zero_()
+        model.layers[3].feed_forward.w2.weight.zero_()
+    found = measure(MetaDecoder(model), [[window]], sublayers=True)
+    attention, mlp = found.sublayer_influence
+    assert attention[1].abs() < 1e-6 and mlp[3].abs() < 1e-6
+    assert mlp[1] == pytest.approx(found.block_influence[1].item(), abs=1e-6)
+    assert attention[3] == pytest.approx(found.block_influence[3].item(), abs=1e-6)
+    x = stored_all(model, window).float()[0]
+    layer = model.float().layers[0]
+    with torch.no_grad():
+        middle = x + layer.attention(
+            layer.attention_norm(x[None]), None, model.freqs_cis[:30], None
+        )
+    assert attention[0] == pytest.approx(block_influence(x, middle[0]).mean().item(), abs=1e-5)
+
+
+def test_halves_that_do_not_add_up_to_the_layer_are_not_scored():
+    model = make_transformer()
+    layer = model.layers[2]
+    layer.feed_forward.register_forward_hook(lambda *_: None)
+    plain = layer.forward
+    layer.forward = lambda x, *rest: 0.5 * plain(x, *rest)  # scaled: not x + attention + MLP
+    found = measure(MetaDecoder(model), [random_windows(2, 12)], sublayers=True)
+    assert found.sublayer_influence[:, 2].isnan().all()
+    assert found.sublayer_influence[:, [0, 1, 3, 4]].isfinite().all()
+
+
+def test_the_covariance_of_blocks_is_that_of_the_windows_distances():
+    windows, decoder = random_windows(9, 20), MetaDecoder(make_transformer())
+    each = torch.stack([measure(decoder, [[w]]).angular for w in windows])
+    found = measure(decoder, [windows])
+    for n in (1, 2, 4):
+        expected = torch.cov(each.diagonal(n, dim1=1, dim2=2).T) / len(windows)
+        assert torch.allclose(found.angular_covariance(n), expected, atol=1e-12)
+    assert measure(decoder, [windows[:1]]).angular_covariance(2).isnan().all()
+
+
+def test_a_run_can_be_ended_after_a_batch():
+    decoder, windows = MetaDecoder(make_transformer()), random_windows(6, 10)
+    found = measure(decoder, [[w] for w in windows], after=lambda sums: sums.n_windows == 4)
+    assert found.n_windows == 4

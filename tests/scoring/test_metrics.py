@@ -1,0 +1,96 @@
+"""Known answers and invariants of the two distances."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from short_gpt.scoring.metrics import angular_distance, block_influence, cosine, ranks, spearman
+
+X = torch.tensor([3.0, 0.0, 4.0])
+
+
+@pytest.mark.parametrize(
+    ("y", "influence", "angle"),
+    [
+        (X, 0.0, 0.0),
+        (7 * X, 0.0, 0.0),
+        (torch.tensor([0.0, 2.0, 0.0]), 1.0, 0.5),
+        (-X, 2.0, 1.0),
+        (torch.tensor([1.0, 0.0, 0.0]), 0.4, math.acos(0.6) / math.pi),
+        (torch.zeros(3), 1.0, 0.5),
+    ],
+)
+def test_known_answers(y, influence, angle):
+    assert block_influence(X, y).item() == pytest.approx(influence, abs=1e-6)
+    assert angular_distance(X, y).item() == pytest.approx(angle, abs=2e-4)
+
+
+def test_two_zero_vectors_are_equal():
+    assert block_influence(torch.zeros(3), torch.zeros(3)).item() == 0.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_equal_vectors_are_never_nan(dtype):
+    x = (torch.randn(500, 576) * 40).to(dtype)
+    assert angular_distance(x, x).isfinite().all()
+    assert block_influence(x, x).abs().max() < 1e-6
+
+
+def test_norms_beyond_float16_are_scored_right():
+    x = torch.full((1, 576), 300.0, dtype=torch.float16)  # norm 7200: its square is 5e7
+    y = x.clone()
+    y[0, ::2] *= -1
+    assert block_influence(x, y).item() == pytest.approx(1.0, abs=1e-6)
+    assert block_influence(x, y).dtype == torch.float32
+
+
+@pytest.mark.parametrize("norm", [1e-12, 1e12])
+def test_squared_norms_are_not_multiplied(norm):
+    """The product of two squared norms would leave float32's range long before the norms do."""
+    x, y = torch.tensor([norm, 0.0]), torch.tensor([norm, norm])
+    assert cosine(x, y).item() == pytest.approx(math.sqrt(0.5), abs=1e-6)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_not_finite_stays_visible(bad):
+    assert cosine(torch.tensor([1.0, bad]), torch.tensor([1.0, 1.0])).isnan()
+
+
+@given(st.integers(0, 2**31), st.floats(0.01, 100), st.floats(0.01, 100))
+def test_positive_rescaling_changes_nothing(seed, a, b):
+    x, y = torch.randn(2, 16, generator=torch.Generator().manual_seed(seed))
+    assert block_influence(a * x, b * y).item() == pytest.approx(
+        block_influence(x, y).item(), abs=1e-5
+    )
+
+
+def test_the_cosine_is_per_token_not_of_the_whole():
+    x, y = torch.eye(2), torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+    assert block_influence(x, y).tolist() == [0.0, 1.0]
+
+
+@given(st.lists(st.integers(-3, 3), min_size=2, max_size=12), st.integers(0, 2**31))
+def test_spearman_is_pearson_of_mean_ranks(values, seed):
+    a = np.array(values, dtype=float)
+    b = np.random.default_rng(seed).integers(-3, 3, len(a)).astype(float)
+
+    def mean_ranks(v):
+        return np.array([(v < x).sum() + ((v == x).sum() - 1) / 2 for x in v])
+
+    assert ranks(torch.tensor(a)).tolist() == mean_ranks(a).tolist()
+    found = spearman(torch.tensor(a), torch.tensor(b))
+    if np.ptp(a) == 0 or np.ptp(b) == 0:
+        assert math.isnan(found)
+    else:
+        assert found == pytest.approx(np.corrcoef(mean_ranks(a), mean_ranks(b))[0, 1], abs=1e-9)
+
+
+def test_spearman_refuses_different_lengths():
+    with pytest.raises(ValueError, match="expected two lists of one length"):
+        spearman(torch.zeros(2), torch.zeros(3))

@@ -1,0 +1,207 @@
+"""Runs that are killed and continued give what an uninterrupted run gives, bit for bit."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CharTokenizer, make_transformer, random_windows, save_checkpoint
+from conftest import write_byte_tokenizer as write_tokenizer
+
+from short_gpt import ShortLlama
+from short_gpt.cli.app import main
+from short_gpt.runtime.digest import weights_digest
+from short_gpt.runtime.results import read_record
+from short_gpt.runtime.state import StateFile
+from short_gpt.scoring.state import RunState
+from short_gpt.scoring.stopping import Stop
+
+IDENTITY = {"model": "tiny", "data": "random", "seed": 0}
+
+
+class Tiny:
+    def __init__(self) -> None:
+        self.model, self.tokenizer = make_transformer(), CharTokenizer()
+
+
+def run(path: Path | None, count: int = 150, *, every: float = 0.0, batch_size: int = 2):
+    short = ShortLlama(Tiny())
+    state = None if path is None else RunState(StateFile(path, IDENTITY, every=every))
+    windows = random_windows(count, 40)
+    short.measure(windows, batch_size=batch_size, progress=False, state=state)
+    return short.importance.to_dict()
+
+
+def test_killed_at_any_moment_and_continued_it_is_the_same_bit_for_bit(tmp_path):
+    expected, kills = run(None), 0
+    context = multiprocessing.get_context("fork")
+    moments = random.Random(0)
+    while kills < 6:
+        child = context.Process(target=run, args=(tmp_path / "state",))
+        child.start()
+        child.join(moments.uniform(0.1, 0.25))
+        if child.exitcode is not None:
+            assert child.exitcode == 0
+            break
+        os.kill(child.pid, signal.SIGKILL)
+        child.join()
+        kills += 1
+    assert kills >= 2
+    assert StateFile(tmp_path / "state", IDENTITY).content is not None
+    assert run(tmp_path / "state") == expected
+
+
+def test_a_finished_run_continues_into_nothing(tmp_path):
+    assert run(tmp_path / "state") == run(tmp_path / "state") == run(None)
+
+
+def test_a_longer_run_continues_a_shorter_one(tmp_path):
+    run(tmp_path / "state", 60)
+    assert run(tmp_path / "state", 150) == run(None, 150)
+
+
+def test_an_interruption_saves_even_between_two_saves(tmp_path, monkeypatch):
+    short = ShortLlama(Tiny())
+    state = RunState(StateFile(tmp_path / "state", IDENTITY, every=1e9))
+    plain, left = short.decoder.run, [5]
+
+    def interrupted(tokens):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        plain(tokens)
+
+    short.decoder.run = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        short.measure(random_windows(20, 40), batch_size=2, progress=False, state=state)
+    assert short.n_windows == 10
+    content = StateFile(tmp_path / "state", IDENTITY).content
+    assert sum(content["importance"]["windows"]) == 10
+    assert run(tmp_path / "state", 20) == run(None, 20)
+
+
+@pytest.mark.parametrize("name", ["model", "data", "seed"])
+def test_a_state_of_another_run_is_refused_by_name(tmp_path, name):
+    run(tmp_path / "state", 10)
+    with pytest.raises(ValueError, match=f"state of a run with another {name}: .*, now 'other'"):
+        StateFile(tmp_path / "state", {**IDENTITY, name: "other"})
+
+
+def test_a_state_of_other_windows_is_refused(tmp_path):
+    run(tmp_path / "state", 10)
+    short = ShortLlama(Tiny())
+    state = RunState(StateFile(tmp_path / "state", IDENTITY))
+    with pytest.raises(ValueError, match="other texts or windows"):
+        short.measure(random_windows(20, 40, seed=1), batch_size=2, progress=False, state=state)
+    with pytest.raises(ValueError, match="scores the layers"):
+        RunState(StateFile(tmp_path / "state", IDENTITY)).sums([0, 1])
+
+
+def test_no_state_at_all(tmp_path):
+    (tmp_path / "notes.json").write_text('{"a": 1}')
+    with pytest.raises(ValueError, match="is no state of a run"):
+        StateFile(tmp_path / "notes.json", IDENTITY)
+    (tmp_path / "cut.json").write_text('{"run": {')
+    with pytest.raises(ValueError, match="is not JSON"):
+        StateFile(tmp_path / "cut.json", IDENTITY)
+
+
+def test_weights_differ_by_their_digest():
+    model, other = make_transformer(), make_transformer()
+    assert weights_digest(model) == weights_digest(other)
+    with torch.no_grad():
+        other.layers[2].attention.wq.weight.mul_(2)
+    assert weights_digest(model) != weights_digest(other)
+
+
+def test_the_command_saves_when_asked_to_end_and_continues(tmp_path, capsys):
+    model = make_transformer(vocab_size=258)
+    directory = save_checkpoint(tmp_path / "model", model)
+    write_tokenizer(directory)
+    letters = random.Random(0)
+    text = "".join(chr(letters.randrange(97, 123)) for _ in range(64_000))
+    (tmp_path / "book.txt").write_text(text)
+    arguments = ["rank", str(directory), "--data", str(tmp_path / "book.txt"), "--size", "32"]
+    arguments += ["--stride", "32", "--device", "cpu", "--seed", "3"]
+    out = ["--out", str(tmp_path / "scores.json")]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "short_gpt", *arguments, *out, "--save_every", "0"],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    state = tmp_path / "scores.json.state"
+    while not state.exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.terminate()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and errors.endswith("short-gpt: interrupted\n")
+    assert state.exists() and not (tmp_path / "scores.json").exists()
+
+    with pytest.raises(SystemExit):
+        main([*arguments[:-1], "4", *out])
+    assert "is the state of a run with another seed: 3, now 4" in capsys.readouterr().err
+    main([*arguments, *out])
+    main([*arguments, "--out", str(tmp_path / "whole.json")])
+    found = read_record(tmp_path / "scores.json")["importance"]
+    assert found == read_record(tmp_path / "whole.json")["importance"]
+    assert sum(found["windows"]) > 1900 and not state.exists()
+
+
+def test_what_was_settled_when_it_was_killed_reads_no_further(tmp_path):
+    """The state may be saved in front of a look, or behind the one that ended the run."""
+
+    def ended(path: Path | None) -> tuple[str, dict]:
+        short = ShortLlama(Tiny())
+        state = None if path is None else RunState(StateFile(path, IDENTITY))
+        rule = Stop(1, min_windows=16)
+        windows = random_windows(100, 40)
+        verdict = short.measure(windows, batch_size=2, progress=False, stop=rule, state=state)
+        return str(verdict), short.importance.to_dict()
+
+    expected = ended(None)
+    assert "settled at 0.99 after 16 windows" in expected[0]
+    for _ in range(3):
+        assert ended(tmp_path / "state") == expected
+
+
+def test_fewer_windows_than_were_read_are_refused_and_other_batches_go_on(tmp_path):
+    run(tmp_path / "state", 11)
+    with pytest.raises(ValueError, match="has read 11 windows, now there are 7; take as many"):
+        run(tmp_path / "state", 7)
+    found, expected = run(tmp_path / "state", 20, batch_size=4), run(None, 20, batch_size=4)
+    assert found["windows"] == expected["windows"] == [10, 10]
+    assert torch.allclose(*(torch.tensor(r["influence"]) for r in (found, expected)), rtol=1e-6)
+
+
+@pytest.mark.parametrize("stream", [[], ["--stream"]])
+def test_a_state_of_a_changed_model_in_the_same_place_is_refused_by_name(
+    tmp_path, capsys, monkeypatch, stream
+):
+    folder = save_checkpoint(tmp_path / "model", make_transformer(vocab_size=258))
+    write_tokenizer(folder)
+    (tmp_path / "book.txt").write_text("abcdefgh" * 20)
+    command = ["rank", str(folder), "--data", str(tmp_path / "book.txt"), "--size", "32", *stream]
+    command += ["--stride", "32", "--device", "cpu", "--state", str(tmp_path / "state")]
+    monkeypatch.setattr(StateFile, "clear", lambda self: None)  # killed before it was cleared
+    main(command)
+    main(command)
+    file, weights = folder / "params.json", folder / "consolidated.00.pth"
+    before, content = file.read_text(), torch.load(weights)
+    file.write_text(before.replace('"rope_theta": 10000.0', '"rope_theta": 20000.0'))
+    embedding = {"tok_embeddings.weight": content["tok_embeddings.weight"] * 2}
+    for name in ("configuration", "weights"):
+        with pytest.raises(SystemExit):
+            main(command)
+        assert f"is the state of a run with another {name}: " in capsys.readouterr().err
+        file.write_text(before)
+        torch.save(content | embedding, weights)

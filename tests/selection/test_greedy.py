@@ -1,0 +1,164 @@
+"""Searches by loss: the plain loop's lists and losses, from stored states."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from conftest import make_transformer, random_windows, zero_layer
+from families import FAMILIES, make
+
+from short_gpt.evaluation.perplexity import perplexity
+from short_gpt.models.decoder import Decoder
+from short_gpt.models.hf import HFDecoder
+from short_gpt.models.meta import MetaDecoder
+from short_gpt.runtime.state import StateFile
+from short_gpt.selection.search import Stack, one_shot, sleb
+from short_gpt.surgery.layers import without_layers
+
+
+def plain_sleb(decoder: Decoder, windows: list[list[int]], n: int):
+    """SLEB as its authors' loop has it: every trial from the beginning."""
+    count, removed, losses = len(decoder.layers), [], []
+    for _ in range(n):
+        alive = [i for i in range(count) if i not in removed]
+        loss = {}
+        for j in alive[1:-1]:
+            with without_layers(decoder, [*removed, j]):
+                found = perplexity(decoder, [[w] for w in windows])
+            loss[j] = found.nats / found.tokens
+        removed.append(min(loss, key=lambda i: (loss[i], i)))
+        losses.append(loss)
+    return removed, losses
+
+
+def model(layers: int = 8):
+    return MetaDecoder(make_transformer(n_layers=layers))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"batch_size": 2}, {"max_memory": 1}, {"max_memory": 4 * 98 * 32 * 4}]
+)
+def test_sleb_equals_the_plain_loop(options):
+    windows = [w[:n] for w, n in zip(random_windows(5, 24), (24, 24, 24, 9, 17), strict=True)]
+    found = sleb(model(), windows, 4, **options)
+    removed, losses = plain_sleb(model(), windows, 4)
+    assert found.removed == removed
+    for ours, theirs in zip(found.losses, losses, strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-5) and list(ours) == list(theirs)
+
+
+def test_sleb_runs_about_half_of_the_layers():
+    found = sleb(model(8), random_windows(3, 12), 1)
+    # 6 trials of 7 layers each; here 6 + 5 + ... + 1 behind the trials and 6 to move on
+    assert found.evaluations == 3 * (21 + 6)
+
+
+def test_what_a_round_leaves_unchanged_is_not_run_again():
+    found = sleb(model(8), random_windows(3, 12), 2)
+    again = max(0, 6 - found.removed[0] - 1)  # behind the removed layer the states move on anew
+    assert found.evaluations == 3 * (21 + 6 + 15 + again)
+    bounded = sleb(model(8), random_windows(3, 12), 2, max_memory=1)
+    assert bounded.evaluations > found.evaluations
+    assert (bounded.removed, bounded.losses) == (found.removed, found.losses)
+
+
+def test_the_model_is_left_as_it_was():
+    decoder = model()
+    tokens = torch.tensor(random_windows(1, 12))
+    before = decoder.logits(tokens)
+    sleb(decoder, random_windows(2, 12), 2)
+    assert torch.equal(decoder.logits(tokens), before)
+    assert not any(
+        "forward" in vars(layer) or layer._forward_hooks or layer._forward_pre_hooks
+        for layer in decoder.layers
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_losses_are_those_of_removed_layers_in_every_family(family):
+    decoder = HFDecoder(make(family))
+    count = len(decoder.layers)
+    windows = [w[:12] for w in random_windows(2, 12, vocab=min(decoder.vocab_size, 96))]
+    try:
+        decoder.keep_layers(range(1, count))()
+    except ValueError as error:  # a family whose layers this version cannot remove
+        pytest.skip(str(error))
+    loss = one_shot(decoder, windows, 1).losses[0]
+    assert list(loss) == list(range(count))
+    for j in (1, count - 2):
+        with without_layers(decoder, [j]):
+            found = perplexity(decoder, [[w] for w in windows])
+        assert loss[j] == pytest.approx(found.nats / found.tokens, abs=1e-5)
+
+
+@pytest.mark.parametrize("search", [sleb, one_shot])
+def test_without_an_identity_layer_the_loss_stays(search):
+    decoder = model(6)
+    zero_layer(decoder.model, 3)
+    whole = perplexity(decoder, [random_windows(3, 20)])
+    found = search(decoder, random_windows(3, 20), 2)
+    assert found.losses[0][3] == pytest.approx(whole.nats / whole.tokens, abs=1e-6)
+
+
+def test_ties_go_to_the_lower_layer_and_the_ends_stay():
+    decoder = model(5)
+    for i in range(5):
+        zero_layer(decoder.model, i)
+    windows = random_windows(2, 10)
+    assert sleb(decoder, windows, 3).removed == [1, 2, 3]
+    assert one_shot(decoder, windows, 4).removed == [0, 1, 2, 3]
+
+
+def test_only_candidates_are_tried():
+    found = sleb(model(), random_windows(2, 10), 2, candidates=[0, 2, 5, 6])
+    assert set(found.losses[0]) == {2, 5, 6}
+    assert set(found.removed) < {2, 5, 6}
+
+
+@pytest.mark.parametrize("stop_at", [1, 4, 9, 13])
+def test_an_interrupted_search_continues_bit_for_bit(tmp_path, monkeypatch, stop_at):
+    windows, left = random_windows(4, 16), [stop_at]
+    whole = sleb(model(), windows, 3, max_memory=5000)
+    plain = Stack.nats
+
+    def fails(*args):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return plain(*args)
+
+    monkeypatch.setattr(Stack, "nats", fails)
+    with pytest.raises(KeyboardInterrupt):
+        sleb(model(), windows, 3, max_memory=5000, state=StateFile(tmp_path / "s", {"seed": 1}))
+    monkeypatch.setattr(Stack, "nats", plain)
+    state = StateFile(tmp_path / "s", {"seed": 1})
+    again = sleb(model(), windows, 3, max_memory=5000, state=state)
+    assert (again.removed, again.losses) == (whole.removed, whole.losses)
+
+
+def test_a_loss_that_is_not_finite_is_an_error():
+    decoder = model(5)
+    with torch.no_grad():
+        decoder.model.layers[0].feed_forward.w2.weight.fill_(math.nan)
+    with pytest.raises(FloatingPointError, match="the loss without layer 1 is NaN"):
+        sleb(decoder, random_windows(2, 10), 1)
+
+
+@pytest.mark.parametrize(
+    ("search", "n", "message"),
+    [
+        (sleb, 4, "n = 4 layers to remove; 3 of 5 may go"),
+        (sleb, 0, "n = 0 layers"),
+        (one_shot, 5, "n = 5 layers to remove of 5: expected 1 to 4"),
+    ],
+)
+def test_numbers_out_of_range(search, n, message):
+    with pytest.raises(ValueError, match=message):
+        search(model(5), random_windows(2, 10), n)
+
+
+def test_windows_without_a_prediction():
+    with pytest.raises(ValueError, match="nothing was predicted"):
+        sleb(model(5), [[1], [2]], 1)

@@ -1,0 +1,67 @@
+"""Methods by name, on scores made by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from short_gpt.scoring.hooks import Scores
+from short_gpt.scoring.importance import Importance
+from short_gpt.selection.methods import BY_LOSS, METHODS, choose
+
+NUMBERS = [0, 2, 3, 5, 8, 9]  # a model that has lost layers before
+
+
+def scored(*, all_tokens: bool = True) -> Importance:
+    """One window of 2 tokens."""
+    sums = Importance.empty(NUMBERS)
+    angles = torch.full((1, 7, 7), 0.5)
+    angles[0, 1, 3] = 0.1  # places 1 and 2
+    everywhere = torch.full((1, 7, 7), 0.5 if all_tokens else float("nan"))
+    everywhere[0, 3, 5] = 0.2  # places 3 and 4
+    influence = torch.tensor([[0.9, 0.3, 0.5, 0.1, 0.4, 0.8]])
+    magnitude = torch.tensor([[0.9, 0.8, 0.1, 0.2, 0.4, 0.8]])
+    norm = torch.tensor([[1.0, 2.0, 9.0, 4.0, 5.0, 6.0]])
+    halves = torch.zeros(1, 2, 6)
+    tokens = torch.tensor([2])
+    sums.add(Scores(tokens, influence, angles, magnitude, norm, halves, everywhere))
+    return sums
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        ("bi", [5, 2]),
+        ("angular", [2, 3]),
+        ("angular_all", [5, 8]),
+        ("deepest", [5, 8]),
+        ("relative_magnitude", [3, 5]),
+        ("norm", [3, 9]),
+        ("sequential", [0, 2]),
+        ("reverse", [9, 8]),
+    ],
+)
+def test_each_takes_its_layers_in_original_numbers(method, expected):
+    assert choose(scored(), 2, method=method) == expected
+
+
+def test_random_layers_by_their_seed():
+    found = [choose(scored(), 3, method="random", seed=s) for s in (1, 1, 2)]
+    assert found[0] == found[1] != found[2]
+    assert set(found[0]) < set(NUMBERS)
+
+
+def test_every_method_is_chosen_or_searched():
+    for method in METHODS:
+        if method in BY_LOSS:
+            with pytest.raises(ValueError, match=f"{method} runs the model without layers"):
+                choose(scored(), 2, method=method)
+        else:
+            assert len(choose(scored(), 4, method=method)) == 4
+
+
+def test_scores_that_lack_what_a_method_reads():
+    with pytest.raises(ValueError, match="measure with all_tokens"):
+        choose(scored(all_tokens=False), 2, method="angular_all")
+    with pytest.raises(ValueError, match="no method 'best'; expected one of bi, angular"):
+        choose(scored(), 2, method="best")

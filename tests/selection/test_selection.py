@@ -1,0 +1,78 @@
+"""Selections on arrays: published vectors, ties, bounds."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from short_gpt.experiments.published import published
+from short_gpt.scoring.order import at_random, best_block, deepest, lowest, reverse, sequential
+
+
+@pytest.mark.parametrize("model", ["Llama-2-7B", "Mistral-7B-v0.1"])
+def test_published_vectors_give_the_published_lists(model):
+    run = published()["reimplementation"]["models"][model]
+    scores = torch.tensor(run["importance"], dtype=torch.float64)
+    assert lowest(scores, 9) == run["removed"]
+    angular = torch.full((33, 33), float("nan"), dtype=torch.float64)
+    distances = torch.tensor(run["angular_n9"][: 32 - 9 + 1], dtype=torch.float64)
+    angular.diagonal(9).copy_(distances)
+    assert best_block(angular, 9) == run["removed_angular_n9"]
+
+
+def test_ties_go_to_the_lower_layer():
+    assert lowest(torch.tensor([0.5, 0.2, 0.2, 0.1, 0.2]), 3) == [3, 1, 2]
+    assert best_block(torch.zeros(5, 5), 2) == [0, 1]
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+def test_every_block_size_and_the_last_start_are_candidates(n):
+    angular = torch.ones(6, 6)
+    angular[5 - n, 5] = 0.1  # the block that ends with the last layer
+    assert best_block(angular, n) == list(range(5 - n, 5))
+
+
+@given(st.lists(st.floats(0, 2), min_size=2, max_size=20), st.data())
+def test_lowest_is_a_sorted_prefix(scores, data):
+    n = data.draw(st.integers(1, len(scores) - 1))
+    chosen = lowest(torch.tensor(scores, dtype=torch.float64), n)
+    assert [scores[i] for i in chosen] == sorted(scores)[:n]
+    assert len(set(chosen)) == n
+
+
+@pytest.mark.parametrize("n", [0, 5, -1, 2.0, True, None])
+def test_n_out_of_range(n):
+    with pytest.raises(ValueError, match=r"n = .* layers to remove of 5: expected 1 to 4"):
+        lowest(torch.arange(5.0), n)
+    with pytest.raises(ValueError, match="expected 1 to 4"):
+        best_block(torch.zeros(6, 6), n)
+
+
+def test_nan_is_never_selected():
+    with pytest.raises(ValueError, match="must be finite"):
+        lowest(torch.tensor([0.1, float("nan"), 0.3]), 1)
+
+
+def test_rules_without_scores():
+    assert deepest(32, 8) == list(range(23, 31))  # Gromov et al., counted from 0
+    assert sequential(6, 2) == [0, 1]
+    assert reverse(6, 3) == [5, 4, 3]
+    assert at_random(30, 8, 5) == at_random(30, 8, 5) != at_random(30, 8, 6)
+    assert len({*at_random(30, 29)}) == 29
+
+
+@pytest.mark.parametrize("rule", [deepest, sequential, reverse, at_random])
+@pytest.mark.parametrize("n", [0, 6, True])
+def test_rules_check_the_number(rule, n):
+    with pytest.raises(ValueError, match="layers to remove of 6: expected 1 to 5"):
+        rule(6, n)
+
+
+def test_every_random_set_is_equally_likely():
+    counts = [0] * 6
+    for seed in range(3000):
+        for layer in at_random(6, 2, seed):
+            counts[layer] += 1
+    assert all(abs(c - 1000) < 100 for c in counts)  # 4 standard deviations

@@ -1,0 +1,474 @@
+"""One contract for many families of transformers: score, removal, undo, generation, reload."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import BYTE_VOCAB, write_byte_tokenizer
+from families import DROP, FAMILIES, KEPT, LAYERS, PLAIN, STEPS, TOKENS, check, make
+
+from short_gpt import ShortHFModel, short_hf
+from short_gpt.models import hf as hf_decoder
+from short_gpt.models.hf import HFDecoder, find_layers
+from short_gpt.scoring.importance import measure
+from short_gpt.surgery.layers import remove_layers, without_layers
+
+pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
+
+
+@pytest.mark.parametrize("step", [s for s in STEPS if s != "files"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_contract(family, step, tmp_path):
+    check(family, step, tmp_path)
+
+
+def test_a_fresh_process_gives_the_same_logits(tmp_path):
+    model = make("smollm3")
+    short = ShortHFModel(model)
+    short.remove_layers(DROP)
+    short.save_pretrained(tmp_path / "out")
+    code = (
+        "import sys, torch; from transformers import AutoModelForCausalLM as M\n"
+        "m = M.from_pretrained(sys.argv[1]).eval(); t = torch.arange(3, 23).reshape(2, 10)\n"
+        "torch.save(m(t).logits.detach(), sys.argv[2])"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "out"), str(tmp_path / "logits.pt")]
+    subprocess.run(command, check=True, capture_output=True, env=os.environ)
+    assert torch.equal(torch.load(tmp_path / "logits.pt"), short.decoder.logits(TOKENS))
+
+
+def test_the_head_is_not_run_when_scoring():
+    model = make("llama")
+    model.lm_head.register_forward_hook(lambda *_: pytest.fail("the head ran"))
+    measure(HFDecoder(model), [TOKENS.tolist()])
+
+
+def test_an_identity_layer_goes_first_and_leaves_no_trace():
+    model = make("llama")
+    with torch.no_grad():
+        model.model.layers[5].self_attn.o_proj.weight.zero_()
+        model.model.layers[5].mlp.down_proj.weight.zero_()
+    short = ShortHFModel(model, n_prune_layers=1)
+    short.measure(TOKENS.tolist(), progress=False)
+    before = short.decoder.logits(TOKENS)
+    assert short.importances[5] < 1e-6  # before the final norm, unlike hidden_states[-1]
+    assert short.remove_layers() == [5]
+    assert torch.equal(short.decoder.logits(TOKENS), before)
+
+
+def test_what_the_config_cannot_say_is_refused_and_undone():
+    """Every second layer has experts; without layer 1 the rule of the config gives others."""
+    from families import MOE, PLAIN
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model("qwen3_moe", **PLAIN, **MOE, head_dim=8, decoder_sparse_step=2)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    decoder = HFDecoder(model)
+    before, saved = decoder.logits(TOKENS), model.config.to_dict()
+    with pytest.raises(ValueError, match="cannot be removed: its config would make layer 1"):
+        remove_layers(decoder, [1])
+    assert torch.equal(decoder.logits(TOKENS), before)
+    assert model.config.to_dict() == saved
+    remove_layers(decoder, [2, 3])  # keeps the rule
+
+
+@pytest.mark.parametrize("family", ["llava", "gemma3, wrapped"])
+def test_the_tower_beside_the_decoder_keeps_its_layers(family, tmp_path):
+    model = make(family)
+    assert find_layers(model) == "model.language_model.layers"
+    short = ShortHFModel(model, n_prune_layers=2)
+    short.measure(TOKENS.tolist(), progress=False)
+    assert short.importances.shape == (LAYERS,)
+    short.remove_layers(DROP)
+    assert model.config.text_config.num_hidden_layers == 4
+    assert model.config.vision_config.num_hidden_layers == LAYERS
+    model = make(family)
+    lists = (n for n, m in model.named_modules() if isinstance(m, torch.nn.ModuleList))
+    tower = next(name for name in lists if "vision" in name)
+    with pytest.raises(ValueError, match="cannot be removed: its config would make 6 layers, not"):
+        HFDecoder(model, tower).keep_layers(KEPT)
+
+
+def test_the_card_and_the_record_say_what_was_done(tmp_path):
+    short = ShortHFModel(make("llama"), n_prune_layers=2)
+    short.measure(TOKENS.tolist(), progress=False)
+    whole = short.perplexity(TOKENS.tolist(), progress=False)
+    removed = short.remove_layers()
+    left = short.perplexity(TOKENS.tolist(), progress=False)
+    with short.without_layers([short.kept[0]]):  # a trial of something else is not the model's
+        short.perplexity(TOKENS.tolist(), progress=False)
+    short.save_pretrained(tmp_path / "out", facts={"data": "twenty tokens"})
+    record = json.loads((tmp_path / "out/pruning.json").read_text())
+    assert (record["removed_layers"], record["kept_layers"]) == (removed, short.kept)
+    assert record["block_influence"] == short.importances.tolist()
+    assert record["perplexity"] == {"6 layers": whole.value, "4 layers": left.value}
+    card = (tmp_path / "out/README.md").read_text()
+    assert f"    {removed}" in card and "20 tokens of twenty tokens in 2 windows" in card
+    assert f"| 6 | {whole.value:.3f} | 18 |\n| 4 | {left.value:.3f} | 18 |" in card
+    assert (tmp_path / "out/generation_config.json").is_file()
+
+
+def test_another_choice_of_as_many_layers_does_not_pass_for_the_model(tmp_path):
+    short = ShortHFModel(make("llama"))
+    for layers in ([0, 1], [2, 3]):
+        with short.without_layers(layers):
+            short.perplexity(TOKENS.tolist(), progress=False)
+    short.remove_layers([0, 1])
+    short.save_pretrained(tmp_path / "out")
+    record = json.loads((tmp_path / "out/pruning.json").read_text())
+    expected = short.perplexity(TOKENS.tolist(), progress=False).value
+    assert record["perplexity"] == {"4 layers": expected}
+
+
+def test_a_trial_names_original_layers_and_gives_the_model_back():
+    short = ShortHFModel(make("llama"))
+    short.remove_layers([0])
+    before = short.decoder.logits(TOKENS)
+    with short.without_layers([1, 5]):
+        assert len(short.decoder.layers) == 3
+    assert torch.equal(short.decoder.logits(TOKENS), before)
+    with pytest.raises(ValueError, match=r"layers \[0\] do not exist"), short.without_layers([0]):
+        pass
+
+
+def test_a_trial_inside_a_trial_names_original_layers_too():
+    short = ShortHFModel(make("llama"))
+    layers = list(short.decoder.layers)
+    with short.without_layers([0]):
+        with short.without_layers([3]):
+            assert list(short.decoder.layers) == [layers[i] for i in (1, 2, 4, 5)]
+            inner = short.perplexity(TOKENS.tolist(), progress=False)
+        outer = short.perplexity(TOKENS.tolist(), progress=False)
+        with pytest.raises(ValueError, match=r"layers \[0\] do not"), short.without_layers([0]):
+            pass
+    assert list(short.decoder.layers) == layers
+    assert short.quality == {(1, 2, 4, 5): inner, (1, 2, 3, 4, 5): outer}
+
+
+def test_a_trial_cannot_be_saved_as_the_model(tmp_path):
+    short = ShortHFModel(make("llama"))
+    with short.without_layers([1]), pytest.raises(RuntimeError, match="has 5 layers, expected 6"):
+        short.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_no_causal_language_model_is_refused():
+    import transformers as t
+
+    small = {"d_model": 16, "d_kv": 4, "d_ff": 16, "num_layers": 3, "num_heads": 2}
+    both = t.T5ForConditionalGeneration(t.T5Config(**small, vocab_size=50))
+    with pytest.raises(ValueError, match="T5.* is no causal .*: it has an encoder and a decoder"):
+        ShortHFModel(both)
+    for model in (make("llama").model, t.LlamaForSequenceClassification(t.LlamaConfig(**PLAIN))):
+        with pytest.raises(ValueError, match="has no language-model head"):
+            ShortHFModel(model)
+
+
+def test_layers_that_share_weights_are_refused():
+    model = make("llama")
+    model.model.layers[3].mlp.up_proj.weight = model.model.layers[1].mlp.up_proj.weight
+    with pytest.raises(ValueError, match="cannot be removed: 1 and 3 share weights"):
+        remove_layers(HFDecoder(model), [0])
+    assert len(model.model.layers) == LAYERS
+
+
+def test_layers_that_return_lists_are_scored_and_searched():
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {"vocab_size": 96, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}
+    config = AutoConfig.for_model("openai-gpt", **sizes)
+    short = ShortHFModel(AutoModelForCausalLM.from_config(config))
+    short.measure(TOKENS.tolist(), progress=False)
+    assert short.importances.isfinite().all()
+    (removed,) = short.search(TOKENS.tolist(), 1, progress=False).removed
+    with short.without_layers([removed]):
+        expected = short.perplexity(TOKENS.tolist(), progress=False).value
+    assert 1 < expected < 200
+
+
+def test_per_layer_entries_are_cut_and_nothing_else_is():
+    model = make("qwen3_moe")
+    config = model.config
+    config.moe_layer_freq, config.eos_token_id = [0, 1, 1, 1, 0, 2], [2, 3, 4, 5, 6, 7]
+    undo = HFDecoder(model).keep_layers(KEPT)
+    assert config.mlp_only_layers == [0, 2]  # [0, 3] in the old numbers
+    assert config.moe_layer_freq == [0, 1, 1, 2]
+    assert config.eos_token_id == [2, 3, 4, 5, 6, 7]  # as many as layers, by chance
+    undo()
+    assert (config.mlp_only_layers, config.moe_layer_freq) == ([0, 3], [0, 1, 1, 1, 0, 2])
+
+
+def test_a_count_that_the_model_keeps_follows_the_config():
+    """Gemma 4 remembers from which layer on keys and values are shared: here, from none."""
+    transformers = pytest.importorskip("transformers", minversion="5")
+    if not hasattr(transformers, "Gemma4TextConfig"):
+        pytest.skip("this version of transformers has no Gemma 4")
+    config = transformers.Gemma4TextConfig(
+        **{**PLAIN, "head_dim": 8, "global_head_dim": 8, "sliding_window": 8},
+        hidden_size_per_layer_input=0,
+        num_kv_shared_layers=0,
+        layer_types=["sliding_attention", "full_attention"] * 3,
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    decoder = HFDecoder(model)
+    undo = decoder.keep_layers([0, 3, 4, 5])
+    assert model.model.first_kv_shared_layer_idx == 4
+    undo()
+    assert model.model.first_kv_shared_layer_idx == LAYERS
+    with pytest.raises(ValueError, match="layer 1 of the rest with .*store_full_length_kv = True"):
+        decoder.keep_layers(KEPT)
+
+
+def test_first_layers_of_another_kind_are_counted_anew():
+    model = make("deepseek_v3")
+    remove_layers(HFDecoder(model), [0, 4])
+    assert model.config.first_k_dense_replace == 2
+    model = make("llama")
+    model.config.num_dense_layers = 3
+    remove_layers(HFDecoder(model), DROP)
+    assert model.config.num_dense_layers == 2
+
+
+def test_layers_that_compute_with_their_number_are_refused():
+    from families import FAMILIES
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    kind, arguments = FAMILIES["gpt2"]
+    config = AutoConfig.for_model(kind, **arguments, scale_attn_by_inverse_layer_idx=True)
+    decoder = HFDecoder(AutoModelForCausalLM.from_config(config).eval())
+    with pytest.raises(ValueError, match="compute with their own number"):
+        decoder.keep_layers(KEPT)
+    assert len(decoder.layers) == decoder.config.num_hidden_layers == LAYERS
+
+
+def test_any_failure_of_the_proof_gives_the_model_back(monkeypatch):
+    model = make("llama")
+    decoder, saved = HFDecoder(model), model.config.to_dict()
+
+    class Broken(type(model)):
+        def __init__(self, config):
+            raise IndexError("no layer\n7")
+
+    monkeypatch.setattr(model, "__class__", Broken)
+    with pytest.raises(ValueError, match="cannot be removed: its config would make no model: no l"):
+        decoder.keep_layers(KEPT)
+    assert len(decoder.layers) == LAYERS and model.config.to_dict() == saved
+
+
+def test_what_a_config_sizes_outside_the_layers_is_refused():
+    """Gemma 3n keeps embeddings for every layer in one matrix."""
+    from transformers import AutoModelForCausalLM, Gemma3nTextConfig
+
+    config = Gemma3nTextConfig(
+        **{**PLAIN, "intermediate_size": [48] * LAYERS, "head_dim": 8, "laurel_rank": 4},
+        hidden_size_per_layer_input=4,
+        vocab_size_per_layer_input=96,
+        num_kv_shared_layers=0,
+        activation_sparsity_pattern=[0.0] * LAYERS,
+        layer_types=["sliding_attention", "full_attention"] * 3,
+        sliding_window=8,
+    )
+    decoder = HFDecoder(AutoModelForCausalLM.from_config(config).eval())
+    before = decoder.logits(TOKENS)
+    with pytest.raises(ValueError, match=r"would make model\.\S+ = .* around the layers"):
+        decoder.keep_layers(KEPT)
+    assert torch.equal(decoder.logits(TOKENS), before)
+
+
+def test_hundreds_of_trials_share_one_proof_and_draw_no_random_number(monkeypatch):
+    model, made = make("llama"), []
+    decoder, state = HFDecoder(model), torch.get_rng_state()
+    plain = hf_decoder.twin_outline
+    monkeypatch.setattr(hf_decoder, "twin_outline", lambda *a: made.append(a) or plain(*a))
+    for layers in itertools.combinations(range(LAYERS), 2):
+        with without_layers(decoder, layers):
+            pass
+    assert len(made) == 1
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_replaced_weights_as_of_a_quantized_model_can_be_cut():
+    """The twin of its config has plain weights; that is no harm of the removal."""
+
+    class Packed(torch.nn.Module):
+        def __init__(self, linear):
+            super().__init__()
+            self.packed = torch.nn.Parameter(linear.weight.detach().flatten())
+            self.shape = tuple(linear.weight.shape)
+
+        def forward(self, x):
+            return x @ self.packed.view(self.shape).T
+
+    model, whole = make("llama"), make("llama")
+    for layer in model.model.layers:
+        layer.mlp.down_proj = Packed(layer.mlp.down_proj)
+    remove_layers(HFDecoder(model), DROP)
+    remove_layers(HFDecoder(whole), DROP)
+    assert torch.equal(HFDecoder(model).logits(TOKENS), HFDecoder(whole).logits(TOKENS))
+    model.model.layers[1].mlp = torch.nn.Identity()  # but a layer cut by hand stays a stranger
+    remove_layers(HFDecoder(model), [0])
+    with pytest.raises(ValueError, match="has 3 layers, its config says 2"):
+        model.config.num_hidden_layers = 2
+        HFDecoder(model, "model.layers")
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    """A Llama with a tokenizer, as from the hub."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    path = tmp_path_factory.mktemp("llama")
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**{**PLAIN, "vocab_size": BYTE_VOCAB})).save_pretrained(path)
+    write_byte_tokenizer(path)
+    return path
+
+
+PLACES = {
+    f"{'model.' * (n != 'lm_head')}{n}": "cpu"
+    for n in ("embed_tokens", "norm", "rotary_emb", "lm_head", *(f"layers.{i}" for i in range(6)))
+}
+OPTIONS = {
+    "device": {"device": "cpu"},
+    "one place": {"device_map": {"": "cpu"}},
+    "auto": {"device_map": "auto"},
+    "layers on disk": {"device_map": PLACES | {f"model.layers.{i}": "disk" for i in (1, 2, 5)}},
+    "embedding on disk": {"device_map": PLACES | {"model.embed_tokens": "disk"}},
+}
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+def test_wherever_the_weights_are_the_model_is_the_same(case, directory, tmp_path):
+    if case != "device":
+        pytest.importorskip("accelerate")
+    options = OPTIONS[case] | ({"offload_folder": tmp_path / "off"} if "disk" in case else {})
+    whole = ShortHFModel(str(directory), n_prune_layers=2)
+    short = ShortHFModel(str(directory), n_prune_layers=2, **options)
+    if "disk" in case:
+        assert any(weight.is_meta for weight in short.model.parameters())
+    before = short.decoder.logits(TOKENS)
+    for each in (whole, short):
+        each.eval_importance(["It was the best of times"], max_seq_len=16)
+    assert torch.equal(short.importances, whole.importances)
+    with short.without_layers([2]):
+        assert not torch.equal(short.decoder.logits(TOKENS), before)
+    assert torch.equal(short.decoder.logits(TOKENS), before)
+    assert short.remove_layers() == whole.remove_layers()
+    assert torch.equal(short.decoder.logits(TOKENS), whole.decoder.logits(TOKENS))
+    assert short.generate(["It"], 5, 0) == whole.generate(["It"], 5, 0)
+    short.save_pretrained(tmp_path / "out")
+    again = ShortHFModel(str(tmp_path / "out"))
+    assert torch.equal(again.decoder.logits(TOKENS), whole.decoder.logits(TOKENS))
+
+
+def test_dtypes_are_the_files_unless_asked(directory, tmp_path):
+    assert ShortHFModel(str(directory)).model.dtype == torch.float32
+    half = ShortHFModel(str(directory), dtype="bfloat16")
+    assert half.model.dtype == torch.bfloat16
+    half.remove_layers(DROP)
+    half.save_pretrained(tmp_path / "half")
+    assert ShortHFModel(str(tmp_path / "half")).model.dtype == torch.bfloat16
+
+
+def test_a_directory_without_a_tokenizer(directory, tmp_path):
+    whole = ShortHFModel(str(directory))
+    whole.model.save_pretrained(tmp_path / "weights")
+    short = ShortHFModel(tmp_path / "weights")
+    assert torch.equal(short.decoder.logits(TOKENS), whole.decoder.logits(TOKENS))
+    with pytest.raises(ValueError, match="weights came without a tokenizer, .*pass tokenizer="):
+        short.generate(["It"], 5, 0)
+    short = ShortHFModel(tmp_path / "weights", tokenizer=whole.tokenizer)
+    assert short.generate(["It"], 5, 0) == whole.generate(["It"], 5, 0)
+
+
+def test_texts_to_continue_are_a_list_of_some_tokens(directory):
+    short = ShortHFModel(str(directory))
+    with pytest.raises(ValueError, match="expected a list of texts, got one string"):
+        short.generate("It", 5)
+    short.encode = lambda _: []
+    with pytest.raises(ValueError, match="no tokens to continue"):
+        short.generate([""], 5)
+    with pytest.raises(ValueError, match="no tokens to continue"):
+        short.eval_importance([""], max_seq_len=8, max_gen_len=5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "int4"}, "cannot be loaded: .*int4"),
+        ({"device": "tpu"}, "expected a device such as cpu"),
+        ({"device": "cpu", "device_map": "auto"}, "not both"),
+        ({"device_map": "nowhere"}, "cannot be loaded: .*nowhere"),
+        ({"no_such_option": 3}, "cannot be loaded: .*no_such_option"),
+        ({"layers_path": "model.h"}, r"model\.h is no list of layers of LlamaForCausalLM"),
+    ],
+)
+def test_wrong_options_get_one_line(directory, options, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        ShortHFModel(str(directory), **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_where_the_files_are_from_holds_for_the_tokenizer_too(directory, monkeypatch):
+    import transformers
+
+    seen = {}
+    for name in ("AutoTokenizer", "AutoConfig"):
+        plain = getattr(transformers, name).from_pretrained
+
+        def spy(*args, plain=plain, name=name, **options):
+            seen.setdefault(name, options)
+            return plain(*args, **options)
+
+        monkeypatch.setattr(getattr(transformers, name), "from_pretrained", spy)
+    ShortHFModel(str(directory), revision="main", dtype="float32")
+    assert all(seen[n]["revision"] == "main" and "dtype" not in seen[n] for n in seen)
+    assert len(seen) == 2
+
+
+def test_a_wrapped_model_is_loaded_whole_by_its_name(tmp_path):
+    model = make("llava")
+    model.save_pretrained(tmp_path)
+    write_byte_tokenizer(tmp_path)
+    short = ShortHFModel(str(tmp_path))
+    assert type(short.model) is type(model)
+    with pytest.raises(ValueError, match="a model of type 'clip' is no causal language model"):
+        short_hf.auto_class(model.config.vision_config.__class__.from_dict({"model_type": "clip"}))
+
+
+def test_layers_are_found_or_named():
+    model = make("opt")
+    assert find_layers(model) == "model.decoder.layers"
+    assert len(HFDecoder(model, "model.decoder.layers").layers) == LAYERS
+    with pytest.raises(ValueError, match=r"model\.h is no list of layers of OPTForCausalLM"):
+        HFDecoder(model, "model.h")
+
+
+def test_texts_need_a_tokenizer_and_loading_options_a_name():
+    short = ShortHFModel(make("llama"))
+    with pytest.raises(ValueError, match="pass tokenizer="):
+        short.eval_importance(["a text"], max_seq_len=16)
+    with pytest.raises(ValueError, match=r"options \['dtype'\] are for loading"):
+        ShortHFModel(make("llama"), dtype="float32")
+
+
+def test_a_model_that_reloads_otherwise_is_not_saved(tmp_path, monkeypatch):
+    short = ShortHFModel(make("llama"))
+    short.remove_layers(DROP)
+    plain = short.model.save_pretrained
+
+    def spoiled(directory):
+        short.model.model.norm.weight.data += 1
+        plain(directory)
+        short.model.model.norm.weight.data -= 1
+
+    monkeypatch.setattr(short.model, "save_pretrained", spoiled)
+    with pytest.raises(RuntimeError, match="logits differ by up to"):
+        short.save_pretrained(tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,324 @@
+"""The wrapper as scripts use it: score, look, remove, save; and every misuse."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import (
+    CharTokenizer,
+    make_transformer,
+    random_windows,
+    save_checkpoint,
+    zero_layer,
+)
+from torch import nn
+
+from llama import Llama
+from short_gpt import ShortLlama
+from short_gpt.surgery.layers import without_layers
+
+
+@pytest.fixture
+def short() -> ShortLlama:
+    return ShortLlama(Llama(make_transformer(), CharTokenizer()), n_prune_layers=2)
+
+
+WINDOWS = random_windows(6, 20)
+
+
+def test_the_whole_story(short):
+    for window in WINDOWS:
+        short.eval_importance([window])
+    assert short.importances.shape == (5,)
+    assert (short.n_windows, short.n_tokens) == (6, 120)
+    assert (short.standard_errors > 0).all()
+    assert -1 <= short.agreement <= 1
+    assert short.angular.shape == (6, 6)
+    expected = short.importances.argsort()[:2].tolist()
+    assert short.remove_layers() == expected
+    assert short.removed == expected
+    assert short.kept == sorted(set(range(5)) - set(expected))
+    assert len(short.llama.model.layers) == 3
+    assert short.importances.shape == (5,)  # still those of the model that was scored
+    assert short.llama.text_completion(["abc"], temperature=0, max_gen_len=5)[0]["generation"]
+
+
+def test_measure_is_eval_importance_over_many_windows(short):
+    other = ShortLlama(Llama(make_transformer(), CharTokenizer()))
+    short.measure(WINDOWS, batch_size=4, progress=False)
+    for window in WINDOWS:
+        other.eval_importance([window])
+    assert torch.allclose(short.importances, other.importances, atol=1e-6)
+    assert torch.allclose(short.angular, other.angular, atol=1e-5)
+
+
+@pytest.mark.parametrize("angular", [False, True])
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+def test_every_number_of_layers_can_be_removed(angular, n):
+    short = ShortLlama(Llama(make_transformer(), CharTokenizer()), n_prune_layers=n)
+    short.eval_importance(WINDOWS[:4])
+    removed = short.remove_layers(angular=angular)
+    assert len(set(removed)) == n and len(short.decoder.layers) == 5 - n
+    if angular:
+        assert removed == list(range(removed[0], removed[0] + n))
+
+
+@pytest.mark.parametrize("angular", [False, True])
+@pytest.mark.parametrize("position", range(5))
+def test_an_identity_layer_goes_first_and_leaves_no_trace(angular, position):
+    llama = Llama(make_transformer(), CharTokenizer())
+    zero_layer(llama.model, position)
+    before = llama.model(torch.tensor(WINDOWS))
+    short = ShortLlama(llama, n_prune_layers=1)
+    short.eval_importance(WINDOWS[:3])
+    assert short.importances[position] < 1e-6
+    assert short.remove_layers(angular=angular) == [position]
+    assert torch.equal(llama.model(torch.tensor(WINDOWS)), before)
+
+
+def test_layer_numbers_stay_the_original_ones(short):
+    assert short.remove_layers([1]) == [1]
+    short.eval_importance(WINDOWS[:4])
+    assert short.importances[1].isnan()
+    assert short.importances[[0, 2, 3, 4]].isfinite().all()
+    lowest = [i for i in short.importances.argsort().tolist() if i != 1][:2]
+    assert short.remove_layers() == lowest
+    assert short.removed == [1, *lowest]
+    with pytest.raises(ValueError, match=r"layers \[1\] do not exist"):
+        short.remove_layers([1])
+
+
+def test_ragged_batches_count_real_tokens_only(short):
+    short.eval_importance([WINDOWS[0], WINDOWS[1][:3]])
+    assert short.n_tokens == 23
+    other = ShortLlama(short.llama)
+    other.eval_importance([WINDOWS[0]])
+    other.eval_importance([WINDOWS[1][:3]])
+    assert torch.allclose(short.importances, other.importances, atol=1e-6)
+
+
+def test_generated_tokens_are_scored_with_the_prompt(short):
+    prompts = [WINDOWS[0][:5], WINDOWS[1][:9]]
+    short.llama.tokenizer.stop_tokens = frozenset({95})
+    generated, _ = short.llama.generate(prompts, 6, temperature=0, echo=True)
+    short.eval_importance(prompts, max_gen_len=6, temperature=0)
+    assert short.n_tokens == sum(len(g) for g in generated) > 14
+    other = ShortLlama(short.llama)
+    other.eval_importance(generated)
+    assert torch.equal(short.importances, other.importances)
+
+
+def unchanged(short: ShortLlama) -> bool:
+    return len(short.decoder.layers) == 5 and short.kept == [0, 1, 2, 3, 4] and not short.removed
+
+
+def test_removing_before_scoring_is_refused(short):
+    with pytest.raises(RuntimeError, match="no scores yet; call eval_importance"):
+        short.remove_layers()
+    with pytest.raises(RuntimeError, match="no scores yet"):
+        _ = short.importances
+    assert unchanged(short)
+
+
+def test_removing_twice_on_the_same_scores_is_refused(short):
+    short.eval_importance(WINDOWS[:2])
+    first = short.remove_layers()
+    with pytest.raises(RuntimeError, match="removed since these scores were measured; score"):
+        short.remove_layers()
+    assert short.removed == first and len(short.decoder.layers) == 3
+    short.eval_importance(WINDOWS[:2])
+    assert len(short.remove_layers()) == 2
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ([9], r"layers \[9\] do not exist; the model has 0..4"),
+        ([2, 2], "name a layer twice"),
+        ([0, 1, 2, 3, 4], "expected 1 to 4"),
+        ([True], "expected layer numbers"),
+        (3, "expected a list of layers, got 3"),
+    ],
+)
+def test_explicit_lists_are_checked(short, layers, message):
+    with pytest.raises(ValueError, match=message):
+        short.remove_layers(layers)
+    assert unchanged(short)
+
+
+@pytest.mark.parametrize("n", [0, 5, -1, 2.5, True, "2"])
+def test_n_out_of_range_is_refused(short, n):
+    with pytest.raises(ValueError, match=r"n_prune_layers = .*; the model has 5 layers \(0..4\)"):
+        ShortLlama(short.llama, n_prune_layers=n)
+    short.eval_importance(WINDOWS[:1])
+    short.n_prune_layers = n
+    with pytest.raises(ValueError, match="expected 1 to 4"):
+        short.remove_layers()
+    assert unchanged(short)
+
+
+def test_without_n_there_is_nothing_to_choose(short):
+    short.n_prune_layers = None
+    short.eval_importance(WINDOWS[:1])
+    with pytest.raises(ValueError, match="set n_prune_layers, or name the layers"):
+        short.remove_layers()
+    assert short.remove_layers([4, 0]) == [4, 0]
+
+
+def test_nothing_to_score_is_refused(short):
+    with pytest.raises(ValueError, match="expected at least one window of tokens, got none"):
+        short.eval_importance([])
+    with pytest.raises(TypeError):
+        short.remove_layers([1.5])
+    assert unchanged(short)
+
+
+def test_one_window_is_no_list_of_windows(short):
+    with pytest.raises(ValueError, match="expected a list of windows, each a list of token ids"):
+        short.eval_importance([1, 2, 3])
+
+
+def test_inside_a_trial_nothing_is_scored_or_removed(short):
+    with without_layers(short.decoder, [0]):
+        for act in (lambda: short.eval_importance(WINDOWS[:1]), lambda: short.remove_layers([1])):
+            with pytest.raises(RuntimeError, match="the model has 4 layers, expected 5"):
+                act()
+        assert short.perplexity(WINDOWS[:1], progress=False).tokens == 19
+    assert unchanged(short)
+
+
+def test_scores_outlive_a_failed_measurement_after_a_removal(short):
+    short.eval_importance(WINDOWS[:2])
+    before = short.importances.clone()
+    short.remove_layers()
+    with pytest.raises(ValueError, match="outside the vocabulary"):
+        short.eval_importance([[5000]])
+    assert torch.equal(short.importances, before)
+
+
+def test_a_model_cut_before_it_was_wrapped_is_not_saved(short, tmp_path):
+    save_checkpoint(tmp_path / "source", make_transformer())
+    short.remove_layers([1])
+    again = ShortLlama(short.llama)
+    again.remove_layers([2])
+    with pytest.raises(ValueError, match="has 5 layers, this model began with 4"):
+        again.save(tmp_path / "out", ckpt_dir=tmp_path / "source")
+
+
+def test_nan_weights_are_found_before_attention_hides_them(short):
+    with torch.no_grad():
+        short.llama.model.layers[2].attention.wq.weight[0] = math.nan
+    with pytest.raises(FloatingPointError, match=r"layer 2 has NaN .* in attention\.wq\.weight"):
+        short.eval_importance(WINDOWS[:1])
+
+
+def test_nan_states_never_become_scores(short):
+    short.eval_importance(WINDOWS[:1])
+    before = short.importances.clone()
+    with torch.no_grad():
+        short.llama.model.layers[3].attention.wo.weight[0] = math.nan
+    with pytest.raises(FloatingPointError, match="layer 3"):
+        short.eval_importance(WINDOWS[1:2])
+    assert torch.equal(short.importances, before)
+
+
+def test_perplexity_of_uniform_logits_is_the_vocabulary(short):
+    with torch.no_grad():
+        short.llama.model.output.weight.zero_()
+    found = short.perplexity(WINDOWS, batch_size=4, progress=False)
+    assert found.value == pytest.approx(96, rel=1e-5)
+    assert (found.tokens, found.windows) == (6 * 19, 6)
+
+
+def test_greedy_tokens_are_the_same_with_and_without_the_cache(short):
+    cached, uncached = (short.greedy(WINDOWS[0], 9, use_cache=c) for c in (True, False))
+    assert cached == uncached and len(cached) == 9
+
+
+def test_saving_needs_a_source_and_something_removed(short, tmp_path):
+    with pytest.raises(ValueError, match="pass ckpt_dir"):
+        short.save(tmp_path / "out")
+    with pytest.raises(RuntimeError, match="nothing was removed yet"):
+        short.save(tmp_path / "out", ckpt_dir=tmp_path)
+
+
+class ReferenceShaped(nn.Module):
+    """A model with the surface of Meta's reference package: complex rotations, caches on a
+    fixed batch, an additive mask, no way around the head."""
+
+    def __init__(self, ours: nn.Module) -> None:
+        super().__init__()
+        self.params = SimpleNamespace(max_seq_len=64, n_layers=5)
+        self.vocab_size, self.n_layers = 96, 5
+        self.tok_embeddings, self.norm, self.output = ours.tok_embeddings, ours.norm, ours.output
+        self.layers = ours.layers
+        self.freqs_cis = ours.freqs_cis
+
+    @torch.inference_mode()
+    def forward(self, tokens: torch.Tensor, start_pos: int) -> torch.Tensor:
+        S = tokens.shape[1]
+        mask = torch.full((S, S), float("-inf")).triu(1) if S > 1 else None
+        h = self.tok_embeddings(tokens)
+        for layer in self.layers:
+            h = layer(h, start_pos, self.freqs_cis[start_pos : start_pos + S], mask)
+        return self.output(self.norm(h)).float()
+
+
+def test_an_object_of_the_reference_package_works_too(short):
+    reference = SimpleNamespace(
+        model=ReferenceShaped(make_transformer()), tokenizer=CharTokenizer()
+    )
+    theirs = ShortLlama(reference, n_prune_layers=2)
+    for wrapper in (short, theirs):
+        wrapper.eval_importance(WINDOWS[:3])
+    assert torch.allclose(theirs.importances, short.importances, atol=1e-6)
+    assert torch.allclose(theirs.angular, short.angular, atol=1e-5)
+    ours = short.perplexity(WINDOWS, progress=False).value
+    assert theirs.perplexity(WINDOWS, progress=False).value == pytest.approx(ours, rel=1e-5)
+    assert theirs.remove_layers() == short.remove_layers()
+    assert reference.model.n_layers == reference.model.params.n_layers == 3
+
+
+def test_a_search_and_methods_name_original_layers(short):
+    windows = random_windows(3, 20)
+    short.remove_layers([2])
+    found = short.search(windows, 2, progress=False)
+    assert set(found.losses[0]) == {1, 3} and set(found.removed) == {1, 3}
+    only = short.search(windows, 1, candidates=[3], progress=False)
+    assert only.removed == [3]
+    one_shot = short.search(windows, 1, method="perplexity", progress=False)
+    assert set(one_shot.losses[0]) == {0, 1, 3, 4}
+    short.measure(windows, progress=False)
+    assert short.layers_to_remove(n=2, method="deepest") == [1, 3]
+    with pytest.raises(ValueError, match="no search by 'bi'; expected one of perplexity, sleb"):
+        short.search(windows, 1, method="bi")
+
+
+def test_prompts_pass_by_original_layers(short):
+    short.remove_layers([0])
+    ids = random_windows(1, 9)[0]
+    whole = short.greedy(ids, 4)
+    with short.skipped_in_prefill([1, 3]):
+        short.greedy(ids, 4)
+    assert short.greedy(ids, 4) == whole
+    with (
+        pytest.raises(ValueError, match=r"layers \[0\] do not exist"),
+        short.skipped_in_prefill([0]),
+    ):
+        pass
+
+
+def test_halves_of_original_layers_go(short):
+    short.remove_layers([0])
+    short.measure(random_windows(2, 12), progress=False)
+    short.remove_sublayers(attention=[2], mlp=[4])
+    assert short.removed_sublayers == {"attention": [2], "mlp": [4]}
+    assert short.n_windows == 0  # those scores were of the whole model
+    short.measure(random_windows(2, 12), progress=False, sublayers=True)
+    halves = short.importance.sublayer_influence
+    assert halves[0, 1].abs() < 1e-6 and halves[1, 3].abs() < 1e-6
+    with pytest.raises(ValueError, match=r"layers \[0\] do not exist"):
+        short.remove_sublayers(mlp=[0])
