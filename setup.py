@@ -10,14 +10,18 @@ HF = ["transformers>=4.57.1", "accelerate"]
 EVAL = ["lm_eval>=0.4.13", *HF]
 HEAL = ["peft>=0.18", *HF]
 NOTEBOOKS = ["jupyter", *DEMO, *HEAL]
+DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.6", "mkdocstrings[python]>=0.30"]
 DEV = [
     "hypothesis",
+    "import-linter>=2.6",
     "ipykernel",
     "mypy",
     "nbclient",
     "nbformat",
     "pytest",
+    "pytest-xdist>=3.6",
     "ruff",
+    *DOCS,
     *DEMO,
     *EVAL,
     *HEAL,
@@ -45,7 +49,12 @@ setup(
         "sentencepiece>=0.1.99",
         "tiktoken>=0.7",
         "tokenizers>=0.19",
+        "safetensors>=0.4",
+        "huggingface_hub>=0.24",
         "datasets>=3",
+        "pyarrow>=15",
+        "scipy>=1.11",
+        "psutil>=5.9",
         "tqdm",
     ],
     extras_require={
@@ -55,6 +64,7 @@ setup(
         "eval": EVAL,
         "heal": HEAL,
         "notebooks": NOTEBOOKS,
+        "docs": DOCS,
         "dev": DEV,
         "all": sorted({*NOTEBOOKS, *DEV}),
     },

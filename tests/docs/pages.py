@@ -1,0 +1,53 @@
+"""README and the pages of ``docs`` as text and tables, and the results that they quote."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ("scoring", "stopping", "streaming", "greedy", "compare")
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
+    for path in (ROOT / "README.md", ROOT / "benchmarks/README.md", *ROOT.glob("docs/**/*.md"))
+}
+
+
+def result(name: str) -> dict[str, Any]:
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+
+
+def flowing(page: str) -> str:
+    """A page's text on one line, without its Markdown of weight."""
+    return " ".join(PAGES[page].replace("**", "").split())
+
+
+def table(page: str, head: str) -> list[str]:
+    """The rows of the page's one table with this head."""
+    lines = PAGES[page].splitlines()
+    assert lines.count(head) == 1, f"{page}: {head} stands there {lines.count(head)} times"
+    rows = []
+    for line in lines[lines.index(head) + 2 :]:
+        if not line.startswith("|"):
+            break
+        rows.append(line)
+    return rows
+
+
+def tables(page: str) -> list[list[str]]:
+    """The rows of every table of the page that has no words in its head."""
+    parts = re.split(r"^\| \| \|\n\| --- \| --- \|\n", PAGES[page], flags=re.MULTILINE)[1:]
+    return [part.split("\n\n")[0].splitlines() for part in parts]
+
+
+def commands(page: str, program: str) -> list[list[str]]:
+    """The arguments of every command of a program that the page shows, in line or as a block."""
+    text = PAGES[page].replace("\\\n", " ")
+    blocks = re.findall(r"^```\w*\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    lines = [line for block in blocks for line in block.splitlines()]
+    text = re.sub(r"^```\w*\n.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    lines += [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", text)]
+    return [shlex.split(line)[1:] for line in lines if line.split()[:1] == [program]]

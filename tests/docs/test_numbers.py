@@ -1,0 +1,194 @@
+"""Every number that README and the docs print as measured is one of a benchmark's JSON file."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from pages import PAGES, RESULTS, commands, flowing, result, table, tables
+
+from short_gpt.experiments.comparison import Row
+from short_gpt.report import tables as report
+
+# Measured once, and so said where it stands: no benchmark of this repository prints it.
+ONCE = """
+-0.346 (0.032) +0.002 (0.014) +0.010 (0.013) -0.046 (0.008) -0.561 (0.034) -0.551 (0.027)
+"""
+
+
+def spread(values: dict[str, float], digits: int = 3) -> str:
+    low, high = sorted((values["min"], values["max"]))
+    return f"{values['median']:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def scoring() -> list[str]:
+    found = result("scoring")
+    ratios, peak = found["ratios"], found["peak_memory_mb"]
+    hooks = ratios["hooks / rest of the pass"]
+    share = f"{hooks['median']:.2%} ({hooks['min']:.2%} to {hooks['max']:.2%}) of the pass"
+    sizes = ", ".join(f"{peak[k]:.0f}" for k in ("bare", "scoring", "public"))
+    rows = {
+        "scoring / bare pass through embeddings and layers": spread(ratios["scoring / bare"]),
+        "of this, inside the hooks": share,
+        "public way / bare pass": spread(ratios["public / bare"]),
+        "public way / scoring": spread(ratios["public / scoring"]),
+        "our bare pass / transformers' `LlamaModel`": spread(ratios["bare / transformers"]),
+        "peak memory: bare, scoring, public way": f"{sizes} MB",
+    }
+    return [f"| {name} | {value} |" for name, value in rows.items()]
+
+
+def stopping() -> list[str]:
+    cases = result("stopping")["cases"]
+    assert all(case["agreement"] == 1 for case in cases.values())
+    shares = {name: case["share_of_windows"] for name, case in cases.items()}
+    return [
+        f"| {name} | {s['median']:.1%} | {s['95th percentile']:.1%} |" for name, s in shares.items()
+    ]
+
+
+def streaming() -> list[str]:
+    found = result("streaming")
+    run, need = found["streamed"], found["llama_2_70b"]
+    ratio = spread(found["streamed / floor"], 2)
+    peak, plan = run["peak_bytes"] / 1e9, run["planned_bytes"] / 1e9
+    full, half = (need[kind]["bytes"] / 1e9 for kind in ("float32", "bfloat16"))
+    return [
+        f"| time for {found['windows']} windows, reading included | {run['seconds']:.0f} s |",
+        f"| time / floor: the layers' matrix products alone, and reading the file | {ratio} |",
+        f"| peak memory of the process | {peak:.2f} GB, planned {plan:.2f} GB |",
+        f"| Llama-2-70B, computed from the same plan | {full:.1f} GB, in bfloat16 {half:.1f} GB |",
+    ]
+
+
+def greedy() -> str:
+    found = result("greedy")
+    time = found["time_ratio"]
+    return (
+        f"{found['layers_run_ratio']:.3f} of the layers run and {time['median']:.3f} of the time "
+        f"({time['min']:.3f} to {time['max']:.3f})"
+    )
+
+
+def compared() -> str:
+    found = result("compare")
+    return report.compared([Row(**row) for row in found["rows"]], found["agreement"])
+
+
+def rows() -> dict[tuple[str, int, str], dict]:
+    return {(r["method"], r["n"], r["healing"]): r for r in result("compare")["rows"]}
+
+
+def cell(method: str, n: int, healing: str) -> str:
+    """A perplexity with the standard error of its change, by the delta method; "" if not run."""
+    row = rows().get((method, n, healing))
+    if row is None:
+        return ""
+    return f"{row['perplexity']:.2f} ({row['perplexity'] * row['standard_error']:.2f})"
+
+
+def short_table() -> list[str]:
+    names = {
+        "Block Influence": "bi",
+        "best angular block": "angular",
+        "relative magnitude": "relative_magnitude",
+        "greedy search (SLEB)": "sleb",
+    }
+    columns = ((4, "raw"), (8, "raw"), (8, "patched"), (8, "lora"))
+    cells = {name: [cell(method, *c) for c in columns] for name, method in names.items()}
+    return [f"| {name} | {' | '.join(row)} |".replace("|  |", "| |") for name, row in cells.items()]
+
+
+def healed() -> str:
+    """What both healings bring back of 8 layers, as a sentence."""
+    parts = []
+    for method, where in (("bi", "layers removed by Block Influence"), ("angular", "")):
+        raw, patch, lora = (rows()[method, 8, h] for h in ("raw", "patched", "lora"))
+        start = f"Of 8 {where}" if where else "Of the angular block of 8"
+        verb = " lowers the loss" if where else ""
+        error, ppl = ("standard error ", "perplexity ") if where else ("", "")
+        parts.append(
+            f"{start}, the patch{verb} by {-patch['gain']:.3f}{' nats a token' if where else ''} "
+            f"({error}{patch['gain_error']:.3f}; {ppl}{raw['perplexity']:.2f} to "
+            f"{patch['perplexity']:.2f}), LoRA by {-lora['gain']:.3f} ({lora['gain_error']:.3f}; "
+            f"to {lora['perplexity']:.2f})."
+        )
+    return " ".join(parts)
+
+
+def test_the_tables_of_costs_are_what_was_measured():
+    assert table("docs/results.md", "| | median (range) |") == scoring()
+    head = "| answer | windows read, median | windows read, 95th percentile |"
+    assert table("docs/scaling.md", head) == stopping()
+    assert streaming() in tables("docs/scaling.md")
+
+
+def test_the_comparison_is_what_was_measured():
+    assert compared() in PAGES["docs/results.md"]
+    head = "| removed by | 4 layers | 8 layers | 8, patched | 8, LoRA |"
+    assert table("README.md", head) == short_table()
+
+
+SENTENCES = {
+    "docs/results.md": (greedy, healed),
+    "docs/healing.md": (lambda: healed().replace("8 layers removed", "8 of 30 layers removed"),),
+    "README.md": (
+        lambda: f"whole: {rows()['dense', 0, 'raw']['perplexity']:.3f}",
+        lambda: f"Scoring costs {spread(result('scoring')['ratios']['scoring / bare'])} times",
+    ),
+}
+
+
+@pytest.mark.parametrize("page", SENTENCES)
+def test_the_sentences_say_what_was_measured(page):
+    for sentence in SENTENCES[page]:
+        assert sentence() in flowing(page)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_no_error_bar_stands_in_a_page_without_a_measurement(page):
+    """What looks like a measurement, 1.23 (0.04) or 1.23 (1.20 to 1.30), is one of those above."""
+    known = [*scoring(), *stopping(), *streaming(), greedy(), compared(), healed(), ONCE]
+    measured = " ".join([*known, *short_table()])
+    number = r"[-+]?\d+\.\d+"
+    for text in re.findall(rf"{number} \({number}(?: to {number})?\)", PAGES[page]):
+        assert text in measured, text
+
+
+@pytest.mark.parametrize("name", RESULTS)
+def test_a_result_names_its_command_machine_and_versions(name):
+    found = result(name)
+    assert found["command"]
+    assert found["machine"]["cores"] >= 1 and found["machine"]["torch_threads"] >= 1
+    assert found["machine"]["system"]
+    assert {"python", "short-gpt", "torch", "numpy"} <= set(found["versions"])
+
+
+def measuring(arguments: list[str]) -> list[str]:
+    """A benchmark's arguments without those that only say where its files go."""
+    kept, items = [], iter(arguments)
+    for item in items:
+        if item in ("--out", "--scores"):
+            next(items)
+        elif item != "--overwrite":
+            kept.append(item)
+    return kept
+
+
+@pytest.mark.parametrize("page", ["docs/results.md", "docs/scaling.md", "benchmarks/README.md"])
+def test_the_benchmarks_commands_are_those_that_were_run(page):
+    run = [measuring(result(name)["command"].split()[1:]) for name in RESULTS]
+    shown = commands(page, "python")
+    assert shown and all(arguments in run for arguments in shown)
+
+
+def test_the_comparisons_command_is_the_one_that_was_run():
+    (arguments,) = (a for a in commands("docs/results.md", "short-gpt") if a[0] == "compare")
+    given = {
+        name.lstrip("-"): value for name, value in zip(*[iter(arguments[1:])] * 2, strict=True)
+    }
+    found = result("compare")
+    assert found["command"] == "compare"
+    for name, value in given.items():
+        kind = type(found["arguments"][name])
+        assert kind(value) == found["arguments"][name], name
