@@ -9,19 +9,18 @@ without the layer from the beginning. The two must give the same list, and losse
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import fire
+from outcome import finish
 from scoring import build, spread
 
 from short_gpt import ShortLlama, windows
 from short_gpt.data import demo
 from short_gpt.evaluation.perplexity import perplexity
 from short_gpt.runtime.progress import bar
-from short_gpt.runtime.results import write_record
 from short_gpt.selection.search import Search, sleb_rounds
 from short_gpt.surgery.layers import without_layers
 
@@ -38,6 +37,18 @@ def main(
     short = build()
     chosen = windows(demo.bible(), short.encode, size=size, stride=size, seed=0, limit=count)
     read = list(chosen)
+    found, seconds = race(short, read, n, repeats)
+    result = summary(found, seconds)
+    print(table(result))
+    missed = [text for text, held in result["limits"].items() if not held]
+    content = {**result, "windows": count, "tokens_per_window": size, "seconds": seconds}
+    finish("greedy", missed, content, out=out, overwrite=overwrite)
+
+
+def race(
+    short: ShortLlama, read: list[list[int]], n: int, repeats: int
+) -> tuple[dict[str, Search], dict[str, list[float]]]:
+    """Both searches in turns of one round; their last results, and the seconds of every repeat."""
     seconds: dict[str, list[float]] = {"plain": [], "restart": []}
     found: dict[str, Search] = {}
     with bar("searching", total=2 * repeats * n, unit="round") as shown:
@@ -52,19 +63,11 @@ def main(
                     shown.update()
             for name, total in spent.items():
                 seconds[name].append(total)
-    result = summary(found, seconds)
-    print(table(result))
-    missed = [text for text, held in result["limits"].items() if not held]
-    print("\n".join(f"MISSED: {text}" for text in missed) or "all limits held")
-    if out is not None:
-        command = " ".join(["python", "benchmarks/greedy.py", *sys.argv[1:]])
-        content = {"command": command, **result}
-        content |= {"windows": count, "tokens_per_window": size, "seconds": seconds}
-        write_record(out, content, overwrite=overwrite)
-    sys.exit(bool(missed))
+    return found, seconds
 
 
 def plain(short: ShortLlama, read: list[list[int]], n: int) -> Iterator[Search]:
+    """The search as SLEB's authors run it: every trial from the first layer on."""
     decoder, search = short.decoder, Search()
     count = len(decoder.layers)
     for _ in range(n):

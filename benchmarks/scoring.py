@@ -28,12 +28,12 @@ from typing import Any
 
 import fire
 import torch
+from outcome import finish
 from torch import Tensor
 
 from llama import Llama
 from short_gpt import ShortLlama, windows
 from short_gpt.data import demo
-from short_gpt.runtime.results import write_record
 from short_gpt.scoring.hooks import Watch
 from short_gpt.scoring.importance import measure
 
@@ -62,13 +62,8 @@ def main(repeats: int = 15, out: str | None = None, overwrite: bool = False) -> 
     result = summary(seconds, hooks, memory)
     print(table(result))
     missed = [text for text, held in limits(result).items() if not held]
-    print("\n".join(f"MISSED: {text}" for text in missed) or "all limits held")
-    if out is not None:
-        command = " ".join(["python", "benchmarks/scoring.py", *sys.argv[1:]])
-        content = {"command": command}
-        content |= {"limits": limits(result), "seconds": seconds, **result}
-        write_record(out, content, overwrite=overwrite)
-    sys.exit(bool(missed))
+    content = {"limits": limits(result), "seconds": seconds, **result}
+    finish("scoring", missed, content, out=out, overwrite=overwrite)
 
 
 def build() -> ShortLlama:

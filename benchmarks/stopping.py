@@ -13,7 +13,6 @@ share of windows read.
 from __future__ import annotations
 
 import statistics
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -21,13 +20,13 @@ from typing import Any
 import fire
 import numpy as np
 import torch
+from outcome import finish
 from scoring import SIZE, build
 from torch import Tensor
 
 from short_gpt import windows
 from short_gpt.data import demo
 from short_gpt.runtime.progress import bar
-from short_gpt.runtime.results import write_record
 from short_gpt.scoring.hooks import Scores, score
 from short_gpt.scoring.importance import Importance
 from short_gpt.scoring.stopping import Stop, next_look
@@ -54,14 +53,10 @@ def main(
     }
     print(table(cases, len(influence)))
     missed = [name for name, case in cases.items() if case["agreement"] < confidence]
-    print("\n".join(f"MISSED: {name}" for name in missed) or "all as sure as stated")
-    if out is not None:
-        command = " ".join(["python", "benchmarks/stopping.py", *sys.argv[1:]])
-        content: dict[str, Any] = {"command": command}
-        content |= {"confidence": confidence, "orders": orders, "windows": len(influence)}
-        content |= {"tokens_per_window": SIZE, "scoring_seconds": seconds, "cases": cases}
-        write_record(out, content, overwrite=overwrite)
-    sys.exit(bool(missed))
+    content = {"confidence": confidence, "orders": orders, "windows": len(influence)}
+    content |= {"tokens_per_window": SIZE, "scoring_seconds": seconds, "cases": cases}
+    held = "all as sure as stated"
+    finish("stopping", missed, content, held=held, out=out, overwrite=overwrite)
 
 
 def read_scores(count: int, file: str | None) -> tuple[Tensor, Tensor, float | None]:

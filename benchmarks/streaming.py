@@ -25,6 +25,7 @@ from typing import Any
 
 import fire
 import torch
+from outcome import finish
 from scoring import spread
 from torch import Tensor
 
@@ -34,7 +35,6 @@ from llama.checkpoint.pth import TensorInfo, write_shard
 from llama.checkpoint.sharding import full_shapes
 from llama.formats.names import params_json
 from short_gpt.runtime.progress import bar
-from short_gpt.runtime.results import write_record
 from short_gpt.scoring.importance import Importance
 from short_gpt.streaming.decoder import StreamedDecoder, open_stream
 from short_gpt.streaming.memory import plan, resident
@@ -74,13 +74,8 @@ def main(
     result = summary(streamed, before + after, reading, layers, windows)
     print(table(result))
     missed = [text for text, held in limits(result).items() if not held]
-    print("\n".join(f"MISSED: {text}" for text in missed) or "all limits held")
-    if out is not None:
-        command = " ".join(["python", "benchmarks/streaming.py", *sys.argv[1:]])
-        content: dict[str, Any] = {"command": command}
-        content |= {"limits": limits(result), **result}
-        write_record(out, content, overwrite=overwrite)
-    sys.exit(bool(missed))
+    content = {"limits": limits(result), **result}
+    finish("streaming", missed, content, out=out, overwrite=overwrite)
 
 
 def make_checkpoint(directory: Path, layers: int) -> None:
