@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from short_gpt.models.config_check import Outline, differences, outline, part, twin_outline
+from short_gpt.models.families import FAMILIES, Family, family_of
 from short_gpt.runtime.errors import ShortGPTError
 
 # Config entries that list layers by number. Entries with one value a layer need no list: they
@@ -94,6 +95,10 @@ class HFDecoder:
     @property
     def max_seq_len(self) -> int:
         return getattr(self.config, "max_position_embeddings", None) or 2**31 - 1
+
+    @property
+    def family(self) -> Family:
+        return family_of(self.config.model_type)
 
     @torch.no_grad()
     def run(self, tokens: Tensor) -> None:
@@ -203,18 +208,22 @@ def _uncached(module: nn.Module) -> dict[str, bool]:
 
 
 def find_layers(model: nn.Module) -> str:
-    """The path of the decoder's list of layers: as many as its config says, all of one kind.
+    """The path of the decoder's list of layers: the family's, or what can only be it.
+
+    Where the family has no row, or the model is inside another, a list of as many layers as the
+    config says is looked for.
 
     Raises:
         ShortGPTError: no list or more than one fits; the message names them.
     """
     config = model.config.get_text_config(decoder=True)  # type: ignore[operator, union-attr]
     count = config.num_hidden_layers
-    paths = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == count
-    ]
+    lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList)}
+    row = FAMILIES.get(config.model_type)
+    for path in row.layers if row else ():
+        if path in lists and len(lists[path]) == count:
+            return path
+    paths = [name for name, module in lists.items() if len(module) == count]
     outer = [p for p in paths if not any(p.startswith(f"{q}.") for q in paths)]
     decoder = [
         p for p in outer if "vision" not in p and "encoder." not in p.replace("decoder.", "")
