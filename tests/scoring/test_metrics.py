@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+import scipy.stats  # noqa: F401  (its import takes longer than an example of hypothesis may)
 import torch
 from hypothesis import given
 from hypothesis import strategies as st

@@ -83,7 +83,7 @@ def test_generation_with_the_cache_works_after_removal(transformer):
         ([1, 1], "name a layer twice"),
         (
             [0, 1, 2, 3, 4],
-            "number of layers to remove = 5; the model has 5 layers: expected 1 to 4",
+            "layers to remove = 5; the model has 5 layers: expected 1 to 4",
         ),
         ([], "number of layers to remove = 0"),
     ],
