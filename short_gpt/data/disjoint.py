@@ -85,10 +85,7 @@ def overlapping(
         The index of an evaluation window for every training window that shares text with one.
     """
     span = _span(training, evaluation) if span is None else span
-    where: dict[int, list[tuple[int, int]]] = {}
-    for index, window in enumerate(evaluation):
-        for start, value in enumerate(_hashes(window, min(span, len(window)))):
-            where.setdefault(value, []).append((index, start))
+    where = _places(evaluation, span)
     known = np.fromiter(where, dtype=np.uint64, count=len(where))
     short = {len(w) for w in evaluation if len(w) < span}
     shared: dict[int, int] = {}
@@ -98,6 +95,15 @@ def overlapping(
         if match is not None:
             shared[number] = match
     return shared
+
+
+def _places(windows: Sequence[Window], span: int) -> dict[int, list[tuple[int, int]]]:
+    """By a run's number, the windows and the places in them where it starts."""
+    where: dict[int, list[tuple[int, int]]] = {}
+    for index, window in enumerate(windows):
+        for start, value in enumerate(_hashes(window, min(span, len(window)))):
+            where.setdefault(value, []).append((index, start))
+    return where
 
 
 def _span(training: Sequence[Window], evaluation: Sequence[Window]) -> int:

@@ -19,10 +19,9 @@ from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import bar, set_rate
 from short_gpt.scoring import hooks
 from short_gpt.scoring.hooks import Scores
+from short_gpt.scoring.lists import from_lists, layer_numbers, to_lists
 from short_gpt.scoring.metrics import spearman
 from short_gpt.scoring.order import best_block, lowest
-
-Nested = float | None | list["Nested"]  # numbers in lists in lists
 
 
 class ScoreWindows(Protocol):
@@ -203,7 +202,7 @@ class Importance:
 
     def to_dict(self) -> dict[str, object]:
         """The sums as lists, ready for JSON: None stands for NaN."""
-        sums = {f.name: _lists(getattr(self, f.name).tolist()) for f in fields(self)[1:]}
+        sums = {f.name: to_lists(getattr(self, f.name)) for f in fields(self)[1:]}
         return {"layers": self.layers, **sums}
 
     @classmethod
@@ -214,8 +213,8 @@ class Importance:
             ShortGPTError: a field is missing or has the wrong shape.
         """
         try:
-            empty = cls.empty(_numbers(content["layers"]))
-            sums = [_tensor(content[f.name]) for f in fields(cls)[1:]]
+            empty = cls.empty(layer_numbers(content["layers"]))
+            sums = [from_lists(content[f.name]) for f in fields(cls)[1:]]
         except (KeyError, TypeError, ValueError) as error:
             raise ShortGPTError(f"these are not saved scores: {error!r}") from None
         for f, loaded in zip(fields(cls)[1:], sums, strict=True):
@@ -233,27 +232,6 @@ def _angle_products(angles: Tensor) -> Tensor:
         blocks = angles.diagonal(n, dim1=1, dim2=2)  # (B, L - n + 1)
         products[n - 1, : L - n + 1, : L - n + 1] = blocks.T @ blocks
     return products
-
-
-def _lists(values: Nested) -> Nested:
-    if isinstance(values, list):
-        return [_lists(v) for v in values]
-    return None if values is None or math.isnan(values) else values
-
-
-def _numbers(content: object) -> list[int]:
-    if not isinstance(content, list):
-        raise TypeError("layers is no list")
-    return content
-
-
-def _tensor(content: object) -> Tensor:
-    def filled(value: object) -> object:
-        if isinstance(value, list):
-            return [filled(v) for v in value]
-        return math.nan if value is None else value
-
-    return torch.tensor(filled(content), dtype=torch.float64)
 
 
 def measure(
