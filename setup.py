@@ -44,6 +44,7 @@ setup(
     install_requires=[
         "torch>=2.5",
         "numpy",
+        "scipy>=1.11",
         "fairscale>=0.4.13",
         "fire>=0.6",
         "sentencepiece>=0.1.99",

@@ -34,7 +34,7 @@ from torch import Tensor
 from llama import Llama
 from short_gpt import ShortLlama, windows
 from short_gpt.data import demo
-from short_gpt.scoring.hooks import Watch
+from short_gpt.scoring.hooks import LayerHooks
 from short_gpt.scoring.importance import measure
 
 SIZE = 1024
@@ -149,18 +149,18 @@ def timed(way: Callable[[list[int]], object], window: list[int]) -> float:
 
 def hook_share(short: ShortLlama, window: list[int]) -> float:
     """Seconds inside the hooks as a share of the rest of the same pass."""
-    inside, plain = [0.0], Watch.after
+    inside, plain = [0.0], LayerHooks.after
 
-    def after(self: Watch, *args: object) -> None:
+    def after(self: LayerHooks, *args: object) -> None:
         start = time.perf_counter()
         plain(self, *args)  # type: ignore[arg-type]
         inside[0] += time.perf_counter() - start
 
-    Watch.after = after  # type: ignore[method-assign, assignment]
+    LayerHooks.after = after  # type: ignore[method-assign, assignment]
     try:
         total = timed(lambda w: scoring(short, w), window)
     finally:
-        Watch.after = plain  # type: ignore[method-assign]
+        LayerHooks.after = plain  # type: ignore[method-assign]
     return inside[0] / (total - inside[0])
 
 

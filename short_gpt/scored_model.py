@@ -168,6 +168,7 @@ class ScoredModel(ABC):
             population=getattr(windows, "population", None),
             stop=stop,
             state=state,
+            score=self.score,
         )
         try:
             run.read(

@@ -10,6 +10,7 @@ from llama.io.sources import is_meta
 from short_gpt.cli.shared import importance_of, open_short, say
 from short_gpt.data.texts import texts
 from short_gpt.data.windows import windows
+from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.opening import layers_of
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.results import read_record, versions
@@ -115,7 +116,12 @@ class Choice:
         options = {"size": size, "stride": size, "seed": 0, "limit": limit}
         held = list(windows(texts(eval_data), short.encode, **options))  # type: ignore[arg-type]
         bound = len(self._found) if self._found is not None else short.n_layers - 1
-        gate = most_layers(short, self.layers, held, ratio=ratio, most=bound)
+
+        def perplexity_without(layers: list[int]) -> Perplexity:
+            with short.without_layers(layers):
+                return short.perplexity(held)
+
+        gate = most_layers(perplexity_without, self.layers, ratio=ratio, most=bound)
         dense = gate.tried[0].value
         if not gate.layers:
             raise ShortGPTError(

@@ -22,7 +22,7 @@ from short_gpt.cli.shared import (
     targets_of,
 )
 from short_gpt.data import demo
-from short_gpt.data.disjoint import hold_out, overlapping
+from short_gpt.data.disjoint import hold_out, without_overlap
 from short_gpt.data.texts import read_texts, texts
 from short_gpt.data.windows import windows
 from short_gpt.evaluation.paired import losses
@@ -262,9 +262,10 @@ def _lora(
             recipe = recipe_for(short.model.config)
             recipe = replace(recipe, **{k: v for k, v in changes.items() if v is not None})
             learned = cut(calibration, None, recipe.size)
-            learned = _without(learned, evaluation)
+            learned, _ = without_overlap(learned, evaluation)
             count = max(1, min(len(learned) // 10, 8))
-            parts = (_without(learned[:-count], learned[-count:]), learned[-count:], evaluation)
+            apart, _ = without_overlap(learned[:-count], learned[-count:])
+            parts = (apart, learned[-count:], evaluation)
             work = (
                 state.path.with_name(f"{state.path.name}.lora-{_name(layers)}") if state else None
             )
@@ -278,13 +279,6 @@ def _lora(
             return found
 
     return healed
-
-
-def _without(windows: list[list[int]], others: list[list[int]]) -> list[list[int]]:
-    """The windows that share no text with the others."""
-
-    shared = overlapping(windows, others)
-    return [window for i, window in enumerate(windows) if i not in shared]
 
 
 def _name(layers: list[int]) -> str:

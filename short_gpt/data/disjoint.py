@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 
@@ -14,6 +15,7 @@ BASE = np.uint64(0x9E3779B97F4A7C15)  # odd, so that its powers have inverses mo
 INVERSE = np.uint64(pow(int(BASE), -1, 2**64))
 
 Window = Sequence[int]
+W = TypeVar("W", bound=Sequence[int])
 
 
 def hold_out(
@@ -50,46 +52,77 @@ def hold_out(
     return training, evaluation
 
 
+def without_overlap(
+    windows: Sequence[W], others: Sequence[Window], *, span: int | None = None
+) -> tuple[list[W], int]:
+    """The windows that share no text with others, such as those that are evaluated on.
+
+    Args:
+        windows, others, span: as in `overlapping`.
+
+    Returns:
+        The windows kept, in their order, and how many went.
+
+    Example:
+        >>> without_overlap([[1, 2, 3], [4, 5, 6]], [[7, 8, 9], [1, 2, 3]])
+        ([[4, 5, 6]], 1)
+    """
+    shared = overlapping(windows, others, span=span)
+    return [window for i, window in enumerate(windows) if i not in shared], len(shared)
+
+
 def overlapping(
-    training: Sequence[Window], evaluation: Sequence[Window], *, span: int = SPAN
+    training: Sequence[Window], evaluation: Sequence[Window], *, span: int | None = None
 ) -> dict[int, int]:
     """Which windows to train on share text with windows to evaluate on.
 
     Args:
         training, evaluation: windows of token ids by the same tokenizer.
-        span: how many equal tokens in a row are shared text. Windows shorter than that are
-            compared whole with each other.
+        span: how many equal tokens in a row are shared text; None is 64, or the longest window's
+            length if that is less. Windows shorter than that are compared whole with each other.
 
     Returns:
         The index of an evaluation window for every training window that shares text with one.
     """
-    where: dict[int, list[tuple[int, int]]] = {}
-    for index, window in enumerate(evaluation):
-        for start, value in enumerate(_hashes(window, min(span, len(window)))):
-            where.setdefault(value, []).append((index, start))
+    span = _span(training, evaluation) if span is None else span
+    where = _places(evaluation, span)
     known = np.fromiter(where, dtype=np.uint64, count=len(where))
     short = {len(w) for w in evaluation if len(w) < span}
-    found: dict[int, int] = {}
+    shared: dict[int, int] = {}
     for number, window in enumerate(training):
         lengths = {span} | (short & {len(window)})
         match = _match(window, lengths, known, where, evaluation)
         if match is not None:
-            found[number] = match
-    return found
+            shared[number] = match
+    return shared
+
+
+def _places(windows: Sequence[Window], span: int) -> dict[int, list[tuple[int, int]]]:
+    """By a run's number, the windows and the places in them where it starts."""
+    where: dict[int, list[tuple[int, int]]] = {}
+    for index, window in enumerate(windows):
+        for start, value in enumerate(_hashes(window, min(span, len(window)))):
+            where.setdefault(value, []).append((index, start))
+    return where
+
+
+def _span(training: Sequence[Window], evaluation: Sequence[Window]) -> int:
+    return min(SPAN, max(map(len, [*training, *evaluation]), default=SPAN))
 
 
 def check_disjoint(
-    training: Sequence[Window], evaluation: Sequence[Window], *, span: int = SPAN
+    training: Sequence[Window], evaluation: Sequence[Window], *, span: int | None = None
 ) -> None:
     """Raises ShortGPTError if a model would be trained on text that it is evaluated on.
 
     Arguments as in `overlapping`.
     """
-    found = overlapping(training, evaluation, span=span)
-    if found:
-        number, other = next(iter(found.items()))
+    span = _span(training, evaluation) if span is None else span
+    shared = overlapping(training, evaluation, span=span)
+    if shared:
+        number, other = next(iter(shared.items()))
         raise ShortGPTError(
-            f"{len(found)} of {len(training)} training windows share text with the windows to "
+            f"{len(shared)} of {len(training)} training windows share text with the windows to "
             f"evaluate on ({span} tokens in a row, or a whole shorter window; number {number} with "
             f"evaluation window {other}, for one): healing must not see that text; train on "
             "another, or leave those windows out"
@@ -118,9 +151,10 @@ def _match(
 
 def _hashes(window: Window, span: int) -> np.ndarray:
     """A number for every run of ``span`` tokens: sum of x[k] BASE^k over the run, modulo 2^64."""
+    # prefix sums give every run by one subtraction; all in uint64, which wraps around as it should
     with np.errstate(over="ignore"):
         tokens = (np.asarray(window, dtype=np.uint64) + np.uint64(1)) * BASE
-        tokens ^= tokens >> np.uint64(29)
+        tokens ^= tokens >> np.uint64(29)  # mixed, so that near token numbers do not cancel
         powers = np.full(len(tokens), BASE, dtype=np.uint64)
         powers[:1] = 1
         powers = np.cumprod(powers, dtype=np.uint64)

@@ -17,19 +17,12 @@ from llama.parallel import several_ranks
 from short_gpt.data.disjoint import check_disjoint
 from short_gpt.healing.recipe import Recipe, recipe_for
 from short_gpt.healing.trainer import quiet, train
+from short_gpt.models.families import ANY, family_of
 from short_gpt.models.hf import find_layers
 from short_gpt.runtime.errors import MissingPackageError, ShortGPTError
 from short_gpt.surgery.changes import WeightChange, parameters_of
 
 Window = Sequence[int]
-
-# The MLP's projections by their usual names: llama, mistral, qwen2; phi3; phi, opt; Qwen of 2023;
-# gpt2, starcoder2; gpt_neox, falcon, bloom.
-MLP = (
-    *("gate_proj", "up_proj", "down_proj"),
-    *("gate_up_proj", "fc1", "fc2", "w1", "w2", "mlp.c_fc", "mlp.c_proj"),
-    *("dense_h_to_4h", "dense_4h_to_h"),
-)
 
 
 @dataclass(frozen=True)
@@ -266,13 +259,13 @@ def target_modules(model: Any, names: Sequence[str] | None = None) -> list[str]:
 
     Args:
         model: a causal language model of transformers.
-        names: ends of their names; None takes the MLP's projections.
+        names: ends of their names; None takes the MLP's of the model's family.
 
     Raises:
         ShortGPTError: there is none.
     """
-
-    wanted = MLP if names is None else names
+    model_type = model.config.get_text_config(decoder=True).model_type
+    wanted = family_of(model_type).lora if names is None else names
     inside = find_layers(model) + "."
     found = [
         name
@@ -283,7 +276,8 @@ def target_modules(model: Any, names: Sequence[str] | None = None) -> list[str]:
     ]
     if not found:
         raise ShortGPTError(
-            f"{type(model).__name__} has no linear maps named {', '.join(wanted)}; name its own"
+            f"{type(model).__name__} has no linear maps named {', '.join(wanted or ANY.lora)}; "
+            "name its own"
         )
     return found
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from short_gpt.models.families import FAMILIES
 from short_gpt.runtime.errors import ShortGPTError
 
 
@@ -91,7 +92,6 @@ PAPER: tuple[tuple[dict[str, Any], dict[str, Any]], ...] = (
         {"rank": 64, "learning_rate": 2e-4, "size": 2048},
     ),
 )
-QWEN_MODULES = ("w1", "w2", "mlp.c_proj")
 # The public healing demonstration of ShortGPT for Hugging Face models.
 DEMO = {"rank": 8, "alpha": 32, "learning_rate": 1e-6, "modules": ("q_proj", "v_proj")}
 DEMO |= {"batch": 1, "warmup": 0}
@@ -124,5 +124,5 @@ def recipe_for(config: Any, preset: str = "paper", **changes: Any) -> Recipe:
         if all(getattr(text, name, None) == value for name, value in model.items()):
             found = dict(settings)
     if text.model_type == "qwen":
-        found["modules"] = QWEN_MODULES
+        found["modules"] = FAMILIES["qwen"].lora
     return Recipe(**{**found, **changes})

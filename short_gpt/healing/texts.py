@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from short_gpt.cli.shared import say
-from short_gpt.data.disjoint import SPAN, check_disjoint, hold_out, overlapping
+from short_gpt.data.disjoint import check_disjoint, hold_out, without_overlap
 from short_gpt.data.texts import read_texts, texts
 from short_gpt.data.windows import windows
 from short_gpt.runtime.errors import ShortGPTError
@@ -56,29 +56,26 @@ class Source:
         evaluation = cut(held, eval_windows)
         chosen = cut(training, limit)
         drop = self.eval_data is None if drop_overlap is None else drop_overlap
-        chosen = _apart(chosen, evaluation, min(SPAN, size), drop=drop)
+        chosen = _apart(chosen, evaluation, drop=drop)
         if not lora:
             return Learning(chosen, [], evaluation)
         count = max(1, min(len(chosen) // 10, 16))
         validation = chosen[-count:]
-        chosen = _apart(chosen[:-count], validation, min(SPAN, size), drop=True)
+        chosen = _apart(chosen[:-count], validation, drop=True)
         return Learning(chosen, validation, evaluation)
 
 
-def _apart(
-    training: list[list[int]], others: list[list[int]], span: int, *, drop: bool
-) -> list[list[int]]:
+def _apart(training: list[list[int]], others: list[list[int]], *, drop: bool) -> list[list[int]]:
     """The windows that share no text with the others."""
     if not drop:
-        check_disjoint(training, others, span=span)
+        check_disjoint(training, others)
         return training
-    shared = overlapping(training, others, span=span)
-    kept = [w for i, w in enumerate(training) if i not in shared]
+    kept, gone = without_overlap(training, others)
     if not kept:
         raise ShortGPTError(
             f"all {len(training)} windows to learn from share text with those kept apart from "
             "them: give other texts, or more"
         )
-    if shared:
-        say(f"left out {len(shared)} of {len(training)} windows: text kept apart from learning")
+    if gone:
+        say(f"left out {gone} of {len(training)} windows: text kept apart from learning")
     return kept

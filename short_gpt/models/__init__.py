@@ -1,1 +1,28 @@
+"""Models of either kind as layers over token ids: Meta's Llama and those of transformers.
 
+`decoder` says what the method needs to know of a model; `meta` and `hf` are its two kinds;
+`families` names the parts of their layers; `numbering` says which layers exist and how many may go;
+`layer_hooks` reaches into layers; `config_check` proves that a config makes the model; `loading`
+finds models of transformers where they lie.
+"""
+
+from short_gpt.models.decoder import Decoder, pad
+from short_gpt.models.families import FAMILIES, Family, family_of
+from short_gpt.models.hf import HFDecoder, find_layers
+from short_gpt.models.meta import MetaDecoder
+from short_gpt.models.numbering import check_count, check_exist, check_layers, span
+
+__all__ = [
+    "FAMILIES",
+    "Decoder",
+    "Family",
+    "HFDecoder",
+    "MetaDecoder",
+    "check_count",
+    "check_exist",
+    "check_layers",
+    "family_of",
+    "find_layers",
+    "pad",
+    "span",
+]

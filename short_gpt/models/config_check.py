@@ -15,6 +15,8 @@ from torch import nn
 
 from short_gpt.runtime.errors import ShortGPTError
 
+Traits = dict[str, object]  # kinds, settings and shapes by name
+
 
 class Outline(NamedTuple):
     """Kinds, settings and shapes of all that a config decides, by name; no weights.
@@ -22,8 +24,8 @@ class Outline(NamedTuple):
     ``layers`` holds one mapping for each layer, ``rest`` what is around them.
     """
 
-    layers: list[dict[str, Any]]
-    rest: dict[str, Any]
+    layers: list[Traits]
+    rest: Traits
 
 
 def outline(model: nn.Module, layers_path: str) -> Outline:
@@ -31,7 +33,7 @@ def outline(model: nn.Module, layers_path: str) -> Outline:
     layers = model.get_submodule(layers_path)
     inside = {id(module) for module in layers.modules()}
     own = [(name, module) for name, module in model.named_modules() if id(module) not in inside]
-    rest: dict[str, Any] = {}
+    rest: Traits = {}
     for name, module in own:
         rest |= _traits(name, module)
     return Outline([_whole(layer) for layer in layers.children()], rest)
@@ -62,44 +64,44 @@ def differences(ours: Outline, theirs: Outline) -> list[str]:
     """How the twin would differ from ours, in the twin's terms; none if in nothing."""
     if len(ours.layers) != len(theirs.layers):
         return [f"{len(theirs.layers)} layers, not {len(ours.layers)}"]
-    found = [f"{text} around the layers" for text in _differing(ours.rest, theirs.rest)]
+    result = [f"{text} around the layers" for text in _differing(ours.rest, theirs.rest)]
     for place, pair in enumerate(zip(ours.layers, theirs.layers, strict=True)):
-        found += [f"layer {place} of the rest with {text}" for text in _differing(*pair)]
-    return found
+        result += [f"layer {place} of the rest with {text}" for text in _differing(*pair)]
+    return result
 
 
-def _whole(layer: nn.Module) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+def _whole(layer: nn.Module) -> Traits:
+    traits: Traits = {}
     for name, module in layer.named_modules():
-        found |= _traits(name, module)
-    return found
+        traits |= _traits(name, module)
+    return traits
 
 
-def _traits(name: str, module: nn.Module) -> dict[str, Any]:
+def _traits(name: str, module: nn.Module) -> Traits:
     """Kind, plain settings and own shapes of one module."""
     front = f"{name}." if name else ""
-    found: dict[str, Any] = {f"{front}kind": type(module).__name__}
+    traits: Traits = {f"{front}kind": type(module).__name__}
     for key, value in vars(module).items():
         if _plain(value) and key != "training" and not key.startswith("_"):
-            found[front + key] = value
+            traits[front + key] = value
     for key, weight in module.named_parameters(recurse=False):
-        found[front + key] = weight.shape
-    return found
+        traits[front + key] = weight.shape
+    return traits
 
 
-def _plain(value: Any) -> bool:
+def _plain(value: object) -> bool:
     if isinstance(value, list | tuple):
         return all(map(_plain, value))
     return isinstance(value, bool | int | float | str | None)
 
 
-def _differing(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+def _differing(ours: Traits, theirs: Traits) -> list[str]:
     """Settings that ours lacks do not count, shapes that the twin lacks do."""
     shapes = (n for n, v in ours.items() if isinstance(v, torch.Size) and n not in theirs)
-    found = [f"no {name}" for name in shapes]
+    result = [f"no {name}" for name in shapes]
     for name, value in theirs.items():
         absent = isinstance(value, torch.Size) and name not in ours
         if absent or ours.get(name, value) != value:
             shown = list(value) if isinstance(value, torch.Size) else value
-            found.append(f"{name} = {shown!r}")
-    return found
+            result.append(f"{name} = {shown!r}")
+    return result

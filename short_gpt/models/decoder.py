@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from short_gpt.models.families import Family
 from short_gpt.runtime.errors import ShortGPTError
 
 
@@ -40,6 +41,10 @@ class Decoder(Protocol):
 
     @property
     def max_seq_len(self) -> int: ...
+
+    @property
+    def family(self) -> Family:
+        """What the parts of its layers are called."""
 
     def run(self, tokens: Tensor) -> None:
         """Reads (B, S) tokens through embeddings and layers; nothing is kept."""

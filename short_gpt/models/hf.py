@@ -13,13 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from short_gpt.models.config_check import Outline, differences, outline, part, twin_outline
+from short_gpt.models.config_entries import cut_entries, layer_entries
+from short_gpt.models.families import FAMILIES, Family, family_of
 from short_gpt.runtime.errors import ShortGPTError
 
-# Config entries that list layers by number. Entries with one value a layer need no list: they
-# are known by their length.
-NUMBERED = ("mlp_only_layers", "moe_layers")
-# Config entries that count the first layers, which are of another kind than those behind them.
-LEADING = ("first_k_dense_replace", "num_dense_layers")
 # Modules' attributes that hold the number of their layer.
 NUMBERS = ("layer_idx", "layer_id")
 # Config entries by which layers compute with their own number, which no outline shows.
@@ -51,17 +48,18 @@ class HFDecoder:
         owner, _, self._name = self.layers_path.rpartition(".")
         try:
             self._owner = model.get_submodule(owner)
-            found = self.layers
+            layers = self.layers
         except AttributeError:
-            found = None
-        if not isinstance(found, nn.ModuleList):
+            layers = None
+        if not isinstance(layers, nn.ModuleList):
             raise ShortGPTError(
                 f"{self.layers_path} is no list of layers of {type(model).__name__}"
             )
-        if len(found) != self.config.num_hidden_layers:
+        if len(layers) != self.config.num_hidden_layers:
             raise ShortGPTError(
-                f"{self.layers_path} of {type(model).__name__} has {len(found)} layers, its config "
-                f"says {self.config.num_hidden_layers}: it is another list, or was cut elsewhere"
+                f"{self.layers_path} of {type(model).__name__} has {len(layers)} layers, its "
+                f"config says {self.config.num_hidden_layers}: it is another list, or was cut "
+                "elsewhere"
             )
         self._twins: dict[str, Outline] = {}
 
@@ -94,6 +92,10 @@ class HFDecoder:
     @property
     def max_seq_len(self) -> int:
         return getattr(self.config, "max_position_embeddings", None) or 2**31 - 1
+
+    @property
+    def family(self) -> Family:
+        return family_of(self.config.model_type)
 
     @torch.no_grad()
     def run(self, tokens: Tensor) -> None:
@@ -160,8 +162,8 @@ class HFDecoder:
         """All that counts or lists layers: configs, modules' numbers, modules' copies of both."""
         edits: list[Edit] = []
         for config in self._configs():
-            entries = _entries(config, len(self.layers))
-            edits.append((vars(config), entries, _cut(entries, keep)))
+            entries = layer_entries(config, len(self.layers))
+            edits.append((vars(config), entries, cut_entries(entries, keep)))
         _, entries, cut = edits[0]
         for module in self._owner.modules():
             old = {k: v for k, v in entries.items() if vars(module).get(k) == v}
@@ -203,18 +205,22 @@ def _uncached(module: nn.Module) -> dict[str, bool]:
 
 
 def find_layers(model: nn.Module) -> str:
-    """The path of the decoder's list of layers: as many as its config says, all of one kind.
+    """The path of the decoder's list of layers: the family's, or what can only be it.
+
+    Where the family has no row, or the model is inside another, a list of as many layers as the
+    config says is looked for.
 
     Raises:
         ShortGPTError: no list or more than one fits; the message names them.
     """
     config = model.config.get_text_config(decoder=True)  # type: ignore[operator, union-attr]
     count = config.num_hidden_layers
-    paths = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == count
-    ]
+    lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList)}
+    row = FAMILIES.get(config.model_type)
+    for path in row.layers if row else ():
+        if path in lists and len(lists[path]) == count:
+            return path
+    paths = [name for name, module in lists.items() if len(module) == count]
     outer = [p for p in paths if not any(p.startswith(f"{q}.") for q in paths)]
     decoder = [
         p for p in outer if "vision" not in p and "encoder." not in p.replace("decoder.", "")
@@ -225,38 +231,6 @@ def find_layers(model: nn.Module) -> str:
             "one with layers_path, as in 'model.layers'"
         )
     return decoder[0]
-
-
-def _entries(config: Any, count: int) -> dict[str, Any]:
-    """What the config holds of single layers, by the names of its own attributes."""
-    count_name = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
-    found: dict[str, Any] = {}
-    for name, value in vars(config).items():
-        # as many ends of text (eos_token_id) as layers are no list of layers
-        listed = isinstance(value, list | tuple) and "token" not in name
-        counted = name in (count_name, *LEADING) and isinstance(value, int)
-        if counted or (listed and (name in NUMBERED or len(value) == count)):
-            found[name] = value
-    if "attention_layers" in found:  # GPT Neo's list, and the runs of it that make the list
-        found |= {k: v for k, v in vars(config).items() if k == "attention_types"}
-    return found
-
-
-def _cut(entries: dict[str, Any], keep: Sequence[int]) -> dict[str, Any]:
-    new_number = {old: new for new, old in enumerate(keep)}
-    cut: dict[str, Any] = {}
-    for name, value in entries.items():
-        if name in LEADING:
-            cut[name] = sum(i < value for i in keep)
-        elif isinstance(value, int):
-            cut[name] = len(keep)
-        elif name == "attention_types":
-            cut[name] = [[[entries["attention_layers"][i] for i in keep], 1]]
-        elif name in NUMBERED:
-            cut[name] = type(value)(new_number[i] for i in value if i in new_number)
-        else:
-            cut[name] = type(value)(value[i] for i in keep)
-    return cut
 
 
 def _check_kind(model: Any) -> None:

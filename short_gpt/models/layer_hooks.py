@@ -1,4 +1,4 @@
-"""Where a layer's MLP ends: the last linear map in front of the residual sum.
+"""Inside a layer: the maps that end its halves, and hooks around it.
 
 Shapes: B windows, S tokens, D width of the stream, F width of the MLP.
 """
@@ -13,46 +13,62 @@ import torch
 from torch import Tensor, nn
 
 from short_gpt.models.decoder import Decoder
+from short_gpt.models.families import ANY, Family, only_part
 from short_gpt.runtime.errors import ShortGPTError
 
-# Its name inside a layer, by the families that use it.
-NAMES = (
-    "feed_forward.w2",  # Meta's Llama
-    "mlp.down_proj",  # llama, mistral, qwen2, qwen3, phi3, gemma, olmo2, smollm3, stablelm, ...
-    "mlp.c_proj",  # gpt2 (a Conv1D), starcoder2
-    "mlp.fc2",  # phi
-    "mlp.dense_4h_to_h",  # gpt_neox, falcon, bloom
-    "fc2",  # opt
-)
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def mlp_output(layer: nn.Module) -> nn.Module:
+def mlp_output(layer: nn.Module, family: Family = ANY) -> nn.Module:
     """The linear map that ends a layer's MLP.
+
+    Args:
+        layer: of a model in memory.
+        family: its names; `ANY` looks for all that are known.
 
     Raises:
         ShortGPTError: the layer has none of a known name, or its weights are quantized.
     """
-    modules = dict(layer.named_modules())
-    found = [modules[name] for name in NAMES if name in modules]
-    kind = type(layer).__name__
-    if len(found) != 1:
+    linear, kind = only_part(layer, family.mlp_output), type(layer).__name__
+    if linear is None:
         raise ShortGPTError(
             f"{kind} has no single linear map at the end of its MLP (looked for "
-            f"{', '.join(NAMES)}; mixtures of experts have many)"
+            f"{', '.join(family.mlp_output or ANY.mlp_output)}; mixtures of experts have many)"
         )
-    weight = getattr(found[0], "weight", None)
-    if isinstance(weight, Tensor) and weight.is_meta:
-        raise ShortGPTError("the weights are not in memory: open the model whole, not streamed")
-    wrapped = any(True for _ in found[0].children())  # such as an adapter
+    weight = getattr(linear, "weight", None)
+    check_in_memory(weight)
+    wrapped = any(True for _ in linear.children())  # such as an adapter
     plain = isinstance(weight, Tensor) and weight.dim() == 2 and weight.dtype in FLOATS
     if wrapped or not plain:
-        have = f"{type(found[0]).__name__} of {getattr(weight, 'dtype', 'no weight')}"
+        have = f"{type(linear).__name__} of {getattr(weight, 'dtype', 'no weight')}"
         raise ShortGPTError(
             f"the map at the end of {kind}'s MLP is {have}; expected one plain matrix: load the "
             "model unquantized and without adapters"
         )
-    return found[0]
+    return linear
+
+
+def attention_output(layer: nn.Module, family: Family = ANY) -> nn.Module:
+    """The linear map that ends a layer's attention; arguments as in `mlp_output`.
+
+    Raises:
+        ShortGPTError: the layer has none of a known name, or its weights are quantized.
+    """
+    linear = only_part(layer, family.attention_output)
+    weight = getattr(linear, "weight", None)
+    check_in_memory(weight)
+    if linear is None or not isinstance(weight, Tensor) or not weight.is_floating_point():
+        raise ShortGPTError(
+            f"{type(layer).__name__} has no plain matrix at the end of its attention (looked for "
+            f"{', '.join(family.attention_output or ANY.attention_output)})"
+        )
+    return linear
+
+
+def check_in_memory(weight: object) -> None:
+    """Raises ShortGPTError for a weight that a streamed model reads only while its layer runs."""
+    if isinstance(weight, Tensor) and weight.is_meta:
+        raise ShortGPTError("the weights are not in memory: open the model whole, not streamed")
 
 
 def transposed(linear: nn.Module) -> bool:
@@ -111,7 +127,7 @@ def check_added(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
 
 def first(output: Any) -> Tensor:
     """The state (B, S, D) in what a layer returns."""
-    return output[0] if isinstance(output, tuple) else output
+    return output[0] if isinstance(output, tuple | list) else output
 
 
 class States(ExitStack):

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from short_gpt.models.families import META, Family
+
 
 class MetaDecoder:
     """A `Decoder` over ``llama.Transformer``, or over the model of Meta's reference package."""
@@ -37,6 +39,10 @@ class MetaDecoder:
     @property
     def max_seq_len(self) -> int:
         return self.model.params.max_seq_len
+
+    @property
+    def family(self) -> Family:
+        return META
 
     @torch.no_grad()
     def run(self, tokens: Tensor) -> None:

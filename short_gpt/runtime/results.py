@@ -26,11 +26,11 @@ def versions() -> dict[str, str]:
     return found
 
 
-def machine() -> dict[str, Any]:
+def machine() -> dict[str, object]:
     """The system, processor, cores, threads and CUDA device that numbers were computed with."""
     import torch
 
-    found: dict[str, Any] = {"system": f"{platform.system()} {platform.machine()}"}
+    found: dict[str, object] = {"system": f"{platform.system()} {platform.machine()}"}
     found |= {"processor": processor(), "cores": os.cpu_count()}
     found["torch_threads"] = torch.get_num_threads()
     if torch.cuda.is_available():
@@ -49,7 +49,7 @@ def processor() -> str:
 
 
 def write_record(
-    path: str | os.PathLike[str], content: Mapping[str, Any], *, overwrite: bool = False
+    path: str | os.PathLike[str], content: Mapping[str, object], *, overwrite: bool = False
 ) -> Path:
     """Writes ``content``, `versions` and `machine` as a JSON file, whole or not at all.
 

@@ -29,7 +29,7 @@ class StateFile:
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], identity: Mapping[str, Any], *, every: float = 120.0
+        self, path: str | os.PathLike[str], identity: Mapping[str, object], *, every: float = 120.0
     ) -> None:
         self.path = Path(str(path))
         self.every = every
@@ -62,7 +62,7 @@ class StateFile:
         """Whether it is time to save."""
         return time.monotonic() - self._saved >= self.every
 
-    def save(self, content: Mapping[str, Any]) -> None:
+    def save(self, content: Mapping[str, object]) -> None:
         """Replaces the file."""
         write_record(self.path, {"run": self._identity, **content}, overwrite=True)
         self._saved = time.monotonic()

@@ -6,22 +6,28 @@ Shapes: B windows, S tokens, D width, L layers.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from short_gpt.models.decoder import Decoder, pad
+from short_gpt.models.families import Family, part
+from short_gpt.models.layer_hooks import first
 from short_gpt.runtime.errors import NotFiniteError
-from short_gpt.scoring.metrics import cosine_from_products, relative_magnitude, widen
+from short_gpt.scoring.metrics import (
+    angular_distances,
+    block_influence,
+    relative_magnitude,
+    squares,
+    widen,
+)
 
-ATTENTION = ("attention", "self_attn", "attn")
-MLP = ("feed_forward", "mlp")
-MLP_NORM = ("ffn_norm", "pre_feedforward_layernorm", "post_attention_layernorm", "ln_2")
-PROVED = 8  # tokens on which it is checked that the halves add up to the layer
+PROVED = 8  # tokens of each window on which the halves are seen to add up to the layer
 
 
 @dataclass(frozen=True)
@@ -85,14 +91,15 @@ def score(
         NotFiniteError: a state is NaN or infinite.
     """
     tokens, mask = pad(windows, decoder)
-    with watch(decoder.layers, mask, sublayers=sublayers, all_tokens=all_tokens) as seen:
+    family = decoder.family if sublayers else None
+    with hooked(decoder.layers, mask, halves_of=family, all_tokens=all_tokens) as hooks:
         decoder.run(tokens)
-    found = seen.scores()
-    found.check_finite(layers)
-    return found
+    scores = hooks.scores()
+    scores.check_finite(layers)
+    return scores
 
 
-class Watch:
+class LayerHooks:
     """Reduces the states of one pass; `after` is called for the layers in their order.
 
     Args:
@@ -103,27 +110,43 @@ class Watch:
     def __init__(self, mask: Tensor, *, all_tokens: bool = False) -> None:
         self._mask = mask
         self._rows = torch.arange(len(mask), device=mask.device)
-        self._ends = mask.sum(1) - 1
-        self._state: Tensor | None = None  # behind the previous layer, and its squared norms
-        self._squares: Tensor | None = None
+        self._ends = mask.sum(1) - 1  # the last real token of each window, (B,)
+        self._state: Tensor | None = None  # behind the previous layer, (B, S, D)
+        self._squares: Tensor | None = None  # its squared norms, (B, S)
         self._last: list[Tensor] = []  # (B, D) float32, L + 1 of them
-        self._kept: list[Tensor] | None = [] if all_tokens else None
+        self._kept: list[Tensor] | None = [] if all_tokens else None  # (B, S, D), L + 1 of them
         self._sums: list[Tensor] = []  # (5, B): influence, magnitude, norm, attention, MLP
         self._middle = _Middle()
 
-    def after(self, layer: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any) -> None:
+    def on_halves(self, layer: nn.Module, family: Family) -> list[RemovableHandle]:
+        """Hooks on the attention and the MLP of a layer; none where it has no such parts."""
+        return self._middle.hooks(layer, family)
+
+    def forget_state(self) -> None:
+        """To be called where the state goes to the next layer as a copy, or is written over.
+
+        Its squared norms are not used again then, and nothing holds on to its memory.
+        """
+        self._state = self._squares = None
+
+    def after(
+        self, layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
+    ) -> None:
         """Forward hook: the state in front (B, S, D) and the one behind, of one layer."""
-        state = args[0] if args else kwargs["hidden_states"]
-        result = output[0] if isinstance(output, tuple | list) else output
+        state: Tensor = args[0] if args else kwargs["hidden_states"]
+        result = first(output)
         x, y = widen(state), widen(result)
         if not self._last:
             self._keep(state, x)
-        xx = self._squares
-        if xx is None or state is not self._state:
-            xx = torch.linalg.vecdot(x, x)
-        yy = torch.linalg.vecdot(y, y)
-        turned = 1.0 - cosine_from_products(torch.linalg.vecdot(x, y), xx, yy)
-        each = [turned, relative_magnitude(x, y, yy), yy.sqrt(), *self._middle.turned(state, y, yy)]
+        # the state in front is the one behind the previous layer, unless something came between
+        xx = self._squares if self._squares is not None and state is self._state else squares(x)
+        yy = squares(y)
+        each = [  # (B, S) each
+            block_influence(x, y, xx=xx, yy=yy),
+            relative_magnitude(x, y, yy=yy),
+            yy.sqrt(),
+            *self._middle.influences(state, y, yy),
+        ]
         self._sums.append(torch.stack([torch.where(self._mask, e, 0.0).sum(1) for e in each]))
         self._keep(result, y)
         self._state, self._squares = result, yy
@@ -134,7 +157,7 @@ class Watch:
             self._kept.append(state)
 
     def scores(self) -> Scores:
-        """What was seen, once all layers have run."""
+        """The scores of the pass, once all layers have run."""
         influence, magnitude, norm, *halves = torch.stack(self._sums, dim=2)  # (5, B, L)
         angles = angular_distances(torch.stack(self._last, dim=1))
         everywhere = torch.full_like(angles, math.nan)
@@ -145,23 +168,22 @@ class Watch:
                     for row, length in enumerate(self._mask.sum(1).tolist())
                 ]
             )
-        found = (influence, angles, magnitude, norm, torch.stack(halves, dim=1), everywhere)
-        return Scores(self._mask.sum(1), *found)
+        sums = (influence, angles, magnitude, norm, torch.stack(halves, dim=1), everywhere)
+        return Scores(self._mask.sum(1), *sums)
 
 
 class _Middle:
     """The state between the two halves of a layer, while the layer runs."""
 
     def __init__(self) -> None:
-        self.state: Tensor | None = None
-        self.attention: Tensor | None = None
-        self.mlp: Tensor | None = None
+        self.state: Tensor | None = None  # (B, S, D) in front of the MLP's norm
+        self.attention: Tensor | None = None  # (B, PROVED, D) that the attention adds
+        self.mlp: Tensor | None = None  # (B, PROVED, D) that the MLP adds
 
-    def watch(self, layer: nn.Module) -> list[Any]:
+    def hooks(self, layer: nn.Module, family: Family) -> list[RemovableHandle]:
         """Hooks on the halves of a layer; none if it has no such parts."""
-        parts = dict(layer.named_children())
-        attention, mlp = _first(parts, ATTENTION), _first(parts, MLP)
-        norm = _first(parts, MLP_NORM)
+        attention, mlp = part(layer, family.attention), part(layer, family.mlp)
+        norm = part(layer, family.mlp_norm)
         if attention is None or mlp is None or norm is None:
             return []
 
@@ -169,79 +191,75 @@ class _Middle:
             self.state = args[0]
 
         def attended(module: nn.Module, args: Any, output: Any) -> None:
-            self.attention = (output[0] if isinstance(output, tuple) else output)[:, :PROVED]
+            self.attention = first(output)[:, :PROVED]
 
         def mapped(module: nn.Module, args: Any, output: Any) -> None:
-            self.mlp = (output[0] if isinstance(output, tuple) else output)[:, :PROVED]
+            self.mlp = first(output)[:, :PROVED]
 
         hooks = [attention.register_forward_hook(attended), mlp.register_forward_hook(mapped)]
         return [norm.register_forward_pre_hook(enter), *hooks]
 
-    def turned(self, state: Tensor, y: Tensor, yy: Tensor) -> tuple[Tensor, Tensor]:
-        """1 - cos around the attention and around the MLP, (B, S) each; NaN where unknown."""
+    def influences(self, state: Tensor, y: Tensor, yy: Tensor) -> tuple[Tensor, Tensor]:
+        """Block Influence of the attention and of the MLP, (B, S) each; NaN where unknown.
+
+        Args:
+            state: (B, S, D) in front of the layer.
+            y: (B, S, D) behind it, float32 or wider.
+            yy: (B, S) the squared norms of ``y``.
+        """
+        middle = self._proved(state, y)
+        if middle is None:
+            unknown = torch.full_like(yy, math.nan)
+            return unknown, unknown
+        m = widen(middle)
+        mm = squares(m)
+        return block_influence(state, m, yy=mm), block_influence(m, y, xx=mm, yy=yy)
+
+    def _proved(self, state: Tensor, y: Tensor) -> Tensor | None:
+        """The state between the halves, if they add up to the layer on the first tokens."""
         middle, attention, mlp = self.state, self.attention, self.mlp
         self.state = self.attention = self.mlp = None
-        unknown = torch.full_like(yy, math.nan)
         if middle is None or attention is None or mlp is None or middle.shape != state.shape:
-            return unknown, unknown
-        start, end = state[:, :PROVED] + attention, middle[:, :PROVED] + mlp
-        if not torch.equal(start, middle[:, :PROVED]) or not torch.equal(widen(end), y[:, :PROVED]):
-            return unknown, unknown
-        x, m = widen(state), widen(middle)
-        xx, mm = torch.linalg.vecdot(x, x), torch.linalg.vecdot(m, m)
-        first = cosine_from_products(torch.linalg.vecdot(x, m), xx, mm)
-        second = cosine_from_products(torch.linalg.vecdot(m, y), mm, yy)
-        return 1.0 - first, 1.0 - second
-
-
-def _first(parts: dict[str, nn.Module], names: Sequence[str]) -> nn.Module | None:
-    return next((parts[name] for name in names if name in parts), None)
+            return None
+        x, m = state[:, :PROVED], middle[:, :PROVED]
+        if attention.shape != x.shape or mlp.shape != x.shape:  # experts may flatten the windows
+            return None
+        whole = torch.equal(x + attention, m) and torch.equal(widen(m + mlp), y[:, :PROVED])
+        return middle if whole else None
 
 
 @contextmanager
-def watch(
-    layers: nn.ModuleList, mask: Tensor, *, sublayers: bool = False, all_tokens: bool = False
-) -> Iterator[Watch]:
+def hooked(
+    layers: nn.ModuleList,
+    mask: Tensor,
+    *,
+    halves_of: Family | None = None,
+    all_tokens: bool = False,
+) -> Iterator[LayerHooks]:
     """Hooks on every layer for the pass inside the block; gone after it, whatever happens.
 
     Args:
         layers: called in order, each with the (B, S, D) state first.
         mask: (B, S) bool, True for real tokens.
-        sublayers, all_tokens: as in `score`.
+        halves_of: also scores attention and MLP, by the names of this family.
+        all_tokens: as in `score`.
     """
-    seen = Watch(mask, all_tokens=all_tokens)
-    handles = [layer.register_forward_hook(seen.after, with_kwargs=True) for layer in layers]
-    if sublayers:
+    hooks = LayerHooks(mask, all_tokens=all_tokens)
+    handles = [layer.register_forward_hook(hooks.after, with_kwargs=True) for layer in layers]
+    if halves_of is not None:
         for layer in layers:
-            handles += seen._middle.watch(layer)
+            handles += hooks.on_halves(layer, halves_of)
     try:
-        yield seen
+        yield hooks
     finally:
         for handle in handles:
             handle.remove()
 
 
-def angular_distances(states: Tensor) -> Tensor:
-    """Angular distances between all pairs of states, in float64.
-
-    Args:
-        states: (B, L + 1, D).
-
-    Returns:
-        (B, L + 1, L + 1) in [0, 1], zero on the diagonal.
-    """
-    states = (states.cpu() if states.device.type == "mps" else states).double()
-    gram = states @ states.mT
-    squares = gram.diagonal(dim1=1, dim2=2)
-    angles = cosine_from_products(gram, squares[:, :, None], squares[:, None, :]).arccos() / math.pi
-    angles.diagonal(dim1=1, dim2=2).zero_()
-    return angles
-
-
 def _summed_angles(states: Sequence[Tensor], chunk: int = 32) -> Tensor:
     """Angular distances of one window, summed over its tokens: L + 1 of (S, D) to (L+1, L+1)."""
-    chunks = (
+    chunks = (  # (chunk, L + 1, D): tokens take the place of windows
         torch.stack([s[start : start + chunk] for s in states], dim=1)
         for start in range(0, len(states[0]), chunk)
     )
-    return torch.stack([angular_distances(part).sum(0) for part in chunks]).sum(0)
+    return torch.stack([angular_distances(c).sum(0) for c in chunks]).sum(0)

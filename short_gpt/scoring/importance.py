@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,9 +17,19 @@ from torch import Tensor
 from short_gpt.models.decoder import Decoder
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import bar, set_rate
-from short_gpt.scoring.hooks import Scores, score
+from short_gpt.scoring import hooks
+from short_gpt.scoring.hooks import Scores
+from short_gpt.scoring.lists import from_lists, layer_numbers, to_lists
 from short_gpt.scoring.metrics import spearman
 from short_gpt.scoring.order import best_block, lowest
+
+
+class ScoreWindows(Protocol):
+    """Scores single windows of token ids in one pass, as `hooks.score` does for a decoder."""
+
+    def __call__(
+        self, windows: Sequence[Sequence[int]], *, sublayers: bool = False, all_tokens: bool = False
+    ) -> Scores: ...
 
 
 @dataclass
@@ -43,7 +53,7 @@ class Importance:
         angles: sums over windows of angular distances, (L + 1, L + 1).
         angle_products: sums over windows of the products of the distances of blocks of n layers
             that start at l and at m: entry [n - 1, l, m], (L, L, L); zero where there is no block.
-        magnitude, norm, halves, token_angles: the sums of `watch.Scores` over all windows, (L,),
+        magnitude, norm, halves, token_angles: the sums of `hooks.Scores` over all windows, (L,),
             (L,), (2, L), (L + 1, L + 1); NaN where a window was not scored so.
     """
 
@@ -69,10 +79,10 @@ class Importance:
 
     def add(self, scores: Scores) -> None:
         """Adds the scores of single windows: all of them or, if interrupted, none."""
-        found = {f.name: getattr(scores, f.name).cpu().double() for f in fields(scores)}
-        tokens, influence, angles = (found[n] for n in ("tokens", "influence", "angles"))
-        half = (torch.arange(len(tokens)) + self.n_windows) % 2
-        sums = torch.cat((influence, tokens[:, None]), dim=1)
+        new = {f.name: getattr(scores, f.name).cpu().double() for f in fields(scores)}
+        tokens, influence, angles = (new[n] for n in ("tokens", "influence", "angles"))
+        half = (torch.arange(len(tokens)) + self.n_windows) % 2  # of each window, (B,)
+        sums = torch.cat((influence, tokens[:, None]), dim=1)  # (B, L + 1)
         changed = {
             "windows": self.windows + torch.bincount(half, minlength=2),
             "tokens": self.tokens.index_add(0, half, tokens),
@@ -82,7 +92,8 @@ class Importance:
             "angle_products": self.angle_products + _angle_products(angles),
         }
         for name in ("magnitude", "norm", "halves", "token_angles"):
-            changed[name] = getattr(self, name) + found[name].sum(0)
+            changed[name] = getattr(self, name) + new[name].sum(0)
+        # in one step, which no interruption divides
         vars(self).update(changed)
 
     def __add__(self, other: Importance) -> Importance:
@@ -189,21 +200,21 @@ class Importance:
         places = best_block(self.angular, n) if angular else lowest(self.block_influence, n)
         return [self.layers[i] for i in places]
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """The sums as lists, ready for JSON: None stands for NaN."""
-        sums = {f.name: _lists(getattr(self, f.name).tolist()) for f in fields(self)[1:]}
+        sums = {f.name: to_lists(getattr(self, f.name)) for f in fields(self)[1:]}
         return {"layers": self.layers, **sums}
 
     @classmethod
-    def from_dict(cls, content: Mapping[str, Any]) -> Importance:
+    def from_dict(cls, content: Mapping[str, object]) -> Importance:
         """What `to_dict` wrote.
 
         Raises:
             ShortGPTError: a field is missing or has the wrong shape.
         """
         try:
-            empty = cls.empty(content["layers"])
-            sums = [_tensor(content[f.name]) for f in fields(cls)[1:]]
+            empty = cls.empty(layer_numbers(content["layers"]))
+            sums = [from_lists(content[f.name]) for f in fields(cls)[1:]]
         except (KeyError, TypeError, ValueError) as error:
             raise ShortGPTError(f"these are not saved scores: {error!r}") from None
         for f, loaded in zip(fields(cls)[1:], sums, strict=True):
@@ -223,21 +234,6 @@ def _angle_products(angles: Tensor) -> Tensor:
     return products
 
 
-def _lists(values: Any) -> Any:
-    if isinstance(values, list):
-        return [_lists(v) for v in values]
-    return None if math.isnan(values) else values
-
-
-def _tensor(lists: Any) -> Tensor:
-    def numbers(value: Any) -> Any:
-        if isinstance(value, list):
-            return [numbers(v) for v in value]
-        return math.nan if value is None else value
-
-    return torch.tensor(numbers(lists), dtype=torch.float64)
-
-
 def measure(
     decoder: Decoder,
     batches: Iterable[Sequence[Sequence[int]]],
@@ -247,6 +243,7 @@ def measure(
     progress: bool = False,
     sublayers: bool = False,
     all_tokens: bool = False,
+    score: ScoreWindows | None = None,
     after: Callable[[Importance], bool] = lambda _: False,
 ) -> Importance:
     """Reads batches of windows and scores every layer: one pass, both papers' measures.
@@ -257,7 +254,9 @@ def measure(
         into: sums to add to, which also name the layers; None starts new ones from layer 0.
         total: number of windows to come, for the progress bar.
         progress: whether to show one.
-        sublayers, all_tokens: further scores from the same pass, see `watch.score`.
+        sublayers, all_tokens: further scores from the same pass, see `hooks.score`.
+        score: scores the windows of a batch, where the model has a way of its own; None is
+            `hooks.score`.
         after: called with the sums after every batch; True ends the run.
 
     Returns:
@@ -269,13 +268,12 @@ def measure(
         NotFiniteError: a state is NaN or infinite; the message names the layer.
     """
     into = Importance.empty(range(len(decoder.layers))) if into is None else into
-    extras = {"sublayers": sublayers, "all_tokens": all_tokens}
+    score = score or partial(hooks.score, decoder, layers=into.layers)
     before, steps = into.n_tokens, 0
-    read = getattr(decoder, "score", None) or partial(score, decoder)  # a streamed one has its own
     with bar("scoring", total=total, unit="window", show=progress) as shown:
         for steps, batch in enumerate(batches, 1):  # noqa: B007
             if batch:  # of several replicas, one may have nothing left
-                into.add(read(batch, layers=into.layers, **extras))
+                into.add(score(batch, sublayers=sublayers, all_tokens=all_tokens))
             set_rate(shown, into.n_tokens - before)
             shown.update(len(batch))
             if after(into):

@@ -6,6 +6,7 @@ import random
 
 from torch import Tensor
 
+from short_gpt.models.numbering import check_count
 from short_gpt.runtime.errors import ShortGPTError
 
 
@@ -27,7 +28,7 @@ def lowest(scores: Tensor, n: int) -> list[int]:
         >>> lowest(torch.tensor([0.9, 0.1, 0.3, 0.1]), 2)
         [1, 3]
     """
-    _check(n, len(scores))
+    check_count(n, len(scores))
     return _finite(scores).argsort(stable=True)[:n].tolist()
 
 
@@ -44,9 +45,15 @@ def best_block(angular: Tensor, n: int) -> list[int]:
 
     Raises:
         ShortGPTError: n is out of range, or a distance that is compared is not finite.
+
+    Example:
+        >>> import torch
+        >>> angular = torch.tensor([[0, 0.2, 0.5], [0, 0, 0.1], [0, 0, 0]])
+        >>> best_block(angular, 1)
+        [1]
     """
-    _check(n, len(angular) - 1)
-    distances = _finite(angular.diagonal(n))
+    check_count(n, len(angular) - 1)
+    distances = _finite(angular.diagonal(n))  # (L + 1 - n,), by the block's first layer
     start = int(distances.argsort(stable=True)[0])
     return list(range(start, start + n))
 
@@ -64,33 +71,26 @@ def deepest(n_layers: int, n: int) -> list[int]:
         >>> deepest(32, 8)
         [23, 24, 25, 26, 27, 28, 29, 30]
     """
-    _check(n, n_layers)
+    check_count(n, n_layers)
     return list(range(n_layers - 1 - n, n_layers - 1))
 
 
 def sequential(n_layers: int, n: int) -> list[int]:
     """The first n layers (a baseline of ShortGPT, Table 10); arguments as in `deepest`."""
-    _check(n, n_layers)
+    check_count(n, n_layers)
     return list(range(n))
 
 
 def reverse(n_layers: int, n: int) -> list[int]:
     """The last n layers, last first (a baseline of ShortGPT, Table 10)."""
-    _check(n, n_layers)
+    check_count(n, n_layers)
     return list(range(n_layers - 1, n_layers - 1 - n, -1))
 
 
 def at_random(n_layers: int, n: int, seed: int = 0) -> list[int]:
     """n different layers, drawn with Python's ``random.Random(seed)``."""
-    _check(n, n_layers)
+    check_count(n, n_layers)
     return random.Random(seed).sample(range(n_layers), n)
-
-
-def _check(n: int, n_layers: int) -> None:
-    if not isinstance(n, int) or isinstance(n, bool) or not 1 <= n < n_layers:
-        raise ShortGPTError(
-            f"n = {n!r} layers to remove of {n_layers}: expected 1 to {n_layers - 1}"
-        )
 
 
 def _finite(scores: Tensor) -> Tensor:

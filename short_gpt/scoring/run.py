@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from short_gpt.data.windows import batches
 from short_gpt.models.decoder import Decoder
 from short_gpt.runtime import replicas
-from short_gpt.scoring.importance import Importance, measure
+from short_gpt.scoring.importance import Importance, ScoreWindows, measure
 from short_gpt.scoring.state import RunState
 from short_gpt.scoring.stopping import Stop, Verdict, next_look
 
@@ -25,6 +25,7 @@ class ScoringRun:
         population: windows in all, of which those read are a random sample; None if unknown.
         stop: when to stop; None reads everything.
         state: where to save and continue; ``into`` is then its sums.
+        score: as in `importance.measure`.
     """
 
     def __init__(
@@ -36,15 +37,15 @@ class ScoringRun:
         population: int | None = None,
         stop: Stop | None = None,
         state: RunState | None = None,
+        score: ScoreWindows | None = None,
     ) -> None:
         self.into = into
         self.verdict: Verdict | None = None
         self._decoder, self._batch_size, self._population = decoder, batch_size, population
-        self._stop, self._state = stop, state
+        self._stop, self._state, self._score = stop, state, score
         self._team = replicas.current(decoder.device)
         self._read = into.n_windows
-        first = stop.min_windows if stop else 32
-        self._next = first
+        self._next = stop.min_windows if stop else 32
         step = self._team.step(batch_size) if state else 0  # it may have been saved before a look
         while self._next <= self._read - step:
             self._next = next_look(self._next)
@@ -78,6 +79,7 @@ class ScoringRun:
                 progress=progress,
                 sublayers=sublayers,
                 all_tokens=all_tokens,
+                score=self._score,
                 after=self._after,
             )
         except BaseException:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.short_model import ShortModel
 
 
 @dataclass(frozen=True)
-class Gate:
-    """What `most_layers` found.
+class Budget:
+    """What `most_layers` chose, and on what evidence.
 
     Attributes:
         layers: to remove; empty if not even one may go.
@@ -35,39 +34,43 @@ class Gate:
 
 
 def most_layers(
-    short: ShortModel,
+    perplexity_without: Callable[[list[int]], Perplexity],
     choose: Callable[[int], list[int]],
-    windows: Sequence[Sequence[int]],
     *,
     ratio: float,
-    most: int | None = None,
-    progress: bool = True,
-) -> Gate:
+    most: int,
+) -> Budget:
     """Removes one layer more, on trial, until the perplexity has risen too far.
 
     Args:
-        short: the model; it is whole again afterwards.
+        perplexity_without: from the layers to remove, none at first, to the perplexity on text
+            that neither chose the layers nor trained the model.
         choose: from a number of layers to the layers to remove.
-        windows: token ids of text that neither chose the layers nor trained the model.
         ratio: most that the perplexity may rise by, as a factor of at least 1.
-        most: layers to try at most; None is all but one.
-        progress: whether to show bars.
+        most: layers to try at most.
 
     Returns:
         The largest removal up to which every smaller one holds the ratio as well.
 
     Raises:
         ShortGPTError: the ratio is below 1.
+
+    Example:
+        >>> import math
+        >>> def perplexity_without(layers):
+        ...     return Perplexity(nats=math.log(10 + len(layers)), tokens=1, windows=1)
+        >>> most_layers(perplexity_without, lambda n: [3, 1, 2][:n], ratio=1.25, most=3).layers
+        [3, 1]
     """
     if not ratio >= 1:
         raise ShortGPTError(f"max_perplexity_ratio = {ratio}: expected a factor of at least 1")
-    tried = {0: short.perplexity(windows, progress=progress)}
+    tried = {0: perplexity_without([])}
     kept: list[int] = []
-    for n in range(1, (len(short.kept) - 1 if most is None else most) + 1):
+    for n in range(1, most + 1):
         layers = choose(n)
-        with short.without_layers(layers):
-            tried[n] = short.perplexity(windows, progress=progress)
-        if tried[n].value > ratio * tried[0].value:
+        tried[n] = perplexity_without(layers)
+        # "not <=", because a perplexity that is no number holds no ratio
+        if not tried[n].value <= ratio * tried[0].value:
             break
         kept = layers
-    return Gate(kept, tried, ratio)
+    return Budget(kept, tried, ratio)

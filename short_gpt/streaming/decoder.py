@@ -68,7 +68,7 @@ class StreamedDecoder(MetaDecoder):
         sublayers: bool = False,
         all_tokens: bool = False,
     ) -> Scores:
-        """Scores the windows of one round; arguments and errors as those of `watch.score`."""
+        """Scores the windows of one round; arguments and errors as those of `hooks.score`."""
         if all_tokens:
             raise ShortGPTError(
                 "angles at all tokens need the states of all layers at once; open the model "

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from llama.checkpoint.sharding import EMBEDDING, OUTPUT
 from llama.model import RMSNorm, TransformerBlock, precompute_freqs_cis
 from llama.parallel import initialize
+from short_gpt.models.families import META
 from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
-from short_gpt.scoring.hooks import Watch
+from short_gpt.scoring.hooks import LayerHooks
 from short_gpt.streaming.memory import Plan, block_rows, plan, resident
 from short_gpt.streaming.weights import LAYER_NAMES, HFSource, MetaSource
 
@@ -45,7 +46,7 @@ class Batch:
     ) -> None:
         self.tokens, self.mask = tokens.cpu(), mask.cpu()
         self.sublayers = sublayers
-        self.seen = Watch(mask) if watched else None
+        self.seen = LayerHooks(mask) if watched else None
         self.state = torch.empty(0)
 
     def embed(self, start: int, rows: Tensor) -> None:
@@ -57,7 +58,7 @@ class Batch:
         """Runs the layer; returns the sum of all states behind it."""
         pinned = self.state.is_pinned()
         state = self.state.to(freqs_cis.device, non_blocking=pinned)
-        hooks = self.seen._middle.watch(layer) if self.seen and self.sublayers else []
+        hooks = self.seen.on_halves(layer, META) if self.seen and self.sublayers else []
         try:
             result = layer(state, None, freqs_cis[: state.shape[1]], None)
         finally:
@@ -70,7 +71,7 @@ class Batch:
         else:  # another device computes, and keeps nothing
             self.state.copy_(result, non_blocking=pinned)
             if self.seen is not None:
-                self.seen._state = None
+                self.seen.forget_state()
         return result.sum(dtype=torch.promote_types(result.dtype, torch.float32))
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from llama.model import TransformerBlock, apply_rotary_emb
 from short_gpt.models.decoder import Decoder
+from short_gpt.models.families import Family, attention_with_norm
 from short_gpt.models.layer_hooks import output_form, patched_forward
 from short_gpt.models.numbering import check_layers
 from short_gpt.runtime.errors import ShortGPTError
@@ -38,21 +39,19 @@ def skipped_in_prefill(decoder: Decoder, layers: Sequence[int]) -> Iterator[None
         ShortGPTError: a layer does not exist or is named twice, all would be skipped, or the
             family's layers have no attention that this can fill the cache of.
     """
-
     if layers:
         check_layers(layers, range(len(decoder.layers)))
     with ExitStack() as stack:
         for layer in [decoder.layers[i] for i in layers]:
-            if isinstance(layer, TransformerBlock):
+            if isinstance(layer, TransformerBlock):  # ours: Meta's own code has no such forward
                 skip: Callable[..., Any] = _meta(layer)
             else:
-                skip = _hugging_face(layer, output_form(decoder)[1])
+                skip = _hugging_face(layer, decoder.family, output_form(decoder)[1])
             stack.enter_context(patched_forward(layer, skip))
         yield
 
 
-def _meta(layer: Any) -> Callable[..., Tensor]:
-
+def _meta(layer: TransformerBlock) -> Callable[..., Tensor]:
     plain, attention = layer.forward, layer.attention
 
     def forward(
@@ -61,7 +60,7 @@ def _meta(layer: Any) -> Callable[..., Tensor]:
         B, S, _ = x.shape
         if start_pos is None or S == 1:
             return plain(x, start_pos, freqs_cis, mask)
-        h = layer.attention_norm(x)
+        h = layer.attention_norm(x)  # (B, S, D)
         k, v = (
             project(h).view(B, S, attention.n_local_kv_heads, attention.head_dim)
             for project in (attention.wk, attention.wv)
@@ -72,20 +71,25 @@ def _meta(layer: Any) -> Callable[..., Tensor]:
     return forward
 
 
-def _hugging_face(layer: nn.Module, form: Callable[[Tensor], Any]) -> Callable[..., Any]:
-    norm, attention = getattr(layer, "input_layernorm", None), getattr(layer, "self_attn", None)
-    if norm is None or attention is None:
+def _hugging_face(
+    layer: nn.Module, family: Family, form: Callable[[Tensor], Any]
+) -> Callable[..., Any]:
+    parts = attention_with_norm(layer, family)
+    if parts is None:
         raise ShortGPTError(
-            f"{type(layer).__name__} has no input_layernorm and self_attn, whose cache could be "
-            "filled: this family cannot skip layers in the prompt alone"
+            f"{type(layer).__name__} has no attention behind a norm that can be called by its "
+            "layer's arguments, as input_layernorm and self_attn in Llama, to fill its cache: this "
+            "family cannot skip layers in the prompt alone"
         )
+    norm, attention = parts
     from transformers.cache_utils import Cache
 
     plain = layer.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         x = args[0] if args else kwargs.pop("hidden_states")
-        cached = any(isinstance(value, Cache) for value in kwargs.values())  # by either name
+        # past_key_value or past_key_values, by the version of transformers
+        cached = any(isinstance(value, Cache) for value in kwargs.values())
         if not cached or x.shape[1] == 1:
             return plain(x, *args[1:], **kwargs)
         # the family's own attention puts keys and values into the cache; what it gives is left

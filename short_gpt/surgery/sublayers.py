@@ -13,20 +13,13 @@ import torch
 from torch import nn
 
 from short_gpt.models.decoder import Decoder
-from short_gpt.models.layer_hooks import mlp_output
+from short_gpt.models.layer_hooks import attention_output, mlp_output
 from short_gpt.models.numbering import check_exist
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.scoring.hooks import score
 from short_gpt.surgery.changes import Parameter, parameters_of
 
 REMOVED_SUBLAYERS = "removed sublayers"  # the method that a WeightChange names
-ATTENTION_OUTPUTS = (
-    "attention.wo",  # Meta's Llama
-    "self_attn.o_proj",  # llama, mistral, qwen2, qwen3, phi3, gemma, granite, ...
-    "self_attn.dense",  # phi
-    "self_attn.out_proj",  # opt
-    "attn.c_proj",  # gpt2
-)
 
 
 def remove_sublayers(
@@ -50,9 +43,8 @@ def remove_sublayers(
         check_exist(layers, range(count))
     if not attention and not mlp:
         raise ShortGPTError("expected layers whose attention or MLP is to go, got none")
-    ends = [(i, 0, attention_output(decoder.layers[i])) for i in attention]
-    ends += [(i, 1, mlp_output(decoder.layers[i])) for i in mlp]
-    _check(decoder, {i for i, _, _ in ends})
+    ends = _ends(decoder, attention, mlp)
+    _check_halves(decoder, {i for i, _, _ in ends})
     undo = _zero([module for _, _, module in ends])
     left = _halves(decoder)
     for i, half, _ in ends:
@@ -74,37 +66,29 @@ def sublayer_parameters(
         numbers: the layers' original numbers.
         attention, mlp: positions, as for `remove_sublayers`.
     """
-    found: set[Parameter] = set()
-    for places, end in ((attention, attention_output), (mlp, mlp_output)):
-        for place in places:
-            layer = decoder.layers[place]
-            found |= parameters_of(numbers[place], layer, [end(layer)])
-    return found
+    parameters: set[Parameter] = set()
+    for place, _, end in _ends(decoder, attention, mlp):
+        parameters |= parameters_of(numbers[place], decoder.layers[place], [end])
+    return parameters
 
 
-def attention_output(layer: nn.Module) -> nn.Module:
-    """The linear map that ends a layer's attention; ShortGPTError if none of a known name does."""
-    modules = dict(layer.named_modules())
-    found = [modules[name] for name in ATTENTION_OUTPUTS if name in modules]
-    weight = getattr(found[0], "weight", None) if len(found) == 1 else None
-    if isinstance(weight, torch.Tensor) and weight.is_meta:
-        raise ShortGPTError("the weights are not in memory: open the model whole, not streamed")
-    if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
-        raise ShortGPTError(
-            f"{type(layer).__name__} has no plain matrix at the end of its attention (looked for "
-            f"{', '.join(ATTENTION_OUTPUTS)})"
-        )
-    return found[0]
+def _ends(
+    decoder: Decoder, attention: Sequence[int], mlp: Sequence[int]
+) -> list[tuple[int, int, nn.Module]]:
+    """The layer, the half (0 attention, 1 MLP) and the last map of all that are to go."""
+    family = decoder.family
+    ends = [(i, 0, attention_output(decoder.layers[i], family)) for i in attention]
+    return ends + [(i, 1, mlp_output(decoder.layers[i], family)) for i in mlp]
 
 
 def _halves(decoder: Decoder) -> torch.Tensor:
     """Mean 1 - cos around both halves of every layer, (2, L), on a few tokens."""
     window = [i % decoder.vocab_size for i in range(8)]
-    found = score(decoder, [window], layers=range(len(decoder.layers)), sublayers=True)
-    return found.halves[0].cpu() / len(window)
+    scores = score(decoder, [window], layers=range(len(decoder.layers)), sublayers=True)
+    return scores.halves[0].cpu() / len(window)
 
 
-def _check(decoder: Decoder, layers: set[int]) -> None:
+def _check_halves(decoder: Decoder, layers: set[int]) -> None:
     whole = _halves(decoder).isfinite().all(0)
     if odd := sorted(i for i in layers if not whole[i]):
         kind = type(decoder.layers[odd[0]]).__name__
@@ -115,14 +99,15 @@ def _check(decoder: Decoder, layers: set[int]) -> None:
 
 
 def _zero(modules: Sequence[nn.Module]) -> Callable[[], None]:
-    before = [dict(module._parameters) for module in modules]
+    """Puts zeros in the place of all parameters; the old tensors stay as they are for the undo."""
+    before = [dict(module.named_parameters(recurse=False)) for module in modules]
     for module, parameters in zip(modules, before, strict=True):
         for name, value in parameters.items():
-            if value is not None:
-                module._parameters[name] = nn.Parameter(torch.zeros_like(value), False)
+            setattr(module, name, nn.Parameter(torch.zeros_like(value), requires_grad=False))
 
     def undo() -> None:
         for module, parameters in zip(modules, before, strict=True):
-            module._parameters.update(parameters)
+            for name, value in parameters.items():
+                setattr(module, name, value)
 
     return undo

@@ -12,9 +12,8 @@ from torch import Tensor
 
 from short_gpt.models.decoder import pad
 from short_gpt.models.meta import MetaDecoder
-from short_gpt.scoring.hooks import angular_distances
 from short_gpt.scoring.importance import Importance, measure
-from short_gpt.scoring.metrics import angular_distance, block_influence
+from short_gpt.scoring.metrics import angular_distance, angular_distances, block_influence
 
 
 def stored_states(model, window: list[int]) -> list[Tensor]:

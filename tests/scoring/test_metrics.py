@@ -6,11 +6,20 @@ import math
 
 import numpy as np
 import pytest
+import scipy.stats  # noqa: F401  (its import takes longer than an example of hypothesis may)
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from short_gpt.scoring.metrics import angular_distance, block_influence, cosine, ranks, spearman
+from short_gpt.scoring.metrics import (
+    angular_distance,
+    angular_distances,
+    block_influence,
+    cosine,
+    relative_magnitude,
+    spearman,
+    squares,
+)
 
 X = torch.tensor([3.0, 0.0, 4.0])
 
@@ -83,7 +92,6 @@ def test_spearman_is_pearson_of_mean_ranks(values, seed):
     def mean_ranks(v):
         return np.array([(v < x).sum() + ((v == x).sum() - 1) / 2 for x in v])
 
-    assert ranks(torch.tensor(a)).tolist() == mean_ranks(a).tolist()
     found = spearman(torch.tensor(a), torch.tensor(b))
     if np.ptp(a) == 0 or np.ptp(b) == 0:
         assert math.isnan(found)
@@ -94,3 +102,26 @@ def test_spearman_is_pearson_of_mean_ranks(values, seed):
 def test_spearman_refuses_different_lengths():
     with pytest.raises(ValueError, match="expected two lists of one length"):
         spearman(torch.zeros(2), torch.zeros(3))
+
+
+def test_spearman_of_fewer_than_two_or_of_no_number_is_nan():
+    assert math.isnan(spearman(torch.zeros(0), torch.zeros(0)))
+    assert math.isnan(spearman(torch.ones(1), torch.ones(1)))
+    assert math.isnan(spearman(torch.tensor([1.0, math.nan, 2.0]), torch.arange(3.0)))
+
+
+def test_known_squares_are_used_and_change_nothing():
+    x, y = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))
+    xx, yy = squares(x), squares(y)
+    assert torch.equal(block_influence(x, y, xx=xx, yy=yy), block_influence(x, y))
+    assert torch.allclose(relative_magnitude(x, y, yy=4 * yy), relative_magnitude(x, y) / 2)
+    assert torch.allclose(cosine(x, y, xx=4 * xx), cosine(x, y) / 2)
+
+
+def test_distances_of_all_pairs_are_those_of_single_pairs():
+    states = torch.randn(2, 4, 16, dtype=torch.float64)
+    found = angular_distances(states)
+    for i in range(4):
+        for j in range(i + 1, 4):
+            expected = angular_distance(states[:, i], states[:, j])
+            assert torch.allclose(found[:, i, j], expected, atol=1e-12)

@@ -40,14 +40,22 @@ def run(path: Path | None, count: int = 150, *, every: float = 0.0, batch_size: 
     return short.importance.to_dict()
 
 
+def saved(state: Path) -> int:
+    return state.stat().st_mtime_ns if state.exists() else 0
+
+
 def test_killed_at_any_moment_and_continued_it_is_the_same_bit_for_bit(tmp_path):
     expected, kills = run(None), 0
     context = multiprocessing.get_context("fork")
     moments = random.Random(0)
+    state = tmp_path / "state"
     while kills < 6:
-        child = context.Process(target=run, args=(tmp_path / "state",))
+        before = saved(state)
+        child = context.Process(target=run, args=(state,))
         child.start()
-        child.join(moments.uniform(0.1, 0.25))
+        while child.exitcode is None and saved(state) == before:  # a busy machine starts slowly
+            time.sleep(0.001)
+        child.join(moments.uniform(0, 0.05))
         if child.exitcode is not None:
             assert child.exitcode == 0
             break
@@ -127,7 +135,7 @@ def test_the_command_saves_when_asked_to_end_and_continues(tmp_path, capsys):
     directory = save_checkpoint(tmp_path / "model", model)
     write_tokenizer(directory)
     letters = random.Random(0)
-    text = "".join(chr(letters.randrange(97, 123)) for _ in range(64_000))
+    text = "".join(chr(letters.randrange(97, 123)) for _ in range(20_000))
     (tmp_path / "book.txt").write_text(text)
     arguments = ["rank", str(directory), "--data", str(tmp_path / "book.txt"), "--size", "32"]
     arguments += ["--stride", "32", "--device", "cpu", "--seed", "3"]
@@ -154,7 +162,7 @@ def test_the_command_saves_when_asked_to_end_and_continues(tmp_path, capsys):
     main([*arguments, "--out", str(tmp_path / "whole.json")])
     found = read_record(tmp_path / "scores.json")["importance"]
     assert found == read_record(tmp_path / "whole.json")["importance"]
-    assert sum(found["windows"]) > 1900 and not state.exists()
+    assert sum(found["windows"]) > 590 and not state.exists()
 
 
 def test_what_was_settled_when_it_was_killed_reads_no_further(tmp_path):

@@ -214,6 +214,6 @@ def test_a_limited_sample_of_a_larger_population_may_end_unsettled():
 @pytest.mark.parametrize("n", [0, 5])
 def test_a_rule_for_layers_that_there_are_not_is_refused_before_the_run(n):
     short = ShortLlama(Tiny())
-    with pytest.raises(ValueError, match=f"n_prune_layers = {n}; the model has 5 layers"):
+    with pytest.raises(ValueError, match=f"n = {n}; the model has 5 layers: expected 1 to 4"):
         short.measure(random_windows(40, 8), progress=False, stop=Stop(n))
     assert short.n_windows == 0

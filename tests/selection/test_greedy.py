@@ -14,7 +14,8 @@ from short_gpt.models.decoder import Decoder
 from short_gpt.models.hf import HFDecoder
 from short_gpt.models.meta import MetaDecoder
 from short_gpt.runtime.state import StateFile
-from short_gpt.selection.search import Stack, one_shot, sleb
+from short_gpt.selection.search import one_shot, sleb
+from short_gpt.selection.stack import Stack
 from short_gpt.surgery.layers import without_layers
 
 
@@ -149,9 +150,9 @@ def test_a_loss_that_is_not_finite_is_an_error():
 @pytest.mark.parametrize(
     ("search", "n", "message"),
     [
-        (sleb, 4, "n = 4 layers to remove; 3 of 5 may go"),
-        (sleb, 0, "n = 0 layers"),
-        (one_shot, 5, "n = 5 layers to remove of 5: expected 1 to 4"),
+        (sleb, 4, "n = 4; the model has 5 layers: expected 1 to 3"),
+        (sleb, 0, "n = 0; the model"),
+        (one_shot, 5, "n = 5; the model has 5 layers: expected 1 to 4"),
     ],
 )
 def test_numbers_out_of_range(search, n, message):

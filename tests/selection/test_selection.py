@@ -44,7 +44,7 @@ def test_lowest_is_a_sorted_prefix(scores, data):
 
 @pytest.mark.parametrize("n", [0, 5, -1, 2.0, True, None])
 def test_n_out_of_range(n):
-    with pytest.raises(ValueError, match=r"n = .* layers to remove of 5: expected 1 to 4"):
+    with pytest.raises(ValueError, match=r"n = .*; the model has 5 layers: expected 1 to 4"):
         lowest(torch.arange(5.0), n)
     with pytest.raises(ValueError, match="expected 1 to 4"):
         best_block(torch.zeros(6, 6), n)
@@ -66,7 +66,7 @@ def test_rules_without_scores():
 @pytest.mark.parametrize("rule", [deepest, sequential, reverse, at_random])
 @pytest.mark.parametrize("n", [0, 6, True])
 def test_rules_check_the_number(rule, n):
-    with pytest.raises(ValueError, match="layers to remove of 6: expected 1 to 5"):
+    with pytest.raises(ValueError, match="the model has 6 layers: expected 1 to 5"):
         rule(6, n)
 
 

@@ -81,8 +81,11 @@ def test_generation_with_the_cache_works_after_removal(transformer):
         ([9], r"layers \[9\] do not exist; the model has 0..4"),
         ([-1], r"layers \[-1\] do not exist"),
         ([1, 1], "name a layer twice"),
-        ([0, 1, 2, 3, 4], "5 layers to remove; the model has 5: expected 1 to 4"),
-        ([], "0 layers to remove"),
+        (
+            [0, 1, 2, 3, 4],
+            "layers to remove = 5; the model has 5 layers: expected 1 to 4",
+        ),
+        ([], "number of layers to remove = 0"),
     ],
 )
 def test_bad_lists_change_nothing(transformer, drop, message):

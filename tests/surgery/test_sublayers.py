@@ -61,7 +61,7 @@ def test_other_structures_are_refused(family):
     ("layers", "message"),
     [
         ({"attention": [5]}, r"layers \[5\] do not exist; the model has 0..4"),
-        ({"mlp": [1, 1]}, r"mlp \[1, 1\] names a layer twice"),
+        ({"mlp": [1, 1]}, r"layers \[1, 1\] name a layer twice"),
         ({}, "attention or MLP is to go, got none"),
     ],
 )
@@ -70,13 +70,10 @@ def test_layers_are_checked(layers, message):
         remove_sublayers(MetaDecoder(make_transformer()), **layers)
 
 
-def test_a_streamed_model_is_refused(tmp_path):
-    from conftest import BYTE_VOCAB, save_checkpoint, write_byte_tokenizer
-
-    from short_gpt.short_llama import ShortLlama
-
-    path = save_checkpoint(tmp_path / "meta", make_transformer(vocab_size=BYTE_VOCAB))
-    write_byte_tokenizer(path)
-    short = ShortLlama.from_checkpoint(path, stream=True, max_seq_len=64, device="cpu")
-    with pytest.raises(ValueError, match="not in memory: open the model whole, not streamed"):
-        short.remove_sublayers(attention=[1])
+def test_weights_that_are_not_in_memory_are_refused():
+    """As those of a streamed model are, but while their layer runs."""
+    model = make_transformer()
+    model.layers[1].to("meta")
+    for half in ("attention", "mlp"):
+        with pytest.raises(ValueError, match="not in memory: open the model whole, not streamed"):
+            remove_sublayers(MetaDecoder(model), **{half: [1]})

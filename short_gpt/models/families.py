@@ -1,0 +1,226 @@
+"""What the parts of a layer are called: one row a family. A new family is one row here.
+
+A family is told by ``model_type`` of its config; Meta's Llama is "meta". One without a row is read
+through all rows: whatever known name a layer has is taken.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+from torch import nn
+
+Names = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Family:
+    """The names of a family's parts, all relative to one of its layers but the first.
+
+    Each entry holds several names where layers of a model are of several kinds, and none where
+    there is no such part. The defaults are those of Llama in transformers, which most families
+    share.
+
+    Attributes:
+        layers: paths of the list of layers, inside the causal language model.
+        attention: what makes the first summand of the residual stream.
+        attention_norm: the norm in front of the attention, if the layer calls the attention with
+            its own keyword arguments, so that others can do so too.
+        attention_output: the last matrix of the attention.
+        mlp: what makes the second summand.
+        mlp_norm: the norm in front of the MLP, which meets the stream behind the attention.
+        mlp_output: the last matrix of the MLP.
+        lora: ends of the names of the MLP's matrices, which LoRA changes.
+    """
+
+    layers: Names = ("model.layers",)
+    attention: Names = ("self_attn",)
+    attention_norm: Names = ("input_layernorm",)
+    attention_output: Names = ("self_attn.o_proj",)
+    mlp: Names = ("mlp",)
+    mlp_norm: Names = ("post_attention_layernorm",)
+    mlp_output: Names = ("mlp.down_proj",)
+    lora: Names = ("gate_proj", "up_proj", "down_proj")
+
+
+LLAMA = Family()
+# Experts are one tensor, or one module each: no linear map ends them.
+EXPERTS = Family(mlp=("mlp", "block_sparse_moe"), mlp_output=(), lora=("w1", "w2", "w3"))
+# Norms stand in front of and behind both halves, so that no matrix ends a summand.
+GEMMA = Family(mlp_norm=("pre_feedforward_layernorm",))
+# Attention and MLP read the same normed state: nothing lies between them.
+PARALLEL = Family(mlp_norm=())
+BLOOM = Family(
+    layers=("transformer.h",),
+    attention=("self_attention",),
+    attention_norm=(),
+    attention_output=("self_attention.dense",),
+    mlp_output=("mlp.dense_4h_to_h",),
+    lora=("dense_h_to_4h", "dense_4h_to_h"),
+)
+GPT2 = Family(
+    layers=("transformer.h",),
+    attention=("attn",),
+    attention_norm=(),
+    attention_output=("attn.c_proj",),
+    mlp_norm=("ln_2",),
+    mlp_output=("mlp.c_proj",),
+    lora=("mlp.c_fc", "mlp.c_proj"),
+)
+
+# By model_type. Of several names that a layer of an unknown family has, the first in this order
+# is taken: "pre_feedforward_layernorm" must stand before "post_attention_layernorm".
+FAMILIES: dict[str, Family] = {
+    "meta": Family(
+        layers=("layers",),
+        attention=("attention",),
+        attention_norm=(),  # Meta's layers take a position and tables: `surgery.prefill`
+        attention_output=("attention.wo",),
+        mlp=("feed_forward",),
+        mlp_norm=("ffn_norm",),
+        mlp_output=("feed_forward.w2",),
+        lora=(),  # trained as a model of transformers only
+    ),
+    "gemma2": GEMMA,
+    "gemma3_text": GEMMA,
+    "llama": LLAMA,
+    "mistral": LLAMA,
+    "mixtral": EXPERTS,
+    "qwen2": LLAMA,
+    "qwen3": LLAMA,
+    "qwen3_moe": LLAMA,
+    "qwen3_next": LLAMA,  # its linear attentions are not recognised as halves
+    "smollm3": LLAMA,
+    "stablelm": LLAMA,
+    "granite": LLAMA,
+    "deepseek_v3": LLAMA,
+    "gpt_oss": Family(mlp_output=(), lora=()),  # experts in one tensor
+    "olmo2": Family(attention_norm=()),  # norms behind both halves only
+    "phi3": Family(lora=("gate_up_proj", "down_proj")),
+    "starcoder2": Family(mlp_output=("mlp.c_proj",), lora=("mlp.c_fc", "mlp.c_proj")),
+    "cohere": PARALLEL,
+    "cohere2": PARALLEL,
+    "phi": Family(
+        attention_output=("self_attn.dense",),
+        mlp_norm=(),
+        mlp_output=("mlp.fc2",),
+        lora=("fc1", "fc2"),
+    ),
+    "opt": Family(
+        layers=("model.decoder.layers",),
+        attention_norm=(),
+        attention_output=("self_attn.out_proj",),
+        mlp=(),  # two maps of the layer itself
+        mlp_norm=(),
+        mlp_output=("fc2",),
+        lora=("fc1", "fc2"),
+    ),
+    "llama4_text": Family(mlp=("feed_forward",), mlp_output=("feed_forward.down_proj",)),
+    "lfm2": Family(
+        attention_norm=(),
+        attention_output=("self_attn.out_proj",),
+        mlp=("feed_forward",),
+        mlp_norm=("ffn_norm",),
+        mlp_output=("feed_forward.w2",),
+        lora=("w1", "w2", "w3"),
+    ),
+    "gpt2": GPT2,
+    "gpt_neo": Family(
+        layers=("transformer.h",),
+        attention=("attn",),
+        attention_norm=(),
+        attention_output=("attn.attention.out_proj",),
+        mlp_norm=("ln_2",),
+        mlp_output=("mlp.c_proj",),
+        lora=("mlp.c_fc", "mlp.c_proj"),
+    ),
+    # Qwen of 2023, whose code comes with the weights
+    "qwen": Family(
+        layers=("transformer.h",),
+        attention=("attn",),
+        attention_norm=(),
+        attention_output=("attn.c_proj",),
+        mlp_norm=("ln_2",),
+        mlp_output=("mlp.c_proj",),
+        lora=("w1", "w2", "mlp.c_proj"),
+    ),
+    "gpt_neox": Family(
+        layers=("gpt_neox.layers",),
+        attention=("attention",),
+        attention_norm=(),
+        attention_output=("attention.dense",),
+        mlp_output=("mlp.dense_4h_to_h",),
+        lora=("dense_h_to_4h", "dense_4h_to_h"),
+    ),
+    "falcon": replace(BLOOM, mlp_norm=()),  # parallel
+    "bloom": BLOOM,
+    # a state space: no halves
+    "mamba": Family(
+        layers=("backbone.layers",),
+        attention=(),
+        attention_norm=(),
+        attention_output=(),
+        mlp=(),
+        mlp_norm=(),
+        mlp_output=(),
+        lora=(),
+    ),
+}
+
+
+def _any() -> Family:
+    """All rows in one: every name once, in the table's order."""
+    names = (
+        tuple(dict.fromkeys(n for row in FAMILIES.values() for n in getattr(row, field.name)))
+        for field in fields(Family)
+    )
+    return Family(*names)
+
+
+META = FAMILIES["meta"]
+ANY = _any()
+
+
+def family_of(model_type: str | None) -> Family:
+    """The row of a family; `ANY`, which recognises parts by all known names, where there is none.
+
+    Args:
+        model_type: as in the config of the language model.
+
+    Example:
+        >>> family_of("gpt2").attention_output
+        ('attn.c_proj',)
+        >>> family_of("brand_new") is ANY
+        True
+    """
+    return FAMILIES.get(model_type or "", ANY)
+
+
+def part(layer: nn.Module, names: Names) -> nn.Module | None:
+    """The first part of a layer that has one of these names; None if there is none."""
+    modules = dict(layer.named_modules())
+    return next((modules[name] for name in names if name in modules), None)
+
+
+def only_part(layer: nn.Module, names: Names) -> nn.Module | None:
+    """The part of a layer that has one of these names; None if there is none or several are."""
+    modules = dict(layer.named_modules())
+    parts = [modules[name] for name in names if name in modules]
+    return parts[0] if len(parts) == 1 else None
+
+
+def attention_with_norm(layer: nn.Module, family: Family) -> tuple[nn.Module, nn.Module] | None:
+    """The norm in front of a layer's attention, and the attention, if others may call it.
+
+    Args:
+        layer: of the family.
+        family: of `ANY`, both names must be of one row.
+
+    Returns:
+        None where the layer has no such parts, or calls its attention in a way of its own.
+    """
+    for row in FAMILIES.values() if family is ANY else (family,):
+        norm, attention = part(layer, row.attention_norm), part(layer, row.attention)
+        if norm is not None and attention is not None:
+            return norm, attention
+    return None

@@ -1,0 +1,101 @@
+"""A decoder's layers run in part: from a stored state, or without some.
+
+Shapes: B windows, S tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from short_gpt.evaluation.perplexity import batch_nats
+from short_gpt.models.decoder import Decoder
+from short_gpt.models.layer_hooks import first, output_form, patched_forward
+
+
+class Stack:
+    """A decoder's layers, run from a stored state or only in part.
+
+    Layers that are not to run hand on what they are given; nothing is taken out of the model, so
+    that positions, masks and settings of the other layers stay theirs.
+
+    Args:
+        decoder: the model.
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+        state, self._form = output_form(decoder)
+        self.bytes_per_token = state.numel() * state.element_size()
+
+    def advance(self, tokens: Tensor, run: Sequence[int], state: Tensor | None) -> Tensor:
+        """The state (B, S, D) behind the layers ``run``, from that in front of them.
+
+        Args:
+            tokens: (B, S).
+            run: positions, ascending; none gives ``state`` back.
+            state: in front of the first of them; None starts from the embeddings.
+        """
+        if not run and state is not None:
+            return state
+        behind: list[Tensor] = []
+        with self._only(run, state, behind):
+            self._decoder.run(tokens)
+        return behind[-1]
+
+    def nats(self, tokens: Tensor, mask: Tensor, run: Sequence[int], state: Tensor) -> float:
+        """Summed loss of the predicted tokens, with only the layers ``run`` behind ``state``."""
+        with self._only(run, state, None):
+            return batch_nats(self._decoder, tokens, mask)
+
+    @contextmanager
+    def _only(
+        self, run: Sequence[int], state: Tensor | None, behind: list[Tensor] | None
+    ) -> Iterator[None]:
+        """The model with only some layers running, the first of which meets ``state``.
+
+        Args:
+            run: positions, ascending.
+            state: (B, S, D); None leaves what the embeddings give.
+            behind: takes the state behind the last of them.
+        """
+        layers = self._decoder.layers
+        start = min(run, default=len(layers) - 1)  # of none, the last hands on what head is to read
+        with ExitStack() as stack:
+            for i, layer in enumerate(layers):
+                if i not in run:
+                    forward = self._passing(state if i == start else None)
+                    stack.enter_context(patched_forward(layer, forward))
+            if state is not None and run:
+                meet = layers[start].register_forward_pre_hook(_meeting(state), with_kwargs=True)
+                stack.callback(meet.remove)
+            if behind is not None:
+                keep = layers[max(run, default=0)].register_forward_hook(_keeping(behind))
+                stack.callback(keep.remove)
+            yield
+
+    def _passing(self, state: Tensor | None) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            given = args[0] if args else kwargs["hidden_states"]
+            return self._form(given if state is None else state)
+
+        return forward
+
+
+def _meeting(state: Tensor) -> Callable[..., Any]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if args:
+            return (state, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": state}
+
+    return hook
+
+
+def _keeping(behind: list[Tensor]) -> Callable[..., None]:
+    def hook(module: nn.Module, args: object, output: Any) -> None:
+        behind.append(first(output))
+
+    return hook

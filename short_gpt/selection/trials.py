@@ -1,0 +1,219 @@
+"""Rounds of trials: the loss of the model without each of some layers.
+
+A trial without layer j differs from the model only behind j, so it starts from the stored state in
+front of j: a round costs about half of what trials from the beginning cost, for the same losses.
+The states move on layer by layer as j does. Those in front of the layer that a round removes hold
+for the next round too; as many as memory allows are stored, the others computed anew.
+
+Shapes: B windows, S tokens, D width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from short_gpt.data.windows import batches
+from short_gpt.models.decoder import Decoder, pad
+from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
+from short_gpt.runtime.state import StateFile
+from short_gpt.selection.stack import Stack
+
+Batch = tuple[Tensor, Tensor]  # tokens (B, S) and mask (B, S)
+Nats = dict[int, float]  # by candidate
+
+
+@dataclass
+class Search:
+    """The result of a search.
+
+    Attributes:
+        removed: positions of the layers, in order of removal.
+        losses: for every round, the mean loss in nats per token without each candidate.
+        evaluations: layers run, each on one window.
+    """
+
+    removed: list[int] = field(default_factory=list)
+    losses: list[dict[int, float]] = field(default_factory=list)
+    evaluations: int = 0
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How a search reads: windows at once, and bytes for stored states."""
+
+    batch_size: int = 1
+    max_memory: int = 2**31
+
+
+class Trials:
+    """Rounds of trials, with the result so far.
+
+    Args:
+        decoder: the model.
+        windows: token ids.
+        limits: windows whose states need more memory than that are read in groups.
+        state: saves the search, and continues the one that it holds.
+
+    Attributes:
+        result: the search so far.
+        groups: how many groups of windows each candidate is tried on, one after the other.
+
+    Raises:
+        ShortGPTError: no window has a token to predict, or as in `decoder.pad`.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        windows: Sequence[Sequence[int]],
+        limits: Limits,
+        state: StateFile | None,
+    ) -> None:
+        self._decoder, self._state = decoder, state
+        self._stack = Stack(decoder)
+        padded = [pad(batch, decoder) for batch in batches(windows, limits.batch_size)]
+        self._predicted = sum(int(mask[:, 1:].sum()) for _, mask in padded)
+        if not self._predicted:
+            raise ShortGPTError("expected windows of at least 2 tokens; nothing was predicted")
+        self._groups = list(self._grouped(padded, limits.max_memory))
+        self.groups = len(self._groups)
+        self._stored: dict[int, list[Tensor]] = {}  # by layer, the states (B, S, D) in front of it
+        size = sum(self._bytes(batch) for batch in padded)
+        # two more are in use while the states move on
+        self._room = 0 if self.groups > 1 else limits.max_memory // size - 2
+        self.result, self._done = _continued(state)
+        self._rounds_kept = len(self.result.losses)
+
+    def _bytes(self, batch: Batch) -> int:
+        """Of one state of a batch."""
+        return batch[0].numel() * self._stack.bytes_per_token
+
+    def _grouped(self, padded: list[Batch], max_memory: int) -> Iterator[list[Batch]]:
+        """Batches whose states fit into ``max_memory``, at least one at a time."""
+        group: list[Batch] = []
+        used = 0
+        for batch in padded:
+            if group and used + self._bytes(batch) > max_memory:
+                yield group
+                group, used = [], 0
+            group.append(batch)
+            used += self._bytes(batch)
+        yield group
+
+    def round(
+        self, candidates: Sequence[int], tick: Callable[[int], object], *, again: bool = False
+    ) -> None:
+        """Scores the candidates and removes the best, unless a saved search did so already.
+
+        Args:
+            candidates: positions, ascending.
+            tick: called with 1 after every trial.
+            again: whether another round follows, so that states are worth storing.
+
+        Raises:
+            NotFiniteError: a loss is NaN or infinite.
+        """
+        if self._rounds_kept:
+            self._rounds_kept -= 1
+            return
+        try:
+            for number, group in enumerate(self._groups):
+                while len(self._done) <= number:
+                    self._done.append({})
+                self._try(candidates, group, self._done[number], tick, again=again)
+        except BaseException:
+            self._save()
+            raise
+        self._remove_best({i: sum(done[i] for done in self._done) for i in candidates})
+        self._save()
+
+    def _remove_best(self, nats: Nats) -> None:
+        bad = [i for i, value in nats.items() if not math.isfinite(value)]
+        if bad:
+            raise NotFiniteError(f"the loss without layer {bad[0]} is NaN or infinite")
+        best = min(nats, key=lambda i: (nats[i], i))
+        # states in front of the removed layer are those of the next round too
+        self._stored = {i: states for i, states in self._stored.items() if i <= best}
+        self.result.removed.append(best)
+        self.result.losses.append({i: value / self._predicted for i, value in nats.items()})
+        self._done = [{}]
+
+    def _try(
+        self,
+        candidates: Sequence[int],
+        group: list[Batch],
+        done: Nats,
+        tick: Callable[[int], object],
+        *,
+        again: bool,
+    ) -> None:
+        """Adds each candidate's nats on the group's windows to ``done``."""
+        at, states = 0, None
+        for j in candidates:
+            if j in done:
+                continue
+            at, states = self._nearest(at, states, j)
+            states = self._moved(group, states, at, j)
+            if again and j not in self._stored and len(self._stored) < self._room:
+                self._stored[j] = states
+            at = j
+            done[j] = self._nats_without(j, group, states)
+            tick(1)
+            if self._state is not None and self._state.due():
+                self._save()
+
+    def _nearest(
+        self, at: int, states: list[Tensor] | None, j: int
+    ) -> tuple[int, list[Tensor] | None]:
+        """The states at hand, or stored ones that are nearer in front of layer j."""
+        for i in sorted(self._stored):
+            if at <= i <= j:
+                at, states = i, self._stored[i]
+        return at, states
+
+    def _alive(self, start: int, end: int) -> list[int]:
+        return [i for i in range(start, end) if i not in self.result.removed]
+
+    def _moved(
+        self, group: list[Batch], states: list[Tensor] | None, at: int, j: int
+    ) -> list[Tensor]:
+        """The states in front of layer j, (B, S, D) each, from those in front of layer ``at``."""
+        between = self._alive(at, j)
+        self._count(between, group)
+        return [
+            self._stack.advance(tokens, between, None if states is None else states[k])
+            for k, (tokens, _) in enumerate(group)
+        ]
+
+    def _nats_without(self, j: int, group: list[Batch], states: list[Tensor]) -> float:
+        """Summed loss on a group's windows without layer j, from the states in front of it."""
+        rest = self._alive(j + 1, len(self._decoder.layers))
+        nats = sum(
+            self._stack.nats(tokens, mask, rest, state)
+            for (tokens, mask), state in zip(group, states, strict=True)
+        )
+        self._count(rest, group)
+        return nats
+
+    def _count(self, run: list[int], group: list[Batch]) -> None:
+        self.result.evaluations += len(run) * sum(len(tokens) for tokens, _ in group)
+
+    def _save(self) -> None:
+        if self._state is not None:
+            search = {**vars(self.result), "done": self._done}
+            self._state.save({"search": search})
+
+
+def _continued(state: StateFile | None) -> tuple[Search, list[Nats]]:
+    """The search that a state holds, and by group the nats of the round begun; new ones if none."""
+    if state is None or not state.content:
+        return Search(), [{}]
+    content = state.content["search"]
+    # JSON has turned the layers' numbers into strings
+    losses = [{int(i): v for i, v in r.items()} for r in content["losses"]]
+    done = [{int(i): v for i, v in g.items()} for g in content["done"]]
+    return Search(content["removed"], losses, content["evaluations"]), done

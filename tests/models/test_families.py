@@ -1,0 +1,92 @@
+"""The table of families: every kind under test has a row, and the rows name what is there."""
+
+from __future__ import annotations
+
+import pytest
+from families import FAMILIES as KINDS
+from families import make
+from torch import nn
+
+from short_gpt.models.families import (
+    ANY,
+    FAMILIES,
+    META,
+    attention_with_norm,
+    family_of,
+    only_part,
+    part,
+)
+from short_gpt.models.hf import HFDecoder, find_layers
+from short_gpt.models.layer_hooks import attention_output, mlp_output
+
+FIELDS = ("attention", "attention_norm", "mlp", "mlp_norm", "attention_output", "mlp_output")
+# what a row names for other members of the family: layers without experts
+ELSEWHERE = {("qwen3_next", "mlp_output")}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_has_a_row_that_names_what_its_layers_have(kind):
+    model = make(kind)
+    decoder = HFDecoder(model)
+    family = decoder.family
+    assert family is FAMILIES[decoder.config.model_type]
+    layers = decoder.layers
+    for field in FIELDS:
+        names = getattr(family, field)
+        if names and (kind, field) not in ELSEWHERE:
+            assert any(part(layer, names) is not None for layer in layers), field
+    # what the row says of the path holds, but for a decoder inside another model
+    inside = model.config is not decoder.config
+    assert (find_layers(model) in family.layers) is not inside
+    ends = {name.rpartition("layers.")[2] for name, _ in model.named_modules()}
+    assert all(any(end.endswith(f".{name}") for end in ends) for name in family.lora) or (
+        kind == "mixtral"  # one tensor for all experts since transformers 5
+    )
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt2", "lfm2", "opt", "phi", "starcoder2"])
+def test_a_family_without_a_row_is_recognised_by_the_same_names(kind):
+    decoder = HFDecoder(make(kind))
+    decoder.config.model_type = "brand_new"
+    assert decoder.family is ANY
+    for layer in decoder.layers:
+        for field in ("mlp_output", "attention_output"):
+            names = getattr(FAMILIES[KINDS[kind][0].replace("gemma3", "gemma3_text")], field)
+            assert only_part(layer, getattr(ANY, field)) is only_part(layer, names)
+        norm = FAMILIES[KINDS[kind][0]].mlp_norm
+        assert not norm or part(layer, ANY.mlp_norm) is part(layer, norm)
+
+
+def test_of_parallel_names_the_norm_in_front_of_the_mlp_is_taken():
+    """Gemma 2 has a post_attention_layernorm too, behind the attention."""
+    layer = HFDecoder(make("gemma2")).layers[0]
+    assert part(layer, ANY.mlp_norm) is layer.pre_feedforward_layernorm
+
+
+def test_attention_that_takes_other_arguments_is_not_called():
+    bloom, llama = (HFDecoder(make(kind)).layers[0] for kind in ("bloom", "llama"))
+    assert attention_with_norm(bloom, family_of("bloom")) is None
+    assert attention_with_norm(bloom, ANY) is None  # its norm is named as Llama's is
+    assert attention_with_norm(llama, ANY) == (llama.input_layernorm, llama.self_attn)
+
+
+def test_a_map_named_twice_ends_nothing():
+    layer = nn.ModuleDict({"mlp": nn.ModuleDict({"down_proj": nn.Linear(2, 2)})})
+    assert mlp_output(layer) is layer.mlp.down_proj
+    layer.fc2 = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="no single linear map at the end of its MLP"):
+        mlp_output(layer)
+    assert mlp_output(layer, family_of("llama")) is layer.mlp.down_proj
+    with pytest.raises(ValueError, match=r"looked for feed_forward.w2;"):
+        mlp_output(layer, META)
+    with pytest.raises(ValueError, match=r"no plain matrix .* \(looked for attention.wo\)"):
+        attention_output(layer, META)
+
+
+def test_the_familys_list_is_taken_where_another_has_as_many_layers():
+    model = make("llama")
+    model.others = nn.ModuleList(nn.Identity() for _ in range(6))
+    assert find_layers(model) == "model.layers"
+    model.config.model_type = "brand_new"
+    with pytest.raises(ValueError, match=r"has 2 lists of 6 layers .*name one with layers_path"):
+        find_layers(model)
