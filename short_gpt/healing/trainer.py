@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
@@ -12,9 +11,9 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -23,52 +22,85 @@ from short_gpt.data.windows import batches
 from short_gpt.evaluation.perplexity import Perplexity, perplexity
 from short_gpt.healing.recipe import Recipe
 from short_gpt.models.hf import HFDecoder
+from short_gpt.runtime.digest import json_digest, weights_digest
 from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
 from short_gpt.runtime.progress import bar
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from tqdm import tqdm
+    from transformers import (
+        PreTrainedModel,
+        Trainer,
+        TrainerCallback,
+        TrainerState,
+        TrainingArguments,
+    )
 
 Window = Sequence[int]
 RECIPE = "recipe.json"  # in the folder of checkpoints: what they belong to
 
 
-def train(
-    adapted: Any,
-    training: Sequence[Window],
-    validation: Sequence[Window],
-    recipe: Recipe,
-    work_dir: str | Path | None,
-    *,
-    resume: bool,
-    show: bool,
-) -> tuple[Any, float]:
+@dataclass(frozen=True)
+class TrainingRun:
+    """What one run of training takes.
+
+    Attributes:
+        training, validation: windows of token ids to learn from, and to choose the step by.
+        recipe: the settings.
+        work_dir: keeps checkpoints; None keeps none.
+        resume: continue from the last checkpoint there.
+        show: whether to show a bar.
+    """
+
+    training: Sequence[Window]
+    validation: Sequence[Window]
+    recipe: Recipe
+    work_dir: str | Path | None = None
+    resume: bool = False
+    show: bool = True
+
+    def identity(self, adapted: PeftModel) -> dict[str, object]:
+        """What a resumed run must share with the earlier one."""
+        windows = [[list(w) for w in part] for part in (self.training, self.validation)]
+        return {
+            "recipe": json.loads(json.dumps(asdict(self.recipe))),  # as a file gives it back
+            "text": json_digest(windows),
+            "model": weights_digest(adapted),
+        }
+
+
+def train(adapted: PeftModel, run: TrainingRun) -> tuple[TrainerState, float]:
     """Trains a ``PeftModel`` in place; the weights of its best evaluation stay.
 
     Returns:
         The Trainer's state: ``global_step``, ``log_history`` and ``best_global_step``; and the
         perplexity on the validation windows before any step.
     """
-    run = _identity(adapted, training, validation, recipe)
+    recipe = run.recipe
     with (
-        _folder(work_dir, run, resume=resume) as folder,
+        _folder(run.work_dir, run.identity(adapted), resume=run.resume) as folder,
         quiet(),
         _deterministic(),
-        bar("healing", total=recipe.steps, unit="step", show=show) as shown,
+        bar("healing", total=recipe.steps, unit="step", show=run.show) as shown,
     ):
-        before = _perplexity(adapted, validation, recipe)
+        before = _perplexity(adapted, run)
         if recipe.gradient_checkpointing:
-            base = adapted.get_base_model()
+            base = cast("PreTrainedModel", adapted.get_base_model())
             base.gradient_checkpointing_enable({"use_reentrant": False})
-        trainer = _trainer(adapted, training, validation, recipe, folder, shown)
-        trainer.train(resume_from_checkpoint=resume)
+        trainer = _trainer(adapted, run, folder, shown)
+        trainer.train(resume_from_checkpoint=run.resume)
         return trainer.state, before.value
 
 
-def _perplexity(adapted: Any, validation: Sequence[Window], recipe: Recipe) -> Perplexity:
+def _perplexity(adapted: PeftModel, run: TrainingRun) -> Perplexity:
     adapted.eval()
-    return perplexity(HFDecoder(adapted.get_base_model()), batches(validation, recipe.micro_batch))
+    windows = batches(run.validation, run.recipe.micro_batch)
+    return perplexity(HFDecoder(adapted.get_base_model()), windows)
 
 
 @contextmanager
-def _folder(work_dir: str | Path | None, run: dict[str, Any], *, resume: bool) -> Iterator[Path]:
+def _folder(work_dir: str | Path | None, run: dict[str, object], *, resume: bool) -> Iterator[Path]:
     """Where checkpoints go; with ``resume`` it must hold some of the same run."""
     if work_dir is None:
         if resume:
@@ -108,19 +140,6 @@ def whole_checkpoints(folder: Path) -> bool:
     return left
 
 
-def _identity(
-    adapted: Any, training: Sequence[Window], validation: Sequence[Window], recipe: Recipe
-) -> dict[str, Any]:
-    """What a resumed run must share with the earlier one; the model by 64 values a weight."""
-    model = hashlib.sha256()
-    for name, weight in adapted.named_parameters():
-        values = weight.detach().flatten()[:64].cpu()
-        model.update(name.encode() + bytes(values.float().numpy().tobytes()))
-    texts = hashlib.sha256(json.dumps([[*map(list, w)] for w in (training, validation)]).encode())
-    settings = json.loads(json.dumps(asdict(recipe)))
-    return {"recipe": settings, "text": texts.hexdigest(), "model": model.hexdigest()}
-
-
 @contextmanager
 def quiet() -> Iterator[None]:
     """Without transformers' remarks to developers; what users must know is raised or reported."""
@@ -152,14 +171,7 @@ def _deterministic() -> Iterator[None]:
         torch.use_deterministic_algorithms(before, warn_only=warn)
 
 
-def _trainer(
-    adapted: Any,
-    training: Sequence[Window],
-    validation: Sequence[Window],
-    recipe: Recipe,
-    folder: Path,
-    shown: Any,
-) -> Any:
+def _trainer(adapted: PeftModel, run: TrainingRun, folder: Path, shown: tqdm) -> Trainer:
     from transformers import EarlyStoppingCallback, Trainer
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -167,7 +179,7 @@ def _trainer(
         """Evaluates by `perplexity`: total loss over predicted tokens."""
 
         def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-            found = _perplexity(adapted, validation, recipe)
+            found = _perplexity(adapted, run)
             metrics = {"eval_loss": found.nats / found.tokens, "eval_perplexity": found.value}
             self.log(metrics)
             self.control = self.callback_handler.on_evaluate(
@@ -175,14 +187,14 @@ def _trainer(
             )
             return metrics
 
-    callbacks: list[Any] = [_progress(shown)]
-    if recipe.patience is not None:
-        callbacks.append(EarlyStoppingCallback(recipe.patience))
+    callbacks = [_progress(shown)]
+    if run.recipe.patience is not None:
+        callbacks.append(EarlyStoppingCallback(run.recipe.patience))
     trainer = Healer(
         model=adapted,
-        args=_arguments(adapted, recipe, folder),
-        train_dataset=_examples(training),
-        eval_dataset=_examples(validation),
+        args=_arguments(adapted, run.recipe, folder),
+        train_dataset=_examples(run.training),
+        eval_dataset=_examples(run.validation),
         data_collator=_collate,
         callbacks=callbacks,
     )
@@ -191,7 +203,7 @@ def _trainer(
     return trainer
 
 
-def _arguments(adapted: Any, recipe: Recipe, folder: Path) -> Any:
+def _arguments(adapted: PeftModel, recipe: Recipe, folder: Path) -> TrainingArguments:
     from transformers import TrainingArguments
 
     weight = next(adapted.parameters())
@@ -244,7 +256,7 @@ def _collate(examples: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor
     return {"input_ids": tokens, "labels": labels}
 
 
-def _progress(shown: Any) -> Any:
+def _progress(shown: tqdm) -> TrainerCallback:
     """A callback: the bar, a last evaluation, and a stop at a loss that is not finite."""
     from transformers import TrainerCallback
 
