@@ -127,12 +127,12 @@ def _heal(model: PreTrainedModel, run: TrainingRun, _: torch.device) -> Healed:
     adapted = adapt(model, run.recipe)
     try:
         healed = _train(adapted, run)
+        _merge(adapted, healed)
     except BaseException:
-        adapted.unload()
+        adapted.unload()  # takes the adapters out, and leaves the weights that they stood beside
         raise
     finally:
         _clean(model, run.recipe)
-    _merge(adapted, healed)
     return healed
 
 
