@@ -47,19 +47,17 @@ def model_card(record: Provenance) -> str:
 
     Example:
         >>> print(model_card(Provenance([3], [0, 1, 2, 4], "dense")))  # doctest: +ELLIPSIS
-        ---
         ...
         # dense without 1 of its 5 layers
         ...
     """
     removed = record.all_removed
     source = record.source or "a model"
-    first = record.first_source or source
     tags = ["pruned", "depth-pruning", *(["healed"] if record.steps else []), "short-gpt"]
     return TEMPLATE.format(
         base=f"base_model: {source}\n" if _hub_id(source) else "",
         tags=", ".join(tags),
-        name=first if _hub_id(first) else Path(first).name,
+        name=_name(record.first_source or source),
         count=len(removed),
         total=len(removed) + len(record.kept_layers),
         healed=", healed" if record.steps else "",
@@ -69,6 +67,10 @@ def model_card(record: Provenance) -> str:
         versions=", ".join(f"{package} {version}" for package, version in record.versions.items()),
         changed=_changed(record),
     )
+
+
+def _name(source: str) -> str:
+    return source if _hub_id(source) else Path(source).name
 
 
 def _hub_id(source: str) -> bool:

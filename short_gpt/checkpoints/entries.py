@@ -16,6 +16,7 @@ KEYS = (
     *("removed_layers", "kept_layers", "original_layers", "source", "source_pruning"),
     *("block_influence", "scored", "perplexity", "perplexity_tokens"),
     *("healing", "removed_sublayers", "versions"),
+    "files",  # what the directory holds, listed by whoever replaces it: not part of the history
 )
 Step = Mapping[str, object]  # one change of weights: "method" and its settings, ready for JSON
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-from short_gpt.checkpoints.entries import numbers
+from short_gpt.checkpoints.entries import Measured, numbers
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.scored_model import ScoredModel
 from short_gpt.scoring.importance import Importance
@@ -18,8 +18,15 @@ def remembered(short: ScoredModel) -> dict[str, Perplexity]:
     return {f"{len(s)} layers": short.quality[s] for s in states if s in short.quality}
 
 
+def kept_quality(quality: Mapping[str, Perplexity]) -> dict[str, Measured]:
+    """Perplexities as a record keeps them."""
+    return {name: Measured(found.value, found.tokens) for name, found in quality.items()}
+
+
 def counts_of(importance: Importance) -> dict[str, int]:
-    """What scores rest on."""
+    """What scores rest on; nothing if there are none."""
+    if not importance.n_windows:
+        return {}
     return {"windows": importance.n_windows, "tokens": importance.n_tokens}
 
 

@@ -24,7 +24,7 @@ from short_gpt.checkpoints.entries import (
     refusal,
     scored_counts,
 )
-from short_gpt.checkpoints.from_model import counts_of, remembered, removed_halves
+from short_gpt.checkpoints.from_model import counts_of, kept_quality, remembered, removed_halves
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.results import read_record, versions
@@ -103,8 +103,7 @@ class Provenance:
             short: the model, as it is now.
             source: where it was opened; a directory's own ``pruning.json`` is taken over.
             facts: what the caller adds.
-            measured: perplexities by the name of the model's state; None takes those that the
-                model remembers of itself, whole and as it is.
+            measured: perplexities by the name of the model's state; None takes `remembered`.
         """
         own = cls(
             removed_layers=list(short.removed),
@@ -112,11 +111,8 @@ class Provenance:
             source=str(source),
             earlier=cls.beside(source),
             block_influence=short.importances.tolist() if short.n_windows else (),
-            scored=counts_of(short.importance) if short.n_windows else {},
-            quality={
-                name: Measured(found.value, found.tokens)
-                for name, found in (remembered(short) if measured is None else measured).items()
-            },
+            scored=counts_of(short.importance),
+            quality=kept_quality(remembered(short) if measured is None else measured),
             healing=[c.how for c in short.changes if c.how["method"] != REMOVED_SUBLAYERS],
             removed_sublayers=removed_halves(short.changes, short.kept),
             facts=dict(facts or {}),

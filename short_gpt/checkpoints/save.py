@@ -45,12 +45,8 @@ def save_hf(
         out_dir: the new directory; appears whole or not at all.
         tokenizer: written beside it; None if there is none.
         record: of what was done.
-        verify: called with the directory while it is still a partial one; what it raises leaves
-            nothing behind.
+        verify: called with the directory before it is there for good; may raise.
         overwrite: whether an earlier pruned model is replaced; nothing else ever is.
-
-    Raises:
-        FileExistsError: ``out_dir`` exists.
     """
     out = Path(str(out_dir))
     with new_directory(out, replaces=PROVENANCE if overwrite else None) as partial:

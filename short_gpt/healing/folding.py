@@ -16,8 +16,7 @@ from short_gpt.runtime.errors import ShortGPTError
 def put_map(module: nn.Module, linear_map: Tensor, number: int) -> None:
     """Makes a linear module give its output times a map, and proves it on random inputs.
 
-    What is allowed is the rounding of the parameters' dtype: a module whose ``forward`` does more
-    than a product with these parameters (an adapter, a quantized weight) shows here.
+    A module whose ``forward`` does more than a product with these (an adapter) shows here.
 
     Args:
         module: with ``weight`` and maybe ``bias``, in whose dtypes the result is rounded once.
@@ -25,8 +24,7 @@ def put_map(module: nn.Module, linear_map: Tensor, number: int) -> None:
         number: of the layer, for what is raised.
 
     Raises:
-        ShortGPTError: the output is zero, or is not a product with the parameters. These may have
-            changed then.
+        ShortGPTError: the output is zero, or no product with the parameters, which are then set.
     """
     probe = _probe(module)  # (1, 16, F)
     expected = module(probe).cpu().double() @ linear_map  # (1, 16, D)

@@ -104,9 +104,6 @@ class HealingJob:
     def run(self) -> HealingEvidence:
         """Does it all but saving.
 
-        Returns:
-            What was measured, and how the model was healed.
-
         Raises:
             ShortGPTError, NotFiniteError, MissingPackageError: as those of `linear_patch.fit` and
                 `lora.heal`. After an error, or an interruption, before the healing is done the
@@ -126,8 +123,7 @@ class HealingJob:
             self.short.remove_layers(self.layers)
         parts["healed"] = self._measure()
         quality = {name: together(windows) for name, windows in parts.items()}
-        change = difference(parts[raw], parts["healed"])
-        self.evidence = HealingEvidence(how, quality, change)
+        self.evidence = HealingEvidence(how, quality, difference(parts[raw], parts["healed"]))
         return self.evidence
 
     def save(

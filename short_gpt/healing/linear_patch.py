@@ -284,10 +284,14 @@ def _add(
         # some families flatten tokens in front of the MLP, hence the shape of the stream
         mlp = seen.mlp[start - 1].reshape(front.shape)[here].float()  # M (N, D)
         rest = (seen.behind[end].to(front.device).float() - front.float())[here]  # R (N, D)
-        if not (mlp.isfinite().all() and rest.isfinite().all()):
-            raise NotFiniteError(
-                f"a state between layers {_front(short, (start, end))} and {short.kept[end]} is "
-                "NaN or infinite; check the weights, or try another dtype"
-            )
+        _check_finite((mlp, rest), _front(short, (start, end)), short.kept[end])
         moments.add(mlp, rest)
     return int(mask.sum())
+
+
+def _check_finite(states: Sequence[Tensor], front: int, end: int) -> None:
+    if not all(state.isfinite().all() for state in states):
+        raise NotFiniteError(
+            f"a state between layers {front} and {end} is NaN or infinite; check the weights, or "
+            "try another dtype"
+        )

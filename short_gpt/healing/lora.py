@@ -15,8 +15,9 @@ import torch
 from llama.parallel import several_ranks
 from short_gpt.data.disjoint import check_disjoint
 from short_gpt.healing.four_bit import quantized, require_four_bit
+from short_gpt.healing.quiet import quiet
 from short_gpt.healing.recipe import Recipe, recipe_for
-from short_gpt.healing.trainer import TrainingRun, Window, quiet, train
+from short_gpt.healing.trainer import TrainingRun, Window, train
 from short_gpt.models.hf import find_layers
 from short_gpt.runtime.errors import MissingPackageError, ShortGPTError
 from short_gpt.short_model import ShortModel

@@ -143,7 +143,7 @@ OLD = {  # as version 0.1 wrote it after two patches and a halved layer
 
 def test_a_record_of_an_earlier_version_is_read(tmp_path):
     path = tmp_path / "pruning.json"
-    path.write_text(json.dumps(OLD))
+    path.write_text(json.dumps({**OLD, "files": ["model.safetensors"]}))
     record = Provenance.read(path)
     assert [step["method"] for step in record.steps] == ["linear patch", "linear patch", "LoRA"]
     assert record.steps[1] == {"method": "linear patch", "layers": [1]}
