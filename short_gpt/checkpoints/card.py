@@ -46,10 +46,9 @@ def model_card(record: Provenance) -> str:
     """The text of a ``README.md`` for a pruned or healed model, all of it from its record.
 
     Example:
-        >>> print(model_card(Provenance([3], [0, 1, 2, 4], "dense")))  # doctest: +ELLIPSIS
-        ...
-        # dense without 1 of its 5 layers
-        ...
+        >>> card = model_card(Provenance([3], [0, 1, 2, 4], "dense"))
+        >>> "# dense without 1 of its 5 layers" in card
+        True
     """
     removed = record.all_removed
     source = record.source or "a model"
