@@ -13,14 +13,18 @@ from llama.checkpoint.meta import read_params
 from llama.io.sources import is_meta
 from llama.parallel import choose_device, choose_dtype, initialize, several_ranks
 from llama.tokenizer import find_tokenizer
-from short_gpt.checkpoints.verify import fingerprint
+from short_gpt.checkpoints.verify import (
+    ROUNDING,
+    Fingerprint,
+    check_same,
+    copy_weights,
+    fingerprint,
+)
 from short_gpt.models.loading import explained
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.short_hf import ShortHFModel
 from short_gpt.short_llama import ShortLlama
 from short_gpt.short_model import ShortModel
-
-ROUNDING = 1e-4  # between implementations in float32, relative to the largest logit
 
 
 def open_model(
@@ -109,28 +113,17 @@ def same_model(
     whole.remove_layers(drop)
     expected = _aligned(whole)
     del whole
-    found, cached, uncached = _aligned(open_model(pruned, device="cpu"))
-    off = (found - expected[0]).abs().max()
-    if is_meta(source) != is_meta(pruned):  # two implementations, each with roundings of its own
-        same = bool(off <= ROUNDING * expected[0].abs().max())
-        exact = "but for the last digits"
-    else:
-        same = torch.equal(found, expected[0]) and cached == expected[1]
-        exact = "bit for bit"
-    if not same:
-        raise RuntimeError(f"{pruned} is not {source} without {drop}: logits differ by {off:.3g}")
-    if cached != uncached:
-        raise RuntimeError(f"{pruned} generates otherwise with its cache than without")
+    rounding = ROUNDING if is_meta(source) != is_meta(pruned) else 0.0
+    names = (f"{source} without {drop}", pruned)
+    result = _aligned(open_model(pruned, device="cpu"))
+    exact = check_same(expected, result, rounding=rounding, names=names)
     return (
         f"verified: the logits are those of the source without these layers, {exact}, and "
         "generation with the cache is that without it"
     )
 
 
-def _aligned(short: ShortModel) -> tuple[torch.Tensor, list[int], list[int]]:
-    """`fingerprint` with all weights copied: mapped ones may lie unaligned and round otherwise."""
-    model = short.decoder.model  # type: ignore[attr-defined]
-    shared: dict[int, torch.Tensor] = {}
-    for weight in model.parameters():
-        weight.data = shared.setdefault(weight.data_ptr(), weight.data.clone())
+def _aligned(short: ShortModel) -> Fingerprint:
+    """`fingerprint` with all weights copied, so that none lies unaligned in a file."""
+    copy_weights(short.decoder.module)
     return fingerprint(short)

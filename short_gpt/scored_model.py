@@ -77,6 +77,7 @@ class ScoredModel(ABC):
         out_dir: str | os.PathLike[str],
         *,
         facts: Mapping[str, object] | None = None,
+        measured: Mapping[str, Perplexity] | None = None,
         overwrite: bool = False,
     ) -> Path:
         """Writes the model as it is now as an ordinary checkpoint, with ``pruning.json``.
@@ -85,6 +86,8 @@ class ScoredModel(ABC):
             out_dir: the new directory; appears whole or not at all.
             facts: more to keep in ``pruning.json``, such as ``{"data": "PG-19"}``; what the
                 library records itself cannot be named.
+            measured: perplexities to keep, by the name of the model's state when each was
+                measured; None takes those that the model remembers.
             overwrite: whether an earlier checkpoint of this library is replaced; nothing else is.
 
         Raises:

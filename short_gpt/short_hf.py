@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llama.checkpoint.meta import PROVENANCE
-from llama.io.files import new_directory, write_json
-from llama.parallel import choose_device
-from short_gpt.checkpoints.card import card_of, provenance
-from short_gpt.checkpoints.verify import fingerprint
+from llama.formats.convert import meta_to_hf
+from llama.parallel import choose_device, choose_dtype
+from llama.tokenizer import find_tokenizer
+from short_gpt.checkpoints.provenance import Provenance
+from short_gpt.checkpoints.save import save_as_meta, save_hf
+from short_gpt.checkpoints.verify import check_same, copy_weights, fingerprint
 from short_gpt.data.windows import windows
+from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.evaluation.tasks import hugging_face_lm
 from short_gpt.models.hf import HFDecoder
 from short_gpt.models.loading import load
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.short_model import ShortModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class ShortHFModel(ShortModel):
@@ -75,6 +81,7 @@ class ShortHFModel(ShortModel):
         self._layers_path = decoder.layers_path
         self.model = model
         self.tokenizer = tokenizer
+        self._meta_tokenizer: Path | None = None  # of the Meta checkpoint that it came from
         named = isinstance(model_name, str | os.PathLike)
         self.source = str(model_name) if named else str(model.config.name_or_path or "a model")
 
@@ -176,65 +183,107 @@ class ShortHFModel(ShortModel):
         *,
         verify: bool = True,
         overwrite: bool = False,
-        facts: Mapping[str, Any] | None = None,
+        facts: Mapping[str, object] | None = None,
+        measured: Mapping[str, Perplexity] | None = None,
     ) -> Path:
         """Writes model, config, generation config and tokenizer for plain ``from_pretrained``.
 
         Beside them stand a model card and ``pruning.json``: the layers removed and kept, their
-        scores, the perplexities measured.
+        scores, the perplexities measured, and what healed the model.
 
         Args:
             out_dir: the new directory; appears whole or not at all.
-            facts: more to keep in both, such as ``{"data": "PG-19"}``.
             verify: load the result again and compare: the same logits, bit for bit, and the same
                 greedy generation with and without the cache.
-
             overwrite: whether an earlier pruned model is replaced; nothing else ever is.
+            facts, measured: more to keep in both, as in `ScoredModel.save`.
 
         Raises:
             FileExistsError: ``out_dir`` exists.
+            ShortGPTError: a fact has the name of a record of the library's own.
             RuntimeError: the saved model is not the one in memory, or the model lacks layers for
                 a trial; nothing is left behind.
         """
-
         self.check_whole()
-        out, facts = Path(str(out_dir)), facts or {}
-        with new_directory(out, replaces=PROVENANCE if overwrite else None) as partial:
-            self.model.save_pretrained(partial)
-            if self.tokenizer is not None:
-                self.tokenizer.save_pretrained(partial)
-            card = card_of(self, self.source, facts)
-            (partial / "README.md").write_text(card, encoding="utf-8")
-            write_json(partial / PROVENANCE, provenance(self, facts))
-            if verify:
-                self._verify(partial)
-        return out
+        record = Provenance.of(self, self.source, facts=facts, measured=measured)
+        proof = self._verify if verify else None
+        return save_hf(
+            self.model,
+            out_dir,
+            tokenizer=self.tokenizer,
+            record=record,
+            verify=proof,
+            overwrite=overwrite,
+        )
 
     def save(
         self,
         out_dir: str | os.PathLike[str],
         *,
         facts: Mapping[str, object] | None = None,
+        measured: Mapping[str, Perplexity] | None = None,
         overwrite: bool = False,
     ) -> Path:
-        return self.save_pretrained(out_dir, facts=facts, overwrite=overwrite)
+        """Saves as `save_pretrained`; one from `from_meta` in Meta's format, as it came."""
+        if self._meta_tokenizer is None:
+            return self.save_pretrained(
+                out_dir, facts=facts, measured=measured, overwrite=overwrite
+            )
+        self.check_whole()
+        return save_as_meta(
+            self.model,
+            out_dir,
+            record=Provenance.of(self, self.source, facts=facts, measured=measured),
+            tokenizer_path=self._meta_tokenizer,
+            verify=self._verify,
+            overwrite=overwrite,
+        )
+
+    @classmethod
+    def from_meta(
+        cls,
+        ckpt_dir: str | os.PathLike[str],
+        *,
+        tokenizer_path: str | os.PathLike[str] | None = None,
+        device: str | torch.device | None = None,
+        dtype: str | None = None,
+    ) -> ShortHFModel:
+        """Opens a Meta checkpoint through transformers, as LoRA needs it; `save` converts it back.
+
+        Args:
+            ckpt_dir: Meta checkpoint directory.
+            tokenizer_path: tokenizer file; None looks beside the checkpoint.
+            device, dtype: as for `short_gpt.opening.open_model`.
+
+        Raises:
+            FileNotFoundError, ShortGPTError: as those of `meta_to_hf`.
+
+        Example:
+            >>> short = ShortHFModel.from_meta("llama-2-7b")  # doctest: +SKIP
+        """
+        tokenizer = Path(str(tokenizer_path)) if tokenizer_path else find_tokenizer(ckpt_dir)
+        place = choose_device(device)
+        with tempfile.TemporaryDirectory() as folder:
+            converted = Path(folder) / "converted"
+            meta_to_hf(ckpt_dir, converted, tokenizer_path=tokenizer)
+            short = cls(converted, device=place, dtype=choose_dtype(dtype, place))
+            copy_weights(short.model)  # mapped from files that go now
+        short.source, short._meta_tokenizer = str(ckpt_dir), tokenizer
+        return short
+
+    def trainable(self) -> PreTrainedModel:
+        return self.model
 
     def harness_model(self, *, batch_size: int = 1) -> object:
         return hugging_face_lm(self.model, self.tokenizer, batch_size=batch_size)
 
     def _verify(self, directory: Path) -> None:
         again = type(self.model).from_pretrained(directory, dtype=self.model.dtype)
-        for weight in again.parameters():  # mapped weights lie unaligned and may round otherwise
-            weight.data = weight.data.clone()
+        copy_weights(again)
         if not getattr(again, "is_quantized", False):  # those are where they belong
             again.to(self.decoder.device)
         saved = ShortHFModel(again, self._layers_path)
-        (ours, _, _), (theirs, cached, uncached) = fingerprint(self), fingerprint(saved)
-        if not torch.equal(ours, theirs):
-            off = (ours - theirs).abs().max()
-            raise RuntimeError(f"the saved model's logits differ by up to {off:.3g}; not saved")
-        if cached != uncached:
-            raise RuntimeError("the saved model generates otherwise with its cache; not saved")
+        check_same(fingerprint(self), fingerprint(saved))
 
     def _check_weights(self) -> None:
         # offloaded weights cannot be looked at; their states are, whenever they are read

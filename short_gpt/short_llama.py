@@ -10,8 +10,10 @@ from typing import Any
 import torch
 
 from llama import Llama
-from llama.checkpoint.meta import Checkpoint, prune
 from llama.tokenizer import find_tokenizer
+from short_gpt.checkpoints.provenance import Provenance
+from short_gpt.checkpoints.save import save_meta
+from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.evaluation.tasks import llama_lm
 from short_gpt.models.meta import MetaDecoder
 from short_gpt.runtime.errors import ShortGPTError
@@ -154,6 +156,7 @@ class ShortLlama(ShortModel):
         *,
         ckpt_dir: str | os.PathLike[str] | None = None,
         facts: Mapping[str, object] | None = None,
+        measured: Mapping[str, Perplexity] | None = None,
         provenance: Mapping[str, object] | None = None,
         overwrite: bool = False,
     ) -> Path:
@@ -167,14 +170,16 @@ class ShortLlama(ShortModel):
         Args:
             out_dir: the new directory; appears whole or not at all.
             ckpt_dir: the source; None takes the one that ``Llama.build`` loaded.
-            facts: to keep beside the weights in ``pruning.json``.
+            facts, measured: to keep beside the weights in ``pruning.json``, as in
+                `ScoredModel.save`.
             provenance: the older name of ``facts``.
             overwrite: whether an existing pruned checkpoint is replaced; nothing else ever is.
 
         Raises:
             RuntimeError: nothing was removed.
             ShortGPTError: no source is known, or it has another number of layers; or weights were
-                changed and it has several files or several ranks share the model.
+                changed and it has several files or several ranks share the model; or a fact has
+                the name of a record of the library's own.
             FileExistsError: ``out_dir`` exists.
         """
 
@@ -184,24 +189,13 @@ class ShortLlama(ShortModel):
                 "pass ckpt_dir: this Llama does not know where its weights came from"
             )
         facts = {**(facts or {}), **(provenance or {})}
-        changed = self.changed
-        if not self.removed and not changed:
-            raise RuntimeError("nothing was removed yet; call remove_layers first")
-        found = Checkpoint(source).args.n_layers
-        if found != self.n_layers:
-            raise ShortGPTError(
-                f"{source} has {found} layers, this model began with {self.n_layers}: it is not "
-                "where the model came from, or layers were removed before ShortLlama wrapped it"
-            )
-        if changed:
-            from short_gpt.checkpoints.healed import save_healed
-
-            return save_healed(self, out_dir, facts, source=str(source), overwrite=overwrite)
-        return prune(
-            source,
+        record = Provenance.of(self, source, facts=facts, measured=measured)
+        path = getattr(self.llama, "tokenizer_path", None)
+        return save_meta(
+            self,
             out_dir,
-            self.removed,
-            tokenizer_path=getattr(self.llama, "tokenizer_path", None),
-            provenance=facts,
+            source=source,
+            record=record,
+            tokenizer_path=path,
             overwrite=overwrite,
         )

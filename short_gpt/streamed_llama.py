@@ -11,9 +11,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llama.checkpoint.meta import prune
 from llama.parallel import several_ranks
 from llama.tokenizer import Tokenizer, find_tokenizer
+from short_gpt.checkpoints.provenance import Provenance
+from short_gpt.checkpoints.save import save_meta
 from short_gpt.data.windows import batches, count_of
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.runtime.errors import MissingPackageError, NotFiniteError, ShortGPTError
@@ -175,17 +176,19 @@ class StreamedLlama(ScoredModel):
         out_dir: str | os.PathLike[str],
         *,
         facts: Mapping[str, object] | None = None,
+        measured: Mapping[str, Perplexity] | None = None,
         overwrite: bool = False,
     ) -> Path:
         """Writes the checkpoint without the removed layers; arguments as in `ScoredModel.save`."""
-        if not self.removed:
-            raise RuntimeError("nothing was removed yet; call remove_layers first")
-        return prune(
-            self.stream.source.directory,
+        source = self.stream.source.directory
+        record = Provenance.of(self, source, facts=facts, measured=measured)
+        path = self.tokenizer_path
+        return save_meta(
+            self,
             out_dir,
-            self.removed,
-            tokenizer_path=self.tokenizer_path,
-            provenance=facts,
+            source=source,
+            record=record,
+            tokenizer_path=path,
             overwrite=overwrite,
         )
 

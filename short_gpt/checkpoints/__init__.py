@@ -1,1 +1,42 @@
+"""Checkpoints: cut in their files, written from memory, proved, with a record of what was done.
 
+`prune_checkpoint` cuts either format without loading a weight. A model in memory is written by its
+own ``save``. Both leave ``pruning.json``, one `Provenance`, and a model card made from it.
+"""
+
+from __future__ import annotations
+
+from short_gpt.checkpoints.card import model_card, write_provenance
+from short_gpt.checkpoints.hf import prune_hf
+from short_gpt.checkpoints.mergekit import mergekit_recipe, recipe_dtype
+from short_gpt.checkpoints.provenance import PROVENANCE, Provenance
+from short_gpt.checkpoints.prune import prune_checkpoint, prune_meta, refuse_gguf
+from short_gpt.checkpoints.save import save_as_meta, save_hf, save_meta
+from short_gpt.checkpoints.verify import (
+    ROUNDING,
+    Fingerprint,
+    check_same,
+    copy_weights,
+    fingerprint,
+)
+
+__all__ = [
+    "PROVENANCE",
+    "ROUNDING",
+    "Fingerprint",
+    "Provenance",
+    "check_same",
+    "copy_weights",
+    "fingerprint",
+    "mergekit_recipe",
+    "model_card",
+    "prune_checkpoint",
+    "prune_hf",
+    "prune_meta",
+    "recipe_dtype",
+    "refuse_gguf",
+    "save_as_meta",
+    "save_hf",
+    "save_meta",
+    "write_provenance",
+]

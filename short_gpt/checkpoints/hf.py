@@ -8,19 +8,19 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from llama.checkpoint.meta import PROVENANCE, kept_layers
-from llama.formats.hf import read_json
 from llama.formats.safetensors import Entry, SafetensorsFile, open_weights, write_weights
 from llama.io.files import check_new, new_directory, write_json
 from llama.io.hub import resolve
-from short_gpt.checkpoints.card import model_card
+from short_gpt.checkpoints.card import write_provenance
+from short_gpt.checkpoints.provenance import PROVENANCE, Provenance
 from short_gpt.models.hf import HFDecoder
 from short_gpt.models.loading import auto_class, explained
+from short_gpt.models.numbering import check_layers
 from short_gpt.runtime.errors import MissingPackageError, ShortGPTError
+from short_gpt.runtime.results import read_record
 
 # What goes along as it is: tokenizers, generation settings, templates, licenses.
 COPIED = re.compile(r".+\.(json|jinja|model|txt)|(LICENSE|NOTICE|USE_POLICY).*|tokenizer.*")
@@ -32,7 +32,7 @@ def prune_hf(
     out_dir: str | PathLike[str],
     layers: Sequence[int],
     *,
-    provenance: Mapping[str, Any] | None = None,
+    provenance: Provenance | None = None,
     overwrite: bool = False,
     progress: Callable[[str], object] = str,
 ) -> Path:
@@ -46,7 +46,8 @@ def prune_hf(
         source: a directory with ``config.json`` and safetensors of any family, or a hub id.
         out_dir: the new directory; appears whole or not at all.
         layers: numbers of the layers to leave out.
-        provenance: written as ``pruning.json``, after what was removed and kept.
+        provenance: by which scores they were chosen, and facts to keep; completed here and
+            written as ``pruning.json`` and on the card.
         overwrite: whether an existing pruned checkpoint is replaced; nothing else ever is.
         progress: called with every tensor's new name before it is written.
 
@@ -64,70 +65,43 @@ def prune_hf(
     check_new(out, replaces=replaces, source=directory)
     weights = open_weights(directory)
     decoder = _skeleton(directory)
-    count = len(decoder.layers)
-    keep = kept_layers(list(layers), count)
-    prefix = _prefix(weights, decoder.layers_path, count)
+    numbers = range(len(decoder.layers))
+    check_layers(layers, numbers)
+    keep = [i for i in numbers if i not in set(layers)]
+    record = provenance or Provenance()
+    record = record.cut(source, removed=layers, kept=keep, directory=directory)
+    old_name = _old_names(weights, _prefix(weights, decoder.layers_path, len(numbers)), keep)
     config = _edited_config(directory, decoder, keep)
-    old_name = _old_names(weights, prefix, keep)
+    with new_directory(out, replaces=replaces) as partial:
+        write_json(partial / "config.json", config)
+        _check_config(partial, decoder)
+        _write_kept(partial, weights, old_name, progress)
+        _copy_others(directory, partial)
+        write_provenance(partial, record, card=True)
+    return out
+
+
+def _write_kept(
+    out: Path,
+    weights: Mapping[str, SafetensorsFile],
+    old_name: Mapping[str, str],
+    progress: Callable[[str], object],
+) -> None:
+    """Copies the tensors that stay, in pieces, under their new names."""
 
     def read(name: str) -> Iterator[bytes]:
         progress(name)
         return weights[old_name[name]].chunks(old_name[name])
 
-    record = {"removed_layers": list(layers), "kept_layers": keep, **(provenance or {})}
-    if (directory / PROVENANCE).is_file():
-        record["source_pruning"] = read_json(directory / PROVENANCE)
-    with new_directory(out, replaces=replaces) as partial:
-        write_json(partial / "config.json", config)
-        _check_config(partial, decoder)
-        write_weights(partial, _groups(weights, old_name), read)
-        for path in sorted(directory.iterdir()):
-            wanted = COPIED.fullmatch(path.name) and not NOT_COPIED.fullmatch(path.name)
-            if wanted and path.is_file():
-                shutil.copyfile(path, partial / path.name)
-        card = model_card(record, str(source))
-        (partial / "README.md").write_text(card, encoding="utf-8")
-        write_json(partial / PROVENANCE, record)
-    return out
+    write_weights(out, _groups(weights, old_name), read)
 
 
-def mergekit_recipe(source: str, keep: Sequence[int], dtype: str = "bfloat16") -> str:
-    """A passthrough recipe for mergekit that makes a model of these layers.
-
-    Args:
-        source: the original model, as mergekit is to find it.
-        keep: numbers of the layers that stay, ascending.
-        dtype: of the merged weights.
-
-    Returns:
-        YAML, one slice for every run of layers; the end of a range is not part of it.
-
-    Raises:
-        ShortGPTError: no layers, or not ascending.
-
-    Example:
-        >>> print(mergekit_recipe("llama-2-7b", [0, 1, 3]))
-        slices:
-          - sources:
-              - model: "llama-2-7b"
-                layer_range: [0, 2]
-          - sources:
-              - model: "llama-2-7b"
-                layer_range: [3, 4]
-        merge_method: passthrough
-        dtype: bfloat16
-        <BLANKLINE>
-    """
-    keep = list(keep)
-    if not keep or keep[0] < 0 or keep != sorted(set(keep)):
-        raise ShortGPTError(f"expected ascending numbers of the layers that stay, got {keep}")
-    starts = [i for i in keep if i - 1 not in keep]
-    ends = [i + 1 for i in keep if i + 1 not in keep]
-    lines = ["slices:"]
-    for start, end in zip(starts, ends, strict=True):
-        lines += ["  - sources:", f"      - model: {json.dumps(str(source), ensure_ascii=False)}"]
-        lines += [f"        layer_range: [{start}, {end}]"]
-    return "\n".join([*lines, "merge_method: passthrough", f"dtype: {dtype}", ""])
+def _copy_others(directory: Path, out: Path) -> None:
+    """Copies what goes along as it is."""
+    for path in sorted(directory.iterdir()):
+        wanted = COPIED.fullmatch(path.name) and not NOT_COPIED.fullmatch(path.name)
+        if wanted and path.is_file():
+            shutil.copyfile(path, out / path.name)
 
 
 def _skeleton(directory: Path) -> HFDecoder:
@@ -138,7 +112,7 @@ def _skeleton(directory: Path) -> HFDecoder:
         raise MissingPackageError(
             'pruning these files needs: pip install "short-gpt[hf]"'
         ) from None
-    quantization = read_json(directory / "config.json").get("quantization_config")
+    quantization = read_record(directory / "config.json").get("quantization_config")
     if re.search(r"(layers|blocks|h)\.\d", json.dumps(quantization)):
         raise ShortGPTError(
             f"{directory} is quantized with settings for single layers, which cannot be renumbered"
@@ -206,12 +180,12 @@ def _groups(
     return [groups[name] for name in sorted(groups)]
 
 
-def _edited_config(directory: Path, decoder: HFDecoder, keep: Sequence[int]) -> dict[str, Any]:
+def _edited_config(directory: Path, decoder: HFDecoder, keep: Sequence[int]) -> dict[str, object]:
     """The source's config.json, changed where removing the layers changes the config."""
     before = decoder.model.config.to_dict()
     decoder.keep_layers(keep)
     after = decoder.model.config.to_dict()
-    config = read_json(directory / "config.json")
+    config = read_record(directory / "config.json")
     config.pop("auto_map", None)  # names code that does not go along: the library's own is enough
     aliases = {own: name for name, own in decoder.config.attribute_map.items()}
     _patch(config, before, after, aliases)
@@ -219,16 +193,18 @@ def _edited_config(directory: Path, decoder: HFDecoder, keep: Sequence[int]) -> 
 
 
 def _patch(
-    target: dict[str, Any],
-    before: Mapping[str, Any],
-    after: Mapping[str, Any],
+    target: dict[str, object],
+    before: Mapping[str, object],
+    after: Mapping[str, object],
     aliases: Mapping[str, str],
 ) -> None:
     for key, value in after.items():
         old = before.get(key)
         if isinstance(value, dict) and isinstance(old, dict):
             if value != old:
-                _patch(target.setdefault(key, {}), old, value, aliases)
+                inner = target.get(key)
+                target[key] = inner = inner if isinstance(inner, dict) else {}
+                _patch(inner, old, value, aliases)
         elif value != old:
             alias = aliases.get(key, key)
             target[alias if key not in target and alias in target else key] = value
@@ -243,7 +219,7 @@ def _check_config(partial: Path, decoder: HFDecoder) -> None:
         raise ShortGPTError(f"config.json cannot hold what the removal changes in {wrong}")
 
 
-def _differing(expected: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
+def _differing(expected: Mapping[str, object], found: Mapping[str, object]) -> list[str]:
     """The keys whose values differ, but for those that loading sets and what is dropped."""
     own = {"_name_or_path", "name_or_path", "transformers_version", "dtype", "torch_dtype"}
     own.add("auto_map")  # dropped on purpose

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
-from llama.checkpoint.meta import CONVERSION, PROVENANCE, read_json
-from llama.checkpoint.meta import prune as prune_meta
+from llama.checkpoint.meta import CONVERSION, Checkpoint
+from llama.checkpoint.meta import prune as write_pruned_meta
 from llama.formats.convert import check_llama, hf_to_meta, meta_to_hf
 from llama.io.files import check_new, new_directory, write_json
 from llama.io.sources import is_meta
-from short_gpt.checkpoints.card import model_card
+from short_gpt.checkpoints.card import write_provenance
 from short_gpt.checkpoints.hf import prune_hf
+from short_gpt.checkpoints.provenance import PROVENANCE, Provenance
+from short_gpt.models.numbering import check_layers
 from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.results import read_record
 
 FORMATS = ("meta", "hf")
 
@@ -27,7 +29,7 @@ def prune_checkpoint(
     *,
     to: str | None = None,
     tokenizer_path: str | PathLike[str] | None = None,
-    provenance: Mapping[str, Any] | None = None,
+    provenance: Provenance | None = None,
     overwrite: bool = False,
     progress: Callable[[str], object] = str,
 ) -> Path:
@@ -51,17 +53,18 @@ def prune_checkpoint(
         ShortGPTError: an unknown format, a layer that does not exist, or a model that is no Llama
             and cannot be written in Meta's format; the message names what differs.
         FileNotFoundError, FileExistsError, MissingPackageError: as for `prune_hf`.
+
+    Example:
+        >>> facts = Provenance.of_scores(importance, {"data": "PG-19"})  # doctest: +SKIP
+        >>> prune_checkpoint("7b", "5b", [21, 22], provenance=facts)  # doctest: +SKIP
     """
     if to not in (None, *FORMATS):
         raise ShortGPTError(f"expected a format of {' or '.join(FORMATS)}, got {to!r}")
     refuse_gguf(str(source))
     meta = is_meta(str(source))
-    same = to is None or (to == "meta") == meta
-    options: dict[str, Any] = {"tokenizer_path": tokenizer_path} if meta else {}
-    facts: dict[str, Any] = {"provenance": provenance, "progress": progress}
-    prune = prune_meta if meta else _prune_hf
-    if same:
-        return prune(source, out_dir, list(layers), overwrite=overwrite, **options, **facts)
+    cut = _Cut(source, list(layers), provenance, tokenizer_path if meta else None, progress)
+    if to is None or (to == "meta") == meta:
+        return cut.write(out_dir, meta=meta, overwrite=overwrite)
 
     out, replaces = Path(str(out_dir)), PROVENANCE if overwrite else None
     check_new(out, replaces=replaces, source=Path(str(source)))
@@ -69,17 +72,76 @@ def prune_checkpoint(
         check_llama(source)  # now rather than after the layers are cut
     with new_directory(out, replaces=replaces) as partial:
         pruned, converted = partial.with_name("pruned"), partial.with_name("converted")
-        prune(source, pruned, list(layers), **options, **facts)
-        _convert(pruned, converted, meta, progress)
+        cut.write(pruned, meta=meta)
+        convert: Callable[..., Path] = meta_to_hf if meta else hf_to_meta
+        convert(pruned, converted, progress=progress)
         shutil.rmtree(partial)
         converted.rename(partial)
-        shutil.copyfile(pruned / PROVENANCE, partial / PROVENANCE)
-        if to == "hf":
-            card = model_card(read_json(pruned / PROVENANCE), str(source))
-            (partial / "README.md").write_text(card, encoding="utf-8")
-        record = read_json(partial / CONVERSION)
+        write_provenance(partial, Provenance.read(pruned / PROVENANCE), card=to == "hf")
+        record = read_record(partial / CONVERSION)
         write_json(partial / CONVERSION, {**record, "source": str(source)})
     return out
+
+
+class _Cut:
+    """What a cut takes in either format."""
+
+    def __init__(
+        self,
+        source: str | PathLike[str],
+        layers: list[int],
+        provenance: Provenance | None,
+        tokenizer_path: str | PathLike[str] | None,
+        progress: Callable[[str], object],
+    ) -> None:
+        self.source, self.layers, self.provenance = source, layers, provenance
+        self.tokenizer_path, self.progress = tokenizer_path, progress
+
+    def write(self, out_dir: str | PathLike[str], *, meta: bool, overwrite: bool = False) -> Path:
+        if not meta:
+            return prune_hf(
+                self.source,
+                out_dir,
+                self.layers,
+                provenance=self.provenance,
+                overwrite=overwrite,
+                progress=self.progress,
+            )
+        return prune_meta(
+            self.source,
+            out_dir,
+            self.layers,
+            tokenizer_path=self.tokenizer_path,
+            provenance=self.provenance,
+            overwrite=overwrite,
+            progress=self.progress,
+        )
+
+
+def prune_meta(
+    source: str | PathLike[str],
+    out_dir: str | PathLike[str],
+    layers: Sequence[int],
+    *,
+    tokenizer_path: str | PathLike[str] | None = None,
+    provenance: Provenance | None = None,
+    overwrite: bool = False,
+    progress: Callable[[str], object] = str,
+) -> Path:
+    """Writes a Meta checkpoint without some layers; all else as for `prune_checkpoint`."""
+    numbers = range(Checkpoint(source).args.n_layers)
+    check_layers(layers, numbers)
+    kept = [i for i in numbers if i not in set(layers)]
+    record = (provenance or Provenance()).cut(source, removed=layers, kept=kept)
+    return write_pruned_meta(
+        source,
+        out_dir,
+        list(layers),
+        tokenizer_path=tokenizer_path,
+        provenance=record.to_dict(),
+        overwrite=overwrite,
+        progress=progress,
+    )
 
 
 def refuse_gguf(source: str) -> None:
@@ -89,13 +151,3 @@ def refuse_gguf(source: str) -> None:
             f"{source} is a GGUF file, whose layers are not cut; convert it first: short-gpt "
             f"convert {source} DIRECTORY"
         )
-
-
-def _prune_hf(*args: Any, **options: Any) -> Path:
-
-    return prune_hf(*args, **options)
-
-
-def _convert(source: Path, out: Path, meta: bool, progress: Callable[[str], object]) -> None:
-    convert: Callable[..., Path] = meta_to_hf if meta else hf_to_meta
-    convert(source, out, progress=progress)

@@ -1,23 +1,102 @@
-"""Whether two models are the same: by their logits, and by what they generate."""
+"""Whether two models are the same: by their logits, and by what they generate.
+
+Shapes: S tokens read, V vocabulary.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
+from torch import nn
 
 from short_gpt.short_model import ShortModel
 
+ROUNDING = 1e-4  # between implementations in float32, relative to the largest logit
 
-def fingerprint(short: ShortModel, count: int = 8) -> tuple[torch.Tensor, list[int], list[int]]:
-    """What two models must share to be the same: logits, and greedy tokens with and without cache.
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What two models must share to be the same.
+
+    Attributes:
+        logits: (1, S, V) float32 on the CPU.
+        cached, uncached: tokens generated greedily, with the cache and without it.
+    """
+
+    logits: torch.Tensor
+    cached: list[int]
+    uncached: list[int]
+
+
+def fingerprint(
+    short: ShortModel, count: int = 8, *, ids: Sequence[int] | None = None
+) -> Fingerprint:
+    """The `Fingerprint` of a model as it is now.
 
     Args:
         short: the model.
-        count: tokens read, and tokens generated.
+        count: tokens generated, and read where no ``ids`` are given.
+        ids: tokens to read; None takes the first of the vocabulary.
+    """
+    read = [i % short.decoder.vocab_size for i in range(count)] if ids is None else list(ids)
+    logits = short.decoder.logits(torch.tensor([read], device=short.decoder.device)).cpu()
+    cached, uncached = (short.greedy(read, count, use_cache=c) for c in (True, False))
+    return Fingerprint(logits, cached, uncached)
+
+
+def check_same(
+    ours: Fingerprint,
+    theirs: Fingerprint,
+    *,
+    rounding: float = 0.0,
+    names: tuple[str, str] = ("the model in memory", "the saved model"),
+) -> str:
+    """Proves that two models are the same.
+
+    Args:
+        ours, theirs: both from `fingerprint` on the same tokens.
+        rounding: how far logits may differ, relative to the largest; 0 asks for the same bits,
+            and for the same tokens generated. `ROUNDING` is for two implementations.
+        names: of the two in what is raised.
 
     Returns:
-        Logits (1, count, V), and the tokens generated with and without the cache.
+        How the logits agree, in words: "bit for bit" or "but for the last digits".
+
+    Raises:
+        RuntimeError: the logits differ, or what is generated, or the second generates otherwise
+            with its cache than without.
     """
-    ids = [i % short.decoder.vocab_size for i in range(count)]
-    logits = short.decoder.logits(torch.tensor([ids], device=short.decoder.device)).cpu()
-    cached, uncached = (short.greedy(ids, count, use_cache=c) for c in (True, False))
-    return logits, cached, uncached
+    expected, found = ours.logits, theirs.logits
+    if expected.shape != found.shape:
+        raise RuntimeError(
+            f"{names[1]} gives logits of shape {list(found.shape)}, {names[0]} "
+            f"{list(expected.shape)}"
+        )
+    off = (found - expected).abs().max()
+    if rounding:  # two implementations may also pick another token where two are all but equal
+        same = bool(off <= rounding * expected.abs().max())
+    else:
+        same = torch.equal(found, expected)
+    if not same:
+        raise RuntimeError(f"{names[1]} is not {names[0]}: logits differ by up to {off:.3g}")
+    if theirs.cached != theirs.uncached:
+        raise RuntimeError(f"{names[1]} generates otherwise with its cache than without")
+    if not rounding and theirs.cached != ours.cached:
+        raise RuntimeError(f"{names[1]} generates otherwise than {names[0]}")
+    return "but for the last digits" if rounding else "bit for bit"
+
+
+def copy_weights(model: nn.Module) -> None:
+    """Copies all weights in place: mapped from a file they may lie unaligned and round otherwise.
+
+    Weights that share memory still do.
+    """
+    copies: dict[tuple[int, torch.Size], torch.Tensor] = {}
+    for weight in model.parameters():
+        if pointer := weight.data_ptr():  # none: on the meta device, or without an entry
+            place = (pointer, weight.shape)
+            if place not in copies:
+                copies[place] = weight.data.clone()
+            weight.data = copies[place]

@@ -7,13 +7,14 @@ from typing import Any
 
 from llama.io.hub import resolve
 from llama.io.sources import is_meta
+from short_gpt.checkpoints import Provenance
 from short_gpt.cli.shared import importance_of, open_short, say
 from short_gpt.data.texts import texts
 from short_gpt.data.windows import windows
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.opening import layers_of
 from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.runtime.results import read_record, versions
+from short_gpt.runtime.results import read_record
 from short_gpt.scoring.importance import Importance
 from short_gpt.selection.methods import METHODS, check_method, choose
 from short_gpt.selection.perplexity_budget import most_layers
@@ -43,7 +44,7 @@ class Choice:
             check_method(method)
         if layers is not None and method is not None:
             raise ShortGPTError("--method chooses from --scores, not from --layers")
-        self.facts: dict[str, Any] = {"source": ckpt_dir, "versions": versions()}
+        self.facts: dict[str, Any] = {}
         self._ckpt_dir, self._scores = ckpt_dir, scores
         self._named = None if layers is None else layer_list(layers)
         self._importance: Importance | None = None
@@ -62,9 +63,6 @@ class Choice:
             self.method = method or ranked.get("method") or "bi"
             self._importance = importance_of(record, scores)
             self._check(self._importance, scores)
-            read = self._importance
-            self.facts["block_influence"] = read.block_influence.tolist()
-            self.facts["scored"] = {"windows": read.n_windows, "tokens": read.n_tokens}
         if ranked.get("data"):
             self.facts["data"] = ranked["data"]
         self.facts |= {"method": METHODS[self.method], "scored_by": ranked}
@@ -77,6 +75,11 @@ class Choice:
                 f"{scores} scores {len(importance.layers)} layers, {source} has {found}; they "
                 "do not belong together"
             )
+
+    @property
+    def provenance(self) -> Provenance:
+        """The scores and facts to keep beside the weights."""
+        return Provenance.of_scores(self._importance, self.facts)
 
     def layers(self, n: int | None) -> list[int]:
         """The layers, n of them where scores choose."""

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from llama.checkpoint.meta import PROVENANCE
-from llama.formats.convert import meta_to_hf
 from llama.io.files import check_new
 from llama.io.sources import is_meta
-from short_gpt.checkpoints.healed import save_healed
+from short_gpt.checkpoints import PROVENANCE
 from short_gpt.cli.choice import chosen
 from short_gpt.cli.shared import (
     arguments_of,
@@ -25,16 +19,16 @@ from short_gpt.cli.shared import (
     say_written,
     targets_of,
 )
-from short_gpt.evaluation.paired import difference, losses, together
-from short_gpt.evaluation.perplexity import Perplexity
-from short_gpt.healing.linear_patch import RIDGE, fit, fold
-from short_gpt.healing.lora import heal as heal_lora
-from short_gpt.healing.lora import require_four_bit, require_packages
+from short_gpt.healing import HealingJob, LoraSettings, PatchSettings
+from short_gpt.healing.four_bit import require_four_bit
+from short_gpt.healing.lora import require_packages
 from short_gpt.healing.recipe import PRESETS, Recipe, recipe_for
-from short_gpt.healing.texts import Learning, Source
+from short_gpt.healing.texts import Source
 from short_gpt.report import tables as report
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.results import write_record
+from short_gpt.short_hf import ShortHFModel
+from short_gpt.short_model import ShortModel
 
 METHODS = ("patch", "lora")
 SETTINGS = (
@@ -139,17 +133,31 @@ def heal(
     check_run(model_dir, None, size or 1024, 1, max_windows)
     source = Source(data, eval_data, split, column, max_texts, seed)
     given = {"tokenizer_path": tokenizer_path, "device": device, "dtype": dtype}
-    with interruptible(), _opened(model_dir, method, size or 1024, given) as short:
-        recipe = _recipe(short, preset, settings, seed) if method == "lora" else None
-        size = size or (recipe.size if recipe else 1024)
-        limit = max_windows or (64 if method == "patch" else None)
-        cut = source.windows(short, size, limit, eval_windows, drop_overlap, lora=bool(recipe))
-        job = _Job(short, drop, cut, recipe, ridge)
-        evidence = job.run(f"{out_dir}.training", resume=resume)
-        result = evidence | {"data": data, "eval_data": eval_data, "size": size}
-        options = {"overwrite": overwrite, "tokenizer_path": tokenizer_path}
-        job.save(out_dir, facts | result, model_dir, options)
+    with interruptible():
+        short = _opened(model_dir, method, size or 1024, given)
+        how = _settings(short, method, {**settings, "seed": seed}, preset, ridge)
+        if isinstance(how, LoraSettings):
+            how = replace(how, work_dir=f"{out_dir}.training", resume=resume)
+            size = size or (how.recipe or Recipe()).size
+        size = size or 1024
+        cut = source.windows(
+            short.encode,
+            size,
+            limit=max_windows or (64 if method == "patch" else None),
+            eval_windows=eval_windows,
+            drop_overlap=drop_overlap,
+            validate=method == "lora",
+        )
+        if cut.left_out is not None:
+            say(cut.left_out)
+        job = HealingJob(short, cut, drop, settings=how)
+        evidence = job.run()
+        say(f"{report.perplexities(dict(evidence.perplexity))}\n")
+        say(f"healing changes the loss by {evidence.change}")
+        inputs = {"data": data, "eval_data": eval_data, "size": size}
+        job.save(out_dir, facts=facts | inputs, overwrite=overwrite)
     if out is not None:
+        result = evidence.to_dict() | inputs
         record = {"command": "heal", "arguments": arguments, "seed": seed, "result": result}
         write_record(out, record, overwrite=overwrite)
     say_written([Path(out_dir), *targets])
@@ -182,7 +190,7 @@ def _check_method(
 def _selection(
     model_dir: str, method: str, layers: Any, scores: str | None, n: int | None, *, angular: bool
 ) -> tuple[list[int], dict[str, Any]]:
-    """The layers to remove, if any, and how they were chosen."""
+    """The layers to remove, if any, and the facts of their choice."""
     if method == "lora" and layers is None and scores is None:
         if n is not None or angular:
             raise ShortGPTError("--n_prune_layers and --angular choose from --scores FILE")
@@ -195,80 +203,17 @@ def _selection(
     return chosen(model_dir, layers, scores, n, angular=angular)
 
 
-@contextmanager
-def _opened(model_dir: str, method: str, size: int, given: dict[str, Any]) -> Iterator[Any]:
+def _opened(model_dir: str, method: str, size: int, given: dict[str, Any]) -> ShortModel:
     """The model; for lora as one of Hugging Face's."""
     path, device, dtype = given["tokenizer_path"], given["device"], given["dtype"]
     if method == "patch" or not is_meta(model_dir):
-        yield open_short(model_dir, path, size, 1, device, dtype, None)
-        return
-
-    with tempfile.TemporaryDirectory() as folder:
-        converted = f"{folder}/converted"
-        meta_to_hf(model_dir, converted, tokenizer_path=path)
-        yield open_short(converted, None, size, 1, device, dtype, None)
+        return open_short(model_dir, path, size, 1, device, dtype, None)
+    return ShortHFModel.from_meta(model_dir, **given)
 
 
-def _recipe(short: Any, preset: str, settings: dict[str, Any], seed: int) -> Any:
-
-    return recipe_for(short.model.config, preset, **{**settings, "seed": seed})
-
-
-@dataclass
-class _Job:
-    """One healing: measured before and after, and saved."""
-
-    short: Any
-    drop: list[int]
-    cut: Learning
-    recipe: Any
-    ridge: float | None
-    patch: Any = None
-    work_dir: str = ""
-
-    def run(self, work_dir: str, *, resume: bool) -> dict[str, Any]:
-        """Removes, heals and measures; prints the table and returns the evidence."""
-        found: dict[str, list[Perplexity]] = {}
-        count, self.work_dir = len(self.short.kept), work_dir
-        if self.drop:
-            if self.recipe is None:
-                self.patch = self._fit()
-            found[f"whole, {count} layers"] = self._measure()
-            self.short.remove_layers(self.drop)
-        raw = f"pruned, {len(self.short.kept)} layers" if self.drop else f"before, {count} layers"
-        found[raw] = self._measure()
-        how = self._heal(resume=resume)
-        found["healed"] = self._measure()
-        totals = {name: together(parts) for name, parts in found.items()}
-        change = difference(found[raw], found["healed"])
-        say(f"{report.perplexities(totals)}\n\nhealing changes the loss by {change}")
-        values = {name: p.value for name, p in totals.items()}
-        return {"healing": how, "perplexity": values, "change": asdict(change)}
-
-    def save(
-        self, out_dir: str, facts: dict[str, Any], source: str, options: dict[str, Any]
-    ) -> None:
-
-        meta = self.recipe is not None and is_meta(source)
-        options = {**options, "as_meta": meta}
-        save_healed(self.short, out_dir, facts, source=source, **options)
-        if self.recipe is not None:
-            shutil.rmtree(self.work_dir, ignore_errors=True)
-
-    def _fit(self) -> Any:
-
-        ridge = RIDGE if self.ridge is None else self.ridge
-        return fit(self.short, self.drop, self.cut.training, ridge=ridge)
-
-    def _heal(self, *, resume: bool) -> dict[str, Any]:
-        if self.patch is not None:
-            fold(self.short, self.patch)
-            return self.patch.to_dict()
-
-        parts = (self.cut.training, self.cut.validation, self.cut.evaluation)
-        return heal_lora(
-            self.short, *parts, recipe=self.recipe, work_dir=self.work_dir, resume=resume
-        ).to_dict()
-
-    def _measure(self) -> list[Perplexity]:
-        return losses(self.short.decoder, self.cut.evaluation)
+def _settings(
+    short: ShortModel, method: str, changes: dict[str, Any], preset: str, ridge: float | None
+) -> PatchSettings | LoraSettings:
+    if method == "patch":
+        return PatchSettings() if ridge is None else PatchSettings(ridge)
+    return LoraSettings(recipe_for(short.trainable().config, preset, **changes))

@@ -6,15 +6,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from llama.checkpoint.meta import PROVENANCE
 from llama.checkpoint.reshard import reshard
 from llama.formats.convert import gguf_to_meta, hf_to_meta, meta_to_hf
-from llama.formats.hf import read_json
 from llama.io.files import check_new, check_writable
-from llama.io.hub import resolve
 from llama.io.sources import is_meta
 from llama.parallel import several_ranks
-from short_gpt.checkpoints.hf import mergekit_recipe
+from short_gpt.checkpoints.mergekit import mergekit_recipe, recipe_dtype
+from short_gpt.checkpoints.provenance import PROVENANCE
 from short_gpt.checkpoints.prune import prune_checkpoint, refuse_gguf
 from short_gpt.cli.choice import Choice, method_of
 from short_gpt.cli.shared import say
@@ -85,7 +83,6 @@ def prune(
         ratio, text = max_perplexity_ratio, eval_data
         options: dict[str, Any] = {"size": size, "limit": eval_windows, "device": device}
         drop = choice.most(ratio, text, **options, tokenizer_path=tokenizer_path)
-    facts = choice.facts
     dtype = None if recipe is None else _recipe_dtype(ckpt_dir, recipe, overwrite=overwrite)
     with bar("writing", total=None, unit="tensor") as shown:
         prune_checkpoint(
@@ -94,7 +91,7 @@ def prune(
             drop,
             to=to,
             tokenizer_path=tokenizer_path,
-            provenance=facts,
+            provenance=choice.provenance,
             overwrite=overwrite,
             progress=lambda _: shown.update(),
         )
@@ -127,13 +124,10 @@ def _proof(
 
 def _recipe_dtype(source: str, recipe: str, *, overwrite: bool) -> str:
     """The dtype of a model that mergekit is to read; checks that it can."""
-    if is_meta(source):
-        raise ShortGPTError("--recipe: mergekit reads no Meta checkpoint; convert it first")
+    dtype = recipe_dtype(source)
     refuse_existing(Path(recipe), overwrite=overwrite)
     check_writable(Path(recipe))
-    config = read_json(resolve(source) / "config.json")
-    config = {**config, **(config.get("text_config") or {})}
-    return str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
+    return dtype
 
 
 def convert(

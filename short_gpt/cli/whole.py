@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llama.io.files import check_new, new_directory
+from short_gpt.checkpoints.verify import check_same, fingerprint
 from short_gpt.cli.shared import (
     PICTURES,
     arguments_of,
@@ -23,6 +24,7 @@ from short_gpt.report import tables as report
 from short_gpt.report.plots import require_matplotlib
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.results import write_record
+from short_gpt.short_model import ShortModel
 
 
 def demo(
@@ -102,15 +104,11 @@ def demo(
     say_written([out / n for n in ("layers.json", *PICTURES, "pruned")])
 
 
-def _say_same(short: Any, directory: Path) -> None:
-    """Loads a pruned checkpoint and says whether its logits are those of the model in memory."""
-    import torch
-
-    device, dtype = short.decoder.device, next(short.llama.model.parameters()).dtype
+def _say_same(short: ShortModel, directory: Path) -> None:
+    """Loads a pruned checkpoint and says whether it is the model in memory."""
+    dtype = str(next(short.decoder.module.parameters()).dtype).removeprefix("torch.")
+    device = str(short.decoder.device)
     again = open_model(str(directory), max_seq_len=1024, device=device, dtype=dtype)
-    tokens = torch.tensor([short.encode("In the beginning")], device=device)
-    if not torch.equal(again.decoder.logits(tokens), short.decoder.logits(tokens)):
-        raise RuntimeError(
-            f"{directory}, loaded again, gives other logits than the model in memory"
-        )
+    ids = short.encode("In the beginning")
+    check_same(fingerprint(short, ids=ids), fingerprint(again, ids=ids))
     say("\nThe saved checkpoint, loaded again, gives the same logits.")

@@ -1,1 +1,34 @@
+"""Bringing quality back after layers were removed: a closed-form patch, or LoRA.
 
+`heal_patch` folds a least-squares map into the MLP in front of every gap, from one pass over text.
+`heal_lora` trains low-rank changes of the MLPs and merges them. `HealingJob` does either with its
+measurements before and after. No architecture changes: the result loads wherever the model does.
+"""
+
+from __future__ import annotations
+
+from short_gpt.healing.job import HealingEvidence, HealingJob, LoraSettings, PatchSettings
+from short_gpt.healing.linear_patch import RIDGE, Patch
+from short_gpt.healing.linear_patch import heal as heal_patch
+from short_gpt.healing.lora import Healed, require_packages
+from short_gpt.healing.lora import heal as heal_lora
+from short_gpt.healing.recipe import PRESETS, Recipe, recipe_for
+from short_gpt.healing.texts import Learning, Source
+
+__all__ = [
+    "PRESETS",
+    "RIDGE",
+    "Healed",
+    "HealingEvidence",
+    "HealingJob",
+    "Learning",
+    "LoraSettings",
+    "Patch",
+    "PatchSettings",
+    "Recipe",
+    "Source",
+    "heal_lora",
+    "heal_patch",
+    "recipe_for",
+    "require_packages",
+]

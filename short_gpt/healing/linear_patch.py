@@ -16,15 +16,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from llama.parallel import model_parallel_size
-from short_gpt.data.windows import batches
+from short_gpt.data.windows import batches, count_of
+from short_gpt.healing.folding import put_map
+from short_gpt.healing.moments import Moments
 from short_gpt.models.decoder import pad
-from short_gpt.models.layer_hooks import States, check_added, mlp_output, transposed
+from short_gpt.models.layer_hooks import States, check_added, mlp_output
 from short_gpt.models.numbering import check_layers, span
 from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
 from short_gpt.runtime.progress import bar, set_rate
@@ -58,7 +59,7 @@ class Patch:
     windows: int
     tokens: int
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """All but the maps, ready for JSON."""
         return {
             "method": "linear patch",
@@ -81,14 +82,19 @@ def heal(
 ) -> Patch:
     """Removes layers and patches what is left: `fit`, ``remove_layers`` and `fold`.
 
-    Args and errors as in `fit`.
+    Args and errors as in `fit`; after any of them the model is as it was, with all its layers.
 
     Example:
         >>> patch = heal(short, [21, 22, 25], windows)  # doctest: +SKIP
     """
     patch = fit(short, layers, windows, ridge=ridge, batch_size=batch_size, progress=progress)
-    short.remove_layers(patch.layers)
-    fold(short, patch)
+    with short.without_layers(patch.layers):
+        undo = fold(short, patch)
+    try:
+        short.remove_layers(patch.layers)
+    except BaseException:
+        undo()
+        raise
     return patch
 
 
@@ -152,7 +158,7 @@ def fit_many(
     wanted = sorted({run for layers in sets for run in runs(layers, short.kept)})
     sums = {run: Moments() for run in wanted}
     read = tokens = 0
-    with bar("fitting", total=total or _count(windows), unit="window", show=progress) as shown:
+    with bar("fitting", total=total or count_of(windows), unit="window", show=progress) as shown:
         for batch in batches(windows, batch_size):
             tokens += _add(short, sums, batch, prove=read == 0)
             read += len(batch)
@@ -163,7 +169,7 @@ def fit_many(
     patches = []
     for layers in sets:
         solved = {_front(short, run): sums[run].solve(ridge) for run in runs(layers, short.kept)}
-        maps = {front: found for front, (found, _) in solved.items()}
+        maps = {front: linear_map for front, (linear_map, _) in solved.items()}
         restored = {front: share for front, (_, share) in solved.items()}
         patches.append(Patch(list(layers), maps, restored, ridge, read, tokens))
     return patches
@@ -189,31 +195,28 @@ def fold(short: ShortModel, patch: Patch) -> Callable[[], None]:
             f"the patch stands for layers {patch.layers} and changes {list(patch.maps)}; the model "
             f"has {span(present)}: remove the former, keep the latter"
         )
-    before: list[tuple[Tensor, Tensor]] = []
-    layers = [(front, short.decoder.layers[present.index(front)]) for front in patch.maps]
-    ends = [parameters_of(front, layer, [mlp_output(layer)]) for front, layer in layers]
+    fronts = {front: short.decoder.layers[present.index(front)] for front in patch.maps}
+    ends = [parameters_of(front, layer, [mlp_output(layer)]) for front, layer in fronts.items()]
     change = WeightChange(patch.to_dict(), frozenset().union(*ends))
+    before: list[tuple[Tensor, Tensor]] = []
 
     @torch.no_grad()
-    def undo() -> None:
+    def restore() -> None:
         for parameter, value in before:
             parameter.copy_(value)
+
+    def undo() -> None:
+        restore()
         short.forget_change(change)
 
-    for front, linear_map in patch.maps.items():
-        module = mlp_output(short.decoder.layers[present.index(front)])
-        parts = _folded(module, linear_map)
-        before += [(parameter, parameter.detach().clone()) for parameter, _ in parts]
-        probe = _probe(module)
-        expected = module(probe).cpu().double() @ linear_map
-        for parameter, value in parts:
-            parameter.copy_(value)
-        off = float((module(probe).cpu().double() - expected).norm() / expected.norm())
-        if not off <= 16 * torch.finfo(probe.dtype).eps:
-            undo()
-            raise ShortGPTError(
-                f"layer {front}'s MLP took the map only to {off:.2g}: not a plain map"
-            )
+    try:
+        for front, layer in fronts.items():
+            module = mlp_output(layer)
+            before += [(p, p.detach().clone()) for p in module.parameters()]
+            put_map(module, patch.maps[front], front)
+    except BaseException:
+        restore()
+        raise
     short.note_change(change)
     return undo
 
@@ -234,39 +237,7 @@ def runs(layers: Sequence[int], present: Sequence[int]) -> list[tuple[int, int]]
     return found
 
 
-class Moments:
-    """Sums over tokens from which a map is solved, float64 on the CPU.
-
-    With R = X - (Y + M), what the removed layers add: M^T M (D, D), M^T R (D, D), tr(R^T R).
-    """
-
-    def __init__(self) -> None:
-        self.gram: Tensor | float = 0.0
-        self.cross: Tensor | float = 0.0
-        self.square = 0.0
-
-    def add(self, mlp: Tensor, rest: Tensor) -> None:
-        """Adds tokens: M and R, (N, D) each."""
-        kind = torch.float32 if mlp.device.type == "mps" else torch.float64
-        mlp, rest = mlp.to(kind), rest.to(kind)
-        self.gram = self.gram + (mlp.T @ mlp).cpu().double()
-        self.cross = self.cross + (mlp.T @ rest).cpu().double()
-        self.square += float(rest.pow(2).sum())
-
-    def solve(self, ridge: float) -> tuple[Tensor, float]:
-        """T (D, D), and the share of ``tr(R^T R)`` that M (T - 1) gives back."""
-        assert isinstance(self.gram, Tensor) and isinstance(self.cross, Tensor)
-        eye = torch.eye(len(self.gram), dtype=torch.float64)
-        if self.square == 0 or self.gram.trace() == 0:  # nothing to restore, or nothing to map
-            return eye, float(self.square == 0)
-        penalty = ridge * self.gram.trace() / len(self.gram)
-        change = torch.linalg.solve(self.gram + penalty * eye, self.cross)
-        left = self.square - 2 * (change * self.cross).sum() + (change * (self.gram @ change)).sum()
-        return eye + change, float(1 - left / self.square)
-
-
 def _check(short: ShortModel, sets: Sequence[Sequence[int]], ridge: float) -> None:
-
     if model_parallel_size() > 1:
         raise ShortGPTError(
             f"the linear patch needs the whole model on one rank, got {model_parallel_size()} "
@@ -299,7 +270,7 @@ def _add(
     prove: bool,
 ) -> int:
     """One pass: adds a batch to all sums, and returns its tokens."""
-    tokens, mask = pad(batch, short.decoder)
+    tokens, mask = pad(batch, short.decoder)  # (B, S) each; mask is False at padding
     fronts = {start - 1 for start, _ in sums}
     seen = States(short.decoder.layers, fronts, {end for _, end in sums} | fronts)
     with seen:
@@ -308,38 +279,19 @@ def _add(
         for place in sorted(fronts):
             check_added(short.decoder.layers[place], *seen.calls[place])
     for (start, end), moments in sums.items():
-        front = seen.behind[start - 1]
+        front = seen.behind[start - 1]  # (B, S, D), the stream Y + M in front of the run
         here = mask.to(front.device)  # layers may lie on several devices
-        mlp = seen.mlp[start - 1].reshape(front.shape)[here].float()
-        rest = (seen.behind[end].to(front.device).float() - front.float())[here]
-        if not (mlp.isfinite().all() and rest.isfinite().all()):
-            raise NotFiniteError(
-                f"a state between layers {_front(short, (start, end))} and {short.kept[end]} is "
-                "NaN or infinite; check the weights, or try another dtype"
-            )
+        # some families flatten tokens in front of the MLP, hence the shape of the stream
+        mlp = seen.mlp[start - 1].reshape(front.shape)[here].float()  # M (N, D)
+        rest = (seen.behind[end].to(front.device).float() - front.float())[here]  # R (N, D)
+        _check_finite((mlp, rest), _front(short, (start, end)), short.kept[end])
         moments.add(mlp, rest)
     return int(mask.sum())
 
 
-def _folded(module: nn.Module, linear_map: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """The parameters that change, with their new values: the output becomes itself times T."""
-    weight: Tensor = module.weight  # type: ignore[assignment]
-    bias: Tensor | None = getattr(module, "bias", None)
-    exact = weight.detach().cpu().double()
-    new = exact @ linear_map if transposed(module) else linear_map.T @ exact
-    pairs = [(weight, new.to(weight.dtype))]
-    if isinstance(bias, Tensor):
-        pairs.append((bias, (bias.detach().cpu().double() @ linear_map).to(bias.dtype)))
-    return pairs
-
-
-def _probe(module: nn.Module) -> Tensor:
-    """Random inputs (1, 16, F) of a linear map."""
-    weight: Tensor = module.weight  # type: ignore[assignment]
-    width = weight.shape[0 if transposed(module) else 1]
-    inputs = torch.randn(1, 16, width, generator=torch.Generator().manual_seed(0))
-    return inputs.to(weight.device, weight.dtype)
-
-
-def _count(windows: object) -> int | None:
-    return len(windows) if hasattr(windows, "__len__") else None
+def _check_finite(states: Sequence[Tensor], front: int, end: int) -> None:
+    if not all(state.isfinite().all() for state in states):
+        raise NotFiniteError(
+            f"a state between layers {front} and {end} is NaN or infinite; check the weights, or "
+            "try another dtype"
+        )

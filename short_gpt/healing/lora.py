@@ -5,24 +5,28 @@ After Gromov et al. (arXiv:2403.17887, appendix A), through peft and the Trainer
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import torch
 
 from llama.parallel import several_ranks
 from short_gpt.data.disjoint import check_disjoint
+from short_gpt.healing.four_bit import quantized, require_four_bit
+from short_gpt.healing.quiet import quiet
 from short_gpt.healing.recipe import Recipe, recipe_for
-from short_gpt.healing.trainer import quiet, train
+from short_gpt.healing.trainer import TrainingRun, Window, train
 from short_gpt.models.families import ANY, family_of
 from short_gpt.models.hf import find_layers
 from short_gpt.runtime.errors import MissingPackageError, ShortGPTError
+from short_gpt.short_model import ShortModel
 from short_gpt.surgery.changes import WeightChange, parameters_of
 
-Window = Sequence[int]
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -50,13 +54,13 @@ class Healed:
     validation: dict[int, float]
     tokens: int
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """All of it, ready for JSON."""
         return {"method": "LoRA", **asdict(self)}
 
 
 def heal(
-    short: Any,
+    short: ShortModel,
     training: Sequence[Window],
     validation: Sequence[Window],
     evaluation: Sequence[Window] = (),
@@ -82,22 +86,28 @@ def heal(
 
     Raises:
         MissingPackageError: peft, or for 4 bits bitsandbytes, is missing.
-        ShortGPTError: the texts overlap; no linear map has the recipe's names; no windows; nothing
-            or something else to resume; for 4 bits, no CUDA.
+        ShortGPTError: the model is not one of transformers; the texts overlap; no linear map has
+            the recipe's names; no windows; nothing or something else to resume; for 4 bits, no
+            CUDA.
         NotFiniteError: a loss is NaN or infinite. The model is as before after any error.
+
+    Example:
+        >>> healed = heal_lora(short, training, validation, evaluation)  # doctest: +SKIP
+        >>> healed.validation[healed.kept_step]  # doctest: +SKIP
+        27.15
     """
-    recipe = recipe or recipe_for(short.model.config)
-    _check(short, training, validation, evaluation, recipe)
-    run = (training, validation, recipe, work_dir)
-    if recipe.four_bit:
-        healed = _heal_four_bit(short, *run, resume=resume, show=progress)
-    else:
-        healed = _heal(short, *run, resume=resume, show=progress)
+    require_packages()
+    if several_ranks():
+        raise ShortGPTError("LoRA healing runs in one process; start it without torchrun")
+    model = short.trainable()
+    recipe = recipe or recipe_for(model.config)
+    run = TrainingRun(training, validation, recipe, work_dir, resume=resume, show=progress)
+    _check(run, evaluation)
+    targets = target_modules(model, recipe.modules)
+    healed = (_heal_four_bit if recipe.four_bit else _heal)(model, run, short.decoder.device)
     if healed.kept_step:
-        layers = zip(short.kept, short.decoder.layers, strict=True)
-        adapted = {
-            id(short.model.get_submodule(n)) for n in target_modules(short.model, recipe.modules)
-        }
+        adapted = {id(model.get_submodule(name)) for name in targets}
+        layers = zip(short.present, short.decoder.layers, strict=True)
         ends = [
             parameters_of(number, layer, [m for m in layer.modules() if id(m) in adapted])
             for number, layer in layers
@@ -106,121 +116,68 @@ def heal(
     return healed
 
 
-def _heal(
-    short: Any,
-    training: Sequence[Window],
-    validation: Sequence[Window],
-    recipe: Recipe,
-    work_dir: str | Path | None,
-    *,
-    resume: bool,
-    show: bool,
-) -> Healed:
+def _heal(model: PreTrainedModel, run: TrainingRun, _: torch.device) -> Healed:
     """Trains over the model's own weights and merges."""
-    adapted = adapt(short.model, recipe)
+    adapted = adapt(model, run.recipe)
     try:
-        healed = _train(adapted, training, validation, recipe, work_dir, resume=resume, show=show)
+        healed = _train(adapted, run)
+        _merge(adapted, healed)
     except BaseException:
-        adapted.unload()
+        adapted.unload()  # takes the adapters out, and leaves the weights that they stood beside
         raise
     finally:
-        _clean(short.model, recipe)
-    _merge(adapted, healed)
+        _clean(model, run.recipe)
     return healed
 
 
-def _merge(adapted: Any, healed: Healed) -> None:
+def _merge(adapted: PeftModel, healed: Healed) -> None:
     """Merges what was learned, unless no evaluation was better than before."""
     if healed.kept_step:
         adapted.merge_and_unload()
     else:
         adapted.unload()
-    _clean(adapted.get_base_model(), healed.recipe)
+    _clean(cast("PreTrainedModel", adapted.get_base_model()), healed.recipe)
 
 
-def _train(
-    adapted: Any,
-    training: Sequence[Window],
-    validation: Sequence[Window],
-    recipe: Recipe,
-    work_dir: str | Path | None,
-    *,
-    resume: bool,
-    show: bool,
-) -> Healed:
-
+def _train(adapted: PeftModel, run: TrainingRun) -> Healed:
     trainable, parameters = adapted.get_nb_trainable_parameters()
-    run = (training, validation, recipe, work_dir)
-    state, before = train(adapted, *run, resume=resume, show=show)
+    state, before = train(adapted, run)
     logs = state.log_history
-    measured = {e["step"]: e["eval_perplexity"] for e in logs if "eval_perplexity" in e}
-    best = min(measured, key=lambda step: measured[step])
+    measured = {int(e["step"]): e["eval_perplexity"] for e in logs if "eval_perplexity" in e}
+    best = min(measured, key=lambda step: measured[step])  # the earliest of equals
     return Healed(
-        recipe=recipe,
+        recipe=run.recipe,
         trainable=trainable,
         parameters=parameters - trainable,
         steps=state.global_step,
         kept_step=best if measured[best] < before else 0,
-        losses={entry["step"]: entry["loss"] for entry in logs if "loss" in entry},
+        losses={int(entry["step"]): entry["loss"] for entry in logs if "loss" in entry},
         validation={0: before, **measured},
-        tokens=round(state.epoch * sum(map(len, training))),
+        tokens=round(state.epoch * sum(map(len, run.training))),
     )
 
 
-def _heal_four_bit(
-    short: Any,
-    training: Sequence[Window],
-    validation: Sequence[Window],
-    recipe: Recipe,
-    work_dir: str | Path | None,
-    *,
-    resume: bool,
-    show: bool,
-) -> Healed:
+def _heal_four_bit(model: PreTrainedModel, run: TrainingRun, place: torch.device) -> Healed:
     """Trains over a copy in 4 bits (NF4, as QLoRA), and merges into the model as it is."""
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
-    place = short.decoder.device
     try:
-        small = _quantized(short.model, place, recipe)
-        adapted = adapt(small, recipe)
-        healed = _train(adapted, training, validation, recipe, work_dir, resume=resume, show=show)
+        small = quantized(model, place, run.recipe)
+        adapted = adapt(small, run.recipe)
+        healed = _train(adapted, run)
         trained = get_peft_model_state_dict(adapted)
         del small, adapted
-        whole = adapt(short.model, recipe)
+        whole = adapt(model, run.recipe)
         set_peft_model_state_dict(whole, trained)
         _merge(whole, healed)
     finally:
-        short.model.to(place)
-        _clean(short.model, recipe)
+        torch.nn.Module.to(model, place)
+        _clean(model, run.recipe)
     return healed
 
 
-def _quantized(model: Any, place: torch.device, recipe: Recipe) -> Any:
-    """A copy of a model in 4 bits at ``place``; the model itself goes to the CPU meanwhile."""
-    from peft import prepare_model_for_kbit_training
-    from transformers import BitsAndBytesConfig
-
-    settings = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=model.dtype,
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        model.to("cpu")  # both would not fit the card
-        small = type(model).from_pretrained(
-            folder, quantization_config=settings, dtype=model.dtype, device_map={"": place}
-        )
-    return prepare_model_for_kbit_training(
-        small, use_gradient_checkpointing=recipe.gradient_checkpointing
-    )
-
-
-def _clean(model: Any, recipe: Recipe) -> None:
+def _clean(model: PreTrainedModel, recipe: Recipe) -> None:
     """Undoes what training leaves on a model beside its weights."""
-
     model.eval()
     if recipe.gradient_checkpointing:
         with quiet():
@@ -231,7 +188,7 @@ def _clean(model: Any, recipe: Recipe) -> None:
     vars(model).pop("peft_config", None)
 
 
-def adapt(model: Any, recipe: Recipe) -> Any:
+def adapt(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
     """The model with untrained changes of its layers: a ``PeftModel`` around the same weights.
 
     Raises:
@@ -254,7 +211,7 @@ def adapt(model: Any, recipe: Recipe) -> Any:
         return get_peft_model(model, config)
 
 
-def target_modules(model: Any, names: Sequence[str] | None = None) -> list[str]:
+def target_modules(model: PreTrainedModel, names: Sequence[str] | None = None) -> list[str]:
     """The full names of the linear maps inside the layers that LoRA changes.
 
     Args:
@@ -282,29 +239,15 @@ def target_modules(model: Any, names: Sequence[str] | None = None) -> list[str]:
     return found
 
 
-def _check(
-    short: Any,
-    training: Sequence[Window],
-    validation: Sequence[Window],
-    evaluation: Sequence[Window],
-    recipe: Recipe,
-) -> None:
-
-    require_packages()
-    if several_ranks():
-        raise ShortGPTError("LoRA healing runs in one process; start it without torchrun")
-    if not hasattr(short, "model"):
-        raise ShortGPTError(
-            f"LoRA heals a ShortHFModel, got {type(short).__name__}: convert the checkpoint first"
-        )
-    for name, windows in (("training", training), ("validation", validation)):
+def _check(run: TrainingRun, evaluation: Sequence[Window]) -> None:
+    """Raises ShortGPTError or MissingPackageError for windows and settings that cannot be."""
+    for name, windows in (("training", run.training), ("validation", run.validation)):
         if not len(windows) or min(map(len, windows)) < 2:
             raise ShortGPTError(f"expected {name} windows of at least 2 tokens, got {len(windows)}")
         check_disjoint(windows, evaluation)
-    check_disjoint(training, validation)
-    if recipe.four_bit:
+    check_disjoint(run.training, run.validation)
+    if run.recipe.four_bit:
         require_four_bit()
-    target_modules(short.model, recipe.modules)
 
 
 def require_packages() -> None:
@@ -316,13 +259,3 @@ def require_packages() -> None:
             raise MissingPackageError(
                 f'healing needs {package}: pip install "short-gpt[heal]"'
             ) from None
-
-
-def require_four_bit() -> None:
-    """Raises MissingPackageError or ShortGPTError, naming what QLoRA lacks here."""
-    try:
-        import bitsandbytes  # type: ignore[import-not-found,import-untyped,unused-ignore] # noqa: F401
-    except ImportError:
-        raise MissingPackageError("training in 4 bits needs: pip install bitsandbytes") from None
-    if not torch.cuda.is_available():
-        raise ShortGPTError("training in 4 bits needs CUDA, which torch does not find here")

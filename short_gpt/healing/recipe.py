@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from short_gpt.models.families import FAMILIES
 from short_gpt.runtime.errors import ShortGPTError
+
+
+class ModelConfig(Protocol):
+    """What tells a model in the paper's table: the config of a model of transformers."""
+
+    @property
+    def model_type(self) -> str: ...
+
+    def get_text_config(self, decoder: bool) -> ModelConfig: ...
 
 
 @dataclass(frozen=True)
@@ -98,7 +107,7 @@ DEMO |= {"batch": 1, "warmup": 0}
 PRESETS = ("paper", "demo")
 
 
-def recipe_for(config: Any, preset: str = "paper", **changes: Any) -> Recipe:
+def recipe_for(config: ModelConfig, preset: str = "paper", **changes: Any) -> Recipe:
     """The published settings for a model.
 
     Args:
@@ -110,6 +119,10 @@ def recipe_for(config: Any, preset: str = "paper", **changes: Any) -> Recipe:
 
     Raises:
         ShortGPTError: no such preset or attribute, or a value out of range.
+
+    Example:
+        >>> recipe_for(model.config, steps=1000).rank  # doctest: +SKIP
+        64
     """
     if preset not in PRESETS:
         raise ShortGPTError(f"preset {preset!r} is unknown: expected one of {', '.join(PRESETS)}")

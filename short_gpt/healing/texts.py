@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from short_gpt.cli.shared import say
 from short_gpt.data.disjoint import check_disjoint, hold_out, without_overlap
 from short_gpt.data.texts import read_texts, texts
 from short_gpt.data.windows import windows
@@ -14,55 +13,89 @@ from short_gpt.runtime.errors import ShortGPTError
 
 @dataclass(frozen=True)
 class Learning:
-    """Windows of token ids."""
+    """Windows of token ids that share no text with each other.
 
-    training: list[list[int]]
-    validation: list[list[int]]  # of lora
-    evaluation: list[list[int]]
+    Attributes:
+        training: to learn from.
+        validation: to choose the training step by; none for a patch.
+        evaluation: to evaluate on.
+        left_out: in words, what is not learned from because it is evaluated or validated on; None
+            if nothing was.
+    """
+
+    training: Sequence[Sequence[int]]
+    validation: Sequence[Sequence[int]]
+    evaluation: Sequence[Sequence[int]]
+    left_out: str | None = None
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where the texts come from."""
+    """Texts to heal by.
+
+    Attributes:
+        data: to learn from: pg19, a local file or folder, or a hub data set's name.
+        eval_data: to evaluate on; None holds a tenth of ``data`` out.
+        split, column, max_texts: of ``data``, see `data.read_texts`.
+        seed: of the choice of texts and windows.
+    """
 
     data: str
-    eval_data: str | None
-    split: str
-    column: str
-    max_texts: int | None
-    seed: int
+    eval_data: str | None = None
+    split: str = "validation"
+    column: str = "text"
+    max_texts: int | None = None
+    seed: int = 0
 
     def windows(
         self,
-        short: Any,
+        encode: Callable[[str], list[int]],
         size: int,
-        limit: int | None,
-        eval_windows: int,
-        drop_overlap: bool | None,
         *,
-        lora: bool,
+        limit: int | None = None,
+        eval_windows: int = 32,
+        drop_overlap: bool | None = None,
+        validate: bool = False,
     ) -> Learning:
-        """Windows to learn from and others to evaluate on, which share no text."""
-        training = list(read_texts(self.data, self.split, self.column, self.max_texts))
-        if self.eval_data is None:
-            training, held = hold_out(training, seed=self.seed)
-        else:
-            held = list(texts(self.eval_data, column=self.column))
+        """Windows to learn from and others to evaluate on, which share no text.
 
-        def cut(found: list[str], count: int | None) -> list[list[int]]:
-            options = {"size": size, "stride": size, "seed": self.seed, "limit": count}
-            return list(windows(found, short.encode, **options))  # type: ignore[arg-type]
+        Args:
+            encode: from a text to token ids.
+            size: tokens of a window.
+            limit: windows to learn from at most; None takes all.
+            eval_windows: windows to evaluate on at most.
+            drop_overlap: leave out windows to learn from that share text with those to evaluate
+                on, instead of refusing them; None does so where ``eval_data`` is not given.
+            validate: keep up to 16 windows apart to choose the training step by, as LoRA needs.
 
-        evaluation = cut(held, eval_windows)
-        chosen = cut(training, limit)
+        Raises:
+            ShortGPTError: texts overlap and are not to be left out, or nothing would be left.
+        """
+        learned, held = self._texts()
+
+        def cut(chosen: Sequence[str], count: int | None) -> list[list[int]]:
+            found = windows(chosen, encode, size=size, stride=size, seed=self.seed, limit=count)
+            return [list(window) for window in found]
+
+        evaluation, training = cut(held, eval_windows), cut(learned, limit)
+        before = len(training)
         drop = self.eval_data is None if drop_overlap is None else drop_overlap
-        chosen = _apart(chosen, evaluation, drop=drop)
-        if not lora:
-            return Learning(chosen, [], evaluation)
-        count = max(1, min(len(chosen) // 10, 16))
-        validation = chosen[-count:]
-        chosen = _apart(chosen[:-count], validation, drop=True)
-        return Learning(chosen, validation, evaluation)
+        training = _apart(training, evaluation, drop=drop)
+        validation: list[list[int]] = []
+        if validate:
+            count = max(1, min(len(training) // 10, 16))
+            training, validation = training[:-count], training[-count:]
+            training = _apart(training, validation, drop=True)
+        gone = before - len(training) - len(validation)
+        words = f"left out {gone} of {before} windows: text kept apart from learning"
+        return Learning(training, validation, evaluation, words if gone else None)
+
+    def _texts(self) -> tuple[list[str], list[str]]:
+        """Texts to learn from, and to evaluate on."""
+        learned = list(read_texts(self.data, self.split, self.column, self.max_texts))
+        if self.eval_data is None:
+            return hold_out(learned, seed=self.seed)
+        return learned, list(texts(self.eval_data, column=self.column))
 
 
 def _apart(training: list[list[int]], others: list[list[int]], *, drop: bool) -> list[list[int]]:
@@ -70,12 +103,10 @@ def _apart(training: list[list[int]], others: list[list[int]], *, drop: bool) ->
     if not drop:
         check_disjoint(training, others)
         return training
-    kept, gone = without_overlap(training, others)
+    kept, _ = without_overlap(training, others)
     if not kept:
         raise ShortGPTError(
             f"all {len(training)} windows to learn from share text with those kept apart from "
             "them: give other texts, or more"
         )
-    if gone:
-        say(f"left out {gone} of {len(training)} windows: text kept apart from learning")
     return kept

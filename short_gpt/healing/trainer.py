@@ -2,73 +2,104 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import logging
 import math
-import os
 import shutil
 import tempfile
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import torch
 
 from llama.io.files import write_json
 from short_gpt.data.windows import batches
 from short_gpt.evaluation.perplexity import Perplexity, perplexity
+from short_gpt.healing.quiet import deterministic, quiet
 from short_gpt.healing.recipe import Recipe
 from short_gpt.models.hf import HFDecoder
+from short_gpt.runtime.digest import json_digest, weights_digest
 from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
 from short_gpt.runtime.progress import bar
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from tqdm import tqdm
+    from transformers import (
+        PreTrainedModel,
+        Trainer,
+        TrainerCallback,
+        TrainerControl,
+        TrainerState,
+        TrainingArguments,
+    )
 
 Window = Sequence[int]
 RECIPE = "recipe.json"  # in the folder of checkpoints: what they belong to
 
 
-def train(
-    adapted: Any,
-    training: Sequence[Window],
-    validation: Sequence[Window],
-    recipe: Recipe,
-    work_dir: str | Path | None,
-    *,
-    resume: bool,
-    show: bool,
-) -> tuple[Any, float]:
+@dataclass(frozen=True)
+class TrainingRun:
+    """What one run of training takes.
+
+    Attributes:
+        training, validation: windows of token ids to learn from, and to choose the step by.
+        recipe: the settings.
+        work_dir: keeps checkpoints; None keeps none.
+        resume: continue from the last checkpoint there.
+        show: whether to show a bar.
+    """
+
+    training: Sequence[Window]
+    validation: Sequence[Window]
+    recipe: Recipe
+    work_dir: str | Path | None = None
+    resume: bool = False
+    show: bool = True
+
+    def identity(self, adapted: PeftModel) -> dict[str, object]:
+        """What a resumed run must share with the earlier one."""
+        windows = [[list(w) for w in part] for part in (self.training, self.validation)]
+        return {
+            "recipe": json.loads(json.dumps(asdict(self.recipe))),  # as a file gives it back
+            "text": json_digest(windows),
+            "model": weights_digest(adapted),
+        }
+
+
+def train(adapted: PeftModel, run: TrainingRun) -> tuple[TrainerState, float]:
     """Trains a ``PeftModel`` in place; the weights of its best evaluation stay.
 
     Returns:
         The Trainer's state: ``global_step``, ``log_history`` and ``best_global_step``; and the
         perplexity on the validation windows before any step.
     """
-    run = _identity(adapted, training, validation, recipe)
+    recipe = run.recipe
     with (
-        _folder(work_dir, run, resume=resume) as folder,
+        _folder(run.work_dir, run.identity(adapted), resume=run.resume) as folder,
         quiet(),
-        _deterministic(),
-        bar("healing", total=recipe.steps, unit="step", show=show) as shown,
+        deterministic(),
+        bar("healing", total=recipe.steps, unit="step", show=run.show) as shown,
     ):
-        before = _perplexity(adapted, validation, recipe)
+        before = _perplexity(adapted, run)
         if recipe.gradient_checkpointing:
-            base = adapted.get_base_model()
+            base = cast("PreTrainedModel", adapted.get_base_model())
             base.gradient_checkpointing_enable({"use_reentrant": False})
-        trainer = _trainer(adapted, training, validation, recipe, folder, shown)
-        trainer.train(resume_from_checkpoint=resume)
+        trainer = _trainer(adapted, run, folder, shown)
+        trainer.train(resume_from_checkpoint=run.resume)
         return trainer.state, before.value
 
 
-def _perplexity(adapted: Any, validation: Sequence[Window], recipe: Recipe) -> Perplexity:
+def _perplexity(adapted: PeftModel, run: TrainingRun) -> Perplexity:
     adapted.eval()
-    return perplexity(HFDecoder(adapted.get_base_model()), batches(validation, recipe.micro_batch))
+    windows = batches(run.validation, run.recipe.micro_batch)
+    return perplexity(HFDecoder(adapted.get_base_model()), windows)
 
 
 @contextmanager
-def _folder(work_dir: str | Path | None, run: dict[str, Any], *, resume: bool) -> Iterator[Path]:
+def _folder(work_dir: str | Path | None, run: dict[str, object], *, resume: bool) -> Iterator[Path]:
     """Where checkpoints go; with ``resume`` it must hold some of the same run."""
     if work_dir is None:
         if resume:
@@ -86,14 +117,18 @@ def _folder(work_dir: str | Path | None, run: dict[str, Any], *, resume: bool) -
     elif not begun or not (folder / RECIPE).is_file():
         raise ShortGPTError(f"{folder} holds no checkpoint to resume from; start without resume")
     else:
-        earlier = json.loads((folder / RECIPE).read_text(encoding="utf-8"))
-        other = sorted(name for name in run if earlier.get(name) != run[name])
-        if other:
-            raise ShortGPTError(
-                f"{folder} holds a run of another {', '.join(other)}: give the same, or start anew "
-                "elsewhere"
-            )
+        _check_run(folder, run)
     yield folder
+
+
+def _check_run(folder: Path, run: dict[str, object]) -> None:
+    """Raises ShortGPTError unless the checkpoints in a folder are of the same run."""
+    earlier = json.loads((folder / RECIPE).read_text(encoding="utf-8"))
+    if other := sorted(name for name in run if earlier.get(name) != run[name]):
+        raise ShortGPTError(
+            f"{folder} holds a run of another {', '.join(other)}: give the same, or start anew "
+            "elsewhere"
+        )
 
 
 def whole_checkpoints(folder: Path) -> bool:
@@ -108,90 +143,49 @@ def whole_checkpoints(folder: Path) -> bool:
     return left
 
 
-def _identity(
-    adapted: Any, training: Sequence[Window], validation: Sequence[Window], recipe: Recipe
-) -> dict[str, Any]:
-    """What a resumed run must share with the earlier one; the model by 64 values a weight."""
-    model = hashlib.sha256()
-    for name, weight in adapted.named_parameters():
-        values = weight.detach().flatten()[:64].cpu()
-        model.update(name.encode() + bytes(values.float().numpy().tobytes()))
-    texts = hashlib.sha256(json.dumps([[*map(list, w)] for w in (training, validation)]).encode())
-    settings = json.loads(json.dumps(asdict(recipe)))
-    return {"recipe": settings, "text": texts.hexdigest(), "model": model.hexdigest()}
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without transformers' remarks to developers; what users must know is raised or reported."""
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-            # peft looks for a config beside GGUF files; no embedding changes its size here
-            warnings.filterwarnings("ignore", message="Could not find a config file in")
-            yield
-    finally:
-        logger.setLevel(level)
-
-
-@contextmanager
-def _deterministic() -> Iterator[None]:
-    """Deterministic algorithms inside the block."""
-    before, warn = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":16:8")
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before, warn_only=warn)
-
-
-def _trainer(
-    adapted: Any,
-    training: Sequence[Window],
-    validation: Sequence[Window],
-    recipe: Recipe,
-    folder: Path,
-    shown: Any,
-) -> Any:
-    from transformers import EarlyStoppingCallback, Trainer
-    from transformers.trainer_callback import PrinterCallback, ProgressCallback
+def _trainer(adapted: PeftModel, run: TrainingRun, folder: Path, shown: tqdm) -> Trainer:
+    from transformers import Trainer
 
     class Healer(Trainer):
         """Evaluates by `perplexity`: total loss over predicted tokens."""
 
-        def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-            found = _perplexity(adapted, validation, recipe)
-            metrics = {"eval_loss": found.nats / found.tokens, "eval_perplexity": found.value}
+        def evaluate(self, *_: object, **__: object) -> dict[str, float]:
+            measured = _perplexity(adapted, run)
+            loss = measured.nats / measured.tokens  # what the Trainer chooses the best step by
+            metrics = {"eval_loss": loss, "eval_perplexity": measured.value}
             self.log(metrics)
-            self.control = self.callback_handler.on_evaluate(
-                self.args, self.state, self.control, metrics
-            )
+            tell = self.callback_handler.on_evaluate
+            self.control = tell(self.args, self.state, self.control, metrics)
             return metrics
 
-    callbacks: list[Any] = [_progress(shown)]
-    if recipe.patience is not None:
-        callbacks.append(EarlyStoppingCallback(recipe.patience))
     trainer = Healer(
         model=adapted,
-        args=_arguments(adapted, recipe, folder),
-        train_dataset=_examples(training),
-        eval_dataset=_examples(validation),
-        data_collator=_collate,
-        callbacks=callbacks,
+        args=_arguments(adapted, run.recipe, folder),
+        train_dataset=_examples(run.training),
+        eval_dataset=_examples(run.validation),
+        data_collator=_collate,  # pads, so that windows may differ in length
+        callbacks=_callbacks(run.recipe, shown),
     )
-    for printing in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(printing)
+    _silence(trainer)
     return trainer
 
 
-def _arguments(adapted: Any, recipe: Recipe, folder: Path) -> Any:
+def _silence(trainer: Trainer) -> None:
+    """Takes out what prints: the bar here tells as much."""
+    from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+
+
+def _callbacks(recipe: Recipe, shown: tqdm) -> list[TrainerCallback]:
+    from transformers import EarlyStoppingCallback
+
+    stop = [] if recipe.patience is None else [EarlyStoppingCallback(recipe.patience)]
+    return [_progress(shown), *stop]
+
+
+def _arguments(adapted: PeftModel, recipe: Recipe, folder: Path) -> TrainingArguments:
     from transformers import TrainingArguments
 
     weight = next(adapted.parameters())
@@ -236,35 +230,46 @@ def _examples(windows: Sequence[Window]) -> list[dict[str, list[int]]]:
 def _collate(examples: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
     """Windows as one batch, padded on the right; padding is no target."""
     longest = max(len(e["input_ids"]) for e in examples)
-    tokens = torch.zeros(len(examples), longest, dtype=torch.long)
-    labels = torch.full_like(tokens, -100)
+    tokens = torch.zeros(len(examples), longest, dtype=torch.long)  # (B, S)
+    labels = torch.full_like(tokens, -100)  # what cross entropy passes over
     for row, example in enumerate(examples):
         ids = torch.tensor(example["input_ids"])
         tokens[row, : len(ids)] = labels[row, : len(ids)] = ids
     return {"input_ids": tokens, "labels": labels}
 
 
-def _progress(shown: Any) -> Any:
+def _progress(shown: tqdm) -> TrainerCallback:
     """A callback: the bar, a last evaluation, and a stop at a loss that is not finite."""
     from transformers import TrainerCallback
 
     class Progress(TrainerCallback):
-        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        def on_train_begin(
+            self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+        ) -> None:
             shown.update(state.global_step)
 
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        def on_step_end(
+            self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+        ) -> None:
             shown.update(1)
             if state.global_step >= state.max_steps:
                 control.should_evaluate = control.should_save = True
 
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        def on_log(
+            self,
+            args: TrainingArguments,
+            state: TrainerState,
+            control: TrainerControl,
+            logs: dict[str, float] | None = None,
+            **_: object,
+        ) -> None:
             loss = (logs or {}).get("loss", 0.0)
             if not math.isfinite(loss):
                 raise NotFiniteError(
                     f"the loss became {loss} at step {state.global_step}; lower the learning rate, "
                     "or use float32 or bfloat16"
                 )
-            if "eval_perplexity" in (logs or {}):
+            if logs and "eval_perplexity" in logs:
                 shown.set_postfix_str(f"perplexity {logs['eval_perplexity']:.2f}")
 
     return Progress()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 
 from torch import nn
 
@@ -16,3 +17,8 @@ def weights_digest(model: nn.Module, samples: int = 64) -> str:
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
         digest.update(few.numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def json_digest(content: object) -> str:
+    """A digest of windows, settings or whatever else JSON can hold, by its content."""
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]

@@ -16,8 +16,9 @@ from families import DROP, FAMILIES, KEPT, TOKENS, check, make
 from safetensors.torch import load_file, save_file
 
 from llama.formats.safetensors import Entry
-from short_gpt.checkpoints.hf import mergekit_recipe, prune_hf
+from short_gpt.checkpoints import Provenance, mergekit_recipe, prune_hf
 from short_gpt.models.hf import HFDecoder
+from short_gpt.runtime.results import versions
 
 pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
 
@@ -25,6 +26,9 @@ pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
 def logits(directory):
     model = transformers.AutoModelForCausalLM.from_pretrained(directory).eval()
     return HFDecoder(model).logits(TOKENS)
+
+
+BY_ME = Provenance.of_scores(facts={"by": "me"})
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -44,14 +48,21 @@ def test_a_single_file_stays_single_and_other_files_go_along(whole, tmp_path):
     for name in ("modeling.py", "pytorch_model.bin", "consolidated.safetensors"):
         (whole / name).write_text("")
     seen = []
-    out = prune_hf(whole, tmp_path / "cut", DROP, provenance={"by": "me"}, progress=seen.append)
+    out = prune_hf(whole, tmp_path / "cut", DROP, provenance=BY_ME, progress=seen.append)
     names = {"tokenizer.json", "chat_template.jinja", "LICENSE", "merges.txt", "config.json"}
     names |= {"generation_config.json", "model.safetensors", "pruning.json", "README.md"}
     assert {p.name for p in out.iterdir()} == names
     assert "# whole without 2 of its 6 layers" in (out / "README.md").read_text()
     assert "    [1, 4]\n\nThey were chosen by hand." in (out / "README.md").read_text()
     record = json.loads((out / "pruning.json").read_text())
-    assert record == {"removed_layers": DROP, "kept_layers": KEPT, "by": "me"}
+    assert record == {
+        "removed_layers": DROP,
+        "kept_layers": KEPT,
+        "original_layers": KEPT,
+        "source": str(whole),
+        "by": "me",
+        "versions": versions(),
+    }
     assert len(seen) == len(load_file(out / "model.safetensors"))
 
 
@@ -196,7 +207,8 @@ def test_memory_is_bounded_by_the_largest_tensor(tmp_path):
     """The model has eight times as much; pruning copies pieces, converting turns whole tensors."""
     largest, total = large_llama(tmp_path / "hf")
     assert total > 8 * largest
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     command = [sys.executable, "-c", PEAK, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr

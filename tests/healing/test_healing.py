@@ -22,7 +22,7 @@ from conftest import (
 )
 from families import make
 
-from short_gpt.checkpoints.healed import original_layers, save_healed
+from short_gpt.checkpoints import Provenance
 from short_gpt.data.disjoint import check_disjoint, hold_out, overlapping
 from short_gpt.evaluation.paired import difference, losses, together
 from short_gpt.evaluation.perplexity import Perplexity
@@ -37,6 +37,8 @@ from short_gpt.short_llama import ShortLlama
 pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
 
 TRAINING, VALIDATION = random_windows(6, 16), random_windows(3, 16, seed=5)
+# text of eight tokens, which is quickly learned
+FEW_WORDS = random_windows(6, 16, vocab=8), random_windows(3, 16, vocab=8, seed=5)
 TOKENS = torch.tensor(random_windows(2, 16, seed=9))
 QUICK = Recipe(rank=4, steps=6, warmup=1, batch=2, eval_every=2, learning_rate=2e-2)
 
@@ -358,7 +360,10 @@ def opened(path: Path):
     return open_model(str(path), max_seq_len=64, device="cpu")
 
 
-FACTS = {"healing": {"method": "a test"}, "perplexity": {"pruned": 3.5, "healed": 2.25}}
+MEASURED = {
+    "pruned": Perplexity(20 * math.log(3.5), 20, 2),
+    "healed": Perplexity(20 * math.log(2.25), 20, 2),
+}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -368,7 +373,7 @@ def test_a_patched_meta_model_loads_bit_for_bit_in_its_dtype(dense, tmp_path, dt
     torch.save({k: v.to(kind) for k, v in torch.load(path).items()}, path)
     short = open_model(str(dense), max_seq_len=64, device="cpu", dtype=dtype)
     patch(short, [1, 3], TRAINING, progress=False)
-    out = save_healed(short, tmp_path / "out", FACTS, source=str(dense))
+    out = short.save(tmp_path / "out", measured=MEASURED)
     again = open_model(str(out), max_seq_len=64, device="cpu", dtype=dtype)
     assert torch.equal(again.decoder.logits(TOKENS), short.decoder.logits(TOKENS))
     state = torch.load(out / "consolidated.00.pth")
@@ -389,22 +394,24 @@ def test_a_healed_hugging_face_model_is_an_ordinary_checkpoint(dense, tmp_path):
     meta_to_hf(dense, tmp_path / "hf")
     short = opened(tmp_path / "hf")
     short.remove_layers([3])
-    heal(short, TRAINING, VALIDATION, recipe=changed(steps=2), progress=False)
-    out = save_healed(short, tmp_path / "out", FACTS, source=str(tmp_path / "hf"))
+    assert heal(short, *FEW_WORDS, recipe=changed(steps=2), progress=False).kept_step
+    out = short.save(tmp_path / "out", measured=MEASURED)
     loaded = AutoModelForCausalLM.from_pretrained(out)
     assert torch.allclose(loaded(TOKENS).logits, short.decoder.logits(TOKENS), atol=1e-5)
     assert not [p.name for p in out.iterdir() if "adapter" in p.name]
     card = (out / "README.md").read_text()
-    assert "with 4 of its 5 layers, healed" in card and "| healed | 2.250 |" in card
-    assert "No weight" not in card and "changed by a test" in card
+    assert "# hf without 1 of its 5 layers, healed" in card and "| healed | 2.250 | 20 |" in card
+    assert "No weight" not in card and "changed by LoRA" in card
 
     further = opened(out)  # removing more: the map goes back to the first model
     patch(further, [1], TRAINING, progress=False)
-    twice = save_healed(further, tmp_path / "twice", FACTS, source=str(out))
+    twice = further.save(tmp_path / "twice")
     record = json.loads((twice / "pruning.json").read_text())
     assert record["kept_layers"] == [0, 2, 3] and record["original_layers"] == [0, 2, 4]
-    assert original_layers(record) == [0, 2, 4]
-    assert "with 3 of its 5 layers" in (twice / "README.md").read_text()
+    assert Provenance.read(twice / "pruning.json").original_layers == [0, 2, 4]
+    card = (twice / "README.md").read_text()
+    assert "# hf without 2 of its 5 layers" in card and "    [3, 1]\n" in card
+    assert "were changed by LoRA, then a linear patch" in card
 
 
 @pytest.mark.parametrize("drop", [[2], []])
@@ -429,7 +436,7 @@ def test_a_patched_meta_model_saves_its_patch(dense, tmp_path):
     again = opened(short.save(tmp_path / "out"))
     assert torch.equal(again.decoder.logits(TOKENS), short.decoder.logits(TOKENS))
     record = json.loads((tmp_path / "out/pruning.json").read_text())
-    assert record["healing"]["layers"] == [3] and record["healing"]["earlier"]["layers"] == [1]
+    assert [step["layers"] for step in record["healing"]] == [[1], [3]]  # oldest first
 
 
 def test_the_model_card_tells_of_changed_weights(tmp_path):
@@ -444,7 +451,7 @@ def test_the_model_card_tells_of_changed_weights(tmp_path):
     assert "output projection: the MLP of layers [3]. Weights of the kept" in card
     assert "were changed by LoRA" in card and "No weight" not in card
     assert "not measured" in card and "perplexity" not in record
-    assert record["healing"]["steps"] == 6 and record["removed_sublayers"]["mlp"] == [3]
+    assert record["healing"][0]["steps"] == 6 and record["removed_sublayers"]["mlp"] == [3]
 
 
 def test_several_shards_are_refused(tmp_path):
@@ -454,7 +461,7 @@ def test_several_shards_are_refused(tmp_path):
     short = ShortLlama(SimpleNamespace(model=model, tokenizer=CharTokenizer()))
     patch(short, [3], TRAINING, progress=False)
     with pytest.raises(ValueError, match="has 2 shards; changed weights are written to one"):
-        save_healed(short, tmp_path / "out", FACTS, source=str(directory))
+        short.save(tmp_path / "out", ckpt_dir=directory)
     assert [p.name for p in tmp_path.iterdir()] == ["two"]
 
 
@@ -484,7 +491,9 @@ def test_heal_by_patch(books, capsys):
     assert f"{evidence['perplexity']['healed']:.3f}" in out and "healing changes the loss by" in out
     record = json.loads(Path("out/pruning.json").read_text())
     assert record["removed_layers"] == [3, 1] and record["kept_layers"] == [0, 2, 4]
-    assert record["healing"]["method"] == "linear patch" and record["change"] == evidence["change"]
+    assert (
+        record["healing"][-1]["method"] == "linear patch" and record["change"] == evidence["change"]
+    )
     ratio = evidence["perplexity"]["healed"] / evidence["perplexity"]["pruned, 3 layers"]
     assert math.log(ratio) == pytest.approx(evidence["change"]["nats"])
 
@@ -499,12 +508,11 @@ def test_heal_by_lora_a_pruned_meta_model_and_back(books, capsys):
     assert "before, 4 layers" in out and "healed" in out
     record = json.loads(Path("out/pruning.json").read_text())
     assert record["kept_layers"] == record["original_layers"] == [0, 1, 3, 4]
-    assert record["healing"]["recipe"]["rank"] == 2 and record["healing"]["method"] == "LoRA"
+    (step,) = record["healing"]
+    assert step["recipe"]["rank"] == 2 and step["method"] == "LoRA" and step["kept_step"]
     ours, before = opened(Path("out")), opened(Path("small"))
     assert isinstance(ours, ShortLlama)
-    kept = record["healing"]["kept_step"]
-    same = torch.equal(ours.decoder.logits(TOKENS), before.decoder.logits(TOKENS))
-    assert same == (kept == 0)
+    assert not torch.equal(ours.decoder.logits(TOKENS), before.decoder.logits(TOKENS))
     assert not Path("out.training").exists()
 
 

@@ -10,7 +10,8 @@ from conftest import CharTokenizer, make_transformer, random_windows, zero_layer
 from families import FAMILIES, make
 
 from short_gpt.healing import linear_patch
-from short_gpt.healing.linear_patch import Moments, fit, fit_many, fold, heal, runs
+from short_gpt.healing.linear_patch import fit, fit_many, fold, heal, runs
+from short_gpt.healing.moments import Moments
 from short_gpt.models.layer_hooks import check_added, mlp_output, replaced_output
 from short_gpt.short_hf import ShortHFModel
 from short_gpt.short_llama import ShortLlama
@@ -165,9 +166,10 @@ def test_an_undone_patch_is_forgotten():
     patch = fit(short, [2], WINDOWS, progress=False)
     short.remove_layers([2])
     undo = fold(short, patch)
-    assert short.healing == patch.to_dict()
+    assert [change.how for change in short.changes] == [patch.to_dict()]
+    assert short.changed == {(1, "feed_forward.w2.weight")}
     undo()
-    assert short.healing is None
+    assert not short.changes and not short.changed
 
 
 def test_after_an_earlier_removal():
@@ -233,7 +235,7 @@ def test_other_refusals(monkeypatch):
     short.remove_layers([1, 2])
     with pytest.raises(ValueError, match="keep the latter"):
         fold(short, patch)
-    monkeypatch.setattr("llama.parallel.model_parallel_size", lambda: 2)
+    monkeypatch.setattr(linear_patch, "model_parallel_size", lambda: 2)
     with pytest.raises(ValueError, match="got 2 model-parallel ranks"):
         fit(meta(), [2], WINDOWS, progress=False)
 

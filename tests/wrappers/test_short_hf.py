@@ -110,7 +110,7 @@ def test_the_card_and_the_record_say_what_was_done(tmp_path):
     assert record["perplexity"] == {"6 layers": whole.value, "4 layers": left.value}
     card = (tmp_path / "out/README.md").read_text()
     assert f"    {removed}" in card and "20 tokens of twenty tokens in 2 windows" in card
-    assert f"| 6 | {whole.value:.3f} | 18 |\n| 4 | {left.value:.3f} | 18 |" in card
+    assert f"| 6 layers | {whole.value:.3f} | 18 |\n| 4 layers | {left.value:.3f} | 18 |" in card
     assert (tmp_path / "out/generation_config.json").is_file()
 
 

@@ -1,0 +1,87 @@
+"""Entries of a ``pruning.json``, checked as they are read, also from earlier versions' files.
+
+What is not as expected is refused by the file's name and the entry's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from short_gpt.runtime.errors import ShortGPTError
+
+# The library's own keys. They are made from the model; no caller may contradict them.
+KEYS = (
+    *("removed_layers", "kept_layers", "original_layers", "source", "source_pruning"),
+    *("block_influence", "scored", "perplexity", "perplexity_tokens"),
+    *("healing", "removed_sublayers", "versions"),
+    "files",  # what the directory holds, listed by whoever replaces it: not part of the history
+)
+Step = Mapping[str, object]  # one change of weights: "method" and its settings, ready for JSON
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A perplexity as it is kept.
+
+    Attributes:
+        value: the perplexity.
+        tokens: predicted; None in records of versions that did not keep them.
+    """
+
+    value: float
+    tokens: int | None = None
+
+
+def healing_steps(healing: object, where: str) -> list[Step]:
+    """Steps oldest first: a list, or as earlier versions wrote it the last with those before in it.
+
+    These wrote ``{"method": ..., "earlier": {"method": ..., "earlier": ...}}``.
+    """
+    if healing is None:
+        return []
+    if isinstance(healing, list):
+        return [step for part in healing for step in healing_steps(part, where)]
+    if not isinstance(healing, dict) or not isinstance(healing.get("method"), str):
+        raise refusal(where, "healing", "steps that name their method", healing)
+    last = {key: value for key, value in healing.items() if key != "earlier"}
+    return [*healing_steps(healing.get("earlier"), where), last]
+
+
+def measured(value: object, tokens: object, where: str) -> Measured:
+    if value is None:  # JSON has no infinity
+        value = math.inf
+    if not isinstance(value, int | float):
+        raise refusal(where, "perplexity", "numbers by name", value)
+    return Measured(float(value), tokens if isinstance(tokens, int) else None)
+
+
+def scored_counts(scored: Mapping[str, object], where: str) -> dict[str, int]:
+    counts = {key: scored.get(key) for key in ("windows", "tokens")} if scored else {}
+    whole = {key: count for key, count in counts.items() if isinstance(count, int)}
+    if len(whole) != len(counts):
+        raise refusal(where, "scored", "numbers of windows and tokens", dict(scored))
+    return whole
+
+
+def numbers(value: object, key: str, where: str) -> list[int]:
+    if not isinstance(value, list) or not all(type(i) is int for i in value):
+        raise refusal(where, key, "a list of layer numbers", value)
+    return list(value)
+
+
+def mapping(record: Mapping[str, object], key: str, where: str) -> Mapping[str, object]:
+    value = record.get(key)
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise refusal(where, key, "an object", value)
+    return value
+
+
+def refusal(where: str, key: str, expected: str, value: object) -> ShortGPTError:
+    return ShortGPTError(
+        f"{where} is no record of a pruned model: expected {expected} as {key}, got "
+        f"{str(value)[:80]}; mend it, or take it away, and with it the history of the layers"
+    )

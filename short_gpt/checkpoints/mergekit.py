@@ -1,0 +1,68 @@
+"""A recipe by which mergekit makes the pruned model from the whole one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from os import PathLike
+
+from llama.io.hub import resolve
+from llama.io.sources import is_meta
+from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.results import read_record
+
+
+def mergekit_recipe(source: str, keep: Sequence[int], dtype: str = "bfloat16") -> str:
+    """A passthrough recipe for mergekit that makes a model of these layers.
+
+    Args:
+        source: the original model, as mergekit is to find it.
+        keep: numbers of the layers that stay, ascending.
+        dtype: of the merged weights.
+
+    Returns:
+        YAML, one slice for every run of layers; the end of a range is not part of it.
+
+    Raises:
+        ShortGPTError: no layers, or not ascending.
+
+    Example:
+        >>> print(mergekit_recipe("llama-2-7b", [0, 1, 3]))
+        slices:
+          - sources:
+              - model: "llama-2-7b"
+                layer_range: [0, 2]
+          - sources:
+              - model: "llama-2-7b"
+                layer_range: [3, 4]
+        merge_method: passthrough
+        dtype: bfloat16
+        <BLANKLINE>
+    """
+    keep = list(keep)
+    if not keep or keep[0] < 0 or keep != sorted(set(keep)):
+        raise ShortGPTError(f"expected ascending numbers of the layers that stay, got {keep}")
+    starts = [i for i in keep if i - 1 not in keep]
+    ends = [i + 1 for i in keep if i + 1 not in keep]
+    lines = ["slices:"]
+    for start, end in zip(starts, ends, strict=True):
+        lines += ["  - sources:", f"      - model: {json.dumps(str(source), ensure_ascii=False)}"]
+        lines += [f"        layer_range: [{start}, {end}]"]
+    return "\n".join([*lines, "merge_method: passthrough", f"dtype: {dtype}", ""])
+
+
+def recipe_dtype(source: str | PathLike[str]) -> str:
+    """The dtype of the weights that a recipe of this model asks for: what its config says.
+
+    Args:
+        source: Hugging Face directory or hub id.
+
+    Raises:
+        ShortGPTError: a Meta checkpoint, which mergekit does not read.
+        FileNotFoundError: there is no such model.
+    """
+    if is_meta(str(source)):
+        raise ShortGPTError("--recipe: mergekit reads no Meta checkpoint; convert it first")
+    config = read_record(resolve(source) / "config.json")
+    config = {**config, **(config.get("text_config") or {})}
+    return str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")

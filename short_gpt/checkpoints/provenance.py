@@ -1,0 +1,298 @@
+"""What was done to a pruned model, as one record beside its weights: ``pruning.json``.
+
+Layers have two numberings. ``removed_layers`` and ``kept_layers`` are numbers of the source that
+the model was cut from; a source that was itself cut has a record of its own, ``earlier``, whose
+``kept_layers`` lead one step further back. ``original_layers`` goes all the way to the first one.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from short_gpt.checkpoints.entries import (
+    KEYS,
+    Measured,
+    Step,
+    healing_steps,
+    mapping,
+    measured,
+    numbers,
+    refusal,
+    scored_counts,
+)
+from short_gpt.checkpoints.from_model import counts_of, kept_quality, remembered, removed_halves
+from short_gpt.evaluation.perplexity import Perplexity
+from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.results import read_record, versions
+from short_gpt.scored_model import ScoredModel
+from short_gpt.scoring.importance import Importance
+from short_gpt.surgery.sublayers import REMOVED_SUBLAYERS
+
+PROVENANCE = "pruning.json"
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What is known of a pruned or healed model.
+
+    Made by `of` from a model in memory, by `of_scores` and `cut` for one cut in its files, by
+    `read` from ``pruning.json``.
+
+    Attributes:
+        removed_layers: the source's numbers of the layers taken out, in order of removal.
+        kept_layers: of those that stayed, ascending.
+        source: the checkpoint whose layers these numbers count; None in some older records.
+        earlier: the source's own record, if it was itself cut or healed.
+        block_influence: by the source's layers; NaN or None where one was not scored.
+        scored: numbers of "windows" and "tokens" that the scores come from.
+        quality: perplexities, by the name of the model's state.
+        healing: what changed weights since ``earlier``, oldest first.
+        removed_sublayers: the source's numbers of kept layers whose "attention" or "mlp" is zero.
+        facts: what the caller adds, such as ``{"data": "PG-19"}``.
+        versions: of the packages that made it.
+
+    Raises:
+        ShortGPTError: a fact has the name of a record of the library's own.
+
+    Example:
+        >>> Provenance([3, 1], [0, 2, 4], "whole").original_layers
+        [0, 2, 4]
+    """
+
+    removed_layers: Sequence[int] = ()
+    kept_layers: Sequence[int] = ()
+    source: str | None = None
+    earlier: Provenance | None = None
+    block_influence: Sequence[float | None] = ()
+    scored: Mapping[str, int] = field(default_factory=dict)
+    quality: Mapping[str, Measured] = field(default_factory=dict)
+    healing: Sequence[Step] = ()
+    removed_sublayers: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    facts: Mapping[str, object] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=versions)
+
+    def __post_init__(self) -> None:
+        if taken := sorted(set(self.facts) & set(KEYS)):
+            raise ShortGPTError(
+                f"facts name {', '.join(taken)}, which the library records from the model itself: "
+                "leave them out, or call them otherwise"
+            )
+        count = len(self.removed_layers) + len(self.kept_layers)
+        if self.earlier and len(self.earlier.kept_layers) != count:
+            raise ShortGPTError(
+                f"{self.source} has {count} layers, its {PROVENANCE} tells of "
+                f"{len(self.earlier.kept_layers)}: they do not belong together; take the file away"
+            )
+
+    @classmethod
+    def of(
+        cls,
+        short: ScoredModel,
+        source: str | os.PathLike[str],
+        *,
+        facts: Mapping[str, object] | None = None,
+        measured: Mapping[str, Perplexity] | None = None,
+    ) -> Provenance:
+        """The record of a model in memory.
+
+        Args:
+            short: the model, as it is now.
+            source: where it was opened; a directory's own ``pruning.json`` is taken over.
+            facts: what the caller adds.
+            measured: perplexities by the name of the model's state; None takes `remembered`.
+        """
+        own = cls(
+            removed_layers=list(short.removed),
+            kept_layers=list(short.kept),
+            source=str(source),
+            earlier=cls.beside(source),
+            block_influence=short.importances.tolist() if short.n_windows else (),
+            scored=counts_of(short.importance),
+            quality=kept_quality(remembered(short) if measured is None else measured),
+            healing=[c.how for c in short.changes if c.how["method"] != REMOVED_SUBLAYERS],
+            removed_sublayers=removed_halves(short.changes, short.kept),
+            facts=dict(facts or {}),
+        )
+        return own._continued()
+
+    @classmethod
+    def of_scores(
+        cls, importance: Importance | None = None, facts: Mapping[str, object] | None = None
+    ) -> Provenance:
+        """The record of a cut to come, which `cut` completes.
+
+        Args:
+            importance: the scores of the source's layers by which they were chosen, if any.
+            facts: what the caller adds.
+        """
+        if importance is None:
+            return cls(facts=dict(facts or {}))
+        influence = importance.block_influence.tolist()
+        return cls(block_influence=influence, scored=counts_of(importance), facts=dict(facts or {}))
+
+    def cut(
+        self,
+        source: str | os.PathLike[str],
+        *,
+        removed: Sequence[int],
+        kept: Sequence[int],
+        directory: Path | None = None,
+    ) -> Provenance:
+        """The record of a checkpoint cut in its files.
+
+        Args:
+            source: the checkpoint, by the name to keep.
+            removed, kept: its layers.
+            directory: where its files lie, if not at ``source``.
+        """
+        return replace(
+            self,
+            removed_layers=list(removed),
+            kept_layers=list(kept),
+            source=str(source),
+            earlier=self.beside(directory or source),
+        )
+
+    @classmethod
+    def beside(cls, directory: str | os.PathLike[str]) -> Provenance | None:
+        """The record in a checkpoint directory; None if there is none."""
+        path = Path(str(directory)) / PROVENANCE
+        return cls.read(path) if path.is_file() else None
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> Provenance:
+        """The record in a ``pruning.json``, of this or an earlier version.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ShortGPTError: it is no such record; the message names the file and the entry.
+        """
+        return _read(read_record(path), str(path))
+
+    @property
+    def original_layers(self) -> list[int]:
+        """The number in the first model of every layer that stayed."""
+        return self._original(self.kept_layers)
+
+    @property
+    def all_removed(self) -> list[int]:
+        """The first model's numbers of all layers taken out, in order of removal."""
+        before = self.earlier.all_removed if self.earlier else []
+        return [*before, *self._original(self.removed_layers)]
+
+    @property
+    def steps(self) -> list[Step]:
+        """All that ever changed weights, oldest first."""
+        return [*(self.earlier.steps if self.earlier else ()), *self.healing]
+
+    @property
+    def all_sublayers(self) -> dict[str, list[int]]:
+        """The first model's numbers of layers that stayed without "attention" or "mlp"."""
+        before = self.earlier.all_sublayers if self.earlier else {}
+        left = set(self.original_layers)
+        gone: dict[str, list[int]] = {}
+        for half in ("attention", "mlp"):
+            layers = {*before.get(half, ()), *self._original(self.removed_sublayers.get(half, ()))}
+            gone[half] = sorted(layers & left)
+        return gone
+
+    @property
+    def first_source(self) -> str | None:
+        """The first model, as far back as its records name it."""
+        return (self.earlier.first_source if self.earlier else None) or self.source
+
+    def to_dict(self) -> dict[str, object]:
+        """The content of ``pruning.json``; what is empty is left out."""
+        record: dict[str, object] = {
+            "removed_layers": list(self.removed_layers),
+            "kept_layers": list(self.kept_layers),
+            "original_layers": self.original_layers,
+        }
+        tokens = {name: m.tokens for name, m in self.quality.items() if m.tokens is not None}
+        optional: dict[str, object] = {
+            "source": self.source,
+            "block_influence": list(self.block_influence),
+            "scored": dict(self.scored),
+            "perplexity": {name: m.value for name, m in self.quality.items()},
+            "perplexity_tokens": tokens,
+            "healing": [dict(step) for step in self.healing],
+            "removed_sublayers": dict(self.removed_sublayers),
+            "source_pruning": self.earlier.to_dict() if self.earlier else None,
+        }
+        record |= {key: value for key, value in optional.items() if value}
+        return {**record, **self.facts, "versions": dict(self.versions)}
+
+    def _original(self, layers: Iterable[int]) -> list[int]:
+        """The first model's numbers of layers of the source."""
+        if self.earlier is None:
+            return list(layers)
+        before = self.earlier.original_layers
+        return [before[layer] for layer in layers]
+
+    def _continued(self) -> Provenance:
+        """The record itself; where no layer went since ``earlier``, that one with what is new.
+
+        A model that was cut, saved, opened again and healed is the cut one, healed: its record
+        says what went, instead of a second removal of nothing.
+        """
+        before = self.earlier
+        if before is None or self.removed_layers:
+            return self
+        changed = bool(self.healing or self.removed_sublayers)
+        return replace(
+            before,
+            block_influence=self._spread(before) or before.block_influence,
+            scored=self.scored or before.scored,
+            # what was measured before weights changed was another model
+            quality=self.quality or ({} if changed else before.quality),
+            healing=[*before.healing, *self.healing],
+            removed_sublayers=self._merged_sublayers(before),
+            facts={**before.facts, **self.facts},
+            versions=self.versions,
+        )
+
+    def _spread(self, before: Provenance) -> list[float | None]:
+        """Block Influence by the layers of ``before``'s source; NaN for those that are gone."""
+        if not self.block_influence:
+            return []
+        spread: list[float | None] = [math.nan] * (
+            len(before.removed_layers) + len(before.kept_layers)
+        )
+        for layer, influence in zip(before.kept_layers, self.block_influence, strict=True):
+            spread[layer] = influence
+        return spread
+
+    def _merged_sublayers(self, before: Provenance) -> dict[str, list[int]]:
+        """Halves gone then and now, by the layers of ``before``'s source."""
+        merged = {half: list(layers) for half, layers in before.removed_sublayers.items()}
+        for half, layers in self.removed_sublayers.items():
+            merged[half] = merged.get(half, []) + [before.kept_layers[i] for i in layers]
+        return merged
+
+
+def _read(record: Mapping[str, object], where: str) -> Provenance:
+    """A record from the content of a file; ``where`` names it in what is raised."""
+    source = record.get("source")
+    quality, tokens = (mapping(record, key, where) for key in ("perplexity", "perplexity_tokens"))
+    source_pruning = mapping(record, "source_pruning", where)
+    sublayers = mapping(record, "removed_sublayers", where)
+    influence = record.get("block_influence") or []
+    if not isinstance(influence, list):
+        raise refusal(where, "block_influence", "a list of numbers", influence)
+    return Provenance(
+        removed_layers=numbers(record.get("removed_layers"), "removed_layers", where),
+        kept_layers=numbers(record.get("kept_layers"), "kept_layers", where),
+        source=None if source is None else str(source),
+        earlier=_read(source_pruning, where) if source_pruning else None,
+        block_influence=influence,
+        scored=scored_counts(mapping(record, "scored", where), where),
+        quality={name: measured(value, tokens.get(name), where) for name, value in quality.items()},
+        healing=healing_steps(record.get("healing"), where),
+        removed_sublayers={half: numbers(v, half, where) for half, v in sublayers.items()},
+        facts={key: value for key, value in record.items() if key not in KEYS},
+        versions={k: str(v) for k, v in mapping(record, "versions", where).items()},
+    )

@@ -1,0 +1,208 @@
+"""A model in memory on disk: an ordinary checkpoint of its format, with its record beside it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from llama.checkpoint.meta import CONVERSION, LAYER_NAME, Checkpoint, copy_tokenizer
+from llama.checkpoint.pth import Shard, write_shard
+from llama.formats.convert import hf_to_meta
+from llama.io.files import new_directory, write_json
+from llama.parallel import model_parallel_size
+from llama.tokenizer import find_tokenizer
+from short_gpt.checkpoints.card import write_provenance
+from short_gpt.checkpoints.provenance import PROVENANCE, Provenance
+from short_gpt.checkpoints.prune import prune_meta
+from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.scored_model import ScoredModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+StrPath = str | os.PathLike[str]
+Verify = Callable[[Path], object]
+
+
+def save_hf(
+    model: PreTrainedModel,
+    out_dir: StrPath,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None,
+    record: Provenance,
+    verify: Verify | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Writes a model of transformers for plain ``from_pretrained``, with its card and record.
+
+    Args:
+        model: what is written.
+        out_dir: the new directory; appears whole or not at all.
+        tokenizer: written beside it; None if there is none.
+        record: of what was done.
+        verify: called with the directory before it is there for good; may raise.
+        overwrite: whether an earlier pruned model is replaced; nothing else ever is.
+    """
+    out = Path(str(out_dir))
+    with new_directory(out, replaces=PROVENANCE if overwrite else None) as partial:
+        _write_hf(model, tokenizer, partial, verify)
+        write_provenance(partial, record, card=True)
+    return out
+
+
+def save_as_meta(
+    model: PreTrainedModel,
+    out_dir: StrPath,
+    *,
+    record: Provenance,
+    tokenizer_path: StrPath,
+    verify: Verify | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Writes a Llama of transformers that came from a Meta directory in Meta's format again.
+
+    Args:
+        model, out_dir, record, verify, overwrite: as for `save_hf`; ``verify`` looks at the
+            Hugging Face directory that is converted then.
+        tokenizer_path: the Meta directory's own, which goes along as it is: through transformers
+            it may gain tokens.
+
+    Raises:
+        ShortGPTError: the model is no Llama.
+        FileExistsError: ``out_dir`` exists.
+    """
+    out = Path(str(out_dir))
+    with new_directory(out, replaces=PROVENANCE if overwrite else None) as partial:
+        middle, converted = partial.with_name("hugging_face"), partial.with_name("converted")
+        middle.mkdir()
+        _write_hf(model, None, middle, verify)
+        copy_tokenizer(Path(str(tokenizer_path)), middle)  # which the conversion asks for
+        hf_to_meta(middle, converted)
+        shutil.rmtree(middle)
+        for path in sorted(converted.iterdir()):
+            if not path.name.startswith("tokenizer"):
+                path.rename(partial / path.name)
+        copy_tokenizer(Path(str(tokenizer_path)), partial)
+        write_provenance(partial, record, card=False)
+    return out
+
+
+def save_meta(
+    short: ScoredModel,
+    out_dir: StrPath,
+    *,
+    source: StrPath,
+    record: Provenance,
+    tokenizer_path: StrPath | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Writes a model that came from a Meta directory, tensor by tensor from the files there.
+
+    The bytes of the source are copied, so that its dtype and sharding stay; only the parameters
+    that the model's record names as changed come from memory, in the source's dtype.
+
+    Args:
+        short: the model.
+        out_dir: the new directory; appears whole or not at all.
+        source: where the model came from.
+        record: of what was done.
+        tokenizer_path: copied along; None looks beside the source.
+        overwrite: whether an earlier pruned checkpoint is replaced; nothing else ever is.
+
+    Raises:
+        RuntimeError: nothing was removed or changed.
+        ShortGPTError: the source has another number of layers; or weights were changed and it has
+            several files, or several ranks share the model.
+        FileExistsError: ``out_dir`` exists.
+    """
+    if not short.removed and not short.changed:
+        raise RuntimeError("nothing was removed yet; call remove_layers first")
+    checkpoint = Checkpoint(source)
+    check_origin(short, checkpoint)
+    if not short.changed:
+        return prune_meta(
+            source,
+            out_dir,
+            short.removed,
+            tokenizer_path=tokenizer_path,
+            provenance=record,
+            overwrite=overwrite,
+        )
+    check_one_file(checkpoint)
+    out, tokenizer = Path(str(out_dir)), tokenizer_path or find_tokenizer(checkpoint.directory)
+    with new_directory(out, replaces=PROVENANCE if overwrite else None) as partial:
+        _write_changed(short, checkpoint.shards[0], partial)
+        params = checkpoint.params.get("model", checkpoint.params)
+        write_json(partial / "params.json", {**params, "n_layers": len(short.kept)})
+        copy_tokenizer(Path(str(tokenizer)), partial)
+        if (checkpoint.directory / CONVERSION).is_file():
+            shutil.copyfile(checkpoint.directory / CONVERSION, partial / CONVERSION)
+        write_provenance(partial, record, card=False)
+    return out
+
+
+def check_origin(short: ScoredModel, checkpoint: Checkpoint) -> None:
+    """Raises ShortGPTError unless a checkpoint has as many layers as the model began with."""
+    count = checkpoint.args.n_layers
+    if count != short.n_layers:
+        raise ShortGPTError(
+            f"{checkpoint.directory} has {count} layers, this model began with {short.n_layers}: "
+            "it is not where the model came from, or layers were removed before it was wrapped"
+        )
+
+
+def check_one_file(checkpoint: Checkpoint) -> None:
+    """Raises ShortGPTError unless one file, and one rank, hold the weights whole."""
+    source, shards, ranks = checkpoint.directory, len(checkpoint.shards), model_parallel_size()
+    if shards > 1:
+        raise ShortGPTError(
+            f"{source} has {shards} shards; changed weights are written to one: "
+            f"short-gpt convert {source} DIRECTORY --shards 1, and change that"
+        )
+    if ranks > 1:
+        raise ShortGPTError(
+            f"changed weights are written by one rank that holds them whole, got {ranks} "
+            "model-parallel ranks; start it without torchrun"
+        )
+
+
+def _write_changed(short: ScoredModel, shard: Shard, out: Path) -> None:
+    """The layers left, under their new numbers: from the file, but what changed from memory."""
+    place_of = {number: place for place, number in enumerate(short.kept)}
+    old_name: dict[str, str] = {}
+    for name in shard.infos:
+        match = LAYER_NAME.fullmatch(name)
+        if match is None:
+            old_name[name] = name
+        elif int(match[1]) in place_of:
+            old_name[f"layers.{place_of[int(match[1])]}.{match[2]}"] = name
+    changed = {
+        f"layers.{place_of[number]}.{name}": short.decoder.layers[place_of[number]].get_parameter(
+            name
+        )
+        for number, name in short.changed
+    }
+
+    def read(name: str) -> Tensor:
+        return changed[name] if name in changed else shard.read(old_name[name])
+
+    infos = {new: shard.infos[old] for new, old in old_name.items()}
+    write_shard(out / shard.path.name, infos, read)
+
+
+def _write_hf(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    out: Path,
+    verify: Verify | None,
+) -> None:
+    model.save_pretrained(out)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(out)
+    if verify is not None:
+        verify(out)

@@ -1,0 +1,291 @@
+"""The record of a pruned model: numberings, the chain of healings, and the card made from it."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import (
+    BYTE_VOCAB,
+    CharTokenizer,
+    make_transformer,
+    random_windows,
+    save_checkpoint,
+    write_byte_tokenizer,
+)
+from families import make
+
+from short_gpt.checkpoints import (
+    ROUNDING,
+    Fingerprint,
+    Provenance,
+    check_same,
+    copy_weights,
+    model_card,
+    prune_checkpoint,
+    prune_hf,
+)
+from short_gpt.checkpoints.entries import KEYS
+from short_gpt.healing import Recipe, heal_lora, heal_patch
+from short_gpt.short_hf import ShortHFModel
+from short_gpt.short_llama import ShortLlama
+from short_gpt.surgery.changes import WeightChange
+
+pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
+
+WINDOWS = random_windows(8, 16, vocab=8)
+TRAINING, VALIDATION = (
+    random_windows(6, 16, vocab=8, seed=1),
+    random_windows(3, 16, vocab=8, seed=5),
+)
+QUICK = Recipe(rank=4, steps=2, warmup=0, batch=2, eval_every=2, learning_rate=1e-2)
+
+
+def record_of(directory: Path) -> dict[str, object]:
+    return json.loads((directory / "pruning.json").read_text())
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_fact_by_the_name_of_the_librarys_own_record_is_refused(key):
+    with pytest.raises(ValueError, match=f"facts name {key}, which the library records"):
+        Provenance(facts={key: "mine", "data": "a book"})
+
+
+def test_a_colliding_fact_is_refused_by_every_way_to_save(tmp_path):
+    short = ShortHFModel(make("llama"))
+    short.remove_layers([1])
+    facts = {"healing": {"method": "prayer"}}
+    for save in (short.save, short.save_pretrained):
+        with pytest.raises(ValueError, match="facts name healing"):
+            save(tmp_path / "out", facts=facts)
+    directory = save_checkpoint(tmp_path / "dense", make_transformer(vocab_size=BYTE_VOCAB))
+    write_byte_tokenizer(directory)
+    ours = ShortLlama.from_checkpoint(directory, max_seq_len=64, device="cpu")
+    streamed = ShortLlama.from_checkpoint(directory, stream=True, max_seq_len=64, device="cpu")
+    for meta in (ours, streamed):
+        meta.remove_layers([1])
+        with pytest.raises(ValueError, match="facts name kept_layers, source"):
+            meta.save(tmp_path / "out", facts={"source": "elsewhere", "kept_layers": []})
+    assert [p.name for p in tmp_path.iterdir()] == ["dense"]
+
+
+def test_patched_then_trained_the_card_names_both_in_order(tmp_path):
+    short = ShortHFModel(make("llama"))
+    before = {name: p.detach().clone() for name, p in short.model.named_parameters()}
+    heal_patch(short, [2, 4], WINDOWS, progress=False)
+    assert heal_lora(short, TRAINING, VALIDATION, recipe=QUICK, progress=False).kept_step
+    out = short.save(tmp_path / "out", facts={"data": "eight words"})
+    assert "were changed by a linear patch, then LoRA." in (out / "README.md").read_text()
+    record = record_of(out)
+    assert [step["method"] for step in record["healing"]] == ["linear patch", "LoRA"]
+    assert record["data"] == "eight words"
+
+    # exactly the parameters that the model names have other values than the whole model's
+    differ = set()
+    for place, number in enumerate(short.kept):
+        for name, weight in short.decoder.layers[place].named_parameters():
+            if not torch.equal(weight, before[f"model.layers.{number}.{name}"]):
+                differ.add((number, name))
+    assert differ == short.changed
+    mlps = {f"mlp.{n}.weight" for n in ("gate_proj", "up_proj", "down_proj")}
+    assert differ == {(number, name) for number in short.kept for name in mlps}
+
+
+def test_what_is_not_in_the_changed_set_comes_from_the_file(tmp_path):
+    directory = save_checkpoint(tmp_path / "dense", make_transformer(vocab_size=BYTE_VOCAB))
+    write_byte_tokenizer(directory)
+    short = ShortLlama.from_checkpoint(directory, max_seq_len=64, device="cpu")
+    heal_patch(short, [3], WINDOWS, progress=False)
+    assert short.changed == {(2, "feed_forward.w2.weight")}
+    with torch.no_grad():  # behind the record's back: not written
+        short.decoder.layers[0].attention.wq.weight.zero_()
+    out = short.save(tmp_path / "out")
+    dense, left = (torch.load(d / "consolidated.00.pth") for d in (directory, out))
+    new = {0: 0, 1: 1, 2: 2, 3: 4}
+    differ = set()
+    for name, weight in left.items():
+        head, _, rest = name.partition(".")
+        if head == "layers":
+            number, _, inner = rest.partition(".")
+            old = f"layers.{new[int(number)]}.{inner}"
+        else:
+            old = name
+        if not torch.equal(weight, dense[old]):
+            differ.add(name)
+    assert differ == {"layers.2.feed_forward.w2.weight"}
+    patched = short.decoder.layers[2].feed_forward.w2.weight
+    assert torch.equal(left["layers.2.feed_forward.w2.weight"], patched)
+
+
+OLD = {  # as version 0.1 wrote it after two patches and a halved layer
+    "removed_layers": [3, 1],
+    "kept_layers": [0, 2, 4],
+    "source": "dense",
+    "original_layers": [0, 2, 4],
+    "healing": {
+        "method": "LoRA",
+        "steps": 6,
+        "earlier": {"method": "linear patch", "layers": [1], "earlier": {"method": "linear patch"}},
+    },
+    "removed_sublayers": {"attention": [2], "mlp": []},
+    "perplexity": {"whole, 5 layers": 3.5, "healed": None},
+    "scored": {"windows": 4, "tokens": 128},
+    "block_influence": [0.5, 0.1, None, 0.2, 0.3],
+    "data": "a book",
+    "method": "Block Influence",
+    "versions": {"python": "3.10"},
+}
+
+
+def test_a_record_of_an_earlier_version_is_read(tmp_path):
+    path = tmp_path / "pruning.json"
+    path.write_text(json.dumps({**OLD, "files": ["model.safetensors"]}))
+    record = Provenance.read(path)
+    assert [step["method"] for step in record.steps] == ["linear patch", "linear patch", "LoRA"]
+    assert record.steps[1] == {"method": "linear patch", "layers": [1]}
+    assert (record.original_layers, record.all_removed) == ([0, 2, 4], [3, 1])
+    assert record.quality["whole, 5 layers"].value == 3.5
+    assert record.quality["healed"].value == math.inf  # which JSON lacks
+    assert record.facts == {"data": "a book", "method": "Block Influence"}
+    card = model_card(record)
+    assert "# dense without 2 of its 5 layers, healed" in card
+    assert "a linear patch, then a linear patch, then LoRA." in card
+    assert "the attention of layers [2]. Weights" in card
+    assert "Scores: Block Influence, on 128 tokens of a book in 4 windows." in card
+    # written by this version, it says the same
+    path.write_text(json.dumps(record.to_dict()))
+    assert Provenance.read(path).to_dict() == record.to_dict()
+    assert json.loads(path.read_text())["healing"][-1] == {"method": "LoRA", "steps": 6}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"removed_layers": "3"}, "expected a list of layer numbers as removed_layers, got 3"),
+        ({"kept_layers": None}, "expected a list of layer numbers as kept_layers, got None"),
+        ({"healing": "LoRA"}, "expected steps that name their method as healing"),
+        ({"healing": {"steps": 6}}, "expected steps that name their method as healing"),
+        ({"perplexity": {"healed": "low"}}, "expected numbers by name as perplexity, got low"),
+        ({"scored": {"windows": 4}}, "expected numbers of windows and tokens as scored"),
+        ({"source_pruning": [1]}, "expected an object as source_pruning"),
+        ({"source_pruning": {"removed_layers": [1]}}, "as kept_layers, got None"),
+    ],
+)
+def test_a_file_that_is_no_record_is_refused_by_name(tmp_path, changes, message):
+    path = tmp_path / "pruning.json"
+    path.write_text(json.dumps({**OLD, **changes}))
+    with pytest.raises(ValueError, match=message) as raised:
+        Provenance.read(path)
+    assert str(path) in str(raised.value)
+
+
+def test_a_record_beside_another_model_is_refused(tmp_path):
+    make("llama").save_pretrained(tmp_path / "whole")  # six layers; the record leaves three
+    (tmp_path / "whole" / "pruning.json").write_text(json.dumps(OLD))
+    with pytest.raises(ValueError, match="has 6 layers, its pruning.json tells of 3"):
+        prune_hf(tmp_path / "whole", tmp_path / "out", [1])
+    assert not (tmp_path / "out").exists()
+
+
+def test_numbers_go_through_all_removals_to_the_first_model():
+    first = Provenance(
+        [1], [0, 2, 3, 4, 5], "whole", removed_sublayers={"mlp": [3], "attention": [2]}
+    )
+    second = Provenance([1, 4], [0, 2, 3], "first", earlier=first)
+    assert second.original_layers == [0, 3, 4] and second.all_removed == [1, 2, 5]
+    assert second.all_sublayers == {"attention": [], "mlp": [3]}  # 2 went
+    assert second.first_source == "whole"
+    record = second.to_dict()
+    assert record["source_pruning"] == first.to_dict() and record["original_layers"] == [0, 3, 4]
+
+
+def test_healing_a_pruned_model_continues_its_record(tmp_path):
+    make("llama").save_pretrained(tmp_path / "whole")
+    cut = prune_hf(
+        tmp_path / "whole",
+        tmp_path / "cut",
+        [1],
+        provenance=Provenance.of_scores(facts={"by": "me"}),
+    )
+    short = ShortHFModel(str(cut))
+    short.measure(WINDOWS, progress=False)
+    short.perplexity(WINDOWS, progress=False)
+    short.remove_sublayers(mlp=[3])  # layer 4 of the whole model
+    short.note_change(WeightChange({"method": "a test"}, frozenset()))
+    record = Provenance.of(short, cut, facts={"data": "eight words"})
+    assert (record.removed_layers, record.kept_layers) == ([1], [0, 2, 3, 4, 5])
+    assert record.source == str(tmp_path / "whole") and record.earlier is None
+    assert record.removed_sublayers == {"attention": [], "mlp": [4]}
+    assert [step["method"] for step in record.steps] == ["a test"]
+    assert record.facts == {"by": "me", "data": "eight words"}
+    assert record.quality == {}  # what was measured before is another model's
+    short.measure(WINDOWS, progress=False)
+    influence = Provenance.of(short, cut).block_influence
+    assert math.isnan(influence[1]) and len(influence) == 6
+    assert [b for i, b in enumerate(influence) if i != 1] == short.importances.tolist()
+
+
+def test_cut_in_files_or_from_memory_the_record_is_the_same(tmp_path):
+    make("llama").save_pretrained(tmp_path / "whole")
+    short = ShortHFModel(str(tmp_path / "whole"), n_prune_layers=2)
+    short.measure(WINDOWS, progress=False)
+    scores = short.importance
+    layers = short.remove_layers()
+    short.importance = scores
+    kept = Provenance.of_scores(scores, {"data": "eight words"})
+    files = prune_checkpoint(tmp_path / "whole", tmp_path / "files", layers, provenance=kept)
+    memory = short.save(tmp_path / "memory", facts={"data": "eight words"})
+    assert record_of(files) == record_of(memory)
+    assert (files / "README.md").read_text() == (memory / "README.md").read_text()
+
+
+def test_named_measurements_go_before_those_that_the_model_remembers(tmp_path):
+    short = ShortHFModel(make("llama"))
+    whole = short.perplexity(WINDOWS, progress=False)
+    assert list(Provenance.of(short, "x").quality) == ["6 layers"]
+    assert list(Provenance.of(short, "x", measured={"as it came": whole}).quality) == ["as it came"]
+
+
+# two models are the same
+
+
+def print_of(logits: list[float], cached: list[int], uncached: list[int]) -> Fingerprint:
+    return Fingerprint(torch.tensor([[logits]]), cached, uncached)
+
+
+def test_what_makes_two_models_the_same():
+    ours = print_of([1.0, -2.0], [1, 2], [1, 2])
+    assert check_same(ours, ours) == "bit for bit"
+    near = print_of([1.0, -2.0 - 1e-5], [1, 3], [1, 3])
+    assert check_same(ours, near, rounding=ROUNDING) == "but for the last digits"
+    far = print_of([1.0, -2.0 - 1e-3], [1, 2], [1, 2])
+    for other, rounding, message in (
+        (near, 0.0, "the saved model is not the model in memory: logits differ by up to"),
+        (far, ROUNDING, "logits differ by up to 0.001"),
+        (print_of([1.0, math.nan], [1, 2], [1, 2]), ROUNDING, "logits differ by up to nan"),
+        (print_of([1.0, -2.0], [1, 2], [1, 4]), 0.0, "otherwise with its cache than without"),
+        (print_of([1.0, -2.0], [1, 4], [1, 4]), 0.0, "generates otherwise than the model in"),
+        (print_of([1.0], [1, 2], [1, 2]), 0.0, r"logits of shape \[1, 1, 1\]"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            check_same(ours, other, rounding=rounding)
+
+
+def test_copied_weights_are_the_same_and_tied_ones_stay_tied():
+    model = make("llama, tied")
+    before = [p.detach().clone() for p in model.parameters()]
+    held = [p.data for p in model.parameters()]  # so that no copy takes their places
+    copy_weights(model)
+    assert all(map(torch.equal, before, model.parameters()))
+    assert not {p.data_ptr() for p in held} & {p.data_ptr() for p in model.parameters()}
+    assert model.lm_head.weight.data_ptr() == model.get_input_embeddings().weight.data_ptr()
+
+
+def test_a_meta_model_in_memory_is_refused_by_lora():
+    short = ShortLlama(SimpleNamespace(model=make_transformer(), tokenizer=CharTokenizer()))
+    with pytest.raises(ValueError, match="got ShortLlama: convert the checkpoint first"):
+        short.trainable()

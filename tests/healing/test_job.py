@@ -1,0 +1,154 @@
+"""One healing as a whole: what it measures, what it saves, and what an error leaves behind."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import (
+    BYTE_VOCAB,
+    CharTokenizer,
+    make_transformer,
+    random_windows,
+    save_checkpoint,
+    write_byte_tokenizer,
+)
+from families import make
+
+from short_gpt.healing import (
+    HealingJob,
+    Learning,
+    LoraSettings,
+    PatchSettings,
+    Recipe,
+    heal_patch,
+    lora,
+)
+from short_gpt.healing.linear_patch import fit, fold
+from short_gpt.short_hf import ShortHFModel
+from short_gpt.short_llama import ShortLlama
+
+pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
+
+WINDOWS = Learning(
+    random_windows(6, 16, vocab=8, seed=1),
+    random_windows(3, 16, vocab=8, seed=5),
+    random_windows(4, 16, vocab=8, seed=7),
+)
+TOKENS = torch.tensor(random_windows(2, 16, seed=9))
+QUICK = Recipe(rank=4, steps=2, warmup=0, batch=2, eval_every=2, learning_rate=1e-2)
+
+
+def meta() -> ShortLlama:
+    return ShortLlama(SimpleNamespace(model=make_transformer(), tokenizer=CharTokenizer()))
+
+
+def weights(short) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in short.decoder.module.parameters()]
+
+
+def test_a_job_does_what_its_steps_do_and_keeps_the_evidence(tmp_path):
+    short, by_hand = ShortHFModel(make("llama")), ShortHFModel(make("llama"))
+    job = HealingJob(short, WINDOWS, [4, 2], settings=PatchSettings(1e-3), progress=False)
+    with pytest.raises(RuntimeError, match="call run first"):
+        job.save(tmp_path / "out")
+    evidence = job.run()
+    heal_patch(by_hand, [4, 2], WINDOWS.training, ridge=1e-3, progress=False)
+    assert torch.equal(short.decoder.logits(TOKENS), by_hand.decoder.logits(TOKENS))
+    assert short.removed == [4, 2] and short.changed == by_hand.changed
+    assert list(evidence.perplexity) == ["whole, 6 layers", "pruned, 4 layers", "healed"]
+    healed = by_hand.perplexity(WINDOWS.evaluation, progress=False)
+    assert evidence.perplexity["healed"].value == pytest.approx(healed.value)
+    out = job.save(tmp_path / "out", facts={"data": "eight words"})
+    record = json.loads((out / "pruning.json").read_text())
+    assert record["perplexity"] == evidence.to_dict()["perplexity"]
+    assert record["change"] == evidence.to_dict()["change"] and record["data"] == "eight words"
+    assert f"| healed | {healed.value:.3f} | 60 |" in (out / "README.md").read_text()
+
+
+def test_lora_removes_heals_and_takes_its_checkpoints_away(tmp_path):
+    short = ShortHFModel(make("llama"))
+    settings = LoraSettings(QUICK, work_dir=tmp_path / "training")
+    job = HealingJob(short, WINDOWS, [2], settings=settings, progress=False)
+    evidence = job.run()
+    assert short.kept == [0, 1, 3, 4, 5] and {number for number, _ in short.changed} == {
+        *short.kept
+    }
+    assert evidence.how["kept_step"] and any((tmp_path / "training").glob("checkpoint-*"))
+    again = ShortHFModel(str(job.save(tmp_path / "out")))
+    assert torch.equal(again.decoder.logits(TOKENS), short.decoder.logits(TOKENS))
+    assert not (tmp_path / "training").exists()
+
+
+@pytest.mark.parametrize("layers", [[2, 4], []])
+def test_after_an_interruption_all_layers_are_there_as_they_were(layers, monkeypatch):
+    short = ShortHFModel(make("llama"))
+    before, kept = weights(short), list(short.kept)
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(lora, "_merge", interrupted)
+    job = HealingJob(short, WINDOWS, layers, settings=LoraSettings(QUICK), progress=False)
+    with pytest.raises(KeyboardInterrupt):
+        job.run()
+    assert short.kept == kept and not short.removed and not short.changes
+    assert all(map(torch.equal, weights(short), before))
+    assert short.model.config.num_hidden_layers == 6
+
+
+def test_a_patch_that_fails_leaves_layers_and_weights():
+    """The MLP in front of the second gap gives nothing, so that no map can be put into it."""
+    short = meta()
+    with torch.no_grad():
+        short.decoder.layers[2].feed_forward.w2.weight.zero_()
+    before = weights(short)
+    measured = short.perplexity(WINDOWS.evaluation, progress=False)
+    for attempt in (
+        lambda: heal_patch(short, [1, 3], WINDOWS.training, progress=False),
+        lambda: HealingJob(short, WINDOWS, [1, 3], progress=False).run(),
+    ):
+        with pytest.raises(ValueError, match="layer 2's MLP gives nothing"):
+            attempt()
+        assert short.kept == [0, 1, 2, 3, 4] and not short.removed and not short.changes
+        assert all(map(torch.equal, weights(short), before))
+    patch = fit(short, [1, 3], WINDOWS.training, progress=False)
+    short.remove_layers([1, 3])
+    cut = weights(short)
+    with pytest.raises(ValueError, match="layer 2's MLP gives nothing"):
+        fold(short, patch)  # the map of layer 0 was put in before, and is taken back
+    assert all(map(torch.equal, weights(short), cut))
+    assert short.quality[0, 1, 2, 3, 4] == measured  # of the whole model, and still true
+
+
+def test_a_removal_that_fails_takes_the_patch_back(monkeypatch):
+    short = meta()
+    before = weights(short)
+
+    def fails(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(short, "remove_layers", fails)
+    with pytest.raises(KeyboardInterrupt):
+        heal_patch(short, [2], WINDOWS.training, progress=False)
+    assert short.kept == [0, 1, 2, 3, 4] and not short.changes
+    assert all(map(torch.equal, weights(short), before))
+
+
+def test_a_meta_model_goes_through_transformers_and_comes_back_in_its_format(tmp_path):
+    directory = save_checkpoint(tmp_path / "dense", make_transformer(vocab_size=BYTE_VOCAB))
+    write_byte_tokenizer(directory)
+    short = ShortHFModel.from_meta(directory, device="cpu")
+    settings = LoraSettings(QUICK)
+    job = HealingJob(short, WINDOWS, [2], settings=settings, progress=False)
+    assert job.run().how["kept_step"]
+    out = job.save(tmp_path / "out")
+    ours = ShortLlama.from_checkpoint(out, max_seq_len=64, device="cpu")
+    off = (ours.decoder.logits(TOKENS) - short.decoder.logits(TOKENS)).abs().max()
+    assert off < 1e-4 * short.decoder.logits(TOKENS).abs().max()
+    record = json.loads((out / "pruning.json").read_text())
+    assert record["source"] == str(directory) and record["original_layers"] == [0, 1, 3, 4]
+    assert (out / "tokenizer.json").read_bytes() == (directory / "tokenizer.json").read_bytes()
+    assert not (out / "README.md").exists()  # a Meta directory has no card
