@@ -78,6 +78,10 @@ class ShortHFModel(ShortModel):
         named = isinstance(model_name, str | os.PathLike)
         self.source = str(model_name) if named else str(model.config.name_or_path or "a model")
 
+    @property
+    def configuration(self) -> str:
+        return str(self.model.config)
+
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, with the special tokens that the tokenizer puts in front."""
         return self._tokenizer()(text, verbose=False)["input_ids"]

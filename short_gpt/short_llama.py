@@ -39,6 +39,10 @@ class ShortLlama(ShortModel):
         super().__init__(MetaDecoder(llama.model), n_prune_layers)
         self.llama = llama
 
+    @property
+    def configuration(self) -> str:
+        return str(self.llama.model.params)
+
     @classmethod
     def from_checkpoint(
         cls,

@@ -6,8 +6,9 @@ Layer numbers are the original model's, from 0, before and after removal.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import cast
 
 from short_gpt.models.numbering import check_exist, check_layers
 from short_gpt.runtime.errors import ShortGPTError
@@ -15,6 +16,7 @@ from short_gpt.runtime.state import StateFile
 from short_gpt.scored_model import ScoredModel
 from short_gpt.scoring.importance import Importance
 from short_gpt.selection.methods import BY_LOSS
+from short_gpt.selection.perplexity_budget import Gate, most_layers
 from short_gpt.selection.search import Search, one_shot, sleb
 from short_gpt.surgery.changes import WeightChange
 from short_gpt.surgery.prefill import skipped_in_prefill
@@ -103,6 +105,37 @@ class ShortModel(ScoredModel):
         numbers = [{self.kept[i]: v for i, v in loss.items()} for loss in found.losses]
         return Search([self.kept[i] for i in found.removed], numbers, found.evaluations)
 
+    def layers_within(
+        self,
+        windows: Sequence[Sequence[int]],
+        ratio: float,
+        *,
+        choose: Callable[[int], list[int]] | None = None,
+        most: int | None = None,
+    ) -> Gate:
+        """As many layers as the perplexity allows; none is removed. See `perplexity_budget`.
+
+        Args:
+            windows: token ids of text that neither chose the layers nor trained the model.
+            ratio: most that the perplexity may rise by, as a factor of at least 1.
+            choose: from a number of layers to the layers to remove; None takes the scores' choice
+                by Block Influence.
+            most: layers to try at most; None is all but one.
+
+        Returns:
+            The layers of the largest removal up to which every smaller one holds the ratio as
+            well, and every perplexity tried.
+
+        Raises:
+            ShortGPTError: the ratio is below 1.
+
+        Example:
+            >>> short.layers_within(held_out, 1.2).layers  # doctest: +SKIP
+            [27, 26, 25]
+        """
+        by_score = choose or (lambda n: self.layers_to_remove(n=n))
+        return most_layers(self, by_score, windows, ratio=ratio, most=most)
+
     @contextmanager
     def skipped_in_prefill(self, layers: Sequence[int]) -> Iterator[None]:
         """The model that skips some layers while it reads a prompt; see `prefill`.
@@ -146,5 +179,5 @@ class ShortModel(ScoredModel):
         for change in self.changes:
             if change.how["method"] == REMOVED_SUBLAYERS:
                 for half, layers in found.items():
-                    layers += change.how[half]  # type: ignore[arg-type]
+                    layers += cast(list[int], change.how[half])
         return found

@@ -9,7 +9,9 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+
+import torch
 
 from llama.checkpoint.meta import prune
 from llama.parallel import several_ranks
@@ -20,7 +22,6 @@ from short_gpt.runtime.errors import MissingPackageError, NotFiniteError, ShortG
 from short_gpt.runtime.progress import bar
 from short_gpt.scored_model import ScoredModel
 from short_gpt.scoring.hooks import Scores
-from short_gpt.scoring.stopping import Verdict
 from short_gpt.streaming.decoder import StreamedDecoder, open_stream
 from short_gpt.streaming.memory import Plan
 from short_gpt.streaming.weights import HFSource, digest
@@ -42,6 +43,11 @@ class StreamedLlama(ScoredModel):
     It does what every `ScoredModel` does. It does not generate, and is not searched by its loss,
     which would read all of the checkpoint for every token or candidate.
 
+    Windows pass the layers in rounds, as many at once as the memory holds; within a round,
+    ``batch_size`` of them pass a layer together. Whether an answer is settled is looked at, and a
+    state saved, after a round; an error or an interruption loses the round that it met. Angles at
+    all tokens, which need all layers' states at once, are refused.
+
     Scores and perplexities are those of the model in memory. Layers can be removed, which only
     skips them, and `save` writes a checkpoint in Meta's format without them.
 
@@ -60,6 +66,8 @@ class StreamedLlama(ScoredModel):
         ShortGPTError: a file is damaged, the model is not a Llama, the tokenizer is another
             model's, ``max_memory`` is too little, or this is one of several ranks.
     """
+
+    streamed: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -109,30 +117,31 @@ class StreamedLlama(ScoredModel):
         """
         return self.stream.plan(batch_size=batch_size, max_memory=self.max_memory)
 
-    def measure(
+    def eval_importance(
         self,
-        windows: Iterable[Sequence[int]],
-        *,
-        batch_size: int = 1,
-        progress: bool = True,
-        **options: Any,
-    ) -> Verdict | None:
-        """Scores windows as `ShortModel.measure` does, in rounds.
+        prompt_tokens: Sequence[Sequence[int]],
+        max_gen_len: int = 0,
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        angular: bool = False,
+    ) -> None:
+        """Scores one batch of prompts, as `ShortLlama.eval_importance` does; continues none.
 
         Args:
-            windows, options: as there; angles at all tokens are not possible here. Whether the
-                answer is settled is looked at, and the state saved, after a round.
-            batch_size: windows of a round that pass a layer together.
-            progress: whether to show bars.
+            prompt_tokens: B lists of token ids, of any lengths up to ``max_seq_len``.
+            max_gen_len, temperature, top_p, angular: accepted for older scripts; of the first
+                only 0, for a streamed model does not generate.
 
         Raises:
-            ShortGPTError: a window does not fit the model, or a batch not into ``max_memory``.
-            NotFiniteError: a weight or a state is NaN or infinite; nothing of that round
-                counts, the rounds before it do.
+            ShortGPTError: prompts were to be continued, or as in `measure`.
+            NotFiniteError: as in `measure`.
         """
-        self._streamed.batch_size, self._streamed.progress = batch_size, progress
-        size = self.plan(batch_size).windows
-        return super().measure(windows, batch_size=size, progress=progress, **options)
+        if max_gen_len > 0:
+            raise ShortGPTError(
+                f"max_gen_len = {max_gen_len}: a model that is streamed cannot generate; pass 0, "
+                "or open it without stream"
+            )
+        self.measure(prompt_tokens, batch_size=max(len(prompt_tokens), 1), progress=False)
 
     def perplexity(
         self,
@@ -155,10 +164,9 @@ class StreamedLlama(ScoredModel):
                 )
         if not predicted:
             raise ShortGPTError("expected windows of at least 2 tokens; nothing was predicted")
-        found = Perplexity(nats, predicted, count)
-        if len(self.present) == len(self.decoder.layers):
-            self.quality[tuple(self.present)] = found
-        return found
+        result = Perplexity(nats, predicted, count)
+        self.note_quality(result)
+        return result
 
     def score(
         self, windows: Sequence[Sequence[int]], *, sublayers: bool = False, all_tokens: bool = False
@@ -189,6 +197,18 @@ class StreamedLlama(ScoredModel):
             overwrite=overwrite,
         )
 
+    @property
+    def configuration(self) -> str:
+        return str(self.stream.params)
+
+    def _layers_run_in(self) -> tuple[torch.dtype, torch.device]:
+        return self.stream.dtype, self.stream.device  # the layers' own weights come and go
+
+    def _windows_at_once(self, batch_size: int, progress: bool) -> int:
+        """All windows of a round; ``batch_size`` of them pass a layer together."""
+        self._streamed.batch_size, self._streamed.progress = batch_size, progress
+        return self.plan(batch_size).windows
+
     def weights_digest(self) -> str:
         """A digest of the checkpoint's files, by which another one is told."""
         return digest(self.stream.source.files)
@@ -202,10 +222,10 @@ class StreamedLlama(ScoredModel):
         progress: bool,
     ) -> Iterator[list[Sequence[int]]]:
         """The windows of each round."""
-        self._streamed.batch_size, self._streamed.progress = batch_size, progress
+        size = self._windows_at_once(batch_size, progress)
         total = count_of(windows) if total is None else total
         with bar(name, total=total, unit="window", show=progress) as shown:
-            for part in batches(windows, self.plan(batch_size).windows):
+            for part in batches(windows, size):
                 yield part
                 shown.update(len(part))
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.short_model import ShortModel
+
+if TYPE_CHECKING:
+    from short_gpt.short_model import ShortModel
 
 
 @dataclass(frozen=True)
