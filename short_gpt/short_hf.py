@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -15,9 +14,10 @@ from llama.parallel import choose_device
 from short_gpt.checkpoints.card import card_of, provenance
 from short_gpt.checkpoints.verify import fingerprint
 from short_gpt.data.windows import windows
-from short_gpt.evaluation.tasks import hugging_face_lm
+from short_gpt.evaluation.harness import hugging_face_lm
 from short_gpt.models.hf import HFDecoder
 from short_gpt.models.loading import load
+from short_gpt.models.pretrained import PretrainedModel, PretrainedTokenizer
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.short_model import ShortModel
 
@@ -53,15 +53,16 @@ class ShortHFModel(ShortModel):
 
     def __init__(
         self,
-        model_name: Any,
+        model_name: str | os.PathLike[str] | PretrainedModel,
         layers_path: str | None = None,
         n_prune_layers: int | None = None,
         *,
-        tokenizer: Any = None,
+        tokenizer: PretrainedTokenizer | None = None,
         device: str | torch.device | None = None,
-        **options: Any,
+        **options: object,
     ) -> None:
         place = _place(device, options)
+        model: PretrainedModel
         if isinstance(model_name, str | os.PathLike):
             model, tokenizer = load(str(model_name), options, tokenizer)
         elif options:
@@ -163,7 +164,7 @@ class ShortHFModel(ShortModel):
                 "a text has no tokens to continue; its tokenizer puts none in front"
             )
         tokens = torch.tensor([ids], device=self.decoder.device)
-        sampling: dict[str, Any] = {"do_sample": False}
+        sampling: dict[str, object] = {"do_sample": False}
         if temperature > 0:
             sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p}
         out = self.model.generate(
@@ -180,7 +181,7 @@ class ShortHFModel(ShortModel):
         *,
         verify: bool = True,
         overwrite: bool = False,
-        facts: Mapping[str, Any] | None = None,
+        facts: Mapping[str, object] | None = None,
     ) -> Path:
         """Writes model, config, generation config and tokenizer for plain ``from_pretrained``.
 
@@ -245,7 +246,7 @@ class ShortHFModel(ShortModel):
         if not any(weight.is_meta for weight in self.decoder.layers.parameters()):
             super()._check_weights()
 
-    def _tokenizer(self) -> Any:
+    def _tokenizer(self) -> PretrainedTokenizer:
         if self.tokenizer is None:
             raise ShortGPTError(
                 f"{self.source} came without a tokenizer, which texts need: pass tokenizer=..., or "
@@ -254,7 +255,7 @@ class ShortHFModel(ShortModel):
         return self.tokenizer
 
 
-def _place(device: str | torch.device | None, options: Mapping[str, Any]) -> torch.device | None:
+def _place(device: str | torch.device | None, options: Mapping[str, object]) -> torch.device | None:
 
     if device is not None and "device_map" in options:
         raise ShortGPTError("give device for one place or device_map for several, not both")

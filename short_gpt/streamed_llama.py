@@ -9,7 +9,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar, cast
 
 import torch
 
@@ -18,6 +18,7 @@ from llama.parallel import several_ranks
 from llama.tokenizer import Tokenizer, find_tokenizer
 from short_gpt.data.windows import batches, count_of
 from short_gpt.evaluation.perplexity import Perplexity
+from short_gpt.models.pretrained import PretrainedTokenizer
 from short_gpt.runtime.errors import MissingPackageError, NotFiniteError, ShortGPTError
 from short_gpt.runtime.progress import bar
 from short_gpt.scored_model import ScoredModel
@@ -27,14 +28,14 @@ from short_gpt.streaming.memory import Plan
 from short_gpt.streaming.weights import HFSource, digest
 
 
-def _hf_tokenizer(directory: Path) -> Any:
+def _hf_tokenizer(directory: Path) -> PretrainedTokenizer:
     try:
         from transformers import AutoTokenizer
     except ImportError:
         raise MissingPackageError(
             'Hugging Face directories need: pip install "short-gpt[hf]"; or pass tokenizer_path'
         ) from None
-    return AutoTokenizer.from_pretrained(directory)
+    return cast(PretrainedTokenizer, AutoTokenizer.from_pretrained(directory))
 
 
 class StreamedLlama(ScoredModel):

@@ -32,7 +32,7 @@ from short_gpt.experiments.comparison import LORA, PATCHED, RAW, Comparison
 from short_gpt.healing.lora import heal, require_packages
 from short_gpt.healing.recipe import Recipe, recipe_for
 from short_gpt.healing.trainer import whole_checkpoints
-from short_gpt.opening import open_model
+from short_gpt.opening import OpenOptions, open_hf
 from short_gpt.report import tables as report
 from short_gpt.report.plots import quality_curves, require_matplotlib, save
 from short_gpt.runtime.errors import ShortGPTError
@@ -258,7 +258,7 @@ def _lora(
         with tempfile.TemporaryDirectory() as folder:
             options = {"to": "hf", "tokenizer_path": given["tokenizer_path"]}
             pruned = prune_checkpoint(source, f"{folder}/pruned", layers, **options)
-            short = open_model(str(pruned), device=given["device"], dtype=given["dtype"])
+            short = open_hf(str(pruned), OpenOptions(device=given["device"], dtype=given["dtype"]))
             recipe = recipe_for(short.model.config)
             recipe = replace(recipe, **{k: v for k, v in changes.items() if v is not None})
             learned = cut(calibration, None, recipe.size)
