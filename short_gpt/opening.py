@@ -210,7 +210,8 @@ def same_model(
 
 def _aligned(short: ShortModel) -> tuple[torch.Tensor, list[int], list[int]]:
     """`fingerprint` with all weights copied: mapped ones may lie unaligned and round otherwise."""
-    shared: dict[int, torch.Tensor] = {}  # tied weights stay one
-    for weight in short.decoder.module.parameters():
+    model = short.decoder.model  # type: ignore[attr-defined]
+    shared: dict[int, torch.Tensor] = {}
+    for weight in model.parameters():
         weight.data = shared.setdefault(weight.data_ptr(), weight.data.clone())
     return fingerprint(short)

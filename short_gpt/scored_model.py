@@ -222,14 +222,8 @@ class ScoredModel(ModelRecord, ScoresView, ABC):
             RuntimeError: nothing was scored, or the scores are of the model before a removal.
                 Or the model lacks layers for a trial. It is unchanged after any error.
         """
-        if isinstance(layers_to_remove, int):
-            raise ShortGPTError(
-                f"expected a list of layers, got {layers_to_remove}: pass it in a list"
-            )
-        if layers_to_remove is None or len(layers_to_remove) == 0:
-            drop = self.layers_to_remove(angular=angular)
-        else:
-            drop = [i if isinstance(i, bool) else operator.index(i) for i in layers_to_remove]
+        named = _layer_numbers(layers_to_remove)
+        drop = named or self.layers_to_remove(angular=angular)
         check_layers(drop, self.kept)
         self.check_whole()
         remove_layers(self.decoder, [self.kept.index(i) for i in drop])
@@ -284,3 +278,12 @@ class ScoredModel(ModelRecord, ScoresView, ABC):
                 if not weight.isfinite().all():
                     raise NotFiniteError(f"layer {number} has NaN or infinite weights in {name}")
         self._weights_checked = True
+
+
+def _layer_numbers(layers: Sequence[int] | None) -> list[int]:
+    """Layers as plain numbers, also those of numpy and torch; True is left to be refused."""
+    if isinstance(layers, int):
+        raise ShortGPTError(f"expected a list of layers, got {layers}: pass it in a list")
+    if layers is None or len(layers) == 0:  # an array has no truth value
+        return []
+    return [i if isinstance(i, bool) else operator.index(i) for i in layers]

@@ -61,23 +61,20 @@ class ShortHFModel(ShortModel):
         device: str | torch.device | None = None,
         **options: object,
     ) -> None:
-        place = _place(device, options)
-        model: PretrainedModel
-        if isinstance(model_name, str | os.PathLike):
-            model, tokenizer = load(str(model_name), options, tokenizer)
+        place, model = _place(device, options), model_name
+        if isinstance(model, str | os.PathLike):
+            source = str(model)
+            model, tokenizer = load(source, options, tokenizer)
         elif options:
             raise ShortGPTError(f"options {sorted(options)} are for loading; the model is loaded")
         else:
-            model = model_name
+            source = model.config.name_or_path or "a model"
         if place is not None and not getattr(model, "is_quantized", False):
             model.to(place)
         decoder = HFDecoder(model.eval(), layers_path)
         super().__init__(decoder, n_prune_layers)
         self._layers_path = decoder.layers_path
-        self.model = model
-        self.tokenizer = tokenizer
-        named = isinstance(model_name, str | os.PathLike)
-        self.source = str(model_name) if named else str(model.config.name_or_path or "a model")
+        self.model, self.tokenizer, self.source = model, tokenizer, source
 
     @property
     def configuration(self) -> str:

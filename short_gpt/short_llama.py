@@ -145,8 +145,7 @@ class ShortLlama(ShortModel):
 
         Args:
             prompt_tokens: B lists of token ids, of any lengths up to ``max_seq_len``.
-            max_gen_len: if positive, each prompt is first continued by up to so many tokens, and
-                prompt and continuation are scored together.
+            max_gen_len: if positive, prompts are scored with a continuation of so many tokens.
             temperature, top_p: of that generation.
             angular: accepted for older scripts; one pass always gives both measures.
 

@@ -118,13 +118,11 @@ class ShortModel(ScoredModel):
         Args:
             windows: token ids of text that neither chose the layers nor trained the model.
             ratio: most that the perplexity may rise by, as a factor of at least 1.
-            choose: from a number of layers to the layers to remove; None takes the scores' choice
-                by Block Influence.
+            choose: from a number of layers to the layers; None takes those of least influence.
             most: layers to try at most; None is all but one.
 
         Returns:
-            The layers of the largest removal up to which every smaller one holds the ratio as
-            well, and every perplexity tried.
+            The largest removal up to which every smaller one holds the ratio, and all tried.
 
         Raises:
             ShortGPTError: the ratio is below 1.

@@ -25,6 +25,7 @@ from short_gpt.scored_model import ScoredModel
 from short_gpt.scoring.hooks import Scores
 from short_gpt.streaming.decoder import StreamedDecoder, open_stream
 from short_gpt.streaming.memory import Plan
+from short_gpt.streaming.transformer import StreamedTransformer
 from short_gpt.streaming.weights import HFSource, digest
 
 
@@ -36,6 +37,18 @@ def _hf_tokenizer(directory: Path) -> PretrainedTokenizer:
             'Hugging Face directories need: pip install "short-gpt[hf]"; or pass tokenizer_path'
         ) from None
     return cast(PretrainedTokenizer, AutoTokenizer.from_pretrained(directory))
+
+
+def _tokenizer(path: Path, stream: StreamedTransformer) -> Tokenizer:
+    """The tokenizer, if it has as many words as the model."""
+    tokenizer, most = Tokenizer(path), stream.vocab_size
+    padded = isinstance(stream.source, HFSource)  # the embedding may have rows to spare
+    if tokenizer.n_words > most or (tokenizer.n_words < most and not padded):
+        raise ShortGPTError(
+            f"the tokenizer {path} has {tokenizer.n_words} words, the checkpoint "
+            f"{stream.source.directory} {most}; they do not belong together"
+        )
+    return tokenizer
 
 
 class StreamedLlama(ScoredModel):
@@ -88,21 +101,13 @@ class StreamedLlama(ScoredModel):
             )
         self.stream = open_stream(ckpt_dir, max_seq_len=max_seq_len, device=device, dtype=dtype)
         directory, self.max_memory = self.stream.source.directory, max_memory
-        path = Path(str(tokenizer_path)) if tokenizer_path else find_tokenizer(directory)
-        tokenizer = Tokenizer(path)
-        padded = isinstance(self.stream.source, HFSource)  # the embedding may have rows to spare
-        most = self.stream.vocab_size
-        if tokenizer.n_words > most or (tokenizer.n_words < most and not padded):
-            raise ShortGPTError(
-                f"the tokenizer {path} has {tokenizer.n_words} words, the checkpoint {directory} "
-                f"{most}; they do not belong together"
-            )
-        theirs = padded and tokenizer_path is None
+        self.tokenizer_path = Path(str(tokenizer_path or find_tokenizer(directory)))
+        self.tokenizer = _tokenizer(self.tokenizer_path, self.stream)
+        theirs = tokenizer_path is None and isinstance(self.stream.source, HFSource)
         self._hf_tokenizer = _hf_tokenizer(directory) if theirs else None
         self.plan(batch_size)
         self._streamed = StreamedDecoder(self.stream)
         super().__init__(self._streamed, n_prune_layers)
-        self.tokenizer, self.tokenizer_path = tokenizer, path
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, as in memory: by transformers where the checkpoint is its format."""

@@ -76,7 +76,7 @@ class LoraHealing:
 
     Example:
         >>> lora = LoraHealing(path, texts, short.encode, held_out)  # doctest: +SKIP
-        >>> cases = Cases(["bi"], [8], healings=["raw", "lora"])
+        >>> cases = Cases(["bi"], [8], healings=["raw", "lora"])  # doctest: +SKIP
         >>> compare(short, calibration, held_out, cases=cases, lora=lora)  # doctest: +SKIP
     """
 
