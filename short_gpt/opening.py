@@ -60,13 +60,13 @@ DEFAULTS = OpenOptions()
 
 @overload
 def open_model(
-    source: str, options: OpenOptions = ..., *, stream: Literal[False] = ..., **changes: Any
+    source: str, options: OpenOptions = ..., *, stream: Literal[False] = ..., **changes: object
 ) -> ShortModel: ...
 
 
 @overload
 def open_model(
-    source: str, options: OpenOptions = ..., *, stream: bool, **changes: Any
+    source: str, options: OpenOptions = ..., *, stream: bool, **changes: object
 ) -> ScoredModel: ...
 
 

@@ -150,7 +150,7 @@ class ScoredModel(ModelRecord, ScoresView, ABC):
                 sublayers=sublayers,
                 all_tokens=all_tokens,
             )
-        finally:
+        finally:  # also after Ctrl-C: what was read before counts
             if run.into.n_windows:
                 self.importance = run.into
         return run.verdict
@@ -193,7 +193,7 @@ class ScoredModel(ModelRecord, ScoresView, ABC):
         Raises:
             ShortGPTError: a layer does not exist (any more), is named twice, or none would stay.
         """
-        present = self.present  # fewer than kept inside another trial
+        present = self.present  # fewer than `kept` inside another trial
         if layers:
             check_layers(layers, present)
         with without_layers(self.decoder, [present.index(i) for i in layers]):

@@ -166,6 +166,7 @@ class ShortLlama(ShortModel):
         start = 0
         for _ in range(count):
             if use_cache:
+                # only what the cache does not hold yet: the prompt, then one token a step
                 logits = self.llama.model(tokens[:, start:], start)
                 start = tokens.shape[1]
             else:

@@ -102,6 +102,7 @@ class ShortModel(ScoredModel):
                 state=state,
                 progress=progress,
             )
+        # a search counts places in the model as it is now; what a user sees are original numbers
         numbers = [{self.kept[i]: v for i, v in loss.items()} for loss in found.losses]
         return Search([self.kept[i] for i in found.removed], numbers, found.evaluations)
 

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
-from typing import Any
+from types import ModuleType
 
 import torch
 
@@ -15,7 +15,7 @@ from short_gpt.models.pretrained import PretrainedModel, PretrainedTokenizer
 from short_gpt.runtime.errors import MissingPackageError, ShortGPTError
 
 
-def harness(module: str) -> Any:
+def harness(module: str) -> ModuleType:
     """A module of lm-eval, as in ``harness("api.model")``; the package gives no types.
 
     Raises:

@@ -107,6 +107,7 @@ class _LlamaLM:
                     f"a request has {len(context)} tokens of context and {len(continuation)} to "
                     f"predict; this model takes 1 or more and 1 to {self.max_length} (max_seq_len)"
                 )
+            # what is read lacks the last token, which is only predicted
             places[tuple((context + continuation)[-self.max_length - 1 : -1])].append(i)
         done: dict[int, tuple[float, bool]] = {}
         with bar(
@@ -220,6 +221,6 @@ def _score(logits: Tensor, continuation: Sequence[int]) -> tuple[float, bool]:
     The logits are those of all that was read: of context and continuation, without the last token.
     """
     targets = torch.tensor(continuation, device=logits.device)
-    logits = logits[-len(targets) :]
+    logits = logits[-len(targets) :]  # row i of (T, V) predicts token i of the continuation
     nats = logits.log_softmax(-1).gather(1, targets[:, None]).sum()
     return float(nats), bool((logits.argmax(-1) == targets).all())

@@ -6,12 +6,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from short_gpt.evaluation.harness import harness
 from short_gpt.runtime.errors import ShortGPTError
 
 Results = dict[str, dict[str, float]]
+
+
+class TaskManager(Protocol):
+    """What lm-eval's manager of tasks is asked for."""
+
+    def match_tasks(self, task_list: list[str]) -> list[str]: ...
 
 
 class Evaluated(Protocol):
@@ -108,7 +114,7 @@ def task_names(tasks: str | Sequence[str], include_path: str | Path | None = Non
 
 
 @cache  # reading all of lm-eval's own tasks takes seconds
-def _task_manager(include_path: str | None) -> Any:
+def _task_manager(include_path: str | None) -> TaskManager:
     if include_path is not None and not Path(include_path).is_dir():
         raise FileNotFoundError(f"include_path {include_path} is no folder of YAML files")
     return harness("tasks").TaskManager(include_path=include_path)

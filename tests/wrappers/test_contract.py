@@ -56,6 +56,7 @@ def test_the_contract_is_written_down_once():
 def test_a_streamed_model_offers_only_what_it_can_do(wrappers):
     streamed = wrappers["streamed"]
     assert isinstance(streamed, ScoredModel) and not isinstance(streamed, ShortModel)
+    assert streamed.tokenizer.encode("ab", bos=True, eos=False) == streamed.encode("ab")
     more = public(StreamedLlama) - public(ScoredModel)
     assert more == {"eval_importance", "plan"}
     for name in ("generate", "greedy", "search", "harness_model", "skipped_in_prefill", "llama"):
