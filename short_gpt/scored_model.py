@@ -219,11 +219,9 @@ class ScoredModel(ModelRecord, ScoresView, ABC):
 
         Raises:
             ShortGPTError: a layer does not exist (any more), or the number is out of range.
-            RuntimeError: nothing was scored, or the scores are of the model before a removal.
-                Or the model lacks layers for a trial. It is unchanged after any error.
+            RuntimeError: no scores of the model as it is, or a trial. Nothing is changed.
         """
-        named = _layer_numbers(layers_to_remove)
-        drop = named or self.layers_to_remove(angular=angular)
+        drop = _layer_numbers(layers_to_remove) or self.layers_to_remove(angular=angular)
         check_layers(drop, self.kept)
         self.check_whole()
         remove_layers(self.decoder, [self.kept.index(i) for i in drop])

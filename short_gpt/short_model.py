@@ -118,7 +118,7 @@ class ShortModel(ScoredModel):
 
         Args:
             windows: token ids of text that neither chose the layers nor trained the model.
-            ratio: most that the perplexity may rise by, as a factor of at least 1.
+            ratio: most that the perplexity may rise by, at least 1.
             choose: from a number of layers to the layers; None takes those of least influence.
             most: layers to try at most; None is all but one.
 
@@ -130,7 +130,6 @@ class ShortModel(ScoredModel):
 
         Example:
             >>> short.layers_within(held_out, 1.2).layers  # doctest: +SKIP
-            [27, 26, 25]
         """
         by_score = choose or (lambda n: self.layers_to_remove(n=n))
         return most_layers(self, by_score, windows, ratio=ratio, most=most)

@@ -3,12 +3,7 @@
 from short_gpt.experiments.compare import Cases, Compared, compare
 from short_gpt.experiments.comparison import Comparison
 from short_gpt.experiments.comparison_lora import LoraHealing, LoraSettings
-from short_gpt.experiments.published import (
-    PaperComparison,
-    compare_with_paper,
-    identify,
-    published,
-)
+from short_gpt.experiments.published import PaperComparison, compare_with_paper, identify
 from short_gpt.experiments.rows import Agreement, Row
 
 __all__ = [
@@ -23,5 +18,4 @@ __all__ = [
     "compare",
     "compare_with_paper",
     "identify",
-    "published",
 ]

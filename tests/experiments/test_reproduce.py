@@ -5,12 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from short_gpt.experiments import (
-    PaperComparison,
-    compare_with_paper,
-    identify,
-    published,
-)
+from short_gpt.experiments import PaperComparison, compare_with_paper, identify
+from short_gpt.experiments.published import published
 
 LLAMA = [27, 26, 25, 28, 24, 29, 23, 21, 22]
 RUNS = published()["reimplementation"]["models"]
