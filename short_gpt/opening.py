@@ -1,9 +1,10 @@
-"""Checkpoints of either format by their path: which it is, and opened as a `ShortModel`."""
+"""Checkpoints of either format by their path: which it is, and opened as a model."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 
@@ -22,61 +23,141 @@ from short_gpt.checkpoints.verify import (
 )
 from short_gpt.models.loading import explained
 from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.scored_model import ScoredModel
 from short_gpt.short_hf import ShortHFModel
 from short_gpt.short_llama import ShortLlama
 from short_gpt.short_model import ShortModel
+from short_gpt.streamed_llama import StreamedLlama
+
+
+@dataclass(frozen=True)
+class OpenOptions:
+    """How a checkpoint is opened; what a format does not know is without effect on it.
+
+    Attributes:
+        n_prune_layers: how many layers `remove_layers` takes out; may be set later.
+        tokenizer_path: tokenizer file of Meta's format; None looks beside the checkpoint.
+        max_seq_len: longest window in tokens, of Meta's format or streamed.
+        max_batch_size: most windows read at once, of Meta's format or streamed.
+        seed: of what a model samples.
+        device: None takes CUDA, MPS or CPU, the first there is.
+        dtype: of weights and states; None is float32 on CPU, bfloat16 on CUDA, else float16.
+        model_parallel_size: ranks that share one model under torchrun; None is all of them for
+            Meta's format and 1 for others, which cannot be shared.
+        max_memory: of a streamed model's process, in bytes or like "3GB"; None takes half of what
+            is free.
+    """
+
+    n_prune_layers: int | None = None
+    tokenizer_path: str | None = None
+    max_seq_len: int = 2048
+    max_batch_size: int = 1
+    seed: int = 1
+    device: str | None = None
+    dtype: str | None = None
+    model_parallel_size: int | None = None
+    max_memory: str | int | None = None
+
+
+DEFAULTS = OpenOptions()
+
+
+@overload
+def open_model(
+    source: str, options: OpenOptions = ..., *, stream: Literal[False] = ..., **changes: object
+) -> ShortModel: ...
+
+
+@overload
+def open_model(
+    source: str, options: OpenOptions = ..., *, stream: bool, **changes: object
+) -> ScoredModel: ...
 
 
 def open_model(
-    source: str,
-    *,
-    n_prune_layers: int | None = None,
-    tokenizer_path: str | None = None,
-    max_seq_len: int = 2048,
-    max_batch_size: int = 1,
-    seed: int = 1,
-    device: str | None = None,
-    dtype: str | None = None,
-    model_parallel_size: int | None = None,
-) -> Any:
-    """Opens a Meta directory as `ShortLlama`, anything else as `ShortHFModel`.
+    source: str, options: OpenOptions = DEFAULTS, *, stream: bool = False, **changes: Any
+) -> ScoredModel:
+    """Opens a checkpoint of any format for scoring and removal.
 
     Args:
         source: Meta directory, Hugging Face directory, hub id or GGUF file.
-        n_prune_layers, device, dtype: as usual.
-        tokenizer_path, max_seq_len, max_batch_size, seed: for Meta's format only.
-        model_parallel_size: ranks that share one model under torchrun; None is all of them for
-            Meta's format and 1 for others, which cannot be shared.
+        options: how to open it.
+        stream: whether to hold one layer at a time in memory, of a Llama in Meta's format or in
+            safetensors.
+        changes: single options by their names, as in ``max_seq_len=1024``.
+
+    Returns:
+        A `ShortLlama` for Meta's format, a `StreamedLlama` with ``stream``, else a `ShortHFModel`.
 
     Raises:
-        OSError, ShortGPTError: as those of ``Llama.build`` or ``from_pretrained``; or the size
-            does not fit.
-    """
-    if is_meta(source):
-        tokenizer = tokenizer_path or find_tokenizer(source)
-        llama = Llama.build(
-            source,
-            tokenizer,
-            max_seq_len,
-            max_batch_size,
-            seed=seed,
-            device=device,
-            dtype=dtype,
-            model_parallel_size=model_parallel_size,
-        )
-        return ShortLlama(llama, n_prune_layers)
+        OSError, ShortGPTError: as those of ``Llama.build`` or ``from_pretrained``; or options
+            that do not go together.
+        TypeError: there is no such option.
 
-    if model_parallel_size not in (None, 1):
+    Example:
+        >>> short = open_model("llama-2-7b", max_seq_len=1024)  # doctest: +SKIP
+        >>> short = open_model("llama-2-70b", stream=True, max_memory="12GB")  # doctest: +SKIP
+    """
+    options = replace(options, **changes)
+    if stream:
+        return _open_streamed(source, options)
+    if options.max_memory is not None:
         raise ShortGPTError(
-            f"model_parallel_size {model_parallel_size}: only Meta's format is split over ranks; "
-            "convert the model, or leave it out, so that every rank reads its share of the windows"
+            f"max_memory {options.max_memory} bounds a streamed model; pass stream as well, or "
+            "leave it out"
         )
-    place = choose_device(device)
-    if several_ranks():
+    return _open_meta(source, options) if is_meta(source) else open_hf(source, options)
+
+
+def _open_streamed(source: str, options: OpenOptions) -> StreamedLlama:
+    if options.model_parallel_size is not None:
+        raise ShortGPTError(
+            f"model_parallel_size {options.model_parallel_size}: a streamed model holds one layer "
+            "on one rank; leave one of them out"
+        )
+    return StreamedLlama(
+        source,
+        options.n_prune_layers,
+        tokenizer_path=options.tokenizer_path,
+        max_seq_len=options.max_seq_len,
+        batch_size=options.max_batch_size,
+        device=options.device,
+        dtype=options.dtype,
+        max_memory=options.max_memory,
+    )
+
+
+def _open_meta(source: str, options: OpenOptions) -> ShortLlama:
+    llama = Llama.build(
+        source,
+        options.tokenizer_path or find_tokenizer(source),
+        options.max_seq_len,
+        options.max_batch_size,
+        seed=options.seed,
+        device=options.device,
+        dtype=options.dtype,
+        model_parallel_size=options.model_parallel_size,
+    )
+    return ShortLlama(llama, options.n_prune_layers)
+
+
+def open_hf(source: str, options: OpenOptions = DEFAULTS) -> ShortHFModel:
+    """Opens a model of transformers; arguments and errors as in `open_model`.
+
+    A directory in Meta's format is none: `open_model` tells the formats apart.
+    """
+    if options.model_parallel_size not in (None, 1):
+        raise ShortGPTError(
+            f"model_parallel_size {options.model_parallel_size}: only Meta's format is split over "
+            "ranks; convert the model, or leave it out, so that every rank reads its share of the "
+            "windows"
+        )
+    place = choose_device(options.device)
+    if several_ranks():  # before the model is loaded: the group decides this rank's device
         initialize(1, device=place)
-    torch.manual_seed(seed)
-    kind = choose_dtype(dtype, place)
-    return ShortHFModel(source, None, n_prune_layers, device=place, dtype=kind)
+    torch.manual_seed(options.seed)
+    kind = choose_dtype(options.dtype, place)
+    return ShortHFModel(source, None, options.n_prune_layers, device=place, dtype=kind)
 
 
 def layers_of(source: str) -> int | None:

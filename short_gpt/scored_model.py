@@ -5,38 +5,39 @@ Layer numbers are the original model's, from 0, before and after removal. L = it
 
 from __future__ import annotations
 
-import math
+import hashlib
 import operator
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from short_gpt.data.windows import batches, count_of
 from short_gpt.evaluation.perplexity import Perplexity, perplexity
+from short_gpt.model_record import ModelRecord
 from short_gpt.models.decoder import Decoder
-from short_gpt.models.numbering import check_count, check_layers, span
+from short_gpt.models.numbering import check_count, check_layers
 from short_gpt.runtime import replicas
 from short_gpt.runtime.digest import weights_digest
 from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
+from short_gpt.scores_view import ScoresView
 from short_gpt.scoring.hooks import Scores, score
 from short_gpt.scoring.importance import Importance
 from short_gpt.scoring.run import ScoringRun
 from short_gpt.scoring.state import RunState
 from short_gpt.scoring.stopping import Stop, Verdict
-from short_gpt.selection.methods import choose
-from short_gpt.surgery.changes import Parameter, WeightChange
 from short_gpt.surgery.layers import remove_layers, without_layers
 
 
-class ScoredModel(ABC):
+class ScoredModel(ModelRecord, ScoresView, ABC):
     """A model whose layers can be scored and removed.
 
-    A wrapper of another family says how it encodes, what a text it reads is and how it is saved;
+    What it knows of itself stands in `ModelRecord`, what was scored in `ScoresView`. A wrapper of
+    another family says how it encodes, what a text it reads is and how it is saved;
     all else is here.
 
     Args:
@@ -44,24 +45,15 @@ class ScoredModel(ABC):
         n_prune_layers: how many layers `remove_layers` takes out, 1 to L - 1; may be set later.
 
     Attributes:
-        decoder: the model.
-        n_layers: L, before any removal.
-        kept: the layers that the model has now, ascending.
-        removed: the layers taken out so far, in order of removal.
-        changes: what was done to the weights of layers that stayed, in order.
         importance: the sums of all windows scored since the last removal.
-        quality: the last perplexity measured, by the layers that the model had.
+        streamed: whether the weights are read again for every pass.
     """
 
+    streamed: ClassVar[bool] = False
+
     def __init__(self, decoder: Decoder, n_prune_layers: int | None = None) -> None:
-        self.decoder = decoder
-        self.n_layers = len(decoder.layers)
-        self.kept = list(range(self.n_layers))
-        self.removed: list[int] = []
+        super().__init__(decoder)
         self.importance = Importance.empty(self.kept)
-        self.changes: list[WeightChange] = []
-        self.quality: dict[tuple[int, ...], Perplexity] = {}
-        self._trial: list[int] | None = None
         self._weights_checked = False
         self.n_prune_layers = n_prune_layers
         if n_prune_layers is not None:
@@ -96,30 +88,14 @@ class ScoredModel(ABC):
             RuntimeError: nothing was changed, or what was saved is not the model in memory.
         """
 
+    @property
+    @abstractmethod
+    def configuration(self) -> str:
+        """What the model's own configuration says, as one text; two models may share it."""
+
     def plan_text(self, batch_size: int = 1) -> str | None:
         """What a run will take in memory, in one line; None for a model that is in memory."""
         return None
-
-    @property
-    def present(self) -> list[int]:
-        """The layers that the model has at this moment: `kept`, less those of a trial."""
-        return self.kept if self._trial is None else self._trial
-
-    @property
-    def changed(self) -> set[Parameter]:
-        """The parameters of the layers left that have other values than the source's."""
-        found = set().union(*(change.parameters for change in self.changes))
-        return {(number, name) for number, name in found if number in self.kept}
-
-    def note_change(self, change: WeightChange) -> None:
-        """Records a change of weights; what was measured of this model before is dropped."""
-        self.changes = [*self.changes, change]
-        self.quality.pop(tuple(self.present), None)
-
-    def forget_change(self, change: WeightChange) -> None:
-        """Takes a record back, when the weights are as they were."""
-        self.changes = [c for c in self.changes if c is not change]
-        self.quality.pop(tuple(self.present), None)
 
     def measure(
         self,
@@ -161,13 +137,10 @@ class ScoredModel(ABC):
             check_count(stop.n, len(self.kept))
         self.check_whole()
         self._check_weights()
-        into = Importance.empty(self.kept) if self._stale else self.importance
-        if state is not None:
-            into = state.sums(self.kept)
         run = ScoringRun(
             self.decoder,
-            into,
-            batch_size=batch_size,
+            self._sums_so_far(state),
+            batch_size=self._windows_at_once(batch_size, progress),
             population=getattr(windows, "population", None),
             stop=stop,
             state=state,
@@ -181,10 +154,20 @@ class ScoredModel(ABC):
                 sublayers=sublayers,
                 all_tokens=all_tokens,
             )
-        finally:
+        finally:  # also after Ctrl-C: what was read before counts
             if run.into.n_windows:
                 self.importance = run.into
         return run.verdict
+
+    def _sums_so_far(self, state: RunState | None) -> Importance:
+        """What a run adds to: a saved run's sums, else the scores of the model as it is now."""
+        if state is not None:
+            return state.sums(self.kept)
+        return Importance.empty(self.kept) if self._stale else self.importance
+
+    def _windows_at_once(self, batch_size: int, progress: bool) -> int:
+        """How many windows a run hands to `score` at once."""
+        return batch_size
 
     def perplexity(
         self,
@@ -195,15 +178,14 @@ class ScoredModel(ABC):
         progress: bool = True,
     ) -> Perplexity:
         """Perplexity of the model as it is now; arguments and errors as in `measure`."""
-        found = perplexity(
+        result = perplexity(
             self.decoder,
             batches(windows, batch_size),
             total=count_of(windows) if total is None else total,
             progress=progress,
         )
-        if len(self.present) == len(self.decoder.layers):
-            self.quality[tuple(self.present)] = found
-        return found
+        self.note_quality(result)
+        return result
 
     @contextmanager
     def without_layers(self, layers: Sequence[int]) -> Iterator[None]:
@@ -215,7 +197,7 @@ class ScoredModel(ABC):
         Raises:
             ShortGPTError: a layer does not exist (any more), is named twice, or none would stay.
         """
-        present = self.present  # fewer than kept inside another trial
+        present = self.present  # fewer than `kept` inside another trial
         if layers:
             check_layers(layers, present)
         with without_layers(self.decoder, [present.index(i) for i in layers]):
@@ -224,74 +206,6 @@ class ScoredModel(ABC):
                 yield
             finally:
                 self._trial = before
-
-    @property
-    def importances(self) -> Tensor:
-        """Mean Block Influence of every original layer, (L,) float64; see `Importance`.
-
-        NaN for layers that were not in the model when it was scored.
-        """
-        return self._by_layer(self._scored().block_influence)
-
-    @property
-    def standard_errors(self) -> Tensor:
-        """Standard error of every entry of `importances`, (L,); NaN below two windows."""
-        return self._by_layer(self._scored().standard_error)
-
-    @property
-    def agreement(self) -> float:
-        """Rank correlation of the scores between two halves of the windows, in [-1, 1]."""
-        return self._scored().agreement
-
-    @property
-    def angular(self) -> Tensor:
-        """Mean angular distances, (L' + 1, L' + 1) over the L' layers scored; see `Importance`."""
-        return self._scored().angular
-
-    @property
-    def n_windows(self) -> int:
-        """Windows scored."""
-        return self.importance.n_windows
-
-    @property
-    def n_tokens(self) -> int:
-        """Tokens scored; padding does not count."""
-        return self.importance.n_tokens
-
-    def layers_to_remove(
-        self,
-        *,
-        angular: bool = False,
-        n: int | None = None,
-        method: str | None = None,
-        seed: int = 0,
-    ) -> list[int]:
-        """The n layers that the scores would remove, without removing them.
-
-        Args:
-            angular: the best block of consecutive layers instead of the lowest Block Influence.
-            n: how many; None takes ``n_prune_layers``.
-            method: a name of `methods.METHODS`, in the place of ``angular``.
-            seed: of the random method.
-
-        Returns:
-            Original layer numbers: least important first, or a block in ascending order.
-
-        Raises:
-            ShortGPTError: n is not set or out of range.
-            RuntimeError: nothing was scored, or the scored model is no longer this one.
-        """
-        n = self.n_prune_layers if n is None else n
-        if n is None:
-            raise ShortGPTError("set n_prune_layers, or name the layers: remove_layers([...])")
-        check_count(n, len(self.kept), name="n_prune_layers")
-        importance = self._scored()
-        if self._stale:
-            raise RuntimeError(
-                f"layers {self.removed} were removed since these scores were measured; score "
-                "the model again before removing more by score"
-            )
-        return choose(importance, n, method=method or ("angular" if angular else "bi"), seed=seed)
 
     def remove_layers(
         self, layers_to_remove: Sequence[int] | None = None, angular: bool = False
@@ -309,17 +223,9 @@ class ScoredModel(ABC):
 
         Raises:
             ShortGPTError: a layer does not exist (any more), or the number is out of range.
-            RuntimeError: nothing was scored, or the scores are of the model before a removal.
-                Or the model lacks layers for a trial. It is unchanged after any error.
+            RuntimeError: no scores of the model as it is, or a trial. Nothing is changed.
         """
-        if isinstance(layers_to_remove, int):
-            raise ShortGPTError(
-                f"expected a list of layers, got {layers_to_remove}: pass it in a list"
-            )
-        if layers_to_remove is None or len(layers_to_remove) == 0:
-            drop = self.layers_to_remove(angular=angular)
-        else:
-            drop = [i if isinstance(i, bool) else operator.index(i) for i in layers_to_remove]
+        drop = _layer_numbers(layers_to_remove) or self.layers_to_remove(angular=angular)
         check_layers(drop, self.kept)
         self.check_whole()
         remove_layers(self.decoder, [self.kept.index(i) for i in drop])
@@ -332,6 +238,31 @@ class ScoredModel(ABC):
         parts = replicas.of_model(weights_digest(self.decoder.module))
         return parts[0] if len(parts) == 1 else "-".join(parts)
 
+    def identity(self) -> dict[str, object]:
+        """What two runs must share for one to continue the other's state, ready for JSON.
+
+        Returns:
+            Digests of the weights and of the configuration, dtype and kind of device of the
+            layers, whether the model is streamed, and how many ranks share it.
+
+        Example:
+            >>> StateFile("run.json", {**short.identity(), "size": 1024})  # doctest: +SKIP
+        """
+        dtype, device = self._layers_run_in()
+        configuration = hashlib.sha256(self.configuration.encode()).hexdigest()[:16]
+        return {
+            "dtype": str(dtype),
+            "device": device.type,
+            "stream": self.streamed,
+            "model_parallel_size": len(replicas.of_model(None)),
+            "configuration": configuration,
+            "weights": self.weights_digest(),
+        }
+
+    def _layers_run_in(self) -> tuple[torch.dtype, torch.device]:
+        weight = next(self.decoder.layers.parameters())
+        return weight.dtype, weight.device
+
     def score(
         self, windows: Sequence[Sequence[int]], *, sublayers: bool = False, all_tokens: bool = False
     ) -> Scores:
@@ -339,10 +270,6 @@ class ScoredModel(ABC):
         return score(
             self.decoder, windows, layers=self.kept, sublayers=sublayers, all_tokens=all_tokens
         )
-
-    @property
-    def _stale(self) -> bool:
-        return self.importance.layers != self.kept
 
     def _check_weights(self) -> None:
         """Once: attention kernels may turn NaN weights into finite states that look harmless."""
@@ -354,21 +281,11 @@ class ScoredModel(ABC):
                     raise NotFiniteError(f"layer {number} has NaN or infinite weights in {name}")
         self._weights_checked = True
 
-    def check_whole(self) -> None:
-        """Raises RuntimeError where the model lacks layers for a trial, or lost some elsewhere."""
-        found = len(self.decoder.layers)
-        if found != len(self.kept):
-            raise RuntimeError(
-                f"the model has {found} layers, expected {len(self.kept)} ({span(self.kept)}): "
-                "in a trial, or after a removal elsewhere, it cannot be scored, cut or saved"
-            )
 
-    def _scored(self) -> Importance:
-        if self.importance.n_windows == 0:
-            raise RuntimeError("no scores yet; call eval_importance or measure first")
-        return self.importance
-
-    def _by_layer(self, values: Tensor) -> Tensor:
-        full = torch.full((self.n_layers,), math.nan, dtype=torch.float64)
-        full[self.importance.layers] = values
-        return full
+def _layer_numbers(layers: Sequence[int] | None) -> list[int]:
+    """Layers as plain numbers, also those of numpy and torch; True is left to be refused."""
+    if isinstance(layers, int):
+        raise ShortGPTError(f"expected a list of layers, got {layers}: pass it in a list")
+    if layers is None or len(layers) == 0:  # an array has no truth value
+        return []
+    return [i if isinstance(i, bool) else operator.index(i) for i in layers]

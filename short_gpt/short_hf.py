@@ -6,7 +6,7 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 import torch
 
@@ -17,15 +17,16 @@ from short_gpt.checkpoints.provenance import Provenance
 from short_gpt.checkpoints.save import save_as_meta, save_hf
 from short_gpt.checkpoints.verify import check_same, copy_weights, fingerprint
 from short_gpt.data.windows import windows
+from short_gpt.evaluation.harness import hugging_face_lm
 from short_gpt.evaluation.perplexity import Perplexity
-from short_gpt.evaluation.tasks import hugging_face_lm
 from short_gpt.models.hf import HFDecoder
 from short_gpt.models.loading import load
+from short_gpt.models.pretrained import PretrainedModel, PretrainedTokenizer
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.short_model import ShortModel
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class ShortHFModel(ShortModel):
@@ -59,31 +60,33 @@ class ShortHFModel(ShortModel):
 
     def __init__(
         self,
-        model_name: Any,
+        model_name: str | os.PathLike[str] | PretrainedModel,
         layers_path: str | None = None,
         n_prune_layers: int | None = None,
         *,
-        tokenizer: Any = None,
+        tokenizer: PretrainedTokenizer | None = None,
         device: str | torch.device | None = None,
-        **options: Any,
+        **options: object,
     ) -> None:
-        place = _place(device, options)
-        if isinstance(model_name, str | os.PathLike):
-            model, tokenizer = load(str(model_name), options, tokenizer)
+        place, model = _place(device, options), model_name
+        if isinstance(model, str | os.PathLike):
+            source = str(model)
+            model, tokenizer = load(source, options, tokenizer)
         elif options:
             raise ShortGPTError(f"options {sorted(options)} are for loading; the model is loaded")
         else:
-            model = model_name
+            source = model.config.name_or_path or "a model"
         if place is not None and not getattr(model, "is_quantized", False):
             model.to(place)
         decoder = HFDecoder(model.eval(), layers_path)
         super().__init__(decoder, n_prune_layers)
         self._layers_path = decoder.layers_path
-        self.model = model
-        self.tokenizer = tokenizer
+        self.model, self.tokenizer, self.source = model, tokenizer, source
         self._meta_tokenizer: Path | None = None  # of the Meta checkpoint that it came from
-        named = isinstance(model_name, str | os.PathLike)
-        self.source = str(model_name) if named else str(model.config.name_or_path or "a model")
+
+    @property
+    def configuration(self) -> str:
+        return str(self.model.config)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, with the special tokens that the tokenizer puts in front."""
@@ -166,7 +169,7 @@ class ShortHFModel(ShortModel):
                 "a text has no tokens to continue; its tokenizer puts none in front"
             )
         tokens = torch.tensor([ids], device=self.decoder.device)
-        sampling: dict[str, Any] = {"do_sample": False}
+        sampling: dict[str, object] = {"do_sample": False}
         if temperature > 0:
             sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p}
         out = self.model.generate(
@@ -208,9 +211,9 @@ class ShortHFModel(ShortModel):
         record = Provenance.of(self, self.source, facts=facts, measured=measured)
         proof = self._verify if verify else None
         return save_hf(
-            self.model,
+            self.trainable(),
             out_dir,
-            tokenizer=self.tokenizer,
+            tokenizer=cast("PreTrainedTokenizerBase | None", self.tokenizer),
             record=record,
             verify=proof,
             overwrite=overwrite,
@@ -231,7 +234,7 @@ class ShortHFModel(ShortModel):
             )
         self.check_whole()
         return save_as_meta(
-            self.model,
+            self.trainable(),
             out_dir,
             record=Provenance.of(self, self.source, facts=facts, measured=measured),
             tokenizer_path=self._meta_tokenizer,
@@ -267,19 +270,19 @@ class ShortHFModel(ShortModel):
             converted = Path(folder) / "converted"
             meta_to_hf(ckpt_dir, converted, tokenizer_path=tokenizer)
             short = cls(converted, device=place, dtype=choose_dtype(dtype, place))
-            copy_weights(short.model)  # mapped from files that go now
+            copy_weights(short.trainable())  # mapped from files that go now
         short.source, short._meta_tokenizer = str(ckpt_dir), tokenizer
         return short
 
     def trainable(self) -> PreTrainedModel:
-        return self.model
+        return cast("PreTrainedModel", self.model)
 
     def harness_model(self, *, batch_size: int = 1) -> object:
         return hugging_face_lm(self.model, self.tokenizer, batch_size=batch_size)
 
     def _verify(self, directory: Path) -> None:
         again = type(self.model).from_pretrained(directory, dtype=self.model.dtype)
-        copy_weights(again)
+        copy_weights(cast("PreTrainedModel", again))
         if not getattr(again, "is_quantized", False):  # those are where they belong
             again.to(self.decoder.device)
         saved = ShortHFModel(again, self._layers_path)
@@ -290,7 +293,7 @@ class ShortHFModel(ShortModel):
         if not any(weight.is_meta for weight in self.decoder.layers.parameters()):
             super()._check_weights()
 
-    def _tokenizer(self) -> Any:
+    def _tokenizer(self) -> PretrainedTokenizer:
         if self.tokenizer is None:
             raise ShortGPTError(
                 f"{self.source} came without a tokenizer, which texts need: pass tokenizer=..., or "
@@ -299,7 +302,7 @@ class ShortHFModel(ShortModel):
         return self.tokenizer
 
 
-def _place(device: str | torch.device | None, options: Mapping[str, Any]) -> torch.device | None:
+def _place(device: str | torch.device | None, options: Mapping[str, object]) -> torch.device | None:
 
     if device is not None and "device_map" in options:
         raise ShortGPTError("give device for one place or device_map for several, not both")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Literal, overload
 
 import torch
 
@@ -13,9 +13,10 @@ from llama import Llama
 from llama.tokenizer import find_tokenizer
 from short_gpt.checkpoints.provenance import Provenance
 from short_gpt.checkpoints.save import save_meta
+from short_gpt.evaluation.llama_lm import llama_lm
 from short_gpt.evaluation.perplexity import Perplexity
-from short_gpt.evaluation.tasks import llama_lm
 from short_gpt.models.meta import MetaDecoder
+from short_gpt.models.reference import ReferenceLlama
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.short_model import ShortModel
 from short_gpt.streamed_llama import StreamedLlama
@@ -37,9 +38,44 @@ class ShortLlama(ShortModel):
         [27, 26, 25, 28, 24, 29, 23, 21, 22]
     """
 
-    def __init__(self, llama: Any, n_prune_layers: int | None = None) -> None:
+    def __init__(self, llama: ReferenceLlama, n_prune_layers: int | None = None) -> None:
         super().__init__(MetaDecoder(llama.model), n_prune_layers)
         self.llama = llama
+
+    @property
+    def configuration(self) -> str:
+        return str(self.llama.model.params)
+
+    @overload
+    @classmethod
+    def from_checkpoint(
+        cls,
+        ckpt_dir: str | os.PathLike[str],
+        n_prune_layers: int | None = ...,
+        *,
+        tokenizer_path: str | os.PathLike[str] | None = ...,
+        max_seq_len: int = ...,
+        max_batch_size: int = ...,
+        device: str | None = ...,
+        dtype: str | None = ...,
+        stream: Literal[False] = ...,
+    ) -> ShortLlama: ...
+
+    @overload
+    @classmethod
+    def from_checkpoint(
+        cls,
+        ckpt_dir: str | os.PathLike[str],
+        n_prune_layers: int | None = ...,
+        *,
+        tokenizer_path: str | os.PathLike[str] | None = ...,
+        max_seq_len: int = ...,
+        max_batch_size: int = ...,
+        device: str | None = ...,
+        dtype: str | None = ...,
+        stream: Literal[True],
+        max_memory: str | int | None = ...,
+    ) -> StreamedLlama: ...
 
     @classmethod
     def from_checkpoint(
@@ -65,7 +101,7 @@ class ShortLlama(ShortModel):
             max_batch_size: most windows read at once.
             device: None takes CUDA, MPS or CPU, the first there is.
             dtype: of weights and states; None is float32 on CPU, bfloat16 on CUDA, else float16.
-            stream: whether to hold one layer at a time: a `streaming.StreamedLlama`, which scores
+            stream: whether to hold one layer at a time: a `StreamedLlama`, which scores
                 and removes but does not generate.
             max_memory: of the process when streamed, in bytes or like "3GB"; None takes half of
                 what is free.
@@ -76,20 +112,23 @@ class ShortLlama(ShortModel):
                 little or given without ``stream``.
         """
         if stream:
-            limits = {"max_seq_len": max_seq_len, "batch_size": max_batch_size}
-            options: dict[str, Any] = {"device": device, "dtype": dtype, "max_memory": max_memory}
-            options |= {"tokenizer_path": tokenizer_path, **limits}
-            return StreamedLlama(ckpt_dir, n_prune_layers, **options)
+            return StreamedLlama(
+                ckpt_dir,
+                n_prune_layers,
+                tokenizer_path=tokenizer_path,
+                max_seq_len=max_seq_len,
+                batch_size=max_batch_size,
+                device=device,
+                dtype=dtype,
+                max_memory=max_memory,
+            )
         if max_memory is not None:
             raise ShortGPTError(
                 "max_memory bounds a streamed model; pass stream as well, or leave it out"
             )
-
         path = tokenizer_path or find_tokenizer(ckpt_dir)
-        limits = {"max_seq_len": max_seq_len, "max_batch_size": max_batch_size}
-        return cls(
-            Llama.build(ckpt_dir, path, **limits, device=device, dtype=dtype), n_prune_layers
-        )
+        llama = Llama.build(ckpt_dir, path, max_seq_len, max_batch_size, device=device, dtype=dtype)
+        return cls(llama, n_prune_layers)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, with bos in front where the model expects it."""
@@ -108,8 +147,7 @@ class ShortLlama(ShortModel):
 
         Args:
             prompt_tokens: B lists of token ids, of any lengths up to ``max_seq_len``.
-            max_gen_len: if positive, each prompt is first continued by up to so many tokens, and
-                prompt and continuation are scored together.
+            max_gen_len: if positive, prompts are scored with a continuation of so many tokens.
             temperature, top_p: of that generation.
             angular: accepted for older scripts; one pass always gives both measures.
 
@@ -130,6 +168,7 @@ class ShortLlama(ShortModel):
         start = 0
         for _ in range(count):
             if use_cache:
+                # only what the cache does not hold yet: the prompt, then one token a step
                 logits = self.llama.model(tokens[:, start:], start)
                 start = tokens.shape[1]
             else:
@@ -145,7 +184,7 @@ class ShortLlama(ShortModel):
         top_p: float = 0.9,
     ) -> list[str]:
         done = self.llama.text_completion(prompts, temperature, top_p, max_gen_len)
-        return [prediction["generation"] for prediction in done]
+        return [str(prediction["generation"]) for prediction in done]
 
     def harness_model(self, *, batch_size: int = 1) -> object:
         return llama_lm(self, batch_size=batch_size)

@@ -6,16 +6,18 @@ Layer numbers are the original model's, from 0, before and after removal.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
+from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.models.numbering import check_exist, check_layers
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.state import StateFile
 from short_gpt.scored_model import ScoredModel
 from short_gpt.scoring.importance import Importance
 from short_gpt.selection.methods import BY_LOSS
+from short_gpt.selection.perplexity_budget import Budget, most_layers
 from short_gpt.selection.search import Search, one_shot, sleb
 from short_gpt.surgery.changes import WeightChange
 from short_gpt.surgery.prefill import skipped_in_prefill
@@ -114,8 +116,43 @@ class ShortModel(ScoredModel):
                 state=state,
                 progress=progress,
             )
+        # a search counts places in the model as it is now; what a user sees are original numbers
         numbers = [{self.kept[i]: v for i, v in loss.items()} for loss in found.losses]
         return Search([self.kept[i] for i in found.removed], numbers, found.evaluations)
+
+    def layers_within(
+        self,
+        windows: Sequence[Sequence[int]],
+        ratio: float,
+        *,
+        choose: Callable[[int], list[int]] | None = None,
+        most: int | None = None,
+    ) -> Budget:
+        """As many layers as the perplexity allows; none is removed. See `perplexity_budget`.
+
+        Args:
+            windows: token ids of text that neither chose the layers nor trained the model.
+            ratio: most that the perplexity may rise by, at least 1.
+            choose: from a number of layers to the layers; None takes those of least influence.
+            most: layers to try at most; None is all but one.
+
+        Returns:
+            The largest removal up to which every smaller one holds the ratio, and all tried.
+
+        Raises:
+            ShortGPTError: the ratio is below 1.
+
+        Example:
+            >>> short.layers_within(held_out, 1.2).layers  # doctest: +SKIP
+        """
+        by_score = choose or (lambda n: self.layers_to_remove(n=n))
+        most = len(self.kept) - 1 if most is None else most
+
+        def perplexity_without(layers: list[int]) -> Perplexity:
+            with self.without_layers(layers):
+                return self.perplexity(windows)
+
+        return most_layers(perplexity_without, by_score, ratio=ratio, most=most)
 
     @contextmanager
     def skipped_in_prefill(self, layers: Sequence[int]) -> Iterator[None]:
@@ -160,5 +197,5 @@ class ShortModel(ScoredModel):
         for change in self.changes:
             if change.how["method"] == REMOVED_SUBLAYERS:
                 for half, layers in found.items():
-                    layers += change.how[half]  # type: ignore[arg-type]
+                    layers += cast(list[int], change.how[half])
         return found

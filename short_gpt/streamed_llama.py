@@ -9,7 +9,9 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import ClassVar, cast
+
+import torch
 
 from llama.parallel import several_ranks
 from llama.tokenizer import Tokenizer, find_tokenizer
@@ -17,24 +19,37 @@ from short_gpt.checkpoints.provenance import Provenance
 from short_gpt.checkpoints.save import save_meta
 from short_gpt.data.windows import batches, count_of
 from short_gpt.evaluation.perplexity import Perplexity
+from short_gpt.models.pretrained import PretrainedTokenizer
 from short_gpt.runtime.errors import MissingPackageError, NotFiniteError, ShortGPTError
 from short_gpt.runtime.progress import bar
 from short_gpt.scored_model import ScoredModel
 from short_gpt.scoring.hooks import Scores
-from short_gpt.scoring.stopping import Verdict
 from short_gpt.streaming.decoder import StreamedDecoder, open_stream
 from short_gpt.streaming.memory import Plan
+from short_gpt.streaming.transformer import StreamedTransformer
 from short_gpt.streaming.weights import HFSource, digest
 
 
-def _hf_tokenizer(directory: Path) -> Any:
+def _hf_tokenizer(directory: Path) -> PretrainedTokenizer:
     try:
         from transformers import AutoTokenizer
     except ImportError:
         raise MissingPackageError(
             'Hugging Face directories need: pip install "short-gpt[hf]"; or pass tokenizer_path'
         ) from None
-    return AutoTokenizer.from_pretrained(directory)
+    return cast(PretrainedTokenizer, AutoTokenizer.from_pretrained(directory))
+
+
+def _tokenizer(path: Path, stream: StreamedTransformer) -> Tokenizer:
+    """The tokenizer, if it has as many words as the model."""
+    tokenizer, most = Tokenizer(path), stream.vocab_size
+    padded = isinstance(stream.source, HFSource)  # the embedding may have rows to spare
+    if tokenizer.n_words > most or (tokenizer.n_words < most and not padded):
+        raise ShortGPTError(
+            f"the tokenizer {path} has {tokenizer.n_words} words, the checkpoint "
+            f"{stream.source.directory} {most}; they do not belong together"
+        )
+    return tokenizer
 
 
 class StreamedLlama(ScoredModel):
@@ -42,6 +57,11 @@ class StreamedLlama(ScoredModel):
 
     It does what every `ScoredModel` does. It does not generate, and is not searched by its loss,
     which would read all of the checkpoint for every token or candidate.
+
+    Windows pass the layers in rounds, as many at once as the memory holds; within a round,
+    ``batch_size`` of them pass a layer together. Whether an answer is settled is looked at, and a
+    state saved, after a round; an error or an interruption loses the round that it met. Angles at
+    all tokens, which need all layers' states at once, are refused.
 
     Scores and perplexities are those of the model in memory. Layers can be removed, which only
     skips them, and `save` writes a checkpoint in Meta's format without them.
@@ -62,6 +82,8 @@ class StreamedLlama(ScoredModel):
             model's, ``max_memory`` is too little, or this is one of several ranks.
     """
 
+    streamed: ClassVar[bool] = True
+
     def __init__(
         self,
         ckpt_dir: str | os.PathLike[str],
@@ -80,21 +102,13 @@ class StreamedLlama(ScoredModel):
             )
         self.stream = open_stream(ckpt_dir, max_seq_len=max_seq_len, device=device, dtype=dtype)
         directory, self.max_memory = self.stream.source.directory, max_memory
-        path = Path(str(tokenizer_path)) if tokenizer_path else find_tokenizer(directory)
-        tokenizer = Tokenizer(path)
-        padded = isinstance(self.stream.source, HFSource)  # the embedding may have rows to spare
-        most = self.stream.vocab_size
-        if tokenizer.n_words > most or (tokenizer.n_words < most and not padded):
-            raise ShortGPTError(
-                f"the tokenizer {path} has {tokenizer.n_words} words, the checkpoint {directory} "
-                f"{most}; they do not belong together"
-            )
-        theirs = padded and tokenizer_path is None
+        self.tokenizer_path = Path(str(tokenizer_path or find_tokenizer(directory)))
+        self.tokenizer = _tokenizer(self.tokenizer_path, self.stream)
+        theirs = tokenizer_path is None and isinstance(self.stream.source, HFSource)
         self._hf_tokenizer = _hf_tokenizer(directory) if theirs else None
         self.plan(batch_size)
         self._streamed = StreamedDecoder(self.stream)
         super().__init__(self._streamed, n_prune_layers)
-        self.tokenizer, self.tokenizer_path = tokenizer, path
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, as in memory: by transformers where the checkpoint is its format."""
@@ -110,30 +124,31 @@ class StreamedLlama(ScoredModel):
         """
         return self.stream.plan(batch_size=batch_size, max_memory=self.max_memory)
 
-    def measure(
+    def eval_importance(
         self,
-        windows: Iterable[Sequence[int]],
-        *,
-        batch_size: int = 1,
-        progress: bool = True,
-        **options: Any,
-    ) -> Verdict | None:
-        """Scores windows as `ShortModel.measure` does, in rounds.
+        prompt_tokens: Sequence[Sequence[int]],
+        max_gen_len: int = 0,
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        angular: bool = False,
+    ) -> None:
+        """Scores one batch of prompts, as `ShortLlama.eval_importance` does; continues none.
 
         Args:
-            windows, options: as there; angles at all tokens are not possible here. Whether the
-                answer is settled is looked at, and the state saved, after a round.
-            batch_size: windows of a round that pass a layer together.
-            progress: whether to show bars.
+            prompt_tokens: B lists of token ids, of any lengths up to ``max_seq_len``.
+            max_gen_len, temperature, top_p, angular: accepted for older scripts; of the first
+                only 0, for a streamed model does not generate.
 
         Raises:
-            ShortGPTError: a window does not fit the model, or a batch not into ``max_memory``.
-            NotFiniteError: a weight or a state is NaN or infinite; nothing of that round
-                counts, the rounds before it do.
+            ShortGPTError: prompts were to be continued, or as in `measure`.
+            NotFiniteError: as in `measure`.
         """
-        self._streamed.batch_size, self._streamed.progress = batch_size, progress
-        size = self.plan(batch_size).windows
-        return super().measure(windows, batch_size=size, progress=progress, **options)
+        if max_gen_len > 0:
+            raise ShortGPTError(
+                f"max_gen_len = {max_gen_len}: a model that is streamed cannot generate; pass 0, "
+                "or open it without stream"
+            )
+        self.measure(prompt_tokens, batch_size=max(len(prompt_tokens), 1), progress=False)
 
     def perplexity(
         self,
@@ -156,10 +171,9 @@ class StreamedLlama(ScoredModel):
                 )
         if not predicted:
             raise ShortGPTError("expected windows of at least 2 tokens; nothing was predicted")
-        found = Perplexity(nats, predicted, count)
-        if len(self.present) == len(self.decoder.layers):
-            self.quality[tuple(self.present)] = found
-        return found
+        result = Perplexity(nats, predicted, count)
+        self.note_quality(result)
+        return result
 
     def score(
         self, windows: Sequence[Sequence[int]], *, sublayers: bool = False, all_tokens: bool = False
@@ -192,6 +206,18 @@ class StreamedLlama(ScoredModel):
             overwrite=overwrite,
         )
 
+    @property
+    def configuration(self) -> str:
+        return str(self.stream.params)
+
+    def _layers_run_in(self) -> tuple[torch.dtype, torch.device]:
+        return self.stream.dtype, self.stream.device  # the layers' own weights come and go
+
+    def _windows_at_once(self, batch_size: int, progress: bool) -> int:
+        """All windows of a round; ``batch_size`` of them pass a layer together."""
+        self._streamed.batch_size, self._streamed.progress = batch_size, progress
+        return self.plan(batch_size).windows
+
     def weights_digest(self) -> str:
         """A digest of the checkpoint's files, by which another one is told."""
         return digest(self.stream.source.files)
@@ -205,10 +231,10 @@ class StreamedLlama(ScoredModel):
         progress: bool,
     ) -> Iterator[list[Sequence[int]]]:
         """The windows of each round."""
-        self._streamed.batch_size, self._streamed.progress = batch_size, progress
+        size = self._windows_at_once(batch_size, progress)
         total = count_of(windows) if total is None else total
         with bar(name, total=total, unit="window", show=progress) as shown:
-            for part in batches(windows, self.plan(batch_size).windows):
+            for part in batches(windows, size):
                 yield part
                 shown.update(len(part))
 

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-from collections.abc import Callable
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from llama.parallel import several_ranks
-from short_gpt.checkpoints.prune import prune_checkpoint
 from short_gpt.cli.shared import (
     arguments_of,
     check_run,
@@ -22,22 +17,19 @@ from short_gpt.cli.shared import (
     targets_of,
 )
 from short_gpt.data import demo
-from short_gpt.data.disjoint import hold_out, without_overlap
+from short_gpt.data.disjoint import hold_out
 from short_gpt.data.texts import read_texts, texts
 from short_gpt.data.windows import windows
-from short_gpt.evaluation.paired import losses
-from short_gpt.evaluation.perplexity import Perplexity
-from short_gpt.evaluation.tasks import run_tasks
-from short_gpt.experiments.comparison import LORA, PATCHED, RAW, Comparison
-from short_gpt.healing.lora import heal, require_packages
-from short_gpt.healing.recipe import Recipe, recipe_for
-from short_gpt.healing.trainer import whole_checkpoints
-from short_gpt.opening import open_model
+from short_gpt.evaluation.tasks import TaskSuite
+from short_gpt.experiments.compare import Cases
+from short_gpt.experiments.compare import compare as compare_methods
+from short_gpt.experiments.comparison_lora import LoraHealing, LoraSettings
+from short_gpt.experiments.rows import LORA, PATCHED, RAW
+from short_gpt.opening import OpenOptions
 from short_gpt.report import tables as report
 from short_gpt.report.plots import quality_curves, require_matplotlib, save
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.results import refuse_existing, write_record
-from short_gpt.runtime.state import StateFile
 from short_gpt.selection.methods import METHODS
 
 DEFAULT = "bi,angular,deepest,relative_magnitude,perplexity,sleb,reverse,random"
@@ -135,33 +127,35 @@ def compare(
     check_run(source, max(numbers), size, size, max_windows)
     short = open_short(source, tokenizer_path, size, 1, device, dtype, None)
 
-    def cut(found: list[str], count: int | None, length: int = size) -> list[list[int]]:
-        return list(
-            windows(found, short.encode, size=length, stride=length, seed=seed, limit=count)
-        )
+    def cut(found: list[str], count: int | None) -> list[list[int]]:
+        return list(windows(found, short.encode, size=size, stride=size, seed=seed, limit=count))
 
     held, chosen = cut(evaluation, eval_windows), cut(calibration, max_windows)
-    saved = _state(short, state, out, arguments)
-    comparison = Comparison(short, chosen, held, few=search_windows, state=saved)
-    lora = _lora(source, calibration, held, cut, arguments, saved) if LORA in healings else None
+    suite = TaskSuite(tasks.split(","), limit, None, include_path) if tasks else None
+    lora = None
+    if LORA in healings:
+        settings = LoraSettings(lora_steps, lora_rank, lora_learning_rate, lora_batch, lora_size)
+        options = OpenOptions(tokenizer_path=tokenizer_path, device=device, dtype=dtype)
+        lora = LoraHealing(source, calibration, short.encode, held, settings, options, seed)
     with interruptible():
-        options: dict[str, Any] = {"healings": healings, "seeds": seeds}
-        options |= {"lora": lora, "lora_only": only}
-        rows = comparison.rows(names, numbers, **options)
-        agreed = []
-        if "sleb" in names:
-            agreed = [comparison.agreement(n, max(numbers)) for n in numbers]
-        scored = comparison.tasks(rows, _tasks(short, tasks, limit, include_path)) if tasks else {}
-    say(report.compared(rows, agreed, scored))
+        result = compare_methods(
+            short,
+            chosen,
+            held,
+            cases=Cases(names, numbers, healings, seeds, search_windows, only),
+            lora=lora,
+            tasks=suite,
+            state=state if state is not None else out and f"{out}.state",
+        )
+    say(report.compared(result.rows, result.agreement, result.tasks))
     if out is not None:
-        result = {"rows": [asdict(r) for r in rows], "agreement": agreed, "tasks": scored}
-        record = {"command": "compare", "arguments": arguments, "seed": seed, **result}
+        record = {"command": "compare", "arguments": arguments, "seed": seed, **result.to_dict()}
         write_record(out, record, overwrite=overwrite)
     if picture is not None:
-        save(quality_curves(rows), picture)
+        save(quality_curves(result.rows), picture)
         targets.append(picture)
-    if saved is not None:
-        saved.clear()
+    if result.state is not None:
+        result.state.clear()
     say_written(targets)
 
 
@@ -200,97 +194,3 @@ def _material(ckpt_dir: str | None, given: dict[str, Any]) -> tuple[str, list[st
     if given["eval_data"] is None:
         return ckpt_dir, *hold_out(found, seed=given["seed"])
     return ckpt_dir, found, list(texts(given["eval_data"], column=given["column"]))
-
-
-def _state(
-    short: Any, state: str | None, out: str | None, arguments: dict[str, Any]
-) -> StateFile | None:
-    if state is None and out is None:
-        return None
-    names: tuple[str, ...] = (
-        "ckpt_dir",
-        "data",
-        "eval_data",
-        "split",
-        "column",
-        "max_texts",
-        "size",
-        "seed",
-    )
-    names += ("max_windows", "search_windows", "eval_windows", "dtype", "device")
-    names += ("lora_steps", "lora_rank", "lora_learning_rate", "lora_batch", "lora_size", "limit")
-    names += ("tasks", "include_path")
-    identity = {name: arguments[name] for name in names}
-    identity["weights"] = short.weights_digest()
-    return StateFile(state or f"{out}.state", identity)
-
-
-def _lora(
-    source: str,
-    calibration: list[str],
-    evaluation: list[list[int]],
-    cut: Callable[..., list[list[int]]],
-    given: dict[str, Any],
-    state: StateFile | None,
-) -> Callable[[list[int]], list[Perplexity]]:
-    """Heals a model without some layers, from its files, and evaluates it. Checkpoints of the
-    training lie beside the state until it is done."""
-
-    require_packages()
-    if Path(source).is_file():
-        raise ShortGPTError(
-            f"lora heals checkpoint directories, not {source}; convert it first: "
-            f"short-gpt convert {source} model-meta"
-        )
-    changes = {"steps": given["lora_steps"], "rank": given["lora_rank"]}
-    changes |= {"alpha": given["lora_rank"], "learning_rate": given["lora_learning_rate"]}
-    changes |= {"batch": given["lora_batch"], "size": given["lora_size"]}
-    if given["lora_steps"] is not None:
-        changes["warmup"] = min(100, given["lora_steps"] // 10)
-    size = given["lora_size"] or Recipe.size
-    if len(cut(calibration, 2, size)) < 2:  # now rather than after all else is measured
-        raise ShortGPTError(
-            f"lora needs two windows of {size} tokens or more, one of them to validate on: give "
-            "more text to heal by, or a smaller --lora_size"
-        )
-
-    def healed(layers: list[int]) -> list[Perplexity]:
-        with tempfile.TemporaryDirectory() as folder:
-            options = {"to": "hf", "tokenizer_path": given["tokenizer_path"]}
-            pruned = prune_checkpoint(source, f"{folder}/pruned", layers, **options)
-            short = open_model(str(pruned), device=given["device"], dtype=given["dtype"])
-            recipe = recipe_for(short.model.config)
-            recipe = replace(recipe, **{k: v for k, v in changes.items() if v is not None})
-            learned = cut(calibration, None, recipe.size)
-            learned, _ = without_overlap(learned, evaluation)
-            count = max(1, min(len(learned) // 10, 8))
-            apart, _ = without_overlap(learned[:-count], learned[-count:])
-            parts = (apart, learned[-count:], evaluation)
-            work = (
-                state.path.with_name(f"{state.path.name}.lora-{_name(layers)}") if state else None
-            )
-            begun = bool(work and whole_checkpoints(work))
-            if work and not begun:
-                shutil.rmtree(work, ignore_errors=True)
-            heal(short, *parts, recipe=recipe, work_dir=work, resume=begun)
-            found = losses(short.decoder, evaluation, progress=False)
-            if work:
-                shutil.rmtree(work, ignore_errors=True)
-            return found
-
-    return healed
-
-
-def _name(layers: list[int]) -> str:
-    return "-".join(map(str, sorted(layers)))
-
-
-def _tasks(
-    short: Any, tasks: str, limit: int | None, include_path: str | None
-) -> Callable[[], dict[str, Any]]:
-
-    def run() -> dict[str, Any]:
-        found = run_tasks(short, tasks.split(","), limit=limit, include_path=include_path)
-        return {f"{t} {m}": v for t, metrics in found.items() for m, v in metrics.items()}
-
-    return run

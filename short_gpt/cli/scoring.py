@@ -24,7 +24,7 @@ from short_gpt.cli.shared import (
 )
 from short_gpt.data.texts import pg19, read_texts, shown
 from short_gpt.data.windows import windows
-from short_gpt.experiments.published import compare, identify
+from short_gpt.experiments.published import compare_with_paper, identify
 from short_gpt.report import tables as report
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import first_rank
@@ -287,7 +287,7 @@ def reproduce(
             f"{ckpt_dir} has the size of {name} but groups its keys and values, so it is another "
             f"model; compare anyway with --model {name}"
         )
-    n = len(compare(name, []).paper)
+    n = len(compare_with_paper(name, []).paper)
     if n >= args.n_layers:
         raise ShortGPTError(f"{name} loses {n} layers; {ckpt_dir} has {args.n_layers} in all")
     windows([], lambda _: [], size=1024, limit=max_windows)
@@ -295,7 +295,7 @@ def reproduce(
     short = open_short(ckpt_dir, tokenizer_path, 1024, batch_size, device, dtype, n)
     chosen = windows(source, short.encode, size=1024, stride=256, seed=seed, limit=max_windows)
     short.measure(chosen, batch_size=batch_size, total=total(chosen, max_windows))
-    comparison = compare(name, short.layers_to_remove())
+    comparison = compare_with_paper(name, short.layers_to_remove())
     say(report.ranking(short.importance, n))
     say(f"\n{comparison.table()}")
     if out is not None and first_rank():

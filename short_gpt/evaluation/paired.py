@@ -72,6 +72,7 @@ def difference(first: Sequence[Perplexity], second: Sequence[Perplexity]) -> Dif
     changes = [b.nats - a.nats for a, b in zip(first, second, strict=True)]
     n, total = len(tokens), sum(tokens)
     mean = sum(changes) / total
+    # windows weigh by their tokens, as in the mean: their deviations are of d - m t, not d / t
     squares = sum((d - mean * t) ** 2 for d, t in zip(changes, tokens, strict=True))
     error = math.sqrt(n / (n - 1) * squares) / total if n > 1 else math.nan
     return Difference(mean, error, n)

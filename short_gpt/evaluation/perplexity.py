@@ -93,9 +93,10 @@ def batch_nats(decoder: Decoder, tokens: Tensor, mask: Tensor) -> float:
         decoder: the model.
         tokens, mask: (B, S), as `decoder.pad` gives them.
     """
-    logits = decoder.logits(tokens)[:, :-1].flatten(0, 1)
+    logits = decoder.logits(tokens)[:, :-1].flatten(0, 1)  # (B (S - 1), V): what comes next
+    # (B (S - 1),); cross_entropy gives 0 for -100, so that padding costs nothing
     targets = tokens[:, 1:].masked_fill(~mask[:, 1:], -100).flatten()
     rows = max(1, AT_ONCE // logits.shape[-1])
     parts = zip(logits.split(rows), targets.split(rows), strict=True)
     loss = torch.cat([F.cross_entropy(x, y, reduction="none") for x, y in parts])
-    return float(loss.cpu().double().sum())
+    return float(loss.cpu().double().sum())  # MPS has no float64

@@ -1,1 +1,21 @@
+"""Methods set side by side on one model, and layer lists set beside published ones."""
 
+from short_gpt.experiments.compare import Cases, Compared, compare
+from short_gpt.experiments.comparison import Comparison
+from short_gpt.experiments.comparison_lora import LoraHealing, LoraSettings
+from short_gpt.experiments.published import PaperComparison, compare_with_paper, identify
+from short_gpt.experiments.rows import Agreement, Row
+
+__all__ = [
+    "Agreement",
+    "Cases",
+    "Compared",
+    "Comparison",
+    "LoraHealing",
+    "LoraSettings",
+    "PaperComparison",
+    "Row",
+    "compare",
+    "compare_with_paper",
+    "identify",
+]

@@ -7,10 +7,7 @@ choose is evaluated once.
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -19,8 +16,12 @@ import torch
 from short_gpt.data.disjoint import check_disjoint
 from short_gpt.evaluation.paired import difference, losses, together
 from short_gpt.evaluation.perplexity import Perplexity
+from short_gpt.experiments.cells import Cells
+from short_gpt.experiments.cost import size_without, tokens_per_second
+from short_gpt.experiments.rows import LORA, PATCHED, RAW, Agreement, Row, Windows
 from short_gpt.healing import linear_patch
 from short_gpt.models.numbering import check_count
+from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import bar
 from short_gpt.runtime.state import StateFile
 from short_gpt.scoring.importance import Importance
@@ -29,41 +30,8 @@ from short_gpt.selection.methods import BY_LOSS, check_method, choose
 from short_gpt.selection.search import Search
 from short_gpt.short_model import ShortModel
 
-RAW, PATCHED, LORA = "raw", "patched", "lora"
-Windows = Sequence[Sequence[int]]
 Heal = Callable[[list[int]], list[Perplexity]]
-
-
-@dataclass(frozen=True)
-class Row:
-    """One model of the comparison.
-
-    Attributes:
-        method, seed: what chose the layers; the seed is None but for the random method.
-        n: layers removed.
-        healing: raw, patched or lora.
-        layers: removed, original numbers.
-        perplexity: on the evaluation text.
-        nats, standard_error: mean loss less that of the whole model, paired over the windows.
-        gain, gain_error: the same less that of the raw model, if this one is healed; else None.
-        parameters: of the model without the layers.
-        megabytes: of its weights.
-        tokens_per_second: greedy generation with the cache, one sequence.
-    """
-
-    method: str
-    seed: int | None
-    n: int
-    healing: str
-    layers: list[int]
-    perplexity: float
-    nats: float
-    standard_error: float
-    gain: float | None
-    gain_error: float | None
-    parameters: int
-    megabytes: float
-    tokens_per_second: float
+Case = tuple[str, int | None, int]  # method, seed of a random one, number of layers
 
 
 class Comparison:
@@ -91,9 +59,7 @@ class Comparison:
     ) -> None:
         check_disjoint(calibration, evaluation)
         self.short, self._calibration, self._evaluation = short, calibration, evaluation
-        self._few, self._state = calibration[:few], state
-        content = state.content if state and state.content else {}
-        self._cells: dict[str, Any] = content.get("cells", {})
+        self._few, self._cells = calibration[:few], Cells(state)
 
     def rows(
         self,
@@ -118,34 +84,37 @@ class Comparison:
                 rest; None means all.
 
         Raises:
-            ShortGPTError: a method is unknown or a number is out of range.
+            ShortGPTError: a method is unknown, a number out of range, or nothing heals by lora.
         """
+        if LORA in healings and lora is None:
+            raise ShortGPTError("the healing lora needs what heals: pass lora=...")
+        cases = self._cases(methods, counts, seeds)
+        sets = [self.layers(method, n, seed or 0, most=max(counts)) for method, seed, n in cases]
+        if PATCHED in healings:
+            self._patch_all(sets)
+        trained = {(m, n) for m, _, n in cases} if lora_only is None else set(lora_only)
+        rows = [self._row(("dense", None, 0), [], RAW)]
+        with bar("comparing", total=len(cases) * len(healings), unit="model") as shown:
+            for healing in healings:
+                for case, layers in zip(cases, sets, strict=True):
+                    shown.update()
+                    if healing == LORA and (case[0], case[2]) not in trained:
+                        continue
+                    if healing != PATCHED or 0 not in layers:  # a patch needs a layer in front
+                        rows.append(self._row(case, layers, healing, lora))
+        return rows
+
+    def _cases(self, methods: Sequence[str], counts: Sequence[int], seeds: int) -> list[Case]:
         for method in methods:
             check_method(method)
         for n in counts:
             check_count(n, len(self.short.kept), name="counts")
-        cases = [
+        return [
             (method, seed, n)
             for method in methods
             for seed in (range(seeds) if method == "random" else [None])
             for n in counts
         ]
-        sets = [self.layers(method, n, seed or 0, most=max(counts)) for method, seed, n in cases]
-        if PATCHED in healings:
-            self._patch_all(sets)
-        trained = [(m, n) for m, _, n in cases] if lora_only is None else lora_only
-        found = [self._row("dense", None, 0, RAW, [])]
-        with bar("comparing", total=len(cases) * len(healings), unit="model") as shown:
-            for healing in healings:
-                for (method, seed, n), layers in zip(cases, sets, strict=True):
-                    shown.update()
-                    if healing == LORA and (method, n) not in trained:
-                        continue
-                    if healing == LORA and lora is not None:
-                        self._measured(LORA, layers, partial(lora, layers))
-                    if healing != PATCHED or 0 not in layers:
-                        found.append(self._row(method, seed, n, healing, layers))
-        return found
 
     def layers(self, method: str, n: int, seed: int = 0, *, most: int | None = None) -> list[int]:
         """The n layers that a method removes; searches go on to ``most`` at once."""
@@ -158,37 +127,43 @@ class Comparison:
         """Scores of the calibration windows."""
         return self._scored("importance", self._calibration)
 
-    def _scored(self, key: str, windows: Windows) -> Importance:
+    def _scored(self, name: str, windows: Windows) -> Importance:
         """Scores of some windows; the model keeps those that it has."""
-        if key not in self._cells:
+
+        def measure() -> dict[str, object]:
             before, self.short.importance = self.short.importance, Importance.empty(self.short.kept)
             try:
                 self.short.measure(windows, all_tokens=True)
-                self._keep(key, self.short.importance.to_dict())
+                return self.short.importance.to_dict()
             finally:
                 self.short.importance = before
-        return Importance.from_dict(self._cells[key])
+
+        return Importance.from_dict(self._cells.value(name, measure))
 
     def _search(self, method: str, n: int) -> Search:
-        key = f"{method} {n}"
-        if key not in self._cells:
-            part = None if self._state is None else self._state.part(key.replace(" ", "-"))
-            found = self.short.search(self._few, n, method=method, state=part)
-            self._keep(key, {"removed": found.removed, "losses": found.losses})
-            if part is not None:
-                part.clear()
-        content = self._cells[key]
-        losses = [{int(i): v for i, v in loss.items()} for loss in content["losses"]]
-        return Search(content["removed"], losses)
+        name = f"{method} {n}"
 
-    def agreement(self, n: int, most: int) -> dict[str, Any]:
+        def measure() -> dict[str, Any]:
+            part = self._cells.inner(name.replace(" ", "-"))
+            result = self.short.search(self._few, n, method=method, state=part)
+            finished.append(part)
+            return {"removed": result.removed, "losses": result.losses}
+
+        finished: list[StateFile | None] = []
+        content = self._cells.value(name, measure)
+        for part in filter(None, finished):  # now that its result is saved
+            part.clear()
+        # JSON's keys are texts
+        trials = [{int(i): v for i, v in loss.items()} for loss in content["losses"]]
+        return Search(content["removed"], trials)
+
+    def agreement(self, n: int, most: int) -> Agreement:
         """Whether the cheap rankings hold: Block Influence, angle and greedy search, all on the
         windows that the searches read.
 
-        Returns:
-            The share of n layers that each pair of methods has in common, and Spearman's
-            correlation of Block Influence with the loss without each layer alone, over the
-            layers that the search tries first.
+        Args:
+            n: how many layers each removes.
+            most: the largest number of the comparison, up to which the search goes.
         """
         few = self._scored("importance of few", self._few)
         sets = {m: set(choose(few, n, method=m)) for m in ("bi", "angular")}
@@ -200,7 +175,9 @@ class Comparison:
         correlation = spearman(scores[list(alone)], torch.tensor(list(alone.values())).double())
         return {"n": n, "overlap": shared, "rank_correlation_of_bi_with_loss": correlation}
 
-    def tasks(self, rows: Sequence[Row], run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    def tasks(
+        self, rows: Sequence[Row], run: Callable[[], dict[str, float]]
+    ) -> dict[str, dict[str, float]]:
         """What a task suite gives for the models without healing.
 
         Args:
@@ -210,21 +187,20 @@ class Comparison:
         Returns:
             Results by the layers removed, as in ``"[3, 4]"``.
         """
-        found: dict[str, Any] = {}
-        for layers in [r.layers for r in rows if r.healing == RAW]:
-            key = f"tasks {sorted(layers)}"
-            if key not in self._cells:
-                with self.short.without_layers(layers):
-                    self._keep(key, run())
-            found[str(sorted(layers))] = self._cells[key]
-        return found
 
-    def _row(self, method: str, seed: int | None, n: int, healing: str, layers: list[int]) -> Row:
-        dense = self._measured(RAW, [], partial(self._losses, []))
-        raw = self._measured(RAW, layers, partial(self._losses, layers))
-        parts = raw if healing == RAW else self._kept(healing, layers)
+        def measure(layers: list[int]) -> dict[str, float]:
+            with self.short.without_layers(layers):
+                return run()
+
+        sets = [sorted(row.layers) for row in rows if row.healing == RAW]
+        return {str(s): self._cells.value(f"tasks {s}", partial(measure, s)) for s in sets}
+
+    def _row(self, case: Case, layers: list[int], healing: str, lora: Heal | None = None) -> Row:
+        method, seed, n = case
+        dense, raw = self._measured(RAW, []), self._measured(RAW, layers)
+        parts = raw if healing == RAW else self._measured(healing, layers, lora)
         change, gain = difference(dense, parts), difference(raw, parts)
-        parameters, size = self._size(layers)
+        parameters, size = size_without(self.short, layers)
         return Row(
             method=method,
             seed=seed,
@@ -241,66 +217,46 @@ class Comparison:
             tokens_per_second=self._speed(n, layers),
         )
 
+    def _measured(
+        self, healing: str, layers: list[int], heal: Heal | None = None
+    ) -> list[Perplexity]:
+        """Losses of the evaluation windows, measured once for every set of layers.
+
+        Args:
+            heal: measures the healed model without them; raw ones are measured here.
+        """
+        measure = partial(heal or self._losses, layers)
+        return self._cells.losses(f"{healing} {sorted(layers)}", measure)
+
     def _losses(self, layers: list[int]) -> list[Perplexity]:
         with self.short.without_layers(layers):
             return losses(self.short.decoder, self._evaluation, progress=False)
 
-    def _measured(
-        self, healing: str, layers: list[int], measure: Callable[[], list[Perplexity]]
-    ) -> list[Perplexity]:
-        """Losses of the evaluation windows, measured once for every set of layers."""
-        key = f"{healing} {sorted(layers)}"
-        if key not in self._cells:
-            found = measure()
-            self._keep(key, [[p.nats, p.tokens, p.windows] for p in found])
-        return self._kept(healing, layers)
-
-    def _kept(self, healing: str, layers: list[int]) -> list[Perplexity]:
-        return [Perplexity(*values) for values in self._cells[f"{healing} {sorted(layers)}"]]
-
     def _patch_all(self, sets: Sequence[list[int]]) -> None:
         """Fits patches of all sets at once and measures the patched models."""
-        missing = {tuple(sorted(layers)) for layers in sets if 0 not in layers}
-        missing = {s for s in missing if f"{PATCHED} {list(s)}" not in self._cells}
-        if not missing:
+        every = sorted({tuple(sorted(layers)) for layers in sets if 0 not in layers})
+        wanted = [list(s) for s in every if f"{PATCHED} {list(s)}" not in self._cells]
+        if not wanted:
             return
-        wanted = [list(layers) for layers in sorted(missing)]
         patches = linear_patch.fit_many(self.short, wanted, self._calibration)
         with bar("patched", total=len(wanted), unit="model") as shown:
             for layers, patch in zip(wanted, patches, strict=True):
-                with self.short.without_layers(layers):
-                    undo = linear_patch.fold(self.short, patch)
-                    try:
-                        found = losses(self.short.decoder, self._evaluation, progress=False)
-                    finally:
-                        undo()
-                self._keep(f"{PATCHED} {layers}", [[p.nats, p.tokens, p.windows] for p in found])
+                self._measured(PATCHED, layers, partial(self._patched, patch))
                 shown.update()
 
-    def _size(self, layers: list[int]) -> tuple[int, int]:
-        """Parameters and bytes of the model without some layers; tied ones count once."""
-        gone = {id(p) for i in layers for p in self.short.decoder.layers[i].parameters()}
-        model = self.short.decoder.module
-        left = {id(p): p for p in model.parameters() if id(p) not in gone}.values()
-        return sum(p.numel() for p in left), sum(p.numel() * p.element_size() for p in left)
+    def _patched(self, patch: linear_patch.Patch, layers: list[int]) -> list[Perplexity]:
+        with self.short.without_layers(layers):
+            undo = linear_patch.fold(self.short, patch)
+            try:
+                return losses(self.short.decoder, self._evaluation, progress=False)
+            finally:
+                undo()
 
-    def _speed(self, n: int, layers: list[int], *, prompt: int = 64, count: int = 32) -> float:
-        """Tokens per second of greedy generation; it depends on the number of layers alone."""
-        key = f"speed {n}"
-        if key not in self._cells:
-            room = self.short.decoder.max_seq_len
-            prompt, count = min(prompt, room // 2), min(count, room // 2)
-            ids = list(self._evaluation[0][:prompt])
-            seconds = []
+    def _speed(self, n: int, layers: list[int]) -> float:
+        """Tokens per second; they depend on the number of layers alone."""
+
+        def measure() -> float:
             with self.short.without_layers(layers):
-                for _ in range(4):
-                    started = time.perf_counter()
-                    made = len(self.short.greedy(ids, count))
-                    seconds.append((time.perf_counter() - started) / max(made, 1))
-            self._keep(key, 1 / statistics.median(seconds[1:]))  # the first one warms up
-        return float(self._cells[key])
+                return tokens_per_second(self.short, self._evaluation[0])
 
-    def _keep(self, key: str, value: Any) -> None:
-        self._cells[key] = value
-        if self._state is not None:
-            self._state.save({"cells": self._cells})
+        return float(self._cells.value(f"speed {n}", measure))

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from short_gpt.models.numbering import check_exist
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.scoring.metrics import spearman
 
@@ -34,7 +35,7 @@ def published() -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class PaperComparison:
     """Two lists of removed layers, the paper's and ours, least important first.
 
     Attributes:
@@ -80,7 +81,7 @@ class Comparison:
         return lines
 
 
-def compare(model: str, ours: Sequence[int]) -> Comparison:
+def compare_with_paper(model: str, ours: Sequence[int]) -> PaperComparison:
     """Compares a list of removed layers with the paper's (arXiv:2403.03853v3, Table 9).
 
     Args:
@@ -91,18 +92,18 @@ def compare(model: str, ours: Sequence[int]) -> Comparison:
         ShortGPTError: the paper has no list for the model; a layer occurs twice or does not exist.
 
     Example:
-        >>> compare("Llama-2-7B", [25, 27, 24, 26, 28, 29, 23, 22, 21]).same_set
+        >>> compare_with_paper("Llama-2-7B", [25, 27, 24, 26, 28, 29, 23, 22, 21]).same_set
         True
     """
     models = published()["paper"]["models"]
     if model not in models:
         raise ShortGPTError(f"the paper has no list for {model!r}, only for {', '.join(models)}")
     ours = [int(layer) for layer in ours]
-    _check_layers(ours, models[model]["n_layers"])
+    check_exist(ours, range(models[model]["n_layers"]))
     paper = models[model]["removed"]
     shared = [layer for layer in paper if layer in ours]
     places = [torch.tensor([side.index(layer) for layer in shared]) for side in (paper, ours)]
-    return Comparison(
+    return PaperComparison(
         model=model,
         paper=paper,
         ours=ours,
@@ -124,7 +125,7 @@ def identify(dim: int, n_layers: int, vocab_size: int) -> str:
         vocab_size: rows of the embedding.
 
     Returns:
-        A name that `compare` knows.
+        A name that `compare_with_paper` knows.
 
     Raises:
         ShortGPTError: the paper has no model of this shape.
@@ -142,15 +143,6 @@ def identify(dim: int, n_layers: int, vocab_size: int) -> str:
             f"of {vocab_size}; it covers {known}"
         )
     return shapes[dim, n_layers, vocab_size]
-
-
-def _check_layers(layers: Sequence[int], n_layers: int) -> None:
-    wrong = sorted({layer for layer in layers if not 0 <= layer < n_layers})
-    if wrong:
-        raise ShortGPTError(f"layers {wrong} do not exist; the model has 0..{n_layers - 1}")
-    twice = sorted({layer for layer in layers if layers.count(layer) > 1})
-    if twice:
-        raise ShortGPTError(f"layers {twice} occur more than once in {list(layers)}")
 
 
 def _yes(value: bool) -> str:

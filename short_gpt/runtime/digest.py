@@ -4,8 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable, Sequence
 
 from torch import nn
+
+
+def windows_digest(windows: Iterable[Sequence[int]]) -> str:
+    """A digest of token ids, window by window."""
+    digest = hashlib.sha256()
+    for window in windows:
+        digest.update(f"{list(window)}".encode())
+    return digest.hexdigest()[:16]
+
+
+def texts_digest(texts: Iterable[str]) -> str:
+    """A digest of texts, one by one."""
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(f"{len(text)} {text}".encode())
+    return digest.hexdigest()[:16]
 
 
 def weights_digest(model: nn.Module, samples: int = 64) -> str:

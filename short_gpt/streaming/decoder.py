@@ -84,6 +84,7 @@ class StreamedDecoder(MetaDecoder):
     def losses(self, windows: Sequence[Sequence[int]]) -> Tensor:
         """Negative log-likelihoods in nats of all predicted tokens of one round, (N,)."""
         group = self._pass("perplexity", windows)
+        # (B, S - 1) losses of each batch; only those of real tokens count
         pairs = zip(self.model.losses(group), group, strict=True)
         return torch.cat([loss.cpu()[batch.mask[:, 1:]] for loss, batch in pairs])
 

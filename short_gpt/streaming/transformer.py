@@ -217,9 +217,10 @@ class StreamedTransformer(nn.Module):
         every = [torch.full(b.tokens[:, 1:].shape, -torch.inf, device=self.device) for b in batches]
         chosen = [torch.zeros_like(total) for total in every]
         for batch in batches:
-            batch.state = self._normed(batch.state[:, :-1])
+            batch.state = self._normed(batch.state[:, :-1])  # the last state predicts nothing
         for start, weight in self._head():
             for i, batch in enumerate(batches):
+                # (B, S - 1, rows): the part of the vocabulary that begins at `start`
                 logits = F.linear(batch.state.to(self.device), weight).float()
                 every[i] = torch.logaddexp(every[i], logits.logsumexp(-1))
                 place = batch.tokens[:, 1:, None].to(self.device) - start

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from pathlib import Path
 
@@ -94,28 +93,6 @@ def test_lora_with_a_tokenizer_elsewhere_and_texts_that_repeat_themselves(here, 
     options += ["--lora_steps", "1", "--lora_size", "100", "--lora_batch", "1", "--lora_rank", "2"]
     main([*COMMON, *options, "--tokenizer_path", "elsewhere/tokenizer.json"])
     assert "lora: perplexity" in capsys.readouterr().out
-
-
-def test_a_state_with_other_tasks_is_refused(tmp_path):
-    from short_gpt.cli import comparison
-
-    class Layers:
-        weights_digest = staticmethod(lambda: "a digest")
-
-    given = dict.fromkeys(inspect.signature(comparison.compare).parameters)
-    path = str(tmp_path / "state")
-    state = comparison._state(Layers, path, None, {**given, "tasks": "one"})
-    assert state is not None
-    state.save({"cells": {}})
-    with pytest.raises(ValueError, match="a run with another tasks: 'one', now 'two'"):
-        comparison._state(Layers, path, None, {**given, "tasks": "two"})
-
-
-def test_lora_refuses_a_file_before_anything_is_measured():
-    from short_gpt.cli import comparison
-
-    with pytest.raises(ValueError, match="checkpoint directories, not .*convert it first"):
-        comparison._lora(__file__, [], [], lambda *_: [], {}, None)
 
 
 @pytest.mark.parametrize(

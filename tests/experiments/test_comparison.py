@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+
 import pytest
+import torch
 from conftest import CharTokenizer, make_transformer, random_windows, zero_layer
 
 from short_gpt import ShortLlama
-from short_gpt.evaluation.paired import difference, losses
-from short_gpt.evaluation.perplexity import perplexity
+from short_gpt.evaluation import TaskSuite, difference, losses, perplexity
+from short_gpt.experiments import Cases, Comparison, compare
 from short_gpt.experiments import comparison as module
-from short_gpt.experiments.comparison import Comparison
+from short_gpt.experiments.cost import size_without, tokens_per_second
 from short_gpt.healing.linear_patch import heal
 from short_gpt.report.tables import compared
 from short_gpt.runtime.state import StateFile
 from short_gpt.selection.methods import METHODS
-from short_gpt.selection.perplexity_budget import most_layers
 from short_gpt.selection.stack import Stack
 
 CALIBRATION, EVALUATION = random_windows(6, 40), random_windows(5, 30, seed=9)
@@ -193,18 +196,116 @@ def test_cases_are_checked_first(methods, counts, message):
         Comparison(short(), CALIBRATION, EVALUATION).rows(methods, counts)
 
 
-def test_identity_layers_pass_every_gate():
+def test_layers_go_while_the_ratio_holds():
+    model = short()
+    order = [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 1, 2, 3, 4]]
+    values = []
+    for layers in order:
+        with model.without_layers(layers):
+            values.append(perplexity(model.decoder, [EVALUATION]).value)
+    dense = perplexity(model.decoder, [EVALUATION]).value
+    allowed = max(values[0] / dense * 1.0001, 1.0)
+    budget = model.layers_within([*EVALUATION], allowed, choose=lambda n: order[n - 1])
+    expected = next((i for i, v in enumerate(values) if v > allowed * dense), 5)
+    assert budget.layers == ([] if expected == 0 else order[expected - 1])
+    assert list(budget.tried) == list(range(min(expected + 1, 5) + 1))
+    assert budget.to_dict()["tried"][1]["ratio"] == pytest.approx(values[0] / dense, rel=1e-5)
+    with pytest.raises(ValueError, match="max_perplexity_ratio = 0.5"):
+        model.layers_within(EVALUATION, 0.5, choose=lambda n: order[n - 1])
+
+
+def test_identity_layers_are_within_every_ratio():
     model = Tiny()
     for i in (2, 3):
         zero_layer(model.model, i)
     wrapped = ShortLlama(model)
     wrapped.measure(CALIBRATION, progress=False)
+    assert set(wrapped.layers_within(EVALUATION, 1.0001).layers[:2]) == {2, 3}
 
-    def perplexity_without(layers):
-        with wrapped.without_layers(layers):
-            return wrapped.perplexity(EVALUATION, progress=False)
 
-    gate = most_layers(
-        perplexity_without, lambda n: wrapped.layers_to_remove(n=n), ratio=1.0001, most=4
+def test_what_a_cut_model_costs_counts_its_own_layers():
+    model = short()
+    model.remove_layers([0])
+    weights = {id(p): p.numel() for p in model.decoder.module.parameters()}
+    layer = sum(p.numel() for p in model.decoder.layers[-1].parameters())
+    assert size_without(model, []) == (sum(weights.values()), 4 * sum(weights.values()))
+    assert size_without(model, [5])[0] == sum(weights.values()) - layer
+    assert tokens_per_second(model, EVALUATION[0], count=2) > 0
+
+
+class Halved:
+    """Stands in for a healing: the whole model's losses, halved."""
+
+    def __init__(self, steps: int = 1) -> None:
+        self.steps, self.asked, self.folders = steps, [], []
+
+    def __call__(self, layers, work_dir=None):
+        self.asked.append(sorted(layers))
+        self.folders.append(work_dir)
+        parts = losses(short().decoder, EVALUATION, progress=False)
+        return [replace(part, nats=part.nats / 2) for part in parts]
+
+    def identity(self):
+        return {"steps": self.steps}
+
+
+CASES = Cases(["bi", "sleb"], [1, 2], ["raw", "patched", "lora"], search_windows=2)
+
+
+def test_one_call_gives_rows_agreement_metrics_and_keeps_a_state(tmp_path, monkeypatch):
+    monkeypatch.setattr(TaskSuite, "run", lambda self, model: {"t": {"acc": len(model.present)}})
+    heal, path = Halved(), tmp_path / "state"
+    result = compare(
+        short(), CALIBRATION, EVALUATION, cases=CASES, lora=heal, tasks=TaskSuite("t"), state=path
     )
-    assert set(gate.layers[:2]) == {2, 3}
+    by_hand = Comparison(short(), CALIBRATION, EVALUATION, few=2)
+    expected = by_hand.rows(["bi", "sleb"], [1, 2], healings=["raw", "patched"])
+    shown = [(r.method, r.n, r.healing, r.layers) for r in result.rows if r.healing != "lora"]
+    assert shown == [(r.method, r.n, r.healing, r.layers) for r in expected]
+    healed = [r for r in result.rows if r.healing == "lora"]
+    assert all(r.perplexity == pytest.approx(result.rows[0].perplexity ** 0.5) for r in healed)
+    assert [a["n"] for a in result.agreement] == [1, 2]
+    assert result.agreement == [by_hand.agreement(n, 2) for n in (1, 2)]
+    assert {k: v["t acc"] for k, v in result.tasks.items()} == {
+        str(sorted(r.layers)): 6 - r.n for r in result.rows if r.healing == "raw"
+    }
+    names = {f"state.lora-{'-'.join(map(str, layers))}" for layers in heal.asked}
+    assert {folder.name for folder in heal.folders} == names
+    assert json.loads(json.dumps(result.to_dict()))["rows"][0]["method"] == "dense"
+
+    again, seen = Halved(), dict(cases=CASES, tasks=TaskSuite("t"), state=path)
+    repeated = compare(short(), CALIBRATION, EVALUATION, lora=again, **seen)
+    assert repeated.rows == result.rows and not again.asked  # all of it from the file
+    result.state.clear()
+    assert [*tmp_path.iterdir()] == []
+
+
+@pytest.mark.parametrize("what", ["weights", "evaluation", "lora", "tasks", "search_windows"])
+def test_a_state_is_told_by_what_it_was_computed_from(what, tmp_path):
+    cases = Cases(["bi"], [1], search_windows=3 if what == "search_windows" else 2)
+    state = tmp_path / "state"
+    compare(
+        short(), CALIBRATION, EVALUATION, cases=Cases(["bi"], [1], search_windows=2), state=state
+    )
+    model = short()
+    if what == "weights":
+        with torch.no_grad():
+            model.llama.model.output.weight[0, 0] += 1
+    windows = EVALUATION[:4] if what == "evaluation" else EVALUATION
+    options = {"lora": Halved()} if what == "lora" else {}
+    options |= {"tasks": TaskSuite("one")} if what == "tasks" else {}
+    with pytest.raises(ValueError, match=f"the state of a run with another {what}: "):
+        compare(model, CALIBRATION, windows, cases=cases, state=state, **options)
+
+
+def test_cases_name_what_there_is():
+    with pytest.raises(ValueError, match="no healing 'glue'; expected some of raw, patched, lora"):
+        Cases(healings=["glue"])
+    with pytest.raises(ValueError, match="lora_only is for the healing lora"):
+        Cases(["bi"], [1], lora_only=[("bi", 1)])
+    with pytest.raises(ValueError, match=r"lora_only \('bi', 2\): expected .* as in \('bi', 1\)"):
+        Cases(["bi"], [1], ["lora"], lora_only=[("bi", 2)])
+    with pytest.raises(ValueError, match="healing lora needs what heals: pass lora=LoraHealing"):
+        compare(short(), CALIBRATION, EVALUATION, cases=Cases(["bi"], [1], ["lora"]))
+    with pytest.raises(ValueError, match="healing lora needs what heals"):
+        Comparison(short(), CALIBRATION, EVALUATION).rows(["bi"], [1], healings=["lora"])

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from short_gpt.experiments.published import Comparison, compare, identify, published
+from short_gpt.experiments import PaperComparison, compare_with_paper, identify
+from short_gpt.experiments.published import published
 
 LLAMA = [27, 26, 25, 28, 24, 29, 23, 21, 22]
 RUNS = published()["reimplementation"]["models"]
@@ -47,8 +48,8 @@ def test_the_best_published_block_is_among_the_real_starts(name: str, start: int
 
 
 def test_the_reimplementation_removes_the_papers_layers_in_another_order() -> None:
-    found = compare("Llama-2-7B", RUNS["Llama-2-7B"]["removed"])
-    assert found == Comparison(
+    found = compare_with_paper("Llama-2-7B", RUNS["Llama-2-7B"]["removed"])
+    assert found == PaperComparison(
         model="Llama-2-7B",
         paper=LLAMA,
         ours=[25, 27, 24, 26, 28, 29, 23, 22, 21],
@@ -61,33 +62,33 @@ def test_the_reimplementation_removes_the_papers_layers_in_another_order() -> No
 
 def test_another_calibration_text_gives_the_papers_layers_too() -> None:
     first_nine = published()["evopress"]["models"]["Llama-2-7B"][:9]
-    found = compare("Llama-2-7B", first_nine)
+    found = compare_with_paper("Llama-2-7B", first_nine)
     assert (found.same_set, found.same_order) == (True, False)
 
 
 def test_the_papers_own_list() -> None:
-    found = compare("Llama-2-7B", LLAMA)
+    found = compare_with_paper("Llama-2-7B", LLAMA)
     assert (found.same_set, found.same_order, found.overlap) == (True, True, 9)
     assert found.rank_correlation == pytest.approx(1.0)
-    assert compare("Llama-2-7B", LLAMA[::-1]).rank_correlation == pytest.approx(-1.0)
+    assert compare_with_paper("Llama-2-7B", LLAMA[::-1]).rank_correlation == pytest.approx(-1.0)
 
 
 def test_lists_that_share_a_part() -> None:
-    found = compare("Llama-2-7B", [0, 22, 27, 1, 26])
+    found = compare_with_paper("Llama-2-7B", [0, 22, 27, 1, 26])
     assert (found.same_set, found.same_order, found.overlap) == (False, False, 3)
     assert found.rank_correlation == pytest.approx(-0.5)  # places 0, 1, 8 and 2, 4, 1
 
 
 @pytest.mark.parametrize(("ours", "overlap"), [([0, 1, 2], 0), ([0, 27], 1), ([], 0)])
 def test_fewer_than_two_shared_layers_have_no_correlation(ours: list[int], overlap: int) -> None:
-    found = compare("Llama-2-7B", ours)
+    found = compare_with_paper("Llama-2-7B", ours)
     assert found.overlap == overlap
     assert found.rank_correlation is None
     assert "rank correlation -)" in found.table()
 
 
 def test_the_table_sets_both_lists_one_above_the_other() -> None:
-    assert compare("Llama-2-7B", [25, 27, 24, 26, 28, 29, 23, 20]).table() == "\n".join(
+    assert compare_with_paper("Llama-2-7B", [25, 27, 24, 26, 28, 29, 23, 20]).table() == "\n".join(
         [
             "Llama-2-7B, layers in order of removal",
             "removed   1.  2.  3.  4.  5.  6.  7.  8.  9.",
@@ -107,12 +108,12 @@ def test_the_table_sets_both_lists_one_above_the_other() -> None:
         ("Llama-3-8B", [1], "no list for 'Llama-3-8B', only for Llama-2-7B, Llama-2-13B, Baich"),
         ("Llama-2-7B", [31, 32], r"layers \[32\] do not exist; the model has 0\.\.31"),
         ("Llama-2-13B", [-1], r"layers \[-1\] do not exist; the model has 0\.\.39"),
-        ("Llama-2-7B", [5, 7, 5], r"layers \[5\] occur more than once in \[5, 7, 5\]"),
+        ("Llama-2-7B", [5, 7, 5], r"layers \[5, 7, 5\] name a layer twice"),
     ],
 )
 def test_what_cannot_be_compared(model: str, ours: list[int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        compare(model, ours)
+        compare_with_paper(model, ours)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +127,7 @@ def test_what_cannot_be_compared(model: str, ours: list[int], message: str) -> N
 )
 def test_a_shape_names_its_model(shape: tuple[int, int, int], name: str) -> None:
     assert identify(*shape) == name
-    assert compare(name, [0]).model == name
+    assert compare_with_paper(name, [0]).model == name
 
 
 def test_another_shape_names_those_that_are_covered() -> None:

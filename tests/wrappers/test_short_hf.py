@@ -13,9 +13,10 @@ import torch
 from conftest import BYTE_VOCAB, write_byte_tokenizer
 from families import DROP, FAMILIES, KEPT, LAYERS, PLAIN, STEPS, TOKENS, check, make
 
-from short_gpt import ShortHFModel, short_hf
+from short_gpt import ShortHFModel
 from short_gpt.models import hf as hf_decoder
 from short_gpt.models.hf import HFDecoder, find_layers
+from short_gpt.models.loading import auto_class
 from short_gpt.scoring.importance import measure
 from short_gpt.surgery.layers import remove_layers, without_layers
 
@@ -439,7 +440,7 @@ def test_a_wrapped_model_is_loaded_whole_by_its_name(tmp_path):
     short = ShortHFModel(str(tmp_path))
     assert type(short.model) is type(model)
     with pytest.raises(ValueError, match="a model of type 'clip' is no causal language model"):
-        short_hf.auto_class(model.config.vision_config.__class__.from_dict({"model_type": "clip"}))
+        auto_class(model.config.vision_config.__class__.from_dict({"model_type": "clip"}))
 
 
 def test_layers_are_found_or_named():

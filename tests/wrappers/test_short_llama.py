@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -151,11 +152,12 @@ def test_explicit_lists_are_checked(short, layers, message):
 
 @pytest.mark.parametrize("n", [0, 5, -1, 2.5, True, "2"])
 def test_n_out_of_range_is_refused(short, n):
-    with pytest.raises(ValueError, match=r"n_prune_layers = .*; the model has 5 layers \(0..4\)"):
+    message = f"n_prune_layers = {n!r}; the model has 5 layers: expected 1 to 4"
+    with pytest.raises(ValueError, match=re.escape(message)):
         ShortLlama(short.llama, n_prune_layers=n)
     short.eval_importance(WINDOWS[:1])
     short.n_prune_layers = n
-    with pytest.raises(ValueError, match="expected 1 to 4"):
+    with pytest.raises(ValueError, match=re.escape(message)):
         short.remove_layers()
     assert unchanged(short)
 

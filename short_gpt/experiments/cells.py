@@ -1,0 +1,44 @@
+"""What an experiment measured: every cell once, also over an interruption."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from short_gpt.evaluation.perplexity import Perplexity
+from short_gpt.runtime.state import StateFile
+
+T = TypeVar("T")
+
+
+class Cells:
+    """Values by name, saved as soon as they are measured.
+
+    Args:
+        state: the file to continue from and to save in; None keeps values in memory.
+    """
+
+    def __init__(self, state: StateFile | None = None) -> None:
+        self._state = state
+        content = state.content if state and state.content else {}
+        self._values: dict[str, Any] = content.get("cells", {})
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._values
+
+    def value(self, name: str, measure: Callable[[], T]) -> T:
+        """The cell's value, ready for JSON; ``measure`` is called if there is none yet."""
+        if name not in self._values:
+            self._values[name] = measure()
+            if self._state is not None:
+                self._state.save({"cells": self._values})
+        return self._values[name]
+
+    def losses(self, name: str, measure: Callable[[], list[Perplexity]]) -> list[Perplexity]:
+        """Losses of windows, each as ``[nats, tokens, windows]`` in the file."""
+        rows = self.value(name, lambda: [[p.nats, p.tokens, p.windows] for p in measure()])
+        return [Perplexity(float(nats), int(tokens), int(n)) for nats, tokens, n in rows]
+
+    def inner(self, name: str) -> StateFile | None:
+        """A state file for a long measurement inside this experiment; None where none is kept."""
+        return None if self._state is None else self._state.part(name)

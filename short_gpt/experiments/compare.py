@@ -1,0 +1,184 @@
+"""Methods x numbers of layers x healing on one model, in one call."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+from short_gpt.evaluation.perplexity import Perplexity
+from short_gpt.evaluation.tasks import TaskSuite
+from short_gpt.experiments.comparison import Comparison
+from short_gpt.experiments.rows import HEALINGS, LORA, RAW, Agreement, Row, Windows
+from short_gpt.runtime.digest import windows_digest
+from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.state import StateFile
+from short_gpt.short_model import ShortModel
+
+DEFAULT_METHODS = (
+    "bi",
+    "angular",
+    "deepest",
+    "relative_magnitude",
+    "perplexity",
+    "sleb",
+    "reverse",
+    "random",
+)
+
+
+@dataclass(frozen=True)
+class Cases:
+    """What is set side by side: every method x number of layers x healing.
+
+    Attributes:
+        methods: names of `selection.METHODS`.
+        counts: numbers of layers to remove.
+        healings: of raw, patched and lora.
+        seeds: random sets for every number, if "random" is among the methods.
+        search_windows: how many of the calibration windows the searches by loss read.
+        lora_only: methods and numbers to heal by lora, as in ``[("bi", 8)]``; None means all.
+    """
+
+    methods: Sequence[str] = DEFAULT_METHODS
+    counts: Sequence[int] = (2, 4, 8, 12)
+    healings: Sequence[str] = (RAW,)
+    seeds: int = 3
+    search_windows: int = 4
+    lora_only: Collection[tuple[str, int]] | None = None
+
+    def __post_init__(self) -> None:
+        if unknown := [h for h in self.healings if h not in HEALINGS]:
+            raise ShortGPTError(
+                f"no healing {unknown[0]!r}; expected some of {', '.join(HEALINGS)}"
+            )
+        if self.lora_only is None:
+            return
+        if LORA not in self.healings:
+            raise ShortGPTError("lora_only is for the healing lora; add it, or leave this out")
+        every = [(method, n) for method in self.methods for n in self.counts]
+        if strange := [case for case in self.lora_only if tuple(case) not in every]:
+            raise ShortGPTError(
+                f"lora_only {strange[0]}: expected a method and a number of those compared, "
+                f"as in {every[0]}"
+            )
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What `compare` gives.
+
+    Attributes:
+        rows: the whole model first, then a row for every case.
+        agreement: of Block Influence, angle and greedy search, for every number of layers; empty
+            without the greedy search.
+        tasks: metrics of the models without healing, by the layers removed; empty without tasks.
+        state: the file that holds what was measured, to be cleared once the result is safe.
+    """
+
+    rows: list[Row]
+    agreement: list[Agreement]
+    tasks: dict[str, dict[str, float]]
+    state: StateFile | None = None
+
+    def to_dict(self) -> dict[str, object]:
+        """All but the state, ready for JSON."""
+        rows = [asdict(row) for row in self.rows]
+        return {"rows": rows, "agreement": self.agreement, "tasks": self.tasks}
+
+
+class Healing(Protocol):
+    """A healing that `compare` calls for each set of layers, such as `LoraHealing`."""
+
+    def __call__(self, layers: list[int], work_dir: Path | None = None) -> list[Perplexity]:
+        """Losses of the evaluation windows of the model without these layers, healed.
+
+        Args:
+            layers: original numbers.
+            work_dir: where it may keep what an interruption must not lose, and continue from.
+        """
+
+    def identity(self) -> Mapping[str, object]:
+        """What its results depend on, ready for JSON."""
+
+
+DEFAULT_CASES = Cases()
+
+
+def compare(
+    short: ShortModel,
+    calibration: Windows,
+    evaluation: Windows,
+    *,
+    cases: Cases = DEFAULT_CASES,
+    lora: Healing | None = None,
+    tasks: TaskSuite | None = None,
+    state: str | os.PathLike[str] | None = None,
+) -> Compared:
+    """Compares methods on one model: perplexity, size and speed without the layers, healed or not.
+
+    Args:
+        short: the whole model; it is left as it was.
+        calibration: windows of token ids that choose layers and fit patches.
+        evaluation: windows of other text.
+        cases: what is set side by side.
+        lora: heals for the healing lora.
+        tasks: also run on the models without healing.
+        state: file that the run is saved in; it continues there after an interruption.
+
+    Returns:
+        Rows, agreement and metrics. The state file stays until ``result.state.clear()``.
+
+    Raises:
+        ShortGPTError: a method or healing is unknown, a number out of range, calibration and
+            evaluation share text, or the state is of another run.
+
+    Example:
+        >>> cases = Cases(["bi", "angular"], [4, 8], healings=["raw", "patched"])
+        >>> result = compare(short, calibration, held_out, cases=cases)  # doctest: +SKIP
+        >>> print(report.compared(result.rows))  # doctest: +SKIP
+    """
+    if LORA in cases.healings and lora is None:
+        raise ShortGPTError("the healing lora needs what heals: pass lora=LoraHealing(...)")
+    kept = None
+    if state is not None:
+        settings = {"search_windows": cases.search_windows, "tasks": tasks and asdict(tasks)}
+        settings["lora"] = dict(lora.identity()) if lora else None
+        texts = {"calibration": windows_digest(calibration)}
+        texts["evaluation"] = windows_digest(evaluation)
+        kept = StateFile(state, {**short.identity(), **texts, **settings})
+    comparison = Comparison(short, calibration, evaluation, few=cases.search_windows, state=kept)
+    rows = comparison.rows(
+        cases.methods,
+        cases.counts,
+        healings=cases.healings,
+        seeds=cases.seeds,
+        lora=lora and _beside(lora, kept),
+        lora_only=cases.lora_only,
+    )
+    most = max(cases.counts)
+    searched = cases.counts if "sleb" in cases.methods else ()
+    agreement = [comparison.agreement(n, most) for n in searched]
+    metrics = comparison.tasks(rows, partial(_metrics, tasks, short)) if tasks else {}
+    return Compared(rows, agreement, metrics, kept)
+
+
+def _beside(lora: Healing, state: StateFile | None) -> Callable[[list[int]], list[Perplexity]]:
+    """The healing, with a folder beside the state for each set of layers."""
+
+    def heal(layers: list[int]) -> list[Perplexity]:
+        if state is None:
+            return lora(layers)
+        name = "-".join(map(str, sorted(layers)))
+        return lora(layers, state.path.with_name(f"{state.path.name}.lora-{name}"))
+
+    return heal
+
+
+def _metrics(tasks: TaskSuite, short: ShortModel) -> dict[str, float]:
+    """A suite's metrics by task and metric, as in "piqa acc"."""
+    results = tasks.run(short)
+    return {f"{task} {name}": v for task, values in results.items() for name, v in values.items()}

@@ -1,0 +1,157 @@
+"""The LoRA healing of a comparison: each set of layers cut from the files, healed, evaluated."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from short_gpt.checkpoints.prune import prune_checkpoint
+from short_gpt.data.disjoint import overlapping
+from short_gpt.data.windows import windows
+from short_gpt.evaluation.paired import losses
+from short_gpt.evaluation.perplexity import Perplexity
+from short_gpt.experiments.rows import Windows
+from short_gpt.healing import lora
+from short_gpt.healing.recipe import ModelConfig, Recipe, recipe_for
+from short_gpt.healing.trainer import whole_checkpoints
+from short_gpt.opening import OpenOptions, open_hf
+from short_gpt.runtime.digest import texts_digest
+from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.short_hf import ShortHFModel
+
+MOST_VALIDATION = 8  # windows by which the best checkpoint is kept
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """What differs from the published recipe for the model; None takes the recipe's.
+
+    Attributes:
+        steps: of training, a tenth of them warm-up but at most 100.
+        rank: of the changes, and their scale.
+        learning_rate: at its peak.
+        batch: windows a step.
+        size: tokens of a window.
+    """
+
+    steps: int | None = None
+    rank: int | None = None
+    learning_rate: float | None = None
+    batch: int | None = None
+    size: int | None = None
+
+    def recipe(self, config: ModelConfig) -> Recipe:
+        """The recipe for a model of this config of transformers."""
+        changes = {name: value for name, value in asdict(self).items() if value is not None}
+        if self.rank is not None:
+            changes["alpha"] = self.rank
+        if self.steps is not None:
+            changes["warmup"] = min(100, self.steps // 10)
+        return recipe_for(config, **changes)
+
+
+@dataclass(frozen=True)
+class LoraHealing:
+    """Heals a model without some layers by LoRA, from its files, and evaluates it.
+
+    The model is cut and opened anew for each set of layers, in Hugging Face's format. Windows that
+    share text with those to evaluate on, or with those to validate on, are not trained on.
+
+    Args:
+        source: checkpoint directory in either format, or a hub id.
+        texts: to learn from.
+        encode: from a text to its token ids, such as ``short.encode``.
+        evaluation: windows of token ids; no window to learn from shares text with them.
+        settings: of the training.
+        options: ``device``, ``dtype`` and ``tokenizer_path`` of the model.
+        seed: of the order of the windows.
+
+    Raises:
+        ShortGPTError: the source is a file, or the texts give fewer than two windows.
+        MissingPackageError: peft is missing.
+
+    Example:
+        >>> lora = LoraHealing(path, texts, short.encode, held_out)  # doctest: +SKIP
+        >>> cases = Cases(["bi"], [8], healings=["raw", "lora"])  # doctest: +SKIP
+        >>> compare(short, calibration, held_out, cases=cases, lora=lora)  # doctest: +SKIP
+    """
+
+    source: str
+    texts: Sequence[str]
+    encode: Callable[[str], Sequence[int]]
+    evaluation: Windows
+    settings: LoraSettings = field(default_factory=LoraSettings)
+    options: OpenOptions = field(default_factory=OpenOptions)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        lora.require_packages()
+        if Path(self.source).is_file():
+            raise ShortGPTError(
+                f"lora heals checkpoint directories, not {self.source}; convert it first: "
+                f"short-gpt convert {self.source} model-meta"
+            )
+        size = self.settings.size or Recipe.size
+        if len(self._cut(size, 2)) < 2:  # now rather than after all else is measured
+            raise ShortGPTError(
+                f"lora needs two windows of {size} tokens or more, one of them to validate on: "
+                "give more text to heal by, or a smaller size (--lora_size)"
+            )
+
+    def identity(self) -> dict[str, object]:
+        """What the results depend on, beside the model and the evaluation windows."""
+        return {**asdict(self.settings), "seed": self.seed, "texts": texts_digest(self.texts)}
+
+    def __call__(self, layers: list[int], work_dir: Path | None = None) -> list[Perplexity]:
+        """Losses of the evaluation windows of the model without these layers, healed.
+
+        Args:
+            layers: original numbers.
+            work_dir: keeps checkpoints of the training, which continues from them; gone once
+                the result is there.
+        """
+        with tempfile.TemporaryDirectory() as folder, _checkpoints(work_dir) as begun:
+            short = self._cut_model(Path(folder) / "pruned", layers)
+            recipe = self.settings.recipe(short.model.config)
+            training, validation = self._learning(recipe.size)
+            parts = (training, validation, self.evaluation)
+            lora.heal(short, *parts, recipe=recipe, work_dir=work_dir, resume=begun)
+            return losses(short.decoder, self.evaluation, progress=False)
+
+    def _cut_model(self, out: Path, layers: list[int]) -> ShortHFModel:
+        tokenizer = self.options.tokenizer_path
+        prune_checkpoint(self.source, out, layers, to="hf", tokenizer_path=tokenizer)
+        return open_hf(str(out), self.options)
+
+    def _learning(self, size: int) -> tuple[list[list[int]], list[list[int]]]:
+        """Windows to train on and windows to validate on, the last tenth but at most 8."""
+        every = _apart(self._cut(size, None), self.evaluation)
+        count = max(1, min(len(every) // 10, MOST_VALIDATION))
+        return _apart(every[:-count], every[-count:]), every[-count:]
+
+    def _cut(self, size: int, limit: int | None) -> list[list[int]]:
+        order = self.seed
+        return [*windows(self.texts, self.encode, size=size, stride=size, seed=order, limit=limit)]
+
+
+def _apart(chosen: list[list[int]], others: Windows) -> list[list[int]]:
+    """The windows that share no text with the others."""
+    shared = overlapping(chosen, others)
+    return [window for i, window in enumerate(chosen) if i not in shared]
+
+
+@contextmanager
+def _checkpoints(work_dir: Path | None) -> Iterator[bool]:
+    """Whether there are whole checkpoints to continue from; the folder goes once all is done."""
+    if work_dir is None:
+        yield False
+        return
+    begun = whole_checkpoints(work_dir)
+    if not begun:
+        shutil.rmtree(work_dir, ignore_errors=True)
+    yield begun
+    shutil.rmtree(work_dir, ignore_errors=True)

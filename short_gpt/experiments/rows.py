@@ -1,0 +1,58 @@
+"""What a comparison gives: a row a model, and how far the methods agree."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypedDict
+
+RAW, PATCHED, LORA = "raw", "patched", "lora"
+HEALINGS = (RAW, PATCHED, LORA)
+Windows = Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model of the comparison.
+
+    Attributes:
+        method, seed: what chose the layers; the seed is None but for the random method.
+        n: layers removed.
+        healing: raw, patched or lora.
+        layers: removed, original numbers.
+        perplexity: on the evaluation text.
+        nats, standard_error: mean loss less that of the whole model, paired over the windows.
+        gain, gain_error: the same less that of the raw model, if this one is healed; else None.
+        parameters: of the model without the layers.
+        megabytes: of its weights.
+        tokens_per_second: greedy generation with the cache, one sequence.
+    """
+
+    method: str
+    seed: int | None
+    n: int
+    healing: str
+    layers: list[int]
+    perplexity: float
+    nats: float
+    standard_error: float
+    gain: float | None
+    gain_error: float | None
+    parameters: int
+    megabytes: float
+    tokens_per_second: float
+
+
+class Agreement(TypedDict):
+    """How far cheap rankings agree with the greedy search, on the same windows.
+
+    Attributes:
+        n: layers that each method removes.
+        overlap: for each pair of methods, as in "bi, sleb", the share of the n layers in common.
+        rank_correlation_of_bi_with_loss: Spearman's, of Block Influence with the loss without each
+            layer alone, over the layers that the search tries first, in [-1, 1].
+    """
+
+    n: int
+    overlap: dict[str, float]
+    rank_correlation_of_bi_with_loss: float

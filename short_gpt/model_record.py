@@ -1,0 +1,68 @@
+"""What a model knows of itself: which of the original's layers it has, and what became of them."""
+
+from __future__ import annotations
+
+from short_gpt.evaluation.perplexity import Perplexity
+from short_gpt.models.decoder import Decoder
+from short_gpt.models.numbering import span
+from short_gpt.surgery.changes import Parameter, WeightChange
+
+
+class ModelRecord:
+    """The record of one model. Layer numbers are the original model's, from 0.
+
+    Args:
+        decoder: the model, with all of its layers.
+
+    Attributes:
+        decoder: the model.
+        n_layers: how many layers it had at first.
+        kept: the layers that it has now, ascending.
+        removed: the layers taken out so far, in order of removal.
+        changes: what was done to the weights of layers that stayed, in order.
+        quality: the last perplexity measured, by the layers that the model had.
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder = decoder
+        self.n_layers = len(decoder.layers)
+        self.kept = list(range(self.n_layers))
+        self.removed: list[int] = []
+        self.changes: list[WeightChange] = []
+        self.quality: dict[tuple[int, ...], Perplexity] = {}
+        self._trial: list[int] | None = None
+
+    @property
+    def present(self) -> list[int]:
+        """The layers that the model has at this moment: `kept`, less those of a trial."""
+        return self.kept if self._trial is None else self._trial
+
+    @property
+    def changed(self) -> set[Parameter]:
+        """The parameters of the layers left that have other values than the source's."""
+        every = set().union(*(change.parameters for change in self.changes))
+        return {(number, name) for number, name in every if number in self.kept}
+
+    def note_change(self, change: WeightChange) -> None:
+        """Records a change of weights; what was measured of this model before is dropped."""
+        self.changes = [*self.changes, change]
+        self.quality.pop(tuple(self.present), None)
+
+    def forget_change(self, change: WeightChange) -> None:
+        """Takes a record back, when the weights are as they were."""
+        self.changes = [c for c in self.changes if c is not change]
+        self.quality.pop(tuple(self.present), None)
+
+    def note_quality(self, result: Perplexity) -> None:
+        """Records a perplexity of the model as it is; not where layers are gone unrecorded."""
+        if len(self.present) == len(self.decoder.layers):
+            self.quality[tuple(self.present)] = result
+
+    def check_whole(self) -> None:
+        """Raises RuntimeError where the model lacks layers for a trial, or lost some elsewhere."""
+        count = len(self.decoder.layers)
+        if count != len(self.kept):
+            raise RuntimeError(
+                f"the model has {count} layers, expected {len(self.kept)} ({span(self.kept)}): "
+                "in a trial, or after a removal elsewhere, it cannot be scored, cut or saved"
+            )

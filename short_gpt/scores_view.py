@@ -1,0 +1,118 @@
+"""What was scored so far, seen by the original model's layers.
+
+Shapes: L layers of the original model, L' of them when it was scored.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from short_gpt.models.numbering import check_count
+from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.scoring.importance import Importance
+from short_gpt.selection.methods import choose
+
+
+class ScoresView:
+    """The scores of a model that may have lost layers, and the choice that they make.
+
+    Attributes:
+        n_layers: L, before any removal.
+        n_prune_layers: how many layers are chosen where nobody says; None for no such number.
+        kept: the layers that the model has now, ascending.
+        removed: the layers taken out so far, in order of removal.
+        importance: the sums of all windows scored since the last removal.
+    """
+
+    n_layers: int
+    n_prune_layers: int | None
+    kept: list[int]
+    removed: list[int]
+    importance: Importance
+
+    @property
+    def importances(self) -> Tensor:
+        """Mean Block Influence of every original layer, (L,) float64; see `Importance`.
+
+        NaN for layers that were not in the model when it was scored.
+        """
+        return self._by_layer(self._scored().block_influence)
+
+    @property
+    def standard_errors(self) -> Tensor:
+        """Standard error of every entry of `importances`, (L,); NaN below two windows."""
+        return self._by_layer(self._scored().standard_error)
+
+    @property
+    def agreement(self) -> float:
+        """Rank correlation of the scores between two halves of the windows, in [-1, 1]."""
+        return self._scored().agreement
+
+    @property
+    def angular(self) -> Tensor:
+        """Mean angular distances, (L' + 1, L' + 1) over the L' layers scored; see `Importance`."""
+        return self._scored().angular
+
+    @property
+    def n_windows(self) -> int:
+        """Windows scored."""
+        return self.importance.n_windows
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens scored; padding does not count."""
+        return self.importance.n_tokens
+
+    def layers_to_remove(
+        self,
+        *,
+        angular: bool = False,
+        n: int | None = None,
+        method: str | None = None,
+        seed: int = 0,
+    ) -> list[int]:
+        """The n layers that the scores would remove, without removing them.
+
+        Args:
+            angular: the best block of consecutive layers instead of the lowest Block Influence.
+            n: how many; None takes ``n_prune_layers``.
+            method: a name of `methods.METHODS`, in the place of ``angular``.
+            seed: of the random method.
+
+        Returns:
+            Original layer numbers: least important first, or a block in ascending order.
+
+        Raises:
+            ShortGPTError: n is not set or out of range.
+            RuntimeError: nothing was scored, or the scored model is no longer this one.
+        """
+        n = self.n_prune_layers if n is None else n
+        if n is None:
+            raise ShortGPTError("set n_prune_layers, or name the layers: remove_layers([...])")
+        check_count(n, len(self.kept), name="n_prune_layers")
+        importance = self._scored()
+        if self._stale:
+            raise RuntimeError(
+                f"layers {self.removed} were removed since these scores were measured; score "
+                "the model again before removing more by score"
+            )
+        return choose(importance, n, method=method or ("angular" if angular else "bi"), seed=seed)
+
+    @property
+    def _stale(self) -> bool:
+        """Whether the scores are of a model with other layers than this one has."""
+        return self.importance.layers != self.kept
+
+    def _scored(self) -> Importance:
+        if self.importance.n_windows == 0:
+            raise RuntimeError("no scores yet; call eval_importance or measure first")
+        return self.importance
+
+    def _by_layer(self, values: Tensor) -> Tensor:
+        """Values of the L' scored layers at the places of all L, NaN at the others."""
+        full = torch.full((self.n_layers,), math.nan, dtype=torch.float64)
+        full[self.importance.layers] = values
+        return full

@@ -1,0 +1,112 @@
+"""The LoRA healing of a comparison: what it learns from, what it continues from, what it leaves."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import BYTE_VOCAB, make_transformer, save_checkpoint, write_byte_tokenizer
+
+from short_gpt.data.windows import windows
+from short_gpt.evaluation import losses
+from short_gpt.experiments import LoraHealing, LoraSettings
+from short_gpt.healing import lora
+from short_gpt.opening import OpenOptions, open_model
+
+pytestmark = pytest.mark.filterwarnings("default")  # peft's and transformers' own
+pytest.importorskip("peft")
+WORDS = ("alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta")
+SETTINGS = LoraSettings(steps=2, rank=2, learning_rate=0.01, batch=2, size=48)
+
+
+def text(start: int) -> str:
+    return " ".join(WORDS[(start + i * i * (start + 3)) % 8] + str(start + i) for i in range(120))
+
+
+@pytest.fixture(scope="module")
+def healing(tmp_path_factory) -> LoraHealing:
+    source = save_checkpoint(
+        tmp_path_factory.mktemp("model"), make_transformer(vocab_size=BYTE_VOCAB)
+    )
+    write_byte_tokenizer(source)
+    encode = open_model(str(source), device="cpu").encode
+    held = [*windows([text(5000)], encode, size=48, stride=48, seed=0, limit=4)]
+    texts = [text(1000), text(2000)]
+    return LoraHealing(str(source), texts, encode, held, SETTINGS, OpenOptions(device="cpu"))
+
+
+def test_what_is_healed_is_the_cut_model_and_it_learns_nothing_that_is_evaluated(
+    healing, monkeypatch
+):
+    seen, plain = [], lora.heal
+
+    def watched(short, training, validation, evaluation, **options):
+        raw = losses(short.decoder, evaluation, progress=False)
+        seen.append((short.n_layers, training, validation, raw, options))
+        return plain(short, training, validation, evaluation, **options)
+
+    monkeypatch.setattr(lora, "heal", watched)
+    copied = replace(healing, texts=[*healing.texts, text(5000)])  # the evaluation's text too
+    healed = copied([3, 1])
+    ((layers, training, validation, raw, options),) = seen
+    assert layers == 3 and options["recipe"].steps == 2 and options["recipe"].warmup == 0
+    assert options["recipe"].alpha == options["recipe"].rank == 2
+    clean = healing._learning(48)
+    held = [tuple(w) for w in healing.evaluation]
+    assert not {tuple(w) for w in training + validation} & set(held)
+    assert len(training) + len(validation) >= len(clean[0]) + len(clean[1])
+    model = open_model(healing.source, device="cpu")
+    model.remove_layers([1, 3])
+    expected = losses(model.decoder, healing.evaluation, progress=False)
+    assert [p.nats for p in raw] == pytest.approx([p.nats for p in expected], rel=1e-4)
+    assert [p.tokens for p in healed] == [p.tokens for p in expected]
+
+
+def test_an_interrupted_training_continues_from_its_folder_which_then_goes(
+    healing, monkeypatch, tmp_path
+):
+    resumed, plain, folder = [], lora.heal, tmp_path / "state.lora-1"
+
+    def interrupted(*args, work_dir, resume, **options):
+        resumed.append(resume)
+        plain(*args, work_dir=work_dir, resume=resume, **options)
+        if not resume:
+            raise KeyboardInterrupt
+
+    whole = healing([1])
+    monkeypatch.setattr(lora, "heal", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        healing([1], folder)
+    assert any(folder.glob("checkpoint-*"))
+    continued = healing([1], folder)
+    assert resumed == [False, True] and not folder.exists()
+    assert [p.nats for p in continued] == pytest.approx([p.nats for p in whole], rel=1e-6)
+
+
+def test_the_identity_is_that_of_texts_and_settings(healing):
+    first = healing.identity()
+    assert first == replace(healing).identity()
+    for other in (
+        replace(healing, seed=1),
+        replace(healing, settings=replace(SETTINGS, steps=3)),
+        replace(healing, texts=healing.texts[::-1]),
+    ):
+        assert other.identity() != first
+
+
+def test_files_and_too_little_text_are_refused_before_anything_is_measured(healing):
+    with pytest.raises(ValueError, match="checkpoint directories, not .*convert it first"):
+        replace(healing, source=__file__)
+    long = replace(SETTINGS, size=1000)
+    with pytest.raises(ValueError, match="needs two windows of 1000 tokens or more"):
+        replace(healing, texts=[text(1000)], settings=long)
+    with pytest.raises(ValueError, match="a window needs 2048"):
+        replace(healing, texts=["short"], settings=LoraSettings())
+
+
+def test_the_dtype_asked_for_is_the_healed_models(healing, monkeypatch):
+    kinds = []
+    monkeypatch.setattr(lora, "heal", lambda short, *_, **__: kinds.append(short.model.dtype))
+    replace(healing, options=OpenOptions(device="cpu", dtype="bfloat16"))([2])
+    assert kinds == [torch.bfloat16]

@@ -1,0 +1,140 @@
+"""What every wrapper offers: the abstract classes' methods, and no more of them than it can do."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+
+import pytest
+import torch
+from conftest import (
+    BYTE_VOCAB,
+    CharTokenizer,
+    make_transformer,
+    random_windows,
+    save_checkpoint,
+    write_byte_tokenizer,
+)
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from llama import Llama
+from short_gpt import ShortHFModel, ShortLlama, ShortModel
+from short_gpt.scored_model import ScoredModel
+from short_gpt.streamed_llama import StreamedLlama
+
+pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "vocab_size": 96}
+SIZES |= {"num_attention_heads": 4, "max_position_embeddings": 64}
+WINDOWS = random_windows(3, 12)
+
+
+@pytest.fixture(scope="module")
+def wrappers(tmp_path_factory) -> dict[str, ScoredModel]:
+    folder = tmp_path_factory.mktemp("meta")
+    save_checkpoint(folder, make_transformer(vocab_size=BYTE_VOCAB))
+    write_byte_tokenizer(folder)
+    torch.manual_seed(0)
+    return {
+        "llama": ShortLlama(Llama(make_transformer(), CharTokenizer())),
+        "hf": ShortHFModel(LlamaForCausalLM(LlamaConfig(**SIZES))),
+        "streamed": StreamedLlama(folder, max_seq_len=64, device="cpu"),
+    }
+
+
+def public(kind: type) -> set[str]:
+    return {name for name in dir(kind) if not name.startswith("_")}
+
+
+def test_the_contract_is_written_down_once():
+    assert ScoredModel.__abstractmethods__ == {"encode", "save", "configuration"}
+    added = {"greedy", "generate", "harness_model"}
+    assert ShortModel.__abstractmethods__ == ScoredModel.__abstractmethods__ | added
+    with pytest.raises(TypeError, match="abstract"):
+        ShortModel(None)
+
+
+def test_a_streamed_model_offers_only_what_it_can_do(wrappers):
+    streamed = wrappers["streamed"]
+    assert isinstance(streamed, ScoredModel) and not isinstance(streamed, ShortModel)
+    assert streamed.tokenizer.encode("ab", bos=True, eos=False) == streamed.encode("ab")
+    more = public(StreamedLlama) - public(ScoredModel)
+    assert more == {"eval_importance", "plan"}
+    for name in ("generate", "greedy", "search", "harness_model", "skipped_in_prefill", "llama"):
+        assert not hasattr(streamed, name)
+
+
+@pytest.mark.parametrize("name", ["llama", "hf", "streamed"])
+def test_methods_take_what_the_contract_names(name, wrappers):
+    kind = type(wrappers[name])
+    base = ShortModel if issubclass(kind, ShortModel) else ScoredModel
+    for method in public(base) - {"plan_text"}:
+        promised = inspect.getattr_static(base, method)
+        if not inspect.isfunction(promised):
+            continue
+        offered = inspect.signature(inspect.getattr_static(kind, method)).parameters
+        for parameter, wanted in inspect.signature(promised).parameters.items():
+            assert offered[parameter].kind == wanted.kind, (kind, method)
+            assert offered[parameter].default == wanted.default, (kind, method)
+
+
+@pytest.mark.parametrize("name", ["llama", "hf", "streamed"])
+def test_every_wrapper_is_scored_tried_and_cut_by_the_same_calls(name, wrappers):
+    short = wrappers[name]
+    short.measure(WINDOWS, progress=False)
+    assert short.importances.shape == (short.n_layers,) and short.n_windows == 3
+    whole = short.perplexity(WINDOWS, progress=False)
+    with short.without_layers([1]):
+        assert short.present == [i for i in range(short.n_layers) if i != 1]
+        tried = short.perplexity(WINDOWS, progress=False)
+    assert short.quality == {
+        tuple(range(short.n_layers)): whole,
+        tuple(short.kept[:1] + short.kept[2:]): tried,
+    }
+    assert short.layers_to_remove(n=2) == short.importances.argsort(stable=True)[:2].tolist()
+    assert (short.plan_text() is None) == (not short.streamed)
+
+
+def test_a_state_belongs_to_weights_configuration_and_place(wrappers):
+    """These names and values stand in the states of earlier runs, which are to be continued."""
+    for name, settings in (
+        ("llama", lambda s: s.decoder.model.params),
+        ("hf", lambda s: s.model.config),
+        ("streamed", lambda s: s.stream.params),
+    ):
+        short = wrappers[name]
+        text = str(settings(short)).encode()
+        assert short.identity() == {
+            "dtype": "torch.float32",
+            "device": "cpu",
+            "stream": name == "streamed",
+            "model_parallel_size": 1,
+            "configuration": hashlib.sha256(text).hexdigest()[:16],
+            "weights": short.weights_digest(),
+        }
+
+
+def test_another_model_has_another_identity():
+    def identity(seed: int, **changes) -> dict[str, object]:
+        return ShortLlama(Llama(make_transformer(seed, **changes), CharTokenizer())).identity()
+
+    first = identity(0)
+    assert first == identity(0)
+    assert {k for k, v in identity(1).items() if v != first[k]} == {"weights"}
+    shaped = identity(0, norm_eps=1e-6)
+    assert {k for k, v in shaped.items() if v != first[k]} == {"configuration"}
+
+
+def test_layers_within_a_ratio_are_those_that_the_scores_give(wrappers):
+    short = wrappers["llama"]
+    short.measure(WINDOWS, progress=False)
+    order = [[4], [4, 0]]
+    values = [short.perplexity(WINDOWS, progress=False)]
+    for layers in order:
+        with short.without_layers(layers):
+            values.append(short.perplexity(WINDOWS, progress=False))
+    bound = max(v.value for v in values) / values[0].value * 1.001
+    result = short.layers_within(WINDOWS, max(bound, 1), choose=lambda n: order[n - 1], most=2)
+    assert result.layers == [4, 0] and list(result.tried.values()) == values
+    by_score = short.layers_within(WINDOWS, 1e9, most=3)
+    assert by_score.layers == short.layers_to_remove(n=3)
+    assert short.kept == list(range(5))

@@ -1,0 +1,87 @@
+"""Checkpoints opened by where they lie: which wrapper, and which options do not go together."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import (
+    BYTE_VOCAB,
+    make_transformer,
+    random_windows,
+    save_checkpoint,
+    write_byte_tokenizer,
+)
+
+from llama.formats.convert import meta_to_hf
+from short_gpt import ShortHFModel, ShortLlama
+from short_gpt.opening import OpenOptions, layers_of, open_hf, open_model, same_model
+from short_gpt.streamed_llama import StreamedLlama
+
+pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
+WINDOWS = random_windows(3, 20)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("models")
+    save_checkpoint(path / "meta", make_transformer(vocab_size=BYTE_VOCAB))
+    write_byte_tokenizer(path / "meta")
+    meta_to_hf(path / "meta", path / "hf")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "stream", "kind"),
+    [
+        ("meta", False, ShortLlama),
+        ("hf", False, ShortHFModel),
+        ("meta", True, StreamedLlama),
+        ("hf", True, StreamedLlama),
+    ],
+)
+def test_one_call_opens_every_format_with_the_same_options(name, stream, kind, folder):
+    options = OpenOptions(max_seq_len=32, max_batch_size=2, n_prune_layers=3, device="cpu")
+    whole = open_model(str(folder / "meta"), options)
+    short = open_model(str(folder / name), options, stream=stream, dtype="float32")
+    assert type(short) is kind and short.n_prune_layers == 3
+    assert layers_of(str(folder / name)) == short.n_layers == 5
+    expected = whole.perplexity(WINDOWS, progress=False).value
+    assert short.perplexity(WINDOWS, progress=False).value == pytest.approx(expected, rel=1e-5)
+    if kind is not ShortHFModel:  # whose config says how long its windows may be
+        assert short.decoder.max_seq_len == 32
+
+
+def test_a_dtype_and_a_tokenizer_elsewhere_reach_the_model(folder, tmp_path):
+    write_byte_tokenizer(tmp_path)
+    options = OpenOptions(tokenizer_path=str(tmp_path / "tokenizer.json"), dtype="bfloat16")
+    for stream in (False, True):
+        short = open_model(str(folder / "meta"), options, stream=stream, device="cpu")
+        assert short.identity()["dtype"] == "torch.bfloat16"
+        assert short.encode("a") == open_model(str(folder / "meta"), device="cpu").encode("a")
+    assert open_hf(str(folder / "hf"), options).model.dtype == torch.bfloat16
+
+
+def test_options_that_do_not_go_together(folder):
+    meta = str(folder / "meta")
+    with pytest.raises(ValueError, match="max_memory 3GB bounds a streamed model; pass stream"):
+        open_model(meta, max_memory="3GB")
+    with pytest.raises(ValueError, match="model_parallel_size 2: a streamed model holds one"):
+        open_model(meta, stream=True, model_parallel_size=2)
+    with pytest.raises(ValueError, match="model_parallel_size 2: only Meta's format is split"):
+        open_model(str(folder / "hf"), model_parallel_size=2)
+    with pytest.raises(ValueError, match="max_memory 1MB is too little"):
+        open_model(meta, stream=True, max_memory="1MB")
+    with pytest.raises(TypeError, match="max_sequence"):
+        open_model(meta, max_sequence=3)
+
+
+def test_a_cut_checkpoint_is_told_from_another(folder, tmp_path):
+    short = open_model(str(folder / "meta"), device="cpu")
+    short.remove_layers([1, 3])
+    short.save(tmp_path / "cut")
+    arguments = (str(folder / "meta"), str(tmp_path / "cut"))
+    assert same_model(*arguments, [1, 3]).startswith("verified: the logits are those of")
+    with pytest.raises(RuntimeError, match=r"cut is not .*meta without \[1, 2\]: logits differ"):
+        same_model(*arguments, [1, 2])
+    across = same_model(str(folder / "hf"), str(tmp_path / "cut"), [1, 3])
+    assert "but for the last digits" in across
