@@ -29,7 +29,7 @@ from short_gpt.checkpoints import (
     prune_checkpoint,
     prune_hf,
 )
-from short_gpt.checkpoints.entries import KEYS
+from short_gpt.checkpoints.entries import KEYS, Measured
 from short_gpt.healing import Recipe, heal_lora, heal_patch
 from short_gpt.short_hf import ShortHFModel
 from short_gpt.short_llama import ShortLlama
@@ -205,13 +205,10 @@ def test_numbers_go_through_all_removals_to_the_first_model():
 
 def test_healing_a_pruned_model_continues_its_record(tmp_path):
     make("llama").save_pretrained(tmp_path / "whole")
-    cut = prune_hf(
-        tmp_path / "whole",
-        tmp_path / "cut",
-        [1],
-        provenance=Provenance.of_scores(facts={"by": "me"}),
-    )
+    facts = Provenance(facts={"by": "me"}, quality={"5 layers": Measured(9.5)})
+    cut = prune_hf(tmp_path / "whole", tmp_path / "cut", [1], provenance=facts)
     short = ShortHFModel(str(cut))
+    assert Provenance.of(short, cut).quality == {"5 layers": Measured(9.5)}  # still the same model
     short.measure(WINDOWS, progress=False)
     short.perplexity(WINDOWS, progress=False)
     short.remove_sublayers(mlp=[3])  # layer 4 of the whole model
