@@ -8,10 +8,13 @@ import math
 import pytest
 import torch
 from conftest import make_transformer, random_windows, zero_layer
+from families import make
 from torch import Tensor
 
 from short_gpt.models.decoder import pad
+from short_gpt.models.hf import HFDecoder
 from short_gpt.models.meta import MetaDecoder
+from short_gpt.scoring.hooks import LayerHooks, score
 from short_gpt.scoring.importance import Importance, measure
 from short_gpt.scoring.metrics import angular_distance, angular_distances, block_influence
 
@@ -288,3 +291,44 @@ def test_a_run_can_be_ended_after_a_batch():
     decoder, windows = MetaDecoder(make_transformer()), random_windows(6, 10)
     found = measure(decoder, [[w] for w in windows], after=lambda sums: sums.n_windows == 4)
     assert found.n_windows == 4
+
+
+def test_a_model_may_score_in_a_way_of_its_own():
+    decoder, windows, asked = MetaDecoder(make_transformer()), random_windows(4, 10), []
+
+    def own(windows, *, sublayers=False, all_tokens=False):
+        asked.append((len(windows), sublayers, all_tokens))
+        return score(decoder, windows, layers=range(5))
+
+    found = measure(decoder, [windows[:3], windows[3:]], all_tokens=True, score=own)
+    assert asked == [(3, False, True), (1, False, True)] and found.n_windows == 4
+    assert found.angular_all_tokens.isnan().all()  # its own way took none
+
+
+def test_experts_that_flatten_their_windows_leave_the_halves_unknown():
+    decoder = HFDecoder(make("llama4"))  # every other layer has experts
+    found = measure(decoder, [random_windows(2, 12)], sublayers=True)
+    assert found.block_influence.isfinite().all()
+    assert found.sublayer_influence[:, 1::2].isnan().all()
+    assert found.sublayer_influence[:, ::2].isfinite().all()
+
+
+def test_squares_are_computed_anew_where_the_state_is_another():
+    """A layer may meet a copy, or another state, than the layer before it gave."""
+    mask = torch.ones(1, 3, dtype=torch.bool)
+    x, y, z, w = torch.randn(4, 1, 3, 8)
+    hooks = LayerHooks(mask)
+    hooks.after(torch.nn.Identity(), (x,), {}, y)
+    hooks.after(torch.nn.Identity(), (z,), {}, w)
+    expected = [block_influence(x, y).sum(), block_influence(z, w).sum()]
+    assert torch.equal(hooks.scores().influence[0], torch.stack(expected))
+
+
+def test_a_state_that_is_written_over_is_forgotten():
+    state = torch.randn(1, 3, 8)
+    hooks, first = LayerHooks(torch.ones(1, 3, dtype=torch.bool)), state.clone()
+    hooks.after(torch.nn.Identity(), (first,), {}, state)
+    hooks.forget_state()
+    state.mul_(0.5)  # in place: the same object with other squares
+    hooks.after(torch.nn.Identity(), (state,), {}, 3 * state)
+    assert hooks.scores().influence[0, 1].abs() < 1e-5
