@@ -116,7 +116,7 @@ class LoraHealing:
         """
         with tempfile.TemporaryDirectory() as folder, _checkpoints(work_dir) as begun:
             short = self._cut_model(Path(folder) / "pruned", layers)
-            recipe = self.settings.recipe(short.model.config)
+            recipe = self.settings.recipe(short.trainable().config)
             training, validation = self._learning(recipe.size)
             parts = (training, validation, self.evaluation)
             lora.heal(short, *parts, recipe=recipe, work_dir=work_dir, resume=begun)
