@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
-from llama.checkpoint.meta import PROVENANCE
-from llama.io.files import new_directory, write_json
+from llama.io.files import new_directory
+from llama.io.json_files import write_json
 from llama.parallel import choose_device
 from short_gpt.checkpoints.card import card_of, provenance
+from short_gpt.checkpoints.meta import PROVENANCE
 from short_gpt.checkpoints.verify import fingerprint
 from short_gpt.data.windows import windows
 from short_gpt.evaluation.tasks import hugging_face_lm
@@ -199,7 +200,7 @@ class ShortHFModel(ShortModel):
 
         self.check_whole()
         out, facts = Path(str(out_dir)), facts or {}
-        with new_directory(out, replaces=PROVENANCE if overwrite else None) as partial:
+        with new_directory(out, marker=PROVENANCE, overwrite=overwrite) as partial:
             self.model.save_pretrained(partial)
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(partial)

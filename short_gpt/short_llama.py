@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from llama import Llama
-from llama.checkpoint.meta import Checkpoint, prune
+from llama.checkpoint.meta import Checkpoint
 from llama.tokenizer import find_tokenizer
+from short_gpt.checkpoints.meta import prune_meta
 from short_gpt.evaluation.tasks import llama_lm
 from short_gpt.models.meta import MetaDecoder
 from short_gpt.runtime.errors import ShortGPTError
@@ -197,7 +198,7 @@ class ShortLlama(ShortModel):
             from short_gpt.checkpoints.healed import save_healed
 
             return save_healed(self, out_dir, facts, source=str(source), overwrite=overwrite)
-        return prune(
+        return prune_meta(
             source,
             out_dir,
             self.removed,

@@ -11,11 +11,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llama.checkpoint.meta import prune
 from llama.parallel import several_ranks
 from llama.tokenizer import Tokenizer, find_tokenizer
+from short_gpt.checkpoints.meta import prune_meta
 from short_gpt.data.windows import batches, count_of
 from short_gpt.evaluation.perplexity import Perplexity
+from short_gpt.runtime.digest import files_digest
 from short_gpt.runtime.errors import MissingPackageError, NotFiniteError, ShortGPTError
 from short_gpt.runtime.progress import bar
 from short_gpt.scored_model import ScoredModel
@@ -23,7 +24,7 @@ from short_gpt.scoring.hooks import Scores
 from short_gpt.scoring.stopping import Verdict
 from short_gpt.streaming.decoder import StreamedDecoder, open_stream
 from short_gpt.streaming.memory import Plan
-from short_gpt.streaming.weights import HFSource, digest
+from short_gpt.streaming.weights import HFSource
 
 
 def _hf_tokenizer(directory: Path) -> Any:
@@ -180,7 +181,7 @@ class StreamedLlama(ScoredModel):
         """Writes the checkpoint without the removed layers; arguments as in `ScoredModel.save`."""
         if not self.removed:
             raise RuntimeError("nothing was removed yet; call remove_layers first")
-        return prune(
+        return prune_meta(
             self.stream.source.directory,
             out_dir,
             self.removed,
@@ -191,7 +192,7 @@ class StreamedLlama(ScoredModel):
 
     def weights_digest(self) -> str:
         """A digest of the checkpoint's files, by which another one is told."""
-        return digest(self.stream.source.files)
+        return files_digest(self.stream.source.files)
 
     def _rounds(
         self,

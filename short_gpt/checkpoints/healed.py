@@ -10,20 +10,15 @@ from typing import Any
 
 from torch import Tensor
 
-from llama.checkpoint.meta import (
-    CONVERSION,
-    PROVENANCE,
-    Checkpoint,
-    copy_tokenizer,
-    prune,
-    read_json,
-)
+from llama.checkpoint.meta import CONVERSION, Checkpoint, copy_tokenizer
 from llama.checkpoint.pth import Shard, write_shard
 from llama.formats.convert import hf_to_meta
-from llama.io.files import new_directory, write_json
+from llama.io.files import new_directory, read_marker
+from llama.io.json_files import write_json
 from llama.parallel import model_parallel_size
 from llama.tokenizer import find_tokenizer
 from short_gpt.checkpoints.card import changes, sublayers_gone
+from short_gpt.checkpoints.meta import PROVENANCE, prune_meta
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.results import versions
 from short_gpt.short_hf import ShortHFModel
@@ -58,7 +53,7 @@ def provenance(short: Any, source: str, facts: Mapping[str, Any]) -> dict[str, A
         facts: ``{"healing": ...}`` and what else is to be kept.
     """
     path = Path(source) / PROVENANCE
-    earlier = read_json(path) if path.is_file() else None
+    earlier = read_marker(path) if path.is_file() else None
     record: dict[str, Any] = {"removed_layers": short.removed, "kept_layers": short.kept}
     if earlier is not None and not short.removed:
         record = dict(earlier)
@@ -105,7 +100,7 @@ def save_healed(
     """
     out = Path(str(out_dir))
     record = provenance(short, source, facts)
-    with new_directory(out, replaces=PROVENANCE if overwrite else None) as partial:
+    with new_directory(out, marker=PROVENANCE, overwrite=overwrite) as partial:
         inner = partial / "inner"
         if isinstance(short, ShortHFModel):
             if as_meta:
@@ -165,7 +160,7 @@ def _save_meta(short: ShortLlama, out: Path, source: str) -> None:
     changed, files = check_source(short, source), Path(source)
     if short.removed:
         path = getattr(short.llama, "tokenizer_path", None)
-        files = prune(source, out.with_name("pruned"), short.removed, tokenizer_path=path)
+        files = prune_meta(source, out.with_name("pruned"), short.removed, tokenizer_path=path)
     replaced = _replaced(short)
     out.mkdir()
     shard = Shard(files / changed)

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from llama.checkpoint.meta import PROVENANCE, kept_layers
-from llama.formats.hf import read_json
 from llama.formats.safetensors import Entry, SafetensorsFile, open_weights, write_weights
-from llama.io.files import check_new, new_directory, write_json
+from llama.io.files import check_new, new_directory
 from llama.io.hub import resolve
+from llama.io.json_files import read_json, write_json
 from short_gpt.checkpoints.card import model_card
+from short_gpt.checkpoints.meta import PROVENANCE, kept_layers, record_of
 from short_gpt.models.hf import HFDecoder
 from short_gpt.models.loading import auto_class, explained
 from short_gpt.runtime.errors import MissingPackageError, ShortGPTError
@@ -60,8 +60,7 @@ def prune_hf(
         MissingPackageError: transformers is missing.
     """
     directory, out = resolve(source), Path(str(out_dir))
-    replaces = PROVENANCE if overwrite else None
-    check_new(out, replaces=replaces, source=directory)
+    check_new(out, marker=PROVENANCE, overwrite=overwrite, source=directory)
     weights = open_weights(directory)
     decoder = _skeleton(directory)
     count = len(decoder.layers)
@@ -74,10 +73,8 @@ def prune_hf(
         progress(name)
         return weights[old_name[name]].chunks(old_name[name])
 
-    record = {"removed_layers": list(layers), "kept_layers": keep, **(provenance or {})}
-    if (directory / PROVENANCE).is_file():
-        record["source_pruning"] = read_json(directory / PROVENANCE)
-    with new_directory(out, replaces=replaces) as partial:
+    record = record_of(directory, layers, keep, provenance)
+    with new_directory(out, marker=PROVENANCE, overwrite=overwrite) as partial:
         write_json(partial / "config.json", config)
         _check_config(partial, decoder)
         write_weights(partial, _groups(weights, old_name), read)

@@ -8,13 +8,14 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from llama.checkpoint.meta import CONVERSION, PROVENANCE, read_json
-from llama.checkpoint.meta import prune as prune_meta
+from llama.checkpoint.meta import CONVERSION
 from llama.formats.convert import check_llama, hf_to_meta, meta_to_hf
-from llama.io.files import check_new, new_directory, write_json
-from llama.io.sources import is_meta
+from llama.io.files import check_new, new_directory, read_marker
+from llama.io.json_files import write_json
+from llama.io.sources import is_gguf, is_meta
 from short_gpt.checkpoints.card import model_card
 from short_gpt.checkpoints.hf import prune_hf
+from short_gpt.checkpoints.meta import PROVENANCE, prune_meta
 from short_gpt.runtime.errors import ShortGPTError
 
 FORMATS = ("meta", "hf")
@@ -63,11 +64,11 @@ def prune_checkpoint(
     if same:
         return prune(source, out_dir, list(layers), overwrite=overwrite, **options, **facts)
 
-    out, replaces = Path(str(out_dir)), PROVENANCE if overwrite else None
-    check_new(out, replaces=replaces, source=Path(str(source)))
+    out = Path(str(out_dir))
+    check_new(out, marker=PROVENANCE, overwrite=overwrite, source=Path(str(source)))
     if not meta:
         check_llama(source)  # now rather than after the layers are cut
-    with new_directory(out, replaces=replaces) as partial:
+    with new_directory(out, marker=PROVENANCE, overwrite=overwrite) as partial:
         pruned, converted = partial.with_name("pruned"), partial.with_name("converted")
         prune(source, pruned, list(layers), **options, **facts)
         _convert(pruned, converted, meta, progress)
@@ -75,16 +76,16 @@ def prune_checkpoint(
         converted.rename(partial)
         shutil.copyfile(pruned / PROVENANCE, partial / PROVENANCE)
         if to == "hf":
-            card = model_card(read_json(pruned / PROVENANCE), str(source))
+            card = model_card(read_marker(pruned / PROVENANCE), str(source))
             (partial / "README.md").write_text(card, encoding="utf-8")
-        record = read_json(partial / CONVERSION)
+        record = read_marker(partial / CONVERSION)
         write_json(partial / CONVERSION, {**record, "source": str(source)})
     return out
 
 
 def refuse_gguf(source: str) -> None:
     """Raises ShortGPTError for a GGUF file: its weights are cut after a conversion."""
-    if source.endswith(".gguf"):
+    if is_gguf(source):
         raise ShortGPTError(
             f"{source} is a GGUF file, whose layers are not cut; convert it first: short-gpt "
             f"convert {source} DIRECTORY"

@@ -10,11 +10,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from llama.checkpoint.meta import PROVENANCE
 from llama.formats.convert import meta_to_hf
 from llama.io.files import check_new
 from llama.io.sources import is_meta
 from short_gpt.checkpoints.healed import save_healed
+from short_gpt.checkpoints.meta import PROVENANCE
 from short_gpt.cli.choice import chosen
 from short_gpt.cli.shared import (
     arguments_of,
@@ -134,7 +134,7 @@ def heal(
     settings = {name: arguments[name] for name in SETTINGS if arguments[name] not in (None, False)}
     _check_method(method, preset, settings, ridge, resume=resume)
     targets = targets_of(out, None, overwrite=overwrite)
-    check_new(Path(out_dir), replaces=PROVENANCE if overwrite else None, source=Path(model_dir))
+    check_new(Path(out_dir), marker=PROVENANCE, overwrite=overwrite, source=Path(model_dir))
     drop, facts = _selection(model_dir, method, layers, scores, n_prune_layers, angular=angular)
     check_run(model_dir, None, size or 1024, 1, max_windows)
     source = Source(data, eval_data, split, column, max_texts, seed)

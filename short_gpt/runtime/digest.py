@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
+from pathlib import Path
 
 from torch import nn
 
@@ -15,4 +17,22 @@ def weights_digest(model: nn.Module, samples: int = 64) -> str:
         few = flat[:: max(1, len(flat) // samples)][:samples].float().cpu()
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
         digest.update(few.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def files_digest(files: Iterable[Path], samples: int = 4096) -> str:
+    """A digest of files' names and sizes and of samples spread evenly over their bytes.
+
+    Args:
+        files: in their order, which counts.
+        samples: of 1 KiB, at most so many of each file.
+    """
+    digest = hashlib.sha256()
+    for path in files:
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with open(path, "rb", buffering=0) as file:
+            for place in range(0, size, max(size // samples, 1024)):
+                file.seek(place)
+                digest.update(file.read(1024))
     return digest.hexdigest()[:16]
