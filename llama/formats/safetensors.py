@@ -9,8 +9,8 @@ file of 8 tensors of 100 MB (safetensors 0.8) and left out:
 - ``safe_open`` gives tensors mapped from the file. Read one after the other they add up to 770 MB
   of resident memory, opened anew for each to 100 MB; but they lie where the header's length puts
   them, aligned at 8 bytes only, and matrix products of such weights may round otherwise. A copy
-  beside the mapped pages takes 200 MB; pieces copied into the tensor's own memory, as here, take 130 MB.
-  Bytes of a dtype that torch does not know, which pruning copies too, it does not give at all.
+  beside the mapped pages takes 200 MB; pieces copied into the tensor's own memory, as here, take
+  130 MB. Bytes of a dtype that torch does not know, which pruning copies too, it does not give.
 """
 
 from __future__ import annotations
