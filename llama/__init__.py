@@ -1,9 +1,25 @@
-"""The reference Llama API on fairscale's model-parallel layers, for CPU, CUDA and Apple MPS."""
+"""The reference Llama API on fairscale's model-parallel layers, for CPU, CUDA and Apple MPS.
+
+>>> from llama import Llama
+>>> llama = Llama.build("llama-2-7b", "tokenizer.model", 2048, 4)  # doctest: +SKIP
+>>> llama.text_completion(["I am an avid fan of "])  # doctest: +SKIP
+"""
 
 from llama.args import ModelArgs
 from llama.dialog import Dialog
+from llama.errors import InputError, MissingPackageError
 from llama.generation import Llama
+from llama.loading import load_model
 from llama.model import Transformer
 from llama.tokenizer import Tokenizer
 
-__all__ = ["Dialog", "Llama", "ModelArgs", "Tokenizer", "Transformer"]
+__all__ = [
+    "Dialog",
+    "InputError",
+    "Llama",
+    "MissingPackageError",
+    "ModelArgs",
+    "Tokenizer",
+    "Transformer",
+    "load_model",
+]

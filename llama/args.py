@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
 
 from llama.errors import InputError
+from llama.io.json_files import JsonObject
 
 # Llama 3.1's rotary scaling factor is not in params.json: it is 8, and 32 for the two small 3.2
 # models, known by their width (llama-models issues 166 and 241).
@@ -61,7 +60,7 @@ class ModelArgs:
         return self.rope_scaling_factor or ROPE_FACTOR_OF_WIDTH.get(self.dim, ROPE_FACTOR)
 
     @classmethod
-    def from_params(cls, params: Mapping[str, Any], **limits: int) -> ModelArgs:
+    def from_params(cls, params: JsonObject, **limits: int) -> ModelArgs:
         """Arguments from the content of a ``params.json``, checked.
 
         Args:

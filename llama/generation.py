@@ -12,15 +12,17 @@ from pathlib import Path
 from typing import TypedDict
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from llama.checkpoint.meta import Checkpoint
+from llama.checkpoint.meta import Checkpoint, check_vocabulary
 from llama.dialog import UNSAFE_ERROR, Dialog, Message, encode_dialog, is_unsafe
 from llama.errors import InputError
-from llama.model import Transformer, load_model
+from llama.loading import load_model
+from llama.model import Transformer
 from llama.parallel import choose_device, choose_dtype, initialize
+from llama.sampling import Sampling, decode, sample_top_p
 from llama.tokenizer import Tokenizer
+
+__all__ = ["ChatPrediction", "CompletionPrediction", "Details", "Llama", "sample_top_p"]
 
 
 class Details(TypedDict, total=False):
@@ -40,6 +42,16 @@ class ChatPrediction(Details):
     """An assistant's answer."""
 
     generation: Message
+
+
+def _check_numbers(max_gen_len: int, temperature: float, top_p: float) -> None:
+    if max_gen_len < 0:
+        raise InputError(f"max_gen_len must be 0 or more, got {max_gen_len}")
+    if not 0 <= temperature < math.inf or not 0 <= top_p <= 1:
+        raise InputError(
+            f"expected a temperature of 0 or more and a top_p in 0..1, got {temperature} and "
+            f"{top_p}"
+        )
 
 
 class Llama:
@@ -102,11 +114,7 @@ class Llama:
         limits = {"max_seq_len": max_seq_len, "max_batch_size": max_batch_size}
         tokenizer = Tokenizer(tokenizer_path)
         checkpoint = Checkpoint(ckpt_dir, **limits)
-        if tokenizer.n_words != checkpoint.args.vocab_size:
-            raise InputError(
-                f"the tokenizer {tokenizer_path} has {tokenizer.n_words} words, the checkpoint "
-                f"{checkpoint.directory} {checkpoint.args.vocab_size}; they do not belong together"
-            )
+        check_vocabulary(checkpoint, tokenizer, tokenizer_path)
         initialize(model_parallel_size, device=place)
         model = load_model(checkpoint, device=place, dtype=kind)
         return Llama(
@@ -149,16 +157,12 @@ class Llama:
                 exceeded, or a token id is not in the vocabulary.
         """
         self._check_prompts(prompt_tokens)
-        if max_gen_len < 0:
-            raise InputError(f"max_gen_len must be 0 or more, got {max_gen_len}")
-        if not 0 <= temperature < math.inf or not 0 <= top_p <= 1:
-            raise InputError(
-                f"expected a temperature of 0 or more and a top_p in 0..1, got {temperature} and "
-                f"{top_p}"
-            )
+        _check_numbers(max_gen_len, temperature, top_p)
         lengths = [len(t) for t in prompt_tokens]
         total = min(self.model.params.max_seq_len, max_gen_len + max(lengths))
-        tokens, scores = self._decode(prompt_tokens, total, temperature, top_p, logprobs)
+        sampling = Sampling(temperature, top_p, self._generator, logprobs)
+        stops = self._stop_tokens()
+        tokens, scores = decode(self.model, prompt_tokens, total, stops, sampling=sampling)
         out_tokens, out_scores = [], []
         for row, row_scores, length in zip(tokens.tolist(), scores.tolist(), lengths, strict=True):
             end = self._end(row, length, min(total, length + max_gen_len))
@@ -187,54 +191,6 @@ class Llama:
                     f"prompt {i} has token ids outside 0..{params.vocab_size - 1}: "
                     f"{min(prompt)}..{max(prompt)}"
                 )
-
-    def _decode(
-        self,
-        prompts: Sequence[Sequence[int]],
-        total: int,
-        temperature: float,
-        top_p: float,
-        logprobs: bool,
-    ) -> tuple[Tensor, Tensor]:
-        """Fills (B, total) tokens left to right; also their log probabilities."""
-        device = next(self.model.parameters()).device
-        tokens = torch.zeros(len(prompts), total, dtype=torch.long)
-        given = torch.zeros(len(prompts), total, dtype=torch.bool)
-        for row, prompt in enumerate(prompts):
-            tokens[row, : len(prompt)] = torch.tensor(prompt)
-            given[row, : len(prompt)] = True
-        tokens, given = tokens.to(device), given.to(device)
-        scores = torch.zeros(tokens.shape, device=device)
-        stop = torch.tensor(self._stop_tokens(), device=device)
-        done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-        previous, shortest = 0, min(len(p) for p in prompts)
-        # A prompt that fills all positions still gets its own log probabilities.
-        for position in range(shortest, total + (logprobs and shortest == total)):
-            states = self.model.hidden(tokens[:, previous:position], previous)
-            logits = self.model.head(states if logprobs else states[:, -1:])
-            if position < total:
-                chosen = self._choose(logits[:, -1], temperature, top_p)
-                chosen = torch.where(given[:, position], tokens[:, position], chosen)
-                tokens[:, position] = chosen
-                done |= ~given[:, position] & torch.isin(chosen, stop)
-            if logprobs:
-                targets = tokens[:, previous + 1 : position + 1]
-                nats = F.cross_entropy(
-                    logits[:, : targets.shape[1]].transpose(1, 2), targets, reduction="none"
-                )
-                scores[:, previous + 1 : position + 1] = -nats
-            previous = position
-            if done.all():
-                break
-        return tokens, scores
-
-    def _choose(self, logits: Tensor, temperature: float, top_p: float) -> Tensor:
-        if temperature < 1e-6:  # smaller ones could round to 0 in float32
-            return logits.argmax(-1)
-        # the largest is 0 after the shift, so that no temperature makes it overflow
-        shifted = (logits - logits.amax(-1, keepdim=True)) / temperature
-        probs = torch.softmax(shifted, dim=-1)
-        return sample_top_p(probs, top_p, generator=self._generator)
 
     def _stop_tokens(self) -> list[int]:
         return sorted(getattr(self.tokenizer, "stop_tokens", None) or {self.tokenizer.eos_id})
@@ -308,20 +264,3 @@ class Llama:
 
     def _gen_len(self, max_gen_len: int | None) -> int:
         return self.model.params.max_seq_len - 1 if max_gen_len is None else max_gen_len
-
-
-def sample_top_p(probs: Tensor, p: float, *, generator: torch.Generator | None = None) -> Tensor:
-    """Draws a token from the smallest set of likeliest tokens whose probability exceeds p.
-
-    Args:
-        probs: (B, V), rows sum to 1.
-        p: in [0, 1]; 0 always takes the likeliest token.
-
-    Returns:
-        (B,) token ids.
-    """
-    ordered, index = probs.sort(dim=-1, descending=True)
-    before = ordered.cumsum(dim=-1) - ordered
-    kept = torch.where(before > p, 0.0, ordered)
-    choice = torch.multinomial(kept, 1, generator=generator)
-    return index.gather(-1, choice).squeeze(-1)

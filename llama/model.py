@@ -6,8 +6,6 @@ hd = D / H the width of a head.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from fairscale.nn.model_parallel.layers import (
@@ -19,91 +17,66 @@ from fairscale.nn.model_parallel.layers import (
 from torch import Tensor, nn
 
 from llama.args import ModelArgs, check_split, kv_heads_of_rank
-from llama.checkpoint.meta import LAYER_NAME, Checkpoint
-from llama.checkpoint.sharding import split_dim
 from llama.errors import InputError
-from llama.parallel import model_parallel_rank, model_parallel_size
-
-# Llama 3.1's stretching of the rotary wavelengths (meta-llama/llama-models, model.py).
-ROPE_LOW_FACTOR, ROPE_HIGH_FACTOR, ROPE_ORIGINAL_CONTEXT = 1.0, 4.0, 8192
+from llama.parallel import model_parallel_size
+from llama.rope import apply_rotary_emb, precompute_freqs_cis
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight, the division in float32."""
+    """x / rms(x) * weight (Zhang and Sennrich 2019, arXiv:1910.07467), divided in float32.
+
+    rms(x) = sqrt(mean of the squares over D + eps).
+
+    Args:
+        dim: D.
+        eps: added to the mean square.
+    """
 
     def __init__(self, dim: int, eps: float = 1e-6) -> None:
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))
 
-    def forward(self, x: Tensor) -> Tensor:  # (..., D) -> (..., D)
-        wide = x.float()
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) to (..., D), in the dtype of ``x``."""
+        wide = x.float()  # squares of massive activations overflow float16
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return wide.type_as(x) * self.weight
-
-
-def rope_frequencies(head_dim: int, theta: float, factor: float | None = None) -> Tensor:
-    """Rotary frequencies, (hd / 2,) float32 in radians per token.
-
-    With ``factor``, Llama 3.1's scaling: wavelengths over 8192 tokens are stretched by the
-    factor, those under 2048 stay, those between are interpolated.
-    """
-    f = 1.0 / (theta ** (torch.arange(0, head_dim, 2)[: head_dim // 2].float() / head_dim))
-    if factor is None:
-        return f
-    wavelength = 2 * math.pi / f
-    smooth = (ROPE_ORIGINAL_CONTEXT / wavelength - ROPE_LOW_FACTOR) / (
-        ROPE_HIGH_FACTOR - ROPE_LOW_FACTOR
-    )
-    smooth = smooth.clamp(0, 1)
-    return (1 - smooth) * f / factor + smooth * f
-
-
-def precompute_freqs_cis(args: ModelArgs, length: int) -> Tensor:
-    """Cosine and sine of every position's rotation, (length, hd / 2, 2) float32.
-
-    These are the real and imaginary parts of the reference's complex table, kept as real
-    numbers so that every device can multiply with them.
-    """
-    frequencies = rope_frequencies(args.head_dim, args.rope_theta, args.rope_factor)
-    angles = torch.outer(torch.arange(length).float(), frequencies)
-    return torch.stack((angles.cos(), angles.sin()), dim=-1)
-
-
-def apply_rotary_emb(x: Tensor, freqs_cis: Tensor) -> Tensor:
-    """Rotates neighbouring components (2i, 2i+1) by the position's angles, in float32.
-
-    Args:
-        x: (B, S, H, hd).
-        freqs_cis: (S, hd / 2, 2).
-    """
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = freqs_cis[:, None].unbind(-1)
-    rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
-    return rotated.flatten(-2).type_as(x)
+        return wide.type_as(x) * self.weight  # rounded before the weight, as the reference does
 
 
 def _keep(weight: Tensor) -> Tensor:
+    """An initialization that leaves the weight as it is: it is loaded or drawn later."""
     return weight
 
 
 def _column(inputs: int, outputs: int) -> nn.Module:
+    """A linear layer of which each rank computes some outputs and keeps them to itself."""
     return ColumnParallelLinear(inputs, outputs, bias=False, gather_output=False, init_method=_keep)
 
 
 def _row(inputs: int, outputs: int) -> nn.Module:
+    """A linear layer of which each rank holds some inputs; the ranks' results are added up."""
     return RowParallelLinear(inputs, outputs, bias=False, input_is_parallel=True, init_method=_keep)
 
 
 class Attention(nn.Module):
-    """Grouped-query attention; its key/value cache is made at the first cached call."""
+    """Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245).
+
+    softmax(q k^T / sqrt(hd) + mask) v, with one key/value head for ``n_rep`` query heads. The
+    key/value cache is made at the first cached call.
+
+    Args:
+        args: the model's shape; with several ranks, each holds a part of the heads.
+    """
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
         ranks = model_parallel_size()
         self.n_kv_heads = args.kv_heads
         self.n_local_heads = args.n_heads // ranks
-        self.n_local_kv_heads = len(kv_heads_of_rank(args, 0, ranks))  # some on several ranks
+        # With fewer key/value heads than ranks, several ranks hold the same one, as each needs it
+        # for its own query heads: more rows in all ranks together than the model has.
+        self.n_local_kv_heads = len(kv_heads_of_rank(args, 0, ranks))
         self.n_rep = self.n_local_heads // self.n_local_kv_heads
         self.head_dim = args.head_dim
         self.max_seq_len = args.max_seq_len
@@ -117,25 +90,53 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, start_pos: int | None, freqs_cis: Tensor, mask: Tensor | None
     ) -> Tensor:
+        """Attention of S new positions to themselves and to those in the cache.
+
+        Args:
+            x: (B, S, D).
+            start_pos: the position of ``x[:, 0]``, in front of which the cache is read; None
+                neither reads nor writes the cache.
+            freqs_cis: (S, hd / 2, 2) float32, the rotations of these positions.
+            mask: (S, T) bool over the T positions so far, true where attention goes; None is
+                causal for S = T, and sees all for S = 1.
+
+        Returns:
+            (B, S, D).
+        """
         B, S, _ = x.shape
         q = self.wq(x).view(B, S, self.n_local_heads, self.head_dim)
         k = self.wk(x).view(B, S, self.n_local_kv_heads, self.head_dim)
         v = self.wv(x).view(B, S, self.n_local_kv_heads, self.head_dim)
+        # keys are cached turned: the angle belongs to the position and never changes
         q, k = apply_rotary_emb(q, freqs_cis), apply_rotary_emb(k, freqs_cis)
         if start_pos is not None:
-            k, v = self._cached(k, v, start_pos)
+            k, v = self.update_cache(k, v, start_pos)  # (B, T, Hkv, hd)
         out = F.scaled_dot_product_attention(
-            q.transpose(1, 2),
-            k.transpose(1, 2),
+            q.transpose(1, 2),  # (B, H, S, hd)
+            k.transpose(1, 2),  # (B, Hkv, T, hd)
             v.transpose(1, 2),
             attn_mask=mask,
+            # torch allows one of the two. One new token sees all before it: nothing to hide.
             is_causal=mask is None and S > 1,
+            # each key/value head serves n_rep query heads, without being copied for it
             enable_gqa=self.n_rep > 1,
         )
-        return self.wo(out.transpose(1, 2).reshape(B, S, -1))
+        return self.wo(out.transpose(1, 2).reshape(B, S, -1))  # heads side by side: (B, S, D)
 
-    def _cached(self, k: Tensor, v: Tensor, start_pos: int) -> tuple[Tensor, Tensor]:
-        """Writes the keys and values of this call; returns those of all positions so far."""
+    def update_cache(self, k: Tensor, v: Tensor, start_pos: int) -> tuple[Tensor, Tensor]:
+        """Writes the keys and values of this call; returns those of all positions so far.
+
+        Args:
+            k: (B, S, Hkv, hd), already turned by their positions.
+            v: (B, S, Hkv, hd).
+            start_pos: the position of ``k[:, 0]``; 0 begins anew.
+
+        Returns:
+            Keys and values of T = start_pos + S positions, (B, T, Hkv, hd) each: views.
+
+        Raises:
+            InputError: the positions in front were never written.
+        """
         B, end = len(k), start_pos + k.shape[1]
         if start_pos == 0:
             self._make_room(k)
@@ -144,11 +145,13 @@ class Attention(nn.Module):
                 f"start_pos {start_pos} continues a batch of {B} whose beginning was never run; "
                 "call with start_pos=0 first"
             )
-        self.cache_k[:B, start_pos:end] = k.detach()
+        # A smaller batch uses the first rows; positions behind `end` are of an earlier text.
+        self.cache_k[:B, start_pos:end] = k.detach()  # no gradient runs through the cache
         self.cache_v[:B, start_pos:end] = v.detach()
         return self.cache_k[:B, :end], self.cache_v[:B, :end]
 
     def _make_room(self, k: Tensor) -> None:
+        """Makes a cache for a batch like ``k``, unless the one there is large enough."""
         old = self.cache_k
         fits = old is not None and len(old) >= len(k)
         if old is not None and old.is_inference():  # cannot be written to outside inference mode
@@ -160,7 +163,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """SwiGLU: w2(silu(w1 x) * w3 x)."""
+    """SwiGLU (Shazeer 2020, arXiv:2002.05202): w2(silu(w1 x) * w3 x)."""
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
@@ -169,6 +172,7 @@ class FeedForward(nn.Module):
         self.w3 = _column(args.dim, args.ffn_dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(..., D) to (..., D)."""
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
 
@@ -189,7 +193,8 @@ class TransformerBlock(nn.Module):
         start_pos: int | None,
         freqs_cis: Tensor,
         mask: Tensor | None = None,
-    ) -> Tensor:  # (B, S, D) -> (B, S, D)
+    ) -> Tensor:
+        """The residual stream behind the layer, (B, S, D); arguments as of `Attention.forward`."""
         h = x + self.attention(self.attention_norm(x), start_pos, freqs_cis, mask)
         return h + self.feed_forward(self.ffn_norm(h))
 
@@ -228,11 +233,16 @@ class Transformer(nn.Module):
         self.output = ColumnParallelLinear(
             params.dim, params.vocab_size, bias=False, init_method=_keep
         ).to(device)
+        # twice as long as generation needs, as in the reference: a whole window may be longer
         self.freqs_cis = precompute_freqs_cis(params, 2 * params.max_seq_len)
         if device is None:
-            for name, weight in self.named_parameters():
-                if "norm" not in name:
-                    nn.init.normal_(weight, std=0.02)
+            self._draw()
+
+    def _draw(self) -> None:
+        """Weights from N(0, 0.02); the norms stay 1."""
+        for name, weight in self.named_parameters():
+            if "norm" not in name:
+                nn.init.normal_(weight, std=0.02)
 
     def hidden(self, tokens: Tensor, start_pos: int | None = None) -> Tensor:
         """Embeddings and layers only: the state in front of the final norm.
@@ -252,10 +262,12 @@ class Transformer(nn.Module):
                 f"{first + S} positions; the model was built for max_seq_len "
                 f"{self.params.max_seq_len} and takes up to {limit} here"
             )
-        h = self.tok_embeddings(tokens)
+        h = self.tok_embeddings(tokens)  # (B, S, D)
         freqs_cis = self.freqs_cis[first : first + S].to(h.device)
         mask = None
-        if first and S > 1:  # new rows under old columns: not the square causal case
+        # Several new rows under old columns: not the square that torch's is_causal means, which
+        # would hide all but the first columns. Row i sees the columns up to first + i.
+        if first and S > 1:
             mask = torch.ones(S, first + S, dtype=torch.bool, device=h.device).tril(first)
         for layer in self.layers:
             h = layer(h, start_pos, freqs_cis, mask)
@@ -268,44 +280,3 @@ class Transformer(nn.Module):
     def head(self, states: Tensor) -> Tensor:
         """Logits of states in front of the final norm: (..., D) to (..., V) float32."""
         return self.output(self.norm(states)).float()
-
-
-def load_model(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype) -> Transformer:
-    """The checkpoint's Transformer on any number of ranks that divides the heads.
-
-    Each rank reads its part from the shards that hold it, tensor by tensor: where there are as
-    many shards as ranks it maps its own file, else it copies no more than its part. Tied weights
-    stay tied.
-
-    Raises:
-        InputError: heads, widths or vocabulary do not divide among the ranks.
-    """
-    rank, ranks = model_parallel_rank(), model_parallel_size()
-    check_split(checkpoint.args, ranks)
-    vocab_parallel = checkpoint.vocab_parallel
-    model = Transformer(checkpoint.args, vocab_parallel=vocab_parallel, device="meta")
-    own = len(checkpoint.shards) == ranks
-    parameters: dict[object, nn.Parameter] = {}
-
-    def parameter(name: str) -> nn.Parameter:
-        # what shares its bytes in the files does so on a rank too, if it is cut alike
-        dim = split_dim(name, vocab_parallel=vocab_parallel) if ranks > 1 else None
-        source = (checkpoint.infos[name].storage, dim)
-        if source not in parameters:
-            part = checkpoint.read(name, rank=rank, ranks=ranks)
-            # a copy where the part is not the file's: a view would keep other parts mapped
-            part = part.to(device, dtype, copy=not own, memory_format=torch.contiguous_format)
-            parameters[source] = nn.Parameter(part)
-        return parameters[source]
-
-    groups: dict[str, list[str]] = {}  # files stay mapped for the whole model, or for one layer
-    for name in sorted(checkpoint.infos.keys() - checkpoint.ignored):
-        layer = LAYER_NAME.fullmatch(name)
-        groups.setdefault(layer[1] if layer and not own else "", []).append(name)
-    state: dict[str, nn.Parameter] = {}
-    for names in groups.values():
-        with checkpoint.mapped():
-            state |= {name: parameter(name) for name in names}
-    model.load_state_dict(state, strict=True, assign=True)
-    model.freqs_cis = model.freqs_cis.to(device)
-    return model.eval()

@@ -6,9 +6,11 @@ groups come from the launcher's environment.
 
 from __future__ import annotations
 
+import io
 import os
 import sys
-from unittest import mock
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
 
 import torch
 import torch.distributed as dist
@@ -95,8 +97,8 @@ def initialize(model_parallel_size: int | None = None, *, device: torch.device) 
             f"model_parallel_size {size} does not divide the {world} running rank(s); start "
             f"torchrun --nproc_per_node {max(size, 1)}"
         )
-    # fairscale reports the sizes on stdout, which belongs to the caller's own output.
-    with mock.patch.object(groups, "print", lambda *_: None, create=True):
+    # fairscale prints three lines about the sizes, but stdout belongs to the caller's own output
+    with redirect_stdout(io.StringIO()):
         groups.initialize_model_parallel(size)
 
 
@@ -115,8 +117,22 @@ def _make_process_group(device: torch.device) -> None:
     # A group of one talks to nobody; on the loopback it needs neither a network nor a host name.
     loopback = {"linux": "lo", "darwin": "lo0"}.get(sys.platform)
     names = {"GLOO_SOCKET_IFNAME": loopback} if loopback else {}
-    with mock.patch.dict(os.environ, names):
+    with _environment(names):
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+
+
+@contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Environment variables that are as before when the block ends."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
 def model_parallel_rank() -> int:

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import base64
-import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 from llama.errors import InputError
+from llama.io.json_files import JsonObject, read_json
 
 LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# By GGUF's names. SmolLM2 was trained with a cut around every digit too, which transformers drops
-# for a GGUF: digits stay single, as no merge joins them, but "\n\n1" loses the token "\n\n".
-PRE_TOKENIZERS = {"gpt-2": GPT2_PATTERN, "smollm": GPT2_PATTERN, "llama-bpe": LLAMA3_PATTERN}
 # Llama 3's special tokens, in reserve (-) from here to N_SPECIAL; 3.1 gave three of those names.
 LLAMA_NAMES = "begin_of_text end_of_text - - - - start_header_id end_header_id - eot_id"
 LLAMA31_NAMES = {4: "finetune_right_pad_id", 8: "eom_id", 10: "python_tag"}
@@ -119,7 +114,7 @@ class _Tiktoken:
     def __init__(self, path: Path, data: bytes) -> None:
         from tiktoken import Encoding
 
-        ranks = _read_ranks(path, data)
+        ranks = read_ranks(path, data)
         self.lack, self.add_bos = f"{path} defines none", True
         n = self.n_ranks = len(ranks)
         self.ids, self.special_tokens = range(n + N_SPECIAL), llama3_special_tokens(n)
@@ -150,7 +145,7 @@ class _TokenizerJson:
         special = {token.content: i for i, token in sorted(added) if token.special}
         config_path = path.with_name("tokenizer_config.json")
         self.lack = f"{config_path} {'names none' if config_path.is_file() else 'is missing'}"
-        config = _read_config(config_path)
+        config = read_json(config_path) if config_path.is_file() else {}
         names = [_name(config, key, special) for key in ("bos_token", "eos_token", "pad_token")]
         for name in filter(None, names):
             if name not in vocab:
@@ -192,54 +187,13 @@ def llama3_special_tokens(n_ranks: int) -> dict[str, int]:
     return {f"<|{name}|>": n_ranks + i for i, name in [*enumerate(names), *LLAMA31_NAMES.items()]}
 
 
-def tokenizer_json(
-    tokens: Sequence[str], token_types: Sequence[int], merges: Sequence[str], pre: str
-) -> str:
-    """The text of a ``tokenizer.json`` for a byte-level BPE vocabulary as GGUF files hold it.
-
-    It tokenizes as transformers does on the GGUF, but for one thing: with ``"llama-bpe"`` a whole
-    word in the vocabulary precedes merges, as in Llama 3's own tokenizer.
-
-    Args:
-        tokens: V distinct tokens in GPT-2's byte alphabet (``tokenizer.ggml.tokens``).
-        token_types: V numbers; 3 makes a token special, 4 one that is matched whole in texts.
-        merges: ``"left right"``, the first to apply first.
-        pre: name of the pre-tokenizer (``tokenizer.ggml.pre``), a key of `PRE_TOKENIZERS`.
-
-    Raises:
-        InputError: ``pre`` is unknown, or tokens, types and merges do not fit together.
-    """
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
-
-    if pre not in PRE_TOKENIZERS:
-        raise InputError(f"unknown pre-tokenizer {pre!r}; known are {sorted(PRE_TOKENIZERS)}")
-    spell = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    # As in transformers: other tokens are spelled bytewise and, special or not, never whole.
-    alphabet = set(spell.alphabet())
-    whole = {t for t in tokens if set(t) <= alphabet}
-    vocab = {t if t in whole else spell.pre_tokenize_str(t)[0][0]: i for i, t in enumerate(tokens)}
-    pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
-    misfits = [pair for pair in pairs if not {*pair, "".join(pair)} <= vocab.keys()][:1]
-    if misfits or not len(tokens) == len(vocab) == len(token_types):
-        counts = f"{len(tokens)} tokens, {len(vocab)} distinct, and {len(token_types)} types"
-        raise InputError(f"expected one type a token, got {counts}; wrong merges: {misfits}")
-    model = Tokenizer(models.BPE(vocab, pairs, ignore_merges=pre == "llama-bpe"))
-    split = pre_tokenizers.Split(Regex(PRE_TOKENIZERS[pre]), behavior="isolated")
-    model.pre_tokenizer = pre_tokenizers.Sequence([split, spell])
-    model.decoder = decoders.ByteLevel()
-    typed = [(t, kind) for t, kind in zip(tokens, token_types, strict=True) if t in whole]
-    model.add_special_tokens([t for t, kind in typed if kind == 3])
-    model.add_tokens([AddedToken(t, normalized=False) for t, kind in typed if kind == 4])
-    return model.to_str()
-
-
 def _open(path: Path) -> _SentencePiece | _Tiktoken | _TokenizerJson:
     if path.is_dir():
         raise InputError(f"{path} is a directory; give the tokenizer.model or tokenizer.json in it")
     if not path.is_file():
         raise FileNotFoundError(f"tokenizer file {path} does not exist")
     data = path.read_bytes()
-    if data[:64].lstrip().startswith(b"{"):
+    if _begins_json(data):
         return _TokenizerJson(path, data)
     if re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\s", data):
         return _Tiktoken(path, data)
@@ -247,6 +201,16 @@ def _open(path: Path) -> _SentencePiece | _Tiktoken | _TokenizerJson:
         return _SentencePiece(path, data)
     what = f"begins with {data[:20]!r}" if data else "is empty"
     raise InputError(f"{path} {what}; expected SentencePiece, tiktoken ranks or tokenizer.json")
+
+
+def holds_json(path: Path) -> bool:
+    """Whether a tokenizer file is a ``tokenizer.json``, whatever its name."""
+    with open(path, "rb") as file:
+        return _begins_json(file.read(64))
+
+
+def _begins_json(data: bytes) -> bool:
+    return data[:64].lstrip().startswith(b"{")
 
 
 def _has_settings(model: bytes) -> bool:
@@ -258,7 +222,16 @@ def _has_settings(model: bytes) -> bool:
     return at < len(model)
 
 
-def _read_ranks(path: Path, data: bytes) -> dict[bytes, int]:
+def read_ranks(path: Path, data: bytes) -> dict[bytes, int]:
+    """Llama 3's tokens and their ranks, which are their ids, from the content of a file.
+
+    Args:
+        path: named in errors.
+        data: lines of a token in base64 and its rank, ranks ascending from 0.
+
+    Raises:
+        InputError: a line is damaged, or a single byte is no token.
+    """
     ranks: dict[bytes, int] = {}
     for line in filter(None, data.splitlines()):
         try:
@@ -286,14 +259,7 @@ def _chunks(text: str) -> Iterator[str]:
         yield chunk[begin:]
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_bytes())) if path.is_file() else {}
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{path} is no JSON object: {error}") from None
-
-
-def _name(config: dict[str, Any], key: str, special: dict[str, int]) -> str:
+def _name(config: JsonObject, key: str, special: dict[str, int]) -> str:
     """The token under a key of the config, else the only usual one, else nothing."""
     if key in config:
         token = config[key]

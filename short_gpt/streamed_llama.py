@@ -20,6 +20,7 @@ from short_gpt.checkpoints.save import save_meta
 from short_gpt.data.windows import batches, count_of
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.models.pretrained import PretrainedTokenizer
+from short_gpt.runtime.digest import files_digest
 from short_gpt.runtime.errors import MissingPackageError, NotFiniteError, ShortGPTError
 from short_gpt.runtime.progress import bar
 from short_gpt.scored_model import ScoredModel
@@ -27,7 +28,7 @@ from short_gpt.scoring.hooks import Scores
 from short_gpt.streaming.decoder import StreamedDecoder, open_stream
 from short_gpt.streaming.memory import Plan
 from short_gpt.streaming.transformer import StreamedTransformer
-from short_gpt.streaming.weights import HFSource, digest
+from short_gpt.streaming.weights import HFSource
 
 
 def _hf_tokenizer(directory: Path) -> PretrainedTokenizer:
@@ -220,7 +221,7 @@ class StreamedLlama(ScoredModel):
 
     def weights_digest(self) -> str:
         """A digest of the checkpoint's files, by which another one is told."""
-        return digest(self.stream.source.files)
+        return files_digest(self.stream.source.files)
 
     def _rounds(
         self,

@@ -172,7 +172,7 @@ def test_a_pruned_checkpoint_is_the_model_pruned_in_memory(tmp_path, book):
 PEAK = """
 import sys
 from pathlib import Path
-from llama.checkpoint.meta import prune
+from short_gpt.checkpoints.meta import prune_meta as prune
 
 def peak():  # not ru_maxrss, which a process takes over from the one that started it
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024

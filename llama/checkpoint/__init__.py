@@ -1,1 +1,29 @@
+"""A Meta checkpoint directory as data: read, checked, cut among ranks, written; never executed.
 
+>>> from llama.checkpoint import Checkpoint
+>>> Checkpoint("llama-2-7b").infos["norm.weight"].shape  # doctest: +SKIP
+(4096,)
+"""
+
+from llama.checkpoint.meta import CONVERSION, Checkpoint, copy_tokenizer, read_params
+from llama.checkpoint.pth import Shard, TensorInfo, write_shard, write_shards
+from llama.checkpoint.reshard import check_shards, reshard, write_model
+from llama.checkpoint.sharding import full_shapes, part_of, shapes_of_rank, split_dim
+
+__all__ = [
+    "CONVERSION",
+    "Checkpoint",
+    "Shard",
+    "TensorInfo",
+    "check_shards",
+    "copy_tokenizer",
+    "full_shapes",
+    "part_of",
+    "read_params",
+    "reshard",
+    "shapes_of_rank",
+    "split_dim",
+    "write_model",
+    "write_shard",
+    "write_shards",
+]

@@ -6,20 +6,18 @@ model-parallel rank) and a tokenizer.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from llama.args import ModelArgs
-from llama.checkpoint.pth import Shard, TensorInfo, write_shard
+from llama.checkpoint.pth import Shard, TensorInfo
 from llama.checkpoint.sharding import (
     EMBEDDING,
     by_vocabulary,
@@ -29,11 +27,11 @@ from llama.checkpoint.sharding import (
     split_dim,
 )
 from llama.errors import InputError
-from llama.io.files import check_new, new_directory, write_json
-from llama.tokenizer import Tokenizer, find_tokenizer
+from llama.io.files import read_marker
+from llama.io.json_files import JsonObject, read_json, write_json
+from llama.tokenizer import Tokenizer, holds_json
 
 LAYER_NAME = re.compile(r"layers\.(\d+)\.(.+)")
-PROVENANCE = "pruning.json"
 CONVERSION = "conversion.json"  # what a converted checkpoint was made from
 
 
@@ -180,7 +178,7 @@ def _compare(shard: Shard, expected: Mapping[str, tuple[int, ...]], ranks: int) 
             )
 
 
-def read_params(directory: Path) -> dict[str, Any]:
+def read_params(directory: Path) -> JsonObject:
     """Content of the directory's ``params.json``."""
     if not directory.is_dir():
         raise FileNotFoundError(f"checkpoint directory {directory} does not exist")
@@ -193,111 +191,40 @@ def read_params(directory: Path) -> dict[str, Any]:
     return params
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; InputError if it is none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path} must hold one JSON object")
-    return content
+def check_vocabulary(
+    checkpoint: Checkpoint, tokenizer: Tokenizer, path: str | os.PathLike[str]
+) -> None:
+    """Raises InputError unless a tokenizer has as many words as the checkpoint.
+
+    Args:
+        checkpoint: the checkpoint.
+        tokenizer: the tokenizer.
+        path: its file, for the message.
+    """
+    if tokenizer.n_words != checkpoint.args.vocab_size:
+        raise InputError(
+            f"the tokenizer {path} has {tokenizer.n_words} words, the checkpoint "
+            f"{checkpoint.directory} {checkpoint.args.vocab_size}; they do not belong together"
+        )
+
+
+def read_conversion(directory: Path) -> JsonObject:
+    """What a directory's ``conversion.json`` says it was made from; empty where there is none."""
+    path = directory / CONVERSION
+    return read_marker(path) if path.is_file() else {}
+
+
+def copy_records(source: Path, target: Path, names: Iterable[str]) -> None:
+    """Copies those JSON files that are there, without a list of files, true of the source alone."""
+    for name in names:
+        if (source / name).is_file():
+            write_json(target / name, read_marker(source / name))
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
     """Copies a tokenizer file, under its usual name, and its configuration beside it."""
-    with open(source, "rb") as file:
-        kind = "json" if file.read(64).lstrip().startswith(b"{") else "model"
+    kind = "json" if holds_json(source) else "model"
     shutil.copyfile(source, target / f"tokenizer.{kind}")
     config = source.with_name("tokenizer_config.json")
     if config.is_file():
         shutil.copyfile(config, target / config.name)
-
-
-def prune(
-    ckpt_dir: str | os.PathLike[str],
-    out_dir: str | os.PathLike[str],
-    layers: list[int],
-    *,
-    tokenizer_path: str | os.PathLike[str] | None = None,
-    provenance: Mapping[str, Any] | None = None,
-    overwrite: bool = False,
-    progress: Callable[[str], object] = str,
-) -> Path:
-    """Writes the checkpoint without some layers, tensor by tensor, with the same sharding.
-
-    The tensors' bytes are copied, so the result equals the model pruned in memory bit for bit.
-    Memory is bounded by the largest tensor.
-
-    Args:
-        ckpt_dir: the source.
-        out_dir: the new directory; appears whole or not at all.
-        layers: numbers of the layers to leave out.
-        tokenizer_path: copied along; None looks beside the source.
-        provenance: written as ``pruning.json``, after what was removed and kept.
-        overwrite: whether an existing pruned checkpoint is replaced; nothing else ever is.
-        progress: called with every tensor's name before it is written.
-
-    Returns:
-        ``out_dir``.
-
-    Raises:
-        InputError: a layer does not exist, or none or all would go.
-        FileExistsError: ``out_dir`` exists, or with ``overwrite`` holds the source or other files.
-        FileNotFoundError: there is no tokenizer.
-    """
-
-    source, out = Checkpoint(ckpt_dir), Path(str(out_dir))
-    keep = kept_layers(layers, source.args.n_layers)
-    tokenizer = Path(str(tokenizer_path)) if tokenizer_path else find_tokenizer(source.directory)
-    words = Tokenizer(tokenizer).n_words
-    if words != source.args.vocab_size:
-        raise InputError(
-            f"the tokenizer {tokenizer} has {words} words, the checkpoint {source.directory} "
-            f"{source.args.vocab_size}; they do not belong together"
-        )
-    record = {"removed_layers": list(layers), "kept_layers": keep, **(provenance or {})}
-    if (source.directory / PROVENANCE).is_file():
-        record["source_pruning"] = read_json(source.directory / PROVENANCE)
-    replaces = PROVENANCE if overwrite else None
-    check_new(out, replaces=replaces, source=source.directory)
-    new_number = {str(old): new for new, old in enumerate(keep)}
-    with new_directory(out, replaces=replaces) as partial:
-        for shard in source.shards:
-            _prune_shard(shard, partial / shard.path.name, new_number, progress)
-        params = {**source.params.get("model", source.params), "n_layers": len(keep)}
-        write_json(partial / "params.json", params)
-        copy_tokenizer(tokenizer, partial)
-        if (source.directory / CONVERSION).is_file():
-            shutil.copyfile(source.directory / CONVERSION, partial / CONVERSION)
-        write_json(partial / PROVENANCE, record)
-    return out
-
-
-def kept_layers(drop: list[int], n_layers: int) -> list[int]:
-    """The layers that stay, ascending; InputError unless ``drop`` names some but not all."""
-    unknown = sorted(set(drop) - set(range(n_layers)))
-    if unknown:
-        raise InputError(f"layers {unknown} do not exist; the model has 0..{n_layers - 1}")
-    keep = [i for i in range(n_layers) if i not in set(drop)]
-    if not drop or not keep or len(set(drop)) != len(drop):
-        raise InputError(f"expected 1 to {n_layers - 1} different layers to remove, got {drop}")
-    return keep
-
-
-def _prune_shard(
-    shard: Shard, path: Path, new_number: Mapping[str, int], progress: Callable[[str], object]
-) -> None:
-    old_name: dict[str, str] = {}
-    for name in shard.infos:
-        match = LAYER_NAME.fullmatch(name)
-        if match is None:
-            old_name[name] = name
-        elif match[1] in new_number:
-            old_name[f"layers.{new_number[match[1]]}.{match[2]}"] = name
-
-    def read(name: str) -> Tensor:
-        progress(name)
-        return shard.read(old_name[name])
-
-    write_shard(path, {new: shard.infos[old] for new, old in old_name.items()}, read)

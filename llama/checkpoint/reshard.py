@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import os
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from llama.args import ModelArgs, check_split
-from llama.checkpoint.meta import CONVERSION, PROVENANCE, Checkpoint, copy_tokenizer, read_json
+from llama.checkpoint.meta import (
+    CONVERSION,
+    Checkpoint,
+    copy_records,
+    copy_tokenizer,
+    read_conversion,
+)
 from llama.checkpoint.pth import TensorInfo, write_shards
 from llama.checkpoint.sharding import by_vocabulary, part_of, shapes_of_rank, split_dim
 from llama.errors import InputError
-from llama.io.files import check_new, new_directory, write_json
+from llama.io.files import check_new, new_directory
+from llama.io.json_files import write_json
 from llama.parallel import choose_dtype
 from llama.tokenizer import Tokenizer, find_tokenizer
 
@@ -70,6 +76,7 @@ def reshard(
     shards: int,
     dtype: str | torch.dtype | None = None,
     tokenizer_path: str | os.PathLike[str] | None = None,
+    also: Sequence[str] = (),
     overwrite: bool = False,
     progress: Callable[[str], object] = str,
 ) -> Path:
@@ -84,6 +91,7 @@ def reshard(
         shards: number of files: the model-parallel ranks that the checkpoint is made for.
         dtype: of the weights; None keeps each one's.
         tokenizer_path: copied along; None looks beside the source.
+        also: names of the source's JSON files to be taken along, where they are.
         overwrite: whether an earlier conversion is replaced; nothing else ever is.
         progress: called with every tensor's name before it is written.
 
@@ -100,26 +108,20 @@ def reshard(
     check_shards(source.args, shards)
     tokenizer = Path(str(tokenizer_path)) if tokenizer_path else find_tokenizer(source.directory)
     Tokenizer(tokenizer)
-    earlier = source.directory / CONVERSION
-    record = read_json(earlier) if earlier.is_file() else {}
-    replaces = CONVERSION if overwrite else None
-    check_new(out, replaces=replaces, source=source.directory)
+    check_new(out, marker=CONVERSION, overwrite=overwrite, source=source.directory)
     kind = None if dtype is None else choose_dtype(dtype, torch.device("cpu"))
-    infos = {
-        name: TensorInfo(info.shape, kind or info.dtype, info.storage)
-        for name, info in source.infos.items()
-    }
+    infos = {n: TensorInfo(i.shape, kind or i.dtype, i.storage) for n, i in source.infos.items()}
 
     def read(name: str) -> Tensor:
         progress(name)
         return source.read(name)
 
     by = source.vocab_parallel
-    with new_directory(out, replaces=replaces) as partial:
+    with new_directory(out, marker=CONVERSION, overwrite=overwrite) as partial:
         write_model(partial, source.args, infos, read, shards=shards, vocab_parallel=by)
         write_json(partial / "params.json", source.params.get("model", source.params))
         copy_tokenizer(tokenizer, partial)
-        if (source.directory / PROVENANCE).is_file():
-            shutil.copyfile(source.directory / PROVENANCE, partial / PROVENANCE)
-        write_json(partial / CONVERSION, {**record, "source": str(ckpt_dir), "shards": shards})
+        copy_records(source.directory, partial, also)
+        earlier = read_conversion(source.directory)
+        write_json(partial / CONVERSION, {**earlier, "source": str(ckpt_dir), "shards": shards})
     return out

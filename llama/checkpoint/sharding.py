@@ -65,6 +65,7 @@ def held(args: ModelArgs, name: str, size: int, rank: int, ranks: int) -> list[t
         or one for each key/value head.
     """
     if name.endswith(KV_NAMES):
+        # by heads: with fewer of them than ranks, neighbouring ranks hold the same rows
         heads = kv_heads_of_rank(args, rank, ranks)
         return [(head * args.head_dim, (head + 1) * args.head_dim) for head in heads]
     share = size // ranks

@@ -1,1 +1,36 @@
+"""Other formats of a Llama: Hugging Face directories and GGUF files, to Meta's and back.
 
+>>> from llama.formats import hf_to_meta
+>>> hf_to_meta("meta-llama/Llama-2-7b-hf", "llama-2-7b")  # doctest: +SKIP
+PosixPath('llama-2-7b')
+"""
+
+from llama.formats.convert import check_llama, gguf_to_meta, hf_to_meta, meta_to_hf
+from llama.formats.gguf import GGUFFile
+from llama.formats.hf import args_of, config_of, meta_infos
+from llama.formats.names import GGUF, HF, META, name_in, params_json, permute
+from llama.formats.safetensors import SafetensorsFile, open_weights, write_weights
+from llama.formats.tokenizers import tokenizer_json, with_bos, write_tokenizer
+
+__all__ = [
+    "GGUF",
+    "HF",
+    "META",
+    "GGUFFile",
+    "SafetensorsFile",
+    "args_of",
+    "check_llama",
+    "config_of",
+    "gguf_to_meta",
+    "hf_to_meta",
+    "meta_infos",
+    "meta_to_hf",
+    "name_in",
+    "open_weights",
+    "params_json",
+    "permute",
+    "tokenizer_json",
+    "with_bos",
+    "write_tokenizer",
+    "write_weights",
+]

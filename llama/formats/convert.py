@@ -8,29 +8,23 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from llama.args import ModelArgs
-from llama.checkpoint.meta import CONVERSION, Checkpoint, copy_tokenizer
+from llama.checkpoint.meta import CONVERSION, Checkpoint, copy_tokenizer, read_conversion
 from llama.checkpoint.pth import TensorInfo
 from llama.checkpoint.reshard import check_shards, write_model
 from llama.checkpoint.sharding import EMBEDDING, OUTPUT, full_shapes
 from llama.formats.gguf import GGUFFile
-from llama.formats.hf import (
-    args_of,
-    config_of,
-    find_hf_tokenizer,
-    meta_infos,
-    read_json,
-    write_tokenizer,
-)
+from llama.formats.hf import args_of, config_of, meta_infos
 from llama.formats.names import HF, META, name_in, params_json, permute
 from llama.formats.safetensors import Entry, grouped, open_weights, tensor_bytes, write_weights
-from llama.io.files import check_new, new_directory, write_json
+from llama.formats.tokenizers import find_hf_tokenizer, write_tokenizer
+from llama.io.files import check_new, new_directory
 from llama.io.hub import resolve
+from llama.io.json_files import JsonObject, read_json, write_json
 from llama.parallel import choose_dtype
 from llama.tokenizer import Tokenizer, find_tokenizer
 
@@ -65,7 +59,6 @@ def gguf_to_meta(
         InputError: not a GGUF file, or not a Llama: the message names what differs.
         MissingPackageError: the package gguf is missing.
     """
-
     source = GGUFFile(Path(str(path)))
     args, kind = source.args(), choose_dtype(dtype, torch.device("cpu"))
     check_shards(args, shards)
@@ -79,15 +72,15 @@ def gguf_to_meta(
         progress(name)
         return source.read(source.name_of(name)).to(kind)
 
-    replaces = CONVERSION if overwrite else None
-    check_new(Path(str(out_dir)), replaces=replaces, source=source.path)
-    with new_directory(Path(str(out_dir)), replaces=replaces) as partial:
+    out = Path(str(out_dir))
+    check_new(out, marker=CONVERSION, overwrite=overwrite, source=source.path)
+    with new_directory(out, marker=CONVERSION, overwrite=overwrite) as partial:
         write_model(partial, args, infos, read, shards=shards)
         write_json(partial / "params.json", params_json(args))
         (partial / "tokenizer.json").write_text(tokenizer[0], encoding="utf-8")
         write_json(partial / "tokenizer_config.json", tokenizer[1])
         write_json(partial / CONVERSION, {"source": source.path.name, "dtype": str(kind)})
-    return Path(str(out_dir))
+    return out
 
 
 def hf_to_meta(
@@ -119,11 +112,9 @@ def hf_to_meta(
         InputError: a file is damaged, or not a Llama: the message names what differs.
         ConnectionError: a hub id cannot be fetched.
     """
-
     directory, out = resolve(source), Path(str(out_dir))
-    replaces = CONVERSION if overwrite else None
-    check_new(out, replaces=replaces, source=directory)
-    config, weights = read_json(directory / "config.json"), open_weights(directory)
+    check_new(out, marker=CONVERSION, overwrite=overwrite, source=directory)
+    weights = open_weights(directory)
     args, infos = check_llama(directory, dtype)
     check_shards(args, shards)
 
@@ -132,17 +123,22 @@ def hf_to_meta(
         hf_name = name_in(HF, name)
         return permute(name, weights[hf_name].read(hf_name), args, to=META).to(infos[name].dtype)
 
-    kept = ("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
-    record: dict[str, Any] = {"source": str(source), "dtype": None if dtype is None else str(dtype)}
-    record |= {key: config[key] for key in kept if key in config}
-    if (directory / "generation_config.json").is_file():
-        record["generation_config"] = read_json(directory / "generation_config.json")
-    with new_directory(out, replaces=replaces) as partial:
+    made = {"source": str(source), "dtype": None if dtype is None else str(dtype)}
+    record = made | _without_place(directory)
+    with new_directory(out, marker=CONVERSION, overwrite=overwrite) as partial:
         copy_tokenizer(find_hf_tokenizer(directory), partial)
         write_model(partial, args, infos, read, shards=shards)
         write_json(partial / "params.json", params_json(args))
         write_json(partial / CONVERSION, record)
     return out
+
+
+def _without_place(directory: Path) -> JsonObject:
+    """What Meta's format has no place for, kept in ``conversion.json`` for the way back."""
+    config, generation = read_json(directory / "config.json"), directory / "generation_config.json"
+    kept = ("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
+    record = {key: config[key] for key in kept if key in config}
+    return record | ({"generation_config": read_json(generation)} if generation.is_file() else {})
 
 
 def check_llama(
@@ -153,13 +149,12 @@ def check_llama(
     Raises:
         FileNotFoundError, InputError, ConnectionError: as for `hf_to_meta`.
     """
-
     directory = resolve(directory)
     config = read_json(directory / "config.json")
     args, weights = args_of(config, directory), open_weights(directory)
     tied = bool(config.get("tie_word_embeddings", False))
     find_hf_tokenizer(directory)
-    return args, meta_infos(args, weights, dtype, tied, directory)
+    return args, meta_infos(args, weights, dtype, tied=tied, directory=directory)
 
 
 def meta_to_hf(
@@ -191,11 +186,9 @@ def meta_to_hf(
         FileNotFoundError: checkpoint or tokenizer are missing.
         InputError: the checkpoint cannot be read.
     """
-
     source, out = Checkpoint(ckpt_dir), Path(str(out_dir))
     tokenizer = Path(str(tokenizer_path)) if tokenizer_path else find_tokenizer(source.directory)
-    replaces = CONVERSION if overwrite else None
-    check_new(out, replaces=replaces, source=source.directory)
+    check_new(out, marker=CONVERSION, overwrite=overwrite, source=source.directory)
     tied, infos = _tied(source), source.shards[0].infos
     shapes = {n: s for n, s in full_shapes(source.args).items() if not (tied and n == OUTPUT)}
     meta_names = {name_in(HF, name): name for name in shapes}
@@ -206,11 +199,11 @@ def meta_to_hf(
         progress(name)
         yield from tensor_bytes(permute(name, source.read(name), source.args, to=HF))
 
-    earlier = source.directory / CONVERSION
-    record = read_json(earlier) if earlier.is_file() else {}
-    dtype = infos[EMBEDDING].dtype
-    config, generation = config_of(source.args, dtype, tied, Tokenizer(tokenizer), record)
-    with new_directory(out, replaces=replaces) as partial:
+    dtype, record = infos[EMBEDDING].dtype, read_conversion(source.directory)
+    config, generation = config_of(  # keeps no tokenizer: a vocabulary takes as much as a tensor
+        source.args, dtype, tied=tied, tokenizer=Tokenizer(tokenizer), record=record
+    )
+    with new_directory(out, marker=CONVERSION, overwrite=overwrite) as partial:
         write_tokenizer(tokenizer, partial)
         write_weights(partial, grouped(entries, max_shard_bytes), read)
         write_json(partial / "config.json", config)
@@ -226,6 +219,7 @@ def _tied(source: Checkpoint) -> bool:
         return False
     for rank, shard in enumerate(source.shards):
         head, rows = shard.read(OUTPUT), shard.infos[OUTPUT].shape[0]
+        # the head is always cut by vocabulary; an embedding cut by width is joined for these rows
         if len(source.shards) == 1 or source.vocab_parallel:
             embedding = shard.read(EMBEDDING)
         else:

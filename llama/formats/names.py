@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 
 from torch import Tensor
 
 from llama.args import ModelArgs
+from llama.io.json_files import JsonObject
 
 # The names of a weight in Meta's, Hugging Face's and GGUF's format; {} is the layer.
 META, HF, GGUF = range(3)
@@ -55,11 +55,12 @@ def permute(meta_name: str, weight: Tensor, args: ModelArgs, *, to: int) -> Tens
     if heads is None:
         return weight
     half = args.head_dim // 2
+    # (H hd, D) -> (H, hd / 2, 2, D) or (H, 2, hd / 2, D), whose two inner axes change places
     parts = (half, 2) if to == HF else (2, half)
     return weight.unflatten(0, (heads, *parts)).transpose(1, 2).flatten(0, 2)
 
 
-def params_json(args: ModelArgs) -> dict[str, Any]:
+def params_json(args: ModelArgs) -> JsonObject:
     """The content of a ``params.json`` for these arguments; keys of no effect are left out."""
     names = ["dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of"]
     names += ["ffn_dim_multiplier", "norm_eps", "rope_theta"]
@@ -69,7 +70,7 @@ def params_json(args: ModelArgs) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def ffn_keys(dim: int, width: int) -> dict[str, Any]:
+def ffn_keys(dim: int, width: int) -> JsonObject:
     """``multiple_of`` (and ``ffn_dim_multiplier``) with which a feed-forward layer is so wide."""
     for multiple_of in (256, 1024, 4096):
         if ModelArgs(dim=dim, multiple_of=multiple_of).ffn_dim == width:

@@ -1,1 +1,26 @@
+"""Files: whole or not at all, JSON, what a source of weights is, models of the hub.
 
+>>> from llama.io import kind_of
+>>> kind_of("meta-llama/Llama-2-7b-hf")
+'hub'
+"""
+
+from llama.io.files import check_new, check_writable, new_directory, read_marker
+from llama.io.hub import hub_failure, resolve
+from llama.io.json_files import JsonObject, read_json, write_json
+from llama.io.sources import is_gguf, is_meta, kind_of
+
+__all__ = [
+    "JsonObject",
+    "check_new",
+    "check_writable",
+    "hub_failure",
+    "is_gguf",
+    "is_meta",
+    "kind_of",
+    "new_directory",
+    "read_json",
+    "read_marker",
+    "resolve",
+    "write_json",
+]

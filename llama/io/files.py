@@ -1,61 +1,74 @@
-"""Files and directories that appear whole or not at all, and never in the place of others'."""
+"""Directories that appear whole or not at all, and never in the place of somebody's files.
+
+A writer's directory holds a marker, a JSON file whose name the writer chooses. When the directory
+is complete, the marker gets a list of all files in it. Only what is listed there may ever be
+replaced: a file that somebody put beside them keeps the directory as it is.
+"""
 
 from __future__ import annotations
 
-import json
-import math
 import os
-import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-# What this library writes: an existing directory with anything else in it is never replaced.
-OURS = re.compile(
-    r"consolidated\.\d+\.pth|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|"
-    r"tokenizer\.model|(block_influence|angular)\.png|merges\.txt|.+\.jinja|"
-    r"(params|config|generation_config|tokenizer|tokenizer_config|special_tokens_map|vocab|"
-    r"added_tokens|pruning|conversion|layers)\.json|README\.md|(LICENSE|NOTICE|USE_POLICY).*"
-)
+from llama.io.json_files import JsonObject, read_json, write_json
+
+FILES = "files"  # the marker's key of the list
 
 
-def check_new(path: Path, *, replaces: str | None = None, source: Path | None = None) -> None:
+def check_new(
+    path: Path, *, marker: str | None = None, overwrite: bool = False, source: Path | None = None
+) -> None:
     """Raises FileExistsError or PermissionError where `new_directory` could not go.
 
     Args:
-        path, replaces: as for `new_directory`.
+        path, marker, overwrite: as for `new_directory`.
         source: what the new content is made from; it must not lie in the directory replaced.
     """
-    if path.exists() and replaces is None:
+    if path.exists() and not (overwrite and marker):
         raise FileExistsError(f"{path} exists; choose another directory or pass overwrite")
     if path.exists():
-        problem = _foreign(path, str(replaces))
-        if problem:
-            raise FileExistsError(
-                f"{path} exists and holds {problem}, so it is not overwritten; choose another "
-                "directory"
-            )
+        _check_replaceable(path, str(marker))
         if source is not None and path.resolve() in (source.resolve(), *source.resolve().parents):
             raise FileExistsError(f"{path} holds the source {source}; choose another directory")
     check_writable(path)
 
 
-def _foreign(path: Path, marker: str) -> str | None:
-    """What in a directory is not ours or, like the marker of its kind, not there; else None."""
-    entries = {p.name: p for p in path.iterdir()} if path.is_dir() else {}
-    if marker not in entries:
-        return f"no {marker}"
-    for name, entry in sorted(entries.items()):
-        if name == "pruned" and marker == "layers.json" and entry.is_dir():
-            inside = _foreign(entry, "pruning.json")
-            if inside:
-                return f"{inside} in {name}"
-        elif not OURS.fullmatch(name) or not entry.is_file():
-            return name
-    return None
+def _check_replaceable(path: Path, marker: str) -> None:
+    """Raises FileExistsError unless the marker is there and lists all that is in the directory."""
+    if not (path / marker).is_file():
+        raise FileExistsError(
+            f"{path} exists and holds no {marker}, so it is not overwritten; choose another "
+            "directory"
+        )
+    listed = read_json(path / marker).get(FILES)
+    if not isinstance(listed, list):
+        raise FileExistsError(
+            f"{path} exists, and its {marker} does not list what was written with it (earlier "
+            "versions wrote no list), so it is not overwritten; delete it or choose another "
+            "directory"
+        )
+    others = [name for name in _contents(path) if name not in listed]
+    if others:
+        raise FileExistsError(
+            f"{path} exists and holds {others[0]}, which its {marker} does not list, so it is not "
+            "overwritten; choose another directory"
+        )
+
+
+def _contents(directory: Path) -> list[str]:
+    """Relative names of all files below, sorted; also of links to folders and of empty folders."""
+    found: list[str] = []
+    for folder, folders, files in os.walk(directory):  # does not follow links
+        here = Path(folder)
+        names = files + [name for name in folders if (here / name).is_symlink()]
+        inside = [(here / name).relative_to(directory).as_posix() for name in names]
+        empty = not folders and not files and here != directory
+        found += [here.relative_to(directory).as_posix()] if empty else inside
+    return sorted(found)
 
 
 def check_writable(path: Path) -> None:
@@ -66,7 +79,9 @@ def check_writable(path: Path) -> None:
 
 
 @contextmanager
-def new_directory(path: Path, *, replaces: str | None = None) -> Iterator[Path]:
+def new_directory(
+    path: Path, *, marker: str | None = None, overwrite: bool = False
+) -> Iterator[Path]:
     """A directory that appears whole or not at all.
 
     Gives a sibling to write into; it takes its place when the block ends well and is deleted
@@ -74,24 +89,44 @@ def new_directory(path: Path, *, replaces: str | None = None) -> Iterator[Path]:
 
     Args:
         path: the new directory.
-        replaces: name of a file; an existing directory that holds it is replaced. None replaces
-            nothing.
+        marker: name of the JSON file, written in the block, that gets the list of files. None
+            leaves a directory that is never replaced.
+        overwrite: whether an existing directory is replaced, if its marker lists all in it.
 
     Raises:
         FileExistsError: ``path`` exists and is not to be replaced.
+
+    Example:
+        >>> with new_directory(out, marker="conversion.json") as partial:  # doctest: +SKIP
+        ...     write_json(partial / "conversion.json", {"source": "llama-2-7b"})
     """
     path = path.resolve()
-    check_new(path, replaces=replaces)
+    check_new(path, marker=marker, overwrite=overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
+    # beside the target, not in the system's folder: a rename works only inside one file system
     work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     partial = work / "new"
     partial.mkdir()
     try:
         yield partial
-        check_new(path, replaces=replaces)  # somebody else may have made it meanwhile
+        if marker is not None:
+            _list_contents(partial, marker)
+        # somebody else may have made it meanwhile
+        check_new(path, marker=marker, overwrite=overwrite)
         _swap(partial, path, work / "old")
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _list_contents(directory: Path, marker: str) -> None:
+    """Puts the list of files into the marker, which is one of them."""
+    content = read_json(directory / marker)
+    write_json(directory / marker, {**content, FILES: _contents(directory)})
+
+
+def read_marker(path: Path) -> JsonObject:
+    """A marker's content without the list of files, which holds for its own directory alone."""
+    return {key: value for key, value in read_json(path).items() if key != FILES}
 
 
 def _swap(partial: Path, path: Path, old: Path) -> None:
@@ -105,27 +140,3 @@ def _swap(partial: Path, path: Path, old: Path) -> None:
     except BaseException:
         old.rename(path)
         raise
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes an object as JSON, lists of numbers on one line.
-
-    Numbers keep their last digit; NaN and infinities, which JSON lacks, become null.
-    """
-    path.write_text(_json(content, "\n") + "\n", encoding="utf-8")
-
-
-def _json(value: Any, line: str) -> str:
-    """``line`` is the line break with the indentation of the place."""
-    inner = line + " "
-    if isinstance(value, Mapping):
-        items = [f"{json.dumps(str(k))}: {_json(v, inner)}" for k, v in value.items()]
-        return "{" + inner + ("," + inner).join(items) + line + "}" if items else "{}"
-    if isinstance(value, list | tuple):
-        items = [_json(v, inner) for v in value]
-        if any(isinstance(v, Mapping | list | tuple) for v in value):
-            return "[" + inner + ("," + inner).join(items) + line + "]"
-        return "[" + ", ".join(items) + "]"
-    if isinstance(value, float) and not math.isfinite(value):
-        return "null"
-    return json.dumps(value)

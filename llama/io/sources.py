@@ -1,26 +1,60 @@
-"""What a source of weights is."""
+"""What a source of weights is, told by its name and by what lies there."""
 
 from __future__ import annotations
 
+from os import PathLike
 from pathlib import Path
+from typing import Literal
+
+Kind = Literal["meta", "hf", "gguf", "hub"]
 
 
-def is_meta(source: str) -> bool:
-    """Whether a path is a Meta checkpoint directory; any other source is for transformers.
+def kind_of(source: str | PathLike[str]) -> Kind:
+    """What a source of weights is.
+
+    Args:
+        source: a path, or the name of a model on the hub.
+
+    Returns:
+        ``"meta"``: a directory in Meta's format (``params.json``, which wins where both lie).
+        ``"hf"``: a directory in Hugging Face's format (``config.json``).
+        ``"gguf"``: a GGUF file.
+        ``"hub"``: nothing here, but a name like ``owner/name`` that the hub may know. A bare name
+        is taken for a mistyped directory.
 
     Raises:
         FileNotFoundError: it looks like a path and does not exist, or a directory is no model.
     """
-    path = Path(source)
+    name, path = str(source), Path(str(source))
+    if is_gguf(source):
+        if not path.is_file():
+            raise FileNotFoundError(f"GGUF file {name} does not exist")
+        return "gguf"
     if path.is_dir():
-        if not any((path / name).is_file() for name in ("params.json", "config.json")):
-            raise FileNotFoundError(
-                f"{path} has no params.json (Meta's format) and no config.json (Hugging Face's); "
-                "is it a checkpoint?"
-            )
-        return (path / "params.json").is_file()
-    if path.is_file() and path.suffix != ".gguf":
+        return _kind_of_directory(path)
+    if path.exists():
         raise FileNotFoundError(f"{path} is a file; expected a checkpoint directory or .gguf")
-    if not path.exists() and (source.count("/") != 1 or source.startswith((".", "/", "~"))):
-        raise FileNotFoundError(f"checkpoint directory {source} does not exist")
-    return False
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"checkpoint directory {name} does not exist")
+    return "hub"
+
+
+def _kind_of_directory(path: Path) -> Literal["meta", "hf"]:
+    if (path / "params.json").is_file():
+        return "meta"
+    if (path / "config.json").is_file():
+        return "hf"
+    raise FileNotFoundError(
+        f"{path} has no params.json (Meta's format) and no config.json (Hugging Face's); "
+        "is it a checkpoint?"
+    )
+
+
+def is_gguf(source: str | PathLike[str]) -> bool:
+    """Whether a name is that of a GGUF file, which need not be there."""
+    return str(source).endswith(".gguf") and not Path(str(source)).is_dir()
+
+
+def is_meta(source: str | PathLike[str]) -> bool:
+    """Whether a source is a directory in Meta's format; errors as of `kind_of`."""
+    return kind_of(source) == "meta"

@@ -9,8 +9,9 @@ from __future__ import annotations
 from short_gpt.checkpoints.card import model_card, write_provenance
 from short_gpt.checkpoints.hf import prune_hf
 from short_gpt.checkpoints.mergekit import mergekit_recipe, recipe_dtype
+from short_gpt.checkpoints.meta import prune_meta
 from short_gpt.checkpoints.provenance import PROVENANCE, Provenance
-from short_gpt.checkpoints.prune import prune_checkpoint, prune_meta, refuse_gguf
+from short_gpt.checkpoints.prune import prune_checkpoint, refuse_gguf
 from short_gpt.checkpoints.save import save_as_meta, save_hf, save_meta
 from short_gpt.checkpoints.verify import (
     ROUNDING,

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from llama.io.files import write_json
+from llama.io.json_files import write_json
 from short_gpt.checkpoints.provenance import PROVENANCE, Measured, Provenance
 
 TEMPLATE = """---

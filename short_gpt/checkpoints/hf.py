@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 
 from llama.formats.safetensors import Entry, SafetensorsFile, open_weights, write_weights
-from llama.io.files import check_new, new_directory, write_json
+from llama.io.files import check_new, new_directory
 from llama.io.hub import resolve
+from llama.io.json_files import write_json
 from short_gpt.checkpoints.card import write_provenance
 from short_gpt.checkpoints.provenance import PROVENANCE, Provenance
 from short_gpt.models.hf import HFDecoder
@@ -61,8 +62,7 @@ def prune_hf(
         MissingPackageError: transformers is missing.
     """
     directory, out = resolve(source), Path(str(out_dir))
-    replaces = PROVENANCE if overwrite else None
-    check_new(out, replaces=replaces, source=directory)
+    check_new(out, marker=PROVENANCE, overwrite=overwrite, source=directory)
     weights = open_weights(directory)
     decoder = _skeleton(directory)
     numbers = range(len(decoder.layers))
@@ -72,7 +72,7 @@ def prune_hf(
     record = record.cut(source, removed=layers, kept=keep, directory=directory)
     old_name = _old_names(weights, _prefix(weights, decoder.layers_path, len(numbers)), keep)
     config = _edited_config(directory, decoder, keep)
-    with new_directory(out, replaces=replaces) as partial:
+    with new_directory(out, marker=PROVENANCE, overwrite=overwrite) as partial:
         write_json(partial / "config.json", config)
         _check_config(partial, decoder)
         _write_kept(partial, weights, old_name, progress)

@@ -7,17 +7,16 @@ from collections.abc import Callable, Sequence
 from os import PathLike
 from pathlib import Path
 
-from llama.checkpoint.meta import CONVERSION, Checkpoint
-from llama.checkpoint.meta import prune as write_pruned_meta
+from llama.checkpoint.meta import CONVERSION
 from llama.formats.convert import check_llama, hf_to_meta, meta_to_hf
-from llama.io.files import check_new, new_directory, write_json
-from llama.io.sources import is_meta
+from llama.io.files import check_new, new_directory, read_marker
+from llama.io.json_files import write_json
+from llama.io.sources import is_gguf, is_meta
 from short_gpt.checkpoints.card import write_provenance
 from short_gpt.checkpoints.hf import prune_hf
+from short_gpt.checkpoints.meta import prune_meta
 from short_gpt.checkpoints.provenance import PROVENANCE, Provenance
-from short_gpt.models.numbering import check_layers
 from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.runtime.results import read_record
 
 FORMATS = ("meta", "hf")
 
@@ -66,11 +65,11 @@ def prune_checkpoint(
     if to is None or (to == "meta") == meta:
         return cut.write(out_dir, meta=meta, overwrite=overwrite)
 
-    out, replaces = Path(str(out_dir)), PROVENANCE if overwrite else None
-    check_new(out, replaces=replaces, source=Path(str(source)))
+    out = Path(str(out_dir))
+    check_new(out, marker=PROVENANCE, overwrite=overwrite, source=Path(str(source)))
     if not meta:
         check_llama(source)  # now rather than after the layers are cut
-    with new_directory(out, replaces=replaces) as partial:
+    with new_directory(out, marker=PROVENANCE, overwrite=overwrite) as partial:
         pruned, converted = partial.with_name("pruned"), partial.with_name("converted")
         cut.write(pruned, meta=meta)
         convert: Callable[..., Path] = meta_to_hf if meta else hf_to_meta
@@ -78,7 +77,7 @@ def prune_checkpoint(
         shutil.rmtree(partial)
         converted.rename(partial)
         write_provenance(partial, Provenance.read(pruned / PROVENANCE), card=to == "hf")
-        record = read_record(partial / CONVERSION)
+        record = read_marker(partial / CONVERSION)
         write_json(partial / CONVERSION, {**record, "source": str(source)})
     return out
 
@@ -118,35 +117,9 @@ class _Cut:
         )
 
 
-def prune_meta(
-    source: str | PathLike[str],
-    out_dir: str | PathLike[str],
-    layers: Sequence[int],
-    *,
-    tokenizer_path: str | PathLike[str] | None = None,
-    provenance: Provenance | None = None,
-    overwrite: bool = False,
-    progress: Callable[[str], object] = str,
-) -> Path:
-    """Writes a Meta checkpoint without some layers; all else as for `prune_checkpoint`."""
-    numbers = range(Checkpoint(source).args.n_layers)
-    check_layers(layers, numbers)
-    kept = [i for i in numbers if i not in set(layers)]
-    record = (provenance or Provenance()).cut(source, removed=layers, kept=kept)
-    return write_pruned_meta(
-        source,
-        out_dir,
-        list(layers),
-        tokenizer_path=tokenizer_path,
-        provenance=record.to_dict(),
-        overwrite=overwrite,
-        progress=progress,
-    )
-
-
 def refuse_gguf(source: str) -> None:
     """Raises ShortGPTError for a GGUF file: its weights are cut after a conversion."""
-    if source.endswith(".gguf"):
+    if is_gguf(source):
         raise ShortGPTError(
             f"{source} is a GGUF file, whose layers are not cut; convert it first: short-gpt "
             f"convert {source} DIRECTORY"

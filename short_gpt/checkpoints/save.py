@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from llama.checkpoint.meta import CONVERSION, LAYER_NAME, Checkpoint, copy_tokenizer
+from llama.checkpoint.meta import CONVERSION, LAYER_NAME, Checkpoint, copy_records, copy_tokenizer
 from llama.checkpoint.pth import Shard, write_shard
 from llama.formats.convert import hf_to_meta
-from llama.io.files import new_directory, write_json
+from llama.io.files import new_directory
+from llama.io.json_files import write_json
 from llama.parallel import model_parallel_size
 from llama.tokenizer import find_tokenizer
 from short_gpt.checkpoints.card import write_provenance
+from short_gpt.checkpoints.meta import prune_meta
 from short_gpt.checkpoints.provenance import PROVENANCE, Provenance
-from short_gpt.checkpoints.prune import prune_meta
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.scored_model import ScoredModel
 
@@ -49,7 +50,7 @@ def save_hf(
         overwrite: whether an earlier pruned model is replaced; nothing else ever is.
     """
     out = Path(str(out_dir))
-    with new_directory(out, replaces=PROVENANCE if overwrite else None) as partial:
+    with new_directory(out, marker=PROVENANCE, overwrite=overwrite) as partial:
         _write_hf(model, tokenizer, partial, verify)
         write_provenance(partial, record, card=True)
     return out
@@ -77,7 +78,7 @@ def save_as_meta(
         FileExistsError: ``out_dir`` exists.
     """
     out = Path(str(out_dir))
-    with new_directory(out, replaces=PROVENANCE if overwrite else None) as partial:
+    with new_directory(out, marker=PROVENANCE, overwrite=overwrite) as partial:
         middle, converted = partial.with_name("hugging_face"), partial.with_name("converted")
         middle.mkdir()
         _write_hf(model, None, middle, verify)
@@ -135,13 +136,12 @@ def save_meta(
         )
     check_one_file(checkpoint)
     out, tokenizer = Path(str(out_dir)), tokenizer_path or find_tokenizer(checkpoint.directory)
-    with new_directory(out, replaces=PROVENANCE if overwrite else None) as partial:
+    with new_directory(out, marker=PROVENANCE, overwrite=overwrite) as partial:
         _write_changed(short, checkpoint.shards[0], partial)
         params = checkpoint.params.get("model", checkpoint.params)
         write_json(partial / "params.json", {**params, "n_layers": len(short.kept)})
         copy_tokenizer(Path(str(tokenizer)), partial)
-        if (checkpoint.directory / CONVERSION).is_file():
-            shutil.copyfile(checkpoint.directory / CONVERSION, partial / CONVERSION)
+        copy_records(checkpoint.directory, partial, [CONVERSION])
         write_provenance(partial, record, card=False)
     return out
 

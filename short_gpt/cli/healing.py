@@ -128,7 +128,7 @@ def heal(
     settings = {name: arguments[name] for name in SETTINGS if arguments[name] not in (None, False)}
     _check_method(method, preset, settings, ridge, resume=resume)
     targets = targets_of(out, None, overwrite=overwrite)
-    check_new(Path(out_dir), replaces=PROVENANCE if overwrite else None, source=Path(model_dir))
+    check_new(Path(out_dir), marker=PROVENANCE, overwrite=overwrite, source=Path(model_dir))
     drop, facts = _selection(model_dir, method, layers, scores, n_prune_layers, angular=angular)
     check_run(model_dir, None, size or 1024, 1, max_windows)
     source = Source(data, eval_data, split, column, max_texts, seed)

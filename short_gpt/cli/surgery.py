@@ -9,7 +9,7 @@ from typing import Any
 from llama.checkpoint.reshard import reshard
 from llama.formats.convert import gguf_to_meta, hf_to_meta, meta_to_hf
 from llama.io.files import check_new, check_writable
-from llama.io.sources import is_meta
+from llama.io.sources import is_meta, kind_of
 from llama.parallel import several_ranks
 from short_gpt.checkpoints.mergekit import mergekit_recipe, recipe_dtype
 from short_gpt.checkpoints.provenance import PROVENANCE
@@ -74,7 +74,7 @@ def prune(
     """
     refuse_gguf(ckpt_dir)
     choice = Choice(ckpt_dir, layers, scores, method_of(angular, method))
-    check_new(Path(out_dir), replaces=PROVENANCE if overwrite else None)
+    check_new(Path(out_dir), marker=PROVENANCE, overwrite=overwrite)
     if max_perplexity_ratio is None:
         drop = choice.layers(n_prune_layers)
     elif eval_data is None or n_prune_layers is not None:
@@ -172,13 +172,14 @@ def _convert(
 ) -> None:
 
     files = 1 if shards is None else shards
-    if source.endswith(".gguf"):
+    kind = kind_of(source)
+    if kind == "gguf":
         gguf_to_meta(source, out_dir, dtype=dtype or "float32", shards=files, **common)
-    elif not is_meta(source):
+    elif kind != "meta":
         hf_to_meta(source, out_dir, dtype=dtype, shards=files, **common)
     elif shards is not None:
         common["tokenizer_path"] = tokenizer_path
-        reshard(source, out_dir, shards=shards, dtype=dtype, **common)
+        reshard(source, out_dir, shards=shards, dtype=dtype, also=[PROVENANCE], **common)
     elif dtype is not None:
         raise ShortGPTError(
             "--dtype is for writing Meta's format; Hugging Face's keeps the source's"

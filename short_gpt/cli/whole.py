@@ -60,8 +60,8 @@ def demo(
             f"--n_prune_layers {n_prune_layers}; the model has {material.N_LAYERS} layers: "
             f"expected 1 to {material.N_LAYERS - 1}"
         )
-    out, replaces = Path(out_dir), "layers.json" if overwrite else None
-    check_new(out, replaces=replaces)
+    out = Path(out_dir)
+    check_new(out, marker="layers.json", overwrite=overwrite)
     require_matplotlib()
     short = open_short(str(material.checkpoint()), None, 1024, 1, device, None, n_prune_layers)
 
@@ -96,7 +96,7 @@ def demo(
     record |= {"result": result, "importance": short.importance.to_dict()}
     provenance = {"method": "block influence", "data": "King James Bible", "result": result}
     short.remove_layers()
-    with new_directory(out, replaces=replaces) as partial:
+    with new_directory(out, marker="layers.json", overwrite=overwrite) as partial:
         write_record(partial / "layers.json", record)
         draw(short.importance, targets_of(None, str(partial), overwrite=False), n_prune_layers)
         short.save(partial / "pruned", provenance=provenance)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
-from llama.io.files import write_json
+from llama.io.json_files import write_json
 from short_gpt.data.windows import batches
 from short_gpt.evaluation.perplexity import Perplexity, perplexity
 from short_gpt.healing.quiet import deterministic, quiet

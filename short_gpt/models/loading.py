@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llama.io.hub import hub_failure
+from llama.io.sources import is_gguf
 from short_gpt.runtime.errors import MissingPackageError, ShortGPTError
 
 # options of loading that say where files come from: the tokenizer's as well as the model's
@@ -39,7 +40,7 @@ def load(name: str, options: dict[str, Any], tokenizer: Any) -> tuple[Any, Any]:
     except ImportError:
         raise MissingPackageError('ShortHFModel needs: pip install "short-gpt[hf]"') from None
     path, gguf = Path(name), {}
-    if name.endswith(".gguf"):
+    if is_gguf(name):
         if not path.is_file():
             raise FileNotFoundError(f"GGUF file {name} does not exist")
         path, gguf = path.parent, {"gguf_file": path.name}

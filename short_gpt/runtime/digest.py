@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from torch import nn
 
@@ -39,3 +40,21 @@ def weights_digest(model: nn.Module, samples: int = 64) -> str:
 def json_digest(content: object) -> str:
     """A digest of windows, settings or whatever else JSON can hold, by its content."""
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
+def files_digest(files: Iterable[Path], samples: int = 4096) -> str:
+    """A digest of files' names and sizes and of samples spread evenly over their bytes.
+
+    Args:
+        files: in their order, which counts.
+        samples: of 1 KiB, at most so many of each file.
+    """
+    digest = hashlib.sha256()
+    for path in files:
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with open(path, "rb", buffering=0) as file:
+            for place in range(0, size, max(size // samples, 1024)):
+                file.seek(place)
+                digest.update(file.read(1024))
+    return digest.hexdigest()[:16]

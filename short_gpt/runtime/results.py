@@ -9,8 +9,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from llama.checkpoint.meta import read_json
-from llama.io.files import check_writable, write_json
+from llama.io.files import check_writable
+from llama.io.json_files import read_json, write_json
 
 PACKAGES = ("short-gpt", "torch", "fairscale", "datasets", "transformers", "numpy")
 

@@ -6,12 +6,11 @@ Shapes: B windows of a batch, S tokens, D width, L layers, V vocabulary, F feed-
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
+import psutil
 import torch
 
 from llama.args import ModelArgs
@@ -156,20 +155,10 @@ def shown(size: int, *, up: bool = False) -> str:
 
 
 def resident() -> int:
-    """Bytes of memory that this process holds; 0 where the system does not tell."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except OSError:
-        return 0
-    return pages * os.sysconf("SC_PAGE_SIZE")
+    """Bytes of memory that this process holds."""
+    return psutil.Process().memory_info().rss
 
 
 def free_memory() -> int:
-    """Bytes that the machine can still give."""
-    try:
-        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
-    except OSError:
-        found = None
-    if found is not None:
-        return int(found[1]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """Bytes that the machine can still give, without swapping."""
+    return psutil.virtual_memory().available

@@ -5,7 +5,6 @@ Shapes: V vocabulary, D width.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,9 +15,11 @@ from torch import Tensor
 from llama.checkpoint.meta import Checkpoint
 from llama.checkpoint.pth import TensorInfo
 from llama.checkpoint.sharding import LAYER_SPLITS, split_dim
-from llama.formats.hf import args_of, meta_infos, read_json
+from llama.formats.hf import args_of, meta_infos
 from llama.formats.names import HF, META, name_in, permute
 from llama.formats.safetensors import DTYPES, open_weights
+from llama.io.json_files import read_json
+from llama.io.sources import kind_of
 
 LAYER_NAMES = tuple(LAYER_SPLITS)
 
@@ -79,7 +80,7 @@ class HFSource:
         self.files = sorted({file.path for file in self._files.values()})
         tied = bool(config.get("tie_word_embeddings", False))
         self.infos: dict[str, TensorInfo] = meta_infos(
-            self.args, self._files, None, tied, self.directory
+            self.args, self._files, None, tied=tied, directory=self.directory
         )
 
     def read(self, name: str) -> Tensor:
@@ -121,18 +122,5 @@ def open_source(ckpt_dir: str | os.PathLike[str], *, max_seq_len: int) -> MetaSo
             f"{path} is no local directory; to be streamed, a Llama must be one in Meta's format "
             "or Hugging Face's with safetensors"
         )
-    hugging_face = not (path / "params.json").is_file() and (path / "config.json").is_file()
-    return (HFSource if hugging_face else MetaSource)(path, max_seq_len=max_seq_len)
-
-
-def digest(files: list[Path], samples: int = 4096) -> str:
-    """A digest of files' names and sizes and of samples spread evenly over their bytes."""
-    found = hashlib.sha256()
-    for path in files:
-        size = path.stat().st_size
-        found.update(f"{path.name} {size}".encode())
-        with open(path, "rb", buffering=0) as file:
-            for place in range(0, size, max(size // samples, 1024)):
-                file.seek(place)
-                found.update(file.read(1024))
-    return found.hexdigest()[:16]
+    source = HFSource if kind_of(path) == "hf" else MetaSource
+    return source(path, max_seq_len=max_seq_len)

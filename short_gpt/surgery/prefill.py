@@ -16,7 +16,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from llama.model import TransformerBlock, apply_rotary_emb
+from llama.model import TransformerBlock
+from llama.rope import apply_rotary_emb
 from short_gpt.models.decoder import Decoder
 from short_gpt.models.families import Family, attention_with_norm
 from short_gpt.models.layer_hooks import output_form, patched_forward
@@ -65,7 +66,7 @@ def _meta(layer: TransformerBlock) -> Callable[..., Tensor]:
             project(h).view(B, S, attention.n_local_kv_heads, attention.head_dim)
             for project in (attention.wk, attention.wv)
         )
-        attention._cached(apply_rotary_emb(k, freqs_cis), v, start_pos)
+        attention.update_cache(apply_rotary_emb(k, freqs_cis), v, start_pos)
         return x
 
     return forward

@@ -21,7 +21,7 @@ from gguf_files import write_gguf
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from llama.formats.convert import meta_to_hf
-from llama.formats.hf import with_bos
+from llama.formats.tokenizers import with_bos
 from short_gpt.models.hf import HFDecoder
 from short_gpt.opening import open_model
 from short_gpt.scoring.importance import Importance

@@ -6,7 +6,7 @@ import json
 import math
 import pickle
 import random
-import shutil
+import re
 import zipfile
 from pathlib import Path
 
@@ -20,10 +20,12 @@ from conftest import (
     write_byte_tokenizer,
 )
 
-from llama.checkpoint.meta import Checkpoint, prune
+from llama.checkpoint.meta import Checkpoint
 from llama.checkpoint.pth import Shard, TensorInfo, write_shard
-from llama.io.files import check_new, new_directory, write_json
-from llama.model import load_model
+from llama.io.files import check_new, new_directory
+from llama.io.json_files import write_json
+from llama.loading import load_model
+from short_gpt.checkpoints.meta import prune_meta as prune
 
 CPU, F32 = torch.device("cpu"), torch.float32
 TOKENS = torch.arange(3, 15)[None]
@@ -215,7 +217,9 @@ def test_pruned_checkpoint_equals_the_model_pruned_in_memory(tmp_path, checkpoin
     assert torch.equal(load(tmp_path / "out")(TOKENS), llama.model(TOKENS))
     assert json.loads((tmp_path / "out/params.json").read_text())["n_layers"] == 3
     record = json.loads((tmp_path / "out/pruning.json").read_text())
+    files = record.pop("files")
     assert record == {"removed_layers": [3, 1], "kept_layers": [0, 2, 4], "why": "test"}
+    assert files == sorted(p.name for p in (tmp_path / "out").iterdir())
     assert (tmp_path / "out/tokenizer.json").is_file()
     assert (tmp_path / "out/tokenizer_config.json").is_file()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint", "out"]
@@ -225,7 +229,7 @@ def test_pruning_twice_keeps_the_history(tmp_path, checkpoint_dir):
     prune(checkpoint_dir, tmp_path / "once", [4])
     prune(tmp_path / "once", tmp_path / "twice", [0])
     record = json.loads((tmp_path / "twice/pruning.json").read_text())
-    assert record["source_pruning"]["removed_layers"] == [4]
+    assert record["source_pruning"] == {"removed_layers": [4], "kept_layers": [0, 1, 2, 3]}
     assert Checkpoint(tmp_path / "twice").args.n_layers == 3
 
 
@@ -247,9 +251,9 @@ def test_pruning_keeps_dtype_sharding_and_ties(tmp_path, checkpoint_dir):
     ("layers", "message"),
     [
         ([5], r"layers \[5\] do not exist; the model has 0..4"),
-        ([], "expected 1 to 4 different layers"),
-        ([1, 1], "expected 1 to 4 different layers"),
-        ([0, 1, 2, 3, 4], "expected 1 to 4 different layers"),
+        ([], "number of layers to remove = 0; the model has 5 layers: expected 1 to 4"),
+        ([1, 1], r"layers \[1, 1\] name a layer twice"),
+        ([0, 1, 2, 3, 4], "number of layers to remove = 5; .*: expected 1 to 4"),
     ],
 )
 def test_pruning_bad_layers_writes_nothing(tmp_path, checkpoint_dir, layers, message):
@@ -279,19 +283,79 @@ def test_pruning_never_overwrites_its_source(tmp_path, checkpoint_dir):
     prune(checkpoint_dir, tmp_path / "out", [1])
     with pytest.raises(FileExistsError, match="holds the source"):
         prune(tmp_path / "out", tmp_path / "out", [0], overwrite=True)
-    prune(checkpoint_dir, tmp_path / "out" / "pruned", [1])
-    (tmp_path / "out" / "layers.json").write_text("{}")
-    with pytest.raises(FileExistsError, match="holds the source"):
-        check_new(tmp_path / "out", replaces="layers.json", source=tmp_path / "out" / "pruned")
-    (tmp_path / "out" / "pruned" / "mine.txt").write_text("notes")
-    with pytest.raises(FileExistsError, match=r"holds mine\.txt in pruned"):
-        check_new(tmp_path / "out", replaces="layers.json")
-    shutil.rmtree(tmp_path / "out" / "pruned")
-    (tmp_path / "out" / "layers.json").unlink()
     link = tmp_path / "link"
     link.symlink_to(tmp_path / "out", target_is_directory=True)
     with pytest.raises(FileExistsError, match="holds the source"):
         prune(tmp_path / "out", link, [0], overwrite=True)
+
+
+def demo(out: Path, source: Path, *, overwrite: bool = False) -> None:
+    """A directory with another one in it, each with its marker."""
+    with new_directory(out, marker="layers.json", overwrite=overwrite) as partial:
+        write_json(partial / "layers.json", {"layers": [1]})
+        prune(source, partial / "pruned", [1])
+
+
+def test_a_marker_lists_what_its_writer_wrote(tmp_path, checkpoint_dir):
+    out = tmp_path / "out"
+    demo(out, checkpoint_dir)
+    content = json.loads((out / "layers.json").read_text())
+    inner = json.loads((out / "pruned/pruning.json").read_text())["files"]
+    below = [f"pruned/{name}" for name in inner]
+    assert content == {"layers": [1], "files": ["layers.json", *below]}
+    assert inner == sorted(p.name for p in (out / "pruned").iterdir())
+    with pytest.raises(FileExistsError, match="out exists; choose another"):
+        check_new(out, marker="layers.json")
+    with pytest.raises(FileExistsError, match="holds the source"):
+        check_new(out, marker="layers.json", overwrite=True, source=out / "pruned")
+    demo(out, checkpoint_dir, overwrite=True)
+    with pytest.raises(FileExistsError, match=r"holds no conversion\.json"):
+        check_new(out, marker="conversion.json", overwrite=True)
+
+
+@pytest.mark.parametrize(
+    "name", ["mine.txt", "pruned/mine.txt", "README.md", "pruned/deep/mine.txt", ".hidden"]
+)
+def test_a_directory_with_anything_that_is_not_listed_stays(tmp_path, checkpoint_dir, name):
+    out = tmp_path / "out"
+    demo(out, checkpoint_dir)
+    (out / name).parent.mkdir(exist_ok=True)
+    (out / name).write_text("years of work")
+    message = rf"out exists and holds {re.escape(name)}, which its layers\.json does not list"
+    with pytest.raises(FileExistsError, match=message):
+        demo(out, checkpoint_dir, overwrite=True)
+    assert (out / name).read_text() == "years of work"
+
+
+def test_links_and_empty_folders_are_somebodys_too(tmp_path, checkpoint_dir):
+    out = tmp_path / "out"
+    demo(out, checkpoint_dir)
+    (out / "pruned" / "empty").mkdir()
+    with pytest.raises(FileExistsError, match="holds pruned/empty, which"):
+        check_new(out, marker="layers.json", overwrite=True)
+    (out / "pruned" / "empty").rmdir()
+    (out / "link").symlink_to(tmp_path, target_is_directory=True)
+    with pytest.raises(FileExistsError, match="holds link, which"):
+        check_new(out, marker="layers.json", overwrite=True)
+
+
+def test_what_an_earlier_version_wrote_is_refused_by_name(tmp_path, checkpoint_dir):
+    prune(checkpoint_dir, tmp_path / "out", [1])
+    path = tmp_path / "out" / "pruning.json"
+    content = json.loads(path.read_text())
+    del content["files"]
+    path.write_text(json.dumps(content))
+    message = r"its pruning\.json does not list what was written.*delete it or choose another"
+    with pytest.raises(FileExistsError, match=message):
+        prune(checkpoint_dir, tmp_path / "out", [1], overwrite=True)
+    assert json.loads(path.read_text()) == content
+
+
+def test_a_marker_that_was_not_written_is_told(tmp_path):
+    missing = pytest.raises(FileNotFoundError, match=r"has no conversion\.json")
+    with missing, new_directory(tmp_path / "out", marker="conversion.json") as partial:
+        (partial / "file").write_text("whole")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_link_is_followed_and_a_failed_swap_leaves_the_old(tmp_path, checkpoint_dir, monkeypatch):

@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 from llama import Tokenizer
 from llama.checkpoint.meta import Checkpoint
 from llama.formats.convert import gguf_to_meta, hf_to_meta, meta_to_hf
-from llama.formats.hf import write_tokenizer
 from llama.formats.names import HF, META, name_in, permute
 from llama.formats.safetensors import SafetensorsFile, open_weights
+from llama.formats.tokenizers import write_tokenizer
 from llama.io.hub import hub_failure, resolve
-from llama.model import load_model
+from llama.loading import load_model
 
 pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
 VOCAB = 258
@@ -302,7 +302,7 @@ def test_a_gguf_without_output_is_tied(tmp_path, gguf_model):
 
 
 def test_gguf_rope_factors(tmp_path):
-    from llama.model import rope_frequencies
+    from llama.rope import rope_frequencies
 
     model = make_transformer(vocab_size=VOCAB, rope_theta=500000.0, dim=64)
     hd = model.params.head_dim

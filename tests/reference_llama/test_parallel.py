@@ -116,8 +116,10 @@ def test_a_model_can_be_made_without_any_setting_up():
 
 def test_a_fresh_process_prints_nothing_and_leaves_no_defaults(tmp_path):
     code = (
-        "import torch; from llama.parallel import initialize; import sys; out = sys.stdout\n"
+        "import torch; from llama.parallel import initialize; import os, sys; out = sys.stdout\n"
+        "before = dict(os.environ)\n"
         "initialize(device=torch.device('cpu'))\n"
+        "assert dict(os.environ) == before\n"
         "assert sys.stdout is out and torch.get_default_dtype() == torch.float32\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

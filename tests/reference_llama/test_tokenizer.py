@@ -13,8 +13,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from llama.formats.tokenizers import GPT2_PATTERN, tokenizer_json
 from llama.tokenizer import (
-    GPT2_PATTERN,
     LLAMA3_PATTERN,
     MAX_CHARS,
     MAX_RUN,
@@ -22,7 +22,6 @@ from llama.tokenizer import (
     _chunks,
     find_tokenizer,
     llama3_special_tokens,
-    tokenizer_json,
 )
 
 # SWIG's types, on which sentencepiece is built, lack __module__ for Python 3.12 and on.
@@ -415,8 +414,8 @@ def test_absent_bos_or_eos(tmp_path: Path, key: str) -> None:
 @pytest.mark.parametrize(
     ("config", "match"),
     [
-        (b'{"bos_token": "<', r"tokenizer_config.json is no JSON object: Unterminated"),
-        (b'"bos"', r"tokenizer_config.json is no JSON object"),
+        (b'{"bos_token": "<', r"tokenizer_config.json is not JSON: Unterminated"),
+        (b'"bos"', r"tokenizer_config.json must hold one JSON object, got a str"),
         (b'{"bos_token": "<x>"}', r"names a token '<x>', which .*tokenizer.json lacks"),
     ],
 )

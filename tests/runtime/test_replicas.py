@@ -28,7 +28,7 @@ from conftest import (
 from llama import Llama
 from llama.checkpoint.meta import Checkpoint
 from llama.checkpoint.reshard import reshard
-from llama.model import load_model
+from llama.loading import load_model
 from short_gpt import ShortLlama
 from short_gpt.cli.app import main
 from short_gpt.runtime.abort import lost
@@ -48,7 +48,7 @@ from types import SimpleNamespace as Space
 from fairscale.nn.model_parallel import initialize as groups
 from llama import Llama
 from llama.checkpoint.meta import Checkpoint
-from llama.model import load_model
+from llama.loading import load_model
 from llama.parallel import initialize
 from short_gpt import ShortLlama
 from short_gpt.runtime import replicas

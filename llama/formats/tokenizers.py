@@ -1,0 +1,237 @@
+"""Tokenizers from one format to another: Llama 3's ranks and GGUF's vocabulary to tokenizer.json.
+
+transformers has converters too. They were tried (5.24, 97 passages, vocabulary of 3,000): its
+``TikTokenConverter`` gives the same merges and ids as `_llama3_json`, and its
+``convert_gguf_tokenizer`` the same ids as `tokenizer_json`. Our own stay for three reasons: those
+are internal (the second moved between 4.57 and 5.24, the first renamed an argument), they would
+make converting a Llama need all of transformers, and theirs takes an unknown pre-tokenizer for
+GPT-2's without a word, where this one refuses it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from llama.checkpoint.meta import copy_tokenizer
+from llama.errors import InputError
+from llama.io.json_files import JsonObject, write_json
+from llama.tokenizer import (
+    LLAMA3_PATTERN,
+    N_SPECIAL,
+    Tokenizer,
+    holds_json,
+    llama3_special_tokens,
+    read_ranks,
+)
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as FastTokenizer
+
+GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# By GGUF's names. SmolLM2 was trained with a cut around every digit too, which transformers drops
+# for a GGUF: digits stay single, as no merge joins them, but "\n\n1" loses the token "\n\n".
+PRE_TOKENIZERS = {"gpt-2": GPT2_PATTERN, "smollm": GPT2_PATTERN, "llama-bpe": LLAMA3_PATTERN}
+NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # types of tokens in llama.cpp's table
+
+LLAMA2_CONFIG: dict[str, object] = {
+    "bos_token": "<s>",
+    "eos_token": "</s>",
+    "unk_token": "<unk>",
+    "add_bos_token": True,
+    "add_eos_token": False,
+    "legacy": True,
+    "tokenizer_class": "LlamaTokenizer",
+}
+LLAMA3_CONFIG: dict[str, object] = {
+    "bos_token": "<|begin_of_text|>",
+    "eos_token": "<|end_of_text|>",
+    "add_bos_token": True,
+    "tokenizer_class": "PreTrainedTokenizerFast",
+}
+
+
+class Fields(Protocol):
+    """A GGUF file's metadata by key, as `gguf.GGUFFile` reads it."""
+
+    path: Path
+
+    def get(self, key: str, default: Any = None) -> Any: ...
+
+    def need(self, key: str) -> Any: ...
+
+
+def find_hf_tokenizer(directory: Path) -> Path:
+    """The tokenizer file of a Hugging Face directory; FileNotFoundError if there is none."""
+    for name in ("tokenizer.json", "tokenizer.model"):
+        if (directory / name).is_file():
+            return directory / name
+    raise FileNotFoundError(f"{directory} has neither tokenizer.json nor tokenizer.model")
+
+
+def write_tokenizer(source: Path, target: Path) -> None:
+    """Writes a Meta checkpoint's tokenizer for transformers.
+
+    ``tokenizer.json`` and SentencePiece files are copied, with a configuration for the latter;
+    Llama 3's ranks become a ``tokenizer.json`` with the same ids.
+
+    Args:
+        source: the tokenizer file.
+        target: an existing directory.
+    """
+    llama2, is_json = Tokenizer(source).dialog_format == "llama2", holds_json(source)
+    if is_json or llama2:
+        copy_tokenizer(source, target)
+    else:
+        (target / "tokenizer.json").write_text(_llama3_json(source), encoding="utf-8")
+    if not is_json and not (target / "tokenizer_config.json").is_file():
+        config = LLAMA2_CONFIG if llama2 else LLAMA3_CONFIG
+        write_json(target / "tokenizer_config.json", config)
+
+
+def _llama3_json(path: Path) -> str:
+    """The ``tokenizer.json`` of a file of ranks: every pair that makes a token is a merge."""
+    ranks = read_ranks(path, path.read_bytes())
+    merges: list[str] = []
+    for token in ranks:
+        cuts = [(token[:i], token[i:]) for i in range(1, len(token))]
+        pairs = [(ranks[a], ranks[b], a, b) for a, b in cuts if a in ranks and b in ranks]
+        merges += [f"{_spell(a)} {_spell(b)}" for _, _, a, b in sorted(pairs)]
+    special = {i: name for name, i in llama3_special_tokens(len(ranks)).items()}  # 3.1's names
+    names = [special[len(ranks) + i] for i in range(N_SPECIAL)]
+    types = [NORMAL] * len(ranks) + [CONTROL] * N_SPECIAL
+    text = tokenizer_json([*map(_spell, ranks), *names], types, merges, pre="llama-bpe")
+    return with_bos(text, names[0], len(ranks))
+
+
+def with_bos(text: str, bos: str, number: int) -> str:
+    """A ``tokenizer.json`` by which transformers puts bos in front.
+
+    Args:
+        text: the content of the file.
+        bos: the token.
+        number: its id.
+    """
+    from tokenizers import Tokenizer as FastTokenizer
+    from tokenizers import processors
+
+    fast = FastTokenizer.from_str(text)
+    fast.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, number)]
+    )
+    return fast.to_str()
+
+
+def _byte_alphabet() -> dict[int, str]:
+    """GPT-2's printable stand-ins of the 256 bytes."""
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [byte for byte in range(256) if byte not in shown]
+    return {b: chr(b) for b in shown} | {b: chr(256 + i) for i, b in enumerate(hidden)}
+
+
+ALPHABET = _byte_alphabet()
+
+
+def _spell(token: bytes) -> str:
+    return "".join(ALPHABET[byte] for byte in token)
+
+
+def tokenizer_json(
+    tokens: Sequence[str], token_types: Sequence[int], merges: Sequence[str], pre: str
+) -> str:
+    """The text of a ``tokenizer.json`` for a byte-level BPE vocabulary as GGUF files hold it.
+
+    It tokenizes as transformers does on the GGUF, but for one thing: with ``"llama-bpe"`` a whole
+    word in the vocabulary precedes merges, as in Llama 3's own tokenizer.
+
+    Args:
+        tokens: V distinct tokens in GPT-2's byte alphabet (``tokenizer.ggml.tokens``).
+        token_types: V numbers; 3 makes a token special, 4 one that is matched whole in texts.
+        merges: ``"left right"``, the first to apply first.
+        pre: name of the pre-tokenizer (``tokenizer.ggml.pre``), a key of `PRE_TOKENIZERS`.
+
+    Raises:
+        InputError: ``pre`` is unknown, or tokens, types and merges do not fit together.
+    """
+    from tokenizers import AddedToken
+
+    if pre not in PRE_TOKENIZERS:
+        raise InputError(f"unknown pre-tokenizer {pre!r}; known are {sorted(PRE_TOKENIZERS)}")
+    alphabet = set(ALPHABET.values())
+    whole = {t for t in tokens if set(t) <= alphabet}
+    model = _byte_level_bpe(_vocabulary(tokens, whole, token_types, merges), merges, pre)
+    typed = [(t, kind) for t, kind in zip(tokens, token_types, strict=True) if t in whole]
+    model.add_special_tokens([t for t, kind in typed if kind == CONTROL])
+    model.add_tokens([AddedToken(t, normalized=False) for t, k in typed if k == USER_DEFINED])
+    return model.to_str()
+
+
+def _vocabulary(
+    tokens: Sequence[str], whole: set[str], token_types: Sequence[int], merges: Sequence[str]
+) -> dict[str, int]:
+    """Ids by token; InputError unless types and merges fit them.
+
+    As in transformers: tokens outside of the alphabet are spelled bytewise and, special or not,
+    never matched whole.
+    """
+    vocab = {t if t in whole else _spell(t.encode()): i for i, t in enumerate(tokens)}
+    pairs = _pairs(merges)
+    misfits = [pair for pair in pairs if not {*pair, "".join(pair)} <= vocab.keys()][:1]
+    if misfits or not len(tokens) == len(vocab) == len(token_types):
+        counts = f"{len(tokens)} tokens, {len(vocab)} distinct, and {len(token_types)} types"
+        raise InputError(f"expected one type a token, got {counts}; wrong merges: {misfits}")
+    return vocab
+
+
+def _pairs(merges: Sequence[str]) -> list[tuple[str, str]]:
+    return [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
+
+
+def _byte_level_bpe(vocab: dict[str, int], merges: Sequence[str], pre: str) -> FastTokenizer:
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    model = Tokenizer(models.BPE(vocab, _pairs(merges), ignore_merges=pre == "llama-bpe"))
+    split = pre_tokenizers.Split(Regex(PRE_TOKENIZERS[pre]), behavior="isolated")
+    spell = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    model.pre_tokenizer = pre_tokenizers.Sequence([split, spell])
+    model.decoder = decoders.ByteLevel()
+    return model
+
+
+def gguf_tokenizer(source: Fields) -> tuple[str, JsonObject]:
+    """A GGUF file's tokenizer: the text of ``tokenizer.json``, and ``tokenizer_config.json``.
+
+    Args:
+        source: the file's metadata.
+
+    Raises:
+        InputError: a key is missing, or the tokenizer is of another kind than byte-level BPE.
+    """
+    kind = source.need("tokenizer.ggml.model")
+    if kind != "gpt2":
+        raise InputError(
+            f"{source.path} has a tokenizer of kind {kind!r}; only byte-level BPE ('gpt2') "
+            "can be converted"
+        )
+    tokens, pre = source.need("tokenizer.ggml.tokens"), source.get("tokenizer.ggml.pre", "default")
+    types = source.need("tokenizer.ggml.token_type")
+    text = tokenizer_json(tokens, types, source.need("tokenizer.ggml.merges"), pre)
+    # llama.cpp's defaults where the file is silent: Llama 3 begins with bos, others do not
+    add_bos = bool(source.get("tokenizer.ggml.add_bos_token", pre == "llama-bpe"))
+    bos = source.get("tokenizer.ggml.bos_token_id")
+    if add_bos and bos is not None:
+        text = with_bos(text, tokens[bos], bos)
+    config = {"add_bos_token": add_bos, **_named_tokens(source, tokens)}
+    return text, {**config, "tokenizer_class": "PreTrainedTokenizerFast"}
+
+
+def _named_tokens(source: Fields, tokens: Sequence[str]) -> Mapping[str, str]:
+    """What ``tokenizer_config.json`` says of single tokens, and the template of chats."""
+    config: dict[str, str] = {}
+    for name, key in (("bos", "bos"), ("eos", "eos"), ("unknown", "unk"), ("padding", "pad")):
+        number = source.get(f"tokenizer.ggml.{name}_token_id")
+        if number is not None:
+            config[f"{key}_token"] = str(tokens[number])
+    template = source.get("tokenizer.chat_template")
+    return config if template is None else {**config, "chat_template": str(template)}

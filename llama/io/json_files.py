@@ -1,0 +1,59 @@
+"""JSON files that hold one object: the one reader and the one writer."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llama.errors import InputError
+
+JsonObject = dict[str, Any]  # what a file holds is known only once it is looked at
+
+
+def read_json(path: Path) -> JsonObject:
+    """The JSON object in a file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        InputError: it holds no JSON, or not one object.
+
+    Example:
+        >>> read_json(Path("llama-2-7b/params.json"))["n_layers"]  # doctest: +SKIP
+        32
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.parent} has no {path.name}")
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path} must hold one JSON object, got a {type(content).__name__}")
+    return content
+
+
+def write_json(path: Path, content: Mapping[str, object]) -> None:
+    """Writes an object as JSON, lists of numbers on one line.
+
+    Numbers keep their last digit; NaN and infinities, which JSON lacks, become null.
+    """
+    path.write_text(_json(content, "\n") + "\n", encoding="utf-8")
+
+
+def _json(value: object, line: str) -> str:
+    """``line`` is the line break with the indentation of the place."""
+    inner = line + " "
+    if isinstance(value, Mapping):
+        items = [f"{json.dumps(str(k))}: {_json(v, inner)}" for k, v in value.items()]
+        return "{" + inner + ("," + inner).join(items) + line + "}" if items else "{}"
+    if isinstance(value, list | tuple):
+        items = [_json(v, inner) for v in value]
+        if any(isinstance(v, Mapping | list | tuple) for v in value):
+            return "[" + inner + ("," + inner).join(items) + line + "]"
+        return "[" + ", ".join(items) + "]"
+    if isinstance(value, float) and not math.isfinite(value):
+        return "null"
+    return json.dumps(value)

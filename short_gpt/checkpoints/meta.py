@@ -1,0 +1,102 @@
+"""A Meta checkpoint directory without some layers, written tensor by tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+
+from torch import Tensor
+
+from llama.checkpoint.meta import (
+    CONVERSION,
+    LAYER_NAME,
+    Checkpoint,
+    check_vocabulary,
+    copy_records,
+    copy_tokenizer,
+)
+from llama.checkpoint.pth import Shard, write_shard
+from llama.io.files import check_new, new_directory
+from llama.io.json_files import write_json
+from llama.tokenizer import Tokenizer, find_tokenizer
+from short_gpt.checkpoints.card import write_provenance
+from short_gpt.checkpoints.provenance import PROVENANCE, Provenance
+from short_gpt.models.numbering import check_layers
+
+
+def prune_meta(
+    ckpt_dir: str | PathLike[str],
+    out_dir: str | PathLike[str],
+    layers: Sequence[int],
+    *,
+    tokenizer_path: str | PathLike[str] | None = None,
+    provenance: Provenance | None = None,
+    overwrite: bool = False,
+    progress: Callable[[str], object] = str,
+) -> Path:
+    """Writes the checkpoint without some layers, tensor by tensor, with the same sharding.
+
+    The tensors' bytes are copied, so the result equals the model pruned in memory bit for bit.
+    Memory is bounded by the largest tensor.
+
+    Args:
+        ckpt_dir: the source.
+        out_dir: the new directory; appears whole or not at all.
+        layers: numbers of the layers to leave out.
+        tokenizer_path: copied along; None looks beside the source.
+        provenance: what is known beside what is removed; goes into ``pruning.json`` with that.
+        overwrite: whether an existing pruned checkpoint is replaced; nothing else ever is.
+        progress: called with every tensor's name before it is written.
+
+    Returns:
+        ``out_dir``.
+
+    Raises:
+        ShortGPTError: a layer does not exist or is named twice, or none or all would go.
+        FileExistsError: ``out_dir`` exists, or with ``overwrite`` holds the source or other files.
+        FileNotFoundError: there is no tokenizer.
+    """
+    source, out = Checkpoint(ckpt_dir), Path(str(out_dir))
+    numbers = range(source.args.n_layers)
+    check_layers(layers, numbers)
+    keep = [i for i in numbers if i not in set(layers)]
+    tokenizer = Path(str(tokenizer_path)) if tokenizer_path else find_tokenizer(source.directory)
+    check_vocabulary(source, Tokenizer(tokenizer), tokenizer)
+    record = (provenance or Provenance()).cut(ckpt_dir, removed=layers, kept=keep)
+    check_new(out, marker=PROVENANCE, overwrite=overwrite, source=source.directory)
+    with new_directory(out, marker=PROVENANCE, overwrite=overwrite) as partial:
+        _write_shards(source, partial, keep, progress)
+        params = {**source.params.get("model", source.params), "n_layers": len(keep)}
+        write_json(partial / "params.json", params)
+        copy_tokenizer(tokenizer, partial)
+        copy_records(source.directory, partial, [CONVERSION])
+        write_provenance(partial, record, card=False)
+    return out
+
+
+def _write_shards(
+    source: Checkpoint, partial: Path, keep: Sequence[int], progress: Callable[[str], object]
+) -> None:
+    """Each of the source's files without the removed layers, under its own name."""
+    new_number = {str(old): new for new, old in enumerate(keep)}
+    for shard in source.shards:
+        _write_shard(shard, partial / shard.path.name, new_number, progress)
+
+
+def _write_shard(
+    shard: Shard, path: Path, new_number: Mapping[str, int], progress: Callable[[str], object]
+) -> None:
+    old_name: dict[str, str] = {}
+    for name in shard.infos:
+        match = LAYER_NAME.fullmatch(name)
+        if match is None:  # of no layer: embedding, last norm, output head
+            old_name[name] = name
+        elif match[1] in new_number:
+            old_name[f"layers.{new_number[match[1]]}.{match[2]}"] = name
+
+    def read(name: str) -> Tensor:
+        progress(name)
+        return shard.read(old_name[name])
+
+    write_shard(path, {new: shard.infos[old] for new, old in old_name.items()}, read)

@@ -1,0 +1,95 @@
+"""What a source is, JSON files, and the package's own borders."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import llama
+from llama.io import is_gguf, is_meta, kind_of, read_json
+
+
+@pytest.fixture
+def places(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("meta/params.json", "hf/config.json", "both/params.json", "both/config.json"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text("{}")
+    Path("empty").mkdir()
+    Path("folder.gguf").mkdir()
+    Path("folder.gguf/config.json").write_text("{}")
+    Path("a.gguf").write_bytes(b"GGUF")
+    Path("a.txt").write_text("text")
+
+
+@pytest.mark.parametrize(
+    ("source", "kind"),
+    [
+        ("meta", "meta"),
+        ("both", "meta"),
+        ("./hf/", "hf"),
+        ("folder.gguf", "hf"),
+        ("a.gguf", "gguf"),
+        ("owner/name", "hub"),
+    ],
+)
+def test_what_a_source_is(places, source, kind):
+    assert kind_of(source) == kind_of(Path(source)) == kind
+    assert is_meta(source) == (kind == "meta") and is_gguf(source) == (kind == "gguf")
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("empty", r"empty has no params\.json .* and no config\.json"),
+        ("a.txt", r"a\.txt is a file; expected a checkpoint directory or \.gguf"),
+        ("no.gguf", r"GGUF file no\.gguf does not exist"),
+        ("owner/no.gguf", r"GGUF file owner/no\.gguf does not exist"),
+        ("typo", "checkpoint directory typo does not exist"),
+        ("./owner/name", "does not exist"),
+        ("/owner/name", "does not exist"),
+        ("~/name", "does not exist"),
+        ("a/b/c", "does not exist"),
+    ],
+)
+def test_what_is_no_source(places, source, message):
+    with pytest.raises(FileNotFoundError, match=message):
+        kind_of(source)
+
+
+def test_json_is_one_object_or_refused(tmp_path):
+    path = tmp_path / "x.json"
+    with pytest.raises(FileNotFoundError, match=r"has no x\.json"):
+        read_json(path)
+    for text, message in (
+        ("{", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
+        ("[[1, 2]]", "must hold one JSON object, got a list"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            read_json(path)
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="is not JSON"):
+        read_json(path)
+    path.write_bytes(b'\xef\xbb\xbf{"a": 1}')  # as editors of Windows write it
+    assert read_json(path) == {"a": 1}
+
+
+def test_the_package_knows_nothing_of_short_gpt():
+    names = ["pruning.json", "layers.json", "block_influence", "angular.png", "README.md"]
+    for path in Path(llama.__file__).parent.rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert not [name for name in names if name in text], path
+        tree = ast.walk(ast.parse(text))
+        modules = [node.module or "" for node in tree if isinstance(node, ast.ImportFrom)]
+        assert not [name for name in modules if name.startswith("short_gpt")], path
+
+
+def test_no_module_uses_a_private_name_of_another():
+    for path in Path(llama.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and str(node.module).startswith("llama"):
+                assert not [a.name for a in node.names if a.name.startswith("_")], path
