@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from short_gpt.cli.shared import say
 from short_gpt.data.disjoint import SPAN, check_disjoint, hold_out, overlapping
 from short_gpt.data.texts import read_texts, texts
 from short_gpt.data.windows import windows
@@ -19,6 +18,7 @@ class Learning:
     training: list[list[int]]
     validation: list[list[int]]  # of lora
     evaluation: list[list[int]]
+    left_out: str | None = None  # what was left out of training, in words
 
 
 @dataclass(frozen=True)
@@ -56,17 +56,23 @@ class Source:
         evaluation = cut(held, eval_windows)
         chosen = cut(training, limit)
         drop = self.eval_data is None if drop_overlap is None else drop_overlap
-        chosen = _apart(chosen, evaluation, min(SPAN, size), drop=drop)
+        notes: list[str] = []
+        chosen = _apart(chosen, evaluation, min(SPAN, size), notes, drop=drop)
         if not lora:
-            return Learning(chosen, [], evaluation)
+            return Learning(chosen, [], evaluation, "\n".join(notes) or None)
         count = max(1, min(len(chosen) // 10, 16))
         validation = chosen[-count:]
-        chosen = _apart(chosen[:-count], validation, min(SPAN, size), drop=True)
-        return Learning(chosen, validation, evaluation)
+        chosen = _apart(chosen[:-count], validation, min(SPAN, size), notes, drop=True)
+        return Learning(chosen, validation, evaluation, "\n".join(notes) or None)
 
 
 def _apart(
-    training: list[list[int]], others: list[list[int]], span: int, *, drop: bool
+    training: list[list[int]],
+    others: list[list[int]],
+    span: int,
+    notes: list[str],
+    *,
+    drop: bool,
 ) -> list[list[int]]:
     """The windows that share no text with the others."""
     if not drop:
@@ -80,5 +86,6 @@ def _apart(
             "them: give other texts, or more"
         )
     if shared:
-        say(f"left out {len(shared)} of {len(training)} windows: text kept apart from learning")
+        count = f"{len(shared)} of {len(training)} windows"
+        notes.append(f"left out {count}: text kept apart from learning")
     return kept

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from pathlib import Path
 
@@ -11,6 +10,10 @@ from conftest import BYTE_VOCAB, make_transformer, save_checkpoint, write_byte_t
 
 from short_gpt.cli.app import main
 from short_gpt.healing import lora as healing
+from short_gpt.jobs import LoraSettings, Opening, Saving, Shares, Tasks, TextSource
+from short_gpt.jobs.compare import identity_of_comparison
+from short_gpt.jobs.compare_lora import LoraHealer
+from short_gpt.runtime.state import StateFile
 
 WORDS = ("alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta")
 
@@ -75,7 +78,7 @@ def test_interrupted_in_training_it_continues_there(here, monkeypatch):
         if not resume:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(healing, "heal", interrupted)
+    monkeypatch.setattr("short_gpt.jobs.compare_lora.heal", interrupted)
     with pytest.raises(SystemExit):
         main([*COMMON, *options, "--out", "c.json"])
     assert any(Path().glob("c.json.state.lora-*/checkpoint-*"))
@@ -97,25 +100,24 @@ def test_lora_with_a_tokenizer_elsewhere_and_texts_that_repeat_themselves(here, 
 
 
 def test_a_state_with_other_tasks_is_refused(tmp_path):
-    from short_gpt.cli import comparison
-
-    class Layers:
+    class Model:
         weights_digest = staticmethod(lambda: "a digest")
 
-    given = dict.fromkeys(inspect.signature(comparison.compare).parameters)
-    path = str(tmp_path / "state")
-    state = comparison._state(Layers, path, None, {**given, "tasks": "one"})
-    assert state is not None
-    state.save({"cells": {}})
+    def state(tasks: str) -> StateFile | None:
+        settings = (LoraSettings(), Tasks(tasks), Opening())
+        identity = identity_of_comparison(Model, TextSource(), Shares(), settings)
+        return Saving(str(tmp_path / "state")).file(identity)
+
+    first = state("one")
+    assert first is not None
+    first.save({"cells": {}})
     with pytest.raises(ValueError, match="a run with another tasks: 'one', now 'two'"):
-        comparison._state(Layers, path, None, {**given, "tasks": "two"})
+        state("two")
 
 
 def test_lora_refuses_a_file_before_anything_is_measured():
-    from short_gpt.cli import comparison
-
     with pytest.raises(ValueError, match="checkpoint directories, not .*convert it first"):
-        comparison._lora(__file__, [], [], lambda *_: [], {}, None)
+        LoraHealer(__file__, [], [], Shares(), LoraSettings(), Opening()).check(None)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +145,7 @@ def test_lora_refuses_a_file_before_anything_is_measured():
             ],
             "lora needs two windows of 700 tokens or more, one of them to validate on",
         ),
-        (["--counts", "2,5"], "--n_prune_layers 5; the model has 5 layers"),
+        (["--counts", "2,5"], "n = 5; the model has 5 layers"),
         (["--eval_data", "books"], "share text with the windows to evaluate on"),
     ],
 )
