@@ -232,10 +232,10 @@ def typed(command: Command) -> Command:
             own[group] = replace(default, **part)
         return command(**own)
 
-    kind, empty = inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.empty
+    empty = inspect.Parameter.empty
     parameters = [
         inspect.Parameter(
-            f.name, kind, default=inspect.Parameter.empty if f.required else f.default
+            f.name, inspect.Parameter.KEYWORD_ONLY, default=empty if f.required else f.default
         )
         for f in flags.values()
     ]

@@ -22,9 +22,9 @@ def heal(
 ) -> None:
     """Removes layers and brings quality back, by a patch or by LoRA.
 
-    The patch is a closed form: it takes minutes and one pass over the windows. LoRA also heals a model whose layers
-    are already removed; a Meta checkpoint goes to Hugging Face's format and back. No text that is
-    evaluated on is learned from.
+    The patch is a closed form: it takes minutes and one pass over the windows. LoRA also heals a
+    model whose layers are already removed; a Meta checkpoint goes to Hugging Face's format and
+    back. No text that is evaluated on is learned from.
 
     Example: short-gpt heal llama-2-7b llama-2-5b --scores ranking.json --n 9
 

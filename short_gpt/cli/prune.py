@@ -19,8 +19,8 @@ def prune(
 ) -> None:
     """Writes a checkpoint without some layers, in either format.
 
-    The model is not loaded for that, but read tensor by tensor: memory is bounded by the largest tensor. With --verify yes,
-    source and result are then loaded, one after the other, and compared.
+    The model is not loaded for that, but read tensor by tensor: memory is bounded by the largest
+    one. With --verify yes, source and result are then loaded, one after the other, and compared.
 
     Example: short-gpt prune llama-2-7b llama-2-5b --scores ranking.json --n 9
 

@@ -37,8 +37,9 @@ def reproduce(
 ) -> None:
     """Runs the paper's protocol and shows the paper's list beside it.
 
-    The ShortGPT paper's, that is: PG-19 validation in windows of 1024 tokens, 256 apart; lowest Block Influence; as many layers
-    as the paper's Table 9 removes. Llama-2-7B: [27, 26, 25, 28, 24, 29, 23, 21, 22].
+    ShortGPT's (arXiv:2403.03853): PG-19 validation in windows of 1024 tokens, 256 apart; lowest
+    Block Influence; as many layers as the paper's Table 9 removes. Llama-2-7B: [27, 26, 25, 28,
+    24, 29, 23, 21, 22].
 
     Example: short-gpt reproduce llama-2-7b
 

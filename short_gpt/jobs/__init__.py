@@ -14,17 +14,17 @@ from short_gpt.jobs.choice import (
     chosen,
     read_scores,
 )
-from short_gpt.jobs.compare import Compared, compare, compare_checkpoint
-from short_gpt.jobs.compare_lora import LoraSettings
-from short_gpt.jobs.convert import convert
-from short_gpt.jobs.demo import Demo, DemoRun, run_demo
-from short_gpt.jobs.evaluate import FewShotTasks, Reading, Tasks, evaluate, perplexity_of
-from short_gpt.jobs.heal import Healing, heal
-from short_gpt.jobs.heal_settings import Learned, Settings
+from short_gpt.jobs.comparison import Compared, compare, compare_checkpoint
+from short_gpt.jobs.conversion import convert
+from short_gpt.jobs.demonstration import Demo, DemoRun, run_demo
+from short_gpt.jobs.evaluation import FewShotTasks, Reading, Tasks, evaluate, perplexity_of
+from short_gpt.jobs.healing import Healing, heal
+from short_gpt.jobs.healing_settings import Learned, Settings
 from short_gpt.jobs.inputs import Cut, Opening, Running, Scoring, StridedCut, TextSource
-from short_gpt.jobs.prune import Pruned, Written, prune, prune_by
-from short_gpt.jobs.rank import Answer, Ranking, rank
-from short_gpt.jobs.reproduce import Reproduced, reproduce
+from short_gpt.jobs.lora_comparison import LoraSettings
+from short_gpt.jobs.pruning import Pruned, Written, prune, prune_by
+from short_gpt.jobs.ranking import Answer, Ranking, rank
+from short_gpt.jobs.reproduction import Reproduced, reproduce
 from short_gpt.jobs.saving import Saving, TimedSaving
 
 __all__ = [

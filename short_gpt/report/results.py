@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from short_gpt.jobs.demo import Demo
-from short_gpt.jobs.heal import Healing
-from short_gpt.jobs.prune import Pruned
-from short_gpt.jobs.rank import Ranking
+from short_gpt.jobs.demonstration import Demo
+from short_gpt.jobs.healing import Healing
+from short_gpt.jobs.pruning import Pruned
+from short_gpt.jobs.ranking import Ranking
 from short_gpt.report.tables import perplexities, ranking, search, sublayers
 
 

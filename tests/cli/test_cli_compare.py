@@ -11,8 +11,8 @@ from conftest import BYTE_VOCAB, make_transformer, save_checkpoint, write_byte_t
 from short_gpt.cli.app import main
 from short_gpt.healing import lora as healing
 from short_gpt.jobs import LoraSettings, Opening, Saving, Shares, Tasks, TextSource
-from short_gpt.jobs.compare import identity_of_comparison
-from short_gpt.jobs.compare_lora import LoraHealer
+from short_gpt.jobs.comparison import identity_of_comparison
+from short_gpt.jobs.lora_comparison import LoraHealer
 from short_gpt.runtime.state import StateFile
 
 WORDS = ("alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta")
@@ -78,7 +78,7 @@ def test_interrupted_in_training_it_continues_there(here, monkeypatch):
         if not resume:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("short_gpt.jobs.compare_lora.heal", interrupted)
+    monkeypatch.setattr("short_gpt.jobs.lora_comparison.heal", interrupted)
     with pytest.raises(SystemExit):
         main([*COMMON, *options, "--out", "c.json"])
     assert any(Path().glob("c.json.state.lora-*/checkpoint-*"))

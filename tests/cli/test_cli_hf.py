@@ -163,7 +163,7 @@ def test_what_fails_the_proof_is_not_left_behind(here, capsys, monkeypatch, kind
     def differ(*_, **__):
         raise kind("logits differ")
 
-    monkeypatch.setattr("short_gpt.jobs.prune.same_model", differ)
+    monkeypatch.setattr("short_gpt.jobs.pruning.same_model", differ)
     with pytest.raises((kind, SystemExit)):
         run("prune", "hf", "x", *CUT, "--recipe", "r.yaml")
     assert not Path("x").exists() and not Path("r.yaml").exists()

@@ -10,9 +10,9 @@ from short_gpt.data import demo
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.experiments.comparison import LORA, Comparison, Row
 from short_gpt.jobs.cases import Cases, Shares, Windows
-from short_gpt.jobs.compare_lora import LoraHealer, LoraSettings
-from short_gpt.jobs.evaluate import Tasks
+from short_gpt.jobs.evaluation import Tasks
 from short_gpt.jobs.inputs import Cut, Opening, TextSource, check_model, source_of
+from short_gpt.jobs.lora_comparison import LoraHealer, LoraSettings
 from short_gpt.jobs.saving import Saving, interruptible
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.state import StateFile

@@ -21,7 +21,7 @@ from short_gpt.healing.lora import heal as heal_lora
 from short_gpt.healing.recipe import Recipe
 from short_gpt.healing.texts import Learning, Source
 from short_gpt.jobs.choice import Choice, Chosen, chosen
-from short_gpt.jobs.heal_settings import Learned, Settings
+from short_gpt.jobs.healing_settings import Learned, Settings
 from short_gpt.jobs.inputs import Cut, Opening, TextSource, check_model, source_of
 from short_gpt.jobs.saving import interruptible
 from short_gpt.runtime.errors import ShortGPTError
