@@ -47,6 +47,9 @@ def open_model(
     Raises:
         OSError, ShortGPTError: as those of ``Llama.build`` or ``from_pretrained``; or the size
             does not fit.
+
+    Example:
+        >>> short = open_model("llama-2-7b", n_prune_layers=9)  # doctest: +SKIP
     """
     if is_meta(source):
         tokenizer = tokenizer_path or find_tokenizer(source)

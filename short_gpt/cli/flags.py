@@ -224,23 +224,29 @@ def typed(command: Command) -> Command:
 
     @wraps(command)
     def checked(**given: object) -> None:
-        values = {name: _as(flags[name], value) for name, value in given.items()}
-        own = {name: value for name, value in values.items() if flags[name].group is None}
-        for group in {flag.group for flag in flags.values() if flag.group is not None}:
-            part = {name: value for name, value in values.items() if flags[name].group == group}
-            default = inspect.signature(command).parameters[group].default
-            own[group] = replace(default, **part)
-        return command(**own)
+        return command(**_grouped(command, flags, given))
 
-    empty = inspect.Parameter.empty
-    parameters = [
-        inspect.Parameter(
-            f.name, inspect.Parameter.KEYWORD_ONLY, default=empty if f.required else f.default
-        )
-        for f in flags.values()
-    ]
+    parameters = [_parameter(flag) for flag in flags.values()]
     checked.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     return checked
+
+
+def _parameter(flag: Flag) -> inspect.Parameter:
+    default = inspect.Parameter.empty if flag.required else flag.default
+    return inspect.Parameter(flag.name, inspect.Parameter.KEYWORD_ONLY, default=default)
+
+
+def _grouped(
+    command: Command, flags: Mapping[str, Flag], given: Mapping[str, object]
+) -> dict[str, object]:
+    """The command's own arguments: values of flags, those of a group in its dataclass."""
+    values = {name: _as(flags[name], value) for name, value in given.items()}
+    own = {name: value for name, value in values.items() if flags[name].group is None}
+    for group in {flag.group for flag in flags.values() if flag.group is not None}:
+        part = {name: value for name, value in values.items() if flags[name].group == group}
+        default = inspect.signature(command).parameters[group].default
+        own[group] = replace(default, **part)
+    return own
 
 
 def _as(flag: Flag, value: object) -> object:

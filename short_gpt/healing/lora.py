@@ -92,6 +92,10 @@ def heal(
         ShortGPTError: the texts overlap; no linear map has the recipe's names; no windows; nothing
             or something else to resume; for 4 bits, no CUDA.
         NotFiniteError: a loss is NaN or infinite. The model is as before after any error.
+
+    Example:
+        >>> heal(short, training, validation).kept_step  # doctest: +SKIP
+        5000
     """
     recipe = recipe or recipe_for(short.model.config)
     _check(short, training, validation, evaluation, recipe)

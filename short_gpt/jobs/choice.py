@@ -215,15 +215,20 @@ def chosen_within(
     held = list(cut.windows(texts(data), short.encode))
     bound = len(scores.searched) or short.n_layers - 1
     gate = most_layers(short, scores.layers, held, ratio=ratio, most=bound)
-    if not gate.layers:
-        rise = gate.tried[1].value / gate.tried[0].value
-        raise ShortGPTError(
-            f"not even one layer may go: without {scores.layers(1)} the perplexity on {data} "
-            f"rises by a factor of {rise:.4f}, above {ratio}"
-        )
+    _check_some(gate, data, scores.layers(1))
     facts: dict[str, object] = {"source": model, "versions": versions()}
     facts |= scores.facts() | {"quality_gate": {"eval_data": data, **gate.to_dict()}}
     return Chosen(gate.layers, facts, gate)
+
+
+def _check_some(gate: Gate, data: str, first: list[int]) -> None:
+    """Raises ShortGPTError where the limit leaves no layer to remove."""
+    if not gate.layers:
+        rise = gate.tried[1].value / gate.tried[0].value
+        raise ShortGPTError(
+            f"not even one layer may go: without {first} the perplexity on {data} rises by a "
+            f"factor of {rise:.4f}, above {gate.ratio}"
+        )
 
 
 def _scores(model: str, choice: Choice) -> Scores | None:

@@ -69,12 +69,17 @@ def _draw_bars(
     parts[0].set_xticks(range(0, n_layers, 1 if n_layers <= 40 else 5))
     parts[0].tick_params(axis="x", labelsize=8)
     figure.supylabel("Block Influence, 1 - cos", fontsize="medium")
-    handles, labels = parts[0].get_legend_handles_labels()
+    _name(figure, parts[0], title)
+    return figure
+
+
+def _name(figure: Figure, axes: Axes, title: str | None) -> None:
+    """Title and legend; without removed layers all bars are alike and need none."""
+    handles, labels = axes.get_legend_handles_labels()
     if "removed" in labels:
         figure.legend(handles, labels, loc="outside upper right", ncols=2, frameon=False)
     if title is not None:
         figure.suptitle(title)
-    return figure
 
 
 def _limits(ends: Tensor) -> tuple[float, float]:
