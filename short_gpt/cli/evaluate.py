@@ -18,8 +18,6 @@ def evaluate(
 ) -> None:
     """Sets a model beside its pruned one: perplexity and tasks.
 
-    The tasks are those of the lm-evaluation-harness. All stands in one table.
-
     Example: short-gpt evaluate llama-2-7b llama-2-5b --tasks piqa,arc_easy
 
     Args:

@@ -262,8 +262,8 @@ def _as(flag: Flag, value: object) -> object:
     if float in flag.kinds and type(value) is int:
         return float(value)
     if type(value) not in flag.kinds:
-        names = {int: "a whole number", float: "a number", bool: "True or False"}
-        expected = " or ".join(names.get(kind, "none") for kind in flag.kinds)  # type: ignore
+        names: dict[object, str] = {int: "a whole number", float: "a number", bool: "True or False"}
+        expected = " or ".join(names.get(kind, "none") for kind in flag.kinds)
         raise ShortGPTError(f"--{flag.name} expects {expected}, got {value!r}")
     return value
 

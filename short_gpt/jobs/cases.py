@@ -16,6 +16,11 @@ HEALINGS = (RAW, PATCHED, LORA)
 Windows = list[list[int]]
 
 
+def listed(names: str) -> list[str]:
+    """Names with commas between, with or without spaces."""
+    return [name.strip() for name in names.split(",")]
+
+
 @dataclass(frozen=True)
 class Cases:
     """What is compared.
@@ -46,12 +51,12 @@ class Cases:
     @property
     def names(self) -> list[str]:
         """The methods."""
-        return self.methods.split(",")
+        return listed(self.methods)
 
     @property
     def healings(self) -> list[str]:
         """The healings."""
-        return self.healing.split(",")
+        return listed(self.healing)
 
     @property
     def pairs(self) -> list[tuple[str, int]] | None:
@@ -65,22 +70,20 @@ class Cases:
         if LORA not in self.healings:
             raise ShortGPTError("--lora_only is for --healing lora")
         cases = {f"{m}:{n}": (m, n) for m in self.names for n in self.numbers}
-        if odd := [part for part in self.lora_only.split(",") if part not in cases]:
+        if odd := [part for part in listed(self.lora_only) if part not in cases]:
             raise ShortGPTError(
                 f"--lora_only {odd[0]}: expected METHOD:NUMBER of --methods and --counts, as in "
                 f"{next(iter(cases))}"
             )
-        return [cases[part] for part in self.lora_only.split(",")]
+        return [cases[part] for part in listed(self.lora_only)]
 
     def check(self) -> None:
         """Raises ShortGPTError for a name or a number that is none."""
-        for number in self.numbers:
-            assert number > 0
         if odd := [h for h in self.healings if h not in HEALINGS]:
             raise ShortGPTError(f"--healing {odd[0]}: expected some of {', '.join(HEALINGS)}")
         if odd := [m for m in self.names if m not in METHODS]:
             raise ShortGPTError(f"--methods {odd[0]}: expected some of {', '.join(METHODS)}")
-        _ = self.pairs
+        _ = self.numbers, self.pairs  # each refuses what it cannot read
 
 
 @dataclass(frozen=True)

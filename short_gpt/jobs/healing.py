@@ -208,8 +208,9 @@ class _Job:
 
     def _train(self) -> dict[str, object]:
         parts = (self.windows.training, self.windows.validation, self.windows.evaluation)
-        options = {"work_dir": self.work_dir, "resume": self.resume}
-        return heal_lora(self.short, *parts, recipe=self.recipe, **options).to_dict()  # type: ignore
+        return heal_lora(
+            self.short, *parts, recipe=self.recipe, work_dir=self.work_dir, resume=self.resume
+        ).to_dict()
 
     def _measure(self) -> list[Perplexity]:
         return losses(self.short.decoder, self.windows.evaluation)

@@ -12,8 +12,8 @@ from short_gpt.models.numbering import check_count
 from short_gpt.opening import layers_of, open_model
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.scored_model import ScoredModel
-from short_gpt.short_llama import ShortLlama
 from short_gpt.short_model import ShortModel
+from short_gpt.streamed_llama import StreamedLlama
 
 Encode = Callable[[str], Sequence[int]]
 Notify = Callable[[str], object]
@@ -131,14 +131,7 @@ class Opening:
 
     def whole(self, source: str, *, size: int, batch_size: int = 1) -> ShortModel:
         """The model in memory, for windows of up to ``size`` tokens."""
-        return open_model(
-            source,
-            tokenizer_path=self.tokenizer_path,
-            max_seq_len=size,
-            max_batch_size=batch_size,
-            device=self.device,
-            dtype=self.dtype,
-        )
+        return open_model(source, max_seq_len=size, max_batch_size=batch_size, **vars(self))
 
 
 @dataclass(frozen=True)
@@ -157,32 +150,31 @@ class Running:
     stream: bool = False
     max_memory: str | None = None
 
+    def whole(self, source: str, opening: Opening, size: int, ranks: int | None) -> ShortModel:
+        """The model in memory; ``ranks`` share one of Meta's format."""
+        return open_model(
+            source,
+            max_seq_len=size,
+            max_batch_size=self.batch_size,
+            model_parallel_size=ranks,
+            **vars(opening),
+        )
+
     def open(self, source: str, opening: Opening, size: int, ranks: int | None) -> ScoredModel:
         """The model, in memory or streamed; ``ranks`` share one of Meta's format."""
-        if self.stream and ranks is not None:
+        if not self.stream:
+            return self.whole(source, opening, size, ranks)
+        if ranks is not None:
             raise ShortGPTError(
                 f"--model_parallel_size {ranks}: --stream holds one layer on one rank; leave one "
                 "of them out"
             )
-        if self.stream:
-            return ShortLlama.from_checkpoint(
-                source,
-                tokenizer_path=opening.tokenizer_path,
-                max_seq_len=size,
-                max_batch_size=self.batch_size,
-                device=opening.device,
-                dtype=opening.dtype,
-                stream=True,
-                max_memory=self.max_memory,
-            )
-        return open_model(
+        return StreamedLlama(
             source,
-            tokenizer_path=opening.tokenizer_path,
+            **vars(opening),
             max_seq_len=size,
-            max_batch_size=self.batch_size,
-            device=opening.device,
-            dtype=opening.dtype,
-            model_parallel_size=ranks,
+            batch_size=self.batch_size,
+            max_memory=self.max_memory,
         )
 
 

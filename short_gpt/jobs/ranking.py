@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from llama.parallel import several_ranks
@@ -156,31 +157,43 @@ def rank(
         >>> rank("llama-2-7b", "novels/", n=9).layers  # doctest: +SKIP
         [27, 26, 25, 28, 24, 29, 23, 21, 22]
     """
-    answer = answer or Answer(n)
-    texts, cut, running = source_of(data), cut or StridedCut(), running or Scoring()
-    check_ranking(model, answer, cut, running)
-    rule, found = answer.rule(cut.seed), texts.read()
-    short = running.open(model, opening or Opening(), cut.size, running.model_parallel_size)
-    windows = cut.windows(found, short.encode)
-    saving = saving or TimedSaving()
-    identity = _identity(short, texts, cut, answer, running) if saving.state else {}
-    state = saving.file(identity, every=saving.save_every)
-    with interruptible():
-        if answer.by_loss:
-            search = _searched(short, list(windows), answer, running, state)
-            return Ranking(answer, cut.seed, search=search, state=state)
-        if (plan := short.plan_text(running.batch_size)) is not None:
-            notify(plan)
-        verdict = short.measure(
-            windows,
-            batch_size=running.batch_size,
-            total=known_total(windows, cut.max_windows),
-            stop=rule,
-            state=RunState(state) if state is not None else None,
-            sublayers=answer.sublayers,
-            all_tokens=answer.method == "angular_all",
-        )
-    return Ranking(answer, cut.seed, short.importance, verdict=verdict, state=state)
+    answer, texts, saving = answer or Answer(n), source_of(data), saving or TimedSaving()
+    settings = _Settings(texts, answer, cut or StridedCut(), running or Scoring(), saving)
+    check_ranking(model, answer, settings.cut, settings.running)
+    found = texts.read()
+    place = (opening or Opening(), settings.cut.size, settings.running.model_parallel_size)
+    if answer.by_loss:
+        return _searched(settings.running.whole(model, *place), found, settings)
+    return _measured(settings.running.open(model, *place), found, settings, notify)
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """All settings of a ranking."""
+
+    texts: TextSource
+    answer: Answer
+    cut: StridedCut
+    running: Scoring
+    saving: TimedSaving
+
+    def state(self, short: ScoredModel) -> StateFile | None:
+        """The file that the run is saved in, if it has a name."""
+        if self.saving.state is None:  # a digest of all weights takes seconds
+            return None
+        return self.saving.file(self._identity(short), every=self.saving.save_every)
+
+    def _identity(self, short: ScoredModel) -> dict[str, object]:
+        """What a saved run depends on, by the names that an error shows."""
+        cut, answer = self.cut, self.answer
+        identity: dict[str, object] = {**vars(self.texts), "size": cut.size, "seed": cut.seed}
+        identity |= {"stride": cut.stride, "sublayers": answer.sublayers}
+        identity |= {"batch_size": self.running.batch_size}
+        if answer.by_loss:  # only these read a fixed number of windows for a fixed number of layers
+            identity |= {"method": answer.method, "n": answer.n, "candidates": answer.candidates}
+            identity |= {"max_windows": cut.max_windows, "max_memory": self.running.max_memory}
+        identity |= {"method of all tokens": answer.method == "angular_all"}
+        return identity | identity_of(short)
 
 
 def check_ranking(model: str, answer: Answer, cut: StridedCut, running: Scoring) -> None:
@@ -191,6 +204,7 @@ def check_ranking(model: str, answer: Answer, cut: StridedCut, running: Scoring)
     """
     check_model(model, answer.n)
     cut.check()
+    answer.rule(cut.seed)  # refuses a confidence out of range
     if running.stream and (answer.by_loss or answer.method == "angular_all"):
         why = "the whole model for every candidate" if answer.by_loss else "all states"
         raise ShortGPTError(
@@ -207,42 +221,46 @@ def check_ranking(model: str, answer: Answer, cut: StridedCut, running: Scoring)
         raise ShortGPTError(f"--method {answer.method} runs on one rank; start it alone")
 
 
-def _searched(
-    short: ScoredModel,
-    windows: list[list[int]],
-    answer: Answer,
-    running: Scoring,
-    state: StateFile | None,
-) -> Search:
+def _measured(
+    short: ScoredModel, found: Iterable[str], settings: _Settings, notify: Notify
+) -> Ranking:
+    """The scores of one pass."""
+    answer, cut, size = settings.answer, settings.cut, settings.running.batch_size
+    windows, state = cut.windows(found, short.encode), settings.state(short)
+    if (plan := short.plan_text(size)) is not None:
+        notify(plan)
+    with interruptible():
+        verdict = short.measure(
+            windows,
+            batch_size=size,
+            total=known_total(windows, cut.max_windows),
+            stop=answer.rule(cut.seed),
+            state=RunState(state) if state is not None else None,
+            sublayers=answer.sublayers,
+            all_tokens=answer.method == "angular_all",
+        )
+    return Ranking(answer, cut.seed, short.importance, verdict=verdict, state=state)
+
+
+def _searched(short: ShortModel, found: Iterable[str], settings: _Settings) -> Ranking:
     """What a method that runs the model without layers removes."""
-    assert isinstance(short, ShortModel) and answer.n is not None  # checked: it is not streamed
+    answer, running = settings.answer, settings.running
+    windows, state = list(settings.cut.windows(found, short.encode)), settings.state(short)
     few = None
-    if answer.candidates is not None:
-        short.measure(windows, batch_size=running.batch_size)
-        few = short.layers_to_remove(n=answer.candidates)
-    return short.search(
-        windows,
-        answer.n,
-        method=answer.method,
-        candidates=few,
-        batch_size=running.batch_size,
-        max_memory=bytes_of(running.max_memory or "2GB"),
-        state=state,
-    )
-
-
-def _identity(
-    short: ScoredModel, texts: TextSource, cut: StridedCut, answer: Answer, running: Scoring
-) -> dict[str, object]:
-    """What a saved run depends on, by the names that an error shows."""
-    identity: dict[str, object] = {"data": texts.data, "split": texts.split}
-    identity |= {"column": texts.column, "max_texts": texts.max_texts}
-    identity |= {"size": cut.size, "stride": cut.stride, "seed": cut.seed}
-    identity |= {"batch_size": running.batch_size, "sublayers": answer.sublayers}
-    if answer.by_loss:  # only these read a fixed number of windows for a fixed number of layers
-        identity |= {"method": answer.method, "n": answer.n, "candidates": answer.candidates}
-        identity |= {"max_windows": cut.max_windows, "max_memory": running.max_memory}
-    return identity | {"method of all tokens": answer.method == "angular_all"} | identity_of(short)
+    with interruptible():
+        if answer.candidates is not None:
+            short.measure(windows, batch_size=running.batch_size)
+            few = short.layers_to_remove(n=answer.candidates)
+        search = short.search(
+            windows,
+            answer.n or 0,  # checked: it is given
+            method=answer.method,
+            candidates=few,
+            batch_size=running.batch_size,
+            max_memory=bytes_of(running.max_memory or "2GB"),
+            state=state,
+        )
+    return Ranking(answer, settings.cut.seed, search=search, state=state)
 
 
 def _settled(verdict: Verdict | None) -> dict[str, object] | None:

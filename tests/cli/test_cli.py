@@ -11,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import pytest
@@ -458,6 +459,15 @@ def test_a_command_is_arguments_one_call_and_a_table(command):
     assert body[-1].end_lineno - body[0].lineno + 1 <= 40
     module = sys.modules[cli.COMMANDS[command].__module__]
     assert module.__name__ == f"short_gpt.cli.{command}"
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_groups_of_a_command_share_no_flag(command):
+    """A flag of two groups would reach only one of them."""
+    parameters = inspect.signature(cli.COMMANDS[command]).parameters.values()
+    groups = [p.default for p in parameters if is_dataclass(p.default)]
+    count = sum(len(fields(group)) for group in groups) + len(parameters) - len(groups)
+    assert len(flags_of(cli.COMMANDS[command])) == count
 
 
 @pytest.mark.parametrize(

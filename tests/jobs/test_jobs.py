@@ -21,6 +21,7 @@ import short_gpt
 from short_gpt import ShortGPTError, convert, prune, rank
 from short_gpt.jobs import (
     Answer,
+    Cases,
     Choice,
     Cut,
     MethodChoice,
@@ -136,6 +137,13 @@ def test_a_choice_names_layers_or_scores(here):
     with pytest.raises(ShortGPTError, match="--n chooses from --scores"):
         prune("ckpt", "x", layers=[1], n=1)
     assert Choice(3).check().named == [3]
+
+
+def test_cases_are_read_with_or_without_spaces():
+    cases = Cases("bi, sleb", 2, "raw,lora", lora_only="sleb:2, bi:2")
+    cases.check()
+    assert cases.names == ["bi", "sleb"] and cases.numbers == [2]
+    assert cases.pairs == [("sleb", 2), ("bi", 2)]
 
 
 def test_settings_are_refused_before_a_model_is_loaded(here):
