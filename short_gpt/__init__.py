@@ -1,20 +1,45 @@
 """Find the redundant layers of a large language model, remove them, use the rest."""
 
+from short_gpt.data import demo
 from short_gpt.data.texts import pg19, texts
 from short_gpt.data.windows import batches, windows
+from short_gpt.evaluation.perplexity import perplexity
+from short_gpt.evaluation.tasks import run_tasks
+from short_gpt.healing.linear_patch import heal as heal_patch
+from short_gpt.healing.lora import heal as heal_lora
+from short_gpt.healing.recipe import Recipe
+from short_gpt.jobs import compare, convert, prune, rank
+from short_gpt.opening import open_model
+from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.scoring.importance import Importance, measure
+from short_gpt.scoring.stopping import Stop
+from short_gpt.selection.methods import choose
 from short_gpt.short_hf import ShortHFModel
 from short_gpt.short_llama import ShortLlama
 from short_gpt.short_model import ShortModel
 
 __all__ = [
     "Importance",
+    "Recipe",
+    "ShortGPTError",
     "ShortHFModel",
     "ShortLlama",
     "ShortModel",
+    "Stop",
     "batches",
+    "choose",
+    "compare",
+    "convert",
+    "demo",
+    "heal_lora",
+    "heal_patch",
     "measure",
+    "open_model",
+    "perplexity",
     "pg19",
+    "prune",
+    "rank",
+    "run_tasks",
     "texts",
     "windows",
 ]

@@ -28,7 +28,13 @@ if TYPE_CHECKING:
 
 
 class ShortModel(ScoredModel):
-    """A model in memory whose layers can be scored, searched, tried without and removed."""
+    """A model in memory whose layers can be scored, searched, tried without and removed.
+
+    Example:
+        >>> short = open_model("llama-2-7b")  # doctest: +SKIP
+        >>> isinstance(short, ShortModel)  # doctest: +SKIP
+        True
+    """
 
     @abstractmethod
     def greedy(self, ids: list[int], count: int, *, use_cache: bool = True) -> list[int]:

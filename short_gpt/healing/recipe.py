@@ -37,6 +37,10 @@ class Recipe:
         patience: stop after so many evaluations without a better one; None never does.
         four_bit: train over weights in 4 bits (QLoRA), merge into the unquantized ones.
         gradient_checkpointing: less memory for a second forward pass.
+
+    Example:
+        >>> Recipe(rank=8).steps
+        5000
     """
 
     rank: int = 64

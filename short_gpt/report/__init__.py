@@ -1,1 +1,26 @@
+"""Results as text for a terminal, and as pictures. Nothing here prints."""
 
+from short_gpt.report import results
+from short_gpt.report.bars import importance_bars
+from short_gpt.report.curves import quality_curves
+from short_gpt.report.figures import require_matplotlib, save
+from short_gpt.report.heatmap import angular_heatmap
+from short_gpt.report.pictures import draw_quality, draw_scores
+from short_gpt.report.tables import compared, comparison, perplexities, ranking, search, sublayers
+
+__all__ = [
+    "angular_heatmap",
+    "compared",
+    "comparison",
+    "draw_quality",
+    "draw_scores",
+    "importance_bars",
+    "perplexities",
+    "quality_curves",
+    "ranking",
+    "require_matplotlib",
+    "results",
+    "save",
+    "search",
+    "sublayers",
+]

@@ -111,7 +111,9 @@ def comparison(results: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def compared(
-    rows: Sequence[Row], agreed: Sequence[Mapping[str, Any]] = (), tasks: Mapping[str, Any] = {}
+    rows: Sequence[Row],
+    agreed: Sequence[Mapping[str, Any]] = (),
+    tasks: Mapping[str, Mapping[str, float]] = {},
 ) -> str:
     """Perplexities of a comparison: a row for every method, a column for every number of layers.
 
@@ -122,22 +124,41 @@ def compared(
     """
     dense, counts = rows[0], sorted({r.n for r in rows[1:]})
     lines = [f"whole model: perplexity {dense.perplexity:.3f}, {dense.parameters / 1e6:.1f} M", ""]
-    head = f"{'layers removed':<28}" + "".join(f"{n:>22}" for n in counts)
     for healing in dict.fromkeys(r.healing for r in rows[1:]):
-        lines += [head, f"{healing}: perplexity (standard error)"]
-        part = [r for r in rows[1:] if r.healing == healing]
-        lines += _by_method(part, counts, _perplexity)
-        if any(r.gain is not None for r in part):
-            lines.append(f"{healing}: loss in nats a token, less raw (standard error)")
-            lines += _by_method(part, counts, _gain)
-        lines.append("")
-    sizes = {r.n: r for r in rows[1:]}
-    for name, cell in (
-        ("parameters, M", lambda r: f"{r.parameters / 1e6:.1f}"),
-        ("weights, MB", lambda r: f"{r.megabytes:.0f}"),
-        ("speed / whole model's", lambda r: f"{r.tokens_per_second / dense.tokens_per_second:.2f}"),
-    ):
-        lines.append(f"{name:<28}" + "".join(f"{cell(sizes[n]):>22}" for n in counts))
+        lines += _healed(healing, [r for r in rows[1:] if r.healing == healing], counts)
+    lines += _sizes(dense, {r.n: r for r in rows[1:]}, counts) + _agreed(agreed)
+    for layers, values in tasks.items():
+        lines.append(f"without {layers}: " + ", ".join(f"{k} {v:.4g}" for k, v in values.items()))
+    return "\n".join(lines)
+
+
+def _healed(healing: str, rows: Sequence[Row], counts: Sequence[int]) -> list[str]:
+    """The models healed one way: their perplexities, and what the healing brought."""
+    head = f"{'layers removed':<28}" + "".join(f"{n:>22}" for n in counts)
+    lines = [head, f"{healing}: perplexity (standard error)"]
+    lines += _by_method(rows, counts, _perplexity)
+    if any(r.gain is not None for r in rows):
+        lines.append(f"{healing}: loss in nats a token, less raw (standard error)")
+        lines += _by_method(rows, counts, _gain)
+    return [*lines, ""]
+
+
+def _sizes(dense: Row, sizes: Mapping[int, Row], counts: Sequence[int]) -> list[str]:
+    """What depends on the number of layers alone."""
+    cells: dict[str, Callable[[Row], str]] = {
+        "parameters, M": lambda r: f"{r.parameters / 1e6:.1f}",
+        "weights, MB": lambda r: f"{r.megabytes:.0f}",
+        "speed / whole model's": lambda r: f"{r.tokens_per_second / dense.tokens_per_second:.2f}",
+    }
+    return [
+        f"{name:<28}" + "".join(f"{cell(sizes[n]):>22}" for n in counts)
+        for name, cell in cells.items()
+    ]
+
+
+def _agreed(agreed: Sequence[Mapping[str, Any]]) -> list[str]:
+    """How far the cheap rankings agree with the greedy search."""
+    lines = []
     for found in agreed:
         shares = "; ".join(f"{pair} {share:.0%}" for pair, share in found["overlap"].items())
         lines.append(f"{found['n']} layers in common: {shares}")
@@ -146,9 +167,7 @@ def compared(
         lines.append(
             f"rank correlation of Block Influence with the loss without a layer {value:.3f}"
         )
-    for layers, values in tasks.items():
-        lines.append(f"without {layers}: " + ", ".join(f"{k} {v:.4g}" for k, v in values.items()))
-    return "\n".join(lines)
+    return lines
 
 
 def _by_method(

@@ -55,6 +55,10 @@ class Importance:
             that start at l and at m: entry [n - 1, l, m], (L, L, L); zero where there is no block.
         magnitude, norm, halves, token_angles: the sums of `hooks.Scores` over all windows, (L,),
             (L,), (2, L), (L + 1, L + 1); NaN where a window was not scored so.
+
+    Example:
+        >>> Importance.empty([0, 1, 2]).n_windows
+        0
     """
 
     layers: list[int]
@@ -266,6 +270,9 @@ def measure(
     Raises:
         ShortGPTError: there is no window, or one is empty, too long or not in the vocabulary.
         NotFiniteError: a state is NaN or infinite; the message names the layer.
+
+    Example:
+        >>> scores = measure(short.decoder, batches(windows, 4))  # doctest: +SKIP
     """
     into = Importance.empty(range(len(decoder.layers))) if into is None else into
     score = score or partial(hooks.score, decoder, layers=into.layers)

@@ -35,6 +35,10 @@ class Stop:
 
     Raises:
         ShortGPTError: a value is out of range.
+
+    Example:
+        >>> Stop(9, confidence=0.95).min_windows
+        32
     """
 
     n: int

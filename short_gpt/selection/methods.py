@@ -52,6 +52,10 @@ def choose(importance: Importance, n: int, *, method: str = "bi", seed: int = 0)
     Raises:
         ShortGPTError: n is out of range, the method is unknown, needs more than these scores, or
             the scores lack what it reads.
+
+    Example:
+        >>> choose(Importance.empty([0, 1, 2, 3, 4]), 2, method="deepest")
+        [2, 3]
     """
     check_method(method)
     if method in BY_LOSS:

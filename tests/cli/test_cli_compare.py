@@ -10,6 +10,10 @@ from conftest import BYTE_VOCAB, make_transformer, save_checkpoint, write_byte_t
 
 from short_gpt.cli.app import main
 from short_gpt.healing import lora as healing
+from short_gpt.jobs import LoraSettings, Opening, Saving, Shares, Tasks, TextSource
+from short_gpt.jobs.comparison import identity_of_comparison
+from short_gpt.jobs.lora_comparison import LoraHealer
+from short_gpt.runtime.state import StateFile
 
 WORDS = ("alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta")
 
@@ -74,7 +78,7 @@ def test_interrupted_in_training_it_continues_there(here, monkeypatch):
         if not resume:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(healing, "heal", interrupted)
+    monkeypatch.setattr("short_gpt.jobs.lora_comparison.heal", interrupted)
     with pytest.raises(SystemExit):
         main([*COMMON, *options, "--out", "c.json"])
     assert any(Path().glob("c.json.state.lora-*/checkpoint-*"))
@@ -120,7 +124,7 @@ def test_lora_with_a_tokenizer_elsewhere_and_texts_that_repeat_themselves(here, 
             ],
             "lora needs two windows of 700 tokens or more, one of them to validate on",
         ),
-        (["--counts", "2,5"], "--n_prune_layers 5; the model has 5 layers"),
+        (["--counts", "2,5"], "n = 5; the model has 5 layers"),
         (["--eval_data", "books"], "share text with the windows to evaluate on"),
     ],
 )

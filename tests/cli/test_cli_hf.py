@@ -163,7 +163,7 @@ def test_what_fails_the_proof_is_not_left_behind(here, capsys, monkeypatch, kind
     def differ(*_, **__):
         raise kind("logits differ")
 
-    monkeypatch.setattr("short_gpt.cli.surgery.same_model", differ)
+    monkeypatch.setattr("short_gpt.jobs.pruning.same_model", differ)
     with pytest.raises((kind, SystemExit)):
         run("prune", "hf", "x", *CUT, "--recipe", "r.yaml")
     assert not Path("x").exists() and not Path("r.yaml").exists()
@@ -265,7 +265,7 @@ def test_evaluate_dense_against_pruned(here, capsys, lm_eval, tasks):
         (["convert", "broken.gguf", "x"], "broken.gguf is not a complete GGUF file"),
         (["convert", "damaged", "x"], "model.safetensors is not a complete safetensors file"),
         (["convert", "meta", "x", "--dtype", "bfloat16"], "--dtype is for writing Meta's format"),
-        (["evaluate", "hf", "--text", "none"], "nothing to evaluate: give --text or --tasks"),
+        (["evaluate", "hf", "--text", "none"], "nothing to evaluate: give --data or --tasks"),
         (["evaluate", "hf", "nowhere", "--text", "book.txt"], "nowhere does not exist"),
         (["evaluate", "hf", "--text", "book.txt", "--source", "x"], "--source is a copy of wiki"),
         (["evaluate", "hf", "--text", "no.txt"], "no.txt' does not exist"),

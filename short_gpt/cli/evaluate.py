@@ -1,0 +1,33 @@
+"""short-gpt evaluate: dense against pruned."""
+
+from __future__ import annotations
+
+from short_gpt import jobs, report
+from short_gpt.cli.options import Output, arguments_of, say
+from short_gpt.jobs import FewShotTasks, Opening, Reading
+
+
+def evaluate(
+    model: str,
+    pruned: str | None = None,
+    *,
+    reading: Reading = Reading(),
+    tasks: FewShotTasks = FewShotTasks(),
+    opening: Opening = Opening(),
+    output: Output = Output(),
+) -> None:
+    """Sets a model beside its pruned one: perplexity and tasks.
+
+    Example: short-gpt evaluate llama-2-7b llama-2-5b --tasks piqa,arc_easy
+
+    Args:
+        model: checkpoint of either format.
+        pruned: another, to stand beside it.
+    """
+    arguments = arguments_of(locals())
+    output.check()
+    models = [model] if pruned is None else [model, pruned]
+    result = jobs.evaluate(models, reading, tasks=tasks, opening=opening)
+    say(report.comparison(result))
+    output.write("evaluate", arguments, {"result": result})
+    output.say_written()

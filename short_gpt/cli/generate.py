@@ -1,0 +1,49 @@
+"""short-gpt generate: completes a text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from short_gpt.cli.options import say
+from short_gpt.jobs import Opening
+from short_gpt.jobs.choice import layer_list
+from short_gpt.opening import open_model
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a text is continued.
+
+    Args:
+        max_gen_len: most tokens to add.
+        temperature: 0 takes the likeliest token.
+        top_p: sample from the smallest set of tokens with this probability.
+        seed: of the sampling.
+        skip_prefill: layers to skip while the prompt is read, as in 21,22,23; they run while text
+            is added (ShortGPT-gen).
+    """
+
+    max_gen_len: int = 64
+    temperature: float = 0.6
+    top_p: float = 0.9
+    seed: int = 1
+    skip_prefill: object = None
+
+
+def generate(
+    model: str, prompt: str, *, sampling: Sampling = Sampling(), opening: Opening = Opening()
+) -> None:
+    """Completes a text.
+
+    Example: short-gpt generate llama-2-7b "I am an avid fan of"
+
+    Args:
+        model: Meta checkpoint directory, Hugging Face directory or hub id, or GGUF file.
+        prompt: the text to continue.
+    """
+    short = open_model(model, seed=sampling.seed, **vars(opening))
+    skipped = [] if sampling.skip_prefill is None else layer_list(sampling.skip_prefill)
+    how = (sampling.max_gen_len, sampling.temperature, sampling.top_p)
+    with short.skipped_in_prefill(skipped):
+        text = short.generate([prompt], *how)[0]
+    say(f"{prompt}{text}")

@@ -1,0 +1,118 @@
+"""What commands share: the files they write, and what they say."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, is_dataclass
+from pathlib import Path
+
+from short_gpt.report.figures import require_matplotlib
+from short_gpt.report.pictures import QUALITY, SCORES
+from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.progress import first_rank
+from short_gpt.runtime.results import refuse_existing, write_record
+
+
+@dataclass(frozen=True)
+class Output:
+    """The result as a file.
+
+    Args:
+        json: JSON file for the result, with all arguments, versions and the seed.
+        overwrite: replace what an earlier run has written.
+    """
+
+    json: str | None = None
+    overwrite: bool = False
+
+    @property
+    def targets(self) -> list[Path]:
+        """The files that the command will write."""
+        return [] if self.json is None else [Path(self.json)]
+
+    def check(self) -> None:
+        """Raises what would keep a file from being written, before the work."""
+        for target in self.targets:
+            refuse_existing(target, overwrite=self.overwrite)
+            if target.parent in self.targets:
+                raise ShortGPTError(f"{target} cannot be written into the file {target.parent}")
+
+    def write(
+        self, command: str, arguments: Mapping[str, object], content: Mapping[str, object]
+    ) -> None:
+        """Writes the result, if it is to be; of several ranks, only the first does."""
+        if self.json is None or not first_rank():
+            return
+        record: dict[str, object] = {"command": command, "arguments": arguments}
+        record |= {"seed": arguments["seed"]} if "seed" in arguments else {}
+        write_record(self.json, {**record, **content}, overwrite=self.overwrite)
+
+    def say_written(self) -> None:
+        """Names the files that were written."""
+        say_written(self.targets)
+
+
+@dataclass(frozen=True)
+class Pictures(Output):
+    """The result as a file, and as pictures.
+
+    Args:
+        plots: folder for the pictures.
+    """
+
+    plots: str | None = None
+
+    @property
+    def folder(self) -> Path | None:
+        """Where this process draws; None if it does not."""
+        return Path(self.plots) if self.plots is not None and first_rank() else None
+
+    @property
+    def targets(self) -> list[Path]:
+        names = [] if self.plots is None else [Path(self.plots) / name for name in self._names]
+        return [*super().targets, *names]
+
+    @property
+    def _names(self) -> Sequence[str]:
+        return SCORES
+
+    def check(self) -> None:
+        if self.plots is not None:
+            require_matplotlib()
+        super().check()
+
+
+@dataclass(frozen=True)
+class QualityPicture(Pictures):
+    """The result as a file, and as the picture quality.png."""
+
+    @property
+    def _names(self) -> Sequence[str]:
+        return QUALITY
+
+
+def arguments_of(values: Mapping[str, object]) -> dict[str, object]:
+    """A command's arguments for its record: its locals, taken first thing, groups laid open."""
+    flat: dict[str, object] = {}
+    for name, value in values.items():
+        flat |= vars(value) if is_dataclass(value) else {name: value}
+    return {k: v for k, v in flat.items() if isinstance(v, str | int | float | bool | None)}
+
+
+def say(text: str) -> None:
+    """Prints, at once; of several ranks, only the first."""
+    if first_rank():
+        print(text, flush=True)
+
+
+def tell(text: str) -> None:
+    """Says on stderr what is to be known before a long run; of several ranks, only the first."""
+    if first_rank():
+        print(text, file=sys.stderr, flush=True)
+
+
+def say_written(targets: Sequence[Path]) -> None:
+    """Names files that were written."""
+    for target in targets:
+        say(f"written: {target}")

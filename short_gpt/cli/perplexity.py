@@ -1,0 +1,36 @@
+"""short-gpt perplexity: how well a checkpoint predicts a text."""
+
+from __future__ import annotations
+
+from short_gpt import jobs, report
+from short_gpt.cli.options import Output, arguments_of, say, tell
+from short_gpt.jobs import Cut, Opening, Running, TextSource
+
+
+def perplexity(
+    model: str,
+    *,
+    texts: TextSource = TextSource(split="test"),
+    cut: Cut = Cut(),
+    opening: Opening = Opening(),
+    running: Running = Running(),
+    output: Output = Output(),
+) -> None:
+    """Measures the perplexity of a checkpoint on a text.
+
+    Windows do not overlap; each is read on its own, its first token is not predicted.
+
+    Example: short-gpt perplexity llama-2-7b --data novels/ --max_windows 100
+
+    Args:
+        model: Meta checkpoint directory, Hugging Face directory or hub id, or GGUF file.
+    """
+    arguments = arguments_of(locals())
+    output.check()
+    result = jobs.perplexity_of(
+        model, texts, cut=cut, opening=opening, running=running, notify=tell
+    )
+    say(report.perplexities({model: result}))
+    found = {"perplexity": result.value, **vars(result)}
+    output.write("perplexity", arguments, {"result": found})
+    output.say_written()

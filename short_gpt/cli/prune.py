@@ -1,0 +1,32 @@
+"""short-gpt prune: writes a checkpoint without some layers."""
+
+from __future__ import annotations
+
+from short_gpt import jobs
+from short_gpt.cli.options import say
+from short_gpt.jobs import MethodChoice, Opening, PerplexityLimit, Written
+from short_gpt.report import results
+
+
+def prune(
+    model: str,
+    out: str,
+    *,
+    choice: MethodChoice = MethodChoice(),
+    limit: PerplexityLimit = PerplexityLimit(),
+    opening: Opening = Opening(),
+    written: Written = Written(),
+) -> None:
+    """Writes a checkpoint without some layers, in either format.
+
+    The model is not loaded for that, but read tensor by tensor: memory is bounded by the largest
+    one. With --verify yes, source and result are then loaded, one after the other, and compared.
+
+    Example: short-gpt prune llama-2-7b llama-2-5b --scores ranking.json --n 9
+
+    Args:
+        model: Meta checkpoint directory, or Hugging Face directory or hub id (safetensors).
+        out: new directory; must not exist.
+    """
+    result = jobs.prune_by(model, out, choice, limit=limit, opening=opening, written=written)
+    say(results.pruned(result))

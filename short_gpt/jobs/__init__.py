@@ -1,0 +1,74 @@
+"""What commands do, with one call: checkpoints and texts by their names in, results out.
+
+Jobs print nothing. They return what they found as plain data with a ``to_dict`` where it is kept
+as JSON, show progress bars, and tell a ``notify`` of what must be known before a long run starts.
+"""
+
+from short_gpt.jobs.cases import Cases, Shares
+from short_gpt.jobs.choice import (
+    Choice,
+    Chosen,
+    MethodChoice,
+    PerplexityLimit,
+    Scores,
+    chosen,
+    read_scores,
+)
+from short_gpt.jobs.comparison import Compared, compare, compare_checkpoint
+from short_gpt.jobs.conversion import convert
+from short_gpt.jobs.demonstration import Demo, DemoRun, run_demo
+from short_gpt.jobs.evaluation import FewShotTasks, Reading, Tasks, evaluate, perplexity_of
+from short_gpt.jobs.healing import Healing, heal
+from short_gpt.jobs.healing_settings import Learned, Settings
+from short_gpt.jobs.inputs import Cut, Opening, Running, Scoring, StridedCut, TextSource
+from short_gpt.jobs.lora_comparison import LoraSettings
+from short_gpt.jobs.pruning import Pruned, Written, prune, prune_by
+from short_gpt.jobs.ranking import Answer, Ranking, rank
+from short_gpt.jobs.reproduction import Reproduced, reproduce
+from short_gpt.jobs.saving import Saving, TimedSaving
+
+__all__ = [
+    "Answer",
+    "Cases",
+    "Choice",
+    "Chosen",
+    "Compared",
+    "Cut",
+    "Demo",
+    "DemoRun",
+    "FewShotTasks",
+    "Healing",
+    "Learned",
+    "LoraSettings",
+    "MethodChoice",
+    "Opening",
+    "PerplexityLimit",
+    "Pruned",
+    "Ranking",
+    "Reading",
+    "Reproduced",
+    "Running",
+    "Saving",
+    "Scores",
+    "Scoring",
+    "Settings",
+    "Shares",
+    "StridedCut",
+    "Tasks",
+    "TextSource",
+    "TimedSaving",
+    "Written",
+    "chosen",
+    "compare",
+    "compare_checkpoint",
+    "convert",
+    "evaluate",
+    "heal",
+    "perplexity_of",
+    "prune",
+    "prune_by",
+    "rank",
+    "read_scores",
+    "reproduce",
+    "run_demo",
+]

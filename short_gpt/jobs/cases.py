@@ -1,0 +1,113 @@
+"""What a comparison compares: methods, numbers of layers, healings, and on how many windows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from short_gpt.experiments.comparison import LORA, PATCHED, RAW
+from short_gpt.jobs.inputs import Cut
+from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.scored_model import ScoredModel
+from short_gpt.selection.methods import METHODS
+
+DEFAULT = "bi,angular,deepest,relative_magnitude,perplexity,sleb,reverse,random"
+HEALINGS = (RAW, PATCHED, LORA)
+Windows = list[list[int]]
+
+
+def listed(names: str) -> list[str]:
+    """Names with commas between, with or without spaces."""
+    return [name.strip() for name in names.split(",")]
+
+
+@dataclass(frozen=True)
+class Cases:
+    """What is compared.
+
+    Args:
+        methods: names as of the method of rank, with commas between.
+        counts: numbers of layers to remove, as in 2,4,8.
+        healing: of raw, patched and lora, with commas between.
+        seeds: random sets for every number of layers.
+        lora_only: what to heal by lora, which takes far longer than all the rest, as in
+            bi:8,angular:8; all if not given.
+    """
+
+    methods: str = DEFAULT
+    counts: object = (2, 4, 8, 12)
+    healing: str = "raw,patched"
+    seeds: int = 3
+    lora_only: str | None = None
+
+    @property
+    def numbers(self) -> list[int]:
+        """The numbers of layers; raises ShortGPTError for what is none."""
+        given = [self.counts] if isinstance(self.counts, int) else self.counts
+        if not isinstance(given, Sequence) or not all(type(i) is int and i > 0 for i in given):
+            raise ShortGPTError(f"expected whole numbers as in --counts 2,4,8, got {self.counts!r}")
+        return list(given)
+
+    @property
+    def names(self) -> list[str]:
+        """The methods."""
+        return listed(self.methods)
+
+    @property
+    def healings(self) -> list[str]:
+        """The healings."""
+        return listed(self.healing)
+
+    @property
+    def pairs(self) -> list[tuple[str, int]] | None:
+        """Methods and numbers to heal by lora; None is all.
+
+        Raises:
+            ShortGPTError: one is not among the cases, or lora is not.
+        """
+        if self.lora_only is None:
+            return None
+        if LORA not in self.healings:
+            raise ShortGPTError("--lora_only is for --healing lora")
+        cases = {f"{m}:{n}": (m, n) for m in self.names for n in self.numbers}
+        if odd := [part for part in listed(self.lora_only) if part not in cases]:
+            raise ShortGPTError(
+                f"--lora_only {odd[0]}: expected METHOD:NUMBER of --methods and --counts, as in "
+                f"{next(iter(cases))}"
+            )
+        return [cases[part] for part in listed(self.lora_only)]
+
+    def check(self) -> None:
+        """Raises ShortGPTError for a name or a number that is none."""
+        if odd := [h for h in self.healings if h not in HEALINGS]:
+            raise ShortGPTError(f"--healing {odd[0]}: expected some of {', '.join(HEALINGS)}")
+        if odd := [m for m in self.names if m not in METHODS]:
+            raise ShortGPTError(f"--methods {odd[0]}: expected some of {', '.join(METHODS)}")
+        _ = self.numbers, self.pairs  # each refuses what it cannot read
+
+
+@dataclass(frozen=True)
+class Shares:
+    """How many windows of which size are read for what.
+
+    Args:
+        eval_data: texts to evaluate on; if not given, a tenth of the texts of data is held out.
+        size: tokens in a window.
+        max_windows: windows of data for scores and patches.
+        search_windows: of these, how many the searches by loss read.
+        eval_windows: windows to evaluate on.
+        seed: of the choice of windows.
+    """
+
+    eval_data: str | None = None
+    size: int = 1024
+    max_windows: int = 24
+    search_windows: int = 4
+    eval_windows: int = 16
+    seed: int = 0
+
+    def cut(
+        self, short: ScoredModel, texts: Sequence[str], limit: int | None, size: int | None = None
+    ) -> Windows:
+        """Windows of texts in random order."""
+        return list(Cut(size or self.size, limit, self.seed).windows(texts, short.encode))

@@ -1,0 +1,278 @@
+"""Which layers a job removes: named, chosen by saved scores, or as many as quality allows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from llama.io.hub import resolve
+from llama.io.sources import is_meta
+from short_gpt.data.texts import texts
+from short_gpt.jobs.inputs import Cut, Opening
+from short_gpt.opening import layers_of
+from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.results import read_record, versions
+from short_gpt.scoring.importance import Importance
+from short_gpt.selection.methods import METHODS, check_method, choose
+from short_gpt.selection.perplexity_budget import Gate, most_layers
+
+
+@dataclass(frozen=True)
+class PerplexityLimit:
+    """How far the perplexity on held-out text may rise.
+
+    Args:
+        max_perplexity_ratio: remove as many layers as the perplexity on eval_data allows, which
+            may rise by this factor, as in 1.1; the model is loaded for that.
+        eval_data: text for that, which the scores were not measured on: a file or folder.
+        eval_windows: windows of it to read at most.
+        size: tokens in such a window.
+    """
+
+    max_perplexity_ratio: float | None = None
+    eval_data: str | None = None
+    eval_windows: int = 32
+    size: int = 1024
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a file of `rank` says of the layers to remove.
+
+    Attributes:
+        file: its name.
+        method: a name of `METHODS`.
+        arguments: those that the ranking was made with.
+        importance: the scores; None where a search by loss found the layers.
+        searched: these layers, in order of removal.
+    """
+
+    file: str
+    method: str
+    arguments: Mapping[str, object]
+    importance: Importance | None = None
+    searched: list[int] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, file: str, method: str | None = None) -> Scores:
+        """The scores of a file; ``method`` takes the place of the one that ranked.
+
+        Raises:
+            FileNotFoundError, ShortGPTError: no such file, no scores in it, or those of another
+                method, which cannot be chosen by.
+        """
+        record = read_record(file)
+        ranked = record.get("arguments") or {}
+        if "chosen" not in record:
+            method = method or ranked.get("method") or "bi"
+            return cls(file, method, ranked, importance_of(record, file))
+        found = record["chosen"]["method"]
+        if method not in (None, found):
+            raise ShortGPTError(f"{file} holds the layers of {found}, not of {method}")
+        return cls(file, found, ranked, searched=list(record["chosen"]["layers"]))
+
+    def check_model(self, model: str) -> None:
+        """Raises ShortGPTError if the scores are of another number of layers than the model's."""
+        if self.importance is None:
+            return
+        count = layers_of(model if is_meta(model) else str(resolve(model)))
+        if count is not None and self.importance.layers != list(range(count)):
+            raise ShortGPTError(
+                f"{self.file} scores {len(self.importance.layers)} layers, {model} has {count}; "
+                "they do not belong together"
+            )
+
+    def layers(self, n: int) -> list[int]:
+        """The n layers that the method removes; raises ShortGPTError for too many."""
+        if self.importance is not None:
+            seed = self.arguments.get("seed")
+            return choose(self.importance, n, method=self.method, seed=int(str(seed or 0)))
+        if not 1 <= n <= len(self.searched):
+            raise ShortGPTError(
+                f"n = {n}; {self.file} holds {len(self.searched)} layers that {self.method} chose"
+            )
+        return self.searched[:n]
+
+    def facts(self) -> dict[str, object]:
+        """How the layers were chosen, to be kept beside the result."""
+        facts: dict[str, object] = {}
+        if self.importance is not None:
+            read = self.importance
+            facts["block_influence"] = read.block_influence.tolist()
+            facts["scored"] = {"windows": read.n_windows, "tokens": read.n_tokens}
+        if self.arguments.get("data"):
+            facts["data"] = self.arguments["data"]
+        return facts | {"method": METHODS[self.method], "scored_by": self.arguments}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Layers to remove from a checkpoint: named, or chosen by the scores of `rank`.
+
+    Args:
+        layers: numbers of the layers to remove, as in 21,22,23; or choose them by scores.
+        scores: JSON file that rank wrote.
+        n: how many layers to remove by the scores.
+        angular: remove the best block of consecutive layers, short for the method angular.
+
+    Example:
+        >>> Choice([21, 22]).check().named
+        [21, 22]
+    """
+
+    layers: object = None
+    scores: str | None = None
+    n: int | None = None
+    angular: bool = False
+
+    def check(self) -> Choice:
+        """Itself, if it names its layers or the scores to choose them by, and not both.
+
+        Raises:
+            ShortGPTError: neither or both are given, or they contradict each other.
+        """
+        if (self.layers is None) == (self.scores is None):
+            raise ShortGPTError("expected either --layers 21,22,23 or --scores FILE --n N")
+        if self.wanted is not None:
+            check_method(self.wanted)
+        if self.layers is not None and self.wanted is not None:
+            raise ShortGPTError("--method chooses from --scores, not from --layers")
+        return self
+
+    @property
+    def wanted(self) -> str | None:
+        """The method to choose by; None takes the one that ranked."""
+        return "angular" if self.angular else None
+
+    @property
+    def named(self) -> list[int] | None:
+        """The layers that are named; None where scores choose."""
+        return None if self.layers is None else layer_list(self.layers)
+
+
+@dataclass(frozen=True)
+class MethodChoice(Choice):
+    """Layers to remove from a checkpoint, chosen by any method of `rank`.
+
+    Args:
+        method: by which method of rank; the one that the scores were ranked by if not given.
+    """
+
+    method: str | None = None
+
+    @property
+    def wanted(self) -> str | None:
+        if self.angular and self.method not in (None, "angular"):
+            raise ShortGPTError(f"--angular and --method {self.method} contradict each other")
+        return "angular" if self.angular else self.method
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Layers to remove, and what is kept of how they were chosen."""
+
+    layers: list[int]
+    facts: dict[str, object]
+    gate: Gate | None = None
+
+
+def chosen(model: str, choice: Choice) -> Chosen:
+    """The layers of a choice.
+
+    Raises:
+        ShortGPTError: the choice contradicts itself, or the scores are of another model.
+        FileNotFoundError: the scores or the model do not exist.
+    """
+    scores = _scores(model, choice)
+    facts: dict[str, object] = {"source": model, "versions": versions()}
+    if scores is None:
+        if choice.n is not None:
+            raise ShortGPTError("--n chooses from --scores, not from --layers")
+        return Chosen(choice.named or [], facts)
+    if choice.n is None:
+        raise ShortGPTError("with --scores, say how many layers to remove: --n N")
+    return Chosen(scores.layers(choice.n), facts | scores.facts())
+
+
+def chosen_within(
+    model: str, choice: Choice, limit: PerplexityLimit, *, opening: Opening | None = None
+) -> Chosen:
+    """As many layers as the perplexity on held-out text allows, with the evidence.
+
+    Raises:
+        ShortGPTError: as `chosen`; not even one layer may go; or the text is not held out.
+    """
+    scores, ratio, data = _scores(model, choice), limit.max_perplexity_ratio, limit.eval_data
+    if scores is None:
+        raise ShortGPTError("--max_perplexity_ratio chooses from --scores, not from --layers")
+    if ratio is None or data is None or choice.n is not None:
+        raise ShortGPTError("--max_perplexity_ratio needs --eval_data, and no --n")
+    if _same_texts(data, scores.arguments.get("data")):
+        raise ShortGPTError(f"--eval_data {data} is what the scores were measured on")
+    short = (opening or Opening()).whole(model, size=limit.size)
+    cut = Cut(limit.size, limit.eval_windows)
+    held = list(cut.windows(texts(data), short.encode))
+    bound = len(scores.searched) or short.n_layers - 1
+    gate = most_layers(short, scores.layers, held, ratio=ratio, most=bound)
+    _check_some(gate, data, scores.layers(1))
+    facts: dict[str, object] = {"source": model, "versions": versions()}
+    facts |= scores.facts() | {"quality_gate": {"eval_data": data, **gate.to_dict()}}
+    return Chosen(gate.layers, facts, gate)
+
+
+def _check_some(gate: Gate, data: str, first: list[int]) -> None:
+    """Raises ShortGPTError where the limit leaves no layer to remove."""
+    if not gate.layers:
+        rise = gate.tried[1].value / gate.tried[0].value
+        raise ShortGPTError(
+            f"not even one layer may go: without {first} the perplexity on {data} rises by a "
+            f"factor of {rise:.4f}, above {gate.ratio}"
+        )
+
+
+def _scores(model: str, choice: Choice) -> Scores | None:
+    """The scores that a choice names, which are the model's; None where layers are named."""
+    choice.check()
+    if choice.scores is None:
+        return None
+    scores = Scores.read(choice.scores, choice.wanted)
+    scores.check_model(model)
+    return scores
+
+
+def _same_texts(eval_data: str, data: object) -> bool:
+    """Whether texts to evaluate on are, hold or are part of those that the scores come from."""
+    if data is None or not (Path(eval_data).exists() and Path(str(data)).exists()):
+        return eval_data == data
+    ours, theirs = Path(eval_data).resolve(), Path(str(data)).resolve()
+    return ours.is_relative_to(theirs) or theirs.is_relative_to(ours)
+
+
+def importance_of(record: Mapping[str, object], source: str) -> Importance:
+    """The scores in a record that `rank` wrote; raises ShortGPTError if there are none."""
+    found = record.get("importance")
+    if not isinstance(found, dict):
+        raise ShortGPTError(f"{source} holds no scores; expected a file written by short-gpt rank")
+    return Importance.from_dict(found)
+
+
+def read_scores(file: str) -> Importance:
+    """The scores in a file that `rank` wrote.
+
+    Raises:
+        FileNotFoundError, ShortGPTError: no such file, or no scores of one pass in it.
+    """
+    return importance_of(read_record(file), file)
+
+
+def layer_list(layers: object) -> list[int]:
+    """Layer numbers as they are given: one number, or several.
+
+    Raises:
+        ShortGPTError: anything else.
+    """
+    numbers = [layers] if isinstance(layers, int) else layers
+    if not isinstance(numbers, Sequence) or not all(type(i) is int for i in numbers):
+        raise ShortGPTError(f"expected layer numbers as in --layers 21,22,23, got {layers!r}")
+    return list(numbers)

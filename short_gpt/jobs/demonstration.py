@@ -1,0 +1,167 @@
+"""The whole job on the small real model: rank, remove, evaluate, save."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from llama.io.files import check_new, new_directory
+from short_gpt.data import demo as material
+from short_gpt.evaluation.perplexity import Perplexity
+from short_gpt.jobs.inputs import Cut, Notify, Opening, ignore
+from short_gpt.models.numbering import check_count
+from short_gpt.opening import open_model
+from short_gpt.runtime.results import write_record
+from short_gpt.scoring.importance import Importance
+from short_gpt.short_model import ShortModel
+
+PROMPT = "And God said unto Noah,"
+MARKER = "layers.json"
+Draw = Callable[[Importance, Path], Sequence[Path]]
+
+
+@dataclass(frozen=True)
+class DemoRun:
+    """What the demo reads.
+
+    Args:
+        max_windows: windows of 1024 tokens to score.
+        eval_windows: windows of 1024 tokens of held-out chapters to evaluate on.
+        seed: of the random choice of windows.
+        device: cpu, cuda or mps; the best there is if not given.
+    """
+
+    max_windows: int = 24
+    eval_windows: int = 12
+    seed: int = 0
+    device: str | None = None
+
+    def windows(self, short: ShortModel, part: str) -> list[list[int]]:
+        """Windows of a part of the book."""
+        limit = self.max_windows if part == "calibration" else self.eval_windows
+        cut = Cut(1024, limit, self.seed)
+        return list(cut.windows(material.bible(part), short.encode))
+
+    def check(self) -> None:
+        """Raises ShortGPTError for a number of windows out of range."""
+        for limit in (self.max_windows, self.eval_windows):
+            Cut(1024, limit).check()
+
+
+@dataclass(frozen=True)
+class Demo:
+    """What the demo found.
+
+    Attributes:
+        importance: the scores.
+        layers: lists of the layers to remove, by Block Influence and by angle.
+        quality: perplexity of the held-out chapters, by the name of the model.
+        completions: the likeliest continuation of a prompt, by the same names.
+        written: what lies in the new folder.
+    """
+
+    importance: Importance
+    layers: dict[str, list[int]]
+    quality: dict[str, Perplexity]
+    completions: dict[str, str]
+    written: list[Path]
+
+
+def run_demo(
+    out: str = "short_gpt_demo",
+    *,
+    n: int = 8,
+    run: DemoRun | None = None,
+    overwrite: bool = False,
+    draw: Draw | None = None,
+    record: Mapping[str, object] | None = None,
+    notify: Notify = ignore,
+) -> Demo:
+    """Ranks, removes, evaluates and saves SmolLM2-135M-Instruct, which reads the King James Bible.
+
+    Args:
+        out: new folder for layers.json, the pictures and the pruned checkpoint.
+        n: how many layers to remove.
+        run: windows, seed and device.
+        overwrite: whether an earlier demo is replaced.
+        draw: writes pictures of the scores into the folder and names them; None leaves them out.
+        record: what else is kept in layers.json.
+        notify: is told what is about to run, once all is checked.
+
+    Raises:
+        FileExistsError: ``out`` exists.
+        ShortGPTError: a number is out of range.
+        ConnectionError, MissingPackageError: the model or the book cannot be fetched.
+        RuntimeError: the saved checkpoint is not the model in memory.
+
+    Example:
+        >>> run_demo("demo").layers["block_influence"]  # doctest: +SKIP
+        [17, 18, 19, 16, 15, 20, 14, 12]
+    """
+    run, target = run or DemoRun(), Path(out)
+    run.check()
+    check_count(n, material.N_LAYERS)
+    check_new(target, replaces=MARKER if overwrite else None)
+    notify("SmolLM2-135M-Instruct reads the King James Bible\n")
+    opening = Opening(device=run.device)
+    short = opening.whole(str(material.checkpoint()), size=1024)
+    short.measure(run.windows(short, "calibration"))
+    low, block = (short.layers_to_remove(n=n, angular=angular) for angular in (False, True))
+    quality, completions = _looked_at(short, run, {"Block Influence": low, "angular block": block})
+    lists = {"block_influence": low, "angular": block}
+    found = Demo(short.importance, lists, quality, completions, [])
+    _save(short, target, found, draw, {**(record or {}), "seed": run.seed}, overwrite)
+    return found
+
+
+def _looked_at(
+    short: ShortModel, run: DemoRun, sets: Mapping[str, Sequence[int]]
+) -> tuple[dict[str, Perplexity], dict[str, str]]:
+    """Perplexity and completion of the whole model, and of that without each set of layers."""
+    held = run.windows(short, "held_out")
+    quality, completions = {}, {}
+    for what, drop in {"dense": [], **sets}.items():
+        name = f"{what}, {len(short.kept) - len(drop)} layers"
+        with short.without_layers(drop):
+            quality[name] = short.perplexity(held)
+            text = PROMPT + short.generate([PROMPT], max_gen_len=24, temperature=0)[0]
+        completions[name] = " ".join(text.split())
+    return quality, completions
+
+
+def _save(
+    short: ShortModel,
+    out: Path,
+    found: Demo,
+    draw: Draw | None,
+    record: Mapping[str, object],
+    overwrite: bool,
+) -> None:
+    """Writes the folder, whole or not at all, and compares the checkpoint in it with the model."""
+    result = {name: {"perplexity": p.value, **vars(p)} for name, p in found.quality.items()}
+    content = {**record, "layers": found.layers, "result": result}
+    content["importance"] = found.importance.to_dict()
+    facts = {"method": "block influence", "data": "King James Bible", "result": result}
+    short.remove_layers(found.layers["block_influence"])
+    with new_directory(out, replaces=MARKER if overwrite else None) as partial:
+        write_record(partial / MARKER, content)
+        pictures = [] if draw is None else draw(found.importance, partial)
+        short.save(partial / "pruned", facts=facts)
+        found.written.extend(out / p.name for p in (partial / MARKER, *pictures))
+        found.written.append(out / "pruned")
+    _check_same(short, out / "pruned")
+
+
+def _check_same(short: ShortModel, directory: Path) -> None:
+    """Loads a pruned checkpoint; raises RuntimeError if its logits are not those in memory."""
+    first = next(iter(short.decoder.layers.parameters()))
+    device, dtype = str(first.device), str(first.dtype).removeprefix("torch.")
+    again = open_model(str(directory), max_seq_len=1024, device=device, dtype=dtype)
+    tokens = torch.tensor([short.encode("In the beginning")], device=first.device)
+    if not torch.equal(again.decoder.logits(tokens), short.decoder.logits(tokens)):
+        raise RuntimeError(
+            f"{directory}, loaded again, gives other logits than the model in memory"
+        )

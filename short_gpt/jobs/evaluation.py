@@ -1,0 +1,194 @@
+"""How good models are: perplexity on texts, and tasks of the lm-evaluation-harness."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from short_gpt.data.texts import shown, texts
+from short_gpt.evaluation.perplexity import Perplexity
+from short_gpt.evaluation.protocols import PROTOCOLS, protocol
+from short_gpt.evaluation.tasks import run_tasks, task_names
+from short_gpt.jobs.inputs import (
+    Cut,
+    Encode,
+    Notify,
+    Opening,
+    Running,
+    TextSource,
+    check_model,
+    ignore,
+    known_total,
+    source_of,
+)
+from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.short_model import ShortModel
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The text whose perplexity is compared.
+
+    Args:
+        data: wikitext-2, c4 or pg19, cut as published results do; a local file or folder; none.
+        source: a local copy of wikitext-2, c4 or pg19.
+        size: tokens in a window.
+        max_windows: read only the first so many windows.
+    """
+
+    data: str = "wikitext-2"
+    source: str | None = None
+    size: int = 2048
+    max_windows: int | None = None
+
+    def check(self) -> None:
+        """Raises ShortGPTError for what would go wrong after a model is loaded."""
+        if self.source is not None and self.data not in PROTOCOLS:
+            known = " or ".join(PROTOCOLS)
+            raise ShortGPTError(f"--source is a copy of {known}; --data is {self.data}")
+        Cut(self.size, self.max_windows).check()
+
+    def own_texts(self) -> list[str]:
+        """The texts of a local file or folder; none of a published protocol."""
+        return [] if self.data in ("none", *PROTOCOLS) else list(shown(texts(self.data)))
+
+    def windows(self, encode: Encode, own: Sequence[str]) -> Iterable[list[int]]:
+        """Windows of the protocol's text, or of ``own``."""
+        if own:
+            return Cut(self.size, self.max_windows, None).windows(own, encode)
+        return protocol(
+            self.data, encode, size=self.size, limit=self.max_windows, source=self.source
+        )
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """Tasks of the lm-evaluation-harness.
+
+    Args:
+        tasks: names of tasks with commas between, such as piqa,arc_easy; none if not given.
+        limit: only the first so many documents of each task.
+        include_path: folder with YAML files of more tasks.
+    """
+
+    tasks: str | None = None
+    limit: int | None = None
+    include_path: str | None = None
+
+    def check(self) -> None:
+        """Raises ShortGPTError for a task that is unknown."""
+        if self.tasks is not None:
+            task_names(self.tasks.split(","), self.include_path)
+
+    def run(self, short: ShortModel, *, num_fewshot: int | None = None) -> dict[str, float]:
+        """Every metric of every task by the names of both; nothing without tasks."""
+        if self.tasks is None:
+            return {}
+        done = run_tasks(
+            short,
+            self.tasks.split(","),
+            limit=self.limit,
+            num_fewshot=num_fewshot,
+            include_path=self.include_path,
+        )
+        return {f"{task} {m}": value for task, found in done.items() for m, value in found.items()}
+
+
+@dataclass(frozen=True)
+class FewShotTasks(Tasks):
+    """Tasks of the lm-evaluation-harness with examples in the prompts.
+
+    Args:
+        num_fewshot: examples in each prompt; the tasks' own numbers if not given.
+    """
+
+    num_fewshot: int | None = None
+
+
+def evaluate(
+    models: Sequence[str],
+    reading: Reading | None = None,
+    *,
+    tasks: FewShotTasks | None = None,
+    opening: Opening | None = None,
+) -> dict[str, dict[str, float]]:
+    """Perplexity and tasks of several checkpoints, one loaded at a time.
+
+    Args:
+        models: checkpoints of either format.
+        reading: the text whose perplexity is taken.
+        tasks: of the lm-evaluation-harness.
+        opening: of every model.
+
+    Returns:
+        By model: its number of layers, perplexity, and metrics of the tasks, by their names.
+
+    Raises:
+        ShortGPTError: nothing to evaluate, or a wrong setting.
+        MissingPackageError: tasks need lm-eval.
+
+    Example:
+        >>> evaluate(["llama-2-7b", "llama-2-5b"])["llama-2-5b"]["layers"]  # doctest: +SKIP
+        23.0
+    """
+    reading, tasks = reading or Reading(), tasks or FewShotTasks()
+    if reading.data == "none" and tasks.tasks is None:
+        raise ShortGPTError("nothing to evaluate: give --data or --tasks")
+    reading.check()
+    for name in models:
+        check_model(name)
+    tasks.check()
+    own = reading.own_texts()
+    return {name: _row(name, reading, own, tasks, opening or Opening()) for name in models}
+
+
+def _row(
+    name: str, reading: Reading, own: Sequence[str], tasks: FewShotTasks, opening: Opening
+) -> dict[str, float]:
+    """One model's results; it is gone from memory afterwards."""
+    short = opening.whole(name, size=reading.size)
+    row = {"layers": float(len(short.kept))}
+    if reading.data != "none":
+        found = short.perplexity(reading.windows(short.encode, own))
+        row[f"{reading.data} perplexity"] = found.value
+    return row | tasks.run(short, num_fewshot=tasks.num_fewshot)
+
+
+def perplexity_of(
+    model: str,
+    data: str | TextSource = "pg19",
+    *,
+    cut: Cut | None = None,
+    opening: Opening | None = None,
+    running: Running | None = None,
+    notify: Notify = ignore,
+) -> Perplexity:
+    """The perplexity of a checkpoint on a text, in windows that do not overlap.
+
+    Args:
+        model: Meta checkpoint directory, Hugging Face directory or hub id, or GGUF file.
+        data: texts; each window is read on its own, its first token is not predicted.
+        cut, opening, running: how windows are cut, the model opened and run.
+        notify: is told what a streamed run will take in memory, before it starts.
+
+    Raises:
+        OSError, ShortGPTError: the model, the texts or a setting.
+
+    Example:
+        >>> perplexity_of("llama-2-7b", "novels/").value  # doctest: +SKIP
+        5.47
+    """
+    texts, cut, running = source_of(data), cut or Cut(), running or Running()
+    if running.max_memory is not None and not running.stream:
+        raise ShortGPTError(
+            f"--max_memory {running.max_memory} bounds --stream; add it, or leave this out"
+        )
+    check_model(model)
+    cut.check()
+    found = texts.read()
+    short = running.open(model, opening or Opening(), cut.size, None)
+    windows = cut.windows(found, short.encode)
+    if (plan := short.plan_text(running.batch_size)) is not None:
+        notify(plan)
+    total = known_total(windows, cut.max_windows)
+    return short.perplexity(windows, batch_size=running.batch_size, total=total)

@@ -1,0 +1,270 @@
+"""Scores of a checkpoint's layers, and what a method would remove by them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from llama.parallel import several_ranks
+from short_gpt.jobs.inputs import (
+    Notify,
+    Opening,
+    Scoring,
+    StridedCut,
+    TextSource,
+    check_model,
+    ignore,
+    known_total,
+    source_of,
+)
+from short_gpt.jobs.saving import TimedSaving, identity_of, interruptible
+from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.progress import first_rank
+from short_gpt.runtime.state import StateFile
+from short_gpt.scored_model import ScoredModel
+from short_gpt.scoring.importance import Importance
+from short_gpt.scoring.state import RunState
+from short_gpt.scoring.stopping import Stop, Verdict
+from short_gpt.selection.methods import BY_LOSS, check_method, choose
+from short_gpt.selection.search import Search
+from short_gpt.short_model import ShortModel
+from short_gpt.streaming.memory import bytes_of
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a ranking is to answer.
+
+    Args:
+        n: also say which so many layers the methods would remove.
+        method: bi, angular, angular_all, deepest, relative_magnitude, norm, sequential, reverse,
+            random, perplexity or sleb.
+        candidates: sleb only tries the so many layers of lowest Block Influence; all if not given.
+        confidence: that a settled answer is that of all windows; none reads all of them.
+        sublayers: also score the attention and the MLP of every layer.
+
+    Raises:
+        ShortGPTError: there is no such method, or it needs a number of layers.
+    """
+
+    n: int | None = None
+    method: str = "bi"
+    candidates: int | None = None
+    confidence: float | None = 0.99
+    sublayers: bool = False
+
+    def __post_init__(self) -> None:
+        check_method(self.method)
+        if self.by_loss and self.n is None:
+            raise ShortGPTError(f"--method {self.method} needs --n N")
+
+    @property
+    def by_loss(self) -> bool:
+        """Whether the method runs the model without layers."""
+        return self.method in BY_LOSS
+
+    def rule(self, seed: int | None) -> Stop | None:
+        """The rule that ends a run early, where the answer can be settled.
+
+        That takes a method that chooses its n layers by means over windows, in one pass, and
+        windows in random order.
+        """
+        if self.confidence is None:
+            return None
+        rule = Stop(self.n or 1, self.method == "angular", self.confidence)
+        can = self.n is not None and seed is not None and self.method in ("bi", "angular")
+        return rule if can else None
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """What `rank` found.
+
+    Attributes:
+        answer: what was asked.
+        seed: of the windows, and of the random method.
+        importance: the scores of one pass; None of a method by loss.
+        search: what a method by loss removed; None of the others.
+        verdict: whether the answer is settled; None if all windows were to be read.
+        state: the file of the run; `finish` deletes it.
+    """
+
+    answer: Answer
+    seed: int | None = None
+    importance: Importance | None = None
+    search: Search | None = None
+    verdict: Verdict | None = None
+    state: StateFile | None = None
+
+    @property
+    def layers(self) -> list[int]:
+        """The layers to remove, in original numbers: least important first, or a block.
+
+        Raises:
+            ShortGPTError: the ranking was made without a number of layers.
+        """
+        if self.search is not None:
+            return self.search.removed
+        if self.answer.n is None or self.importance is None:
+            raise ShortGPTError("the ranking was made without n: pass n, or use choose")
+        method, seed = self.answer.method, self.seed or 0
+        return choose(self.importance, self.answer.n, method=method, seed=seed)
+
+    def to_dict(self) -> dict[str, object]:
+        """The scores and the verdict, or the search, ready for JSON."""
+        if self.importance is not None:
+            return {"importance": self.importance.to_dict(), "settled": _settled(self.verdict)}
+        assert self.search is not None
+        chosen = {"method": self.answer.method, "layers": self.search.removed}
+        return {"chosen": chosen, "search": vars(self.search)}
+
+    def finish(self) -> None:
+        """Deletes the state, once the result is safe."""
+        if self.state is not None and first_rank():
+            self.state.clear()
+
+
+def rank(
+    model: str,
+    data: str | TextSource = "pg19",
+    *,
+    n: int | None = None,
+    answer: Answer | None = None,
+    cut: StridedCut | None = None,
+    opening: Opening | None = None,
+    running: Scoring | None = None,
+    saving: TimedSaving | None = None,
+    notify: Notify = ignore,
+) -> Ranking:
+    """Scores every layer of a checkpoint: Block Influence and angular distances, in one pass.
+
+    Args:
+        model: Meta checkpoint directory, Hugging Face directory or hub id, or GGUF file.
+        data: texts to score on.
+        n: how many layers to remove; short for ``answer=Answer(n)``.
+        answer: what is asked, in full.
+        cut, opening, running, saving: how windows are cut, the model opened, run, the run saved.
+        notify: is told what a streamed run will take in memory, before it starts.
+
+    Returns:
+        The scores, with ``layers`` if a number of layers was asked for.
+
+    Raises:
+        OSError, ShortGPTError: the model, the texts or a setting; before anything long if possible.
+        NotFiniteError: a weight or a state is NaN or infinite.
+
+    Example:
+        >>> rank("llama-2-7b", "novels/", n=9).layers  # doctest: +SKIP
+        [27, 26, 25, 28, 24, 29, 23, 21, 22]
+    """
+    answer, texts, saving = answer or Answer(n), source_of(data), saving or TimedSaving()
+    settings = _Settings(texts, answer, cut or StridedCut(), running or Scoring(), saving)
+    check_ranking(model, answer, settings.cut, settings.running)
+    found = texts.read()
+    place = (opening or Opening(), settings.cut.size, settings.running.model_parallel_size)
+    if answer.by_loss:
+        return _searched(settings.running.whole(model, *place), found, settings)
+    return _measured(settings.running.open(model, *place), found, settings, notify)
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """All settings of a ranking."""
+
+    texts: TextSource
+    answer: Answer
+    cut: StridedCut
+    running: Scoring
+    saving: TimedSaving
+
+    def state(self, short: ScoredModel) -> StateFile | None:
+        """The file that the run is saved in, if it has a name."""
+        if self.saving.state is None:  # a digest of all weights takes seconds
+            return None
+        return self.saving.file(self._identity(short), every=self.saving.save_every)
+
+    def _identity(self, short: ScoredModel) -> dict[str, object]:
+        """What a saved run depends on, by the names that an error shows."""
+        cut, answer = self.cut, self.answer
+        identity: dict[str, object] = {**vars(self.texts), "size": cut.size, "seed": cut.seed}
+        identity |= {"stride": cut.stride, "sublayers": answer.sublayers}
+        identity |= {"batch_size": self.running.batch_size}
+        if answer.by_loss:  # only these read a fixed number of windows for a fixed number of layers
+            identity |= {"method": answer.method, "n": answer.n, "candidates": answer.candidates}
+            identity |= {"max_windows": cut.max_windows, "max_memory": self.running.max_memory}
+        identity |= {"method of all tokens": answer.method == "angular_all"}
+        return identity | identity_of(short)
+
+
+def check_ranking(model: str, answer: Answer, cut: StridedCut, running: Scoring) -> None:
+    """Raises what would go wrong after the model is loaded.
+
+    Raises:
+        ShortGPTError: a number is out of range, or the method does not do with a streamed model.
+    """
+    check_model(model, answer.n)
+    cut.check()
+    answer.rule(cut.seed)  # refuses a confidence out of range
+    if running.stream and (answer.by_loss or answer.method == "angular_all"):
+        why = "the whole model for every candidate" if answer.by_loss else "all states"
+        raise ShortGPTError(
+            f"--method {answer.method} needs {why}; choose another, or leave out --stream"
+        )
+    if running.max_memory is not None:
+        bytes_of(running.max_memory)
+        if not running.stream and not answer.by_loss:
+            raise ShortGPTError(
+                f"--max_memory {running.max_memory} bounds --stream and the methods "
+                f"{', '.join(BY_LOSS)}; add --stream, or leave it out"
+            )
+    if answer.by_loss and several_ranks():
+        raise ShortGPTError(f"--method {answer.method} runs on one rank; start it alone")
+
+
+def _measured(
+    short: ScoredModel, found: Iterable[str], settings: _Settings, notify: Notify
+) -> Ranking:
+    """The scores of one pass."""
+    answer, cut, size = settings.answer, settings.cut, settings.running.batch_size
+    windows, state = cut.windows(found, short.encode), settings.state(short)
+    if (plan := short.plan_text(size)) is not None:
+        notify(plan)
+    with interruptible():
+        verdict = short.measure(
+            windows,
+            batch_size=size,
+            total=known_total(windows, cut.max_windows),
+            stop=answer.rule(cut.seed),
+            state=RunState(state) if state is not None else None,
+            sublayers=answer.sublayers,
+            all_tokens=answer.method == "angular_all",
+        )
+    return Ranking(answer, cut.seed, short.importance, verdict=verdict, state=state)
+
+
+def _searched(short: ShortModel, found: Iterable[str], settings: _Settings) -> Ranking:
+    """What a method that runs the model without layers removes."""
+    answer, running = settings.answer, settings.running
+    windows, state = list(settings.cut.windows(found, short.encode)), settings.state(short)
+    few = None
+    with interruptible():
+        if answer.candidates is not None:
+            short.measure(windows, batch_size=running.batch_size)
+            few = short.layers_to_remove(n=answer.candidates)
+        search = short.search(
+            windows,
+            answer.n or 0,  # checked: it is given
+            method=answer.method,
+            candidates=few,
+            batch_size=running.batch_size,
+            max_memory=bytes_of(running.max_memory or "2GB"),
+            state=state,
+        )
+    return Ranking(answer, settings.cut.seed, search=search, state=state)
+
+
+def _settled(verdict: Verdict | None) -> dict[str, object] | None:
+    """A verdict, ready for JSON."""
+    if verdict is None:
+        return None
+    return {**vars(verdict), "stop": vars(verdict.stop), "pair": list(verdict.pair)}

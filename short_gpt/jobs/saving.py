@@ -1,0 +1,89 @@
+"""Long runs that can be interrupted: the file they are saved in, and requests to end."""
+
+from __future__ import annotations
+
+import hashlib
+import signal
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+from llama.io.files import check_writable
+from short_gpt.runtime.replicas import of_model
+from short_gpt.runtime.state import StateFile
+from short_gpt.scored_model import ScoredModel
+from short_gpt.streamed_llama import StreamedLlama
+
+S = TypeVar("S", bound="Saving")
+
+
+@dataclass(frozen=True)
+class Saving:
+    """Where a run is saved, to be continued.
+
+    Args:
+        state: file that the run is saved in and continued from; that of the result with .state
+            behind its name if not given.
+    """
+
+    state: str | None = None
+
+    def beside(self: S, result: str | None) -> S:
+        """The same, with a name made from the result's file where none is given."""
+        named = self.state is not None or result is None
+        return self if named else replace(self, state=f"{result}.state")
+
+    def file(self, identity: Mapping[str, object], *, every: float = 120.0) -> StateFile | None:
+        """The file, or None where it has no name; see `StateFile` for the arguments."""
+        if self.state is None:
+            return None
+        path = Path(self.state)
+        check_writable(path)
+        return StateFile(path, identity, every=every)
+
+
+@dataclass(frozen=True)
+class TimedSaving(Saving):
+    """Where and how often a run is saved.
+
+    Args:
+        save_every: seconds between two saves.
+    """
+
+    save_every: float = 120.0
+
+
+def identity_of(short: ScoredModel) -> dict[str, object]:
+    """What tells a model's results from another's: weights, configuration, how it runs."""
+    stream = short.stream if isinstance(short, StreamedLlama) else None
+    first = stream or next(iter(short.decoder.layers.parameters()))
+    whole = short.decoder.model  # type: ignore[attr-defined]
+    settings = str(getattr(whole, "params", None) or getattr(whole, "config", None))
+    return {
+        "dtype": str(first.dtype),
+        "device": first.device.type,
+        "stream": stream is not None,
+        "model_parallel_size": len(of_model(None)),
+        "configuration": hashlib.sha256(settings.encode()).hexdigest()[:16],
+        "weights": short.weights_digest(),
+    }
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """A request to end (SIGTERM) inside the block counts as Ctrl-C, so that work is saved."""
+
+    def end(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        before = signal.signal(signal.SIGTERM, end)
+    except ValueError:  # only the main thread may
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,49 @@
+"""What all pictures share.
+
+Functions that draw return a `matplotlib.figure.Figure` and touch no global state;
+`figure.savefig("a.png")` writes it, a notebook shows it.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from short_gpt.runtime.errors import MissingPackageError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+# Colours that colour-blind readers tell apart (Okabe and Ito), and that differ in lightness too.
+KEPT, REMOVED = "#56B4E9", "#D55E00"
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Writes a picture as PNG, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}")
+    figure.savefig(partial, format="png", dpi=150)
+    partial.replace(path)
+
+
+def shape(x: Tensor) -> tuple[int, ...]:
+    """Its sizes, as messages show them."""
+    return tuple(x.shape)
+
+
+def require_matplotlib() -> None:
+    """Raises MissingPackageError that names the extra, for a check before long work."""
+    if find_spec("matplotlib") is None:
+        raise MissingPackageError('plots need matplotlib: pip install "short-gpt[plots]"')
+
+
+def empty(width: float, height: float) -> Figure:
+    """An empty figure, sizes in inches."""
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")

@@ -1,0 +1,48 @@
+"""Results of jobs as text for a terminal."""
+
+from __future__ import annotations
+
+from short_gpt.jobs.demonstration import Demo
+from short_gpt.jobs.healing import Healing
+from short_gpt.jobs.pruning import Pruned
+from short_gpt.jobs.ranking import Ranking
+from short_gpt.report.tables import perplexities, ranking, search, sublayers
+
+
+def ranked(result: Ranking) -> str:
+    """The table of a ranking, by whichever method, and whether its answer is settled."""
+    answer = result.answer
+    if result.search is not None:
+        return search(result.search, answer.method)
+    assert result.importance is not None
+    parts = [ranking(result.importance, answer.n, method=answer.method, seed=result.seed or 0)]
+    parts += ["\n" + sublayers(result.importance)] if answer.sublayers else []
+    parts += [str(result.verdict)] if result.verdict else []
+    return "\n".join(parts)
+
+
+def pruned(result: Pruned) -> str:
+    """What was tried, removed, written and proved."""
+    lines = []
+    tried = result.chosen.gate.tried if result.chosen.gate else {}
+    for n, found in tried.items():
+        rise = f"ratio {found.value / tried[0].value:.4f}"
+        lines.append(f"{n:>3} layers less: perplexity {found.value:.3f}, {rise}")
+    lines += [f"removed layers {result.layers}", f"written: {result.out}"]
+    lines += [f"written: {result.recipe}"] if result.recipe is not None else []
+    return "\n".join([*lines, *([result.proof] if result.proof else [])])
+
+
+def healed(result: Healing) -> str:
+    """Perplexities before and after, and what the healing changed."""
+    lines = [result.left_out] if result.left_out else []
+    lines += [f"{perplexities(result.quality)}\n", f"healing changes the loss by {result.change}"]
+    return "\n".join(lines)
+
+
+def demonstrated(result: Demo, n: int) -> str:
+    """All that the demo found."""
+    said = "\n".join(f"{name}:\n  {text}" for name, text in result.completions.items())
+    parts = [ranking(result.importance, n), f"Held-out chapters:\n{perplexities(result.quality)}"]
+    parts += [f"Greedy completions:\n{said}"]
+    return "\n\n".join([*parts, "The saved checkpoint, loaded again, gives the same logits."])

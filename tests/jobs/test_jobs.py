@@ -1,0 +1,173 @@
+"""What commands do, called from Python: results come back, nothing is printed."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from commands import TEXT, run
+from conftest import (
+    BYTE_VOCAB,
+    make_transformer,
+    save_checkpoint,
+    write_byte_tokenizer,
+    zero_layer,
+)
+
+import short_gpt
+from short_gpt import ShortGPTError, convert, prune, rank
+from short_gpt.jobs import (
+    Answer,
+    Cases,
+    Choice,
+    Cut,
+    MethodChoice,
+    Opening,
+    Reading,
+    Saving,
+    Scores,
+    Scoring,
+    StridedCut,
+    TextSource,
+    evaluate,
+    heal,
+    perplexity_of,
+)
+from short_gpt.jobs import Learned as LearnedFrom
+
+CUT = StridedCut(32, 6, 0, 16)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    """A random model whose layer 2 does nothing, and a text."""
+    model = make_transformer(vocab_size=BYTE_VOCAB)
+    zero_layer(model, 2)
+    write_byte_tokenizer(save_checkpoint(tmp_path / "ckpt", model))
+    (tmp_path / "book.txt").write_text(TEXT)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_layer_that_does_nothing_is_ranked_first_and_pruned(here, capsys):
+    result = rank("ckpt", "book.txt", n=1, cut=CUT)
+    assert result.layers == [2] and result.importance.block_influence[2] < 1e-6
+    assert result.to_dict()["settled"] is None or result.verdict is not None
+    done = prune("ckpt", "small", layers=result.layers)
+    assert done.layers == [2] and done.out == Path("small") and done.proof is None
+    whole = perplexity_of("ckpt", "book.txt", cut=Cut(32))
+    assert perplexity_of("small", "book.txt", cut=Cut(32)) == whole
+    assert capsys.readouterr().out == ""
+
+
+def test_what_a_job_finds_is_what_the_command_writes(here, capsys):
+    run("rank", "ckpt", "--data", "book.txt", "--size", 32, "--stride", 16, "--max_windows", 6,
+        "--n", 2, "--method", "reverse", "--json", "r.json")  # fmt: skip
+    result = rank("ckpt", "book.txt", answer=Answer(2, "reverse"), cut=CUT)
+    written = json.loads(Path("r.json").read_text())
+    assert written["importance"] == json.loads(json.dumps(result.to_dict()["importance"]))
+    scores = Scores.read("r.json")
+    assert scores.layers(2) == result.layers == [4, 3] and scores.method == "reverse"
+    done = prune("ckpt", "small", scores="r.json", n=2)
+    assert done.layers == [4, 3]
+    assert json.loads(Path("small/pruning.json").read_text())["data"] == "book.txt"
+
+
+def test_a_search_is_saved_and_forgotten(here):
+    saving = Saving().beside("s.json")
+    assert saving.state == "s.json.state" and Saving("mine").beside("s.json").state == "mine"
+    assert Saving().file({}) is None
+    answer = Answer(1, "sleb", candidates=2)
+    result = rank("ckpt", "book.txt", answer=answer, cut=CUT)
+    assert result.layers == [2]
+    result.finish()  # without a state there is nothing to delete
+
+
+def test_notify_is_told_what_a_streamed_run_takes(here, capsys):
+    told: list[str] = []
+    streamed = Scoring(stream=True, max_memory="900GB")
+    opening = Opening(device="cpu")
+    given = {"cut": CUT, "opening": opening, "notify": told.append}
+    result = rank("ckpt", "book.txt", running=streamed, **given)
+    assert len(told) == 1 and told[0].startswith("one layer at a time, ")
+    again = rank("ckpt", "book.txt", **given)
+    assert len(told) == 1
+    ours, theirs = result.importance.block_influence, again.importance.block_influence
+    assert torch.allclose(ours, theirs, rtol=1e-6, atol=1e-7)
+    out = capsys.readouterr()
+    assert out.out == "" and "one layer" not in out.err
+
+
+def test_heal_gives_the_evidence_and_prints_nothing(here, capsys):
+    Path("other.txt").write_text("".join(chr(97 + i * i % 26) for i in range(400)))
+    learned = LearnedFrom("other.txt", 32, 8, 4)
+    done = heal("ckpt", "out", choice=Choice([1]), data="book.txt", learned=learned)
+    names = ["whole, 5 layers", "pruned, 4 layers", "healed"]
+    assert list(done.quality) == names and done.how["method"] == "linear patch"
+    assert done.change.nats == pytest.approx(
+        torch.log(torch.tensor(done.quality["healed"].value / done.quality[names[1]].value)).item(),
+        abs=1e-5,
+    )
+    assert done.to_dict()["data"] == "book.txt" and done.to_dict()["size"] == 32
+    assert capsys.readouterr().out == ""
+
+
+def test_evaluate_and_convert(here):
+    assert convert("ckpt", "hf") == Path("hf") and Path("hf/model.safetensors").is_file()
+    prune("ckpt", "small", layers=[2])
+    found = evaluate(["ckpt", "small"], Reading("book.txt", size=32))
+    expected = perplexity_of("ckpt", "book.txt", cut=Cut(32, None, None)).value
+    assert found["ckpt"] == {"layers": 5, "book.txt perplexity": expected}
+    assert found["small"] == {"layers": 4, "book.txt perplexity": expected}  # layer 2 did nothing
+
+
+def test_a_choice_names_layers_or_scores(here):
+    for choice, message in (
+        (Choice(), "expected either --layers"),
+        (Choice([1], "r.json"), "expected either --layers"),
+        (Choice([1], angular=True), "chooses from --scores"),
+        (MethodChoice(scores="r", angular=True, method="bi"), "contradict each other"),
+        (MethodChoice(scores="r", method="best"), "no method 'best'"),
+    ):
+        with pytest.raises(ShortGPTError, match=message):
+            choice.check()
+    with pytest.raises(ShortGPTError, match="--n chooses from --scores"):
+        prune("ckpt", "x", layers=[1], n=1)
+    assert Choice(3).check().named == [3]
+
+
+def test_cases_are_read_with_or_without_spaces():
+    cases = Cases("bi, sleb", 2, "raw,lora", lora_only="sleb:2, bi:2")
+    cases.check()
+    assert cases.names == ["bi", "sleb"] and cases.numbers == [2]
+    assert cases.pairs == [("sleb", 2), ("bi", 2)]
+
+
+def test_settings_are_refused_before_a_model_is_loaded(here):
+    with pytest.raises(ShortGPTError, match="n = 5; the model has 5 layers: expected 1 to 4"):
+        rank("ckpt", "no such text", n=5)
+    with pytest.raises(ShortGPTError, match="--method sleb needs --n N"):
+        Answer(method="sleb")
+    with pytest.raises(ShortGPTError, match="n, or use choose"):
+        _ = rank("ckpt", "book.txt", cut=CUT).layers
+    assert TextSource("book.txt").read_apart("book.txt")[1] == [TEXT]
+
+
+# The names of the package
+
+
+def test_every_public_name_is_described_with_an_example():
+    assert sorted(short_gpt.__all__, key=str.lower) == sorted(set(short_gpt.__all__), key=str.lower)
+    for name in short_gpt.__all__:
+        text = getattr(short_gpt, name).__doc__ or ""
+        assert len(text.split("\n")[0]) > 10 and ">>> " in text, name
+
+
+def test_the_readmes_names_are_public():
+    text = Path(__file__).parents[2].joinpath("README.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^\s*from short_gpt import ([\w, ]+)$", text, flags=re.MULTILINE)
+    names = {name.strip() for line in lines for name in line.split(",")}
+    assert names and names <= set(short_gpt.__all__)
