@@ -5,10 +5,11 @@ from short_gpt.data.texts import pg19, texts
 from short_gpt.data.windows import batches, windows
 from short_gpt.evaluation.perplexity import perplexity
 from short_gpt.evaluation.tasks import run_tasks
+from short_gpt.experiments import compare
 from short_gpt.healing.linear_patch import heal as heal_patch
 from short_gpt.healing.lora import heal as heal_lora
 from short_gpt.healing.recipe import Recipe
-from short_gpt.jobs import compare, convert, prune, rank
+from short_gpt.jobs import convert, prune, rank
 from short_gpt.opening import open_model
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.scoring.importance import Importance, measure

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from short_gpt import jobs, report
 from short_gpt.cli.options import QualityPicture, arguments_of, say
-from short_gpt.jobs import Cases, LoraSettings, Opening, Saving, Shares, Tasks, TextSource
+from short_gpt.jobs import CaseNames, LoraNames, Opening, Saving, Shares, Tasks, TextSource
 
 
 def compare(
     model: str | None = None,
     *,
-    cases: Cases = Cases(),
+    cases: CaseNames = CaseNames(),
     texts: TextSource = TextSource(),
     shares: Shares = Shares(),
-    lora: LoraSettings = LoraSettings(),
+    lora: LoraNames = LoraNames(),
     tasks: Tasks = Tasks(),
     opening: Opening = Opening(),
     saving: Saving = Saving(),
@@ -45,5 +45,6 @@ def compare(
     output.write("compare", arguments, result.to_dict())
     if output.folder is not None:
         report.draw_quality(result.rows, output.folder)
-    result.finish()
+    if result.state is not None:
+        result.state.clear()
     output.say_written()

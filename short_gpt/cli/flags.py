@@ -25,8 +25,8 @@ GROUPS = {
     **dict.fromkeys(
         ("TextSource", "Cut", "Reading", "Shares", "Learned", "DemoRun", "Reproduction"), READ
     ),
-    **dict.fromkeys(("Answer", "Choice", "PerplexityLimit", "Cases"), CHOOSE),
-    **dict.fromkeys(("Tasks", "Sampling", "Settings", "LoraSettings", "Opening"), RUN),
+    **dict.fromkeys(("Answer", "Choice", "PerplexityLimit", "CaseNames"), CHOOSE),
+    **dict.fromkeys(("Tasks", "Sampling", "Settings", "LoraNames", "Opening"), RUN),
     **dict.fromkeys(("Written", "Output", "Conversion", "Saving"), WRITE),
 }
 BOOLEANS = {"true": "True", "false": "False", "yes": "True", "no": "False"}

@@ -4,7 +4,7 @@ Jobs print nothing. They return what they found as plain data with a ``to_dict``
 as JSON, show progress bars, and tell a ``notify`` of what must be known before a long run starts.
 """
 
-from short_gpt.jobs.cases import Cases, Shares
+from short_gpt.jobs.cases import CaseNames, LoraNames, Shares
 from short_gpt.jobs.choice import (
     Choice,
     Chosen,
@@ -14,14 +14,13 @@ from short_gpt.jobs.choice import (
     chosen,
     read_scores,
 )
-from short_gpt.jobs.comparison import Compared, compare, compare_checkpoint
+from short_gpt.jobs.comparison import compare_checkpoint
 from short_gpt.jobs.conversion import convert
 from short_gpt.jobs.demonstration import Demo, DemoRun, run_demo
 from short_gpt.jobs.evaluation import FewShotTasks, Reading, Tasks, evaluate, perplexity_of
 from short_gpt.jobs.healing import Healing, heal
 from short_gpt.jobs.healing_settings import Learned, Settings
 from short_gpt.jobs.inputs import Cut, Opening, Running, Scoring, StridedCut, TextSource
-from short_gpt.jobs.lora_comparison import LoraSettings
 from short_gpt.jobs.pruning import Pruned, Written, prune, prune_by
 from short_gpt.jobs.ranking import Answer, Ranking, rank
 from short_gpt.jobs.reproduction import Reproduced, reproduce
@@ -29,17 +28,16 @@ from short_gpt.jobs.saving import Saving, TimedSaving
 
 __all__ = [
     "Answer",
-    "Cases",
+    "CaseNames",
     "Choice",
     "Chosen",
-    "Compared",
     "Cut",
     "Demo",
     "DemoRun",
     "FewShotTasks",
     "Healing",
     "Learned",
-    "LoraSettings",
+    "LoraNames",
     "MethodChoice",
     "Opening",
     "PerplexityLimit",
@@ -59,7 +57,6 @@ __all__ = [
     "TimedSaving",
     "Written",
     "chosen",
-    "compare",
     "compare_checkpoint",
     "convert",
     "evaluate",

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from short_gpt.experiments.comparison import LORA, PATCHED, RAW
+from short_gpt.experiments import Cases, LoraSettings
+from short_gpt.experiments.compare import DEFAULT_METHODS
+from short_gpt.experiments.rows import HEALINGS, LORA
 from short_gpt.jobs.inputs import Cut
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.scored_model import ScoredModel
 from short_gpt.selection.methods import METHODS
 
-DEFAULT = "bi,angular,deepest,relative_magnitude,perplexity,sleb,reverse,random"
-HEALINGS = (RAW, PATCHED, LORA)
 Windows = list[list[int]]
 
 
@@ -22,8 +22,8 @@ def listed(names: str) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Cases:
-    """What is compared.
+class CaseNames:
+    """What is compared, as it is written in a command line.
 
     Args:
         methods: names as of the method of rank, with commas between.
@@ -34,7 +34,7 @@ class Cases:
             bi:8,angular:8; all if not given.
     """
 
-    methods: str = DEFAULT
+    methods: str = ",".join(DEFAULT_METHODS)
     counts: object = (2, 4, 8, 12)
     healing: str = "raw,patched"
     seeds: int = 3
@@ -85,6 +85,18 @@ class Cases:
             raise ShortGPTError(f"--methods {odd[0]}: expected some of {', '.join(METHODS)}")
         _ = self.numbers, self.pairs  # each refuses what it cannot read
 
+    def cases(self, search_windows: int) -> Cases:
+        """The cases; the searches by loss read so many of the windows."""
+        self.check()
+        return Cases(
+            self.names,
+            self.numbers,
+            healings=self.healings,
+            seeds=self.seeds,
+            search_windows=search_windows,
+            lora_only=self.pairs,
+        )
+
 
 @dataclass(frozen=True)
 class Shares:
@@ -111,3 +123,33 @@ class Shares:
     ) -> Windows:
         """Windows of texts in random order."""
         return list(Cut(size or self.size, limit, self.seed).windows(texts, short.encode))
+
+
+@dataclass(frozen=True)
+class LoraNames:
+    """How lora heals in a comparison.
+
+    Args:
+        steps: steps of lora, a tenth of them warm-up but at most 100; the recipe's 5000 if not
+            given.
+        lora_rank: its rank; the recipe's if not given.
+        lora_learning_rate: its peak; the recipe's if not given.
+        lora_batch: windows a step; the recipe's 16 if not given.
+        lora_size: tokens in a window of lora; the recipe's if not given.
+    """
+
+    steps: int | None = None
+    lora_rank: int | None = None
+    lora_learning_rate: float | None = None
+    lora_batch: int | None = None
+    lora_size: int | None = None
+
+    def settings(self) -> LoraSettings:
+        """The same for `experiments.LoraHealing`."""
+        return LoraSettings(
+            steps=self.steps,
+            rank=self.lora_rank,
+            learning_rate=self.lora_learning_rate,
+            batch=self.lora_batch,
+            size=self.lora_size,
+        )

@@ -8,14 +8,15 @@ from pathlib import Path
 
 from llama.io.hub import resolve
 from llama.io.sources import is_meta
+from short_gpt.checkpoints.provenance import Provenance
 from short_gpt.data.texts import texts
 from short_gpt.jobs.inputs import Cut, Opening
 from short_gpt.opening import layers_of
 from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.runtime.results import read_record, versions
+from short_gpt.runtime.results import read_record
 from short_gpt.scoring.importance import Importance
 from short_gpt.selection.methods import METHODS, check_method, choose
-from short_gpt.selection.perplexity_budget import Gate, most_layers
+from short_gpt.selection.perplexity_budget import Budget
 
 
 @dataclass(frozen=True)
@@ -94,16 +95,12 @@ class Scores:
             )
         return self.searched[:n]
 
-    def facts(self) -> dict[str, object]:
+    def record(self, facts: Mapping[str, object] | None = None) -> Provenance:
         """How the layers were chosen, to be kept beside the result."""
-        facts: dict[str, object] = {}
-        if self.importance is not None:
-            read = self.importance
-            facts["block_influence"] = read.block_influence.tolist()
-            facts["scored"] = {"windows": read.n_windows, "tokens": read.n_tokens}
+        chosen_by: dict[str, object] = {"method": METHODS[self.method], "scored_by": self.arguments}
         if self.arguments.get("data"):
-            facts["data"] = self.arguments["data"]
-        return facts | {"method": METHODS[self.method], "scored_by": self.arguments}
+            chosen_by["data"] = self.arguments["data"]
+        return Provenance.of_scores(self.importance, {**chosen_by, **(facts or {})})
 
 
 @dataclass(frozen=True)
@@ -170,11 +167,17 @@ class MethodChoice(Choice):
 
 @dataclass(frozen=True)
 class Chosen:
-    """Layers to remove, and what is kept of how they were chosen."""
+    """Layers to remove, and what is kept of how they were chosen.
+
+    Attributes:
+        layers: original numbers, in order of removal.
+        record: of the choice, which a cut completes.
+        budget: what was tried, where the perplexity decided.
+    """
 
     layers: list[int]
-    facts: dict[str, object]
-    gate: Gate | None = None
+    record: Provenance
+    budget: Budget | None = None
 
 
 def chosen(model: str, choice: Choice) -> Chosen:
@@ -185,14 +188,13 @@ def chosen(model: str, choice: Choice) -> Chosen:
         FileNotFoundError: the scores or the model do not exist.
     """
     scores = _scores(model, choice)
-    facts: dict[str, object] = {"source": model, "versions": versions()}
     if scores is None:
         if choice.n is not None:
             raise ShortGPTError("--n chooses from --scores, not from --layers")
-        return Chosen(choice.named or [], facts)
+        return Chosen(choice.named or [], Provenance())
     if choice.n is None:
         raise ShortGPTError("with --scores, say how many layers to remove: --n N")
-    return Chosen(scores.layers(choice.n), facts | scores.facts())
+    return Chosen(scores.layers(choice.n), scores.record())
 
 
 def chosen_within(
@@ -213,21 +215,20 @@ def chosen_within(
     short = (opening or Opening()).whole(model, size=limit.size)
     cut = Cut(limit.size, limit.eval_windows)
     held = list(cut.windows(texts(data), short.encode))
-    bound = len(scores.searched) or short.n_layers - 1
-    gate = most_layers(short, scores.layers, held, ratio=ratio, most=bound)
-    _check_some(gate, data, scores.layers(1))
-    facts: dict[str, object] = {"source": model, "versions": versions()}
-    facts |= scores.facts() | {"quality_gate": {"eval_data": data, **gate.to_dict()}}
-    return Chosen(gate.layers, facts, gate)
+    most = len(scores.searched) or None  # a search found no more
+    budget = short.layers_within(held, ratio, choose=scores.layers, most=most)
+    _check_some(budget, data, scores.layers(1))
+    evidence = {"quality_gate": {"eval_data": data, **budget.to_dict()}}
+    return Chosen(budget.layers, scores.record(evidence), budget)
 
 
-def _check_some(gate: Gate, data: str, first: list[int]) -> None:
+def _check_some(budget: Budget, data: str, first: list[int]) -> None:
     """Raises ShortGPTError where the limit leaves no layer to remove."""
-    if not gate.layers:
-        rise = gate.tried[1].value / gate.tried[0].value
+    if not budget.layers:
+        rise = budget.tried[1].value / budget.tried[0].value
         raise ShortGPTError(
             f"not even one layer may go: without {first} the perplexity on {data} rises by a "
-            f"factor of {rise:.4f}, above {gate.ratio}"
+            f"factor of {rise:.4f}, above {budget.ratio}"
         )
 
 

@@ -6,9 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from llama.io.files import check_new, new_directory
+from short_gpt.checkpoints.verify import check_same, fingerprint
 from short_gpt.data import demo as material
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.jobs.inputs import Cut, Notify, Opening, ignore
@@ -16,6 +15,7 @@ from short_gpt.models.numbering import check_count
 from short_gpt.opening import open_model
 from short_gpt.runtime.results import write_record
 from short_gpt.scoring.importance import Importance
+from short_gpt.selection.methods import METHODS
 from short_gpt.short_model import ShortModel
 
 PROMPT = "And God said unto Noah,"
@@ -104,7 +104,7 @@ def run_demo(
     run, target = run or DemoRun(), Path(out)
     run.check()
     check_count(n, material.N_LAYERS)
-    check_new(target, replaces=MARKER if overwrite else None)
+    check_new(target, marker=MARKER, overwrite=overwrite)
     notify("SmolLM2-135M-Instruct reads the King James Bible\n")
     opening = Opening(device=run.device)
     short = opening.whole(str(material.checkpoint()), size=1024)
@@ -144,9 +144,9 @@ def _save(
     result = {name: {"perplexity": p.value, **vars(p)} for name, p in found.quality.items()}
     content = {**record, "layers": found.layers, "result": result}
     content["importance"] = found.importance.to_dict()
-    facts = {"method": "block influence", "data": "King James Bible", "result": result}
+    facts = {"method": METHODS["bi"], "data": "King James Bible", "result": result}
     short.remove_layers(found.layers["block_influence"])
-    with new_directory(out, replaces=MARKER if overwrite else None) as partial:
+    with new_directory(out, marker=MARKER, overwrite=overwrite) as partial:
         write_record(partial / MARKER, content)
         pictures = [] if draw is None else draw(found.importance, partial)
         short.save(partial / "pruned", facts=facts)
@@ -156,12 +156,10 @@ def _save(
 
 
 def _check_same(short: ShortModel, directory: Path) -> None:
-    """Loads a pruned checkpoint; raises RuntimeError if its logits are not those in memory."""
+    """Loads a pruned checkpoint; raises RuntimeError unless it is the model in memory."""
     first = next(iter(short.decoder.layers.parameters()))
     device, dtype = str(first.device), str(first.dtype).removeprefix("torch.")
     again = open_model(str(directory), max_seq_len=1024, device=device, dtype=dtype)
-    tokens = torch.tensor([short.encode("In the beginning")], device=first.device)
-    if not torch.equal(again.decoder.logits(tokens), short.decoder.logits(tokens)):
-        raise RuntimeError(
-            f"{directory}, loaded again, gives other logits than the model in memory"
-        )
+    ids = short.encode("In the beginning")
+    names = ("the model in memory", f"{directory}, loaded again,")
+    check_same(fingerprint(short, ids=ids), fingerprint(again, ids=ids), names=names)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from short_gpt.data.texts import shown, texts
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.evaluation.protocols import PROTOCOLS, protocol
-from short_gpt.evaluation.tasks import run_tasks, task_names
+from short_gpt.evaluation.tasks import TaskSuite, task_names
 from short_gpt.jobs.inputs import (
     Cut,
     Encode,
@@ -80,18 +81,18 @@ class Tasks:
         if self.tasks is not None:
             task_names(self.tasks.split(","), self.include_path)
 
-    def run(self, short: ShortModel, *, num_fewshot: int | None = None) -> dict[str, float]:
+    def suite(self) -> TaskSuite | None:
+        """The tasks as a suite; None without tasks."""
+        return None if self.tasks is None else TaskSuite(self.tasks.split(","), **self._settings())
+
+    def run(self, short: ShortModel) -> dict[str, float]:
         """Every metric of every task by the names of both; nothing without tasks."""
-        if self.tasks is None:
-            return {}
-        done = run_tasks(
-            short,
-            self.tasks.split(","),
-            limit=self.limit,
-            num_fewshot=num_fewshot,
-            include_path=self.include_path,
-        )
+        suite = self.suite()
+        done = {} if suite is None else suite.run(short)
         return {f"{task} {m}": value for task, found in done.items() for m, value in found.items()}
+
+    def _settings(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "tasks"}
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,7 @@ def _row(
     if reading.data != "none":
         found = short.perplexity(reading.windows(short.encode, own))
         row[f"{reading.data} perplexity"] = found.value
-    return row | tasks.run(short, num_fewshot=tasks.num_fewshot)
+    return row | tasks.run(short)
 
 
 def perplexity_of(

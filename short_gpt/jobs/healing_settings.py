@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from short_gpt.healing.lora import require_four_bit, require_packages
+from short_gpt.healing.four_bit import require_four_bit
+from short_gpt.healing.lora import require_packages
 from short_gpt.healing.recipe import PRESETS, Recipe, recipe_for
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.short_model import ShortModel
@@ -100,5 +101,4 @@ class Settings:
 
     def recipe(self, short: ShortModel, seed: int) -> Recipe:
         """The recipe for a model of transformers, with the changes."""
-        config = short.model.config  # type: ignore[attr-defined]
-        return recipe_for(config, self.preset, **{**self.changes, "seed": seed})
+        return recipe_for(short.trainable().config, self.preset, **{**self.changes, "seed": seed})

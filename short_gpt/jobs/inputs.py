@@ -13,7 +13,6 @@ from short_gpt.opening import layers_of, open_model
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.scored_model import ScoredModel
 from short_gpt.short_model import ShortModel
-from short_gpt.streamed_llama import StreamedLlama
 
 Encode = Callable[[str], Sequence[int]]
 Notify = Callable[[str], object]
@@ -169,12 +168,13 @@ class Running:
                 f"--model_parallel_size {ranks}: --stream holds one layer on one rank; leave one "
                 "of them out"
             )
-        return StreamedLlama(
+        return open_model(
             source,
-            **vars(opening),
+            stream=True,
             max_seq_len=size,
-            batch_size=self.batch_size,
+            max_batch_size=self.batch_size,
             max_memory=self.max_memory,
+            **vars(opening),
         )
 
 

@@ -6,13 +6,11 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from llama.checkpoint.meta import PROVENANCE
-from llama.formats.hf import read_json
 from llama.io.files import check_new, check_writable
-from llama.io.hub import resolve
 from llama.io.sources import is_meta
 from llama.parallel import several_ranks
-from short_gpt.checkpoints.hf import mergekit_recipe
+from short_gpt.checkpoints.mergekit import mergekit_recipe, recipe_dtype
+from short_gpt.checkpoints.provenance import PROVENANCE
 from short_gpt.checkpoints.prune import prune_checkpoint, refuse_gguf
 from short_gpt.jobs.choice import (
     Choice,
@@ -24,7 +22,6 @@ from short_gpt.jobs.choice import (
 )
 from short_gpt.jobs.inputs import Opening
 from short_gpt.opening import same_model
-from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import bar
 from short_gpt.runtime.results import read_record, refuse_existing
 
@@ -132,7 +129,7 @@ def prune_by(
     written, opening = written or Written(), opening or Opening()
     refuse_gguf(model)
     choice.check()
-    check_new(Path(out), replaces=PROVENANCE if written.overwrite else None)
+    check_new(Path(out), marker=PROVENANCE, overwrite=written.overwrite)
     if limit is None or limit.max_perplexity_ratio is None:
         found = chosen(model, choice)
     else:
@@ -151,7 +148,7 @@ def _write(model: str, out: str, found: Chosen, written: Written, opening: Openi
             found.layers,
             to=written.to,
             tokenizer_path=opening.tokenizer_path,
-            provenance=found.facts,
+            provenance=found.record,
             overwrite=written.overwrite,
             progress=lambda _: shown.update(),
         )
@@ -188,10 +185,7 @@ def _recipe_dtype(source: str, written: Written) -> str:
     """The dtype of a model that mergekit is to read; checks that it can."""
     if written.recipe is None:
         return ""
-    if is_meta(source):
-        raise ShortGPTError("--recipe: mergekit reads no Meta checkpoint; convert it first")
+    dtype = recipe_dtype(source)
     refuse_existing(Path(written.recipe), overwrite=written.overwrite)
     check_writable(Path(written.recipe))
-    config = read_json(resolve(source) / "config.json")
-    config = {**config, **(config.get("text_config") or {})}
-    return str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
+    return dtype

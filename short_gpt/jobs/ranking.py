@@ -17,7 +17,7 @@ from short_gpt.jobs.inputs import (
     known_total,
     source_of,
 )
-from short_gpt.jobs.saving import TimedSaving, identity_of, interruptible
+from short_gpt.jobs.saving import TimedSaving, interruptible
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import first_rank
 from short_gpt.runtime.state import StateFile
@@ -193,7 +193,7 @@ class _Settings:
             identity |= {"method": answer.method, "n": answer.n, "candidates": answer.candidates}
             identity |= {"max_windows": cut.max_windows, "max_memory": self.running.max_memory}
         identity |= {"method of all tokens": answer.method == "angular_all"}
-        return identity | identity_of(short)
+        return identity | short.identity()
 
 
 def check_ranking(model: str, answer: Answer, cut: StridedCut, running: Scoring) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from llama.checkpoint.meta import Checkpoint
 from short_gpt.data.texts import pg19, shown
-from short_gpt.experiments.published import Comparison, compare, identify
+from short_gpt.experiments.published import PaperComparison, compare_with_paper, identify
 from short_gpt.jobs.inputs import Opening, StridedCut, known_total
 from short_gpt.models.numbering import check_count
 from short_gpt.runtime.errors import ShortGPTError
@@ -22,7 +22,7 @@ class Reproduced:
         importance: our scores.
     """
 
-    comparison: Comparison
+    comparison: PaperComparison
     importance: Importance
 
     @property
@@ -77,8 +77,8 @@ def reproduce(
     windows = cut.windows(found, short.encode)
     total = known_total(windows, cut.max_windows)
     short.measure(windows, batch_size=batch_size, total=total)
-    n = len(compare(name, []).paper)
-    return Reproduced(compare(name, short.layers_to_remove(n=n)), short.importance)
+    n = len(compare_with_paper(name, []).paper)
+    return Reproduced(compare_with_paper(name, short.layers_to_remove(n=n)), short.importance)
 
 
 def _name(model: str, given: str | None) -> str:
@@ -90,5 +90,7 @@ def _name(model: str, given: str | None) -> str:
             f"{model} has the size of {name} but groups its keys and values, so it is another "
             f"model; compare anyway with --paper_model {name}"
         )
-    check_count(len(compare(name, []).paper), args.n_layers, name=f"layers that {name} loses")
+    check_count(
+        len(compare_with_paper(name, []).paper), args.n_layers, name=f"layers that {name} loses"
+    )
     return name

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,10 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from llama.io.files import check_writable
-from short_gpt.runtime.replicas import of_model
 from short_gpt.runtime.state import StateFile
-from short_gpt.scored_model import ScoredModel
-from short_gpt.streamed_llama import StreamedLlama
 
 S = TypeVar("S", bound="Saving")
 
@@ -53,22 +49,6 @@ class TimedSaving(Saving):
     """
 
     save_every: float = 120.0
-
-
-def identity_of(short: ScoredModel) -> dict[str, object]:
-    """What tells a model's results from another's: weights, configuration, how it runs."""
-    stream = short.stream if isinstance(short, StreamedLlama) else None
-    first = stream or next(iter(short.decoder.layers.parameters()))
-    whole = short.decoder.model  # type: ignore[attr-defined]
-    settings = str(getattr(whole, "params", None) or getattr(whole, "config", None))
-    return {
-        "dtype": str(first.dtype),
-        "device": first.device.type,
-        "stream": stream is not None,
-        "model_parallel_size": len(of_model(None)),
-        "configuration": hashlib.sha256(settings.encode()).hexdigest()[:16],
-        "weights": short.weights_digest(),
-    }
 
 
 @contextmanager

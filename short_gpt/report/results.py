@@ -24,7 +24,7 @@ def ranked(result: Ranking) -> str:
 def pruned(result: Pruned) -> str:
     """What was tried, removed, written and proved."""
     lines = []
-    tried = result.chosen.gate.tried if result.chosen.gate else {}
+    tried = result.chosen.budget.tried if result.chosen.budget else {}
     for n, found in tried.items():
         rise = f"ratio {found.value / tried[0].value:.4f}"
         lines.append(f"{n:>3} layers less: perplexity {found.value:.3f}, {rise}")
@@ -36,7 +36,9 @@ def pruned(result: Pruned) -> str:
 def healed(result: Healing) -> str:
     """Perplexities before and after, and what the healing changed."""
     lines = [result.left_out] if result.left_out else []
-    lines += [f"{perplexities(result.quality)}\n", f"healing changes the loss by {result.change}"]
+    evidence = result.evidence
+    lines += [f"{perplexities(evidence.perplexity)}\n"]
+    lines += [f"healing changes the loss by {evidence.change}"]
     return "\n".join(lines)
 
 

@@ -10,10 +10,6 @@ from conftest import BYTE_VOCAB, make_transformer, save_checkpoint, write_byte_t
 
 from short_gpt.cli.app import main
 from short_gpt.healing import lora as healing
-from short_gpt.jobs import LoraSettings, Opening, Saving, Shares, Tasks, TextSource
-from short_gpt.jobs.comparison import identity_of_comparison
-from short_gpt.jobs.lora_comparison import LoraHealer
-from short_gpt.runtime.state import StateFile
 
 WORDS = ("alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta")
 
