@@ -116,6 +116,7 @@ def compare(
     cases: Cases = DEFAULT_CASES,
     lora: Healing | None = None,
     tasks: TaskSuite | None = None,
+    progress: bool = True,
     state: str | os.PathLike[str] | None = None,
 ) -> Compared:
     """Compares methods on one model: perplexity, size and speed without the layers, healed or not.
@@ -127,6 +128,7 @@ def compare(
         cases: what is set side by side.
         lora: heals for the healing lora.
         tasks: also run on the models without healing.
+        progress: whether to show bars.
         state: file that the run is saved in; it continues there after an interruption.
 
     Returns:
@@ -150,7 +152,8 @@ def compare(
         texts = {"calibration": windows_digest(calibration)}
         texts["evaluation"] = windows_digest(evaluation)
         kept = StateFile(state, {**short.identity(), **texts, **settings})
-    comparison = Comparison(short, calibration, evaluation, few=cases.search_windows, state=kept)
+    few = cases.search_windows
+    comparison = Comparison(short, calibration, evaluation, few=few, state=kept, progress=progress)
     rows = comparison.rows(
         cases.methods,
         cases.counts,

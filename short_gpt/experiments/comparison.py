@@ -43,6 +43,7 @@ class Comparison:
         evaluation: windows of other text.
         few: how many of the calibration windows the searches by loss read.
         state: saves what was measured and continues from it.
+        progress: whether to show bars.
 
     Raises:
         ShortGPTError: calibration and evaluation share text.
@@ -56,10 +57,11 @@ class Comparison:
         *,
         few: int = 4,
         state: StateFile | None = None,
+        progress: bool = True,
     ) -> None:
         check_disjoint(calibration, evaluation)
         self.short, self._calibration, self._evaluation = short, calibration, evaluation
-        self._few, self._cells = calibration[:few], Cells(state)
+        self._few, self._cells, self._progress = calibration[:few], Cells(state), progress
 
     def rows(
         self,
@@ -94,7 +96,8 @@ class Comparison:
             self._patch_all(sets)
         trained = {(m, n) for m, _, n in cases} if lora_only is None else set(lora_only)
         rows = [self._row(("dense", None, 0), [], RAW)]
-        with bar("comparing", total=len(cases) * len(healings), unit="model") as shown:
+        count = len(cases) * len(healings)
+        with bar("comparing", total=count, unit="model", show=self._progress) as shown:
             for healing in healings:
                 for case, layers in zip(cases, sets, strict=True):
                     shown.update()
@@ -133,7 +136,7 @@ class Comparison:
         def measure() -> dict[str, object]:
             before, self.short.importance = self.short.importance, Importance.empty(self.short.kept)
             try:
-                self.short.measure(windows, all_tokens=True)
+                self.short.measure(windows, all_tokens=True, progress=self._progress)
                 return self.short.importance.to_dict()
             finally:
                 self.short.importance = before
@@ -145,7 +148,9 @@ class Comparison:
 
         def measure() -> dict[str, Any]:
             part = self._cells.inner(name.replace(" ", "-"))
-            result = self.short.search(self._few, n, method=method, state=part)
+            result = self.short.search(
+                self._few, n, method=method, state=part, progress=self._progress
+            )
             finished.append(part)
             return {"removed": result.removed, "losses": result.losses}
 
@@ -238,8 +243,10 @@ class Comparison:
         wanted = [list(s) for s in every if f"{PATCHED} {list(s)}" not in self._cells]
         if not wanted:
             return
-        patches = linear_patch.fit_many(self.short, wanted, self._calibration)
-        with bar("patched", total=len(wanted), unit="model") as shown:
+        patches = linear_patch.fit_many(
+            self.short, wanted, self._calibration, progress=self._progress
+        )
+        with bar("patched", total=len(wanted), unit="model", show=self._progress) as shown:
             for layers, patch in zip(wanted, patches, strict=True):
                 self._measured(PATCHED, layers, partial(self._patched, patch))
                 shown.update()

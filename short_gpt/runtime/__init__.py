@@ -12,7 +12,13 @@ from short_gpt.runtime.errors import (
     NotFiniteError,
     ShortGPTError,
 )
-from short_gpt.runtime.results import read_record, versions, write_record
+from short_gpt.runtime.results import (
+    environment,
+    machine,
+    read_record,
+    versions,
+    write_record,
+)
 from short_gpt.runtime.state import StateFile
 
 __all__ = [
@@ -21,6 +27,8 @@ __all__ = [
     "NotFiniteError",
     "ShortGPTError",
     "StateFile",
+    "environment",
+    "machine",
     "read_record",
     "versions",
     "weights_digest",

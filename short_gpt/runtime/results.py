@@ -38,6 +38,18 @@ def machine() -> dict[str, object]:
     return found
 
 
+def environment() -> str:
+    """`machine` and `versions` in two lines, as a notebook shows them.
+
+    Example:
+        >>> print(environment())  # doctest: +SKIP
+        Linux x86_64, Intel(R) Xeon(R) CPU @ 2.80GHz, 2 cores, 2 torch_threads
+        python 3.11.7, short-gpt 0.1.0, torch 2.13.0, ...
+    """
+    counted = [f"{v} {k}" if isinstance(v, int) else str(v) for k, v in machine().items() if v]
+    return ", ".join(counted) + "\n" + ", ".join(f"{k} {v}" for k, v in versions().items())
+
+
 def processor() -> str:
     """The processor's name, where the system tells."""
     try:

@@ -13,22 +13,9 @@ import llama
 import short_gpt
 from short_gpt.cli import COMMANDS
 from short_gpt.cli.app import prepared
-from short_gpt.runtime.errors import ShortGPTError
 
 LINKED = [*PAGES, "CONTRIBUTING.md", "CHANGELOG.md"]
 SHOWN = [(page, words) for page in PAGES for words in commands(page, "short-gpt") if words]
-
-
-def former_names() -> bool:
-    """Whether the commands do not yet take the names that the pages show."""
-    try:
-        prepared(["rank", "model", "--n", "9"], COMMANDS)
-    except ShortGPTError:
-        return True
-    return False
-
-
-FORMER_NAMES = former_names()
 
 
 @pytest.mark.parametrize("page", LINKED)
@@ -45,8 +32,6 @@ def test_the_readme_is_read_in_three_minutes():
 
 @pytest.mark.parametrize(("page", "words"), SHOWN)
 def test_the_commands_and_their_flags_exist(page, words):
-    if FORMER_NAMES:
-        pytest.skip("the commands have their former names")
     prepared(words, COMMANDS)  # refuses what is unknown or missing
 
 
@@ -61,8 +46,6 @@ def test_what_the_examples_import_is_exported(page):
     for block in blocks:
         for node in ast.walk(ast.parse(block)):
             if isinstance(node, ast.ImportFrom):
-                if FORMER_NAMES:
-                    pytest.skip("the exports are the former ones")
                 package = {"llama": llama, "short_gpt": short_gpt}[str(node.module)]
                 assert {alias.name for alias in node.names} <= set(package.__all__)
 
