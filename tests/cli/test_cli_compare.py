@@ -74,7 +74,7 @@ def test_interrupted_in_training_it_continues_there(here, monkeypatch):
         if not resume:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("short_gpt.jobs.lora_comparison.heal", interrupted)
+    monkeypatch.setattr("short_gpt.healing.lora.heal", interrupted)
     with pytest.raises(SystemExit):
         main([*COMMON, *options, "--out", "c.json"])
     assert any(Path().glob("c.json.state.lora-*/checkpoint-*"))

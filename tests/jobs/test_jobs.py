@@ -21,7 +21,7 @@ import short_gpt
 from short_gpt import ShortGPTError, convert, prune, rank
 from short_gpt.jobs import (
     Answer,
-    Cases,
+    CaseNames,
     Choice,
     Cut,
     MethodChoice,
@@ -106,9 +106,13 @@ def test_heal_gives_the_evidence_and_prints_nothing(here, capsys):
     learned = LearnedFrom("other.txt", 32, 8, 4)
     done = heal("ckpt", "out", choice=Choice([1]), data="book.txt", learned=learned)
     names = ["whole, 5 layers", "pruned, 4 layers", "healed"]
-    assert list(done.quality) == names and done.how["method"] == "linear patch"
-    assert done.change.nats == pytest.approx(
-        torch.log(torch.tensor(done.quality["healed"].value / done.quality[names[1]].value)).item(),
+    assert list(done.evidence.perplexity) == names and done.evidence.how["method"] == "linear patch"
+    assert done.evidence.change.nats == pytest.approx(
+        torch.log(
+            torch.tensor(
+                done.evidence.perplexity["healed"].value / done.evidence.perplexity[names[1]].value
+            )
+        ).item(),
         abs=1e-5,
     )
     assert done.to_dict()["data"] == "book.txt" and done.to_dict()["size"] == 32
@@ -140,7 +144,7 @@ def test_a_choice_names_layers_or_scores(here):
 
 
 def test_cases_are_read_with_or_without_spaces():
-    cases = Cases("bi, sleb", 2, "raw,lora", lora_only="sleb:2, bi:2")
+    cases = CaseNames("bi, sleb", 2, "raw,lora", lora_only="sleb:2, bi:2")
     cases.check()
     assert cases.names == ["bi", "sleb"] and cases.numbers == [2]
     assert cases.pairs == [("sleb", 2), ("bi", 2)]

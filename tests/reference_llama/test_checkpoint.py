@@ -25,7 +25,9 @@ from llama.checkpoint.pth import Shard, TensorInfo, write_shard
 from llama.io.files import check_new, new_directory
 from llama.io.json_files import write_json
 from llama.loading import load_model
+from short_gpt.checkpoints import Provenance
 from short_gpt.checkpoints.meta import prune_meta as prune
+from short_gpt.runtime import versions
 
 CPU, F32 = torch.device("cpu"), torch.float32
 TOKENS = torch.arange(3, 15)[None]
@@ -213,12 +215,19 @@ def test_pruned_checkpoint_equals_the_model_pruned_in_memory(tmp_path, checkpoin
     llama = type("Llama", (), {"model": load(checkpoint_dir), "tokenizer": CharTokenizer()})
     short = ShortLlama(llama)
     short.remove_layers([3, 1])
-    prune(checkpoint_dir, tmp_path / "out", [3, 1], provenance={"why": "test"})
+    prune(checkpoint_dir, tmp_path / "out", [3, 1], provenance=Provenance(facts={"why": "test"}))
     assert torch.equal(load(tmp_path / "out")(TOKENS), llama.model(TOKENS))
     assert json.loads((tmp_path / "out/params.json").read_text())["n_layers"] == 3
     record = json.loads((tmp_path / "out/pruning.json").read_text())
     files = record.pop("files")
-    assert record == {"removed_layers": [3, 1], "kept_layers": [0, 2, 4], "why": "test"}
+    assert record == {
+        "removed_layers": [3, 1],
+        "kept_layers": [0, 2, 4],
+        "original_layers": [0, 2, 4],
+        "source": str(checkpoint_dir),
+        "why": "test",
+        "versions": versions(),
+    }
     assert files == sorted(p.name for p in (tmp_path / "out").iterdir())
     assert (tmp_path / "out/tokenizer.json").is_file()
     assert (tmp_path / "out/tokenizer_config.json").is_file()
@@ -229,7 +238,9 @@ def test_pruning_twice_keeps_the_history(tmp_path, checkpoint_dir):
     prune(checkpoint_dir, tmp_path / "once", [4])
     prune(tmp_path / "once", tmp_path / "twice", [0])
     record = json.loads((tmp_path / "twice/pruning.json").read_text())
-    assert record["source_pruning"] == {"removed_layers": [4], "kept_layers": [0, 1, 2, 3]}
+    earlier = record["source_pruning"]
+    assert (earlier["removed_layers"], earlier["kept_layers"]) == ([4], [0, 1, 2, 3])
+    assert record["original_layers"] == [1, 2, 3] and earlier["source"] == str(checkpoint_dir)
     assert Checkpoint(tmp_path / "twice").args.n_layers == 3
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -306,7 +307,7 @@ ENDS = {
     "alike": "short-gpt: nothing here",
     "alone": "short-gpt: rank 1 alone",
     "defect": "AssertionError: rank 1 alone",
-    "killed": "exitcode: -9",  # the launcher tells, and may end the others before they notice
+    "killed": r"exitcode\s*: -9",  # the launcher tells, and may end others before they notice
 }
 
 
@@ -318,7 +319,8 @@ def test_a_failing_rank_ends_all_with_one_message(tmp_path):
         output, errors = run.communicate(timeout=100)
         ours = errors.split("torch/distributed/elastic")[0]  # what follows is the launcher's
         assert run.returncode == 1 and output == "", case
-        assert errors.count(ENDS[case]) == 1, f"{case}: {errors}"
+        said = len(re.findall(ENDS[case], errors))
+        assert said == 1 or (said and case == "killed"), f"{case}: {errors}"
         lines = ours.count("short-gpt: ")
         if case == "killed":  # the other rank may notice before the launcher ends it
             assert lines == ours.count("short-gpt: a rank was lost") <= 1, f"{case}: {ours}"
