@@ -9,6 +9,7 @@ DEMO = ["gguf>=0.17", "platformdirs>=4", *PLOTS]
 HF = ["transformers>=4.57.1", "accelerate"]
 EVAL = ["lm_eval>=0.4.13", *HF]
 HEAL = ["peft>=0.18", *HF]
+FOUR_BIT = ["bitsandbytes>=0.43", *HEAL]
 NOTEBOOKS = ["jupyter", *DEMO, *HEAL]
 DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.6", "mkdocstrings[python]>=0.30"]
 DEV = [
@@ -54,7 +55,6 @@ setup(
         "huggingface_hub>=0.24",
         "datasets>=3",
         "pyarrow>=15",
-        "scipy>=1.11",
         "psutil>=5.9",
         "tqdm",
     ],
@@ -64,6 +64,7 @@ setup(
         "hf": HF,
         "eval": EVAL,
         "heal": HEAL,
+        "four_bit": FOUR_BIT,
         "notebooks": NOTEBOOKS,
         "docs": DOCS,
         "dev": DEV,

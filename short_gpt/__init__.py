@@ -1,6 +1,5 @@
 """Find the redundant layers of a large language model, remove them, use the rest."""
 
-from short_gpt.data import demo
 from short_gpt.data.texts import pg19, texts
 from short_gpt.data.windows import batches, windows
 from short_gpt.evaluation.perplexity import perplexity
@@ -31,7 +30,6 @@ __all__ = [
     "choose",
     "compare",
     "convert",
-    "demo",
     "heal_lora",
     "heal_patch",
     "measure",

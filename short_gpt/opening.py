@@ -11,7 +11,7 @@ import torch
 from llama import Llama
 from llama.args import ModelArgs
 from llama.checkpoint.meta import read_params
-from llama.io.sources import is_meta
+from llama.io.sources import is_meta, kind_of
 from llama.parallel import choose_device, choose_dtype, initialize, several_ranks
 from llama.tokenizer import find_tokenizer
 from short_gpt.checkpoints.verify import (
@@ -166,9 +166,10 @@ def layers_of(source: str) -> int | None:
     Raises:
         FileNotFoundError, ShortGPTError: as those of `is_meta` and ``ModelArgs.from_params``.
     """
-    if is_meta(source):
+    kind = kind_of(source)
+    if kind == "meta":
         return ModelArgs.from_params(read_params(Path(source))).n_layers
-    if not (Path(source) / "config.json").is_file():
+    if kind != "hf":
         return None
     from transformers import AutoConfig
 

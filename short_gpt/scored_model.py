@@ -5,7 +5,6 @@ Layer numbers are the original model's, from 0, before and after removal. L = it
 
 from __future__ import annotations
 
-import hashlib
 import operator
 import os
 from abc import ABC, abstractmethod
@@ -22,7 +21,7 @@ from short_gpt.model_record import ModelRecord
 from short_gpt.models.decoder import Decoder
 from short_gpt.models.numbering import check_count, check_layers
 from short_gpt.runtime import replicas
-from short_gpt.runtime.digest import weights_digest
+from short_gpt.runtime.digest import Digest, weights_digest
 from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
 from short_gpt.scores_view import ScoresView
 from short_gpt.scoring.hooks import Scores, score
@@ -249,7 +248,7 @@ class ScoredModel(ModelRecord, ScoresView, ABC):
             >>> StateFile("run.json", {**short.identity(), "size": 1024})  # doctest: +SKIP
         """
         dtype, device = self._layers_run_in()
-        configuration = hashlib.sha256(self.configuration.encode()).hexdigest()[:16]
+        configuration = Digest(self.configuration.encode()).short
         return {
             "dtype": str(dtype),
             "device": device.type,

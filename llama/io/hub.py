@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from os import PathLike
 from pathlib import Path
 
 from llama.errors import InputError, MissingPackageError
+from llama.io.sources import is_hub_id
 
 FETCHED = ["*.json", "*.safetensors", "tokenizer*", "*.jinja", "merges.txt", "LICENSE*"]
 
@@ -23,7 +23,7 @@ def resolve(source: str | PathLike[str]) -> Path:
     path, name = Path(str(source)), str(source)
     if path.is_dir():
         return path
-    if path.exists() or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
+    if not is_hub_id(name):
         raise FileNotFoundError(f"{path} is neither a directory nor a hub id like 'owner/name'")
     try:
         from huggingface_hub import snapshot_download

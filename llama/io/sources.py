@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from os import PathLike
 from pathlib import Path
 from typing import Literal
@@ -58,3 +59,8 @@ def is_gguf(source: str | PathLike[str]) -> bool:
 def is_meta(source: str | PathLike[str]) -> bool:
     """Whether a source is a directory in Meta's format; errors as of `kind_of`."""
     return kind_of(source) == "meta"
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name could be that of a model on the hub, with its owner in front or without."""
+    return bool(re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name)) and not Path(name).exists()

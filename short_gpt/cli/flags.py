@@ -29,6 +29,12 @@ GROUPS = {
     **dict.fromkeys(("Tasks", "Sampling", "Settings", "LoraNames", "Opening"), RUN),
     **dict.fromkeys(("Written", "Output", "Conversion", "Saving"), WRITE),
 }
+# Flags that belong to another part of the help than the group that they stand in.
+OWN_HEADINGS = {
+    **dict.fromkeys(("eval_data", "eval_windows", "size"), READ),
+    **dict.fromkeys(("device", "batch_size"), RUN),
+    "overwrite": WRITE,
+}
 BOOLEANS = {"true": "True", "false": "False", "yes": "True", "no": "False"}
 FLAG = r"--?[A-Za-z]"
 
@@ -37,7 +43,12 @@ ALSO = {
     "heal": {"out": "json"},
     "reproduce": {"model": "paper_model"},
     "evaluate": {"text": "data", "dense": "model"},
-    "compare": {"lora_steps": "steps"},
+    "compare": {
+        "lora_steps": "steps",
+        "lora_rank": "rank",
+        "lora_learning_rate": "learning_rate",
+        "lora_batch": "batch",
+    },
     "convert": {"source": "model"},
 }
 ALSO_EVERYWHERE = {
@@ -100,7 +111,7 @@ def _fields(group: str, defaults: object) -> dict[str, Flag]:
             field.name,
             _kinds(hints[field.name]),
             getattr(defaults, field.name),
-            heading,
+            OWN_HEADINGS.get(field.name, heading),
             text=texts.get(field.name, ""),
             group=group,
         )

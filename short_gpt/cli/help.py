@@ -9,6 +9,16 @@ from collections.abc import Mapping
 from short_gpt.cli.flags import HEADINGS, Command, Flag, flags_of
 
 WIDTH, INDENT = 80, 26
+# What stands behind a flag that takes neither a number nor just a name.
+VALUES = {
+    **dict.fromkeys(("json", "state", "scores", "recipe", "tokenizer_path"), "FILE"),
+    **dict.fromkeys(("plots", "include_path"), "FOLDER"),
+    **dict.fromkeys(("data", "eval_data", "source"), "TEXTS"),
+    **dict.fromkeys(("layers", "counts", "skip_prefill"), "N,N"),
+    **dict.fromkeys(("methods", "healing", "tasks"), "A,B"),
+    "lora_only": "A:N",
+    "max_memory": "SIZE",
+}
 
 
 def overview(commands: Mapping[str, Command]) -> str:
@@ -62,10 +72,10 @@ def _row(flag: Flag) -> str:
 
 
 def _value(flag: Flag) -> str:
-    """What stands behind the flag: N for numbers, else a short word."""
+    """What stands behind the flag: N for numbers, else a word for what is given."""
     if int in flag.kinds or float in flag.kinds:
         return "N"
-    return "FILE" if flag.name in ("json", "state", "scores", "recipe") else "..."
+    return VALUES.get(flag.name, "NAME")
 
 
 def _shown(default: object) -> str:

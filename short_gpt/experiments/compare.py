@@ -13,7 +13,7 @@ from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.evaluation.tasks import TaskSuite
 from short_gpt.experiments.comparison import Comparison
 from short_gpt.experiments.rows import HEALINGS, LORA, RAW, Agreement, Row, Windows
-from short_gpt.runtime.digest import windows_digest
+from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.state import StateFile
 from short_gpt.short_model import ShortModel
@@ -149,8 +149,8 @@ def compare(
     if state is not None:
         settings = {"search_windows": cases.search_windows, "tasks": tasks and asdict(tasks)}
         settings["lora"] = dict(lora.identity()) if lora else None
-        texts = {"calibration": windows_digest(calibration)}
-        texts["evaluation"] = windows_digest(evaluation)
+        texts = {"calibration": json_digest([list(window) for window in calibration])}
+        texts["evaluation"] = json_digest([list(window) for window in evaluation])
         kept = StateFile(state, {**short.identity(), **texts, **settings})
     few = cases.search_windows
     comparison = Comparison(short, calibration, evaluation, few=few, state=kept, progress=progress)

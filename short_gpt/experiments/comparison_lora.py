@@ -19,7 +19,7 @@ from short_gpt.healing import lora
 from short_gpt.healing.recipe import ModelConfig, Recipe, recipe_for
 from short_gpt.healing.trainer import whole_checkpoints
 from short_gpt.opening import OpenOptions, open_hf
-from short_gpt.runtime.digest import texts_digest
+from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.short_hf import ShortHFModel
 
@@ -104,7 +104,7 @@ class LoraHealing:
 
     def identity(self) -> dict[str, object]:
         """What the results depend on, beside the model and the evaluation windows."""
-        return {**asdict(self.settings), "seed": self.seed, "texts": texts_digest(self.texts)}
+        return {**asdict(self.settings), "seed": self.seed, "texts": json_digest([*self.texts])}
 
     def __call__(self, layers: list[int], work_dir: Path | None = None) -> list[Perplexity]:
         """Losses of the evaluation windows of the model without these layers, healed.

@@ -23,6 +23,7 @@ from short_gpt.models.hf import HFDecoder
 from short_gpt.runtime.digest import json_digest, weights_digest
 from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
 from short_gpt.runtime.progress import bar
+from short_gpt.runtime.results import read_record
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -123,7 +124,7 @@ def _folder(work_dir: str | Path | None, run: dict[str, object], *, resume: bool
 
 def _check_run(folder: Path, run: dict[str, object]) -> None:
     """Raises ShortGPTError unless the checkpoints in a folder are of the same run."""
-    earlier = json.loads((folder / RECIPE).read_text(encoding="utf-8"))
+    earlier = read_record(folder / RECIPE)
     if other := sorted(name for name in run if earlier.get(name) != run[name]):
         raise ShortGPTError(
             f"{folder} holds a run of another {', '.join(other)}: give the same, or start anew "
@@ -136,7 +137,7 @@ def whole_checkpoints(folder: Path) -> bool:
     left = False
     for path in folder.glob("checkpoint-*"):
         try:
-            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))  # written last
+            read_record(path / "trainer_state.json")  # written last
             left = True
         except (OSError, ValueError):
             shutil.rmtree(path)

@@ -132,24 +132,24 @@ class LoraNames:
     Args:
         steps: steps of lora, a tenth of them warm-up but at most 100; the recipe's 5000 if not
             given.
-        lora_rank: its rank; the recipe's if not given.
-        lora_learning_rate: its peak; the recipe's if not given.
-        lora_batch: windows a step; the recipe's 16 if not given.
+        rank: its rank; the recipe's if not given.
+        learning_rate: its peak; the recipe's if not given.
+        batch: windows a step; the recipe's 16 if not given.
         lora_size: tokens in a window of lora; the recipe's if not given.
     """
 
     steps: int | None = None
-    lora_rank: int | None = None
-    lora_learning_rate: float | None = None
-    lora_batch: int | None = None
+    rank: int | None = None
+    learning_rate: float | None = None
+    batch: int | None = None
     lora_size: int | None = None
 
     def settings(self) -> LoraSettings:
         """The same for `experiments.LoraHealing`."""
         return LoraSettings(
             steps=self.steps,
-            rank=self.lora_rank,
-            learning_rate=self.lora_learning_rate,
-            batch=self.lora_batch,
+            rank=self.rank,
+            learning_rate=self.learning_rate,
+            batch=self.batch,
             size=self.lora_size,
         )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from llama.checkpoint.reshard import reshard
 from llama.formats.convert import gguf_to_meta, hf_to_meta, meta_to_hf
-from llama.io.sources import is_meta
+from llama.io.sources import kind_of
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import bar
 
@@ -43,7 +43,7 @@ def convert(
         >>> convert("model.gguf", "model-meta")  # doctest: +SKIP
         PosixPath('model-meta')
     """
-    if dtype is not None and shards is None and not model.endswith(".gguf") and is_meta(model):
+    if dtype is not None and shards is None and kind_of(model) == "meta":
         raise ShortGPTError(
             "--dtype is for writing Meta's format; Hugging Face's keeps the source's"
         )
@@ -57,9 +57,10 @@ def _writer(
 ) -> Callable[..., Path]:
     """The conversion that fits the source, its settings filled in."""
     files = 1 if shards is None else shards
-    if model.endswith(".gguf"):
+    kind = kind_of(model)
+    if kind == "gguf":
         return partial(gguf_to_meta, dtype=dtype or "float32", shards=files)
-    if not is_meta(model):
+    if kind != "meta":
         return partial(hf_to_meta, dtype=dtype, shards=files)
     if shards is not None:
         return partial(reshard, shards=shards, dtype=dtype, tokenizer_path=tokenizer_path)

@@ -44,8 +44,15 @@ class StateFile:
         theirs = found.get("run")
         if not isinstance(theirs, dict):
             raise ShortGPTError(f"{self.path} is no state of a run; choose another name")
-        for name in (*self._identity, *(theirs.keys() - self._identity.keys())):
-            value = self._identity.get(name)
+        # a run keeps the same entries from one save to the next, so other ones are another format
+        if theirs.keys() != self._identity.keys():
+            other = ", ".join(sorted(theirs.keys() ^ self._identity.keys()))
+            raise ShortGPTError(
+                f"{self.path} is the state of another version of this library, or of another "
+                f"command (it differs in what a state tells of: {other}); delete it or name "
+                "another state"
+            )
+        for name, value in self._identity.items():
             if theirs.get(name) != value:
                 raise ShortGPTError(
                     f"{self.path} is the state of a run with another {name}: "

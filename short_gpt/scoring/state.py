@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 
 import torch
 
+from short_gpt.runtime.digest import Digest
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.state import StateFile
 from short_gpt.scoring.importance import Importance
@@ -23,7 +23,7 @@ class RunState:
     def __init__(self, file: StateFile) -> None:
         self.file = file
         self._texts: dict[int, str] = {}  # digest of the first windows, by their number
-        self._hash = hashlib.sha256()
+        self._digest = Digest()
 
     def sums(self, layers: Sequence[int]) -> Importance:
         """The sums to continue from: those of the file, or empty ones.
@@ -64,10 +64,10 @@ class RunState:
     def note(self, batch: Sequence[Sequence[int]]) -> None:
         """Tells of windows that are read next."""
         for window in batch:
-            self._hash.update(torch.tensor([len(window), *window]).numpy().tobytes())
+            self._digest.add(torch.tensor([len(window), *window]).numpy().tobytes())
         before = max(self._texts, default=0)
         after = before + len(batch)
-        self._texts = {before: self._texts.get(before, ""), after: self._hash.hexdigest()}
+        self._texts = {before: self._texts.get(before, ""), after: self._digest.whole}
 
     def tick(self, sums: Importance) -> None:
         """Saves if it is time to."""

@@ -1,0 +1,47 @@
+"""The file of a long run: it continues that run and no other."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from short_gpt import ShortGPTError
+from short_gpt.runtime import StateFile
+
+IDENTITY = {"data": "novels", "seed": 0}
+
+
+def saved(path, **identity):
+    StateFile(path, {**IDENTITY, **identity}).save({"sums": [1.5]})
+    return path
+
+
+def test_the_same_run_finds_what_it_saved(tmp_path):
+    state = StateFile(saved(tmp_path / "state"), IDENTITY)
+    assert state.content is not None and state.content["sums"] == [1.5]
+    state.clear()
+    assert StateFile(tmp_path / "state", IDENTITY).content is None
+
+
+def test_another_value_is_named(tmp_path):
+    path = saved(tmp_path / "state", seed=1)
+    before = path.read_bytes()
+    with pytest.raises(ShortGPTError, match="a run with another seed: 1, now 0; delete it"):
+        StateFile(path, IDENTITY)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("theirs", [{"data": "novels"}, {**IDENTITY, "ckpt_dir": "llama"}])
+def test_a_state_that_tells_of_other_things_is_another_versions(tmp_path, theirs):
+    path = tmp_path / "state"
+    path.write_text(json.dumps({"run": theirs, "sums": [1.5]}))
+    odd = "seed" if len(theirs) == 1 else "ckpt_dir"
+    with pytest.raises(ShortGPTError, match=f"another version of this library.*: {odd}\\)"):
+        StateFile(path, IDENTITY)
+
+
+def test_what_is_no_state_is_refused(tmp_path):
+    (tmp_path / "state").write_text('{"importance": []}')
+    with pytest.raises(ShortGPTError, match="is no state of a run; choose another name"):
+        StateFile(tmp_path / "state", IDENTITY)
