@@ -41,7 +41,7 @@ class GGUFFile:
                 f"{path} holds architecture {self.get('general.architecture')!r}; expected 'llama'"
             )
 
-    def get(self, key: str, default: Any = None) -> Any:
+    def get(self, key: str, default: object = None) -> Any:
         """The value of a key of the metadata."""
         return self.fields[key]() if key in self.fields else default
 

@@ -22,7 +22,7 @@ NUMBERS = ("layer_idx", "layer_id")
 # Config entries by which layers compute with their own number, which no outline shows.
 BY_NUMBER = ("scale_attn_by_inverse_layer_idx", "rescale_every")
 # where something stands, what stood there, what is to stand there
-Edit = tuple[dict[str, Any], dict[str, Any], dict[str, Any]]
+Edit = tuple[dict[str, object], dict[str, object], dict[str, object]]
 
 
 class HFDecoder:

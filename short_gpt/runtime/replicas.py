@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -113,7 +113,7 @@ def of_model(value: T) -> list[T]:
 
     if not _several() or not groups.model_parallel_is_initialized():
         return [value]
-    found: list[Any] = [None] * groups.get_model_parallel_world_size()
+    found = [value] * groups.get_model_parallel_world_size()  # each place is written over
     dist.all_gather_object(found, value, group=groups.get_model_parallel_group())
     return found
 
@@ -132,7 +132,7 @@ def _sum(values: Tensor) -> Tensor:
     """Sums over all replicas, on the CPU."""
     from fairscale.nn.model_parallel import initialize as groups
 
-    there: Any = values.to(_place(), copy=True)
+    there = values.to(_place(), copy=True)
     dist.all_reduce(there, group=groups.get_data_parallel_group())
     if groups.get_model_parallel_world_size() > 1:  # what follows from the sums is followed by all
         source = groups.get_model_parallel_src_rank()

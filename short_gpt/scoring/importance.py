@@ -276,15 +276,16 @@ def measure(
     """
     into = Importance.empty(range(len(decoder.layers))) if into is None else into
     score = score or partial(hooks.score, decoder, layers=into.layers)
-    before, steps = into.n_tokens, 0
+    before, begun = into.n_tokens, False
     with bar("scoring", total=total, unit="window", show=progress) as shown:
-        for steps, batch in enumerate(batches, 1):  # noqa: B007
+        for batch in batches:
+            begun = True
             if batch:  # of several replicas, one may have nothing left
                 into.add(score(batch, sublayers=sublayers, all_tokens=all_tokens))
             set_rate(shown, into.n_tokens - before)
             shown.update(len(batch))
             if after(into):
                 break
-    if not steps and not into.n_windows:
+    if not begun and not into.n_windows:
         raise ShortGPTError("expected at least one window of tokens, got none")
     return into
