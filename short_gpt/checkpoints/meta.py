@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from os import PathLike
 from pathlib import Path
 
@@ -76,14 +76,19 @@ def _write_shards(
 ) -> None:
     """Each of the source's files without the removed layers, under its own name."""
     for shard in source.shards:
-        old_name = names_kept(shard, keep)
+        _write_shard(shard, partial / shard.path.name, keep, progress)
 
-        def read(name: str, shard: Shard = shard, old_name: Mapping[str, str] = old_name) -> Tensor:
-            progress(name)
-            return shard.read(old_name[name])
 
-        infos = {new: shard.infos[old] for new, old in old_name.items()}
-        write_shard(partial / shard.path.name, infos, read)
+def _write_shard(
+    shard: Shard, path: Path, keep: Sequence[int], progress: Callable[[str], object]
+) -> None:
+    old_name = names_kept(shard, keep)
+
+    def read(name: str) -> Tensor:
+        progress(name)
+        return shard.read(old_name[name])
+
+    write_shard(path, {new: shard.infos[old] for new, old in old_name.items()}, read)
 
 
 def names_kept(shard: Shard, keep: Sequence[int]) -> dict[str, str]:

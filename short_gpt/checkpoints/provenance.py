@@ -105,16 +105,17 @@ class Provenance:
             facts: what the caller adds.
             measured: perplexities by the name of the model's state; None takes `remembered`.
         """
-        scores = short.importance if short.n_windows else None
-        own = replace(
-            cls.of_scores(scores, facts),
+        own = cls(
             removed_layers=list(short.removed),
             kept_layers=list(short.kept),
             source=str(source),
             earlier=cls.beside(source),
+            block_influence=short.importances.tolist() if short.n_windows else (),
+            scored=counts_of(short.importance),
             quality=kept_quality(remembered(short) if measured is None else measured),
             healing=[c.how for c in short.changes if c.how["method"] != REMOVED_SUBLAYERS],
             removed_sublayers=removed_halves(short.changes, short.kept),
+            facts=dict(facts or {}),
         )
         return own._continued()
 

@@ -22,11 +22,10 @@ from short_gpt.healing.recipe import Recipe
 from short_gpt.models.hf import HFDecoder
 from short_gpt.runtime.digest import json_digest, weights_digest
 from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
-from short_gpt.runtime.progress import bar
+from short_gpt.runtime.progress import Bar, bar
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from tqdm import tqdm
     from transformers import (
         PreTrainedModel,
         Trainer,
@@ -143,7 +142,7 @@ def whole_checkpoints(folder: Path) -> bool:
     return left
 
 
-def _trainer(adapted: PeftModel, run: TrainingRun, folder: Path, shown: tqdm) -> Trainer:
+def _trainer(adapted: PeftModel, run: TrainingRun, folder: Path, shown: Bar) -> Trainer:
     from transformers import Trainer
 
     class Healer(Trainer):
@@ -178,7 +177,7 @@ def _silence(trainer: Trainer) -> None:
     trainer.remove_callback(ProgressCallback)
 
 
-def _callbacks(recipe: Recipe, shown: tqdm) -> list[TrainerCallback]:
+def _callbacks(recipe: Recipe, shown: Bar) -> list[TrainerCallback]:
     from transformers import EarlyStoppingCallback
 
     stop = [] if recipe.patience is None else [EarlyStoppingCallback(recipe.patience)]
@@ -238,7 +237,7 @@ def _collate(examples: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor
     return {"input_ids": tokens, "labels": labels}
 
 
-def _progress(shown: tqdm) -> TrainerCallback:
+def _progress(shown: Bar) -> TrainerCallback:
     """A callback: the bar, a last evaluation, and a stop at a loss that is not finite."""
     from transformers import TrainerCallback
 

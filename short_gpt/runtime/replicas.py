@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,8 +17,11 @@ from torch import Tensor
 
 from llama.parallel import choose_device, initialize, several_ranks
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 T = TypeVar("T")
-Sums = TypeVar("Sums")
+Sums = TypeVar("Sums", bound="DataclassInstance")
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ class Replicas:
         Returns:
             A new one. What is not a tensor is taken from this replica.
         """
-        own = {f.name: getattr(sums, f.name) for f in fields(sums)}  # type: ignore[arg-type]
+        own = {f.name: getattr(sums, f.name) for f in fields(sums)}
         own = {name: value for name, value in own.items() if isinstance(value, Tensor)}
         if self.count == 1:
             total = {name: value.clone() for name, value in own.items()}
@@ -78,7 +81,7 @@ class Replicas:
                 name: part.view(value.shape).to(value.dtype)
                 for (name, value), part in zip(own.items(), parts, strict=True)
             }
-        return replace(sums, **total)  # type: ignore[type-var]
+        return replace(sums, **total)
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank of any replica. All ranks must call it."""

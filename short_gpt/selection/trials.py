@@ -121,15 +121,21 @@ class Trials:
             self._rounds_kept -= 1
             return
         try:
-            for number, group in enumerate(self._groups):
-                while len(self._done) <= number:
-                    self._done.append({})
-                self._try(candidates, group, self._done[number], tick, again=again)
+            self._try_all(candidates, tick, again=again)
         except BaseException:
             self._save()
             raise
         self._remove_best({i: sum(done[i] for done in self._done) for i in candidates})
         self._save()
+
+    def _try_all(
+        self, candidates: Sequence[int], tick: Callable[[int], object], *, again: bool
+    ) -> None:
+        """Tries each candidate on each group of windows, but what a saved search tried before."""
+        for number, group in enumerate(self._groups):
+            while len(self._done) <= number:
+                self._done.append({})
+            self._try(candidates, group, self._done[number], tick, again=again)
 
     def _remove_best(self, nats: Nats) -> None:
         bad = [i for i, value in nats.items() if not math.isfinite(value)]
