@@ -201,12 +201,12 @@ def _arguments(adapted: PeftModel, recipe: Recipe, folder: Path) -> TrainingArgu
         eval_steps=min(recipe.eval_every, recipe.steps),
         save_strategy="steps",
         save_steps=min(recipe.eval_every, recipe.steps),
-        save_total_limit=2,
+        save_total_limit=2,  # the best and the last
         load_best_model_at_end=True,
         metric_for_best_model="loss",
         greater_is_better=False,
         logging_steps=max(1, min(recipe.eval_every, recipe.steps // 100)),
-        logging_nan_inf_filter=False,
+        logging_nan_inf_filter=False,  # `_progress` is to see them
         bf16=on_card and weight.dtype == torch.bfloat16,
         fp16=on_card and weight.dtype == torch.float16,
         use_cpu=weight.device.type == "cpu",

@@ -75,6 +75,7 @@ class Replicas:
         if self.count == 1:
             total = {name: value.clone() for name, value in own.items()}
         else:
+            # one message for all sums, in the dtype that holds them all
             flat = _sum(torch.cat([value.double().flatten() for value in own.values()]))
             parts = flat.split([value.numel() for value in own.values()])
             total = {

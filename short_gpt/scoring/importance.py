@@ -130,6 +130,7 @@ class Importance:
         if n < 2:
             return torch.full((len(self.layers),) * 2, math.nan, dtype=torch.float64)
         eye = torch.eye(len(self.layers), dtype=torch.float64)
+        # (L, L + 1): what makes r of a window's L sums and its tokens
         residual = torch.cat((eye, -self.block_influence[:, None]), dim=1)
         return residual @ self.products @ residual.T * (n / (n - 1) / self.tokens.sum() ** 2)
 
@@ -234,7 +235,7 @@ def _angle_products(angles: Tensor) -> Tensor:
     products = torch.zeros(L, L, L, dtype=torch.float64)
     for n in range(1, L + 1):
         blocks = angles.diagonal(n, dim1=1, dim2=2)  # (B, L - n + 1)
-        products[n - 1, : L - n + 1, : L - n + 1] = blocks.T @ blocks
+        products[n - 1, : L - n + 1, : L - n + 1] = blocks.T @ blocks  # of each two starts
     return products
 
 
