@@ -17,8 +17,9 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from short_gpt.data.windows import batches
+from short_gpt.evaluation.perplexity import check_predicted
 from short_gpt.models.decoder import Decoder, pad
-from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
+from short_gpt.runtime.errors import NotFiniteError
 from short_gpt.runtime.state import StateFile
 from short_gpt.selection.stack import Stack
 
@@ -77,8 +78,7 @@ class Trials:
         self._stack = Stack(decoder)
         padded = [pad(batch, decoder) for batch in batches(windows, limits.batch_size)]
         self._predicted = sum(int(mask[:, 1:].sum()) for _, mask in padded)
-        if not self._predicted:
-            raise ShortGPTError("expected windows of at least 2 tokens; nothing was predicted")
+        check_predicted(self._predicted)
         self._groups = list(self._grouped(padded, limits.max_memory))
         self.groups = len(self._groups)
         self._stored: dict[int, list[Tensor]] = {}  # by layer, the states (B, S, D) in front of it
