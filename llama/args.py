@@ -83,6 +83,17 @@ class ModelArgs:
 
     def check(self) -> None:
         """Raises InputError unless the numbers describe a model."""
+        self._check_kinds()
+        if self.dim % self.n_heads or self.head_dim % 2:
+            raise InputError(
+                f"dim {self.dim} does not split into {self.n_heads} heads of even width"
+            )
+        if self.n_heads % self.kv_heads:
+            raise InputError(
+                f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.kv_heads}"
+            )
+
+    def _check_kinds(self) -> None:
         limits = ("max_batch_size", "max_seq_len")
         for name in ("dim", "n_layers", "n_heads", "kv_heads", "multiple_of", *limits):
             value = getattr(self, name)
@@ -99,14 +110,6 @@ class ModelArgs:
             optional = value is None and name not in ("norm_eps", "rope_theta")
             if not optional and not (isinstance(value, int | float) and 0 < value < math.inf):
                 raise InputError(f"{name} must be a positive number, got {value!r}")
-        if self.dim % self.n_heads or self.head_dim % 2:
-            raise InputError(
-                f"dim {self.dim} does not split into {self.n_heads} heads of even width"
-            )
-        if self.n_heads % self.kv_heads:
-            raise InputError(
-                f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.kv_heads}"
-            )
 
 
 def kv_heads_of_rank(params: ModelArgs, rank: int, ranks: int) -> list[int]:

@@ -215,17 +215,20 @@ class Llama:
             >>> llama.text_completion(["I am an avid fan of "], max_gen_len=20)  # doctest: +SKIP
             [{'generation': 'the Harry Potter series...'}]
         """
-        if isinstance(prompts, str):
-            raise InputError("expected a list of prompts, got one string: pass [prompt]")
-        add_bos = self.tokenizer.add_bos
-        encoded = [self.tokenizer.encode(p, bos=add_bos, eos=False) for p in prompts]
+        length = self._gen_len(max_gen_len)
         tokens, scores = self.generate(
-            encoded, self._gen_len(max_gen_len), temperature, top_p, logprobs, echo
+            self._encoded(prompts), length, temperature, top_p, logprobs, echo
         )
         return [
             {"generation": self.tokenizer.decode(ids), **self._details(ids, scores, i)}
             for i, ids in enumerate(tokens)
         ]
+
+    def _encoded(self, prompts: Sequence[str]) -> list[list[int]]:
+        if isinstance(prompts, str):
+            raise InputError("expected a list of prompts, got one string: pass [prompt]")
+        add_bos = self.tokenizer.add_bos
+        return [self.tokenizer.encode(p, bos=add_bos, eos=False) for p in prompts]
 
     def chat_completion(
         self,

@@ -29,15 +29,20 @@ def load_model(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dty
     """
     check_split(checkpoint.args, model_parallel_size())
     model = Transformer(checkpoint.args, vocab_parallel=checkpoint.vocab_parallel, device="meta")
-    part = _Part(checkpoint, device, dtype)
-    state: dict[str, nn.Parameter] = {}
-    for names in _groups(checkpoint, whole=part.own):
-        with checkpoint.mapped():
-            state |= {name: part.parameter(name) for name in names}
+    state = _parameters(checkpoint, _Part(checkpoint, device, dtype))
     # assign: the parameters on "meta" have no memory that values could be copied to
     model.load_state_dict(state, strict=True, assign=True)
     model.freqs_cis = model.freqs_cis.to(device)
     return model.eval()
+
+
+def _parameters(checkpoint: Checkpoint, part: _Part) -> dict[str, nn.Parameter]:
+    """This rank's part of every weight, by its name."""
+    state: dict[str, nn.Parameter] = {}
+    for names in _groups(checkpoint, whole=part.own):
+        with checkpoint.mapped():
+            state |= {name: part.parameter(name) for name in names}
+    return state
 
 
 def _groups(checkpoint: Checkpoint, *, whole: bool) -> list[list[str]]:

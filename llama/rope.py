@@ -35,7 +35,7 @@ def rope_frequencies(head_dim: int, theta: float, factor: float | None = None) -
     smooth = (ROPE_ORIGINAL_CONTEXT / wavelength - ROPE_LOW_FACTOR) / (
         ROPE_HIGH_FACTOR - ROPE_LOW_FACTOR
     )
-    smooth = smooth.clamp(0, 1)
+    smooth = smooth.clamp(0, 1)  # 0 for wavelengths from 8192 tokens, 1 up to 2048
     return (1 - smooth) * f / factor + smooth * f
 
 

@@ -53,10 +53,11 @@ def sample_top_p(probs: Tensor, p: float, *, generator: torch.Generator | None =
     Returns:
         (B,) token ids.
     """
-    ordered, index = probs.sort(dim=-1, descending=True)
+    ordered, index = probs.sort(dim=-1, descending=True)  # (B, V) each
     # Exclusive sums: the token with which p is passed still belongs, the first one always does.
     before = ordered.cumsum(dim=-1) - ordered
     kept = torch.where(before > p, 0.0, ordered)
+    # (B, 1) places in the order; multinomial itself divides the rows by their sums
     choice = torch.multinomial(kept, 1, generator=generator)
     return index.gather(-1, choice).squeeze(-1)
 
@@ -82,7 +83,7 @@ def decode(
         (B, T) tokens, and their (B, T) log probabilities in nats, zeros unless asked for.
     """
     device, logprobs = next(model.parameters()).device, sampling.logprobs
-    tokens, given = (t.to(device) for t in _laid_out(prompts, total))
+    tokens, given = (t.to(device) for t in _laid_out(prompts, total))  # (B, T) each
     scores = torch.zeros(tokens.shape, device=device)
     stop = torch.tensor(stop_tokens, device=device)
     done = torch.zeros(len(prompts), dtype=torch.bool, device=device)

@@ -136,6 +136,7 @@ class ScoredModel(ModelRecord, ScoresView, ABC):
             check_count(stop.n, len(self.kept))
         self.check_whole()
         self._check_weights()
+        total = count_of(windows) if total is None else total
         run = ScoringRun(
             self.decoder,
             self._sums_so_far(state),
@@ -147,11 +148,7 @@ class ScoredModel(ModelRecord, ScoresView, ABC):
         )
         try:
             run.read(
-                windows,
-                total=count_of(windows) if total is None else total,
-                progress=progress,
-                sublayers=sublayers,
-                all_tokens=all_tokens,
+                windows, total=total, progress=progress, sublayers=sublayers, all_tokens=all_tokens
             )
         finally:  # also after Ctrl-C: what was read before counts
             if run.into.n_windows:

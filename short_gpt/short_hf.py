@@ -20,10 +20,10 @@ from short_gpt.data.windows import windows
 from short_gpt.evaluation.harness import hugging_face_lm
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.models.hf import HFDecoder
-from short_gpt.models.loading import load
+from short_gpt.models.loading import load, place_of
 from short_gpt.models.pretrained import PretrainedModel, PretrainedTokenizer
 from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.short_model import ShortModel
+from short_gpt.short_model import ShortModel, check_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -68,7 +68,7 @@ class ShortHFModel(ShortModel):
         device: str | torch.device | None = None,
         **options: object,
     ) -> None:
-        place, model = _place(device, options), model_name
+        place, model = place_of(device, options), model_name
         if isinstance(model, str | os.PathLike):
             source = str(model)
             model, tokenizer = load(source, options, tokenizer)
@@ -117,8 +117,7 @@ class ShortHFModel(ShortModel):
             ShortGPTError: no text gives a window of two tokens.
             NotFiniteError: a state is NaN or infinite.
         """
-        if isinstance(prompts, str):
-            raise ShortGPTError("expected a list of texts, got one string: pass [text]")
+        check_texts(prompts)
         if max_gen_len > 0:
             ids = (self.encode(p)[:max_seq_len] for p in prompts)
             self.measure([self._continue(i, max_gen_len, temperature, top_p) for i in ids])
@@ -138,8 +137,7 @@ class ShortHFModel(ShortModel):
         Raises:
             ShortGPTError: one text instead of a list, or a text without a token.
         """
-        if isinstance(prompts, str):
-            raise ShortGPTError("expected a list of texts, got one string: pass [text]")
+        check_texts(prompts)
         done = []
         for prompt in prompts:
             ids = self.encode(prompt)
@@ -147,20 +145,10 @@ class ShortHFModel(ShortModel):
             done.append(self._tokenizer().decode(new, skip_special_tokens=True))
         return done
 
-    @torch.no_grad()
     def greedy(self, ids: list[int], count: int, *, use_cache: bool = True) -> list[int]:
         """Up to ``count`` likeliest next tokens, by the model's own generation config."""
-        tokens = torch.tensor([ids], device=self.decoder.device)
-        out = self.model.generate(
-            input_ids=tokens,
-            attention_mask=torch.ones_like(tokens),
-            max_new_tokens=count,
-            do_sample=False,
-            use_cache=use_cache,
-        )
-        return out[0, len(ids) :].tolist()
+        return self._generated(ids, count, do_sample=False, use_cache=use_cache)[len(ids) :]
 
-    @torch.no_grad()
     def _continue(
         self, ids: list[int], max_gen_len: int, temperature: float, top_p: float
     ) -> list[int]:
@@ -168,15 +156,21 @@ class ShortHFModel(ShortModel):
             raise ShortGPTError(
                 "a text has no tokens to continue; its tokenizer puts none in front"
             )
-        tokens = torch.tensor([ids], device=self.decoder.device)
         sampling: dict[str, object] = {"do_sample": False}
         if temperature > 0:
             sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p}
+        return self._generated(ids, max_gen_len, **sampling)
+
+    @torch.no_grad()
+    def _generated(self, ids: list[int], count: int, **options: object) -> list[int]:
+        """The ids with up to ``count`` new ones behind them."""
+        tokens = torch.tensor([ids], device=self.decoder.device)  # (1, S)
         out = self.model.generate(
             input_ids=tokens,
+            # else transformers takes ids that equal the padding's for padding
             attention_mask=torch.ones_like(tokens),
-            max_new_tokens=max_gen_len,
-            **sampling,
+            max_new_tokens=count,
+            **options,
         )
         return out[0].tolist()
 
@@ -300,10 +294,3 @@ class ShortHFModel(ShortModel):
                 "put its files beside the weights"
             )
         return self.tokenizer
-
-
-def _place(device: str | torch.device | None, options: Mapping[str, object]) -> torch.device | None:
-
-    if device is not None and "device_map" in options:
-        raise ShortGPTError("give device for one place or device_map for several, not both")
-    return None if device is None else choose_device(device)

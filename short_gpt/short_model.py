@@ -27,6 +27,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+def check_texts(texts: Sequence[str]) -> None:
+    """Raises ShortGPTError for one text where a list of texts is expected."""
+    if isinstance(texts, str):
+        raise ShortGPTError("expected a list of texts, got one string: pass [text]")
+
+
 class ShortModel(ScoredModel):
     """A model in memory whose layers can be scored, searched, tried without and removed.
 
@@ -80,7 +86,7 @@ class ShortModel(ScoredModel):
         state: StateFile | None = None,
         progress: bool = True,
     ) -> Search:
-        """The layers to remove by the loss without them; see `greedy.sleb` and `greedy.one_shot`.
+        """The layers to remove by the loss without them; see `search.sleb` and `search.one_shot`.
 
         Args:
             windows: token ids, all read for every candidate.

@@ -5,7 +5,6 @@ Shapes: B windows of a batch, L layers.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,10 +17,10 @@ from llama.tokenizer import Tokenizer, find_tokenizer
 from short_gpt.checkpoints.provenance import Provenance
 from short_gpt.checkpoints.save import save_meta
 from short_gpt.data.windows import batches, count_of
-from short_gpt.evaluation.perplexity import Perplexity
+from short_gpt.evaluation.perplexity import Perplexity, check_loss, check_predicted
 from short_gpt.models.pretrained import PretrainedTokenizer
 from short_gpt.runtime.digest import files_digest
-from short_gpt.runtime.errors import MissingPackageError, NotFiniteError, ShortGPTError
+from short_gpt.runtime.errors import MissingPackageError, ShortGPTError
 from short_gpt.runtime.progress import bar
 from short_gpt.scored_model import ScoredModel
 from short_gpt.scoring.hooks import Scores
@@ -166,12 +165,8 @@ class StreamedLlama(ScoredModel):
             nats += float(losses.double().sum())
             predicted += len(losses)
             count += len(part)
-            if not math.isfinite(nats):
-                raise NotFiniteError(
-                    "the model gave a NaN or infinite loss; check the weights, or another dtype"
-                )
-        if not predicted:
-            raise ShortGPTError("expected windows of at least 2 tokens; nothing was predicted")
+            check_loss(nats)
+        check_predicted(predicted)
         result = Perplexity(nats, predicted, count)
         self.note_quality(result)
         return result

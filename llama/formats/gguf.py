@@ -11,7 +11,7 @@ from torch import Tensor
 from llama.args import ModelArgs
 from llama.checkpoint.sharding import full_shapes
 from llama.errors import InputError, MissingPackageError
-from llama.formats.names import GGUF, ffn_keys, name_in
+from llama.formats.names import GGUF, check_tensors, ffn_keys, name_in
 from llama.formats.tokenizers import gguf_tokenizer
 from llama.io.json_files import JsonObject
 from llama.rope import rope_frequencies
@@ -41,7 +41,7 @@ class GGUFFile:
                 f"{path} holds architecture {self.get('general.architecture')!r}; expected 'llama'"
             )
 
-    def get(self, key: str, default: Any = None) -> Any:
+    def get(self, key: str, default: object = None) -> Any:
         """The value of a key of the metadata."""
         return self.fields[key]() if key in self.fields else default
 
@@ -107,13 +107,7 @@ class GGUFFile:
 
     def _check_names(self, args: ModelArgs) -> None:
         wanted = {self.name_of(name) for name in full_shapes(args)}
-        unknown = sorted(self.tensors.keys() - wanted - {ROPE_FACTORS})
-        missing = sorted(wanted - self.tensors.keys())
-        if unknown or missing:
-            raise InputError(
-                f"{self.path} is not a plain Llama: it lacks tensors {missing[:3]} and has "
-                f"others {unknown[:3]}"
-            )
+        check_tensors(self.path, self.tensors.keys(), wanted, ignored={ROPE_FACTORS})
 
     def _rope_factor(self, args: ModelArgs) -> float:
         """Llama 3.1's factor from the file's divisors of the rotary frequencies."""

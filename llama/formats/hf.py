@@ -11,7 +11,7 @@ from llama.args import ModelArgs
 from llama.checkpoint.pth import TensorInfo
 from llama.checkpoint.sharding import EMBEDDING, OUTPUT, full_shapes
 from llama.errors import InputError
-from llama.formats.names import HF, ffn_keys, name_in
+from llama.formats.names import HF, check_tensors, ffn_keys, name_in
 from llama.formats.safetensors import DTYPES, SafetensorsFile
 from llama.io.json_files import JsonObject
 from llama.parallel import choose_dtype
@@ -211,9 +211,4 @@ def _check_names(
 ) -> None:
     """Raises InputError where tensors are missing, or there are others, such as biases."""
     ignored = {name for name in weights if name.endswith("rotary_emb.inv_freq")} | {head}
-    missing, unknown = sorted(needed - weights.keys()), sorted(weights.keys() - needed - ignored)
-    if missing or unknown:
-        raise InputError(
-            f"{directory} is not a plain Llama: it lacks tensors {missing[:3]} and has others "
-            f"{unknown[:3]}"
-        )
+    check_tensors(directory, weights.keys(), needed, ignored=ignored)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Set
+from pathlib import Path
 
 from torch import Tensor
 
 from llama.args import ModelArgs
+from llama.errors import InputError
 from llama.io.json_files import JsonObject
 
 # The names of a weight in Meta's, Hugging Face's and GGUF's format; {} is the layer.
@@ -58,6 +61,23 @@ def permute(meta_name: str, weight: Tensor, args: ModelArgs, *, to: int) -> Tens
     # (H hd, D) -> (H, hd / 2, 2, D) or (H, 2, hd / 2, D), whose two inner axes change places
     parts = (half, 2) if to == HF else (2, half)
     return weight.unflatten(0, (heads, *parts)).transpose(1, 2).flatten(0, 2)
+
+
+def check_tensors(source: Path, have: Set[str], needed: Set[str], *, ignored: Set[str]) -> None:
+    """Raises InputError unless a source holds a Llama's tensors and no others, such as biases.
+
+    Args:
+        source: a directory or a file, for the message.
+        have: names of its tensors.
+        needed: names, in the source's format, of those that Meta's model is made of.
+        ignored: names that may be there or not.
+    """
+    missing, unknown = sorted(needed - have), sorted(have - needed - ignored)
+    if missing or unknown:
+        raise InputError(
+            f"{source} is not a plain Llama: it lacks tensors {missing[:3]} and has others "
+            f"{unknown[:3]}"
+        )
 
 
 def params_json(args: ModelArgs) -> JsonObject:

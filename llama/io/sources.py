@@ -26,18 +26,14 @@ def kind_of(source: str | PathLike[str]) -> Kind:
     Raises:
         FileNotFoundError: it looks like a path and does not exist, or a directory is no model.
     """
-    name, path = str(source), Path(str(source))
+    path = Path(str(source))
     if is_gguf(source):
         if not path.is_file():
-            raise FileNotFoundError(f"GGUF file {name} does not exist")
+            raise FileNotFoundError(f"GGUF file {source} does not exist")
         return "gguf"
     if path.is_dir():
         return _kind_of_directory(path)
-    if path.exists():
-        raise FileNotFoundError(f"{path} is a file; expected a checkpoint directory or .gguf")
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"checkpoint directory {name} does not exist")
-    return "hub"
+    return _kind_of_name(str(source))
 
 
 def _kind_of_directory(path: Path) -> Literal["meta", "hf"]:
@@ -49,6 +45,15 @@ def _kind_of_directory(path: Path) -> Literal["meta", "hf"]:
         f"{path} has no params.json (Meta's format) and no config.json (Hugging Face's); "
         "is it a checkpoint?"
     )
+
+
+def _kind_of_name(name: str) -> Literal["hub"]:
+    """That of a name on the hub; FileNotFoundError for what looks like a path."""
+    if Path(name).exists():
+        raise FileNotFoundError(f"{Path(name)} is a file; expected a checkpoint directory or .gguf")
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"checkpoint directory {name} does not exist")
+    return "hub"
 
 
 def is_gguf(source: str | PathLike[str]) -> bool:

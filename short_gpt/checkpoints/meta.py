@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from os import PathLike
 from pathlib import Path
 
@@ -67,11 +67,7 @@ def prune_meta(
     check_new(out, marker=PROVENANCE, overwrite=overwrite, source=source.directory)
     with new_directory(out, marker=PROVENANCE, overwrite=overwrite) as partial:
         _write_shards(source, partial, keep, progress)
-        params = {**source.params.get("model", source.params), "n_layers": len(keep)}
-        write_json(partial / "params.json", params)
-        copy_tokenizer(tokenizer, partial)
-        copy_records(source.directory, partial, [CONVERSION])
-        write_provenance(partial, record, card=False)
+        write_beside(source, partial, n_layers=len(keep), tokenizer=tokenizer, record=record)
     return out
 
 
@@ -79,14 +75,33 @@ def _write_shards(
     source: Checkpoint, partial: Path, keep: Sequence[int], progress: Callable[[str], object]
 ) -> None:
     """Each of the source's files without the removed layers, under its own name."""
-    new_number = {str(old): new for new, old in enumerate(keep)}
     for shard in source.shards:
-        _write_shard(shard, partial / shard.path.name, new_number, progress)
+        _write_shard(shard, partial / shard.path.name, keep, progress)
 
 
 def _write_shard(
-    shard: Shard, path: Path, new_number: Mapping[str, int], progress: Callable[[str], object]
+    shard: Shard, path: Path, keep: Sequence[int], progress: Callable[[str], object]
 ) -> None:
+    old_name = names_kept(shard, keep)
+
+    def read(name: str) -> Tensor:
+        progress(name)
+        return shard.read(old_name[name])
+
+    write_shard(path, {new: shard.infos[old] for new, old in old_name.items()}, read)
+
+
+def names_kept(shard: Shard, keep: Sequence[int]) -> dict[str, str]:
+    """The tensors of a file that stay when only some layers do.
+
+    Args:
+        shard: one file of a checkpoint.
+        keep: numbers of the layers that stay, ascending.
+
+    Returns:
+        By each tensor's new name, in which layers count from 0, its name in the file.
+    """
+    new_number = {str(old): new for new, old in enumerate(keep)}
     old_name: dict[str, str] = {}
     for name in shard.infos:
         match = LAYER_NAME.fullmatch(name)
@@ -94,9 +109,24 @@ def _write_shard(
             old_name[name] = name
         elif match[1] in new_number:
             old_name[f"layers.{new_number[match[1]]}.{match[2]}"] = name
+    return old_name
 
-    def read(name: str) -> Tensor:
-        progress(name)
-        return shard.read(old_name[name])
 
-    write_shard(path, {new: shard.infos[old] for new, old in old_name.items()}, read)
+def write_beside(
+    source: Checkpoint, out: Path, *, n_layers: int, tokenizer: Path, record: Provenance
+) -> None:
+    """Writes what stands beside the weights of a checkpoint with fewer layers.
+
+    Args:
+        source: where the weights came from; its other parameters and its record of a conversion
+            stay.
+        out: the directory that holds the weights.
+        n_layers: how many layers are left.
+        tokenizer: its file, copied as it is.
+        record: of what was done.
+    """
+    params = source.params.get("model", source.params)
+    write_json(out / "params.json", {**params, "n_layers": n_layers})
+    copy_tokenizer(tokenizer, out)
+    copy_records(source.directory, out, [CONVERSION])
+    write_provenance(out, record, card=False)

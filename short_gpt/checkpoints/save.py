@@ -10,15 +10,14 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from llama.checkpoint.meta import CONVERSION, LAYER_NAME, Checkpoint, copy_records, copy_tokenizer
+from llama.checkpoint.meta import Checkpoint, copy_tokenizer
 from llama.checkpoint.pth import Shard, write_shard
 from llama.formats.convert import hf_to_meta
 from llama.io.files import new_directory
-from llama.io.json_files import write_json
 from llama.parallel import model_parallel_size
 from llama.tokenizer import find_tokenizer
 from short_gpt.checkpoints.card import write_provenance
-from short_gpt.checkpoints.meta import prune_meta
+from short_gpt.checkpoints.meta import names_kept, prune_meta, write_beside
 from short_gpt.checkpoints.provenance import PROVENANCE, Provenance
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.scored_model import ScoredModel
@@ -135,14 +134,12 @@ def save_meta(
             overwrite=overwrite,
         )
     check_one_file(checkpoint)
-    out, tokenizer = Path(str(out_dir)), tokenizer_path or find_tokenizer(checkpoint.directory)
+    out = Path(str(out_dir))
+    tokenizer = Path(str(tokenizer_path or find_tokenizer(checkpoint.directory)))
     with new_directory(out, marker=PROVENANCE, overwrite=overwrite) as partial:
         _write_changed(short, checkpoint.shards[0], partial)
-        params = checkpoint.params.get("model", checkpoint.params)
-        write_json(partial / "params.json", {**params, "n_layers": len(short.kept)})
-        copy_tokenizer(Path(str(tokenizer)), partial)
-        copy_records(checkpoint.directory, partial, [CONVERSION])
-        write_provenance(partial, record, card=False)
+        count = len(short.kept)
+        write_beside(checkpoint, partial, n_layers=count, tokenizer=tokenizer, record=record)
     return out
 
 
@@ -174,13 +171,7 @@ def check_one_file(checkpoint: Checkpoint) -> None:
 def _write_changed(short: ScoredModel, shard: Shard, out: Path) -> None:
     """The layers left, under their new numbers: from the file, but what changed from memory."""
     place_of = {number: place for place, number in enumerate(short.kept)}
-    old_name: dict[str, str] = {}
-    for name in shard.infos:
-        match = LAYER_NAME.fullmatch(name)
-        if match is None:
-            old_name[name] = name
-        elif int(match[1]) in place_of:
-            old_name[f"layers.{place_of[int(match[1])]}.{match[2]}"] = name
+    old_name = names_kept(shard, short.kept)
     changed = {
         f"layers.{place_of[number]}.{name}": short.decoder.layers[place_of[number]].get_parameter(
             name

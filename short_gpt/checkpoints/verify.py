@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from short_gpt.short_model import ShortModel
 
@@ -68,24 +68,34 @@ def check_same(
         RuntimeError: the logits differ, or what is generated, or the second generates otherwise
             with its cache than without.
     """
-    expected, found = ours.logits, theirs.logits
+    _check_logits(ours.logits, theirs.logits, rounding, names)
+    _check_generated(ours, theirs, rounding, names)
+    return "but for the last digits" if rounding else "bit for bit"
+
+
+def _check_logits(expected: Tensor, found: Tensor, rounding: float, names: tuple[str, str]) -> None:
     if expected.shape != found.shape:
         raise RuntimeError(
             f"{names[1]} gives logits of shape {list(found.shape)}, {names[0]} "
             f"{list(expected.shape)}"
         )
     off = (found - expected).abs().max()
-    if rounding:  # two implementations may also pick another token where two are all but equal
+    if rounding:
         same = bool(off <= rounding * expected.abs().max())
     else:
         same = torch.equal(found, expected)
     if not same:
         raise RuntimeError(f"{names[1]} is not {names[0]}: logits differ by up to {off:.3g}")
+
+
+def _check_generated(
+    ours: Fingerprint, theirs: Fingerprint, rounding: float, names: tuple[str, str]
+) -> None:
     if theirs.cached != theirs.uncached:
         raise RuntimeError(f"{names[1]} generates otherwise with its cache than without")
+    # two implementations may pick another token where two are all but equal
     if not rounding and theirs.cached != ours.cached:
         raise RuntimeError(f"{names[1]} generates otherwise than {names[0]}")
-    return "but for the last digits" if rounding else "bit for bit"
 
 
 def copy_weights(model: nn.Module) -> None:

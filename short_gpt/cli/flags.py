@@ -13,9 +13,12 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from difflib import get_close_matches
 from functools import wraps
 from types import NoneType
-from typing import get_args, get_type_hints
+from typing import TYPE_CHECKING, get_args, get_type_hints
 
 from short_gpt.runtime.errors import ShortGPTError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 Command = Callable[..., None]
 READ, CHOOSE, RUN, WRITE = "what to read", "how to choose", "how to run", "what to write"
@@ -90,7 +93,7 @@ def flags_of(command: Command) -> dict[str, Flag]:
     hints, texts = get_type_hints(command), described(command)
     flags: dict[str, Flag] = {}
     for name, parameter in inspect.signature(command).parameters.items():
-        if is_dataclass(parameter.default):
+        if is_dataclass(parameter.default) and not isinstance(parameter.default, type):
             flags |= _fields(name, parameter.default)
             continue
         positional = parameter.kind is parameter.POSITIONAL_OR_KEYWORD
@@ -102,7 +105,7 @@ def flags_of(command: Command) -> dict[str, Flag]:
     return flags
 
 
-def _fields(group: str, defaults: object) -> dict[str, Flag]:
+def _fields(group: str, defaults: DataclassInstance) -> dict[str, Flag]:
     """The fields of a group, each a flag."""
     hints, texts = get_type_hints(type(defaults)), described(type(defaults))
     heading = heading_of(type(defaults))
@@ -115,7 +118,7 @@ def _fields(group: str, defaults: object) -> dict[str, Flag]:
             text=texts.get(field.name, ""),
             group=group,
         )
-        for field in fields(defaults)  # type: ignore[arg-type]
+        for field in fields(defaults)
     }
 
 
@@ -238,7 +241,8 @@ def typed(command: Command) -> Command:
         return command(**_grouped(command, flags, given))
 
     parameters = [_parameter(flag) for flag in flags.values()]
-    checked.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    # read by inspect, and so by fire, in place of the command's own
+    vars(checked)["__signature__"] = inspect.Signature(parameters)
     return checked
 
 

@@ -8,7 +8,6 @@ import re
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
 
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import bar
@@ -133,7 +132,7 @@ def _read_parquet(file: Path, column: str) -> Iterator[str]:
 _READERS = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
 
 
-def _cell(row: Any, column: str) -> str:
+def _cell(row: object, column: str) -> str:
     if not isinstance(row, dict):
         raise ShortGPTError(f"expected an object with named values, got {row!r:.60}")
     if column not in row:

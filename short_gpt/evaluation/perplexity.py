@@ -81,13 +81,23 @@ def perplexity(
             windows += len(batch)
             set_rate(shown, predicted)
             shown.update(len(batch))
-            if not math.isfinite(nats):
-                raise NotFiniteError(
-                    "the model gave a NaN or infinite loss; check the weights, or another dtype"
-                )
-    if not predicted:
-        raise ShortGPTError("expected windows of at least 2 tokens; nothing was predicted")
+            check_loss(nats)
+    check_predicted(predicted)
     return Perplexity(nats, predicted, windows)
+
+
+def check_loss(nats: float) -> None:
+    """Raises NotFiniteError for a loss that is no number to go on with."""
+    if not math.isfinite(nats):
+        raise NotFiniteError(
+            "the model gave a NaN or infinite loss; check the weights, or another dtype"
+        )
+
+
+def check_predicted(tokens: int) -> None:
+    """Raises ShortGPTError where windows were so short that no token of them is predicted."""
+    if not tokens:
+        raise ShortGPTError("expected windows of at least 2 tokens; nothing was predicted")
 
 
 def batch_nats(decoder: Decoder, tokens: Tensor, mask: Tensor) -> float:

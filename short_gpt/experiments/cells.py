@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
+from llama.io.json_files import JsonObject
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.runtime.state import StateFile
 
@@ -21,7 +22,7 @@ class Cells:
     def __init__(self, state: StateFile | None = None) -> None:
         self._state = state
         content = state.content if state and state.content else {}
-        self._values: dict[str, Any] = content.get("cells", {})
+        self._values: JsonObject = content.get("cells", {})
 
     def __contains__(self, name: str) -> bool:
         return name in self._values

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 
+from llama.io.json_files import JsonObject
 from short_gpt.data.disjoint import check_disjoint
 from short_gpt.evaluation.paired import difference, losses, together
 from short_gpt.evaluation.perplexity import Perplexity
@@ -146,7 +146,7 @@ class Comparison:
     def _search(self, method: str, n: int) -> Search:
         name = f"{method} {n}"
 
-        def measure() -> dict[str, Any]:
+        def measure() -> JsonObject:
             part = self._cells.inner(name.replace(" ", "-"))
             result = self.short.search(
                 self._few, n, method=method, state=part, progress=self._progress

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from short_gpt.checkpoints.prune import prune_checkpoint
-from short_gpt.data.disjoint import overlapping
+from short_gpt.data.disjoint import without_overlap
 from short_gpt.data.windows import windows
 from short_gpt.evaluation.paired import losses
 from short_gpt.evaluation.perplexity import Perplexity
@@ -129,19 +129,14 @@ class LoraHealing:
 
     def _learning(self, size: int) -> tuple[list[list[int]], list[list[int]]]:
         """Windows to train on and windows to validate on, the last tenth but at most 8."""
-        every = _apart(self._cut(size, None), self.evaluation)
+        every, _ = without_overlap(self._cut(size, None), self.evaluation)
         count = max(1, min(len(every) // 10, MOST_VALIDATION))
-        return _apart(every[:-count], every[-count:]), every[-count:]
+        training, _ = without_overlap(every[:-count], every[-count:])
+        return training, every[-count:]
 
     def _cut(self, size: int, limit: int | None) -> list[list[int]]:
         order = self.seed
         return [*windows(self.texts, self.encode, size=size, stride=size, seed=order, limit=limit)]
-
-
-def _apart(chosen: list[list[int]], others: Windows) -> list[list[int]]:
-    """The windows that share no text with the others."""
-    shared = overlapping(chosen, others)
-    return [window for i, window in enumerate(chosen) if i not in shared]
 
 
 @contextmanager

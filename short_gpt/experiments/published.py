@@ -6,16 +6,16 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
-from typing import Any
 
 import torch
 
+from llama.io.json_files import JsonObject
 from short_gpt.models.numbering import check_exist
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.scoring.metrics import spearman
 
 
-def published() -> dict[str, Any]:
+def published() -> JsonObject:
     """Published lists and scores, each group with its "source" and its "models".
 
     Layers count from 0; lists are in order of removal.

@@ -40,11 +40,16 @@ def put_map(module: nn.Module, linear_map: Tensor, number: int) -> None:
         raise ShortGPTError(f"layer {number}'s MLP took the map only to {off:.2g}: not a plain map")
 
 
+def _weight(module: nn.Module) -> Tensor:
+    """Its matrix (D, F), or (F, D) of a Conv1D; an adapter shows that of the map it wraps."""
+    return module.weight  # type: ignore[return-value]
+
+
 def _mapped(module: nn.Module, linear_map: Tensor) -> list[tuple[Tensor, Tensor]]:
     """The parameters that change, with their new values: the output becomes itself times T."""
-    weight: Tensor = module.weight  # type: ignore[assignment]
+    weight = _weight(module)
     bias: Tensor | None = getattr(module, "bias", None)
-    exact = weight.detach().cpu().double()  # (D, F), or (F, D) of a Conv1D
+    exact = weight.detach().cpu().double()
     # the output is x W^T, and (x W^T) T = x (T^T W)^T; a Conv1D gives x W, and (x W) T = x (W T)
     new = exact @ linear_map if transposed(module) else linear_map.T @ exact
     pairs = [(weight, new.to(weight.dtype))]
@@ -55,7 +60,7 @@ def _mapped(module: nn.Module, linear_map: Tensor) -> list[tuple[Tensor, Tensor]
 
 def _probe(module: nn.Module) -> Tensor:
     """Random inputs (1, 16, F) of a linear map."""
-    weight: Tensor = module.weight  # type: ignore[assignment]
+    weight = _weight(module)
     width = weight.shape[0 if transposed(module) else 1]
     inputs = torch.randn(1, 16, width, generator=torch.Generator().manual_seed(0))
     return inputs.to(weight.device, weight.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 import torch
@@ -39,7 +40,7 @@ def quantized(model: PreTrainedModel, place: torch.device, recipe: Recipe) -> Pr
 def require_four_bit() -> None:
     """Raises MissingPackageError or ShortGPTError, naming what QLoRA lacks here."""
     try:
-        import bitsandbytes  # type: ignore[import-not-found,import-untyped,unused-ignore] # noqa: F401
+        import_module("bitsandbytes")
     except ImportError:
         raise MissingPackageError("training in 4 bits needs: pip install bitsandbytes") from None
     if not torch.cuda.is_available():

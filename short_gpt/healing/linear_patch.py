@@ -200,7 +200,7 @@ def fold(short: ShortModel, patch: Patch) -> Callable[[], None]:
     change = WeightChange(patch.to_dict(), frozenset().union(*ends))
     before: list[tuple[Tensor, Tensor]] = []
 
-    @torch.no_grad()
+    @torch.no_grad()  # again: an undo comes after the call that this function's own covers
     def restore() -> None:
         for parameter, value in before:
             parameter.copy_(value)

@@ -223,20 +223,24 @@ def target_modules(model: PreTrainedModel, names: Sequence[str] | None = None) -
     """
     model_type = model.config.get_text_config(decoder=True).model_type
     wanted = family_of(model_type).lora if names is None else names
-    inside = find_layers(model) + "."
-    found = [
-        name
-        for name, module in model.named_modules()
-        if name.startswith(inside)
-        and isinstance(getattr(module, "weight", None), torch.Tensor)
-        and any(f".{name}".endswith(f".{end}") for end in wanted)
-    ]
+    ends = tuple(f".{name}" for name in wanted)
+    found = [name for name in _with_weight(model, find_layers(model)) if f".{name}".endswith(ends)]
     if not found:
         raise ShortGPTError(
             f"{type(model).__name__} has no linear maps named {', '.join(wanted or ANY.lora)}; "
             "name its own"
         )
     return found
+
+
+def _with_weight(model: PreTrainedModel, layers_path: str) -> list[str]:
+    """The full names of the modules inside the layers that have a weight of their own."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if name.startswith(f"{layers_path}.")
+        and isinstance(getattr(module, "weight", None), torch.Tensor)
+    ]
 
 
 def _check(run: TrainingRun, evaluation: Sequence[Window]) -> None:

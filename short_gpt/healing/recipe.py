@@ -136,7 +136,7 @@ def recipe_for(config: ModelConfig, preset: str = "paper", **changes: Any) -> Re
     if preset == "demo":
         return Recipe(**{**DEMO, **changes})
     text = config.get_text_config(decoder=True)
-    found: dict[str, Any] = {}
+    found: dict[str, object] = {}
     for model, settings in PAPER:
         if all(getattr(text, name, None) == value for name, value in model.items()):
             found = dict(settings)

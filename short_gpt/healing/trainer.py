@@ -22,12 +22,11 @@ from short_gpt.healing.recipe import Recipe
 from short_gpt.models.hf import HFDecoder
 from short_gpt.runtime.digest import json_digest, weights_digest
 from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
-from short_gpt.runtime.progress import bar
+from short_gpt.runtime.progress import Bar, bar
 from short_gpt.runtime.results import read_record
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from tqdm import tqdm
     from transformers import (
         PreTrainedModel,
         Trainer,
@@ -144,7 +143,7 @@ def whole_checkpoints(folder: Path) -> bool:
     return left
 
 
-def _trainer(adapted: PeftModel, run: TrainingRun, folder: Path, shown: tqdm) -> Trainer:
+def _trainer(adapted: PeftModel, run: TrainingRun, folder: Path, shown: Bar) -> Trainer:
     from transformers import Trainer
 
     class Healer(Trainer):
@@ -179,7 +178,7 @@ def _silence(trainer: Trainer) -> None:
     trainer.remove_callback(ProgressCallback)
 
 
-def _callbacks(recipe: Recipe, shown: tqdm) -> list[TrainerCallback]:
+def _callbacks(recipe: Recipe, shown: Bar) -> list[TrainerCallback]:
     from transformers import EarlyStoppingCallback
 
     stop = [] if recipe.patience is None else [EarlyStoppingCallback(recipe.patience)]
@@ -203,12 +202,12 @@ def _arguments(adapted: PeftModel, recipe: Recipe, folder: Path) -> TrainingArgu
         eval_steps=min(recipe.eval_every, recipe.steps),
         save_strategy="steps",
         save_steps=min(recipe.eval_every, recipe.steps),
-        save_total_limit=2,
+        save_total_limit=2,  # the best and the last
         load_best_model_at_end=True,
         metric_for_best_model="loss",
         greater_is_better=False,
         logging_steps=max(1, min(recipe.eval_every, recipe.steps // 100)),
-        logging_nan_inf_filter=False,
+        logging_nan_inf_filter=False,  # `_progress` is to see them
         bf16=on_card and weight.dtype == torch.bfloat16,
         fp16=on_card and weight.dtype == torch.float16,
         use_cpu=weight.device.type == "cpu",
@@ -239,7 +238,7 @@ def _collate(examples: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor
     return {"input_ids": tokens, "labels": labels}
 
 
-def _progress(shown: tqdm) -> TrainerCallback:
+def _progress(shown: Bar) -> TrainerCallback:
     """A callback: the bar, a last evaluation, and a stop at a loss that is not finite."""
     from transformers import TrainerCallback
 

@@ -125,15 +125,7 @@ FAMILIES: dict[str, Family] = {
         lora=("w1", "w2", "w3"),
     ),
     "gpt2": GPT2,
-    "gpt_neo": Family(
-        layers=("transformer.h",),
-        attention=("attn",),
-        attention_norm=(),
-        attention_output=("attn.attention.out_proj",),
-        mlp_norm=("ln_2",),
-        mlp_output=("mlp.c_proj",),
-        lora=("mlp.c_fc", "mlp.c_proj"),
-    ),
+    "gpt_neo": replace(GPT2, attention_output=("attn.attention.out_proj",)),
     # Qwen of 2023, whose code comes with the weights
     "qwen": Family(
         layers=("transformer.h",),

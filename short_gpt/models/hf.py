@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from inspect import signature
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +17,15 @@ from short_gpt.models.config_entries import cut_entries, layer_entries
 from short_gpt.models.families import FAMILIES, Family, family_of
 from short_gpt.runtime.errors import ShortGPTError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 # Modules' attributes that hold the number of their layer.
 NUMBERS = ("layer_idx", "layer_id")
 # Config entries by which layers compute with their own number, which no outline shows.
 BY_NUMBER = ("scale_attn_by_inverse_layer_idx", "rescale_every")
 # where something stands, what stood there, what is to stand there
-Edit = tuple[dict[str, Any], dict[str, Any], dict[str, Any]]
+Edit = tuple[dict[str, object], dict[str, object], dict[str, object]]
 
 
 class HFDecoder:
@@ -204,7 +207,7 @@ def _uncached(module: nn.Module) -> dict[str, bool]:
     return {"use_cache": False} if takes else {}
 
 
-def find_layers(model: nn.Module) -> str:
+def find_layers(model: PreTrainedModel) -> str:
     """The path of the decoder's list of layers: the family's, or what can only be it.
 
     Where the family has no row, or the model is inside another, a list of as many layers as the
@@ -213,7 +216,7 @@ def find_layers(model: nn.Module) -> str:
     Raises:
         ShortGPTError: no list or more than one fits; the message names them.
     """
-    config = model.config.get_text_config(decoder=True)  # type: ignore[operator, union-attr]
+    config = model.config.get_text_config(decoder=True)
     count = config.num_hidden_layers
     lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList)}
     row = FAMILIES.get(config.model_type)
@@ -245,7 +248,7 @@ def _check_kind(model: Any) -> None:
         raise ShortGPTError(f"{kind} is no causal language model: it has an encoder and a decoder")
 
 
-def _check_family(model: nn.Module, config: Any) -> None:
+def _check_family(model: nn.Module, config: object) -> None:
     """Raises ShortGPTError where layers compute with their own number."""
     if found := [name for name in BY_NUMBER if getattr(config, name, False)]:
         raise ShortGPTError(

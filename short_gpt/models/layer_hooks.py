@@ -11,11 +11,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from short_gpt.models.decoder import Decoder
 from short_gpt.models.families import ANY, Family, only_part
 from short_gpt.runtime.errors import ShortGPTError
 
+# What a layer returns: its state (B, S, D), by itself or in front of others.
+Output = Tensor | tuple[Tensor, ...] | list[Tensor]
+Arguments = tuple[object, ...]
+Call = tuple[Arguments, dict[str, object]]  # what a layer was called with, by place and by name
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -77,13 +82,13 @@ def transposed(linear: nn.Module) -> bool:
 
 
 @contextmanager
-def replaced_output(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Any:
+def replaced_output(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """A module whose output goes through ``change`` inside the block; a tuple's first entry."""
 
-    def hook(_: nn.Module, __: Any, output: Any) -> Any:
-        if isinstance(output, tuple):
-            return (change(output[0]), *output[1:])
-        return change(output)
+    def hook(_: nn.Module, __: object, output: Output) -> Output:
+        if isinstance(output, Tensor):
+            return change(output)
+        return (change(output[0]), *output[1:])
 
     handle = module.register_forward_hook(hook)
     try:
@@ -93,7 +98,7 @@ def replaced_output(module: nn.Module, change: Callable[[Tensor], Tensor]) -> An
 
 
 @torch.no_grad()
-def check_added(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+def check_added(layer: nn.Module, args: Arguments, kwargs: Mapping[str, object]) -> None:
     """Proves that a layer adds the output of its MLP to the stream, whole and as it is.
 
     The layer runs twice, the second time with a random tensor added to what `mlp_output` gives:
@@ -125,9 +130,14 @@ def check_added(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
         )
 
 
-def first(output: Any) -> Tensor:
+def first(output: Output) -> Tensor:
     """The state (B, S, D) in what a layer returns."""
     return output[0] if isinstance(output, tuple | list) else output
+
+
+def state_in(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """The state (B, S, D) that a layer is called with: by place, or by name in some families."""
+    return args[0] if args else kwargs["hidden_states"]
 
 
 class States(ExitStack):
@@ -143,17 +153,19 @@ class States(ExitStack):
         super().__init__()
         self.behind: dict[int, Tensor] = {}
         self.mlp: dict[int, Tensor] = {}
-        self.calls: dict[int, tuple[Any, Any]] = {}
+        self.calls: dict[int, Call] = {}
 
         def keep(place: int) -> Callable[..., None]:
-            def hook(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            def hook(
+                _: nn.Module, args: Arguments, kwargs: dict[str, object], output: Output
+            ) -> None:
                 self.behind[place] = first(output)
                 self.calls[place] = (args, kwargs)
 
             return hook
 
         def note(place: int) -> Callable[..., None]:
-            def hook(_: nn.Module, __: Any, output: Any) -> None:
+            def hook(_: nn.Module, __: object, output: Output) -> None:
                 self.mlp[place] = first(output)
 
             return hook
@@ -163,32 +175,33 @@ class States(ExitStack):
         for place in fronts:
             self._hook(mlp_output(layers[place]).register_forward_hook(note(place)))
 
-    def _hook(self, handle: Any) -> None:
+    def _hook(self, handle: RemovableHandle) -> None:
         self.callback(handle.remove)
 
 
-def output_form(decoder: Decoder) -> tuple[Tensor, Callable[[Tensor], Any]]:
+def output_form(decoder: Decoder) -> tuple[Tensor, Callable[[Tensor], object]]:
     """What the decoder's layers return, told by running one token.
 
     Returns:
         A state (1, 1, D) as the first layer gives it, and a function that puts a state into the
         form that the model takes: itself, or a tuple in some families and versions.
     """
-    seen: list[Any] = []
+    seen: list[Output] = []
     layer = decoder.layers[0]
     handle = layer.register_forward_hook(lambda _module, _args, output: seen.append(output))
     try:
         decoder.run(torch.zeros(1, 1, dtype=torch.long, device=decoder.device))
     finally:
         handle.remove()
-    if not isinstance(seen[0], tuple | list):
-        return seen[0], lambda state: state
-    rest = (None,) * (len(seen[0]) - 1)
-    return seen[0][0], lambda state: (state, *rest)
+    state = first(seen[0])
+    if state is seen[0]:
+        return state, lambda state: state
+    rest = (None,) * (len(seen[0]) - 1)  # such as attention weights, which nobody asked for
+    return state, lambda state: (state, *rest)
 
 
 @contextmanager
-def patched_forward(layer: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def patched_forward(layer: nn.Module, forward: Callable[..., object]) -> Iterator[None]:
     """A layer that does something else inside a ``with`` block."""
     own = vars(layer).get("forward")
     layer.forward = forward

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from llama.io.hub import hub_failure
 from llama.io.sources import is_gguf
+from llama.parallel import choose_device
 from short_gpt.runtime.errors import MissingPackageError, ShortGPTError
 
 # options of loading that say where files come from: the tokenizer's as well as the model's
@@ -32,6 +36,19 @@ def auto_class(config: Any) -> Any:
     elif type(config) in t.MODEL_FOR_CAUSAL_LM_MAPPING:
         return t.AutoModelForCausalLM
     raise ShortGPTError(f"a model of type {config.model_type!r} is no causal language model")
+
+
+def place_of(
+    device: str | torch.device | None, options: Mapping[str, object]
+) -> torch.device | None:
+    """Where a loaded model goes; None leaves it where ``options`` put it.
+
+    Raises:
+        ShortGPTError: ``device`` and a ``device_map`` in ``options`` are both given.
+    """
+    if device is not None and "device_map" in options:
+        raise ShortGPTError("give device for one place or device_map for several, not both")
+    return None if device is None else choose_device(device)
 
 
 def load(name: str, options: dict[str, Any], tokenizer: Any) -> tuple[Any, Any]:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 from short_gpt.evaluation.perplexity import Perplexity
-from short_gpt.experiments.comparison import Row
+from short_gpt.experiments.comparison import Agreement, Row
 from short_gpt.scoring.importance import Importance
 from short_gpt.selection.methods import METHODS, choose
 from short_gpt.selection.search import Search
@@ -112,7 +111,7 @@ def comparison(results: Mapping[str, Mapping[str, float]]) -> str:
 
 def compared(
     rows: Sequence[Row],
-    agreed: Sequence[Mapping[str, Any]] = (),
+    agreed: Sequence[Agreement] = (),
     tasks: Mapping[str, Mapping[str, float]] = {},
 ) -> str:
     """Perplexities of a comparison: a row for every method, a column for every number of layers.
@@ -156,7 +155,7 @@ def _sizes(dense: Row, sizes: Mapping[int, Row], counts: Sequence[int]) -> list[
     ]
 
 
-def _agreed(agreed: Sequence[Mapping[str, Any]]) -> list[str]:
+def _agreed(agreed: Sequence[Agreement]) -> list[str]:
     """How far the cheap rankings agree with the greedy search."""
     lines = []
     for found in agreed:

@@ -3,12 +3,33 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from collections.abc import Mapping
+from typing import Protocol, TypeVar
 
 from llama.parallel import several_ranks
 
+Self = TypeVar("Self", bound="Bar")
 
-def bar(desc: str, *, total: int | None, unit: str, show: bool = True) -> Any:
+
+class Bar(Protocol):
+    """What is used of a tqdm bar."""
+
+    @property
+    def disable(self) -> bool: ...
+
+    @property
+    def format_dict(self) -> Mapping[str, float]: ...
+
+    def update(self, n: float = ...) -> object: ...
+
+    def set_postfix_str(self, text: str, refresh: bool = ...) -> None: ...
+
+    def __enter__(self: Self) -> Self: ...
+
+    def __exit__(self, *error: object) -> None: ...
+
+
+def bar(desc: str, *, total: int | None, unit: str, show: bool = True) -> Bar:
     """A tqdm bar on stderr, for use in a ``with`` block; a silent one unless ``show``.
 
     It appears after a second, so that short work stays quiet. Of several ranks only the first
@@ -25,7 +46,7 @@ def first_rank() -> bool:
     return not several_ranks() or os.environ["RANK"] == "0"
 
 
-def set_rate(bar: Any, tokens: int) -> None:
+def set_rate(bar: Bar, tokens: int) -> None:
     """Shows the tokens per second since the bar began."""
     if not bar.disable:
         rate = tokens / max(bar.format_dict["elapsed"], 1e-9)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,8 +17,11 @@ from torch import Tensor
 
 from llama.parallel import choose_device, initialize, several_ranks
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 T = TypeVar("T")
-Sums = TypeVar("Sums")
+Sums = TypeVar("Sums", bound="DataclassInstance")
 
 
 @dataclass(frozen=True)
@@ -67,18 +70,19 @@ class Replicas:
         Returns:
             A new one. What is not a tensor is taken from this replica.
         """
-        own = {f.name: getattr(sums, f.name) for f in fields(sums)}  # type: ignore[arg-type]
+        own = {f.name: getattr(sums, f.name) for f in fields(sums)}
         own = {name: value for name, value in own.items() if isinstance(value, Tensor)}
         if self.count == 1:
             total = {name: value.clone() for name, value in own.items()}
         else:
+            # one message for all sums, in the dtype that holds them all
             flat = _sum(torch.cat([value.double().flatten() for value in own.values()]))
             parts = flat.split([value.numel() for value in own.values()])
             total = {
                 name: part.view(value.shape).to(value.dtype)
                 for (name, value), part in zip(own.items(), parts, strict=True)
             }
-        return replace(sums, **total)  # type: ignore[type-var]
+        return replace(sums, **total)
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank of any replica. All ranks must call it."""
@@ -113,7 +117,7 @@ def of_model(value: T) -> list[T]:
 
     if not _several() or not groups.model_parallel_is_initialized():
         return [value]
-    found: list[Any] = [None] * groups.get_model_parallel_world_size()
+    found = [value] * groups.get_model_parallel_world_size()  # each place is written over
     dist.all_gather_object(found, value, group=groups.get_model_parallel_group())
     return found
 
@@ -132,7 +136,7 @@ def _sum(values: Tensor) -> Tensor:
     """Sums over all replicas, on the CPU."""
     from fairscale.nn.model_parallel import initialize as groups
 
-    there: Any = values.to(_place(), copy=True)
+    there = values.to(_place(), copy=True)
     dist.all_reduce(there, group=groups.get_data_parallel_group())
     if groups.get_model_parallel_world_size() > 1:  # what follows from the sums is followed by all
         source = groups.get_model_parallel_src_rank()

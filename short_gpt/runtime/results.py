@@ -7,10 +7,9 @@ import platform
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 from llama.io.files import check_writable
-from llama.io.json_files import read_json, write_json
+from llama.io.json_files import JsonObject, read_json, write_json
 
 PACKAGES = ("short-gpt", "torch", "fairscale", "datasets", "transformers", "numpy")
 
@@ -81,7 +80,7 @@ def write_record(
     return target
 
 
-def read_record(path: str | os.PathLike[str]) -> dict[str, Any]:
+def read_record(path: str | os.PathLike[str]) -> JsonObject:
     """What `write_record` wrote.
 
     Raises:

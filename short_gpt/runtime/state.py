@@ -7,8 +7,8 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
+from llama.io.json_files import JsonObject
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.results import read_record, write_record
 
@@ -37,7 +37,7 @@ class StateFile:
         self._saved = time.monotonic()
         self.content = self._load()
 
-    def _load(self) -> dict[str, Any] | None:
+    def _load(self) -> JsonObject | None:
         if not self.path.exists():
             return None
         found = read_record(self.path)

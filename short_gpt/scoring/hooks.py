@@ -9,7 +9,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from short_gpt.models.decoder import Decoder, pad
 from short_gpt.models.families import Family, part
-from short_gpt.models.layer_hooks import first
+from short_gpt.models.layer_hooks import Arguments, Output, first, state_in
 from short_gpt.runtime.errors import NotFiniteError
 from short_gpt.scoring.metrics import (
     angular_distances,
@@ -130,11 +129,10 @@ class LayerHooks:
         self._state = self._squares = None
 
     def after(
-        self, layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
+        self, layer: nn.Module, args: Arguments, kwargs: Mapping[str, object], output: Output
     ) -> None:
         """Forward hook: the state in front (B, S, D) and the one behind, of one layer."""
-        state: Tensor = args[0] if args else kwargs["hidden_states"]
-        result = first(output)
+        state, result = state_in(args, kwargs), first(output)
         x, y = widen(state), widen(result)
         if not self._last:
             self._keep(state, x)
@@ -187,13 +185,13 @@ class _Middle:
         if attention is None or mlp is None or norm is None:
             return []
 
-        def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
+        def enter(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             self.state = args[0]
 
-        def attended(module: nn.Module, args: Any, output: Any) -> None:
+        def attended(module: nn.Module, args: object, output: Output) -> None:
             self.attention = first(output)[:, :PROVED]
 
-        def mapped(module: nn.Module, args: Any, output: Any) -> None:
+        def mapped(module: nn.Module, args: object, output: Output) -> None:
             self.mlp = first(output)[:, :PROVED]
 
         hooks = [attention.register_forward_hook(attended), mlp.register_forward_hook(mapped)]

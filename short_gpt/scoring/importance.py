@@ -130,6 +130,7 @@ class Importance:
         if n < 2:
             return torch.full((len(self.layers),) * 2, math.nan, dtype=torch.float64)
         eye = torch.eye(len(self.layers), dtype=torch.float64)
+        # (L, L + 1): what makes r of a window's L sums and its tokens
         residual = torch.cat((eye, -self.block_influence[:, None]), dim=1)
         return residual @ self.products @ residual.T * (n / (n - 1) / self.tokens.sum() ** 2)
 
@@ -234,7 +235,7 @@ def _angle_products(angles: Tensor) -> Tensor:
     products = torch.zeros(L, L, L, dtype=torch.float64)
     for n in range(1, L + 1):
         blocks = angles.diagonal(n, dim1=1, dim2=2)  # (B, L - n + 1)
-        products[n - 1, : L - n + 1, : L - n + 1] = blocks.T @ blocks
+        products[n - 1, : L - n + 1, : L - n + 1] = blocks.T @ blocks  # of each two starts
     return products
 
 
@@ -276,15 +277,16 @@ def measure(
     """
     into = Importance.empty(range(len(decoder.layers))) if into is None else into
     score = score or partial(hooks.score, decoder, layers=into.layers)
-    before, steps = into.n_tokens, 0
+    before, begun = into.n_tokens, False
     with bar("scoring", total=total, unit="window", show=progress) as shown:
-        for steps, batch in enumerate(batches, 1):  # noqa: B007
+        for batch in batches:
+            begun = True
             if batch:  # of several replicas, one may have nothing left
                 into.add(score(batch, sublayers=sublayers, all_tokens=all_tokens))
             set_rate(shown, into.n_tokens - before)
             shown.update(len(batch))
             if after(into):
                 break
-    if not steps and not into.n_windows:
+    if not begun and not into.n_windows:
         raise ShortGPTError("expected at least one window of tokens, got none")
     return into

@@ -47,8 +47,9 @@ class RunState:
             ShortGPTError: the windows are not those that the state was made of.
         """
         rest, found, count = iter(windows), self.file.content, 0
-        for count, window in enumerate(islice(rest, read), 1):  # noqa: B007
+        for window in islice(rest, read):
             self.note([window])
+            count += 1
         if count < read:
             raise ShortGPTError(
                 f"{self.file.path} is the state of a run that has read {read} windows, now there "

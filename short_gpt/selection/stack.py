@@ -7,13 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 from torch import Tensor, nn
 
 from short_gpt.evaluation.perplexity import batch_nats
 from short_gpt.models.decoder import Decoder
-from short_gpt.models.layer_hooks import first, output_form, patched_forward
+from short_gpt.models.layer_hooks import (
+    Arguments,
+    Call,
+    Output,
+    first,
+    output_form,
+    patched_forward,
+    state_in,
+)
 
 
 class Stack:
@@ -77,16 +84,15 @@ class Stack:
                 stack.callback(keep.remove)
             yield
 
-    def _passing(self, state: Tensor | None) -> Callable[..., Any]:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            given = args[0] if args else kwargs["hidden_states"]
-            return self._form(given if state is None else state)
+    def _passing(self, state: Tensor | None) -> Callable[..., object]:
+        def forward(*args: object, **kwargs: object) -> object:
+            return self._form(state_in(args, kwargs) if state is None else state)
 
         return forward
 
 
-def _meeting(state: Tensor) -> Callable[..., Any]:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _meeting(state: Tensor) -> Callable[..., Call]:
+    def hook(module: nn.Module, args: Arguments, kwargs: dict[str, object]) -> Call:
         if args:
             return (state, *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": state}
@@ -95,7 +101,7 @@ def _meeting(state: Tensor) -> Callable[..., Any]:
 
 
 def _keeping(behind: list[Tensor]) -> Callable[..., None]:
-    def hook(module: nn.Module, args: object, output: Any) -> None:
+    def hook(module: nn.Module, args: object, output: Output) -> None:
         behind.append(first(output))
 
     return hook

@@ -17,8 +17,9 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from short_gpt.data.windows import batches
+from short_gpt.evaluation.perplexity import check_predicted
 from short_gpt.models.decoder import Decoder, pad
-from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
+from short_gpt.runtime.errors import NotFiniteError
 from short_gpt.runtime.state import StateFile
 from short_gpt.selection.stack import Stack
 
@@ -77,8 +78,7 @@ class Trials:
         self._stack = Stack(decoder)
         padded = [pad(batch, decoder) for batch in batches(windows, limits.batch_size)]
         self._predicted = sum(int(mask[:, 1:].sum()) for _, mask in padded)
-        if not self._predicted:
-            raise ShortGPTError("expected windows of at least 2 tokens; nothing was predicted")
+        check_predicted(self._predicted)
         self._groups = list(self._grouped(padded, limits.max_memory))
         self.groups = len(self._groups)
         self._stored: dict[int, list[Tensor]] = {}  # by layer, the states (B, S, D) in front of it
@@ -121,15 +121,21 @@ class Trials:
             self._rounds_kept -= 1
             return
         try:
-            for number, group in enumerate(self._groups):
-                while len(self._done) <= number:
-                    self._done.append({})
-                self._try(candidates, group, self._done[number], tick, again=again)
+            self._try_all(candidates, tick, again=again)
         except BaseException:
             self._save()
             raise
         self._remove_best({i: sum(done[i] for done in self._done) for i in candidates})
         self._save()
+
+    def _try_all(
+        self, candidates: Sequence[int], tick: Callable[[int], object], *, again: bool
+    ) -> None:
+        """Tries each candidate on each group of windows, but what a saved search tried before."""
+        for number, group in enumerate(self._groups):
+            while len(self._done) <= number:
+                self._done.append({})
+            self._try(candidates, group, self._done[number], tick, again=again)
 
     def _remove_best(self, nats: Nats) -> None:
         bad = [i for i, value in nats.items() if not math.isfinite(value)]

@@ -52,7 +52,7 @@ class Batch:
 
     def embed(self, start: int, rows: Tensor) -> None:
         """Fills in the tokens whose rows of the embedding these are."""
-        inside = (self.tokens >= start) & (self.tokens < start + len(rows))
+        inside = (self.tokens >= start) & (self.tokens < start + len(rows))  # (B, S)
         self.state[inside] = rows[self.tokens[inside] - start].to(self.state.dtype)
 
     def through(self, layer: nn.Module, freqs_cis: Tensor) -> Tensor:
@@ -143,6 +143,7 @@ class StreamedTransformer(nn.Module):
                 for batch in batches:
                     sums.append(batch.through(layer, self.freqs_cis))
                     step(batch)
+                # one look a layer: a look at every state would wait for the device every time
                 if not torch.stack(sums).isfinite().all():
                     self._check_states(layer, batches)
 
@@ -215,6 +216,7 @@ class StreamedTransformer(nn.Module):
         The output head is read in blocks of rows, so that neither it nor the logits are ever
         held whole. The batches have passed the layers, and lose their states.
         """
+        # by blocks: the logarithm of the sum over the vocabulary so far, and the target's logit
         every = [torch.full(b.tokens[:, 1:].shape, -torch.inf, device=self.device) for b in batches]
         chosen = [torch.zeros_like(total) for total in every]
         for batch in batches:
@@ -225,7 +227,8 @@ class StreamedTransformer(nn.Module):
                 logits = F.linear(batch.state.to(self.device), weight).float()
                 every[i] = torch.logaddexp(every[i], logits.logsumexp(-1))
                 place = batch.tokens[:, 1:, None].to(self.device) - start
-                found = logits.gather(-1, place.clamp(0, len(weight) - 1))
+                # a target of another block reads any row here, which is thrown away
+                found = logits.gather(-1, place.clamp(0, len(weight) - 1))  # (B, S - 1, 1)
                 inside = (place >= 0) & (place < len(weight))
                 chosen[i] = torch.where(inside, found, chosen[i][..., None])[..., 0]
         for batch in batches:

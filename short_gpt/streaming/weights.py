@@ -53,10 +53,11 @@ class MetaSource:
     def _rows(self, name: str, start: int, rows: int) -> Tensor:
         shards = self._checkpoint.shards
         if split_dim(name, vocab_parallel=self._checkpoint.vocab_parallel) == 1:
+            # cut by width: each file has a part of every row
             return _joined([shard.read(name)[start : start + rows] for shard in shards], 1)
         share = self.infos[name].shape[0] // len(shards)
         end, found = min(start + rows, share * len(shards)), []
-        while start < end:
+        while start < end:  # cut by rows: a block may begin in one file and end in the next
             rank, at = divmod(start, share)
             found.append(shards[rank].read(name)[at : at + end - start])
             start += len(found[-1])
@@ -94,8 +95,10 @@ class HFSource:
         entry, held = self._files[hf_name].entries[hf_name], bytearray()
         height, width = entry.shape
         size, start = rows * entry.nbytes // height, 0
+        # pieces end where the file's reader likes, blocks at whole rows: bytes wait in between
         for piece in self._files[hf_name].chunks(hf_name):
             held += piece
+            # full blocks, and the last one, which is shorter where rows do not divide the height
             while len(held) >= size or start + len(held) * rows // size == height > start:
                 yield (
                     start,

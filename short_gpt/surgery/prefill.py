@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -20,7 +19,7 @@ from llama.model import TransformerBlock
 from llama.rope import apply_rotary_emb
 from short_gpt.models.decoder import Decoder
 from short_gpt.models.families import Family, attention_with_norm
-from short_gpt.models.layer_hooks import output_form, patched_forward
+from short_gpt.models.layer_hooks import output_form, patched_forward, state_in
 from short_gpt.models.numbering import check_layers
 from short_gpt.runtime.errors import ShortGPTError
 
@@ -45,7 +44,7 @@ def skipped_in_prefill(decoder: Decoder, layers: Sequence[int]) -> Iterator[None
     with ExitStack() as stack:
         for layer in [decoder.layers[i] for i in layers]:
             if isinstance(layer, TransformerBlock):  # ours: Meta's own code has no such forward
-                skip: Callable[..., Any] = _meta(layer)
+                skip: Callable[..., object] = _meta(layer)
             else:
                 skip = _hugging_face(layer, decoder.family, output_form(decoder)[1])
             stack.enter_context(patched_forward(layer, skip))
@@ -73,8 +72,8 @@ def _meta(layer: TransformerBlock) -> Callable[..., Tensor]:
 
 
 def _hugging_face(
-    layer: nn.Module, family: Family, form: Callable[[Tensor], Any]
-) -> Callable[..., Any]:
+    layer: nn.Module, family: Family, form: Callable[[Tensor], object]
+) -> Callable[..., object]:
     parts = attention_with_norm(layer, family)
     if parts is None:
         raise ShortGPTError(
@@ -87,8 +86,9 @@ def _hugging_face(
 
     plain = layer.forward
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        x = args[0] if args else kwargs.pop("hidden_states")
+    def forward(*args: object, **kwargs: object) -> object:
+        x = state_in(args, kwargs)
+        kwargs.pop("hidden_states", None)  # x is handed on by place, or with its norm
         # past_key_value or past_key_values, by the version of transformers
         cached = any(isinstance(value, Cache) for value in kwargs.values())
         if not cached or x.shape[1] == 1:
