@@ -21,6 +21,7 @@ class ModelRecord:
         removed: the layers taken out so far, in order of removal.
         changes: what was done to the weights of layers that stayed, in order.
         quality: the last perplexity measured, by the layers that the model had.
+        evidence: how layers were chosen and what healing brought, ready for JSON; jobs fill it.
     """
 
     def __init__(self, decoder: Decoder) -> None:
@@ -30,6 +31,7 @@ class ModelRecord:
         self.removed: list[int] = []
         self.changes: list[WeightChange] = []
         self.quality: dict[tuple[int, ...], Perplexity] = {}
+        self.evidence: dict[str, object] = {}
         self._trial: list[int] | None = None
 
     @property

@@ -80,7 +80,7 @@ def _scores(record: Provenance) -> str:
     if not record.scored:
         return "They were chosen by hand."
     data = f" of {record.facts['data']}" if "data" in record.facts else ""
-    method = record.facts.get("method", "Block Influence and angular distance")
+    method = record.evidence.get("method", "Block Influence and angular distance")
     windows, tokens = record.scored["windows"], record.scored["tokens"]
     return f"Scores: {method}, on {tokens:,} tokens{data} in {windows:,} windows."
 

@@ -11,8 +11,11 @@ from dataclasses import dataclass
 
 from short_gpt.runtime.errors import ShortGPTError
 
+# What jobs record of a choice and of a healing, as it comes; the model's own record holds it.
+EVIDENCE = ("method", "scored_by", "quality_gate", "change", "eval_data", "size")
 # The library's own keys. They are made from the model; no caller may contradict them.
 KEYS = (
+    *EVIDENCE,
     *("removed_layers", "kept_layers", "original_layers", "source", "source_pruning"),
     *("block_influence", "scored", "perplexity", "perplexity_tokens"),
     *("healing", "removed_sublayers", "versions"),

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from short_gpt.checkpoints.entries import (
+    EVIDENCE,
     KEYS,
     Measured,
     Step,
@@ -52,6 +53,7 @@ class Provenance:
         quality: perplexities, by the name of the model's state.
         healing: what changed weights since ``earlier``, oldest first.
         removed_sublayers: the source's numbers of kept layers whose "attention" or "mlp" is zero.
+        evidence: how the layers were chosen and what a healing brought, by the keys `EVIDENCE`.
         facts: what the caller adds, such as ``{"data": "PG-19"}``.
         versions: of the packages that made it.
 
@@ -72,6 +74,7 @@ class Provenance:
     quality: Mapping[str, Measured] = field(default_factory=dict)
     healing: Sequence[Step] = ()
     removed_sublayers: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    evidence: Mapping[str, object] = field(default_factory=dict)
     facts: Mapping[str, object] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=versions)
 
@@ -115,24 +118,31 @@ class Provenance:
             quality=kept_quality(remembered(short) if measured is None else measured),
             healing=[c.how for c in short.changes if c.how["method"] != REMOVED_SUBLAYERS],
             removed_sublayers=removed_halves(short.changes, short.kept),
+            evidence=dict(short.evidence),
             facts=dict(facts or {}),
         )
         return own._continued()
 
     @classmethod
     def of_scores(
-        cls, importance: Importance | None = None, facts: Mapping[str, object] | None = None
+        cls,
+        importance: Importance | None = None,
+        *,
+        evidence: Mapping[str, object] | None = None,
+        facts: Mapping[str, object] | None = None,
     ) -> Provenance:
         """The record of a cut to come, which `cut` completes.
 
         Args:
             importance: the scores of the source's layers by which they were chosen, if any.
+            evidence: how they were chosen, by the keys `EVIDENCE`.
             facts: what the caller adds.
         """
+        own = cls(evidence=dict(evidence or {}), facts=dict(facts or {}))
         if importance is None:
-            return cls(facts=dict(facts or {}))
+            return own
         influence = importance.block_influence.tolist()
-        return cls(block_influence=influence, scored=counts_of(importance), facts=dict(facts or {}))
+        return replace(own, block_influence=influence, scored=counts_of(importance))
 
     def cut(
         self,
@@ -224,7 +234,7 @@ class Provenance:
             "source_pruning": self.earlier.to_dict() if self.earlier else None,
         }
         record |= {key: value for key, value in optional.items() if value}
-        return {**record, **self.facts, "versions": dict(self.versions)}
+        return {**record, **self.evidence, **self.facts, "versions": dict(self.versions)}
 
     def _original(self, layers: Iterable[int]) -> list[int]:
         """The first model's numbers of layers of the source."""
@@ -251,6 +261,7 @@ class Provenance:
             quality=self.quality or ({} if changed else before.quality),
             healing=[*before.healing, *self.healing],
             removed_sublayers=self._merged_sublayers(before),
+            evidence={**before.evidence, **self.evidence},
             facts={**before.facts, **self.facts},
             versions=self.versions,
         )
@@ -293,6 +304,7 @@ def _read(record: Mapping[str, object], where: str) -> Provenance:
         quality={name: measured(value, tokens.get(name), where) for name, value in quality.items()},
         healing=healing_steps(record.get("healing"), where),
         removed_sublayers={half: numbers(v, half, where) for half, v in sublayers.items()},
+        evidence={key: record[key] for key in EVIDENCE if key in record},
         facts={key: value for key, value in record.items() if key not in KEYS},
         versions={k: str(v) for k, v in mapping(record, "versions", where).items()},
     )

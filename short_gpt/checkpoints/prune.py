@@ -54,7 +54,7 @@ def prune_checkpoint(
         FileNotFoundError, FileExistsError, MissingPackageError: as for `prune_hf`.
 
     Example:
-        >>> facts = Provenance.of_scores(importance, {"data": "PG-19"})  # doctest: +SKIP
+        >>> facts = Provenance.of_scores(importance, facts={"data": "PG-19"})  # doctest: +SKIP
         >>> prune_checkpoint("7b", "5b", [21, 22], provenance=facts)  # doctest: +SKIP
     """
     if to not in (None, *FORMATS):

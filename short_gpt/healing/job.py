@@ -124,6 +124,7 @@ class HealingJob:
         parts["healed"] = self._measure()
         quality = {name: together(windows) for name, windows in parts.items()}
         self.evidence = HealingEvidence(how, quality, difference(parts[raw], parts["healed"]))
+        self.short.evidence["change"] = asdict(self.evidence.change)
         return self.evidence
 
     def save(
@@ -142,7 +143,6 @@ class HealingJob:
         """
         if self.evidence is None:
             raise RuntimeError("nothing was healed yet; call run first")
-        facts = {**(facts or {}), "change": asdict(self.evidence.change)}
         measured = self.evidence.perplexity
         out = self.short.save(out_dir, facts=facts, measured=measured, overwrite=overwrite)
         if isinstance(self.settings, LoraSettings) and self.settings.work_dir is not None:

@@ -95,12 +95,12 @@ class Scores:
             )
         return self.searched[:n]
 
-    def record(self, facts: Mapping[str, object] | None = None) -> Provenance:
-        """How the layers were chosen, to be kept beside the result."""
-        chosen_by: dict[str, object] = {"method": METHODS[self.method], "scored_by": self.arguments}
-        if self.arguments.get("data"):
-            chosen_by["data"] = self.arguments["data"]
-        return Provenance.of_scores(self.importance, {**chosen_by, **(facts or {})})
+    def record(self, **evidence: object) -> Provenance:
+        """How the layers were chosen, and what else tells for them, to be kept with the result."""
+        how = {"method": METHODS[self.method], "scored_by": self.arguments, **evidence}
+        data = self.arguments.get("data")
+        facts = {"data": data} if data else None
+        return Provenance.of_scores(self.importance, evidence=how, facts=facts)
 
 
 @dataclass(frozen=True)
@@ -218,8 +218,8 @@ def chosen_within(
     most = len(scores.searched) or None  # a search found no more
     budget = short.layers_within(held, ratio, choose=scores.layers, most=most)
     _check_some(budget, data, scores.layers(1))
-    evidence = {"quality_gate": {"eval_data": data, **budget.to_dict()}}
-    return Chosen(budget.layers, scores.record(evidence), budget)
+    evidence = {"eval_data": data, **budget.to_dict()}
+    return Chosen(budget.layers, scores.record(quality_gate=evidence), budget)
 
 
 def _check_some(budget: Budget, data: str, first: list[int]) -> None:

@@ -144,7 +144,8 @@ def _save(
     result = {name: {"perplexity": p.value, **vars(p)} for name, p in found.quality.items()}
     content = {**record, "layers": found.layers, "result": result}
     content["importance"] = found.importance.to_dict()
-    facts = {"method": METHODS["bi"], "data": "King James Bible", "result": result}
+    facts = {"data": "King James Bible", "result": result}
+    short.evidence["method"] = METHODS["bi"]
     short.remove_layers(found.layers["block_influence"])
     with new_directory(out, marker=MARKER, overwrite=overwrite) as partial:
         write_record(partial / MARKER, content)

@@ -95,7 +95,8 @@ def heal(
         job = HealingJob(short, parts, found.layers, settings=_how(recipe, settings, out))
         names = {"data": texts.data, "eval_data": learned.eval_data, "size": size}
         done = Healing(Path(out), job.run(), parts.left_out, names)
-        job.save(out, facts={**found.record.facts, **names}, overwrite=overwrite)
+        short.evidence |= {**found.record.evidence, "eval_data": learned.eval_data, "size": size}
+        job.save(out, facts={**found.record.facts, "data": texts.data}, overwrite=overwrite)
     return done
 
 

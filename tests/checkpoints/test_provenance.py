@@ -150,7 +150,8 @@ def test_a_record_of_an_earlier_version_is_read(tmp_path):
     assert (record.original_layers, record.all_removed) == ([0, 2, 4], [3, 1])
     assert record.quality["whole, 5 layers"].value == 3.5
     assert record.quality["healed"].value == math.inf  # which JSON lacks
-    assert record.facts == {"data": "a book", "method": "Block Influence"}
+    assert record.facts == {"data": "a book"}
+    assert record.evidence == {"method": "Block Influence"}
     card = model_card(record)
     assert "# dense without 2 of its 5 layers, healed" in card
     assert "a linear patch, then a linear patch, then LoRA." in card
