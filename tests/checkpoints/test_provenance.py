@@ -234,7 +234,7 @@ def test_cut_in_files_or_from_memory_the_record_is_the_same(tmp_path):
     scores = short.importance
     layers = short.remove_layers()
     short.importance = scores
-    kept = Provenance.of_scores(scores, {"data": "eight words"})
+    kept = Provenance.of_scores(scores, facts={"data": "eight words"})
     files = prune_checkpoint(tmp_path / "whole", tmp_path / "files", layers, provenance=kept)
     memory = short.save(tmp_path / "memory", facts={"data": "eight words"})
     assert record_of(files) == record_of(memory)
