@@ -60,6 +60,18 @@ def measured(value: object, tokens: object, where: str) -> Measured:
     return Measured(float(value), tokens if isinstance(tokens, int) else None)
 
 
+def measurements(record: Mapping[str, object], where: str) -> dict[str, Measured]:
+    values, tokens = (mapping(record, key, where) for key in ("perplexity", "perplexity_tokens"))
+    return {name: measured(value, tokens.get(name), where) for name, value in values.items()}
+
+
+def influences(record: Mapping[str, object], where: str) -> list[float | None]:
+    value = record.get("block_influence") or []
+    if not isinstance(value, list):
+        raise refusal(where, "block_influence", "a list of numbers", value)
+    return value
+
+
 def scored_counts(scored: Mapping[str, object], where: str) -> dict[str, int]:
     counts = {key: scored.get(key) for key in ("windows", "tokens")} if scored else {}
     whole = {key: count for key, count in counts.items() if isinstance(count, int)}

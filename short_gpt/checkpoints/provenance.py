@@ -13,18 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from short_gpt.checkpoints.entries import (
-    EVIDENCE,
-    KEYS,
-    Measured,
-    Step,
-    healing_steps,
-    mapping,
-    measured,
-    numbers,
-    refusal,
-    scored_counts,
-)
+from short_gpt.checkpoints import entries
+from short_gpt.checkpoints.entries import EVIDENCE, KEYS, Measured, Step
 from short_gpt.checkpoints.from_model import counts_of, kept_quality, remembered, removed_halves
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.runtime.errors import ShortGPTError
@@ -288,23 +278,19 @@ class Provenance:
 def _read(record: Mapping[str, object], where: str) -> Provenance:
     """A record from the content of a file; ``where`` names it in what is raised."""
     source = record.get("source")
-    quality, tokens = (mapping(record, key, where) for key in ("perplexity", "perplexity_tokens"))
-    source_pruning = mapping(record, "source_pruning", where)
-    sublayers = mapping(record, "removed_sublayers", where)
-    influence = record.get("block_influence") or []
-    if not isinstance(influence, list):
-        raise refusal(where, "block_influence", "a list of numbers", influence)
+    source_pruning = entries.mapping(record, "source_pruning", where)
+    sublayers = entries.mapping(record, "removed_sublayers", where)
     return Provenance(
-        removed_layers=numbers(record.get("removed_layers"), "removed_layers", where),
-        kept_layers=numbers(record.get("kept_layers"), "kept_layers", where),
+        removed_layers=entries.numbers(record.get("removed_layers"), "removed_layers", where),
+        kept_layers=entries.numbers(record.get("kept_layers"), "kept_layers", where),
         source=None if source is None else str(source),
         earlier=_read(source_pruning, where) if source_pruning else None,
-        block_influence=influence,
-        scored=scored_counts(mapping(record, "scored", where), where),
-        quality={name: measured(value, tokens.get(name), where) for name, value in quality.items()},
-        healing=healing_steps(record.get("healing"), where),
-        removed_sublayers={half: numbers(v, half, where) for half, v in sublayers.items()},
+        block_influence=entries.influences(record, where),
+        scored=entries.scored_counts(entries.mapping(record, "scored", where), where),
+        quality=entries.measurements(record, where),
+        healing=entries.healing_steps(record.get("healing"), where),
+        removed_sublayers={half: entries.numbers(v, half, where) for half, v in sublayers.items()},
         evidence={key: record[key] for key in EVIDENCE if key in record},
         facts={key: value for key, value in record.items() if key not in KEYS},
-        versions={k: str(v) for k, v in mapping(record, "versions", where).items()},
+        versions={k: str(v) for k, v in entries.mapping(record, "versions", where).items()},
     )
