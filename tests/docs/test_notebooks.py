@@ -26,7 +26,7 @@ FEWER = {
         "counts = [2, 4, 8, 12]": "counts = [1, 2]",
     },
 }
-PICTURES = {"short_llama.ipynb": 2, "short_hf.ipynb": 2, "compare_methods.ipynb": 1}
+PICTURES = {"short_llama.ipynb": 2, "short_hf.ipynb": 0, "compare_methods.ipynb": 1}
 PRINTED = {
     "short_llama.ipynb": "the same completion: True",
     "short_hf.ipynb": "the same completion: True",
