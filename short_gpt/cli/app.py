@@ -71,7 +71,8 @@ def answer(argv: list[str]) -> str | None:
         return overview(COMMANDS)
     name = argv[0]
     if name not in COMMANDS:
-        raise ShortGPTError(f"no command {name!r}{similar(name, COMMANDS)}; see --help")
+        known = ", ".join(COMMANDS)
+        raise ShortGPTError(f"no command {name!r}{similar(name, COMMANDS)}; there are {known}")
     return help_of(name, COMMANDS[name]) if {*HELP} & {*argv} else None
 
 
