@@ -76,7 +76,8 @@ class Settings:
         """The settings of a recipe that are given."""
         own = ("ridge", "preset", "resume")
         given = {name: value for name, value in vars(self).items() if name not in own}
-        return {name: value for name, value in given.items() if value not in (None, False)}
+        # by identity: 0 is a value, though it equals False
+        return {k: v for k, v in given.items() if v is not None and v is not False}
 
     def check(self, method: str) -> None:
         """Raises ShortGPTError or MissingPackageError for what the method cannot do."""

@@ -30,6 +30,7 @@ from short_gpt.jobs import (
     Saving,
     Scores,
     Scoring,
+    Settings,
     StridedCut,
     TextSource,
     evaluate,
@@ -175,3 +176,11 @@ def test_the_readmes_names_are_public():
     lines = re.findall(r"^\s*from short_gpt import ([\w, ]+)$", text, flags=re.MULTILINE)
     names = {name.strip() for line in lines for name in line.split(",")}
     assert names and names <= set(short_gpt.__all__)
+
+
+def test_zero_is_a_setting_and_not_the_lack_of_one():
+    assert Settings(warmup=0, steps=3).changes == {"warmup": 0, "steps": 3}
+    assert Settings(four_bit=False).changes == {}
+    for given in ({"steps": 0}, {"learning_rate": 0.0}):
+        with pytest.raises(ShortGPTError, match="expected"):
+            Settings(**given).check("lora")
