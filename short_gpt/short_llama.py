@@ -221,7 +221,6 @@ class ShortLlama(ShortModel):
                 the name of a record of the library's own.
             FileExistsError: ``out_dir`` exists.
         """
-
         source = ckpt_dir or getattr(self.llama, "ckpt_dir", None)
         if source is None:
             raise ShortGPTError(

@@ -36,7 +36,7 @@ class Difference:
 def losses(
     decoder: Decoder, windows: Sequence[Sequence[int]], *, progress: bool = True
 ) -> list[Perplexity]:
-    """The loss of every window on its own; errors as in `evaluate.perplexity`."""
+    """The loss of every window on its own; errors as in `perplexity.perplexity`."""
     found = []
     with bar("perplexity", total=len(windows), unit="window", show=progress) as shown:
         for window in windows:

@@ -151,7 +151,7 @@ def fit_many(
     Raises:
         ShortGPTError: a layer does not exist; a set holds layer 0, in front of which there is no
             MLP; the MLP in front of a run does not simply add to the stream, see
-            `mlp_output.check_added`; no window; several model-parallel ranks.
+            `layer_hooks.check_added`; no window; several model-parallel ranks.
         NotFiniteError: a state is NaN or infinite.
     """
     _check(short, sets, ridge)

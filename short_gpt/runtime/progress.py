@@ -42,7 +42,6 @@ def bar(desc: str, *, total: int | None, unit: str, show: bool = True) -> Bar:
 
 def first_rank() -> bool:
     """Whether this process speaks for all: rank 0 under torchrun, or the only one."""
-
     return not several_ranks() or os.environ["RANK"] == "0"
 
 

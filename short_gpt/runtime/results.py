@@ -67,7 +67,6 @@ def write_record(
     Raises:
         FileExistsError: the file exists and ``overwrite`` is not set.
     """
-
     target = Path(str(path))
     refuse_existing(target, overwrite=overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -86,7 +85,6 @@ def read_record(path: str | os.PathLike[str]) -> JsonObject:
     Raises:
         FileNotFoundError, ShortGPTError: no such file, or not a JSON object.
     """
-
     source = Path(str(path))
     if not source.is_file():
         raise FileNotFoundError(f"{source} does not exist")
@@ -95,7 +93,6 @@ def read_record(path: str | os.PathLike[str]) -> JsonObject:
 
 def refuse_existing(path: Path, *, overwrite: bool) -> None:
     """Raises FileExistsError or PermissionError; for a check before long work."""
-
     if path.is_dir():
         raise FileExistsError(f"{path} is a directory; choose another name")
     if path.exists() and not overwrite:

@@ -21,7 +21,7 @@ METHODS: dict[str, str] = {
     "perplexity": "lowest perplexity without the one layer (Shortened LLaMA)",
     "sleb": "greedily, lowest loss without the layer, scored anew (SLEB)",
 }
-BY_LOSS = ("perplexity", "sleb")  # these run the model without layers: `greedy`
+BY_LOSS = ("perplexity", "sleb")  # these run the model without layers: see `search`
 BLOCKS = ("angular", "angular_all", "deepest")  # these remove consecutive layers
 
 _CHOICES: dict[str, Callable[[Importance, int, int], list[int]]] = {

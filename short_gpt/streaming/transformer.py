@@ -112,7 +112,7 @@ class StreamedTransformer(nn.Module):
         return self.freqs_cis.device
 
     def plan(self, *, batch_size: int = 1, max_memory: str | int | None = None) -> Plan:
-        """Memory of a run from here; see `memory_plan.plan`."""
+        """Memory of a run from here; see `memory.plan`."""
         held = [*self._ready.values(), *self._next.values()]
         process = resident() - sum(t.nbytes for t in held if t.device.type == "cpu")
         return plan(
