@@ -9,6 +9,7 @@ from pathlib import Path
 from llama.checkpoint.reshard import reshard
 from llama.formats.convert import gguf_to_meta, hf_to_meta, meta_to_hf
 from llama.io.sources import kind_of
+from short_gpt.checkpoints.provenance import PROVENANCE
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import bar
 
@@ -63,5 +64,8 @@ def _writer(
     if kind != "meta":
         return partial(hf_to_meta, dtype=dtype, shards=files)
     if shards is not None:
-        return partial(reshard, shards=shards, dtype=dtype, tokenizer_path=tokenizer_path)
+        also = (PROVENANCE,)  # the same model in other files has the same history
+        return partial(
+            reshard, shards=shards, dtype=dtype, tokenizer_path=tokenizer_path, also=also
+        )
     return partial(meta_to_hf, tokenizer_path=tokenizer_path)
