@@ -173,11 +173,13 @@ class Chosen:
         layers: original numbers, in order of removal.
         record: of the choice, which a cut completes.
         budget: what was tried, where the perplexity decided.
+        importance: the scores of one pass that they were chosen by; None where they were not.
     """
 
     layers: list[int]
     record: Provenance
     budget: Budget | None = None
+    importance: Importance | None = None
 
 
 def chosen(model: str, choice: Choice) -> Chosen:
@@ -194,7 +196,7 @@ def chosen(model: str, choice: Choice) -> Chosen:
         return Chosen(choice.named or [], Provenance())
     if choice.n is None:
         raise ShortGPTError("with --scores, say how many layers to remove: --n N")
-    return Chosen(scores.layers(choice.n), scores.record())
+    return Chosen(scores.layers(choice.n), scores.record(), importance=scores.importance)
 
 
 def chosen_within(
@@ -219,7 +221,8 @@ def chosen_within(
     budget = short.layers_within(held, ratio, choose=scores.layers, most=most)
     _check_some(budget, data, scores.layers(1))
     evidence = {"eval_data": data, **budget.to_dict()}
-    return Chosen(budget.layers, scores.record(quality_gate=evidence), budget)
+    record = scores.record(quality_gate=evidence)
+    return Chosen(budget.layers, record, budget, scores.importance)
 
 
 def _check_some(budget: Budget, data: str, first: list[int]) -> None:

@@ -88,7 +88,7 @@ def heal(
     check_model(model)
     Cut(learned.size or SIZE, learned.max_windows).check()
     with interruptible():
-        short = _opened(model, learned.size or SIZE, opening or Opening(), lora=lora)
+        short = _opened(model, found, learned.size or SIZE, opening or Opening(), lora=lora)
         recipe = settings.recipe(short, learned.seed) if lora else None
         size = learned.size or (recipe.size if recipe else SIZE)
         parts = _windows(short, texts, learned, size, lora=lora)
@@ -136,8 +136,13 @@ def _selection(model: str, choice: Choice, *, lora: bool) -> Chosen:
     return Chosen([], Provenance())
 
 
-def _opened(model: str, size: int, opening: Opening, *, lora: bool) -> ShortModel:
-    """The model; for lora as one of Hugging Face's."""
+def _opened(model: str, found: Chosen, size: int, opening: Opening, *, lora: bool) -> ShortModel:
+    """The model, with the scores that its layers were chosen by; for lora one of Hugging Face's."""
+    short: ShortModel
     if lora and is_meta(model):
-        return ShortHFModel.from_meta(model, **vars(opening))
-    return opening.whole(model, size=size)
+        short = ShortHFModel.from_meta(model, **vars(opening))
+    else:
+        short = opening.whole(model, size=size)
+    if found.importance is not None:  # its record tells what it rests on, as that of prune does
+        short.importance = found.importance
+    return short

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import TEXT, run
+from commands import DATA, TEXT, run
 from conftest import (
     BYTE_VOCAB,
     make_transformer,
@@ -36,6 +36,7 @@ from short_gpt.jobs import (
     evaluate,
     heal,
     perplexity_of,
+    read_scores,
 )
 from short_gpt.jobs import Learned as LearnedFrom
 
@@ -118,6 +119,24 @@ def test_heal_gives_the_evidence_and_prints_nothing(here, capsys):
     )
     assert done.to_dict()["data"] == "book.txt" and done.to_dict()["size"] == 32
     assert capsys.readouterr().out == ""
+
+
+def test_a_healed_model_keeps_the_scores_that_chose_its_layers(here):
+    Path("other.txt").write_text("".join(chr(97 + i * i % 26) for i in range(400)))
+    run("rank", "ckpt", *DATA, "--max_windows", 6, "--json", "r.json")
+    learned, choice = LearnedFrom("other.txt", 32, 8, 4), Choice(scores="r.json", n=1)
+    heal("ckpt", "out", choice=choice, data="book.txt", learned=learned)
+    found, scores = json.loads(Path("out/pruning.json").read_text()), read_scores("r.json")
+    assert found["block_influence"] == scores.block_influence.tolist()
+    assert found["scored"] == {"windows": scores.n_windows, "tokens": scores.n_tokens}
+
+
+def test_other_shards_hold_the_same_history(here):
+    prune("ckpt", "small", layers=[2])
+    convert("small", "two", shards=2)
+    one, two = (json.loads(Path(f"{name}/pruning.json").read_text()) for name in ("small", "two"))
+    one.pop("files")  # true of its own directory alone
+    assert one == two
 
 
 def test_evaluate_and_convert(here):
