@@ -77,10 +77,14 @@ def _hub_id(source: str) -> bool:
 
 
 def _scores(record: Provenance) -> str:
-    if not record.scored:
-        return "They were chosen by hand."
-    data = f" of {record.facts['data']}" if "data" in record.facts else ""
-    method = record.evidence.get("method", "Block Influence and angular distance")
+    method = record.evidence.get("method")
+    if not record.scored:  # a search by loss keeps no scores
+        return "They were chosen by hand." if method is None else f"Method: {method}."
+    by = record.evidence.get("scored_by")
+    # a healing's data need not be the scores'
+    name = (by.get("data") if isinstance(by, Mapping) else None) or record.facts.get("data")
+    data = f" of {name}" if name else ""
+    method = method or "Block Influence and angular distance"
     windows, tokens = record.scored["windows"], record.scored["tokens"]
     return f"Scores: {method}, on {tokens:,} tokens{data} in {windows:,} windows."
 

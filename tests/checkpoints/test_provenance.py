@@ -141,6 +141,20 @@ OLD = {  # as version 0.1 wrote it after two patches and a halved layer
 }
 
 
+def test_the_card_says_how_layers_were_chosen():
+    assert "They were chosen by hand." in model_card(Provenance([1], [0, 2]))
+    searched = Provenance([1], [0, 2], evidence={"method": "greedily"})
+    assert "Method: greedily." in model_card(searched)  # a search keeps no scores
+    healed = Provenance(
+        [1],
+        [0, 2],
+        scored={"windows": 4, "tokens": 128},
+        evidence={"method": "low", "scored_by": {"data": "novels"}},
+        facts={"data": "what it was healed by"},
+    )
+    assert "Scores: low, on 128 tokens of novels in 4 windows." in model_card(healed)
+
+
 def test_a_record_of_an_earlier_version_is_read(tmp_path):
     path = tmp_path / "pruning.json"
     path.write_text(json.dumps({**OLD, "files": ["model.safetensors"]}))
