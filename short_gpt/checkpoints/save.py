@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from llama.checkpoint.meta import Checkpoint, copy_tokenizer
+from llama.checkpoint.meta import CONVERSION, Checkpoint, copy_tokenizer
 from llama.checkpoint.pth import Shard, write_shard
 from llama.formats.convert import hf_to_meta
-from llama.io.files import new_directory
+from llama.io.files import new_directory, read_marker
+from llama.io.json_files import write_json
 from llama.parallel import model_parallel_size
 from llama.tokenizer import find_tokenizer
 from short_gpt.checkpoints.card import write_provenance
@@ -88,6 +89,8 @@ def save_as_meta(
             if not path.name.startswith("tokenizer"):
                 path.rename(partial / path.name)
         copy_tokenizer(Path(str(tokenizer_path)), partial)
+        made = read_marker(partial / CONVERSION)  # names the directory in between, gone by now
+        write_json(partial / CONVERSION, {**made, "source": record.source})
         write_provenance(partial, record, card=False)
     return out
 
@@ -115,13 +118,14 @@ def save_meta(
         overwrite: whether an earlier pruned checkpoint is replaced; nothing else ever is.
 
     Raises:
-        RuntimeError: nothing was removed or changed.
+        RuntimeError: nothing was removed or changed, or the model lacks layers for a trial.
         ShortGPTError: the source has another number of layers; or weights were changed and it has
             several files, or several ranks share the model.
         FileExistsError: ``out_dir`` exists.
     """
     if not short.removed and not short.changed:
         raise RuntimeError("nothing was removed yet; call remove_layers first")
+    short.check_whole()  # in a trial, numbers of layers are not those of `kept`
     checkpoint = Checkpoint(source)
     check_origin(short, checkpoint)
     if not short.changed:

@@ -210,6 +210,14 @@ def test_a_model_cut_before_it_was_wrapped_is_not_saved(short, tmp_path):
         again.save(tmp_path / "out", ckpt_dir=tmp_path / "source")
 
 
+def test_a_changed_model_is_not_saved_inside_a_trial(short, tmp_path):
+    save_checkpoint(tmp_path / "source", make_transformer())
+    short.remove_sublayers(mlp=[3])
+    with short.without_layers([1]), pytest.raises(RuntimeError, match="has 4 layers, expected 5"):
+        short.save(tmp_path / "out", ckpt_dir=tmp_path / "source")
+    assert not (tmp_path / "out").exists()
+
+
 def test_nan_weights_are_found_before_attention_hides_them(short):
     with torch.no_grad():
         short.llama.model.layers[2].attention.wq.weight[0] = math.nan
