@@ -97,7 +97,7 @@ def arguments_of(values: Mapping[str, object]) -> dict[str, object]:
     flat: dict[str, object] = {}
     for name, value in values.items():
         flat |= vars(value) if is_dataclass(value) else {name: value}
-    return {k: v for k, v in flat.items() if isinstance(v, str | int | float | bool | None)}
+    return {k: v for k, v in flat.items() if isinstance(v, str | int | float | tuple | list | None)}
 
 
 def say(text: str) -> None:

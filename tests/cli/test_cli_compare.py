@@ -38,6 +38,7 @@ def test_compare_writes_table_picture_and_json(here, capsys):
     out = capsys.readouterr().out
     record = json.loads(Path("c.json").read_text())
     rows = record["rows"]
+    assert record["arguments"]["counts"] == [1, 3]
     assert len(rows) >= 1 + 2 * (1 + 1 + 3)
     for row in rows[1:]:
         if row["method"] == "bi":
