@@ -48,6 +48,8 @@ def compare_checkpoint(
     cases, shares, opening = cases or CaseNames(), shares or Shares(), opening or Opening()
     if several_ranks():
         raise ShortGPTError("compare runs on one rank; start it alone")
+    tasks = tasks or Tasks()
+    tasks.check()
     plan, state = cases.cases(shares.search_windows), (saving or Saving()).state
     if state is not None:
         check_writable(Path(state))
@@ -60,7 +62,7 @@ def compare_checkpoint(
     heals = LORA in plan.healings
     lora = lora or LoraNames()
     healing = _lora(source, calibration, short, held, lora, opening, shares) if heals else None
-    suite = (tasks or Tasks()).suite()
+    suite = tasks.suite()
     with interruptible():
         return compare(short, chosen, held, cases=plan, lora=healing, tasks=suite, state=state)
 
