@@ -168,8 +168,12 @@ def _heal_four_bit(model: PreTrainedModel, run: TrainingRun, place: torch.device
         trained = get_peft_model_state_dict(adapted)
         del small, adapted
         whole = adapt(model, run.recipe)
-        set_peft_model_state_dict(whole, trained)
-        _merge(whole, healed)
+        try:
+            set_peft_model_state_dict(whole, trained)
+            _merge(whole, healed)
+        except BaseException:
+            whole.unload()
+            raise
     finally:
         torch.nn.Module.to(model, place)
         _clean(model, run.recipe)

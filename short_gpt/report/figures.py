@@ -26,8 +26,11 @@ def save(figure: Figure, path: Path) -> None:
     """Writes a picture as PNG, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}")
-    figure.savefig(partial, format="png", dpi=150)
-    partial.replace(path)
+    try:
+        figure.savefig(partial, format="png", dpi=150)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def shape(x: Tensor) -> tuple[int, ...]:
