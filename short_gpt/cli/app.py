@@ -81,7 +81,3 @@ def leave_group() -> None:
     dist = sys.modules.get("torch.distributed")
     if dist is not None and dist.is_initialized() and dist.get_world_size() > 1:
         dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from short_gpt.experiments.comparison import Row
+from short_gpt.experiments.rows import Row
 from short_gpt.report.bars import importance_bars
 from short_gpt.report.curves import quality_curves
 from short_gpt.report.figures import save

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 from short_gpt.evaluation.perplexity import Perplexity
-from short_gpt.experiments.comparison import Agreement, Row
+from short_gpt.experiments.rows import Agreement, Row
 from short_gpt.scoring.importance import Importance
 from short_gpt.selection.methods import METHODS, choose
 from short_gpt.selection.search import Search
