@@ -26,9 +26,10 @@ class PerplexityLimit:
     Args:
         max_perplexity_ratio: remove as many layers as the perplexity on eval_data allows, which
             may rise by this factor, as in 1.1; the model is loaded for that.
-        eval_data: text for that, which the scores were not measured on: a file or folder.
-        eval_windows: windows of it to read at most.
-        size: tokens in such a window.
+        eval_data: text for max_perplexity_ratio, which the scores were not measured on: a file or
+            folder.
+        eval_windows: windows of eval_data to read at most.
+        size: tokens in a window of eval_data.
     """
 
     max_perplexity_ratio: float | None = None

@@ -105,6 +105,8 @@ class StridedCut(Cut):
 
     Args:
         stride: tokens between the starts of windows.
+        seed: of the random order of all windows, and of the random method; none reads them in the
+            order of the texts.
     """
 
     stride: int = 256
