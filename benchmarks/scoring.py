@@ -148,19 +148,25 @@ def timed(way: Callable[[list[int]], object], window: list[int]) -> float:
 
 
 def hook_share(short: ShortLlama, window: list[int]) -> float:
-    """Seconds inside the hooks as a share of the rest of the same pass."""
-    inside, plain = [0.0], LayerHooks.after
+    """Seconds inside the hooks, sums and angles included, as a share of the rest of the pass."""
+    inside, plain = [0.0], {name: getattr(LayerHooks, name) for name in ("after", "scores")}
 
-    def after(self: LayerHooks, *args: object) -> None:
-        start = time.perf_counter()
-        plain(self, *args)  # type: ignore[arg-type]
-        inside[0] += time.perf_counter() - start
+    def clocked(name: str) -> Callable[..., object]:
+        def call(*args: object) -> object:
+            start = time.perf_counter()
+            result = plain[name](*args)
+            inside[0] += time.perf_counter() - start
+            return result
 
-    LayerHooks.after = after  # type: ignore[method-assign, assignment]
+        return call
+
+    for name in plain:
+        setattr(LayerHooks, name, clocked(name))
     try:
         total = timed(lambda w: scoring(short, w), window)
     finally:
-        LayerHooks.after = plain  # type: ignore[method-assign]
+        for name, method in plain.items():
+            setattr(LayerHooks, name, method)
     return inside[0] / (total - inside[0])
 
 

@@ -20,9 +20,10 @@ from short_gpt.models.layer_hooks import Arguments, Output, first, state_in
 from short_gpt.runtime.errors import NotFiniteError
 from short_gpt.scoring.metrics import (
     angular_distances,
-    block_influence,
-    relative_magnitude,
-    squares,
+    cosine_from_product,
+    influence,
+    norms,
+    relative_change,
     widen,
 )
 
@@ -111,22 +112,25 @@ class LayerHooks:
         self._rows = torch.arange(len(mask), device=mask.device)
         self._ends = mask.sum(1) - 1  # the last real token of each window, (B,)
         self._state: Tensor | None = None  # behind the previous layer, (B, S, D)
-        self._squares: Tensor | None = None  # its squared norms, (B, S)
+        self._norms: Tensor | None = None  # its norms, (B, S)
         self._last: list[Tensor] = []  # (B, D) float32, L + 1 of them
         self._kept: list[Tensor] | None = [] if all_tokens else None  # (B, S, D), L + 1 of them
-        self._sums: list[Tensor] = []  # (5, B): influence, magnitude, norm, attention, MLP
-        self._middle = _Middle()
+        self._products: list[Tensor] = []  # (4 or 7, B, S) of layers that await `_reduce`
+        self._sums: list[Tensor] = []  # (3 or 5, layers, B): see `_reduce`
+        self._middle: _Middle | None = None
 
     def on_halves(self, layer: nn.Module, family: Family) -> list[RemovableHandle]:
         """Hooks on the attention and the MLP of a layer; none where it has no such parts."""
+        self._middle = self._middle or _Middle()
         return self._middle.hooks(layer, family)
 
     def forget_state(self) -> None:
         """To be called where the state goes to the next layer as a copy, or is written over.
 
-        Its squared norms are not used again then, and nothing holds on to its memory.
+        Its norms are not used again then, and nothing holds on to its memory.
         """
-        self._state = self._squares = None
+        self._reduce()
+        self._state = self._norms = None
 
     def after(
         self, layer: nn.Module, args: Arguments, kwargs: Mapping[str, object], output: Output
@@ -137,17 +141,35 @@ class LayerHooks:
         if not self._last:
             self._keep(state, x)
         # the state in front is the one behind the previous layer, unless something came between
-        xx = self._squares if self._squares is not None and state is self._state else squares(x)
-        yy = squares(y)
-        each = [  # (B, S) each
-            block_influence(x, y, xx=xx, yy=yy),
-            relative_magnitude(x, y, yy=yy),
-            yy.sqrt(),
-            *self._middle.influences(state, y, yy),
-        ]
-        self._sums.append(torch.stack([torch.where(self._mask, e, 0.0).sum(1) for e in each]))
+        known = self._norms if state is self._state else None
+        x_norm = norms(x) if known is None else known
+        y_norm = norms(y)
+        products = [torch.linalg.vecdot(x, y), x_norm, y_norm, norms(y - x)]  # (B, S) each
+        if self._middle is not None:
+            products += self._middle.products(state, y)
+        self._products.append(torch.stack(products))
         self._keep(result, y)
-        self._state, self._squares = result, yy
+        self._state, self._norms = result, y_norm
+
+    def _reduce(self) -> None:
+        """Sums over tokens of the layers so far: influence, magnitude, norm, and of the halves.
+
+        For many layers at once: on a processor, small calls would cost as much as the products.
+        """
+        if not self._products:
+            return
+        xy, x_norm, y_norm, change, *middle = torch.stack(self._products, dim=1)  # (layers, B, S)
+        self._products = []
+        each = [
+            influence(cosine_from_product(xy, x_norm, y_norm)),
+            relative_change(change, y_norm),
+            y_norm,
+        ]
+        if middle:
+            xm, m_norm, my = middle
+            each.append(influence(cosine_from_product(xm, x_norm, m_norm)))
+            each.append(influence(cosine_from_product(my, m_norm, y_norm)))
+        self._sums.append(torch.where(self._mask, torch.stack(each), 0.0).sum(3))
 
     def _keep(self, state: Tensor, wide: Tensor) -> None:
         self._last.append(wide[self._rows, self._ends])
@@ -156,7 +178,9 @@ class LayerHooks:
 
     def scores(self) -> Scores:
         """The scores of the pass, once all layers have run."""
-        influence, magnitude, norm, *halves = torch.stack(self._sums, dim=2)  # (5, B, L)
+        self._reduce()
+        turned, magnitude, norm, *halves = torch.cat(self._sums, dim=1).mT  # (B, L) each
+        halves = halves or [torch.full_like(turned, math.nan)] * 2
         angles = angular_distances(torch.stack(self._last, dim=1))
         everywhere = torch.full_like(angles, math.nan)
         if self._kept is not None:
@@ -166,7 +190,7 @@ class LayerHooks:
                     for row, length in enumerate(self._mask.sum(1).tolist())
                 ]
             )
-        sums = (influence, angles, magnitude, norm, torch.stack(halves, dim=1), everywhere)
+        sums = (turned, angles, magnitude, norm, torch.stack(halves, dim=1), everywhere)
         return Scores(self._mask.sum(1), *sums)
 
 
@@ -197,21 +221,19 @@ class _Middle:
         hooks = [attention.register_forward_hook(attended), mlp.register_forward_hook(mapped)]
         return [norm.register_forward_pre_hook(enter), *hooks]
 
-    def influences(self, state: Tensor, y: Tensor, yy: Tensor) -> tuple[Tensor, Tensor]:
-        """Block Influence of the attention and of the MLP, (B, S) each; NaN where unknown.
+    def products(self, state: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """State . middle, norm of the middle, middle . y, (B, S) each; NaN where unknown.
 
         Args:
             state: (B, S, D) in front of the layer.
             y: (B, S, D) behind it, float32 or wider.
-            yy: (B, S) the squared norms of ``y``.
         """
         middle = self._proved(state, y)
         if middle is None:
-            unknown = torch.full_like(yy, math.nan)
-            return unknown, unknown
+            unknown = torch.full(y.shape[:2], math.nan, dtype=y.dtype, device=y.device)
+            return unknown, unknown, unknown
         m = widen(middle)
-        mm = squares(m)
-        return block_influence(state, m, yy=mm), block_influence(m, y, xx=mm, yy=yy)
+        return torch.linalg.vecdot(widen(state), m), norms(m), torch.linalg.vecdot(m, y)
 
     def _proved(self, state: Tensor, y: Tensor) -> Tensor | None:
         """The state between the halves, if they add up to the layer on the first tokens."""

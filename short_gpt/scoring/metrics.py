@@ -1,7 +1,6 @@
 """The papers' equations, and the rank correlation: tensors in, tensors out.
 
-The hooks call these. What they know already, squares or all products, they pass, so that nothing
-is computed twice.
+The hooks call these: the parts on products and norms, of which they compute none twice.
 
 Shapes: B sequences, S tokens, D width, L layers.
 """
@@ -16,7 +15,7 @@ from torch import Tensor
 from short_gpt.runtime.errors import ShortGPTError
 
 
-def cosine(x: Tensor, y: Tensor, *, xx: Tensor | None = None, yy: Tensor | None = None) -> Tensor:
+def cosine(x: Tensor, y: Tensor) -> Tensor:
     """Cosine of the angle between vectors along the last dimension, in float32 or wider.
 
     The vectors are widened to float32 before anything is multiplied: products of norms of
@@ -24,7 +23,6 @@ def cosine(x: Tensor, y: Tensor, *, xx: Tensor | None = None, yy: Tensor | None 
 
     Args:
         x, y: (..., D), any floating dtype.
-        xx, yy: (...) their squared norms as `squares` gives them, if known.
 
     Returns:
         (...) in [-1, 1], float32 (float64 if both are). Two zero vectors count as equal (1); a
@@ -32,9 +30,7 @@ def cosine(x: Tensor, y: Tensor, *, xx: Tensor | None = None, yy: Tensor | None 
         float32 norms must lie between 1e-19 and 1e19, whose squares it can hold.
     """
     x, y = widen(x), widen(y)
-    xx = squares(x) if xx is None else xx
-    yy = squares(y) if yy is None else yy
-    return cosine_from_products(torch.linalg.vecdot(x, y), xx, yy)
+    return cosine_from_product(torch.linalg.vecdot(x, y), norms(x), norms(y))
 
 
 def widen(x: Tensor) -> Tensor:
@@ -42,40 +38,48 @@ def widen(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
-def squares(x: Tensor) -> Tensor:
-    """Squared norms along the last dimension, (..., D) to (...), in float32 or wider."""
-    x = widen(x)
-    return torch.linalg.vecdot(x, x)
+def norms(x: Tensor) -> Tensor:
+    """Euclidean norms along the last dimension, (..., D) to (...), in float32 or wider."""
+    return torch.linalg.vector_norm(widen(x), dim=-1)
 
 
-def cosine_from_products(xy: Tensor, xx: Tensor, yy: Tensor) -> Tensor:
-    """Cosine from the three inner products x.y, x.x and y.y; zero vectors as in `cosine`."""
-    # the roots are multiplied, not the squares, whose product would leave float32's range
-    norms = xx.sqrt() * yy.sqrt()
-    cos = torch.where(norms == 0, ((xx == 0) & (yy == 0)).to(xy.dtype), xy / norms)
+def cosine_from_product(xy: Tensor, x_norm: Tensor, y_norm: Tensor) -> Tensor:
+    """Cosine from the inner product and the two norms; zero vectors as in `cosine`."""
+    product = x_norm * y_norm
+    # where it is zero, equal norms say that both are
+    cos = torch.where(product == 0, (x_norm == y_norm).to(xy.dtype), xy / product)
     return cos.clamp(-1.0, 1.0)
 
 
-def block_influence(
-    x: Tensor, y: Tensor, *, xx: Tensor | None = None, yy: Tensor | None = None
-) -> Tensor:
+def block_influence(x: Tensor, y: Tensor) -> Tensor:
     """Block Influence of each token: 1 - cos(x, y) (ShortGPT, arXiv:2403.03853, Eq. 1).
 
     The paper's score of a layer is the mean of this over tokens and texts.
 
     Args:
         x, y: (..., D), a token's state in front of a layer and behind it.
-        xx, yy: (...) their squared norms, if known.
 
     Returns:
-        (...) in [0, 2]: 0 if the layer keeps the direction, 1 if it turns it by a right angle,
-        2 if it reverses it. Positive rescaling of either state changes nothing.
+        (...) as of `influence`. Positive rescaling of either state changes nothing.
 
     Example:
         >>> block_influence(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 3.0])).item()
         1.0
     """
-    return 1.0 - cosine(x, y, xx=xx, yy=yy)
+    return influence(cosine(x, y))
+
+
+def influence(cos: Tensor) -> Tensor:
+    """How far a vector turns, 1 - cos: what `block_influence` takes of each token.
+
+    Args:
+        cos: (...) in [-1, 1].
+
+    Returns:
+        (...) in [0, 2]: 0 if the layer keeps the direction, 1 if it turns it by a right angle,
+        2 if it reverses it.
+    """
+    return 1.0 - cos
 
 
 def angle(cos: Tensor) -> Tensor:
@@ -124,31 +128,41 @@ def angular_distances(states: Tensor) -> Tensor:
     # Apple's GPUs have no float64
     states = (states.cpu() if states.device.type == "mps" else states).double()
     gram = states @ states.mT  # (B, L + 1, L + 1)
-    norms = gram.diagonal(dim1=1, dim2=2)  # squared, (B, L + 1)
-    angles = angle(cosine_from_products(gram, norms[:, :, None], norms[:, None, :]))
+    norm = gram.diagonal(dim1=1, dim2=2).sqrt()  # (B, L + 1)
+    angles = angle(cosine_from_product(gram, norm[:, :, None], norm[:, None, :]))
     # arccos turns a last digit lost in the cosine into 1e-8, not 0
     angles.diagonal(dim1=1, dim2=2).zero_()
     return angles
 
 
-def relative_magnitude(x: Tensor, y: Tensor, *, yy: Tensor | None = None) -> Tensor:
+def relative_magnitude(x: Tensor, y: Tensor) -> Tensor:
     """||f(x)|| / ||x + f(x)|| of a layer that makes y = x + f(x) of x (Samragh et al. 2023).
 
     Args:
-        x, y: (..., D), a token's state in front of a layer and behind it, float32 or wider.
-        yy: (...) the squared norms of ``y``, if known.
+        x, y: (..., D), a token's state in front of a layer and behind it.
 
     Returns:
-        (...) from 0, for a layer that does nothing; 0 also where x and y are zero, infinite where
-        y alone is.
+        (...) as of `relative_change`.
 
     Example:
         >>> relative_magnitude(torch.tensor([1.0, 0.0]), torch.tensor([4.0, 0.0])).item()
         0.75
     """
-    changed = torch.linalg.vector_norm(y - x, dim=-1)
-    norm = torch.linalg.vector_norm(y, dim=-1) if yy is None else yy.sqrt()
-    return torch.where(changed == 0, torch.zeros_like(norm), changed / norm)
+    x, y = widen(x), widen(y)
+    return relative_change(norms(y - x), norms(y))
+
+
+def relative_change(change: Tensor, norm: Tensor) -> Tensor:
+    """Norm of what a layer adds over the norm of the state behind it.
+
+    Args:
+        change, norm: (...) of one shape, not negative.
+
+    Returns:
+        (...) from 0, for a layer that does nothing; 0 also where both are zero, infinite where
+        ``norm`` alone is.
+    """
+    return (change / norm).masked_fill(change == 0, 0.0)
 
 
 def spearman(a: Tensor, b: Tensor) -> float:
