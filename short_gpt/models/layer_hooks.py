@@ -113,13 +113,14 @@ def check_added(layer: nn.Module, args: Arguments, kwargs: Mapping[str, object])
     Raises:
         ShortGPTError: the output changed otherwise.
     """
+    again = copied(args, kwargs)  # for the second run: the first may write over its state
     before = first(layer(*args, **kwargs))
     scale = before.float().pow(2).mean().sqrt().item()
     generator = torch.Generator().manual_seed(0)
     added = torch.randn(before.shape, generator=generator).mul_(scale)
     added = added.to(before.device, before.dtype)
     with replaced_output(mlp_output(layer), lambda out: out + added.view_as(out)):
-        after = first(layer(*args, **kwargs))
+        after = first(layer(*again[0], **again[1]))
     off = (after.double().cpu() - before.double().cpu() - added.double().cpu()).abs()
     allowed = before.abs().double().cpu() + added.abs().double().cpu() + scale
     worst = float((off / allowed).max())
@@ -140,13 +141,24 @@ def state_in(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     return args[0] if args else kwargs["hidden_states"]
 
 
+def copied(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
+    """The same call with a copy of its state."""
+    state = state_in(args, kwargs).clone()
+    if args:
+        return (state, *args[1:]), dict(kwargs)
+    return args, {**kwargs, "hidden_states": state}
+
+
 class States(ExitStack):
     """Hooks for one pass: states behind layers, outputs of MLPs, and how layers were called.
+
+    All are copies: what runs behind a hook may write over what it saw, as Falcon's layers do,
+    which add their attention to the tensor that the MLP gave.
 
     Attributes:
         behind: (B, S, D) by the layer's place.
         mlp: (B, S, D) by the layer's place.
-        calls: positional and named arguments by the layer's place.
+        calls: positional and named arguments of the layers in front, by their place.
     """
 
     def __init__(self, layers: nn.ModuleList, fronts: set[int], ends: set[int]) -> None:
@@ -155,24 +167,28 @@ class States(ExitStack):
         self.mlp: dict[int, Tensor] = {}
         self.calls: dict[int, Call] = {}
 
+        def enter(place: int) -> Callable[..., None]:
+            def hook(_: nn.Module, args: Arguments, kwargs: dict[str, object]) -> None:
+                self.calls[place] = copied(args, kwargs)
+
+            return hook
+
         def keep(place: int) -> Callable[..., None]:
-            def hook(
-                _: nn.Module, args: Arguments, kwargs: dict[str, object], output: Output
-            ) -> None:
-                self.behind[place] = first(output)
-                self.calls[place] = (args, kwargs)
+            def hook(_: nn.Module, __: object, output: Output) -> None:
+                self.behind[place] = first(output).clone()
 
             return hook
 
         def note(place: int) -> Callable[..., None]:
             def hook(_: nn.Module, __: object, output: Output) -> None:
-                self.mlp[place] = first(output)
+                self.mlp[place] = first(output).clone()
 
             return hook
 
         for place in ends:
-            self._hook(layers[place].register_forward_hook(keep(place), with_kwargs=True))
+            self._hook(layers[place].register_forward_hook(keep(place)))
         for place in fronts:
+            self._hook(layers[place].register_forward_pre_hook(enter(place), with_kwargs=True))
             self._hook(mlp_output(layers[place]).register_forward_hook(note(place)))
 
     def _hook(self, handle: RemovableHandle) -> None:

@@ -17,13 +17,14 @@ from torch.utils.hooks import RemovableHandle
 from short_gpt.models.decoder import Decoder, pad
 from short_gpt.models.families import Family, part
 from short_gpt.models.layer_hooks import Arguments, Output, first, state_in
-from short_gpt.runtime.errors import NotFiniteError
+from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
 from short_gpt.scoring.metrics import (
     angular_distances,
     cosine_from_product,
     influence,
     norms,
     relative_change,
+    summed_angles,
     widen,
 )
 
@@ -118,6 +119,7 @@ class LayerHooks:
         self._products: list[Tensor] = []  # (4 or 7, B, S) of layers that await `_reduce`
         self._sums: list[Tensor] = []  # (3 or 5, layers, B): see `_reduce`
         self._middle: _Middle | None = None
+        self._entered: tuple[Tensor, int] | None = None  # the state in front, and its version
 
     def on_halves(self, layer: nn.Module, family: Family) -> list[RemovableHandle]:
         """Hooks on the attention and the MLP of a layer; none where it has no such parts."""
@@ -132,11 +134,21 @@ class LayerHooks:
         self._reduce()
         self._state = self._norms = None
 
+    def before(self, layer: nn.Module, args: Arguments, kwargs: Mapping[str, object]) -> None:
+        """Forward pre-hook: notes the state in front of a layer, which is not to change in it."""
+        state = state_in(args, kwargs)
+        self._entered = None if state.is_inference() else (state, state._version)
+
     def after(
         self, layer: nn.Module, args: Arguments, kwargs: Mapping[str, object], output: Output
     ) -> None:
-        """Forward hook: the state in front (B, S, D) and the one behind, of one layer."""
+        """Forward hook: the state in front (B, S, D) and the one behind, of one layer.
+
+        Raises:
+            ShortGPTError: the layer has written over the state in front, which nothing has kept.
+        """
         state, result = state_in(args, kwargs), first(output)
+        self._check_unchanged(layer, state)
         x, y = widen(state), widen(result)
         if not self._last:
             self._keep(state, x)
@@ -150,6 +162,14 @@ class LayerHooks:
         self._products.append(torch.stack(products))
         self._keep(result, y)
         self._state, self._norms = result, y_norm
+
+    def _check_unchanged(self, layer: nn.Module, state: Tensor) -> None:
+        entered, self._entered = self._entered, None
+        if entered is not None and state is entered[0] and state._version != entered[1]:
+            raise ShortGPTError(
+                f"{type(layer).__name__} writes over the state that it is given, which leaves "
+                "nothing to compare its output with: this model's layers cannot be scored"
+            )
 
     def _reduce(self) -> None:
         """Sums over tokens of the layers so far: influence, magnitude, norm, and of the halves.
@@ -186,7 +206,7 @@ class LayerHooks:
         if self._kept is not None:
             everywhere = torch.stack(
                 [
-                    _summed_angles([s[row, :length] for s in self._kept])
+                    summed_angles([s[row, :length] for s in self._kept])
                     for row, length in enumerate(self._mask.sum(1).tolist())
                 ]
             )
@@ -195,7 +215,10 @@ class LayerHooks:
 
 
 class _Middle:
-    """The state between the two halves of a layer, while the layer runs."""
+    """The state between the two halves of a layer, while the layer runs.
+
+    What a half adds is copied, since the layer may go on writing in that tensor.
+    """
 
     def __init__(self) -> None:
         self.state: Tensor | None = None  # (B, S, D) in front of the MLP's norm
@@ -213,10 +236,10 @@ class _Middle:
             self.state = args[0]
 
         def attended(module: nn.Module, args: object, output: Output) -> None:
-            self.attention = first(output)[:, :PROVED]
+            self.attention = first(output)[:, :PROVED].clone()
 
         def mapped(module: nn.Module, args: object, output: Output) -> None:
-            self.mlp = first(output)[:, :PROVED]
+            self.mlp = first(output)[:, :PROVED].clone()
 
         hooks = [attention.register_forward_hook(attended), mlp.register_forward_hook(mapped)]
         return [norm.register_forward_pre_hook(enter), *hooks]
@@ -265,7 +288,8 @@ def hooked(
         all_tokens: as in `score`.
     """
     hooks = LayerHooks(mask, all_tokens=all_tokens)
-    handles = [layer.register_forward_hook(hooks.after, with_kwargs=True) for layer in layers]
+    handles = [layer.register_forward_pre_hook(hooks.before, with_kwargs=True) for layer in layers]
+    handles += [layer.register_forward_hook(hooks.after, with_kwargs=True) for layer in layers]
     if halves_of is not None:
         for layer in layers:
             handles += hooks.on_halves(layer, halves_of)
@@ -274,12 +298,3 @@ def hooked(
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _summed_angles(states: Sequence[Tensor], chunk: int = 32) -> Tensor:
-    """Angular distances of one window, summed over its tokens: L + 1 of (S, D) to (L+1, L+1)."""
-    chunks = (  # (chunk, L + 1, D): tokens take the place of windows
-        torch.stack([s[start : start + chunk] for s in states], dim=1)
-        for start in range(0, len(states[0]), chunk)
-    )
-    return torch.stack([angular_distances(c).sum(0) for c in chunks]).sum(0)

@@ -8,6 +8,7 @@ Shapes: B sequences, S tokens, D width, L layers.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -133,6 +134,15 @@ def angular_distances(states: Tensor) -> Tensor:
     # arccos turns a last digit lost in the cosine into 1e-8, not 0
     angles.diagonal(dim1=1, dim2=2).zero_()
     return angles
+
+
+def summed_angles(states: Sequence[Tensor], chunk: int = 32) -> Tensor:
+    """Angular distances of one window, summed over its tokens: L + 1 of (S, D) to (L+1, L+1)."""
+    chunks = (  # (chunk, L + 1, D): tokens take the place of windows
+        torch.stack([s[start : start + chunk] for s in states], dim=1)
+        for start in range(0, len(states[0]), chunk)
+    )
+    return torch.stack([angular_distances(c).sum(0) for c in chunks]).sum(0)
 
 
 def relative_magnitude(x: Tensor, y: Tensor) -> Tensor:

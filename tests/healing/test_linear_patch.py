@@ -21,6 +21,8 @@ pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
 WINDOWS = random_windows(12, 16)
 TOKENS = torch.tensor(random_windows(2, 16, seed=9))
 PATCHED = ["llama", "llama, tied", "mistral", "qwen2", "qwen3", "phi", "phi3", "gpt2", "gpt_neox"]
+UNPATCHED = ["mixtral", "qwen3_moe", "gemma2", "gemma3", "gemma3, wrapped", "olmo2", "mamba"]
+UNPATCHED += ["llama4", "gpt_oss", "qwen3_next"]
 PATCHED += ["opt", "falcon", "bloom", "smollm3", "starcoder2", "stablelm", "cohere", "granite"]
 
 
@@ -89,6 +91,36 @@ def test_a_layer_linear_in_the_mlp_before_is_restored_exactly():
     assert torch.allclose(patch.maps[2], torch.eye(32).double() + matrix, atol=1e-4)
     assert patch.restored[2] == pytest.approx(1, abs=1e-6)
     assert torch.allclose(short.decoder.logits(TOKENS), before, atol=2e-4)
+
+
+def behind(short: ShortHFModel | ShortLlama, layer: int) -> torch.Tensor:
+    """The states behind a layer, given by its original number, of all windows: (N, D) float64."""
+    states = []
+    module = short.decoder.layers[short.present.index(layer)]
+
+    def keep(_, __, out):
+        states.append((out if isinstance(out, torch.Tensor) else out[0]).double().flatten(0, 1))
+
+    handle = module.register_forward_hook(keep)
+    short.decoder.run(torch.tensor(WINDOWS))
+    handle.remove()
+    return torch.cat(states)
+
+
+@pytest.mark.parametrize("family", ["meta", *FAMILIES])
+def test_the_share_is_what_the_folded_model_does(family):
+    short = meta() if family == "meta" else ShortHFModel(make(family))
+    if family in UNPATCHED:
+        with pytest.raises(ValueError, match="does not add its MLP's output|no single linear map"):
+            fit(short, [2, 3], WINDOWS, progress=False)
+        return
+    raw, wanted = behind(short, 1), behind(short, 3)
+    patch = fit(short, [2, 3], WINDOWS, progress=False)
+    with short.without_layers(patch.layers):
+        fold(short, patch)
+        folded = behind(short, 1)
+    restored = 1 - (wanted - folded).pow(2).sum() / (wanted - raw).pow(2).sum()
+    assert patch.restored[1] == pytest.approx(restored.item(), abs=1e-4)
 
 
 @pytest.mark.parametrize("family", PATCHED)

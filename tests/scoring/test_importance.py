@@ -14,6 +14,7 @@ from torch import Tensor
 from short_gpt.models.decoder import pad
 from short_gpt.models.hf import HFDecoder
 from short_gpt.models.meta import MetaDecoder
+from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.scoring.hooks import LayerHooks, score
 from short_gpt.scoring.importance import Importance, measure
 from short_gpt.scoring.metrics import angular_distance, angular_distances, block_influence
@@ -332,3 +333,33 @@ def test_a_state_that_is_written_over_is_forgotten():
     state.mul_(0.5)  # in place: the same object with other squares
     hooks.after(torch.nn.Identity(), (state,), {}, 3 * state)
     assert hooks.scores().influence[0, 1].abs() < 1e-5
+
+
+class Writing(torch.nn.Module):
+    """A layer of two halves that adds in the tensors which these gave, as some families do."""
+
+    def __init__(self, *, into_input: bool = False) -> None:
+        super().__init__()
+        self.attention, self.feed_forward = torch.nn.Linear(32, 32), torch.nn.Linear(32, 32)
+        self.ffn_norm, self.into_input = torch.nn.LayerNorm(32), into_input
+
+    def forward(self, x, *rest):
+        middle = self.attention(x)
+        middle += x
+        out = self.feed_forward(self.ffn_norm(middle))
+        out += middle
+        return x.copy_(out) if self.into_input else out
+
+
+def test_halves_are_scored_where_the_layer_adds_in_their_place():
+    model = make_transformer()
+    model.layers[2] = Writing()
+    found = measure(MetaDecoder(model), [random_windows(2, 12)], sublayers=True)
+    assert found.sublayer_influence.isfinite().all()
+
+
+def test_a_layer_that_writes_over_its_state_is_refused():
+    model = make_transformer()
+    model.layers[2] = Writing(into_input=True)
+    with pytest.raises(ShortGPTError, match="Writing writes over the state that it is given"):
+        measure(MetaDecoder(model), [random_windows(2, 12)])
