@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain, islice
 from typing import TypeVar
 
 import numpy as np
@@ -11,6 +12,7 @@ import numpy as np
 from short_gpt.runtime.errors import ShortGPTError
 
 SPAN = 64  # tokens; texts that share so many in a row are taken as copies of each other
+WHOLE = 8  # tokens; a shorter window stands in many a text that is no copy
 BASE = np.uint64(0x9E3779B97F4A7C15)  # odd, so that its powers have inverses modulo 2^64
 INVERSE = np.uint64(pow(int(BASE), -1, 2**64))
 
@@ -79,29 +81,55 @@ def overlapping(
     Args:
         training, evaluation: windows of token ids by the same tokenizer.
         span: how many equal tokens in a row are shared text; None is 64, or the longest window's
-            length if that is less. Windows shorter than that are compared whole with each other.
+            length if that is less. A window shorter than that shares its text with one that holds
+            it whole, wherever in it; of fewer than 8 tokens, only with its equal.
 
     Returns:
         The index of an evaluation window for every training window that shares text with one.
     """
     span = _span(training, evaluation) if span is None else span
-    where = _places(evaluation, span)
-    known = np.fromiter(where, dtype=np.uint64, count=len(where))
-    short = {len(w) for w in evaluation if len(w) < span}
-    shared: dict[int, int] = {}
-    for number, window in enumerate(training):
-        lengths = {span} | (short & {len(window)})
-        match = _match(window, lengths, known, where, evaluation)
-        if match is not None:
-            shared[number] = match
+    shared = dict(_shared(training, evaluation, span, first=True))
+    for length in {len(w) for w in [*training, *evaluation] if len(w) < span}:
+        # a whole window of this length and any that is long enough to hold it, both ways round
+        inside = _shared(training, _of_length(evaluation, length), length)
+        around = _shared(evaluation, _of_length(training, length), length)
+        for number, other in chain(inside, ((number, other) for other, number in around)):
+            if length >= WHOLE or len(training[number]) == len(evaluation[other]):
+                shared.setdefault(number, other)
     return shared
 
 
-def _places(windows: Sequence[Window], span: int) -> dict[int, list[tuple[int, int]]]:
+def _of_length(windows: Sequence[Window], length: int) -> dict[int, Window]:
+    """The windows of one length, by their places."""
+    return {i: window for i, window in enumerate(windows) if len(window) == length}
+
+
+def _shared(
+    windows: Sequence[Window],
+    others: Sequence[Window] | Mapping[int, Window],
+    length: int,
+    *,
+    first: bool = False,
+) -> Iterator[tuple[int, int]]:
+    """Windows and the others that have a run of ``length`` tokens in common with them.
+
+    Args:
+        windows, others, length: as they are called.
+        first: whether one pair is enough for each window.
+    """
+    numbered = others if isinstance(others, Mapping) else dict(enumerate(others))
+    where = _places(numbered, length)
+    known = np.fromiter(where, dtype=np.uint64, count=len(where))
+    for number, window in enumerate(windows if where else ()):
+        for match in islice(_matches(window, length, known, where, numbered), 1 if first else None):
+            yield number, match
+
+
+def _places(windows: Mapping[int, Window], span: int) -> dict[int, list[tuple[int, int]]]:
     """By a run's number, the windows and the places in them where it starts."""
     where: dict[int, list[tuple[int, int]]] = {}
-    for index, window in enumerate(windows):
-        for start, value in enumerate(_hashes(window, min(span, len(window)))):
+    for index, window in windows.items():
+        for start, value in enumerate(_hashes(window, span).tolist()):
             where.setdefault(value, []).append((index, start))
     return where
 
@@ -129,28 +157,26 @@ def check_disjoint(
         )
 
 
-def _match(
+def _matches(
     window: Window,
-    lengths: set[int],
+    length: int,
     known: np.ndarray,
     where: dict[int, list[tuple[int, int]]],
-    evaluation: Sequence[Window],
-) -> int | None:
-    """An evaluation window that has some of this window's spans; equal hashes are compared."""
-    for length in lengths:
-        if length > len(window):
-            continue
-        hashes = _hashes(window, length)
-        for start in np.flatnonzero(np.isin(hashes, known)).tolist():
-            mine = list(window[start : start + length])
-            for index, other in where[int(hashes[start])]:
-                if list(evaluation[index][other : other + length]) == mine:
-                    return index
-    return None
+    others: Mapping[int, Window],
+) -> Iterator[int]:
+    """The others that have some run of this window; equal hashes are compared."""
+    hashes = _hashes(window, length)
+    for start in np.flatnonzero(np.isin(hashes, known)).tolist():
+        mine = list(window[start : start + length])
+        for index, other in where[int(hashes[start])]:
+            if list(others[index][other : other + length]) == mine:
+                yield index
 
 
 def _hashes(window: Window, span: int) -> np.ndarray:
     """A number for every run of ``span`` tokens: sum of x[k] BASE^k over the run, modulo 2^64."""
+    if len(window) < span:
+        return np.empty(0, dtype=np.uint64)
     # prefix sums give every run by one subtraction; all in uint64, which wraps around as it should
     with np.errstate(over="ignore"):
         tokens = (np.asarray(window, dtype=np.uint64) + np.uint64(1)) * BASE

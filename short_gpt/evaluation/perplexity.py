@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from short_gpt.models.decoder import Decoder, pad
+from short_gpt.models.decoder import Decoder, padded
 from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
 from short_gpt.runtime.progress import bar, set_rate
 
@@ -75,9 +75,9 @@ def perplexity(
     nats, predicted, windows = 0.0, 0, 0
     with bar("perplexity", total=total, unit="window", show=progress) as shown:
         for batch in batches:
-            tokens, mask = pad(batch, decoder)
-            nats += batch_nats(decoder, tokens, mask)
-            predicted += int(mask[:, 1:].sum())
+            for _, tokens, mask in padded(batch, decoder):
+                nats += batch_nats(decoder, tokens, mask)
+                predicted += int(mask[:, 1:].sum())
             windows += len(batch)
             set_rate(shown, predicted)
             shown.update(len(batch))

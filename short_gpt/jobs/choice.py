@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from llama.io.hub import resolve
 from llama.io.sources import is_meta
 from short_gpt.checkpoints.provenance import Provenance
 from short_gpt.data.texts import texts
+from short_gpt.jobs.held_out import check_apart, check_names
 from short_gpt.jobs.inputs import Cut, Opening
 from short_gpt.opening import layers_of
 from short_gpt.runtime.errors import ShortGPTError
@@ -175,12 +175,14 @@ class Chosen:
         record: of the choice, which a cut completes.
         budget: what was tried, where the perplexity decided.
         importance: the scores of one pass that they were chosen by; None where they were not.
+        unsure: why the text of the budget may be that of the scores; None if it is not.
     """
 
     layers: list[int]
     record: Provenance
     budget: Budget | None = None
     importance: Importance | None = None
+    unsure: str | None = None
 
 
 def chosen(model: str, choice: Choice) -> Chosen:
@@ -213,17 +215,17 @@ def chosen_within(
         raise ShortGPTError("--max_perplexity_ratio chooses from --scores, not from --layers")
     if ratio is None or data is None or choice.n is not None:
         raise ShortGPTError("--max_perplexity_ratio needs --eval_data, and no --n")
-    if _same_texts(data, scores.arguments.get("data")):
-        raise ShortGPTError(f"--eval_data {data} is what the scores were measured on")
+    check_names(data, scores.arguments)
     short = (opening or Opening()).whole(model, size=limit.size)
     cut = Cut(limit.size, limit.eval_windows)
     held = list(cut.windows(texts(data), short.encode))
+    unsure = check_apart(held, data, scores.arguments, short.encode)
     most = len(scores.searched) or None  # a search found no more
     budget = short.layers_within(held, ratio, choose=scores.layers, most=most)
     _check_some(budget, data, scores.layers(1))
-    evidence = {"eval_data": data, **budget.to_dict()}
+    evidence = {"eval_data": data, "not_compared": unsure, **budget.to_dict()}
     record = scores.record(quality_gate=evidence)
-    return Chosen(budget.layers, record, budget, scores.importance)
+    return Chosen(budget.layers, record, budget, scores.importance, unsure)
 
 
 def _check_some(budget: Budget, data: str, first: list[int]) -> None:
@@ -244,14 +246,6 @@ def _scores(model: str, choice: Choice) -> Scores | None:
     scores = Scores.read(choice.scores, choice.wanted)
     scores.check_model(model)
     return scores
-
-
-def _same_texts(eval_data: str, data: object) -> bool:
-    """Whether texts to evaluate on are, hold or are part of those that the scores come from."""
-    if data is None or not (Path(eval_data).exists() and Path(str(data)).exists()):
-        return eval_data == data
-    ours, theirs = Path(eval_data).resolve(), Path(str(data)).resolve()
-    return ours.is_relative_to(theirs) or theirs.is_relative_to(ours)
 
 
 def importance_of(record: Mapping[str, object], source: str) -> Importance:

@@ -5,7 +5,7 @@ Shapes: B sequences, S tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -43,6 +43,10 @@ class Decoder(Protocol):
     def max_seq_len(self) -> int: ...
 
     @property
+    def rotary_limits(self) -> Sequence[int]:
+        """Lengths beyond which a batch's longest window changes the rotary factors of them all."""
+
+    @property
     def family(self) -> Family:
         """What the parts of its layers are called."""
 
@@ -60,10 +64,46 @@ class Decoder(Protocol):
         """
 
 
+def alike(windows: Sequence[Sequence[int]], decoder: Decoder) -> list[list[int]]:
+    """Places of the windows, in groups that may share a batch: all, for most models.
+
+    A model with LongRoPE (arXiv:2402.13753) has two sets of rotary factors, and takes the one for
+    long texts where its batch's longest window, or that one's padding, is longer than a limit.
+
+    Example:
+        >>> alike([[1] * 9, [2], [3] * 8], decoder)  # doctest: +SKIP
+        [[0, 2], [1]]
+    """
+    limits = decoder.rotary_limits
+    if not limits or not windows or isinstance(windows[0], int):
+        return [[*range(len(windows))]]
+    groups: dict[tuple[bool, ...], list[int]] = {}
+    for place, window in enumerate(windows):
+        key = tuple(len(window) > limit for limit in limits)
+        groups.setdefault(key, []).append(place)
+    return list(groups.values())
+
+
+def padded(
+    windows: Sequence[Sequence[int]], decoder: Decoder
+) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    """One batch, or several where windows differ in their rotary factors.
+
+    Args:
+        windows, decoder: as those of `pad`.
+
+    Yields:
+        The places of a batch's windows, and their tokens and mask as those of `pad`.
+    """
+    for places in alike(windows, decoder):
+        yield places, *pad([windows[i] for i in places], decoder)
+
+
 def pad(windows: Sequence[Sequence[int]], decoder: Decoder) -> tuple[Tensor, Tensor]:
     """Windows of any lengths as one batch, padded on the right with token 0.
 
-    Under a causal mask no real token sees the padding; the mask only weights the sums.
+    Under a causal mask no real token sees the padding; the mask only weights the sums. Windows
+    with different rotary factors are refused: see `padded`.
 
     Args:
         windows: B lists of token ids.
@@ -73,7 +113,8 @@ def pad(windows: Sequence[Sequence[int]], decoder: Decoder) -> tuple[Tensor, Ten
         tokens (B, S) int64 and mask (B, S) bool, True for real tokens, S the longest window.
 
     Raises:
-        ShortGPTError: no windows, an empty or too long one, or ids outside the vocabulary.
+        ShortGPTError: no windows, an empty or too long one, those of different rotary factors, or
+            ids outside the vocabulary.
     """
     if not windows:
         raise ShortGPTError("expected at least one window of tokens, got none")
@@ -86,6 +127,12 @@ def pad(windows: Sequence[Sequence[int]], decoder: Decoder) -> tuple[Tensor, Ten
         raise ShortGPTError(
             f"windows have {min(lengths)} to {max(lengths)} tokens; this model takes 1 to "
             f"{decoder.max_seq_len} (max_seq_len)"
+        )
+    if len(alike(windows, decoder)) > 1:
+        raise ShortGPTError(
+            f"windows have {min(lengths)} to {max(lengths)} tokens; this model's rotary factors "
+            f"change beyond {list(decoder.rotary_limits)}: read those on either side apart, as "
+            "with batch_size 1"
         )
     tokens = torch.zeros(len(windows), max(lengths), dtype=torch.long)
     for row, window in enumerate(windows):

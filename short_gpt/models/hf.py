@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from short_gpt.models.config_check import Outline, differences, outline, part, twin_outline
 from short_gpt.models.config_entries import cut_entries, layer_entries
 from short_gpt.models.families import FAMILIES, Family, family_of
+from short_gpt.models.rotary import longrope_limits
 from short_gpt.runtime.errors import ShortGPTError
 
 if TYPE_CHECKING:
@@ -95,6 +96,11 @@ class HFDecoder:
     @property
     def max_seq_len(self) -> int:
         return getattr(self.config, "max_position_embeddings", None) or 2**31 - 1
+
+    @property
+    def rotary_limits(self) -> Sequence[int]:
+        """Of LongRoPE; the factors of "dynamic" change beyond `max_seq_len` alone."""
+        return longrope_limits(self.config)
 
     @property
     def family(self) -> Family:

@@ -41,6 +41,10 @@ class MetaDecoder:
         return self.model.params.max_seq_len
 
     @property
+    def rotary_limits(self) -> Sequence[int]:
+        return ()
+
+    @property
     def family(self) -> Family:
         return META
 

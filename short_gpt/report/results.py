@@ -28,6 +28,7 @@ def pruned(result: Pruned) -> str:
     for n, found in tried.items():
         rise = f"ratio {found.value / tried[0].value:.4f}"
         lines.append(f"{n:>3} layers less: perplexity {found.value:.3f}, {rise}")
+    lines += [f"--eval_data was {result.chosen.unsure}"] if result.chosen.unsure else []
     lines += [f"removed layers {result.layers}", f"written: {result.out}"]
     lines += [f"written: {result.recipe}"] if result.recipe is not None else []
     return "\n".join([*lines, *([result.proof] if result.proof else [])])

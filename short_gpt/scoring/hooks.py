@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from short_gpt.models.decoder import Decoder, pad
+from short_gpt.models.decoder import Decoder, padded
 from short_gpt.models.families import Family, part
 from short_gpt.models.layer_hooks import Arguments, Output, first, state_in
 from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
@@ -69,6 +69,11 @@ class Scores:
         """The windows of all parts, in their order."""
         return cls(*(torch.cat([getattr(p, f.name) for p in parts]) for f in fields(cls)))
 
+    def at(self, places: Sequence[int]) -> Scores:
+        """The windows in the order whose places in it these are."""
+        order = torch.tensor(places).argsort()
+        return Scores(*(getattr(self, f.name)[order] for f in fields(self)))
+
 
 def score(
     decoder: Decoder,
@@ -91,13 +96,16 @@ def score(
         ShortGPTError: there is no window, or one is empty, too long or not in the vocabulary.
         NotFiniteError: a state is NaN or infinite.
     """
-    tokens, mask = pad(windows, decoder)
     family = decoder.family if sublayers else None
-    with hooked(decoder.layers, mask, halves_of=family, all_tokens=all_tokens) as hooks:
-        decoder.run(tokens)
-    scores = hooks.scores()
-    scores.check_finite(layers)
-    return scores
+    order: list[int] = []
+    found = []
+    for places, tokens, mask in padded(windows, decoder):
+        with hooked(decoder.layers, mask, halves_of=family, all_tokens=all_tokens) as hooks:
+            decoder.run(tokens)
+        found.append(hooks.scores())
+        found[-1].check_finite(layers)
+        order += places
+    return found[0] if len(found) == 1 else Scores.cat(found).at(order)
 
 
 class LayerHooks:

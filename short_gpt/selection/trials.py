@@ -18,7 +18,7 @@ from torch import Tensor
 
 from short_gpt.data.windows import batches
 from short_gpt.evaluation.perplexity import check_predicted
-from short_gpt.models.decoder import Decoder, pad
+from short_gpt.models.decoder import Decoder, padded
 from short_gpt.runtime.errors import NotFiniteError
 from short_gpt.runtime.state import StateFile
 from short_gpt.selection.stack import Stack
@@ -76,13 +76,17 @@ class Trials:
     ) -> None:
         self._decoder, self._state = decoder, state
         self._stack = Stack(decoder)
-        padded = [pad(batch, decoder) for batch in batches(windows, limits.batch_size)]
-        self._predicted = sum(int(mask[:, 1:].sum()) for _, mask in padded)
+        read = [
+            (tokens, mask)
+            for batch in batches(windows, limits.batch_size)
+            for _, tokens, mask in padded(batch, decoder)
+        ]
+        self._predicted = sum(int(mask[:, 1:].sum()) for _, mask in read)
         check_predicted(self._predicted)
-        self._groups = list(self._grouped(padded, limits.max_memory))
+        self._groups = list(self._grouped(read, limits.max_memory))
         self.groups = len(self._groups)
         self._stored: dict[int, list[Tensor]] = {}  # by layer, the states (B, S, D) in front of it
-        size = sum(self._bytes(batch) for batch in padded)
+        size = sum(self._bytes(batch) for batch in read)
         # two more are in use while the states move on
         self._room = 0 if self.groups > 1 else limits.max_memory // size - 2
         self.result, self._done = _continued(state)

@@ -178,6 +178,21 @@ def test_the_quality_gate_removes_what_the_perplexity_allows(ckpt, capsys):
         assert message in fails(capsys, "prune", "ckpt", "x", *options)
 
 
+def test_the_quality_gate_finds_the_scores_text_under_another_name(ckpt, capsys):
+    Path("other.txt").write_text("".join(chr(97 + i * i % 26) for i in range(400)))
+    Path("copy.txt").write_text("A new beginning. " + TEXT[100:300])
+    run("rank", "ckpt", *DATA, "--out", "r.json")
+    gate = ("--scores", "r.json", "--size", 32, "--device", "cpu", "--max_perplexity_ratio", 1e9)
+    capsys.readouterr()
+    message = fails(capsys, "prune", "ckpt", "x", *gate, "--eval_data", "copy.txt")
+    assert "copy.txt holds text that the scores were measured on, book.txt: 5 of its 6" in message
+    Path("book.txt").rename("gone.txt")
+    run("prune", "ckpt", "gated", *gate, "--eval_data", "other.txt")
+    assert "not compared with the text that the scores were measured on" in capsys.readouterr().out
+    record = json.loads(Path("gated/pruning.json").read_text())
+    assert "'book.txt' does not exist" in record["quality_gate"]["not_compared"]
+
+
 def test_the_quality_gate_with_a_tokenizer_elsewhere(ckpt):
     run("rank", "ckpt", *DATA, "--max_windows", 2, "--out", "r.json")
     Path("other.txt").write_text("".join(chr(97 + i * i % 26) for i in range(100)))

@@ -32,3 +32,20 @@ def test_a_span_can_be_named():
     mixed = one[:10] + two[10:]
     assert without_overlap([mixed], [one]) == ([mixed], 0)
     assert without_overlap([mixed], [one], span=10) == ([], 1)
+
+
+@pytest.mark.parametrize("size", [8, 50, 63])
+def test_a_window_inside_a_longer_one_is_shared_text(size):
+    long, other = random_windows(2, 200, seed=3)
+    short = long[37 : 37 + size]
+    assert overlapping([other, long], [other[:3], short]) == {1: 1}  # to evaluate on: inside
+    assert overlapping([other, short, short], [long]) == {1: 0, 2: 0}  # to train on: inside
+    assert overlapping([long], [[*short[:-1], 95 - short[-1]]]) == {}
+    assert overlapping([long[:30]], [long[10:25]]) == {0: 0}  # both shorter than 64 tokens
+    with pytest.raises(ValueError, match="1 of 2 training windows share text"):
+        check_disjoint([other, long], [short])
+
+
+def test_a_few_tokens_are_shared_with_their_equal_alone():
+    long, short = random_windows(1, 100, seed=4)[0], [5, 6, 7]
+    assert overlapping([long, long[10:17]], [long[10:17], short]) == {1: 0}
