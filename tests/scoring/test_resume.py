@@ -16,7 +16,7 @@ import torch
 from conftest import CharTokenizer, make_transformer, random_windows, save_checkpoint
 from conftest import write_byte_tokenizer as write_tokenizer
 
-from short_gpt import ShortLlama
+from short_gpt import ShortGPTError, ShortLlama
 from short_gpt.cli.app import main
 from short_gpt.runtime.digest import weights_digest
 from short_gpt.runtime.results import read_record
@@ -111,6 +111,23 @@ def test_a_state_of_other_windows_is_refused(tmp_path):
         short.measure(random_windows(20, 40, seed=1), batch_size=2, progress=False, state=state)
     with pytest.raises(ValueError, match="scores the layers"):
         RunState(StateFile(tmp_path / "state", IDENTITY)).sums([0, 1])
+
+
+@pytest.mark.parametrize("change", ["words", "length"])
+def test_a_refused_state_is_left_as_it_is_and_refused_again(tmp_path, change):
+    state = tmp_path / "state"
+    run(state, 20)
+    before, time_before = state.read_bytes(), state.stat().st_mtime_ns
+    for _ in range(3):
+        short = ShortLlama(Tiny())
+        windows = random_windows(20, 40, seed=1) if change == "words" else random_windows(12, 40)
+        with pytest.raises(ShortGPTError, match="other texts or windows|now there are 12"):
+            short.measure(
+                windows, progress=False, state=RunState(StateFile(state, IDENTITY, every=0))
+            )
+        assert short.n_windows == 0  # nor are the sums of others taken for this model's
+        assert (state.read_bytes(), state.stat().st_mtime_ns) == (before, time_before)
+    assert run(state, 30) == run(None, 30)
 
 
 def test_no_state_at_all(tmp_path):
