@@ -137,11 +137,15 @@ class ScoredModel(ModelRecord, ScoresView, ABC):
         self.check_whole()
         self._check_weights()
         total = count_of(windows) if total is None else total
+        population = getattr(windows, "population", None)
+        sums = self._sums_so_far(state)
+        if state is not None:  # refused before anything is replaced: scores here, sums in the file
+            windows = state.unread(windows, sums.n_windows)
         run = ScoringRun(
             self.decoder,
-            self._sums_so_far(state),
+            sums,
             batch_size=self._windows_at_once(batch_size, progress),
-            population=getattr(windows, "population", None),
+            population=population,
             stop=stop,
             state=state,
             score=self.score,

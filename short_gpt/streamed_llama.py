@@ -215,7 +215,7 @@ class StreamedLlama(ScoredModel):
         return self.plan(batch_size).windows
 
     def weights_digest(self) -> str:
-        """A digest of the checkpoint's files, by which another one is told."""
+        """A digest of the checkpoint's files of weights, by which another one is told."""
         return files_digest(self.stream.source.files)
 
     def _rounds(

@@ -103,8 +103,12 @@ class LoraHealing:
             )
 
     def identity(self) -> dict[str, object]:
-        """What the results depend on, beside the model and the evaluation windows."""
-        return {**asdict(self.settings), "seed": self.seed, "texts": json_digest([*self.texts])}
+        """What the results depend on, beside the model and the evaluation windows.
+
+        Texts are told by their token ids, so that another tokenizer is another identity too.
+        """
+        read = json_digest([list(self.encode(text)) for text in self.texts])
+        return {**asdict(self.settings), "seed": self.seed, "texts": read}
 
     def __call__(self, layers: list[int], work_dir: Path | None = None) -> list[Perplexity]:
         """Losses of the evaluation windows of the model without these layers, healed.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from llama.parallel import several_ranks
@@ -18,6 +18,7 @@ from short_gpt.jobs.inputs import (
     source_of,
 )
 from short_gpt.jobs.saving import TimedSaving, interruptible
+from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import first_rank
 from short_gpt.runtime.state import StateFile
@@ -177,11 +178,19 @@ class _Settings:
     running: Scoring
     saving: TimedSaving
 
-    def state(self, short: ScoredModel) -> StateFile | None:
-        """The file that the run is saved in, if it has a name."""
+    def state(
+        self, short: ScoredModel, windows: Sequence[Sequence[int]] | None = None
+    ) -> StateFile | None:
+        """The file that the run is saved in, if it has a name.
+
+        Args:
+            windows: all that a search reads; a run of one pass tells its own as it reads them.
+        """
         if self.saving.state is None:  # a digest of all weights takes seconds
             return None
-        return self.saving.file(self._identity(short), every=self.saving.save_every)
+        text = {} if windows is None else {"text": json_digest(windows)}
+        identity = {**self._identity(short), **text}
+        return self.saving.file(identity, every=self.saving.save_every)
 
     def _identity(self, short: ScoredModel) -> dict[str, object]:
         """What a saved run depends on, by the names that an error shows."""
@@ -245,8 +254,8 @@ def _measured(
 def _searched(short: ShortModel, found: Iterable[str], settings: _Settings) -> Ranking:
     """What a method that runs the model without layers removes."""
     answer, running = settings.answer, settings.running
-    windows, state = list(settings.cut.windows(found, short.encode)), settings.state(short)
-    few = None
+    windows, few = list(settings.cut.windows(found, short.encode)), None
+    state = settings.state(short, windows)
     with interruptible():
         if answer.candidates is not None:
             short.measure(windows, batch_size=running.batch_size)

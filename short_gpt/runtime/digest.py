@@ -1,13 +1,19 @@
-"""Digests by which weights, windows and settings are told from others: SHA-256 over what counts."""
+"""Digests by which weights, windows and settings are told from others: SHA-256 over all of them."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache, partial
 from pathlib import Path
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+PIECE = 2**23  # bytes of a file that one thread holds at once
 
 
 class Digest:
@@ -36,20 +42,11 @@ class Digest:
         return self.whole[:16]
 
 
-def weights_digest(model: nn.Module, samples: int = 64) -> str:
-    """A digest of names, shapes, dtypes and a sample of the values of all parameters.
-
-    Args:
-        samples: values of each parameter, at most, spread evenly: weights that differ only between
-            them are not told apart.
-    """
-    digest = Digest()
-    for name, weight in model.named_parameters():
-        flat = weight.detach().flatten()
-        few = flat[:: max(1, len(flat) // samples)][:samples].float().cpu()
-        digest.add(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-        digest.add(few.numpy().tobytes())
-    return digest.short
+def weights_digest(model: nn.Module) -> str:
+    """A digest of names, shapes, dtypes and all bytes of all parameters."""
+    named = dict(model.named_parameters())
+    said = [f"{name} {tuple(w.shape)} {w.dtype}".encode() for name, w in named.items()]
+    return _together(said, [partial(_tensor_bytes, weight) for weight in named.values()])
 
 
 def json_digest(content: object) -> str:
@@ -62,19 +59,38 @@ def json_digest(content: object) -> str:
     return Digest(json.dumps(content).encode()).short
 
 
-def files_digest(files: Iterable[Path], samples: int = 4096) -> str:
-    """A digest of files' names and sizes and of samples spread evenly over their bytes.
+def files_digest(files: Iterable[Path]) -> str:
+    """A digest of files' sizes and all of their bytes, read once as long as they stay as they are.
 
     Args:
-        files: in their order, which counts.
-        samples: of 1 KiB, at most so many of each file.
+        files: in their order, which counts; their names do not.
     """
-    digest = Digest()
-    for path in files:
-        size = path.stat().st_size
-        digest.add(f"{path.name} {size}".encode())
-        with open(path, "rb", buffering=0) as file:
-            for place in range(0, size, max(size // samples, 1024)):
-                file.seek(place)
-                digest.add(file.read(1024))
-    return digest.short
+    states = [(path, path.stat()) for path in files]
+    return _files_digest(tuple((p, s.st_size, s.st_mtime_ns, s.st_ino) for p, s in states))
+
+
+@lru_cache(maxsize=16)
+def _files_digest(files: tuple[tuple[Path, int, int, int], ...]) -> str:
+    said = [f"{size}".encode() for _, size, _, _ in files]
+    pieces = [
+        partial(_piece, path, place) for path, size, *_ in files for place in range(0, size, PIECE)
+    ]
+    return _together(said, pieces)
+
+
+def _together(said: Iterable[bytes], parts: Iterable[Callable[[], bytes]]) -> str:
+    """A digest of what is said of some parts and of each part's own, made by several threads."""
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as threads:
+        return Digest(*said, *threads.map(lambda part: part(), parts)).short
+
+
+def _piece(path: Path, place: int) -> bytes:
+    with open(path, "rb", buffering=0) as file:
+        file.seek(place)
+        return hashlib.sha256(file.read(PIECE)).digest()
+
+
+def _tensor_bytes(weight: Tensor) -> bytes:
+    """The digest of a tensor's bytes."""
+    flat = weight.detach().cpu().contiguous().flatten()
+    return hashlib.sha256(flat.view(torch.uint8).numpy().data).digest()

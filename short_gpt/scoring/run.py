@@ -26,6 +26,8 @@ class ScoringRun:
         stop: when to stop; None reads everything.
         state: where to save and continue; ``into`` is then its sums.
         score: as in `importance.measure`.
+
+    A run that continues is given the windows of `RunState.unread`.
     """
 
     def __init__(
@@ -49,7 +51,6 @@ class ScoringRun:
         step = self._team.step(batch_size) if state else 0  # it may have been saved before a look
         while self._next <= self._read - step:
             self._next = next_look(self._next)
-        self._before = into
 
     def read(
         self,
@@ -95,7 +96,6 @@ class ScoringRun:
         """This replica's batches of every step; empty ones where nothing is left for it."""
         size = self._batch_size
         if self._state:
-            windows = self._state.unread(windows, self._read)
             yield []  # looks, where the run that is continued would have
         for step in batches(windows, self._team.step(size)):
             if self._state:
@@ -119,6 +119,8 @@ class ScoringRun:
 
     def _look(self, local: Importance, *, final: bool = False) -> None:
         if self._team.count > 1:
-            self.into = self._before + self._team.sum(local)
+            # in the same order of additions in a run that was interrupted at any look
+            self.into = self.into + self._team.sum(local)
+            vars(local).update(vars(Importance.empty(local.layers)))
         if self._stop:
             self.verdict = self._stop.judge(self.into, self._population, final=final)

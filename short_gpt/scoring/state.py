@@ -43,32 +43,38 @@ class RunState:
     def unread(self, windows: Iterable[Sequence[int]], read: int) -> Iterator[Sequence[int]]:
         """The windows that follow the first ``read``, which are compared with the file's.
 
+        Only once they are the file's is there anything to save: a refusal leaves the file as it is.
+
         Raises:
             ShortGPTError: the windows are not those that the state was made of.
         """
         rest, found, count = iter(windows), self.file.content, 0
         for window in islice(rest, read):
-            self.note([window])
+            self._read(window)
             count += 1
         if count < read:
             raise ShortGPTError(
                 f"{self.file.path} is the state of a run that has read {read} windows, now there "
                 f"are {count}; take as many, delete it or name another state"
             )
-        if found is not None and self._texts.get(read) != found.get("texts"):
+        if found is not None and self._digest.whole != found.get("texts"):
             raise ShortGPTError(
                 f"{self.file.path} is the state of a run on other texts or windows; delete it or "
                 "name another state"
             )
+        self._texts = {read: self._digest.whole}
         return rest
 
     def note(self, batch: Sequence[Sequence[int]]) -> None:
         """Tells of windows that are read next."""
         for window in batch:
-            self._digest.add(torch.tensor([len(window), *window]).numpy().tobytes())
+            self._read(window)
         before = max(self._texts, default=0)
         after = before + len(batch)
         self._texts = {before: self._texts.get(before, ""), after: self._digest.whole}
+
+    def _read(self, window: Sequence[int]) -> None:
+        self._digest.add(torch.tensor([len(window), *window]).numpy().tobytes())
 
     def tick(self, sums: Importance) -> None:
         """Saves if it is time to."""

@@ -34,7 +34,7 @@ class Search:
     Attributes:
         removed: positions of the layers, in order of removal.
         losses: for every round, the mean loss in nats per token without each candidate.
-        evaluations: layers run, each on one window.
+        evaluations: layers run, each on one window, in a search that nothing interrupts.
     """
 
     removed: list[int] = field(default_factory=list)
@@ -86,11 +86,13 @@ class Trials:
         self._groups = list(self._grouped(read, limits.max_memory))
         self.groups = len(self._groups)
         self._stored: dict[int, list[Tensor]] = {}  # by layer, the states (B, S, D) in front of it
+        self._storing: set[int] = set()  # the same layers, had the search not been interrupted
+        self._windows = len(windows)
         size = sum(self._bytes(batch) for batch in read)
         # two more are in use while the states move on
         self._room = 0 if self.groups > 1 else limits.max_memory // size - 2
         self.result, self._done = _continued(state)
-        self._rounds_kept = len(self.result.losses)
+        self._kept, self._rounds = len(self.result.losses), 0  # of a state; counted so far
 
     def _bytes(self, batch: Batch) -> int:
         """Of one state of a batch."""
@@ -121,8 +123,8 @@ class Trials:
         Raises:
             NotFiniteError: a loss is NaN or infinite.
         """
-        if self._rounds_kept:
-            self._rounds_kept -= 1
+        if self._rounds < self._kept:
+            self._count(list(self.result.losses[self._rounds]), again=again)
             return
         try:
             self._try_all(candidates, tick, again=again)
@@ -130,6 +132,7 @@ class Trials:
             self._save()
             raise
         self._remove_best({i: sum(done[i] for done in self._done) for i in candidates})
+        self._count(candidates, again=again)
         self._save()
 
     def _try_all(
@@ -193,7 +196,6 @@ class Trials:
     ) -> list[Tensor]:
         """The states in front of layer j, (B, S, D) each, from those in front of layer ``at``."""
         between = self._alive(at, j)
-        self._count(between, group)
         return [
             self._stack.advance(tokens, between, None if states is None else states[k])
             for k, (tokens, _) in enumerate(group)
@@ -202,15 +204,25 @@ class Trials:
     def _nats_without(self, j: int, group: list[Batch], states: list[Tensor]) -> float:
         """Summed loss on a group's windows without layer j, from the states in front of it."""
         rest = self._alive(j + 1, len(self._decoder.layers))
-        nats = sum(
+        return sum(
             self._stack.nats(tokens, mask, rest, state)
             for (tokens, mask), state in zip(group, states, strict=True)
         )
-        self._count(rest, group)
-        return nats
 
-    def _count(self, run: list[int], group: list[Batch]) -> None:
-        self.result.evaluations += len(run) * sum(len(tokens) for tokens, _ in group)
+    def _count(self, candidates: Sequence[int], *, again: bool) -> None:
+        """Counts what a round runs from its beginning, as `_try` does; arguments as in `round`."""
+        gone = self.result.removed[: self._rounds]
+        alive = [i for i in range(len(self._decoder.layers)) if i not in gone]
+        at = 0
+        for j in candidates:
+            at = max(i for i in (at, *self._storing) if i <= j)
+            self.result.evaluations += self._windows * sum(i >= at and i != j for i in alive)
+            if again and len(self._storing) < self._room:
+                self._storing.add(j)
+            at = j
+        best = self.result.removed[self._rounds]
+        self._storing = {i for i in self._storing if i <= best}
+        self._rounds += 1
 
     def _save(self) -> None:
         if self._state is not None:
@@ -226,4 +238,4 @@ def _continued(state: StateFile | None) -> tuple[Search, list[Nats]]:
     # JSON has turned the layers' numbers into strings
     losses = [{int(i): v for i, v in r.items()} for r in content["losses"]]
     done = [{int(i): v for i, v in g.items()} for g in content["done"]]
-    return Search(content["removed"], losses, content["evaluations"]), done
+    return Search(content["removed"], losses), done  # evaluations are counted again, by rounds

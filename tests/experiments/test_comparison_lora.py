@@ -91,6 +91,7 @@ def test_the_identity_is_that_of_texts_and_settings(healing):
         replace(healing, seed=1),
         replace(healing, settings=replace(SETTINGS, steps=3)),
         replace(healing, texts=healing.texts[::-1]),
+        replace(healing, encode=lambda text: healing.encode(text)[::-1]),  # another tokenizer
     ):
         assert other.identity() != first
 

@@ -33,12 +33,14 @@ from short_gpt.jobs import (
     Settings,
     StridedCut,
     TextSource,
+    TimedSaving,
     evaluate,
     heal,
     perplexity_of,
     read_scores,
 )
 from short_gpt.jobs import Learned as LearnedFrom
+from short_gpt.selection.stack import Stack
 
 CUT = StridedCut(32, 6, 0, 16)
 
@@ -203,3 +205,36 @@ def test_zero_is_a_setting_and_not_the_lack_of_one():
     for given in ({"steps": 0}, {"learning_rate": 0.0}):
         with pytest.raises(ShortGPTError, match="expected"):
             Settings(**given).check("lora")
+
+
+@pytest.mark.parametrize("method", ["sleb", "perplexity"])
+@pytest.mark.parametrize("change", ["book.txt", "ckpt/tokenizer.json"])
+def test_a_search_on_text_that_changed_in_its_place_is_refused(here, monkeypatch, method, change):
+    """Also by another tokenizer: what counts is the token ids that were read."""
+    saving, plain, left = TimedSaving("state"), Stack.nats, [3]
+
+    def search():
+        return rank("ckpt", "book.txt", answer=Answer(2, method), cut=CUT, saving=saving)
+
+    def fails(*args):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return plain(*args)
+
+    monkeypatch.setattr(Stack, "nats", fails)
+    with pytest.raises(KeyboardInterrupt):
+        search()
+    monkeypatch.setattr(Stack, "nats", plain)
+    if change == "book.txt":
+        Path(change).write_text(TEXT.replace("e", "o"))
+    else:
+        tokenizer = json.loads(Path(change).read_text())
+        words = tokenizer["model"]["vocab"]
+        words["e"], words["t"] = words["t"], words["e"]
+        Path(change).write_text(json.dumps(tokenizer))
+    before = Path("state").read_bytes()
+    for _ in range(2):
+        with pytest.raises(ShortGPTError, match="state is the state of a run with another text: "):
+            search()
+        assert Path("state").read_bytes() == before

@@ -45,6 +45,7 @@ DIRECTORIES = ("one", "two", "eight", "tied")
 WORKER = """
 import sys, torch, torch.distributed as dist
 from pathlib import Path
+from conftest import random_windows
 from types import SimpleNamespace as Space
 from fairscale.nn.model_parallel import initialize as groups
 from llama import Llama
@@ -55,8 +56,10 @@ from short_gpt import ShortLlama
 from short_gpt.runtime import replicas
 from short_gpt.data.windows import batches
 from short_gpt.runtime.abort import lost
+from short_gpt.runtime.state import StateFile
 from short_gpt.scoring.importance import Importance
 from short_gpt.scoring.hooks import score
+from short_gpt.scoring.state import RunState
 
 torch.set_num_threads(1)
 folder, cpu = Path(sys.argv[1]), torch.device("cpu")
@@ -93,9 +96,38 @@ def results(mp):
     found["digest"] = short.weights_digest()
     team = replicas.current()
     assert team.count * mp == dist.get_world_size()
+    if team.count == dist.get_world_size() == 2:
+        found["resumed"] = resumed(llama)
     found["few"] = shared(short.decoder, given["windows"][:1], 1)
     found["any"] = [team.any(dist.get_rank() == dist.get_world_size() - 1), team.any(False)]
     return found
+
+
+def resumed(llama):
+    # all of 120 windows, in one go and over two interruptions
+    given = random_windows(120, 12)
+    whole = ShortLlama(llama)
+    whole.measure(given, batch_size=2, progress=False)
+    for calls in (11, 6, None):  # behind the looks at 32 and 54 windows, within the next steps
+        short = ShortLlama(llama)
+        plain, left = short.score, [calls]
+
+        def fails(*args, **kwargs):
+            if left[0] is not None:
+                left[0] -= 1
+                if left[0] < 0:
+                    raise KeyboardInterrupt
+            return plain(*args, **kwargs)
+
+        short.score = fails
+        state = RunState(StateFile(folder / "state", {"seed": 0}))
+        dist.barrier()  # both have read the file before one of them writes it
+        try:
+            short.measure(given, batch_size=2, progress=False, state=state)
+        except KeyboardInterrupt:
+            assert 0 < short.n_windows < 120
+        dist.barrier()
+    return {"whole": whole.importance.to_dict(), "continued": short.importance.to_dict()}
 
 
 def of_transformers():
@@ -137,7 +169,8 @@ dist.destroy_process_group()
 def launch(ranks: int, *arguments: object) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc_per_node", str(ranks), *(str(a) for a in arguments)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
     )
@@ -251,6 +284,13 @@ def test_replicas_without_windows_and_agreement(found, mp, replicas):
         assert sum(result["few"]["windows"]) == 1
         assert result["any"] == [True, False]
         assert result["sampled"] == of_ranks(found, 1, 2)[0]["sampled"]
+
+
+def test_replicas_interrupted_and_continued_give_the_same_bit_for_bit(found):
+    for result in of_ranks(found, 1, 2):
+        sums = result["resumed"]
+        assert sum(sums["whole"]["windows"]) == 120
+        assert sums["continued"] == sums["whole"]
 
 
 def test_models_of_transformers_are_scored_data_parallel(found):

@@ -9,6 +9,7 @@ import torch
 from conftest import make_transformer, random_windows, zero_layer
 from families import FAMILIES, make
 
+from llama.model import TransformerBlock
 from short_gpt.evaluation.perplexity import perplexity
 from short_gpt.models.decoder import Decoder
 from short_gpt.models.hf import HFDecoder
@@ -136,7 +137,43 @@ def test_an_interrupted_search_continues_bit_for_bit(tmp_path, monkeypatch, stop
     monkeypatch.setattr(Stack, "nats", plain)
     state = StateFile(tmp_path / "s", {"seed": 1})
     again = sleb(model(), windows, 3, max_memory=5000, state=state)
-    assert (again.removed, again.losses) == (whole.removed, whole.losses)
+    assert again == whole
+
+
+@pytest.mark.parametrize("max_memory", [1, 12000, 2**31])
+@pytest.mark.parametrize("stop_at", [3, 12, 40])
+def test_evaluations_are_the_layers_run_and_those_of_no_layer_twice(
+    tmp_path, monkeypatch, max_memory, stop_at
+):
+    """Counted by hooks on the layers that the model really runs."""
+    windows, ran, left = random_windows(4, 16), [], [math.inf]
+    plain_nats, plain_forward = Stack.nats, TransformerBlock.forward
+    first = sleb(model(), windows, 1, max_memory=1)  # so that a model is run once before
+
+    def fails(*args):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return plain_nats(*args)
+
+    def counted(self, x, *args, **kwargs):
+        ran.append(len(x))
+        return plain_forward(self, x, *args, **kwargs)
+
+    monkeypatch.setattr(Stack, "nats", fails)
+    monkeypatch.setattr(TransformerBlock, "forward", counted)
+    decoder = model()
+    Stack(decoder)  # looks at what a layer gives
+    looked, ran[:] = sum(ran), []
+    whole = sleb(decoder, windows, 3, max_memory=max_memory)
+    assert whole.evaluations == sum(ran) - looked
+    assert whole.losses[0] == first.losses[0]
+    left[0] = stop_at
+    with pytest.raises(KeyboardInterrupt):
+        sleb(decoder, windows, 3, max_memory=max_memory, state=StateFile(tmp_path / "s", {}))
+    left[0] = math.inf
+    state = StateFile(tmp_path / "s", {})
+    assert sleb(decoder, windows, 3, max_memory=max_memory, state=state) == whole
 
 
 def test_a_loss_that_is_not_finite_is_an_error():
