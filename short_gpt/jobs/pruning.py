@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from llama.io.files import check_new, check_writable
+from llama.io.files import check_new
+from llama.io.outputs import check_output, new_file
 from llama.io.sources import is_meta
 from llama.parallel import several_ranks
-from short_gpt.checkpoints.mergekit import mergekit_recipe, recipe_dtype
+from short_gpt.checkpoints.mergekit import is_recipe, mergekit_recipe, recipe_dtype
 from short_gpt.checkpoints.provenance import PROVENANCE
 from short_gpt.checkpoints.prune import prune_checkpoint, refuse_gguf
 from short_gpt.jobs.choice import (
@@ -23,7 +24,7 @@ from short_gpt.jobs.inputs import Opening
 from short_gpt.jobs.saving import interruptible
 from short_gpt.opening import same_model
 from short_gpt.runtime.progress import bar
-from short_gpt.runtime.results import read_record, refuse_existing
+from short_gpt.runtime.results import read_record
 
 
 @dataclass(frozen=True)
@@ -195,8 +196,8 @@ def _recipe(model: str, out: str, written: Written, dtype: str) -> Path | None:
         return None
     path = Path(written.recipe)
     keep = read_record(f"{out}/{PROVENANCE}")["kept_layers"]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(mergekit_recipe(model, keep, dtype), encoding="utf-8")
+    with new_file(path, overwrite=written.overwrite, ours=is_recipe) as partial:
+        partial.write_text(mergekit_recipe(model, keep, dtype), encoding="utf-8")
     return path
 
 
@@ -205,6 +206,5 @@ def _recipe_dtype(source: str, written: Written) -> str:
     if written.recipe is None:
         return ""
     dtype = recipe_dtype(source)
-    refuse_existing(Path(written.recipe), overwrite=written.overwrite)
-    check_writable(Path(written.recipe))
+    check_output(Path(written.recipe), overwrite=written.overwrite, ours=is_recipe)
     return dtype
