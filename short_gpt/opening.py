@@ -181,9 +181,20 @@ def layers_of(source: str) -> int | None:
 
 
 def same_model(
-    source: str, pruned: str, drop: list[int], *, tokenizer_path: str | None = None
+    source: str,
+    pruned: str,
+    drop: list[int],
+    *,
+    tokenizer_path: str | None = None,
+    name: str | None = None,
 ) -> str:
     """Proves that a pruned checkpoint is the source without some layers; one is loaded at a time.
+
+    Args:
+        source, pruned: the two checkpoints.
+        drop: the layers that the second lacks.
+        tokenizer_path: tokenizer of a source in Meta's format; None looks beside it.
+        name: of the pruned one in what is raised; None is its path.
 
     Returns:
         A sentence that says what was compared.
@@ -196,7 +207,7 @@ def same_model(
     expected = _aligned(whole)
     del whole
     rounding = ROUNDING if is_meta(source) != is_meta(pruned) else 0.0
-    names = (f"{source} without {drop}", pruned)
+    names = (f"{source} without {drop}", name or pruned)
     result = _aligned(open_model(pruned, device="cpu"))
     exact = check_same(expected, result, rounding=rounding, names=names)
     return (

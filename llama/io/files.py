@@ -8,13 +8,12 @@ replaced: a file that somebody put beside them keeps the directory as it is.
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from llama.io.json_files import JsonObject, read_json, write_json
+from llama.io.swap import ASIDE, NEW, put_in_place, tidy, work_folder
 
 FILES = "files"  # the marker's key of the list
 
@@ -24,17 +23,26 @@ def check_new(
 ) -> None:
     """Raises FileExistsError or PermissionError where `new_directory` could not go.
 
+    What a killed writer of the same directory has left is put back, or removed.
+
     Args:
         path, marker, overwrite: as for `new_directory`.
         source: what the new content is made from; it must not lie in the directory replaced.
     """
+    tidy(path.resolve())
+    _check_free(path, marker, overwrite=overwrite)
+    within = [] if source is None else [source.resolve(), *source.resolve().parents]
+    if path.exists() and path.resolve() in within:
+        raise FileExistsError(f"{path} holds the source {source}; choose another directory")
+    check_writable(path)
+
+
+def _check_free(path: Path, marker: str | None, *, overwrite: bool) -> None:
+    """Raises FileExistsError unless there is nothing, or what may be replaced."""
     if path.exists() and not (overwrite and marker):
         raise FileExistsError(f"{path} exists; choose another directory or pass overwrite")
     if path.exists():
         _check_replaceable(path, str(marker))
-        if source is not None and path.resolve() in (source.resolve(), *source.resolve().parents):
-            raise FileExistsError(f"{path} holds the source {source}; choose another directory")
-    check_writable(path)
 
 
 def _check_replaceable(path: Path, marker: str) -> None:
@@ -84,8 +92,10 @@ def new_directory(
 ) -> Iterator[Path]:
     """A directory that appears whole or not at all.
 
-    Gives a sibling to write into; it takes its place when the block ends well and is deleted
-    when it does not.
+    Gives a folder to write into; it takes its place when the block ends well and is deleted
+    when it does not. What is to prove the content belongs into the block: until it ends, an
+    earlier directory stays as it is. A process killed at any moment leaves the earlier directory
+    or the new one, and the next writer of ``path`` removes what else it left.
 
     Args:
         path: the new directory.
@@ -103,19 +113,14 @@ def new_directory(
     path = path.resolve()
     check_new(path, marker=marker, overwrite=overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # beside the target, not in the system's folder: a rename works only inside one file system
-    work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    partial = work / "new"
-    partial.mkdir()
-    try:
+    with work_folder(path) as work:
+        partial = work / NEW
+        partial.mkdir()
         yield partial
         if marker is not None:
             _list_contents(partial, marker)
-        # somebody else may have made it meanwhile
-        check_new(path, marker=marker, overwrite=overwrite)
-        _swap(partial, path, work / "old")
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        _check_free(path, marker, overwrite=overwrite)  # somebody may have made it meanwhile
+        put_in_place(partial, path, work / ASIDE)
 
 
 def _list_contents(directory: Path, marker: str) -> None:
@@ -127,16 +132,3 @@ def _list_contents(directory: Path, marker: str) -> None:
 def read_marker(path: Path) -> JsonObject:
     """A marker's content without the list of files, which holds for its own directory alone."""
     return {key: value for key, value in read_json(path).items() if key != FILES}
-
-
-def _swap(partial: Path, path: Path, old: Path) -> None:
-    """Puts ``partial`` in the place of ``path``, which stays as it was if that fails."""
-    if not path.exists():
-        partial.rename(path)
-        return
-    path.rename(old)
-    try:
-        partial.rename(path)
-    except BaseException:
-        old.rename(path)
-        raise

@@ -36,6 +36,7 @@ def prune_hf(
     provenance: Provenance | None = None,
     overwrite: bool = False,
     progress: Callable[[str], object] = str,
+    verify: Callable[[Path], object] | None = None,
 ) -> Path:
     """Writes a safetensors directory without some layers; no weight is ever loaded.
 
@@ -51,6 +52,8 @@ def prune_hf(
             written as ``pruning.json`` and on the card.
         overwrite: whether an existing pruned checkpoint is replaced; nothing else ever is.
         progress: called with every tensor's new name before it is written.
+        verify: called with the finished directory before it takes its place; what it raises
+            leaves an earlier one there.
 
     Returns:
         ``out_dir``.
@@ -78,6 +81,8 @@ def prune_hf(
         _write_kept(partial, weights, old_name, progress)
         _copy_others(directory, partial)
         write_provenance(partial, record, card=True)
+        if verify is not None:
+            verify(partial)
     return out
 
 

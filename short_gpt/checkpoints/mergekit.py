@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from os import PathLike
+from pathlib import Path
 
 from llama.io.hub import resolve
 from llama.io.sources import is_meta
@@ -66,3 +67,9 @@ def recipe_dtype(source: str | PathLike[str]) -> str:
     config = read_record(resolve(source) / "config.json")
     config = {**config, **(config.get("text_config") or {})}
     return str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
+
+
+def is_recipe(path: Path) -> bool:
+    """Whether a file is a recipe that `mergekit_recipe` made."""
+    content = path.read_bytes()
+    return content.startswith(b"slices:") and b"\nmerge_method: passthrough\n" in content

@@ -34,6 +34,7 @@ def prune_meta(
     provenance: Provenance | None = None,
     overwrite: bool = False,
     progress: Callable[[str], object] = str,
+    verify: Callable[[Path], object] | None = None,
 ) -> Path:
     """Writes the checkpoint without some layers, tensor by tensor, with the same sharding.
 
@@ -48,6 +49,8 @@ def prune_meta(
         provenance: what is known beside what is removed; goes into ``pruning.json`` with that.
         overwrite: whether an existing pruned checkpoint is replaced; nothing else ever is.
         progress: called with every tensor's name before it is written.
+        verify: called with the finished directory before it takes its place; what it raises
+            leaves an earlier one there.
 
     Returns:
         ``out_dir``.
@@ -68,6 +71,8 @@ def prune_meta(
     with new_directory(out, marker=PROVENANCE, overwrite=overwrite) as partial:
         _write_shards(source, partial, keep, progress)
         write_beside(source, partial, n_layers=len(keep), tokenizer=tokenizer, record=record)
+        if verify is not None:
+            verify(partial)
     return out
 
 

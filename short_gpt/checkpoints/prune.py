@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 from collections.abc import Callable, Sequence
 from os import PathLike
@@ -31,6 +32,7 @@ def prune_checkpoint(
     provenance: Provenance | None = None,
     overwrite: bool = False,
     progress: Callable[[str], object] = str,
+    verify: Callable[[Path], object] | None = None,
 ) -> Path:
     """Writes a checkpoint without some layers, tensor by tensor.
 
@@ -43,7 +45,7 @@ def prune_checkpoint(
         layers: numbers of the layers to leave out.
         to: the format to write, "meta" or "hf"; None keeps the source's.
         tokenizer_path: tokenizer of a Meta checkpoint; None looks beside it.
-        provenance, overwrite, progress: as for `short_gpt.checkpoints.hf.prune_hf`.
+        provenance, overwrite, progress, verify: as for `short_gpt.checkpoints.hf.prune_hf`.
 
     Returns:
         ``out_dir``.
@@ -63,7 +65,7 @@ def prune_checkpoint(
     meta = is_meta(str(source))
     cut = _Cut(source, list(layers), provenance, tokenizer_path if meta else None, progress)
     if to is None or (to == "meta") == meta:
-        return cut.write(out_dir, meta=meta, overwrite=overwrite)
+        return cut.write(out_dir, meta=meta, overwrite=overwrite, verify=verify)
 
     out = Path(str(out_dir))
     check_new(out, marker=PROVENANCE, overwrite=overwrite, source=Path(str(source)))
@@ -79,6 +81,8 @@ def prune_checkpoint(
         write_provenance(partial, Provenance.read(pruned / PROVENANCE), card=to == "hf")
         record = read_marker(partial / CONVERSION)
         write_json(partial / CONVERSION, {**record, "source": str(source)})
+        if verify is not None:
+            verify(partial)
     return out
 
 
@@ -96,24 +100,25 @@ class _Cut:
         self.source, self.layers, self.provenance = source, layers, provenance
         self.tokenizer_path, self.progress = tokenizer_path, progress
 
-    def write(self, out_dir: str | PathLike[str], *, meta: bool, overwrite: bool = False) -> Path:
-        if not meta:
-            return prune_hf(
-                self.source,
-                out_dir,
-                self.layers,
-                provenance=self.provenance,
-                overwrite=overwrite,
-                progress=self.progress,
-            )
-        return prune_meta(
+    def write(
+        self,
+        out_dir: str | PathLike[str],
+        *,
+        meta: bool,
+        overwrite: bool = False,
+        verify: Callable[[Path], object] | None = None,
+    ) -> Path:
+        write: Callable[..., Path] = prune_hf
+        if meta:
+            write = functools.partial(prune_meta, tokenizer_path=self.tokenizer_path)
+        return write(
             self.source,
             out_dir,
             self.layers,
-            tokenizer_path=self.tokenizer_path,
             provenance=self.provenance,
             overwrite=overwrite,
             progress=self.progress,
+            verify=verify,
         )
 
 

@@ -30,7 +30,7 @@ def compare(
         model: Meta checkpoint directory, Hugging Face directory or hub id, or GGUF file.
     """
     arguments = arguments_of(locals())
-    output.check()
+    output.check(arguments)
     result = jobs.compare_checkpoint(
         model,
         texts,

@@ -25,7 +25,7 @@ def evaluate(
         pruned: another, to stand beside it.
     """
     arguments = arguments_of(locals())
-    output.check()
+    output.check(arguments)
     models = [model] if pruned is None else [model, pruned]
     result = jobs.evaluate(models, reading, tasks=tasks, opening=opening)
     say(report.comparison(result))

@@ -7,6 +7,7 @@ which several commands share are written down once.
 from __future__ import annotations
 
 import inspect
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -273,7 +274,8 @@ def _as(flag: Flag, value: object) -> object:
     if str in flag.kinds:
         if value == "":
             raise ShortGPTError(f"--{flag.name} is empty")
-        return str(value)
+        # a shell expands no ~ behind an equals sign; a prompt alone is no name of anything
+        return str(value) if flag.name == "prompt" else os.path.expanduser(str(value))
     if float in flag.kinds and type(value) is int:
         return float(value)
     if type(value) not in flag.kinds:

@@ -34,7 +34,7 @@ def heal(
         method: patch, or lora.
     """
     arguments = arguments_of(locals())
-    output.check()
+    output.check(arguments)
     result = jobs.heal(
         model,
         out,

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 
-from short_gpt.report.figures import require_matplotlib
+from llama.io.outputs import check_output
+from short_gpt.report.figures import is_picture, require_matplotlib
 from short_gpt.report.pictures import QUALITY, SCORES
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import first_rank
-from short_gpt.runtime.results import refuse_existing, write_record
+from short_gpt.runtime.results import is_record, write_record
 
 
 @dataclass(frozen=True)
@@ -27,16 +29,33 @@ class Output:
     overwrite: bool = False
 
     @property
-    def targets(self) -> list[Path]:
-        """The files that the command will write."""
+    def records(self) -> list[Path]:
+        """The JSON file, if there is to be one."""
         return [] if self.json is None else [Path(self.json)]
 
-    def check(self) -> None:
-        """Raises what would keep a file from being written, before the work."""
+    @property
+    def pictures(self) -> list[Path]:
+        """The pictures that the command will draw."""
+        return []
+
+    @property
+    def targets(self) -> list[Path]:
+        """The files that the command will write."""
+        return [*self.records, *self.pictures]
+
+    def check(self, arguments: Mapping[str, object] | None = None) -> None:
+        """Raises what would keep a file from being written, before the work.
+
+        Args:
+            arguments: the command's; what they name is read and not written over.
+        """
+        for targets, ours in ((self.records, is_record), (self.pictures, is_picture)):
+            for target in targets:
+                check_output(target, overwrite=self.overwrite, ours=ours)
         for target in self.targets:
-            refuse_existing(target, overwrite=self.overwrite)
             if target.parent in self.targets:
                 raise ShortGPTError(f"{target} cannot be written into the file {target.parent}")
+            _check_no_input(target, arguments or {})
 
     def write(
         self, command: str, arguments: Mapping[str, object], content: Mapping[str, object]
@@ -69,18 +88,17 @@ class Pictures(Output):
         return Path(self.plots) if self.plots is not None and first_rank() else None
 
     @property
-    def targets(self) -> list[Path]:
-        names = [] if self.plots is None else [Path(self.plots) / name for name in self._names]
-        return [*super().targets, *names]
+    def pictures(self) -> list[Path]:
+        return [] if self.plots is None else [Path(self.plots) / name for name in self._names]
 
     @property
     def _names(self) -> Sequence[str]:
         return SCORES
 
-    def check(self) -> None:
+    def check(self, arguments: Mapping[str, object] | None = None) -> None:
         if self.plots is not None:
             require_matplotlib()
-        super().check()
+        super().check(arguments)
 
 
 @dataclass(frozen=True)
@@ -90,6 +108,16 @@ class QualityPicture(Pictures):
     @property
     def _names(self) -> Sequence[str]:
         return QUALITY
+
+
+def _check_no_input(target: Path, arguments: Mapping[str, object]) -> None:
+    """Raises ShortGPTError if an argument other than those of `Pictures` names the same file."""
+    for name, value in arguments.items():
+        named = isinstance(value, str) and name not in ("json", "plots")
+        if named and target.is_file() and os.path.realpath(str(value)) == str(target.resolve()):
+            raise ShortGPTError(
+                f"{target} is what --{name} reads, so it is not written over; choose another name"
+            )
 
 
 def arguments_of(values: Mapping[str, object]) -> dict[str, object]:

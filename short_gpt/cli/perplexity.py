@@ -26,7 +26,7 @@ def perplexity(
         model: Meta checkpoint directory, Hugging Face directory or hub id, or GGUF file.
     """
     arguments = arguments_of(locals())
-    output.check()
+    output.check(arguments)
     result = jobs.perplexity_of(
         model, texts, cut=cut, opening=opening, running=running, notify=tell
     )

@@ -31,7 +31,7 @@ def rank(
         model: Meta checkpoint directory, Hugging Face directory or hub id, or GGUF file.
     """
     arguments = arguments_of(locals())
-    output.check()
+    output.check(arguments)
     saving = saving.beside(output.json)
     result = jobs.rank(
         model,

@@ -47,7 +47,7 @@ def reproduce(
         model: Meta checkpoint directory of Llama-2-7B or Llama-2-13B.
     """
     arguments = arguments_of(locals())
-    output.check()
+    output.check(arguments)
     result = jobs.reproduce(
         model,
         data=given.data,

@@ -153,14 +153,14 @@ def _save(
         short.save(partial / "pruned", facts=facts)
         found.written.extend(out / p.name for p in (partial / MARKER, *pictures))
         found.written.append(out / "pruned")
-    _check_same(short, out / "pruned")
+        _check_same(short, partial / "pruned", str(out / "pruned"))
 
 
-def _check_same(short: ShortModel, directory: Path) -> None:
+def _check_same(short: ShortModel, directory: Path, name: str) -> None:
     """Loads a pruned checkpoint; raises RuntimeError unless it is the model in memory."""
     first = next(iter(short.decoder.layers.parameters()))
     device, dtype = str(first.device), str(first.dtype).removeprefix("torch.")
     again = open_model(str(directory), max_seq_len=1024, device=device, dtype=dtype)
     ids = short.encode("In the beginning")
-    names = ("the model in memory", f"{directory}, loaded again,")
+    names = ("the model in memory", f"{name}, loaded again,")
     check_same(fingerprint(short, ids=ids), fingerprint(again, ids=ids), names=names)

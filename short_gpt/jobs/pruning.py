@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from llama.io.files import check_new, check_writable
+from llama.io.files import check_new
+from llama.io.outputs import check_output, new_file
 from llama.io.sources import is_meta
 from llama.parallel import several_ranks
-from short_gpt.checkpoints.mergekit import mergekit_recipe, recipe_dtype
+from short_gpt.checkpoints.mergekit import is_recipe, mergekit_recipe, recipe_dtype
 from short_gpt.checkpoints.provenance import PROVENANCE
 from short_gpt.checkpoints.prune import prune_checkpoint, refuse_gguf
 from short_gpt.jobs.choice import (
@@ -21,9 +21,10 @@ from short_gpt.jobs.choice import (
     chosen_within,
 )
 from short_gpt.jobs.inputs import Opening
+from short_gpt.jobs.saving import interruptible
 from short_gpt.opening import same_model
 from short_gpt.runtime.progress import bar
-from short_gpt.runtime.results import read_record, refuse_existing
+from short_gpt.runtime.results import read_record
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,8 @@ def prune(
     Raises:
         FileExistsError: ``out`` exists.
         ShortGPTError: the choice, the format or the source.
-        RuntimeError: the result is not the source without the layers; it is deleted.
+        RuntimeError: the result is not the source without the layers. It is deleted, and an
+            earlier checkpoint at ``out`` stays.
 
     Example:
         >>> prune("llama-2-7b", "llama-2-5b", layers=[21, 22, 25]).layers  # doctest: +SKIP
@@ -135,12 +137,14 @@ def prune_by(
     else:
         found = chosen_within(model, choice, limit, opening=opening)
     dtype = _recipe_dtype(model, written)
-    _write(model, out, found, written, opening)
-    proof = _proof(model, out, found.layers, opening, written.verify)
+    with interruptible():
+        proof = _write(model, out, found, written, opening)
     return Pruned(Path(out), found, _recipe(model, out, written, dtype), proof)
 
 
-def _write(model: str, out: str, found: Chosen, written: Written, opening: Opening) -> None:
+def _write(model: str, out: str, found: Chosen, written: Written, opening: Opening) -> str | None:
+    """Writes the checkpoint and proves it before it is there; says what was proved, if anything."""
+    proof = _Proof(model, out, found.layers, opening, written.verify)
     with bar("writing", total=None, unit="tensor") as shown:
         prune_checkpoint(
             model,
@@ -151,23 +155,39 @@ def _write(model: str, out: str, found: Chosen, written: Written, opening: Openi
             provenance=found.record,
             overwrite=written.overwrite,
             progress=lambda _: shown.update(),
+            verify=proof,
         )
+    return proof.said
 
 
-def _proof(
-    source: str, out: str, drop: list[int], opening: Opening, verify: bool | None
-) -> str | None:
-    """What `same_model` says, if it is to be asked; a result that fails is deleted."""
-    meta = is_meta(source)
-    if not (verify or (verify is None and not (meta and is_meta(out)))):
-        return None
-    if several_ranks():
-        return "not verified: that loads the model on one rank; run it without torchrun"
-    try:
-        return same_model(source, out, drop, tokenizer_path=opening.tokenizer_path)
-    except BaseException:  # also what kept it from being proved: no memory, an interruption
-        shutil.rmtree(out)
-        raise
+@dataclass
+class _Proof:
+    """Compares a finished directory with its source, if that is to be.
+
+    Attributes:
+        source, out, drop, opening, wanted: the model, what the directory will be called, the
+            layers gone, how to open it, and `Written.verify`.
+        said: what was proved, in a sentence; None if nothing was.
+    """
+
+    source: str
+    out: str
+    drop: list[int]
+    opening: Opening
+    wanted: bool | None
+    said: str | None = None
+
+    def __call__(self, directory: Path) -> None:
+        only_meta = is_meta(self.source) and is_meta(str(directory))
+        if not (self.wanted or (self.wanted is None and not only_meta)):
+            return
+        if several_ranks():
+            self.said = "not verified: that loads the model on one rank; run it without torchrun"
+            return
+        tokenizer = self.opening.tokenizer_path
+        self.said = same_model(
+            self.source, str(directory), self.drop, tokenizer_path=tokenizer, name=self.out
+        )
 
 
 def _recipe(model: str, out: str, written: Written, dtype: str) -> Path | None:
@@ -176,8 +196,8 @@ def _recipe(model: str, out: str, written: Written, dtype: str) -> Path | None:
         return None
     path = Path(written.recipe)
     keep = read_record(f"{out}/{PROVENANCE}")["kept_layers"]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(mergekit_recipe(model, keep, dtype), encoding="utf-8")
+    with new_file(path, overwrite=written.overwrite, ours=is_recipe) as partial:
+        partial.write_text(mergekit_recipe(model, keep, dtype), encoding="utf-8")
     return path
 
 
@@ -186,6 +206,5 @@ def _recipe_dtype(source: str, written: Written) -> str:
     if written.recipe is None:
         return ""
     dtype = recipe_dtype(source)
-    refuse_existing(Path(written.recipe), overwrite=written.overwrite)
-    check_writable(Path(written.recipe))
+    check_output(Path(written.recipe), overwrite=written.overwrite, ours=is_recipe)
     return dtype

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from llama.io.files import check_writable
+from llama.io.outputs import is_stream
 from short_gpt.runtime.state import StateFile
 
 S = TypeVar("S", bound="Saving")
@@ -27,8 +28,11 @@ class Saving:
     state: str | None = None
 
     def beside(self: S, result: str | None) -> S:
-        """The same, with a name made from the result's file where none is given."""
-        named = self.state is not None or result is None
+        """The same, with a name made from the result's file where none is given.
+
+        A pipe or a device has no place beside it: a run that writes there has a state only by name.
+        """
+        named = self.state is not None or result is None or is_stream(Path(result))
         return self if named else replace(self, state=f"{result}.state")
 
     def file(self, identity: Mapping[str, object], *, every: float = 120.0) -> StateFile | None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from llama.io.outputs import new_file
 from short_gpt.runtime.errors import MissingPackageError
 
 if TYPE_CHECKING:
@@ -23,14 +24,20 @@ KEPT, REMOVED = "#56B4E9", "#D55E00"
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Writes a picture as PNG, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}")
-    try:
+    """Writes a picture as PNG, whole or not at all; an earlier one is replaced.
+
+    Raises:
+        FileExistsError: something else than a picture of matplotlib has that name.
+    """
+    with new_file(path, overwrite=True, ours=is_picture) as partial:
         figure.savefig(partial, format="png", dpi=150)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+
+
+def is_picture(path: Path) -> bool:
+    """Whether a file is a PNG that matplotlib wrote."""
+    with path.open("rb") as file:
+        start = file.read(256)
+    return start.startswith(b"\x89PNG") and b"Matplotlib" in start
 
 
 def shape(x: Tensor) -> tuple[int, ...]:

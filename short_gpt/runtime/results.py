@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 
-from llama.io.files import check_writable
 from llama.io.json_files import JsonObject, read_json, write_json
+from llama.io.outputs import new_file
+from short_gpt.runtime.errors import ShortGPTError
 
 PACKAGES = ("short-gpt", "torch", "fairscale", "datasets", "transformers", "numpy")
 
@@ -65,18 +66,21 @@ def write_record(
     """Writes ``content``, `versions` and `machine` as a JSON file, whole or not at all.
 
     Raises:
-        FileExistsError: the file exists and ``overwrite`` is not set.
+        FileExistsError: the file exists and ``overwrite`` is not set, or it is no such record.
     """
     target = Path(str(path))
-    refuse_existing(target, overwrite=overwrite)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
-    try:
+    with new_file(target, overwrite=overwrite, ours=is_record) as partial:
         write_json(partial, {**content, "versions": versions(), "machine": machine()})
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
     return target
+
+
+def is_record(path: Path) -> bool:
+    """Whether a file is one that `write_record` wrote for a run, in this version or before."""
+    try:
+        content = read_json(path)
+    except (OSError, ShortGPTError):
+        return False
+    return "versions" in content and not content.keys().isdisjoint(("machine", "command", "run"))
 
 
 def read_record(path: str | os.PathLike[str]) -> JsonObject:
@@ -89,12 +93,3 @@ def read_record(path: str | os.PathLike[str]) -> JsonObject:
     if not source.is_file():
         raise FileNotFoundError(f"{source} does not exist")
     return read_json(source)
-
-
-def refuse_existing(path: Path, *, overwrite: bool) -> None:
-    """Raises FileExistsError or PermissionError; for a check before long work."""
-    if path.is_dir():
-        raise FileExistsError(f"{path} is a directory; choose another name")
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} exists; choose another name or pass --overwrite")
-    check_writable(path)

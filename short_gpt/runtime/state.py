@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 
 from llama.io.json_files import JsonObject
+from llama.io.swap import tidy
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.results import read_record, write_record
 
@@ -76,6 +76,5 @@ class StateFile:
 
     def clear(self) -> None:
         """Deletes the file, once the result is safe, and what a killed save may have left."""
-        for path in (self.path, *self.path.parent.glob(f".{self.path.name}.partial-*")):
-            with suppress(FileNotFoundError):
-                path.unlink()
+        tidy(self.path.resolve())
+        self.path.unlink(missing_ok=True)

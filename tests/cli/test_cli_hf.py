@@ -172,6 +172,32 @@ def test_what_fails_the_proof_is_not_left_behind(here, capsys, monkeypatch, kind
     assert "written" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("kind", [RuntimeError, MemoryError, KeyboardInterrupt])
+@pytest.mark.parametrize("how", [("hf",), ("hf", "--to", "meta"), ("meta", "--verify", "yes")])
+def test_what_fails_the_proof_leaves_the_earlier_checkpoint(here, capsys, monkeypatch, kind, how):
+    source, *flags = how
+    arguments = ("prune", source, "kept", *flags)
+    run(*arguments, "--layers", 3)
+    before = {p: p.read_bytes() for p in Path("kept").iterdir()}
+    looked = []
+
+    def differ(_, pruned, drop, **__):
+        looked.append(sorted(p.name for p in Path(pruned).iterdir()))
+        assert {p: p.read_bytes() for p in Path("kept").iterdir()} == before
+        raise kind("logits differ")
+
+    monkeypatch.setattr("short_gpt.jobs.pruning.same_model", differ)
+    with pytest.raises((kind, SystemExit)):
+        run(*arguments, *CUT, "--overwrite")
+    assert looked == [sorted(p.name for p in before)]  # all files, before the swap
+    assert {p: p.read_bytes() for p in Path("kept").iterdir()} == before
+    assert not [p.name for p in here.iterdir() if p.name.startswith(".")]
+    monkeypatch.undo()
+    monkeypatch.chdir(here)
+    run(*arguments, *CUT, "--overwrite")
+    assert record("kept/pruning.json")["removed_layers"] != [3]
+
+
 @pytest.mark.parametrize("source", ["hf", "model.gguf"])
 def test_generate(here, capsys, source):
     run("generate", source, "It was", "--temperature", 0, "--max_gen_len", 5)

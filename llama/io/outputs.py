@@ -1,0 +1,85 @@
+"""Single files that a run writes: whole or not at all, and never in the place of somebody's.
+
+Pipes and character devices are written to, as they are; what else is no regular file is refused.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from llama.io.files import check_writable
+from llama.io.swap import NEW, tidy, work_folder
+
+# Names of open files, which may be regular ones: whoever opened them wants the bytes there.
+OPEN_FILES = ("/dev/stdout", "/dev/stderr", "/dev/fd/", "/proc/")
+Ours = Callable[[Path], bool]
+
+
+def check_output(path: Path, *, overwrite: bool, ours: Ours) -> None:
+    """Raises FileExistsError or PermissionError where `new_file` could not write.
+
+    Args:
+        path, overwrite, ours: as there.
+    """
+    if is_stream(path):
+        return
+    tidy(path.resolve())
+    if path.is_dir():
+        raise FileExistsError(f"{path} is a directory; choose another name")
+    if path.exists() and not path.is_file():
+        raise FileExistsError(f"{path} is neither a file nor a pipe; choose another name")
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path} exists; choose another name or pass --overwrite")
+    if path.exists() and path.stat().st_size and not ours(path):
+        raise FileExistsError(
+            f"{path} exists and is not what this would write there, so it is not overwritten; "
+            "choose another name"
+        )
+    check_writable(path.resolve())
+
+
+@contextmanager
+def new_file(path: Path, *, overwrite: bool, ours: Ours) -> Iterator[Path]:
+    """A file that appears whole or not at all.
+
+    Gives a path to write to; the file takes its place when the block ends well. Into a pipe or a
+    character device the whole content goes then.
+
+    Args:
+        path: the file; a link is followed.
+        overwrite: whether an existing file is replaced.
+        ours: whether an existing file is such a one as this writes; no other is replaced, but an
+            empty one.
+
+    Raises:
+        FileExistsError: ``path`` exists and is not to be replaced.
+    """
+    check_output(path, overwrite=overwrite, ours=ours)
+    if is_stream(path):
+        with tempfile.TemporaryDirectory() as folder:
+            content = Path(folder) / NEW
+            yield content
+            _send(content, path)
+        return
+    target = path.resolve()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with work_folder(target) as work:
+        yield work / NEW
+        os.replace(work / NEW, target)
+
+
+def is_stream(path: Path) -> bool:
+    """Whether a path is written to and not replaced: a pipe, a terminal, another open file."""
+    named = os.path.abspath(path).startswith(OPEN_FILES)
+    return path.is_fifo() or path.is_char_device() or (named and path.exists())
+
+
+def _send(content: Path, stream: Path) -> None:
+    handle = os.open(stream, os.O_WRONLY | os.O_APPEND)
+    with content.open("rb") as source, os.fdopen(handle, "wb") as sink:
+        shutil.copyfileobj(source, sink)

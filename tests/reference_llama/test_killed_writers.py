@@ -1,0 +1,92 @@
+"""Directories whose writer is killed: the earlier one or the new one, whole, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llama.io import swap
+from llama.io.files import check_new, new_directory
+from llama.io.json_files import read_json, write_json
+
+ATTACK = Path(__file__).with_name("killed_writers.py")
+
+
+@pytest.mark.parametrize("how", ["calls", "renames", "random"])
+def test_a_writer_killed_at_any_moment_leaves_the_earlier_directory_or_the_new(tmp_path, how):
+    attack = [sys.executable, str(ATTACK), str(tmp_path / "out"), how]
+    done = subprocess.run(attack, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    seen = json.loads(done.stdout)
+    assert seen["kills"] >= 30 and seen["earlier"] + seen["new"] == seen["kills"]
+    # the attack hit both sides of the swap, and where it takes two renames also between them
+    assert min(seen["earlier"], seen["new"], seen["folders left"]) > 3
+    assert seen["set aside"] == (how == "renames")
+
+
+def test_a_living_writers_folder_stays(tmp_path):
+    out, other = tmp_path / "out", tmp_path / ".out.writing-mine"
+    other.mkdir()  # not the name of a writer's folder
+    with new_directory(out, marker="mark.json", overwrite=True) as first:
+        write_json(first / "mark.json", {"by": 1})
+        with new_directory(out, marker="mark.json", overwrite=True) as second:
+            write_json(second / "mark.json", {"by": 2})
+        assert read_json(first / "mark.json") == {"by": 1}
+        assert read_json(out / "mark.json")["by"] == 2
+    assert read_json(out / "mark.json")["by"] == 1
+    assert sorted(tmp_path.iterdir()) == [other, out]
+
+
+def test_the_folder_of_a_longer_name_is_another_targets(tmp_path):
+    with new_directory(tmp_path / "a.b") as partial:
+        (partial / "file").write_text("whole")
+        check_new(tmp_path / "a")
+    left = tmp_path / ".a.b.writing-01234567"
+    left.mkdir()
+    check_new(tmp_path / "a")
+    assert left.exists()
+    swap.tidy(tmp_path / "a.b")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.b"]
+
+
+def test_a_folder_taken_before_it_was_locked_is_made_anew(tmp_path, monkeypatch):
+    plain, taken = swap._locked, []
+
+    def locked(work):
+        if not taken:
+            taken.append(work)
+            swap.tidy(tmp_path / "out")  # of another writer, in this very moment
+        return plain(work)
+
+    monkeypatch.setattr(swap, "_locked", locked)
+    with new_directory(tmp_path / "out") as partial:
+        assert partial.parent != taken[0] and not taken[0].exists()
+        (partial / "file").write_text("whole")
+    assert (tmp_path / "out" / "file").read_text() == "whole"
+
+
+def test_without_locks_nothing_is_taken_from_anybody(tmp_path, monkeypatch):
+    left = tmp_path / ".out.writing-01234567"
+    left.mkdir()
+
+    def refuse(*_):
+        raise OSError("no locks on this file system")
+
+    monkeypatch.setattr(swap, "_locked", refuse)
+    with new_directory(tmp_path / "out") as partial:
+        (partial / "file").write_text("whole")
+    assert sorted(tmp_path.iterdir()) == [left, tmp_path / "out"]
+
+
+def test_names_are_exchanged_in_one_step_or_not_at_all(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "in_a").touch()
+    (tmp_path / "b").mkdir()
+    assert not swap.exchange(tmp_path / "a", tmp_path / "missing")
+    if swap.exchange(tmp_path / "a", tmp_path / "b"):
+        assert os.listdir(tmp_path / "b") == ["in_a"] and not os.listdir(tmp_path / "a")
