@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -118,9 +118,13 @@ class HealingJob:
             left = len(self.short.present)
             raw = f"pruned, {left} layers" if self.layers else f"before, {count} layers"
             parts[raw] = self._measure()
-            how = self._heal(patch)
+            how, undo = self._heal(patch)
         if self.layers:
-            self.short.remove_layers(self.layers)
+            try:
+                self.short.remove_layers(self.layers)
+            except BaseException:
+                undo()
+                raise
         parts["healed"] = self._measure()
         quality = {name: together(windows) for name, windows in parts.items()}
         self.evidence = HealingEvidence(how, quality, difference(parts[raw], parts["healed"]))
@@ -162,13 +166,15 @@ class HealingJob:
             progress=self.progress,
         )
 
-    def _heal(self, patch: linear_patch.Patch | None) -> dict[str, object]:
-        """Heals the model as cut; returns how."""
+    def _heal(
+        self, patch: linear_patch.Patch | None
+    ) -> tuple[dict[str, object], Callable[[], object]]:
+        """Heals the model as cut; returns how, and what takes a patch out again."""
         if patch is not None:
-            linear_patch.fold(self.short, patch)
-            return patch.to_dict()
+            undo = linear_patch.fold(self.short, patch)
+            return patch.to_dict(), undo
         assert isinstance(self.settings, LoraSettings)
-        return lora.heal(
+        healed = lora.heal(
             self.short,
             self.windows.training,
             self.windows.validation,
@@ -177,7 +183,8 @@ class HealingJob:
             work_dir=self.settings.work_dir,
             resume=self.settings.resume,
             progress=self.progress,
-        ).to_dict()
+        )
+        return healed.to_dict(), dict  # what training has merged stays
 
     def _measure(self) -> list[Perplexity]:
         return losses(self.short.decoder, self.windows.evaluation, progress=self.progress)

@@ -30,7 +30,7 @@ from short_gpt.models.numbering import check_layers, span
 from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
 from short_gpt.runtime.progress import bar, set_rate
 from short_gpt.short_model import ShortModel
-from short_gpt.surgery.changes import WeightChange, parameters_of
+from short_gpt.surgery.changes import WeightChange, parameters_of, restored_on_error
 
 # On calibration text kept apart from the fit (SmolLM2-135M, 64 windows of 1024, 8 layers less),
 # 1e-5 and 1e-4 were best, 1e-3 was 3% and 1e-2 10% worse in perplexity for scattered layers, and
@@ -198,25 +198,15 @@ def fold(short: ShortModel, patch: Patch) -> Callable[[], None]:
     fronts = {front: short.decoder.layers[present.index(front)] for front in patch.maps}
     ends = [parameters_of(front, layer, [mlp_output(layer)]) for front, layer in fronts.items()]
     change = WeightChange(patch.to_dict(), frozenset().union(*ends))
-    before: list[tuple[Tensor, Tensor]] = []
-
-    @torch.no_grad()  # again: an undo comes after the call that this function's own covers
-    def restore() -> None:
-        for parameter, value in before:
-            parameter.copy_(value)
+    modules = {front: mlp_output(layer) for front, layer in fronts.items()}
 
     def undo() -> None:
         restore()
         short.forget_change(change)
 
-    try:
-        for front, layer in fronts.items():
-            module = mlp_output(layer)
-            before += [(p, p.detach().clone()) for p in module.parameters()]
+    with restored_on_error(p for m in modules.values() for p in m.parameters()) as restore:
+        for front, module in modules.items():
             put_map(module, patch.maps[front], front)
-    except BaseException:
-        restore()
-        raise
     short.note_change(change)
     return undo
 

@@ -22,7 +22,7 @@ from short_gpt.models.families import ANY, family_of
 from short_gpt.models.hf import find_layers
 from short_gpt.runtime.errors import MissingPackageError, ShortGPTError
 from short_gpt.short_model import ShortModel
-from short_gpt.surgery.changes import WeightChange, parameters_of
+from short_gpt.surgery.changes import WeightChange, parameters_of, restored_on_error
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -103,15 +103,14 @@ def heal(
     recipe = recipe or recipe_for(model.config)
     run = TrainingRun(training, validation, recipe, work_dir, resume=resume, show=progress)
     _check(run, evaluation)
-    targets = target_modules(model, recipe.modules)
+    targets = [model.get_submodule(name) for name in target_modules(model, recipe.modules)]
+    adapted = {id(module) for module in targets}
+    ends = [
+        parameters_of(number, layer, [m for m in layer.modules() if id(m) in adapted])
+        for number, layer in zip(short.present, short.decoder.layers, strict=True)
+    ]
     healed = (_heal_four_bit if recipe.four_bit else _heal)(model, run, short.decoder.device)
     if healed.kept_step:
-        adapted = {id(model.get_submodule(name)) for name in targets}
-        layers = zip(short.present, short.decoder.layers, strict=True)
-        ends = [
-            parameters_of(number, layer, [m for m in layer.modules() if id(m) in adapted])
-            for number, layer in layers
-        ]
         short.note_change(WeightChange(healed.to_dict(), frozenset().union(*ends)))
     return healed
 
@@ -132,11 +131,13 @@ def _heal(model: PreTrainedModel, run: TrainingRun, _: torch.device) -> Healed:
 
 def _merge(adapted: PeftModel, healed: Healed) -> None:
     """Merges what was learned, unless no evaluation was better than before."""
-    if healed.kept_step:
-        adapted.merge_and_unload()
-    else:
-        adapted.unload()
-    _clean(cast("PreTrainedModel", adapted.get_base_model()), healed.recipe)
+    base = [p for name, p in adapted.named_parameters() if ".base_layer." in name]
+    with restored_on_error(base if healed.kept_step else ()):  # which a merge changes one by one
+        if healed.kept_step:
+            adapted.merge_and_unload()
+        else:
+            adapted.unload()
+        _clean(cast("PreTrainedModel", adapted.get_base_model()), healed.recipe)
 
 
 def _train(adapted: PeftModel, run: TrainingRun) -> Healed:

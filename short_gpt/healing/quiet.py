@@ -1,4 +1,4 @@
-"""What training is surrounded by: no remarks to developers, and the same result every time."""
+"""What training is surrounded by: no remarks, the same result every time, the config as it was."""
 
 from __future__ import annotations
 
@@ -7,8 +7,12 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 @contextmanager
@@ -40,3 +44,15 @@ def deterministic() -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warn)
+
+
+@contextmanager
+def kept_config(adapted: PeftModel) -> Iterator[None]:
+    """The model's config as it was behind the block: the Trainer turns the cache off in it."""
+    config = vars(adapted.get_base_model().config)
+    before = dict(config)
+    try:
+        yield
+    finally:
+        config.clear()
+        config.update(before)

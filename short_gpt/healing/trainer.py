@@ -17,7 +17,7 @@ import torch
 from llama.io.json_files import write_json
 from short_gpt.data.windows import batches
 from short_gpt.evaluation.perplexity import Perplexity, perplexity
-from short_gpt.healing.quiet import deterministic, quiet
+from short_gpt.healing.quiet import deterministic, kept_config, quiet
 from short_gpt.healing.recipe import Recipe
 from short_gpt.models.hf import HFDecoder
 from short_gpt.runtime.digest import json_digest, weights_digest
@@ -81,6 +81,7 @@ def train(adapted: PeftModel, run: TrainingRun) -> tuple[TrainerState, float]:
         _folder(run.work_dir, run.identity(adapted), resume=run.resume) as folder,
         quiet(),
         deterministic(),
+        kept_config(adapted),
         bar("healing", total=recipe.steps, unit="step", show=run.show) as shown,
     ):
         before = _perplexity(adapted, run)

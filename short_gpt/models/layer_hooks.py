@@ -163,6 +163,7 @@ class States(ExitStack):
 
     def __init__(self, layers: nn.ModuleList, fronts: set[int], ends: set[int]) -> None:
         super().__init__()
+        mlps = {place: mlp_output(layers[place]) for place in fronts}  # raises before any hook
         self.behind: dict[int, Tensor] = {}
         self.mlp: dict[int, Tensor] = {}
         self.calls: dict[int, Call] = {}
@@ -189,7 +190,7 @@ class States(ExitStack):
             self._hook(layers[place].register_forward_hook(keep(place)))
         for place in fronts:
             self._hook(layers[place].register_forward_pre_hook(enter(place), with_kwargs=True))
-            self._hook(mlp_output(layers[place]).register_forward_hook(note(place)))
+            self._hook(mlps[place].register_forward_hook(note(place)))
 
     def _hook(self, handle: RemovableHandle) -> None:
         self.callback(handle.remove)

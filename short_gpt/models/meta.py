@@ -71,5 +71,9 @@ class MetaDecoder:
             for i, layer in enumerate(layers):
                 layer.layer_id = i  # type: ignore[assignment]
 
-        put(nn.ModuleList(before[i] for i in keep))
+        try:
+            put(nn.ModuleList(before[i] for i in keep))
+        except BaseException:
+            put(before)
+            raise
         return lambda: put(before)

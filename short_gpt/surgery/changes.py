@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 # The original number of a layer, and a parameter's name inside it: (11, "mlp.down_proj.weight").
 Parameter = tuple[int, str]
@@ -28,3 +30,27 @@ def parameters_of(number: int, layer: nn.Module, modules: Iterable[nn.Module]) -
     """The parameters of some modules inside a layer, by the layer's original number."""
     wanted = {id(p) for module in modules for p in module.parameters()}
     return {(number, name) for name, p in layer.named_parameters() if id(p) in wanted}
+
+
+@contextmanager
+def restored_on_error(parameters: Iterable[Tensor]) -> Iterator[Callable[[], None]]:
+    """Parameters that have their values again after any error inside a ``with`` block.
+
+    Args:
+        parameters: copied to the CPU.
+
+    Yields:
+        A function that puts the values back, inside the block or later.
+    """
+    before = [(parameter, parameter.detach().to("cpu", copy=True)) for parameter in parameters]
+
+    @torch.no_grad()
+    def restore() -> None:
+        for parameter, value in before:
+            parameter.copy_(value)
+
+    try:
+        yield restore
+    except BaseException:
+        restore()
+        raise

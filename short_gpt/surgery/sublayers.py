@@ -46,14 +46,17 @@ def remove_sublayers(
     ends = _ends(decoder, attention, mlp)
     _check_halves(decoder, {i for i, _, _ in ends})
     undo = _zero([module for _, _, module in ends])
-    left = _halves(decoder)
-    for i, half, _ in ends:
-        if not left[half, i].abs() < 1e-6:
-            undo()
-            raise ShortGPTError(
-                f"the {['attention', 'MLP'][half]} of layer {i} adds more than its "
-                "output projection gives; it cannot be taken out alone"
-            )
+    try:
+        left = _halves(decoder)
+        for i, half, _ in ends:
+            if not left[half, i].abs() < 1e-6:
+                raise ShortGPTError(
+                    f"the {['attention', 'MLP'][half]} of layer {i} adds more than its "
+                    "output projection gives; it cannot be taken out alone"
+                )
+    except BaseException:
+        undo()
+        raise
     return undo
 
 
@@ -101,9 +104,10 @@ def _check_halves(decoder: Decoder, layers: set[int]) -> None:
 def _zero(modules: Sequence[nn.Module]) -> Callable[[], None]:
     """Puts zeros in the place of all parameters; the old tensors stay as they are for the undo."""
     before = [dict(module.named_parameters(recurse=False)) for module in modules]
-    for module, parameters in zip(modules, before, strict=True):
-        for name, value in parameters.items():
-            setattr(module, name, nn.Parameter(torch.zeros_like(value), requires_grad=False))
+    zeros = [{n: torch.zeros_like(value) for n, value in each.items()} for each in before]
+    for module, parameters in zip(modules, zeros, strict=True):
+        for name, zero in parameters.items():
+            setattr(module, name, nn.Parameter(zero, requires_grad=False))
 
     def undo() -> None:
         for module, parameters in zip(modules, before, strict=True):

@@ -16,6 +16,7 @@ from conftest import (
     write_byte_tokenizer,
 )
 from families import make
+from peft.tuners.lora import Linear
 
 from short_gpt.healing import (
     HealingJob,
@@ -76,6 +77,7 @@ def test_lora_removes_heals_and_takes_its_checkpoints_away(tmp_path):
     assert short.kept == [0, 1, 3, 4, 5] and {number for number, _ in short.changed} == {
         *short.kept
     }
+    assert short.model.config.use_cache  # which training turns off
     assert evidence.how["kept_step"] and any((tmp_path / "training").glob("checkpoint-*"))
     again = ShortHFModel(str(job.save(tmp_path / "out")))
     assert torch.equal(again.decoder.logits(TOKENS), short.decoder.logits(TOKENS))
@@ -131,10 +133,36 @@ def test_a_removal_that_fails_takes_the_patch_back(monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(short, "remove_layers", fails)
+    for attempt in (
+        lambda: heal_patch(short, [2], WINDOWS.training, progress=False),
+        lambda: HealingJob(short, WINDOWS, [2], progress=False).run(),
+    ):
+        with pytest.raises(KeyboardInterrupt):
+            attempt()
+        assert short.kept == [0, 1, 2, 3, 4] and not short.changes
+        assert all(map(torch.equal, weights(short), before))
+
+
+@pytest.mark.parametrize("layers", [[2, 4], []])
+def test_a_merge_that_ends_in_the_middle_is_taken_back(layers, monkeypatch):
+    short = ShortHFModel(make("llama"))
+    before, config, plain = weights(short), short.model.config.to_dict(), Linear.merge
+    merged = []
+
+    def merge(self, *args, **kwargs):
+        if len(merged) == 3:
+            merged.clear()
+            raise KeyboardInterrupt
+        merged.append(plain(self, *args, **kwargs))
+
+    monkeypatch.setattr(Linear, "merge", merge)
+    job = HealingJob(short, WINDOWS, layers, settings=LoraSettings(QUICK), progress=False)
     with pytest.raises(KeyboardInterrupt):
-        heal_patch(short, [2], WINDOWS.training, progress=False)
-    assert short.kept == [0, 1, 2, 3, 4] and not short.changes
+        job.run()
+    assert short.kept == [0, 1, 2, 3, 4, 5] and not short.removed and not short.changes
     assert all(map(torch.equal, weights(short), before))
+    assert short.model.config.to_dict() == config
+    assert not any("lora" in name for name, _ in short.model.named_modules())
 
 
 def test_a_meta_model_goes_through_transformers_and_comes_back_in_its_format(tmp_path):
