@@ -17,7 +17,7 @@ from short_gpt.runtime.state import StateFile
 from short_gpt.scored_model import ScoredModel
 from short_gpt.scoring.importance import Importance
 from short_gpt.selection.methods import BY_LOSS
-from short_gpt.selection.perplexity_budget import Budget, most_layers
+from short_gpt.selection.perplexity_budget import CONFIDENCE, Budget, most_layers
 from short_gpt.selection.search import Search, one_shot, sleb
 from short_gpt.surgery.changes import WeightChange
 from short_gpt.surgery.prefill import skipped_in_prefill
@@ -139,20 +139,22 @@ class ShortModel(ScoredModel):
         *,
         choose: Callable[[int], list[int]] | None = None,
         most: int | None = None,
+        confidence: float = CONFIDENCE,
     ) -> Budget:
-        """As many layers as the perplexity allows; none is removed. See `perplexity_budget`.
+        """As many layers as the perplexity surely allows; none is removed. See `perplexity_budget`.
 
         Args:
             windows: token ids of text that neither chose the layers nor trained the model.
             ratio: most that the perplexity may rise by, at least 1.
             choose: from a number of layers to the layers; None takes those of least influence.
             most: layers to try at most; None is all but one.
+            confidence: that the perplexity rises by no more; see `perplexity_budget.most_layers`.
 
         Returns:
             The largest removal up to which every smaller one holds the ratio, and all tried.
 
         Raises:
-            ShortGPTError: the ratio is below 1.
+            ShortGPTError: the ratio is below 1, or the confidence out of range.
 
         Example:
             >>> short.layers_within(held_out, 1.2).layers  # doctest: +SKIP
@@ -164,7 +166,9 @@ class ShortModel(ScoredModel):
             with self.without_layers(layers):
                 return self.perplexity(windows)
 
-        return most_layers(perplexity_without, by_score, ratio=ratio, most=most)
+        return most_layers(
+            perplexity_without, by_score, ratio=ratio, most=most, confidence=confidence
+        )
 
     @contextmanager
     def skipped_in_prefill(self, layers: Sequence[int]) -> Iterator[None]:

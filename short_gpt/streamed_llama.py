@@ -17,7 +17,13 @@ from llama.tokenizer import Tokenizer, find_tokenizer
 from short_gpt.checkpoints.provenance import Provenance
 from short_gpt.checkpoints.save import save_meta
 from short_gpt.data.windows import batches, count_of
-from short_gpt.evaluation.perplexity import Perplexity, check_loss, check_predicted
+from short_gpt.evaluation.perplexity import (
+    Perplexity,
+    check_loss,
+    check_predicted,
+    samples_of,
+)
+from short_gpt.evaluation.sampling import Sample
 from short_gpt.models.pretrained import PretrainedTokenizer
 from short_gpt.runtime.digest import files_digest
 from short_gpt.runtime.errors import MissingPackageError, ShortGPTError
@@ -159,15 +165,14 @@ class StreamedLlama(ScoredModel):
         progress: bool = True,
     ) -> Perplexity:
         """Perplexity of the model as it is now; arguments and errors as in `measure`."""
-        nats, predicted, count = 0.0, 0, 0
+        samples: list[Sample] = []
         for part in self._rounds("perplexity", windows, batch_size, total, progress):
             losses = self._streamed.losses(part)
-            nats += float(losses.double().sum())
-            predicted += len(losses)
-            count += len(part)
-            check_loss(nats)
-        check_predicted(predicted)
-        result = Perplexity(nats, predicted, count)
+            each = losses.double().split([len(window) - 1 for window in part])
+            samples += samples_of(part, [float(values.sum()) for values in each])
+            check_loss(float(losses.double().sum()))
+        check_predicted(sum(s.tokens for s in samples))
+        result = Perplexity.of(samples)
         self.note_quality(result)
         return result
 

@@ -31,6 +31,5 @@ def perplexity(
         model, texts, cut=cut, opening=opening, running=running, notify=tell
     )
     say(report.perplexities({model: result}))
-    found = {"perplexity": result.value, **vars(result)}
-    output.write("perplexity", arguments, {"result": found})
+    output.write("perplexity", arguments, {"result": result.to_dict()})
     output.say_written()

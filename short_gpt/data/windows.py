@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from array import array
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from itertools import islice
 from typing import TypeVar
@@ -12,6 +13,28 @@ from short_gpt.runtime.errors import ShortGPTError
 
 T = TypeVar("T")
 Span = tuple[int, int]  # start and end of a window, in tokens
+
+
+class Window(list[int]):
+    """Token numbers, and which text they are of.
+
+    Attributes:
+        text: its number, from 0, in the order in which the texts were read.
+    """
+
+    __slots__ = ("text",)
+
+    def __init__(self, tokens: Iterable[int], text: int) -> None:
+        super().__init__(tokens)
+        self.text = text
+
+    def __reduce__(self) -> tuple[type[Window], tuple[list[int], int]]:
+        return Window, (list(self), self.text)
+
+
+def text_of(window: Sequence[int]) -> int | None:
+    """The number of a window's text; None for a plain list, whose text is not known."""
+    return window.text if isinstance(window, Window) else None
 
 
 def windows(
@@ -23,7 +46,7 @@ def windows(
     tail: str = "drop",
     seed: int | None = None,
     limit: int | None = None,
-) -> Iterable[list[int]]:
+) -> Iterable[Window]:
     """Cuts texts into windows of tokens; a window never crosses from one text to the next.
 
     A window starts at every multiple of the stride that leaves room for `size` tokens. 1024 and
@@ -43,7 +66,8 @@ def windows(
         limit: windows in all; with a seed they are a random sample without replacement.
 
     Returns:
-        An iterator that reads the texts as it goes; with a seed, a `Windows`, which has a length.
+        An iterator over `Window`, lists that know their text's number, which reads the texts as it
+        goes; with a seed, a `Windows`, which has a length.
 
     Raises:
         ShortGPTError: an argument is out of range; or there is no window at all, which without a
@@ -64,14 +88,16 @@ def windows(
         _at_least(1, "limit", limit)
     cut = _cut((encode(text) for text in texts), size, stride, tail)
     if seed is None:
-        return islice((list(t[start:end]) for t, spans in cut for start, end in spans), limit)
+        each = ((i, tokens, span) for i, (tokens, spans) in enumerate(cut) for span in spans)
+        return islice((Window(tokens[slice(*span)], i) for i, tokens, span in each), limit)
     flat: array[int] = array("i")
-    found = []
+    found, ends = [], []
     for tokens, spans in cut:
         found += [(len(flat) + start, len(flat) + end) for start, end in spans]
         flat.extend(tokens)
+        ends.append(len(flat))
     random.Random(seed).shuffle(found)
-    return Windows(flat, found[:limit], population=len(found))
+    return Windows(flat, found[:limit], population=len(found), ends=ends)
 
 
 class Windows:
@@ -79,24 +105,35 @@ class Windows:
 
     Has a length, gives window number i by [i], and can be iterated again and again.
 
+    Args:
+        tokens: of all texts, one behind the other.
+        spans: of the windows.
+        population: as the attribute; None for as many as there are.
+        ends: where each text ends in the tokens; none for one text.
+
     Attributes:
         population: how many windows there are in all, of which these are a random sample.
     """
 
     def __init__(
-        self, tokens: array[int], spans: Sequence[Span], *, population: int | None = None
+        self,
+        tokens: array[int],
+        spans: Sequence[Span],
+        *,
+        population: int | None = None,
+        ends: Sequence[int] = (),
     ) -> None:
-        self._tokens, self._spans = tokens, spans
+        self._tokens, self._spans, self._ends = tokens, spans, ends
         self.population = len(spans) if population is None else population
 
     def __len__(self) -> int:
         return len(self._spans)
 
-    def __getitem__(self, index: int) -> list[int]:
+    def __getitem__(self, index: int) -> Window:
         start, end = self._spans[index]
-        return self._tokens[start:end].tolist()
+        return Window(self._tokens[start:end], bisect_right(self._ends, start))
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[Window]:
         return (self[index] for index in range(len(self)))
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from short_gpt.evaluation.perplexity import Perplexity, perplexity
+from short_gpt.evaluation.sampling import Sample, SamplingError, sampling_error
 from short_gpt.models.decoder import Decoder
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import bar
@@ -18,18 +19,27 @@ class Difference:
 
     Attributes:
         nats: second less first; below 0 is better. exp(nats) is the ratio of the perplexities.
-        standard_error: of ``nats``, windows being the samples; NaN for fewer than two.
+        standard_error: of ``nats``, as in `sampling.sampling_error`; NaN for a single unit.
         windows: compared.
+        texts: that they were cut from, which are the samples if there are several; None if that
+            is not known.
     """
 
     nats: float
     standard_error: float
     windows: int
+    texts: int | None = None
+
+    @property
+    def error(self) -> SamplingError:
+        """Of ``nats``."""
+        return SamplingError(self.standard_error, self.windows, self.texts)
 
     def __str__(self) -> str:
         return (
-            f"{self.nats:+.4f} nats a token (standard error {self.standard_error:.4f}, paired over "
-            f"{self.windows} windows): perplexity x {math.exp(self.nats):.4f}"
+            f"{self.nats:+.4f} nats a token (standard error {self.standard_error:.4f}, 95% +- "
+            f"{self.error.reach():.4f}): perplexity x {math.exp(self.nats):.4f}; paired over "
+            f"{self.error.over}"
         )
 
 
@@ -47,16 +57,18 @@ def losses(
 
 def together(parts: Sequence[Perplexity]) -> Perplexity:
     """The perplexity of all windows."""
-    return Perplexity(
-        sum(p.nats for p in parts), sum(p.tokens for p in parts), sum(p.windows for p in parts)
-    )
+    samples = tuple(s for p in parts for s in _samples(p))
+    nats, tokens = sum(s.nats for s in samples), sum(s.tokens for s in samples)
+    return Perplexity(nats, tokens, sum(p.windows for p in parts), samples)
+
+
+def _samples(found: Perplexity) -> tuple[Sample, ...]:
+    """Of every window; of the whole where only that is known."""
+    return found.samples or (Sample(None, found.nats, found.tokens),)
 
 
 def difference(first: Sequence[Perplexity], second: Sequence[Perplexity]) -> Difference:
     """The change from one state of a model to another on the same windows.
-
-    The error is that of a ratio of sums: with d the change of a window's nats, t its tokens and m
-    = sum d / sum t, sqrt(n / (n - 1) sum (d - m t)^2) / sum t.
 
     Args:
         first, second: from `losses` on the same windows in the same order.
@@ -64,15 +76,15 @@ def difference(first: Sequence[Perplexity], second: Sequence[Perplexity]) -> Dif
     Raises:
         ShortGPTError: the windows differ.
     """
-    tokens = [p.tokens for p in first]
-    if tokens != [p.tokens for p in second] or not tokens:
+    before, after = ([s for p in parts for s in _samples(p)] for parts in (first, second))
+    if [s.tokens for s in before] != [s.tokens for s in after] or not before:
         raise ShortGPTError(
-            f"expected losses of the same windows, got {len(first)} windows and {len(second)}"
+            f"expected losses of the same windows, got {len(before)} windows and {len(after)}"
         )
-    changes = [b.nats - a.nats for a, b in zip(first, second, strict=True)]
-    n, total = len(tokens), sum(tokens)
-    mean = sum(changes) / total
-    # windows weigh by their tokens, as in the mean: their deviations are of d - m t, not d / t
-    squares = sum((d - mean * t) ** 2 for d, t in zip(changes, tokens, strict=True))
-    error = math.sqrt(n / (n - 1) * squares) / total if n > 1 else math.nan
-    return Difference(mean, error, n)
+    changes = [
+        Sample(a.text if a.text == b.text else None, b.nats - a.nats, a.tokens)
+        for a, b in zip(before, after, strict=True)
+    ]
+    mean = sum(c.nats for c in changes) / sum(c.tokens for c in changes)
+    error = sampling_error(changes)
+    return Difference(mean, error.standard_error, error.windows, error.texts)

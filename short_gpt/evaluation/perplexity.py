@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from short_gpt.data.windows import text_of
+from short_gpt.evaluation.sampling import Sample, SamplingError, sampling_error
 from short_gpt.models.decoder import Decoder, padded
 from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
 from short_gpt.runtime.progress import bar, set_rate
@@ -29,11 +31,19 @@ class Perplexity:
         nats: summed negative log-likelihood of the predicted tokens.
         tokens: how many were predicted: all of a window but its first.
         windows: windows read.
+        samples: the same of every window, from which the error is known.
     """
 
     nats: float
     tokens: int
     windows: int
+    samples: tuple[Sample, ...] = field(default=(), compare=False, repr=False)
+
+    @classmethod
+    def of(cls, samples: Iterable[Sample]) -> Perplexity:
+        """The perplexity of these windows."""
+        each = tuple(samples)
+        return cls(sum(s.nats for s in each), sum(s.tokens for s in each), len(each), each)
 
     @property
     def value(self) -> float:
@@ -42,6 +52,26 @@ class Perplexity:
             return math.exp(self.nats / self.tokens)
         except OverflowError:
             return math.inf
+
+    @property
+    def error(self) -> SamplingError | None:
+        """Of nats / tokens; None where what single windows gave is not known."""
+        return sampling_error(self.samples) if self.samples else None
+
+    def interval(self, confidence: float = 0.95) -> tuple[float, float]:
+        """Where the perplexity of all such text is, as sure as that; NaN where that is unknown."""
+        reach = math.nan if self.error is None else self.error.reach(confidence)
+        low, high = (min(self.nats / self.tokens + way * reach, 700) for way in (-1, 1))
+        return math.exp(low), math.exp(high)
+
+    def to_dict(self) -> dict[str, object]:
+        """The value, what it was computed from and its error, ready for JSON."""
+        found: dict[str, object] = {"perplexity": self.value, "nats": self.nats}
+        found |= {"tokens": self.tokens, "windows": self.windows}
+        if self.error is None or self.error.degrees < 1:
+            return found
+        found |= {"texts": self.error.texts, "standard_error": self.error.standard_error}
+        return found | {"interval_95": list(self.interval())}
 
 
 def perplexity(
@@ -72,18 +102,25 @@ def perplexity(
         >>> perplexity(short.decoder, batches(windows, 4)).value  # doctest: +SKIP
         5.47
     """
-    nats, predicted, windows = 0.0, 0, 0
+    samples: list[Sample] = []
+    predicted = 0
     with bar("perplexity", total=total, unit="window", show=progress) as shown:
         for batch in batches:
-            for _, tokens, mask in padded(batch, decoder):
-                nats += batch_nats(decoder, tokens, mask)
-                predicted += int(mask[:, 1:].sum())
-            windows += len(batch)
+            for places, tokens, mask in padded(batch, decoder):
+                nats = window_nats(decoder, tokens, mask)
+                samples += samples_of([batch[i] for i in places], nats)
+            predicted += sum(map(len, batch)) - len(batch)
             set_rate(shown, predicted)
             shown.update(len(batch))
-            check_loss(nats)
+            check_loss(sum(s.nats for s in samples[-len(batch) :]))
     check_predicted(predicted)
-    return Perplexity(nats, predicted, windows)
+    return Perplexity.of(samples)
+
+
+def samples_of(windows: Sequence[Sequence[int]], nats: Sequence[float]) -> list[Sample]:
+    """What windows gave, of each of which all tokens but the first are predicted."""
+    pairs = zip(windows, nats, strict=True)
+    return [Sample(text_of(window), value, len(window) - 1) for window, value in pairs]
 
 
 def check_loss(nats: float) -> None:
@@ -101,7 +138,12 @@ def check_predicted(tokens: int) -> None:
 
 
 def batch_nats(decoder: Decoder, tokens: Tensor, mask: Tensor) -> float:
-    """Summed negative log-likelihood of a batch's predicted tokens: all but each window's first.
+    """The sum of `window_nats`."""
+    return sum(window_nats(decoder, tokens, mask))
+
+
+def window_nats(decoder: Decoder, tokens: Tensor, mask: Tensor) -> list[float]:
+    """Negative log-likelihood of each window's predicted tokens, summed: all but its first.
 
     Args:
         decoder: the model.
@@ -113,4 +155,6 @@ def batch_nats(decoder: Decoder, tokens: Tensor, mask: Tensor) -> float:
     rows = max(1, AT_ONCE // logits.shape[-1])
     parts = zip(logits.split(rows), targets.split(rows), strict=True)
     loss = torch.cat([F.cross_entropy(x, y, reduction="none") for x, y in parts])
-    return float(loss.cpu().double().sum())  # MPS has no float64
+    return (
+        loss.cpu().double().view(len(tokens), tokens.shape[1] - 1).sum(1).tolist()
+    )  # MPS has no float64

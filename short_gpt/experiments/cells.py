@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from llama.io.json_files import JsonObject
 from short_gpt.evaluation.perplexity import Perplexity
+from short_gpt.evaluation.sampling import Sample
 from short_gpt.runtime.state import StateFile
 
 T = TypeVar("T")
@@ -36,10 +37,24 @@ class Cells:
         return self._values[name]
 
     def losses(self, name: str, measure: Callable[[], list[Perplexity]]) -> list[Perplexity]:
-        """Losses of windows, each as ``[nats, tokens, windows]`` in the file."""
-        rows = self.value(name, lambda: [[p.nats, p.tokens, p.windows] for p in measure()])
-        return [Perplexity(float(nats), int(tokens), int(n)) for nats, tokens, n in rows]
+        """Losses of windows, each as ``[nats, tokens, windows, text]`` in the file.
+
+        Older files lack the text's number.
+        """
+        rows = self.value(name, lambda: [_row(p) for p in measure()])
+        return [_losses(*row) for row in rows]
 
     def inner(self, name: str) -> StateFile | None:
         """A state file for a long measurement inside this experiment; None where none is kept."""
         return None if self._state is None else self._state.part(name)
+
+
+def _row(found: Perplexity) -> tuple[float, int, int, int | None]:
+    """A window's losses, ready for JSON."""
+    text = found.samples[0].text if found.samples else None
+    return found.nats, found.tokens, found.windows, text
+
+
+def _losses(nats: float, tokens: int, windows: int, text: int | None = None) -> Perplexity:
+    """What `_row` wrote."""
+    return Perplexity(nats, tokens, windows, (Sample(text, nats, tokens),))

@@ -220,6 +220,8 @@ class Comparison:
             parameters=parameters,
             megabytes=size / 1e6,
             tokens_per_second=self._speed(n, layers),
+            windows=change.windows,
+            texts=change.texts,
         )
 
     def _measured(

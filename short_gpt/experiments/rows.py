@@ -26,6 +26,7 @@ class Row:
         parameters: of the model without the layers.
         megabytes: of its weights.
         tokens_per_second: greedy generation with the cache, one sequence.
+        windows, texts: that the errors are over; see `evaluation.Difference`.
     """
 
     method: str
@@ -41,6 +42,8 @@ class Row:
     parameters: int
     megabytes: float
     tokens_per_second: float
+    windows: int = 0
+    texts: int | None = None
 
 
 class Agreement(TypedDict):

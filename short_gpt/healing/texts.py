@@ -75,7 +75,7 @@ class Source:
 
         def cut(chosen: Sequence[str], count: int | None) -> list[list[int]]:
             found = windows(chosen, encode, size=size, stride=size, seed=self.seed, limit=count)
-            return [list(window) for window in found]
+            return list(found)
 
         evaluation, training = cut(held, eval_windows), cut(learned, limit)
         before = len(training)

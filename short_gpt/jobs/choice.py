@@ -16,7 +16,7 @@ from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.results import read_record
 from short_gpt.scoring.importance import Importance
 from short_gpt.selection.methods import METHODS, check_method, choose
-from short_gpt.selection.perplexity_budget import Budget
+from short_gpt.selection.perplexity_budget import CONFIDENCE, Budget
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,15 @@ class PerplexityLimit:
             folder.
         eval_windows: windows of eval_data to read at most.
         size: tokens in a window of eval_data.
+        confidence: that the perplexity of text like eval_data rises by no more; texts are the
+            samples, or windows where eval_data is one text.
     """
 
     max_perplexity_ratio: float | None = None
     eval_data: str | None = None
     eval_windows: int = 32
     size: int = 1024
+    confidence: float = CONFIDENCE
 
 
 @dataclass(frozen=True)
@@ -221,7 +224,9 @@ def chosen_within(
     held = list(cut.windows(texts(data), short.encode))
     unsure = check_apart(held, data, scores.arguments, short.encode)
     most = len(scores.searched) or None  # a search found no more
-    budget = short.layers_within(held, ratio, choose=scores.layers, most=most)
+    budget = short.layers_within(
+        held, ratio, choose=scores.layers, most=most, confidence=limit.confidence
+    )
     _check_some(budget, data, scores.layers(1))
     evidence = {"eval_data": data, "not_compared": unsure, **budget.to_dict()}
     record = scores.record(quality_gate=evidence)
@@ -234,7 +239,7 @@ def _check_some(budget: Budget, data: str, first: list[int]) -> None:
         rise = budget.tried[1].value / budget.tried[0].value
         raise ShortGPTError(
             f"not even one layer may go: without {first} the perplexity on {data} rises by a "
-            f"factor of {rise:.4f}, above {budget.ratio}"
+            f"factor of {rise:.4f}, {budget.verdict(1)}; more --eval_windows or texts tell more"
         )
 
 

@@ -141,7 +141,7 @@ def _save(
     overwrite: bool,
 ) -> None:
     """Writes the folder, whole or not at all, and compares the checkpoint in it with the model."""
-    result = {name: {"perplexity": p.value, **vars(p)} for name, p in found.quality.items()}
+    result = {name: p.to_dict() for name, p in found.quality.items()}
     content = {**record, "layers": found.layers, "result": result}
     content["importance"] = found.importance.to_dict()
     facts = {"data": "King James Bible", "result": result}

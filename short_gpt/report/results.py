@@ -7,6 +7,7 @@ from short_gpt.jobs.healing import Healing
 from short_gpt.jobs.pruning import Pruned
 from short_gpt.jobs.ranking import Ranking
 from short_gpt.report.tables import perplexities, ranking, search, sublayers
+from short_gpt.selection.perplexity_budget import Budget
 
 
 def ranked(result: Ranking) -> str:
@@ -23,15 +24,23 @@ def ranked(result: Ranking) -> str:
 
 def pruned(result: Pruned) -> str:
     """What was tried, removed, written and proved."""
-    lines = []
-    tried = result.chosen.budget.tried if result.chosen.budget else {}
-    for n, found in tried.items():
-        rise = f"ratio {found.value / tried[0].value:.4f}"
-        lines.append(f"{n:>3} layers less: perplexity {found.value:.3f}, {rise}")
+    lines: list[str] = []
+    if result.chosen.budget is not None:
+        lines += _tried(result.chosen.budget)
     lines += [f"--eval_data was {result.chosen.unsure}"] if result.chosen.unsure else []
     lines += [f"removed layers {result.layers}", f"written: {result.out}"]
     lines += [f"written: {result.recipe}"] if result.recipe is not None else []
     return "\n".join([*lines, *([result.proof] if result.proof else [])])
+
+
+def _tried(budget: Budget) -> list[str]:
+    """What the perplexity rises by without every number of layers tried."""
+    lines = []
+    for n, found in budget.tried.items():
+        sure = f", {budget.verdict(n)}" if n else ""
+        rise = f"ratio {found.value / budget.tried[0].value:.4f}{sure}"
+        lines.append(f"{n:>3} layers less: perplexity {found.value:.3f}, {rise}")
+    return lines
 
 
 def healed(result: Healing) -> str:

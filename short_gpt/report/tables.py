@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 from short_gpt.evaluation.perplexity import Perplexity
+from short_gpt.evaluation.sampling import SamplingError
 from short_gpt.experiments.rows import Agreement, Row
 from short_gpt.scoring.importance import Importance
 from short_gpt.selection.methods import METHODS, choose
@@ -26,15 +27,18 @@ def ranking(
     order = scores.argsort(stable=True).tolist()
     place = {position: rank for rank, position in enumerate(order, start=1)}
     chosen = [] if n is None else choose(importance, n, method=method, seed=seed)
+    # windows are the samples here, also where several are of one text
+    reach = SamplingError(1.0, importance.n_windows, None).reach()
     rows = [f"{'layer':>5}  {'Block Influence':>15}  {'± (95%)':>10}  {'rank':>4}"]
     for i, layer in enumerate(importance.layers):
         mark = "  remove" if layer in chosen else ""
         rows.append(
-            f"{layer:>5}  {scores[i]:>15.6f}  {1.96 * errors[i]:>10.6f}  {place[i]:>4}{mark}"
+            f"{layer:>5}  {scores[i]:>15.6f}  {reach * errors[i]:>10.6f}  {place[i]:>4}{mark}"
         )
     rows += [
         "",
         f"{importance.n_windows:,} windows, {importance.n_tokens:,} tokens; {_halves(importance)}",
+        "±: windows as independent samples; too small where several are of one text, or overlap",
     ]
     if n is not None and method not in ("bi", "angular"):
         rows.append(f"{METHODS[method]}: {chosen}")
@@ -82,7 +86,7 @@ def _halves(importance: Importance) -> str:
 
 
 def perplexities(found: Mapping[str, Perplexity]) -> str:
-    """A row for every named perplexity, with the ratio to the first."""
+    """A row for every named perplexity, with the ratio to the first, and their 95% intervals."""
     width = max(len(name) for name in found)
     first = next(iter(found.values())).value
     rows = [f"{'':<{width}}  {'perplexity':>12}  {'ratio':>7}  {'tokens':>9}  {'windows':>7}"]
@@ -91,7 +95,19 @@ def perplexities(found: Mapping[str, Perplexity]) -> str:
             f"{name:<{width}}  {p.value:>12.3f}  {p.value / first:>7.2f}  {p.tokens:>9,}"
             f"  {p.windows:>7,}"
         )
+    rows += _intervals(list(found.values()))
     return "\n".join(rows)
+
+
+def _intervals(found: Sequence[Perplexity]) -> list[str]:
+    """Where the perplexities of all such text are, and what that is judged by."""
+    error = found[0].error
+    if error is None:
+        return []
+    if error.degrees < 1:
+        return ["no interval: one window tells nothing of others"]
+    ends = ["{:.3f} to {:.3f}".format(*p.interval()) for p in found]
+    return [f"95%: {'; '.join(ends)}", f"over {error.over}"]
 
 
 def comparison(results: Mapping[str, Mapping[str, float]]) -> str:
@@ -126,9 +142,17 @@ def compared(
     for healing in dict.fromkeys(r.healing for r in rows[1:]):
         lines += _healed(healing, [r for r in rows[1:] if r.healing == healing], counts)
     lines += _sizes(dense, {r.n: r for r in rows[1:]}, counts) + _agreed(agreed)
+    lines += _over(dense)
     for layers, values in tasks.items():
         lines.append(f"without {layers}: " + ", ".join(f"{k} {v:.4g}" for k, v in values.items()))
     return "\n".join(lines)
+
+
+def _over(row: Row) -> list[str]:
+    """What the standard errors are over; nothing for a result that does not say."""
+    if not row.windows:
+        return []
+    return [f"standard errors over {SamplingError(math.nan, row.windows, row.texts).over}"]
 
 
 def _healed(healing: str, rows: Sequence[Row], counts: Sequence[int]) -> list[str]:

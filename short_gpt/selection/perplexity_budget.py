@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from short_gpt.evaluation.paired import Difference, difference
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.runtime.errors import ShortGPTError
+
+CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
@@ -17,20 +21,54 @@ class Budget:
         layers: to remove; empty if not even one may go.
         tried: for every number of layers tried, from 0, the perplexity without them.
         ratio: the most that the perplexity was allowed to rise by.
+        confidence: that it rises by no more.
+        changes: for every number of layers tried, from 1, the loss less the whole model's.
     """
 
     layers: list[int]
     tried: dict[int, Perplexity]
     ratio: float
+    confidence: float = CONFIDENCE
+    changes: dict[int, Difference] = field(default_factory=dict)
+
+    def bounds(self, n: int) -> tuple[float, float]:
+        """The least and the most that the perplexity rises by without n layers, as factors.
+
+        Each on its own is as sure as ``confidence``; both are NaN for a single window.
+        """
+        change = self.changes[n]
+        reach = change.error.reach(self.confidence, sides=1)
+        low, high = (min(change.nats + way * reach, 700) for way in (-1, 1))
+        return math.exp(low), math.exp(high)
+
+    def holds(self, n: int) -> bool:
+        """Whether the ratio holds without n layers, as sure as ``confidence``."""
+        return self.bounds(n)[1] <= self.ratio  # False for NaN, which holds no ratio
+
+    def verdict(self, n: int) -> str:
+        """What is known of the ratio without n layers, in words."""
+        low, high = self.bounds(n)
+        sure = f"{self.confidence:.0%} sure over {self.changes[n].error.over}"
+        if high <= self.ratio:
+            return f"at most {high:.4f}, {sure}"
+        if low > self.ratio:
+            return f"at least {low:.4f}, above {self.ratio:g}, {sure}"
+        return f"up to {high:.4f}, whether within {self.ratio:g} cannot be told, {sure}"
 
     def to_dict(self) -> dict[str, object]:
         """The evidence, ready for JSON."""
         dense = self.tried[0].value
-        rows = [
-            {"layers": n, "perplexity": p.value, "ratio": p.value / dense, "tokens": p.tokens}
-            for n, p in self.tried.items()
-        ]
-        return {"max_perplexity_ratio": self.ratio, "tried": rows}
+        rows: list[dict[str, object]] = []
+        for n, p in self.tried.items():
+            row: dict[str, object] = {"layers": n, "perplexity": p.value, "ratio": p.value / dense}
+            row["tokens"] = p.tokens
+            if n:
+                most, change = self.bounds(n)[1], self.changes[n]
+                row["at_most"] = None if math.isnan(most) else most
+                row |= {"windows": change.windows, "texts": change.texts}
+            rows.append(row)
+        limit = {"max_perplexity_ratio": self.ratio, "confidence": self.confidence}
+        return {**limit, "tried": rows}
 
 
 def most_layers(
@@ -39,38 +77,49 @@ def most_layers(
     *,
     ratio: float,
     most: int,
+    confidence: float = CONFIDENCE,
 ) -> Budget:
-    """Removes one layer more, on trial, until the perplexity has risen too far.
+    """Removes one layer more, on trial, until the perplexity may have risen too far.
+
+    The rise is exp of the mean change of a token's loss, whose one-sided bound is Student's t with
+    the error of `evaluation.difference`: windows are paired, and texts are the samples if there
+    are several. A number of layers is only judged if the one before held, so that the confidence
+    is that of the whole answer (tests in a fixed sequence: Maurer, Hothorn and Lehmacher 1995).
 
     Args:
         perplexity_without: from the layers to remove, none at first, to the perplexity on text
-            that neither chose the layers nor trained the model.
+            that neither chose the layers nor trained the model; always on the same windows.
         choose: from a number of layers to the layers to remove.
         ratio: most that the perplexity may rise by, as a factor of at least 1.
         most: layers to try at most.
+        confidence: that it rises by no more, at least 0.5 and below 1.
 
     Returns:
         The largest removal up to which every smaller one holds the ratio as well.
 
     Raises:
-        ShortGPTError: the ratio is below 1.
+        ShortGPTError: the ratio is below 1, or the confidence out of range.
 
     Example:
-        >>> import math
+        >>> from short_gpt.evaluation.sampling import Sample
         >>> def perplexity_without(layers):
-        ...     return Perplexity(nats=math.log(10 + len(layers)), tokens=1, windows=1)
+        ...     nats = math.log(10 + len(layers))
+        ...     return Perplexity.of([Sample(0, nats, 1), Sample(1, nats, 1)])
         >>> most_layers(perplexity_without, lambda n: [3, 1, 2][:n], ratio=1.25, most=3).layers
         [3, 1]
     """
     if not ratio >= 1:
         raise ShortGPTError(f"max_perplexity_ratio = {ratio}: expected a factor of at least 1")
-    tried = {0: perplexity_without([])}
+    if not 0.5 <= confidence < 1:
+        raise ShortGPTError(f"confidence = {confidence}: expected at least 0.5 and below 1")
+    dense = perplexity_without([])
+    budget = Budget([], {0: dense}, ratio, confidence)
     kept: list[int] = []
     for n in range(1, most + 1):
         layers = choose(n)
-        tried[n] = perplexity_without(layers)
-        # "not <=", because a perplexity that is no number holds no ratio
-        if not tried[n].value <= ratio * tried[0].value:
+        budget.tried[n] = perplexity_without(layers)
+        budget.changes[n] = difference([dense], [budget.tried[n]])
+        if not budget.holds(n):
             break
         kept = layers
-    return Budget(kept, tried, ratio)
+    return Budget(kept, budget.tried, ratio, confidence, budget.changes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -199,17 +200,17 @@ def test_cases_are_checked_first(methods, counts, message):
 def test_layers_go_while_the_ratio_holds():
     model = short()
     order = [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 1, 2, 3, 4]]
-    values = []
+    values, dense = [], losses(model.decoder, EVALUATION)
     for layers in order:
         with model.without_layers(layers):
-            values.append(perplexity(model.decoder, [EVALUATION]).value)
-    dense = perplexity(model.decoder, [EVALUATION]).value
-    allowed = max(values[0] / dense * 1.0001, 1.0)
+            change = difference(dense, losses(model.decoder, EVALUATION))
+        values.append(math.exp(change.nats + change.error.reach(sides=1)))
+    allowed = max(values[0] * 1.0001, 1.0)
     budget = model.layers_within([*EVALUATION], allowed, choose=lambda n: order[n - 1])
-    expected = next((i for i, v in enumerate(values) if v > allowed * dense), 5)
+    expected = next((i for i, v in enumerate(values) if v > allowed), 5)
     assert budget.layers == ([] if expected == 0 else order[expected - 1])
     assert list(budget.tried) == list(range(min(expected + 1, 5) + 1))
-    assert budget.to_dict()["tried"][1]["ratio"] == pytest.approx(values[0] / dense, rel=1e-5)
+    assert budget.to_dict()["tried"][1]["at_most"] == pytest.approx(values[0], rel=1e-4)
     with pytest.raises(ValueError, match="max_perplexity_ratio = 0.5"):
         model.layers_within(EVALUATION, 0.5, choose=lambda n: order[n - 1])
 
