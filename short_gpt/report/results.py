@@ -23,7 +23,7 @@ def ranked(result: Ranking) -> str:
 
 def pruned(result: Pruned) -> str:
     """What was tried, removed, written and proved."""
-    lines = []
+    lines = [result.chosen.unchecked] if result.chosen.unchecked else []
     tried = result.chosen.budget.tried if result.chosen.budget else {}
     for n, found in tried.items():
         rise = f"ratio {found.value / tried[0].value:.4f}"
@@ -35,7 +35,7 @@ def pruned(result: Pruned) -> str:
 
 def healed(result: Healing) -> str:
     """Perplexities before and after, and what the healing changed."""
-    lines = [result.left_out] if result.left_out else []
+    lines = [said for said in (result.unchecked, result.left_out) if said]
     evidence = result.evidence
     lines += [f"{perplexities(evidence.perplexity)}\n"]
     lines += [f"healing changes the loss by {evidence.change}"]
