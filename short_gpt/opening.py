@@ -11,6 +11,7 @@ import torch
 from llama import Llama
 from llama.args import ModelArgs
 from llama.checkpoint.meta import read_params
+from llama.io.hub import resolve
 from llama.io.sources import is_meta, kind_of
 from llama.parallel import choose_device, choose_dtype, initialize, several_ranks
 from llama.tokenizer import find_tokenizer
@@ -22,6 +23,7 @@ from short_gpt.checkpoints.verify import (
     fingerprint,
 )
 from short_gpt.models.loading import explained
+from short_gpt.runtime.digest import files_digest
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.scored_model import ScoredModel
 from short_gpt.short_hf import ShortHFModel
@@ -178,6 +180,27 @@ def layers_of(source: str) -> int | None:
     except Exception as error:
         raise ShortGPTError(f"{source} cannot be loaded: {explained(error)}") from error
     return config.get_text_config(decoder=True).num_hidden_layers
+
+
+def weights_of(source: str) -> str | None:
+    """A digest of a checkpoint's files of weights: another one for other weights.
+
+    The same weights in another format, or in other shards, have another one too.
+
+    Args:
+        source: directory in either format, GGUF file or hub id, which is fetched.
+
+    Returns:
+        None where there are none of a known format. All bytes are read, once in a process.
+    """
+    kind = kind_of(source)
+    if kind == "gguf":
+        return files_digest([Path(source)])
+    folder = resolve(source)
+    for pattern in ("consolidated.*.pth",) if kind == "meta" else ("*.safetensors", "*.bin"):
+        if files := sorted(folder.glob(pattern)):
+            return files_digest(files)
+    return None
 
 
 def same_model(

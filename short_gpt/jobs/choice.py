@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-from llama.io.hub import resolve
-from llama.io.sources import is_meta
 from short_gpt.checkpoints.provenance import Provenance
 from short_gpt.data.texts import texts
 from short_gpt.jobs.held_out import check_apart, check_names
 from short_gpt.jobs.inputs import Cut, Opening
-from short_gpt.opening import layers_of
+from short_gpt.jobs.scores import Scores
 from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.runtime.results import read_record
 from short_gpt.scoring.importance import Importance
-from short_gpt.selection.methods import METHODS, check_method, choose
+from short_gpt.selection.methods import check_method
 from short_gpt.selection.perplexity_budget import CONFIDENCE, Budget
 
 
@@ -39,72 +36,6 @@ class PerplexityLimit:
     eval_windows: int = 32
     size: int = 1024
     confidence: float = CONFIDENCE
-
-
-@dataclass(frozen=True)
-class Scores:
-    """What a file of `rank` says of the layers to remove.
-
-    Attributes:
-        file: its name.
-        method: a name of `METHODS`.
-        arguments: those that the ranking was made with.
-        importance: the scores; None where a search by loss found the layers.
-        searched: these layers, in order of removal.
-    """
-
-    file: str
-    method: str
-    arguments: Mapping[str, object]
-    importance: Importance | None = None
-    searched: list[int] = field(default_factory=list)
-
-    @classmethod
-    def read(cls, file: str, method: str | None = None) -> Scores:
-        """The scores of a file; ``method`` takes the place of the one that ranked.
-
-        Raises:
-            FileNotFoundError, ShortGPTError: no such file, no scores in it, or those of another
-                method, which cannot be chosen by.
-        """
-        record = read_record(file)
-        ranked = record.get("arguments") or {}
-        if "chosen" not in record:
-            method = method or ranked.get("method") or "bi"
-            return cls(file, method, ranked, importance_of(record, file))
-        found = record["chosen"]["method"]
-        if method not in (None, found):
-            raise ShortGPTError(f"{file} holds the layers of {found}, not of {method}")
-        return cls(file, found, ranked, searched=list(record["chosen"]["layers"]))
-
-    def check_model(self, model: str) -> None:
-        """Raises ShortGPTError if the scores are of another number of layers than the model's."""
-        if self.importance is None:
-            return
-        count = layers_of(model if is_meta(model) else str(resolve(model)))
-        if count is not None and self.importance.layers != list(range(count)):
-            raise ShortGPTError(
-                f"{self.file} scores {len(self.importance.layers)} layers, {model} has {count}; "
-                "they do not belong together"
-            )
-
-    def layers(self, n: int) -> list[int]:
-        """The n layers that the method removes; raises ShortGPTError for too many."""
-        if self.importance is not None:
-            seed = self.arguments.get("seed")
-            return choose(self.importance, n, method=self.method, seed=int(str(seed or 0)))
-        if not 1 <= n <= len(self.searched):
-            raise ShortGPTError(
-                f"n = {n}; {self.file} holds {len(self.searched)} layers that {self.method} chose"
-            )
-        return self.searched[:n]
-
-    def record(self, **evidence: object) -> Provenance:
-        """How the layers were chosen, and what else tells for them, to be kept with the result."""
-        how = {"method": METHODS[self.method], "scored_by": self.arguments, **evidence}
-        data = self.arguments.get("data")
-        facts = {"data": data} if data else None
-        return Provenance.of_scores(self.importance, evidence=how, facts=facts)
 
 
 @dataclass(frozen=True)
@@ -179,6 +110,7 @@ class Chosen:
         budget: what was tried, where the perplexity decided.
         importance: the scores of one pass that they were chosen by; None where they were not.
         unsure: why the text of the budget may be that of the scores; None if it is not.
+        unchecked: what could not be checked of the scores, in words; None if nothing.
     """
 
     layers: list[int]
@@ -186,6 +118,7 @@ class Chosen:
     budget: Budget | None = None
     importance: Importance | None = None
     unsure: str | None = None
+    unchecked: str | None = None
 
 
 def chosen(model: str, choice: Choice) -> Chosen:
@@ -195,14 +128,16 @@ def chosen(model: str, choice: Choice) -> Chosen:
         ShortGPTError: the choice contradicts itself, or the scores are of another model.
         FileNotFoundError: the scores or the model do not exist.
     """
-    scores = _scores(model, choice)
+    scores = _scores(choice)
     if scores is None:
         if choice.n is not None:
             raise ShortGPTError("--n chooses from --scores, not from --layers")
         return Chosen(choice.named or [], Provenance())
     if choice.n is None:
         raise ShortGPTError("with --scores, say how many layers to remove: --n N")
-    return Chosen(scores.layers(choice.n), scores.record(), importance=scores.importance)
+    unchecked = scores.check_model(model)
+    layers, record = scores.layers(choice.n), scores.record()
+    return Chosen(layers, record, importance=scores.importance, unchecked=unchecked)
 
 
 def chosen_within(
@@ -213,12 +148,13 @@ def chosen_within(
     Raises:
         ShortGPTError: as `chosen`; not even one layer may go; or the text is not held out.
     """
-    scores, ratio, data = _scores(model, choice), limit.max_perplexity_ratio, limit.eval_data
+    scores, ratio, data = _scores(choice), limit.max_perplexity_ratio, limit.eval_data
     if scores is None:
         raise ShortGPTError("--max_perplexity_ratio chooses from --scores, not from --layers")
     if ratio is None or data is None or choice.n is not None:
         raise ShortGPTError("--max_perplexity_ratio needs --eval_data, and no --n")
     check_names(data, scores.arguments)
+    unchecked = scores.check_model(model)
     short = (opening or Opening()).whole(model, size=limit.size)
     cut = Cut(limit.size, limit.eval_windows)
     held = list(cut.windows(texts(data), short.encode))
@@ -230,7 +166,7 @@ def chosen_within(
     _check_some(budget, data, scores.layers(1))
     evidence = {"eval_data": data, "not_compared": unsure, **budget.to_dict()}
     record = scores.record(quality_gate=evidence)
-    return Chosen(budget.layers, record, budget, scores.importance, unsure)
+    return Chosen(budget.layers, record, budget, scores.importance, unsure, unchecked)
 
 
 def _check_some(budget: Budget, data: str, first: list[int]) -> None:
@@ -243,31 +179,10 @@ def _check_some(budget: Budget, data: str, first: list[int]) -> None:
         )
 
 
-def _scores(model: str, choice: Choice) -> Scores | None:
-    """The scores that a choice names, which are the model's; None where layers are named."""
+def _scores(choice: Choice) -> Scores | None:
+    """The scores that a choice names; None where layers are named."""
     choice.check()
-    if choice.scores is None:
-        return None
-    scores = Scores.read(choice.scores, choice.wanted)
-    scores.check_model(model)
-    return scores
-
-
-def importance_of(record: Mapping[str, object], source: str) -> Importance:
-    """The scores in a record that `rank` wrote; raises ShortGPTError if there are none."""
-    found = record.get("importance")
-    if not isinstance(found, dict):
-        raise ShortGPTError(f"{source} holds no scores; expected a file written by short-gpt rank")
-    return Importance.from_dict(found)
-
-
-def read_scores(file: str) -> Importance:
-    """The scores in a file that `rank` wrote.
-
-    Raises:
-        FileNotFoundError, ShortGPTError: no such file, or no scores of one pass in it.
-    """
-    return importance_of(read_record(file), file)
+    return None if choice.scores is None else Scores.read(choice.scores, choice.wanted)
 
 
 def layer_list(layers: object) -> list[int]:

@@ -31,12 +31,14 @@ class Healing:
         out: the new directory.
         evidence: what healed the model, and what that brought.
         left_out: what was not learned from because it is evaluated on, in words; None if all was.
+        unchecked: what could not be checked of the scores, in words; None if nothing.
         texts: names of the texts learned from and evaluated on, and tokens in a window.
     """
 
     out: Path
     evidence: HealingEvidence
     left_out: str | None = None
+    unchecked: str | None = None
     texts: Mapping[str, object] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, object]:
@@ -94,7 +96,7 @@ def heal(
         parts = _windows(short, texts, learned, size, lora=lora)
         job = HealingJob(short, parts, found.layers, settings=_how(recipe, settings, out))
         names = {"data": texts.data, "eval_data": learned.eval_data, "size": size}
-        done = Healing(Path(out), job.run(), parts.left_out, names)
+        done = Healing(Path(out), job.run(), parts.left_out, found.unchecked, names)
         short.evidence |= {**found.record.evidence, "eval_data": learned.eval_data, "size": size}
         job.save(out, facts={**found.record.facts, "data": texts.data}, overwrite=overwrite)
     return done

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llama.parallel import several_ranks
 from short_gpt.jobs.inputs import (
@@ -18,6 +18,7 @@ from short_gpt.jobs.inputs import (
     source_of,
 )
 from short_gpt.jobs.saving import TimedSaving, interruptible
+from short_gpt.opening import weights_of
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import first_rank
@@ -88,6 +89,7 @@ class Ranking:
         search: what a method by loss removed; None of the others.
         verdict: whether the answer is settled; None if all windows were to be read.
         state: the file of the run; `finish` deletes it.
+        weights: digest of the weights that were scored, by which `prune` and `heal` tell them.
     """
 
     answer: Answer
@@ -96,6 +98,7 @@ class Ranking:
     search: Search | None = None
     verdict: Verdict | None = None
     state: StateFile | None = None
+    weights: str | None = None
 
     @property
     def layers(self) -> list[int]:
@@ -112,12 +115,14 @@ class Ranking:
         return choose(self.importance, self.answer.n, method=method, seed=seed)
 
     def to_dict(self) -> dict[str, object]:
-        """The scores and the verdict, or the search, ready for JSON."""
+        """The scores and the verdict, or the search, and of which weights, ready for JSON."""
+        scored = {"scored": {"weights": self.weights}}
         if self.importance is not None:
-            return {"importance": self.importance.to_dict(), "settled": _settled(self.verdict)}
+            importance, settled = self.importance.to_dict(), _settled(self.verdict)
+            return {"importance": importance, "settled": settled, **scored}
         assert self.search is not None
         chosen = {"method": self.answer.method, "layers": self.search.removed}
-        return {"chosen": chosen, "search": vars(self.search)}
+        return {"chosen": chosen, "search": vars(self.search), **scored}
 
     def finish(self) -> None:
         """Deletes the state, once the result is safe."""
@@ -163,9 +168,12 @@ def rank(
     check_ranking(model, answer, settings.cut, settings.running)
     found = texts.read()
     place = (opening or Opening(), settings.cut.size, settings.running.model_parallel_size)
+    weights = weights_of(model) if first_rank() else None  # of the files as they are now
     if answer.by_loss:
-        return _searched(settings.running.whole(model, *place), found, settings)
-    return _measured(settings.running.open(model, *place), found, settings, notify)
+        result = _searched(settings.running.whole(model, *place), found, settings)
+    else:
+        result = _measured(settings.running.open(model, *place), found, settings, notify)
+    return replace(result, weights=weights)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ def ranked(result: Ranking) -> str:
 
 def pruned(result: Pruned) -> str:
     """What was tried, removed, written and proved."""
-    lines: list[str] = []
+    lines = [result.chosen.unchecked] if result.chosen.unchecked else []
     if result.chosen.budget is not None:
         lines += _tried(result.chosen.budget)
     lines += [f"--eval_data was {result.chosen.unsure}"] if result.chosen.unsure else []
@@ -45,7 +45,7 @@ def _tried(budget: Budget) -> list[str]:
 
 def healed(result: Healing) -> str:
     """Perplexities before and after, and what the healing changed."""
-    lines = [result.left_out] if result.left_out else []
+    lines = [said for said in (result.unchecked, result.left_out) if said]
     evidence = result.evidence
     lines += [f"{perplexities(evidence.perplexity)}\n"]
     lines += [f"healing changes the loss by {evidence.change}"]

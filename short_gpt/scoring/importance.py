@@ -19,7 +19,7 @@ from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import bar, set_rate
 from short_gpt.scoring import hooks
 from short_gpt.scoring.hooks import Scores
-from short_gpt.scoring.lists import from_lists, layer_numbers, to_lists
+from short_gpt.scoring.lists import check_sums, from_lists, layer_numbers, to_lists
 from short_gpt.scoring.metrics import spearman
 from short_gpt.scoring.order import best_block, lowest
 
@@ -215,7 +215,7 @@ class Importance:
         """What `to_dict` wrote.
 
         Raises:
-            ShortGPTError: a field is missing or has the wrong shape.
+            ShortGPTError: a field is missing, or has the wrong shape or values out of range.
         """
         try:
             empty = cls.empty(layer_numbers(content["layers"]))
@@ -226,6 +226,7 @@ class Importance:
             expected = getattr(empty, f.name).shape
             if loaded.shape != expected:
                 raise ShortGPTError(f"{f.name} is {list(loaded.shape)}, expected {list(expected)}")
+        check_sums({f.name: s for f, s in zip(fields(cls)[1:], sums, strict=True)})
         return cls(empty.layers, *sums)
 
 

@@ -1,12 +1,16 @@
-"""Sums as lists of numbers, ready for JSON, which has no NaN: None stands for it."""
+"""Sums as lists of numbers, ready for JSON, which has no NaN: None stands for it; and back."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
+from short_gpt.runtime.errors import ShortGPTError
+
+PARTLY = ("magnitude", "norm", "halves", "token_angles")  # NaN where a window was not scored so
 Nested = float | None | list["Nested"]  # numbers in lists in lists
 
 
@@ -34,11 +38,34 @@ def from_lists(content: object) -> Tensor:
 def _with_nan(content: object) -> object:
     if isinstance(content, list):
         return [_with_nan(v) for v in content]
+    if isinstance(content, bool):
+        raise TypeError(f"expected numbers, got {content}")
     return math.nan if content is None else content
 
 
 def layer_numbers(content: object) -> list[int]:
-    """The layers of saved scores; TypeError if they are no list."""
-    if not isinstance(content, list):
-        raise TypeError(f"layers = {content!r}")
+    """The layers of saved scores; TypeError if they are no list of numbers, each once."""
+    if not isinstance(content, list) or not all(type(i) is int and i >= 0 for i in content):
+        raise TypeError(f"layers = {content!r}, expected whole numbers from 0")
+    if len(set(content)) < len(content):
+        raise TypeError(f"layers = {content!r}, expected each once")
     return content
+
+
+def check_sums(sums: Mapping[str, Tensor]) -> None:
+    """Raises ShortGPTError for sums of `Importance`, by their names, that no model can give."""
+    tokens, windows = sums["tokens"], sums["windows"].sum()
+    most = {
+        "influence": 2 * tokens[:, None],  # 1 - cos of every token, Eq. 1
+        "angles": windows,  # arccos / pi of every window, Eq. 6
+        "halves": 2 * tokens.sum(),
+        "token_angles": tokens.sum(),
+    }
+    for name, values in sums.items():
+        known = values.where(~values.isnan(), 0) if name in PARTLY else values
+        fits = known.isfinite() & (known >= 0)
+        if name in most:
+            fits &= known <= most[name] * (1 + 1e-9)
+        if not fits.all():
+            odd = float(known[~fits][0])
+            raise ShortGPTError(f"these are not saved scores: {name} has {odd:g}, out of range")

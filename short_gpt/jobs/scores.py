@@ -1,0 +1,147 @@
+"""Saved scores: what a file of `rank` says of the layers to remove, and of which model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from llama.io.hub import resolve
+from llama.io.sources import is_meta
+from short_gpt.checkpoints.provenance import Provenance
+from short_gpt.models.numbering import span
+from short_gpt.opening import layers_of, weights_of
+from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.results import read_record
+from short_gpt.scoring.importance import Importance
+from short_gpt.scoring.lists import layer_numbers
+from short_gpt.selection.methods import METHODS, check_method, choose
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a file of `rank` says of the layers to remove.
+
+    Attributes:
+        file: its name.
+        method: a name of `METHODS`.
+        arguments: those that the ranking was made with.
+        importance: the scores; None where a search by loss found the layers.
+        searched: these layers, in order of removal.
+        weights: digest of the weights that were scored, of `weights_of`; None where the file, an
+            older one, does not say.
+    """
+
+    file: str
+    method: str
+    arguments: Mapping[str, object]
+    importance: Importance | None = None
+    searched: list[int] = field(default_factory=list)
+    weights: str | None = None
+
+    @classmethod
+    def read(cls, file: str, method: str | None = None) -> Scores:
+        """The scores of a file; ``method`` takes the place of the one that ranked.
+
+        Raises:
+            FileNotFoundError, ShortGPTError: no such file, no scores in it, or those of another
+                method, which cannot be chosen by.
+        """
+        record = read_record(file)
+        ranked, scored = _part(record, "arguments", file), _part(record, "scored", file)
+        weights = str(scored["weights"]) if scored.get("weights") else None
+        if "chosen" not in record:
+            method = str(method or ranked.get("method") or "bi")
+            check_method(method)
+            return cls(file, method, ranked, importance_of(record, file), weights=weights)
+        chosen = _part(record, "chosen", file)
+        found, layers = str(chosen.get("method")), chosen.get("layers")
+        if method not in (None, found):
+            raise ShortGPTError(f"{file} holds the layers of {found}, not of {method}")
+        check_method(found)
+        try:
+            return cls(file, found, ranked, None, layer_numbers(layers), weights)
+        except TypeError as error:
+            raise ShortGPTError(
+                f"{file} holds no layers that a search chose: {error}; write it anew by short-gpt "
+                "rank"
+            ) from None
+
+    def check_model(self, model: str) -> str | None:
+        """Whether the scores are the model's.
+
+        Returns:
+            What could not be checked, in words; None if all was.
+
+        Raises:
+            ShortGPTError: they are of another number of layers, or of other weights.
+        """
+        count = layers_of(model if is_meta(model) else str(resolve(model)))
+        if count is not None and not self._of_layers(count):
+            layers = self.importance.layers if self.importance else self.searched
+            raise ShortGPTError(
+                f"{self.file} scores the layers {span(sorted(layers))}, {model} has {count}; they "
+                "do not belong together"
+            )
+        if self.weights is None:
+            return (
+                f"not checked: {self.file} does not say of which weights its scores are, so they "
+                f"may be of another model than {model}; short-gpt rank writes it"
+            )
+        if (found := weights_of(model)) not in (None, self.weights):
+            raise ShortGPTError(
+                f"{self.file} holds scores of the weights {self.weights}, {model} has {found}: "
+                f"score this model by short-gpt rank {model}, or name the model that was scored"
+            )
+        return None
+
+    def _of_layers(self, count: int) -> bool:
+        """Whether a model of so many layers can be what was scored."""
+        if self.importance is None:
+            return max(self.searched, default=0) < count
+        return self.importance.layers == list(range(count))
+
+    def layers(self, n: int) -> list[int]:
+        """The n layers that the method removes; raises ShortGPTError for too many."""
+        if self.importance is not None:
+            seed = self.arguments.get("seed")
+            return choose(self.importance, n, method=self.method, seed=int(str(seed or 0)))
+        if not 1 <= n <= len(self.searched):
+            raise ShortGPTError(
+                f"n = {n}; {self.file} holds {len(self.searched)} layers that {self.method} chose"
+            )
+        return self.searched[:n]
+
+    def record(self, **evidence: object) -> Provenance:
+        """How the layers were chosen, and what else tells for them, to be kept with the result."""
+        how = {"method": METHODS[self.method], "scored_by": self.arguments, **evidence}
+        data = self.arguments.get("data")
+        facts = {"data": data} if data else None
+        return Provenance.of_scores(self.importance, evidence=how, facts=facts)
+
+
+def importance_of(record: Mapping[str, object], source: str) -> Importance:
+    """The scores in a record that `rank` wrote; raises ShortGPTError if there are none."""
+    found = record.get("importance")
+    if not isinstance(found, dict):
+        raise ShortGPTError(f"{source} holds no scores; expected a file written by short-gpt rank")
+    try:
+        return Importance.from_dict(found)
+    except ShortGPTError as error:
+        raise ShortGPTError(f"{source}: {error}; write it anew by short-gpt rank") from None
+
+
+def read_scores(file: str) -> Importance:
+    """The scores in a file that `rank` wrote.
+
+    Raises:
+        FileNotFoundError, ShortGPTError: no such file, or no scores of one pass in it.
+    """
+    return importance_of(read_record(file), file)
+
+
+def _part(record: Mapping[str, object], name: str, file: str) -> Mapping[str, object]:
+    """An object inside a record; empty where there is none."""
+    found = record.get(name) or {}
+    if not isinstance(found, dict):
+        raise ShortGPTError(f"{file}: {name} is {found!r}, expected an object; rank anew")
+    return found

@@ -1,0 +1,176 @@
+"""Saved scores belong to the model that was scored; what no model can give is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from commands import DATA, TEXT, fails, run
+from conftest import BYTE_VOCAB, make_transformer, save_checkpoint, write_byte_tokenizer
+
+from short_gpt import ShortGPTError, convert, prune, rank
+from short_gpt.jobs import Choice, Scores, StridedCut, heal
+from short_gpt.opening import weights_of
+
+LEARNED = ("--data", "book.txt", "--eval_data", "held.txt", "--size", 32, "--max_windows", 4)
+
+
+def checkpoint(folder: Path, seed: int = 0, layers: int = 5) -> Path:
+    model = make_transformer(seed, vocab_size=BYTE_VOCAB, n_layers=layers)
+    write_byte_tokenizer(save_checkpoint(folder, model))
+    return folder
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    Path("book.txt").write_text(TEXT)
+    Path("held.txt").write_text("".join(chr(97 + i * i % 26) for i in range(400)))
+    checkpoint(Path("ckpt"))
+    return tmp_path
+
+
+def ranked(model: str, file: str, *options: object) -> dict:
+    run("rank", model, *DATA, "--max_windows", 6, "--json", file, *options)
+    return json.loads(Path(file).read_text())
+
+
+@pytest.mark.parametrize("options", [(), ("--method", "sleb", "--n", 2)])
+def test_scores_of_other_weights_are_refused_and_told(here, capsys, options):
+    checkpoint(Path("other"), seed=1)
+    record = ranked("ckpt", "r.json", *options)
+    ours, theirs = weights_of("ckpt"), weights_of("other")
+    assert record["scored"] == {"weights": ours} and ours != theirs
+    capsys.readouterr()
+    for command in (
+        ("prune", "other", "out", "--scores", "r.json", "--n", 1),
+        ("heal", "other", "out", "--scores", "r.json", "--n", 1, *LEARNED),
+    ):
+        line = fails(capsys, *command)
+        assert f"r.json holds scores of the weights {ours}, other has {theirs}: score" in line
+        assert not Path("out").exists()
+    shutil.copytree("ckpt", "moved")  # a path is no identity
+    run("prune", "moved", "out", "--scores", "r.json", "--n", 1)
+    assert "not checked" not in capsys.readouterr().out
+
+
+def test_the_scores_of_a_whole_model_are_not_those_of_its_pruned_one(here, capsys):
+    checkpoint(Path("small"), layers=4)
+    record = ranked("small", "r.json", "--method", "sleb", "--n", 2)
+    prune("ckpt", "cut", layers=[2])  # as many layers as the scored one
+    capsys.readouterr()
+    assert "holds scores of the weights" in fails(
+        capsys, "prune", "cut", "out", "--scores", "r.json", "--n", 1
+    )
+    record["scored"], record["chosen"]["layers"] = {}, [1, 4]
+    Path("r.json").write_text(json.dumps(record))
+    line = fails(capsys, "prune", "cut", "out", "--scores", "r.json", "--n", 1)
+    assert "r.json scores the layers 1, 4, cut has 4; they do not belong together" in line
+
+
+def test_older_scores_are_read_and_said_not_to_be_checked(here, capsys):
+    record = ranked("ckpt", "r.json")
+    record.pop("scored")
+    Path("r.json").write_text(json.dumps(record))
+    capsys.readouterr()
+    run("prune", "ckpt", "out", "--scores", "r.json", "--n", 1)
+    said = capsys.readouterr().out.splitlines()[0]
+    assert said.startswith("not checked: r.json does not say of which weights its scores are")
+    run("heal", "ckpt", "healed", "--scores", "r.json", "--n", 1, *LEARNED)
+    assert "not checked: r.json" in capsys.readouterr().out
+
+
+def test_weights_are_those_of_the_files_in_every_format(here):
+    whole = weights_of("ckpt")
+    convert("ckpt", "hf")
+    found = weights_of("hf")
+    assert found is not None and found != whole == weights_of("ckpt")
+    result = rank("hf", "book.txt", n=1, cut=StridedCut(32, 6, 0, 16))
+    assert result.to_dict()["scored"] == {"weights": found}
+    Path("hf/model.safetensors").unlink()
+    assert weights_of("hf") is None
+
+
+def negative_windows(sums):
+    sums["windows"][0] = -1
+
+
+def negative_influence(sums):
+    sums["influence"][0][1] = -1e9
+
+
+def too_much_influence(sums):
+    sums["influence"][0][1] = 2.1 * sums["tokens"][0]
+
+
+def a_layer_that_is_true(sums):
+    sums["layers"][1] = True
+
+
+def a_sum_that_is_true(sums):
+    sums["influence"][0][1] = True
+
+
+def the_same_layer_twice(sums):
+    sums["layers"][1] = 0
+
+
+def infinite_angles(sums):
+    sums["angles"][0][1] = 1e999
+
+
+def no_angles(sums):
+    sums["angles"][0][1] = None
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        negative_windows,
+        negative_influence,
+        too_much_influence,
+        a_layer_that_is_true,
+        a_sum_that_is_true,
+        the_same_layer_twice,
+        infinite_angles,
+        no_angles,
+    ],
+)
+def test_scores_that_no_model_gives_are_refused(here, capsys, spoil):
+    record = ranked("ckpt", "r.json")
+    spoil(record["importance"])
+    Path("bad.json").write_text(json.dumps(record))
+    capsys.readouterr()
+    for command in (
+        ("prune", "ckpt", "out", "--scores", "bad.json", "--n", 1),
+        ("plot", "bad.json", "pictures"),
+    ):
+        line = fails(capsys, *command)
+        assert "bad.json: these are not saved scores: " in line and "rank" in line
+
+
+@pytest.mark.parametrize("layers", [[True, 2], [-1], [2, 2], "12", None, [1.0]])
+def test_a_search_that_holds_no_layers_is_refused(here, layers):
+    record = {"chosen": {"method": "sleb", "layers": layers}, "arguments": {}}
+    Path("bad.json").write_text(json.dumps(record))
+    with pytest.raises(ShortGPTError, match="bad.json holds no layers that a search chose: "):
+        Scores.read("bad.json")
+
+
+def test_every_real_score_passes(here):
+    """Also of sublayers and of all tokens, and of layers that do nothing or turn a state around."""
+    ranked("ckpt", "r.json", "--sublayers")
+    ranked("ckpt", "all.json", "--method", "angular_all", "--n", 1)
+    weights = torch.load("ckpt/consolidated.00.pth")
+    for name in ("attention.wo", "feed_forward.w2"):
+        weights[f"layers.1.{name}.weight"].zero_()
+        weights[f"layers.2.{name}.weight"].mul_(-1e4)
+    torch.save(weights, "ckpt/consolidated.00.pth")
+    ranked("ckpt", "odd.json")
+    for file in ("r.json", "all.json", "odd.json"):
+        assert Scores.read(file).importance is not None
+    with pytest.raises(ShortGPTError, match="holds scores of the weights"):
+        heal("ckpt", "out", choice=Choice(scores="r.json", n=1), data="book.txt")
