@@ -11,6 +11,7 @@ from llama.io.json_files import JsonObject
 # Llama 3.1's rotary scaling factor is not in params.json: it is 8, and 32 for the two small 3.2
 # models, known by their width (llama-models issues 166 and 241).
 ROPE_FACTOR, ROPE_FACTOR_OF_WIDTH = 8.0, {2048: 32.0, 3072: 32.0}
+MOST = 2**31 - 1  # of any number in params.json: beyond, arithmetic and not the message would fail
 
 
 @dataclass
@@ -95,21 +96,35 @@ class ModelArgs:
 
     def _check_kinds(self) -> None:
         limits = ("max_batch_size", "max_seq_len")
-        for name in ("dim", "n_layers", "n_heads", "kv_heads", "multiple_of", *limits):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise InputError(f"{name} must be a positive integer, got {value!r}")
-        if not isinstance(self.vocab_size, int) or (self.vocab_size < 1 and self.vocab_size != -1):
-            raise InputError(
-                f"vocab_size must be a positive integer or -1, got {self.vocab_size!r}"
-            )
+        names = ("dim", "n_layers", "n_heads", "kv_heads", "multiple_of", *limits)
+        check_positive(**{name: getattr(self, name) for name in names})
+        if self.vocab_size != -1 or isinstance(self.vocab_size, float):
+            check_positive("a positive integer or -1", vocab_size=self.vocab_size)
         if not isinstance(self.use_scaled_rope, bool):
             raise InputError(f"use_scaled_rope must be true or false, got {self.use_scaled_rope!r}")
         for name in ("norm_eps", "rope_theta", "ffn_dim_multiplier", "rope_scaling_factor"):
             value = getattr(self, name)
             optional = value is None and name not in ("norm_eps", "rope_theta")
-            if not optional and not (isinstance(value, int | float) and 0 < value < math.inf):
-                raise InputError(f"{name} must be a positive number, got {value!r}")
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not optional and not (number and 0 < value <= MOST):
+                raise InputError(f"{name} must be a positive number, got {shown(value)}")
+
+
+def check_positive(expected: str = "a positive integer", **numbers: object) -> None:
+    """Raises InputError unless each is an integer from 1 to `MOST`, naming the first that is not.
+
+    Example:
+        >>> check_positive(dim=64)
+    """
+    for name, value in numbers.items():
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MOST:
+            raise InputError(f"{name} must be {expected}, got {shown(value)}")
+
+
+def shown(value: object) -> str:
+    """A value of a file for a message; of a long one the beginning."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]} ..."
 
 
 def kv_heads_of_rank(params: ModelArgs, rank: int, ranks: int) -> list[int]:

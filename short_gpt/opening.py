@@ -22,6 +22,7 @@ from short_gpt.checkpoints.verify import (
     copy_weights,
     fingerprint,
 )
+from short_gpt.models.config_file import read_config
 from short_gpt.models.loading import explained
 from short_gpt.runtime.digest import files_digest
 from short_gpt.runtime.errors import ShortGPTError
@@ -173,10 +174,8 @@ def layers_of(source: str) -> int | None:
         return ModelArgs.from_params(read_params(Path(source))).n_layers
     if kind != "hf":
         return None
-    from transformers import AutoConfig
-
     try:
-        config = AutoConfig.from_pretrained(source)
+        config = read_config(source)
     except Exception as error:
         raise ShortGPTError(f"{source} cannot be loaded: {explained(error)}") from error
     return config.get_text_config(decoder=True).num_hidden_layers

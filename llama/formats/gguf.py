@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from llama.args import ModelArgs
+from llama.args import ModelArgs, check_positive
 from llama.checkpoint.sharding import full_shapes
-from llama.errors import InputError, MissingPackageError
-from llama.formats.names import GGUF, check_tensors, ffn_keys, name_in
+from llama.errors import InputError
+from llama.formats.gguf_header import read_header
+from llama.formats.names import GGUF, check_layers, check_tensors, ffn_keys, name_in
 from llama.formats.tokenizers import gguf_tokenizer
 from llama.io.json_files import JsonObject
 from llama.rope import rope_frequencies
 
-if TYPE_CHECKING:
-    import gguf
-
 ROPE_FACTORS = "rope_freqs.weight"
+PLAIN = {"F16": np.float16, "F32": np.float32, "F64": np.float64}  # the others are in blocks
 
 
 class GGUFFile:
@@ -32,10 +32,8 @@ class GGUFFile:
     """
 
     def __init__(self, path: Path) -> None:
-        reader = _reader(path)
         self.path = path
-        self.fields = {name: field.contents for name, field in reader.fields.items()}
-        self.tensors = {tensor.name: tensor for tensor in reader.tensors}
+        self.fields, self.tensors = read_header(path)
         if self.get("general.architecture") != "llama":
             raise InputError(
                 f"{path} holds architecture {self.get('general.architecture')!r}; expected 'llama'"
@@ -43,7 +41,7 @@ class GGUFFile:
 
     def get(self, key: str, default: object = None) -> Any:
         """The value of a key of the metadata."""
-        return self.fields[key]() if key in self.fields else default
+        return self.fields.get(key, default)
 
     def need(self, key: str) -> Any:
         """The value of a key; InputError if the file lacks it."""
@@ -53,11 +51,14 @@ class GGUFFile:
 
     def read(self, name: str) -> Tensor:
         """A tensor of this name in GGUF, dequantized, in memory of its own."""
-        from gguf import quants
+        from gguf import GGMLQuantizationType, quants
 
-        tensor = self.tensors[name]
-        # quantized weights come as new float32; others are views of the mapped file: hence the copy
-        return torch.from_numpy(quants.dequantize(tensor.data, tensor.tensor_type).copy())
+        place = self.tensors[name]
+        raw = np.fromfile(self.path, np.uint8, place.nbytes, offset=place.start)
+        rows, kind = raw.reshape(*place.shape[:-1], -1), GGMLQuantizationType(place.kind)
+        plain = PLAIN.get(kind.name)
+        values = rows.view(plain) if plain else quants.dequantize(rows, kind)
+        return torch.from_numpy(values.astype(np.float32, copy=False))
 
     def name_of(self, meta_name: str) -> str:
         """GGUF's name of a tensor; the output head is the embedding where it has none."""
@@ -77,17 +78,20 @@ class GGUFFile:
     def _args(self) -> ModelArgs:
         need = self.need
         dim, heads = need("llama.embedding_length"), need("llama.attention.head_count")
+        layers, width = need("llama.block_count"), need("llama.feed_forward_length")
+        check_positive(embedding_length=dim, block_count=layers, feed_forward_length=width)
+        check_layers(self.path, layers, self.tensors)
         if "token_embd.weight" not in self.tensors:
             raise InputError(f"{self.path} lacks token_embd.weight")
         return ModelArgs(
             dim=dim,
-            n_layers=need("llama.block_count"),
+            n_layers=layers,
             n_heads=heads,
             n_kv_heads=self.get("llama.attention.head_count_kv", heads),
-            vocab_size=int(self.tensors["token_embd.weight"].shape[1]),
+            vocab_size=self.tensors["token_embd.weight"].shape[0],
             norm_eps=_decimal(need("llama.attention.layer_norm_rms_epsilon")),
             rope_theta=_decimal(self.get("llama.rope.freq_base", 10000.0)),
-            **ffn_keys(dim, need("llama.feed_forward_length")),
+            **ffn_keys(dim, width),
         )
 
     def _check(self, args: ModelArgs) -> None:
@@ -108,6 +112,13 @@ class GGUFFile:
     def _check_names(self, args: ModelArgs) -> None:
         wanted = {self.name_of(name) for name in full_shapes(args)}
         check_tensors(self.path, self.tensors.keys(), wanted, ignored={ROPE_FACTORS})
+        for name, shape in full_shapes(args).items():
+            found = self.tensors[self.name_of(name)].shape
+            if found != shape:
+                raise InputError(
+                    f"{self.name_of(name)} in {self.path} has shape {list(found)}; its metadata "
+                    f"gives {list(shape)}"
+                )
 
     def _rope_factor(self, args: ModelArgs) -> float:
         """Llama 3.1's factor from the file's divisors of the rotary frequencies."""
@@ -124,19 +135,8 @@ class GGUFFile:
         return gguf_tokenizer(self)
 
 
-def _reader(path: Path) -> gguf.GGUFReader:
-    if not path.is_file():
-        raise FileNotFoundError(f"GGUF file {path} does not exist")
-    try:
-        import gguf
-    except ImportError:
-        raise MissingPackageError('reading GGUF needs: pip install "short-gpt[demo]"') from None
-    try:
-        return gguf.GGUFReader(path)
-    except (ValueError, IndexError, OSError) as error:
-        raise InputError(f"{path} is not a complete GGUF file: {error}") from None
-
-
 def _decimal(value: float) -> float:
     """The shortest decimal that rounds to this float32: 1e-05, not 9.99999974e-06."""
+    if not isinstance(value, float):
+        raise InputError(f"expected a decimal number in the metadata, got {value!r}")
     return float(str(torch.tensor(value, dtype=torch.float32).numpy()))

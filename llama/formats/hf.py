@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 
-from llama.args import ModelArgs
+from llama.args import ModelArgs, check_positive
 from llama.checkpoint.pth import TensorInfo
 from llama.checkpoint.sharding import EMBEDDING, OUTPUT, full_shapes
 from llama.errors import InputError
-from llama.formats.names import HF, check_tensors, ffn_keys, name_in
+from llama.formats.names import HF, check_layers, check_tensors, ffn_keys, name_in
 from llama.formats.safetensors import DTYPES, SafetensorsFile
 from llama.io.json_files import JsonObject
 from llama.parallel import choose_dtype
@@ -58,6 +58,7 @@ def _check_plain(config: JsonObject, directory: Path) -> None:
     if config.get("model_type") == "llama":
         if lacking:
             raise InputError(f"config.json in {directory} lacks {lacking}")
+        check_positive(**{key: config[key] for key in needed})
         expected |= {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu"}
         expected |= {"head_dim": config["hidden_size"] // config["num_attention_heads"]}
         expected |= {"quantization_config": None}
@@ -72,7 +73,10 @@ def _check_plain(config: JsonObject, directory: Path) -> None:
 
 def _rope(config: JsonObject, directory: Path) -> JsonObject:
     """Rotary keys of params.json; transformers 5 calls ``rope_parameters`` what 4 split in two."""
-    scaling = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    parts = [config.get(key) or {} for key in ("rope_scaling", "rope_parameters")]
+    if wrong := [part for part in parts if not isinstance(part, dict)]:
+        raise InputError(f"config.json in {directory} has rotary settings {wrong[0]!r}, no object")
+    scaling = {**parts[0], **parts[1]}
     theta = scaling.get("rope_theta", config.get("rope_theta") or 10000.0)
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     partial = scaling.get("partial_rotary_factor", config.get("partial_rotary_factor") or 1.0)
@@ -86,7 +90,7 @@ def _rope(config: JsonObject, directory: Path) -> JsonObject:
             f"{directory} scales its rotary frequencies by {shown}; only Llama 3.1's scaling can "
             f"be converted: rope_type 'llama3' with {LLAMA3_SCALING}"
         )
-    factor = scaling["factor"]
+    factor = scaling.get("factor")
     return {"rope_theta": theta, "use_scaled_rope": True, "rope_scaling_factor": factor}
 
 
@@ -170,6 +174,7 @@ def meta_infos(
     Raises:
         InputError: the weights are not a Llama's.
     """
+    check_layers(directory, args.n_layers, weights)
     shapes = full_shapes(args)
     names = {name: name_in(HF, name) for name in shapes}
     head = names[OUTPUT]

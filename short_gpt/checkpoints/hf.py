@@ -17,6 +17,7 @@ from llama.io.hub import resolve
 from llama.io.json_files import write_json
 from short_gpt.checkpoints.card import write_provenance
 from short_gpt.checkpoints.provenance import PROVENANCE, Provenance
+from short_gpt.models.config_file import read_config
 from short_gpt.models.hf import HFDecoder
 from short_gpt.models.loading import auto_class, explained
 from short_gpt.models.numbering import check_layers
@@ -111,22 +112,18 @@ def _copy_others(directory: Path, out: Path) -> None:
 
 def _skeleton(directory: Path) -> HFDecoder:
     """The model of a directory's config, without weights."""
-    try:
-        from transformers import AutoConfig
-    except ImportError:
-        raise MissingPackageError(
-            'pruning these files needs: pip install "short-gpt[hf]"'
-        ) from None
     quantization = read_record(directory / "config.json").get("quantization_config")
     if re.search(r"(layers|blocks|h)\.\d", json.dumps(quantization)):
         raise ShortGPTError(
             f"{directory} is quantized with settings for single layers, which cannot be renumbered"
         )
     try:
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        config = read_config(str(directory))
         with torch.device("meta"):
             model = auto_class(config).from_config(config, trust_remote_code=False)
             return HFDecoder(model)
+    except MissingPackageError:
+        raise
     except Exception as error:
         reason = explained(error)
         raise ShortGPTError(

@@ -12,11 +12,15 @@ import torch
 from llama.io.hub import hub_failure
 from llama.io.sources import is_gguf
 from llama.parallel import choose_device
+from short_gpt.models.config_file import check_gguf, read_config
+from short_gpt.models.weights_report import check_weights, without_report
 from short_gpt.runtime.errors import MissingPackageError, ShortGPTError
 
 # options of loading that say where files come from: the tokenizer's as well as the model's
 FROM_WHERE = ["cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder"]
 FROM_WHERE += ["token", "trust_remote_code"]
+# asks what came of every tensor, for `check_weights`; a wrong shape is told like the others
+ALL = {"output_loading_info": True, "ignore_mismatched_sizes": True}
 TOKENIZER = re.compile(r"(tokenizer|vocab|merges).*|.+\.(model|tiktoken)")
 
 
@@ -53,26 +57,31 @@ def place_of(
 
 def load(name: str, options: dict[str, Any], tokenizer: Any) -> tuple[Any, Any]:
     try:
-        from transformers import AutoConfig, AutoTokenizer
+        from transformers import AutoTokenizer
     except ImportError:
         raise MissingPackageError('ShortHFModel needs: pip install "short-gpt[hf]"') from None
     path, gguf = Path(name), {}
     if is_gguf(name):
         if not path.is_file():
             raise FileNotFoundError(f"GGUF file {name} does not exist")
+        check_gguf(path)
         path, gguf = path.parent, {"gguf_file": path.name}
     where = str(path) if gguf else name
+    options = {"dtype": "auto", "trust_remote_code": False, **options}
     both = {key: options[key] for key in FROM_WHERE if key in options} | gguf
     try:
-        loader = auto_class(AutoConfig.from_pretrained(where, **both))
+        config = read_config(where, both)
+        loader = auto_class(config)
         if tokenizer is None and (gguf or _has_tokenizer(path)):
             tokenizer = AutoTokenizer.from_pretrained(where, **both)
-        model = loader.from_pretrained(where, **gguf, **{"dtype": "auto", **options})
+        with without_report():
+            model, info = loader.from_pretrained(where, **gguf, **(options | ALL))
     except Exception as error:  # a wrong name, no network, an unknown kind, a wrong option ...
         if not path.exists() and (failure := hub_failure(name, error)):
             raise failure from error
         kind = OSError if isinstance(error, OSError) else ShortGPTError
         raise kind(f"{name} cannot be loaded: {explained(error)}") from error
+    check_weights(name, info)
     if gguf:  # the weights are no longer quantized, so they can be saved and trained
         del model.config.quantization_config
         vars(model).update(hf_quantizer=None, is_quantized=False)

@@ -286,7 +286,7 @@ def test_evaluate_dense_against_pruned(here, capsys, lm_eval, tasks):
         (["rank", "hf", *DATA, "--device", "tpu9"], "expected a device such as cpu"),
         (["rank", "hf", *DATA, "-n", "5"], "expected 1 to 4"),
         (["rank", "no.gguf", *DATA], "no.gguf does not exist"),
-        (["rank", "broken.gguf", *DATA], "broken.gguf cannot be loaded: "),
+        (["rank", "broken.gguf", *DATA], "broken.gguf is not a complete GGUF file"),
         (["generate", "damaged", "a"], "damaged cannot be loaded: "),
         (["generate", "empty", "a"], "empty has no params.json (Meta's format) and no config.json"),
         (["convert", "empty", "x"], "empty has no params.json (Meta's format) and no config.json"),

@@ -1,0 +1,98 @@
+"""What a model says of its size, compared with its files before anything is made of that size."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from llama.args import check_positive
+from llama.formats.gguf_header import Header, read_header
+from llama.formats.names import GGUF, NAMES, check_layers
+from llama.io.json_files import read_json
+from short_gpt.runtime.errors import MissingPackageError, ShortGPTError
+
+LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+WIDTHS = ("hidden_size", "n_embd", "d_model", "vocab_size", "num_attention_heads", "n_head")
+OPTIONAL = ("intermediate_size", "num_key_value_heads", "head_dim", "n_inner")
+# Matrices that a model has if its config has both numbers; a weight takes a bit at least.
+MATRICES = [("vocab_size", "hidden_size"), ("vocab_size", "n_embd"), ("vocab_size", "d_model")]
+MATRICES += [("hidden_size", "intermediate_size"), ("n_embd", "n_embd"), ("d_model", "d_model")]
+MATRICES += [("num_attention_heads", "head_dim"), ("hidden_size", "hidden_size")]
+BITS = 8
+LAYER_BYTES = 1000  # the names and offsets of a layer's tensors alone take more
+ROPE_FACTORS = "rope_freqs.weight"
+
+
+def read_config(source: str, options: Mapping[str, object] | None = None) -> Any:
+    """The config of a model of transformers, its numbers checked if its files lie here.
+
+    Args:
+        source: a directory or a hub id.
+        options: passed on; without ``trust_remote_code`` no code of the model's is run.
+
+    Raises:
+        MissingPackageError: transformers is missing.
+        ShortGPTError: a number is none, or the files are too small for it.
+        Exception: as those of ``AutoConfig.from_pretrained``.
+    """
+    try:
+        from transformers import AutoConfig
+    except ImportError:
+        raise MissingPackageError('this model needs: pip install "short-gpt[hf]"') from None
+    options = {"trust_remote_code": False, **(options or {})}
+    directory = Path(source) / str(options.get("subfolder") or "")
+    if "gguf_file" not in options and (directory / "config.json").is_file():
+        check_config(directory)
+    return AutoConfig.from_pretrained(source, **options)
+
+
+def check_config(directory: Path) -> None:
+    """Raises ShortGPTError unless the numbers in ``config.json`` can be those of the weights."""
+    config = read_json(directory / "config.json")
+    size = sum(p.stat().st_size for p in directory.iterdir() if p.suffix != ".json" and p.is_file())
+    for part in (config, *(v for v in config.values() if isinstance(v, dict))):
+        try:
+            check_positive(**{k: part[k] for k in (*LAYERS, *WIDTHS) if k in part})
+            check_positive(**{k: part[k] for k in OPTIONAL if part.get(k) is not None})
+        except ShortGPTError as error:
+            raise ShortGPTError(f"config.json in {directory} is damaged: {error}") from None
+        needed = [part[k] * LAYER_BYTES for k in LAYERS if k in part]
+        for pair in MATRICES:
+            sides = [part.get(k) for k in pair]
+            needed += [prod(n for n in sides if n) // BITS] if all(sides) else []
+        if size and max(needed, default=0) > size:
+            numbers = {k: part[k] for k in (*LAYERS, *WIDTHS, *OPTIONAL) if part.get(k)}
+            raise ShortGPTError(
+                f"config.json in {directory} does not fit its files, which have {size} bytes; it "
+                f"has {numbers}: correct it, or fetch the model anew"
+            )
+
+
+def check_gguf(path: Path) -> None:
+    """Raises ShortGPTError unless a GGUF file is whole, with layers and tensors that fit.
+
+    Of a plain Llama every tensor must be known: transformers drops others, such as biases.
+    """
+    header = read_header(path)
+    kind = header.fields.get("general.architecture")
+    layers = header.fields.get(f"{kind}.block_count")
+    if not isinstance(kind, str) or not isinstance(layers, int) or not layers:
+        raise ShortGPTError(
+            f"{path} holds architecture {kind!r} of {layers!r} layers, expected a language model; "
+            "is it a whole one?"
+        )
+    check_layers(path, layers, header.tensors)
+    if kind == "llama" and not header.fields.get("llama.expert_count"):
+        _check_names(path, header, layers)
+
+
+def _check_names(path: Path, header: Header, layers: int) -> None:
+    templates = [row[GGUF] for row in NAMES]
+    known = {template.format(i) for template in templates for i in range(layers)} | {ROPE_FACTORS}
+    if others := sorted(header.tensors.keys() - known):
+        raise ShortGPTError(
+            f"{path} cannot be loaded: it holds {', '.join(others[:3])}, which transformers' Llama "
+            "lacks and would leave out; open the model that it was made from"
+        )

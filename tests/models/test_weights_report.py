@@ -1,0 +1,172 @@
+"""Weights that are missing, unknown or of another shape: refused by name by every reader."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from commands import DATA, TEXT, fails, run
+from conftest import BYTE_VOCAB, make_transformer, save_checkpoint, write_byte_tokenizer
+from gguf_files import write_gguf
+from safetensors.torch import load_file, save_file
+
+from llama.formats.convert import gguf_to_meta, hf_to_meta, meta_to_hf
+from short_gpt import ShortGPTError, ShortHFModel
+from short_gpt.opening import open_model
+
+pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, one_rank) -> Path:
+    """A random Llama with a head of its own in every format."""
+    path = tmp_path_factory.mktemp("whole")
+    model = make_transformer(vocab_size=BYTE_VOCAB)
+    write_byte_tokenizer(save_checkpoint(path / "meta", model))
+    meta_to_hf(path / "meta", path / "hf")
+    (path / "book.txt").write_text(TEXT)
+    return path
+
+
+@pytest.fixture
+def here(made, tmp_path, monkeypatch) -> Path:
+    shutil.copytree(made, tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "here"
+
+
+# what the message must hold, by kind of damage
+SAID = {
+    "layer": r"model\.layers\.4\.",
+    "head": r"lm_head\.weight",
+    "q_proj": r"model\.layers\.2\.self_attn\.q_proj\.weight",
+    "embedding": r"model\.embed_tokens\.weight",
+    "unexpected": r"model\.layers\.1\.self_attn\.q_proj\.bias",
+    "shape": r"model\.layers\.3\.self_attn\.q_proj\.weight .*\[48, 32\]",
+}
+
+
+def damaged_hf(folder: Path, case: str, *, pickled: bool = False) -> None:
+    """Rewrites the weights of ``hf`` with one kind of damage."""
+    path = folder / "hf/model.safetensors"
+    state = load_file(path)
+    if case == "layer":
+        state = {k: v for k, v in state.items() if not k.startswith("model.layers.4.")}
+    elif case == "unexpected":
+        state["model.layers.1.self_attn.q_proj.bias"] = torch.zeros(32)
+    elif case == "shape":
+        state["model.layers.3.self_attn.q_proj.weight"] = torch.zeros(48, 32)
+    else:
+        key = {
+            "head": "lm_head.weight",
+            "q_proj": "model.layers.2.self_attn.q_proj.weight",
+            "embedding": "model.embed_tokens.weight",
+        }[case]
+        del state[key]
+    if pickled:
+        path.unlink()
+        torch.save(state, folder / "hf/pytorch_model.bin")
+    else:
+        save_file(state, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("case", SAID)
+@pytest.mark.parametrize("pickled", [False, True])
+def test_a_hugging_face_directory(here, case, pickled):
+    damaged_hf(here, case, pickled=pickled)
+    with pytest.raises(ShortGPTError, match=rf"hf cannot be loaded: its files .*{SAID[case]}") as e:
+        ShortHFModel("hf")
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("case", SAID)
+def test_its_other_readers(here, case):
+    """Streaming and conversion, which read the files without transformers."""
+    damaged_hf(here, case)
+    for read in (
+        lambda: open_model("hf", stream=True),
+        lambda: hf_to_meta("hf", "out"),
+    ):
+        with pytest.raises(ShortGPTError, match=SAID[case].split(" ")[0]):
+            read()
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("command", ["rank", "perplexity", "prune"])
+def test_commands_end_with_one_line(here, capfd, command):
+    damaged_hf(here, "head")
+    rest = {"prune": ("out", "--layers", "1"), "rank": DATA}.get(command, DATA[:4])
+    assert "lm_head.weight" in fails(capfd, command, "hf", *rest)
+    assert not Path("out").exists()
+
+
+def test_tied_and_known_keys_are_no_damage(here):
+    """A head that is tied may be left out, and old files hold rotary frequencies."""
+    path = here / "hf/model.safetensors"
+    state = load_file(path)
+    config = json.loads((here / "hf/config.json").read_text())
+    (here / "hf/config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    del state["lm_head.weight"]
+    state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    save_file(state, path, metadata={"format": "pt"})
+    short = ShortHFModel("hf")
+    assert torch.equal(short.model.lm_head.weight, state["model.embed_tokens.weight"])
+
+
+GGUF = {
+    "layer": (4, "blk.4.attn_k.weight|model.layers.4."),
+    "q_proj": ("layers.2.attention.wq.weight", "blk.2.attn_q.weight|layers.2.self_attn.q_proj"),
+    "embedding": ("tok_embeddings.weight", "token_embd.weight|model.embed_tokens.weight"),
+    "none": (None, "no tensors|token_embd|layers"),
+    "unexpected": ((), "blk.1.attn_q.bias"),
+    "shape": ("layers.3.attention.wq.weight", "blk.3.attn_q.weight|layers.3.self_attn.q_proj"),
+}
+
+
+@pytest.mark.parametrize("case", GGUF)
+def test_a_gguf_file(made, tmp_path, case):
+    model = make_transformer(vocab_size=BYTE_VOCAB)
+    what, said = GGUF[case]
+    names = set(model.state_dict())
+    drop = {"layer": {n for n in names if n.startswith("layers.4.")}, "none": names}.get(case)
+    extra = {
+        "unexpected": [("blk.1.attn_q.bias", torch.zeros(32))],
+        "shape": [("blk.3.attn_q.weight", torch.zeros(48, 32))],
+    }.get(case, [])
+    drop = {what} if drop is None else drop
+    path = write_gguf(tmp_path / "m.gguf", model, drop=drop, tensors=extra)
+    for read in (lambda: ShortHFModel(path), lambda: gguf_to_meta(path, tmp_path / "out")):
+        with pytest.raises(ShortGPTError, match=said) as error:
+            read()
+        assert "\n" not in str(error.value) and "m.gguf" in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_meta_checkpoint(here):
+    path = here / "meta/consolidated.00.pth"
+    whole = torch.load(path)
+    for case, said in {
+        "layers.4.attention.wq.weight": "lacks layers.4.attention.wq.weight",
+        "output.weight": "lacks output.weight",
+        "tok_embeddings.weight": "lacks tok_embeddings.weight",
+    }.items():
+        torch.save({k: v for k, v in whole.items() if k != case}, path)
+        for stream in (False, True):
+            with pytest.raises(ShortGPTError, match=said):
+                open_model("meta", stream=stream)
+    for changed, said in (
+        ({"layers.0.attention.wq.bias": torch.zeros(32)}, "has, unknown to params.json"),
+        ({"output.weight": torch.zeros(9, 32)}, r"output.weight in .* has shape \[9, 32\]"),
+    ):
+        torch.save(whole | changed, path)
+        for stream in (False, True):
+            with pytest.raises(ShortGPTError, match=said):
+                open_model("meta", stream=stream)
+
+
+def test_a_whole_model_still_runs(here, capsys):
+    run("perplexity", "hf", *DATA[:4])
+    assert "perplexity" in capsys.readouterr().out
