@@ -6,6 +6,7 @@ import json
 import math
 import signal
 import tempfile
+from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,11 +26,13 @@ from families import make
 from short_gpt.checkpoints import Provenance
 from short_gpt.data.disjoint import check_disjoint, hold_out, overlapping
 from short_gpt.evaluation.paired import difference, losses, together
-from short_gpt.evaluation.perplexity import Perplexity
+from short_gpt.evaluation.perplexity import Perplexity, perplexity
 from short_gpt.healing import lora as healing
+from short_gpt.healing import trainer
 from short_gpt.healing.linear_patch import heal as patch
 from short_gpt.healing.lora import adapt, heal, target_modules
 from short_gpt.healing.recipe import Recipe, recipe_for
+from short_gpt.models.hf import HFDecoder
 from short_gpt.opening import open_model
 from short_gpt.short_hf import ShortHFModel
 from short_gpt.short_llama import ShortLlama
@@ -263,11 +266,45 @@ def test_gradient_checkpointing_changes_nothing_but_memory():
 
 def test_windows_of_different_lengths_and_gpt2s_transposed_maps():
     short = ShortHFModel(make("gpt2"))
+    for module in short.model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
     windows = [w[: 5 + 2 * i] for i, w in enumerate(TRAINING)]
     healed = heal(
         short, windows, VALIDATION, recipe=changed(micro_batch=2, steps=2), progress=False
     )
-    assert healed.losses and all(map(math.isfinite, healed.losses.values()))
+    # the first step reads two windows by the weights so far; transformers divides the loss of
+    # what is predicted by all tokens, by the version with or without those that are only read
+    each = [losses(ShortHFModel(make("gpt2")).decoder, [w], progress=False)[0] for w in windows]
+    pairs = [together(pair) for pair in combinations(each, 2)]
+    expected = [p.nats / (p.tokens + more) for p in pairs for more in (0, 2)]
+    assert any(healed.losses[1] == pytest.approx(loss, rel=1e-4) for loss in expected)
+
+
+def test_padding_is_no_target():
+    """Windows of 5 and 11 tokens as training reads them: the loss is over 14 predictions."""
+    model, windows = make("llama"), [TRAINING[0][:5], TRAINING[1][:11]]
+    batch = trainer._collate([{"input_ids": w} for w in windows])
+    assert batch["labels"].tolist() == [windows[0] + [-100] * 6, windows[1]]
+    assert batch["input_ids"].tolist() == [windows[0] + [0] * 6, windows[1]]
+    expected = perplexity(HFDecoder(model), [windows])
+    with torch.no_grad():
+        loss = model(**batch).loss.item()
+    assert expected.tokens == 14 and loss == pytest.approx(expected.nats / 14, rel=1e-5)
+
+
+def test_without_an_alpha_changes_count_as_they_are():
+    for alpha, scale in ((None, 1.0), (8, 2.0)):
+        model, name = make("llama"), "model.layers.1.mlp.down_proj"
+        before = model.get_submodule(name).weight.detach().clone()
+        adapted = adapt(model, changed(rank=4, alpha=alpha))
+        change = model.get_submodule(name)
+        down, up = (m["default"].weight for m in (change.lora_A, change.lora_B))
+        with torch.no_grad():
+            up.normal_()
+            expected = before + scale * up @ down
+            merged = adapted.merge_and_unload().get_submodule(name).weight
+            assert torch.allclose(merged, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(

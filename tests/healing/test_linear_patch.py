@@ -302,4 +302,42 @@ def test_the_proof_sees_a_norm_however_small_the_mlp():
     hook.remove()
     with pytest.raises(ValueError, match="does not add"):
         check_added(layer, *calls[0])
-    assert linear_patch.RIDGE > 0
+
+
+def called() -> tuple[torch.nn.Module, tuple]:
+    """A layer, and what its model calls it with."""
+    model, calls = make("llama"), []
+    layer = model.model.layers[1]
+    hook = layer.register_forward_hook(lambda m, a, k, out: calls.append((a, k)), with_kwargs=True)
+    model(TOKENS, use_cache=False)
+    hook.remove()
+    return layer, calls[0]
+
+
+@pytest.mark.parametrize("factor", [0.999, 1.0001])
+def test_the_proof_sees_a_factor_near_one(factor):
+    layer, call = called()
+    check_added(layer, *call)
+    layer.mlp.register_forward_hook(lambda m, a, out: factor * out)
+    with pytest.raises(ValueError, match="does not add its MLP's output to the stream as it is"):
+        check_added(layer, *call)
+
+
+def test_the_proof_refuses_what_is_no_number():
+    layer, call = called()
+    layer.mlp.register_forward_hook(lambda m, a, out: out * float("nan"))
+    with pytest.raises(ValueError, match="off by nan of the stream"):
+        check_added(layer, *call)
+
+
+def test_a_patch_whose_layers_cannot_go_leaves_the_weights_alone(monkeypatch):
+    short = meta()
+    before = short.decoder.logits(TOKENS)
+
+    def fails(layers):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(short, "remove_layers", fails)
+    with pytest.raises(KeyboardInterrupt):
+        heal(short, [2], WINDOWS, progress=False)
+    assert torch.equal(short.decoder.logits(TOKENS), before) and not short.changes

@@ -6,6 +6,7 @@ import json
 import math
 
 import pytest
+import scipy.stats
 import torch
 from conftest import make_transformer, random_windows, zero_layer
 from families import make
@@ -15,7 +16,7 @@ from short_gpt.models.decoder import pad
 from short_gpt.models.hf import HFDecoder
 from short_gpt.models.meta import MetaDecoder
 from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.scoring.hooks import LayerHooks, score
+from short_gpt.scoring.hooks import LayerHooks, Scores, score
 from short_gpt.scoring.importance import Importance, measure
 from short_gpt.scoring.metrics import angular_distance, angular_distances, block_influence
 
@@ -118,8 +119,8 @@ def test_hooks_are_gone_even_after_an_error():
     assert not any(layer._forward_hooks for layer in model.layers)
 
 
-def test_padding_cannot_hide_or_cause_a_nan():
-    """Token 0 pads; its embedding is NaN here, and no real token is touched."""
+def test_padding_however_large_changes_nothing():
+    """Token 0 pads; its embedding is huge here, and no real token is touched."""
     model = make_transformer()
     windows = [[5, 6, 7, 8], [9, 10]]
     expected = measure(MetaDecoder(model), [[w] for w in windows]).block_influence
@@ -127,6 +128,17 @@ def test_padding_cannot_hide_or_cause_a_nan():
         model.tok_embeddings.weight[0] = 1e30
     found = measure(MetaDecoder(model), [windows]).block_influence
     assert torch.allclose(found, expected, atol=1e-6)
+
+
+def test_padding_that_is_no_number_is_an_error_and_never_a_score():
+    """Attention multiplies what it masks by zero, and zero times NaN is NaN."""
+    model, sums = make_transformer(), Importance.empty(range(5))
+    with torch.no_grad():
+        model.tok_embeddings.weight[0] = math.nan
+    with pytest.raises(FloatingPointError, match=r"layer 0 met or gave .* \(window 1 of the batch"):
+        measure(MetaDecoder(model), [[[5, 6, 7, 8], [9, 10]]], into=sums)
+    assert sums.n_windows == 0
+    assert measure(MetaDecoder(model), [[[5, 6, 7, 8]], [[9, 10]]]).block_influence.min() > 0.01
 
 
 def test_standard_errors_are_those_of_window_means():
@@ -138,22 +150,49 @@ def test_standard_errors_are_those_of_window_means():
     assert torch.allclose(found.covariance, means.T.cov() / 40, rtol=1e-3, atol=1e-12)
 
 
-def test_standard_errors_cover_the_truth():
-    """Of many small samples, 95% intervals should hold the full mean about 95% of the time."""
-    decoder = MetaDecoder(make_transformer())
-    windows = random_windows(600, 6)
-    truth = measure(decoder, [windows]).block_influence
+def scores_of(tokens: Tensor, influence: Tensor) -> Scores:
+    """Windows of so many tokens (B,) with these sums of Block Influences (B, L)."""
+    B, L = influence.shape
+    zeros, square = torch.zeros(B, L), torch.zeros(B, L + 1, L + 1)
+    return Scores(tokens, influence, square, zeros, zeros, torch.zeros(B, 2, L), square)
+
+
+def test_the_error_of_ragged_windows_is_that_of_a_ratio():
+    """Cochran, Sampling Techniques, 3rd ed., eq. 6.13: residuals from the ratio, not the mean."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(2, 90, (30,), generator=generator).double()
+    sums = tokens[:, None] * (1 + 0.1 * torch.randn(30, 3, generator=generator).double())
+    found = Importance.empty(range(3))
+    found.add(scores_of(tokens, sums))
+    ratio = sums.sum(0) / tokens.sum()
+    residuals = sums - tokens[:, None] * ratio
+    expected = residuals.T @ residuals / 29 / (30 * tokens.mean() ** 2)
+    assert torch.allclose(found.covariance, expected, rtol=1e-9)
+    equal_windows = sums.T.cov() * 30 / tokens.sum() ** 2
+    assert (equal_windows.diagonal() > 9 * expected.diagonal()).all()  # the two are far apart
+
+
+def test_intervals_cover_the_truth_as_often_as_they_say():
+    """95% intervals of 2000 means of 20 normal windows, by Student's t with 19 degrees."""
+    generator = torch.Generator().manual_seed(0)
     inside = []
-    for i in range(0, 600, 20):
-        sample = measure(decoder, [windows[i : i + 20]])
-        inside.append((sample.block_influence - truth).abs() < 1.96 * sample.standard_error)
-    assert 0.85 < torch.stack(inside).double().mean() <= 1.0
+    for _ in range(400):
+        sample = Importance.empty(range(5))
+        drawn = 1 + 0.3 * torch.randn(20, 5, generator=generator)
+        sample.add(scores_of(torch.ones(20), drawn))
+        reach = scipy.stats.t.ppf(0.975, 19) * sample.standard_error
+        inside.append((sample.block_influence - 1).abs() < reach)
+    share = torch.stack(inside).double().mean().item()
+    assert share == pytest.approx(0.95, abs=0.015)  # three standard deviations of 2000 draws
 
 
 def test_agreement_of_halves():
     windows = random_windows(8, 20)
     decoder = MetaDecoder(make_transformer())
-    assert measure(decoder, [windows]).agreement > 0.7
+    halves = (measure(decoder, [windows[i::2]]).block_influence for i in (0, 1))
+    expected = scipy.stats.spearmanr(*halves).statistic
+    assert measure(decoder, [windows]).agreement == pytest.approx(expected)
+    assert 0 < expected < 1
     same = measure(decoder, [[w, w] for w in windows])
     assert same.agreement == pytest.approx(1.0)
     assert math.isnan(measure(decoder, [windows[:1]]).agreement)
@@ -275,7 +314,9 @@ def test_halves_that_do_not_add_up_to_the_layer_are_not_scored():
     layer.forward = lambda x, *rest: 0.5 * plain(x, *rest)  # scaled: not x + attention + MLP
     found = measure(MetaDecoder(model), [random_windows(2, 12)], sublayers=True)
     assert found.sublayer_influence[:, 2].isnan().all()
-    assert found.sublayer_influence[:, [0, 1, 3, 4]].isfinite().all()
+    assert found.sublayer_influence[:, [3, 4]].isfinite().all()
+    plain = measure(MetaDecoder(make_transformer()), [random_windows(2, 12)], sublayers=True)
+    assert torch.equal(found.sublayer_influence[:, :2], plain.sublayer_influence[:, :2])
 
 
 def test_the_covariance_of_blocks_is_that_of_the_windows_distances():
@@ -308,10 +349,19 @@ def test_a_model_may_score_in_a_way_of_its_own():
 
 def test_experts_that_flatten_their_windows_leave_the_halves_unknown():
     decoder = HFDecoder(make("llama4"))  # every other layer has experts
-    found = measure(decoder, [random_windows(2, 12)], sublayers=True)
-    assert found.block_influence.isfinite().all()
+    windows = random_windows(2, 12)
+    found = measure(decoder, [windows], sublayers=True)
+    assert torch.equal(found.block_influence, measure(decoder, [windows]).block_influence)
     assert found.sublayer_influence[:, 1::2].isnan().all()
-    assert found.sublayer_influence[:, ::2].isfinite().all()
+    layer, seen = decoder.layers[2], {}
+    layer.register_forward_pre_hook(lambda m, args: seen.update(x=args[0]))
+    layer.post_attention_layernorm.register_forward_pre_hook(lambda m, a: seen.update(m=a[0]))
+    layer.register_forward_hook(lambda m, args, out: seen.update(y=out))
+    decoder.run(torch.tensor(windows))
+    y = seen["y"] if isinstance(seen["y"], Tensor) else seen["y"][0]
+    expected = [block_influence(seen["x"], seen["m"]), block_influence(seen["m"], y)]
+    by_hand = torch.stack(expected).mean((1, 2)).double()
+    assert torch.allclose(found.sublayer_influence[:, 2], by_hand, rtol=1e-5)
 
 
 def test_squares_are_computed_anew_where_the_state_is_another():

@@ -50,7 +50,8 @@ def test_two_zero_vectors_are_equal():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_equal_vectors_are_never_nan(dtype):
     x = (torch.randn(500, 576) * 40).to(dtype)
-    assert angular_distance(x, x).isfinite().all()
+    # arccos turns the last digits of a float32 cosine, 1 - 1e-6, into 1.4e-3 / pi
+    assert angular_distance(x, x).max() < 5e-4
     assert block_influence(x, x).abs().max() < 1e-6
 
 
@@ -130,3 +131,8 @@ def test_distances_of_all_pairs_are_those_of_single_pairs():
         for j in range(i + 1, 4):
             expected = angular_distance(states[:, i], states[:, j])
             assert torch.allclose(found[:, i, j], expected, atol=1e-12)
+
+
+def test_what_adds_nothing_to_nothing_has_magnitude_zero():
+    change, norm = torch.tensor([0.0, 0.0, 1.0]), torch.tensor([0.0, 2.0, 0.0])
+    assert relative_change(change, norm).tolist() == [0.0, 0.0, math.inf]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 
 import pytest
 import torch
@@ -200,3 +201,33 @@ def test_numbers_out_of_range(search, n, message):
 def test_windows_without_a_prediction():
     with pytest.raises(ValueError, match="nothing was predicted"):
         sleb(model(5), [[1], [2]], 1)
+
+
+def test_one_shot_takes_the_layers_whose_absence_alone_costs_least():
+    decoder, windows, loss = model(), random_windows(3, 20), []
+    for i in range(8):
+        with without_layers(decoder, [i]):
+            loss.append(perplexity(decoder, [windows]).nats)
+    found = one_shot(decoder, windows, 3).removed
+    assert found == sorted(range(8), key=loss.__getitem__)[:3]
+
+
+def test_the_states_held_fit_into_the_memory_given(monkeypatch):
+    size, made, held = 3 * 13 * 32 * 4, {}, []  # windows x tokens x width x float32
+    advance, nats = Stack.advance, Stack.nats
+
+    def noted(*args):
+        state = advance(*args)
+        made[id(state)] = weakref.ref(state)
+        return state
+
+    def watched(*args):
+        held.append(sum(ref() is not None for ref in made.values()) * size // 3)
+        return nats(*args)
+
+    monkeypatch.setattr(Stack, "advance", noted)
+    monkeypatch.setattr(Stack, "nats", watched)
+    for room in (2, 4):
+        made.clear(), held.clear()
+        sleb(model(8), random_windows(3, 13), 2, max_memory=room * size)
+        assert (room - 1) * size <= max(held) <= room * size
