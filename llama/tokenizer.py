@@ -263,6 +263,9 @@ def _name(config: JsonObject, key: str, special: dict[str, int]) -> str:
     """The token under a key of the config, else the only usual one, else nothing."""
     if key in config:
         token = config[key]
-        return (token["content"] if isinstance(token, dict) else token) or ""
+        name = token.get("content") if isinstance(token, dict) else token
+        if not isinstance(name, str | None):
+            raise InputError(f"tokenizer_config.json has {key} = {name!r}, expected a token's text")
+        return name or ""
     usual = USUAL_NAMES.get(key, set()) & special.keys()
     return usual.pop() if len(usual) == 1 else ""

@@ -66,21 +66,27 @@ class SafetensorsFile:
         self.entries: dict[str, Entry] = {}
         self._starts: dict[str, int] = {}
         try:
-            with safe_open(path, framework="pt"):  # checks shapes, sizes and that there are no gaps
+            with safe_open(path, framework="pt"):  # checks the names of dtypes and sizes by shapes
                 pass
             self._read_header()
-        except (SafetensorError, ValueError, KeyError) as error:
+        except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise InputError(f"{path} is not a complete safetensors file: {error}") from None
 
     def _read_header(self) -> None:
         with open(self.path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            header: JsonObject = json.loads(file.read(length))
+            header: JsonObject = json.loads(file.read(length), object_pairs_hook=_once)
         header.pop("__metadata__", None)
+        end = 0
         for name, item in sorted(header.items(), key=lambda pair: pair[1]["data_offsets"]):
-            begin, end = item["data_offsets"]
-            self.entries[name] = Entry(item["dtype"], tuple(item["shape"]), end - begin)
+            begin, stop = item["data_offsets"]
+            if begin != end or stop < begin:
+                raise InputError(f"{name} lies at bytes {begin} to {stop}, expected from {end} on")
+            self.entries[name] = Entry(item["dtype"], tuple(item["shape"]), stop - begin)
             self._starts[name] = 8 + length + begin
+            end = stop
+        if 8 + length + end != self.path.stat().st_size:
+            raise InputError(f"its tensors end at byte {8 + length + end}, not where the file does")
 
     def chunks(self, name: str) -> Iterator[bytes]:
         """A tensor's bytes, in pieces of at most 16 MiB."""
@@ -107,6 +113,14 @@ class SafetensorsFile:
             target[at : at + len(piece)] = memoryview(piece)
             at += len(piece)
         return data
+
+
+def _once(pairs: list[tuple[str, object]]) -> JsonObject:
+    """A JSON object; InputError where a name is there twice, of which JSON takes the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise InputError("a name is there twice")
+    return found
 
 
 def tensor_bytes(tensor: Tensor) -> Iterator[memoryview]:

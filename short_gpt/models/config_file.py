@@ -10,16 +10,18 @@ from typing import Any
 from llama.args import check_positive
 from llama.formats.gguf_header import Header, read_header
 from llama.formats.names import GGUF, NAMES, check_layers
+from llama.formats.safetensors import SafetensorsFile
 from llama.io.json_files import read_json
 from short_gpt.runtime.errors import MissingPackageError, ShortGPTError
 
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 WIDTHS = ("hidden_size", "n_embd", "d_model", "vocab_size", "num_attention_heads", "n_head")
 OPTIONAL = ("intermediate_size", "num_key_value_heads", "head_dim", "n_inner")
-# Matrices that a model has if its config has both numbers; a weight takes a bit at least.
-MATRICES = [("vocab_size", "hidden_size"), ("vocab_size", "n_embd"), ("vocab_size", "d_model")]
+# Sizes that a model has if its config has these numbers; a weight takes a bit at least.
+MATRICES: list[tuple[str, ...]] = [("vocab_size", width) for width in WIDTHS[:3]]
 MATRICES += [("hidden_size", "intermediate_size"), ("n_embd", "n_embd"), ("d_model", "d_model")]
-MATRICES += [("num_attention_heads", "head_dim"), ("hidden_size", "hidden_size")]
+MATRICES += [("hidden_size", heads, "head_dim") for heads in ("num_attention_heads", OPTIONAL[1])]
+MATRICES += [("hidden_size", "hidden_size"), ("num_attention_heads",), ("num_key_value_heads",)]
 BITS = 8
 LAYER_BYTES = 1000  # the names and offsets of a layer's tensors alone take more
 ROPE_FACTORS = "rope_freqs.weight"
@@ -49,8 +51,10 @@ def read_config(source: str, options: Mapping[str, object] | None = None) -> Any
 
 
 def check_config(directory: Path) -> None:
-    """Raises ShortGPTError unless the numbers in ``config.json`` can be those of the weights."""
+    """Raises ShortGPTError for damaged safetensors, or numbers that cannot be those of weights."""
     config = read_json(directory / "config.json")
+    for path in sorted(directory.glob("*.safetensors")):
+        SafetensorsFile(path)  # raises if the file is damaged
     size = sum(p.stat().st_size for p in directory.iterdir() if p.suffix != ".json" and p.is_file())
     for part in (config, *(v for v in config.values() if isinstance(v, dict))):
         try:
@@ -59,8 +63,8 @@ def check_config(directory: Path) -> None:
         except ShortGPTError as error:
             raise ShortGPTError(f"config.json in {directory} is damaged: {error}") from None
         needed = [part[k] * LAYER_BYTES for k in LAYERS if k in part]
-        for pair in MATRICES:
-            sides = [part.get(k) for k in pair]
+        for names in MATRICES:
+            sides = [part.get(k) for k in names]
             needed += [prod(n for n in sides if n) // BITS] if all(sides) else []
         if size and max(needed, default=0) > size:
             numbers = {k: part[k] for k in (*LAYERS, *WIDTHS, *OPTIONAL) if part.get(k)}

@@ -1,0 +1,241 @@
+"""Valid small files, damaged at random: a reader reads them or says in one line what is wrong."""
+
+from __future__ import annotations
+
+import base64
+import json
+import shutil
+import struct
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import sentencepiece
+import torch
+from commands import TEXT
+from conftest import BYTE_VOCAB, make_transformer, save_checkpoint, write_byte_tokenizer
+from gguf_files import write_gguf
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from llama.checkpoint.meta import Checkpoint
+from llama.formats.convert import meta_to_hf
+from llama.formats.gguf import GGUFFile
+from llama.formats.safetensors import SafetensorsFile
+from llama.loading import load_model
+from llama.tokenizer import Tokenizer
+from short_gpt import ShortHFModel
+from short_gpt.runtime.errors import USER_ERRORS, ShortGPTError
+from short_gpt.streaming.weights import HFSource
+
+pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
+NUMBERS = [0, -1, 10**7, 2**63, 10**400, 1e308, 0.5]
+VALUES = [None, "x", "", True, [], {}, [[]], {"a": [None]}, *NUMBERS]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, one_rank) -> Path:
+    """Small models in every format, and tokenizers of every kind."""
+    path = tmp_path_factory.mktemp("made")
+    model = make_transformer(vocab_size=BYTE_VOCAB, n_layers=2)
+    write_byte_tokenizer(save_checkpoint(path / "meta", model))
+    meta_to_hf(path / "meta", path / "hf")
+    meta_to_hf(path / "meta", path / "parts", max_shard_bytes=40_000)
+    write_gguf(path / "model.gguf", model)
+    (path / "book.txt").write_text(TEXT.replace(". ", ".\n"))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(path / "book.txt"),
+        model_prefix=str(path / "pieces"),
+        vocab_size=40,
+        minloglevel=2,
+        hard_vocab_limit=False,
+    )
+    write_ranks(path / "ranks.model")
+    return path
+
+
+def write_ranks(path: Path) -> None:
+    lines = [f"{base64.b64encode(bytes([i])).decode()} {i}" for i in range(256)]
+    path.write_text("\n".join(lines))
+
+
+def read_meta(folder: Path) -> None:
+    checkpoint = Checkpoint(folder / "meta", max_seq_len=8, max_batch_size=1)
+    load_model(checkpoint, device=torch.device("cpu"), dtype=torch.float32)
+
+
+def read_streamed(folder: Path) -> None:
+    source = HFSource(folder / "hf", max_seq_len=8)
+    for name in source.infos:
+        source.read(name)
+
+
+def read_parts(folder: Path) -> None:
+    source = HFSource(folder / "parts", max_seq_len=8)
+    source.read("layers.1.attention.wq.weight")
+
+
+def read_gguf(folder: Path) -> None:
+    file = GGUFFile(folder / "model.gguf")
+    file.args()
+    file.tokenizer()
+    for name in file.tensors:
+        file.read(name)
+
+
+def read_words(name: str) -> Callable[[Path], None]:
+    def read(folder: Path) -> None:
+        tokenizer = Tokenizer(folder / name)
+        tokenizer.decode(tokenizer.encode("It was the best of times", False, False))
+
+    return read
+
+
+def read_transformers(folder: Path) -> None:
+    ShortHFModel(folder / "hf")
+
+
+def read_transformers_gguf(folder: Path) -> None:
+    ShortHFModel(folder / "model.gguf")
+
+
+# file, whether values of its JSON are replaced, how it is read, how many times
+CASES = {
+    "params.json": ("meta/params.json", True, read_meta, 60),
+    "params.json's bytes": ("meta/params.json", False, read_meta, 30),
+    "pth": ("meta/consolidated.00.pth", False, read_meta, 60),
+    "config.json": ("hf/config.json", True, read_streamed, 60),
+    "safetensors": ("hf/model.safetensors", False, read_streamed, 60),
+    "index": ("parts/model.safetensors.index.json", True, read_parts, 40),
+    "GGUF": ("model.gguf", False, read_gguf, 60),
+    "tokenizer.json": ("hf/tokenizer.json", True, read_words("hf/tokenizer.json"), 60),
+    "its bytes": ("hf/tokenizer.json", False, read_words("hf/tokenizer.json"), 30),
+    "its config": ("hf/tokenizer_config.json", True, read_words("hf/tokenizer.json"), 60),
+    "sentencepiece": ("pieces.model", False, read_words("pieces.model"), 60),
+    "ranks": ("ranks.model", False, read_words("ranks.model"), 30),
+    "config.json of transformers": ("hf/config.json", True, read_transformers, 20),
+    "safetensors of transformers": ("hf/model.safetensors", False, read_transformers, 10),
+    "GGUF of transformers": ("model.gguf", False, read_transformers_gguf, 10),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_any_damage_is_read_or_told_in_one_line(case, made, tmp_path):
+    name, as_json, read, count = CASES[case]
+    folder = tmp_path / "copy"
+    shutil.copytree(made, folder)
+    whole = (folder / name).read_bytes()
+    read(folder)
+
+    @settings(
+        max_examples=count,
+        derandomize=True,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(st.data())
+    def damaged(data: st.DataObject) -> None:
+        new = changed_json(data, whole) if as_json else changed_bytes(data, whole)
+        (folder / name).write_bytes(new)
+        try:
+            read(folder)
+        except USER_ERRORS as error:
+            assert "\n" not in str(error)
+
+    damaged()
+
+
+@pytest.fixture
+def here(made, tmp_path) -> Path:
+    shutil.copytree(made, tmp_path / "here")
+    return tmp_path / "here"
+
+
+@pytest.mark.parametrize("layers", [200_000, 10_000_000, 2**80, 0, None, "5"])
+def test_a_number_of_layers_that_the_files_cannot_hold_costs_no_time(here, layers):
+    config = json.loads((here / "hf/config.json").read_text())
+    (here / "hf/config.json").write_text(json.dumps(config | {"num_hidden_layers": layers}))
+    start = time.process_time()
+    for read in (read_transformers, read_streamed):
+        with pytest.raises(ShortGPTError, match=r"layers"):
+            read(here)
+    assert time.process_time() - start < 2
+
+
+def test_a_gguf_file_of_two_million_layers_and_one_with_a_key_twice(here):
+    path = here / "model.gguf"
+    whole = path.read_bytes()
+    key = b"llama.block_count"
+    at = whole.index(key) + len(key) + 4
+    more = whole[:at] + struct.pack("<I", 2_000_000) + whole[at + 4 :]
+    double = struct.pack("<Q", len(key)) + key + struct.pack("<II", 4, 2)
+    count = struct.unpack_from("<Q", whole, 16)[0]
+    double = whole[:16] + struct.pack("<Q", count + 1) + double + whole[24:]
+    for damaged, said in ((more, "2000000 layers"), (double, "the key llama.block_count twice")):
+        path.write_bytes(damaged)
+        start = time.process_time()
+        for read in (read_gguf, read_transformers_gguf):
+            with pytest.raises(ShortGPTError, match=said):
+                read(here)
+        assert time.process_time() - start < 2
+
+
+def entry(begin: int, end: int) -> dict[str, object]:
+    return {"dtype": "F32", "shape": [2], "data_offsets": [begin, end]}
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        json.dumps({"a": entry(0, 8), "b": entry(4, 12)}),
+        json.dumps({"a": entry(0, 8), "b": entry(16, 24)}),
+        json.dumps({"a": entry(-8, 0)}),
+        '{"a": ' + json.dumps(entry(0, 8)) + ', "a": ' + json.dumps(entry(0, 8)) + "}",
+        '{"a": ' + "[" * 100_000,
+    ],
+    ids=["overlap", "hole", "negative", "twice", "deep"],
+)
+def test_a_safetensors_header_that_lies(tmp_path, header):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header.encode() + bytes(24))
+    with pytest.raises(ShortGPTError, match="is not a complete safetensors file"):
+        SafetensorsFile(path)
+
+
+def test_json_as_deep_as_the_stack(here):
+    for name, read in (("meta/params.json", read_meta), ("hf/config.json", read_transformers)):
+        (here / name).write_text('{"a":' + "[" * 100_000)
+        with pytest.raises(ShortGPTError, match="is not JSON"):
+            read(here)
+
+
+def changed_bytes(data: st.DataObject, whole: bytes) -> bytes:
+    """A flipped bit, a cut, or eight other bytes, most often near the beginning."""
+    last = len(whole) - 1
+    at = data.draw(st.one_of(st.integers(0, min(last, 600)), st.integers(0, last)))
+    kind = data.draw(st.sampled_from(["flip", "cut", "replace"]))
+    if kind == "cut":
+        return whole[:at]
+    new = data.draw(st.binary(min_size=8, max_size=8))
+    if kind == "flip":
+        new = bytes([whole[at] ^ 1 << data.draw(st.integers(0, 7))])
+    return whole[:at] + new + whole[at + len(new) :]
+
+
+def changed_json(data: st.DataObject, whole: bytes) -> bytes:
+    """One value anywhere is another, or gone."""
+    content = json.loads(whole)
+    owner: dict | list = content
+    while True:
+        keys = list(owner) if isinstance(owner, dict) else list(range(len(owner)))
+        key = data.draw(st.sampled_from(keys))
+        if not (isinstance(owner[key], dict | list) and owner[key] and data.draw(st.booleans())):
+            break
+        owner = owner[key]
+    if data.draw(st.integers(0, 5)) == 0:
+        del owner[key]
+    else:
+        owner[key] = data.draw(st.sampled_from(VALUES))
+    return json.dumps(content).encode()
