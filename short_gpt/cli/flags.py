@@ -16,6 +16,7 @@ from functools import wraps
 from types import NoneType
 from typing import TYPE_CHECKING, get_args, get_type_hints
 
+from short_gpt.cli.unused import refuse_unused
 from short_gpt.runtime.errors import ShortGPTError
 
 if TYPE_CHECKING:
@@ -255,8 +256,14 @@ def _parameter(flag: Flag) -> inspect.Parameter:
 def _grouped(
     command: Command, flags: Mapping[str, Flag], given: Mapping[str, object]
 ) -> dict[str, object]:
-    """The command's own arguments: values of flags, those of a group in its dataclass."""
+    """The command's own arguments: values of flags, those of a group in its dataclass.
+
+    Raises:
+        ShortGPTError: a value of another type, or a flag that counts only with another.
+    """
     values = {name: _as(flags[name], value) for name, value in given.items()}
+    defaults = {name: flag.default for name, flag in flags.items()}
+    refuse_unused(command.__name__, values, defaults)
     own = {name: value for name, value in values.items() if flags[name].group is None}
     for group in {flag.group for flag in flags.values() if flag.group is not None}:
         part = {name: value for name, value in values.items() if flags[name].group == group}

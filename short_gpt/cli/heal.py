@@ -24,7 +24,8 @@ def heal(
 
     The patch is a closed form: it takes minutes and one pass over the windows. LoRA also heals a
     model whose layers are already removed; a Meta checkpoint goes to Hugging Face's format and
-    back. No text that is evaluated on is learned from.
+    back. No text that is evaluated on is learned from. A healed model that predicts held-out text
+    worse than before is written all the same, and said to be WORSE.
 
     Example: short-gpt heal llama-2-7b llama-2-5b --scores ranking.json --n 9
 

@@ -52,16 +52,26 @@ class HealingEvidence:
         how: what healed the model, ready for JSON; "method" names it.
         perplexity: by the state of the model: whole, pruned (or before), healed.
         change: of the loss by the healing alone, paired over the windows.
+
+    Example:
+        >>> HealingEvidence({}, {}, Difference(0.02, 0.01, 32)).worse
+        True
     """
 
     how: Mapping[str, object]
     perplexity: Mapping[str, Perplexity]
     change: Difference
 
+    @property
+    def worse(self) -> bool:
+        """Whether the perplexity is higher than without the healing."""
+        return self.change.nats > 0
+
     def to_dict(self) -> dict[str, object]:
         """All of it, ready for JSON."""
         values = {name: measured.value for name, measured in self.perplexity.items()}
-        return {"healing": self.how, "perplexity": values, "change": asdict(self.change)}
+        found = {"healing": self.how, "perplexity": values, "change": asdict(self.change)}
+        return {**found, "worse": self.worse}
 
 
 class HealingJob:

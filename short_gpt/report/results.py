@@ -49,6 +49,12 @@ def healed(result: Healing) -> str:
     evidence = result.evidence
     lines += [f"{perplexities(evidence.perplexity)}\n"]
     lines += [f"healing changes the loss by {evidence.change}"]
+    if evidence.worse:
+        lines += [
+            "WORSE: on held-out text the healed model predicts worse than without the healing. Use "
+            "the layers alone (short-gpt prune), or give more --max_windows, text like that to be "
+            "read, or other settings"
+        ]
     return "\n".join(lines)
 
 

@@ -29,11 +29,11 @@ def here(tmp_path, monkeypatch):
 
 
 COMMON = ["compare", "ckpt", "--data", "books", "--size", "48", "--max_windows", "6"]
-COMMON += ["--eval_windows", "4", "--search_windows", "2", "--counts", "1,3", "--device", "cpu"]
+COMMON += ["--eval_windows", "4", "--counts", "1,3", "--device", "cpu"]
 
 
 def test_compare_writes_table_picture_and_json(here, capsys):
-    methods = ["--methods", "bi,sleb,random", "--eval_data", "others"]
+    methods = ["--methods", "bi,sleb,random", "--eval_data", "others", "--search_windows", "2"]
     main([*COMMON, *methods, "--out", "c.json", "--plots", "pictures"])
     out = capsys.readouterr().out
     record = json.loads(Path("c.json").read_text())

@@ -1,0 +1,121 @@
+"""Flags that count only with another: one given without it would be passed over in silence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from short_gpt.evaluation.protocols import PROTOCOLS
+from short_gpt.jobs.cases import listed
+from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.selection.methods import BY_LOSS, METHODS
+
+Values = Mapping[str, object]  # of all flags of a command, defaults included
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What flags need.
+
+    Attributes:
+        commands: in which it holds.
+        flags: none of which does anything without what is needed.
+        needs: that, in words.
+        met: whether it is there.
+    """
+
+    commands: tuple[str, ...]
+    flags: tuple[str, ...]
+    needs: str
+    met: Callable[[Values], bool]
+
+
+def _given(*names: str) -> Callable[[Values], bool]:
+    return lambda values: any(values.get(name) is not None for name in names)
+
+
+SCORING = {*METHODS} - {*BY_LOSS}
+
+RULES = (
+    Rule(
+        ("prune",),
+        ("eval_data", "eval_windows", "size", "device", "dtype"),
+        "--max_perplexity_ratio",
+        _given("max_perplexity_ratio"),
+    ),
+    Rule(("rank",), ("candidates",), "--method sleb", lambda v: v["method"] == "sleb"),
+    Rule(
+        ("rank",),
+        ("confidence",),
+        "--n, a --seed and --method bi or angular",
+        lambda v: None not in (v["n"], v["seed"]) and v["method"] in ("bi", "angular"),
+    ),
+    Rule(
+        ("rank",),
+        ("sublayers", "plots"),
+        f"a --method that scores (not {' or '.join(BY_LOSS)})",
+        lambda v: v["method"] not in BY_LOSS,
+    ),
+    Rule(("rank",), ("save_every",), "--state or --json", _given("state", "json")),
+    Rule(
+        ("compare",),
+        ("steps", "rank", "learning_rate", "batch", "lora_size"),
+        "lora in --healing",
+        lambda v: "lora" in listed(str(v["healing"])),
+    ),
+    Rule(
+        ("compare",),
+        ("seeds",),
+        "random in --methods",
+        lambda v: "random" in listed(str(v["methods"])),
+    ),
+    Rule(
+        ("compare",),
+        ("search_windows",),
+        f"{' or '.join(BY_LOSS)} in --methods",
+        lambda v: any(name not in SCORING for name in listed(str(v["methods"]))),
+    ),
+    Rule(
+        ("compare", "evaluate"),
+        ("limit", "include_path", "num_fewshot"),
+        "--tasks",
+        _given("tasks"),
+    ),
+    Rule(
+        ("evaluate",),
+        ("size", "max_windows"),
+        f"--data (a text, or {', '.join(PROTOCOLS)})",
+        lambda v: v["data"] != "none",
+    ),
+    Rule(
+        ("generate",),
+        ("top_p", "seed"),
+        "a --temperature above 0",
+        lambda v: v["temperature"] != 0,
+    ),
+    Rule(
+        ("rank", "perplexity", "evaluate", "compare", "reproduce"),
+        ("overwrite",),
+        "--json or --plots",
+        _given("json", "plots"),
+    ),
+)
+
+
+def refuse_unused(command: str, given: Values, defaults: Values) -> None:
+    """Raises ShortGPTError for a flag that does nothing without another.
+
+    Args:
+        command: its name.
+        given: values of the flags that were given; None and False ask for nothing.
+        defaults: of all flags of the command.
+    """
+    values = {**defaults, **given}
+    asked = [name for name, value in given.items() if value is not None and value is not False]
+    for rule in RULES:
+        unused = [name for name in rule.flags if name in asked]
+        if command in rule.commands and unused and not rule.met(values):
+            raise ShortGPTError(
+                f"--{unused[0]} has no effect without {rule.needs}: add that, or leave "
+                f"--{unused[0]} out"
+            )
