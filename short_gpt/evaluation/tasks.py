@@ -85,6 +85,10 @@ class TaskSuite:
     include_path: str | None = None
     batch_size: int = 1
 
+    def check(self) -> None:
+        """Raises what `run_tasks` would for tasks that are unknown, before a model is run."""
+        task_names(self.tasks, self.include_path)
+
     def run(self, short: Evaluated) -> Results:
         """Evaluates the model as it is now; results and errors as in `run_tasks`."""
         return run_tasks(

@@ -18,6 +18,9 @@ from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.state import StateFile
 from short_gpt.short_model import ShortModel
 
+# by whose token ids a tokenizer is told: letters of several scripts, digits, signs and spaces
+PROBE = "".join(map(chr, [*range(32, 127), *range(161, 1424), *range(8192, 8448)]))
+PROBE += " 1,234,567 ordinary words; naturally, unbelievable internationalization.\n\n"
 DEFAULT_METHODS = (
     "bi",
     "angular",
@@ -135,7 +138,7 @@ def compare(
         Rows, agreement and metrics. The state file stays until ``result.state.clear()``.
 
     Raises:
-        ShortGPTError: a method or healing is unknown, a number out of range, calibration and
+        ShortGPTError: a method, healing or task is unknown, a number out of range, calibration and
             evaluation share text, or the state is of another run.
 
     Example:
@@ -145,10 +148,12 @@ def compare(
     """
     if LORA in cases.healings and lora is None:
         raise ShortGPTError("the healing lora needs what heals: pass lora=LoraHealing(...)")
+    if tasks is not None:
+        tasks.check()
     kept = None
     if state is not None:
-        settings = {"search_windows": cases.search_windows, "tasks": tasks and asdict(tasks)}
-        settings["lora"] = dict(lora.identity()) if lora else None
+        healing = dict(lora.identity()) if lora else None
+        settings = {"search_windows": cases.search_windows, "lora": healing}
         texts = {"calibration": json_digest([list(window) for window in calibration])}
         texts["evaluation"] = json_digest([list(window) for window in evaluation])
         kept = StateFile(state, {**short.identity(), **texts, **settings})
@@ -165,7 +170,10 @@ def compare(
     most = max(cases.counts)
     searched = cases.counts if "sleb" in cases.methods else ()
     agreement = [comparison.agreement(n, most) for n in searched]
-    metrics = comparison.tasks(rows, partial(_metrics, tasks, short)) if tasks else {}
+    metrics = {}
+    if tasks is not None:
+        run = partial(_metrics, tasks, short)
+        metrics = comparison.tasks(rows, run, _suite(tasks, short))
     return Compared(rows, agreement, metrics, kept)
 
 
@@ -179,6 +187,11 @@ def _beside(lora: Healing, state: StateFile | None) -> Callable[[list[int]], lis
         return lora(layers, state.path.with_name(f"{state.path.name}.lora-{name}"))
 
     return heal
+
+
+def _suite(tasks: TaskSuite, short: ShortModel) -> str:
+    """A name for what a suite's metrics depend on, the tokenizer included."""
+    return json_digest([asdict(tasks), short.encode(PROBE)])
 
 
 def _metrics(tasks: TaskSuite, short: ShortModel) -> dict[str, float]:

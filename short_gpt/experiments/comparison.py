@@ -181,13 +181,14 @@ class Comparison:
         return {"n": n, "overlap": shared, "rank_correlation_of_bi_with_loss": correlation}
 
     def tasks(
-        self, rows: Sequence[Row], run: Callable[[], dict[str, float]]
+        self, rows: Sequence[Row], run: Callable[[], dict[str, float]], suite: str = ""
     ) -> dict[str, dict[str, float]]:
         """What a task suite gives for the models without healing.
 
         Args:
             rows: from `rows`.
             run: scores the model as it is at the call.
+            suite: tells the suite from others, whose results a state holds too.
 
         Returns:
             Results by the layers removed, as in ``"[3, 4]"``.
@@ -198,7 +199,7 @@ class Comparison:
                 return run()
 
         sets = [sorted(row.layers) for row in rows if row.healing == RAW]
-        return {str(s): self._cells.value(f"tasks {s}", partial(measure, s)) for s in sets}
+        return {str(s): self._cells.value(f"tasks {suite} {s}", partial(measure, s)) for s in sets}
 
     def _row(self, case: Case, layers: list[int], healing: str, lora: Heal | None = None) -> Row:
         method, seed, n = case

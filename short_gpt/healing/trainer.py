@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -89,8 +89,21 @@ def train(adapted: PeftModel, run: TrainingRun) -> tuple[TrainerState, float]:
             base = cast("PreTrainedModel", adapted.get_base_model())
             base.gradient_checkpointing_enable({"use_reentrant": False})
         trainer = _trainer(adapted, run, folder, shown)
-        trainer.train(resume_from_checkpoint=run.resume)
+        if not (run.resume and _finished(trainer, folder)):
+            trainer.train(resume_from_checkpoint=run.resume)
         return trainer.state, before.value
+
+
+def _finished(trainer: Trainer, folder: Path) -> bool:
+    """Whether all steps are done, for the Trainer would do one more; loads the best if so."""
+    from transformers import TrainerState
+    from transformers.trainer_utils import get_last_checkpoint
+
+    last = get_last_checkpoint(str(folder))
+    trainer.state = TrainerState.load_from_json(f"{last}/trainer_state.json")
+    if done := trainer.state.global_step >= trainer.args.max_steps:
+        trainer._load_best_model()
+    return done
 
 
 def _perplexity(adapted: PeftModel, run: TrainingRun) -> Perplexity:
@@ -124,12 +137,24 @@ def _folder(work_dir: str | Path | None, run: dict[str, object], *, resume: bool
 
 def _check_run(folder: Path, run: dict[str, object]) -> None:
     """Raises ShortGPTError unless the checkpoints in a folder are of the same run."""
-    earlier = read_record(folder / RECIPE)
-    if other := sorted(name for name in run if earlier.get(name) != run[name]):
-        raise ShortGPTError(
-            f"{folder} holds a run of another {', '.join(other)}: give the same, or start anew "
-            "elsewhere"
-        )
+    earlier, now = _settings(read_record(folder / RECIPE)), _settings(run)
+    for name, value in now.items():
+        if earlier.get(name) != value:
+            raise ShortGPTError(
+                f"{folder} holds a run of another {name}: {earlier.get(name)!r}, now {value!r}; go "
+                f"on with the former {name}, or delete {folder} to begin anew"
+            )
+
+
+def _settings(run: Mapping[str, object]) -> dict[str, object]:
+    """What a run depends on, the recipe's settings by their own names."""
+    own = recipe if isinstance(recipe := run.get("recipe"), dict) else {}
+    return {**own, **{name: value for name, value in run.items() if name != "recipe"}}
+
+
+def begun(folder: Path) -> bool:
+    """Whether a folder holds a run of `train` that can be continued."""
+    return (folder / RECIPE).is_file() and whole_checkpoints(folder)
 
 
 def whole_checkpoints(folder: Path) -> bool:

@@ -53,9 +53,12 @@ def compare_checkpoint(
     plan, state = cases.cases(shares.search_windows), (saving or Saving()).state
     if state is not None:
         check_writable(Path(state))
+    Cut(shares.size, shares.max_windows).check()
+    Cut(shares.size, shares.eval_windows).check()
+    if model is not None:
+        check_model(model, max(plan.counts))
     source, calibration, evaluation = _material(model, source_of(data), shares)
     check_model(source, max(plan.counts))
-    Cut(shares.size, shares.max_windows).check()
     short = opening.whole(source, size=shares.size)
     held = shares.cut(short, evaluation, shares.eval_windows)
     chosen = shares.cut(short, calibration, shares.max_windows)

@@ -13,6 +13,7 @@ from short_gpt.checkpoints.prune import refuse_gguf
 from short_gpt.healing import HealingEvidence, HealingJob, Learning, Recipe, Source
 from short_gpt.healing.job import LoraSettings, PatchSettings
 from short_gpt.healing.linear_patch import RIDGE
+from short_gpt.healing.trainer import begun
 from short_gpt.jobs.choice import Choice, Chosen, chosen
 from short_gpt.jobs.healing_settings import Learned, Settings
 from short_gpt.jobs.inputs import Cut, Opening, TextSource, check_model, source_of
@@ -63,7 +64,7 @@ def heal(
 
     The patch takes minutes and one pass over the windows. LoRA also heals a model whose layers
     are already removed; a Meta checkpoint goes to Hugging Face's format and back. No text that is
-    evaluated on is learned from.
+    evaluated on is learned from. LoRA that was interrupted continues from its last checkpoint.
 
     Args:
         model: Meta checkpoint directory, Hugging Face directory or hub id.
@@ -105,9 +106,10 @@ def heal(
 
 
 def _how(recipe: Recipe | None, settings: Settings, out: str) -> LoraSettings | PatchSettings:
-    """What the method takes; lora keeps its checkpoints beside the new directory."""
+    """What the method takes; lora keeps its checkpoints beside the new directory, to continue."""
     if recipe is not None:
-        return LoraSettings(recipe, f"{out}.training", settings.resume)
+        work_dir = f"{out}.training"
+        return LoraSettings(recipe, work_dir, settings.resume or begun(Path(work_dir)))
     return PatchSettings(RIDGE if settings.ridge is None else settings.ridge)
 
 

@@ -53,7 +53,8 @@ class Settings:
         patience: stop after so many evaluations without a better one.
         four_bit: train over weights in 4 bits; needs bitsandbytes and CUDA.
         gradient_checkpointing: less memory, more time.
-        resume: continue lora from the checkpoints of an interrupted run, in OUT.training.
+        resume: lora must continue from the checkpoints of an interrupted run, in OUT.training;
+            where there are some, the same command continues from them anyway.
     """
 
     ridge: float | None = None

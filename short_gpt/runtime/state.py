@@ -56,7 +56,8 @@ class StateFile:
             if theirs.get(name) != value:
                 raise ShortGPTError(
                     f"{self.path} is the state of a run with another {name}: "
-                    f"{theirs.get(name)!r}, now {value!r}; delete it or name another state"
+                    f"{theirs.get(name)!r}, now {value!r}; go on with the former {name}, or delete "
+                    f"{self.path} to begin anew"
                 )
         return found
 

@@ -273,6 +273,7 @@ CASES = Cases(["bi", "sleb"], [1, 2], ["raw", "patched", "lora"], search_windows
 
 def test_one_call_gives_rows_agreement_metrics_and_keeps_a_state(tmp_path, monkeypatch):
     monkeypatch.setattr(TaskSuite, "run", lambda self, model: {"t": {"acc": len(model.present)}})
+    monkeypatch.setattr(TaskSuite, "check", lambda self: None)
     heal, path = Halved(), tmp_path / "state"
     result = compare(
         short(), CALIBRATION, EVALUATION, cases=CASES, lora=heal, tasks=TaskSuite("t"), state=path
@@ -299,7 +300,44 @@ def test_one_call_gives_rows_agreement_metrics_and_keeps_a_state(tmp_path, monke
     assert [*tmp_path.iterdir()] == []
 
 
-@pytest.mark.parametrize("what", ["weights", "evaluation", "lora", "tasks", "search_windows"])
+def test_other_tasks_keep_what_was_measured_without_them(tmp_path, monkeypatch):
+    ran, given = [], {"cases": Cases(["bi"], [1]), "state": tmp_path / "state"}
+
+    def run(self, model):
+        ran.append((self.tasks, len(model.present)))
+        return {self.tasks: {"acc": len(ran)}}
+
+    def never(*_, **__):
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(TaskSuite, "run", run)
+    monkeypatch.setattr(TaskSuite, "check", lambda self: None)
+    plain = compare(short(), CALIBRATION, EVALUATION, **given)
+    for name in ("_losses", "_speed"):
+        monkeypatch.setattr(Comparison, name, never if name == "_losses" else lambda *_: 1.0)
+    one, two, other = short(), short(), short()
+    first = compare(one, CALIBRATION, EVALUATION, tasks=TaskSuite("a"), **given)
+    second = compare(two, CALIBRATION, EVALUATION, tasks=TaskSuite("b"), **given)
+    assert compare(one, CALIBRATION, EVALUATION, tasks=TaskSuite("a"), **given).tasks == first.tasks
+    assert ran == [("a", 6), ("a", 5), ("b", 6), ("b", 5)]
+    assert [r.nats for r in first.rows] == [r.nats for r in plain.rows]
+    assert [*second.tasks.values()] == [{"b acc": 3}, {"b acc": 4}]
+    encode = other.encode
+    other.encode = lambda text: encode(text)[::-1]  # another tokenizer: other prompts
+    compare(other, CALIBRATION, EVALUATION, tasks=TaskSuite("b"), **given)
+    assert ran[4:] == [("b", 6), ("b", 5)]
+
+
+def test_an_unknown_task_is_refused_before_anything_is_measured(lm_eval, tmp_path):
+    measured = short()
+    measured.score = None  # whatever is measured would fail by a TypeError
+    state = tmp_path / "state"
+    with pytest.raises(ValueError, match=r"lm-eval has no tasks \['pika'\]"):
+        compare(measured, CALIBRATION, EVALUATION, tasks=TaskSuite(["pika"]), state=state)
+    assert not state.exists()
+
+
+@pytest.mark.parametrize("what", ["weights", "evaluation", "lora", "search_windows"])
 def test_a_state_is_told_by_what_it_was_computed_from(what, tmp_path):
     cases = Cases(["bi"], [1], search_windows=3 if what == "search_windows" else 2)
     state = tmp_path / "state"
@@ -312,7 +350,6 @@ def test_a_state_is_told_by_what_it_was_computed_from(what, tmp_path):
             model.llama.model.output.weight[0, 0] += 1
     windows = EVALUATION[:4] if what == "evaluation" else EVALUATION
     options = {"lora": Halved()} if what == "lora" else {}
-    options |= {"tasks": TaskSuite("one")} if what == "tasks" else {}
     with pytest.raises(ValueError, match=f"the state of a run with another {what}: "):
         compare(model, CALIBRATION, windows, cases=cases, state=state, **options)
 

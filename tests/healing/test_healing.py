@@ -178,7 +178,7 @@ def test_the_same_seed_gives_the_same_weights_and_resuming_those_of_one_run(tmp_
     with pytest.raises(FileExistsError, match="holds an earlier run; resume it, or remove it"):
         heal(resumed, TRAINING, VALIDATION, recipe=recipe, **options)
     for windows, other, what in (
-        (TRAINING, QUICK, "another recipe: give the same"),
+        (TRAINING, QUICK, "another dropout: 0.1, now 0.05; go on with the former dropout, or"),
         (TRAINING[1:], recipe, "another text"),
     ):
         with pytest.raises(ValueError, match=f"holds a run of {what}"):

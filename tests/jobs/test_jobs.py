@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from conftest import (
 
 import short_gpt
 from short_gpt import ShortGPTError, convert, prune, rank
+from short_gpt.healing import lora
 from short_gpt.jobs import (
     Answer,
     CaseNames,
@@ -133,6 +135,32 @@ def test_a_healed_model_keeps_the_scores_that_chose_its_layers(here):
     found, scores = json.loads(Path("out/pruning.json").read_text()), read_scores("r.json")
     assert found["block_influence"] == scores.block_influence.tolist()
     assert found["scored"] == {"windows": scores.n_windows, "tokens": scores.n_tokens}
+
+
+def test_lora_that_was_interrupted_continues_by_the_same_call(here, monkeypatch):
+    Path("other.txt").write_text("".join(chr(97 + i * i % 26) for i in range(900)))
+    learned, resumed, plain = LearnedFrom("book.txt", 32, 8, 2), [], lora.heal
+    settings = Settings(steps=2, warmup=0, eval_every=1, rank=2, batch=2, micro_batch=2)
+
+    def interrupted(*args, work_dir, resume, **given):
+        resumed.append(resume)
+        done = plain(*args, work_dir=work_dir, resume=resume, **given)
+        if len(resumed) == 1:
+            raise KeyboardInterrupt
+        return done
+
+    def healed(settings):
+        given = {"data": "other.txt", "learned": learned, "settings": settings}
+        return heal("ckpt", "out", "lora", choice=Choice([1]), **given)
+
+    monkeypatch.setattr(lora, "heal", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        healed(settings)
+    with pytest.raises(ShortGPTError, match="another rank: 2, now 1; go on with"):
+        healed(replace(settings, rank=1))
+    assert healed(settings).evidence.how["steps"] == 2
+    assert resumed == [False, True, True] and Path("out").is_dir()
+    assert not Path("out.training").exists()
 
 
 def test_other_shards_hold_the_same_history(here):
