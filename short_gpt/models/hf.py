@@ -172,7 +172,8 @@ class HFDecoder:
         edits: list[Edit] = []
         for config in self._configs():
             entries = layer_entries(config, len(self.layers))
-            edits.append((vars(config), entries, cut_entries(entries, keep)))
+            declared = getattr(type(config), "__dataclass_fields__", ())
+            edits.append((vars(config), entries, cut_entries(entries, keep, declared=declared)))
         _, entries, cut = edits[0]
         for module in self._owner.modules():
             old = {k: v for k, v in entries.items() if vars(module).get(k) == v}

@@ -1,0 +1,56 @@
+"""What a config says of single layers, with fewer of them: right, or gone."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from families import make
+from transformers import AutoConfig
+
+from short_gpt.checkpoints.hf import prune_hf
+from short_gpt.models.hf import HFDecoder
+
+pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
+
+TYPED = ["qwen2, sliding", "gemma2", "gemma3", "gemma3, wrapped", "cohere2", "gpt_oss", "smollm3"]
+TYPED += ["qwen3_next", "llama4", "lfm2"]
+
+
+@pytest.mark.parametrize("keep", [[0, 2, 3, 5], [0, 1, 2, 4, 5], [1, 3, 5]])
+@pytest.mark.parametrize("kind", TYPED)
+def test_a_cut_config_makes_the_kinds_of_the_layers_left(kind, keep, tmp_path):
+    model = make(kind)
+    model.save_pretrained(tmp_path / "whole")
+    before = list(model.config.get_text_config().layer_types)
+    prune_hf(tmp_path / "whole", tmp_path / "cut", [i for i in range(6) if i not in keep])
+    HFDecoder(model).keep_layers(keep)
+    model.config.save_pretrained(tmp_path / "live")
+    for folder in ("cut", "live"):
+        config = AutoConfig.from_pretrained(tmp_path / folder).get_text_config()
+        wanted = [before[i] for i in keep]
+        assert list(config.layer_types) == wanted
+        written = json.loads((tmp_path / folder / "config.json").read_text())
+        written = {**written, **written.get("text_config", {})}
+        # what transformers and others read where layer_types is not known
+        if (period := written.get("_sliding_window_pattern")) is not None:
+            made = [(i + 1) % period == 0 for i in range(len(keep))]
+            assert made == [w == "full_attention" for w in wanted]
+        if kind == "qwen2, sliding":
+            full = written["max_window_layers"]
+            assert wanted == ["full_attention"] * full + ["sliding_attention"] * (len(keep) - full)
+            del written["layer_types"]
+            assert type(config).from_dict(written).layer_types == wanted
+        if kind == "lfm2":
+            full = [i for i, w in enumerate(wanted) if w == "full_attention"]
+            assert written["full_attn_idxs"] == full
+
+
+def test_a_pattern_that_no_number_says_is_gone():
+    model = make("gemma3")
+    config = model.config
+    assert config._sliding_window_pattern == 6
+    undo = HFDecoder(model).keep_layers([5, 0, 1])
+    assert config._sliding_window_pattern is None
+    undo()
+    assert config._sliding_window_pattern == 6
