@@ -7,6 +7,7 @@ import inspect
 import json
 import math
 import os
+import shlex
 import subprocess
 import sys
 import textwrap
@@ -506,3 +507,18 @@ def test_importing_the_package_is_light():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("method", ["bi", "sleb"])
+def test_rank_names_the_command_that_comes_next_and_it_runs(ckpt, capsys, method):
+    options = [*DATA, "--max_windows", 2, "--n", 1, "--method", method]
+    for number, written in enumerate(([], ["--json", "a b.json"])):
+        run("rank", "ckpt", *options, *written)
+        said = capsys.readouterr().out.splitlines()[-1]
+        assert said.startswith("next: short-gpt prune ckpt OUT --")
+        run(*shlex.split(said.replace("OUT", f"out{number}"))[2:])
+        capsys.readouterr()
+    cut = [json.loads(Path(f"out{i}/pruning.json").read_text())["removed_layers"] for i in (0, 1)]
+    assert len(cut[0]) == 1 and cut[0] == cut[1]
+    run("rank", "ckpt", *DATA, "--max_windows", 2, "--json", "all.json")
+    assert capsys.readouterr().out.endswith("prune ckpt OUT --scores all.json --n N\n")
