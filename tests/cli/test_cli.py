@@ -22,7 +22,7 @@ from conftest import BYTE_VOCAB, make_transformer, save_checkpoint, write_byte_t
 
 from short_gpt import cli
 from short_gpt.cli.flags import HEADINGS, flags_of, named
-from short_gpt.opening import open_model
+from short_gpt.opening import open_model, weights_of
 from short_gpt.selection.methods import METHODS
 
 
@@ -333,6 +333,7 @@ def test_reproduce_runs_the_protocol_on_a_model_of_the_papers_shape(ckpt, capsys
     assert record["result"]["model"] == "tiny" and record["result"]["paper"] == [3, 1]
     assert len(record["result"]["ours"]) == 2
     assert record["importance"]["tokens"] == [1024.0, 1024.0]
+    assert record["scored"] == {"weights": weights_of("ckpt")}
     assert "same layers: " in out and "paper" in out
 
 
