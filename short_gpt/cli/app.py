@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from importlib import metadata
 
 from llama.parallel import several_ranks
@@ -24,7 +25,7 @@ def main(argv: list[str] | None = None) -> None:
         run(argv)
     except (Exception, KeyboardInterrupt) as error:
         code = 130 if isinstance(error, KeyboardInterrupt) else 1
-        line = said(error)
+        line = said(error, argv)
         if several_ranks():
             end_all(error, line=line, code=code)
         if line is None:
@@ -34,12 +35,17 @@ def main(argv: list[str] | None = None) -> None:
     leave_group()
 
 
-def said(error: BaseException) -> str | None:
-    """The line that tells a user what went wrong; None where a traceback tells us."""
+def said(error: BaseException, argv: Sequence[str] = ()) -> str | None:
+    """The line that tells a user what went wrong; None where a traceback tells us.
+
+    A message that begins with a setting, as in ``counts = 0``, names the flag where one was given.
+    """
     if isinstance(error, KeyboardInterrupt):
         return "short-gpt: interrupted"
     if isinstance(error, USER_ERRORS) and not os.environ.get("SHORT_GPT_TRACEBACK"):
-        return f"short-gpt: {error}"
+        name = str(error).split(" = ")[0]
+        given = any(part.split("=")[0] == f"--{name}" for part in argv)
+        return f"short-gpt: {'--' * given}{error}"
     return None
 
 

@@ -49,3 +49,5 @@ def rank(
         draw_scores(result.importance, output.folder, answer.n)
     result.finish()
     output.say_written()
+    if (command := results.next_command(model, result, output.json)) is not None:
+        say(command)

@@ -16,6 +16,7 @@ from short_gpt.experiments.rows import HEALINGS, LORA, RAW, Agreement, Row, Wind
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.state import StateFile
+from short_gpt.selection.methods import check_method
 from short_gpt.short_model import ShortModel
 
 # by whose token ids a tokenizer is told: letters of several scripts, digits, signs and spaces
@@ -44,6 +45,9 @@ class Cases:
         seeds: random sets for every number, if "random" is among the methods.
         search_windows: how many of the calibration windows the searches by loss read.
         lora_only: methods and numbers to heal by lora, as in ``[("bi", 8)]``; None means all.
+
+    Raises:
+        ShortGPTError: a name is unknown or named twice, a number no whole one of at least 1.
     """
 
     methods: Sequence[str] = DEFAULT_METHODS
@@ -54,6 +58,18 @@ class Cases:
     lora_only: Collection[tuple[str, int]] | None = None
 
     def __post_init__(self) -> None:
+        for method in self.methods:
+            check_method(method)
+        _check_each_once("methods", self.methods)
+        _check_each_once("counts", self.counts)
+        _check_each_once("healing", self.healings)
+        for n in self.counts:
+            _check_whole("counts", n)
+        _check_whole("seeds", self.seeds)
+        _check_whole("search_windows", self.search_windows)
+        self._check_healings()
+
+    def _check_healings(self) -> None:
         if unknown := [h for h in self.healings if h not in HEALINGS]:
             raise ShortGPTError(
                 f"no healing {unknown[0]!r}; expected some of {', '.join(HEALINGS)}"
@@ -68,6 +84,16 @@ class Cases:
                 f"lora_only {strange[0]}: expected a method and a number of those compared, "
                 f"as in {every[0]}"
             )
+
+
+def _check_whole(name: str, value: object) -> None:
+    if type(value) is not int or value < 1:
+        raise ShortGPTError(f"{name} = {value!r}: expected whole numbers of at least 1")
+
+
+def _check_each_once(name: str, values: Sequence[object]) -> None:
+    if not values or len(set(values)) < len(values):
+        raise ShortGPTError(f"{name} = {list(values)}: expected at least one, and each once")
 
 
 @dataclass(frozen=True)

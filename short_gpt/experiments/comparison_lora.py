@@ -44,14 +44,22 @@ class LoraSettings:
     batch: int | None = None
     size: int | None = None
 
+    def check(self) -> None:
+        """Raises ShortGPTError for a value out of range, before a model is opened."""
+        Recipe(**{**asdict(Recipe()), **self._changes})
+
     def recipe(self, config: ModelConfig) -> Recipe:
         """The recipe for a model of this config of transformers."""
+        return recipe_for(config, "paper", **self._changes)
+
+    @property
+    def _changes(self) -> dict[str, object]:
         changes = {name: value for name, value in asdict(self).items() if value is not None}
         if self.rank is not None:
             changes["alpha"] = self.rank
         if self.steps is not None:
             changes["warmup"] = min(100, self.steps // 10)
-        return recipe_for(config, **changes)
+        return changes
 
 
 @dataclass(frozen=True)
@@ -90,6 +98,7 @@ class LoraHealing:
 
     def __post_init__(self) -> None:
         lora.require_packages()
+        self.settings.check()
         if Path(self.source).is_file():
             raise ShortGPTError(
                 f"lora heals checkpoint directories, not {self.source}; convert it first: "

@@ -118,6 +118,13 @@ class Shares:
     eval_windows: int = 16
     seed: int = 0
 
+    def check(self) -> None:
+        """Raises ShortGPTError for a number out of range, before a text is read."""
+        Cut(self.size).check()
+        for name in ("max_windows", "eval_windows"):
+            if (value := getattr(self, name)) < 1:
+                raise ShortGPTError(f"{name} = {value}: expected a whole number of at least 1")
+
     def cut(
         self, short: ScoredModel, texts: Sequence[str], limit: int | None, size: int | None = None
     ) -> Windows:

@@ -11,7 +11,7 @@ from short_gpt.experiments import Compared, LoraHealing, compare
 from short_gpt.experiments.rows import LORA
 from short_gpt.jobs.cases import CaseNames, LoraNames, Shares, Windows
 from short_gpt.jobs.evaluation import Tasks
-from short_gpt.jobs.inputs import Cut, Opening, TextSource, check_model, source_of
+from short_gpt.jobs.inputs import Opening, TextSource, check_model, source_of
 from short_gpt.jobs.saving import Saving, interruptible
 from short_gpt.opening import OpenOptions
 from short_gpt.runtime.errors import ShortGPTError
@@ -53,8 +53,9 @@ def compare_checkpoint(
     plan, state = cases.cases(shares.search_windows), (saving or Saving()).state
     if state is not None:
         check_writable(Path(state))
-    Cut(shares.size, shares.max_windows).check()
-    Cut(shares.size, shares.eval_windows).check()
+    lora = lora or LoraNames()
+    lora.settings().check()
+    shares.check()
     if model is not None:
         check_model(model, max(plan.counts))
     source, calibration, evaluation = _material(model, source_of(data), shares)
@@ -63,7 +64,6 @@ def compare_checkpoint(
     held = shares.cut(short, evaluation, shares.eval_windows)
     chosen = shares.cut(short, calibration, shares.max_windows)
     heals = LORA in plan.healings
-    lora = lora or LoraNames()
     healing = _lora(source, calibration, short, held, lora, opening, shares) if heals else None
     suite = tasks.suite()
     with interruptible():

@@ -9,6 +9,7 @@ from short_gpt.data.texts import pg19, shown
 from short_gpt.experiments.published import PaperComparison, compare_with_paper, identify
 from short_gpt.jobs.inputs import Opening, StridedCut, known_total
 from short_gpt.models.numbering import check_count
+from short_gpt.opening import weights_of
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.scoring.importance import Importance
 
@@ -20,10 +21,12 @@ class Reproduced:
     Attributes:
         comparison: the paper's layers and ours.
         importance: our scores.
+        weights: digest of the weights that were scored.
     """
 
     comparison: PaperComparison
     importance: Importance
+    weights: str | None = None
 
     @property
     def n(self) -> int:
@@ -31,8 +34,9 @@ class Reproduced:
         return len(self.comparison.paper)
 
     def to_dict(self) -> dict[str, object]:
-        """Both, ready for JSON."""
-        return {"result": vars(self.comparison), "importance": self.importance.to_dict()}
+        """All of it, ready for JSON."""
+        found = {"result": vars(self.comparison), "importance": self.importance.to_dict()}
+        return {**found, "scored": {"weights": self.weights}}
 
 
 def reproduce(
@@ -78,7 +82,8 @@ def reproduce(
     total = known_total(windows, cut.max_windows)
     short.measure(windows, batch_size=batch_size, total=total)
     n = len(compare_with_paper(name, []).paper)
-    return Reproduced(compare_with_paper(name, short.layers_to_remove(n=n)), short.importance)
+    ours = compare_with_paper(name, short.layers_to_remove(n=n))
+    return Reproduced(ours, short.importance, weights_of(model))
 
 
 def _name(model: str, given: str | None) -> str:

@@ -77,10 +77,10 @@ class Scores:
         """
         count = layers_of(model if is_meta(model) else str(resolve(model)))
         if count is not None and not self._of_layers(count):
-            layers = self.importance.layers if self.importance else self.searched
+            searched = f"the layers {span(self.searched)}"
+            what = f"{len(self.importance.layers)} layers" if self.importance else searched
             raise ShortGPTError(
-                f"{self.file} scores the layers {span(sorted(layers))}, {model} has {count}; they "
-                "do not belong together"
+                f"{self.file} scores {what}, {model} has {count}; they do not belong together"
             )
         if self.weights is None:
             return (

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
+
+from llama.io.sources import is_gguf
 from short_gpt.jobs.demonstration import Demo
 from short_gpt.jobs.healing import Healing
 from short_gpt.jobs.pruning import Pruned
@@ -20,6 +23,21 @@ def ranked(result: Ranking) -> str:
     parts += ["\n" + sublayers(result.importance)] if answer.sublayers else []
     parts += [str(result.verdict)] if result.verdict else []
     return "\n".join(parts)
+
+
+def next_command(model: str, result: Ranking, scores: str | None) -> str | None:
+    """The command that acts on a ranking; None where there is none.
+
+    Args:
+        model: what was ranked.
+        scores: the file that the ranking was written to; None where it was not.
+    """
+    n = result.answer.n
+    if is_gguf(model) or (scores is None and n is None):
+        return None
+    layers = [] if scores else ["--layers", ",".join(map(str, result.layers))]
+    chosen = ["--scores", scores, "--n", "N" if n is None else str(n)] if scores else layers
+    return "next: " + shlex.join(["short-gpt", "prune", model, "OUT", *chosen])
 
 
 def pruned(result: Pruned) -> str:

@@ -7,6 +7,7 @@ import inspect
 import json
 import math
 import os
+import shlex
 import subprocess
 import sys
 import textwrap
@@ -21,7 +22,7 @@ from conftest import BYTE_VOCAB, make_transformer, save_checkpoint, write_byte_t
 
 from short_gpt import cli
 from short_gpt.cli.flags import HEADINGS, flags_of, named
-from short_gpt.opening import open_model
+from short_gpt.opening import open_model, weights_of
 from short_gpt.selection.methods import METHODS
 
 
@@ -347,6 +348,7 @@ def test_reproduce_runs_the_protocol_on_a_model_of_the_papers_shape(ckpt, capsys
     assert record["result"]["model"] == "tiny" and record["result"]["paper"] == [3, 1]
     assert len(record["result"]["ours"]) == 2
     assert record["importance"]["tokens"] == [1024.0, 1024.0]
+    assert record["scored"] == {"weights": weights_of("ckpt")}
     assert "same layers: " in out and "paper" in out
 
 
@@ -521,3 +523,18 @@ def test_importing_the_package_is_light():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("method", ["bi", "sleb"])
+def test_rank_names_the_command_that_comes_next_and_it_runs(ckpt, capsys, method):
+    options = [*DATA, "--max_windows", 2, "--n", 1, "--method", method]
+    for number, written in enumerate(([], ["--json", "a b.json"])):
+        run("rank", "ckpt", *options, *written)
+        said = capsys.readouterr().out.splitlines()[-1]
+        assert said.startswith("next: short-gpt prune ckpt OUT --")
+        run(*shlex.split(said.replace("OUT", f"out{number}"))[2:])
+        capsys.readouterr()
+    cut = [json.loads(Path(f"out{i}/pruning.json").read_text())["removed_layers"] for i in (0, 1)]
+    assert len(cut[0]) == 1 and cut[0] == cut[1]
+    run("rank", "ckpt", *DATA, "--max_windows", 2, "--json", "all.json")
+    assert capsys.readouterr().out.endswith("prune ckpt OUT --scores all.json --n N\n")

@@ -10,6 +10,7 @@ from conftest import BYTE_VOCAB, make_transformer, save_checkpoint, write_byte_t
 
 from short_gpt.cli.app import main
 from short_gpt.healing import lora as healing
+from short_gpt.jobs import Opening, TextSource
 
 WORDS = ("alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta")
 
@@ -121,11 +122,22 @@ def test_lora_with_a_tokenizer_elsewhere_and_texts_that_repeat_themselves(here, 
             ],
             "lora needs two windows of 700 tokens or more, one of them to validate on",
         ),
+        (["--search_windows", "-7"], "--search_windows = -7: expected whole numbers of at least 1"),
+        (["--methods", "bi,bi"], "--methods = ['bi', 'bi']: expected at least one, and each once"),
+        (["--counts", "2,2"], "--counts = [2, 2]: expected at least one, and each once"),
+        (["--healing", "raw,raw"], "--healing = ['raw', 'raw']: expected at least one, and each"),
+        (["--seeds", "0"], "--seeds = 0: expected whole numbers of at least 1"),
+        (["--size", "0"], "--size = 0: expected a whole number of at least 2"),
+        (["--eval_windows", "0"], "--eval_windows = 0: expected a whole number of at least 1"),
+        (["--healing", "lora", "--lora_steps", "0"], "steps = 0"),
         (["--counts", "2,5"], "n = 5; the model has 5 layers"),
         (["--eval_data", "books"], "share text with the windows to evaluate on"),
     ],
 )
-def test_mistakes_are_one_line(here, capsys, options, message):
+def test_mistakes_are_one_line(here, capsys, monkeypatch, options, message):
+    if "=" in message:  # a value out of range is told before a text is read or a model opened
+        monkeypatch.setattr(Opening, "whole", None)
+        monkeypatch.setattr(TextSource, "read_apart", None)
     with pytest.raises(SystemExit):
         main([*COMMON, *options])
     errors = capsys.readouterr().err.splitlines()
