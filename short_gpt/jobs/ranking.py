@@ -87,6 +87,7 @@ class Ranking:
         search: what a method by loss removed; None of the others.
         verdict: whether the answer is settled; None if all windows were to be read.
         state: the file of the run; `finish` deletes it.
+        bos: which windows began with it: first of each text, or every.
     """
 
     answer: Answer
@@ -95,6 +96,7 @@ class Ranking:
     search: Search | None = None
     verdict: Verdict | None = None
     state: StateFile | None = None
+    bos: str = "first"
 
     @property
     def layers(self) -> list[int]:
@@ -113,10 +115,11 @@ class Ranking:
     def to_dict(self) -> dict[str, object]:
         """The scores and the verdict, or the search, ready for JSON."""
         if self.importance is not None:
-            return {"importance": self.importance.to_dict(), "settled": _settled(self.verdict)}
+            found = {"importance": self.importance.to_dict(), "settled": _settled(self.verdict)}
+            return {**found, "bos": self.bos}
         assert self.search is not None
         chosen = {"method": self.answer.method, "layers": self.search.removed}
-        return {"chosen": chosen, "search": vars(self.search)}
+        return {"chosen": chosen, "search": vars(self.search), "bos": self.bos}
 
     def finish(self) -> None:
         """Deletes the state, once the result is safe."""
@@ -193,6 +196,8 @@ class _Settings:
             identity |= {"method": answer.method, "n": answer.n, "candidates": answer.candidates}
             identity |= {"max_windows": cut.max_windows, "max_memory": self.running.max_memory}
         identity |= {"method of all tokens": answer.method == "angular_all"}
+        if (bos := cut.bos or short.bos) != "first":  # else as in states of earlier versions
+            identity["bos"] = bos
         return identity | short.identity()
 
 
@@ -226,7 +231,8 @@ def _measured(
 ) -> Ranking:
     """The scores of one pass."""
     answer, cut, size = settings.answer, settings.cut, settings.running.batch_size
-    windows, state = cut.windows(found, short.encode), settings.state(short)
+    windows = cut.windows(found, short.encode, short.bos)
+    state, bos = settings.state(short), cut.bos or short.bos
     if (plan := short.plan_text(size)) is not None:
         notify(plan)
     with interruptible():
@@ -239,13 +245,14 @@ def _measured(
             sublayers=answer.sublayers,
             all_tokens=answer.method == "angular_all",
         )
-    return Ranking(answer, cut.seed, short.importance, verdict=verdict, state=state)
+    return Ranking(answer, cut.seed, short.importance, verdict=verdict, state=state, bos=bos)
 
 
 def _searched(short: ShortModel, found: Iterable[str], settings: _Settings) -> Ranking:
     """What a method that runs the model without layers removes."""
     answer, running = settings.answer, settings.running
-    windows, state = list(settings.cut.windows(found, short.encode)), settings.state(short)
+    cut, state = settings.cut, settings.state(short)
+    windows, bos = list(cut.windows(found, short.encode, short.bos)), cut.bos or short.bos
     few = None
     with interruptible():
         if answer.candidates is not None:
@@ -260,7 +267,7 @@ def _searched(short: ShortModel, found: Iterable[str], settings: _Settings) -> R
             max_memory=bytes_of(running.max_memory or "2GB"),
             state=state,
         )
-    return Ranking(answer, settings.cut.seed, search=search, state=state)
+    return Ranking(answer, cut.seed, search=search, state=state, bos=bos)
 
 
 def _settled(verdict: Verdict | None) -> dict[str, object] | None:
