@@ -15,7 +15,7 @@ from typing import ClassVar
 
 import torch
 
-from short_gpt.data.windows import batches, count_of
+from short_gpt.data.windows import batches, count_of, starts_texts
 from short_gpt.evaluation.perplexity import Perplexity, perplexity
 from short_gpt.model_record import ModelRecord
 from short_gpt.models.decoder import Decoder
@@ -61,6 +61,15 @@ class ScoredModel(ModelRecord, ScoresView, ABC):
     @abstractmethod
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, with the special tokens in front that the model expects."""
+
+    @property
+    def bos(self) -> str:
+        """Which windows of its texts begin with bos, as `data.windows` takes it.
+
+        "every" for a family that reads windows badly without (Gemma) and whose tokenizer puts one
+        in front of a text; "first", the ShortGPT authors' way, for all others.
+        """
+        return "every" if self.decoder.family.needs_bos and starts_texts(self.encode) else "first"
 
     @abstractmethod
     def save(

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from short_gpt.data.windows import Window as CutWindow
 from short_gpt.runtime.errors import ShortGPTError
 
 SPAN = 64  # tokens; texts that share so many in a row are taken as copies of each other
@@ -87,6 +88,7 @@ def overlapping(
     Returns:
         The index of an evaluation window for every training window that shares text with one.
     """
+    training, evaluation = _bare(training), _bare(evaluation)
     span = _span(training, evaluation) if span is None else span
     shared = dict(_shared(training, evaluation, span, first=True))
     for length in {len(w) for w in [*training, *evaluation] if len(w) < span}:
@@ -97,6 +99,11 @@ def overlapping(
             if length >= WHOLE or len(training[number]) == len(evaluation[other]):
                 shared.setdefault(number, other)
     return shared
+
+
+def _bare(windows: Sequence[Window]) -> list[Window]:
+    """The windows without a bos that was put in front: behind it stands what may be shared."""
+    return [w[w.start :] if isinstance(w, CutWindow) else w for w in windows]
 
 
 def _of_length(windows: Sequence[Window], length: int) -> dict[int, Window]:
@@ -135,7 +142,7 @@ def _places(windows: Mapping[int, Window], span: int) -> dict[int, list[tuple[in
 
 
 def _span(training: Sequence[Window], evaluation: Sequence[Window]) -> int:
-    return min(SPAN, max(map(len, [*training, *evaluation]), default=SPAN))
+    return min(SPAN, max(map(len, _bare([*training, *evaluation])), default=SPAN))
 
 
 def check_disjoint(

@@ -6,12 +6,13 @@ import random
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from itertools import islice
+from itertools import islice, takewhile
 from typing import TypeVar
 
 from short_gpt.runtime.errors import ShortGPTError
 
 T = TypeVar("T")
+BOS = ("first", "every")  # windows that have the text's bos in front
 Span = tuple[int, int]  # start and end of a window, in tokens
 
 
@@ -20,16 +21,17 @@ class Window(list[int]):
 
     Attributes:
         text: its number, from 0, in the order in which the texts were read.
+        start: how many tokens in front were put there, not cut from the text.
     """
 
-    __slots__ = ("text",)
+    __slots__ = ("start", "text")
 
-    def __init__(self, tokens: Iterable[int], text: int) -> None:
+    def __init__(self, tokens: Iterable[int], text: int, start: int = 0) -> None:
         super().__init__(tokens)
-        self.text = text
+        self.text, self.start = text, start
 
-    def __reduce__(self) -> tuple[type[Window], tuple[list[int], int]]:
-        return Window, (list(self), self.text)
+    def __reduce__(self) -> tuple[type[Window], tuple[list[int], int, int]]:
+        return Window, (list(self), self.text, self.start)
 
 
 def text_of(window: Sequence[int]) -> int | None:
@@ -46,6 +48,7 @@ def windows(
     tail: str = "drop",
     seed: int | None = None,
     limit: int | None = None,
+    bos: str = "first",
 ) -> Iterable[Window]:
     """Cuts texts into windows of tokens; a window never crosses from one text to the next.
 
@@ -64,6 +67,10 @@ def windows(
             order, that of Python's `random.Random(seed)`, which is the same on every platform;
             the texts are then encoded at once and held at 4 bytes a token.
         limit: windows in all; with a seed they are a random sample without replacement.
+        bos: "first" leaves what ``encode`` puts in front of a text (bos) where it is, in front of
+            the text's first window: the ShortGPT authors' way. "every" puts it in front of every
+            window, which has `size` tokens with it; windows that would just meet still do, at a
+            stride shorter by it. It is read and scored as any first token, and never predicted.
 
     Returns:
         An iterator over `Window`, lists that know their text's number, which reads the texts as it
@@ -82,14 +89,20 @@ def windows(
         raise TypeError("texts is one string, expected an iterable of strings: pass [text]")
     if tail not in ("drop", "keep"):
         raise ShortGPTError(f"tail = {tail!r}: expected 'drop' or 'keep'")
+    if bos not in BOS:
+        raise ShortGPTError(f"bos = {bos!r}: expected 'first' or 'every'")
     _at_least(2, "size", size)
     _at_least(1, "stride", stride)
     if limit is not None:
         _at_least(1, "limit", limit)
-    cut = _cut((encode(text) for text in texts), size, stride, tail)
+    start = _start(encode, size) if bos == "every" else []
+    encoded = (_behind(start, encode(text)) for text in texts)
+    room = size - len(start)
+    cut = _cut(encoded, room, max(1, min(stride, room)) if stride <= size else stride, tail)
     if seed is None:
         each = ((i, tokens, span) for i, (tokens, spans) in enumerate(cut) for span in spans)
-        return islice((Window(tokens[slice(*span)], i) for i, tokens, span in each), limit)
+        made = (_window(start, tokens[slice(*span)], i) for i, tokens, span in each)
+        return islice(made, limit)
     flat: array[int] = array("i")
     found, ends = [], []
     for tokens, spans in cut:
@@ -97,7 +110,33 @@ def windows(
         flat.extend(tokens)
         ends.append(len(flat))
     random.Random(seed).shuffle(found)
-    return Windows(flat, found[:limit], population=len(found), ends=ends)
+    return Windows(flat, found[:limit], population=len(found), ends=ends, start=start)
+
+
+def starts_texts(encode: Callable[[str], Sequence[int]]) -> list[int]:
+    """What an encoding puts in front of a text: bos, or nothing."""
+    nothing, something = encode(""), encode("a")
+    pairs = zip(nothing, something, strict=False)  # some put eos behind
+    return [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)]
+
+
+def _start(encode: Callable[[str], Sequence[int]], size: int) -> list[int]:
+    """What goes in front of every window, which leaves room for a token to predict."""
+    start = starts_texts(encode)
+    if not start:
+        raise ShortGPTError("bos = 'every': this tokenizer puts no bos in front; use 'first'")
+    if size < len(start) + 1:
+        raise ShortGPTError(f"size = {size}: expected room for bos and a token, {len(start) + 1}")
+    return start
+
+
+def _behind(start: list[int], tokens: Sequence[int]) -> Sequence[int]:
+    """A text's tokens without what goes in front of every window."""
+    return tokens[len(start) :] if list(tokens[: len(start)]) == start else tokens
+
+
+def _window(start: list[int], tokens: Iterable[int], text: int) -> Window:
+    return Window([*start, *tokens], text, len(start))
 
 
 class Windows:
@@ -110,6 +149,7 @@ class Windows:
         spans: of the windows.
         population: as the attribute; None for as many as there are.
         ends: where each text ends in the tokens; none for one text.
+        start: tokens in front of every window.
 
     Attributes:
         population: how many windows there are in all, of which these are a random sample.
@@ -122,8 +162,9 @@ class Windows:
         *,
         population: int | None = None,
         ends: Sequence[int] = (),
+        start: Sequence[int] = (),
     ) -> None:
-        self._tokens, self._spans, self._ends = tokens, spans, ends
+        self._tokens, self._spans, self._ends, self._start = tokens, spans, ends, list(start)
         self.population = len(spans) if population is None else population
 
     def __len__(self) -> int:
@@ -131,7 +172,7 @@ class Windows:
 
     def __getitem__(self, index: int) -> Window:
         start, end = self._spans[index]
-        return Window(self._tokens[start:end], bisect_right(self._ends, start))
+        return _window(self._start, self._tokens[start:end], bisect_right(self._ends, start))
 
     def __iter__(self) -> Iterator[Window]:
         return (self[index] for index in range(len(self)))

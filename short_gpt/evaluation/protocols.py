@@ -23,6 +23,7 @@ def protocol(
     size: int = 2048,
     limit: int | None = None,
     source: str | Path | None = None,
+    bos: str = "first",
 ) -> list[list[int]]:
     """Windows of token ids for `perplexity`, cut as published results cut them.
 
@@ -39,6 +40,7 @@ def protocol(
         limit: the first so many windows; None for all.
         source: a local copy or another name at the hub, as `texts` reads it, with
             the rows of the original in their order; for "pg19" only a path.
+        bos: "every" puts one in front of every window, as `data.windows` does.
 
     Raises:
         ShortGPTError: an unknown name, or the texts are too short for a window.
@@ -53,7 +55,7 @@ def protocol(
     found = _texts(name, source)
     if name == "c4":
         limit = C4_WINDOWS if limit is None else min(limit, C4_WINDOWS)
-    return [*windows(found, encode, size=size, stride=size, limit=limit)]
+    return [*windows(found, encode, size=size, stride=size, limit=limit, bos=bos)]
 
 
 def _texts(name: str, source: str | Path | None) -> Iterable[str]:

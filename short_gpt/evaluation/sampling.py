@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from scipy.stats import t as student
+from short_gpt.scoring.stopping import student_t
 
 
 class Sample(NamedTuple):
@@ -56,7 +56,7 @@ class SamplingError:
         if self.degrees < 1:
             return math.nan
         share = 1 - (1 - confidence) / sides
-        return float(student.ppf(share, self.degrees)) * self.standard_error
+        return student_t(share, self.degrees) * self.standard_error
 
     @property
     def over(self) -> str:

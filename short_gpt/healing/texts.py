@@ -52,6 +52,7 @@ class Source:
         encode: Callable[[str], list[int]],
         size: int,
         *,
+        bos: str = "first",
         limit: int | None = None,
         eval_windows: int = 32,
         drop_overlap: bool | None = None,
@@ -62,6 +63,7 @@ class Source:
         Args:
             encode: from a text to token ids.
             size: tokens of a window.
+            bos: which windows begin with it, as `data.windows` takes it; such as ``short.bos``.
             limit: windows to learn from at most; None takes all.
             eval_windows: windows to evaluate on at most.
             drop_overlap: leave out windows to learn from that share text with those to evaluate
@@ -74,7 +76,9 @@ class Source:
         learned, held = self._texts()
 
         def cut(chosen: Sequence[str], count: int | None) -> list[list[int]]:
-            found = windows(chosen, encode, size=size, stride=size, seed=self.seed, limit=count)
+            found = windows(
+                chosen, encode, size=size, stride=size, seed=self.seed, limit=count, bos=bos
+            )
             return list(found)
 
         evaluation, training = cut(held, eval_windows), cut(learned, limit)

@@ -129,7 +129,9 @@ class Shares:
         self, short: ScoredModel, texts: Sequence[str], limit: int | None, size: int | None = None
     ) -> Windows:
         """Windows of texts in random order."""
-        return list(Cut(size or self.size, limit, self.seed).windows(texts, short.encode))
+        return list(
+            Cut(size or self.size, limit, self.seed).windows(texts, short.encode, short.bos)
+        )
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ class PerplexityLimit:
         size: tokens in a window of eval_data.
         confidence: that the perplexity of text like eval_data rises by no more; texts are the
             samples, or windows where eval_data is one text.
+        bos: as rank's; which windows of eval_data begin with it.
     """
 
     max_perplexity_ratio: float | None = None
@@ -36,6 +37,7 @@ class PerplexityLimit:
     eval_windows: int = 32
     size: int = 1024
     confidence: float = CONFIDENCE
+    bos: str | None = None
 
 
 @dataclass(frozen=True)
@@ -156,9 +158,9 @@ def chosen_within(
     check_names(data, scores.arguments)
     unchecked = scores.check_model(model)
     short = (opening or Opening()).whole(model, size=limit.size)
-    cut = Cut(limit.size, limit.eval_windows)
-    held = list(cut.windows(texts(data), short.encode))
-    unsure = check_apart(held, data, scores.arguments, short.encode)
+    cut = Cut(limit.size, limit.eval_windows, bos=limit.bos)
+    held = list(cut.windows(texts(data), short.encode, short.bos))
+    unsure = check_apart(held, data, scores.arguments, short)
     most = len(scores.searched) or None  # a search found no more
     budget = short.layers_within(
         held, ratio, choose=scores.layers, most=most, confidence=limit.confidence

@@ -12,11 +12,11 @@ from short_gpt.evaluation.protocols import PROTOCOLS, protocol
 from short_gpt.evaluation.tasks import TaskSuite, task_names
 from short_gpt.jobs.inputs import (
     Cut,
-    Encode,
     Notify,
     Opening,
     Running,
     TextSource,
+    about_bos,
     check_model,
     ignore,
     known_total,
@@ -35,30 +35,39 @@ class Reading:
         source: a local copy of wikitext-2, c4 or pg19.
         size: tokens in a window.
         max_windows: read only the first so many windows.
+        bos: first leaves it in front of a text's first window alone, as published results do;
+            every puts it in front of every window; if not given, every for Gemma, which needs it.
     """
 
     data: str = "wikitext-2"
     source: str | None = None
     size: int = 2048
     max_windows: int | None = None
+    bos: str | None = None
 
     def check(self) -> None:
         """Raises ShortGPTError for what would go wrong after a model is loaded."""
         if self.source is not None and self.data not in PROTOCOLS:
             known = " or ".join(PROTOCOLS)
             raise ShortGPTError(f"--source is a copy of {known}; --data is {self.data}")
-        Cut(self.size, self.max_windows).check()
+        Cut(self.size, self.max_windows, bos=self.bos).check()
 
     def own_texts(self) -> list[str]:
         """The texts of a local file or folder; none of a published protocol."""
         return [] if self.data in ("none", *PROTOCOLS) else list(shown(texts(self.data)))
 
-    def windows(self, encode: Encode, own: Sequence[str]) -> Iterable[list[int]]:
+    def windows(self, short: ShortModel, own: Sequence[str]) -> Iterable[list[int]]:
         """Windows of the protocol's text, or of ``own``."""
+        bos = self.bos or short.bos
         if own:
-            return Cut(self.size, self.max_windows, None).windows(own, encode)
+            return Cut(self.size, self.max_windows, None).windows(own, short.encode, bos)
         return protocol(
-            self.data, encode, size=self.size, limit=self.max_windows, source=self.source
+            self.data,
+            short.encode,
+            size=self.size,
+            limit=self.max_windows,
+            source=self.source,
+            bos=bos,
         )
 
 
@@ -150,8 +159,9 @@ def _row(
     short = opening.whole(name, size=reading.size)
     row = {"layers": float(len(short.kept))}
     if reading.data != "none":
-        found = short.perplexity(reading.windows(short.encode, own))
-        row[f"{reading.data} perplexity"] = found.value
+        found = short.perplexity(reading.windows(short, own))
+        bos = ", bos in every window" if (reading.bos or short.bos) == "every" else ""
+        row[f"{reading.data} perplexity{bos}"] = found.value
     return row | tasks.run(short)
 
 
@@ -188,7 +198,9 @@ def perplexity_of(
     cut.check()
     found = texts.read()
     short = running.open(model, opening or Opening(), cut.size, None)
-    windows = cut.windows(found, short.encode)
+    windows = cut.windows(found, short.encode, short.bos)
+    if said := about_bos(cut.bos or short.bos):
+        notify(said)
     if (plan := short.plan_text(running.batch_size)) is not None:
         notify(plan)
     total = known_total(windows, cut.max_windows)

@@ -121,6 +121,7 @@ def _windows(
     return Source(texts.data, learned.eval_data, *place).windows(
         short.encode,
         size,
+        bos=short.bos,
         limit=learned.max_windows or (None if lora else PATCH_WINDOWS),
         eval_windows=learned.eval_windows,
         drop_overlap=learned.drop_overlap,

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from short_gpt.data.disjoint import overlapping
-from short_gpt.jobs.inputs import Encode, StridedCut, TextSource
+from short_gpt.data.disjoint import SPAN, overlapping
+from short_gpt.jobs.inputs import StridedCut, TextSource
 from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.short_model import ShortModel
 
 
 def check_names(eval_data: str, scored_by: Mapping[str, object]) -> None:
@@ -28,7 +29,7 @@ def check_names(eval_data: str, scored_by: Mapping[str, object]) -> None:
 
 
 def check_apart(
-    held: Sequence[Sequence[int]], eval_data: str, scored_by: Mapping[str, Any], encode: Encode
+    held: Sequence[Sequence[int]], eval_data: str, scored_by: Mapping[str, Any], short: ShortModel
 ) -> str | None:
     """Compares the text itself, whatever its files are called.
 
@@ -37,19 +38,21 @@ def check_apart(
     Args:
         held: windows of token ids to evaluate on.
         eval_data, scored_by: as in `check_names`.
-        encode: the model's.
+        short: the model.
 
     Returns:
         None, or in a sentence why the texts could not be compared.
 
     Raises:
-        ShortGPTError: they have a run of text in common, as in `data.overlapping`.
+        ShortGPTError: they have a run of text in common: 64 tokens, or half a shorter window.
     """
     try:
-        scored = _windows(scored_by, encode)
+        scored = _windows(scored_by, short)
     except (OSError, KeyError, ShortGPTError) as error:
         return f"not compared with the text that the scores were measured on: {error}"
-    if shared := set(overlapping(held, scored)):
+    # half a window: of a copy that is cut elsewhere, so much lies in one of two neighbours
+    span = max(1, min(SPAN, *(len(window) // 2 for window in (*held, *scored))))
+    if shared := set(overlapping(held, scored, span=span)):
         raise ShortGPTError(
             f"--eval_data {eval_data} holds text that the scores were measured on, "
             f"{scored_by['data']}: {len(shared)} of its {len(held)} windows share a run of tokens "
@@ -58,9 +61,9 @@ def check_apart(
     return None
 
 
-def _windows(scored_by: Mapping[str, Any], encode: Encode) -> list[list[int]]:
+def _windows(scored_by: Mapping[str, Any], short: ShortModel) -> list[list[int]]:
     """The windows that scores were measured on, or of which they were the first."""
     source = TextSource(*(scored_by[name] for name in ("data", "split", "column", "max_texts")))
     names = ("size", "max_windows", "seed", "stride")
-    cut = StridedCut(**{name: scored_by[name] for name in names})
-    return list(cut.windows(source.read(), encode))
+    cut = StridedCut(**{name: scored_by[name] for name in names}, bos=scored_by.get("bos"))
+    return list(cut.windows(source.read(), short.encode, short.bos))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from short_gpt.data.disjoint import hold_out
 from short_gpt.data.texts import read_texts, texts
-from short_gpt.data.windows import count_of, windows
+from short_gpt.data.windows import BOS, count_of, windows
 from short_gpt.models.numbering import check_count
 from short_gpt.opening import layers_of, open_model
 from short_gpt.runtime.errors import ShortGPTError
@@ -72,11 +72,14 @@ class Cut:
         size: tokens in a window.
         max_windows: stop after so many; all if not given.
         seed: of the random order of all windows; none reads them in the order of the texts.
+        bos: first leaves it in front of a text's first window alone, every puts it in front of
+            every window; if not given, every for Gemma, which needs it, else first.
     """
 
     size: int = 1024
     max_windows: int | None = None
     seed: int | None = 0
+    bos: str | None = field(default=None, kw_only=True)
 
     @property
     def step(self) -> int:
@@ -85,10 +88,20 @@ class Cut:
 
     def check(self) -> None:
         """Raises ShortGPTError for a number out of range, before a model is loaded."""
+        if self.bos is not None and self.bos not in BOS:
+            raise ShortGPTError(f"bos = {self.bos!r}: expected {' or '.join(BOS)}")
         windows([], lambda _: [], size=self.size, stride=self.step, limit=self.max_windows)
 
-    def windows(self, found: Iterable[str], encode: Encode) -> Iterable[list[int]]:
-        """Windows of token ids; see `short_gpt.windows`."""
+    def windows(
+        self, found: Iterable[str], encode: Encode, bos: str = "first"
+    ) -> Iterable[list[int]]:
+        """Windows of token ids; see `short_gpt.windows`.
+
+        Args:
+            found: texts.
+            encode: the model's.
+            bos: where it stands if nothing else was asked for, such as ``short.bos``.
+        """
         return windows(
             found,
             encode,
@@ -96,6 +109,7 @@ class Cut:
             stride=self.step,
             seed=self.seed,
             limit=self.max_windows,
+            bos=self.bos or bos,
         )
 
 
@@ -199,6 +213,11 @@ def check_model(source: str, n: int | None = None) -> None:
     n_layers = layers_of(source)
     if n_layers and n is not None:
         check_count(n, n_layers)
+
+
+def about_bos(bos: str) -> str | None:
+    """What is to be said of windows that are not cut the ShortGPT authors' way."""
+    return "bos in front of every window (--bos every)" if bos == "every" else None
 
 
 def known_total(found: Iterable[list[int]], limit: int | None) -> int | None:

@@ -90,6 +90,7 @@ class Ranking:
         verdict: whether the answer is settled; None if all windows were to be read.
         state: the file of the run; `finish` deletes it.
         weights: digest of the weights that were scored, by which `prune` and `heal` tell them.
+        bos: which windows began with it: first of each text, or every.
     """
 
     answer: Answer
@@ -99,6 +100,7 @@ class Ranking:
     verdict: Verdict | None = None
     state: StateFile | None = None
     weights: str | None = None
+    bos: str = "first"
 
     @property
     def layers(self) -> list[int]:
@@ -118,11 +120,11 @@ class Ranking:
         """The scores and the verdict, or the search, and of which weights, ready for JSON."""
         scored = {"scored": {"weights": self.weights}}
         if self.importance is not None:
-            importance, settled = self.importance.to_dict(), _settled(self.verdict)
-            return {"importance": importance, "settled": settled, **scored}
+            found = {"importance": self.importance.to_dict(), "settled": _settled(self.verdict)}
+            return {**found, "bos": self.bos, **scored}
         assert self.search is not None
         chosen = {"method": self.answer.method, "layers": self.search.removed}
-        return {"chosen": chosen, "search": vars(self.search), **scored}
+        return {"chosen": chosen, "search": vars(self.search), "bos": self.bos, **scored}
 
     def finish(self) -> None:
         """Deletes the state, once the result is safe."""
@@ -210,6 +212,8 @@ class _Settings:
             identity |= {"method": answer.method, "n": answer.n, "candidates": answer.candidates}
             identity |= {"max_windows": cut.max_windows, "max_memory": self.running.max_memory}
         identity |= {"method of all tokens": answer.method == "angular_all"}
+        if (bos := cut.bos or short.bos) != "first":  # else as in states of earlier versions
+            identity["bos"] = bos
         return identity | short.identity()
 
 
@@ -243,7 +247,8 @@ def _measured(
 ) -> Ranking:
     """The scores of one pass."""
     answer, cut, size = settings.answer, settings.cut, settings.running.batch_size
-    windows, state = cut.windows(found, short.encode), settings.state(short)
+    windows = cut.windows(found, short.encode, short.bos)
+    state, bos = settings.state(short), cut.bos or short.bos
     if (plan := short.plan_text(size)) is not None:
         notify(plan)
     with interruptible():
@@ -256,13 +261,14 @@ def _measured(
             sublayers=answer.sublayers,
             all_tokens=answer.method == "angular_all",
         )
-    return Ranking(answer, cut.seed, short.importance, verdict=verdict, state=state)
+    return Ranking(answer, cut.seed, short.importance, verdict=verdict, state=state, bos=bos)
 
 
 def _searched(short: ShortModel, found: Iterable[str], settings: _Settings) -> Ranking:
     """What a method that runs the model without layers removes."""
     answer, running = settings.answer, settings.running
-    windows, few = list(settings.cut.windows(found, short.encode)), None
+    cut, few = settings.cut, None
+    windows, bos = list(cut.windows(found, short.encode, short.bos)), cut.bos or short.bos
     state = settings.state(short, windows)
     with interruptible():
         if answer.candidates is not None:
@@ -277,7 +283,7 @@ def _searched(short: ShortModel, found: Iterable[str], settings: _Settings) -> R
             max_memory=bytes_of(running.max_memory or "2GB"),
             state=state,
         )
-    return Ranking(answer, settings.cut.seed, search=search, state=state)
+    return Ranking(answer, cut.seed, search=search, state=state, bos=bos)
 
 
 def _settled(verdict: Verdict | None) -> dict[str, object] | None:

@@ -6,7 +6,7 @@ through all rows: whatever known name a layer has is taken.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 
 from torch import nn
 
@@ -31,6 +31,8 @@ class Family:
         mlp_norm: the norm in front of the MLP, which meets the stream behind the attention.
         mlp_output: the last matrix of the MLP.
         lora: ends of the names of the MLP's matrices, which LoRA changes.
+        needs_bos: whether it reads a window badly that has no bos in front, which its texts had in
+            training.
     """
 
     layers: Names = ("model.layers",)
@@ -41,13 +43,14 @@ class Family:
     mlp_norm: Names = ("post_attention_layernorm",)
     mlp_output: Names = ("mlp.down_proj",)
     lora: Names = ("gate_proj", "up_proj", "down_proj")
+    needs_bos: bool = field(default=False, kw_only=True)
 
 
 LLAMA = Family()
 # Experts are one tensor, or one module each: no linear map ends them.
 EXPERTS = Family(mlp=("mlp", "block_sparse_moe"), mlp_output=(), lora=("w1", "w2", "w3"))
 # Norms stand in front of and behind both halves, so that no matrix ends a summand.
-GEMMA = Family(mlp_norm=("pre_feedforward_layernorm",))
+GEMMA = Family(mlp_norm=("pre_feedforward_layernorm",), needs_bos=True)
 # Attention and MLP read the same normed state: nothing lies between them.
 PARALLEL = Family(mlp_norm=())
 BLOOM = Family(
@@ -83,6 +86,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "gemma2": GEMMA,
     "gemma3_text": GEMMA,
+    "gemma": Family(needs_bos=True),
     "llama": LLAMA,
     "mistral": LLAMA,
     "mixtral": EXPERTS,
@@ -163,8 +167,9 @@ FAMILIES: dict[str, Family] = {
 def _any() -> Family:
     """All rows in one: every name once, in the table's order."""
     names = (
-        tuple(dict.fromkeys(n for row in FAMILIES.values() for n in getattr(row, field.name)))
-        for field in fields(Family)
+        tuple(dict.fromkeys(n for row in FAMILIES.values() for n in getattr(row, entry.name)))
+        for entry in fields(Family)
+        if entry.name != "needs_bos"
     )
     return Family(*names)
 

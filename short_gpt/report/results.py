@@ -7,6 +7,7 @@ import shlex
 from llama.io.sources import is_gguf
 from short_gpt.jobs.demonstration import Demo
 from short_gpt.jobs.healing import Healing
+from short_gpt.jobs.inputs import about_bos
 from short_gpt.jobs.pruning import Pruned
 from short_gpt.jobs.ranking import Ranking
 from short_gpt.report.tables import perplexities, ranking, search, sublayers
@@ -16,10 +17,11 @@ from short_gpt.selection.perplexity_budget import Budget
 def ranked(result: Ranking) -> str:
     """The table of a ranking, by whichever method, and whether its answer is settled."""
     answer = result.answer
+    parts = [said] if (said := about_bos(result.bos)) else []
     if result.search is not None:
-        return search(result.search, answer.method)
+        return "\n".join([*parts, search(result.search, answer.method)])
     assert result.importance is not None
-    parts = [ranking(result.importance, answer.n, method=answer.method, seed=result.seed or 0)]
+    parts += [ranking(result.importance, answer.n, method=answer.method, seed=result.seed or 0)]
     parts += ["\n" + sublayers(result.importance)] if answer.sublayers else []
     parts += [str(result.verdict)] if result.verdict else []
     return "\n".join(parts)

@@ -351,8 +351,9 @@ def test_shared_spans_are_found_wherever_they_lie():
     shared = three[:50] + one[70:134] + three[50:120]
     assert overlapping([two, shared], [one]) == {1: 0}
     assert overlapping([three[:50] + one[70:133] + three[50:120]], [two, one]) == {}
-    assert overlapping([one[:40]], [one]) == {}  # shorter than a span, and no whole window
-    assert overlapping([one[:40], one[:30]], [two, one[:40]]) == {0: 1}
+    assert overlapping([one[:40]], [one]) == {0: 0}  # shorter than a span, and whole inside
+    assert overlapping([one[:40], one[:30]], [two, one[:40]]) == {0: 1, 1: 1}
+    assert overlapping([one[:40] + two[:90]], [one]) == {}
     with pytest.raises(ValueError, match="1 of 2 training windows share text"):
         check_disjoint([two, shared], [one])
     check_disjoint([one], [two])

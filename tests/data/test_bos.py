@@ -1,0 +1,171 @@
+"""Which windows begin with bos: the first of a text, or every one."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from commands import TEXT, fails, run
+from transformers import AutoConfig, AutoModelForCausalLM, GemmaTokenizer
+
+from short_gpt import ShortHFModel
+from short_gpt.data.disjoint import overlapping
+from short_gpt.data.windows import starts_texts, windows
+from short_gpt.evaluation.protocols import protocol
+
+LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.,"
+VOCAB = {t: i for i, t in enumerate(["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *LETTERS])}
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "head_dim": 8}
+SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+BOS = VOCAB["<bos>"]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, one_rank) -> Path:
+    """A random Gemma 2 and, under another name, a Llama, both with Gemma's tokenizer."""
+    folder = tmp_path_factory.mktemp("gemma")
+    for family in ("gemma2", "llama"):
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(family, vocab_size=len(VOCAB), **SIZES)
+        config.bos_token_id, config.eos_token_id, config.pad_token_id = BOS, 1, 0
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder / family)
+        tokenizer = GemmaTokenizer(vocab=VOCAB, merges=[], add_bos_token=True)
+        tokenizer.save_pretrained(folder / family)
+    (folder / "book.txt").write_text(TEXT)
+    (folder / "other.txt").write_text(TEXT[:200].upper())
+    return folder
+
+
+@pytest.fixture
+def here(saved, monkeypatch, tmp_path) -> Path:
+    monkeypatch.chdir(tmp_path)
+    for name in ("gemma2", "llama", "book.txt", "other.txt"):
+        Path(name).symlink_to(saved / name)
+    return tmp_path
+
+
+@pytest.fixture
+def gemma(saved) -> ShortHFModel:
+    return ShortHFModel(str(saved / "gemma2"))
+
+
+def test_the_model_says_which(gemma, saved):
+    ids = gemma.tokenizer(TEXT).input_ids
+    assert ids[0] == gemma.tokenizer.bos_token_id == BOS and ids.count(BOS) == 1
+    assert starts_texts(gemma.encode) == [BOS] and gemma.bos == "every"
+    assert ShortHFModel(str(saved / "llama")).bos == "first"
+    silent = GemmaTokenizer(vocab=VOCAB, merges=[], add_bos_token=False)
+    assert ShortHFModel(gemma.model, tokenizer=silent).bos == "first"
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+def test_every_window_is_what_the_tokenizer_makes_of_its_text(gemma, seed):
+    cut = windows([TEXT, "x" * 70], gemma.encode, size=32, stride=32, seed=seed, bos="every")
+    found = list(cut)
+    texts = [gemma.tokenizer.decode(w, skip_special_tokens=True) for w in found]
+    assert found == [gemma.tokenizer(text).input_ids for text in texts]
+    assert {len(w) for w in found} == {32}
+    first = [t for t, w in zip(texts, found, strict=True) if w.text == 0]
+    count = len(TEXT) // 31  # they meet: 31 letters each
+    assert set(first) == {TEXT[31 * i : 31 * i + 31] for i in range(count)}
+    assert len(first) == count and len(found) == count + 2
+
+
+def test_the_first_is_the_authors_way(gemma):
+    plain = list(windows([TEXT], gemma.encode, size=32, stride=16))
+    ids = gemma.encode(TEXT)
+    assert plain == list(windows([TEXT], gemma.encode, size=32, stride=16, bos="first"))
+    assert plain == [ids[i : i + 32] for i in range(0, len(ids) - 31, 16)]
+    every = list(windows([TEXT], gemma.encode, size=32, stride=16, bos="every"))
+    assert every == [[BOS, *ids[1 + i : 32 + i]] for i in range(0, len(ids) - 31, 16)]
+
+
+def test_a_tail_is_kept_with_its_bos(gemma):
+    found = list(windows(["abcdefg"], gemma.encode, size=5, stride=5, tail="keep", bos="every"))
+    assert [gemma.tokenizer.decode(w) for w in found] == ["<bos>abcd", "<bos>efg"]
+
+
+def test_bos_is_never_predicted_and_all_text_is(gemma):
+    found = windows([TEXT], gemma.encode, size=32, stride=32, bos="every")
+    cut = list(found)
+    assert gemma.perplexity(cut, progress=False).tokens == 31 * len(cut)
+    gemma.measure(cut, progress=False)
+    assert gemma.importance.n_tokens == 32 * len(cut)  # its state counts as any first token's
+
+
+@pytest.mark.parametrize(("size", "stride"), [(32, 32), (64, 17)])
+def test_copies_are_found_behind_their_bos(gemma, size, stride):
+    letters = random.Random(0).choices(LETTERS, k=400)
+    text = "".join(letters)
+    one = list(windows([text], gemma.encode, size=size, stride=stride, bos="every"))
+    assert set(overlapping(one, [one[1][1:]])) >= {1}
+    other = "".join(random.Random(1).choices(LETTERS, k=400))
+    apart = list(windows([other], gemma.encode, size=size, stride=stride, bos="every"))
+    assert overlapping(one, apart) == {}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bos": "all"}, "bos = 'all': expected 'first' or 'every'"),
+        ({"bos": "every"}, "this tokenizer puts no bos in front; use 'first'"),
+    ],
+)
+def test_what_cannot_be_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        windows(["abc"], lambda text: [ord(c) for c in text], size=2, stride=1, **options)
+
+
+def test_commands_say_which_and_keep_it(here, capsys):
+    data = ("--data", "book.txt", "--size", 32)
+    for model, flags, bos in (
+        ("gemma2", (), "every"),
+        ("gemma2", ("--bos", "first"), "first"),
+        ("llama", (), "first"),
+        ("llama", ("--bos", "every"), "every"),
+    ):
+        where = ("--out", "r.json", "--overwrite")
+        run("rank", model, *data, *flags, "--stride", 32, *where)
+        run("perplexity", model, *data, *flags, "--max_windows", 3)
+        out, err = capsys.readouterr()
+        assert ("bos in front of every window" in out) == (bos == "every")
+        assert ("bos in front of every window" in err) == (bos == "every")
+        record = json.loads(Path("r.json").read_text())
+        assert record["bos"] == bos
+        assert record["arguments"]["bos"] == (flags[1] if flags else None)
+        assert sum(record["importance"]["windows"]) == len(TEXT) // (31 if bos == "every" else 32)
+
+
+def test_the_limit_of_perplexity_cuts_as_the_scores_did(here, capsys):
+    run("rank", "gemma2", "--data", "book.txt", "--size", 32, "--stride", 32, "--out", "r.json")
+    capsys.readouterr()
+    gate = ("--scores", "r.json", "--max_perplexity_ratio", 9, "--size", 32, "--device", "cpu")
+    Path("copy.txt").write_text("Another word. " + TEXT[100:200])
+    message = fails(capsys, "prune", "gemma2", "x", *gate, "--eval_data", "copy.txt")
+    assert "copy.txt holds text that the scores were measured on" in message
+    run("prune", "gemma2", "cut", *gate, "--eval_data", "other.txt", "--verify", "no")
+    tried = json.loads(Path("cut/pruning.json").read_text())["quality_gate"]["tried"]
+    assert tried[0]["tokens"] == 200 // 31 * 31  # all but bos
+
+
+def test_a_saved_run_is_of_one_way(here, capsys, monkeypatch):
+    monkeypatch.setattr("short_gpt.jobs.ranking.Ranking.finish", lambda _: None)  # keeps the state
+    data = ("--data", "book.txt", "--size", 32, "--method", "sleb", "--n", 1, "--max_windows", 2)
+    run("rank", "llama", *data, "--state", "s.json", "--bos", "every", "--out", "r.json")
+    assert json.loads(Path("r.json").read_text())["bos"] == "every"
+    capsys.readouterr()
+    message = fails(capsys, "rank", "llama", *data, "--state", "s.json")
+    assert "it differs in what a state tells of: bos" in message
+    assert "expected first or every" in fails(capsys, "rank", "llama", *data, "--bos", "all")
+
+
+def test_published_protocols_take_it(gemma, tmp_path):
+    (tmp_path / "test.txt").write_text(TEXT)
+    found = [
+        protocol("wikitext-2", gemma.encode, size=32, source=tmp_path, bos=bos)
+        for bos in ("first", "every")
+    ]
+    assert [sum(w[0] == BOS for w in cut) for cut in found] == [1, len(found[1])]
