@@ -164,7 +164,13 @@ def _proof(
     if several_ranks():
         return "not verified: that loads the model on one rank; run it without torchrun"
     try:
-        return same_model(source, out, drop, tokenizer_path=opening.tokenizer_path)
+        return same_model(
+            source,
+            out,
+            drop,
+            tokenizer_path=opening.tokenizer_path,
+            trust_remote_code=opening.trust_remote_code,
+        )
     except BaseException:  # also what kept it from being proved: no memory, an interruption
         shutil.rmtree(out)
         raise
