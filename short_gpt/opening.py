@@ -22,7 +22,7 @@ from short_gpt.checkpoints.verify import (
     copy_weights,
     fingerprint,
 )
-from short_gpt.models.config_file import read_config
+from short_gpt.models.config_file import read_config, said_layers
 from short_gpt.models.loading import explained
 from short_gpt.runtime.digest import files_digest
 from short_gpt.runtime.errors import ShortGPTError
@@ -49,6 +49,7 @@ class OpenOptions:
             Meta's format and 1 for others, which cannot be shared.
         max_memory: of a streamed model's process, in bytes or like "3GB"; None takes half of what
             is free.
+        trust_remote_code: whether the Python files that come with a Hugging Face model are run.
     """
 
     n_prune_layers: int | None = None
@@ -60,6 +61,7 @@ class OpenOptions:
     dtype: str | None = None
     model_parallel_size: int | None = None
     max_memory: str | int | None = None
+    trust_remote_code: bool = False
 
 
 DEFAULTS = OpenOptions()
@@ -160,7 +162,14 @@ def open_hf(source: str, options: OpenOptions = DEFAULTS) -> ShortHFModel:
         initialize(1, device=place)
     torch.manual_seed(options.seed)
     kind = choose_dtype(options.dtype, place)
-    return ShortHFModel(source, None, options.n_prune_layers, device=place, dtype=kind)
+    return ShortHFModel(
+        source,
+        None,
+        options.n_prune_layers,
+        device=place,
+        dtype=kind,
+        trust_remote_code=options.trust_remote_code,
+    )
 
 
 def layers_of(source: str) -> int | None:
@@ -175,6 +184,8 @@ def layers_of(source: str) -> int | None:
     if kind != "hf":
         return None
     try:
+        if (count := said_layers(Path(source))) is not None:
+            return count
         config = read_config(source)
     except Exception as error:
         raise ShortGPTError(f"{source} cannot be loaded: {explained(error)}") from error
@@ -208,6 +219,7 @@ def same_model(
     drop: list[int],
     *,
     tokenizer_path: str | None = None,
+    trust_remote_code: bool = False,
     name: str | None = None,
 ) -> str:
     """Proves that a pruned checkpoint is the source without some layers; one is loaded at a time.
@@ -216,6 +228,7 @@ def same_model(
         source, pruned: the two checkpoints.
         drop: the layers that the second lacks.
         tokenizer_path: tokenizer of a source in Meta's format; None looks beside it.
+        trust_remote_code: whether Python files that come with the model may run.
         name: of the pruned one in what is raised; None is its path.
 
     Returns:
@@ -224,13 +237,14 @@ def same_model(
     Raises:
         RuntimeError: the logits or the generation with the cache differ.
     """
-    whole = open_model(source, tokenizer_path=tokenizer_path, device="cpu")
+    options = OpenOptions(device="cpu", trust_remote_code=trust_remote_code)
+    whole = open_model(source, options, tokenizer_path=tokenizer_path)
     whole.remove_layers(drop)
     expected = _aligned(whole)
     del whole
     rounding = ROUNDING if is_meta(source) != is_meta(pruned) else 0.0
     names = (f"{source} without {drop}", name or pruned)
-    result = _aligned(open_model(pruned, device="cpu"))
+    result = _aligned(open_model(pruned, options))
     exact = check_same(expected, result, rounding=rounding, names=names)
     return (
         f"verified: the logits are those of the source without these layers, {exact}, and "

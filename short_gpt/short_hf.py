@@ -41,6 +41,7 @@ class ShortHFModel(ShortModel):
         device: where the model goes when it is loaded; None leaves it where it is loaded to.
         options: passed on to ``from_pretrained``: ``dtype`` (the files' if not given),
             ``device_map``, ``offload_folder``, ``quantization_config``, ``revision`` and the like.
+            Python files that come with a model are run only with ``trust_remote_code=True``.
 
     Attributes:
         model: the ``transformers`` model.

@@ -43,7 +43,9 @@ def _hf_tokenizer(directory: Path) -> PretrainedTokenizer:
         raise MissingPackageError(
             'Hugging Face directories need: pip install "short-gpt[hf]"; or pass tokenizer_path'
         ) from None
-    return cast(PretrainedTokenizer, AutoTokenizer.from_pretrained(directory))
+    return cast(
+        PretrainedTokenizer, AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    )
 
 
 def _tokenizer(path: Path, stream: StreamedTransformer) -> Tokenizer:

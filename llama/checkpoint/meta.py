@@ -222,7 +222,12 @@ def copy_records(source: Path, target: Path, names: Iterable[str]) -> None:
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copies a tokenizer file, under its usual name, and its configuration beside it."""
+    """Copies a tokenizer file, under its usual name, and its configuration beside it.
+
+    Raises:
+        InputError: it is damaged, or its configuration does not fit it.
+    """
+    Tokenizer(source)
     kind = "json" if holds_json(source) else "model"
     shutil.copyfile(source, target / f"tokenizer.{kind}")
     config = source.with_name("tokenizer_config.json")

@@ -79,7 +79,8 @@ def gguf_to_meta(
         write_json(partial / "params.json", params_json(args))
         (partial / "tokenizer.json").write_text(tokenizer[0], encoding="utf-8")
         write_json(partial / "tokenizer_config.json", tokenizer[1])
-        write_json(partial / CONVERSION, {"source": source.path.name, "dtype": str(kind)})
+        made = {"source": source.path.name, "dtype": str(kind), **source.without_place()}
+        write_json(partial / CONVERSION, made)
     return out
 
 

@@ -130,6 +130,14 @@ class GGUFFile:
             raise InputError(f"{self.path} scales its rotary frequencies unlike Llama 3.1")
         return factor
 
+    def without_place(self) -> JsonObject:
+        """What Meta's format has no place for, by the names of ``config.json``."""
+        context = self.get("llama.context_length")
+        if context is None:
+            return {}
+        check_positive(context_length=context)
+        return {"max_position_embeddings": context}
+
     def tokenizer(self) -> tuple[str, JsonObject]:
         """The text of ``tokenizer.json`` and the content of ``tokenizer_config.json``."""
         return gguf_tokenizer(self)

@@ -74,20 +74,38 @@ def write_tokenizer(source: Path, target: Path) -> None:
     """Writes a Meta checkpoint's tokenizer for transformers.
 
     ``tokenizer.json`` and SentencePiece files are copied, with a configuration for the latter;
-    Llama 3's ranks become a ``tokenizer.json`` with the same ids.
+    Llama 3's ranks become a ``tokenizer.json`` with the same ids. Where only the configuration
+    says that bos comes first, ``tokenizer.json`` is made to say so too.
 
     Args:
         source: the tokenizer file.
         target: an existing directory.
     """
-    llama2, is_json = Tokenizer(source).dialog_format == "llama2", holds_json(source)
+    tokenizer, is_json = Tokenizer(source), holds_json(source)
+    llama2 = tokenizer.dialog_format == "llama2"
     if is_json or llama2:
         copy_tokenizer(source, target)
+        if is_json and tokenizer.add_bos and tokenizer.bos_id >= 0:
+            _put_bos(target / "tokenizer.json", tokenizer.bos_id)
     else:
         (target / "tokenizer.json").write_text(_llama3_json(source), encoding="utf-8")
     if not is_json and not (target / "tokenizer_config.json").is_file():
         config = LLAMA2_CONFIG if llama2 else LLAMA3_CONFIG
         write_json(target / "tokenizer_config.json", config)
+
+
+def _put_bos(path: Path, bos_id: int) -> None:
+    """Makes a ``tokenizer.json`` put bos in front that leaves this to its configuration.
+
+    There transformers does not look, and a model read without bos is another one.
+    """
+    from tokenizers import Tokenizer as FastTokenizer
+
+    fast = FastTokenizer.from_file(str(path))
+    if fast.encode("").ids[:1] != [bos_id]:
+        bos = fast.id_to_token(bos_id) or ""
+        text = with_bos(path.read_text(encoding="utf-8"), bos, bos_id)
+        path.write_text(text, encoding="utf-8")
 
 
 def _llama3_json(path: Path) -> str:

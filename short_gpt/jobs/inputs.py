@@ -138,11 +138,14 @@ class Opening:
         tokenizer_path: tokenizer of a Meta checkpoint; found beside it if not given.
         device: cpu, cuda or mps; the best there is if not given.
         dtype: float32, bfloat16 or float16; float32 on cpu if not given.
+        trust_remote_code: run the Python files that come with a Hugging Face model; look at them
+            first. Without it such a model is refused, unless transformers knows its kind.
     """
 
     tokenizer_path: str | None = None
     device: str | None = None
     dtype: str | None = None
+    trust_remote_code: bool = False
 
     def whole(self, source: str, *, size: int, batch_size: int = 1) -> ShortModel:
         """The model in memory, for windows of up to ``size`` tokens."""

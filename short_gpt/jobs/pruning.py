@@ -184,9 +184,13 @@ class _Proof:
         if several_ranks():
             self.said = "not verified: that loads the model on one rank; run it without torchrun"
             return
-        tokenizer = self.opening.tokenizer_path
         self.said = same_model(
-            self.source, str(directory), self.drop, tokenizer_path=tokenizer, name=self.out
+            self.source,
+            str(directory),
+            self.drop,
+            tokenizer_path=self.opening.tokenizer_path,
+            trust_remote_code=self.opening.trust_remote_code,
+            name=self.out,
         )
 
 

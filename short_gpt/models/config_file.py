@@ -43,11 +43,21 @@ def read_config(source: str, options: Mapping[str, object] | None = None) -> Any
         from transformers import AutoConfig
     except ImportError:
         raise MissingPackageError('this model needs: pip install "short-gpt[hf]"') from None
+    # False and not None, with which transformers asks on the terminal
     options = {"trust_remote_code": False, **(options or {})}
     directory = Path(source) / str(options.get("subfolder") or "")
     if "gguf_file" not in options and (directory / "config.json").is_file():
         check_config(directory)
     return AutoConfig.from_pretrained(source, **options)
+
+
+def said_layers(directory: Path) -> int | None:
+    """How many layers a config says that names code of its own, which is not run to be asked."""
+    config = read_json(directory / "config.json")
+    if "auto_map" not in config:
+        return None
+    check_config(directory)
+    return next((config[key] for key in LAYERS if key in config), None)
 
 
 def check_config(directory: Path) -> None:

@@ -67,7 +67,9 @@ def load(name: str, options: dict[str, Any], tokenizer: Any) -> tuple[Any, Any]:
         check_gguf(path)
         path, gguf = path.parent, {"gguf_file": path.name}
     where = str(path) if gguf else name
-    options = {"dtype": "auto", "trust_remote_code": False, **options}
+    # never None, with which transformers asks on the terminal
+    trust = bool(options.get("trust_remote_code", False))
+    options = {"dtype": "auto", **options, "trust_remote_code": trust}
     both = {key: options[key] for key in FROM_WHERE if key in options} | gguf
     try:
         config = read_config(where, both)
@@ -95,5 +97,10 @@ def _has_tokenizer(path: Path) -> bool:
 
 def explained(error: BaseException) -> str:
     """Transformers' errors in one line: the first paragraph, of at most 300 characters."""
+    if "trust_remote_code" in str(error):
+        return (
+            "it comes with Python code of its own, which is not run; look at that code, and pass "
+            "trust_remote_code (--trust_remote_code) to run it"
+        )
     text = " ".join(str(error).strip().split("\n\n")[0].split()) or type(error).__name__
     return text if len(text) <= 300 else text[:300] + " ..."

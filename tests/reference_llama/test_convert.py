@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from llama import Tokenizer
 from llama.checkpoint.meta import Checkpoint
+from llama.checkpoint.reshard import reshard
+from llama.errors import InputError
 from llama.formats.convert import gguf_to_meta, hf_to_meta, meta_to_hf
 from llama.formats.names import HF, META, name_in, permute
 from llama.formats.safetensors import SafetensorsFile, open_weights
@@ -87,8 +89,11 @@ def test_meta_to_hf_gives_the_same_logits_and_comes_back_bit_exact(case, tmp_pat
     ours, theirs = Checkpoint(tmp_path / "meta").args, Checkpoint(back).args
     assert ours.ffn_dim == theirs.ffn_dim and ours.rope_factor == theirs.rope_factor
     assert (ours.norm_eps, ours.rope_theta) == (theirs.norm_eps, theirs.rope_theta)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        assert (back / name).read_bytes() == (tmp_path / "meta" / name).read_bytes()
+    config = "tokenizer_config.json"
+    assert (back / config).read_bytes() == (tmp_path / "meta" / config).read_bytes()
+    words = [json.loads((d / "tokenizer.json").read_text()) for d in (back, tmp_path / "meta")]
+    assert words[0].pop("post_processor")["type"] == "TemplateProcessing"  # which puts bos
+    assert words[1].pop("post_processor") is None and words[0] == words[1]
     loaded = load_model(
         Checkpoint(back, max_seq_len=64), device=torch.device("cpu"), dtype=torch.float32
     )
@@ -333,3 +338,45 @@ def test_gguf_refusals(tmp_path, gguf_model):
     with pytest.raises(ValueError, match="not a complete GGUF file"):
         gguf_to_meta(path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_longest_window_of_a_gguf_file_comes_through_metas_format(tmp_path):
+    model = make_transformer(vocab_size=VOCAB)
+    path = write_gguf(tmp_path / "m.gguf", model, context_length=77)
+    gguf_to_meta(path, tmp_path / "meta", shards=2)
+    reshard(tmp_path / "meta", tmp_path / "one", shards=1)
+    meta_to_hf(tmp_path / "one", tmp_path / "hf")
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "hf")
+    assert config.max_position_embeddings == 77
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b'{"version": "1.0"', b"\x00" * 40])
+def test_a_damaged_tokenizer_is_not_carried_over(tmp_path, content):
+    meta(tmp_path / "meta")
+    meta_to_hf(tmp_path / "meta", tmp_path / "hf")
+    for folder in ("hf", "meta"):
+        (tmp_path / folder / "tokenizer.json").write_bytes(content)
+    for convert in (
+        lambda: hf_to_meta(tmp_path / "hf", tmp_path / "out"),
+        lambda: meta_to_hf(tmp_path / "meta", tmp_path / "out"),
+        lambda: reshard(tmp_path / "meta", tmp_path / "out", shards=2),
+    ):
+        with pytest.raises(InputError, match=r"tokenizer\.json") as error:
+            convert()
+        assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_bos_that_only_the_configuration_names_reaches_transformers(tmp_path):
+    meta(tmp_path / "meta")
+    ours = Tokenizer(tmp_path / "meta/tokenizer.json")
+    assert ours.add_bos
+    meta_to_hf(tmp_path / "meta", tmp_path / "hf")
+    expected = ours.encode("a text", True, False)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert theirs("a text")["input_ids"] == expected
+    assert Tokenizer(tmp_path / "hf/tokenizer.json").encode("a text", True, False) == expected
+    path = tmp_path / "meta/tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"add_bos_token": False}))
+    meta_to_hf(tmp_path / "meta", tmp_path / "without")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "without")
+    assert theirs("a text")["input_ids"] == expected[1:]

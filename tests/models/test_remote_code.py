@@ -1,0 +1,71 @@
+"""Python files that come with a model: run with trust_remote_code, and never otherwise."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from commands import DATA, TEXT, fails, run
+from conftest import BYTE_VOCAB, make_transformer, save_checkpoint, write_byte_tokenizer
+
+from llama.formats.convert import meta_to_hf
+from short_gpt import ShortGPTError, ShortHFModel
+from short_gpt.opening import layers_of, open_model
+
+pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
+CODE = """
+from pathlib import Path
+from transformers import LlamaConfig, LlamaForCausalLM
+Path({marker!r}).write_text("run")
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    """A Llama whose config names code of its own, which leaves a marker when it is run."""
+    write_byte_tokenizer(
+        save_checkpoint(tmp_path / "meta", make_transformer(vocab_size=BYTE_VOCAB))
+    )
+    meta_to_hf(tmp_path / "meta", tmp_path / "own")
+    (tmp_path / "own/own.py").write_text(CODE.format(marker=str(tmp_path / "marker")))
+    config = json.loads((tmp_path / "own/config.json").read_text())
+    auto = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    changed = {"model_type": "own", "architectures": ["OwnModel"], "auto_map": auto}
+    (tmp_path / "own/config.json").write_text(json.dumps(config | changed))
+    (tmp_path / "book.txt").write_text(TEXT)
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "m"))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on the terminal"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+SAID = (
+    "own comes with Python code of its own|it comes with Python code of its own, which is not run"
+)
+
+
+def test_it_is_refused_in_one_line_and_not_run(here, capfd):
+    for opening in (
+        lambda: ShortHFModel("own"),
+        lambda: ShortHFModel("own", trust_remote_code=None),
+        lambda: open_model("own"),
+    ):
+        with pytest.raises(ShortGPTError, match=SAID):
+            opening()
+    assert layers_of("own") == 5
+    for argv in (("rank", "own", *DATA), ("prune", "own", "out", "--layers", "1")):
+        assert "trust_remote_code" in fails(capfd, *argv)
+    assert not (here / "marker").exists() and not Path("out").exists()
+
+
+def test_with_the_flag_it_runs(here, capsys):
+    run("perplexity", "own", *DATA[:4], "--trust_remote_code")
+    assert "perplexity" in capsys.readouterr().out
+    assert (here / "marker").read_text() == "run"
+    assert type(open_model("own", trust_remote_code=True).model).__name__ == "OwnModel"
