@@ -99,6 +99,8 @@ class ModelArgs:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise InputError(f"{name} must be a positive integer, got {value!r}")
+            if value >= 2**31:
+                raise InputError(f"{name} must be below 2**31, got {value}")
         if not isinstance(self.vocab_size, int) or (self.vocab_size < 1 and self.vocab_size != -1):
             raise InputError(
                 f"vocab_size must be a positive integer or -1, got {self.vocab_size!r}"

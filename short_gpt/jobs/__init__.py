@@ -12,7 +12,6 @@ from short_gpt.jobs.choice import (
     PerplexityLimit,
     Scores,
     chosen,
-    read_scores,
 )
 from short_gpt.jobs.comparison import compare_checkpoint
 from short_gpt.jobs.conversion import convert
@@ -25,6 +24,7 @@ from short_gpt.jobs.pruning import Pruned, Written, prune, prune_by
 from short_gpt.jobs.ranking import Answer, Ranking, rank
 from short_gpt.jobs.reproduction import Reproduced, reproduce
 from short_gpt.jobs.saving import Saving, TimedSaving
+from short_gpt.jobs.scores_file import read_scores
 
 __all__ = [
     "Answer",

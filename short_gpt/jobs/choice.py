@@ -11,6 +11,7 @@ from llama.io.sources import is_meta
 from short_gpt.checkpoints.provenance import Provenance
 from short_gpt.data.texts import texts
 from short_gpt.jobs.inputs import Cut, Opening
+from short_gpt.jobs.scores_file import importance_of, no_scores, object_in
 from short_gpt.opening import layers_of
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.results import read_record
@@ -65,14 +66,19 @@ class Scores:
                 method, which cannot be chosen by.
         """
         record = read_record(file)
-        ranked = record.get("arguments") or {}
+        ranked = object_in(record, "arguments", file)
         if "chosen" not in record:
-            method = method or ranked.get("method") or "bi"
-            return cls(file, method, ranked, importance_of(record, file))
-        found = record["chosen"]["method"]
+            by = method or ranked.get("method") or "bi"
+            if not isinstance(by, str) or type(ranked.get("seed") or 0) is not int:
+                raise no_scores(file, "a method's name and a whole number as seed")
+            return cls(file, by, ranked, importance_of(record, file))
+        searched = object_in(record, "chosen", file)
+        found, layers = searched.get("method"), searched.get("layers")
+        if not isinstance(found, str) or found not in METHODS or not isinstance(layers, list):
+            raise no_scores(file, "a method and its layers as chosen")
         if method not in (None, found):
             raise ShortGPTError(f"{file} holds the layers of {found}, not of {method}")
-        return cls(file, found, ranked, searched=list(record["chosen"]["layers"]))
+        return cls(file, found, ranked, searched=layer_list(layers))
 
     def check_model(self, model: str) -> None:
         """Raises ShortGPTError if the scores are of another number of layers than the model's."""
@@ -88,8 +94,9 @@ class Scores:
     def layers(self, n: int) -> list[int]:
         """The n layers that the method removes; raises ShortGPTError for too many."""
         if self.importance is not None:
-            seed = self.arguments.get("seed")
-            return choose(self.importance, n, method=self.method, seed=int(str(seed or 0)))
+            seed = self.arguments.get("seed") or 0
+            assert isinstance(seed, int)  # by `read`
+            return choose(self.importance, n, method=self.method, seed=seed)
         if not 1 <= n <= len(self.searched):
             raise ShortGPTError(
                 f"n = {n}; {self.file} holds {len(self.searched)} layers that {self.method} chose"
@@ -252,23 +259,6 @@ def _same_texts(eval_data: str, data: object) -> bool:
         return eval_data == data
     ours, theirs = Path(eval_data).resolve(), Path(str(data)).resolve()
     return ours.is_relative_to(theirs) or theirs.is_relative_to(ours)
-
-
-def importance_of(record: Mapping[str, object], source: str) -> Importance:
-    """The scores in a record that `rank` wrote; raises ShortGPTError if there are none."""
-    found = record.get("importance")
-    if not isinstance(found, dict):
-        raise ShortGPTError(f"{source} holds no scores; expected a file written by short-gpt rank")
-    return Importance.from_dict(found)
-
-
-def read_scores(file: str) -> Importance:
-    """The scores in a file that `rank` wrote.
-
-    Raises:
-        FileNotFoundError, ShortGPTError: no such file, or no scores of one pass in it.
-    """
-    return importance_of(read_record(file), file)
 
 
 def layer_list(layers: object) -> list[int]:

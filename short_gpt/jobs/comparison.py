@@ -54,7 +54,7 @@ def compare_checkpoint(
     if state is not None:
         check_writable(Path(state))
     source, calibration, evaluation = _material(model, source_of(data), shares)
-    check_model(source, max(plan.counts))
+    check_model(source, max(plan.counts), name="--counts")
     Cut(shares.size, shares.max_windows).check()
     short = opening.whole(source, size=shares.size)
     held = shares.cut(short, evaluation, shares.eval_windows)

@@ -215,7 +215,8 @@ class Importance:
         """What `to_dict` wrote.
 
         Raises:
-            ShortGPTError: a field is missing or has the wrong shape.
+            ShortGPTError: a field is missing or has the wrong shape, or what is counted is not
+                a whole number.
         """
         try:
             empty = cls.empty(layer_numbers(content["layers"]))
@@ -226,7 +227,11 @@ class Importance:
             expected = getattr(empty, f.name).shape
             if loaded.shape != expected:
                 raise ShortGPTError(f"{f.name} is {list(loaded.shape)}, expected {list(expected)}")
-        return cls(empty.layers, *sums)
+        found = cls(empty.layers, *sums)
+        counts = torch.cat((found.windows, found.tokens))
+        if not bool(((counts >= 0) & (counts == counts.round()) & counts.isfinite()).all()):
+            raise ShortGPTError(f"windows and tokens are counts, got {counts.tolist()}")
+        return found
 
 
 def _angle_products(angles: Tensor) -> Tensor:

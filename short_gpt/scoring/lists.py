@@ -38,7 +38,8 @@ def _with_nan(content: object) -> object:
 
 
 def layer_numbers(content: object) -> list[int]:
-    """The layers of saved scores; TypeError if they are no list."""
-    if not isinstance(content, list):
+    """The layers of saved scores; TypeError if they are no list of different numbers."""
+    numbers = isinstance(content, list) and all(type(i) is int and i >= 0 for i in content)
+    if not isinstance(content, list) or not numbers or len(set(content)) != len(content):
         raise TypeError(f"layers = {content!r}")
     return content
