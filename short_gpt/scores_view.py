@@ -89,10 +89,10 @@ class ScoresView:
             ShortGPTError: n is not set or out of range.
             RuntimeError: nothing was scored, or the scored model is no longer this one.
         """
-        n = self.n_prune_layers if n is None else n
+        name, n = ("n_prune_layers", self.n_prune_layers) if n is None else ("n", n)
         if n is None:
             raise ShortGPTError("set n_prune_layers, or name the layers: remove_layers([...])")
-        check_count(n, len(self.kept), name="n_prune_layers")
+        check_count(n, len(self.kept), name=name)
         importance = self._scored()
         if self._stale:
             raise RuntimeError(

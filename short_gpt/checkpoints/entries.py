@@ -86,6 +86,24 @@ def numbers(value: object, key: str, where: str) -> list[int]:
     return list(value)
 
 
+def check_numbering(record: Mapping[str, object], before: int | None, where: str) -> None:
+    """Raises ShortGPTError unless removed and kept are, together, the layers of one model.
+
+    Args:
+        record: whose lists are known to hold numbers.
+        before: how many layers the source's own record left; None where it has none.
+        where: names the file.
+    """
+    gone, kept = (numbers(record.get(k), k, where) for k in ("removed_layers", "kept_layers"))
+    count = len(gone) + len(kept) if before is None else before
+    if sorted([*gone, *kept]) != list(range(count)):
+        expected = f"with removed_layers {gone} all numbers of 0 to {count - 1}, each once,"
+        raise refusal(where, "kept_layers", expected, kept)
+    for half, layers in mapping(record, "removed_sublayers", where).items():
+        if not {*numbers(layers, half, where)} <= {*kept}:
+            raise refusal(where, half, f"some of the kept_layers {kept}", layers)
+
+
 def mapping(record: Mapping[str, object], key: str, where: str) -> Mapping[str, object]:
     value = record.get(key)
     if value is None:

@@ -279,12 +279,14 @@ def _read(record: Mapping[str, object], where: str) -> Provenance:
     """A record from the content of a file; ``where`` names it in what is raised."""
     source = record.get("source")
     source_pruning = entries.mapping(record, "source_pruning", where)
+    earlier = _read(source_pruning, where) if source_pruning else None
     sublayers = entries.mapping(record, "removed_sublayers", where)
+    entries.check_numbering(record, len(earlier.kept_layers) if earlier else None, where)
     return Provenance(
         removed_layers=entries.numbers(record.get("removed_layers"), "removed_layers", where),
         kept_layers=entries.numbers(record.get("kept_layers"), "kept_layers", where),
         source=None if source is None else str(source),
-        earlier=_read(source_pruning, where) if source_pruning else None,
+        earlier=earlier,
         block_influence=entries.influences(record, where),
         scored=entries.scored_counts(entries.mapping(record, "scored", where), where),
         quality=entries.measurements(record, where),

@@ -289,6 +289,8 @@ def _as(flag: Flag, value: object) -> object:
         names: dict[object, str] = {int: "a whole number", float: "a number", bool: "True or False"}
         expected = " or ".join(names.get(kind, "none") for kind in flag.kinds)
         raise ShortGPTError(f"--{flag.name} expects {expected}, got {value!r}")
+    if type(value) is int and abs(value) >= 2**63:
+        raise ShortGPTError(f"--{flag.name} expects a number below 2**63, got {value}")
     return value
 
 

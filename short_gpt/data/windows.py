@@ -13,6 +13,7 @@ from short_gpt.runtime.errors import ShortGPTError
 
 T = TypeVar("T")
 BOS = ("first", "every")  # windows that have the text's bos in front
+MOST = 2**31 - 1  # more is a mistyped number, and more than some counters hold
 Span = tuple[int, int]  # start and end of a window, in tokens
 
 
@@ -193,6 +194,8 @@ def batches(windows: Iterable[T], size: int) -> Iterator[list[T]]:
 def _at_least(least: int, name: str, value: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ShortGPTError(f"{name} = {value!r}: expected a whole number of at least {least}")
+    if value > MOST:
+        raise ShortGPTError(f"{name} = {value}: expected at most {MOST}")
 
 
 def _spans(length: int, size: int, stride: int, tail: str) -> list[Span]:

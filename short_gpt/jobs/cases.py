@@ -44,7 +44,8 @@ class CaseNames:
     def numbers(self) -> list[int]:
         """The numbers of layers; raises ShortGPTError for what is none."""
         given = [self.counts] if isinstance(self.counts, int) else self.counts
-        if not isinstance(given, Sequence) or not all(type(i) is int and i > 0 for i in given):
+        numbers = isinstance(given, Sequence) and all(type(i) is int and i > 0 for i in given)
+        if not isinstance(given, Sequence) or not given or not numbers:
             raise ShortGPTError(f"expected whole numbers as in --counts 2,4,8, got {self.counts!r}")
         return list(given)
 

@@ -57,9 +57,9 @@ def compare_checkpoint(
     lora.settings().check()
     shares.check()
     if model is not None:
-        check_model(model, max(plan.counts))
+        check_model(model, max(plan.counts), name="--counts")
     source, calibration, evaluation = _material(model, source_of(data), shares)
-    check_model(source, max(plan.counts))
+    check_model(source, max(plan.counts), name="--counts")
     short = opening.whole(source, size=shares.size)
     held = shares.cut(short, evaluation, shares.eval_windows)
     chosen = shares.cut(short, calibration, shares.max_windows)

@@ -211,11 +211,17 @@ class Scoring(Running):
     model_parallel_size: int | None = None
 
 
-def check_model(source: str, n: int | None = None) -> None:
-    """Raises what would go wrong with a source, and a number of layers, after it is loaded."""
+def check_model(source: str, n: int | None = None, *, name: str = "n") -> None:
+    """Raises what would go wrong with a source, and a number of layers, after it is loaded.
+
+    Args:
+        source: the checkpoint.
+        n: how many layers are to go.
+        name: what the user calls n.
+    """
     n_layers = layers_of(source)
     if n_layers and n is not None:
-        check_count(n, n_layers)
+        check_count(n, n_layers, name=name)
 
 
 def about_bos(bos: str) -> str | None:

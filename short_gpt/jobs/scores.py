@@ -50,6 +50,8 @@ class Scores:
         ranked, scored = _part(record, "arguments", file), _part(record, "scored", file)
         weights = str(scored["weights"]) if scored.get("weights") else None
         if "chosen" not in record:
+            if type(ranked.get("seed") or 0) is not int:
+                raise ShortGPTError(f"{file}: expected a whole number as seed; rank again")
             method = str(method or ranked.get("method") or "bi")
             check_method(method)
             return cls(file, method, ranked, importance_of(record, file), weights=weights)

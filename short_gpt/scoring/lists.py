@@ -10,6 +10,7 @@ from torch import Tensor
 
 from short_gpt.runtime.errors import ShortGPTError
 
+COUNTS = ("windows", "tokens")
 PARTLY = ("magnitude", "norm", "halves", "token_angles")  # NaN where a window was not scored so
 Nested = float | None | list["Nested"]  # numbers in lists in lists
 
@@ -64,6 +65,8 @@ def check_sums(sums: Mapping[str, Tensor]) -> None:
     for name, values in sums.items():
         known = values.where(~values.isnan(), 0) if name in PARTLY else values
         fits = known.isfinite() & (known >= 0)
+        if name in COUNTS:
+            fits &= known == known.round()
         if name in most:
             fits &= known <= most[name] * (1 + 1e-9)
         if not fits.all():

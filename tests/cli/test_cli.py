@@ -363,6 +363,22 @@ def test_reproduce_runs_the_protocol_on_a_model_of_the_papers_shape(ckpt, capsys
         (["rank", "ckpt", "-q", "1"], "rank has no flag -q"),
         (["rank", "ckpt", "--size", "big"], "--size expects a whole number, got 'big'"),
         (["rank", "ckpt", "--overwrite=3"], "--overwrite expects True or False, got 3"),
+        (
+            ["rank", "ckpt", f"--size={10**20}"],
+            f"--size expects a number below 2**63, got {10**20}",
+        ),
+        (["rank", "ckpt", *DATA, f"--size={2**40}"], "size = 1099511627776: expected at most"),
+        (
+            ["rank", "ckpt", *DATA, f"--max_windows={2**62}"],
+            "limit = 4611686018427387904: expected",
+        ),
+        (["generate", "ckpt", "a", f"--seed={10**20}"], "--seed expects a number below 2**63"),
+        (["prune", "ckpt", "x", "--layers=[]"], "number of layers to remove = 0"),
+        (["compare", "ckpt", "--counts=[]"], "whole numbers as in --counts 2,4,8, got []"),
+        (
+            ["compare", "ckpt", "--counts=99", "--data", "book.txt", "--eval_data", "book.txt"],
+            "--counts = 99; the model has 5 layers: expected 1 to 4",
+        ),
         (["rank", "ckpt", "more"], "rank takes MODEL; what is 'more'?"),
         (["rank", "ckpt", "--data", "no.txt"], "'no.txt' does not exist"),
         (["rank", "ckpt", "--data", "book.txt"], "no windows: the longest of 1 texts has 633"),

@@ -1,0 +1,115 @@
+"""Files that people edit: whatever stands there, it is read or refused in one line."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import make_transformer, random_windows
+from hypothesis import given
+from hypothesis import strategies as st
+
+from short_gpt.checkpoints import Provenance
+from short_gpt.checkpoints.card import model_card
+from short_gpt.jobs import Scores, read_scores
+from short_gpt.models.meta import MetaDecoder
+from short_gpt.report import ranking
+from short_gpt.runtime.errors import USER_ERRORS, ShortGPTError
+from short_gpt.scoring.importance import Importance, measure
+
+GONE = object()
+VALUES = (GONE, "x", -1, None, [], {}, True, 1e999, [[1]], {"a": 1}, 2**70, 1.5, [0, 0], [7])
+
+
+def places(content: object, path: tuple = ()) -> Iterator[tuple]:
+    """Where something stands in JSON, of lists their first entry."""
+    if path:
+        yield path
+    keys = content if isinstance(content, dict) else range(len(content[:1])) if isinstance(
+        content, list) else ()  # fmt: skip
+    for key in list(keys):
+        yield from places(content[key], (*path, key))
+
+
+def edited(content: dict, path: tuple, value: object) -> dict:
+    content = copy.deepcopy(content)
+    inner = content
+    for key in path[:-1]:
+        inner = inner[key]
+    if value is GONE:
+        del inner[path[-1]]
+    else:
+        inner[path[-1]] = value
+    return content
+
+
+@pytest.fixture(scope="module")
+def scored(one_rank) -> Importance:
+    decoder = MetaDecoder(make_transformer())
+    return measure(decoder, [random_windows(3, 16)])
+
+
+def check(folder: Path, content: dict, use) -> int:
+    """Puts every value into every place; returns how many files were refused."""
+    path, refused = folder / "edited.json", 0
+    for place in places(content):
+        for value in VALUES:
+            path.write_text(json.dumps(edited(content, place, value)))
+            try:
+                use(path)
+            except USER_ERRORS as error:
+                refused += 1
+                assert "\n" not in str(error) and len(str(error)) < 400
+    return refused
+
+
+@pytest.mark.parametrize("method", ["bi", "random"])
+def test_edited_scores(tmp_path, scored, method):
+    arguments = {"method": method, "seed": 0, "data": "novels"}
+    content = {"arguments": arguments, "importance": scored.to_dict(), "versions": {"a": "1"}}
+
+    def use(path: Path) -> None:
+        scores = Scores.read(str(path))
+        scores.layers(2)
+        json.dumps(scores.record().to_dict())
+        ranking(read_scores(str(path)), 2)
+
+    assert check(tmp_path, content, use) > 100
+
+
+def test_an_edited_search(tmp_path):
+    content = {"arguments": {"seed": 0}, "chosen": {"method": "sleb", "layers": [3, 1]}}
+
+    def use(path: Path) -> None:
+        scores = Scores.read(str(path))
+        scores.layers(1)
+
+    assert check(tmp_path, content, use) > 20
+
+
+def test_an_edited_record_of_a_model_pruned_twice(tmp_path, scored):
+    first = Provenance.of_scores(scored, facts={"data": "novels"})
+    first = first.cut("first", removed=[3], kept=[0, 1, 2, 4])
+    (tmp_path / "once").mkdir()
+    (tmp_path / "once/pruning.json").write_text(json.dumps(first.to_dict()))
+    second = Provenance().cut(tmp_path / "once", removed=[1], kept=[0, 2, 3])
+    content = second.to_dict()
+    assert content["original_layers"] == [0, 2, 4]
+
+    def use(path: Path) -> None:
+        record = Provenance.read(path)
+        json.dumps(record.to_dict())
+        model_card(record)
+
+    assert check(tmp_path, content, use) > 100
+
+
+@given(st.sampled_from(["windows", "tokens"]), st.sampled_from([-1.0, 0.5, None]))
+def test_what_is_counted_is_a_whole_number(scored, name, value):
+    content = scored.to_dict()
+    content[name] = [value, *content[name][1:]]
+    with pytest.raises(ShortGPTError, match="windows and tokens are counts, got"):
+        Importance.from_dict(content)
