@@ -106,8 +106,8 @@ SCORING = (
                 "test_halves_that_do_not_add_up_to_the_layer_are_not_scored",
             ),
             (
-                "_summed_angles([s[row, :length] for s in self._kept])",
-                "_summed_angles([s[row] for s in self._kept])",
+                "[s[row, :length] for s in self._kept]",
+                "[s[row] for s in self._kept]",
                 "test_distances_at_all_tokens_equal_those_of_stored_states",
             ),
             (
@@ -231,13 +231,13 @@ SCORING = (
         "tests/scoring/test_resume.py",
         (
             (
-                'self._texts.get(read) != found.get("texts")',
-                "self._texts.get(read) is None",
+                ' != found.get("texts")',
+                " is None",
                 "test_a_state_of_other_windows_is_refused",
             ),
             (
-                "            self.note([window])\n",
-                "",
+                "if count < read:",
+                "if count > read:",
                 "test_fewer_windows_than_were_read_are_refused_and_other_batches_go_on",
             ),
         ),
@@ -363,8 +363,8 @@ SELECTION = (
                 "test_sleb_equals_the_plain_loop",
             ),
             (
-                "int(mask[:, 1:].sum()) for _, mask in padded",
-                "int(mask.sum()) for _, mask in padded",
+                "int(mask[:, 1:].sum()) for _, mask in",
+                "int(mask.sum()) for _, mask in",
                 "test_sleb_equals_the_plain_loop",
             ),
         ),
@@ -627,8 +627,8 @@ EVALUATION = (
                 "test_ragged_windows_weigh_by_their_tokens",
             ),
             (
-                "predicted += int(mask[:, 1:].sum())",
-                "predicted += int(mask.sum())",
+                "math.exp(self.nats / self.tokens)",
+                "math.exp(self.nats / (self.tokens + self.windows))",
                 "test_ragged_windows_weigh_by_their_tokens",
             ),
             (
@@ -637,8 +637,8 @@ EVALUATION = (
                 "test_ragged_windows_weigh_by_their_tokens",
             ),
             (
-                "loss.cpu().double().sum()",
-                "loss.cpu().half().sum()",
+                "loss.cpu().double()",
+                "loss.cpu().half()",
                 "test_ragged_windows_weigh_by_their_tokens",
             ),
             (
@@ -653,8 +653,8 @@ EVALUATION = (
         "tests/healing/test_healing.py",
         (
             (
-                "[b.nats - a.nats for a, b in",
-                "[a.nats - b.nats for a, b in",
+                "b.nats - a.nats",
+                "a.nats - b.nats",
                 "test_paired_difference_and_its_error",
             ),
             (
@@ -690,8 +690,8 @@ EVALUATION = (
         "tests/report/test_tables.py",
         (
             (
-                "{1.96 * errors[i]:>10.6f}",
-                "{1.0 * errors[i]:>10.6f}",
+                " * errors[i]:>10.6f}",
+                " / 1.96 * errors[i]:>10.6f}",
                 "test_the_intervals_of_the_ranking_are_95_percent_ones",
             ),
         ),
