@@ -281,6 +281,7 @@ def test_windows_of_a_known_text() -> None:
         return ["".join(map(chr, window)) for window in found]
 
     assert cut("abcdefg", stride=2) == ["abcd", "cdef"]
+    assert cut("abcdefgh", stride=2) == ["abcd", "cdef", "efgh"]  # the last ends with the text
     assert cut("abcdefg", stride=2, tail="keep") == ["abcd", "cdef", "efg"]
     assert cut("abcdefgh", stride=2, tail="keep") == ["abcd", "cdef", "efgh"]
     assert cut("abcde", stride=4, tail="keep") == ["abcd", "de"]

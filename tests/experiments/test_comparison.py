@@ -19,7 +19,7 @@ from short_gpt.experiments.cost import size_without, tokens_per_second
 from short_gpt.healing.linear_patch import heal
 from short_gpt.report.tables import compared
 from short_gpt.runtime.state import StateFile
-from short_gpt.selection.methods import METHODS
+from short_gpt.selection.methods import METHODS, choose
 from short_gpt.selection.stack import Stack
 
 CALIBRATION, EVALUATION = random_windows(6, 40), random_windows(5, 30, seed=9)
@@ -182,9 +182,9 @@ def test_agreement_of_the_methods():
     assert found["overlap"]["bi, angular"] == 1.0
 
 
-def test_the_rank_correlation_is_that_of_the_scores_with_the_losses():
+def test_agreement_is_that_of_the_scores_with_each_other_and_with_the_losses():
     model, few = short(), CALIBRATION[:4]
-    found = Comparison(short(), CALIBRATION, EVALUATION, few=4).agreement(1, 1)
+    found = Comparison(short(), CALIBRATION, EVALUATION, few=4).agreement(2, 2)
     loss = []
     for layer in range(1, 5):  # the search never takes the first or the last
         with model.without_layers([layer]):
@@ -193,6 +193,12 @@ def test_the_rank_correlation_is_that_of_the_scores_with_the_losses():
     expected = scipy.stats.spearmanr(model.importances[1:5], loss).statistic
     assert found["rank_correlation_of_bi_with_loss"] == pytest.approx(expected)
     assert abs(expected) > 0.1
+    sets = {m: set(choose(model.importance, 2, method=m)) for m in ("bi", "angular")}
+    sets["sleb"] = set(model.search(few, 2, progress=False).removed)
+    for pair, share in found["overlap"].items():
+        first, second = (sets[name] for name in pair.split(", "))
+        assert share == len(first & second) / 2
+    assert len(found["overlap"]) == 3 and min(found["overlap"].values()) < 1
 
 
 def test_texts_that_overlap_are_refused():

@@ -187,12 +187,12 @@ def test_intervals_cover_the_truth_as_often_as_they_say():
 
 
 def test_agreement_of_halves():
-    windows = random_windows(8, 20)
+    windows = random_windows(6, 2)
     decoder = MetaDecoder(make_transformer())
     halves = (measure(decoder, [windows[i::2]]).block_influence for i in (0, 1))
     expected = scipy.stats.spearmanr(*halves).statistic
     assert measure(decoder, [windows]).agreement == pytest.approx(expected)
-    assert 0 < expected < 1
+    assert expected == pytest.approx(0.9)
     same = measure(decoder, [[w, w] for w in windows])
     assert same.agreement == pytest.approx(1.0)
     assert math.isnan(measure(decoder, [windows[:1]]).agreement)

@@ -127,6 +127,8 @@ def test_several_rounds_are_one_round(streamed, monkeypatch):
     assert rounds == [4, 7]
     streamed.importance, least = type(whole).empty(range(5)), streamed.plan(2)
     fixed = sum(least.host.values())
+    streamed.max_memory = fixed + 15 * least.window  # seven batches of two: a power of two is four
+    assert streamed.plan(2).windows == 8
     streamed.max_memory = fixed + 5 * least.window  # two batches of two windows, not five windows
     assert streamed.plan(2).windows == 4 and streamed.plan(2).total <= streamed.max_memory
     streamed.measure(WINDOWS, batch_size=2, progress=False)

@@ -1,0 +1,886 @@
+"""The wrong lines of `mutants.py`, by the file that has them and the tests that guard it.
+
+A row is a part of the file that it has once, what stands there instead, and the test that must
+fail: its name, or a whole node id where the test is in another file than the section's.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+Row = tuple[str, str, str]
+
+
+class Section(NamedTuple):
+    """Wrong lines of one file, and the file of tests whose names the rows give."""
+
+    file: str
+    tests: str
+    rows: tuple[Row, ...]
+
+
+IMPORTANCE = "tests/scoring/test_importance.py"
+
+SCORING = (
+    Section(
+        "short_gpt/scoring/metrics.py",
+        "tests/scoring/test_metrics.py",
+        (
+            ("return 1.0 - cos", "return 1.0 + cos", "test_known_answers"),
+            ("cos.arccos() / math.pi", "cos.arccos()", "test_known_answers"),
+            ("cos.clamp(-1.0, 1.0)", "cos", "test_equal_vectors_are_never_nan"),
+            (
+                "return x if x.dtype in (torch.float32, torch.float64) else x.float()",
+                "return x",
+                "test_norms_beyond_float16_are_scored_right",
+            ),
+            (
+                "(x_norm == y_norm).to(xy.dtype)",
+                "torch.ones_like(xy)",
+                "test_known_answers",
+            ),
+            (
+                "gram.diagonal(dim1=1, dim2=2).sqrt()",
+                "gram.diagonal(dim1=1, dim2=2)",
+                "test_distances_of_all_pairs_are_those_of_single_pairs",
+            ),
+            (
+                "else states).double()",
+                "else states).float()",
+                "test_distances_of_all_pairs_are_those_of_single_pairs",
+            ),
+            (
+                "angles.diagonal(dim1=1, dim2=2).zero_()",
+                "angles.diagonal(dim1=1, dim2=2)",
+                f"{IMPORTANCE}::test_angular_distances_are_a_metric_on_directions",
+            ),
+            (
+                "relative_change(norms(y - x), norms(y))",
+                "relative_change(norms(y - x), norms(x))",
+                "test_the_parts_that_hooks_call_are_the_equations",
+            ),
+            (
+                "(change / norm).masked_fill(change == 0, 0.0)",
+                "change / norm",
+                "test_what_adds_nothing_to_nothing_has_magnitude_zero",
+            ),
+            (
+                "from scipy.stats import spearmanr",
+                "from scipy.stats import pearsonr as spearmanr",
+                "test_spearman_is_pearson_of_mean_ranks",
+            ),
+        ),
+    ),
+    Section(
+        "short_gpt/scoring/hooks.py",
+        IMPORTANCE,
+        (
+            (
+                "self._ends = mask.sum(1) - 1",
+                "self._ends = torch.full_like(mask.sum(1), mask.shape[1] - 1)",
+                "test_ragged_padded_batches_equal_single_windows",
+            ),
+            (
+                "torch.where(self._mask, torch.stack(each), 0.0).sum(3)",
+                "torch.stack(each).sum(3)",
+                "test_ragged_padded_batches_equal_single_windows",
+            ),
+            (
+                "known = self._norms if state is self._state else None",
+                "known = self._norms",
+                "test_squares_are_computed_anew_where_the_state_is_another",
+            ),
+            (
+                "self._state, self._norms = result, y_norm",
+                "self._state, self._norms = result, x_norm",
+                "test_scores_equal_those_of_stored_states",
+            ),
+            (
+                "influence(cosine_from_product(my, m_norm, y_norm))",
+                "influence(cosine_from_product(my, x_norm, y_norm))",
+                "test_the_halves_of_a_layer_are_scored_around_its_attention_and_its_mlp",
+            ),
+            (
+                "return middle if whole else None",
+                "return middle",
+                "test_halves_that_do_not_add_up_to_the_layer_are_not_scored",
+            ),
+            (
+                "[s[row, :length] for s in self._kept]",
+                "[s[row] for s in self._kept]",
+                "test_distances_at_all_tokens_equal_those_of_stored_states",
+            ),
+            (
+                "            handle.remove()",
+                "            pass",
+                "test_hooks_are_gone_even_after_an_error",
+            ),
+            (
+                "bad.nonzero()[:, 1].argmin()",
+                "bad.nonzero()[:, 1].argmax()",
+                "test_a_state_that_is_not_finite_names_its_layer_and_counts_nothing",
+            ),
+        ),
+    ),
+    Section(
+        "short_gpt/scoring/importance.py",
+        IMPORTANCE,
+        (
+            (
+                "(torch.arange(len(tokens)) + self.n_windows) % 2",
+                "torch.arange(len(tokens)) % 2",
+                "test_windows_fall_alternately_into_the_halves_whatever_the_batches",
+            ),
+            (
+                "getattr(scores, f.name).cpu().double()",
+                "getattr(scores, f.name).cpu().half().double()",
+                "test_scores_equal_those_of_stored_states",
+            ),
+            (
+                "self.influence.sum(0) / self.tokens.sum()",
+                "(self.influence / self.tokens[:, None]).mean(0)",
+                "test_the_mean_is_over_tokens_not_over_windows",
+            ),
+            # the estimator of a mean over windows of one length, for windows of any
+            (
+                "return residual @ self.products @ residual.T *",
+                "m = self.influence.sum(0); "
+                "return (self.products[:-1, :-1] - torch.outer(m, m) / n) *",
+                "test_the_error_of_ragged_windows_is_that_of_a_ratio",
+            ),
+            (
+                "torch.cat((eye, -self.block_influence[:, None]), dim=1)",
+                "torch.cat((eye, self.block_influence[:, None]), dim=1)",
+                "test_standard_errors_are_those_of_window_means",
+            ),
+            (
+                "(n / (n - 1) / self.tokens.sum() ** 2)",
+                "(1 / self.tokens.sum() ** 2)",
+                "test_standard_errors_are_those_of_window_means",
+            ),
+            (
+                "(second - torch.outer(mean, mean)) / (count - 1)",
+                "(second - torch.outer(mean, mean)) / count",
+                "test_the_covariance_of_blocks_is_that_of_the_windows_distances",
+            ),
+            (
+                "self.angles / self.windows.sum()",
+                "self.angles / self.tokens.sum()",
+                "test_scores_equal_those_of_stored_states",
+            ),
+            (
+                "self.token_angles / self.tokens.sum()",
+                "self.token_angles / self.windows.sum()",
+                "test_distances_at_all_tokens_equal_those_of_stored_states",
+            ),
+            (
+                "self.norm / self.tokens.sum()",
+                "self.norm / self.windows.sum()",
+                "test_magnitude_and_norm_equal_those_of_stored_states",
+            ),
+            (
+                "first, second = self.influence / self.tokens[:, None]",
+                "first, second = self.influence[[0, 0]] / self.tokens[:, None]",
+                "test_agreement_of_halves",
+            ),
+            (
+                "if self.layers != other.layers:",
+                "if len(self.layers) != len(other.layers):",
+                "test_scores_of_different_layers_do_not_add",
+            ),
+        ),
+    ),
+    Section(
+        "short_gpt/scoring/order.py",
+        "tests/selection/test_selection.py",
+        (
+            (
+                "_finite(scores).argsort(stable=True)[:n]",
+                "_finite(scores).argsort(stable=True, descending=True)[:n]",
+                "test_published_vectors_give_the_published_lists",
+            ),
+            (
+                "_finite(scores).argsort(stable=True)[:n]",
+                "(len(scores) - 1 - _finite(scores).flip(0).argsort(stable=True))[:n]",
+                "test_ties_go_to_the_lower_layer",
+            ),
+            (
+                "_finite(angular.diagonal(n))",
+                "_finite(angular.diagonal(n)[:-1])",
+                "test_every_block_size_and_the_last_start_are_candidates",
+            ),
+            (
+                "return list(range(start, start + n))",
+                "return list(range(start + 1, start + n + 1))",
+                "test_published_vectors_give_the_published_lists",
+            ),
+            (
+                "range(n_layers - 1 - n, n_layers - 1)",
+                "range(n_layers - n, n_layers)",
+                "test_rules_without_scores",
+            ),
+            (
+                "if not scores.isfinite().all():",
+                "if scores.isinf().any():",
+                "test_nan_is_never_selected",
+            ),
+        ),
+    ),
+    Section(
+        "short_gpt/scoring/state.py",
+        "tests/scoring/test_resume.py",
+        (
+            (
+                ' != found.get("texts")',
+                " is None",
+                "test_a_state_of_other_windows_is_refused",
+            ),
+            (
+                "if count < read:",
+                "if count > read:",
+                "test_fewer_windows_than_were_read_are_refused_and_other_batches_go_on",
+            ),
+        ),
+    ),
+)
+
+STOPPING = (
+    Section(
+        "short_gpt/scoring/stopping.py",
+        "tests/scoring/test_stopping.py",
+        (
+            # no correction for looking again and again
+            (
+                "/ pairs / (look * (look + 1))",
+                "/ pairs / 2",
+                "test_of_equal_layers_hardly_any_is_settled_however_often_one_looks",
+            ),
+            (
+                "error = (1 - self.confidence)",
+                "error = 10 * (1 - self.confidence)",
+                "test_of_equal_layers_hardly_any_is_settled_however_often_one_looks",
+            ),
+            (
+                "(1 - self.confidence) / pairs",
+                "(1 - self.confidence)",
+                "test_more_looks_and_more_pairs_ask_for_more",
+            ),
+            (
+                "max(0.0, 1 - read / population)",
+                "1.0",
+                "test_the_finite_population_correction",
+            ),
+            (
+                "2 * covariance[chosen][:, others]",
+                "covariance[chosen][:, others]",
+                "test_the_closest_pair_by_hand",
+            ),
+            (
+                "int(z.argmin())",
+                "int(z.argmax())",
+                "test_the_closest_pair_by_hand",
+            ),
+            (
+                "read >= self.min_windows and z > needed",
+                "z > needed",
+                "test_fewer_windows_than_the_minimum_never_settle",
+            ),
+        ),
+    ),
+)
+
+SELECTION = (
+    Section(
+        "short_gpt/selection/methods.py",
+        "tests/selection/test_methods.py",
+        (
+            (
+                "lowest(-scores.mean_norm, n)",
+                "lowest(scores.mean_norm, n)",
+                "test_each_takes_its_layers_in_original_numbers",
+            ),
+            (
+                "best_block(scores.angular_all_tokens, n)",
+                "best_block(scores.angular, n)",
+                "test_each_takes_its_layers_in_original_numbers",
+            ),
+            (
+                "[importance.layers[i] for i in",
+                "[i for i in",
+                "test_each_takes_its_layers_in_original_numbers",
+            ),
+            (
+                "at_random(len(scores.layers), n, seed)",
+                "at_random(len(scores.layers), n)",
+                "test_random_layers_by_their_seed",
+            ),
+        ),
+    ),
+    Section(
+        "short_gpt/selection/search.py",
+        "tests/selection/test_greedy.py",
+        (
+            (
+                "set(range(1, count - 1))",
+                "set(range(count))",
+                "test_numbers_out_of_range",
+            ),
+            (
+                "sorted(loss, key=lambda i: (loss[i], i))[:n]",
+                "sorted(loss, key=lambda i: (-loss[i], i))[:n]",
+                "test_one_shot_takes_the_layers_whose_absence_alone_costs_least",
+            ),
+        ),
+    ),
+    Section(
+        "short_gpt/selection/trials.py",
+        "tests/selection/test_greedy.py",
+        (
+            # states beyond what memory was given for
+            (
+                "limits.max_memory // size - 2",
+                "limits.max_memory // size + 50",
+                "test_the_states_held_fit_into_the_memory_given",
+            ),
+            (
+                "for i, states in self._stored.items() if i <= best",
+                "for i, states in self._stored.items()",
+                "test_sleb_equals_the_plain_loop",
+            ),
+            (
+                "best = min(nats, key=lambda i: (nats[i], i))",
+                "best = max(nats, key=lambda i: (nats[i], i))",
+                "test_sleb_equals_the_plain_loop",
+            ),
+            (
+                "rest = self._alive(j + 1,",
+                "rest = self._alive(j,",
+                "test_sleb_equals_the_plain_loop",
+            ),
+            (
+                "if i not in self.result.removed]",
+                "if i not in self.result.removed[:-1]]",
+                "test_sleb_equals_the_plain_loop",
+            ),
+            (
+                "int(mask[:, 1:].sum()) for _, mask in",
+                "int(mask.sum()) for _, mask in",
+                "test_sleb_equals_the_plain_loop",
+            ),
+        ),
+    ),
+    Section(
+        "short_gpt/selection/perplexity_budget.py",
+        "tests/selection/test_perplexity_budget.py",
+        (
+            (
+                "if not tried[n].value <= ratio * tried[0].value:",
+                "if tried[n].value > ratio * tried[0].value:",
+                "test_no_number_holds_no_ratio",
+            ),
+            (
+                "            break\n",
+                "            continue\n",
+                "test_a_better_removal_behind_one_that_is_too_bad_is_not_reached",
+            ),
+            (
+                "<= ratio * tried[0].value",
+                "<= ratio * tried[n - 1].value",
+                "test_layers_go_while_the_ratio_holds",
+            ),
+        ),
+    ),
+    Section(
+        "short_gpt/experiments/comparison.py",
+        "tests/experiments/test_comparison.py",
+        (
+            (
+                "correlation = spearman(",
+                "correlation = 0 * spearman(",
+                "test_agreement_is_that_of_the_scores_with_each_other_and_with_the_losses",
+            ),
+            (
+                "len(sets[a] & sets[b]) / n",
+                "len(sets[a] | sets[b]) / n",
+                "test_agreement_is_that_of_the_scores_with_each_other_and_with_the_losses",
+            ),
+            (
+                "gain = difference(dense, parts), difference(raw, parts)",
+                "gain = difference(dense, parts), difference(dense, parts)",
+                "test_what_healing_brings_is_paired_with_the_same_layers_raw",
+            ),
+        ),
+    ),
+)
+
+SURGERY = (
+    Section(
+        "short_gpt/surgery/layers.py",
+        "tests/surgery/test_layer_removal.py",
+        (
+            (
+                "    check_layers(drop, range(count))\n",
+                "",
+                "test_bad_lists_change_nothing",
+            ),
+            (
+                "        undo()\n",
+                "        pass\n",
+                "test_a_trial_gives_the_model_back_even_after_an_error",
+            ),
+        ),
+    ),
+    Section(
+        "short_gpt/models/meta.py",
+        "tests/surgery/test_layer_removal.py",
+        (
+            (
+                "self.model.n_layers = self.model.params.n_layers = len(layers)",
+                "self.model.n_layers = len(layers)",
+                "test_removal_edits_every_place_and_undo_restores_them",
+            ),
+            (
+                "return lambda: put(before)",
+                "return lambda: None",
+                "test_removal_edits_every_place_and_undo_restores_them",
+            ),
+        ),
+    ),
+    Section(
+        "short_gpt/models/hf.py",
+        "tests/wrappers/test_short_hf.py",
+        (
+            (
+                "dict.fromkeys(old, place)",
+                "dict.fromkeys(old, number)",
+                "test_contract[llama-generation]",
+            ),
+            (
+                "            for target, old, _ in edits:\n                target.update(old)\n",
+                "",
+                "test_contract[llama-undo]",
+            ),
+        ),
+    ),
+    Section(
+        "short_gpt/surgery/sublayers.py",
+        "tests/surgery/test_sublayers.py",
+        (
+            (
+                "ends + [(i, 1, mlp_output(",
+                "ends + [(i, 1, attention_output(",
+                "test_the_logits_are_those_of_layers_without_the_half",
+            ),
+            (
+                "                setattr(module, name, value)\n",
+                "                pass\n",
+                "test_the_logits_are_those_of_layers_without_the_half",
+            ),
+        ),
+    ),
+    Section(
+        "short_gpt/surgery/prefill.py",
+        "tests/surgery/test_prefill.py",
+        (
+            (
+                "attention.update_cache(apply_rotary_emb(k, freqs_cis), v, start_pos)",
+                "attention.update_cache(k, v, start_pos)",
+                "test_the_skipped_layer_caches_rotated_keys",
+            ),
+            (
+                "if start_pos is None or S == 1:",
+                "if start_pos is None:",
+                "test_the_prompt_passes_by_and_decoding_runs_all_layers",
+            ),
+            (
+                "attention(hidden_states=norm(x), **kwargs)",
+                "attention(hidden_states=x, **kwargs)",
+                "test_both_formats_decode_alike",
+            ),
+        ),
+    ),
+)
+
+HEALING = (
+    Section(
+        "short_gpt/healing/moments.py",
+        "tests/healing/test_linear_patch.py",
+        (
+            (
+                "ridge * self.gram.trace() / len(self.gram)",
+                "ridge * self.gram.trace()",
+                "test_the_solution_is_the_minimum_and_the_share_is_what_it_leaves",
+            ),
+            (
+                "self.cross + (mlp.T @ rest)",
+                "self.cross + (rest.T @ mlp)",
+                "test_a_linear_map_is_recovered",
+            ),
+            (
+                "return eye + change, ",
+                "return change, ",
+                "test_a_linear_map_is_recovered",
+            ),
+            (
+                "left = self.square - 2 * (",
+                "left = self.square - (",
+                "test_the_solution_is_the_minimum_and_the_share_is_what_it_leaves",
+            ),
+        ),
+    ),
+    Section(
+        "short_gpt/healing/folding.py",
+        "tests/healing/test_linear_patch.py",
+        (
+            (
+                "else linear_map.T @ exact",
+                "else linear_map @ exact",
+                "test_a_layer_linear_in_the_mlp_before_is_restored_exactly",
+            ),
+            (
+                "(bias.detach().cpu().double() @ linear_map)",
+                "bias.detach().cpu().double()",
+                "test_folded_is_hooked_and_undone[phi]",
+            ),
+        ),
+    ),
+    Section(
+        "short_gpt/healing/linear_patch.py",
+        "tests/healing/test_linear_patch.py",
+        (
+            (
+                "[here].float()  # M (N, D)",
+                ".flatten(0, 1).float()[: int(here.sum())]  # M (N, D)",
+                "test_sets_fitted_together_are_those_fitted_alone_and_padding_does_not_count",
+            ),
+            (
+                "found[-1][1] == place - 1",
+                "found[-1][1] == place - 2",
+                "test_runs_of_consecutive_layers",
+            ),
+            (
+                "        undo()\n        raise\n    return patch",
+                "        raise\n    return patch",
+                "test_a_patch_whose_layers_cannot_go_leaves_the_weights_alone",
+            ),
+        ),
+    ),
+    Section(
+        "short_gpt/models/layer_hooks.py",
+        "tests/healing/test_linear_patch.py",
+        (
+            (
+                "worst <= 16 * torch.finfo(before.dtype).eps",
+                "worst <= 16_000 * torch.finfo(before.dtype).eps",
+                "test_the_proof_sees_a_factor_near_one",
+            ),
+            (
+                "if not worst <= 16",
+                "if worst > 16",
+                "test_the_proof_refuses_what_is_no_number",
+            ),
+        ),
+    ),
+    Section(
+        "short_gpt/healing/trainer.py",
+        "tests/healing/test_healing.py",
+        (
+            # padding as a target
+            (
+                "torch.full_like(tokens, -100)",
+                "torch.zeros_like(tokens)",
+                "test_padding_is_no_target",
+            ),
+        ),
+    ),
+    Section(
+        "short_gpt/healing/lora.py",
+        "tests/healing/test_healing.py",
+        (
+            (
+                "kept_step=best if measured[best] < before else 0",
+                "kept_step=best",
+                "test_training_that_only_harms_leaves_the_model_as_it_was",
+            ),
+            (
+                "lora_alpha=recipe.rank if recipe.alpha is None",
+                "lora_alpha=1 if recipe.alpha is None",
+                "test_without_an_alpha_changes_count_as_they_are",
+            ),
+            (
+                "    check_disjoint(run.training, run.validation)\n",
+                "",
+                "test_healing_refused",
+            ),
+        ),
+    ),
+)
+
+EVALUATION = (
+    Section(
+        "short_gpt/evaluation/perplexity.py",
+        "tests/evaluation/test_evaluate.py",
+        (
+            (
+                "tokens[:, 1:].masked_fill(~mask[:, 1:], -100).flatten()",
+                "tokens[:, 1:].flatten()",
+                "test_ragged_windows_weigh_by_their_tokens",
+            ),
+            (
+                "math.exp(self.nats / self.tokens)",
+                "math.exp(self.nats / (self.tokens + self.windows))",
+                "test_ragged_windows_weigh_by_their_tokens",
+            ),
+            (
+                "logits = decoder.logits(tokens)[:, :-1]",
+                "logits = decoder.logits(tokens)[:, 1:]",
+                "test_ragged_windows_weigh_by_their_tokens",
+            ),
+            (
+                "loss.cpu().double()",
+                "loss.cpu().half()",
+                "test_ragged_windows_weigh_by_their_tokens",
+            ),
+            (
+                "    if not math.isfinite(nats):",
+                "    if math.isinf(nats):",
+                "test_nan_logits_are_refused",
+            ),
+        ),
+    ),
+    Section(
+        "short_gpt/evaluation/paired.py",
+        "tests/healing/test_healing.py",
+        (
+            (
+                "b.nats - a.nats",
+                "a.nats - b.nats",
+                "test_paired_difference_and_its_error",
+            ),
+            (
+                "(d - mean * t) ** 2",
+                "(d - mean * total / n) ** 2",
+                "test_paired_difference_and_its_error",
+            ),
+            (
+                "n / (n - 1) * squares",
+                "squares",
+                "test_paired_difference_and_its_error",
+            ),
+        ),
+    ),
+    Section(
+        "short_gpt/evaluation/protocols.py",
+        "tests/evaluation/test_protocols.py",
+        (
+            (
+                "C4_TEXTS, C4_WINDOWS = 1100, 256",
+                "C4_TEXTS, C4_WINDOWS = 1100, 257",
+                "test_c4_is_256_windows_of_the_first_1100_texts",
+            ),
+            (
+                '"\\n\\n".join(',
+                '"\\n".join(',
+                "test_wikitext_is_one_text_of_joined_rows",
+            ),
+        ),
+    ),
+    Section(
+        "short_gpt/report/tables.py",
+        "tests/report/test_tables.py",
+        (
+            (
+                " * errors[i]:>10.6f}",
+                " / 1.96 * errors[i]:>10.6f}",
+                "test_the_intervals_of_the_ranking_are_95_percent_ones",
+            ),
+        ),
+    ),
+    Section(
+        "short_gpt/data/disjoint.py",
+        "tests/healing/test_healing.py",
+        (
+            (
+                "count = len(tokens) - span + 1",
+                "count = len(tokens) - span",
+                "test_shared_spans_are_found_wherever_they_lie",
+            ),
+        ),
+    ),
+    Section(
+        "short_gpt/data/windows.py",
+        "tests/data/test_data.py",
+        (
+            (
+                "range(0, length - size + 1, stride)",
+                "range(0, length - size, stride)",
+                "test_windows_of_a_known_text",
+            ),
+            (
+                "    random.Random(seed).shuffle(found)\n",
+                "",
+                "test_the_seeded_order_is_this_one_everywhere",
+            ),
+        ),
+    ),
+)
+
+CHECKPOINTS = (
+    Section(
+        "short_gpt/checkpoints/meta.py",
+        "tests/reference_llama/test_checkpoint.py",
+        (
+            (
+                "layers.{new_number[match[1]]}.{match[2]}",
+                "layers.{match[1]}.{match[2]}",
+                "test_pruned_checkpoint_equals_the_model_pruned_in_memory",
+            ),
+            (
+                '{**params, "n_layers": n_layers}',
+                "dict(params)",
+                "test_pruned_checkpoint_equals_the_model_pruned_in_memory",
+            ),
+        ),
+    ),
+    Section(
+        "short_gpt/checkpoints/hf.py",
+        "tests/checkpoints/test_hf_checkpoint.py",
+        (
+            (
+                "{prefix}.{new_number[int(match[1])]}.{match[2]}",
+                "{prefix}.{int(match[1])}.{match[2]}",
+                "test_pruned_again_it_remembers_the_first_time",
+            ),
+            (
+                "    decoder.keep_layers(keep)\n    after",
+                "    after",
+                "test_the_config_changes_in_nothing_but_the_layers",
+            ),
+            (
+                '    config.pop("auto_map", None)',
+                '    config.get("auto_map", None)',
+                "test_code_that_does_not_go_along_is_not_named",
+            ),
+        ),
+    ),
+    Section(
+        "short_gpt/checkpoints/verify.py",
+        "tests/checkpoints/test_provenance.py",
+        (
+            (
+                "bool(off <= rounding * expected.abs().max())",
+                "bool(off <= 100 * rounding * expected.abs().max())",
+                "test_what_makes_two_models_the_same",
+            ),
+            (
+                "same = torch.equal(found, expected)",
+                "same = torch.allclose(found, expected)",
+                "test_what_makes_two_models_the_same",
+            ),
+            (
+                "if theirs.cached != theirs.uncached:",
+                "if ours.cached != ours.uncached:",
+                "test_what_makes_two_models_the_same",
+            ),
+        ),
+    ),
+    Section(
+        "short_gpt/checkpoints/provenance.py",
+        "tests/checkpoints/test_provenance.py",
+        (
+            (
+                "return [before[layer] for layer in layers]",
+                "return list(layers)",
+                "test_numbers_go_through_all_removals_to_the_first_model",
+            ),
+            (
+                "return [*before, *self._original(self.removed_layers)]",
+                "return [*self._original(self.removed_layers), *before]",
+                "test_numbers_go_through_all_removals_to_the_first_model",
+            ),
+        ),
+    ),
+)
+
+BIT_FOR_BIT = "test_a_meta_directory_gives_the_scores_of_the_model_in_memory_bit_for_bit"
+STREAMING = (
+    Section(
+        "short_gpt/streaming/transformer.py",
+        "tests/streaming/test_streaming.py",
+        (
+            (
+                "rows[self.tokens[inside] - start]",
+                "rows[(self.tokens[inside] - start).clamp(min=1)]",
+                f"{BIT_FOR_BIT}[one file]",
+            ),
+            (
+                "torch.logaddexp(every[i], logits.logsumexp(-1))",
+                "torch.maximum(every[i], logits.logsumexp(-1))",
+                f"{BIT_FOR_BIT}[one file]",
+            ),
+            (
+                "(place >= 0) & (place < len(weight))",
+                "(place < len(weight))",
+                f"{BIT_FOR_BIT}[one file]",
+            ),
+            (
+                "self._normed(batch.state[:, :-1])",
+                "batch.state[:, :-1]",
+                f"{BIT_FOR_BIT}[one file]",
+            ),
+            (
+                "if not total.isfinite() and not ready.isfinite().all():",
+                "if total.isinf():",
+                "test_nan_is_found_where_it_begins",
+            ),
+        ),
+    ),
+    Section(
+        "short_gpt/streaming/weights.py",
+        "tests/streaming/test_streaming.py",
+        (
+            (
+                "found.append(shards[rank].read(name)[at : at + end - start])",
+                "found.append(shards[rank].read(name)[: end - start])",
+                f"{BIT_FOR_BIT}[two files, cut by vocabulary]",
+            ),
+            (
+                "for shard in shards], 1)",
+                "for shard in reversed(shards)], 1)",
+                f"{BIT_FOR_BIT}[two files, cut by width]",
+            ),
+            (
+                "return permute(name, self._files[hf_name].read(hf_name), self.args, to=META)",
+                "return self._files[hf_name].read(hf_name)",
+                "test_a_hugging_face_directory_too[one file-1000000000]",
+            ),
+        ),
+    ),
+    Section(
+        "short_gpt/streaming/memory.py",
+        "tests/streaming/test_streaming.py",
+        (
+            (
+                "1 << (batches.bit_length() - 1)",
+                "batches",
+                "test_several_rounds_are_one_round",
+            ),
+            (
+                "int(float(match[1]) * UNITS[match[2]])",
+                "int(float(match[1])) * UNITS[match[2]]",
+                "test_sizes",
+            ),
+        ),
+    ),
+)
+
+SECTIONS = (
+    *SCORING,
+    *STOPPING,
+    *SELECTION,
+    *SURGERY,
+    *HEALING,
+    *EVALUATION,
+    *CHECKPOINTS,
+    *STREAMING,
+)

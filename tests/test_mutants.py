@@ -1,0 +1,88 @@
+"""Whether `mutants.py` tells killed from survived, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import mutants
+from mutants import KILLED, NOT_FOUND, SURVIVED, Mutant, Outcome, chosen, listed
+
+LIBRARY = """def lowest(scores):
+    return min(scores)
+"""
+TESTS = """from short_gpt import lowest
+
+def test_lowest():
+    assert lowest([2, 1, 3]) == 1
+
+def test_weak():
+    assert lowest([2, 1, 3]) > 0
+"""
+FILE, GUARD = "short_gpt/__init__.py", "tests/test_it.py::test_lowest"
+# in a process of its own, which has not imported the library
+JUDGE = """
+import json, sys
+from pathlib import Path
+from mutants import Mutant, Tree
+folder = Path(sys.argv[1])
+tree = Tree(folder / "copy", folder / "root")
+print(json.dumps([tree.judge(Mutant(*one)).state for one in json.loads(sys.argv[2])]))
+"""
+
+
+def mutant(new: str, test: str = GUARD, *, old: str = "min(scores)") -> Mutant:
+    return Mutant(FILE, old, new, (test,))
+
+
+def test_a_wrong_line_is_killed_by_the_test_that_guards_it_alone(tmp_path):
+    for name, text in ((FILE, LIBRARY), ("tests/test_it.py", TESTS)):
+        path = tmp_path / "root" / name
+        path.parent.mkdir(parents=True)
+        path.write_text(text)
+    (tmp_path / "copy").mkdir()
+    expected = [
+        (mutant("max(scores)"), KILLED),
+        (mutant("max(scores)", "tests/test_it.py::test_weak"), SURVIVED),
+        (mutant("sorted(scores)[0]"), SURVIVED),  # means the same
+        (mutant("max(scores)", "tests/test_it.py::test_none"), "NO VERDICT (pytest ended with 4)"),
+        (mutant("max(scores"), "NO VERDICT (pytest ended with 4)"),  # no Python at all
+        (mutant("max(scores)", old="max(values)"), NOT_FOUND),
+        (mutant("x", old="scores"), NOT_FOUND),  # twice
+        (mutant("min(scores[1:])"), SURVIVED),  # each was taken out again: 1 is still the lowest
+    ]
+    command = [sys.executable, "-c", JUDGE, str(tmp_path), json.dumps([one for one, _ in expected])]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == [state for _, state in expected]
+    for root in ("root", "copy"):
+        assert (tmp_path / root / FILE).read_text() == LIBRARY
+
+
+def test_survivors_are_listed_and_fail(monkeypatch, capsys):
+    pair = [mutant("max(scores)"), mutant("sorted(scores)[0]")]
+    outcomes = [Outcome(pair[0], KILLED, 1.0), Outcome(pair[1], SURVIVED, 1.0, "1 passed")]
+    monkeypatch.setattr(mutants, "listed", lambda: pair)
+    monkeypatch.setattr(mutants, "judge", lambda run: outcomes[: len(run)])
+    assert mutants.main([]) == 1
+    out = capsys.readouterr().out
+    assert f"SURVIVED: {FILE}: min(scores)  ->  sorted(scores)[0]" in out and "1 of 2 killed" in out
+    assert mutants.main(["--only", "max(scores)"]) == 0
+
+
+def test_every_line_is_there_once_and_becomes_another():
+    for one in listed():
+        assert (mutants.ROOT / one.file).read_text().count(one.old) == 1, one
+        assert one.old != one.new, one
+
+
+def test_a_share_is_drawn_by_its_seed():
+    every = listed()
+    assert len(every) >= 60 and len(set(every)) == len(every)
+    third = chosen(every, share=3, seed=1)
+    assert len(third) == -(-len(every) // 3) and set(third) < set(every)
+    assert third == chosen(every, share=3, seed=1) != chosen(every, share=3, seed=2)
