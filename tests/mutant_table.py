@@ -374,8 +374,8 @@ SELECTION = (
         "tests/selection/test_perplexity_budget.py",
         (
             (
-                "if not tried[n].value <= ratio * tried[0].value:",
-                "if tried[n].value > ratio * tried[0].value:",
+                "return self.bounds(n)[1] <= self.ratio",
+                "return not self.bounds(n)[1] > self.ratio",
                 "test_no_number_holds_no_ratio",
             ),
             (
@@ -384,9 +384,9 @@ SELECTION = (
                 "test_a_better_removal_behind_one_that_is_too_bad_is_not_reached",
             ),
             (
-                "<= ratio * tried[0].value",
-                "<= ratio * tried[n - 1].value",
-                "test_layers_go_while_the_ratio_holds",
+                "return self.bounds(n)[1] <= self.ratio",
+                "return self.bounds(n)[0] <= self.ratio",
+                "test_the_ratio_holds_with_its_error",
             ),
         ),
     ),
@@ -657,13 +657,19 @@ EVALUATION = (
                 "a.nats - b.nats",
                 "test_paired_difference_and_its_error",
             ),
+        ),
+    ),
+    Section(
+        "short_gpt/evaluation/sampling.py",
+        "tests/healing/test_healing.py",
+        (
             (
-                "(d - mean * t) ** 2",
-                "(d - mean * total / n) ** 2",
+                "(nats - mean * tokens) ** 2",
+                "(nats - mean * total / count) ** 2",
                 "test_paired_difference_and_its_error",
             ),
             (
-                "n / (n - 1) * squares",
+                "count / (count - 1) * squares",
                 "squares",
                 "test_paired_difference_and_its_error",
             ),
