@@ -72,6 +72,17 @@ SCORING = (
         ),
     ),
     Section(
+        "short_gpt/scoring/halves.py",
+        IMPORTANCE,
+        (
+            (
+                "return middle if whole else None",
+                "return middle",
+                "test_halves_that_do_not_add_up_to_the_layer_are_not_scored",
+            ),
+        ),
+    ),
+    Section(
         "short_gpt/scoring/hooks.py",
         IMPORTANCE,
         (
@@ -99,11 +110,6 @@ SCORING = (
                 "influence(cosine_from_product(my, m_norm, y_norm))",
                 "influence(cosine_from_product(my, x_norm, y_norm))",
                 "test_the_halves_of_a_layer_are_scored_around_its_attention_and_its_mlp",
-            ),
-            (
-                "return middle if whole else None",
-                "return middle",
-                "test_halves_that_do_not_add_up_to_the_layer_are_not_scored",
             ),
             (
                 "[s[row, :length] for s in self._kept]",
