@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import math
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from llama import Llama
 from short_gpt import ShortHFModel, ShortLlama, ShortModel
+from short_gpt.evaluation import difference
 from short_gpt.scored_model import ScoredModel
 from short_gpt.streamed_llama import StreamedLlama
 
@@ -132,8 +134,11 @@ def test_layers_within_a_ratio_are_those_that_the_scores_give(wrappers):
     for layers in order:
         with short.without_layers(layers):
             values.append(short.perplexity(WINDOWS, progress=False))
-    bound = max(v.value for v in values) / values[0].value * 1.001
-    result = short.layers_within(WINDOWS, max(bound, 1), choose=lambda n: order[n - 1], most=2)
+    changes = [difference(values[:1], [v]) for v in values]
+    bound = max(c.nats + c.error.reach(sides=1) for c in changes)
+    result = short.layers_within(
+        WINDOWS, max(math.exp(bound) * 1.001, 1), choose=lambda n: order[n - 1], most=2
+    )
     assert result.layers == [4, 0] and list(result.tried.values()) == values
     by_score = short.layers_within(WINDOWS, 1e9, most=3)
     assert by_score.layers == short.layers_to_remove(n=3)
