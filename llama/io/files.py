@@ -28,6 +28,7 @@ def check_new(
         path, marker, overwrite: as for `new_directory`.
         source: what the new content is made from; it must not lie in the directory replaced.
     """
+    resolved(path)
     if path.exists() and not (overwrite and marker):
         raise FileExistsError(f"{path} exists; choose another directory or pass overwrite")
     if path.exists():
@@ -35,6 +36,16 @@ def check_new(
         if source is not None and path.resolve() in (source.resolve(), *source.resolve().parents):
             raise FileExistsError(f"{path} holds the source {source}; choose another directory")
     check_writable(path)
+
+
+def resolved(path: Path) -> Path:
+    """The path without symbolic links; FileExistsError where they go round in a circle."""
+    try:
+        return path.resolve()
+    except (RuntimeError, OSError):  # the first before Python 3.13
+        raise FileExistsError(
+            f"{path} is a symbolic link that leads back to itself; choose another directory"
+        ) from None
 
 
 def _check_replaceable(path: Path, marker: str) -> None:
@@ -100,7 +111,7 @@ def new_directory(
         >>> with new_directory(out, marker="conversion.json") as partial:  # doctest: +SKIP
         ...     write_json(partial / "conversion.json", {"source": "llama-2-7b"})
     """
-    path = path.resolve()
+    path = resolved(path)
     check_new(path, marker=marker, overwrite=overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
     # beside the target, not in the system's folder: a rename works only inside one file system

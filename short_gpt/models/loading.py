@@ -97,6 +97,8 @@ def _has_tokenizer(path: Path) -> bool:
 
 def explained(error: BaseException) -> str:
     """Transformers' errors in one line: the first paragraph, of at most 300 characters."""
+    if isinstance(error, MemoryError) or "allocate memory" in str(error):
+        return "it does not fit the free memory; free some, or take a smaller dtype or stream"
     if "trust_remote_code" in str(error):
         return (
             "it comes with Python code of its own, which is not run; look at that code, and pass "
