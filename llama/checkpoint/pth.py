@@ -67,10 +67,15 @@ class Shard:
                 f"{self.path} was refused: its pickle holds more than tensors ({reason})"
             ) from None
         except Exception as error:  # a damaged file can make the unpickler raise anything
+            if isinstance(error, MemoryError) or "allocate memory" in str(error):
+                raise InputError(
+                    f"{self.path} cannot be read: it does not fit the free memory; free some, or "
+                    "read it in more files (convert with shards)"
+                ) from None
             if not zipfile.is_zipfile(self.path):
-                why = "it is cut off, or in the format of torch before 1.6: torch.save it anew"
+                why = "it is cut off or another kind of file: fetch it anew"
             else:
-                why = f"it is damaged ({str(error).splitlines()[0] if str(error) else error!r})"
+                why = f"it is damaged ({_line(error)})"
             raise InputError(
                 f"{self.path} cannot be read: expected a complete zip file of torch.save, but {why}"
             ) from None
@@ -116,6 +121,11 @@ class Shard:
         # tied weights are one storage under two names; a view of a part counts as its own
         storage = tensor.data_ptr() if whole else name
         return TensorInfo(tuple(tensor.shape), tensor.dtype, storage)
+
+
+def _line(error: Exception) -> str:
+    """The first line of what torch says."""
+    return (str(error).strip() or repr(error)).splitlines()[0]
 
 
 @dataclass(frozen=True)

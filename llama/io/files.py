@@ -29,7 +29,7 @@ def check_new(
         path, marker, overwrite: as for `new_directory`.
         source: what the new content is made from; it must not lie in the directory replaced.
     """
-    tidy(path.resolve())
+    tidy(resolved(path))
     _check_free(path, marker, overwrite=overwrite)
     within = [] if source is None else [source.resolve(), *source.resolve().parents]
     if path.exists() and path.resolve() in within:
@@ -43,6 +43,16 @@ def _check_free(path: Path, marker: str | None, *, overwrite: bool) -> None:
         raise FileExistsError(f"{path} exists; choose another directory or pass overwrite")
     if path.exists():
         _check_replaceable(path, str(marker))
+
+
+def resolved(path: Path) -> Path:
+    """The path without symbolic links; FileExistsError where they go round in a circle."""
+    try:
+        return path.resolve()
+    except (RuntimeError, OSError):  # the first before Python 3.13
+        raise FileExistsError(
+            f"{path} is a symbolic link that leads back to itself; choose another directory"
+        ) from None
 
 
 def _check_replaceable(path: Path, marker: str) -> None:
@@ -110,7 +120,7 @@ def new_directory(
         >>> with new_directory(out, marker="conversion.json") as partial:  # doctest: +SKIP
         ...     write_json(partial / "conversion.json", {"source": "llama-2-7b"})
     """
-    path = path.resolve()
+    path = resolved(path)
     check_new(path, marker=marker, overwrite=overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
     with work_folder(path) as work:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -72,12 +74,13 @@ def load(name: str, options: dict[str, Any], tokenizer: Any) -> tuple[Any, Any]:
     options = {"dtype": "auto", **options, "trust_remote_code": trust}
     both = {key: options[key] for key in FROM_WHERE if key in options} | gguf
     try:
-        config = read_config(where, both)
-        loader = auto_class(config)
-        if tokenizer is None and (gguf or _has_tokenizer(path)):
-            tokenizer = AutoTokenizer.from_pretrained(where, **both)
-        with without_report():
-            model, info = loader.from_pretrained(where, **gguf, **(options | ALL))
+        with _read_once() if gguf else nullcontext():
+            config = read_config(where, both)
+            loader = auto_class(config)
+            if tokenizer is None and (gguf or _has_tokenizer(path)):
+                tokenizer = AutoTokenizer.from_pretrained(where, **both)
+            with without_report():
+                model, info = loader.from_pretrained(where, **gguf, **(options | ALL))
     except Exception as error:  # a wrong name, no network, an unknown kind, a wrong option ...
         if not path.exists() and (failure := hub_failure(name, error)):
             raise failure from error
@@ -90,6 +93,23 @@ def load(name: str, options: dict[str, Any], tokenizer: Any) -> tuple[Any, Any]:
     return model, tokenizer
 
 
+@contextmanager
+def _read_once() -> Iterator[None]:
+    """Lets transformers share one reader of a GGUF file.
+
+    It makes one each for the config, twice, the tokenizer and the weights; for a vocabulary of
+    49,000 each takes seconds.
+    """
+    import gguf
+
+    reader = gguf.GGUFReader
+    vars(gguf).update(GGUFReader=lru_cache(maxsize=1)(reader))
+    try:
+        yield
+    finally:
+        vars(gguf).update(GGUFReader=reader)
+
+
 def _has_tokenizer(path: Path) -> bool:
     """Whether there is a tokenizer to load: not in a directory of weights alone."""
     return not path.is_dir() or any(TOKENIZER.match(p.name) for p in path.iterdir())
@@ -97,6 +117,8 @@ def _has_tokenizer(path: Path) -> bool:
 
 def explained(error: BaseException) -> str:
     """Transformers' errors in one line: the first paragraph, of at most 300 characters."""
+    if isinstance(error, MemoryError) or "allocate memory" in str(error):
+        return "it does not fit the free memory; free some, or take a smaller dtype or stream"
     if "trust_remote_code" in str(error):
         return (
             "it comes with Python code of its own, which is not run; look at that code, and pass "

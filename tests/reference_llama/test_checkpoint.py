@@ -468,3 +468,24 @@ def test_a_directory_appears_whole_or_not_at_all(tmp_path):
         (partial / "file").write_text("half")
         raise KeyboardInterrupt
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), RuntimeError("unable to mmap 9 bytes from file <a>: Cannot allocate memory")],
+)
+def test_too_little_memory_is_no_damage(checkpoint_dir, monkeypatch, error):
+    def load(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(ValueError, match="does not fit the free memory") as told:
+        Checkpoint(checkpoint_dir)
+    assert "damaged" not in str(told.value)
+
+
+def test_an_output_that_is_a_circle_of_links(tmp_path):
+    (tmp_path / "a").symlink_to(tmp_path / "a")
+    for path in (tmp_path / "a", tmp_path / "a/out"):
+        with pytest.raises(FileExistsError, match="leads back to itself; choose another"):
+            check_new(path)
