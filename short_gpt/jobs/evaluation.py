@@ -35,12 +35,14 @@ class Reading:
         source: a local copy of wikitext-2, c4 or pg19.
         size: tokens in a window.
         max_windows: read only the first so many windows.
+        batch_size: windows read at once, and prompts of the tasks.
     """
 
     data: str = "wikitext-2"
     source: str | None = None
     size: int = 2048
     max_windows: int | None = None
+    batch_size: int = 1
 
     def check(self) -> None:
         """Raises ShortGPTError for what would go wrong after a model is loaded."""
@@ -81,13 +83,15 @@ class Tasks:
         if self.tasks is not None:
             task_names(self.tasks.split(","), self.include_path)
 
-    def suite(self) -> TaskSuite | None:
-        """The tasks as a suite; None without tasks."""
-        return None if self.tasks is None else TaskSuite(self.tasks.split(","), **self._settings())
+    def suite(self, *, batch_size: int = 1) -> TaskSuite | None:
+        """The tasks as a suite, which reads so many prompts at once; None without tasks."""
+        if self.tasks is None:
+            return None
+        return TaskSuite(self.tasks.split(","), batch_size=batch_size, **self._settings())
 
-    def run(self, short: ShortModel) -> dict[str, float]:
+    def run(self, short: ShortModel, *, batch_size: int = 1) -> dict[str, float]:
         """Every metric of every task by the names of both; nothing without tasks."""
-        suite = self.suite()
+        suite = self.suite(batch_size=batch_size)
         done = {} if suite is None else suite.run(short)
         return {f"{task} {m}": value for task, found in done.items() for m, value in found.items()}
 
@@ -147,12 +151,13 @@ def _row(
     name: str, reading: Reading, own: Sequence[str], tasks: FewShotTasks, opening: Opening
 ) -> dict[str, float]:
     """One model's results; it is gone from memory afterwards."""
-    short = opening.whole(name, size=reading.size)
+    short = opening.whole(name, size=reading.size, batch_size=reading.batch_size)
     row = {"layers": float(len(short.kept))}
     if reading.data != "none":
-        found = short.perplexity(reading.windows(short.encode, own))
+        windows = reading.windows(short.encode, own)
+        found = short.perplexity(windows, batch_size=reading.batch_size)
         row[f"{reading.data} perplexity"] = found.value
-    return row | tasks.run(short)
+    return row | tasks.run(short, batch_size=reading.batch_size)
 
 
 def perplexity_of(
