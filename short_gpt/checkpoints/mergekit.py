@@ -52,6 +52,17 @@ def mergekit_recipe(source: str, keep: Sequence[int], dtype: str = "bfloat16") -
     return "\n".join([*lines, "merge_method: passthrough", f"dtype: {dtype}", ""])
 
 
+def _lists_kinds(directory: Path) -> bool:
+    """Whether the config, as transformers reads it for mergekit, lists its layers' kinds."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    except ValueError:  # of no known family, which the cut itself will say
+        return False
+    return bool(getattr(config.get_text_config(decoder=True), "layer_types", None))
+
+
 def recipe_dtype(source: str | PathLike[str]) -> str:
     """The dtype of the weights that a recipe of this model asks for: what its config says.
 
@@ -59,12 +70,21 @@ def recipe_dtype(source: str | PathLike[str]) -> str:
         source: Hugging Face directory or hub id.
 
     Raises:
-        ShortGPTError: a Meta checkpoint, which mergekit does not read.
+        ShortGPTError: a Meta checkpoint, which mergekit does not read; or a config that lists its
+            layers' kinds, of which mergekit (0.1.5) changes the number of layers alone, so that
+            transformers refuses to write it.
         FileNotFoundError: there is no such model.
     """
     if is_meta(str(source)):
         raise ShortGPTError("--recipe: mergekit reads no Meta checkpoint; convert it first")
-    config = read_record(resolve(source) / "config.json")
+    directory = resolve(source)
+    config = read_record(directory / "config.json")
+    if _lists_kinds(directory):
+        raise ShortGPTError(
+            "--recipe: this model's config lists the kinds of its layers (layer_types), of which "
+            "mergekit changes only the number: its result has no config.json. Leave --recipe out "
+            "and use the pruned checkpoint, which is complete"
+        )
     config = {**config, **(config.get("text_config") or {})}
     return str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
 

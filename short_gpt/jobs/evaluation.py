@@ -37,6 +37,7 @@ class Reading:
         max_windows: read only the first so many windows.
         bos: first leaves it in front of a text's first window alone, as published results do;
             every puts it in front of every window; if not given, every for Gemma, which needs it.
+        batch_size: windows read at once, and prompts of the tasks.
     """
 
     data: str = "wikitext-2"
@@ -44,6 +45,7 @@ class Reading:
     size: int = 2048
     max_windows: int | None = None
     bos: str | None = None
+    batch_size: int = 1
 
     def check(self) -> None:
         """Raises ShortGPTError for what would go wrong after a model is loaded."""
@@ -90,13 +92,15 @@ class Tasks:
         if self.tasks is not None:
             task_names(self.tasks.split(","), self.include_path)
 
-    def suite(self) -> TaskSuite | None:
-        """The tasks as a suite; None without tasks."""
-        return None if self.tasks is None else TaskSuite(self.tasks.split(","), **self._settings())
+    def suite(self, *, batch_size: int = 1) -> TaskSuite | None:
+        """The tasks as a suite, which reads so many prompts at once; None without tasks."""
+        if self.tasks is None:
+            return None
+        return TaskSuite(self.tasks.split(","), batch_size=batch_size, **self._settings())
 
-    def run(self, short: ShortModel) -> dict[str, float]:
+    def run(self, short: ShortModel, *, batch_size: int = 1) -> dict[str, float]:
         """Every metric of every task by the names of both; nothing without tasks."""
-        suite = self.suite()
+        suite = self.suite(batch_size=batch_size)
         done = {} if suite is None else suite.run(short)
         return {f"{task} {m}": value for task, found in done.items() for m, value in found.items()}
 
@@ -156,13 +160,14 @@ def _row(
     name: str, reading: Reading, own: Sequence[str], tasks: FewShotTasks, opening: Opening
 ) -> dict[str, float]:
     """One model's results; it is gone from memory afterwards."""
-    short = opening.whole(name, size=reading.size)
+    short = opening.whole(name, size=reading.size, batch_size=reading.batch_size)
     row = {"layers": float(len(short.kept))}
     if reading.data != "none":
-        found = short.perplexity(reading.windows(short, own))
+        windows = reading.windows(short, own)
+        found = short.perplexity(windows, batch_size=reading.batch_size)
         bos = ", bos in every window" if (reading.bos or short.bos) == "every" else ""
         row[f"{reading.data} perplexity{bos}"] = found.value
-    return row | tasks.run(short)
+    return row | tasks.run(short, batch_size=reading.batch_size)
 
 
 def perplexity_of(

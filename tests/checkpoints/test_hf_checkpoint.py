@@ -17,7 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from llama.formats.safetensors import Entry
 from short_gpt.checkpoints import Provenance, mergekit_recipe, prune_hf
+from short_gpt.checkpoints.mergekit import recipe_dtype
 from short_gpt.models.hf import HFDecoder
+from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.results import versions
 
 pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
@@ -142,6 +144,21 @@ def test_refusals(whole, tmp_path):
     with pytest.raises(FileNotFoundError, match="has neither model.safetensors nor"):
         prune_hf(whole, out, [1])
     assert not out.exists()
+
+
+@pytest.mark.parametrize("family", ["gemma3", "qwen2", "qwen2, sliding", "qwen3", "gpt_oss"])
+def test_no_recipe_where_mergekit_cannot_write_the_config(family, tmp_path):
+    model = make(family)
+    model.config.save_pretrained(tmp_path)
+    # what mergekit does to the config, and what transformers says to it
+    again = transformers.AutoConfig.from_pretrained(tmp_path)
+    again.num_hidden_layers = 4
+    with pytest.raises(Exception, match="layer_types"):
+        again.save_pretrained(tmp_path / "merged")
+    with pytest.raises(ShortGPTError, match="mergekit changes only the number: its result has no"):
+        recipe_dtype(tmp_path)
+    make("llama").config.save_pretrained(tmp_path / "llama")
+    assert recipe_dtype(tmp_path / "llama") == "bfloat16"
 
 
 def test_mergekit_recipe():

@@ -20,12 +20,15 @@ from conftest import (
 
 import short_gpt
 from short_gpt import ShortGPTError, convert, prune, rank
+from short_gpt.evaluation.perplexity import Perplexity
+from short_gpt.evaluation.tasks import TaskSuite
 from short_gpt.healing import lora
 from short_gpt.jobs import (
     Answer,
     CaseNames,
     Choice,
     Cut,
+    FewShotTasks,
     MethodChoice,
     Opening,
     Reading,
@@ -34,6 +37,7 @@ from short_gpt.jobs import (
     Scoring,
     Settings,
     StridedCut,
+    Tasks,
     TextSource,
     TimedSaving,
     evaluate,
@@ -43,6 +47,7 @@ from short_gpt.jobs import (
 )
 from short_gpt.jobs import Learned as LearnedFrom
 from short_gpt.selection.stack import Stack
+from short_gpt.short_llama import ShortLlama
 
 CUT = StridedCut(32, 6, 0, 16)
 
@@ -178,6 +183,25 @@ def test_evaluate_and_convert(here):
     expected = perplexity_of("ckpt", "book.txt", cut=Cut(32, None, None)).value
     assert found["ckpt"] == {"layers": 5, "book.txt perplexity": expected}
     assert found["small"] == {"layers": 4, "book.txt perplexity": expected}  # layer 2 did nothing
+
+
+def test_evaluate_reads_so_many_windows_at_once(here, monkeypatch):
+    asked = []
+
+    def perplexity(short, windows, *, batch_size=1):
+        asked.append((batch_size, short.decoder.model.params.max_batch_size))
+        return Perplexity(1.0, 1, 1)
+
+    def suite(self):
+        asked.append(self.batch_size)
+        return {}
+
+    monkeypatch.setattr(ShortLlama, "perplexity", perplexity)
+    monkeypatch.setattr(TaskSuite, "run", lambda self, short: suite(self))
+    monkeypatch.setattr(Tasks, "check", lambda self: None)
+    reading = Reading("book.txt", size=32, batch_size=4)
+    evaluate(["ckpt"], reading, tasks=FewShotTasks("piqa"))
+    assert asked == [(4, 4), 4]
 
 
 def test_a_choice_names_layers_or_scores(here):
