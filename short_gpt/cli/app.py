@@ -11,8 +11,9 @@ from llama.parallel import several_ranks
 from short_gpt.cli import ALONE, COMMANDS
 from short_gpt.cli.flags import prepared, similar, typed
 from short_gpt.cli.help import help_of, overview
+from short_gpt.cli.streams import lenient
 from short_gpt.runtime.abort import end_all
-from short_gpt.runtime.errors import USER_ERRORS, ShortGPTError
+from short_gpt.runtime.errors import USER_ERRORS, ShortGPTError, shortage
 from short_gpt.runtime.progress import first_rank
 
 HELP = ("--help", "-h")
@@ -21,8 +22,10 @@ HELP = ("--help", "-h")
 def main(argv: list[str] | None = None) -> None:
     """Runs one command; exits with 1 and one line on stderr if the user's input is at fault."""
     argv = sys.argv[1:] if argv is None else argv
+    lenient()
     try:
         run(argv)
+        sys.stdout.flush()
     except (Exception, KeyboardInterrupt) as error:
         code = 130 if isinstance(error, KeyboardInterrupt) else 1
         line = said(error, argv)
@@ -42,11 +45,16 @@ def said(error: BaseException, argv: Sequence[str] = ()) -> str | None:
     """
     if isinstance(error, KeyboardInterrupt):
         return "short-gpt: interrupted"
-    if isinstance(error, USER_ERRORS) and not os.environ.get("SHORT_GPT_TRACEBACK"):
-        name = str(error).split(" = ")[0]
-        given = any(part.split("=")[0] == f"--{name}" for part in argv)
-        return f"short-gpt: {'--' * given}{error}"
-    return None
+    if os.environ.get("SHORT_GPT_TRACEBACK"):
+        return None
+    short = shortage(error)
+    if short is not None:
+        return f"short-gpt: {short}"
+    if not isinstance(error, USER_ERRORS):
+        return None
+    name = str(error).split(" = ")[0]
+    given = any(part.split("=")[0] == f"--{name}" for part in argv)
+    return f"short-gpt: {'--' * given}{error}"
 
 
 def run(argv: list[str]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from llama.errors import InputError, MissingPackageError
 
-__all__ = ["USER_ERRORS", "MissingPackageError", "NotFiniteError", "ShortGPTError"]
+__all__ = ["USER_ERRORS", "MissingPackageError", "NotFiniteError", "ShortGPTError", "shortage"]
 
 # One class for both packages, a ``ValueError``: who catches either catches what both raise.
 ShortGPTError = InputError
@@ -16,3 +16,25 @@ class NotFiniteError(ShortGPTError, FloatingPointError):
 
 # What a command reports in one line: input at fault, and what the system says of files and hubs.
 USER_ERRORS = (ShortGPTError, OSError)
+
+# What torch, safetensors and the system say; only CUDA has a class of its own for it.
+NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "Cannot allocate")
+NO_SPACE = ("No space left on device", "Disk quota exceeded")
+
+
+def shortage(error: BaseException) -> str | None:
+    """What to do where memory or disk ran short, in one line; None if neither did.
+
+    Args:
+        error: what ended a run; what it was raised from counts too.
+    """
+    first = str(error).split("\n")[0]
+    if any(part in first for part in NO_SPACE):
+        return f"the disk is full ({first}); free some space, or write to another disk"
+    known = isinstance(error, RuntimeError | OSError) and any(part in first for part in NO_MEMORY)
+    if known or isinstance(error, MemoryError):
+        return (
+            f"not enough memory ({first or 'none left'}); use a smaller --batch_size or --size, "
+            "--dtype bfloat16, or with rank --stream, which holds one layer at a time"
+        )
+    return None if error.__cause__ is None else shortage(error.__cause__)

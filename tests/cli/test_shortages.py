@@ -1,0 +1,103 @@
+"""What runs short, or is closed: one line that helps, and no result lost."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from commands import DATA, TEXT, fails, run
+from conftest import BYTE_VOCAB, make_transformer, save_checkpoint, write_byte_tokenizer
+
+from short_gpt.cli.app import said
+
+RANK = ("rank", "ckpt", *DATA, "--max_windows", 2, "--json", "a.json")
+
+
+@pytest.fixture
+def ckpt(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    path = save_checkpoint(Path("ckpt"), make_transformer(vocab_size=BYTE_VOCAB))
+    write_byte_tokenizer(path)
+    Path("book.txt").write_text(TEXT)
+    return path
+
+
+def allocate(size: int):
+    return lambda *_, **__: torch.empty(size)
+
+
+def refuse(error: BaseException):
+    def raising(*_, **__):
+        raise error
+
+    return raising
+
+
+@pytest.mark.parametrize(
+    "short", [allocate(2**50), refuse(MemoryError()), refuse(torch.OutOfMemoryError("CUDA out of "
+              "memory. Tried to allocate 2.00 GiB."))]
+)  # fmt: skip
+def test_out_of_memory_is_one_line_that_says_what_to_change(ckpt, capsys, monkeypatch, short):
+    monkeypatch.setattr("short_gpt.models.meta.MetaDecoder.run", short)
+    line = fails(capsys, *RANK)
+    assert "not enough memory (" in line and "smaller --batch_size" in line and "--stream" in line
+    assert sorted(os.listdir()) == ["book.txt", "ckpt"]
+
+
+@pytest.mark.parametrize("command", ["prune", "rank"])
+def test_a_full_disk_is_one_line_and_leaves_nothing(ckpt, capsys, monkeypatch, command):
+    full = refuse(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+    monkeypatch.setattr("short_gpt.checkpoints.meta.write_shard", full)
+    monkeypatch.setattr("short_gpt.runtime.results.write_json", full)
+    if command == "prune":
+        line = fails(capsys, "prune", "ckpt", "x", "--layers", 1)
+    else:
+        with pytest.raises(SystemExit) as stop:
+            run(*RANK)
+        line = capsys.readouterr().err
+        assert stop.value.code == 1
+    assert "the disk is full ([Errno 28] No space left" in line and "free some space" in line
+    assert sorted(os.listdir()) == ["book.txt", "ckpt"]
+
+
+def test_a_shortage_behind_another_error_is_told():
+    try:
+        try:
+            raise RuntimeError("I/O error: No space left on device (os error 28)")
+        except RuntimeError as error:
+            raise ValueError("cannot be saved") from error
+    except ValueError as error:
+        assert "the disk is full" in str(said(error))
+    assert said(RuntimeError("shapes differ")) is None
+
+
+@pytest.mark.parametrize("how", ["| true", "2>&-", ">&-", "| (read -r line; echo $line)"])
+def test_no_result_is_lost_where_nobody_listens(ckpt, how):
+    words = " ".join(map(str, RANK))
+    command = f"set -o pipefail; '{sys.executable}' -m short_gpt {words} {how}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "Error" not in done.stderr
+    assert json.loads(Path("a.json").read_text())["command"] == "rank"
+
+
+def test_a_terminal_that_knows_ascii_alone_gets_the_text_all_the_same(ckpt):
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "LC_ALL": "C"}
+    command = [
+        sys.executable,
+        "-m",
+        "short_gpt",
+        "generate",
+        "ckpt",
+        "caf\u00e9",
+        "--max_gen_len=2",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("caf\\xe9")
