@@ -7,7 +7,10 @@ share of windows read.
 
     python benchmarks/stopping.py --windows 600 --out benchmarks/results/stopping.json
 
-``--scores FILE`` keeps the scores of single windows, or takes them from there.
+``--scores FILE`` keeps the scores of single windows, or takes them from there. ``--adversarial``
+attacks the rule with simulated populations instead, see `adversarial`:
+
+    python benchmarks/stopping.py --adversarial --out benchmarks/results/stopping_adversarial.json
 """
 
 from __future__ import annotations
@@ -15,8 +18,9 @@ from __future__ import annotations
 import statistics
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+import adversarial as hostile
 import fire
 import numpy as np
 import torch
@@ -41,8 +45,12 @@ def main(
     scores: str | None = None,
     out: str | None = None,
     overwrite: bool = False,
+    adversarial: bool = False,
+    populations: int = 10_000,
 ) -> None:
     """Runs the benchmark, prints the table, and writes the JSON file if ``out`` is given."""
+    if adversarial:
+        attack(confidence, populations, out, overwrite)
     influence, angles, seconds = read_scores(windows, scores)
     cases = {
         f"{'best block' if angular else 'lowest BI'}, k = {k}": replays(
@@ -56,6 +64,19 @@ def main(
     content = {"confidence": confidence, "orders": orders, "windows": len(influence)}
     content |= {"tokens_per_window": SIZE, "scoring_seconds": seconds, "cases": cases}
     held = "all as sure as stated"
+    finish("stopping", missed, content, held=held, out=out, overwrite=overwrite)
+
+
+def attack(confidence: float, populations: int, out: str | None, overwrite: bool) -> NoReturn:
+    """Runs the simulation, in which no more early stops may be wrong than promised."""
+    rule = Stop(hostile.N, confidence=confidence)
+    kinds = hostile.attacks(rule, populations)
+    print(hostile.table(kinds))
+    shares = {kind: kinds[kind]["wrong_of_early_stops"] for kind in hostile.KINDS}
+    missed = [kind for kind, share in shares.items() if share > 1 - confidence]
+    content = {"confidence": confidence, "rare": rule.rare, "populations": populations}
+    content |= {"windows": hostile.WINDOWS, "kinds": kinds}
+    held = "no more early stops were wrong than promised"
     finish("stopping", missed, content, held=held, out=out, overwrite=overwrite)
 
 
@@ -103,12 +124,13 @@ def replays(rule: Stop, influence: Tensor, angles: Tensor, orders: int) -> dict[
 
 def replay(rule: Stop, influence: Tensor, angles: Tensor) -> Importance:
     """Reads the windows in their order until the rule stops."""
-    sums, at, target = Importance.empty(range(influence.shape[1])), 0, rule.min_windows
-    while at < len(influence):
-        part = slice(at, min(target, len(influence)))
+    count = len(influence)
+    sums, at, target = Importance.empty(range(influence.shape[1])), 0, rule.first_look(count)
+    while at < count:
+        part = slice(at, min(target, count))
         sums.add(as_scores(influence[part], angles[part]))
         at, target = part.stop, next_look(target)
-        if rule.judge(sums, len(influence)).settled:
+        if rule.judge(sums, count).settled:
             break
     return sums
 

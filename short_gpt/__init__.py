@@ -11,7 +11,8 @@ from short_gpt.healing.recipe import Recipe
 from short_gpt.jobs import convert, prune, rank
 from short_gpt.opening import open_model
 from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.scoring.importance import Importance, measure
+from short_gpt.scoring.importance import Importance
+from short_gpt.scoring.measuring import measure
 from short_gpt.scoring.stopping import Stop
 from short_gpt.selection.methods import choose
 from short_gpt.short_hf import ShortHFModel

@@ -1,12 +1,13 @@
 """Scores of layers from one forward pass: the papers' equations, hooks, sums, and when to stop.
 
-`metrics` holds the equations, `hooks` calls them while a model runs, `importance` adds the scores
-up, `order` turns them into layer numbers, `stopping` tells when these are settled; `run` and
-`state` are a whole run, which may be interrupted.
+`metrics` holds the equations, `hooks` calls them while a model runs, `measuring` is the loop over
+windows, `importance` adds the scores up by `moments`, `order` turns them into layer numbers,
+`stopping` tells when these are settled; `run` and `state` are a whole run, maybe interrupted.
 """
 
 from short_gpt.scoring.hooks import LayerHooks, Scores, hooked, score
-from short_gpt.scoring.importance import Importance, measure
+from short_gpt.scoring.importance import Importance
+from short_gpt.scoring.measuring import measure
 from short_gpt.scoring.metrics import (
     angular_distance,
     angular_distances,

@@ -1,4 +1,4 @@
-"""Scores of all layers as sums over windows, and the loop that fills them in one pass.
+"""Scores of all layers as sums over windows.
 
 Shapes: B windows, L layers.
 """
@@ -6,30 +6,24 @@ Shapes: B windows, L layers.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from functools import partial
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from short_gpt.models.decoder import Decoder
 from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.runtime.progress import bar, set_rate
-from short_gpt.scoring import hooks
 from short_gpt.scoring.hooks import Scores
 from short_gpt.scoring.lists import check_sums, from_lists, layer_numbers, to_lists
 from short_gpt.scoring.metrics import spearman
+from short_gpt.scoring.moments import (
+    block_sums,
+    cube_sums,
+    pair_skewness,
+    residual_cubes,
+    with_count,
+)
 from short_gpt.scoring.order import best_block, lowest
-
-
-class ScoreWindows(Protocol):
-    """Scores single windows of token ids in one pass, as `hooks.score` does for a decoder."""
-
-    def __call__(
-        self, windows: Sequence[Sequence[int]], *, sublayers: bool = False, all_tokens: bool = False
-    ) -> Scores: ...
 
 
 @dataclass
@@ -50,9 +44,11 @@ class Importance:
         influence: sums over tokens of 1 - cos, (2, L).
         products: sums over windows of the outer product with itself of the vector of a window's
             L sums and its token count, (L + 1, L + 1).
+        cubes: their third moments, of `moments.cube_sums`, (2, L + 1, L + 1).
         angles: sums over windows of angular distances, (L + 1, L + 1).
         angle_products: sums over windows of the products of the distances of blocks of n layers
             that start at l and at m: entry [n - 1, l, m], (L, L, L); zero where there is no block.
+        angle_cubes: the same with the square of the first distance.
         magnitude, norm, halves, token_angles: the sums of `hooks.Scores` over all windows, (L,),
             (L,), (2, L), (L + 1, L + 1); NaN where a window was not scored so.
 
@@ -66,8 +62,10 @@ class Importance:
     tokens: Tensor
     influence: Tensor
     products: Tensor
+    cubes: Tensor
     angles: Tensor
     angle_products: Tensor
+    angle_cubes: Tensor
     magnitude: Tensor
     norm: Tensor
     halves: Tensor
@@ -78,7 +76,9 @@ class Importance:
         """Zero sums for these layers."""
         n = len(layers)
         square = (n + 1, n + 1)
-        shapes = ((2,), (2,), (2, n), square, square, (n, n, n), (n,), (n,), (2, n), square)
+        blocks, each = (n, n, n), (n,)
+        moments = (square, (2, *square), square, blocks, blocks)
+        shapes = ((2,), (2,), (2, n), *moments, each, each, (2, n), square)
         return cls(list(layers), *(torch.zeros(s, dtype=torch.float64) for s in shapes))
 
     def add(self, scores: Scores) -> None:
@@ -87,13 +87,16 @@ class Importance:
         tokens, influence, angles = (new[n] for n in ("tokens", "influence", "angles"))
         half = (torch.arange(len(tokens)) + self.n_windows) % 2  # of each window, (B,)
         sums = torch.cat((influence, tokens[:, None]), dim=1)  # (B, L + 1)
+        products, cubes = block_sums(angles)
         changed = {
             "windows": self.windows + torch.bincount(half, minlength=2),
             "tokens": self.tokens.index_add(0, half, tokens),
             "influence": self.influence.index_add(0, half, influence),
             "products": self.products + sums.T @ sums,
+            "cubes": self.cubes + cube_sums(sums),
             "angles": self.angles + angles.sum(0),
-            "angle_products": self.angle_products + _angle_products(angles),
+            "angle_products": self.angle_products + products,
+            "angle_cubes": self.angle_cubes + cubes,
         }
         for name in ("magnitude", "norm", "halves", "token_angles"):
             changed[name] = getattr(self, name) + new[name].sum(0)
@@ -175,6 +178,25 @@ class Importance:
         return (second - torch.outer(mean, mean)) / (count - 1)
 
     @property
+    def skewness(self) -> Tensor:
+        """Skewness over windows of the difference of layers j and i, entry [i, j], (L, L)."""
+        cubes, weighted = self.cubes
+        third = residual_cubes(self.block_influence, cubes, weighted)
+        scale = self.n_windows / self.tokens.sum()  # residuals of sums, in the unit of the mean
+        return pair_skewness(self.covariance, third * scale**3, self.n_windows)
+
+    def angular_skewness(self, n: int) -> Tensor:
+        """Like `skewness`, of the distances of all blocks of n layers, by the blocks' starts."""
+        count, starts = self.n_windows, len(self.layers) - n + 1
+        products, cubes = (
+            sums[n - 1, :starts, :starts] for sums in (self.angle_products, self.angle_cubes)
+        )
+        sums = self.angles.diagonal(n)
+        cubes = with_count(cubes, products.diagonal(), count)
+        third = residual_cubes(sums / count, cubes, with_count(products, sums, count))
+        return pair_skewness(self.angular_covariance(n), third, count)
+
+    @property
     def relative_magnitude(self) -> Tensor:
         """Mean over tokens of ||f(x)|| / ||x + f(x)||, (L,) (Samragh et al. 2023)."""
         return self.magnitude / self.tokens.sum()
@@ -228,66 +250,3 @@ class Importance:
                 raise ShortGPTError(f"{f.name} is {list(loaded.shape)}, expected {list(expected)}")
         check_sums({f.name: s for f, s in zip(fields(cls)[1:], sums, strict=True)})
         return cls(empty.layers, *sums)
-
-
-def _angle_products(angles: Tensor) -> Tensor:
-    """What windows' distances (B, L + 1, L + 1) add to ``Importance.angle_products``."""
-    L = angles.shape[1] - 1
-    products = torch.zeros(L, L, L, dtype=torch.float64)
-    for n in range(1, L + 1):
-        blocks = angles.diagonal(n, dim1=1, dim2=2)  # (B, L - n + 1)
-        products[n - 1, : L - n + 1, : L - n + 1] = blocks.T @ blocks  # of each two starts
-    return products
-
-
-def measure(
-    decoder: Decoder,
-    batches: Iterable[Sequence[Sequence[int]]],
-    *,
-    into: Importance | None = None,
-    total: int | None = None,
-    progress: bool = False,
-    sublayers: bool = False,
-    all_tokens: bool = False,
-    score: ScoreWindows | None = None,
-    after: Callable[[Importance], bool] = lambda _: False,
-) -> Importance:
-    """Reads batches of windows and scores every layer: one pass, both papers' measures.
-
-    Args:
-        decoder: the model.
-        batches: lists of windows of token ids; windows may differ in length.
-        into: sums to add to, which also name the layers; None starts new ones from layer 0.
-        total: number of windows to come, for the progress bar.
-        progress: whether to show one.
-        sublayers, all_tokens: further scores from the same pass, see `hooks.score`.
-        score: scores the windows of a batch, where the model has a way of its own; None is
-            `hooks.score`.
-        after: called with the sums after every batch; True ends the run.
-
-    Returns:
-        ``into``. A batch counts whole or not at all: after an error or an interruption, the
-        batches before it are in the sums.
-
-    Raises:
-        ShortGPTError: there is no window, or one is empty, too long or not in the vocabulary.
-        NotFiniteError: a state is NaN or infinite; the message names the layer.
-
-    Example:
-        >>> scores = measure(short.decoder, batches(windows, 4))  # doctest: +SKIP
-    """
-    into = Importance.empty(range(len(decoder.layers))) if into is None else into
-    score = score or partial(hooks.score, decoder, layers=into.layers)
-    before, begun = into.n_tokens, False
-    with bar("scoring", total=total, unit="window", show=progress) as shown:
-        for batch in batches:
-            begun = True
-            if batch:  # of several replicas, one may have nothing left
-                into.add(score(batch, sublayers=sublayers, all_tokens=all_tokens))
-            set_rate(shown, into.n_tokens - before)
-            shown.update(len(batch))
-            if after(into):
-                break
-    if not begun and not into.n_windows:
-        raise ShortGPTError("expected at least one window of tokens, got none")
-    return into

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from short_gpt.data.windows import batches
 from short_gpt.models.decoder import Decoder
 from short_gpt.runtime import replicas
-from short_gpt.scoring.importance import Importance, ScoreWindows, measure
+from short_gpt.scoring.importance import Importance
+from short_gpt.scoring.measuring import ScoreWindows, measure
 from short_gpt.scoring.state import RunState
 from short_gpt.scoring.stopping import Stop, Verdict, next_look
 
@@ -25,7 +26,7 @@ class ScoringRun:
         population: windows in all, of which those read are a random sample; None if unknown.
         stop: when to stop; None reads everything.
         state: where to save and continue; ``into`` is then its sums.
-        score: as in `importance.measure`.
+        score: as in `measuring.measure`.
 
     A run that continues is given the windows of `RunState.unread`.
     """
@@ -47,7 +48,7 @@ class ScoringRun:
         self._stop, self._state, self._score = stop, state, score
         self._team = replicas.current(decoder.device)
         self._read = into.n_windows
-        self._next = stop.min_windows if stop else 32
+        self._next = stop.first_look(population) if stop else 32
         step = self._team.step(batch_size) if state else 0  # it may have been saved before a look
         while self._next <= self._read - step:
             self._next = next_look(self._next)
@@ -61,7 +62,7 @@ class ScoringRun:
         sublayers: bool = False,
         all_tokens: bool = False,
     ) -> None:
-        """Reads the windows; arguments and errors as in `importance.measure`.
+        """Reads the windows; arguments and errors as in `measuring.measure`.
 
         After an error or an interruption, ``into`` and the state hold what was read before, of
         several replicas up to the last look.

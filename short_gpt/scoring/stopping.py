@@ -2,25 +2,46 @@
 
 The windows are a simple random sample, without replacement, of all windows of the data. The
 answer is settled when every chosen layer (or block) lies below every other one so clearly that
-reading all windows would not change the choice, at a stated confidence. The error is bounded over
-all pairs and all looks by Bonferroni's inequality; the differences are paired, because the same
-windows score all layers, and shrink by the finite-population correction to nothing once all
-windows are read (Cochran, Sampling Techniques, 3rd ed., section 2.6). Like every rule that sees
-only means and variances, it cannot know of windows so rare that none was read and so different
-that they decide; ``min_windows`` guards against these.
+reading all windows would not change the choice. Of the error that the confidence leaves, a quarter
+goes to windows that were not seen, the rest to the tests:
+
+Unseen windows. No sample tells of a kind of windows of which it holds none, however different they
+are. So the first look is where such a kind, if it makes up ``rare`` of all windows, was missed with
+no more than this probability: (1 - rare)^m, or without replacement the hypergeometric one
+(the "rule of three": Hanley and Lippman-Hand, JAMA 249, 1983). Of rarer kinds nothing is promised.
+
+Tests. Differences are paired, because the same windows score all layers, and shrink by the
+finite-population correction (Cochran, Sampling Techniques, 3rd ed., section 2.6). Student's t is
+right for symmetric ones only. Where rare large windows would make the difference smaller, the
+sample is skewed to that side, and t has to be larger by the first term of its Cornish-Fisher
+expansion (Johnson, JASA 73, 1978; Hall, The Bootstrap and Edgeworth Expansion, 1992, section
+3.10; here for sampling without replacement, see `skewness_factor`). It counts twice: a sample
+shows less skewness than its population has where that rests on a few windows.
+
+The error is bounded over L - 1 pairs: let a be the highest of the n layers that all windows choose.
+If another set is claimed, either a is not in it, and one of the L - n layers above is claimed to
+lie below a; or it is, and one of the n - 1 others is claimed to lie above a. Over the planned looks
+it is shared equally; if nobody knows how many windows there are, look k gets 1 / (k (k + 1)).
+
+``benchmarks/stopping.py --adversarial`` attacks the rule with populations made to mislead it.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.scoring.importance import Importance
+from short_gpt.scoring.moments import pair_spread
 from short_gpt.scoring.order import best_block, lowest
+
+UNSEEN = 0.25  # of the error, for windows of a kind that was missed
+CAUTION = 2  # times the skewness that the sample shows
 
 
 @dataclass(frozen=True)
@@ -30,31 +51,41 @@ class Stop:
     Args:
         n: how many layers are to be removed.
         angular: settle the best block of n layers instead of the n lowest Block Influences.
-        confidence: probability, at least, that a settled answer is that of all windows.
-        min_windows: windows read before the first look.
+        confidence: probability, at least, that a settled answer is that of all windows, unless
+            windows decide that are rarer than ``rare``.
+        min_windows: windows read before the first look, at least.
+        rare: share of all windows that a kind of its own must make up to be guarded against. The
+            first look comes after about 6 / rare windows at 99%; of few windows, most are read.
 
     Raises:
         ShortGPTError: a value is out of range.
 
     Example:
-        >>> Stop(9, confidence=0.95).min_windows
-        32
+        >>> Stop(9).first_look(18_000), Stop(9).first_look(600), Stop(9, rare=0.05).first_look(600)
+        (295, 234, 106)
     """
 
     n: int
     angular: bool = False
     confidence: float = 0.99
     min_windows: int = 32
+    rare: float = 0.02
 
     def __post_init__(self) -> None:
         if not 0.5 <= self.confidence < 1:
             raise ShortGPTError(f"confidence = {self.confidence!r}: expected at least 0.5, below 1")
         if self.min_windows < 16:
             raise ShortGPTError(f"min_windows = {self.min_windows!r}: expected at least 16")
+        if not 0 < self.rare < 1:
+            raise ShortGPTError(f"rare = {self.rare!r}: expected above 0, below 1")
 
-    def looks(self, windows: int) -> int:
+    def first_look(self, population: int | None) -> int:
+        """Windows at the first look, of so many in all (None: unknown)."""
+        return max(self.min_windows, enough(self.rare, UNSEEN * (1 - self.confidence), population))
+
+    def looks(self, windows: int, population: int | None) -> int:
         """How many looks are planned up to so many windows."""
-        count, at = 0, self.min_windows
+        count, at = 0, self.first_look(population)
         while at <= windows:
             count, at = count + 1, next_look(at)
         return count
@@ -73,25 +104,86 @@ class Stop:
         if self.angular:
             means, covariance = importance.angular.diagonal(n), importance.angular_covariance(n)
             chosen = best_block(importance.angular, n)[:1]
+            skewness = importance.angular_skewness(n)
         else:
             means, covariance = importance.block_influence, importance.covariance
-            chosen = lowest(importance.block_influence, n)
-        # finite-population correction: of a variance, the share of windows not read is left
-        left = 1.0 if population is None else max(0.0, 1 - read / population)
-        pair, z = closest(means, covariance * left, chosen)
-        look = self.looks(read) + final or 1
-        pairs = len(chosen) * (len(means) - len(chosen))
-        error = (1 - self.confidence) / pairs / (look * (look + 1))  # sums to 1 over all looks
-        needed = student_t(1 - error, max(read - 1, 1))
+            chosen, skewness = lowest(importance.block_influence, n), importance.skewness
+        mask = torch.zeros(len(means), dtype=torch.bool)
+        mask[chosen] = True
+        z = order_z(means, covariance * unread(read, population), mask)
+        needed = self.needed(skewness, read, population, final=final)
+        place = int((z - needed).argmin())
+        pair = divmod(place, len(means))
         everything = population is not None and read >= population
-        settled = everything or (read >= self.min_windows and z > needed)
+        early = read >= self.first_look(population) and bool(z[pair] > needed[pair])
         names = tuple(importance.layers[i] for i in pair)
-        return Verdict(self, settled, read, population, names, z, needed)
+        closest = (names, float(z[pair]), float(needed[pair]))
+        return Verdict(self, everything or early, read, population, *closest)
+
+    def needed(
+        self, skewness: Tensor, read: int, population: int | None, *, final: bool = False
+    ) -> Tensor:
+        """The z that settles a pair at this look.
+
+        Args:
+            skewness: of the pairs' differences, (..., L, L).
+            read, population, final: as in `judge`.
+        """
+        look = self.looks(read, population) + final or 1
+        if population is None:
+            share = 1 / (look * (look + 1))  # sums to 1 over all looks
+        else:
+            share = 1 / (self.looks(population - 1, population) + 1)  # and one that is unplanned
+        error = (1 - UNSEEN) * (1 - self.confidence) * share / max(skewness.shape[-1] - 1, 1)
+        t = student_t(1 - error, max(read - 1, 1))
+        return t - CAUTION * skewness.clamp(max=0) * skewness_factor(t, read, population)
+
+
+@lru_cache
+def enough(rare: float, error: float, population: int | None) -> int:
+    """Windows that a sample needs to hold one of a kind, but for so much probability.
+
+    Args:
+        rare: the share of all windows, at least, that the kind makes up.
+        error: of having missed it.
+        population: windows in all; None is without end.
+
+    Example:
+        >>> enough(0.05, 0.05, None), enough(0.05, 0.05, 1000)  # the rule of three: 3 / 0.05
+        (59, 57)
+    """
+    if population is None:
+        return math.ceil(math.log(error) / math.log1p(-rare))
+    kind, read, missed = math.ceil(rare * population), 0, 1.0
+    while missed > error:
+        missed *= max(population - kind - read, 0) / (population - read)
+        read += 1
+    return read
+
+
+def unread(read: int, population: int | None) -> float:
+    """The finite-population correction: of a variance, the share of windows not read is left."""
+    return 1.0 if population is None else max(0.0, 1 - read / population)
+
+
+def skewness_factor(t: float, read: int, population: int | None) -> float:
+    """By how much the upper quantile t of a studentized mean falls for each unit of skewness.
+
+    With f the share of the population that was read, a mean's third cumulant is (1 - f) (1 - 2 f)
+    skewness s^3 / m^2, and its covariance with s^2 is (1 - f) skewness s^3 / m. So the studentized
+    mean has the mean -(1 - f) / 2 and the third cumulant -(2 - f), both times skewness /
+    sqrt(m (1 - f)), and its quantile is t + mean + third cumulant (t^2 - 1) / 6 (Cornish-Fisher).
+    At f = 0 that is Johnson's and Hall's (1 + 2 t^2) / (6 sqrt(m)).
+    """
+    left = unread(read, population)
+    if left == 0:
+        return 0.0
+    return (3 * left + (1 + left) * (t * t - 1)) / 6 / math.sqrt(read * left)
 
 
 def next_look(windows: int) -> int:
-    """Windows at the look after this one: a fifth more, at most 256."""
-    return windows + min(max(windows // 5, 1), 256)
+    """Windows at the look after this one: a tenth more, at most 256."""
+    return windows + min(max(windows // 10, 1), 256)
 
 
 @dataclass(frozen=True)
@@ -102,9 +194,10 @@ class Verdict:
         stop: the rule.
         settled: whether the answer would stay if all windows were read.
         windows, population: windows read, of how many.
-        pair: the closest pair: a chosen layer (or a block's first) and another, original numbers.
+        pair: the least sure pair: a chosen layer (or a block's first) and another, original
+            numbers.
         z: their difference in standard errors.
-        needed: the z that settles a pair at this look.
+        needed: the z that settles them at this look; more where their difference is skewed.
     """
 
     stop: Stop
@@ -126,32 +219,29 @@ class Verdict:
         closest = f"closest {kind} {names}: z = {self.z:.2f}, needed {self.needed:.2f}"
         if self.settled:
             return f"{what} settled at {self.stop.confidence:.4g} after {read}; {closest}"
-        return f"{what} NOT settled at {self.stop.confidence:.4g} by {read}; {closest}"
+        first = self.stop.first_look(self.population)
+        early = f", looked at from {first:,} on" if self.windows < first else ""
+        return f"{what} NOT settled at {self.stop.confidence:.4g} by {read}{early}; {closest}"
 
 
-def closest(means: Tensor, covariance: Tensor, chosen: list[int]) -> tuple[tuple[int, int], float]:
-    """The pair of a chosen entry and another whose order is least sure.
+def order_z(means: Tensor, covariance: Tensor, chosen: Tensor) -> Tensor:
+    """How surely every chosen entry lies below every other one.
 
     Args:
-        means: (N,).
-        covariance: of the means, (N, N).
-        chosen: entries that should lie below all others.
+        means: (..., L).
+        covariance: of the means, (..., L, L).
+        chosen: entries that should lie below all others, (..., L) bool.
 
     Returns:
-        The pair, and (means[other] - means[chosen]) in standard errors. Entries that are equal in
-        every window count as infinitely sure: the lower number decides such a tie.
+        (..., L, L): entry [i, j] is (means[j] - means[i]) in standard errors if i is chosen and j
+        is not, else infinite. Entries that are equal in every window count as infinitely sure: the
+        lower number decides such a tie.
     """
-    others = [i for i in range(len(means)) if i not in set(chosen)]
-    difference = means[others][None, :] - means[chosen][:, None]  # (chosen, others)
-    variance = covariance.diagonal()
-    spread = variance[chosen][:, None] + variance[others][None, :]
-    # var(a - b) = var(a) + var(b) - 2 cov(a, b): what all layers share of a window cancels
-    spread = (spread - 2 * covariance[chosen][:, others]).clamp(min=0)
+    difference = means[..., None, :] - means[..., :, None]
+    spread = pair_spread(covariance)
     tied = (difference == 0) & (spread < 1e-15)  # rounding leaves that much of no variance
-    z = torch.where(tied | (spread == 0), math.inf, difference / spread.sqrt())
-    place = int(z.argmin())
-    row, column = divmod(place, len(others))
-    return (chosen[row], others[column]), float(z[row, column])
+    sure = tied | (spread == 0) | ~chosen[..., :, None] | chosen[..., None, :]
+    return torch.where(sure, math.inf, difference / spread.sqrt())
 
 
 def student_t(probability: float, degrees: int) -> float:

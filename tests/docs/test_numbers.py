@@ -47,6 +47,16 @@ def stopping() -> list[str]:
     ]
 
 
+def attacked() -> list[str]:
+    rows = []
+    for kind, case in result("stopping_adversarial")["kinds"].items():
+        low, high = case["interval"]
+        share = f"{case['wrong_of_early_stops']:.2%} ({low:.2%} - {high:.2%})"
+        runs, early = case["wrong_of_runs"], case["stopped_early"]
+        rows.append(f"| {kind} | {share} | {runs:.2%} | {early:.1%} |")
+    return rows
+
+
 def streaming() -> list[str]:
     found = result("streaming")
     run, need = found["streamed"], found["llama_2_70b"]
@@ -120,6 +130,11 @@ def test_the_tables_of_costs_are_what_was_measured():
     assert table("docs/results.md", "| | median (range) |") == scoring()
     head = "| answer | windows read, median | windows read, 95th percentile |"
     assert table("docs/scaling.md", head) == stopping()
+    head = "| what misleads | wrong, of early stops | of all runs | stopped early |"
+    assert table("docs/scaling.md", head) == attacked()
+    found = result("stopping_adversarial")
+    *promised, _ = found["kinds"].values()  # the last is rarer than promised
+    assert all(case["wrong_of_early_stops"] <= 1 - found["confidence"] for case in promised)
     assert streaming() in tables("docs/scaling.md")
 
 

@@ -18,7 +18,8 @@ from short_gpt.jobs import Scores, read_scores
 from short_gpt.models.meta import MetaDecoder
 from short_gpt.report import ranking
 from short_gpt.runtime.errors import USER_ERRORS, ShortGPTError
-from short_gpt.scoring.importance import Importance, measure
+from short_gpt.scoring.importance import Importance
+from short_gpt.scoring.measuring import measure
 
 GONE = object()
 VALUES = (GONE, "x", -1, None, [], {}, True, 1e999, [[1]], {"a": 1}, 2**70, 1.5, [0, 0], [7])

@@ -9,7 +9,7 @@ from conftest import make_transformer, random_windows
 
 from short_gpt.models.meta import MetaDecoder
 from short_gpt.report.tables import ranking
-from short_gpt.scoring.importance import measure
+from short_gpt.scoring.measuring import measure
 
 
 def test_the_intervals_of_the_ranking_are_95_percent_ones():

@@ -17,7 +17,8 @@ from short_gpt.models.hf import HFDecoder
 from short_gpt.models.meta import MetaDecoder
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.scoring.hooks import LayerHooks, Scores, score
-from short_gpt.scoring.importance import Importance, measure
+from short_gpt.scoring.importance import Importance
+from short_gpt.scoring.measuring import measure
 from short_gpt.scoring.metrics import angular_distance, angular_distances, block_influence
 
 

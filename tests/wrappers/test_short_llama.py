@@ -21,7 +21,7 @@ from torch import nn
 from llama import Llama
 from short_gpt import ShortLlama
 from short_gpt.models.meta import MetaDecoder
-from short_gpt.scoring.importance import measure
+from short_gpt.scoring.measuring import measure
 from short_gpt.surgery.layers import remove_layers, without_layers
 
 

@@ -1,0 +1,75 @@
+"""The loop that scores all layers in one pass over windows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Protocol
+
+from short_gpt.models.decoder import Decoder
+from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.progress import bar, set_rate
+from short_gpt.scoring import hooks
+from short_gpt.scoring.hooks import Scores
+from short_gpt.scoring.importance import Importance
+
+
+class ScoreWindows(Protocol):
+    """Scores single windows of token ids in one pass, as `hooks.score` does for a decoder."""
+
+    def __call__(
+        self, windows: Sequence[Sequence[int]], *, sublayers: bool = False, all_tokens: bool = False
+    ) -> Scores: ...
+
+
+def measure(
+    decoder: Decoder,
+    batches: Iterable[Sequence[Sequence[int]]],
+    *,
+    into: Importance | None = None,
+    total: int | None = None,
+    progress: bool = False,
+    sublayers: bool = False,
+    all_tokens: bool = False,
+    score: ScoreWindows | None = None,
+    after: Callable[[Importance], bool] = lambda _: False,
+) -> Importance:
+    """Reads batches of windows and scores every layer: one pass, both papers' measures.
+
+    Args:
+        decoder: the model.
+        batches: lists of windows of token ids; windows may differ in length.
+        into: sums to add to, which also name the layers; None starts new ones from layer 0.
+        total: number of windows to come, for the progress bar.
+        progress: whether to show one.
+        sublayers, all_tokens: further scores from the same pass, see `hooks.score`.
+        score: scores the windows of a batch, where the model has a way of its own; None is
+            `hooks.score`.
+        after: called with the sums after every batch; True ends the run.
+
+    Returns:
+        ``into``. A batch counts whole or not at all: after an error or an interruption, the
+        batches before it are in the sums.
+
+    Raises:
+        ShortGPTError: there is no window, or one is empty, too long or not in the vocabulary.
+        NotFiniteError: a state is NaN or infinite; the message names the layer.
+
+    Example:
+        >>> scores = measure(short.decoder, batches(windows, 4))  # doctest: +SKIP
+    """
+    into = Importance.empty(range(len(decoder.layers))) if into is None else into
+    score = score or partial(hooks.score, decoder, layers=into.layers)
+    before, begun = into.n_tokens, False
+    with bar("scoring", total=total, unit="window", show=progress) as shown:
+        for batch in batches:
+            begun = True
+            if batch:  # of several replicas, one may have nothing left
+                into.add(score(batch, sublayers=sublayers, all_tokens=all_tokens))
+            set_rate(shown, into.n_tokens - before)
+            shown.update(len(batch))
+            if after(into):
+                break
+    if not begun and not into.n_windows:
+        raise ShortGPTError("expected at least one window of tokens, got none")
+    return into
