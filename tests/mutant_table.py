@@ -255,21 +255,37 @@ STOPPING = (
         "short_gpt/scoring/stopping.py",
         "tests/scoring/test_stopping.py",
         (
-            # no correction for looking again and again
+            # no correction for looking again and again, at windows without end and with
+            ("1 / (look * (look + 1))", "1 / 2", "test_who_looked_more_often_needs_more"),
             (
-                "/ pairs / (look * (look + 1))",
-                "/ pairs / 2",
-                "test_of_equal_layers_hardly_any_is_settled_however_often_one_looks",
+                "share = 1 / (self.looks(population - 1, population) + 1)",
+                "share = 1.0",
+                "test_more_looks_and_more_layers_ask_for_more",
             ),
             (
-                "error = (1 - self.confidence)",
-                "error = 10 * (1 - self.confidence)",
-                "test_of_equal_layers_hardly_any_is_settled_however_often_one_looks",
+                "* (1 - self.confidence) * share",
+                "* 10 * (1 - self.confidence) * share",
+                "test_more_looks_and_more_layers_ask_for_more",
             ),
             (
-                "(1 - self.confidence) / pairs",
-                "(1 - self.confidence)",
-                "test_more_looks_and_more_pairs_ask_for_more",
+                " / max(skewness.shape[-1] - 1, 1)",
+                "",
+                "test_more_looks_and_more_layers_ask_for_more",
+            ),
+            (
+                "t - CAUTION * skewness",
+                "t - 0 * skewness",
+                "test_windows_that_lean_towards_another_answer_ask_for_more",
+            ),
+            (
+                "(3 * left + (1 + left) * (t * t - 1)) / 6",
+                "(3 * left + (1 + left) * (t * t - 1)) / 12",
+                "test_windows_that_lean_towards_another_answer_ask_for_more",
+            ),
+            (
+                "missed *= max(population - kind - read, 0) / (population - read)",
+                "missed *= 1 - kind / population",
+                "test_enough_windows_to_see_a_rare_kind",
             ),
             (
                 "max(0.0, 1 - read / population)",
@@ -277,19 +293,31 @@ STOPPING = (
                 "test_the_finite_population_correction",
             ),
             (
-                "2 * covariance[chosen][:, others]",
-                "covariance[chosen][:, others]",
-                "test_the_closest_pair_by_hand",
+                "(z - needed).argmin()",
+                "(z - needed).argmax()",
+                "test_of_equal_layers_hardly_any_is_settled_however_often_one_looks",
             ),
             (
-                "int(z.argmin())",
-                "int(z.argmax())",
-                "test_the_closest_pair_by_hand",
-            ),
-            (
-                "read >= self.min_windows and z > needed",
-                "z > needed",
+                "read >= self.first_look(population) and ",
+                "",
                 "test_fewer_windows_than_the_minimum_never_settle",
+            ),
+        ),
+    ),
+    Section(
+        "short_gpt/scoring/moments.py",
+        "tests/scoring/test_stopping.py",
+        (
+            ("- 2 * covariance)", "- covariance)", "test_z_of_pairs_by_hand"),
+            (
+                "3 * (cubes - cubes.mT)",
+                "3 * (cubes + cubes.mT)",
+                "test_the_skewness_of_differences_is_that_of_the_windows",
+            ),
+            (
+                "found + 2 * i * j * each",
+                "found - 2 * i * j * each",
+                "test_the_skewness_of_differences_is_that_of_the_windows",
             ),
         ),
     ),

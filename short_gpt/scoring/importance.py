@@ -14,7 +14,7 @@ from torch import Tensor
 
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.scoring.hooks import Scores
-from short_gpt.scoring.lists import check_sums, from_lists, layer_numbers, to_lists
+from short_gpt.scoring.lists import LATER, check_sums, from_lists, layer_numbers, to_lists
 from short_gpt.scoring.metrics import spearman
 from short_gpt.scoring.moments import (
     block_sums,
@@ -234,14 +234,19 @@ class Importance:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, object]) -> Importance:
-        """What `to_dict` wrote.
+        """What `to_dict` wrote; of an earlier version, the sums that it lacked are NaN.
 
         Raises:
             ShortGPTError: a field is missing, or has the wrong shape or values out of range.
         """
         try:
             empty = cls.empty(layer_numbers(content["layers"]))
-            sums = [from_lists(content[f.name]) for f in fields(cls)[1:]]
+            sums = [
+                torch.full_like(getattr(empty, f.name), math.nan)
+                if f.name in LATER and f.name not in content
+                else from_lists(content[f.name])
+                for f in fields(cls)[1:]
+            ]
         except (KeyError, TypeError, ValueError) as error:
             raise ShortGPTError(f"these are not saved scores: {error!r}") from None
         for f, loaded in zip(fields(cls)[1:], sums, strict=True):

@@ -11,7 +11,9 @@ from torch import Tensor
 from short_gpt.runtime.errors import ShortGPTError
 
 COUNTS = ("windows", "tokens")
-PARTLY = ("magnitude", "norm", "halves", "token_angles")  # NaN where a window was not scored so
+LATER = ("cubes", "angle_cubes")  # files of earlier versions lack them: NaN, which settles nothing
+# NaN where a window was not scored so
+PARTLY = ("magnitude", "norm", "halves", "token_angles", *LATER)
 Nested = float | None | list["Nested"]  # numbers in lists in lists
 
 
