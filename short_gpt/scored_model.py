@@ -28,7 +28,7 @@ from short_gpt.scoring.hooks import Scores, score
 from short_gpt.scoring.importance import Importance
 from short_gpt.scoring.run import ScoringRun
 from short_gpt.scoring.state import RunState
-from short_gpt.scoring.stopping import Stop, Verdict
+from short_gpt.scoring.stopping import Stop, Verdict, check_sample
 from short_gpt.surgery.layers import remove_layers, without_layers
 
 
@@ -114,6 +114,7 @@ class ScoredModel(ModelRecord, ScoresView, ABC):
         progress: bool = True,
         stop: Stop | None = None,
         state: RunState | None = None,
+        random_order: bool = False,
         sublayers: bool = False,
         all_tokens: bool = False,
     ) -> Verdict | None:
@@ -126,9 +127,10 @@ class ScoredModel(ModelRecord, ScoresView, ABC):
             batch_size: windows read at once.
             total: number of windows, for the progress bar; taken from ``len(windows)`` if known.
             progress: whether to show one.
-            stop: ends the run when its answer is settled; the windows must then be in random
-                order, as those of `data.windows` with a seed are.
+            stop: ends the run when its answer is settled. It judges a random sample: windows as
+                `data.windows` cuts them with a seed, or ``random_order``, and no scores so far.
             state: saves the run and continues it; the scores so far are then those saved.
+            random_order: says that other windows stand in random order, which nothing can check.
             sublayers: also score the attention and the MLP of every layer.
             all_tokens: also take angular distances at all tokens; keeps the states of all layers.
 
@@ -137,7 +139,7 @@ class ScoredModel(ModelRecord, ScoresView, ABC):
 
         Raises:
             ShortGPTError: a window does not fit the model, the state is of another run, or the rule
-                is for a number of layers out of range.
+                is for a number of layers out of range, or what it would judge is no random sample.
             NotFiniteError: a weight or a state is NaN or infinite. Like after an
                 interruption, the batches read before count.
         """
@@ -148,6 +150,9 @@ class ScoredModel(ModelRecord, ScoresView, ABC):
         total = count_of(windows) if total is None else total
         population = getattr(windows, "population", None)
         sums = self._sums_so_far(state)
+        if stop is not None:
+            random_order = random_order or population is not None
+            check_sample(random_order=random_order, before=sums.n_windows * (state is None))
         if state is not None:  # refused before anything is replaced: scores here, sums in the file
             windows = state.unread(windows, sums.n_windows)
         run = ScoringRun(

@@ -112,7 +112,7 @@ class Chosen:
         budget: what was tried, where the perplexity decided.
         importance: the scores of one pass that they were chosen by; None where they were not.
         unsure: why the text of the budget may be that of the scores; None if it is not.
-        unchecked: what could not be checked of the scores, in words; None if nothing.
+        unchecked: what could not be checked of the scores, or they do not settle; None if nothing.
     """
 
     layers: list[int]
@@ -137,9 +137,10 @@ def chosen(model: str, choice: Choice) -> Chosen:
         return Chosen(choice.named or [], Provenance())
     if choice.n is None:
         raise ShortGPTError("with --scores, say how many layers to remove: --n N")
-    unchecked = scores.check_model(model)
+    remarks = (scores.check_model(model), scores.about(choice.n))
     layers, record = scores.layers(choice.n), scores.record()
-    return Chosen(layers, record, importance=scores.importance, unchecked=unchecked)
+    said = "\n".join(remark for remark in remarks if remark)
+    return Chosen(layers, record, importance=scores.importance, unchecked=said or None)
 
 
 def chosen_within(

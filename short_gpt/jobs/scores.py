@@ -29,6 +29,7 @@ class Scores:
         searched: these layers, in order of removal.
         weights: digest of the weights that were scored, of `weights_of`; None where the file, an
             older one, does not say.
+        settled: the verdict of the stop that ended the scoring; empty if there was none.
     """
 
     file: str
@@ -37,6 +38,7 @@ class Scores:
     importance: Importance | None = None
     searched: list[int] = field(default_factory=list)
     weights: str | None = None
+    settled: Mapping[str, object] = field(default_factory=dict)
 
     @classmethod
     def read(cls, file: str, method: str | None = None) -> Scores:
@@ -54,7 +56,9 @@ class Scores:
                 raise ShortGPTError(f"{file}: expected a whole number as seed; rank again")
             method = str(method or ranked.get("method") or "bi")
             check_method(method)
-            return cls(file, method, ranked, importance_of(record, file), weights=weights)
+            verdict = _part(record, "settled", file)
+            importance = importance_of(record, file)
+            return cls(file, method, ranked, importance, weights=weights, settled=verdict)
         chosen = _part(record, "chosen", file)
         found, layers = str(chosen.get("method")), chosen.get("layers")
         if method not in (None, found):
@@ -95,6 +99,25 @@ class Scores:
                 f"score this model by short-gpt rank {model}, or name the model that was scored"
             )
         return None
+
+    def about(self, n: int) -> str | None:
+        """What the run that scored does not say of the n layers now chosen; None if nothing.
+
+        A stop settles one answer. Others, of fewer windows than there are, may change with more.
+        """
+        stop, verdict = self.settled.get("stop"), self.settled
+        if not isinstance(stop, Mapping) or verdict.get("windows") == verdict.get("population"):
+            return None
+        if not verdict.get("settled"):
+            return f"not settled: {self.file} ended before its answer was; more may change it"
+        answer = {"bi": False, "angular": True}.get(self.method)
+        if answer == stop.get("angular") and stop.get("n") == n:
+            return None
+        how = "the best block of" if stop.get("angular") else "the lowest Block Influence,"
+        return (
+            f"not settled: {self.file} was read until {how} {stop.get('n')} layers were settled, "
+            f"not {n} by {self.method}; rank with --n {n} --method {self.method} settles these"
+        )
 
     def _of_layers(self, count: int) -> bool:
         """Whether a model of so many layers can be what was scored."""

@@ -139,6 +139,25 @@ class Stop:
         return t - CAUTION * skewness.clamp(max=0) * skewness_factor(t, read, population)
 
 
+def check_sample(*, random_order: bool, before: int) -> None:
+    """Raises ShortGPTError where a stop would not judge one random sample.
+
+    Args:
+        random_order: whether the windows to come are known to stand in random order.
+        before: windows in the scores so far, which may be among them and would count twice.
+    """
+    if not random_order:
+        raise ShortGPTError(
+            "stop expects windows in random order, got some whose order is that of their texts or "
+            "unknown; cut them with a seed, windows(..., seed=0), or say random_order=True"
+        )
+    if before:
+        raise ShortGPTError(
+            f"stop judges one run, and {before} windows were scored before it, which would count "
+            "twice if they are read again; start from a new model, or leave out stop"
+        )
+
+
 @lru_cache
 def enough(rare: float, error: float, population: int | None) -> int:
     """Windows that a sample needs to hold one of a kind, but for so much probability.

@@ -174,3 +174,36 @@ def test_every_real_score_passes(here):
         assert Scores.read(file).importance is not None
     with pytest.raises(ShortGPTError, match="holds scores of the weights"):
         heal("ckpt", "out", choice=Choice(scores="r.json", n=1), data="book.txt")
+
+
+def test_prune_says_what_the_scores_do_not_settle(here, capsys):
+    """A stop settles one answer; the file is edited as if it had settled the two lowest."""
+    record = ranked("ckpt", "r.json", "--n", 2)
+    stop = {**record["settled"]["stop"], "n": 2, "angular": False}
+    verdict = {**record["settled"], "settled": True, "windows": 6, "population": 60, "stop": stop}
+
+    def said(n: int, method: str, **changes: object) -> str:
+        content = {**record, "settled": {**verdict, **changes}}
+        Path("r.json").write_text(json.dumps(content))
+        capsys.readouterr()
+        run(
+            "prune",
+            "ckpt",
+            "out",
+            "--scores",
+            "r.json",
+            "--n",
+            n,
+            "--method",
+            method,
+            "--overwrite",
+        )
+        return capsys.readouterr().out
+
+    run("prune", "ckpt", "out", "--scores", "r.json", "--n", 2)
+    assert "not settled" not in said(2, "bi")
+    line = "not settled: r.json was read until the lowest Block Influence, 2 layers were settled"
+    assert f"{line}, not 1 by bi; rank with --n 1 --method bi settles these" in said(1, "bi")
+    assert "not 2 by angular" in said(2, "angular")
+    assert "r.json ended before its answer was" in said(2, "bi", settled=False)
+    assert "not settled" not in said(1, "bi", population=6)  # all were read

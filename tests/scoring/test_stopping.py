@@ -350,6 +350,23 @@ def test_a_limited_sample_of_a_larger_population_may_end_unsettled():
     assert verdict.population > 300
 
 
+def test_a_stop_judges_one_run_over_windows_in_random_order():
+    short, rule = ShortLlama(Tiny()), Stop(2, rare=0.1)
+    text = "".join(chr(32 + i % 90) for w in random_windows(60, 97, seed=5) for i in w)
+    in_order = windows([text], short.encode, size=16, stride=16)
+    for ordered in (in_order, random_windows(40, 8)):
+        with pytest.raises(ValueError, match=r"in random order.*windows\(\.\.\., seed=0\)"):
+            short.measure(ordered, progress=False, stop=rule)
+    assert short.n_windows == 0
+    drawn = windows([text], short.encode, size=16, stride=16, seed=0)
+    read = short.measure(drawn, progress=False, stop=rule).windows
+    with pytest.raises(ValueError, match=f"{read} windows were scored before it.*count twice"):
+        short.measure(drawn, progress=False, stop=rule)
+    assert short.n_windows == read
+    again = ShortLlama(Tiny())
+    assert again.measure(list(drawn), progress=False, stop=rule, random_order=True).windows > 0
+
+
 @pytest.mark.parametrize("n", [0, 5])
 def test_a_rule_for_layers_that_there_are_not_is_refused_before_the_run(n):
     short = ShortLlama(Tiny())

@@ -150,7 +150,8 @@ def few_rounds(streamed, windows: int) -> None:
 def test_a_rule_stops_after_a_round(streamed):
     few_rounds(streamed, 4)
     many = random_windows(90, 12)
-    verdict = streamed.measure(many, progress=False, stop=Stop(3, min_windows=16, rare=0.3))
+    rule = Stop(3, min_windows=16, rare=0.3)
+    verdict = streamed.measure(many, progress=False, stop=rule, random_order=True)
     assert verdict.settled and verdict.windows == streamed.n_windows < 90
     assert streamed.n_windows % 4 == 0 and streamed.n_windows >= 16
 
