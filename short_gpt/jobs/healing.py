@@ -147,7 +147,8 @@ def _opened(model: str, found: Chosen, size: int, opening: Opening, *, lora: boo
     """The model, with the scores that its layers were chosen by; for lora one of Hugging Face's."""
     short: ShortModel
     if lora and is_meta(model):
-        short = ShortHFModel.from_meta(model, **vars(opening))
+        place = {"device": opening.device, "dtype": opening.dtype}
+        short = ShortHFModel.from_meta(model, tokenizer_path=opening.tokenizer_path, **place)
     else:
         short = opening.whole(model, size=size)
     if found.importance is not None:  # its record tells what it rests on, as that of prune does

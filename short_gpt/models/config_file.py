@@ -63,7 +63,7 @@ def said_layers(directory: Path) -> int | None:
 def check_config(directory: Path) -> None:
     """Raises ShortGPTError for damaged safetensors, or numbers that cannot be those of weights."""
     config = read_json(directory / "config.json")
-    for path in sorted(directory.glob("*.safetensors")):
+    for path in sorted(directory.glob("model*.safetensors")):  # what transformers reads
         SafetensorsFile(path)  # raises if the file is damaged
     size = sum(p.stat().st_size for p in directory.iterdir() if p.suffix != ".json" and p.is_file())
     for part in (config, *(v for v in config.values() if isinstance(v, dict))):

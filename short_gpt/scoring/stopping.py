@@ -277,4 +277,4 @@ def student_t(probability: float, degrees: int) -> float:
     from scipy.stats import t
 
     # nearer to 1 than float64 can tell from it, the quantile would be infinite
-    return float(t.ppf(min(probability, 1 - 1e-15), degrees))
+    return float(t.ppf(min(probability, 1 - 1e-15), float(degrees)))

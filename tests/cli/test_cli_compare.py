@@ -130,7 +130,7 @@ def test_lora_with_a_tokenizer_elsewhere_and_texts_that_repeat_themselves(here, 
         (["--size", "0"], "--size = 0: expected a whole number of at least 2"),
         (["--eval_windows", "0"], "--eval_windows = 0: expected a whole number of at least 1"),
         (["--healing", "lora", "--lora_steps", "0"], "steps = 0"),
-        (["--counts", "2,5"], "n = 5; the model has 5 layers"),
+        (["--counts", "2,5"], "--counts = 5; the model has 5 layers"),
         (["--eval_data", "books"], "share text with the windows to evaluate on"),
     ],
 )

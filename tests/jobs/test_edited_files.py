@@ -112,5 +112,5 @@ def test_an_edited_record_of_a_model_pruned_twice(tmp_path, scored):
 def test_what_is_counted_is_a_whole_number(scored, name, value):
     content = scored.to_dict()
     content[name] = [value, *content[name][1:]]
-    with pytest.raises(ShortGPTError, match="windows and tokens are counts, got"):
+    with pytest.raises(ShortGPTError, match=f"these are not saved scores: {name} has"):
         Importance.from_dict(content)
