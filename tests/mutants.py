@@ -29,7 +29,7 @@ from typing import NamedTuple
 from mutant_table import SECTIONS
 
 ROOT = Path(__file__).resolve().parents[1]
-COPIED = ("short_gpt", "llama", "tests", "pyproject.toml")
+COPIED = ("short_gpt", "llama", "tests", "benchmarks", "pyproject.toml")
 WORKERS, LIMIT = 2, 300  # processes, and seconds for one mutant's tests
 # what takes seconds to import and is not ours: once here, not in every mutant's process
 HEAVY = (
