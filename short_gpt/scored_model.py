@@ -118,15 +118,11 @@ class ScoredModel(ModelRecord, ScoresView, ABC):
         sublayers: bool = False,
         all_tokens: bool = False,
     ) -> Verdict | None:
-        """Scores windows of token ids and adds them to the scores so far.
-
-        One pass gives Block Influence of every layer and the angular distances of every block.
+        """Scores windows of token ids, by both papers in one pass; adds to the scores so far.
 
         Args:
-            windows: token ids, each at most ``max_seq_len`` long.
-            batch_size: windows read at once.
-            total: number of windows, for the progress bar; taken from ``len(windows)`` if known.
-            progress: whether to show one.
+            windows, batch_size: token ids, at most ``max_seq_len`` each, and how many at once.
+            total, progress: windows for a bar (``len(windows)`` if known), and whether to show it.
             stop: ends the run when its answer is settled. It judges a random sample: windows as
                 `data.windows` cuts them with a seed, or ``random_order``, and no scores so far.
             state: saves the run and continues it; the scores so far are then those saved.
@@ -140,19 +136,17 @@ class ScoredModel(ModelRecord, ScoresView, ABC):
         Raises:
             ShortGPTError: a window does not fit the model, the state is of another run, or the rule
                 is for a number of layers out of range, or what it would judge is no random sample.
-            NotFiniteError: a weight or a state is NaN or infinite. Like after an
-                interruption, the batches read before count.
+            NotFiniteError: a weight or a state is NaN or infinite; batches before it count.
         """
-        if stop is not None:
-            check_count(stop.n, len(self.kept))
         self.check_whole()
         self._check_weights()
         total = count_of(windows) if total is None else total
         population = getattr(windows, "population", None)
         sums = self._sums_so_far(state)
         if stop is not None:
-            random_order = random_order or population is not None
-            check_sample(random_order=random_order, before=sums.n_windows * (state is None))
+            check_count(stop.n, len(self.kept))
+            known = random_order or population is not None
+            check_sample(random_order=known, before=sums.n_windows * (state is None))
         if state is not None:  # refused before anything is replaced: scores here, sums in the file
             windows = state.unread(windows, sums.n_windows)
         run = ScoringRun(
@@ -164,10 +158,9 @@ class ScoredModel(ModelRecord, ScoresView, ABC):
             state=state,
             score=self.score,
         )
+        more = {"sublayers": sublayers, "all_tokens": all_tokens}
         try:
-            run.read(
-                windows, total=total, progress=progress, sublayers=sublayers, all_tokens=all_tokens
-            )
+            run.read(windows, total=total, progress=progress, **more)
         finally:  # also after Ctrl-C: what was read before counts
             if run.into.n_windows:
                 self.importance = run.into

@@ -107,8 +107,7 @@ class ShortHFModel(ShortModel):
 
         Args:
             prompts: texts of any length.
-            max_seq_len: tokens of a window; longer texts are cut into windows.
-            stride: tokens between the starts of windows.
+            max_seq_len, stride: tokens of a window, and from one start to the next.
             max_gen_len: if positive, each text's first ``max_seq_len`` tokens are first continued
                 by up to so many tokens, and both are scored together.
             temperature, top_p: of that generation.
@@ -249,15 +248,10 @@ class ShortHFModel(ShortModel):
         """Opens a Meta checkpoint through transformers, as LoRA needs it; `save` converts it back.
 
         Args:
-            ckpt_dir: Meta checkpoint directory.
-            tokenizer_path: tokenizer file; None looks beside the checkpoint.
-            device, dtype: as for `short_gpt.opening.open_model`.
+            ckpt_dir, tokenizer_path, device, dtype: as for `short_gpt.opening.open_model`.
 
         Raises:
             FileNotFoundError, ShortGPTError: as those of `meta_to_hf`.
-
-        Example:
-            >>> short = ShortHFModel.from_meta("llama-2-7b")  # doctest: +SKIP
         """
         tokenizer = Path(str(tokenizer_path)) if tokenizer_path else find_tokenizer(ckpt_dir)
         place = choose_device(device)

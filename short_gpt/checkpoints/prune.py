@@ -44,8 +44,7 @@ def prune_checkpoint(
         out_dir: the new directory; appears whole or not at all.
         layers: numbers of the layers to leave out.
         to: the format to write, "meta" or "hf"; None keeps the source's.
-        tokenizer_path: tokenizer of a Meta checkpoint; None looks beside it.
-        provenance, overwrite, progress, verify: as for `short_gpt.checkpoints.hf.prune_hf`.
+        tokenizer_path, provenance, overwrite, progress, verify: as for `prune_meta`.
 
     Returns:
         ``out_dir``.
@@ -66,7 +65,6 @@ def prune_checkpoint(
     cut = _Cut(source, list(layers), provenance, tokenizer_path if meta else None, progress)
     if to is None or (to == "meta") == meta:
         return cut.write(out_dir, meta=meta, overwrite=overwrite, verify=verify)
-
     out = Path(str(out_dir))
     check_new(out, marker=PROVENANCE, overwrite=overwrite, source=Path(str(source)))
     if not meta:
@@ -79,10 +77,10 @@ def prune_checkpoint(
         shutil.rmtree(partial)
         converted.rename(partial)
         write_provenance(partial, Provenance.read(pruned / PROVENANCE), card=to == "hf")
-        record = read_marker(partial / CONVERSION)
-        write_json(partial / CONVERSION, {**record, "source": str(source)})
-        if verify is not None:
-            verify(partial)
+        write_json(
+            partial / CONVERSION, {**read_marker(partial / CONVERSION), "source": str(source)}
+        )
+        (verify or str)(partial)
     return out
 
 

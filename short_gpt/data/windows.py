@@ -88,14 +88,7 @@ def windows(
     """
     if isinstance(texts, str):
         raise TypeError("texts is one string, expected an iterable of strings: pass [text]")
-    if tail not in ("drop", "keep"):
-        raise ShortGPTError(f"tail = {tail!r}: expected 'drop' or 'keep'")
-    if bos not in BOS:
-        raise ShortGPTError(f"bos = {bos!r}: expected 'first' or 'every'")
-    _at_least(2, "size", size)
-    _at_least(1, "stride", stride)
-    if limit is not None:
-        _at_least(1, "limit", limit)
+    _check(size, stride, limit, tail=tail, bos=bos)
     start = _start(encode, size) if bos == "every" else []
     encoded = (_behind(start, encode(text)) for text in texts)
     room = size - len(start)
@@ -104,10 +97,28 @@ def windows(
         each = ((i, tokens, span) for i, (tokens, spans) in enumerate(cut) for span in spans)
         made = (_window(start, tokens[slice(*span)], i) for i, tokens, span in each)
         return islice(made, limit)
+    return _shuffled(cut, start, seed, limit)
+
+
+def _check(size: int, stride: int, limit: int | None, *, tail: str, bos: str) -> None:
+    if tail not in ("drop", "keep"):
+        raise ShortGPTError(f"tail = {tail!r}: expected 'drop' or 'keep'")
+    if bos not in BOS:
+        raise ShortGPTError(f"bos = {bos!r}: expected 'first' or 'every'")
+    _at_least(2, "size", size)
+    _at_least(1, "stride", stride)
+    if limit is not None:
+        _at_least(1, "limit", limit)
+
+
+def _shuffled(
+    cut: Iterable[tuple[Sequence[int], list[Span]]], start: list[int], seed: int, limit: int | None
+) -> Windows:
+    """All windows of all texts in random order, the first so many of them."""
     flat: array[int] = array("i")
     found, ends = [], []
     for tokens, spans in cut:
-        found += [(len(flat) + start, len(flat) + end) for start, end in spans]
+        found += [(len(flat) + first, len(flat) + end) for first, end in spans]
         flat.extend(tokens)
         ends.append(len(flat))
     random.Random(seed).shuffle(found)

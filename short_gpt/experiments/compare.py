@@ -176,13 +176,8 @@ def compare(
         raise ShortGPTError("the healing lora needs what heals: pass lora=LoraHealing(...)")
     if tasks is not None:
         tasks.check()
-    kept = None
-    if state is not None:
-        healing = dict(lora.identity()) if lora else None
-        settings = {"search_windows": cases.search_windows, "lora": healing}
-        texts = {"calibration": json_digest([list(window) for window in calibration])}
-        texts["evaluation"] = json_digest([list(window) for window in evaluation])
-        kept = StateFile(state, {**short.identity(), **texts, **settings})
+    texts = {"calibration": calibration, "evaluation": evaluation}
+    kept = None if state is None else StateFile(state, _identity(short, texts, cases, lora))
     few = cases.search_windows
     comparison = Comparison(short, calibration, evaluation, few=few, state=kept, progress=progress)
     rows = comparison.rows(
@@ -201,6 +196,16 @@ def compare(
         run = partial(_metrics, tasks, short)
         metrics = comparison.tasks(rows, run, _suite(tasks, short))
     return Compared(rows, agreement, metrics, kept)
+
+
+def _identity(
+    short: ShortModel, texts: Mapping[str, Windows], cases: Cases, lora: Healing | None
+) -> dict[str, object]:
+    """What the results rest on: weights, windows, and the settings that change a cell."""
+    digests = {name: json_digest([list(w) for w in windows]) for name, windows in texts.items()}
+    settings = {"search_windows": cases.search_windows}
+    healing = {"lora": dict(lora.identity()) if lora else None}
+    return {**short.identity(), **digests, **settings, **healing}
 
 
 def _beside(lora: Healing, state: StateFile | None) -> Callable[[list[int]], list[Perplexity]]:

@@ -129,17 +129,21 @@ class HealingJob:
             raw = f"pruned, {left} layers" if self.layers else f"before, {count} layers"
             parts[raw] = self._measure()
             how, undo = self._heal(patch)
-        if self.layers:
-            try:
-                self.short.remove_layers(self.layers)
-            except BaseException:
-                undo()
-                raise
+        self._remove(undo)
         parts["healed"] = self._measure()
         quality = {name: together(windows) for name, windows in parts.items()}
         self.evidence = HealingEvidence(how, quality, difference(parts[raw], parts["healed"]))
         self.short.evidence["change"] = asdict(self.evidence.change)
         return self.evidence
+
+    def _remove(self, undo: Callable[[], object]) -> None:
+        """Removes the layers; where that fails, the healing is undone too."""
+        try:
+            if self.layers:
+                self.short.remove_layers(self.layers)
+        except BaseException:
+            undo()
+            raise
 
     def save(
         self,

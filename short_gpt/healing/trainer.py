@@ -45,8 +45,7 @@ class TrainingRun:
     """What one run of training takes.
 
     Attributes:
-        training, validation: windows of token ids to learn from, and to choose the step by.
-        recipe: the settings.
+        training, validation, recipe: windows to learn from, to choose the step by; settings.
         work_dir: keeps checkpoints; None keeps none.
         resume: continue from the last checkpoint there.
         show: whether to show a bar.
@@ -99,8 +98,8 @@ def _finished(trainer: Trainer, folder: Path) -> bool:
     from transformers import TrainerState
     from transformers.trainer_utils import get_last_checkpoint
 
-    last = get_last_checkpoint(str(folder))
-    trainer.state = TrainerState.load_from_json(f"{last}/trainer_state.json")
+    state = f"{get_last_checkpoint(str(folder))}/trainer_state.json"
+    trainer.state = TrainerState.load_from_json(state)
     if done := trainer.state.global_step >= trainer.args.max_steps:
         trainer._load_best_model()
     return done

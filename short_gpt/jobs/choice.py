@@ -151,11 +151,7 @@ def chosen_within(
     Raises:
         ShortGPTError: as `chosen`; not even one layer may go; or the text is not held out.
     """
-    scores, ratio, data = _scores(choice), limit.max_perplexity_ratio, limit.eval_data
-    if scores is None:
-        raise ShortGPTError("--max_perplexity_ratio chooses from --scores, not from --layers")
-    if ratio is None or data is None or choice.n is not None:
-        raise ShortGPTError("--max_perplexity_ratio needs --eval_data, and no --n")
+    scores, ratio, data = _limited(choice, limit)
     check_names(data, scores.arguments)
     unchecked = scores.check_model(model)
     short = (opening or Opening()).whole(model, size=limit.size)
@@ -170,6 +166,16 @@ def chosen_within(
     evidence = {"eval_data": data, "not_compared": unsure, **budget.to_dict()}
     record = scores.record(quality_gate=evidence)
     return Chosen(budget.layers, record, budget, scores.importance, unsure, unchecked)
+
+
+def _limited(choice: Choice, limit: PerplexityLimit) -> tuple[Scores, float, str]:
+    """The scores, the ratio and the text, which have to be there."""
+    scores, ratio, data = _scores(choice), limit.max_perplexity_ratio, limit.eval_data
+    if scores is None:
+        raise ShortGPTError("--max_perplexity_ratio chooses from --scores, not from --layers")
+    if ratio is None or data is None or choice.n is not None:
+        raise ShortGPTError("--max_perplexity_ratio needs --eval_data, and no --n")
+    return scores, ratio, data
 
 
 def _check_some(budget: Budget, data: str, first: list[int]) -> None:

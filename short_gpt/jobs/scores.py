@@ -64,13 +64,7 @@ class Scores:
         if method not in (None, found):
             raise ShortGPTError(f"{file} holds the layers of {found}, not of {method}")
         check_method(found)
-        try:
-            return cls(file, found, ranked, None, layer_numbers(layers), weights)
-        except TypeError as error:
-            raise ShortGPTError(
-                f"{file} holds no layers that a search chose: {error}; write it anew by short-gpt "
-                "rank"
-            ) from None
+        return cls(file, found, ranked, None, _searched(layers, file), weights)
 
     def check_model(self, model: str) -> str | None:
         """Whether the scores are the model's.
@@ -81,13 +75,7 @@ class Scores:
         Raises:
             ShortGPTError: they are of another number of layers, or of other weights.
         """
-        count = layers_of(model if is_meta(model) else str(resolve(model)))
-        if count is not None and not self._of_layers(count):
-            searched = f"the layers {span(self.searched)}"
-            what = f"{len(self.importance.layers)} layers" if self.importance else searched
-            raise ShortGPTError(
-                f"{self.file} scores {what}, {model} has {count}; they do not belong together"
-            )
+        self._check_layers(model)
         if self.weights is None:
             return (
                 f"not checked: {self.file} does not say of which weights its scores are, so they "
@@ -99,6 +87,15 @@ class Scores:
                 f"score this model by short-gpt rank {model}, or name the model that was scored"
             )
         return None
+
+    def _check_layers(self, model: str) -> None:
+        count = layers_of(model if is_meta(model) else str(resolve(model)))
+        if count is not None and not self._of_layers(count):
+            searched = f"the layers {span(self.searched)}"
+            what = f"{len(self.importance.layers)} layers" if self.importance else searched
+            raise ShortGPTError(
+                f"{self.file} scores {what}, {model} has {count}; they do not belong together"
+            )
 
     def about(self, n: int) -> str | None:
         """What the run that scored does not say of the n layers now chosen; None if nothing.
@@ -162,6 +159,16 @@ def read_scores(file: str) -> Importance:
         FileNotFoundError, ShortGPTError: no such file, or no scores of one pass in it.
     """
     return importance_of(read_record(file), file)
+
+
+def _searched(layers: object, file: str) -> list[int]:
+    """The layers that a search chose."""
+    try:
+        return layer_numbers(layers)
+    except TypeError as error:
+        raise ShortGPTError(
+            f"{file} holds no layers that a search chose: {error}; write it anew by short-gpt rank"
+        ) from None
 
 
 def _part(record: Mapping[str, object], name: str, file: str) -> Mapping[str, object]:
