@@ -33,7 +33,18 @@ def layer_entries(config: Any, count: int) -> dict[str, Any]:
     if "attention_layers" in entries:  # GPT Neo's list, and the runs of it that make the list
         entries |= {k: v for k, v in vars(config).items() if k == "attention_types"}
     every = {k: v for k, v in vars(config).items() if k in EVERY and isinstance(v, int)}
-    return entries | {k: v for k, v in every.items() if EVERY[k][0] in entries}
+    return entries | {k: v for k, v in every.items() if EVERY[k][0] in entries and _kept(config, k)}
+
+
+def _kept(config: Any, name: str) -> bool:
+    """Whether a config that is read again has what was written; some classes put their own there.
+
+    So does `_sliding_window_pattern` of transformers 4, which nothing reads beside the list.
+    """
+    if not name.startswith("_"):
+        return True
+    written = {**config.to_dict(), name: None}
+    return getattr(type(config).from_dict(written), name, None) is None
 
 
 def cut_entries(

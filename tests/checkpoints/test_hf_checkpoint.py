@@ -153,8 +153,12 @@ def test_no_recipe_where_mergekit_cannot_write_the_config(family, tmp_path):
     # what mergekit does to the config, and what transformers says to it
     again = transformers.AutoConfig.from_pretrained(tmp_path)
     again.num_hidden_layers = 4
-    with pytest.raises(Exception, match="layer_types"):
+    try:
         again.save_pretrained(tmp_path / "merged")
+    except Exception as error:
+        assert "layer_types" in str(error)
+    else:  # transformers 4 writes it, with the kinds of layers that are gone
+        assert transformers.__version__ < "5" and len(again.layer_types) == 6
     with pytest.raises(ShortGPTError, match="mergekit changes only the number: its result has no"):
         recipe_dtype(tmp_path)
     make("llama").config.save_pretrained(tmp_path / "llama")
