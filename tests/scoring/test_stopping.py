@@ -114,7 +114,7 @@ def test_layers_that_differ_by_chance_alone_are_not_settled_before_the_end():
 
 def test_of_equal_layers_hardly_any_is_settled_however_often_one_looks():
     """Two layers whose means are all but equal: to settle on the wrong one is the error."""
-    rule, wrong, runs = Stop(1, confidence=0.9), 0, 60
+    rule, wrong, runs = Stop(1, confidence=0.9), 0, 40
     drawn = 1 + torch.randn(runs, 400, 2, generator=torch.Generator().manual_seed(5))
     for values in drawn:
         sums, read, look = Importance.empty(range(2)), 0, rule.min_windows
