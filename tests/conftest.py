@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -192,3 +193,22 @@ metric_list: [{metric: word_perplexity}, {metric: byte_perplexity}, {metric: bit
     for name, text in texts.items():
         (folder / f"{name}.yaml").write_text(f"task: {name}\n{common}{text}")
     return folder
+
+
+@contextmanager
+def interrupted(owner: type, name: str, after: int) -> Iterator[None]:
+    """Has a method raise KeyboardInterrupt after so many calls, which must end the block."""
+    plain, left = getattr(owner, name), [after]
+
+    def fails(*args: object) -> object:
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return plain(*args)
+
+    setattr(owner, name, fails)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            yield
+    finally:
+        setattr(owner, name, plain)

@@ -133,6 +133,11 @@ SCORING = (
         IMPORTANCE,
         (
             (
+                "student_t(0.975, self.n_windows - 1)",
+                "1.0",
+                "tests/report/test_tables.py::test_the_intervals_of_the_ranking_are_95_percent_ones",
+            ),
+            (
                 "(torch.arange(len(tokens)) + self.n_windows) % 2",
                 "torch.arange(len(tokens)) % 2",
                 "test_windows_fall_alternately_into_the_halves_whatever_the_batches",
@@ -722,17 +727,6 @@ EVALUATION = (
                 '"\\n\\n".join(',
                 '"\\n".join(',
                 "test_wikitext_is_one_text_of_joined_rows",
-            ),
-        ),
-    ),
-    Section(
-        "short_gpt/report/tables.py",
-        "tests/report/test_tables.py",
-        (
-            (
-                " * errors[i]:>10.6f}",
-                " / 1.96 * errors[i]:>10.6f}",
-                "test_the_intervals_of_the_ranking_are_95_percent_ones",
             ),
         ),
     ),

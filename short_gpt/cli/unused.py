@@ -39,7 +39,7 @@ SCORING = {*METHODS} - {*BY_LOSS}
 RULES = (
     Rule(
         ("prune",),
-        ("eval_data", "eval_windows", "size", "device", "dtype"),
+        ("eval_data", "eval_windows", "size", "confidence", "bos", "device", "dtype"),
         "--max_perplexity_ratio",
         _given("max_perplexity_ratio"),
     ),
@@ -83,7 +83,7 @@ RULES = (
     ),
     Rule(
         ("evaluate",),
-        ("size", "max_windows"),
+        ("size", "max_windows", "bos"),
         f"--data (a text, or {', '.join(PROTOCOLS)})",
         lambda v: v["data"] != "none",
     ),

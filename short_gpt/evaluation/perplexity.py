@@ -155,6 +155,5 @@ def window_nats(decoder: Decoder, tokens: Tensor, mask: Tensor) -> list[float]:
     rows = max(1, AT_ONCE // logits.shape[-1])
     parts = zip(logits.split(rows), targets.split(rows), strict=True)
     loss = torch.cat([F.cross_entropy(x, y, reduction="none") for x, y in parts])
-    return (
-        loss.cpu().double().view(len(tokens), tokens.shape[1] - 1).sum(1).tolist()
-    )  # MPS has no float64
+    loss = loss.cpu().double().view(len(tokens), -1)  # MPS has no float64
+    return loss.sum(1).tolist()

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from short_gpt.scoring.stopping import student_t
+from short_gpt.scoring.metrics import student_t
 
 
 class Sample(NamedTuple):

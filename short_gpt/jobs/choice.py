@@ -137,10 +137,10 @@ def chosen(model: str, choice: Choice) -> Chosen:
         return Chosen(choice.named or [], Provenance())
     if choice.n is None:
         raise ShortGPTError("with --scores, say how many layers to remove: --n N")
-    remarks = (scores.check_model(model), scores.about(choice.n))
+    unchecked = scores.check_model(model)
     layers, record = scores.layers(choice.n), scores.record()
-    said = "\n".join(remark for remark in remarks if remark)
-    return Chosen(layers, record, importance=scores.importance, unchecked=said or None)
+    remarks = _lines(unchecked, scores.about(choice.n))
+    return Chosen(layers, record, importance=scores.importance, unchecked=remarks)
 
 
 def chosen_within(
@@ -165,7 +165,8 @@ def chosen_within(
     _check_some(budget, data, scores.layers(1))
     evidence = {"eval_data": data, "not_compared": unsure, **budget.to_dict()}
     record = scores.record(quality_gate=evidence)
-    return Chosen(budget.layers, record, budget, scores.importance, unsure, unchecked)
+    remarks = _lines(unchecked, scores.about(len(budget.layers)))
+    return Chosen(budget.layers, record, budget, scores.importance, unsure, remarks)
 
 
 def _limited(choice: Choice, limit: PerplexityLimit) -> tuple[Scores, float, str]:
@@ -176,6 +177,10 @@ def _limited(choice: Choice, limit: PerplexityLimit) -> tuple[Scores, float, str
     if ratio is None or data is None or choice.n is not None:
         raise ShortGPTError("--max_perplexity_ratio needs --eval_data, and no --n")
     return scores, ratio, data
+
+
+def _lines(*remarks: str | None) -> str | None:
+    return "\n".join(remark for remark in remarks if remark) or None
 
 
 def _check_some(budget: Budget, data: str, first: list[int]) -> None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def importance_bars(
     importance: Tensor,
     *,
-    standard_error: Tensor | None = None,
+    margin: Tensor | None = None,
     removed: Sequence[int] = (),
     title: str | None = None,
 ) -> Figure:
@@ -31,7 +31,7 @@ def importance_bars(
 
     Args:
         importance: (L,), mean of 1 - cos a layer; NaN leaves the layer's place empty.
-        standard_error: (L,), of these means; drawn as bars of 1.96 up and down. NaN draws none.
+        margin: (L,), drawn up and down, as `Importance.margin` is for 95%. NaN draws none.
         removed: layers to show in another colour.
         title: a line above the picture.
 
@@ -43,10 +43,11 @@ def importance_bars(
     if heights.dim() != 1 or not len(heights):
         raise ShortGPTError(f"importance: expected one number a layer, (L,), got {shape(heights)}")
     check_exist(removed, range(len(heights)))
-    errors = torch.zeros_like(heights) if standard_error is None else _errors(standard_error)
-    if errors.shape != heights.shape:
-        raise ShortGPTError(f"standard_error: expected {shape(heights)}, got {shape(errors)}")
-    return _draw_bars(heights, None if standard_error is None else errors, {*removed}, title)
+    if margin is not None:
+        margin = torch.as_tensor(margin).detach().double().cpu().nan_to_num(nan=0.0)
+        if margin.shape != heights.shape:
+            raise ShortGPTError(f"margin: expected {shape(heights)}, got {shape(margin)}")
+    return _draw_bars(heights, margin, {*removed}, title)
 
 
 def _draw_bars(
@@ -129,7 +130,3 @@ def _bars(axes: Axes, heights: Tensor, errors: Tensor | None, removed: set[int])
             label=label,
             error_kw={"elinewidth": 1, "ecolor": "black"},
         )
-
-
-def _errors(standard_error: Tensor) -> Tensor:
-    return 1.96 * torch.as_tensor(standard_error).detach().double().cpu().nan_to_num(nan=0.0)

@@ -28,8 +28,7 @@ def draw_scores(importance: Importance, folder: Path, n: int | None = None) -> l
     """
     removed = [] if n is None else importance.least_important(n)
     block = None if n is None else (importance.least_important(n, angular=True)[0], n)
-    influence, errors = importance.block_influence, importance.standard_error
-    bars = importance_bars(influence, standard_error=errors, removed=removed)
+    bars = importance_bars(importance.block_influence, margin=importance.margin, removed=removed)
     heat = angular_heatmap(importance.angular, block=block)
     files = [folder / name for name in SCORES]
     for figure, file in zip((bars, heat), files, strict=True):

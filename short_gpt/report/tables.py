@@ -23,18 +23,15 @@ def ranking(
         n: how many layers to remove; None leaves the methods' choices out.
         method, seed: whose layers are marked, as in `methods.choose`.
     """
-    scores, errors = importance.block_influence, importance.standard_error
+    # windows are the samples here, also where several are of one text
+    scores, margin = importance.block_influence, importance.margin
     order = scores.argsort(stable=True).tolist()
     place = {position: rank for rank, position in enumerate(order, start=1)}
     chosen = [] if n is None else choose(importance, n, method=method, seed=seed)
-    # windows are the samples here, also where several are of one text
-    reach = SamplingError(1.0, importance.n_windows, None).reach()
     rows = [f"{'layer':>5}  {'Block Influence':>15}  {'± (95%)':>10}  {'rank':>4}"]
     for i, layer in enumerate(importance.layers):
         mark = "  remove" if layer in chosen else ""
-        rows.append(
-            f"{layer:>5}  {scores[i]:>15.6f}  {reach * errors[i]:>10.6f}  {place[i]:>4}{mark}"
-        )
+        rows.append(f"{layer:>5}  {scores[i]:>15.6f}  {margin[i]:>10.6f}  {place[i]:>4}{mark}")
     rows += [
         "",
         f"{importance.n_windows:,} windows, {importance.n_tokens:,} tokens; {_halves(importance)}",

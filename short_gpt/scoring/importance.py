@@ -15,7 +15,7 @@ from torch import Tensor
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.scoring.hooks import Scores
 from short_gpt.scoring.lists import LATER, check_sums, from_lists, layer_numbers, to_lists
-from short_gpt.scoring.metrics import spearman
+from short_gpt.scoring.metrics import spearman, student_t
 from short_gpt.scoring.moments import (
     block_sums,
     cube_sums,
@@ -141,6 +141,16 @@ class Importance:
     def standard_error(self) -> Tensor:
         """Standard error of every entry of `block_influence`, (L,)."""
         return self.covariance.diagonal().clamp(min=0).sqrt()
+
+    @property
+    def margin(self) -> Tensor:
+        """Half of the 95% interval of every entry of `block_influence`, (L,).
+
+        `standard_error` times Student's t of one degree of freedom less than windows.
+        """
+        if self.n_windows < 2:
+            return self.standard_error
+        return student_t(0.975, self.n_windows - 1) * self.standard_error
 
     @property
     def agreement(self) -> float:

@@ -1,4 +1,4 @@
-"""The papers' equations, and the rank correlation: tensors in, tensors out.
+"""The papers' equations, the rank correlation and Student's t: numbers in, numbers out.
 
 The hooks call these: the parts on products and norms, of which they compute none twice.
 
@@ -204,3 +204,20 @@ def spearman(a: Tensor, b: Tensor) -> float:
 
     correlation = float(spearmanr(a.double().numpy(), b.double().numpy()).statistic)
     return max(-1.0, min(1.0, correlation)) if math.isfinite(correlation) else math.nan
+
+
+def student_t(probability: float, degrees: int) -> float:
+    """Quantile of Student's t distribution, from ``scipy.stats``.
+
+    Args:
+        probability: 0.5 to below 1.
+        degrees: of freedom, at least 1.
+
+    Example:
+        >>> round(student_t(0.975, 120), 3)
+        1.98
+    """
+    from scipy.stats import t
+
+    # nearer to 1 than float64 can tell from it, the quantile would be infinite
+    return float(t.ppf(min(probability, 1 - 1e-15), float(degrees)))

@@ -37,6 +37,7 @@ from torch import Tensor
 
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.scoring.importance import Importance
+from short_gpt.scoring.metrics import student_t
 from short_gpt.scoring.moments import pair_spread
 from short_gpt.scoring.order import best_block, lowest
 
@@ -261,20 +262,3 @@ def order_z(means: Tensor, covariance: Tensor, chosen: Tensor) -> Tensor:
     tied = (difference == 0) & (spread < 1e-15)  # rounding leaves that much of no variance
     sure = tied | (spread == 0) | ~chosen[..., :, None] | chosen[..., None, :]
     return torch.where(sure, math.inf, difference / spread.sqrt())
-
-
-def student_t(probability: float, degrees: int) -> float:
-    """Quantile of Student's t distribution, from ``scipy.stats``.
-
-    Args:
-        probability: 0.5 to below 1.
-        degrees: of freedom, at least 1.
-
-    Example:
-        >>> round(student_t(0.975, 120), 3)
-        1.98
-    """
-    from scipy.stats import t
-
-    # nearer to 1 than float64 can tell from it, the quantile would be infinite
-    return float(t.ppf(min(probability, 1 - 1e-15), float(degrees)))

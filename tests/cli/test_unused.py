@@ -14,6 +14,8 @@ UNUSED = [
     (("prune", *TWO, "--layers", "1", "--eval_data", "a.txt"), "--max_perplexity_ratio"),
     (("prune", *TWO, "--layers", "1", "--device", "cpu"), "--max_perplexity_ratio"),
     (("prune", *TWO, "--layers", "1", "--dtype", "float32"), "--max_perplexity_ratio"),
+    (("prune", *TWO, "--layers", "1", "--confidence", 0.9), "--max_perplexity_ratio"),
+    (("prune", *TWO, "--layers", "1", "--bos", "every"), "--max_perplexity_ratio"),
     (("rank", "model", "--n", 2, "--candidates", 3), "--method sleb"),
     (("rank", "model", "--confidence", 0.9), "--n, a --seed"),
     (("rank", "model", "--n", 2, "--seed", "none", "--confidence", 0.9), "--n, a --seed"),
@@ -28,6 +30,7 @@ UNUSED = [
     (("compare", "model", "--limit", 5), "--tasks"),
     (("evaluate", "model", "--num_fewshot", 5), "--tasks"),
     (("evaluate", "model", "--data", "none", "--tasks", "piqa", "--size", 5), "--data"),
+    (("evaluate", "model", "--data", "none", "--tasks", "piqa", "--bos", "first"), "--data"),
     (("generate", "model", "text", "--temperature", 0, "--top_p", 0.5), "--temperature above 0"),
 ]
 

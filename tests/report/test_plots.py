@@ -83,13 +83,13 @@ def test_a_tall_bar_breaks_the_axis_and_the_others_stay_readable() -> None:
     assert png(figure)
 
 
-def test_error_bars_reach_196_standard_errors_up_and_down() -> None:
-    errors = torch.tensor([0.01, 0.02, 0.01, math.nan, 0.03])
-    figure = importance_bars(LEVEL, standard_error=errors)
+def test_error_bars_reach_the_margin_up_and_down() -> None:
+    margin = torch.tensor([0.01, 0.02, 0.01, math.nan, 0.03])
+    figure = importance_bars(LEVEL, margin=margin)
     (drawn,) = [c for c in figure.axes[0].containers if isinstance(c, ErrorbarContainer)]
     (lines,) = drawn.lines[2]
     ends = torch.tensor(np.array(lines.get_segments()))[:, :, 1]
-    reach = 1.96 * errors.nan_to_num(nan=0.0)
+    reach = margin.nan_to_num(nan=0.0)
     torch.testing.assert_close(ends.float(), torch.stack([LEVEL - reach, LEVEL + reach], 1))
     assert png(figure)
 
@@ -125,7 +125,7 @@ def test_layer_numbers_do_not_overlap(n_layers: int, step: int) -> None:
     [
         ({"importance": torch.zeros(2, 3)}, r"importance: .*\(L,\), got \(2, 3\)"),
         ({"importance": torch.zeros(0)}, r"importance: .*got \(0,\)"),
-        ({"standard_error": torch.zeros(3)}, r"standard_error: expected \(5,\), got \(3,\)"),
+        ({"margin": torch.zeros(3)}, r"margin: expected \(5,\), got \(3,\)"),
         ({"removed": [1, 5, -1]}, r"layers \[-1, 5\] do not exist; the model has 0\.\.4"),
     ],
 )

@@ -22,6 +22,7 @@ from short_gpt.scoring.metrics import (
     relative_change,
     relative_magnitude,
     spearman,
+    student_t,
 )
 
 X = torch.tensor([3.0, 0.0, 4.0])
@@ -136,3 +137,10 @@ def test_distances_of_all_pairs_are_those_of_single_pairs():
 def test_what_adds_nothing_to_nothing_has_magnitude_zero():
     change, norm = torch.tensor([0.0, 0.0, 1.0]), torch.tensor([0.0, 2.0, 0.0])
     assert relative_change(change, norm).tolist() == [0.0, 0.0, math.inf]
+
+
+def test_student_t_against_tables():
+    # Abramowitz and Stegun, table 26.10
+    assert student_t(0.995, 30) == pytest.approx(2.750, abs=1e-3)
+    assert student_t(0.9995, 60) == pytest.approx(3.460, abs=1e-3)
+    assert student_t(0.975, 120) == pytest.approx(1.980, abs=1e-3)

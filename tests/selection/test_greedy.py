@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 import torch
-from conftest import make_transformer, random_windows, zero_layer
+from conftest import interrupted, make_transformer, random_windows, zero_layer
 from families import FAMILIES, make
 
 from llama.model import TransformerBlock
@@ -121,21 +121,11 @@ def test_only_candidates_are_tried():
 
 
 @pytest.mark.parametrize("stop_at", [1, 4, 9, 13])
-def test_an_interrupted_search_continues_bit_for_bit(tmp_path, monkeypatch, stop_at):
-    windows, left = random_windows(4, 16), [stop_at]
+def test_an_interrupted_search_continues_bit_for_bit(tmp_path, stop_at):
+    windows = random_windows(4, 16)
     whole = sleb(model(), windows, 3, max_memory=5000)
-    plain = Stack.nats
-
-    def fails(*args):
-        left[0] -= 1
-        if left[0] < 0:
-            raise KeyboardInterrupt
-        return plain(*args)
-
-    monkeypatch.setattr(Stack, "nats", fails)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted(Stack, "nats", stop_at):
         sleb(model(), windows, 3, max_memory=5000, state=StateFile(tmp_path / "s", {"seed": 1}))
-    monkeypatch.setattr(Stack, "nats", plain)
     state = StateFile(tmp_path / "s", {"seed": 1})
     again = sleb(model(), windows, 3, max_memory=5000, state=state)
     assert again == whole
@@ -147,21 +137,13 @@ def test_evaluations_are_the_layers_run_and_those_of_no_layer_twice(
     tmp_path, monkeypatch, max_memory, stop_at
 ):
     """Counted by hooks on the layers that the model really runs."""
-    windows, ran, left = random_windows(4, 16), [], [math.inf]
-    plain_nats, plain_forward = Stack.nats, TransformerBlock.forward
+    windows, ran, plain_forward = random_windows(4, 16), [], TransformerBlock.forward
     first = sleb(model(), windows, 1, max_memory=1)  # so that a model is run once before
-
-    def fails(*args):
-        left[0] -= 1
-        if left[0] < 0:
-            raise KeyboardInterrupt
-        return plain_nats(*args)
 
     def counted(self, x, *args, **kwargs):
         ran.append(len(x))
         return plain_forward(self, x, *args, **kwargs)
 
-    monkeypatch.setattr(Stack, "nats", fails)
     monkeypatch.setattr(TransformerBlock, "forward", counted)
     decoder = model()
     Stack(decoder)  # looks at what a layer gives
@@ -169,10 +151,8 @@ def test_evaluations_are_the_layers_run_and_those_of_no_layer_twice(
     whole = sleb(decoder, windows, 3, max_memory=max_memory)
     assert whole.evaluations == sum(ran) - looked
     assert whole.losses[0] == first.losses[0]
-    left[0] = stop_at
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted(Stack, "nats", stop_at):
         sleb(decoder, windows, 3, max_memory=max_memory, state=StateFile(tmp_path / "s", {}))
-    left[0] = math.inf
     state = StateFile(tmp_path / "s", {})
     assert sleb(decoder, windows, 3, max_memory=max_memory, state=state) == whole
 
