@@ -280,7 +280,7 @@ def test_early_stops_hold_against_populations_made_to_mislead(kind):
 
 
 def test_many_looks_at_two_layers_as_good_as_tied_err_no_more_than_stated():
-    """Every look could end the run with the wrong one: without a correction, one in five does."""
+    """Every look could end the run with the wrong one."""
     rule = Stop(1, confidence=0.9, rare=0.2)
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(1000, 1500, 2, generator=generator).double()
