@@ -73,13 +73,13 @@ def test_stopped_answers_are_the_full_answers_as_often_as_stated(confidence):
     rule = Stop(3, confidence=confidence, rare=0.2)
     truth = set(values.mean(0).argsort()[:3].tolist())
     right, used = 0, []
-    for seed in range(100):
+    for seed in range(60):
         order = torch.randperm(len(values), generator=torch.Generator().manual_seed(seed))
         verdict, sums = replay(rule, values, order)
         right += set(sums.least_important(3)) == truth
         used.append(verdict.windows)
-    assert right / 100 >= confidence
-    assert sorted(used)[50] < 300  # the rule does save windows
+    assert right / 60 >= confidence
+    assert sorted(used)[30] < 300  # the rule does save windows
 
 
 def test_the_paired_difference_counts_not_the_spread_of_each_layer():
