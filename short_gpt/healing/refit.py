@@ -1,0 +1,235 @@
+"""The closed-form refit: the last matrices of the kept layers, solved again one after the other.
+
+Layers that stay were made for the states of the whole model. Behind the first gap they meet others,
+and so every kept layer k from there on gets the target
+
+    T_k = the whole model's state where the next kept layer begins,
+
+which is the state behind the gap for a layer in front of one (the idea of ReplaceMe, Shopkhoev et
+al. 2025, arXiv:2505.02819) and the layer's own output elsewhere. Its matrix W, which maps F inputs
+m to what the half adds to the stream h, becomes W + C^T, where C minimises
+
+    sum over tokens w ||h + W m + C^T m - T_k||^2 + ridge (tr(M^T M) / F) ||C||^2.
+
+The inputs are those of the model as cut and refitted in front of k, so that later layers mend what
+earlier ones could not. w = 1 / ||T_k||^2, for an RMSNorm makes a token's scale irrelevant to what
+follows. The attention's matrix is solved first, for the whole model's state between the halves,
+then the MLP's. The ridge of every matrix is the one that restores most on windows kept apart.
+Nothing is trained and no parameter is added: the result loads wherever the model does.
+
+Shapes: B windows, S tokens, N tokens in all, D width of the stream, F inputs of a matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from llama.parallel import model_parallel_size
+from short_gpt.healing.refit_pass import RIDGES, Fit, RefitPass
+from short_gpt.models.decoder import pad
+from short_gpt.models.numbering import check_layers, span
+from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.progress import bar
+from short_gpt.short_model import ShortModel
+from short_gpt.surgery.changes import Parameter, WeightChange, restored_on_error
+
+PARTS = ("attention", "mlp")
+HELD_EVERY = 8  # every eighth window chooses the ridge
+
+
+@dataclass(frozen=True)
+class RefitSettings:
+    """Settings of the refit.
+
+    Attributes:
+        parts: the halves whose last matrix is solved again: "attention", "mlp" or both.
+        ridges: candidates for every matrix, relative to the mean square of its weighted inputs.
+        batch_size: windows of one length read at once.
+    """
+
+    parts: tuple[str, ...] = PARTS
+    ridges: tuple[float, ...] = RIDGES
+    batch_size: int = 1
+
+    def __post_init__(self) -> None:
+        if not self.parts or not set(self.parts) <= set(PARTS):
+            raise ShortGPTError(f"parts = {self.parts}: expected some of {', '.join(PARTS)}")
+        if not self.ridges or not all(0 < ridge < float("inf") for ridge in self.ridges):
+            raise ShortGPTError(
+                f"ridges = {self.ridges}: expected numbers above 0, such as {RIDGES[0]}"
+            )
+
+
+@dataclass(frozen=True)
+class Refit:
+    """New values for the last matrices of layers that stay.
+
+    Attributes:
+        layers: those to remove, in the original model's numbering.
+        values: by a layer's original number and a parameter's name in it, on the CPU.
+        fits: of every matrix, in the order in which they were solved.
+        settings: as given to `fit`.
+        windows, tokens: read to fit the matrices.
+        held: windows read to choose the ridges.
+    """
+
+    layers: list[int]
+    values: Mapping[Parameter, Tensor]
+    fits: list[Fit]
+    settings: RefitSettings
+    windows: int
+    tokens: int
+    held: int
+
+    def to_dict(self) -> dict[str, object]:
+        """All but the values, ready for JSON."""
+        return {
+            "method": "refit",
+            "layers": self.layers,
+            "parts": list(self.settings.parts),
+            "fits": [asdict(fit) for fit in self.fits],
+            "windows": self.windows,
+            "tokens": self.tokens,
+            "held": self.held,
+        }
+
+
+def heal(
+    short: ShortModel,
+    layers: Sequence[int],
+    windows: Sequence[Sequence[int]],
+    *,
+    held: Sequence[Sequence[int]] | None = None,
+    settings: RefitSettings | None = None,
+    progress: bool = True,
+) -> Refit:
+    """Removes layers and refits what is left: `fit`, ``remove_layers`` and `fold`.
+
+    Args and errors as in `fit`; after any of them the model is as it was, with all its layers.
+
+    Example:
+        >>> refit = heal_refit(short, [21, 22, 25], windows)  # doctest: +SKIP
+    """
+    refit = fit(short, layers, windows, held=held, settings=settings, progress=progress)
+    with short.without_layers(refit.layers):
+        undo = fold(short, refit)
+    try:
+        short.remove_layers(refit.layers)
+    except BaseException:
+        undo()
+        raise
+    return refit
+
+
+@torch.no_grad()
+def fit(
+    short: ShortModel,
+    layers: Sequence[int],
+    windows: Sequence[Sequence[int]],
+    *,
+    held: Sequence[Sequence[int]] | None = None,
+    settings: RefitSettings | None = None,
+    progress: bool = True,
+) -> Refit:
+    """Solves the last matrices of the layers that stay; the model is as it was afterwards.
+
+    Windows pass the layers together, one layer after the other, as the whole model's states and as
+    those of what is left: two states (N, D) are held beside the model, and one (F, F) matrix of
+    float64 twice.
+
+    Args:
+        short: the model with all the layers.
+        layers: to remove, original numbers in any order.
+        windows: token ids of calibration text, never of text to evaluate on: of all the kinds that
+            the model is to be used for.
+        held: windows kept apart, by which ridges are chosen; None takes every eighth of
+            ``windows`` out for it.
+        settings: None takes the defaults.
+        progress: whether to show a bar.
+
+    Returns:
+        The new values, and how much each matrix restores.
+
+    Raises:
+        ShortGPTError: a layer does not exist; fewer than two windows; no layer that stays ends in
+            a matrix whose output is added to the stream; several model-parallel ranks.
+        NotFiniteError: a state is NaN or infinite.
+    """
+    settings = settings or RefitSettings()
+    _check(short, layers)
+    windows, held = _apart(list(windows)) if held is None else (windows, held)
+    if not windows or not held:
+        raise ShortGPTError("expected at least two windows of calibration tokens")
+    gone = [short.kept.index(layer) for layer in layers]
+    steps = len(short.kept) - len(gone)
+    with bar("refitting", total=steps, unit="layer", show=progress) as shown:
+        work = RefitPass(
+            short.decoder, gone, parts=settings.parts, ridges=settings.ridges, step=shown.update
+        )
+        for window in [*windows, *held]:
+            pad([window], short.decoder)  # refuses what the model cannot read, before any work
+        fits, values = work.run(windows, held, batch_size=settings.batch_size)
+    if not fits:
+        raise ShortGPTError(f"nothing of this model can be refitted: {work.refusal}")
+    numbered = {(short.kept[place], name): value for (place, name), value in values.items()}
+    tokens = sum(map(len, windows))
+    fits = [f.numbered(short.kept) for f in fits]
+    return Refit(list(layers), numbered, fits, settings, len(windows), tokens, len(held))
+
+
+@torch.no_grad()
+def fold(short: ShortModel, refit: Refit) -> Callable[[], None]:
+    """Puts the new values into a model without the removed layers.
+
+    Args:
+        short: the model, its layers removed.
+        refit: from `fit` on the same model.
+
+    Returns:
+        A function that puts the former values back.
+
+    Raises:
+        ShortGPTError: the refit is for other layers than those that the model has.
+    """
+    present = short.present
+    changed = {number for number, _ in refit.values}
+    if not changed <= set(present) or set(refit.layers) & set(present):
+        raise ShortGPTError(
+            f"the refit is for a model without layers {refit.layers}; this one has "
+            f"{span(present)}: remove the former, keep the others"
+        )
+    change = WeightChange(refit.to_dict(), frozenset(refit.values))
+    layers = short.decoder.layers
+    places = {
+        key: dict(layers[present.index(key[0])].named_parameters())[key[1]] for key in refit.values
+    }
+
+    def undo() -> None:
+        restore()
+        short.forget_change(change)
+
+    with restored_on_error(places.values()) as restore:
+        for key, parameter in places.items():
+            parameter.copy_(refit.values[key])
+    short.note_change(change)
+    return undo
+
+
+def _apart(windows: list[Sequence[int]]) -> tuple[list[Sequence[int]], list[Sequence[int]]]:
+    """The windows to fit on, and every eighth, or the last, which chooses ridges."""
+    places = range(len(windows))[HELD_EVERY - 1 :: HELD_EVERY] or range(len(windows))[-1:]
+    return [w for i, w in enumerate(windows) if i not in places], [windows[i] for i in places]
+
+
+def _check(short: ShortModel, layers: Sequence[int]) -> None:
+    if model_parallel_size() > 1:
+        raise ShortGPTError(
+            f"the refit needs the whole model on one rank, got {model_parallel_size()} "
+            "model-parallel ranks; convert the checkpoint, which merges its shards, and refit that"
+        )
+    short.check_whole()
+    check_layers(layers, short.kept)

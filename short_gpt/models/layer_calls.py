@@ -1,0 +1,148 @@
+"""A decoder's layers called one at a time, each as the decoder calls it.
+
+Shapes: B windows of one length, S tokens, D width of the stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from short_gpt.models.decoder import Decoder
+from short_gpt.models.layer_hooks import Arguments, Call, first, state_in
+from short_gpt.runtime.errors import ShortGPTError
+
+
+class LayerCalls:
+    """What a decoder hands to its layers beside the state, so that others can call them.
+
+    What it hands over (positions, rotary factors, masks) may depend on the shape of the tokens,
+    not on the tokens themselves, which is proved once.
+
+    Args:
+        decoder: in evaluation mode.
+
+    Raises:
+        ShortGPTError: layers are given something that depends on the tokens.
+
+    Example:
+        >>> calls = LayerCalls(decoder)  # doctest: +SKIP
+        >>> state = calls.run(0, calls.embed(tokens))  # doctest: +SKIP
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+        self._calls: dict[torch.Size, list[Call]] = {}
+        self._check_independent()
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """The state (B, S, D) in front of the first layer, of tokens (B, S)."""
+        states: list[Tensor] = []
+
+        def stop(_: nn.Module, args: Arguments, kwargs: dict[str, object]) -> NoReturn:
+            states.append(state_in(args, kwargs).clone())
+            raise _Enough
+
+        self._stopped(self._decoder.layers[0], stop, lambda: self._decoder.run(tokens))
+        return states[0]
+
+    @torch.no_grad()
+    def run(self, place: int, state: Tensor) -> Tensor:
+        """The state behind a layer, (B, S, D), from that in front of it, which is not changed.
+
+        Args:
+            place: of the layer in the decoder.
+            state: (B, S, D).
+        """
+        args, kwargs = self.call(place, state.clone())
+        return first(self._decoder.layers[place](*args, **kwargs))
+
+    @torch.no_grad()
+    def until(self, place: int, state: Tensor, module: nn.Module) -> Tensor:
+        """What a layer hands to a module inside it, (B, S, ...); it goes no further."""
+        inputs: list[Tensor] = []
+
+        def stop(_: nn.Module, args: tuple[Tensor, ...]) -> NoReturn:
+            inputs.append(args[0].clone())
+            raise _Enough
+
+        self._of_shape(state.shape[:2])  # seen first, for the hook would end that pass, too
+        self._stopped(module, stop, lambda: self.run(place, state), kwargs=False)
+        return inputs[0]
+
+    def layer(self, place: int) -> nn.Module:
+        """The layer at a place."""
+        return self._decoder.layers[place]
+
+    def call(self, place: int, state: Tensor) -> Call:
+        """The arguments of a layer's call, with this state (B, S, D)."""
+        args, kwargs = self._of_shape(state.shape[:2])[place]
+        return ((state, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": state})
+
+    def _of_shape(self, shape: torch.Size) -> list[Call]:
+        """The calls of all layers for tokens of a shape, their states left out."""
+        if shape not in self._calls:
+            self._calls[shape] = self._seen(torch.zeros(shape, dtype=torch.long))
+        return self._calls[shape]
+
+    @torch.no_grad()
+    def _seen(self, tokens: Tensor) -> list[Call]:
+        found: list[Call] = []
+
+        def note(_: nn.Module, args: Arguments, kwargs: dict[str, object]) -> None:
+            named = {k: v for k, v in kwargs.items() if k != "hidden_states"}
+            found.append(((None, *args[1:]) if args else (), named))
+
+        with ExitStack() as stack:
+            for layer in self._decoder.layers:
+                hook = layer.register_forward_pre_hook(note, with_kwargs=True)
+                stack.callback(hook.remove)
+            self._decoder.run(tokens.to(self._decoder.device))
+        return found
+
+    def _check_independent(self) -> None:
+        """Raises ShortGPTError where two texts make for other arguments beside the states."""
+        tokens = torch.arange(8).remainder(self._decoder.vocab_size)[None]
+        for ours, theirs in zip(self._seen(tokens), self._seen(tokens.flip(1)), strict=True):
+            if not _equal(ours, theirs):
+                raise ShortGPTError(
+                    f"the layers of {type(self._decoder.module).__name__} take more than the state "
+                    "in front of them: they cannot be run one at a time"
+                )
+
+    @torch.no_grad()
+    def _stopped(
+        self,
+        module: nn.Module,
+        hook: Callable[..., NoReturn],
+        run: Callable[[], object],
+        *,
+        kwargs: bool = True,
+    ) -> None:
+        """Runs until a module is called, where ``hook`` ends it."""
+        handle = module.register_forward_pre_hook(hook, with_kwargs=kwargs)
+        try:
+            run()
+        except _Enough:
+            pass
+        finally:
+            handle.remove()
+
+
+class _Enough(Exception):
+    """Ends a pass from within, where all that was wanted is known."""
+
+
+def _equal(ours: object, theirs: object) -> bool:
+    """Whether two arguments are the same, tensors by their values."""
+    if isinstance(ours, Tensor) and isinstance(theirs, Tensor):
+        return torch.equal(ours, theirs)
+    if isinstance(ours, tuple | list) and isinstance(theirs, tuple | list):
+        return len(ours) == len(theirs) and all(map(_equal, ours, theirs))
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        return ours.keys() == theirs.keys() and all(_equal(ours[k], theirs[k]) for k in ours)
+    return type(ours) is type(theirs)

@@ -1,0 +1,178 @@
+"""What a layer's halves add to the stream, and the matrices that end them.
+
+Shapes: B windows, S tokens, D width of the stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from short_gpt.models.families import Family, part
+from short_gpt.models.layer_calls import LayerCalls
+from short_gpt.models.layer_hooks import (
+    Output,
+    attention_output,
+    first,
+    mlp_output,
+    replaced_output,
+)
+from short_gpt.runtime.errors import ShortGPTError
+
+
+@dataclass(frozen=True)
+class Summand:
+    """A module whose output is added to the stream.
+
+    Attributes:
+        module: such as the last matrix of an MLP.
+        factor: by which its output is multiplied on the way, as in Granite; 1 in most families.
+    """
+
+    module: nn.Module
+    factor: float
+
+
+@dataclass(frozen=True)
+class Summands:
+    """A layer as state + factor * attention + factor * MLP, each proved on random numbers.
+
+    Attributes:
+        ends: by half, "attention" and "mlp", its last matrix; a half that ends in no single matrix
+            of which the layer adds what it gives is left out.
+        refused: by half, why it is left out.
+        mlp: what the MLP as a whole adds, also where no matrix ends it; None if that is not known.
+    """
+
+    ends: Mapping[str, Summand]
+    refused: Mapping[str, str]
+    mlp: Summand | None
+
+    @classmethod
+    def of(cls, calls: LayerCalls, place: int, state: Tensor, family: Family) -> Summands:
+        """Those of a layer.
+
+        Args:
+            calls: of the decoder.
+            place: of the layer.
+            state: (B, S, D), such as the layer meets.
+            family: of the decoder.
+        """
+        layer = calls.layer(place)
+        ends: dict[str, Summand] = {}
+        refused: dict[str, str] = {}
+
+        def note(half: str, find: Callable[[], Summand]) -> Summand | None:
+            try:
+                return ends.setdefault(half, find())
+            except ShortGPTError as error:
+                refused[half] = str(error)
+                return None
+
+        def run() -> Tensor:
+            return calls.run(place, state)
+
+        mlp = note("mlp", lambda: _summand(run, mlp_output(layer, family), layer))
+        if mlp is None:
+            mlp = _whole_mlp(run, layer, family)
+        if mlp is not None:
+            end = mlp
+            note("attention", lambda: _attention(run, layer, family, end, state))
+        else:
+            refused["attention"] = refused["mlp"]
+        return cls(ends, refused, mlp)
+
+
+def behind_attention(run: Callable[[], Tensor], mlp: Summand) -> tuple[Tensor, Tensor]:
+    """The stream between a layer's halves, (B, S, D), and behind the layer.
+
+    In a parallel block, whose halves read the same state, it is the sum without the MLP.
+
+    Args:
+        run: gives the state behind the layer.
+        mlp: what its MLP adds.
+    """
+    given: list[Tensor] = []
+
+    def note(_: nn.Module, __: object, output: Output) -> None:
+        given.append(first(output).clone())  # some layers write over it
+
+    handle = mlp.module.register_forward_hook(note)
+    try:
+        behind = run()
+    finally:
+        handle.remove()
+    return behind - mlp.factor * given[-1].view_as(behind), behind
+
+
+def _whole_mlp(run: Callable[[], Tensor], layer: nn.Module, family: Family) -> Summand | None:
+    """The MLP as one module, such as a mixture of experts; None where its output is not added."""
+    module = part(layer, family.mlp)
+    try:
+        return None if module is None else _summand(run, module, layer)
+    except ShortGPTError:
+        return None
+
+
+def _attention(
+    run: Callable[[], Tensor], layer: nn.Module, family: Family, mlp: Summand, state: Tensor
+) -> Summand:
+    """The last matrix of a layer's attention, where the stream behind it is state + attention."""
+    module = attention_output(layer, family)
+    found = _summand(lambda: behind_attention(run, mlp)[0], module, layer)
+    without, _ = behind_attention(run, Summand(module, found.factor))
+    between, behind = behind_attention(run, mlp)
+    off = (without - behind + between - state).abs().max()  # what neither half has added
+    if not off <= 64 * torch.finfo(state.dtype).eps * _scale(state, behind):
+        raise ShortGPTError(
+            f"{type(layer).__name__} adds more than its attention and its MLP to the stream "
+            f"(off by {float(off):.2g})"
+        )
+    return found
+
+
+def _summand(run: Callable[[], Tensor], module: nn.Module, layer: nn.Module) -> Summand:
+    """The module with its factor; raises ShortGPTError where its output is not simply added."""
+    factor, off = factor_of(run, module)
+    if not off <= 32 or not factor:
+        raise ShortGPTError(
+            f"{type(layer).__name__} does not add what its {type(module).__name__} gives to the "
+            "stream (a norm comes between)"
+        )
+    return Summand(module, factor)
+
+
+@torch.no_grad()
+def factor_of(run: Callable[[], Tensor], module: nn.Module) -> tuple[float, float]:
+    """By which factor what a module gives is added to the stream, and how far that is off.
+
+    The layer runs twice, the second time with a random tensor added to what the module gives: the
+    stream must change by a multiple of that tensor.
+
+    Args:
+        run: gives the stream behind the module, (B, S, D).
+        module: called once in it.
+
+    Returns:
+        The factor by least squares, and the largest deviation, in units of the last place.
+    """
+    before = run()
+    noise = torch.randn(before.shape, generator=torch.Generator().manual_seed(0))
+    noise = noise.mul_(float(before.float().pow(2).mean().sqrt()))
+    added = noise.to(before.device, before.dtype)
+    with replaced_output(module, lambda out: out + added.view_as(out)):
+        after = run()
+    noise, change = added.double().cpu(), after.double().cpu() - before.double().cpu()
+    factor = float((change * noise).sum() / (noise * noise).sum())
+    if abs(factor - 1) <= 16 * torch.finfo(before.dtype).eps:
+        factor = 1.0
+    off = (change - factor * noise).abs().max() / _scale(before, added)
+    return factor, float(off) / torch.finfo(before.dtype).eps
+
+
+def _scale(*tensors: Tensor) -> float:
+    """The largest absolute value."""
+    return max(float(t.abs().max()) for t in tensors)

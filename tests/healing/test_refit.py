@@ -1,0 +1,248 @@
+"""The refit: its normal equations in what it leaves, every family, and what it refuses."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import CharTokenizer, interrupted, make_transformer, random_windows, zero_layer
+from families import FAMILIES, make
+
+from short_gpt.healing import linear_patch, refit_pass
+from short_gpt.healing.refit import Refit, RefitSettings, fit, fold, heal
+from short_gpt.models.layer_calls import LayerCalls
+from short_gpt.models.layer_hooks import attention_output, mlp_output, transposed
+from short_gpt.models.summands import Summands, behind_attention
+from short_gpt.short_hf import ShortHFModel
+from short_gpt.short_llama import ShortLlama
+
+pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
+
+WINDOWS, HELD = random_windows(12, 16), random_windows(4, 16, seed=5)
+TOKENS = torch.tensor(random_windows(2, 16, seed=9))
+NORMS_BEHIND = ["gemma2", "gemma3", "gemma3, wrapped", "olmo2"]
+NO_HALVES = ["mamba"]
+REFITTED = [name for name in FAMILIES if name not in NORMS_BEHIND + NO_HALVES]
+ALL = {"held": HELD, "progress": False}
+
+
+def meta(seed: int = 0, **changes: object) -> ShortLlama:
+    model = make_transformer(seed, **changes)
+    return ShortLlama(SimpleNamespace(model=model, tokenizer=CharTokenizer()))
+
+
+def states(short, windows) -> list[torch.Tensor]:
+    """The states (N, D) in front of every layer and behind the last."""
+    calls = LayerCalls(short.decoder)
+    found = [calls.embed(torch.tensor(windows))]
+    for place in range(len(short.decoder.layers)):
+        found.append(calls.run(place, found[-1]))
+    return found
+
+
+def lack(short, place: int, part: str, windows, target: torch.Tensor) -> list[torch.Tensor]:
+    """X (N, F), what lacks behind a matrix, and w (N,), in a model as it is."""
+    calls, layer = LayerCalls(short.decoder), short.decoder.layers[place]
+    state = states(short, windows)[place]
+    end = (mlp_output if part == "mlp" else attention_output)(layer)
+    inputs = calls.until(place, state, end).reshape(
+        -1, end.weight.shape[0 if transposed(end) else 1]
+    )
+    mlp = Summands.of(calls, place, state, short.decoder.family).mlp
+    between, behind = behind_attention(lambda: calls.run(place, state), mlp)
+    rest = target - (behind if part == "mlp" else between)
+    square = target.flatten(0, 1).double().pow(2).sum(1)
+    return [inputs.double(), rest.flatten(0, 1).double(), 1 / square]
+
+
+@pytest.mark.parametrize("family", ["meta", "llama", "gpt2", "granite", "mixtral"])
+def test_in_the_model_that_is_left_every_matrix_solves_its_normal_equations(family):
+    whole, short = [meta() if family == "meta" else ShortHFModel(make(family)) for _ in range(2)]
+    settings = RefitSettings(ridges=(0.1,))
+    refit = heal(short, [2, 3], WINDOWS, held=WINDOWS, settings=settings, progress=False)
+    targets = states(whole, WINDOWS)
+    calls = LayerCalls(whole.decoder)
+    seen = 0
+    for found in refit.fits:
+        if found.ridge is None:
+            continue
+        place = short.present.index(found.layer)
+        after = [*short.present, len(whole.present)][place + 1]
+        target = targets[after]
+        if found.part == "attention":
+            mlp = Summands.of(calls, found.layer, targets[found.layer], whole.decoder.family).mlp
+            run = lambda: calls.run(found.layer, targets[found.layer])  # noqa: B023, E731
+            between, behind = behind_attention(run, mlp)
+            target = between if family != "mixtral" else between + target - behind
+        x, rest, w = lack(short, place, found.part, WINDOWS, target)
+        end = mlp_output if found.part == "mlp" else attention_output
+        new, old = (end(m.decoder.layers[i]) for m, i in ((short, place), (whole, found.layer)))
+        change = (new.weight - old.weight).double()
+        change = change if transposed(new) else change.T  # (F, D)
+        if getattr(new, "bias", None) is not None:
+            x = torch.cat([x, torch.ones(len(x), 1).double()], 1)
+            change = torch.cat([change, (new.bias - old.bias).double()[None]])
+        factor = (
+            getattr(whole.decoder.module.config, "residual_multiplier", 1.0)
+            if (family == "granite")
+            else 1.0
+        )
+        penalty = 0.1 * (w[:, None] * x * x).sum() / x.shape[1]
+        left = x.T @ (w[:, None] * rest) / factor - penalty * change
+        assert left.abs().max() < 2e-4 * (penalty * change).abs().max() + 1e-6, found
+        seen += 1
+    assert seen >= (2 if family == "mixtral" else 3)
+
+
+def weights(short) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in short.decoder.module.parameters()]
+
+
+def same(ours, theirs) -> bool:
+    return len(ours) == len(theirs) and all(map(torch.equal, ours, theirs))
+
+
+@pytest.mark.parametrize("family", REFITTED)
+def test_every_family_is_read_only_refitted_and_put_back_bit_for_bit(family):
+    short = ShortHFModel(make(family))
+    gone = [4, 5] if family == "qwen2, sliding" else [3]
+    before, named = weights(short), dict(short.decoder.module.named_parameters())
+    refit = fit(short, gone, WINDOWS, held=WINDOWS, progress=False)
+    assert same(before, weights(short)) and refit.values
+    for found in refit.fits:
+        assert found.ridge is None or 0 < found.restored <= 1, found
+    old = {name: p.detach().clone() for name, p in named.items()}
+    with short.without_layers(gone):
+        raw = short.decoder.logits(TOKENS)
+        undo = fold(short, refit)
+        differ = {name for name, p in named.items() if not torch.equal(p, old[name])}
+        path = short.decoder.layers_path
+        assert differ == {f"{path}.{number}.{name}" for number, name in short.changed}
+        assert differ and not torch.equal(short.decoder.logits(TOKENS), raw)
+        undo()
+        assert torch.equal(short.decoder.logits(TOKENS), raw) and not short.changes
+    assert same(before, weights(short))
+
+
+@pytest.mark.parametrize("family", NORMS_BEHIND + NO_HALVES)
+def test_layers_that_do_not_add_what_a_matrix_gives_are_refused_with_the_reason(family):
+    short = ShortHFModel(make(family))
+    before = weights(short)
+    with pytest.raises(ValueError, match=r"cannot be refitted|nothing of this model"):
+        heal(short, [3], WINDOWS, progress=False)
+    assert same(before, weights(short)) and short.kept == [*range(6)]
+
+
+def test_what_a_layer_that_does_nothing_leaves_needs_no_change():
+    short = meta()
+    zero_layer(short.decoder.module, 3)
+    before, logits = weights(short), short.decoder.logits(TOKENS)
+    refit = heal(short, [3], WINDOWS, **ALL)
+    assert all(found.ridge is None for found in refit.fits)
+    assert torch.equal(short.decoder.logits(TOKENS), logits)
+    assert len(weights(short)) < len(before)
+
+
+def test_more_is_restored_than_by_the_patch_and_the_loss_on_its_windows_falls():
+    patched, refitted = meta(), meta()
+    linear_patch.heal(patched, [2, 3], WINDOWS, progress=False)
+    heal(refitted, [2, 3], WINDOWS, held=WINDOWS, progress=False)
+    whole = states(meta(), WINDOWS)[-1]
+    off = [(states(s, WINDOWS)[-1] - whole).norm().item() for s in (patched, refitted)]
+    assert off[1] < off[0]
+
+
+def test_the_first_layers_may_go_and_halves_may_be_left_alone():
+    short = meta()
+    settings = RefitSettings(parts=("mlp",))
+    refit = heal(short, [0, 1], WINDOWS, held=WINDOWS, settings=settings, progress=False)
+    assert short.kept == [2, 3, 4]
+    assert {found.part for found in refit.fits} == {"mlp"}
+    assert [found.layer for found in refit.fits] == [2, 3, 4]
+    assert all("feed_forward.w2" in name for _, name in refit.values)
+    assert short.changed == set(refit.values)
+
+
+def test_every_eighth_window_chooses_the_ridge():
+    short = meta()
+    apart = fit(short, [3], random_windows(16, 16), progress=False)
+    assert (apart.windows, apart.held) == (14, 2)
+    few = fit(short, [3], WINDOWS[:2], progress=False)
+    assert (few.windows, few.held) == (1, 1)
+    with pytest.raises(ValueError, match="at least two windows"):
+        fit(short, [3], WINDOWS[:1], progress=False)
+    with pytest.raises(ValueError, match="at least two windows"):
+        fit(short, [3], [], progress=False)
+
+
+def test_windows_of_several_lengths_are_read_in_any_batches():
+    windows = [w[: 8 + 4 * (i % 3)] for i, w in enumerate(WINDOWS)]
+    alone, together = (
+        fit(
+            meta(),
+            [3],
+            windows,
+            held=windows,
+            settings=RefitSettings(batch_size=size),
+            progress=False,
+        )
+        for size in (1, 4)
+    )
+    assert alone.values.keys() == together.values.keys()
+    for key, value in alone.values.items():
+        assert torch.allclose(value, together.values[key], atol=1e-5)
+    assert [f.ridge for f in alone.fits] == [f.ridge for f in together.fits]
+
+
+def test_an_error_or_an_interruption_leaves_the_model_as_it_was(monkeypatch):
+    short = meta()
+    before = weights(short)
+    for calls in (0, 1, 3):
+        with interrupted(refit_pass, "_add", calls):
+            heal(short, [3], WINDOWS, held=WINDOWS, progress=False)
+        assert same(before, weights(short)) and short.kept == [*range(5)] and not short.changes
+
+    def full(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(short, "remove_layers", full)
+    with pytest.raises(MemoryError):
+        heal(short, [3], WINDOWS, **ALL)
+    assert same(before, weights(short)) and not short.changes
+
+
+def test_what_cannot_be_is_refused_in_one_line():
+    short = meta()
+    with pytest.raises(ValueError, match=r"parts = \('norm',\): expected some of attention, mlp"):
+        RefitSettings(parts=("norm",))
+    with pytest.raises(ValueError, match="ridges = .*expected numbers above 0"):
+        RefitSettings(ridges=(0.0,))
+    with pytest.raises(ValueError, match="9"):
+        fit(short, [9], WINDOWS, progress=False)
+    refit = fit(short, [3], WINDOWS, progress=False)
+    with pytest.raises(ValueError, match=r"without layers \[3\]; this one has"):
+        fold(short, refit)
+    with torch.no_grad():
+        short.decoder.layers[2].feed_forward.w1.weight.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="behind the 3. layer is NaN"):
+        fit(short, [3], WINDOWS, progress=False)
+
+
+def test_layers_that_need_the_tokens_are_refused():
+    short = ShortHFModel(make("llama"))
+    run, read = short.decoder.run, []
+    short.decoder.layers[2].register_forward_pre_hook(
+        lambda m, args, kwargs: (args, {**kwargs, "text": read[-1]}), with_kwargs=True
+    )
+    short.decoder.run = lambda tokens: (read.append(tokens), run(tokens))
+    with pytest.raises(ValueError, match="take more than the state in front of them"):
+        fit(short, [3], WINDOWS, progress=False)
+
+
+def test_the_record_is_plain_and_names_the_method():
+    refit = fit(meta(), [3], WINDOWS, **ALL)
+    assert isinstance(refit, Refit)
+    record = refit.to_dict()
+    assert record["method"] == "refit" and record["layers"] == [3]
+    assert record["windows"] == 12 and record["held"] == 4 and record["tokens"] == 12 * 16
