@@ -621,12 +621,12 @@ HEALING = (
         ),
     ),
     Section(
-        "short_gpt/healing/trainer.py",
+        "short_gpt/healing/batching.py",
         "tests/healing/test_healing.py",
         (
             # padding as a target
             (
-                "torch.full_like(tokens, -100)",
+                "torch.full_like(tokens, IGNORED)",
                 "torch.zeros_like(tokens)",
                 "test_padding_is_no_target",
             ),
@@ -637,8 +637,8 @@ HEALING = (
         "tests/healing/test_healing.py",
         (
             (
-                "kept_step=best if measured[best] < before else 0",
-                "kept_step=best",
+                "kept_step=min(learned, key",
+                "kept_step=max(learned, key",
                 "test_training_that_only_harms_leaves_the_model_as_it_was",
             ),
             (

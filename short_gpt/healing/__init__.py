@@ -7,21 +7,27 @@ measurements before and after. No architecture changes: the result loads whereve
 
 from __future__ import annotations
 
+from short_gpt.healing.distillation import Distillation
 from short_gpt.healing.job import HealingEvidence, HealingJob, LoraSettings, PatchSettings
 from short_gpt.healing.linear_patch import RIDGE, Patch
 from short_gpt.healing.linear_patch import heal as heal_patch
 from short_gpt.healing.lora import Healed, require_packages
 from short_gpt.healing.lora import heal as heal_lora
 from short_gpt.healing.recipe import PRESETS, Recipe, recipe_for
+from short_gpt.healing.teacher import TOP_K, CachedTeacher, LiveTeacher
 from short_gpt.healing.texts import Learning, Source
 
 __all__ = [
     "PRESETS",
     "RIDGE",
+    "TOP_K",
+    "CachedTeacher",
+    "Distillation",
     "Healed",
     "HealingEvidence",
     "HealingJob",
     "Learning",
+    "LiveTeacher",
     "LoraSettings",
     "Patch",
     "PatchSettings",

@@ -44,6 +44,10 @@ class Targets:
         logs, ids = scaled.topk(min(k, scaled.shape[-1]), dim=-1)
         return cls(ids, logs - total[:, None], _others(scaled, ids) - total)
 
+    def to(self, device: torch.device) -> Targets:
+        """The same on another device."""
+        return Targets(self.ids.to(device), self.logs.to(device), self.rest.to(device))
+
     def normalized(self) -> Targets:
         """The same with probabilities that sum to 1, as those of rounded logarithms do not."""
         total = torch.logaddexp(self.logs.logsumexp(-1), self.rest)

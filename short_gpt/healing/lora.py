@@ -14,6 +14,7 @@ import torch
 
 from llama.parallel import several_ranks
 from short_gpt.data.disjoint import check_disjoint
+from short_gpt.healing.distillation import Distillation
 from short_gpt.healing.four_bit import quantized, require_four_bit
 from short_gpt.healing.quiet import quiet
 from short_gpt.healing.recipe import Recipe, recipe_for
@@ -43,6 +44,9 @@ class Healed:
         losses: training loss in nats by step.
         validation: perplexity on the validation windows by step; 0 is before.
         tokens: trained on, with repetitions.
+        divergence: of distillation, from the teacher on the validation windows by step, nats a
+            token; by it the best step is known, as by the perplexity without distillation.
+        distillation: its settings; None where the text alone was learned.
     """
 
     recipe: Recipe
@@ -53,10 +57,15 @@ class Healed:
     losses: dict[int, float]
     validation: dict[int, float]
     tokens: int
+    divergence: dict[int, float] | None = None
+    distillation: dict[str, object] | None = None
 
     def to_dict(self) -> dict[str, object]:
         """All of it, ready for JSON."""
-        return {"method": "LoRA", **asdict(self)}
+        if self.distillation is not None:
+            return {"method": "distillation", **asdict(self)}
+        own = ("divergence", "distillation")
+        return {"method": "LoRA", **{k: v for k, v in asdict(self).items() if k not in own}}
 
 
 def heal(
@@ -69,6 +78,7 @@ def heal(
     work_dir: str | Path | None = None,
     resume: bool = False,
     progress: bool = True,
+    distillation: Distillation | None = None,
 ) -> Healed:
     """Trains low-rank changes on windows of text and merges them into the model, in place.
 
@@ -83,6 +93,7 @@ def heal(
         resume: continue from the last checkpoint in ``work_dir``; the same recipe and windows
             give what an uninterrupted run gives.
         progress: whether to show a bar.
+        distillation: what is learned in the place of the text alone.
 
     Raises:
         MissingPackageError: peft, or for 4 bits bitsandbytes, is missing.
@@ -101,7 +112,15 @@ def heal(
         raise ShortGPTError("LoRA healing runs in one process; start it without torchrun")
     model = short.trainable()
     recipe = recipe or recipe_for(model.config)
-    run = TrainingRun(training, validation, recipe, work_dir, resume=resume, show=progress)
+    run = TrainingRun(
+        training,
+        validation,
+        recipe,
+        work_dir,
+        resume=resume,
+        show=progress,
+        distillation=distillation,
+    )
     _check(run, evaluation)
     targets = [model.get_submodule(name) for name in target_modules(model, recipe.modules)]
     adapted = {id(module) for module in targets}
@@ -144,17 +163,20 @@ def _train(adapted: PeftModel, run: TrainingRun) -> Healed:
     trainable, parameters = adapted.get_nb_trainable_parameters()
     state, before = train(adapted, run)
     logs = state.log_history
-    measured = {int(e["step"]): e["eval_perplexity"] for e in logs if "eval_perplexity" in e}
-    best = min(measured, key=lambda step: measured[step])  # the earliest of equals
+    measured = {0: before} | {int(e["step"]): e for e in logs if "eval_loss" in e}
+    learned = {step: found["eval_loss"] for step, found in measured.items()}
+    distilled = run.distillation
     return Healed(
         recipe=run.recipe,
         trainable=trainable,
         parameters=parameters - trainable,
         steps=state.global_step,
-        kept_step=best if measured[best] < before else 0,
+        kept_step=min(learned, key=lambda step: learned[step]),  # the earliest of equals
         losses={int(entry["step"]): entry["loss"] for entry in logs if "loss" in entry},
-        validation={0: before, **measured},
+        validation={step: found["eval_perplexity"] for step, found in measured.items()},
         tokens=round(state.epoch * sum(map(len, run.training))),
+        divergence=None if distilled is None else learned,
+        distillation=None if distilled is None else distilled.identity(),
     )
 
 

@@ -79,8 +79,8 @@ class LiveTeacher:
         self.model, self.k, self.temperature = model, min(k, model.decoder.vocab_size), temperature
 
     def identity(self) -> dict[str, object]:
-        own = {"top_k": self.k, "temperature": self.temperature}
-        return {"teacher": self.model.identity(), **own}
+        own = {"top_k": self.k, "temperature": self.temperature, "cached": False}
+        return {"teacher": json_digest(self.model.identity()), **own}
 
     def targets(self, places: Sequence[int], windows: Sequence[Window]) -> list[Targets]:
         found = self.model.window_logits(windows, batch_size=len(windows))
@@ -120,8 +120,10 @@ class CachedTeacher:
         check_targets(k, temperature)
         self.model, self.windows = model, windows
         self.k, self.temperature = min(k, model.decoder.vocab_size), temperature
-        self._identity = {
-            **model.identity(),
+        model_identity = model.identity()
+        self._teacher = json_digest(model_identity)
+        identity = {
+            **model_identity,
             "windows": json_digest([list(window) for window in windows]),
             "top_k": self.k,
             "temperature": temperature,
@@ -130,12 +132,13 @@ class CachedTeacher:
         logs, ids = ("logs", "<f2", (self.k,)), ("ids", "<i4", (self.k,))
         self._record = np.dtype([ids, logs, ("rest", "<f2")])  # of one prediction
         self._file = Path(folder) / CONTENT
-        self._state = StateFile(Path(folder) / IDENTITY, self._identity)
+        self._state = StateFile(Path(folder) / IDENTITY, identity)
         if self._state.content is None and self._file.exists():
             raise FileExistsError(f"{self._file} exists, and no {IDENTITY} says what it is")
 
     def identity(self) -> dict[str, object]:
-        return {"teacher": self._identity}
+        own = {"top_k": self.k, "temperature": self.temperature, "cached": True}
+        return {"teacher": self._teacher, **own}
 
     def fill(self, *, batch_size: int = 1, progress: bool = True) -> None:
         """Asks the model for what the file lacks; interrupted, it goes on where it was.

@@ -13,7 +13,7 @@ from short_gpt.checkpoints.prune import refuse_gguf
 from short_gpt.healing import HealingEvidence, HealingJob, Learning, Recipe, Source
 from short_gpt.healing.job import LoraSettings, PatchSettings
 from short_gpt.healing.linear_patch import RIDGE
-from short_gpt.healing.trainer import begun
+from short_gpt.healing.run_folder import begun
 from short_gpt.jobs.choice import Choice, Chosen, chosen
 from short_gpt.jobs.healing_settings import Learned, Settings
 from short_gpt.jobs.inputs import Cut, Opening, TextSource, check_model, source_of

@@ -28,7 +28,7 @@ from short_gpt.data.disjoint import check_disjoint, hold_out, overlapping
 from short_gpt.evaluation.paired import difference, losses, together
 from short_gpt.evaluation.perplexity import Perplexity, perplexity
 from short_gpt.healing import lora as healing
-from short_gpt.healing import trainer
+from short_gpt.healing.batching import collate, examples
 from short_gpt.healing.linear_patch import heal as patch
 from short_gpt.healing.lora import adapt, heal, target_modules
 from short_gpt.healing.recipe import Recipe, recipe_for
@@ -284,7 +284,7 @@ def test_windows_of_different_lengths_and_gpt2s_transposed_maps():
 def test_padding_is_no_target():
     """Windows of 5 and 11 tokens as training reads them: the loss is over 14 predictions."""
     model, windows = make("llama"), [TRAINING[0][:5], TRAINING[1][:11]]
-    batch = trainer._collate([{"input_ids": w} for w in windows])
+    batch = collate(examples(windows))
     assert batch["labels"].tolist() == [windows[0] + [-100] * 6, windows[1]]
     assert batch["input_ids"].tolist() == [windows[0] + [0] * 6, windows[1]]
     expected = perplexity(HFDecoder(model), [windows])
