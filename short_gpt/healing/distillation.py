@@ -28,6 +28,7 @@ from short_gpt.models.decoder import Decoder, padded
 from short_gpt.runtime.errors import ShortGPTError
 
 Window = Sequence[int]
+PARTS = ("ids", "logs", "rest")  # of targets, in their order
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,7 @@ class Distillation:
     kl_share: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.kl_share <= 1:
-            raise ShortGPTError(f"kl_share = {self.kl_share}: expected above 0 and at most 1")
+        check_share(self.kl_share)
 
     def identity(self) -> dict[str, object]:
         """What a resumed run must share with the earlier one, ready for JSON."""
@@ -58,9 +58,8 @@ class Distillation:
 
     def collate(self, batch: Sequence[Example]) -> dict[str, Tensor]:
         """Windows with their targets, padded: ids and logs (B, S - 1, K), rest (B, S - 1)."""
-        targets = self.teacher.targets([e["place"] for e in batch], [e["input_ids"] for e in batch])
-        parts = {"ids": [t.ids for t in targets], "logs": [t.logs for t in targets]}
-        parts["rest"] = [t.rest for t in targets]
+        targets = self._of(batch)
+        parts = {name: [getattr(t, name) for t in targets] for name in PARTS}
         tensors = collate(batch)
         # versions of transformers count the first token as predicted or not: here none does
         tensors["labels"][:, 0] = IGNORED
@@ -78,7 +77,7 @@ class Distillation:
         for row, labels in enumerate(batch["labels"]):
             count = int(labels.ne(IGNORED).sum())  # the padding lies behind them
             own = logits[row, :count]  # (N, V)
-            targets = Targets(*(batch[name][row, :count] for name in ("ids", "logs", "rest")))
+            targets = Targets(*(batch[name][row, :count] for name in PARTS))
             total = total + scale * self._divergence(own, targets).sum()
             if self.kl_share < 1:
                 text = F.cross_entropy(own.float(), labels[1 : count + 1], reduction="sum")
@@ -100,19 +99,25 @@ class Distillation:
         for batch in batches(examples(windows, first=first), batch_size):
             every = [example["input_ids"] for example in batch]
             for places, tokens, _ in padded(every, decoder):
-                logits = decoder.logits(tokens)
-                few = [every[i] for i in places]
-                found = self.teacher.targets([batch[i]["place"] for i in places], few)
-                for row, (window, targets) in enumerate(zip(few, found, strict=True)):
-                    own = logits[row, : len(window) - 1]
-                    here = targets.to(own.device)
-                    apart += float(self._divergence(own, here).double().sum())
-                    labels = tokens[row, 1 : len(window)]
+                few, logits = [batch[i] for i in places], decoder.logits(tokens)
+                for row, (example, targets) in enumerate(zip(few, self._of(few), strict=True)):
+                    labels = tokens[row, 1 : len(example["input_ids"])]
+                    own = logits[row, : len(labels)]
+                    apart += float(self._divergence(own, targets.to(own.device)).sum())
                     nats += float(F.cross_entropy(own, labels, reduction="sum"))
         check_loss(apart + nats)
         count = sum(len(window) - 1 for window in windows)
         value = Perplexity(nats, count, len(windows)).value
         return {"eval_loss": apart / count, "eval_perplexity": value}
 
+    def _of(self, batch: Sequence[Example]) -> list[Targets]:
+        return self.teacher.targets([e["place"] for e in batch], [e["input_ids"] for e in batch])
+
     def _divergence(self, logits: Tensor, targets: Targets) -> Tensor:
         return divergence(logits, targets, temperature=self.teacher.temperature)
+
+
+def check_share(kl_share: float) -> None:
+    """Raises ShortGPTError for a share of the loss that cannot be."""
+    if not 0 < kl_share <= 1:
+        raise ShortGPTError(f"kl_share = {kl_share}: expected above 0 and at most 1")

@@ -92,7 +92,7 @@ class CachedTeacher:
 
     Args:
         folder: holds the predictions, or will: two files.
-        model: with all its layers; asked only by `fill`, and may be changed after that.
+        model: with all its layers; asked only by `fill`, and may be changed or go after that.
         windows: token ids, all that will be asked for.
         k: tokens kept of each prediction; all of the vocabulary where that has fewer.
         temperature: of the predictions.
@@ -118,23 +118,22 @@ class CachedTeacher:
         temperature: float = 1.0,
     ) -> None:
         check_targets(k, temperature)
-        self.model, self.windows = model, windows
+        self._model: Predictor | None = model
+        self._windows, known = windows, model.identity()
+        self._teacher = json_digest(known)
         self.k, self.temperature = min(k, model.decoder.vocab_size), temperature
-        model_identity = model.identity()
-        self._teacher = json_digest(model_identity)
-        identity = {
-            **model_identity,
-            "windows": json_digest([list(window) for window in windows]),
-            "top_k": self.k,
-            "temperature": temperature,
-        }
         self._ends = [0, *accumulate(len(window) - 1 for window in windows)]
-        logs, ids = ("logs", "<f2", (self.k,)), ("ids", "<i4", (self.k,))
-        self._record = np.dtype([ids, logs, ("rest", "<f2")])  # of one prediction
+        self._record = _record(self.k)
         self._file = Path(folder) / CONTENT
-        self._state = StateFile(Path(folder) / IDENTITY, identity)
+        self._state = StateFile(Path(folder) / IDENTITY, self._about(known))
         if self._state.content is None and self._file.exists():
             raise FileExistsError(f"{self._file} exists, and no {IDENTITY} says what it is")
+
+    def _about(self, model: dict[str, object]) -> dict[str, object]:
+        """What tells these predictions from others."""
+        windows = json_digest([list(window) for window in self._windows])
+        own = {"top_k": self.k, "temperature": self.temperature}
+        return {**model, "windows": windows, **own}
 
     def identity(self) -> dict[str, object]:
         own = {"top_k": self.k, "temperature": self.temperature, "cached": True}
@@ -154,17 +153,18 @@ class CachedTeacher:
         if self._state.content is None:
             self._state.save({})
         done = self._cut_to_whole()
-        left = self.windows[done:]
-        logits = self.model.window_logits(left, batch_size=batch_size) if left else ()
+        left, model = self._windows[done:], self._model
+        logits = model.window_logits(left, batch_size=batch_size) if left and model else ()
         with (
             open(self._file, "ab") as file,
-            bar("teacher", total=len(self.windows), unit="window", show=progress) as shown,
+            bar("teacher", total=len(self._windows), unit="window", show=progress) as shown,
         ):
             shown.update(done)
             for number, found in enumerate(logits, start=done):
                 file.write(self._bytes(found))
                 set_rate(shown, self._ends[number + 1] - self._ends[done])
                 shown.update()
+        self._model = None
 
     def targets(self, places: Sequence[int], windows: Sequence[Window]) -> list[Targets]:
         if self._written() < self._ends[-1]:
@@ -203,6 +203,11 @@ def check_targets(k: int, temperature: float) -> None:
     if k < 1:
         raise ShortGPTError(f"top_k = {k}: expected at least 1")
     check_temperature(temperature)
+
+
+def _record(k: int) -> np.dtype:
+    """One prediction in the file."""
+    return np.dtype([("ids", "<i4", (k,)), ("logs", "<f2", (k,)), ("rest", "<f2")])
 
 
 def _targets(logits: Tensor, k: int, temperature: float) -> Targets:

@@ -118,34 +118,8 @@ def _finished(trainer: Trainer, folder: Path) -> bool:
 
 
 def _trainer(adapted: PeftModel, run: TrainingRun, folder: Path, shown: Bar) -> Trainer:
-    from transformers import Trainer
-
-    class Healer(Trainer):
-        """Evaluates by `TrainingRun.measure`."""
-
-        def evaluate(self, *_: object, **__: object) -> dict[str, float]:
-            metrics = run.measure(adapted)
-            self.log(metrics)
-            tell = self.callback_handler.on_evaluate
-            self.control = tell(self.args, self.state, self.control, metrics)
-            return metrics
-
-    class Distiller(Healer):
-        """Takes the loss from the distillation, in the place of the model's own."""
-
-        def compute_loss(
-            self,
-            model: torch.nn.Module,
-            inputs: dict[str, torch.Tensor | Any],
-            return_outputs: bool = False,
-            num_items_in_batch: torch.Tensor | int | None = None,
-        ) -> torch.Tensor:
-            assert run.distillation is not None and num_items_in_batch is not None
-            logits = model(input_ids=inputs["input_ids"], use_cache=False).logits
-            return run.distillation.loss(logits, inputs) / num_items_in_batch
-
     distillation = run.distillation
-    trainer = (Healer if distillation is None else Distiller)(
+    trainer = _kind(adapted, run)(
         model=adapted,
         args=_arguments(adapted, run.recipe, folder),
         train_dataset=examples(run.training),
@@ -158,6 +132,33 @@ def _trainer(adapted: PeftModel, run: TrainingRun, folder: Path, shown: Bar) -> 
         trainer.model_accepts_loss_kwargs = True
     _silence(trainer)
     return trainer
+
+
+def _kind(adapted: PeftModel, run: TrainingRun) -> type[Trainer]:
+    """The Trainer that evaluates by `TrainingRun.measure`, and that takes a teacher's loss."""
+    from transformers import Trainer
+
+    class Healer(Trainer):
+        def evaluate(self, *_: object, **__: object) -> dict[str, float]:
+            metrics = run.measure(adapted)
+            self.log(metrics)
+            tell = self.callback_handler.on_evaluate
+            self.control = tell(self.args, self.state, self.control, metrics)
+            return metrics
+
+    class Distiller(Healer):
+        def compute_loss(
+            self,
+            model: torch.nn.Module,
+            inputs: dict[str, torch.Tensor | Any],
+            return_outputs: bool = False,
+            num_items_in_batch: torch.Tensor | int | None = None,
+        ) -> torch.Tensor:
+            assert run.distillation is not None and num_items_in_batch is not None
+            logits = model(input_ids=inputs["input_ids"], use_cache=False).logits
+            return run.distillation.loss(logits, inputs) / num_items_in_batch
+
+    return Healer if run.distillation is None else Distiller
 
 
 def _silence(trainer: Trainer) -> None:
