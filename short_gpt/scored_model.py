@@ -5,7 +5,6 @@ Layer numbers are the original model's, from 0, before and after removal. L = it
 
 from __future__ import annotations
 
-import operator
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,15 +13,16 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from short_gpt.data.windows import batches, count_of, starts_texts
 from short_gpt.evaluation.perplexity import Perplexity, perplexity
 from short_gpt.model_record import ModelRecord
-from short_gpt.models.decoder import Decoder
-from short_gpt.models.numbering import check_count, check_layers
+from short_gpt.models.decoder import Decoder, padded
+from short_gpt.models.numbering import check_count, check_layers, layer_numbers
 from short_gpt.runtime import replicas
 from short_gpt.runtime.digest import Digest, weights_digest
-from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
+from short_gpt.runtime.errors import NotFiniteError
 from short_gpt.scores_view import ScoresView
 from short_gpt.scoring.hooks import Scores, score
 from short_gpt.scoring.importance import Importance
@@ -194,6 +194,17 @@ class ScoredModel(ModelRecord, ScoresView, ABC):
         self.note_quality(result)
         return result
 
+    def window_logits(
+        self, windows: Sequence[Sequence[int]], *, batch_size: int = 1
+    ) -> Iterator[Tensor]:
+        """Logits of the model as it is now at all tokens of each window: (tokens, vocabulary)."""
+        for batch in batches(windows, batch_size):
+            found: dict[int, Tensor] = {}
+            for places, tokens, mask in padded(batch, self.decoder):
+                logits = self.decoder.logits(tokens)
+                found |= {i: logits[row, mask[row]] for row, i in enumerate(places)}
+            yield from (found[i] for i in range(len(batch)))
+
     @contextmanager
     def without_layers(self, layers: Sequence[int]) -> Iterator[None]:
         """The model without some layers inside a ``with`` block, whole again after it.
@@ -232,7 +243,7 @@ class ScoredModel(ModelRecord, ScoresView, ABC):
             ShortGPTError: a layer does not exist (any more), or the number is out of range.
             RuntimeError: no scores of the model as it is, or a trial. Nothing is changed.
         """
-        drop = _layer_numbers(layers_to_remove) or self.layers_to_remove(angular=angular)
+        drop = layer_numbers(layers_to_remove) or self.layers_to_remove(angular=angular)
         check_layers(drop, self.kept)
         self.check_whole()
         remove_layers(self.decoder, [self.kept.index(i) for i in drop])
@@ -287,12 +298,3 @@ class ScoredModel(ModelRecord, ScoresView, ABC):
                 if not weight.isfinite().all():
                     raise NotFiniteError(f"layer {number} has NaN or infinite weights in {name}")
         self._weights_checked = True
-
-
-def _layer_numbers(layers: Sequence[int] | None) -> list[int]:
-    """Layers as plain numbers, also those of numpy and torch; True is left to be refused."""
-    if isinstance(layers, int):
-        raise ShortGPTError(f"expected a list of layers, got {layers}: pass it in a list")
-    if layers is None or len(layers) == 0:  # an array has no truth value
-        return []
-    return [i if isinstance(i, bool) else operator.index(i) for i in layers]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import ClassVar, cast
 
 import torch
+from torch import Tensor
 
 from llama.parallel import several_ranks
 from llama.tokenizer import Tokenizer, find_tokenizer
@@ -177,6 +178,12 @@ class StreamedLlama(ScoredModel):
         result = Perplexity.of(samples)
         self.note_quality(result)
         return result
+
+    def window_logits(
+        self, windows: Sequence[Sequence[int]], *, batch_size: int = 1
+    ) -> Iterator[Tensor]:
+        for part in self._rounds("logits", windows, batch_size, None, progress=False):
+            yield from self._streamed.window_logits(part)
 
     def score(
         self, windows: Sequence[Sequence[int]], *, sublayers: bool = False, all_tokens: bool = False

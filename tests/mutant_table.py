@@ -621,14 +621,141 @@ HEALING = (
         ),
     ),
     Section(
+        "short_gpt/healing/divergence.py",
+        "tests/healing/test_divergence.py",
+        (
+            (
+                "    return found + targets.rest.exp() * (",
+                "    return found + 0 * targets.rest.exp() * (",
+                "test_what_is_not_kept_is_one_event_more",
+            ),
+            (
+                "scaled.scatter(-1, ids, -torch.inf)",
+                "scaled",
+                "test_what_is_not_kept_is_one_event_more",
+            ),
+            (
+                "(targets.logs.clamp_min(least) - logs)",
+                "(targets.logs - logs)",
+                "test_a_teacher_that_is_certain_and_words_that_cannot_be_give_no_nan",
+            ),
+            (
+                "torch.logaddexp(self.logs.logsumexp(-1), self.rest)",
+                "self.logs.logsumexp(-1)",
+                "test_rounded_probabilities_sum_to_one_again",
+            ),
+        ),
+    ),
+    Section(
+        "short_gpt/healing/teacher.py",
+        "tests/healing/test_teacher.py",
+        (
+            (
+                "mapped[self._ends[i] : self._ends[i + 1]]",
+                "mapped[self._ends[0] : self._ends[1]]",
+                "test_what_is_read_is_what_the_model_predicts",
+            ),
+            (
+                "Targets.of(logits[:-1], k, temperature)",
+                "Targets.of(logits[1:], k, temperature)",
+                "test_what_is_read_is_what_the_model_predicts",
+            ),
+            (
+                "os.truncate(self._file, self._ends[whole] * self._record.itemsize)",
+                "pass",
+                "test_an_interrupted_cache_goes_on_where_it_was",
+            ),
+            (
+                '"windows": windows, **own}',
+                "**own}",
+                "test_predictions_of_something_else_are_refused",
+            ),
+        ),
+    ),
+    Section(
+        "short_gpt/healing/distillation.py",
+        "tests/healing/test_distillation.py",
+        (
+            (
+                "self.kl_share * self.teacher.temperature**2",
+                "self.kl_share",
+                "test_a_batchs_loss_is_the_mean_over_its_tokens_and_padding_does_not_count",
+            ),
+            (
+                "labels[1 : count + 1]",
+                "labels[:count]",
+                "test_a_batchs_loss_is_the_mean_over_its_tokens_and_padding_does_not_count",
+            ),
+            (
+                'tensors["labels"][:, 0] = IGNORED',
+                "pass",
+                "test_a_batchs_loss_is_the_mean_over_its_tokens_and_padding_does_not_count",
+            ),
+        ),
+    ),
+    Section(
         "short_gpt/healing/trainer.py",
+        "tests/healing/test_distillation.py",
+        (
+            (
+                "        trainer.model_accepts_loss_kwargs = True\n",
+                "        trainer.model_accepts_loss_kwargs = False\n",
+                "test_a_step_divides_by_the_tokens_of_all_its_parts",
+            ),
+            (
+                "**({} if self.distillation is None else self.distillation.identity()),",
+                "",
+                "test_resuming_gives_what_one_run_gives",
+            ),
+        ),
+    ),
+    Section(
+        "short_gpt/healing/steps.py",
+        "tests/healing/test_chain.py",
+        (
+            (
+                "        if kept.there:\n",
+                "        if False:\n",
+                "test_an_interrupted_chain_goes_on_bit_for_bit_and_does_nothing_twice",
+            ),
+            (
+                '"settings": vars(self)}',
+                '"settings": {}}',
+                "test_what_was_kept_of_another_run_is_refused",
+            ),
+        ),
+    ),
+    Section(
+        "short_gpt/healing/job.py",
+        "tests/healing/test_chain.py",
+        (
+            (
+                "        for undo in reversed(undos):\n            undo()\n",
+                "",
+                "test_all_steps_are_undone_when_a_later_one_fails",
+            ),
+        ),
+    ),
+    Section(
+        "short_gpt/healing/batching.py",
         "tests/healing/test_healing.py",
         (
             # padding as a target
             (
-                "torch.full_like(tokens, -100)",
+                "torch.full_like(tokens, IGNORED)",
                 "torch.zeros_like(tokens)",
                 "test_padding_is_no_target",
+            ),
+        ),
+    ),
+    Section(
+        "short_gpt/healing/adapters.py",
+        "tests/healing/test_healing.py",
+        (
+            (
+                "lora_alpha=recipe.rank if recipe.alpha is None",
+                "lora_alpha=1 if recipe.alpha is None",
+                "test_without_an_alpha_changes_count_as_they_are",
             ),
         ),
     ),
@@ -637,14 +764,9 @@ HEALING = (
         "tests/healing/test_healing.py",
         (
             (
-                "kept_step=best if measured[best] < before else 0",
-                "kept_step=best",
+                "kept_step=min(learned, key",
+                "kept_step=max(learned, key",
                 "test_training_that_only_harms_leaves_the_model_as_it_was",
-            ),
-            (
-                "lora_alpha=recipe.rank if recipe.alpha is None",
-                "lora_alpha=1 if recipe.alpha is None",
-                "test_without_an_alpha_changes_count_as_they_are",
             ),
             (
                 "    check_disjoint(run.training, run.validation)\n",

@@ -31,7 +31,7 @@ GROUPS = {
         ("TextSource", "Cut", "Reading", "Shares", "Learned", "DemoRun", "Reproduction"), READ
     ),
     **dict.fromkeys(("Answer", "Choice", "PerplexityLimit", "CaseNames"), CHOOSE),
-    **dict.fromkeys(("Tasks", "Sampling", "Settings", "LoraNames", "Opening"), RUN),
+    **dict.fromkeys(("Tasks", "Sampling", "Settings", "Distilling", "LoraNames", "Opening"), RUN),
     **dict.fromkeys(("Written", "Output", "Conversion", "Saving"), WRITE),
 }
 # Flags that belong to another part of the help than the group that they stand in.

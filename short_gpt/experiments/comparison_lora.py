@@ -17,7 +17,7 @@ from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.experiments.rows import Windows
 from short_gpt.healing import lora
 from short_gpt.healing.recipe import ModelConfig, Recipe, recipe_for
-from short_gpt.healing.trainer import whole_checkpoints
+from short_gpt.healing.run_folder import whole_checkpoints
 from short_gpt.opening import OpenOptions, open_hf
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import ShortGPTError

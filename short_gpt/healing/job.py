@@ -4,44 +4,18 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from short_gpt.evaluation.paired import Difference, difference, losses, together
 from short_gpt.evaluation.perplexity import Perplexity
-from short_gpt.healing import linear_patch, lora
-from short_gpt.healing.recipe import Recipe
+from short_gpt.healing.steps import Heal, PatchSettings, Step, Work, check_order
 from short_gpt.healing.texts import Learning
+from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.short_model import ShortModel
-
-
-@dataclass(frozen=True)
-class PatchSettings:
-    """Settings of the linear patch.
-
-    Attributes:
-        ridge: relative to the mean square of what the MLP gives.
-        batch_size: windows read at once.
-    """
-
-    ridge: float = linear_patch.RIDGE
-    batch_size: int = 1
-
-
-@dataclass(frozen=True)
-class LoraSettings:
-    """Settings of LoRA.
-
-    Attributes:
-        recipe: None takes the paper's for the model.
-        work_dir: keeps checkpoints to resume from, until the model is saved; None keeps none.
-        resume: continue from the last checkpoint there.
-    """
-
-    recipe: Recipe | None = None
-    work_dir: str | Path | None = None
-    resume: bool = False
 
 
 @dataclass(frozen=True)
@@ -49,18 +23,26 @@ class HealingEvidence:
     """What a healing brought, on windows that it did not learn from.
 
     Attributes:
-        how: what healed the model, ready for JSON; "method" names it.
-        perplexity: by the state of the model: whole, pruned (or before), healed.
+        steps: what healed the model, oldest first, each ready for JSON; "method" names it.
+        perplexity: by the state of the model: whole, pruned (or before), after each step but the
+            last by the steps until then ("patch"), and healed.
         change: of the loss by the healing alone, paired over the windows.
+        changes: the same of each step, by its name.
 
     Example:
-        >>> HealingEvidence({}, {}, Difference(0.02, 0.01, 32)).worse
+        >>> HealingEvidence([], {}, Difference(0.02, 0.01, 32)).worse
         True
     """
 
-    how: Mapping[str, object]
+    steps: Sequence[Mapping[str, object]]
     perplexity: Mapping[str, Perplexity]
     change: Difference
+    changes: Mapping[str, Difference] = field(default_factory=dict)
+
+    @property
+    def how(self) -> Mapping[str, object]:
+        """What healed the model last."""
+        return self.steps[-1]
 
     @property
     def worse(self) -> bool:
@@ -69,30 +51,42 @@ class HealingEvidence:
 
     def to_dict(self) -> dict[str, object]:
         """All of it, ready for JSON."""
-        values = {name: measured.value for name, measured in self.perplexity.items()}
-        found = {"healing": self.how, "perplexity": values, "change": asdict(self.change)}
-        return {**found, "worse": self.worse}
+        return {
+            "healing": [dict(step) for step in self.steps],
+            "perplexity": {name: measured.value for name, measured in self.perplexity.items()},
+            "change": asdict(self.change),
+            "changes": {name: asdict(change) for name, change in self.changes.items()},
+            "worse": self.worse,
+        }
 
 
 class HealingJob:
-    """Removes layers, heals what is left, and measures before and after.
+    """Removes layers, heals what is left in one or more steps, and measures before and after.
 
     Args:
-        short: the opened model, which is changed in place; for LoRA a `ShortHFModel`, where a
+        short: the opened model, which is changed in place; for training a `ShortHFModel`, where a
             Meta checkpoint is opened by `ShortHFModel.from_meta`.
         windows: to learn from, validate by and evaluate on.
-        layers: to remove first, in the original model's numbering; LoRA also heals a model from
-            which nothing more is to go.
-        settings: which method heals, and how.
+        layers: to remove first, in the original model's numbering; training also heals a model
+            from which nothing more is to go.
+        settings: what heals, one step or several: one closed form at most, in front of training.
+        work_dir: keeps what an interrupted healing continues from, until the model is saved: the
+            closed form's weights, the teacher's predictions, training's checkpoints; None keeps
+            nothing.
+        resume: continue from what is there.
         progress: whether to show bars.
 
     Attributes:
         evidence: of `run`; None before.
 
+    Raises:
+        ShortGPTError: the steps cannot follow each other.
+
     Example:
-        >>> short = open_model("llama-2-7b")  # doctest: +SKIP
-        >>> windows = Source("pg19").windows(short.encode, 1024, limit=64)  # doctest: +SKIP
-        >>> job = HealingJob(short, windows, [21, 22, 25])  # doctest: +SKIP
+        >>> short = ShortHFModel("llama-2-7b-hf")  # doctest: +SKIP
+        >>> windows = Source("pg19").windows(short.encode, 1024, validate=True)  # doctest: +SKIP
+        >>> steps = [PatchSettings(max_windows=64), DistillSettings()]  # doctest: +SKIP
+        >>> job = HealingJob(short, windows, [21, 22, 25], settings=steps)  # doctest: +SKIP
         >>> print(job.run().change)  # doctest: +SKIP
         >>> job.save("llama-2-6b", facts={"data": "PG-19"})  # doctest: +SKIP
     """
@@ -103,47 +97,68 @@ class HealingJob:
         windows: Learning,
         layers: Sequence[int] = (),
         *,
-        settings: PatchSettings | LoraSettings | None = None,
+        settings: Step | Sequence[Step] | None = None,
+        work_dir: str | Path | None = None,
+        resume: bool = False,
         progress: bool = True,
     ) -> None:
         self.short, self.windows, self.layers = short, windows, list(layers)
-        self.settings = PatchSettings() if settings is None else settings
-        self.progress = progress
+        given = PatchSettings() if settings is None else settings
+        self.steps: list[Step] = list(given) if isinstance(given, Sequence) else [given]
+        check_order([(step.name, step.trains) for step in self.steps])
+        self.work_dir = None if work_dir is None else Path(str(work_dir))
+        self.resume, self.progress = resume, progress
         self.evidence: HealingEvidence | None = None
 
     def run(self) -> HealingEvidence:
         """Does it all but saving.
 
         Raises:
-            ShortGPTError, NotFiniteError, MissingPackageError: as those of `linear_patch.fit` and
-                `lora.heal`. After an error, or an interruption, before the healing is done the
-                model is as it was, with all its layers.
+            ShortGPTError, NotFiniteError, MissingPackageError: as those of the steps.
+                After an error, or an interruption, the model is as it was, with all its layers.
+            FileExistsError: ``work_dir`` holds an earlier run, and ``resume`` was not asked for.
         """
-        count, parts = len(self.short.kept), {}
-        patch = self._fit()
-        if self.layers:
-            parts[f"whole, {count} layers"] = self._measure()
-        # a trial: whatever happens in it, all layers are back behind it
-        with self.short.without_layers(self.layers):
-            left = len(self.short.present)
-            raw = f"pruned, {left} layers" if self.layers else f"before, {count} layers"
-            parts[raw] = self._measure()
-            how, undo = self._heal(patch)
-        self._remove(undo)
-        parts["healed"] = self._measure()
-        quality = {name: together(windows) for name, windows in parts.items()}
-        self.evidence = HealingEvidence(how, quality, difference(parts[raw], parts["healed"]))
+        parts: dict[str, list[Perplexity]] = {}
+        with self._folder() as folder:
+            lasting = self.work_dir is not None
+            work = Work(self.short, self.windows, self.layers, folder, lasting, self.progress)
+            ready = [step.prepare(work) for step in self.steps]
+            if self.layers:
+                parts[f"whole, {len(self.short.kept)} layers"] = self._measure()
+            done = self._heal(ready, parts)
+        cut, *healed = [*parts.values()][-len(done) - 1 :]
+        names, before = [step.name for step in self.steps], [cut, *healed[:-1]]
+        self.evidence = HealingEvidence(
+            done,
+            {name: together(found) for name, found in parts.items()},
+            difference(cut, healed[-1]),
+            {n: difference(a, b) for n, a, b in zip(names, before, healed, strict=True)},
+        )
         self.short.evidence["change"] = asdict(self.evidence.change)
         return self.evidence
 
-    def _remove(self, undo: Callable[[], object]) -> None:
-        """Removes the layers; where that fails, the healing is undone too."""
-        try:
+    def _heal(
+        self, ready: Sequence[Heal], parts: dict[str, list[Perplexity]]
+    ) -> list[dict[str, object]]:
+        """Cuts and heals, and measures what comes; returns how. All is undone after an error."""
+        names, count = [step.name for step in self.steps], len(self.short.kept)
+        done: list[dict[str, object]] = []
+        undos: list[Callable[[], object]] = []
+        # a trial: whatever happens in it, all layers are back behind it
+        with self.short.without_layers(self.layers), _undone_on_error(undos):
+            left = len(self.short.present)
+            raw = f"pruned, {left} layers" if self.layers else f"before, {count} layers"
+            parts[raw] = self._measure()
+            for number, heal in enumerate(ready, start=1):
+                how, undo = heal()
+                undos.append(undo)
+                done.append(how)
+                state = ", ".join(names[:number]) if number < len(names) else "healed"
+                parts[state] = self._measure()
+        with _undone_on_error(undos):
             if self.layers:
                 self.short.remove_layers(self.layers)
-        except BaseException:
-            undo()
-            raise
+        return done
 
     def save(
         self,
@@ -152,7 +167,7 @@ class HealingJob:
         facts: Mapping[str, object] | None = None,
         overwrite: bool = False,
     ) -> Path:
-        """Writes the healed model with its evidence, and removes LoRA's checkpoints.
+        """Writes the healed model with its evidence, and removes what could be continued from.
 
         Args and errors as in `ScoredModel.save`, and:
 
@@ -163,42 +178,41 @@ class HealingJob:
             raise RuntimeError("nothing was healed yet; call run first")
         measured = self.evidence.perplexity
         out = self.short.save(out_dir, facts=facts, measured=measured, overwrite=overwrite)
-        if isinstance(self.settings, LoraSettings) and self.settings.work_dir is not None:
-            shutil.rmtree(self.settings.work_dir, ignore_errors=True)
+        if self.work_dir is not None:
+            shutil.rmtree(self.work_dir, ignore_errors=True)
         return out
 
-    def _fit(self) -> linear_patch.Patch | None:
-        """The patch, which reads the whole model; None for LoRA."""
-        if isinstance(self.settings, LoraSettings):
-            return None
-        return linear_patch.fit(
-            self.short,
-            self.layers,
-            self.windows.training,
-            ridge=self.settings.ridge,
-            batch_size=self.settings.batch_size,
-            progress=self.progress,
-        )
-
-    def _heal(
-        self, patch: linear_patch.Patch | None
-    ) -> tuple[dict[str, object], Callable[[], object]]:
-        """Heals the model as cut; returns how, and what takes a patch out again."""
-        if patch is not None:
-            undo = linear_patch.fold(self.short, patch)
-            return patch.to_dict(), undo
-        assert isinstance(self.settings, LoraSettings)
-        healed = lora.heal(
-            self.short,
-            self.windows.training,
-            self.windows.validation,
-            self.windows.evaluation,
-            recipe=self.settings.recipe,
-            work_dir=self.settings.work_dir,
-            resume=self.settings.resume,
-            progress=self.progress,
-        )
-        return healed.to_dict(), dict  # what training has merged stays
+    @contextmanager
+    def _folder(self) -> Iterator[Path]:
+        """Where steps keep what they continue from; a folder that goes where nothing is kept."""
+        if self.work_dir is None:
+            if self.resume:
+                raise ShortGPTError("to resume, name the work_dir that holds what was done")
+            with tempfile.TemporaryDirectory() as name:
+                yield Path(name)
+            return
+        there = self.work_dir.is_dir() and any(self.work_dir.iterdir())
+        if there and not self.resume:
+            raise FileExistsError(f"{self.work_dir} holds an earlier run; resume it, or remove it")
+        if self.resume and not there:
+            raise ShortGPTError(f"{self.work_dir} holds nothing to resume; start without resume")
+        self.work_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            yield self.work_dir
+        finally:
+            with suppress(OSError):  # what holds something stays
+                self.work_dir.rmdir()
 
     def _measure(self) -> list[Perplexity]:
         return losses(self.short.decoder, self.windows.evaluation, progress=self.progress)
+
+
+@contextmanager
+def _undone_on_error(undos: Sequence[Callable[[], object]]) -> Iterator[None]:
+    """Undoes what was done, the last first, after any error in the block."""
+    try:
+        yield
+    except BaseException:
+        for undo in reversed(undos):
+            undo()
+        raise

@@ -5,7 +5,7 @@ After Gromov et al. (arXiv:2403.17887, appendix A), through peft and the Trainer
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -14,12 +14,12 @@ import torch
 
 from llama.parallel import several_ranks
 from short_gpt.data.disjoint import check_disjoint
+from short_gpt.healing.adapters import adapt, target_modules
+from short_gpt.healing.distillation import Distillation
 from short_gpt.healing.four_bit import quantized, require_four_bit
 from short_gpt.healing.quiet import quiet
 from short_gpt.healing.recipe import Recipe, recipe_for
 from short_gpt.healing.trainer import TrainingRun, Window, train
-from short_gpt.models.families import ANY, family_of
-from short_gpt.models.hf import find_layers
 from short_gpt.runtime.errors import MissingPackageError, ShortGPTError
 from short_gpt.short_model import ShortModel
 from short_gpt.surgery.changes import WeightChange, parameters_of, restored_on_error
@@ -43,6 +43,9 @@ class Healed:
         losses: training loss in nats by step.
         validation: perplexity on the validation windows by step; 0 is before.
         tokens: trained on, with repetitions.
+        divergence: of distillation, from the teacher on the validation windows by step, nats a
+            token; by it the best step is known, as by the perplexity without distillation.
+        distillation: its settings; None where the text alone was learned.
     """
 
     recipe: Recipe
@@ -53,10 +56,18 @@ class Healed:
     losses: dict[int, float]
     validation: dict[int, float]
     tokens: int
+    divergence: dict[int, float] | None = None
+    distillation: dict[str, object] | None = None
 
     def to_dict(self) -> dict[str, object]:
         """All of it, ready for JSON."""
-        return {"method": "LoRA", **asdict(self)}
+        if self.distillation is not None:
+            return {"method": "distillation", **asdict(self)}
+        own = ("divergence", "distillation")
+        return {"method": "LoRA", **{k: v for k, v in asdict(self).items() if k not in own}}
+
+
+Merged = tuple[Healed, Callable[[], None]]  # and what takes it out again
 
 
 def heal(
@@ -69,6 +80,7 @@ def heal(
     work_dir: str | Path | None = None,
     resume: bool = False,
     progress: bool = True,
+    distillation: Distillation | None = None,
 ) -> Healed:
     """Trains low-rank changes on windows of text and merges them into the model, in place.
 
@@ -83,6 +95,7 @@ def heal(
         resume: continue from the last checkpoint in ``work_dir``; the same recipe and windows
             give what an uninterrupted run gives.
         progress: whether to show a bar.
+        distillation: what is learned in the place of the text alone.
 
     Raises:
         MissingPackageError: peft, or for 4 bits bitsandbytes, is missing.
@@ -97,68 +110,95 @@ def heal(
         27.15
     """
     require_packages()
+    recipe = recipe or recipe_for(short.trainable().config)
+    run = TrainingRun(
+        training,
+        validation,
+        recipe,
+        work_dir,
+        resume=resume,
+        show=progress,
+        distillation=distillation,
+    )
+    return heal_run(short, run, evaluation)[0]
+
+
+def heal_run(
+    short: ShortModel, run: TrainingRun, evaluation: Sequence[Window] = ()
+) -> tuple[Healed, Callable[[], None]]:
+    """The same, and a function that takes out what was merged; until then a copy is held."""
+    require_packages()
     if several_ranks():
         raise ShortGPTError("LoRA healing runs in one process; start it without torchrun")
     model = short.trainable()
-    recipe = recipe or recipe_for(model.config)
-    run = TrainingRun(training, validation, recipe, work_dir, resume=resume, show=progress)
     _check(run, evaluation)
-    targets = [model.get_submodule(name) for name in target_modules(model, recipe.modules)]
+    targets = [model.get_submodule(name) for name in target_modules(model, run.recipe.modules)]
     adapted = {id(module) for module in targets}
     ends = [
         parameters_of(number, layer, [m for m in layer.modules() if id(m) in adapted])
         for number, layer in zip(short.present, short.decoder.layers, strict=True)
     ]
-    healed = (_heal_four_bit if recipe.four_bit else _heal)(model, run, short.decoder.device)
+    train_and_merge = _heal_four_bit if run.recipe.four_bit else _heal
+    healed, restore = train_and_merge(model, run, short.decoder.device)
+    change = WeightChange(healed.to_dict(), frozenset().union(*ends))
     if healed.kept_step:
-        short.note_change(WeightChange(healed.to_dict(), frozenset().union(*ends)))
-    return healed
+        short.note_change(change)
+
+    def undo() -> None:
+        restore()
+        short.forget_change(change)
+
+    return healed, undo
 
 
-def _heal(model: PreTrainedModel, run: TrainingRun, _: torch.device) -> Healed:
+def _heal(model: PreTrainedModel, run: TrainingRun, _: torch.device) -> Merged:
     """Trains over the model's own weights and merges."""
     adapted = adapt(model, run.recipe)
     try:
         healed = _train(adapted, run)
-        _merge(adapted, healed)
+        return healed, _merge(adapted, healed)
     except BaseException:
         adapted.unload()  # takes the adapters out, and leaves the weights that they stood beside
         raise
     finally:
         _clean(model, run.recipe)
-    return healed
 
 
-def _merge(adapted: PeftModel, healed: Healed) -> None:
-    """Merges what was learned, unless no evaluation was better than before."""
+def _merge(adapted: PeftModel, healed: Healed) -> Callable[[], None]:
+    """Merges what was learned, unless no evaluation was better than before; returns the undo."""
     base = [p for name, p in adapted.named_parameters() if ".base_layer." in name]
-    with restored_on_error(base if healed.kept_step else ()):  # which a merge changes one by one
+    # which a merge changes one by one
+    with restored_on_error(base if healed.kept_step else ()) as restore:
         if healed.kept_step:
             adapted.merge_and_unload()
         else:
             adapted.unload()
         _clean(cast("PreTrainedModel", adapted.get_base_model()), healed.recipe)
+    return restore
 
 
 def _train(adapted: PeftModel, run: TrainingRun) -> Healed:
     trainable, parameters = adapted.get_nb_trainable_parameters()
     state, before = train(adapted, run)
     logs = state.log_history
-    measured = {int(e["step"]): e["eval_perplexity"] for e in logs if "eval_perplexity" in e}
-    best = min(measured, key=lambda step: measured[step])  # the earliest of equals
+    measured = {0: before} | {int(e["step"]): e for e in logs if "eval_loss" in e}
+    learned = {step: found["eval_loss"] for step, found in measured.items()}
+    distilled = run.distillation
     return Healed(
         recipe=run.recipe,
         trainable=trainable,
         parameters=parameters - trainable,
         steps=state.global_step,
-        kept_step=best if measured[best] < before else 0,
+        kept_step=min(learned, key=lambda step: learned[step]),  # the earliest of equals
         losses={int(entry["step"]): entry["loss"] for entry in logs if "loss" in entry},
-        validation={0: before, **measured},
+        validation={step: found["eval_perplexity"] for step, found in measured.items()},
         tokens=round(state.epoch * sum(map(len, run.training))),
+        divergence=None if distilled is None else learned,
+        distillation=None if distilled is None else distilled.identity(),
     )
 
 
-def _heal_four_bit(model: PreTrainedModel, run: TrainingRun, place: torch.device) -> Healed:
+def _heal_four_bit(model: PreTrainedModel, run: TrainingRun, place: torch.device) -> Merged:
     """Trains over a copy in 4 bits (NF4, as QLoRA), and merges into the model as it is."""
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
@@ -171,14 +211,13 @@ def _heal_four_bit(model: PreTrainedModel, run: TrainingRun, place: torch.device
         whole = adapt(model, run.recipe)
         try:
             set_peft_model_state_dict(whole, trained)
-            _merge(whole, healed)
+            return healed, _merge(whole, healed)
         except BaseException:
             whole.unload()
             raise
     finally:
         torch.nn.Module.to(model, place)
         _clean(model, run.recipe)
-    return healed
 
 
 def _clean(model: PreTrainedModel, recipe: Recipe) -> None:
@@ -191,61 +230,6 @@ def _clean(model: PreTrainedModel, recipe: Recipe) -> None:
     for parameter in model.parameters():
         parameter.grad = None
     vars(model).pop("peft_config", None)
-
-
-def adapt(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
-    """The model with untrained changes of its layers: a ``PeftModel`` around the same weights.
-
-    Raises:
-        MissingPackageError: peft is missing.
-        ShortGPTError: no linear map has the recipe's names.
-    """
-    from peft import LoraConfig, TaskType, get_peft_model
-
-    targets = target_modules(model, recipe.modules)
-    config = LoraConfig(
-        task_type=TaskType.CAUSAL_LM,
-        r=recipe.rank,
-        lora_alpha=recipe.rank if recipe.alpha is None else recipe.alpha,
-        lora_dropout=recipe.dropout,
-        target_modules=targets,
-        fan_in_fan_out=type(model.get_submodule(targets[0])).__name__ == "Conv1D",
-    )
-    torch.manual_seed(recipe.seed)
-    with quiet():
-        return get_peft_model(model, config)
-
-
-def target_modules(model: PreTrainedModel, names: Sequence[str] | None = None) -> list[str]:
-    """The full names of the linear maps inside the layers that LoRA changes.
-
-    Args:
-        model: a causal language model of transformers.
-        names: ends of their names; None takes the MLP's of the model's family.
-
-    Raises:
-        ShortGPTError: there is none.
-    """
-    model_type = model.config.get_text_config(decoder=True).model_type
-    wanted = family_of(model_type).lora if names is None else names
-    ends = tuple(f".{name}" for name in wanted)
-    found = [name for name in _with_weight(model, find_layers(model)) if f".{name}".endswith(ends)]
-    if not found:
-        raise ShortGPTError(
-            f"{type(model).__name__} has no linear maps named {', '.join(wanted or ANY.lora)}; "
-            "name its own"
-        )
-    return found
-
-
-def _with_weight(model: PreTrainedModel, layers_path: str) -> list[str]:
-    """The full names of the modules inside the layers that have a weight of their own."""
-    return [
-        name
-        for name, module in model.named_modules()
-        if name.startswith(f"{layers_path}.")
-        and isinstance(getattr(module, "weight", None), torch.Tensor)
-    ]
 
 
 def _check(run: TrainingRun, evaluation: Sequence[Window]) -> None:

@@ -1,29 +1,27 @@
-"""The training of LoRA healing by the Trainer of transformers."""
+"""The training of LoRA, on text or by distillation, by the Trainer of transformers."""
 
 from __future__ import annotations
 
 import json
 import math
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from llama.io.json_files import write_json
 from short_gpt.data.windows import batches
-from short_gpt.evaluation.perplexity import Perplexity, perplexity
+from short_gpt.evaluation.perplexity import perplexity
+from short_gpt.healing.batching import collate, examples
+from short_gpt.healing.distillation import Distillation
 from short_gpt.healing.quiet import deterministic, kept_config, quiet
 from short_gpt.healing.recipe import Recipe
+from short_gpt.healing.run_folder import run_folder
 from short_gpt.models.hf import HFDecoder
 from short_gpt.runtime.digest import json_digest, weights_digest
-from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
+from short_gpt.runtime.errors import NotFiniteError
 from short_gpt.runtime.progress import Bar, bar
-from short_gpt.runtime.results import read_record
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -37,7 +35,6 @@ if TYPE_CHECKING:
     )
 
 Window = Sequence[int]
-RECIPE = "recipe.json"  # in the folder of checkpoints: what they belong to
 
 
 @dataclass(frozen=True)
@@ -49,6 +46,7 @@ class TrainingRun:
         work_dir: keeps checkpoints; None keeps none.
         resume: continue from the last checkpoint there.
         show: whether to show a bar.
+        distillation: what is learned in the place of the text; None learns the text.
     """
 
     training: Sequence[Window]
@@ -57,6 +55,7 @@ class TrainingRun:
     work_dir: str | Path | None = None
     resume: bool = False
     show: bool = True
+    distillation: Distillation | None = None
 
     def identity(self, adapted: PeftModel) -> dict[str, object]:
         """What a resumed run must share with the earlier one."""
@@ -65,32 +64,45 @@ class TrainingRun:
             "recipe": json.loads(json.dumps(asdict(self.recipe))),  # as a file gives it back
             "text": json_digest(windows),
             "model": weights_digest(adapted),
+            **({} if self.distillation is None else self.distillation.identity()),
         }
 
+    def measure(self, adapted: PeftModel) -> dict[str, float]:
+        """On the validation windows: what the best step is chosen by, and the perplexity."""
+        adapted.eval()
+        decoder, at_once = HFDecoder(adapted.get_base_model()), self.recipe.micro_batch
+        if self.distillation is not None:
+            first = len(self.training)
+            return self.distillation.measure(
+                decoder, self.validation, first=first, batch_size=at_once
+            )
+        found = perplexity(decoder, batches(self.validation, at_once))
+        return {"eval_loss": found.nats / found.tokens, "eval_perplexity": found.value}
 
-def train(adapted: PeftModel, run: TrainingRun) -> tuple[TrainerState, float]:
+
+def train(adapted: PeftModel, run: TrainingRun) -> tuple[TrainerState, dict[str, float]]:
     """Trains a ``PeftModel`` in place; the weights of its best evaluation stay.
 
     Returns:
-        The Trainer's state: ``global_step``, ``log_history`` and ``best_global_step``; and the
-        perplexity on the validation windows before any step.
+        The Trainer's state: ``global_step``, ``log_history`` and ``best_global_step``; and what
+        `TrainingRun.measure` gave before any step.
     """
     recipe = run.recipe
     with (
-        _folder(run.work_dir, run.identity(adapted), resume=run.resume) as folder,
+        run_folder(run.work_dir, run.identity(adapted), resume=run.resume) as folder,
         quiet(),
         deterministic(),
         kept_config(adapted),
         bar("healing", total=recipe.steps, unit="step", show=run.show) as shown,
     ):
-        before = _perplexity(adapted, run)
+        before = run.measure(adapted)
         if recipe.gradient_checkpointing:
             base = cast("PreTrainedModel", adapted.get_base_model())
             base.gradient_checkpointing_enable({"use_reentrant": False})
         trainer = _trainer(adapted, run, folder, shown)
         if not (run.resume and _finished(trainer, folder)):
             trainer.train(resume_from_checkpoint=run.resume)
-        return trainer.state, before.value
+        return trainer.state, before
 
 
 def _finished(trainer: Trainer, folder: Path) -> bool:
@@ -105,94 +117,48 @@ def _finished(trainer: Trainer, folder: Path) -> bool:
     return done
 
 
-def _perplexity(adapted: PeftModel, run: TrainingRun) -> Perplexity:
-    adapted.eval()
-    windows = batches(run.validation, run.recipe.micro_batch)
-    return perplexity(HFDecoder(adapted.get_base_model()), windows)
-
-
-@contextmanager
-def _folder(work_dir: str | Path | None, run: dict[str, object], *, resume: bool) -> Iterator[Path]:
-    """Where checkpoints go; with ``resume`` it must hold some of the same run."""
-    if work_dir is None:
-        if resume:
-            raise ShortGPTError("to resume, name the work_dir that holds the checkpoints")
-        with tempfile.TemporaryDirectory() as name:
-            yield Path(name)
-        return
-    folder = Path(str(work_dir))
-    begun = whole_checkpoints(folder) if resume else any(folder.glob("checkpoint-*"))
-    if not resume:
-        if begun or (folder.exists() and {p.name for p in folder.iterdir()} - {RECIPE}):
-            raise FileExistsError(f"{folder} holds an earlier run; resume it, or remove it")
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / RECIPE, run)
-    elif not begun or not (folder / RECIPE).is_file():
-        raise ShortGPTError(f"{folder} holds no checkpoint to resume from; start without resume")
-    else:
-        _check_run(folder, run)
-    yield folder
-
-
-def _check_run(folder: Path, run: dict[str, object]) -> None:
-    """Raises ShortGPTError unless the checkpoints in a folder are of the same run."""
-    earlier, now = _settings(read_record(folder / RECIPE)), _settings(run)
-    for name, value in now.items():
-        if earlier.get(name) != value:
-            raise ShortGPTError(
-                f"{folder} holds a run of another {name}: {earlier.get(name)!r}, now {value!r}; go "
-                f"on with the former {name}, or delete {folder} to begin anew"
-            )
-
-
-def _settings(run: Mapping[str, object]) -> dict[str, object]:
-    """What a run depends on, the recipe's settings by their own names."""
-    own = recipe if isinstance(recipe := run.get("recipe"), dict) else {}
-    return {**own, **{name: value for name, value in run.items() if name != "recipe"}}
-
-
-def begun(folder: Path) -> bool:
-    """Whether a folder holds a run of `train` that can be continued."""
-    return (folder / RECIPE).is_file() and whole_checkpoints(folder)
-
-
-def whole_checkpoints(folder: Path) -> bool:
-    """Deletes checkpoints that a kill cut short; whether others are left."""
-    left = False
-    for path in folder.glob("checkpoint-*"):
-        try:
-            read_record(path / "trainer_state.json")  # written last
-            left = True
-        except (OSError, ValueError):
-            shutil.rmtree(path)
-    return left
-
-
 def _trainer(adapted: PeftModel, run: TrainingRun, folder: Path, shown: Bar) -> Trainer:
+    distillation = run.distillation
+    trainer = _kind(adapted, run)(
+        model=adapted,
+        args=_arguments(adapted, run.recipe, folder),
+        train_dataset=examples(run.training),
+        eval_dataset=examples(run.validation),
+        # pads, so that windows may differ in length
+        data_collator=collate if distillation is None else distillation.collate,
+        callbacks=_callbacks(run.recipe, shown),
+    )
+    if distillation is not None:  # the sum over a whole step's batch is divided by its tokens
+        trainer.model_accepts_loss_kwargs = True
+    _silence(trainer)
+    return trainer
+
+
+def _kind(adapted: PeftModel, run: TrainingRun) -> type[Trainer]:
+    """The Trainer that evaluates by `TrainingRun.measure`, and that takes a teacher's loss."""
     from transformers import Trainer
 
     class Healer(Trainer):
-        """Evaluates by `perplexity`: total loss over predicted tokens."""
-
         def evaluate(self, *_: object, **__: object) -> dict[str, float]:
-            measured = _perplexity(adapted, run)
-            loss = measured.nats / measured.tokens  # what the Trainer chooses the best step by
-            metrics = {"eval_loss": loss, "eval_perplexity": measured.value}
+            metrics = run.measure(adapted)
             self.log(metrics)
             tell = self.callback_handler.on_evaluate
             self.control = tell(self.args, self.state, self.control, metrics)
             return metrics
 
-    trainer = Healer(
-        model=adapted,
-        args=_arguments(adapted, run.recipe, folder),
-        train_dataset=_examples(run.training),
-        eval_dataset=_examples(run.validation),
-        data_collator=_collate,  # pads, so that windows may differ in length
-        callbacks=_callbacks(run.recipe, shown),
-    )
-    _silence(trainer)
-    return trainer
+    class Distiller(Healer):
+        def compute_loss(
+            self,
+            model: torch.nn.Module,
+            inputs: dict[str, torch.Tensor | Any],
+            return_outputs: bool = False,
+            num_items_in_batch: torch.Tensor | int | None = None,
+        ) -> torch.Tensor:
+            assert run.distillation is not None and num_items_in_batch is not None
+            logits = model(input_ids=inputs["input_ids"], use_cache=False).logits
+            return run.distillation.loss(logits, inputs) / num_items_in_batch
+
+    return Healer if run.distillation is None else Distiller
 
 
 def _silence(trainer: Trainer) -> None:
@@ -246,21 +212,6 @@ def _arguments(adapted: PeftModel, recipe: Recipe, folder: Path) -> TrainingArgu
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # the model stays whole on one card
     return arguments
-
-
-def _examples(windows: Sequence[Window]) -> list[dict[str, list[int]]]:
-    return [{"input_ids": list(window)} for window in windows]
-
-
-def _collate(examples: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-    """Windows as one batch, padded on the right; padding is no target."""
-    longest = max(len(e["input_ids"]) for e in examples)
-    tokens = torch.zeros(len(examples), longest, dtype=torch.long)  # (B, S)
-    labels = torch.full_like(tokens, -100)  # what cross entropy passes over
-    for row, example in enumerate(examples):
-        ids = torch.tensor(example["input_ids"])
-        tokens[row, : len(ids)] = labels[row, : len(ids)] = ids
-    return {"input_ids": tokens, "labels": labels}
 
 
 def _progress(shown: Bar) -> TrainerCallback:

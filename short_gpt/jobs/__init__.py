@@ -15,6 +15,7 @@ from short_gpt.jobs.choice import (
 from short_gpt.jobs.comparison import compare_checkpoint
 from short_gpt.jobs.conversion import convert
 from short_gpt.jobs.demonstration import Demo, DemoRun, run_demo
+from short_gpt.jobs.distilling import Distilling
 from short_gpt.jobs.evaluation import FewShotTasks, Reading, Tasks, evaluate, perplexity_of
 from short_gpt.jobs.healing import Healing, heal
 from short_gpt.jobs.healing_settings import Learned, Settings
@@ -33,6 +34,7 @@ __all__ = [
     "Cut",
     "Demo",
     "DemoRun",
+    "Distilling",
     "FewShotTasks",
     "Healing",
     "Learned",

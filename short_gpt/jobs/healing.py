@@ -1,8 +1,8 @@
-"""Layers removed and quality brought back: a closed-form patch, or LoRA."""
+"""Layers removed and quality brought back: in closed form, by training, or one after the other."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,19 +10,30 @@ from llama.io.files import check_new
 from llama.io.sources import is_meta
 from short_gpt.checkpoints.provenance import PROVENANCE, Provenance
 from short_gpt.checkpoints.prune import refuse_gguf
-from short_gpt.healing import HealingEvidence, HealingJob, Learning, Recipe, Source
-from short_gpt.healing.job import LoraSettings, PatchSettings
-from short_gpt.healing.linear_patch import RIDGE
-from short_gpt.healing.trainer import begun
+from short_gpt.healing import (
+    RIDGE,
+    DistillSettings,
+    HealingEvidence,
+    HealingJob,
+    Learning,
+    LoraSettings,
+    PatchSettings,
+    Recipe,
+    Source,
+    Step,
+)
 from short_gpt.jobs.choice import Choice, Chosen, chosen
-from short_gpt.jobs.healing_settings import Learned, Settings
+from short_gpt.jobs.distilling import Distilling
+from short_gpt.jobs.healing_settings import CLOSED, TRAINING, Learned, Settings, methods_of
 from short_gpt.jobs.inputs import Cut, Opening, TextSource, check_model, source_of
 from short_gpt.jobs.saving import interruptible
+from short_gpt.opening import open_model
 from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.scored_model import ScoredModel
 from short_gpt.short_hf import ShortHFModel
 from short_gpt.short_model import ShortModel
 
-SIZE, PATCH_WINDOWS = 1024, 64  # of the patch, and of lora where its recipe names no size
+SIZE, CLOSED_WINDOWS = 1024, 64  # of closed forms
 
 
 @dataclass(frozen=True)
@@ -57,22 +68,24 @@ def heal(
     data: str | TextSource = "pg19",
     learned: Learned | None = None,
     settings: Settings | None = None,
+    distilling: Distilling | None = None,
     opening: Opening | None = None,
     overwrite: bool = False,
 ) -> Healing:
     """Removes layers of a checkpoint and brings quality back.
 
-    The patch takes minutes and one pass over the windows. LoRA also heals a model whose layers
-    are already removed; a Meta checkpoint goes to Hugging Face's format and back. No text that is
-    evaluated on is learned from. LoRA that was interrupted continues from its last checkpoint.
+    The patch takes minutes and one pass over the windows. LoRA learns the text, distillation what
+    the whole model predicts; both also heal a model that was cut before, take a Meta checkpoint to
+    Hugging Face's format and back, and continue when interrupted. No text is evaluated on that was
+    learned from.
 
     Args:
         model: Meta checkpoint directory, Hugging Face directory or hub id.
         out: new directory; appears whole or not at all.
-        method: patch, or lora.
-        choice: which layers to remove; lora may do without.
+        method: patch, lora or distill, or several by commas, which follow each other.
+        choice: which layers to remove; lora may do without, and distill with a teacher.
         data: texts to learn from.
-        learned, settings, opening: windows, settings of the method, how the model is opened.
+        learned, settings, distilling, opening: of windows and methods; how models are opened.
         overwrite: whether an earlier pruned checkpoint is replaced.
 
     Raises:
@@ -84,20 +97,23 @@ def heal(
         >>> done.evidence.perplexity["healed"].value  # doctest: +SKIP
         6.1
     """
-    learned, settings = learned or Learned(), settings or Settings()
-    texts, lora = source_of(data), method == "lora"
-    settings.check(method)
+    learned, settings, opening = learned or Learned(), settings or Settings(), opening or Opening()
+    distilling = distilling or Distilling()
+    texts, methods = source_of(data), methods_of(method)
+    _check(methods, learned, settings, distilling)
     refuse_gguf(model)
     check_new(Path(out), marker=PROVENANCE, overwrite=overwrite, source=Path(model))
-    found = _selection(model, choice or Choice(), lora=lora)
+    found = _selection(model, choice or Choice(), methods, distilling)
     check_model(model)
-    Cut(learned.size or SIZE, learned.max_windows).check()
+    trains = methods[-1] in TRAINING
     with interruptible():
-        short = _opened(model, found, learned.size or SIZE, opening or Opening(), lora=lora)
-        recipe = settings.recipe(short, learned.seed) if lora else None
+        short = _opened(model, found, learned.size or SIZE, opening, trains=trains)
+        recipe = settings.recipe(short, learned.seed) if trains else None
         size = learned.size or (recipe.size if recipe else SIZE)
-        parts = _windows(short, texts, learned, size, lora=lora)
-        job = HealingJob(short, parts, found.layers, settings=_how(recipe, settings, out))
+        parts = _windows(short, texts, learned, size, trains=trains)
+        distill = distilling.step(recipe, _teacher(model, distilling, opening, size))
+        steps = _steps(methods, settings, learned, recipe, distill)
+        job = _job(short, parts, found.layers, steps, out, resume=settings.resume)
         names = {"data": texts.data, "eval_data": learned.eval_data, "size": size}
         done = Healing(Path(out), job.run(), parts.left_out, found.unchecked, names)
         short.evidence |= {**found.record.evidence, "eval_data": learned.eval_data, "size": size}
@@ -105,16 +121,60 @@ def heal(
     return done
 
 
-def _how(recipe: Recipe | None, settings: Settings, out: str) -> LoraSettings | PatchSettings:
-    """What the method takes; lora keeps its checkpoints beside the new directory, to continue."""
-    if recipe is not None:
-        work_dir = f"{out}.training"
-        return LoraSettings(recipe, work_dir, settings.resume or begun(Path(work_dir)))
-    return PatchSettings(RIDGE if settings.ridge is None else settings.ridge)
+def _check(
+    methods: Sequence[str], learned: Learned, settings: Settings, distilling: Distilling
+) -> None:
+    """Raises ShortGPTError or MissingPackageError for what is out of range, or in vain."""
+    Cut(learned.size or SIZE, learned.max_windows).check()
+    settings.check(methods)
+    distilling.check(methods)
+
+
+def _steps(
+    methods: Sequence[str],
+    settings: Settings,
+    learned: Learned,
+    recipe: Recipe | None,
+    distill: DistillSettings,
+) -> list[Step]:
+    """What the methods take."""
+    ridge = RIDGE if settings.ridge is None else settings.ridge
+    few = CLOSED_WINDOWS if learned.max_windows is None else None
+    made: dict[str, Step] = {
+        "patch": PatchSettings(ridge, max_windows=few),
+        "lora": LoraSettings(recipe),
+        "distill": distill,
+    }
+    return [made[name] for name in methods]
+
+
+def _job(
+    short: ShortModel,
+    parts: Learning,
+    layers: Sequence[int],
+    steps: Sequence[Step],
+    out: str,
+    *,
+    resume: bool,
+) -> HealingJob:
+    """The healing; training keeps what it continues from beside the new directory."""
+    folder = Path(f"{out}.training") if steps[-1].trains else None
+    again = resume or (folder is not None and folder.is_dir() and any(folder.iterdir()))
+    return HealingJob(short, parts, layers, settings=steps, work_dir=folder, resume=again)
+
+
+def _teacher(
+    model: str, distilling: Distilling, opening: Opening, size: int
+) -> Callable[[], ScoredModel] | None:
+    """What opens the teacher; None where it is the model itself before its layers go."""
+    if distilling.teacher is None and not distilling.live_teacher and not distilling.stream_teacher:
+        return None
+    source, stream = distilling.teacher or model, distilling.stream_teacher
+    return lambda: open_model(source, stream=stream, max_seq_len=size, **vars(opening))
 
 
 def _windows(
-    short: ShortModel, texts: TextSource, learned: Learned, size: int, *, lora: bool
+    short: ShortModel, texts: TextSource, learned: Learned, size: int, *, trains: bool
 ) -> Learning:
     """Windows to learn from and others to evaluate on, which share no text."""
     place = (texts.split, texts.column, texts.max_texts, learned.seed)
@@ -122,31 +182,38 @@ def _windows(
         short.encode,
         size,
         bos=short.bos,
-        limit=learned.max_windows or (None if lora else PATCH_WINDOWS),
+        limit=learned.max_windows or (None if trains else CLOSED_WINDOWS),
         eval_windows=learned.eval_windows,
         drop_overlap=learned.drop_overlap,
-        validate=lora,
+        validate=trains,
     )
 
 
-def _selection(model: str, choice: Choice, *, lora: bool) -> Chosen:
+def _selection(
+    model: str, choice: Choice, methods: Sequence[str], distilling: Distilling
+) -> Chosen:
     """The layers to remove, if any, and how they were chosen."""
     if choice.layers is not None or choice.scores is not None:
         return chosen(model, choice)
-    if not lora:
+    ask = "give --layers 21,22,23 or --scores FILE --n N"
+    if methods[0] in CLOSED:
         raise ShortGPTError(
-            "the patch reads the whole model and removes layers itself: give --layers 21,22,23 or "
-            "--scores FILE --n N"
+            f"the {methods[0]} reads the whole model and removes layers itself: {ask}"
+        )
+    if "distill" in methods and distilling.teacher is None:
+        raise ShortGPTError(
+            f"distill learns from the model with all its layers: {ask}, or --teacher MODEL that "
+            "still has them"
         )
     if choice.n is not None or choice.wanted is not None:
         raise ShortGPTError("--n and --angular choose from --scores FILE")
     return Chosen([], Provenance())
 
 
-def _opened(model: str, found: Chosen, size: int, opening: Opening, *, lora: bool) -> ShortModel:
-    """The model, with the scores that its layers were chosen by; for lora one of Hugging Face's."""
+def _opened(model: str, found: Chosen, size: int, opening: Opening, *, trains: bool) -> ShortModel:
+    """The model, with the scores its layers were chosen by; for training one of Hugging Face's."""
     short: ShortModel
-    if lora and is_meta(model):
+    if trains and is_meta(model):
         place = {"device": opening.device, "dtype": opening.dtype}
         short = ShortHFModel.from_meta(model, tokenizer_path=opening.tokenizer_path, **place)
     else:

@@ -2,15 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from short_gpt.healing.four_bit import require_four_bit
 from short_gpt.healing.lora import require_packages
 from short_gpt.healing.recipe import PRESETS, Recipe, recipe_for
+from short_gpt.healing.steps import STEPS, check_order
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.short_model import ShortModel
 
-METHODS = ("patch", "lora")
+TRAINING = tuple(name for name, step in STEPS.items() if step.trains)
+CLOSED = tuple(name for name in STEPS if name not in TRAINING)
+
+
+def methods_of(text: str) -> list[str]:
+    """The methods that a comma list names, in the order in which they follow each other.
+
+    Raises:
+        ShortGPTError: one is unknown, named twice, or cannot follow the one before it.
+
+    Example:
+        >>> methods_of("patch,distill")
+        ['patch', 'distill']
+    """
+    methods = [name.strip() for name in text.split(",")]
+    for name in methods:
+        if name not in STEPS:
+            raise ShortGPTError(
+                f"--method {text}: expected one of {', '.join(STEPS)}, or several by commas, got "
+                f"{name!r}"
+            )
+    check_order([(name, STEPS[name].trains) for name in methods])
+    return methods
 
 
 @dataclass(frozen=True)
@@ -19,8 +43,8 @@ class Learned:
 
     Args:
         eval_data: texts to evaluate on; if not given, a tenth of the texts of data is held out.
-        size: tokens in a window; 1024 for the patch, the recipe's for lora.
-        max_windows: windows to learn from; 64 for the patch, all for lora.
+        size: tokens in a window; the recipe's for lora and distill, else 1024.
+        max_windows: windows to learn from; 64 for a closed form, all for lora and distill.
         eval_windows: windows to evaluate on.
         drop_overlap: leave out windows that share text with those to evaluate on, instead of
             refusing them; on if no eval_data is given.
@@ -41,8 +65,9 @@ class Settings:
 
     Args:
         ridge: of the patch, relative to the mean square of what the MLP gives; 1e-4 if not given.
-        preset: of lora, paper or demo; each of the following changes one of its settings.
-        rank: of lora's changes.
+        preset: of lora and distill, paper, demo or small; each of the following changes one of its
+            settings.
+        rank: of the changes that are trained.
         alpha: their scale times the rank; the rank if not given.
         learning_rate: at its peak.
         steps: optimizer steps.
@@ -53,8 +78,8 @@ class Settings:
         patience: stop after so many evaluations without a better one.
         four_bit: train over weights in 4 bits; needs bitsandbytes and CUDA.
         gradient_checkpointing: less memory, more time.
-        resume: lora must continue from the checkpoints of an interrupted run, in OUT.training;
-            where there are some, the same command continues from them anyway.
+        resume: training must continue an interrupted run, from OUT.training; where there is one,
+            the same command continues it anyway.
     """
 
     ridge: float | None = None
@@ -80,22 +105,21 @@ class Settings:
         # by identity: 0 is a value, though it equals False
         return {k: v for k, v in given.items() if v is not None and v is not False}
 
-    def check(self, method: str) -> None:
-        """Raises ShortGPTError or MissingPackageError for what the method cannot do."""
-        if method not in METHODS:
-            raise ShortGPTError(f"--method {method}: expected one of {', '.join(METHODS)}")
-        foreign = [*self.changes, *["resume"] * self.resume]
-        foreign += ["preset"] if self.preset != "paper" else []
-        if method == "patch" and foreign:
-            raise ShortGPTError(f"--{foreign[0]} is for --method lora")
-        if method == "lora" and self.ridge is not None:
-            raise ShortGPTError("--ridge is for --method patch")
+    def check(self, methods: Sequence[str]) -> None:
+        """Raises ShortGPTError or MissingPackageError for what none of the methods can do."""
+        training = [*self.changes, *["resume"] * self.resume]
+        training += ["preset"] if self.preset != "paper" else []
+        trains = any(method in TRAINING for method in methods)
+        if training and not trains:
+            raise ShortGPTError(f"--{training[0]} is for --method {' or '.join(TRAINING)}")
+        if self.ridge is not None and not any(method in CLOSED for method in methods):
+            raise ShortGPTError(f"--ridge is for --method {' or '.join(CLOSED)}")
         if self.preset not in PRESETS:
             raise ShortGPTError(f"--preset {self.preset}: expected one of {', '.join(PRESETS)}")
-        if method == "lora":
-            self._check_lora()
+        if trains:
+            self._check_training()
 
-    def _check_lora(self) -> None:
+    def _check_training(self) -> None:
         Recipe(**{**asdict(Recipe()), **self.changes})  # refuses values out of range
         require_packages()
         if self.four_bit:

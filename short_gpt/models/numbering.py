@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 from short_gpt.runtime.errors import ShortGPTError
@@ -50,3 +51,12 @@ def span(layers: Sequence[int]) -> str:
             runs.append([i])
     parts = (f"{r[0]}..{r[-1]}" if len(r) > 2 else ", ".join(map(str, r)) for r in runs)
     return ", ".join(parts)
+
+
+def layer_numbers(layers: Sequence[int] | None) -> list[int]:
+    """Layers as plain numbers, also those of numpy and torch; True is left to be refused."""
+    if isinstance(layers, int):
+        raise ShortGPTError(f"expected a list of layers, got {layers}: pass it in a list")
+    if layers is None or len(layers) == 0:  # an array has no truth value
+        return []
+    return [i if isinstance(i, bool) else operator.index(i) for i in layers]

@@ -68,6 +68,8 @@ def healed(result: Healing) -> str:
     lines = [said for said in (result.unchecked, result.left_out) if said]
     evidence = result.evidence
     lines += [f"{perplexities(evidence.perplexity)}\n"]
+    if len(evidence.changes) > 1:
+        lines += [f"{name} changes the loss by {part}" for name, part in evidence.changes.items()]
     lines += [f"healing changes the loss by {evidence.change}"]
     if evidence.worse:
         lines += [

@@ -1,12 +1,12 @@
 """A streamed Llama as a `Decoder`: windows pass its layers in rounds.
 
-Shapes: B windows of a batch, L layers.
+Shapes: B windows of a batch, S tokens, L layers, V vocabulary.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -87,6 +87,12 @@ class StreamedDecoder(MetaDecoder):
         # (B, S - 1) losses of each batch; only those of real tokens count
         pairs = zip(self.model.losses(group), group, strict=True)
         return torch.cat([loss.cpu()[batch.mask[:, 1:]] for loss, batch in pairs])
+
+    def window_logits(self, windows: Sequence[Sequence[int]]) -> Iterator[Tensor]:
+        """Logits at all tokens of each window of one round, (S, V) float32 each."""
+        for batch in self._pass("logits", windows):
+            logits = self.model.logits(batch)  # (B, S, V)
+            yield from (row[real] for row, real in zip(logits, batch.mask, strict=True))
 
     def _pass(
         self,

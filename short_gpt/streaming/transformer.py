@@ -253,5 +253,14 @@ class StreamedTransformer(nn.Module):
 
     def forward(self, tokens: Tensor, start_pos: int | None = None) -> Tensor:
         """Logits of every position, (B, S, V) float32."""
-        state = self.norm(self.hidden(tokens, start_pos))
-        return torch.cat([F.linear(state, weight).float() for _, weight in self._head()], dim=-1)
+        return self._logits(self.hidden(tokens, start_pos))
+
+    @torch.no_grad()
+    def logits(self, batch: Batch) -> Tensor:
+        """The same of a batch that has passed the layers, and loses its state."""
+        state, batch.state = batch.state, torch.empty(0)
+        return self._logits(state.to(self.device))
+
+    def _logits(self, state: Tensor) -> Tensor:
+        normed = self.norm(state)  # (B, S, D)
+        return torch.cat([F.linear(normed, weight).float() for _, weight in self._head()], dim=-1)

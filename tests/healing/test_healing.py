@@ -28,9 +28,10 @@ from short_gpt.data.disjoint import check_disjoint, hold_out, overlapping
 from short_gpt.evaluation.paired import difference, losses, together
 from short_gpt.evaluation.perplexity import Perplexity, perplexity
 from short_gpt.healing import lora as healing
-from short_gpt.healing import trainer
+from short_gpt.healing.adapters import adapt, target_modules
+from short_gpt.healing.batching import collate, examples
 from short_gpt.healing.linear_patch import heal as patch
-from short_gpt.healing.lora import adapt, heal, target_modules
+from short_gpt.healing.lora import heal
 from short_gpt.healing.recipe import Recipe, recipe_for
 from short_gpt.models.hf import HFDecoder
 from short_gpt.opening import open_model
@@ -131,7 +132,7 @@ def test_the_loss_falls_and_what_is_merged_is_what_was_trained(monkeypatch):
 
     def look(adapted, healed):
         seen["adapter"] = adapted.get_base_model().eval()(TOKENS).logits.detach()
-        merge(adapted, healed)
+        return merge(adapted, healed)
 
     monkeypatch.setattr(healing, "_merge", look)
     healed = heal(short, TRAINING, VALIDATION, recipe=QUICK, progress=False)
@@ -284,7 +285,7 @@ def test_windows_of_different_lengths_and_gpt2s_transposed_maps():
 def test_padding_is_no_target():
     """Windows of 5 and 11 tokens as training reads them: the loss is over 14 predictions."""
     model, windows = make("llama"), [TRAINING[0][:5], TRAINING[1][:11]]
-    batch = trainer._collate([{"input_ids": w} for w in windows])
+    batch = collate(examples(windows))
     assert batch["labels"].tolist() == [windows[0] + [-100] * 6, windows[1]]
     assert batch["input_ids"].tolist() == [windows[0] + [0] * 6, windows[1]]
     expected = perplexity(HFDecoder(model), [windows])
@@ -554,13 +555,41 @@ def test_heal_by_lora_a_pruned_meta_model_and_back(books, capsys):
     assert not Path("out.training").exists()
 
 
+def test_heal_by_a_chain_a_meta_model_and_back(books, capsys):
+    more = ("--learning_rate", 0.02, "--top_k", 8, "--temperature", 2, "--kl_share", 0.5)
+    chain = ("--method", "patch,distill", *LORA[2:], *more)
+    run("heal", "dense", "out", *SMALL, "--layers", "3,1", *chain, "--json", "e.json")
+    out = capsys.readouterr().out
+    assert "patch changes the loss by" in out and "distill changes the loss by" in out
+    evidence = json.loads(Path("e.json").read_text())["result"]
+    states = ["whole, 5 layers", "pruned, 3 layers", "patch", "healed"]
+    assert list(evidence["perplexity"]) == states
+    record = json.loads(Path("out/pruning.json").read_text())
+    patched, distilled = record["healing"]
+    assert patched["method"] == "linear patch" and distilled["method"] == "distillation"
+    settings = {"top_k": 8, "temperature": 2.0, "kl_share": 0.5, "cached": True}
+    assert settings.items() <= distilled["distillation"].items() and distilled["kept_step"]
+    assert isinstance(opened(Path("out")), ShortLlama) and not Path("out.training").exists()
+
+
+@pytest.mark.parametrize("how", ["--stream_teacher", "--live_teacher"])
+def test_heal_a_pruned_model_by_what_the_whole_one_says(books, capsys, how):
+    run("prune", "dense", "small", "--layers", "2")
+    distill = ("--method", "distill", *LORA[2:], "--learning_rate", 0.02)
+    run("heal", "small", "out", *SMALL, *distill, "--teacher", "dense", how)
+    assert "before, 4 layers" in capsys.readouterr().out
+    (step,) = json.loads(Path("out/pruning.json").read_text())["healing"]
+    assert step["divergence"][str(step["kept_step"])] < step["divergence"]["0"]
+    assert step["distillation"]["cached"] is (how == "--stream_teacher")
+
+
 def test_asked_to_end_it_leaves_no_copy_behind(books, capsys, monkeypatch):
     def asked(*args, **given):
         signal.raise_signal(signal.SIGTERM)
 
     Path("temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(Path("temporary").resolve()))
-    monkeypatch.setattr("short_gpt.healing.lora.heal", asked)
+    monkeypatch.setattr("short_gpt.healing.lora.heal_run", asked)
     with pytest.raises(SystemExit, match="130"):
         run("heal", "dense", "out", *SMALL, *LORA)
     assert capsys.readouterr().err.splitlines()[-1] == "short-gpt: interrupted"
@@ -570,9 +599,24 @@ def test_asked_to_end_it_leaves_no_copy_behind(books, capsys, monkeypatch):
 def test_heal_refuses_before_it_works(books, capsys):
     base = ("heal", "dense", "out", *SMALL)
     assert "the patch reads the whole model" in fails(capsys, *base)
-    assert "--rank is for --method lora" in fails(capsys, *base, "--layers", "1", "--rank", 2)
+    layers = ("--layers", "1")
+    assert "--rank is for --method lora or distill" in fails(capsys, *base, *layers, "--rank", 2)
     assert "--ridge is for --method patch" in fails(capsys, *base, "--method", "lora", "--ridge", 1)
-    assert "expected one of patch, lora" in fails(capsys, *base, "--method", "prayer")
+    for method in ("prayer", "patch,prayer"):
+        line = fails(capsys, *base, "--method", method)
+        assert "expected one of patch, lora, distill, or several by commas, got 'prayer'" in line
+    line = fails(capsys, *base, *layers, "--method", "lora,patch")
+    assert "lora,patch: patch is fitted on the whole model, so nothing may heal before it" in line
+    for method, flags, message in (
+        ("lora", ("--top_k", 3), "--top_k is for --method distill"),
+        ("patch", ("--teacher", "dense"), "--teacher is for --method distill"),
+        ("distill", ("--kl_share", 0), "--kl_share = 0.0: expected above 0 and at most 1"),
+        ("distill", ("--top_k", 0), "--top_k = 0: expected at least 1"),
+        ("distill", ("--live_teacher", "--stream_teacher"), "leave out --live_teacher"),
+    ):
+        assert message in fails(capsys, *base, *layers, "--method", method, *flags)
+    line = fails(capsys, *base, "--method", "distill")
+    assert "or --teacher MODEL that still has them" in line
     assert "begin the model" in fails(capsys, *base, "--layers", "0")
     assert "batch 16 is not a multiple" in fails(
         capsys, *base, "--method", "lora", "--micro_batch", 3

@@ -71,14 +71,14 @@ def test_a_job_does_what_its_steps_do_and_keeps_the_evidence(tmp_path):
 
 def test_lora_removes_heals_and_takes_its_checkpoints_away(tmp_path):
     short = ShortHFModel(make("llama"))
-    settings = LoraSettings(QUICK, work_dir=tmp_path / "training")
-    job = HealingJob(short, WINDOWS, [2], settings=settings, progress=False)
+    options = {"settings": LoraSettings(QUICK), "work_dir": tmp_path / "training"}
+    job = HealingJob(short, WINDOWS, [2], **options, progress=False)
     evidence = job.run()
     assert short.kept == [0, 1, 3, 4, 5] and {number for number, _ in short.changed} == {
         *short.kept
     }
     assert short.model.config.use_cache  # which training turns off
-    assert evidence.how["kept_step"] and any((tmp_path / "training").glob("checkpoint-*"))
+    assert evidence.how["kept_step"] and any((tmp_path / "training").glob("lora/checkpoint-*"))
     again = ShortHFModel(str(job.save(tmp_path / "out")))
     assert torch.equal(again.decoder.logits(TOKENS), short.decoder.logits(TOKENS))
     assert not (tmp_path / "training").exists()

@@ -145,12 +145,12 @@ def test_a_healed_model_keeps_the_scores_that_chose_its_layers(here):
 
 def test_lora_that_was_interrupted_continues_by_the_same_call(here, monkeypatch):
     Path("other.txt").write_text("".join(chr(97 + i * i % 26) for i in range(900)))
-    learned, resumed, plain = LearnedFrom("book.txt", 32, 8, 2), [], lora.heal
+    learned, resumed, plain = LearnedFrom("book.txt", 32, 8, 2), [], lora.heal_run
     settings = Settings(steps=2, warmup=0, eval_every=1, rank=2, batch=2, micro_batch=2)
 
-    def interrupted(*args, work_dir, resume, **given):
-        resumed.append(resume)
-        done = plain(*args, work_dir=work_dir, resume=resume, **given)
+    def interrupted(short, run, evaluation):
+        resumed.append(run.resume)
+        done = plain(short, run, evaluation)
         if len(resumed) == 1:
             raise KeyboardInterrupt
         return done
@@ -159,7 +159,7 @@ def test_lora_that_was_interrupted_continues_by_the_same_call(here, monkeypatch)
         given = {"data": "other.txt", "learned": learned, "settings": settings}
         return heal("ckpt", "out", "lora", choice=Choice([1]), **given)
 
-    monkeypatch.setattr(lora, "heal", interrupted)
+    monkeypatch.setattr(lora, "heal_run", interrupted)
     with pytest.raises(KeyboardInterrupt):
         healed(settings)
     with pytest.raises(ShortGPTError, match="another rank: 2, now 1; go on with"):
@@ -259,7 +259,7 @@ def test_zero_is_a_setting_and_not_the_lack_of_one():
     assert Settings(four_bit=False).changes == {}
     for given in ({"steps": 0}, {"learning_rate": 0.0}):
         with pytest.raises(ShortGPTError, match="expected"):
-            Settings(**given).check("lora")
+            Settings(**given).check(["lora"])
 
 
 @pytest.mark.parametrize("method", ["sleb", "perplexity"])

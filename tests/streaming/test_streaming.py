@@ -147,6 +147,17 @@ def few_rounds(streamed, windows: int) -> None:
     assert streamed.plan().windows == windows
 
 
+def test_logits_are_those_in_memory_in_the_order_of_the_windows(streamed, tmp_path):
+    memory = ShortLlama.from_checkpoint(tmp_path / "meta", max_seq_len=20, device="cpu")
+    few_rounds(streamed, 4)
+    pairs = zip(
+        streamed.window_logits(WINDOWS), memory.window_logits(WINDOWS, batch_size=3), strict=True
+    )
+    for window, (ours, theirs) in zip(WINDOWS, pairs, strict=True):
+        assert ours.shape == (len(window), memory.decoder.vocab_size)
+        assert torch.allclose(ours, theirs, atol=1e-5)
+
+
 def test_a_rule_stops_after_a_round(streamed):
     few_rounds(streamed, 4)
     many = random_windows(90, 12)

@@ -1,0 +1,74 @@
+"""The folder of a training's checkpoints, and what they belong to."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from llama.io.json_files import write_json
+from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.results import read_record
+
+RECIPE = "recipe.json"  # what the checkpoints belong to
+
+
+@contextmanager
+def run_folder(
+    work_dir: str | Path | None, run: dict[str, object], *, resume: bool
+) -> Iterator[Path]:
+    """Where checkpoints go; with ``resume`` it must hold some of the same run."""
+    if work_dir is None:
+        if resume:
+            raise ShortGPTError("to resume, name the work_dir that holds the checkpoints")
+        with tempfile.TemporaryDirectory() as name:
+            yield Path(name)
+        return
+    folder = Path(str(work_dir))
+    found = whole_checkpoints(folder) if resume else any(folder.glob("checkpoint-*"))
+    if not resume:
+        if found or (folder.exists() and {p.name for p in folder.iterdir()} - {RECIPE}):
+            raise FileExistsError(f"{folder} holds an earlier run; resume it, or remove it")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / RECIPE, run)
+    elif not found or not (folder / RECIPE).is_file():
+        raise ShortGPTError(f"{folder} holds no checkpoint to resume from; start without resume")
+    else:
+        _check_run(folder, run)
+    yield folder
+
+
+def _check_run(folder: Path, run: dict[str, object]) -> None:
+    """Raises ShortGPTError unless the checkpoints in a folder are of the same run."""
+    earlier, now = _settings(read_record(folder / RECIPE)), _settings(run)
+    for name in [*now, *(earlier.keys() - now.keys())]:
+        if earlier.get(name) != now.get(name):
+            raise ShortGPTError(
+                f"{folder} holds a run of another {name}: {earlier.get(name)!r}, now "
+                f"{now.get(name)!r}; go on with the former {name}, or delete {folder} to begin anew"
+            )
+
+
+def _settings(run: Mapping[str, object]) -> dict[str, object]:
+    """What a run depends on, the recipe's settings by their own names."""
+    own = recipe if isinstance(recipe := run.get("recipe"), dict) else {}
+    return {**own, **{name: value for name, value in run.items() if name != "recipe"}}
+
+
+def begun(folder: Path) -> bool:
+    """Whether a folder holds a run of training that can be continued."""
+    return (folder / RECIPE).is_file() and whole_checkpoints(folder)
+
+
+def whole_checkpoints(folder: Path) -> bool:
+    """Deletes checkpoints that a kill cut short; whether others are left."""
+    left = False
+    for path in folder.glob("checkpoint-*"):
+        try:
+            read_record(path / "trainer_state.json")  # written last
+            left = True
+        except (OSError, ValueError):
+            shutil.rmtree(path)
+    return left

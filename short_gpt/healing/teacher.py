@@ -1,0 +1,220 @@
+"""What the whole model predicts, for distillation: kept on disk, or asked for in every step.
+
+Shapes: S tokens of a window, V vocabulary, K tokens kept of it.
+"""
+
+from __future__ import annotations
+
+import os
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from short_gpt.healing.divergence import Targets, check_temperature
+from short_gpt.models.decoder import Decoder
+from short_gpt.runtime.digest import json_digest
+from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
+from short_gpt.runtime.progress import bar, set_rate
+from short_gpt.runtime.state import StateFile
+
+Window = Sequence[int]
+TOP_K = 64
+IDENTITY, CONTENT = "teacher.json", "teacher.bin"
+
+
+class Predictor(Protocol):
+    """What can teach: any `ScoredModel`, in memory or streamed, quantized or not."""
+
+    @property
+    def decoder(self) -> Decoder: ...
+
+    def identity(self) -> dict[str, object]:
+        """What tells it from others, ready for JSON."""
+
+    def window_logits(self, windows: Sequence[Window], *, batch_size: int = 1) -> Iterator[Tensor]:
+        """Logits (S, V) of every window, in their order."""
+
+
+class Teacher(Protocol):
+    """What distillation asks of a teacher.
+
+    Attributes:
+        temperature: by which its logits were divided.
+    """
+
+    temperature: float
+
+    def identity(self) -> dict[str, object]:
+        """What a resumed training must share with the earlier one, ready for JSON."""
+
+    def targets(self, places: Sequence[int], windows: Sequence[Window]) -> list[Targets]:
+        """What it predicts behind every token but the last of each of these windows.
+
+        Args:
+            places: of the windows among all of training, then of validation.
+            windows: the same as token ids.
+        """
+
+
+class LiveTeacher:
+    """A second model in memory, asked in every step: nothing is kept on disk.
+
+    Args:
+        model: whole; never the object that is trained.
+        k: tokens kept of each prediction.
+        temperature: of its predictions.
+
+    Example:
+        >>> LiveTeacher(open_model("llama-2-7b"))  # doctest: +SKIP
+    """
+
+    def __init__(self, model: Predictor, *, k: int = TOP_K, temperature: float = 1.0) -> None:
+        check_targets(k, temperature)
+        self.model, self.k, self.temperature = model, min(k, model.decoder.vocab_size), temperature
+
+    def identity(self) -> dict[str, object]:
+        own = {"top_k": self.k, "temperature": self.temperature, "cached": False}
+        return {"teacher": json_digest(self.model.identity()), **own}
+
+    def targets(self, places: Sequence[int], windows: Sequence[Window]) -> list[Targets]:
+        found = self.model.window_logits(windows, batch_size=len(windows))
+        return [_targets(logits, self.k, self.temperature) for logits in found]
+
+
+class CachedTeacher:
+    """A teacher's predictions in a file that is mapped into memory: 6 K + 2 bytes a token.
+
+    Args:
+        folder: holds the predictions, or will: two files.
+        model: with all its layers; asked only by `fill`, and may be changed or go after that.
+        windows: token ids, all that will be asked for.
+        k: tokens kept of each prediction; all of the vocabulary where that has fewer.
+        temperature: of the predictions.
+
+    Raises:
+        ShortGPTError: the folder holds predictions of another model, for other windows, or with
+            other settings; the message names which.
+        FileExistsError: the folder holds another file of that name.
+
+    Example:
+        >>> teacher = CachedTeacher("teacher", short, windows)  # doctest: +SKIP
+        >>> teacher.fill()  # doctest: +SKIP
+        >>> short.remove_layers([21, 22, 25])  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        model: Predictor,
+        windows: Sequence[Window],
+        *,
+        k: int = TOP_K,
+        temperature: float = 1.0,
+    ) -> None:
+        check_targets(k, temperature)
+        self._model: Predictor | None = model
+        self._windows, known = windows, model.identity()
+        self._teacher = json_digest(known)
+        self.k, self.temperature = min(k, model.decoder.vocab_size), temperature
+        self._ends = [0, *accumulate(len(window) - 1 for window in windows)]
+        self._record = _record(self.k)
+        self._file = Path(folder) / CONTENT
+        self._state = StateFile(Path(folder) / IDENTITY, self._about(known))
+        if self._state.content is None and self._file.exists():
+            raise FileExistsError(f"{self._file} exists, and no {IDENTITY} says what it is")
+
+    def _about(self, model: dict[str, object]) -> dict[str, object]:
+        """What tells these predictions from others."""
+        windows = json_digest([list(window) for window in self._windows])
+        own = {"top_k": self.k, "temperature": self.temperature}
+        return {**model, "windows": windows, **own}
+
+    def identity(self) -> dict[str, object]:
+        own = {"top_k": self.k, "temperature": self.temperature, "cached": True}
+        return {"teacher": self._teacher, **own}
+
+    def fill(self, *, batch_size: int = 1, progress: bool = True) -> None:
+        """Asks the model for what the file lacks; interrupted, it goes on where it was.
+
+        Args:
+            batch_size: windows read at once.
+            progress: whether to show a bar.
+
+        Raises:
+            NotFiniteError: a logit is NaN or infinite.
+        """
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        if self._state.content is None:
+            self._state.save({})
+        done = self._cut_to_whole()
+        left, model = self._windows[done:], self._model
+        logits = model.window_logits(left, batch_size=batch_size) if left and model else ()
+        with (
+            open(self._file, "ab") as file,
+            bar("teacher", total=len(self._windows), unit="window", show=progress) as shown,
+        ):
+            shown.update(done)
+            for number, found in enumerate(logits, start=done):
+                file.write(self._bytes(found))
+                set_rate(shown, self._ends[number + 1] - self._ends[done])
+                shown.update()
+        self._model = None
+
+    def targets(self, places: Sequence[int], windows: Sequence[Window]) -> list[Targets]:
+        if self._written() < self._ends[-1]:
+            raise RuntimeError(f"{self._file} lacks predictions: call fill first")
+        mapped = np.memmap(self._file, self._record, mode="r")
+        return [self._read(mapped[self._ends[i] : self._ends[i + 1]]) for i in places]
+
+    def _read(self, part: np.ndarray) -> Targets:
+        ids = torch.from_numpy(part["ids"].astype(np.int64))
+        logs, rest = (torch.from_numpy(part[name].astype(np.float32)) for name in ("logs", "rest"))
+        return Targets(ids, logs, rest).normalized()
+
+    def _bytes(self, logits: Tensor) -> bytes:
+        """The records of a window."""
+        found = _targets(logits, self.k, self.temperature)
+        record = np.empty(len(found.rest), self._record)
+        record["ids"], record["logs"] = found.ids.cpu().numpy(), found.logs.cpu().numpy()
+        record["rest"] = found.rest.cpu().numpy()
+        return record.tobytes()
+
+    def _written(self) -> int:
+        """Predictions in the file."""
+        size = self._file.stat().st_size if self._file.exists() else 0
+        return size // self._record.itemsize
+
+    def _cut_to_whole(self) -> int:
+        """Cuts off a window that a kill cut short; returns how many whole ones there are."""
+        whole = bisect_right(self._ends, self._written()) - 1
+        if self._file.exists():
+            os.truncate(self._file, self._ends[whole] * self._record.itemsize)
+        return whole
+
+
+def check_targets(k: int, temperature: float) -> None:
+    """Raises ShortGPTError for what cannot be kept of a teacher."""
+    if k < 1:
+        raise ShortGPTError(f"top_k = {k}: expected at least 1")
+    check_temperature(temperature)
+
+
+def _record(k: int) -> np.dtype:
+    """One prediction in the file."""
+    return np.dtype([("ids", "<i4", (k,)), ("logs", "<f2", (k,)), ("rest", "<f2")])
+
+
+def _targets(logits: Tensor, k: int, temperature: float) -> Targets:
+    """What a window's logits (S, V) say of the tokens behind its first."""
+    found = Targets.of(logits[:-1], k, temperature)
+    if found.logs.isnan().any():
+        raise NotFiniteError(
+            "the teacher gave a NaN or infinite logit; check the weights, or another dtype"
+        )
+    return found

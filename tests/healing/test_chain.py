@@ -1,0 +1,246 @@
+"""Steps of healing one after the other: what they give, and what is left when one fails."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import CharTokenizer, make_transformer, random_windows
+from families import make
+
+from short_gpt.healing import (
+    CachedTeacher,
+    Distillation,
+    DistillSettings,
+    HealingJob,
+    Learning,
+    LoraSettings,
+    PatchSettings,
+    Recipe,
+    heal_lora,
+    heal_patch,
+    linear_patch,
+    lora,
+)
+from short_gpt.short_hf import ShortHFModel
+from short_gpt.short_llama import ShortLlama
+
+pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
+
+WINDOWS = Learning(
+    random_windows(6, 16, vocab=8, seed=1),
+    random_windows(2, 16, vocab=8, seed=5),
+    random_windows(3, 16, vocab=8, seed=7),
+)
+TOKENS = torch.tensor(random_windows(2, 16, seed=9))
+QUICK = Recipe(rank=4, steps=3, warmup=0, batch=2, eval_every=1, learning_rate=1e-2)
+# a weak patch, which leaves something to learn
+PATCH, DISTILL = PatchSettings(30.0), DistillSettings(QUICK, top_k=8)
+LAYERS = [4, 2]
+
+
+def whole() -> ShortHFModel:
+    return ShortHFModel(make("llama"))
+
+
+def job(short, steps, *, layers=LAYERS, **options) -> HealingJob:
+    return HealingJob(short, WINDOWS, layers, settings=steps, progress=False, **options)
+
+
+def weights(short) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in short.decoder.module.parameters()]
+
+
+def test_a_chain_does_what_its_steps_do_and_is_recorded_as_one(tmp_path):
+    short, by_hand = whole(), whole()
+    chain = job(short, [PATCH, DISTILL], work_dir=tmp_path / "work")
+    evidence = chain.run()
+    windows = [*WINDOWS.training, *WINDOWS.validation]
+    teacher = CachedTeacher(tmp_path / "teacher", by_hand, windows, k=8)  # of the whole model
+    teacher.fill(progress=False)
+    heal_patch(by_hand, LAYERS, WINDOWS.training, ridge=30.0, progress=False)
+    patched = by_hand.perplexity(WINDOWS.evaluation, progress=False)
+    options = {"recipe": QUICK, "distillation": Distillation(teacher), "progress": False}
+    heal_lora(by_hand, WINDOWS.training, WINDOWS.validation, **options)
+    assert torch.equal(short.decoder.logits(TOKENS), by_hand.decoder.logits(TOKENS))
+    assert short.removed == LAYERS and [c.how for c in short.changes] == list(evidence.steps)
+    states = ["whole, 6 layers", "pruned, 4 layers", "patch", "healed"]
+    assert list(evidence.perplexity) == states
+    assert evidence.perplexity["patch"].value == pytest.approx(patched.value)
+    assert list(evidence.changes) == ["patch", "distill"]
+    parts = sum(change.nats for change in evidence.changes.values())
+    assert evidence.change.nats == pytest.approx(parts)
+    out = chain.save(tmp_path / "out")
+    record = json.loads((out / "pruning.json").read_text())
+    assert [step["method"] for step in record["healing"]] == ["linear patch", "distillation"]
+    assert record["healing"] == json.loads(json.dumps(evidence.to_dict()["healing"]))
+    assert "changed by a linear patch, then distillation" in (out / "README.md").read_text()
+    assert not (tmp_path / "work").exists()
+
+
+def stopped(monkeypatch, steps, folder, *, at: int) -> ShortHFModel:
+    """A healing that is interrupted in this micro-step of training; all must be as it was."""
+    from transformers import Trainer
+
+    short, step, calls = whole(), Trainer.training_step, []
+    before = weights(short)
+
+    def stop(*args, **kwargs):
+        calls.append(None)
+        if len(calls) == at:
+            raise KeyboardInterrupt
+        return step(*args, **kwargs)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Trainer, "training_step", stop)
+        job(short, steps, work_dir=folder).run()
+    assert short.kept == [*range(6)] and not short.removed and not short.changes
+    assert all(map(torch.equal, weights(short), before))
+    return short
+
+
+def test_an_interrupted_chain_goes_on_bit_for_bit_and_does_nothing_twice(tmp_path, monkeypatch):
+    one, steps = whole(), [PATCH, LoraSettings(QUICK), DISTILL]
+    first = job(one, steps).run()
+    # each training has 3 steps of 2: the last of lora, then the second of distill
+    stopped(monkeypatch, steps, tmp_path / "work", at=5)
+    with pytest.raises(FileExistsError, match="work holds an earlier run; resume it, or remove it"):
+        job(whole(), steps, work_dir=tmp_path / "work").run()
+    monkeypatch.setattr(linear_patch, "fit", lambda *_, **__: pytest.fail("fitted again"))
+    monkeypatch.setattr(
+        ShortHFModel, "window_logits", lambda *_, **__: pytest.fail("the teacher asked again")
+    )
+    resumed = whole()
+    second = job(resumed, steps, work_dir=tmp_path / "work", resume=True).run()
+    assert all(map(torch.equal, weights(one), weights(resumed)))
+    assert second == replace(first, steps=second.steps)
+    for ours, theirs in zip(second.steps, first.steps, strict=True):
+        assert json.loads(json.dumps(ours)) == json.loads(json.dumps(theirs))
+    assert resumed.changed == one.changed
+
+
+def test_what_was_kept_of_another_run_is_refused(tmp_path, monkeypatch):
+    folder = tmp_path / "work"
+    stopped(monkeypatch, [PATCH, DISTILL], folder, at=5)
+    options = {"work_dir": folder, "resume": True}
+    for steps, message in (
+        ([PatchSettings(1e-3), DISTILL], "patch.json is the state of a run with another settings"),
+        ([PATCH, replace(DISTILL, top_k=4)], "teacher.json .* another top_k: 8, now 4"),
+        ([PATCH, replace(DISTILL, recipe=replace(QUICK, rank=2))], "a run of another rank"),
+    ):
+        short = whole()
+        with pytest.raises(ValueError, match=message):
+            job(short, steps, **options).run()
+        assert short.kept == [*range(6)] and not short.changes
+    with pytest.raises(ValueError, match=r"patch.json .* another layers: \[4, 2\], now \[2\]"):
+        job(whole(), [PATCH, DISTILL], layers=[2], **options).run()
+    with pytest.raises(ValueError, match="another weights"):
+        job(ShortHFModel(make("llama", seed=1)), [PATCH, DISTILL], **options).run()
+    with pytest.raises(ValueError, match="nowhere holds nothing to resume; start without resume"):
+        job(whole(), PATCH, work_dir=tmp_path / "nowhere", resume=True).run()
+    with pytest.raises(ValueError, match="to resume, name the work_dir"):
+        job(whole(), PATCH, resume=True).run()
+
+
+@pytest.mark.parametrize("steps", [[PATCH, DISTILL], [LoraSettings(QUICK), DISTILL]])
+@pytest.mark.parametrize("where", ["the last step", "the removal"])
+def test_all_steps_are_undone_when_a_later_one_fails(steps, where, monkeypatch):
+    short = whole()
+    before = weights(short)
+    measured = short.perplexity(WINDOWS.evaluation, progress=False)
+    run, healed = lora.heal_run, []
+
+    def fails(*_, **__):
+        raise KeyboardInterrupt
+
+    def second_fails(short, run_, evaluation):
+        if run_.distillation is not None:
+            raise KeyboardInterrupt
+        healed.append(run(short, run_, evaluation))
+        return healed[-1]
+
+    if where == "the removal":
+        monkeypatch.setattr(short, "remove_layers", fails)
+    else:
+        monkeypatch.setattr(lora, "heal_run", second_fails)
+    with pytest.raises(KeyboardInterrupt):
+        job(short, steps).run()
+    assert short.kept == [*range(6)] and not short.removed and not short.changes
+    assert all(map(torch.equal, weights(short), before))
+    if where == "the last step":
+        assert short.quality[0, 1, 2, 3, 4, 5] == measured  # of the whole model, and still true
+    if healed:
+        assert healed[0][0].kept_step  # so there was something to undo
+
+
+def test_a_result_that_cannot_be_kept_takes_the_patch_back(tmp_path, monkeypatch):
+    from short_gpt.healing import kept_weights
+
+    def full(*_, **__):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(kept_weights, "save_file", full)
+    short = whole()
+    before = weights(short)
+    with pytest.raises(OSError, match="No space left"):
+        job(short, [PATCH, DISTILL], work_dir=tmp_path / "work").run()
+    assert all(map(torch.equal, weights(short), before)) and not short.changes
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        (
+            [LoraSettings(QUICK), PATCH],
+            "lora,patch: patch is fitted on the whole model",
+        ),
+        ([DISTILL, DISTILL], "expected different methods of healing, got distill,distill"),
+        ([], "expected different methods of healing, got none"),
+    ],
+)
+def test_steps_that_cannot_follow_each_other_are_refused(steps, message):
+    with pytest.raises(ValueError, match=message):
+        job(whole(), steps)
+
+
+def other_vocabulary() -> ShortLlama:
+    model = make_transformer(vocab_size=40)
+    return ShortLlama(SimpleNamespace(model=model, tokenizer=CharTokenizer()))
+
+
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [
+        (
+            DISTILL,
+            "distillation learns from the model with all its layers: name the",
+        ),
+        (PATCH, "patch reads the whole model: name the layers that go"),
+        (replace(DISTILL, teacher=other_vocabulary), "the teacher knows 40 tokens, the model"),
+        (replace(DISTILL, teacher=whole, top_k=0), "top_k = 0"),
+        (replace(DISTILL, teacher=whole, kl_share=2.0), "kl_share = 2.0"),
+    ],
+)
+def test_a_teacher_that_cannot_be_is_refused(step, message):
+    with pytest.raises(ValueError, match=message):
+        job(whole(), step, layers=[]).run()
+
+
+def test_a_model_that_is_trained_is_no_live_teacher():
+    with pytest.raises(ValueError, match="open it a second time, or leave live out"):
+        job(whole(), replace(DISTILL, live=True)).run()
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_a_model_cut_before_learns_from_the_one_that_it_was_cut_from(live):
+    short = whole()
+    short.remove_layers(LAYERS)
+    step = replace(DISTILL, teacher=whole, live=live, temperature=2.0)
+    evidence = job(short, step, layers=[]).run()
+    assert list(evidence.perplexity) == ["before, 4 layers", "healed"]
+    how = evidence.how
+    assert how["kept_step"] and how["divergence"][how["kept_step"]] < how["divergence"][0]
+    assert how["distillation"]["cached"] is not live

@@ -1,0 +1,193 @@
+"""Distillation: its loss as training takes it, what it brings, and how it goes on."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import random_windows
+from families import make
+
+from short_gpt.healing import CachedTeacher, Distillation, LiveTeacher, lora
+from short_gpt.healing.batching import collate, examples
+from short_gpt.healing.divergence import Targets, divergence
+from short_gpt.healing.lora import heal
+from short_gpt.healing.recipe import Recipe
+from short_gpt.short_hf import ShortHFModel
+
+pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
+
+TRAINING = [w[: 16 - i] for i, w in enumerate(random_windows(6, 16, vocab=8, seed=1))]
+VALIDATION = random_windows(3, 16, vocab=8, seed=5)
+EVERY = [*TRAINING, *VALIDATION]
+QUICK = Recipe(rank=4, steps=6, warmup=1, batch=2, eval_every=2, learning_rate=2e-2, dropout=0.0)
+K = 8
+
+
+def whole() -> ShortHFModel:
+    return ShortHFModel(make("llama"))
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory) -> CachedTeacher:
+    found = CachedTeacher(tmp_path_factory.mktemp("teacher"), whole(), EVERY, k=K, temperature=1.5)
+    found.fill(progress=False)
+    return found
+
+
+def cut() -> ShortHFModel:
+    short = whole()
+    short.remove_layers([2, 4])
+    return short
+
+
+def weights(short: ShortHFModel) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in short.model.parameters()]
+
+
+def by_hand(short: ShortHFModel, places: list[int], share: float) -> torch.Tensor:
+    """The mean over the predicted tokens of these windows, from one window at a time."""
+    sums, dense = [], whole()
+    for place in places:
+        tokens = torch.tensor([EVERY[place]])
+        with torch.no_grad():
+            logits = [m.model(tokens).logits[0, :-1] for m in (short, dense)]
+        apart = divergence(logits[0], Targets.of(logits[1], K, 1.5), temperature=1.5).sum()
+        text = F.cross_entropy(logits[0], tokens[0, 1:], reduction="sum")
+        sums.append((share * 1.5**2 * apart + (1 - share) * text, len(logits[0])))
+    return sum(loss for loss, _ in sums) / sum(count for _, count in sums)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.25])
+def test_a_batchs_loss_is_the_mean_over_its_tokens_and_padding_does_not_count(teacher, share):
+    short, distillation = cut(), Distillation(teacher, share)
+    batch = distillation.collate(examples(EVERY)[2:6])
+    assert batch["input_ids"].tolist() == collate(examples(EVERY)[2:6])["input_ids"].tolist()
+    logits = short.model(batch["input_ids"]).logits
+    count = batch["labels"].ne(-100).sum()
+    assert count == sum(len(w) - 1 for w in EVERY[2:6])
+    found = distillation.loss(logits, batch)
+    expected = by_hand(short, [2, 3, 4, 5], share)
+    assert (found / count).item() == pytest.approx(expected.item(), rel=1e-3)  # float16 on disk
+    padded = batch["labels"].roll(-1, 1).eq(-100)  # and the last token, which predicts nothing
+    (gradient,) = torch.autograd.grad(found, logits)
+    assert not gradient[padded].any() and gradient[~padded].abs().sum(-1).min() > 0
+
+
+def test_a_step_divides_by_the_tokens_of_all_its_parts():
+    """Windows of 5 and 14 predicted tokens, read one by one: the first loss of a step of both."""
+    few = [TRAINING[0][:6], TRAINING[1]]
+    beside = Distillation(LiveTeacher(whole(), k=K, temperature=1.5))
+    recipe = Recipe(**{**vars(QUICK), "steps": 1})
+    healed = heal(cut(), few, VALIDATION, recipe=recipe, progress=False, distillation=beside)
+    short, dense, total = cut(), whole(), 0.0
+    for window in few:
+        tokens = torch.tensor([window])
+        logits = [m.decoder.logits(tokens)[0, :-1] for m in (short, dense)]
+        total += divergence(logits[0], Targets.of(logits[1], K, 1.5), temperature=1.5).sum()
+    assert healed.losses[1] == pytest.approx(1.5**2 * total.item() / (5 + 14), rel=1e-4)
+
+
+def test_the_student_comes_nearer_and_the_best_step_is_known_by_it(teacher):
+    short, distillation = cut(), Distillation(teacher)
+    options = {"first": len(TRAINING), "batch_size": 2}
+    before = distillation.measure(short.decoder, VALIDATION, **options)
+    assert before["eval_perplexity"] == pytest.approx(short.perplexity(VALIDATION).value)
+    expected = by_hand(short, [6, 7, 8], 1.0).item() / 1.5**2
+    assert before["eval_loss"] == pytest.approx(expected, rel=1e-3)
+    healed = heal(
+        short, TRAINING, VALIDATION, recipe=QUICK, progress=False, distillation=distillation
+    )
+    after = distillation.measure(short.decoder, VALIDATION, **options)
+    assert healed.divergence[0] == pytest.approx(before["eval_loss"], rel=1e-5)
+    assert min(healed.divergence.values()) == healed.divergence[healed.kept_step]
+    assert after["eval_loss"] == pytest.approx(healed.divergence[healed.kept_step], rel=1e-4)
+    assert after["eval_loss"] < 0.9 * before["eval_loss"]
+    assert set(healed.validation) == set(healed.divergence) == {0, 2, 4, 6}
+    how = json.loads(json.dumps(healed.to_dict()))
+    assert how["method"] == "distillation" and how["distillation"]["top_k"] == K
+    assert how["distillation"]["kl_share"] == 1.0 and how["distillation"]["temperature"] == 1.5
+
+
+def test_training_that_only_leads_away_leaves_the_model_as_it_was(teacher):
+    short = cut()
+    before = weights(short)
+    recipe = Recipe(**{**vars(QUICK), "learning_rate": 5.0, "steps": 2})
+    healed = heal(
+        short,
+        TRAINING,
+        VALIDATION,
+        recipe=recipe,
+        progress=False,
+        distillation=Distillation(teacher),
+    )
+    assert healed.kept_step == 0 and healed.divergence[2] > healed.divergence[0]
+    assert all(map(torch.equal, weights(short), before))
+
+
+def test_resuming_gives_what_one_run_gives(teacher, tmp_path, monkeypatch):
+    from transformers import Trainer
+
+    options = {"recipe": Recipe(**{**vars(QUICK), "dropout": 0.1}), "progress": False}
+    options["distillation"] = Distillation(teacher, 0.5)
+    one, broken, resumed = cut(), cut(), cut()
+    first = heal(one, TRAINING, VALIDATION, **options)
+    step, calls, untouched = Trainer.training_step, [], weights(broken)
+
+    def stop(*args, **kwargs):
+        calls.append(None)
+        if len(calls) == 8:  # in step 4 of 6; the last checkpoint is that of step 2
+            raise KeyboardInterrupt
+        return step(*args, **kwargs)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Trainer, "training_step", stop)
+        heal(broken, TRAINING, VALIDATION, work_dir=tmp_path / "t", **options)
+    assert all(map(torch.equal, weights(broken), untouched))
+    again = {**options, "work_dir": tmp_path / "t", "resume": True}
+    for other, message in (
+        (Distillation(teacher, 1.0), "another kl_share: 0.5, now 1.0; go on with"),
+        (Distillation(LiveTeacher(whole(), k=K, temperature=1.5), 0.5), "another cached: True"),
+        (None, "another (teacher|top_k|temperature|cached|kl_share): .*, now None"),
+    ):
+        with pytest.raises(ValueError, match=f"holds a run of {message}"):
+            heal(resumed, TRAINING, VALIDATION, **{**again, "distillation": other})
+    second = heal(resumed, TRAINING, VALIDATION, **again)
+    assert all(map(torch.equal, weights(one), weights(resumed)))
+    assert second == first
+
+
+def test_a_live_teacher_teaches_the_same(teacher):
+    cached, live = cut(), cut()
+    beside = LiveTeacher(whole(), k=K, temperature=1.5)
+    found = [
+        heal(s, TRAINING, VALIDATION, recipe=QUICK, progress=False, distillation=Distillation(t))
+        for s, t in ((cached, teacher), (live, beside))
+    ]
+    assert found[0].losses == pytest.approx(found[1].losses, rel=1e-2)
+    assert found[0].divergence == pytest.approx(found[1].divergence, rel=1e-2)
+
+
+def test_an_error_in_a_step_leaves_the_model_as_it_was(teacher, monkeypatch):
+    short = cut()
+    before = weights(short)
+    monkeypatch.setattr(lora, "_merge", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        heal(
+            short,
+            TRAINING,
+            VALIDATION,
+            recipe=QUICK,
+            progress=False,
+            distillation=Distillation(teacher),
+        )
+    assert all(map(torch.equal, weights(short), before)) and not short.changes
+    assert not any("lora" in name for name, _ in short.model.named_parameters())
+
+
+@pytest.mark.parametrize("share", [0.0, 1.5])
+def test_a_share_that_cannot_be_is_refused(teacher, share):
+    with pytest.raises(ValueError, match=r"kl_share = .*: expected above 0 and at most 1"):
+        Distillation(teacher, share)
