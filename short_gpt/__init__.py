@@ -8,6 +8,7 @@ from short_gpt.experiments import compare
 from short_gpt.healing.linear_patch import heal as heal_patch
 from short_gpt.healing.lora import heal as heal_lora
 from short_gpt.healing.recipe import Recipe
+from short_gpt.healing.refit import heal as heal_refit
 from short_gpt.jobs import convert, prune, rank
 from short_gpt.opening import open_model
 from short_gpt.runtime.errors import ShortGPTError
@@ -33,6 +34,7 @@ __all__ = [
     "convert",
     "heal_lora",
     "heal_patch",
+    "heal_refit",
     "measure",
     "open_model",
     "perplexity",

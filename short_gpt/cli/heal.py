@@ -23,17 +23,18 @@ def heal(
 ) -> None:
     """Removes layers and brings quality back: in closed form, by training, or both.
 
-    The patch is a closed form: it takes minutes and one pass over the windows. lora trains on the
+    refit and patch are closed forms: they take minutes. refit solves the last matrices of every
+    layer behind the first gap again, patch only one map in front of each gap. lora trains on the
     text, distill on what the whole model predicts of it; both also heal a model whose layers are
     already removed. No text that is evaluated on is learned from. A healed model that predicts
     held-out text worse than before is written all the same, and said to be WORSE.
 
-    Example: short-gpt heal llama-2-7b llama-2-5b --scores ranking.json --n 9 --method patch,distill
+    Example: short-gpt heal llama-2-7b llama-2-5b --scores ranking.json --n 9 --method refit,distill
 
     Args:
         model: Meta checkpoint directory, Hugging Face directory or hub id.
         out: new directory; must not exist.
-        method: patch, lora or distill; or several by commas, a closed form first.
+        method: refit, patch, lora or distill; or several by commas, a closed form first.
     """
     arguments = arguments_of(locals())
     output.check(arguments)

@@ -18,8 +18,8 @@ from short_gpt.evaluation.paired import difference, losses, together
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.experiments.cells import Cells
 from short_gpt.experiments.cost import size_without, tokens_per_second
-from short_gpt.experiments.rows import LORA, PATCHED, RAW, Agreement, Row, Windows
-from short_gpt.healing import linear_patch
+from short_gpt.experiments.rows import LORA, PATCHED, RAW, REFIT, Agreement, Row, Windows
+from short_gpt.healing import linear_patch, refit
 from short_gpt.models.numbering import check_count
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import bar
@@ -78,7 +78,7 @@ class Comparison:
         Args:
             methods: names of `methods.METHODS`; ``random`` is drawn ``seeds`` times.
             counts: numbers of layers to remove.
-            healings: of raw, patched and lora. Sets that cannot be patched have no such row.
+            healings: of raw, patched, refit and lora. Sets that cannot be patched have no such row.
             seeds: how many random sets for every number.
             lora: heals the model without these layers and gives the loss of every evaluation
                 window.
@@ -104,7 +104,8 @@ class Comparison:
                     if healing == LORA and (case[0], case[2]) not in trained:
                         continue
                     if healing != PATCHED or 0 not in layers:  # a patch needs a layer in front
-                        rows.append(self._row(case, layers, healing, lora))
+                        heal = self._refitted if healing == REFIT else lora
+                        rows.append(self._row(case, layers, healing, heal))
         return rows
 
     def _cases(self, methods: Sequence[str], counts: Sequence[int], seeds: int) -> list[Case]:
@@ -201,10 +202,10 @@ class Comparison:
         sets = [sorted(row.layers) for row in rows if row.healing == RAW]
         return {str(s): self._cells.value(f"tasks {suite} {s}", partial(measure, s)) for s in sets}
 
-    def _row(self, case: Case, layers: list[int], healing: str, lora: Heal | None = None) -> Row:
+    def _row(self, case: Case, layers: list[int], healing: str, heal: Heal | None = None) -> Row:
         method, seed, n = case
         dense, raw = self._measured(RAW, []), self._measured(RAW, layers)
-        parts = raw if healing == RAW else self._measured(healing, layers, lora)
+        parts = raw if healing == RAW else self._measured(healing, layers, heal)
         change, gain = difference(dense, parts), difference(raw, parts)
         parameters, size = size_without(self.short, layers)
         return Row(
@@ -255,12 +256,22 @@ class Comparison:
                 shown.update()
 
     def _patched(self, patch: linear_patch.Patch, layers: list[int]) -> list[Perplexity]:
+        return self._folded(layers, lambda: linear_patch.fold(self.short, patch))
+
+    def _folded(
+        self, layers: list[int], fold: Callable[[], Callable[[], None]]
+    ) -> list[Perplexity]:
+        """Losses without the layers while new weights are in place; ``fold`` gives the undo."""
         with self.short.without_layers(layers):
-            undo = linear_patch.fold(self.short, patch)
+            undo = fold()
             try:
                 return losses(self.short.decoder, self._evaluation, progress=False)
             finally:
                 undo()
+
+    def _refitted(self, layers: list[int]) -> list[Perplexity]:
+        made = refit.fit(self.short, layers, self._calibration, progress=self._progress)
+        return self._folded(layers, lambda: refit.fold(self.short, made))
 
     def _speed(self, n: int, layers: list[int]) -> float:
         """Tokens per second; they depend on the number of layers alone."""

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypedDict
 
-RAW, PATCHED, LORA = "raw", "patched", "lora"
-HEALINGS = (RAW, PATCHED, LORA)
+RAW, PATCHED, REFIT, LORA = "raw", "patched", "refit", "lora"
+HEALINGS = (RAW, PATCHED, REFIT, LORA)
 Windows = Sequence[Sequence[int]]
 
 
@@ -18,7 +18,7 @@ class Row:
     Attributes:
         method, seed: what chose the layers; the seed is None but for the random method.
         n: layers removed.
-        healing: raw, patched or lora.
+        healing: raw, patched, refit or lora.
         layers: removed, original numbers.
         perplexity: on the evaluation text.
         nats, standard_error: mean loss less that of the whole model, paired over the windows.

@@ -1,5 +1,6 @@
-"""Bringing quality back after layers were removed: a closed-form patch, LoRA, distillation.
+"""Bringing quality back after layers were removed: closed forms, LoRA, distillation.
 
+`heal_refit` solves the last matrices of the kept layers again, one layer after the other.
 `heal_patch` folds a least-squares map into the MLP in front of every gap, from one pass over text.
 `heal_lora` trains low-rank changes of the layers that stayed and merges them; given a
 `Distillation` it learns what the whole model predicts. `HealingJob` does these one after the other
@@ -16,7 +17,16 @@ from short_gpt.healing.linear_patch import heal as heal_patch
 from short_gpt.healing.lora import Healed, require_packages
 from short_gpt.healing.lora import heal as heal_lora
 from short_gpt.healing.recipe import PRESETS, Recipe, recipe_for
-from short_gpt.healing.steps import DistillSettings, LoraSettings, PatchSettings, Step
+from short_gpt.healing.refit import Refit
+from short_gpt.healing.refit import heal as heal_refit
+from short_gpt.healing.refit_pass import Fit
+from short_gpt.healing.steps import (
+    DistillSettings,
+    LoraSettings,
+    PatchSettings,
+    RefitSettings,
+    Step,
+)
 from short_gpt.healing.teacher import TOP_K, CachedTeacher, LiveTeacher
 from short_gpt.healing.texts import Learning, Source
 
@@ -27,6 +37,7 @@ __all__ = [
     "CachedTeacher",
     "DistillSettings",
     "Distillation",
+    "Fit",
     "Healed",
     "HealingEvidence",
     "HealingJob",
@@ -36,10 +47,13 @@ __all__ = [
     "Patch",
     "PatchSettings",
     "Recipe",
+    "Refit",
+    "RefitSettings",
     "Source",
     "Step",
     "heal_lora",
     "heal_patch",
+    "heal_refit",
     "recipe_for",
     "require_packages",
 ]

@@ -42,29 +42,6 @@ HELD_EVERY = 8  # every eighth window chooses the ridge
 
 
 @dataclass(frozen=True)
-class RefitSettings:
-    """Settings of the refit.
-
-    Attributes:
-        parts: the halves whose last matrix is solved again: "attention", "mlp" or both.
-        ridges: candidates for every matrix, relative to the mean square of its weighted inputs.
-        batch_size: windows of one length read at once.
-    """
-
-    parts: tuple[str, ...] = PARTS
-    ridges: tuple[float, ...] = RIDGES
-    batch_size: int = 1
-
-    def __post_init__(self) -> None:
-        if not self.parts or not set(self.parts) <= set(PARTS):
-            raise ShortGPTError(f"parts = {self.parts}: expected some of {', '.join(PARTS)}")
-        if not self.ridges or not all(0 < ridge < float("inf") for ridge in self.ridges):
-            raise ShortGPTError(
-                f"ridges = {self.ridges}: expected numbers above 0, such as {RIDGES[0]}"
-            )
-
-
-@dataclass(frozen=True)
 class Refit:
     """New values for the last matrices of layers that stay.
 
@@ -72,7 +49,7 @@ class Refit:
         layers: those to remove, in the original model's numbering.
         values: by a layer's original number and a parameter's name in it, on the CPU.
         fits: of every matrix, in the order in which they were solved.
-        settings: as given to `fit`.
+        parts: as given to `fit`.
         windows, tokens: read to fit the matrices.
         held: windows read to choose the ridges.
     """
@@ -80,7 +57,7 @@ class Refit:
     layers: list[int]
     values: Mapping[Parameter, Tensor]
     fits: list[Fit]
-    settings: RefitSettings
+    parts: tuple[str, ...]
     windows: int
     tokens: int
     held: int
@@ -90,7 +67,7 @@ class Refit:
         return {
             "method": "refit",
             "layers": self.layers,
-            "parts": list(self.settings.parts),
+            "parts": list(self.parts),
             "fits": [asdict(fit) for fit in self.fits],
             "windows": self.windows,
             "tokens": self.tokens,
@@ -104,7 +81,9 @@ def heal(
     windows: Sequence[Sequence[int]],
     *,
     held: Sequence[Sequence[int]] | None = None,
-    settings: RefitSettings | None = None,
+    parts: Sequence[str] = PARTS,
+    ridges: Sequence[float] = RIDGES,
+    batch_size: int = 1,
     progress: bool = True,
 ) -> Refit:
     """Removes layers and refits what is left: `fit`, ``remove_layers`` and `fold`.
@@ -114,7 +93,16 @@ def heal(
     Example:
         >>> refit = heal_refit(short, [21, 22, 25], windows)  # doctest: +SKIP
     """
-    refit = fit(short, layers, windows, held=held, settings=settings, progress=progress)
+    refit = fit(
+        short,
+        layers,
+        windows,
+        held=held,
+        parts=parts,
+        ridges=ridges,
+        batch_size=batch_size,
+        progress=progress,
+    )
     with short.without_layers(refit.layers):
         undo = fold(short, refit)
     try:
@@ -132,7 +120,9 @@ def fit(
     windows: Sequence[Sequence[int]],
     *,
     held: Sequence[Sequence[int]] | None = None,
-    settings: RefitSettings | None = None,
+    parts: Sequence[str] = PARTS,
+    ridges: Sequence[float] = RIDGES,
+    batch_size: int = 1,
     progress: bool = True,
 ) -> Refit:
     """Solves the last matrices of the layers that stay; the model is as it was afterwards.
@@ -148,7 +138,9 @@ def fit(
             the model is to be used for.
         held: windows kept apart, by which ridges are chosen; None takes every eighth of
             ``windows`` out for it.
-        settings: None takes the defaults.
+        parts: the halves whose last matrix is solved again: "attention", "mlp" or both.
+        ridges: candidates for every matrix, relative to the mean square of its weighted inputs.
+        batch_size: windows of one length read at once.
         progress: whether to show a bar.
 
     Returns:
@@ -159,7 +151,7 @@ def fit(
             a matrix whose output is added to the stream; several model-parallel ranks.
         NotFiniteError: a state is NaN or infinite.
     """
-    settings = settings or RefitSettings()
+    check_options(parts, ridges)
     _check(short, layers)
     windows, held = _apart(list(windows)) if held is None else (windows, held)
     if not windows or not held:
@@ -167,18 +159,16 @@ def fit(
     gone = [short.kept.index(layer) for layer in layers]
     steps = len(short.kept) - len(gone)
     with bar("refitting", total=steps, unit="layer", show=progress) as shown:
-        work = RefitPass(
-            short.decoder, gone, parts=settings.parts, ridges=settings.ridges, step=shown.update
-        )
+        work = RefitPass(short.decoder, gone, parts=parts, ridges=ridges, step=shown.update)
         for window in [*windows, *held]:
             pad([window], short.decoder)  # refuses what the model cannot read, before any work
-        fits, values = work.run(windows, held, batch_size=settings.batch_size)
+        fits, values = work.run(windows, held, batch_size=batch_size)
     if not fits:
         raise ShortGPTError(f"nothing of this model can be refitted: {work.refusal}")
     numbered = {(short.kept[place], name): value for (place, name), value in values.items()}
     tokens = sum(map(len, windows))
     fits = [f.numbered(short.kept) for f in fits]
-    return Refit(list(layers), numbered, fits, settings, len(windows), tokens, len(held))
+    return Refit(list(layers), numbered, fits, tuple(parts), len(windows), tokens, len(held))
 
 
 @torch.no_grad()
@@ -217,6 +207,14 @@ def fold(short: ShortModel, refit: Refit) -> Callable[[], None]:
             parameter.copy_(refit.values[key])
     short.note_change(change)
     return undo
+
+
+def check_options(parts: Sequence[str], ridges: Sequence[float]) -> None:
+    """Raises ShortGPTError for halves that there are not, or ridges that are no penalties."""
+    if not parts or isinstance(parts, str) or not set(parts) <= set(PARTS):
+        raise ShortGPTError(f"parts = {parts!r}: expected some of {', '.join(PARTS)}")
+    if not ridges or not all(0 < ridge < float("inf") for ridge in ridges):
+        raise ShortGPTError(f"ridges = {ridges!r}: expected numbers above 0, such as {RIDGES[0]}")
 
 
 def _apart(windows: list[Sequence[int]]) -> tuple[list[Sequence[int]], list[Sequence[int]]]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Protocol
 
-from short_gpt.healing import linear_patch, lora
+from short_gpt.healing import linear_patch, lora, refit
 from short_gpt.healing.distillation import Distillation
 from short_gpt.healing.kept_weights import KeptWeights
 from short_gpt.healing.recipe import Recipe, recipe_for
@@ -133,6 +133,35 @@ class PatchSettings(ClosedForm):
 
 
 @dataclass(frozen=True)
+class RefitSettings(ClosedForm):
+    """Settings of the refit; see `refit.fit`.
+
+    Attributes:
+        parts, ridges, batch_size: as there.
+        max_windows: of those to learn from, the first so many; None takes all.
+    """
+
+    parts: tuple[str, ...] = refit.PARTS
+    ridges: tuple[float, ...] = refit.RIDGES
+    batch_size: int = 1
+    max_windows: int | None = None
+    name: ClassVar[str] = "refit"
+
+    def fit(self, work: Work) -> Heal:
+        made = refit.fit(
+            work.short,
+            work.layers,
+            work.windows.training[: self.max_windows],
+            held=work.windows.validation or None,
+            parts=self.parts,
+            ridges=self.ridges,
+            batch_size=self.batch_size,
+            progress=work.progress,
+        )
+        return lambda: (made.to_dict(), refit.fold(work.short, made))
+
+
+@dataclass(frozen=True)
 class LoraSettings:
     """Settings of LoRA on text.
 
@@ -228,7 +257,7 @@ class DistillSettings(LoraSettings):
 
 
 # All steps by the names that ``heal --method`` knows, closed forms first.
-STEPS = {kind.name: kind for kind in (PatchSettings, LoraSettings, DistillSettings)}
+STEPS = {kind.name: kind for kind in (RefitSettings, PatchSettings, LoraSettings, DistillSettings)}
 
 
 def check_order(steps: Sequence[tuple[str, bool]]) -> None:

@@ -74,7 +74,8 @@ def heal(
 ) -> Healing:
     """Removes layers of a checkpoint and brings quality back.
 
-    The patch takes minutes and one pass over the windows. LoRA learns the text, distillation what
+    The refit solves the last matrices of all layers behind the first gap again, the patch one map
+    for every gap; both take minutes. LoRA learns the text, distillation what
     the whole model predicts; both also heal a model that was cut before, take a Meta checkpoint to
     Hugging Face's format and back, and continue when interrupted. No text is evaluated on that was
     learned from.
@@ -82,7 +83,7 @@ def heal(
     Args:
         model: Meta checkpoint directory, Hugging Face directory or hub id.
         out: new directory; appears whole or not at all.
-        method: patch, lora or distill, or several by commas, which follow each other.
+        method: refit, patch, lora or distill, or several by commas, which follow each other.
         choice: which layers to remove; lora may do without, and distill with a teacher.
         data: texts to learn from.
         learned, settings, distilling, opening: of windows and methods; how models are opened.
@@ -141,6 +142,7 @@ def _steps(
     ridge = RIDGE if settings.ridge is None else settings.ridge
     few = CLOSED_WINDOWS if learned.max_windows is None else None
     made: dict[str, Step] = {
+        "refit": settings.refit(max_windows=few),
         "patch": PatchSettings(ridge, max_windows=few),
         "lora": LoraSettings(recipe),
         "distill": distill,

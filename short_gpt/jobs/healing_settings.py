@@ -8,7 +8,9 @@ from dataclasses import asdict, dataclass
 from short_gpt.healing.four_bit import require_four_bit
 from short_gpt.healing.lora import require_packages
 from short_gpt.healing.recipe import PRESETS, Recipe, recipe_for
-from short_gpt.healing.steps import STEPS, check_order
+from short_gpt.healing.refit import PARTS, check_options
+from short_gpt.healing.refit_pass import RIDGES
+from short_gpt.healing.steps import STEPS, RefitSettings, check_order
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.short_model import ShortModel
 
@@ -64,7 +66,10 @@ class Settings:
     """How the model is healed.
 
     Args:
-        ridge: of the patch, relative to the mean square of what the MLP gives; 1e-4 if not given.
+        ridge: of a closed form, relative to the mean square of the inputs. If not given, 1e-4 for
+            the patch; the refit chooses each matrix's on windows kept apart.
+        parts: of the refit: attention, mlp or both by a comma, whose last matrices are solved;
+            both if not given.
         preset: of lora and distill, paper, demo or small; each of the following changes one of its
             settings.
         rank: of the changes that are trained.
@@ -83,6 +88,7 @@ class Settings:
     """
 
     ridge: float | None = None
+    parts: str | None = None
     preset: str = "paper"
     rank: int | None = None
     alpha: int | None = None
@@ -100,7 +106,7 @@ class Settings:
     @property
     def changes(self) -> dict[str, object]:
         """The settings of a recipe that are given."""
-        own = ("ridge", "preset", "resume")
+        own = ("ridge", "parts", "preset", "resume")
         given = {name: value for name, value in vars(self).items() if name not in own}
         # by identity: 0 is a value, though it equals False
         return {k: v for k, v in given.items() if v is not None and v is not False}
@@ -114,6 +120,10 @@ class Settings:
             raise ShortGPTError(f"--{training[0]} is for --method {' or '.join(TRAINING)}")
         if self.ridge is not None and not any(method in CLOSED for method in methods):
             raise ShortGPTError(f"--ridge is for --method {' or '.join(CLOSED)}")
+        if self.parts is not None and "refit" not in methods:
+            raise ShortGPTError("--parts is for --method refit")
+        if "refit" in methods:
+            self.refit()
         if self.preset not in PRESETS:
             raise ShortGPTError(f"--preset {self.preset}: expected one of {', '.join(PRESETS)}")
         if trains:
@@ -124,6 +134,17 @@ class Settings:
         require_packages()
         if self.four_bit:
             require_four_bit()
+
+    def refit(self, max_windows: int | None = None) -> RefitSettings:
+        """What the refit takes.
+
+        Raises:
+            ShortGPTError: parts or the ridge are out of range.
+        """
+        parts = PARTS if self.parts is None else tuple(p.strip() for p in self.parts.split(","))
+        ridges = RIDGES if self.ridge is None else (self.ridge,)
+        check_options(parts, ridges)
+        return RefitSettings(parts, ridges, max_windows=max_windows)
 
     def recipe(self, short: ShortModel, seed: int) -> Recipe:
         """The recipe for a model of transformers, with the changes."""

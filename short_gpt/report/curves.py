@@ -40,7 +40,7 @@ def quality_curves(rows: Sequence[Row], *, title: str | None = None) -> Figure:
     dense, found = rows[0], rows[1:]
     colours = dict(zip(dict.fromkeys(r.method for r in found), PALETTE * 3, strict=False))
     healed = {r.healing for r in found} - {"raw"}
-    parts = {"as cut": ["raw"]} | ({"healed": ["patched", "lora"]} if healed else {})
+    parts = {"as cut": ["raw"]} | ({"healed": ["patched", "refit", "lora"]} if healed else {})
     figure = empty(2.0 + 4.0 * len(parts), 4.4)
     axes = figure.subplots(1, len(parts), sharey=True, squeeze=False)[0]
     for axis, (name, healings) in zip(axes, parts.items(), strict=True):

@@ -10,7 +10,7 @@ from conftest import CharTokenizer, interrupted, make_transformer, random_window
 from families import FAMILIES, make
 
 from short_gpt.healing import linear_patch, refit_pass
-from short_gpt.healing.refit import Refit, RefitSettings, fit, fold, heal
+from short_gpt.healing.refit import Refit, fit, fold, heal
 from short_gpt.models.layer_calls import LayerCalls
 from short_gpt.models.layer_hooks import attention_output, mlp_output, transposed
 from short_gpt.models.summands import Summands, behind_attention
@@ -59,8 +59,7 @@ def lack(short, place: int, part: str, windows, target: torch.Tensor) -> list[to
 @pytest.mark.parametrize("family", ["meta", "llama", "gpt2", "granite", "mixtral"])
 def test_in_the_model_that_is_left_every_matrix_solves_its_normal_equations(family):
     whole, short = [meta() if family == "meta" else ShortHFModel(make(family)) for _ in range(2)]
-    settings = RefitSettings(ridges=(0.1,))
-    refit = heal(short, [2, 3], WINDOWS, held=WINDOWS, settings=settings, progress=False)
+    refit = heal(short, [2, 3], WINDOWS, held=WINDOWS, ridges=(0.1,), progress=False)
     targets = states(whole, WINDOWS)
     calls = LayerCalls(whole.decoder)
     seen = 0
@@ -155,8 +154,7 @@ def test_more_is_restored_than_by_the_patch_and_the_loss_on_its_windows_falls():
 
 def test_the_first_layers_may_go_and_halves_may_be_left_alone():
     short = meta()
-    settings = RefitSettings(parts=("mlp",))
-    refit = heal(short, [0, 1], WINDOWS, held=WINDOWS, settings=settings, progress=False)
+    refit = heal(short, [0, 1], WINDOWS, held=WINDOWS, parts=("mlp",), progress=False)
     assert short.kept == [2, 3, 4]
     assert {found.part for found in refit.fits} == {"mlp"}
     assert [found.layer for found in refit.fits] == [2, 3, 4]
@@ -184,7 +182,7 @@ def test_windows_of_several_lengths_are_read_in_any_batches():
             [3],
             windows,
             held=windows,
-            settings=RefitSettings(batch_size=size),
+            batch_size=size,
             progress=False,
         )
         for size in (1, 4)
@@ -215,9 +213,9 @@ def test_an_error_or_an_interruption_leaves_the_model_as_it_was(monkeypatch):
 def test_what_cannot_be_is_refused_in_one_line():
     short = meta()
     with pytest.raises(ValueError, match=r"parts = \('norm',\): expected some of attention, mlp"):
-        RefitSettings(parts=("norm",))
+        fit(short, [3], WINDOWS, parts=("norm",))
     with pytest.raises(ValueError, match="ridges = .*expected numbers above 0"):
-        RefitSettings(ridges=(0.0,))
+        fit(short, [3], WINDOWS, ridges=(0.0,))
     with pytest.raises(ValueError, match="9"):
         fit(short, [9], WINDOWS, progress=False)
     refit = fit(short, [3], WINDOWS, progress=False)
