@@ -23,9 +23,9 @@ def quality_curves(rows: Sequence[Row], *, title: str | None = None) -> Figure:
     """Perplexity over the number of layers removed, a colour for every method.
 
     The left part shows the models as cut, the right one, where there are any, the healed: lines
-    for linear patches, stars for LoRA. Several rows of one method and number, such as random sets,
-    are drawn as a band from the least to the largest. The axis ends at `SHOWN` times the whole
-    model's perplexity; lines of what is worse leave the picture.
+    for linear patches, dashed ones for refits, stars for LoRA. Several rows of one method and
+    number, such as random sets, are drawn as a band from the least to the largest. The axis ends at
+    `SHOWN` times the whole model's perplexity; lines of what is worse leave the picture.
 
     Args:
         rows: of `comparison.Comparison.rows`, the whole model first.
@@ -102,7 +102,10 @@ def _draw_curve(axes: Axes, dense: Row, rows: Sequence[Row], colour: str) -> Non
         return
     x = [0, *values]
     low, high = ([dense.perplexity, *map(f, values.values())] for f in (min, max))
+    refit = rows[0].healing == "refit"
+    label = f"{rows[0].method}, refit" if refit else rows[0].method
+    line = "s--" if refit else "o-"
     if low == high:
-        axes.plot(x, low, color=colour, marker="o", markersize=4, label=rows[0].method)
+        axes.plot(x, low, line, color=colour, markersize=4, label=label)
     else:
         axes.fill_between(x, low, high, color="0.88", label=rows[0].method)

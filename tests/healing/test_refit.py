@@ -59,6 +59,11 @@ def lack(short, place: int, part: str, windows, target: torch.Tensor) -> list[to
 @pytest.mark.parametrize("family", ["meta", "llama", "gpt2", "granite", "mixtral"])
 def test_in_the_model_that_is_left_every_matrix_solves_its_normal_equations(family):
     whole, short = [meta() if family == "meta" else ShortHFModel(make(family)) for _ in range(2)]
+    factor = 0.22 if family == "granite" else 1.0
+    if family == "granite":
+        for model in (whole, short):
+            for layer in model.decoder.layers:
+                layer.residual_multiplier = factor
     refit = heal(short, [2, 3], WINDOWS, held=WINDOWS, ridges=(0.1,), progress=False)
     targets = states(whole, WINDOWS)
     calls = LayerCalls(whole.decoder)
@@ -82,11 +87,6 @@ def test_in_the_model_that_is_left_every_matrix_solves_its_normal_equations(fami
         if getattr(new, "bias", None) is not None:
             x = torch.cat([x, torch.ones(len(x), 1).double()], 1)
             change = torch.cat([change, (new.bias - old.bias).double()[None]])
-        factor = (
-            getattr(whole.decoder.module.config, "residual_multiplier", 1.0)
-            if (family == "granite")
-            else 1.0
-        )
         penalty = 0.1 * (w[:, None] * x * x).sum() / x.shape[1]
         left = x.T @ (w[:, None] * rest) / factor - penalty * change
         assert left.abs().max() < 2e-4 * (penalty * change).abs().max() + 1e-6, found
@@ -244,3 +244,13 @@ def test_the_record_is_plain_and_names_the_method():
     record = refit.to_dict()
     assert record["method"] == "refit" and record["layers"] == [3]
     assert record["windows"] == 12 and record["held"] == 4 and record["tokens"] == 12 * 16
+
+
+def test_the_ridge_is_chosen_by_the_windows_kept_apart():
+    ridges = (1e-3, 1e-1, 10.0)
+    alone = {r: fit(meta(), [3], WINDOWS, ridges=(r,), **ALL).fits[0] for r in ridges}
+    best = max(alone.values(), key=lambda found: found.restored_held)
+    chosen = fit(meta(), [3], WINDOWS, ridges=ridges, **ALL).fits[0]
+    assert chosen.ridge == best.ridge and chosen.restored_held == best.restored_held
+    assert chosen.ridge != 1e-3 == max(alone, key=lambda r: alone[r].restored)
+    assert chosen.restored_held < chosen.restored
