@@ -908,6 +908,49 @@ STREAMING = (
     ),
 )
 
+CLI_HF = "tests/cli/test_cli_hf.py"
+
+PROOFS = (
+    Section(
+        "short_gpt/jobs/conversion.py",
+        CLI_HF,
+        (
+            (
+                "shown.update(), verify=proof)",
+                "shown.update())",
+                "test_a_conversion_that_is_another_model_leaves_the_earlier_one[hf]",
+            ),
+            (
+                "verify, dtype=dtype)",
+                "verify)",
+                "test_convert_in_every_direction_comes_back_bit_exact",
+            ),
+        ),
+    ),
+    Section(
+        "short_gpt/checkpoints/save.py",
+        "tests/healing/test_job.py",
+        (
+            (
+                """            with _as_stored(short, checkpoint.shards[0]):
+                verify(partial)""",
+                "            pass",
+                "test_a_patched_meta_checkpoint_is_proved_before_it_is_there",
+            ),
+            (
+                "with _as_stored(short, checkpoint.shards[0]):",
+                "if True:",
+                "test_a_patched_meta_checkpoint_is_proved_before_it_is_there",
+            ),
+            (
+                "            weight.data = data\n",
+                "            pass\n",
+                "test_a_patched_meta_checkpoint_is_proved_before_it_is_there",
+            ),
+        ),
+    ),
+)
+
 SECTIONS = (
     *SCORING,
     *STOPPING,
@@ -917,4 +960,5 @@ SECTIONS = (
     *EVALUATION,
     *CHECKPOINTS,
     *STREAMING,
+    *PROOFS,
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -18,6 +19,7 @@ from conftest import (
 from families import make
 from peft.tuners.lora import Linear
 
+from short_gpt.checkpoints import save
 from short_gpt.healing import (
     HealingJob,
     Learning,
@@ -28,6 +30,7 @@ from short_gpt.healing import (
     lora,
 )
 from short_gpt.healing.linear_patch import fit, fold
+from short_gpt.opening import open_model
 from short_gpt.short_hf import ShortHFModel
 from short_gpt.short_llama import ShortLlama
 
@@ -180,3 +183,28 @@ def test_a_meta_model_goes_through_transformers_and_comes_back_in_its_format(tmp
     assert record["source"] == str(directory) and record["original_layers"] == [0, 1, 3, 4]
     assert (out / "tokenizer.json").read_bytes() == (directory / "tokenizer.json").read_bytes()
     assert not (out / "README.md").exists()  # a Meta directory has no card
+
+
+def heals_meta(tmp_path: Path, dtype: torch.dtype) -> HealingJob:
+    """A job that has patched a Meta checkpoint of some dtype, read in float32."""
+    model = make_transformer(vocab_size=BYTE_VOCAB).to(dtype)
+    write_byte_tokenizer(save_checkpoint(tmp_path / "meta", model))
+    short = open_model(str(tmp_path / "meta"), max_seq_len=32, device="cpu", dtype="float32")
+    job = HealingJob(short, WINDOWS, [2], progress=False)
+    job.run()
+    return job
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_patched_meta_checkpoint_is_proved_before_it_is_there(tmp_path, monkeypatch, dtype):
+    job = heals_meta(tmp_path, dtype)
+    short, (layer, name) = job.short, next(iter(job.short.changed))
+    weight = short.decoder.layers[short.kept.index(layer)].get_parameter(name)
+    exact = weight.detach().clone()
+    job.save(tmp_path / "out")
+    assert torch.equal(weight, exact)  # rounded as on disk only while the two are compared
+    before = {p: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    monkeypatch.setattr(save, "_changed", lambda _: {})  # the patch is lost on the way
+    with pytest.raises(RuntimeError, match="the saved model is not the model in memory"):
+        job.save(tmp_path / "out", overwrite=True)
+    assert {p: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
