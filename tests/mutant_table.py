@@ -912,6 +912,22 @@ CLI_HF = "tests/cli/test_cli_hf.py"
 
 PROOFS = (
     Section(
+        "short_gpt/models/loading.py",
+        "tests/models/test_weights_report.py",
+        (
+            (
+                "check_left_out(name, left_out)",
+                "check_left_out(name, [])",
+                "test_a_gguf_file_of_another_architecture",
+            ),
+            (
+                "check_weights(str(directory), info)",
+                "check_weights(str(directory), {})",
+                "test_prune_looks_for_every_weight_without_a_proof_too",
+            ),
+        ),
+    ),
+    Section(
         "short_gpt/jobs/conversion.py",
         CLI_HF,
         (
