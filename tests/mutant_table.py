@@ -912,6 +912,22 @@ CLI_HF = "tests/cli/test_cli_hf.py"
 
 PROOFS = (
     Section(
+        "short_gpt/healing/job.py",
+        "tests/healing/test_job.py",
+        (
+            (
+                "healing.callback(undo)",
+                "healing.callback(dict)",
+                "test_an_error_behind_the_healing_takes_it_back",
+            ),
+            (
+                "            healing.pop_all()\n",
+                "",
+                "test_a_job_does_what_its_steps_do_and_keeps_the_evidence",
+            ),
+        ),
+    ),
+    Section(
         "short_gpt/models/loading.py",
         "tests/models/test_weights_report.py",
         (

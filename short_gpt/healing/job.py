@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from short_gpt.evaluation.paired import Difference, difference, losses, together
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.healing import linear_patch, lora
-from short_gpt.healing.recipe import Recipe
+from short_gpt.healing.recipe import Recipe, recipe_for
 from short_gpt.healing.texts import Learning
+from short_gpt.healing.trainer import TrainingRun
 from short_gpt.short_model import ShortModel
 
 
@@ -116,34 +118,30 @@ class HealingJob:
 
         Raises:
             ShortGPTError, NotFiniteError, MissingPackageError: as those of `linear_patch.fit` and
-                `lora.heal`. After an error, or an interruption, before the healing is done the
-                model is as it was, with all its layers.
+                `lora.heal`. After any error, or an interruption, the model is as it was, with all
+                its layers.
         """
         count, parts = len(self.short.kept), {}
         patch = self._fit()
         if self.layers:
             parts[f"whole, {count} layers"] = self._measure()
-        # a trial: whatever happens in it, all layers are back behind it
-        with self.short.without_layers(self.layers):
-            left = len(self.short.present)
-            raw = f"pruned, {left} layers" if self.layers else f"before, {count} layers"
-            parts[raw] = self._measure()
-            how, undo = self._heal(patch)
-        self._remove(undo)
-        parts["healed"] = self._measure()
-        quality = {name: together(windows) for name, windows in parts.items()}
-        self.evidence = HealingEvidence(how, quality, difference(parts[raw], parts["healed"]))
-        self.short.evidence["change"] = asdict(self.evidence.change)
-        return self.evidence
-
-    def _remove(self, undo: Callable[[], object]) -> None:
-        """Removes the layers; where that fails, the healing is undone too."""
-        try:
+        with ExitStack() as healing:  # undone unless all of it succeeds
+            # a trial: whatever happens in it, all layers are back behind it
+            with self.short.without_layers(self.layers):
+                left = len(self.short.present)
+                raw = f"pruned, {left} layers" if self.layers else f"before, {count} layers"
+                parts[raw] = self._measure()
+                how, undo = self._heal(patch)
+                healing.callback(undo)
+                parts["healed"] = self._measure()
+            quality = {name: together(windows) for name, windows in parts.items()}
+            evidence = HealingEvidence(how, quality, difference(parts[raw], parts["healed"]))
             if self.layers:
                 self.short.remove_layers(self.layers)
-        except BaseException:
-            undo()
-            raise
+            healing.pop_all()
+        self.evidence = evidence
+        self.short.evidence["change"] = asdict(evidence.change)
+        return evidence
 
     def save(
         self,
@@ -183,22 +181,21 @@ class HealingJob:
     def _heal(
         self, patch: linear_patch.Patch | None
     ) -> tuple[dict[str, object], Callable[[], object]]:
-        """Heals the model as cut; returns how, and what takes a patch out again."""
+        """Heals the model as cut; returns how, and what undoes it."""
         if patch is not None:
             undo = linear_patch.fold(self.short, patch)
             return patch.to_dict(), undo
         assert isinstance(self.settings, LoraSettings)
-        healed = lora.heal(
-            self.short,
+        run = TrainingRun(
             self.windows.training,
             self.windows.validation,
-            self.windows.evaluation,
-            recipe=self.settings.recipe,
-            work_dir=self.settings.work_dir,
+            self.settings.recipe or recipe_for(self.short.trainable().config),
+            self.settings.work_dir,
             resume=self.settings.resume,
-            progress=self.progress,
+            show=self.progress,
         )
-        return healed.to_dict(), dict  # what training has merged stays
+        healed, undo = lora.heal_undoable(self.short, run, self.windows.evaluation)
+        return healed.to_dict(), undo
 
     def _measure(self) -> list[Perplexity]:
         return losses(self.short.decoder, self.windows.evaluation, progress=self.progress)

@@ -5,7 +5,7 @@ After Gromov et al. (arXiv:2403.17887, appendix A), through peft and the Trainer
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -96,48 +96,81 @@ def heal(
         >>> healed.validation[healed.kept_step]  # doctest: +SKIP
         27.15
     """
+    found, _ = heal_undoable(
+        short,
+        TrainingRun(
+            training,
+            validation,
+            recipe or recipe_for(short.trainable().config),
+            work_dir,
+            resume=resume,
+            show=progress,
+        ),
+        evaluation,
+    )
+    return found
+
+
+def heal_undoable(
+    short: ShortModel, run: TrainingRun, evaluation: Sequence[Window] = ()
+) -> tuple[Healed, Callable[[], None]]:
+    """What `heal` does, and what takes it back; the weights as they were are kept as long as that.
+
+    Args:
+        short, evaluation: as there.
+        run: windows and settings.
+    """
     require_packages()
     if several_ranks():
         raise ShortGPTError("LoRA healing runs in one process; start it without torchrun")
     model = short.trainable()
-    recipe = recipe or recipe_for(model.config)
-    run = TrainingRun(training, validation, recipe, work_dir, resume=resume, show=progress)
     _check(run, evaluation)
-    targets = [model.get_submodule(name) for name in target_modules(model, recipe.modules)]
+    targets = [model.get_submodule(name) for name in target_modules(model, run.recipe.modules)]
     adapted = {id(module) for module in targets}
     ends = [
         parameters_of(number, layer, [m for m in layer.modules() if id(m) in adapted])
         for number, layer in zip(short.present, short.decoder.layers, strict=True)
     ]
-    healed = (_heal_four_bit if recipe.four_bit else _heal)(model, run, short.decoder.device)
+    train_and_merge = _heal_four_bit if run.recipe.four_bit else _heal
+    healed, restore = train_and_merge(model, run, short.decoder.device)
+    change = WeightChange(healed.to_dict(), frozenset().union(*ends))
     if healed.kept_step:
-        short.note_change(WeightChange(healed.to_dict(), frozenset().union(*ends)))
-    return healed
+        short.note_change(change)
+
+    def undo() -> None:
+        restore()
+        short.forget_change(change)
+
+    return healed, undo
 
 
-def _heal(model: PreTrainedModel, run: TrainingRun, _: torch.device) -> Healed:
-    """Trains over the model's own weights and merges."""
+def _heal(
+    model: PreTrainedModel, run: TrainingRun, _: torch.device
+) -> tuple[Healed, Callable[[], None]]:
+    """Trains over the model's own weights and merges; also gives what takes that back."""
     adapted = adapt(model, run.recipe)
     try:
         healed = _train(adapted, run)
-        _merge(adapted, healed)
+        restore = _merge(adapted, healed)
     except BaseException:
         adapted.unload()  # takes the adapters out, and leaves the weights that they stood beside
         raise
     finally:
         _clean(model, run.recipe)
-    return healed
+    return healed, restore
 
 
-def _merge(adapted: PeftModel, healed: Healed) -> None:
-    """Merges what was learned, unless no evaluation was better than before."""
+def _merge(adapted: PeftModel, healed: Healed) -> Callable[[], None]:
+    """Merges what was learned, unless no evaluation was better; gives what takes it back."""
     base = [p for name, p in adapted.named_parameters() if ".base_layer." in name]
-    with restored_on_error(base if healed.kept_step else ()):  # which a merge changes one by one
+    # which a merge changes one by one
+    with restored_on_error(base if healed.kept_step else ()) as restore:
         if healed.kept_step:
             adapted.merge_and_unload()
         else:
             adapted.unload()
         _clean(cast("PreTrainedModel", adapted.get_base_model()), healed.recipe)
+    return restore
 
 
 def _train(adapted: PeftModel, run: TrainingRun) -> Healed:
@@ -158,7 +191,9 @@ def _train(adapted: PeftModel, run: TrainingRun) -> Healed:
     )
 
 
-def _heal_four_bit(model: PreTrainedModel, run: TrainingRun, place: torch.device) -> Healed:
+def _heal_four_bit(
+    model: PreTrainedModel, run: TrainingRun, place: torch.device
+) -> tuple[Healed, Callable[[], None]]:
     """Trains over a copy in 4 bits (NF4, as QLoRA), and merges into the model as it is."""
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
@@ -171,14 +206,14 @@ def _heal_four_bit(model: PreTrainedModel, run: TrainingRun, place: torch.device
         whole = adapt(model, run.recipe)
         try:
             set_peft_model_state_dict(whole, trained)
-            _merge(whole, healed)
+            restore = _merge(whole, healed)
         except BaseException:
             whole.unload()
             raise
     finally:
         torch.nn.Module.to(model, place)
         _clean(model, run.recipe)
-    return healed
+    return healed, restore
 
 
 def _clean(model: PreTrainedModel, recipe: Recipe) -> None:

@@ -128,6 +128,35 @@ def test_a_patch_that_fails_leaves_layers_and_weights():
     assert short.quality[0, 1, 2, 3, 4] == measured  # of the whole model, and still true
 
 
+@pytest.mark.parametrize("settings", [LoraSettings(QUICK), PatchSettings()])
+@pytest.mark.parametrize("step", ["the last measurement", "the removal"])
+def test_an_error_behind_the_healing_takes_it_back(monkeypatch, settings, step):
+    short, measured = ShortHFModel(make("llama")), []
+    before, config = weights(short), short.model.config.to_dict()
+    job = HealingJob(short, WINDOWS, [2, 4], settings=settings, progress=False)
+
+    def fails(*_):
+        changed = [not torch.equal(w, old) for w, old in zip(weights(short), before, strict=False)]
+        assert short.changes and any(changed)  # the healing was there
+        raise MemoryError
+
+    plain = job._measure
+    if step == "the removal":
+        monkeypatch.setattr(short, "remove_layers", fails)
+    else:
+        monkeypatch.setattr(
+            job, "_measure", lambda: measured.append(1) or (fails() if measured[2:] else plain())
+        )
+    with pytest.raises(MemoryError):
+        job.run()
+    assert short.kept == [0, 1, 2, 3, 4, 5] and not short.changes and not short.removed
+    assert all(map(torch.equal, weights(short), before))
+    assert short.model.config.to_dict() == config and not short.evidence
+    monkeypatch.undo()
+    job.run()  # and it can be done anew
+    assert short.kept == [0, 1, 3, 5]
+
+
 def test_a_removal_that_fails_takes_the_patch_back(monkeypatch):
     short = meta()
     before = weights(short)
