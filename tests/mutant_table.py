@@ -916,8 +916,8 @@ PROOFS = (
         "tests/healing/test_job.py",
         (
             (
-                "healing.callback(undo)",
-                "healing.callback(dict)",
+                "how = self._heal(patch, healing)",
+                "how = self._heal(patch, ExitStack())",
                 "test_an_error_behind_the_healing_takes_it_back",
             ),
             (

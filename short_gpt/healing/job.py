@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,9 +12,8 @@ from pathlib import Path
 from short_gpt.evaluation.paired import Difference, difference, losses, together
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.healing import linear_patch, lora
-from short_gpt.healing.recipe import Recipe, recipe_for
+from short_gpt.healing.recipe import Recipe
 from short_gpt.healing.texts import Learning
-from short_gpt.healing.trainer import TrainingRun
 from short_gpt.short_model import ShortModel
 
 
@@ -126,22 +125,32 @@ class HealingJob:
         if self.layers:
             parts[f"whole, {count} layers"] = self._measure()
         with ExitStack() as healing:  # undone unless all of it succeeds
-            # a trial: whatever happens in it, all layers are back behind it
-            with self.short.without_layers(self.layers):
-                left = len(self.short.present)
-                raw = f"pruned, {left} layers" if self.layers else f"before, {count} layers"
-                parts[raw] = self._measure()
-                how, undo = self._heal(patch)
-                healing.callback(undo)
-                parts["healed"] = self._measure()
-            quality = {name: together(windows) for name, windows in parts.items()}
-            evidence = HealingEvidence(how, quality, difference(parts[raw], parts["healed"]))
+            evidence = self._tried(patch, parts, healing)
             if self.layers:
                 self.short.remove_layers(self.layers)
             healing.pop_all()
         self.evidence = evidence
         self.short.evidence["change"] = asdict(evidence.change)
         return evidence
+
+    def _tried(
+        self,
+        patch: linear_patch.Patch | None,
+        parts: dict[str, list[Perplexity]],
+        healing: ExitStack,
+    ) -> HealingEvidence:
+        """Heals the model as cut, and measures it before and after.
+
+        It is a trial: whatever happens in it, all layers are back behind it.
+        """
+        with self.short.without_layers(self.layers):
+            left = len(self.short.present)
+            raw = f"{'pruned' if self.layers else 'before'}, {left} layers"
+            parts[raw] = self._measure()
+            how = self._heal(patch, healing)
+            parts["healed"] = self._measure()
+        quality = {name: together(windows) for name, windows in parts.items()}
+        return HealingEvidence(how, quality, difference(parts[raw], parts["healed"]))
 
     def save(
         self,
@@ -178,24 +187,24 @@ class HealingJob:
             progress=self.progress,
         )
 
-    def _heal(
-        self, patch: linear_patch.Patch | None
-    ) -> tuple[dict[str, object], Callable[[], object]]:
-        """Heals the model as cut; returns how, and what undoes it."""
+    def _heal(self, patch: linear_patch.Patch | None, undo: ExitStack) -> dict[str, object]:
+        """Heals the model as cut; returns how, and gives ``undo`` what takes it back."""
         if patch is not None:
-            undo = linear_patch.fold(self.short, patch)
-            return patch.to_dict(), undo
+            undo.callback(linear_patch.fold(self.short, patch))
+            return patch.to_dict()
         assert isinstance(self.settings, LoraSettings)
-        run = TrainingRun(
+        healed = lora.heal(
+            self.short,
             self.windows.training,
             self.windows.validation,
-            self.settings.recipe or recipe_for(self.short.trainable().config),
-            self.settings.work_dir,
+            self.windows.evaluation,
+            recipe=self.settings.recipe,
+            work_dir=self.settings.work_dir,
             resume=self.settings.resume,
-            show=self.progress,
+            progress=self.progress,
+            undo=undo,
         )
-        healed, undo = lora.heal_undoable(self.short, run, self.windows.evaluation)
-        return healed.to_dict(), undo
+        return healed.to_dict()
 
     def _measure(self) -> list[Perplexity]:
         return losses(self.short.decoder, self.windows.evaluation, progress=self.progress)

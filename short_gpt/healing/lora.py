@@ -5,7 +5,8 @@ After Gromov et al. (arXiv:2403.17887, appendix A), through peft and the Trainer
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -69,6 +70,7 @@ def heal(
     work_dir: str | Path | None = None,
     resume: bool = False,
     progress: bool = True,
+    undo: ExitStack | None = None,
 ) -> Healed:
     """Trains low-rank changes on windows of text and merges them into the model, in place.
 
@@ -83,6 +85,7 @@ def heal(
         resume: continue from the last checkpoint in ``work_dir``; the same recipe and windows
             give what an uninterrupted run gives.
         progress: whether to show a bar.
+        undo: gets what takes the healing back, with the weights as they were.
 
     Raises:
         MissingPackageError: peft, or for 4 bits bitsandbytes, is missing.
@@ -96,72 +99,45 @@ def heal(
         >>> healed.validation[healed.kept_step]  # doctest: +SKIP
         27.15
     """
-    found, _ = heal_undoable(
-        short,
-        TrainingRun(
-            training,
-            validation,
-            recipe or recipe_for(short.trainable().config),
-            work_dir,
-            resume=resume,
-            show=progress,
-        ),
-        evaluation,
-    )
-    return found
-
-
-def heal_undoable(
-    short: ShortModel, run: TrainingRun, evaluation: Sequence[Window] = ()
-) -> tuple[Healed, Callable[[], None]]:
-    """What `heal` does, and what takes it back; the weights as they were are kept as long as that.
-
-    Args:
-        short, evaluation: as there.
-        run: windows and settings.
-    """
     require_packages()
     if several_ranks():
         raise ShortGPTError("LoRA healing runs in one process; start it without torchrun")
     model = short.trainable()
+    recipe = recipe or recipe_for(model.config)
+    run = TrainingRun(training, validation, recipe, work_dir, resume=resume, show=progress)
     _check(run, evaluation)
-    targets = [model.get_submodule(name) for name in target_modules(model, run.recipe.modules)]
+    targets = [model.get_submodule(name) for name in target_modules(model, recipe.modules)]
     adapted = {id(module) for module in targets}
     ends = [
         parameters_of(number, layer, [m for m in layer.modules() if id(m) in adapted])
         for number, layer in zip(short.present, short.decoder.layers, strict=True)
     ]
-    train_and_merge = _heal_four_bit if run.recipe.four_bit else _heal
-    healed, restore = train_and_merge(model, run, short.decoder.device)
-    change = WeightChange(healed.to_dict(), frozenset().union(*ends))
+    if undo is None:
+        undo = ExitStack()
+    healed = (_heal_four_bit if recipe.four_bit else _heal)(model, run, undo)
     if healed.kept_step:
+        change = WeightChange(healed.to_dict(), frozenset().union(*ends))
+        undo.callback(short.forget_change, change)
         short.note_change(change)
-
-    def undo() -> None:
-        restore()
-        short.forget_change(change)
-
-    return healed, undo
+    return healed
 
 
-def _heal(
-    model: PreTrainedModel, run: TrainingRun, _: torch.device
-) -> tuple[Healed, Callable[[], None]]:
-    """Trains over the model's own weights and merges; also gives what takes that back."""
+def _heal(model: PreTrainedModel, run: TrainingRun, undo: ExitStack) -> Healed:
+    """Trains over the model's own weights and merges."""
     adapted = adapt(model, run.recipe)
     try:
         healed = _train(adapted, run)
-        restore = _merge(adapted, healed)
+        _merge(adapted, healed, undo)
     except BaseException:
         adapted.unload()  # takes the adapters out, and leaves the weights that they stood beside
         raise
     finally:
         _clean(model, run.recipe)
-    return healed, restore
+    return healed
 
 
-def _merge(adapted: PeftModel, healed: Healed) -> Callable[[], None]:
-    """Merges what was learned, unless no evaluation was better; gives what takes it back."""
+def _merge(adapted: PeftModel, healed: Healed, undo: ExitStack) -> None:
+    """Merges what was learned, unless no evaluation was better than before."""
     base = [p for name, p in adapted.named_parameters() if ".base_layer." in name]
     # which a merge changes one by one
     with restored_on_error(base if healed.kept_step else ()) as restore:
@@ -170,7 +146,7 @@ def _merge(adapted: PeftModel, healed: Healed) -> Callable[[], None]:
         else:
             adapted.unload()
         _clean(cast("PreTrainedModel", adapted.get_base_model()), healed.recipe)
-    return restore
+    undo.callback(restore)
 
 
 def _train(adapted: PeftModel, run: TrainingRun) -> Healed:
@@ -191,12 +167,11 @@ def _train(adapted: PeftModel, run: TrainingRun) -> Healed:
     )
 
 
-def _heal_four_bit(
-    model: PreTrainedModel, run: TrainingRun, place: torch.device
-) -> tuple[Healed, Callable[[], None]]:
+def _heal_four_bit(model: PreTrainedModel, run: TrainingRun, undo: ExitStack) -> Healed:
     """Trains over a copy in 4 bits (NF4, as QLoRA), and merges into the model as it is."""
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
+    place = model.device
     try:
         small = quantized(model, place, run.recipe)
         adapted = adapt(small, run.recipe)
@@ -206,14 +181,14 @@ def _heal_four_bit(
         whole = adapt(model, run.recipe)
         try:
             set_peft_model_state_dict(whole, trained)
-            restore = _merge(whole, healed)
+            _merge(whole, healed, undo)
         except BaseException:
             whole.unload()
             raise
     finally:
         torch.nn.Module.to(model, place)
         _clean(model, run.recipe)
-    return healed, restore
+    return healed
 
 
 def _clean(model: PreTrainedModel, recipe: Recipe) -> None:

@@ -560,7 +560,7 @@ def test_asked_to_end_it_leaves_no_copy_behind(books, capsys, monkeypatch):
 
     Path("temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(Path("temporary").resolve()))
-    monkeypatch.setattr("short_gpt.healing.lora.heal_undoable", asked)
+    monkeypatch.setattr("short_gpt.healing.lora.heal", asked)
     with pytest.raises(SystemExit, match="130"):
         run("heal", "dense", "out", *SMALL, *LORA)
     assert capsys.readouterr().err.splitlines()[-1] == "short-gpt: interrupted"
