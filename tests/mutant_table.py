@@ -912,6 +912,55 @@ CLI_HF = "tests/cli/test_cli_hf.py"
 
 PROOFS = (
     Section(
+        "short_gpt/cli/app.py",
+        "tests/cli/test_cli.py",
+        (
+            (
+                'f"--{m[1]}" if m[1] in flags else m[0]',
+                'f"--{m[1]}"',
+                "test_the_shell_is_told_of_the_commands_own_flags",
+            ),
+        ),
+    ),
+    Section(
+        "short_gpt/jobs/healing.py",
+        "tests/data/test_bos.py",
+        (
+            (
+                "bos=learned.bos or short.bos",
+                "bos=short.bos",
+                "test_heal_and_compare_cut_as_they_are_told",
+            ),
+        ),
+    ),
+    Section(
+        "short_gpt/jobs/cases.py",
+        "tests/data/test_bos.py",
+        (
+            (
+                "limit, self.seed, bos=self.bos)",
+                "limit, self.seed)",
+                "test_heal_and_compare_cut_as_they_are_told",
+            ),
+        ),
+    ),
+    Section(
+        "short_gpt/jobs/scores.py",
+        "tests/jobs/test_scores.py",
+        (
+            (
+                "theirs.tokenizer not in (None, ours.tokenizer)",
+                "False",
+                "test_scores_of_another_tokenizer_are_refused_and_told",
+            ),
+            (
+                "Scored.of(model, str(path) if path else None)",
+                "Scored.of(model)",
+                "test_a_tokenizer_elsewhere_is_looked_for_there",
+            ),
+        ),
+    ),
+    Section(
         "short_gpt/healing/job.py",
         "tests/healing/test_job.py",
         (

@@ -56,7 +56,7 @@ def convert(
     """
     if dtype is not None and shards is None and kind_of(model) == "meta":
         raise ShortGPTError(
-            "--dtype is for writing Meta's format; Hugging Face's keeps the source's"
+            "`dtype` is for writing Meta's format; Hugging Face's keeps the source's"
         )
     write = _writer(model, dtype, shards, tokenizer_path)
     proof = Proof(model, out, Opening(tokenizer_path), verify, dtype=dtype)

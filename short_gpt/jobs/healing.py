@@ -16,7 +16,7 @@ from short_gpt.healing.linear_patch import RIDGE
 from short_gpt.healing.trainer import begun
 from short_gpt.jobs.choice import Choice, Chosen, chosen
 from short_gpt.jobs.healing_settings import Learned, Settings
-from short_gpt.jobs.inputs import Cut, Opening, TextSource, check_model, source_of
+from short_gpt.jobs.inputs import Opening, TextSource, check_model, source_of
 from short_gpt.jobs.saving import interruptible
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.short_hf import ShortHFModel
@@ -34,7 +34,8 @@ class Healing:
         evidence: what healed the model, and what that brought.
         left_out: what was not learned from because it is evaluated on, in words; None if all was.
         unchecked: what could not be checked of the scores, in words; None if nothing.
-        texts: names of the texts learned from and evaluated on, and tokens in a window.
+        texts: names of the texts learned from and evaluated on, tokens in a window, and which
+            windows began with bos.
     """
 
     out: Path
@@ -91,14 +92,15 @@ def heal(
     check_new(Path(out), marker=PROVENANCE, overwrite=overwrite, source=Path(model))
     found = _selection(model, choice or Choice(), lora=lora)
     check_model(model)
-    Cut(learned.size or SIZE, learned.max_windows).check()
+    learned.check()
     with interruptible():
         short = _opened(model, found, learned.size or SIZE, opening or Opening(), lora=lora)
         recipe = settings.recipe(short, learned.seed) if lora else None
         size = learned.size or (recipe.size if recipe else SIZE)
         parts = _windows(short, texts, learned, size, lora=lora)
         job = HealingJob(short, parts, found.layers, settings=_how(recipe, settings, out))
-        names = {"data": texts.data, "eval_data": learned.eval_data, "size": size}
+        bos = learned.bos or short.bos
+        names = {"data": texts.data, "eval_data": learned.eval_data, "size": size, "bos": bos}
         done = Healing(Path(out), job.run(), parts.left_out, found.unchecked, names)
         short.evidence |= {**found.record.evidence, "eval_data": learned.eval_data, "size": size}
         job.save(out, facts={**found.record.facts, "data": texts.data}, overwrite=overwrite)
@@ -121,7 +123,7 @@ def _windows(
     return Source(texts.data, learned.eval_data, *place).windows(
         short.encode,
         size,
-        bos=short.bos,
+        bos=learned.bos or short.bos,
         limit=learned.max_windows or (None if lora else PATCH_WINDOWS),
         eval_windows=learned.eval_windows,
         drop_overlap=learned.drop_overlap,
@@ -135,11 +137,11 @@ def _selection(model: str, choice: Choice, *, lora: bool) -> Chosen:
         return chosen(model, choice)
     if not lora:
         raise ShortGPTError(
-            "the patch reads the whole model and removes layers itself: give --layers 21,22,23 or "
-            "--scores FILE --n N"
+            "the patch reads the whole model and removes layers itself: give `layers`, as in "
+            "21,22,23, or `scores` and `n`"
         )
     if choice.n is not None or choice.wanted is not None:
-        raise ShortGPTError("--n and --angular choose from --scores FILE")
+        raise ShortGPTError("`n` and `angular` choose from `scores`")
     return Chosen([], Provenance())
 
 

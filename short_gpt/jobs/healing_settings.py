@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+from short_gpt.data.windows import at_least
 from short_gpt.healing.four_bit import require_four_bit
 from short_gpt.healing.lora import require_packages
 from short_gpt.healing.recipe import PRESETS, Recipe, recipe_for
+from short_gpt.jobs.inputs import Cut
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.short_model import ShortModel
 
@@ -25,6 +27,7 @@ class Learned:
         drop_overlap: leave out windows that share text with those to evaluate on, instead of
             refusing them; on if no eval_data is given.
         seed: of the choice of texts and windows, and of training.
+        bos: as rank's; which windows begin with it.
     """
 
     eval_data: str | None = None
@@ -33,6 +36,12 @@ class Learned:
     eval_windows: int = 32
     drop_overlap: bool | None = None
     seed: int = 0
+    bos: str | None = None
+
+    def check(self) -> None:
+        """Raises ShortGPTError for a number out of range, before a model is loaded."""
+        Cut(1024 if self.size is None else self.size, self.max_windows, bos=self.bos).check()
+        at_least(1, "eval_windows", self.eval_windows)
 
 
 @dataclass(frozen=True)
@@ -83,15 +92,15 @@ class Settings:
     def check(self, method: str) -> None:
         """Raises ShortGPTError or MissingPackageError for what the method cannot do."""
         if method not in METHODS:
-            raise ShortGPTError(f"--method {method}: expected one of {', '.join(METHODS)}")
+            raise ShortGPTError(f"`method` {method}: expected one of {', '.join(METHODS)}")
         foreign = [*self.changes, *["resume"] * self.resume]
         foreign += ["preset"] if self.preset != "paper" else []
         if method == "patch" and foreign:
-            raise ShortGPTError(f"--{foreign[0]} is for --method lora")
+            raise ShortGPTError(f"`{foreign[0]}` is for `method` lora")
         if method == "lora" and self.ridge is not None:
-            raise ShortGPTError("--ridge is for --method patch")
+            raise ShortGPTError("`ridge` is for `method` patch")
         if self.preset not in PRESETS:
-            raise ShortGPTError(f"--preset {self.preset}: expected one of {', '.join(PRESETS)}")
+            raise ShortGPTError(f"`preset` {self.preset}: expected one of {', '.join(PRESETS)}")
         if method == "lora":
             self._check_lora()
 

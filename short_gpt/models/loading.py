@@ -23,7 +23,9 @@ FROM_WHERE = ["cache_dir", "force_download", "local_files_only", "proxies", "rev
 FROM_WHERE += ["token", "trust_remote_code"]
 # asks what came of every tensor, for `check_weights`; a wrong shape is told like the others
 ALL = {"output_loading_info": True, "ignore_mismatched_sizes": True}
-TOKENIZER = re.compile(r"(tokenizer|vocab|merges).*|.+\.(model|tiktoken)")
+TOKENIZER = re.compile(
+    r"(tokenizer|vocab|merges|special_tokens|added_tokens).*|.+\.(model|tiktoken)"
+)
 
 
 def auto_class(config: Any) -> Any:
@@ -129,7 +131,7 @@ def explained(error: BaseException) -> str:
     if "trust_remote_code" in str(error):
         return (
             "it comes with Python code of its own, which is not run; look at that code, and pass "
-            "trust_remote_code (--trust_remote_code) to run it"
+            "`trust_remote_code` to run it"
         )
     text = " ".join(str(error).strip().split("\n\n")[0].split()) or type(error).__name__
     return text if len(text) <= 300 else text[:300] + " ..."

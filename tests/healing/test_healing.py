@@ -129,9 +129,9 @@ def test_the_loss_falls_and_what_is_merged_is_what_was_trained(monkeypatch):
     seen = {}
     merge = healing._merge
 
-    def look(adapted, healed):
+    def look(adapted, healed, undo):
         seen["adapter"] = adapted.get_base_model().eval()(TOKENS).logits.detach()
-        merge(adapted, healed)
+        merge(adapted, healed, undo)
 
     monkeypatch.setattr(healing, "_merge", look)
     healed = heal(short, TRAINING, VALIDATION, recipe=QUICK, progress=False)
