@@ -19,8 +19,8 @@ from short_gpt.checkpoints.verify import (
     ROUNDING,
     Fingerprint,
     check_same,
-    copy_weights,
-    fingerprint,
+    fingerprint_aligned,
+    one_by_one,
 )
 from short_gpt.models.config_file import read_config, said_layers
 from short_gpt.models.loading import explained
@@ -221,15 +221,17 @@ def same_model(
     tokenizer_path: str | None = None,
     trust_remote_code: bool = False,
     name: str | None = None,
+    dtype: str | None = None,
 ) -> str:
-    """Proves that a pruned checkpoint is the source without some layers; one is loaded at a time.
+    """Proves that a checkpoint is the source without some layers; one is loaded at a time.
 
     Args:
         source, pruned: the two checkpoints.
-        drop: the layers that the second lacks.
+        drop: the layers that the second lacks; none compares two that are to be the same.
         tokenizer_path: tokenizer of a source in Meta's format; None looks beside it.
         trust_remote_code: whether Python files that come with the model may run.
-        name: of the pruned one in what is raised; None is its path.
+        name: of the second one in what is raised; None is its path.
+        dtype: that the second one's weights were rounded to; None if they were not.
 
     Returns:
         A sentence that says what was compared.
@@ -237,22 +239,23 @@ def same_model(
     Raises:
         RuntimeError: the logits or the generation with the cache differ.
     """
+    kind = None if dtype is None else choose_dtype(dtype, torch.device("cpu"))
     options = OpenOptions(device="cpu", trust_remote_code=trust_remote_code)
-    whole = open_model(source, options, tokenizer_path=tokenizer_path)
-    whole.remove_layers(drop)
-    expected = _aligned(whole)
-    del whole
-    rounding = ROUNDING if is_meta(source) != is_meta(pruned) else 0.0
-    names = (f"{source} without {drop}", name or pruned)
-    result = _aligned(open_model(pruned, options))
-    exact = check_same(expected, result, rounding=rounding, names=names)
-    return (
-        f"verified: the logits are those of the source without these layers, {exact}, and "
-        "generation with the cache is that without it"
+
+    def of_source() -> Fingerprint:
+        whole = open_model(source, options, tokenizer_path=tokenizer_path)
+        if drop:
+            whole.remove_layers(drop)
+        return fingerprint_aligned(whole, dtype=kind)
+
+    exact = check_same(
+        *one_by_one(of_source, lambda: fingerprint_aligned(open_model(pruned, options))),
+        rounding=ROUNDING if is_meta(source) != is_meta(pruned) else 0.0,
+        names=(f"{source} without {drop}" if drop else source, name or pruned),
     )
-
-
-def _aligned(short: ShortModel) -> Fingerprint:
-    """`fingerprint` with all weights copied, so that none lies unaligned in a file."""
-    copy_weights(short.decoder.module)
-    return fingerprint(short)
+    which = " without these layers" if drop else ""
+    rounded = f" in {dtype}" if dtype else ""
+    return (
+        f"verified: the logits are those of the source{which}{rounded}, {exact}, and generation "
+        "with the cache is that without it"
+    )

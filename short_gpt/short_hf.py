@@ -15,7 +15,13 @@ from llama.parallel import choose_device, choose_dtype
 from llama.tokenizer import find_tokenizer
 from short_gpt.checkpoints.provenance import Provenance
 from short_gpt.checkpoints.save import save_as_meta, save_hf
-from short_gpt.checkpoints.verify import check_same, copy_weights, fingerprint
+from short_gpt.checkpoints.verify import (
+    Fingerprint,
+    check_same,
+    copy_weights,
+    fingerprint,
+    one_by_one,
+)
 from short_gpt.data.windows import windows
 from short_gpt.evaluation.harness import hugging_face_lm
 from short_gpt.evaluation.perplexity import Perplexity
@@ -270,12 +276,14 @@ class ShortHFModel(ShortModel):
         return hugging_face_lm(self.model, self.tokenizer, batch_size=batch_size)
 
     def _verify(self, directory: Path) -> None:
+        check_same(*one_by_one(lambda: fingerprint(self), lambda: self._read_again(directory)))
+
+    def _read_again(self, directory: Path) -> Fingerprint:
         again = type(self.model).from_pretrained(directory, dtype=self.model.dtype)
         copy_weights(cast("PreTrainedModel", again))
         if not getattr(again, "is_quantized", False):  # those are where they belong
             again.to(self.decoder.device)
-        saved = ShortHFModel(again, self._layers_path)
-        check_same(fingerprint(self), fingerprint(saved))
+        return fingerprint(ShortHFModel(again, self._layers_path))
 
     def _check_weights(self) -> None:
         # offloaded weights cannot be looked at; their states are, whenever they are read

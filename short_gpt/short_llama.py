@@ -13,6 +13,7 @@ from llama import Llama
 from llama.tokenizer import find_tokenizer
 from short_gpt.checkpoints.provenance import Provenance
 from short_gpt.checkpoints.save import save_meta
+from short_gpt.checkpoints.verify import check_same, fingerprint_aligned, one_by_one
 from short_gpt.evaluation.llama_lm import llama_lm
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.models.meta import MetaDecoder
@@ -215,7 +216,8 @@ class ShortLlama(ShortModel):
             overwrite: whether an existing pruned checkpoint is replaced; nothing else ever is.
 
         Raises:
-            RuntimeError: nothing was removed.
+            RuntimeError: nothing was removed, or weights were changed and what was saved, read
+                again, is not the model in memory; it is deleted.
             ShortGPTError: no source is known, or it has another number of layers; or weights were
                 changed and it has several files or several ranks share the model; or a fact has
                 the name of a record of the library's own.
@@ -235,5 +237,26 @@ class ShortLlama(ShortModel):
             source=source,
             record=record,
             tokenizer_path=path,
+            verify=self._verify if isinstance(self.llama, Llama) else None,
             overwrite=overwrite,
         )
+
+    def _verify(self, directory: Path) -> None:
+        # not called for an instance of the reference's own package, which may round otherwise
+        count = max(min(8, self._max_seq_len // 2), 1)
+        check_same(
+            *one_by_one(
+                lambda: fingerprint_aligned(self, count),
+                lambda: fingerprint_aligned(self._read_again(directory), count),
+            )
+        )
+
+    def _read_again(self, directory: Path) -> ShortLlama:
+        """What was saved, opened as this model is."""
+        dtype, device = self._layers_run_in()
+        tokenizer, size = find_tokenizer(directory), self._max_seq_len
+        return ShortLlama(Llama.build(directory, tokenizer, size, 1, device=device, dtype=dtype))
+
+    @property
+    def _max_seq_len(self) -> int:
+        return self.decoder.max_seq_len or 2048

@@ -1092,6 +1092,130 @@ STREAMING = (
     ),
 )
 
+CLI_HF = "tests/cli/test_cli_hf.py"
+
+PROOFS = (
+    Section(
+        "short_gpt/cli/app.py",
+        "tests/cli/test_cli.py",
+        (
+            (
+                'f"--{m[1]}" if m[1] in flags else m[0]',
+                'f"--{m[1]}"',
+                "test_the_shell_is_told_of_the_commands_own_flags",
+            ),
+        ),
+    ),
+    Section(
+        "short_gpt/jobs/healing.py",
+        "tests/data/test_bos.py",
+        (
+            (
+                "bos=learned.bos or short.bos",
+                "bos=short.bos",
+                "test_heal_and_compare_cut_as_they_are_told",
+            ),
+        ),
+    ),
+    Section(
+        "short_gpt/jobs/cases.py",
+        "tests/data/test_bos.py",
+        (
+            (
+                "limit, self.seed, bos=self.bos)",
+                "limit, self.seed)",
+                "test_heal_and_compare_cut_as_they_are_told",
+            ),
+        ),
+    ),
+    Section(
+        "short_gpt/jobs/scores.py",
+        "tests/jobs/test_scores.py",
+        (
+            (
+                "theirs.tokenizer not in (None, ours.tokenizer)",
+                "False",
+                "test_scores_of_another_tokenizer_are_refused_and_told",
+            ),
+            (
+                "Scored.of(model, str(path) if path else None)",
+                "Scored.of(model)",
+                "test_a_tokenizer_elsewhere_is_looked_for_there",
+            ),
+        ),
+    ),
+    Section(
+        "short_gpt/healing/job.py",
+        "tests/healing/test_job.py",
+        (
+            (
+                "how = self._heal(patch, healing)",
+                "how = self._heal(patch, ExitStack())",
+                "test_an_error_behind_the_healing_takes_it_back",
+            ),
+            (
+                "            healing.pop_all()\n",
+                "",
+                "test_a_job_does_what_its_steps_do_and_keeps_the_evidence",
+            ),
+        ),
+    ),
+    Section(
+        "short_gpt/models/loading.py",
+        "tests/models/test_weights_report.py",
+        (
+            (
+                "check_left_out(name, left_out)",
+                "check_left_out(name, [])",
+                "test_a_gguf_file_of_another_architecture",
+            ),
+            (
+                "check_weights(str(directory), info)",
+                "check_weights(str(directory), {})",
+                "test_prune_looks_for_every_weight_without_a_proof_too",
+            ),
+        ),
+    ),
+    Section(
+        "short_gpt/jobs/conversion.py",
+        CLI_HF,
+        (
+            (
+                "shown.update(), verify=proof)",
+                "shown.update())",
+                "test_a_conversion_that_is_another_model_leaves_the_earlier_one[hf]",
+            ),
+            (
+                "verify, dtype=dtype)",
+                "verify)",
+                "test_convert_in_every_direction_comes_back_bit_exact",
+            ),
+        ),
+    ),
+    Section(
+        "short_gpt/checkpoints/save.py",
+        "tests/healing/test_job.py",
+        (
+            (
+                """            with _as_stored(short, checkpoint.shards[0]):
+                verify(partial)""",
+                "            pass",
+                "test_a_patched_meta_checkpoint_is_proved_before_it_is_there",
+            ),
+            (
+                "with _as_stored(short, checkpoint.shards[0]):",
+                "if True:",
+                "test_a_patched_meta_checkpoint_is_proved_before_it_is_there",
+            ),
+            (
+                "            weight.data = data\n",
+                "            pass\n",
+                "test_a_patched_meta_checkpoint_is_proved_before_it_is_there",
+            ),
+        ),
+    ),
+)
+
 SECTIONS = (
     *SCORING,
     *STOPPING,
@@ -1101,4 +1225,5 @@ SECTIONS = (
     *EVALUATION,
     *CHECKPOINTS,
     *STREAMING,
+    *PROOFS,
 )

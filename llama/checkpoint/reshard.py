@@ -79,6 +79,7 @@ def reshard(
     also: Sequence[str] = (),
     overwrite: bool = False,
     progress: Callable[[str], object] = str,
+    verify: Callable[[Path], object] = str,
 ) -> Path:
     """Writes a Meta checkpoint with another number of shards, tensor by tensor.
 
@@ -94,6 +95,7 @@ def reshard(
         also: names of the source's JSON files to be taken along, where they are.
         overwrite: whether an earlier conversion is replaced; nothing else ever is.
         progress: called with every tensor's name before it is written.
+        verify: called with the finished directory before it takes its place; may raise.
 
     Returns:
         ``out_dir``.
@@ -124,4 +126,5 @@ def reshard(
         copy_records(source.directory, partial, also)
         earlier = read_conversion(source.directory)
         write_json(partial / CONVERSION, {**earlier, "source": str(ckpt_dir), "shards": shards})
+        verify(partial)
     return out

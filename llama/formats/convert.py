@@ -37,6 +37,7 @@ def gguf_to_meta(
     shards: int = 1,
     overwrite: bool = False,
     progress: Callable[[str], object] = str,
+    verify: Callable[[Path], object] = str,
 ) -> Path:
     """Writes a GGUF file of a Llama model as a Meta checkpoint directory.
 
@@ -50,6 +51,7 @@ def gguf_to_meta(
         shards: number of files: the model-parallel ranks that the checkpoint is made for.
         overwrite: whether an earlier conversion is replaced; nothing else ever is.
         progress: called with every tensor's name before it is written.
+        verify: called with the finished directory before it takes its place; may raise.
 
     Returns:
         ``out_dir``.
@@ -81,6 +83,7 @@ def gguf_to_meta(
         write_json(partial / "tokenizer_config.json", tokenizer[1])
         made = {"source": source.path.name, "dtype": str(kind), **source.without_place()}
         write_json(partial / CONVERSION, made)
+        verify(partial)
     return out
 
 
@@ -92,6 +95,7 @@ def hf_to_meta(
     shards: int = 1,
     overwrite: bool = False,
     progress: Callable[[str], object] = str,
+    verify: Callable[[Path], object] = str,
 ) -> Path:
     """Writes a Hugging Face Llama as a Meta checkpoint directory, tensor by tensor.
 
@@ -104,6 +108,7 @@ def hf_to_meta(
         shards: number of files: the model-parallel ranks that the checkpoint is made for.
         overwrite: whether an earlier conversion is replaced; nothing else ever is.
         progress: called with every tensor's name before it is written.
+        verify: called with the finished directory before it takes its place; may raise.
 
     Returns:
         ``out_dir``.
@@ -131,6 +136,7 @@ def hf_to_meta(
         write_model(partial, args, infos, read, shards=shards)
         write_json(partial / "params.json", params_json(args))
         write_json(partial / CONVERSION, record)
+        verify(partial)
     return out
 
 
@@ -166,6 +172,7 @@ def meta_to_hf(
     max_shard_bytes: int = 5_000_000_000,
     overwrite: bool = False,
     progress: Callable[[str], object] = str,
+    verify: Callable[[Path], object] = str,
 ) -> Path:
     """Writes a Meta checkpoint as a directory for ``AutoModelForCausalLM.from_pretrained``.
 
@@ -179,6 +186,7 @@ def meta_to_hf(
         max_shard_bytes: limit of a safetensors file; more are written with their index.
         overwrite: whether an earlier conversion is replaced; nothing else ever is.
         progress: called with every tensor's name before it is written.
+        verify: called with the finished directory before it takes its place; may raise.
 
     Returns:
         ``out_dir``.
@@ -210,6 +218,7 @@ def meta_to_hf(
         write_json(partial / "config.json", config)
         write_json(partial / "generation_config.json", generation)
         write_json(partial / CONVERSION, {"source": str(ckpt_dir)})
+        verify(partial)
     return out
 
 

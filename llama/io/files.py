@@ -40,7 +40,7 @@ def check_new(
 def _check_free(path: Path, marker: str | None, *, overwrite: bool) -> None:
     """Raises FileExistsError unless there is nothing, or what may be replaced."""
     if path.exists() and not (overwrite and marker):
-        raise FileExistsError(f"{path} exists; choose another directory or pass overwrite")
+        raise FileExistsError(f"{path} exists; choose another directory or pass `overwrite`")
     if path.exists():
         _check_replaceable(path, str(marker))
 

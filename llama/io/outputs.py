@@ -34,7 +34,7 @@ def check_output(path: Path, *, overwrite: bool, ours: Ours) -> None:
     if path.exists() and not path.is_file():
         raise FileExistsError(f"{path} is neither a file nor a pipe; choose another name")
     if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} exists; choose another name or pass --overwrite")
+        raise FileExistsError(f"{path} exists; choose another name or pass `overwrite`")
     if path.exists() and path.stat().st_size and not ours(path):
         raise FileExistsError(
             f"{path} exists and is not what this would write there, so it is not overwritten; "

@@ -19,7 +19,7 @@ from short_gpt.checkpoints.card import write_provenance
 from short_gpt.checkpoints.provenance import PROVENANCE, Provenance
 from short_gpt.models.config_file import read_config
 from short_gpt.models.hf import HFDecoder
-from short_gpt.models.loading import auto_class, explained
+from short_gpt.models.loading import auto_class, check_stored, explained
 from short_gpt.models.numbering import check_layers
 from short_gpt.runtime.errors import MissingPackageError, ShortGPTError
 from short_gpt.runtime.results import read_record
@@ -60,7 +60,8 @@ def prune_hf(
         ``out_dir``.
 
     Raises:
-        ShortGPTError: a layer does not exist, or the family cannot be pruned right: it says why.
+        ShortGPTError: a layer does not exist, the files lack weights or hold others, or the family
+            cannot be pruned right: it says why.
         FileNotFoundError: config or weights are missing.
         FileExistsError: ``out_dir`` exists, or with ``overwrite`` holds the source or other files.
         MissingPackageError: transformers is missing.
@@ -75,6 +76,8 @@ def prune_hf(
     record = provenance or Provenance()
     record = record.cut(source, removed=layers, kept=keep, directory=directory)
     old_name = _old_names(weights, _prefix(weights, decoder.layers_path, len(numbers)), keep)
+    if not _quantization(directory):  # which takes packages of its own to load
+        check_stored(directory, decoder.model.config)
     config = _edited_config(directory, decoder, keep)
     with new_directory(out, marker=PROVENANCE, overwrite=overwrite) as partial:
         write_json(partial / "config.json", config)
@@ -112,8 +115,7 @@ def _copy_others(directory: Path, out: Path) -> None:
 
 def _skeleton(directory: Path) -> HFDecoder:
     """The model of a directory's config, without weights."""
-    quantization = read_record(directory / "config.json").get("quantization_config")
-    if re.search(r"(layers|blocks|h)\.\d", json.dumps(quantization)):
+    if re.search(r"(layers|blocks|h)\.\d", json.dumps(_quantization(directory))):
         raise ShortGPTError(
             f"{directory} is quantized with settings for single layers, which cannot be renumbered"
         )
@@ -129,6 +131,10 @@ def _skeleton(directory: Path) -> HFDecoder:
         raise ShortGPTError(
             f"{directory} is no causal model that can be pruned: {reason}"
         ) from error
+
+
+def _quantization(directory: Path) -> object:
+    return read_record(directory / "config.json").get("quantization_config")
 
 
 def _prefix(weights: Mapping[str, object], layers_path: str, count: int) -> str:

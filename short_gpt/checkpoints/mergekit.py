@@ -76,13 +76,13 @@ def recipe_dtype(source: str | PathLike[str]) -> str:
         FileNotFoundError: there is no such model.
     """
     if is_meta(str(source)):
-        raise ShortGPTError("--recipe: mergekit reads no Meta checkpoint; convert it first")
+        raise ShortGPTError("`recipe`: mergekit reads no Meta checkpoint; convert it first")
     directory = resolve(source)
     config = read_record(directory / "config.json")
     if _lists_kinds(directory):
         raise ShortGPTError(
-            "--recipe: this model's config lists the kinds of its layers (layer_types), of which "
-            "mergekit changes only the number: its result has no config.json. Leave --recipe out "
+            "`recipe`: this model's config lists the kinds of its layers (layer_types), of which "
+            "mergekit changes only the number: its result has no config.json. Leave `recipe` out "
             "and use the pruned checkpoint, which is complete"
         )
     config = {**config, **(config.get("text_config") or {})}

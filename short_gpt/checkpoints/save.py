@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from llama.checkpoint.meta import CONVERSION, Checkpoint, copy_tokenizer
 from llama.checkpoint.pth import Shard, write_shard
@@ -102,6 +103,7 @@ def save_meta(
     source: StrPath,
     record: Provenance,
     tokenizer_path: StrPath | None = None,
+    verify: Verify | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Writes a model that came from a Meta directory, tensor by tensor from the files there.
@@ -115,6 +117,8 @@ def save_meta(
         source: where the model came from.
         record: of what was done.
         tokenizer_path: copied along; None looks beside the source.
+        verify: called with the directory before it is there for good where weights were changed,
+            while those in memory are rounded as they are on disk; may raise.
         overwrite: whether an earlier pruned checkpoint is replaced; nothing else ever is.
 
     Raises:
@@ -144,6 +148,9 @@ def save_meta(
         _write_changed(short, checkpoint.shards[0], partial)
         count = len(short.kept)
         write_beside(checkpoint, partial, n_layers=count, tokenizer=tokenizer, record=record)
+        if verify is not None:
+            with _as_stored(short, checkpoint.shards[0]):
+                verify(partial)
     return out
 
 
@@ -174,20 +181,37 @@ def check_one_file(checkpoint: Checkpoint) -> None:
 
 def _write_changed(short: ScoredModel, shard: Shard, out: Path) -> None:
     """The layers left, under their new numbers: from the file, but what changed from memory."""
-    place_of = {number: place for place, number in enumerate(short.kept)}
     old_name = names_kept(shard, short.kept)
-    changed = {
-        f"layers.{place_of[number]}.{name}": short.decoder.layers[place_of[number]].get_parameter(
-            name
-        )
-        for number, name in short.changed
-    }
+    changed = _changed(short)
 
     def read(name: str) -> Tensor:
         return changed[name] if name in changed else shard.read(old_name[name])
 
     infos = {new: shard.infos[old] for new, old in old_name.items()}
     write_shard(out / shard.path.name, infos, read)
+
+
+def _changed(short: ScoredModel) -> dict[str, nn.Parameter]:
+    """The parameters that no longer are the source's, by their new names."""
+    layers, place_of = short.decoder.layers, {n: place for place, n in enumerate(short.kept)}
+    return {
+        f"layers.{place_of[number]}.{name}": layers[place_of[number]].get_parameter(name)
+        for number, name in short.changed
+    }
+
+
+@contextmanager
+def _as_stored(short: ScoredModel, shard: Shard) -> Iterator[None]:
+    """What was changed, rounded to the file's dtype inside the block and as it was behind it."""
+    old_name, exact = names_kept(shard, short.kept), {}
+    for name, weight in _changed(short).items():
+        exact[weight] = weight.data
+        weight.data = exact[weight].to(shard.infos[old_name[name]].dtype).to(exact[weight].dtype)
+    try:
+        yield
+    finally:
+        for weight, data in exact.items():
+            weight.data = data
 
 
 def _write_hf(

@@ -5,12 +5,13 @@ Shapes: S tokens read, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from short_gpt.runtime.progress import bar
 from short_gpt.short_model import ShortModel
 
 ROUNDING = 1e-4  # between implementations in float32, relative to the largest logit
@@ -44,6 +45,36 @@ def fingerprint(
     logits = short.decoder.logits(torch.tensor([read], device=short.decoder.device)).cpu()
     cached, uncached = (short.greedy(read, count, use_cache=c) for c in (True, False))
     return Fingerprint(logits, cached, uncached)
+
+
+def fingerprint_aligned(
+    short: ShortModel, count: int = 8, *, dtype: torch.dtype | None = None
+) -> Fingerprint:
+    """`fingerprint` with all weights copied, so that none lies unaligned in a file.
+
+    Args:
+        short, count: as there.
+        dtype: that the weights are rounded to first; None leaves them exact.
+    """
+    copy_weights(short.decoder.module)
+    if dtype is not None:
+        for weight in short.decoder.module.parameters():
+            weight.data.copy_(weight.data.to(dtype))
+    return fingerprint(short, count)
+
+
+def one_by_one(*models: Callable[[], Fingerprint]) -> list[Fingerprint]:
+    """What `fingerprint` gives of models that are opened one after the other, with a bar.
+
+    Args:
+        models: each opens one, and keeps nothing of it but that.
+    """
+    found = []
+    with bar("verifying", total=len(models), unit="model", delay=0.0) as shown:
+        for model in models:
+            found.append(model())
+            shown.update()
+    return found
 
 
 def check_same(

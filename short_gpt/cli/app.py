@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Sequence
 from importlib import metadata
 
 from llama.parallel import several_ranks
 from short_gpt.cli import ALONE, COMMANDS
-from short_gpt.cli.flags import prepared, similar, typed
+from short_gpt.cli.flags import flags_of, prepared, similar, typed
 from short_gpt.cli.help import help_of, overview
 from short_gpt.cli.streams import lenient
 from short_gpt.runtime.abort import end_all
@@ -41,7 +42,8 @@ def main(argv: list[str] | None = None) -> None:
 def said(error: BaseException, argv: Sequence[str] = ()) -> str | None:
     """The line that tells a user what went wrong; None where a traceback tells us.
 
-    A message that begins with a setting, as in ``counts = 0``, names the flag where one was given.
+    A setting that a message puts in backticks is named as the command's flag; so is one that it
+    begins with, as in ``counts = 0``, where the flag was given.
     """
     if isinstance(error, KeyboardInterrupt):
         return "short-gpt: interrupted"
@@ -54,7 +56,18 @@ def said(error: BaseException, argv: Sequence[str] = ()) -> str | None:
         return None
     name = str(error).split(" = ")[0]
     given = any(part.split("=")[0] == f"--{name}" for part in argv)
-    return f"short-gpt: {'--' * given}{error}"
+    return f"short-gpt: {'--' * given}{in_shell(str(error), argv)}"
+
+
+def in_shell(message: str, argv: Sequence[str]) -> str:
+    """A message in the shell's words: settings in backticks become flags of the command.
+
+    Args:
+        message: in Python's words, as in "`n` chooses from `scores`".
+        argv: of the command.
+    """
+    flags = flags_of(COMMANDS[argv[0]]) if argv and argv[0] in COMMANDS else {}
+    return re.sub(r"`(\w+)`", lambda m: f"--{m[1]}" if m[1] in flags else m[0], message)
 
 
 def run(argv: list[str]) -> None:

@@ -41,7 +41,7 @@ def compare(
         opening=opening,
         saving=saving.beside(output.json),
     )
-    say(report.compared(result.rows, result.agreement, result.tasks))
+    say(report.compared(result.rows, result.agreement, result.tasks, bos=result.bos))
     output.write("compare", arguments, result.to_dict())
     if output.folder is not None:
         report.draw_quality(result.rows, output.folder)

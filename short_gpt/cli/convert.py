@@ -19,12 +19,15 @@ class Conversion:
             one file is cut by vocabulary if that is Llama 3's or tied to the output head, else by
             width, as Llama 2's. Any number of files runs on any number of ranks all the same.
         tokenizer_path: tokenizer of a Meta checkpoint; found beside it if not given.
+        verify: prove the result by loading source and result, one after the other; yes if not
+            given, but no where both are Meta's.
         overwrite: replace an earlier conversion.
     """
 
     dtype: str | None = None
     shards: int | None = None
     tokenizer_path: str | None = None
+    verify: bool | None = None
     overwrite: bool = False
 
 
@@ -40,5 +43,5 @@ def convert(model: str, out: str, *, conversion: Conversion = Conversion()) -> N
         model: GGUF file, Hugging Face directory or hub id, or Meta checkpoint directory.
         out: new directory; must not exist.
     """
-    jobs.convert(model, out, **vars(conversion))
+    jobs.convert(model, out, notify=say, **vars(conversion))
     say(f"written: {out}")

@@ -184,7 +184,7 @@ def _hub_texts(source: str, split: str | None, column: str) -> Iterator[str]:
 
 def read_texts(data: str, split: str, column: str, limit: int | None) -> Iterable[str]:
     if limit is not None and limit < 1:
-        raise ShortGPTError(f"--max_texts expects at least 1, got {limit}")
+        raise ShortGPTError(f"`max_texts` expects at least 1, got {limit}")
     found = pg19(split) if data == "pg19" else texts(data, split=split, column=column)
     return shown(islice(found, limit))
 

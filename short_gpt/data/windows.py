@@ -105,10 +105,10 @@ def _check(size: int, stride: int, limit: int | None, *, tail: str, bos: str) ->
         raise ShortGPTError(f"tail = {tail!r}: expected 'drop' or 'keep'")
     if bos not in BOS:
         raise ShortGPTError(f"bos = {bos!r}: expected 'first' or 'every'")
-    _at_least(2, "size", size)
-    _at_least(1, "stride", stride)
+    at_least(2, "size", size)
+    at_least(1, "stride", stride)
     if limit is not None:
-        _at_least(1, "limit", limit)
+        at_least(1, "limit", limit)
 
 
 def _shuffled(
@@ -197,12 +197,13 @@ def batches(windows: Iterable[T], size: int) -> Iterator[list[T]]:
         >>> [*batches([1, 2, 3], 2)]
         [[1, 2], [3]]
     """
-    _at_least(1, "size", size)
+    at_least(1, "size", size)
     rest = iter(windows)
     return iter(lambda: list(islice(rest, size)), [])
 
 
-def _at_least(least: int, name: str, value: int) -> None:
+def at_least(least: int, name: str, value: int) -> None:
+    """Raises ShortGPTError unless a setting is a whole number from ``least`` to `MOST`."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ShortGPTError(f"{name} = {value!r}: expected a whole number of at least {least}")
     if value > MOST:

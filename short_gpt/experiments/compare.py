@@ -106,17 +106,20 @@ class Compared:
             without the greedy search.
         tasks: metrics of the models without healing, by the layers removed; empty without tasks.
         state: the file that holds what was measured, to be cleared once the result is safe.
+        bos: which windows began with it: first of each text, or every.
     """
 
     rows: list[Row]
     agreement: list[Agreement]
     tasks: dict[str, dict[str, float]]
     state: StateFile | None = None
+    bos: str = "first"
 
     def to_dict(self) -> dict[str, object]:
         """All but the state, ready for JSON."""
         rows = [asdict(row) for row in self.rows]
-        return {"rows": rows, "agreement": self.agreement, "tasks": self.tasks}
+        found = {"rows": rows, "agreement": self.agreement, "tasks": self.tasks}
+        return {**found, "bos": self.bos}
 
 
 class Healing(Protocol):

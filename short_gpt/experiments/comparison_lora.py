@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 from short_gpt.checkpoints.prune import prune_checkpoint
@@ -77,6 +78,7 @@ class LoraHealing:
         settings: of the training.
         options: ``device``, ``dtype`` and ``tokenizer_path`` of the model.
         seed: of the order of the windows.
+        bos: which windows begin with it, such as ``short.bos``.
 
     Raises:
         ShortGPTError: the source is a file, or the texts give fewer than two windows.
@@ -95,6 +97,7 @@ class LoraHealing:
     settings: LoraSettings = field(default_factory=LoraSettings)
     options: OpenOptions = field(default_factory=OpenOptions)
     seed: int = 0
+    bos: str = "first"
 
     def __post_init__(self) -> None:
         lora.require_packages()
@@ -108,7 +111,7 @@ class LoraHealing:
         if len(self._cut(size, 2)) < 2:  # now rather than after all else is measured
             raise ShortGPTError(
                 f"lora needs two windows of {size} tokens or more, one of them to validate on: "
-                "give more text to heal by, or a smaller size (--lora_size)"
+                "give more text to heal by, or a smaller `lora_size`"
             )
 
     def identity(self) -> dict[str, object]:
@@ -148,8 +151,8 @@ class LoraHealing:
         return training, every[-count:]
 
     def _cut(self, size: int, limit: int | None) -> list[list[int]]:
-        order = self.seed
-        return [*windows(self.texts, self.encode, size=size, stride=size, seed=order, limit=limit)]
+        cut = partial(windows, size=size, stride=size, seed=self.seed, limit=limit, bos=self.bos)
+        return list(cut(self.texts, self.encode))
 
 
 @contextmanager

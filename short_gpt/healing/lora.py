@@ -202,6 +202,7 @@ def _heal_four_bit(model: PreTrainedModel, run: TrainingRun, place: torch.device
     """Trains over a copy in 4 bits (NF4, as QLoRA), and merges into the model as it is."""
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
+    place = model.device
     try:
         small = quantized(model, place, run.recipe)
         adapted = adapt(small, run.recipe)

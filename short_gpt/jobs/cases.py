@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from short_gpt.data.windows import at_least
 from short_gpt.experiments import Cases, LoraSettings
 from short_gpt.experiments.compare import DEFAULT_METHODS
 from short_gpt.experiments.rows import HEALINGS, LORA
@@ -46,7 +47,7 @@ class CaseNames:
         given = [self.counts] if isinstance(self.counts, int) else self.counts
         numbers = isinstance(given, Sequence) and all(type(i) is int and i > 0 for i in given)
         if not isinstance(given, Sequence) or not given or not numbers:
-            raise ShortGPTError(f"expected whole numbers as in --counts 2,4,8, got {self.counts!r}")
+            raise ShortGPTError(f"expected whole numbers as in `counts` 2,4,8, got {self.counts!r}")
         return list(given)
 
     @property
@@ -69,11 +70,11 @@ class CaseNames:
         if self.lora_only is None:
             return None
         if LORA not in self.healings:
-            raise ShortGPTError("--lora_only is for --healing lora")
+            raise ShortGPTError("`lora_only` is for `healing` lora")
         cases = {f"{m}:{n}": (m, n) for m in self.names for n in self.numbers}
         if odd := [part for part in listed(self.lora_only) if part not in cases]:
             raise ShortGPTError(
-                f"--lora_only {odd[0]}: expected METHOD:NUMBER of --methods and --counts, as in "
+                f"`lora_only` {odd[0]}: expected METHOD:NUMBER of `methods` and `counts`, as in "
                 f"{next(iter(cases))}"
             )
         return [cases[part] for part in listed(self.lora_only)]
@@ -81,9 +82,9 @@ class CaseNames:
     def check(self) -> None:
         """Raises ShortGPTError for a name or a number that is none."""
         if odd := [h for h in self.healings if h not in HEALINGS]:
-            raise ShortGPTError(f"--healing {odd[0]}: expected some of {', '.join(HEALINGS)}")
+            raise ShortGPTError(f"`healing` {odd[0]}: expected some of {', '.join(HEALINGS)}")
         if odd := [m for m in self.names if m not in METHODS]:
-            raise ShortGPTError(f"--methods {odd[0]}: expected some of {', '.join(METHODS)}")
+            raise ShortGPTError(f"`methods` {odd[0]}: expected some of {', '.join(METHODS)}")
         _ = self.numbers, self.pairs  # each refuses what it cannot read
 
     def cases(self, search_windows: int) -> Cases:
@@ -110,6 +111,7 @@ class Shares:
         search_windows: of these, how many the searches by loss read.
         eval_windows: windows to evaluate on.
         seed: of the choice of windows.
+        bos: as rank's; which windows begin with it.
     """
 
     eval_data: str | None = None
@@ -118,21 +120,20 @@ class Shares:
     search_windows: int = 4
     eval_windows: int = 16
     seed: int = 0
+    bos: str | None = None
 
     def check(self) -> None:
         """Raises ShortGPTError for a number out of range, before a text is read."""
-        Cut(self.size).check()
+        Cut(self.size, bos=self.bos).check()
         for name in ("max_windows", "eval_windows"):
-            if (value := getattr(self, name)) < 1:
-                raise ShortGPTError(f"{name} = {value}: expected a whole number of at least 1")
+            at_least(1, name, getattr(self, name))
 
     def cut(
         self, short: ScoredModel, texts: Sequence[str], limit: int | None, size: int | None = None
     ) -> Windows:
         """Windows of texts in random order."""
-        return list(
-            Cut(size or self.size, limit, self.seed).windows(texts, short.encode, short.bos)
-        )
+        cut = Cut(size or self.size, limit, self.seed, bos=self.bos)
+        return list(cut.windows(texts, short.encode, short.bos))
 
 
 @dataclass(frozen=True)

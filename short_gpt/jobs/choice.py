@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from short_gpt.checkpoints.provenance import Provenance
 from short_gpt.data.texts import texts
+from short_gpt.data.windows import at_least
 from short_gpt.jobs.held_out import check_apart, check_names
 from short_gpt.jobs.inputs import Cut, Opening
 from short_gpt.jobs.scores import Scores
@@ -67,11 +68,11 @@ class Choice:
             ShortGPTError: neither or both are given, or they contradict each other.
         """
         if (self.layers is None) == (self.scores is None):
-            raise ShortGPTError("expected either --layers 21,22,23 or --scores FILE --n N")
+            raise ShortGPTError("expected either `layers`, as in 21,22,23, or `scores` and `n`")
         if self.wanted is not None:
             check_method(self.wanted)
         if self.layers is not None and self.wanted is not None:
-            raise ShortGPTError("--method chooses from --scores, not from --layers")
+            raise ShortGPTError("`method` chooses from `scores`, not from `layers`")
         return self
 
     @property
@@ -98,7 +99,7 @@ class MethodChoice(Choice):
     @property
     def wanted(self) -> str | None:
         if self.angular and self.method not in (None, "angular"):
-            raise ShortGPTError(f"--angular and --method {self.method} contradict each other")
+            raise ShortGPTError(f"`angular` and `method` {self.method} contradict each other")
         return "angular" if self.angular else self.method
 
 
@@ -133,10 +134,10 @@ def chosen(model: str, choice: Choice) -> Chosen:
     scores = _scores(choice)
     if scores is None:
         if choice.n is not None:
-            raise ShortGPTError("--n chooses from --scores, not from --layers")
+            raise ShortGPTError("`n` chooses from `scores`, not from `layers`")
         return Chosen(choice.named or [], Provenance())
     if choice.n is None:
-        raise ShortGPTError("with --scores, say how many layers to remove: --n N")
+        raise ShortGPTError("with `scores`, say how many layers to remove: `n`")
     unchecked = scores.check_model(model)
     layers, record = scores.layers(choice.n), scores.record()
     remarks = _lines(unchecked, scores.about(choice.n))
@@ -154,8 +155,10 @@ def chosen_within(
     scores, ratio, data = _limited(choice, limit)
     check_names(data, scores.arguments)
     unchecked = scores.check_model(model)
-    short = (opening or Opening()).whole(model, size=limit.size)
+    at_least(1, "eval_windows", limit.eval_windows)
     cut = Cut(limit.size, limit.eval_windows, bos=limit.bos)
+    cut.check()
+    short = (opening or Opening()).whole(model, size=limit.size)
     held = list(cut.windows(texts(data), short.encode, short.bos))
     unsure = check_apart(held, data, scores.arguments, short)
     most = len(scores.searched) or None  # a search found no more
@@ -173,9 +176,9 @@ def _limited(choice: Choice, limit: PerplexityLimit) -> tuple[Scores, float, str
     """The scores, the ratio and the text, which have to be there."""
     scores, ratio, data = _scores(choice), limit.max_perplexity_ratio, limit.eval_data
     if scores is None:
-        raise ShortGPTError("--max_perplexity_ratio chooses from --scores, not from --layers")
+        raise ShortGPTError("`max_perplexity_ratio` chooses from `scores`, not from `layers`")
     if ratio is None or data is None or choice.n is not None:
-        raise ShortGPTError("--max_perplexity_ratio needs --eval_data, and no --n")
+        raise ShortGPTError("`max_perplexity_ratio` needs `eval_data`, and no `n`")
     return scores, ratio, data
 
 
@@ -189,7 +192,7 @@ def _check_some(budget: Budget, data: str, first: list[int]) -> None:
         rise = budget.tried[1].value / budget.tried[0].value
         raise ShortGPTError(
             f"not even one layer may go: without {first} the perplexity on {data} rises by a "
-            f"factor of {rise:.4f}, {budget.verdict(1)}; more --eval_windows or texts tell more"
+            f"factor of {rise:.4f}, {budget.verdict(1)}; more `eval_windows` or texts tell more"
         )
 
 
@@ -207,5 +210,5 @@ def layer_list(layers: object) -> list[int]:
     """
     numbers = [layers] if isinstance(layers, int) else layers
     if not isinstance(numbers, Sequence) or not all(type(i) is int for i in numbers):
-        raise ShortGPTError(f"expected layer numbers as in --layers 21,22,23, got {layers!r}")
+        raise ShortGPTError(f"expected layer numbers as in `layers` 21,22,23, got {layers!r}")
     return list(numbers)

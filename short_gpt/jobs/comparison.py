@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from llama.io.files import check_writable
@@ -57,9 +58,9 @@ def compare_checkpoint(
     lora.settings().check()
     shares.check()
     if model is not None:
-        check_model(model, max(plan.counts), name="--counts")
+        check_model(model, max(plan.counts), name="`counts`")
     source, calibration, evaluation = _material(model, source_of(data), shares)
-    check_model(source, max(plan.counts), name="--counts")
+    check_model(source, max(plan.counts), name="`counts`")
     short = opening.whole(source, size=shares.size)
     held = shares.cut(short, evaluation, shares.eval_windows)
     chosen = shares.cut(short, calibration, shares.max_windows)
@@ -67,7 +68,8 @@ def compare_checkpoint(
     healing = _lora(source, calibration, short, held, lora, opening, shares) if heals else None
     suite = tasks.suite()
     with interruptible():
-        return compare(short, chosen, held, cases=plan, lora=healing, tasks=suite, state=state)
+        found = compare(short, chosen, held, cases=plan, lora=healing, tasks=suite, state=state)
+    return replace(found, bos=shares.bos or short.bos)
 
 
 def _lora(
@@ -88,6 +90,7 @@ def _lora(
         settings=lora.settings(),
         options=OpenOptions(**vars(opening)),
         seed=shares.seed,
+        bos=shares.bos or short.bos,
     )
 
 

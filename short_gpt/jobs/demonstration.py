@@ -9,8 +9,10 @@ from pathlib import Path
 from llama.io.files import check_new, new_directory
 from short_gpt.checkpoints.verify import check_same, fingerprint
 from short_gpt.data import demo as material
+from short_gpt.data.windows import at_least
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.jobs.inputs import Cut, Notify, Opening, ignore
+from short_gpt.jobs.scored import Scored
 from short_gpt.models.numbering import check_count
 from short_gpt.opening import open_model
 from short_gpt.runtime.results import write_record
@@ -47,8 +49,8 @@ class DemoRun:
 
     def check(self) -> None:
         """Raises ShortGPTError for a number of windows out of range."""
-        for limit in (self.max_windows, self.eval_windows):
-            Cut(1024, limit).check()
+        for name in ("max_windows", "eval_windows"):
+            at_least(1, name, getattr(self, name))
 
 
 @dataclass(frozen=True)
@@ -107,13 +109,15 @@ def run_demo(
     check_new(target, marker=MARKER, overwrite=overwrite)
     notify("SmolLM2-135M-Instruct reads the King James Bible\n")
     opening = Opening(device=run.device)
-    short = opening.whole(str(material.checkpoint()), size=1024)
+    model = str(material.checkpoint())
+    short = opening.whole(model, size=1024)
     short.measure(run.windows(short, "calibration"))
     low, block = (short.layers_to_remove(n=n, angular=angular) for angular in (False, True))
     quality, completions = _looked_at(short, run, {"Block Influence": low, "angular block": block})
     lists = {"block_influence": low, "angular": block}
     found = Demo(short.importance, lists, quality, completions, [])
-    _save(short, target, found, draw, {**(record or {}), "seed": run.seed}, overwrite)
+    more = {**(record or {}), "seed": run.seed, "scored": vars(Scored.of(model))}
+    _save(short, target, found, draw, more, overwrite)
     return found
 
 

@@ -45,11 +45,11 @@ class Distilling:
         """Raises ShortGPTError for what no method here uses, or cannot be."""
         if "distill" not in methods:
             if self.given:
-                raise ShortGPTError(f"--{self.given[0]} is for --method distill")
+                raise ShortGPTError(f"`{self.given[0]}` is for `method` distill")
             return
         if self.stream_teacher and self.live_teacher:
             raise ShortGPTError(
-                "--stream_teacher reads the teacher's files once: leave out --live_teacher, which "
+                "`stream_teacher` reads the teacher's files once: leave out `live_teacher`, which "
                 "asks it in every step"
             )
         step = self.step(None, None)

@@ -51,7 +51,7 @@ class Reading:
         """Raises ShortGPTError for what would go wrong after a model is loaded."""
         if self.source is not None and self.data not in PROTOCOLS:
             known = " or ".join(PROTOCOLS)
-            raise ShortGPTError(f"--source is a copy of {known}; --data is {self.data}")
+            raise ShortGPTError(f"`source` is a copy of {known}; `data` is {self.data}")
         Cut(self.size, self.max_windows, bos=self.bos).check()
 
     def own_texts(self) -> list[str]:
@@ -147,7 +147,7 @@ def evaluate(
     """
     reading, tasks = reading or Reading(), tasks or FewShotTasks()
     if reading.data == "none" and tasks.tasks is None:
-        raise ShortGPTError("nothing to evaluate: give --data or --tasks")
+        raise ShortGPTError("nothing to evaluate: give `data` or `tasks`")
     reading.check()
     for name in models:
         check_model(name)
@@ -197,7 +197,7 @@ def perplexity_of(
     texts, cut, running = source_of(data), cut or Cut(), running or Running()
     if running.max_memory is not None and not running.stream:
         raise ShortGPTError(
-            f"--max_memory {running.max_memory} bounds --stream; add it, or leave this out"
+            f"`max_memory` {running.max_memory} bounds `stream`; add it, or leave this out"
         )
     check_model(model)
     cut.check()

@@ -25,7 +25,7 @@ from short_gpt.healing import (
 from short_gpt.jobs.choice import Choice, Chosen, chosen
 from short_gpt.jobs.distilling import Distilling
 from short_gpt.jobs.healing_settings import CLOSED, TRAINING, Learned, Settings, methods_of
-from short_gpt.jobs.inputs import Cut, Opening, TextSource, check_model, source_of
+from short_gpt.jobs.inputs import Opening, TextSource, check_model, source_of
 from short_gpt.jobs.saving import interruptible
 from short_gpt.opening import open_model
 from short_gpt.runtime.errors import ShortGPTError
@@ -45,7 +45,8 @@ class Healing:
         evidence: what healed the model, and what that brought.
         left_out: what was not learned from because it is evaluated on, in words; None if all was.
         unchecked: what could not be checked of the scores, in words; None if nothing.
-        texts: names of the texts learned from and evaluated on, and tokens in a window.
+        texts: names of the texts learned from and evaluated on, tokens in a window, and which
+            windows began with bos.
     """
 
     out: Path
@@ -115,7 +116,8 @@ def heal(
         distill = distilling.step(recipe, _teacher(model, distilling, opening, size))
         steps = _steps(methods, settings, learned, recipe, distill)
         job = _job(short, parts, found.layers, steps, out, resume=settings.resume)
-        names = {"data": texts.data, "eval_data": learned.eval_data, "size": size}
+        bos = learned.bos or short.bos
+        names = {"data": texts.data, "eval_data": learned.eval_data, "size": size, "bos": bos}
         done = Healing(Path(out), job.run(), parts.left_out, found.unchecked, names)
         short.evidence |= {**found.record.evidence, "eval_data": learned.eval_data, "size": size}
         job.save(out, facts={**found.record.facts, "data": texts.data}, overwrite=overwrite)
@@ -126,7 +128,7 @@ def _check(
     methods: Sequence[str], learned: Learned, settings: Settings, distilling: Distilling
 ) -> None:
     """Raises ShortGPTError or MissingPackageError for what is out of range, or in vain."""
-    Cut(learned.size or SIZE, learned.max_windows).check()
+    learned.check()
     settings.check(methods)
     distilling.check(methods)
 
@@ -183,7 +185,7 @@ def _windows(
     return Source(texts.data, learned.eval_data, *place).windows(
         short.encode,
         size,
-        bos=short.bos,
+        bos=learned.bos or short.bos,
         limit=learned.max_windows or (None if trains else CLOSED_WINDOWS),
         eval_windows=learned.eval_windows,
         drop_overlap=learned.drop_overlap,
@@ -197,18 +199,20 @@ def _selection(
     """The layers to remove, if any, and how they were chosen."""
     if choice.layers is not None or choice.scores is not None:
         return chosen(model, choice)
-    ask = "give --layers 21,22,23 or --scores FILE --n N"
+    ask = "give `layers`, as in 21,22,23, or `scores` and `n`"
     if methods[0] in CLOSED:
         raise ShortGPTError(
             f"the {methods[0]} reads the whole model and removes layers itself: {ask}"
         )
     if "distill" in methods and distilling.teacher is None:
         raise ShortGPTError(
-            f"distill learns from the model with all its layers: {ask}, or --teacher MODEL that "
+            f"distill learns from the model with all its layers: {ask}, or a `teacher` that "
             "still has them"
+            "the patch reads the whole model and removes layers itself: give `layers`, as in "
+            "21,22,23, or `scores` and `n`"
         )
     if choice.n is not None or choice.wanted is not None:
-        raise ShortGPTError("--n and --angular choose from --scores FILE")
+        raise ShortGPTError("`n` and `angular` choose from `scores`")
     return Chosen([], Provenance())
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+from short_gpt.data.windows import at_least
 from short_gpt.healing.four_bit import require_four_bit
 from short_gpt.healing.lora import require_packages
 from short_gpt.healing.recipe import PRESETS, Recipe, recipe_for
 from short_gpt.healing.refit import PARTS, check_options
 from short_gpt.healing.refit_pass import RIDGES
 from short_gpt.healing.steps import STEPS, RefitSettings, check_order
+from short_gpt.jobs.inputs import Cut
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.short_model import ShortModel
 
@@ -32,7 +34,7 @@ def methods_of(text: str) -> list[str]:
     for name in methods:
         if name not in STEPS:
             raise ShortGPTError(
-                f"--method {text}: expected one of {', '.join(STEPS)}, or several by commas, got "
+                f"`method` {text}: expected one of {', '.join(STEPS)}, or several by commas, got "
                 f"{name!r}"
             )
     check_order([(name, STEPS[name].trains) for name in methods])
@@ -51,6 +53,7 @@ class Learned:
         drop_overlap: leave out windows that share text with those to evaluate on, instead of
             refusing them; on if no eval_data is given.
         seed: of the choice of texts and windows, and of training.
+        bos: as rank's; which windows begin with it.
     """
 
     eval_data: str | None = None
@@ -59,6 +62,12 @@ class Learned:
     eval_windows: int = 32
     drop_overlap: bool | None = None
     seed: int = 0
+    bos: str | None = None
+
+    def check(self) -> None:
+        """Raises ShortGPTError for a number out of range, before a model is loaded."""
+        Cut(1024 if self.size is None else self.size, self.max_windows, bos=self.bos).check()
+        at_least(1, "eval_windows", self.eval_windows)
 
 
 @dataclass(frozen=True)
@@ -117,15 +126,15 @@ class Settings:
         training += ["preset"] if self.preset != "paper" else []
         trains = any(method in TRAINING for method in methods)
         if training and not trains:
-            raise ShortGPTError(f"--{training[0]} is for --method {' or '.join(TRAINING)}")
+            raise ShortGPTError(f"`{training[0]}` is for `method` {' or '.join(TRAINING)}")
         if self.ridge is not None and not any(method in CLOSED for method in methods):
-            raise ShortGPTError(f"--ridge is for --method {' or '.join(CLOSED)}")
+            raise ShortGPTError(f"`ridge` is for `method` {' or '.join(CLOSED)}")
         if self.parts is not None and "refit" not in methods:
-            raise ShortGPTError("--parts is for --method refit")
+            raise ShortGPTError("`parts` is for `method` refit")
         if "refit" in methods:
             self.refit()
         if self.preset not in PRESETS:
-            raise ShortGPTError(f"--preset {self.preset}: expected one of {', '.join(PRESETS)}")
+            raise ShortGPTError(f"`preset` {self.preset}: expected one of {', '.join(PRESETS)}")
         if trains:
             self._check_training()
 

@@ -25,7 +25,7 @@ def check_names(eval_data: str, scored_by: Mapping[str, object]) -> None:
         ours, theirs = Path(eval_data).resolve(), Path(str(data)).resolve()
         same = ours.is_relative_to(theirs) or theirs.is_relative_to(ours)
     if same:
-        raise ShortGPTError(f"--eval_data {eval_data} is what the scores were measured on")
+        raise ShortGPTError(f"`eval_data` {eval_data} is what the scores were measured on")
 
 
 def check_apart(
@@ -54,7 +54,7 @@ def check_apart(
     span = max(1, min(SPAN, *(len(window) // 2 for window in (*held, *scored))))
     if shared := set(overlapping(held, scored, span=span)):
         raise ShortGPTError(
-            f"--eval_data {eval_data} holds text that the scores were measured on, "
+            f"`eval_data` {eval_data} holds text that the scores were measured on, "
             f"{scored_by['data']}: {len(shared)} of its {len(held)} windows share a run of tokens "
             "with that; give another text"
         )

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from short_gpt.data.disjoint import hold_out
 from short_gpt.data.texts import read_texts, texts
-from short_gpt.data.windows import BOS, count_of, windows
+from short_gpt.data.windows import BOS, at_least, count_of, windows
 from short_gpt.models.numbering import check_count
 from short_gpt.opening import layers_of, open_model
 from short_gpt.runtime.errors import ShortGPTError
@@ -90,7 +90,9 @@ class Cut:
         """Raises ShortGPTError for a number out of range, before a model is loaded."""
         if self.bos is not None and self.bos not in BOS:
             raise ShortGPTError(f"bos = {self.bos!r}: expected {' or '.join(BOS)}")
-        windows([], lambda _: [], size=self.size, stride=self.step, limit=self.max_windows)
+        if self.max_windows is not None:
+            at_least(1, "max_windows", self.max_windows)
+        windows([], lambda _: [], size=self.size, stride=self.step)
 
     def windows(
         self, found: Iterable[str], encode: Encode, bos: str = "first"
@@ -184,7 +186,7 @@ class Running:
             return self.whole(source, opening, size, ranks)
         if ranks is not None:
             raise ShortGPTError(
-                f"--model_parallel_size {ranks}: --stream holds one layer on one rank; leave one "
+                f"`model_parallel_size` {ranks}: `stream` holds one layer on one rank; leave one "
                 "of them out"
             )
         return open_model(
@@ -226,7 +228,7 @@ def check_model(source: str, n: int | None = None, *, name: str = "n") -> None:
 
 def about_bos(bos: str) -> str | None:
     """What is to be said of windows that are not cut the ShortGPT authors' way."""
-    return "bos in front of every window (--bos every)" if bos == "every" else None
+    return "bos in front of every window" if bos == "every" else None
 
 
 def known_total(found: Iterable[list[int]], limit: int | None) -> int | None:

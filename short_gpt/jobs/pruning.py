@@ -7,8 +7,6 @@ from pathlib import Path
 
 from llama.io.files import check_new
 from llama.io.outputs import check_output, new_file
-from llama.io.sources import is_meta
-from llama.parallel import several_ranks
 from short_gpt.checkpoints.mergekit import is_recipe, mergekit_recipe, recipe_dtype
 from short_gpt.checkpoints.provenance import PROVENANCE
 from short_gpt.checkpoints.prune import prune_checkpoint, refuse_gguf
@@ -21,8 +19,8 @@ from short_gpt.jobs.choice import (
     chosen_within,
 )
 from short_gpt.jobs.inputs import Opening
+from short_gpt.jobs.proof import Proof
 from short_gpt.jobs.saving import interruptible
-from short_gpt.opening import same_model
 from short_gpt.runtime.progress import bar
 from short_gpt.runtime.results import read_record
 
@@ -144,7 +142,7 @@ def prune_by(
 
 def _write(model: str, out: str, found: Chosen, written: Written, opening: Opening) -> str | None:
     """Writes the checkpoint and proves it before it is there; says what was proved, if anything."""
-    proof = _Proof(model, out, found.layers, opening, written.verify)
+    proof = Proof(model, out, opening, written.verify, found.layers)
     with bar("writing", total=None, unit="tensor") as shown:
         prune_checkpoint(
             model,
@@ -158,40 +156,6 @@ def _write(model: str, out: str, found: Chosen, written: Written, opening: Openi
             verify=proof,
         )
     return proof.said
-
-
-@dataclass
-class _Proof:
-    """Compares a finished directory with its source, if that is to be.
-
-    Attributes:
-        source, out, drop, opening, wanted: the model, what the directory will be called, the
-            layers gone, how to open it, and `Written.verify`.
-        said: what was proved, in a sentence; None if nothing was.
-    """
-
-    source: str
-    out: str
-    drop: list[int]
-    opening: Opening
-    wanted: bool | None
-    said: str | None = None
-
-    def __call__(self, directory: Path) -> None:
-        only_meta = is_meta(self.source) and is_meta(str(directory))
-        if not (self.wanted or (self.wanted is None and not only_meta)):
-            return
-        if several_ranks():
-            self.said = "not verified: that loads the model on one rank; run it without torchrun"
-            return
-        self.said = same_model(
-            self.source,
-            str(directory),
-            self.drop,
-            tokenizer_path=self.opening.tokenizer_path,
-            trust_remote_code=self.opening.trust_remote_code,
-            name=self.out,
-        )
 
 
 def _recipe(model: str, out: str, written: Written, dtype: str) -> Path | None:

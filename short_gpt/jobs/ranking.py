@@ -18,7 +18,7 @@ from short_gpt.jobs.inputs import (
     source_of,
 )
 from short_gpt.jobs.saving import TimedSaving, interruptible
-from short_gpt.opening import weights_of
+from short_gpt.jobs.scored import UNKNOWN, Scored
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import first_rank
@@ -58,7 +58,7 @@ class Answer:
     def __post_init__(self) -> None:
         check_method(self.method)
         if self.by_loss and self.n is None:
-            raise ShortGPTError(f"--method {self.method} needs --n N")
+            raise ShortGPTError(f"`method` {self.method} needs `n`")
 
     @property
     def by_loss(self) -> bool:
@@ -89,7 +89,7 @@ class Ranking:
         search: what a method by loss removed; None of the others.
         verdict: whether the answer is settled; None if all windows were to be read.
         state: the file of the run; `finish` deletes it.
-        weights: digest of the weights that were scored, by which `prune` and `heal` tell them.
+        scored: of which weights and tokenizer, by which `prune` and `heal` tell them.
         bos: which windows began with it: first of each text, or every.
     """
 
@@ -99,7 +99,7 @@ class Ranking:
     search: Search | None = None
     verdict: Verdict | None = None
     state: StateFile | None = None
-    weights: str | None = None
+    scored: Scored = UNKNOWN
     bos: str = "first"
 
     @property
@@ -118,7 +118,7 @@ class Ranking:
 
     def to_dict(self) -> dict[str, object]:
         """The scores and the verdict, or the search, and of which weights, ready for JSON."""
-        scored = {"scored": {"weights": self.weights}}
+        scored = {"scored": vars(self.scored)}
         if self.importance is not None:
             found = {"importance": self.importance.to_dict(), "settled": _settled(self.verdict)}
             return {**found, "bos": self.bos, **scored}
@@ -170,12 +170,13 @@ def rank(
     check_ranking(model, answer, settings.cut, settings.running)
     found = texts.read()
     place = (opening or Opening(), settings.cut.size, settings.running.model_parallel_size)
-    weights = weights_of(model) if first_rank() else None  # of the files as they are now
+    # of the files as they are now
+    scored = Scored.of(model, place[0].tokenizer_path) if first_rank() else UNKNOWN
     if answer.by_loss:
         result = _searched(settings.running.whole(model, *place), found, settings)
     else:
         result = _measured(settings.running.open(model, *place), found, settings, notify)
-    return replace(result, weights=weights)
+    return replace(result, scored=scored)
 
 
 @dataclass(frozen=True)
@@ -229,17 +230,17 @@ def check_ranking(model: str, answer: Answer, cut: StridedCut, running: Scoring)
     if running.stream and (answer.by_loss or answer.method == "angular_all"):
         why = "the whole model for every candidate" if answer.by_loss else "all states"
         raise ShortGPTError(
-            f"--method {answer.method} needs {why}; choose another, or leave out --stream"
+            f"`method` {answer.method} needs {why}; choose another, or leave out `stream`"
         )
     if running.max_memory is not None:
         bytes_of(running.max_memory)
         if not running.stream and not answer.by_loss:
             raise ShortGPTError(
-                f"--max_memory {running.max_memory} bounds --stream and the methods "
-                f"{', '.join(BY_LOSS)}; add --stream, or leave it out"
+                f"`max_memory` {running.max_memory} bounds `stream` and the methods "
+                f"{', '.join(BY_LOSS)}; add `stream`, or leave it out"
             )
     if answer.by_loss and several_ranks():
-        raise ShortGPTError(f"--method {answer.method} runs on one rank; start it alone")
+        raise ShortGPTError(f"`method` {answer.method} runs on one rank; start it alone")
 
 
 def _measured(

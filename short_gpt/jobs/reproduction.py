@@ -8,8 +8,8 @@ from llama.checkpoint.meta import Checkpoint
 from short_gpt.data.texts import pg19, shown
 from short_gpt.experiments.published import PaperComparison, compare_with_paper, identify
 from short_gpt.jobs.inputs import Opening, StridedCut, known_total
+from short_gpt.jobs.scored import UNKNOWN, Scored
 from short_gpt.models.numbering import check_count
-from short_gpt.opening import weights_of
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.scoring.importance import Importance
 
@@ -21,12 +21,12 @@ class Reproduced:
     Attributes:
         comparison: the paper's layers and ours.
         importance: our scores.
-        weights: digest of the weights that were scored.
+        scored: of which weights and tokenizer.
     """
 
     comparison: PaperComparison
     importance: Importance
-    weights: str | None = None
+    scored: Scored = UNKNOWN
 
     @property
     def n(self) -> int:
@@ -36,7 +36,7 @@ class Reproduced:
     def to_dict(self) -> dict[str, object]:
         """All of it, ready for JSON."""
         found = {"result": vars(self.comparison), "importance": self.importance.to_dict()}
-        return {**found, "scored": {"weights": self.weights}}
+        return {**found, "scored": vars(self.scored)}
 
 
 def reproduce(
@@ -72,7 +72,7 @@ def reproduce(
         raise ShortGPTError(
             "reproduce needs a checkpoint of one of the paper's models in Meta's format, "
             "Llama-2-7B or Llama-2-13B (llama.com, or meta-llama/Llama-2-7b on the hub), and "
-            "PG-19 (streamed, or --data FOLDER): short-gpt reproduce llama-2-7b"
+            "PG-19 (streamed, or a folder as `data`): short-gpt reproduce llama-2-7b"
         )
     name, cut = _name(model, paper_model), cut or StridedCut()
     cut.check()
@@ -83,7 +83,8 @@ def reproduce(
     short.measure(windows, batch_size=batch_size, total=total)
     n = len(compare_with_paper(name, []).paper)
     ours = compare_with_paper(name, short.layers_to_remove(n=n))
-    return Reproduced(ours, short.importance, weights_of(model))
+    scored = Scored.of(model, opening.tokenizer_path if opening else None)
+    return Reproduced(ours, short.importance, scored)
 
 
 def _name(model: str, given: str | None) -> str:
@@ -93,7 +94,7 @@ def _name(model: str, given: str | None) -> str:
     if given is None and args.kv_heads != args.n_heads:
         raise ShortGPTError(
             f"{model} has the size of {name} but groups its keys and values, so it is another "
-            f"model; compare anyway with --paper_model {name}"
+            f"model; compare anyway with `paper_model` {name}"
         )
     check_count(
         len(compare_with_paper(name, []).paper), args.n_layers, name=f"layers that {name} loses"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from llama.io.hub import resolve
 from llama.io.sources import is_meta
 from short_gpt.checkpoints.provenance import Provenance
+from short_gpt.jobs.scored import UNKNOWN, Scored
 from short_gpt.models.numbering import span
-from short_gpt.opening import layers_of, weights_of
+from short_gpt.opening import layers_of
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.results import read_record
 from short_gpt.scoring.importance import Importance
@@ -27,8 +28,7 @@ class Scores:
         arguments: those that the ranking was made with.
         importance: the scores; None where a search by loss found the layers.
         searched: these layers, in order of removal.
-        weights: digest of the weights that were scored, of `weights_of`; None where the file, an
-            older one, does not say.
+        scored: of which weights and tokenizer, as far as the file, an older one, says.
         settled: the verdict of the stop that ended the scoring; empty if there was none.
     """
 
@@ -37,7 +37,7 @@ class Scores:
     arguments: Mapping[str, object]
     importance: Importance | None = None
     searched: list[int] = field(default_factory=list)
-    weights: str | None = None
+    scored: Scored = UNKNOWN
     settled: Mapping[str, object] = field(default_factory=dict)
 
     @classmethod
@@ -50,7 +50,7 @@ class Scores:
         """
         record = read_record(file)
         ranked, scored = _part(record, "arguments", file), _part(record, "scored", file)
-        weights = str(scored["weights"]) if scored.get("weights") else None
+        of = Scored(**{f.name: str(scored[f.name]) for f in fields(Scored) if scored.get(f.name)})
         if "chosen" not in record:
             if type(ranked.get("seed") or 0) is not int:
                 raise ShortGPTError(f"{file}: expected a whole number as seed; rank again")
@@ -58,13 +58,13 @@ class Scores:
             check_method(method)
             verdict = _part(record, "settled", file)
             importance = importance_of(record, file)
-            return cls(file, method, ranked, importance, weights=weights, settled=verdict)
+            return cls(file, method, ranked, importance, scored=of, settled=verdict)
         chosen = _part(record, "chosen", file)
         found, layers = str(chosen.get("method")), chosen.get("layers")
         if method not in (None, found):
             raise ShortGPTError(f"{file} holds the layers of {found}, not of {method}")
         check_method(found)
-        return cls(file, found, ranked, None, _searched(layers, file), weights)
+        return cls(file, found, ranked, None, _searched(layers, file), of)
 
     def check_model(self, model: str) -> str | None:
         """Whether the scores are the model's.
@@ -73,20 +73,33 @@ class Scores:
             What could not be checked, in words; None if all was.
 
         Raises:
-            ShortGPTError: they are of another number of layers, or of other weights.
+            ShortGPTError: they are of another number of layers or of other weights, or texts were
+                read with another tokenizer.
         """
         self._check_layers(model)
-        if self.weights is None:
+        if self.scored.weights is None:
             return (
                 f"not checked: {self.file} does not say of which weights its scores are, so they "
                 f"may be of another model than {model}; short-gpt rank writes it"
             )
-        if (found := weights_of(model)) not in (None, self.weights):
+        self._check_digests(model)
+        return None
+
+    def _check_digests(self, model: str) -> None:
+        path, ours = self.arguments.get("tokenizer_path"), self.scored
+        theirs = Scored.of(model, str(path) if path else None)
+        if theirs.weights not in (None, ours.weights):
             raise ShortGPTError(
-                f"{self.file} holds scores of the weights {self.weights}, {model} has {found}: "
+                f"{self.file} holds scores of the weights {ours.weights}, {model} has "
+                f"{theirs.weights}: "
                 f"score this model by short-gpt rank {model}, or name the model that was scored"
             )
-        return None
+        if ours.tokenizer is not None and theirs.tokenizer not in (None, ours.tokenizer):
+            raise ShortGPTError(
+                f"{self.file} holds scores of texts read with the tokenizer {ours.tokenizer}, "
+                f"{model} now has {theirs.tokenizer}: score it anew by short-gpt rank {model}, or "
+                "put the former tokenizer back"
+            )
 
     def _check_layers(self, model: str) -> None:
         count = layers_of(model if is_meta(model) else str(resolve(model)))
@@ -113,7 +126,7 @@ class Scores:
         how = "the best block of" if stop.get("angular") else "the lowest Block Influence,"
         return (
             f"not settled: {self.file} was read until {how} {stop.get('n')} layers were settled, "
-            f"not {n} by {self.method}; rank with --n {n} --method {self.method} settles these"
+            f"not {n} by {self.method}; ranking for these settles them"
         )
 
     def _of_layers(self, count: int) -> bool:

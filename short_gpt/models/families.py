@@ -86,7 +86,11 @@ FAMILIES: dict[str, Family] = {
     ),
     "gemma2": GEMMA,
     "gemma3_text": GEMMA,
+    "gemma3n_text": GEMMA,  # of several states a layer, which are not scored
+    "gemma4_text": GEMMA,
+    "vaultgemma": GEMMA,
     "gemma": Family(needs_bos=True),
+    "recurrent_gemma": Family(needs_bos=True),
     "llama": LLAMA,
     "mistral": LLAMA,
     "mixtral": EXPERTS,

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from functools import lru_cache
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from llama.io.hub import hub_failure
 from llama.io.sources import is_gguf
 from llama.parallel import choose_device
 from short_gpt.models.config_file import check_gguf, read_config
+from short_gpt.models.gguf_loading import check_left_out, reading_gguf
 from short_gpt.models.weights_report import check_weights, without_report
 from short_gpt.runtime.errors import MissingPackageError, ShortGPTError
 
@@ -23,7 +23,9 @@ FROM_WHERE = ["cache_dir", "force_download", "local_files_only", "proxies", "rev
 FROM_WHERE += ["token", "trust_remote_code"]
 # asks what came of every tensor, for `check_weights`; a wrong shape is told like the others
 ALL = {"output_loading_info": True, "ignore_mismatched_sizes": True}
-TOKENIZER = re.compile(r"(tokenizer|vocab|merges).*|.+\.(model|tiktoken)")
+TOKENIZER = re.compile(
+    r"(tokenizer|vocab|merges|special_tokens|added_tokens).*|.+\.(model|tiktoken)"
+)
 
 
 def auto_class(config: Any) -> Any:
@@ -73,8 +75,9 @@ def load(name: str, options: dict[str, Any], tokenizer: Any) -> tuple[Any, Any]:
     trust = bool(options.get("trust_remote_code", False))
     options = {"dtype": "auto", **options, "trust_remote_code": trust}
     both = {key: options[key] for key in FROM_WHERE if key in options} | gguf
+    reading: AbstractContextManager[list[str]] = reading_gguf() if gguf else nullcontext([])
     try:
-        with _read_once() if gguf else nullcontext():
+        with reading as left_out:
             config = read_config(where, both)
             loader = auto_class(config)
             if tokenizer is None and (gguf or _has_tokenizer(path)):
@@ -87,27 +90,33 @@ def load(name: str, options: dict[str, Any], tokenizer: Any) -> tuple[Any, Any]:
         kind = OSError if isinstance(error, OSError) else ShortGPTError
         raise kind(f"{name} cannot be loaded: {explained(error)}") from error
     check_weights(name, info)
+    check_left_out(name, left_out)
     if gguf:  # the weights are no longer quantized, so they can be saved and trained
         del model.config.quantization_config
         vars(model).update(hf_quantizer=None, is_quantized=False)
     return model, tokenizer
 
 
-@contextmanager
-def _read_once() -> Iterator[None]:
-    """Lets transformers share one reader of a GGUF file.
+def check_stored(directory: Path, config: Any) -> None:
+    """Refuses a Hugging Face directory that does not hold all weights of its config, as `load`.
 
-    It makes one each for the config, twice, the tokenizer and the weights; for a vocabulary of
-    49,000 each takes seconds.
+    Transformers goes through the whole loading, on the meta device, for which no weight is read.
+    Its version 4 reads them all the same: there nothing is checked.
+
+    Raises:
+        ShortGPTError: as `check_weights`.
     """
-    import gguf
+    import transformers
 
-    reader = gguf.GGUFReader
-    vars(gguf).update(GGUFReader=lru_cache(maxsize=1)(reader))
+    if transformers.__version__.startswith("4."):
+        return
     try:
-        yield
-    finally:
-        vars(gguf).update(GGUFReader=reader)
+        with without_report():
+            loader = auto_class(config)
+            _, info = loader.from_pretrained(directory, device_map="meta", **ALL)
+    except Exception as error:
+        raise ShortGPTError(f"{directory} cannot be loaded: {explained(error)}") from error
+    check_weights(str(directory), info)
 
 
 def _has_tokenizer(path: Path) -> bool:
@@ -122,7 +131,7 @@ def explained(error: BaseException) -> str:
     if "trust_remote_code" in str(error):
         return (
             "it comes with Python code of its own, which is not run; look at that code, and pass "
-            "trust_remote_code (--trust_remote_code) to run it"
+            "`trust_remote_code` to run it"
         )
     text = " ".join(str(error).strip().split("\n\n")[0].split()) or type(error).__name__
     return text if len(text) <= 300 else text[:300] + " ..."

@@ -44,7 +44,7 @@ def check_weights(name: str, info: Mapping[str, Collection[object]]) -> None:
         ShortGPTError: tensors are missing, not the model's or of another shape; it names them.
     """
     wrong = [
-        f"{text} {_some(info[key])}"
+        f"{text} {some(info[key])}"
         for key, text in (
             ("missing_keys", "lack"),
             ("unexpected_keys", "hold, not of the model its config describes,"),
@@ -74,7 +74,7 @@ class _Mismatch(NamedTuple):
         return cls(str(entry[0]), tuple(entry[1]), tuple(entry[2]))
 
 
-def _some(names: Collection[object]) -> str:
+def some(names: Collection[object]) -> str:
     """The first three names, and how many more there are."""
     first = sorted(map(str, names))
     more = f" and {len(first) - 3} more" if len(first) > 3 else ""

@@ -65,7 +65,8 @@ def _tried(budget: Budget) -> list[str]:
 
 def healed(result: Healing) -> str:
     """Perplexities before and after, and what the healing changed."""
-    lines = [said for said in (result.unchecked, result.left_out) if said]
+    bos = about_bos(str(result.texts.get("bos")))
+    lines = [said for said in (bos, result.unchecked, result.left_out) if said]
     evidence = result.evidence
     lines += [f"{perplexities(evidence.perplexity)}\n"]
     if len(evidence.changes) > 1:

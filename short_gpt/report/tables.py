@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.evaluation.sampling import SamplingError
 from short_gpt.experiments.rows import Agreement, Row
+from short_gpt.jobs.inputs import about_bos
 from short_gpt.scoring.importance import Importance
 from short_gpt.selection.methods import METHODS, choose
 from short_gpt.selection.search import Search
@@ -126,6 +127,8 @@ def compared(
     rows: Sequence[Row],
     agreed: Sequence[Agreement] = (),
     tasks: Mapping[str, Mapping[str, float]] = {},
+    *,
+    bos: str = "first",
 ) -> str:
     """Perplexities of a comparison: a row for every method, a column for every number of layers.
 
@@ -133,9 +136,11 @@ def compared(
         rows: of `comparison.Comparison.rows`, the whole model first.
         agreed: of its ``agreement``.
         tasks: of its ``tasks``.
+        bos: which windows began with it.
     """
     dense, counts = rows[0], sorted({r.n for r in rows[1:]})
-    lines = [f"whole model: perplexity {dense.perplexity:.3f}, {dense.parameters / 1e6:.1f} M", ""]
+    lines = [said] if (said := about_bos(bos)) else []
+    lines += [f"whole model: perplexity {dense.perplexity:.3f}, {dense.parameters / 1e6:.1f} M", ""]
     for healing in dict.fromkeys(r.healing for r in rows[1:]):
         lines += _healed(healing, [r for r in rows[1:] if r.healing == healing], counts)
     lines += _sizes(dense, {r.n: r for r in rows[1:]}, counts) + _agreed(agreed)

@@ -29,15 +29,15 @@ class Bar(Protocol):
     def __exit__(self, *error: object) -> None: ...
 
 
-def bar(desc: str, *, total: int | None, unit: str, show: bool = True) -> Bar:
+def bar(desc: str, *, total: int | None, unit: str, show: bool = True, delay: float = 1.0) -> Bar:
     """A tqdm bar on stderr, for use in a ``with`` block; a silent one unless ``show``.
 
-    It appears after a second, so that short work stays quiet. Of several ranks only the first
-    shows one.
+    It appears after ``delay`` seconds, so that short work stays quiet; 0 is for few long items,
+    whose first one would end long after. Of several ranks only the first shows one.
     """
     from tqdm import tqdm
 
-    return tqdm(total=total, desc=desc, unit=unit, delay=1.0, disable=not (show and first_rank()))
+    return tqdm(total=total, desc=desc, unit=unit, delay=delay, disable=not (show and first_rank()))
 
 
 def first_rank() -> bool:

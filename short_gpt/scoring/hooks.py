@@ -152,10 +152,11 @@ class LayerHooks:
         """Forward hook: the state in front (B, S, D) and the one behind, of one layer.
 
         Raises:
-            ShortGPTError: the layer has written over the state in front, which nothing has kept.
+            ShortGPTError: the layer has written over the state in front, which nothing has kept, or
+                takes several states at once.
         """
         state, result = state_in(args, kwargs), first(output)
-        self._check_unchanged(layer, state)
+        self._check_state(layer, state)
         x, y = widen(state), widen(result)
         if not self._last:
             self._keep(state, x)
@@ -170,7 +171,12 @@ class LayerHooks:
         self._keep(result, y)
         self._state, self._norms = result, y_norm
 
-    def _check_unchanged(self, layer: nn.Module, state: Tensor) -> None:
+    def _check_state(self, layer: nn.Module, state: Tensor) -> None:
+        if state.dim() != 3:
+            raise ShortGPTError(
+                f"{type(layer).__name__} takes a state of shape {list(state.shape)}, expected "
+                "(windows, tokens, width): this model's layers cannot be scored"
+            )
         entered, self._entered = self._entered, None
         if entered is not None and state is entered[0] and state._version != entered[1]:
             raise ShortGPTError(

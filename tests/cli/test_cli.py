@@ -7,6 +7,7 @@ import inspect
 import json
 import math
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -21,8 +22,10 @@ from commands import DATA, TEXT, fails, run
 from conftest import BYTE_VOCAB, make_transformer, save_checkpoint, write_byte_tokenizer
 
 from short_gpt import cli
+from short_gpt.cli.app import in_shell
 from short_gpt.cli.flags import HEADINGS, flags_of, named
-from short_gpt.opening import open_model, weights_of
+from short_gpt.jobs.scored import Scored
+from short_gpt.opening import open_model
 from short_gpt.selection.methods import METHODS
 
 
@@ -349,7 +352,7 @@ def test_reproduce_runs_the_protocol_on_a_model_of_the_papers_shape(ckpt, capsys
     assert record["result"]["model"] == "tiny" and record["result"]["paper"] == [3, 1]
     assert len(record["result"]["ours"]) == 2
     assert record["importance"]["tokens"] == [1024.0, 1024.0]
-    assert record["scored"] == {"weights": weights_of("ckpt")}
+    assert record["scored"] == vars(Scored.of("ckpt"))
     assert "same layers: " in out and "paper" in out
 
 
@@ -371,7 +374,7 @@ def test_reproduce_runs_the_protocol_on_a_model_of_the_papers_shape(ckpt, capsys
         (["rank", "ckpt", *DATA, f"--size={2**40}"], "size = 1099511627776: expected at most"),
         (
             ["rank", "ckpt", *DATA, f"--max_windows={2**62}"],
-            "limit = 4611686018427387904: expected",
+            "--max_windows = 4611686018427387904: expected",
         ),
         (["generate", "ckpt", "a", f"--seed={10**20}"], "--seed expects a number below 2**63"),
         (["prune", "ckpt", "x", "--layers=[]"], "number of layers to remove = 0"),
@@ -389,7 +392,7 @@ def test_reproduce_runs_the_protocol_on_a_model_of_the_papers_shape(ckpt, capsys
         (["rank", "ckpt", *DATA, "--dtype", "int4"], "expected a dtype of float32"),
         (["rank", "ckpt", *DATA, "--out", "book.txt"], "book.txt exists"),
         (["prune", "ckpt"], "prune needs OUT"),
-        (["prune", "ckpt", "x"], "expected either --layers 21,22,23 or --scores FILE"),
+        (["prune", "ckpt", "x"], "expected either --layers, as in 21,22,23, or --scores and --n"),
         (["prune", "ckpt", "x", "--layers", "7"], "layers [7] do not exist; the model has 0..4"),
         (["prune", "ckpt", "x", "--layers", "a"], "expected layer numbers as in"),
         (["prune", "ckpt", "x", "--scores", "no.json"], "no.json does not exist"),
@@ -398,7 +401,7 @@ def test_reproduce_runs_the_protocol_on_a_model_of_the_papers_shape(ckpt, capsys
         (["prune", "ckpt", "x", "--layers", "1", "--angular"], "chooses from --scores"),
         (["prune", "ckpt", "x", "--layers", "1", "--tokenizer_path", "no"], "no does not exist"),
         (["rank", "ckpt", *DATA, "--stride", "0"], "stride = 0: expected"),
-        (["rank", "ckpt", *DATA, "--max_windows", "0"], "limit = 0: expected"),
+        (["rank", "ckpt", *DATA, "--max_windows", "0"], "--max_windows = 0: expected"),
         (["rank", "ckpt", *DATA, "--max_texts", "0"], "--max_texts expects at least 1"),
         (["rank", "ckpt", *DATA, "--device", "meta"], "expected a device such as cpu"),
         (["rank", "ckpt", "--out", ".", "--overwrite"], "is a directory"),
@@ -411,7 +414,7 @@ def test_reproduce_runs_the_protocol_on_a_model_of_the_papers_shape(ckpt, capsys
         (["reproduce"], "reproduce needs a checkpoint of one of the paper's models"),
         (["reproduce", "ckpt"], "the paper has no list for a model of dim 32, 5 layers"),
         (["demo", "--out_dir", "ckpt"], "ckpt exists"),
-        (["demo", "--eval_windows", "0"], "limit = 0: expected"),
+        (["demo", "--eval_windows", "0"], "--eval_windows = 0: expected"),
         (["demo", "--n_prune_layers", "40"], "the model has 30 layers: expected 1 to 29"),
         (["rank", "ckpt", "--out"], "--out needs a value"),
         (["rank", "ckpt", "--out", "--overwrite"], "--out needs a value"),
@@ -428,13 +431,47 @@ def test_mistakes_cost_one_line(ckpt, capsys, argv, message):
     assert sorted(p.name for p in Path().iterdir()) == before
 
 
+# what only a shell is told, or whole command lines of short-gpt and pip
+SHELL = ("cli/", "report/", "runtime/errors.py", "checkpoints/save.py", "data/demo.py")
+
+
+def test_messages_speak_python_and_name_settings_in_backticks():
+    every = {flag for command in cli.COMMANDS.values() for flag in flags_of(command)}
+    root, documented = Path(cli.__file__).parents[1], (ast.Module, ast.ClassDef, ast.FunctionDef)
+    for path in sorted(root.rglob("*.py")):
+        tree = ast.parse(path.read_text())
+        firsts = [n.body[0] for n in ast.walk(tree) if isinstance(n, documented) and n.body]
+        docs = {id(first.value) for first in firsts if isinstance(first, ast.Expr)}
+        texts = [n for n in ast.walk(tree) if isinstance(n, ast.Constant) and id(n) not in docs]
+        for text in [n.value for n in texts if isinstance(n.value, str)]:
+            flags = re.findall(r"(?<!\S)--[a-z]\w*", text.partition("on the command line")[0])
+            shell = str(path.relative_to(root)).startswith(SHELL) or "--data FOLDER" in text
+            assert shell or not flags, (path, text)
+            assert {*re.findall(r"`(\w+)`", text)} <= every, (path, text)
+
+
+def test_the_shell_is_told_of_the_commands_own_flags():
+    said = "`n` chooses from `scores`, not from `lr` or `rope`d `x y`"
+    shell = "--n chooses from --scores, not from `lr` or `rope`d `x y`"
+    assert in_shell(said, ["prune", "m"]) == shell
+    assert in_shell(said, []) == said == in_shell(said, ["no_command"])
+    assert in_shell("`scores`", ["rank"]) == "`scores`"  # no flag of that command
+
+
+def test_a_proof_shows_how_far_it_is(ckpt, capfd):
+    run("prune", "ckpt", "x", "--layers", 3, "--verify", "yes")
+    err = capfd.readouterr().err
+    assert re.search(r"verifying: +0%.* 0/2 .*verifying: 100%.* 2/2 ", err, re.DOTALL), err
+
+
 def test_scores_of_another_model_are_refused(ckpt, capsys):
     run("rank", "ckpt", *DATA, "--max_windows", 2, "--out", "r.json")
     run("prune", "ckpt", "small", "--layers", 1)
     capsys.readouterr()
     line = fails(capsys, "prune", "small", "x", "--scores", "r.json", "--n_prune_layers", 1)
     assert "scores 5 layers, small has 4; they do not belong together" in line
-    assert "--n N" in fails(capsys, "prune", "ckpt", "x", "--scores", "r.json")
+    line = fails(capsys, "prune", "ckpt", "x", "--scores", "r.json")
+    assert line.endswith("with --scores, say how many layers to remove: --n")
 
 
 def test_a_mistyped_flag_is_told_before_anything_runs(ckpt, capsys, monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,9 @@ from conftest import (
 from gguf_files import write_gguf
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from llama.checkpoint.reshard import write_model
 from llama.formats.convert import meta_to_hf
+from llama.formats.safetensors import tensor_bytes
 from llama.formats.tokenizers import with_bos
 from short_gpt.models.hf import HFDecoder
 from short_gpt.opening import open_model
@@ -53,6 +56,13 @@ def here(made, tmp_path, monkeypatch) -> Path:
     shutil.copytree(made, tmp_path / "here")
     monkeypatch.chdir(tmp_path / "here")
     return tmp_path / "here"
+
+
+def spoilt(write):
+    """A writer of weights that turns every tensor upside down."""
+    return lambda folder, args, infos, read, **more: write(
+        folder, args, infos, lambda name: read(name).flip(0), **more
+    )
 
 
 def record(name: str) -> dict:
@@ -165,7 +175,7 @@ def test_what_fails_the_proof_is_not_left_behind(here, capsys, monkeypatch, kind
     def differ(*_, **__):
         raise kind("logits differ")
 
-    monkeypatch.setattr("short_gpt.jobs.pruning.same_model", differ)
+    monkeypatch.setattr("short_gpt.jobs.proof.same_model", differ)
     with pytest.raises((kind, SystemExit)):
         run("prune", "hf", "x", *CUT, "--recipe", "r.yaml")
     assert not Path("x").exists() and not Path("r.yaml").exists()
@@ -186,7 +196,7 @@ def test_what_fails_the_proof_leaves_the_earlier_checkpoint(here, capsys, monkey
         assert {p: p.read_bytes() for p in Path("kept").iterdir()} == before
         raise kind("logits differ")
 
-    monkeypatch.setattr("short_gpt.jobs.pruning.same_model", differ)
+    monkeypatch.setattr("short_gpt.jobs.proof.same_model", differ)
     with pytest.raises((kind, SystemExit)):
         run(*arguments, *CUT, "--overwrite")
     assert looked == [sorted(p.name for p in before)]  # all files, before the swap
@@ -196,6 +206,31 @@ def test_what_fails_the_proof_leaves_the_earlier_checkpoint(here, capsys, monkey
     monkeypatch.chdir(here)
     run(*arguments, *CUT, "--overwrite")
     assert record("kept/pruning.json")["removed_layers"] != [3]
+
+
+CONVERSIONS = [
+    ("hf",),
+    ("meta",),
+    ("model.gguf",),
+    ("meta", "--shards", "2", "--verify"),
+]
+
+
+@pytest.mark.parametrize("how", CONVERSIONS, ids=" ".join)
+def test_a_conversion_that_is_another_model_leaves_the_earlier_one(here, capsys, monkeypatch, how):
+    source, *flags = how
+    run("convert", source, "kept", *flags)
+    before = {p: p.read_bytes() for p in Path("kept").iterdir()}
+    for module in ("llama.formats.convert", "llama.checkpoint.reshard"):
+        monkeypatch.setattr(import_module(module), "write_model", spoilt(write_model))
+    monkeypatch.setattr("llama.formats.convert.tensor_bytes", lambda t: tensor_bytes(t.flip(0)))
+    with pytest.raises(RuntimeError, match=f"kept is not {source}: logits differ by up to"):
+        run("convert", source, "kept", *flags, "--overwrite")
+    assert {p: p.read_bytes() for p in Path("kept").iterdir()} == before
+    assert not [p.name for p in here.iterdir() if p.name.startswith(".")]
+    capsys.readouterr()
+    run("convert", source, "kept", *flags[:2], "--overwrite", "--verify", "no")
+    assert capsys.readouterr().out == "written: kept\n"
 
 
 @pytest.mark.parametrize("source", ["hf", "model.gguf"])
@@ -229,9 +264,18 @@ def test_convert_in_every_direction_comes_back_bit_exact(here, capsys):
     assert all(torch.equal(state[n], expected[n]) for n in expected)
     assert all(torch.equal(gguf[n], expected[n]) for n in expected)
     assert Path("b/model.safetensors").read_bytes() == Path("hf/model.safetensors").read_bytes()
-    assert capsys.readouterr().out == "written: a\nwritten: b\nwritten: c\n"
+    said, proof = (
+        capsys.readouterr().out.splitlines(),
+        "verified: the logits are those of the source",
+    )
+    assert [line for line in said if line.startswith("written")] == [
+        "written: a",
+        "written: b",
+        "written: c",
+    ]
+    assert sum(line.startswith(f"{proof}, but for the last digits, and") for line in said) == 3
     run("convert", "hf", "half", "--dtype", "bfloat16")
-    capsys.readouterr()
+    assert f"{proof} in bfloat16, but for the last digits" in capsys.readouterr().out
     assert torch.load("half/consolidated.00.pth")["norm.weight"].dtype == torch.bfloat16
     assert "b exists" in fails(capsys, "convert", "a", "b")
     run("convert", "a", "b", "--overwrite")

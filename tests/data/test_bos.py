@@ -10,11 +10,13 @@ import pytest
 import torch
 from commands import TEXT, fails, run
 from transformers import AutoConfig, AutoModelForCausalLM, GemmaTokenizer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from short_gpt import ShortHFModel
 from short_gpt.data.disjoint import overlapping
 from short_gpt.data.windows import starts_texts, windows
 from short_gpt.evaluation.protocols import protocol
+from short_gpt.models.families import family_of
 
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.,"
 VOCAB = {t: i for i, t in enumerate(["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *LETTERS])}
@@ -59,6 +61,13 @@ def test_the_model_says_which(gemma, saved):
     assert ShortHFModel(str(saved / "llama")).bos == "first"
     silent = GemmaTokenizer(vocab=VOCAB, merges=[], add_bos_token=False)
     assert ShortHFModel(gemma.model, tokenizer=silent).bos == "first"
+
+
+def test_all_kinds_of_gemma_do():
+    kinds = [kind for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if "gemma" in kind]
+    texts = [kind for kind in kinds if f"{kind}_text" not in kinds]  # others hold a model of text
+    known = [kind for kind in texts if "unified" not in kind and "assistant" not in kind]
+    assert len(known) > 4 and all(family_of(kind).needs_bos for kind in known)
 
 
 @pytest.mark.parametrize("seed", [None, 3])
@@ -137,6 +146,26 @@ def test_commands_say_which_and_keep_it(here, capsys):
         assert record["bos"] == bos
         assert record["arguments"]["bos"] == (flags[1] if flags else None)
         assert sum(record["importance"]["windows"]) == len(TEXT) // (31 if bos == "every" else 32)
+
+
+def test_heal_and_compare_cut_as_they_are_told(here, capsys, monkeypatch):
+    cut, seen = windows.__globals__["_start"], []
+    monkeypatch.setitem(windows.__globals__, "_start", lambda *a: seen.append(1) or cut(*a))
+    Path("far.txt").write_text("".join(random.Random(2).choices(LETTERS, k=300)))
+    data = ("--data", "book.txt", "--eval_data", "far.txt", "--size", 32, "--max_windows", 8)
+    more = ("--methods", "bi", "--counts", 1, "--healing", "raw,patched", "--eval_windows", 4)
+    for model, flags, bos in (("llama", ("--bos", "every"), "every"), ("llama", (), "first")):
+        run("heal", model, f"healed-{bos}", "--layers", 1, *data, *flags, "--json", f"h-{bos}.json")
+        assert ("bos in front of every window" in capsys.readouterr().out) == (bos == "every")
+        assert len(seen) == 2 * (bos == "every")  # to learn from, and to evaluate on
+        run("compare", model, *data, *flags, *more, "--json", f"c-{bos}.json")
+        assert ("bos in front of every window" in capsys.readouterr().out) == (bos == "every")
+        assert len(seen) == 4 * (bos == "every")
+        seen.clear()
+        assert json.loads(Path(f"h-{bos}.json").read_text())["result"]["bos"] == bos
+        assert json.loads(Path(f"c-{bos}.json").read_text())["bos"] == bos
+    for command in (("heal", "llama", "x", "--layers", 1), ("compare", "llama", *data)):
+        assert "expected first or every" in fails(capsys, *command, "--bos", "all")
 
 
 def test_the_limit_of_perplexity_cuts_as_the_scores_did(here, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -18,6 +19,7 @@ from conftest import (
 from families import make
 from peft.tuners.lora import Linear
 
+from short_gpt.checkpoints import save
 from short_gpt.healing import (
     HealingJob,
     Learning,
@@ -28,6 +30,7 @@ from short_gpt.healing import (
     lora,
 )
 from short_gpt.healing.linear_patch import fit, fold
+from short_gpt.opening import open_model
 from short_gpt.short_hf import ShortHFModel
 from short_gpt.short_llama import ShortLlama
 
@@ -125,6 +128,35 @@ def test_a_patch_that_fails_leaves_layers_and_weights():
     assert short.quality[0, 1, 2, 3, 4] == measured  # of the whole model, and still true
 
 
+@pytest.mark.parametrize("settings", [LoraSettings(QUICK), PatchSettings()])
+@pytest.mark.parametrize("step", ["the last measurement", "the removal"])
+def test_an_error_behind_the_healing_takes_it_back(monkeypatch, settings, step):
+    short, measured = ShortHFModel(make("llama")), []
+    before, config = weights(short), short.model.config.to_dict()
+    job = HealingJob(short, WINDOWS, [2, 4], settings=settings, progress=False)
+
+    def fails(*_):
+        changed = [not torch.equal(w, old) for w, old in zip(weights(short), before, strict=False)]
+        assert short.changes and any(changed)  # the healing was there
+        raise MemoryError
+
+    plain = job._measure
+    if step == "the removal":
+        monkeypatch.setattr(short, "remove_layers", fails)
+    else:
+        monkeypatch.setattr(
+            job, "_measure", lambda: measured.append(1) or (fails() if measured[2:] else plain())
+        )
+    with pytest.raises(MemoryError):
+        job.run()
+    assert short.kept == [0, 1, 2, 3, 4, 5] and not short.changes and not short.removed
+    assert all(map(torch.equal, weights(short), before))
+    assert short.model.config.to_dict() == config and not short.evidence
+    monkeypatch.undo()
+    job.run()  # and it can be done anew
+    assert short.kept == [0, 1, 3, 5]
+
+
 def test_a_removal_that_fails_takes_the_patch_back(monkeypatch):
     short = meta()
     before = weights(short)
@@ -180,3 +212,28 @@ def test_a_meta_model_goes_through_transformers_and_comes_back_in_its_format(tmp
     assert record["source"] == str(directory) and record["original_layers"] == [0, 1, 3, 4]
     assert (out / "tokenizer.json").read_bytes() == (directory / "tokenizer.json").read_bytes()
     assert not (out / "README.md").exists()  # a Meta directory has no card
+
+
+def heals_meta(tmp_path: Path, dtype: torch.dtype) -> HealingJob:
+    """A job that has patched a Meta checkpoint of some dtype, read in float32."""
+    model = make_transformer(vocab_size=BYTE_VOCAB).to(dtype)
+    write_byte_tokenizer(save_checkpoint(tmp_path / "meta", model))
+    short = open_model(str(tmp_path / "meta"), max_seq_len=32, device="cpu", dtype="float32")
+    job = HealingJob(short, WINDOWS, [2], progress=False)
+    job.run()
+    return job
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_patched_meta_checkpoint_is_proved_before_it_is_there(tmp_path, monkeypatch, dtype):
+    job = heals_meta(tmp_path, dtype)
+    short, (layer, name) = job.short, next(iter(job.short.changed))
+    weight = short.decoder.layers[short.kept.index(layer)].get_parameter(name)
+    exact = weight.detach().clone()
+    job.save(tmp_path / "out")
+    assert torch.equal(weight, exact)  # rounded as on disk only while the two are compared
+    before = {p: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    monkeypatch.setattr(save, "_changed", lambda _: {})  # the patch is lost on the way
+    with pytest.raises(RuntimeError, match="the saved model is not the model in memory"):
+        job.save(tmp_path / "out", overwrite=True)
+    assert {p: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before

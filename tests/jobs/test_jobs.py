@@ -207,15 +207,15 @@ def test_evaluate_reads_so_many_windows_at_once(here, monkeypatch):
 
 def test_a_choice_names_layers_or_scores(here):
     for choice, message in (
-        (Choice(), "expected either --layers"),
-        (Choice([1], "r.json"), "expected either --layers"),
-        (Choice([1], angular=True), "chooses from --scores"),
+        (Choice(), "expected either `layers`, as in 21,22,23, or `scores` and `n`"),
+        (Choice([1], "r.json"), "expected either `layers`"),
+        (Choice([1], angular=True), "chooses from `scores`"),
         (MethodChoice(scores="r", angular=True, method="bi"), "contradict each other"),
         (MethodChoice(scores="r", method="best"), "no method 'best'"),
     ):
         with pytest.raises(ShortGPTError, match=message):
             choice.check()
-    with pytest.raises(ShortGPTError, match="--n chooses from --scores"):
+    with pytest.raises(ShortGPTError, match="`n` chooses from `scores`"):
         prune("ckpt", "x", layers=[1], n=1)
     assert Choice(3).check().named == [3]
 
@@ -230,7 +230,7 @@ def test_cases_are_read_with_or_without_spaces():
 def test_settings_are_refused_before_a_model_is_loaded(here):
     with pytest.raises(ShortGPTError, match="n = 5; the model has 5 layers: expected 1 to 4"):
         rank("ckpt", "no such text", n=5)
-    with pytest.raises(ShortGPTError, match="--method sleb needs --n N"):
+    with pytest.raises(ShortGPTError, match="`method` sleb needs `n`"):
         Answer(method="sleb")
     with pytest.raises(ShortGPTError, match="n, or use choose"):
         _ = rank("ckpt", "book.txt", cut=CUT).layers

@@ -13,6 +13,7 @@ from conftest import BYTE_VOCAB, make_transformer, save_checkpoint, write_byte_t
 
 from short_gpt import ShortGPTError, convert, prune, rank
 from short_gpt.jobs import Choice, Scores, StridedCut, heal
+from short_gpt.jobs.scored import tokenizer_of
 from short_gpt.opening import weights_of
 
 LEARNED = ("--data", "book.txt", "--eval_data", "held.txt", "--size", 32, "--max_windows", 4)
@@ -43,7 +44,8 @@ def test_scores_of_other_weights_are_refused_and_told(here, capsys, options):
     checkpoint(Path("other"), seed=1)
     record = ranked("ckpt", "r.json", *options)
     ours, theirs = weights_of("ckpt"), weights_of("other")
-    assert record["scored"] == {"weights": ours} and ours != theirs
+    assert record["scored"] == {"weights": ours, "tokenizer": tokenizer_of("ckpt")}
+    assert ours != theirs
     capsys.readouterr()
     for command in (
         ("prune", "other", "out", "--scores", "r.json", "--n", 1),
@@ -83,13 +85,45 @@ def test_older_scores_are_read_and_said_not_to_be_checked(here, capsys):
     assert "not checked: r.json" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("model", ["ckpt", "hf"])
+def test_scores_of_another_tokenizer_are_refused_and_told(here, capsys, model):
+    convert("ckpt", "hf")
+    record = ranked(model, "r.json")
+    config = Path(model, "tokenizer_config.json")
+    said = json.loads(config.read_text())
+    config.write_text(json.dumps(said | {"chat_template": "{{ messages }}"}))  # of other use
+    run("prune", model, "same", "--scores", "r.json", "--n", 1, "--verify", "no")
+    config.write_text(json.dumps(said | {"add_bos_token": False}))
+    capsys.readouterr()
+    ours, theirs = record["scored"]["tokenizer"], tokenizer_of(model)
+    for command in ("prune", "heal"):
+        more = LEARNED if command == "heal" else ()
+        line = fails(capsys, command, model, "out", "--scores", "r.json", "--n", 1, *more)
+        assert f"read with the tokenizer {ours}, {model} now has {theirs}: score it anew" in line
+    record["scored"].pop("tokenizer")  # of an earlier version
+    Path("r.json").write_text(json.dumps(record))
+    run("prune", model, "out", "--scores", "r.json", "--n", 1)
+
+
+def test_a_tokenizer_elsewhere_is_looked_for_there(here, capsys):
+    Path("words").mkdir()
+    for path in Path("ckpt").glob("tokenizer*"):
+        path.rename(Path("words") / path.name)
+    place = ("--tokenizer_path", "words/tokenizer.json")
+    found = ranked("ckpt", "r.json", *place)["scored"]["tokenizer"]
+    assert found == tokenizer_of("ckpt", "words/tokenizer.json") != tokenizer_of("ckpt") is None
+    write_byte_tokenizer(Path("ckpt"))  # another one beside the weights is not what was read with
+    Path("ckpt/tokenizer_config.json").unlink()
+    run("prune", "ckpt", "out", "--scores", "r.json", "--n", 1)
+
+
 def test_weights_are_those_of_the_files_in_every_format(here):
     whole = weights_of("ckpt")
     convert("ckpt", "hf")
     found = weights_of("hf")
     assert found is not None and found != whole == weights_of("ckpt")
     result = rank("hf", "book.txt", n=1, cut=StridedCut(32, 6, 0, 16))
-    assert result.to_dict()["scored"] == {"weights": found}
+    assert result.to_dict()["scored"] == {"weights": found, "tokenizer": tokenizer_of("hf")}
     Path("hf/model.safetensors").unlink()
     assert weights_of("hf") is None
 
@@ -203,7 +237,7 @@ def test_prune_says_what_the_scores_do_not_settle(here, capsys):
     run("prune", "ckpt", "out", "--scores", "r.json", "--n", 2)
     assert "not settled" not in said(2, "bi")
     line = "not settled: r.json was read until the lowest Block Influence, 2 layers were settled"
-    assert f"{line}, not 1 by bi; rank with --n 1 --method bi settles these" in said(1, "bi")
+    assert f"{line}, not 1 by bi; ranking for these settles them" in said(1, "bi")
     assert "not 2 by angular" in said(2, "angular")
     assert "r.json ended before its answer was" in said(2, "bi", settled=False)
     assert "not settled" not in said(1, "bi", population=6)  # all were read

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from commands import DATA, TEXT, fails, run
 from conftest import BYTE_VOCAB, make_transformer, save_checkpoint, write_byte_tokenizer
 from gguf_files import write_gguf
@@ -143,6 +145,36 @@ def test_a_gguf_file(made, tmp_path, case):
             read()
         assert "\n" not in str(error.value) and "m.gguf" in str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+def qwen(path: Path, *extra: tuple[str, torch.Tensor]) -> Path:
+    """A GGUF file of another architecture than llama, whose attention has biases."""
+    model = make_transformer(vocab_size=BYTE_VOCAB)
+    widths = {"q": 32, "k": 16, "v": 16}
+    biases = [
+        (f"blk.{i}.attn_{part}.bias", torch.ones(width))
+        for i in range(5)
+        for part, width in widths.items()
+    ]
+    return write_gguf(path, model, arch="qwen2", tensors=[*biases, *extra])
+
+
+def test_a_gguf_file_of_another_architecture(tmp_path):
+    assert ShortHFModel(qwen(tmp_path / "whole.gguf")).model.config.model_type == "qwen2"
+    scales = [("blk.1.attn_output.scale", torch.ones(32)), ("blk.0.attn_sub.bias", torch.ones(32))]
+    path = qwen(tmp_path / "m.gguf", *scales)
+    said = r"m.gguf cannot be loaded: it holds blk.0.attn_sub.bias, blk.1.attn_output.scale, which"
+    with pytest.raises(ShortGPTError, match=said):
+        ShortHFModel(path)
+
+
+@pytest.mark.skipif(transformers.__version__.startswith("4."), reason="it would read the weights")
+@pytest.mark.parametrize("case", SAID)
+def test_prune_looks_for_every_weight_without_a_proof_too(here, capfd, case):
+    damaged_hf(here, case)
+    line = fails(capfd, "prune", "hf", "out", "--layers", 1, "--verify", "no")
+    assert re.search(rf"{SAID[case]}|expected tensors of model.layers.0 to model.layers.4", line)
+    assert not Path("out").exists()
 
 
 def test_a_meta_checkpoint(here):

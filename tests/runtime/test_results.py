@@ -48,7 +48,7 @@ def test_an_open_file_is_written_to_under_the_systems_name_for_it(tmp_path):
 def test_only_results_are_replaced(tmp_path, content):
     path = tmp_path / "params.json"
     path.write_text(content)
-    with pytest.raises(FileExistsError, match="exists; choose another name or pass --overwrite"):
+    with pytest.raises(FileExistsError, match="exists; choose another name or pass `overwrite`"):
         write_record(path, {"n": 9})
     with pytest.raises(FileExistsError, match="is not what this would write there"):
         write_record(path, {"n": 9}, overwrite=True)

@@ -1,0 +1,65 @@
+"""What scores are of: the weights, and the tokenizer that their texts were read with."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from llama.io.hub import resolve
+from llama.io.json_files import read_json
+from llama.io.sources import kind_of
+from llama.tokenizer import find_tokenizer
+from short_gpt.models.loading import TOKENIZER
+from short_gpt.opening import weights_of
+from short_gpt.runtime.digest import files_digest, json_digest
+
+TOKENIZER_CONFIG = "tokenizer_config.json"
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Digests by which saved scores are told to be a model's.
+
+    Attributes:
+        weights, tokenizer: of `weights_of` and `tokenizer_of`; None where nothing is known.
+    """
+
+    weights: str | None = None
+    tokenizer: str | None = None
+
+    @classmethod
+    def of(cls, model: str, tokenizer_path: str | None = None) -> Scored:
+        """Those of a model as its files are now; arguments as for `tokenizer_of`."""
+        return cls(weights_of(model), tokenizer_of(model, tokenizer_path))
+
+
+UNKNOWN = Scored()  # of files that say nothing, and of ranks that do not speak
+
+
+def tokenizer_of(source: str, path: str | None = None) -> str | None:
+    """A digest of the tokenizer that a checkpoint's texts are read with, chat templates left out.
+
+    Args:
+        source: as for `weights_of`.
+        path: of a Meta checkpoint's tokenizer; None looks beside it.
+
+    Returns:
+        None where there are no files of one, as with GGUF, whose weights' digest covers it.
+    """
+    kind, files = kind_of(source), []
+    if kind == "meta":
+        with suppress(FileNotFoundError):
+            file = Path(path or find_tokenizer(source))
+            files = [file, *file.parent.glob(TOKENIZER_CONFIG)]
+    elif kind != "gguf":
+        files = [p for p in resolve(source).iterdir() if TOKENIZER.fullmatch(p.name)]
+    parts = [_tokenizer_part(path) for path in sorted(files) if path.is_file()]
+    return json_digest(parts) if parts else None
+
+
+def _tokenizer_part(path: Path) -> str:
+    if path.name != TOKENIZER_CONFIG:
+        return files_digest([path])
+    said = read_json(path)
+    return json_digest({name: said[name] for name in sorted(said) if name != "chat_template"})
