@@ -1,9 +1,9 @@
-"""The whole job on the small real model: rank, remove, evaluate, save."""
+"""The whole job on the small real model: rank, remove, refit, evaluate, save."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from llama.io.files import check_new, new_directory
@@ -11,6 +11,8 @@ from short_gpt.checkpoints.verify import check_same, fingerprint
 from short_gpt.data import demo as material
 from short_gpt.data.windows import at_least
 from short_gpt.evaluation.perplexity import Perplexity
+from short_gpt.experiments.cost import size_without, tokens_per_second
+from short_gpt.healing import heal_refit
 from short_gpt.jobs.inputs import Cut, Notify, Opening, ignore
 from short_gpt.jobs.scored import Scored
 from short_gpt.models.numbering import check_count
@@ -54,35 +56,59 @@ class DemoRun:
 
 
 @dataclass(frozen=True)
+class Look:
+    """What a model is worth.
+
+    Attributes:
+        perplexity: of held-out chapters.
+        completion: the likeliest continuation of a prompt, with the prompt.
+        megabytes: of its weights in memory.
+        tokens_per_second: greedy generation with the cache, one sequence.
+    """
+
+    perplexity: Perplexity
+    completion: str
+    megabytes: float
+    tokens_per_second: float
+
+    def to_dict(self) -> dict[str, object]:
+        """All of it, ready for JSON."""
+        return {
+            **self.perplexity.to_dict(),
+            **{k: v for k, v in vars(self).items() if k != "perplexity"},
+        }
+
+
+@dataclass(frozen=True)
 class Demo:
     """What the demo found.
 
     Attributes:
         importance: the scores.
         layers: lists of the layers to remove, by Block Influence and by angle.
-        quality: perplexity of the held-out chapters, by the name of the model.
-        completions: the likeliest continuation of a prompt, by the same names.
+        looks: at the whole model, the one as cut and the one refitted, by their names.
         written: what lies in the new folder.
     """
 
     importance: Importance
     layers: dict[str, list[int]]
-    quality: dict[str, Perplexity]
-    completions: dict[str, str]
-    written: list[Path]
+    looks: dict[str, Look]
+    written: list[Path] = field(default_factory=list)
 
 
 def run_demo(
     out: str = "short_gpt_demo",
     *,
-    n: int = 8,
+    n: int = 4,
     run: DemoRun | None = None,
     overwrite: bool = False,
     draw: Draw | None = None,
     record: Mapping[str, object] | None = None,
     notify: Notify = ignore,
 ) -> Demo:
-    """Ranks, removes, evaluates and saves SmolLM2-135M-Instruct, which reads the King James Bible.
+    """Ranks layers of SmolLM2-135M-Instruct, removes the lowest, refits, evaluates and saves.
+
+    It reads the King James Bible.
 
     Args:
         out: new folder for layers.json, the pictures and the pruned checkpoint.
@@ -101,7 +127,7 @@ def run_demo(
 
     Example:
         >>> run_demo("demo").layers["block_influence"]  # doctest: +SKIP
-        [14, 13, 3, 12, 25, 17, 2, 15]
+        [14, 13, 3, 12]
     """
     run, target = run or DemoRun(), Path(out)
     run.check()
@@ -111,29 +137,31 @@ def run_demo(
     opening = Opening(device=run.device)
     model = str(material.checkpoint())
     short = opening.whole(model, size=1024)
-    short.measure(run.windows(short, "calibration"))
+    learned, held = (run.windows(short, part) for part in ("calibration", "held_out"))
+    short.measure(learned)
     low, block = (short.layers_to_remove(n=n, angular=angular) for angular in (False, True))
-    quality, completions = _looked_at(short, run, {"Block Influence": low, "angular block": block})
-    lists = {"block_influence": low, "angular": block}
-    found = Demo(short.importance, lists, quality, completions, [])
+    found = Demo(short.importance, {"block_influence": low, "angular": block}, {})
+    found.looks[f"whole, {material.N_LAYERS} layers"] = _look(short, held)
+    with short.without_layers(low):
+        found.looks[f"cut, {len(short.present)} layers"] = _look(short, held)
+    short.evidence["method"] = METHODS["bi"]
+    heal_refit(short, low, learned)
+    found.looks[f"refitted, {len(short.present)} layers"] = _look(short, held)
     more = {**(record or {}), "seed": run.seed, "scored": vars(Scored.of(model))}
     _save(short, target, found, draw, more, overwrite)
     return found
 
 
-def _looked_at(
-    short: ShortModel, run: DemoRun, sets: Mapping[str, Sequence[int]]
-) -> tuple[dict[str, Perplexity], dict[str, str]]:
-    """Perplexity and completion of the whole model, and of that without each set of layers."""
-    held = run.windows(short, "held_out")
-    quality, completions = {}, {}
-    for what, drop in {"dense": [], **sets}.items():
-        name = f"{what}, {len(short.kept) - len(drop)} layers"
-        with short.without_layers(drop):
-            quality[name] = short.perplexity(held)
-            text = PROMPT + short.generate([PROMPT], max_gen_len=24, temperature=0)[0]
-        completions[name] = " ".join(text.split())
-    return quality, completions
+def _look(short: ShortModel, held: Sequence[Sequence[int]]) -> Look:
+    """Measures the model as it is now."""
+    gone = [number for number in short.kept if number not in short.present]
+    text = PROMPT + short.generate([PROMPT], max_gen_len=24, temperature=0)[0]
+    return Look(
+        short.perplexity(held),
+        " ".join(text.split()),
+        size_without(short, gone)[1] / 1e6,
+        tokens_per_second(short, held[0]),
+    )
 
 
 def _save(
@@ -145,12 +173,10 @@ def _save(
     overwrite: bool,
 ) -> None:
     """Writes the folder, whole or not at all, and compares the checkpoint in it with the model."""
-    result = {name: p.to_dict() for name, p in found.quality.items()}
+    result = {name: look.to_dict() for name, look in found.looks.items()}
     content = {**record, "layers": found.layers, "result": result}
     content["importance"] = found.importance.to_dict()
     facts = {"data": "King James Bible", "result": result}
-    short.evidence["method"] = METHODS["bi"]
-    short.remove_layers(found.layers["block_influence"])
     with new_directory(out, marker=MARKER, overwrite=overwrite) as partial:
         write_record(partial / MARKER, content)
         pictures = [] if draw is None else draw(found.importance, partial)

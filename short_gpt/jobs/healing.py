@@ -75,11 +75,9 @@ def heal(
 ) -> Healing:
     """Removes layers of a checkpoint and brings quality back.
 
-    The refit solves the last matrices of all layers behind the first gap again, the patch one map
-    for every gap; both take minutes. LoRA learns the text, distillation what
-    the whole model predicts; both also heal a model that was cut before, take a Meta checkpoint to
-    Hugging Face's format and back, and continue when interrupted. No text is evaluated on that was
-    learned from.
+    Refit and patch are closed forms, of minutes. LoRA learns the text, distillation what the whole
+    model predicts; both also heal a model that was cut before, take a Meta checkpoint to Hugging
+    Face's format and back, and continue when interrupted. No text is both learned and evaluated on.
 
     Args:
         model: Meta checkpoint directory, Hugging Face directory or hub id.

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 
 from llama.io.sources import is_gguf
-from short_gpt.jobs.demonstration import Demo
+from short_gpt.jobs.demonstration import Demo, Look
 from short_gpt.jobs.healing import Healing
 from short_gpt.jobs.inputs import about_bos
 from short_gpt.jobs.pruning import Pruned
@@ -83,7 +84,20 @@ def healed(result: Healing) -> str:
 
 def demonstrated(result: Demo, n: int) -> str:
     """All that the demo found."""
-    said = "\n".join(f"{name}:\n  {text}" for name, text in result.completions.items())
-    parts = [ranking(result.importance, n), f"Held-out chapters:\n{perplexities(result.quality)}"]
+    looks = result.looks
+    said = "\n".join(f"{name}:\n  {look.completion}" for name, look in looks.items())
+    quality = perplexities({name: look.perplexity for name, look in looks.items()})
+    parts = [ranking(result.importance, n), f"Held-out chapters:\n{quality}", costs(looks)]
     parts += [f"Greedy completions:\n{said}"]
     return "\n\n".join([*parts, "The saved checkpoint, loaded again, gives the same logits."])
+
+
+def costs(looks: Mapping[str, Look]) -> str:
+    """A row for every model: its size, and how fast it generates."""
+    width = max(map(len, looks))
+    rows = [f"{'':<{width}}  {'megabytes':>10}  {'tokens/s':>9}"]
+    rows += [
+        f"{name:<{width}}  {look.megabytes:>10.1f}  {look.tokens_per_second:>9.1f}"
+        for name, look in looks.items()
+    ]
+    return "\n".join(rows)
