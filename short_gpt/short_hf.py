@@ -203,7 +203,7 @@ class ShortHFModel(ShortModel):
         """
         self.check_whole()
         record = Provenance.of(self, self.source, facts=facts, measured=measured)
-        proof = self._verify if verify else None
+        proof = self.check_saved if verify else None
         return save_hf(
             self.trainable(),
             out_dir,
@@ -232,7 +232,7 @@ class ShortHFModel(ShortModel):
             out_dir,
             record=Provenance.of(self, self.source, facts=facts, measured=measured),
             tokenizer_path=self._meta_tokenizer,
-            verify=self._verify,
+            verify=self.check_saved,
             overwrite=overwrite,
         )
 
@@ -269,7 +269,8 @@ class ShortHFModel(ShortModel):
     def harness_model(self, *, batch_size: int = 1) -> object:
         return hugging_face_lm(self.model, self.tokenizer, batch_size=batch_size)
 
-    def _verify(self, directory: Path) -> None:
+    def check_saved(self, directory: Path) -> None:
+        """Raises RuntimeError unless a directory holds this model, as transformers loads it."""
         again = type(self.model).from_pretrained(directory, dtype=self.model.dtype)
         copy_weights(cast("PreTrainedModel", again))
         if not getattr(again, "is_quantized", False):  # those are where they belong

@@ -9,7 +9,6 @@ from pathlib import Path
 from llama.io.files import check_new
 from llama.io.sources import is_meta
 from short_gpt.checkpoints.provenance import PROVENANCE, Provenance
-from short_gpt.checkpoints.prune import refuse_gguf
 from short_gpt.healing import HealingEvidence, HealingJob, Learning, Recipe, Source
 from short_gpt.healing.job import LoraSettings, PatchSettings
 from short_gpt.healing.linear_patch import RIDGE
@@ -87,7 +86,6 @@ def heal(
     learned, settings = learned or Learned(), settings or Settings()
     texts, lora = source_of(data), method == "lora"
     settings.check(method)
-    refuse_gguf(model)
     check_new(Path(out), marker=PROVENANCE, overwrite=overwrite, source=Path(model))
     found = _selection(model, choice or Choice(), lora=lora)
     check_model(model)
