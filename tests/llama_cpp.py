@@ -35,9 +35,17 @@ class LlamaCpp:
         found = self._complete(prompt, count, n_probs=1)["choices"][0]["logprobs"]["content"]
         return [entry["id"] for entry in found]
 
-    def logprobs(self, ids: Sequence[int], top: int = 50) -> dict[int, float]:
-        """Log probabilities of the likeliest tokens after ``ids``."""
-        found = self._complete(ids, 1, n_probs=top)["choices"][0]["logprobs"]["content"]
+    def logprobs(
+        self, prompt: str | Sequence[int], top: int = 50, *, chosen: int | None = None
+    ) -> dict[int, float]:
+        """Log probabilities of the likeliest tokens after a text or token ids.
+
+        ``chosen`` is the token that is taken then, which changes none of them: llama.cpp tells
+        nothing of a token that is half a character.
+        """
+        more = {} if chosen is None else {"logit_bias": [[chosen, 1e6]]}
+        asked = self._complete(prompt, 1, n_probs=top, **more)
+        found = asked["choices"][0]["logprobs"]["content"]
         return {entry["id"]: entry["logprob"] for entry in found[0]["top_logprobs"]}
 
     def count(self, text: str) -> int:

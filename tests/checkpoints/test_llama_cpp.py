@@ -9,11 +9,13 @@ import pytest
 import torch
 from gguf_families import FAMILIES, make, write_model
 from llama_cpp import LlamaCpp
+from tokenizer_files import KINDS, ODD, meta
 
 from llama import Llama
 from llama.formats.gguf_from import llama_to_gguf
 from llama.formats.gguf_parts import GGUFParts
 from llama.formats.gguf_write import UINT32, copied, record, write_again
+from llama.tokenizer import Tokenizer, find_tokenizer
 from short_gpt import ShortLlama
 from short_gpt.checkpoints import prune_checkpoint, prune_gguf
 from short_gpt.checkpoints.gguf_layers import Stack, renamed
@@ -121,6 +123,20 @@ print(peak() - base)
     command = [sys.executable, "-c", code, str(demo.gguf_file()), str(tmp_path / "cut.gguf")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert float(done.stdout) < 75
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_llama_cpp_makes_our_tokens_of_a_text(tmp_path, kind):
+    """What follows a text follows the ids that we make of it."""
+    source = meta(tmp_path / "meta", kind)
+    llama_to_gguf(source, tmp_path / "m.gguf")
+    tokenizer, client = Tokenizer(find_tokenizer(source)), LlamaCpp(tmp_path / "m.gguf")
+    letter = tokenizer.encode("x", False, False)[-1]
+    for text in ODD[:-1]:  # the last has special tokens, which it takes for what they are
+        ids = tokenizer.encode(text, tokenizer.add_bos, False)
+        assert client.count(text) == len(ids), (text, ids)
+        found = [client.logprobs(prompt, 5, chosen=letter) for prompt in (text, ids)]
+        assert found[0] == pytest.approx(found[1], abs=1e-5), text
 
 
 def cut_counts_alone(path: Path, out: Path, keep: list[int]) -> None:
