@@ -22,6 +22,7 @@ DEV = [
     "pytest",
     "pytest-xdist>=3.6",
     "ruff",
+    "xllamacpp>=2026.10",
     *DOCS,
     *DEMO,
     *EVAL,

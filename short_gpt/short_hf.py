@@ -209,7 +209,7 @@ class ShortHFModel(ShortModel):
         """
         self.check_whole()
         record = Provenance.of(self, self.source, facts=facts, measured=measured)
-        proof = self._verify if verify else None
+        proof = self.check_saved if verify else None
         return save_hf(
             self.trainable(),
             out_dir,
@@ -238,7 +238,7 @@ class ShortHFModel(ShortModel):
             out_dir,
             record=Provenance.of(self, self.source, facts=facts, measured=measured),
             tokenizer_path=self._meta_tokenizer,
-            verify=self._verify,
+            verify=self.check_saved,
             overwrite=overwrite,
         )
 
@@ -275,7 +275,8 @@ class ShortHFModel(ShortModel):
     def harness_model(self, *, batch_size: int = 1) -> object:
         return hugging_face_lm(self.model, self.tokenizer, batch_size=batch_size)
 
-    def _verify(self, directory: Path) -> None:
+    def check_saved(self, directory: Path) -> None:
+        """Raises RuntimeError unless a directory holds this model, as transformers loads it."""
         check_same(*one_by_one(lambda: fingerprint(self), lambda: self._read_again(directory)))
 
     def _read_again(self, directory: Path) -> Fingerprint:

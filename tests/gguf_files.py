@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from conftest import BYTES
 
@@ -34,6 +35,43 @@ def write_gguf(path, model, *, arch="llama", tensors=(), drop=(), **fields):
             writer.add_tensor(name_in(GGUF, name), weight.numpy())
     for name, weight in tensors:
         writer.add_tensor(name, weight.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def stack_file(path, arch="llama", layers=8, *, names=(), split=0, **fields):
+    """A GGUF file of layers that hold one small tensor each, for what is said of layers.
+
+    Args:
+        path: the file.
+        arch, layers: as it says.
+        names: further tensors.
+        split: tensors in each of several files; 0 is one file.
+        fields: keys under the architecture, ``__`` for ``.``; a list, or a number.
+    """
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(path, arch, split_max_tensors=split)
+    writer.add_block_count(layers)
+    writer.add_token_list([f"token{i}" for i in range(layers)])  # as many as there are layers
+    for name, value in fields.items():
+        key, add = f"{arch}.{name.replace('__', '.')}", writer.add_uint32
+        if isinstance(value, list):
+            add = writer.add_array
+        elif isinstance(value, float):
+            add = writer.add_float32
+        add(key, value)
+    writer.add_tensor("token_embd.weight", np.arange(64, dtype=np.float32).reshape(2, 32))
+    for i in range(layers):
+        rows = np.random.default_rng(i).standard_normal((3, 32)).astype(np.float32)
+        kind = gguf.GGMLQuantizationType.Q4_0
+        data = gguf.quants.quantize(rows, kind)
+        writer.add_tensor(f"blk.{i}.ffn_down.weight", data, raw_dtype=kind)
+        writer.add_tensor(f"blk.{i}.attn_norm.weight", rows[0, :7].copy())
+    for name in names:
+        writer.add_tensor(name, np.ones(4, np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -42,7 +42,8 @@ def gguf_to_meta(
     """Writes a GGUF file of a Llama model as a Meta checkpoint directory.
 
     Quantized weights become what they stand for; in float32, exactly. Tied embeddings are
-    stored once. The tokenizer is written as ``tokenizer.json``.
+    stored once. The tokenizer is written as ``tokenizer.json``, or as ``tokenizer.model`` if it is
+    SentencePiece's.
 
     Args:
         path: the GGUF file.
@@ -64,7 +65,7 @@ def gguf_to_meta(
     source = GGUFFile(Path(str(path)))
     args, kind = source.args(), choose_dtype(dtype, torch.device("cpu"))
     check_shards(args, shards)
-    tokenizer = source.tokenizer()
+    tokenizer, words, config = source.tokenizer()
     infos = {
         name: TensorInfo(shape, kind, source.name_of(name))
         for name, shape in full_shapes(args).items()
@@ -79,8 +80,8 @@ def gguf_to_meta(
     with new_directory(out, marker=CONVERSION, overwrite=overwrite) as partial:
         write_model(partial, args, infos, read, shards=shards)
         write_json(partial / "params.json", params_json(args))
-        (partial / "tokenizer.json").write_text(tokenizer[0], encoding="utf-8")
-        write_json(partial / "tokenizer_config.json", tokenizer[1])
+        (partial / tokenizer).write_bytes(words)
+        write_json(partial / "tokenizer_config.json", config)
         made = {"source": source.path.name, "dtype": str(kind), **source.without_place()}
         write_json(partial / CONVERSION, made)
         verify(partial)
@@ -198,7 +199,7 @@ def meta_to_hf(
     source, out = Checkpoint(ckpt_dir), Path(str(out_dir))
     tokenizer = Path(str(tokenizer_path)) if tokenizer_path else find_tokenizer(source.directory)
     check_new(out, marker=CONVERSION, overwrite=overwrite, source=source.directory)
-    tied, infos = _tied(source), source.shards[0].infos
+    tied, infos = is_tied(source), source.shards[0].infos
     shapes = {n: s for n, s in full_shapes(source.args).items() if not (tied and n == OUTPUT)}
     meta_names = {name_in(HF, name): name for name in shapes}
     entries = {hf: Entry.of(infos[name].dtype, shapes[name]) for hf, name in meta_names.items()}
@@ -222,7 +223,7 @@ def meta_to_hf(
     return out
 
 
-def _tied(source: Checkpoint) -> bool:
+def is_tied(source: Checkpoint) -> bool:
     """Whether output head and embedding are the same, bit for bit; compared shard by shard."""
     first = source.shards[0].infos
     if first[OUTPUT].dtype != first[EMBEDDING].dtype:

@@ -5,21 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from llama.args import ModelArgs, check_positive
 from llama.checkpoint.sharding import full_shapes
 from llama.errors import InputError
-from llama.formats.gguf_header import read_header
+from llama.formats.gguf_parts import GGUFParts
 from llama.formats.names import GGUF, check_layers, check_tensors, ffn_keys, name_in
 from llama.formats.tokenizers import gguf_tokenizer
 from llama.io.json_files import JsonObject
 from llama.rope import rope_frequencies
 
 ROPE_FACTORS = "rope_freqs.weight"
-PLAIN = {"F16": np.float16, "F32": np.float32, "F64": np.float64}  # the others are in blocks
 
 
 class GGUFFile:
@@ -32,8 +30,8 @@ class GGUFFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self.fields, self.tensors = read_header(path)
+        self.path, self._parts = path, GGUFParts(path)
+        self.fields, self.tensors = self._parts.fields, self._parts.tensors
         if self.get("general.architecture") != "llama":
             raise InputError(
                 f"{path} holds architecture {self.get('general.architecture')!r}; expected 'llama'"
@@ -51,14 +49,7 @@ class GGUFFile:
 
     def read(self, name: str) -> Tensor:
         """A tensor of this name in GGUF, dequantized, in memory of its own."""
-        from gguf import GGMLQuantizationType, quants
-
-        place = self.tensors[name]
-        raw = np.fromfile(self.path, np.uint8, place.nbytes, offset=place.start)
-        rows, kind = raw.reshape(*place.shape[:-1], -1), GGMLQuantizationType(place.kind)
-        plain = PLAIN.get(kind.name)
-        values = rows.view(plain) if plain else quants.dequantize(rows, kind)
-        return torch.from_numpy(values.astype(np.float32, copy=False))
+        return self._parts.read(name)
 
     def name_of(self, meta_name: str) -> str:
         """GGUF's name of a tensor; the output head is the embedding where it has none."""
@@ -138,8 +129,8 @@ class GGUFFile:
         check_positive(context_length=context)
         return {"max_position_embeddings": context}
 
-    def tokenizer(self) -> tuple[str, JsonObject]:
-        """The text of ``tokenizer.json`` and the content of ``tokenizer_config.json``."""
+    def tokenizer(self) -> tuple[str, bytes, JsonObject]:
+        """The name and content of its file, and the content of ``tokenizer_config.json``."""
         return gguf_tokenizer(self)
 
 

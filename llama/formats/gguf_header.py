@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import mmap
 import struct
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from math import prod
 from pathlib import Path
 from typing import NamedTuple
@@ -35,11 +35,30 @@ class Place(NamedTuple):
     nbytes: int
 
 
+class Record(NamedTuple):
+    """How a key stands in the file: its type, that of an array's elements, and all its bytes."""
+
+    kind: int
+    element: int | None
+    raw: bytes
+
+
 class Header(NamedTuple):
-    """What a file says in front of its tensors' bytes: metadata by key, tensors by name."""
+    """What a file says in front of its tensors' bytes: metadata by key, tensors by name.
+
+    Attributes:
+        fields: values by key.
+        tensors: in the order of their bytes.
+        records: the same keys, as they stand in the file.
+        version: of the format.
+        alignment: of the tensors' bytes.
+    """
 
     fields: dict[str, object]
     tensors: dict[str, Place]
+    records: dict[str, Record]
+    version: int
+    alignment: int
 
 
 def read_header(path: Path) -> Header:
@@ -75,10 +94,23 @@ class _Walk:
         version, tensors, keys = self._number("I"), self._number("Q"), self._number("Q")
         if version not in VERSIONS:
             raise InputError(f"it is of version {version}, expected 2 or 3")
+        fields, records = self._keys(self._bounded(keys, 13))
+        alignment = _alignment(fields)
+        return Header(fields, self._tensors(tensors, alignment), records, version, alignment)
+
+    def _keys(self, count: int) -> tuple[dict[str, object], dict[str, Record]]:
         fields: dict[str, object] = {}
-        for _ in range(self._bounded(keys, 13)):
+        records: dict[str, Record] = {}
+        for _ in range(count):
+            start = self._at
             key = self._new("key", fields)
-            fields[key] = self._value(self._number("I"))
+            kind = self._number("I")
+            element = self._peek("I") if kind == ARRAY else None
+            fields[key] = self._value(kind)
+            records[key] = Record(kind, element, self._data[start : self._at])
+        return fields, records
+
+    def _tensors(self, tensors: int, alignment: int) -> dict[str, Place]:
         entries: dict[str, tuple[tuple[int, ...], int, int]] = {}
         for _ in range(self._bounded(tensors, 24)):
             name = self._new("tensor", entries)
@@ -89,7 +121,7 @@ class _Walk:
                 )
             shape = tuple(self._number("Q") for _ in range(dims))[::-1]
             entries[name] = (shape, self._number("I"), self._number("Q"))
-        return Header(fields, self._places(entries, fields.get("general.alignment", 32)))
+        return self._places(entries, alignment)
 
     def _new(self, what: str, known: Container[str]) -> str:
         """The next name; InputError if it was there before."""
@@ -118,6 +150,11 @@ class _Walk:
         self._at += struct.calcsize(f"<{code}")
         return value
 
+    def _peek(self, code: str) -> int:
+        """The next number, which stays the next."""
+        (value,) = struct.unpack_from(f"<{code}", self._data, self._at)
+        return value
+
     def _string(self) -> str:
         return self._bytes(self._number("Q")).decode("utf-8")
 
@@ -134,11 +171,9 @@ class _Walk:
         return count
 
     def _places(
-        self, entries: dict[str, tuple[tuple[int, ...], int, int]], alignment: object
+        self, entries: dict[str, tuple[tuple[int, ...], int, int]], alignment: int
     ) -> dict[str, Place]:
         """Where tensors lie: one behind the other, each at a multiple of the alignment."""
-        if not isinstance(alignment, int) or alignment < 1:
-            raise InputError(f"general.alignment is {alignment!r}, expected a positive integer")
         first = end = self._at + -self._at % alignment
         found: dict[str, Place] = {}
         for name, (shape, kind, offset) in sorted(entries.items(), key=lambda item: item[1][2]):
@@ -148,14 +183,27 @@ class _Walk:
                     f"tensor {name} begins at byte {first + offset}, expected {start}, behind the "
                     "one in front of it"
                 )
-            found[name] = Place(shape, kind, start, _nbytes(name, shape, kind))
+            found[name] = Place(shape, kind, start, nbytes_of(name, shape, kind))
             end = start + found[name].nbytes
             if end > len(self._data):
                 raise InputError(f"tensor {name} ends at byte {end} of {len(self._data)}")
         return found
 
 
-def _nbytes(name: str, shape: tuple[int, ...], kind: int) -> int:
+def _alignment(fields: Mapping[str, object]) -> int:
+    alignment = fields.get("general.alignment", 32)
+    if not isinstance(alignment, int) or alignment < 1:
+        raise InputError(f"general.alignment is {alignment!r}, expected a positive integer")
+    return alignment
+
+
+def nbytes_of(name: str, shape: tuple[int, ...], kind: int) -> int:
+    """The bytes of a tensor of this shape, in torch's order, and ggml's type.
+
+    Raises:
+        InputError: the type is unknown, or the rows do not fit its blocks.
+        MissingPackageError: the package gguf is missing.
+    """
     try:
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
     except ImportError:

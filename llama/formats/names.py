@@ -57,9 +57,21 @@ def permute(meta_name: str, weight: Tensor, args: ModelArgs, *, to: int) -> Tens
     heads = {"wq": args.n_heads, "wk": args.kv_heads}.get(meta_name.split(".")[-2])
     if heads is None:
         return weight
-    half = args.head_dim // 2
-    # (H hd, D) -> (H, hd / 2, 2, D) or (H, 2, hd / 2, D), whose two inner axes change places
-    parts = (half, 2) if to == HF else (2, half)
+    return permute_rows(weight, heads, to_neighbours=to == META)
+
+
+def permute_rows(weight: Tensor, heads: int, *, to_neighbours: bool) -> Tensor:
+    """Rows of heads from one order of rotated pairs to the other.
+
+    Args:
+        weight: (H hd, ...), H heads of width hd.
+        heads: H.
+        to_neighbours: whether pairs (i, i + hd / 2) become the neighbours (2i, 2i + 1), Meta's
+            and GGUF's order of a Llama, or the reverse.
+    """
+    half = weight.shape[0] // heads // 2
+    # (H hd, ...) -> (H, 2, hd / 2, ...) or (H, hd / 2, 2, ...); the inner axes change places
+    parts = (2, half) if to_neighbours else (half, 2)
     return weight.unflatten(0, (heads, *parts)).transpose(1, 2).flatten(0, 2)
 
 

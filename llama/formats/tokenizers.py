@@ -1,7 +1,7 @@
 """Tokenizers from one format to another: Llama 3's ranks and GGUF's vocabulary to tokenizer.json.
 
 transformers has converters too. They were tried (5.24, 97 passages, vocabulary of 3,000): its
-``TikTokenConverter`` gives the same merges and ids as `_llama3_json`, and its
+``TikTokenConverter`` gives the same merges and ids as `llama3_json`, and its
 ``convert_gguf_tokenizer`` the same ids as `tokenizer_json`. Our own stay for three reasons: those
 are internal (the second moved between 4.57 and 5.24, the first renamed an argument), they would
 make converting a Llama need all of transformers, and theirs takes an unknown pre-tokenizer for
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from llama.checkpoint.meta import copy_tokenizer
 from llama.errors import InputError
+from llama.formats.sentencepiece_model import Pieces
 from llama.io.json_files import JsonObject, write_json
 from llama.tokenizer import (
     LLAMA3_PATTERN,
@@ -33,6 +34,7 @@ GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s
 # By GGUF's names. SmolLM2 was trained with a cut around every digit too, which transformers drops
 # for a GGUF: digits stay single, as no merge joins them, but "\n\n1" loses the token "\n\n".
 PRE_TOKENIZERS = {"gpt-2": GPT2_PATTERN, "smollm": GPT2_PATTERN, "llama-bpe": LLAMA3_PATTERN}
+PRE_TOKENIZERS |= {"qwen2": LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")}  # digits one by one
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # types of tokens in llama.cpp's table
 
 LLAMA2_CONFIG: dict[str, object] = {
@@ -88,7 +90,7 @@ def write_tokenizer(source: Path, target: Path) -> None:
         if is_json and tokenizer.add_bos and tokenizer.bos_id >= 0:
             _put_bos(target / "tokenizer.json", tokenizer.bos_id)
     else:
-        (target / "tokenizer.json").write_text(_llama3_json(source), encoding="utf-8")
+        (target / "tokenizer.json").write_text(llama3_json(source), encoding="utf-8")
     if not is_json and not (target / "tokenizer_config.json").is_file():
         config = LLAMA2_CONFIG if llama2 else LLAMA3_CONFIG
         write_json(target / "tokenizer_config.json", config)
@@ -108,7 +110,7 @@ def _put_bos(path: Path, bos_id: int) -> None:
         path.write_text(text, encoding="utf-8")
 
 
-def _llama3_json(path: Path) -> str:
+def llama3_json(path: Path) -> str:
     """The ``tokenizer.json`` of a file of ranks: every pair that makes a token is a merge."""
     ranks = read_ranks(path, path.read_bytes())
     merges: list[str] = []
@@ -207,9 +209,11 @@ def _pairs(merges: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def _byte_level_bpe(vocab: dict[str, int], merges: Sequence[str], pre: str) -> FastTokenizer:
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     model = Tokenizer(models.BPE(vocab, _pairs(merges), ignore_merges=pre == "llama-bpe"))
+    if pre == "qwen2":
+        model.normalizer = normalizers.NFC()
     split = pre_tokenizers.Split(Regex(PRE_TOKENIZERS[pre]), behavior="isolated")
     spell = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     model.pre_tokenizer = pre_tokenizers.Sequence([split, spell])
@@ -217,20 +221,25 @@ def _byte_level_bpe(vocab: dict[str, int], merges: Sequence[str], pre: str) -> F
     return model
 
 
-def gguf_tokenizer(source: Fields) -> tuple[str, JsonObject]:
-    """A GGUF file's tokenizer: the text of ``tokenizer.json``, and ``tokenizer_config.json``.
+def gguf_tokenizer(source: Fields) -> tuple[str, bytes, JsonObject]:
+    """A GGUF file's tokenizer: a file's name and content, and ``tokenizer_config.json``.
+
+    Byte-level encodings become ``tokenizer.json``, those like Llama 2's SentencePiece's
+    ``tokenizer.model``.
 
     Args:
         source: the file's metadata.
 
     Raises:
-        InputError: a key is missing, or the tokenizer is of another kind than byte-level BPE.
+        InputError: a key is missing, or the tokenizer is of another kind.
     """
     kind = source.need("tokenizer.ggml.model")
+    if kind == "llama":
+        return _sentencepiece(source)
     if kind != "gpt2":
         raise InputError(
-            f"{source.path} has a tokenizer of kind {kind!r}; only byte-level BPE ('gpt2') "
-            "can be converted"
+            f"{source.path} has a tokenizer of kind {kind!r}; only byte-level BPE ('gpt2') and "
+            "SentencePiece's ('llama') can be converted"
         )
     tokens, pre = source.need("tokenizer.ggml.tokens"), source.get("tokenizer.ggml.pre", "default")
     types = source.need("tokenizer.ggml.token_type")
@@ -241,7 +250,26 @@ def gguf_tokenizer(source: Fields) -> tuple[str, JsonObject]:
     if add_bos and bos is not None:
         text = with_bos(text, tokens[bos], bos)
     config = {"add_bos_token": add_bos, **_named_tokens(source, tokens)}
-    return text, {**config, "tokenizer_class": "PreTrainedTokenizerFast"}
+    config |= {"tokenizer_class": "PreTrainedTokenizerFast"}
+    return "tokenizer.json", text.encode("utf-8"), config
+
+
+def _sentencepiece(source: Fields) -> tuple[str, bytes, JsonObject]:
+    """The SentencePiece model in a GGUF file, and its configuration."""
+    tokens = source.need("tokenizer.ggml.tokens")
+    scores, types = (source.need(f"tokenizer.ggml.{key}") for key in ("scores", "token_type"))
+    if not len(tokens) == len(scores) == len(types) == len(set(tokens)):
+        counts = f"{len(tokens)} tokens, {len(set(tokens))} distinct, {len(scores)} scores"
+        raise InputError(f"{source.path} has {counts} and {len(types)} types: it is damaged")
+    if not source.get("tokenizer.ggml.add_bos_token", True):
+        raise InputError(
+            f"{source.path} puts no bos in front of a text; Meta's format of SentencePiece does"
+        )
+    space = bool(source.get("tokenizer.ggml.add_space_prefix", True))
+    named = _named_tokens(source, tokens)
+    ends = {key: named[f"{key}_token"] for key in ("bos", "eos") if f"{key}_token" in named}
+    data = Pieces(tokens, [float(s) for s in scores], types, space).to_bytes(**ends)
+    return "tokenizer.model", data, {**LLAMA2_CONFIG, **named}
 
 
 def _named_tokens(source: Fields, tokens: Sequence[str]) -> Mapping[str, str]:

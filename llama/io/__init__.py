@@ -8,13 +8,14 @@
 from llama.io.files import check_new, check_writable, new_directory, read_marker
 from llama.io.hub import hub_failure, resolve
 from llama.io.json_files import JsonObject, read_json, write_json
-from llama.io.outputs import check_output, new_file
+from llama.io.outputs import check_output, check_outputs, new_file, new_files
 from llama.io.sources import is_gguf, is_meta, kind_of
 
 __all__ = [
     "JsonObject",
     "check_new",
     "check_output",
+    "check_outputs",
     "check_writable",
     "hub_failure",
     "is_gguf",
@@ -22,6 +23,7 @@ __all__ = [
     "kind_of",
     "new_directory",
     "new_file",
+    "new_files",
     "read_json",
     "read_marker",
     "resolve",

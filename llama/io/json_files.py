@@ -40,7 +40,12 @@ def write_json(path: Path, content: Mapping[str, object]) -> None:
 
     Numbers keep their last digit; NaN and infinities, which JSON lacks, become null.
     """
-    path.write_text(_json(content, "\n") + "\n", encoding="utf-8")
+    path.write_text(json_text(content), encoding="utf-8")
+
+
+def json_text(content: Mapping[str, object]) -> str:
+    """The text that `write_json` writes."""
+    return _json(content, "\n") + "\n"
 
 
 def _json(value: object, line: str) -> str:

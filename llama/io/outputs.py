@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -71,6 +71,61 @@ def new_file(path: Path, *, overwrite: bool, ours: Ours) -> Iterator[Path]:
     with work_folder(target) as work:
         yield work / NEW
         os.replace(work / NEW, target)
+
+
+@contextmanager
+def new_files(paths: Sequence[Path], *, overwrite: bool, ours: Ours) -> Iterator[list[Path]]:
+    """Files of one model, which are there together or not at all.
+
+    One file is as with `new_file`. Several take their places when the block ends well, the first
+    one last: it names the others, so that until then there is no model. They replace nothing.
+
+    Args:
+        paths: the files, in one directory.
+        overwrite, ours: as there, for a single file.
+
+    Raises:
+        FileExistsError: one of them exists and is not to be replaced.
+    """
+    if len(paths) == 1:
+        with new_file(paths[0], overwrite=overwrite, ours=ours) as partial:
+            yield [partial]
+        return
+    check_outputs(paths, overwrite=overwrite, ours=ours)
+    targets = [path.resolve() for path in paths]
+    targets[0].parent.mkdir(parents=True, exist_ok=True)
+    with work_folder(targets[0]) as work:
+        yield [work / path.name for path in paths]
+        check_outputs(paths, overwrite=overwrite, ours=ours)  # somebody may have made one
+        _place(work, targets)
+
+
+def _place(work: Path, targets: Sequence[Path]) -> None:
+    """Moves files to their places, the first one last; after an error none of them is there."""
+    placed: list[Path] = []
+    try:
+        for target in reversed(targets):
+            (work / target.name).rename(target)
+            placed.append(target)
+    except BaseException:
+        for target in placed:
+            target.unlink()
+        raise
+
+
+def check_outputs(paths: Sequence[Path], *, overwrite: bool, ours: Ours) -> None:
+    """Raises FileExistsError or PermissionError where `new_files` could not write."""
+    if len(paths) == 1:
+        check_output(paths[0], overwrite=overwrite, ours=ours)
+        return
+    for path in paths:
+        if path.exists():
+            raise FileExistsError(
+                f"{path} exists; files of a model in several are not overwritten: delete them or "
+                "choose another name"
+            )
+    tidy(paths[0].resolve())
+    check_writable(paths[0].resolve())
 
 
 def is_stream(path: Path) -> bool:

@@ -7,11 +7,12 @@ own ``save``. Both leave ``pruning.json``, one `Provenance`, and a model card ma
 from __future__ import annotations
 
 from short_gpt.checkpoints.card import model_card, write_provenance
+from short_gpt.checkpoints.gguf import prune_gguf, write_gguf
 from short_gpt.checkpoints.hf import prune_hf
 from short_gpt.checkpoints.mergekit import mergekit_recipe, recipe_dtype
 from short_gpt.checkpoints.meta import prune_meta
 from short_gpt.checkpoints.provenance import PROVENANCE, Provenance
-from short_gpt.checkpoints.prune import prune_checkpoint, refuse_gguf
+from short_gpt.checkpoints.prune import format_of, prune_checkpoint
 from short_gpt.checkpoints.save import save_as_meta, save_hf, save_meta
 from short_gpt.checkpoints.verify import (
     ROUNDING,
@@ -29,15 +30,17 @@ __all__ = [
     "check_same",
     "copy_weights",
     "fingerprint",
+    "format_of",
     "mergekit_recipe",
     "model_card",
     "prune_checkpoint",
+    "prune_gguf",
     "prune_hf",
     "prune_meta",
     "recipe_dtype",
-    "refuse_gguf",
     "save_as_meta",
     "save_hf",
     "save_meta",
+    "write_gguf",
     "write_provenance",
 ]

@@ -8,7 +8,7 @@ from os import PathLike
 from pathlib import Path
 
 from llama.io.hub import resolve
-from llama.io.sources import is_meta
+from llama.io.sources import is_gguf, is_meta
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.results import read_record
 
@@ -75,8 +75,8 @@ def recipe_dtype(source: str | PathLike[str]) -> str:
             transformers refuses to write it.
         FileNotFoundError: there is no such model.
     """
-    if is_meta(str(source)):
-        raise ShortGPTError("`recipe`: mergekit reads no Meta checkpoint; convert it first")
+    if is_gguf(source) or is_meta(str(source)):
+        raise ShortGPTError("`recipe`: mergekit reads Hugging Face's format; convert it first")
     directory = resolve(source)
     config = read_record(directory / "config.json")
     if _lists_kinds(directory):

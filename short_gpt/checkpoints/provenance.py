@@ -16,14 +16,13 @@ from pathlib import Path
 from short_gpt.checkpoints import entries
 from short_gpt.checkpoints.entries import EVIDENCE, KEYS, Measured, Step
 from short_gpt.checkpoints.from_model import counts_of, kept_quality, remembered, removed_halves
+from short_gpt.checkpoints.records import PROVENANCE, record_of
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.results import read_record, versions
 from short_gpt.scored_model import ScoredModel
 from short_gpt.scoring.importance import Importance
 from short_gpt.surgery.sublayers import REMOVED_SUBLAYERS
-
-PROVENANCE = "pruning.json"
 
 
 @dataclass(frozen=True)
@@ -159,9 +158,9 @@ class Provenance:
 
     @classmethod
     def beside(cls, directory: str | os.PathLike[str]) -> Provenance | None:
-        """The record in a checkpoint directory; None if there is none."""
-        path = Path(str(directory)) / PROVENANCE
-        return cls.read(path) if path.is_file() else None
+        """The record in a checkpoint directory or a GGUF file; None if there is none."""
+        found = record_of(directory)
+        return None if found is None else _read(*found)
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Provenance:

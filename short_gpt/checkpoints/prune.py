@@ -7,19 +7,24 @@ import shutil
 from collections.abc import Callable, Sequence
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 from llama.checkpoint.meta import CONVERSION
 from llama.formats.convert import check_llama, hf_to_meta, meta_to_hf
+from llama.formats.gguf_from import MADE, llama_to_gguf
 from llama.io.files import check_new, new_directory, read_marker
-from llama.io.json_files import write_json
+from llama.io.json_files import json_text, write_json
+from llama.io.outputs import new_file
 from llama.io.sources import is_gguf, is_meta
 from short_gpt.checkpoints.card import write_provenance
+from short_gpt.checkpoints.gguf import check_new_gguf, is_pruned_gguf, prune_gguf, verified
 from short_gpt.checkpoints.hf import prune_hf
 from short_gpt.checkpoints.meta import prune_meta
 from short_gpt.checkpoints.provenance import PROVENANCE, Provenance
+from short_gpt.checkpoints.records import RECORD
 from short_gpt.runtime.errors import ShortGPTError
 
-FORMATS = ("meta", "hf")
+FORMATS = ("meta", "hf", "gguf")
 
 
 def prune_checkpoint(
@@ -40,10 +45,11 @@ def prune_checkpoint(
     weights lie twice beside ``out_dir``.
 
     Args:
-        source: Meta checkpoint directory, or Hugging Face directory or hub id (safetensors).
-        out_dir: the new directory; appears whole or not at all.
+        source: Meta checkpoint directory, Hugging Face directory or hub id (safetensors), or GGUF
+            file.
+        out_dir: the new directory, or GGUF file; appears whole or not at all.
         layers: numbers of the layers to leave out.
-        to: the format to write, "meta" or "hf"; None keeps the source's.
+        to: the format to write, as for `format_of`.
         tokenizer_path, provenance, overwrite, progress, verify: as for `prune_meta`.
 
     Returns:
@@ -58,30 +64,25 @@ def prune_checkpoint(
         >>> facts = Provenance.of_scores(importance, facts={"data": "PG-19"})  # doctest: +SKIP
         >>> prune_checkpoint("7b", "5b", [21, 22], provenance=facts)  # doctest: +SKIP
     """
-    if to not in (None, *FORMATS):
-        raise ShortGPTError(f"expected a format of {' or '.join(FORMATS)}, got {to!r}")
-    refuse_gguf(str(source))
+    to = format_of(source, out_dir, to)
+    if is_gguf(source):
+        return _from_gguf(
+            source,
+            out_dir,
+            layers,
+            to,
+            provenance,
+            overwrite=overwrite,
+            progress=progress,
+            verify=verify,
+        )
     meta = is_meta(str(source))
     cut = _Cut(source, list(layers), provenance, tokenizer_path if meta else None, progress)
-    if to is None or (to == "meta") == meta:
+    if to == "gguf":
+        return cut.write_gguf(out_dir, meta=meta, overwrite=overwrite, verify=verify)
+    if (to == "meta") == meta:
         return cut.write(out_dir, meta=meta, overwrite=overwrite, verify=verify)
-    out = Path(str(out_dir))
-    check_new(out, marker=PROVENANCE, overwrite=overwrite, source=Path(str(source)))
-    if not meta:
-        check_llama(source)  # now rather than after the layers are cut
-    with new_directory(out, marker=PROVENANCE, overwrite=overwrite) as partial:
-        pruned, converted = partial.with_name("pruned"), partial.with_name("converted")
-        cut.write(pruned, meta=meta)
-        convert: Callable[..., Path] = meta_to_hf if meta else hf_to_meta
-        convert(pruned, converted, progress=progress)
-        shutil.rmtree(partial)
-        converted.rename(partial)
-        write_provenance(partial, Provenance.read(pruned / PROVENANCE), card=to == "hf")
-        write_json(
-            partial / CONVERSION, {**read_marker(partial / CONVERSION), "source": str(source)}
-        )
-        (verify or str)(partial)
-    return out
+    return cut.write_converted(out_dir, meta=meta, overwrite=overwrite, verify=verify)
 
 
 class _Cut:
@@ -119,11 +120,93 @@ class _Cut:
             verify=verify,
         )
 
+    def write_gguf(
+        self,
+        out: str | PathLike[str],
+        *,
+        meta: bool,
+        overwrite: bool,
+        verify: Callable[[Path], object] | None,
+    ) -> Path:
+        """Writes a Llama of either format as GGUF, by way of the source's own."""
+        path = Path(str(out))
+        check_new_gguf(path, overwrite=overwrite)
+        if not meta:
+            check_llama(self.source)
+        with new_file(path, overwrite=overwrite, ours=is_pruned_gguf) as partial:
+            pruned = partial.with_name("pruned")
+            self.write(pruned, meta=meta)
+            also = {RECORD: json_text(Provenance.read(pruned / PROVENANCE).to_dict())}
+            also |= {MADE: str(self.source), "general.name": Path(str(self.source)).name}
+            llama_to_gguf(pruned, partial, also=also, progress=self.progress)
+            if verify is not None:
+                verified(partial, verify)
+        return path
 
-def refuse_gguf(source: str) -> None:
-    """Raises ShortGPTError for a GGUF file: its weights are cut after a conversion."""
-    if is_gguf(source):
+    def write_converted(
+        self,
+        out_dir: str | PathLike[str],
+        *,
+        meta: bool,
+        overwrite: bool,
+        verify: Callable[[Path], object] | None,
+    ) -> Path:
+        """Writes Meta's format from Hugging Face's, or the reverse."""
+        out = Path(str(out_dir))
+        check_new(out, marker=PROVENANCE, overwrite=overwrite, source=Path(str(self.source)))
+        if not meta:
+            check_llama(self.source)  # now rather than after the layers are cut
+        with new_directory(out, marker=PROVENANCE, overwrite=overwrite) as partial:
+            pruned, converted = partial.with_name("pruned"), partial.with_name("converted")
+            self.write(pruned, meta=meta)
+            convert: Callable[..., Path] = meta_to_hf if meta else hf_to_meta
+            convert(pruned, converted, progress=self.progress)
+            shutil.rmtree(partial)
+            converted.rename(partial)
+            write_provenance(partial, Provenance.read(pruned / PROVENANCE), card=meta)
+            made = read_marker(partial / CONVERSION)
+            write_json(partial / CONVERSION, {**made, "source": str(self.source)})
+            (verify or str)(partial)
+        return out
+
+
+def _from_gguf(
+    source: str | PathLike[str],
+    out: str | PathLike[str],
+    layers: Sequence[int],
+    to: str,
+    provenance: Provenance | None,
+    **how: Any,
+) -> Path:
+    if to != "gguf":
         raise ShortGPTError(
-            f"{source} is a GGUF file, whose layers are not cut; convert it first: short-gpt "
-            f"convert {source} DIRECTORY"
+            f"{source} is a GGUF file, of which GGUF is written tensor by tensor: name OUT.gguf; "
+            f"or convert it first: short-gpt convert {source} DIRECTORY"
         )
+    return prune_gguf(source, out, layers, provenance=provenance, **how)
+
+
+def format_of(source: str | PathLike[str], out: str | PathLike[str], to: str | None = None) -> str:
+    """The format to write a model in.
+
+    Args:
+        source: the model.
+        out: where it goes.
+        to: "meta", "hf" or "gguf"; None goes by ``out``, which is GGUF if it ends so, else by the
+            source, of which GGUF becomes Hugging Face's.
+
+    Raises:
+        ShortGPTError: another format, or ``out`` is named otherwise.
+
+    Example:
+        >>> format_of("model.gguf", "pruned.gguf")
+        'gguf'
+    """
+    if to not in (None, *FORMATS):
+        raise ShortGPTError(f"expected a format of {' or '.join(FORMATS)}, got {to!r}")
+    if to is None and not is_gguf(out):
+        return "meta" if not is_gguf(source) and is_meta(str(source)) else "hf"
+    if to is not None and is_gguf(out) != (to == "gguf"):
+        expected = "a name that ends with .gguf" if to == "gguf" else "the name of a directory"
+        raise ShortGPTError(f"expected {expected} to write {to} to, got {out}")
+    return to or "gguf"

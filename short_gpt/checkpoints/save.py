@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from torch import Tensor, nn
 
@@ -54,6 +54,30 @@ def save_hf(
     with new_directory(out, marker=PROVENANCE, overwrite=overwrite) as partial:
         _write_hf(model, tokenizer, partial, verify)
         write_provenance(partial, record, card=True)
+    return out
+
+
+def save_converted(
+    model: PreTrainedModel,
+    out_dir: StrPath,
+    *,
+    tokenizer: object,
+    source: StrPath,
+    verify: Verify | None,
+    overwrite: bool = False,
+) -> Path:
+    """Writes a model of transformers as it is, as the conversion of another format.
+
+    Args:
+        model, out_dir, tokenizer, verify, overwrite: as for `save_hf`.
+        source: what the model was read from; its record, if it has one, goes along.
+    """
+    out = Path(str(out_dir))
+    with new_directory(out, marker=CONVERSION, overwrite=overwrite) as partial:
+        _write_hf(model, cast("PreTrainedTokenizerBase | None", tokenizer), partial, verify)
+        write_json(partial / CONVERSION, {"source": str(source), "dtype": str(model.dtype)})
+        if (record := Provenance.beside(source)) is not None:
+            write_provenance(partial, record, card=True)
     return out
 
 

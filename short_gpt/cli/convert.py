@@ -1,4 +1,4 @@
-"""short-gpt convert: writes a Llama in another format."""
+"""short-gpt convert: writes a model in another format."""
 
 from __future__ import annotations
 
@@ -13,8 +13,12 @@ class Conversion:
     """How a converted model is written.
 
     Args:
-        dtype: of the weights written for Meta; the source's if not given, float32 from GGUF, which
-            keeps what quantized weights stand for exactly.
+        to: the format to write: meta, hf or gguf. If not given, gguf where OUT ends with .gguf,
+            else Meta's; Hugging Face's from Meta's and from a GGUF file that is no Llama.
+        type: of matrices in GGUF, from another format: f32, f16, bf16 or q8_0; the source's if not
+            given.
+        dtype: of the weights written for Meta, or read from GGUF; the source's if not given,
+            float32 from GGUF, which keeps what quantized weights stand for exactly.
         shards: write Meta's format in so many files. The embedding stays cut as it is; that of
             one file is cut by vocabulary if that is Llama 3's or tied to the output head, else by
             width, as Llama 2's. Any number of files runs on any number of ranks all the same.
@@ -24,6 +28,8 @@ class Conversion:
         overwrite: replace an earlier conversion.
     """
 
+    to: str | None = None
+    type: str | None = None
     dtype: str | None = None
     shards: int | None = None
     tokenizer_path: str | None = None
@@ -32,16 +38,17 @@ class Conversion:
 
 
 def convert(model: str, out: str, *, conversion: Conversion = Conversion()) -> None:
-    """Writes a Llama in the other format, GGUF's included.
+    """Writes a Llama in another format, or any GGUF file that transformers reads.
 
-    GGUF and Hugging Face go to Meta's format, Meta's to Hugging Face's. With --shards, Meta's
-    format in any case: so many files, for so many model-parallel ranks.
+    GGUF and Hugging Face go to Meta's format, Meta's to Hugging Face's, and both to GGUF where OUT
+    ends with .gguf. With --shards, Meta's format in any case: so many files, for so many
+    model-parallel ranks. Files of one GGUF model (-00001-of-0000N) are joined by naming one.
 
-    Example: short-gpt convert model.gguf model-meta
+    Example: short-gpt convert llama-3-8b llama-3-8b.gguf --type q8_0
 
     Args:
         model: GGUF file, Hugging Face directory or hub id, or Meta checkpoint directory.
-        out: new directory; must not exist.
+        out: new directory, or GGUF file if it ends with .gguf; must not exist.
     """
     jobs.convert(model, out, notify=say, **vars(conversion))
     say(f"written: {out}")

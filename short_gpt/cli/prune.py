@@ -17,16 +17,19 @@ def prune(
     opening: Opening = Opening(),
     written: Written = Written(),
 ) -> None:
-    """Writes a checkpoint without some layers, in either format.
+    """Writes a checkpoint without some layers, in any format.
 
     The model is not loaded for that, but read tensor by tensor: memory is bounded by the largest
-    one. With --verify yes, source and result are then loaded, one after the other, and compared.
+    one. From GGUF to GGUF every tensor stays in its quantization. With --verify yes, source and
+    result are then loaded, one after the other, and compared. From GGUF to a directory the model
+    is loaded.
 
     Example: short-gpt prune llama-2-7b llama-2-5b --scores ranking.json --n 9
 
     Args:
-        model: Meta checkpoint directory, or Hugging Face directory or hub id (safetensors).
-        out: new directory; must not exist.
+        model: Meta checkpoint directory, Hugging Face directory or hub id (safetensors), or GGUF
+            file.
+        out: new directory, or GGUF file if it ends with .gguf; must not exist.
     """
     result = jobs.prune_by(model, out, choice, limit=limit, opening=opening, written=written)
     say(results.pruned(result))

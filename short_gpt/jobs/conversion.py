@@ -1,4 +1,4 @@
-"""A Llama in another format, or in another number of files."""
+"""A model in another format, or in another number of files."""
 
 from __future__ import annotations
 
@@ -8,11 +8,21 @@ from pathlib import Path
 
 from llama.checkpoint.reshard import reshard
 from llama.formats.convert import gguf_to_meta, hf_to_meta, meta_to_hf
-from llama.io.sources import kind_of
-from short_gpt.checkpoints.provenance import PROVENANCE
+from llama.formats.gguf_from import llama_to_gguf
+from llama.formats.gguf_parts import GGUFParts
+from llama.io.hub import resolve
+from llama.io.json_files import json_text
+from llama.io.sources import is_gguf, kind_of
+from short_gpt.checkpoints.gguf import write_gguf
+from short_gpt.checkpoints.gguf_layers import Stack
+from short_gpt.checkpoints.provenance import PROVENANCE, Provenance
+from short_gpt.checkpoints.prune import FORMATS
+from short_gpt.checkpoints.records import RECORD
+from short_gpt.checkpoints.save import save_converted
 from short_gpt.jobs.inputs import Notify, Opening, ignore
 from short_gpt.jobs.proof import Proof
 from short_gpt.jobs.saving import interruptible
+from short_gpt.opening import OpenOptions, open_hf
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import bar
 
@@ -21,6 +31,8 @@ def convert(
     model: str,
     out: str,
     *,
+    to: str | None = None,
+    type: str | None = None,
     dtype: str | None = None,
     shards: int | None = None,
     tokenizer_path: str | None = None,
@@ -28,12 +40,16 @@ def convert(
     overwrite: bool = False,
     notify: Notify = ignore,
 ) -> Path:
-    """Writes a Llama in the other format: GGUF or Hugging Face to Meta, Meta to Hugging Face.
+    """Writes a Llama in another format, or any GGUF file that transformers reads.
 
     Args:
         model: GGUF file, Hugging Face directory or hub id, or Meta checkpoint directory.
-        out: new directory; appears whole or not at all.
-        dtype: of the weights written for Meta; None is the source's, or float32 from GGUF.
+        out: new directory, or GGUF file if it ends with .gguf.
+        to: the format to write, meta, hf or gguf. None is gguf where ``out`` ends so, and else
+            Meta's, but Hugging Face's from Meta's and from a GGUF file that is no Llama.
+        type: of matrices in GGUF: f32, f16, bf16 or q8_0; None is the source's.
+        dtype: of the weights written for Meta, or from GGUF; None is the source's, or float32
+            from GGUF.
         shards: writes Meta's format in any case, in so many files.
         tokenizer_path: tokenizer of a Meta checkpoint; None looks beside it.
         verify: whether to prove the result by loading source and result, one after the other: the
@@ -54,17 +70,95 @@ def convert(
         >>> convert("model.gguf", "model-meta")  # doctest: +SKIP
         PosixPath('model-meta')
     """
-    if dtype is not None and shards is None and kind_of(model) == "meta":
-        raise ShortGPTError(
-            "`dtype` is for writing Meta's format; Hugging Face's keeps the source's"
-        )
-    write = _writer(model, dtype, shards, tokenizer_path)
+    to = _format(model, out, to, shards)
+    _check_options(model, to, type, dtype, shards)
     proof = Proof(model, out, Opening(tokenizer_path), verify, dtype=dtype)
+    if to == "gguf":
+        write = _to_gguf(model, type, tokenizer_path)
+    elif to == "hf" and kind_of(model) == "gguf":
+        write = partial(_opened, dtype=dtype, verify=verify is not False)
+    else:
+        write = partial(_writer(model, dtype, shards, tokenizer_path), verify=proof)
     with interruptible(), bar("converting", total=None, unit="tensor") as shown:
-        write(model, out, overwrite=overwrite, progress=lambda _: shown.update(), verify=proof)
+        write(model, out, overwrite=overwrite, progress=lambda _: shown.update())
     if proof.said is not None:
         notify(proof.said)
     return Path(out)
+
+
+def _format(model: str, out: str, to: str | None, shards: int | None) -> str:
+    """The format to write; ShortGPTError where the name of ``out`` says another."""
+    if to not in (None, *FORMATS):
+        raise ShortGPTError(f"expected a format of {' or '.join(FORMATS)}, got {to!r}")
+    if to is not None and is_gguf(out) != (to == "gguf"):
+        expected = "a name that ends with .gguf" if to == "gguf" else "the name of a directory"
+        raise ShortGPTError(f"expected {expected} to write {to} to, got {out}")
+    if to is not None or is_gguf(out):
+        return to or "gguf"
+    kind = kind_of(model)
+    if kind == "gguf":
+        arch = GGUFParts(Path(model)).fields.get("general.architecture")
+        return "meta" if arch == "llama" or shards is not None else "hf"
+    return "hf" if kind == "meta" and shards is None else "meta"
+
+
+def _check_options(
+    model: str, to: str, type: str | None, dtype: str | None, shards: int | None
+) -> None:
+    """Raises ShortGPTError for options that say nothing of what is written."""
+    kind = kind_of(model)
+    if type is not None and (to != "gguf" or kind == "gguf"):
+        raise ShortGPTError(
+            f"`type` {type} is for writing GGUF from another format; tensors of a GGUF file stay "
+            "as they are (llama.cpp's llama-quantize changes them)"
+        )
+    if dtype is not None and (to == "gguf" or (to == "hf" and kind != "gguf")):
+        raise ShortGPTError(
+            f"`dtype` {dtype} is for writing Meta's format; Hugging Face's keeps the source's, and "
+            "GGUF has `type`"
+        )
+    if shards is not None and to != "meta":
+        raise ShortGPTError(f"`shards` {shards} writes Meta's format, not {to}")
+    if to == kind and to != "gguf" and not (to == "meta" and shards is not None):
+        raise ShortGPTError(f"{model} is in the format {to} already; give `to` another one")
+
+
+def _to_gguf(model: str, type: str | None, tokenizer_path: str | None) -> Callable[..., Path]:
+    """The writer of a GGUF file: of tensors as they are, or of another format's."""
+    if kind_of(model) == "gguf":
+        return _joined
+    place = model if Path(model).is_dir() else resolve(model)
+    before = Provenance.beside(place)  # the same model in another format has the same history
+    also = {} if before is None else {RECORD: json_text(before.to_dict())}
+    return partial(llama_to_gguf, kind=type, tokenizer_path=tokenizer_path, also=also)
+
+
+def _joined(model: str, out: str, *, overwrite: bool, progress: Callable[[str], object]) -> Path:
+    """A GGUF model as it is, in one file or as many as ``out`` says."""
+    parts = GGUFParts(Path(model))
+    keep = range(Stack.of(parts).blocks)
+    return write_gguf(parts, out, keep, overwrite=overwrite, progress=progress)
+
+
+def _opened(
+    model: str,
+    out: str,
+    *,
+    dtype: str | None,
+    verify: bool,
+    overwrite: bool,
+    progress: Callable[[str], object],
+) -> Path:
+    """A GGUF file as transformers reads it, in Hugging Face's format."""
+    short = open_hf(model, OpenOptions(device="cpu", dtype=dtype or "float32"))
+    return save_converted(
+        short.trainable(),
+        out,
+        tokenizer=short.tokenizer,
+        source=model,
+        verify=short.check_saved if verify else None,
+        overwrite=overwrite,
+    )
 
 
 def _writer(

@@ -9,7 +9,6 @@ from pathlib import Path
 from llama.io.files import check_new
 from llama.io.sources import is_meta
 from short_gpt.checkpoints.provenance import PROVENANCE, Provenance
-from short_gpt.checkpoints.prune import refuse_gguf
 from short_gpt.healing import (
     RIDGE,
     DistillSettings,
@@ -101,7 +100,6 @@ def heal(
     distilling = distilling or Distilling()
     texts, methods = source_of(data), methods_of(method)
     _check(methods, learned, settings, distilling)
-    refuse_gguf(model)
     check_new(Path(out), marker=PROVENANCE, overwrite=overwrite, source=Path(model))
     found = _selection(model, choice or Choice(), methods, distilling)
     check_model(model)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from llama.io.sources import is_meta
+from llama.io.sources import is_gguf, is_meta
 from llama.parallel import several_ranks
 from short_gpt.jobs.inputs import Opening
 from short_gpt.opening import same_model
@@ -39,7 +39,8 @@ class Proof:
     said: str | None = None
 
     def __call__(self, directory: Path) -> None:
-        only_meta = is_meta(self.source) and is_meta(str(directory))
+        # a GGUF file was read again by who wrote it, tensor by tensor
+        only_meta = is_gguf(directory) or (is_meta(self.source) and is_meta(str(directory)))
         if not (self.wanted or (self.wanted is None and not only_meta)):
             return
         if several_ranks():

@@ -7,9 +7,11 @@ from pathlib import Path
 
 from llama.io.files import check_new
 from llama.io.outputs import check_output, new_file
+from llama.io.sources import is_gguf
+from short_gpt.checkpoints.gguf import about_kinds, check_new_gguf
 from short_gpt.checkpoints.mergekit import is_recipe, mergekit_recipe, recipe_dtype
 from short_gpt.checkpoints.provenance import PROVENANCE
-from short_gpt.checkpoints.prune import prune_checkpoint, refuse_gguf
+from short_gpt.checkpoints.prune import format_of, prune_checkpoint
 from short_gpt.jobs.choice import (
     Choice,
     Chosen,
@@ -21,8 +23,10 @@ from short_gpt.jobs.choice import (
 from short_gpt.jobs.inputs import Opening
 from short_gpt.jobs.proof import Proof
 from short_gpt.jobs.saving import interruptible
+from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import bar
 from short_gpt.runtime.results import read_record
+from short_gpt.short_hf import ShortHFModel
 
 
 @dataclass(frozen=True)
@@ -31,11 +35,13 @@ class Written:
 
     Args:
         recipe: also write a mergekit passthrough recipe to this file.
-        to: the format to write, meta or hf (a Llama only); the source's if not given.
+        to: the format to write: meta or gguf (a Llama only, but from GGUF to GGUF) or hf. If not
+            given, gguf where OUT ends with .gguf, else the source's, or hf from GGUF.
         verify: whether to prove the result: the same logits as the source without the layers in
             memory, and the same greedy generation with and without the cache. If not given, yes
             where Hugging Face's format is read or written, whose config can fail to say which
-            layers are left, and no from Meta's to Meta's.
+            layers are left, and no from Meta's to Meta's and to GGUF, which is read again and
+            compared in any case.
         overwrite: replace an earlier pruned checkpoint.
     """
 
@@ -50,16 +56,18 @@ class Pruned:
     """What `prune` wrote.
 
     Attributes:
-        out: the new directory.
+        out: the new directory or file.
         chosen: the layers removed, how they were chosen, and what was tried.
         recipe: the mergekit recipe's file, if one was wanted.
         proof: what was verified, in a sentence; None if nothing was.
+        remark: what other programs may get wrong of it; None if nothing.
     """
 
     out: Path
     chosen: Chosen
     recipe: Path | None
     proof: str | None
+    remark: str | None = None
 
     @property
     def layers(self) -> list[int]:
@@ -85,8 +93,9 @@ def prune(
     and result are then loaded, one after the other, and compared.
 
     Args:
-        model: Meta checkpoint directory, or Hugging Face directory or hub id (safetensors).
-        out: new directory; appears whole or not at all.
+        model: Meta checkpoint directory, Hugging Face directory or hub id (safetensors), or GGUF
+            file of any architecture.
+        out: new directory, or file if it ends with .gguf; appears whole or not at all.
         layers, scores, n, method: which layers; see `MethodChoice`.
         to, verify, overwrite: how the result is written; see `Written`.
 
@@ -127,17 +136,43 @@ def prune_by(
         opening: of the model, where it is loaded.
     """
     written, opening = written or Written(), opening or Opening()
-    refuse_gguf(model)
+    to = format_of(model, out, written.to)
     choice.check()
-    check_new(Path(out), marker=PROVENANCE, overwrite=written.overwrite)
+    check_target(out, to, overwrite=written.overwrite)
     if limit is None or limit.max_perplexity_ratio is None:
         found = chosen(model, choice)
     else:
         found = chosen_within(model, choice, limit, opening=opening)
-    dtype = _recipe_dtype(model, written)
+    dtype = _recipe_dtype(model, written, to)
     with interruptible():
-        proof = _write(model, out, found, written, opening)
-    return Pruned(Path(out), found, _recipe(model, out, written, dtype), proof)
+        write = _write_opened if is_gguf(model) and to == "hf" else _write
+        proof = write(model, out, found, written, opening)
+    remark = about_kinds(model, found.layers) if is_gguf(model) and to == "gguf" else None
+    return Pruned(Path(out), found, _recipe(model, out, written, dtype), proof, remark)
+
+
+def check_target(out: str, to: str, *, overwrite: bool, marker: str = PROVENANCE) -> None:
+    """Raises FileExistsError or PermissionError where a model in this format could not go."""
+    if to == "gguf":
+        check_new_gguf(out, overwrite=overwrite)
+    else:
+        check_new(Path(out), marker=marker, overwrite=overwrite)
+
+
+def _write_opened(
+    model: str, out: str, found: Chosen, written: Written, opening: Opening
+) -> str | None:
+    """Opens a model, removes the layers, and writes it in Hugging Face's format."""
+    short = opening.whole(model, size=1024)
+    if found.importance is not None:
+        short.importance = found.importance
+    short.remove_layers(found.layers)
+    short.evidence |= found.record.evidence
+    verify, facts = written.verify is not False, found.record.facts
+    assert isinstance(short, ShortHFModel)
+    short.save_pretrained(out, verify=verify, overwrite=written.overwrite, facts=facts)
+    said = "verified: loaded again it gives the logits of the model in memory, bit for bit"
+    return said if verify else None
 
 
 def _write(model: str, out: str, found: Chosen, written: Written, opening: Opening) -> str | None:
@@ -155,6 +190,8 @@ def _write(model: str, out: str, found: Chosen, written: Written, opening: Openi
             progress=lambda _: shown.update(),
             verify=proof,
         )
+    if proof.said is None and is_gguf(model):
+        return "verified: read again, every tensor left is the source's, byte for byte"
     return proof.said
 
 
@@ -169,10 +206,12 @@ def _recipe(model: str, out: str, written: Written, dtype: str) -> Path | None:
     return path
 
 
-def _recipe_dtype(source: str, written: Written) -> str:
+def _recipe_dtype(source: str, written: Written, to: str) -> str:
     """The dtype of a model that mergekit is to read; checks that it can."""
     if written.recipe is None:
         return ""
+    if to == "gguf":
+        raise ShortGPTError("`recipe`: mergekit writes no GGUF; leave one of them out")
     dtype = recipe_dtype(source)
     check_output(Path(written.recipe), overwrite=written.overwrite, ours=is_recipe)
     return dtype

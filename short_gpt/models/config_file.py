@@ -9,6 +9,7 @@ from typing import Any
 
 from llama.args import check_positive
 from llama.formats.gguf_header import Header, read_header
+from llama.formats.gguf_parts import PART
 from llama.formats.names import GGUF, NAMES, check_layers
 from llama.formats.safetensors import SafetensorsFile
 from llama.io.json_files import read_json
@@ -89,6 +90,12 @@ def check_gguf(path: Path) -> None:
 
     Of a plain Llama every tensor must be known: transformers drops others, such as biases.
     """
+    match = PART.fullmatch(path.name)
+    if match and int(match[3]) > 1:
+        raise ShortGPTError(
+            f"{path} is one of {int(match[3])} files of its model, which transformers does not "
+            f"read; join them: short-gpt convert {path} {match[1]}.gguf"
+        )
     header = read_header(path)
     kind = header.fields.get("general.architecture")
     layers = header.fields.get(f"{kind}.block_count")
@@ -100,6 +107,18 @@ def check_gguf(path: Path) -> None:
     check_layers(path, layers, header.tensors)
     if kind == "llama" and not header.fields.get("llama.expert_count"):
         _check_names(path, header, layers)
+
+
+def gguf_layer_types(path: Path) -> list[str] | None:
+    """The kinds of a GGUF file's layers as transformers calls them; None if it lists none.
+
+    transformers takes them from the layers' positions, which a cut file may no longer go by.
+    """
+    fields = read_header(path).fields
+    slides = fields.get(f"{fields.get('general.architecture')}.attention.sliding_window_pattern")
+    if not isinstance(slides, list):
+        return None
+    return ["sliding_attention" if slide else "full_attention" for slide in slides]
 
 
 def _check_names(path: Path, header: Header, layers: int) -> None:

@@ -13,7 +13,7 @@ import torch
 from llama.io.hub import hub_failure
 from llama.io.sources import is_gguf
 from llama.parallel import choose_device
-from short_gpt.models.config_file import check_gguf, read_config
+from short_gpt.models.config_file import check_gguf, gguf_layer_types, read_config
 from short_gpt.models.gguf_loading import check_left_out, reading_gguf
 from short_gpt.models.weights_report import check_weights, without_report
 from short_gpt.runtime.errors import MissingPackageError, ShortGPTError
@@ -79,6 +79,9 @@ def load(name: str, options: dict[str, Any], tokenizer: Any) -> tuple[Any, Any]:
     try:
         with reading as left_out:
             config = read_config(where, both)
+            if gguf and (kinds := gguf_layer_types(Path(name))):
+                config.layer_types = kinds
+                options["config"] = config
             loader = auto_class(config)
             if tokenizer is None and (gguf or _has_tokenizer(path)):
                 tokenizer = AutoTokenizer.from_pretrained(where, **both)

@@ -36,11 +36,12 @@ def next_command(model: str, result: Ranking, scores: str | None) -> str | None:
         scores: the file that the ranking was written to; None where it was not.
     """
     n = result.answer.n
-    if is_gguf(model) or (scores is None and n is None):
+    if scores is None and n is None:
         return None
     layers = [] if scores else ["--layers", ",".join(map(str, result.layers))]
     chosen = ["--scores", scores, "--n", "N" if n is None else str(n)] if scores else layers
-    return "next: " + shlex.join(["short-gpt", "prune", model, "OUT", *chosen])
+    out = "OUT.gguf" if is_gguf(model) else "OUT"
+    return "next: " + shlex.join(["short-gpt", "prune", model, out, *chosen])
 
 
 def pruned(result: Pruned) -> str:
@@ -51,7 +52,7 @@ def pruned(result: Pruned) -> str:
     lines += [f"--eval_data was {result.chosen.unsure}"] if result.chosen.unsure else []
     lines += [f"removed layers {result.layers}", f"written: {result.out}"]
     lines += [f"written: {result.recipe}"] if result.recipe is not None else []
-    return "\n".join([*lines, *([result.proof] if result.proof else [])])
+    return "\n".join([*lines, *(said for said in (result.proof, result.remark) if said)])
 
 
 def _tried(budget: Budget) -> list[str]:

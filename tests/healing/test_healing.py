@@ -636,13 +636,6 @@ def test_a_healing_that_makes_it_worse_says_so(books, capsys):
     assert result["perplexity"]["healed"] > result["perplexity"]["pruned, 4 layers"]
 
 
-def test_heal_says_that_gguf_is_converted_first(books, capsys):
-    Path("model.gguf").write_bytes(b"GGUF")
-    for more in (("--layers", "2"), ("--scores", "scores.json", "--n", 1)):
-        line = fails(capsys, "heal", "model.gguf", "out", *SMALL, *more)
-        assert "model.gguf is a GGUF file" in line and "short-gpt convert model.gguf" in line
-
-
 def test_heal_leaves_out_what_is_evaluated_on_when_told_to(books, capsys):
     arguments = ("--layers", "2", "--eval_data", "books/3.txt", "--drop_overlap", "yes")
     run("heal", "dense", "out", *SMALL, *arguments, "--max_windows", 200)

@@ -1,0 +1,208 @@
+"""GGUF files written tensor by tensor, each key and each tensor as its source has it or anew.
+
+The package gguf has a writer, which takes every key apart, refuses empty arrays and writes version
+3 alone. Here what does not change is copied, so that with nothing changed the bytes are the
+source's; a file made anew goes the same way.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from llama.errors import InputError
+from llama.formats.gguf_header import ARRAY, NUMBERS, STRING, Header, Record
+from llama.formats.gguf_parts import SPLIT_COUNT, SPLIT_NO, SPLIT_TENSORS, GGUFParts
+
+UINT16, UINT32, INT32, FLOAT32, BOOL = 2, 4, 5, 6, 7  # types of values, by number
+VERSION, ALIGNMENT = 3, 32  # of files made anew
+
+
+class Stored(NamedTuple):
+    """A tensor to be written: shape in torch's order, ggml's type, size, its bytes.
+
+    ``part`` is the number of the source's file that it comes from.
+    """
+
+    shape: tuple[int, ...]
+    kind: int
+    nbytes: int
+    chunks: Callable[[], Iterable[bytes]]
+    part: int = 0
+
+
+def record(key: str, value: object, kind: int, element: int | None = None) -> Record:
+    """A key with its value, as it stands in a file.
+
+    Args:
+        key: its name.
+        value: a number, a text, or a list of either.
+        kind: number of the type.
+        element: of the type of a list's elements.
+
+    Raises:
+        InputError: the type cannot hold the value.
+    """
+    try:
+        raw = _text(key) + struct.pack("<I", kind) + _packed(value, kind, element)
+    except (struct.error, TypeError, AttributeError) as error:
+        raise InputError(f"{key} = {value!r} is no value of GGUF's type {kind}: {error}") from None
+    return Record(kind, element, raw)
+
+
+def _packed(value: object, kind: int, element: int | None = None) -> bytes:
+    if kind == STRING:
+        assert isinstance(value, str)
+        return _text(value)
+    if kind != ARRAY:
+        return struct.pack(f"<{NUMBERS[kind]}", value)
+    assert isinstance(value, Sequence) and element is not None
+    head = struct.pack("<IQ", element, len(value))
+    return head + b"".join(_packed(item, element) for item in value)
+
+
+def _text(text: str) -> bytes:
+    data = text.encode("utf-8")
+    return struct.pack("<Q", len(data)) + data
+
+
+def copied(source: GGUFParts, name: str) -> Stored:
+    """A tensor as its source has it, byte for byte."""
+    place, part = source.tensors[name], source.part_of(name)
+    return Stored(place.shape, place.kind, place.nbytes, lambda: source.chunks(name), part)
+
+
+def write_new(
+    path: Path,
+    records: Mapping[str, Record],
+    tensors: Mapping[str, Stored],
+    *,
+    progress: Callable[[str], object] = str,
+) -> None:
+    """Writes a file of these keys and tensors, in memory of what a tensor yields at a time.
+
+    Args:
+        path: the new file.
+        records: its keys, in order.
+        tensors: by name, in order.
+        progress: called with every tensor's name before it is written.
+    """
+    like = Header({}, {}, {}, VERSION, ALIGNMENT)
+    _write_file(path, like, [found.raw for found in records.values()], tensors, progress)
+    _pad(path, ALIGNMENT)
+
+
+def write_again(
+    paths: Sequence[Path],
+    source: GGUFParts,
+    tensors: Mapping[str, Stored],
+    *,
+    records: Mapping[str, Record | None] | None = None,
+    progress: Callable[[str], object] = str,
+) -> None:
+    """Writes a model of a GGUF source's metadata, in memory of what a tensor yields at a time.
+
+    Args:
+        paths: the new files: one, or `named_parts`.
+        source: whose keys and layout are taken over.
+        tensors: by their new names, in order.
+        records: keys that are other than in the source; None leaves one out.
+        progress: called with every tensor's name before it is written.
+
+    Raises:
+        InputError: there are fewer tensors than files.
+    """
+    groups = _groups(source, tensors, len(paths))
+    for number, (path, names) in enumerate(zip(paths, groups, strict=True)):
+        keys = _keys(source, number, len(paths), dict(records or {}), len(tensors))
+        like = source.headers[min(number, len(source.headers) - 1)]
+        _write_file(path, like, keys, {n: tensors[n] for n in names}, progress)
+        if _is_padded(source):
+            _pad(path, source.headers[0].alignment)
+
+
+def _keys(
+    source: GGUFParts,
+    number: int,
+    count: int,
+    changed: Mapping[str, Record | None],
+    tensors: int,
+) -> list[bytes]:
+    """The keys of one of several files: all in the first, in the others what they had."""
+    before = source.headers[number].records if number < len(source.headers) else {}
+    if number and count != len(source.headers):
+        before = {}
+    found: dict[str, Record | None] = {key: changed.get(key, own) for key, own in before.items()}
+    if not number:
+        found |= changed  # a key that was there stays in its place, a new one goes to the end
+    values = {SPLIT_NO: (number, UINT16), SPLIT_COUNT: (count, UINT16)}
+    values[SPLIT_TENSORS] = (tensors, INT32)
+    for key, (value, kind) in values.items():
+        own = before.get(key)
+        if count > 1:
+            found[key] = record(key, value, kind if own is None else own.kind)
+        elif len(source.headers) > 1:
+            found.pop(key, None)
+    return [value.raw for value in found.values() if value is not None]
+
+
+def _groups(source: GGUFParts, tensors: Mapping[str, Stored], count: int) -> list[list[str]]:
+    """The names for each file, in order and never none: as before, or of about equal size."""
+    if count > len(tensors):
+        raise InputError(f"{len(tensors)} tensors cannot be put into {count} files")
+    groups: list[list[str]] = [[] for _ in range(count)]
+    if count == len(source.paths):
+        for name, tensor in tensors.items():
+            groups[tensor.part].append(name)
+        if all(groups):
+            return groups
+    groups = [[]]
+    size, total = 0, sum(tensor.nbytes for tensor in tensors.values())
+    for at, (name, tensor) in enumerate(tensors.items()):
+        files = count - len(groups)  # that are to follow
+        full = size >= total * len(groups) / count or len(tensors) - at <= files
+        if files and groups[-1] and full:
+            groups.append([])
+        groups[-1].append(name)
+        size += tensor.nbytes
+    return groups
+
+
+def _is_padded(source: GGUFParts) -> bool:
+    """Whether the source's files end where the alignment ends, not with the last tensor."""
+    header = source.headers[0]
+    end = max((place.start + place.nbytes for place in header.tensors.values()), default=0)
+    return source.paths[0].stat().st_size > end or not end % header.alignment
+
+
+def _pad(path: Path, alignment: int) -> None:
+    size = path.stat().st_size
+    with open(path, "ab") as file:
+        file.write(b"\0" * (-size % alignment))
+
+
+def _write_file(
+    path: Path,
+    like: Header,
+    records: Sequence[bytes],
+    tensors: Mapping[str, Stored],
+    progress: Callable[[str], object],
+) -> None:
+    infos, end = [], 0
+    for name, tensor in tensors.items():
+        start = end + -end % like.alignment
+        dims = struct.pack(f"<{len(tensor.shape)}Q", *reversed(tensor.shape))
+        info = struct.pack("<I", len(tensor.shape)) + dims + struct.pack("<IQ", tensor.kind, start)
+        infos.append(_text(name) + info)
+        end = start + tensor.nbytes
+    head = b"GGUF" + struct.pack("<IQQ", like.version, len(tensors), len(records))
+    with open(path, "wb") as file:
+        file.write(b"".join([head, *records, *infos]))
+        for name, tensor in tensors.items():
+            progress(name)
+            file.write(b"\0" * (-file.tell() % like.alignment))
+            written = sum(file.write(piece) for piece in tensor.chunks())
+            if written != tensor.nbytes:
+                raise InputError(f"{name} has {written} bytes, expected {tensor.nbytes}")

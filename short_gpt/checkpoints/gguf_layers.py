@@ -1,0 +1,281 @@
+"""What a GGUF file's metadata says of its layers, and what it has to say of fewer.
+
+Some architectures tell a layer's kind by a key, some by its position alone, by rules that
+llama.cpp has in its code. A layer that stays must keep its kind: where a key can say so it does,
+elsewhere the cut is refused, with the nearest sets of layers that would do.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from llama.formats.gguf_header import ARRAY, Record
+from llama.formats.gguf_parts import GGUFParts
+from llama.formats.gguf_write import BOOL, record
+from short_gpt.checkpoints.gguf_kinds import (
+    BY_COUNT,
+    COUNTS,
+    FIRST_STAY,
+    FROM_FIRST,
+    NOT_OF_LAYERS,
+    NUMBERED,
+    PATTERN,
+    PERIODIC,
+    PERIODS,
+    READS_PATTERN,
+    WITH_WINDOW,
+    near_sets,
+    ordinal,
+)
+from short_gpt.models.numbering import check_layers
+from short_gpt.runtime.errors import ShortGPTError
+
+LAYER = re.compile(r"blk\.(\d+)\.(.+)")
+# Tensors that hold something of every layer, or layers of another stack, without its number.
+OTHER_LAYERS = re.compile(r"per_layer_.+|(.+\.)?(blk|layers?|block)\.\d+\..+")
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The layers of a GGUF model.
+
+    Attributes:
+        parts: the model.
+        arch: its architecture.
+        blocks: all ``blk.N``.
+        extra: of these the last, which predict further tokens and always stay.
+    """
+
+    parts: GGUFParts
+    arch: str
+    blocks: int
+    extra: int
+
+    @classmethod
+    def of(cls, parts: GGUFParts) -> Stack:
+        """The layers of a model.
+
+        Raises:
+            ShortGPTError: it has no numbered layers, or tensors of layers that are not numbered.
+        """
+        arch = parts.fields.get("general.architecture")
+        blocks = parts.fields.get(f"{arch}.block_count")
+        if not isinstance(arch, str) or not isinstance(blocks, int) or isinstance(blocks, bool):
+            raise ShortGPTError(
+                f"{parts.path} holds architecture {arch!r} of {blocks!r} layers, expected a "
+                "language model"
+            )
+        _check_names(parts, arch, blocks)
+        extra = parts.fields.get(f"{arch}.nextn_predict_layers") or 0
+        if not isinstance(extra, int) or not 0 <= extra < blocks:
+            raise ShortGPTError(f"{parts.path} has nextn_predict_layers = {extra!r} of {blocks}")
+        return cls(parts, arch, blocks, extra)
+
+    @property
+    def layers(self) -> int:
+        """How many layers there are to choose from."""
+        return self.blocks - self.extra
+
+    def kept(self, layers: Sequence[int]) -> list[int]:
+        """The blocks that stay without some layers.
+
+        Raises:
+            ShortGPTError: a layer does not exist, or those left would be of another kind.
+        """
+        check_layers(layers, range(self.layers))
+        keep = [i for i in range(self.blocks) if i not in set(layers)]
+        self.records(keep)
+        return keep
+
+    def get(self, name: str) -> object:
+        """The value of a key of the architecture."""
+        return self.parts.fields.get(f"{self.arch}.{name}")
+
+    def records(self, keep: Sequence[int]) -> dict[str, Record | None]:
+        """The keys that are other than before when only some blocks stay.
+
+        Args:
+            keep: numbers of the blocks that stay, ascending; with all of them nothing changes.
+
+        Raises:
+            ShortGPTError: what stays cannot be said; the message names the key and what to do.
+        """
+        keep = list(keep)
+        if keep == list(range(self.blocks)):
+            return {}
+        values = {f"{self.arch}.block_count": len(keep), **self._lists(keep)}
+        self._check(keep)
+        leading = self.get("leading_dense_block_count")
+        if isinstance(leading, int):
+            values[f"{self.arch}.leading_dense_block_count"] = sum(i < leading for i in keep)
+        found: dict[str, Record | None] = {}
+        for key, value in values.items():
+            own = self.parts.headers[0].records[key]
+            found[key] = record(key, value, own.kind, own.element)
+        return found | self._pattern(keep)
+
+    def _lists(self, keep: Sequence[int]) -> dict[str, object]:
+        """The lists with an entry a block or a layer, cut; texts and tokens are none."""
+        cut: dict[str, object] = {}
+        for key, value in self.parts.fields.items():
+            name = key.removeprefix(f"{self.arch}.")
+            own = key != name or key.startswith("xielu.")
+            if not own or not isinstance(value, list) or name in NOT_OF_LAYERS:
+                continue
+            if len(value) in (self.blocks, self.layers):
+                cut[key] = [value[i] for i in keep if i < len(value)]
+            elif name == PATTERN or name.startswith(("attention.head_count", "feed_forward")):
+                raise ShortGPTError(
+                    f"layers of {self.parts.path} cannot be removed: {key} has {len(value)} "
+                    f"entries for {self.layers} layers"
+                )
+        return cut
+
+    def _pattern(self, keep: Sequence[int]) -> dict[str, Record | None]:
+        """The list of layers' kinds for an architecture that reads one; none where it need not."""
+        if isinstance(self.get(PATTERN), list) or not self.changed_kinds(keep):
+            return {}
+        slides = [not self._kind(i) for i in keep]  # whether a window slides over it
+        key = f"{self.arch}.{PATTERN}"
+        return {key: record(key, slides, ARRAY, BOOL)}
+
+    def _period(self) -> tuple[int, int] | None:
+        """After how many layers kinds repeat by position, and which of them differs."""
+        found, said = PERIODIC.get(self.arch), self.get(PATTERN)
+        if self.arch in WITH_WINDOW and not self.get("attention.sliding_window"):
+            return None
+        if found and isinstance(said, int) and not isinstance(said, bool) and said > 0:
+            return said, 0 if found[1] == 0 else said - 1
+        return found
+
+    def _kind(self, layer: int) -> bool:
+        """Whether a layer is the one that differs in its period, by the file or by its position."""
+        said = self.get(PATTERN)
+        return not said[layer] if isinstance(said, list) else self._kind_at(layer)
+
+    def _kind_at(self, position: int) -> bool:
+        period = self._period()
+        return period is not None and position % period[0] == period[1]
+
+    def changed_kinds(self, keep: Sequence[int]) -> list[int]:
+        """The layers that would be of another kind if their new position told it.
+
+        Args:
+            keep: numbers of the blocks that stay, ascending.
+        """
+        if self._period() is None:
+            return []
+        own = [i for i in keep if i < self.layers]
+        return [i for new, i in enumerate(own) if self._kind_at(new) != self._kind(i)]
+
+    def _periods(self) -> dict[str, int]:
+        """Periods that keys name, whose phase differs from architecture to architecture."""
+        said = {name: self.get(name) for name in PERIODS}
+        return {n: v for n, v in said.items() if isinstance(v, int) and v > 1}
+
+    def _fits(self, keep: Sequence[int]) -> str | None:
+        """Why kinds would change that no key can tell; None if they would not."""
+        if why := self._moved(keep):
+            return why
+        period = self._period()
+        if period is None or self.arch in READS_PATTERN or not self.changed_kinds(keep):
+            return None
+        return (
+            f"in llama.cpp every {ordinal(period[0])} layer of {self.arch} is of another "
+            "kind, by its position, and no key is known to say otherwise"
+        )
+
+    def _moved(self, keep: Sequence[int]) -> str | None:
+        """Why a key of `PERIODS` would mean other layers; None if it would not."""
+        own = [i for i in keep if i < self.layers]
+        for name, every in self._periods().items():
+            if any((new - i) % every for new, i in enumerate(own)):
+                return f"{self.arch}.{name} makes every {ordinal(every)} layer another kind"
+        return None
+
+    def _check(self, keep: Sequence[int]) -> None:
+        """Raises ShortGPTError unless the blocks that stay can be said to be what they are."""
+        gone = [i for i in range(self.layers) if i not in set(keep)]
+        if why := self._fits(keep):
+            raise ShortGPTError(
+                f"without layers {gone} of {self.parts.path} others would be of the wrong kind: "
+                f"{why}; {self.advice(gone)}"
+            )
+        if why := self._refusal(keep, gone):
+            raise ShortGPTError(f"layers {gone} of {self.parts.path} cannot be removed: {why}")
+
+    def _refusal(self, keep: Sequence[int], gone: Sequence[int]) -> str | None:
+        for name in NUMBERED:
+            if self.get(name):
+                return f"{self.arch}.{name} = {self.get(name)!r} numbers layers"
+        for name in FIRST_STAY:
+            first = self.get(name)
+            if isinstance(first, int) and any(i < first for i in gone):
+                return f"the first {first} take images (n_deepstack_layers); name others"
+        if self.arch.startswith(BY_COUNT):
+            return f"llama.cpp tells variants of {self.arch} by the number of their layers"
+        if self.arch in FROM_FIRST and 0 in gone:
+            return f"layers of {self.arch} take values of layer 0; leave that one"
+        if COUNTS.get(self.arch) in (self.blocks, len(keep)):
+            return (
+                f"llama.cpp takes {self.arch} of {COUNTS[self.arch]} layers for another variant, "
+                "by that number"
+            )
+        return None
+
+    def advice(self, gone: Sequence[int]) -> str:
+        """The nearest sets of layers whose removal leaves all others in their place, in words.
+
+        Args:
+            gone: the layers that were to go.
+        """
+        period = max([*self._periods().values(), (self._period() or (1, 0))[0]])
+
+        def fits(keep: Sequence[int]) -> bool:
+            blocks = [*keep, *range(self.layers, self.blocks)]
+            return not (self._moved(keep) or self.changed_kinds(blocks))
+
+        sets = near_sets(gone, self.layers, period, fits)
+        if not sets:
+            return f"no {period} layers in a row would do"
+        return "these would do: " + " or ".join(f"`layers` {','.join(map(str, s))}" for s in sets)
+
+
+def _check_names(parts: GGUFParts, arch: str, blocks: int) -> None:
+    """Raises ShortGPTError unless the tensors are those of numbered layers, and of no other."""
+    found = {int(m[1]) for name in parts.tensors if (m := LAYER.fullmatch(name))}
+    if found != set(range(blocks)):
+        raise ShortGPTError(
+            f"{parts.path} says that it has {blocks} layers; its tensors blk.N are of "
+            f"{len(found)}: is it whole?"
+        )
+    others = [n for n in parts.tensors if not LAYER.fullmatch(n) and OTHER_LAYERS.fullmatch(n)]
+    if others:
+        raise ShortGPTError(
+            f"layers of {parts.path} ({arch}) cannot be removed: {others[0]} belongs to all of "
+            "them, or to other layers"
+        )
+
+
+def renamed(names: Mapping[str, object], keep: Sequence[int]) -> dict[str, str]:
+    """The old name of every tensor that stays, by its new one, in the file's order.
+
+    Args:
+        names: of the tensors.
+        keep: numbers of the blocks that stay, ascending.
+
+    Example:
+        >>> renamed({"blk.0.a": 0, "blk.1.a": 0, "output.weight": 0}, [1])
+        {'blk.0.a': 'blk.1.a', 'output.weight': 'output.weight'}
+    """
+    place = {old: new for new, old in enumerate(keep)}
+    found: dict[str, str] = {}
+    for name in names:
+        match = LAYER.fullmatch(name)
+        if match is None:
+            found[name] = name
+        elif int(match[1]) in place:
+            found[f"blk.{place[int(match[1])]}.{match[2]}"] = name
+    return found

@@ -1,0 +1,316 @@
+"""GGUF files without some layers: their bytes, what they say, and what is refused."""
+
+from __future__ import annotations
+
+import filecmp
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from commands import fails, run
+from gguf_families import make, write_model
+from gguf_files import stack_file
+
+from llama.formats.gguf_header import read_header
+from llama.formats.gguf_parts import GGUFParts
+from short_gpt import ShortHFModel
+from short_gpt.checkpoints import Provenance, gguf, prune_gguf, write_gguf
+from short_gpt.checkpoints.gguf_kinds import PERIODIC, READS_PATTERN
+from short_gpt.checkpoints.gguf_layers import Stack
+from short_gpt.runtime.errors import ShortGPTError
+
+pytestmark = pytest.mark.filterwarnings("default")  # transformers' own, while it reads GGUF
+
+
+def data(path: Path) -> dict[str, bytes]:
+    """Every tensor's bytes, by name."""
+    parts = GGUFParts(path)
+    return {name: b"".join(parts.chunks(name)) for name in parts.tensors}
+
+
+def said(path: Path, name: str):
+    fields = GGUFParts(path).fields
+    return fields.get(f"{fields['general.architecture']}.{name}")
+
+
+def test_with_nothing_removed_the_bytes_are_the_sources(tmp_path):
+    path = stack_file(tmp_path / "m.gguf", attention__head_count=[1, 2] * 4)
+    write_gguf(GGUFParts(path), tmp_path / "same.gguf", range(8))
+    assert filecmp.cmp(path, tmp_path / "same.gguf", shallow=False)
+
+
+def test_what_stays_is_the_sources_byte_for_byte_under_its_new_number(tmp_path):
+    path = stack_file(
+        tmp_path / "m.gguf",
+        attention__head_count_kv=[0, 1, 2, 3, 4, 5, 6, 7],
+        feed_forward_length=[8, 7, 6, 5, 4, 3, 2, 1],
+        rope__dimension_sections=[1] * 8,  # as long, and yet of no layer
+        swiglu_clamp_exp=[0.5] * 8,
+    )
+    prune_gguf(path, tmp_path / "cut.gguf", [6, 1])
+    before, after = data(path), data(tmp_path / "cut.gguf")
+    keep = [0, 2, 3, 4, 5, 7]
+    assert list(after)[:1] == ["token_embd.weight"] and len(after) == 1 + 2 * len(keep)
+    for new, old in enumerate(keep):
+        for name in ("ffn_down", "attn_norm"):
+            assert after[f"blk.{new}.{name}.weight"] == before[f"blk.{old}.{name}.weight"]
+    assert said(tmp_path / "cut.gguf", "block_count") == 6
+    assert said(tmp_path / "cut.gguf", "attention.head_count_kv") == keep
+    assert said(tmp_path / "cut.gguf", "feed_forward_length") == [8, 6, 5, 4, 3, 1]
+    assert said(tmp_path / "cut.gguf", "rope.dimension_sections") == [1] * 8
+    fields = read_header(tmp_path / "cut.gguf").fields
+    assert len(fields["tokenizer.ggml.tokens"]) == 8
+    # every other key, and the types of those that changed, are as before
+    ours, theirs = (read_header(p).records for p in (tmp_path / "cut.gguf", path))
+    for key, record in theirs.items():
+        assert (ours[key].kind, ours[key].element) == (record.kind, record.element)
+        if fields[key] == read_header(path).fields[key]:
+            assert ours[key].raw == record.raw
+
+
+def test_files_in_parts_are_read_and_written(tmp_path):
+    stack_file(tmp_path / "m.gguf", split=6)
+    whole = stack_file(tmp_path / "whole.gguf")
+    parts = GGUFParts(tmp_path / "m-00002-of-00003.gguf")
+    assert [p.name[2:7] for p in parts.paths] == ["00001", "00002", "00003"]
+    write_gguf(parts, tmp_path / "n-00001-of-00003.gguf", range(8))
+    for path in parts.paths:
+        assert filecmp.cmp(path, path.with_name(f"n{path.name[1:]}"), shallow=False)
+    write_gguf(parts, tmp_path / "joined.gguf", range(8))
+    assert filecmp.cmp(whole, tmp_path / "joined.gguf", shallow=False)
+    prune_gguf(parts.path, tmp_path / "c-00001-of-00002.gguf", [0, 1])
+    prune_gguf(whole, tmp_path / "c.gguf", [0, 1])
+    assert data(tmp_path / "c-00001-of-00002.gguf") == data(tmp_path / "c.gguf")
+    second = read_header(tmp_path / "c-00002-of-00002.gguf")
+    assert [second.fields[f"split.{k}"] for k in ("no", "count", "tensors.count")] == [1, 2, 13]
+    assert list(second.fields) == ["split.no", "split.count", "split.tensors.count"]
+    with pytest.raises(FileExistsError, match="are not overwritten"):
+        prune_gguf(whole, tmp_path / "c-00001-of-00002.gguf", [0, 1], overwrite=True)
+    with pytest.raises(ShortGPTError, match="13 tensors cannot be put into 99 files"):
+        prune_gguf(whole, tmp_path / "c-00001-of-00099.gguf", [0, 1])
+    (tmp_path / "m-00003-of-00003.gguf").rename(tmp_path / "m3.gguf")
+    with pytest.raises(FileNotFoundError, match=r"m-00003-of-00003.gguf, one of 3 of its model"):
+        GGUFParts(parts.path)
+    with pytest.raises(ShortGPTError, match=r"m3.gguf says that it is part 2 of 3"):
+        GGUFParts(tmp_path / "m3.gguf")
+
+
+def test_nothing_is_left_of_several_files_where_one_cannot_be_placed(tmp_path, monkeypatch):
+    path, plain, calls = stack_file(tmp_path / "m.gguf"), Path.rename, []
+
+    def rename(self, target):
+        calls.append(target)
+        if len(calls) == 2:
+            raise OSError("no more")
+        return plain(self, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(OSError, match="no more"):
+        prune_gguf(path, tmp_path / "c-00001-of-00003.gguf", [0])
+    assert [p.name for p in tmp_path.iterdir()] == ["m.gguf"]
+    assert [p.name for p in calls] == ["c-00003-of-00003.gguf", "c-00002-of-00003.gguf"]
+
+
+@pytest.mark.parametrize(
+    ("arch", "fields", "layers", "after"),
+    [
+        ("deepseek", {"leading_dense_block_count": 3}, [1, 5], {"leading_dense_block_count": 2}),
+        ("deepseek", {"leading_dense_block_count": 3}, [6], {"leading_dense_block_count": 3}),
+        ("glm4moe", {"nextn_predict_layers": 2}, [5], {"nextn_predict_layers": 2}),
+        ("ernie4_5-moe", {"interleave_moe_layer_step": 2}, [3, 4], {}),
+        ("ernie4_5-moe", {"interleave_moe_layer_step": 1}, [3], {}),
+        ("qwen3vl", {"n_deepstack_layers": 3}, [3, 7], {"n_deepstack_layers": 3}),
+        ("gpt-oss", {}, [2, 3], {"attention.sliding_window_pattern": None}),
+        ("gpt-oss", {}, [1], {"attention.sliding_window_pattern": [1, 1, 0, 1, 0, 1, 0]}),
+        ("gemma3", {}, [1], {"attention.sliding_window_pattern": None}),  # without a window
+        (
+            "gemma3",
+            {"attention__sliding_window": 8},
+            [0, 3],
+            {"attention.sliding_window_pattern": [1, 1, 1, 0, 1, 1]},
+        ),
+        (
+            "gemma3",
+            {"attention__sliding_window": 8, "attention__sliding_window_pattern": 3},
+            [0],
+            {"attention.sliding_window_pattern": [1, 0, 1, 1, 0, 1, 1]},
+        ),
+        (
+            "gemma4",
+            {"attention__sliding_window_pattern": [True, False] * 4},
+            [0],
+            {"attention.sliding_window_pattern": [0, 1, 0, 1, 0, 1, 0]},
+        ),
+        ("gemma3", {"attention__sliding_window": 8}, [6], {}),  # of the same kind as the next
+        ("smallthinker", {}, [1], {}),
+        ("mystery", {}, [0], {}),
+    ],
+)
+def test_what_speaks_of_positions_is_adjusted(tmp_path, arch, fields, layers, after):
+    path = stack_file(tmp_path / "m.gguf", arch, **fields)
+    prune_gguf(path, tmp_path / "cut.gguf", layers)
+    for name, value in after.items():
+        assert said(tmp_path / "cut.gguf", name) == value
+    assert said(tmp_path / "cut.gguf", "block_count") == 8 - len(layers)
+
+
+NEXT = {"nextn_predict_layers": 1}
+
+
+@pytest.mark.parametrize(
+    ("arch", "fields", "layers", "message"),
+    [
+        ("qwen3next", {}, [2], r"every 4th layer .*; these would do: --layers 0,1,2,3$"),
+        ("qwen3next", {}, [0, 3, 4, 5, 6], r"--layers 3,4,5,6$"),
+        ("llama4", {}, [5, 6], r"these would do: --layers 3,4,5,6$"),
+        ("cohere2moe", {}, [0], "every 4th layer of cohere2moe is of another kind"),
+        ("other", {"full_attention_interval": 4}, [1], "full_attention_interval makes every 4th"),
+        ("other", {"moe_every_n_layers": 2}, [1, 4], "--layers 0,1"),
+        ("other", {"interleave_moe_layer_step": 2}, [1], "interleave_moe_layer_step makes every"),
+        ("smallthinker", {"attention__sliding_window": 8}, [1], "every 4th layer of smallthinker"),
+        ("gemma4", {"attention__shared_kv_layers": 2}, [0], "shared_kv_layers = 2 numbers layers"),
+        ("rwkv6", {"rescale_every_n_layers": 6}, [0], "rescale_every_n_layers = 6 numbers layers"),
+        ("rwkv7", {}, [0], "take values of layer 0"),
+        ("qwen3vl", {"n_deepstack_layers": 3}, [2], "the first 3 take images"),
+        ("deepseek2", {}, [2], "variants of deepseek2 by the number of their layers"),
+        ("glm4moe", NEXT, [7], r"layers \[7\] do not exist; the model has 0..6"),
+        ("llama", {"attention__head_count": [1, 2]}, [1], "head_count has 2 entries for 8 layers"),
+        ("llama", {"names": ["enc.blk.0.attn_q.weight"]}, [1], "enc.blk.0.attn_q.weight belongs"),
+        ("gemma3n", {"names": ["per_layer_token_embd.weight"]}, [1], "per_layer_token_embd"),
+        ("llama", {"names": ["blk.8.attn_q.weight"]}, [1], "says that it has 8 layers"),
+        ("llama", {}, range(8), "expected 1 to 7"),
+    ],
+)
+def test_what_no_key_can_say_is_refused(tmp_path, arch, fields, layers, message):
+    path = stack_file(tmp_path / "m.gguf", arch, **fields)
+    with pytest.raises(ShortGPTError, match=message):
+        prune_gguf(path, tmp_path / "cut.gguf", list(layers))
+    assert [p.name for p in tmp_path.iterdir()] == ["m.gguf"]
+
+
+@pytest.mark.parametrize(("arch", "layers"), [("gemma2", 46), ("gemma3", 62), ("exaone4", 64)])
+def test_variants_that_llama_cpp_knows_by_their_count_are_refused(tmp_path, arch, layers):
+    for count, gone in ((layers, [0, 1]), (layers + 2, [0, 1])):
+        path = stack_file(tmp_path / f"{count}.gguf", arch, count)
+        with pytest.raises(ShortGPTError, match=f"takes {arch} of {layers} layers for another"):
+            prune_gguf(path, tmp_path / "cut.gguf", gone)
+
+
+@pytest.mark.parametrize("arch", sorted(PERIODIC))
+def test_the_sets_advised_leave_every_layer_its_kind(tmp_path, arch):
+    path = stack_file(tmp_path / "m.gguf", arch, 24, attention__sliding_window=8)
+    stack = Stack.of(GGUFParts(path))
+    for gone in ([1], [5, 9], [3, 4, 5, 10], list(range(2, 13))):
+        sets = re.findall(r"--layers ([\d,]+)", stack.advice(gone))
+        assert sets
+        for found in sets:
+            drop = [int(n) for n in found.split(",")]
+            keep = stack.kept(drop)
+            assert not stack.changed_kinds(keep)
+            assert f"{arch}.attention.sliding_window_pattern" not in stack.records(keep)
+
+
+def test_a_list_of_kinds_comes_with_a_warning_of_older_programs(tmp_path, capsys):
+    path = stack_file(tmp_path / "m.gguf", "gpt-oss")
+    run("prune", path, tmp_path / "a.gguf", "--layers", 1)
+    out = capsys.readouterr().out
+    assert "gpt-oss.attention.sliding_window_pattern lists the kinds" in out
+    assert out.rstrip().endswith("these would do: --layers 0,1")
+    run("prune", path, tmp_path / "b.gguf", "--layers", "0,1")
+    assert "pattern" not in capsys.readouterr().out
+    run("prune", tmp_path / "a.gguf", tmp_path / "c.gguf", "--layers", 0)  # back in step
+    assert "pattern" not in capsys.readouterr().out
+    assert said(tmp_path / "c.gguf", "attention.sliding_window_pattern") == [1, 0, 1, 0, 1, 0]
+
+
+def test_the_record_goes_along_in_the_file(tmp_path):
+    path = stack_file(tmp_path / "m.gguf")
+    facts = Provenance.of_scores(facts={"data": "novels"})
+    prune_gguf(path, tmp_path / "a.gguf", [4, 2], provenance=facts)
+    prune_gguf(tmp_path / "a.gguf", tmp_path / "b.gguf", [2])
+    record = Provenance.beside(tmp_path / "b.gguf")
+    assert record.all_removed == [4, 2, 3] and record.original_layers == [0, 1, 5, 6, 7]
+    assert record.first_source == str(path) and record.earlier.facts == {"data": "novels"}
+    assert Provenance.beside(path) is None and Provenance.beside(tmp_path / "no.gguf") is None
+    text = read_header(tmp_path / "a.gguf").fields["short_gpt.pruning"]
+    assert json.loads(text)["removed_layers"] == [4, 2]
+
+
+def test_overwriting_replaces_only_what_was_written_so(tmp_path):
+    path, out = stack_file(tmp_path / "m.gguf"), tmp_path / "out.gguf"
+    prune_gguf(path, out, [0])
+    with pytest.raises(FileExistsError, match="exists; choose another name or pass --overwrite"):
+        prune_gguf(path, out, [1])
+    prune_gguf(path, out, [1], overwrite=True)
+    assert Provenance.beside(out).removed_layers == [1]
+    with pytest.raises(FileExistsError, match="is the source"):
+        prune_gguf(out, out, [1], overwrite=True)
+    other = stack_file(tmp_path / "other.gguf")
+    (tmp_path / "text.gguf").write_text("mine")
+    for theirs in (other, tmp_path / "text.gguf"):
+        before = theirs.read_bytes()
+        with pytest.raises(FileExistsError, match="is not what this would write there"):
+            prune_gguf(path, theirs, [1], overwrite=True)
+        assert theirs.read_bytes() == before
+
+
+def test_what_was_written_wrong_never_takes_its_place(tmp_path, monkeypatch):
+    path, out = stack_file(tmp_path / "m.gguf"), tmp_path / "out.gguf"
+    prune_gguf(path, out, [0])
+    before, plain = out.read_bytes(), gguf.write_again
+
+    def spoil(at):
+        def write(paths, *args, **how):
+            plain(paths, *args, **how)
+            content = bytearray(paths[0].read_bytes())
+            content[at(bytes(content))] ^= 1
+            paths[0].write_bytes(content)
+
+        return write
+
+    for at, message in (
+        (lambda content: len(content) - 20, "holds another blk.6.attn_norm.weight"),
+        (lambda content: content.index(b"block_count") + 15, "of llama.block_count"),
+        (lambda content: content.index(b"ffn_down") + 2, "holds other tensors"),
+    ):
+        monkeypatch.setattr(gguf, "write_again", spoil(at))
+        with pytest.raises(RuntimeError, match=message):
+            prune_gguf(path, out, [1], overwrite=True)
+        assert out.read_bytes() == before
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["m.gguf", "out.gguf"]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "gemma3"])
+def test_a_cut_file_is_the_model_cut_in_memory(tmp_path, family, capsys):
+    """Through transformers, which reads both; of Gemma the layers' kinds are those of the list."""
+    path = write_model(tmp_path / "m.gguf", family, make(family))
+    run("prune", path, tmp_path / "cut.gguf", "--layers", "1,4", "--verify", family == "llama")
+    assert ("the logits are those of" in capsys.readouterr().out) == (family == "llama")
+    tokens = torch.randint(2, 258, (1, 40), generator=torch.Generator().manual_seed(0))
+    whole, cut = (ShortHFModel(p, dtype=torch.float32) for p in (path, tmp_path / "cut.gguf"))
+    whole.remove_layers([1, 4])
+    assert torch.equal(whole.decoder.logits(tokens), cut.decoder.logits(tokens))
+    assert (said(tmp_path / "cut.gguf", "attention.sliding_window_pattern") is not None) == (
+        family in READS_PATTERN
+    )
+    cut.remove_layers([0])
+    assert Provenance.of(cut, tmp_path / "cut.gguf").all_removed == [1, 4, 0]
+
+
+def test_any_file_that_transformers_reads_goes_to_a_directory(tmp_path, capsys):
+    path = write_model(tmp_path / "m.gguf", "qwen2", make("qwen2"))
+    run("prune", path, tmp_path / "cut", "--layers", "1,4")
+    assert "verified: loaded again" in capsys.readouterr().out
+    whole, cut = (ShortHFModel(p, dtype=torch.float32) for p in (path, tmp_path / "cut"))
+    whole.remove_layers([1, 4])
+    tokens = torch.arange(2, 30)[None]
+    assert torch.equal(whole.decoder.logits(tokens), cut.decoder.logits(tokens))
+    assert Provenance.beside(tmp_path / "cut").removed_layers == [1, 4]
+
+
+def test_several_files_are_joined_before_transformers_reads_them(tmp_path, capsys):
+    stack_file(tmp_path / "m.gguf", split=6)
+    line = fails(capsys, "generate", tmp_path / "m-00001-of-00003.gguf", "a")
+    assert "m-00001-of-00003.gguf is one of 3 files" in line and "short-gpt convert" in line

@@ -1,0 +1,180 @@
+"""GGUF files written here, opened by llama.cpp: the real small model, and tiny ones of families."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from gguf_families import FAMILIES, make, write_model
+from llama_cpp import LlamaCpp
+from tokenizer_files import KINDS, ODD, meta
+
+from llama import Llama
+from llama.formats.gguf_from import llama_to_gguf
+from llama.formats.gguf_parts import GGUFParts
+from llama.formats.gguf_write import UINT32, copied, record, write_again
+from llama.tokenizer import Tokenizer, find_tokenizer
+from short_gpt import ShortLlama
+from short_gpt.checkpoints import prune_checkpoint, prune_gguf
+from short_gpt.checkpoints.gguf_layers import Stack, renamed
+from short_gpt.data import demo
+from short_gpt.models.hf import HFDecoder
+
+pytestmark = [pytest.mark.real, pytest.mark.filterwarnings("default")]
+
+PROMPTS = [
+    "The capital of France is",
+    "Once upon a time there was a little fox who",
+    "In the year 1492, Columbus sailed across the ocean with three ships, and on them were",
+]
+REMOVED = [3, 12, 13, 14]
+# products of gelu are looked up in a table of float16 there, everything else is float32
+ROUNDING = {"gemma2": 5e-3, "gemma3": 5e-3, "starcoder2": 2e-2}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def two_threads():
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
+def build() -> ShortLlama:
+    directory = demo.checkpoint()
+    llama = Llama.build(directory, directory / "tokenizer.json", 512, 4, device="cpu")
+    return ShortLlama(llama)
+
+
+def difference(found: dict[int, float], logits: torch.Tensor) -> float:
+    """The largest between llama.cpp's log probabilities and those of logits (V,)."""
+    expected = torch.log_softmax(logits.double(), -1)
+    return max(abs(expected[token].item() - value) for token, value in found.items())
+
+
+def differences(client: LlamaCpp, short: ShortLlama) -> float:
+    """The largest over the prompts, of the five likeliest tokens."""
+    encoded = [short.encode(prompt) for prompt in PROMPTS]
+    return max(
+        difference(client.logprobs(ids, 5), short.decoder.logits(torch.tensor([ids]))[0, -1])
+        for ids in encoded
+    )
+
+
+@pytest.fixture(scope="module")
+def short() -> ShortLlama:
+    return build()
+
+
+@pytest.fixture(scope="module")
+def cut() -> ShortLlama:
+    short = build()
+    short.remove_layers(REMOVED)
+    return short
+
+
+def test_the_source_and_the_pruned_file_are_ours_but_for_llama_cpps_own_rounding(
+    tmp_path, short, cut
+):
+    """Q4_1: its products take activations in 8 bits, which no cut changes."""
+    prune_gguf(demo.gguf_file(), tmp_path / "cut.gguf", REMOVED)
+    own = differences(LlamaCpp(demo.gguf_file()), short)
+    found = differences(LlamaCpp(tmp_path / "cut.gguf"), cut)
+    print(f"largest difference of log probabilities: source {own:.3f}, pruned {found:.3f}")
+    assert 0 < own < 0.5 and found < 2 * own
+    prune_gguf(demo.gguf_file(), tmp_path / "cut-00001-of-00003.gguf", REMOVED)
+    parts = LlamaCpp(tmp_path / "cut-00001-of-00003.gguf")
+    assert differences(parts, cut) == pytest.approx(found, abs=1e-6)
+
+
+def test_in_float32_llama_cpp_writes_the_same_text_token_for_token(tmp_path, short, cut):
+    """From Meta's format, and pruned from there by way of Hugging Face's."""
+    llama_to_gguf(demo.checkpoint(), tmp_path / "whole.gguf")
+    prune_checkpoint(demo.checkpoint(), tmp_path / "hf", REMOVED, to="hf")
+    llama_to_gguf(tmp_path / "hf", tmp_path / "cut.gguf")
+    for name, model in (("whole", short), ("cut", cut)):
+        client = LlamaCpp(tmp_path / f"{name}.gguf")
+        for prompt in PROMPTS:
+            assert client.greedy(prompt, 16) == model.greedy(model.encode(prompt), 16), prompt
+        assert differences(client, model) < 1e-3
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_pruning_a_file_takes_the_memory_of_a_piece(tmp_path):
+    """The file has 98 MB, its largest tensor 30; pieces have 16."""
+    import subprocess
+
+    code = """
+import sys
+from pathlib import Path
+from short_gpt.checkpoints.gguf import prune_gguf
+
+def peak():
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
+
+import gguf
+from llama.formats.gguf_parts import GGUFParts
+parts = GGUFParts(Path(sys.argv[1]))  # tokens and merges take what they take
+base = peak()
+prune_gguf(sys.argv[1], sys.argv[2], [3, 4, 5])
+print(peak() - base)
+"""
+    command = [sys.executable, "-c", code, str(demo.gguf_file()), str(tmp_path / "cut.gguf")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 75
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_llama_cpp_makes_our_tokens_of_a_text(tmp_path, kind):
+    """What follows a text follows the ids that we make of it."""
+    source = meta(tmp_path / "meta", kind)
+    llama_to_gguf(source, tmp_path / "m.gguf")
+    tokenizer, client = Tokenizer(find_tokenizer(source)), LlamaCpp(tmp_path / "m.gguf")
+    letter = tokenizer.encode("x", False, False)[-1]
+    for text in ODD[:-1]:  # the last has special tokens, which it takes for what they are
+        ids = tokenizer.encode(text, tokenizer.add_bos, False)
+        assert client.count(text) == len(ids), (text, ids)
+        found = [client.logprobs(prompt, 5, chosen=letter) for prompt in (text, ids)]
+        assert found[0] == pytest.approx(found[1], abs=1e-5), text
+
+
+def cut_counts_alone(path: Path, out: Path, keep: list[int]) -> None:
+    """What other tools do: tensors renumbered, ``block_count`` set, and nothing else."""
+    parts = GGUFParts(path)
+    key = f"{Stack.of(parts).arch}.block_count"
+    names = renamed(parts.tensors, keep)
+    tensors = {new: copied(parts, old) for new, old in names.items()}
+    write_again([out], parts, tensors, records={key: record(key, len(keep), UINT32)})
+
+
+def test_lists_of_layers_are_what_makes_a_cut_file_load(tmp_path):
+    model = make("llama")
+    path = write_model(tmp_path / "m.gguf", "llama", model, **{"attention.head_count_kv": [2] * 8})
+    prune_gguf(path, tmp_path / "ours.gguf", [1, 4])
+    cut_counts_alone(path, tmp_path / "theirs.gguf", [0, 2, 3, 5, 6, 7])
+    ids = list(range(2, 30))
+    HFDecoder(model).keep_layers([0, 2, 3, 5, 6, 7])
+    with torch.no_grad():
+        logits = model(torch.tensor([ids])).logits[0, -1]
+    assert difference(LlamaCpp(tmp_path / "ours.gguf").logprobs(ids), logits) < 1e-4
+    with pytest.raises(RuntimeError, match="Failed to init"):
+        LlamaCpp(tmp_path / "theirs.gguf")
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_a_cut_file_of_a_family_is_the_model_cut_in_memory(tmp_path, family):
+    """Longer than the windows; of families whose layers differ by position both kinds move."""
+    model = make(family)
+    path = write_model(tmp_path / "m.gguf", family, model)
+    prune_gguf(path, tmp_path / "cut.gguf", [1, 4])
+    ids = torch.randint(2, 258, (40,), generator=torch.Generator().manual_seed(1)).tolist()
+    keep = [0, 2, 3, 5, 6, 7]
+    HFDecoder(model).keep_layers(keep)
+    with torch.no_grad():
+        logits = model(torch.tensor([ids])).logits[0, -1]
+    rounding = ROUNDING.get(family, 2e-4)
+    assert difference(LlamaCpp(tmp_path / "cut.gguf").logprobs(ids), logits) < rounding
+    if Stack.of(GGUFParts(path)).changed_kinds(keep):  # where the list is what makes it right
+        cut_counts_alone(path, tmp_path / "plain.gguf", keep)
+        assert difference(LlamaCpp(tmp_path / "plain.gguf").logprobs(ids), logits) > 0.05
