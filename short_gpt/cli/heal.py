@@ -21,7 +21,7 @@ def heal(
     opening: Opening = Opening(),
     output: Output = Output(),
 ) -> None:
-    """Removes layers and brings quality back: in closed form, by training, or both.
+    """Removes layers and brings quality back: closed forms or training.
 
     refit and patch are closed forms: they take minutes. refit solves the last matrices of every
     layer behind the first gap again, patch only one map in front of each gap. lora trains on the
@@ -29,7 +29,7 @@ def heal(
     already removed. No text that is evaluated on is learned from. A healed model that predicts
     held-out text worse than before is written all the same, and said to be WORSE.
 
-    Example: short-gpt heal llama-2-7b llama-2-5b --scores ranking.json --n 9 --method refit,distill
+    Example: short-gpt heal llama-2-7b out --scores ranking.json --n 9 --method refit
 
     Args:
         model: Meta checkpoint directory, Hugging Face directory or hub id.

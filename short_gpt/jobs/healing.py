@@ -204,8 +204,6 @@ def _selection(
         raise ShortGPTError(
             f"distill learns from the model with all its layers: {ask}, or a `teacher` that "
             "still has them"
-            "the patch reads the whole model and removes layers itself: give `layers`, as in "
-            "21,22,23, or `scores` and `n`"
         )
     if choice.n is not None or choice.wanted is not None:
         raise ShortGPTError("`n` and `angular` choose from `scores`")

@@ -52,7 +52,8 @@ def pruned(result: Pruned) -> str:
     lines += [f"--eval_data was {result.chosen.unsure}"] if result.chosen.unsure else []
     lines += [f"removed layers {result.layers}", f"written: {result.out}"]
     lines += [f"written: {result.recipe}"] if result.recipe is not None else []
-    return "\n".join([*lines, *(said for said in (result.proof, result.remark) if said)])
+    remark = None if result.remark is None else result.remark.replace("`layers`", "--layers")
+    return "\n".join([*lines, *(said for said in (result.proof, remark) if said)])
 
 
 def _tried(budget: Budget) -> list[str]:

@@ -162,12 +162,12 @@ NEXT = {"nextn_predict_layers": 1}
 @pytest.mark.parametrize(
     ("arch", "fields", "layers", "message"),
     [
-        ("qwen3next", {}, [2], r"every 4th layer .*; these would do: --layers 0,1,2,3$"),
-        ("qwen3next", {}, [0, 3, 4, 5, 6], r"--layers 3,4,5,6$"),
-        ("llama4", {}, [5, 6], r"these would do: --layers 3,4,5,6$"),
+        ("qwen3next", {}, [2], r"every 4th layer .*; these would do: `layers` 0,1,2,3$"),
+        ("qwen3next", {}, [0, 3, 4, 5, 6], r"`layers` 3,4,5,6$"),
+        ("llama4", {}, [5, 6], r"these would do: `layers` 3,4,5,6$"),
         ("cohere2moe", {}, [0], "every 4th layer of cohere2moe is of another kind"),
         ("other", {"full_attention_interval": 4}, [1], "full_attention_interval makes every 4th"),
-        ("other", {"moe_every_n_layers": 2}, [1, 4], "--layers 0,1"),
+        ("other", {"moe_every_n_layers": 2}, [1, 4], "`layers` 0,1"),
         ("other", {"interleave_moe_layer_step": 2}, [1], "interleave_moe_layer_step makes every"),
         ("smallthinker", {"attention__sliding_window": 8}, [1], "every 4th layer of smallthinker"),
         ("gemma4", {"attention__shared_kv_layers": 2}, [0], "shared_kv_layers = 2 numbers layers"),
@@ -203,7 +203,7 @@ def test_the_sets_advised_leave_every_layer_its_kind(tmp_path, arch):
     path = stack_file(tmp_path / "m.gguf", arch, 24, attention__sliding_window=8)
     stack = Stack.of(GGUFParts(path))
     for gone in ([1], [5, 9], [3, 4, 5, 10], list(range(2, 13))):
-        sets = re.findall(r"--layers ([\d,]+)", stack.advice(gone))
+        sets = re.findall(r"`layers` ([\d,]+)", stack.advice(gone))
         assert sets
         for found in sets:
             drop = [int(n) for n in found.split(",")]
@@ -241,7 +241,7 @@ def test_the_record_goes_along_in_the_file(tmp_path):
 def test_overwriting_replaces_only_what_was_written_so(tmp_path):
     path, out = stack_file(tmp_path / "m.gguf"), tmp_path / "out.gguf"
     prune_gguf(path, out, [0])
-    with pytest.raises(FileExistsError, match="exists; choose another name or pass --overwrite"):
+    with pytest.raises(FileExistsError, match="exists; choose another name or pass `overwrite`"):
         prune_gguf(path, out, [1])
     prune_gguf(path, out, [1], overwrite=True)
     assert Provenance.beside(out).removed_layers == [1]

@@ -361,7 +361,9 @@ def test_a_state_is_told_by_what_it_was_computed_from(what, tmp_path):
 
 
 def test_cases_name_what_there_is():
-    with pytest.raises(ValueError, match="no healing 'glue'; expected some of raw, patched, lora"):
+    with pytest.raises(
+        ValueError, match="no healing 'glue'; expected some of raw, patched, refit, lora"
+    ):
         Cases(healings=["glue"])
     with pytest.raises(ValueError, match="lora_only is for the healing lora"):
         Cases(["bi"], [1], lora_only=[("bi", 1)])

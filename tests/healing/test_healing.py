@@ -601,10 +601,15 @@ def test_heal_refuses_before_it_works(books, capsys):
     assert "the patch reads the whole model" in fails(capsys, *base)
     layers = ("--layers", "1")
     assert "--rank is for --method lora or distill" in fails(capsys, *base, *layers, "--rank", 2)
-    assert "--ridge is for --method patch" in fails(capsys, *base, "--method", "lora", "--ridge", 1)
+    assert "--ridge is for --method refit or patch" in fails(
+        capsys, *base, "--method", "lora", "--ridge", 1
+    )
     for method in ("prayer", "patch,prayer"):
         line = fails(capsys, *base, "--method", method)
-        assert "expected one of patch, lora, distill, or several by commas, got 'prayer'" in line
+        assert (
+            "expected one of refit, patch, lora, distill, or several by commas, got 'prayer'"
+            in line
+        )
     line = fails(capsys, *base, *layers, "--method", "lora,patch")
     assert "lora,patch: patch is fitted on the whole model, so nothing may heal before it" in line
     for method, flags, message in (
@@ -616,7 +621,7 @@ def test_heal_refuses_before_it_works(books, capsys):
     ):
         assert message in fails(capsys, *base, *layers, "--method", method, *flags)
     line = fails(capsys, *base, "--method", "distill")
-    assert "or --teacher MODEL that still has them" in line
+    assert "or a --teacher that still has them" in line
     assert "begin the model" in fails(capsys, *base, "--layers", "0")
     assert "batch 16 is not a multiple" in fails(
         capsys, *base, "--method", "lora", "--micro_batch", 3
