@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from llama.io.files import check_new
+from llama.io.files import check_new, resolved
 from llama.io.outputs import check_output, new_file
 from short_gpt.checkpoints.mergekit import is_recipe, mergekit_recipe, recipe_dtype
 from short_gpt.checkpoints.provenance import PROVENANCE
@@ -21,6 +21,7 @@ from short_gpt.jobs.choice import (
 from short_gpt.jobs.inputs import Opening
 from short_gpt.jobs.proof import Proof
 from short_gpt.jobs.saving import interruptible
+from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import bar
 from short_gpt.runtime.results import read_record
 
@@ -130,11 +131,11 @@ def prune_by(
     refuse_gguf(model)
     choice.check()
     check_new(Path(out), marker=PROVENANCE, overwrite=written.overwrite)
+    dtype = _recipe_dtype(model, out, written)
     if limit is None or limit.max_perplexity_ratio is None:
         found = chosen(model, choice)
     else:
         found = chosen_within(model, choice, limit, opening=opening)
-    dtype = _recipe_dtype(model, written)
     with interruptible():
         proof = _write(model, out, found, written, opening)
     return Pruned(Path(out), found, _recipe(model, out, written, dtype), proof)
@@ -169,10 +170,15 @@ def _recipe(model: str, out: str, written: Written, dtype: str) -> Path | None:
     return path
 
 
-def _recipe_dtype(source: str, written: Written) -> str:
-    """The dtype of a model that mergekit is to read; checks that it can."""
+def _recipe_dtype(source: str, out: str, written: Written) -> str:
+    """The dtype of a model that mergekit is to read; checks that it can, and the file's place."""
     if written.recipe is None:
         return ""
-    dtype = recipe_dtype(source)
-    check_output(Path(written.recipe), overwrite=written.overwrite, ours=is_recipe)
+    dtype, path = recipe_dtype(source), Path(written.recipe)
+    check_output(path, overwrite=written.overwrite, ours=is_recipe)
+    if resolved(Path(out)) in resolved(path).parents:
+        raise ShortGPTError(
+            f"`recipe` {path} lies in {out}, which holds the checkpoint alone: else it could not "
+            "be replaced later; name a file beside it"
+        )
     return dtype
