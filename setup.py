@@ -57,6 +57,7 @@ setup(
         "datasets>=3",
         "pyarrow>=15",
         "psutil>=5.9",
+        "pyyaml",
         "tqdm",
     ],
     extras_require={

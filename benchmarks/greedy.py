@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import fire
-from outcome import finish
+from outcome import begin, finish
 from scoring import build, spread
 
 from short_gpt import ShortLlama, windows
@@ -34,6 +34,7 @@ def main(
     overwrite: bool = False,
 ) -> None:
     """Runs the benchmark, prints the table, and writes the JSON file if ``out`` is given."""
+    begin(out, overwrite=overwrite)
     short = build()
     chosen = windows(demo.bible(), short.encode, size=size, stride=size, seed=0, limit=count)
     read = list(chosen)

@@ -1,12 +1,24 @@
-"""How every benchmark ends: what was missed, the JSON file, the exit status."""
+"""How every benchmark begins and ends: the JSON file, what was missed, the exit status."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import NoReturn
 
-from short_gpt.runtime.results import write_record
+from llama.io.outputs import check_output
+from short_gpt.runtime.results import is_record, write_record
+
+
+def begin(out: str | None, *, overwrite: bool) -> None:
+    """Raises what would keep the result from being written, before anything is measured.
+
+    Args:
+        out, overwrite: as for `finish`.
+    """
+    if out is not None:
+        check_output(Path(out), overwrite=overwrite, ours=is_record)
 
 
 def finish(

@@ -28,7 +28,7 @@ from typing import Any
 
 import fire
 import torch
-from outcome import finish
+from outcome import begin, finish
 from torch import Tensor
 
 from llama import Llama
@@ -42,6 +42,7 @@ SIZE = 1024
 
 def main(repeats: int = 15, out: str | None = None, overwrite: bool = False) -> None:
     """Runs the benchmark, prints the table, and writes the JSON file if ``out`` is given."""
+    begin(out, overwrite=overwrite)
     short, book = load(repeats + 1)
     ways = {
         "bare": lambda w: bare(short, w),

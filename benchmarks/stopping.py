@@ -24,7 +24,7 @@ import adversarial as hostile
 import fire
 import numpy as np
 import torch
-from outcome import finish
+from outcome import begin, finish
 from scoring import SIZE, build
 from torch import Tensor
 
@@ -49,6 +49,7 @@ def main(
     populations: int = 10_000,
 ) -> None:
     """Runs the benchmark, prints the table, and writes the JSON file if ``out`` is given."""
+    begin(out, overwrite=overwrite)
     if adversarial:
         attack(confidence, populations, out, overwrite)
     influence, angles, seconds = read_scores(windows, scores)

@@ -25,7 +25,7 @@ from typing import Any
 
 import fire
 import torch
-from outcome import finish
+from outcome import begin, finish
 from scoring import spread
 from torch import Tensor
 
@@ -63,6 +63,7 @@ def main(
         out: JSON file for the result.
         overwrite: replace an existing file.
     """
+    begin(out, overwrite=overwrite)
     with tempfile.TemporaryDirectory(dir=folder) as directory:
         make_checkpoint(Path(directory), layers)
         half = {"directory": directory, "windows": windows, "repeats": repeats}

@@ -93,8 +93,8 @@ class _SentencePiece:
 
         try:
             model = self.model = SentencePieceProcessor(model_proto=data)
-        except RuntimeError as error:
-            raise InputError(f"{path} is a damaged SentencePiece model: {error}") from None
+        except RuntimeError:
+            raise InputError(f"{path} is a damaged SentencePiece model: fetch it anew") from None
         if not _has_settings(data):
             raise InputError(f"{path} is a damaged SentencePiece model: it ends after the pieces")
         self.lack, self.add_bos = f"{path} defines none", True

@@ -104,6 +104,8 @@ def open_model(
         >>> short = open_model("llama-2-70b", stream=True, max_memory="12GB")  # doctest: +SKIP
     """
     options = replace(options, **changes)
+    if not -(2**63) <= options.seed < 2**63:
+        raise ShortGPTError(f"seed = {options.seed}: expected a whole number below 2**63")
     if stream:
         return _open_streamed(source, options)
     if options.max_memory is not None:

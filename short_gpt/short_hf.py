@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -15,14 +16,8 @@ from llama.parallel import choose_device, choose_dtype
 from llama.tokenizer import find_tokenizer
 from short_gpt.checkpoints.provenance import Provenance
 from short_gpt.checkpoints.save import save_as_meta, save_hf
-from short_gpt.checkpoints.verify import (
-    Fingerprint,
-    check_same,
-    copy_weights,
-    fingerprint,
-    one_by_one,
-)
-from short_gpt.data.windows import windows
+from short_gpt.checkpoints.verify import check_same, copy_weights, fingerprint, one_by_one
+from short_gpt.data.windows import Window, windows
 from short_gpt.evaluation.harness import hugging_face_lm
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.models.hf import HFDecoder
@@ -129,7 +124,10 @@ class ShortHFModel(ShortModel):
             self.measure([self._continue(i, max_gen_len, temperature, top_p) for i in ids])
             return
         cut = windows(prompts, self.encode, size=max_seq_len, stride=stride, tail="keep")
-        self.measure(cut, progress=False)
+        before = (
+            max(self.importance.texts or (), default=-1) + 1
+        )  # other texts than an earlier call's
+        self.measure([Window(w, w.text + before, w.start) for w in cut], progress=False)
 
     def generate(
         self,
@@ -277,14 +275,15 @@ class ShortHFModel(ShortModel):
 
     def check_saved(self, directory: Path) -> None:
         """Raises RuntimeError unless a directory holds this model, as transformers loads it."""
-        check_same(*one_by_one(lambda: fingerprint(self), lambda: self._read_again(directory)))
+        again = partial(self._read_again, directory)
+        check_same(*one_by_one(lambda: fingerprint(self), lambda: fingerprint(again())))
 
-    def _read_again(self, directory: Path) -> Fingerprint:
+    def _read_again(self, directory: Path) -> ShortHFModel:
         again = type(self.model).from_pretrained(directory, dtype=self.model.dtype)
         copy_weights(cast("PreTrainedModel", again))
         if not getattr(again, "is_quantized", False):  # those are where they belong
             again.to(self.decoder.device)
-        return fingerprint(ShortHFModel(again, self._layers_path))
+        return ShortHFModel(again, self._layers_path)
 
     def _check_weights(self) -> None:
         # offloaded weights cannot be looked at; their states are, whenever they are read

@@ -1096,6 +1096,60 @@ CLI_HF = "tests/cli/test_cli_hf.py"
 
 PROOFS = (
     Section(
+        "short_gpt/scoring/clusters.py",
+        IMPORTANCE,
+        (
+            (
+                "sums.sum(0) / tokens.sum() * tokens",
+                "sums.mean(0)",
+                "test_texts_are_the_samples_where_there_are_several",
+            ),
+            (
+                "count / (count - 1)",
+                "1",
+                "test_texts_are_the_samples_where_there_are_several",
+            ),
+            (
+                "if texts is None or None in of:",
+                "if texts is None:",
+                "test_texts_are_the_samples_where_there_are_several",
+            ),
+        ),
+    ),
+    Section(
+        "short_gpt/scoring/measuring.py",
+        IMPORTANCE,
+        (
+            (
+                "into.add(scores, [text_of(window) for window in batch])",
+                "into.add(scores)",
+                "test_texts_are_the_samples_where_there_are_several",
+            ),
+        ),
+    ),
+    Section(
+        "short_gpt/checkpoints/source_card.py",
+        "tests/checkpoints/test_provenance.py",
+        (
+            (
+                "base = _named(source) or said.get(BASE)",
+                "base = said.get(BASE)",
+                "test_the_card_carries_licence_and_base_model",
+            ),
+        ),
+    ),
+    Section(
+        "short_gpt/checkpoints/from_model.py",
+        "tests/checkpoints/test_provenance.py",
+        (
+            (
+                "Measured(found.value, found.tokens, _error(found))",
+                "Measured(found.value, found.tokens)",
+                "test_record_and_card_carry_the_intervals",
+            ),
+        ),
+    ),
+    Section(
         "short_gpt/cli/app.py",
         "tests/cli/test_cli.py",
         (

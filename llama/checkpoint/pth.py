@@ -9,6 +9,7 @@ library writes this format.
 from __future__ import annotations
 
 import pickle
+import re
 import sys
 import zipfile
 from collections import OrderedDict
@@ -62,9 +63,10 @@ class Shard:
         try:
             content = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
         except pickle.UnpicklingError as error:
-            reason = str(error).split("\n")[0]
+            named = re.search(r"GLOBAL ([\w.]+)", str(error))
+            what = f", {named[1]}" if named else ""
             raise InputError(
-                f"{self.path} was refused: its pickle holds more than tensors ({reason})"
+                f"{self.path} was refused: its pickle holds more than tensors{what}"
             ) from None
         except Exception as error:  # a damaged file can make the unpickler raise anything
             if isinstance(error, MemoryError) or "allocate memory" in str(error):
@@ -75,7 +77,7 @@ class Shard:
             if not zipfile.is_zipfile(self.path):
                 why = "it is cut off or another kind of file: fetch it anew"
             else:
-                why = f"it is damaged ({_line(error)})"
+                why = "it is damaged: fetch it anew"
             raise InputError(
                 f"{self.path} cannot be read: expected a complete zip file of torch.save, but {why}"
             ) from None
@@ -121,11 +123,6 @@ class Shard:
         # tied weights are one storage under two names; a view of a part counts as its own
         storage = tensor.data_ptr() if whole else name
         return TensorInfo(tuple(tensor.shape), tensor.dtype, storage)
-
-
-def _line(error: Exception) -> str:
-    """The first line of what torch says."""
-    return (str(error).strip() or repr(error)).splitlines()[0]
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from llama.errors import InputError, MissingPackageError
 from llama.io.sources import is_hub_id
 
 FETCHED = ["*.json", "*.safetensors", "tokenizer*", "*.jinja", "merges.txt", "LICENSE*"]
+FETCHED += ["README.md"]
 
 
 def resolve(source: str | PathLike[str]) -> Path:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from llama.io.json_files import write_json
 from short_gpt.checkpoints.provenance import PROVENANCE, Measured, Provenance
+from short_gpt.checkpoints.source_card import yaml_lines
+from short_gpt.evaluation.sampling import SamplingError
 
 TEMPLATE = """---
-{base}library_name: transformers
+{head}library_name: transformers
 pipeline_tag: text-generation
 tags: [{tags}]
 ---
@@ -54,7 +57,7 @@ def model_card(record: Provenance) -> str:
     source = record.source or "a model"
     tags = ["pruned", "depth-pruning", *(["healed"] if record.steps else []), "short-gpt"]
     return TEMPLATE.format(
-        base=f"base_model: {source}\n" if _hub_id(source) else "",
+        head=yaml_lines(record.source_card),
         tags=", ".join(tags),
         name=_name(record.first_source or source),
         count=len(removed),
@@ -92,11 +95,25 @@ def _scores(record: Provenance) -> str:
 def _table(quality: Mapping[str, Measured]) -> str:
     if not quality:
         return "Its quality was not measured."
-    rows = ["| model | perplexity | tokens |", "| --- | --- | --- |"]
+    rows = ["| model | perplexity | 95% | tokens |", "| --- | --- | --- | --- |"]
     for name, found in quality.items():
         tokens = "" if found.tokens is None else f"{found.tokens:,}"
-        rows.append(f"| {name} | {found.value:.3f} | {tokens} |")
-    return "\n".join(rows)
+        rows.append(f"| {name} | {found.value:.3f} | {_interval(found)} | {tokens} |")
+    over = dict.fromkeys(_over(found) for found in quality.values() if found.error)
+    return "\n".join([*rows, *(["", f"Over {'; '.join(over)}."] if over else [])])
+
+
+def _interval(found: Measured) -> str:
+    ends = found.error.get("interval_95")
+    known = isinstance(ends, list) and all(isinstance(end, float) for end in ends)
+    return " to ".join(f"{end:.3f}" for end in ends) if known and isinstance(ends, list) else ""
+
+
+def _over(found: Measured) -> str:
+    """What an interval is over, and what it does not cover."""
+    windows, texts = (found.error.get(name) for name in ("windows", "texts"))
+    known = texts if isinstance(texts, int) else None
+    return SamplingError(math.nan, int(str(windows or 0)), known).over
 
 
 def _changed(record: Provenance) -> str:

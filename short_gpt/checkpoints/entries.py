@@ -6,8 +6,8 @@ What is not as expected is refused by the file's name and the entry's.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from short_gpt.runtime.errors import ShortGPTError
 
@@ -17,8 +17,8 @@ EVIDENCE = ("method", "scored_by", "quality_gate", "change", "eval_data", "size"
 KEYS = (
     *EVIDENCE,
     *("removed_layers", "kept_layers", "original_layers", "source", "source_pruning"),
-    *("block_influence", "scored", "perplexity", "perplexity_tokens"),
-    *("healing", "removed_sublayers", "versions"),
+    *("block_influence", "scored", "perplexity", "perplexity_tokens", "perplexity_error"),
+    *("healing", "removed_sublayers", "versions", "source_card"),
     "files",  # what the directory holds, listed by whoever replaces it: not part of the history
 )
 Step = Mapping[str, object]  # one change of weights: "method" and its settings, ready for JSON
@@ -31,10 +31,13 @@ class Measured:
     Attributes:
         value: the perplexity.
         tokens: predicted; None in records of versions that did not keep them.
+        error: "interval_95", and over how many "windows" and "texts", which are None where they
+            are not known; empty where none was kept.
     """
 
     value: float
     tokens: int | None = None
+    error: Mapping[str, object] = field(default_factory=dict)
 
 
 def healing_steps(healing: object, where: str) -> list[Step]:
@@ -52,17 +55,20 @@ def healing_steps(healing: object, where: str) -> list[Step]:
     return [*healing_steps(healing.get("earlier"), where), last]
 
 
-def measured(value: object, tokens: object, where: str) -> Measured:
+def measured(value: object, tokens: object, error: object, where: str) -> Measured:
     if value is None:  # JSON has no infinity
         value = math.inf
     if not isinstance(value, int | float):
         raise refusal(where, "perplexity", "numbers by name", value)
-    return Measured(float(value), tokens if isinstance(tokens, int) else None)
+    if error is not None and not isinstance(error, dict):
+        raise refusal(where, "perplexity_error", "an object by name", error)
+    return Measured(float(value), tokens if isinstance(tokens, int) else None, error or {})
 
 
 def measurements(record: Mapping[str, object], where: str) -> dict[str, Measured]:
-    values, tokens = (mapping(record, key, where) for key in ("perplexity", "perplexity_tokens"))
-    return {name: measured(value, tokens.get(name), where) for name, value in values.items()}
+    keys = ("perplexity", "perplexity_tokens", "perplexity_error")
+    values, tokens, errors = (mapping(record, key, where) for key in keys)
+    return {n: measured(v, tokens.get(n), errors.get(n), where) for n, v in values.items()}
 
 
 def influences(record: Mapping[str, object], where: str) -> list[float | None]:
@@ -70,6 +76,16 @@ def influences(record: Mapping[str, object], where: str) -> list[float | None]:
     if not isinstance(value, list):
         raise refusal(where, "block_influence", "a list of numbers", value)
     return value
+
+
+def spread(
+    influence: Sequence[float | None], kept: Sequence[int], count: int
+) -> list[float | None]:
+    """Block Influence by the numbers of the source's ``count`` layers; NaN for those not kept."""
+    found: list[float | None] = [math.nan] * count
+    for layer, value in zip(kept, influence, strict=True) if influence else ():
+        found[layer] = value
+    return found if influence else []
 
 
 def scored_counts(scored: Mapping[str, object], where: str) -> dict[str, int]:

@@ -20,7 +20,17 @@ def remembered(short: ScoredModel) -> dict[str, Perplexity]:
 
 def kept_quality(quality: Mapping[str, Perplexity]) -> dict[str, Measured]:
     """Perplexities as a record keeps them."""
-    return {name: Measured(found.value, found.tokens) for name, found in quality.items()}
+    return {
+        name: Measured(found.value, found.tokens, _error(found)) for name, found in quality.items()
+    }
+
+
+def _error(found: Perplexity) -> dict[str, object]:
+    """The interval of a perplexity and what it is over; empty where no error is known."""
+    if found.error is None or found.error.degrees < 1:
+        return {}
+    over = {"windows": found.error.windows, "texts": found.error.texts}
+    return {"interval_95": list(found.interval()), **over}
 
 
 def counts_of(importance: Importance) -> dict[str, int]:

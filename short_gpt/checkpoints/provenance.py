@@ -7,7 +7,6 @@ the model was cut from; a source that was itself cut has a record of its own, ``
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,6 +16,7 @@ from short_gpt.checkpoints import entries
 from short_gpt.checkpoints.entries import EVIDENCE, KEYS, Measured, Step
 from short_gpt.checkpoints.from_model import counts_of, kept_quality, remembered, removed_halves
 from short_gpt.checkpoints.records import PROVENANCE, record_of
+from short_gpt.checkpoints.source_card import source_card
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.results import read_record, versions
@@ -43,6 +43,7 @@ class Provenance:
         healing: what changed weights since ``earlier``, oldest first.
         removed_sublayers: the source's numbers of kept layers whose "attention" or "mlp" is zero.
         evidence: how the layers were chosen and what a healing brought, by the keys `EVIDENCE`.
+        source_card: the source's licence and base model, of `source_card.source_card`.
         facts: what the caller adds, such as ``{"data": "PG-19"}``.
         versions: of the packages that made it.
 
@@ -64,6 +65,7 @@ class Provenance:
     healing: Sequence[Step] = ()
     removed_sublayers: Mapping[str, Sequence[int]] = field(default_factory=dict)
     evidence: Mapping[str, object] = field(default_factory=dict)
+    source_card: Mapping[str, object] = field(default_factory=dict)
     facts: Mapping[str, object] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=versions)
 
@@ -108,6 +110,7 @@ class Provenance:
             healing=[c.how for c in short.changes if c.how["method"] != REMOVED_SUBLAYERS],
             removed_sublayers=removed_halves(short.changes, short.kept),
             evidence=dict(short.evidence),
+            source_card=source_card(source),
             facts=dict(facts or {}),
         )
         return own._continued()
@@ -154,6 +157,7 @@ class Provenance:
             kept_layers=list(kept),
             source=str(source),
             earlier=self.beside(directory or source),
+            source_card=source_card(source, directory),
         )
 
     @classmethod
@@ -218,9 +222,11 @@ class Provenance:
             "scored": dict(self.scored),
             "perplexity": {name: m.value for name, m in self.quality.items()},
             "perplexity_tokens": tokens,
+            "perplexity_error": {n: m.error for n, m in self.quality.items() if m.error},
             "healing": [dict(step) for step in self.healing],
             "removed_sublayers": dict(self.removed_sublayers),
             "source_pruning": self.earlier.to_dict() if self.earlier else None,
+            "source_card": dict(self.source_card),
         }
         record |= {key: value for key, value in optional.items() if value}
         return {**record, **self.evidence, **self.facts, "versions": dict(self.versions)}
@@ -242,29 +248,21 @@ class Provenance:
         if before is None or self.removed_layers:
             return self
         changed = bool(self.healing or self.removed_sublayers)
+        count = len(before.removed_layers) + len(before.kept_layers)
         return replace(
             before,
-            block_influence=self._spread(before) or before.block_influence,
+            block_influence=entries.spread(self.block_influence, before.kept_layers, count)
+            or before.block_influence,
             scored=self.scored or before.scored,
             # what was measured before weights changed was another model
             quality=self.quality or ({} if changed else before.quality),
             healing=[*before.healing, *self.healing],
             removed_sublayers=self._merged_sublayers(before),
             evidence={**before.evidence, **self.evidence},
+            source_card={**before.source_card, **self.source_card},
             facts={**before.facts, **self.facts},
             versions=self.versions,
         )
-
-    def _spread(self, before: Provenance) -> list[float | None]:
-        """Block Influence by the layers of ``before``'s source; NaN for those that are gone."""
-        if not self.block_influence:
-            return []
-        spread: list[float | None] = [math.nan] * (
-            len(before.removed_layers) + len(before.kept_layers)
-        )
-        for layer, influence in zip(before.kept_layers, self.block_influence, strict=True):
-            spread[layer] = influence
-        return spread
 
     def _merged_sublayers(self, before: Provenance) -> dict[str, list[int]]:
         """Halves gone then and now, by the layers of ``before``'s source."""
@@ -292,6 +290,7 @@ def _read(record: Mapping[str, object], where: str) -> Provenance:
         healing=entries.healing_steps(record.get("healing"), where),
         removed_sublayers={half: entries.numbers(v, half, where) for half, v in sublayers.items()},
         evidence={key: record[key] for key in EVIDENCE if key in record},
+        source_card=entries.mapping(record, "source_card", where),
         facts={key: value for key, value in record.items() if key not in KEYS},
         versions={k: str(v) for k, v in entries.mapping(record, "versions", where).items()},
     )

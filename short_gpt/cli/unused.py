@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from short_gpt.evaluation.protocols import PROTOCOLS
-from short_gpt.jobs.cases import listed
+from short_gpt.jobs.inputs import listed
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.selection.methods import BY_LOSS, METHODS
 
@@ -46,10 +46,11 @@ RULES = (
     Rule(("rank",), ("candidates",), "--method sleb", lambda v: v["method"] == "sleb"),
     Rule(
         ("rank",),
-        ("confidence",),
+        ("confidence", "rare"),
         "--n, a --seed and --method bi or angular",
         lambda v: None not in (v["n"], v["seed"]) and v["method"] in ("bi", "angular"),
     ),
+    Rule(("rank",), ("rare",), "a --confidence", _given("confidence")),
     Rule(
         ("rank",),
         ("sublayers", "plots"),

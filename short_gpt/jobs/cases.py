@@ -9,17 +9,12 @@ from short_gpt.data.windows import at_least
 from short_gpt.experiments import Cases, LoraSettings
 from short_gpt.experiments.compare import DEFAULT_METHODS
 from short_gpt.experiments.rows import HEALINGS, LORA
-from short_gpt.jobs.inputs import Cut
+from short_gpt.jobs.inputs import Cut, listed
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.scored_model import ScoredModel
 from short_gpt.selection.methods import METHODS
 
 Windows = list[list[int]]
-
-
-def listed(names: str) -> list[str]:
-    """Names with commas between, with or without spaces."""
-    return [name.strip() for name in names.split(",")]
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from short_gpt.jobs.inputs import (
     check_model,
     ignore,
     known_total,
+    listed,
     source_of,
 )
 from short_gpt.runtime.errors import ShortGPTError
@@ -87,16 +88,21 @@ class Tasks:
     limit: int | None = None
     include_path: str | None = None
 
+    @property
+    def names(self) -> list[str]:
+        """The tasks."""
+        return listed(self.tasks or "")
+
     def check(self) -> None:
         """Raises ShortGPTError for a task that is unknown."""
         if self.tasks is not None:
-            task_names(self.tasks.split(","), self.include_path)
+            task_names(self.names, self.include_path)
 
     def suite(self, *, batch_size: int = 1) -> TaskSuite | None:
         """The tasks as a suite, which reads so many prompts at once; None without tasks."""
         if self.tasks is None:
             return None
-        return TaskSuite(self.tasks.split(","), batch_size=batch_size, **self._settings())
+        return TaskSuite(self.names, batch_size=batch_size, **self._settings())
 
     def run(self, short: ShortModel, *, batch_size: int = 1) -> dict[str, float]:
         """Every metric of every task by the names of both; nothing without tasks."""

@@ -22,6 +22,16 @@ def ignore(_: str) -> None:
     """Tells nobody; what jobs that have to say something take unless told otherwise."""
 
 
+def listed(names: str) -> list[str]:
+    """Names with commas between, with or without spaces.
+
+    Example:
+        >>> listed("piqa, arc_easy")
+        ['piqa', 'arc_easy']
+    """
+    return [name.strip() for name in names.split(",")]
+
+
 @dataclass(frozen=True)
 class TextSource:
     """Texts by the name of their source.

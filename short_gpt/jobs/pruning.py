@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from llama.io.files import check_new
+from llama.io.files import check_new, resolved
 from llama.io.outputs import check_output, new_file
 from llama.io.sources import is_gguf
 from short_gpt.checkpoints.gguf import about_kinds, check_new_gguf
@@ -139,11 +139,11 @@ def prune_by(
     to = format_of(model, out, written.to)
     choice.check()
     check_target(out, to, overwrite=written.overwrite)
+    dtype = _recipe_dtype(model, out, written, to)
     if limit is None or limit.max_perplexity_ratio is None:
         found = chosen(model, choice)
     else:
         found = chosen_within(model, choice, limit, opening=opening)
-    dtype = _recipe_dtype(model, written, to)
     with interruptible():
         write = _write_opened if is_gguf(model) and to == "hf" else _write
         proof = write(model, out, found, written, opening)
@@ -206,12 +206,17 @@ def _recipe(model: str, out: str, written: Written, dtype: str) -> Path | None:
     return path
 
 
-def _recipe_dtype(source: str, written: Written, to: str) -> str:
-    """The dtype of a model that mergekit is to read; checks that it can."""
+def _recipe_dtype(source: str, out: str, written: Written, to: str) -> str:
+    """The dtype of a model that mergekit is to read; checks that it can, and the file's place."""
     if written.recipe is None:
         return ""
     if to == "gguf":
         raise ShortGPTError("`recipe`: mergekit writes no GGUF; leave one of them out")
-    dtype = recipe_dtype(source)
-    check_output(Path(written.recipe), overwrite=written.overwrite, ours=is_recipe)
+    dtype, path = recipe_dtype(source), Path(written.recipe)
+    check_output(path, overwrite=written.overwrite, ours=is_recipe)
+    if resolved(Path(out)) in resolved(path).parents:
+        raise ShortGPTError(
+            f"`recipe` {path} lies in {out}, which holds the checkpoint alone: else it could not "
+            "be replaced later; name a file beside it"
+        )
     return dtype

@@ -43,6 +43,8 @@ class Answer:
             random, perplexity or sleb.
         candidates: sleb only tries the so many layers of lowest Block Influence; all if not given.
         confidence: that a settled answer is that of all windows; none reads all of them.
+        rare: share of all windows that a kind of windows must make up to be guarded against by
+            that; the smaller, the more is read.
         sublayers: also score the attention and the MLP of every layer.
 
     Raises:
@@ -53,6 +55,7 @@ class Answer:
     method: str = "bi"
     candidates: int | None = None
     confidence: float | None = 0.99
+    rare: float = 0.02
     sublayers: bool = False
 
     def __post_init__(self) -> None:
@@ -73,7 +76,7 @@ class Answer:
         """
         if self.confidence is None:
             return None
-        rule = Stop(self.n or 1, self.method == "angular", self.confidence)
+        rule = Stop(self.n or 1, self.method == "angular", self.confidence, rare=self.rare)
         can = self.n is not None and seed is not None and self.method in ("bi", "angular")
         return rule if can else None
 

@@ -99,6 +99,19 @@ def padded(
         yield places, *pad([windows[i] for i in places], decoder)
 
 
+def _ids(window: Sequence[int]) -> Tensor:
+    """A window's token ids, (S,); ShortGPTError where they are none."""
+    try:
+        ids = torch.as_tensor(window)
+    except (TypeError, ValueError, RuntimeError):
+        ids = torch.empty(0, 0)
+    if ids.dim() != 1 or ids.is_floating_point():
+        raise ShortGPTError(
+            f"expected token ids, whole numbers below 2**63, got a window of {str(window)[:60]}"
+        )
+    return ids
+
+
 def pad(windows: Sequence[Sequence[int]], decoder: Decoder) -> tuple[Tensor, Tensor]:
     """Windows of any lengths as one batch, padded on the right with token 0.
 
@@ -136,7 +149,7 @@ def pad(windows: Sequence[Sequence[int]], decoder: Decoder) -> tuple[Tensor, Ten
         )
     tokens = torch.zeros(len(windows), max(lengths), dtype=torch.long)
     for row, window in enumerate(windows):
-        tokens[row, : len(window)] = torch.as_tensor(window)
+        tokens[row, : len(window)] = _ids(window)
     if tokens.min() < 0 or tokens.max() >= decoder.vocab_size:
         raise ShortGPTError(
             f"token ids {int(tokens.min())}..{int(tokens.max())} are outside the vocabulary "

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -136,5 +137,11 @@ def explained(error: BaseException) -> str:
             "it comes with Python code of its own, which is not run; look at that code, and pass "
             "`trust_remote_code` to run it"
         )
+    if isinstance(error, EOFError | UnpicklingError) or "PytorchStreamReader" in str(error):
+        return "its weights are cut off or damaged; fetch it anew"
+    if isinstance(error, KeyError):
+        return f"its config names {error}, which is not known here; try a newer transformers"
+    if (named := re.match(r"module 'torch' has no attribute ('\w+')", str(error))) is not None:
+        return f"its config names {named[1]} as a dtype, expected one such as 'bfloat16'"
     text = " ".join(str(error).strip().split("\n\n")[0].split()) or type(error).__name__
     return text if len(text) <= 300 else text[:300] + " ..."

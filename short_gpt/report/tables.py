@@ -24,7 +24,6 @@ def ranking(
         n: how many layers to remove; None leaves the methods' choices out.
         method, seed: whose layers are marked, as in `methods.choose`.
     """
-    # windows are the samples here, also where several are of one text
     scores, margin = importance.block_influence, importance.margin
     order = scores.argsort(stable=True).tolist()
     place = {position: rank for rank, position in enumerate(order, start=1)}
@@ -36,7 +35,7 @@ def ranking(
     rows += [
         "",
         f"{importance.n_windows:,} windows, {importance.n_tokens:,} tokens; {_halves(importance)}",
-        "±: windows as independent samples; too small where several are of one text, or overlap",
+        f"±: over {_samples(importance)}",
     ]
     if n is not None and method not in ("bi", "angular"):
         rows.append(f"{METHODS[method]}: {chosen}")
@@ -75,6 +74,13 @@ def choices(importance: Importance, n: int | None) -> list[str]:
         f"lowest Block Influence:    {importance.least_important(n)}",
         f"best block by angle:       {block}, distance {distance:.4f}",
     ]
+
+
+def _samples(importance: Importance) -> str:
+    """What the margins are over, and what they do not cover."""
+    texts = importance.n_texts
+    over = SamplingError(math.nan, importance.n_windows, texts).over
+    return over if texts is not None and texts > 1 else f"{over}; too small where they overlap"
 
 
 def _halves(importance: Importance) -> str:

@@ -84,6 +84,16 @@ class Replicas:
             }
         return replace(sums, **total)
 
+    def gather(self, value: T) -> list[T]:
+        """What each replica gives, in order. All ranks must call it."""
+        if self.count == 1:
+            return [value]
+        from fairscale.nn.model_parallel import initialize as groups
+
+        found = [value] * self.count  # each place is written over
+        dist.all_gather_object(found, value, group=groups.get_data_parallel_group())
+        return found
+
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank of any replica. All ranks must call it."""
         if not _several():

@@ -7,14 +7,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
 
 from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.scoring.clusters import (
+    Texts,
+    error_over_texts,
+    from_json,
+    merged,
+    to_json,
+    with_windows,
+)
 from short_gpt.scoring.hooks import Scores
-from short_gpt.scoring.lists import LATER, check_sums, from_lists, layer_numbers, to_lists
+from short_gpt.scoring.lists import check_sums, layer_numbers, saved_sums, to_lists
 from short_gpt.scoring.metrics import spearman, student_t
 from short_gpt.scoring.moments import (
     block_sums,
@@ -34,8 +42,8 @@ class Importance:
     every digit. Sums are float64, on the CPU. A window is one sequence that the model read.
 
     The windows fall alternately into two halves, whose agreement tells how settled the ranking
-    is. Standard errors take the windows as independent samples: windows that overlap (a stride
-    below the size) are not, and make both look better than they are.
+    is. Standard errors take the texts as samples where there are several, else the windows, as if
+    they were independent: those that overlap (a stride below the size) are not.
 
     Attributes:
         layers: the layers' numbers in the original model, ascending.
@@ -51,6 +59,7 @@ class Importance:
         angle_cubes: the same with the square of the first distance.
         magnitude, norm, halves, token_angles: the sums of `hooks.Scores` over all windows, (L,),
             (L,), (2, L), (L + 1, L + 1); NaN where a window was not scored so.
+        texts: of each text, the sums of its windows, of `clusters`; None if they are not known.
 
     Example:
         >>> Importance.empty([0, 1, 2]).n_windows
@@ -70,6 +79,7 @@ class Importance:
     norm: Tensor
     halves: Tensor
     token_angles: Tensor
+    texts: Texts | None = field(default_factory=dict, kw_only=True)
 
     @classmethod
     def empty(cls, layers: Sequence[int]) -> Importance:
@@ -79,16 +89,23 @@ class Importance:
         blocks, each = (n, n, n), (n,)
         moments = (square, (2, *square), square, blocks, blocks)
         shapes = ((2,), (2,), (2, n), *moments, each, each, (2, n), square)
-        return cls(list(layers), *(torch.zeros(s, dtype=torch.float64) for s in shapes))
+        sums = [torch.zeros(shape, dtype=torch.float64) for shape in shapes]
+        return cls(list(layers), *sums)
 
-    def add(self, scores: Scores) -> None:
-        """Adds the scores of single windows: all of them or, if interrupted, none."""
+    def add(self, scores: Scores, texts: Sequence[int | None] | None = None) -> None:
+        """Adds the scores of single windows: all of them or, if interrupted, none.
+
+        Args:
+            scores: of B windows.
+            texts: numbers of the texts that they were cut from; None where that is not known.
+        """
         new = {f.name: getattr(scores, f.name).cpu().double() for f in fields(scores)}
         tokens, influence, angles = (new[n] for n in ("tokens", "influence", "angles"))
         half = (torch.arange(len(tokens)) + self.n_windows) % 2  # of each window, (B,)
         sums = torch.cat((influence, tokens[:, None]), dim=1)  # (B, L + 1)
         products, cubes = block_sums(angles)
-        changed = {
+        changed: dict[str, object] = {
+            "texts": with_windows(self.texts, texts or [None] * len(sums), sums),
             "windows": self.windows + torch.bincount(half, minlength=2),
             "tokens": self.tokens.index_add(0, half, tokens),
             "influence": self.influence.index_add(0, half, influence),
@@ -106,8 +123,8 @@ class Importance:
     def __add__(self, other: Importance) -> Importance:
         if self.layers != other.layers:
             raise ShortGPTError(f"scores of layers {self.layers} and {other.layers} do not add up")
-        sums = (getattr(self, f.name) + getattr(other, f.name) for f in fields(self)[1:])
-        return Importance(self.layers, *sums)
+        sums = {name: getattr(self, name) + getattr(other, name) for name in SUMS}
+        return Importance(self.layers, **sums, texts=merged([self.texts, other.texts]))
 
     @property
     def n_windows(self) -> int:
@@ -139,18 +156,30 @@ class Importance:
 
     @property
     def standard_error(self) -> Tensor:
-        """Standard error of every entry of `block_influence`, (L,)."""
+        """Standard error of every entry of `block_influence`, (L,); of `degrees` of freedom."""
+        if self.texts is not None and len(self.texts) > 1:
+            return error_over_texts(self.texts)
         return self.covariance.diagonal().clamp(min=0).sqrt()
 
     @property
     def margin(self) -> Tensor:
         """Half of the 95% interval of every entry of `block_influence`, (L,).
 
-        `standard_error` times Student's t of one degree of freedom less than windows.
+        `standard_error` times Student's t of one degree of freedom less than texts or windows.
         """
         if self.n_windows < 2:
             return self.standard_error
-        return student_t(0.975, self.n_windows - 1) * self.standard_error
+        return student_t(0.975, self.degrees) * self.standard_error
+
+    @property
+    def n_texts(self) -> int | None:
+        """Texts that the windows are of; None if that is not known."""
+        return None if self.texts is None else len(self.texts)
+
+    @property
+    def degrees(self) -> int:
+        """Of freedom: texts less 1, or windows less 1 where there are not several texts."""
+        return (self.n_windows if self.n_texts in (None, 1) else int(self.n_texts or 0)) - 1
 
     @property
     def agreement(self) -> float:
@@ -239,29 +268,25 @@ class Importance:
 
     def to_dict(self) -> dict[str, object]:
         """The sums as lists, ready for JSON: None stands for NaN."""
-        sums = {f.name: to_lists(getattr(self, f.name)) for f in fields(self)[1:]}
-        return {"layers": self.layers, **sums}
+        sums = {name: to_lists(getattr(self, name)) for name in SUMS}
+        return {"layers": self.layers, **sums, "texts": to_json(self.texts)}
 
     @classmethod
     def from_dict(cls, content: Mapping[str, object]) -> Importance:
-        """What `to_dict` wrote; of an earlier version, the sums that it lacked are NaN.
+        """What `to_dict` wrote; of an earlier version, the sums that it lacked are not known.
 
         Raises:
             ShortGPTError: a field is missing, or has the wrong shape or values out of range.
         """
         try:
             empty = cls.empty(layer_numbers(content["layers"]))
-            sums = [
-                torch.full_like(getattr(empty, f.name), math.nan)
-                if f.name in LATER and f.name not in content
-                else from_lists(content[f.name])
-                for f in fields(cls)[1:]
-            ]
-        except (KeyError, TypeError, ValueError) as error:
-            raise ShortGPTError(f"these are not saved scores: {error!r}") from None
-        for f, loaded in zip(fields(cls)[1:], sums, strict=True):
-            expected = getattr(empty, f.name).shape
-            if loaded.shape != expected:
-                raise ShortGPTError(f"{f.name} is {list(loaded.shape)}, expected {list(expected)}")
-        check_sums({f.name: s for f, s in zip(fields(cls)[1:], sums, strict=True)})
-        return cls(empty.layers, *sums)
+        except (KeyError, TypeError) as error:
+            said = error if isinstance(error, TypeError) else "they lack layers"
+            raise ShortGPTError(f"these are not saved scores: {said}") from None
+        sums = {name: saved_sums(content, name, getattr(empty, name)) for name in SUMS}
+        check_sums(sums)
+        total = torch.cat((sums["influence"].sum(0), sums["tokens"].sum()[None]))
+        return cls(empty.layers, **sums, texts=from_json(content.get("texts"), total))
+
+
+SUMS = [f.name for f in fields(Importance) if f.name not in ("layers", "texts")]

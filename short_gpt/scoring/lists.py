@@ -55,6 +55,27 @@ def layer_numbers(content: object) -> list[int]:
     return content
 
 
+def saved_sums(content: Mapping[str, object], name: str, empty: Tensor) -> Tensor:
+    """Sums of a saved file; NaN where one of an earlier version lacks them.
+
+    Raises:
+        ShortGPTError: they are missing, no numbers, or of another shape.
+    """
+    if name not in content:
+        if name in LATER:
+            return torch.full_like(empty, math.nan)
+        raise ShortGPTError(f"these are not saved scores: they lack {name}")
+    try:
+        found = from_lists(content[name])
+    except (TypeError, ValueError, OverflowError):
+        raise ShortGPTError(
+            f"these are not saved scores: {name} is not made of numbers in rows of one length"
+        ) from None
+    if found.shape != empty.shape:
+        raise ShortGPTError(f"{name} is {list(found.shape)}, expected {list(empty.shape)}")
+    return found
+
+
 def check_sums(sums: Mapping[str, Tensor]) -> None:
     """Raises ShortGPTError for sums of `Importance`, by their names, that no model can give."""
     tokens, windows = sums["tokens"], sums["windows"].sum()

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Protocol
 
+from short_gpt.data.windows import text_of
 from short_gpt.models.decoder import Decoder
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import bar, set_rate
@@ -65,7 +66,8 @@ def measure(
         for batch in batches:
             begun = True
             if batch:  # of several replicas, one may have nothing left
-                into.add(score(batch, sublayers=sublayers, all_tokens=all_tokens))
+                scores = score(batch, sublayers=sublayers, all_tokens=all_tokens)
+                into.add(scores, [text_of(window) for window in batch])
             set_rate(shown, into.n_tokens - before)
             shown.update(len(batch))
             if after(into):

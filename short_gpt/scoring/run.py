@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
 from short_gpt.data.windows import batches
 from short_gpt.models.decoder import Decoder
 from short_gpt.runtime import replicas
+from short_gpt.scoring.clusters import merged
 from short_gpt.scoring.importance import Importance
 from short_gpt.scoring.measuring import ScoreWindows, measure
 from short_gpt.scoring.state import RunState
@@ -121,7 +123,12 @@ class ScoringRun:
     def _look(self, local: Importance, *, final: bool = False) -> None:
         if self._team.count > 1:
             # in the same order of additions in a run that was interrupted at any look
-            self.into = self.into + self._team.sum(local)
+            self.into = self.into + sums_of_all(self._team, local)
             vars(local).update(vars(Importance.empty(local.layers)))
         if self._stop:
             self.verdict = self._stop.judge(self.into, self._population, final=final)
+
+
+def sums_of_all(team: replicas.Replicas, local: Importance) -> Importance:
+    """The sums of all replicas, those of each text included. All ranks must call it."""
+    return replace(team.sum(local), texts=merged(team.gather(local.texts)))

@@ -11,7 +11,7 @@ Shapes: B windows, S tokens, D width.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -19,8 +19,9 @@ from torch import Tensor
 from short_gpt.data.windows import batches
 from short_gpt.evaluation.perplexity import check_predicted
 from short_gpt.models.decoder import Decoder, padded
-from short_gpt.runtime.errors import NotFiniteError
+from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
 from short_gpt.runtime.state import StateFile
+from short_gpt.scoring.lists import layer_numbers
 from short_gpt.selection.stack import Stack
 
 Batch = tuple[Tensor, Tensor]  # tokens (B, S) and mask (B, S)
@@ -91,7 +92,7 @@ class Trials:
         size = sum(self._bytes(batch) for batch in read)
         # two more are in use while the states move on
         self._room = 0 if self.groups > 1 else limits.max_memory // size - 2
-        self.result, self._done = _continued(state)
+        self.result, self._done = _continued(state, len(decoder.layers))
         self._kept, self._rounds = len(self.result.losses), 0  # of a state; counted so far
 
     def _bytes(self, batch: Batch) -> int:
@@ -230,12 +231,32 @@ class Trials:
             self._state.save({"search": search})
 
 
-def _continued(state: StateFile | None) -> tuple[Search, list[Nats]]:
-    """The search that a state holds, and by group the nats of the round begun; new ones if none."""
+def _continued(state: StateFile | None, count: int) -> tuple[Search, list[Nats]]:
+    """The search that a state holds, and by group the nats of the round begun; new ones if none.
+
+    Raises:
+        ShortGPTError: the state holds no search among so many layers.
+    """
     if state is None or not state.content:
         return Search(), [{}]
-    content = state.content["search"]
-    # JSON has turned the layers' numbers into strings
-    losses = [{int(i): v for i, v in r.items()} for r in content["losses"]]
-    done = [{int(i): v for i, v in g.items()} for g in content["done"]]
-    return Search(content["removed"], losses), done  # evaluations are counted again, by rounds
+    try:
+        content = state.content["search"]
+        removed = layer_numbers(content["removed"])
+        losses = [_by_layer(found, count) for found in content["losses"]]
+        done = [_by_layer(found, count) for found in content["done"]]
+        whole = all(i in found for i, found in zip(removed, losses, strict=True))
+    except (KeyError, TypeError, ValueError, AttributeError):
+        whole = False
+    if not whole:
+        raise ShortGPTError(
+            f"{state.path} is no whole state of a search by loss; delete it to begin anew"
+        )
+    return Search(removed, losses), done or [{}]  # evaluations are counted again, by rounds
+
+
+def _by_layer(content: Mapping[str, float], count: int) -> Nats:
+    """Losses by layers, whose numbers JSON has turned into strings; ValueError for what is none."""
+    found = {int(i): value for i, value in content.items()}
+    if not all(type(v) is float and 0 <= i < count for i, v in found.items()):
+        raise ValueError
+    return found

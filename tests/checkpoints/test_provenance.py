@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from conftest import (
     BYTE_VOCAB,
     CharTokenizer,
@@ -30,6 +31,8 @@ from short_gpt.checkpoints import (
     prune_hf,
 )
 from short_gpt.checkpoints.entries import KEYS, Measured
+from short_gpt.checkpoints.source_card import source_card
+from short_gpt.data.windows import windows
 from short_gpt.healing import Recipe, heal_lora, heal_patch
 from short_gpt.short_hf import ShortHFModel
 from short_gpt.short_llama import ShortLlama
@@ -156,6 +159,64 @@ def test_the_card_says_how_layers_were_chosen():
         facts={"data": "what it was healed by"},
     )
     assert "Scores: low, on 128 tokens of novels in 4 windows." in model_card(healed)
+
+
+def head(card: str) -> dict[str, object]:
+    return yaml.safe_load(card.split("---")[1])
+
+
+def test_the_card_carries_licence_and_base_model(tmp_path):
+    """Of a model that was downloaded and put under a name of its own, cut, cut again and healed."""
+    make("llama").save_pretrained(tmp_path / "own")
+    said = "---\nlicense: other\nlicense_name: 'their: own'\nlicense_link: https://a.b/c\n"
+    said += "base_model: [them/one, them/two]\ntags: [a]\n---\n# A model\n---\nlicense: mit\n"
+    (tmp_path / "own/README.md").write_text(said)
+    once = prune_hf(tmp_path / "own", tmp_path / "once", [1])
+    found = head((once / "README.md").read_text())
+    expected = {"license": "other", "license_name": "their: own", "license_link": "https://a.b/c"}
+    assert found == {**found, **expected} and found["base_model"] == ["them/one", "them/two"]
+    config = json.loads((tmp_path / "own/config.json").read_text())
+    config["_name_or_path"] = "them/model-7b"
+    (tmp_path / "own/config.json").write_text(json.dumps(config))
+    twice = prune_hf(prune_hf(tmp_path / "own", tmp_path / "a", [1]), tmp_path / "b", [1])
+    short = ShortHFModel(str(twice))
+    heal_patch(short, [2], WINDOWS, progress=False)
+    saved = short.save(tmp_path / "healed")
+    for path in (twice, saved):
+        found = head((path / "README.md").read_text())
+        assert found == {**found, **expected} and found["base_model"] == "them/model-7b"
+    assert Provenance.read(saved / "pruning.json").source_card["license"] == "other"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "---\nlicense: [\n---\n", "---\n- a\n---", "license: mit", "---\nlicense: {a: 1}\n---"],
+)
+def test_a_card_that_says_nothing_gives_none(tmp_path, text):
+    (tmp_path / "README.md").write_text(text)
+    assert source_card(tmp_path) == {} == source_card(tmp_path / "none") == source_card("gone")
+    (tmp_path / "README.md").write_bytes(b"\xff\xfe---")
+    assert source_card(tmp_path) == {}
+    assert source_card("them/model") == {"base_model": "them/model"}
+    assert "library_name" in model_card(Provenance([1], [0, 2])).splitlines()[1]
+
+
+def test_record_and_card_carry_the_intervals(tmp_path):
+    make("llama").save_pretrained(tmp_path / "whole")
+    short = ShortHFModel(str(tmp_path / "whole"))
+    texts = ["abcdefgh" * 8, "hgfedcba" * 8, "aabbccdd" * 8]
+    cut = list(windows(texts, lambda t: [ord(c) - 97 for c in t], size=16, stride=16))
+    measured = short.perplexity(cut, progress=False)
+    alone = short.perplexity(cut[:1], progress=False)  # of which no error is known
+    short.remove_layers([1])
+    saved = short.save(tmp_path / "out", measured={"whole": measured, "alone": alone})
+    found = record_of(saved)["perplexity_error"]
+    low, high = measured.interval()
+    assert found == {"whole": {"interval_95": [low, high], "windows": 12, "texts": 3}}
+    card = (saved / "README.md").read_text()
+    row = f"| whole | {measured.value:.3f} | {low:.3f} to {high:.3f} | {measured.tokens:,} |"
+    assert row in card and "Over 12 windows of 3 texts, the texts being the samples." in card
+    assert Provenance.read(saved / "pruning.json").quality["whole"].error["texts"] == 3
 
 
 def test_a_record_of_an_earlier_version_is_read(tmp_path):

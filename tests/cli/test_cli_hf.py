@@ -328,6 +328,8 @@ def test_evaluate_dense_against_pruned(here, capsys, lm_eval, tasks):
             "mergekit reads Hugging Face's",
         ),
         (["prune", "hf", "x", *CUT, "--recipe", "book.txt"], "book.txt exists"),
+        (["prune", "hf", "x", *CUT, "--recipe", "x/r.yaml"], "--recipe x/r.yaml lies in x, which"),
+        (["prune", "hf", "x", *CUT, "--recipe", "hf/../x/r.yaml"], "lies in x, which holds"),
         (["prune", "hf", "x", *CUT, "--recipe", "book.txt/r.yaml"], "r.yaml cannot be written"),
         (["prune", "hf", "hf", *CUT, "--overwrite"], "hf exists and holds"),
         (["prune", "hf", "hf", *CUT, "--overwrite", "--to", "meta"], "hf exists and holds"),

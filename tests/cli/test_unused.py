@@ -18,6 +18,8 @@ UNUSED = [
     (("prune", *TWO, "--layers", "1", "--bos", "every"), "--max_perplexity_ratio"),
     (("rank", "model", "--n", 2, "--candidates", 3), "--method sleb"),
     (("rank", "model", "--confidence", 0.9), "--n, a --seed"),
+    (("rank", "model", "--rare", 0.1), "--n, a --seed"),
+    (("rank", "model", "--n", 2, "--confidence", "none", "--rare", 0.1), "a --confidence"),
     (("rank", "model", "--n", 2, "--seed", "none", "--confidence", 0.9), "--n, a --seed"),
     (("rank", "model", "--n", 2, "--method", "norm", "--confidence", 0.9), "--method bi or"),
     (("rank", "model", "--n", 2, "--method", "sleb", "--plots", "p"), "a --method that scores"),

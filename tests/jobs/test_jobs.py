@@ -20,7 +20,7 @@ from conftest import (
 )
 
 import short_gpt
-from short_gpt import ShortGPTError, convert, prune, rank
+from short_gpt import ShortGPTError, Stop, convert, prune, rank
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.evaluation.tasks import TaskSuite
 from short_gpt.healing import lora
@@ -285,3 +285,13 @@ def test_a_search_on_text_that_changed_in_its_place_is_refused(here, method, cha
         with pytest.raises(ShortGPTError, match="state is the state of a run with another text: "):
             search()
         assert Path("state").read_bytes() == before
+
+
+def test_names_of_tasks_may_have_blanks_between():
+    assert Tasks("piqa, arc_easy ,boolq").names == ["piqa", "arc_easy", "boolq"]
+    suite = Tasks("piqa, arc_easy").suite()
+    assert suite is not None and list(suite.tasks) == ["piqa", "arc_easy"]
+
+
+def test_an_answer_says_which_kinds_of_windows_it_guards_against():
+    assert Answer(2, rare=0.05).rule(seed=0) == Stop(2, rare=0.05) != Answer(2).rule(seed=0)

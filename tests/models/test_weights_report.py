@@ -212,3 +212,45 @@ def test_the_header_of_a_gguf_file_is_read_once(tmp_path, monkeypatch):
     ShortHFModel(path)
     ShortHFModel(path)
     assert len(made) <= 2  # one for each model
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:-9000]), "its weights are cut off or"),
+        (lambda path: path.write_bytes(b""), "its weights are cut off or damaged; fetch it anew"),
+        ({"hidden_act": "nope"}, "its config names 'nope', which is not known here"),
+        ({"rope_parameters": {"rope_type": "zzz"}}, "its config names 'zzz', which is not known"),
+        ({"dtype": "float17"}, "its config names 'float17' as a dtype, expected one such as"),
+    ],
+)
+@pytest.mark.skipif(transformers.__version__.startswith("4."), reason="other entries of config")
+def test_what_torch_and_transformers_say_is_told_in_other_words(here, spoil, said):
+    if isinstance(spoil, dict):
+        config = json.loads((here / "hf/config.json").read_text())
+        (here / "hf/config.json").write_text(json.dumps(config | spoil))
+    else:
+        damaged_hf(here, "head", pickled=True)
+        spoil(here / "hf/pytorch_model.bin")
+    with pytest.raises(ShortGPTError, match=f"hf cannot be loaded: {said}"):
+        ShortHFModel("hf")
+
+
+def test_a_pickle_that_holds_more_than_tensors_is_refused_by_its_name(here):
+    torch.save({"a": Path("x")}, here / "meta/consolidated.00.pth")
+    with pytest.raises(ShortGPTError) as told:
+        open_model("meta")
+    assert str(told.value).endswith("its pickle holds more than tensors, pathlib.PosixPath")
+
+
+@pytest.mark.parametrize("window", [["a"], [[1], [2]], [2**70, 1], [1.5, 2.0]])
+def test_windows_of_anything_but_token_ids(here, window):
+    for model in ("meta", "hf"):
+        short = open_model(model, max_seq_len=16, device="cpu")
+        with pytest.raises(ShortGPTError, match="expected token ids, whole numbers below"):
+            short.measure([window], progress=False)
+
+
+def test_a_seed_that_is_none(here):
+    with pytest.raises(ShortGPTError, match="seed = .*: expected a whole number below"):
+        open_model("meta", seed=2**70)

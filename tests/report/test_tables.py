@@ -7,10 +7,24 @@ import scipy.stats
 import torch
 from conftest import make_transformer, random_windows
 
+from short_gpt.data.windows import Window
 from short_gpt.models.meta import MetaDecoder
 from short_gpt.report.tables import ranking
 from short_gpt.scoring.importance import Importance
 from short_gpt.scoring.measuring import measure
+
+
+def test_the_ranking_says_what_its_intervals_are_over():
+    decoder, cut = MetaDecoder(make_transformer()), random_windows(6, 12)
+    for texts, said in (
+        ([0, 1, 2, 0, 1, 2], "6 windows of 3 texts, the texts being the samples"),
+        ([0] * 6, "6 windows of 1 text: what other texts would give is not covered; too small "
+         "where they overlap"),
+    ):  # fmt: skip
+        scores = measure(decoder, [[Window(w, t) for w, t in zip(cut, texts, strict=True)]])
+        assert f"±: over {said}" in ranking(scores).splitlines()
+    unknown = ranking(measure(decoder, [cut])).splitlines()
+    assert any("taken as independent: their texts are not known; too small" in x for x in unknown)
 
 
 def test_the_intervals_of_the_ranking_are_95_percent_ones():

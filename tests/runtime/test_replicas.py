@@ -32,6 +32,7 @@ from llama.checkpoint.reshard import reshard
 from llama.loading import load_model
 from short_gpt import ShortLlama
 from short_gpt.cli.app import main
+from short_gpt.data.windows import Window
 from short_gpt.runtime.abort import lost
 from short_gpt.runtime.replicas import Replicas
 from short_gpt.scoring.importance import Importance
@@ -54,11 +55,12 @@ from llama.loading import load_model
 from llama.parallel import initialize
 from short_gpt import ShortLlama
 from short_gpt.runtime import replicas
-from short_gpt.data.windows import batches
+from short_gpt.data.windows import Window, batches
 from short_gpt.runtime.abort import lost
 from short_gpt.runtime.state import StateFile
 from short_gpt.scoring.importance import Importance
 from short_gpt.scoring.hooks import score
+from short_gpt.scoring.run import sums_of_all
 from short_gpt.scoring.state import RunState
 
 torch.set_num_threads(1)
@@ -73,7 +75,7 @@ def shared(decoder, windows, size):
             if batch:
                 own.add(score(decoder, batch, layers=own.layers))
     before = own.to_dict()
-    total = team.sum(own)
+    total = sums_of_all(team, own)
     assert own.to_dict() == before
     return total.to_dict()
 
@@ -93,6 +95,7 @@ def results(mp):
         found["shared", size] = shared(short.decoder, given["windows"], size)
         short.measure(given["windows"], batch_size=size, progress=False)
         found["measured", size] = short.importance.to_dict()
+    found["texts"] = of_texts(ShortLlama(llama), given["windows"])
     found["digest"] = short.weights_digest()
     team = replicas.current()
     assert team.count * mp == dist.get_world_size()
@@ -101,6 +104,11 @@ def results(mp):
     found["few"] = shared(short.decoder, given["windows"][:1], 1)
     found["any"] = [team.any(dist.get_rank() == dist.get_world_size() - 1), team.any(False)]
     return found
+
+
+def of_texts(short, windows):
+    short.measure([Window(w, i % 3) for i, w in enumerate(windows)], progress=False)
+    return short.importance.to_dict()
 
 
 def resumed(llama):
@@ -261,6 +269,16 @@ def test_any_division_gives_the_sums_of_one_process(found, mp, replicas, size, k
     results = of_ranks(found, mp, replicas)
     assert all(r[kind, size] == results[0][kind, size] for r in results)
     same(Importance.from_dict(results[0][kind, size]), short.importance)
+
+
+@pytest.mark.parametrize(("mp", "replicas"), DIVISIONS)
+def test_texts_are_the_same_ones_on_all_replicas(found, mp, replicas):
+    short = ShortLlama(Llama(tied_model(), CharTokenizer()))
+    short.measure([Window(w, i % 3) for i, w in enumerate(WINDOWS)], progress=False)
+    for result in of_ranks(found, mp, replicas):
+        ours = Importance.from_dict(result["texts"])
+        assert ours.n_texts == 3
+        assert torch.allclose(ours.standard_error, short.standard_errors, rtol=1e-3)
 
 
 def same(one: Importance, other: Importance) -> None:

@@ -12,6 +12,8 @@ from conftest import make_transformer, random_windows, zero_layer
 from families import make
 from torch import Tensor
 
+from short_gpt.data.windows import Window
+from short_gpt.evaluation.sampling import Sample, sampling_error
 from short_gpt.models.decoder import pad
 from short_gpt.models.hf import HFDecoder
 from short_gpt.models.meta import MetaDecoder
@@ -187,6 +189,70 @@ def test_intervals_cover_the_truth_as_often_as_they_say():
     assert share == pytest.approx(0.95, abs=0.015)  # three standard deviations of 2000 draws
 
 
+def of_texts(texts: list[int], tokens: list[int]) -> list[Window]:
+    """Windows of so many tokens, of these texts."""
+    drawn = random_windows(len(texts), max(tokens))
+    return [Window(w[:n], t) for w, t, n in zip(drawn, texts, tokens, strict=True)]
+
+
+def test_texts_are_the_samples_where_there_are_several():
+    """The error of a ratio of cluster totals, layer by layer, as perplexities have it."""
+    cut = of_texts([4, 0, 4, 9, 0, 4, 9, 9, 9], [10, 12, 5, 9, 9, 10, 3, 12, 8])
+    decoder = MetaDecoder(make_transformer())
+    found = measure(decoder, [cut[:4], cut[4:]])
+    each = [measure(decoder, [[w]]).influence.sum(0) for w in cut]
+    for layer in range(5):
+        samples = [
+            Sample(w.text, float(sums[layer]), len(w)) for w, sums in zip(cut, each, strict=True)
+        ]
+        expected = sampling_error(samples)
+        assert found.standard_error[layer] == pytest.approx(expected.standard_error, rel=1e-5)
+        assert found.margin[layer] == pytest.approx(expected.reach(), rel=1e-5)
+        assert (found.n_texts, found.degrees) == (expected.texts, expected.degrees) == (3, 2)
+    by_windows = measure(decoder, [[list(w) for w in cut]])  # plain lists do not know their text
+    assert by_windows.n_texts is None and by_windows.degrees == 8
+    assert torch.equal(by_windows.standard_error, by_windows.covariance.diagonal().sqrt())
+    assert torch.allclose(by_windows.covariance, found.covariance)  # which a stop judges by
+    mixed = measure(decoder, [cut, [list(cut[0])]])
+    assert mixed.texts is None and (found + by_windows).texts is None
+    alone = measure(decoder, [of_texts([7] * 5, [9] * 5)])
+    assert (alone.n_texts, alone.degrees) == (1, 4)
+    assert torch.equal(alone.standard_error, alone.covariance.diagonal().clamp(min=0).sqrt())
+
+
+def test_intervals_over_clustered_windows_cover_the_truth():
+    """12 texts of 8 windows that are alike: windows as samples would cover under two thirds."""
+    generator = torch.Generator().manual_seed(0)
+    inside, alone = [], []
+    for _ in range(400):
+        own = 1 + 0.3 * torch.randn(12, 1, 5, generator=generator)
+        drawn = (own + 0.1 * torch.randn(12, 8, 5, generator=generator)).flatten(0, 1)
+        sample = Importance.empty(range(5))
+        sample.add(scores_of(torch.ones(96), drawn), [i // 8 for i in range(96)])
+        off = (sample.block_influence - 1).abs()
+        inside.append(off < sample.margin)
+        alone.append(off < 1.985 * sample.covariance.diagonal().sqrt())
+    assert torch.stack(inside).double().mean().item() == pytest.approx(0.95, abs=0.015)
+    assert torch.stack(alone).double().mean() < 0.67
+
+
+def test_sums_of_texts_add_up_survive_json_and_are_not_known_of_older_files():
+    cut, decoder = of_texts([0, 1, 0, 2, 1], [9] * 5), MetaDecoder(make_transformer())
+    whole = measure(decoder, [[w] for w in cut])
+    parts = [measure(decoder, [[w] for w in part]) for part in (cut[:2], cut[2:])]
+    both = parts[0] + parts[1]
+    assert list(both.texts) == [0, 1, 2] and torch.allclose(both.margin, whole.margin, rtol=1e-9)
+    content = json.loads(json.dumps(whole.to_dict()))
+    again = Importance.from_dict(content)
+    assert again.to_dict() == whole.to_dict() and torch.equal(again.margin, whole.margin)
+    older = {key: value for key, value in content.items() if key != "texts"}
+    assert Importance.from_dict(older).n_texts is None
+    assert Importance.from_dict(older).to_dict()["texts"] is None
+    content["texts"]["sums"][0][0] += 0.5
+    with pytest.raises(ValueError, match="texts has no different numbers of texts with sums of"):
+        Importance.from_dict(content)
+
+
 def test_agreement_of_halves():
     windows = random_windows(6, 2)
     decoder = MetaDecoder(make_transformer())
@@ -234,8 +300,15 @@ def test_scores_of_different_layers_do_not_add():
 
 
 def test_saved_scores_are_checked():
-    with pytest.raises(ValueError, match="not saved scores"):
+    with pytest.raises(ValueError, match="not saved scores: they lack windows"):
         Importance.from_dict({"layers": [0, 1]})
+    with pytest.raises(ValueError, match="not saved scores: they lack layers"):
+        Importance.from_dict({})
+    for odd in ([[0.0, 0.0], [0.0]], "x", [[{}]], [["a"]]):
+        with pytest.raises(ValueError) as told:
+            Importance.from_dict({**Importance.empty([0, 1]).to_dict(), "influence": odd})
+        said = "these are not saved scores: influence is not made of numbers in rows of one length"
+        assert str(told.value) == said  # and no word of torch's
     broken = {**Importance.empty([0, 1]).to_dict(), "influence": [[0.0]]}
     with pytest.raises(ValueError, match=r"influence is \[1, 1\], expected \[2, 2\]"):
         Importance.from_dict(broken)
