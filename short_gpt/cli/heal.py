@@ -30,8 +30,8 @@ def heal(
     Example: short-gpt heal llama-2-7b llama-2-5b --scores ranking.json --n 9
 
     Args:
-        model: Meta checkpoint directory, Hugging Face directory or hub id.
-        out: new directory; must not exist.
+        model: Meta checkpoint directory, Hugging Face directory or hub id, or GGUF file.
+        out: new directory, or from a GGUF file another if it ends with .gguf; must not exist.
         method: patch, or lora.
     """
     arguments = arguments_of(locals())

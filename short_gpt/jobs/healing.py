@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from llama.io.files import check_new
-from llama.io.sources import is_meta
+from llama.io.sources import is_gguf, is_meta
+from short_gpt.checkpoints.gguf import about_kinds, check_new_gguf
+from short_gpt.checkpoints.gguf_save import about_types
 from short_gpt.checkpoints.provenance import PROVENANCE, Provenance
 from short_gpt.healing import HealingEvidence, HealingJob, Learning, Recipe, Source
 from short_gpt.healing.job import LoraSettings, PatchSettings
@@ -29,11 +31,12 @@ class Healing:
     """What `heal` did.
 
     Attributes:
-        out: the new directory.
+        out: the new directory or file.
         evidence: what healed the model, and what that brought.
         left_out: what was not learned from because it is evaluated on, in words; None if all was.
         unchecked: what could not be checked of the scores, in words; None if nothing.
         texts: names of the texts learned from and evaluated on, and tokens in a window.
+        remark: what a GGUF file holds otherwise than its source; None if nothing.
     """
 
     out: Path
@@ -41,6 +44,7 @@ class Healing:
     left_out: str | None = None
     unchecked: str | None = None
     texts: Mapping[str, object] = field(default_factory=dict)
+    remark: str | None = None
 
     def to_dict(self) -> dict[str, object]:
         """The evidence, ready for JSON."""
@@ -66,8 +70,9 @@ def heal(
     evaluated on is learned from. LoRA that was interrupted continues from its last checkpoint.
 
     Args:
-        model: Meta checkpoint directory, Hugging Face directory or hub id.
-        out: new directory; appears whole or not at all.
+        model: Meta checkpoint directory, Hugging Face directory or hub id, or GGUF file.
+        out: new directory, or from a GGUF file another if it ends with .gguf; appears whole or
+            not at all.
         method: patch, or lora.
         choice: which layers to remove; lora may do without.
         data: texts to learn from.
@@ -86,7 +91,7 @@ def heal(
     learned, settings = learned or Learned(), settings or Settings()
     texts, lora = source_of(data), method == "lora"
     settings.check(method)
-    check_new(Path(out), marker=PROVENANCE, overwrite=overwrite, source=Path(model))
+    _check_target(model, out, overwrite=overwrite)
     found = _selection(model, choice or Choice(), lora=lora)
     check_model(model)
     Cut(learned.size or SIZE, learned.max_windows).check()
@@ -100,7 +105,26 @@ def heal(
         done = Healing(Path(out), job.run(), parts.left_out, found.unchecked, names)
         short.evidence |= {**found.record.evidence, "eval_data": learned.eval_data, "size": size}
         job.save(out, facts={**found.record.facts, "data": texts.data}, overwrite=overwrite)
-    return done
+    return replace(done, remark=_remark(model, out, found)) if is_gguf(out) else done
+
+
+def _check_target(model: str, out: str, *, overwrite: bool) -> None:
+    """Raises FileExistsError, or ShortGPTError for a GGUF file that is not made from one."""
+    if is_gguf(out) and not is_gguf(model):
+        raise ShortGPTError(
+            f"{out} is written from a GGUF file alone: heal into a directory and convert that, "
+            f"short-gpt convert DIRECTORY {out}"
+        )
+    if is_gguf(out):
+        check_new_gguf(out, overwrite=overwrite)
+    else:
+        check_new(Path(out), marker=PROVENANCE, overwrite=overwrite, source=Path(model))
+
+
+def _remark(model: str, out: str, found: Chosen) -> str | None:
+    """What is to be said of a GGUF file: types that are others, and kinds of layers."""
+    said = [about_types(model, out), about_kinds(model, found.layers)]
+    return "\n".join(line for line in said if line) or None
 
 
 def _how(recipe: Recipe | None, settings: Settings, out: str) -> LoraSettings | PatchSettings:
