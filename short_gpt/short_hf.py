@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from llama.formats.convert import meta_to_hf
+from llama.io.sources import is_gguf
 from llama.parallel import choose_device, choose_dtype
 from llama.tokenizer import find_tokenizer
+from short_gpt.checkpoints.gguf_save import save_gguf
 from short_gpt.checkpoints.provenance import Provenance
 from short_gpt.checkpoints.save import save_as_meta, save_hf
 from short_gpt.checkpoints.verify import check_same, copy_weights, fingerprint, one_by_one
@@ -225,7 +227,11 @@ class ShortHFModel(ShortModel):
         measured: Mapping[str, Perplexity] | None = None,
         overwrite: bool = False,
     ) -> Path:
-        """Saves as `save_pretrained`; one from `from_meta` in Meta's format, as it came."""
+        """Saves as `save_pretrained`; as it came one from `from_meta`, or to a ``.gguf`` file."""
+        if is_gguf(out_dir):
+            record = Provenance.of(self, self.source, facts=facts, measured=measured)
+            place = (self.source, self._layers_path)
+            return save_gguf(self, out_dir, *place, record=record, overwrite=overwrite)
         if self._meta_tokenizer is None:
             return self.save_pretrained(
                 out_dir, facts=facts, measured=measured, overwrite=overwrite

@@ -160,4 +160,5 @@ def write_tokenizer(writer) -> None:
     writer.add_token_merges(["a b"])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
+    writer.add_pad_token_id(1)
     writer.add_add_bos_token(False)

@@ -1270,6 +1270,189 @@ PROOFS = (
     ),
 )
 
+GGUF_FILES = (
+    Section(
+        "short_gpt/checkpoints/gguf_layers.py",
+        "tests/checkpoints/test_gguf.py",
+        (
+            (
+                "sum(i < leading for i in keep)",
+                "leading",
+                "test_what_speaks_of_positions_is_adjusted",
+            ),
+            (
+                "[value[i] for i in keep if i < len(value)]",
+                "value[: len(keep)]",
+                "test_what_stays_is_the_sources_byte_for_byte_under_its_new_number",
+            ),
+            (
+                "not isinstance(value, list) or name in NOT_OF_LAYERS",
+                "not isinstance(value, list)",
+                "test_what_stays_is_the_sources_byte_for_byte_under_its_new_number",
+            ),
+            (
+                "[not self._kind(i) for i in keep]",
+                "[not self._kind_at(i) for i in range(len(keep))]",
+                "test_what_speaks_of_positions_is_adjusted",
+            ),
+            ("(new - i) % every", "(new - i) % 1", "test_what_no_key_can_say_is_refused"),
+            (
+                "return self.blocks - self.extra",
+                "return self.blocks",
+                "test_what_no_key_can_say_is_refused",
+            ),
+            (
+                "in (self.blocks, len(keep))",
+                "in (self.blocks,)",
+                "test_variants_that_llama_cpp_knows_by_their_count_are_refused",
+            ),
+        ),
+    ),
+    Section(
+        "short_gpt/checkpoints/gguf.py",
+        "tests/checkpoints/test_gguf.py",
+        (
+            (
+                "if not _same(pieces, again.chunks(new))",
+                "if False",
+                "test_what_was_written_wrong_never_takes_its_place",
+            ),
+            (
+                "return RECORD in read_header(path).fields",
+                "return True",
+                "test_overwriting_replaces_only_what_was_written_so",
+            ),
+        ),
+    ),
+    Section(
+        "short_gpt/checkpoints/gguf_save.py",
+        "tests/checkpoints/test_gguf_save.py",
+        (
+            (
+                "permute_rows(weight, count, to_neighbours=True)",
+                "permute_rows(weight, count, to_neighbours=False)",
+                "test_every_matrix_goes_back_to_where_it_came_from",
+            ),
+            (
+                "kind = writable(place.kind, place.shape)",
+                "kind = writable(8, place.shape)",
+                "test_changed_tensors_keep_their_type_where_it_can_be_written",
+            ),
+            (
+                "short.kept.index(number)",
+                "number % len(short.kept)",
+                "test_changed_tensors_keep_their_type_where_it_can_be_written",
+            ),
+        ),
+    ),
+    Section(
+        "short_gpt/models/config_file.py",
+        "tests/checkpoints/test_gguf.py",
+        (
+            (
+                '"sliding_attention" if slide else "full_attention"',
+                '"full_attention" if slide else "sliding_attention"',
+                "test_a_cut_file_is_the_model_cut_in_memory",
+            ),
+        ),
+    ),
+    Section(
+        "llama/formats/gguf_write.py",
+        "tests/checkpoints/test_gguf.py",
+        (
+            (
+                "found |= changed",
+                "found |= {}",
+                "test_what_stays_is_the_sources_byte_for_byte_under_its_new_number",
+            ),
+            (
+                "groups[tensor.part].append(name)",
+                "groups[0].append(name)",
+                "test_files_in_parts_are_read_and_written",
+            ),
+            (
+                "start = end + -end % like.alignment",
+                "start = end",
+                "test_with_nothing_removed_the_bytes_are_the_sources",
+            ),
+        ),
+    ),
+    Section(
+        "llama/io/outputs.py",
+        "tests/checkpoints/test_gguf.py",
+        (
+            (
+                "for target in reversed(targets):",
+                "for target in targets:",
+                "test_nothing_is_left_of_several_files_where_one_cannot_be_placed",
+            ),
+            (
+                "            target.unlink()",
+                "            pass",
+                "test_nothing_is_left_of_several_files_where_one_cannot_be_placed",
+            ),
+        ),
+    ),
+    Section(
+        "llama/formats/gguf_from.py",
+        "tests/reference_llama/test_gguf_from.py",
+        (
+            (
+                "if not (opened.tied and name == OUTPUT)",
+                "if True",
+                "test_a_tied_head_is_left_out",
+            ),
+            (
+                "writable(kind, shape) if len(shape) > 1 else F32",
+                "writable(kind, shape)",
+                "test_matrices_go_to_the_type_asked_for_and_vectors_stay",
+            ),
+            (
+                "permute(name, weights[hf_name].read(hf_name), args, to=META)",
+                "weights[hf_name].read(hf_name)",
+                "test_hugging_faces_format_gives_the_same_file",
+            ),
+        ),
+    ),
+    Section(
+        "llama/formats/gguf_vocabulary.py",
+        "tests/reference_llama/test_gguf_from.py",
+        (
+            (
+                "-float(rank)",
+                "float(rank)",
+                "test_a_tokenizer_json_made_from_sentencepiece_gives_its_tokens",
+            ),
+            (
+                '(name == "smollm") == digits',
+                "True",
+                "test_there_and_back_are_the_same_weights_and_the_same_tokens",
+            ),
+            (
+                '(name == "llama-bpe") != merges_first',
+                "True",
+                "test_tokenizers_that_llama_cpp_has_no_name_for_are_refused",
+            ),
+        ),
+    ),
+    Section(
+        "llama/formats/sentencepiece_model.py",
+        "tests/reference_llama/test_gguf_from.py",
+        (
+            (
+                "_field(DUMMY_PREFIX, int(self.space_in_front))",
+                "_field(DUMMY_PREFIX, 0)",
+                "test_there_and_back_are_the_same_weights_and_the_same_tokens",
+            ),
+            (
+                "_field(EXTRA_SPACES, 0)",
+                "_field(EXTRA_SPACES, 1)",
+                "test_there_and_back_are_the_same_weights_and_the_same_tokens",
+            ),
+        ),
+    ),
+)
+
 SECTIONS = (
     *SCORING,
     *STOPPING,
@@ -1278,6 +1461,7 @@ SECTIONS = (
     *HEALING,
     *EVALUATION,
     *CHECKPOINTS,
+    *GGUF_FILES,
     *STREAMING,
     *PROOFS,
 )

@@ -134,7 +134,7 @@ def _keys(
     before = source.headers[number].records if number < len(source.headers) else {}
     if number and count != len(source.headers):
         before = {}
-    found: dict[str, Record | None] = {key: changed.get(key, own) for key, own in before.items()}
+    found: dict[str, Record | None] = dict(before)
     if not number:
         found |= changed  # a key that was there stays in its place, a new one goes to the end
     values = {SPLIT_NO: (number, UINT16), SPLIT_COUNT: (count, UINT16)}

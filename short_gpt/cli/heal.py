@@ -32,8 +32,8 @@ def heal(
     Example: short-gpt heal llama-2-7b out --scores ranking.json --n 9 --method refit
 
     Args:
-        model: Meta checkpoint directory, Hugging Face directory or hub id.
-        out: new directory; must not exist.
+        model: Meta checkpoint directory, Hugging Face directory or hub id, or GGUF file.
+        out: new directory, or from a GGUF file another if it ends with .gguf; must not exist.
         method: refit, patch, lora or distill; or several by commas, a closed form first.
     """
     arguments = arguments_of(locals())

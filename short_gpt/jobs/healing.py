@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from llama.io.files import check_new
-from llama.io.sources import is_meta
+from llama.io.sources import is_gguf, is_meta
+from short_gpt.checkpoints.gguf import about_kinds, check_new_gguf
+from short_gpt.checkpoints.gguf_save import about_types
 from short_gpt.checkpoints.provenance import PROVENANCE, Provenance
 from short_gpt.healing import (
     RIDGE,
@@ -40,12 +42,13 @@ class Healing:
     """What `heal` did.
 
     Attributes:
-        out: the new directory.
+        out: the new directory or file.
         evidence: what healed the model, and what that brought.
         left_out: what was not learned from because it is evaluated on, in words; None if all was.
         unchecked: what could not be checked of the scores, in words; None if nothing.
         texts: names of the texts learned from and evaluated on, tokens in a window, and which
             windows began with bos.
+        remark: what a GGUF file holds otherwise than its source; None if nothing.
     """
 
     out: Path
@@ -53,6 +56,7 @@ class Healing:
     left_out: str | None = None
     unchecked: str | None = None
     texts: Mapping[str, object] = field(default_factory=dict)
+    remark: str | None = None
 
     def to_dict(self) -> dict[str, object]:
         """The evidence, ready for JSON."""
@@ -79,8 +83,9 @@ def heal(
     Face's format and back, and continue when interrupted. No text is both learned and evaluated on.
 
     Args:
-        model: Meta checkpoint directory, Hugging Face directory or hub id.
-        out: new directory; appears whole or not at all.
+        model: Meta checkpoint directory, Hugging Face directory or hub id, or GGUF file.
+        out: new directory, or from a GGUF file another if it ends with .gguf; appears whole or
+            not at all.
         method: refit, patch, lora or distill, or several by commas, which follow each other.
         choice: which layers to remove; lora may do without, and distill with a teacher.
         data: texts to learn from.
@@ -100,7 +105,7 @@ def heal(
     distilling = distilling or Distilling()
     texts, methods = source_of(data), methods_of(method)
     _check(methods, learned, settings, distilling)
-    check_new(Path(out), marker=PROVENANCE, overwrite=overwrite, source=Path(model))
+    _check_target(model, out, overwrite=overwrite)
     found = _selection(model, choice or Choice(), methods, distilling)
     check_model(model)
     trains = methods[-1] in TRAINING
@@ -117,7 +122,26 @@ def heal(
         done = Healing(Path(out), job.run(), parts.left_out, found.unchecked, names)
         short.evidence |= {**found.record.evidence, "eval_data": learned.eval_data, "size": size}
         job.save(out, facts={**found.record.facts, "data": texts.data}, overwrite=overwrite)
-    return done
+    return replace(done, remark=_remark(model, out, found)) if is_gguf(out) else done
+
+
+def _check_target(model: str, out: str, *, overwrite: bool) -> None:
+    """Raises FileExistsError, or ShortGPTError for a GGUF file that is not made from one."""
+    if is_gguf(out) and not is_gguf(model):
+        raise ShortGPTError(
+            f"{out} is written from a GGUF file alone: heal into a directory and convert that, "
+            f"short-gpt convert DIRECTORY {out}"
+        )
+    if is_gguf(out):
+        check_new_gguf(out, overwrite=overwrite)
+    else:
+        check_new(Path(out), marker=PROVENANCE, overwrite=overwrite, source=Path(model))
+
+
+def _remark(model: str, out: str, found: Chosen) -> str | None:
+    """What is to be said of a GGUF file: types that are others, and kinds of layers."""
+    said = [about_types(model, out), about_kinds(model, found.layers)]
+    return "\n".join(line for line in said if line) or None
 
 
 def _check(

@@ -81,6 +81,7 @@ def healed(result: Healing) -> str:
             "the layers alone (short-gpt prune), or give more --max_windows, text like that to be "
             "read, or other settings"
         ]
+    lines += [result.remark] if result.remark else []
     return "\n".join(lines)
 
 

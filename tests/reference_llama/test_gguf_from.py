@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tokenizer_files
 import torch
@@ -186,6 +187,14 @@ def test_a_tokenizer_json_made_from_sentencepiece_gives_its_tokens(tmp_path):
     for key in ("tokens", "token_type", "model", "add_space_prefix"):
         name = f"tokenizer.ggml.{key}"
         assert ours[name].raw == theirs[name].raw, key
+    merged = {a + b for a, b in merges}
+    found = [
+        np.frombuffer(keys["tokenizer.ggml.scores"].raw[-4 * len(vocab) :], "<f4")
+        for keys in (ours, theirs)
+    ]
+    number = [vocab[text] for text in merged]
+    first, second = (np.argsort(-scores[number], kind="stable") for scores in found)
+    assert len(number) > 20 and (first == second).all()
 
 
 def test_tokenizers_that_llama_cpp_has_no_name_for_are_refused(tmp_path):

@@ -1,0 +1,191 @@
+"""Healed models back in GGUF: what changed in its type, all else byte for byte."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from commands import TEXT, fails, run
+from conftest import BYTE_VOCAB, make_transformer
+from gguf_families import FAMILIES, LAYERS, make, write_model
+from gguf_files import write_gguf
+
+from llama.formats.gguf_parts import GGUFParts
+from llama.formats.gguf_types import packed, writable
+from llama.formats.gguf_write import Stored, copied, write_again
+from short_gpt import ShortHFModel
+from short_gpt.checkpoints import Provenance
+from short_gpt.checkpoints.gguf_save import MAPPED, about_types
+from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.surgery.changes import WeightChange
+
+pytestmark = pytest.mark.filterwarnings("default")  # transformers' own, while it reads GGUF
+KINDS = gguf.GGMLQuantizationType
+
+
+def data(path: Path) -> dict[str, bytes]:
+    parts = GGUFParts(path)
+    return {name: b"".join(parts.chunks(name)) for name in parts.tensors}
+
+
+def in_types(path: Path, out: Path, kinds: dict[str, int]) -> Path:
+    """A copy whose tensors with such names are of other types; of K-quants only zeros are made."""
+    parts = GGUFParts(path)
+
+    def other(name: str) -> Stored:
+        kind = next((k for part, k in kinds.items() if part in name), None)
+        if kind is None:
+            return copied(parts, name)
+        shape = parts.tensors[name].shape
+        block, size = gguf.GGML_QUANT_SIZES[KINDS(kind)]
+        content = bytes(int(np.prod(shape)) // block * size)
+        if writable(kind, shape) == kind:
+            content = packed(name, parts.read(name), kind)
+        return Stored(shape, kind, len(content), lambda: [content])
+
+    write_again([out], parts, {name: other(name) for name in parts.tensors})
+    return out
+
+
+def opened(path: Path) -> ShortHFModel:
+    return ShortHFModel(path, dtype=torch.float32)
+
+
+def changed(short: ShortHFModel, *parts: str) -> None:
+    """Has a model say that matrices with such names in all its layers were changed."""
+    layers = enumerate(short.decoder.layers)
+    found = {
+        (number, name)
+        for number, layer in layers
+        for name, weight in layer.named_parameters()
+        if any(part in name for part in parts) and weight.dim() > 1
+    }
+    assert found
+    short.note_change(WeightChange({"method": "by hand"}, frozenset(found)))
+
+
+@pytest.mark.parametrize("family", sorted(set(MAPPED) & FAMILIES.keys()))
+def test_every_matrix_goes_back_to_where_it_came_from(tmp_path, family):
+    """In float32, with heads of queries and keys in the file's order: the same bytes again."""
+    width = {"head_dim": 128} if family == "qwen3" else {}  # transformers reads no other here
+    path = write_model(tmp_path / "m.gguf", family, make(family, num_hidden_layers=2, **width))
+    short = opened(path)
+    changed(short, "proj", "fc")
+    short.save(tmp_path / "again.gguf")
+    assert data(tmp_path / "again.gguf") == data(path)
+    assert Provenance.beside(tmp_path / "again.gguf").healing == [{"method": "by hand"}]
+
+
+def test_all_that_is_mapped_was_tried():
+    assert set(MAPPED) <= {arch for arch, *_ in FAMILIES.values()}
+
+
+def test_changed_tensors_keep_their_type_where_it_can_be_written(tmp_path):
+    """Q4_0 stays, Q4_K goes to Q8_0 and is said; what did not change is not touched."""
+    model = make("qwen2", num_hidden_layers=3, hidden_size=256, intermediate_size=256)
+    plain = write_model(tmp_path / "plain.gguf", "qwen2", model)
+    kinds = {"1.ffn_down": KINDS.Q4_0, "2.ffn_down": KINDS.Q4_K, "ffn_up": KINDS.Q4_K}
+    path = in_types(plain, tmp_path / "m.gguf", kinds)
+    short = opened(path)
+    short.remove_layers([0])
+    changed_layers = short.decoder.layers
+    with torch.no_grad():
+        for layer in changed_layers:
+            layer.mlp.down_proj.weight.copy_(torch.randn(256, 256))
+    names = frozenset((number, "mlp.down_proj.weight") for number in (1, 2))
+    short.note_change(WeightChange({"method": "by hand"}, names))
+    short.save(tmp_path / "out.gguf")
+    before, after = GGUFParts(path), GGUFParts(tmp_path / "out.gguf")
+    assert after.tensors["blk.0.ffn_down.weight"].kind == KINDS.Q4_0
+    assert after.tensors["blk.1.ffn_down.weight"].kind == KINDS.Q8_0
+    for place, bound in ((0, 0.5), (1, 0.03)):
+        weight = changed_layers[place].mlp.down_proj.weight
+        found = after.read(f"blk.{place}.ffn_down.weight")
+        assert 0 < (found - weight).abs().max() < bound
+    ours, theirs = data(tmp_path / "out.gguf"), data(path)
+    for name in after.tensors:
+        old = name.replace("blk.1", "blk.2").replace("blk.0", "blk.1")
+        if "ffn_down" not in name:
+            assert ours[name] == theirs[old], name
+            assert after.tensors[name].kind == before.tensors[old].kind
+    said = about_types(path, tmp_path / "out.gguf")
+    assert said == "changed tensors in another type than before: 1 of Q4_K as Q8_0"
+    assert about_types(plain, plain) is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "found"),
+    [
+        (KINDS.F32, (4, 8), KINDS.F32),
+        (KINDS.Q4_1, (4, 64), KINDS.Q4_1),
+        (KINDS.Q6_K, (4, 256), KINDS.Q8_0),
+        (KINDS.IQ4_NL, (4, 64), KINDS.Q8_0),
+        (KINDS.Q8_0, (4, 40), KINDS.F16),
+    ],
+)
+def test_the_type_that_a_tensor_is_written_in(kind, shape, found):
+    assert writable(kind, shape) == found
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    model = make_transformer(vocab_size=BYTE_VOCAB)
+    write_gguf(tmp_path / "plain.gguf", model)
+    in_types(Path("plain.gguf"), Path("model.gguf"), {"ffn_down": KINDS.Q8_0})
+    for name, text in (("a", TEXT), ("b", TEXT.upper())):
+        Path("books").mkdir(exist_ok=True)
+        Path(f"books/{name}.txt").write_text(text * 3)
+    return tmp_path
+
+
+HEAL = ("--data", "books", "--size", 32, "--max_windows", 20, "--eval_windows", 4)
+
+
+def test_heal_writes_what_it_changed_into_a_copy_of_the_file(here, capsys):
+    run("heal", "model.gguf", "out.gguf", "--layers", "2,3", *HEAL, "--json", "healed.json")
+    assert "written: out.gguf" in capsys.readouterr().out
+    record = Provenance.beside("out.gguf")
+    assert record.removed_layers == [2, 3] and record.steps[0]["method"] == "linear patch"
+    before, after = data(Path("model.gguf")), data(Path("out.gguf"))
+    old = {name: name.replace("blk.2", "blk.4") for name in after}
+    assert [n for n in after if after[n] != before[old[n]]] == ["blk.1.ffn_down.weight"]
+    kinds = GGUFParts(Path("out.gguf")).tensors
+    assert kinds["blk.1.ffn_down.weight"].kind == KINDS.Q8_0
+    run("perplexity", "out.gguf", "--data", "books", "--size", 32, "--out", "p.json")
+    capsys.readouterr()
+    run("prune", "model.gguf", "cut.gguf", "--layers", "2,3")
+    cut, healed = (opened(Path(f"{name}.gguf")) for name in ("cut", "out"))
+    window = [cut.encode(TEXT)[:32]]
+    assert cut.perplexity(window).value != healed.perplexity(window).value
+
+
+def test_what_is_not_written_to_gguf_is_said_before_anything_is_done(here, capsys):
+    run("convert", "model.gguf", "meta")
+    capsys.readouterr()
+    line = fails(capsys, "heal", "meta", "out.gguf", "--layers", "2", *HEAL)
+    assert "out.gguf is written from a GGUF file alone: heal into a directory" in line
+    Path("out.gguf").write_text("mine")
+    line = fails(capsys, "heal", "model.gguf", "out.gguf", "--layers", "2", *HEAL, "--overwrite")
+    assert "out.gguf exists and is not what this would write" in line
+
+
+def test_weights_without_a_sure_place_are_refused_by_name(tmp_path):
+    path = write_model(tmp_path / "m.gguf", "gemma3", make("gemma3", num_hidden_layers=2))
+    short = opened(path)
+    norm = frozenset({(1, "input_layernorm.weight")})
+    short.note_change(WeightChange({"method": "by hand"}, norm))
+    message = r"model.layers.1.input_layernorm.weight was changed, and where it belongs"
+    with pytest.raises(ShortGPTError, match=message):
+        short.save(tmp_path / "out.gguf")
+    other = ShortHFModel(make("llama", num_hidden_layers=LAYERS))
+    other.source = str(path)
+    with pytest.raises(ShortGPTError, match="has 2 layers, this model began with 8"):
+        other.save(tmp_path / "out.gguf")
+    other.source = "llama-2-7b"
+    with pytest.raises(ShortGPTError, match="is written from a GGUF file, got llama-2-7b"):
+        other.save(tmp_path / "out.gguf")
+    assert [p.name for p in tmp_path.iterdir()] == ["m.gguf"]

@@ -1,0 +1,136 @@
+"""GGUF files from the shell: written from every format, and to every format."""
+
+from __future__ import annotations
+
+import filecmp
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from commands import fails, run
+from conftest import BYTE_VOCAB, make_transformer, save_checkpoint, write_byte_tokenizer
+from gguf_families import make, write_model
+from gguf_files import stack_file, write_gguf
+
+from llama.formats.convert import meta_to_hf
+from llama.formats.gguf_parts import GGUFParts
+from short_gpt import ShortHFModel
+from short_gpt.checkpoints import Provenance
+
+pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
+CUT = ("--layers", "1,3")
+TOKENS = torch.arange(3, 27).reshape(2, 12)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, one_rank) -> Path:
+    """A random Llama in all formats, and a Qwen as GGUF."""
+    path = tmp_path_factory.mktemp("made")
+    model = make_transformer(vocab_size=BYTE_VOCAB)
+    write_byte_tokenizer(save_checkpoint(path / "meta", model))
+    meta_to_hf(path / "meta", path / "hf")
+    write_gguf(path / "model.gguf", model)
+    write_model(path / "qwen.gguf", "qwen2", make("qwen2", num_hidden_layers=3))
+    return path
+
+
+@pytest.fixture
+def here(made, tmp_path, monkeypatch) -> Path:
+    shutil.copytree(made, tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "here"
+
+
+def same_tensors(one: str, other: str) -> bool:
+    ours, theirs = GGUFParts(Path(one)), GGUFParts(Path(other))
+    return ours.tensors.keys() == theirs.tensors.keys() and all(
+        torch.equal(ours.read(name), theirs.read(name)) for name in ours.tensors
+    )
+
+
+def logits(source: str) -> torch.Tensor:
+    return ShortHFModel(source, dtype=torch.float32).decoder.logits(TOKENS)
+
+
+def test_convert_to_gguf_and_back(here, capsys):
+    for source in ("hf", "meta"):
+        run("convert", source, f"{source}.gguf")
+        assert same_tensors(f"{source}.gguf", "model.gguf")
+        run("convert", f"{source}.gguf", f"{source}-again")
+        ours, theirs = (torch.load(f"{d}/consolidated.00.pth") for d in (f"{source}-again", "meta"))
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    run("convert", "meta", "small.gguf", "--type", "q8_0")
+    assert Path("small.gguf").stat().st_size < 0.5 * Path("meta.gguf").stat().st_size
+    capsys.readouterr()
+    assert "small.gguf exists; choose another" in fails(capsys, "convert", "meta", "small.gguf")
+    run("convert", "meta", "small.gguf", "--overwrite")
+    assert same_tensors("small.gguf", "meta.gguf")
+    capsys.readouterr()
+    line = fails(capsys, "convert", "meta", "model.gguf", "--overwrite")
+    assert "model.gguf exists and is not what this would write there" in line
+
+
+def test_any_gguf_file_that_transformers_reads_becomes_hugging_faces(here, capsys):
+    run("convert", "qwen.gguf", "qwen")
+    assert torch.equal(logits("qwen"), logits("qwen.gguf"))
+    assert json.loads(Path("qwen/conversion.json").read_text())["source"] == "qwen.gguf"
+    run("convert", "qwen.gguf", "qwen", "--overwrite", "--dtype", "bfloat16")
+    assert json.loads(Path("qwen/config.json").read_text())["dtype"] == "bfloat16"
+    run("convert", "model.gguf", "llama-hf", "--to", "hf")
+    assert torch.equal(logits("llama-hf"), logits("model.gguf"))
+
+
+def test_the_history_goes_along(here):
+    run("prune", "hf", "cut", *CUT)
+    run("convert", "cut", "cut.gguf")
+    assert Provenance.beside("cut.gguf").removed_layers == [1, 3]
+    run("convert", "cut.gguf", "again", "--to", "hf")
+    assert Provenance.beside("again").removed_layers == [1, 3]
+    assert "without 2 of its 5 layers" in Path("again/README.md").read_text()
+
+
+@pytest.mark.parametrize("source", ["hf", "meta"])
+def test_prune_writes_gguf_from_either_format(here, capsys, source):
+    run("prune", source, "cut.gguf", *CUT, "--verify", "yes")
+    out = capsys.readouterr().out
+    assert "removed layers [1, 3]" in out and "verified: the logits are those of the source" in out
+    run("prune", "model.gguf", "theirs.gguf", *CUT)
+    assert same_tensors("cut.gguf", "theirs.gguf")
+    record, fields = Provenance.beside("cut.gguf"), GGUFParts(Path("cut.gguf")).fields
+    assert record.removed_layers == [1, 3] and record.source == source
+    assert fields["conversion.source"] == source and fields["general.name"] == source
+    run("prune", source, "cut.gguf", "--layers", "0", "--overwrite")
+    assert Provenance.beside("cut.gguf").removed_layers == [0]
+
+
+def test_files_of_one_model_are_joined(here):
+    stack_file(here / "m.gguf", split=6)
+    whole = stack_file(here / "whole.gguf")
+    run("convert", "m-00001-of-00003.gguf", "joined.gguf")
+    assert filecmp.cmp(whole, "joined.gguf", shallow=False)
+    run("convert", "joined.gguf", "n-00001-of-00002.gguf")
+    assert same_tensors("n-00001-of-00002.gguf", "joined.gguf")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["convert", "model.gguf", "x.gguf", "--type", "f16"], "stay as they are"),
+        (["convert", "hf", "x", "--type", "f16"], "--type f16 is for writing GGUF"),
+        (["convert", "hf", "x.gguf", "--type", "q4_k"], "expected a type of f32, f16, bf16, q8_0"),
+        (["convert", "hf", "x.gguf", "--dtype", "float16"], "GGUF has --type"),
+        (["convert", "hf", "x.gguf", "--to", "meta"], "expected the name of a directory to write"),
+        (["convert", "hf", "x", "--to", "gguf"], "expected a name that ends with .gguf"),
+        (["convert", "hf", "x", "--to", "hf"], "hf is in the format hf already"),
+        (["convert", "hf", "x", "--to", "onnx"], "expected a format of meta or hf or gguf"),
+        (["convert", "hf", "x.gguf", "--shards", 2], "--shards 2 writes Meta's format, not gguf"),
+        (["convert", "qwen.gguf", "x", "--to", "meta"], "holds architecture 'qwen2'; expected"),
+        (["convert", "qwen.gguf", "qwen.gguf"], "qwen.gguf exists; choose another name"),
+    ],
+)
+def test_mistakes_cost_one_line(here, capsys, argv, message):
+    before = sorted(p.name for p in Path().iterdir())
+    assert message in fails(capsys, *argv)
+    assert sorted(p.name for p in Path().iterdir()) == before
