@@ -28,7 +28,7 @@ def heal(
     already removed. No text that is evaluated on is learned from. A healed model that predicts
     held-out text worse than before is written all the same, and said to be WORSE.
 
-    Example: short-gpt heal llama-2-7b llama-2-5b --scores ranking.json --n 9 --method patch,distill
+    Example: short-gpt heal llama-2-7b llama-2-5b --scores ranking.json --n 9
 
     Args:
         model: Meta checkpoint directory, Hugging Face directory or hub id.
