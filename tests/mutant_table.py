@@ -687,18 +687,18 @@ HEALING = (
         "tests/healing/test_divergence.py",
         (
             (
-                "    return found + targets.rest.exp() * (",
-                "    return found + 0 * targets.rest.exp() * (",
+                "    value += rest.exp() * (",
+                "    value += 0 * rest.exp() * (",
                 "test_what_is_not_kept_is_one_event_more",
             ),
             (
-                "scaled.scatter(-1, ids, -torch.inf)",
-                "scaled",
+                "q *= (1 - rest.exp() / others)[:, None]",
+                "q *= (1 - rest.exp())[:, None]",
                 "test_what_is_not_kept_is_one_event_more",
             ),
             (
-                "(targets.logs.clamp_min(least) - logs)",
-                "(targets.logs - logs)",
+                "(logs.clamp_min(limits.min) - own)",
+                "(logs - own)",
                 "test_a_teacher_that_is_certain_and_words_that_cannot_be_give_no_nan",
             ),
             (

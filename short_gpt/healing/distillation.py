@@ -74,9 +74,11 @@ class Distillation:
         """
         total = logits.new_zeros((), dtype=batch["logs"].dtype)
         scale = self.kl_share * self.teacher.temperature**2
-        for row, labels in enumerate(batch["labels"]):
+        # taken apart at once: the gradient of every row by itself would be as large as the batch's
+        rows = zip(logits.unbind(0), batch["labels"], strict=True)
+        for row, (every, labels) in enumerate(rows):
             count = int(labels.ne(IGNORED).sum())  # the padding lies behind them
-            own = logits[row, :count]  # (N, V)
+            own = every[:count]  # (N, V)
             targets = Targets(*(batch[name][row, :count] for name in PARTS))
             total = total + scale * self._divergence(own, targets).sum()
             if self.kl_share < 1:

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction, FunctionCtx
 
+from short_gpt.evaluation.perplexity import AT_ONCE
 from short_gpt.runtime.errors import ShortGPTError
 
 
@@ -68,15 +70,50 @@ def divergence(logits: Tensor, targets: Targets, *, temperature: float = 1.0) ->
         the student's probabilities less the teacher's, whose rest is spread as the student's is.
     """
     scaled = _scaled(logits, temperature)
+    found: Tensor = _Divergence.apply(scaled, targets.ids, targets.logs, targets.rest)
+    return found
+
+
+class _Divergence(torch.autograd.Function):
+    """The same with its gradient in closed form: autograd would hold several (N, V) instead of one.
+
+    A few rows at a time pass through the processor's cache.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, scaled: Tensor, ids: Tensor, logs: Tensor, rest: Tensor
+    ) -> Tensor:
+        rows, values, gradients = max(1, AT_ONCE // scaled.shape[-1]), [], []
+        for part in zip(*(x.split(rows) for x in (scaled, ids, logs, rest)), strict=True):
+            value, gradient = _with_gradient(*part)
+            values.append(value)
+            gradients += [gradient] if scaled.requires_grad else []
+        ctx.save_for_backward(*([torch.cat(gradients)] if gradients else []))
+        return torch.cat(values)
+
+    @staticmethod
+    def backward(ctx: BackwardCFunction, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return gradients[0][:, None] * gradient, None, None, None
+
+
+def _with_gradient(
+    scaled: Tensor, ids: Tensor, logs: Tensor, rest: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The divergence of some rows (N,), and its gradient by their logits (N, V)."""
+    limits = torch.finfo(scaled.dtype)
     total = scaled.logsumexp(-1)
-    logs = scaled.gather(-1, targets.ids) - total[:, None]  # (N, K)
+    own = scaled.gather(-1, ids) - total[:, None]  # (N, K)
     # 0 log 0 is 0, and not the NaN that 0 times infinity is
-    least = torch.finfo(scaled.dtype).min
-    found = (targets.logs.exp() * (targets.logs.clamp_min(least) - logs)).sum(-1)
-    if targets.ids.shape[-1] == scaled.shape[-1]:
-        return found
-    rest = _others(scaled, targets.ids) - total
-    return found + targets.rest.exp() * (targets.rest.clamp_min(least) - rest)
+    value = (logs.exp() * (logs.clamp_min(limits.min) - own)).sum(-1)
+    q = (scaled - total[:, None]).exp_()  # (N, V)
+    # summed without these: 1 less their sum would be noise where they are nearly all
+    others = q.scatter_(-1, ids, 0.0).sum(-1).clamp_min(limits.tiny)
+    value += rest.exp() * (rest.clamp_min(limits.min) - others.log())
+    # q less p, whose rest is spread as that of q is
+    q *= (1 - rest.exp() / others)[:, None]
+    return value, q.scatter_(-1, ids, own.exp() - logs.exp())
 
 
 def check_temperature(temperature: float) -> None:

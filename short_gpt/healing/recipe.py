@@ -108,7 +108,10 @@ PAPER: tuple[tuple[dict[str, Any], dict[str, Any]], ...] = (
 # The public healing demonstration of ShortGPT for Hugging Face models.
 DEMO = {"rank": 8, "alpha": 32, "learning_rate": 1e-6, "modules": ("q_proj", "v_proj")}
 DEMO |= {"batch": 1, "warmup": 0}
-PRESETS = ("paper", "demo")
+# For minutes on a few processor cores: short windows, few steps of few windows, a high rate.
+SMALL = {"rank": 32, "alpha": 64, "dropout": 0.0, "learning_rate": 1e-3, "size": 512}
+SMALL |= {"steps": 160, "warmup": 8, "batch": 2, "eval_every": 20}
+PRESETS = ("paper", "demo", "small")
 
 
 def recipe_for(config: ModelConfig, preset: str = "paper", **changes: Any) -> Recipe:
@@ -118,7 +121,8 @@ def recipe_for(config: ModelConfig, preset: str = "paper", **changes: Any) -> Re
         config: of the model, pruned or not.
         preset: "paper" takes rank, learning rate and size from the paper's table where the model
             is in it, told by its type and widths, else rank 64 and 3e-4, the table's most
-            common; "demo" is the public demonstration: rank 8, alpha 32, q_proj and v_proj, 1e-6.
+            common; "demo" is the public demonstration: rank 8, alpha 32, q_proj and v_proj, 1e-6;
+            "small" is for minutes on a few processor cores.
         changes: attributes of `Recipe`, which go before.
 
     Raises:
@@ -133,8 +137,8 @@ def recipe_for(config: ModelConfig, preset: str = "paper", **changes: Any) -> Re
     unknown = set(changes) - set(Recipe.__dataclass_fields__)
     if unknown:
         raise ShortGPTError(f"no setting {sorted(unknown)}; there are {[*asdict(Recipe())]}")
-    if preset == "demo":
-        return Recipe(**{**DEMO, **changes})
+    if preset != "paper":
+        return Recipe(**{**(DEMO if preset == "demo" else SMALL), **changes})
     text = config.get_text_config(decoder=True)
     found: dict[str, object] = {}
     for model, settings in PAPER:

@@ -46,6 +46,7 @@ def test_what_the_examples_import_is_exported(page):
         for node in ast.walk(ast.parse(block)):
             if isinstance(node, ast.ImportFrom):
                 package = import_module(str(node.module))
+                assert hasattr(package, "__path__")  # no module inside one
                 assert {alias.name for alias in node.names} <= set(package.__all__)
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from short_gpt.healing import divergence as module
 from short_gpt.healing.divergence import Targets, divergence
 
 N, V = 7, 20
@@ -62,6 +63,18 @@ def test_what_is_not_kept_is_one_event_more():
     spread = (own * ratio).scatter(-1, targets.ids, p[:, :-1])
     (gradient,) = torch.autograd.grad(found.sum(), student)
     assert torch.allclose(gradient, own - spread, atol=1e-12)
+
+
+def test_a_few_rows_at_a_time_are_all_rows(monkeypatch):
+    targets, found = Targets.of(logits(1), 4), []
+    for at_once in (2**21, 3 * V, 1):
+        monkeypatch.setattr(module, "AT_ONCE", at_once)
+        student = logits(0).requires_grad_()
+        value = divergence(student, targets)
+        found.append((value, torch.autograd.grad((value * torch.arange(N)).sum(), student)[0]))
+    for value, gradient in found[1:]:
+        assert torch.allclose(value, found[0][0], atol=1e-6)
+        assert torch.allclose(gradient, found[0][1], atol=1e-6)
 
 
 def test_a_teacher_that_is_certain_and_words_that_cannot_be_give_no_nan():
