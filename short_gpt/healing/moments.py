@@ -69,8 +69,12 @@ class Moments:
             return torch.zeros_like(self.cross)
         # the trace over F is the mean of the eigenvalues: the same ridge suits any scale of X
         penalty = ridge * self.gram.trace() / len(self.gram)
-        eye = torch.eye(len(self.gram), dtype=torch.float64)
-        return torch.linalg.solve(self.gram + penalty * eye, self.cross)
+        ridged = self.gram.clone()
+        ridged.diagonal().add_(penalty)
+        factor, failed = torch.linalg.cholesky_ex(ridged)
+        if failed:  # float32's rounding may leave a small ridge short of positive
+            return torch.linalg.solve(ridged, self.cross)
+        return torch.cholesky_solve(self.cross, factor)
 
     def restored(self, change: Tensor) -> float:
         """The share of ``tr(R^T W R)`` that X C gives back: 1 is all of it, 0 is nothing."""

@@ -21,7 +21,7 @@ from short_gpt.models.summands import Summand, Summands, behind_attention
 from short_gpt.runtime.errors import NotFiniteError
 from short_gpt.surgery.changes import parameters_of, restored_on_error
 
-RIDGES = (1e-3, 1e-2, 1e-1, 1.0)
+RIDGES = (1e-2, 1e-1, 1.0)
 Value = tuple[int, str]  # place of a layer, and a parameter's name in it
 
 
