@@ -133,7 +133,7 @@ SCORING = (
         IMPORTANCE,
         (
             (
-                "student_t(0.975, self.n_windows - 1)",
+                "student_t(0.975, self.degrees)",
                 "1.0",
                 "tests/report/test_tables.py::test_the_intervals_of_the_ranking_are_95_percent_ones",
             ),
@@ -1203,14 +1203,14 @@ PROOFS = (
         "tests/healing/test_job.py",
         (
             (
-                "how = self._heal(patch, healing)",
-                "how = self._heal(patch, ExitStack())",
+                "                undos.append(undo)\n",
+                "",
                 "test_an_error_behind_the_healing_takes_it_back",
             ),
             (
-                "            healing.pop_all()\n",
-                "",
-                "test_a_job_does_what_its_steps_do_and_keeps_the_evidence",
+                "        for undo in reversed(undos):",
+                "        for undo in ():",
+                "test_an_error_behind_the_healing_takes_it_back",
             ),
         ),
     ),
@@ -1235,8 +1235,8 @@ PROOFS = (
         CLI_HF,
         (
             (
-                "shown.update(), verify=proof)",
-                "shown.update())",
+                "tokenizer_path), verify=proof)",
+                "tokenizer_path))",
                 "test_a_conversion_that_is_another_model_leaves_the_earlier_one[hf]",
             ),
             (

@@ -439,7 +439,7 @@ def test_a_healed_hugging_face_model_is_an_ordinary_checkpoint(dense, tmp_path):
     assert torch.allclose(loaded(TOKENS).logits, short.decoder.logits(TOKENS), atol=1e-5)
     assert not [p.name for p in out.iterdir() if "adapter" in p.name]
     card = (out / "README.md").read_text()
-    assert "# hf without 1 of its 5 layers, healed" in card and "| healed | 2.250 | 20 |" in card
+    assert "# hf without 1 of its 5 layers, healed" in card and "| healed | 2.250 |  | 20 |" in card
     assert "No weight" not in card and "changed by LoRA" in card
 
     further = opened(out)  # removing more: the map goes back to the first model

@@ -69,7 +69,11 @@ def test_a_job_does_what_its_steps_do_and_keeps_the_evidence(tmp_path):
     record = json.loads((out / "pruning.json").read_text())
     assert record["perplexity"] == evidence.to_dict()["perplexity"]
     assert record["change"] == evidence.to_dict()["change"] and record["data"] == "eight words"
-    assert f"| healed | {healed.value:.3f} | 60 |" in (out / "README.md").read_text()
+    low, high = healed.interval()
+    assert (
+        f"| healed | {healed.value:.3f} | {low:.3f} to {high:.3f} | 60 |"
+        in (out / "README.md").read_text()
+    )
 
 
 def test_lora_removes_heals_and_takes_its_checkpoints_away(tmp_path):

@@ -314,7 +314,7 @@ def test_tokens_outside_the_byte_alphabet(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"pre": "qwen2"}, r"unknown pre-tokenizer 'qwen2'; known are \['gpt-2', 'llama-bpe',"),
+        ({"pre": "new"}, r"unknown pre-tokenizer 'new'; known are \['gpt-2', 'llama-bpe',"),
         ({"token_types": [1]}, "got 267 tokens, 267 distinct, and 1 types"),
         ({"tokens": ["a"] * 267, "merges": []}, "got 267 tokens, 1 distinct, and 267 types"),
         ({"merges": ["q z"]}, r"wrong merges: \[\('q', 'z'\)\]"),

@@ -113,7 +113,9 @@ def test_the_card_and_the_record_say_what_was_done(tmp_path):
     assert record["perplexity"] == {"6 layers": whole.value, "4 layers": left.value}
     card = (tmp_path / "out/README.md").read_text()
     assert f"    {removed}" in card and "20 tokens of twenty tokens in 2 windows" in card
-    assert f"| 6 layers | {whole.value:.3f} | 18 |\n| 4 layers | {left.value:.3f} | 18 |" in card
+    for name, found in (("6 layers", whole), ("4 layers", left)):
+        low, high = found.interval()
+        assert f"| {name} | {found.value:.3f} | {low:.3f} to {high:.3f} | 18 |" in card
     assert (tmp_path / "out/generation_config.json").is_file()
 
 

@@ -1,0 +1,148 @@
+"""The refit on the real small model: what it costs in passes, and what it restores on which text.
+
+Layers are removed and what is left is refitted on windows of the book, or of the book and another
+text, and judged on held-out chapters and on texts that nothing was fitted on. The bare pass over
+the same windows is timed before and after every refit.
+
+    python benchmarks/healing.py --also FILE --others FILE,FILE --out healing.json
+
+``--also`` is a text file whose first half is fitted on beside the book, and whose second half is
+judged on; ``--others`` are text files that are judged on alone.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import fire
+from outcome import begin, finish
+from scoring import SIZE, bare, build
+
+from short_gpt import ShortLlama, windows
+from short_gpt.data import demo
+from short_gpt.evaluation.paired import difference, losses, together
+from short_gpt.evaluation.perplexity import Perplexity
+from short_gpt.healing import linear_patch, refit
+
+LAYERS = (2, 3, 12, 13, 14, 15, 17, 25)  # the lowest 8 by Block Influence on the book
+PASSES = 4.0  # that a refit may take, the solving included
+Windows = Sequence[Sequence[int]]
+
+
+def main(
+    layers: Sequence[int] = LAYERS,
+    count: int = 48,
+    also: str | None = None,
+    others: str | None = None,
+    judged: int = 16,
+    methods: str = "patch,refit",
+    out: str | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Runs the benchmark, prints the table, and writes the JSON file if ``out`` is given."""
+    begin(out, overwrite=overwrite)
+    short = build()
+    learned, kinds = material(short, count, also, others, judged)
+    found: dict[str, dict[str, list[Perplexity]]] = {"whole": judge(short, kinds)}
+    with short.without_layers(layers):
+        found["cut"] = judge(short, kinds)
+    costs: dict[str, dict[str, float]] = {}
+    for method in methods.split(","):
+        before = bare_pass(short, learned)
+        started = time.perf_counter()
+        made: Any = {"patch": linear_patch, "refit": refit}[method]
+        fitted = made.fit(short, list(layers), learned)
+        seconds = time.perf_counter() - started
+        passes = (before, bare_pass(short, learned))
+        costs[method] = {"seconds": seconds, "passes": seconds / (sum(passes) / 2)}
+        costs[method] |= {
+            "passes_least": seconds / max(passes),
+            "passes_most": seconds / min(passes),
+        }
+        with short.without_layers(layers):
+            undo = made.fold(short, fitted)
+            found[method] = judge(short, kinds)
+            undo()
+    rows = {name: row(parts, found["whole"], found["cut"]) for name, parts in found.items()}
+    print(table(rows, costs))
+    missed = [
+        f"{name} takes {cost['passes']:.2f} bare passes, at most {PASSES}"
+        for name, cost in costs.items()
+        if cost["passes"] > PASSES
+    ]
+    content = {"layers": list(layers), "windows": len(learned), "tokens_per_window": SIZE}
+    finish(
+        "healing", missed, {**content, "rows": rows, "cost": costs}, out=out, overwrite=overwrite
+    )
+
+
+def material(
+    short: ShortLlama, count: int, also: str | None, others: str | None, judged: int
+) -> tuple[Windows, dict[str, Windows]]:
+    """Windows to fit on, kinds in turn, and those to judge by, by their kind."""
+
+    def cut(texts: Sequence[str], limit: int) -> list[Any]:
+        return list(windows(texts, short.encode, size=SIZE, stride=SIZE, seed=0, limit=limit))
+
+    learned = [cut(demo.bible("calibration"), count)]
+    kinds: dict[str, Windows] = {"held-out chapters": cut(demo.bible("held_out"), judged)}
+    if also is not None:
+        text = Path(also).read_text(encoding="utf-8")
+        half = text.rfind("\n", 0, len(text) // 2)
+        learned.append(cut([text[:half]], count))
+        kinds["other half of the second text"] = cut([text[half:]], judged)
+    for path in filter(None, (others or "").split(",")):
+        kinds[Path(path).stem] = cut([Path(path).read_text(encoding="utf-8")], judged)
+    return [w for group in zip(*learned, strict=False) for w in group], kinds
+
+
+def bare_pass(short: ShortLlama, learned: Windows) -> float:
+    """Seconds of one pass through the layers over all windows."""
+    started = time.perf_counter()
+    for window in learned:
+        bare(short, window)
+    return time.perf_counter() - started
+
+
+def judge(short: ShortLlama, kinds: Mapping[str, Windows]) -> dict[str, list[Perplexity]]:
+    return {kind: losses(short.decoder, read) for kind, read in kinds.items()}
+
+
+def row(
+    parts: Mapping[str, list[Perplexity]],
+    whole: Mapping[str, list[Perplexity]],
+    cut: Mapping[str, list[Perplexity]],
+) -> dict[str, dict[str, float]]:
+    """Perplexity by kind, the nats that it is from the whole model, and the share brought back."""
+    result = {}
+    for kind, found in parts.items():
+        lost, left = (difference(whole[kind], other[kind]) for other in (cut, parts))
+        result[kind] = {
+            "perplexity": together(found).value,
+            "nats": left.nats,
+            "standard_error": left.standard_error,
+            "restored": 1 - left.nats / lost.nats,
+        }
+    return result
+
+
+def table(
+    rows: Mapping[str, Mapping[str, Mapping[str, float]]], costs: Mapping[str, Mapping[str, float]]
+) -> str:
+    """A line for every model and kind of text, and one for every cost."""
+    lines = [f"{'':<8}{'text':<32}{'perplexity':>11}{'restored':>10}"]
+    for name, kinds in rows.items():
+        for kind, found in kinds.items():
+            line = f"{name:<8}{kind:<32}{found['perplexity']:>11.3f}{found['restored']:>10.1%}"
+            lines.append(line)
+    for name, cost in costs.items():
+        low, high = cost["passes_least"], cost["passes_most"]
+        lines.append(f"{name}: {cost['passes']:.2f} bare passes ({low:.2f} to {high:.2f})")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    fire.Fire(main)
