@@ -1094,7 +1094,52 @@ STREAMING = (
 
 CLI_HF = "tests/cli/test_cli_hf.py"
 
+SHORTAGES = "tests/cli/test_shortages.py"
+
 PROOFS = (
+    Section(
+        "short_gpt/cli/streams.py",
+        SHORTAGES,
+        (
+            (
+                "            self.flush()\n            return len(text)",
+                "            raise",
+                "test_a_stream_whose_reader_has_left_takes_what_is_written",
+            ),
+            (
+                'errors="backslashreplace"',
+                'errors="strict"',
+                "test_a_terminal_that_knows_ascii_alone_gets_the_text_all_the_same",
+            ),
+        ),
+    ),
+    Section(
+        "short_gpt/runtime/errors.py",
+        SHORTAGES,
+        (
+            (
+                "return None if error.__cause__ is None else shortage(error.__cause__)",
+                "return None",
+                "test_a_shortage_behind_another_error_is_told",
+            ),
+            (
+                "if any(part in first for part in NO_SPACE):",
+                "if False:",
+                "test_a_full_disk_is_one_line_and_leaves_nothing",
+            ),
+        ),
+    ),
+    Section(
+        "short_gpt/selection/trials.py",
+        "tests/models/test_damaged_files.py",
+        (
+            (
+                "    except (KeyError, TypeError, ValueError, AttributeError):\n        whole",
+                "    except ZeroDivisionError:\n        whole",
+                "test_any_damage_is_read_or_told_in_one_line",
+            ),
+        ),
+    ),
     Section(
         "short_gpt/scoring/clusters.py",
         IMPORTANCE,

@@ -15,6 +15,7 @@ from commands import DATA, TEXT, fails, run
 from conftest import BYTE_VOCAB, make_transformer, save_checkpoint, write_byte_tokenizer
 
 from short_gpt.cli.app import said
+from short_gpt.cli.streams import Unheard
 
 RANK = ("rank", "ckpt", *DATA, "--max_windows", 2, "--json", "a.json")
 
@@ -101,3 +102,14 @@ def test_a_terminal_that_knows_ascii_alone_gets_the_text_all_the_same(ckpt):
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("caf\\xe9")
+
+
+@pytest.mark.parametrize("lines", [True, False])
+def test_a_stream_whose_reader_has_left_takes_what_is_written(lines):
+    read, written = os.pipe()
+    stream = Unheard(os.fdopen(written, "wb", closefd=False), "utf-8", line_buffering=lines)
+    os.close(read)
+    for text in ("one\n", "x" * 100_000, "two\n"):  # a line, more than a buffer holds, what follows
+        assert stream.write(text) == len(text)
+    stream.close()
+    os.close(written)
