@@ -35,7 +35,7 @@ class Conversion:
 
 
 def convert(model: str, out: str, *, conversion: Conversion = Conversion()) -> None:
-    """Writes a Llama in another format, or any GGUF file that transformers reads.
+    """Writes a Llama, or a GGUF file of any family, in another format.
 
     GGUF and Hugging Face go to Meta's format, Meta's to Hugging Face's, and both to GGUF where OUT
     ends with .gguf. With --shards, Meta's format in any case: so many files, for so many
