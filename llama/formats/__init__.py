@@ -7,6 +7,8 @@ PosixPath('llama-2-7b')
 
 from llama.formats.convert import check_llama, gguf_to_meta, hf_to_meta, meta_to_hf
 from llama.formats.gguf import GGUFFile
+from llama.formats.gguf_from import llama_to_gguf
+from llama.formats.gguf_parts import GGUFParts
 from llama.formats.hf import args_of, config_of, meta_infos
 from llama.formats.names import GGUF, HF, META, name_in, params_json, permute
 from llama.formats.safetensors import SafetensorsFile, open_weights, write_weights
@@ -17,12 +19,14 @@ __all__ = [
     "HF",
     "META",
     "GGUFFile",
+    "GGUFParts",
     "SafetensorsFile",
     "args_of",
     "check_llama",
     "config_of",
     "gguf_to_meta",
     "hf_to_meta",
+    "llama_to_gguf",
     "meta_infos",
     "meta_to_hf",
     "name_in",

@@ -8,7 +8,7 @@ from pathlib import Path
 from llama.io.files import check_new, resolved
 from llama.io.outputs import check_output, new_file
 from llama.io.sources import is_gguf
-from short_gpt.checkpoints.gguf import about_kinds, check_new_gguf
+from short_gpt.checkpoints.gguf import about_kinds, check_new_gguf, out_paths
 from short_gpt.checkpoints.mergekit import is_recipe, mergekit_recipe, recipe_dtype
 from short_gpt.checkpoints.provenance import PROVENANCE
 from short_gpt.checkpoints.prune import format_of, prune_checkpoint
@@ -140,6 +140,11 @@ def prune_by(
     choice.check()
     check_target(out, to, overwrite=written.overwrite)
     dtype = _recipe_dtype(model, out, written, to)
+    if to == "gguf" and written.verify and len(out_paths(out)) > 1:
+        raise ShortGPTError(
+            f"`verify` loads {out}, which transformers does not read in several files; name "
+            "one file, or leave it to be read again and compared"
+        )
     if limit is None or limit.max_perplexity_ratio is None:
         found = chosen(model, choice)
     else:

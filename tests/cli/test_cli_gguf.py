@@ -127,6 +127,10 @@ def test_files_of_one_model_are_joined(here):
         (["convert", "hf", "x", "--to", "onnx"], "expected a format of meta or hf or gguf"),
         (["convert", "hf", "x.gguf", "--shards", 2], "--shards 2 writes Meta's format, not gguf"),
         (["convert", "qwen.gguf", "x", "--to", "meta"], "holds architecture 'qwen2'; expected"),
+        (
+            ["prune", "model.gguf", "x-00001-of-00002.gguf", *CUT, "--verify", "yes"],
+            "several files",
+        ),
         (["convert", "qwen.gguf", "qwen.gguf"], "qwen.gguf exists; choose another name"),
     ],
 )
