@@ -39,16 +39,14 @@ class ShortHFModel(ShortModel):
         model_name: a hub id, a local directory, a GGUF file, or a loaded model.
         layers_path: where its layers are, as in ``"model.layers"``; None finds them.
         n_prune_layers: how many layers `remove_layers` takes out; may be set later.
-        tokenizer: needed with a loaded model to read texts; None loads the model's own, if it has
-            one.
+        tokenizer: needed with a loaded model to read texts; None loads the model's own, if any.
         device: where the model goes when it is loaded; None leaves it where it is loaded to.
         options: passed on to ``from_pretrained``: ``dtype`` (the files' if not given),
-            ``device_map``, ``offload_folder``, ``quantization_config``, ``revision`` and the like.
-            Python files that come with a model are run only with ``trust_remote_code=True``.
+            ``device_map``, ``quantization_config``, ``revision`` and so on. Python files of a model
+            are run only with ``trust_remote_code=True``.
 
     Attributes:
-        model: the ``transformers`` model.
-        tokenizer: its tokenizer, or None.
+        model, tokenizer: of ``transformers``; the latter may be None.
         source: where the model came from.
 
     Raises:
@@ -159,9 +157,7 @@ class ShortHFModel(ShortModel):
         self, ids: list[int], max_gen_len: int, temperature: float, top_p: float
     ) -> list[int]:
         if not ids:
-            raise ShortGPTError(
-                "a text has no tokens to continue; its tokenizer puts none in front"
-            )
+            raise ShortGPTError("a text has no tokens to continue; its tokenizer adds none")
         sampling: dict[str, object] = {"do_sample": False}
         if temperature > 0:
             sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p}
@@ -191,8 +187,7 @@ class ShortHFModel(ShortModel):
     ) -> Path:
         """Writes model, config, generation config and tokenizer for plain ``from_pretrained``.
 
-        Beside them stand a model card and ``pruning.json``: the layers removed and kept, their
-        scores, the perplexities measured, and what healed the model.
+        Beside them stand a model card and ``pruning.json``, with all that is known of the cut.
 
         Args:
             out_dir: the new directory; appears whole or not at all.
@@ -209,13 +204,12 @@ class ShortHFModel(ShortModel):
         """
         self.check_whole()
         record = Provenance.of(self, self.source, facts=facts, measured=measured)
-        proof = self.check_saved if verify else None
         return save_hf(
             self.trainable(),
             out_dir,
             tokenizer=cast("PreTrainedTokenizerBase | None", self.tokenizer),
             record=record,
-            verify=proof,
+            verify=self.check_saved if verify else None,
             overwrite=overwrite,
         )
 
@@ -228,19 +222,20 @@ class ShortHFModel(ShortModel):
         overwrite: bool = False,
     ) -> Path:
         """Saves as `save_pretrained`; as it came one from `from_meta`, or to a ``.gguf`` file."""
-        if is_gguf(out_dir):
-            record = Provenance.of(self, self.source, facts=facts, measured=measured)
-            place = (self.source, self._layers_path)
-            return save_gguf(self, out_dir, *place, record=record, overwrite=overwrite)
-        if self._meta_tokenizer is None:
+        if self._meta_tokenizer is None and not is_gguf(out_dir):
             return self.save_pretrained(
                 out_dir, facts=facts, measured=measured, overwrite=overwrite
             )
+        record = Provenance.of(self, self.source, facts=facts, measured=measured)
+        if is_gguf(out_dir):
+            place = (self.source, self._layers_path)
+            return save_gguf(self, out_dir, *place, record=record, overwrite=overwrite)
         self.check_whole()
+        assert self._meta_tokenizer is not None
         return save_as_meta(
             self.trainable(),
             out_dir,
-            record=Provenance.of(self, self.source, facts=facts, measured=measured),
+            record=record,
             tokenizer_path=self._meta_tokenizer,
             verify=self.check_saved,
             overwrite=overwrite,

@@ -145,10 +145,7 @@ def prune_by(
             f"`verify` loads {out}, which transformers does not read in several files; name "
             "one file, or leave it to be read again and compared"
         )
-    if limit is None or limit.max_perplexity_ratio is None:
-        found = chosen(model, choice)
-    else:
-        found = chosen_within(model, choice, limit, opening=opening)
+    found = _chosen(model, choice, limit, opening)
     with interruptible():
         write = _write_opened if is_gguf(model) and to == "hf" else _write
         proof = write(model, out, found, written, opening)
@@ -178,6 +175,12 @@ def _write_opened(
     short.save_pretrained(out, verify=verify, overwrite=written.overwrite, facts=facts)
     said = "verified: loaded again it gives the logits of the model in memory, bit for bit"
     return said if verify else None
+
+
+def _chosen(model: str, choice: Choice, limit: PerplexityLimit | None, opening: Opening) -> Chosen:
+    if limit is None or limit.max_perplexity_ratio is None:
+        return chosen(model, choice)
+    return chosen_within(model, choice, limit, opening=opening)
 
 
 def _write(model: str, out: str, found: Chosen, written: Written, opening: Opening) -> str | None:
