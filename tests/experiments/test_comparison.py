@@ -11,7 +11,7 @@ import scipy.stats
 import torch
 from conftest import CharTokenizer, make_transformer, random_windows, zero_layer
 
-from short_gpt import ShortLlama
+from short_gpt import ShortLlama, heal_refit
 from short_gpt.evaluation import TaskSuite, difference, losses, perplexity
 from short_gpt.experiments import Cases, Comparison, compare
 from short_gpt.experiments import comparison as module
@@ -38,6 +38,19 @@ def short(layers: int = 6) -> ShortLlama:
 def rows():
     comparison = Comparison(short(), CALIBRATION, EVALUATION)
     return comparison.rows(list(METHODS), [1, 3], healings=["raw", "patched"])
+
+
+def test_a_refitted_row_is_the_refitted_model_and_leaves_it_as_it_was():
+    model, by_hand = short(), short()
+    before = [p.clone() for p in model.decoder.module.parameters()]
+    rows = Comparison(model, CALIBRATION, EVALUATION).rows(["bi"], [2], healings=["raw", "refit"])
+    refitted = rows[-1]
+    heal_refit(by_hand, refitted.layers, CALIBRATION, progress=False)
+    found = perplexity(by_hand.decoder, [[w] for w in EVALUATION])
+    assert (refitted.healing, refitted.n) == ("refit", 2)
+    assert refitted.perplexity == pytest.approx(found.value, rel=1e-6) != rows[1].perplexity
+    assert refitted.gain is not None and refitted.layers == rows[1].layers
+    assert all(map(torch.equal, before, model.decoder.module.parameters()))
 
 
 def test_there_is_a_row_for_every_method_number_and_healing(rows):

@@ -20,8 +20,10 @@ from short_gpt.healing import (
     LoraSettings,
     PatchSettings,
     Recipe,
+    RefitSettings,
     heal_lora,
     heal_patch,
+    heal_refit,
     linear_patch,
     lora,
 )
@@ -79,6 +81,16 @@ def test_a_chain_does_what_its_steps_do_and_is_recorded_as_one(tmp_path):
     assert record["healing"] == json.loads(json.dumps(evidence.to_dict()["healing"]))
     assert "changed by a linear patch, then distillation" in (out / "README.md").read_text()
     assert not (tmp_path / "work").exists()
+
+
+def test_a_refit_chooses_its_ridges_by_the_windows_that_validate():
+    short, by_hand = whole(), whole()
+    evidence = job(short, [RefitSettings(), LoraSettings(QUICK)]).run()
+    heal_refit(by_hand, LAYERS, WINDOWS.training, held=WINDOWS.validation, progress=False)
+    refitted = by_hand.perplexity(WINDOWS.evaluation, progress=False)
+    assert evidence.perplexity["refit"].value == pytest.approx(refitted.value)
+    assert [step["method"] for step in evidence.steps] == ["refit", "LoRA"]
+    assert evidence.steps[0]["held"] == len(WINDOWS.validation)
 
 
 def stopped(monkeypatch, steps, folder, *, at: int) -> ShortHFModel:

@@ -537,6 +537,25 @@ def test_heal_by_patch(books, capsys):
     assert math.log(ratio) == pytest.approx(evidence["change"]["nats"])
 
 
+def test_heal_by_refit_a_checkpoint_of_the_same_shapes(books, capsys):
+    refit = ("--layers", "3,1", "--method", "refit", "--parts", "mlp", "--ridge", 0.1)
+    run("heal", "dense", "out", *SMALL, *refit, "--json", "e.json")
+    assert "healing changes the loss by" in capsys.readouterr().out
+    record = json.loads(Path("out/pruning.json").read_text())
+    (step,) = record["healing"]
+    assert (step["method"], step["parts"]) == ("refit", ["mlp"])
+    assert {fit["ridge"] for fit in step["fits"]} <= {0.1, None} and step["held"] > 0
+    cut = opened(Path("dense"))
+    cut.remove_layers([3, 1])
+    ours = opened(Path("out")).decoder.module.state_dict()
+    differ = {k for k, v in cut.decoder.module.state_dict().items() if not torch.equal(v, ours[k])}
+    assert differ and all("feed_forward.w2" in name for name in differ)
+    line = fails(capsys, "heal", "dense", "b", *SMALL, "--layers", 1, "--parts", "mlp")
+    assert "--parts is for --method refit" in line
+    line = fails(capsys, "heal", "dense", "b", *SMALL, *refit[:4], "--parts", "norm")
+    assert "parts = ('norm',): expected some of attention, mlp" in line
+
+
 LORA = ("--method", "lora", "--steps", 2, "--batch", 2, "--rank", 2, "--warmup", 0)
 
 
