@@ -781,8 +781,8 @@ HEALING = (
                 "test_an_interrupted_chain_goes_on_bit_for_bit_and_does_nothing_twice",
             ),
             (
-                '"settings": vars(self)}',
-                '"settings": {}}',
+                '"settings": json.loads(json.dumps(vars(self)))',
+                '"settings": {}',
                 "test_what_was_kept_of_another_run_is_refused",
             ),
         ),

@@ -6,6 +6,7 @@ that returns heals the model as cut, and as the steps before have left it.
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -86,9 +87,7 @@ class ClosedForm(ABC):
             raise ShortGPTError(f"{self.name} reads the whole model: name the layers that go")
         if not work.lasting:
             return self.fit(work)
-        about = {"layers": [*work.layers], "settings": vars(self)}
-        about["windows"] = json_digest([list(window) for window in work.windows.training])
-        kept = KeptWeights(work.folder, self.name, {**work.short.identity(), **about})
+        kept = KeptWeights(work.folder, self.name, self._identity(work))
         if kept.there:
             return lambda: kept.put_into(work.short)
         fold = self.fit(work)
@@ -103,6 +102,16 @@ class ClosedForm(ABC):
             return how, undo
 
         return fold_and_keep
+
+    def _identity(self, work: Work) -> dict[str, object]:
+        """What the step's result depends on, ready for JSON."""
+        read = [*work.windows.training, *work.windows.validation]
+        return {
+            **work.short.identity(),
+            "layers": [*work.layers],
+            "settings": json.loads(json.dumps(vars(self))),  # as a file gives it back
+            "windows": json_digest([list(window) for window in read]),
+        }
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from short_gpt.healing import (
     heal_refit,
     linear_patch,
     lora,
+    refit,
 )
 from short_gpt.short_hf import ShortHFModel
 from short_gpt.short_llama import ShortLlama
@@ -114,14 +115,18 @@ def stopped(monkeypatch, steps, folder, *, at: int) -> ShortHFModel:
     return short
 
 
-def test_an_interrupted_chain_goes_on_bit_for_bit_and_does_nothing_twice(tmp_path, monkeypatch):
-    one, steps = whole(), [PATCH, LoraSettings(QUICK), DISTILL]
+@pytest.mark.parametrize("closed", [PATCH, RefitSettings()])
+def test_an_interrupted_chain_goes_on_bit_for_bit_and_does_nothing_twice(
+    closed, tmp_path, monkeypatch
+):
+    one, steps = whole(), [closed, LoraSettings(QUICK), DISTILL]
     first = job(one, steps).run()
     # each training has 3 steps of 2: the last of lora, then the second of distill
     stopped(monkeypatch, steps, tmp_path / "work", at=5)
     with pytest.raises(FileExistsError, match="work holds an earlier run; resume it, or remove it"):
         job(whole(), steps, work_dir=tmp_path / "work").run()
-    monkeypatch.setattr(linear_patch, "fit", lambda *_, **__: pytest.fail("fitted again"))
+    for module in (linear_patch, refit):
+        monkeypatch.setattr(module, "fit", lambda *_, **__: pytest.fail("fitted again"))
     monkeypatch.setattr(
         ShortHFModel, "window_logits", lambda *_, **__: pytest.fail("the teacher asked again")
     )
