@@ -82,15 +82,24 @@ def initialize(model_parallel_size: int | None = None, *, device: torch.device) 
     """
     if not dist.is_initialized():
         _make_process_group(device)
-    world = dist.get_world_size()
     if groups.model_parallel_is_initialized():
-        current = groups.get_model_parallel_world_size()
-        if model_parallel_size not in (None, current):
-            raise InputError(
-                f"model_parallel_size {model_parallel_size} was asked for, but this process is "
-                f"already set up for {current}; one process serves one size"
-            )
-        return
+        _check_current(model_parallel_size)
+    else:
+        _make_groups(model_parallel_size, dist.get_world_size())
+
+
+def _check_current(model_parallel_size: int | None) -> None:
+    """Raises InputError where the groups that there are have another size."""
+    current = groups.get_model_parallel_world_size()
+    if model_parallel_size not in (None, current):
+        raise InputError(
+            f"model_parallel_size {model_parallel_size} was asked for, but this process is "
+            f"already set up for {current}; one process serves one size"
+        )
+
+
+def _make_groups(model_parallel_size: int | None, world: int) -> None:
+    """Makes fairscale's groups of so many of the ``world`` ranks; of all for None."""
     size = world if model_parallel_size is None else model_parallel_size
     if size < 1 or world % size:
         raise InputError(

@@ -89,17 +89,27 @@ class ScoresView:
             ShortGPTError: n is not set or out of range.
             RuntimeError: nothing was scored, or the scored model is no longer this one.
         """
-        name, n = ("n_prune_layers", self.n_prune_layers) if n is None else ("n", n)
-        if n is None:
+        count = self._count(n)
+        method = method or ("angular" if angular else "bi")
+        return choose(self._current(), count, method=method, seed=seed)
+
+    def _count(self, n: int | None) -> int:
+        """How many layers to choose, which has to be possible: n or ``n_prune_layers``."""
+        name, count = ("n_prune_layers", self.n_prune_layers) if n is None else ("n", n)
+        if count is None:
             raise ShortGPTError("set n_prune_layers, or name the layers: remove_layers([...])")
-        check_count(n, len(self.kept), name=name)
+        check_count(count, len(self.kept), name=name)
+        return count
+
+    def _current(self) -> Importance:
+        """The scores, which have to be of the layers that the model has now."""
         importance = self._scored()
         if self._stale:
             raise RuntimeError(
                 f"layers {self.removed} were removed since these scores were measured; score "
                 "the model again before removing more by score"
             )
-        return choose(importance, n, method=method or ("angular" if angular else "bi"), seed=seed)
+        return importance
 
     @property
     def _stale(self) -> bool:

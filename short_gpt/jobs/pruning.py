@@ -132,14 +132,17 @@ def prune_by(
     refuse_gguf(model)
     choice.check()
     check_new(Path(out), marker=PROVENANCE, overwrite=written.overwrite)
-    if limit is None or limit.max_perplexity_ratio is None:
-        found = chosen(model, choice)
-    else:
-        found = chosen_within(model, choice, limit, opening=opening)
+    found = _chosen(model, choice, limit, opening)
     dtype = _recipe_dtype(model, written)
     with interruptible():
         proof = _write(model, out, found, written, opening)
     return Pruned(Path(out), found, _recipe(model, out, written, dtype), proof)
+
+
+def _chosen(model: str, choice: Choice, limit: PerplexityLimit | None, opening: Opening) -> Chosen:
+    if limit is None or limit.max_perplexity_ratio is None:
+        return chosen(model, choice)
+    return chosen_within(model, choice, limit, opening=opening)
 
 
 def _write(model: str, out: str, found: Chosen, written: Written, opening: Opening) -> str | None:

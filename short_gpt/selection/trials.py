@@ -76,11 +76,7 @@ class Trials:
     ) -> None:
         self._decoder, self._state = decoder, state
         self._stack = Stack(decoder)
-        read = [
-            (tokens, mask)
-            for batch in batches(windows, limits.batch_size)
-            for _, tokens, mask in padded(batch, decoder)
-        ]
+        read = _read(windows, decoder, limits.batch_size)
         self._predicted = sum(int(mask[:, 1:].sum()) for _, mask in read)
         check_predicted(self._predicted)
         self._groups = list(self._grouped(read, limits.max_memory))
@@ -228,6 +224,14 @@ class Trials:
         if self._state is not None:
             search = {**vars(self.result), "done": self._done}
             self._state.save({"search": search})
+
+
+def _read(windows: Sequence[Sequence[int]], decoder: Decoder, batch_size: int) -> list[Batch]:
+    return [
+        (tokens, mask)
+        for batch in batches(windows, batch_size)
+        for _, tokens, mask in padded(batch, decoder)
+    ]
 
 
 def _continued(state: StateFile | None) -> tuple[Search, list[Nats]]:

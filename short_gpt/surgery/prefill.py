@@ -74,14 +74,7 @@ def _meta(layer: TransformerBlock) -> Callable[..., Tensor]:
 def _hugging_face(
     layer: nn.Module, family: Family, form: Callable[[Tensor], object]
 ) -> Callable[..., object]:
-    parts = attention_with_norm(layer, family)
-    if parts is None:
-        raise ShortGPTError(
-            f"{type(layer).__name__} has no attention behind a norm that can be called by its "
-            "layer's arguments, as input_layernorm and self_attn in Llama, to fill its cache: this "
-            "family cannot skip layers in the prompt alone"
-        )
-    norm, attention = parts
+    norm, attention = _norm_and_attention(layer, family)
     from transformers.cache_utils import Cache
 
     plain = layer.forward
@@ -98,3 +91,14 @@ def _hugging_face(
         return form(x)
 
     return forward
+
+
+def _norm_and_attention(layer: nn.Module, family: Family) -> tuple[nn.Module, nn.Module]:
+    parts = attention_with_norm(layer, family)
+    if parts is None:
+        raise ShortGPTError(
+            f"{type(layer).__name__} has no attention behind a norm that can be called by its "
+            "layer's arguments, as input_layernorm and self_attn in Llama, to fill its cache: this "
+            "family cannot skip layers in the prompt alone"
+        )
+    return parts
