@@ -6,7 +6,6 @@ import ast
 import inspect
 import json
 import math
-import os
 import shlex
 import subprocess
 import sys
@@ -19,8 +18,10 @@ import pytest
 import torch
 from commands import DATA, TEXT, fails, run
 from conftest import BYTE_VOCAB, make_transformer, save_checkpoint, write_byte_tokenizer
+from processes import TORCHRUN, ranks
 
 from short_gpt import cli
+from short_gpt.cli.app import main
 from short_gpt.cli.flags import HEADINGS, flags_of, named
 from short_gpt.opening import open_model, weights_of
 from short_gpt.selection.methods import METHODS
@@ -273,13 +274,10 @@ def test_two_replicas_of_two_ranks_stop_together(ckpt):
     text = " ".join(f"{i * i % 977} and {i * 7 % 89}" for i in range(900))
     Path("long.txt").write_text(text)
     data = ["--data", "long.txt", "--size", "32", "--stride", "32", "--device", "cpu"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc_per_node", "4", "-m", "short_gpt", "rank", "ckpt", *data]
-    command += ["--model_parallel_size", "2", "--n_prune_layers", "1", "--out", "four.json"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("set of the 1 lowest settled at 0.99 after") == 1
+    command = ["rank", "ckpt", *data, "--model_parallel_size", "2", "--n_prune_layers", "1"]
+    done = ranks(4, Path("printed"), main, [*command, "--out", "four.json"]).end()
+    assert not any(done.codes), done.err
+    assert done.out.count("set of the 1 lowest settled at 0.99 after") == 1
     four = json.loads(Path("four.json").read_text())
     read = four["settled"]["windows"]
     assert four["settled"]["settled"] and read < four["settled"]["population"]
@@ -299,11 +297,10 @@ def test_hugging_face_models_are_not_split_over_ranks(capsys, tmp_path):
 def test_of_two_ranks_one_prints_and_writes(ckpt, capsys, monkeypatch):
     save_checkpoint(Path("two"), make_transformer(vocab_size=BYTE_VOCAB), shards=2)
     write_byte_tokenizer(Path("two"))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc_per_node", "2", "-m", "short_gpt"]
     rank = ["rank", "two", *map(str, DATA), "--n_prune_layers", "2", "--out", "two.json"]
     rank += ["--confidence", "none"]
-    done = subprocess.run([*command, *rank], capture_output=True, text=True, timeout=300)
+    command = [*TORCHRUN, "--nproc_per_node", "2", "-m", "short_gpt", *rank]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Block Influence") == 2  # the heading and the list, once
     assert done.stdout.count("written") == 1
@@ -319,12 +316,13 @@ def test_of_two_ranks_one_prints_and_writes(ckpt, capsys, monkeypatch):
             assert not Path("small").exists()
             run("prune", "two", "small", "--scores", "two.json", "--n_prune_layers", "2")
     look = ["perplexity", "small", *map(str, DATA[:4])]
-    both = subprocess.run([*command, *look], capture_output=True, text=True, check=True)
+    both = ranks(2, Path("printed"), main, look).end()
+    assert both.codes == [0, 0], both.err
     removed = json.loads(Path("small/pruning.json").read_text())["removed_layers"]
     run("prune", "ckpt", "whole", "--layers", ",".join(map(str, removed)))
     capsys.readouterr()
     run("perplexity", "whole", *DATA[:4])
-    assert both.stdout.split()[5:] == capsys.readouterr().out.split()[5:]  # behind the name
+    assert both.out.split()[5:] == capsys.readouterr().out.split()[5:]  # behind the name
 
 
 def test_reproduce_runs_the_protocol_on_a_model_of_the_papers_shape(ckpt, capsys, monkeypatch):
