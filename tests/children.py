@@ -225,7 +225,3 @@ def conversions(small: Path, large: Path, drop: list[int]) -> None:
             work(folder / source, folder / out, *given)
             peaks.append(peak() - base)
     print(json.dumps(peaks))
-
-
-if __name__ == "__main__":
-    failing(sys.argv[1])

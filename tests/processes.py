@@ -18,7 +18,6 @@ from typing import NamedTuple
 
 # what takes seconds to import and is not ours
 HEAVY = ["torch", "fairscale.nn.model_parallel", "transformers.models.llama.modeling_llama"]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]  # the real launcher
 _FORKS = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
 _FORKS.set_forkserver_preload(HEAVY)
 
@@ -57,9 +56,9 @@ class Running:
             self.processes.append(_FORKS.Process(target=_enter, args=given, daemon=True))
             self.processes[-1].start()
 
-    def end(self, seconds: float = 120) -> Ended:
-        """Waits for all; ends the others where one fails, as torchrun does."""
-        limit, asked = time.monotonic() + seconds, False
+    def end(self, *, launcher: bool = True, seconds: float = 120) -> Ended:
+        """Waits for all; ends the others where one fails, as a launcher does."""
+        limit, asked = time.monotonic() + seconds, not launcher
         while running := [p for p in self.processes if p.exitcode is None]:
             running[0].join(0.05)
             if time.monotonic() > limit:

@@ -18,7 +18,7 @@ import pytest
 import torch
 from commands import DATA, TEXT, fails, run
 from conftest import BYTE_VOCAB, make_transformer, save_checkpoint, write_byte_tokenizer
-from processes import TORCHRUN, ranks
+from processes import ranks
 
 from short_gpt import cli
 from short_gpt.cli.app import main
@@ -275,7 +275,8 @@ def test_two_replicas_of_two_ranks_stop_together(ckpt):
     Path("long.txt").write_text(text)
     data = ["--data", "long.txt", "--size", "32", "--stride", "32", "--device", "cpu"]
     command = ["rank", "ckpt", *data, "--model_parallel_size", "2", "--n_prune_layers", "1"]
-    done = ranks(4, Path("printed"), main, [*command, "--out", "four.json"]).end()
+    command += ["--batch_size", "4", "--out", "four.json"]
+    done = ranks(4, Path("printed"), main, command).end()
     assert not any(done.codes), done.err
     assert done.out.count("set of the 1 lowest settled at 0.99 after") == 1
     four = json.loads(Path("four.json").read_text())
@@ -299,7 +300,8 @@ def test_of_two_ranks_one_prints_and_writes(ckpt, capsys, monkeypatch):
     write_byte_tokenizer(Path("two"))
     rank = ["rank", "two", *map(str, DATA), "--n_prune_layers", "2", "--out", "two.json"]
     rank += ["--confidence", "none"]
-    command = [*TORCHRUN, "--nproc_per_node", "2", "-m", "short_gpt", *rank]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc_per_node", "2", "-m", "short_gpt", *rank]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Block Influence") == 2  # the heading and the list, once
@@ -480,13 +482,6 @@ def test_help_describes_every_command_and_flag(command, capsys):
     assert headings[0] == "What to read" and len(headings) >= 2
 
 
-def test_a_command_line_alone_shows_the_commands():
-    argv = [sys.executable, "-m", "short_gpt"]
-    done = subprocess.run(argv, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[0] == "short-gpt COMMAND ...: the commands, in the order of use"
-    assert done.stderr == ""
-
-
 @pytest.mark.parametrize("command", cli.COMMANDS)
 def test_a_command_is_arguments_one_call_and_a_table(command):
     source = textwrap.dedent(inspect.getsource(cli.COMMANDS[command]))
@@ -529,15 +524,28 @@ def test_flags_keep_their_older_names(command, older, flag):
     assert named(command, f"--{older}", flags) == flag
 
 
-def test_importing_the_package_is_light():
-    """As light as torch: ``llama`` and fairscale come with it, which measured 0.05 s."""
+@pytest.fixture(scope="module")
+def fresh() -> tuple[list[str], str]:
+    """Lines and stderr of a new process that imports the package, then runs it as a command."""
     code = (
-        "import sys, short_gpt\n"
+        "import runpy, sys, short_gpt\n"
         "heavy = {'datasets', 'transformers', 'matplotlib', 'fire', 'peft', 'lm_eval', 'scipy'}\n"
-        "print(sorted(heavy & set(sys.modules)))"
+        "print(sorted(heavy & set(sys.modules)))\n"
+        "runpy.run_module('short_gpt', run_name='__main__', alter_sys=True)  # as python -m does"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    return done.stdout.splitlines(), done.stderr
+
+
+def test_importing_the_package_is_light(fresh):
+    """As light as torch: ``llama`` and fairscale come with it, which measured 0.05 s."""
+    assert fresh[0][0] == "[]"
+
+
+def test_a_command_line_alone_shows_the_commands(fresh):
+    lines, errors = fresh
+    assert lines[1] == "short-gpt COMMAND ...: the commands, in the order of use"
+    assert errors == ""
 
 
 @pytest.mark.parametrize("method", ["bi", "sleb"])
