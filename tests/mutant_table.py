@@ -1498,6 +1498,41 @@ GGUF_FILES = (
     ),
 )
 
+RANKS = (
+    Section(
+        "short_gpt/runtime/replicas.py",
+        "tests/runtime/test_replicas.py",
+        (
+            (
+                "(batch_size % 2 and self.count > 1)",
+                "0",
+                "test_shares_are_disjoint_whole_and_in_step",
+            ),
+            (
+                "dist.all_reduce(there, group=groups.get_data_parallel_group())",
+                "pass",
+                "test_any_division_gives_the_sums_of_one_process",
+            ),
+        ),
+    ),
+    Section(
+        "short_gpt/runtime/abort.py",
+        "tests/runtime/test_replicas.py",
+        (
+            (
+                ", 1) == 1",
+                ", 1) >= 1",
+                "test_a_failing_rank_ends_all_with_one_message",
+            ),
+            (
+                'isinstance(error, RuntimeError) and "gloo" in str(error)',
+                "False",
+                "test_who_waits_for_a_killed_rank_ends_and_says_so",
+            ),
+        ),
+    ),
+)
+
 SECTIONS = (
     *SCORING,
     *STOPPING,
@@ -1509,4 +1544,5 @@ SECTIONS = (
     *GGUF_FILES,
     *STREAMING,
     *PROOFS,
+    *RANKS,
 )

@@ -25,7 +25,7 @@ def test_weak():
 FILE, GUARD = "short_gpt/__init__.py", "tests/test_it.py::test_lowest"
 # in a process of its own, which has not imported the library
 JUDGE = """
-import json, sys
+import hypothesis, json, pytest, sys  # pytest and its slow plugin, which each fork has then
 from pathlib import Path
 from mutants import Mutant, Tree
 folder = Path(sys.argv[1])

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 
+import children
 import pytest
 import torch
 import transformers
 from conftest import write_byte_tokenizer
 from families import DROP, FAMILIES, KEPT, TOKENS, check, make
+from processes import alone
 from safetensors.torch import load_file, save_file
 
 from llama.formats.safetensors import Entry
@@ -176,10 +175,11 @@ def test_mergekit_recipe():
         mergekit_recipe("a", [2, 1])
 
 
-def large_llama(directory):
-    """A Llama of 20 layers in bfloat16, all zeros, its file a hole: (largest tensor, all) bytes."""
-    config = transformers.LlamaConfig(**LARGE, architectures=["LlamaForCausalLM"], dtype="bfloat16")
-    directory.mkdir()
+def hollow_llama(directory, **changes):
+    """A Llama in bfloat16, all zeros, its file a hole: (largest tensor, all) bytes."""
+    shape = {**LARGE, **changes, "architectures": ["LlamaForCausalLM"], "dtype": "bfloat16"}
+    config = transformers.LlamaConfig(**shape)
+    directory.mkdir(parents=True)
     config.save_pretrained(directory)
     write_byte_tokenizer(directory)
     with torch.device("meta"):
@@ -198,42 +198,20 @@ def large_llama(directory):
     return max(entry.nbytes for entry in entries.values()), end
 
 
-LARGE = {"vocab_size": 32000, "hidden_size": 256, "intermediate_size": 4096}
-LARGE |= {"num_hidden_layers": 20, "num_attention_heads": 8, "tie_word_embeddings": True}
-PEAK = """
-import sys
-from pathlib import Path
-from families import make
-import llama.formats.hf
-from llama.formats.convert import hf_to_meta, meta_to_hf
-from short_gpt.checkpoints.hf import prune_hf
-
-def peak():  # not ru_maxrss, which a process takes over from the one that started it
-    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
-
-folder = Path(sys.argv[1])
-make("llama").save_pretrained(folder / "small")
-prune_hf(folder / "small", folder / "small-cut", [1])  # loads all the code there is to load
-base = peak()
-prune_hf(folder / "hf", folder / "cut", [3, 4, 15])
-print(peak() - base)
-hf_to_meta(folder / "hf", folder / "meta")
-print(peak() - base)
-meta_to_hf(folder / "meta", folder / "back")
-print(peak() - base)
-"""
+LARGE = {"vocab_size": 32000, "hidden_size": 256, "intermediate_size": 6144}
+LARGE |= {"num_hidden_layers": 13, "num_attention_heads": 8, "tie_word_embeddings": True}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_is_bounded_by_the_largest_tensor(tmp_path):
     """The model has eight times as much; pruning copies pieces, converting turns whole tensors."""
-    largest, total = large_llama(tmp_path / "hf")
+    small, large, drop = tmp_path / "small", tmp_path / "large", [3, 4, 11]
+    hollow_llama(small / "hf", vocab_size=258, intermediate_size=64)
+    largest, total = hollow_llama(large / "hf")
     assert total > 8 * largest
-    paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    command = [sys.executable, "-c", PEAK, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    pruning, to_meta, to_hf = map(int, done.stdout.split())
+    done = alone(tmp_path / "printed", children.conversions, small, large, drop).end()
+    assert done.codes == [0], done.err
+    pruning, to_meta, to_hf = json.loads(done.out)
+    print(pruning, to_meta, to_hf)
     assert pruning < 32 * 2**20 + largest / 4  # two pieces of 16 MiB, and the header's names
     assert to_meta < to_hf + 1 < 3 * largest

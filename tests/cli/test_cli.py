@@ -6,7 +6,6 @@ import ast
 import inspect
 import json
 import math
-import os
 import re
 import shlex
 import subprocess
@@ -20,9 +19,10 @@ import pytest
 import torch
 from commands import DATA, TEXT, fails, run
 from conftest import BYTE_VOCAB, make_transformer, save_checkpoint, write_byte_tokenizer
+from processes import ranks
 
 from short_gpt import cli
-from short_gpt.cli.app import in_shell
+from short_gpt.cli.app import in_shell, main
 from short_gpt.cli.flags import HEADINGS, flags_of, named
 from short_gpt.jobs.scored import Scored
 from short_gpt.opening import open_model
@@ -276,13 +276,11 @@ def test_two_replicas_of_two_ranks_stop_together(ckpt):
     text = " ".join(f"{i * i % 977} and {i * 7 % 89}" for i in range(900))
     Path("long.txt").write_text(text)
     data = ["--data", "long.txt", "--size", "32", "--stride", "32", "--device", "cpu"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc_per_node", "4", "-m", "short_gpt", "rank", "ckpt", *data]
-    command += ["--model_parallel_size", "2", "--n_prune_layers", "1", "--out", "four.json"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("set of the 1 lowest settled at 0.99 after") == 1
+    command = ["rank", "ckpt", *data, "--model_parallel_size", "2", "--n_prune_layers", "1"]
+    command += ["--batch_size", "4", "--out", "four.json"]
+    done = ranks(4, Path("printed"), main, command).end()
+    assert not any(done.codes), done.err
+    assert done.out.count("set of the 1 lowest settled at 0.99 after") == 1
     four = json.loads(Path("four.json").read_text())
     read = four["settled"]["windows"]
     assert four["settled"]["settled"] and read < four["settled"]["population"]
@@ -302,11 +300,11 @@ def test_hugging_face_models_are_not_split_over_ranks(capsys, tmp_path):
 def test_of_two_ranks_one_prints_and_writes(ckpt, capsys, monkeypatch):
     save_checkpoint(Path("two"), make_transformer(vocab_size=BYTE_VOCAB), shards=2)
     write_byte_tokenizer(Path("two"))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc_per_node", "2", "-m", "short_gpt"]
     rank = ["rank", "two", *map(str, DATA), "--n_prune_layers", "2", "--out", "two.json"]
     rank += ["--confidence", "none"]
-    done = subprocess.run([*command, *rank], capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc_per_node", "2", "-m", "short_gpt", *rank]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Block Influence") == 2  # the heading and the list, once
     assert done.stdout.count("written") == 1
@@ -322,12 +320,13 @@ def test_of_two_ranks_one_prints_and_writes(ckpt, capsys, monkeypatch):
             assert not Path("small").exists()
             run("prune", "two", "small", "--scores", "two.json", "--n_prune_layers", "2")
     look = ["perplexity", "small", *map(str, DATA[:4])]
-    both = subprocess.run([*command, *look], capture_output=True, text=True, check=True)
+    both = ranks(2, Path("printed"), main, look).end()
+    assert both.codes == [0, 0], both.err
     removed = json.loads(Path("small/pruning.json").read_text())["removed_layers"]
     run("prune", "ckpt", "whole", "--layers", ",".join(map(str, removed)))
     capsys.readouterr()
     run("perplexity", "whole", *DATA[:4])
-    assert both.stdout.split()[5:] == capsys.readouterr().out.split()[5:]  # behind the name
+    assert both.out.split()[5:] == capsys.readouterr().out.split()[5:]  # behind the name
 
 
 def test_reproduce_runs_the_protocol_on_a_model_of_the_papers_shape(ckpt, capsys, monkeypatch):
@@ -519,13 +518,6 @@ def test_help_describes_every_command_and_flag(command, capsys):
     assert headings[0] == "What to read" and len(headings) >= 2
 
 
-def test_a_command_line_alone_shows_the_commands():
-    argv = [sys.executable, "-m", "short_gpt"]
-    done = subprocess.run(argv, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[0] == "short-gpt COMMAND ...: the commands, in the order of use"
-    assert done.stderr == ""
-
-
 @pytest.mark.parametrize("command", cli.COMMANDS)
 def test_a_command_is_arguments_one_call_and_a_table(command):
     source = textwrap.dedent(inspect.getsource(cli.COMMANDS[command]))
@@ -568,15 +560,28 @@ def test_flags_keep_their_older_names(command, older, flag):
     assert named(command, f"--{older}", flags) == flag
 
 
-def test_importing_the_package_is_light():
-    """As light as torch: ``llama`` and fairscale come with it, which measured 0.05 s."""
+@pytest.fixture(scope="module")
+def fresh() -> tuple[list[str], str]:
+    """Lines and stderr of a new process that imports the package, then runs it as a command."""
     code = (
-        "import sys, short_gpt\n"
+        "import runpy, sys, short_gpt\n"
         "heavy = {'datasets', 'transformers', 'matplotlib', 'fire', 'peft', 'lm_eval', 'scipy'}\n"
-        "print(sorted(heavy & set(sys.modules)))"
+        "print(sorted(heavy & set(sys.modules)))\n"
+        "runpy.run_module('short_gpt', run_name='__main__', alter_sys=True)  # as python -m does"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    return done.stdout.splitlines(), done.stderr
+
+
+def test_importing_the_package_is_light(fresh):
+    """As light as torch: ``llama`` and fairscale come with it, which measured 0.05 s."""
+    assert fresh[0][0] == "[]"
+
+
+def test_a_command_line_alone_shows_the_commands(fresh):
+    lines, errors = fresh
+    assert lines[1] == "short-gpt COMMAND ...: the commands, in the order of use"
+    assert errors == ""
 
 
 @pytest.mark.parametrize("method", ["bi", "sleb"])

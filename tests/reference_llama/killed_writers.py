@@ -109,6 +109,7 @@ def main(out: Path, how: str) -> None:
     """
     if how == "renames":
         swap.exchange = lambda *_: False
+    out.parent.mkdir()
     seen = dict.fromkeys(("kills", "earlier", "new", "folders left", "set aside"), 0)
     write(out, 1)
     random.seed(0)
@@ -118,7 +119,3 @@ def main(out: Path, how: str) -> None:
         seen["kills"] += 1
         look(out, seen, atomic=how != "renames")
     print(json.dumps(seen))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])

@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 
+import killed_writers
 import pytest
+from processes import alone
 
 from llama.io import swap
 from llama.io.files import check_new, new_directory
 from llama.io.json_files import read_json, write_json
 
-ATTACK = Path(__file__).with_name("killed_writers.py")
-
 
 @pytest.mark.parametrize("how", ["calls", "renames", "random"])
 def test_a_writer_killed_at_any_moment_leaves_the_earlier_directory_or_the_new(tmp_path, how):
-    attack = [sys.executable, str(ATTACK), str(tmp_path / "out"), how]
-    done = subprocess.run(attack, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    seen = json.loads(done.stdout)
+    done = alone(tmp_path / "printed", killed_writers.main, tmp_path / "below" / "out", how).end()
+    assert done.codes == [0], done.err
+    seen = json.loads(done.out)
     assert seen["kills"] >= 30 and seen["earlier"] + seen["new"] == seen["kills"]
     # the attack hit both sides of the swap, and where it takes two renames also between them
     if how != "random":

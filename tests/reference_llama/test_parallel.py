@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 
+import children
 import pytest
 import torch
 from conftest import (
@@ -15,6 +14,7 @@ from conftest import (
     save_checkpoint,
     write_byte_tokenizer,
 )
+from processes import alone, ranks
 
 from llama import Llama
 from llama.parallel import choose_device, choose_dtype, initialize
@@ -23,41 +23,15 @@ from short_gpt import ShortLlama
 TOKENS = torch.arange(3, 23).reshape(2, 10)
 
 
-SCRIPT = """
-import sys, torch, torch.distributed as dist
-from pathlib import Path
-from llama import Llama
-from short_gpt import ShortLlama
-
-folder, tokens = Path(sys.argv[1]), torch.arange(3, 23).reshape(2, 10)
-torch.set_num_threads(1)
-llama = Llama.build(folder, folder / "tokenizer.json", 64, 4, device="cpu")
-short = ShortLlama(llama, n_prune_layers=2)
-short.eval_importance(tokens.tolist())
-with torch.no_grad():
-    logits = llama.model(tokens)
-sampled, _ = llama.generate(tokens.tolist(), 6, temperature=0.8)
-result = {"logits": logits, "importances": short.importances, "angular": short.angular}
-result["sampled"] = torch.tensor([s + [0] * (6 - len(s)) for s in sampled])
-result["perplexity"] = torch.tensor(short.perplexity(tokens.tolist(), progress=False).value)
-result["removed"] = torch.tensor(short.remove_layers())
-torch.save(result, folder / f"rank{dist.get_rank()}.pt")
-dist.barrier()
-dist.destroy_process_group()
-"""
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="torchrun with gloo")
+@pytest.mark.skipif(sys.platform == "win32", reason="ranks with gloo")
 @pytest.mark.parametrize("vocab_parallel", [False, True], ids=["llama-2", "llama-3"])
 def test_two_ranks_with_two_shards_equal_one(tmp_path, vocab_parallel):
-    """Under torchrun, each rank with its own file, through Llama.build."""
+    """Each rank with its own file, through Llama.build."""
     model = make_transformer(vocab_size=BYTE_VOCAB)
     folder = save_checkpoint(tmp_path / "two", model, shards=2, vocab_parallel=vocab_parallel)
     write_byte_tokenizer(folder)
-    (tmp_path / "script.py").write_text(SCRIPT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc_per_node", "2", str(tmp_path / "script.py"), str(folder)]
-    subprocess.run(command, capture_output=True, check=True, timeout=300)
+    done = ranks(2, tmp_path / "printed", children.of_two_shards, folder).end()
+    assert done.codes == [0, 0], done.err
 
     first, second = (torch.load(folder / f"rank{r}.pt") for r in range(2))
     short = ShortLlama(Llama(model, CharTokenizer()), n_prune_layers=2)
@@ -104,23 +78,13 @@ def test_the_groups_are_silent_and_keep_their_size(capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_model_can_be_made_without_any_setting_up():
-    code = (
-        "from llama import ModelArgs, Transformer\n"
-        "Transformer(ModelArgs(dim=32, n_layers=1, n_heads=2, vocab_size=8))"
-    )
-    env = {**os.environ, "WORLD_SIZE": "2", "RANK": "1"}  # no launcher's without MASTER_ADDR
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+def test_a_model_can_be_made_without_any_setting_up(tmp_path, monkeypatch):
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "1")):  # no launcher's without MASTER_ADDR
+        monkeypatch.setenv(name, value)
+    done = alone(tmp_path / "printed", children.without_setting_up).end()
+    assert done == ([0], "", "")
 
 
 def test_a_fresh_process_prints_nothing_and_leaves_no_defaults(tmp_path):
-    code = (
-        "import torch; from llama.parallel import initialize; import os, sys; out = sys.stdout\n"
-        "before = dict(os.environ)\n"
-        "initialize(device=torch.device('cpu'))\n"
-        "assert dict(os.environ) == before\n"
-        "assert sys.stdout is out and torch.get_default_dtype() == torch.float32\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == ""
+    done = alone(tmp_path / "printed", children.set_up).end()
+    assert done.codes == [0] and done.out == "", done.err

@@ -1,19 +1,16 @@
 """Ranks and replicas: every division of the work gives one process's numbers; failures end all.
 
-Two launches, of 2 and of 4 processes, each check many things; the tests compare what they saved.
+Two runs, of 2 and of 4 ranks, each check many things; the tests compare what they saved.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import re
-import subprocess
 import sys
-import time
 from functools import partial
 from pathlib import Path
 
+import children
 import pytest
 import torch
 from conftest import (
@@ -25,6 +22,7 @@ from conftest import (
     save_checkpoint,
     write_byte_tokenizer,
 )
+from processes import ranks
 
 from llama import Llama
 from llama.checkpoint.meta import Checkpoint
@@ -42,146 +40,6 @@ SHAPE = {"n_heads": 8, "n_kv_heads": 2, "n_layers": 3}
 TOKENS = torch.arange(3, 23).reshape(2, 10)
 WINDOWS = random_windows(11, 12)
 DIRECTORIES = ("one", "two", "eight", "tied")
-
-WORKER = """
-import sys, torch, torch.distributed as dist
-from pathlib import Path
-from conftest import random_windows
-from types import SimpleNamespace as Space
-from fairscale.nn.model_parallel import initialize as groups
-from llama import Llama
-from llama.checkpoint.meta import Checkpoint
-from llama.loading import load_model
-from llama.parallel import initialize
-from short_gpt import ShortLlama
-from short_gpt.runtime import replicas
-from short_gpt.data.windows import Window, batches
-from short_gpt.runtime.abort import lost
-from short_gpt.runtime.state import StateFile
-from short_gpt.scoring.importance import Importance
-from short_gpt.scoring.hooks import score
-from short_gpt.scoring.run import sums_of_all
-from short_gpt.scoring.state import RunState
-
-torch.set_num_threads(1)
-folder, cpu = Path(sys.argv[1]), torch.device("cpu")
-given = torch.load(folder / "given.pt")
-
-
-def shared(decoder, windows, size):
-    team, own = replicas.current(), Importance.empty(range(len(decoder.layers)))
-    for step in batches(windows, team.step(size)):
-        for batch in team.share(step, size):
-            if batch:
-                own.add(score(decoder, batch, layers=own.layers))
-    before = own.to_dict()
-    total = sums_of_all(team, own)
-    assert own.to_dict() == before
-    return total.to_dict()
-
-
-def results(mp):
-    found = {}
-    for name in given["directories"]:
-        checkpoint = Checkpoint(folder / name, max_seq_len=64, max_batch_size=4)
-        model = load_model(checkpoint, device=cpu, dtype=torch.float32)
-        with torch.no_grad():
-            found[name] = model(given["tokens"])
-        found[name, "tied"] = model.output.weight is model.tok_embeddings.weight
-    llama = Llama(model, Space(eos_id=96, bos_id=1))
-    found["sampled"], _ = llama.generate(given["tokens"].tolist(), 6, temperature=0.8)
-    for size in (1, 2, 3):
-        short = ShortLlama(llama)
-        found["shared", size] = shared(short.decoder, given["windows"], size)
-        short.measure(given["windows"], batch_size=size, progress=False)
-        found["measured", size] = short.importance.to_dict()
-    found["texts"] = of_texts(ShortLlama(llama), given["windows"])
-    found["digest"] = short.weights_digest()
-    team = replicas.current()
-    assert team.count * mp == dist.get_world_size()
-    if team.count == dist.get_world_size() == 2:
-        found["resumed"] = resumed(llama)
-    found["few"] = shared(short.decoder, given["windows"][:1], 1)
-    found["any"] = [team.any(dist.get_rank() == dist.get_world_size() - 1), team.any(False)]
-    return found
-
-
-def of_texts(short, windows):
-    short.measure([Window(w, i % 3) for i, w in enumerate(windows)], progress=False)
-    return short.importance.to_dict()
-
-
-def resumed(llama):
-    # all of 120 windows, in one go and over two interruptions
-    given = random_windows(120, 12)
-    whole = ShortLlama(llama)
-    whole.measure(given, batch_size=2, progress=False)
-    for calls in (11, 6, None):  # behind the looks at 32 and 54 windows, within the next steps
-        short = ShortLlama(llama)
-        plain, left = short.score, [calls]
-
-        def fails(*args, **kwargs):
-            if left[0] is not None:
-                left[0] -= 1
-                if left[0] < 0:
-                    raise KeyboardInterrupt
-            return plain(*args, **kwargs)
-
-        short.score = fails
-        state = RunState(StateFile(folder / "state", {"seed": 0}))
-        dist.barrier()  # both have read the file before one of them writes it
-        try:
-            short.measure(given, batch_size=2, progress=False, state=state)
-        except KeyboardInterrupt:
-            assert 0 < short.n_windows < 120
-        dist.barrier()
-    return {"whole": whole.importance.to_dict(), "continued": short.importance.to_dict()}
-
-
-def of_transformers():
-    from transformers import LlamaConfig, LlamaForCausalLM
-    from short_gpt import ShortHFModel
-
-    torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
-                         num_attention_heads=4, num_key_value_heads=2)
-    short = ShortHFModel(LlamaForCausalLM(config))
-    short.measure(given["windows"], progress=False)
-    alone = Importance.empty(range(3))
-    for window in given["windows"]:
-        alone.add(score(short.decoder, [window], layers=alone.layers))
-    return {"measured": short.importance.to_dict(), "alone": alone.to_dict()}
-
-
-found, world = {}, int(sys.argv[2])
-if world == 2:
-    assert replicas.current(cpu) == replicas.Replicas(dist.get_rank(), 2)  # made by this call
-    found["hf"] = of_transformers()
-for mp in [1, 2, 4][: world // 2 + 1]:
-    if groups.model_parallel_is_initialized():
-        groups.destroy_model_parallel()
-    initialize(mp, device=cpu)
-    found[mp] = results(mp)
-if world == 2:
-    groups.destroy_model_parallel()
-    try:
-        initialize(3, device=cpu)
-    except ValueError as error:
-        found["error"] = str(error)
-torch.save(found, folder / f"world{world}-rank{dist.get_rank()}.pt")
-dist.barrier()
-dist.destroy_process_group()
-"""
-
-
-def launch(ranks: int, *arguments: object) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc_per_node", str(ranks), *(str(a) for a in arguments)]
-    paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
-    )
 
 
 def model_of(**changes):
@@ -202,13 +60,12 @@ def found(tmp_path_factory, model):
     save_tied(folder / "tied", tied_model())
     save_eight(folder / "eight", model)
     given = {"tokens": TOKENS, "windows": WINDOWS, "directories": DIRECTORIES}
+    given["many"] = random_windows(120, 12)
     torch.save(given, folder / "given.pt")
-    (folder / "worker.py").write_text(WORKER)
     results = {}
     for world in (2, 4):
-        run = launch(world, folder / "worker.py", folder, world)
-        _, errors = run.communicate(timeout=300)
-        assert run.returncode == 0, errors
+        done = ranks(world, folder / f"world{world}", children.divisions, folder, world).end()
+        assert not any(done.codes), done.err
         results |= {
             (world, r): torch.load(folder / f"world{world}-rank{r}.pt") for r in range(world)
         }
@@ -341,51 +198,31 @@ def test_shares_are_disjoint_whole_and_in_step(count, size, windows):
     assert all(s == steps[0] for s in steps)
 
 
-FAILING = """
-import os, signal, sys, torch, torch.distributed as dist
-import short_gpt.cli.app as program
-from short_gpt.runtime.errors import ShortGPTError
-case = sys.argv[1]
-
-def run(argv):
-    rank = int(os.environ["RANK"])
-    if case == "alike":
-        raise FileNotFoundError("nothing here")
-    dist.init_process_group("gloo")
-    if rank == 1 and case == "killed":
-        os.kill(os.getpid(), signal.SIGKILL)
-    if rank == 1:
-        raise {"alone": ShortGPTError, "defect": AssertionError}[case]("rank 1 alone")
-    dist.all_reduce(torch.ones(1))  # waits for a rank that never comes
-
-program.run = run
-program.main([])
-"""
-ENDS = {
+FAILURES = {
     "alike": "short-gpt: nothing here",
     "alone": "short-gpt: rank 1 alone",
     "defect": "AssertionError: rank 1 alone",
-    "killed": r"exitcode\s*: -9",  # the launcher tells, and may end others before they notice
 }
 
 
-def test_a_failing_rank_ends_all_with_one_message(tmp_path):
-    (tmp_path / "failing.py").write_text(FAILING)
-    begin = time.monotonic()
-    runs = {case: launch(2, tmp_path / "failing.py", case) for case in ENDS}
-    for case, run in runs.items():
-        output, errors = run.communicate(timeout=100)
-        ours = errors.split("torch/distributed/elastic")[0]  # what follows is the launcher's
-        assert run.returncode == 1 and output == "", case
-        said = len(re.findall(ENDS[case], errors))
-        assert said == 1 or (said and case == "killed"), f"{case}: {errors}"
-        lines = ours.count("short-gpt: ")
-        if case == "killed":  # the other rank may notice before the launcher ends it
-            assert lines == ours.count("short-gpt: a rank was lost") <= 1, f"{case}: {ours}"
-        else:
-            assert lines == (case in ("alike", "alone")), f"{case}: {ours}"
-        assert ours.count("Traceback") == (case == "defect"), f"{case}: {ours}"
-    assert time.monotonic() - begin < 60
+@pytest.mark.parametrize("case", FAILURES)
+def test_a_failing_rank_ends_all_with_one_message(tmp_path, case):
+    done = ranks(2, tmp_path / "printed", children.failing, case).end()
+    assert all(done.codes) and 1 in (done.codes if case == "alike" else done.codes[1:])
+    assert done.out == "" and done.err.count(FAILURES[case]) == 1, done.err
+    assert done.err.count("short-gpt: ") == (case != "defect"), done.err
+    assert done.err.count("Traceback") == (case == "defect"), done.err
+
+
+@pytest.mark.parametrize("launcher", [True, False])
+def test_who_waits_for_a_killed_rank_ends_and_says_so(tmp_path, launcher):
+    done = ranks(2, tmp_path / "printed", children.failing, "killed").end(launcher=launcher)
+    said = done.err.count("short-gpt: a rank was lost")
+    if launcher:  # it may end the other rank before that one notices
+        assert done.codes in ([1, -9], [-15, -9]) and said <= 1
+    else:
+        assert done.codes == [1, -9] and said == 1
+    assert done.out == "" and done.err.count("short-gpt: ") == said and "Traceback" not in done.err
 
 
 def test_a_lost_connection_is_told_from_a_defect():

@@ -6,8 +6,6 @@ import multiprocessing
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,6 +13,7 @@ import pytest
 import torch
 from conftest import CharTokenizer, make_transformer, random_windows, save_checkpoint
 from conftest import write_byte_tokenizer as write_tokenizer
+from processes import alone
 
 from short_gpt import ShortGPTError, ShortLlama
 from short_gpt.cli.app import main
@@ -148,19 +147,14 @@ def test_the_command_saves_when_asked_to_end_and_continues(tmp_path, capsys):
     arguments = ["rank", str(directory), "--data", str(tmp_path / "book.txt"), "--size", "32"]
     arguments += ["--stride", "32", "--device", "cpu", "--seed", "3"]
     out = ["--out", str(tmp_path / "scores.json")]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "short_gpt", *arguments, *out, "--save_every", "0"],
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    state = tmp_path / "scores.json.state"
-    while not state.exists() and process.poll() is None:
+    command = [*arguments, *out, "--save_every", "0"]
+    running, state = alone(tmp_path / "printed", main, command), tmp_path / "scores.json.state"
+    (process,) = running.processes
+    while not state.exists() and process.exitcode is None:
         time.sleep(0.01)
     process.terminate()
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130 and errors.endswith("short-gpt: interrupted\n")
+    done = running.end()
+    assert done.codes == [130] and done.err.endswith("short-gpt: interrupted\n"), done.err
     assert state.exists() and not (tmp_path / "scores.json").exists()
 
     with pytest.raises(SystemExit):

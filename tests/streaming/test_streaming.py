@@ -6,11 +6,11 @@ import json
 import math
 import random
 import re
-import subprocess
 import sys
 from pathlib import Path
 from string import ascii_lowercase
 
+import children
 import pytest
 import torch
 from conftest import (
@@ -19,6 +19,7 @@ from conftest import (
     save_checkpoint,
     write_byte_tokenizer,
 )
+from processes import alone
 
 from llama import Llama
 from llama.args import ModelArgs
@@ -295,24 +296,6 @@ def test_another_checkpoint_has_another_digest(streamed, tmp_path):
     assert streamed.weights_digest() == again.weights_digest() != other.weights_digest()
 
 
-PEAK = """
-import sys, torch
-from pathlib import Path
-from short_gpt.scoring.importance import Importance
-from short_gpt.streamed_llama import StreamedLlama
-
-torch.set_num_threads(1)
-short = StreamedLlama(sys.argv[1], max_seq_len=64, device="cpu", max_memory=sys.argv[2])
-windows = torch.randint(258, (12, 64), generator=torch.Generator().manual_seed(0)).tolist()
-short.eval_importance(windows[:1])  # what torch sets up at its first use is no part of the plan
-plan = short.plan(2)
-short.measure(windows, batch_size=2, progress=False)
-short.perplexity(windows, batch_size=2, progress=False)
-peak = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
-print(plan.total, plan.host["the process itself"], plan.windows, peak)
-"""
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_peak_stays_within_the_plan(tmp_path):
     args = ModelArgs(dim=768, n_layers=12, n_heads=12, vocab_size=VOCAB)
@@ -323,13 +306,13 @@ def test_the_peak_stays_within_the_plan(tmp_path):
     (tmp_path / "params.json").write_text(json.dumps(params_json(args)))
     write_byte_tokenizer(tmp_path)
     weights = sum(info.numel for info in infos.values())
-    done = subprocess.run(
-        [sys.executable, "-c", PEAK, str(tmp_path), "2GB"], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    total, before, windows, peak = map(int, done.stdout.split())
+    windows = random_windows(4, 64, vocab=VOCAB)
+    folder = str(tmp_path)
+    done = alone(tmp_path / "printed", children.streaming, folder, "2GB", windows).end()
+    assert done.codes == [0], done.err
+    total, before, windows, peak = json.loads(done.out)
     assert windows == 32 and 4 * weights > 300e6
-    planned = total - 20 * 64 * (768 * 4 + 16)  # only twelve windows come
+    planned = total - 28 * 64 * (768 * 4 + 16)  # only four windows come
     print(planned, before, peak, weights)
     assert peak < planned + 32e6 and planned - before < 4 * weights / 4
 

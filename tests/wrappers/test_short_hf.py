@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
-import subprocess
-import sys
 from itertools import pairwise
 
 import pytest
 import torch
+import without_us
 from conftest import BYTE_VOCAB, write_byte_tokenizer
 from families import DROP, FAMILIES, KEPT, LAYERS, PLAIN, STEPS, TOKENS, check, make
+from processes import alone
 
 from short_gpt import ShortHFModel
 from short_gpt.models import hf as hf_decoder
@@ -36,13 +35,9 @@ def test_a_fresh_process_gives_the_same_logits(tmp_path):
     short = ShortHFModel(model)
     short.remove_layers(DROP)
     short.save_pretrained(tmp_path / "out")
-    code = (
-        "import sys, torch; from transformers import AutoModelForCausalLM as M\n"
-        "m = M.from_pretrained(sys.argv[1]).eval(); t = torch.arange(3, 23).reshape(2, 10)\n"
-        "torch.save(m(t).logits.detach(), sys.argv[2])"
-    )
-    command = [sys.executable, "-c", code, str(tmp_path / "out"), str(tmp_path / "logits.pt")]
-    subprocess.run(command, check=True, capture_output=True, env=os.environ)
+    given = tmp_path / "out", TOKENS, tmp_path / "logits.pt"
+    done = alone(tmp_path / "printed", without_us.logits_of, *given).end()
+    assert done.codes == [0], done.err
     assert torch.equal(torch.load(tmp_path / "logits.pt"), short.decoder.logits(TOKENS))
 
 

@@ -1,0 +1,235 @@
+"""What tests have other processes do: functions that `processes` calls there.
+
+Nothing of a test is imported here, whose own imports would take each process a while.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+from fairscale.nn.model_parallel import initialize as groups
+
+from llama import Llama, ModelArgs, Transformer
+from llama.checkpoint.meta import Checkpoint
+from llama.formats.convert import hf_to_meta, meta_to_hf
+from llama.loading import load_model
+from llama.parallel import initialize
+from short_gpt import ShortGPTError, ShortLlama
+from short_gpt.checkpoints import prune_hf
+from short_gpt.cli import app
+from short_gpt.data.windows import Window, batches
+from short_gpt.runtime import replicas
+from short_gpt.runtime.state import StateFile
+from short_gpt.scoring.hooks import score
+from short_gpt.scoring.importance import Importance
+from short_gpt.scoring.run import sums_of_all
+from short_gpt.scoring.state import RunState
+from short_gpt.streamed_llama import StreamedLlama
+
+CPU = torch.device("cpu")
+
+
+def peak() -> int:
+    """The most memory in bytes that this process ever held."""
+    # not ru_maxrss, which a process takes over from the one that started it
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
+
+
+# Every division of the work, for `test_replicas`
+
+
+def divisions(folder: Path, world: int) -> None:
+    """Saves what this rank finds in all divisions of ``world`` ranks into models and replicas."""
+    found: dict[object, object] = {}
+    given = torch.load(folder / "given.pt")
+    if world == 2:
+        assert replicas.current(CPU) == replicas.Replicas(dist.get_rank(), 2)  # made by this call
+        found["hf"] = of_transformers(given["windows"])
+    for mp in [1, 2, 4][: world // 2 + 1]:
+        if groups.model_parallel_is_initialized():
+            groups.destroy_model_parallel()
+        initialize(mp, device=CPU)
+        found[mp] = of_division(mp, folder, given)
+    if world == 2:
+        groups.destroy_model_parallel()
+        try:
+            initialize(3, device=CPU)
+        except ValueError as error:
+            found["error"] = str(error)
+    torch.save(found, folder / f"world{world}-rank{dist.get_rank()}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def of_division(mp: int, folder: Path, given: dict) -> dict[object, object]:
+    """What a rank finds where ``mp`` ranks share a model."""
+    found: dict[object, object] = {}
+    for name in given["directories"]:
+        checkpoint = Checkpoint(folder / name, max_seq_len=64, max_batch_size=4)
+        model = load_model(checkpoint, device=CPU, dtype=torch.float32)
+        with torch.no_grad():
+            found[name] = model(given["tokens"])
+        found[name, "tied"] = model.output.weight is model.tok_embeddings.weight
+    llama = Llama(model, SimpleNamespace(eos_id=96, bos_id=1))
+    found["sampled"], _ = llama.generate(given["tokens"].tolist(), 6, temperature=0.8)
+    for size in (1, 2, 3):
+        short = ShortLlama(llama)
+        found["shared", size] = shared(short.decoder, given["windows"], size)
+        short.measure(given["windows"], batch_size=size, progress=False)
+        found["measured", size] = short.importance.to_dict()
+    found["texts"] = of_texts(ShortLlama(llama), given["windows"])
+    found["digest"] = short.weights_digest()
+    team = replicas.current()
+    assert team.count * mp == dist.get_world_size()
+    if team.count == dist.get_world_size() == 2:
+        found["resumed"] = resumed(llama, given["many"], folder / "state")
+    found["few"] = shared(short.decoder, given["windows"][:1], 1)
+    found["any"] = [team.any(dist.get_rank() == dist.get_world_size() - 1), team.any(False)]
+    return found
+
+
+def of_texts(short: ShortLlama, windows: list[list[int]]) -> dict[str, object]:
+    """Scores of windows that come from three texts in turn."""
+    short.measure([Window(w, i % 3) for i, w in enumerate(windows)], progress=False)
+    return short.importance.to_dict()
+
+
+def shared(decoder, windows: list[list[int]], size: int) -> dict[str, object]:
+    """The sums of all replicas; this one's own stay as they are."""
+    team, own = replicas.current(), Importance.empty(range(len(decoder.layers)))
+    for step in batches(windows, team.step(size)):
+        for batch in team.share(step, size):
+            if batch:
+                own.add(score(decoder, batch, layers=own.layers))
+    before = own.to_dict()
+    total = sums_of_all(team, own)
+    assert own.to_dict() == before
+    return total.to_dict()
+
+
+def resumed(llama: Llama, windows: list[list[int]], path: Path) -> dict[str, object]:
+    """All of 120 windows, in one go and over two interruptions."""
+    whole = ShortLlama(llama)
+    whole.measure(windows, batch_size=2, progress=False)
+    for calls in (11, 6, None):  # behind the looks at 32 and 54 windows, within the next steps
+        short = ShortLlama(llama)
+        plain, left = short.score, [calls]
+
+        def fails(*args, plain=plain, left=left, **kwargs):
+            if left[0] is not None:
+                left[0] -= 1
+                if left[0] < 0:
+                    raise KeyboardInterrupt
+            return plain(*args, **kwargs)
+
+        short.score = fails
+        state = RunState(StateFile(path, {"seed": 0}))
+        dist.barrier()  # both have read the file before one of them writes it
+        try:
+            short.measure(windows, batch_size=2, progress=False, state=state)
+        except KeyboardInterrupt:
+            assert 0 < short.n_windows < 120
+        dist.barrier()
+    return {"whole": whole.importance.to_dict(), "continued": short.importance.to_dict()}
+
+
+def of_transformers(windows: list[list[int]]) -> dict[str, object]:
+    """Scores of a model of transformers, shared and by this rank alone."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from short_gpt import ShortHFModel
+
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
+                         num_attention_heads=4, num_key_value_heads=2)  # fmt: skip
+    short = ShortHFModel(LlamaForCausalLM(config))
+    short.measure(windows, progress=False)
+    alone = Importance.empty(range(3))
+    for window in windows:
+        alone.add(score(short.decoder, [window], layers=alone.layers))
+    return {"measured": short.importance.to_dict(), "alone": alone.to_dict()}
+
+
+def failing(case: str) -> None:
+    """A command that fails on all ranks alike, or on rank 1 while the others wait for it."""
+
+    def run(argv: list[str]) -> None:
+        if case == "alike":
+            raise FileNotFoundError("nothing here")
+        dist.init_process_group("gloo")
+        if int(os.environ["RANK"]) == 1:
+            if case == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise {"alone": ShortGPTError, "defect": AssertionError}[case]("rank 1 alone")
+        dist.all_reduce(torch.ones(1))  # waits for a rank that never comes
+
+    app.run = run
+    app.main([])
+
+
+# One model of two ranks, for `test_parallel`
+
+
+def of_two_shards(folder: Path) -> None:
+    """Saves what a rank computes and decides with its own shard, through `Llama.build`."""
+    tokens = torch.arange(3, 23).reshape(2, 10)
+    llama = Llama.build(folder, folder / "tokenizer.json", 64, 4, device="cpu")
+    short = ShortLlama(llama, n_prune_layers=2)
+    short.eval_importance(tokens.tolist())
+    with torch.no_grad():
+        logits = llama.model(tokens)
+    sampled, _ = llama.generate(tokens.tolist(), 6, temperature=0.8)
+    result = {"logits": logits, "importances": short.importances, "angular": short.angular}
+    result["sampled"] = torch.tensor([s + [0] * (6 - len(s)) for s in sampled])
+    result["perplexity"] = torch.tensor(short.perplexity(tokens.tolist(), progress=False).value)
+    result["removed"] = torch.tensor(short.remove_layers())
+    torch.save(result, folder / f"rank{dist.get_rank()}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def without_setting_up() -> None:
+    """A model, made first of all."""
+    Transformer(ModelArgs(dim=32, n_layers=1, n_heads=2, vocab_size=8))
+
+
+def set_up() -> None:
+    """Groups of one rank, which change nothing that others see."""
+    out, before = sys.stdout, dict(os.environ)
+    initialize(device=CPU)
+    assert dict(os.environ) == before
+    assert sys.stdout is out and torch.get_default_dtype() == torch.float32
+
+
+# What only a process of its own can tell: its peak of memory
+
+
+def streaming(folder: str, max_memory: str, windows: list[list[int]]) -> None:
+    """Prints what a plan of streaming says, and the peak of memory of what follows it."""
+    short = StreamedLlama(folder, max_seq_len=64, device="cpu", max_memory=max_memory)
+    short.eval_importance(windows[:1])  # what torch sets up at its first use is no part of the plan
+    plan = short.plan(2)
+    short.measure(windows, batch_size=2, progress=False)
+    short.perplexity(windows, batch_size=2, progress=False)
+    print(json.dumps([plan.total, plan.host["the process itself"], plan.windows, peak()]))
+
+
+def conversions(small: Path, large: Path, drop: list[int]) -> None:
+    """Prints by how much pruning and two conversions of a model raise the peak of memory."""
+    for folder in (small, large):  # the small one has all the code loaded that there is to load
+        base, peaks = peak(), []
+        for work, source, out, given in (
+            (prune_hf, "hf", "cut", [drop]),
+            (hf_to_meta, "hf", "meta", []),
+            (meta_to_hf, "meta", "back", []),
+        ):
+            work(folder / source, folder / out, *given)
+            peaks.append(peak() - base)
+    print(json.dumps(peaks))
