@@ -140,7 +140,7 @@ def _as_pieces(
     """
     rules = json.dumps([content.get("normalizer"), content.get("pre_tokenizer")])
     known = ("Prepend", "Replace", "Metaspace", "Sequence")
-    kinds = {entry for entry in _kinds(content.get("normalizer"), content.get("pre_tokenizer"))}
+    kinds = set(_kinds(content.get("normalizer"), content.get("pre_tokenizer")))
     if not kinds <= set(known):
         raise InputError(f"{path} splits texts by {sorted(kinds - set(known))}, unlike Llama 2's")
     score: dict[str, float] = {}
@@ -180,6 +180,7 @@ def _pre_tokenizer(content: JsonObject, path: Path) -> str:
     names = [name for name, known in PRE_TOKENIZERS.items() if split == [known]]
     names = [name for name in names if (name == "smollm") == digits]
     plain = kinds <= {"Split", "Digits", "ByteLevel"} and "ByteLevel" in kinds
+    plain = plain and not any(r.get("add_prefix_space") for r in rules)
     merges_first = not content["model"].get("ignore_merges")
     names = [name for name in names if (name == "llama-bpe") != merges_first]
     normal = (content.get("normalizer") or {}).get("type")

@@ -208,6 +208,7 @@ def test_tokenizers_that_llama_cpp_has_no_name_for_are_refused(tmp_path):
     content = json.loads(path.read_text())
     for part, value, message in (
         ("pre_tokenizer", {**LEVEL, "use_regex": False}, "splits texts by rules"),
+        ("pre_tokenizer", {**LEVEL, "add_prefix_space": True}, "splits texts by rules"),
         ("normalizer", {"type": "Lowercase"}, "splits texts by rules"),
         ("model", {**content["model"], "ignore_merges": True}, "splits texts by rules"),
         ("model", {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}, "'WordLevel'; exp"),
