@@ -614,6 +614,22 @@ HEALING = (
         ),
     ),
     Section(
+        "short_gpt/healing/refit.py",
+        "tests/healing/test_refit.py",
+        (
+            (
+                "best = min(made,",
+                "best = max(made,",
+                "test_the_best_halves_have_the_least_loss_on_windows_kept_apart",
+            ),
+            (
+                "if i not in places]",
+                "]",
+                "test_every_eighth_window_chooses_the_ridge",
+            ),
+        ),
+    ),
+    Section(
         "short_gpt/models/layer_calls.py",
         "tests/healing/test_refit.py",
         (

@@ -10,6 +10,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import ClassVar, Protocol
 
@@ -146,23 +147,26 @@ class RefitSettings(ClosedForm):
     """Settings of the refit; see `refit.fit`.
 
     Attributes:
-        parts, ridges, batch_size: as there.
+        parts: as there; None takes those of least loss on windows kept apart, as `fit_best` does.
+        ridges, batch_size: as there.
         max_windows: of those to learn from, the first so many; None takes all.
     """
 
-    parts: tuple[str, ...] = refit.PARTS
+    parts: tuple[str, ...] | None = refit.PARTS
     ridges: tuple[float, ...] = refit.RIDGES
     batch_size: int = 1
     max_windows: int | None = None
     name: ClassVar[str] = "refit"
 
     def fit(self, work: Work) -> Heal:
-        made = refit.fit(
+        fit: Callable[..., refit.Refit] = refit.fit_best
+        if self.parts is not None:
+            fit = partial(refit.fit, parts=self.parts)
+        made = fit(
             work.short,
             work.layers,
             work.windows.training[: self.max_windows],
             held=work.windows.validation or None,
-            parts=self.parts,
             ridges=self.ridges,
             batch_size=self.batch_size,
             progress=work.progress,

@@ -77,8 +77,8 @@ class Settings:
     Args:
         ridge: of a closed form, relative to the mean square of the inputs. If not given, 1e-4 for
             the patch; the refit chooses each matrix's on windows kept apart.
-        parts: of the refit: attention, mlp or both by a comma, whose last matrices are solved;
-            both if not given.
+        parts: of the refit: attention, mlp or both by a comma, whose last matrices are solved, or
+            best for what has the least loss on windows kept apart; both if not given.
         preset: of lora and distill, paper, demo or small; each of the following changes one of its
             settings.
         rank: of the changes that are trained.
@@ -150,8 +150,11 @@ class Settings:
         Raises:
             ShortGPTError: parts or the ridge are out of range.
         """
-        parts = PARTS if self.parts is None else tuple(p.strip() for p in self.parts.split(","))
         ridges = RIDGES if self.ridge is None else (self.ridge,)
+        if self.parts == "best":
+            check_options(PARTS, ridges)
+            return RefitSettings(None, ridges, max_windows=max_windows)
+        parts = PARTS if self.parts is None else tuple(p.strip() for p in self.parts.split(","))
         check_options(parts, ridges)
         return RefitSettings(parts, ridges, max_windows=max_windows)
 

@@ -550,6 +550,10 @@ def test_heal_by_refit_a_checkpoint_of_the_same_shapes(books, capsys):
     ours = opened(Path("out")).decoder.module.state_dict()
     differ = {k for k, v in cut.decoder.module.state_dict().items() if not torch.equal(v, ours[k])}
     assert differ and all("feed_forward.w2" in name for name in differ)
+    run("heal", "dense", "best", *SMALL, *refit[:4], "--parts", "best", "--max_windows", 6)
+    (step,) = json.loads(Path("best/pruning.json").read_text())["healing"]
+    assert len(step["tried"]) == 4 and ",".join(step["parts"]) in step["tried"]
+    capsys.readouterr()
     line = fails(capsys, "heal", "dense", "b", *SMALL, "--layers", 1, "--parts", "mlp")
     assert "--parts is for --method refit" in line
     line = fails(capsys, "heal", "dense", "b", *SMALL, *refit[:4], "--parts", "norm")

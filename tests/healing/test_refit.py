@@ -10,7 +10,7 @@ from conftest import CharTokenizer, interrupted, make_transformer, random_window
 from families import FAMILIES, make
 
 from short_gpt.healing import linear_patch, refit_pass
-from short_gpt.healing.refit import Refit, fit, fold, heal
+from short_gpt.healing.refit import Refit, fit, fit_best, fold, heal
 from short_gpt.models.layer_calls import LayerCalls
 from short_gpt.models.layer_hooks import attention_output, mlp_output, transposed
 from short_gpt.models.summands import Summands, behind_attention
@@ -160,6 +160,26 @@ def test_the_first_layers_may_go_and_halves_may_be_left_alone():
     assert [found.layer for found in refit.fits] == [2, 3, 4]
     assert all("feed_forward.w2" in name for _, name in refit.values)
     assert short.changed == set(refit.values)
+
+
+def test_the_best_halves_have_the_least_loss_on_windows_kept_apart():
+    short = meta()
+    before = weights(short)
+    best = fit_best(short, [2, 3], WINDOWS, held=WINDOWS, progress=False)
+    assert same(before, weights(short)) and not short.changes
+    losses = {}
+    for parts in (("attention", "mlp"), ("attention",), ("mlp",)):
+        healed = meta()
+        heal(healed, [2, 3], WINDOWS, held=WINDOWS, parts=parts, progress=False)
+        losses[",".join(parts)] = healed.perplexity(WINDOWS, progress=False).value
+    cut = meta()
+    cut.remove_layers([2, 3])
+    losses["none"] = cut.perplexity(WINDOWS, progress=False).value
+    assert best.tried == pytest.approx(losses, rel=1e-6)
+    assert losses[",".join(best.parts)] == min(v for k, v in losses.items() if k != "none")
+    assert best.to_dict()["tried"] == best.tried
+    experts = fit_best(ShortHFModel(make("mixtral")), [3], WINDOWS, **ALL)
+    assert set(experts.tried) == {"none", "attention,mlp"}  # of which the attention alone is solved
 
 
 def test_every_eighth_window_chooses_the_ridge():
