@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import random
 import signal
+import threading
 import time
 from pathlib import Path
 
 import pytest
 from commands import run
 from conftest import BYTE_VOCAB, make_transformer, save_checkpoint, write_byte_tokenizer
+from tqdm import tqdm
 
 from llama.checkpoint.meta import Checkpoint
 from llama.io.json_files import read_json
@@ -47,6 +49,8 @@ def test_a_prune_killed_at_any_moment_leaves_a_whole_checkpoint(tmp_path, monkey
     for _ in range(KILLS):
         child = os.fork()
         if not child:
+            # a lock of its own for its bars: one shared with this process would stay locked
+            tqdm.set_lock(threading.RLock())
             try:
                 while True:
                     prune(3)
