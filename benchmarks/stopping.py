@@ -5,6 +5,11 @@ the stopping rule ends it, for the k layers of lowest Block Influence and for th
 layers. Reported: the share of orders whose stopped answer is the answer of all windows, and the
 share of windows read.
 
+Then the real windows are made to mislead: in 2% of them, the layer that was chosen last is six
+times as high, so that another one belongs in its place. A sample that holds none of these is a
+sample of the real windows, and a rule that answers there is wrong; so no rule that keeps its
+promise can read less than a certain share of the real windows either, see `least`.
+
     python benchmarks/stopping.py --windows 600 --out benchmarks/results/stopping.json
 
 ``--scores FILE`` keeps the scores of single windows, or takes them from there. ``--adversarial``
@@ -15,6 +20,7 @@ attacks the rule with simulated populations instead, see `adversarial`:
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from pathlib import Path
@@ -33,9 +39,10 @@ from short_gpt.data import demo
 from short_gpt.runtime.progress import bar
 from short_gpt.scoring.hooks import Scores, score
 from short_gpt.scoring.importance import Importance
-from short_gpt.scoring.stopping import Stop, next_look
+from short_gpt.scoring.stopping import Stop, enough, next_look
 
 COUNTS = (4, 8, 12)
+RARE, FACTOR = 0.02, 6  # the windows that mislead: their share, and how much higher they are
 
 
 def main(
@@ -53,15 +60,19 @@ def main(
     if adversarial:
         attack(confidence, populations, out, overwrite)
     influence, angles, seconds = read_scores(windows, scores)
-    cases = {
-        f"{'best block' if angular else 'lowest BI'}, k = {k}": replays(
-            Stop(k, angular=angular, confidence=confidence), influence, angles, orders
-        )
-        for angular in (False, True)
-        for k in COUNTS
-    }
+    cases = {}
+    for angular in (False, True):
+        for k in COUNTS:
+            rule = Stop(k, angular=angular, confidence=confidence)
+            case = replays(rule, influence, angles, orders)
+            case["misled"] = replays(rule, *misleading(rule, influence, angles), orders)
+            case["least_share"] = least(rule, case, len(influence))
+            cases[f"{'best block' if angular else 'lowest BI'}, k = {k}"] = case
     print(table(cases, len(influence)))
     missed = [name for name, case in cases.items() if case["agreement"] < confidence]
+    for name, case in cases.items():
+        if case["misled"]["wrong_of_early_stops"] > 1 - confidence:
+            missed.append(f"{name}, misled")
     content = {"confidence": confidence, "orders": orders, "windows": len(influence)}
     content |= {"tokens_per_window": SIZE, "scoring_seconds": seconds, "cases": cases}
     held = "all as sure as stated"
@@ -117,10 +128,36 @@ def replays(rule: Stop, influence: Tensor, angles: Tensor, orders: int) -> dict[
     cuts = statistics.quantiles(shares, n=20, method="inclusive")
     return {
         "agreement": right / orders,
+        "wrong_of_early_stops": (orders - right) / max(orders - unsettled, 1),
         "share_of_windows": {"median": cuts[9], "95th percentile": cuts[18], "min": min(shares)},
         "read_to_the_end": unsettled / orders,
         "layers": sorted(truth),
     }
+
+
+def misleading(rule: Stop, influence: Tensor, angles: Tensor) -> tuple[Tensor, Tensor]:
+    """The scores with the layer (or block) that was chosen last made higher in rare windows."""
+    values = angles.diagonal(rule.n, dim1=1, dim2=2) if rule.angular else influence
+    place = int(values.mean(0).argsort()[0 if rule.angular else rule.n - 1])
+    random = torch.Generator().manual_seed(0)
+    rare = torch.randperm(len(values), generator=random)[: math.ceil(RARE * len(values))]
+    influence, angles = influence.clone(), angles.clone()
+    changed = angles[:, place, place + rule.n] if rule.angular else influence[:, place]
+    changed[rare] = (changed[rare] * FACTOR).clamp(max=1)
+    return influence, angles
+
+
+def least(rule: Stop, case: dict[str, Any], count: int) -> float:
+    """The share of the real windows, at least, that the median of any rule as sure as this has.
+
+    Of the misleading windows' samples of m, a share h holds none of those that mislead, and looks
+    like a sample of the real ones. A rule that answers by then in half of the real orders answers
+    there too, and is wrong in h / 2 of all; h is hypergeometric. Where the misleading windows
+    leave the answer as it is, they forbid nothing.
+    """
+    if case["misled"]["layers"] == case["layers"]:
+        return 0.0
+    return enough(RARE, 2 * (1 - rule.confidence), count) / count
 
 
 def replay(rule: Stop, influence: Tensor, angles: Tensor) -> Importance:
@@ -145,12 +182,14 @@ def as_scores(influence: Tensor, angles: Tensor) -> Scores:
 
 def table(cases: dict[str, Any], count: int) -> str:
     head = f"{'':<20}  {'same answer':>11}  {'median':>7}  {'95th':>6}  {'to the end':>10}"
+    head += f"  {'no rule below':>13}  {'misled: wrong':>13}"
     rows = [f"{count} windows; share of them read:", head]
     for name, case in cases.items():
         shares = case["share_of_windows"]
         rows.append(
             f"{name:<20}  {case['agreement']:>11.2%}  {shares['median']:>7.1%}"
             f"  {shares['95th percentile']:>6.1%}  {case['read_to_the_end']:>10.1%}"
+            f"  {case['least_share']:>13.1%}  {case['misled']['wrong_of_early_stops']:>13.2%}"
         )
     return "\n".join(rows)
 

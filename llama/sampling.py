@@ -15,6 +15,9 @@ from torch import Tensor
 from llama.model import Transformer
 
 
+COLDEST = 1e-6  # temperatures below take the likeliest token: they could round to 0 in float32
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How tokens are chosen.
@@ -33,7 +36,7 @@ class Sampling:
 
     def choose(self, logits: Tensor) -> Tensor:
         """A token for each row of logits: (B, V) to (B,)."""
-        if self.temperature < 1e-6:  # smaller ones could round to 0 in float32
+        if self.temperature < COLDEST:
             return logits.argmax(-1)
         # the largest is 0 after the shift, so that no temperature makes it overflow
         shifted = (logits - logits.amax(-1, keepdim=True)) / self.temperature

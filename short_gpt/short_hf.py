@@ -14,6 +14,7 @@ import torch
 from llama.formats.convert import meta_to_hf
 from llama.io.sources import is_gguf
 from llama.parallel import choose_device, choose_dtype
+from llama.sampling import COLDEST
 from llama.tokenizer import find_tokenizer
 from short_gpt.checkpoints.gguf_save import save_gguf
 from short_gpt.checkpoints.provenance import Provenance
@@ -159,7 +160,7 @@ class ShortHFModel(ShortModel):
         if not ids:
             raise ShortGPTError("a text has no tokens to continue; its tokenizer adds none")
         sampling: dict[str, object] = {"do_sample": False}
-        if temperature > 0:
+        if temperature >= COLDEST:
             sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p}
         return self._generated(ids, max_gen_len, **sampling)
 

@@ -12,6 +12,7 @@ from llama.io.json_files import JsonObject, read_json, write_json
 from llama.io.outputs import new_file
 from short_gpt.runtime.errors import ShortGPTError
 
+ABOUT = ("versions", "machine")  # entries of every record
 PACKAGES = ("short-gpt", "torch", "fairscale", "datasets", "transformers", "numpy")
 
 

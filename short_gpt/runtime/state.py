@@ -7,10 +7,13 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from llama.io.json_files import JsonObject
+from llama.io.json_files import JsonObject, json_text
 from llama.io.swap import tidy
+from short_gpt.runtime.digest import Digest
 from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.runtime.results import read_record, write_record
+from short_gpt.runtime.results import ABOUT, read_record, write_record
+
+CHECKED = "sha256"  # the entry with the digest of what a run saved
 
 
 class StateFile:
@@ -25,7 +28,8 @@ class StateFile:
         content: what the file held; None if there is none.
 
     Raises:
-        ShortGPTError: the file holds the state of another run; the message names what differs.
+        ShortGPTError: the file holds the state of another run, and the message names what differs,
+            or something else than what was saved.
     """
 
     def __init__(
@@ -59,6 +63,11 @@ class StateFile:
                     f"{theirs.get(name)!r}, now {value!r}; go on with the former {name}, or delete "
                     f"{self.path} to begin anew"
                 )
+        if found.get(CHECKED) != _checked(found):
+            raise ShortGPTError(
+                f"{self.path} does not hold what was saved there: it was edited or is damaged; "
+                "delete it to begin anew"
+            )
         return found
 
     def part(self, name: str) -> StateFile:
@@ -72,10 +81,17 @@ class StateFile:
 
     def save(self, content: Mapping[str, object]) -> None:
         """Replaces the file."""
-        write_record(self.path, {"run": self._identity, **content}, overwrite=True)
+        whole = {"run": self._identity, **content}
+        write_record(self.path, {**whole, CHECKED: _checked(whole)}, overwrite=True)
         self._saved = time.monotonic()
 
     def clear(self) -> None:
         """Deletes the file, once the result is safe, and what a killed save may have left."""
         tidy(self.path.resolve())
         self.path.unlink(missing_ok=True)
+
+
+def _checked(content: Mapping[str, object]) -> str:
+    """The digest of a state's own entries, as saved or as read again."""
+    own = {name: content[name] for name in content if name not in (CHECKED, *ABOUT)}
+    return Digest(json_text(own).encode()).whole

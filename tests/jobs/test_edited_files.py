@@ -14,10 +14,15 @@ from hypothesis import strategies as st
 
 from short_gpt.checkpoints import Provenance
 from short_gpt.checkpoints.card import model_card
+from short_gpt.evaluation.perplexity import Perplexity
+from short_gpt.evaluation.sampling import Sample
+from short_gpt.experiments.cells import Cells
 from short_gpt.jobs import Scores, read_scores
 from short_gpt.models.meta import MetaDecoder
 from short_gpt.report import ranking
 from short_gpt.runtime.errors import USER_ERRORS, ShortGPTError
+from short_gpt.runtime.results import ABOUT
+from short_gpt.runtime.state import StateFile
 from short_gpt.scoring.importance import Importance
 from short_gpt.scoring.measuring import measure
 
@@ -53,17 +58,20 @@ def scored(one_rank) -> Importance:
     return measure(decoder, [random_windows(3, 16)])
 
 
+def edits(content: dict) -> Iterator[dict]:
+    return (edited(content, place, value) for place in places(content) for value in VALUES)
+
+
 def check(folder: Path, content: dict, use) -> int:
     """Puts every value into every place; returns how many files were refused."""
     path, refused = folder / "edited.json", 0
-    for place in places(content):
-        for value in VALUES:
-            path.write_text(json.dumps(edited(content, place, value)))
-            try:
-                use(path)
-            except USER_ERRORS as error:
-                refused += 1
-                assert "\n" not in str(error) and len(str(error)) < 400
+    for edit in edits(content):
+        path.write_text(json.dumps(edit))
+        try:
+            use(path)
+        except USER_ERRORS as error:
+            refused += 1
+            assert "\n" not in str(error) and len(str(error)) < 400
     return refused
 
 
@@ -106,6 +114,21 @@ def test_an_edited_record_of_a_model_pruned_twice(tmp_path, scored):
         model_card(record)
 
     assert check(tmp_path, content, use) > 100
+
+
+def test_no_edit_of_a_state_is_taken_for_what_was_saved(tmp_path):
+    """Any value of a search's or comparison's would run on, or fail far from the file."""
+    path, identity = tmp_path / "edited.json", {"seed": 0, "windows": ["a", 1.5]}
+    cells = Cells(StateFile(path, identity))
+    cells.losses("bi raw", lambda: [Perplexity(1.5, 3, 1, (Sample(0, 1.5, 3),))])
+    cells.value("sleb 2", lambda: {"removed": [3, 1], "losses": [{0: 1.25, 3: 2.5}]})
+    written = json.loads(path.read_text())
+    assert set(StateFile(path, identity).content["cells"]) == {"bi raw", "sleb 2"}
+    saved = {name: value for name, value in written.items() if name not in ABOUT}
+    refused = check(tmp_path, saved, lambda path: StateFile(path, identity))
+    same = sum(edit == saved for edit in edits(saved))
+    assert refused == len(VALUES) * len(list(places(saved))) - same
+    assert written["cells"]["bi raw"] == [[1.5, 3, 1, 0]]
 
 
 @given(st.sampled_from(["windows", "tokens"]), st.sampled_from([-1.0, 0.5, None]))

@@ -46,3 +46,18 @@ def test_what_is_no_state_is_refused(tmp_path):
     (tmp_path / "state").write_text('{"importance": []}')
     with pytest.raises(ShortGPTError, match="is no state of a run; choose another name"):
         StateFile(tmp_path / "state", IDENTITY)
+
+
+def test_what_was_edited_or_damaged_is_refused(tmp_path):
+    path = saved(tmp_path / "state")
+    path.write_text(path.read_text().replace("1.5", "1.25"))
+    with pytest.raises(ShortGPTError, match="state does not hold what was saved there: it was ed"):
+        StateFile(path, IDENTITY)
+    assert "1.25" in path.read_text()
+
+
+def test_a_state_of_other_versions_continues(tmp_path):
+    path = saved(tmp_path / "state")
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "versions": {"python": "2.7"}}))
+    assert StateFile(path, IDENTITY).content["sums"] == [1.5]

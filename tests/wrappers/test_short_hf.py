@@ -389,6 +389,12 @@ def test_a_directory_without_a_tokenizer(directory, tmp_path):
     assert short.generate(["It"], 5, 0) == whole.generate(["It"], 5, 0)
 
 
+def test_a_temperature_that_is_all_but_0_takes_the_likeliest_token(directory):
+    short = ShortHFModel(directory)
+    likeliest = short.generate(["It was"], max_gen_len=4, temperature=0)
+    assert short.generate(["It was"], max_gen_len=4, temperature=1e-45) == likeliest
+
+
 def test_texts_to_continue_are_a_list_of_some_tokens(directory):
     short = ShortHFModel(str(directory))
     with pytest.raises(ValueError, match="expected a list of texts, got one string"):
