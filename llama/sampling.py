@@ -14,7 +14,6 @@ from torch import Tensor
 
 from llama.model import Transformer
 
-
 COLDEST = 1e-6  # temperatures below take the likeliest token: they could round to 0 in float32
 
 
