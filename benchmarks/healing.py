@@ -29,7 +29,7 @@ from short_gpt.healing import linear_patch, refit
 
 LAYERS = (2, 3, 12, 13, 14, 15, 17, 25)  # the lowest 8 by Block Influence on the book
 PASSES = 4.0  # that a refit may take, the solving included
-Windows = Sequence[Sequence[int]]
+Windows = list[list[int]]
 
 
 def main(
@@ -45,7 +45,8 @@ def main(
     """Runs the benchmark, prints the table, and writes the JSON file if ``out`` is given."""
     begin(out, overwrite=overwrite)
     short = build()
-    learned, kinds = material(short, count, also, others, judged)
+    learned = fitted_on(short, count, count, also)
+    kinds = judged_by(short, also, others, judged)
     found: dict[str, dict[str, list[Perplexity]]] = {"whole": judge(short, kinds)}
     with short.without_layers(layers):
         found["cut"] = judge(short, kinds)
@@ -79,24 +80,39 @@ def main(
     )
 
 
-def material(
-    short: ShortLlama, count: int, also: str | None, others: str | None, judged: int
-) -> tuple[Windows, dict[str, Windows]]:
-    """Windows to fit on, kinds in turn, and those to judge by, by their kind."""
+def fitted_on(
+    short: ShortLlama, first: int, second: int, also: str | None, size: int = SIZE
+) -> Windows:
+    """So many windows of the book and of the second text, in turn."""
+    book = cut(short, demo.bible("calibration"), first, size)
+    other = cut(short, [halves(also)[0]], second, size) if also else []
+    pairs = [w for pair in zip(book, other, strict=False) for w in pair]
+    return pairs + book[len(other) :] + other[len(book) :]
 
-    def cut(texts: Sequence[str], limit: int) -> list[Any]:
-        return list(windows(texts, short.encode, size=SIZE, stride=SIZE, seed=0, limit=limit))
 
-    learned = [cut(demo.bible("calibration"), count)]
-    kinds: dict[str, Windows] = {"held-out chapters": cut(demo.bible("held_out"), judged)}
+def judged_by(
+    short: ShortLlama, also: str | None, others: str | None, judged: int
+) -> dict[str, Windows]:
+    """Windows to judge by, by their kind."""
+    kinds = {"held-out chapters": cut(short, demo.bible("held_out"), judged)}
     if also is not None:
-        text = Path(also).read_text(encoding="utf-8")
-        half = text.rfind("\n", 0, len(text) // 2)
-        learned.append(cut([text[:half]], count))
-        kinds["other half of the second text"] = cut([text[half:]], judged)
+        kinds["other half of the second text"] = cut(short, [halves(also)[1]], judged)
     for path in filter(None, (others or "").split(",")):
-        kinds[Path(path).stem] = cut([Path(path).read_text(encoding="utf-8")], judged)
-    return [w for group in zip(*learned, strict=False) for w in group], kinds
+        kinds[Path(path).stem] = cut(short, [Path(path).read_text(encoding="utf-8")], judged)
+    return kinds
+
+
+def cut(short: ShortLlama, texts: Sequence[str], limit: int, size: int = SIZE) -> Windows:
+    if limit == 0:
+        return []
+    return list(windows(texts, short.encode, size=size, stride=size, seed=0, limit=limit))
+
+
+def halves(path: str) -> tuple[str, str]:
+    """A text file's two halves, parted at the end of a line."""
+    text = Path(path).read_text(encoding="utf-8")
+    half = text.rfind("\n", 0, len(text) // 2)
+    return text[:half], text[half:]
 
 
 def bare_pass(short: ShortLlama, learned: Windows) -> float:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import zip_longest
+from pathlib import Path
 
 from short_gpt.data.disjoint import check_disjoint, hold_out, without_overlap
 from short_gpt.data.texts import read_texts, texts
@@ -34,7 +37,8 @@ class Source:
     """Texts to heal by.
 
     Attributes:
-        data: to learn from: pg19, a local file or folder, or a hub data set's name.
+        data: to learn from: pg19, a local file or folder, or a hub data set's name; several of
+            them, with commas between, give a mix of as many windows of each.
         eval_data: to evaluate on; None holds a tenth of ``data`` out.
         split, column, max_texts: of ``data``, see `data.read_texts`.
         seed: of the choice of texts and windows.
@@ -73,14 +77,15 @@ class Source:
         Raises:
             ShortGPTError: texts overlap and are not to be left out, or nothing would be left.
         """
+
+        def cut(kinds: Sequence[Sequence[str]], count: int | None) -> list[list[int]]:
+            """As many windows of each kind as of the others, in turn."""
+            each = None if count is None else -(-count // len(kinds))
+            cutting = partial(windows, size=size, stride=size, seed=self.seed, limit=each, bos=bos)
+            found = [list(cutting(chosen, encode)) for chosen in kinds]
+            return [w for turn in zip_longest(*found) for w in turn if w is not None][:count]
+
         learned, held = self._texts()
-
-        def cut(chosen: Sequence[str], count: int | None) -> list[list[int]]:
-            found = windows(
-                chosen, encode, size=size, stride=size, seed=self.seed, limit=count, bos=bos
-            )
-            return list(found)
-
         evaluation, training = cut(held, eval_windows), cut(learned, limit)
         before = len(training)
         drop = self.eval_data is None if drop_overlap is None else drop_overlap
@@ -94,12 +99,15 @@ class Source:
         words = f"left out {gone} of {before} windows: text kept apart from learning"
         return Learning(training, validation, evaluation, words if gone else None)
 
-    def _texts(self) -> tuple[list[str], list[str]]:
-        """Texts to learn from, and to evaluate on."""
-        learned = list(read_texts(self.data, self.split, self.column, self.max_texts))
-        if self.eval_data is None:
-            return hold_out(learned, seed=self.seed)
-        return learned, list(texts(self.eval_data, column=self.column))
+    def _texts(self) -> tuple[list[list[str]], list[list[str]]]:
+        """Texts to learn from, and to evaluate on, by kind."""
+        names = [self.data] if Path(self.data).exists() else self.data.split(",")
+        read = partial(read_texts, split=self.split, column=self.column, limit=self.max_texts)
+        learned = [list(read(name.strip())) for name in names]
+        if self.eval_data is not None:
+            return learned, [list(texts(self.eval_data, column=self.column))]
+        parts = [hold_out(kind, seed=self.seed) for kind in learned]
+        return [kept for kept, _ in parts], [held for _, held in parts]
 
 
 def _apart(training: list[list[int]], others: list[list[int]], *, drop: bool) -> list[list[int]]:

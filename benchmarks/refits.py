@@ -1,0 +1,169 @@
+"""What each part of the refit brings on the real small model, and each window it is fitted on.
+
+Every case removes layers, heals what is left in closed form, and is judged on held-out chapters of
+the book, on the half of a second text that nothing was fitted on, and on texts of other kinds:
+
+- ``sets``: 4, 8 and 12 layers by several ways of choosing, each healed by the whole refit;
+- ``parts``: 8 layers, healed by the patch, by one half alone, by both, and at single ridges;
+- ``windows``: 8 layers and from 8 to 64 windows, of both texts or of one.
+
+The latter two read windows of 512 tokens.
+
+    python benchmarks/refits.py --also FILE --others FILE --out refits.json
+
+``--also`` and ``--others`` are as in ``healing.py``. ``--only sets,parts`` runs some groups. Cases
+are kept in a state beside the file, and the same command continues from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import fire
+from healing import LAYERS, Windows, fitted_on, judge, judged_by, row
+from outcome import begin, finish
+from scoring import SIZE, build
+
+from short_gpt import ShortLlama
+from short_gpt.evaluation.perplexity import Perplexity
+from short_gpt.experiments.cells import Cells
+from short_gpt.healing import linear_patch, refit
+from short_gpt.runtime.digest import json_digest
+from short_gpt.runtime.state import StateFile
+
+Losses = dict[str, list[Perplexity]]
+# as they were chosen by `short-gpt compare`
+SETS = {
+    "bi, 4": (3, 12, 13, 14),
+    "angular, 4": (12, 13, 14, 15),
+    "sleb, 4": (12, 13, 14, 17),
+    "bi, 8": LAYERS,
+    "sleb, 8": (3, 12, 13, 14, 15, 16, 17, 18),
+    "bi, 12": (2, 3, 4, 11, 12, 13, 14, 15, 16, 17, 25, 26),
+    "sleb, 12": (3, 4, 5, 12, 13, 14, 15, 16, 17, 18, 25, 26),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A set of layers and how what is left of it is healed.
+
+    Attributes:
+        layers: to remove.
+        first, second: windows of the book and of the second text to fit on.
+        size: their tokens.
+        judged: windows of each kind to judge by.
+        method: "patch" or "refit".
+        options: of its `fit`.
+    """
+
+    layers: Sequence[int] = LAYERS
+    first: int = 16
+    second: int = 16
+    size: int = 512
+    judged: int = 8
+    method: str = "refit"
+    options: tuple[tuple[str, Any], ...] = ()
+
+
+def cases(count: int) -> dict[str, dict[str, Case]]:
+    """All cases by their group; those of ``sets`` read so many windows of both texts each."""
+    whole = partial(Case, first=count, second=count, size=SIZE, judged=16)
+    parts = {
+        "patch": Case(method="patch", options=(("ridge", 0.01),)),
+        "attention": Case(options=(("parts", ("attention",)),)),
+        "mlp": Case(options=(("parts", ("mlp",)),)),
+        "both": Case(),
+        **{f"both, ridge {r}": Case(options=(("ridges", (r,)),)) for r in (0.01, 0.1, 1.0)},
+    }
+    mixed = {f"{n} + {n}": Case(first=n, second=n) for n in (4, 8, 16, 32)}
+    alone = {"32 + 0": Case(first=32, second=0), "0 + 32": Case(first=0, second=32)}
+    sets = {name: whole(layers) for name, layers in SETS.items()}
+    return {"sets": sets, "parts": parts, "windows": {**mixed, **alone}}
+
+
+def main(
+    also: str,
+    others: str | None = None,
+    count: int = 40,
+    only: str = "sets,parts,windows",
+    out: str | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Runs the benchmark, prints the tables, and writes the JSON file if ``out`` is given."""
+    begin(out, overwrite=overwrite)
+    short = build()
+    kinds = judged_by(short, also, others, 16)
+    identity = {"model": short.identity(), "tokens": SIZE, "judged by": json_digest(kinds)}
+    state = StateFile(f"{out or 'refits'}.state", identity, every=0.0)
+    cells = Cells(state)
+    plan = {group: each for group, each in cases(count).items() if group in only.split(",")}
+    found: dict[str, dict[str, Any]] = {}
+    for group, each in plan.items():
+        found[group] = {}
+        for name, case in each.items():
+            found[group][name] = rows = measured(cells, short, case, kinds, also)
+            print(line(f"{group}: {name}", rows), flush=True)
+    state.clear()
+    content = {"windows_of_sets": count, "groups": found}
+    finish("refits", [], content, out=out, overwrite=overwrite)
+
+
+def measured(
+    cells: Cells, short: ShortLlama, case: Case, kinds: Mapping[str, Windows], also: str
+) -> dict[str, Any]:
+    """What a case restores on every kind of text."""
+    gone = list(case.layers)
+
+    def cut() -> Losses:
+        with short.without_layers(gone):
+            return judge(short, kinds)
+
+    def healed() -> Losses:
+        ways: dict[str, Any] = {"patch": linear_patch, "refit": refit}
+        learned = fitted_on(short, case.first, case.second, also, case.size)
+        result = ways[case.method].fit(short, gone, learned, **dict(case.options))
+        with short.without_layers(gone):
+            undo = ways[case.method].fold(short, result)
+            found = judge(short, few)
+            undo()
+        return found
+
+    few = {kind: read[: case.judged] for kind, read in kinds.items()}
+
+    whole = by_kind(cells, "whole", kinds, lambda: judge(short, kinds))
+    raw = by_kind(cells, f"cut {gone}", kinds, cut)
+    parts = [by_kind(cells, str(case), few, healed), firsts(whole, case), firsts(raw, case)]
+    names = ("healed", "whole", "cut")
+    return {name: row(part, *parts[1:]) for name, part in zip(names, parts, strict=True)}
+
+
+def firsts(losses: Losses, case: Case) -> Losses:
+    """Those of the windows that the case is judged by."""
+    return {kind: found[: case.judged] for kind, found in losses.items()}
+
+
+def by_kind(
+    cells: Cells, name: str, kinds: Mapping[str, Windows], measure: Callable[[], Losses]
+) -> Losses:
+    """Losses of every kind, kept in one cell."""
+    every = cells.losses(name, lambda: [loss for found in measure().values() for loss in found])
+    taken = iter(every)
+    return {kind: list(islice(taken, len(read))) for kind, read in kinds.items()}
+
+
+def line(name: str, rows: Mapping[str, Any]) -> str:
+    texts = [
+        f"{kind} {rows['cut'][kind]['perplexity']:.2f} -> {found['perplexity']:.2f}"
+        f" ({found['restored']:.0%})"
+        for kind, found in rows["healed"].items()
+    ]
+    return f"{name:<28}" + "; ".join(texts)
+
+
+if __name__ == "__main__":
+    fire.Fire(main)

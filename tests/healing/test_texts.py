@@ -1,0 +1,60 @@
+"""Texts to heal by: windows to learn from, and others that share no text with them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from short_gpt.healing import Source
+
+
+def characters(text: str) -> list[int]:
+    return [ord(letter) for letter in text]
+
+
+def written(path, texts):
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return str(path)
+
+
+def pieces(letters: str, count: int) -> list[str]:
+    """Texts of 80 letters that share no run of them: written in two letters, by their number."""
+    low, high = letters
+    return ["".join(high if int(digit) else low for digit in f"{n:010b}" * 8) for n in range(count)]
+
+
+@pytest.fixture
+def kinds(tmp_path):
+    """A large source and a small one, told apart by their letters."""
+    large = written(tmp_path / "large.jsonl", pieces("ab", 40))
+    return large, written(tmp_path / "small.jsonl", pieces("yz", 10))
+
+
+def share(windows) -> float:
+    return sum(chr(w[0]) in "yz" for w in windows) / len(windows)
+
+
+def test_of_a_mix_as_many_windows_are_read_of_every_kind(kinds):
+    found = Source(",".join(kinds)).windows(characters, 40, limit=8, eval_windows=2)
+    assert len(found.training) == 8 and share(found.training) == 0.5
+    assert [chr(w[0]) in "yz" for w in found.training] == [False, True] * 4
+    assert len(found.evaluation) == 2 and share(found.evaluation) == 0.5
+
+
+def test_without_a_limit_all_of_a_mix_is_read(kinds):
+    found = Source(",".join(kinds)).windows(characters, 40)
+    every = len(found.training) + len(found.evaluation)
+    assert every == 100 and 0.15 < share(found.training) < 0.25
+
+
+def test_a_file_whose_name_has_a_comma_is_one_source(tmp_path):
+    path = written(tmp_path / "a,b.jsonl", pieces("ab", 5))
+    assert Source(path).windows(characters, 40).training
+
+
+def test_every_source_of_a_mix_must_exist(kinds):
+    with pytest.raises(FileNotFoundError, match="'no.txt' does not exist"):
+        Source(f"{kinds[0]},no.txt").windows(characters, 40)
+    with pytest.raises(FileNotFoundError, match="'' does not exist"):
+        Source(f"{kinds[0]},").windows(characters, 40)
