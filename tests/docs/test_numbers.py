@@ -41,10 +41,13 @@ def scoring() -> list[str]:
 def stopping() -> list[str]:
     cases = result("stopping")["cases"]
     assert all(case["agreement"] == 1 for case in cases.values())
-    shares = {name: case["share_of_windows"] for name, case in cases.items()}
-    return [
-        f"| {name} | {s['median']:.1%} | {s['95th percentile']:.1%} |" for name, s in shares.items()
-    ]
+    lines = []
+    for name, case in cases.items():
+        read, least = case["share_of_windows"], case["least_share"]
+        lines.append(
+            f"| {name} | {read['median']:.1%} | {read['95th percentile']:.1%} | {least:.1%} |"
+        )
+    return lines
 
 
 def attacked() -> list[str]:
@@ -151,8 +154,15 @@ def test_the_table_of_the_refit_is_what_was_measured():
 
 def test_the_tables_of_costs_are_what_was_measured():
     assert table("docs/results.md", "| | median (range) |") == scoring()
-    head = "| answer | windows read, median | windows read, 95th percentile |"
+    head = "| answer | windows read, median | windows read, 95th percentile | least median of any "
+    head += "rule |"
     assert table("docs/scaling.md", head) == stopping()
+    cases = result("stopping")["cases"].values()
+    assert all(case["misled"]["layers"] != case["layers"] for case in cases)
+    wrong = max(case["misled"]["wrong_of_early_stops"] for case in cases)
+    assert f"at most {wrong:.2%} of the early stops were wrong" in flowing("docs/scaling.md")
+    assert wrong <= 1 - result("stopping")["confidence"]
+    assert all(case["agreement"] == 1 for case in cases)
     head = "| what misleads | wrong, of early stops | of all runs | stopped early |"
     assert table("docs/scaling.md", head) == attacked()
     found = result("stopping_adversarial")
