@@ -2,6 +2,7 @@
 
 from short_gpt.data.texts import pg19, texts
 from short_gpt.data.windows import batches, windows
+from short_gpt.evaluation.drafts import draft_agreement
 from short_gpt.evaluation.perplexity import perplexity
 from short_gpt.evaluation.tasks import run_tasks
 from short_gpt.experiments import compare
@@ -32,6 +33,7 @@ __all__ = [
     "choose",
     "compare",
     "convert",
+    "draft_agreement",
     "heal_lora",
     "heal_patch",
     "heal_refit",

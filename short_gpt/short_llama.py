@@ -177,6 +177,11 @@ class ShortLlama(ShortModel):
             tokens = torch.cat((tokens, logits[:, -1:].argmax(-1)), dim=1)
         return tokens[0, len(ids) :].tolist()
 
+    @property
+    def stop_tokens(self) -> frozenset[int]:
+        tokenizer = self.llama.tokenizer
+        return frozenset(getattr(tokenizer, "stop_tokens", None) or {tokenizer.eos_id})
+
     def generate(
         self,
         prompts: Sequence[str],

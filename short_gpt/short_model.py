@@ -46,6 +46,11 @@ class ShortModel(ScoredModel):
     def greedy(self, ids: list[int], count: int, *, use_cache: bool = True) -> list[int]:
         """Up to ``count`` likeliest next tokens behind ``ids``."""
 
+    @property
+    def stop_tokens(self) -> frozenset[int]:
+        """Tokens that end a text, where `greedy` writes on behind them; none where it stops."""
+        return frozenset()
+
     @abstractmethod
     def generate(
         self,

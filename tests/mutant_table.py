@@ -915,6 +915,29 @@ EVALUATION = (
         ),
     ),
     Section(
+        "short_gpt/evaluation/drafts.py",
+        "tests/evaluation/test_drafts.py",
+        (
+            (
+                "next((i for i, same in enumerate(draft) if not same), len(draft))",
+                "sum(draft)",
+                "test_the_first_disagreement_ends_a_draft",
+            ),
+            ("start += right + 1", "start += len(draft)", "test_known_answers"),
+            ("[0, start - 1 : -1]", "[0, start:]", "test_a_pair_of_models_of_known_acceptance"),
+            (
+                "written[: stops[0] + 1] if stops else written",
+                "written",
+                "test_a_text_ends_where_the_whole_model_ends_it",
+            ),
+            (
+                "if whole.encode(text) != draft.encode(text):",
+                "if False:",
+                "test_what_cannot_be_compared_is_refused",
+            ),
+        ),
+    ),
+    Section(
         "short_gpt/evaluation/protocols.py",
         "tests/evaluation/test_protocols.py",
         (
@@ -1485,7 +1508,7 @@ GGUF_FILES = (
                 "test_a_tokenizer_json_made_from_sentencepiece_gives_its_tokens",
             ),
             (
-                '(name == "smollm") == digits',
+                "(name == DIGITS) == digits",
                 "True",
                 "test_there_and_back_are_the_same_weights_and_the_same_tokens",
             ),
@@ -1493,6 +1516,55 @@ GGUF_FILES = (
                 '(name == "llama-bpe") != merges_first',
                 "True",
                 "test_tokenizers_that_llama_cpp_has_no_name_for_are_refused",
+            ),
+        ),
+    ),
+    Section(
+        "llama/formats/tokenizers.py",
+        "tests/reference_llama/test_tokenizer.py",
+        (
+            (
+                "[pre_tokenizers.Digits(individual_digits=True)] if pre == DIGITS else []",
+                "[]",
+                "test_pre_tokenizers",
+            ),
+        ),
+    ),
+    Section(
+        "short_gpt/models/loading.py",
+        "tests/cli/test_cli_gguf.py",
+        (
+            (
+                "mend_tokenizer(tokenizer, Path(name))",
+                "pass",
+                "test_smollms_cut_at_digits_stays_in_every_format",
+            ),
+        ),
+    ),
+    Section(
+        "short_gpt/jobs/healing.py",
+        "tests/checkpoints/test_gguf_save.py",
+        (
+            (
+                "len(out_paths(done.out)) > 1",
+                "False",
+                "test_a_directory_or_several_files_are_not_read_again",
+            ),
+            (
+                "opening.whole(str(done.out), size=size)",
+                'opening.whole("plain.gguf", size=size)',
+                "test_in_float32_writing_rounds_nothing",
+            ),
+        ),
+    ),
+    Section(
+        "short_gpt/checkpoints/prune.py",
+        "tests/cli/test_cli_gguf.py",
+        (
+            (
+                "_put_in_place(converted, partial, pruned, source, card=False)",
+                "_put_in_place(converted, partial, pruned, source, card=True)",
+                "test_prune_writes_metas_format_from_gguf",
             ),
         ),
     ),

@@ -17,6 +17,7 @@ from llama import Llama
 from llama.tokenizer import Tokenizer
 from short_gpt import ShortLlama, windows
 from short_gpt.data import demo
+from short_gpt.models.gguf_loading import mend_tokenizer
 
 pytestmark = [
     pytest.mark.real,
@@ -60,14 +61,16 @@ def two_threads():
 
 @pytest.fixture(scope="module")
 def theirs():
-    """transformers' model and tokenizer, read from the same GGUF file."""
+    """transformers' model and tokenizer, read from the same GGUF file, with its cut at digits."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     file = demo.gguf_file()
     model = AutoModelForCausalLM.from_pretrained(
         file.parent, gguf_file=file.name, dtype=torch.float32
     )
-    return model.eval(), AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    mend_tokenizer(tokenizer, file)
+    return model.eval(), tokenizer
 
 
 EMBEDDING = 49152 * 576 * 4  # bytes

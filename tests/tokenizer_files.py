@@ -64,7 +64,7 @@ def byte_level(path: Path, pre: str) -> Path:
     words = ["".join(merge.split()) for merge in MERGES]
     tokens = ["<s>", "</s>", *BYTES, *words]
     content = json.loads(tokenizer_json(tokens, [3, 3] + [1] * (len(tokens) - 2), MERGES, pre))
-    if pre == "smollm":  # as the model's own file has it; that from a GGUF file has no digits
+    if pre == "smollm":  # as the model's own file has it, whose parts stand otherwise than ours
         level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
         rules = [{"type": "Digits", "individual_digits": True}, {**level, "use_regex": True}]
         content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": rules}

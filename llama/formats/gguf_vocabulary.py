@@ -19,6 +19,7 @@ from llama.formats.sentencepiece_model import (
     Pieces,
 )
 from llama.formats.tokenizers import (
+    DIGITS,
     GPT2_PATTERN,
     PRE_TOKENIZERS,
     llama3_json,
@@ -178,7 +179,7 @@ def _pre_tokenizer(content: JsonObject, path: Path) -> str:
     kinds = {r.get("type") for r in rules}
     split = [*patterns, *([GPT2_PATTERN] if own else [])]
     names = [name for name, known in PRE_TOKENIZERS.items() if split == [known]]
-    names = [name for name in names if (name == "smollm") == digits]
+    names = [name for name in names if (name == DIGITS) == digits]
     plain = kinds <= {"Split", "Digits", "ByteLevel"} and "ByteLevel" in kinds
     plain = plain and not any(r.get("add_prefix_space") for r in rules)
     merges_first = not content["model"].get("ignore_merges")

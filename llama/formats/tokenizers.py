@@ -31,10 +31,11 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer as FastTokenizer
 
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# By GGUF's names. SmolLM2 was trained with a cut around every digit too, which transformers drops
-# for a GGUF: digits stay single, as no merge joins them, but "\n\n1" loses the token "\n\n".
+# By GGUF's names. SmolLM2's texts are cut around every digit first, so that in "\n\n1" the token
+# "\n\n" stays whole; transformers drops that cut for a GGUF file.
 PRE_TOKENIZERS = {"gpt-2": GPT2_PATTERN, "smollm": GPT2_PATTERN, "llama-bpe": LLAMA3_PATTERN}
 PRE_TOKENIZERS |= {"qwen2": LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")}  # digits one by one
+DIGITS = "smollm"  # the one with that cut
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # types of tokens in llama.cpp's table
 
 LLAMA2_CONFIG: dict[str, object] = {
@@ -162,8 +163,9 @@ def tokenizer_json(
 ) -> str:
     """The text of a ``tokenizer.json`` for a byte-level BPE vocabulary as GGUF files hold it.
 
-    It tokenizes as transformers does on the GGUF, but for one thing: with ``"llama-bpe"`` a whole
-    word in the vocabulary precedes merges, as in Llama 3's own tokenizer.
+    It tokenizes as transformers does on the GGUF, but for two things, as the models' own tokenizers
+    do: with ``"llama-bpe"`` a whole word in the vocabulary precedes merges, with ``"smollm"`` texts
+    are cut around every digit first.
 
     Args:
         tokens: V distinct tokens in GPT-2's byte alphabet (``tokenizer.ggml.tokens``).
@@ -214,9 +216,10 @@ def _byte_level_bpe(vocab: dict[str, int], merges: Sequence[str], pre: str) -> F
     model = Tokenizer(models.BPE(vocab, _pairs(merges), ignore_merges=pre == "llama-bpe"))
     if pre == "qwen2":
         model.normalizer = normalizers.NFC()
+    digits = [pre_tokenizers.Digits(individual_digits=True)] if pre == DIGITS else []
     split = pre_tokenizers.Split(Regex(PRE_TOKENIZERS[pre]), behavior="isolated")
     spell = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    model.pre_tokenizer = pre_tokenizers.Sequence([split, spell])
+    model.pre_tokenizer = pre_tokenizers.Sequence([*digits, split, spell])
     model.decoder = decoders.ByteLevel()
     return model
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from llama.checkpoint.meta import CONVERSION
-from llama.formats.convert import check_llama, hf_to_meta, meta_to_hf
+from llama.formats.convert import check_llama, gguf_to_meta, hf_to_meta, meta_to_hf
+from llama.formats.gguf import GGUFFile
 from llama.formats.gguf_from import MADE, llama_to_gguf
 from llama.io.files import check_new, new_directory, read_marker
 from llama.io.json_files import json_text, write_json
@@ -161,11 +162,7 @@ class _Cut:
             self.write(pruned, meta=meta)
             convert: Callable[..., Path] = meta_to_hf if meta else hf_to_meta
             convert(pruned, converted, progress=self.progress)
-            shutil.rmtree(partial)
-            converted.rename(partial)
-            write_provenance(partial, Provenance.read(pruned / PROVENANCE), card=meta)
-            made = read_marker(partial / CONVERSION)
-            write_json(partial / CONVERSION, {**made, "source": str(self.source)})
+            _put_in_place(converted, partial, pruned, self.source, card=meta)
             (verify or str)(partial)
         return out
 
@@ -178,12 +175,57 @@ def _from_gguf(
     provenance: Provenance | None,
     **how: Any,
 ) -> Path:
-    if to != "gguf":
+    if to == "hf":
         raise ShortGPTError(
-            f"{source} is a GGUF file, of which GGUF is written tensor by tensor: name OUT.gguf; "
-            f"or convert it first: short-gpt convert {source} DIRECTORY"
+            f"{source} is a GGUF file, which goes to Hugging Face's format by way of the model in "
+            "memory: open it, remove the layers and save it, as short-gpt prune does"
         )
-    return prune_gguf(source, out, layers, provenance=provenance, **how)
+    write = prune_gguf if to == "gguf" else _gguf_as_meta
+    return write(source, out, layers, provenance=provenance, **how)
+
+
+def _gguf_as_meta(
+    source: str | PathLike[str],
+    out_dir: str | PathLike[str],
+    layers: Sequence[int],
+    *,
+    provenance: Provenance | None,
+    overwrite: bool,
+    progress: Callable[[str], object],
+    verify: Callable[[Path], object] | None,
+) -> Path:
+    """Writes a Llama in Meta's format, in float32, by way of a cut GGUF file."""
+    out = Path(str(out_dir))
+    check_new(out, marker=PROVENANCE, overwrite=overwrite)
+    GGUFFile(Path(str(source))).args()  # refuses what is no Llama now rather than after the cut
+    with new_directory(out, marker=PROVENANCE, overwrite=overwrite) as partial:
+        pruned, converted = partial.with_name("pruned.gguf"), partial.with_name("converted")
+        prune_gguf(source, pruned, layers, provenance=provenance)
+        gguf_to_meta(pruned, converted, progress=progress)
+        _put_in_place(converted, partial, pruned, source, card=False)
+        (verify or str)(partial)
+    return out
+
+
+def _put_in_place(
+    converted: Path, partial: Path, pruned: Path, source: str | PathLike[str], *, card: bool
+) -> None:
+    """Makes a conversion the new directory, with the record of the cut one that it was made from.
+
+    Args:
+        converted: the conversion.
+        partial: the new directory.
+        pruned: the cut model in the source's format.
+        source: the model to name as what this was made from.
+        card: as for `write_provenance`.
+    """
+    record = Provenance.beside(pruned)
+    assert record is not None  # a cut has one
+    shutil.rmtree(partial)
+    converted.rename(partial)
+    write_provenance(partial, record, card=card)
+    made = read_marker(partial / CONVERSION)
+    write_json(partial / CONVERSION, {**made, "source": str(source)})
 
 
 def format_of(source: str | PathLike[str], out: str | PathLike[str], to: str | None = None) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from short_gpt.cli.compare import compare
 from short_gpt.cli.convert import convert
 from short_gpt.cli.demo import demo
+from short_gpt.cli.draft import draft
 from short_gpt.cli.evaluate import evaluate
 from short_gpt.cli.generate import generate
 from short_gpt.cli.heal import heal
@@ -30,6 +31,7 @@ COMMANDS: dict[str, Callable[..., None]] = {  # in the order of use
     "generate": generate,
     "perplexity": perplexity,
     "evaluate": evaluate,
+    "draft": draft,
     "plot": plot,
     "reproduce": reproduce,
     "convert": convert,

@@ -11,7 +11,7 @@ from short_gpt.cli.flags import HEADINGS, Command, Flag, flags_of
 WIDTH, INDENT = 80, 26
 # What stands behind a flag that takes neither a number nor just a name.
 VALUES = {
-    **dict.fromkeys(("json", "state", "scores", "recipe", "tokenizer_path"), "FILE"),
+    **dict.fromkeys(("json", "state", "scores", "recipe", "tokenizer_path", "prompts"), "FILE"),
     **dict.fromkeys(("plots", "include_path"), "FOLDER"),
     **dict.fromkeys(("data", "eval_data", "source"), "TEXTS"),
     **dict.fromkeys(("layers", "counts", "skip_prefill"), "N,N"),

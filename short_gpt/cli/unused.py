@@ -89,13 +89,19 @@ RULES = (
         lambda v: v["data"] != "none",
     ),
     Rule(
+        ("draft",),
+        ("data", "split", "max_texts", "size", "max_windows", "seed", "bos"),
+        "windows of a text as prompts (no --prompts)",
+        lambda v: v["prompts"] is None,
+    ),
+    Rule(
         ("generate",),
         ("top_p", "seed"),
         "a --temperature above 0",
         lambda v: v["temperature"] != 0,
     ),
     Rule(
-        ("rank", "perplexity", "evaluate", "compare", "reproduce"),
+        ("rank", "perplexity", "evaluate", "compare", "reproduce", "draft"),
         ("overwrite",),
         "--json or --plots",
         _given("json", "plots"),

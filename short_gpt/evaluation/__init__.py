@@ -1,5 +1,6 @@
 """Quality of a model on held-out text and on tasks, and what a change costs, with its error."""
 
+from short_gpt.evaluation.drafts import Acceptance, Agreement, draft_agreement
 from short_gpt.evaluation.harness import hugging_face_lm
 from short_gpt.evaluation.llama_lm import llama_lm
 from short_gpt.evaluation.paired import Difference, difference, losses, together
@@ -9,10 +10,13 @@ from short_gpt.evaluation.tasks import TaskSuite, run_tasks, task_names
 
 __all__ = [
     "PROTOCOLS",
+    "Acceptance",
+    "Agreement",
     "Difference",
     "Perplexity",
     "TaskSuite",
     "difference",
+    "draft_agreement",
     "hugging_face_lm",
     "llama_lm",
     "losses",

@@ -16,6 +16,7 @@ from short_gpt.jobs.comparison import compare_checkpoint
 from short_gpt.jobs.conversion import convert
 from short_gpt.jobs.demonstration import Demo, DemoRun, run_demo
 from short_gpt.jobs.distilling import Distilling
+from short_gpt.jobs.drafting import Drafting, Drafts, draft
 from short_gpt.jobs.evaluation import FewShotTasks, Reading, Tasks, evaluate, perplexity_of
 from short_gpt.jobs.healing import Healing, heal
 from short_gpt.jobs.healing_settings import Learned, Settings
@@ -35,6 +36,8 @@ __all__ = [
     "Demo",
     "DemoRun",
     "Distilling",
+    "Drafting",
+    "Drafts",
     "FewShotTasks",
     "Healing",
     "Learned",
@@ -60,6 +63,7 @@ __all__ = [
     "chosen",
     "compare_checkpoint",
     "convert",
+    "draft",
     "evaluate",
     "heal",
     "perplexity_of",

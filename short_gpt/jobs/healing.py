@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from llama.io.files import check_new
 from llama.io.sources import is_gguf, is_meta
-from short_gpt.checkpoints.gguf import about_kinds, check_new_gguf
+from short_gpt.checkpoints.gguf import about_kinds, check_new_gguf, out_paths
 from short_gpt.checkpoints.gguf_save import about_types
 from short_gpt.checkpoints.provenance import PROVENANCE, Provenance
+from short_gpt.evaluation import Difference, Perplexity, difference, losses, together
 from short_gpt.healing import (
     RIDGE,
     DistillSettings,
@@ -49,6 +50,10 @@ class Healing:
         texts: names of the texts learned from and evaluated on, tokens in a window, and which
             windows began with bos.
         remark: what a GGUF file holds otherwise than its source; None if nothing.
+        written: of a GGUF file, read again, what it gives on the windows of the evidence; None
+            of a directory, and of several files, which transformers does not read.
+        quantization: how far that is from the healed model before its changed tensors went back
+            to their own types.
     """
 
     out: Path
@@ -57,10 +62,22 @@ class Healing:
     unchecked: str | None = None
     texts: Mapping[str, object] = field(default_factory=dict)
     remark: str | None = None
+    written: Perplexity | None = None
+    quantization: Difference | None = None
+
+    @property
+    def perplexity(self) -> dict[str, Perplexity]:
+        """Of every state of the model, and of what was written where that was read again."""
+        found = dict(self.evidence.perplexity)
+        return found if self.written is None else {**found, "as written": self.written}
 
     def to_dict(self) -> dict[str, object]:
         """The evidence, ready for JSON."""
-        return {**self.evidence.to_dict(), **self.texts}
+        values = {name: found.value for name, found in self.perplexity.items()}
+        content = {**self.evidence.to_dict(), "perplexity": values, **self.texts}
+        if self.quantization is not None:
+            content["quantization"] = asdict(self.quantization)
+        return content
 
 
 def heal(
@@ -107,7 +124,6 @@ def heal(
     _check(methods, learned, settings, distilling)
     _check_target(model, out, overwrite=overwrite)
     found = _selection(model, choice or Choice(), methods, distilling)
-    check_model(model)
     trains = methods[-1] in TRAINING
     with interruptible():
         short = _opened(model, found, learned.size or SIZE, opening, trains=trains)
@@ -122,11 +138,13 @@ def heal(
         done = Healing(Path(out), job.run(), parts.left_out, found.unchecked, names)
         short.evidence |= {**found.record.evidence, "eval_data": learned.eval_data, "size": size}
         job.save(out, facts={**found.record.facts, "data": texts.data}, overwrite=overwrite)
-    return replace(done, remark=_remark(model, out, found)) if is_gguf(out) else done
+        del short, job  # which makes room for what is read again
+        return reread(replace(done, remark=_remark(model, out, found)), parts, opening, size)
 
 
 def _check_target(model: str, out: str, *, overwrite: bool) -> None:
-    """Raises FileExistsError, or ShortGPTError for a GGUF file that is not made from one."""
+    """Raises what a model or its target would be refused for, before the model is loaded."""
+    check_model(model)
     if is_gguf(out) and not is_gguf(model):
         raise ShortGPTError(
             f"{out} is written from a GGUF file alone: heal into a directory and convert that, "
@@ -140,8 +158,26 @@ def _check_target(model: str, out: str, *, overwrite: bool) -> None:
 
 def _remark(model: str, out: str, found: Chosen) -> str | None:
     """What is to be said of a GGUF file: types that are others, and kinds of layers."""
-    said = [about_types(model, out), about_kinds(model, found.layers)]
+    said = [about_types(model, out), about_kinds(model, found.layers)] if is_gguf(out) else []
     return "\n".join(line for line in said if line) or None
+
+
+def reread(done: Healing, parts: Learning, opening: Opening, size: int) -> Healing:
+    """The same with what a written GGUF file gives on the windows that the model was judged by.
+
+    Changed tensors were rounded to their own types behind all that was measured before.
+
+    Args:
+        done: what was done; unchanged where a directory was written, or several files.
+        parts: the windows.
+        opening, size: of the file as a model, and of a window.
+    """
+    if not is_gguf(done.out) or len(out_paths(done.out)) > 1:
+        return done
+    short = opening.whole(str(done.out), size=size)
+    found = together(losses(short.decoder, parts.evaluation))
+    change = difference([done.evidence.perplexity["healed"]], [found])
+    return replace(done, written=found, quantization=change)
 
 
 def _check(

@@ -36,7 +36,8 @@ class Written:
     Args:
         recipe: also write a mergekit passthrough recipe to this file.
         to: the format to write: meta or gguf (a Llama only, but from GGUF to GGUF) or hf. If not
-            given, gguf where OUT ends with .gguf, else the source's, or hf from GGUF.
+            given, gguf where OUT ends with .gguf, else the source's, or hf from GGUF. From GGUF,
+            Meta's is in float32, which holds what quantized weights stand for exactly.
         verify: whether to prove the result: the same logits as the source without the layers in
             memory, and the same greedy generation with and without the cache. If not given, yes
             where Hugging Face's format is read or written, whose config can fail to say which
@@ -149,6 +150,8 @@ def prune_by(
     with interruptible():
         write = _write_opened if is_gguf(model) and to == "hf" else _write
         proof = write(model, out, found, written, opening)
+        if proof is None and is_gguf(model) and to == "gguf":
+            proof = "verified: read again, every tensor left is the source's, byte for byte"
     remark = about_kinds(model, found.layers) if is_gguf(model) and to == "gguf" else None
     return Pruned(Path(out), found, _recipe(model, out, written, dtype), proof, remark)
 
@@ -198,8 +201,6 @@ def _write(model: str, out: str, found: Chosen, written: Written, opening: Openi
             progress=lambda _: shown.update(),
             verify=proof,
         )
-    if proof.said is None and is_gguf(model):
-        return "verified: read again, every tensor left is the source's, byte for byte"
     return proof.said
 
 

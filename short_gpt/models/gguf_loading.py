@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from llama.formats.gguf import ROPE_FACTORS
+from llama.formats.gguf_header import read_header
+from llama.formats.tokenizers import DIGITS
+from short_gpt.models.pretrained import PretrainedTokenizer
 from short_gpt.models.weights_report import some
 from short_gpt.runtime.errors import ShortGPTError
 
@@ -74,3 +78,19 @@ def check_left_out(name: str, left_out: list[str]) -> None:
             f"{name} cannot be loaded: it holds {some(others)}, which transformers' model of its "
             "kind lacks and would leave out; open the model that it was made from"
         )
+
+
+def mend_tokenizer(tokenizer: PretrainedTokenizer, path: Path) -> None:
+    """Puts back the cut around digits that transformers drops of SmolLM2's tokenizer.
+
+    Args:
+        tokenizer: as transformers made it of the file; changed in place.
+        path: the file.
+    """
+    from tokenizers import pre_tokenizers
+
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or read_header(path).fields.get("tokenizer.ggml.pre") != DIGITS:
+        return
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([digits, backend.pre_tokenizer])

@@ -15,7 +15,7 @@ from llama.io.hub import hub_failure
 from llama.io.sources import is_gguf
 from llama.parallel import choose_device
 from short_gpt.models.config_file import check_gguf, gguf_layer_types, read_config
-from short_gpt.models.gguf_loading import check_left_out, reading_gguf
+from short_gpt.models.gguf_loading import check_left_out, mend_tokenizer, reading_gguf
 from short_gpt.models.weights_report import check_weights, without_report
 from short_gpt.runtime.errors import MissingPackageError, ShortGPTError
 
@@ -86,6 +86,8 @@ def load(name: str, options: dict[str, Any], tokenizer: Any) -> tuple[Any, Any]:
             loader = auto_class(config)
             if tokenizer is None and (gguf or _has_tokenizer(path)):
                 tokenizer = AutoTokenizer.from_pretrained(where, **both)
+                if gguf:
+                    mend_tokenizer(tokenizer, Path(name))
             with without_report():
                 model, info = loader.from_pretrained(where, **gguf, **(options | ALL))
     except Exception as error:  # a wrong name, no network, an unknown kind, a wrong option ...

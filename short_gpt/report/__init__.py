@@ -6,12 +6,21 @@ from short_gpt.report.curves import quality_curves
 from short_gpt.report.figures import require_matplotlib, save
 from short_gpt.report.heatmap import angular_heatmap
 from short_gpt.report.pictures import draw_quality, draw_scores
-from short_gpt.report.tables import compared, comparison, perplexities, ranking, search, sublayers
+from short_gpt.report.tables import (
+    compared,
+    comparison,
+    drafts,
+    perplexities,
+    ranking,
+    search,
+    sublayers,
+)
 
 __all__ = [
     "angular_heatmap",
     "compared",
     "comparison",
+    "drafts",
     "draw_quality",
     "draw_scores",
     "importance_bars",

@@ -71,7 +71,7 @@ def healed(result: Healing) -> str:
     bos = about_bos(str(result.texts.get("bos")))
     lines = [said for said in (bos, result.unchecked, result.left_out) if said]
     evidence = result.evidence
-    lines += [f"{perplexities(evidence.perplexity)}\n"]
+    lines += [f"{perplexities(result.perplexity)}\n"]
     if len(evidence.changes) > 1:
         lines += [f"{name} changes the loss by {part}" for name, part in evidence.changes.items()]
     lines += [f"healing changes the loss by {evidence.change}"]
@@ -81,6 +81,8 @@ def healed(result: Healing) -> str:
             "the layers alone (short-gpt prune), or give more --max_windows, text like that to be "
             "read, or other settings"
         ]
+    if result.quantization is not None:
+        lines += [f"writing it in the file's own types changes the loss by {result.quantization}"]
     lines += [result.remark] if result.remark else []
     return "\n".join(lines)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 
+from short_gpt.evaluation.drafts import Acceptance
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.evaluation.sampling import SamplingError
 from short_gpt.experiments.rows import Agreement, Row
@@ -112,6 +113,23 @@ def _intervals(found: Sequence[Perplexity]) -> list[str]:
         return ["no interval: one window tells nothing of others"]
     ends = ["{:.3f} to {:.3f}".format(*p.interval()) for p in found]
     return [f"95%: {'; '.join(ends)}", f"over {error.over}"]
+
+
+def drafts(found: Sequence[Acceptance]) -> str:
+    """A row for every length of a draft: what the whole model accepts, with 95% intervals."""
+    rows = [f"{'draft':>5}  {'accepted':>8}  {'± (95%)':>8}  {'drafted':>9}  {'tokens a pass':>13}"]
+    rows += [
+        f"{a.length:>5}  {a.share:>8.1%}  {a.error.reach():>8.1%}  {a.drafted:>9,}"
+        f"  {a.tokens_per_pass:>13.2f}"
+        for a in found
+    ]
+    error = found[0].error
+    over = "±: over one prompt alone: not known"
+    if error.degrees > 0:
+        over = f"±: over {error.over.replace('windows', 'prompts')}"
+    return "\n".join(
+        [*rows, "", f"{found[0].written:,} tokens of the whole model's greedy text", over]
+    )
 
 
 def comparison(results: Mapping[str, Mapping[str, float]]) -> str:

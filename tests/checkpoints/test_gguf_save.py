@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 
 import gguf
@@ -19,6 +21,10 @@ from llama.formats.gguf_write import Stored, copied, write_again
 from short_gpt import ShortHFModel
 from short_gpt.checkpoints import Provenance
 from short_gpt.checkpoints.gguf_save import MAPPED, about_types
+from short_gpt.evaluation import Difference
+from short_gpt.healing import HealingEvidence, Learning
+from short_gpt.jobs import Healing, Opening
+from short_gpt.jobs.healing import reread
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.surgery.changes import WeightChange
 
@@ -143,11 +149,23 @@ def here(tmp_path, monkeypatch) -> Path:
 
 
 HEAL = ("--data", "books", "--size", 32, "--max_windows", 20, "--eval_windows", 4)
+HEALED = ("--layers", "2,3", *HEAL, "--json", "healed.json")
+
+
+def check_rounding(found: dict, said: str) -> None:
+    """A Q8_0 tensor was rounded after all else was measured: the file was read again."""
+    assert "written: out.gguf" in said
+    before, after = (found["perplexity"][state] for state in ("healed", "as written"))
+    assert before != after == pytest.approx(before, rel=0.05)
+    assert found["quantization"]["nats"] == pytest.approx(math.log(after / before))
+    row = next(line for line in said.splitlines() if line.startswith("as written"))
+    assert row.split()[2] == f"{after:.3f}" and row.split()[-1] == "4"  # windows
+    assert "writing it in the file's own types changes the loss by" in said
 
 
 def test_heal_writes_what_it_changed_into_a_copy_of_the_file(here, capsys):
-    run("heal", "model.gguf", "out.gguf", "--layers", "2,3", *HEAL, "--json", "healed.json")
-    assert "written: out.gguf" in capsys.readouterr().out
+    run("heal", "model.gguf", "out.gguf", *HEALED)
+    check_rounding(json.loads(Path("healed.json").read_text())["result"], capsys.readouterr().out)
     record = Provenance.beside("out.gguf")
     assert record.removed_layers == [2, 3] and record.steps[0]["method"] == "linear patch"
     before, after = data(Path("model.gguf")), data(Path("out.gguf"))
@@ -161,6 +179,21 @@ def test_heal_writes_what_it_changed_into_a_copy_of_the_file(here, capsys):
     cut, healed = (opened(Path(f"{name}.gguf")) for name in ("cut", "out"))
     window = [cut.encode(TEXT)[:32]]
     assert cut.perplexity(window).value != healed.perplexity(window).value
+
+
+def test_in_float32_writing_rounds_nothing(here):
+    """Read again, the file gives what the model in memory gave."""
+    run("heal", "plain.gguf", "out.gguf", *HEALED)
+    found = json.loads(Path("healed.json").read_text())["result"]
+    values = found["perplexity"]
+    assert values["as written"] == pytest.approx(values["healed"], 1e-6)
+    assert abs(found["quantization"]["nats"]) < 1e-6
+
+
+def test_a_directory_or_several_files_are_not_read_again():
+    for name in ("out", "m-00001-of-00002.gguf"):
+        done = Healing(Path(name), HealingEvidence([], {}, Difference(0.0, 0.0, 4)))
+        assert reread(done, Learning([], [], []), Opening(), 32) is done
 
 
 def test_what_is_not_written_to_gguf_is_said_before_anything_is_done(here, capsys):

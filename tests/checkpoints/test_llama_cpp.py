@@ -139,6 +139,15 @@ def test_llama_cpp_makes_our_tokens_of_a_text(tmp_path, kind):
         assert found[0] == pytest.approx(found[1], abs=1e-5), text
 
 
+def test_the_real_models_tokens_are_llama_cpps(short):
+    client = LlamaCpp(demo.gguf_file(), context=4096)
+    for text in ("a\n\n1 b\n\n\n22", "1234567 12.5 1,000", "the    the 1  2", *PROMPTS):
+        ids = short.encode(text)
+        assert client.count(text) == len(ids), text
+        found = [client.logprobs(prompt, 5, chosen=ids[0]) for prompt in (text, ids)]
+        assert found[0] == pytest.approx(found[1], abs=1e-5), text
+
+
 def cut_counts_alone(path: Path, out: Path, keep: list[int]) -> None:
     """What other tools do: tensors renumbered, ``block_count`` set, and nothing else."""
     parts = GGUFParts(path)

@@ -13,10 +13,12 @@ from commands import fails, run
 from conftest import BYTE_VOCAB, make_transformer, save_checkpoint, write_byte_tokenizer
 from gguf_families import make, write_model
 from gguf_files import stack_file, write_gguf
+from tokenizer_files import ODD, meta
 
 from llama.formats.convert import meta_to_hf
 from llama.formats.gguf_parts import GGUFParts
-from short_gpt import ShortHFModel
+from llama.formats.gguf_vocabulary import vocabulary
+from short_gpt import ShortHFModel, open_model
 from short_gpt.checkpoints import Provenance
 
 pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
@@ -82,6 +84,24 @@ def test_any_gguf_file_that_transformers_reads_becomes_hugging_faces(here, capsy
     assert torch.equal(logits("llama-hf"), logits("model.gguf"))
 
 
+def test_smollms_cut_at_digits_stays_in_every_format(tmp_path, monkeypatch):
+    """Transformers drops it for a GGUF file: "\\n\\n1" would lose the token of both."""
+    monkeypatch.chdir(tmp_path)
+    meta(tmp_path / "meta", "smollm")
+    run("convert", "meta", "m.gguf")
+    run("convert", "m.gguf", "hf", "--to", "hf")
+    # of more words than the model, as transformers adds a token for what it knows none of
+    assert b"smollm" in vocabulary(Path("hf/tokenizer.json"), 300)["tokenizer.ggml.pre"].raw
+    run("convert", "m.gguf", "again")
+    run("convert", "again", "o.gguf")
+    expected = [open_model("meta").encode(text) for text in ODD[:-1]]  # the last has special ones
+    for name in ("m.gguf", "hf", "again", "o.gguf"):
+        short = open_model(name)
+        assert [short.encode(text) for text in ODD[:-1]] == expected, name
+        if name.endswith(".gguf"):
+            assert GGUFParts(Path(name)).fields["tokenizer.ggml.pre"] == "smollm"
+
+
 def test_the_history_goes_along(here):
     run("prune", "hf", "cut", *CUT)
     run("convert", "cut", "cut.gguf")
@@ -103,6 +123,36 @@ def test_prune_writes_gguf_from_either_format(here, capsys, source):
     assert fields["conversion.source"] == source and fields["general.name"] == source
     run("prune", source, "cut.gguf", "--layers", "0", "--overwrite")
     assert Provenance.beside("cut.gguf").removed_layers == [0]
+
+
+def test_prune_writes_metas_format_from_gguf(here, capsys):
+    run("prune", "model.gguf", "cut", *CUT, "--to", "meta")
+    out = capsys.readouterr().out
+    assert "removed layers [1, 3]" in out and "verified: the logits are those of the source" in out
+    run("prune", "meta", "theirs", *CUT)
+    ours, theirs = (torch.load(f"{d}/consolidated.00.pth") for d in ("cut", "theirs"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    record = Provenance.beside("cut")
+    assert record.removed_layers == [1, 3] and record.source == "model.gguf"
+    assert json.loads(Path("cut/conversion.json").read_text())["source"] == "model.gguf"
+    assert not Path("cut/README.md").exists()
+    run(
+        "prune",
+        "model.gguf",
+        "cut",
+        "--layers",
+        "0",
+        "--to",
+        "meta",
+        "--overwrite",
+        "--verify",
+        "no",
+    )
+    assert Provenance.beside("cut").removed_layers == [0]
+    capsys.readouterr()
+    line = fails(capsys, "prune", "qwen.gguf", "x", "--layers", "1", "--to", "meta")
+    assert "holds architecture 'qwen2'; expected 'llama'" in line and not Path("x").exists()
 
 
 def test_files_of_one_model_are_joined(here):

@@ -314,7 +314,6 @@ def test_evaluate_dense_against_pruned(here, capsys, lm_eval, tasks):
         (["prune", "hf", "x", "--layers", "9"], "layers [9] do not exist; the model has 0..4"),
         (["prune", "hf", "x", *CUT, "--to", "onnx"], "a format of meta or hf or gguf, got 'onnx'"),
         (["prune", "hf", "x", *CUT, "--to", "gguf"], "expected a name that ends with .gguf"),
-        (["prune", "model.gguf", "x", *CUT, "--to", "meta"], "convert it first: short-gpt convert"),
         (
             ["prune", "model.gguf", "x.gguf", "--scores", "no.json", "-n", 1],
             "no.json does not exist",

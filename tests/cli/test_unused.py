@@ -33,6 +33,7 @@ UNUSED = [
     (("evaluate", "model", "--num_fewshot", 5), "--tasks"),
     (("evaluate", "model", "--data", "none", "--tasks", "piqa", "--size", 5), "--data"),
     (("evaluate", "model", "--data", "none", "--tasks", "piqa", "--bos", "first"), "--data"),
+    (("draft", *TWO, "--prompts", "p.txt", "--size", 5), "(no --prompts)"),
     (("generate", "model", "text", "--temperature", 0, "--top_p", 0.5), "--temperature above 0"),
 ]
 
