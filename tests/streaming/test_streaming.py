@@ -398,7 +398,7 @@ REFUSED = [
     (("rank", "hf", "--max_memory", "1MB"), "max_memory 1MB is too little: .* at least"),
     (("perplexity", "hf", "--max_memory", "much"), "expected a size such as 3GB"),
     (("rank", "model.gguf"), "model.gguf is no local directory; to be streamed"),
-    (("perplexity", "some/model"), "some/model is no local directory; to be streamed"),
+    (("perplexity", "some/model"), "some/model is no directory here, and the hub cannot"),
     (("rank", "other"), "other is not a plain Llama: its model_type is 'gpt2'"),
 ]
 
