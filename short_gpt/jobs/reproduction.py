@@ -22,7 +22,7 @@ from short_gpt.jobs.inputs import (
     ignore,
     source_of,
 )
-from short_gpt.jobs.ranking import Ranking, rank
+from short_gpt.jobs.ranking import Ranking, check_ranking, rank
 from short_gpt.jobs.saving import TimedSaving
 from short_gpt.models.numbering import check_exist
 from short_gpt.models.shape import Shape, shape_of
@@ -136,6 +136,7 @@ def reproduce(
     name = _name(model, shape, paper.paper_model)
     n = len(compare_with_paper(name, []).paper)
     answer = Answer(n, confidence=paper.confidence, rare=paper.rare)
+    check_ranking(model, answer, cut, running)  # before anything is said
     if not running.stream:
         notify(_whole(shape, opening))
     result = rank(

@@ -11,6 +11,10 @@ from short_gpt.models.config_file import read_config
 from short_gpt.models.loading import explained
 from short_gpt.runtime.errors import ShortGPTError
 
+NAMES = ("hidden_size", "num_hidden_layers", "vocab_size", "num_attention_heads")
+NAMES += ("intermediate_size",)
+GROUPED = "num_key_value_heads"
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -70,13 +74,11 @@ def shape_of(source: str, *, trust_remote_code: bool = False) -> Shape:
         if kind == "hub" and (failure := hub_failure(source, error)) is not None:
             raise failure from None
         raise ShortGPTError(f"{source} cannot be loaded: {explained(error)}") from error
-    heads = getattr(text, "num_attention_heads", None)
-    grouped = getattr(text, "num_key_value_heads", None) or heads
-    names = ("hidden_size", "num_hidden_layers", "vocab_size", "intermediate_size")
-    dim, layers, words, wide = (getattr(text, name, None) for name in names)
-    if None in (dim, layers, words, wide, heads):
+    said = {name: getattr(text, name, None) for name in NAMES}
+    if missing := [name for name, value in said.items() if value is None]:
         raise ShortGPTError(
-            f"{source} is a {text.model_type}, whose config does not say {', '.join(names)}; "
+            f"{source} is a {text.model_type}, whose config does not say {', '.join(missing)}; "
             "expected a Llama"
         )
-    return Shape(dim, layers, words, heads, grouped, wide)
+    dim, layers, words, heads, wide = said.values()
+    return Shape(dim, layers, words, heads, getattr(text, GROUPED, None) or heads, wide)

@@ -21,8 +21,8 @@ def beside_published(importance: Importance, comparison: PaperComparison) -> Fig
     """Block Influence, and distances of blocks of 9 layers, beside those that were published.
 
     The published ones are sums over an unknown number of tokens, so that only their ratios mean
-    something: they are scaled to the same median, on logarithmic axes. The layers that the paper
-    removes are shaded; those that the measured scores would remove are marked.
+    something: they are scaled to the same median, Block Influence on a logarithmic axis. The layers
+    that the paper removes are shaded; those that the measured scores would remove are marked.
 
     Args:
         importance: of all layers, at least one window.
@@ -38,8 +38,8 @@ def beside_published(importance: Importance, comparison: PaperComparison) -> Fig
     _influence(parts[0], importance, comparison, None if theirs is None else theirs[0])
     if angles and theirs is not None:
         _angles(parts[1], importance.angular.diagonal(BLOCK), theirs[1])
+    _logarithmic(parts[0])
     for axes in parts:
-        axes.set_yscale("log")
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
     figure.suptitle(f"{comparison.model}: measured and published")
@@ -61,15 +61,32 @@ def _influence(
     (rings,) = axes.plot(comparison.ours, chosen, "o", color=REMOVED, markersize=10, zorder=0)
     rings.set_label("removed by these scores")
     if theirs is not None:
-        axes.plot(layers, _scaled(theirs, ours), "s--", color=KEPT, markersize=4, label="published")
+        axes.plot(
+            layers,
+            _scaled(theirs, ours),
+            "s--",
+            color=KEPT,
+            markersize=4,
+            label="published, scaled",
+        )
     axes.set_xlabel("layer")
     axes.set_ylabel("Block Influence, 1 - cos")
+
+
+def _logarithmic(axes: Axes) -> None:
+    """A logarithmic axis of plain numbers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _angles(axes: Axes, ours: Tensor, theirs: Tensor) -> None:
     """The distance of every block by its start, ours and the published one."""
     axes.plot(ours, "o-", color="black", markersize=4, label="measured")
-    axes.plot(_scaled(theirs, ours), "s--", color=KEPT, markersize=4, label="published")
+    axes.plot(_scaled(theirs, ours), "s--", color=KEPT, markersize=4, label="published, scaled")
     axes.set_xlabel(f"first layer of a block of {BLOCK}")
     axes.set_ylabel("angular distance")
 
