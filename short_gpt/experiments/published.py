@@ -105,12 +105,9 @@ def compare_with_paper(model: str, ours: Sequence[int]) -> PaperComparison:
         >>> compare_with_paper("Llama-2-7B", [25, 27, 24, 26, 28, 29, 23, 22, 21]).same_set
         True
     """
-    models = published()["paper"]["models"]
-    if model not in models:
-        raise ShortGPTError(f"the paper has no list for {model!r}, only for {', '.join(models)}")
     ours = [int(layer) for layer in ours]
-    check_exist(ours, range(models[model]["n_layers"]))
-    paper = models[model]["removed"]
+    check_exist(ours, range(layers_in_paper(model)))
+    paper = published()["paper"]["models"][model]["removed"]
     shared = [layer for layer in paper if layer in ours]
     several = len(shared) >= 2
     places = [torch.tensor([side.index(layer) for layer in shared]) for side in (paper, ours)]
@@ -125,6 +122,14 @@ def compare_with_paper(model: str, ours: Sequence[int]) -> PaperComparison:
         kendall_tau=kendall(shared, [i for i in ours if i in shared]) if several else None,
         rank_correlation=spearman(*places) if several else None,
     )
+
+
+def layers_in_paper(model: str) -> int:
+    """How many layers one of the paper's models has; ShortGPTError for another name."""
+    models = published()["paper"]["models"]
+    if model not in models:
+        raise ShortGPTError(f"the paper has no list for {model!r}, only for {', '.join(models)}")
+    return models[model]["n_layers"]
 
 
 def published_scores(model: str) -> tuple[Tensor, Tensor] | None:

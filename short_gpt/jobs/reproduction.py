@@ -10,6 +10,7 @@ from short_gpt.experiments.published import (
     PaperComparison,
     compare_with_paper,
     identify,
+    layers_in_paper,
     published_scores,
 )
 from short_gpt.jobs.answer import Answer
@@ -24,7 +25,6 @@ from short_gpt.jobs.inputs import (
 )
 from short_gpt.jobs.ranking import Ranking, check_ranking, rank
 from short_gpt.jobs.saving import TimedSaving
-from short_gpt.models.numbering import check_exist
 from short_gpt.models.shape import Shape, shape_of
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.scoring.importance import Importance
@@ -157,7 +157,7 @@ def reproduce(
 
 
 def _name(model: str, shape: Shape, given: str | None) -> str:
-    """The paper's name of a checkpoint, which has the layers that the paper removes."""
+    """The paper's name of a checkpoint, which has as many layers as the paper's model."""
     try:
         name = given or identify(shape.dim, shape.n_layers, shape.vocab_size)
     except ShortGPTError as error:
@@ -167,7 +167,11 @@ def _name(model: str, shape: Shape, given: str | None) -> str:
             f"{model} has the size of {name} but groups its keys and values, so it is another "
             f"model; compare anyway with `paper_model` {name}"
         )
-    check_exist(compare_with_paper(name, []).paper, range(shape.n_layers))
+    if shape.n_layers != (layers := layers_in_paper(name)):
+        raise ShortGPTError(
+            f"{model} has {shape.n_layers} layers, {name} has {layers}: their numbers do not "
+            "compare; take the whole model"
+        )
     return name
 
 
