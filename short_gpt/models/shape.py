@@ -11,8 +11,8 @@ from short_gpt.models.config_file import read_config
 from short_gpt.models.loading import explained
 from short_gpt.runtime.errors import ShortGPTError
 
-NAMES = ("hidden_size", "num_hidden_layers", "vocab_size", "num_attention_heads")
-NAMES += ("intermediate_size",)
+SIZES = ("hidden_size", "num_hidden_layers", "vocab_size")  # of a config, and more of them
+WIDTHS = ("num_attention_heads", "intermediate_size")
 GROUPED = "num_key_value_heads"
 
 
@@ -74,11 +74,12 @@ def shape_of(source: str, *, trust_remote_code: bool = False) -> Shape:
         if kind == "hub" and (failure := hub_failure(source, error)) is not None:
             raise failure from None
         raise ShortGPTError(f"{source} cannot be loaded: {explained(error)}") from error
-    said = {name: getattr(text, name, None) for name in NAMES}
+    said = {name: getattr(text, name, None) for name in (*SIZES, *WIDTHS)}
     if missing := [name for name, value in said.items() if value is None]:
         raise ShortGPTError(
             f"{source} is a {text.model_type}, whose config does not say {', '.join(missing)}; "
             "expected a Llama"
         )
-    dim, layers, words, heads, wide = said.values()
-    return Shape(dim, layers, words, heads, getattr(text, GROUPED, None) or heads, wide)
+    dim, layers, words, heads, wide = (int(value) for value in said.values() if value is not None)
+    grouped = int(getattr(text, GROUPED, None) or heads)
+    return Shape(dim, layers, words, heads, grouped, wide)
