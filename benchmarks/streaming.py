@@ -98,22 +98,28 @@ def make_checkpoint(directory: Path, layers: int) -> None:
 
         write_shard(directory / "consolidated.00.pth", infos, read)
     (directory / "params.json").write_text(json.dumps(params_json(args)))
-    with open(directory / "consolidated.00.pth", "rb+") as file:
-        os.fsync(file.fileno())  # pages not yet on the disk could not be dropped from the cache
+
+
+def weights(directory: Path) -> list[Path]:
+    """The files of weights, in either format."""
+    return sorted([*directory.glob("consolidated.*.pth"), *directory.glob("*.safetensors")])
 
 
 def drop_cache(directory: Path) -> None:
-    with open(directory / "consolidated.00.pth", "rb") as file:
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    for path in weights(directory):
+        with open(path, "rb+") as file:
+            os.fsync(file.fileno())  # pages not yet on the disk could not be dropped
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def read_file(directory: Path) -> float:
-    """Seconds to read the file from its beginning to its end, none of it cached."""
+    """Seconds to read the files from beginning to end, none of them cached."""
     drop_cache(directory)
     buffer, start = bytearray(16 * 2**20), time.perf_counter()
-    with open(directory / "consolidated.00.pth", "rb", buffering=0) as file:
-        while file.readinto(buffer):
-            pass
+    for path in weights(directory):
+        with open(path, "rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
     return time.perf_counter() - start
 
 
@@ -145,18 +151,18 @@ def score(directory: str, windows: int) -> None:
     print(json.dumps(found))
 
 
-def products(directory: str, windows: int, repeats: int) -> None:
+def products(directory: str, windows: int, repeats: int, size: int = SIZE) -> None:
     """Prints the seconds of the matrix products of one layer on the windows, several times."""
     checkpoint = Checkpoint(directory)
     names = [form.format(letter) for form, letters in PRODUCTS for letter in letters]
-    weights = [checkpoint.read(f"layers.0.{name}.weight").float() for name in names]
-    states = [torch.randn(SIZE, weights[0].shape[1]) for _ in range(windows)]
-    wide = [torch.randn(SIZE, checkpoint.args.ffn_dim) for _ in range(windows)]
+    matrices = [checkpoint.read(f"layers.0.{name}.weight").float() for name in names]
+    states = [torch.randn(size, matrices[0].shape[1]) for _ in range(windows)]
+    wide = [torch.randn(size, checkpoint.args.ffn_dim) for _ in range(windows)]
     seconds = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
         for x, y in zip(states, wide, strict=True):
-            for weight in weights:
+            for weight in matrices:
                 torch.nn.functional.linear(x if weight.shape[1] == x.shape[1] else y, weight)
         seconds.append(time.perf_counter() - start)
     print(json.dumps({"seconds": seconds[1:]}))

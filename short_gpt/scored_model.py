@@ -26,9 +26,10 @@ from short_gpt.runtime.errors import NotFiniteError
 from short_gpt.scores_view import ScoresView
 from short_gpt.scoring.hooks import Scores, score
 from short_gpt.scoring.importance import Importance
-from short_gpt.scoring.run import ScoringRun
+from short_gpt.scoring.run import Follow, ScoringRun
 from short_gpt.scoring.state import RunState
 from short_gpt.scoring.stopping import Stop, Verdict, check_sample
+from short_gpt.scoring.timing import seconds_a_pass
 from short_gpt.surgery.layers import remove_layers, without_layers
 
 
@@ -36,15 +37,14 @@ class ScoredModel(ModelRecord, ScoresView, ABC):
     """A model whose layers can be scored and removed.
 
     What it knows of itself stands in `ModelRecord`, what was scored in `ScoresView`. A wrapper of
-    another family says how it encodes, what a text it reads is and how it is saved;
-    all else is here.
+    another family says how it encodes, what a text it reads is and how it is saved.
 
     Args:
         decoder: the model.
         n_prune_layers: how many layers `remove_layers` takes out, 1 to L - 1; may be set later.
 
     Attributes:
-        importance: the sums of all windows scored since the last removal.
+        importance: of all windows scored since the last removal.
         streamed: whether the weights are read again for every pass.
     """
 
@@ -117,6 +117,7 @@ class ScoredModel(ModelRecord, ScoresView, ABC):
         random_order: bool = False,
         sublayers: bool = False,
         all_tokens: bool = False,
+        follow: Follow | None = None,
     ) -> Verdict | None:
         """Scores windows of token ids, by both papers in one pass; adds to the scores so far.
 
@@ -127,11 +128,11 @@ class ScoredModel(ModelRecord, ScoresView, ABC):
                 `data.windows` cuts them with a seed, or ``random_order``, and no scores so far.
             state: saves the run and continues it; the scores so far are then those saved.
             random_order: says that other windows stand in random order, which nothing can check.
-            sublayers: also score the attention and the MLP of every layer.
-            all_tokens: also take angular distances at all tokens; keeps the states of all layers.
+            sublayers, all_tokens: further scores of the same pass, as of `hooks.score`.
+            follow: is given the sums, and the number of all windows, as the sums grow.
 
         Returns:
-            With ``stop``, whether the answer is settled and what that rests on.
+            With ``stop``, whether the answer is settled.
 
         Raises:
             ShortGPTError: a window does not fit the model, the state is of another run, or the rule
@@ -145,25 +146,24 @@ class ScoredModel(ModelRecord, ScoresView, ABC):
         sums = self._sums_so_far(state)
         if stop is not None:
             check_count(stop.n, len(self.kept))
-            known = random_order or population is not None
-            check_sample(random_order=known, before=sums.n_windows * (state is None))
+            check_sample(random_order or population is not None, sums.n_windows * (state is None))
         if state is not None:  # refused before anything is replaced: scores here, sums in the file
             windows = state.unread(windows, sums.n_windows)
         run = ScoringRun(
             self.decoder,
             sums,
-            batch_size=self._windows_at_once(batch_size, progress),
+            batch_size=self.windows_at_once(batch_size, progress),
             population=population,
             stop=stop,
             state=state,
             score=self.score,
+            follow=follow,
         )
         more = {"sublayers": sublayers, "all_tokens": all_tokens}
         try:
             run.read(windows, total=total, progress=progress, **more)
         finally:  # also after Ctrl-C: what was read before counts
-            if run.into.n_windows:
-                self.importance = run.into
+            self.importance = run.into if run.into.n_windows else self.importance
         return run.verdict
 
     def _sums_so_far(self, state: RunState | None) -> Importance:
@@ -172,9 +172,13 @@ class ScoredModel(ModelRecord, ScoresView, ABC):
             return state.sums(self.kept)
         return Importance.empty(self.kept) if self._stale else self.importance
 
-    def _windows_at_once(self, batch_size: int, progress: bool) -> int:
+    def windows_at_once(self, batch_size: int, progress: bool = False) -> int:
         """How many windows a run hands to `score` at once."""
         return batch_size
+
+    def seconds_a_window(self, window: Sequence[int], batch_size: int = 1) -> float:
+        """Seconds that a window takes, measured on one, of so many read at once."""
+        return seconds_a_pass(self.decoder, [window] * batch_size) / batch_size
 
     def perplexity(
         self,
@@ -260,20 +264,16 @@ class ScoredModel(ModelRecord, ScoresView, ABC):
         """What two runs must share for one to continue the other's state, ready for JSON.
 
         Returns:
-            Digests of the weights and of the configuration, dtype and kind of device of the
-            layers, whether the model is streamed, and how many ranks share it.
-
-        Example:
-            >>> StateFile("run.json", {**short.identity(), "size": 1024})  # doctest: +SKIP
+            Digests of weights and configuration, dtype and kind of device of the layers, whether
+            it is streamed, and how many ranks share it.
         """
         dtype, device = self._layers_run_in()
-        configuration = Digest(self.configuration.encode()).short
         return {
             "dtype": str(dtype),
             "device": device.type,
             "stream": self.streamed,
             "model_parallel_size": len(replicas.of_model(None)),
-            "configuration": configuration,
+            "configuration": Digest(self.configuration.encode()).short,
             "weights": self.weights_digest(),
         }
 
@@ -285,15 +285,13 @@ class ScoredModel(ModelRecord, ScoresView, ABC):
         self, windows: Sequence[Sequence[int]], *, sublayers: bool = False, all_tokens: bool = False
     ) -> Scores:
         """Scores of single windows from one pass, without adding them; see `hooks.score`."""
-        return score(
-            self.decoder, windows, layers=self.kept, sublayers=sublayers, all_tokens=all_tokens
-        )
+        more = {"sublayers": sublayers, "all_tokens": all_tokens}
+        return score(self.decoder, windows, layers=self.kept, **more)
 
     def _check_weights(self) -> None:
         """Once: attention kernels may turn NaN weights into finite states that look harmless."""
-        if self._weights_checked:
-            return
-        for number, layer in zip(self.kept, self.decoder.layers, strict=True):
+        layers = () if self._weights_checked else zip(self.kept, self.decoder.layers, strict=True)
+        for number, layer in layers:
             for name, weight in layer.named_parameters():
                 if not weight.isfinite().all():
                     raise NotFiniteError(f"layer {number} has NaN or infinite weights in {name}")

@@ -25,6 +25,7 @@ from short_gpt.evaluation.perplexity import (
     samples_of,
 )
 from short_gpt.evaluation.sampling import Sample
+from short_gpt.models.decoder import pad
 from short_gpt.models.pretrained import PretrainedTokenizer
 from short_gpt.runtime.digest import files_digest
 from short_gpt.runtime.errors import MissingPackageError, ShortGPTError
@@ -33,7 +34,7 @@ from short_gpt.scored_model import ScoredModel
 from short_gpt.scoring.hooks import Scores
 from short_gpt.streaming.decoder import StreamedDecoder, open_stream
 from short_gpt.streaming.memory import Plan
-from short_gpt.streaming.transformer import StreamedTransformer
+from short_gpt.streaming.transformer import Batch, StreamedTransformer
 from short_gpt.streaming.weights import HFSource
 
 
@@ -223,10 +224,19 @@ class StreamedLlama(ScoredModel):
     def _layers_run_in(self) -> tuple[torch.dtype, torch.device]:
         return self.stream.dtype, self.stream.device  # the layers' own weights come and go
 
-    def _windows_at_once(self, batch_size: int, progress: bool) -> int:
+    def windows_at_once(self, batch_size: int, progress: bool = False) -> int:
         """All windows of a round; ``batch_size`` of them pass a layer together."""
         self._streamed.batch_size, self._streamed.progress = batch_size, progress
         return self.plan(batch_size).windows
+
+    def seconds_a_window(self, window: Sequence[int], batch_size: int = 1) -> float:
+        """Seconds that a window of a full round takes, measured on one batch in one layer."""
+        windows = self.windows_at_once(batch_size)
+        batch = Batch(*pad([window] * batch_size, self._streamed), watched=True)
+        read, ready, run = self.stream.layer_seconds(batch)
+        # a thread reads the next layer while the round passes this one
+        layer = ready + max(read, run * windows / batch_size)
+        return len(self.kept) * layer / windows
 
     def weights_digest(self) -> str:
         """A digest of the checkpoint's files of weights, by which another one is told."""
@@ -241,7 +251,7 @@ class StreamedLlama(ScoredModel):
         progress: bool,
     ) -> Iterator[list[Sequence[int]]]:
         """The windows of each round."""
-        size = self._windows_at_once(batch_size, progress)
+        size = self.windows_at_once(batch_size, progress)
         total = count_of(windows) if total is None else total
         with bar(name, total=total, unit="window", show=progress) as shown:
             for part in batches(windows, size):

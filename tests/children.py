@@ -25,6 +25,7 @@ from short_gpt import ShortGPTError, ShortLlama
 from short_gpt.checkpoints import prune_hf
 from short_gpt.cli import app
 from short_gpt.data.windows import Window, batches
+from short_gpt.experiments import published
 from short_gpt.runtime import replicas
 from short_gpt.runtime.state import StateFile
 from short_gpt.scoring.hooks import score
@@ -206,6 +207,17 @@ def set_up() -> None:
     initialize(device=CPU)
     assert dict(os.environ) == before
     assert sys.stdout is out and torch.get_default_dtype() == torch.float32
+
+
+# A model that stands in for one of the paper's, for `test_reproduction`
+
+
+def reproduction(shape: dict[str, object], argv: list[str]) -> None:
+    """Runs the command where the paper has a model of this shape."""
+    known = published.published()
+    known["paper"]["models"]["tiny"] = shape
+    published.published = lambda: known
+    app.main(argv)
 
 
 # What only a process of its own can tell: its peak of memory

@@ -1123,6 +1123,11 @@ STREAMING = (
                 "test_several_rounds_are_one_round",
             ),
             (
+                "most = on_cpu if on_host else MOST_ON_DEVICE",
+                "most = MOST_WINDOWS if on_host else MOST_ON_DEVICE",
+                "test_a_round_on_the_cpu_has_no_more_tokens_than_hide_the_reading",
+            ),
+            (
                 "int(float(match[1]) * UNITS[match[2]])",
                 "int(float(match[1])) * UNITS[match[2]]",
                 "test_sizes",
@@ -1176,6 +1181,135 @@ PROOFS = (
                 "    except (KeyError, TypeError, ValueError, AttributeError):\n        whole",
                 "    except ZeroDivisionError:\n        whole",
                 "test_any_damage_is_read_or_told_in_one_line",
+            ),
+        ),
+    ),
+    Section(
+        "short_gpt/scoring/differences.py",
+        "tests/scoring/test_differences.py",
+        (
+            (
+                "len(texts) > 1",
+                "len(texts) > 99",
+                "test_the_margin_is_that_of_the_difference_over_texts_else_windows",
+            ),
+            (
+                "(1 + confidence) / 2",
+                "confidence",
+                "test_the_margin_is_that_of_the_difference_over_texts_else_windows",
+            ),
+            (
+                "pair_spread(covariance).sqrt()",
+                "pair_spread(covariance)",
+                "test_the_margin_is_that_of_the_difference_over_texts_else_windows",
+            ),
+        ),
+    ),
+    Section(
+        "short_gpt/scoring/following.py",
+        "tests/scoring/test_following.py",
+        (
+            (
+                "time.monotonic() < self._next:",
+                "False:",
+                "test_it_tells_at_the_beginning_and_then_only_after_a_while",
+            ),
+            ("read < 2 or", "", "test_of_one_window_there_is_nothing_to_tell"),
+            (
+                "if self._stops and verdict.windows < first:",
+                "if verdict.windows < first:",
+                "test_where_all_windows_are_read_nothing_is_needed",
+            ),
+        ),
+    ),
+    Section(
+        "short_gpt/experiments/paper_order.py",
+        "tests/experiments/test_reproduce.py",
+        (
+            (
+                "if self.difference > 0",
+                "if self.difference < 0",
+                "test_pairs_of_the_list_are_borne_out_reversed_or_within_the_error",
+            ),
+            (
+                "not abs(self.difference) > self.margin",
+                "abs(self.difference) <= self.margin",
+                "test_from_one_window_no_order_follows",
+            ),
+            (
+                "float(scores[b] - scores[a])",
+                "float(scores[a] - scores[b])",
+                "test_pairs_of_the_list_are_borne_out_reversed_or_within_the_error",
+            ),
+        ),
+    ),
+    Section(
+        "short_gpt/experiments/published.py",
+        "tests/experiments/test_reproduce.py",
+        (
+            (
+                "sum(a == b for a, b in zip(paper, ours, strict=False))",
+                "len(shared)",
+                "test_the_reimplementation_removes_the_papers_layers_in_another_order",
+            ),
+            (
+                "angles[: len(angles) - 9 + 1]",
+                "angles",
+                "test_published_scores_are_those_of_the_list_and_end_where_blocks_do",
+            ),
+        ),
+    ),
+    Section(
+        "short_gpt/jobs/reproduction.py",
+        "tests/jobs/test_reproduction.py",
+        (
+            (
+                "answer = Answer(n, confidence=paper.confidence, rare=paper.rare)",
+                "answer = Answer(n, confidence=None)",
+                "test_it_ends_when_the_papers_number_of_layers_is_settled",
+            ),
+            (
+                "if given is None and shape.kv_heads != shape.n_heads:",
+                "if False:",
+                "test_other_models_are_refused_by_name_before_they_are_loaded",
+            ),
+            (
+                "        saving=saving,\n",
+                "",
+                "test_stopped_and_continued_the_file_has_the_same_bytes",
+            ),
+            (
+                "        running=running,\n",
+                "",
+                "test_every_kind_of_source_gives_the_scores_of_rank",
+            ),
+        ),
+    ),
+    Section(
+        "short_gpt/jobs/forecast.py",
+        "tests/jobs/test_reproduction.py",
+        (
+            ("(first - read) * one", "first * one", "test_the_forecast_is_windows_times_seconds"),
+            (
+                "rest if first is None else chain([first], rest)",
+                "rest",
+                "test_looking_at_the_first_window_loses_none",
+            ),
+        ),
+    ),
+    Section(
+        "short_gpt/models/shape.py",
+        "tests/models/test_shape.py",
+        (
+            (
+                "getattr(text, GROUPED, None) or heads",
+                "heads",
+                "test_a_config_says_the_shape",
+            ),
+            (
+                "2 * self.vocab_size * self.dim",
+                "self.vocab_size * self.dim",
+                "test_the_parameters_are_the_published_numbers",
             ),
         ),
     ),

@@ -15,6 +15,7 @@ import pytest
         ("stopping", "read_scores", {}),
         ("stopping", "attack", {"adversarial": True}),
         ("streaming", "make_checkpoint", {}),
+        ("reproduce_7b", "rehearse", {}),
     ],
 )
 def test_a_result_that_could_not_be_written_is_told_before_the_work(

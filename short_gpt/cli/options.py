@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 
 from llama.io.outputs import check_output
 from short_gpt.report.figures import is_picture, require_matplotlib
-from short_gpt.report.pictures import QUALITY, SCORES
+from short_gpt.report.pictures import PUBLISHED, QUALITY, SCORES
 from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.runtime.progress import first_rank
+from short_gpt.runtime.progress import above_bars, first_rank
 from short_gpt.runtime.results import is_record, write_record
 
 
@@ -102,6 +101,15 @@ class Pictures(Output):
 
 
 @dataclass(frozen=True)
+class PaperPictures(Pictures):
+    """The result as a file, and as the pictures of scores and published.png."""
+
+    @property
+    def _names(self) -> Sequence[str]:
+        return (*SCORES, *PUBLISHED)
+
+
+@dataclass(frozen=True)
 class QualityPicture(Pictures):
     """The result as a file, and as the picture quality.png."""
 
@@ -135,9 +143,9 @@ def say(text: str) -> None:
 
 
 def tell(text: str) -> None:
-    """Says on stderr what is to be known before a long run; of several ranks, only the first."""
+    """Says on stderr what is to be known of a long run, above its bars; of ranks the first."""
     if first_rank():
-        print(text, file=sys.stderr, flush=True)
+        above_bars(text)
 
 
 def say_written(targets: Sequence[Path]) -> None:

@@ -50,14 +50,15 @@ RULES = (
         "--n, a --seed and --method bi or angular",
         lambda v: None not in (v["n"], v["seed"]) and v["method"] in ("bi", "angular"),
     ),
-    Rule(("rank",), ("rare",), "a --confidence", _given("confidence")),
+    Rule(("reproduce",), ("confidence", "rare"), "a --seed", _given("seed")),
+    Rule(("rank", "reproduce"), ("rare",), "a --confidence", _given("confidence")),
     Rule(
         ("rank",),
         ("sublayers", "plots"),
         f"a --method that scores (not {' or '.join(BY_LOSS)})",
         lambda v: v["method"] not in BY_LOSS,
     ),
-    Rule(("rank",), ("save_every",), "--state or --json", _given("state", "json")),
+    Rule(("rank", "reproduce"), ("save_every",), "--state or --json", _given("state", "json")),
     Rule(
         ("compare",),
         ("steps", "rank", "learning_rate", "batch", "lora_size"),

@@ -3,7 +3,13 @@
 from short_gpt.experiments.compare import Cases, Compared, compare
 from short_gpt.experiments.comparison import Comparison
 from short_gpt.experiments.comparison_lora import LoraHealing, LoraSettings
-from short_gpt.experiments.published import PaperComparison, compare_with_paper, identify
+from short_gpt.experiments.paper_order import Pair, PaperOrder, bear_out
+from short_gpt.experiments.published import (
+    PaperComparison,
+    compare_with_paper,
+    identify,
+    published_scores,
+)
 from short_gpt.experiments.rows import Agreement, Row
 
 __all__ = [
@@ -13,9 +19,13 @@ __all__ = [
     "Comparison",
     "LoraHealing",
     "LoraSettings",
+    "Pair",
     "PaperComparison",
+    "PaperOrder",
     "Row",
+    "bear_out",
     "compare",
     "compare_with_paper",
     "identify",
+    "published_scores",
 ]

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from importlib.resources import files
 
 import torch
+from torch import Tensor
 
 from llama.io.json_files import JsonObject
 from short_gpt.models.numbering import check_exist
 from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.scoring.metrics import spearman
+from short_gpt.scoring.metrics import kendall, spearman
 
 
 def published() -> JsonObject:
@@ -45,6 +46,10 @@ class PaperComparison:
         same_set: whether both hold the same layers, in whatever order.
         overlap: how many layers both hold.
         same_order: whether the lists are equal.
+        same_places: at how many places both lists have the same layer.
+        kendall_tau: of the order of the layers that both hold, in [-1, 1]: the share of their pairs
+            that stand the same way round, less the share of the others. None if fewer than 2 are
+            shared.
         rank_correlation: Spearman's rho between the places in the two lists of the layers that
             both hold, in [-1, 1]; 1 if these come in the same order, -1 if in reverse. None if
             fewer than 2 layers are shared.
@@ -56,6 +61,8 @@ class PaperComparison:
     same_set: bool
     overlap: int
     same_order: bool
+    same_places: int
+    kendall_tau: float | None
     rank_correlation: float | None
 
     def table(self) -> str:
@@ -69,12 +76,15 @@ class PaperComparison:
         return "\n".join([f"{self.model}, layers in order of removal", *lines, *self._verdict()])
 
     def _verdict(self) -> list[str]:
+        tau = "-" if self.kendall_tau is None else f"{self.kendall_tau:.2f}"
         rho = "-" if self.rank_correlation is None else f"{self.rank_correlation:.2f}"
+        agree = f"Kendall's tau {tau}, rank correlation {rho}"
         only_paper = sorted({*self.paper} - {*self.ours})
         only_ours = sorted({*self.ours} - {*self.paper})
         lines = [
             f"same layers: {_yes(self.same_set)} ({self.overlap} of {len(self.paper)})",
-            f"same order: {_yes(self.same_order)} (rank correlation {rho})",
+            f"same places: {self.same_places} of {len(self.paper)}",
+            f"same order: {_yes(self.same_order)} ({agree})",
         ]
         lines += [f"only the paper removes {only_paper}"] if only_paper else []
         lines += [f"only we remove {only_ours}"] if only_ours else []
@@ -95,13 +105,11 @@ def compare_with_paper(model: str, ours: Sequence[int]) -> PaperComparison:
         >>> compare_with_paper("Llama-2-7B", [25, 27, 24, 26, 28, 29, 23, 22, 21]).same_set
         True
     """
-    models = published()["paper"]["models"]
-    if model not in models:
-        raise ShortGPTError(f"the paper has no list for {model!r}, only for {', '.join(models)}")
     ours = [int(layer) for layer in ours]
-    check_exist(ours, range(models[model]["n_layers"]))
-    paper = models[model]["removed"]
+    check_exist(ours, range(layers_in_paper(model)))
+    paper = published()["paper"]["models"][model]["removed"]
     shared = [layer for layer in paper if layer in ours]
+    several = len(shared) >= 2
     places = [torch.tensor([side.index(layer) for layer in shared]) for side in (paper, ours)]
     return PaperComparison(
         model=model,
@@ -110,8 +118,37 @@ def compare_with_paper(model: str, ours: Sequence[int]) -> PaperComparison:
         same_set=sorted(paper) == sorted(ours),
         overlap=len(shared),
         same_order=paper == ours,
-        rank_correlation=spearman(*places) if len(shared) >= 2 else None,
+        same_places=sum(a == b for a, b in zip(paper, ours, strict=False)),
+        kendall_tau=kendall(shared, [i for i in ours if i in shared]) if several else None,
+        rank_correlation=spearman(*places) if several else None,
     )
+
+
+def layers_in_paper(model: str) -> int:
+    """How many layers one of the paper's models has; ShortGPTError for another name."""
+    models = published()["paper"]["models"]
+    if model not in models:
+        raise ShortGPTError(f"the paper has no list for {model!r}, only for {', '.join(models)}")
+    return models[model]["n_layers"]
+
+
+def published_scores(model: str) -> tuple[Tensor, Tensor] | None:
+    """Scores that others published for one of the paper's models; None where there are none.
+
+    Args:
+        model: the paper's name.
+
+    Returns:
+        Block Influence of every layer, (L,), and the angular distance of every block of 9 layers,
+        (L - 9 + 1,), both as sums, of which only ratios mean something.
+    """
+    found = published()["reimplementation"]["models"].get(model)
+    if found is None:
+        return None
+    influence, angles = (
+        torch.tensor(found[name], dtype=torch.float64) for name in ("importance", "angular_n9")
+    )
+    return influence, angles[: len(angles) - 9 + 1]
 
 
 def identify(dim: int, n_layers: int, vocab_size: int) -> str:

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from llama.parallel import several_ranks
+from short_gpt.jobs.answer import Answer
+from short_gpt.jobs.forecast import first_of, forecast
 from short_gpt.jobs.inputs import (
     Notify,
     Opening,
@@ -24,61 +26,14 @@ from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import first_rank
 from short_gpt.runtime.state import StateFile
 from short_gpt.scored_model import ScoredModel
+from short_gpt.scoring.following import Following
 from short_gpt.scoring.importance import Importance
 from short_gpt.scoring.state import RunState
 from short_gpt.scoring.stopping import Stop, Verdict
-from short_gpt.selection.methods import BY_LOSS, check_method, choose
+from short_gpt.selection.methods import BY_LOSS, choose
 from short_gpt.selection.search import Search
 from short_gpt.short_model import ShortModel
 from short_gpt.streaming.memory import bytes_of
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a ranking is to answer.
-
-    Args:
-        n: also say which so many layers the methods would remove.
-        method: bi, angular, angular_all, deepest, relative_magnitude, norm, sequential, reverse,
-            random, perplexity or sleb.
-        candidates: sleb only tries the so many layers of lowest Block Influence; all if not given.
-        confidence: that a settled answer is that of all windows; none reads all of them.
-        rare: share of all windows that a kind of windows must make up to be guarded against by
-            that; the smaller, the more is read.
-        sublayers: also score the attention and the MLP of every layer.
-
-    Raises:
-        ShortGPTError: there is no such method, or it needs a number of layers.
-    """
-
-    n: int | None = None
-    method: str = "bi"
-    candidates: int | None = None
-    confidence: float | None = 0.99
-    rare: float = 0.02
-    sublayers: bool = False
-
-    def __post_init__(self) -> None:
-        check_method(self.method)
-        if self.by_loss and self.n is None:
-            raise ShortGPTError(f"`method` {self.method} needs `n`")
-
-    @property
-    def by_loss(self) -> bool:
-        """Whether the method runs the model without layers."""
-        return self.method in BY_LOSS
-
-    def rule(self, seed: int | None) -> Stop | None:
-        """The rule that ends a run early, where the answer can be settled.
-
-        That takes a method that chooses its n layers by means over windows, in one pass, and
-        windows in random order.
-        """
-        if self.confidence is None:
-            return None
-        rule = Stop(self.n or 1, self.method == "angular", self.confidence, rare=self.rare)
-        can = self.n is not None and seed is not None and self.method in ("bi", "angular")
-        return rule if can else None
 
 
 @dataclass(frozen=True)
@@ -146,6 +101,7 @@ def rank(
     running: Scoring | None = None,
     saving: TimedSaving | None = None,
     notify: Notify = ignore,
+    detailed: bool = False,
 ) -> Ranking:
     """Scores every layer of a checkpoint: Block Influence and angular distances, in one pass.
 
@@ -156,6 +112,8 @@ def rank(
         answer: what is asked, in full.
         cut, opening, running, saving: how windows are cut, the model opened, run, the run saved.
         notify: is told what a streamed run will take in memory, before it starts.
+        detailed: whether it is also told the time that a run of one pass will take, from a window
+            that is timed, and how the answer stands while it goes on.
 
     Returns:
         The scores, with ``layers`` if a number of layers was asked for.
@@ -178,7 +136,8 @@ def rank(
     if answer.by_loss:
         result = _searched(settings.running.whole(model, *place), found, settings)
     else:
-        result = _measured(settings.running.open(model, *place), found, settings, notify)
+        short = settings.running.open(model, *place)
+        result = _measured(short, found, settings, notify, detailed)
     return replace(result, scored=scored)
 
 
@@ -247,7 +206,11 @@ def check_ranking(model: str, answer: Answer, cut: StridedCut, running: Scoring)
 
 
 def _measured(
-    short: ScoredModel, found: Iterable[str], settings: _Settings, notify: Notify
+    short: ScoredModel,
+    found: Iterable[str],
+    settings: _Settings,
+    notify: Notify,
+    detailed: bool,
 ) -> Ranking:
     """The scores of one pass."""
     answer, cut, size = settings.answer, settings.cut, settings.running.batch_size
@@ -255,6 +218,12 @@ def _measured(
     state, bos = settings.state(short), cut.bos or short.bos
     if (plan := short.plan_text(size)) is not None:
         notify(plan)
+    follow = None
+    if detailed:
+        windows = _forecast(short, windows, settings, state, notify)
+        rule = Stop(answer.n or 1, answer.method == "angular")
+        stops = answer.rule(cut.seed)
+        follow = Following(notify, stops or rule, stops=stops is not None)
     with interruptible():
         verdict = short.measure(
             windows,
@@ -264,8 +233,33 @@ def _measured(
             state=RunState(state) if state is not None else None,
             sublayers=answer.sublayers,
             all_tokens=answer.method == "angular_all",
+            follow=follow,
         )
     return Ranking(answer, cut.seed, short.importance, verdict=verdict, state=state, bos=bos)
+
+
+def _forecast(
+    short: ScoredModel,
+    windows: Iterable[list[int]],
+    settings: _Settings,
+    state: StateFile | None,
+    notify: Notify,
+) -> Iterable[list[int]]:
+    """Tells how long the run will take; returns the windows."""
+    first, windows = first_of(windows)
+    if first is not None:
+        before = 0 if state is None else RunState(state).sums(short.kept).n_windows
+        line = forecast(
+            short,
+            first,
+            batch_size=settings.running.batch_size,
+            rule=settings.answer.rule(settings.cut.seed),
+            total=known_total(windows, settings.cut.max_windows),
+            population=getattr(windows, "population", None),
+            read=before,
+        )
+        notify(line)
+    return windows
 
 
 def _searched(short: ShortModel, found: Iterable[str], settings: _Settings) -> Ranking:

@@ -2,10 +2,11 @@
 
 from short_gpt.report import results
 from short_gpt.report.bars import importance_bars
+from short_gpt.report.beside import beside_published
 from short_gpt.report.curves import quality_curves
 from short_gpt.report.figures import require_matplotlib, save
 from short_gpt.report.heatmap import angular_heatmap
-from short_gpt.report.pictures import draw_quality, draw_scores
+from short_gpt.report.pictures import draw_published, draw_quality, draw_scores
 from short_gpt.report.tables import (
     compared,
     comparison,
@@ -18,9 +19,11 @@ from short_gpt.report.tables import (
 
 __all__ = [
     "angular_heatmap",
+    "beside_published",
     "compared",
     "comparison",
     "drafts",
+    "draw_published",
     "draw_quality",
     "draw_scores",
     "importance_bars",

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from short_gpt.experiments.published import PaperComparison
 from short_gpt.experiments.rows import Row
 from short_gpt.report.bars import importance_bars
+from short_gpt.report.beside import beside_published
 from short_gpt.report.curves import quality_curves
 from short_gpt.report.figures import save
 from short_gpt.report.heatmap import angular_heatmap
 from short_gpt.scoring.importance import Importance
 
 SCORES, QUALITY = ("block_influence.png", "angular.png"), ("quality.png",)
+PUBLISHED = ("published.png",)
 
 
 def draw_scores(importance: Importance, folder: Path, n: int | None = None) -> list[Path]:
@@ -33,6 +36,13 @@ def draw_scores(importance: Importance, folder: Path, n: int | None = None) -> l
     files = [folder / name for name in SCORES]
     for figure, file in zip((bars, heat), files, strict=True):
         save(figure, file)
+    return files
+
+
+def draw_published(importance: Importance, comparison: PaperComparison, folder: Path) -> list[Path]:
+    """Draws scores beside published ones into a folder; returns the file in a list."""
+    files = [folder / name for name in PUBLISHED]
+    save(beside_published(importance, comparison), files[0])
     return files
 
 

@@ -11,6 +11,7 @@ from short_gpt.jobs.healing import Healing
 from short_gpt.jobs.inputs import about_bos
 from short_gpt.jobs.pruning import Pruned
 from short_gpt.jobs.ranking import Ranking
+from short_gpt.jobs.reproduction import Reproduced
 from short_gpt.report.tables import perplexities, ranking, search, sublayers
 from short_gpt.selection.perplexity_budget import Budget
 
@@ -26,6 +27,15 @@ def ranked(result: Ranking) -> str:
     parts += ["\n" + sublayers(result.importance)] if answer.sublayers else []
     parts += [str(result.verdict)] if result.verdict else []
     return "\n".join(parts)
+
+
+def reproduced(result: Reproduced) -> str:
+    """The ranking, the paper's list beside it, and what the scores say of the paper's order."""
+    parts = [f"not the paper's protocol: {'; '.join(result.changed)}"] if result.changed else []
+    parts += [ranked(result.ranking), "", result.comparison.table()]
+    if result.published is not None:
+        parts += [f"rank correlation with published scores of all layers {result.published:.3f}"]
+    return "\n".join([*parts, "", result.order.table()])
 
 
 def next_command(model: str, result: Ranking, scores: str | None) -> str | None:

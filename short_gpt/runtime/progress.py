@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
 from typing import Protocol, TypeVar
 
@@ -38,6 +39,14 @@ def bar(desc: str, *, total: int | None, unit: str, show: bool = True, delay: fl
     from tqdm import tqdm
 
     return tqdm(total=total, desc=desc, unit=unit, delay=delay, disable=not (show and first_rank()))
+
+
+def above_bars(text: str) -> None:
+    """Writes a line to stderr, where the bars that stand there go on below it."""
+    from tqdm import tqdm
+
+    tqdm.write(text, file=sys.stderr)
+    sys.stderr.flush()
 
 
 def first_rank() -> bool:

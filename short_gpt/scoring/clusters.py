@@ -44,21 +44,27 @@ def merged(parts: Sequence[Texts | None]) -> Texts | None:
 
 
 def error_over_texts(texts: Texts) -> Tensor:
-    """The standard error of the mean of every layer over all tokens, texts being the samples.
+    """The standard error of the mean of every layer over all tokens, (L,), of two texts or more."""
+    return covariance_over_texts(texts).diagonal().clamp(min=0).sqrt()
 
-    With S the sums of a text, t its tokens and G texts, it is sqrt(G / (G - 1) sum (S - m t)^2) /
-    sum t, as in `evaluation.sampling.sampling_error`: that of a ratio of totals of clusters.
+
+def covariance_over_texts(texts: Texts) -> Tensor:
+    """Covariance of the means of all layers over all tokens, texts being the samples.
+
+    With S the sums of a text, t its tokens and G texts, it is G / (G - 1) sum (S - m t) (S - m t)^T
+    / (sum t)^2; its diagonal is that of `evaluation.sampling.sampling_error`, a ratio of totals of
+    clusters.
 
     Args:
         texts: at least two.
 
     Returns:
-        (L,).
+        (L, L).
     """
     each = torch.stack(list(texts.values()))  # (G, L + 1)
     sums, tokens, count = each[:, :-1], each[:, -1:], len(each)
     residual = sums - sums.sum(0) / tokens.sum() * tokens
-    return (residual.square().sum(0) * count / (count - 1)).sqrt() / tokens.sum()
+    return residual.T @ residual * (count / (count - 1) / tokens.sum() ** 2)
 
 
 def to_json(texts: Texts | None) -> dict[str, object] | None:

@@ -1,4 +1,4 @@
-"""The papers' equations, the rank correlation and Student's t: numbers in, numbers out.
+"""The papers' equations, rank correlations and Student's t: numbers in, numbers out.
 
 The hooks call these: the parts on products and norms, of which they compute none twice.
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import combinations
 
 import torch
 from torch import Tensor
@@ -204,6 +205,34 @@ def spearman(a: Tensor, b: Tensor) -> float:
 
     correlation = float(spearmanr(a.double().numpy(), b.double().numpy()).statistic)
     return max(-1.0, min(1.0, correlation)) if math.isfinite(correlation) else math.nan
+
+
+def kendall(a: Sequence[int], b: Sequence[int]) -> float:
+    """Kendall's rank correlation tau of two orders of the same items.
+
+    The share of the pairs of items that stand the same way round in both, less the share of those
+    that do not (Kendall, Biometrika 30, 1938).
+
+    Args:
+        a, b: the items in either order, each once.
+
+    Returns:
+        A number in [-1, 1]: 1 for equal orders, -1 for reversed ones; NaN for fewer than 2 items.
+
+    Raises:
+        ShortGPTError: the orders are not of the same items.
+
+    Example:
+        >>> kendall([1, 2, 3], [1, 3, 2])  # two pairs of three the same way round
+        0.3333333333333333
+    """
+    if len({*a}) != len(a) or sorted(a) != sorted(b):
+        raise ShortGPTError(f"expected two orders of the same items, got {[*a]} and {[*b]}")
+    if len(a) < 2:
+        return math.nan
+    place = {item: i for i, item in enumerate(b)}
+    signs = [1 if place[x] < place[y] else -1 for x, y in combinations(a, 2)]
+    return sum(signs) / len(signs)
 
 
 def student_t(probability: float, degrees: int) -> float:

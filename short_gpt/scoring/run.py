@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from short_gpt.data.windows import batches
@@ -13,6 +13,8 @@ from short_gpt.scoring.importance import Importance
 from short_gpt.scoring.measuring import ScoreWindows, measure
 from short_gpt.scoring.state import RunState
 from short_gpt.scoring.stopping import Stop, Verdict, next_look
+
+Follow = Callable[[Importance, int | None], object]
 
 
 class ScoringRun:
@@ -29,6 +31,7 @@ class ScoringRun:
         stop: when to stop; None reads everything.
         state: where to save and continue; ``into`` is then its sums.
         score: as in `measuring.measure`.
+        follow: is given the sums of all replicas, and the population, as they grow.
 
     A run that continues is given the windows of `RunState.unread`.
     """
@@ -43,11 +46,12 @@ class ScoringRun:
         stop: Stop | None = None,
         state: RunState | None = None,
         score: ScoreWindows | None = None,
+        follow: Follow | None = None,
     ) -> None:
         self.into = into
         self.verdict: Verdict | None = None
         self._decoder, self._batch_size, self._population = decoder, batch_size, population
-        self._stop, self._state, self._score = stop, state, score
+        self._stop, self._state, self._score, self._follow = stop, state, score, follow
         self._team = replicas.current(decoder.device)
         self._read = into.n_windows
         self._next = stop.first_look(population) if stop else 32
@@ -109,8 +113,10 @@ class ScoringRun:
             yield last
 
     def _after(self, local: Importance) -> bool:
-        if self._state and self._team.count == 1:
-            self._state.tick(local)
+        if self._team.count == 1:
+            self._tell()
+            if self._state:
+                self._state.tick(local)
         if self._read < self._next:
             return False
         while self._next <= self._read:
@@ -125,8 +131,13 @@ class ScoringRun:
             # in the same order of additions in a run that was interrupted at any look
             self.into = self.into + sums_of_all(self._team, local)
             vars(local).update(vars(Importance.empty(local.layers)))
+            self._tell()
         if self._stop:
             self.verdict = self._stop.judge(self.into, self._population, final=final)
+
+    def _tell(self) -> None:
+        if self._follow is not None:
+            self._follow(self.into, self._population)
 
 
 def sums_of_all(team: replicas.Replicas, local: Importance) -> Importance:

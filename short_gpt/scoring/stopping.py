@@ -140,7 +140,7 @@ class Stop:
         return t - CAUTION * skewness.clamp(max=0) * skewness_factor(t, read, population)
 
 
-def check_sample(*, random_order: bool, before: int) -> None:
+def check_sample(random_order: bool, before: int) -> None:
     """Raises ShortGPTError where a stop would not judge one random sample.
 
     Args:
@@ -228,15 +228,19 @@ class Verdict:
     z: float
     needed: float
 
+    @property
+    def closest(self) -> str:
+        """The least sure pair, in words."""
+        kind = "blocks that start at" if self.stop.angular else "layers"
+        return f"closest {kind} " + " and ".join(f"{i}" for i in self.pair)
+
     def __str__(self) -> str:
         what = "best block" if self.stop.angular else f"set of the {self.stop.n} lowest"
         of = "" if self.population is None else f" of {self.population:,}"
         read = f"{self.windows:,}{of} windows"
         if self.population is not None and self.windows >= self.population:
             return f"{what} settled: all {self.windows:,} windows were read"
-        names = " and ".join(f"{i}" for i in self.pair)
-        kind = "blocks that start at" if self.stop.angular else "layers"
-        closest = f"closest {kind} {names}: z = {self.z:.2f}, needed {self.needed:.2f}"
+        closest = f"{self.closest}: z = {self.z:.2f}, needed {self.needed:.2f}"
         if self.settled:
             return f"{what} settled at {self.stop.confidence:.4g} after {read}; {closest}"
         first = self.stop.first_look(self.population)

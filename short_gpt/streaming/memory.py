@@ -18,9 +18,9 @@ from llama.checkpoint.sharding import full_shapes
 from short_gpt.runtime.errors import ShortGPTError
 
 BLOCK_BYTES = 32 * 2**20  # rows of the embedding or the output head that are read at once
-# Windows of a round, at most: by then reading a layer takes less time than running it, and a rule
-# to stop can look again.
-MOST_WINDOWS, MOST_ON_DEVICE = 32, 256
+# Windows of a round, at most, and on the CPU tokens too: by then reading a layer takes less time
+# than running it, a rule to stop can look again, and a run be saved.
+MOST_WINDOWS, MOST_ON_DEVICE, MOST_TOKENS = 32, 256, 8192
 UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 
@@ -106,7 +106,8 @@ def plan(
             + ", ".join(f"{shown(size)} {name}" for name, size in host.items())
             + f", {shown(batch_size * window)} states of a batch)"
         )
-    most = MOST_WINDOWS if on_host else MOST_ON_DEVICE
+    on_cpu = min(MOST_WINDOWS, max(MOST_TOKENS // args.max_seq_len, 1))
+    most = on_cpu if on_host else MOST_ON_DEVICE
     batches = max(min(room // window, most) // batch_size, 1)
     # a power of two: another run's rounds, after a little more or less memory, begin where these do
     rounded = 1 << (batches.bit_length() - 1)

@@ -8,9 +8,11 @@ Shapes: B windows of a batch, S tokens, D width, L layers, V vocabulary.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -199,6 +201,34 @@ class StreamedTransformer(nn.Module):
             total = ready.sum(dtype=torch.promote_types(self.dtype, torch.float32))
             if not total.isfinite() and not ready.isfinite().all():
                 raise NotFiniteError(f"layer {number} has NaN or infinite weights in {name}")
+
+    @torch.no_grad()
+    def layer_seconds(self, batch: Batch) -> tuple[float, float, float]:
+        """Seconds to read a layer, to make its weights ready, and to take a batch through it.
+
+        They are the second layer's: at the first, memory is taken and libraries warm up.
+
+        Args:
+            batch: keeps a state that is of no use.
+
+        Raises:
+            NotFiniteError: a weight is NaN or infinite.
+        """
+        self._embed([batch])
+        for layer in [*self.layers][:2]:
+            times = [time.perf_counter()]
+            stored = self._read(self._numbers[layer])
+            times.append(time.perf_counter())
+            self._make_ready(self._numbers[layer], stored)
+            layer.load_state_dict(self._ready, assign=True)
+            times.append(time.perf_counter())
+            try:
+                float(batch.through(layer, self.freqs_cis))  # waits for the device
+            finally:
+                layer.to("meta")
+            times.append(time.perf_counter())
+        read, ready, run = (b - a for a, b in pairwise(times))
+        return read, ready, run
 
     def _check_states(self, layer: nn.Module, batches: Sequence[Batch]) -> None:
         """Sums may pass the largest number, and padding does not count: looks again."""

@@ -18,8 +18,9 @@ from llama.checkpoint.sharding import LAYER_SPLITS, split_dim
 from llama.formats.hf import args_of, meta_infos
 from llama.formats.names import HF, META, name_in, permute
 from llama.formats.safetensors import DTYPES, open_weights
+from llama.io.hub import resolve
 from llama.io.json_files import read_json
-from llama.io.sources import kind_of
+from llama.io.sources import is_hub_id, kind_of
 
 LAYER_NAMES = tuple(LAYER_SPLITS)
 
@@ -112,14 +113,17 @@ def open_source(ckpt_dir: str | os.PathLike[str], *, max_seq_len: int) -> MetaSo
     """Opens and checks a checkpoint directory of either format; no weight is read.
 
     Args:
-        ckpt_dir: the directory: ``params.json`` tells Meta's format, ``config.json`` the other.
+        ckpt_dir: the directory: ``params.json`` tells Meta's format, ``config.json`` the other; or
+            a hub id with its owner, which is fetched.
         max_seq_len: longest window to come, in tokens.
 
     Raises:
         FileNotFoundError: the directory or a file of it is missing.
         ShortGPTError: a file is damaged, or the model is not a Llama.
     """
-    path = Path(str(ckpt_dir))
+    path, name = Path(str(ckpt_dir)), str(ckpt_dir)
+    if not path.is_dir() and "/" in name and is_hub_id(name):
+        path = resolve(name)
     if not path.is_dir():
         raise FileNotFoundError(
             f"{path} is no local directory; to be streamed, a Llama must be one in Meta's format "

@@ -26,6 +26,8 @@ UNUSED = [
     (("rank", "model", "--n", 2, "--method", "sleb", "--sublayers"), "a --method that scores"),
     (("rank", "model", "--save_every", 5), "--state or --json"),
     (("rank", "model", "--overwrite"), "--json or --plots"),
+    (("reproduce", "model", "--seed", "none", "--rare", 0.1), "a --seed"),
+    (("reproduce", "model", "--confidence", "none", "--rare", 0.1), "a --confidence"),
     (("compare", "model", "--steps", 5), "lora in --healing"),
     (("compare", "model", "--seeds", 5, "--methods", "bi"), "random in --methods"),
     (("compare", "model", "--search_windows", 5, "--methods", "bi"), "sleb in --methods"),

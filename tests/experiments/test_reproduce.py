@@ -5,8 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from short_gpt.experiments import PaperComparison, compare_with_paper, identify
+from short_gpt.experiments import (
+    PaperComparison,
+    bear_out,
+    compare_with_paper,
+    identify,
+    published_scores,
+)
 from short_gpt.experiments.published import published
+from short_gpt.scoring.hooks import Scores
+from short_gpt.scoring.importance import Importance
+from short_gpt.scoring.metrics import student_t
 
 LLAMA = [27, 26, 25, 28, 24, 29, 23, 21, 22]
 RUNS = published()["reimplementation"]["models"]
@@ -56,6 +65,8 @@ def test_the_reimplementation_removes_the_papers_layers_in_another_order() -> No
         same_set=True,
         overlap=9,
         same_order=False,
+        same_places=2,  # 29 and 23
+        kendall_tau=pytest.approx(26 / 36),  # 5 pairs of 36 the other way round
         rank_correlation=pytest.approx(1 - 6 * 16 / (9 * 80)),
     )
 
@@ -70,21 +81,79 @@ def test_the_papers_own_list() -> None:
     found = compare_with_paper("Llama-2-7B", LLAMA)
     assert (found.same_set, found.same_order, found.overlap) == (True, True, 9)
     assert found.rank_correlation == pytest.approx(1.0)
+    assert (found.same_places, found.kendall_tau) == (9, 1.0)
+    assert compare_with_paper("Llama-2-7B", LLAMA[::-1]).kendall_tau == -1.0
     assert compare_with_paper("Llama-2-7B", LLAMA[::-1]).rank_correlation == pytest.approx(-1.0)
+
+
+def test_published_scores_are_those_of_the_list_and_end_where_blocks_do() -> None:
+    influence, angles = published_scores("Llama-2-7B") or pytest.fail("none")
+    assert influence.argsort(stable=True)[:9].tolist() == RUNS["Llama-2-7B"]["removed"]
+    assert len(angles) == 24 and int(angles.argmin()) == 21
+    assert published_scores("Llama-2-13B") is None
+
+
+def scores_of(*means: float) -> Importance:
+    """Two texts of two windows of ten tokens, whose layers differ in size, and by 0.01 alike."""
+    found, count = Importance.empty(range(len(means))), len(means)
+    each = torch.tensor(means, dtype=torch.float64) + torch.tensor([[0.01], [0.03]] * 2)
+    each[0, -1] += 0.02  # of one window, which makes the last layer's difference unsure
+    zeros = {"magnitude": (4, count), "norm": (4, count), "halves": (4, 2, count)}
+    zeros |= {name: (4, count + 1, count + 1) for name in ("angles", "token_angles")}
+    more = {name: torch.zeros(size) for name, size in zeros.items()}
+    found.add(Scores(tokens=torch.full((4,), 10.0), influence=10 * each, **more), [0, 0, 1, 1])
+    return found
+
+
+def test_pairs_of_the_list_are_borne_out_reversed_or_within_the_error() -> None:
+    order = bear_out([2, 0, 1, 3], scores_of(0.2, 0.1, 0.15, 0.15))
+    found = {(pair.first, pair.second): pair.verdict for pair in order.pairs}
+    assert found == {
+        (2, 0): "as in the paper",
+        (2, 1): "the other way",
+        (0, 1): "the other way",
+        (2, 3): "within the error",
+        (0, 3): "within the error",
+        (1, 3): "within the error",
+    }
+    pair = order.pairs[3]  # 2 and 1: texts' differences are equal, so the error is 0
+    assert pair.difference == pytest.approx(-0.1) and pair.margin < 1e-6
+    (unsure,) = (p for p in order.pairs if (p.first, p.second) == (2, 3))
+    # 0.005 on average, 0.01 of one text: half an interval of one degree of freedom
+    assert unsure.difference == pytest.approx(0.005)
+    assert unsure.margin == pytest.approx(0.005 * student_t(0.975, 1), rel=1e-6)
+    assert order.to_dict()["pairs"][0]["verdict"] == "as in the paper"
+    table = order.table().splitlines()
+    assert len(table) == 5 and table[1].startswith("    2 before   0   +0.050000 ± 0.000000  as in")
+    assert table[-1] == (
+        "pairs of the list, 6: 1 as in the paper, 3 within the error, 2 the other way"
+    )
+
+
+def test_from_one_window_no_order_follows() -> None:
+    one = Importance.empty(range(2))
+    zeros = {"magnitude": (1, 2), "norm": (1, 2), "halves": (1, 2, 2)}
+    zeros |= {name: (1, 3, 3) for name in ("angles", "token_angles")}
+    more = {name: torch.zeros(size) for name, size in zeros.items()}
+    one.add(Scores(tokens=torch.ones(1), influence=torch.tensor([[0.1, 0.9]]), **more), [0])
+    order = bear_out([0, 1], one)
+    assert [pair.verdict for pair in order.pairs] == ["within the error"]
+    assert order.to_dict()["pairs"][0]["margin"] is None
 
 
 def test_lists_that_share_a_part() -> None:
     found = compare_with_paper("Llama-2-7B", [0, 22, 27, 1, 26])
     assert (found.same_set, found.same_order, found.overlap) == (False, False, 3)
     assert found.rank_correlation == pytest.approx(-0.5)  # places 0, 1, 8 and 2, 4, 1
+    assert found.same_places == 0 and found.kendall_tau == pytest.approx(-1 / 3)
 
 
 @pytest.mark.parametrize(("ours", "overlap"), [([0, 1, 2], 0), ([0, 27], 1), ([], 0)])
 def test_fewer_than_two_shared_layers_have_no_correlation(ours: list[int], overlap: int) -> None:
     found = compare_with_paper("Llama-2-7B", ours)
     assert found.overlap == overlap
-    assert found.rank_correlation is None
-    assert "rank correlation -)" in found.table()
+    assert found.rank_correlation is None and found.kendall_tau is None
+    assert "Kendall's tau -, rank correlation -)" in found.table()
 
 
 def test_the_table_sets_both_lists_one_above_the_other() -> None:
@@ -95,7 +164,8 @@ def test_the_table_sets_both_lists_one_above_the_other() -> None:
             "paper     27  26  25  28  24  29  23  21  22",
             "ours      25  27  24  26  28  29  23  20",
             "same layers: no (7 of 9)",
-            "same order: no (rank correlation 0.75)",
+            "same places: 2 of 9",
+            "same order: no (Kendall's tau 0.62, rank correlation 0.75)",
             "only the paper removes [21, 22]",
             "only we remove [20]",
         ]

@@ -20,10 +20,13 @@ from matplotlib.container import BarContainer, ErrorbarContainer
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from short_gpt.experiments import compare_with_paper, published_scores
 from short_gpt.experiments.comparison import Row
-from short_gpt.report import angular_heatmap, importance_bars, quality_curves
+from short_gpt.report import angular_heatmap, beside_published, importance_bars, quality_curves
 from short_gpt.report.curves import SHOWN
 from short_gpt.report.figures import KEPT, REMOVED
+from short_gpt.scoring.hooks import Scores
+from short_gpt.scoring.importance import Importance
 
 LEVEL = torch.tensor([0.4, 0.2, 0.1, 0.3, 0.25])
 TOWER = torch.tensor([0.99, 0.04, 0.03, 0.05, 0.04, 0.03, 0.06, 0.05, 0.04, 0.03])
@@ -270,6 +273,64 @@ def test_what_is_far_worse_leaves_the_picture(worst: float) -> None:
 def test_curves_need_rows() -> None:
     with pytest.raises(ValueError, match="expected the rows of a comparison"):
         quality_curves([])
+
+
+# Beside what was published
+
+
+def measured(seed: int = 0) -> Importance:
+    """Scores of 32 layers whose means are the published ones by a factor, and a little noise."""
+    influence, _ = published_scores("Llama-2-7B") or pytest.fail("none")
+    generator = torch.Generator().manual_seed(seed)
+    found, windows, layers = Importance.empty(range(32)), 12, 32
+    each = influence / influence.max() * 0.7
+    each = each * (1 + 0.1 * torch.randn(windows, layers, generator=generator, dtype=torch.double))
+    states = torch.arange(layers + 1)
+    angles = 0.02 * (states[:, None] - states).abs().sqrt().expand(windows, -1, -1)
+    zeros = {"magnitude": (windows, layers), "norm": (windows, layers)}
+    zeros |= {"halves": (windows, 2, layers), "token_angles": (windows, layers + 1, layers + 1)}
+    more = {name: torch.zeros(size) for name, size in zeros.items()}
+    tokens = torch.full((windows,), 64.0)
+    found.add(Scores(tokens=tokens, influence=each * 64, angles=angles, **more), [0, 1, 2] * 4)
+    return found
+
+
+def lines(axes: Axes) -> dict[str, np.ndarray]:
+    """Heights of the curves by their names."""
+    return {str(line.get_label()): np.asarray(line.get_ydata()) for line in axes.lines} | {
+        str(group.get_label()): np.asarray(group.lines[0].get_ydata())
+        for group in axes.containers
+        if isinstance(group, ErrorbarContainer)
+    }
+
+
+def test_measured_scores_stand_beside_published_ones_of_the_same_median() -> None:
+    scores, (influence, angles) = measured(), published_scores("Llama-2-7B") or pytest.fail("none")
+    comparison = compare_with_paper("Llama-2-7B", scores.least_important(9))
+    figure = beside_published(scores, comparison)
+    png(figure)
+    above, below = figure.axes
+    found = lines(above)
+    assert found["measured"] == pytest.approx(scores.block_influence.numpy())
+    ratios = found["published, scaled"] / influence.numpy()
+    assert ratios == pytest.approx(np.full(32, ratios[0]))
+    assert np.sort(found["published, scaled"])[15] == pytest.approx(scores.block_influence.median())
+    assert sorted(found["removed by these scores"]) == sorted(
+        scores.block_influence[comparison.ours].tolist()
+    )
+    shaded = sorted(patch.get_x() + 0.5 for patch in above.patches)
+    assert shaded == sorted(comparison.paper)
+    assert lines(below)["measured"] == pytest.approx(scores.angular.diagonal(9).numpy())
+    assert len(lines(below)["published, scaled"]) == len(angles) == 24
+    assert (above.get_yscale(), below.get_yscale()) == ("log", "linear")
+
+
+def test_of_a_model_without_published_scores_the_measured_ones_stand_alone() -> None:
+    scores = measured()
+    figure = beside_published(scores, compare_with_paper("Baichuan-2-7B", [1, 2]))
+    png(figure)
+    (axes,) = figure.axes
+    assert "published, scaled" not in lines(axes) and "measured" in lines(axes)
 
 
 # All

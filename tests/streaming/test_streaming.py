@@ -9,6 +9,7 @@ import re
 import sys
 from pathlib import Path
 from string import ascii_lowercase
+from types import SimpleNamespace
 
 import children
 import pytest
@@ -139,6 +140,35 @@ def test_several_rounds_are_one_round(streamed, monkeypatch):
         assert torch.allclose(sums, expected, rtol=1e-13, equal_nan=True)
     again = streamed.perplexity(WINDOWS, batch_size=2, progress=False)
     assert again.value == pytest.approx(found.value, rel=1e-6)
+
+
+def test_a_round_on_the_cpu_has_no_more_tokens_than_hide_the_reading():
+    """So that a run of long windows is saved, and looked at, more than once an hour."""
+    for size, windows in ((64, 32), (256, 32), (1024, 8), (3000, 2), (20_000, 1)):
+        args = ModelArgs(dim=256, n_layers=4, n_heads=4, vocab_size=VOCAB, max_seq_len=size)
+        given = {"dtype": torch.float32, "stored": torch.bfloat16, "process": 10**8}
+        assert memory_plan.plan(args, max_memory="900GB", **given).windows == windows, size
+        on_device = memory_plan.plan(args, max_memory="900GB", on_host=False, **given)
+        assert on_device.windows == 256
+
+
+def test_a_window_costs_its_share_of_a_round_in_which_reading_hides(streamed, monkeypatch):
+    monkeypatch.setattr(streamed.stream, "layer_seconds", lambda _: (3.0, 1.0, 0.5))
+    monkeypatch.setattr(streamed, "plan", lambda _: SimpleNamespace(windows=4))
+    # of five layers, each: a second to make it ready; reading, 3 s, takes longer than 4 x 0.5 s
+    assert streamed.seconds_a_window([1, 2]) == 5 * (1 + 3) / 4
+    monkeypatch.setattr(streamed, "plan", lambda _: SimpleNamespace(windows=32))
+    assert streamed.seconds_a_window([1, 2]) == 5 * (1 + 32 * 0.5) / 32
+    assert streamed.seconds_a_window([1, 2], 8) == 5 * (1 + 3) / 32  # four batches of 0.5 s
+    streamed.remove_layers([2])
+    assert streamed.seconds_a_window([1, 2]) == 4 * (1 + 32 * 0.5) / 32
+
+
+def test_timing_a_layer_leaves_the_scores_as_they_are(streamed, tmp_path):
+    seconds = streamed.seconds_a_window(WINDOWS[0], 2)
+    assert 0 < seconds < 60 and streamed.n_windows == 0
+    assert all(p.device.type == "meta" for p in streamed.stream.layers.parameters())
+    same(streamed, meta(tmp_path / "again"))
 
 
 def few_rounds(streamed, windows: int) -> None:
@@ -398,7 +428,7 @@ REFUSED = [
     (("rank", "hf", "--max_memory", "1MB"), "max_memory 1MB is too little: .* at least"),
     (("perplexity", "hf", "--max_memory", "much"), "expected a size such as 3GB"),
     (("rank", "model.gguf"), "model.gguf is no local directory; to be streamed"),
-    (("perplexity", "some/model"), "some/model is no local directory; to be streamed"),
+    (("perplexity", "some/model"), "some/model is no directory here, and the hub cannot"),
     (("rank", "other"), "other is not a plain Llama: its model_type is 'gpt2'"),
 ]
 

@@ -1,0 +1,253 @@
+"""The paper's protocol on tiny models of every kind of source: rank with the paper's settings."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from children import reproduction
+from commands import TEXT, fails, run
+from conftest import BYTE_VOCAB, make_transformer, save_checkpoint, write_byte_tokenizer, zero_layer
+from processes import ranks
+
+from llama.formats.convert import meta_to_hf
+from short_gpt import ShortGPTError, rank
+from short_gpt.experiments import published
+from short_gpt.jobs import Answer, Opening, Paper, Scoring, StridedCut, TextSource, reproduce
+from short_gpt.jobs.forecast import duration, first_of, forecast
+from short_gpt.jobs.reproduction import Shape, _changed, _whole
+from short_gpt.opening import open_model
+from short_gpt.scoring.stopping import Stop
+from short_gpt.streaming.decoder import StreamedDecoder
+
+CUT = StridedCut(32, 20, 0, 32)
+CPU = Opening(device="cpu")
+SHAPE = {"dim": 32, "n_layers": 5, "vocab_size": BYTE_VOCAB, "removed": [3, 2, 1]}
+LINE = ("--data", "books", "--size", 32, "--stride", 32, "--max_windows", 20, "--device", "cpu")
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    """A random model whose layers 2 and 3 do nothing, in both formats and as one of the hub's."""
+    model = make_transformer(vocab_size=BYTE_VOCAB, n_kv_heads=4)
+    zero_layer(model, 2)
+    zero_layer(model, 3)
+    write_byte_tokenizer(save_checkpoint(tmp_path / "ckpt", model))
+    meta_to_hf(tmp_path / "ckpt", tmp_path / "hf")
+    (tmp_path / "books").mkdir()
+    for number in (1, 2):
+        (tmp_path / "books" / f"validation-{number}.txt").write_text(TEXT[number:])
+    monkeypatch.chdir(tmp_path)
+    known = published.published()
+    known["paper"]["models"]["tiny"] = SHAPE
+    monkeypatch.setattr(published, "published", lambda: known)
+    return tmp_path
+
+
+@pytest.fixture
+def hub(here, monkeypatch) -> str:
+    """The name of the same model in a cache of the hub's, which is not asked."""
+    from huggingface_hub import constants
+
+    cache = here / "cache" / "models--some--model"
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs" / "main").write_text("0" * 40)
+    (cache / "snapshots").mkdir()
+    (here / "hf").rename(cache / "snapshots" / ("0" * 40))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(here / "cache"))
+    return "some/model"
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["in memory", "streamed"])
+@pytest.mark.parametrize("source", ["ckpt", "hf", "hub"])
+def test_every_kind_of_source_gives_the_scores_of_rank(here, source, stream, request):
+    expected = rank("ckpt", "books", answer=Answer(3), cut=CUT, opening=CPU).importance
+    model = request.getfixturevalue("hub") if source == "hub" else source
+    told: list[str] = []
+    running = Scoring(stream=stream)
+    result = reproduce(model, "books", cut=CUT, opening=CPU, running=running, notify=told.append)
+    assert result.comparison.model == "tiny" and result.comparison.paper == [3, 2, 1]
+    assert result.comparison.ours[:2] == [2, 3] and result.n == 3
+    assert torch.allclose(
+        result.importance.block_influence, expected.block_influence, rtol=1e-4, atol=1e-6
+    )
+    assert told[0].startswith("one layer at a time, " if stream else "the whole model in memory: ")
+    assert re.match("a window of 32 tokens takes [^:]* seconds: all 20 .* seconds$", told[1])
+    assert re.match(r"(2|20) of 38 windows: \[2, 3, ", told[2])
+
+
+def test_the_papers_own_order_is_set_against_the_scores(here):
+    result = reproduce("ckpt", "books", cut=CUT, opening=CPU)
+    verdicts = {(p.first, p.second): p.verdict for p in result.order.pairs}
+    assert verdicts[3, 2] == "within the error"  # both are exactly 0
+    assert verdicts[2, 1] == verdicts[3, 1] == "as in the paper"
+    content = json.loads(json.dumps(result.to_dict()))
+    assert content["order"]["confidence"] == 0.95 and len(content["order"]["pairs"]) == 3
+    assert content["result"]["kendall_tau"] is not None
+    assert content["changed"] == ["size 32, not 1,024", "stride 32, not 256", "at most 20 windows"]
+    assert content["published_rank_correlation"] is None
+
+
+def test_it_ends_when_the_papers_number_of_layers_is_settled(here):
+    paper, cut = Paper(rare=0.4), StridedCut(16, None, 0, 8)
+    found = reproduce("ckpt", "books", paper=paper, cut=cut, opening=CPU)
+    verdict = found.ranking.verdict
+    assert verdict.settled and verdict.stop.n == 3 and verdict.windows < verdict.population
+    everything = Paper(confidence=None)
+    whole = reproduce("ckpt", "books", paper=everything, cut=cut, opening=CPU)
+    assert whole.ranking.verdict is None
+    assert whole.importance.n_windows == verdict.population
+    assert whole.comparison.ours == found.comparison.ours
+
+
+@pytest.mark.parametrize("stream", [[], ["--stream"]], ids=["in memory", "streamed"])
+def test_stopped_and_continued_the_file_has_the_same_bytes(here, monkeypatch, stream):
+    from short_gpt.streaming import memory
+
+    monkeypatch.setattr(memory, "MOST_WINDOWS", 4)
+    command = ["reproduce", "ckpt", *LINE, *stream, "--json", "r.json", "--save_every", 0]
+    run(*command)
+    whole = Path("r.json").read_bytes()
+    Path("r.json").unlink()
+    owner = StreamedDecoder if stream else type(open_model("ckpt", device="cpu"))
+    plain, left = owner.score, [3]
+
+    def fails(*args: object, **more: object) -> object:
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return plain(*args, **more)
+
+    monkeypatch.setattr(owner, "score", fails)
+    with pytest.raises(SystemExit) as stop:
+        run(*command)
+    assert stop.value.code == 130 and not Path("r.json").exists()
+    saved = json.loads(Path("r.json.state").read_text())
+    assert sum(saved["importance"]["windows"]) == (12 if stream else 3)
+    monkeypatch.setattr(owner, "score", plain)
+    run(*command)
+    assert Path("r.json").read_bytes() == whole and not Path("r.json.state").exists()
+
+
+def test_two_ranks_share_the_windows_and_one_speaks(here):
+    line = ["reproduce", "ckpt", *map(str, LINE), "--model_parallel_size", "1", "--json"]
+    done = ranks(2, Path("printed"), reproduction, SHAPE, [*line, "two.json"]).end()
+    assert not any(done.codes), done.err
+    assert done.out.count("tiny, layers in order of removal") == 1
+    assert done.err.count("a window of 32 tokens takes ") == 1
+    assert "20 of 38 windows: [2, 3, " in done.err
+    run(*line, "one.json")
+    two, one = (json.loads(Path(f"{name}.json").read_text()) for name in ("two", "one"))
+    assert two["result"] == one["result"]
+    assert sum(two["importance"]["windows"]) == sum(one["importance"]["windows"]) == 20
+
+
+def test_pictures_and_the_paper_beside(here, capsys):
+    run("reproduce", "ckpt", *LINE, "--plots", "p")
+    out = capsys.readouterr().out
+    assert out.startswith("not the paper's protocol: size 32, not 1,024; stride 32, not 256; at")
+    assert "same places: " in out and "The paper's order by these scores" in out
+    names = {"block_influence.png", "angular.png", "published.png"}
+    assert {p.name for p in Path("p").iterdir()} == names
+
+
+def refusals() -> list[tuple[dict[str, object], str]]:
+    return [
+        ({"dim": 64}, "ckpt is none of the paper's models: the paper has no list for a model of "),
+        ({"n_layers": 6}, "of dim 32, 6 layers and a vocabulary of 258; it covers Llama-2-7B (409"),
+        ({"n_kv_heads": 2}, "ckpt has the size of tiny but groups its keys and values"),
+    ]
+
+
+@pytest.mark.parametrize(("changes", "message"), refusals(), ids=lambda part: str(part)[:30])
+@pytest.mark.parametrize("kind", ["ckpt", "hf"])
+def test_other_models_are_refused_by_name_before_they_are_loaded(
+    here, changes, message, kind, monkeypatch, tmp_path
+):
+    other = make_transformer(**{"vocab_size": BYTE_VOCAB, "n_kv_heads": 4, **changes})
+    folder = save_checkpoint(tmp_path / "other" / "ckpt", other)
+    write_byte_tokenizer(folder)
+    if kind == "hf":
+        meta_to_hf(folder, folder.parent / "hf")
+    monkeypatch.chdir(folder.parent)
+    monkeypatch.setattr("short_gpt.jobs.reproduction.rank", lambda *_, **__: pytest.fail("it ran"))
+    with pytest.raises(ShortGPTError, match=re.escape(message.replace("ckpt", kind))):
+        reproduce(kind, "books")
+
+
+def test_a_named_model_needs_as_many_layers(here):
+    with pytest.raises(ShortGPTError, match="ckpt has 5 layers, Llama-2-7B has 32: their numbers"):
+        reproduce("ckpt", "books", paper=Paper("Llama-2-7B"))
+    with pytest.raises(ShortGPTError, match="the paper has no list for 'Llama-3', only for"):
+        reproduce("ckpt", "books", paper=Paper("Llama-3"))
+
+
+def test_mistakes_of_the_command_cost_one_line(here, capsys):
+    for flags, message in (
+        (("--seed", "none", "--confidence", 0.9), "--confidence has no effect without a --seed"),
+        (("--confidence", "none", "--rare", 0.1), "--rare has no effect without a --confidence"),
+        (("--save_every", 5), "--save_every has no effect without --state or --json"),
+        (("--confidence", 2), "confidence = 2.0: expected at least 0.5, below 1"),
+        (("--stream", "--model_parallel_size", 2), "--stream holds one layer on one rank"),
+    ):
+        assert message in fails(capsys, "reproduce", "ckpt", "--data", "books", *flags)
+
+
+def test_what_was_changed_of_the_protocol_is_named():
+    assert _changed(StridedCut(), TextSource(), "first") == ()
+    changed = _changed(StridedCut(bos="every"), TextSource(split="test", max_texts=3), "every")
+    assert changed == ("at most 3 texts", "the split test", "bos in front of every window")
+
+
+def test_the_memory_of_a_whole_model_is_told_by_its_shape(monkeypatch):
+    seven = Shape(4096, 32, 32000, 32, 32, 11008)
+    monkeypatch.setattr("short_gpt.jobs.reproduction.free_memory", lambda: 20 * 10**9)
+    said = _whole(seven, CPU)
+    assert said.startswith("the whole model in memory: 27 GB of weights in float32, of 20 GB that")
+    assert "stream holds one layer at a time" in said
+    half = _whole(seven, Opening(device="cpu", dtype="bfloat16"))
+    assert half.endswith("13.5 GB of weights in bfloat16, of 20 GB that are free")
+
+
+class Timed:
+    """A model whose windows take two seconds each."""
+
+    def __init__(self) -> None:
+        self.decoder = open_model("ckpt", device="cpu").decoder
+
+    def seconds_a_window(self, window: list[int], batch_size: int) -> float:
+        return 2.0 * batch_size
+
+
+def test_the_forecast_is_windows_times_seconds(here):
+    short, window = Timed(), [1] * 8
+    rule, all_of_them = Stop(9), {"total": 18_000, "population": 18_000}
+    assert forecast(short, window, rule=rule, **all_of_them) == (
+        "a window of 8 tokens takes 2 seconds: 295 windows, where the answer may be settled, "
+        "9.8 minutes; all 18,000 10 hours"
+    )
+    assert forecast(short, window, rule=rule, read=290, **all_of_them).endswith(
+        "be settled, 10 seconds; all 18,000 9.8 hours; 290 were read before"
+    )
+    assert (
+        forecast(short, window, total=100)
+        == "a window of 8 tokens takes 2 seconds: all 100 3.3 minutes"
+    )
+    assert forecast(short, window, rule=rule, total=100, population=18_000).endswith(
+        "s: all 100 3.3 minutes"
+    )
+    assert forecast(short, window).endswith("seconds; how many there are shows as they are read")
+    assert [duration(s) for s in (0.5, 119, 120, 7200, 200_000)] == [
+        "0.5 seconds", "119 seconds", "2 minutes", "2 hours", "2.3 days",
+    ]  # fmt: skip
+
+
+def test_looking_at_the_first_window_loses_none():
+    first, every = first_of(iter([[1], [2], [3]]))
+    assert first == [1] and list(every) == [[1], [2], [3]]
+    first, again = first_of([[1], [2]])
+    assert first == [1] and list(again) == list(again) == [[1], [2]]
+    assert first_of([])[0] is None and first_of(iter([]))[0] is None

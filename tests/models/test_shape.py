@@ -1,0 +1,66 @@
+"""The size of a model, told by its files before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import make_transformer, save_checkpoint
+
+from short_gpt import ShortGPTError
+from short_gpt.models.shape import Shape, shape_of
+
+CONFIG = {"model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32}
+CONFIG |= {"num_attention_heads": 32, "intermediate_size": 11008, "vocab_size": 32000}
+SEVEN = Shape(4096, 32, 32000, 32, 32, 11008)
+
+
+def hf(folder: Path, **changes: object) -> str:
+    folder.mkdir()
+    content = {k: v for k, v in {**CONFIG, **changes}.items() if v is not None}
+    (folder / "config.json").write_text(json.dumps(content))
+    return str(folder)
+
+
+def test_the_parameters_are_the_published_numbers():
+    assert SEVEN.parameters == 6_738_415_616
+    assert Shape(5120, 40, 32000, 40, 40, 13824).parameters == 13_015_864_320
+    assert Shape(4096, 32, 128256, 32, 8, 14336).parameters == 8_030_261_248  # grouped keys
+
+
+def test_a_config_says_the_shape(tmp_path):
+    assert shape_of(hf(tmp_path / "a")) == SEVEN
+    assert shape_of(hf(tmp_path / "b", num_key_value_heads=8)).kv_heads == 8
+
+
+def test_a_meta_directory_says_the_shape(tmp_path):
+    folder = save_checkpoint(tmp_path / "meta", make_transformer())
+    found, model = shape_of(str(folder)), make_transformer()
+    assert found == Shape(32, 5, 96, 4, 2, 96)
+    assert found.parameters == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "nothing"}, "other cannot be loaded: "),
+        (
+            {"model_type": "gpt2", "intermediate_size": None, "vocab_size": 60_000},
+            "other is a gpt2, whose config does not say intermediate_size; expected a Llama",
+        ),
+    ],
+)
+def test_what_says_none_is_refused_by_name(tmp_path, changes, message):
+    with pytest.raises(ShortGPTError, match=message):
+        shape_of(hf(tmp_path / "other", **changes))
+
+
+def test_gguf_files_and_what_is_not_there_are_refused_by_name(tmp_path):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ShortGPTError, match="model.gguf is a GGUF file; expected a model in Meta"):
+        shape_of(str(tmp_path / "model.gguf"))
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
+        shape_of(str(tmp_path / "nowhere"))
+    with pytest.raises(ConnectionError, match="owner/name is no directory here, and the hub"):
+        shape_of("owner/name")

@@ -1,0 +1,83 @@
+"""Paired errors of the differences between layers."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import scipy.stats
+import torch
+
+from short_gpt.scoring.clusters import covariance_over_texts, error_over_texts
+from short_gpt.scoring.differences import difference_margins
+from short_gpt.scoring.hooks import Scores
+from short_gpt.scoring.importance import Importance
+
+TOKENS = torch.tensor([10.0, 14.0, 6.0, 10.0, 12.0, 8.0])
+BASE = torch.tensor([0.1, 0.5, 0.2, 0.4, 0.3, 0.6])  # what moves all layers of a window
+MEANS = torch.stack([BASE, BASE + torch.tensor([1, 3, 2, 2, 1, 3]) / 100, 1.5 * BASE], dim=1)
+
+
+def importance(texts: list[int] | None) -> Importance:
+    """Six windows of three layers."""
+    found, count = Importance.empty(range(3)), len(TOKENS)
+    zeros = torch.zeros
+    found.add(
+        Scores(
+            tokens=TOKENS,
+            influence=MEANS * TOKENS[:, None],
+            angles=zeros(count, 4, 4),
+            magnitude=zeros(count, 3),
+            norm=zeros(count, 3),
+            halves=zeros(count, 2, 3),
+            token_angles=zeros(count, 4, 4),
+        ),
+        texts,
+    )
+    return found
+
+
+def by_hand(units: list[list[int]], i: int, j: int) -> float:
+    """Half an interval of the mean of d = x_j - x_i over all tokens, of clusters of windows."""
+    tokens = torch.stack([TOKENS[u].sum() for u in units]).double()
+    sums = torch.stack([(TOKENS * (MEANS[:, j] - MEANS[:, i]))[u].sum() for u in units]).double()
+    residual, count = sums - sums.sum() / tokens.sum() * tokens, len(units)
+    error = math.sqrt(count / (count - 1) * residual.square().sum()) / tokens.sum()
+    return float(error * scipy.stats.t.ppf(0.975, count - 1))
+
+
+@pytest.mark.parametrize(
+    ("texts", "units"),
+    [
+        ([0, 0, 1, 1, 2, 2], [[0, 1], [2, 3], [4, 5]]),
+        ([4, 4, 4, 4, 4, 4], [[i] for i in range(6)]),
+        (None, [[i] for i in range(6)]),
+    ],
+    ids=["three texts", "one text", "texts not known"],
+)
+def test_the_margin_is_that_of_the_difference_over_texts_else_windows(texts, units):
+    margins = difference_margins(importance(texts))
+    for i, j in ((0, 1), (0, 2), (2, 1)):
+        assert margins[i, j] == pytest.approx(by_hand(units, i, j), rel=1e-5)
+        assert margins[i, j] == pytest.approx(float(margins[j, i]), rel=1e-9)
+    assert (margins.diagonal() == 0).all()
+
+
+def test_what_moves_both_layers_alike_cancels():
+    found = importance(None)
+    assert difference_margins(found)[0, 1] < 0.2 * float(found.margin[0])
+    assert difference_margins(found, 0.5)[0, 1] < difference_margins(found)[0, 1]
+
+
+def test_the_errors_over_texts_are_the_roots_of_the_covariances_diagonal():
+    texts = importance([0, 0, 1, 1, 2, 2]).texts
+    assert torch.equal(error_over_texts(texts), covariance_over_texts(texts).diagonal().sqrt())
+
+
+def test_of_one_window_nothing_is_known():
+    one = Importance.empty(range(2))
+    sizes = {"magnitude": (1, 2), "norm": (1, 2), "halves": (1, 2, 2), "token_angles": (1, 3, 3)}
+    more = {name: torch.zeros(size) for name, size in sizes.items()}
+    angles = torch.zeros(1, 3, 3)
+    one.add(Scores(tokens=torch.ones(1), influence=torch.ones(1, 2), angles=angles, **more), [0])
+    assert difference_margins(one).isnan().all()
