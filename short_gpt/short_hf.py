@@ -125,9 +125,8 @@ class ShortHFModel(ShortModel):
             self.measure([self._continue(i, max_gen_len, temperature, top_p) for i in ids])
             return
         cut = windows(prompts, self.encode, size=max_seq_len, stride=stride, tail="keep")
-        before = (
-            max(self.importance.texts or (), default=-1) + 1
-        )  # other texts than an earlier call's
+        # other texts than an earlier call's
+        before = max(self.importance.texts or (), default=-1) + 1
         self.measure([Window(w, w.text + before, w.start) for w in cut], progress=False)
 
     def generate(
