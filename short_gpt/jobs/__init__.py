@@ -4,6 +4,7 @@ Jobs print nothing. They return what they found as plain data with a ``to_dict``
 as JSON, show progress bars, and tell a ``notify`` of what must be known before a long run starts.
 """
 
+from short_gpt.jobs.answer import Answer
 from short_gpt.jobs.cases import CaseNames, LoraNames, Shares
 from short_gpt.jobs.choice import (
     Choice,
@@ -21,7 +22,7 @@ from short_gpt.jobs.healing import Healing, heal
 from short_gpt.jobs.healing_settings import Learned, Settings
 from short_gpt.jobs.inputs import Cut, Opening, Running, Scoring, StridedCut, TextSource
 from short_gpt.jobs.pruning import Pruned, Written, prune, prune_by
-from short_gpt.jobs.ranking import Answer, Ranking, rank
+from short_gpt.jobs.ranking import Ranking, rank
 from short_gpt.jobs.reproduction import Reproduced, reproduce
 from short_gpt.jobs.saving import Saving, TimedSaving
 from short_gpt.jobs.scores import Scores, read_scores

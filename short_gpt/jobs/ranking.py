@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from llama.parallel import several_ranks
+from short_gpt.jobs.answer import Answer
 from short_gpt.jobs.inputs import (
     Notify,
     Opening,
@@ -26,59 +27,11 @@ from short_gpt.runtime.state import StateFile
 from short_gpt.scored_model import ScoredModel
 from short_gpt.scoring.importance import Importance
 from short_gpt.scoring.state import RunState
-from short_gpt.scoring.stopping import Stop, Verdict
-from short_gpt.selection.methods import BY_LOSS, check_method, choose
+from short_gpt.scoring.stopping import Verdict
+from short_gpt.selection.methods import BY_LOSS, choose
 from short_gpt.selection.search import Search
 from short_gpt.short_model import ShortModel
 from short_gpt.streaming.memory import bytes_of
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a ranking is to answer.
-
-    Args:
-        n: also say which so many layers the methods would remove.
-        method: bi, angular, angular_all, deepest, relative_magnitude, norm, sequential, reverse,
-            random, perplexity or sleb.
-        candidates: sleb only tries the so many layers of lowest Block Influence; all if not given.
-        confidence: that a settled answer is that of all windows; none reads all of them.
-        rare: share of all windows that a kind of windows must make up to be guarded against by
-            that; the smaller, the more is read.
-        sublayers: also score the attention and the MLP of every layer.
-
-    Raises:
-        ShortGPTError: there is no such method, or it needs a number of layers.
-    """
-
-    n: int | None = None
-    method: str = "bi"
-    candidates: int | None = None
-    confidence: float | None = 0.99
-    rare: float = 0.02
-    sublayers: bool = False
-
-    def __post_init__(self) -> None:
-        check_method(self.method)
-        if self.by_loss and self.n is None:
-            raise ShortGPTError(f"`method` {self.method} needs `n`")
-
-    @property
-    def by_loss(self) -> bool:
-        """Whether the method runs the model without layers."""
-        return self.method in BY_LOSS
-
-    def rule(self, seed: int | None) -> Stop | None:
-        """The rule that ends a run early, where the answer can be settled.
-
-        That takes a method that chooses its n layers by means over windows, in one pass, and
-        windows in random order.
-        """
-        if self.confidence is None:
-            return None
-        rule = Stop(self.n or 1, self.method == "angular", self.confidence, rare=self.rare)
-        can = self.n is not None and seed is not None and self.method in ("bi", "angular")
-        return rule if can else None
 
 
 @dataclass(frozen=True)
@@ -126,7 +79,7 @@ class Ranking:
             found = {"importance": self.importance.to_dict(), "settled": _settled(self.verdict)}
             return {**found, "bos": self.bos, **scored}
         assert self.search is not None
-        chosen = {"method": self.answer.method, "layers": self.search.removed}
+        chosen = {"method": self.answer.chosen_by, "layers": self.search.removed}
         return {"chosen": chosen, "search": vars(self.search), "bos": self.bos, **scored}
 
     def finish(self) -> None:
@@ -213,8 +166,10 @@ class _Settings:
         identity |= {"stride": cut.stride, "sublayers": answer.sublayers}
         identity |= {"batch_size": self.running.batch_size}
         if answer.by_loss:  # only these read a fixed number of windows for a fixed number of layers
-            identity |= {"method": answer.method, "n": answer.n, "candidates": answer.candidates}
+            identity |= {"method": answer.chosen_by, "n": answer.n, "candidates": answer.candidates}
             identity |= {"max_windows": cut.max_windows, "max_memory": self.running.max_memory}
+        if answer.method == "evolution":
+            identity["budget"] = answer.budget
         identity |= {"method of all tokens": answer.method == "angular_all"}
         if (bos := cut.bos or short.bos) != "first":  # else as in states of earlier versions
             identity["bos"] = bos
@@ -278,10 +233,9 @@ def _searched(short: ShortModel, found: Iterable[str], settings: _Settings) -> R
         if answer.candidates is not None:
             short.measure(windows, batch_size=running.batch_size)
             few = short.layers_to_remove(n=answer.candidates)
-        search = short.search(
+        search = answer.search(short, cut.seed)(
             windows,
             answer.n or 0,  # checked: it is given
-            method=answer.method,
             candidates=few,
             batch_size=running.batch_size,
             max_memory=bytes_of(running.max_memory or "2GB"),
