@@ -1621,6 +1621,22 @@ CHOICE = (
         ),
     ),
     Section(
+        "short_gpt/selection/many_sets.py",
+        "tests/selection/test_many_sets.py",
+        (
+            (
+                "ahead.get(place) if mends and place not in layers else None",
+                "None",
+                "test_mended_sets_are_those_mended_alone",
+            ),
+            (
+                "run = [i for i in range(place, stop) if alike[i][0]]",
+                "run = [*range(place, stop)]",
+                "test_losses_are_those_of_each_set_alone_for_half_of_the_layers",
+            ),
+        ),
+    ),
+    Section(
         "short_gpt/selection/account.py",
         "tests/selection/test_evolution.py",
         (
