@@ -52,8 +52,8 @@ def main(
     n: int = 4,
     among: int = 12,
     judged: int = 4,
-    size: int = 256,
-    fitted: int = 24,
+    size: int = 128,
+    fitted: int = 48,
     searched: int = 4,
     checked: int = 3,
     out: str | None = None,
@@ -92,7 +92,12 @@ def main(
     content |= {"tokens_per_window": size, "windows_fitted": fitted, "windows_searched": searched}
     losses_of = {kind: [[*s, mean(parts)] for s, parts in found[kind].items()] for kind in KINDS}
     content |= {**result, "losses": losses_of}
-    finish("optimality", [], content, held="judged", out=out, overwrite=overwrite)
+    try:
+        finish("optimality", [], content, held="judged", out=out, overwrite=overwrite)
+    except SystemExit:
+        if state is not None:
+            state.clear()
+        raise
 
 
 def cut(short: ShortLlama, part: str, size: int, limit: int) -> Windows:
