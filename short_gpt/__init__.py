@@ -6,6 +6,7 @@ from short_gpt.evaluation.drafts import draft_agreement
 from short_gpt.evaluation.perplexity import perplexity
 from short_gpt.evaluation.tasks import run_tasks
 from short_gpt.experiments import compare
+from short_gpt.healing.healed_search import search_healed
 from short_gpt.healing.linear_patch import heal as heal_patch
 from short_gpt.healing.lora import heal as heal_lora
 from short_gpt.healing.recipe import Recipe
@@ -44,6 +45,7 @@ __all__ = [
     "prune",
     "rank",
     "run_tasks",
+    "search_healed",
     "texts",
     "windows",
 ]

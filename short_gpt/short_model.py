@@ -16,9 +16,10 @@ from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.state import StateFile
 from short_gpt.scored_model import ScoredModel
 from short_gpt.scoring.importance import Importance
-from short_gpt.selection.methods import BY_LOSS
+from short_gpt.selection.found import Options
+from short_gpt.selection.mending import Mending
 from short_gpt.selection.perplexity_budget import CONFIDENCE, Budget, most_layers
-from short_gpt.selection.search import Search, one_shot, sleb
+from short_gpt.selection.search import Search, by_loss
 from short_gpt.surgery.changes import WeightChange
 from short_gpt.surgery.prefill import skipped_in_prefill
 from short_gpt.surgery.sublayers import REMOVED_SUBLAYERS, remove_sublayers, sublayer_parameters
@@ -86,9 +87,12 @@ class ShortModel(ScoredModel):
         *,
         method: str = "sleb",
         candidates: Sequence[int] | None = None,
+        budget: float = 1.0,
+        seed: int = 0,
         batch_size: int = 1,
         max_memory: int = 2**31,
         state: StateFile | None = None,
+        mending: Mending | None = None,
         progress: bool = True,
     ) -> Search:
         """The layers to remove by the loss without them; see `search.sleb` and `search.one_shot`.
@@ -96,9 +100,12 @@ class ShortModel(ScoredModel):
         Args:
             windows: token ids, all read for every candidate.
             n: how many layers.
-            method: "sleb", or "perplexity" for the one-shot choice.
-            candidates: original numbers of the layers that sleb may remove; None for all.
-            batch_size, max_memory, state, progress: as there.
+            method: "sleb", "evolution", or "perplexity" for the one-shot choice; "sleb_healed" is
+                called by `healing.search_healed`, which gives the ``mending``.
+            candidates: original numbers of the layers that may be removed; None for all, as the
+                one-shot choice takes in any case.
+            budget, seed: of `evolved.evolution`.
+            batch_size, max_memory, state, mending, progress: as there.
 
         Returns:
             Layers in original numbers, in order of removal, and the losses of all trials.
@@ -109,33 +116,13 @@ class ShortModel(ScoredModel):
         """
         self.check_whole()
         self._check_weights()
-        if method not in BY_LOSS:
-            raise ShortGPTError(f"no search by {method!r}; expected one of {', '.join(BY_LOSS)}")
-        if method == "sleb":
-            few = None if candidates is None else [self.kept.index(i) for i in candidates]
-            found = sleb(
-                self.decoder,
-                windows,
-                n,
-                candidates=few,
-                batch_size=batch_size,
-                max_memory=max_memory,
-                state=state,
-                progress=progress,
-            )
-        else:
-            found = one_shot(
-                self.decoder,
-                windows,
-                n,
-                batch_size=batch_size,
-                max_memory=max_memory,
-                state=state,
-                progress=progress,
-            )
+        few = None if candidates is None else [self.kept.index(i) for i in candidates]
+        options = Options(few, batch_size, max_memory, state, mending, progress)
+        found = by_loss(self.decoder, windows, n, options, method=method, budget=budget, seed=seed)
         # a search counts places in the model as it is now; what a user sees are original numbers
         numbers = [{self.kept[i]: v for i, v in loss.items()} for loss in found.losses]
-        return Search([self.kept[i] for i in found.removed], numbers, found.evaluations)
+        removed = [self.kept[i] for i in found.removed]
+        return Search(removed, numbers, found.evaluations, found.loss)
 
     def layers_within(
         self,

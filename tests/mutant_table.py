@@ -356,14 +356,20 @@ SELECTION = (
         ),
     ),
     Section(
-        "short_gpt/selection/search.py",
+        "short_gpt/selection/found.py",
         "tests/selection/test_greedy.py",
         (
             (
-                "set(range(1, count - 1))",
-                "set(range(count))",
+                "for i in range(1, count - 1) if i in places]",
+                "for i in range(count) if i in places]",
                 "test_numbers_out_of_range",
             ),
+        ),
+    ),
+    Section(
+        "short_gpt/selection/search.py",
+        "tests/selection/test_greedy.py",
+        (
             (
                 "sorted(loss, key=lambda i: (loss[i], i))[:n]",
                 "sorted(loss, key=lambda i: (-loss[i], i))[:n]",
@@ -377,12 +383,12 @@ SELECTION = (
         (
             # states beyond what memory was given for
             (
-                "limits.max_memory // size - 2",
-                "limits.max_memory // size + 50",
+                "options.max_memory // size - 2",
+                "options.max_memory // size + 50",
                 "test_the_states_held_fit_into_the_memory_given",
             ),
             (
-                "for i, states in self._stored.items() if i <= best",
+                "for i, states in self._stored.items() if i <= front",
                 "for i, states in self._stored.items()",
                 "test_sleb_equals_the_plain_loop",
             ),
@@ -392,8 +398,8 @@ SELECTION = (
                 "test_sleb_equals_the_plain_loop",
             ),
             (
-                "rest = self._alive(j + 1,",
-                "rest = self._alive(j,",
+                "if i != j]",
+                "if i >= j]",
                 "test_sleb_equals_the_plain_loop",
             ),
             (
@@ -565,6 +571,11 @@ HEALING = (
                 "left = self.square - (",
                 "test_the_solution_is_the_minimum_and_the_share_is_what_it_leaves",
             ),
+            (
+                "nothing = fitted.square <= noise**2 * fitted.tokens",
+                "nothing = False",
+                "tests/healing/test_refit.py::test_what_a_layer_that_does_nothing_leaves_needs_no_change",
+            ),
         ),
     ),
     Section(
@@ -600,11 +611,6 @@ HEALING = (
                 "(held if batch.held else fitted)",
                 "(fitted if batch.held else held)",
                 "test_the_ridge_is_chosen_by_the_windows_kept_apart",
-            ),
-            (
-                "nothing = fitted.square <= noise**2 * fitted.tokens",
-                "nothing = False",
-                "test_what_a_layer_that_does_nothing_leaves_needs_no_change",
             ),
             (
                 "            restore()\n",
@@ -662,6 +668,17 @@ HEALING = (
         ),
     ),
     Section(
+        "short_gpt/models/numbering.py",
+        "tests/healing/test_linear_patch.py",
+        (
+            (
+                "found[-1][1] == place - 1",
+                "found[-1][1] == place - 2",
+                "test_runs_of_consecutive_layers",
+            ),
+        ),
+    ),
+    Section(
         "short_gpt/healing/linear_patch.py",
         "tests/healing/test_linear_patch.py",
         (
@@ -669,11 +686,6 @@ HEALING = (
                 "[here].float()  # M (N, D)",
                 ".flatten(0, 1).float()[: int(here.sum())]  # M (N, D)",
                 "test_sets_fitted_together_are_those_fitted_alone_and_padding_does_not_count",
-            ),
-            (
-                "found[-1][1] == place - 1",
-                "found[-1][1] == place - 2",
-                "test_runs_of_consecutive_layers",
             ),
             (
                 "        undo()\n        raise\n    return patch",
@@ -1174,7 +1186,7 @@ PROOFS = (
         ),
     ),
     Section(
-        "short_gpt/selection/trials.py",
+        "short_gpt/selection/found.py",
         "tests/models/test_damaged_files.py",
         (
             (
@@ -1755,6 +1767,194 @@ RANKS = (
     ),
 )
 
+CHOICE = (
+    Section(
+        "short_gpt/healing/gap_refit.py",
+        "tests/healing/test_healed_search.py",
+        (
+            (
+                "(held if batch.held else fitted).add(",
+                "(fitted if batch.held else held).add(",
+                "test_in_front_of_a_gap_the_refit_is_that_of_the_whole_refit",
+            ),
+            (
+                "setattr(module, name, parameter)",
+                "pass",
+                "test_the_model_is_left_as_it_was_to_the_very_parameters",
+            ),
+            (
+                "return (last + 1) * (len",
+                "return last * (len",
+                "test_evaluations_are_the_layers_run_in_trials_and_in_fits",
+            ),
+            (
+                "for gap, value in self._values.items() if gap in wanted}",
+                "for gap, value in self._values.items()}",
+                "test_only_gaps_that_a_round_tries_are_held",
+            ),
+        ),
+    ),
+    Section(
+        "short_gpt/healing/healed_search.py",
+        "tests/healing/test_healed_search.py",
+        (
+            (
+                "scored = windows[::SCORED_EVERY]",
+                "scored = windows",
+                "test_every_fourth_window_scores_and_the_others_are_fitted_on",
+            ),
+        ),
+    ),
+    Section(
+        "short_gpt/selection/trials.py",
+        "tests/healing/test_healed_search.py",
+        (
+            (
+                "self._count_fits(self._gaps_of(candidates, gone))",
+                "pass",
+                "test_evaluations_are_the_layers_run_in_trials_and_in_fits",
+            ),
+            (
+                "with self._mended(gone):",
+                "with self._mended(self.result.removed):",
+                "test_losses_are_those_of_models_really_healed",
+            ),
+            (
+                "with self._mended(self.result.removed):",
+                "with self._mended([]):",
+                "test_losses_are_those_of_models_really_healed",
+            ),
+        ),
+    ),
+    Section(
+        "short_gpt/selection/many_sets.py",
+        "tests/selection/test_many_sets.py",
+        (
+            (
+                "ahead.get(place) if mends and place not in layers else None",
+                "None",
+                "test_mended_sets_are_those_mended_alone",
+            ),
+            (
+                "run = [i for i in range(place, stop) if alike[i][0]]",
+                "run = [*range(place, stop)]",
+                "test_losses_are_those_of_each_set_alone_for_half_of_the_layers",
+            ),
+        ),
+    ),
+    Section(
+        "short_gpt/selection/account.py",
+        "tests/selection/test_evolution.py",
+        (
+            (
+                "> self._budget - self.reserve",
+                "> self._budget",
+                "test_an_account_takes_all_windows_or_none",
+            ),
+            (
+                "self._counted.update(new)",
+                "pass",
+                "test_the_budget_is_never_exceeded_and_the_best_is_measured_on_all",
+            ),
+        ),
+    ),
+    Section(
+        "short_gpt/selection/evolution.py",
+        "tests/selection/test_evolution.py",
+        (
+            (
+                ") < least:",
+                ") > least:",
+                "test_the_best_set_of_a_landscape_with_a_trap_is_found",
+            ),
+            (
+                "math.floor(len(every) * settings.share)",
+                "len(every)",
+                "test_offspring_are_judged_on_few_windows_and_survivors_on_all",
+            ),
+            (
+                "account.reserve = sum(account.costs)",
+                "account.reserve = 0",
+                "test_the_budget_is_never_exceeded_and_the_best_is_measured_on_all",
+            ),
+        ),
+    ),
+    Section(
+        "short_gpt/selection/evolved.py",
+        "tests/selection/test_evolution.py",
+        (
+            (
+                "for i in alive if i > j)",
+                "for i in alive if i >= j)",
+                "test_it_runs_no_more_layers_than_the_greedy_search",
+            ),
+            (
+                "all(len(layers) == n",
+                "all(len(layers)",
+                "test_messages",
+            ),
+            (
+                "if place not in gone]",
+                "if place not in gone[1:]]",
+                "test_the_loss_is_that_of_the_model_without_the_layers",
+            ),
+        ),
+    ),
+    Section(
+        "short_gpt/experiments/peer_maps.py",
+        "tests/experiments/test_peer_maps.py",
+        (
+            (
+                "self._ratios += sizes[1] / sizes[0]",
+                "self._ratios += sizes[0] / sizes[1]",
+                "test_gaps_that_a_map_can_express_are_restored_exactly",
+            ),
+            (
+                "behind.float() - before.float())",
+                "behind.float())",
+                "test_gaps_that_a_map_can_express_are_restored_exactly",
+            ),
+            (
+                "self._windows += 1",
+                "self._windows = 1",
+                "test_the_scale_is_the_mean_of_the_ratios_of_windows",
+            ),
+            (
+                "return hooks.close",
+                "return id",
+                "test_gaps_that_a_map_can_express_are_restored_exactly",
+            ),
+        ),
+    ),
+    Section(
+        "short_gpt/experiments/comparison.py",
+        "tests/experiments/test_comparison.py",
+        (
+            (
+                "n if method in AS_SETS else most or n",
+                "most or n",
+                "test_evolution_is_run_for_every_number",
+            ),
+            (
+                "rest = self._calibration[len(self._few) :]",
+                "rest = self._calibration",
+                "test_the_search_as_healed_fits_on_the_windows_that_it_does_not_score_on",
+            ),
+        ),
+    ),
+    Section(
+        "short_gpt/jobs/scores.py",
+        "tests/jobs/test_jobs.py",
+        (
+            (
+                "self.method in AS_SETS and n",
+                "not self.method and n",
+                "test_what_evolution_chose_is_a_set_for_its_number_alone",
+            ),
+        ),
+    ),
+)
+
 SECTIONS = (
     *SCORING,
     *STOPPING,
@@ -1767,4 +1967,5 @@ SECTIONS = (
     *STREAMING,
     *PROOFS,
     *RANKS,
+    *CHOICE,
 )

@@ -11,6 +11,7 @@ import pytest
     ("script", "first", "arguments"),
     [
         ("greedy", "build", {}),
+        ("optimality", "build", {}),
         ("scoring", "load", {}),
         ("stopping", "read_scores", {}),
         ("stopping", "attack", {"adversarial": True}),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from short_gpt.evaluation.protocols import PROTOCOLS
 from short_gpt.jobs.inputs import listed
 from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.selection.methods import BY_LOSS, METHODS
+from short_gpt.selection.methods import BY_LOSS, GREEDY, METHODS
 
 Values = Mapping[str, object]  # of all flags of a command, defaults included
 
@@ -43,7 +43,14 @@ RULES = (
         "--max_perplexity_ratio",
         _given("max_perplexity_ratio"),
     ),
-    Rule(("rank",), ("candidates",), "--method sleb", lambda v: v["method"] == "sleb"),
+    Rule(("rank",), ("healed",), "--method sleb", lambda v: v["method"] in GREEDY),
+    Rule(("rank",), ("budget",), "--method evolution", lambda v: v["method"] == "evolution"),
+    Rule(
+        ("rank",),
+        ("candidates",),
+        "--method sleb or evolution",
+        lambda v: v["method"] in (*GREEDY, "evolution"),
+    ),
     Rule(
         ("rank",),
         ("confidence", "rare"),

@@ -41,7 +41,7 @@ class Cases:
     Attributes:
         methods: names of `selection.METHODS`.
         counts: numbers of layers to remove.
-        healings: of raw, patched, refit and lora.
+        healings: of raw, patched, refit, linearpatch, ghosted and lora.
         seeds: random sets for every number, if "random" is among the methods.
         search_windows: how many of the calibration windows the searches by loss read.
         lora_only: methods and numbers to heal by lora, as in ``[("bi", 8)]``; None means all.

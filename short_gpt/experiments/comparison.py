@@ -16,21 +16,23 @@ from llama.io.json_files import JsonObject
 from short_gpt.data.disjoint import check_disjoint
 from short_gpt.evaluation.paired import difference, losses, together
 from short_gpt.evaluation.perplexity import Perplexity
+from short_gpt.experiments import peer_maps
 from short_gpt.experiments.cells import Cells
 from short_gpt.experiments.cost import size_without, tokens_per_second
-from short_gpt.experiments.rows import LORA, PATCHED, RAW, REFIT, Agreement, Row, Windows
-from short_gpt.healing import linear_patch, refit
+from short_gpt.experiments.rows import IN_FRONT, LORA, PATCHED, RAW, REFIT, Agreement, Row, Windows
+from short_gpt.healing import linear_patch, refit, search_healed
 from short_gpt.models.numbering import check_count
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import bar
 from short_gpt.runtime.state import StateFile
 from short_gpt.scoring.importance import Importance
 from short_gpt.scoring.metrics import spearman
-from short_gpt.selection.methods import BY_LOSS, check_method, choose
+from short_gpt.selection.methods import AS_SETS, BY_LOSS, check_method, choose
 from short_gpt.selection.search import Search
 from short_gpt.short_model import ShortModel
 
 Heal = Callable[[list[int]], list[Perplexity]]
+Fold = Callable[[], Callable[[], None]]  # changes the model as it is cut, and gives the undo
 Case = tuple[str, int | None, int]  # method, seed of a random one, number of layers
 
 
@@ -78,7 +80,7 @@ class Comparison:
         Args:
             methods: names of `methods.METHODS`; ``random`` is drawn ``seeds`` times.
             counts: numbers of layers to remove.
-            healings: of raw, patched, refit and lora. Sets that cannot be patched have no such row.
+            healings: of `rows.HEALINGS`. Sets that cannot be healed so have no such row.
             seeds: how many random sets for every number.
             lora: heals the model without these layers and gives the loss of every evaluation
                 window.
@@ -92,8 +94,8 @@ class Comparison:
             raise ShortGPTError("the healing lora needs what heals: pass lora=...")
         cases = self._cases(methods, counts, seeds)
         sets = [self.layers(method, n, seed or 0, most=max(counts)) for method, seed, n in cases]
-        if PATCHED in healings:
-            self._patch_all(sets)
+        for healing in (h for h in healings if h in IN_FRONT):
+            self._fit_all(healing, sets)
         trained = {(m, n) for m, _, n in cases} if lora_only is None else set(lora_only)
         rows = [self._row(("dense", None, 0), [], RAW)]
         count = len(cases) * len(healings)
@@ -103,7 +105,7 @@ class Comparison:
                     shown.update()
                     if healing == LORA and (case[0], case[2]) not in trained:
                         continue
-                    if healing != PATCHED or 0 not in layers:  # a patch needs a layer in front
+                    if healing not in IN_FRONT or 0 not in layers:
                         heal = self._refitted if healing == REFIT else lora
                         rows.append(self._row(case, layers, healing, heal))
         return rows
@@ -123,7 +125,8 @@ class Comparison:
     def layers(self, method: str, n: int, seed: int = 0, *, most: int | None = None) -> list[int]:
         """The n layers that a method removes; searches go on to ``most`` at once."""
         if method in BY_LOSS:
-            return self._search(method, most or n).removed[:n]
+            up_to = n if method in AS_SETS else most or n
+            return self._search(method, up_to).removed[:n]
         return choose(self.importance, n, method=method, seed=seed)
 
     @property
@@ -149,9 +152,7 @@ class Comparison:
 
         def measure() -> JsonObject:
             part = self._cells.inner(name.replace(" ", "-"))
-            result = self.short.search(
-                self._few, n, method=method, state=part, progress=self._progress
-            )
+            result = self._searcher(method)(self._few, n, state=part, progress=self._progress)
             finished.append(part)
             return {"removed": result.removed, "losses": result.losses}
 
@@ -162,6 +163,13 @@ class Comparison:
         # JSON's keys are texts
         trials = [{int(i): v for i, v in loss.items()} for loss in content["losses"]]
         return Search(content["removed"], trials)
+
+    def _searcher(self, method: str) -> partial[Search]:
+        """A search by loss; as healed, it fits on the windows that the searches do not read."""
+        if method == "sleb_healed":
+            rest = self._calibration[len(self._few) :]
+            return partial(search_healed, self.short, fitted_on=rest)
+        return partial(self.short.search, method=method)
 
     def agreement(self, n: int, most: int) -> Agreement:
         """Whether the cheap rankings hold: Block Influence, angle and greedy search, all on the
@@ -241,26 +249,29 @@ class Comparison:
         with self.short.without_layers(layers):
             return losses(self.short.decoder, self._evaluation, progress=False)
 
-    def _patch_all(self, sets: Sequence[list[int]]) -> None:
-        """Fits patches of all sets at once and measures the patched models."""
+    def _fit_all(self, healing: str, sets: Sequence[list[int]]) -> None:
+        """Fits what mends gaps of all sets at once, and measures the models mended."""
         every = sorted({tuple(sorted(layers)) for layers in sets if 0 not in layers})
-        wanted = [list(s) for s in every if f"{PATCHED} {list(s)}" not in self._cells]
+        wanted = [list(s) for s in every if f"{healing} {list(s)}" not in self._cells]
         if not wanted:
             return
-        patches = linear_patch.fit_many(
-            self.short, wanted, self._calibration, progress=self._progress
-        )
-        with bar("patched", total=len(wanted), unit="model", show=self._progress) as shown:
-            for layers, patch in zip(wanted, patches, strict=True):
-                self._measured(PATCHED, layers, partial(self._patched, patch))
+        folds: list[Fold] = []
+        if healing == PATCHED:
+            patches = linear_patch.fit_many(
+                self.short, wanted, self._calibration, progress=self._progress
+            )
+            folds += [partial(linear_patch.fold, self.short, patch) for patch in patches]
+        else:
+            found = peer_maps.fit_many(
+                self.short, healing, wanted, self._calibration, progress=self._progress
+            )
+            folds += [partial(peer_maps.apply, self.short, maps) for maps in found]
+        with bar(healing, total=len(wanted), unit="model", show=self._progress) as shown:
+            for layers, fold in zip(wanted, folds, strict=True):
+                self._measured(healing, layers, partial(self._folded, fold))
                 shown.update()
 
-    def _patched(self, patch: linear_patch.Patch, layers: list[int]) -> list[Perplexity]:
-        return self._folded(layers, lambda: linear_patch.fold(self.short, patch))
-
-    def _folded(
-        self, layers: list[int], fold: Callable[[], Callable[[], None]]
-    ) -> list[Perplexity]:
+    def _folded(self, fold: Fold, layers: list[int]) -> list[Perplexity]:
         """Losses without the layers while new weights are in place; ``fold`` gives the undo."""
         with self.short.without_layers(layers):
             undo = fold()
@@ -271,7 +282,7 @@ class Comparison:
 
     def _refitted(self, layers: list[int]) -> list[Perplexity]:
         made = refit.fit(self.short, layers, self._calibration, progress=self._progress)
-        return self._folded(layers, lambda: refit.fold(self.short, made))
+        return self._folded(partial(refit.fold, self.short, made), layers)
 
     def _speed(self, n: int, layers: list[int]) -> float:
         """Tokens per second; they depend on the number of layers alone."""

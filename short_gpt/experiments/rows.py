@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import TypedDict
 
 RAW, PATCHED, REFIT, LORA = "raw", "patched", "refit", "lora"
-HEALINGS = (RAW, PATCHED, REFIT, LORA)
+LINEARPATCH, GHOSTED = "linearpatch", "ghosted"  # baselines of others: `peer_maps`
+IN_FRONT = (PATCHED, LINEARPATCH, GHOSTED)  # these need a layer in front of every gap
+HEALINGS = (RAW, PATCHED, REFIT, LINEARPATCH, GHOSTED, LORA)
 Windows = Sequence[Sequence[int]]
 
 
@@ -18,12 +20,12 @@ class Row:
     Attributes:
         method, seed: what chose the layers; the seed is None but for the random method.
         n: layers removed.
-        healing: raw, patched, refit or lora.
+        healing: raw, patched, refit, linearpatch, ghosted or lora.
         layers: removed, original numbers.
         perplexity: on the evaluation text.
         nats, standard_error: mean loss less that of the whole model, paired over the windows.
         gain, gain_error: the same less that of the raw model, if this one is healed; else None.
-        parameters: of the model without the layers.
+        parameters: of the model without the layers, and without others' maps.
         megabytes: of its weights.
         tokens_per_second: greedy generation with the cache, one sequence.
         windows, texts: that the errors are over; see `evaluation.Difference`.

@@ -5,12 +5,13 @@
 `heal_lora` trains low-rank changes of the layers that stayed and merges them; given a
 `Distillation` it learns what the whole model predicts. `HealingJob` does these one after the other
 with its measurements before, between and after. No architecture changes: the result loads wherever
-the model does.
+the model does. `search_healed` chooses the layers that cost least once the gaps are refitted.
 """
 
 from __future__ import annotations
 
 from short_gpt.healing.distillation import Distillation
+from short_gpt.healing.healed_search import search_healed
 from short_gpt.healing.job import HealingEvidence, HealingJob
 from short_gpt.healing.linear_patch import RIDGE, Patch
 from short_gpt.healing.linear_patch import heal as heal_patch
@@ -56,4 +57,5 @@ __all__ = [
     "heal_refit",
     "recipe_for",
     "require_packages",
+    "search_healed",
 ]

@@ -26,7 +26,7 @@ from short_gpt.healing.folding import put_map
 from short_gpt.healing.moments import Moments
 from short_gpt.models.decoder import pad
 from short_gpt.models.layer_hooks import States, check_added, mlp_output
-from short_gpt.models.numbering import check_layers, span
+from short_gpt.models.numbering import check_layers, runs, span
 from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
 from short_gpt.runtime.progress import bar, set_rate
 from short_gpt.short_model import ShortModel
@@ -209,22 +209,6 @@ def fold(short: ShortModel, patch: Patch) -> Callable[[], None]:
             put_map(module, patch.maps[front], front)
     short.note_change(change)
     return undo
-
-
-def runs(layers: Sequence[int], present: Sequence[int]) -> list[tuple[int, int]]:
-    """Places of the first and the last layer of every run, ascending.
-
-    Args:
-        layers: numbers to remove, in any order.
-        present: the numbers of the layers that the model has, ascending.
-    """
-    found: list[tuple[int, int]] = []
-    for place in sorted(list(present).index(layer) for layer in layers):
-        if found and found[-1][1] == place - 1:
-            found[-1] = (found[-1][0], place)
-        else:
-            found.append((place, place))
-    return found
 
 
 def _check(short: ShortModel, sets: Sequence[Sequence[int]], ridge: float) -> None:

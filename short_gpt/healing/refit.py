@@ -160,7 +160,7 @@ def fit(
     """
     check_options(parts, ridges)
     _check(short, layers)
-    windows, held = _apart(list(windows)) if held is None else (windows, held)
+    windows, held = held_apart(list(windows)) if held is None else (windows, held)
     if not windows or not held:
         raise ShortGPTError("expected at least two windows of calibration tokens")
     gone = [short.kept.index(layer) for layer in layers]
@@ -197,7 +197,7 @@ def fit_best(
         >>> fit_best(short, [21, 22], windows).tried  # doctest: +SKIP
         {'none': 61.2, 'attention,mlp': 23.4, 'attention': 40.1, 'mlp': 26.0}
     """
-    windows, held = _apart(list(windows)) if held is None else (windows, held)
+    windows, held = held_apart(list(windows)) if held is None else (windows, held)
     options = partial(fit, held=held, ridges=ridges, batch_size=batch_size, progress=progress)
     made = [options(short, layers, windows)]
     if {found.part for found in made[0].fits} == set(PARTS):
@@ -264,8 +264,13 @@ def check_options(parts: Sequence[str], ridges: Sequence[float]) -> None:
         raise ShortGPTError(f"ridges = {ridges!r}: expected numbers above 0, such as {RIDGES[0]}")
 
 
-def _apart(windows: list[Sequence[int]]) -> tuple[list[Sequence[int]], list[Sequence[int]]]:
-    """The windows to fit on, and every eighth, or the last, which chooses ridges."""
+def held_apart(windows: list[Sequence[int]]) -> tuple[list[Sequence[int]], list[Sequence[int]]]:
+    """The windows to fit on, and every eighth, or the last, which chooses ridges.
+
+    Example:
+        >>> held_apart([[1], [2], [3]])
+        ([[1], [2]], [[3]])
+    """
     places = range(len(windows))[HELD_EVERY - 1 :: HELD_EVERY] or range(len(windows))[-1:]
     return [w for i, w in enumerate(windows) if i not in places], [windows[i] for i in places]
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from short_gpt.healing.moments import Moments
+from short_gpt.healing.moments import Moments, best_change
 from short_gpt.models.decoder import Decoder
 from short_gpt.models.layer_calls import LayerCalls
 from short_gpt.models.layer_hooks import transposed
@@ -118,7 +118,7 @@ class RefitPass:
         batches = [
             _Batch(self._calls.embed(tokens.to(self._decoder.device)), held=apart)
             for part, apart in ((windows, False), (held, True))
-            for tokens in _alike(part, batch_size)
+            for tokens in of_one_length(part, batch_size)
         ]
         fits: list[Fit] = []
         values: dict[Value, Tensor] = {}
@@ -138,7 +138,7 @@ class RefitPass:
         for place in places:
             for batch in batches:
                 batch.whole = self._run(place, batch.whole).cpu()
-            _check_finite([batch.whole for batch in batches], place)
+            check_finite([batch.whole for batch in batches], place)
 
     def _run(self, place: int, state: Tensor) -> Tensor:
         return self._calls.run(place, state.to(self._device(place)))
@@ -161,7 +161,7 @@ class RefitPass:
         for batch in batches:
             batch.between, batch.whole = self._halves(place, batch.whole, halves.mlp)
         behind = [batch.whole for batch in batches]
-        _check_finite(behind, place)
+        check_finite(behind, place)
         self._move_whole(batches, range(place + 1, after))
         if "mlp" not in ends:  # what the gap added is then the attention's to restore
             for batch, before in zip(batches, behind, strict=True):
@@ -200,17 +200,10 @@ class RefitPass:
         for batch in batches:
             read = self._attention if part == "attention" else self._mlp
             (held if batch.held else fitted).add(*read(batch, place, end))
-        best = Fit(place, part, None, 0.0, 0.0)
-        change = torch.zeros_like(fitted.cross)
-        # tokens weigh 1 / ||T||^2: their mean square is relative to the stream's own
-        noise = 16 * torch.finfo(batches[0].left.dtype).eps
-        nothing = fitted.square <= noise**2 * fitted.tokens
-        for ridge in () if nothing else self._ridges:
-            tried = fitted.change(ridge)
-            if (share := held.restored(tried)) > best.restored_held:
-                best, change = Fit(place, part, ridge, 0.0, share), tried
-        _add(end.module, change)
-        return replace(best, restored=fitted.restored(change))
+        ridge, change = best_change(fitted, held, self._ridges, batches[0].left.dtype)
+        add_change(end.module, change)
+        apart = 0.0 if ridge is None else held.restored(change)
+        return Fit(place, part, ridge, fitted.restored(change), apart)
 
     def _attention(self, batch: _Batch, place: int, end: Summand) -> tuple[Tensor, ...]:
         """What the attention's matrix is given, what lacks behind it, and the tokens' weights."""
@@ -218,17 +211,17 @@ class RefitPass:
         inputs = self._calls.until(place, state, end.module)
         given = state + end.factor * end.module(inputs).view_as(state)
         assert batch.between is not None
-        return _tokens(end, inputs, given, batch.between)
+        return lack_of(end, inputs, given, batch.between)
 
     def _mlp(self, batch: _Batch, place: int, end: Summand) -> tuple[Tensor, ...]:
         """What the MLP's matrix is given, what lacks behind it, and the tokens' weights."""
-        with _inputs(end.module) as inputs:
+        with inputs_of(end.module) as inputs:
             given = self._run(place, batch.left)
-        return _tokens(end, inputs[-1], given, batch.whole)
+        return lack_of(end, inputs[-1], given, batch.whole)
 
 
 @contextmanager
-def _inputs(module: nn.Module) -> Iterator[list[Tensor]]:
+def inputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
     """What a module is given inside the block, copies."""
     found: list[Tensor] = []
 
@@ -242,7 +235,7 @@ def _inputs(module: nn.Module) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
-def _tokens(end: Summand, inputs: Tensor, given: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+def lack_of(end: Summand, inputs: Tensor, given: Tensor, target: Tensor) -> tuple[Tensor, ...]:
     """X, R and w of a batch's tokens, as `Moments.add` takes them.
 
     Args:
@@ -261,7 +254,7 @@ def _tokens(end: Summand, inputs: Tensor, given: Tensor, target: Tensor) -> tupl
 
 
 @torch.no_grad()
-def _add(module: nn.Module, change: Tensor) -> None:
+def add_change(module: nn.Module, change: Tensor) -> None:
     """Adds a change (F, D), with a last row for the bias if there is one, to a linear module."""
     weight: Tensor = module.weight  # type: ignore[assignment]
     bias = getattr(module, "bias", None)
@@ -272,7 +265,7 @@ def _add(module: nn.Module, change: Tensor) -> None:
     weight.copy_(new.to(weight.dtype))
 
 
-def _alike(windows: Sequence[Sequence[int]], size: int) -> Iterator[Tensor]:
+def of_one_length(windows: Sequence[Sequence[int]], size: int) -> Iterator[Tensor]:
     """Windows of one length together, (B, S) each, in the order of their first ones."""
     lengths: dict[int, list[Sequence[int]]] = {}
     for window in windows:
@@ -282,7 +275,7 @@ def _alike(windows: Sequence[Sequence[int]], size: int) -> Iterator[Tensor]:
             yield torch.tensor([list(window) for window in group[start : start + size]])
 
 
-def _check_finite(states: Sequence[Tensor], place: int) -> None:
+def check_finite(states: Sequence[Tensor], place: int) -> None:
     if not all(state.isfinite().all() for state in states):
         raise NotFiniteError(
             f"the state behind the {place + 1}. layer is NaN or infinite; check the weights, or "

@@ -24,7 +24,7 @@ class CaseNames:
     Args:
         methods: names as of the method of rank, with commas between.
         counts: numbers of layers to remove, as in 2,4,8.
-        healing: of raw, patched, refit and lora, with commas between.
+        healing: of raw, patched, refit, linearpatch, ghosted and lora, with commas between.
         seeds: random sets for every number of layers.
         lora_only: what to heal by lora, which takes far longer than all the rest, as in
             bi:8,angular:8; all if not given.

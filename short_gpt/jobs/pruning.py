@@ -26,6 +26,7 @@ from short_gpt.jobs.saving import interruptible
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import bar
 from short_gpt.runtime.results import read_record
+from short_gpt.selection.methods import METHODS
 from short_gpt.short_hf import ShortHFModel
 
 
@@ -61,7 +62,7 @@ class Pruned:
         chosen: the layers removed, how they were chosen, and what was tried.
         recipe: the mergekit recipe's file, if one was wanted.
         proof: what was verified, in a sentence; None if nothing was.
-        remark: what other programs may get wrong of it; None if nothing.
+        remark: what other programs may get wrong of it, or what it still lacks; None if nothing.
     """
 
     out: Path
@@ -152,8 +153,19 @@ def prune_by(
         proof = write(model, out, found, written, opening)
         if proof is None and is_gguf(model) and to == "gguf":
             proof = "verified: read again, every tensor left is the source's, byte for byte"
-    remark = about_kinds(model, found.layers) if is_gguf(model) and to == "gguf" else None
+    remarks = [about_kinds(model, found.layers)] if is_gguf(model) and to == "gguf" else []
+    remark = "\n".join(said for said in (*remarks, _about_healing(found)) if said) or None
     return Pruned(Path(out), found, _recipe(model, out, written, dtype), proof, remark)
+
+
+def _about_healing(found: Chosen) -> str | None:
+    """What is to be said of layers that were chosen to be healed, and are only cut here."""
+    if found.record.evidence.get("method") != METHODS["sleb_healed"]:
+        return None
+    return (
+        "these layers cost least once the gaps are refitted; as cut, others may cost less: heal "
+        "with the same `scores` and `method` refit"
+    )
 
 
 def check_target(out: str, to: str, *, overwrite: bool, marker: str = PROVENANCE) -> None:

@@ -81,7 +81,7 @@ class Ranking:
             found = {"importance": self.importance.to_dict(), "settled": _settled(self.verdict)}
             return {**found, "bos": self.bos, **scored}
         assert self.search is not None
-        chosen = {"method": self.answer.method, "layers": self.search.removed}
+        chosen = {"method": self.answer.chosen_by, "layers": self.search.removed}
         return {"chosen": chosen, "search": vars(self.search), "bos": self.bos, **scored}
 
     def finish(self) -> None:
@@ -172,8 +172,10 @@ class _Settings:
         identity |= {"stride": cut.stride, "sublayers": answer.sublayers}
         identity |= {"batch_size": self.running.batch_size}
         if answer.by_loss:  # only these read a fixed number of windows for a fixed number of layers
-            identity |= {"method": answer.method, "n": answer.n, "candidates": answer.candidates}
+            identity |= {"method": answer.chosen_by, "n": answer.n, "candidates": answer.candidates}
             identity |= {"max_windows": cut.max_windows, "max_memory": self.running.max_memory}
+        if answer.method == "evolution":
+            identity["budget"] = answer.budget
         identity |= {"method of all tokens": answer.method == "angular_all"}
         if (bos := cut.bos or short.bos) != "first":  # else as in states of earlier versions
             identity["bos"] = bos
@@ -272,10 +274,9 @@ def _searched(short: ShortModel, found: Iterable[str], settings: _Settings) -> R
         if answer.candidates is not None:
             short.measure(windows, batch_size=running.batch_size)
             few = short.layers_to_remove(n=answer.candidates)
-        search = short.search(
+        search = answer.search(short, cut.seed)(
             windows,
             answer.n or 0,  # checked: it is given
-            method=answer.method,
             candidates=few,
             batch_size=running.batch_size,
             max_memory=bytes_of(running.max_memory or "2GB"),

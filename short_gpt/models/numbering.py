@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from short_gpt.runtime.errors import ShortGPTError
 
@@ -51,6 +51,22 @@ def span(layers: Sequence[int]) -> str:
             runs.append([i])
     parts = (f"{r[0]}..{r[-1]}" if len(r) > 2 else ", ".join(map(str, r)) for r in runs)
     return ", ".join(parts)
+
+
+def runs(layers: Iterable[int], present: Sequence[int]) -> list[tuple[int, int]]:
+    """Places of the first and the last layer of every run, ascending.
+
+    Args:
+        layers: numbers to remove, in any order.
+        present: the numbers of the layers that the model has, ascending.
+    """
+    found: list[tuple[int, int]] = []
+    for place in sorted(list(present).index(layer) for layer in layers):
+        if found and found[-1][1] == place - 1:
+            found[-1] = (found[-1][0], place)
+        else:
+            found.append((place, place))
+    return found
 
 
 def layer_numbers(layers: Sequence[int] | None) -> list[int]:

@@ -17,15 +17,17 @@ if TYPE_CHECKING:
 # Times the whole model's perplexity, up to where curves of quality are shown.
 SHOWN = 100
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
+LINES = {"refit": "s--", "linearpatch": "^:", "ghosted": "v:"}  # of what is healed in closed form
 
 
 def quality_curves(rows: Sequence[Row], *, title: str | None = None) -> Figure:
     """Perplexity over the number of layers removed, a colour for every method.
 
     The left part shows the models as cut, the right one, where there are any, the healed: lines
-    for linear patches, dashed ones for refits, stars for LoRA. Several rows of one method and
-    number, such as random sets, are drawn as a band from the least to the largest. The axis ends at
-    `SHOWN` times the whole model's perplexity; lines of what is worse leave the picture.
+    for linear patches, dashed and dotted ones for other closed forms, stars for LoRA. Several rows
+    of one method and number, such as random sets, are drawn as a band from the least to the
+    largest. The axis ends at `SHOWN` times the whole model's perplexity; lines of what is worse
+    leave the picture.
 
     Args:
         rows: of `comparison.Comparison.rows`, the whole model first.
@@ -40,7 +42,7 @@ def quality_curves(rows: Sequence[Row], *, title: str | None = None) -> Figure:
     dense, found = rows[0], rows[1:]
     colours = dict(zip(dict.fromkeys(r.method for r in found), PALETTE * 3, strict=False))
     healed = {r.healing for r in found} - {"raw"}
-    parts = {"as cut": ["raw"]} | ({"healed": ["patched", "refit", "lora"]} if healed else {})
+    parts = {"as cut": ["raw"]} | ({"healed": ["patched", *LINES, "lora"]} if healed else {})
     figure = empty(2.0 + 4.0 * len(parts), 4.4)
     axes = figure.subplots(1, len(parts), sharey=True, squeeze=False)[0]
     for axis, (name, healings) in zip(axes, parts.items(), strict=True):
@@ -102,9 +104,9 @@ def _draw_curve(axes: Axes, dense: Row, rows: Sequence[Row], colour: str) -> Non
         return
     x = [0, *values]
     low, high = ([dense.perplexity, *map(f, values.values())] for f in (min, max))
-    refit = rows[0].healing == "refit"
-    label = f"{rows[0].method}, refit" if refit else rows[0].method
-    line = "s--" if refit else "o-"
+    line = LINES.get(rows[0].healing)
+    label = f"{rows[0].method}, {rows[0].healing}" if line else rows[0].method
+    line = line or "o-"
     if low == high:
         axes.plot(x, low, line, color=colour, markersize=4, label=label)
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Mapping
 
@@ -21,7 +22,7 @@ def ranked(result: Ranking) -> str:
     answer = result.answer
     parts = [said] if (said := about_bos(result.bos)) else []
     if result.search is not None:
-        return "\n".join([*parts, search(result.search, answer.method)])
+        return "\n".join([*parts, search(result.search, answer.chosen_by)])
     assert result.importance is not None
     parts += [ranking(result.importance, answer.n, method=answer.method, seed=result.seed or 0)]
     parts += ["\n" + sublayers(result.importance)] if answer.sublayers else []
@@ -51,7 +52,10 @@ def next_command(model: str, result: Ranking, scores: str | None) -> str | None:
     layers = [] if scores else ["--layers", ",".join(map(str, result.layers))]
     chosen = ["--scores", scores, "--n", "N" if n is None else str(n)] if scores else layers
     out = "OUT.gguf" if is_gguf(model) else "OUT"
-    return "next: " + shlex.join(["short-gpt", "prune", model, out, *chosen])
+    command = ["short-gpt", "prune", model, out, *chosen]
+    if result.answer.chosen_by == "sleb_healed":  # as cut, others cost less
+        command = ["short-gpt", "heal", model, out, "--method", "refit", "--data", "DATA", *chosen]
+    return "next: " + shlex.join(command)
 
 
 def pruned(result: Pruned) -> str:
@@ -62,7 +66,7 @@ def pruned(result: Pruned) -> str:
     lines += [f"--eval_data was {result.chosen.unsure}"] if result.chosen.unsure else []
     lines += [f"removed layers {result.layers}", f"written: {result.out}"]
     lines += [f"written: {result.recipe}"] if result.recipe is not None else []
-    remark = None if result.remark is None else result.remark.replace("`layers`", "--layers")
+    remark = re.sub(r"`(\w+)`", r"--\1", result.remark or "")
     return "\n".join([*lines, *(said for said in (result.proof, remark) if said)])
 
 

@@ -20,8 +20,12 @@ METHODS: dict[str, str] = {
     "random": "random layers",
     "perplexity": "lowest perplexity without the one layer (Shortened LLaMA)",
     "sleb": "greedily, lowest loss without the layer, scored anew (SLEB)",
+    "sleb_healed": "greedily, lowest loss without the layer and the layer in front refitted",
+    "evolution": "the set of lowest loss that evolution finds (EvoPress)",
 }
-BY_LOSS = ("perplexity", "sleb")  # these run the model without layers: see `search`
+GREEDY = ("sleb", "sleb_healed")
+BY_LOSS = ("perplexity", *GREEDY, "evolution")  # these run the model without layers: see `search`
+AS_SETS = ("evolution",)  # of these, fewer layers are not a part of more
 BLOCKS = ("angular", "angular_all", "deepest")  # these remove consecutive layers
 
 _CHOICES: dict[str, Callable[[Importance, int, int], list[int]]] = {
@@ -71,3 +75,20 @@ def check_method(method: str) -> None:
     """Raises ShortGPTError unless there is a method of this name."""
     if method not in METHODS:
         raise ShortGPTError(f"no method {method!r}; expected one of {', '.join(METHODS)}")
+
+
+def check_by_loss(method: str, *, healed: bool) -> None:
+    """Raises ShortGPTError unless there is a search by loss of this name.
+
+    Args:
+        method: the name.
+        healed: whether something heals in its trials, as "sleb_healed" needs, and no other.
+    """
+    if method not in BY_LOSS:
+        raise ShortGPTError(f"no search by {method!r}; expected one of {', '.join(BY_LOSS)}")
+    if healed != (method == "sleb_healed"):
+        raise ShortGPTError(
+            f"the search by {method} "
+            + ("scores models as cut" if healed else "needs what heals")
+            + ": short_gpt.healing.search_healed scores them as healed"
+        )

@@ -53,8 +53,11 @@ class Stack:
             self._decoder.run(tokens)
         return behind[-1]
 
-    def nats(self, tokens: Tensor, mask: Tensor, run: Sequence[int], state: Tensor) -> float:
-        """Summed loss of the predicted tokens, with only the layers ``run`` behind ``state``."""
+    def nats(self, tokens: Tensor, mask: Tensor, run: Sequence[int], state: Tensor | None) -> float:
+        """Summed loss of the predicted tokens, with only the layers ``run`` behind ``state``.
+
+        None starts from the embeddings.
+        """
         with self._only(run, state, None):
             return batch_nats(self._decoder, tokens, mask)
 

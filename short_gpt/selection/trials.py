@@ -5,50 +5,30 @@ front of j: a round costs about half of what trials from the beginning cost, for
 The states move on layer by layer as j does. Those in front of the layer that a round removes hold
 for the next round too; as many as memory allows are stored, the others computed anew.
 
+Candidates may also be scored mended: a `Mending` changes the layer in front of every gap, so that
+a trial starts there.
+
 Shapes: B windows, S tokens, D width.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 from torch import Tensor
 
 from short_gpt.data.windows import batches
 from short_gpt.evaluation.perplexity import check_predicted
 from short_gpt.models.decoder import Decoder, padded
-from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
-from short_gpt.runtime.state import StateFile
-from short_gpt.scoring.lists import layer_numbers
+from short_gpt.models.numbering import runs
+from short_gpt.runtime.errors import NotFiniteError
+from short_gpt.selection.found import Nats, Options, continued
+from short_gpt.selection.mending import Gap
 from short_gpt.selection.stack import Stack
 
 Batch = tuple[Tensor, Tensor]  # tokens (B, S) and mask (B, S)
-Nats = dict[int, float]  # by candidate
-
-
-@dataclass
-class Search:
-    """The result of a search.
-
-    Attributes:
-        removed: positions of the layers, in order of removal.
-        losses: for every round, the mean loss in nats per token without each candidate.
-        evaluations: layers run, each on one window, in a search that nothing interrupts.
-    """
-
-    removed: list[int] = field(default_factory=list)
-    losses: list[dict[int, float]] = field(default_factory=list)
-    evaluations: int = 0
-
-
-@dataclass(frozen=True)
-class Limits:
-    """How a search reads: windows at once, and bytes for stored states."""
-
-    batch_size: int = 1
-    max_memory: int = 2**31
 
 
 class Trials:
@@ -57,8 +37,7 @@ class Trials:
     Args:
         decoder: the model.
         windows: token ids.
-        limits: windows whose states need more memory than that are read in groups.
-        state: saves the search, and continues the one that it holds.
+        options: how it runs.
 
     Attributes:
         result: the search so far.
@@ -69,26 +48,23 @@ class Trials:
     """
 
     def __init__(
-        self,
-        decoder: Decoder,
-        windows: Sequence[Sequence[int]],
-        limits: Limits,
-        state: StateFile | None,
+        self, decoder: Decoder, windows: Sequence[Sequence[int]], options: Options
     ) -> None:
-        self._decoder, self._state = decoder, state
+        self._decoder, self._state, self._mending = decoder, options.state, options.mending
+        self._fitted: set[Gap] = set()  # as counted so far
         self._stack = Stack(decoder)
-        read = _read(windows, decoder, limits.batch_size)
+        read = read_batches(windows, decoder, options.batch_size)
         self._predicted = sum(int(mask[:, 1:].sum()) for _, mask in read)
         check_predicted(self._predicted)
-        self._groups = list(self._grouped(read, limits.max_memory))
+        self._groups = list(self._grouped(read, options.max_memory))
         self.groups = len(self._groups)
         self._stored: dict[int, list[Tensor]] = {}  # by layer, the states (B, S, D) in front of it
         self._storing: set[int] = set()  # the same layers, had the search not been interrupted
         self._windows = len(windows)
         size = sum(self._bytes(batch) for batch in read)
         # two more are in use while the states move on
-        self._room = 0 if self.groups > 1 else limits.max_memory // size - 2
-        self.result, self._done = _continued(state, len(decoder.layers))
+        self._room = 0 if self.groups > 1 else options.max_memory // size - 2
+        self.result, self._done = continued(options.state, len(decoder.layers))
         self._kept, self._rounds = len(self.result.losses), 0  # of a state; counted so far
 
     def _bytes(self, batch: Batch) -> int:
@@ -136,6 +112,8 @@ class Trials:
         self, candidates: Sequence[int], tick: Callable[[int], object], *, again: bool
     ) -> None:
         """Tries each candidate on each group of windows, but what a saved search tried before."""
+        if self._mending is not None:
+            self._mending.prepare(self._gaps_of(candidates, self.result.removed))
         for number, group in enumerate(self._groups):
             while len(self._done) <= number:
                 self._done.append({})
@@ -147,7 +125,8 @@ class Trials:
             raise NotFiniteError(f"the loss without layer {bad[0]} is NaN or infinite")
         best = min(nats, key=lambda i: (nats[i], i))
         # states in front of the removed layer are those of the next round too
-        self._stored = {i: states for i, states in self._stored.items() if i <= best}
+        front = self._front(best, self.result.removed)
+        self._stored = {i: states for i, states in self._stored.items() if i <= front}
         self.result.removed.append(best)
         self.result.losses.append({i: value / self._predicted for i, value in nats.items()})
         self._done = [{}]
@@ -166,11 +145,11 @@ class Trials:
         for j in candidates:
             if j in done:
                 continue
-            at, states = self._nearest(at, states, j)
-            states = self._moved(group, states, at, j)
-            if again and j not in self._stored and len(self._stored) < self._room:
-                self._stored[j] = states
-            at = j
+            front = self._front(j, self.result.removed)
+            at, states = self._nearest(at, states, front)
+            states, at = self._moved(group, states, at, front), front
+            if again and front not in self._stored and len(self._stored) < self._room:
+                self._stored[front] = states
             done[j] = self._nats_without(j, group, states)
             tick(1)
             if self._state is not None and self._state.due():
@@ -188,23 +167,42 @@ class Trials:
     def _alive(self, start: int, end: int) -> list[int]:
         return [i for i in range(start, end) if i not in self.result.removed]
 
+    def _front(self, j: int, gone: Collection[int]) -> int:
+        """The first layer that does not run alike without j: j, or what is mended in front."""
+        return j if self._mending is None else max(i for i in range(j) if i not in gone)
+
+    def _mended(self, gone: Collection[int]) -> AbstractContextManager[None]:
+        """The model, mended for these layers' absence."""
+        if self._mending is None:
+            return nullcontext()
+        return self._mending.mended(runs(gone, range(len(self._decoder.layers))))
+
+    def _gaps_of(self, candidates: Collection[int], gone: Sequence[int]) -> set[Gap]:
+        """The gaps of a round: those that there are, and those of every candidate."""
+        every = range(len(self._decoder.layers))
+        return {gap for j in candidates for gap in runs([*gone, j], every)} | {*runs(gone, every)}
+
     def _moved(
         self, group: list[Batch], states: list[Tensor] | None, at: int, j: int
     ) -> list[Tensor]:
         """The states in front of layer j, (B, S, D) each, from those in front of layer ``at``."""
         between = self._alive(at, j)
-        return [
-            self._stack.advance(tokens, between, None if states is None else states[k])
-            for k, (tokens, _) in enumerate(group)
-        ]
+        with self._mended(self.result.removed):
+            return [
+                self._stack.advance(tokens, between, None if states is None else states[k])
+                for k, (tokens, _) in enumerate(group)
+            ]
 
     def _nats_without(self, j: int, group: list[Batch], states: list[Tensor]) -> float:
-        """Summed loss on a group's windows without layer j, from the states in front of it."""
-        rest = self._alive(j + 1, len(self._decoder.layers))
-        return sum(
-            self._stack.nats(tokens, mask, rest, state)
-            for (tokens, mask), state in zip(group, states, strict=True)
-        )
+        """Summed loss on a group's windows without layer j, from the states at its front."""
+        gone = [*self.result.removed, j]
+        front = self._front(j, self.result.removed)
+        rest = [i for i in self._alive(front, len(self._decoder.layers)) if i != j]
+        with self._mended(gone):
+            return sum(
+                self._stack.nats(tokens, mask, rest, state)
+                for (tokens, mask), state in zip(group, states, strict=True)
+            )
 
     def _count(self, candidates: Sequence[int], *, again: bool) -> None:
         """Counts what a round runs from its beginning, as `_try` does; arguments as in `round`."""
@@ -212,14 +210,21 @@ class Trials:
         alive = [i for i in range(len(self._decoder.layers)) if i not in gone]
         at = 0
         for j in candidates:
-            at = max(i for i in (at, *self._storing) if i <= j)
+            front = self._front(j, gone)
+            at = max(i for i in (at, *self._storing) if i <= front)
             self.result.evaluations += self._windows * sum(i >= at and i != j for i in alive)
             if again and len(self._storing) < self._room:
-                self._storing.add(j)
-            at = j
-        best = self.result.removed[self._rounds]
+                self._storing.add(front)
+            at = front
+        best = self._front(self.result.removed[self._rounds], gone)
         self._storing = {i for i in self._storing if i <= best}
+        self._count_fits(self._gaps_of(candidates, gone))
         self._rounds += 1
+
+    def _count_fits(self, gaps: set[Gap]) -> None:
+        if self._mending is not None:
+            self.result.evaluations += self._mending.layers_run(gaps - self._fitted)
+            self._fitted = gaps
 
     def _save(self) -> None:
         if self._state is not None:
@@ -227,40 +232,12 @@ class Trials:
             self._state.save({"search": search})
 
 
-def _read(windows: Sequence[Sequence[int]], decoder: Decoder, batch_size: int) -> list[Batch]:
+def read_batches(
+    windows: Sequence[Sequence[int]], decoder: Decoder, batch_size: int
+) -> list[Batch]:
+    """Tokens and masks of windows, so many at once; errors as in `decoder.pad`."""
     return [
         (tokens, mask)
         for batch in batches(windows, batch_size)
         for _, tokens, mask in padded(batch, decoder)
     ]
-
-
-def _continued(state: StateFile | None, count: int) -> tuple[Search, list[Nats]]:
-    """The search that a state holds, and by group the nats of the round begun; new ones if none.
-
-    Raises:
-        ShortGPTError: the state holds no search among so many layers.
-    """
-    if state is None or not state.content:
-        return Search(), [{}]
-    try:
-        content = state.content["search"]
-        removed = layer_numbers(content["removed"])
-        losses = [_by_layer(found, count) for found in content["losses"]]
-        done = [_by_layer(found, count) for found in content["done"]]
-        whole = all(i in found for i, found in zip(removed, losses, strict=True))
-    except (KeyError, TypeError, ValueError, AttributeError):
-        whole = False
-    if not whole:
-        raise ShortGPTError(
-            f"{state.path} is no whole state of a search by loss; delete it to begin anew"
-        )
-    return Search(removed, losses), done or [{}]  # evaluations are counted again, by rounds
-
-
-def _by_layer(content: Mapping[str, float], count: int) -> Nats:
-    """Losses by layers, whose numbers JSON has turned into strings; ValueError for what is none."""
-    found = {int(i): value for i, value in content.items()}
-    if not all(type(v) is float and 0 <= i < count for i, v in found.items()):
-        raise ValueError
-    return found

@@ -17,6 +17,8 @@ UNUSED = [
     (("prune", *TWO, "--layers", "1", "--confidence", 0.9), "--max_perplexity_ratio"),
     (("prune", *TWO, "--layers", "1", "--bos", "every"), "--max_perplexity_ratio"),
     (("rank", "model", "--n", 2, "--candidates", 3), "--method sleb"),
+    (("rank", "model", "--n", 2, "--healed"), "--method sleb"),
+    (("rank", "model", "--n", 2, "--method", "sleb", "--budget", 2), "--method evolution"),
     (("rank", "model", "--confidence", 0.9), "--n, a --seed"),
     (("rank", "model", "--rare", 0.1), "--n, a --seed"),
     (("rank", "model", "--n", 2, "--confidence", "none", "--rare", 0.1), "a --confidence"),
@@ -30,7 +32,7 @@ UNUSED = [
     (("reproduce", "model", "--confidence", "none", "--rare", 0.1), "a --confidence"),
     (("compare", "model", "--steps", 5), "lora in --healing"),
     (("compare", "model", "--seeds", 5, "--methods", "bi"), "random in --methods"),
-    (("compare", "model", "--search_windows", 5, "--methods", "bi"), "sleb in --methods"),
+    (("compare", "model", "--search_windows", 5, "--methods", "bi"), "evolution in --methods"),
     (("compare", "model", "--limit", 5), "--tasks"),
     (("evaluate", "model", "--num_fewshot", 5), "--tasks"),
     (("evaluate", "model", "--data", "none", "--tasks", "piqa", "--size", 5), "--data"),
@@ -61,5 +63,7 @@ def test_what_counts_or_asks_for_nothing_passes():
         {"confidence": None},
         {"sublayers": False, "method": "sleb", "n": 2},
         {"candidates": 3, "method": "sleb", "n": 2},
+        {"candidates": 3, "method": "evolution", "budget": 2.0, "n": 2},
+        {"healed": True, "method": "sleb", "n": 2},
     ):
         refuse_unused("rank", given, defaults)

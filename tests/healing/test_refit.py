@@ -217,7 +217,7 @@ def test_an_error_or_an_interruption_leaves_the_model_as_it_was(monkeypatch):
     short = meta()
     before = weights(short)
     for calls in (0, 1, 3):
-        with interrupted(refit_pass, "_add", calls):
+        with interrupted(refit_pass, "add_change", calls):
             heal(short, [3], WINDOWS, held=WINDOWS, progress=False)
         assert same(before, weights(short)) and short.kept == [*range(5)] and not short.changes
 

@@ -261,6 +261,14 @@ def test_the_healed_stand_beside_the_cut() -> None:
     png(figure)
 
 
+def test_other_closed_forms_have_lines_of_their_own() -> None:
+    kinds = ("patched", "refit", "linearpatch", "ghosted")
+    figure = quality_curves([DENSE, *CUT, *(row("bi", 2, kind, 12.0) for kind in kinds)])
+    lines = figure.axes[1].get_lines()
+    assert len({(line.get_marker(), line.get_linestyle()) for line in lines}) == len(kinds)
+    assert [line.get_label() for line in lines] == ["bi", *(f"bi, {kind}" for kind in kinds[1:])]
+
+
 @pytest.mark.parametrize("worst", [1e9, math.inf])
 def test_what_is_far_worse_leaves_the_picture(worst: float) -> None:
     figure = quality_curves(

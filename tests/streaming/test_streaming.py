@@ -447,7 +447,10 @@ def test_commands_refuse_what_cannot_be_streamed(arguments, message, folder, cap
 
 def test_a_limit_of_memory_that_nothing_would_keep_is_refused(folder, capsys):
     for command, message in (
-        ("rank", "bounds --stream and the methods perplexity, sleb; add --stream"),
+        (
+            "rank",
+            "bounds --stream and the methods perplexity, sleb, sleb_healed, evolution; add",
+        ),
         ("perplexity", "bounds --stream; add it"),
     ):
         with pytest.raises(SystemExit):
