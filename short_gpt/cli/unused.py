@@ -43,6 +43,7 @@ RULES = (
         "--max_perplexity_ratio",
         _given("max_perplexity_ratio"),
     ),
+    Rule(("heal",), ("max_memory",), "--stream", lambda v: bool(v["stream"])),
     Rule(("rank",), ("candidates",), "--method sleb", lambda v: v["method"] == "sleb"),
     Rule(
         ("rank",),

@@ -20,19 +20,27 @@ from short_gpt.healing import (
     LoraSettings,
     PatchSettings,
     Recipe,
+    RefitSettings,
     Source,
     Step,
 )
 from short_gpt.jobs.choice import Choice, Chosen, chosen
 from short_gpt.jobs.distilling import Distilling
 from short_gpt.jobs.healing_settings import CLOSED, TRAINING, Learned, Settings, methods_of
-from short_gpt.jobs.inputs import Opening, TextSource, check_model, source_of
+from short_gpt.jobs.inputs import (
+    Notify,
+    Opening,
+    Streaming,
+    TextSource,
+    check_model,
+    ignore,
+    source_of,
+)
 from short_gpt.jobs.saving import interruptible
 from short_gpt.opening import open_model
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.scored_model import ScoredModel
 from short_gpt.short_hf import ShortHFModel
-from short_gpt.short_model import ShortModel
 
 SIZE, CLOSED_WINDOWS = 1024, 64  # of closed forms
 
@@ -74,13 +82,16 @@ def heal(
     settings: Settings | None = None,
     distilling: Distilling | None = None,
     opening: Opening | None = None,
+    streaming: Streaming | None = None,
     overwrite: bool = False,
+    notify: Notify = ignore,
 ) -> Healing:
     """Removes layers of a checkpoint and brings quality back.
 
     Refit and patch are closed forms, of minutes. LoRA learns the text, distillation what the whole
-    model predicts; both also heal a model that was cut before, take a Meta checkpoint to Hugging
-    Face's format and back, and continue when interrupted. No text is both learned and evaluated on.
+    model predicts; both also heal a model that was cut before, and take a Meta checkpoint to
+    Hugging Face's format and back. All but the patch continue when interrupted. No text is both
+    learned and evaluated on.
 
     Args:
         model: Meta checkpoint directory, Hugging Face directory or hub id, or GGUF file.
@@ -90,7 +101,9 @@ def heal(
         choice: which layers to remove; lora may do without, and distill with a teacher.
         data: texts to learn from.
         learned, settings, distilling, opening: of windows and methods; how models are opened.
+        streaming: whether one layer at a time is in memory.
         overwrite: whether an earlier pruned checkpoint is replaced.
+        notify: is told what a refit will take in memory and on disk, before it starts.
 
     Raises:
         FileExistsError: ``out`` exists.
@@ -102,27 +115,53 @@ def heal(
         6.1
     """
     learned, settings, opening = learned or Learned(), settings or Settings(), opening or Opening()
-    distilling = distilling or Distilling()
+    distilling, streaming = distilling or Distilling(), streaming or Streaming()
     texts, methods = source_of(data), methods_of(method)
     _check(methods, learned, settings, distilling)
+    streaming.check(methods)
     _check_target(model, out, overwrite=overwrite)
     found = _selection(model, choice or Choice(), methods, distilling)
     check_model(model)
-    trains = methods[-1] in TRAINING
+    run = _Run(model, out, texts, methods, learned, settings, distilling, opening, streaming)
     with interruptible():
-        short = _opened(model, found, learned.size or SIZE, opening, trains=trains)
-        recipe = settings.recipe(short, learned.seed) if trains else None
-        size = learned.size or (recipe.size if recipe else SIZE)
-        parts = _windows(short, texts, learned, size, trains=trains)
-        distill = distilling.step(recipe, _teacher(model, distilling, opening, size))
-        steps = _steps(methods, settings, learned, recipe, distill)
-        job = _job(short, parts, found.layers, steps, out, resume=settings.resume)
-        bos = learned.bos or short.bos
-        names = {"data": texts.data, "eval_data": learned.eval_data, "size": size, "bos": bos}
-        done = Healing(Path(out), job.run(), parts.left_out, found.unchecked, names)
-        short.evidence |= {**found.record.evidence, "eval_data": learned.eval_data, "size": size}
-        job.save(out, facts={**found.record.facts, "data": texts.data}, overwrite=overwrite)
+        done = run.healed(found, overwrite=overwrite, notify=notify)
     return replace(done, remark=_remark(model, out, found)) if is_gguf(out) else done
+
+
+@dataclass(frozen=True)
+class _Run:
+    """All settings of a healing; as the arguments of `heal`, none of them left out."""
+
+    model: str
+    out: str
+    texts: TextSource
+    methods: Sequence[str]
+    learned: Learned
+    settings: Settings
+    distilling: Distilling
+    opening: Opening
+    streaming: Streaming
+
+    def healed(self, found: Chosen, *, overwrite: bool, notify: Notify) -> Healing:
+        """Opens the model, heals it without the layers that were chosen, and saves it."""
+        model, learned, trains = self.model, self.learned, self.methods[-1] in TRAINING
+        size = learned.size or SIZE
+        short = _opened(model, found, size, self.opening, self.streaming, trains=trains)
+        recipe = self.settings.recipe(short, learned.seed) if trains else None
+        size = learned.size or (recipe.size if recipe else SIZE)
+        parts = _windows(short, self.texts, learned, size, trains=trains)
+        teacher = _teacher(model, self.distilling, self.opening, size)
+        distill = self.distilling.step(recipe, teacher)
+        steps = _steps(self.methods, self.settings, learned, recipe, distill)
+        job = _job(short, parts, found.layers, steps, self.out, resume=self.settings.resume)
+        if plan := job.plan_text():
+            notify(plan)
+        bos, data = learned.bos or short.bos, self.texts.data
+        names = {"data": data, "eval_data": learned.eval_data, "size": size, "bos": bos}
+        done = Healing(Path(self.out), job.run(), parts.left_out, found.unchecked, names)
+        short.evidence |= {**found.record.evidence, "eval_data": learned.eval_data, "size": size}
+        job.save(self.out, facts={**found.record.facts, "data": data}, overwrite=overwrite)
+        return done
 
 
 def _check_target(model: str, out: str, *, overwrite: bool) -> None:
@@ -173,7 +212,7 @@ def _steps(
 
 
 def _job(
-    short: ShortModel,
+    short: ScoredModel,
     parts: Learning,
     layers: Sequence[int],
     steps: Sequence[Step],
@@ -181,8 +220,10 @@ def _job(
     *,
     resume: bool,
 ) -> HealingJob:
-    """The healing; training keeps what it continues from beside the new directory."""
-    folder = Path(f"{out}.training") if steps[-1].trains else None
+    """The healing; what training and a refit continue from lies beside the new directory."""
+    refits = any(isinstance(step, RefitSettings) for step in steps)
+    kind = "training" if steps[-1].trains else "refit" if refits else None
+    folder = None if kind is None else Path(f"{out}.{kind}")
     again = resume or (folder is not None and folder.is_dir() and any(folder.iterdir()))
     return HealingJob(short, parts, layers, settings=steps, work_dir=folder, resume=again)
 
@@ -198,7 +239,7 @@ def _teacher(
 
 
 def _windows(
-    short: ShortModel, texts: TextSource, learned: Learned, size: int, *, trains: bool
+    short: ScoredModel, texts: TextSource, learned: Learned, size: int, *, trains: bool
 ) -> Learning:
     """Windows to learn from and others to evaluate on, which share no text."""
     place = (texts.split, texts.column, texts.max_texts, learned.seed)
@@ -234,10 +275,14 @@ def _selection(
     return Chosen([], Provenance())
 
 
-def _opened(model: str, found: Chosen, size: int, opening: Opening, *, trains: bool) -> ShortModel:
+def _opened(
+    model: str, found: Chosen, size: int, opening: Opening, streaming: Streaming, *, trains: bool
+) -> ScoredModel:
     """The model, with the scores its layers were chosen by; for training one of Hugging Face's."""
-    short: ShortModel
-    if trains and is_meta(model):
+    short: ScoredModel
+    if streaming.stream:
+        short = open_model(model, max_seq_len=size, **vars(streaming), **vars(opening))
+    elif trains and is_meta(model):
         place = {"device": opening.device, "dtype": opening.dtype}
         short = ShortHFModel.from_meta(model, tokenizer_path=opening.tokenizer_path, **place)
     else:

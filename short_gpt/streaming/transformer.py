@@ -8,7 +8,7 @@ Shapes: B windows of a batch, S tokens, D width, L layers, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 
@@ -86,6 +86,10 @@ class StreamedTransformer(nn.Module):
         source: the weights.
         device: where layers run.
         dtype: of weights and states there.
+
+    Attributes:
+        replaced: new values of parameters in the place of the source's, by the layer's number and
+            the parameter's name in it; the last of them counts. They run as they would be stored.
     """
 
     def __init__(
@@ -104,6 +108,7 @@ class StreamedTransformer(nn.Module):
         self.freqs_cis = precompute_freqs_cis(self.params, self.params.max_seq_len).to(device)
         stored = {source.infos[f"layers.0.{name}"].dtype for name in LAYER_NAMES}
         self.stored = max(stored, key=lambda kind: kind.itemsize)
+        self.replaced: list[Mapping[tuple[int, str], Tensor]] = []
         self._ready: dict[str, Tensor] = {}  # the weights of the layer that runs
         self._next: dict[tuple[str, torch.dtype], Tensor] = {}  # of the one that is read
 
@@ -136,7 +141,7 @@ class StreamedTransformer(nn.Module):
         Raises:
             NotFiniteError: a weight or a state is NaN or infinite; the message names the layer.
         """
-        self._embed(batches)
+        self.embed(batches)
         with closing(self._loaded()) as layers:
             for layer in layers:
                 sums = []
@@ -147,7 +152,8 @@ class StreamedTransformer(nn.Module):
                 if not torch.stack(sums).isfinite().all():
                     self._check_states(layer, batches)
 
-    def _embed(self, batches: Sequence[Batch]) -> None:
+    def embed(self, batches: Sequence[Batch]) -> None:
+        """Gives batches their states in front of the first layer."""
         pin = self.device.type == "cuda"
         for batch in batches:
             shape = (*batch.tokens.shape, self.params.dim)
@@ -174,11 +180,26 @@ class StreamedTransformer(nn.Module):
                 finally:
                     layer.to("meta")
 
+    def load(self, layer: nn.Module) -> None:
+        """Gives one layer its weights, read one after the other; ``layer.to("meta")`` ends it."""
+        number = self._numbers[layer]
+        for name in LAYER_NAMES:
+            self._make_ready(number, {name: self.weight(number, name)})
+        layer.load_state_dict(self._ready, assign=True)
+
+    def weight(self, number: int, name: str) -> Tensor:
+        """A parameter of a layer as it is stored, or would be."""
+        for values in reversed(self.replaced):
+            if (number, name) in values:
+                stored = self.source.infos[f"layers.{number}.{name}"].dtype
+                return values[number, name].to(stored)
+        return self.source.read(f"layers.{number}.{name}")
+
     def _read(self, number: int) -> dict[str, Tensor]:
         """A layer's weights as stored, in memory that is used again for the next."""
         found = {}
         for name in LAYER_NAMES:
-            weight = self.source.read(f"layers.{number}.{name}")
+            weight = self.weight(number, name)
             place = self._next.get((name, weight.dtype))
             if place is None:
                 place = torch.empty_like(weight, pin_memory=self.device.type == "cuda")
