@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from short_gpt.evaluation.paired import losses
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.models.decoder import Decoder
+from short_gpt.models.layer_calls import LayerCalls
 from short_gpt.models.numbering import span
-from short_gpt.surgery.changes import Parameter, WeightChange
+from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.surgery.changes import Parameter, WeightChange, restored_on_error
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class ModelRecord:
@@ -22,7 +34,10 @@ class ModelRecord:
         changes: what was done to the weights of layers that stayed, in order.
         quality: the last perplexity measured, by the layers that the model had.
         evidence: how layers were chosen and what healing brought, ready for JSON; jobs fill it.
+        max_memory: of the process, as a streamed model was opened with.
     """
+
+    max_memory: str | int | None = None
 
     def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder
@@ -54,6 +69,57 @@ class ModelRecord:
         """Takes a record back, when the weights are as they were."""
         self.changes = [c for c in self.changes if c is not change]
         self.quality.pop(tuple(self.present), None)
+
+    def trainable(self) -> PreTrainedModel:
+        """The model of transformers behind this one, which LoRA trains.
+
+        Raises:
+            ShortGPTError: there is none.
+        """
+        raise ShortGPTError(
+            f"LoRA heals a ShortHFModel, got {type(self).__name__}: convert the checkpoint first"
+        )
+
+    def layer_calls(self) -> LayerCalls:
+        """The model's layers to be called one at a time.
+
+        Raises:
+            ShortGPTError: they are given more than the states in front of them.
+        """
+        return LayerCalls(self.decoder)
+
+    @torch.no_grad()
+    def change_weights(
+        self, how: Mapping[str, object], values: Mapping[Parameter, Tensor]
+    ) -> Callable[[], None]:
+        """Gives parameters of layers that are there new values, and records it.
+
+        Args:
+            how: what made them, ready for JSON, with its name as "method".
+            values: by the original number of a layer and a parameter's name in it.
+
+        Returns:
+            A function that puts the former values back, and takes back the record.
+        """
+        layers = zip(self.present, self.decoder.layers, strict=True)
+        every = {(i, name): p for i, layer in layers for name, p in layer.named_parameters()}
+        change = WeightChange(how, frozenset(values))
+
+        def undo() -> None:
+            restore()
+            self.forget_change(change)
+
+        with restored_on_error(every[key] for key in values) as restore:
+            for key, value in values.items():
+                every[key].copy_(value)
+        self.note_change(change)
+        return undo
+
+    def window_losses(
+        self, windows: Sequence[Sequence[int]], *, progress: bool = True
+    ) -> list[Perplexity]:
+        """The loss of every window on its own, of the model as it is now, for `paired`."""
+        return losses(self.decoder, windows, progress=progress)
 
     def note_quality(self, result: Perplexity) -> None:
         """Records a perplexity of the model as it is; not where layers are gone unrecorded."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.models.numbering import check_exist, check_layers
@@ -23,9 +23,6 @@ from short_gpt.selection.search import Search, by_loss
 from short_gpt.surgery.changes import WeightChange
 from short_gpt.surgery.prefill import skipped_in_prefill
 from short_gpt.surgery.sublayers import REMOVED_SUBLAYERS, remove_sublayers, sublayer_parameters
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 def check_texts(texts: Sequence[str]) -> None:
@@ -69,16 +66,6 @@ class ShortModel(ScoredModel):
     @abstractmethod
     def harness_model(self, *, batch_size: int = 1) -> object:
         """The model as the lm-evaluation-harness knows models; see `evaluation.tasks`."""
-
-    def trainable(self) -> PreTrainedModel:
-        """The model of transformers behind this one, which LoRA trains.
-
-        Raises:
-            ShortGPTError: there is none.
-        """
-        raise ShortGPTError(
-            f"LoRA heals a ShortHFModel, got {type(self).__name__}: convert the checkpoint first"
-        )
 
     def search(
         self,

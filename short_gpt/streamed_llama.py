@@ -6,60 +6,37 @@ Shapes: B windows of a batch, L layers.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import ClassVar, cast
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from llama.parallel import several_ranks
-from llama.tokenizer import Tokenizer, find_tokenizer
+from llama.tokenizer import find_tokenizer
+from short_gpt.checkpoints.hf import prune_hf
+from short_gpt.checkpoints.meta import prune_meta
 from short_gpt.checkpoints.provenance import Provenance
-from short_gpt.checkpoints.save import save_meta
+from short_gpt.checkpoints.verify import check_logits
 from short_gpt.data.windows import batches, count_of
-from short_gpt.evaluation.perplexity import (
-    Perplexity,
-    check_loss,
-    check_predicted,
-    samples_of,
-)
+from short_gpt.evaluation.perplexity import Perplexity, check_loss, check_predicted, samples_of
 from short_gpt.evaluation.sampling import Sample
 from short_gpt.models.decoder import pad
-from short_gpt.models.pretrained import PretrainedTokenizer
+from short_gpt.models.layer_calls import LayerCalls
 from short_gpt.runtime.digest import files_digest
-from short_gpt.runtime.errors import MissingPackageError, ShortGPTError
+from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import bar
 from short_gpt.scored_model import ScoredModel
 from short_gpt.scoring.hooks import Scores
+from short_gpt.streaming.batch import Batch
 from short_gpt.streaming.decoder import StreamedDecoder, open_stream
+from short_gpt.streaming.layer_calls import StreamedCalls
 from short_gpt.streaming.memory import Plan
-from short_gpt.streaming.transformer import Batch, StreamedTransformer
-from short_gpt.streaming.weights import HFSource
-
-
-def _hf_tokenizer(directory: Path) -> PretrainedTokenizer:
-    try:
-        from transformers import AutoTokenizer
-    except ImportError:
-        raise MissingPackageError(
-            'Hugging Face directories need: pip install "short-gpt[hf]"; or pass tokenizer_path'
-        ) from None
-    return cast(
-        PretrainedTokenizer, AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-    )
-
-
-def _tokenizer(path: Path, stream: StreamedTransformer) -> Tokenizer:
-    """The tokenizer, if it has as many words as the model."""
-    tokenizer, most = Tokenizer(path), stream.vocab_size
-    padded = isinstance(stream.source, HFSource)  # the embedding may have rows to spare
-    if tokenizer.n_words > most or (tokenizer.n_words < most and not padded):
-        raise ShortGPTError(
-            f"the tokenizer {path} has {tokenizer.n_words} words, the checkpoint "
-            f"{stream.source.directory} {most}; they do not belong together"
-        )
-    return tokenizer
+from short_gpt.streaming.tokenizers import hf_tokenizer, meta_tokenizer
+from short_gpt.streaming.weights import HFSource, MetaSource
+from short_gpt.surgery.changes import Parameter, WeightChange
 
 
 class StreamedLlama(ScoredModel):
@@ -111,11 +88,11 @@ class StreamedLlama(ScoredModel):
                 "a streamed model runs on one rank; start it alone, not by torchrun"
             )
         self.stream = open_stream(ckpt_dir, max_seq_len=max_seq_len, device=device, dtype=dtype)
-        directory, self.max_memory = self.stream.source.directory, max_memory
+        self.max_memory, directory = max_memory, self.stream.source.directory
         self.tokenizer_path = Path(str(tokenizer_path or find_tokenizer(directory)))
-        self.tokenizer = _tokenizer(self.tokenizer_path, self.stream)
+        self.tokenizer = meta_tokenizer(self.tokenizer_path, self.stream)
         theirs = tokenizer_path is None and isinstance(self.stream.source, HFSource)
-        self._hf_tokenizer = _hf_tokenizer(directory) if theirs else None
+        self._hf_tokenizer = hf_tokenizer(directory) if theirs else None
         self.plan(batch_size)
         self._streamed = StreamedDecoder(self.stream)
         super().__init__(self._streamed, n_prune_layers)
@@ -169,6 +146,18 @@ class StreamedLlama(ScoredModel):
         progress: bool = True,
     ) -> Perplexity:
         """Perplexity of the model as it is now; arguments and errors as in `measure`."""
+        result = Perplexity.of(self._samples(windows, batch_size, total, progress))
+        self.note_quality(result)
+        return result
+
+    def _samples(
+        self,
+        windows: Iterable[Sequence[int]],
+        batch_size: int,
+        total: int | None,
+        progress: bool,
+    ) -> list[Sample]:
+        """The loss of every window."""
         samples: list[Sample] = []
         for part in self._rounds("perplexity", windows, batch_size, total, progress):
             losses = self._streamed.losses(part)
@@ -176,9 +165,7 @@ class StreamedLlama(ScoredModel):
             samples += samples_of(part, [float(values.sum()) for values in each])
             check_loss(float(losses.double().sum()))
         check_predicted(sum(s.tokens for s in samples))
-        result = Perplexity.of(samples)
-        self.note_quality(result)
-        return result
+        return samples
 
     def window_logits(
         self, windows: Sequence[Sequence[int]], *, batch_size: int = 1
@@ -204,18 +191,38 @@ class StreamedLlama(ScoredModel):
         measured: Mapping[str, Perplexity] | None = None,
         overwrite: bool = False,
     ) -> Path:
-        """Writes the checkpoint without the removed layers; arguments as in `ScoredModel.save`."""
-        source = self.stream.source.directory
-        record = Provenance.of(self, source, facts=facts, measured=measured)
-        path = self.tokenizer_path
-        return save_meta(
-            self,
+        """Writes the checkpoint as the model is now; arguments as in `ScoredModel.save`."""
+        source, changed = self.stream.source, sorted(self.changed)
+        if not self.removed and not changed:
+            raise RuntimeError("nothing was removed yet; call remove_layers first")
+        self.check_whole()
+        record = Provenance.of(self, source.directory, facts=facts, measured=measured)
+        new = {source.stored_name(f"layers.{i}.{n}"): self._stored(i, n) for i, n in changed}
+        write: Callable[..., Path] = prune_hf
+        if isinstance(source, MetaSource):
+            write = partial(prune_meta, tokenizer_path=self.tokenizer_path)
+        return write(
+            source.directory,
             out_dir,
-            source=source,
-            record=record,
-            tokenizer_path=path,
+            self.removed,
+            provenance=record,
+            replaced=new,
             overwrite=overwrite,
+            verify=self._check_saved if changed else None,
         )
+
+    def _stored(self, number: int, name: str) -> Callable[[], Tensor]:
+        """What reads a changed parameter, in the file's layout."""
+        whole = f"layers.{number}.{name}"
+        return lambda: self.stream.source.as_stored(whole, self.stream.weight(number, name))
+
+    def _check_saved(self, directory: Path) -> None:
+        """Raises RuntimeError unless a directory gives the logits of this model, bit for bit."""
+        stream = self.stream
+        place, dtype = str(stream.device), str(stream.dtype).removeprefix("torch.")
+        saved = open_stream(directory, max_seq_len=8, device=place, dtype=dtype)
+        tokens = torch.arange(8).remainder(stream.vocab_size)[None]
+        check_logits(stream(tokens), saved(tokens))
 
     @property
     def configuration(self) -> str:
@@ -240,7 +247,35 @@ class StreamedLlama(ScoredModel):
 
     def weights_digest(self) -> str:
         """A digest of the checkpoint's files of weights, by which another one is told."""
+        if self.changes:
+            raise ShortGPTError(
+                "a streamed model whose weights were changed has no files yet by which it is told: "
+                "save it, and open that"
+            )
         return files_digest(self.stream.source.files)
+
+    def layer_calls(self) -> LayerCalls:
+        return StreamedCalls(self.stream)
+
+    def change_weights(
+        self, how: Mapping[str, object], values: Mapping[Parameter, Tensor]
+    ) -> Callable[[], None]:
+        """As in `ModelRecord`; values are asked for whenever their layer is read."""
+        change = WeightChange(how, frozenset(values))
+        self.stream.replaced = [*self.stream.replaced, values]
+        self.note_change(change)
+
+        def undo() -> None:
+            self.stream.replaced = [v for v in self.stream.replaced if v is not values]
+            self.forget_change(change)
+
+        return undo
+
+    def window_losses(
+        self, windows: Sequence[Sequence[int]], *, progress: bool = True
+    ) -> list[Perplexity]:
+        found = self._samples(windows, 1, None, progress)
+        return [Perplexity.of([sample]) for sample in found]
 
     def _rounds(
         self,

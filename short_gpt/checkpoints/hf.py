@@ -11,12 +11,20 @@ from pathlib import Path
 
 import torch
 
-from llama.formats.safetensors import Entry, SafetensorsFile, open_weights, write_weights
+from llama.formats.safetensors import (
+    DTYPES,
+    Entry,
+    SafetensorsFile,
+    open_weights,
+    tensor_bytes,
+    write_weights,
+)
 from llama.io.files import check_new, new_directory
 from llama.io.hub import resolve
 from llama.io.json_files import write_json
 from short_gpt.checkpoints.card import write_provenance
 from short_gpt.checkpoints.provenance import PROVENANCE, Provenance
+from short_gpt.checkpoints.replaced import Replaced
 from short_gpt.models.config_file import read_config
 from short_gpt.models.hf import HFDecoder
 from short_gpt.models.loading import auto_class, check_stored, explained
@@ -35,6 +43,7 @@ def prune_hf(
     layers: Sequence[int],
     *,
     provenance: Provenance | None = None,
+    replaced: Replaced | None = None,
     overwrite: bool = False,
     progress: Callable[[str], object] = str,
     verify: Callable[[Path], object] | None = None,
@@ -51,6 +60,7 @@ def prune_hf(
         layers: numbers of the layers to leave out.
         provenance: by which scores they were chosen, and facts to keep; completed here and
             written as ``pruning.json`` and on the card.
+        replaced: by names in the source's files, tensors that are read from here in their place.
         overwrite: whether an existing pruned checkpoint is replaced; nothing else ever is.
         progress: called with every tensor's new name before it is written.
         verify: called with the finished directory before it takes its place; what it raises
@@ -70,19 +80,18 @@ def prune_hf(
     check_new(out, marker=PROVENANCE, overwrite=overwrite, source=directory)
     weights = open_weights(directory)
     decoder = _skeleton(directory)
-    numbers = range(len(decoder.layers))
-    check_layers(layers, numbers)
-    keep = [i for i in numbers if i not in set(layers)]
-    record = provenance or Provenance()
-    record = record.cut(source, removed=layers, kept=keep, directory=directory)
-    old_name = _old_names(weights, _prefix(weights, decoder.layers_path, len(numbers)), keep)
-    if not _quantization(directory):  # which takes packages of its own to load
-        check_stored(directory, decoder.model.config)
+    count = len(decoder.layers)
+    check_layers(layers, range(count))
+    keep = [i for i in range(count) if i not in set(layers)]
+    record = (provenance or Provenance()).cut(
+        source, removed=layers, kept=keep, directory=directory
+    )
+    old_name = _old_names(weights, _prefix(weights, decoder.layers_path, count), keep)
     config = _edited_config(directory, decoder, keep)
     with new_directory(out, marker=PROVENANCE, overwrite=overwrite) as partial:
         write_json(partial / "config.json", config)
         _check_config(partial, decoder)
-        _write_kept(partial, weights, old_name, progress)
+        _write_kept(partial, weights, old_name, replaced or {}, progress)
         _copy_others(directory, partial)
         write_provenance(partial, record, card=True)
         if verify is not None:
@@ -94,13 +103,19 @@ def _write_kept(
     out: Path,
     weights: Mapping[str, SafetensorsFile],
     old_name: Mapping[str, str],
+    replaced: Replaced,
     progress: Callable[[str], object],
 ) -> None:
     """Copies the tensors that stay, in pieces, under their new names."""
 
-    def read(name: str) -> Iterator[bytes]:
+    def read(name: str) -> Iterator[bytes | memoryview]:
         progress(name)
-        return weights[old_name[name]].chunks(old_name[name])
+        old, file = old_name[name], weights[old_name[name]]
+        if old not in replaced:
+            yield from file.chunks(old)
+            return
+        dtype = DTYPES[file.entries[old].dtype]
+        yield from tensor_bytes(replaced[old]().to("cpu", dtype))
 
     write_weights(out, _groups(weights, old_name), read)
 
@@ -190,6 +205,8 @@ def _groups(
 
 def _edited_config(directory: Path, decoder: HFDecoder, keep: Sequence[int]) -> dict[str, object]:
     """The source's config.json, changed where removing the layers changes the config."""
+    if not _quantization(directory):  # which takes packages of its own to load
+        check_stored(directory, decoder.model.config)
     before = decoder.model.config.to_dict()
     decoder.keep_layers(keep)
     after = decoder.model.config.to_dict()

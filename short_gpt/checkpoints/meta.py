@@ -17,11 +17,13 @@ from llama.checkpoint.meta import (
     copy_tokenizer,
 )
 from llama.checkpoint.pth import Shard, write_shard
+from llama.checkpoint.sharding import part_of
 from llama.io.files import check_new, new_directory
 from llama.io.json_files import write_json
 from llama.tokenizer import Tokenizer, find_tokenizer
 from short_gpt.checkpoints.card import write_provenance
 from short_gpt.checkpoints.provenance import PROVENANCE, Provenance
+from short_gpt.checkpoints.replaced import Replaced
 from short_gpt.models.numbering import check_layers
 
 
@@ -32,6 +34,7 @@ def prune_meta(
     *,
     tokenizer_path: str | PathLike[str] | None = None,
     provenance: Provenance | None = None,
+    replaced: Replaced | None = None,
     overwrite: bool = False,
     progress: Callable[[str], object] = str,
     verify: Callable[[Path], object] | None = None,
@@ -47,6 +50,7 @@ def prune_meta(
         layers: numbers of the layers to leave out.
         tokenizer_path: copied along; None looks beside the source.
         provenance: what is known beside what is removed; goes into ``pruning.json`` with that.
+        replaced: by their names, whole tensors that are read from here in the source's place.
         overwrite: whether an existing pruned checkpoint is replaced; nothing else ever is.
         progress: called with every tensor's name before it is written.
         verify: called with the finished directory before it takes its place; what it raises
@@ -69,7 +73,7 @@ def prune_meta(
     record = (provenance or Provenance()).cut(ckpt_dir, removed=layers, kept=keep)
     check_new(out, marker=PROVENANCE, overwrite=overwrite, source=source.directory)
     with new_directory(out, marker=PROVENANCE, overwrite=overwrite) as partial:
-        _write_shards(source, partial, keep, progress)
+        _write_shards(source, partial, keep, replaced or {}, progress)
         write_beside(source, partial, n_layers=len(keep), tokenizer=tokenizer, record=record)
         if verify is not None:
             verify(partial)
@@ -77,23 +81,27 @@ def prune_meta(
 
 
 def _write_shards(
-    source: Checkpoint, partial: Path, keep: Sequence[int], progress: Callable[[str], object]
+    source: Checkpoint,
+    partial: Path,
+    keep: Sequence[int],
+    replaced: Replaced,
+    progress: Callable[[str], object],
 ) -> None:
     """Each of the source's files without the removed layers, under its own name."""
-    for shard in source.shards:
-        _write_shard(shard, partial / shard.path.name, keep, progress)
+    by = source.vocab_parallel
+    for rank, shard in enumerate(source.shards):
+        old_name = names_kept(shard, keep)
 
+        def read(name: str, shard: Shard = shard, rank: int = rank) -> Tensor:
+            progress(name)
+            old = names_kept(shard, keep)[name]
+            if old not in replaced:
+                return shard.read(old)
+            whole, ranks = replaced[old](), len(source.shards)
+            return part_of(source.args, old, whole, rank, ranks, vocab_parallel=by)
 
-def _write_shard(
-    shard: Shard, path: Path, keep: Sequence[int], progress: Callable[[str], object]
-) -> None:
-    old_name = names_kept(shard, keep)
-
-    def read(name: str) -> Tensor:
-        progress(name)
-        return shard.read(old_name[name])
-
-    write_shard(path, {new: shard.infos[old] for new, old in old_name.items()}, read)
+        infos = {new: shard.infos[old] for new, old in old_name.items()}
+        write_shard(partial / shard.path.name, infos, read)
 
 
 def names_kept(shard: Shard, keep: Sequence[int]) -> dict[str, str]:

@@ -99,12 +99,18 @@ def check_same(
         RuntimeError: the logits differ, or what is generated, or the second generates otherwise
             with its cache than without.
     """
-    _check_logits(ours.logits, theirs.logits, rounding, names)
+    check_logits(ours.logits, theirs.logits, rounding, names)
     _check_generated(ours, theirs, rounding, names)
     return "but for the last digits" if rounding else "bit for bit"
 
 
-def _check_logits(expected: Tensor, found: Tensor, rounding: float, names: tuple[str, str]) -> None:
+def check_logits(
+    expected: Tensor,
+    found: Tensor,
+    rounding: float = 0.0,
+    names: tuple[str, str] = ("the model in memory", "the saved model"),
+) -> None:
+    """Raises RuntimeError where two models' logits differ; arguments as in `check_same`."""
     if expected.shape != found.shape:
         raise RuntimeError(
             f"{names[1]} gives logits of shape {list(found.shape)}, {names[0]} "

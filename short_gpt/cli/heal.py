@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 from short_gpt import jobs
-from short_gpt.cli.options import Output, arguments_of, say, say_written
-from short_gpt.jobs import Choice, Distilling, Learned, Opening, Settings, TextSource
+from short_gpt.cli.options import Output, arguments_of, say, say_written, tell
+from short_gpt.jobs import (
+    Choice,
+    Distilling,
+    Learned,
+    Opening,
+    Settings,
+    Streaming,
+    TextSource,
+)
 from short_gpt.report import results
 
 
@@ -19,6 +27,7 @@ def heal(
     settings: Settings = Settings(),
     distilling: Distilling = Distilling(),
     opening: Opening = Opening(),
+    streaming: Streaming = Streaming(),
     output: Output = Output(),
 ) -> None:
     """Removes layers and brings quality back: closed forms or training.
@@ -26,7 +35,8 @@ def heal(
     refit and patch are closed forms: they take minutes. refit solves the last matrices of every
     layer behind the first gap again, patch only one map in front of each gap. lora trains on the
     text, distill on what the whole model predicts of it; both also heal a model whose layers are
-    already removed. No text that is evaluated on is learned from. A healed model that predicts
+    already removed. Interrupted or killed, the same command continues, but for the patch. No text
+    that is evaluated on is learned from. A healed model that predicts
     held-out text worse than before is written all the same, and said to be WORSE.
 
     Example: short-gpt heal llama-2-7b out --scores ranking.json --n 9 --method refit
@@ -48,6 +58,8 @@ def heal(
         settings=settings,
         distilling=distilling,
         opening=opening,
+        streaming=streaming,
+        notify=tell,
         overwrite=output.overwrite,
     )
     say(results.healed(result))

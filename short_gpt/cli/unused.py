@@ -51,6 +51,7 @@ RULES = (
         "--method sleb or evolution",
         lambda v: v["method"] in (*GREEDY, "evolution"),
     ),
+    Rule(("heal",), ("max_memory",), "--stream", lambda v: bool(v["stream"])),
     Rule(
         ("rank",),
         ("confidence", "rare"),

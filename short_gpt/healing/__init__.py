@@ -10,6 +10,7 @@ the model does. `search_healed` chooses the layers that cost least once the gaps
 
 from __future__ import annotations
 
+from short_gpt.healing.closed_forms import PatchSettings, RefitSettings
 from short_gpt.healing.distillation import Distillation
 from short_gpt.healing.healed_search import search_healed
 from short_gpt.healing.job import HealingEvidence, HealingJob
@@ -20,16 +21,11 @@ from short_gpt.healing.lora import heal as heal_lora
 from short_gpt.healing.recipe import PRESETS, Recipe, recipe_for
 from short_gpt.healing.refit import Refit
 from short_gpt.healing.refit import heal as heal_refit
-from short_gpt.healing.refit_pass import Fit
-from short_gpt.healing.steps import (
-    DistillSettings,
-    LoraSettings,
-    PatchSettings,
-    RefitSettings,
-    Step,
-)
+from short_gpt.healing.refit_state import Fit
+from short_gpt.healing.steps import DistillSettings, LoraSettings
 from short_gpt.healing.teacher import TOP_K, CachedTeacher, LiveTeacher
 from short_gpt.healing.texts import Learning, Source
+from short_gpt.healing.work import Step
 
 __all__ = [
     "PRESETS",

@@ -22,18 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from short_gpt.healing.moments import Moments, best_change
-from short_gpt.healing.refit_pass import (
-    RIDGES,
-    add_change,
-    check_finite,
-    inputs_of,
-    lack_of,
-    of_one_length,
-)
+from short_gpt.healing.refit_layer import seen_at
+from short_gpt.healing.refit_pass import RIDGES, of_one_length
 from short_gpt.models.decoder import Decoder
 from short_gpt.models.layer_calls import LayerCalls
+from short_gpt.models.layer_hooks import transposed
 from short_gpt.models.summands import Summand, Summands
-from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
 from short_gpt.selection.mending import Gap
 from short_gpt.surgery.changes import restored_on_error
 
@@ -109,7 +104,7 @@ class GapRefits:
         """The model with the refits for gaps that were prepared, inside a ``with`` block."""
         with ExitStack() as stack:
             for gap in gaps:
-                module = self._ends[gap[0] - 1].module
+                module = self._ends[gap[0] - 1].matrix
                 stack.enter_context(_with_values(module, self._values[gap]))
             yield
 
@@ -140,22 +135,28 @@ class GapRefits:
             if not front:
                 batch.state = self._calls.run(place, state).cpu()
                 continue
-            with inputs_of(self._ends[place].module) as inputs:
+            with seen_at(self._ends[place].matrix) as seen:
                 batch.state = self._calls.run(place, state).cpu()
-            batch.fronts[place] = inputs[-1].cpu(), batch.state
-        check_finite([batch.state for batch in batches], place)
+            batch.fronts[place] = seen[-1][0].cpu(), batch.state
+        if not all(batch.state.isfinite().all() for batch in batches):
+            raise NotFiniteError(
+                f"the state behind the {place + 1}. layer is NaN or infinite; check the weights, "
+                "or try another dtype"
+            )
 
     def _find_end(self, place: int, state: Tensor) -> None:
         """The last matrix of a layer's MLP, proved to add to the stream."""
         if place in self._ends:
             return
         halves = Summands.of(self._calls, place, state, self._decoder.family)
-        if "mlp" not in halves.ends:
+        end = halves.ends.get("mlp")
+        if end is None or end.norm is not None:
+            why = "a norm stands behind its MLP" if end else halves.refused["mlp"]
             raise ShortGPTError(
-                f"a gap behind layer {place} cannot be scored as healed: {halves.refused['mlp']}; "
-                "search by sleb, which scores models as cut"
+                f"a gap behind layer {place} cannot be scored as healed: {why}; search by sleb, "
+                "which scores models as cut"
             )
-        self._ends[place] = halves.ends["mlp"]
+        self._ends[place] = end
 
     def _solved(self, batches: Sequence[_Batch], gap: Gap) -> dict[str, Tensor]:
         """The parameters of the matrix in front of a gap, refitted."""
@@ -163,14 +164,44 @@ class GapRefits:
         fitted, held = Moments(exact=False), Moments(exact=False)
         for batch in batches:
             inputs, given = batch.fronts[gap[0] - 1]
-            (held if batch.held else fitted).add(*lack_of(end, inputs, given, batch.state))
+            (held if batch.held else fitted).add(*_lack(end, inputs, given, batch.state))
         _, change = best_change(fitted, held, self._ridges, batches[0].state.dtype)
-        with restored_on_error(end.module.parameters()) as restore:
-            add_change(end.module, change)
-            parameters = end.module.named_parameters()
+        with restored_on_error(end.matrix.parameters()) as restore:
+            _add_change(end.matrix, change)
+            parameters = end.matrix.named_parameters()
             values = {name: value.detach().clone() for name, value in parameters}
             restore()
         return values
+
+
+def _lack(end: Summand, inputs: Tensor, given: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+    """X, R and w of a batch's tokens, as `Moments.add` takes them.
+
+    Args:
+        end: the matrix.
+        inputs: what it is given, (B, S, F) or (N, F).
+        given: the stream behind it, (B, S, D).
+        target: what that is to be.
+    """
+    aim = target.to(given.device).flatten(0, 1).float()  # (N, D)
+    rest = (aim - given.flatten(0, 1).float()) / end.factor
+    inputs = inputs.reshape(len(aim), -1).float()
+    if isinstance(getattr(end.matrix, "bias", None), Tensor):
+        inputs = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], dim=1)  # (N, F + 1)
+    square = aim.pow(2).sum(1)  # (N,)
+    return inputs, rest, 1 / square.clamp_min(torch.finfo(torch.float32).tiny)
+
+
+@torch.no_grad()
+def _add_change(module: nn.Module, change: Tensor) -> None:
+    """Adds a change (F, D), with a last row for the bias if there is one, to a linear module."""
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    bias = getattr(module, "bias", None)
+    if isinstance(bias, Tensor):
+        bias.copy_((bias.detach().cpu().double() + change[-1]).to(bias.dtype))
+        change = change[:-1]
+    new = weight.detach().cpu().double() + (change if transposed(module) else change.T)
+    weight.copy_(new.to(weight.dtype))
 
 
 @contextmanager

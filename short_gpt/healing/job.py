@@ -10,12 +10,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from short_gpt.evaluation.paired import Difference, difference, losses, together
+from short_gpt.evaluation.paired import Difference, difference, together
 from short_gpt.evaluation.perplexity import Perplexity
-from short_gpt.healing.steps import Heal, PatchSettings, Step, Work, check_order
+from short_gpt.healing.closed_forms import PatchSettings, RefitSettings
+from short_gpt.healing.steps import check_order
 from short_gpt.healing.texts import Learning
+from short_gpt.healing.work import Heal, Step, Work
 from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.short_model import ShortModel
+from short_gpt.scored_model import ScoredModel
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ class HealingJob:
 
     def __init__(
         self,
-        short: ShortModel,
+        short: ScoredModel,
         windows: Learning,
         layers: Sequence[int] = (),
         *,
@@ -109,6 +111,17 @@ class HealingJob:
         self.work_dir = None if work_dir is None else Path(str(work_dir))
         self.resume, self.progress = resume, progress
         self.evidence: HealingEvidence | None = None
+
+    def plan_text(self) -> str | None:
+        """What a refit among the steps will take in memory and on disk; None where there is none.
+
+        Raises:
+            ShortGPTError: it is more than there is, or than a streamed model may take.
+        """
+        for step in self.steps:
+            if isinstance(step, RefitSettings):
+                return step.plan(self.short, self.windows, self.work_dir).describe()
+        return None
 
     def run(self) -> HealingEvidence:
         """Does it all but saving.
@@ -204,7 +217,7 @@ class HealingJob:
                 self.work_dir.rmdir()
 
     def _measure(self) -> list[Perplexity]:
-        return losses(self.short.decoder, self.windows.evaluation, progress=self.progress)
+        return self.short.window_losses(self.windows.evaluation, progress=self.progress)
 
 
 @contextmanager

@@ -6,14 +6,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import cast
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llama.io.outputs import new_file
 from short_gpt.runtime.state import StateFile
-from short_gpt.short_model import ShortModel
-from short_gpt.surgery.changes import Parameter, WeightChange, restored_on_error
+from short_gpt.scored_model import ScoredModel
+from short_gpt.surgery.changes import Parameter
 
 
 class KeptWeights:
@@ -36,7 +35,7 @@ class KeptWeights:
         self._state = StateFile(folder / f"{name}.json", identity)
         self.there = self._state.content is not None
 
-    def save(self, short: ShortModel) -> None:
+    def save(self, short: ScoredModel) -> None:
         """Keeps what the model's last change has changed."""
         change, every = short.changes[-1], _parameters(short)
         ends = sorted(change.parameters)
@@ -45,27 +44,15 @@ class KeptWeights:
             save_file({key: t.contiguous() for key, t in tensors.items()}, path)
         self._state.save({"how": change.how})
 
-    @torch.no_grad()
-    def put_into(self, short: ShortModel) -> tuple[dict[str, object], Callable[[], None]]:
+    def put_into(self, short: ScoredModel) -> tuple[dict[str, object], Callable[[], None]]:
         """Sets the weights as the step did; returns how they came about, and the undo."""
         assert self._state.content is not None
         how = cast("dict[str, object]", self._state.content["how"])
         kept = {_parameter(key): tensor for key, tensor in load_file(self._weights).items()}
-        every = _parameters(short)
-        change = WeightChange(how, frozenset(kept))
-
-        def undo() -> None:
-            restore()
-            short.forget_change(change)
-
-        with restored_on_error(every[end] for end in kept) as restore:
-            for end, tensor in kept.items():
-                every[end].copy_(tensor)
-        short.note_change(change)
-        return how, undo
+        return how, short.change_weights(how, kept)
 
 
-def _parameters(short: ShortModel) -> dict[Parameter, Tensor]:
+def _parameters(short: ScoredModel) -> dict[Parameter, Tensor]:
     """All parameters of the layers at hand, by the original model's numbers."""
     layers = zip(short.present, short.decoder.layers, strict=True)
     return {(i, name): p for i, layer in layers for name, p in layer.named_parameters()}

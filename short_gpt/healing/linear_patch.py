@@ -29,7 +29,7 @@ from short_gpt.models.layer_hooks import States, check_added, mlp_output
 from short_gpt.models.numbering import check_layers, runs, span
 from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
 from short_gpt.runtime.progress import bar, set_rate
-from short_gpt.short_model import ShortModel
+from short_gpt.scored_model import ScoredModel
 from short_gpt.surgery.changes import WeightChange, parameters_of, restored_on_error
 
 # On calibration text kept apart from the fit (SmolLM2-135M, 64 windows of 1024, 8 layers less),
@@ -72,7 +72,7 @@ class Patch:
 
 
 def heal(
-    short: ShortModel,
+    short: ScoredModel,
     layers: Sequence[int],
     windows: Iterable[Sequence[int]],
     *,
@@ -99,7 +99,7 @@ def heal(
 
 
 def fit(
-    short: ShortModel,
+    short: ScoredModel,
     layers: Sequence[int],
     windows: Iterable[Sequence[int]],
     *,
@@ -121,7 +121,7 @@ def fit(
 
 
 def fit_many(
-    short: ShortModel,
+    short: ScoredModel,
     sets: Sequence[Sequence[int]],
     windows: Iterable[Sequence[int]],
     *,
@@ -176,7 +176,7 @@ def fit_many(
 
 
 @torch.no_grad()
-def fold(short: ShortModel, patch: Patch) -> Callable[[], None]:
+def fold(short: ScoredModel, patch: Patch) -> Callable[[], None]:
     """Puts a patch's maps into the weights of a model without the patch's layers.
 
     Args:
@@ -211,7 +211,7 @@ def fold(short: ShortModel, patch: Patch) -> Callable[[], None]:
     return undo
 
 
-def _check(short: ShortModel, sets: Sequence[Sequence[int]], ridge: float) -> None:
+def _check(short: ScoredModel, sets: Sequence[Sequence[int]], ridge: float) -> None:
     if model_parallel_size() > 1:
         raise ShortGPTError(
             f"the linear patch needs the whole model on one rank, got {model_parallel_size()} "
@@ -232,12 +232,12 @@ def _check(short: ShortModel, sets: Sequence[Sequence[int]], ridge: float) -> No
             mlp_output(short.decoder.layers[start - 1])
 
 
-def _front(short: ShortModel, run: tuple[int, int]) -> int:
+def _front(short: ScoredModel, run: tuple[int, int]) -> int:
     return short.kept[run[0] - 1]
 
 
 def _add(
-    short: ShortModel,
+    short: ScoredModel,
     sums: dict[tuple[int, int], Moments],
     batch: Sequence[Sequence[int]],
     *,

@@ -21,7 +21,7 @@ from short_gpt.healing.quiet import quiet
 from short_gpt.healing.recipe import Recipe, recipe_for
 from short_gpt.healing.trainer import TrainingRun, Window, train
 from short_gpt.runtime.errors import MissingPackageError, ShortGPTError
-from short_gpt.short_model import ShortModel
+from short_gpt.scored_model import ScoredModel
 from short_gpt.surgery.changes import WeightChange, parameters_of, restored_on_error
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ Merged = tuple[Healed, Callable[[], None]]  # and what takes it out again
 
 
 def heal(
-    short: ShortModel,
+    short: ScoredModel,
     training: Sequence[Window],
     validation: Sequence[Window],
     evaluation: Sequence[Window] = (),
@@ -124,7 +124,7 @@ def heal(
 
 
 def heal_run(
-    short: ShortModel, run: TrainingRun, evaluation: Sequence[Window] = ()
+    short: ScoredModel, run: TrainingRun, evaluation: Sequence[Window] = ()
 ) -> tuple[Healed, Callable[[], None]]:
     """The same, and a function that takes out what was merged; until then a copy is held."""
     require_packages()

@@ -22,23 +22,25 @@ Shapes: B windows, S tokens, N tokens in all, D width of the stream, F inputs of
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from llama.parallel import model_parallel_size
-from short_gpt.data.windows import batches
-from short_gpt.evaluation.perplexity import perplexity
-from short_gpt.healing.refit_pass import RIDGES, Fit, RefitPass
+from short_gpt.healing.refit_memory import plan_of
+from short_gpt.healing.refit_pass import RIDGES, RefitPass
+from short_gpt.healing.refit_state import Fit, RefitState
 from short_gpt.models.decoder import pad
 from short_gpt.models.numbering import check_layers, span
+from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import bar
-from short_gpt.short_model import ShortModel
-from short_gpt.surgery.changes import Parameter, WeightChange, restored_on_error
+from short_gpt.scored_model import ScoredModel
+from short_gpt.surgery.changes import Parameter
 
 PARTS = ("attention", "mlp")
 HELD_EVERY = 8  # every eighth window chooses the ridge
@@ -55,8 +57,8 @@ class Refit:
         parts: as given to `fit`.
         windows, tokens: read to fit the matrices.
         held: windows read to choose the ridges.
-        tried: of `fit_best`, the perplexity on those windows by the halves that were solved, and
-            as "none" that without any.
+        tried: of `fit_best`, the perplexity on those windows by the halves that were solved, and as
+            "none" that without any.
     """
 
     layers: list[int]
@@ -83,7 +85,7 @@ class Refit:
 
 
 def heal(
-    short: ShortModel,
+    short: ScoredModel,
     layers: Sequence[int],
     windows: Sequence[Sequence[int]],
     *,
@@ -91,6 +93,7 @@ def heal(
     parts: Sequence[str] = PARTS,
     ridges: Sequence[float] = RIDGES,
     batch_size: int = 1,
+    work_dir: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> Refit:
     """Removes layers and refits what is left: `fit`, ``remove_layers`` and `fold`.
@@ -108,6 +111,7 @@ def heal(
         parts=parts,
         ridges=ridges,
         batch_size=batch_size,
+        work_dir=work_dir,
         progress=progress,
     )
     with short.without_layers(refit.layers):
@@ -122,7 +126,7 @@ def heal(
 
 @torch.no_grad()
 def fit(
-    short: ShortModel,
+    short: ScoredModel,
     layers: Sequence[int],
     windows: Sequence[Sequence[int]],
     *,
@@ -130,16 +134,19 @@ def fit(
     parts: Sequence[str] = PARTS,
     ridges: Sequence[float] = RIDGES,
     batch_size: int = 1,
+    work_dir: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> Refit:
     """Solves the last matrices of the layers that stay; the model is as it was afterwards.
 
     Windows pass the layers together, one layer after the other, as the whole model's states and as
-    those of what is left: two states (N, D) are held beside the model, and one (F, F) matrix of
-    float64 twice.
+    those of what is left: three states (N, D) are held beside the model, what a matrix is given
+    (N, F), in a file where there is no room for it, and one (F, F) matrix of float64. With a folder
+    all states are there and not in memory, and the same call continues from the last whole layer,
+    bit for bit. A streamed model has one layer at a time in memory.
 
     Args:
-        short: the model with all the layers.
+        short: the model with all the layers, in memory or streamed.
         layers: to remove, original numbers in any order.
         windows: token ids of calibration text, never of text to evaluate on: of all the kinds that
             the model is to be used for.
@@ -148,6 +155,8 @@ def fit(
         parts: the halves whose last matrix is solved again: "attention", "mlp" or both.
         ridges: candidates for every matrix, relative to the mean square of its weighted inputs.
         batch_size: windows of one length read at once.
+        work_dir: a folder for this refit alone; it may be deleted once the model is saved, which
+            reads new values from there.
         progress: whether to show a bar.
 
     Returns:
@@ -155,7 +164,8 @@ def fit(
 
     Raises:
         ShortGPTError: a layer does not exist; fewer than two windows; no layer that stays ends in
-            a matrix whose output is added to the stream; several model-parallel ranks.
+            a matrix whose output is added to the stream; several model-parallel ranks; too little
+            memory or disk; ``work_dir`` holds a refit of another model, text or setting.
         NotFiniteError: a state is NaN or infinite.
     """
     check_options(parts, ridges)
@@ -163,63 +173,55 @@ def fit(
     windows, held = held_apart(list(windows)) if held is None else (windows, held)
     if not windows or not held:
         raise ShortGPTError("expected at least two windows of calibration tokens")
-    gone = [short.kept.index(layer) for layer in layers]
-    steps = len(short.kept) - len(gone)
-    with bar("refitting", total=steps, unit="layer", show=progress) as shown:
-        work = RefitPass(short.decoder, gone, parts=parts, ridges=ridges, step=shown.update)
-        for window in [*windows, *held]:
-            pad([window], short.decoder)  # refuses what the model cannot read, before any work
-        fits, values = work.run(windows, held, batch_size=batch_size)
-    if not fits:
+    options = {"parts": list(parts), "ridges": list(ridges), "batch_size": batch_size}
+    state = _state(short, layers, windows, held, options, work_dir)
+    calls, gone = short.layer_calls(), [short.kept.index(layer) for layer in layers]
+    work = RefitPass(calls, short.kept, gone, parts=parts, ridges=ridges, state=state)
+    _run(short, work, windows, held, batch_size, progress)
+    if not state.fits:
+        state.clear()
         raise ShortGPTError(f"nothing of this model can be refitted: {work.refusal}")
-    numbered = {(short.kept[place], name): value for (place, name), value in values.items()}
-    tokens = sum(map(len, windows))
-    fits = [f.numbered(short.kept) for f in fits]
-    return Refit(list(layers), numbered, fits, tuple(parts), len(windows), tokens, len(held))
+    tokens, fits = sum(map(len, windows)), state.fits
+    return Refit(list(layers), state.values, fits, tuple(parts), len(windows), tokens, len(held))
 
 
-def fit_best(
-    short: ShortModel,
+def _run(
+    short: ScoredModel,
+    work: RefitPass,
+    windows: Sequence[Sequence[int]],
+    held: Sequence[Sequence[int]],
+    batch_size: int,
+    progress: bool,
+) -> None:
+    """Runs the pass, in the memory that is planned for it."""
+    every = [*windows, *held]
+    for window in every:
+        pad([window], short.decoder)  # refuses what the model cannot read, before any work
+    work.room = plan_of(short, every, batch_size=batch_size, folder=work.state.folder).room
+    steps = work.steps * len(every)
+    with bar(f"refitting {len(every)} windows", total=steps, unit="layer", show=progress) as shown:
+        work.run(windows, held, batch_size=batch_size, step=shown.update)
+
+
+def _state(
+    short: ScoredModel,
     layers: Sequence[int],
     windows: Sequence[Sequence[int]],
-    *,
-    held: Sequence[Sequence[int]] | None = None,
-    ridges: Sequence[float] = RIDGES,
-    batch_size: int = 1,
-    progress: bool = True,
-) -> Refit:
-    """Fits each half alone and both, and keeps what has the least loss on windows kept apart.
-
-    It takes three times as long as `fit`, whose args and errors it has; the model is as it was
-    afterwards.
-
-    Example:
-        >>> fit_best(short, [21, 22], windows).tried  # doctest: +SKIP
-        {'none': 61.2, 'attention,mlp': 23.4, 'attention': 40.1, 'mlp': 26.0}
-    """
-    windows, held = held_apart(list(windows)) if held is None else (windows, held)
-    options = partial(fit, held=held, ridges=ridges, batch_size=batch_size, progress=progress)
-    made = [options(short, layers, windows)]
-    if {found.part for found in made[0].fits} == set(PARTS):
-        made += [options(short, layers, windows, parts=(part,)) for part in PARTS]
-    with short.without_layers(layers):
-        tried = {"none": perplexity(short.decoder, batches(held, 1)).value}
-        for refit in made:
-            tried[",".join(refit.parts)] = _perplexity_with(short, refit, held)
-    best = min(made, key=lambda refit: tried[",".join(refit.parts)])
-    return replace(best, tried=tried)
-
-
-def _perplexity_with(short: ShortModel, refit: Refit, held: Sequence[Sequence[int]]) -> float:
-    undo = fold(short, refit)
-    try:
-        return perplexity(short.decoder, batches(held, 1)).value
-    finally:
-        undo()
+    held: Sequence[Sequence[int]],
+    options: Mapping[str, object],
+    work_dir: str | os.PathLike[str] | None,
+) -> RefitState:
+    """What the refit continues from, if it has a folder; told by all that the refit depends on."""
+    if work_dir is None:
+        return RefitState(None, {})
+    read = {"windows": windows, "windows kept apart": held}
+    digests = {name: json_digest([[*window] for window in part]) for name, part in read.items()}
+    identity = {**short.identity(), "layers": list(layers), **options, **digests}
+    return RefitState(Path(os.fspath(work_dir)), identity)
 
 
 @torch.no_grad()
-def fold(short: ShortModel, refit: Refit) -> Callable[[], None]:
+def fold(short: ScoredModel, refit: Refit) -> Callable[[], None]:
     """Puts the new values into a model without the removed layers.
 
     Args:
@@ -239,21 +241,7 @@ def fold(short: ShortModel, refit: Refit) -> Callable[[], None]:
             f"the refit is for a model without layers {refit.layers}; this one has "
             f"{span(present)}: remove the former, keep the others"
         )
-    change = WeightChange(refit.to_dict(), frozenset(refit.values))
-    layers = short.decoder.layers
-    places = {
-        key: dict(layers[present.index(key[0])].named_parameters())[key[1]] for key in refit.values
-    }
-
-    def undo() -> None:
-        restore()
-        short.forget_change(change)
-
-    with restored_on_error(places.values()) as restore:
-        for key, parameter in places.items():
-            parameter.copy_(refit.values[key])
-    short.note_change(change)
-    return undo
+    return short.change_weights(refit.to_dict(), refit.values)
 
 
 def check_options(parts: Sequence[str], ridges: Sequence[float]) -> None:
@@ -275,7 +263,7 @@ def held_apart(windows: list[Sequence[int]]) -> tuple[list[Sequence[int]], list[
     return [w for i, w in enumerate(windows) if i not in places], [windows[i] for i in places]
 
 
-def _check(short: ShortModel, layers: Sequence[int]) -> None:
+def _check(short: ScoredModel, layers: Sequence[int]) -> None:
     if model_parallel_size() > 1:
         raise ShortGPTError(
             f"the refit needs the whole model on one rank, got {model_parallel_size()} "

@@ -6,172 +6,19 @@ that returns heals the model as cut, and as the steps before have left it.
 
 from __future__ import annotations
 
-import json
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
-from short_gpt.healing import linear_patch, lora, refit
+from short_gpt.healing import lora
+from short_gpt.healing.closed_forms import PatchSettings, RefitSettings
 from short_gpt.healing.distillation import Distillation
-from short_gpt.healing.kept_weights import KeptWeights
 from short_gpt.healing.recipe import Recipe, recipe_for
 from short_gpt.healing.run_folder import begun
 from short_gpt.healing.teacher import TOP_K, CachedTeacher, LiveTeacher, Predictor, Teacher
-from short_gpt.healing.texts import Learning
 from short_gpt.healing.trainer import TrainingRun
-from short_gpt.runtime.digest import json_digest
+from short_gpt.healing.work import Heal, Work
 from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.short_model import ShortModel
-
-# Heals the model as it is; returns how, ready for JSON, and what takes it out again.
-Heal = Callable[[], tuple[dict[str, object], Callable[[], object]]]
-
-
-@dataclass(frozen=True)
-class Work:
-    """What all steps of one healing share.
-
-    Attributes:
-        short: the model, with all its layers while steps are prepared.
-        windows: to learn from, validate by and evaluate on.
-        layers: that are removed between the two, in the original model's numbering.
-        folder: what steps keep, until the healing ends or to be continued.
-        lasting: whether the folder outlives the healing.
-        progress: whether to show bars.
-    """
-
-    short: ShortModel
-    windows: Learning
-    layers: Sequence[int]
-    folder: Path
-    lasting: bool = False
-    progress: bool = True
-
-
-class Step(Protocol):
-    """One step.
-
-    Attributes:
-        name: as ``heal --method`` knows it.
-        trains: whether it changes the model by training, as the steps behind it then must too.
-    """
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def trains(self) -> bool: ...
-
-    def prepare(self, work: Work) -> Heal:
-        """Reads the whole model as far as the step must."""
-
-
-class ClosedForm(ABC):
-    """Settings of a step that is fitted on the whole model and folded into the cut one.
-
-    They are a dataclass. Where a healing can be continued, the weights that such a step changed are
-    kept, so that training continues from the same ones, bit for bit, and nothing is fitted twice.
-    """
-
-    name: ClassVar[str]
-    trains: ClassVar[bool] = False
-
-    @abstractmethod
-    def fit(self, work: Work) -> Heal:
-        """Fits on the whole model; what is returned folds."""
-
-    def prepare(self, work: Work) -> Heal:
-        if not work.layers:
-            raise ShortGPTError(f"{self.name} reads the whole model: name the layers that go")
-        if not work.lasting:
-            return self.fit(work)
-        kept = KeptWeights(work.folder, self.name, self._identity(work))
-        if kept.there:
-            return lambda: kept.put_into(work.short)
-        fold = self.fit(work)
-
-        def fold_and_keep() -> tuple[dict[str, object], Callable[[], object]]:
-            how, undo = fold()
-            try:
-                kept.save(work.short)
-            except BaseException:
-                undo()
-                raise
-            return how, undo
-
-        return fold_and_keep
-
-    def _identity(self, work: Work) -> dict[str, object]:
-        """What the step's result depends on, ready for JSON."""
-        read = [*work.windows.training, *work.windows.validation]
-        return {
-            **work.short.identity(),
-            "layers": [*work.layers],
-            "settings": json.loads(json.dumps(vars(self))),  # as a file gives it back
-            "windows": json_digest([list(window) for window in read]),
-        }
-
-
-@dataclass(frozen=True)
-class PatchSettings(ClosedForm):
-    """Settings of the linear patch.
-
-    Attributes:
-        ridge: relative to the mean square of what the MLP gives.
-        batch_size: windows read at once.
-        max_windows: of those to learn from, the first so many; None takes all.
-    """
-
-    ridge: float = linear_patch.RIDGE
-    batch_size: int = 1
-    max_windows: int | None = None
-    name: ClassVar[str] = "patch"
-
-    def fit(self, work: Work) -> Heal:
-        patch = linear_patch.fit(
-            work.short,
-            work.layers,
-            work.windows.training[: self.max_windows],
-            ridge=self.ridge,
-            batch_size=self.batch_size,
-            progress=work.progress,
-        )
-        return lambda: (patch.to_dict(), linear_patch.fold(work.short, patch))
-
-
-@dataclass(frozen=True)
-class RefitSettings(ClosedForm):
-    """Settings of the refit; see `refit.fit`.
-
-    Attributes:
-        parts: as there; None takes those of least loss on windows kept apart, as `fit_best` does.
-        ridges, batch_size: as there.
-        max_windows: of those to learn from, the first so many; None takes all.
-    """
-
-    parts: tuple[str, ...] | None = refit.PARTS
-    ridges: tuple[float, ...] = refit.RIDGES
-    batch_size: int = 1
-    max_windows: int | None = None
-    name: ClassVar[str] = "refit"
-
-    def fit(self, work: Work) -> Heal:
-        fit: Callable[..., refit.Refit] = refit.fit_best
-        if self.parts is not None:
-            fit = partial(refit.fit, parts=self.parts)
-        made = fit(
-            work.short,
-            work.layers,
-            work.windows.training[: self.max_windows],
-            held=work.windows.validation or None,
-            ridges=self.ridges,
-            batch_size=self.batch_size,
-            progress=work.progress,
-        )
-        return lambda: (made.to_dict(), refit.fold(work.short, made))
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,18 @@ from short_gpt.jobs.demonstration import Demo, DemoRun, run_demo
 from short_gpt.jobs.distilling import Distilling
 from short_gpt.jobs.drafting import Drafting, Drafts, draft
 from short_gpt.jobs.evaluation import FewShotTasks, Reading, Tasks, evaluate, perplexity_of
-from short_gpt.jobs.healing import Healing, heal
+from short_gpt.jobs.healed import Healing
+from short_gpt.jobs.healing import heal
 from short_gpt.jobs.healing_settings import Learned, Settings
-from short_gpt.jobs.inputs import Cut, Opening, Running, Scoring, StridedCut, TextSource
+from short_gpt.jobs.inputs import (
+    Cut,
+    Opening,
+    Running,
+    Scoring,
+    Streaming,
+    StridedCut,
+    TextSource,
+)
 from short_gpt.jobs.pruning import Pruned, Written, prune, prune_by
 from short_gpt.jobs.ranking import Ranking, rank
 from short_gpt.jobs.reproduction import Paper, Reproduced, reproduce
@@ -57,6 +66,7 @@ __all__ = [
     "Scoring",
     "Settings",
     "Shares",
+    "Streaming",
     "StridedCut",
     "Tasks",
     "TextSource",

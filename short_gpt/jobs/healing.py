@@ -2,82 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from llama.io.files import check_new
 from llama.io.sources import is_gguf, is_meta
-from short_gpt.checkpoints.gguf import about_kinds, check_new_gguf, out_paths
+from short_gpt.checkpoints.gguf import about_kinds, check_new_gguf
 from short_gpt.checkpoints.gguf_save import about_types
 from short_gpt.checkpoints.provenance import PROVENANCE, Provenance
-from short_gpt.evaluation import Difference, Perplexity, difference, losses, together
 from short_gpt.healing import (
     RIDGE,
     DistillSettings,
-    HealingEvidence,
     HealingJob,
     Learning,
     LoraSettings,
     PatchSettings,
     Recipe,
+    RefitSettings,
     Source,
     Step,
 )
 from short_gpt.jobs.choice import Choice, Chosen, chosen
 from short_gpt.jobs.distilling import Distilling
+from short_gpt.jobs.healed import Healing, reread
 from short_gpt.jobs.healing_settings import CLOSED, TRAINING, Learned, Settings, methods_of
-from short_gpt.jobs.inputs import Opening, TextSource, check_model, source_of
+from short_gpt.jobs.inputs import (
+    Notify,
+    Opening,
+    Streaming,
+    TextSource,
+    check_model,
+    ignore,
+    source_of,
+)
 from short_gpt.jobs.saving import interruptible
 from short_gpt.opening import open_model
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.scored_model import ScoredModel
 from short_gpt.short_hf import ShortHFModel
-from short_gpt.short_model import ShortModel
 
 SIZE, CLOSED_WINDOWS = 1024, 64  # of closed forms
-
-
-@dataclass(frozen=True)
-class Healing:
-    """What `heal` did.
-
-    Attributes:
-        out: the new directory or file.
-        evidence: what healed the model, and what that brought.
-        left_out: what was not learned from because it is evaluated on, in words; None if all was.
-        unchecked: what could not be checked of the scores, in words; None if nothing.
-        texts: names of the texts learned from and evaluated on, tokens in a window, and which
-            windows began with bos.
-        remark: what a GGUF file holds otherwise than its source; None if nothing.
-        written: of a GGUF file, read again, what it gives on the windows of the evidence; None
-            of a directory, and of several files, which transformers does not read.
-        quantization: how far that is from the healed model before its changed tensors went back
-            to their own types.
-    """
-
-    out: Path
-    evidence: HealingEvidence
-    left_out: str | None = None
-    unchecked: str | None = None
-    texts: Mapping[str, object] = field(default_factory=dict)
-    remark: str | None = None
-    written: Perplexity | None = None
-    quantization: Difference | None = None
-
-    @property
-    def perplexity(self) -> dict[str, Perplexity]:
-        """Of every state of the model, and of what was written where that was read again."""
-        found = dict(self.evidence.perplexity)
-        return found if self.written is None else {**found, "as written": self.written}
-
-    def to_dict(self) -> dict[str, object]:
-        """The evidence, ready for JSON."""
-        values = {name: found.value for name, found in self.perplexity.items()}
-        content = {**self.evidence.to_dict(), "perplexity": values, **self.texts}
-        if self.quantization is not None:
-            content["quantization"] = asdict(self.quantization)
-        return content
 
 
 def heal(
@@ -91,13 +56,16 @@ def heal(
     settings: Settings | None = None,
     distilling: Distilling | None = None,
     opening: Opening | None = None,
+    streaming: Streaming | None = None,
     overwrite: bool = False,
+    notify: Notify = ignore,
 ) -> Healing:
     """Removes layers of a checkpoint and brings quality back.
 
     Refit and patch are closed forms, of minutes. LoRA learns the text, distillation what the whole
-    model predicts; both also heal a model that was cut before, take a Meta checkpoint to Hugging
-    Face's format and back, and continue when interrupted. No text is both learned and evaluated on.
+    model predicts; both also heal a model that was cut before, and take a Meta checkpoint to
+    Hugging Face's format and back. All but the patch continue when interrupted. No text is both
+    learned and evaluated on.
 
     Args:
         model: Meta checkpoint directory, Hugging Face directory or hub id, or GGUF file.
@@ -107,7 +75,9 @@ def heal(
         choice: which layers to remove; lora may do without, and distill with a teacher.
         data: texts to learn from.
         learned, settings, distilling, opening: of windows and methods; how models are opened.
+        streaming: whether one layer at a time is in memory.
         overwrite: whether an earlier pruned checkpoint is replaced.
+        notify: is told what a refit will take in memory and on disk, before it starts.
 
     Raises:
         FileExistsError: ``out`` exists.
@@ -119,27 +89,53 @@ def heal(
         6.1
     """
     learned, settings, opening = learned or Learned(), settings or Settings(), opening or Opening()
-    distilling = distilling or Distilling()
+    distilling, streaming = distilling or Distilling(), streaming or Streaming()
     texts, methods = source_of(data), methods_of(method)
     _check(methods, learned, settings, distilling)
+    streaming.check(methods)
     _check_target(model, out, overwrite=overwrite)
     found = _selection(model, choice or Choice(), methods, distilling)
-    trains = methods[-1] in TRAINING
+    run = _Run(model, out, texts, methods, learned, settings, distilling, opening, streaming)
     with interruptible():
-        short = _opened(model, found, learned.size or SIZE, opening, trains=trains)
-        recipe = settings.recipe(short, learned.seed) if trains else None
+        return run.healed(found, overwrite=overwrite, notify=notify)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """All settings of a healing; as the arguments of `heal`, none of them left out."""
+
+    model: str
+    out: str
+    texts: TextSource
+    methods: Sequence[str]
+    learned: Learned
+    settings: Settings
+    distilling: Distilling
+    opening: Opening
+    streaming: Streaming
+
+    def healed(self, found: Chosen, *, overwrite: bool, notify: Notify) -> Healing:
+        """Opens the model, heals it without the layers that were chosen, and saves it."""
+        model, learned, trains = self.model, self.learned, self.methods[-1] in TRAINING
+        size = learned.size or SIZE
+        short = _opened(model, found, size, self.opening, self.streaming, trains=trains)
+        recipe = self.settings.recipe(short, learned.seed) if trains else None
         size = learned.size or (recipe.size if recipe else SIZE)
-        parts = _windows(short, texts, learned, size, trains=trains)
-        distill = distilling.step(recipe, _teacher(model, distilling, opening, size))
-        steps = _steps(methods, settings, learned, recipe, distill)
-        job = _job(short, parts, found.layers, steps, out, resume=settings.resume)
-        bos = learned.bos or short.bos
-        names = {"data": texts.data, "eval_data": learned.eval_data, "size": size, "bos": bos}
-        done = Healing(Path(out), job.run(), parts.left_out, found.unchecked, names)
+        parts = _windows(short, self.texts, learned, size, trains=trains)
+        teacher = _teacher(model, self.distilling, self.opening, size)
+        distill = self.distilling.step(recipe, teacher)
+        steps = _steps(self.methods, self.settings, learned, recipe, distill)
+        job = _job(short, parts, found.layers, steps, self.out, resume=self.settings.resume)
+        if plan := job.plan_text():
+            notify(plan)
+        bos, data = learned.bos or short.bos, self.texts.data
+        names = {"data": data, "eval_data": learned.eval_data, "size": size, "bos": bos}
+        done = Healing(Path(self.out), job.run(), parts.left_out, found.unchecked, names)
         short.evidence |= {**found.record.evidence, "eval_data": learned.eval_data, "size": size}
-        job.save(out, facts={**found.record.facts, "data": texts.data}, overwrite=overwrite)
-        del short, job  # which makes room for what is read again
-        return reread(replace(done, remark=_remark(model, out, found)), parts, opening, size)
+        job.save(self.out, facts={**found.record.facts, "data": data}, overwrite=overwrite)
+        del short, job, steps  # which makes room for what is read again
+        remark = _remark(model, self.out, found)
+        return reread(replace(done, remark=remark), parts, self.opening, size)
 
 
 def _check_target(model: str, out: str, *, overwrite: bool) -> None:
@@ -160,24 +156,6 @@ def _remark(model: str, out: str, found: Chosen) -> str | None:
     """What is to be said of a GGUF file: types that are others, and kinds of layers."""
     said = [about_types(model, out), about_kinds(model, found.layers)] if is_gguf(out) else []
     return "\n".join(line for line in said if line) or None
-
-
-def reread(done: Healing, parts: Learning, opening: Opening, size: int) -> Healing:
-    """The same with what a written GGUF file gives on the windows that the model was judged by.
-
-    Changed tensors were rounded to their own types behind all that was measured before.
-
-    Args:
-        done: what was done; unchanged where a directory was written, or several files.
-        parts: the windows.
-        opening, size: of the file as a model, and of a window.
-    """
-    if not is_gguf(done.out) or len(out_paths(done.out)) > 1:
-        return done
-    short = opening.whole(str(done.out), size=size)
-    found = together(losses(short.decoder, parts.evaluation))
-    change = difference([done.evidence.perplexity["healed"]], [found])
-    return replace(done, written=found, quantization=change)
 
 
 def _check(
@@ -209,7 +187,7 @@ def _steps(
 
 
 def _job(
-    short: ShortModel,
+    short: ScoredModel,
     parts: Learning,
     layers: Sequence[int],
     steps: Sequence[Step],
@@ -217,8 +195,10 @@ def _job(
     *,
     resume: bool,
 ) -> HealingJob:
-    """The healing; training keeps what it continues from beside the new directory."""
-    folder = Path(f"{out}.training") if steps[-1].trains else None
+    """The healing; what training and a refit continue from lies beside the new directory."""
+    refits = any(isinstance(step, RefitSettings) for step in steps)
+    kind = "training" if steps[-1].trains else "refit" if refits else None
+    folder = None if kind is None else Path(f"{out}.{kind}")
     again = resume or (folder is not None and folder.is_dir() and any(folder.iterdir()))
     return HealingJob(short, parts, layers, settings=steps, work_dir=folder, resume=again)
 
@@ -234,7 +214,7 @@ def _teacher(
 
 
 def _windows(
-    short: ShortModel, texts: TextSource, learned: Learned, size: int, *, trains: bool
+    short: ScoredModel, texts: TextSource, learned: Learned, size: int, *, trains: bool
 ) -> Learning:
     """Windows to learn from and others to evaluate on, which share no text."""
     place = (texts.split, texts.column, texts.max_texts, learned.seed)
@@ -270,10 +250,14 @@ def _selection(
     return Chosen([], Provenance())
 
 
-def _opened(model: str, found: Chosen, size: int, opening: Opening, *, trains: bool) -> ShortModel:
+def _opened(
+    model: str, found: Chosen, size: int, opening: Opening, streaming: Streaming, *, trains: bool
+) -> ScoredModel:
     """The model, with the scores its layers were chosen by; for training one of Hugging Face's."""
-    short: ShortModel
-    if trains and is_meta(model):
+    short: ScoredModel
+    if streaming.stream:
+        short = open_model(model, max_seq_len=size, **vars(streaming), **vars(opening))
+    elif trains and is_meta(model):
         place = {"device": opening.device, "dtype": opening.dtype}
         short = ShortHFModel.from_meta(model, tokenizer_path=opening.tokenizer_path, **place)
     else:

@@ -14,7 +14,7 @@ from short_gpt.healing.refit_pass import RIDGES
 from short_gpt.healing.steps import STEPS, RefitSettings, check_order
 from short_gpt.jobs.inputs import Cut
 from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.short_model import ShortModel
+from short_gpt.scored_model import ScoredModel
 
 TRAINING = tuple(name for name, step in STEPS.items() if step.trains)
 CLOSED = tuple(name for name in STEPS if name not in TRAINING)
@@ -158,6 +158,6 @@ class Settings:
         check_options(parts, ridges)
         return RefitSettings(parts, ridges, max_windows=max_windows)
 
-    def recipe(self, short: ShortModel, seed: int) -> Recipe:
+    def recipe(self, short: ScoredModel, seed: int) -> Recipe:
         """The recipe for a model of transformers, with the changes."""
         return recipe_for(short.trainable().config, self.preset, **{**self.changes, "seed": seed})

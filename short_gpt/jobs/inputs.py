@@ -13,6 +13,7 @@ from short_gpt.opening import layers_of, open_model
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.scored_model import ScoredModel
 from short_gpt.short_model import ShortModel
+from short_gpt.streaming.memory import bytes_of
 
 Encode = Callable[[str], Sequence[int]]
 Notify = Callable[[str], object]
@@ -162,6 +163,35 @@ class Opening:
     def whole(self, source: str, *, size: int, batch_size: int = 1) -> ShortModel:
         """The model in memory, for windows of up to ``size`` tokens."""
         return open_model(source, max_seq_len=size, max_batch_size=batch_size, **vars(self))
+
+
+@dataclass(frozen=True)
+class Streaming:
+    """Whether a model need not fit into memory.
+
+    Args:
+        stream: hold one layer at a time in memory: for a Llama larger than the machine, in Meta's
+            format or Hugging Face's, healed by the refit. What it takes is said before it starts.
+        max_memory: of the whole process with stream, as in 3GB; half of what is free if not
+            given.
+    """
+
+    stream: bool = False
+    max_memory: str | None = None
+
+    def check(self, methods: Sequence[str]) -> None:
+        """Raises ShortGPTError where methods of healing need the whole model, or for no size."""
+        if self.max_memory is not None:
+            bytes_of(self.max_memory)
+            if not self.stream:
+                raise ShortGPTError(
+                    f"`max_memory` {self.max_memory} bounds `stream`; add that, or leave it out"
+                )
+        if self.stream and [*methods] != ["refit"]:
+            raise ShortGPTError(
+                f"`stream` holds one layer at a time, which the refit alone heals by, got `method` "
+                f"{','.join(methods)}; refit first, and heal what that wrote"
+            )
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,8 @@ class Family:
         mlp_norm: the norm in front of the MLP, which meets the stream behind the attention.
         mlp_output: the last matrix of the MLP.
         lora: ends of the names of the MLP's matrices, which LoRA changes.
+        attention_norm_behind: a norm through which what the attention gives is added to the stream.
+        mlp_norm_behind: the same of the MLP.
         needs_bos: whether it reads a window badly that has no bos in front, which its texts had in
             training.
     """
@@ -43,14 +45,20 @@ class Family:
     mlp_norm: Names = ("post_attention_layernorm",)
     mlp_output: Names = ("mlp.down_proj",)
     lora: Names = ("gate_proj", "up_proj", "down_proj")
+    attention_norm_behind: Names = ()
+    mlp_norm_behind: Names = ()
     needs_bos: bool = field(default=False, kw_only=True)
 
 
 LLAMA = Family()
 # Experts are one tensor, or one module each: no linear map ends them.
 EXPERTS = Family(mlp=("mlp", "block_sparse_moe"), mlp_output=(), lora=("w1", "w2", "w3"))
-# Norms stand in front of and behind both halves, so that no matrix ends a summand.
-GEMMA = Family(mlp_norm=("pre_feedforward_layernorm",), needs_bos=True)
+# Norms stand behind both halves, so that no matrix ends a summand.
+BEHIND = Family(
+    attention_norm_behind=("post_attention_layernorm",),
+    mlp_norm_behind=("post_feedforward_layernorm",),
+)
+GEMMA = replace(BEHIND, mlp_norm=("pre_feedforward_layernorm",), needs_bos=True)
 # Attention and MLP read the same normed state: nothing lies between them.
 PARALLEL = Family(mlp_norm=())
 BLOOM = Family(
@@ -103,7 +111,7 @@ FAMILIES: dict[str, Family] = {
     "granite": LLAMA,
     "deepseek_v3": LLAMA,
     "gpt_oss": Family(mlp_output=(), lora=()),  # experts in one tensor
-    "olmo2": Family(attention_norm=()),  # norms behind both halves only
+    "olmo2": replace(BEHIND, attention_norm=()),  # norms behind both halves only
     "phi3": Family(lora=("gate_up_proj", "down_proj")),
     "starcoder2": Family(mlp_output=("mlp.c_proj",), lora=("mlp.c_fc", "mlp.c_proj")),
     "cohere": PARALLEL,

@@ -5,15 +5,16 @@ Shapes: B windows of one length, S tokens, D width of the stream.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from short_gpt.models.decoder import Decoder
-from short_gpt.models.layer_hooks import Arguments, Call, first, state_in
+from short_gpt.models.families import only_part
+from short_gpt.models.layer_hooks import Arguments, Call, first, state_in, transposed
 from short_gpt.runtime.errors import ShortGPTError
 
 
@@ -26,6 +27,10 @@ class LayerCalls:
     Args:
         decoder: in evaluation mode.
 
+    Attributes:
+        family: of the decoder.
+        count: of its layers.
+
     Raises:
         ShortGPTError: layers are given something that depends on the tokens.
 
@@ -36,8 +41,42 @@ class LayerCalls:
 
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
+        self.family, self.count = decoder.family, len(decoder.layers)
         self._calls: dict[torch.Size, list[Call]] = {}
         self._check_independent()
+
+    @contextmanager
+    def loaded(self, place: int) -> Iterator[nn.Module]:
+        """A layer with its weights inside the block, where it can be called."""
+        yield self._decoder.layers[place]
+
+    def close(self) -> None:
+        """Lets go of weights that were read for `loaded`."""
+
+    def memory(self) -> dict[str, int]:
+        """Bytes that the weights of a layer take where they come and go, by what they are for."""
+        return {}
+
+    def widths(self) -> tuple[int, int, int]:
+        """D, the most inputs of a matrix at the end of a half, and bytes of a number of a state.
+
+        Without such a matrix both are 1.
+        """
+        names = (self.family.attention_output, self.family.mlp_output)
+        shapes, size = [(1, 1)], 1
+        for place in range(self.count):
+            for found in (only_part(self.layer(place), name) for name in names):
+                weight = getattr(found, "weight", None)
+                if found is not None and isinstance(weight, Tensor) and weight.dim() == 2:
+                    ends = (weight.shape[0], weight.shape[1])
+                    shapes.append(ends[::-1] if transposed(found) else ends)
+                    size = weight.dtype.itemsize
+        return max(d for d, _ in shapes), max(f for _, f in shapes), size
+
+    def embed_all(self, batches: Sequence[Tensor]) -> Iterator[Tensor]:
+        """What `embed` gives of tokens (B, S), one batch after the other."""
+        for tokens in batches:
+            yield self.embed(tokens.to(self._decoder.device))
 
     def embed(self, tokens: Tensor) -> Tensor:
         """The state (B, S, D) in front of the first layer, of tokens (B, S)."""
@@ -59,7 +98,7 @@ class LayerCalls:
             state: (B, S, D).
         """
         args, kwargs = self.call(place, state.clone())
-        return first(self._decoder.layers[place](*args, **kwargs))
+        return first(self.layer(place)(*args, **kwargs))
 
     @torch.no_grad()
     def until(self, place: int, state: Tensor, module: nn.Module) -> Tensor:
@@ -70,7 +109,7 @@ class LayerCalls:
             inputs.append(args[0].clone())
             raise _Enough
 
-        self._of_shape(state.shape[:2])  # seen first, for the hook would end that pass, too
+        self.call(place, state)  # seen first, for the hook would end that pass, too
         self._stopped(module, stop, lambda: self.run(place, state), kwargs=False)
         return inputs[0]
 

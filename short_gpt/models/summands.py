@@ -1,6 +1,6 @@
 """What a layer's halves add to the stream, and the matrices that end them.
 
-Shapes: B windows, S tokens, D width of the stream.
+Shapes: B windows, S tokens, N tokens in all, F inputs of a matrix, D width of the stream.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from short_gpt.models.families import Family, part
+from short_gpt.models.families import Family, Names, only_part, part
 from short_gpt.models.layer_calls import LayerCalls
 from short_gpt.models.layer_hooks import (
     Output,
@@ -19,6 +19,7 @@ from short_gpt.models.layer_hooks import (
     first,
     mlp_output,
     replaced_output,
+    transposed,
 )
 from short_gpt.runtime.errors import ShortGPTError
 
@@ -28,12 +29,40 @@ class Summand:
     """A module whose output is added to the stream.
 
     Attributes:
-        module: such as the last matrix of an MLP.
+        module: such as the last matrix of an MLP, or a norm behind that.
         factor: by which its output is multiplied on the way, as in Granite; 1 in most families.
+        before: the last matrix, where a norm stands behind it, as in Gemma 2; None elsewhere.
     """
 
     module: nn.Module
     factor: float
+    before: nn.Module | None = None
+
+    @property
+    def matrix(self) -> nn.Module:
+        """The last matrix of the half."""
+        return self.module if self.before is None else self.before
+
+    @property
+    def norm(self) -> nn.Module | None:
+        """The norm behind the matrix, if there is one."""
+        return None if self.before is None else self.module
+
+    def given(self, inputs: Tensor) -> Tensor:
+        """What the matrix makes of (N, F) float32, (N, D) float32."""
+        weight, bias = self.matrix.weight, getattr(self.matrix, "bias", None)
+        assert isinstance(weight, Tensor)
+        wide = weight.float() if transposed(self.matrix) else weight.float().T  # (F, D)
+        out = inputs @ wide
+        return out + bias.float() if isinstance(bias, Tensor) else out
+
+    def normed(self, given: Tensor) -> Tensor:
+        """What is added to the stream, but for the factor, where the matrix gives (N, D)."""
+        if self.norm is None:
+            return given
+        weight = self.norm.weight
+        assert isinstance(weight, Tensor)
+        return self.norm(given.to(weight.dtype)).float()
 
 
 @dataclass(frozen=True)
@@ -61,7 +90,7 @@ class Summands:
             state: (B, S, D), such as the layer meets.
             family: of the decoder.
         """
-        layer = calls.layer(place)
+        layer, norms = calls.layer(place), family.mlp_norm_behind
         ends: dict[str, Summand] = {}
         refused: dict[str, str] = {}
 
@@ -75,7 +104,7 @@ class Summands:
         def run() -> Tensor:
             return calls.run(place, state)
 
-        mlp = note("mlp", lambda: _summand(run, mlp_output(layer, family), layer))
+        mlp = note("mlp", lambda: _end(run, mlp_output(layer, family), layer, behind=norms))
         if mlp is None:
             mlp = _whole_mlp(run, layer, family)
         if mlp is not None:
@@ -121,9 +150,9 @@ def _attention(
     run: Callable[[], Tensor], layer: nn.Module, family: Family, mlp: Summand, state: Tensor
 ) -> Summand:
     """The last matrix of a layer's attention, where the stream behind it is state + attention."""
-    module = attention_output(layer, family)
-    found = _summand(lambda: behind_attention(run, mlp)[0], module, layer)
-    without, _ = behind_attention(run, Summand(module, found.factor))
+    module, norms = attention_output(layer, family), family.attention_norm_behind
+    found = _end(lambda: behind_attention(run, mlp)[0], module, layer, behind=norms)
+    without, _ = behind_attention(run, found)
     between, behind = behind_attention(run, mlp)
     off = (without - behind + between - state).abs().max()  # what neither half has added
     if not off <= 64 * torch.finfo(state.dtype).eps * _scale(state, behind):
@@ -132,6 +161,78 @@ def _attention(
             f"(off by {float(off):.2g})"
         )
     return found
+
+
+def _end(
+    run: Callable[[], Tensor], matrix: nn.Module, layer: nn.Module, *, behind: Names
+) -> Summand:
+    """What a matrix at the end of a half gives to the stream, by way of a norm or without.
+
+    Args:
+        run: gives the stream behind the half.
+        matrix: at its end.
+        layer: of both.
+        behind: names that a norm behind it may have.
+
+    Raises:
+        ShortGPTError: something else comes between the matrix and the stream.
+    """
+    try:
+        return _summand(run, matrix, layer)
+    except ShortGPTError:
+        norm = only_part(layer, behind)
+        if norm is None:
+            raise
+        found = _summand(run, norm, layer)
+        if not (_follows(run, matrix, norm) and _is_rms(norm)):
+            raise
+        return Summand(norm, found.factor, matrix)
+
+
+def _follows(run: Callable[[], Tensor], matrix: nn.Module, norm: nn.Module) -> bool:
+    """Whether a norm is given what a matrix gives, as it is."""
+    given: list[Tensor] = []
+    handles = [
+        matrix.register_forward_hook(lambda _, __, out: given.append(out.clone())),
+        norm.register_forward_pre_hook(lambda _, args: given.append(args[0].clone())),
+    ]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return len(given) == 2 and torch.equal(*given)
+
+
+@torch.no_grad()
+def _is_rms(norm: nn.Module) -> bool:
+    """Whether a norm divides by the root mean square alone, and multiplies by what it gives of 1.
+
+    One that takes the mean away, too, gives nothing of 1.
+    """
+    weight = getattr(norm, "weight", None)
+    if (
+        not isinstance(weight, Tensor)
+        or weight.dim() != 1
+        or getattr(norm, "bias", None) is not None
+    ):
+        return False
+    noise = torch.randn(4, len(weight), generator=torch.Generator().manual_seed(0))
+    noise = noise.to(weight.device, weight.dtype)
+    scaled = noise / noise.float().pow(2).mean(-1, keepdim=True).sqrt() * effective_weight(norm)
+    off = (norm(noise).float() - scaled).abs().max()
+    return bool(off <= (64 * torch.finfo(weight.dtype).eps + 1e-4) * _scale(scaled))
+
+
+@torch.no_grad()
+def effective_weight(norm: nn.Module) -> Tensor:
+    """By what a norm multiplies what it has divided by its root mean square, (D,) float32.
+
+    It is the norm's parameter in most families, and one more than that in Gemma's.
+    """
+    weight = norm.weight
+    assert isinstance(weight, Tensor)
+    return norm(torch.ones_like(weight)[None])[0].float()
 
 
 def _summand(run: Callable[[], Tensor], module: nn.Module, layer: nn.Module) -> Summand:

@@ -18,7 +18,8 @@ from short_gpt.models.meta import MetaDecoder
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import bar, set_rate
 from short_gpt.scoring.hooks import Scores
-from short_gpt.streaming.transformer import Batch, StreamedTransformer
+from short_gpt.streaming.batch import Batch
+from short_gpt.streaming.transformer import StreamedTransformer
 from short_gpt.streaming.weights import open_source
 
 

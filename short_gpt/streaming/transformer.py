@@ -9,7 +9,7 @@ Shapes: B windows of a batch, S tokens, D width, L layers, V vocabulary.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from itertools import pairwise
@@ -23,59 +23,10 @@ from llama.checkpoint.sharding import EMBEDDING, OUTPUT
 from llama.model import RMSNorm, TransformerBlock
 from llama.parallel import initialize
 from llama.rope import precompute_freqs_cis
-from short_gpt.models.families import META
 from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
-from short_gpt.scoring.hooks import LayerHooks
+from short_gpt.streaming.batch import Batch
 from short_gpt.streaming.memory import Plan, block_rows, plan, resident
 from short_gpt.streaming.weights import LAYER_NAMES, HFSource, MetaSource
-
-
-class Batch:
-    """Windows on their way through the layers.
-
-    Args:
-        tokens: (B, S) int64.
-        mask: (B, S) bool, True for real tokens.
-        watched: whether the layers are scored.
-        sublayers: whether their attention and MLP are, too.
-
-    Attributes:
-        state: in front of the next layer, (B, S, D) in the machine's memory.
-        seen: what the layers so far did to the states, if watched.
-    """
-
-    def __init__(
-        self, tokens: Tensor, mask: Tensor, *, watched: bool = False, sublayers: bool = False
-    ) -> None:
-        self.tokens, self.mask = tokens.cpu(), mask.cpu()
-        self.sublayers = sublayers
-        self.seen = LayerHooks(mask) if watched else None
-        self.state = torch.empty(0)
-
-    def embed(self, start: int, rows: Tensor) -> None:
-        """Fills in the tokens whose rows of the embedding these are."""
-        inside = (self.tokens >= start) & (self.tokens < start + len(rows))  # (B, S)
-        self.state[inside] = rows[self.tokens[inside] - start].to(self.state.dtype)
-
-    def through(self, layer: nn.Module, freqs_cis: Tensor) -> Tensor:
-        """Runs the layer; returns the sum of all states behind it."""
-        pinned = self.state.is_pinned()
-        state = self.state.to(freqs_cis.device, non_blocking=pinned)
-        hooks = self.seen.on_halves(layer, META) if self.seen and self.sublayers else []
-        try:
-            result = layer(state, None, freqs_cis[: state.shape[1]], None)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        if self.seen is not None:
-            self.seen.after(layer, (state,), {}, result)
-        if state is self.state:
-            self.state = result
-        else:  # another device computes, and keeps nothing
-            self.state.copy_(result, non_blocking=pinned)
-            if self.seen is not None:
-                self.seen.forget_state()
-        return result.sum(dtype=torch.promote_types(result.dtype, torch.float32))
 
 
 class StreamedTransformer(nn.Module):
@@ -88,6 +39,10 @@ class StreamedTransformer(nn.Module):
         source: the weights.
         device: where layers run.
         dtype: of weights and states there.
+
+    Attributes:
+        replaced: new values of parameters in the place of the source's, by the layer's number and
+            the parameter's name in it; the last of them counts. They run as they would be stored.
     """
 
     def __init__(
@@ -106,6 +61,7 @@ class StreamedTransformer(nn.Module):
         self.freqs_cis = precompute_freqs_cis(self.params, self.params.max_seq_len).to(device)
         stored = {source.infos[f"layers.0.{name}"].dtype for name in LAYER_NAMES}
         self.stored = max(stored, key=lambda kind: kind.itemsize)
+        self.replaced: list[Mapping[tuple[int, str], Tensor]] = []
         self._ready: dict[str, Tensor] = {}  # the weights of the layer that runs
         self._next: dict[tuple[str, torch.dtype], Tensor] = {}  # of the one that is read
 
@@ -138,7 +94,7 @@ class StreamedTransformer(nn.Module):
         Raises:
             NotFiniteError: a weight or a state is NaN or infinite; the message names the layer.
         """
-        self._embed(batches)
+        self.embed(batches)
         with closing(self._loaded()) as layers:
             for layer in layers:
                 sums = []
@@ -149,7 +105,8 @@ class StreamedTransformer(nn.Module):
                 if not torch.stack(sums).isfinite().all():
                     self._check_states(layer, batches)
 
-    def _embed(self, batches: Sequence[Batch]) -> None:
+    def embed(self, batches: Sequence[Batch]) -> None:
+        """Gives batches their states in front of the first layer."""
         pin = self.device.type == "cuda"
         for batch in batches:
             shape = (*batch.tokens.shape, self.params.dim)
@@ -176,11 +133,26 @@ class StreamedTransformer(nn.Module):
                 finally:
                     layer.to("meta")
 
+    def load(self, layer: nn.Module) -> None:
+        """Gives one layer its weights, read one after the other; ``layer.to("meta")`` ends it."""
+        number = self._numbers[layer]
+        for name in LAYER_NAMES:
+            self._make_ready(number, {name: self.weight(number, name)})
+        layer.load_state_dict(self._ready, assign=True)
+
+    def weight(self, number: int, name: str) -> Tensor:
+        """A parameter of a layer as it is stored, or would be."""
+        for values in reversed(self.replaced):
+            if (number, name) in values:
+                stored = self.source.infos[f"layers.{number}.{name}"].dtype
+                return values[number, name].to(stored)
+        return self.source.read(f"layers.{number}.{name}")
+
     def _read(self, number: int) -> dict[str, Tensor]:
         """A layer's weights as stored, in memory that is used again for the next."""
         found = {}
         for name in LAYER_NAMES:
-            weight = self.source.read(f"layers.{number}.{name}")
+            weight = self.weight(number, name)
             place = self._next.get((name, weight.dtype))
             if place is None:
                 place = torch.empty_like(weight, pin_memory=self.device.type == "cuda")
@@ -214,7 +186,7 @@ class StreamedTransformer(nn.Module):
         Raises:
             NotFiniteError: a weight is NaN or infinite.
         """
-        self._embed([batch])
+        self.embed([batch])
         for layer in [*self.layers][:2]:
             times = [time.perf_counter()]
             stored = self._read(self._numbers[layer])

@@ -46,6 +46,14 @@ class MetaSource:
         """A whole tensor, mapped from its file where one file holds it."""
         return self._checkpoint.read(name)
 
+    def stored_name(self, name: str) -> str:
+        """What a tensor is called in the files."""
+        return name
+
+    def as_stored(self, name: str, weight: Tensor) -> Tensor:
+        """A tensor in the order of rows that the files have."""
+        return weight
+
     def blocks(self, name: str, rows: int) -> Iterator[tuple[int, Tensor]]:
         """The rows of a (V, D) tensor, so many at a time: the first one's number, and they."""
         for start in range(0, self.infos[name].shape[0], rows):
@@ -89,6 +97,14 @@ class HFSource:
         """A whole tensor, in memory of its own."""
         hf_name = name_in(HF, name)
         return permute(name, self._files[hf_name].read(hf_name), self.args, to=META)
+
+    def stored_name(self, name: str) -> str:
+        """What a tensor is called in the files."""
+        return name_in(HF, name)
+
+    def as_stored(self, name: str, weight: Tensor) -> Tensor:
+        """A tensor in the order of rows that the files have."""
+        return permute(name, weight, self.args, to=HF)
 
     def blocks(self, name: str, rows: int) -> Iterator[tuple[int, Tensor]]:
         """The rows of a (V, D) tensor, so many at a time: the first one's number, and they."""

@@ -24,7 +24,7 @@ from short_gpt.checkpoints.gguf_save import MAPPED, about_types
 from short_gpt.evaluation import Difference
 from short_gpt.healing import HealingEvidence, Learning
 from short_gpt.jobs import Healing, Opening
-from short_gpt.jobs.healing import reread
+from short_gpt.jobs.healed import reread
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.surgery.changes import WeightChange
 

@@ -26,8 +26,8 @@ from short_gpt.healing import (
     heal_refit,
     linear_patch,
     lora,
-    refit,
 )
+from short_gpt.healing.refit_layer import LayerRefit
 from short_gpt.short_hf import ShortHFModel
 from short_gpt.short_llama import ShortLlama
 
@@ -125,8 +125,8 @@ def test_an_interrupted_chain_goes_on_bit_for_bit_and_does_nothing_twice(
     stopped(monkeypatch, steps, tmp_path / "work", at=5)
     with pytest.raises(FileExistsError, match="work holds an earlier run; resume it, or remove it"):
         job(whole(), steps, work_dir=tmp_path / "work").run()
-    for module in (linear_patch, refit):
-        monkeypatch.setattr(module, "fit", lambda *_, **__: pytest.fail("fitted again"))
+    for owner, name in ((linear_patch, "fit"), (LayerRefit, "learn")):
+        monkeypatch.setattr(owner, name, lambda *_, **__: pytest.fail("fitted again"))
     monkeypatch.setattr(
         ShortHFModel, "window_logits", lambda *_, **__: pytest.fail("the teacher asked again")
     )

@@ -1,0 +1,268 @@
+"""One layer of a refit: what the whole model makes of it, and its matrices solved for what is left.
+
+Shapes: B windows, S tokens, N = B S, D width of the stream, F inputs of a matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from short_gpt.healing.half import HalfSolver, Tokens, equations_of
+from short_gpt.healing.normal_equations import NormalEquations
+from short_gpt.healing.refit_state import Fit, RefitState
+from short_gpt.healing.states import States
+from short_gpt.models.layer_calls import LayerCalls
+from short_gpt.models.summands import Summand, Summands, behind_attention
+from short_gpt.runtime.errors import NotFiniteError
+from short_gpt.surgery.changes import Parameter, parameters_of, restored_on_error
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Windows on their way through both models.
+
+    Attributes:
+        calls: of the decoder.
+        state: holds their states.
+        shapes: B and S of every batch.
+        held: of every batch, whether it chooses ridges instead of being fitted on.
+        room: bytes of memory for what one layer alone needs of them; more goes into a file.
+        step: called with B behind every layer of either model.
+    """
+
+    calls: LayerCalls
+    state: RefitState
+    shapes: Sequence[tuple[int, int]]
+    held: Sequence[bool]
+    room: int
+    step: Callable[[int], object]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(len(self.shapes)))
+
+    def of(self, *, held: bool) -> list[int]:
+        """The batches that choose ridges, or those that are fitted on."""
+        return [batch for batch in self if self.held[batch] == held]
+
+    def run(self, place: int, state: Tensor) -> Tensor:
+        """The state behind a layer, where its weights are."""
+        return self.calls.run(place, state.to(self.device(place)))
+
+    def device(self, place: int) -> torch.device:
+        """Where a layer's weights are."""
+        return next(self.calls.layer(place).parameters()).device
+
+    def put(self, states: States, batch: int, state: Tensor, place: int) -> None:
+        """Keeps the state behind a layer; NotFiniteError where it is none to go on with."""
+        if not state.isfinite().all():
+            raise NotFiniteError(
+                f"the state behind the {place + 1}. layer is NaN or infinite; check the weights, "
+                "or try another dtype"
+            )
+        states[batch] = state
+        self.step(self.shapes[batch][0])
+
+    def states(self, width: int, dtype: torch.dtype, name: str) -> States:
+        """States that one layer alone needs: in memory where there is room for them."""
+        tokens = sum(B * S for B, S in self.shapes)
+        path = self.state.path(name) if tokens * width * dtype.itemsize > self.room else None
+        return States(self.shapes, width, dtype, path)
+
+
+class LayerRefit:
+    """Solves the matrices of a layer that stays, while its weights are in memory.
+
+    Args:
+        windows: in front of the layer.
+        place: of the layer.
+        number: its original one.
+        parts: halves whose last matrix is solved, "attention" or "mlp".
+        ridges: candidates for every matrix.
+
+    Attributes:
+        ends: by half, what is solved.
+        refused: why halves are not, in words.
+    """
+
+    def __init__(
+        self,
+        windows: Windows,
+        place: int,
+        number: int,
+        *,
+        parts: Sequence[str],
+        ridges: Sequence[float],
+    ) -> None:
+        self._windows, self._place, self._number, self._ridges = windows, place, number, ridges
+        state = windows.state
+        self._left, self._behind = state.before("left"), state.behind("left")
+        self._whole = state.behind("whole")  # from `teach` on, and behind a gap where there is one
+        sample = self._left[0][:1, :32].to(windows.device(place))
+        halves = Summands.of(windows.calls, place, sample, windows.calls.family)
+        self._halves = halves
+        self.ends = {part: halves.ends[part] for part in parts if part in halves.ends}
+        self.refused = "; ".join(dict.fromkeys(halves.refused.values()))
+        self._between = States([], 0, sample.dtype)
+        self._inputs = self._between
+
+    def teach(self) -> None:
+        """The whole model's states behind the layer, and between its halves where that is a target.
+
+        Where no MLP is solved, what a gap behind the layer adds is the attention's to restore.
+        """
+        windows, before = self._windows, self._windows.state.before("whole")
+        sample = before[0]
+        self._between = windows.states(sample.shape[-1], sample.dtype, "between")
+        for batch in windows:
+            run = partial(windows.run, self._place, before[batch])
+            if self._halves.mlp is None or "attention" not in self.ends:
+                whole = run()
+            else:
+                between, whole = behind_attention(run, self._halves.mlp)
+                self._between[batch] = between if "mlp" in self.ends else between - whole
+            windows.put(self._whole, batch, whole, self._place)
+
+    def learn(self) -> tuple[list[Fit], dict[Parameter, Tensor]]:
+        """Solves the matrices, and takes what is left through the layer.
+
+        Returns:
+            How each was solved, and new values of parameters; the layer has its own again.
+        """
+        windows, layer = self._windows, self._windows.calls.layer(self._place)
+        solve = {"attention": self._attention, "mlp": self._mlp}
+        fits: list[Fit] = []
+        values: dict[Parameter, Tensor] = {}
+        with restored_on_error(p for e in self.ends.values() for p in _parameters(e)) as restore:
+            for part, end in self.ends.items():
+                fits.append(solve[part](end))
+                if fits[-1].changed:
+                    values |= _values(self._number, layer, end)
+            for batch in windows:
+                if "mlp" in self.ends:
+                    behind = self._added(batch, self.ends["mlp"])
+                else:
+                    behind = windows.run(self._place, self._left[batch])
+                windows.put(self._behind, batch, behind, self._place)
+            restore()
+        return fits, values
+
+    def _attention(self, end: Summand) -> Fit:
+        """Solves the attention's matrix, and leaves what it became in place."""
+        windows, kept = self._windows, set(self._windows.of(held=True))
+        kept |= set(windows) if end.norm is not None else set()  # is asked for again and again
+
+        def tokens(batch: int, inputs: Tensor) -> Tokens:
+            target = self._between[batch]
+            if "mlp" not in self.ends:
+                target = target + self._whole[batch]
+            return _tokens(inputs, self._left[batch], target)
+
+        def fitted() -> Iterator[Tokens]:
+            for batch in windows:
+                state = self._left[batch].to(windows.device(self._place))
+                inputs = windows.calls.until(self._place, state, end.matrix)
+                self._keep(batch, inputs, kept)
+                if not windows.held[batch]:
+                    yield tokens(batch, inputs)
+
+        return self._solved("attention", end, equations_of(end, fitted()), tokens)
+
+    def _mlp(self, end: Summand) -> Fit:
+        """Solves the MLP's matrix, and leaves what it became in place.
+
+        What its half adds to stands in the place of the states behind, from here on.
+        """
+        windows = self._windows
+
+        def tokens(batch: int, inputs: Tensor) -> Tokens:
+            return _tokens(inputs, self._behind[batch], self._whole[batch])
+
+        def fitted() -> Iterator[Tokens]:
+            for batch in windows:
+                with seen_at(end.matrix) as seen:
+                    state = windows.run(self._place, self._left[batch])
+                inputs, given = seen[-1]
+                given = given.reshape(-1, given.shape[-1]).float()
+                out = end.factor * end.normed(given)
+                self._behind[batch] = state - out.view_as(state)
+                self._keep(batch, inputs, set(windows))
+                if not windows.held[batch]:
+                    yield replace(tokens(batch, inputs), given=given)
+
+        return self._solved("mlp", end, equations_of(end, fitted()), tokens)
+
+    def _keep(self, batch: int, inputs: Tensor, kept: set[int]) -> None:
+        """Keeps what a matrix is given of some batches."""
+        inputs = inputs.reshape(*self._windows.shapes[batch], -1)
+        if batch == 0:
+            width, dtype = inputs.shape[-1], inputs.dtype
+            self._inputs = self._windows.states(width, dtype, "inputs")
+        if batch in kept:
+            self._inputs[batch] = inputs
+
+    def _solved(
+        self,
+        part: str,
+        end: Summand,
+        sums: NormalEquations,
+        tokens: Callable[[int, Tensor], Tokens],
+    ) -> Fit:
+        windows, device = self._windows, self._windows.device(self._place)
+
+        def again(held: bool) -> Callable[[], Iterable[Tokens]]:
+            batches = windows.of(held=held)
+            return lambda: (tokens(batch, self._inputs[batch].to(device)) for batch in batches)
+
+        solver = HalfSolver(end, self._ridges, again(False), again(True))
+        # tokens weigh 1 / ||T||^2: their mean square is relative to the stream's own
+        found = solver.solve(sums, noise=16 * torch.finfo(self._left[0].dtype).eps)
+        return Fit(self._number, part, **vars(found))
+
+    def _added(self, batch: int, end: Summand) -> Tensor:
+        """The stream behind the layer, whose MLP ends so."""
+        stream, inputs = self._behind[batch], self._inputs[batch]
+        inputs = inputs.to(self._windows.device(self._place)).flatten(0, 1).float()
+        out = end.factor * end.normed(end.given(inputs)).cpu()
+        return (stream + out.view_as(stream)).to(stream.dtype)
+
+
+@contextmanager
+def seen_at(module: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """What a module is given and what it gives inside the block, copies."""
+    found: list[tuple[Tensor, Tensor]] = []
+
+    def note(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        found.append((args[0].clone(), output.clone()))
+
+    handle = module.register_forward_hook(note)
+    try:
+        yield found
+    finally:
+        handle.remove()
+
+
+def _tokens(inputs: Tensor, stream: Tensor, target: Tensor) -> Tokens:
+    """Those of a batch, from states (B, S, ...), where the inputs are."""
+    wide = [state.to(inputs.device).flatten(0, 1).float() for state in (stream, target)]
+    return Tokens(inputs.reshape(len(wide[0]), -1).float(), *wide)
+
+
+def _parameters(end: Summand) -> list[Tensor]:
+    modules = [end.matrix, *([] if end.norm is None else [end.norm])]
+    return [parameter for module in modules for parameter in module.parameters()]
+
+
+def _values(number: int, layer: nn.Module, end: Summand) -> Mapping[Parameter, Tensor]:
+    """Copies of the end's parameters, by the layer's number and their names in it."""
+    modules = [end.matrix, *([] if end.norm is None else [end.norm])]
+    named = dict(layer.named_parameters())
+    return {
+        key: named[key[1]].detach().to("cpu", copy=True)
+        for key in parameters_of(number, layer, modules)
+    }

@@ -1,0 +1,122 @@
+"""What a refit takes in memory and on disk, before it begins.
+
+Shapes: N tokens of a batch, F inputs of a matrix, D width of the stream.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from short_gpt.healing.normal_equations import ROWS
+from short_gpt.models.layer_calls import LayerCalls
+from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.scored_model import ScoredModel
+from short_gpt.streaming.memory import bytes_of, free_memory, resident, shown
+
+
+@dataclass(frozen=True)
+class RefitPlan:
+    """Memory and disk of a refit, in bytes.
+
+    Attributes:
+        host: what the machine's memory holds, by what it is for.
+        disk: what the files of states take while it runs; 0 where memory holds them.
+        room: left for what one layer alone needs of the windows, which else goes into a file, too.
+        windows: that are read.
+    """
+
+    host: Mapping[str, int]
+    disk: int
+    room: int
+    windows: int
+
+    @property
+    def total(self) -> int:
+        """The most that the process holds, but for what there is room for."""
+        return sum(self.host.values())
+
+    def describe(self) -> str:
+        """One line for the user.
+
+        Example:
+            >>> RefitPlan({"process": 2 * 10**8, "layer": 10**9}, 10**9, 0, 8).describe()
+            'refit: 1.2 GB = 200 MB process + 1 GB layer; states of 8 windows: 1 GB on disk'
+        """
+        parts = [f"{shown(size)} {name}" for name, size in self.host.items() if size]
+        line = f"refit: {shown(self.total)} = {' + '.join(parts)}"
+        if self.disk:
+            line += f"; states of {self.windows} windows: {shown(self.disk)} on disk"
+        return line
+
+
+def plan(
+    calls: LayerCalls,
+    windows: Sequence[Sequence[int]],
+    *,
+    batch_size: int = 1,
+    max_memory: str | int | None = None,
+    folder: Path | None = None,
+) -> RefitPlan:
+    """Plans a refit.
+
+    Args:
+        calls: of the model.
+        windows: token ids, those to choose ridges by among them.
+        batch_size: windows read at once.
+        max_memory: of the process, in bytes or like "3GB"; None takes half of what is free.
+        folder: where states go; None is in memory.
+
+    Raises:
+        ShortGPTError: ``max_memory`` or the disk is too little; the message says the least.
+    """
+    width, inputs, itemsize = calls.widths()
+    every, tokens = sum(map(len, windows)), batch_size * max(map(len, windows))
+    states = every * width * itemsize
+    host = {"the process itself": resident(), **calls.memory()}
+    # one F x F matrix of float64; of F x D the cross products and a solution, and in float32 the
+    # solution, the best one, a sum with it, and copies of what was there
+    host["sums"] = 8 * inputs**2 + (2 * 8 + 7 * 4) * inputs * width
+    host["working memory"] = 4 * (tokens * (4 * inputs + 10 * width) + ROWS * inputs)
+    if folder is None:
+        host[f"states of {len(windows)} windows"] = 3 * states
+    room = (free_memory() // 2 if max_memory is None else bytes_of(max_memory)) - sum(host.values())
+    if max_memory is not None and room < 0:
+        least, parts = sum(host.values()), ", ".join(f"{shown(v)} {k}" for k, v in host.items())
+        raise ShortGPTError(
+            f"max_memory {max_memory} is too little: the refit of this model needs at least "
+            f"{shown(least, up=True)} ({parts})"
+        )
+    # states of both models in front of a layer and behind it, and of the whole one between halves
+    disk = 5 * states + every * inputs * itemsize
+    disk += calls.count * (inputs + width) * width * itemsize  # what is solved
+    disk *= folder is not None
+    if folder is not None:
+        _check_disk(folder, disk)
+    return RefitPlan(host, disk, max(room, 0), len(windows))
+
+
+def plan_of(
+    short: ScoredModel,
+    windows: Sequence[Sequence[int]],
+    *,
+    batch_size: int = 1,
+    folder: Path | None = None,
+) -> RefitPlan:
+    """`plan` of a model, in the memory that it was opened with."""
+    calls, most = short.layer_calls(), short.max_memory
+    return plan(calls, windows, batch_size=batch_size, max_memory=most, folder=folder)
+
+
+def _check_disk(folder: Path, needed: int) -> None:
+    """Raises ShortGPTError where a folder cannot take so many bytes more than it holds."""
+    there = next(place for place in (folder, *folder.absolute().parents) if place.is_dir())
+    held = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    free = shutil.disk_usage(there).free
+    if needed > free + held:
+        raise ShortGPTError(
+            f"{there} has {shown(free)} free, the states of the refit need "
+            f"{shown(needed - held, up=True)}; make room, or read fewer windows"
+        )

@@ -1,0 +1,152 @@
+"""The end of a half, with a norm behind its last matrix and without."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import random_windows
+from families import make
+from torch import nn
+
+from short_gpt.healing.half import HalfSolver, Tokens, equations_of, error
+from short_gpt.healing.normal_equations import NormalEquations
+from short_gpt.healing.refit import fit, fold
+from short_gpt.models.layer_calls import LayerCalls
+from short_gpt.models.summands import Summand, Summands, effective_weight
+from short_gpt.short_hf import ShortHFModel
+
+pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
+
+NORMS_BEHIND = ["gemma2", "gemma3", "gemma3, wrapped", "olmo2"]
+WINDOWS, HELD = random_windows(24, 16, vocab=8), random_windows(6, 16, vocab=8, seed=5)
+JUDGED = random_windows(8, 16, vocab=8, seed=7)
+
+
+class Norm(nn.Module):
+    """x / rms(x) * (1 + weight), as Gemma's."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(width) / 4, requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x / x.pow(2).mean(-1, keepdim=True).sqrt() * (1 + self.weight)
+
+
+def half(inputs: int = 12, width: int = 8, *, factor: float = 1.0, bias: bool = False) -> Summand:
+    torch.manual_seed(0)
+    return Summand(Norm(width), factor, nn.Linear(inputs, width, bias=bias).requires_grad_(False))
+
+
+def tokens(end: Summand, *, seed: int, count: int = 200) -> Tokens:
+    """Tokens of which the half as it is gives the targets."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = end.matrix.weight
+    inputs = torch.randn(count, weight.shape[1], generator=generator)
+    stream = torch.randn(count, weight.shape[0], generator=generator)
+    return Tokens(inputs, stream, stream + end.factor * end.normed(end.given(inputs)))
+
+
+def solver(end: Summand, fitted: Tokens, held: Tokens, ridges=(1e-9,)) -> HalfSolver:
+    return HalfSolver(end, ridges, lambda: [fitted], lambda: [held])
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.5])
+def test_the_weight_of_a_norm_that_was_scaled_is_found_back(factor):
+    end = half(factor=factor)
+    fitted, held = tokens(end, seed=1), tokens(end, seed=2)
+    true = end.norm.weight.clone()
+    end.norm.weight.copy_(1.5 * true + 0.2)
+    work = solver(end, fitted, held)
+    assert work._norm() == 1e-9
+    assert torch.allclose(end.norm.weight, true, atol=1e-5)
+    assert work._restored() == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_matrix_behind_which_a_norm_stands_is_brought_near_what_gave_the_targets(bias):
+    end = half(bias=bias)
+    fitted, held = tokens(end, seed=1), tokens(end, seed=2)
+    change = 0.05 * torch.randn(end.matrix.weight.shape, generator=torch.Generator().manual_seed(3))
+    end.matrix.weight += change
+    before = error(end, [held])
+    found = solver(end, fitted, held).solve(equations_of(end, [fitted]), noise=1e-6)
+    assert found.ridge == 1e-9 and 0.9 < found.restored_held < 1 and 0.9 < found.restored < 1
+    left = error(end, [held])
+    assert left == pytest.approx(before * (1 - found.restored_held), rel=1e-4)
+
+
+def test_what_would_raise_the_error_on_tokens_kept_apart_is_not_taken():
+    end = half()
+    held = tokens(end, seed=2)
+    held = Tokens(held.inputs, held.stream, held.target + 1e-3)  # as good as right
+    fitted = tokens(end, seed=1)
+    fitted = Tokens(fitted.inputs, fitted.stream, fitted.target + torch.randn(200, 8))
+    before = [p.clone() for p in (end.matrix.weight, end.norm.weight)]
+    found = solver(end, fitted, held, (1e-2, 1.0)).solve(equations_of(end, [fitted]), noise=1e-6)
+    assert found.ridge is None and found.norm_ridge is None and found.restored_held == 0
+    assert all(map(torch.equal, before, (end.matrix.weight, end.norm.weight)))
+
+
+def test_the_sums_in_blocks_solve_the_normal_equations(monkeypatch):
+    monkeypatch.setattr("short_gpt.healing.normal_equations.ROWS", 5)
+    x, r, w = torch.randn(40, 12), torch.randn(40, 7), torch.rand(40)
+    sums = NormalEquations()
+    for part in (slice(0, 15), slice(15, 40)):
+        sums.add(x[part], r[part], w[part])
+    gram, cross = ((x * w[:, None]).double().T @ m.double() for m in (x, r))
+    for ridge, change, share in sums.changes((1e-1, 1e-3, 1.0)):
+        penalty = ridge * gram.trace() / 12 * torch.eye(12).double()
+        expected = torch.linalg.solve(gram + penalty, cross)
+        assert torch.allclose(change, expected, rtol=1e-4, atol=1e-6)
+        left = (w[:, None] * (x.double() @ expected - r).pow(2)).sum() / (w[:, None] * r * r).sum()
+        assert share == pytest.approx(1 - left.item(), rel=1e-4)
+
+
+def test_a_matrix_that_is_not_positive_by_rounding_is_solved_all_the_same():
+    x = torch.randn(4, 12).repeat(1, 2)
+    sums = NormalEquations()
+    sums.add(x, torch.randn(4, 3), torch.ones(4))
+    sums._gram.diagonal().sub_(1e-3)
+    ((_, change, _),) = sums.changes((1e-6,))
+    assert change.isfinite().all()
+
+
+@pytest.mark.parametrize("family", NORMS_BEHIND)
+def test_a_family_with_norms_behind_its_halves_loses_less_when_refitted(family):
+    short = ShortHFModel(make(family))
+    refit = fit(short, [3], WINDOWS, held=HELD, progress=False)
+    assert any(found.ridge is not None for found in refit.fits)
+    assert any(found.norm_ridge is not None for found in refit.fits)
+    for found in refit.fits:
+        assert found.changed == (found.restored_held > 0)
+    whole = short.decoder.logits(torch.tensor(JUDGED)).log_softmax(-1)
+
+    def off() -> float:  # what the predictions of the whole model lose
+        left = short.decoder.logits(torch.tensor(JUDGED)).log_softmax(-1)
+        return float((whole.exp() * (whole - left)).sum(-1).mean())
+
+    with short.without_layers([3]):
+        raw = off()
+        undo = fold(short, refit)
+        assert off() < 0.9 * raw
+        undo()
+
+
+@pytest.mark.parametrize("family", NORMS_BEHIND)
+def test_a_norm_behind_is_proved_and_not_believed(family):
+    short = ShortHFModel(make(family))
+    calls = LayerCalls(short.decoder)
+    state = calls.embed(torch.tensor(WINDOWS[:1]))
+    found = Summands.of(calls, 0, state, short.decoder.family)
+    assert set(found.ends) == {"attention", "mlp"} and not found.refused
+    for end in found.ends.values():
+        assert end.norm is not None and end.matrix is not end.norm
+        one = torch.ones(1, 32)
+        assert torch.allclose(effective_weight(end.norm), end.norm(one)[0], atol=1e-5)
+    norm = found.ends["mlp"].norm
+    plain = type(norm).forward
+    centred = lambda self, x: plain(self, x - x.mean(-1, keepdim=True))  # noqa: E731
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(type(norm), "forward", centred)
+        assert "mlp" not in Summands.of(calls, 0, state, short.decoder.family).ends

@@ -1,0 +1,290 @@
+"""The refit with one layer at a time in memory, and continued where it was interrupted."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from commands import TEXT, fails, run
+from conftest import (
+    BYTE_VOCAB,
+    CharTokenizer,
+    interrupted,
+    make_transformer,
+    random_windows,
+    save_checkpoint,
+    write_byte_tokenizer,
+)
+from tqdm import tqdm
+
+from llama.checkpoint.meta import Checkpoint
+from llama.formats.convert import hf_to_meta, meta_to_hf
+from short_gpt import ShortLlama
+from short_gpt.healing import refit_memory
+from short_gpt.healing.refit import Refit, fit, heal
+from short_gpt.healing.refit_best import fit_best
+from short_gpt.healing.refit_layer import LayerRefit
+from short_gpt.healing.states import States
+from short_gpt.streamed_llama import StreamedLlama
+
+LAYERS = [2, 3]
+WINDOWS = [w[: 16 - i % 2] for i, w in enumerate(random_windows(10, 16, vocab=BYTE_VOCAB))]
+TOKENS = torch.tensor(random_windows(2, 16, vocab=BYTE_VOCAB, seed=9))
+QUIET = {"progress": False}
+HEAL = ("--method", "refit", "--layers", "2,3", "--data", "book.txt", "--eval_data", "other.txt")
+HEAL += ("--size", 16, "--max_windows", 8, "--eval_windows", 2, "--device", "cpu")
+
+
+def checkpoint(folder: Path, *, shards: int = 1, dtype=torch.float32) -> Path:
+    model = make_transformer(vocab_size=BYTE_VOCAB).to(dtype)
+    save_checkpoint(folder, model, shards=shards)
+    write_byte_tokenizer(folder)
+    return folder
+
+
+def source(kind: str, folder: Path) -> Path:
+    """A checkpoint of five layers."""
+    if kind == "hf":
+        return meta_to_hf(checkpoint(folder / "first"), folder / "ckpt")
+    dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
+    return checkpoint(folder / "ckpt", shards=2 if kind == "shards" else 1, dtype=dtype)
+
+
+def memory() -> ShortLlama:
+    model = make_transformer(vocab_size=BYTE_VOCAB)
+    return ShortLlama(SimpleNamespace(model=model, tokenizer=CharTokenizer()))
+
+
+def streamed(folder: Path) -> StreamedLlama:
+    return StreamedLlama(folder, max_seq_len=16, device="cpu")
+
+
+def opened(folder: Path) -> ShortLlama:
+    return ShortLlama.from_checkpoint(folder, max_seq_len=16, device="cpu")
+
+
+def same(ours: Refit, theirs: Refit) -> None:
+    assert ours.fits == theirs.fits and ours.values.keys() == theirs.values.keys()
+    assert ours.values and all(torch.equal(v, theirs.values[k]) for k, v in ours.values.items())
+
+
+@pytest.mark.parametrize("kind", ["meta", "shards", "hf", "bfloat16"])
+def test_one_layer_at_a_time_gives_the_matrices_of_the_model_in_memory(kind, tmp_path):
+    path = source(kind, tmp_path)
+    short, whole = streamed(path), memory()
+    if kind == "bfloat16":
+        whole = opened(path)
+    ours = heal(short, LAYERS, WINDOWS, work_dir=tmp_path / "work", **QUIET)
+    theirs = heal(whole, LAYERS, WINDOWS, **QUIET)
+    same(ours, theirs)
+    assert all(p.is_meta for p in short.decoder.layers.parameters())
+    assert short.perplexity(WINDOWS, **QUIET).value == pytest.approx(
+        whole.perplexity(WINDOWS, **QUIET).value, rel=2e-3 if kind == "bfloat16" else 1e-6
+    )
+    out = short.save(tmp_path / "out")
+    saved = opened(hf_to_meta(out, tmp_path / "back") if kind == "hf" else out)
+    for place, number in enumerate(short.kept):
+        layers = (saved.decoder.layers[place], whole.decoder.layers[place])
+        for (name, found), expected in zip(
+            layers[0].named_parameters(), layers[1].parameters(), strict=True
+        ):
+            stored = torch.bfloat16 if kind == "bfloat16" else torch.float32
+            assert torch.equal(found, expected.to(stored).float()), (number, name)
+    record = json.loads((out / "pruning.json").read_text())
+    assert record["healing"][0]["method"] == "refit" and record["removed_layers"] == LAYERS
+    if kind == "shards":
+        assert len(Checkpoint(out).shards) == 2
+
+
+def test_a_directory_that_is_not_the_healed_model_is_not_written(tmp_path, monkeypatch):
+    short = streamed(checkpoint(tmp_path / "ckpt"))
+    heal(short, LAYERS, WINDOWS, **QUIET)
+    monkeypatch.setattr(short, "_stored", lambda number, name: lambda: torch.zeros(32, 32))
+    monkeypatch.setattr("short_gpt.checkpoints.meta.part_of", lambda *a, **k: k and a[2])
+    with pytest.raises((RuntimeError, ValueError)):
+        short.save(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_trials_leave_a_streamed_model_as_it_was(tmp_path):
+    short, whole = streamed(checkpoint(tmp_path / "ckpt")), memory()
+    before = short.decoder.logits(TOKENS)
+    best = fit_best(short, LAYERS, WINDOWS, work_dir=tmp_path / "work", **QUIET)
+    assert best.tried == pytest.approx(fit_best(whole, LAYERS, WINDOWS, **QUIET).tried, rel=1e-5)
+    assert torch.equal(short.decoder.logits(TOKENS), before) and not short.changes
+
+
+@pytest.mark.parametrize("streams", [True, False])
+@pytest.mark.parametrize("after", [0, 1, 2])
+def test_an_interrupted_refit_goes_on_bit_for_bit_and_does_nothing_twice(streams, after, tmp_path):
+    def short():
+        return streamed(tmp_path / "ckpt") if streams else memory()
+
+    checkpoint(tmp_path / "ckpt")
+    expected = fit(short(), LAYERS, WINDOWS, **QUIET)
+    options = {"work_dir": tmp_path / "work", **QUIET}
+    with interrupted(LayerRefit, "learn", after):  # of layers 1 and 4
+        fit(short(), LAYERS, WINDOWS, **options) if after < 2 else stop_in_the_end(short, options)
+    if after:
+        told = json.loads((tmp_path / "work" / "refit.json").read_text())
+        assert told["done"] == after + 1 and len(told["fits"]) == 2 * after
+    learned, plain = [], LayerRefit.learn
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(LayerRefit, "learn", lambda self: (learned.append(1), plain(self))[1])
+        same(fit(short(), LAYERS, WINDOWS, **options), expected)
+    assert len(learned) == 2 - after
+    left = {path.name for path in (tmp_path / "work").iterdir()}
+    assert left == {"refit.json", "values.2", "values.3"}  # no states
+    same(fit(short(), LAYERS, WINDOWS, **options), expected)
+
+
+def test_states_that_are_gone_are_missed(tmp_path):
+    with interrupted(LayerRefit, "learn", 1):
+        fit(memory(), LAYERS, WINDOWS, work_dir=tmp_path, **QUIET)
+    (tmp_path / "left.0").unlink()
+    with pytest.raises(ValueError, match=r"left\.0 is missing, from which the refit would go on"):
+        fit(memory(), LAYERS, WINDOWS, work_dir=tmp_path, **QUIET)
+
+
+def stop_in_the_end(short, options) -> None:
+    fit(short(), LAYERS, WINDOWS, **options)
+    raise KeyboardInterrupt
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_killed_refit_goes_on_bit_for_bit(tmp_path):
+    checkpoint(tmp_path / "ckpt")
+    expected = fit(streamed(tmp_path / "ckpt"), LAYERS, WINDOWS, **QUIET)
+    child = os.fork()
+    if not child:
+        tqdm.set_lock(threading.RLock())
+        plain, count = States.__setitem__, [0]
+
+        def put(states: States, batch: int, state: torch.Tensor) -> None:
+            plain(states, batch, state)
+            count[0] += 1
+            if count[0] == 60:  # among the states behind layer 1
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        States.__setitem__ = put
+        try:
+            fit(streamed(tmp_path / "ckpt"), LAYERS, WINDOWS, work_dir=tmp_path / "work", **QUIET)
+        finally:
+            os._exit(1)
+    assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    told = json.loads((tmp_path / "work" / "refit.json").read_text())
+    assert told["done"] in (1, 2)
+    again = fit(streamed(tmp_path / "ckpt"), LAYERS, WINDOWS, work_dir=tmp_path / "work", **QUIET)
+    same(again, expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"windows": WINDOWS[1:]}, "another windows"),
+        ({"held": WINDOWS[:1]}, "another windows kept apart"),
+        ({"ridges": (0.5,)}, "another ridges"),
+        ({"parts": ("mlp",)}, "another parts"),
+        ({"layers": [2]}, "another layers"),
+        ({"batch_size": 2}, "another batch_size"),
+    ],
+)
+def test_the_state_of_another_refit_is_refused_by_name(changes, named, tmp_path):
+    held = WINDOWS[7:]
+    with interrupted(LayerRefit, "learn", 1):
+        fit(memory(), LAYERS, WINDOWS, held=held, work_dir=tmp_path, **QUIET)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    options = {"held": held, "work_dir": tmp_path, **QUIET, **changes}
+    layers, windows = options.pop("layers", LAYERS), options.pop("windows", WINDOWS)
+    with pytest.raises(ValueError, match=named):
+        fit(memory(), layers, windows, **options)
+    assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+
+def test_what_one_layer_needs_goes_into_a_file_where_there_is_no_room(tmp_path, monkeypatch):
+    expected = fit(memory(), LAYERS, WINDOWS, **QUIET)
+    monkeypatch.setattr(refit_memory, "free_memory", lambda: 0)
+    seen, plain = set(), States.__init__
+
+    def make(states, shapes, width, dtype, path=None):
+        seen.add(path and path.name)
+        plain(states, shapes, width, dtype, path)
+
+    monkeypatch.setattr(States, "__init__", make)
+    same(fit(memory(), LAYERS, WINDOWS, work_dir=tmp_path / "work", **QUIET), expected)
+    assert {"inputs", "between", "whole.0", "whole.1", "left.0", "left.1"} <= seen
+
+
+def test_too_little_memory_or_disk_is_said_before_anything_is_done(tmp_path, monkeypatch):
+    short = streamed(checkpoint(tmp_path / "ckpt"))
+    short.max_memory = "100MB"
+    with pytest.raises(ValueError, match=r"the refit of this model needs at least .* \(.* layer"):
+        fit(short, LAYERS, WINDOWS, work_dir=tmp_path / "work", **QUIET)
+    short.max_memory = None
+    full = SimpleNamespace(free=0)
+    monkeypatch.setattr(refit_memory.shutil, "disk_usage", lambda _: full)
+    with pytest.raises(ValueError, match=r"has 0 B free, the states of the refit need 2\d\d kB"):
+        fit(short, LAYERS, WINDOWS, work_dir=tmp_path / "work", **QUIET)
+    assert not (tmp_path / "work").exists()
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    Path("book.txt").write_text(TEXT)
+    Path("other.txt").write_text("Call me Ishmael. Some years ago, never mind how long. " * 8)
+    return tmp_path
+
+
+def one_layer(learn):
+    """A layer that is learned, and an interruption in the next."""
+    calls = []
+
+    def learned(layer):
+        calls.append(layer)
+        if len(calls) > 1:
+            raise KeyboardInterrupt
+        return learn(layer)
+
+    return learned
+
+
+@pytest.mark.parametrize("kind", ["meta", "hf"])
+def test_the_command_heals_streamed_as_in_memory_and_goes_on_where_it_was(
+    kind, here, capsys, monkeypatch
+):
+    source(kind, here)
+    run("heal", "ckpt", "memory", *HEAL, "--json", "memory.json")
+    with monkeypatch.context() as patched, pytest.raises(SystemExit):
+        patched.setattr(LayerRefit, "learn", one_layer(LayerRefit.learn))
+        run("heal", "ckpt", "out", *HEAL, "--stream", "--max_memory", "20GB")
+    assert (here / "out.refit").is_dir() and not (here / "out").exists()
+    capsys.readouterr()
+    run("heal", "ckpt", "out", *HEAL, "--stream", "--max_memory", "20GB", "--json", "out.json")
+    said = capsys.readouterr()
+    assert "refit: " in said.err and "states of 8 windows" in said.err
+    assert not (here / "out.refit").exists() and not (here / "memory.refit").exists()
+    ours, theirs = (json.loads(Path(f"{n}.json").read_text())["result"] for n in ("out", "memory"))
+    assert ours["perplexity"] == pytest.approx(theirs["perplexity"], rel=1e-5)
+    fits = [[fit["restored"] for fit in made["healing"][0].pop("fits")] for made in (ours, theirs)]
+    assert len(fits[0]) == 4 and fits[0] == pytest.approx(fits[1], abs=1e-4)
+    assert ours["healing"] == theirs["healing"]
+
+
+def test_the_command_refuses_in_one_line_what_cannot_be(here, capsys):
+    source("meta", here)
+    stream = [*HEAL[2:], "--stream"]
+    line = fails(capsys, "heal", "ckpt", "out", "--method", "patch", *stream)
+    assert "one layer at a time, which the refit alone heals by" in line and "got" in line
+    line = fails(capsys, "heal", "ckpt", "out", *HEAL, "--max_memory", "1GB")
+    assert "--max_memory has no effect without --stream" in line
+    line = fails(capsys, "heal", "ckpt", "out", *HEAL, "--stream", "--max_memory", "50MB")
+    assert "50MB is too little" in line
+    assert not (here / "out.refit").exists()
