@@ -4,7 +4,7 @@ from short_gpt.data.texts import pg19, texts
 from short_gpt.data.windows import batches, windows
 from short_gpt.evaluation.perplexity import perplexity
 from short_gpt.evaluation.tasks import run_tasks
-from short_gpt.experiments import compare
+from short_gpt.experiments import calibrate, compare
 from short_gpt.healing.linear_patch import heal as heal_patch
 from short_gpt.healing.lora import heal as heal_lora
 from short_gpt.healing.recipe import Recipe
@@ -29,6 +29,7 @@ __all__ = [
     "ShortModel",
     "Stop",
     "batches",
+    "calibrate",
     "choose",
     "compare",
     "convert",

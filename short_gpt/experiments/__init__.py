@@ -1,5 +1,6 @@
 """Methods set side by side on one model, and layer lists set beside published ones."""
 
+from short_gpt.experiments.calibration import Apart, Calibrated, calibrate
 from short_gpt.experiments.compare import Cases, Compared, compare
 from short_gpt.experiments.comparison import Comparison
 from short_gpt.experiments.comparison_lora import LoraHealing, LoraSettings
@@ -8,6 +9,8 @@ from short_gpt.experiments.rows import Agreement, Row
 
 __all__ = [
     "Agreement",
+    "Apart",
+    "Calibrated",
     "Cases",
     "Compared",
     "Comparison",
@@ -15,6 +18,7 @@ __all__ = [
     "LoraSettings",
     "PaperComparison",
     "Row",
+    "calibrate",
     "compare",
     "compare_with_paper",
     "identify",

@@ -4,6 +4,7 @@ Jobs print nothing. They return what they found as plain data with a ``to_dict``
 as JSON, show progress bars, and tell a ``notify`` of what must be known before a long run starts.
 """
 
+from short_gpt.jobs.calibration import Kinds, Ranked, Readings, calibrate_checkpoint
 from short_gpt.jobs.cases import CaseNames, LoraNames, Shares
 from short_gpt.jobs.choice import (
     Choice,
@@ -37,14 +38,17 @@ __all__ = [
     "Distilling",
     "FewShotTasks",
     "Healing",
+    "Kinds",
     "Learned",
     "LoraNames",
     "MethodChoice",
     "Opening",
     "PerplexityLimit",
     "Pruned",
+    "Ranked",
     "Ranking",
     "Reading",
+    "Readings",
     "Reproduced",
     "Running",
     "Saving",
@@ -57,6 +61,7 @@ __all__ = [
     "TextSource",
     "TimedSaving",
     "Written",
+    "calibrate_checkpoint",
     "chosen",
     "compare_checkpoint",
     "convert",

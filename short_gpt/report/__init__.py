@@ -2,16 +2,21 @@
 
 from short_gpt.report import results
 from short_gpt.report.bars import importance_bars
+from short_gpt.report.calibration import calibrated
+from short_gpt.report.crossmap import cross_map
 from short_gpt.report.curves import quality_curves
 from short_gpt.report.figures import require_matplotlib, save
 from short_gpt.report.heatmap import angular_heatmap
-from short_gpt.report.pictures import draw_quality, draw_scores
+from short_gpt.report.pictures import draw_crossed, draw_quality, draw_scores
 from short_gpt.report.tables import compared, comparison, perplexities, ranking, search, sublayers
 
 __all__ = [
     "angular_heatmap",
+    "calibrated",
     "compared",
     "comparison",
+    "cross_map",
+    "draw_crossed",
     "draw_quality",
     "draw_scores",
     "importance_bars",

@@ -26,7 +26,7 @@ UNUSED = [
     (("rank", "model", "--n", 2, "--method", "sleb", "--sublayers"), "a --method that scores"),
     (("rank", "model", "--save_every", 5), "--state or --json"),
     (("rank", "model", "--overwrite"), "--json or --plots"),
-    (("compare", "model", "--steps", 5), "lora in --healing"),
+    (("compare", "model", "--steps", 5), "lora or distill in --healing"),
     (("compare", "model", "--seeds", 5, "--methods", "bi"), "random in --methods"),
     (("compare", "model", "--search_windows", 5, "--methods", "bi"), "sleb in --methods"),
     (("compare", "model", "--limit", 5), "--tasks"),
