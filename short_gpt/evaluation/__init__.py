@@ -1,5 +1,12 @@
 """Quality of a model on held-out text and on tasks, and what a change costs, with its error."""
 
+from short_gpt.evaluation.completions import leading, repetition, turn, turn_losses
+from short_gpt.evaluation.documents import (
+    TaskDifference,
+    TaskRun,
+    task_changes,
+    task_difference,
+)
 from short_gpt.evaluation.harness import hugging_face_lm
 from short_gpt.evaluation.llama_lm import llama_lm
 from short_gpt.evaluation.paired import Difference, difference, losses, together
@@ -11,14 +18,22 @@ __all__ = [
     "PROTOCOLS",
     "Difference",
     "Perplexity",
+    "TaskDifference",
+    "TaskRun",
     "TaskSuite",
     "difference",
     "hugging_face_lm",
+    "leading",
     "llama_lm",
     "losses",
     "perplexity",
     "protocol",
+    "repetition",
     "run_tasks",
+    "task_changes",
+    "task_difference",
     "task_names",
     "together",
+    "turn",
+    "turn_losses",
 ]

@@ -3,7 +3,7 @@
 from short_gpt.experiments.calibration import Apart, Calibrated, calibrate
 from short_gpt.experiments.compare import Cases, Compared, compare
 from short_gpt.experiments.comparison import Comparison
-from short_gpt.experiments.comparison_lora import LoraHealing, LoraSettings
+from short_gpt.experiments.comparison_lora import DistillHealing, LoraHealing, LoraSettings
 from short_gpt.experiments.published import PaperComparison, compare_with_paper, identify
 from short_gpt.experiments.rows import Agreement, Row
 
@@ -14,6 +14,7 @@ __all__ = [
     "Cases",
     "Compared",
     "Comparison",
+    "DistillHealing",
     "LoraHealing",
     "LoraSettings",
     "PaperComparison",

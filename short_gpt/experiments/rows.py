@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypedDict
 
-RAW, PATCHED, REFIT, LORA = "raw", "patched", "refit", "lora"
-HEALINGS = (RAW, PATCHED, REFIT, LORA)
+RAW, PATCHED, REFIT, LORA, DISTILL = "raw", "patched", "refit", "lora", "distill"
+HEALINGS = (RAW, PATCHED, REFIT, LORA, DISTILL)
+TRAINED = (LORA, DISTILL)  # these take far longer than all the rest
 Windows = Sequence[Sequence[int]]
 
 
@@ -18,7 +19,7 @@ class Row:
     Attributes:
         method, seed: what chose the layers; the seed is None but for the random method.
         n: layers removed.
-        healing: raw, patched, refit or lora.
+        healing: raw, patched, refit, lora or distill.
         layers: removed, original numbers.
         perplexity: on the evaluation text.
         nats, standard_error: mean loss less that of the whole model, paired over the windows.
