@@ -5,7 +5,7 @@ from short_gpt.data.windows import batches, windows
 from short_gpt.evaluation.drafts import draft_agreement
 from short_gpt.evaluation.perplexity import perplexity
 from short_gpt.evaluation.tasks import run_tasks
-from short_gpt.experiments import compare
+from short_gpt.experiments import calibrate, compare
 from short_gpt.healing.healed_search import search_healed
 from short_gpt.healing.linear_patch import heal as heal_patch
 from short_gpt.healing.lora import heal as heal_lora
@@ -31,6 +31,7 @@ __all__ = [
     "ShortModel",
     "Stop",
     "batches",
+    "calibrate",
     "choose",
     "compare",
     "convert",

@@ -2126,8 +2126,8 @@ CHOICE = (
                 "test_evolution_is_run_for_every_number",
             ),
             (
-                "rest = self._calibration[len(self._few) :]",
-                "rest = self._calibration",
+                "fitted_on=self._calibration[len(self._few) :]",
+                "fitted_on=self._calibration",
                 "test_the_search_as_healed_fits_on_the_windows_that_it_does_not_score_on",
             ),
         ),
@@ -2145,6 +2145,123 @@ CHOICE = (
     ),
 )
 
+EVIDENCE = (
+    Section(
+        "short_gpt/experiments/calibration/rankings.py",
+        "tests/experiments/test_calibration.py",
+        (
+            (
+                "order[:, column] + step] = True",
+                "order[:, column]] = True",
+                "test_a_block_is_chosen_by_its_start",
+            ),
+            ("[which::2]", "[which:]", "test_rankings_agree_as_far_as_their_means_do"),
+            (
+                "2 * value - float(low)",
+                "float(high)",
+                "test_an_interval_is_not_below_what_noise_takes_away",
+            ),
+            (
+                "if None in self.texts or len(known) < 2:",
+                "if True:",
+                "test_documents_are_drawn_whole_where_there_are_several",
+            ),
+        ),
+    ),
+    Section(
+        "short_gpt/experiments/calibration/trust.py",
+        "tests/experiments/test_calibration.py",
+        (
+            (
+                "worst = max(shares",
+                "worst = min(shares",
+                "test_the_rule_asks_for_the_worst_of_the_other_texts",
+            ),
+            (
+                "if cost > 0 else",
+                "if cost else",
+                "test_the_rule_asks_for_the_worst_of_the_other_texts",
+            ),
+        ),
+    ),
+    Section(
+        "short_gpt/experiments/calibration/run.py",
+        "tests/experiments/test_calibration.py",
+        (
+            (
+                "difference(own, parts)",
+                "difference(whole, parts)",
+                "test_a_cell_is_the_model_without_the_choice_of_one_text_judged_on_another",
+            ),
+            ("check_disjoint(ranking, judged)", "pass", "test_mistakes_are_told"),
+            (
+                "turns[:count]",
+                "turns",
+                "test_the_mix_is_refitted_on_windows_of_all_texts_in_turn",
+            ),
+        ),
+    ),
+    Section(
+        "short_gpt/jobs/calibration.py",
+        "tests/cli/test_cli_calibrate.py",
+        (
+            (
+                "without_overlap(_cut(short, other, cut, limit), taken)",
+                "without_overlap(_cut(short, other, cut, limit), [])",
+                "test_in_one_text_what_ranks_is_left_out_of_what_judges",
+            ),
+        ),
+    ),
+    Section(
+        "short_gpt/evaluation/documents.py",
+        "tests/evaluation/test_documents.py",
+        (
+            (
+                "(count - 1) / count)",
+                "count / count)",
+                "test_the_change_is_paired_over_the_documents",
+            ),
+            (
+                "2 * tail / 2**count",
+                "tail / 2**count",
+                "test_the_change_is_paired_over_the_documents",
+            ),
+            (
+                'int(str(r["doc_id"]))',
+                'str(r["doc_id"])',
+                "test_documents_are_in_order_and_numbers_alone",
+            ),
+        ),
+    ),
+    Section(
+        "short_gpt/evaluation/completions.py",
+        "tests/evaluation/test_completions.py",
+        (
+            (
+                "(len(grams) - len({*grams}))",
+                "len({*grams})",
+                "test_repetition_is_the_share_of_n_grams_that_stood_there_before",
+            ),
+            (
+                "len(front) - 1 : -1",
+                "len(front) :",
+                "test_the_loss_of_an_answer_is_that_of_its_tokens_alone",
+            ),
+        ),
+    ),
+    Section(
+        "short_gpt/experiments/comparison_lora.py",
+        "tests/experiments/test_comparison_lora.py",
+        (
+            (
+                "distillation=self._distillation()",
+                "distillation=None",
+                "test_distillation_learns_what_the_whole_model_predicts",
+            ),
+        ),
+    ),
+)
+
 SECTIONS = (
     *SCORING,
     *STOPPING,
@@ -2152,6 +2269,7 @@ SECTIONS = (
     *SURGERY,
     *HEALING,
     *EVALUATION,
+    *EVIDENCE,
     *CHECKPOINTS,
     *GGUF_FILES,
     *STREAMING,

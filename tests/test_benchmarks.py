@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
+import re
+import subprocess
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 
@@ -30,3 +35,89 @@ def test_a_result_that_could_not_be_written_is_told_before_the_work(
     with pytest.raises(FileExistsError, match="is not what this would write there"):
         module.main(out=str(out), overwrite=True, **arguments)
     assert out.read_text() == "{}"
+
+
+ROWS = {
+    "piqa": {"query": "Question: A goal: \n\n", "choices": ["this", " that"], "gold": 1},
+    "arc_easy": {"query": "Question: Which?", "choices": ["a", "b", "c"], "gold": 2},
+    "winogrande": {
+        "context_options": ["Sarah met Sam so Sarah", "Sarah met Sam so Sam"],
+        "continuation": "left.",
+        "gold": 1,
+    },
+    "lambada_openai": {"context": "He said:\n\n \"I don't", "continuation": "care"},
+}
+# contexts and continuations that lm-eval's own templates then ask for
+ASKED = {
+    "piqa": [("Question: A goal: \n\nAnswer:", f" {c}") for c in ("this", " that")],
+    "arc_easy": [("Question: Which?\nAnswer:", f" {c}") for c in "abc"],
+    "winogrande": [(f"Sarah met Sam so {c}", " left.") for c in ("Sarah", "Sam")],
+    "lambada_openai": [("He said:\n\n \"I don't", " care")],
+}
+
+
+@pytest.mark.filterwarnings("default")
+def test_local_documents_are_asked_for_as_lm_eval_asks_for_its_own(lm_eval, tmp_path):
+    task_files = import_module("task_files")
+    for task, row in ROWS.items():
+        tmp_path.joinpath(f"{task}.jsonl").write_text(json.dumps(row) + "\n")
+    (folder := tmp_path / "made").mkdir()
+    names = task_files.write(tmp_path, folder)
+    from lm_eval.tasks import TaskManager, get_task_dict
+
+    for name, task in get_task_dict(names, TaskManager(include_path=str(folder))).items():
+        task.build_all_requests()
+        asked = [instance.args for instance in task.instances]
+        if name == "local_piqa":  # the goal's own end of line stays, the file's goes
+            assert [c for _, c in asked] == [c for _, c in ASKED["piqa"]]
+            assert asked[0][0] == "Question: A goal: \n\nAnswer:"
+        else:
+            assert asked == ASKED[name.removeprefix("local_")]
+        metrics = [*task.aggregation()]
+        own = {"winogrande": ["acc"], "lambada_openai": ["perplexity", "acc"]}
+        assert metrics == own.get(name.removeprefix("local_"), ["acc", "acc_norm"])
+
+
+def test_documents_that_cannot_be_taken_back_are_refused(lm_eval):
+    task_files = import_module("task_files")
+    with pytest.raises(ValueError, match="does not begin with"):
+        task_files.piqa({**ROWS["piqa"], "query": "What?"})
+    with pytest.raises(ValueError, match="has a gap already"):
+        task_files.winogrande({**ROWS["winogrande"], "context_options": ["a_ b", "a_ c"]})
+    with pytest.raises(ValueError, match="more than a word"):
+        task_files.lambada_openai({"context": "a", "continuation": "b c"})
+
+
+def test_one_script_measures_all_results_and_goes_on_where_it_was(tmp_path):
+    root = Path(__file__).parents[1]
+    text = (root / "benchmarks/all.sh").read_text()
+    names = {path.stem for path in (root / "benchmarks/results").glob("*.json")}
+    asked = re.findall(r"^(?:script|measure) (\w+) ", text, flags=re.MULTILINE)
+    assert {*asked} == names and len(asked) == len(names)
+    # with programs that only write what they are asked for, in a copy of the tree's names
+    copy, bin_, out = tmp_path / "copy", tmp_path / "bin", tmp_path / "out"
+    (copy / "benchmarks/results").mkdir(parents=True)
+    (copy / "docs/images").mkdir(parents=True)
+    bin_.mkdir()
+    (copy / "benchmarks/all.sh").write_text(text)
+    said = tmp_path / "said"
+    python = bin_ / "python"
+    python.write_text(
+        f'#!/bin/bash\necho "$@" >> {said}\ncase "$*" in\n'
+        f"*greedy*) [ -e {tmp_path}/again ] || exit 130 ;;\nesac\n"
+        'while [ $# -gt 1 ]; do [ "$1" = --out ] && echo "{}" > "$2"; shift; done\n:\n'
+    )
+    python.chmod(0o755)
+    (tmp_path / "wiki.txt").write_text("text")
+    (tmp_path / "tasks").mkdir()
+    command = ["bash", copy / "benchmarks/all.sh", tmp_path / "wiki.txt", tmp_path / "tasks", out]
+    environment = {**os.environ, "PATH": f"{bin_}:{os.environ['PATH']}"}
+    first = subprocess.run(command, env=environment, capture_output=True, check=False)
+    assert first.returncode and not [*(copy / "benchmarks/results").iterdir()]
+    (tmp_path / "again").touch()
+    subprocess.run(command, env=environment, capture_output=True, check=True)
+    lines = said.read_text().splitlines()
+    assert sum("scoring.py" in line for line in lines) == 1
+    assert sum("greedy.py" in line for line in lines) == 2
+    assert lines[-1].endswith("benchmarks/fill_docs.py")
+    assert {path.stem for path in (copy / "benchmarks/results").iterdir()} == names

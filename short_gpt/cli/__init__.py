@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from short_gpt.cli.calibrate import calibrate
 from short_gpt.cli.compare import compare
 from short_gpt.cli.convert import convert
 from short_gpt.cli.demo import demo
@@ -27,6 +28,7 @@ COMMANDS: dict[str, Callable[..., None]] = {  # in the order of use
     "rank": rank,
     "prune": prune,
     "heal": heal,
+    "calibrate": calibrate,
     "compare": compare,
     "generate": generate,
     "perplexity": perplexity,

@@ -27,8 +27,10 @@ READ, CHOOSE, RUN, WRITE = "what to read", "how to choose", "how to run", "what 
 HEADINGS = (READ, CHOOSE, RUN, WRITE)
 # Groups of flags by the name of their class; the others are settings of how a command runs.
 GROUPS = {
-    **dict.fromkeys(("TextSource", "Cut", "Reading", "Shares", "Learned", "DemoRun"), READ),
-    **dict.fromkeys(("Answer", "Paper", "Choice", "PerplexityLimit", "CaseNames"), CHOOSE),
+    **dict.fromkeys(("TextSource", "Cut", "Reading", "Readings", "Shares"), READ),
+    **dict.fromkeys(("Learned", "DemoRun"), READ),
+    **dict.fromkeys(("Answer", "Paper", "Ranked", "Choice"), CHOOSE),
+    **dict.fromkeys(("PerplexityLimit", "CaseNames"), CHOOSE),
     **dict.fromkeys(("Tasks", "Sampling", "Settings", "Distilling", "LoraNames", "Opening"), RUN),
     **dict.fromkeys(("Written", "Output", "Conversion", "Saving"), WRITE),
 }

@@ -14,7 +14,7 @@ VALUES = {
     **dict.fromkeys(("json", "state", "scores", "recipe", "tokenizer_path", "prompts"), "FILE"),
     **dict.fromkeys(("plots", "include_path"), "FOLDER"),
     **dict.fromkeys(("data", "eval_data", "source"), "TEXTS"),
-    **dict.fromkeys(("layers", "counts", "skip_prefill"), "N,N"),
+    **dict.fromkeys(("layers", "counts", "sizes", "skip_prefill"), "N,N"),
     **dict.fromkeys(("methods", "healing", "tasks"), "A,B"),
     "lora_only": "A:N",
     "max_memory": "SIZE",

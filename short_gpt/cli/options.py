@@ -9,7 +9,7 @@ from pathlib import Path
 
 from llama.io.outputs import check_output
 from short_gpt.report.figures import is_picture, require_matplotlib
-from short_gpt.report.pictures import PUBLISHED, QUALITY, SCORES
+from short_gpt.report.pictures import CROSSED, PUBLISHED, QUALITY, SCORES
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import above_bars, first_rank
 from short_gpt.runtime.results import is_record, write_record
@@ -116,6 +116,15 @@ class QualityPicture(Pictures):
     @property
     def _names(self) -> Sequence[str]:
         return QUALITY
+
+
+@dataclass(frozen=True)
+class CrossPicture(Pictures):
+    """The result as a file, and as the picture calibration.png."""
+
+    @property
+    def _names(self) -> Sequence[str]:
+        return CROSSED
 
 
 def _check_no_input(target: Path, arguments: Mapping[str, object]) -> None:

@@ -27,9 +27,7 @@ def perplexity(
     """
     arguments = arguments_of(locals())
     output.check(arguments)
-    result = jobs.perplexity_of(
-        model, texts, cut=cut, opening=opening, running=running, notify=tell
-    )
-    say(report.perplexities({model: result}))
-    output.write("perplexity", arguments, {"result": result.to_dict()})
+    found = jobs.perplexity_of(model, texts, cut=cut, opening=opening, running=running, notify=tell)
+    say(report.perplexities({model: found}))
+    output.write("perplexity", arguments, {"result": found.to_dict()})
     output.say_written()

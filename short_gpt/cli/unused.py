@@ -70,8 +70,8 @@ RULES = (
     Rule(
         ("compare",),
         ("steps", "rank", "learning_rate", "batch", "lora_size"),
-        "lora in --healing",
-        lambda v: "lora" in listed(str(v["healing"])),
+        "lora or distill in --healing",
+        lambda v: bool({"lora", "distill"} & {*listed(str(v["healing"]))}),
     ),
     Rule(
         ("compare",),
@@ -110,7 +110,7 @@ RULES = (
         lambda v: v["temperature"] != 0,
     ),
     Rule(
-        ("rank", "perplexity", "evaluate", "compare", "reproduce", "draft"),
+        ("rank", "perplexity", "evaluate", "calibrate", "compare", "reproduce", "draft"),
         ("overwrite",),
         "--json or --plots",
         _given("json", "plots"),

@@ -8,10 +8,9 @@ from functools import cache
 from pathlib import Path
 from typing import Protocol
 
+from short_gpt.evaluation.documents import Results, TaskRun, documents_of
 from short_gpt.evaluation.harness import harness
 from short_gpt.runtime.errors import ShortGPTError
-
-Results = dict[str, dict[str, float]]
 
 
 class TaskManager(Protocol):
@@ -59,16 +58,8 @@ def run_tasks(
     Example:
         >>> run_tasks(short, ["piqa", "arc_easy"])  # doctest: +SKIP
     """
-    names = task_names(tasks, include_path)
-    done = harness("evaluator").simple_evaluate(
-        short.harness_model(batch_size=batch_size),
-        tasks=names,
-        limit=limit,
-        num_fewshot=num_fewshot,
-        task_manager=_task_manager(include_path and str(include_path)),
-        log_samples=False,
-    )
-    return {task: _metrics(found) for task, found in done["results"].items()}
+    path = None if include_path is None else str(include_path)
+    return TaskSuite(tasks, limit, num_fewshot, path, batch_size).run(short)
 
 
 @dataclass(frozen=True)
@@ -91,14 +82,26 @@ class TaskSuite:
 
     def run(self, short: Evaluated) -> Results:
         """Evaluates the model as it is now; results and errors as in `run_tasks`."""
-        return run_tasks(
-            short,
-            self.tasks,
+        return self.documents(short).metrics
+
+    def documents(self, short: Evaluated) -> TaskRun:
+        """The same with the values of single documents, by which two models are paired.
+
+        Example:
+            >>> suite = TaskSuite(["piqa"])  # doctest: +SKIP
+            >>> task_changes(suite.documents(whole), suite.documents(cut))  # doctest: +SKIP
+        """
+        names = task_names(self.tasks, self.include_path)
+        done = harness("evaluator").simple_evaluate(
+            short.harness_model(batch_size=self.batch_size),
+            tasks=names,
             limit=self.limit,
             num_fewshot=self.num_fewshot,
-            include_path=self.include_path,
-            batch_size=self.batch_size,
+            task_manager=_task_manager(self.include_path),
+            log_samples=True,
         )
+        metrics = {task: _metrics(found) for task, found in done["results"].items()}
+        return TaskRun(metrics, documents_of(done["samples"]))
 
 
 def task_names(tasks: str | Sequence[str], include_path: str | Path | None = None) -> list[str]:

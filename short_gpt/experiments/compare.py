@@ -12,7 +12,16 @@ from typing import Protocol
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.evaluation.tasks import TaskSuite
 from short_gpt.experiments.comparison import Comparison
-from short_gpt.experiments.rows import HEALINGS, LORA, RAW, Agreement, Row, Windows
+from short_gpt.experiments.rows import (
+    DISTILL,
+    HEALINGS,
+    LORA,
+    RAW,
+    TRAINED,
+    Agreement,
+    Row,
+    Windows,
+)
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.state import StateFile
@@ -41,10 +50,11 @@ class Cases:
     Attributes:
         methods: names of `selection.METHODS`.
         counts: numbers of layers to remove.
-        healings: of raw, patched, refit, linearpatch, ghosted and lora.
+        healings: of raw, patched, refit, linearpatch, ghosted, lora and distill.
         seeds: random sets for every number, if "random" is among the methods.
         search_windows: how many of the calibration windows the searches by loss read.
-        lora_only: methods and numbers to heal by lora, as in ``[("bi", 8)]``; None means all.
+        lora_only: methods and numbers to heal by lora or distill, as in ``[("bi", 8)]``; None
+            means all.
 
     Raises:
         ShortGPTError: a name is unknown or named twice, a number no whole one of at least 1.
@@ -76,8 +86,10 @@ class Cases:
             )
         if self.lora_only is None:
             return
-        if LORA not in self.healings:
-            raise ShortGPTError("lora_only is for the healing lora; add it, or leave this out")
+        if not {*TRAINED} & {*self.healings}:
+            raise ShortGPTError(
+                "lora_only is for the healing lora or distill; add one, or leave this out"
+            )
         every = [(method, n) for method in self.methods for n in self.counts]
         if strange := [case for case in self.lora_only if tuple(case) not in every]:
             raise ShortGPTError(
@@ -104,7 +116,9 @@ class Compared:
         rows: the whole model first, then a row for every case.
         agreement: of Block Influence, angle and greedy search, for every number of layers; empty
             without the greedy search.
-        tasks: metrics of the models without healing, by the layers removed; empty without tasks.
+        tasks: metrics of the models without healing, by the layers removed, and how much each
+            changed from the whole model, with its error paired over the documents, as in "piqa acc
+            change" and "piqa acc change_stderr"; empty without tasks.
         state: the file that holds what was measured, to be cleared once the result is safe.
         bos: which windows began with it: first of each text, or every.
     """
@@ -147,6 +161,7 @@ def compare(
     *,
     cases: Cases = DEFAULT_CASES,
     lora: Healing | None = None,
+    distill: Healing | None = None,
     tasks: TaskSuite | None = None,
     progress: bool = True,
     state: str | os.PathLike[str] | None = None,
@@ -158,7 +173,7 @@ def compare(
         calibration: windows of token ids that choose layers and fit patches.
         evaluation: windows of other text.
         cases: what is set side by side.
-        lora: heals for the healing lora.
+        lora, distill: heal for these healings.
         tasks: also run on the models without healing.
         progress: whether to show bars.
         state: file that the run is saved in; it continues there after an interruption.
@@ -175,12 +190,11 @@ def compare(
         >>> result = compare(short, calibration, held_out, cases=cases)  # doctest: +SKIP
         >>> print(report.compared(result.rows))  # doctest: +SKIP
     """
-    if LORA in cases.healings and lora is None:
-        raise ShortGPTError("the healing lora needs what heals: pass lora=LoraHealing(...)")
+    heals = _heals(cases, {LORA: lora, DISTILL: distill})
     if tasks is not None:
         tasks.check()
     texts = {"calibration": calibration, "evaluation": evaluation}
-    kept = None if state is None else StateFile(state, _identity(short, texts, cases, lora))
+    kept = None if state is None else StateFile(state, _identity(short, texts, cases, heals))
     few = cases.search_windows
     comparison = Comparison(short, calibration, evaluation, few=few, state=kept, progress=progress)
     rows = comparison.rows(
@@ -188,7 +202,7 @@ def compare(
         cases.counts,
         healings=cases.healings,
         seeds=cases.seeds,
-        lora=lora and _beside(lora, kept),
+        trained={name: _beside(name, heal, kept) for name, heal in heals.items()},
         lora_only=cases.lora_only,
     )
     most = max(cases.counts)
@@ -196,29 +210,40 @@ def compare(
     agreement = [comparison.agreement(n, most) for n in searched]
     metrics = {}
     if tasks is not None:
-        run = partial(_metrics, tasks, short)
+        run = partial(tasks.documents, short)
         metrics = comparison.tasks(rows, run, _suite(tasks, short))
     return Compared(rows, agreement, metrics, kept)
 
 
+def _heals(cases: Cases, given: Mapping[str, Healing | None]) -> dict[str, Healing]:
+    """What heals by training; ShortGPTError where a case lacks it."""
+    heals = {name: heal for name, heal in given.items() if heal is not None}
+    if lacks := [name for name in cases.healings if name in TRAINED and name not in heals]:
+        kind = f"{lacks[0].capitalize()}Healing"
+        raise ShortGPTError(f"the healing {lacks[0]} needs what heals: pass {lacks[0]}={kind}(...)")
+    return heals
+
+
 def _identity(
-    short: ShortModel, texts: Mapping[str, Windows], cases: Cases, lora: Healing | None
+    short: ShortModel, texts: Mapping[str, Windows], cases: Cases, heals: Mapping[str, Healing]
 ) -> dict[str, object]:
     """What the results rest on: weights, windows, and the settings that change a cell."""
     digests = {name: json_digest([list(w) for w in windows]) for name, windows in texts.items()}
     settings = {"search_windows": cases.search_windows}
-    healing = {"lora": dict(lora.identity()) if lora else None}
+    healing = {name: dict(heals[name].identity()) if name in heals else None for name in TRAINED}
     return {**short.identity(), **digests, **settings, **healing}
 
 
-def _beside(lora: Healing, state: StateFile | None) -> Callable[[list[int]], list[Perplexity]]:
+def _beside(
+    name: str, healing: Healing, state: StateFile | None
+) -> Callable[[list[int]], list[Perplexity]]:
     """The healing, with a folder beside the state for each set of layers."""
 
     def heal(layers: list[int]) -> list[Perplexity]:
         if state is None:
-            return lora(layers)
-        name = "-".join(map(str, sorted(layers)))
-        return lora(layers, state.path.with_name(f"{state.path.name}.lora-{name}"))
+            return healing(layers)
+        numbers = "-".join(map(str, sorted(layers)))
+        return healing(layers, state.path.with_name(f"{state.path.name}.{name}-{numbers}"))
 
     return heal
 
@@ -226,9 +251,3 @@ def _beside(lora: Healing, state: StateFile | None) -> Callable[[list[int]], lis
 def _suite(tasks: TaskSuite, short: ShortModel) -> str:
     """A name for what a suite's metrics depend on, the tokenizer included."""
     return json_digest([asdict(tasks), short.encode(PROBE)])
-
-
-def _metrics(tasks: TaskSuite, short: ShortModel) -> dict[str, float]:
-    """A suite's metrics by task and metric, as in "piqa acc"."""
-    results = tasks.run(short)
-    return {f"{task} {name}": v for task, values in results.items() for name, v in values.items()}

@@ -7,20 +7,29 @@ choose is evaluated once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 
 import torch
 
 from llama.io.json_files import JsonObject
 from short_gpt.data.disjoint import check_disjoint
+from short_gpt.evaluation.documents import TaskRun, task_changes
 from short_gpt.evaluation.paired import difference, losses, together
 from short_gpt.evaluation.perplexity import Perplexity
-from short_gpt.experiments import peer_maps
 from short_gpt.experiments.cells import Cells
 from short_gpt.experiments.cost import size_without, tokens_per_second
-from short_gpt.experiments.rows import IN_FRONT, LORA, PATCHED, RAW, REFIT, Agreement, Row, Windows
-from short_gpt.healing import linear_patch, refit, search_healed
+from short_gpt.experiments.gap_folds import Fold, gap_folds
+from short_gpt.experiments.rows import (
+    IN_FRONT,
+    RAW,
+    REFIT,
+    TRAINED,
+    Agreement,
+    Row,
+    Windows,
+)
+from short_gpt.healing import refit, search_healed
 from short_gpt.models.numbering import check_count
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import bar
@@ -32,7 +41,6 @@ from short_gpt.selection.search import Search
 from short_gpt.short_model import ShortModel
 
 Heal = Callable[[list[int]], list[Perplexity]]
-Fold = Callable[[], Callable[[], None]]  # changes the model as it is cut, and gives the undo
 Case = tuple[str, int | None, int]  # method, seed of a random one, number of layers
 
 
@@ -72,7 +80,7 @@ class Comparison:
         *,
         healings: Sequence[str] = (RAW,),
         seeds: int = 3,
-        lora: Heal | None = None,
+        trained: Mapping[str, Heal] | None = None,
         lora_only: Collection[tuple[str, int]] | None = None,
     ) -> list[Row]:
         """Measures every method x number of layers x healing, and the whole model first.
@@ -82,32 +90,32 @@ class Comparison:
             counts: numbers of layers to remove.
             healings: of `rows.HEALINGS`. Sets that cannot be healed so have no such row.
             seeds: how many random sets for every number.
-            lora: heals the model without these layers and gives the loss of every evaluation
-                window.
+            trained: what heals for lora and distill: it gives the loss of every evaluation window
+                of the model without these layers, healed.
             lora_only: the methods and numbers to heal so, which takes far longer than all the
                 rest; None means all.
 
         Raises:
             ShortGPTError: a method is unknown, a number out of range, or nothing heals by lora.
         """
-        if LORA in healings and lora is None:
-            raise ShortGPTError("the healing lora needs what heals: pass lora=...")
+        heals = {REFIT: self._refitted, **(trained or {})}
+        if lacks := [h for h in healings if h in TRAINED and h not in heals]:
+            raise ShortGPTError(f"the healing {lacks[0]} needs what heals: pass trained=...")
         cases = self._cases(methods, counts, seeds)
         sets = [self.layers(method, n, seed or 0, most=max(counts)) for method, seed, n in cases]
         for healing in (h for h in healings if h in IN_FRONT):
             self._fit_all(healing, sets)
-        trained = {(m, n) for m, _, n in cases} if lora_only is None else set(lora_only)
+        few = {(m, n) for m, _, n in cases} if lora_only is None else set(lora_only)
         rows = [self._row(("dense", None, 0), [], RAW)]
         count = len(cases) * len(healings)
         with bar("comparing", total=count, unit="model", show=self._progress) as shown:
             for healing in healings:
                 for case, layers in zip(cases, sets, strict=True):
                     shown.update()
-                    if healing == LORA and (case[0], case[2]) not in trained:
+                    if healing in TRAINED and (case[0], case[2]) not in few:
                         continue
                     if healing not in IN_FRONT or 0 not in layers:
-                        heal = self._refitted if healing == REFIT else lora
-                        rows.append(self._row(case, layers, healing, heal))
+                        rows.append(self._row(case, layers, healing, heals.get(healing)))
         return rows
 
     def _cases(self, methods: Sequence[str], counts: Sequence[int], seeds: int) -> list[Case]:
@@ -166,10 +174,9 @@ class Comparison:
 
     def _searcher(self, method: str) -> partial[Search]:
         """A search by loss; as healed, it fits on the windows that the searches do not read."""
-        if method == "sleb_healed":
-            rest = self._calibration[len(self._few) :]
-            return partial(search_healed, self.short, fitted_on=rest)
-        return partial(self.short.search, method=method)
+        if method != "sleb_healed":
+            return partial(self.short.search, method=method)
+        return partial(search_healed, self.short, fitted_on=self._calibration[len(self._few) :])
 
     def agreement(self, n: int, most: int) -> Agreement:
         """Whether the cheap rankings hold: Block Influence, angle and greedy search, all on the
@@ -190,7 +197,7 @@ class Comparison:
         return {"n": n, "overlap": shared, "rank_correlation_of_bi_with_loss": correlation}
 
     def tasks(
-        self, rows: Sequence[Row], run: Callable[[], dict[str, float]], suite: str = ""
+        self, rows: Sequence[Row], run: Callable[[], TaskRun], suite: str = ""
     ) -> dict[str, dict[str, float]]:
         """What a task suite gives for the models without healing.
 
@@ -200,15 +207,23 @@ class Comparison:
             suite: tells the suite from others, whose results a state holds too.
 
         Returns:
-            Results by the layers removed, as in ``"[3, 4]"``.
+            Results by the layers removed, as in ``"[3, 4]"``, with their changes from the whole
+            model, paired over the documents.
         """
 
-        def measure(layers: list[int]) -> dict[str, float]:
+        def found(layers: list[int]) -> TaskRun:
             with self.short.without_layers(layers):
                 return run()
 
+        def kept(layers: list[int]) -> TaskRun:
+            cell = f"documents {suite} {layers}"
+            return TaskRun(**self._cells.value(cell, lambda: vars(found(layers))))
+
+        whole = kept([])
         sets = [sorted(row.layers) for row in rows if row.healing == RAW]
-        return {str(s): self._cells.value(f"tasks {suite} {s}", partial(measure, s)) for s in sets}
+        every = {str(layers): kept(layers) for layers in sets}
+        changes = {name: task_changes(whole, done) for name, done in every.items() if name != "[]"}
+        return {name: done.named() | changes.get(name, {}) for name, done in every.items()}
 
     def _row(self, case: Case, layers: list[int], healing: str, heal: Heal | None = None) -> Row:
         method, seed, n = case
@@ -255,17 +270,7 @@ class Comparison:
         wanted = [list(s) for s in every if f"{healing} {list(s)}" not in self._cells]
         if not wanted:
             return
-        folds: list[Fold] = []
-        if healing == PATCHED:
-            patches = linear_patch.fit_many(
-                self.short, wanted, self._calibration, progress=self._progress
-            )
-            folds += [partial(linear_patch.fold, self.short, patch) for patch in patches]
-        else:
-            found = peer_maps.fit_many(
-                self.short, healing, wanted, self._calibration, progress=self._progress
-            )
-            folds += [partial(peer_maps.apply, self.short, maps) for maps in found]
+        folds = gap_folds(healing, self.short, wanted, self._calibration, progress=self._progress)
         with bar(healing, total=len(wanted), unit="model", show=self._progress) as shown:
             for layers, fold in zip(wanted, folds, strict=True):
                 self._measured(healing, layers, partial(self._folded, fold))

@@ -1,4 +1,4 @@
-"""The LoRA healing of a comparison: each set of layers cut from the files, healed, evaluated."""
+"""The trained healings of a comparison: each set of layers cut from the files and healed."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ from short_gpt.evaluation.paired import losses
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.experiments.rows import Windows
 from short_gpt.healing import lora
+from short_gpt.healing.distillation import Distillation
 from short_gpt.healing.recipe import ModelConfig, Recipe, recipe_for
 from short_gpt.healing.run_folder import whole_checkpoints
+from short_gpt.healing.teacher import LiveTeacher, Predictor
 from short_gpt.opening import OpenOptions, open_hf
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import ShortGPTError
@@ -135,8 +137,19 @@ class LoraHealing:
             recipe = self.settings.recipe(short.trainable().config)
             training, validation = self._learning(recipe.size)
             parts = (training, validation, self.evaluation)
-            lora.heal(short, *parts, recipe=recipe, work_dir=work_dir, resume=begun)
+            lora.heal(
+                short,
+                *parts,
+                recipe=recipe,
+                work_dir=work_dir,
+                resume=begun,
+                distillation=self._distillation(),
+            )
             return losses(short.decoder, self.evaluation, progress=False)
+
+    def _distillation(self) -> Distillation | None:
+        """What is learned in the place of the text; None learns the text."""
+        return None
 
     def _cut_model(self, out: Path, layers: list[int]) -> ShortHFModel:
         tokenizer = self.options.tokenizer_path
@@ -153,6 +166,40 @@ class LoraHealing:
     def _cut(self, size: int, limit: int | None) -> list[list[int]]:
         cut = partial(windows, size=size, stride=size, seed=self.seed, limit=limit, bos=self.bos)
         return list(cut(self.texts, self.encode))
+
+
+@dataclass(frozen=True)
+class DistillHealing(LoraHealing):
+    """The same on what the whole model predicts of the text; it is asked in every step.
+
+    Args:
+        teacher: the whole model, such as the one that is compared; needed.
+
+    Raises:
+        ShortGPTError: there is no teacher, or it takes shorter windows than are learned from.
+
+    Example:
+        >>> distill = DistillHealing(*given, teacher=short)  # doctest: +SKIP
+        >>> compare(short, calibration, held_out, cases=cases, distill=distill)  # doctest: +SKIP
+    """
+
+    teacher: Predictor | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        size = self.settings.size or Recipe.size
+        if self.teacher is None:
+            raise ShortGPTError("distillation learns from the whole model: pass teacher=short")
+        if size > self.teacher.decoder.max_seq_len:
+            raise ShortGPTError(
+                f"the whole model takes {self.teacher.decoder.max_seq_len} tokens, windows to "
+                f"learn from have {size}: open it with a larger max_seq_len, or give a smaller "
+                "`lora_size`"
+            )
+
+    def _distillation(self) -> Distillation:
+        assert self.teacher is not None
+        return Distillation(LiveTeacher(self.teacher))
 
 
 @contextmanager

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypedDict
 
-RAW, PATCHED, REFIT, LORA = "raw", "patched", "refit", "lora"
+RAW, PATCHED, REFIT, LORA, DISTILL = "raw", "patched", "refit", "lora", "distill"
 LINEARPATCH, GHOSTED = "linearpatch", "ghosted"  # baselines of others: `peer_maps`
 IN_FRONT = (PATCHED, LINEARPATCH, GHOSTED)  # these need a layer in front of every gap
-HEALINGS = (RAW, PATCHED, REFIT, LINEARPATCH, GHOSTED, LORA)
+HEALINGS = (RAW, PATCHED, REFIT, LINEARPATCH, GHOSTED, LORA, DISTILL)
+TRAINED = (LORA, DISTILL)  # these take far longer than all the rest
 Windows = Sequence[Sequence[int]]
 
 
@@ -20,7 +21,7 @@ class Row:
     Attributes:
         method, seed: what chose the layers; the seed is None but for the random method.
         n: layers removed.
-        healing: raw, patched, refit, linearpatch, ghosted or lora.
+        healing: raw, patched, refit, linearpatch, ghosted, lora or distill.
         layers: removed, original numbers.
         perplexity: on the evaluation text.
         nats, standard_error: mean loss less that of the whole model, paired over the windows.

@@ -5,6 +5,7 @@ as JSON, show progress bars, and tell a ``notify`` of what must be known before 
 """
 
 from short_gpt.jobs.answer import Answer
+from short_gpt.jobs.calibration import Kinds, Ranked, Readings, calibrate_checkpoint
 from short_gpt.jobs.cases import CaseNames, LoraNames, Shares
 from short_gpt.jobs.choice import (
     Choice,
@@ -50,6 +51,7 @@ __all__ = [
     "Drafts",
     "FewShotTasks",
     "Healing",
+    "Kinds",
     "Learned",
     "LoraNames",
     "MethodChoice",
@@ -57,8 +59,10 @@ __all__ = [
     "Paper",
     "PerplexityLimit",
     "Pruned",
+    "Ranked",
     "Ranking",
     "Reading",
+    "Readings",
     "Reproduced",
     "Running",
     "Saving",
@@ -72,6 +76,7 @@ __all__ = [
     "TextSource",
     "TimedSaving",
     "Written",
+    "calibrate_checkpoint",
     "chosen",
     "compare_checkpoint",
     "convert",

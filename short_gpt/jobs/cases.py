@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from short_gpt.data.windows import at_least
 from short_gpt.experiments import Cases, LoraSettings
 from short_gpt.experiments.compare import DEFAULT_METHODS
-from short_gpt.experiments.rows import HEALINGS, LORA
+from short_gpt.experiments.rows import HEALINGS, TRAINED
 from short_gpt.jobs.inputs import Cut, listed
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.scored_model import ScoredModel
@@ -24,9 +24,10 @@ class CaseNames:
     Args:
         methods: names as of the method of rank, with commas between.
         counts: numbers of layers to remove, as in 2,4,8.
-        healing: of raw, patched, refit, linearpatch, ghosted and lora, with commas between.
+        healing: of raw, patched, refit, linearpatch, ghosted, lora and distill, with commas
+            between.
         seeds: random sets for every number of layers.
-        lora_only: what to heal by lora, which takes far longer than all the rest, as in
+        lora_only: what to heal by lora or distill, which take far longer than all the rest, as in
             bi:8,angular:8; all if not given.
     """
 
@@ -57,15 +58,15 @@ class CaseNames:
 
     @property
     def pairs(self) -> list[tuple[str, int]] | None:
-        """Methods and numbers to heal by lora; None is all.
+        """Methods and numbers to heal by lora or distill; None is all.
 
         Raises:
-            ShortGPTError: one is not among the cases, or lora is not.
+            ShortGPTError: one is not among the cases, or neither healing is.
         """
         if self.lora_only is None:
             return None
-        if LORA not in self.healings:
-            raise ShortGPTError("`lora_only` is for `healing` lora")
+        if not {*TRAINED} & {*self.healings}:
+            raise ShortGPTError("`lora_only` is for `healing` lora or distill")
         cases = {f"{m}:{n}": (m, n) for m in self.names for n in self.numbers}
         if odd := [part for part in listed(self.lora_only) if part not in cases]:
             raise ShortGPTError(
@@ -133,15 +134,15 @@ class Shares:
 
 @dataclass(frozen=True)
 class LoraNames:
-    """How lora heals in a comparison.
+    """How lora and distill heal in a comparison.
 
     Args:
-        steps: steps of lora, a tenth of them warm-up but at most 100; the recipe's 5000 if not
+        steps: steps of training, a tenth of them warm-up but at most 100; the recipe's 5000 if not
             given.
         rank: its rank; the recipe's if not given.
         learning_rate: its peak; the recipe's if not given.
         batch: windows a step; the recipe's 16 if not given.
-        lora_size: tokens in a window of lora; the recipe's if not given.
+        lora_size: tokens in a window of training; the recipe's if not given.
     """
 
     steps: int | None = None

@@ -166,10 +166,9 @@ def chosen_within(
         held, ratio, choose=scores.layers, most=most, confidence=limit.confidence
     )
     _check_some(budget, data, scores.layers(1))
-    evidence = {"eval_data": data, "not_compared": unsure, **budget.to_dict()}
-    record = scores.record(quality_gate=evidence)
+    gate = {"quality_gate": {"eval_data": data, "not_compared": unsure, **budget.to_dict()}}
     remarks = _lines(unchecked, scores.about(len(budget.layers)))
-    return Chosen(budget.layers, record, budget, scores.importance, unsure, remarks)
+    return Chosen(budget.layers, scores.record(**gate), budget, scores.importance, unsure, remarks)
 
 
 def _limited(choice: Choice, limit: PerplexityLimit) -> tuple[Scores, float, str]:

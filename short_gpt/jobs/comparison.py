@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
 from llama.io.files import check_writable
 from llama.parallel import several_ranks
 from short_gpt.data import demo
-from short_gpt.experiments import Compared, LoraHealing, compare
-from short_gpt.experiments.rows import LORA
+from short_gpt.experiments import Cases, Compared, DistillHealing, LoraHealing, compare
+from short_gpt.experiments.rows import DISTILL, LORA, TRAINED
+from short_gpt.healing.recipe import Recipe
 from short_gpt.jobs.cases import CaseNames, LoraNames, Shares, Windows
 from short_gpt.jobs.evaluation import Tasks
 from short_gpt.jobs.inputs import Opening, TextSource, check_model, source_of
@@ -61,18 +63,33 @@ def compare_checkpoint(
         check_model(model, max(plan.counts), name="`counts`")
     source, calibration, evaluation = _material(model, source_of(data), shares)
     check_model(source, max(plan.counts), name="`counts`")
-    short = opening.whole(source, size=shares.size)
+    short = opening.whole(source, size=_longest(plan, shares, lora))
     held = shares.cut(short, evaluation, shares.eval_windows)
     chosen = shares.cut(short, calibration, shares.max_windows)
-    heals = LORA in plan.healings
-    healing = _lora(source, calibration, short, held, lora, opening, shares) if heals else None
-    suite = tasks.suite()
+    training = [healing for healing in plan.healings if healing in TRAINED]
+    heals = _trained(training, source, calibration, short, held, lora, opening, shares)
     with interruptible():
-        found = compare(short, chosen, held, cases=plan, lora=healing, tasks=suite, state=state)
+        found = compare(
+            short,
+            chosen,
+            held,
+            cases=plan,
+            lora=heals.get(LORA),
+            distill=heals.get(DISTILL),
+            tasks=tasks.suite(),
+            state=state,
+        )
     return replace(found, bos=shares.bos or short.bos)
 
 
-def _lora(
+def _longest(plan: Cases, shares: Shares, lora: LoraNames) -> int:
+    """Tokens that the model must take at once: as a teacher, also those of windows to train on."""
+    learned = lora.lora_size or Recipe.size
+    return max(shares.size, learned) if DISTILL in plan.healings else shares.size
+
+
+def _trained(
+    wanted: Collection[str],
     source: str,
     texts: list[str],
     short: ShortModel,
@@ -80,9 +97,11 @@ def _lora(
     lora: LoraNames,
     opening: Opening,
     shares: Shares,
-) -> LoraHealing:
-    """What heals; refuses at once what would go wrong after all else is measured."""
-    return LoraHealing(
+) -> dict[str, LoraHealing]:
+    """What heals by training; refuses at once what would go wrong after all else is measured."""
+    if not wanted:
+        return {}
+    heal = LoraHealing(
         source,
         texts,
         short.encode,
@@ -92,6 +111,8 @@ def _lora(
         seed=shares.seed,
         bos=shares.bos or short.bos,
     )
+    teaching = {DISTILL: DistillHealing(**vars(heal), teacher=short)} if DISTILL in wanted else {}
+    return {name: teaching.get(name, heal) for name in wanted}
 
 
 def _material(

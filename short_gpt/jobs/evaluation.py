@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from short_gpt.data.texts import shown, texts
+from short_gpt.evaluation.documents import TaskRun, task_changes
+from short_gpt.evaluation.paired import difference
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.evaluation.protocols import PROTOCOLS, protocol
 from short_gpt.evaluation.tasks import TaskSuite, task_names
@@ -104,11 +106,10 @@ class Tasks:
             return None
         return TaskSuite(self.names, batch_size=batch_size, **self._settings())
 
-    def run(self, short: ShortModel, *, batch_size: int = 1) -> dict[str, float]:
-        """Every metric of every task by the names of both; nothing without tasks."""
+    def run(self, short: ShortModel, *, batch_size: int = 1) -> TaskRun:
+        """Every metric of every task, and the values of documents; nothing without tasks."""
         suite = self.suite(batch_size=batch_size)
-        done = {} if suite is None else suite.run(short)
-        return {f"{task} {m}": value for task, found in done.items() for m, value in found.items()}
+        return TaskRun({}) if suite is None else suite.documents(short)
 
     def _settings(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "tasks"}
@@ -141,7 +142,10 @@ def evaluate(
         opening: of every model.
 
     Returns:
-        By model: its number of layers, perplexity, and metrics of the tasks, by their names.
+        By model: its number of layers, perplexity, and metrics of the tasks, by their names. Of
+        every model but the first also how much the loss of a token and each metric changed, with
+        the standard error paired over the same windows and documents: as in "piqa acc change" and
+        "piqa acc change_stderr".
 
     Raises:
         ShortGPTError: nothing to evaluate, or a wrong setting.
@@ -159,21 +163,57 @@ def evaluate(
         check_model(name)
     tasks.check()
     own = reading.own_texts()
-    return {name: _row(name, reading, own, tasks, opening or Opening()) for name in models}
+    opening = opening or Opening()
+    every = {name: _evaluated(name, reading, own, tasks, opening) for name in models}
+    first = every[models[0]]
+    return {name: found.row(first) for name, found in every.items()}
 
 
-def _row(
+@dataclass(frozen=True)
+class _Evaluated:
+    """One model's results."""
+
+    layers: int
+    text: str  # names the perplexity, in front of it and behind it
+    bos: str
+    perplexity: Perplexity | None
+    tasks: TaskRun
+
+    def row(self, first: _Evaluated) -> dict[str, float]:
+        """The results by their names, and for any but the first how much they changed."""
+        found, changes = {"layers": float(self.layers)}, {}
+        if self.perplexity is not None:
+            found[f"{self.text} perplexity{self.bos}"] = self.perplexity.value
+        if first is not self:
+            changes = self._loss_change(first) | task_changes(first.tasks, self.tasks)
+        return found | self.tasks.named() | changes
+
+    def _loss_change(self, first: _Evaluated) -> dict[str, float]:
+        """Of the loss of a token; nothing where the windows differ, as those of two tokenizers."""
+        ours, theirs = self.perplexity, first.perplexity
+        if ours is None or theirs is None or _tokens(ours) != _tokens(theirs):
+            return {}
+        change = difference([theirs], [ours])
+        names = {"nats change": change.nats, "nats change_stderr": change.standard_error}
+        return {f"{self.text} {k}{self.bos}": v for k, v in names.items() if v == v}
+
+
+def _tokens(found: Perplexity) -> list[int]:
+    return [sample.tokens for sample in found.samples]
+
+
+def _evaluated(
     name: str, reading: Reading, own: Sequence[str], tasks: FewShotTasks, opening: Opening
-) -> dict[str, float]:
+) -> _Evaluated:
     """One model's results; it is gone from memory afterwards."""
     short = opening.whole(name, size=reading.size, batch_size=reading.batch_size)
-    row = {"layers": float(len(short.kept))}
+    found = None
     if reading.data != "none":
         windows = reading.windows(short, own)
         found = short.perplexity(windows, batch_size=reading.batch_size)
-        bos = ", bos in every window" if (reading.bos or short.bos) == "every" else ""
-        row[f"{reading.data} perplexity{bos}"] = found.value
-    return row | tasks.run(short, batch_size=reading.batch_size)
+    bos = ", bos in every window" if (reading.bos or short.bos) == "every" else ""
+    run = tasks.run(short, batch_size=reading.batch_size)
+    return _Evaluated(len(short.kept), reading.data, bos, found, run)
 
 
 def perplexity_of(

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 # Times the whole model's perplexity, up to where curves of quality are shown.
 SHOWN = 100
+TRAINED = {"lora": ("*", "LoRA"), "distill": ("D", "distilled")}
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
 LINES = {"refit": "s--", "linearpatch": "^:", "ghosted": "v:"}  # of what is healed in closed form
 
@@ -24,10 +25,10 @@ def quality_curves(rows: Sequence[Row], *, title: str | None = None) -> Figure:
     """Perplexity over the number of layers removed, a colour for every method.
 
     The left part shows the models as cut, the right one, where there are any, the healed: lines
-    for linear patches, dashed and dotted ones for other closed forms, stars for LoRA. Several rows
-    of one method and number, such as random sets, are drawn as a band from the least to the
-    largest. The axis ends at `SHOWN` times the whole model's perplexity; lines of what is worse
-    leave the picture.
+    for linear patches, dashed and dotted ones for other closed forms, stars for LoRA, diamonds for
+    distillation. Several rows of one method and number, such as random sets, are drawn as a band
+    from the least to the largest. The axis ends at `SHOWN` times the whole model's perplexity;
+    lines of what is worse leave the picture.
 
     Args:
         rows: of `comparison.Comparison.rows`, the whole model first.
@@ -42,7 +43,7 @@ def quality_curves(rows: Sequence[Row], *, title: str | None = None) -> Figure:
     dense, found = rows[0], rows[1:]
     colours = dict(zip(dict.fromkeys(r.method for r in found), PALETTE * 3, strict=False))
     healed = {r.healing for r in found} - {"raw"}
-    parts = {"as cut": ["raw"]} | ({"healed": ["patched", *LINES, "lora"]} if healed else {})
+    parts = {"as cut": ["raw"]} | ({"healed": ["patched", *LINES, *TRAINED]} if healed else {})
     figure = empty(2.0 + 4.0 * len(parts), 4.4)
     axes = figure.subplots(1, len(parts), sharey=True, squeeze=False)[0]
     for axis, (name, healings) in zip(axes, parts.items(), strict=True):
@@ -91,16 +92,17 @@ def _legend(figure: Figure, axes: Sequence[Axes]) -> None:
 
 
 def _draw_curve(axes: Axes, dense: Row, rows: Sequence[Row], colour: str) -> None:
-    """One method, healed one way: a line from the whole model on, a band, or LoRA's stars."""
+    """One method, healed one way: a line from the whole model on, a band, or marks of training."""
     if not rows:
         return
     values = {n: [r.perplexity for r in rows if r.n == n] for n in sorted({r.n for r in rows})}
-    if rows[0].healing == "lora":
+    if rows[0].healing in TRAINED:
+        mark, name = TRAINED[rows[0].healing]
         x = [n for n, found in values.items() for _ in found]
         y = [value for found in values.values() for value in found]
-        label = f"{rows[0].method}, LoRA"
+        label = f"{rows[0].method}, {name}"
         style: dict[str, Any] = {"linestyle": "none", "markersize": 11, "markeredgecolor": "black"}
-        axes.plot(x, y, marker="*", color=colour, label=label, zorder=3, **style)
+        axes.plot(x, y, marker=mark, color=colour, label=label, zorder=3, **style)
         return
     x = [0, *values]
     low, high = ([dense.perplexity, *map(f, values.values())] for f in (min, max))

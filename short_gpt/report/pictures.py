@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from short_gpt.experiments.calibration import Crossed
 from short_gpt.experiments.published import PaperComparison
 from short_gpt.experiments.rows import Row
 from short_gpt.report.bars import importance_bars
 from short_gpt.report.beside import beside_published
+from short_gpt.report.crossmap import cross_map
 from short_gpt.report.curves import quality_curves
 from short_gpt.report.figures import save
 from short_gpt.report.heatmap import angular_heatmap
@@ -16,6 +18,7 @@ from short_gpt.scoring.importance import Importance
 
 SCORES, QUALITY = ("block_influence.png", "angular.png"), ("quality.png",)
 PUBLISHED = ("published.png",)
+CROSSED = ("calibration.png",)
 
 
 def draw_scores(importance: Importance, folder: Path, n: int | None = None) -> list[Path]:
@@ -50,4 +53,11 @@ def draw_quality(rows: Sequence[Row], folder: Path) -> list[Path]:
     """Draws a comparison's perplexities into a folder; returns the file in a list."""
     files = [folder / name for name in QUALITY]
     save(quality_curves(rows), files[0])
+    return files
+
+
+def draw_crossed(cells: Sequence[Crossed], folder: Path) -> list[Path]:
+    """Draws what every choice costs on every text into a folder; returns the file in a list."""
+    files = [folder / name for name in CROSSED]
+    save(cross_map(cells), files[0])
     return files

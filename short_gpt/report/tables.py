@@ -146,8 +146,10 @@ def comparison(results: Mapping[str, Mapping[str, float]]) -> str:
     rows = ["  ".join([f"{'':<{first}}", *cells])]
     for measure in measures:
         values = (results[n].get(measure) for n in names)
-        cells = [f"{v:>{w}.6g}" for v, w in zip(values, widths, strict=True) if v is not None]
-        rows.append("  ".join([f"{measure:<{first}}", *cells]))
+        cells = [
+            f"{'' if v is None else f'{v:.6g}':>{w}}" for v, w in zip(values, widths, strict=True)
+        ]
+        rows.append("  ".join([f"{measure:<{first}}", *cells]).rstrip())
     return "\n".join(rows)
 
 
@@ -173,9 +175,24 @@ def compared(
         lines += _healed(healing, [r for r in rows[1:] if r.healing == healing], counts)
     lines += _sizes(dense, {r.n: r for r in rows[1:]}, counts) + _agreed(agreed)
     lines += _over(dense)
+    return "\n".join(lines + _tasks(tasks))
+
+
+def _tasks(tasks: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """Metrics of the models without healing, and what each lost, paired over the documents."""
+    lines = []
     for layers, values in tasks.items():
-        lines.append(f"without {layers}: " + ", ".join(f"{k} {v:.4g}" for k, v in values.items()))
-    return "\n".join(lines)
+        lines.append(f"without {layers}:" if layers != "[]" else "whole:")
+        plain = [name for name in values if not name.endswith(("_stderr", " change", "_p"))]
+        for name in plain:
+            change, error = (values.get(f"{name} change{end}") for end in ("", "_stderr"))
+            line = f"  {name:<26}{values[name]:>22.4f}"
+            if change is not None and error is not None and layers != "[]":
+                line += f"  less whole {change:+.4f} ({error:.4f})"
+                p = values.get(f"{name} change_p")
+                line += "" if p is None else f", p {p:.3g}"
+            lines.append(line)
+    return lines
 
 
 def _over(row: Row) -> list[str]:

@@ -65,6 +65,22 @@ def test_lora_heals_in_the_comparison(here, capsys):
     assert "lora: perplexity" in capsys.readouterr().out
 
 
+def test_raw_patched_refit_and_distilled_stand_in_one_table_and_picture(here, capsys):
+    kinds = ["raw", "patched", "refit", "distill"]
+    options = ["--methods", "bi", "--healing", ",".join(kinds), "--eval_data", "others"]
+    options += ["--lora_only", "bi:1", "--steps", "2", "--rank", "2", "--learning_rate", "0.01"]
+    options += ["--lora_size", "56", "--batch", "2"]  # more tokens than an evaluated window has
+    main([*COMMON, *options, "--out", "c.json", "--plots", "pictures"])
+    rows = json.loads(Path("c.json").read_text())["rows"][1:]
+    assert [r["healing"] for r in rows] == ["raw"] * 2 + ["patched"] * 2 + ["refit"] * 2 + [
+        "distill"
+    ]
+    out = capsys.readouterr().out
+    assert all(f"{kind}: perplexity" in out for kind in kinds)
+    assert len({r["perplexity"] for r in rows if r["n"] == 1}) == 4
+    assert Path("pictures/quality.png").is_file() and not [*Path().glob("c.json.*")]
+
+
 def test_interrupted_in_training_it_continues_there(here, monkeypatch):
     options = ["--methods", "bi", "--counts", "1", "--healing", "lora", "--eval_data", "others"]
     options += ["--lora_steps", "2", "--lora_size", "48", "--lora_batch", "2", "--lora_rank", "2"]

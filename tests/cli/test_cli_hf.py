@@ -298,6 +298,16 @@ def test_evaluate_dense_against_pruned(here, capsys, lm_eval, tasks):
     assert (dense["layers"], cut["layers"]) == (LAYERS, LAYERS - 2)
     assert dense["texts perplexity"] != cut["texts perplexity"]
     assert 0 <= dense["tiny_choice acc"] <= 1
+    names = [
+        f"{name} change{end}"
+        for name in ("texts nats", "tiny_choice acc")
+        for end in ("", "_stderr")
+    ]
+    assert not {*names} & {*dense} and {*names} <= {*cut}
+    change = cut["tiny_choice acc"] - dense["tiny_choice acc"]
+    assert cut["tiny_choice acc change"] == pytest.approx(change)
+    ratio = math.exp(cut["texts nats change"])
+    assert ratio == pytest.approx(cut["texts perplexity"] / dense["texts perplexity"])
     for ours, theirs in zip(found["hf"], found["meta"], strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5, nan_ok=True)
     assert record("hf.json")["arguments"]["tasks"] == "tiny_choice"

@@ -4,11 +4,25 @@ from __future__ import annotations
 
 import re
 
+import fill_docs
 import pytest
+from made_tables import (
+    STOPPED,
+    attacked,
+    compared,
+    greedy,
+    healed,
+    passes,
+    refitted,
+    rehearsed,
+    rows,
+    scoring,
+    short_table,
+    spread,
+    stopping,
+    streaming,
+)
 from pages import PAGES, RESULTS, commands, flowing, result, table, tables
-
-from short_gpt.experiments.comparison import Row
-from short_gpt.report import tables as report
 
 # Measured once, and so said where it stands: no benchmark of this repository prints it.
 ONCE = """
@@ -16,166 +30,18 @@ ONCE = """
 """
 
 
-def spread(values: dict[str, float], digits: int = 3) -> str:
-    low, high = sorted((values["min"], values["max"]))
-    return f"{values['median']:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+@pytest.mark.parametrize("page", sorted({*fill_docs.TABLES, *fill_docs.BLOCKS}))
+def test_the_tables_are_those_that_the_results_fill(page):
+    assert fill_docs.filled(page, PAGES[page]) == PAGES[page]
 
 
-def scoring() -> list[str]:
-    found = result("scoring")
-    ratios, peak = found["ratios"], found["peak_memory_mb"]
-    hooks = ratios["hooks / rest of the pass"]
-    share = f"{hooks['median']:.2%} ({hooks['min']:.2%} to {hooks['max']:.2%}) of the pass"
-    sizes = ", ".join(f"{peak[k]:.0f}" for k in ("bare", "scoring", "public"))
-    rows = {
-        "scoring / bare pass through embeddings and layers": spread(ratios["scoring / bare"]),
-        "of this, inside the hooks": share,
-        "public way / bare pass": spread(ratios["public / bare"]),
-        "public way / scoring": spread(ratios["public / scoring"]),
-        "our bare pass / transformers' `LlamaModel`": spread(ratios["bare / transformers"]),
-        "peak memory: bare, scoring, public way": f"{sizes} MB",
-    }
-    return [f"| {name} | {value} |" for name, value in rows.items()]
-
-
-def stopping() -> list[str]:
-    cases = result("stopping")["cases"]
-    assert all(case["agreement"] == 1 for case in cases.values())
-    lines = []
-    for name, case in cases.items():
-        read, least = case["share_of_windows"], case["least_share"]
-        lines.append(
-            f"| {name} | {read['median']:.1%} | {read['95th percentile']:.1%} | {least:.1%} |"
-        )
-    return lines
-
-
-def attacked() -> list[str]:
-    rows = []
-    for kind, case in result("stopping_adversarial")["kinds"].items():
-        low, high = case["interval"]
-        share = f"{case['wrong_of_early_stops']:.2%} ({low:.2%} - {high:.2%})"
-        runs, early = case["wrong_of_runs"], case["stopped_early"]
-        rows.append(f"| {kind} | {share} | {runs:.2%} | {early:.1%} |")
-    return rows
-
-
-def streaming() -> list[str]:
-    found = result("streaming")
-    run, need = found["streamed"], found["llama_2_70b"]
-    ratio = spread(found["streamed / floor"], 2)
-    peak, plan = run["peak_bytes"] / 1e9, run["planned_bytes"] / 1e9
-    full, half = (need[kind]["bytes"] / 1e9 for kind in ("float32", "bfloat16"))
-    return [
-        f"| time for {found['windows']} windows, reading included | {run['seconds']:.0f} s |",
-        f"| time / floor: the layers' matrix products alone, and reading the file | {ratio} |",
-        f"| peak memory of the process | {peak:.2f} GB, planned {plan:.2f} GB |",
-        f"| Llama-2-70B, computed from the same plan | {full:.1f} GB, in bfloat16 {half:.1f} GB |",
-    ]
-
-
-def rehearsed() -> list[str]:
-    found = result("reproduce_7b")
-    assert all(found["limits"].values())
-    formats = [found["formats"][name] for name in ("meta", "hf")]
-    runs = [made["continued"] for made in formats]
-    read, size, total = (
-        {run["windows"] for run in runs},
-        found["tokens_per_window"],
-        found["windows_of_data"],
-    )
-    name = f"windows of {size} tokens read until settled, of {total}"
-    cells = {
-        "files": [f"{made['files']}, {made['bytes'] / 1e9:.1f} GB" for made in formats],
-        "the 9 layers come out in their order": [
-            "yes" if run["layers"] == found["known"] else "no" for run in runs
-        ],
-        name: [str(*read)] * 2,
-        "stopped behind, and continued": [
-            f"{made['stopped']['windows_saved']} windows" for made in formats
-        ],
-        "a window: foretold, measured": [
-            f"{run['seconds_a_window_foretold'][0]:.1f} s, {run['seconds_a_window']:.1f} s"
-            for run in runs
-        ],
-        "scoring / floor: the layers' matrix products, and reading the files once a round": [
-            f"{run['scoring / floor']:.2f}" for run in runs
-        ],
-        "peak memory of the process": [f"{run['peak_bytes'] / 1e9:.2f} GB" for run in runs],
-    }
-    return [f"| {name} | {' | '.join(values)} |" for name, values in cells.items()]
-
-
-def greedy() -> str:
-    found = result("greedy")
-    time = found["time_ratio"]
-    return (
-        f"{found['layers_run_ratio']:.3f} of the layers run and {time['median']:.3f} of the time "
-        f"({time['min']:.3f} to {time['max']:.3f})"
-    )
-
-
-def compared() -> str:
-    found = result("compare")
-    return report.compared([Row(**row) for row in found["rows"]], found["agreement"])
-
-
-def rows() -> dict[tuple[str, int, str], dict]:
-    return {(r["method"], r["n"], r["healing"]): r for r in result("compare")["rows"]}
-
-
-def cell(method: str, n: int, healing: str) -> str:
-    """A perplexity with the standard error of its change, by the delta method; "" if not run."""
-    row = rows().get((method, n, healing))
-    if row is None:
-        return ""
-    return f"{row['perplexity']:.2f} ({row['perplexity'] * row['standard_error']:.2f})"
-
-
-def short_table() -> list[str]:
-    names = {
-        "Block Influence": "bi",
-        "best angular block": "angular",
-        "relative magnitude": "relative_magnitude",
-        "greedy search (SLEB)": "sleb",
-    }
-    columns = ((4, "raw"), (8, "raw"), (8, "patched"), (8, "lora"))
-    cells = {name: [cell(method, *c) for c in columns] for name, method in names.items()}
-    return [f"| {name} | {' | '.join(row)} |".replace("|  |", "| |") for name, row in cells.items()]
-
-
-def healed() -> str:
-    """What both healings bring back of 8 layers, as a sentence."""
-    parts = []
-    for method, where in (("bi", "layers removed by Block Influence"), ("angular", "")):
-        raw, patch, lora = (rows()[method, 8, h] for h in ("raw", "patched", "lora"))
-        start = f"Of 8 {where}" if where else "Of the angular block of 8"
-        verb = " lowers the loss" if where else ""
-        error, ppl = ("standard error ", "perplexity ") if where else ("", "")
-        parts.append(
-            f"{start}, the patch{verb} by {-patch['gain']:.3f}{' nats a token' if where else ''} "
-            f"({error}{patch['gain_error']:.3f}; {ppl}{raw['perplexity']:.2f} to "
-            f"{patch['perplexity']:.2f}), LoRA by {-lora['gain']:.3f} ({lora['gain_error']:.3f}; "
-            f"to {lora['perplexity']:.2f})."
-        )
-    return " ".join(parts)
-
-
-def refitted() -> list[str]:
-    """Perplexities by kind of text, and the share of the lost nats that is back."""
-    lines = []
-    for name, kinds in result("healing")["rows"].items():
-        cells = [f"{found['perplexity']:.2f}" for found in kinds.values()]
-        if name not in ("whole", "cut"):
-            shares = [f"{found['restored']:.0%}" for found in kinds.values()]
-            cells = [f"{c}, {share}" for c, share in zip(cells, shares, strict=True)]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return lines
-
-
-def passes() -> str:
-    cost = result("healing")["cost"]["refit"]
-    return f"{cost['passes']:.2f} ({cost['passes_least']:.2f} to {cost['passes_most']:.2f})"
+def test_a_table_is_filled_between_its_head_and_the_next_empty_line():
+    (head,) = fill_docs.TABLES["README.md"]
+    text = f"Before\n\n{head}\n| --- |\n| old |\n| older |\n\nBehind"
+    rows = "\n".join(short_table())
+    assert fill_docs.filled("README.md", text) == f"Before\n\n{head}\n| --- |\n{rows}\n\nBehind"
+    with pytest.raises(ValueError, match="stands there 0 times"):
+        fill_docs.filled("README.md", "nothing")
 
 
 def test_the_table_of_the_refit_is_what_was_measured():
@@ -186,9 +52,7 @@ def test_the_table_of_the_refit_is_what_was_measured():
 
 def test_the_tables_of_costs_are_what_was_measured():
     assert table("docs/results.md", "| | median (range) |") == scoring()
-    head = "| answer | windows read, median | windows read, 95th percentile | least median of any "
-    head += "rule |"
-    assert table("docs/scaling.md", head) == stopping()
+    assert table("docs/scaling.md", STOPPED) == stopping()
     cases = result("stopping")["cases"].values()
     assert all(case["misled"]["layers"] != case["layers"] for case in cases)
     wrong = max(case["misled"]["wrong_of_early_stops"] for case in cases)
@@ -229,8 +93,8 @@ def test_the_sentences_say_what_was_measured(page):
 @pytest.mark.parametrize("page", PAGES)
 def test_no_error_bar_stands_in_a_page_without_a_measurement(page):
     """What looks like a measurement, 1.23 (0.04) or 1.23 (1.20 to 1.30), is one of those above."""
-    known = [*scoring(), *stopping(), *streaming(), greedy(), compared(), healed(), ONCE]
-    measured = " ".join([*known, passes(), *short_table()])
+    filled = [line for own in fill_docs.TABLES.values() for make in own.values() for line in make()]
+    measured = " ".join([*filled, *streaming(), greedy(), compared(), healed(), passes(), ONCE])
     number = r"[-+]?\d+\.\d+"
     for text in re.findall(rf"{number} \({number}(?: to {number})?\)", PAGES[page]):
         assert text in measured, text

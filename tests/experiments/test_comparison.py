@@ -12,7 +12,7 @@ import torch
 from conftest import CharTokenizer, make_transformer, random_windows, zero_layer
 
 from short_gpt import ShortLlama, heal_refit
-from short_gpt.evaluation import TaskSuite, difference, losses, perplexity
+from short_gpt.evaluation import TaskRun, TaskSuite, difference, losses, perplexity
 from short_gpt.experiments import Cases, Comparison, compare
 from short_gpt.experiments import comparison as module
 from short_gpt.experiments.cost import size_without, tokens_per_second
@@ -187,7 +187,7 @@ def test_lora_is_called_once_for_every_set():
         return [perplexity(short().decoder, [[w]]) for w in EVALUATION]
 
     comparison = Comparison(short(), CALIBRATION, EVALUATION)
-    rows = comparison.rows(["bi", "deepest"], [1, 2], healings=["lora"], lora=lora)
+    rows = comparison.rows(["bi", "deepest"], [1, 2], healings=["lora"], trained={"lora": lora})
     assert len(asked) == len({tuple(sorted(a)) for a in asked})
     assert [r.healing for r in rows] == ["raw"] + ["lora"] * 4
     assert rows[1].perplexity == pytest.approx(rows[0].perplexity)
@@ -197,7 +197,7 @@ def test_lora_may_be_for_some_sets_only():
     def lora(layers):
         return [perplexity(short().decoder, [[w]]) for w in EVALUATION]
 
-    options = {"healings": ["raw", "lora"], "lora": lora, "lora_only": [("bi", 2)]}
+    options = {"healings": ["raw", "lora"], "trained": {"lora": lora}, "lora_only": [("bi", 2)]}
     rows = Comparison(short(), CALIBRATION, EVALUATION).rows(["bi", "deepest"], [1, 2], **options)
     assert [(r.method, r.n) for r in rows if r.healing == "lora"] == [("bi", 2)]
     assert len(rows) == 1 + 4 + 1
@@ -308,7 +308,11 @@ CASES = Cases(["bi", "sleb"], [1, 2], ["raw", "patched", "lora"], search_windows
 
 
 def test_one_call_gives_rows_agreement_metrics_and_keeps_a_state(tmp_path, monkeypatch):
-    monkeypatch.setattr(TaskSuite, "run", lambda self, model: {"t": {"acc": len(model.present)}})
+    def documents(self, model):
+        right = [1.0] * len(model.present) + [0.0] * (10 - len(model.present))
+        return TaskRun({"t": {"acc": len(model.present)}}, {"t": {"acc": right}})
+
+    monkeypatch.setattr(TaskSuite, "documents", documents)
     monkeypatch.setattr(TaskSuite, "check", lambda self: None)
     heal, path = Halved(), tmp_path / "state"
     result = compare(
@@ -325,6 +329,15 @@ def test_one_call_gives_rows_agreement_metrics_and_keeps_a_state(tmp_path, monke
     assert {k: v["t acc"] for k, v in result.tasks.items()} == {
         str(sorted(r.layers)): 6 - r.n for r in result.rows if r.healing == "raw"
     }
+    for name, values in result.tasks.items():
+        gone = len(json.loads(name))
+        assert ("t acc change" in values) == bool(gone)
+        if gone:  # of 10 documents, one a layer: paired, as by hand
+            assert values["t acc change"] == pytest.approx(-gone / 10)
+            spread = gone / 10 * (1 - gone / 10) / 9
+            assert values["t acc change_stderr"] == pytest.approx(spread**0.5)
+            said = f"less whole {-gone / 10:+.4f} ({spread**0.5:.4f})"
+            assert said in compared(result.rows, result.agreement, result.tasks)
     names = {f"state.lora-{'-'.join(map(str, layers))}" for layers in heal.asked}
     assert {folder.name for folder in heal.folders} == names
     assert json.loads(json.dumps(result.to_dict()))["rows"][0]["method"] == "dense"
@@ -341,12 +354,12 @@ def test_other_tasks_keep_what_was_measured_without_them(tmp_path, monkeypatch):
 
     def run(self, model):
         ran.append((self.tasks, len(model.present)))
-        return {self.tasks: {"acc": len(ran)}}
+        return TaskRun({self.tasks: {"acc": len(ran)}})
 
     def never(*_, **__):
         raise AssertionError("measured again")
 
-    monkeypatch.setattr(TaskSuite, "run", run)
+    monkeypatch.setattr(TaskSuite, "documents", run)
     monkeypatch.setattr(TaskSuite, "check", lambda self: None)
     plain = compare(short(), CALIBRATION, EVALUATION, **given)
     for name in ("_losses", "_speed"):
@@ -373,7 +386,7 @@ def test_an_unknown_task_is_refused_before_anything_is_measured(lm_eval, tmp_pat
     assert not state.exists()
 
 
-@pytest.mark.parametrize("what", ["weights", "evaluation", "lora", "search_windows"])
+@pytest.mark.parametrize("what", ["weights", "evaluation", "lora", "distill", "search_windows"])
 def test_a_state_is_told_by_what_it_was_computed_from(what, tmp_path):
     cases = Cases(["bi"], [1], search_windows=3 if what == "search_windows" else 2)
     state = tmp_path / "state"
@@ -385,7 +398,7 @@ def test_a_state_is_told_by_what_it_was_computed_from(what, tmp_path):
         with torch.no_grad():
             model.llama.model.output.weight[0, 0] += 1
     windows = EVALUATION[:4] if what == "evaluation" else EVALUATION
-    options = {"lora": Halved()} if what == "lora" else {}
+    options = {what: Halved()} if what in ("lora", "distill") else {}
     with pytest.raises(ValueError, match=f"the state of a run with another {what}: "):
         compare(model, CALIBRATION, windows, cases=cases, state=state, **options)
 
@@ -403,3 +416,6 @@ def test_cases_name_what_there_is():
         compare(short(), CALIBRATION, EVALUATION, cases=Cases(["bi"], [1], ["lora"]))
     with pytest.raises(ValueError, match="healing lora needs what heals"):
         Comparison(short(), CALIBRATION, EVALUATION).rows(["bi"], [1], healings=["lora"])
+    with pytest.raises(ValueError, match="healing distill needs what heals: pass distill=Distill"):
+        given = {"cases": Cases(["bi"], [1], ["distill"]), "lora": Halved()}
+        compare(short(), CALIBRATION, EVALUATION, **given)

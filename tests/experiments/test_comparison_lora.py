@@ -10,7 +10,7 @@ from conftest import BYTE_VOCAB, make_transformer, save_checkpoint, write_byte_t
 
 from short_gpt.data.windows import windows
 from short_gpt.evaluation import losses
-from short_gpt.experiments import LoraHealing, LoraSettings
+from short_gpt.experiments import DistillHealing, LoraHealing, LoraSettings
 from short_gpt.healing import lora
 from short_gpt.opening import OpenOptions, open_model
 
@@ -111,3 +111,30 @@ def test_the_dtype_asked_for_is_the_healed_models(healing, monkeypatch):
     monkeypatch.setattr(lora, "heal", lambda short, *_, **__: kinds.append(short.model.dtype))
     replace(healing, options=OpenOptions(device="cpu", dtype="bfloat16"))([2])
     assert kinds == [torch.bfloat16]
+
+
+def test_distillation_learns_what_the_whole_model_predicts(healing, monkeypatch):
+    whole = open_model(healing.source, device="cpu")
+    seen, plain = [], lora.heal
+
+    def watched(short, training, *rest, distillation, **options):
+        (targets,) = distillation.teacher.targets([0], [training[0]])
+        (expected,) = whole.window_logits([training[0]])
+        seen.append((short.n_layers, targets, expected[:-1].log_softmax(-1)))
+        return plain(short, training, *rest, distillation=distillation, **options)
+
+    monkeypatch.setattr(lora, "heal", watched)
+    distilled = DistillHealing(**vars(healing), teacher=whole)([3, 1])
+    ((layers, targets, expected),) = seen
+    assert layers == 3 and whole.kept == [0, 1, 2, 3, 4]
+    assert torch.allclose(targets.logs, expected.gather(1, targets.ids), atol=1e-4)
+    monkeypatch.setattr(lora, "heal", plain)
+    assert [p.nats for p in distilled] != [p.nats for p in healing([3, 1])]
+
+
+def test_distillation_without_a_teacher_or_with_a_short_one_is_refused(healing):
+    with pytest.raises(ValueError, match="learns from the whole model: pass teacher=short"):
+        DistillHealing(**vars(healing))
+    whole = open_model(healing.source, device="cpu", max_seq_len=40)
+    with pytest.raises(ValueError, match="takes 40 tokens, windows to learn from have 48"):
+        DistillHealing(**vars(healing), teacher=whole)

@@ -21,6 +21,7 @@ from conftest import (
 
 import short_gpt
 from short_gpt import ShortGPTError, Stop, convert, prune, rank
+from short_gpt.evaluation.documents import TaskRun
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.evaluation.tasks import TaskSuite
 from short_gpt.healing import lora, search_healed
@@ -243,7 +244,12 @@ def test_evaluate_and_convert(here):
     found = evaluate(["ckpt", "small"], Reading("book.txt", size=32))
     expected = perplexity_of("ckpt", "book.txt", cut=Cut(32, None, None)).value
     assert found["ckpt"] == {"layers": 5, "book.txt perplexity": expected}
-    assert found["small"] == {"layers": 4, "book.txt perplexity": expected}  # layer 2 did nothing
+    assert found["small"] == {  # layer 2 did nothing
+        "layers": 4,
+        "book.txt perplexity": expected,
+        "book.txt nats change": 0.0,
+        "book.txt nats change_stderr": 0.0,
+    }
 
 
 def test_evaluate_reads_so_many_windows_at_once(here, monkeypatch):
@@ -255,10 +261,10 @@ def test_evaluate_reads_so_many_windows_at_once(here, monkeypatch):
 
     def suite(self):
         asked.append(self.batch_size)
-        return {}
+        return TaskRun({})
 
     monkeypatch.setattr(ShortLlama, "perplexity", perplexity)
-    monkeypatch.setattr(TaskSuite, "run", lambda self, short: suite(self))
+    monkeypatch.setattr(TaskSuite, "documents", lambda self, short: suite(self))
     monkeypatch.setattr(Tasks, "check", lambda self: None)
     reading = Reading("book.txt", size=32, batch_size=4)
     evaluate(["ckpt"], reading, tasks=FewShotTasks("piqa"))

@@ -21,8 +21,15 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from short_gpt.experiments import compare_with_paper, published_scores
+from short_gpt.experiments.calibration import Crossed
 from short_gpt.experiments.comparison import Row
-from short_gpt.report import angular_heatmap, beside_published, importance_bars, quality_curves
+from short_gpt.report import (
+    angular_heatmap,
+    beside_published,
+    cross_map,
+    importance_bars,
+    quality_curves,
+)
 from short_gpt.report.curves import SHOWN
 from short_gpt.report.figures import KEPT, REMOVED
 from short_gpt.scoring.hooks import Scores
@@ -232,7 +239,7 @@ def row(method: str, n: int, healing: str, perplexity: float) -> Row:
 DENSE = row("dense", 0, "raw", 10.0)
 CUT = [row("bi", 2, "raw", 20.0), row("bi", 4, "raw", 90.0)]
 RANDOM = [row("random", 2, "raw", value) for value in (30.0, 80.0, 50.0)]
-HEALED = [row("bi", 2, "patched", 12.0), row("bi", 4, "lora", 11.0)]
+HEALED = [row("bi", 2, "patched", 12.0), row("bi", 4, "lora", 11.0), row("bi", 4, "distill", 10.5)]
 
 
 def curves(axes: Axes) -> list[tuple[list[float], list[float]]]:
@@ -254,10 +261,10 @@ def test_the_healed_stand_beside_the_cut() -> None:
     figure = quality_curves([DENSE, *CUT, *HEALED])
     cut, healed = figure.axes
     assert curves(cut) == [([0, 2, 4], [10.0, 20.0, 90.0])]
-    assert curves(healed) == [([0, 2], [10.0, 12.0]), ([4], [11.0])]
+    assert curves(healed) == [([0, 2], [10.0, 12.0]), ([4], [11.0]), ([4], [10.5])]
     assert cut.get_ylim() == healed.get_ylim()
     (legend,) = figure.legends
-    assert [text.get_text() for text in legend.get_texts()] == ["bi", "bi, LoRA"]
+    assert [text.get_text() for text in legend.get_texts()] == ["bi", "bi, LoRA", "bi, distilled"]
     png(figure)
 
 
@@ -358,3 +365,25 @@ def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) 
         importance_bars(LEVEL)
     with pytest.raises(ImportError, match=r'pip install "short-gpt\[plots\]"'):
         angular_heatmap(distances())
+
+
+def crossed(choice: str, text: str, healing: str, excess: float) -> Crossed:
+    return Crossed(choice, text, healing, [1], 9.0, 1.0, 0.1, excess, 0.1, 0.0, 3, None)
+
+
+def test_a_map_of_choices_shows_what_each_costs_on_every_text() -> None:
+    costs = {("a", "a"): 0.0, ("a", "b"): 0.25, ("b", "a"): -0.5, ("b", "b"): 0.0}
+    cells = [
+        crossed(*pair, h, v * k) for h, k in (("raw", 1), ("refit", 2)) for pair, v in costs.items()
+    ]
+    figure = cross_map(cells)
+    raw, refit = figure.axes
+    assert (raw.get_title(), refit.get_title()) == ("as cut", "refitted")
+    assert raw.images[0].get_array().tolist() == [[0.0, 0.25], [-0.5, 0.0]]
+    assert refit.images[0].get_array().tolist() == [[0.0, 0.5], [-1.0, 0.0]]
+    assert raw.images[0].get_clim() == refit.images[0].get_clim() == (-1.0, 1.0)
+    assert [t.get_text() for t in raw.texts] == ["+0.000", "+0.250", "-0.500", "+0.000"]
+    assert [t.get_text() for t in raw.get_xticklabels()] == ["a", "b"]
+    png(figure)
+    with pytest.raises(ValueError, match="expected the cells of a calibration"):
+        cross_map([])

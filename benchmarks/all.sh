@@ -1,0 +1,60 @@
+#!/usr/bin/env bash
+# Measures everything that README and docs quote, and fills their tables: about six hours on two CPU
+# cores that have nothing else to do, of which scoring 600 windows, streaming and the comparison take
+# more than half. Interrupted, the same command goes on: what is whole is in OUT, and long runs have
+# a state beside it.
+#
+#     benchmarks/all.sh WIKITEXT TASKS [OUT]
+#
+# WIKITEXT: WikiText-2's test text. TASKS: folder with piqa.jsonl, arc_easy.jsonl, winogrande.jsonl
+# and lambada_openai.jsonl as benchmarks/task_files.py reads them. OUT: benchmarks/new_results.
+set -euo pipefail
+wikitext=$(realpath "${1:?give the file of WikiText-2, test}")
+tasks=$(realpath "${2:?give the folder of the tasks}")
+root=$(cd "$(dirname "$0")/.." && pwd)
+out=$(realpath -m "${3:-$root/benchmarks/new_results}")
+mkdir -p "$out"
+cd "$out"
+export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
+
+# measure NAME COMMAND...: unless NAME.json is there; a limit that was missed ends the script later
+missed=()
+measure() {
+    local name=$1
+    shift
+    if [ -s "$name.json" ]; then
+        echo "=== $name: there already"
+        return
+    fi
+    echo "=== $name: $*"
+    "$@" --out "$name.json" || { [ -s "$name.json" ] && missed+=("$name"); }
+}
+script() { measure "$1" python "benchmarks/$2.py" "${@:3}"; }
+
+ln -sfn "$root/benchmarks" benchmarks
+ln -sf "$wikitext" wikitext2_test.txt
+ln -sfn "$tasks" tasks
+[ -s lambada_passages.txt ] || python - <<'EOF'
+import json
+rows = [json.loads(line) for line in open("tasks/lambada_openai.jsonl", encoding="utf-8")]
+text = "\n\n".join(f"{row['context']} {row['continuation']}" for row in rows)
+open("lambada_passages.txt", "w", encoding="utf-8").write(text)
+EOF
+
+script scoring scoring --repeats 20
+script greedy greedy --count 1 --size 256 --repeats 3
+script stopping stopping --windows 600 --scores stopping_windows.npz
+script stopping_adversarial stopping --adversarial
+script streaming streaming
+script healing healing --count 40 --also wikitext2_test.txt --others lambada_passages.txt --methods refit
+measure compare python -m short_gpt compare --search_windows 2 --healing raw,patched,lora \
+    --lora_only bi:8,angular:8 --lora_steps 80 --lora_rank 16 --lora_learning_rate 2e-3 \
+    --lora_batch 4 --lora_size 256 --plots pictures --device cpu
+
+cp ./*.json "$root/benchmarks/results/"
+[ ! -s pictures/quality.png ] || cp pictures/quality.png "$root/docs/images/"
+python "$root/benchmarks/fill_docs.py"
+if [ ${#missed[@]} -gt 0 ]; then
+    echo "limits were missed: ${missed[*]}" >&2
+    exit 1
+fi

@@ -1,0 +1,114 @@
+"""Tables of the results that stand beside perplexity: which text chooses, tasks, completions."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+KINDS = {"raw": "as cut", "refit": "refitted"}
+
+
+def result(name: str) -> dict:
+    """What a benchmark wrote."""
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def row(*cells: object) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def chosen() -> list[str]:
+    """The layers that each text would remove."""
+    choices = result("calibration")["calibration"]["choices"]
+    return [row(name, ", ".join(map(str, layers))) for name, layers in choices.items()]
+
+
+def agreed() -> list[str]:
+    """How far rankings agree, of two texts and of two halves of one."""
+    found = result("calibration")["calibration"]
+    lines = [_agreement(a) for a in found["agreement"]]
+    for way, own in found["ways"].items():
+        lines += [_agreement(a, f"{a['first']}, {way}") for a in own]
+    return lines
+
+
+def _agreement(found: dict, name: str | None = None) -> str:
+    a, b = found["first"], found["second"]
+    name = name or (f"{a}, its halves" if a == b else f"{a}, {b}")
+    low, high = found["interval"]
+    value = f"{found['correlation']:.3f} ({low:.3f} to {high:.3f})"
+    return row(name, f"{found['shared']} of {found['n']}", value)
+
+
+def crossed(healing: str) -> list[str]:
+    """Every choice on every text: perplexity, and what it costs beyond the text's own choice."""
+    cells = [c for c in result("calibration")["calibration"]["cells"] if c["healing"] == healing]
+    lines = []
+    for choice in dict.fromkeys(c["choice"] for c in cells):
+        own = [c for c in cells if c["choice"] == choice]
+        lines.append(row(choice, *(_crossed(c) for c in own)))
+    return lines
+
+
+def _crossed(cell: dict) -> str:
+    if cell["choice"] == cell["text"]:
+        return f"**{cell['perplexity']:.2f}**"
+    return f"{cell['perplexity']:.2f}, {cell['excess']:+.3f} ({cell['excess_error']:.3f})"
+
+
+def ruled() -> list[str]:
+    """What the rule trusted, and what then did harm."""
+    rule = result("calibration")["rule"]
+    names = {
+        "fixed_on": "bible, wikitext, novels, each left out in turn",
+        "checked_on": "questions, code",
+    }
+    return [row(name, *rule[key].values()) for key, name in names.items()]
+
+
+def covered() -> list[str]:
+    """How often the interval of a rank correlation holds it, in simulated texts."""
+    found = result("calibration")["coverage"]
+    kinds = dict.fromkeys(name.split(", ", 1)[1] for name in found)
+    counts = dict.fromkeys(name.split(" ", 1)[0] for name in found)
+    return [row(k, *(f"{found[f'{n} windows, {k}']:.0%}" for n in counts)) for k in kinds]
+
+
+def tasks() -> list[str]:
+    """Tasks, perplexities and completions, with what each lost from the whole model."""
+    rows = result("tasks")["rows"]
+    lines = []
+    for name in rows["whole"]["tasks"]:
+        own = [found["tasks"][name] for found in rows.values()]
+        cells = [f"{c['value']:.3f}, {c['change']:+.3f} ({c['standard_error']:.3f})" for c in own]
+        title = name.replace("perplexity", "log-likelihood of the word, nats").replace("_", "-")
+        lines.append(row(title, f"{own[0]['value']:.3f}", *cells[1:]))
+    for kind in rows["whole"]["texts"]:
+        own = [found["texts"][kind] for found in rows.values()]
+        cells = [_text(c) for c in own]
+        title = "right answers in the chat template" if kind == "turns" else kind
+        lines.append(row(f"perplexity: {title}", f"{own[0]['perplexity']:.2f}", *cells[1:]))
+    same, again = (
+        [sum(found[key]) / len(found[key]) for found in rows.values()]
+        for key in ("same_tokens", "repetition")
+    )
+    length = result("tasks")["completion"]
+    lines.append(row("greedy tokens equal to the whole model's", f"all {length}", *_means(same)))
+    lines.append(row("4-grams that stood there before", *(f"{v:.0%}" for v in again)))
+    return lines
+
+
+def _text(cell: dict) -> str:
+    return f"{cell['perplexity']:.2f}, {cell['nats']:+.3f} ({cell['standard_error']:.3f})"
+
+
+def _means(values: list[float]) -> list[str]:
+    return [f"{value:.1f}" for value in values[1:]]
+
+
+def adapter() -> str:
+    """How far ours and lm-eval's own class for transformers gave the same."""
+    found = result("tasks")["hf"]
+    assert found["answers_equal"]
+    return f"{found['answers']} answers are equal, and the nats of words within {found['nats']:.1e}"

@@ -1,0 +1,101 @@
+"""lm-eval's own tasks over documents from local files: same prompts, answers and metrics, no hub.
+
+Each YAML file includes lm-eval's own and changes nothing but where the documents come from. They
+are taken back into the fields of lm-eval's data sets from the files of MosaicML's evaluation
+(``scripts/eval/local_data`` of llm-foundry), and what cannot be taken back exactly is refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import lm_eval
+
+Document = dict[str, object]
+OWN = {  # lm-eval's files, below its folder of tasks
+    "piqa": "piqa/piqa.yaml",
+    "arc_easy": "arc/arc_easy.yaml",
+    "winogrande": "winogrande/default.yaml",
+    "lambada_openai": "lambada/lambada_openai.yaml",
+}
+LETTERS = "ABCDE"
+
+
+def piqa(row: Document) -> Document:
+    goal = _between(str(row["query"]), "Question: ", "\n")
+    first, second = row["choices"]
+    return {"goal": goal, "sol1": first, "sol2": second, "label": row["gold"]}
+
+
+def arc_easy(row: Document) -> Document:
+    texts, labels = row["choices"], list(LETTERS[: len(row["choices"])])
+    question = _between(str(row["query"]), "Question: ", "")
+    return {
+        "question": question,
+        "choices": {"text": texts, "label": labels},
+        "answerKey": labels[row["gold"]],
+    }
+
+
+def winogrande(row: Document) -> Document:
+    """The sentence with its gap, whose contexts and target lm-eval then makes as the file has."""
+    first, second = row["context_options"]
+    same = [a == b for a, b in zip(first, second, strict=False)]
+    common = first[: [*same, False].index(False)]
+    if "_" in common:
+        raise ValueError(f"{common!r} has a gap already")
+    return {
+        "sentence": f"{common}_ {row['continuation']}",
+        "option1": first[len(common) :],
+        "option2": second[len(common) :],
+        "answer": str(row["gold"] + 1),
+    }
+
+
+def lambada_openai(row: Document) -> Document:
+    if " " in str(row["continuation"]):
+        raise ValueError(f"{row['continuation']!r} is more than a word")
+    return {"text": f"{row['context']} {row['continuation']}"}
+
+
+MAKERS: dict[str, Callable[[Document], Document]] = {
+    f.__name__: f for f in (piqa, arc_easy, winogrande, lambada_openai)
+}
+
+
+def _between(text: str, start: str, end: str) -> str:
+    if not (text.startswith(start) and text.endswith(end)):
+        raise ValueError(f"{text!r} does not begin with {start!r} and end with {end!r}")
+    return text[len(start) : len(text) - len(end)]
+
+
+def write(source: str | Path, folder: str | Path, tasks: Sequence[str] = tuple(OWN)) -> list[str]:
+    """Writes documents and YAML files; returns the names of the tasks, as in "local_piqa".
+
+    Args:
+        source: holds piqa.jsonl and the others.
+        folder: exists; ``include_path`` of what runs the tasks.
+        tasks: of `OWN`.
+    """
+    own = Path(lm_eval.__file__).parent / "tasks"
+    for task in tasks:
+        lines = Path(source, f"{task}.jsonl").read_text(encoding="utf-8").splitlines()
+        data = Path(folder, f"{task}.jsonl")
+        documents = [MAKERS[task](json.loads(line)) for line in lines]
+        data.write_text("".join(json.dumps(d) + "\n" for d in documents), encoding="utf-8")
+        fields = {
+            "include": str(own / OWN[task]),
+            "task": f"local_{task}",
+            "tag": [],
+            "dataset_path": "json",
+            "dataset_name": None,
+            "dataset_kwargs": {"data_files": {"test": str(data)}},
+            "training_split": None,
+            "validation_split": None,
+            "test_split": "test",
+        }
+        # JSON is YAML
+        Path(folder, f"local_{task}.yaml").write_text(json.dumps(fields), encoding="utf-8")
+    return [f"local_{task}" for task in tasks]

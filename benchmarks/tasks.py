@@ -1,0 +1,263 @@
+"""What removed layers cost beside perplexity: tasks, and what a reader notices.
+
+Layers go by Block Influence, as cut and refitted. Tasks are lm-eval's own over local documents
+(`task_files`); every change is paired over the documents. Beside them: the perplexity of held-out
+chapters and of WikiText-2, how many greedy tokens equal the whole model's, how often completions
+repeat themselves, and the loss of right answers as an assistant's turns in the chat template.
+
+    python benchmarks/tasks.py --source tasks/ --wikitext wikitext2_test.txt --out FILE
+
+Layers are chosen and refits fitted on the book and on the first half of WikiText-2's text. With
+``--state`` it continues where it was.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import fire
+import task_files
+from outcome import begin, finish
+from scoring import build
+
+from short_gpt import ShortHFModel, choose, windows
+from short_gpt.data import demo
+from short_gpt.evaluation import (
+    Perplexity,
+    TaskRun,
+    TaskSuite,
+    difference,
+    leading,
+    losses,
+    repetition,
+    task_difference,
+    together,
+    turn,
+    turn_losses,
+)
+from short_gpt.experiments.cells import Cells
+from short_gpt.healing import refit
+from short_gpt.runtime.digest import json_digest
+from short_gpt.runtime.state import StateFile
+
+PROMPT, LONG = 32, 32  # tokens of a prompt, and of what is completed
+CLOSE = 1e-3  # nats by which two programs may differ on a document
+Windows = Sequence[Sequence[int]]
+
+
+class Run:
+    """The model with what it is judged by, every number measured once.
+
+    Args:
+        source: folder of the tasks' documents.
+        wikitext: file of WikiText-2's test text.
+        documents: of each task.
+        learned, judged: windows of ``size`` tokens of each text.
+        state: file to continue from.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        wikitext: str,
+        *,
+        documents: int,
+        learned: int,
+        judged: int,
+        size: int,
+        state: str | None,
+    ) -> None:
+        self.short, self.size = build(), size
+        text = Path(wikitext).read_text(encoding="utf-8")
+        half = text.rfind("\n", 0, len(text) // 2)
+        first = self._cut(demo.bible("calibration"), learned)
+        second = self._cut([text[:half]], learned)
+        self.learned = [w for pair in zip(first, second, strict=True) for w in pair]
+        self.kinds: dict[str, Windows] = {
+            "held-out chapters": self._cut(demo.bible("held_out"), judged),
+            "WikiText-2": self._cut([text[half:]], judged),
+        }
+        self.folder = tempfile.TemporaryDirectory()
+        names = task_files.write(source, self.folder.name)
+        self.suite = TaskSuite(names, limit=documents, include_path=self.folder.name, batch_size=8)
+        self.theirs = self._theirs()
+        self.turns = self._turns(Path(source), documents)
+        read = json_digest([[list(w) for w in self.learned], names, documents, judged, size])
+        identity = {**self.short.identity(), "read": read}
+        self.cells = Cells(None if state is None else StateFile(state, identity))
+
+    def _cut(self, texts: Sequence[str], limit: int) -> Windows:
+        cut = {"size": self.size, "stride": self.size, "seed": 0, "limit": limit}
+        return list(windows(texts, self.short.encode, **cut))
+
+    def _theirs(self) -> ShortHFModel:
+        """The same model by transformers, from the GGUF file."""
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        place = {"gguf_file": demo.gguf_file().name}
+        folder = demo.gguf_file().parent
+        model = AutoModelForCausalLM.from_pretrained(folder, **place, dtype="float32").eval()
+        return ShortHFModel(model, tokenizer=AutoTokenizer.from_pretrained(folder, **place))
+
+    def _turns(self, source: Path, documents: int) -> list[tuple[list[int], list[int]]]:
+        """Right answers of ARC-Easy as an assistant's, of questions behind those of the task."""
+        import json
+
+        lines = (source / "arc_easy.jsonl").read_text(encoding="utf-8").splitlines()
+        rows = [json.loads(line) for line in lines[documents : documents + 32]]
+        words = self.short.llama.tokenizer
+        encode = self.theirs.tokenizer
+        dialogs = [
+            [
+                {"role": "user", "content": row["query"].removeprefix("Question: ")},
+                {"role": "assistant", "content": row["choices"][row["gold"]]},
+            ]
+            for row in rows
+        ]
+        assert words.n_words == self.short.decoder.vocab_size
+
+        def ids(text: str) -> list[int]:
+            return encode(text, add_special_tokens=False)["input_ids"]
+
+        return [turn(self.theirs.tokenizer, ids, dialog) for dialog in dialogs]
+
+    def prompts(self) -> list[list[int]]:
+        """Beginnings of windows of both texts."""
+        return [list(w[:PROMPT]) for kind in self.kinds.values() for w in kind]
+
+    def measured(self, name: str) -> dict[str, object]:
+        """All that is measured of the model as it is now."""
+        completions = self.cells.value(
+            f"completions {name}", lambda: [self.short.greedy(p, LONG) for p in self.prompts()]
+        )
+        run = self.cells.value(f"tasks {name}", lambda: asdict(self.suite.documents(self.short)))
+        parts = {
+            kind: self.cells.losses(f"{kind} {name}", self._losses_of(read))
+            for kind, read in self.kinds.items()
+        }
+        turns = self.cells.losses(
+            f"turns {name}", lambda: turn_losses(self.short.decoder, self.turns)
+        )
+        return {"run": TaskRun(**run), "parts": {**parts, "turns": turns}, "texts": completions}
+
+    def _losses_of(self, read: Windows) -> Callable[[], list[Perplexity]]:
+        return lambda: losses(self.short.decoder, read, progress=False)
+
+    def refitted(self, layers: list[int], name: str) -> dict[str, object]:
+        """The same of the model without some layers, refitted, once."""
+        with self.short.without_layers(layers):
+            if f"turns {name}" in self.cells:
+                return self.measured(name)
+        made = refit.fit(self.short, layers, self.learned)
+        with self.short.without_layers(layers):
+            undo = refit.fold(self.short, made)
+            try:
+                return self.measured(name)
+            finally:
+                undo()
+
+
+def main(
+    source: str,
+    wikitext: str,
+    counts: Sequence[int] = (2, 4, 8),
+    documents: int = 100,
+    learned: int = 12,
+    judged: int = 8,
+    size: int = 512,
+    state: str | None = None,
+    out: str | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Runs the benchmark, prints the table, and writes the JSON file if ``out`` is given."""
+    begin(out, overwrite=overwrite)
+    sizes = {"documents": documents, "learned": learned, "judged": judged, "size": size}
+    run = Run(source, wikitext, **sizes, state=state)
+    run.short.measure(run.learned)
+    sets = {n: choose(run.short.importance, n) for n in counts}
+    whole = run.measured("whole")
+    same = run.cells.value("hf", lambda: against_theirs(whole["run"], run.suite, run.theirs))
+    del run.theirs
+    found = {"whole": whole}
+    for n, layers in sets.items():
+        with run.short.without_layers(layers):
+            found[f"{n} less"] = run.measured(f"cut {n}")
+        found[f"{n} less, refitted"] = run.refitted(layers, f"refit {n}")
+    rows = {name: row(one, whole) for name, one in found.items()}
+    print(table(rows))
+    print(f"lm-eval's hf on the same documents: {same}")
+    missed = [] if same["answers_equal"] and same["nats"] < CLOSE else ["the adapters differ"]
+    content = {**sizes, "layers": {str(n): layers for n, layers in sets.items()}}
+    content |= {"prompt": PROMPT, "completion": LONG, "rows": rows, "hf": same}
+    finish("tasks", missed, content, out=out, overwrite=overwrite)
+
+
+def against_theirs(ours: TaskRun, suite: TaskSuite, theirs: ShortHFModel) -> dict[str, object]:
+    """How far lm-eval's own class for transformers gives the same of every document."""
+    other = suite.documents(theirs)
+    pairs = [
+        (metric, a, b)
+        for task, metrics in ours.documents.items()
+        for metric, values in metrics.items()
+        for a, b in zip(values, other.documents[task][metric], strict=True)
+    ]
+    nats = [abs(a - b) for metric, a, b in pairs if metric == "perplexity"]
+    answers = [a == b for metric, a, b in pairs if metric != "perplexity"]
+    return {
+        "values": len(pairs),
+        "answers": len(answers),
+        "answers_equal": all(answers),
+        "nats": max(nats),
+    }
+
+
+def row(found: dict, whole: dict) -> dict[str, object]:
+    """One model: metrics with their changes, paired, and what a reader notices."""
+    metrics = {}
+    for task, own in found["run"].documents.items():
+        for metric, values in own.items():
+            before = whole["run"].documents[task][metric]
+            name = f"{task.removeprefix('local_')} {metric}"
+            metrics[name] = {
+                "value": sum(values) / len(values),
+                **asdict(task_difference(before, values)),
+            }
+            if metrics[name]["p"] != metrics[name]["p"]:
+                metrics[name]["p"] = None
+    texts = {}
+    for kind, parts in found["parts"].items():
+        change = difference(whole["parts"][kind], parts)
+        texts[kind] = {"perplexity": together(parts).value, "nats": change.nats}
+        texts[kind]["standard_error"] = change.standard_error
+    pairs = list(zip(whole["texts"], found["texts"], strict=True))
+    return {
+        "tasks": metrics,
+        "texts": texts,
+        "same_tokens": [leading(a, b) for a, b in pairs],
+        "repetition": [repetition(b) if len(b) >= 4 else 0.0 for _, b in pairs],
+    }
+
+
+def table(rows: dict[str, dict]) -> str:
+    """A row for every measure, a column for every model."""
+    first = rows["whole"]
+    lines = [f"{'':<28}" + "".join(f"{name:>20}" for name in rows)]
+    for name in first["tasks"]:
+        cells = [r["tasks"][name] for r in rows.values()]
+        shown = [f"{c['value']:.3f} ({c['standard_error']:.3f})" for c in cells]
+        lines.append(f"{name:<28}" + "".join(f"{s:>20}" for s in shown))
+    for kind in first["texts"]:
+        cells = [r["texts"][kind] for r in rows.values()]
+        shown = [f"{c['perplexity']:.2f} ({c['standard_error']:.3f})" for c in cells]
+        lines.append(f"{kind:<28}" + "".join(f"{s:>20}" for s in shown))
+    for name in ("same_tokens", "repetition"):
+        means = [sum(r[name]) / len(r[name]) for r in rows.values()]
+        lines.append(f"{name:<28}" + "".join(f"{m:>20.3f}" for m in means))
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    fire.Fire(main)

@@ -1,0 +1,42 @@
+"""short-gpt calibrate: which text chooses the layers, and what that costs on others."""
+
+from __future__ import annotations
+
+from short_gpt import jobs, report
+from short_gpt.cli.options import CrossPicture, arguments_of, say
+from short_gpt.jobs import Kinds, Opening, Ranked, Readings, Saving
+
+
+def calibrate(
+    model: str,
+    *,
+    texts: Kinds = Kinds(),
+    ranked: Ranked = Ranked(),
+    readings: Readings = Readings(),
+    opening: Opening = Opening(),
+    saving: Saving = Saving(),
+    output: CrossPicture = CrossPicture(),
+) -> None:
+    """Ranks on several kinds of text, and judges each choice on all.
+
+    Says how far rankings agree, what one text's layers cost on the others, as cut and refitted, and
+    whether a choice may be trusted beyond its text. Interrupted, the same command continues.
+
+    Example: short-gpt calibrate llama-2-7b --data novels/,questions.txt,code.txt --n 8
+
+    Args:
+        model: Meta checkpoint directory, Hugging Face directory or hub id, or GGUF file.
+    """
+    arguments = arguments_of(locals())
+    output.check(arguments)
+    saving = saving.beside(output.json)
+    result = jobs.calibrate_checkpoint(
+        model, texts, ranked=ranked, readings=readings, opening=opening, saving=saving
+    )
+    say(report.calibrated(result))
+    output.write("calibrate", arguments, result.to_dict())
+    if output.folder is not None:
+        report.draw_crossed(result.cells, output.folder)
+    if result.state is not None:
+        result.state.clear()
+    output.say_written()
