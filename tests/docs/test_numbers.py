@@ -138,6 +138,17 @@ def refitted() -> list[str]:
     return lines
 
 
+def drafted() -> list[str]:
+    """A row for every length of a draft, a column for every cut model."""
+    cut = [result(f"draft_{n}")["lengths"] for n in (4, 8)]
+    lines = []
+    for found in zip(*cut, strict=True):
+        cells = [f"{100 * f['share']:.1f}% ± {100 * f['reach_95']:.1f}" for f in found]
+        cells += [f"{f['tokens_per_pass']:.2f}" for f in found]
+        lines.append(f"| {found[0]['length']} | {' | '.join(cells)} |")
+    return lines
+
+
 def passes() -> str:
     cost = result("healing")["cost"]["refit"]
     return f"{cost['passes']:.2f} ({cost['passes_least']:.2f} to {cost['passes_most']:.2f})"
@@ -159,6 +170,11 @@ def test_the_tables_of_costs_are_what_was_measured():
     *promised, _ = found["kinds"].values()  # the last is rarer than promised
     assert all(case["wrong_of_early_stops"] <= 1 - found["confidence"] for case in promised)
     assert streaming() in tables("docs/scaling.md")
+
+
+def test_what_is_accepted_of_drafts_is_what_was_measured():
+    head = "| tokens of a draft | 4 less: accepted | 8 less: accepted | 4 less: tokens a pass "
+    assert table("docs/serve.md", f"{head}| 8 less: tokens a pass |") == drafted()
 
 
 def test_the_comparison_is_what_was_measured():
