@@ -101,6 +101,17 @@ def rehearsed() -> list[str]:
     return [f"| {name} | {' | '.join(values)} |" for name, values in cells.items()]
 
 
+def drafted() -> list[str]:
+    """A row for every length of a draft, a column for every cut model."""
+    cut = [result(f"draft_{n}")["lengths"] for n in (4, 8)]
+    lines = []
+    for found in zip(*cut, strict=True):
+        cells = [f"{100 * f['share']:.1f}% ± {100 * f['reach_95']:.1f}" for f in found]
+        cells += [f"{f['tokens_per_pass']:.2f}" for f in found]
+        lines.append(f"| {found[0]['length']} | {' | '.join(cells)} |")
+    return lines
+
+
 def greedy() -> str:
     found = result("greedy")
     time = found["time_ratio"]
@@ -174,6 +185,8 @@ def passes() -> str:
 
 
 # The head of every table that is filled, by its page, and what makes its rows.
+DRAFTED = "| tokens of a draft | 4 less: accepted | 8 less: accepted | 4 less: tokens a pass "
+DRAFTED += "| 8 less: tokens a pass |"
 STOPPED = (
     "| answer | windows read, median | windows read, 95th percentile | least median of any rule |"
 )
@@ -183,6 +196,7 @@ TABLES: dict[str, dict[str, Callable[[], list[str]]]] = {
         "| | median (range) |": scoring,
         "| | Meta's format | Hugging Face's |": rehearsed,
     },
+    "docs/serve.md": {DRAFTED: drafted},
     "docs/scaling.md": {
         STOPPED: stopping,
         "| what misleads | wrong, of early stops | of all runs | stopped early |": attacked,

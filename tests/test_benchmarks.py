@@ -10,6 +10,10 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import serving
+from gguf_files import stack_file
+
+from short_gpt.checkpoints import prune_gguf
 
 
 @pytest.mark.parametrize(
@@ -18,6 +22,8 @@ import pytest
         ("greedy", "build", {}),
         ("optimality", "build", {}),
         ("scoring", "load", {}),
+        ("second_family", "road", {}),
+        ("serving", "book", {}),
         ("stopping", "read_scores", {}),
         ("stopping", "attack", {"adversarial": True}),
         ("streaming", "make_checkpoint", {}),
@@ -121,3 +127,24 @@ def test_one_script_measures_all_results_and_goes_on_where_it_was(tmp_path):
     assert sum("greedy.py" in line for line in lines) == 2
     assert lines[-1].endswith("benchmarks/fill_docs.py")
     assert {path.stem for path in (copy / "benchmarks/results").iterdir()} == names
+
+
+def test_what_is_expected_of_fewer_layers_follows_from_the_bytes(tmp_path):
+    """A prompt by the layers alone, writing by all bytes; ratios are to the same repeat's whole."""
+    whole = stack_file(tmp_path / "whole.gguf")
+    prune_gguf(whole, tmp_path / "cut.gguf", [1, 4])
+    paths = {("Q4_1", 0): whole, ("Q4_1", 2): tmp_path / "cut.gguf"}
+    layers, rest = serving.weights(whole)
+    assert (layers, rest) == (8 * (3 * 18 + 7 * 4), 64 * 4)  # Q4_0 has 18 bytes for 32 values
+    speeds = {0: (100.0, 200.0, 50.0), 2: (150.0, 220.0, 60.0)}
+    runs = {
+        ("Q4_1", n): [{"prompt": s, "generation": s, "peak_mb": 1.0} for s in values]
+        for n, values in speeds.items()
+    }
+    row = serving.row(("Q4_1", 2), runs, paths)
+    assert row["prompt_expected"] == 8 / 6
+    assert row["generation_expected"] == (layers + rest) / (layers * 6 / 8 + rest)
+    assert row["prompt_ratio"] == {"median": 1.2, "min": 1.1, "max": 1.5}
+    assert len(serving.limits([row])) == 0
+    row["prompt_ratio"] = {"median": 1.1}
+    assert serving.limits([row]) == ["Q4_1 without 2 layers: prompt at 1.10, expected 1.33"]

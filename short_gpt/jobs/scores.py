@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 
+from llama.formats.gguf_parts import GGUFParts
 from llama.io.hub import resolve
-from llama.io.sources import is_meta
+from llama.io.sources import is_gguf, is_meta
+from short_gpt.checkpoints.gguf_layers import Stack
 from short_gpt.checkpoints.provenance import Provenance
 from short_gpt.jobs.scored import UNKNOWN, Scored
 from short_gpt.models.numbering import span
@@ -102,7 +105,7 @@ class Scores:
             )
 
     def _check_layers(self, model: str) -> None:
-        count = layers_of(model if is_meta(model) else str(resolve(model)))
+        count = _layers_of(model)
         if count is not None and not self._of_layers(count):
             searched = f"the layers {span(self.searched)}"
             what = f"{len(self.importance.layers)} layers" if self.importance else searched
@@ -157,6 +160,13 @@ class Scores:
         data = self.arguments.get("data")
         facts = {"data": data} if data else None
         return Provenance.of_scores(self.importance, evidence=how, facts=facts)
+
+
+def _layers_of(model: str) -> int | None:
+    """How many layers a checkpoint of any format has, a hub's one fetched; None if not known."""
+    if is_gguf(model):
+        return Stack.of(GGUFParts(Path(model))).layers
+    return layers_of(model if is_meta(model) else str(resolve(model)))
 
 
 def importance_of(record: Mapping[str, object], source: str) -> Importance:

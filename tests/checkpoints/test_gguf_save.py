@@ -181,9 +181,16 @@ def test_heal_writes_what_it_changed_into_a_copy_of_the_file(here, capsys):
     assert cut.perplexity(window).value != healed.perplexity(window).value
 
 
-def test_in_float32_writing_rounds_nothing(here):
-    """Read again, the file gives what the model in memory gave."""
-    run("heal", "plain.gguf", "out.gguf", *HEALED)
+def test_in_float32_writing_rounds_nothing(here, capsys):
+    """Read again, the file gives what the model in memory gave; the layers are those of scores."""
+    run("rank", "plain.gguf", "--data", "books", "--size", 32, "--json", "scores.json")
+    run("heal", "plain.gguf", "out.gguf", "--scores", "scores.json", "--n", 2, *HEALED[2:])
+    run("prune", "plain.gguf", "cut.gguf", "--scores", "scores.json", "--n", 2)
+    ours, theirs = (Provenance.beside(f"{name}.gguf").removed_layers for name in ("out", "cut"))
+    assert ours == theirs and len(ours) == 2
+    capsys.readouterr()
+    line = fails(capsys, "prune", "cut.gguf", "x.gguf", "--scores", "scores.json", "--n", 2)
+    assert "scores.json scores 5 layers, cut.gguf has 3; they do not belong together" in line
     found = json.loads(Path("healed.json").read_text())["result"]
     values = found["perplexity"]
     assert values["as written"] == pytest.approx(values["healed"], 1e-6)

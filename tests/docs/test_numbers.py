@@ -7,9 +7,11 @@ import re
 import fill_docs
 import pytest
 from made_tables import (
+    DRAFTED,
     STOPPED,
     attacked,
     compared,
+    drafted,
     greedy,
     healed,
     passes,
@@ -66,6 +68,10 @@ def test_the_tables_of_costs_are_what_was_measured():
     assert all(case["wrong_of_early_stops"] <= 1 - found["confidence"] for case in promised)
     assert streaming() in tables("docs/scaling.md")
     assert table("docs/results.md", "| | Meta's format | Hugging Face's |") == rehearsed()
+
+
+def test_what_is_accepted_of_drafts_is_what_was_measured():
+    assert table("docs/serve.md", DRAFTED) == drafted()
 
 
 def test_the_comparison_is_what_was_measured():
