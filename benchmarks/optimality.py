@@ -91,7 +91,9 @@ def main(
     content = {"n": n, "among": sorted(low), "sets": len(sets), "windows": judged}
     content |= {"tokens_per_window": size, "windows_fitted": fitted, "windows_searched": searched}
     losses_of = {kind: [[*s, mean(parts)] for s, parts in found[kind].items()] for kind in KINDS}
-    content |= {**result, "losses": losses_of}
+    names = [name for name in chosen if name in cells]
+    layers_run = {name: cells.value(name, dict)["layers_run"] for name in names}
+    content |= {**result, "layers_run": layers_run, "losses": losses_of}
     try:
         finish("optimality", [], content, held="judged", out=out, overwrite=overwrite)
     except SystemExit:
@@ -118,12 +120,14 @@ def choices(
     }
     chosen = {name: choose(short.importance, n, method=name) for name in ("bi", "angular")}
     for name, run in search.items():
-        chosen[name] = cells.value(name, partial(removed, run))
+        chosen[name] = cells.value(name, partial(asked, run))["removed"]
     return low, chosen
 
 
-def removed(run: Callable[[], Search]) -> list[int]:
-    return run().removed
+def asked(run: Callable[[], Search]) -> dict[str, Any]:
+    """What a search removes, and for how many layers run on a window each."""
+    found = run()
+    return {"removed": found.removed, "layers_run": found.evaluations}
 
 
 def judge(

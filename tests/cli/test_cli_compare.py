@@ -117,7 +117,7 @@ def test_lora_with_a_tokenizer_elsewhere_and_texts_that_repeat_themselves(here, 
     ("options", "message"),
     [
         (["--methods", "best"], "--methods best: expected some of bi, angular"),
-        (["--healing", "glue"], "--healing glue: expected some of raw, patched, refit, lora"),
+        (["--healing", "glue"], "--healing glue: expected some of raw, patched, refit, linear"),
         (["--lora_only", "bi:1"], "--lora_only is for --healing lora"),
         (
             ["--healing", "lora", "--lora_only", "bi:1,bi:2"],

@@ -405,7 +405,7 @@ def test_a_state_is_told_by_what_it_was_computed_from(what, tmp_path):
 
 def test_cases_name_what_there_is():
     with pytest.raises(
-        ValueError, match="no healing 'glue'; expected some of raw, patched, refit, lora"
+        ValueError, match="no healing 'glue'; expected some of raw, patched, refit, linear"
     ):
         Cases(healings=["glue"])
     with pytest.raises(ValueError, match="lora_only is for the healing lora"):
