@@ -20,7 +20,7 @@ def heal(
     model: str,
     out: str,
     *,
-    method: str = "patch",
+    method: str = "refit",
     choice: Choice = Choice(),
     texts: TextSource = TextSource(),
     learned: Learned = Learned(),
@@ -39,7 +39,7 @@ def heal(
     that is evaluated on is learned from. A healed model that predicts
     held-out text worse than before is written all the same, and said to be WORSE.
 
-    Example: short-gpt heal llama-2-7b out --scores ranking.json --n 9 --method refit
+    Example: short-gpt heal llama-2-7b out --scores ranking.json --n 9
 
     Args:
         model: Meta checkpoint directory, Hugging Face directory or hub id, or GGUF file.

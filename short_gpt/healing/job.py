@@ -12,7 +12,7 @@ from pathlib import Path
 
 from short_gpt.evaluation.paired import Difference, difference, together
 from short_gpt.evaluation.perplexity import Perplexity
-from short_gpt.healing.closed_forms import PatchSettings, RefitSettings
+from short_gpt.healing.closed_forms import RefitSettings
 from short_gpt.healing.steps import check_order
 from short_gpt.healing.texts import Learning
 from short_gpt.healing.work import Heal, Step, Work
@@ -105,7 +105,7 @@ class HealingJob:
         progress: bool = True,
     ) -> None:
         self.short, self.windows, self.layers = short, windows, list(layers)
-        given = PatchSettings() if settings is None else settings
+        given = RefitSettings() if settings is None else settings
         self.steps: list[Step] = list(given) if isinstance(given, Sequence) else [given]
         check_order([(step.name, step.trains) for step in self.steps])
         self.work_dir = None if work_dir is None else Path(str(work_dir))

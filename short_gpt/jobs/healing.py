@@ -48,7 +48,7 @@ SIZE, CLOSED_WINDOWS = 1024, 64  # of closed forms
 def heal(
     model: str,
     out: str,
-    method: str = "patch",
+    method: str = "refit",
     *,
     choice: Choice | None = None,
     data: str | TextSource = "pg19",

@@ -149,7 +149,7 @@ def here(tmp_path, monkeypatch) -> Path:
 
 
 HEAL = ("--data", "books", "--size", 32, "--max_windows", 20, "--eval_windows", 4)
-HEALED = ("--layers", "2,3", *HEAL, "--json", "healed.json")
+HEALED = ("--layers", "2,3", *HEAL, "--method", "patch", "--json", "healed.json")
 
 
 def check_rounding(found: dict, said: str) -> None:

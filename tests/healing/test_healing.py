@@ -523,7 +523,8 @@ SMALL = ("--data", "books", "--size", 32, "--eval_windows", 4)
 
 
 def test_heal_by_patch(books, capsys):
-    run("heal", "dense", "out", *SMALL, "--layers", "3,1", "--out", "e.json")
+    patch = ("--layers", "3,1", "--method", "patch")
+    run("heal", "dense", "out", *SMALL, *patch, "--out", "e.json")
     out = capsys.readouterr().out
     evidence = json.loads(Path("e.json").read_text())["result"]
     assert list(evidence["perplexity"]) == ["whole, 5 layers", "pruned, 3 layers", "healed"]
@@ -554,7 +555,9 @@ def test_heal_by_refit_a_checkpoint_of_the_same_shapes(books, capsys):
     (step,) = json.loads(Path("best/pruning.json").read_text())["healing"]
     assert len(step["tried"]) == 4 and ",".join(step["parts"]) in step["tried"]
     capsys.readouterr()
-    line = fails(capsys, "heal", "dense", "b", *SMALL, "--layers", 1, "--parts", "mlp")
+    line = fails(
+        capsys, "heal", "dense", "b", *SMALL, "--layers", 1, "--parts", "mlp", "--method", "patch"
+    )
     assert "--parts is for --method refit" in line
     line = fails(capsys, "heal", "dense", "b", *SMALL, *refit[:4], "--parts", "norm")
     assert "parts = ('norm',): expected some of attention, mlp" in line
@@ -645,7 +648,7 @@ def test_heal_refuses_before_it_works(books, capsys):
         assert message in fails(capsys, *base, *layers, "--method", method, *flags)
     line = fails(capsys, *base, "--method", "distill")
     assert "or a --teacher that still has them" in line
-    assert "begin the model" in fails(capsys, *base, "--layers", "0")
+    assert "begin the model" in fails(capsys, *base, "--layers", "0", "--method", "patch")
     assert "batch 16 is not a multiple" in fails(
         capsys, *base, "--method", "lora", "--micro_batch", 3
     )
@@ -656,7 +659,8 @@ def test_heal_refuses_before_it_works(books, capsys):
 
 
 def test_a_healing_that_makes_it_worse_says_so(books, capsys):
-    arguments = ("--layers", "2", "--ridge", 1e-12, "--max_windows", 1)  # 32 tokens for 32 x 32
+    arguments = ("--layers", "2", "--method", "patch", "--max_windows", 1)
+    arguments += ("--ridge", 1e-12)  # 32 tokens for 32 x 32
     run("heal", "dense", "out", *SMALL, *arguments, "--json", "worse.json")
     assert "WORSE: on held-out text the healed model predicts worse" in capsys.readouterr().out
     result = json.loads(Path("worse.json").read_text())["result"]

@@ -117,7 +117,7 @@ def test_a_patch_that_fails_leaves_layers_and_weights():
     measured = short.perplexity(WINDOWS.evaluation, progress=False)
     for attempt in (
         lambda: heal_patch(short, [1, 3], WINDOWS.training, progress=False),
-        lambda: HealingJob(short, WINDOWS, [1, 3], progress=False).run(),
+        lambda: HealingJob(short, WINDOWS, [1, 3], settings=PatchSettings(), progress=False).run(),
     ):
         with pytest.raises(ValueError, match="layer 2's MLP gives nothing"):
             attempt()
@@ -171,7 +171,7 @@ def test_a_removal_that_fails_takes_the_patch_back(monkeypatch):
     monkeypatch.setattr(short, "remove_layers", fails)
     for attempt in (
         lambda: heal_patch(short, [2], WINDOWS.training, progress=False),
-        lambda: HealingJob(short, WINDOWS, [2], progress=False).run(),
+        lambda: HealingJob(short, WINDOWS, [2], settings=PatchSettings(), progress=False).run(),
     ):
         with pytest.raises(KeyboardInterrupt):
             attempt()
@@ -223,7 +223,7 @@ def heals_meta(tmp_path: Path, dtype: torch.dtype) -> HealingJob:
     model = make_transformer(vocab_size=BYTE_VOCAB).to(dtype)
     write_byte_tokenizer(save_checkpoint(tmp_path / "meta", model))
     short = open_model(str(tmp_path / "meta"), max_seq_len=32, device="cpu", dtype="float32")
-    job = HealingJob(short, WINDOWS, [2], progress=False)
+    job = HealingJob(short, WINDOWS, [2], settings=PatchSettings(), progress=False)
     job.run()
     return job
 
