@@ -31,11 +31,13 @@ from short_gpt.healing.refit import Refit, fit, heal
 from short_gpt.healing.refit_best import fit_best
 from short_gpt.healing.refit_layer import LayerRefit
 from short_gpt.healing.states import States
+from short_gpt.report.results import _unchanged
 from short_gpt.streamed_llama import StreamedLlama
 
 LAYERS = [2, 3]
 WINDOWS = [w[: 16 - i % 2] for i, w in enumerate(random_windows(10, 16, vocab=BYTE_VOCAB))]
 TOKENS = torch.tensor(random_windows(2, 16, vocab=BYTE_VOCAB, seed=9))
+PARTS = [("attention", 0.1), ("mlp", None)]
 QUIET = {"progress": False}
 HEAL = ("--method", "refit", "--layers", "2,3", "--data", "book.txt", "--eval_data", "other.txt")
 HEAL += ("--size", 16, "--max_windows", 8, "--eval_windows", 2, "--device", "cpu")
@@ -279,6 +281,16 @@ def test_the_command_heals_streamed_as_in_memory_and_goes_on_where_it_was(
     fits = [[fit["restored"] for fit in made["healing"][0].pop("fits")] for made in (ours, theirs)]
     assert len(fits[0]) == 4 and fits[0] == pytest.approx(fits[1], abs=1e-4)
     assert ours["healing"] == theirs["healing"]
+
+
+def test_what_a_refit_leaves_as_it_was_is_said():
+    fits = [{"layer": 3, "part": p, "ridge": r, "norm_ridge": None} for p, r in PARTS]
+    assert _unchanged({"method": "refit", "fits": fits}) == (
+        "1 of 2 matrices stay as they were, for on the windows kept apart no change of them helps: "
+        "mlp of 3"
+    )
+    assert _unchanged({"method": "refit", "fits": fits[:1]}) is None
+    assert _unchanged({"method": "LoRA"}) is None
 
 
 def test_the_command_refuses_in_one_line_what_cannot_be(here, capsys):
