@@ -93,7 +93,7 @@ def plan(
             f"{shown(least, up=True)} ({parts})"
         )
     # states of both models in front of a layer and behind it, and of the whole one between halves
-    disk = 5 * states + every * inputs * itemsize
+    disk = 5 * states + 2 * every * inputs * itemsize
     disk += calls.count * (inputs + width) * width * itemsize  # what is solved
     if spilled:
         _check_disk(folder or Path(tempfile.gettempdir()), disk)
