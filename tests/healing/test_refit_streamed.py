@@ -237,7 +237,7 @@ def test_too_little_memory_or_disk_is_said_before_anything_is_done(tmp_path, mon
     short.max_memory = None
     full = SimpleNamespace(free=0)
     monkeypatch.setattr(refit_memory.shutil, "disk_usage", lambda _: full)
-    with pytest.raises(ValueError, match=r"has 0 B free, the states of the refit need 2\d\d kB"):
+    with pytest.raises(ValueError, match=r"has 0 B free, the states of the refit need \d+ kB"):
         fit(short, LAYERS, WINDOWS, work_dir=tmp_path / "work", **QUIET)
     assert not (tmp_path / "work").exists()
 
