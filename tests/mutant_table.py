@@ -646,6 +646,22 @@ HEALING = (
         ),
     ),
     Section(
+        "short_gpt/healing/known_attention.py",
+        "tests/healing/test_known_attention.py",
+        (
+            (
+                "self.proved = torch.equal(calls.run(place, state), expected)",
+                "self.proved = True",
+                "test_an_attention_that_gives_more_than_its_matrix_is_not_taken_for_known",
+            ),
+            (
+                "self.proved = torch.equal(calls.run(place, state), expected)",
+                "self.proved = False",
+                "test_behind_its_solution_an_attention_is_not_computed_again",
+            ),
+        ),
+    ),
+    Section(
         "short_gpt/healing/half.py",
         "tests/healing/test_half.py",
         (
@@ -691,8 +707,8 @@ HEALING = (
         "tests/healing/test_half.py",
         (
             (
-                "(rows.T @ inputs[:, start:]).cpu()",
-                "(rows.T @ inputs[:, start:]).cpu() * 2",
+                "products[:, : width - start]",
+                "products[:, : width - start] * 2",
                 "test_the_sums_in_blocks_solve_the_normal_equations",
             ),
             (

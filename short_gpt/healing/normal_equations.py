@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-ROWS = 1024  # of X^T W X that are added at once
+ROWS = 256  # of X^T W X that are added at once
 
 
 def _inner(first: np.ndarray, second: np.ndarray) -> float:
@@ -46,16 +46,16 @@ class NormalEquations:
             inputs, rest: X (N, F) and R (N, D), float32.
             weights: w (N,), at least 0.
         """
-        root = weights.sqrt()[:, None]  # (N, 1)
-        inputs, rest = inputs * root, rest * root
-        width = inputs.shape[1]
+        width, rest = inputs.shape[1], rest * weights.sqrt()[:, None]
+        both = torch.cat([inputs * weights.sqrt()[:, None], rest], dim=1)  # (N, F + D)
         if not len(self._gram):
             self._gram = torch.zeros(width, width, dtype=torch.float64)
             self._cross = torch.zeros(width, rest.shape[1], dtype=torch.float64)
         for start in range(0, width, ROWS):  # the rows' part right of the diagonal is all of it
-            rows = inputs[:, start : start + ROWS]
-            self._gram[start : start + ROWS, start:] += (rows.T @ inputs[:, start:]).cpu()
-        self._cross += (inputs.T @ rest).cpu()
+            end = min(start + ROWS, width)
+            products = (both[:, start:end].T @ both[:, start:]).cpu()
+            self._gram[start:end, start:] += products[:, : width - start]
+            self._cross[start:end] += products[:, width - start :]
         self.square += float(rest.pow(2).sum())
         self.tokens += len(inputs)
 

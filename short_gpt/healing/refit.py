@@ -23,7 +23,9 @@ Shapes: B windows, S tokens, N tokens in all, D width of the stream, F inputs of
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -141,9 +143,9 @@ def fit(
 
     Windows pass the layers together, one layer after the other, as the whole model's states and as
     those of what is left: three states (N, D) are held beside the model, what a matrix is given
-    (N, F), in a file where there is no room for it, and one (F, F) matrix of float64. With a folder
-    all states are there and not in memory, and the same call continues from the last whole layer,
-    bit for bit. A streamed model has one layer at a time in memory.
+    (N, F), and one (F, F) matrix of float64. States for which there is no room go into temporary
+    files. With a folder all are there, and the same call continues from the last whole layer, bit
+    for bit. A streamed model has one layer at a time in memory.
 
     Args:
         short: the model with all the layers, in memory or streamed.
@@ -197,9 +199,13 @@ def _run(
     every = [*windows, *held]
     for window in every:
         pad([window], short.decoder)  # refuses what the model cannot read, before any work
-    work.room = plan_of(short, every, batch_size=batch_size, folder=work.state.folder).room
-    steps = work.steps * len(every)
-    with bar(f"refitting {len(every)} windows", total=steps, unit="layer", show=progress) as shown:
+    planned = plan_of(short, every, batch_size=batch_size, folder=work.state.folder)
+    work.room, steps = planned.room, work.steps * len(every)
+    with ExitStack() as stack:
+        if planned.disk and work.state.folder is None:  # the states are more than there is room for
+            work.state.scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        title = f"refitting {len(every)} windows"
+        shown = stack.enter_context(bar(title, total=steps, unit="layer", show=progress))
         work.run(windows, held, batch_size=batch_size, step=shown.update)
 
 

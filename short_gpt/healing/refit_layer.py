@@ -6,7 +6,7 @@ Shapes: B windows, S tokens, N = B S, D width of the stream, F inputs of a matri
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from short_gpt.healing.half import HalfSolver, Tokens, equations_of
+from short_gpt.healing.known_attention import KnownAttention
 from short_gpt.healing.normal_equations import NormalEquations
 from short_gpt.healing.refit_state import Fit, RefitState
 from short_gpt.healing.states import States
@@ -70,8 +71,8 @@ class Windows:
 
     def states(self, width: int, dtype: torch.dtype, name: str) -> States:
         """States that one layer alone needs: in memory where there is room for them."""
-        tokens = sum(B * S for B, S in self.shapes)
-        path = self.state.path(name) if tokens * width * dtype.itemsize > self.room else None
+        size = sum(B * S for B, S in self.shapes) * width * dtype.itemsize
+        path = self.state.path(name) if size > self.room // 3 else None  # there are three at most
         return States(self.shapes, width, dtype, path)
 
 
@@ -109,7 +110,12 @@ class LayerRefit:
         self.ends = {part: halves.ends[part] for part in parts if part in halves.ends}
         self.refused = "; ".join(dict.fromkeys(halves.refused.values()))
         self._between = States([], 0, sample.dtype)
-        self._inputs = self._between
+        self._inputs = self._context = self._between
+        self._known: KnownAttention | None = None
+        if len(self.ends) > 1:  # else the attention runs once anyway
+            calls = windows.calls
+            known = KnownAttention(calls, place, self.ends["attention"], calls.family, sample)
+            self._known = known if known.proved else None
 
     def teach(self) -> None:
         """The whole model's states behind the layer, and between its halves where that is a target.
@@ -155,7 +161,8 @@ class LayerRefit:
     def _attention(self, end: Summand) -> Fit:
         """Solves the attention's matrix, and leaves what it became in place."""
         windows, kept = self._windows, set(self._windows.of(held=True))
-        kept |= set(windows) if end.norm is not None else set()  # is asked for again and again
+        if end.norm is not None or self._known is not None:
+            kept = set(windows)  # is asked for again
 
         def tokens(batch: int, inputs: Tensor) -> Tokens:
             target = self._between[batch]
@@ -167,11 +174,13 @@ class LayerRefit:
             for batch in windows:
                 state = self._left[batch].to(windows.device(self._place))
                 inputs = windows.calls.until(self._place, state, end.matrix)
-                self._keep(batch, inputs, kept)
+                self._keep("attention", batch, inputs, kept)
                 if not windows.held[batch]:
                     yield tokens(batch, inputs)
 
-        return self._solved("attention", end, equations_of(end, fitted()), tokens)
+        found = self._solved("attention", end, equations_of(end, fitted()), tokens)
+        self._context = self._inputs
+        return found
 
     def _mlp(self, end: Summand) -> Fit:
         """Solves the MLP's matrix, and leaves what it became in place.
@@ -185,24 +194,30 @@ class LayerRefit:
 
         def fitted() -> Iterator[Tokens]:
             for batch in windows:
-                with seen_at(end.matrix) as seen:
+                with seen_at(end.matrix) as seen, self._attended(batch):
                     state = windows.run(self._place, self._left[batch])
                 inputs, given = seen[-1]
                 given = given.reshape(-1, given.shape[-1]).float()
                 out = end.factor * end.normed(given)
                 self._behind[batch] = state - out.view_as(state)
-                self._keep(batch, inputs, set(windows))
+                self._keep("mlp", batch, inputs, set(windows))
                 if not windows.held[batch]:
                     yield replace(tokens(batch, inputs), given=given)
 
         return self._solved("mlp", end, equations_of(end, fitted()), tokens)
 
-    def _keep(self, batch: int, inputs: Tensor, kept: set[int]) -> None:
+    def _attended(self, batch: int) -> AbstractContextManager[None]:
+        """What the attention's matrix was given is not computed again where that is proved."""
+        if self._known is None:
+            return nullcontext()
+        return self._known.takes(self._context[batch].to(self._windows.device(self._place)))
+
+    def _keep(self, part: str, batch: int, inputs: Tensor, kept: set[int]) -> None:
         """Keeps what a matrix is given of some batches."""
         inputs = inputs.reshape(*self._windows.shapes[batch], -1)
         if batch == 0:
             width, dtype = inputs.shape[-1], inputs.dtype
-            self._inputs = self._windows.states(width, dtype, "inputs")
+            self._inputs = self._windows.states(width, dtype, f"inputs of {part}")
         if batch in kept:
             self._inputs[batch] = inputs
 

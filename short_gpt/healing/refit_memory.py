@@ -6,6 +6,7 @@ Shapes: N tokens of a batch, F inputs of a matrix, D width of the stream.
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,7 +68,7 @@ def plan(
         windows: token ids, those to choose ridges by among them.
         batch_size: windows read at once.
         max_memory: of the process, in bytes or like "3GB"; None takes half of what is free.
-        folder: where states go; None is in memory.
+        folder: where states go in any case; None keeps them in memory where they fit.
 
     Raises:
         ShortGPTError: ``max_memory`` or the disk is too little; the message says the least.
@@ -80,9 +81,11 @@ def plan(
     # solution, the best one, a sum with it, and copies of what was there
     host["sums"] = 8 * inputs**2 + (2 * 8 + 7 * 4) * inputs * width
     host["working memory"] = 4 * (tokens * (4 * inputs + 10 * width) + ROWS * inputs)
-    if folder is None:
-        host[f"states of {len(windows)} windows"] = 3 * states
     room = (free_memory() // 2 if max_memory is None else bytes_of(max_memory)) - sum(host.values())
+    spilled = folder is not None or room < 3 * states
+    if not spilled:
+        host[f"states of {len(windows)} windows"] = 3 * states
+        room -= 3 * states
     if max_memory is not None and room < 0:
         least, parts = sum(host.values()), ", ".join(f"{shown(v)} {k}" for k, v in host.items())
         raise ShortGPTError(
@@ -90,12 +93,11 @@ def plan(
             f"{shown(least, up=True)} ({parts})"
         )
     # states of both models in front of a layer and behind it, and of the whole one between halves
-    disk = 5 * states + every * inputs * itemsize
+    disk = 5 * states + 2 * every * inputs * itemsize
     disk += calls.count * (inputs + width) * width * itemsize  # what is solved
-    disk *= folder is not None
-    if folder is not None:
-        _check_disk(folder, disk)
-    return RefitPlan(host, disk, max(room, 0), len(windows))
+    if spilled:
+        _check_disk(folder or Path(tempfile.gettempdir()), disk)
+    return RefitPlan(host, disk * spilled, max(room, 0), len(windows))
 
 
 def plan_of(
@@ -110,10 +112,14 @@ def plan_of(
     return plan(calls, windows, batch_size=batch_size, max_memory=most, folder=folder)
 
 
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
 def _check_disk(folder: Path, needed: int) -> None:
     """Raises ShortGPTError where a folder cannot take so many bytes more than it holds."""
     there = next(place for place in (folder, *folder.absolute().parents) if place.is_dir())
-    held = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    held = 0 if folder == there == Path(tempfile.gettempdir()) else _size(folder)
     free = shutil.disk_usage(there).free
     if needed > free + held:
         raise ShortGPTError(

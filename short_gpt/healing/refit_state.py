@@ -85,12 +85,13 @@ class RefitState:
     """A refit under way, in memory or in a folder from which it can be continued.
 
     Args:
-        folder: where files go; None holds all in memory.
+        folder: where files go; None holds all in memory, but for states where there is `scratch`.
         identity: what the refit depends on, by the names that an error shows.
 
     Attributes:
         done: how many of the layers that stay are behind it.
         fits: of the matrices solved so far.
+        scratch: where states go that are not to be continued from.
 
     Raises:
         ShortGPTError: the folder holds another refit; the message names what differs.
@@ -98,6 +99,7 @@ class RefitState:
 
     def __init__(self, folder: Path | None, identity: Mapping[str, object]) -> None:
         self.folder, self.done, self.fits = folder, 0, list[Fit]()
+        self.scratch: Path | None = None
         self._values: dict[Parameter, Tensor] = {}
         self._stored, self._files = StoredValues(), list[str]()
         self._pairs: dict[str, list[States]] = {}
@@ -127,16 +129,17 @@ class RefitState:
         Raises:
             ShortGPTError: files that the refit would go on from are gone.
         """
-        if self.folder is None:
+        folder = self._place
+        if folder is None:
             self._pairs = {name: [States(shapes, width, dtype)] * 2 for name in NAMES}
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         for name in NAMES:
-            paths = [self.folder / f"{name}.{turn}" for turn in range(2)]
+            paths = [folder / f"{name}.{turn}" for turn in range(2)]
             if self.done and not paths[self.done % 2].is_file():
                 raise ShortGPTError(
                     f"{paths[self.done % 2]} is missing, from which the refit would go on; delete "
-                    f"{self.folder} to begin anew"
+                    f"{folder} to begin anew"
                 )
             self._pairs[name] = [States(shapes, width, dtype, path) for path in paths]
 
@@ -150,7 +153,12 @@ class RefitState:
 
     def path(self, name: str) -> Path | None:
         """Where states that no continued run needs go; None is in memory."""
-        return None if self.folder is None else self.folder / name
+        return None if self._place is None else self._place / name
+
+    @property
+    def _place(self) -> Path | None:
+        """Where states go; None is in memory."""
+        return self.scratch if self.folder is None else self.folder
 
     def advance(self, fits: Sequence[Fit], values: Mapping[Parameter, Tensor]) -> None:
         """Puts a layer behind it, with what was solved of it."""

@@ -88,6 +88,7 @@ def healed(result: Healing) -> str:
     lines += [f"{perplexities(result.perplexity)}\n"]
     if len(evidence.changes) > 1:
         lines += [f"{name} changes the loss by {part}" for name, part in evidence.changes.items()]
+    lines += [said for step in evidence.steps if (said := _unchanged(step))]
     lines += [f"healing changes the loss by {evidence.change}"]
     if evidence.worse:
         lines += [
@@ -99,6 +100,20 @@ def healed(result: Healing) -> str:
         lines += [f"writing it in the file's own types changes the loss by {result.quantization}"]
     lines += [result.remark] if result.remark else []
     return "\n".join(lines)
+
+
+def _unchanged(step: Mapping[str, object]) -> str | None:
+    """What a refit has left as it was; None if nothing, or of another method."""
+    fits = step.get("fits", [])
+    assert isinstance(fits, list)
+    left = [fit for fit in fits if fit["ridge"] is None and fit["norm_ridge"] is None]
+    if not left:
+        return None
+    names = ", ".join(f"{fit['part']} of {fit['layer']}" for fit in left)
+    return (
+        f"{len(left)} of {len(fits)} matrices stay as they were, for on the windows kept apart no "
+        f"change of them helps: {names}"
+    )
 
 
 def demonstrated(result: Demo, n: int) -> str:

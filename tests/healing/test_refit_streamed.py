@@ -31,11 +31,13 @@ from short_gpt.healing.refit import Refit, fit, heal
 from short_gpt.healing.refit_best import fit_best
 from short_gpt.healing.refit_layer import LayerRefit
 from short_gpt.healing.states import States
+from short_gpt.report.results import _unchanged
 from short_gpt.streamed_llama import StreamedLlama
 
 LAYERS = [2, 3]
 WINDOWS = [w[: 16 - i % 2] for i, w in enumerate(random_windows(10, 16, vocab=BYTE_VOCAB))]
 TOKENS = torch.tensor(random_windows(2, 16, vocab=BYTE_VOCAB, seed=9))
+PARTS = [("attention", 0.1), ("mlp", None)]
 QUIET = {"progress": False}
 HEAL = ("--method", "refit", "--layers", "2,3", "--data", "book.txt", "--eval_data", "other.txt")
 HEAL += ("--size", 16, "--max_windows", 8, "--eval_windows", 2, "--device", "cpu")
@@ -218,8 +220,13 @@ def test_what_one_layer_needs_goes_into_a_file_where_there_is_no_room(tmp_path, 
         plain(states, shapes, width, dtype, path)
 
     monkeypatch.setattr(States, "__init__", make)
+    same(fit(memory(), LAYERS, WINDOWS, **QUIET), expected)  # in temporary files, gone by now
+    files = {"inputs of mlp", "inputs of attention", "between"}
+    files |= {"whole.0", "whole.1", "left.0", "left.1"}
+    assert files <= seen
+    seen.clear()
     same(fit(memory(), LAYERS, WINDOWS, work_dir=tmp_path / "work", **QUIET), expected)
-    assert {"inputs", "between", "whole.0", "whole.1", "left.0", "left.1"} <= seen
+    assert files <= seen
 
 
 def test_too_little_memory_or_disk_is_said_before_anything_is_done(tmp_path, monkeypatch):
@@ -230,7 +237,7 @@ def test_too_little_memory_or_disk_is_said_before_anything_is_done(tmp_path, mon
     short.max_memory = None
     full = SimpleNamespace(free=0)
     monkeypatch.setattr(refit_memory.shutil, "disk_usage", lambda _: full)
-    with pytest.raises(ValueError, match=r"has 0 B free, the states of the refit need 2\d\d kB"):
+    with pytest.raises(ValueError, match=r"has 0 B free, the states of the refit need \d+ kB"):
         fit(short, LAYERS, WINDOWS, work_dir=tmp_path / "work", **QUIET)
     assert not (tmp_path / "work").exists()
 
@@ -276,6 +283,16 @@ def test_the_command_heals_streamed_as_in_memory_and_goes_on_where_it_was(
     fits = [[fit["restored"] for fit in made["healing"][0].pop("fits")] for made in (ours, theirs)]
     assert len(fits[0]) == 4 and fits[0] == pytest.approx(fits[1], abs=1e-4)
     assert ours["healing"] == theirs["healing"]
+
+
+def test_what_a_refit_leaves_as_it_was_is_said():
+    fits = [{"layer": 3, "part": p, "ridge": r, "norm_ridge": None} for p, r in PARTS]
+    assert _unchanged({"method": "refit", "fits": fits}) == (
+        "1 of 2 matrices stay as they were, for on the windows kept apart no change of them helps: "
+        "mlp of 3"
+    )
+    assert _unchanged({"method": "refit", "fits": fits[:1]}) is None
+    assert _unchanged({"method": "LoRA"}) is None
 
 
 def test_the_command_refuses_in_one_line_what_cannot_be(here, capsys):

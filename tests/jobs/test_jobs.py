@@ -179,7 +179,7 @@ def test_notify_is_told_what_a_streamed_run_takes(here, capsys):
 def test_heal_gives_the_evidence_and_prints_nothing(here, capsys):
     Path("other.txt").write_text("".join(chr(97 + i * i % 26) for i in range(400)))
     learned = LearnedFrom("other.txt", 32, 8, 4)
-    done = heal("ckpt", "out", choice=Choice([1]), data="book.txt", learned=learned)
+    done = heal("ckpt", "out", "patch", choice=Choice([1]), data="book.txt", learned=learned)
     names = ["whole, 5 layers", "pruned, 4 layers", "healed"]
     assert list(done.evidence.perplexity) == names and done.evidence.how["method"] == "linear patch"
     assert done.evidence.change.nats == pytest.approx(
