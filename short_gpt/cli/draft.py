@@ -16,7 +16,7 @@ def draft(
     opening: Opening = Opening(),
     output: Output = Output(),
 ) -> None:
-    """Counts how many of a pruned model's greedy tokens the whole model accepts.
+    """Counts the greedy tokens of a pruned model that the whole accepts.
 
     In drafts of 1 to 8. A measure of quality, no promise of speed. Both are in memory.
 
