@@ -19,7 +19,7 @@ def reproduce(
     saving: TimedSaving = TimedSaving(),
     output: PaperPictures = PaperPictures(),
 ) -> None:
-    """Runs the paper's protocol and shows its list beside the result.
+    """Runs the paper's protocol and shows the paper's list beside it.
 
     ShortGPT's (arXiv:2403.03853): PG-19 validation in windows of 1024 tokens, 256 apart; lowest
     Block Influence; as many layers as the paper's Table 9 removes. Llama-2-7B: [27, 26, 25, 28,
