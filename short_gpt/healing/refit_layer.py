@@ -107,7 +107,9 @@ class LayerRefit:
         sample = self._left[0][:1, :32].to(windows.device(place))
         halves = Summands.of(windows.calls, place, sample, windows.calls.family)
         self._halves = halves
-        self.ends = {part: halves.ends[part] for part in parts if part in halves.ends}
+        # the attention first, in whatever order they are named: the MLP mends what it leaves
+        found = [part for part in ("attention", "mlp") if part in parts and part in halves.ends]
+        self.ends = {part: halves.ends[part] for part in found}
         self.refused = "; ".join(dict.fromkeys(halves.refused.values()))
         self._between = States([], 0, sample.dtype)
         self._inputs = self._context = self._between

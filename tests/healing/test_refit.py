@@ -163,6 +163,15 @@ def test_the_first_layers_may_go_and_halves_may_be_left_alone():
     assert short.changed == set(refit.values)
 
 
+def test_halves_are_solved_in_their_order_whichever_is_named_first():
+    ours, theirs = (
+        fit(meta(), [3], WINDOWS, held=HELD, parts=parts, progress=False)
+        for parts in (("attention", "mlp"), ("mlp", "attention"))
+    )
+    assert ours.fits == theirs.fits
+    assert all(torch.equal(value, theirs.values[key]) for key, value in ours.values.items())
+
+
 def test_the_best_halves_have_the_least_loss_on_windows_kept_apart():
     short = meta()
     before = weights(short)
