@@ -149,6 +149,20 @@ def drafted() -> list[str]:
     return lines
 
 
+def family() -> list[str]:
+    """Perplexities and sizes of the second family."""
+    found = result("second_family")
+    sizes = [*found["megabytes"].values()]
+    lines = []
+    for (name, p), size in zip(
+        found["perplexity"].items(), [*sizes[:2], None, sizes[2]], strict=True
+    ):
+        low, high = p["interval_95"]
+        cells = f"{p['perplexity']:.2f} ({low:.2f} to {high:.2f})"
+        lines.append(f"| {name} | {cells} | {'' if size is None else f'{size:.0f}'} |")
+    return [line.replace("|  |", "| |") for line in lines]
+
+
 def passes() -> str:
     cost = result("healing")["cost"]["refit"]
     return f"{cost['passes']:.2f} ({cost['passes_least']:.2f} to {cost['passes_most']:.2f})"
@@ -177,6 +191,12 @@ def test_what_is_accepted_of_drafts_is_what_was_measured():
     assert table("docs/serve.md", f"{head}| 8 less: tokens a pass |") == drafted()
 
 
+def test_the_second_family_is_what_was_measured():
+    assert table("docs/results.md", "| Qwen2.5-Coder-0.5B | perplexity | MB |") == family()
+    removed = ", ".join(map(str, result("second_family")["removed"]))
+    assert f"without its layers {removed}" in flowing("docs/results.md")
+
+
 def test_the_comparison_is_what_was_measured():
     assert compared() in PAGES["docs/results.md"]
     head = "| removed by | 4 layers | 8 layers | 8, patched | 8, LoRA |"
@@ -203,7 +223,7 @@ def test_the_sentences_say_what_was_measured(page):
 def test_no_error_bar_stands_in_a_page_without_a_measurement(page):
     """What looks like a measurement, 1.23 (0.04) or 1.23 (1.20 to 1.30), is one of those above."""
     known = [*scoring(), *stopping(), *streaming(), greedy(), compared(), healed(), ONCE]
-    measured = " ".join([*known, passes(), *short_table()])
+    measured = " ".join([*known, passes(), *short_table(), *family()])
     number = r"[-+]?\d+\.\d+"
     for text in re.findall(rf"{number} \({number}(?: to {number})?\)", PAGES[page]):
         assert text in measured, text
