@@ -112,6 +112,20 @@ def drafted() -> list[str]:
     return lines
 
 
+def family() -> list[str]:
+    """Perplexities and sizes of the second family."""
+    found = result("second_family")
+    sizes = [*found["megabytes"].values()]
+    lines = []
+    for (name, p), size in zip(
+        found["perplexity"].items(), [*sizes[:2], None, sizes[2]], strict=True
+    ):
+        low, high = p["interval_95"]
+        cells = f"{p['perplexity']:.2f} ({low:.2f} to {high:.2f})"
+        lines.append(f"| {name} | {cells} | {'' if size is None else f'{size:.0f}'} |")
+    return [line.replace("|  |", "| |") for line in lines]
+
+
 def greedy() -> str:
     found = result("greedy")
     time = found["time_ratio"]
@@ -187,6 +201,7 @@ def passes() -> str:
 # The head of every table that is filled, by its page, and what makes its rows.
 DRAFTED = "| tokens of a draft | 4 less: accepted | 8 less: accepted | 4 less: tokens a pass "
 DRAFTED += "| 8 less: tokens a pass |"
+FAMILY = "| Qwen2.5-Coder-0.5B | perplexity | MB |"
 STOPPED = (
     "| answer | windows read, median | windows read, 95th percentile | least median of any rule |"
 )
@@ -194,6 +209,7 @@ TABLES: dict[str, dict[str, Callable[[], list[str]]]] = {
     "README.md": {"| removed by | 4 layers | 8 layers | 8, patched | 8, LoRA |": short_table},
     "docs/results.md": {
         "| | median (range) |": scoring,
+        FAMILY: family,
         "| | Meta's format | Hugging Face's |": rehearsed,
     },
     "docs/serve.md": {DRAFTED: drafted},

@@ -62,7 +62,7 @@ def main(
     n: int = 4,
     size: int = 256,
     scored: int = 12,
-    learned: int = 40,
+    learned: int = 24,
     judged: int = 8,
     out: str | None = None,
     overwrite: bool = False,

@@ -8,10 +8,12 @@ import fill_docs
 import pytest
 from made_tables import (
     DRAFTED,
+    FAMILY,
     STOPPED,
     attacked,
     compared,
     drafted,
+    family,
     greedy,
     healed,
     passes,
@@ -72,6 +74,12 @@ def test_the_tables_of_costs_are_what_was_measured():
 
 def test_what_is_accepted_of_drafts_is_what_was_measured():
     assert table("docs/serve.md", DRAFTED) == drafted()
+
+
+def test_the_second_family_is_what_was_measured():
+    assert table("docs/results.md", FAMILY) == family()
+    removed = ", ".join(map(str, result("second_family")["removed"]))
+    assert f"without its layers {removed}" in flowing("docs/results.md")
 
 
 def test_the_comparison_is_what_was_measured():
