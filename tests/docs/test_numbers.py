@@ -138,6 +138,24 @@ def refitted() -> list[str]:
     return lines
 
 
+def serving() -> list[str]:
+    """A row for every model that was served: its size, memory and speeds, beside the expected."""
+    lines = []
+    for row in result("serving")["rows"]:
+        which = f"{row['removed']} less" if row["removed"] else "whole"
+        cells = [f"{row['kind']}, {which}", f"{row['megabytes']:.0f}"]
+        cells += [f"{row['peak_mb']['median']:.0f}"]
+        for name in ("prompt", "generation"):
+            cells += [f"{row[name]['median']:.0f}"]
+            cells += [
+                f"{spread(row[f'{name}_ratio'], 2)}, {row[f'{name}_expected']:.2f}"
+                if row["removed"]
+                else "1"
+            ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
 def drafted() -> list[str]:
     """A row for every length of a draft, a column for every cut model."""
     cut = [result(f"draft_{n}")["lengths"] for n in (4, 8)]
@@ -147,6 +165,16 @@ def drafted() -> list[str]:
         cells += [f"{f['tokens_per_pass']:.2f}" for f in found]
         lines.append(f"| {found[0]['length']} | {' | '.join(cells)} |")
     return lines
+
+
+def slower() -> str:
+    """What drafts are worth in llama.cpp, as a sentence."""
+    few, more = result("serving")["drafts"]
+    ratios = [f"{d['speed_ratio']['median']:.2f}" for d in (few, more)]
+    return (
+        f"writes with drafts of {few['length']} at {ratios[0]} of its own speed with "
+        f"{few['removed']} layers less and at {ratios[1]} with {more['removed']}"
+    )
 
 
 def family() -> list[str]:
@@ -186,9 +214,13 @@ def test_the_tables_of_costs_are_what_was_measured():
     assert streaming() in tables("docs/scaling.md")
 
 
-def test_what_is_accepted_of_drafts_is_what_was_measured():
+def test_what_serving_costs_is_what_was_measured():
+    head = "| | file, MB | peak, MB | prompt, tokens/s | ratio, expected | writing, tokens/s "
+    assert table("docs/serve.md", f"{head}| ratio, expected |") == serving()
     head = "| tokens of a draft | 4 less: accepted | 8 less: accepted | 4 less: tokens a pass "
     assert table("docs/serve.md", f"{head}| 8 less: tokens a pass |") == drafted()
+    assert slower() in flowing("docs/serve.md")
+    assert all(draft["same_text"] for draft in result("serving")["drafts"])
 
 
 def test_the_second_family_is_what_was_measured():
@@ -223,7 +255,7 @@ def test_the_sentences_say_what_was_measured(page):
 def test_no_error_bar_stands_in_a_page_without_a_measurement(page):
     """What looks like a measurement, 1.23 (0.04) or 1.23 (1.20 to 1.30), is one of those above."""
     known = [*scoring(), *stopping(), *streaming(), greedy(), compared(), healed(), ONCE]
-    measured = " ".join([*known, passes(), *short_table(), *family()])
+    measured = " ".join([*known, passes(), *short_table(), *family(), *serving()])
     number = r"[-+]?\d+\.\d+"
     for text in re.findall(rf"{number} \({number}(?: to {number})?\)", PAGES[page]):
         assert text in measured, text
