@@ -126,6 +126,34 @@ def family() -> list[str]:
     return [line.replace("|  |", "| |") for line in lines]
 
 
+def serving() -> list[str]:
+    """A row for every model that was served: its size, memory and speeds, beside the expected."""
+    lines = []
+    for row in result("serving")["rows"]:
+        which = f"{row['removed']} less" if row["removed"] else "whole"
+        cells = [f"{row['kind']}, {which}", f"{row['megabytes']:.0f}"]
+        cells += [f"{row['peak_mb']['median']:.0f}"]
+        for name in ("prompt", "generation"):
+            cells += [f"{row[name]['median']:.0f}"]
+            cells += [
+                f"{spread(row[f'{name}_ratio'], 2)}, {row[f'{name}_expected']:.2f}"
+                if row["removed"]
+                else "1"
+            ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def slower() -> str:
+    """What drafts are worth in llama.cpp, as a sentence."""
+    few, more = result("serving")["drafts"]
+    ratios = [f"{d['speed_ratio']['median']:.2f}" for d in (few, more)]
+    return (
+        f"writes with drafts of {few['length']} at {ratios[0]} of its own speed with "
+        f"{few['removed']} layers less and at {ratios[1]} with {more['removed']}"
+    )
+
+
 def greedy() -> str:
     found = result("greedy")
     time = found["time_ratio"]
@@ -202,6 +230,8 @@ def passes() -> str:
 DRAFTED = "| tokens of a draft | 4 less: accepted | 8 less: accepted | 4 less: tokens a pass "
 DRAFTED += "| 8 less: tokens a pass |"
 FAMILY = "| Qwen2.5-Coder-0.5B | perplexity | MB |"
+SERVED = "| | file, MB | peak, MB | prompt, tokens/s | ratio, expected | writing, tokens/s "
+SERVED += "| ratio, expected |"
 STOPPED = (
     "| answer | windows read, median | windows read, 95th percentile | least median of any rule |"
 )
@@ -212,7 +242,7 @@ TABLES: dict[str, dict[str, Callable[[], list[str]]]] = {
         FAMILY: family,
         "| | Meta's format | Hugging Face's |": rehearsed,
     },
-    "docs/serve.md": {DRAFTED: drafted},
+    "docs/serve.md": {SERVED: serving, DRAFTED: drafted},
     "docs/scaling.md": {
         STOPPED: stopping,
         "| what misleads | wrong, of early stops | of all runs | stopped early |": attacked,

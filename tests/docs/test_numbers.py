@@ -9,6 +9,7 @@ import pytest
 from made_tables import (
     DRAFTED,
     FAMILY,
+    SERVED,
     STOPPED,
     attacked,
     compared,
@@ -21,7 +22,9 @@ from made_tables import (
     rehearsed,
     rows,
     scoring,
+    serving,
     short_table,
+    slower,
     spread,
     stopping,
     streaming,
@@ -72,8 +75,11 @@ def test_the_tables_of_costs_are_what_was_measured():
     assert table("docs/results.md", "| | Meta's format | Hugging Face's |") == rehearsed()
 
 
-def test_what_is_accepted_of_drafts_is_what_was_measured():
+def test_what_serving_costs_is_what_was_measured():
+    assert table("docs/serve.md", SERVED) == serving()
     assert table("docs/serve.md", DRAFTED) == drafted()
+    assert slower() in flowing("docs/serve.md")
+    assert all(draft["same_text"] for draft in result("serving")["drafts"])
 
 
 def test_the_second_family_is_what_was_measured():
