@@ -983,7 +983,7 @@ HEALING = (
         ),
     ),
     Section(
-        "short_gpt/healing/steps.py",
+        "short_gpt/healing/closed_forms.py",
         "tests/healing/test_chain.py",
         (
             (
