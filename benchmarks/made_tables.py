@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
+import evidence_tables as evidence
 from evidence_tables import result
 
 from short_gpt.experiments.comparison import Row
@@ -140,11 +142,21 @@ def passes() -> str:
     return f"{cost['passes']:.2f} ({cost['passes_least']:.2f} to {cost['passes_most']:.2f})"
 
 
+CROSSED = "| {}, chosen on | bible | wikitext | novels | questions | code |"
+RULED = "| the rule with | trusted, harmless | trusted, harmful | not, harmless | not, harmful |"
 # The head of every table that is filled, by its page, and what makes its rows.
 TABLES: dict[str, dict[str, Callable[[], list[str]]]] = {
     "README.md": {"| removed by | 4 layers | 8 layers | 8, patched | 8, LoRA |": short_table},
     "docs/results.md": {
         "| | median (range) |": scoring,
+    },
+    "docs/calibration.md": {
+        "| ranked on | would remove |": evidence.chosen,
+        "| rankings on | layers in common | rank correlation (95%) |": evidence.agreed,
+        CROSSED.format("as cut"): partial(evidence.crossed, "raw"),
+        CROSSED.format("refitted"): partial(evidence.crossed, "refit"),
+        RULED: evidence.ruled,
+        "| scores of two texts | 6 windows | 12 windows | 24 windows |": evidence.covered,
     },
     "docs/scaling.md": {
         "| answer | windows read, median | windows read, 95th percentile |": stopping,
