@@ -47,6 +47,7 @@ script stopping stopping --windows 600 --scores stopping_windows.npz
 script stopping_adversarial stopping --adversarial
 script streaming streaming
 script healing healing --count 40 --also wikitext2_test.txt --others lambada_passages.txt --methods refit
+script calibration calibration --wikitext wikitext2_test.txt --tasks tasks --state calibration.state
 measure compare python -m short_gpt compare --search_windows 2 --healing raw,patched,lora \
     --lora_only bi:8,angular:8 --lora_steps 80 --lora_rank 16 --lora_learning_rate 2e-3 \
     --lora_batch 4 --lora_size 256 --plots pictures --device cpu

@@ -1,8 +1,8 @@
 """Which text chooses the layers, on the real small model: five kinds of text, and a rule checked.
 
 Every text ranks, and its choice is judged on all of them; windows of other lengths, and with bos in
-front of every one, rank too. The rule of `experiments.calibration.trust` takes its share from three
-kinds of text and is checked on the other two, for several methods and numbers of layers.
+front of every one, rank too. The rule of `experiments.calibration.trust` is fixed on every three
+kinds of text and checked on the other two, for several numbers of layers.
 
     python benchmarks/calibration.py --wikitext wikitext2_test.txt --tasks tasks/ --out FILE
 
@@ -16,7 +16,7 @@ import json
 import re
 import sysconfig
 from collections.abc import Mapping, Sequence
-from itertools import product
+from itertools import combinations, product
 from pathlib import Path
 
 import fire
@@ -26,12 +26,18 @@ from scoring import build
 
 from short_gpt import ShortLlama, calibrate, report
 from short_gpt.data import demo
-from short_gpt.experiments.calibration import Calibrated, Crossed, WindowScores, agreement
+from short_gpt.experiments.calibration import (
+    SHARE,
+    Calibrated,
+    Crossed,
+    WindowScores,
+    agreement,
+)
 from short_gpt.experiments.calibration.rankings import correlations
 from short_gpt.jobs import Readings
 from short_gpt.jobs.calibration import windows_apart
 
-FIXED, CHECKED = ("bible", "wikitext", "novels"), ("questions", "code")
+OUTCOMES = ("trusted, harmless", "trusted, harmful", "not, harmless", "not, harmful")
 CODE = 60  # files of the standard library
 HARM = 0.25  # of what a text's own choice costs: dearer than that is what the rule is to foresee
 SHARES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.75, 1.0)
@@ -45,8 +51,8 @@ def main(
     others: Sequence[int] = (1024, 128),
     count: int = 12,
     judged: int = 8,
-    counts: Sequence[int] = (2, 4, 8),
-    methods: str = "bi,relative_magnitude",
+    counts: Sequence[int] = (2, 4),
+    methods: str = "bi",
     state: str | None = None,
     out: str | None = None,
     overwrite: bool = False,
@@ -124,31 +130,51 @@ def joined(pieces: Sequence[str], count: int) -> list[str]:
 
 
 def checked(cases: Sequence[Calibrated]) -> dict[str, object]:
-    """The share that the texts to fix it by give, and how the rule does on the others.
+    """How the rule does on texts that it was not fixed on, for every three of the texts.
 
-    A case is a choice by one text; by what it costs on the measured texts the rule says whether it
-    may be trusted on one that was not measured, and there it is seen whether it does harm.
+    A case is a choice by one of three texts; by what it costs on those of them that are measured
+    the rule says whether it may be trusted on one that is not, and there it is seen whether it does
+    harm. Unmeasured is each of the three in turn, by which the share is fixed, and then each other
+    text, by which it is checked.
     """
-    fixing, checking = [], []
+    texts = list(dict.fromkeys(cell.text for cell in cases[0].cells))
+    splits, fitted, library = [], [], []
+    for fixed in combinations(texts, 3):
+        fixing = [pair for unseen in fixed for pair in pairs(cases, fixed, unseen)]
+        others = [text for text in texts if text not in fixed]
+        checking = [pair for unseen in others for pair in pairs(cases, fixed, unseen)]
+        limit = largest(fixing)
+        splits.append({"fixed_on": fixed, "share": limit, "checked": counted(checking, limit)})
+        fitted.append(splits[-1]["checked"])
+        library.append(counted(checking, SHARE))
+    return {
+        "harm": HARM,
+        "share": SHARE,
+        "splits": splits,
+        "fitted": {name: sum(c[name] for c in fitted) for name in OUTCOMES},
+        "library": {name: sum(c[name] for c in library) for name in OUTCOMES},
+    }
+
+
+def pairs(
+    cases: Sequence[Calibrated], fixed: Sequence[str], unseen: str
+) -> list[tuple[float, float]]:
+    """Of every choice: its worst upper end on measured texts, and its cost on the unseen one."""
+    found = []
     for case in cases:
         cells = {(c.choice, c.text): c for c in case.cells}
-        for choice, unseen in product(FIXED, (*FIXED, *CHECKED)):
-            if choice == unseen:
-                continue
-            measured = [t for t in FIXED if t not in (choice, unseen)]
-            upper = max(share(cells, choice, t, "excess_most") for t in measured)
-            harm = share(cells, choice, unseen, "excess")
-            (checking if unseen in CHECKED else fixing).append((upper, harm))
+        for choice in fixed:
+            if choice != unseen:
+                measured = [t for t in fixed if t not in (choice, unseen)]
+                upper = max(share(cells, choice, t, "excess_most") for t in measured)
+                found.append((upper, share(cells, choice, unseen, "excess")))
+    return found
+
+
+def largest(fixing: Sequence[tuple[float, float]]) -> float:
+    """The largest share up to which no choice that is trusted does harm; 0 if there is none."""
     safe = [s for s in SHARES if not any(u <= s and harm > HARM for u, harm in fixing)]
-    held = [s for s in SHARES if s in safe and all(t in safe for t in SHARES if t < s)]
-    chosen = max(held, default=0.0)
-    return {
-        "share": chosen,
-        "harm": HARM,
-        "fixed_on": counted(fixing, chosen),
-        "checked_on": counted(checking, chosen),
-        "pairs": {"fixed_on": fixing, "checked_on": checking},
-    }
+    return max((s for s in safe if all(t in safe for t in SHARES if t < s)), default=0.0)
 
 
 def share(cells: Mapping[tuple[str, str], Crossed], choice: str, text: str, name: str) -> float:
@@ -156,17 +182,15 @@ def share(cells: Mapping[tuple[str, str], Crossed], choice: str, text: str, name
     return max(0.0, getattr(cells[choice, text], name)) / cells[text, text].nats
 
 
-def counted(pairs: Sequence[tuple[float, float]], limit: float) -> dict[str, int]:
+def counted(found: Sequence[tuple[float, float]], limit: float) -> dict[str, int]:
     """How often the rule trusted, and how often the choice then did harm."""
-    names = {(True, False): "trusted, harmless", (True, True): "trusted, harmful"}
-    names |= {(False, False): "not trusted, harmless", (False, True): "not trusted, harmful"}
-    found = dict.fromkeys(names.values(), 0)
-    for upper, harm in pairs:
-        found[names[upper <= limit, harm > HARM]] += 1
-    return found
+    totals = dict.fromkeys(OUTCOMES, 0)
+    for upper, harm in found:
+        totals[OUTCOMES[2 * (upper > limit) + (harm > HARM)]] += 1
+    return totals
 
 
-def coverage(runs: int = 200) -> dict[str, float]:
+def coverage(runs: int = 100) -> dict[str, float]:
     """How often the interval of a rank correlation holds it, for simulated texts.
 
     24 scores differ as those of layers do; of a window each is off by so much noise, log-normal
@@ -199,12 +223,9 @@ def _drawn(draw: np.random.Generator, scores: np.ndarray, count: int, heavy: boo
 
 
 def missed(rule: Mapping[str, object]) -> list[str]:
-    """The rule's limit: of the choices that it trusts on texts it was not fixed on, 1 of 20."""
-    found = rule["checked_on"]
-    trusted = found["trusted, harmless"] + found["trusted, harmful"]
-    if found["trusted, harmful"] > trusted / 20:
-        return [f"{found['trusted, harmful']} of {trusted} trusted choices did harm"]
-    return []
+    """The rule's limit: of the choices that it trusts on texts that were not measured, 1 of 20."""
+    good, bad, *_ = rule["library"].values()
+    return [f"{bad} of {good + bad} trusted choices did harm"] if bad > (good + bad) / 20 else []
 
 
 if __name__ == "__main__":

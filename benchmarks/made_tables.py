@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
+import evidence_tables as evidence
 from evidence_tables import result
 
 from short_gpt.experiments.comparison import Row
@@ -226,6 +228,8 @@ def passes() -> str:
     return f"{cost['passes']:.2f} ({cost['passes_least']:.2f} to {cost['passes_most']:.2f})"
 
 
+CROSSED = "| {}, chosen on | bible | wikitext | novels | questions | code |"
+RULED = "| the rule with | trusted, harmless | trusted, harmful | not, harmless | not, harmful |"
 # The head of every table that is filled, by its page, and what makes its rows.
 DRAFTED = "| tokens of a draft | 4 less: accepted | 8 less: accepted | 4 less: tokens a pass "
 DRAFTED += "| 8 less: tokens a pass |"
@@ -243,6 +247,14 @@ TABLES: dict[str, dict[str, Callable[[], list[str]]]] = {
         "| | Meta's format | Hugging Face's |": rehearsed,
     },
     "docs/serve.md": {SERVED: serving, DRAFTED: drafted},
+    "docs/calibration.md": {
+        "| ranked on | would remove |": evidence.chosen,
+        "| rankings on | layers in common | rank correlation (95%) |": evidence.agreed,
+        CROSSED.format("as cut"): partial(evidence.crossed, "raw"),
+        CROSSED.format("refitted"): partial(evidence.crossed, "refit"),
+        RULED: evidence.ruled,
+        "| scores of two texts | 6 windows | 12 windows | 24 windows |": evidence.covered,
+    },
     "docs/scaling.md": {
         STOPPED: stopping,
         "| what misleads | wrong, of early stops | of all runs | stopped early |": attacked,
