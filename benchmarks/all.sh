@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Measures everything that README and docs quote, and fills their tables: about six hours on two CPU
+# Measures everything that README and docs quote, and fills their tables: about seven hours on two CPU
 # cores that have nothing else to do, of which scoring 600 windows, streaming and the comparison take
 # more than half. Interrupted, the same command goes on: what is whole is in OUT, and long runs have
 # a state beside it.
@@ -41,11 +41,31 @@ text = "\n\n".join(f"{row['context']} {row['continuation']}" for row in rows)
 open("lambada_passages.txt", "w", encoding="utf-8").write(text)
 EOF
 
+# the demo's file, cut of the layers of least Block Influence, and a text a book to draft on
+[ -s less-8.gguf ] || {
+    python - <<'EOF'
+from pathlib import Path
+from short_gpt.data import demo
+Path("smollm2.gguf").unlink(missing_ok=True)
+Path("smollm2.gguf").symlink_to(demo.gguf_file())
+Path("held_out").mkdir(exist_ok=True)
+for number, text in enumerate(demo.bible("held_out")):
+    Path(f"held_out/{number:02}.txt").write_text(text, encoding="utf-8")
+EOF
+    python -m short_gpt prune smollm2.gguf less-4.gguf --layers 3,12,13,14 --overwrite
+    python -m short_gpt prune smollm2.gguf less-8.gguf --layers 2,3,12,13,14,15,17,25 --overwrite
+}
+
 script scoring scoring --repeats 20
 script greedy greedy --count 1 --size 256 --repeats 3
 script stopping stopping --windows 600 --scores stopping_windows.npz
 script stopping_adversarial stopping --adversarial
 script streaming streaming
+script reproduce_7b reproduce_7b
+script serving serving
+script second_family second_family
+measure draft_4 python -m short_gpt draft smollm2.gguf less-4.gguf --data held_out
+measure draft_8 python -m short_gpt draft smollm2.gguf less-8.gguf --data held_out
 script healing healing --count 40 --also wikitext2_test.txt --others lambada_passages.txt --methods refit
 script calibration calibration --wikitext wikitext2_test.txt --tasks tasks --state calibration.state
 measure compare python -m short_gpt compare --search_windows 2 --healing raw,patched,lora \
