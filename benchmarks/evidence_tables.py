@@ -109,4 +109,7 @@ def adapter() -> str:
     """How far ours and lm-eval's own class for transformers gave the same."""
     found = result("tasks")["hf"]
     assert found["answers_equal"]
-    return f"{found['answers']} answers are equal, and the nats of words within {found['nats']:.1e}"
+    return (
+        f"on the same documents: all {found['answers']} answers of the whole model, and the "
+        f"log-likelihoods within {found['nats']:.1e} nats"
+    )

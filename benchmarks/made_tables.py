@@ -149,7 +149,7 @@ def serving() -> list[str]:
 def slower() -> str:
     """What drafts are worth in llama.cpp, as a sentence."""
     few, more = result("serving")["drafts"]
-    ratios = [f"{d['speed_ratio']['median']:.2f}" for d in (few, more)]
+    ratios = [spread(d["speed_ratio"], 2) for d in (few, more)]
     return (
         f"writes with drafts of {few['length']} at {ratios[0]} of its own speed with "
         f"{few['removed']} layers less and at {ratios[1]} with {more['removed']}"

@@ -85,9 +85,13 @@ class Run:
         self.suite = TaskSuite(names, limit=documents, include_path=self.folder.name, batch_size=8)
         self.theirs = self._theirs()
         self.turns = self._turns(Path(source), documents)
-        read = json_digest([[list(w) for w in self.learned], names, documents, judged, size])
+        judge = {kind: [list(w) for w in read] for kind, read in self.kinds.items()}
+        asked = [path.read_text(encoding="utf-8") for path in sorted(Path(source).glob("*.jsonl"))]
+        learned = [list(w) for w in self.learned]
+        read = json_digest([learned, judge, self.turns, asked, names, documents, size])
         identity = {**self.short.identity(), "read": read}
-        self.cells = Cells(None if state is None else StateFile(state, identity))
+        self.state = None if state is None else StateFile(state, identity)
+        self.cells = Cells(self.state)
 
     def _cut(self, texts: Sequence[str], limit: int) -> Windows:
         cut = {"size": self.size, "stride": self.size, "seed": 0, "limit": limit}
@@ -189,6 +193,8 @@ def main(
     rows = {name: row(one, whole) for name, one in found.items()}
     print(table(rows))
     print(f"lm-eval's hf on the same documents: {same}")
+    if run.state is not None:
+        run.state.clear()
     missed = [] if same["answers_equal"] and same["nats"] < CLOSE else ["the adapters differ"]
     content = {**sizes, "layers": {str(n): layers for n, layers in sets.items()}}
     content |= {"prompt": PROMPT, "completion": LONG, "rows": rows, "hf": same}

@@ -51,7 +51,7 @@ class StreamedLlama(ScoredModel):
     all tokens, which need all layers' states at once, are refused.
 
     Scores and perplexities are those of the model in memory. Layers can be removed, which only
-    skips them, and `save` writes a checkpoint in Meta's format without them.
+    skips them, and `save` writes a checkpoint in the source's format without them.
 
     Args:
         ckpt_dir: as for `open_stream`.

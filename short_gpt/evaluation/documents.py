@@ -102,7 +102,9 @@ def task_changes(first: TaskRun, second: TaskRun) -> dict[str, float]:
         for metric, values in metrics.items():
             others = second.documents.get(task, {}).get(metric)
             if others is not None:
-                found |= task_difference(values, others).named(f"{task} {metric}")
+                # of "perplexity" lm-eval keeps the log-likelihood of every document
+                name = "log-likelihood" if metric == "perplexity" else metric
+                found |= task_difference(values, others).named(f"{task} {name}")
     return found
 
 

@@ -182,6 +182,8 @@ class HealingJob:
     ) -> Path:
         """Writes the healed model with its evidence, and removes what could be continued from.
 
+        A streamed model reads from there what was solved: go on with the new directory instead.
+
         Args and errors as in `ScoredModel.save`, and:
 
         Raises:

@@ -222,7 +222,8 @@ def _state(
         return RefitState(None, {})
     read = {"windows": windows, "windows kept apart": held}
     digests = {name: json_digest([[*window] for window in part]) for name, part in read.items()}
-    identity = {**short.identity(), "layers": list(layers), **options, **digests}
+    identity = {**short.identity(), "kept": list(short.kept), "layers": list(layers)}
+    identity |= {**options, **digests}
     return RefitState(Path(os.fspath(work_dir)), identity)
 
 

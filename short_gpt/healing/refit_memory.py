@@ -81,6 +81,9 @@ def plan(
     # solution, the best one, a sum with it, and copies of what was there
     host["sums"] = 8 * inputs**2 + (2 * 8 + 7 * 4) * inputs * width
     host["working memory"] = 4 * (tokens * (4 * inputs + 10 * width) + ROWS * inputs)
+    solved = calls.count * (inputs + width) * width * itemsize
+    if folder is None:
+        host["what is solved"] = solved
     room = (free_memory() // 2 if max_memory is None else bytes_of(max_memory)) - sum(host.values())
     spilled = folder is not None or room < 3 * states
     if not spilled:
@@ -94,7 +97,7 @@ def plan(
         )
     # states of both models in front of a layer and behind it, and of the whole one between halves
     disk = 5 * states + 2 * every * inputs * itemsize
-    disk += calls.count * (inputs + width) * width * itemsize  # what is solved
+    disk += solved if folder is not None else 0
     if spilled:
         _check_disk(folder or Path(tempfile.gettempdir()), disk)
     return RefitPlan(host, disk * spilled, max(room, 0), len(windows))

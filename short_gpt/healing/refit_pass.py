@@ -81,6 +81,7 @@ class RefitPass:
             NotFiniteError: a state is NaN or infinite.
         """
         if self.state.done == len(self._kept):
+            self.state.finish()  # which a killed run may not have come to
             return
         groups = [[*of_one_length(part, batch_size)] for part in (windows, held)]
         batches = [tokens for group in groups for tokens in group]

@@ -8,8 +8,8 @@ Shapes: B windows of a batch, S tokens, D width of the stream.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import cast
@@ -26,6 +26,7 @@ from short_gpt.runtime.state import StateFile
 from short_gpt.surgery.changes import Parameter
 
 NAMES = ("whole", "left")
+ALONE = ("between", "inputs of ")  # states that one layer alone needs
 STATE, VALUES = "refit.json", "values."  # the first is written behind all that it speaks of
 
 
@@ -104,6 +105,7 @@ class RefitState:
         self._stored, self._files = StoredValues(), list[str]()
         self._pairs: dict[str, list[States]] = {}
         if folder is not None:
+            _check_own(folder)
             self._file = StateFile(folder / STATE, identity)
             self._continue()
 
@@ -181,14 +183,33 @@ class RefitState:
         """Removes the states, which are not needed any more; what was solved stays."""
         self._pairs = {}
         if self.folder is not None:
-            for path in self.folder.iterdir():
-                if path.name != STATE and not path.name.startswith(VALUES):
+            for path in self.folder.glob("*"):
+                if _is_own(path) and path.name != STATE and not path.name.startswith(VALUES):
                     path.unlink()
 
     def clear(self) -> None:
         """Removes all of it."""
         if self.folder is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            for path in filter(_is_own, self.folder.glob("*")):
+                path.unlink()
+            with suppress(OSError):  # of a folder that holds something else, or that is not there
+                self.folder.rmdir()
+
+
+def _is_own(path: Path) -> bool:
+    """Whether a refit wrote this file."""
+    name = path.name.removeprefix(".")  # of one that a killed process left
+    return path.is_file() and name.startswith((STATE, VALUES, *(f"{n}." for n in NAMES), *ALONE))
+
+
+def _check_own(folder: Path) -> None:
+    """Raises ShortGPTError for a folder that a refit would share with other files."""
+    for path in folder.glob("*"):
+        if not _is_own(path):
+            raise ShortGPTError(
+                f"{folder} holds {path.name}, which is none of this refit's files: name a folder "
+                "of its own, or delete that one"
+            )
 
 
 def _fit(told: Mapping[str, object]) -> Fit:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -10,7 +11,7 @@ from pathlib import Path
 
 from short_gpt.data.disjoint import check_disjoint, hold_out, without_overlap
 from short_gpt.data.texts import read_texts, texts
-from short_gpt.data.windows import windows
+from short_gpt.data.windows import Window, windows
 from short_gpt.runtime.errors import ShortGPTError
 
 
@@ -38,7 +39,8 @@ class Source:
 
     Attributes:
         data: to learn from: pg19, a local file or folder, or a hub data set's name; several of
-            them, with commas between, give a mix of as many windows of each.
+            them, with commas between, give a mix: of as many windows of each where the number is
+            limited and no source runs short, else of all.
         eval_data: to evaluate on; None holds a tenth of ``data`` out.
         split, column, max_texts: of ``data``, see `data.read_texts`.
         seed: of the choice of texts and windows.
@@ -78,12 +80,20 @@ class Source:
             ShortGPTError: texts overlap and are not to be left out, or nothing would be left.
         """
 
+        cutting = partial(windows, encode=encode, size=size, stride=size, seed=self.seed, bos=bos)
+
         def cut(kinds: Sequence[Sequence[str]], count: int | None) -> list[list[int]]:
-            """As many windows of each kind as of the others, in turn."""
+            """As many windows of each kind as of the others, in random order."""
             each = None if count is None else -(-count // len(kinds))
-            cutting = partial(windows, size=size, stride=size, seed=self.seed, limit=each, bos=bos)
-            found = [list(cutting(chosen, encode)) for chosen in kinds]
-            return [w for turn in zip_longest(*found) for w in turn if w is not None][:count]
+            found, before = list[list[Window]](), 0
+            for chosen in kinds:  # texts are numbered through all kinds
+                cuts = cutting(chosen, limit=each)
+                found.append([Window(w, w.text + before, w.start) for w in cuts])
+                before += len(chosen)
+            turns = [w for turn in zip_longest(*found) for w in turn if w is not None][:count]
+            if len(kinds) > 1:  # who takes every eighth, or the last, must not take one kind alone
+                random.Random(self.seed).shuffle(turns)
+            return [*turns]
 
         learned, held = self._texts()
         evaluation, training = cut(held, eval_windows), cut(learned, limit)

@@ -10,6 +10,7 @@ from short_gpt.data.texts import texts
 from short_gpt.data.windows import Window, at_least
 from short_gpt.evaluation.drafts import LENGTHS, Acceptance, check_same_tokens, draft_agreement
 from short_gpt.jobs.inputs import Cut, Opening, TextSource, check_model, source_of
+from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.short_model import ShortModel
 
 LONGEST = 2048  # tokens of a prompt from a file and of what is written behind it
@@ -41,6 +42,8 @@ class Drafting(Cut):
         found = list(texts(Path(self.prompts), column=column))
         if self.prompts.lower().endswith(".txt"):
             found = [line for text in found for line in text.splitlines() if line.strip()]
+        if not found:
+            raise ShortGPTError(f"{self.prompts} holds no prompt: expected one in every line")
         return found
 
 

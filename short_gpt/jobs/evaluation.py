@@ -25,6 +25,7 @@ from short_gpt.jobs.inputs import (
     listed,
     source_of,
 )
+from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.short_model import ShortModel
 
@@ -176,6 +177,7 @@ class _Evaluated:
     layers: int
     text: str  # names the perplexity, in front of it and behind it
     bos: str
+    read: str  # a digest of the windows' tokens
     perplexity: Perplexity | None
     tasks: TaskRun
 
@@ -191,15 +193,11 @@ class _Evaluated:
     def _loss_change(self, first: _Evaluated) -> dict[str, float]:
         """Of the loss of a token; nothing where the windows differ, as those of two tokenizers."""
         ours, theirs = self.perplexity, first.perplexity
-        if ours is None or theirs is None or _tokens(ours) != _tokens(theirs):
+        if ours is None or theirs is None or self.read != first.read:
             return {}
         change = difference([theirs], [ours])
         names = {"nats change": change.nats, "nats change_stderr": change.standard_error}
         return {f"{self.text} {k}{self.bos}": v for k, v in names.items() if v == v}
-
-
-def _tokens(found: Perplexity) -> list[int]:
-    return [sample.tokens for sample in found.samples]
 
 
 def _evaluated(
@@ -207,13 +205,14 @@ def _evaluated(
 ) -> _Evaluated:
     """One model's results; it is gone from memory afterwards."""
     short = opening.whole(name, size=reading.size, batch_size=reading.batch_size)
-    found = None
+    found, read = None, ""
     if reading.data != "none":
-        windows = reading.windows(short, own)
+        windows = list(reading.windows(short, own))
+        read = json_digest([list(window) for window in windows])
         found = short.perplexity(windows, batch_size=reading.batch_size)
     bos = ", bos in every window" if (reading.bos or short.bos) == "every" else ""
     run = tasks.run(short, batch_size=reading.batch_size)
-    return _Evaluated(len(short.kept), reading.data, bos, found, run)
+    return _Evaluated(len(short.kept), reading.data, bos, read, found, run)
 
 
 def perplexity_of(

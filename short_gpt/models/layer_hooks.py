@@ -121,8 +121,8 @@ def check_added(layer: nn.Module, args: Arguments, kwargs: Mapping[str, object])
     added = added.to(before.device, before.dtype)
     with replaced_output(mlp_output(layer), lambda out: out + added.view_as(out)):
         after = first(layer(*again[0], **again[1]))
-    off = (after.double().cpu() - before.double().cpu() - added.double().cpu()).abs()
-    allowed = before.abs().double().cpu() + added.abs().double().cpu() + scale
+    off = (after.cpu().double() - before.cpu().double() - added.cpu().double()).abs()
+    allowed = before.abs().cpu().double() + added.abs().cpu().double() + scale
     worst = float((off / allowed).max())
     if not worst <= 16 * torch.finfo(before.dtype).eps:
         raise ShortGPTError(

@@ -266,7 +266,7 @@ def factor_of(run: Callable[[], Tensor], module: nn.Module) -> tuple[float, floa
     added = noise.to(before.device, before.dtype)
     with replaced_output(module, lambda out: out + added.view_as(out)):
         after = run()
-    noise, change = added.double().cpu(), after.double().cpu() - before.double().cpu()
+    noise, change = added.cpu().double(), after.cpu().double() - before.cpu().double()
     factor = float((change * noise).sum() / (noise * noise).sum())
     if abs(factor - 1) <= 16 * torch.finfo(before.dtype).eps:
         factor = 1.0

@@ -82,4 +82,4 @@ def trusted(found: Sequence[Trust]) -> list[str]:
 def _share(found: Trust) -> str:
     if math.isinf(found.share):
         return f"{found.choice} (dearer on {found.text}, where its own choice costs nothing)"
-    return f"{found.choice} ({found.share:.0%} dearer on {found.text})"
+    return f"{found.choice} (up to {found.share:.0%} dearer on {found.text})"

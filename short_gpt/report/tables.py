@@ -183,10 +183,10 @@ def _tasks(tasks: Mapping[str, Mapping[str, float]]) -> list[str]:
     lines = []
     for layers, values in tasks.items():
         lines.append(f"without {layers}:" if layers != "[]" else "whole:")
-        plain = [name for name in values if not name.endswith(("_stderr", " change", "_p"))]
-        for name in plain:
+        bases = (n.removesuffix(" change") for n in values if not n.endswith(("_stderr", "_p")))
+        for name in dict.fromkeys(bases):
             change, error = (values.get(f"{name} change{end}") for end in ("", "_stderr"))
-            line = f"  {name:<26}{values[name]:>22.4f}"
+            line = f"  {name:<26}" + (f"{values[name]:>22.4f}" if name in values else " " * 22)
             if change is not None and error is not None and layers != "[]":
                 line += f"  less whole {change:+.4f} ({error:.4f})"
                 p = values.get(f"{name} change_p")

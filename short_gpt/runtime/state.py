@@ -63,7 +63,12 @@ class StateFile:
                     f"{theirs.get(name)!r}, now {value!r}; go on with the former {name}, or delete "
                     f"{self.path} to begin anew"
                 )
-        if found.get(CHECKED) != _checked(found):
+        if CHECKED not in found:
+            raise ShortGPTError(
+                f"{self.path} is the state of another version of this library; delete it or name "
+                "another state"
+            )
+        if found[CHECKED] != _checked(found):
             raise ShortGPTError(
                 f"{self.path} does not hold what was saved there: it was edited or is damaged; "
                 "delete it to begin anew"

@@ -73,6 +73,10 @@ class StreamedCalls(LayerCalls):
         while group:
             yield group.pop(0).state
 
+    def widths(self) -> tuple[int, int, int]:
+        width, inputs, _ = super().widths()
+        return width, inputs, self._model.dtype.itemsize  # layers without weights do not tell
+
     def memory(self) -> dict[str, int]:
         args, model = self._model.params, self._model
         sizes = [p.numel() for p in model.layers[0].parameters()]

@@ -38,8 +38,17 @@ def share(windows) -> float:
 def test_of_a_mix_as_many_windows_are_read_of_every_kind(kinds):
     found = Source(",".join(kinds)).windows(characters, 40, limit=8, eval_windows=2)
     assert len(found.training) == 8 and share(found.training) == 0.5
-    assert [chr(w[0]) in "yz" for w in found.training] == [False, True] * 4
+    kinds_read = [chr(w[0]) in "yz" for w in found.training]
+    assert kinds_read not in ([False, True] * 4, [False] * 4 + [True] * 4)  # in random order
     assert len(found.evaluation) == 2 and share(found.evaluation) == 0.5
+
+
+def test_texts_are_numbered_through_all_kinds(kinds):
+    """Text 0 of one kind and text 0 of another are two samples."""
+    found = Source(",".join(kinds)).windows(characters, 40)
+    read = [*found.training, *found.evaluation]
+    of_kind = [{w.text for w in read if (chr(w[0]) in "yz") is small} for small in (False, True)]
+    assert not of_kind[0] & of_kind[1]
 
 
 def test_without_a_limit_all_of_a_mix_is_read(kinds):

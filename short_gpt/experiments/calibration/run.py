@@ -167,10 +167,10 @@ def _check(short: ShortModel, texts: Mapping[str, Apart], n: int, healings: Sequ
 
 def _identity(short: ShortModel, texts: Mapping[str, Apart]) -> dict[str, object]:
     """What the results rest on; choices, numbers and healings are named by the cells."""
-    read = {
-        name: [json_digest([list(w) for w in windows]) for windows in parts]
+    read = [  # in their order, in which the losses stand
+        [name, *(json_digest([list(w) for w in windows]) for windows in parts)]
         for name, parts in texts.items()
-    }
+    ]
     return {**short.identity(), "texts": read}
 
 
