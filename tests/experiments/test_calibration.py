@@ -245,6 +245,9 @@ def test_interrupted_it_continues_and_measures_nothing_twice(tmp_path, monkeypat
     calibrate(short(), other, 2, healings=["raw"], state=state, progress=False)
     with pytest.raises(ValueError, match="another texts"):
         calibrate(short(), TEXTS, 2, state=state, progress=False)
+    turned = {name: other[name] for name in reversed(other)}  # whose losses stand in that order
+    with pytest.raises(ValueError, match="another texts"):
+        calibrate(short(), turned, 2, healings=["raw"], state=state, progress=False)
 
 
 def test_other_ways_of_cutting_are_compared_with_the_first():

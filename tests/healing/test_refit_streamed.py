@@ -30,6 +30,7 @@ from short_gpt.healing import refit_memory
 from short_gpt.healing.refit import Refit, fit, heal
 from short_gpt.healing.refit_best import fit_best
 from short_gpt.healing.refit_layer import LayerRefit
+from short_gpt.healing.refit_state import RefitState
 from short_gpt.healing.states import States
 from short_gpt.report.results import _unchanged
 from short_gpt.streamed_llama import StreamedLlama
@@ -152,6 +153,33 @@ def test_states_that_are_gone_are_missed(tmp_path):
     (tmp_path / "left.0").unlink()
     with pytest.raises(ValueError, match=r"left\.0 is missing, from which the refit would go on"):
         fit(memory(), LAYERS, WINDOWS, work_dir=tmp_path, **QUIET)
+
+
+def test_what_others_wrote_into_the_folder_stays(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"notes\.txt, which is none of this refit's files"):
+        fit(memory(), LAYERS, WINDOWS, work_dir=tmp_path, **QUIET)
+    (tmp_path / "notes.txt").unlink()
+    fit(memory(), LAYERS, WINDOWS, work_dir=tmp_path, **QUIET)
+    state = RefitState(None, {})
+    (tmp_path / "notes.txt").write_text("mine")
+    state.folder = tmp_path
+    state.finish()
+    state.clear()
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_model_that_lacks_other_layers_is_another(tmp_path):
+    """Its files are the same, and so is the shape of what is left."""
+    checkpoint(tmp_path / "ckpt")
+    for gone in (3, 4):
+        short = streamed(tmp_path / "ckpt")
+        short.remove_layers([gone])
+        if gone == 3:
+            fit(short, [2], WINDOWS, work_dir=tmp_path / "work", **QUIET)
+            continue
+        with pytest.raises(ValueError, match="another kept"):
+            fit(short, [2], WINDOWS, work_dir=tmp_path / "work", **QUIET)
 
 
 def stop_in_the_end(short, options) -> None:
