@@ -46,9 +46,9 @@ def test_of_a_mix_as_many_windows_are_read_of_every_kind(kinds):
 def test_texts_are_numbered_through_all_kinds(kinds):
     """Text 0 of one kind and text 0 of another are two samples."""
     found = Source(",".join(kinds)).windows(characters, 40)
-    read = [*found.training, *found.evaluation]
-    of_kind = [{w.text for w in read if (chr(w[0]) in "yz") is small} for small in (False, True)]
-    assert not of_kind[0] & of_kind[1]
+    for read in (found.training, found.evaluation):
+        large, small = ({w.text for w in read if chr(w[0]) in kind} for kind in ("ab", "yz"))
+        assert large and small and not large & small
 
 
 def test_without_a_limit_all_of_a_mix_is_read(kinds):
