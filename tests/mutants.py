@@ -23,6 +23,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -185,7 +186,9 @@ def each(jobs: Sequence[object], work: Callable[[Tree, object], object], root: P
     workers = [context.Process(target=loop) for _ in range(min(WORKERS, len(jobs)))]
     for worker in workers:
         worker.start()
-    for job in [*jobs, *(None for _ in workers)]:
+    # a few at a time: pipes hold little, and who writes into a full one does not read the other
+    ahead = iter([*jobs, *(None for _ in workers)])
+    for job in islice(ahead, 2 * len(workers)):
         waiting.put(job)
     found = []
     while len(found) < len(jobs):
@@ -195,6 +198,8 @@ def each(jobs: Sequence[object], work: Callable[[Tree, object], object], root: P
             time.sleep(0.02)
         else:
             found.append(results.get())
+            for job in islice(ahead, 1):
+                waiting.put(job)
             if isinstance(found[-1], Outcome):
                 show(found[-1])
     for worker in workers:
