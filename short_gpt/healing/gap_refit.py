@@ -17,16 +17,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from short_gpt.healing.moments import Moments, best_change
+from short_gpt.healing.half import HalfSolver, Tokens, equations_of
 from short_gpt.healing.refit_layer import seen_at
 from short_gpt.healing.refit_pass import RIDGES, of_one_length
 from short_gpt.models.decoder import Decoder
 from short_gpt.models.layer_calls import LayerCalls
-from short_gpt.models.layer_hooks import transposed
 from short_gpt.models.summands import Summand, Summands
 from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
 from short_gpt.selection.mending import Gap
@@ -39,7 +39,7 @@ class _Batch:
 
     Attributes:
         held: whether they choose ridges instead of being fitted on.
-        fronts: by place, the inputs of an MLP's last matrix and the state behind it.
+        fronts: by place, the inputs of an MLP's last matrix and the stream that its output joins.
     """
 
     state: Tensor
@@ -137,7 +137,8 @@ class GapRefits:
                 continue
             with seen_at(self._ends[place].matrix) as seen:
                 batch.state = self._calls.run(place, state).cpu()
-            batch.fronts[place] = seen[-1][0].cpu(), batch.state
+            inputs, given = (x.cpu().reshape(*state.shape[:2], -1) for x in seen[-1])
+            batch.fronts[place] = inputs, batch.state - self._ends[place].factor * given
         if not all(batch.state.isfinite().all() for batch in batches):
             raise NotFiniteError(
                 f"the state behind the {place + 1}. layer is NaN or infinite; check the weights, "
@@ -160,48 +161,27 @@ class GapRefits:
 
     def _solved(self, batches: Sequence[_Batch], gap: Gap) -> dict[str, Tensor]:
         """The parameters of the matrix in front of a gap, refitted."""
-        end = self._ends[gap[0] - 1]
-        fitted, held = Moments(exact=False), Moments(exact=False)
-        for batch in batches:
-            inputs, given = batch.fronts[gap[0] - 1]
-            (held if batch.held else fitted).add(*_lack(end, inputs, given, batch.state))
-        _, change = best_change(fitted, held, self._ridges, batches[0].state.dtype)
+        front, noise = gap[0] - 1, 16 * torch.finfo(batches[0].state.dtype).eps
+        end = self._ends[front]
+
+        def read(held: bool) -> Iterator[Tokens]:
+            return (_tokens(end, b, front) for b in batches if b.held == held)
+
         with restored_on_error(end.matrix.parameters()) as restore:
-            _add_change(end.matrix, change)
+            solver = HalfSolver(end, self._ridges, partial(read, False), partial(read, True))
+            solver.solve(equations_of(end, read(False)), noise=noise)
             parameters = end.matrix.named_parameters()
             values = {name: value.detach().clone() for name, value in parameters}
             restore()
         return values
 
 
-def _lack(end: Summand, inputs: Tensor, given: Tensor, target: Tensor) -> tuple[Tensor, ...]:
-    """X, R and w of a batch's tokens, as `Moments.add` takes them.
-
-    Args:
-        end: the matrix.
-        inputs: what it is given, (B, S, F) or (N, F).
-        given: the stream behind it, (B, S, D).
-        target: what that is to be.
-    """
-    aim = target.to(given.device).flatten(0, 1).float()  # (N, D)
-    rest = (aim - given.flatten(0, 1).float()) / end.factor
-    inputs = inputs.reshape(len(aim), -1).float()
-    if isinstance(getattr(end.matrix, "bias", None), Tensor):
-        inputs = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], dim=1)  # (N, F + 1)
-    square = aim.pow(2).sum(1)  # (N,)
-    return inputs, rest, 1 / square.clamp_min(torch.finfo(torch.float32).tiny)
-
-
-@torch.no_grad()
-def _add_change(module: nn.Module, change: Tensor) -> None:
-    """Adds a change (F, D), with a last row for the bias if there is one, to a linear module."""
-    weight: Tensor = module.weight  # type: ignore[assignment]
-    bias = getattr(module, "bias", None)
-    if isinstance(bias, Tensor):
-        bias.copy_((bias.detach().cpu().double() + change[-1]).to(bias.dtype))
-        change = change[:-1]
-    new = weight.detach().cpu().double() + (change if transposed(module) else change.T)
-    weight.copy_(new.to(weight.dtype))
+def _tokens(end: Summand, batch: _Batch, front: int) -> Tokens:
+    """What the end of the layer in front has to know of a batch, whose state is behind the gap."""
+    device = next(end.matrix.parameters()).device
+    parts = (*batch.fronts[front], batch.state)
+    inputs, stream, target = (x.to(device).flatten(0, 1).float() for x in parts)
+    return Tokens(inputs, stream, target)
 
 
 @contextmanager

@@ -5,8 +5,6 @@ Shapes: N tokens, F width of the inputs, D of the stream; for a linear patch F =
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -91,27 +89,3 @@ class Moments:
         """The map T = 1 + C of a linear patch, (D, D) float64, and the share that it restores."""
         change = self.change(ridge)
         return torch.eye(len(self.gram), dtype=torch.float64) + change, self.restored(change)
-
-
-def best_change(
-    fitted: Moments, held: Moments, ridges: Sequence[float], dtype: torch.dtype
-) -> tuple[float | None, Tensor]:
-    """The ridge that restores most of what was kept apart, and the change (F, D) by it.
-
-    Args:
-        fitted, held: sums over the tokens to fit on, and over those kept apart.
-        ridges: candidates.
-        dtype: of the states.
-
-    Returns:
-        None and zeros where each ridge does harm, or nothing is missing.
-    """
-    best, share, change = None, 0.0, torch.zeros_like(fitted.cross)
-    # tokens weigh 1 / ||T||^2: their mean square is relative to the stream's own
-    noise = 16 * torch.finfo(dtype).eps
-    nothing = fitted.square <= noise**2 * fitted.tokens
-    for ridge in () if nothing else ridges:
-        tried = fitted.change(ridge)
-        if (restored := held.restored(tried)) > share:
-            best, share, change = ridge, restored, tried
-    return best, change
