@@ -1377,13 +1377,13 @@ PROOFS = (
         ),
     ),
     Section(
-        "short_gpt/selection/found.py",
-        "tests/models/test_damaged_files.py",
+        "short_gpt/runtime/state.py",
+        "tests/runtime/test_state.py",
         (
             (
-                "    except (KeyError, TypeError, ValueError, AttributeError):\n        whole",
-                "    except ZeroDivisionError:\n        whole",
-                "test_any_damage_is_read_or_told_in_one_line",
+                "if found[CHECKED] != _checked(found):",
+                "if False:",
+                "test_what_was_edited_or_damaged_is_refused",
             ),
         ),
     ),

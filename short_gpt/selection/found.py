@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
-from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.state import StateFile
-from short_gpt.scoring.lists import layer_numbers
 from short_gpt.selection.mending import Mending
 
 Nats = dict[int, float]  # by candidate
@@ -58,32 +56,16 @@ class Search:
     loss: float | None = None
 
 
-def continued(state: StateFile | None, count: int) -> tuple[Search, list[Nats]]:
-    """The search that a state holds, and by group the nats of the round begun; new ones if none.
-
-    Raises:
-        ShortGPTError: the state holds no search among so many layers.
-    """
+def continued(state: StateFile | None) -> tuple[Search, list[Nats]]:
+    """The search that a state holds, and by group the nats of the round begun; new ones if none."""
     if state is None or not state.content:
         return Search(), [{}]
-    try:
-        content = state.content["search"]
-        removed = layer_numbers(content["removed"])
-        losses = [_by_layer(found, count) for found in content["losses"]]
-        done = [_by_layer(found, count) for found in content["done"]]
-        whole = all(i in found for i, found in zip(removed, losses, strict=True))
-    except (KeyError, TypeError, ValueError, AttributeError):
-        whole = False
-    if not whole:
-        raise ShortGPTError(
-            f"{state.path} is no whole state of a search by loss; delete it to begin anew"
-        )
-    return Search(removed, losses), done or [{}]  # evaluations are counted again, by rounds
+    content = state.content["search"]
+    losses, done = ([_by_layer(x) for x in content[name]] for name in ("losses", "done"))
+    # evaluations are counted again, by rounds
+    return Search(list(content["removed"]), losses), done or [{}]
 
 
-def _by_layer(content: Mapping[str, float], count: int) -> Nats:
-    """Losses by layers, whose numbers JSON has turned into strings; ValueError for what is none."""
-    found = {int(i): value for i, value in content.items()}
-    if not all(type(v) is float and 0 <= i < count for i, v in found.items()):
-        raise ValueError
-    return found
+def _by_layer(content: Mapping[str, float]) -> Nats:
+    """Losses by layers, whose numbers JSON has turned into strings."""
+    return {int(i): value for i, value in content.items()}

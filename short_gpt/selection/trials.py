@@ -64,7 +64,7 @@ class Trials:
         size = sum(self._bytes(batch) for batch in read)
         # two more are in use while the states move on
         self._room = 0 if self.groups > 1 else options.max_memory // size - 2
-        self.result, self._done = continued(options.state, len(decoder.layers))
+        self.result, self._done = continued(options.state)
         self._kept, self._rounds = len(self.result.losses), 0  # of a state; counted so far
 
     def _bytes(self, batch: Batch) -> int:
