@@ -40,9 +40,9 @@ from short_gpt.runtime.state import StateFile
 Losses = dict[str, list[Perplexity]]
 # as they were chosen by `short-gpt compare`
 SETS = {
-    "sleb, 8": (3, 12, 13, 14, 15, 16, 17, 18),
     "angular, 4": (12, 13, 14, 15),
     "sleb, 12": (3, 4, 5, 12, 13, 14, 15, 16, 17, 18, 25, 26),
+    "sleb, 8": (3, 12, 13, 14, 15, 16, 17, 18),
 }
 
 
@@ -87,7 +87,7 @@ def main(
     also: str,
     others: str | None = None,
     count: int = 40,
-    only: str = "sets,parts,windows",
+    only: str | Sequence[str] = ("sets", "parts", "windows"),
     first: int | None = None,
     out: str | None = None,
     overwrite: bool = False,
@@ -99,7 +99,8 @@ def main(
     identity = {"model": short.identity(), "tokens": SIZE, "judged by": json_digest(kinds)}
     state = StateFile(f"{out or 'refits'}.state", identity, every=0.0)
     cells = Cells(state)
-    plan = {group: each for group, each in cases(count).items() if group in only.split(",")}
+    groups = only.split(",") if isinstance(only, str) else only  # fire makes a,b a tuple
+    plan = {group: each for group, each in cases(count).items() if group in groups}
     found: dict[str, dict[str, Any]] = {}
     new = 0
     for group, each in plan.items():

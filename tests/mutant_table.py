@@ -614,8 +614,13 @@ HEALING = (
                 "test_in_the_model_that_is_left_every_matrix_solves_its_normal_equations",
             ),
             (
-                "target = target + self._whole[batch]",
-                "target = target + 0",
+                "else between + self._whole[batch]",
+                "else between",
+                "test_in_the_model_that_is_left_every_matrix_solves_its_normal_equations",
+            ),
+            (
+                'if self._weights == "inverse":',
+                'if self._weights == "equal":',
                 "test_in_the_model_that_is_left_every_matrix_solves_its_normal_equations",
             ),
             (
@@ -656,8 +661,8 @@ HEALING = (
         "tests/healing/test_half.py",
         (
             (
-                "return 1 / self.target.pow(2)",
-                "return self.target.pow(2)",
+                "squares = self.target.pow(2).sum(1)",
+                "squares = 1 / self.target.pow(2).sum(1)",
                 "tests/healing/test_refit.py::test_in_the_model_that_is_left_every_matrix_solves_its_normal_equations",
             ),
             (
@@ -803,8 +808,13 @@ HEALING = (
         "tests/healing/test_refit.py",
         (
             (
-                "best = min(made,",
-                "best = max(made,",
+                "best = min(chain([best], alone), key=loss)",
+                "best = max(chain([best], alone), key=loss)",
+                "test_the_best_halves_have_the_least_loss_on_windows_kept_apart",
+            ),
+            (
+                "best = min((fitted",
+                "best = max((fitted",
                 "test_the_best_halves_have_the_least_loss_on_windows_kept_apart",
             ),
         ),

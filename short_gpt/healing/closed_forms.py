@@ -103,13 +103,15 @@ class RefitSettings(ClosedForm):
     """Settings of the refit; see `refit.fit`.
 
     Attributes:
-        parts: as there; None takes those of least loss on windows kept apart, as `fit_best` does.
-        ridges, batch_size: as there.
+        parts: as there; None takes those, and the weights, of least loss on windows kept apart, as
+            `fit_best` does.
+        ridges, weights, batch_size: as there.
         max_windows: of those to learn from, the first so many; None takes all.
     """
 
     parts: tuple[str, ...] | None = refit.PARTS
     ridges: tuple[float, ...] = refit.RIDGES
+    weights: str = refit.WEIGHTS[0]
     batch_size: int = 1
     max_windows: int | None = None
     name: ClassVar[str] = "refit"
@@ -127,7 +129,7 @@ class RefitSettings(ClosedForm):
     def fit(self, work: Work) -> Heal:
         fit: Callable[..., refit.Refit] = fit_best
         if self.parts is not None:
-            fit = partial(refit.fit, parts=self.parts)
+            fit = partial(refit.fit, parts=self.parts, weights=self.weights)
         made = fit(
             work.short,
             work.layers,

@@ -36,17 +36,23 @@ class Tokens:
         stream: the stream that the half adds to, (N, D).
         target: what the sum is to be, (N, D).
         given: what the matrix makes of the inputs, (N, D), where that is known.
+        square: None lets a token weigh by its own target; else all weigh alike, by this mean of
+            ||target||^2.
     """
 
     inputs: Tensor
     stream: Tensor
     target: Tensor
     given: Tensor | None = None
+    square: float | None = None
 
     @property
     def weights(self) -> Tensor:
         """1 / ||target||^2, (N,): the norms behind make a token's scale irrelevant."""
-        return 1 / self.target.pow(2).sum(1).clamp_min(TINY)
+        squares = self.target.pow(2).sum(1)
+        if self.square is not None:
+            squares = torch.full_like(squares, self.square)
+        return 1 / squares.clamp_min(TINY)
 
 
 @dataclass(frozen=True)

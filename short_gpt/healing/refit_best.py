@@ -1,14 +1,16 @@
-"""The refit of the halves that have the least loss on windows kept apart."""
+"""The refit of the token weights and halves that have the least loss on windows kept apart."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 from short_gpt.evaluation.paired import together
 from short_gpt.healing.refit import PARTS, Refit, fit, fold, held_apart
+from short_gpt.healing.refit_layer import WEIGHTS
 from short_gpt.healing.refit_pass import RIDGES
 from short_gpt.scored_model import ScoredModel
 
@@ -24,39 +26,49 @@ def fit_best(
     work_dir: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> Refit:
-    """Fits each half alone and both, and keeps what has the least loss on windows kept apart.
+    """Fits both halves with each weight of tokens, then each half alone with the better one.
 
-    It takes three times as long as `fit`, whose args and errors it has; the model is as it was
-    afterwards.
+    What is kept has the least loss on windows kept apart. It takes four times as long as `fit`,
+    whose args and errors it has; the model is as it was afterwards.
 
     Example:
-        >>> fit_best(short, [21, 22], windows).tried  # doctest: +SKIP
-        {'none': 61.2, 'attention,mlp': 23.4, 'attention': 40.1, 'mlp': 26.0}
+        >>> fit_best(short, [21], windows).tried  # doctest: +SKIP
+        {'none': 61.2, 'attention,mlp inverse': 23.4, 'attention,mlp equal': 24.0, ...}
     """
     windows, held = held_apart(list(windows)) if held is None else (windows, held)
 
-    def fitted(parts: tuple[str, ...]) -> Refit:
-        return fit(
+    def fitted(parts: tuple[str, ...], weights: str) -> Refit:
+        folder = "-".join([*parts, weights])
+        refit = fit(
             short,
             layers,
             windows,
             held=held,
             parts=parts,
             ridges=ridges,
+            weights=weights,
             batch_size=batch_size,
-            work_dir=None if work_dir is None else Path(os.fspath(work_dir)) / "-".join(parts),
+            work_dir=None if work_dir is None else Path(os.fspath(work_dir)) / folder,
             progress=progress,
         )
+        with short.without_layers(layers):
+            tried[_name(refit)] = _perplexity_with(short, refit, held)
+        return refit
 
-    made = [fitted(PARTS)]
-    if {found.part for found in made[0].fits} == set(PARTS):
-        made += [fitted((part,)) for part in PARTS]
+    def loss(refit: Refit) -> float:
+        return tried[_name(refit)]
+
     with short.without_layers(layers):
         tried = {"none": _perplexity(short, held)}
-        for refit in made:
-            tried[",".join(refit.parts)] = _perplexity_with(short, refit, held)
-    best = min(made, key=lambda refit: tried[",".join(refit.parts)])
+    best = min((fitted(PARTS, weights) for weights in WEIGHTS), key=loss)
+    if {found.part for found in best.fits} == set(PARTS):
+        alone = (fitted((part,), best.weights) for part in PARTS)
+        best = min(chain([best], alone), key=loss)
     return replace(best, tried=tried)
+
+
+def _name(refit: Refit) -> str:
+    return f"{','.join(refit.parts)} {refit.weights}"
 
 
 def _perplexity_with(short: ScoredModel, refit: Refit, held: Sequence[Sequence[int]]) -> float:

@@ -23,6 +23,9 @@ from short_gpt.models.summands import Summand, Summands, behind_attention
 from short_gpt.runtime.errors import NotFiniteError
 from short_gpt.surgery.changes import Parameter, parameters_of, restored_on_error
 
+# How a token weighs: by the inverse square of its target, or as much as any other.
+WEIGHTS = ("inverse", "equal")
+
 
 @dataclass(frozen=True)
 class Windows:
@@ -85,6 +88,7 @@ class LayerRefit:
         number: its original one.
         parts: halves whose last matrix is solved, "attention" or "mlp".
         ridges: candidates for every matrix.
+        weights: of the tokens, one of `WEIGHTS`.
 
     Attributes:
         ends: by half, what is solved.
@@ -99,8 +103,10 @@ class LayerRefit:
         *,
         parts: Sequence[str],
         ridges: Sequence[float],
+        weights: str,
     ) -> None:
         self._windows, self._place, self._number, self._ridges = windows, place, number, ridges
+        self._weights = weights
         state = windows.state
         self._left, self._behind = state.before("left"), state.behind("left")
         self._whole = state.behind("whole")  # from `teach` on, and behind a gap where there is one
@@ -166,11 +172,14 @@ class LayerRefit:
         if end.norm is not None or self._known is not None:
             kept = set(windows)  # is asked for again
 
+        def target(batch: int) -> Tensor:
+            between = self._between[batch]
+            return between if "mlp" in self.ends else between + self._whole[batch]
+
+        square = self._square(target)
+
         def tokens(batch: int, inputs: Tensor) -> Tokens:
-            target = self._between[batch]
-            if "mlp" not in self.ends:
-                target = target + self._whole[batch]
-            return _tokens(inputs, self._left[batch], target)
+            return _tokens(inputs, self._left[batch], target(batch), square)
 
         def fitted() -> Iterator[Tokens]:
             for batch in windows:
@@ -189,10 +198,10 @@ class LayerRefit:
 
         What its half adds to stands in the place of the states behind, from here on.
         """
-        windows = self._windows
+        windows, square = self._windows, self._square(self._whole.__getitem__)
 
         def tokens(batch: int, inputs: Tensor) -> Tokens:
-            return _tokens(inputs, self._behind[batch], self._whole[batch])
+            return _tokens(inputs, self._behind[batch], self._whole[batch], square)
 
         def fitted() -> Iterator[Tokens]:
             for batch in windows:
@@ -207,6 +216,13 @@ class LayerRefit:
                     yield replace(tokens(batch, inputs), given=given)
 
         return self._solved("mlp", end, equations_of(end, fitted()), tokens)
+
+    def _square(self, target: Callable[[int], Tensor]) -> float | None:
+        """The mean of ||target||^2 that equal weights are relative to; None where they differ."""
+        if self._weights == "inverse":
+            return None
+        fitted = [target(batch).float().pow(2).sum(-1) for batch in self._windows.of(held=False)]
+        return float(torch.cat([squares.flatten() for squares in fitted]).mean())
 
     def _attended(self, batch: int) -> AbstractContextManager[None]:
         """What the attention's matrix was given is not computed again where that is proved."""
@@ -264,10 +280,10 @@ def seen_at(module: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
         handle.remove()
 
 
-def _tokens(inputs: Tensor, stream: Tensor, target: Tensor) -> Tokens:
+def _tokens(inputs: Tensor, stream: Tensor, target: Tensor, square: float | None) -> Tokens:
     """Those of a batch, from states (B, S, ...), where the inputs are."""
-    wide = [state.to(inputs.device).flatten(0, 1).float() for state in (stream, target)]
-    return Tokens(inputs.reshape(len(wide[0]), -1).float(), *wide)
+    h, wanted = (state.to(inputs.device).flatten(0, 1).float() for state in (stream, target))
+    return Tokens(inputs.reshape(len(h), -1).float(), h, wanted, square=square)
 
 
 def _parameters(end: Summand) -> list[Tensor]:

@@ -6,6 +6,7 @@ Places are those of the layers in the decoder. Shapes: B windows, S tokens, D wi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ class RefitPass:
         gone: places of the layers that go.
         parts: halves whose last matrix is solved, "attention" or "mlp".
         ridges: candidates for every matrix.
+        weights: of the tokens, "inverse" or "equal".
         state: what is continued from, and what is solved goes to.
 
     Attributes:
@@ -42,9 +44,11 @@ class RefitPass:
         *,
         parts: Sequence[str],
         ridges: Sequence[float],
+        weights: str,
         state: RefitState,
     ) -> None:
-        self._calls, self._numbers, self._parts, self._ridges = calls, numbers, parts, ridges
+        self._calls, self._numbers = calls, numbers
+        self._solving = partial(LayerRefit, parts=parts, ridges=ridges, weights=weights)
         self.state, self.room = state, 0
         self._kept = [place for place in range(calls.count) if place not in gone]
         # the first layer whose target is not what it gives anyway
@@ -137,7 +141,7 @@ class RefitPass:
                 state.before("left")[batch] = state.before("whole")[batch]
         with self._calls.loaded(place):
             number = self._numbers[place]
-            layer = LayerRefit(windows, place, number, parts=self._parts, ridges=self._ridges)
+            layer = self._solving(windows, place, number)
             layer.teach()
         whole = state.behind("whole")
         self._move(windows, range(place + 1, after), whole, to=whole)

@@ -57,15 +57,19 @@ def lack(short, place: int, part: str, windows, target: torch.Tensor) -> list[to
     return [inputs.double(), rest.flatten(0, 1).double(), 1 / square]
 
 
-@pytest.mark.parametrize("family", ["meta", "llama", "gpt2", "granite", "mixtral"])
-def test_in_the_model_that_is_left_every_matrix_solves_its_normal_equations(family):
+SOLVED = [(name, "inverse") for name in ("meta", "llama", "gpt2", "granite", "mixtral")]
+
+
+@pytest.mark.parametrize("family, weights", [*SOLVED, ("meta", "equal"), ("mixtral", "equal")])
+def test_in_the_model_that_is_left_every_matrix_solves_its_normal_equations(family, weights):
     whole, short = [meta() if family == "meta" else ShortHFModel(make(family)) for _ in range(2)]
     factor = 0.22 if family == "granite" else 1.0
     if family == "granite":
         for model in (whole, short):
             for layer in model.decoder.layers:
                 layer.residual_multiplier = factor
-    refit = heal(short, [2, 3], WINDOWS, held=WINDOWS, ridges=(0.1,), progress=False)
+    options = {"held": WINDOWS, "ridges": (0.1,), "weights": weights, "progress": False}
+    refit = heal(short, [2, 3], WINDOWS, **options)
     targets = states(whole, WINDOWS)
     calls = LayerCalls(whole.decoder)
     seen = 0
@@ -81,6 +85,7 @@ def test_in_the_model_that_is_left_every_matrix_solves_its_normal_equations(fami
             between, behind = behind_attention(run, mlp)
             target = between if family != "mixtral" else between + target - behind
         x, rest, w = lack(short, place, found.part, WINDOWS, target)
+        w = w if weights == "inverse" else torch.full_like(w, w.reciprocal().mean() ** -1)
         end = mlp_output if found.part == "mlp" else attention_output
         new, old = (end(m.decoder.layers[i]) for m, i in ((short, place), (whole, found.layer)))
         change = (new.weight - old.weight).double()
@@ -177,19 +182,22 @@ def test_the_best_halves_have_the_least_loss_on_windows_kept_apart():
     before = weights(short)
     best = fit_best(short, [2, 3], WINDOWS, held=WINDOWS, progress=False)
     assert same(before, weights(short)) and not short.changes
-    losses = {}
-    for parts in (("attention", "mlp"), ("attention",), ("mlp",)):
-        healed = meta()
-        heal(healed, [2, 3], WINDOWS, held=WINDOWS, parts=parts, progress=False)
-        losses[",".join(parts)] = healed.perplexity(WINDOWS, progress=False).value
+    both, losses = ("attention", "mlp"), {}
+    ways = [(both, "inverse"), (both, "equal"), *(((part,), best.weights) for part in both)]
+    for parts, weighing in ways:
+        healed, options = meta(), {"held": WINDOWS, "parts": parts, "weights": weighing}
+        heal(healed, [2, 3], WINDOWS, **options, progress=False)
+        losses[f"{','.join(parts)} {weighing}"] = healed.perplexity(WINDOWS, progress=False).value
+    name = f"{','.join(best.parts)} {best.weights}"
+    assert losses[name] == min(losses.values()) and best.to_dict()["weights"] == best.weights
     cut = meta()
     cut.remove_layers([2, 3])
     losses["none"] = cut.perplexity(WINDOWS, progress=False).value
     assert best.tried == pytest.approx(losses, rel=1e-6)
-    assert losses[",".join(best.parts)] == min(v for k, v in losses.items() if k != "none")
     assert best.to_dict()["tried"] == best.tried
     experts = fit_best(ShortHFModel(make("mixtral")), [3], WINDOWS, **ALL)
-    assert set(experts.tried) == {"none", "attention,mlp"}  # of which the attention alone is solved
+    of_both = {"attention,mlp inverse", "attention,mlp equal"}  # the attention alone is solved
+    assert set(experts.tried) == {"none", *of_both}
 
 
 def test_every_eighth_window_chooses_the_ridge():
@@ -246,6 +254,8 @@ def test_what_cannot_be_is_refused_in_one_line():
         fit(short, [3], WINDOWS, parts=("norm",))
     with pytest.raises(ValueError, match="ridges = .*expected numbers above 0"):
         fit(short, [3], WINDOWS, ridges=(0.0,))
+    with pytest.raises(ValueError, match="weights = 'even': expected one of inverse, equal"):
+        fit(short, [3], WINDOWS, weights="even")
     with pytest.raises(ValueError, match="9"):
         fit(short, [9], WINDOWS, progress=False)
     refit = fit(short, [3], WINDOWS, progress=False)
