@@ -3,9 +3,10 @@
 Every case removes layers, heals what is left in closed form, and is judged on held-out chapters of
 the book, on the half of a second text that nothing was fitted on, and on texts of other kinds:
 
-- ``sets``: 4, 8 and 12 layers by several ways of choosing, each healed by the whole refit;
-- ``parts``: 8 layers, healed by the patch, by one half alone, and by both;
-- ``windows``: 8 layers and from 8 to 32 windows, of both texts or of one.
+- ``sets``: 4 and 12 layers, each healed by the whole refit;
+- ``parts``: 8 layers, healed by the patch, by one half alone, by both, and by variants that the
+  library does not have (`refit_trials`);
+- ``windows``: 8 layers and from 8 to 32 windows, of both texts, and 16 of one.
 
 The latter two read windows of 512 tokens.
 
@@ -28,6 +29,7 @@ from typing import Any
 import fire
 from healing import LAYERS, Windows, fitted_on, judge, judged_by, row
 from outcome import begin, finish
+from refit_trials import VARIANTS
 from scoring import SIZE, build
 
 from short_gpt import ShortLlama
@@ -42,7 +44,6 @@ Losses = dict[str, list[Perplexity]]
 SETS = {
     "angular, 4": (12, 13, 14, 15),
     "sleb, 12": (3, 4, 5, 12, 13, 14, 15, 16, 17, 18, 25, 26),
-    "sleb, 8": (3, 12, 13, 14, 15, 16, 17, 18),
 }
 
 
@@ -55,15 +56,15 @@ class Case:
         first, second: windows of the book and of the second text to fit on.
         size: their tokens.
         judged: windows of each kind to judge by.
-        method: "patch" or "refit".
+        method: "patch", "refit", or a variant of it.
         options: of its `fit`.
     """
 
     layers: Sequence[int] = LAYERS
-    first: int = 16
-    second: int = 16
+    first: int = 8
+    second: int = 8
     size: int = 512
-    judged: int = 8
+    judged: int = 6
     method: str = "refit"
     options: tuple[tuple[str, Any], ...] = ()
 
@@ -76,9 +77,11 @@ def cases(count: int) -> dict[str, dict[str, Case]]:
         "attention": Case(options=(("parts", ("attention",)),)),
         "mlp": Case(options=(("parts", ("mlp",)),)),
         "both": Case(),
+        "both, equal weights": Case(options=(("weights", "equal"),)),
     }
+    parts |= {f"both, {name}": Case(method=name) for name in VARIANTS}
     mixed = {f"{n} + {n}": Case(first=n, second=n) for n in (4, 8, 16)}
-    alone = {"32 + 0": Case(first=32, second=0), "0 + 32": Case(first=0, second=32)}
+    alone = {"16 + 0": Case(first=16, second=0), "0 + 16": Case(first=0, second=16)}
     sets = {name: whole(layers) for name, layers in SETS.items()}
     return {"sets": sets, "parts": parts, "windows": {**mixed, **alone}}
 
@@ -127,11 +130,11 @@ def measured(
             return judge(short, kinds)
 
     def healed() -> Losses:
-        ways: dict[str, Any] = {"patch": linear_patch, "refit": refit}
+        fit = {"patch": linear_patch.fit, "refit": refit.fit, **VARIANTS}[case.method]
         learned = fitted_on(short, case.first, case.second, also, case.size)
-        result = ways[case.method].fit(short, gone, learned, **dict(case.options))
+        result: Any = fit(short, gone, learned, **dict(case.options))
         with short.without_layers(gone):
-            undo = ways[case.method].fold(short, result)
+            undo = (linear_patch if case.method == "patch" else refit).fold(short, result)
             found = judge(short, few)
             undo()
         return found
