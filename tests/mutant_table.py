@@ -1015,6 +1015,11 @@ HEALING = (
         "tests/healing/test_chain.py",
         (
             (
+                "self._clear(self.work_dir)",
+                "shutil.rmtree(self.work_dir)",
+                "test_a_chain_does_what_its_steps_do_and_is_recorded_as_one",
+            ),
+            (
                 "        for undo in reversed(undos):\n            undo()\n",
                 "",
                 "test_all_steps_are_undone_when_a_later_one_fails",

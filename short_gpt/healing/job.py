@@ -13,7 +13,7 @@ from pathlib import Path
 from short_gpt.evaluation.paired import Difference, difference, together
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.healing.closed_forms import RefitSettings
-from short_gpt.healing.steps import check_order
+from short_gpt.healing.steps import TEACHER, check_order
 from short_gpt.healing.texts import Learning
 from short_gpt.healing.work import Heal, Step, Work
 from short_gpt.runtime.errors import ShortGPTError
@@ -194,8 +194,17 @@ class HealingJob:
         measured = self.evidence.perplexity
         out = self.short.save(out_dir, facts=facts, measured=measured, overwrite=overwrite)
         if self.work_dir is not None:
-            shutil.rmtree(self.work_dir, ignore_errors=True)
+            self._clear(self.work_dir)
         return out
+
+    def _clear(self, folder: Path) -> None:
+        """Removes what the steps keep, and the folder if nothing else is in it."""
+        for name in (TEACHER, *(step.name for step in self.steps)):
+            shutil.rmtree(folder / name, ignore_errors=True)
+            for path in folder.glob(f"{name}.*"):
+                path.unlink()
+        with suppress(OSError):  # what holds something else stays
+            folder.rmdir()
 
     @contextmanager
     def _folder(self) -> Iterator[Path]:

@@ -21,6 +21,9 @@ from short_gpt.healing.work import Heal, Work
 from short_gpt.runtime.errors import ShortGPTError
 
 
+TEACHER = "teacher"  # the folder of its predictions
+
+
 @dataclass(frozen=True)
 class LoraSettings:
     """Settings of LoRA on text.
@@ -97,7 +100,7 @@ class DistillSettings(LoraSettings):
             return LiveTeacher(model, k=self.top_k, temperature=self.temperature)
         windows = [*self._training(work), *work.windows.validation]
         cache = CachedTeacher(
-            work.folder / "teacher", model, windows, k=self.top_k, temperature=self.temperature
+            work.folder / TEACHER, model, windows, k=self.top_k, temperature=self.temperature
         )
         cache.fill(batch_size=self._recipe(work).micro_batch, progress=work.progress)
         return cache

@@ -76,12 +76,13 @@ def test_a_chain_does_what_its_steps_do_and_is_recorded_as_one(tmp_path):
     assert list(evidence.changes) == ["patch", "distill"]
     parts = sum(change.nats for change in evidence.changes.values())
     assert evidence.change.nats == pytest.approx(parts)
+    (tmp_path / "work" / "notes.txt").write_text("of the user")
     out = chain.save(tmp_path / "out")
+    assert [path.name for path in (tmp_path / "work").iterdir()] == ["notes.txt"]
     record = json.loads((out / "pruning.json").read_text())
     assert [step["method"] for step in record["healing"]] == ["linear patch", "distillation"]
     assert record["healing"] == json.loads(json.dumps(evidence.to_dict()["healing"]))
     assert "changed by a linear patch, then distillation" in (out / "README.md").read_text()
-    assert not (tmp_path / "work").exists()
 
 
 def test_a_refit_chooses_its_ridges_by_the_windows_that_validate():

@@ -1,0 +1,143 @@
+"""Variants of the refit that the library does not have, tried on the real model by `refits.py`.
+
+- "two sweeps": all matrices are solved a second time, with the ridge towards the first solution.
+- "targets at 0.7": every layer aims at a point so far from what it gives to what the whole model
+  gives.
+- "weights of the gradient": a token weighs by the squared gradient of the whole model's loss in its
+  state behind the layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from short_gpt import ShortHFModel, ShortLlama
+from short_gpt.data import demo
+from short_gpt.healing import half, refit, refit_layer
+from short_gpt.healing.half import HalfSolver, Tokens
+from short_gpt.healing.refit_layer import LayerRefit
+
+Windows = Sequence[Sequence[int]]
+Fit = Callable[[ShortLlama, Sequence[int], Windows], refit.Refit]
+
+
+def two_sweeps(short: ShortLlama, layers: Sequence[int], windows: Windows) -> refit.Refit:
+    first = refit.fit(short, layers, windows)
+    learn = LayerRefit.learn
+
+    def again(self: LayerRefit) -> object:
+        """From the first sweep's matrices; the layer has its own again behind it."""
+        layer = self._windows.calls.layer(self._place)
+        own = {name: p.detach().clone() for name, p in layer.named_parameters()}
+        named = dict(layer.named_parameters())
+        for (number, name), value in first.values.items():
+            if number == self._number:
+                named[name].data.copy_(value)
+        try:
+            fits, values = learn(self)
+        finally:
+            for name, value in own.items():
+                named[name].data.copy_(value)
+        # what did not change again stays what the first sweep made of it
+        before = {k: v for k, v in first.values.items() if k[0] == self._number}
+        return fits, {**before, **values}
+
+    with patch.object(LayerRefit, "learn", again):
+        return refit.fit(short, layers, windows)
+
+
+def damped(short: ShortLlama, layers: Sequence[int], windows: Windows) -> refit.Refit:
+    linear = half._linear
+
+    def part(end: object, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
+        inputs, rest, weights = linear(end, tokens)
+        return inputs, 0.7 * rest, weights
+
+    with patch.object(half, "_linear", part):
+        return refit.fit(short, layers, windows)
+
+
+@dataclass(frozen=True)
+class Weighted(Tokens):
+    """Tokens whose weights are given, (N,)."""
+
+    given_weights: Tensor | None = None
+
+    @property
+    def weights(self) -> Tensor:
+        assert self.given_weights is not None
+        return self.given_weights
+
+
+def by_gradient(short: ShortLlama, layers: Sequence[int], windows: Windows) -> refit.Refit:
+    fitted, held = refit.held_apart(list(windows))
+    squares = gradients([*fitted, *held])
+    learn, equations = LayerRefit.learn, refit_layer.equations_of
+    at: list[int] = []
+
+    def weighted(batches: Iterable[Tokens], first: int) -> Iterator[Tokens]:
+        for batch, tokens in enumerate(batches, start=first):
+            own = squares[batch][at[-1]]
+            yield Weighted(**{**vars(tokens), "given_weights": own})
+
+    def noted(self: LayerRefit) -> object:
+        at.append(self._place)
+        return learn(self)
+
+    def solver(end: object, ridges: object, fit: Callable, keep: Callable) -> HalfSolver:
+        return HalfSolver(
+            end, ridges, lambda: weighted(fit(), 0), lambda: weighted(keep(), len(fitted))
+        )
+
+    with (
+        patch.object(LayerRefit, "learn", noted),
+        patch.object(refit_layer, "HalfSolver", solver),
+        patch.object(
+            refit_layer, "equations_of", lambda end, batches: equations(end, weighted(batches, 0))
+        ),
+    ):
+        return refit.fit(short, layers, fitted, held=held)
+
+
+def gradients(windows: Windows) -> list[list[Tensor]]:
+    """By window and layer, the squared gradient of the loss in the state behind, (S,), mean 1."""
+    model = ShortHFModel.from_meta(str(demo.checkpoint()), device="cpu", dtype="float32").model
+    found = []
+    for window in windows:
+        tokens, states = torch.tensor([list(window)]), []
+        with states_of(model, states):
+            model(tokens, labels=tokens).loss.backward()
+        model.zero_grad(set_to_none=True)
+        every = [state.grad[0].pow(2).sum(-1) for state in states]
+        found.append([square / square.mean() for square in every])
+    return found
+
+
+@contextmanager
+def states_of(model: torch.nn.Module, states: list[Tensor]) -> Iterator[None]:
+    """Keeps the states behind all layers, with their gradients, of a pass inside the block."""
+
+    def note(_: object, __: object, output: object) -> None:
+        state = output if isinstance(output, Tensor) else output[0]
+        state.retain_grad()
+        states.append(state)
+
+    hooks = [layer.register_forward_hook(note) for layer in model.model.layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+VARIANTS: dict[str, Fit] = {
+    "two sweeps": two_sweeps,
+    "targets at 0.7": damped,
+    "weights of the gradient": by_gradient,
+}
