@@ -24,9 +24,9 @@ from healing import Windows, cut, fitted_on, halves, judge, judged_by, row, tabl
 from outcome import begin, finish
 from scoring import build
 
-from short_gpt import ShortHFModel, ShortLlama, heal_lora, heal_refit, recipe_for
+from short_gpt import ShortHFModel, ShortLlama, heal_lora, heal_refit
 from short_gpt.data import demo, without_overlap
-from short_gpt.healing import CachedTeacher, Distillation
+from short_gpt.healing import CachedTeacher, Distillation, recipe_for
 
 LAYERS = (3, 12, 13, 14, 15, 16, 17, 18)  # greedy search's 8, see `compare`
 SECONDS = 900.0  # that refit and distillation may take on two cores

@@ -115,7 +115,7 @@ def main(
             found[group][name] = rows = measured(cells, short, case, kinds, also)
             print(line(f"{group}: {name}", rows), flush=True)
     state.clear()
-    content = {"windows_of_sets": count, "groups": found}
+    content = {"windows_of_sets": count, "tokens_of_parts": Case.size, "groups": found}
     finish("refits", [], content, out=out, overwrite=overwrite)
 
 
@@ -145,7 +145,8 @@ def measured(
     raw = by_kind(cells, f"cut {gone}", kinds, cut)
     parts = [by_kind(cells, str(case), few, healed), firsts(whole, case), firsts(raw, case)]
     names = ("healed", "whole", "cut")
-    return {name: row(part, *parts[1:]) for name, part in zip(names, parts, strict=True)}
+    rows = {name: row(part, *parts[1:]) for name, part in zip(names, parts, strict=True)}
+    return {"layers": gone, **rows}
 
 
 def firsts(losses: Losses, case: Case) -> Losses:

@@ -20,7 +20,6 @@ from short_gpt.healing.trainer import TrainingRun
 from short_gpt.healing.work import Heal, Work
 from short_gpt.runtime.errors import ShortGPTError
 
-
 TEACHER = "teacher"  # the folder of its predictions
 
 
