@@ -51,12 +51,15 @@ def main(
         count: windows of 1024 tokens of each text to refit on.
         steps: of training, each of two windows of ``size`` tokens.
         size: of those.
-        also, others, judged: as in ``healing.py``.
+        also, others: as in ``healing.py``.
+        judged: windows of held-out chapters to judge by, and half as many of each other text.
         out, overwrite: the JSON file.
     """
     begin(out, overwrite=overwrite)
     meta = build()
-    refitted_on, kinds = fitted_on(meta, count, count, also), judged_by(meta, also, others, judged)
+    refitted_on, every = fitted_on(meta, count, count, also), judged_by(meta, also, others, judged)
+    book = next(iter(every))
+    kinds = {kind: read if kind == book else read[: judged // 2] for kind, read in every.items()}
     short = ShortHFModel.from_meta(str(demo.checkpoint()), device="cpu", dtype="float32")
     evaluation = [w for read in kinds.values() for w in read]
     training, validation = apart(meta, steps, size, also, evaluation)

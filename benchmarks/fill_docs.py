@@ -2,13 +2,15 @@
 
     python benchmarks/fill_docs.py
 
-Only what `made_tables` names is written; the words around it are left, and a test compares them.
+Only what `made_tables` names is written, and one picture drawn; the words around it are left, and a
+test compares them.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from healing_tables import picture
 from made_tables import BLOCKS, TABLES
 
 ROOT = Path(__file__).parents[1]
@@ -56,6 +58,7 @@ def main() -> None:
         if (new := filled(page, text)) != text:
             path.write_text(new, encoding="utf-8")
             print(f"filled: {page}")
+    picture(ROOT / "docs" / "images" / "refit_text.png")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import partial
 
 import evidence_tables as evidence
+import healing_tables as healing
 from evidence_tables import result
 
 from short_gpt.experiments.comparison import Row
@@ -211,24 +212,8 @@ def healed() -> str:
     return " ".join(parts)
 
 
-def refitted() -> list[str]:
-    """Perplexities by kind of text, and the share of the lost nats that is back."""
-    lines = []
-    for name, kinds in result("healing")["rows"].items():
-        cells = [f"{found['perplexity']:.2f}" for found in kinds.values()]
-        if name not in ("whole", "cut"):
-            shares = [f"{found['restored']:.0%}" for found in kinds.values()]
-            cells = [f"{c}, {share}" for c, share in zip(cells, shares, strict=True)]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return lines
-
-
-def passes() -> str:
-    cost = result("healing")["cost"]["refit"]
-    return f"{cost['passes']:.2f} ({cost['passes_least']:.2f} to {cost['passes_most']:.2f})"
-
-
 TASKS = "| | whole | 2 less | 2, refitted | 4 less | 4, refitted | 8 less | 8, refitted |"
+HEALED = "| {} | held-out chapters | WikiText-2, second half | novels |"
 CROSSED = "| {}, chosen on | bible | wikitext | novels | questions | code |"
 RULED = "| the rule with | trusted, harmless | trusted, harmful | not, harmless | not, harmful |"
 # The head of every table that is filled, by its page, and what makes its rows.
@@ -262,7 +247,11 @@ TABLES: dict[str, dict[str, Callable[[], list[str]]]] = {
         "| what misleads | wrong, of early stops | of all runs | stopped early |": attacked,
     },
     "docs/healing.md": {
-        "| 8 of 30 layers less | held-out chapters | WikiText-2, second half | novels |": refitted,
+        HEALED.format("8 of 30 layers less"): healing.refitted,
+        HEALED.format("layers less"): healing.sets,
+        HEALED.format("8 layers less, distilled"): healing.distilled,
+        HEALED.format("healed by"): healing.parts,
+        HEALED.format("windows"): healing.windows,
     },
 }
 # The first words of every block that is filled as it is printed, by its page.
