@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from short_gpt.healing.normal_equations import ROWS
+from short_gpt.healing.normal_equations import COLUMNS, ROWS
 from short_gpt.models.layer_calls import LayerCalls
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.scored_model import ScoredModel
@@ -76,11 +76,7 @@ def plan(
     width, inputs, itemsize = calls.widths()
     every, tokens = sum(map(len, windows)), batch_size * max(map(len, windows))
     states = every * width * itemsize
-    host = {"the process itself": resident(), **calls.memory()}
-    # one F x F matrix of float64; of F x D the cross products and a solution, and in float32 the
-    # solution, the best one, a sum with it, and copies of what was there
-    host["sums"] = 8 * inputs**2 + (2 * 8 + 7 * 4) * inputs * width
-    host["working memory"] = 4 * (tokens * (4 * inputs + 10 * width) + ROWS * inputs)
+    host = {"the process itself": resident(), **_fullest(calls, tokens)}
     solved = calls.count * (inputs + width) * width * itemsize
     if folder is None:
         host["what is solved"] = solved
@@ -101,6 +97,30 @@ def plan(
     if spilled:
         _check_disk(folder or Path(tempfile.gettempdir()), disk)
     return RefitPlan(host, disk * spilled, max(room, 0), len(windows))
+
+
+def _fullest(calls: LayerCalls, tokens: int) -> Mapping[str, int]:
+    """What a layer takes while it is read, its sums are made, or its MLP's matrix is solved.
+
+    Args:
+        calls: of the model.
+        tokens: N.
+    """
+    width, inputs, itemsize = calls.widths()
+    read, batch = calls.memory(), 4 * tokens * (4 * inputs + 10 * width)
+    attention, mlp = width**2 * itemsize, inputs * width * itemsize  # what their matrices take
+    sums = 8 * inputs * (inputs + width)  # float64
+    made = {"layer": read.get("layer", 0), "sums": sums, "copies of matrices": 2 * attention}
+    # rows of a product in float32, and as they are added
+    made["working memory"] = batch + (4 + 8) * ROWS * inputs
+    # of the layer the last matrices; copies of them as they were, which the solver has, too, of
+    # what became of the attention's, and of the best so far
+    solved = {"layer": (attention + mlp) * bool(read), "sums": sums}
+    solved["copies of matrices"] = 2 * attention + 3 * mlp
+    blocks = 3 * 8 * COLUMNS * inputs
+    wide = 4 * inputs * width * (itemsize < 4)  # a matrix that is multiplied in float32
+    solved["working memory"] = max(batch + wide, blocks)
+    return max((read, made, solved), key=lambda moment: sum(moment.values()))
 
 
 def plan_of(
