@@ -1,4 +1,4 @@
-"""Checkpoints of a Llama's shapes with random weights, written tensor by tensor, and their texts."""
+"""Checkpoints of a Llama's shapes with random weights, written tensor by tensor; their texts."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def write_meta(args: ModelArgs, tensors: Tensors, directory: Path) -> None:
 def write_hf(
     args: ModelArgs, tensors: Tensors, directory: Path, *, shard_bytes: int = SHARD_BYTES
 ) -> None:
-    """The checkpoint in Hugging Face's format, in shards with their index; config.json comes last."""
+    """The checkpoint in Hugging Face's format, with its index; config.json comes last."""
     write_tokenizer(args, directory, bos=True)
     infos, read = tensors
     meta = {name_in(HF, name): name for name in infos}

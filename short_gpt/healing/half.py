@@ -174,7 +174,7 @@ class HalfSolver:
     def _taken(
         self, parameters: Sequence[Tensor], add: Callable[[float], float]
     ) -> tuple[float | None, float]:
-        """Changes parameters by the ridge of least error; by none if each leaves more than there is.
+        """Changes parameters by the ridge of least error; by none where each leaves more.
 
         Args:
             parameters: that are changed.

@@ -17,6 +17,8 @@ from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.scored_model import ScoredModel
 from short_gpt.streaming.memory import bytes_of, free_memory, resident, shown
 
+LIBRARIES = 80 * 10**6  # what those that were not used yet take once they are
+
 
 @dataclass(frozen=True)
 class RefitPlan:
@@ -76,7 +78,7 @@ def plan(
     width, inputs, itemsize = calls.widths()
     every, tokens = sum(map(len, windows)), batch_size * max(map(len, windows))
     states = every * width * itemsize
-    host = {"the process itself": resident(), **_fullest(calls, tokens)}
+    host = {"the process itself": resident() + LIBRARIES, **_fullest(calls, tokens)}
     solved = calls.count * (inputs + width) * width * itemsize
     if folder is None:
         host["what is solved"] = solved
@@ -107,19 +109,19 @@ def _fullest(calls: LayerCalls, tokens: int) -> Mapping[str, int]:
         tokens: N.
     """
     width, inputs, itemsize = calls.widths()
-    read, batch = calls.memory(), 4 * tokens * (4 * inputs + 10 * width)
     attention, mlp = width**2 * itemsize, inputs * width * itemsize  # what their matrices take
-    sums = 8 * inputs * (inputs + width)  # float64
+    read, sums = calls.memory(), 8 * inputs * (inputs + width)
+    # rows of a product are there in float32, and as they are added
     made = {"layer": read.get("layer", 0), "sums": sums, "copies of matrices": 2 * attention}
-    # rows of a product in float32, and as they are added
-    made["working memory"] = batch + (4 + 8) * ROWS * inputs
-    # of the layer the last matrices; copies of them as they were, which the solver has, too, of
-    # what became of the attention's, and of the best so far
+    made["working memory"] = 4 * tokens * (4 * inputs + 10 * width) + 12 * ROWS * inputs
+    # the last matrices are left of the layer; of both there is a copy as they were, of the
+    # attention's one as it became, of the MLP's the solver's own and the best so far
     solved = {"layer": (attention + mlp) * bool(read), "sums": sums}
     solved["copies of matrices"] = 2 * attention + 3 * mlp
-    blocks = 3 * 8 * COLUMNS * inputs
-    wide = 4 * inputs * width * (itemsize < 4)  # a matrix that is multiplied in float32
-    solved["working memory"] = max(batch + wide, blocks)
+    wide = 4 * inputs * width * (itemsize < 4)  # of a matrix that is multiplied in float32
+    solved["working memory"] = max(
+        4 * tokens * (2 * inputs + 8 * width) + wide, 3 * 8 * COLUMNS * inputs
+    )
     return max((read, made, solved), key=lambda moment: sum(moment.values()))
 
 
