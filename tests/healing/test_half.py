@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import random_windows
@@ -9,7 +13,7 @@ from families import make
 from torch import nn
 
 from short_gpt.healing.half import HalfSolver, Tokens, equations_of, error
-from short_gpt.healing.normal_equations import NormalEquations
+from short_gpt.healing.normal_equations import COLUMNS, NormalEquations
 from short_gpt.healing.refit import fit, fold
 from short_gpt.models.layer_calls import LayerCalls
 from short_gpt.models.summands import Summand, Summands, effective_weight
@@ -87,6 +91,50 @@ def test_what_would_raise_the_error_on_tokens_kept_apart_is_not_taken():
     found = solver(end, fitted, held, (1e-2, 1.0)).solve(equations_of(end, [fitted]), noise=1e-6)
     assert found.ridge is None and found.norm_ridge is None and found.restored_held == 0
     assert all(map(torch.equal, before, (end.matrix.weight, end.norm.weight)))
+
+
+@pytest.mark.parametrize(("noise", "solved"), [(1.01e-3, False), (0.99e-3, True)])
+def test_what_a_token_lacks_by_rounding_alone_is_not_solved(noise, solved):
+    end = Summand(half().matrix, 1.0)
+
+    def told(seed: int) -> Tokens:  # a thousandth is missing of every target
+        inputs = torch.randn(200, 12, generator=torch.Generator().manual_seed(seed))
+        return Tokens(inputs, torch.zeros(200, 8), 1.001 * end.given(inputs))
+
+    found = solver(end, told(1), told(2)).solve(equations_of(end, [told(1)]), noise=noise)
+    assert found.ridge == (1e-9 if solved else None)
+
+
+def grown(work: Callable[[], object]) -> int:
+    """Bytes that this process holds more than before, at most, while something is done."""
+    status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+    def held(name: str) -> int:
+        return int(status.read_text().split(f"{name}:")[1].split()[0]) * 1024
+
+    try:
+        clear.write_text("5")  # the highest so far is what it is now
+    except OSError:
+        pytest.skip("the highest memory cannot be looked at again here")
+    before = held("VmRSS")
+    work()
+    return held("VmHWM") - before
+
+
+def test_a_wide_matrix_is_solved_beside_two_copies_of_it_and_a_block_of_columns():
+    inputs, width, generator = 1024, 8704, torch.Generator().manual_seed(0)
+    matrix = nn.Linear(inputs, width, bias=False).requires_grad_(False)
+    end = Summand(matrix, 1.0)
+    x = torch.randn(8, inputs, generator=generator)
+    told = Tokens(x, torch.zeros(8, width), torch.randn(8, width, generator=generator))
+    small = half()
+    solver(small, tokens(small, seed=1), tokens(small, seed=2)).solve(  # libraries are read here
+        equations_of(small, [replace(tokens(small, seed=1), target=torch.ones(200, 8))]), noise=0
+    )
+    work, sums = solver(end, told, told, (1.0, 1e-2)), equations_of(end, [told])
+    copies, blocks = 2 * matrix.weight.nbytes, 3 * 8 * COLUMNS * inputs
+    assert grown(lambda: work.solve(sums, noise=0)) < copies + blocks + 12 * 10**6
+    assert work._restored() > 0.9  # by the second ridge, which is better than the first
 
 
 @pytest.fixture
