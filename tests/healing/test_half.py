@@ -13,7 +13,7 @@ from families import make
 from torch import nn
 
 from short_gpt.healing.half import HalfSolver, Tokens, equations_of, error
-from short_gpt.healing.normal_equations import COLUMNS, NormalEquations
+from short_gpt.healing.normal_equations import NormalEquations
 from short_gpt.healing.refit import fit, fold
 from short_gpt.models.layer_calls import LayerCalls
 from short_gpt.models.summands import Summand, Summands, effective_weight
@@ -132,7 +132,7 @@ def test_a_wide_matrix_is_solved_beside_two_copies_of_it_and_a_block_of_columns(
         equations_of(small, [replace(tokens(small, seed=1), target=torch.ones(200, 8))]), noise=0
     )
     work, sums = solver(end, told, told, (1.0, 1e-2)), equations_of(end, [told])
-    copies, blocks = 2 * matrix.weight.nbytes, 3 * 8 * COLUMNS * inputs
+    copies, blocks = 2 * matrix.weight.nbytes, 3 * 8 * 256 * inputs
     assert grown(lambda: work.solve(sums, noise=0)) < copies + blocks + 12 * 10**6
     assert work._restored() > 0.9  # by the second ridge, which is better than the first
 
