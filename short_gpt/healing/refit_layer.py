@@ -59,7 +59,8 @@ class Windows:
 
     def device(self, place: int) -> torch.device:
         """Where a layer's weights are."""
-        return next(self.calls.layer(place).parameters()).device
+        parameters = self.calls.layer(place).parameters()
+        return next(p.device for p in parameters if not p.is_meta)
 
     def put(self, states: States, batch: int, state: Tensor, place: int) -> None:
         """Keeps the state behind a layer; NotFiniteError where it is none to go on with."""
@@ -185,11 +186,15 @@ class LayerRefit:
         return sums, tokens
 
     def _mlp(self, end: Summand) -> tuple[NormalEquations, TokensOf]:
-        """The same of the MLP's; of the layer the last matrices alone are left.
+        """The same of the MLP's; of a streamed layer the last matrices alone are left.
 
         What its half adds to stands in the place of the states behind, from here on.
         """
-        windows = self._windows
+        windows, layer = self._windows, self._windows.calls.layer(self._place)
+        last = [module for end in self.ends.values() for module in end.modules]
+        if self._known is not None:  # nothing else of the attention is needed any more
+            rest = [part for part in layer.children() if part is not self._known.attention]
+            windows.calls.keep_only(self._place, [*last, *rest])
 
         def tokens(batch: int, inputs: Tensor) -> Tokens:
             return _tokens(inputs, self._behind[batch], self._whole[batch])
@@ -207,7 +212,7 @@ class LayerRefit:
                     yield replace(tokens(batch, inputs), given=given)
 
         sums = equations_of(end, fitted())
-        windows.calls.keep_only(self._place, [m for e in self.ends.values() for m in e.modules])
+        windows.calls.keep_only(self._place, last)
         return sums, tokens
 
     def _attended(self, batch: int) -> AbstractContextManager[None]:

@@ -17,7 +17,7 @@ from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.scored_model import ScoredModel
 from short_gpt.streaming.memory import bytes_of, free_memory, resident, shown
 
-LIBRARIES = 80 * 10**6  # what those that were not used yet take once they are
+UNUSED = 130 * 10**6  # what libraries that were not used yet take, and memory between pieces
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def plan(
     width, inputs, itemsize = calls.widths()
     every, tokens = sum(map(len, windows)), batch_size * max(map(len, windows))
     states = every * width * itemsize
-    host = {"the process itself": resident() + LIBRARIES, **_fullest(calls, tokens)}
+    host = {"the process itself": resident() + UNUSED, **_fullest(calls, tokens)}
     solved = calls.count * (inputs + width) * width * itemsize
     if folder is None:
         host["what is solved"] = solved
@@ -111,8 +111,9 @@ def _fullest(calls: LayerCalls, tokens: int) -> Mapping[str, int]:
     width, inputs, itemsize = calls.widths()
     attention, mlp = width**2 * itemsize, inputs * width * itemsize  # what their matrices take
     read, sums = calls.memory(), 8 * inputs * (inputs + width)
-    # rows of a product are there in float32, and as they are added
-    made = {"layer": read.get("layer", 0), "sums": sums, "copies of matrices": 2 * attention}
+    # rows of a product are there in float32, and as they are added; of an attention that was solved
+    # before, more has gone than the copies of its matrix take
+    made = {"layer": read.get("layer", 0), "sums": sums}
     made["working memory"] = 4 * tokens * (4 * inputs + 10 * width) + 12 * ROWS * inputs
     # the last matrices are left of the layer; of both there is a copy as they were, of the
     # attention's one as it became, of the MLP's the solver's own and the best so far

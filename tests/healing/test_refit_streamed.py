@@ -26,7 +26,7 @@ from tqdm import tqdm
 from llama.checkpoint.meta import Checkpoint
 from llama.formats.convert import hf_to_meta, meta_to_hf
 from short_gpt import ShortLlama
-from short_gpt.healing import refit_memory
+from short_gpt.healing import refit_layer, refit_memory
 from short_gpt.healing.half import HalfSolver
 from short_gpt.healing.refit import Refit, fit, heal
 from short_gpt.healing.refit_best import fit_best
@@ -271,6 +271,9 @@ def test_too_little_memory_or_disk_is_said_before_anything_is_done(tmp_path, mon
     assert not (tmp_path / "work").exists()
 
 
+NEEDED = {"wo", "w1", "w2", "w3", "weight"}  # the last of norms
+
+
 def test_of_a_streamed_layer_the_last_matrices_alone_are_left_while_the_mlps_is_solved(
     tmp_path, monkeypatch
 ):
@@ -284,8 +287,17 @@ def test_of_a_streamed_layer_the_last_matrices_alone_are_left_while_the_mlps_is_
         seen.append((names, set(short.stream._ready), len(short.stream._next)))
         return plain(self, sums, **more)
 
+    def made(end, batches):
+        for tokens in batches:
+            ready.append({name.split(".")[1] for name in short.stream._ready})
+            yield tokens
+
+    ready: list[set[str]] = []
+    equations = refit_layer.equations_of
+    monkeypatch.setattr(refit_layer, "equations_of", lambda e, b: equations(e, made(e, b)))
     monkeypatch.setattr(HalfSolver, "solve", solve)
     fit(short, [2, 3], WINDOWS, **QUIET)
+    assert ready == 2 * [*9 * [{*"wq wk wv wo w1 w2 w3".split(), "weight"}], *9 * [NEEDED]]
     last = {"attention.wo.weight", "feed_forward.w2.weight"}
     assert [len(names) for names, _, _ in seen] == [1] * 4
     assert [names[0] == ready for names, ready, _ in seen] == [True] * 4
