@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from short_gpt.models.families import Family, part
 from short_gpt.models.layer_calls import LayerCalls

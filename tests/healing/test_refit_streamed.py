@@ -271,7 +271,7 @@ def test_too_little_memory_or_disk_is_said_before_anything_is_done(tmp_path, mon
     assert not (tmp_path / "work").exists()
 
 
-NEEDED = {"wo", "w1", "w2", "w3", "weight"}  # the last of norms
+NEEDED = {"wo", "w1", "w2", "w3", "weight"}  # for the MLP's sums; the last is of norms
 
 
 def test_of_a_streamed_layer_the_last_matrices_alone_are_left_while_the_mlps_is_solved(
@@ -297,7 +297,7 @@ def test_of_a_streamed_layer_the_last_matrices_alone_are_left_while_the_mlps_is_
     monkeypatch.setattr(refit_layer, "equations_of", lambda e, b: equations(e, made(e, b)))
     monkeypatch.setattr(HalfSolver, "solve", solve)
     fit(short, [2, 3], WINDOWS, **QUIET)
-    assert ready == 2 * [*9 * [{*"wq wk wv wo w1 w2 w3".split(), "weight"}], *9 * [NEEDED]]
+    assert ready == 2 * [*9 * [{"wq", "wk", "wv", *NEEDED}], *9 * [NEEDED]]
     last = {"attention.wo.weight", "feed_forward.w2.weight"}
     assert [len(names) for names, _, _ in seen] == [1] * 4
     assert [names[0] == ready for names, ready, _ in seen] == [True] * 4
