@@ -143,7 +143,7 @@ class LayerRefit:
         """Solves the matrices, and takes what is left through the layer.
 
         Returns:
-            How each was solved, and new values of parameters; the layer has its own again.
+            How each was solved, and new values of parameters, which have their own again.
         """
         windows, layer = self._windows, self._windows.calls.layer(self._place)
         fits: list[Fit] = []
