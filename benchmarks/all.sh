@@ -62,6 +62,7 @@ script stopping stopping --windows 600 --scores stopping_windows.npz
 script stopping_adversarial stopping --adversarial
 script streaming streaming
 script reproduce_7b reproduce_7b
+script refit_streamed refit_streamed
 script serving serving
 script second_family second_family
 measure draft_4 python -m short_gpt draft smollm2.gguf less-4.gguf --data held_out

@@ -104,6 +104,21 @@ def rehearsed() -> list[str]:
     return [f"| {name} | {' | '.join(values)} |" for name, values in cells.items()]
 
 
+def refit_streamed() -> list[str]:
+    found = result("refit_streamed")
+    assert all(found["limits"].values())
+    plan, peak, every = (
+        found[name] / 1e9 for name in ("planned_bytes", "refit_peak_bytes", "peak_bytes")
+    )
+    return [
+        f"| the refit: {found['matrices']} matrices solved | {found['refit_seconds']:.0f} s |",
+        f"| a streamed pass over one window | {found['evaluation_seconds'][0]:.0f} s |",
+        f"| the command, which also judges, saves and reads again | {found['seconds']:.0f} s |",
+        f"| peak memory of the refit | {peak:.2f} GB, planned {plan:.2f} GB |",
+        f"| peak memory of the command | {every:.2f} GB |",
+    ]
+
+
 def drafted() -> list[str]:
     """A row for every length of a draft, a column for every cut model."""
     cut = [result(f"draft_{n}")["lengths"] for n in (4, 8)]
@@ -245,6 +260,7 @@ TABLES: dict[str, dict[str, Callable[[], list[str]]]] = {
     "docs/scaling.md": {
         STOPPED: stopping,
         "| what misleads | wrong, of early stops | of all runs | stopped early |": attacked,
+        "| the streamed refit | measured |": refit_streamed,
     },
     "docs/healing.md": {
         HEALED.format("8 of 30 layers less"): healing.refitted,

@@ -27,27 +27,28 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from string import ascii_lowercase
 from typing import Any
 
 import fire
 import torch
 from outcome import begin, finish
+from random_llama import (
+    LLAMA,
+    SHARD_BYTES,
+    Tensors,
+    letters,
+    random_tensors,
+    write_hf,
+    write_meta,
+)
 from streaming import child as measured
 from streaming import peak, read_file, weights
-from torch import Tensor
 
 from llama.args import ModelArgs
-from llama.checkpoint.pth import TensorInfo, write_shard
-from llama.checkpoint.sharding import full_shapes
-from llama.formats.hf import config_of
-from llama.formats.names import HF, name_in, params_json, permute
-from llama.formats.safetensors import Entry, grouped, tensor_bytes, write_weights
-from llama.formats.tokenizers import ALPHABET, tokenizer_json, with_bos
-from llama.tokenizer import Tokenizer
 from short_gpt.cli.app import main as short_gpt
 from short_gpt.runtime.results import read_record
 from short_gpt.streamed_llama import StreamedLlama
@@ -55,7 +56,6 @@ from short_gpt.streaming.decoder import StreamedDecoder
 
 KNOWN = (27, 25, 26, 28, 24, 29, 23, 12, 17)  # seven of them are of the paper's list
 WEAKEST, GRADE = 0.05, 1.3  # of the output projections: the first layer's scale, and the ratio
-LLAMA = ModelArgs(vocab_size=32000)
 STOPPED = 130  # the exit code of a command that was asked to end
 Start = Callable[[Sequence[str], Path], dict[str, Any]]
 
@@ -77,7 +77,7 @@ class Case:
 
     args: ModelArgs
     known: tuple[int, ...] = KNOWN
-    shard_bytes: int = 5_000_000_000
+    shard_bytes: int = SHARD_BYTES
     size: int = 32
     windows: int = 200
     batch_size: int = 4
@@ -135,7 +135,10 @@ def rehearse(
         directory = place / name
         directory.mkdir()
         began = time.perf_counter()
-        {"meta": write_meta, "hf": write_hf}[name](case, directory)
+        if name == "meta":
+            write_meta(case.args, tensors(case), directory)
+        else:
+            write_hf(case.args, tensors(case), directory, shard_bytes=case.shard_bytes)
         found[name] = {"seconds_to_write": time.perf_counter() - began}
         found[name] |= {"files": len(weights(directory)), "bytes": size_of(directory)}
         found[name] |= {"reading_seconds": read_file(directory)}
@@ -240,33 +243,17 @@ def write_texts(case: Case, folder: Path) -> None:
     import pyarrow as pa
     from pyarrow.parquet import write_table
 
-    letters, books = random.Random(0), []
-    for _ in range(2):
-        count = case.size * case.windows // 2 - 1  # bos comes in front
-        books.append("".join(letters.choice(ascii_lowercase + " ") for _ in range(count)))
+    source = random.Random(0)
+    books = [letters(case.size * case.windows // 2 - 1, source) for _ in range(2)]  # bos in front
     columns = {"short_book_title": ["One", "Two"], "publication_date": [1900, 1901]}
     columns |= {"url": ["http://one", "http://two"], "text": books}
     (folder / "data").mkdir(parents=True)
     write_table(pa.table(columns), folder / "data" / "validation-00000-of-00001.parquet")
 
 
-def tensors(case: Case) -> tuple[dict[str, TensorInfo], Callable[[str], Tensor]]:
+def tensors(case: Case) -> Tensors:
     """All tensors in Meta's names: their descriptions, and what gives one."""
-    shapes = full_shapes(case.args)
-    infos = {n: TensorInfo(shape, torch.bfloat16, n) for n, shape in shapes.items()}
-    most = max(info.numel for info in infos.values())
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(most + 64 * len(infos), generator=generator)
-    noise = noise.mul_(case.args.dim**-0.5).bfloat16()
-    first = {name: 64 * i for i, name in enumerate(infos)}
-
-    def read(name: str) -> Tensor:
-        if name.endswith("norm.weight"):
-            return torch.ones(shapes[name], dtype=torch.bfloat16)
-        weight = noise[first[name] :][: infos[name].numel].view(shapes[name])
-        return weight * scale(case, name)
-
-    return infos, read
+    return random_tensors(case.args, torch.bfloat16, partial(scale, case))
 
 
 def scale(case: Case, name: str) -> float:
@@ -278,45 +265,6 @@ def scale(case: Case, name: str) -> float:
     # deeper, the same addition changes a longer state less: the grade is to decide the order
     depth = (number + 1) / case.args.n_layers
     return WEAKEST * GRADE ** case.known.index(number) * depth**0.5
-
-
-def write_tokenizer(case: Case, directory: Path, *, bos: bool = False) -> None:
-    """A token a byte, bos and eos, and others that no text has, as many as the model has rows.
-
-    Args:
-        bos: whether the file says that bos comes in front, as transformers wants to be told.
-    """
-    tokens = ["<s>", "</s>", *ALPHABET.values()]
-    tokens += [f"unused{i}" for i in range(case.args.vocab_size - len(tokens))]
-    kinds = [3, 3, *[1] * (len(tokens) - 2)]
-    text = tokenizer_json(tokens, kinds, [], "gpt-2")
-    (directory / "tokenizer.json").write_text(with_bos(text, "<s>", 0) if bos else text)
-    config = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True}
-    config |= {"tokenizer_class": "PreTrainedTokenizerFast"}
-    (directory / "tokenizer_config.json").write_text(json.dumps(config))
-
-
-def write_meta(case: Case, directory: Path) -> None:
-    """The checkpoint in Meta's format, one shard."""
-    write_tokenizer(case, directory)
-    write_shard(directory / "consolidated.00.pth", *tensors(case))
-    (directory / "params.json").write_text(json.dumps(params_json(case.args)))
-
-
-def write_hf(case: Case, directory: Path) -> None:
-    """The checkpoint in Hugging Face's format, in shards with their index."""
-    write_tokenizer(case, directory, bos=True)
-    infos, read = tensors(case)
-    meta = {name_in(HF, name): name for name in infos}
-
-    def pieces(name: str) -> Iterator[memoryview]:
-        yield from tensor_bytes(permute(meta[name], read(meta[name]), case.args, to=HF))
-
-    entries = {name: Entry.of(torch.bfloat16, infos[of].shape) for name, of in meta.items()}
-    write_weights(directory, grouped(entries, case.shard_bytes), pieces)
-    tokenizer = Tokenizer(directory / "tokenizer.json")
-    config, _ = config_of(case.args, torch.bfloat16, tied=False, tokenizer=tokenizer, record={})
-    (directory / "config.json").write_text(json.dumps(config))
 
 
 def size_of(directory: Path) -> int:

@@ -28,6 +28,7 @@ from short_gpt.checkpoints import prune_gguf
         ("stopping", "attack", {"adversarial": True}),
         ("streaming", "make_checkpoint", {}),
         ("reproduce_7b", "rehearse", {}),
+        ("refit_streamed", "refitted", {}),
     ],
 )
 def test_a_result_that_could_not_be_written_is_told_before_the_work(

@@ -178,9 +178,8 @@ class GapRefits:
 
 def _tokens(end: Summand, batch: _Batch, front: int) -> Tokens:
     """What the end of the layer in front has to know of a batch, whose state is behind the gap."""
-    device = next(end.matrix.parameters()).device
     parts = (*batch.fronts[front], batch.state)
-    inputs, stream, target = (x.to(device).flatten(0, 1).float() for x in parts)
+    inputs, stream, target = (x.to(end.device).flatten(0, 1).float() for x in parts)
     return Tokens(inputs, stream, target)
 
 

@@ -13,7 +13,7 @@ Shapes: N tokens of a batch, F inputs of a matrix, D width of the stream.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor
 from short_gpt.healing.normal_equations import NormalEquations
 from short_gpt.models.layer_hooks import transposed
 from short_gpt.models.summands import Summand, effective_weight
-from short_gpt.surgery.changes import restored_on_error
+from short_gpt.surgery.changes import keep_values, restored_on_error
 
 TINY = torch.finfo(torch.float32).tiny
 
@@ -138,21 +138,23 @@ class HalfSolver:
 
     def _matrix(self, sums: NormalEquations) -> tuple[float | None, float]:
         """Changes the matrix by the best of all ridges; returns that, and the share it restores."""
-        weight, bias = self._end.matrix.weight, getattr(self._end.matrix, "bias", None)
+        matrix = self._end.matrix
+        weight, bias = matrix.weight, getattr(matrix, "bias", None)
         assert isinstance(weight, Tensor)
-        parameters = [weight, bias] if isinstance(bias, Tensor) else [weight]
         scale = None if self._end.norm is None else _inverse(effective_weight(self._end.norm))
 
-        def candidates() -> Iterator[tuple[float, list[Tensor], float]]:
-            for ridge, change, share in sums.changes(self._ridges):
-                change = change.to(weight.device, torch.float32)
-                change = change if scale is None else change * scale
-                changes = [change, change[-1]] if len(parameters) > 1 else [change]
-                rows = change[: len(change) + 1 - len(parameters)]
-                changes[0] = rows if transposed(self._end.matrix) else rows.T
-                yield ridge, changes, share
+        def put(columns: slice, change: Tensor) -> None:
+            change = change.to(weight.device, torch.float32)
+            change = change if scale is None else change * scale[columns]
+            if isinstance(bias, Tensor):
+                _add(bias[columns], change[-1])
+                change = change[:-1]
+            _add(weight[:, columns] if transposed(matrix) else weight[columns].T, change)
 
-        return self._taken(parameters, candidates())
+        if not sums.solvable:
+            return None, 0.0
+        parameters = [weight, bias] if isinstance(bias, Tensor) else [weight]
+        return self._taken(parameters, lambda ridge: sums.solve(ridge, put))
 
     def _norm(self) -> float | None:
         """Changes the norm's weight by the best of all ridges; returns that."""
@@ -166,40 +168,45 @@ class HalfSolver:
             unit, w = given / _rms(given), tokens.weights[:, None]
             squares += (w * unit * unit).sum(0).cpu()
             crosses += (w * unit * rest).sum(0).cpu()
-        mean = squares.mean()
-        changes = (
-            (ridge, [(crosses / (squares + ridge * mean)).float().to(weight.device)], 0.0)
-            for ridge in self._ridges
-        )
-        return self._taken([weight], changes)[0]
+
+        def add(ridge: float) -> float:
+            change = crosses / (squares + ridge * squares.mean())
+            _add(weight, change.to(weight.device, torch.float32))
+            return 0.0
+
+        return self._taken([weight], add)[0]
 
     @torch.no_grad()
     def _taken(
-        self, parameters: Sequence[Tensor], candidates: Iterable[tuple[float, list[Tensor], float]]
+        self, parameters: Sequence[Tensor], add: Callable[[float], float]
     ) -> tuple[float | None, float]:
-        """Adds the changes that leave the least error; none where each leaves more than there is.
+        """Changes parameters by the ridge of least error; by none where each leaves more.
 
         Args:
             parameters: that are changed.
-            candidates: a ridge, a change of each parameter, and the share that they restore.
+            add: adds the change of a ridge to them, and returns the share that it restores.
+
+        Returns:
+            The ridge, and its share.
         """
-        best: tuple[float, list[Tensor], float] | None = None
+        best: tuple[float | None, float] = None, 0.0
         with restored_on_error(parameters) as restore:
-            for candidate in candidates:
-                _add(parameters, candidate[1])
+            taken = restore
+            for ridge in self._ridges:
+                restored = add(ridge)
                 left = error(self._end, self._held())
-                restore()
                 if left < self._left:
-                    self._left, best = left, candidate
-            if best is None:
-                return None, 0.0
-            _add(parameters, best[1])
-        return best[0], best[2]
+                    self._left, best = left, (ridge, restored)
+                    taken = restore  # the former best's copy goes before there is another
+                    taken = keep_values(parameters)
+                restore()
+            taken()
+        return best
 
 
-def _add(parameters: Sequence[Tensor], changes: Sequence[Tensor]) -> None:
-    for parameter, change in zip(parameters, changes, strict=True):
-        parameter.copy_(parameter.float() + change)
+def _add(part: Tensor, change: Tensor) -> None:
+    """Adds to a part of a parameter, in float32."""
+    part.copy_(part.float() + change)
 
 
 def _rms(given: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from short_gpt.models.families import Family, part
 from short_gpt.models.layer_calls import LayerCalls
@@ -28,6 +28,7 @@ class KnownAttention:
         state: (B, S, D), such as the layer meets.
 
     Attributes:
+        attention: the module, of which the last matrix alone is used so.
         proved: whether the layer gives the same bits so, on ``state``; else it has to run whole.
     """
 
@@ -35,11 +36,10 @@ class KnownAttention:
         self, calls: LayerCalls, place: int, end: Summand, family: Family, state: Tensor
     ) -> None:
         self._matrix = end.matrix
-        found = part(calls.layer(place), family.attention)
+        self.attention = found = part(calls.layer(place), family.attention)
         self.proved = False
         if found is None:
             return
-        self._attention: nn.Module = found
         given: list[Output] = []
         handle = found.register_forward_hook(lambda _, __, output: given.append(output))
         try:
@@ -59,5 +59,6 @@ class KnownAttention:
             # beside it, such as attention weights, which nobody asked for
             return out if self._rest is None else (out, *[None] * self._rest)
 
-        with patched_forward(self._attention, forward):
+        assert self.attention is not None
+        with patched_forward(self.attention, forward):
             yield

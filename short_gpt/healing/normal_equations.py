@@ -5,13 +5,14 @@ Shapes: N tokens, F inputs of a matrix, D width of the stream.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
 
 ROWS = 256  # of X^T W X that are added at once
+COLUMNS = 256  # of C that are solved at once
 
 
 def _inner(first: np.ndarray, second: np.ndarray) -> float:
@@ -26,8 +27,8 @@ class NormalEquations:
 
         sum over tokens w ||x C - r||^2 + ridge (tr(X^T W X) / F) ||C||^2.
 
-    X^T W X is symmetric, and its factor a triangle: one half of the memory holds the sums, and the
-    other their factor, for one ridge after the other.
+    X^T W X is symmetric, and its factor a triangle: the memory above the diagonal holds the sums,
+    and that below it their factor, for one ridge after the other.
 
     Attributes:
         square: tr(R^T W R).
@@ -37,72 +38,79 @@ class NormalEquations:
     def __init__(self) -> None:
         self._gram = torch.zeros(0, 0, dtype=torch.float64)
         self._cross = torch.zeros(0, 0, dtype=torch.float64)
+        self._diagonal = torch.zeros(0, dtype=torch.float64)  # of the sums, which a factor has, too
         self.square, self.tokens = 0.0, 0
 
     def add(self, inputs: Tensor, rest: Tensor, weights: Tensor) -> None:
-        """Adds tokens; products are made in float32 where the tokens are.
+        """Adds tokens, before anything is solved; products are made in float32 where they are.
 
         Args:
             inputs, rest: X (N, F) and R (N, D), float32.
             weights: w (N,), at least 0.
         """
-        width, rest = inputs.shape[1], rest * weights.sqrt()[:, None]
-        both = torch.cat([inputs * weights.sqrt()[:, None], rest], dim=1)  # (N, F + D)
+        root = weights.sqrt()[:, None]
+        inputs, rest = inputs * root, rest * root
+        width = inputs.shape[1]
         if not len(self._gram):
             self._gram = torch.zeros(width, width, dtype=torch.float64)
             self._cross = torch.zeros(width, rest.shape[1], dtype=torch.float64)
         for start in range(0, width, ROWS):  # the rows' part right of the diagonal is all of it
-            end = min(start + ROWS, width)
-            products = (both[:, start:end].T @ both[:, start:]).cpu()
-            self._gram[start:end, start:] += products[:, : width - start]
-            self._cross[start:end] += products[:, width - start :]
+            rows, end = inputs[:, start : start + ROWS].T, start + ROWS
+            self._gram[start:end, start:] += (rows @ inputs[:, start:]).cpu()
+            self._cross[start:end] += (rows @ rest).cpu()
+        self._diagonal = self._gram.diagonal().clone()
         self.square += float(rest.pow(2).sum())
         self.tokens += len(inputs)
 
-    def changes(self, ridges: Sequence[float]) -> Iterator[tuple[float, Tensor, float]]:
-        """For every ridge: it, C (F, D) float64, and the share of ``square`` that X C restores.
+    @property
+    def solvable(self) -> bool:
+        """Whether something is missing, and there are inputs that it could be made of."""
+        return bool(self.square and self._diagonal.any())
 
-        The sums are used up by it.
+    def solve(self, ridge: float, put: Callable[[slice, Tensor], object]) -> float:
+        """Solves C for a ridge, some columns at a time.
+
+        Args:
+            ridge: above 0.
+            put: takes which columns of C these are, and they, (F, columns) float64.
+
+        Returns:
+            The share of ``square`` that X C restores.
         """
-        diagonal = self._gram.diagonal().clone()
-        mean = float(diagonal.mean())  # of the eigenvalues: a ridge suits any scale of X
-        if not self.square or not mean:
-            return
-        self._mirror()
-        for ridge in ridges:
-            self._fill(diagonal + ridge * mean)
-            change = self._solved()
+        # relative to the mean of the eigenvalues: a ridge suits any scale of X
+        penalty = ridge * float(self._diagonal.mean())
+        solved, back = self._solver(self._diagonal + penalty), 0.0
+        for start in range(0, self._cross.shape[1], COLUMNS):
+            columns = slice(start, start + COLUMNS)
+            right, change = self._cross[:, columns].numpy(), solved(columns)
             # ||X C - R||^2 = tr(R^T R) - tr(C^T X^T R) - penalty ||C||^2 where the equations hold
-            back = _inner(change, self._cross.numpy()) + ridge * mean * _inner(change, change)
-            yield ridge, torch.from_numpy(change), back / self.square
+            back += _inner(change, right) + penalty * _inner(change, change)
+            put(columns, torch.from_numpy(change))
+        return back / self.square
 
-    def _solved(self) -> np.ndarray:
+    def _solver(self, diagonal: Tensor) -> Callable[[slice], np.ndarray]:
+        """What solves for columns of C, (F, columns), with another diagonal of the sums."""
         from scipy.linalg import lapack
 
-        gram = self._gram.numpy().T  # in LAPACK's order of the entries: below the diagonal
-        right = np.array(self._cross.numpy(), order="F")
-        _, failed = lapack.dpotrf(gram, lower=1, clean=0, overwrite_a=1)
+        gram, cross = self._gram.numpy().T, self._cross.numpy()  # below the diagonal is LAPACK's U
+        self._fill(diagonal)
+        factor, failed = lapack.dpotrf(gram, lower=0, clean=0, overwrite_a=1)
         if not failed:
-            return lapack.dpotrs(gram, right, lower=1, overwrite_b=1)[0]
+            return lambda columns: lapack.dpotrs(
+                factor, np.array(cross[:, columns], order="F"), lower=0, overwrite_b=1
+            )[0]
         # float32's rounding may leave a small ridge short of positive
-        diagonal = self._diagonal
-        whole = torch.tril(self._gram, -1)
-        whole = whole + whole.T + torch.diag(diagonal)
-        return torch.linalg.solve(whole, self._cross).numpy()
+        self._fill(diagonal)
+        room = {"lwork": 64 * len(gram), "overwrite_a": 1, "overwrite_b": 1}
+        whole = lapack.dsysv(gram, np.array(cross, order="F"), lower=0, **room)[2]
+        return lambda columns: whole[:, columns]
 
-    def _mirror(self) -> None:
-        """Copies what lies above the diagonal below it."""
+    def _fill(self, diagonal: Tensor) -> None:
+        """Puts the sums above the diagonal below it, too, where a factor may be, and a diagonal."""
         for start in range(0, len(self._gram), ROWS):
             end = start + ROWS
             self._gram[end:, start:end] = self._gram[start:end, end:].T
-
-    def _fill(self, diagonal: Tensor) -> None:
-        """Puts what lies below the diagonal above it, where a factor may be, and the diagonal."""
-        for start in range(0, len(self._gram), ROWS):
-            end = start + ROWS
-            self._gram[start:end, end:] = self._gram[end:, start:end].T
             block = self._gram[start:end, start:end]
-            below = block.tril(-1)
-            block.copy_(below + below.T)
+            above = block.triu(1)
+            block.copy_(above + above.T)
         self._gram.diagonal().copy_(diagonal)
-        self._diagonal = diagonal

@@ -6,7 +6,7 @@ Shapes: B windows, S tokens, N = B S, D width of the stream, F inputs of a matri
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -21,7 +21,9 @@ from short_gpt.healing.states import States
 from short_gpt.models.layer_calls import LayerCalls
 from short_gpt.models.summands import Summand, Summands, behind_attention
 from short_gpt.runtime.errors import NotFiniteError
-from short_gpt.surgery.changes import Parameter, parameters_of, restored_on_error
+from short_gpt.surgery.changes import Parameter, keep_values, parameters_of
+
+TokensOf = Callable[[int, Tensor], Tokens]
 
 # How a token weighs: by the inverse square of its target, or as much as any other.
 WEIGHTS = ("inverse", "equal")
@@ -60,7 +62,8 @@ class Windows:
 
     def device(self, place: int) -> torch.device:
         """Where a layer's weights are."""
-        return next(self.calls.layer(place).parameters()).device
+        parameters = self.calls.layer(place).parameters()
+        return next(p.device for p in parameters if not p.is_meta)
 
     def put(self, states: States, batch: int, state: Tensor, place: int) -> None:
         """Keeps the state behind a layer; NotFiniteError where it is none to go on with."""
@@ -146,15 +149,14 @@ class LayerRefit:
         """Solves the matrices, and takes what is left through the layer.
 
         Returns:
-            How each was solved, and new values of parameters; the layer has its own again.
+            How each was solved, and new values of parameters, which have their own again.
         """
         windows, layer = self._windows, self._windows.calls.layer(self._place)
-        solve = {"attention": self._attention, "mlp": self._mlp}
         fits: list[Fit] = []
         values: dict[Parameter, Tensor] = {}
-        with restored_on_error(p for e in self.ends.values() for p in _parameters(e)) as restore:
+        with ExitStack() as own:
             for part, end in self.ends.items():
-                fits.append(solve[part](end))
+                fits.append(self._solved(part, end, own))
                 if fits[-1].changed:
                     values |= _values(self._number, layer, end)
             for batch in windows:
@@ -163,11 +165,10 @@ class LayerRefit:
                 else:
                     behind = windows.run(self._place, self._left[batch])
                 windows.put(self._behind, batch, behind, self._place)
-            restore()
         return fits, values
 
-    def _attention(self, end: Summand) -> Fit:
-        """Solves the attention's matrix, and leaves what it became in place."""
+    def _attention(self, end: Summand) -> tuple[NormalEquations, TokensOf]:
+        """The equations of the attention's matrix, and what makes tokens of a batch's inputs."""
         windows, kept = self._windows, set(self._windows.of(held=True))
         if end.norm is not None or self._known is not None:
             kept = set(windows)  # is asked for again
@@ -189,16 +190,21 @@ class LayerRefit:
                 if not windows.held[batch]:
                     yield tokens(batch, inputs)
 
-        found = self._solved("attention", end, equations_of(end, fitted()), tokens)
+        sums = equations_of(end, fitted())
         self._context = self._inputs
-        return found
+        return sums, tokens
 
-    def _mlp(self, end: Summand) -> Fit:
-        """Solves the MLP's matrix, and leaves what it became in place.
+    def _mlp(self, end: Summand) -> tuple[NormalEquations, TokensOf]:
+        """The same of the MLP's; of a streamed layer the last matrices alone are left.
 
         What its half adds to stands in the place of the states behind, from here on.
         """
-        windows, square = self._windows, self._square(self._whole.__getitem__)
+        windows, layer = self._windows, self._windows.calls.layer(self._place)
+        last = [module for end in self.ends.values() for module in end.modules]
+        if self._known is not None:  # nothing else of the attention is needed any more
+            rest = [part for part in layer.children() if part is not self._known.attention]
+            windows.calls.keep_only(self._place, [*last, *rest])
+        square = self._square(self._whole.__getitem__)
 
         def tokens(batch: int, inputs: Tensor) -> Tokens:
             return _tokens(inputs, self._behind[batch], self._whole[batch], square)
@@ -215,7 +221,9 @@ class LayerRefit:
                 if not windows.held[batch]:
                     yield replace(tokens(batch, inputs), given=given)
 
-        return self._solved("mlp", end, equations_of(end, fitted()), tokens)
+        sums = equations_of(end, fitted())
+        windows.calls.keep_only(self._place, last)
+        return sums, tokens
 
     def _square(self, target: Callable[[int], Tensor]) -> float | None:
         """The mean of ||target||^2 that equal weights are relative to; None where they differ."""
@@ -239,18 +247,14 @@ class LayerRefit:
         if batch in kept:
             self._inputs[batch] = inputs
 
-    def _solved(
-        self,
-        part: str,
-        end: Summand,
-        sums: NormalEquations,
-        tokens: Callable[[int, Tensor], Tokens],
-    ) -> Fit:
-        windows, device = self._windows, self._windows.device(self._place)
+    def _solved(self, part: str, end: Summand, own: ExitStack) -> Fit:
+        """Solves a matrix, and leaves what it became in place until the end of a block."""
+        sums, tokens = (self._attention if part == "attention" else self._mlp)(end)
+        own.callback(keep_values(p for module in end.modules for p in module.parameters()))
 
         def again(held: bool) -> Callable[[], Iterable[Tokens]]:
-            batches = windows.of(held=held)
-            return lambda: (tokens(batch, self._inputs[batch].to(device)) for batch in batches)
+            batches = self._windows.of(held=held)
+            return lambda: (tokens(b, self._inputs[b].to(end.device)) for b in batches)
 
         solver = HalfSolver(end, self._ridges, again(False), again(True))
         # tokens weigh 1 / ||T||^2: their mean square is relative to the stream's own
@@ -260,7 +264,7 @@ class LayerRefit:
     def _added(self, batch: int, end: Summand) -> Tensor:
         """The stream behind the layer, whose MLP ends so."""
         stream, inputs = self._behind[batch], self._inputs[batch]
-        inputs = inputs.to(self._windows.device(self._place)).flatten(0, 1).float()
+        inputs = inputs.to(end.device).flatten(0, 1).float()
         out = end.factor * end.normed(end.given(inputs)).cpu()
         return (stream + out.view_as(stream)).to(stream.dtype)
 
@@ -286,16 +290,10 @@ def _tokens(inputs: Tensor, stream: Tensor, target: Tensor, square: float | None
     return Tokens(inputs.reshape(len(h), -1).float(), h, wanted, square=square)
 
 
-def _parameters(end: Summand) -> list[Tensor]:
-    modules = [end.matrix, *([] if end.norm is None else [end.norm])]
-    return [parameter for module in modules for parameter in module.parameters()]
-
-
 def _values(number: int, layer: nn.Module, end: Summand) -> Mapping[Parameter, Tensor]:
     """Copies of the end's parameters, by the layer's number and their names in it."""
-    modules = [end.matrix, *([] if end.norm is None else [end.norm])]
     named = dict(layer.named_parameters())
     return {
         key: named[key[1]].detach().to("cpu", copy=True)
-        for key in parameters_of(number, layer, modules)
+        for key in parameters_of(number, layer, end.modules)
     }

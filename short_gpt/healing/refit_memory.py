@@ -11,11 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from short_gpt.healing.normal_equations import ROWS
+from short_gpt.healing.normal_equations import COLUMNS, ROWS
 from short_gpt.models.layer_calls import LayerCalls
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.scored_model import ScoredModel
 from short_gpt.streaming.memory import bytes_of, free_memory, resident, shown
+
+UNUSED = 130 * 10**6  # what libraries that were not used yet take, and memory between pieces
 
 
 @dataclass(frozen=True)
@@ -76,11 +78,7 @@ def plan(
     width, inputs, itemsize = calls.widths()
     every, tokens = sum(map(len, windows)), batch_size * max(map(len, windows))
     states = every * width * itemsize
-    host = {"the process itself": resident(), **calls.memory()}
-    # one F x F matrix of float64; of F x D the cross products and a solution, and in float32 the
-    # solution, the best one, a sum with it, and copies of what was there
-    host["sums"] = 8 * inputs**2 + (2 * 8 + 7 * 4) * inputs * width
-    host["working memory"] = 4 * (tokens * (4 * inputs + 10 * width) + ROWS * inputs)
+    host = {"the process itself": resident() + UNUSED, **_fullest(calls, tokens)}
     solved = calls.count * (inputs + width) * width * itemsize
     if folder is None:
         host["what is solved"] = solved
@@ -101,6 +99,31 @@ def plan(
     if spilled:
         _check_disk(folder or Path(tempfile.gettempdir()), disk)
     return RefitPlan(host, disk * spilled, max(room, 0), len(windows))
+
+
+def _fullest(calls: LayerCalls, tokens: int) -> Mapping[str, int]:
+    """What a layer takes while it is read, its sums are made, or its MLP's matrix is solved.
+
+    Args:
+        calls: of the model.
+        tokens: N.
+    """
+    width, inputs, itemsize = calls.widths()
+    attention, mlp = width**2 * itemsize, inputs * width * itemsize  # what their matrices take
+    read, sums = calls.memory(), 8 * inputs * (inputs + width)
+    # rows of a product are there in float32, and as they are added; of an attention that was solved
+    # before, more has gone than the copies of its matrix take
+    made = {"layer": read.get("layer", 0), "sums": sums}
+    made["working memory"] = 4 * tokens * (4 * inputs + 10 * width) + 12 * ROWS * inputs
+    # the last matrices are left of the layer; of both there is a copy as they were, of the
+    # attention's one as it became, of the MLP's the solver's own and the best so far
+    solved = {"layer": (attention + mlp) * bool(read), "sums": sums}
+    solved["copies of matrices"] = 2 * attention + 3 * mlp
+    wide = 4 * inputs * width * (itemsize < 4)  # of a matrix that is multiplied in float32
+    solved["working memory"] = max(
+        4 * tokens * (2 * inputs + 8 * width) + wide, 3 * 8 * COLUMNS * inputs
+    )
+    return max((read, made, solved), key=lambda moment: sum(moment.values()))
 
 
 def plan_of(

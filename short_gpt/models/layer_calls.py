@@ -50,6 +50,9 @@ class LayerCalls:
         """A layer with its weights inside the block, where it can be called."""
         yield self._decoder.layers[place]
 
+    def keep_only(self, place: int, modules: Sequence[nn.Module]) -> None:
+        """Lets go of the weights that a loaded layer has beside these modules."""
+
     def close(self) -> None:
         """Lets go of weights that were read for `loaded`."""
 

@@ -48,6 +48,16 @@ class Summand:
         """The norm behind the matrix, if there is one."""
         return None if self.before is None else self.module
 
+    @property
+    def modules(self) -> list[nn.Module]:
+        """The matrix, and the norm."""
+        return [self.matrix, *([] if self.norm is None else [self.norm])]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the matrix is."""
+        return next(self.matrix.parameters()).device
+
     def given(self, inputs: Tensor) -> Tensor:
         """What the matrix makes of (N, F) float32, (N, D) float32."""
         weight, bias = self.matrix.weight, getattr(self.matrix, "bias", None)

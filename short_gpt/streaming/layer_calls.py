@@ -31,17 +31,27 @@ class StreamedCalls(LayerCalls):
 
     def __init__(self, model: StreamedTransformer) -> None:
         self._model = model
+        model.release()
         self.family, self.count = META, len(model.layers)
         self._ready: nn.Module | None = None
 
     @contextmanager
     def loaded(self, place: int) -> Iterator[nn.Module]:
         layer = self.layer(place)
-        if self._ready is not layer:  # the last one stays until another is asked for
+        whole = not any(p.is_meta for p in layer.parameters())
+        if self._ready is not layer or not whole:  # the last one stays until another is asked for
             self.close()
             self._model.load(layer)
             self._ready = layer
         yield layer
+
+    def keep_only(self, place: int, modules: Sequence[nn.Module]) -> None:
+        kept = {p for module in modules for p in module.parameters()}
+        layer = self.layer(place)
+        self._model.release(name for name, p in layer.named_parameters() if p not in kept)
+        for module in layer.modules():
+            if not kept.intersection(module.parameters()):
+                module.to("meta")
 
     def close(self) -> None:
         if self._ready is not None:

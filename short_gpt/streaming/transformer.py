@@ -9,7 +9,7 @@ Shapes: B windows of a batch, S tokens, D width, L layers, V vocabulary.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from itertools import pairwise
@@ -139,6 +139,17 @@ class StreamedTransformer(nn.Module):
         for name in LAYER_NAMES:
             self._make_ready(number, {name: self.weight(number, name)})
         layer.load_state_dict(self._ready, assign=True)
+
+    def release(self, names: Iterable[str] | None = None) -> None:
+        """Lets go of the memory that weights of one layer after the other use.
+
+        Args:
+            names: of parameters in a layer; None is all, and what was read ahead.
+        """
+        if names is None:
+            self._next.clear()
+        for name in [*self._ready] if names is None else names:
+            self._ready.pop(name, None)
 
     def weight(self, number: int, name: str) -> Tensor:
         """A parameter of a layer as it is stored, or would be."""

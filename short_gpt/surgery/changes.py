@@ -32,6 +32,18 @@ def parameters_of(number: int, layer: nn.Module, modules: Iterable[nn.Module]) -
     return {(number, name) for name, p in layer.named_parameters() if id(p) in wanted}
 
 
+def keep_values(parameters: Iterable[Tensor]) -> Callable[[], None]:
+    """Copies values to the CPU; what is returned puts them back."""
+    before = [(parameter, parameter.detach().to("cpu", copy=True)) for parameter in parameters]
+
+    @torch.no_grad()
+    def restore() -> None:
+        for parameter, value in before:
+            parameter.copy_(value)
+
+    return restore
+
+
 @contextmanager
 def restored_on_error(parameters: Iterable[Tensor]) -> Iterator[Callable[[], None]]:
     """Parameters that have their values again after any error inside a ``with`` block.
@@ -42,13 +54,7 @@ def restored_on_error(parameters: Iterable[Tensor]) -> Iterator[Callable[[], Non
     Yields:
         A function that puts the values back, inside the block or later.
     """
-    before = [(parameter, parameter.detach().to("cpu", copy=True)) for parameter in parameters]
-
-    @torch.no_grad()
-    def restore() -> None:
-        for parameter, value in before:
-            parameter.copy_(value)
-
+    restore = keep_values(parameters)
     try:
         yield restore
     except BaseException:

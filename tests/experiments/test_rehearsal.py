@@ -1,4 +1,4 @@
-"""The rehearsal of a 7B model, on a tiny one: a dress rehearsal of the benchmark itself."""
+"""The rehearsals of a 7B model, on a tiny one: dress rehearsals of the benchmarks themselves."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import refit_streamed
 import reproduce_7b
 import torch
 from reproduce_7b import Case, rehearse, scale, table, tensors, timed
@@ -47,6 +48,22 @@ def test_the_known_layers_come_out_stopped_and_continued_in_both_formats(
     assert not [*tmp_path.glob("*/*.pth"), *tmp_path.glob("*/*.safetensors")]
     assert "hf: " in table(content)
     assert "set of the 3 lowest settled at 0.99 after 64 of 200 windows" in capsys.readouterr().out
+
+
+def test_a_streamed_refit_is_planned_and_measured_and_its_checkpoint_used_again(tmp_path):
+    def inside(argv: Sequence[str], facts: Path) -> dict[str, object]:
+        refit_streamed.timed(facts, argv)
+        return json.loads(facts.read_text())
+
+    case = refit_streamed.Case(ARGS, layers=(4, 5), size=16, max_memory="20GB")
+    content = refit_streamed.refitted(case, tmp_path, inside)
+    assert content["matrices"] == 6 and len(content["evaluation_seconds"]) == 3
+    assert content["plan"].startswith("refit: ") and content["planned_bytes"] > 10**6
+    assert "6 matrices in" in refit_streamed.table(content)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+    before = (tmp_path / "checkpoint" / "config.json").stat().st_mtime_ns
+    refit_streamed.refitted(case, tmp_path, inside)
+    assert (tmp_path / "checkpoint" / "config.json").stat().st_mtime_ns == before
 
 
 def test_known_layers_are_scaled_down_by_grades_and_others_are_not():

@@ -166,6 +166,12 @@ def test_the_first_layers_may_go_and_halves_may_be_left_alone():
     assert [found.layer for found in refit.fits] == [2, 3, 4]
     assert all("feed_forward.w2" in name for _, name in refit.values)
     assert short.changed == set(refit.values)
+    # the first that is left reads the embeddings, and is to give what the whole model has behind it
+    whole, raw = states(meta(), WINDOWS)[3], meta()
+    raw.remove_layers([0, 1])
+    weights = 1 / whole.pow(2).sum(-1, keepdim=True)
+    off = [(weights * (states(s, WINDOWS)[1] - whole).pow(2)).sum().item() for s in (raw, short)]
+    assert 1 - off[1] / off[0] == pytest.approx(refit.fits[0].restored_held, abs=1e-4)
 
 
 def test_halves_are_solved_in_their_order_whichever_is_named_first():

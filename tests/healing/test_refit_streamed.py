@@ -26,7 +26,8 @@ from tqdm import tqdm
 from llama.checkpoint.meta import Checkpoint
 from llama.formats.convert import hf_to_meta, meta_to_hf
 from short_gpt import ShortLlama
-from short_gpt.healing import refit_memory
+from short_gpt.healing import refit_layer, refit_memory
+from short_gpt.healing.half import HalfSolver
 from short_gpt.healing.refit import Refit, fit, heal
 from short_gpt.healing.refit_best import fit_best
 from short_gpt.healing.refit_layer import LayerRefit
@@ -268,6 +269,59 @@ def test_too_little_memory_or_disk_is_said_before_anything_is_done(tmp_path, mon
     with pytest.raises(ValueError, match=r"has 0 B free, the states of the refit need \d+ kB"):
         fit(short, LAYERS, WINDOWS, work_dir=tmp_path / "work", **QUIET)
     assert not (tmp_path / "work").exists()
+
+
+NEEDED = {"wo", "w1", "w2", "w3", "weight"}  # for the MLP's sums; the last is of norms
+
+
+def test_of_a_streamed_layer_the_last_matrices_alone_are_left_while_the_mlps_is_solved(
+    tmp_path, monkeypatch
+):
+    short, seen = streamed(checkpoint(tmp_path / "ckpt")), []
+    short.perplexity(WINDOWS, **QUIET)  # a pass before, whose memory is given back
+    plain = HalfSolver.solve
+
+    def solve(self, sums, **more):
+        here = [layer for layer in short.decoder.layers if not layer.attention.wo.weight.is_meta]
+        names = [{n for n, p in layer.named_parameters() if not p.is_meta} for layer in here]
+        seen.append((names, set(short.stream._ready), len(short.stream._next)))
+        return plain(self, sums, **more)
+
+    def made(end, batches):
+        for tokens in batches:
+            ready.append({name.split(".")[1] for name in short.stream._ready})
+            yield tokens
+
+    ready: list[set[str]] = []
+    equations = refit_layer.equations_of
+    monkeypatch.setattr(refit_layer, "equations_of", lambda e, b: equations(e, made(e, b)))
+    monkeypatch.setattr(HalfSolver, "solve", solve)
+    fit(short, [2, 3], WINDOWS, **QUIET)
+    assert ready == 2 * [*9 * [{"wq", "wk", "wv", *NEEDED}], *9 * [NEEDED]]
+    last = {"attention.wo.weight", "feed_forward.w2.weight"}
+    assert [len(names) for names, _, _ in seen] == [1] * 4
+    assert [names[0] == ready for names, ready, _ in seen] == [True] * 4
+    assert [ready == last for _, ready, _ in seen] == [False, True] * 2
+    assert all(not ahead for _, _, ahead in seen)
+
+
+@pytest.mark.parametrize(("kind", "itemsize"), [("float32", 4), ("bfloat16", 2)])
+@pytest.mark.parametrize("windows", [(2, 32), (8, 512)])
+def test_a_llama_2_7b_is_refitted_within_3_gb(kind, itemsize, windows, tmp_path, monkeypatch):
+    monkeypatch.setattr(refit_memory, "resident", lambda: 400 * 10**6)
+    monkeypatch.setattr(refit_memory, "_check_disk", lambda *_: None)
+    weights, matrix = 2 * 4096 + 4 * 4096**2 + 3 * 4096 * 11008, 4096 * 11008
+    calls = SimpleNamespace(
+        count=32,
+        widths=lambda: (4096, 11008, itemsize),
+        memory=lambda: {"layer": weights * itemsize, "weights as stored": 2 * matrix * 2},
+    )
+    count, size = windows
+    planned = refit_memory.plan(
+        calls, [[0] * size] * count, max_memory="3GB", folder=tmp_path / "work"
+    )
+    # of F x F and F x D numbers of float64 one each
+    assert planned.host["sums"] == 8 * 11008 * (11008 + 4096) and planned.total <= 3 * 10**9
 
 
 @pytest.fixture
