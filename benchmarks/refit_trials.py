@@ -1,6 +1,5 @@
 """Variants of the refit that the library does not have, tried on the real model by `refits.py`.
 
-- "two sweeps": all matrices are solved a second time, with the ridge towards the first solution.
 - "targets at 0.7": every layer aims at a point so far from what it gives to what the whole model
   gives.
 - "weights of the gradient": a token weighs by the squared gradient of the whole model's loss in its
@@ -25,31 +24,6 @@ from short_gpt.healing.refit_layer import LayerRefit
 
 Windows = Sequence[Sequence[int]]
 Fit = Callable[[ShortLlama, Sequence[int], Windows], refit.Refit]
-
-
-def two_sweeps(short: ShortLlama, layers: Sequence[int], windows: Windows) -> refit.Refit:
-    first = refit.fit(short, layers, windows)
-    learn = LayerRefit.learn
-
-    def again(self: LayerRefit) -> object:
-        """From the first sweep's matrices; the layer has its own again behind it."""
-        layer = self._windows.calls.layer(self._place)
-        own = {name: p.detach().clone() for name, p in layer.named_parameters()}
-        named = dict(layer.named_parameters())
-        for (number, name), value in first.values.items():
-            if number == self._number:
-                named[name].data.copy_(value)
-        try:
-            fits, values = learn(self)
-        finally:
-            for name, value in own.items():
-                named[name].data.copy_(value)
-        # what did not change again stays what the first sweep made of it
-        before = {k: v for k, v in first.values.items() if k[0] == self._number}
-        return fits, {**before, **values}
-
-    with patch.object(LayerRefit, "learn", again):
-        return refit.fit(short, layers, windows)
 
 
 def damped(short: ShortLlama, layers: Sequence[int], windows: Windows) -> refit.Refit:
@@ -137,7 +111,6 @@ def states_of(model: torch.nn.Module, states: list[Tensor]) -> Iterator[None]:
 
 
 VARIANTS: dict[str, Fit] = {
-    "two sweeps": two_sweeps,
     "targets at 0.7": damped,
     "weights of the gradient": by_gradient,
 }
