@@ -54,9 +54,8 @@ def sets() -> list[str]:
     lines = []
     for found in group("sets").values():
         lines.append(_set(found["layers"], found["cut"], found["healed"]))
-    chain, plain = result("distillation"), result("healing")
-    for made in (plain, chain):
-        lines.append(_set(made["layers"], made["rows"]["cut"], made["rows"]["refit"]))
+    made = result("healing")
+    lines.append(_set(made["layers"], made["rows"]["cut"], made["rows"]["refit"]))
     return sorted(lines, key=lambda line: int(line.split()[1].rstrip(":")))
 
 
@@ -66,20 +65,6 @@ def _set(layers: Sequence[int], cut: Cells, healed: Cells) -> str:
         f"{a['perplexity']:.2f}, {b['perplexity']:.2f} ({b['restored']:.0%})" for a, b in pairs
     ]
     return row(" ".join(map(str, sorted(layers))), *cells)
-
-
-def distilled() -> list[str]:
-    """The chain of refit and distillation, behind each step."""
-    return [healed(name, found) for name, found in result("distillation")["rows"].items()]
-
-
-def minutes() -> str:
-    """What the chain took, as a sentence."""
-    cost = result("distillation")["seconds"]
-    return (
-        f"{sum(cost.values()) / 60:.1f} minutes: {cost['teacher']:.0f} s the teacher's "
-        f"predictions, {cost['refit']:.0f} s the refit, {cost['distill']:.0f} s the training"
-    )
 
 
 def group(name: str) -> dict[str, Mapping[str, Cells]]:

@@ -265,7 +265,6 @@ TABLES: dict[str, dict[str, Callable[[], list[str]]]] = {
     "docs/healing.md": {
         HEALED.format("8 of 30 layers less"): healing.refitted,
         HEALED.format("layers less"): healing.sets,
-        HEALED.format("8 layers less, distilled"): healing.distilled,
         HEALED.format("healed by"): healing.parts,
         HEALED.format("windows"): healing.windows,
     },
