@@ -69,7 +69,9 @@ measure draft_4 python -m short_gpt draft smollm2.gguf less-4.gguf --data held_o
 measure draft_8 python -m short_gpt draft smollm2.gguf less-8.gguf --data held_out
 script healing healing --count 40 --also wikitext2_test.txt --others lambada_passages.txt --methods refit
 script distillation distillation --also wikitext2_test.txt --others lambada_passages.txt
-script refits refits --also wikitext2_test.txt --others lambada_passages.txt
+script refit_sets refits --only sets --also wikitext2_test.txt --others lambada_passages.txt
+script refit_parts refits --only parts,windows --also wikitext2_test.txt --others lambada_passages.txt
+script refit_aims refits --only aims --also wikitext2_test.txt --others lambada_passages.txt
 script calibration calibration --wikitext wikitext2_test.txt --tasks tasks --state calibration.state
 script tasks tasks --source tasks --wikitext wikitext2_test.txt --state tasks.state
 measure compare python -m short_gpt compare --search_windows 2 --healing raw,patched,lora \

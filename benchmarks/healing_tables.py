@@ -42,6 +42,12 @@ def windows() -> list[str]:
     return [healed(name, found["healed"]) for name, found in by_windows().items()]
 
 
+def aims() -> list[str]:
+    """The same by how far the changes aim, 1 being the target."""
+    cases = {"1": group("windows")["16 + 16"], **group("aims")}
+    return [healed(name, found["healed"]) for name, found in cases.items()]
+
+
 def by_windows() -> dict[str, Mapping[str, Cells]]:
     """Cases by their windows, those of both texts in their number."""
     cases = group("windows")
@@ -68,7 +74,8 @@ def _set(layers: Sequence[int], cut: Cells, healed: Cells) -> str:
 
 
 def group(name: str) -> dict[str, Mapping[str, Cells]]:
-    return result("refits")["groups"][name]
+    file = "refit_sets" if name == "sets" else "refit_aims" if name == "aims" else "refit_parts"
+    return result(file)["groups"][name]
 
 
 def picture(path: Path) -> None:
@@ -78,7 +85,7 @@ def picture(path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    size = result("refits")["tokens_of_parts"]
+    size = result("refit_parts")["tokens_of_parts"]
     figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
     cases = by_windows()
     counts = {name: sum(map(int, name.split(" + "))) * size for name in cases}

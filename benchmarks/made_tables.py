@@ -267,6 +267,7 @@ TABLES: dict[str, dict[str, Callable[[], list[str]]]] = {
         HEALED.format("layers less"): healing.sets,
         HEALED.format("healed by"): healing.parts,
         HEALED.format("windows"): healing.windows,
+        HEALED.format("aimed at"): healing.aims,
     },
 }
 # The first words of every block that is filled as it is printed, by its page.

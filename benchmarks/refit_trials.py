@@ -1,9 +1,6 @@
-"""Variants of the refit that the library does not have, tried on the real model by `refits.py`.
+"""A variant of the refit that the library does not have, tried on the real model by `refits.py`.
 
-- "targets at 0.7": every layer aims at a point so far from what it gives to what the whole model
-  gives.
-- "weights of the gradient": a token weighs by the squared gradient of the whole model's loss in its
-  state behind the layer.
+A token weighs by the squared gradient of the whole model's loss in its state behind the layer.
 """
 
 from __future__ import annotations
@@ -18,23 +15,12 @@ from torch import Tensor
 
 from short_gpt import ShortHFModel, ShortLlama
 from short_gpt.data import demo
-from short_gpt.healing import half, refit, refit_layer
+from short_gpt.healing import refit, refit_layer
 from short_gpt.healing.half import HalfSolver, Tokens
 from short_gpt.healing.refit_layer import LayerRefit
 
 Windows = Sequence[Sequence[int]]
 Fit = Callable[[ShortLlama, Sequence[int], Windows], refit.Refit]
-
-
-def damped(short: ShortLlama, layers: Sequence[int], windows: Windows) -> refit.Refit:
-    linear = half._linear
-
-    def part(end: object, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
-        inputs, rest, weights = linear(end, tokens)
-        return inputs, 0.7 * rest, weights
-
-    with patch.object(half, "_linear", part):
-        return refit.fit(short, layers, windows)
 
 
 @dataclass(frozen=True)
@@ -64,10 +50,11 @@ def by_gradient(short: ShortLlama, layers: Sequence[int], windows: Windows) -> r
         at.append(self._place)
         return learn(self)
 
-    def solver(end: object, ridges: object, fit: Callable, keep: Callable) -> HalfSolver:
-        return HalfSolver(
-            end, ridges, lambda: weighted(fit(), 0), lambda: weighted(keep(), len(fitted))
-        )
+    def solver(
+        end: object, ridges: object, fit: Callable, keep: Callable, **options: float
+    ) -> HalfSolver:
+        parts = (lambda: weighted(fit(), 0), lambda: weighted(keep(), len(fitted)))
+        return HalfSolver(end, ridges, *parts, **options)
 
     with (
         patch.object(LayerRefit, "learn", noted),
@@ -111,6 +98,5 @@ def states_of(model: torch.nn.Module, states: list[Tensor]) -> Iterator[None]:
 
 
 VARIANTS: dict[str, Fit] = {
-    "targets at 0.7": damped,
     "weights of the gradient": by_gradient,
 }

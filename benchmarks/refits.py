@@ -6,9 +6,10 @@ the book, on the half of a second text that nothing was fitted on, and on texts 
 - ``sets``: 4 and 12 layers, each healed by the whole refit;
 - ``parts``: 8 layers, healed by the patch, by one half alone, by both, and by variants that the
   library does not have (`refit_trials`);
-- ``windows``: 8 layers and from 8 to 32 windows, of both texts, and 16 of one.
+- ``windows``: 8 layers and from 8 to 32 windows, of both texts, and 16 of one;
+- ``aims``: 8 layers, 32 windows, and changes that aim short of the whole model's states.
 
-The latter two read windows of 512 tokens.
+All but the first read windows of 512 tokens.
 
     python benchmarks/refits.py --also FILE --others FILE --out refits.json
 
@@ -78,19 +79,21 @@ def cases(count: int) -> dict[str, dict[str, Case]]:
         "mlp": Case(options=(("parts", ("mlp",)),)),
         "both": Case(),
         "both, equal weights": Case(options=(("weights", "equal"),)),
+        "both, targets at 0.7": Case(options=(("aim", 0.7),)),
     }
     parts |= {f"both, {name}": Case(method=name) for name in VARIANTS}
     mixed = {f"{n} + {n}": Case(first=n, second=n) for n in (4, 8, 16)}
     alone = {"16 + 0": Case(first=16, second=0), "0 + 16": Case(first=0, second=16)}
+    aims = {f"{aim}": Case(first=16, second=16, options=(("aim", aim),)) for aim in (0.7, 0.5)}
     sets = {name: whole(layers) for name, layers in SETS.items()}
-    return {"sets": sets, "parts": parts, "windows": {**mixed, **alone}}
+    return {"sets": sets, "parts": parts, "windows": {**mixed, **alone}, "aims": aims}
 
 
 def main(
     also: str,
     others: str | None = None,
     count: int = 40,
-    only: str | Sequence[str] = ("sets", "parts", "windows"),
+    only: str | Sequence[str] = ("sets", "parts", "windows", "aims"),
     first: int | None = None,
     out: str | None = None,
     overwrite: bool = False,

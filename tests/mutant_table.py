@@ -629,8 +629,8 @@ HEALING = (
                 "test_in_the_model_that_is_left_every_matrix_solves_its_normal_equations",
             ),
             (
-                'if self._weights == "inverse":',
-                'if self._weights == "equal":',
+                'if self._solving.weights == "inverse":',
+                'if self._solving.weights == "equal":',
                 "test_in_the_model_that_is_left_every_matrix_solves_its_normal_equations",
             ),
             (
@@ -757,9 +757,19 @@ HEALING = (
                 "test_the_sums_in_blocks_solve_the_normal_equations",
             ),
             (
-                "+ penalty * _inner(change, change)",
+                " + aim**2 * penalty * size",
                 "",
                 "test_the_sums_in_blocks_solve_the_normal_equations",
+            ),
+            (
+                "aim * (2 - aim) * given",
+                "aim * given",
+                "tests/healing/test_refit.py::test_in_the_model_that_is_left_every_matrix_solves_its_normal_equations",
+            ),
+            (
+                "torch.from_numpy(aim * change)",
+                "torch.from_numpy(change)",
+                "tests/healing/test_refit.py::test_in_the_model_that_is_left_every_matrix_solves_its_normal_equations",
             ),
             (
                 "range(0, self._cross.shape[1], COLUMNS)",
@@ -895,6 +905,11 @@ HEALING = (
             (
                 "best = min(chain([best], alone), key=loss)",
                 "best = max(chain([best], alone), key=loss)",
+                "test_the_best_halves_have_the_least_loss_on_windows_kept_apart",
+            ),
+            (
+                "best = min(chain([best], others), key=loss)",
+                "best = max(chain([best], others), key=loss)",
                 "test_the_best_halves_have_the_least_loss_on_windows_kept_apart",
             ),
             (

@@ -14,6 +14,7 @@ from short_gpt.healing import linear_patch, refit
 from short_gpt.healing.kept_weights import KeptWeights
 from short_gpt.healing.refit_best import fit_best
 from short_gpt.healing.refit_memory import RefitPlan, plan_of
+from short_gpt.healing.solving import PARTS, RIDGES, WEIGHTS
 from short_gpt.healing.texts import Learning
 from short_gpt.healing.work import Heal, Work
 from short_gpt.runtime.digest import json_digest
@@ -103,15 +104,16 @@ class RefitSettings(ClosedForm):
     """Settings of the refit; see `refit.fit`.
 
     Attributes:
-        parts: as there; None takes those, and the weights, of least loss on windows kept apart, as
-            `fit_best` does.
-        ridges, weights, batch_size: as there.
+        parts: as there; None takes those, and weights and aim, of least loss on windows kept apart,
+            as `fit_best` does.
+        ridges, weights, aim, batch_size: as there.
         max_windows: of those to learn from, the first so many; None takes all.
     """
 
-    parts: tuple[str, ...] | None = refit.PARTS
-    ridges: tuple[float, ...] = refit.RIDGES
-    weights: str = refit.WEIGHTS[0]
+    parts: tuple[str, ...] | None = PARTS
+    ridges: tuple[float, ...] = RIDGES
+    weights: str = WEIGHTS[0]
+    aim: float = 1.0
     batch_size: int = 1
     max_windows: int | None = None
     name: ClassVar[str] = "refit"
@@ -129,7 +131,7 @@ class RefitSettings(ClosedForm):
     def fit(self, work: Work) -> Heal:
         fit: Callable[..., refit.Refit] = fit_best
         if self.parts is not None:
-            fit = partial(refit.fit, parts=self.parts, weights=self.weights)
+            fit = partial(refit.fit, parts=self.parts, weights=self.weights, aim=self.aim)
         made = fit(
             work.short,
             work.layers,

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from short_gpt.healing.half import HalfSolver, Tokens, equations_of
 from short_gpt.healing.refit_layer import seen_at
-from short_gpt.healing.refit_pass import RIDGES, of_one_length
+from short_gpt.healing.refit_pass import of_one_length
+from short_gpt.healing.solving import RIDGES
 from short_gpt.models.decoder import Decoder
 from short_gpt.models.layer_calls import LayerCalls
 from short_gpt.models.summands import Summand, Summands

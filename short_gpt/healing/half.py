@@ -101,6 +101,7 @@ class HalfSolver:
         end: what the half adds.
         ridges: candidates, for the matrix and for a norm's weight.
         fitted, held: give the tokens to fit on, and to choose by, again and again.
+        aim: a factor of every change.
     """
 
     def __init__(
@@ -109,8 +110,11 @@ class HalfSolver:
         ridges: Sequence[float],
         fitted: Callable[[], Iterable[Tokens]],
         held: Callable[[], Iterable[Tokens]],
+        *,
+        aim: float = 1.0,
     ) -> None:
         self._end, self._ridges, self._fitted, self._held = end, ridges, fitted, held
+        self._aim = aim
         self._lacking = error(end, held())
         self._left = self._lacking  # of it, after what has been taken
 
@@ -154,7 +158,7 @@ class HalfSolver:
         if not sums.solvable:
             return None, 0.0
         parameters = [weight, bias] if isinstance(bias, Tensor) else [weight]
-        return self._taken(parameters, lambda ridge: sums.solve(ridge, put))
+        return self._taken(parameters, lambda ridge: sums.solve(ridge, put, aim=self._aim))
 
     def _norm(self) -> float | None:
         """Changes the norm's weight by the best of all ridges; returns that."""
@@ -170,7 +174,7 @@ class HalfSolver:
             crosses += (w * unit * rest).sum(0).cpu()
 
         def add(ridge: float) -> float:
-            change = crosses / (squares + ridge * squares.mean())
+            change = self._aim * crosses / (squares + ridge * squares.mean())
             _add(weight, change.to(weight.device, torch.float32))
             return 0.0
 

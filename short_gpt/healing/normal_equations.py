@@ -67,15 +67,18 @@ class NormalEquations:
         """Whether something is missing, and there are inputs that it could be made of."""
         return bool(self.square and self._diagonal.any())
 
-    def solve(self, ridge: float, put: Callable[[slice, Tensor], object]) -> float:
+    def solve(
+        self, ridge: float, put: Callable[[slice, Tensor], object], *, aim: float = 1.0
+    ) -> float:
         """Solves C for a ridge, some columns at a time.
 
         Args:
             ridge: above 0.
-            put: takes which columns of C these are, and they, (F, columns) float64.
+            put: takes which columns of aim C these are, and they, (F, columns) float64.
+            aim: a factor of C.
 
         Returns:
-            The share of ``square`` that X C restores.
+            The share of ``square`` that X aim C restores.
         """
         # relative to the mean of the eigenvalues: a ridge suits any scale of X
         penalty = ridge * float(self._diagonal.mean())
@@ -83,9 +86,10 @@ class NormalEquations:
         for start in range(0, self._cross.shape[1], COLUMNS):
             columns = slice(start, start + COLUMNS)
             right, change = self._cross[:, columns].numpy(), solved(columns)
-            # ||X C - R||^2 = tr(R^T R) - tr(C^T X^T R) - penalty ||C||^2 where the equations hold
-            back += _inner(change, right) + penalty * _inner(change, change)
-            put(columns, torch.from_numpy(change))
+            # where the equations hold, tr(C^T X^T X C) = tr(C^T X^T R) - penalty ||C||^2
+            given, size = _inner(change, right), _inner(change, change)
+            back += aim * (2 - aim) * given + aim**2 * penalty * size
+            put(columns, torch.from_numpy(aim * change))
         return back / self.square
 
     def _solver(self, diagonal: Tensor) -> Callable[[slice], np.ndarray]:

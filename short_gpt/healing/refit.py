@@ -33,10 +33,10 @@ import torch
 from torch import Tensor
 
 from llama.parallel import model_parallel_size
-from short_gpt.healing.refit_layer import WEIGHTS
 from short_gpt.healing.refit_memory import plan_of
-from short_gpt.healing.refit_pass import RIDGES, RefitPass
+from short_gpt.healing.refit_pass import RefitPass
 from short_gpt.healing.refit_state import Fit, RefitState
+from short_gpt.healing.solving import PARTS, RIDGES, WEIGHTS, Solving
 from short_gpt.models.decoder import pad
 from short_gpt.models.numbering import check_layers, span
 from short_gpt.runtime.digest import json_digest
@@ -45,7 +45,6 @@ from short_gpt.runtime.progress import bar
 from short_gpt.scored_model import ScoredModel
 from short_gpt.surgery.changes import Parameter
 
-PARTS = ("attention", "mlp")
 HELD_EVERY = 8  # every eighth window chooses the ridge
 
 
@@ -57,18 +56,17 @@ class Refit:
         layers: those to remove, in the original model's numbering.
         values: by a layer's original number and a parameter's name in it, on the CPU.
         fits: of every matrix, in the order in which they were solved.
-        parts, weights: as given to `fit`.
+        solving: as given to `fit`.
         windows, tokens: read to fit the matrices.
         held: windows read to choose the ridges.
-        tried: of `fit_best`, the perplexity on those windows by the halves and weights that were
-            tried, and as "none" that without any.
+        tried: of `fit_best`, the perplexity on those windows by the name of what was tried, and as
+            "none" that without any.
     """
 
     layers: list[int]
     values: Mapping[Parameter, Tensor]
     fits: list[Fit]
-    parts: tuple[str, ...]
-    weights: str
+    solving: Solving
     windows: int
     tokens: int
     held: int
@@ -79,8 +77,9 @@ class Refit:
         return {
             "method": "refit",
             "layers": self.layers,
-            "parts": list(self.parts),
-            "weights": self.weights,
+            "parts": list(self.solving.parts),
+            "weights": self.solving.weights,
+            "aim": self.solving.aim,
             "fits": [asdict(fit) for fit in self.fits],
             "windows": self.windows,
             "tokens": self.tokens,
@@ -98,6 +97,7 @@ def heal(
     parts: Sequence[str] = PARTS,
     ridges: Sequence[float] = RIDGES,
     weights: str = WEIGHTS[0],
+    aim: float = 1.0,
     batch_size: int = 1,
     work_dir: str | os.PathLike[str] | None = None,
     progress: bool = True,
@@ -117,6 +117,7 @@ def heal(
         parts=parts,
         ridges=ridges,
         weights=weights,
+        aim=aim,
         batch_size=batch_size,
         work_dir=work_dir,
         progress=progress,
@@ -141,6 +142,7 @@ def fit(
     parts: Sequence[str] = PARTS,
     ridges: Sequence[float] = RIDGES,
     weights: str = WEIGHTS[0],
+    aim: float = 1.0,
     batch_size: int = 1,
     work_dir: str | os.PathLike[str] | None = None,
     progress: bool = True,
@@ -160,9 +162,7 @@ def fit(
             the model is to be used for.
         held: windows kept apart, by which ridges are chosen; None takes every eighth of
             ``windows`` out for it.
-        parts: the halves whose last matrix is solved again: "attention", "mlp" or both.
-        ridges: candidates for every matrix, relative to the mean square of its weighted inputs.
-        weights: w of a token, "inverse" for 1 / ||T||^2, or "equal" for all alike.
+        parts, ridges, weights, aim: of every matrix, see `Solving`.
         batch_size: windows of one length read at once.
         work_dir: a folder for this refit alone; it may be deleted once the model is saved, which
             reads new values from there.
@@ -177,25 +177,23 @@ def fit(
             memory or disk; ``work_dir`` holds a refit of another model, text or setting.
         NotFiniteError: a state is NaN or infinite.
     """
-    check_options(parts, ridges, weights)
+    solving = Solving((*parts,) if not isinstance(parts, str) else parts, ridges, weights, aim)
     _check(short, layers)
     windows, held = held_apart(list(windows)) if held is None else (windows, held)
     if not windows or not held:
         raise ShortGPTError("expected at least two windows of calibration tokens")
-    options = {"parts": [*parts], "ridges": [*ridges], "weights": weights}
+    options = {name: [*v] if isinstance(v, tuple) else v for name, v in vars(solving).items()}
     options |= {"batch_size": batch_size}
     state = _state(short, layers, windows, held, options, work_dir)
     calls, gone = short.layer_calls(), [short.kept.index(layer) for layer in layers]
-    work = RefitPass(
-        calls, short.kept, gone, parts=parts, ridges=ridges, weights=weights, state=state
-    )
+    work = RefitPass(calls, short.kept, gone, solving=solving, state=state)
     _run(short, work, windows, held, batch_size, progress)
     if not state.fits:
         state.clear()
         raise ShortGPTError(f"nothing of this model can be refitted: {work.refusal}")
     tokens, fits = sum(map(len, windows)), state.fits
     counts = (len(windows), tokens, len(held))
-    return Refit(list(layers), state.values, fits, tuple(parts), weights, *counts)
+    return Refit(list(layers), state.values, fits, solving, *counts)
 
 
 def _run(
@@ -260,16 +258,6 @@ def fold(short: ScoredModel, refit: Refit) -> Callable[[], None]:
             f"{span(present)}: remove the former, keep the others"
         )
     return short.change_weights(refit.to_dict(), refit.values)
-
-
-def check_options(parts: Sequence[str], ridges: Sequence[float], weights: str = WEIGHTS[0]) -> None:
-    """Raises ShortGPTError for halves or weights that there are not, or ridges below 0."""
-    if not parts or isinstance(parts, str) or not set(parts) <= set(PARTS):
-        raise ShortGPTError(f"parts = {parts!r}: expected some of {', '.join(PARTS)}")
-    if not ridges or not all(0 < ridge < float("inf") for ridge in ridges):
-        raise ShortGPTError(f"ridges = {ridges!r}: expected numbers above 0, such as {RIDGES[0]}")
-    if weights not in WEIGHTS:
-        raise ShortGPTError(f"weights = {weights!r}: expected one of {', '.join(WEIGHTS)}")
 
 
 def held_apart(windows: list[Sequence[int]]) -> tuple[list[Sequence[int]], list[Sequence[int]]]:

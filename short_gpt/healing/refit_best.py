@@ -1,4 +1,4 @@
-"""The refit of the token weights and halves that have the least loss on windows kept apart."""
+"""The refit of the settings that have the least loss on windows kept apart."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from itertools import chain
 from pathlib import Path
 
 from short_gpt.evaluation.paired import together
-from short_gpt.healing.refit import PARTS, Refit, fit, fold, held_apart
-from short_gpt.healing.refit_layer import WEIGHTS
-from short_gpt.healing.refit_pass import RIDGES
+from short_gpt.healing.refit import Refit, fit, fold, held_apart
+from short_gpt.healing.solving import PARTS, RIDGES, WEIGHTS, Solving
 from short_gpt.scored_model import ScoredModel
+
+AIMS = (1.0, 0.7)
 
 
 def fit_best(
@@ -26,49 +27,48 @@ def fit_best(
     work_dir: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> Refit:
-    """Fits both halves with each weight of tokens, then each half alone with the better one.
+    """Fits in several ways, and keeps what has the least loss on windows kept apart.
 
-    What is kept has the least loss on windows kept apart. It takes four times as long as `fit`,
-    whose args and errors it has; the model is as it was afterwards.
+    Tried are both halves with each weight of tokens, then with each aim, then each half alone,
+    every time with what was best before. It takes five times as long as `fit`, whose args and
+    errors it has; the model is as it was afterwards.
 
     Example:
         >>> fit_best(short, [21], windows).tried  # doctest: +SKIP
-        {'none': 61.2, 'attention,mlp inverse': 23.4, 'attention,mlp equal': 24.0, ...}
+        {'none': 61.2, 'attention,mlp inverse 1': 23.4, 'attention,mlp equal 1': 24.0, ...}
     """
     windows, held = held_apart(list(windows)) if held is None else (windows, held)
 
-    def fitted(parts: tuple[str, ...], weights: str) -> Refit:
-        folder = "-".join([*parts, weights])
+    def loss(refit: Refit) -> float:
+        return tried[refit.solving.name]
+
+    def fitted(solving: Solving) -> Refit:
+        folder = solving.name.replace(" ", "-").replace(",", "-")
         refit = fit(
             short,
             layers,
             windows,
             held=held,
-            parts=parts,
-            ridges=ridges,
-            weights=weights,
+            **vars(solving),
             batch_size=batch_size,
             work_dir=None if work_dir is None else Path(os.fspath(work_dir)) / folder,
             progress=progress,
         )
         with short.without_layers(layers):
-            tried[_name(refit)] = _perplexity_with(short, refit, held)
+            tried[solving.name] = _perplexity_with(short, refit, held)
         return refit
-
-    def loss(refit: Refit) -> float:
-        return tried[_name(refit)]
 
     with short.without_layers(layers):
         tried = {"none": _perplexity(short, held)}
-    best = min((fitted(PARTS, weights) for weights in WEIGHTS), key=loss)
-    if {found.part for found in best.fits} == set(PARTS):
-        alone = (fitted((part,), best.weights) for part in PARTS)
+    best = min((fitted(Solving(PARTS, ridges, weights)) for weights in WEIGHTS), key=loss)
+    found = best.solving
+    others = (fitted(replace(found, aim=aim)) for aim in AIMS if aim != found.aim)
+    best = min(chain([best], others), key=loss)
+    if {fit.part for fit in best.fits} == set(PARTS):
+        found = best.solving
+        alone = (fitted(replace(found, parts=(part,))) for part in PARTS)
         best = min(chain([best], alone), key=loss)
     return replace(best, tried=tried)
-
-
-def _name(refit: Refit) -> str:
-    return f"{','.join(refit.parts)} {refit.weights}"
 
 
 def _perplexity_with(short: ScoredModel, refit: Refit, held: Sequence[Sequence[int]]) -> float:

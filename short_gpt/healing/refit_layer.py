@@ -17,6 +17,7 @@ from short_gpt.healing.half import HalfSolver, Tokens, equations_of
 from short_gpt.healing.known_attention import KnownAttention
 from short_gpt.healing.normal_equations import NormalEquations
 from short_gpt.healing.refit_state import Fit, RefitState
+from short_gpt.healing.solving import PARTS, Solving
 from short_gpt.healing.states import States
 from short_gpt.models.layer_calls import LayerCalls
 from short_gpt.models.summands import Summand, Summands, behind_attention
@@ -24,9 +25,6 @@ from short_gpt.runtime.errors import NotFiniteError
 from short_gpt.surgery.changes import Parameter, keep_values, parameters_of
 
 TokensOf = Callable[[int, Tensor], Tokens]
-
-# How a token weighs: by the inverse square of its target, or as much as any other.
-WEIGHTS = ("inverse", "equal")
 
 
 @dataclass(frozen=True)
@@ -89,9 +87,7 @@ class LayerRefit:
         windows: in front of the layer.
         place: of the layer.
         number: its original one.
-        parts: halves whose last matrix is solved, "attention" or "mlp".
-        ridges: candidates for every matrix.
-        weights: of the tokens, one of `WEIGHTS`.
+        solving: how they are solved.
 
     Attributes:
         ends: by half, what is solved.
@@ -103,13 +99,9 @@ class LayerRefit:
         windows: Windows,
         place: int,
         number: int,
-        *,
-        parts: Sequence[str],
-        ridges: Sequence[float],
-        weights: str,
+        solving: Solving,
     ) -> None:
-        self._windows, self._place, self._number, self._ridges = windows, place, number, ridges
-        self._weights = weights
+        self._windows, self._place, self._number, self._solving = windows, place, number, solving
         state = windows.state
         self._left, self._behind = state.before("left"), state.behind("left")
         self._whole = state.behind("whole")  # from `teach` on, and behind a gap where there is one
@@ -117,7 +109,7 @@ class LayerRefit:
         halves = Summands.of(windows.calls, place, sample, windows.calls.family)
         self._halves = halves
         # the attention first, in whatever order they are named: the MLP mends what it leaves
-        found = [part for part in ("attention", "mlp") if part in parts and part in halves.ends]
+        found = [part for part in PARTS if part in solving.parts and part in halves.ends]
         self.ends = {part: halves.ends[part] for part in found}
         self.refused = "; ".join(dict.fromkeys(halves.refused.values()))
         self._between = States([], 0, sample.dtype)
@@ -227,7 +219,7 @@ class LayerRefit:
 
     def _square(self, target: Callable[[int], Tensor]) -> float | None:
         """The mean of ||target||^2 that equal weights are relative to; None where they differ."""
-        if self._weights == "inverse":
+        if self._solving.weights == "inverse":
             return None
         fitted = [target(batch).float().pow(2).sum(-1) for batch in self._windows.of(held=False)]
         return float(torch.cat([squares.flatten() for squares in fitted]).mean())
@@ -256,7 +248,8 @@ class LayerRefit:
             batches = self._windows.of(held=held)
             return lambda: (tokens(b, self._inputs[b].to(end.device)) for b in batches)
 
-        solver = HalfSolver(end, self._ridges, again(False), again(True))
+        aimed = self._solving
+        solver = HalfSolver(end, aimed.ridges, again(False), again(True), aim=aimed.aim)
         # tokens weigh 1 / ||T||^2: their mean square is relative to the stream's own
         found = solver.solve(sums, noise=16 * torch.finfo(self._left[0].dtype).eps)
         return Fit(self._number, part, **vars(found))

@@ -6,17 +6,15 @@ Places are those of the layers in the decoder. Shapes: B windows, S tokens, D wi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from short_gpt.healing.refit_layer import LayerRefit, Windows
 from short_gpt.healing.refit_state import RefitState
+from short_gpt.healing.solving import Solving
 from short_gpt.healing.states import States
 from short_gpt.models.layer_calls import LayerCalls
-
-RIDGES = (1e-2, 1e-1, 1.0)
 
 
 class RefitPass:
@@ -26,9 +24,7 @@ class RefitPass:
         calls: of a decoder with all its layers, which have their own weights again afterwards.
         numbers: the original number of the layer at each place.
         gone: places of the layers that go.
-        parts: halves whose last matrix is solved, "attention" or "mlp".
-        ridges: candidates for every matrix.
-        weights: of the tokens, "inverse" or "equal".
+        solving: how their matrices are solved.
         state: what is continued from, and what is solved goes to.
 
     Attributes:
@@ -42,13 +38,10 @@ class RefitPass:
         numbers: Sequence[int],
         gone: Sequence[int],
         *,
-        parts: Sequence[str],
-        ridges: Sequence[float],
-        weights: str,
+        solving: Solving,
         state: RefitState,
     ) -> None:
-        self._calls, self._numbers = calls, numbers
-        self._solving = partial(LayerRefit, parts=parts, ridges=ridges, weights=weights)
+        self._calls, self._numbers, self._solving = calls, numbers, solving
         self.state, self.room = state, 0
         self._kept = [place for place in range(calls.count) if place not in gone]
         # the first layer whose target is not what it gives anyway
@@ -141,7 +134,7 @@ class RefitPass:
                 state.before("left")[batch] = state.before("whole")[batch]
         with self._calls.loaded(place):
             number = self._numbers[place]
-            layer = self._solving(windows, place, number)
+            layer = LayerRefit(windows, place, number, self._solving)
             layer.teach()
         whole = state.behind("whole")
         self._move(windows, range(place + 1, after), whole, to=whole)

@@ -9,8 +9,7 @@ from short_gpt.data.windows import at_least
 from short_gpt.healing.four_bit import require_four_bit
 from short_gpt.healing.lora import require_packages
 from short_gpt.healing.recipe import PRESETS, Recipe, recipe_for
-from short_gpt.healing.refit import PARTS, check_options
-from short_gpt.healing.refit_pass import RIDGES
+from short_gpt.healing.solving import PARTS, RIDGES, Solving
 from short_gpt.healing.steps import STEPS, RefitSettings, check_order
 from short_gpt.jobs.inputs import Cut
 from short_gpt.runtime.errors import ShortGPTError
@@ -152,10 +151,10 @@ class Settings:
         """
         ridges = RIDGES if self.ridge is None else (self.ridge,)
         if self.parts == "best":
-            check_options(PARTS, ridges)
+            Solving(PARTS, ridges)  # refuses what is out of range
             return RefitSettings(None, ridges, max_windows=max_windows)
         parts = PARTS if self.parts is None else tuple(p.strip() for p in self.parts.split(","))
-        check_options(parts, ridges)
+        Solving(parts, ridges)
         return RefitSettings(parts, ridges, max_windows=max_windows)
 
     def recipe(self, short: ScoredModel, seed: int) -> Recipe:

@@ -13,7 +13,8 @@ from llama.model import TransformerBlock
 from short_gpt.evaluation.perplexity import perplexity
 from short_gpt.healing import search_healed
 from short_gpt.healing.gap_refit import GapRefits
-from short_gpt.healing.refit import RIDGES, fit
+from short_gpt.healing.refit import fit
+from short_gpt.healing.solving import RIDGES
 from short_gpt.models.layer_hooks import mlp_output, transposed
 from short_gpt.models.numbering import runs
 from short_gpt.runtime.state import StateFile
