@@ -109,3 +109,18 @@ def picture(path: Path) -> None:
     figure.legend(loc="outside right upper", frameon=False)
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def nearest() -> list[str]:
+    """Where every method's choice stands among all sets, as cut and refitted in front of gaps."""
+    found = result("optimality")
+    lines = []
+    for name, choice in found["choices"].items():
+        cells = []
+        for kind in ("raw", "healed"):
+            own = choice[kind]
+            cells += [own["rank"], f"{own['gap']:.3f} ({own['standard_error']:.3f})"]
+        whole = found["checked"]["choices"][name]
+        less = f"{whole['less_sleb']:+.3f} ({whole['standard_error']:.3f})"
+        lines.append(row(name, ", ".join(map(str, sorted(choice["layers"]))), *cells, less))
+    return lines

@@ -228,6 +228,10 @@ def healed() -> str:
 
 
 TASKS = "| | whole | 2 less | 2, refitted | 4 less | 4, refitted | 8 less | 8, refitted |"
+NEAREST = (
+    "| method | removes | rank as cut | nats above the best | rank refitted | nats above the best "
+)
+NEAREST += "| refitted whole, less sleb |"
 HEALED = "| {} | held-out chapters | WikiText-2, second half | novels |"
 CROSSED = "| {}, chosen on | bible | wikitext | novels | questions | code |"
 RULED = "| the rule with | trusted, harmless | trusted, harmful | not, harmless | not, harmful |"
@@ -246,6 +250,7 @@ TABLES: dict[str, dict[str, Callable[[], list[str]]]] = {
         "| | median (range) |": scoring,
         TASKS: evidence.tasks,
         FAMILY: family,
+        NEAREST: healing.nearest,
         "| | Meta's format | Hugging Face's |": rehearsed,
     },
     "docs/serve.md": {SERVED: serving, DRAFTED: drafted},
