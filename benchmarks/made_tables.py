@@ -228,10 +228,8 @@ def healed() -> str:
 
 
 TASKS = "| | whole | 2 less | 2, refitted | 4 less | 4, refitted | 8 less | 8, refitted |"
-NEAREST = (
-    "| method | removes | rank as cut | nats above the best | rank refitted | nats above the best "
-)
-NEAREST += "| refitted whole, less sleb |"
+NEAREST = "| method | removes | rank as cut | nats above the best | rank refitted "
+NEAREST += "| nats above the best | refitted whole, less sleb |"
 HEALED = "| {} | held-out chapters | WikiText-2, second half | novels |"
 CROSSED = "| {}, chosen on | bible | wikitext | novels | questions | code |"
 RULED = "| the rule with | trusted, harmless | trusted, harmful | not, harmless | not, harmful |"
