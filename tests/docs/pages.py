@@ -11,15 +11,8 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 RESULTS = ("scoring", "stopping", "stopping_adversarial", "streaming", "greedy", "compare")
 RESULTS += ("healing", "reproduce_7b", "draft_4", "draft_8", "second_family", "serving")
-RESULTS += (
-    "calibration",
-    "tasks",
-    "refit_sets",
-    "refit_parts",
-    "refit_aims",
-    "optimality",
-    "refit_streamed",
-)
+RESULTS += ("calibration", "tasks", "refit_streamed", "refit_sets", "refit_parts", "refit_aims")
+RESULTS += ("optimality",)
 PAGES = {
     str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
     for path in (ROOT / "README.md", ROOT / "benchmarks/README.md", *ROOT.glob("docs/**/*.md"))
