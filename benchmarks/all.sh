@@ -68,6 +68,8 @@ measure draft_4 python -m short_gpt draft smollm2.gguf less-4.gguf --data held_o
 measure draft_8 python -m short_gpt draft smollm2.gguf less-8.gguf --data held_out
 script healing healing --count 40 --also wikitext2_test.txt --others lambada_passages.txt --methods refit
 script calibration calibration --wikitext wikitext2_test.txt --tasks tasks --state calibration.state
+script calibration_rule calibration_rule --wikitext wikitext2_test.txt --tasks tasks \
+    --state calibration_rule.state
 script tasks tasks --source tasks --wikitext wikitext2_test.txt --state tasks.state
 measure compare python -m short_gpt compare --search_windows 2 --healing raw,patched,lora \
     --lora_only bi:8,angular:8 --lora_steps 80 --lora_rank 16 --lora_learning_rate 2e-3 \

@@ -11,7 +11,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 RESULTS = ("scoring", "stopping", "stopping_adversarial", "streaming", "greedy", "compare")
 RESULTS += ("healing", "reproduce_7b", "draft_4", "draft_8", "second_family", "serving")
-RESULTS += ("calibration", "tasks")
+RESULTS += ("calibration", "calibration_rule", "tasks")
 PAGES = {
     str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
     for path in (ROOT / "README.md", ROOT / "benchmarks/README.md", *ROOT.glob("docs/**/*.md"))
