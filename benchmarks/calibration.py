@@ -1,13 +1,12 @@
-"""Which text chooses the layers, on the real small model: five kinds of text, and a rule checked.
+"""Which text chooses the layers, on the real small model: five kinds of text.
 
 Every text ranks, and its choice is judged on all of them; windows of other lengths, and with bos in
-front of every one, rank too. The rule of `experiments.calibration.trust` is fixed on every three
-kinds of text and checked on the other two, for several numbers of layers.
+front of every one, rank too. Whom to trust beyond its text is checked by ``calibration_rule.py``.
 
     python benchmarks/calibration.py --wikitext wikitext2_test.txt --tasks tasks/ --out FILE
 
 ``--tasks`` is a folder with lambada_openai.jsonl, arc_easy.jsonl and piqa.jsonl; code is the Python
-that runs this. It continues from the files beside ``--state``.
+that runs this. It continues from ``--state``.
 """
 
 from __future__ import annotations
@@ -15,8 +14,8 @@ from __future__ import annotations
 import json
 import re
 import sysconfig
-from collections.abc import Mapping, Sequence
-from itertools import combinations, product
+from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 
 import fire
@@ -26,21 +25,12 @@ from scoring import build
 
 from short_gpt import ShortLlama, calibrate, report
 from short_gpt.data import demo
-from short_gpt.experiments.calibration import (
-    SHARE,
-    Calibrated,
-    Crossed,
-    WindowScores,
-    agreement,
-)
+from short_gpt.experiments.calibration import WindowScores, agreement
 from short_gpt.experiments.calibration.rankings import correlations
 from short_gpt.jobs import Readings
 from short_gpt.jobs.calibration import windows_apart
 
-OUTCOMES = ("trusted, harmless", "trusted, harmful", "not, harmless", "not, harmful")
 CODE = 60  # files of the standard library
-HARM = 0.25  # of what a text's own choice costs: dearer than that is what the rule is to foresee
-SHARES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.75, 1.0)
 
 
 def main(
@@ -51,8 +41,6 @@ def main(
     others: Sequence[int] = (1024, 128),
     count: int = 12,
     judged: int = 8,
-    counts: Sequence[int] = (2, 4),
-    methods: str = "bi",
     state: str | None = None,
     out: str | None = None,
     overwrite: bool = False,
@@ -65,23 +53,15 @@ def main(
     ways = {way: own for way, own in ways.items() if "first" in way or f"{size} tokens" in way}
     result = calibrate(short, texts, n, ways=ways, state=state)
     print(report.calibrated(result))
-    cases = [
-        calibrate(short, texts, k, method=method, healings=["raw"], state=state)
-        for method, k in product(methods.split(","), counts)
-    ]
-    rule = checked(cases)
-    print(json.dumps(rule, indent=1))
     content = {
         "windows_to_rank_on": count,
         "windows_to_judge_by": judged,
         "tokens_per_window": size,
     }
-    content |= {"calibration": result.to_dict(), "rule": rule}
-    content |= {"coverage": coverage()}
-    content["cases"] = [case.to_dict() for case in cases]
+    content |= {"calibration": result.to_dict(), "coverage": coverage()}
     if result.state is not None and out is not None:
         result.state.clear()
-    finish("calibration", missed(rule), content, out=out, overwrite=overwrite)
+    finish("calibration", [], content, out=out, overwrite=overwrite)
 
 
 class WithBos:
@@ -129,67 +109,6 @@ def joined(pieces: Sequence[str], count: int) -> list[str]:
     return ["\n\n".join(pieces[i : i + count]) for i in range(0, len(pieces), count)]
 
 
-def checked(cases: Sequence[Calibrated]) -> dict[str, object]:
-    """How the rule does on texts that it was not fixed on, for every three of the texts.
-
-    A case is a choice by one of three texts; by what it costs on those of them that are measured
-    the rule says whether it may be trusted on one that is not, and there it is seen whether it does
-    harm. Unmeasured is each of the three in turn, by which the share is fixed, and then each other
-    text, by which it is checked.
-    """
-    texts = list(dict.fromkeys(cell.text for cell in cases[0].cells))
-    splits, fitted, library = [], [], []
-    for fixed in combinations(texts, 3):
-        fixing = [pair for unseen in fixed for pair in pairs(cases, fixed, unseen)]
-        others = [text for text in texts if text not in fixed]
-        checking = [pair for unseen in others for pair in pairs(cases, fixed, unseen)]
-        limit = largest(fixing)
-        splits.append({"fixed_on": fixed, "share": limit, "checked": counted(checking, limit)})
-        fitted.append(splits[-1]["checked"])
-        library.append(counted(checking, SHARE))
-    return {
-        "harm": HARM,
-        "share": SHARE,
-        "splits": splits,
-        "fitted": {name: sum(c[name] for c in fitted) for name in OUTCOMES},
-        "library": {name: sum(c[name] for c in library) for name in OUTCOMES},
-    }
-
-
-def pairs(
-    cases: Sequence[Calibrated], fixed: Sequence[str], unseen: str
-) -> list[tuple[float, float]]:
-    """Of every choice: its worst upper end on measured texts, and its cost on the unseen one."""
-    found = []
-    for case in cases:
-        cells = {(c.choice, c.text): c for c in case.cells}
-        for choice in fixed:
-            if choice != unseen:
-                measured = [t for t in fixed if t not in (choice, unseen)]
-                upper = max(share(cells, choice, t, "excess_most") for t in measured)
-                found.append((upper, share(cells, choice, unseen, "excess")))
-    return found
-
-
-def largest(fixing: Sequence[tuple[float, float]]) -> float:
-    """The largest share up to which no choice that is trusted does harm; 0 if there is none."""
-    safe = [s for s in SHARES if not any(u <= s and harm > HARM for u, harm in fixing)]
-    return max((s for s in safe if all(t in safe for t in SHARES if t < s)), default=0.0)
-
-
-def share(cells: Mapping[tuple[str, str], Crossed], choice: str, text: str, name: str) -> float:
-    """What a choice costs on a text beyond the text's own, in parts of that one's cost."""
-    return max(0.0, getattr(cells[choice, text], name)) / cells[text, text].nats
-
-
-def counted(found: Sequence[tuple[float, float]], limit: float) -> dict[str, int]:
-    """How often the rule trusted, and how often the choice then did harm."""
-    totals = dict.fromkeys(OUTCOMES, 0)
-    for upper, harm in found:
-        totals[OUTCOMES[2 * (upper > limit) + (harm > HARM)]] += 1
-    return totals
-
-
 def coverage(runs: int = 100) -> dict[str, float]:
     """How often the interval of a rank correlation holds it, for simulated texts.
 
@@ -220,12 +139,6 @@ def _drawn(draw: np.random.Generator, scores: np.ndarray, count: int, heavy: boo
     common = np.exp(0.3 * draw.normal(size=(count, 1)))
     sums = (scores * (1 + 0.3 * (noise - 1)) * common).tolist()
     return WindowScores([*range(24)], "bi", 4, sums, [1.0] * count, [None] * count)
-
-
-def missed(rule: Mapping[str, object]) -> list[str]:
-    """The rule's limit: of the choices that it trusts on texts that were not measured, 1 of 20."""
-    good, bad, *_ = rule["library"].values()
-    return [f"{bad} of {good + bad} trusted choices did harm"] if bad > (good + bad) / 20 else []
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
-KINDS = {"raw": "as cut", "refit": "refitted"}
 
 
 def result(name: str) -> dict:
@@ -58,11 +57,12 @@ def _crossed(cell: dict) -> str:
 
 
 def ruled() -> list[str]:
-    """What the rule trusted, and what then did harm."""
-    rule = result("calibration")["rule"]
-    names = {"fitted": "share fixed on three texts, checked on the other two"}
-    names["library"] = f"share {rule['share']}, on the same two"
-    return [row(name, *rule[key].values()) for key, name in names.items()]
+    """What the rule trusted, and what then did harm, of all numbers of layers and of each."""
+    rule = result("calibration_rule")["rule"]
+    found = {"share fixed on three texts, checked on the other two": rule["fitted"]}
+    found[f"share {rule['share']}, on the same two"] = rule["library"]
+    found |= {f"of these, {n} layers less": own for n, own in rule["by_layers"].items()}
+    return [row(name, *own.values()) for name, own in found.items()]
 
 
 def covered() -> list[str]:

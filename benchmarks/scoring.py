@@ -67,8 +67,9 @@ def main(repeats: int = 15, out: str | None = None, overwrite: bool = False) -> 
     finish("scoring", missed, content, out=out, overwrite=overwrite)
 
 
-def build() -> ShortLlama:
-    directory = demo.checkpoint()
+def build(directory: Path | None = None) -> ShortLlama:
+    """The demo's model, or another of its format."""
+    directory = directory or demo.checkpoint()
     llama = Llama.build(directory, directory / "tokenizer.json", SIZE, 1, device="cpu")
     return ShortLlama(llama)
 

@@ -1,32 +1,34 @@
 """What removed layers cost beside perplexity: tasks, and what a reader notices.
 
-Layers go by Block Influence, as cut and refitted. Tasks are lm-eval's own over local documents
-(`task_files`); every change is paired over the documents. Beside them: the perplexity of held-out
-chapters and of WikiText-2, how many greedy tokens equal the whole model's, how often completions
-repeat themselves, and the loss of right answers as an assistant's turns in the chat template.
+Layers go by Block Influence, as cut, refitted, and refitted and then distilled. Tasks are
+lm-eval's own over local documents (`task_files`); every change is paired over the documents. Beside
+them: the perplexity of held-out chapters and of WikiText-2, how many greedy tokens equal the whole
+model's, how often completions repeat themselves, and the loss of right answers as an assistant's
+turns in the chat template.
 
     python benchmarks/tasks.py --source tasks/ --wikitext wikitext2_test.txt --out FILE
 
-Layers are chosen and refits fitted on the book and on the first half of WikiText-2's text. With
-``--state`` it continues where it was.
+Layers are chosen and refits fitted on the book and on the first half of WikiText-2's text, and on
+more of both what is left is distilled. With ``--state`` it continues where it was.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
+import distilled
 import fire
 import task_files
 from outcome import begin, finish
 from scoring import build
 
-from short_gpt import ShortHFModel, choose, windows
+from short_gpt import ShortHFModel, ShortLlama, choose, windows
 from short_gpt.data import demo
 from short_gpt.evaluation import (
-    Perplexity,
     TaskRun,
     TaskSuite,
     difference,
@@ -39,7 +41,7 @@ from short_gpt.evaluation import (
     turn_losses,
 )
 from short_gpt.experiments.cells import Cells
-from short_gpt.healing import refit
+from short_gpt.healing import recipe_for, refit
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.state import StateFile
 
@@ -56,6 +58,7 @@ class Run:
         wikitext: file of WikiText-2's test text.
         documents: of each task.
         learned, judged: windows of ``size`` tokens of each text.
+        steps: of a distillation, each of two windows.
         state: file to continue from.
     """
 
@@ -68,27 +71,35 @@ class Run:
         learned: int,
         judged: int,
         size: int,
+        steps: int,
         state: str | None,
     ) -> None:
         self.short, self.size = build(), size
         text = Path(wikitext).read_text(encoding="utf-8")
         half = text.rfind("\n", 0, len(text) // 2)
-        first = self._cut(demo.bible("calibration"), learned)
-        second = self._cut([text[:half]], learned)
-        self.learned = [w for pair in zip(first, second, strict=True) for w in pair]
+        each = learned + -(-distilled.wanted(steps) // 2)
+        parts = [self._cut(part, each) for part in (demo.bible("calibration"), [text[:half]])]
+        mix = [w for pair in zip(*parts, strict=True) for w in pair]
+        self.learned = mix[: 2 * learned]
         self.kinds: dict[str, Windows] = {
             "held-out chapters": self._cut(demo.bible("held_out"), judged),
             "WikiText-2": self._cut([text[half:]], judged),
         }
+        apart = [w for kind in self.kinds.values() for w in kind]
+        learning = distilled.apart(mix[2 * learned :], apart, steps)
         self.folder = tempfile.TemporaryDirectory()
         names = task_files.write(source, self.folder.name)
         self.suite = TaskSuite(names, limit=documents, include_path=self.folder.name, batch_size=8)
         self.theirs = self._theirs()
+        recipe = recipe_for(self.theirs.trainable().config, "small", size=size, steps=steps)
+        self.distiller = distilled.Distiller(
+            self.short, self.learned, learning, recipe, Path(self.folder.name, "teacher")
+        )
         self.turns = self._turns(Path(source), documents)
         judge = {kind: [list(w) for w in read] for kind, read in self.kinds.items()}
         asked = [path.read_text(encoding="utf-8") for path in sorted(Path(source).glob("*.jsonl"))]
-        learned = [list(w) for w in self.learned]
-        read = json_digest([learned, judge, self.turns, asked, names, documents, size])
+        learned = [list(w) for w in [*mix, *learning.training, *learning.validation]]
+        read = json_digest([learned, judge, self.turns, asked, names, documents, asdict(recipe)])
         identity = {**self.short.identity(), "read": read}
         self.state = None if state is None else StateFile(state, identity)
         self.cells = Cells(self.state)
@@ -132,23 +143,21 @@ class Run:
         """Beginnings of windows of both texts."""
         return [list(w[:PROMPT]) for kind in self.kinds.values() for w in kind]
 
-    def measured(self, name: str) -> dict[str, object]:
-        """All that is measured of the model as it is now."""
+    def measured(self, name: str, short: ShortLlama | None = None) -> dict[str, object]:
+        """All that is measured of a model as it is now; None is `short`, cut or refitted."""
+        short = short or self.short
         completions = self.cells.value(
-            f"completions {name}", lambda: [self.short.greedy(p, LONG) for p in self.prompts()]
+            f"completions {name}", lambda: [short.greedy(p, LONG) for p in self.prompts()]
         )
-        run = self.cells.value(f"tasks {name}", lambda: asdict(self.suite.documents(self.short)))
+        run = self.cells.value(f"tasks {name}", lambda: asdict(self.suite.documents(short)))
         parts = {
-            kind: self.cells.losses(f"{kind} {name}", self._losses_of(read))
+            kind: self.cells.losses(
+                f"{kind} {name}", partial(losses, short.decoder, read, progress=False)
+            )
             for kind, read in self.kinds.items()
         }
-        turns = self.cells.losses(
-            f"turns {name}", lambda: turn_losses(self.short.decoder, self.turns)
-        )
+        turns = self.cells.losses(f"turns {name}", lambda: turn_losses(short.decoder, self.turns))
         return {"run": TaskRun(**run), "parts": {**parts, "turns": turns}, "texts": completions}
-
-    def _losses_of(self, read: Windows) -> Callable[[], list[Perplexity]]:
-        return lambda: losses(self.short.decoder, read, progress=False)
 
     def refitted(self, layers: list[int], name: str) -> dict[str, object]:
         """The same of the model without some layers, refitted, once."""
@@ -163,6 +172,14 @@ class Run:
             finally:
                 undo()
 
+    def distilled(self, layers: list[int], name: str) -> dict[str, object]:
+        """The same of the model that is refitted and distilled, and how the training went."""
+        short, training = None, f"training {name}"
+        if f"turns {name}" not in self.cells:
+            short, how = self.distiller.made(layers)
+            self.cells.value(training, lambda: how)
+        return {**self.measured(name, short), "training": self.cells.value(training, dict)}
+
 
 def main(
     source: str,
@@ -172,6 +189,7 @@ def main(
     learned: int = 8,
     judged: int = 6,
     size: int = 256,
+    steps: int = distilled.STEPS,
     state: str | None = None,
     out: str | None = None,
     overwrite: bool = False,
@@ -179,6 +197,7 @@ def main(
     """Runs the benchmark, prints the table, and writes the JSON file if ``out`` is given."""
     begin(out, overwrite=overwrite)
     sizes = {"documents": documents, "learned": learned, "judged": judged, "size": size}
+    sizes["steps"] = steps
     run = Run(source, wikitext, **sizes, state=state)
     run.short.measure(run.learned)
     sets = {n: choose(run.short.importance, n) for n in counts}
@@ -190,6 +209,7 @@ def main(
         with run.short.without_layers(layers):
             found[f"{n} less"] = run.measured(f"cut {n}")
         found[f"{n} less, refitted"] = run.refitted(layers, f"refit {n}")
+        found[f"{n} less, distilled"] = run.distilled(layers, f"distil {n}")
     rows = {name: row(one, whole) for name, one in found.items()}
     print(table(rows))
     print(f"lm-eval's hf on the same documents: {same}")
@@ -197,6 +217,9 @@ def main(
         run.state.clear()
     missed = [] if same["answers_equal"] and same["nats"] < CLOSE else ["the adapters differ"]
     content = {**sizes, "layers": {str(n): layers for n, layers in sets.items()}}
+    content["training"] = {
+        name: one["training"] for name, one in found.items() if "training" in one
+    }
     content |= {"prompt": PROMPT, "completion": LONG, "rows": rows, "hf": same}
     finish("tasks", missed, content, out=out, overwrite=overwrite)
 

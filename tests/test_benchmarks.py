@@ -7,13 +7,36 @@ import os
 import re
 import subprocess
 from importlib import import_module
+from itertools import product
 from pathlib import Path
 
+import calibration_rule
+import distilled
 import pytest
+import scoring
 import serving
+import torch
+from conftest import (
+    BYTE_VOCAB,
+    make_transformer,
+    random_windows,
+    save_checkpoint,
+    write_byte_tokenizer,
+)
 from gguf_files import stack_file
 
+from short_gpt import ShortHFModel
 from short_gpt.checkpoints import prune_gguf
+from short_gpt.data import check_disjoint
+from short_gpt.experiments.calibration import Calibrated, Crossed
+from short_gpt.healing import (
+    CachedTeacher,
+    Distillation,
+    Learning,
+    Recipe,
+    heal_lora,
+    heal_refit,
+)
 
 
 @pytest.mark.parametrize(
@@ -149,3 +172,62 @@ def test_what_is_expected_of_fewer_layers_follows_from_the_bytes(tmp_path):
     assert len(serving.limits([row])) == 0
     row["prompt_ratio"] = {"median": 1.1}
     assert serving.limits([row]) == ["Q4_1 without 2 layers: prompt at 1.10, expected 1.33"]
+
+
+def crossed(n: int, harm: float) -> Calibrated:
+    """Four texts that agree, but for the choice of a, which does harm on d."""
+    cells = [
+        Crossed(s, t, "raw", [1], 9.0, 1.0, 0.1, cost, 0.05, 2 * cost, 8, None)
+        for s, t in product("abcd", repeat=2)
+        for cost in [harm if (s, t) == ("a", "d") else 0.05 * (s != t)]
+    ]
+    return Calibrated(n, "bi", {}, [], {}, cells, [])
+
+
+def test_the_rule_is_checked_on_texts_that_it_was_not_fixed_on():
+    """Three texts fix, one checks: a is found out wherever d is measured, and harms where not."""
+    rule = calibration_rule.checked([crossed(2, 0.3), crossed(4, 0.0)])
+    by_layers = [[*own.values()] for own in rule["by_layers"].values()]
+    assert [*rule["by_layers"]] == ["2", "4"]
+    assert by_layers == [[9, 1, 2, 0], [12, 0, 0, 0]]
+    assert [*rule["library"].values()] == [21, 1, 2, 0]
+    # among a, b and c, or b, c and d nothing does harm; with a and d the upper end of 0.1 may not
+    assert [split["share"] for split in rule["splits"]] == [1.0, 0.05, 0.05, 1.0]
+    assert [*rule["fitted"].values()] == [11, 1, 12, 0]
+
+
+def test_windows_to_distil_on_share_nothing_with_what_judges_or_chooses_the_step():
+    cut = random_windows(distilled.wanted(3), 80)
+    judged = [cut[0][:70]]
+    free = [*cut[:-1], [*cut[2][:65], *cut[-1][65:]]]  # the last shares text with the third
+    learning = distilled.apart(free, judged, 3)
+    assert len(learning.training) == 6 and len(learning.validation) == distilled.VALIDATED
+    check_disjoint([*learning.training, *learning.validation], judged)
+    check_disjoint(learning.training, learning.validation)
+    assert learning.training == [cut[1], *cut[3:8]] and learning.validation[-1] == free[-1]
+
+
+@pytest.mark.filterwarnings("default")  # transformers' own
+def test_a_model_is_refitted_then_distilled_and_opened_again(tmp_path, monkeypatch):
+    folder = save_checkpoint(tmp_path / "ckpt", make_transformer(vocab_size=BYTE_VOCAB))
+    write_byte_tokenizer(folder)
+    monkeypatch.setattr(distilled.demo, "checkpoint", lambda: folder)
+    fitted, *parts = (random_windows(6, 24, vocab=8, seed=seed) for seed in (1, 2, 3, 4))
+    recipe = Recipe(rank=4, steps=4, warmup=0, batch=2, eval_every=2, learning_rate=1e-2)
+    whole = scoring.build()
+    distiller = distilled.Distiller(whole, fitted, Learning(*parts), recipe, tmp_path / "asked")
+    short, how = distiller.made([1, 3])
+    assert how["method"] == "distillation" and how["kept_step"]
+    by_hand = ShortHFModel.from_meta(folder, device="cpu")
+    heal_refit(by_hand, [1, 3], fitted, progress=False)
+    refitted = by_hand.perplexity(parts[0], progress=False).value
+    teacher = CachedTeacher(tmp_path / "teacher", whole, [*parts[0], *parts[1]], k=64)
+    teacher.fill(progress=False)
+    options = {"recipe": recipe, "distillation": Distillation(teacher), "progress": False}
+    heal_lora(by_hand, *parts, **options)
+    tokens = torch.tensor(parts[2])
+    torch.testing.assert_close(short.decoder.logits(tokens), by_hand.decoder.logits(tokens))
+    assert short.decoder.logits(tokens).shape[-1] == BYTE_VOCAB and len(short.kept) == 3
+    assert by_hand.perplexity(parts[0], progress=False).value != refitted
+    monkeypatch.setattr(CachedTeacher, "fill", lambda _: pytest.fail("it is asked once"))
+    distiller.made([2])

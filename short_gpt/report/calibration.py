@@ -6,7 +6,14 @@ import math
 from collections.abc import Sequence
 
 from short_gpt.evaluation.sampling import SamplingError
-from short_gpt.experiments.calibration import SHARE, Agreement, Calibrated, Crossed, Trust
+from short_gpt.experiments.calibration import (
+    CHECKED,
+    SHARE,
+    Agreement,
+    Calibrated,
+    Crossed,
+    Trust,
+)
 from short_gpt.experiments.rows import RAW
 
 WIDE = 22  # of a column
@@ -68,7 +75,7 @@ def _excess(cell: Crossed) -> str:
 
 
 def trusted(found: Sequence[Trust]) -> list[str]:
-    """A line for every healing: whose choices may be trusted beyond their text."""
+    """A line for every healing: whose choices may be trusted beyond their text; and how far."""
     lines = []
     for healing in dict.fromkeys(t.healing for t in found):
         own = [t for t in found if t.healing == healing]
@@ -76,7 +83,8 @@ def trusted(found: Sequence[Trust]) -> list[str]:
         said = f"trust {', '.join(good) or 'none'}" + (f"; not {', '.join(bad)}" if bad else "")
         lines.append(f"{NAMES.get(healing, healing)}, beyond its text: {said}")
     rule = f"trusted: on no other text up to {SHARE:.0%} dearer than that text's own choice (95%)"
-    return [*lines, rule]
+    each = ", ".join(f"{bad} of {of} with {n} layers less" for n, (bad, of) in CHECKED.items())
+    return [*lines, rule, f"of choices so trusted, on one small model as cut, did harm: {each}"]
 
 
 def _share(found: Trust) -> str:

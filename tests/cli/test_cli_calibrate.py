@@ -66,6 +66,9 @@ def test_it_prints_agreement_cross_table_and_whom_to_trust(here, capsys):
         for found in record["trusted"]:
             if found["healing"] == healing:
                 assert found["choice"] in (good if found["trusted"] else bad)
+    assert all(
+        f"{bad} of {of} with {n} layers less" in out for n, (bad, of) in calibration.CHECKED.items()
+    )
     ways = ["16 tokens, bos first", "32 tokens, bos every", "16 tokens, bos every"]
     assert [*record["ways"]] == ways
     assert all(f"with windows of {way}" in out for way in ways)

@@ -31,7 +31,7 @@ from made_tables import (
 )
 from pages import PAGES, RESULTS, commands, flowing, result, table, tables
 
-from short_gpt.experiments.calibration import SHARE
+from short_gpt.experiments.calibration import CHECKED, SHARE
 
 # Measured once, and so said where it stands: no benchmark of this repository prints it.
 ONCE = """
@@ -101,10 +101,12 @@ def test_the_comparison_is_what_was_measured():
 
 
 def test_the_rule_of_calibration_is_the_one_that_was_checked():
-    rule = result("calibration")["rule"]
+    rule = result("calibration_rule")["rule"]
     assert rule["share"] == SHARE
     trusted = [rule["library"][f"trusted, {end}"] for end in ("harmless", "harmful")]
     assert trusted[1] <= sum(trusted) / 20
+    by_layers = {int(n): [*own.values()][:2] for n, own in rule["by_layers"].items()}
+    assert {n: (bad, good + bad) for n, (good, bad) in by_layers.items()} == CHECKED
 
 
 SENTENCES = {

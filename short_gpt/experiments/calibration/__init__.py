@@ -2,9 +2,17 @@
 
 from short_gpt.experiments.calibration.rankings import Agreement, WindowScores, agreement
 from short_gpt.experiments.calibration.run import Apart, Calibrated, calibrate
-from short_gpt.experiments.calibration.trust import MIX, SHARE, Crossed, Trust, trust
+from short_gpt.experiments.calibration.trust import (
+    CHECKED,
+    MIX,
+    SHARE,
+    Crossed,
+    Trust,
+    trust,
+)
 
 __all__ = [
+    "CHECKED",
     "MIX",
     "SHARE",
     "Agreement",
