@@ -20,17 +20,17 @@ from dataclasses import asdict
 from io import StringIO
 
 import fire
+from distilled import apart, wanted
 from healing import Windows, cut, fitted_on, halves, judge, judged_by, row, table
 from outcome import begin, finish
 from scoring import build
 
 from short_gpt import ShortHFModel, ShortLlama, heal_lora, heal_refit
-from short_gpt.data import demo, without_overlap
-from short_gpt.healing import CachedTeacher, Distillation, recipe_for
+from short_gpt.data import demo
+from short_gpt.healing import CachedTeacher, Distillation, Learning, recipe_for
 
 LAYERS = (3, 12, 13, 14, 15, 16, 17, 18)  # greedy search's 8, see `compare`
 SECONDS = 900.0  # that refit and distillation may take on two cores
-VALIDATED = 4  # windows of each text by which the best step is kept
 
 
 def main(
@@ -62,18 +62,18 @@ def main(
     kinds = {kind: read if kind == book else read[: judged // 2] for kind, read in every.items()}
     short = ShortHFModel.from_meta(str(demo.checkpoint()), device="cpu", dtype="float32")
     evaluation = [w for read in kinds.values() for w in read]
-    training, validation = apart(meta, steps, size, also, evaluation)
+    learning = learning_on(meta, steps, size, also, evaluation)
     recipe = recipe_for(short.trainable().config, "small", steps=steps, size=size)
     found, costs = {"whole": judge(short, kinds)}, {}
     with tempfile.TemporaryDirectory() as folder:
         with short.without_layers(layers):
             found["cut"] = judge(short, kinds)
-        teacher = CachedTeacher(folder, short, [*training, *validation])
+        teacher = CachedTeacher(folder, short, [*learning.training, *learning.validation])
         costs["teacher"] = seconds(teacher.fill)
         costs["refit"] = seconds(lambda: heal_refit(short, list(layers), refitted_on))
         found["refit"] = judge(short, kinds)
         learned = Distillation(teacher)
-        texts = (training, validation, evaluation)
+        texts = (learning.training, learning.validation, evaluation)
         costs["distill"] = seconds(
             lambda: heal_lora(short, *texts, recipe=recipe, distillation=learned)
         )
@@ -88,17 +88,14 @@ def main(
     finish("distillation", missed, content, out=out, overwrite=overwrite)
 
 
-def apart(
+def learning_on(
     short: ShortLlama, steps: int, size: int, also: str | None, evaluation: Windows
-) -> tuple[Windows, Windows]:
+) -> Learning:
     """Windows of both texts in turn to train on, and others to validate by."""
     texts = [demo.bible("calibration"), *([[halves(also)[0]]] if also else [])]
-    each = 2 * steps // len(texts)
-    read = [cut(short, text, each + VALIDATED, size) for text in texts]
-    validation, _ = without_overlap([w for own in read for w in own[:VALIDATED]], evaluation)
-    turns = [w for pair in zip(*(own[VALIDATED:] for own in read), strict=False) for w in pair]
-    training, _ = without_overlap(turns, [*validation, *evaluation])
-    return training, validation
+    read = [cut(short, text, -(-wanted(steps) // len(texts)), size) for text in texts]
+    turns = [w for group in zip(*read, strict=False) for w in group]
+    return apart(turns, evaluation, steps)
 
 
 def seconds(run: Callable[[], object]) -> float:
