@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
+HEALINGS = ("", ", refitted", ", distilled")
 
 
 def result(name: str) -> dict:
@@ -73,9 +74,10 @@ def covered() -> list[str]:
     return [row(k, *(f"{found[f'{n} windows, {k}']:.0%}" for n in counts)) for k in kinds]
 
 
-def tasks() -> list[str]:
-    """Tasks, perplexities and completions, with what each lost from the whole model."""
-    rows = result("tasks")["rows"]
+def tasks(count: int) -> list[str]:
+    """Tasks, perplexities and completions with so many layers less, and what each lost."""
+    names = ["whole", *(f"{count} less{healing}" for healing in HEALINGS)]
+    rows = {name: result("tasks")["rows"][name] for name in names}
     lines = []
     for name in rows["whole"]["tasks"]:
         own = [found["tasks"][name] for found in rows.values()]

@@ -13,7 +13,7 @@ from short_gpt.healing.refit import Refit, fit, fold, held_apart
 from short_gpt.healing.solving import PARTS, RIDGES, WEIGHTS, Solving
 from short_gpt.scored_model import ScoredModel
 
-AIMS = (1.0, 0.7)
+AIMS = (1.0, 0.7, 0.5)
 
 
 def fit_best(
