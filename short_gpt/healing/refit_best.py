@@ -30,7 +30,7 @@ def fit_best(
     """Fits in several ways, and keeps what has the least loss on windows kept apart.
 
     Tried are both halves with each weight of tokens, then with each aim, then each half alone,
-    every time with what was best before. It takes five times as long as `fit`, whose args and
+    every time with what was best before. It takes six times as long as `fit`, whose args and
     errors it has; the model is as it was afterwards.
 
     Example:

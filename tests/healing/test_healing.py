@@ -553,7 +553,7 @@ def test_heal_by_refit_a_checkpoint_of_the_same_shapes(books, capsys):
     assert differ and all("feed_forward.w2" in name for name in differ)
     run("heal", "dense", "best", *SMALL, *refit[:4], "--parts", "best", "--max_windows", 6)
     (step,) = json.loads(Path("best/pruning.json").read_text())["healing"]
-    assert len(step["tried"]) == 6
+    assert len(step["tried"]) == 7
     assert f"{','.join(step['parts'])} {step['weights']} {step['aim']:g}" in step["tried"]
     capsys.readouterr()
     line = fails(
