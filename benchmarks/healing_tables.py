@@ -57,20 +57,18 @@ def by_windows() -> dict[str, Mapping[str, Cells]]:
 
 def sets() -> list[str]:
     """Fewer and more layers: as cut, and refitted, on every kind of text."""
-    lines = []
-    for found in group("sets").values():
-        lines.append(_set(found["layers"], found["cut"], found["healed"]))
     made = result("healing")
-    lines.append(_set(made["layers"], made["rows"]["cut"], made["rows"]["refit"]))
-    return sorted(lines, key=lambda line: int(line.split()[1].rstrip(":")))
+    plain = {"layers": made["layers"], "cut": made["rows"]["cut"], "healed": made["rows"]["refit"]}
+    every = sorted([*group("sets").values(), plain], key=lambda found: len(found["layers"]))
+    return [_set(found["layers"], found["cut"], found["healed"]) for found in every]
 
 
 def _set(layers: Sequence[int], cut: Cells, healed: Cells) -> str:
-    pairs = zip(cut.values(), healed.values(), strict=True)
     cells = [
-        f"{a['perplexity']:.2f}, {b['perplexity']:.2f} ({b['restored']:.0%})" for a, b in pairs
+        f"{a['perplexity']:.2f}, {b['perplexity']:.2f} ({b['restored']:.0%})"
+        for a, b in zip(cut.values(), healed.values(), strict=True)
     ]
-    return row(" ".join(map(str, sorted(layers))), *cells)
+    return row(f"{len(layers)}: {', '.join(map(str, sorted(layers)))}", *cells)
 
 
 def group(name: str) -> dict[str, Mapping[str, Cells]]:
