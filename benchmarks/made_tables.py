@@ -228,6 +228,8 @@ def healed() -> str:
 
 
 TASKS = "| {} of 30 layers less | whole | as cut | refitted | refitted and distilled |"
+NEAREST = "| method | removes | rank as cut | nats above the best | rank refitted "
+NEAREST += "| nats above the best | refitted whole, less sleb |"
 HEALED = "| {} | held-out chapters | WikiText-2, second half | novels |"
 CROSSED = "| {}, chosen on | bible | wikitext | novels | questions | code |"
 RULED = "| the rule with | trusted, harmless | trusted, harmful | not, harmless | not, harmful |"
@@ -246,6 +248,7 @@ TABLES: dict[str, dict[str, Callable[[], list[str]]]] = {
         "| | median (range) |": scoring,
         **{TASKS.format(n): partial(evidence.tasks, n) for n in (2, 4, 8)},
         FAMILY: family,
+        NEAREST: healing.nearest,
         "| | Meta's format | Hugging Face's |": rehearsed,
     },
     "docs/serve.md": {SERVED: serving, DRAFTED: drafted},
