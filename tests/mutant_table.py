@@ -905,17 +905,17 @@ HEALING = (
             (
                 "best = min(chain([best], alone), key=loss)",
                 "best = max(chain([best], alone), key=loss)",
-                "test_the_best_halves_have_the_least_loss_on_windows_kept_apart",
+                "test_settings_are_tried_one_after_the_other_with_what_was_best_before",
             ),
             (
                 "best = min(chain([best], others), key=loss)",
                 "best = max(chain([best], others), key=loss)",
-                "test_the_best_halves_have_the_least_loss_on_windows_kept_apart",
+                "test_settings_are_tried_one_after_the_other_with_what_was_best_before",
             ),
             (
                 "best = min((fitted",
                 "best = max((fitted",
-                "test_the_best_halves_have_the_least_loss_on_windows_kept_apart",
+                "test_settings_are_tried_one_after_the_other_with_what_was_best_before",
             ),
         ),
     ),

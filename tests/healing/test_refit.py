@@ -10,9 +10,10 @@ import torch
 from conftest import CharTokenizer, interrupted, make_transformer, random_windows, zero_layer
 from families import FAMILIES, make
 
-from short_gpt.healing import half, linear_patch
+from short_gpt.healing import half, linear_patch, refit_best
 from short_gpt.healing.refit import Refit, fit, fold, heal
 from short_gpt.healing.refit_best import fit_best
+from short_gpt.healing.refit_state import Fit
 from short_gpt.healing.solving import Solving
 from short_gpt.models.layer_calls import LayerCalls
 from short_gpt.models.layer_hooks import attention_output, mlp_output, transposed
@@ -103,7 +104,7 @@ def test_in_the_model_that_is_left_every_matrix_solves_its_normal_equations(fami
         left -= penalty * whole_change
         before = rest + factor * x @ change
         share = 1 - (w * rest * rest).sum() / (w * before * before).sum()
-        assert found.restored == pytest.approx(float(share), rel=1e-3)
+        assert found.restored == pytest.approx(share.item(), rel=1e-3)
         assert left.abs().max() < 2e-4 * (penalty * change).abs().max() + 1e-6, found
         seen += 1
     assert seen >= (2 if family == "mixtral" else 3)
@@ -216,6 +217,23 @@ def test_the_best_halves_have_the_least_loss_on_windows_kept_apart():
     experts = fit_best(ShortHFModel(make("mixtral")), [3], WINDOWS, **ALL)
     # the attention alone is solved of them
     assert len(experts.tried) == 5 and all("n,mlp " in name for name in [*experts.tried][1:])
+
+
+def test_settings_are_tried_one_after_the_other_with_what_was_best_before(monkeypatch):
+    losses = {"attention,mlp inverse 1": 5, "attention,mlp equal 1": 4}
+    losses |= {"attention,mlp equal 0.7": 2, "attention,mlp equal 0.5": 3}
+    losses |= {"attention equal 0.7": 6, "mlp equal 0.7": 1}
+    fits = [Fit(1, part, 0.1, 0.5, 0.5) for part in ("attention", "mlp")]
+
+    def fitted(*_, held, batch_size, work_dir, progress, **solving):
+        return Refit([3], {}, fits, Solving(**solving), 1, 1, 1)
+
+    monkeypatch.setattr(refit_best, "fit", fitted)
+    monkeypatch.setattr(refit_best, "_perplexity", lambda *_: 9)
+    monkeypatch.setattr(refit_best, "_perplexity_with", lambda _, r, __: losses[r.solving.name])
+    best = fit_best(meta(), [3], WINDOWS, progress=False)
+    assert best.solving == Solving(("mlp",), weights="equal", aim=0.7)
+    assert best.tried == {"none": 9, **losses}
 
 
 def test_every_eighth_window_chooses_the_ridge():
