@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Measures everything that README and docs quote, and fills their tables: about eight hours on two CPU
+# Measures everything that README and docs quote, and fills their tables: about nine hours on two CPU
 # cores that have nothing else to do, of which scoring 600 windows, streaming and the comparison take
 # more than half. Interrupted, the same command goes on: what is whole is in OUT, and long runs have
 # a state beside it.

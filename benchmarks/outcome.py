@@ -1,11 +1,13 @@
-"""How every benchmark begins and ends: the JSON file, what was missed, the exit status."""
+"""What benchmarks share: how each begins and ends, and a command timed in its own process."""
 
 from __future__ import annotations
 
+import json
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from llama.io.outputs import check_output
 from short_gpt.runtime.results import is_record, write_record
@@ -45,3 +47,15 @@ def finish(
         command = " ".join(["python", f"benchmarks/{script}.py", *sys.argv[1:]])
         write_record(out, {"command": command, **content}, overwrite=overwrite)
     sys.exit(bool(missed))
+
+
+def apart(script: str, argv: Sequence[str], facts: Path) -> dict[str, Any]:
+    """Runs a command in a process of its own, as a script's ``timed``; returns what that found.
+
+    Args:
+        script: the file, which takes "timed", a file for the facts, and the command.
+        argv: of the command.
+        facts: the JSON file that is written.
+    """
+    subprocess.run([sys.executable, script, "timed", str(facts), *argv], check=False)
+    return json.loads(facts.read_text())

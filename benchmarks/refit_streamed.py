@@ -12,20 +12,20 @@ from __future__ import annotations
 
 import json
 import random
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import fire
 import torch
-from outcome import begin, finish
+from outcome import apart, begin, finish
 from random_llama import LLAMA, letters, random_tensors, write_hf
 from streaming import peak
 
@@ -95,7 +95,9 @@ def refitted(case: Case, place: Path, start: Start | None = None) -> dict[str, A
     if not (checkpoint / "config.json").exists():
         write_hf(case.args, random_tensors(case.args, torch.float16), checkpoint)
     with tempfile.TemporaryDirectory(dir=place) as folder:
-        found = (start or fresh)(command(case, checkpoint, Path(folder)), Path(folder) / "facts")
+        found = (start or partial(apart, __file__))(
+            command(case, checkpoint, Path(folder)), Path(folder) / "facts"
+        )
     assert found.pop("code") == 0, "the command failed"
     limits = {
         "peak memory at most 3 GB": found["peak_bytes"] <= 3e9,
@@ -117,12 +119,6 @@ def command(case: Case, checkpoint: Path, folder: Path) -> list[str]:
     line = ["heal", str(checkpoint), str(folder / "out"), "--method=refit", "--stream", *texts]
     line += [f"--max_memory={case.max_memory}", "--device=cpu"]
     return [*line, *(f"--{name}={value}" for name, value in numbers.items())]
-
-
-def fresh(argv: Sequence[str], facts: Path) -> dict[str, Any]:
-    """Runs the command in a process of its own; returns what `timed` found."""
-    subprocess.run([sys.executable, __file__, "timed", str(facts), *argv], check=False)
-    return json.loads(facts.read_text())
 
 
 def timed(facts: Path, argv: Sequence[str]) -> None:

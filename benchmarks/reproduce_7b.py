@@ -23,7 +23,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -35,7 +34,7 @@ from typing import Any
 
 import fire
 import torch
-from outcome import begin, finish
+from outcome import apart, begin, finish
 from random_llama import (
     LLAMA,
     SHARD_BYTES,
@@ -129,7 +128,7 @@ def rehearse(
         formats, uninterrupted: as those of `main`.
         start: runs the command; None in a process of its own.
     """
-    start, found = start or fresh, {}
+    start, found = start or partial(apart, __file__), {}
     write_texts(case, place / "pg19")
     for name in formats:
         directory = place / name
@@ -188,12 +187,6 @@ def outcome(result: Path) -> dict[str, Any]:
 
 def windows_of(record: dict[str, Any]) -> int:
     return int(sum(record["importance"]["windows"]))
-
-
-def fresh(argv: Sequence[str], facts: Path) -> dict[str, Any]:
-    """Runs the command in a process of its own; returns what `timed` found."""
-    subprocess.run([sys.executable, __file__, "timed", str(facts), *argv], check=False)
-    return json.loads(facts.read_text())
 
 
 def timed(facts: Path, argv: Sequence[str]) -> None:

@@ -201,8 +201,8 @@ class HealingJob:
         """Removes what the steps keep, and the folder if nothing else is in it."""
         for name in (TEACHER, *(step.name for step in self.steps)):
             shutil.rmtree(folder / name, ignore_errors=True)
-            for path in folder.glob(f"{name}.*"):
-                path.unlink()
+            for end in (".safetensors", ".json"):
+                (folder / f"{name}{end}").unlink(missing_ok=True)
         with suppress(OSError):  # what holds something else stays
             folder.rmdir()
 
