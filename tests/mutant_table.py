@@ -833,6 +833,16 @@ HEALING = (
                 "if False:",
                 "test_too_little_memory_or_disk_is_said_before_anything_is_done",
             ),
+            (
+                "filter(is_own, folder",
+                "filter(Path.is_file, folder",
+                "test_of_the_disk_a_refits_own_files_alone_count_as_free",
+            ),
+            (
+                "disk += fits * solved",
+                "disk += solved",
+                "test_all_fits_of_the_best_one_need_room_for_what_they_solve",
+            ),
         ),
     ),
     Section(
@@ -1704,6 +1714,17 @@ PROOFS = (
                 "bos=learned.bos or short.bos",
                 "bos=short.bos",
                 "test_heal_and_compare_cut_as_they_are_told",
+            ),
+        ),
+    ),
+    Section(
+        "short_gpt/jobs/healing_settings.py",
+        "tests/healing/test_healing.py",
+        (
+            (
+                "RefitSettings(parts, ridges, aim=aim, max_windows=max_windows)",
+                "RefitSettings(parts, ridges, max_windows=max_windows)",
+                "test_heal_by_refit_a_checkpoint_of_the_same_shapes",
             ),
         ),
     ),

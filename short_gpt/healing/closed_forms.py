@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from short_gpt.healing import linear_patch, refit
 from short_gpt.healing.kept_weights import KeptWeights
-from short_gpt.healing.refit_best import fit_best
+from short_gpt.healing.refit_best import TRIED, fit_best
 from short_gpt.healing.refit_memory import RefitPlan, plan_of
 from short_gpt.healing.solving import PARTS, RIDGES, WEIGHTS
 from short_gpt.healing.texts import Learning
@@ -121,7 +121,8 @@ class RefitSettings(ClosedForm):
     def plan(self, short: ScoredModel, windows: Learning, folder: Path | None) -> RefitPlan:
         """What it will take in memory and on disk; see `plan_of`."""
         every = [*windows.training[: self.max_windows], *windows.validation]
-        return plan_of(short, every, batch_size=self.batch_size, folder=folder)
+        fits = TRIED if self.parts is None else 1
+        return plan_of(short, every, batch_size=self.batch_size, folder=folder, fits=fits)
 
     def prepare(self, work: Work) -> Heal:
         """As `ClosedForm.prepare`; the refit keeps what it solved itself, layer by layer."""

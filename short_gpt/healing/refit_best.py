@@ -14,6 +14,7 @@ from short_gpt.healing.solving import PARTS, RIDGES, WEIGHTS, Solving
 from short_gpt.scored_model import ScoredModel
 
 AIMS = (1.0, 0.7, 0.5)
+TRIED = len(WEIGHTS) + len(AIMS) - 1 + len(PARTS)  # fits
 
 
 def fit_best(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from short_gpt.healing.normal_equations import COLUMNS, ROWS
+from short_gpt.healing.refit_state import is_own
 from short_gpt.models.layer_calls import LayerCalls
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.scored_model import ScoredModel
@@ -62,6 +63,7 @@ def plan(
     batch_size: int = 1,
     max_memory: str | int | None = None,
     folder: Path | None = None,
+    fits: int = 1,
 ) -> RefitPlan:
     """Plans a refit.
 
@@ -71,6 +73,7 @@ def plan(
         batch_size: windows read at once.
         max_memory: of the process, in bytes or like "3GB"; None takes half of what is free.
         folder: where states go in any case; None keeps them in memory where they fit.
+        fits: one after the other, whose solutions are all kept there.
 
     Raises:
         ShortGPTError: ``max_memory`` or the disk is too little; the message says the least.
@@ -95,9 +98,9 @@ def plan(
         )
     # states of both models in front of a layer and behind it, and of the whole one between halves
     disk = 5 * states + 2 * every * inputs * itemsize
-    disk += solved if folder is not None else 0
+    disk += fits * solved if folder is not None else 0
     if spilled:
-        _check_disk(folder or Path(tempfile.gettempdir()), disk)
+        _check_disk(folder, disk)
     return RefitPlan(host, disk * spilled, max(room, 0), len(windows))
 
 
@@ -132,21 +135,26 @@ def plan_of(
     *,
     batch_size: int = 1,
     folder: Path | None = None,
+    fits: int = 1,
 ) -> RefitPlan:
     """`plan` of a model, in the memory that it was opened with."""
     calls, most = short.layer_calls(), short.max_memory
-    return plan(calls, windows, batch_size=batch_size, max_memory=most, folder=folder)
+    return plan(calls, windows, batch_size=batch_size, max_memory=most, folder=folder, fits=fits)
 
 
-def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+def _check_disk(folder: Path | None, needed: int) -> None:
+    """Raises ShortGPTError where a folder cannot take so many bytes.
 
+    Those of its files that a refit wrote are to be written again, and count as free.
 
-def _check_disk(folder: Path, needed: int) -> None:
-    """Raises ShortGPTError where a folder cannot take so many bytes more than it holds."""
-    there = next(place for place in (folder, *folder.absolute().parents) if place.is_dir())
-    held = 0 if folder == there == Path(tempfile.gettempdir()) else _size(folder)
-    free = shutil.disk_usage(there).free
+    Args:
+        folder: need not be there yet; None is that of temporary files.
+        needed: bytes.
+    """
+    place = Path(tempfile.gettempdir()) if folder is None else folder
+    own = () if folder is None else filter(is_own, folder.rglob("*"))
+    there = next(above for above in (place, *place.absolute().parents) if above.is_dir())
+    held, free = sum(path.stat().st_size for path in own), shutil.disk_usage(there).free
     if needed > free + held:
         raise ShortGPTError(
             f"{there} has {shown(free)} free, the states of the refit need "

@@ -184,19 +184,19 @@ class RefitState:
         self._pairs = {}
         if self.folder is not None:
             for path in self.folder.glob("*"):
-                if _is_own(path) and path.name != STATE and not path.name.startswith(VALUES):
+                if is_own(path) and path.name != STATE and not path.name.startswith(VALUES):
                     path.unlink()
 
     def clear(self) -> None:
         """Removes all of it."""
         if self.folder is not None:
-            for path in filter(_is_own, self.folder.glob("*")):
+            for path in filter(is_own, self.folder.glob("*")):
                 path.unlink()
             with suppress(OSError):  # of a folder that holds something else, or that is not there
                 self.folder.rmdir()
 
 
-def _is_own(path: Path) -> bool:
+def is_own(path: Path) -> bool:
     """Whether a refit wrote this file."""
     name = path.name.removeprefix(".")  # of one that a killed process left
     return path.is_file() and name.startswith((STATE, VALUES, *(f"{n}." for n in NAMES), *ALONE))
@@ -205,7 +205,7 @@ def _is_own(path: Path) -> bool:
 def _check_own(folder: Path) -> None:
     """Raises ShortGPTError for a folder that a refit would share with other files."""
     for path in folder.glob("*"):
-        if not _is_own(path):
+        if not is_own(path):
             raise ShortGPTError(
                 f"{folder} holds {path.name}, which is none of this refit's files: name a folder "
                 "of its own, or delete that one"

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from llama.checkpoint.meta import Checkpoint
 from llama.formats.convert import hf_to_meta, meta_to_hf
 from short_gpt import ShortLlama
-from short_gpt.healing import refit_layer, refit_memory
+from short_gpt.healing import Learning, RefitSettings, refit_layer, refit_memory
 from short_gpt.healing.half import HalfSolver
 from short_gpt.healing.refit import Refit, fit, heal
 from short_gpt.healing.refit_best import fit_best
@@ -269,6 +269,30 @@ def test_too_little_memory_or_disk_is_said_before_anything_is_done(tmp_path, mon
     with pytest.raises(ValueError, match=r"has 0 B free, the states of the refit need \d+ kB"):
         fit(short, LAYERS, WINDOWS, work_dir=tmp_path / "work", **QUIET)
     assert not (tmp_path / "work").exists()
+
+
+def test_of_the_disk_a_refits_own_files_alone_count_as_free(tmp_path, monkeypatch):
+    short, folder = streamed(checkpoint(tmp_path / "ckpt")), tmp_path / "work"
+    (folder / "a").mkdir(parents=True)
+    needed = refit_memory.plan_of(short, WINDOWS, folder=folder).disk
+    disk = SimpleNamespace(free=needed - 100)
+    monkeypatch.setattr(refit_memory.shutil, "disk_usage", lambda _: disk)
+    (folder / "notes").write_bytes(bytes(100))
+    with pytest.raises(ValueError, match="make room"):
+        refit_memory.plan_of(short, WINDOWS, folder=folder)
+    (folder / "a" / "whole.0").write_bytes(bytes(100))
+    assert refit_memory.plan_of(short, WINDOWS, folder=folder).disk == needed
+
+
+def test_all_fits_of_the_best_one_need_room_for_what_they_solve(tmp_path):
+    short, read = streamed(checkpoint(tmp_path / "ckpt")), Learning(WINDOWS, WINDOWS[:1], WINDOWS)
+    every = (RefitSettings(), RefitSettings(parts=None))
+    one, best = (how.plan(short, read, tmp_path / "work").disk for how in every)
+    width, inputs, itemsize = short.layer_calls().widths()
+    fits = len(fit_best(memory(), LAYERS, WINDOWS, **QUIET).tried) - 1
+    assert best - one == (fits - 1) * short.layer_calls().count * itemsize * (
+        width * inputs + width**2
+    )
 
 
 NEEDED = {"wo", "w1", "w2", "w3", "weight"}  # for the MLP's sums; the last is of norms
