@@ -78,6 +78,8 @@ class Settings:
             the patch; the refit chooses each matrix's on windows kept apart.
         parts: of the refit: attention, mlp or both by a comma, whose last matrices are solved, or
             best for what has the least loss on windows kept apart; both if not given.
+        aim: of the refit, the share of what is missing that every change is to give, above 0 and
+            at most 1; 1 if not given.
         preset: of lora and distill, paper, demo or small; each of the following changes one of its
             settings.
         rank: of the changes that are trained.
@@ -97,6 +99,7 @@ class Settings:
 
     ridge: float | None = None
     parts: str | None = None
+    aim: float | None = None
     preset: str = "paper"
     rank: int | None = None
     alpha: int | None = None
@@ -114,7 +117,7 @@ class Settings:
     @property
     def changes(self) -> dict[str, object]:
         """The settings of a recipe that are given."""
-        own = ("ridge", "parts", "preset", "resume")
+        own = ("ridge", "parts", "aim", "preset", "resume")
         given = {name: value for name, value in vars(self).items() if name not in own}
         # by identity: 0 is a value, though it equals False
         return {k: v for k, v in given.items() if v is not None and v is not False}
@@ -128,8 +131,9 @@ class Settings:
             raise ShortGPTError(f"`{training[0]}` is for `method` {' or '.join(TRAINING)}")
         if self.ridge is not None and not any(method in CLOSED for method in methods):
             raise ShortGPTError(f"`ridge` is for `method` {' or '.join(CLOSED)}")
-        if self.parts is not None and "refit" not in methods:
-            raise ShortGPTError("`parts` is for `method` refit")
+        for name in ("parts", "aim"):
+            if getattr(self, name) is not None and "refit" not in methods:
+                raise ShortGPTError(f"`{name}` is for `method` refit")
         if "refit" in methods:
             self.refit()
         if self.preset not in PRESETS:
@@ -147,15 +151,19 @@ class Settings:
         """What the refit takes.
 
         Raises:
-            ShortGPTError: parts or the ridge are out of range.
+            ShortGPTError: parts, the ridge or the aim are out of range, or the aim is given though
+                it is to be chosen.
         """
         ridges = RIDGES if self.ridge is None else (self.ridge,)
         if self.parts == "best":
+            if self.aim is not None:
+                raise ShortGPTError("`parts` best chooses the aim by itself: leave `aim` out")
             Solving(PARTS, ridges)  # refuses what is out of range
             return RefitSettings(None, ridges, max_windows=max_windows)
         parts = PARTS if self.parts is None else tuple(p.strip() for p in self.parts.split(","))
-        Solving(parts, ridges)
-        return RefitSettings(parts, ridges, max_windows=max_windows)
+        aim = Solving().aim if self.aim is None else self.aim
+        Solving(parts, ridges, aim=aim)
+        return RefitSettings(parts, ridges, aim=aim, max_windows=max_windows)
 
     def recipe(self, short: ScoredModel, seed: int) -> Recipe:
         """The recipe for a model of transformers, with the changes."""

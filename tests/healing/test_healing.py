@@ -540,11 +540,11 @@ def test_heal_by_patch(books, capsys):
 
 def test_heal_by_refit_a_checkpoint_of_the_same_shapes(books, capsys):
     refit = ("--layers", "3,1", "--method", "refit", "--parts", "mlp", "--ridge", 0.1)
-    run("heal", "dense", "out", *SMALL, *refit, "--json", "e.json")
+    run("heal", "dense", "out", *SMALL, *refit, "--aim", 0.5, "--json", "e.json")
     assert "healing changes the loss by" in capsys.readouterr().out
     record = json.loads(Path("out/pruning.json").read_text())
     (step,) = record["healing"]
-    assert (step["method"], step["parts"]) == ("refit", ["mlp"])
+    assert (step["method"], step["parts"], step["aim"]) == ("refit", ["mlp"], 0.5)
     assert {fit["ridge"] for fit in step["fits"]} <= {0.1, None} and step["held"] > 0
     cut = opened(Path("dense"))
     cut.remove_layers([3, 1])
@@ -560,6 +560,14 @@ def test_heal_by_refit_a_checkpoint_of_the_same_shapes(books, capsys):
         capsys, "heal", "dense", "b", *SMALL, "--layers", 1, "--parts", "mlp", "--method", "patch"
     )
     assert "--parts is for --method refit" in line
+    line = fails(capsys, "heal", "dense", "b", *SMALL, *refit[:4], "--aim", 2)
+    assert "--aim = 2.0: expected above 0 and at most 1" in line
+    line = fails(capsys, "heal", "dense", "b", *SMALL, *refit[:4], "--aim", 0.5, "--parts", "best")
+    assert "--parts best chooses the aim by itself: leave --aim out" in line
+    line = fails(
+        capsys, "heal", "dense", "b", *SMALL, "--layers", 1, "--aim", 1, "--method", "patch"
+    )
+    assert "--aim is for --method refit" in line
     line = fails(capsys, "heal", "dense", "b", *SMALL, *refit[:4], "--parts", "norm")
     assert "parts = ('norm',): expected some of attention, mlp" in line
 
