@@ -24,11 +24,11 @@ LINES = {"refit": "s--", "linearpatch": "^:", "ghosted": "v:"}  # of what is hea
 def quality_curves(rows: Sequence[Row], *, title: str | None = None) -> Figure:
     """Perplexity over the number of layers removed, a colour for every method.
 
-    The left part shows the models as cut, the right one, where there are any, the healed: lines
-    for linear patches, dashed and dotted ones for other closed forms, stars for LoRA, diamonds for
-    distillation. Several rows of one method and number, such as random sets, are drawn as a band
-    from the least to the largest. The axis ends at `SHOWN` times the whole model's perplexity;
-    lines of what is worse leave the picture.
+    The left part shows the models as cut, the right one, where there are any, the healed: solid
+    lines for linear patches, dashed and dotted ones for other closed forms, stars for LoRA,
+    diamonds for distillation. Several rows of one method and number, such as random sets, are drawn
+    as a band from the least to the largest. The axis ends at `SHOWN` times the whole model's
+    perplexity; lines of what is worse leave the picture.
 
     Args:
         rows: of `comparison.Comparison.rows`, the whole model first.
@@ -43,7 +43,8 @@ def quality_curves(rows: Sequence[Row], *, title: str | None = None) -> Figure:
     dense, found = rows[0], rows[1:]
     colours = dict(zip(dict.fromkeys(r.method for r in found), PALETTE * 3, strict=False))
     healed = {r.healing for r in found} - {"raw"}
-    parts = {"as cut": ["raw"]} | ({"healed": ["patched", *LINES, *TRAINED]} if healed else {})
+    right = "healed (solid: patched)" if "patched" in healed and len(healed) > 1 else "healed"
+    parts = {"as cut": ["raw"]} | ({right: ["patched", *LINES, *TRAINED]} if healed else {})
     figure = empty(2.0 + 4.0 * len(parts), 4.4)
     axes = figure.subplots(1, len(parts), sharey=True, squeeze=False)[0]
     for axis, (name, healings) in zip(axes, parts.items(), strict=True):

@@ -274,6 +274,7 @@ def test_other_closed_forms_have_lines_of_their_own() -> None:
     lines = figure.axes[1].get_lines()
     assert len({(line.get_marker(), line.get_linestyle()) for line in lines}) == len(kinds)
     assert [line.get_label() for line in lines] == ["bi", *(f"bi, {kind}" for kind in kinds[1:])]
+    assert figure.axes[1].get_title() == "healed (solid: patched)"
 
 
 @pytest.mark.parametrize("worst", [1e9, math.inf])
