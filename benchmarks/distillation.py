@@ -35,8 +35,9 @@ SECONDS = 900.0  # that refit and distillation may take on two cores
 
 def main(
     layers: Sequence[int] = LAYERS,
-    count: int = 24,
-    steps: int = 160,
+    count: int = 34,
+    aim: float = 0.5,
+    steps: int = 116,
     size: int = 512,
     also: str | None = None,
     others: str | None = None,
@@ -49,7 +50,8 @@ def main(
     Args:
         layers: that go.
         count: windows of 1024 tokens of each text to refit on.
-        steps: of training, each of two windows of ``size`` tokens.
+        aim: of the refit.
+        steps: of training, each of one window of ``size`` tokens, an even number.
         size: of those.
         also, others: as in ``healing.py``.
         judged: windows of held-out chapters to judge by, and half as many of each other text.
@@ -63,14 +65,15 @@ def main(
     short = ShortHFModel.from_meta(str(demo.checkpoint()), device="cpu", dtype="float32")
     evaluation = [w for read in kinds.values() for w in read]
     learning = learning_on(meta, steps, size, also, evaluation)
-    recipe = recipe_for(short.trainable().config, "small", steps=steps, size=size)
+    changes = {"steps": steps, "size": size, "batch": 1, "eval_every": steps // 2}
+    recipe = recipe_for(short.trainable().config, "small", **changes)
     found, costs = {"whole": judge(short, kinds)}, {}
     with tempfile.TemporaryDirectory() as folder:
         with short.without_layers(layers):
             found["cut"] = judge(short, kinds)
         teacher = CachedTeacher(folder, short, [*learning.training, *learning.validation])
         costs["teacher"] = seconds(teacher.fill)
-        costs["refit"] = seconds(lambda: heal_refit(short, list(layers), refitted_on))
+        costs["refit"] = seconds(lambda: heal_refit(short, layers, refitted_on, aim=aim))
         found["refit"] = judge(short, kinds)
         learned = Distillation(teacher)
         texts = (learning.training, learning.validation, evaluation)
@@ -83,7 +86,8 @@ def main(
     print(", ".join(f"{name} {cost:.0f} s" for name, cost in costs.items()))
     total = sum(costs.values())
     missed = [f"{total:.0f} s, at most {SECONDS:.0f}"] if total > SECONDS else []
-    content = {"layers": list(layers), "windows": len(refitted_on), "recipe": asdict(recipe)}
+    content = {"layers": list(layers), "windows": len(refitted_on), "aim": aim}
+    content |= {"recipe": asdict(recipe)}
     content |= {"rows": rows, "seconds": costs}
     finish("distillation", missed, content, out=out, overwrite=overwrite)
 
@@ -93,9 +97,9 @@ def learning_on(
 ) -> Learning:
     """Windows of both texts in turn to train on, and others to validate by."""
     texts = [demo.bible("calibration"), *([[halves(also)[0]]] if also else [])]
-    read = [cut(short, text, -(-wanted(steps) // len(texts)), size) for text in texts]
+    read = [cut(short, text, -(-wanted(steps // 2) // len(texts)), size) for text in texts]
     turns = [w for group in zip(*read, strict=False) for w in group]
-    return apart(turns, evaluation, steps)
+    return apart(turns, evaluation, steps // 2)
 
 
 def seconds(run: Callable[[], object]) -> float:

@@ -7,7 +7,8 @@ the same windows is timed before and after every refit.
     python benchmarks/healing.py --also FILE --others FILE,FILE --out healing.json
 
 ``--also`` is a text file whose first half is fitted on beside the book, and whose second half is
-judged on; ``--others`` are text files that are judged on alone.
+judged on; ``--others`` are text files that are judged on alone. ``--methods`` are of patch, refit
+and refit:AIM, the share of what is missing that its changes are to give.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def main(
     also: str | None = None,
     others: str | None = None,
     judged: int = 16,
-    methods: str = "patch,refit",
+    methods: str | Sequence[str] = "patch,refit",
     out: str | None = None,
     overwrite: bool = False,
 ) -> None:
@@ -51,11 +52,12 @@ def main(
     with short.without_layers(layers):
         found["cut"] = judge(short, kinds)
     costs: dict[str, dict[str, float]] = {}
-    for method in methods.split(","):
+    for method in methods.split(",") if isinstance(methods, str) else methods:
         before = bare_pass(short, learned)
         started = time.perf_counter()
-        made: Any = {"patch": linear_patch, "refit": refit}[method]
-        fitted = made.fit(short, list(layers), learned)
+        name, _, aim = method.partition(":")
+        made: Any = {"patch": linear_patch, "refit": refit}[name]
+        fitted = made.fit(short, list(layers), learned, **({"aim": float(aim)} if aim else {}))
         seconds = time.perf_counter() - started
         passes = (before, bare_pass(short, learned))
         costs[method] = {"seconds": seconds, "passes": seconds / (sum(passes) / 2)}

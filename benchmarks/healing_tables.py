@@ -29,6 +29,22 @@ def passes() -> str:
     return f"{cost['passes']:.2f} ({cost['passes_least']:.2f} to {cost['passes_most']:.2f})"
 
 
+def distilled() -> list[str]:
+    """The same of a model that is refitted and then distilled."""
+    return [healed(name, found) for name, found in result("distillation")["rows"].items()]
+
+
+def minutes() -> str:
+    """What that takes, as a sentence."""
+    found = result("distillation")
+    cost = found["seconds"]
+    return (
+        f"{cost['teacher']:.0f} seconds for the whole model's predictions, {cost['refit']:.0f} for "
+        f"the refit and {cost['distill']:.0f} for {found['recipe']['steps']} steps, "
+        f"{sum(cost.values()):.0f} in all"
+    )
+
+
 def parts() -> list[str]:
     """The whole and the cut model, and what each part of the refit brings back."""
     cases = group("parts")

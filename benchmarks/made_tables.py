@@ -186,13 +186,13 @@ def compared() -> str:
     return report.compared([Row(**row) for row in found["rows"]], found["agreement"])
 
 
-def rows() -> dict[tuple[str, int, str], dict]:
-    return {(r["method"], r["n"], r["healing"]): r for r in result("compare")["rows"]}
+def rows(file: str = "compare") -> dict[tuple[str, int, str], dict]:
+    return {(r["method"], r["n"], r["healing"]): r for r in result(file)["rows"]}
 
 
-def cell(method: str, n: int, healing: str) -> str:
+def cell(method: str, n: int, healing: str, file: str = "compare") -> str:
     """A perplexity with the standard error of its change, by the delta method; "" if not run."""
-    row = rows().get((method, n, healing))
+    row = rows(file).get((method, n, healing))
     if row is None:
         return ""
     return f"{row['perplexity']:.2f} ({row['perplexity'] * row['standard_error']:.2f})"
@@ -208,6 +208,17 @@ def short_table() -> list[str]:
     columns = ((4, "raw"), (8, "raw"), (8, "patched"), (8, "lora"))
     cells = {name: [cell(method, *c) for c in columns] for name, method in names.items()}
     return [f"| {name} | {' | '.join(row)} |".replace("|  |", "| |") for name, row in cells.items()]
+
+
+def healings() -> list[str]:
+    """A row for every healing, a column for every set of layers."""
+    found = rows("compare_healing")
+    sets = dict.fromkeys((method, n) for method, n, _ in found)
+    lines = []
+    for name in dict.fromkeys(key[-1] for key in found):
+        cells = [cell(*each, name, "compare_healing") for each in sets]
+        lines.append(f"| {name} | {' | '.join(cells)} |".replace("|  |", "| |"))
+    return lines
 
 
 def healed() -> str:
@@ -230,6 +241,8 @@ def healed() -> str:
 TASKS = "| {} of 30 layers less | whole | as cut | refitted | refitted and distilled |"
 NEAREST = "| method | removes | rank as cut | nats above the best | rank refitted "
 NEAREST += "| nats above the best | refitted whole, less sleb |"
+HEALINGS = "| healing | Block Influence, 4 less | Block Influence, 8 less "
+HEALINGS += "| greedy search, 4 less | greedy search, 8 less |"
 HEALED = "| {} | held-out chapters | WikiText-2, second half | novels |"
 CROSSED = "| {}, chosen on | bible | wikitext | novels | questions | code |"
 RULED = "| the rule with | trusted, harmless | trusted, harmful | not, harmless | not, harmful |"
@@ -249,6 +262,7 @@ TABLES: dict[str, dict[str, Callable[[], list[str]]]] = {
         **{TASKS.format(n): partial(evidence.tasks, n) for n in (2, 4, 8)},
         FAMILY: family,
         NEAREST: healing.nearest,
+        HEALINGS: healings,
         "| | Meta's format | Hugging Face's |": rehearsed,
     },
     "docs/serve.md": {SERVED: serving, DRAFTED: drafted},
@@ -268,6 +282,7 @@ TABLES: dict[str, dict[str, Callable[[], list[str]]]] = {
     "docs/healing.md": {
         HEALED.format("8 of 30 layers less"): healing.refitted,
         HEALED.format("layers less"): healing.sets,
+        HEALED.format("greedy search's 8 less"): healing.distilled,
         HEALED.format("healed by"): healing.parts,
         HEALED.format("windows"): healing.windows,
         HEALED.format("aimed at"): healing.aims,
