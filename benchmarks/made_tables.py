@@ -213,11 +213,11 @@ def short_table() -> list[str]:
 def healings() -> list[str]:
     """A row for every healing, a column for every set of layers."""
     found = rows("compare_healing")
-    sets = dict.fromkeys((method, n) for method, n, _ in found)
+    sets = dict.fromkeys((method, n) for method, n, _ in found if n)
     lines = []
     for name in dict.fromkeys(key[-1] for key in found):
-        cells = [cell(*each, name, "compare_healing") for each in sets]
-        lines.append(f"| {name} | {' | '.join(cells)} |".replace("|  |", "| |"))
+        cells = (cell(*each, name, "compare_healing") or "-" for each in sets)
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
 
 

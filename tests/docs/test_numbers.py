@@ -176,3 +176,13 @@ def test_the_comparisons_command_is_the_one_that_was_run(name):
         run = found["arguments"][option.lstrip("-")]
         run = ",".join(map(str, run)) if isinstance(run, list) else run
         assert type(run)(value) == run, option
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_row_of_a_table_has_a_cell_for_every_head(page):
+    lines = re.sub(r"^```.*?^```", "", PAGES[page], flags=re.MULTILINE | re.DOTALL).splitlines()
+    columns = 0
+    for line in lines:
+        bars = len(re.findall(r"(?<!\\)\|", line)) if line.startswith("|") else 0
+        columns = (columns or bars) if bars else 0
+        assert bars == columns, line
