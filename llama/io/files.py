@@ -48,11 +48,15 @@ def _check_free(path: Path, marker: str | None, *, overwrite: bool) -> None:
 def resolved(path: Path) -> Path:
     """The path without symbolic links; FileExistsError where they go round in a circle."""
     try:
-        return path.resolve()
-    except (RuntimeError, OSError):  # the first before Python 3.13
+        found = path.resolve()
+        circle = any(part.is_symlink() for part in (found, *found.parents))  # from Python 3.13 on
+    except (RuntimeError, OSError):  # before
+        circle = True
+    if circle:
         raise FileExistsError(
             f"{path} is a symbolic link that leads back to itself; choose another directory"
-        ) from None
+        )
+    return found
 
 
 def _check_replaceable(path: Path, marker: str) -> None:
