@@ -51,7 +51,7 @@ def main(
         layers: that go.
         count: windows of 1024 tokens of each text to refit on.
         aim: of the refit.
-        steps: of training, each of one window of ``size`` tokens, an even number.
+        steps: of training, each of one window of ``size`` tokens.
         size: of those.
         also, others: as in ``healing.py``.
         judged: windows of held-out chapters to judge by, and half as many of each other text.
@@ -97,9 +97,9 @@ def learning_on(
 ) -> Learning:
     """Windows of both texts in turn to train on, and others to validate by."""
     texts = [demo.bible("calibration"), *([[halves(also)[0]]] if also else [])]
-    read = [cut(short, text, -(-wanted(steps // 2) // len(texts)), size) for text in texts]
+    read = [cut(short, text, -(-wanted(steps) // len(texts)), size) for text in texts]
     turns = [w for group in zip(*read, strict=False) for w in group]
-    return apart(turns, evaluation, steps // 2)
+    return apart(turns, evaluation, steps)
 
 
 def seconds(run: Callable[[], object]) -> float:

@@ -30,17 +30,17 @@ VALIDATED = 8  # windows by which the step is chosen
 SPARE = 16  # windows cut beside those that are read, as some share text with others
 
 
-def wanted(steps: int = STEPS) -> int:
-    """Windows that are cut for `apart`."""
-    return 2 * steps + VALIDATED + SPARE
+def wanted(count: int) -> int:
+    """Windows that are cut for `apart` to leave so many to train on."""
+    return count + VALIDATED + SPARE
 
 
-def apart(windows: Windows, judged: Windows, steps: int = STEPS) -> Learning:
-    """Windows to train on and to validate by, which share no text with each other or the judged."""
+def apart(windows: Windows, judged: Windows, count: int) -> Learning:
+    """So many windows to train on, and others to validate by, which share no text at all."""
     free, _ = without_overlap(windows, judged)
     training, validation = free[:-VALIDATED], free[-VALIDATED:]
     training, _ = without_overlap(training, validation)
-    return Learning(training[: 2 * steps], validation, judged)
+    return Learning(training[:count], validation, judged)
 
 
 class Distiller:

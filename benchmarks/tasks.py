@@ -77,7 +77,7 @@ class Run:
         self.short, self.size = build(), size
         text = Path(wikitext).read_text(encoding="utf-8")
         half = text.rfind("\n", 0, len(text) // 2)
-        each = learned + -(-distilled.wanted(steps) // 2)
+        each = learned + -(-distilled.wanted(2 * steps) // 2)
         parts = [self._cut(part, each) for part in (demo.bible("calibration"), [text[:half]])]
         mix = [w for pair in zip(*parts, strict=True) for w in pair]
         self.learned = mix[: 2 * learned]
@@ -86,7 +86,7 @@ class Run:
             "WikiText-2": self._cut([text[half:]], judged),
         }
         apart = [w for kind in self.kinds.values() for w in kind]
-        learning = distilled.apart(mix[2 * learned :], apart, steps)
+        learning = distilled.apart(mix[2 * learned :], apart, 2 * steps)
         self.folder = tempfile.TemporaryDirectory()
         names = task_files.write(source, self.folder.name)
         self.suite = TaskSuite(names, limit=documents, include_path=self.folder.name, batch_size=8)

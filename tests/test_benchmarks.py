@@ -197,10 +197,10 @@ def test_the_rule_is_checked_on_texts_that_it_was_not_fixed_on():
 
 
 def test_windows_to_distil_on_share_nothing_with_what_judges_or_chooses_the_step():
-    cut = random_windows(distilled.wanted(3), 80)
+    cut = random_windows(distilled.wanted(6), 80)
     judged = [cut[0][:70]]
     free = [*cut[:-1], [*cut[2][:65], *cut[-1][65:]]]  # the last shares text with the third
-    learning = distilled.apart(free, judged, 3)
+    learning = distilled.apart(free, judged, 6)
     assert len(learning.training) == 6 and len(learning.validation) == distilled.VALIDATED
     check_disjoint([*learning.training, *learning.validation], judged)
     check_disjoint(learning.training, learning.validation)

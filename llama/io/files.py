@@ -49,12 +49,12 @@ def resolved(path: Path) -> Path:
     """The path without symbolic links; FileExistsError where they go round in a circle."""
     try:
         found = path.resolve()
-        circle = any(part.is_symlink() for part in (found, *found.parents))  # from Python 3.13 on
-    except (RuntimeError, OSError):  # before
-        circle = True
-    if circle:
+    except (RuntimeError, OSError):
+        found = path
+    # Python 3.13 gives back what it cannot resolve, earlier versions raise
+    if any(part.is_symlink() for part in (found, *found.parents)):
         raise FileExistsError(
-            f"{path} is a symbolic link that leads back to itself; choose another directory"
+            f"{path} is a symbolic link that leads back to itself; choose another path"
         )
     return found
 

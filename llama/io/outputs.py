@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from llama.io.files import check_writable
+from llama.io.files import check_writable, resolved
 from llama.io.swap import NEW, tidy, work_folder
 
 # Names of open files, which may be regular ones: whoever opened them wants the bytes there.
@@ -28,7 +28,7 @@ def check_output(path: Path, *, overwrite: bool, ours: Ours) -> None:
     """
     if is_stream(path):
         return
-    tidy(path.resolve())
+    tidy(resolved(path))
     if path.is_dir():
         raise FileExistsError(f"{path} is a directory; choose another name")
     if path.exists() and not path.is_file():
@@ -40,7 +40,7 @@ def check_output(path: Path, *, overwrite: bool, ours: Ours) -> None:
             f"{path} exists and is not what this would write there, so it is not overwritten; "
             "choose another name"
         )
-    check_writable(path.resolve())
+    check_writable(resolved(path))
 
 
 @contextmanager
@@ -66,7 +66,7 @@ def new_file(path: Path, *, overwrite: bool, ours: Ours) -> Iterator[Path]:
             yield content
             _send(content, path)
         return
-    target = path.resolve()
+    target = resolved(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     with work_folder(target) as work:
         yield work / NEW
@@ -92,7 +92,7 @@ def new_files(paths: Sequence[Path], *, overwrite: bool, ours: Ours) -> Iterator
             yield [partial]
         return
     check_outputs(paths, overwrite=overwrite, ours=ours)
-    targets = [path.resolve() for path in paths]
+    targets = [resolved(path) for path in paths]
     targets[0].parent.mkdir(parents=True, exist_ok=True)
     with work_folder(targets[0]) as work:
         yield [work / path.name for path in paths]
@@ -124,8 +124,8 @@ def check_outputs(paths: Sequence[Path], *, overwrite: bool, ours: Ours) -> None
                 f"{path} exists; files of a model in several are not overwritten: delete them or "
                 "choose another name"
             )
-    tidy(paths[0].resolve())
-    check_writable(paths[0].resolve())
+    tidy(resolved(paths[0]))
+    check_writable(resolved(paths[0]))
 
 
 def is_stream(path: Path) -> bool:

@@ -161,7 +161,7 @@ class Settings:
             Solving(PARTS, ridges)  # refuses what is out of range
             return RefitSettings(None, ridges, max_windows=max_windows)
         parts = PARTS if self.parts is None else tuple(p.strip() for p in self.parts.split(","))
-        aim = Solving().aim if self.aim is None else self.aim
+        aim = Solving.aim if self.aim is None else self.aim
         Solving(parts, ridges, aim=aim)
         return RefitSettings(parts, ridges, aim=aim, max_windows=max_windows)
 

@@ -24,6 +24,7 @@ from llama.checkpoint.meta import Checkpoint
 from llama.checkpoint.pth import Shard, TensorInfo, write_shard
 from llama.io.files import check_new, new_directory
 from llama.io.json_files import write_json
+from llama.io.outputs import check_outputs
 from llama.loading import load_model
 from short_gpt.checkpoints import Provenance
 from short_gpt.checkpoints.meta import prune_meta as prune
@@ -490,3 +491,6 @@ def test_an_output_that_is_a_circle_of_links(tmp_path):
     for path in (tmp_path / "a", tmp_path / "a/out"):
         with pytest.raises(FileExistsError, match="leads back to itself; choose another"):
             check_new(path)
+        for others in ([path], [path, tmp_path / "b"]):
+            with pytest.raises(FileExistsError, match="leads back to itself; choose another"):
+                check_outputs(others, overwrite=True, ours=lambda _: True)
