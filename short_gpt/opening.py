@@ -174,6 +174,19 @@ def open_hf(source: str, options: OpenOptions = DEFAULTS) -> ShortHFModel:
     )
 
 
+def open_trainable(source: str, options: OpenOptions = DEFAULTS) -> ShortHFModel:
+    """Opens a checkpoint of any format through transformers, as training needs it.
+
+    Arguments and errors as in `open_model`.
+    """
+    if not is_meta(source):
+        return open_hf(source, options)
+    kept = {name: getattr(options, name) for name in ("tokenizer_path", "device", "dtype")}
+    short = ShortHFModel.from_meta(source, **kept)
+    short.n_prune_layers = options.n_prune_layers
+    return short
+
+
 def layers_of(source: str) -> int | None:
     """How many layers a checkpoint has, by its params.json or config.json; None if not local.
 

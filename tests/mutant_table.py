@@ -2433,6 +2433,21 @@ EVIDENCE = (
                 "distillation=None",
                 "test_distillation_learns_what_the_whole_model_predicts",
             ),
+            (
+                "refit.heal(short, layers, self.fitted_on, work_dir=work_dir,",
+                "refit.heal(short, layers, self.fitted_on,",
+                "test_a_refit_is_not_done_again_where_training_was_interrupted",
+            ),
+            (
+                '**super().identity(), "refitted on": read}',
+                "**super().identity()}",
+                "test_distillation_starts_from_the_refit",
+            ),
+            (
+                "for folder in (work_dir, _refit_folder(work_dir)):",
+                "for folder in (work_dir,):",
+                "test_a_refit_is_not_done_again_where_training_was_interrupted",
+            ),
         ),
     ),
 )

@@ -1,27 +1,25 @@
-"""The trained healings of a comparison: each set of layers cut from the files and healed."""
+"""The trained healings of a comparison: for each set of layers the model opened anew and healed."""
 
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
-from short_gpt.checkpoints.prune import prune_checkpoint
 from short_gpt.data.disjoint import without_overlap
 from short_gpt.data.windows import windows
 from short_gpt.evaluation.paired import losses
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.experiments.rows import Windows
-from short_gpt.healing import lora
+from short_gpt.healing import lora, refit
 from short_gpt.healing.distillation import Distillation
 from short_gpt.healing.recipe import ModelConfig, Recipe, recipe_for
 from short_gpt.healing.run_folder import whole_checkpoints
 from short_gpt.healing.teacher import LiveTeacher, Predictor
-from short_gpt.opening import OpenOptions, open_hf
+from short_gpt.opening import OpenOptions, open_trainable
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.short_hf import ShortHFModel
@@ -69,11 +67,11 @@ class LoraSettings:
 class LoraHealing:
     """Heals a model without some layers by LoRA, from its files, and evaluates it.
 
-    The model is cut and opened anew for each set of layers, in Hugging Face's format. Windows that
-    share text with those to evaluate on, or with those to validate on, are not trained on.
+    The model is opened anew for each set of layers, through transformers. Windows that share text
+    with those to evaluate on, or with those to validate on, are not trained on.
 
     Args:
-        source: checkpoint directory in either format, or a hub id.
+        source: checkpoint directory in either format, a hub id, or a GGUF file.
         texts: to learn from.
         encode: from a text to its token ids, such as ``short.encode``.
         evaluation: windows of token ids; no window to learn from shares text with them.
@@ -81,9 +79,10 @@ class LoraHealing:
         options: ``device``, ``dtype`` and ``tokenizer_path`` of the model.
         seed: of the order of the windows.
         bos: which windows begin with it, such as ``short.bos``.
+        progress: whether to show bars.
 
     Raises:
-        ShortGPTError: the source is a file, or the texts give fewer than two windows.
+        ShortGPTError: the texts give fewer than two windows.
         MissingPackageError: peft is missing.
 
     Example:
@@ -100,15 +99,11 @@ class LoraHealing:
     options: OpenOptions = field(default_factory=OpenOptions)
     seed: int = 0
     bos: str = "first"
+    progress: bool = True
 
     def __post_init__(self) -> None:
         lora.require_packages()
         self.settings.check()
-        if Path(self.source).is_file():
-            raise ShortGPTError(
-                f"lora heals checkpoint directories, not {self.source}; convert it first: "
-                f"short-gpt convert {self.source} model-meta"
-            )
         size = self.settings.size or Recipe.size
         if len(self._cut(size, 2)) < 2:  # now rather than after all else is measured
             raise ShortGPTError(
@@ -130,10 +125,11 @@ class LoraHealing:
         Args:
             layers: original numbers.
             work_dir: keeps checkpoints of the training, which continues from them; gone once
-                the result is there.
+                the result is there, as a folder beside it with what a refit is continued from.
         """
-        with tempfile.TemporaryDirectory() as folder, _checkpoints(work_dir) as begun:
-            short = self._cut_model(Path(folder) / "pruned", layers)
+        with _checkpoints(work_dir) as begun:
+            short = open_trainable(self.source, self.options)
+            self._cut_out(short, layers, None if work_dir is None else _refit_folder(work_dir))
             recipe = self.settings.recipe(short.trainable().config)
             training, validation = self._learning(recipe.size)
             parts = (training, validation, self.evaluation)
@@ -143,6 +139,7 @@ class LoraHealing:
                 recipe=recipe,
                 work_dir=work_dir,
                 resume=begun,
+                progress=self.progress,
                 distillation=self._distillation(),
             )
             return losses(short.decoder, self.evaluation, progress=False)
@@ -151,10 +148,9 @@ class LoraHealing:
         """What is learned in the place of the text; None learns the text."""
         return None
 
-    def _cut_model(self, out: Path, layers: list[int]) -> ShortHFModel:
-        tokenizer = self.options.tokenizer_path
-        prune_checkpoint(self.source, out, layers, to="hf", tokenizer_path=tokenizer)
-        return open_hf(str(out), self.options)
+    def _cut_out(self, short: ShortHFModel, layers: list[int], work_dir: Path | None) -> None:
+        """Removes the layers, before anything is learned."""
+        short.remove_layers(layers)
 
     def _learning(self, size: int) -> tuple[list[list[int]], list[list[int]]]:
         """Windows to train on and windows to validate on, the last tenth but at most 8."""
@@ -170,20 +166,24 @@ class LoraHealing:
 
 @dataclass(frozen=True)
 class DistillHealing(LoraHealing):
-    """The same on what the whole model predicts of the text; it is asked in every step.
+    """A refit, and then LoRA on what the whole model predicts; it is asked in every step.
 
     Args:
         teacher: the whole model, such as the one that is compared; needed.
+        fitted_on: windows of token ids to refit on before anything is learned; None trains the
+            model as it is cut.
 
     Raises:
         ShortGPTError: there is no teacher, or it takes shorter windows than are learned from.
 
     Example:
-        >>> distill = DistillHealing(*given, teacher=short)  # doctest: +SKIP
+        >>> given = {"teacher": short, "fitted_on": calibration}
+        >>> distill = DistillHealing(path, texts, encode, held_out, **given)  # doctest: +SKIP
         >>> compare(short, calibration, held_out, cases=cases, distill=distill)  # doctest: +SKIP
     """
 
     teacher: Predictor | None = None
+    fitted_on: Windows | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -197,6 +197,17 @@ class DistillHealing(LoraHealing):
                 "`lora_size`"
             )
 
+    def identity(self) -> dict[str, object]:
+        """As of `LoraHealing`, and the windows to refit on."""
+        fitted = self.fitted_on
+        read = None if fitted is None else json_digest([list(w) for w in fitted])
+        return {**super().identity(), "refitted on": read}
+
+    def _cut_out(self, short: ShortHFModel, layers: list[int], work_dir: Path | None) -> None:
+        if self.fitted_on is None:
+            return super()._cut_out(short, layers, work_dir)
+        refit.heal(short, layers, self.fitted_on, work_dir=work_dir, progress=self.progress)
+
     def _distillation(self) -> Distillation:
         assert self.teacher is not None
         return Distillation(LiveTeacher(self.teacher))
@@ -204,7 +215,7 @@ class DistillHealing(LoraHealing):
 
 @contextmanager
 def _checkpoints(work_dir: Path | None) -> Iterator[bool]:
-    """Whether there are whole checkpoints to continue from; the folder goes once all is done."""
+    """Whether there are whole checkpoints to continue from; the folders go once all is done."""
     if work_dir is None:
         yield False
         return
@@ -212,4 +223,10 @@ def _checkpoints(work_dir: Path | None) -> Iterator[bool]:
     if not begun:
         shutil.rmtree(work_dir, ignore_errors=True)
     yield begun
-    shutil.rmtree(work_dir, ignore_errors=True)
+    for folder in (work_dir, _refit_folder(work_dir)):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _refit_folder(work_dir: Path) -> Path:
+    """What a refit continues from, beside the training's checkpoints."""
+    return work_dir.with_name(f"{work_dir.name}.refit")

@@ -134,7 +134,7 @@ class Shares:
 
 @dataclass(frozen=True)
 class LoraNames:
-    """How lora and distill heal in a comparison.
+    """How lora and distill heal in a comparison, the latter behind a refit.
 
     Args:
         steps: steps of training, a tenth of them warm-up but at most 100; the recipe's 5000 if not

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from llama.io.files import check_writable
 from llama.parallel import several_ranks
 from short_gpt.data import demo
 from short_gpt.experiments import Cases, Compared, DistillHealing, LoraHealing, compare
-from short_gpt.experiments.rows import DISTILL, LORA, TRAINED
+from short_gpt.experiments.rows import DISTILL, LORA
 from short_gpt.healing.recipe import Recipe
 from short_gpt.jobs.cases import CaseNames, LoraNames, Shares, Windows
 from short_gpt.jobs.evaluation import Tasks
@@ -66,8 +67,10 @@ def compare_checkpoint(
     short = opening.whole(source, size=_longest(plan, shares, lora))
     held = shares.cut(short, evaluation, shares.eval_windows)
     chosen = shares.cut(short, calibration, shares.max_windows)
-    training = [healing for healing in plan.healings if healing in TRAINED]
-    heals = _trained(training, source, calibration, short, held, lora, opening, shares)
+    learning = {"source": source, "texts": calibration, "encode": short.encode, "evaluation": held}
+    learning |= {"settings": lora.settings(), "options": OpenOptions(**vars(opening))}
+    learning |= {"seed": shares.seed, "bos": shares.bos or short.bos}
+    heals = _trained(plan.healings, short, chosen, learning)
     with interruptible():
         found = compare(
             short,
@@ -89,30 +92,22 @@ def _longest(plan: Cases, shares: Shares, lora: LoraNames) -> int:
 
 
 def _trained(
-    wanted: Collection[str],
-    source: str,
-    texts: list[str],
-    short: ShortModel,
-    held: Windows,
-    lora: LoraNames,
-    opening: Opening,
-    shares: Shares,
+    healings: Sequence[str], short: ShortModel, fitted_on: Windows, learning: Mapping[str, Any]
 ) -> dict[str, LoraHealing]:
-    """What heals by training; refuses at once what would go wrong after all else is measured."""
-    if not wanted:
-        return {}
-    heal = LoraHealing(
-        source,
-        texts,
-        short.encode,
-        held,
-        settings=lora.settings(),
-        options=OpenOptions(**vars(opening)),
-        seed=shares.seed,
-        bos=shares.bos or short.bos,
-    )
-    teaching = {DISTILL: DistillHealing(**vars(heal), teacher=short)} if DISTILL in wanted else {}
-    return {name: teaching.get(name, heal) for name in wanted}
+    """What heals by training; refuses at once what would go wrong after all else is measured.
+
+    Args:
+        healings: of the comparison.
+        short: the whole model, from which distillation learns.
+        fitted_on: windows of the refit in front of it.
+        learning: what both are given.
+    """
+    heals = {}
+    if LORA in healings:
+        heals[LORA] = LoraHealing(**learning)
+    if DISTILL in healings:
+        heals[DISTILL] = DistillHealing(**learning, teacher=short, fitted_on=fitted_on)
+    return heals
 
 
 def _material(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from llama.io.files import check_new
-from llama.io.sources import is_gguf, is_meta
+from llama.io.sources import is_gguf
 from short_gpt.checkpoints.gguf import about_kinds, check_new_gguf
 from short_gpt.checkpoints.gguf_save import about_types
 from short_gpt.checkpoints.provenance import PROVENANCE, Provenance
@@ -37,10 +37,9 @@ from short_gpt.jobs.inputs import (
     source_of,
 )
 from short_gpt.jobs.saving import interruptible
-from short_gpt.opening import open_model
+from short_gpt.opening import OpenOptions, open_model, open_trainable
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.scored_model import ScoredModel
-from short_gpt.short_hf import ShortHFModel
 
 SIZE, CLOSED_WINDOWS = 1024, 64  # of closed forms
 
@@ -257,9 +256,8 @@ def _opened(
     short: ScoredModel
     if streaming.stream:
         short = open_model(model, max_seq_len=size, **vars(streaming), **vars(opening))
-    elif trains and is_meta(model):
-        place = {"device": opening.device, "dtype": opening.dtype}
-        short = ShortHFModel.from_meta(model, tokenizer_path=opening.tokenizer_path, **place)
+    elif trains:
+        short = open_trainable(model, OpenOptions(**vars(opening)))
     else:
         short = opening.whole(model, size=size)
     if found.importance is not None:  # its record tells what it rests on, as that of prune does

@@ -26,9 +26,9 @@ def quality_curves(rows: Sequence[Row], *, title: str | None = None) -> Figure:
 
     The left part shows the models as cut, the right one, where there are any, the healed: solid
     lines for linear patches, dashed and dotted ones for other closed forms, stars for LoRA,
-    diamonds for distillation. Several rows of one method and number, such as random sets, are drawn
-    as a band from the least to the largest. The axis ends at `SHOWN` times the whole model's
-    perplexity; lines of what is worse leave the picture.
+    diamonds for distillation, joined where a method has several of them. Several rows of one method
+    and number, such as random sets, are drawn as a band from the least to the largest. The axis
+    ends at `SHOWN` times the whole model's perplexity; lines of what is worse leave the picture.
 
     Args:
         rows: of `comparison.Comparison.rows`, the whole model first.
@@ -102,7 +102,8 @@ def _draw_curve(axes: Axes, dense: Row, rows: Sequence[Row], colour: str) -> Non
         x = [n for n, found in values.items() for _ in found]
         y = [value for found in values.values() for value in found]
         label = f"{rows[0].method}, {name}"
-        style: dict[str, Any] = {"linestyle": "none", "markersize": 11, "markeredgecolor": "black"}
+        style: dict[str, Any] = {"markersize": 11, "markeredgecolor": "black"}
+        style["linestyle"] = "-." if len(values) > 1 else "none"
         axes.plot(x, y, marker=mark, color=colour, label=label, zorder=3, **style)
         return
     x = [0, *values]

@@ -81,6 +81,15 @@ def test_raw_patched_refit_and_distilled_stand_in_one_table_and_picture(here, ca
     assert Path("pictures/quality.png").is_file() and not [*Path().glob("c.json.*")]
 
 
+def test_distillation_in_a_comparison_starts_from_the_refit_beside_it(here):
+    options = ["--methods", "bi", "--counts", "1", "--healing", "refit,distill"]
+    options += ["--eval_data", "others", "--steps", "2", "--rank", "2", "--learning_rate", "1e-12"]
+    main([*COMMON, *options, "--lora_size", "48", "--batch", "2", "--out", "c.json"])
+    refitted, distilled = json.loads(Path("c.json").read_text())["rows"][1:]
+    assert distilled["perplexity"] == pytest.approx(refitted["perplexity"], rel=1e-5)
+    assert refitted["gain"] != 0
+
+
 def test_interrupted_in_training_it_continues_there(here, monkeypatch):
     options = ["--methods", "bi", "--counts", "1", "--healing", "lora", "--eval_data", "others"]
     options += ["--lora_steps", "2", "--lora_size", "48", "--lora_batch", "2", "--lora_rank", "2"]

@@ -8,10 +8,12 @@ import pytest
 import torch
 from conftest import BYTE_VOCAB, make_transformer, save_checkpoint, write_byte_tokenizer
 
+from llama.formats.gguf_from import llama_to_gguf
+from short_gpt import heal_refit
 from short_gpt.data.windows import windows
 from short_gpt.evaluation import losses
 from short_gpt.experiments import DistillHealing, LoraHealing, LoraSettings
-from short_gpt.healing import lora
+from short_gpt.healing import lora, refit
 from short_gpt.opening import OpenOptions, open_model
 
 pytestmark = pytest.mark.filterwarnings("default")  # peft's and transformers' own
@@ -43,7 +45,7 @@ def test_what_is_healed_is_the_cut_model_and_it_learns_nothing_that_is_evaluated
 
     def watched(short, training, validation, evaluation, **options):
         raw = losses(short.decoder, evaluation, progress=False)
-        seen.append((short.n_layers, training, validation, raw, options))
+        seen.append((len(short.present), training, validation, raw, options))
         return plain(short, training, validation, evaluation, **options)
 
     monkeypatch.setattr(lora, "heal", watched)
@@ -96,9 +98,7 @@ def test_the_identity_is_that_of_texts_and_settings(healing):
         assert other.identity() != first
 
 
-def test_files_and_too_little_text_are_refused_before_anything_is_measured(healing):
-    with pytest.raises(ValueError, match="checkpoint directories, not .*convert it first"):
-        replace(healing, source=__file__)
+def test_too_little_text_is_refused_before_anything_is_measured(healing):
     long = replace(SETTINGS, size=1000)
     with pytest.raises(ValueError, match="needs two windows of 1000 tokens or more"):
         replace(healing, texts=[text(1000)], settings=long)
@@ -120,7 +120,7 @@ def test_distillation_learns_what_the_whole_model_predicts(healing, monkeypatch)
     def watched(short, training, *rest, distillation, **options):
         (targets,) = distillation.teacher.targets([0], [training[0]])
         (expected,) = whole.window_logits([training[0]])
-        seen.append((short.n_layers, targets, expected[:-1].log_softmax(-1)))
+        seen.append((len(short.present), targets, expected[:-1].log_softmax(-1)))
         return plain(short, training, *rest, distillation=distillation, **options)
 
     monkeypatch.setattr(lora, "heal", watched)
@@ -130,6 +130,57 @@ def test_distillation_learns_what_the_whole_model_predicts(healing, monkeypatch)
     assert torch.allclose(targets.logs, expected.gather(1, targets.ids), atol=1e-4)
     monkeypatch.setattr(lora, "heal", plain)
     assert [p.nats for p in distilled] != [p.nats for p in healing([3, 1])]
+
+
+def refitted(healing, whole, **changes) -> DistillHealing:
+    """Distillation behind a refit, on windows that are neither learned from nor evaluated."""
+    fitted_on = [*windows([text(7000)], healing.encode, size=48, stride=48, seed=0, limit=6)]
+    return replace(DistillHealing(**vars(healing), teacher=whole, fitted_on=fitted_on), **changes)
+
+
+def test_distillation_starts_from_the_refit(healing, monkeypatch):
+    whole = open_model(healing.source, device="cpu")
+    distill = refitted(healing, whole)
+    heal_refit(whole, [3, 1], distill.fitted_on, progress=False)
+    expected = losses(whole.decoder, healing.evaluation, progress=False)
+    monkeypatch.setattr(lora, "heal", lambda *_, **__: None)
+    assert [p.nats for p in distill([3, 1])] == pytest.approx([p.nats for p in expected], rel=1e-5)
+    others = [replace(distill, fitted_on=fitted) for fitted in (None, distill.fitted_on[::-1])]
+    assert len({str(each.identity()) for each in (distill, *others)}) == 3
+
+
+def test_a_refit_is_not_done_again_where_training_was_interrupted(healing, monkeypatch, tmp_path):
+    distill = refitted(healing, open_model(healing.source, device="cpu"))
+    folder, plain, solved = tmp_path / "state.distill-1", lora.heal, []
+    whole, run = distill([1]), refit._run
+
+    def interrupted(*args, resume, **options):
+        plain(*args, resume=resume, **options)
+        if not resume:
+            raise KeyboardInterrupt
+
+    def watched(short, work, *rest):
+        before = len(work.state.fits)
+        run(short, work, *rest)
+        solved.append((before, len(work.state.fits)))
+
+    monkeypatch.setattr(lora, "heal", interrupted)
+    monkeypatch.setattr(refit, "_run", watched)
+    with pytest.raises(KeyboardInterrupt):
+        distill([1], folder)
+    continued = distill([1], folder)
+    (none, every), again = solved
+    assert none == 0 < every and again == (every, every)
+    assert [p.nats for p in continued] == pytest.approx([p.nats for p in whole], rel=1e-6)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_gguf_file_is_healed_as_the_checkpoint_it_was_made_of(healing, tmp_path):
+    file = tmp_path / "model.gguf"
+    llama_to_gguf(healing.source, file)
+    expected = [p.nats for p in healing([1])]
+    found = [p.nats for p in replace(healing, source=str(file))([1])]
+    assert found == pytest.approx(expected, rel=1e-4)
 
 
 def test_distillation_without_a_teacher_or_with_a_short_one_is_refused(healing):

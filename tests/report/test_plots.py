@@ -268,6 +268,16 @@ def test_the_healed_stand_beside_the_cut() -> None:
     png(figure)
 
 
+def test_trained_models_of_several_numbers_are_joined_by_a_line() -> None:
+    many = [row("bi", n, "distill", 10.0 + n) for n in (2, 4)]
+    lines = {
+        len(rows): quality_curves([DENSE, *CUT, *rows]).axes[1].get_lines()[0]
+        for rows in (many, many[:1])
+    }
+    assert [lines[n].get_linestyle() for n in (1, 2)] == ["None", "-."]
+    assert list(lines[2].get_xdata()) == [2, 4]
+
+
 def test_other_closed_forms_have_lines_of_their_own() -> None:
     kinds = ("patched", "refit", "linearpatch", "ghosted")
     figure = quality_curves([DENSE, *CUT, *(row("bi", 2, kind, 12.0) for kind in kinds)])
