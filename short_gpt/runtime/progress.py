@@ -30,15 +30,25 @@ class Bar(Protocol):
     def __exit__(self, *error: object) -> None: ...
 
 
-def bar(desc: str, *, total: int | None, unit: str, show: bool = True, delay: float = 1.0) -> Bar:
+def bar(
+    desc: str,
+    *,
+    total: int | None,
+    unit: str,
+    show: bool = True,
+    delay: float = 1.0,
+    done: int = 0,
+) -> Bar:
     """A tqdm bar on stderr, for use in a ``with`` block; a silent one unless ``show``.
 
     It appears after ``delay`` seconds, so that short work stays quiet; 0 is for few long items,
-    whose first one would end long after. Of several ranks only the first shows one.
+    whose first one would end long after. ``done`` of the total are there already, of a run that is
+    continued. Of several ranks only the first shows one.
     """
     from tqdm import tqdm
 
-    return tqdm(total=total, desc=desc, unit=unit, delay=delay, disable=not (show and first_rank()))
+    silent = not (show and first_rank())
+    return tqdm(total=total, desc=desc, unit=unit, delay=delay, initial=done, disable=silent)
 
 
 def above_bars(text: str) -> None:

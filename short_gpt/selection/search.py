@@ -9,7 +9,6 @@ from collections.abc import Collection, Iterator, Sequence
 
 from short_gpt.models.decoder import Decoder
 from short_gpt.models.numbering import check_count
-from short_gpt.runtime.progress import bar
 from short_gpt.runtime.state import StateFile
 from short_gpt.selection.evolved import evolution
 from short_gpt.selection.found import Options, Search
@@ -111,7 +110,7 @@ def _rounds(
     check_count(n, count, most=len(allowed))
     trials = Trials(decoder, windows, options)
     total = sum(len(allowed) - i for i in range(n)) * trials.groups
-    with bar("searching", total=total, unit="trial", show=options.progress) as shown:
+    with trials.shown(total, options.progress) as shown:
         for left in reversed(range(n)):
             alive = [i for i in range(count) if i not in trials.result.removed]
             trials.round([i for i in alive[1:-1] if i in allowed], shown.update, again=left > 0)
@@ -129,8 +128,7 @@ def _one_shot(
     count = len(decoder.layers)
     check_count(n, count)
     trials = Trials(decoder, windows, options)
-    total = count * trials.groups
-    with bar("searching", total=total, unit="trial", show=options.progress) as shown:
+    with trials.shown(count * trials.groups, options.progress) as shown:
         trials.round(range(count), shown.update)
     loss = trials.result.losses[0]
     trials.result.removed = sorted(loss, key=lambda i: (loss[i], i))[:n]

@@ -24,6 +24,7 @@ from short_gpt.evaluation.perplexity import check_predicted
 from short_gpt.models.decoder import Decoder, padded
 from short_gpt.models.numbering import runs
 from short_gpt.runtime.errors import NotFiniteError
+from short_gpt.runtime.progress import Bar, bar
 from short_gpt.selection.found import Nats, Options, continued
 from short_gpt.selection.mending import Gap
 from short_gpt.selection.stack import Stack
@@ -66,6 +67,11 @@ class Trials:
         self._room = 0 if self.groups > 1 else options.max_memory // size - 2
         self.result, self._done = continued(options.state)
         self._kept, self._rounds = len(self.result.losses), 0  # of a state; counted so far
+
+    def shown(self, total: int, show: bool) -> Bar:
+        """A bar of all trials, those that a saved search has tried before it among them."""
+        tried = sum(map(len, self.result.losses)) * self.groups + sum(map(len, self._done))
+        return bar("searching", total=total, unit="trial", show=show, done=tried)
 
     def _bytes(self, batch: Batch) -> int:
         """Of one state of a batch."""

@@ -15,7 +15,9 @@ from short_gpt.evaluation.perplexity import perplexity
 from short_gpt.models.decoder import Decoder
 from short_gpt.models.hf import HFDecoder
 from short_gpt.models.meta import MetaDecoder
+from short_gpt.runtime.progress import bar
 from short_gpt.runtime.state import StateFile
+from short_gpt.selection import trials
 from short_gpt.selection.search import one_shot, sleb
 from short_gpt.selection.stack import Stack
 from short_gpt.surgery.layers import without_layers
@@ -129,6 +131,17 @@ def test_an_interrupted_search_continues_bit_for_bit(tmp_path, stop_at):
     state = StateFile(tmp_path / "s", {"seed": 1})
     again = sleb(model(), windows, 3, max_memory=5000, state=state)
     assert again == whole
+
+
+def test_the_bar_of_a_continued_search_counts_what_was_tried_before(tmp_path, monkeypatch):
+    bars, windows = [], random_windows(4, 16)
+    monkeypatch.setattr(trials, "bar", lambda *a, **kw: bars.append(bar(*a, **kw)) or bars[-1])
+    with interrupted(Stack, "nats", 4 * 9 + 1):  # nine trials of four windows
+        sleb(model(), windows, 3, state=StateFile(tmp_path / "s", {}), progress=True)
+    sleb(model(), windows, 3, state=StateFile(tmp_path / "s", {}), progress=True)
+    first, again = bars
+    assert (first.initial, first.n, again.initial) == (0, 9, 9)
+    assert again.n == again.total == first.total
 
 
 @pytest.mark.parametrize("max_memory", [1, 12000, 2**31])
