@@ -177,14 +177,18 @@ def open_hf(source: str, options: OpenOptions = DEFAULTS) -> ShortHFModel:
 def open_trainable(source: str, options: OpenOptions = DEFAULTS) -> ShortHFModel:
     """Opens a checkpoint of any format through transformers, as training needs it.
 
-    Arguments and errors as in `open_model`.
+    Args:
+        source: as for `open_model`.
+        options: how to open it; of these, Meta's format reads ``tokenizer_path``, ``device`` and
+            ``dtype``.
+
+    Raises:
+        OSError, ShortGPTError: as those of `open_hf` and ``ShortHFModel.from_meta``.
     """
     if not is_meta(source):
         return open_hf(source, options)
-    kept = {name: getattr(options, name) for name in ("tokenizer_path", "device", "dtype")}
-    short = ShortHFModel.from_meta(source, **kept)
-    short.n_prune_layers = options.n_prune_layers
-    return short
+    place = {"device": options.device, "dtype": options.dtype}
+    return ShortHFModel.from_meta(source, tokenizer_path=options.tokenizer_path, **place)
 
 
 def layers_of(source: str) -> int | None:

@@ -2434,14 +2434,29 @@ EVIDENCE = (
                 "test_distillation_learns_what_the_whole_model_predicts",
             ),
             (
-                "refit.heal(short, layers, self.fitted_on, work_dir=work_dir,",
-                "refit.heal(short, layers, self.fitted_on,",
+                "self.fitted_on, work_dir=refit_dir,",
+                "self.fitted_on,",
                 "test_a_refit_is_not_done_again_where_training_was_interrupted",
             ),
             (
                 '**super().identity(), "refitted on": read}',
                 "**super().identity()}",
                 "test_distillation_starts_from_the_refit",
+            ),
+            (
+                "refit.heal(short, sorted(layers),",
+                "refit.heal(short, layers,",
+                "test_a_refit_is_not_done_again_where_training_was_interrupted",
+            ),
+            (
+                "if self.fitted_on is None:",
+                "if True:",
+                "test_distillation_starts_from_the_refit",
+            ),
+            (
+                "without_overlap(every, self._read_before())",
+                "without_overlap(every, [])",
+                "test_validation_windows_are_of_text_that_nothing_was_fitted_on",
             ),
             (
                 "for folder in (work_dir, _refit_folder(work_dir)):",

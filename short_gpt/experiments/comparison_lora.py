@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
-from short_gpt.data.disjoint import without_overlap
+from short_gpt.data.disjoint import check_disjoint, without_overlap
 from short_gpt.data.windows import windows
 from short_gpt.evaluation.paired import losses
 from short_gpt.evaluation.perplexity import Perplexity
@@ -17,7 +17,7 @@ from short_gpt.experiments.rows import Windows
 from short_gpt.healing import lora, refit
 from short_gpt.healing.distillation import Distillation
 from short_gpt.healing.recipe import ModelConfig, Recipe, recipe_for
-from short_gpt.healing.run_folder import whole_checkpoints
+from short_gpt.healing.run_folder import begun
 from short_gpt.healing.teacher import LiveTeacher, Predictor
 from short_gpt.opening import OpenOptions, open_trainable
 from short_gpt.runtime.digest import json_digest
@@ -67,8 +67,9 @@ class LoraSettings:
 class LoraHealing:
     """Heals a model without some layers by LoRA, from its files, and evaluates it.
 
-    The model is opened anew for each set of layers, through transformers. Windows that share text
-    with those to evaluate on, or with those to validate on, are not trained on.
+    The model is opened anew for each set of layers, through transformers, and is whole in memory
+    until they go. Windows that share text with those to evaluate on, or with those to validate on,
+    are not trained on.
 
     Args:
         source: checkpoint directory in either format, a hub id, or a GGUF file.
@@ -76,7 +77,7 @@ class LoraHealing:
         encode: from a text to its token ids, such as ``short.encode``.
         evaluation: windows of token ids; no window to learn from shares text with them.
         settings: of the training.
-        options: ``device``, ``dtype`` and ``tokenizer_path`` of the model.
+        options: how the model is opened.
         seed: of the order of the windows.
         bos: which windows begin with it, such as ``short.bos``.
         progress: whether to show bars.
@@ -124,10 +125,13 @@ class LoraHealing:
 
         Args:
             layers: original numbers.
-            work_dir: keeps checkpoints of the training, which continues from them; gone once
-                the result is there, as a folder beside it with what a refit is continued from.
+            work_dir: keeps checkpoints of the training, which continues from them, and a folder of
+                its name and ".refit" what a refit continues from; both go once the result is there.
+
+        Raises:
+            ShortGPTError, NotFiniteError: as those of `heal_lora` and `heal_refit`.
         """
-        with _checkpoints(work_dir) as begun:
+        with _checkpoints(work_dir) as resume:
             short = open_trainable(self.source, self.options)
             self._cut_out(short, layers, None if work_dir is None else _refit_folder(work_dir))
             recipe = self.settings.recipe(short.trainable().config)
@@ -138,7 +142,7 @@ class LoraHealing:
                 *parts,
                 recipe=recipe,
                 work_dir=work_dir,
-                resume=begun,
+                resume=resume,
                 progress=self.progress,
                 distillation=self._distillation(),
             )
@@ -148,16 +152,25 @@ class LoraHealing:
         """What is learned in the place of the text; None learns the text."""
         return None
 
-    def _cut_out(self, short: ShortHFModel, layers: list[int], work_dir: Path | None) -> None:
+    def _cut_out(self, short: ShortHFModel, layers: list[int], refit_dir: Path | None) -> None:
         """Removes the layers, before anything is learned."""
         short.remove_layers(layers)
 
+    def _read_before(self) -> Windows:
+        """Windows that the model was fitted on before anything is learned."""
+        return []
+
     def _learning(self, size: int) -> tuple[list[list[int]], list[list[int]]]:
-        """Windows to train on and windows to validate on, the last tenth but at most 8."""
+        """Windows to train on and windows to validate on, the last tenth but at most 8.
+
+        The latter are of text that nothing was fitted on, if there is such.
+        """
         every, _ = without_overlap(self._cut(size, None), self.evaluation)
         count = max(1, min(len(every) // 10, MOST_VALIDATION))
-        training, _ = without_overlap(every[:-count], every[-count:])
-        return training, every[-count:]
+        free, _ = without_overlap(every, self._read_before())
+        validation = (free or every)[-count:]
+        training, _ = without_overlap(every, validation)
+        return training, validation
 
     def _cut(self, size: int, limit: int | None) -> list[list[int]]:
         cut = partial(windows, size=size, stride=size, seed=self.seed, limit=limit, bos=self.bos)
@@ -174,7 +187,8 @@ class DistillHealing(LoraHealing):
             model as it is cut.
 
     Raises:
-        ShortGPTError: there is no teacher, or it takes shorter windows than are learned from.
+        ShortGPTError: there is no teacher, or it takes shorter windows than are learned from; the
+            windows to refit on share text with those to evaluate on.
 
     Example:
         >>> given = {"teacher": short, "fitted_on": calibration}
@@ -196,6 +210,7 @@ class DistillHealing(LoraHealing):
                 f"learn from have {size}: open it with a larger max_seq_len, or give a smaller "
                 "`lora_size`"
             )
+        check_disjoint(self._read_before(), self.evaluation)
 
     def identity(self) -> dict[str, object]:
         """As of `LoraHealing`, and the windows to refit on."""
@@ -203,10 +218,15 @@ class DistillHealing(LoraHealing):
         read = None if fitted is None else json_digest([list(w) for w in fitted])
         return {**super().identity(), "refitted on": read}
 
-    def _cut_out(self, short: ShortHFModel, layers: list[int], work_dir: Path | None) -> None:
+    def _cut_out(self, short: ShortHFModel, layers: list[int], refit_dir: Path | None) -> None:
         if self.fitted_on is None:
-            return super()._cut_out(short, layers, work_dir)
-        refit.heal(short, layers, self.fitted_on, work_dir=work_dir, progress=self.progress)
+            super()._cut_out(short, layers, refit_dir)
+        else:  # sorted, as another method may name the same set in another order
+            show = self.progress
+            refit.heal(short, sorted(layers), self.fitted_on, work_dir=refit_dir, progress=show)
+
+    def _read_before(self) -> Windows:
+        return self.fitted_on or []
 
     def _distillation(self) -> Distillation:
         assert self.teacher is not None
@@ -219,11 +239,13 @@ def _checkpoints(work_dir: Path | None) -> Iterator[bool]:
     if work_dir is None:
         yield False
         return
-    begun = whole_checkpoints(work_dir)
-    if not begun:
+    resume = begun(work_dir)
+    if not resume:
         shutil.rmtree(work_dir, ignore_errors=True)
-    yield begun
+    yield resume
     for folder in (work_dir, _refit_folder(work_dir)):
+        for path in folder.glob("*.json"):  # first, so that nothing continues from half a folder
+            path.unlink()
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from llama.io.files import check_writable
 from llama.parallel import several_ranks
 from short_gpt.data import demo
 from short_gpt.experiments import Cases, Compared, DistillHealing, LoraHealing, compare
-from short_gpt.experiments.rows import DISTILL, LORA
+from short_gpt.experiments.rows import DISTILL, LORA, TRAINED
 from short_gpt.healing.recipe import Recipe
 from short_gpt.jobs.cases import CaseNames, LoraNames, Shares, Windows
 from short_gpt.jobs.evaluation import Tasks
@@ -67,10 +67,10 @@ def compare_checkpoint(
     short = opening.whole(source, size=_longest(plan, shares, lora))
     held = shares.cut(short, evaluation, shares.eval_windows)
     chosen = shares.cut(short, calibration, shares.max_windows)
-    learning = {"source": source, "texts": calibration, "encode": short.encode, "evaluation": held}
-    learning |= {"settings": lora.settings(), "options": OpenOptions(**vars(opening))}
-    learning |= {"seed": shares.seed, "bos": shares.bos or short.bos}
-    heals = _trained(plan.healings, short, chosen, learning)
+    bos = shares.bos or short.bos
+    how = (lora.settings(), OpenOptions(**vars(opening)), shares.seed, bos)
+    train = partial(LoraHealing, source, calibration, short.encode, held, *how)
+    heals = _trained(plan.healings, train, short, chosen)
     with interruptible():
         found = compare(
             short,
@@ -82,7 +82,7 @@ def compare_checkpoint(
             tasks=tasks.suite(),
             state=state,
         )
-    return replace(found, bos=shares.bos or short.bos)
+    return replace(found, bos=bos)
 
 
 def _longest(plan: Cases, shares: Shares, lora: LoraNames) -> int:
@@ -92,22 +92,25 @@ def _longest(plan: Cases, shares: Shares, lora: LoraNames) -> int:
 
 
 def _trained(
-    healings: Sequence[str], short: ShortModel, fitted_on: Windows, learning: Mapping[str, Any]
+    healings: Sequence[str],
+    train: Callable[[], LoraHealing],
+    short: ShortModel,
+    fitted_on: Windows,
 ) -> dict[str, LoraHealing]:
     """What heals by training; refuses at once what would go wrong after all else is measured.
 
     Args:
         healings: of the comparison.
+        train: makes what heals by LoRA.
         short: the whole model, from which distillation learns.
         fitted_on: windows of the refit in front of it.
-        learning: what both are given.
     """
-    heals = {}
-    if LORA in healings:
-        heals[LORA] = LoraHealing(**learning)
+    if not {*TRAINED} & {*healings}:
+        return {}
+    heals = {LORA: train()}
     if DISTILL in healings:
-        heals[DISTILL] = DistillHealing(**learning, teacher=short, fitted_on=fitted_on)
-    return heals
+        heals[DISTILL] = DistillHealing(**vars(heals[LORA]), teacher=short, fitted_on=fitted_on)
+    return {name: heal for name, heal in heals.items() if name in healings}
 
 
 def _material(

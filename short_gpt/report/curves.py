@@ -26,9 +26,10 @@ def quality_curves(rows: Sequence[Row], *, title: str | None = None) -> Figure:
 
     The left part shows the models as cut, the right one, where there are any, the healed: solid
     lines for linear patches, dashed and dotted ones for other closed forms, stars for LoRA,
-    diamonds for distillation, joined where a method has several of them. Several rows of one method
-    and number, such as random sets, are drawn as a band from the least to the largest. The axis
-    ends at `SHOWN` times the whole model's perplexity; lines of what is worse leave the picture.
+    diamonds for distillation, joined where a method has one for each of several numbers. Several
+    rows of one method and number, such as random sets, are a band from the least to the largest,
+    and marks of their own where they were trained. The axis ends at `SHOWN` times the whole model's
+    perplexity; lines of what is worse leave the picture.
 
     Args:
         rows: of `comparison.Comparison.rows`, the whole model first.
@@ -93,7 +94,7 @@ def _legend(figure: Figure, axes: Sequence[Axes]) -> None:
 
 
 def _draw_curve(axes: Axes, dense: Row, rows: Sequence[Row], colour: str) -> None:
-    """One method, healed one way: a line from the whole model on, a band, or marks of training."""
+    """One method, healed one way: a line from the whole model on, a band, or what was trained."""
     if not rows:
         return
     values = {n: [r.perplexity for r in rows if r.n == n] for n in sorted({r.n for r in rows})}
@@ -103,7 +104,7 @@ def _draw_curve(axes: Axes, dense: Row, rows: Sequence[Row], colour: str) -> Non
         y = [value for found in values.values() for value in found]
         label = f"{rows[0].method}, {name}"
         style: dict[str, Any] = {"markersize": 11, "markeredgecolor": "black"}
-        style["linestyle"] = "-." if len(values) > 1 else "none"
+        style["linestyle"] = "-." if len(x) == len(values) > 1 else "none"
         axes.plot(x, y, marker=mark, color=colour, label=label, zorder=3, **style)
         return
     x = [0, *values]

@@ -87,7 +87,7 @@ def test_distillation_in_a_comparison_starts_from_the_refit_beside_it(here):
     main([*COMMON, *options, "--lora_size", "48", "--batch", "2", "--out", "c.json"])
     refitted, distilled = json.loads(Path("c.json").read_text())["rows"][1:]
     assert distilled["perplexity"] == pytest.approx(refitted["perplexity"], rel=1e-5)
-    assert refitted["gain"] != 0
+    assert abs(refitted["gain"]) > 1e-3
 
 
 def test_interrupted_in_training_it_continues_there(here, monkeypatch):

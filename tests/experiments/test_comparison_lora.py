@@ -144,7 +144,10 @@ def test_distillation_starts_from_the_refit(healing, monkeypatch):
     heal_refit(whole, [3, 1], distill.fitted_on, progress=False)
     expected = losses(whole.decoder, healing.evaluation, progress=False)
     monkeypatch.setattr(lora, "heal", lambda *_, **__: None)
-    assert [p.nats for p in distill([3, 1])] == pytest.approx([p.nats for p in expected], rel=1e-5)
+    found = [p.nats for p in distill([3, 1])]
+    assert found == pytest.approx([p.nats for p in expected], rel=1e-5)
+    raw = [p.nats for p in replace(distill, fitted_on=None)([3, 1])]
+    assert max(abs(a / b - 1) for a, b in zip(raw, found, strict=True)) > 1e-3
     others = [replace(distill, fitted_on=fitted) for fitted in (None, distill.fitted_on[::-1])]
     assert len({str(each.identity()) for each in (distill, *others)}) == 3
 
@@ -152,7 +155,7 @@ def test_distillation_starts_from_the_refit(healing, monkeypatch):
 def test_a_refit_is_not_done_again_where_training_was_interrupted(healing, monkeypatch, tmp_path):
     distill = refitted(healing, open_model(healing.source, device="cpu"))
     folder, plain, solved = tmp_path / "state.distill-1", lora.heal, []
-    whole, run = distill([1]), refit._run
+    whole, run = distill([1, 3]), refit._run
 
     def interrupted(*args, resume, **options):
         plain(*args, resume=resume, **options)
@@ -167,12 +170,26 @@ def test_a_refit_is_not_done_again_where_training_was_interrupted(healing, monke
     monkeypatch.setattr(lora, "heal", interrupted)
     monkeypatch.setattr(refit, "_run", watched)
     with pytest.raises(KeyboardInterrupt):
-        distill([1], folder)
-    continued = distill([1], folder)
+        distill([1, 3], folder)
+    continued = distill([3, 1], folder)  # the same set, of another method
     (none, every), again = solved
     assert none == 0 < every and again == (every, every)
     assert [p.nats for p in continued] == pytest.approx([p.nats for p in whole], rel=1e-6)
     assert not [*tmp_path.iterdir()]
+
+
+def test_validation_windows_are_of_text_that_nothing_was_fitted_on(healing):
+    whole = open_model(healing.source, device="cpu")
+    cut = {"size": 48, "stride": 48, "seed": 3}
+    parts = [[*windows([text], healing.encode, **cut)] for text in healing.texts]
+    for number, fitted_on in enumerate(parts):
+        training, validation = refitted(healing, whole, fitted_on=fitted_on)._learning(48)
+        assert {w.text for w in validation} == {1 - number}
+        assert {w.text for w in training} == {0, 1}
+    every = parts[0] + parts[1]  # then by some of it all the same
+    assert len(refitted(healing, whole, fitted_on=every)._learning(48)[1]) == len(validation)
+    with pytest.raises(ValueError, match="share text with the windows to evaluate on"):
+        refitted(healing, whole, fitted_on=healing.evaluation)
 
 
 def test_a_gguf_file_is_healed_as_the_checkpoint_it_was_made_of(healing, tmp_path):

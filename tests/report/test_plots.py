@@ -276,6 +276,8 @@ def test_trained_models_of_several_numbers_are_joined_by_a_line() -> None:
     }
     assert [lines[n].get_linestyle() for n in (1, 2)] == ["None", "-."]
     assert list(lines[2].get_xdata()) == [2, 4]
+    several = quality_curves([DENSE, *CUT, *many, *many]).axes[1].get_lines()[0]
+    assert several.get_linestyle() == "None" and list(several.get_xdata()) == [2, 2, 4, 4]
 
 
 def test_other_closed_forms_have_lines_of_their_own() -> None:

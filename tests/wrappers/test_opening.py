@@ -14,7 +14,14 @@ from conftest import (
 
 from llama.formats.convert import meta_to_hf
 from short_gpt import ShortHFModel, ShortLlama
-from short_gpt.opening import OpenOptions, layers_of, open_hf, open_model, same_model
+from short_gpt.opening import (
+    OpenOptions,
+    layers_of,
+    open_hf,
+    open_model,
+    open_trainable,
+    same_model,
+)
 from short_gpt.streamed_llama import StreamedLlama
 
 pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
@@ -59,6 +66,16 @@ def test_a_dtype_and_a_tokenizer_elsewhere_reach_the_model(folder, tmp_path):
         assert short.identity()["dtype"] == "torch.bfloat16"
         assert short.encode("a") == open_model(str(folder / "meta"), device="cpu").encode("a")
     assert open_hf(str(folder / "hf"), options).model.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ["meta", "hf"])
+def test_a_checkpoint_of_any_format_is_opened_for_training(folder, name):
+    source, options = str(folder / name), OpenOptions(device="cpu", dtype="bfloat16")
+    short = open_trainable(source, options)
+    assert short.source == source and short.trainable().dtype == torch.bfloat16
+    expected = open_model(source, device="cpu").perplexity(WINDOWS, progress=False).value
+    found = open_trainable(source, OpenOptions(device="cpu")).perplexity(WINDOWS, progress=False)
+    assert found.value == pytest.approx(expected, rel=1e-5)
 
 
 def test_options_that_do_not_go_together(folder):
