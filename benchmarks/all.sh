@@ -69,6 +69,8 @@ measure draft_4 python -m short_gpt draft smollm2.gguf less-4.gguf --data held_o
 measure draft_8 python -m short_gpt draft smollm2.gguf less-8.gguf --data held_out
 script healing healing --count 40 --also wikitext2_test.txt --others lambada_passages.txt --methods refit
 script distillation distillation --also wikitext2_test.txt --others lambada_passages.txt
+script distillation_influence distillation --layers 2,3,12,13,14,15,17,25 --also wikitext2_test.txt \
+    --others lambada_passages.txt
 script optimality optimality --judged 3 --checked 2
 script refit_sets refits --only sets --also wikitext2_test.txt --others lambada_passages.txt
 script refit_parts refits --only parts,windows --also wikitext2_test.txt --others lambada_passages.txt

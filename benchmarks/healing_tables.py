@@ -29,19 +29,19 @@ def passes() -> str:
     return f"{cost['passes']:.2f} ({cost['passes_least']:.2f} to {cost['passes_most']:.2f})"
 
 
-def distilled() -> list[str]:
+def distilled(name: str) -> list[str]:
     """The same of a model that is refitted and then distilled."""
-    return [healed(name, found) for name, found in result("distillation")["rows"].items()]
+    return [healed(row, found) for row, found in result(name)["rows"].items()]
 
 
 def minutes() -> str:
     """What that takes, as a sentence."""
-    found = result("distillation")
-    cost = found["seconds"]
+    found, other = result("distillation"), result("distillation_influence")
+    cost, others = found["seconds"], sum(other["seconds"].values())
     return (
         f"{cost['teacher']:.0f} seconds for the whole model's predictions, {cost['refit']:.0f} for "
         f"the refit and {cost['distill']:.0f} for {found['recipe']['steps']} steps, "
-        f"{sum(cost.values()):.0f} in all"
+        f"{sum(cost.values()):.0f} in all, and Block Influence's {others:.0f}"
     )
 
 

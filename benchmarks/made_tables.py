@@ -282,7 +282,10 @@ TABLES: dict[str, dict[str, Callable[[], list[str]]]] = {
     "docs/healing.md": {
         HEALED.format("8 of 30 layers less"): healing.refitted,
         HEALED.format("layers less"): healing.sets,
-        HEALED.format("greedy search's 8 less"): healing.distilled,
+        HEALED.format("greedy search's 8 less"): partial(healing.distilled, "distillation"),
+        HEALED.format("Block Influence's 8 less"): partial(
+            healing.distilled, "distillation_influence"
+        ),
         HEALED.format("healed by"): healing.parts,
         HEALED.format("windows"): healing.windows,
         HEALED.format("aimed at"): healing.aims,
