@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import BYTE_VOCAB, make_transformer, save_checkpoint, write_byte_tokenizer
 
+from llama.formats.gguf_from import llama_to_gguf
 from short_gpt.cli.app import main
 from short_gpt.healing import lora as healing
 from short_gpt.jobs import Opening, TextSource
@@ -81,10 +82,13 @@ def test_raw_patched_refit_and_distilled_stand_in_one_table_and_picture(here, ca
     assert Path("pictures/quality.png").is_file() and not [*Path().glob("c.json.*")]
 
 
-def test_distillation_in_a_comparison_starts_from_the_refit_beside_it(here):
+@pytest.mark.parametrize("source", ["ckpt", "model.gguf"])
+def test_distillation_in_a_comparison_starts_from_the_refit_beside_it(here, source):
+    llama_to_gguf("ckpt", "model.gguf")
     options = ["--methods", "bi", "--counts", "1", "--healing", "refit,distill"]
     options += ["--eval_data", "others", "--steps", "2", "--rank", "2", "--learning_rate", "1e-12"]
-    main([*COMMON, *options, "--lora_size", "48", "--batch", "2", "--out", "c.json"])
+    options += ["--lora_size", "48", "--batch", "2", "--out", "c.json"]
+    main([COMMON[0], source, *COMMON[2:], *options])
     refitted, distilled = json.loads(Path("c.json").read_text())["rows"][1:]
     assert distilled["perplexity"] == pytest.approx(refitted["perplexity"], rel=1e-5)
     assert abs(refitted["gain"]) > 1e-3
