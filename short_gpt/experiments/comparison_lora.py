@@ -191,7 +191,7 @@ class DistillHealing(LoraHealing):
             windows to refit on share text with those to evaluate on.
 
     Example:
-        >>> given = {"teacher": short, "fitted_on": calibration}
+        >>> given = {"teacher": short, "fitted_on": calibration}  # doctest: +SKIP
         >>> distill = DistillHealing(path, texts, encode, held_out, **given)  # doctest: +SKIP
         >>> compare(short, calibration, held_out, cases=cases, distill=distill)  # doctest: +SKIP
     """
