@@ -30,7 +30,7 @@ FEWER = {
         "n_prune_layers = 8 ": "n_prune_layers = 2 ",
         "fit_windows = 12 ": "fit_windows = 2 ",
         "eval_windows = 8 ": "eval_windows = 1 ",
-        "distill_steps = 40 ": "distill_steps = 2 ",
+        "distill_steps = 20 ": "distill_steps = 2 ",
     },
 }
 PICTURES = {
