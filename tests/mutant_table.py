@@ -2465,6 +2465,28 @@ EVIDENCE = (
             ),
         ),
     ),
+    Section(
+        "short_gpt/jobs/comparison.py",
+        "tests/cli/test_cli_compare.py",
+        (
+            (
+                "teacher=short, fitted_on=fitted_on",
+                "teacher=short",
+                "test_distillation_in_a_comparison_starts_from_the_refit_beside_it",
+            ),
+        ),
+    ),
+    Section(
+        "short_gpt/selection/trials.py",
+        "tests/selection/test_greedy.py",
+        (
+            (
+                "show=show, done=tried",
+                "show=show",
+                "test_the_bar_of_a_continued_search_counts_what_was_tried_before",
+            ),
+        ),
+    ),
 )
 
 SECTIONS = (
