@@ -43,7 +43,7 @@ from short_gpt.evaluation import (
 from short_gpt.experiments.cells import Cells
 from short_gpt.healing import recipe_for, refit
 from short_gpt.runtime.digest import json_digest
-from short_gpt.runtime.state import StateFile
+from short_gpt.runtime.state import StateFile, joined
 
 PROMPT, LONG = 32, 32  # tokens of a prompt, and of what is completed
 CLOSE = 1e-3  # nats by which two programs may differ on a document
@@ -100,7 +100,7 @@ class Run:
         asked = [path.read_text(encoding="utf-8") for path in sorted(Path(source).glob("*.jsonl"))]
         learned = [list(w) for w in [*mix, *learning.training, *learning.validation]]
         read = json_digest([learned, judge, self.turns, asked, names, documents, asdict(recipe)])
-        identity = {**self.short.identity(), "read": read}
+        identity = joined(self.short.identity(), {"read": read})
         self.state = None if state is None else StateFile(state, identity)
         self.cells = Cells(self.state)
 

@@ -1061,8 +1061,8 @@ HEALING = (
                 "test_an_interrupted_cache_goes_on_where_it_was",
             ),
             (
-                '"windows": windows, **own}',
-                "**own}",
+                '{"windows": windows}, own)',
+                "own)",
                 "test_predictions_of_something_else_are_refused",
             ),
         ),
@@ -1098,8 +1098,8 @@ HEALING = (
                 "test_a_step_divides_by_the_tokens_of_all_its_parts",
             ),
             (
-                "**({} if self.distillation is None else self.distillation.identity()),",
-                "",
+                "joined(own, {} if self.distillation is None else self.distillation.identity())",
+                "own",
                 "test_resuming_gives_what_one_run_gives",
             ),
         ),
@@ -2439,8 +2439,8 @@ EVIDENCE = (
                 "test_a_refit_is_not_done_again_where_training_was_interrupted",
             ),
             (
-                '**super().identity(), "refitted on": read}',
-                "**super().identity()}",
+                'joined(super().identity(), {"refitted on": read})',
+                "super().identity()",
                 "test_distillation_starts_from_the_refit",
             ),
             (

@@ -24,7 +24,7 @@ from short_gpt.experiments.rows import (
 )
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.runtime.state import StateFile
+from short_gpt.runtime.state import StateFile, joined
 from short_gpt.selection.methods import check_method
 from short_gpt.short_model import ShortModel
 
@@ -231,7 +231,7 @@ def _identity(
     digests = {name: json_digest([list(w) for w in windows]) for name, windows in texts.items()}
     settings = {"search_windows": cases.search_windows}
     healing = {name: dict(heals[name].identity()) if name in heals else None for name in TRAINED}
-    return {**short.identity(), **digests, **settings, **healing}
+    return joined(short.identity(), digests, settings, healing)
 
 
 def _beside(

@@ -22,6 +22,7 @@ from short_gpt.healing.teacher import LiveTeacher, Predictor
 from short_gpt.opening import OpenOptions, open_trainable
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.state import joined
 from short_gpt.short_hf import ShortHFModel
 
 MOST_VALIDATION = 8  # windows by which the best checkpoint is kept
@@ -118,7 +119,7 @@ class LoraHealing:
         Texts are told by their token ids, so that another tokenizer is another identity too.
         """
         read = json_digest([list(self.encode(text)) for text in self.texts])
-        return {**asdict(self.settings), "seed": self.seed, "texts": read}
+        return joined(asdict(self.settings), {"seed": self.seed, "texts": read})
 
     def __call__(self, layers: list[int], work_dir: Path | None = None) -> list[Perplexity]:
         """Losses of the evaluation windows of the model without these layers, healed.
@@ -216,7 +217,7 @@ class DistillHealing(LoraHealing):
         """As of `LoraHealing`, and the windows to refit on."""
         fitted = self.fitted_on
         read = None if fitted is None else json_digest([list(w) for w in fitted])
-        return {**super().identity(), "refitted on": read}
+        return joined(super().identity(), {"refitted on": read})
 
     def _cut_out(self, short: ShortHFModel, layers: list[int], refit_dir: Path | None) -> None:
         if self.fitted_on is None:

@@ -19,6 +19,7 @@ from short_gpt.healing.texts import Learning
 from short_gpt.healing.work import Heal, Work
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.state import joined
 from short_gpt.scored_model import ScoredModel
 
 
@@ -64,12 +65,12 @@ class ClosedForm(ABC):
     def _identity(self, work: Work) -> dict[str, object]:
         """What the step's result depends on, ready for JSON."""
         read = [*work.windows.training, *work.windows.validation]
-        return {
-            **work.short.identity(),
+        own = {
             "layers": [*work.layers],
             "settings": json.loads(json.dumps(vars(self))),  # as a file gives it back
             "windows": json_digest([list(window) for window in read]),
         }
+        return joined(work.short.identity(), own)
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from short_gpt.healing.divergence import Targets, divergence
 from short_gpt.healing.teacher import Teacher
 from short_gpt.models.decoder import Decoder, padded
 from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.state import joined
 
 Window = Sequence[int]
 PARTS = ("ids", "logs", "rest")  # of targets, in their order
@@ -54,7 +55,7 @@ class Distillation:
 
     def identity(self) -> dict[str, object]:
         """What a resumed run must share with the earlier one, ready for JSON."""
-        return {**self.teacher.identity(), "kl_share": self.kl_share}
+        return joined(self.teacher.identity(), {"kl_share": self.kl_share})
 
     def collate(self, batch: Sequence[Example]) -> dict[str, Tensor]:
         """Windows with their targets, padded: ids and logs (B, S - 1, K), rest (B, S - 1)."""

@@ -42,6 +42,7 @@ from short_gpt.models.numbering import check_layers, span
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import bar
+from short_gpt.runtime.state import joined
 from short_gpt.scored_model import ScoredModel
 from short_gpt.surgery.changes import Parameter
 
@@ -182,9 +183,8 @@ def fit(
     windows, held = held_apart(list(windows)) if held is None else (windows, held)
     if not windows or not held:
         raise ShortGPTError("expected at least two windows of calibration tokens")
-    options = {name: [*v] if isinstance(v, tuple) else v for name, v in vars(solving).items()}
-    options |= {"batch_size": batch_size}
-    state = _state(short, layers, windows, held, options, work_dir)
+    settings = joined(_settings(solving), {"batch_size": batch_size})
+    state = _state(short, layers, windows, held, settings, work_dir)
     calls, gone = short.layer_calls(), [short.kept.index(layer) for layer in layers]
     work = RefitPass(calls, short.kept, gone, solving=solving, state=state)
     _run(short, work, windows, held, batch_size, progress)
@@ -223,7 +223,7 @@ def _state(
     layers: Sequence[int],
     windows: Sequence[Sequence[int]],
     held: Sequence[Sequence[int]],
-    options: Mapping[str, object],
+    settings: Mapping[str, object],
     work_dir: str | os.PathLike[str] | None,
 ) -> RefitState:
     """What the refit continues from, if it has a folder; told by all that the refit depends on."""
@@ -231,9 +231,18 @@ def _state(
         return RefitState(None, {})
     read = {"windows": windows, "windows kept apart": held}
     digests = {name: json_digest([[*window] for window in part]) for name, part in read.items()}
-    identity = {**short.identity(), "kept": list(short.kept), "layers": list(layers)}
-    identity |= {**options, **digests}
+    changes = {"kept": list(short.kept), "layers": list(layers)}
+    identity = joined(short.identity(), changes, settings, digests)
     return RefitState(Path(os.fspath(work_dir)), identity)
+
+
+def _settings(solving: Solving) -> dict[str, object]:
+    """How matrices are solved, by names that differ from those in a model's identity."""
+    names = {"weights": "weights of tokens"}
+    return {
+        names.get(name, name): [*value] if isinstance(value, tuple) else value
+        for name, value in vars(solving).items()
+    }
 
 
 @torch.no_grad()

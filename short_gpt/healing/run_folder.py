@@ -42,19 +42,21 @@ def run_folder(
 
 def _check_run(folder: Path, run: dict[str, object]) -> None:
     """Raises ShortGPTError unless the checkpoints in a folder are of the same run."""
-    earlier, now = _settings(read_record(folder / RECIPE)), _settings(run)
-    for name in [*now, *(earlier.keys() - now.keys())]:
-        if earlier.get(name) != now.get(name):
-            raise ShortGPTError(
-                f"{folder} holds a run of another {name}: {earlier.get(name)!r}, now "
-                f"{now.get(name)!r}; go on with the former {name}, or delete {folder} to begin anew"
-            )
+    pairs = zip(_parts(read_record(folder / RECIPE)), _parts(run), strict=True)
+    for earlier, now in pairs:
+        for name in [*now, *(earlier.keys() - now.keys())]:
+            if earlier.get(name) != now.get(name):
+                raise ShortGPTError(
+                    f"{folder} holds a run of another {name}: {earlier.get(name)!r}, now "
+                    f"{now.get(name)!r}; go on with the former {name}, or delete {folder} to "
+                    "begin anew"
+                )
 
 
-def _settings(run: Mapping[str, object]) -> dict[str, object]:
-    """What a run depends on, the recipe's settings by their own names."""
-    own = recipe if isinstance(recipe := run.get("recipe"), dict) else {}
-    return {**own, **{name: value for name, value in run.items() if name != "recipe"}}
+def _parts(run: Mapping[str, object]) -> tuple[Mapping[str, object], Mapping[str, object]]:
+    """What a run depends on: the recipe's settings, and all else."""
+    recipe = own if isinstance(own := run.get("recipe"), dict) else {}
+    return recipe, {name: value for name, value in run.items() if name != "recipe"}
 
 
 def begun(folder: Path) -> bool:

@@ -21,7 +21,7 @@ from short_gpt.models.decoder import Decoder
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
 from short_gpt.runtime.progress import bar, set_rate
-from short_gpt.runtime.state import StateFile
+from short_gpt.runtime.state import StateFile, joined
 
 Window = Sequence[int]
 TOP_K = 64
@@ -80,7 +80,7 @@ class LiveTeacher:
 
     def identity(self) -> dict[str, object]:
         own = {"top_k": self.k, "temperature": self.temperature, "cached": False}
-        return {"teacher": json_digest(self.model.identity()), **own}
+        return joined({"teacher": json_digest(self.model.identity())}, own)
 
     def targets(self, places: Sequence[int], windows: Sequence[Window]) -> list[Targets]:
         found = self.model.window_logits(windows, batch_size=len(windows))
@@ -133,11 +133,11 @@ class CachedTeacher:
         """What tells these predictions from others."""
         windows = json_digest([list(window) for window in self._windows])
         own = {"top_k": self.k, "temperature": self.temperature}
-        return {**model, "windows": windows, **own}
+        return joined(model, {"windows": windows}, own)
 
     def identity(self) -> dict[str, object]:
         own = {"top_k": self.k, "temperature": self.temperature, "cached": True}
-        return {"teacher": self._teacher, **own}
+        return joined({"teacher": self._teacher}, own)
 
     def fill(self, *, batch_size: int = 1, progress: bool = True) -> None:
         """Asks the model for what the file lacks; interrupted, it goes on where it was.

@@ -22,6 +22,7 @@ from short_gpt.models.hf import HFDecoder
 from short_gpt.runtime.digest import json_digest, weights_digest
 from short_gpt.runtime.errors import NotFiniteError
 from short_gpt.runtime.progress import Bar, bar
+from short_gpt.runtime.state import joined
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -60,12 +61,12 @@ class TrainingRun:
     def identity(self, adapted: PeftModel) -> dict[str, object]:
         """What a resumed run must share with the earlier one."""
         windows = [[list(w) for w in part] for part in (self.training, self.validation)]
-        return {
+        own = {
             "recipe": json.loads(json.dumps(asdict(self.recipe))),  # as a file gives it back
             "text": json_digest(windows),
             "model": weights_digest(adapted),
-            **({} if self.distillation is None else self.distillation.identity()),
         }
+        return joined(own, {} if self.distillation is None else self.distillation.identity())
 
     def measure(self, adapted: PeftModel) -> dict[str, float]:
         """On the validation windows: what the best step is chosen by, and the perplexity."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from llama.parallel import several_ranks
@@ -24,7 +24,7 @@ from short_gpt.jobs.scored import UNKNOWN, Scored
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import first_rank
-from short_gpt.runtime.state import StateFile
+from short_gpt.runtime.state import StateFile, joined
 from short_gpt.scored_model import ScoredModel
 from short_gpt.scoring.following import Following
 from short_gpt.scoring.importance import Importance
@@ -162,24 +162,24 @@ class _Settings:
         if self.saving.state is None:  # a digest of all weights takes seconds
             return None
         text = {} if windows is None else {"text": json_digest(windows)}
-        identity = {**self._identity(short), **text}
+        identity = joined(self._identity(short), short.identity(), text)
         return self.saving.file(identity, every=self.saving.save_every)
 
     def _identity(self, short: ScoredModel) -> dict[str, object]:
-        """What a saved run depends on, by the names that an error shows."""
+        """The settings that a saved run depends on, by the names that an error shows."""
         cut, answer = self.cut, self.answer
-        identity: dict[str, object] = {**vars(self.texts), "size": cut.size, "seed": cut.seed}
-        identity |= {"stride": cut.stride, "sublayers": answer.sublayers}
-        identity |= {"batch_size": self.running.batch_size}
+        parts: list[Mapping[str, object]] = [vars(self.texts)]
+        parts += [{"size": cut.size, "seed": cut.seed, "stride": cut.stride}]
+        parts += [{"sublayers": answer.sublayers, "batch_size": self.running.batch_size}]
         if answer.by_loss:  # only these read a fixed number of windows for a fixed number of layers
-            identity |= {"method": answer.chosen_by, "n": answer.n, "candidates": answer.candidates}
-            identity |= {"max_windows": cut.max_windows, "max_memory": self.running.max_memory}
+            parts += [{"method": answer.chosen_by, "n": answer.n, "candidates": answer.candidates}]
+            parts += [{"max_windows": cut.max_windows, "max_memory": self.running.max_memory}]
         if answer.method == "evolution":
-            identity["budget"] = answer.budget
-        identity |= {"method of all tokens": answer.method == "angular_all"}
+            parts += [{"budget": answer.budget}]
+        parts += [{"method of all tokens": answer.method == "angular_all"}]
         if (bos := cut.bos or short.bos) != "first":  # else as in states of earlier versions
-            identity["bos"] = bos
-        return identity | short.identity()
+            parts += [{"bos": bos}]
+        return joined(*parts)
 
 
 def check_ranking(model: str, answer: Answer, cut: StridedCut, running: Scoring) -> None:

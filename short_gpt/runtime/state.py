@@ -16,6 +16,24 @@ from short_gpt.runtime.results import ABOUT, read_record, write_record
 CHECKED = "sha256"  # the entry with the digest of what a run saved
 
 
+def joined(*parts: Mapping[str, object]) -> dict[str, object]:
+    """All entries of several mappings, of which an identity or a state is put together.
+
+    Raises:
+        ValueError: two of them have a name in common, so that one value would hide the other.
+
+    Example:
+        >>> joined({"weights": "3f2a"}, {"layers": [21, 22]})
+        {'weights': '3f2a', 'layers': [21, 22]}
+    """
+    whole: dict[str, object] = {}
+    for part in parts:
+        if common := sorted(whole.keys() & part.keys()):
+            raise ValueError(f"two values for {', '.join(common)}: name one of them otherwise")
+        whole |= part
+    return whole
+
+
 class StateFile:
     """A JSON file that a long run is saved in, with what the run depends on.
 
@@ -78,7 +96,7 @@ class StateFile:
     def part(self, name: str) -> StateFile:
         """The state, in a file of its own, of a run inside this one."""
         path = self.path.with_name(f"{self.path.name}.{name}")
-        return StateFile(path, {**self._identity, "part": name}, every=self.every)
+        return StateFile(path, joined(self._identity, {"part": name}), every=self.every)
 
     def due(self) -> bool:
         """Whether it is time to save."""
@@ -86,8 +104,9 @@ class StateFile:
 
     def save(self, content: Mapping[str, object]) -> None:
         """Replaces the file."""
-        whole = {"run": self._identity, **content}
-        write_record(self.path, {**whole, CHECKED: _checked(whole)}, overwrite=True)
+        whole = joined({"run": self._identity}, content)
+        checked = joined(whole, {CHECKED: _checked(whole)})
+        write_record(self.path, checked, overwrite=True)
         self._saved = time.monotonic()
 
     def clear(self) -> None:

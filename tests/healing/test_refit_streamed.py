@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import threading
 from pathlib import Path
@@ -21,6 +22,7 @@ from conftest import (
     save_checkpoint,
     write_byte_tokenizer,
 )
+from gguf_files import write_gguf
 from tqdm import tqdm
 
 from llama.checkpoint.meta import Checkpoint
@@ -45,8 +47,8 @@ HEAL = ("--method", "refit", "--layers", "2,3", "--data", "book.txt", "--eval_da
 HEAL += ("--size", 16, "--max_windows", 8, "--eval_windows", 2, "--device", "cpu")
 
 
-def checkpoint(folder: Path, *, shards: int = 1, dtype=torch.float32) -> Path:
-    model = make_transformer(vocab_size=BYTE_VOCAB).to(dtype)
+def checkpoint(folder: Path, *, shards: int = 1, dtype=torch.float32, seed: int = 0) -> Path:
+    model = make_transformer(seed, vocab_size=BYTE_VOCAB).to(dtype)
     save_checkpoint(folder, model, shards=shards)
     write_byte_tokenizer(folder)
     return folder
@@ -60,8 +62,8 @@ def source(kind: str, folder: Path) -> Path:
     return checkpoint(folder / "ckpt", shards=2 if kind == "shards" else 1, dtype=dtype)
 
 
-def memory() -> ShortLlama:
-    model = make_transformer(vocab_size=BYTE_VOCAB)
+def memory(seed: int = 0) -> ShortLlama:
+    model = make_transformer(seed, vocab_size=BYTE_VOCAB)
     return ShortLlama(SimpleNamespace(model=model, tokenizer=CharTokenizer()))
 
 
@@ -225,6 +227,9 @@ def test_a_killed_refit_goes_on_bit_for_bit(tmp_path):
         ({"parts": ("mlp",)}, "another parts"),
         ({"layers": [2]}, "another layers"),
         ({"batch_size": 2}, "another batch_size"),
+        ({"weights": "equal"}, "another weights of tokens: 'inverse', now 'equal'"),
+        ({"aim": 0.5}, "another aim"),
+        ({"seed": 1}, "another weights: '.*', now '"),
     ],
 )
 def test_the_state_of_another_refit_is_refused_by_name(changes, named, tmp_path):
@@ -234,8 +239,9 @@ def test_the_state_of_another_refit_is_refused_by_name(changes, named, tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     options = {"held": held, "work_dir": tmp_path, **QUIET, **changes}
     layers, windows = options.pop("layers", LAYERS), options.pop("windows", WINDOWS)
+    short = memory(options.pop("seed", 0))
     with pytest.raises(ValueError, match=named):
-        fit(memory(), layers, windows, **options)
+        fit(short, layers, windows, **options)
     assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
 
@@ -389,6 +395,51 @@ def test_the_command_heals_streamed_as_in_memory_and_goes_on_where_it_was(
     fits = [[fit["restored"] for fit in made["healing"][0].pop("fits")] for made in (ours, theirs)]
     assert len(fits[0]) == 4 and fits[0] == pytest.approx(fits[1], abs=1e-4)
     assert ours["healing"] == theirs["healing"]
+
+
+def write(kind: str, folder: Path, seed: int) -> None:
+    """The model that the command reads, with the weights of a seed."""
+    for path in (folder / "first", folder / "ckpt"):
+        shutil.rmtree(path, ignore_errors=True)
+    if kind == "gguf":
+        write_gguf(folder / "model.gguf", make_transformer(seed, vocab_size=BYTE_VOCAB))
+    elif kind == "hf":
+        meta_to_hf(checkpoint(folder / "first", seed=seed), folder / "ckpt")
+    else:
+        checkpoint(folder / "ckpt", seed=seed)
+
+
+def refused(capsys, *argv: object) -> str:
+    """The line that a command ends with, behind what it will take."""
+    with pytest.raises(SystemExit) as stop:
+        run(*argv)
+    assert stop.value.code == 1
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("kind", "argv"),
+    [
+        ("meta", ()),
+        ("meta", ("--stream",)),
+        ("hf", ()),
+        ("hf", ("--stream",)),
+        ("hf", ("--method", "refit,lora", "--steps", 2)),
+        ("gguf", ()),
+    ],
+)
+def test_no_command_goes_on_with_the_weights_of_another_model(
+    kind, argv, here, capsys, monkeypatch
+):
+    write(kind, here, seed=0)
+    line = ("heal", "model.gguf" if kind == "gguf" else "ckpt", "out", *HEAL, *argv)
+    with monkeypatch.context() as patched, pytest.raises(SystemExit):
+        patched.setattr(LayerRefit, "learn", one_layer(LayerRefit.learn))
+        run(*line)
+    capsys.readouterr()
+    write(kind, here, seed=1)
+    assert "refit.json is the state of a run with another weights: '" in refused(capsys, *line)
+    assert not (here / "out").exists()
 
 
 def test_what_a_refit_leaves_as_it_was_is_said():

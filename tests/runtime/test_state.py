@@ -8,6 +8,7 @@ import pytest
 
 from short_gpt import ShortGPTError
 from short_gpt.runtime import StateFile
+from short_gpt.runtime.state import joined
 
 IDENTITY = {"data": "novels", "seed": 0}
 
@@ -61,3 +62,15 @@ def test_a_state_of_other_versions_continues(tmp_path):
     content = json.loads(path.read_text())
     path.write_text(json.dumps({**content, "versions": {"python": "2.7"}}))
     assert StateFile(path, IDENTITY).content["sums"] == [1.5]
+
+
+def test_no_entry_of_an_identity_hides_another(tmp_path):
+    assert joined({"a": 1}, {}, {"b": 2}) == {"a": 1, "b": 2}
+    with pytest.raises(ValueError, match="two values for a, b: name one of them otherwise"):
+        joined({"a": 1, "b": 1, "c": 1}, {"b": 1, "a": 2})
+    state = StateFile(tmp_path / "state", IDENTITY)
+    for content in ({"run": 1}, {"sha256": 1}):
+        with pytest.raises(ValueError, match="two values for "):
+            state.save(content)
+    with pytest.raises(ValueError, match="two values for part"):
+        state.part("one").part("two")

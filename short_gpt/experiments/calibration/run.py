@@ -28,7 +28,7 @@ from short_gpt.models.numbering import check_count
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import bar
-from short_gpt.runtime.state import StateFile
+from short_gpt.runtime.state import StateFile, joined
 from short_gpt.short_model import ShortModel
 
 HEALINGS = (RAW, REFIT)
@@ -171,7 +171,7 @@ def _identity(short: ShortModel, texts: Mapping[str, Apart]) -> dict[str, object
         [name, *(json_digest([list(w) for w in windows]) for windows in parts)]
         for name, parts in texts.items()
     ]
-    return {**short.identity(), "texts": read}
+    return joined(short.identity(), {"texts": read})
 
 
 class _Run:
