@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -245,3 +246,27 @@ def conversions(small: Path, large: Path, drop: list[int]) -> None:
             work(folder / source, folder / out, *given)
             peaks.append(peak() - base)
     print(json.dumps(peaks))
+
+
+# A state that another process holds, for `test_lock` and `test_refit_streamed`
+
+
+def holding(path: Path, ready: Path) -> None:
+    """Works on a state, and tells so by a file, until it is ended."""
+    state = StateFile(path, {"data": "novels"})
+    state.save({"sums": [1.5]})
+    ready.touch()
+    time.sleep(600)
+
+
+def healing(folder: Path, argv: list[str], ready: Path) -> None:
+    """Runs a command in a folder that stops, and tells so by a file, in its first layer."""
+    from short_gpt.healing.refit_layer import LayerRefit
+
+    def learn(_: LayerRefit) -> None:
+        ready.touch()
+        time.sleep(600)
+
+    os.chdir(folder)
+    LayerRefit.learn = learn
+    app.main(argv)

@@ -97,6 +97,17 @@ def alone(folder: Path, target: Callable[..., object], *args: object) -> Running
     return Running(folder, [{}], target, args)
 
 
+def started(folder: Path, target: Callable[..., object], *args: object) -> Running:
+    """One that has told by a file, its last argument, that it has come so far."""
+    ready = folder.with_suffix(".ready")
+    running = alone(folder, target, *args, ready)
+    limit = time.monotonic() + 60
+    while not ready.exists():
+        assert time.monotonic() < limit and running.processes[0].exitcode is None, folder
+        time.sleep(0.02)
+    return running
+
+
 def ranks(count: int, folder: Path, target: Callable[..., object], *args: object) -> Running:
     """Ranks that call the function, with the variables and the store that torchrun gives them."""
     import torch.distributed as dist

@@ -97,13 +97,24 @@ def _made(path: Path) -> tuple[Path, int | None]:
 
 def _locked(work: Path) -> int:
     """Locks a folder; OSError if a living writer holds it, if it is gone, or without locks."""
+    return lock_file(work / LOCK)
+
+
+def lock_file(path: Path) -> int:
+    """Makes a file, and locks it until the handle that is returned is closed.
+
+    Raises:
+        BlockingIOError: another process, or another handle of this one, holds the lock.
+        FileNotFoundError: its folder is not there, or whoever held the lock has removed the file.
+        OSError: it cannot be written, or there are no locks here.
+    """
     if sys.platform == "win32":
         raise OSError("no locks here")
-    lock = os.open(work / LOCK, os.O_RDWR | os.O_CREAT)
+    lock = os.open(path, os.O_RDWR | os.O_CREAT)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not os.path.samestat(os.fstat(lock), os.stat(work / LOCK)):
-            raise FileNotFoundError(f"{work} was removed")
+        if not os.path.samestat(os.fstat(lock), os.stat(path)):
+            raise FileNotFoundError(f"{path} was removed")
     except BaseException:
         os.close(lock)
         raise

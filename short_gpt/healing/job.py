@@ -17,6 +17,7 @@ from short_gpt.healing.steps import TEACHER, check_order
 from short_gpt.healing.texts import Learning
 from short_gpt.healing.work import Heal, Step, Work
 from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.lock import Lock, hold
 from short_gpt.scored_model import ScoredModel
 
 
@@ -111,6 +112,7 @@ class HealingJob:
         self.work_dir = None if work_dir is None else Path(str(work_dir))
         self.resume, self.progress = resume, progress
         self.evidence: HealingEvidence | None = None
+        self._lock: Lock | None = None  # of the folder, from the beginning of `run` to that it goes
 
     def plan_text(self) -> str | None:
         """What a refit among the steps will take in memory and on disk; None where there is none.
@@ -129,6 +131,7 @@ class HealingJob:
         Raises:
             ShortGPTError, NotFiniteError, MissingPackageError: as those of the steps.
                 After an error, or an interruption, the model is as it was, with all its layers.
+            ShortGPTError: another process heals in ``work_dir``.
             FileExistsError: ``work_dir`` holds an earlier run, and ``resume`` was not asked for.
         """
         parts: dict[str, list[Perplexity]] = {}
@@ -205,6 +208,7 @@ class HealingJob:
                 (folder / f"{name}{end}").unlink(missing_ok=True)
         with suppress(OSError):  # what holds something else stays
             folder.rmdir()
+        self._lock = None
 
     @contextmanager
     def _folder(self) -> Iterator[Path]:
@@ -215,17 +219,25 @@ class HealingJob:
             with tempfile.TemporaryDirectory() as name:
                 yield Path(name)
             return
-        there = self.work_dir.is_dir() and any(self.work_dir.iterdir())
-        if there and not self.resume:
-            raise FileExistsError(f"{self.work_dir} holds an earlier run; resume it, or remove it")
-        if self.resume and not there:
-            raise ShortGPTError(f"{self.work_dir} holds nothing to resume; start without resume")
-        self.work_dir.mkdir(parents=True, exist_ok=True)
+        self._lock = hold(self.work_dir)
         try:
+            self._check_there(self.work_dir)
+            self.work_dir.mkdir(parents=True, exist_ok=True)
             yield self.work_dir
+        except BaseException:
+            self._lock = None  # else it is needed until the model is saved
+            raise
         finally:
             with suppress(OSError):  # what holds something stays
                 self.work_dir.rmdir()
+
+    def _check_there(self, folder: Path) -> None:
+        """Raises what is to be said of a folder that holds an earlier run, or none to resume."""
+        there = folder.is_dir() and any(folder.iterdir())
+        if there and not self.resume:
+            raise FileExistsError(f"{folder} holds an earlier run; resume it, or remove it")
+        if self.resume and not there:
+            raise ShortGPTError(f"{folder} holds nothing to resume; start without resume")
 
     def _measure(self) -> list[Perplexity]:
         return self.short.window_losses(self.windows.evaluation, progress=self.progress)

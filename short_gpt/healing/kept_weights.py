@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llama.io.outputs import new_file
+from short_gpt.runtime.lock import hold
 from short_gpt.runtime.state import StateFile
 from short_gpt.scored_model import ScoredModel
 from short_gpt.surgery.changes import Parameter
@@ -32,7 +33,7 @@ class KeptWeights:
 
     def __init__(self, folder: Path, name: str, identity: Mapping[str, object]) -> None:
         self._weights = folder / f"{name}.safetensors"
-        self._state = StateFile(folder / f"{name}.json", identity)
+        self._state = StateFile(folder / f"{name}.json", identity, lock=hold(folder))
         self.there = self._state.content is not None
 
     def save(self, short: ScoredModel) -> None:

@@ -22,6 +22,7 @@ from llama.formats.safetensors import SafetensorsFile
 from llama.io.outputs import new_file
 from short_gpt.healing.states import States
 from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.lock import hold
 from short_gpt.runtime.state import StateFile
 from short_gpt.surgery.changes import Parameter
 
@@ -95,7 +96,8 @@ class RefitState:
         scratch: where states go that are not to be continued from.
 
     Raises:
-        ShortGPTError: the folder holds another refit; the message names what differs.
+        ShortGPTError: the folder holds another refit, and the message names what differs; or
+            another process works there.
     """
 
     def __init__(self, folder: Path | None, identity: Mapping[str, object]) -> None:
@@ -105,8 +107,9 @@ class RefitState:
         self._stored, self._files = StoredValues(), list[str]()
         self._pairs: dict[str, list[States]] = {}
         if folder is not None:
+            lock = hold(folder)
             _check_own(folder)
-            self._file = StateFile(folder / STATE, identity)
+            self._file = StateFile(folder / STATE, identity, lock=lock)
             self._continue()
 
     def _continue(self) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from llama.io.json_files import write_json
 from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.lock import hold
 from short_gpt.runtime.results import read_record
 
 RECIPE = "recipe.json"  # what the checkpoints belong to
@@ -27,6 +28,7 @@ def run_folder(
             yield Path(name)
         return
     folder = Path(str(work_dir))
+    lock = hold(folder)  # noqa: F841, to the end of the block
     found = whole_checkpoints(folder) if resume else any(folder.glob("checkpoint-*"))
     if not resume:
         if found or (folder.exists() and {p.name for p in folder.iterdir()} - {RECIPE}):

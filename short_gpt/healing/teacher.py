@@ -20,6 +20,7 @@ from short_gpt.healing.divergence import Targets, check_temperature
 from short_gpt.models.decoder import Decoder
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
+from short_gpt.runtime.lock import hold
 from short_gpt.runtime.progress import bar, set_rate
 from short_gpt.runtime.state import StateFile, joined
 
@@ -125,7 +126,7 @@ class CachedTeacher:
         self._ends = [0, *accumulate(len(window) - 1 for window in windows)]
         self._record = _record(self.k)
         self._file = Path(folder) / CONTENT
-        self._state = StateFile(Path(folder) / IDENTITY, self._about(known))
+        self._state = StateFile(Path(folder) / IDENTITY, self._about(known), lock=hold(folder))
         if self._state.content is None and self._file.exists():
             raise FileExistsError(f"{self._file} exists, and no {IDENTITY} says what it is")
 

@@ -11,6 +11,8 @@ from llama.io.json_files import JsonObject, json_text
 from llama.io.swap import tidy
 from short_gpt.runtime.digest import Digest
 from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.lock import Lock, hold
+from short_gpt.runtime.progress import first_rank
 from short_gpt.runtime.results import ABOUT, read_record, write_record
 
 CHECKED = "sha256"  # the entry with the digest of what a run saved
@@ -37,24 +39,34 @@ def joined(*parts: Mapping[str, object]) -> dict[str, object]:
 class StateFile:
     """A JSON file that a long run is saved in, with what the run depends on.
 
+    No other process works on it before this object is gone, or cleared. Of several ranks that
+    share it the first holds it for all.
+
     Args:
         path: written whole, replaced by the next save.
         identity: what the run depends on, by the names that an error shows: model, data, seed...
         every: seconds between two saves.
+        lock: of what it is a part of, such as a folder; None holds the file alone.
 
     Attributes:
         content: what the file held; None if there is none.
 
     Raises:
         ShortGPTError: the file holds the state of another run, and the message names what differs,
-            or something else than what was saved.
+            or something else than what was saved; or another process works on it.
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], identity: Mapping[str, object], *, every: float = 120.0
+        self,
+        path: str | os.PathLike[str],
+        identity: Mapping[str, object],
+        *,
+        every: float = 120.0,
+        lock: Lock | None = None,
     ) -> None:
         self.path = Path(str(path))
         self.every = every
+        self._lock = hold(self.path) if lock is None and first_rank() else lock
         self._identity = dict(identity)
         self._saved = time.monotonic()
         self.content = self._load()
@@ -96,7 +108,8 @@ class StateFile:
     def part(self, name: str) -> StateFile:
         """The state, in a file of its own, of a run inside this one."""
         path = self.path.with_name(f"{self.path.name}.{name}")
-        return StateFile(path, joined(self._identity, {"part": name}), every=self.every)
+        identity = joined(self._identity, {"part": name})
+        return StateFile(path, identity, every=self.every, lock=self._lock)
 
     def due(self) -> bool:
         """Whether it is time to save."""
@@ -113,6 +126,7 @@ class StateFile:
         """Deletes the file, once the result is safe, and what a killed save may have left."""
         tidy(self.path.resolve())
         self.path.unlink(missing_ok=True)
+        self._lock = None
 
 
 def _checked(content: Mapping[str, object]) -> str:

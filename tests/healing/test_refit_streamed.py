@@ -10,6 +10,7 @@ import threading
 from pathlib import Path
 from types import SimpleNamespace
 
+import children
 import pytest
 import torch
 from commands import TEXT, fails, run
@@ -23,6 +24,7 @@ from conftest import (
     write_byte_tokenizer,
 )
 from gguf_files import write_gguf
+from processes import started
 from tqdm import tqdm
 
 from llama.checkpoint.meta import Checkpoint
@@ -440,6 +442,25 @@ def test_no_command_goes_on_with_the_weights_of_another_model(
     write(kind, here, seed=1)
     assert "refit.json is the state of a run with another weights: '" in refused(capsys, *line)
     assert not (here / "out").exists()
+
+
+@pytest.mark.parametrize("method", ["refit", "refit,lora"])
+def test_the_second_of_two_equal_commands_is_told_of_the_first(method, here, capsys, tmp_path):
+    source("hf", here)
+    line = ("heal", "ckpt", "out", *HEAL, "--method", method)
+    line += ("--steps", 2) if "lora" in method else ()
+    folder = "out.training" if "lora" in method else "out.refit"
+    first = started(tmp_path / "child", children.healing, here, [*map(str, line)])
+    before = {path: path.read_bytes() for path in (here / folder).rglob("*") if path.is_file()}
+    assert before
+    said = refused(capsys, *line)
+    pid = first.processes[0].pid
+    assert said.startswith(f"short-gpt: {folder} is in use by process {pid} on "), said
+    assert before == {p: p.read_bytes() for p in (here / folder).rglob("*") if p.is_file()}
+    first.processes[0].kill()
+    first.end()
+    run(*line)  # nothing is left that stands in the way
+    assert [path.name for path in here.glob("out*")] == ["out"] and not any(here.glob(".out*"))
 
 
 def test_what_a_refit_leaves_as_it_was_is_said():

@@ -1,0 +1,96 @@
+"""One process at a time works on a state, and a killed one holds nothing."""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+
+import children
+import pytest
+from processes import started
+
+from llama.io import swap
+from short_gpt import ShortGPTError
+from short_gpt.runtime import StateFile
+from short_gpt.runtime.lock import hold
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="no locks there")
+IDENTITY = {"data": "novels"}
+
+
+def test_a_second_process_is_told_who_works_on_a_state_until_that_is_killed(tmp_path):
+    path = tmp_path / "scores.json.state"
+    running = started(tmp_path / "first", children.holding, path)
+    process = running.processes[0]
+    said = (
+        rf"scores.json.state is in use by process {process.pid} on .* since \d{{4}}-.*: \S.*; wait"
+    )
+    before = path.read_bytes()
+    for _ in range(2):  # being refused takes nothing away
+        with pytest.raises(ShortGPTError, match=said) as refused:
+            StateFile(path, IDENTITY)
+        assert "\n" not in str(refused.value) and path.read_bytes() == before
+    other = StateFile(tmp_path / "other.state", IDENTITY)
+    assert other.content is None  # a lock is of one state alone
+    process.kill()
+    running.end()
+    assert (tmp_path / ".scores.json.state.lock").exists()  # but nobody holds it
+    state = StateFile(path, IDENTITY)
+    assert state.content["sums"] == [1.5]
+    del state
+    gc.collect()
+    assert not (tmp_path / ".scores.json.state.lock").exists()
+
+
+def test_one_process_does_not_wait_for_itself(tmp_path):
+    first = StateFile(tmp_path / "state", IDENTITY)
+    second = StateFile(tmp_path / "state", IDENTITY)  # as of a run that was interrupted
+    part = second.part("search")
+    part.save({"x": 1})
+    assert hold(tmp_path / "state") is first._lock is second._lock is part._lock
+    around = hold(tmp_path / "work")
+    assert hold(tmp_path / "work" / "refit") is around  # who has a folder has what is in it
+    assert hold(tmp_path / "works") is not around
+    assert {path.name for path in tmp_path.glob(".*")} == {".state.lock", ".work.lock"}
+    first.clear()
+    second.clear()
+    del part, around
+    gc.collect()
+    assert not any(tmp_path.glob(".*"))
+
+
+def test_of_several_ranks_the_first_holds_it_for_all(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("RANK", "1")
+    assert StateFile(tmp_path / "state", IDENTITY)._lock is None
+    monkeypatch.setenv("RANK", "0")
+    assert StateFile(tmp_path / "state", IDENTITY)._lock is not None
+
+
+def test_a_fork_neither_has_the_lock_nor_takes_it_away(tmp_path):
+    lock = hold(tmp_path / "state")
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            hold(tmp_path / "state")
+        except ShortGPTError:
+            code = 0
+        del lock
+        gc.collect()
+        os._exit(code)
+    assert os.waitpid(child, 0)[1] == 0
+    assert (tmp_path / ".state.lock").exists()
+    with pytest.raises(BlockingIOError):
+        swap.lock_file(tmp_path / ".state.lock")
+
+
+def test_where_there_are_no_locks_a_run_goes_without(tmp_path, monkeypatch):
+    def none(*_: object) -> None:
+        raise OSError("no locks here")
+
+    monkeypatch.setattr(swap.fcntl, "flock", none)
+    StateFile(tmp_path / "state", IDENTITY).save({"sums": [1]})
+    assert StateFile(tmp_path / "state", IDENTITY).content["sums"] == [1]
