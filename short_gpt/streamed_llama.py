@@ -220,10 +220,11 @@ class StreamedLlama(ScoredModel):
         """Raises RuntimeError unless a directory gives the logits of this model, bit for bit."""
         stream = self.stream
         place, dtype = str(stream.device), str(stream.dtype).removeprefix("torch.")
-        tokens = torch.arange(8).remainder(stream.vocab_size)[None]
+        size = min(8, stream.params.max_seq_len)
+        tokens = torch.arange(size).remainder(stream.vocab_size)[None]  # (1, S)
         ours = stream(tokens)
         stream.release()  # before another model takes as much
-        saved = open_stream(directory, max_seq_len=8, device=place, dtype=dtype)
+        saved = open_stream(directory, max_seq_len=size, device=place, dtype=dtype)
         check_logits(ours, saved(tokens))
 
     @property

@@ -16,7 +16,7 @@ from short_gpt.healing.closed_forms import RefitSettings
 from short_gpt.healing.steps import TEACHER, check_order
 from short_gpt.healing.texts import Learning
 from short_gpt.healing.work import Heal, Step, Work
-from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
 from short_gpt.runtime.lock import Lock, hold
 from short_gpt.scored_model import ScoredModel
 
@@ -202,10 +202,13 @@ class HealingJob:
 
     def _clear(self, folder: Path) -> None:
         """Removes what the steps keep, and the folder if nothing else is in it."""
-        for name in (TEACHER, *(step.name for step in self.steps)):
+        names = (TEACHER, *(step.name for step in self.steps))
+        for path in [*folder.glob("*.json"), *folder.glob("*/**/*.json")]:
+            if path.relative_to(folder).parts[0].removesuffix(".json") in names:
+                path.unlink()  # first, so that nothing continues from what a kill here may leave
+        for name in names:
             shutil.rmtree(folder / name, ignore_errors=True)
-            for end in (".safetensors", ".json"):
-                (folder / f"{name}{end}").unlink(missing_ok=True)
+            (folder / f"{name}.safetensors").unlink(missing_ok=True)
         with suppress(OSError):  # what holds something else stays
             folder.rmdir()
         self._lock = None
@@ -224,7 +227,9 @@ class HealingJob:
             self._check_there(self.work_dir)
             self.work_dir.mkdir(parents=True, exist_ok=True)
             yield self.work_dir
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, NotFiniteError) and not any(step.trains for step in self.steps):
+                self._clear(self.work_dir)  # the same command would end in the same way
             self._lock = None  # else it is needed until the model is saved
             raise
         finally:

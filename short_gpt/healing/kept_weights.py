@@ -10,8 +10,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llama.io.outputs import new_file
+from short_gpt.runtime.digest import files_digest
 from short_gpt.runtime.lock import hold
-from short_gpt.runtime.state import StateFile
+from short_gpt.runtime.state import StateFile, check_saved
 from short_gpt.scored_model import ScoredModel
 from short_gpt.surgery.changes import Parameter
 
@@ -43,11 +44,17 @@ class KeptWeights:
         tensors = {f"{i} {name}": every[i, name].detach().cpu() for i, name in ends}
         with new_file(self._weights, overwrite=True, ours=lambda _: True) as path:
             save_file({key: t.contiguous() for key, t in tensors.items()}, path)
-        self._state.save({"how": change.how})
+        self._state.save({"how": change.how, "weights": files_digest([self._weights])})
 
     def put_into(self, short: ScoredModel) -> tuple[dict[str, object], Callable[[], None]]:
-        """Sets the weights as the step did; returns how they came about, and the undo."""
+        """Sets the weights as the step did; returns how they came about, and the undo.
+
+        Raises:
+            ShortGPTError: the file of the weights is gone, or not what was saved.
+        """
         assert self._state.content is not None
+        digest = cast(str, self._state.content["weights"])
+        check_saved(self._weights, digest, whole=self._state.path)
         how = cast("dict[str, object]", self._state.content["how"])
         kept = {_parameter(key): tensor for key, tensor in load_file(self._weights).items()}
         return how, short.change_weights(how, kept)

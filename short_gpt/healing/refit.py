@@ -40,7 +40,7 @@ from short_gpt.healing.solving import PARTS, RIDGES, WEIGHTS, Solving
 from short_gpt.models.decoder import pad
 from short_gpt.models.numbering import check_layers, span
 from short_gpt.runtime.digest import json_digest
-from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
 from short_gpt.runtime.progress import bar
 from short_gpt.runtime.state import joined
 from short_gpt.scored_model import ScoredModel
@@ -154,7 +154,8 @@ def fit(
     those of what is left: three states (N, D) are held beside the model, what a matrix is given
     (N, F), and one (F, F) matrix of float64. States for which there is no room go into temporary
     files. With a folder all are there, and the same call continues from the last whole layer, bit
-    for bit. A streamed model has one layer at a time in memory.
+    for bit; after an error before the first whole one, or a state that is not finite, it is empty.
+    A streamed model has one layer at a time in memory.
 
     Args:
         short: the model with all the layers, in memory or streamed.
@@ -175,7 +176,8 @@ def fit(
     Raises:
         ShortGPTError: a layer does not exist; fewer than two windows; no layer that stays ends in
             a matrix whose output is added to the stream; several model-parallel ranks; too little
-            memory or disk; ``work_dir`` holds a refit of another model, text or setting.
+            memory or disk; ``work_dir`` holds a refit of another model, text or setting, or files
+            that were damaged; another process refits there.
         NotFiniteError: a state is NaN or infinite.
     """
     solving = Solving((*parts,) if not isinstance(parts, str) else parts, ridges, weights, aim)
@@ -187,7 +189,12 @@ def fit(
     state = _state(short, layers, windows, held, settings, work_dir)
     calls, gone = short.layer_calls(), [short.kept.index(layer) for layer in layers]
     work = RefitPass(calls, short.kept, gone, solving=solving, state=state)
-    _run(short, work, windows, held, batch_size, progress)
+    try:
+        _run(short, work, windows, held, batch_size, progress)
+    except BaseException as error:
+        if not state.done or isinstance(error, NotFiniteError):
+            state.clear()  # there is nothing to go on from
+        raise
     if not state.fits:
         state.clear()
         raise ShortGPTError(f"nothing of this model can be refitted: {work.refusal}")

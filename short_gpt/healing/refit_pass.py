@@ -98,7 +98,7 @@ class RefitPass:
         for place, after in [*zip(self._kept, ends, strict=True)][self.state.done :]:
             if place < self._start:
                 self._move(going, [place], self.state.before("whole"))
-                self.state.advance([], {})
+                self.state.advance(states=("whole",))  # up to here both models are one
             else:
                 self._layer(going, place, after)
 
@@ -129,7 +129,7 @@ class RefitPass:
     def _layer(self, windows: Windows, place: int, after: int) -> None:
         """Takes both models from a layer that stays to the next one, and solves its matrices."""
         state = self.state
-        if place == self._start > 0:  # up to here both models are one
+        if place == self._start > 0:
             for batch in windows:
                 state.before("left")[batch] = state.before("whole")[batch]
         with self._calls.loaded(place):

@@ -20,10 +20,12 @@ from torch import Tensor
 
 from llama.formats.safetensors import SafetensorsFile
 from llama.io.outputs import new_file
+from llama.io.swap import tidy
 from short_gpt.healing.states import States
+from short_gpt.runtime.digest import files_digest
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.lock import hold
-from short_gpt.runtime.state import StateFile
+from short_gpt.runtime.state import StateFile, check_saved, damaged, missing
 from short_gpt.surgery.changes import Parameter
 
 NAMES = ("whole", "left")
@@ -104,10 +106,12 @@ class RefitState:
         self.folder, self.done, self.fits = folder, 0, list[Fit]()
         self.scratch: Path | None = None
         self._values: dict[Parameter, Tensor] = {}
-        self._stored, self._files = StoredValues(), list[str]()
+        self._stored, self._files = StoredValues(), dict[str, str]()  # digests by their names
+        self._digests: dict[str, str] = {}  # of the states in front, by theirs
         self._pairs: dict[str, list[States]] = {}
         if folder is not None:
             lock = hold(folder)
+            _sweep(folder)
             _check_own(folder)
             self._file = StateFile(folder / STATE, identity, lock=lock)
             self._continue()
@@ -118,9 +122,11 @@ class RefitState:
             return
         self.done = cast(int, found["done"])
         self.fits = [_fit(fit) for fit in cast("list[dict[str, object]]", found["fits"])]
-        self._files = cast("list[str]", found["values"])
-        for name in self._files:
+        self._files = cast("dict[str, str]", found["values"])
+        self._digests = cast("dict[str, str]", found["states"])
+        for name, digest in self._files.items():
             assert self.folder is not None
+            check_saved(self.folder / name, digest, whole=self.folder)
             self._stored.read(self.folder / name)
 
     @property
@@ -132,21 +138,23 @@ class RefitState:
         """Makes room for the states of batches of these shapes (B, S), in front of a layer.
 
         Raises:
-            ShortGPTError: files that the refit would go on from are gone.
+            ShortGPTError: files that the refit would go on from are gone, or others.
         """
         folder = self._place
         if folder is None:
             self._pairs = {name: [States(shapes, width, dtype)] * 2 for name in NAMES}
             return
         folder.mkdir(parents=True, exist_ok=True)
+        hashed = self.folder is not None  # else there is nothing to continue from
         for name in NAMES:
             paths = [folder / f"{name}.{turn}" for turn in range(2)]
-            if self.done and not paths[self.done % 2].is_file():
-                raise ShortGPTError(
-                    f"{paths[self.done % 2]} is missing, from which the refit would go on; delete "
-                    f"{folder} to begin anew"
-                )
-            self._pairs[name] = [States(shapes, width, dtype, path) for path in paths]
+            path, digest = paths[self.done % 2], self._digests.get(name)
+            if digest and not path.is_file():
+                raise missing(path, folder)
+            pair = [States(shapes, width, dtype, path, hashed=hashed) for path in paths]
+            if digest and pair[self.done % 2].read_digest() != digest:
+                raise damaged(path, folder)
+            self._pairs[name] = pair
 
     def before(self, name: str) -> States:
         """The states "whole" or "left", in front of the layer that is next."""
@@ -165,9 +173,20 @@ class RefitState:
         """Where states go; None is in memory."""
         return self.scratch if self.folder is None else self.folder
 
-    def advance(self, fits: Sequence[Fit], values: Mapping[Parameter, Tensor]) -> None:
-        """Puts a layer behind it, with what was solved of it."""
-        fits, done = [*self.fits, *fits], self.done + 1
+    def advance(
+        self,
+        fits: Sequence[Fit] = (),
+        values: Mapping[Parameter, Tensor] | None = None,
+        *,
+        states: Sequence[str] = NAMES,
+    ) -> None:
+        """Puts a layer behind it, with what was solved of it.
+
+        Args:
+            fits, values: of the layer's matrices.
+            states: that the next layer is to read.
+        """
+        fits, done, values = [*self.fits, *fits], self.done + 1, values or {}
         if self.folder is None:
             self._values |= values
         else:
@@ -177,9 +196,10 @@ class RefitState:
                 with new_file(path, overwrite=True, ours=lambda _: True) as partial:
                     save_file({key: t.contiguous() for key, t in tensors.items()}, partial)
                 self._stored.read(path)
-                self._files = [*self._files, path.name]
-            told = {"done": done, "fits": [asdict(fit) for fit in fits], "values": self._files}
-            self._file.save(told)
+                self._files = {**self._files, path.name: files_digest([path])}
+            digests = {name: self.behind(name).digest for name in states}
+            told = {"done": done, "fits": [asdict(fit) for fit in fits]}
+            self._file.save({**told, "values": self._files, "states": digests})
         self.done, self.fits = done, fits
 
     def finish(self) -> None:
@@ -192,7 +212,11 @@ class RefitState:
 
     def clear(self) -> None:
         """Removes all of it."""
+        self._pairs = {}
         if self.folder is not None:
+            _sweep(self.folder)
+            # first, so that nothing continues from what a kill here may leave
+            (self.folder / STATE).unlink(missing_ok=True)
             for path in filter(is_own, self.folder.glob("*")):
                 path.unlink()
             with suppress(OSError):  # of a folder that holds something else, or that is not there
@@ -201,8 +225,19 @@ class RefitState:
 
 def is_own(path: Path) -> bool:
     """Whether a refit wrote this file."""
-    name = path.name.removeprefix(".")  # of one that a killed process left
-    return path.is_file() and name.startswith((STATE, VALUES, *(f"{n}." for n in NAMES), *ALONE))
+    return path.is_file() and _is_name(path.name)
+
+
+def _is_name(name: str) -> bool:
+    return name.startswith((STATE, VALUES, *(f"{n}." for n in NAMES), *ALONE))
+
+
+def _sweep(folder: Path) -> None:
+    """Removes the hidden folders of files that a killed refit was writing."""
+    for path in folder.glob(".*.writing-*"):
+        name = path.name[1:].rpartition(".writing-")[0]
+        if _is_name(name):
+            tidy(folder / name)
 
 
 def _check_own(folder: Path) -> None:

@@ -7,13 +7,18 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 from llama.io.json_files import write_json
+from short_gpt.runtime.digest import files_digest
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.lock import hold
-from short_gpt.runtime.results import read_record
+from short_gpt.runtime.results import read_record, write_record
+from short_gpt.runtime.state import check_saved
 
 RECIPE = "recipe.json"  # what the checkpoints belong to
+LAST = "trainer_state.json"  # what the Trainer writes last into a checkpoint
+DIGESTS = "digests.json"  # of a checkpoint's files, written behind them
 
 
 @contextmanager
@@ -39,7 +44,13 @@ def run_folder(
         raise ShortGPTError(f"{folder} holds no checkpoint to resume from; start without resume")
     else:
         _check_run(folder, run)
-    yield folder
+        _check_files(folder)
+    try:
+        yield folder
+    except BaseException:
+        if not whole_checkpoints(folder):  # there is nothing to go on from
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def _check_run(folder: Path, run: dict[str, object]) -> None:
@@ -67,12 +78,34 @@ def begun(folder: Path) -> bool:
 
 
 def whole_checkpoints(folder: Path) -> bool:
-    """Deletes checkpoints that a kill cut short; whether others are left."""
+    """Deletes checkpoints whose writing, or removal, a kill cut short; whether others are left."""
     left = False
     for path in folder.glob("checkpoint-*"):
         try:
-            read_record(path / "trainer_state.json")  # written last
+            read_record(path / LAST)
+            if not all((path / name).is_file() for name in _digests(path)):
+                raise FileNotFoundError(path)
             left = True
         except (OSError, ValueError):
             shutil.rmtree(path)
     return left
+
+
+def note_files(checkpoint: Path) -> None:
+    """Writes digests of all files of a checkpoint that is there as a whole."""
+    digests = {path.name: files_digest([path]) for path in sorted(checkpoint.iterdir())}
+    write_record(checkpoint / DIGESTS, {"run": "checkpoint", "files": digests})
+
+
+def _digests(checkpoint: Path) -> dict[str, str]:
+    """Digests of a checkpoint's files by their names; none where a kill came before them."""
+    if not (checkpoint / DIGESTS).is_file():
+        return {}
+    return cast("dict[str, str]", read_record(checkpoint / DIGESTS)["files"])
+
+
+def _check_files(folder: Path) -> None:
+    """Raises ShortGPTError for a checkpoint that does not hold what was saved there."""
+    for path in sorted(folder.glob("checkpoint-*")):
+        for name, digest in _digests(path).items():
+            check_saved(path / name, digest, whole=folder)

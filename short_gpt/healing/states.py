@@ -6,11 +6,14 @@ Shapes: B windows of a batch, S tokens, W width.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from hashlib import sha256
 from itertools import accumulate
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from short_gpt.runtime.digest import Digest
 
 
 class States:
@@ -23,6 +26,7 @@ class States:
         width: W.
         dtype: of all of them.
         path: the file, which is made where there is none of this size; None holds them in memory.
+        hashed: whether `digest` is asked for.
 
     Example:
         >>> states = States([(1, 2)], 3, torch.float32)
@@ -37,10 +41,13 @@ class States:
         width: int,
         dtype: torch.dtype,
         path: Path | None = None,
+        *,
+        hashed: bool = False,
     ) -> None:
         self._shapes = [(*shape, width) for shape in shapes]
-        self._dtype, self._path = dtype, path
+        self._dtype, self._path, self._hashed = dtype, path, hashed
         self._held: dict[int, Tensor] = {}
+        self._digests: dict[int, bytes] = {}  # of what was written last
         if path is not None:
             sizes = [B * S * width * dtype.itemsize for B, S in shapes]
             self._starts = list(accumulate(sizes, initial=0))
@@ -66,9 +73,23 @@ class States:
         if self._path is None:
             self._held[batch] = state
             return
+        content = _bytes_of(state.contiguous())
+        if self._hashed:
+            self._digests[batch] = sha256(content).digest()
         with open(self._path, "r+b") as file:
             file.seek(self._starts[batch])
-            file.write(_bytes_of(state.contiguous()))
+            file.write(content)
+
+    @property
+    def digest(self) -> str | None:
+        """Of all batches, each hashed as it was written; None where one of them was not."""
+        if len(self._digests) < len(self):
+            return None
+        return Digest(*(self._digests[batch] for batch in range(len(self)))).whole
+
+    def read_digest(self) -> str:
+        """The same, of the file as it is."""
+        return Digest(*(sha256(_bytes_of(self[i])).digest() for i in range(len(self)))).whole
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

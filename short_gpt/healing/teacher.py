@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
+from hashlib import sha256
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Protocol
 
@@ -22,10 +23,11 @@ from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
 from short_gpt.runtime.lock import hold
 from short_gpt.runtime.progress import bar, set_rate
-from short_gpt.runtime.state import StateFile, joined
+from short_gpt.runtime.state import StateFile, damaged, joined
 
 Window = Sequence[int]
 TOP_K = 64
+DIGEST = sha256().digest_size  # bytes
 IDENTITY, CONTENT = "teacher.json", "teacher.bin"
 
 
@@ -89,7 +91,9 @@ class LiveTeacher:
 
 
 class CachedTeacher:
-    """A teacher's predictions in a file that is mapped into memory: 6 K + 2 bytes a token.
+    """A teacher's predictions in a file that is mapped into memory.
+
+    They take 6 K + 2 bytes a token, and behind those of each window stands their digest.
 
     Args:
         folder: holds the predictions, or will: two files.
@@ -123,8 +127,10 @@ class CachedTeacher:
         self._windows, known = windows, model.identity()
         self._teacher = json_digest(known)
         self.k, self.temperature = min(k, model.decoder.vocab_size), temperature
-        self._ends = [0, *accumulate(len(window) - 1 for window in windows)]
         self._record = _record(self.k)
+        # in the file, of each window: records of all tokens but the last, and their digest
+        sizes = [(len(window) - 1) * self._record.itemsize + DIGEST for window in windows]
+        self._ends = [0, *accumulate(sizes)]
         self._file = Path(folder) / CONTENT
         self._state = StateFile(Path(folder) / IDENTITY, self._about(known), lock=hold(folder))
         if self._state.content is None and self._file.exists():
@@ -148,6 +154,7 @@ class CachedTeacher:
             progress: whether to show a bar.
 
         Raises:
+            ShortGPTError: what the file has is not what was saved there.
             NotFiniteError: a logit is NaN or infinite.
         """
         self._file.parent.mkdir(parents=True, exist_ok=True)
@@ -156,22 +163,26 @@ class CachedTeacher:
         done = self._cut_to_whole()
         left, model = self._windows[done:], self._model
         logits = model.window_logits(left, batch_size=batch_size) if left and model else ()
+        tokens = 0
         with (
             open(self._file, "ab") as file,
             bar("teacher", total=len(self._windows), unit="window", show=progress) as shown,
         ):
             shown.update(done)
-            for number, found in enumerate(logits, start=done):
-                file.write(self._bytes(found))
-                set_rate(shown, self._ends[number + 1] - self._ends[done])
+            for found in logits:
+                content = self._bytes(found)
+                file.write(content + sha256(content).digest())
+                tokens += len(found) - 1
+                set_rate(shown, tokens)
                 shown.update()
         self._model = None
 
     def targets(self, places: Sequence[int], windows: Sequence[Window]) -> list[Targets]:
         if self._written() < self._ends[-1]:
             raise RuntimeError(f"{self._file} lacks predictions: call fill first")
-        mapped = np.memmap(self._file, self._record, mode="r")
-        return [self._read(mapped[self._ends[i] : self._ends[i + 1]]) for i in places]
+        mapped = np.memmap(self._file, mode="r")  # bytes
+        pairs = ((self._ends[i], self._ends[i + 1] - DIGEST) for i in places)
+        return [self._read(mapped[start:end].view(self._record)) for start, end in pairs]
 
     def _read(self, part: np.ndarray) -> Targets:
         ids = torch.from_numpy(part["ids"].astype(np.int64))
@@ -187,15 +198,23 @@ class CachedTeacher:
         return record.tobytes()
 
     def _written(self) -> int:
-        """Predictions in the file."""
-        size = self._file.stat().st_size if self._file.exists() else 0
-        return size // self._record.itemsize
+        """Bytes in the file."""
+        return self._file.stat().st_size if self._file.exists() else 0
 
     def _cut_to_whole(self) -> int:
-        """Cuts off a window that a kill cut short; returns how many whole ones there are."""
+        """Cuts off a window that a kill cut short; returns how many whole ones there are.
+
+        Raises:
+            ShortGPTError: one of these is not what was saved.
+        """
         whole = bisect_right(self._ends, self._written()) - 1
         if self._file.exists():
-            os.truncate(self._file, self._ends[whole] * self._record.itemsize)
+            os.truncate(self._file, self._ends[whole])
+            with open(self._file, "rb") as file:
+                for start, end in pairwise(self._ends[: whole + 1]):
+                    content = file.read(end - start)
+                    if sha256(content[:-DIGEST]).digest() != content[-DIGEST:]:
+                        raise damaged(self._file, self._file.parent)
         return whole
 
 

@@ -17,7 +17,7 @@ from short_gpt.healing.batching import collate, examples
 from short_gpt.healing.distillation import Distillation
 from short_gpt.healing.quiet import deterministic, kept_config, quiet
 from short_gpt.healing.recipe import Recipe
-from short_gpt.healing.run_folder import run_folder
+from short_gpt.healing.run_folder import note_files, run_folder
 from short_gpt.models.hf import HFDecoder
 from short_gpt.runtime.digest import json_digest, weights_digest
 from short_gpt.runtime.errors import NotFiniteError
@@ -216,7 +216,7 @@ def _arguments(adapted: PeftModel, recipe: Recipe, folder: Path) -> TrainingArgu
 
 
 def _progress(shown: Bar) -> TrainerCallback:
-    """A callback: the bar, a last evaluation, and a stop at a loss that is not finite."""
+    """A callback: the bar, a last evaluation, digests, and a stop at a loss that is not finite."""
     from transformers import TrainerCallback
 
     class Progress(TrainerCallback):
@@ -231,6 +231,11 @@ def _progress(shown: Bar) -> TrainerCallback:
             shown.update(1)
             if state.global_step >= state.max_steps:
                 control.should_evaluate = control.should_save = True
+
+        def on_save(
+            self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+        ) -> None:
+            note_files(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
 
         def on_log(
             self,

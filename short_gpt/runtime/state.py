@@ -9,7 +9,7 @@ from pathlib import Path
 
 from llama.io.json_files import JsonObject, json_text
 from llama.io.swap import tidy
-from short_gpt.runtime.digest import Digest
+from short_gpt.runtime.digest import Digest, files_digest
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.lock import Lock, hold
 from short_gpt.runtime.progress import first_rank
@@ -34,6 +34,35 @@ def joined(*parts: Mapping[str, object]) -> dict[str, object]:
             raise ValueError(f"two values for {', '.join(common)}: name one of them otherwise")
         whole |= part
     return whole
+
+
+def check_saved(path: Path, digest: str, *, whole: Path) -> None:
+    """Raises ShortGPTError unless a file of a run holds what was saved there.
+
+    Args:
+        path: of the file.
+        digest: from `digest.files_digest`, as it was saved.
+        whole: what is to be deleted for the run to begin anew.
+    """
+    if not path.is_file():
+        raise missing(path, whole)
+    if files_digest([path]) != digest:
+        raise damaged(path, whole)
+
+
+def missing(path: Path, whole: Path) -> ShortGPTError:
+    """The error of a file that a run would go on from, and that is gone."""
+    return ShortGPTError(
+        f"{path} is missing, from which the run would go on; delete {whole} to begin anew"
+    )
+
+
+def damaged(path: Path, whole: Path) -> ShortGPTError:
+    """The error of a file that a run would go on from, and that is another than was saved."""
+    return ShortGPTError(
+        f"{path} does not hold what was saved there: it was edited or is damaged; delete {whole} "
+        "to begin anew"
+    )
 
 
 class StateFile:
@@ -99,10 +128,7 @@ class StateFile:
                 "another state"
             )
         if found[CHECKED] != _checked(found):
-            raise ShortGPTError(
-                f"{self.path} does not hold what was saved there: it was edited or is damaged; "
-                "delete it to begin anew"
-            )
+            raise damaged(self.path, self.path)
         return found
 
     def part(self, name: str) -> StateFile:

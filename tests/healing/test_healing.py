@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import signal
 import tempfile
 from itertools import combinations
@@ -246,6 +247,53 @@ def test_patience_goes_on_where_it_was_and_a_checkpoint_cut_short_is_passed_over
     short = ShortHFModel(make("llama"))
     resumed = heal(short, TRAINING, VALIDATION, resume=True, **options)
     assert resumed.validation == whole.validation and resumed.steps == whole.steps
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory) -> Path:
+    """The folder of a training that was interrupted behind two checkpoints."""
+    folder = tmp_path_factory.mktemp("checkpoints") / "work"
+    with pytest.MonkeyPatch.context() as patch:
+        stopped_at(9, patch, recipe=QUICK, work_dir=folder)
+    return folder
+
+
+FILES = ["adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"]
+
+
+@pytest.mark.parametrize("name", [*FILES, "trainer_state.json", "training_args.bin"])
+def test_training_does_not_go_on_from_what_was_damaged(name, checkpoints, tmp_path):
+    work = tmp_path / "work"
+    shutil.copytree(checkpoints, work)
+    path = work / "checkpoint-4" / name
+    content = path.read_bytes()
+    middle = len(content) // 2
+    changed_byte = b"1" if content[middle : middle + 1] == b"0" else b"0"
+    path.write_bytes(content[:middle] + changed_byte + content[middle + 1 :])
+    if name.endswith(".json"):  # still JSON, but another best step
+        path.write_text(content.decode().replace('"best_global_step": ', '"best_global_step": 1'))
+    before, short = path.read_bytes(), ShortHFModel(make("llama"))
+    options = {"recipe": QUICK, "work_dir": work, "resume": True, "progress": False}
+    said = rf"checkpoint-4/{name} does not hold what was saved there: it was edited or is damaged"
+    with pytest.raises(ValueError, match=said):
+        heal(short, TRAINING, VALIDATION, **options)
+    assert path.read_bytes() == before
+
+
+def test_a_checkpoint_of_which_a_kill_removed_a_part_is_passed_over(checkpoints, tmp_path):
+    work = tmp_path / "work"
+    shutil.copytree(checkpoints, work)
+    (work / "checkpoint-4" / "optimizer.pt").unlink()
+    options = {"recipe": QUICK, "progress": False}
+    whole = heal(ShortHFModel(make("llama")), TRAINING, VALIDATION, **options)
+    options |= {"work_dir": work, "resume": True}
+    resumed = heal(ShortHFModel(make("llama")), TRAINING, VALIDATION, **options)
+    assert resumed.validation == whole.validation and resumed.steps == whole.steps
+
+
+def test_an_error_before_the_first_checkpoint_leaves_no_folder(tmp_path, monkeypatch):
+    stopped_at(2, monkeypatch, recipe=QUICK, work_dir=tmp_path / "work")
+    assert not (tmp_path / "work").exists()
 
 
 def test_tokens_are_those_that_were_read():

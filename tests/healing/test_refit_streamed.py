@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import signal
+import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -45,6 +47,7 @@ WINDOWS = [w[: 16 - i % 2] for i, w in enumerate(random_windows(10, 16, vocab=BY
 TOKENS = torch.tensor(random_windows(2, 16, vocab=BYTE_VOCAB, seed=9))
 PARTS = [("attention", 0.1), ("mlp", None)]
 QUIET = {"progress": False}
+KILLS = 8
 HEAL = ("--method", "refit", "--layers", "2,3", "--data", "book.txt", "--eval_data", "other.txt")
 HEAL += ("--size", 16, "--max_windows", 8, "--eval_windows", 2, "--device", "cpu")
 
@@ -156,8 +159,47 @@ def test_states_that_are_gone_are_missed(tmp_path):
     with interrupted(LayerRefit, "learn", 1):
         fit(memory(), LAYERS, WINDOWS, work_dir=tmp_path, **QUIET)
     (tmp_path / "left.0").unlink()
-    with pytest.raises(ValueError, match=r"left\.0 is missing, from which the refit would go on"):
+    with pytest.raises(ValueError, match=r"left\.0 is missing, from which the run would go on"):
         fit(memory(), LAYERS, WINDOWS, work_dir=tmp_path, **QUIET)
+
+
+@pytest.mark.parametrize("name", ["whole.0", "left.0", "values.2"])
+def test_a_refit_does_not_go_on_from_what_was_damaged(name, tmp_path):
+    with interrupted(LayerRefit, "learn", 1):
+        fit(memory(), LAYERS, WINDOWS, work_dir=tmp_path, **QUIET)
+    path = tmp_path / name
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1  # the size stays
+    path.write_bytes(content)
+    said = rf"{name} does not hold what was saved there: it was edited or is damaged; delete"
+    for _ in range(2):
+        with pytest.raises(ValueError, match=said):
+            fit(memory(), LAYERS, WINDOWS, work_dir=tmp_path, **QUIET)
+    assert path.read_bytes() == content  # and it is left as it is
+
+
+def test_the_states_in_front_of_the_first_gap_count_as_soon_as_they_are_needed(tmp_path):
+    """What is left is the whole model up to there, so that its states are written at the gap."""
+    options = {"held": WINDOWS, **QUIET}
+    expected, plain = fit(memory(), [4], WINDOWS, **options), RefitState.advance
+    for layers in (1, 2, 3):
+        left = [layers]
+
+        def advance(self, *args, left=left, **more):
+            plain(self, *args, **more)
+            left[0] -= 1
+            if not left[0]:
+                raise KeyboardInterrupt
+
+        work = tmp_path / str(layers)
+        with pytest.MonkeyPatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(RefitState, "advance", advance)
+            fit(memory(), [4], WINDOWS, work_dir=work, **options)
+        saved = json.loads((work / "refit.json").read_text())["states"]
+        assert [*saved] == ["whole"] and all(saved.values())
+        with interrupted(LayerRefit, "learn", 0):  # when those of what is left were written
+            fit(memory(), [4], WINDOWS, work_dir=work, **options)
+        same(fit(memory(), [4], WINDOWS, work_dir=work, **options), expected)
 
 
 def test_what_others_wrote_into_the_folder_stays(tmp_path):
@@ -220,6 +262,81 @@ def test_a_killed_refit_goes_on_bit_for_bit(tmp_path):
     same(again, expected)
 
 
+WRITES = {"mkdir", "open", "write", "replace", "rename", "unlink", "rmdir", "truncate"}
+WRITES |= {"serialize_file", "flock", "close"}
+
+
+def killed_at(call: int, work) -> int | None:
+    """Does something in another process, which is killed in front of a call that may write.
+
+    Returns:
+        The calls of a process that came to its end before; None of one that was killed.
+    """
+    child = os.fork()
+    if not child:
+        tqdm.set_lock(threading.RLock())
+        count = [0]
+
+        def look(_: object, event: str, function: object) -> None:
+            if event == "c_call" and getattr(function, "__name__", "") in WRITES:
+                count[0] += 1
+                if count[0] == call:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        code = 255
+        try:
+            sys.setprofile(look)
+            work()
+            sys.setprofile(None)
+            code = min(count[0] // 10, 254)
+        finally:
+            os._exit(code)
+    status = os.waitpid(child, 0)[1]
+    if os.WIFSIGNALED(status):
+        return None
+    assert os.WEXITSTATUS(status) < 255, "the process failed"
+    return 10 * os.WEXITSTATUS(status)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_refit_killed_again_and_again_goes_on_bit_for_bit(tmp_path):
+    """Wherever it writes: each process is killed a little later than the one before."""
+    windows, options = WINDOWS[:4], {"held": WINDOWS[:2], **QUIET}
+    expected = fit(memory(), LAYERS, windows, **options)
+    work, draw, kills = tmp_path / "work", random.Random(0), 0
+    calls = killed_at(0, lambda: fit(memory(), LAYERS, windows, work_dir=work, **options))
+    shutil.rmtree(work)
+    assert calls > 100
+    while kills < KILLS:
+        moment = draw.randrange(1, calls + 10)
+        if killed_at(moment, lambda: fit(memory(), LAYERS, windows, work_dir=work, **options)):
+            same(fit(memory(), LAYERS, windows, work_dir=work, **options), expected)
+            shutil.rmtree(work)
+        else:
+            kills += 1
+    same(fit(memory(), LAYERS, windows, work_dir=work, **options), expected)
+    assert {path.name for path in work.iterdir()} == {"refit.json", "values.2", "values.3"}
+
+
+@pytest.mark.parametrize("name", ["values.2", "refit.json"])
+def test_what_a_kill_left_of_a_file_is_swept(name, tmp_path):
+    expected = fit(memory(), LAYERS, WINDOWS, **QUIET)
+    with interrupted(LayerRefit, "learn", 1):
+        fit(memory(), LAYERS, WINDOWS, work_dir=tmp_path, **QUIET)
+    left = tmp_path / f".{name}.writing-0123abcd"
+    left.mkdir()
+    for inside in ("lock", "new"):  # which nobody holds
+        (left / inside).write_bytes(b"half of it")
+    same(fit(memory(), LAYERS, WINDOWS, work_dir=tmp_path, **QUIET), expected)
+    assert not left.exists()
+    other = tmp_path / ".thesis.writing-0123abcd"  # none of a refit's files
+    other.mkdir()
+    with pytest.raises(ValueError, match=r"\.thesis.*which is none of this refit's files"):
+        fit(memory(), LAYERS, WINDOWS, work_dir=tmp_path, **QUIET)
+    assert other.exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
@@ -252,9 +369,9 @@ def test_what_one_layer_needs_goes_into_a_file_where_there_is_no_room(tmp_path, 
     monkeypatch.setattr(refit_memory, "free_memory", lambda: 0)
     seen, plain = set(), States.__init__
 
-    def make(states, shapes, width, dtype, path=None):
+    def make(states, shapes, width, dtype, path=None, **more):
         seen.add(path and path.name)
-        plain(states, shapes, width, dtype, path)
+        plain(states, shapes, width, dtype, path, **more)
 
     monkeypatch.setattr(States, "__init__", make)
     same(fit(memory(), LAYERS, WINDOWS, **QUIET), expected)  # in temporary files, gone by now
@@ -461,6 +578,38 @@ def test_the_second_of_two_equal_commands_is_told_of_the_first(method, here, cap
     first.end()
     run(*line)  # nothing is left that stands in the way
     assert [path.name for path in here.glob("out*")] == ["out"] and not any(here.glob(".out*"))
+
+
+@pytest.mark.parametrize("place", ["a layer", "the head"])
+def test_a_model_that_gives_no_numbers_leaves_no_folder(place, here, capsys):
+    """What is not finite is so again: there is nothing to go on from."""
+    source("meta", here)
+    path = here / "ckpt" / "consolidated.00.pth"
+    weights = torch.load(path)
+    name = "layers.4.feed_forward.w1.weight" if place == "a layer" else "output.weight"
+    weights[name][0, 0] = torch.nan  # behind the first layers that are solved
+    torch.save(weights, path)
+    for more in ((), ("--stream",)):
+        line = refused(capsys, "heal", "ckpt", "out", *HEAL, *more)
+        assert "NaN" in line, line
+        assert not any(here.glob("out*"))
+
+
+def test_an_interruption_in_the_first_layer_leaves_no_folder(tmp_path):
+    work = tmp_path / "a" / "work"
+    with interrupted(LayerRefit, "learn", 0):
+        fit(memory(), [0, 1], WINDOWS, work_dir=work, **QUIET)
+    assert not work.exists()
+
+
+@pytest.mark.parametrize("kind", ["meta", "hf"])
+@pytest.mark.parametrize("size", [2, 7])
+def test_a_streamed_heal_reads_windows_shorter_than_its_proof(kind, size, here):
+    source(kind, here)
+    argv = [*HEAL, "--stream", "--size", size]
+    del argv[argv.index("--size") : argv.index("--size") + 2]
+    run("heal", "ckpt", "out", *argv)
+    assert (here / "out").is_dir()
 
 
 def test_what_a_refit_leaves_as_it_was_is_said():

@@ -47,7 +47,8 @@ def test_what_is_read_is_what_the_model_predicts(short, tmp_path):
         assert divergence(logits, ours, temperature=2.0).max() < 1e-5
         assert divergence(logits, theirs, temperature=2.0).abs().max() < 1e-6
     tokens = sum(len(window) - 1 for window in WINDOWS)
-    assert (tmp_path / "teacher.bin").stat().st_size == tokens * (6 * 5 + 2)
+    size = tokens * (6 * 5 + 2) + 32 * len(WINDOWS)  # with a digest behind each window
+    assert (tmp_path / "teacher.bin").stat().st_size == size
 
 
 def test_a_vocabulary_below_k_is_kept_whole(short, tmp_path):
@@ -96,6 +97,18 @@ def test_an_interrupted_cache_goes_on_where_it_was(short, tmp_path, monkeypatch)
     assert bytes_of[0] == bytes_of[1] and whole.identity() == broken.identity()
     filled(tmp_path / "broken", short)  # and is not asked again
     assert asked == WINDOWS[2:]
+
+
+@pytest.mark.parametrize("place", [0, 100, -40, -1])
+def test_predictions_that_were_damaged_are_refused(short, tmp_path, place):
+    filled(tmp_path, short)
+    path = tmp_path / "teacher.bin"
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"teacher.bin does not hold what was saved there: .*ed"):
+        filled(tmp_path, short)
+    assert path.read_bytes() == content
 
 
 @pytest.mark.parametrize(
