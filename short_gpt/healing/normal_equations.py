@@ -78,11 +78,14 @@ class NormalEquations:
             aim: a factor of C.
 
         Returns:
-            The share of ``square`` that X aim C restores.
+            The share of ``square`` that X aim C restores; 0, and nothing is put, where the
+            equations have no solution in float64, as with a ridge that is lost beside the sums.
         """
         # relative to the mean of the eigenvalues: a ridge suits any scale of X
         penalty = ridge * float(self._diagonal.mean())
         solved, back = self._solver(self._diagonal + penalty), 0.0
+        if solved is None:
+            return 0.0
         for start in range(0, self._cross.shape[1], COLUMNS):
             columns = slice(start, start + COLUMNS)
             right, change = self._cross[:, columns].numpy(), solved(columns)
@@ -92,8 +95,11 @@ class NormalEquations:
             put(columns, torch.from_numpy(aim * change))
         return back / self.square
 
-    def _solver(self, diagonal: Tensor) -> Callable[[slice], np.ndarray]:
-        """What solves for columns of C, (F, columns), with another diagonal of the sums."""
+    def _solver(self, diagonal: Tensor) -> Callable[[slice], np.ndarray] | None:
+        """What solves for columns of C, (F, columns), with another diagonal of the sums.
+
+        None where they are singular.
+        """
         from scipy.linalg import lapack
 
         gram, cross = self._gram.numpy().T, self._cross.numpy()  # below the diagonal is LAPACK's U
@@ -106,8 +112,8 @@ class NormalEquations:
         # float32's rounding may leave a small ridge short of positive
         self._fill(diagonal)
         room = {"lwork": 64 * len(gram), "overwrite_a": 1, "overwrite_b": 1}
-        whole = lapack.dsysv(gram, np.array(cross, order="F"), lower=0, **room)[2]
-        return lambda columns: whole[:, columns]
+        _, _, whole, failed = lapack.dsysv(gram, np.array(cross, order="F"), lower=0, **room)
+        return None if failed else lambda columns: whole[:, columns]
 
     def _fill(self, diagonal: Tensor) -> None:
         """Puts the sums above the diagonal below it, too, where a factor may be, and a diagonal."""

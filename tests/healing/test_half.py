@@ -12,7 +12,7 @@ from conftest import random_windows
 from families import make
 from torch import nn
 
-from short_gpt.healing.half import HalfSolver, Tokens, equations_of, error
+from short_gpt.healing.half import HalfSolver, Tokens, _inverse, equations_of, error
 from short_gpt.healing.normal_equations import NormalEquations
 from short_gpt.healing.refit import fit, fold
 from short_gpt.models.layer_calls import LayerCalls
@@ -180,6 +180,79 @@ def test_a_matrix_that_is_not_positive_by_rounding_is_solved_all_the_same(blocks
         change, _ = solved(sums, ridge)
         expected = torch.linalg.solve(gram + penalty, cross)
         assert torch.allclose(change, expected, rtol=1e-2, atol=1e-2 * expected.abs().max())
+
+
+def test_equations_without_a_solution_change_nothing():
+    """Two equal inputs, and a ridge that is lost beside their squares: the sums are singular."""
+    x, r = torch.ones(4, 2), torch.ones(4, 3)
+    sums = NormalEquations()
+    sums.add(x, r, torch.ones(4))
+    put = []
+    assert sums.solve(1e-30, lambda *part: put.append(part)) == 0 and not put
+    share = sums.solve(0.1, lambda *part: put.append(part))  # a ridge that counts solves them
+    each = 4 / (2 * 4 + 0.1 * 4)  # x.r / (2 x.x + ridge tr(X^T X) / 2)
+    assert torch.allclose(put[0][1], torch.full((2, 3), each).double())
+    assert share == pytest.approx(1 - (2 * each - 1) ** 2)
+    matrix = nn.Linear(2, 3, bias=False).requires_grad_(False)
+    matrix.weight.zero_()
+    told = Tokens(x, torch.zeros(4, 3), r)
+    found = solver(Summand(matrix, 1.0), told, told, (1e-30, 0.1)).solve(sums, noise=0)
+    assert found.ridge == 0.1 and torch.allclose(matrix.weight, torch.full((3, 2), each))
+
+
+def test_tokens_are_counted_over_all_batches():
+    sums = NormalEquations()
+    for count in (3, 4):
+        sums.add(torch.ones(count, 2), torch.ones(count, 1), torch.ones(count))
+    assert sums.tokens == 7 and sums.square == 7
+    # what a token lacks by rounding is a share of every token's target: 7 of them may lack 7
+    for noise, expected in ((1.01, None), (0.99, 1e-9)):
+        matrix = nn.Linear(2, 1, bias=False).requires_grad_(False)
+        matrix.weight.zero_()
+        told = Tokens(torch.ones(7, 2), torch.zeros(7, 1), torch.ones(7, 1))
+        found = solver(Summand(matrix, 1.0), told, told).solve(sums, noise=noise)
+        assert found.ridge == expected
+
+
+def test_what_a_norm_nearly_shuts_out_is_still_solved():
+    """A matrix's change is divided by the norm's weight, be that a hundredth of the largest."""
+    end = half()
+    end.norm.weight.copy_(torch.tensor([1.0, 0.01, 1, 1, 1, 1, 1, 0]) - 1)
+    inverse = _inverse(effective_weight(end.norm))
+    assert torch.allclose(inverse, torch.tensor([1.0, 100, 1, 1, 1, 1, 1, 0]), rtol=1e-4)
+
+
+@pytest.mark.parametrize("aim", [1.0, 0.5])
+@pytest.mark.parametrize("ridge", [1e-9, 0.5])
+def test_a_norms_weight_gets_its_share_of_the_solution(aim, ridge):
+    """Each entry is a number by itself: aim u.r / (u.u + ridge mean(u.u)), weighted."""
+    end = half()
+    fitted = tokens(end, seed=1)
+    true = end.norm.weight.clone()
+    end.norm.weight.copy_(1.5 * true + 0.2)
+    start = end.norm.weight.clone()
+    work = HalfSolver(end, (ridge,), lambda: [fitted], lambda: [fitted], aim=aim)
+    unit = end.given(fitted.inputs).double()
+    unit = unit / unit.pow(2).mean(1, keepdim=True).sqrt()
+    rest = fitted.target.double() - fitted.stream.double() - unit * (1 + start.double())
+    w = (1 / fitted.target.double().pow(2).sum(1))[:, None]
+    squares = (w * unit * unit).sum(0)
+    expected = aim * (w * unit * rest).sum(0) / (squares + ridge * squares.mean())
+    assert work._norm() == ridge
+    assert torch.allclose((end.norm.weight - start).double(), expected, rtol=1e-4, atol=1e-6)
+    assert expected.abs().min() > 1e-3  # so that each entry tells
+
+
+def test_the_ridge_that_is_told_is_the_matrixs_last_one(monkeypatch):
+    end = half()
+    fitted = tokens(end, seed=1)
+    fitted = replace(fitted, target=fitted.target + 1)
+    for found, told in (((0.1, 0.2), 0.2), ((0.1, None), 0.1), ((None, None), None)):
+        turns = iter(found)
+        work = solver(end, fitted, fitted)
+        monkeypatch.setattr(work, "_matrix", lambda _, turns=turns: (next(turns), 0.5))
+        monkeypatch.setattr(work, "_norm", lambda: 0.3)
+        assert work.solve(equations_of(end, [fitted]), noise=0).ridge == told
 
 
 @pytest.mark.parametrize("family", NORMS_BEHIND)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -126,6 +127,17 @@ def test_predictions_of_something_else_are_refused(short, tmp_path, change, mess
     with pytest.raises(ValueError, match=f"is the state of a run with {message}"):
         filled(tmp_path, **{"short": short, "k": 4, **change})
     assert (tmp_path / "teacher.bin").read_bytes() == before
+
+
+def test_a_live_teacher_is_told_by_all_that_its_predictions_depend_on(short):
+    """A training that is continued takes no other: see `TrainingRun.identity`."""
+    other = ShortHFModel(make("llama", seed=1))
+    teachers = [LiveTeacher(short, k=4), LiveTeacher(short, k=4, temperature=2.0)]
+    teachers += [LiveTeacher(short, k=3), LiveTeacher(other, k=4)]
+    said = [json.dumps(teacher.identity(), sort_keys=True) for teacher in teachers]
+    assert len(set(said)) == 4
+    assert teachers[1].identity()["temperature"] == 2.0
+    assert LiveTeacher(short, k=4).identity() == teachers[0].identity()
 
 
 def test_files_of_others_and_settings_that_cannot_be_are_refused(short, tmp_path):
