@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from short_gpt.evaluation.perplexity import Perplexity, perplexity
+from short_gpt.evaluation.perplexity import Perplexity, exp, perplexity
 from short_gpt.evaluation.sampling import Sample, SamplingError, sampling_error
 from short_gpt.models.decoder import Decoder
 from short_gpt.runtime.errors import ShortGPTError
@@ -38,7 +37,7 @@ class Difference:
     def __str__(self) -> str:
         return (
             f"{self.nats:+.4f} nats a token (standard error {self.standard_error:.4f}, 95% +- "
-            f"{self.error.reach():.4f}): perplexity x {math.exp(self.nats):.4f}; paired over "
+            f"{self.error.reach():.4f}): perplexity x {exp(self.nats):.4f}; paired over "
             f"{self.error.over}"
         )
 

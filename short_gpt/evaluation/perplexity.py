@@ -23,6 +23,19 @@ from short_gpt.runtime.progress import bar, set_rate
 AT_ONCE = 2**21
 
 
+def exp(nats: float) -> float:
+    """exp(nats), and infinity where that is more than a float holds.
+
+    Example:
+        >>> exp(0.0), exp(1000.0)
+        (1.0, inf)
+    """
+    try:
+        return math.exp(nats)
+    except OverflowError:
+        return math.inf
+
+
 @dataclass(frozen=True)
 class Perplexity:
     """Total loss over predicted tokens.
@@ -48,10 +61,7 @@ class Perplexity:
     @property
     def value(self) -> float:
         """exp(nats / tokens): 1 is certainty, the vocabulary's size is blind guessing."""
-        try:
-            return math.exp(self.nats / self.tokens)
-        except OverflowError:
-            return math.inf
+        return exp(self.nats / self.tokens)
 
     @property
     def error(self) -> SamplingError | None:
@@ -61,8 +71,8 @@ class Perplexity:
     def interval(self, confidence: float = 0.95) -> tuple[float, float]:
         """Where the perplexity of all such text is, as sure as that; NaN where that is unknown."""
         reach = math.nan if self.error is None else self.error.reach(confidence)
-        low, high = (min(self.nats / self.tokens + way * reach, 700) for way in (-1, 1))
-        return math.exp(low), math.exp(high)
+        low, high = (exp(self.nats / self.tokens + way * reach) for way in (-1, 1))
+        return low, high
 
     def to_dict(self) -> dict[str, object]:
         """The value, what it was computed from and its error, ready for JSON."""

@@ -63,6 +63,11 @@ class Recipe:
         for name in ("rank", "steps", "batch", "micro_batch", "eval_every"):
             if getattr(self, name) < 1:
                 raise ShortGPTError(f"{name} = {getattr(self, name)}: expected at least 1")
+        if self.alpha is not None and not self.alpha > 0:
+            raise ShortGPTError(
+                f"alpha = {self.alpha}: expected above 0, or None for the rank; changes of this "
+                "scale learn nothing"
+            )
         if self.batch % self.micro_batch:
             raise ShortGPTError(f"batch {self.batch} is not a multiple of {self.micro_batch}")
         if not self.learning_rate > 0 or not 0 <= self.dropout < 1 or self.warmup < 0:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 from short_gpt.evaluation.drafts import Acceptance
-from short_gpt.evaluation.perplexity import Perplexity
+from short_gpt.evaluation.perplexity import Perplexity, exp
 from short_gpt.evaluation.sampling import SamplingError
 from short_gpt.experiments.rows import Agreement, Row
 from short_gpt.jobs.inputs import about_bos
@@ -46,12 +46,12 @@ def ranking(
 def search(found: Search, method: str) -> str:
     """A row for every layer that a search by loss removed, or one for a set of them."""
     if found.loss is not None:
-        said = f"{found.loss:.4f} nats, perplexity {math.exp(min(found.loss, 700)):.3f}"
+        said = f"{found.loss:.4f} nats, perplexity {exp(found.loss):.3f}"
         return f"loss without all of them {said}\n{METHODS[method]}: {found.removed}"
     rows = [f"{'layer':>5}  {'loss, nats':>10}  {'perplexity':>12}"]
     for i, layer in enumerate(found.removed):
         loss = found.losses[min(i, len(found.losses) - 1)][layer]
-        rows.append(f"{layer:>5}  {loss:>10.4f}  {math.exp(min(loss, 700)):>12.3f}")
+        rows.append(f"{layer:>5}  {loss:>10.4f}  {exp(loss):>12.3f}")
     alone = "without it alone" if method == "perplexity" else "without it and those above"
     alone += ", gaps refitted" if method == "sleb_healed" else ""
     return "\n".join([*rows, "", f"loss {alone}", f"{METHODS[method]}: {found.removed}"])

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from short_gpt.evaluation.paired import Difference, difference
-from short_gpt.evaluation.perplexity import Perplexity
+from short_gpt.evaluation.perplexity import Perplexity, exp
 from short_gpt.runtime.errors import ShortGPTError
 
 CONFIDENCE = 0.95
@@ -38,8 +38,7 @@ class Budget:
         """
         change = self.changes[n]
         reach = change.error.reach(self.confidence, sides=1)
-        low, high = (min(change.nats + way * reach, 700) for way in (-1, 1))
-        return math.exp(low), math.exp(high)
+        return exp(change.nats - reach), exp(change.nats + reach)
 
     def holds(self, n: int) -> bool:
         """Whether the ratio holds without n layers, as sure as ``confidence``."""

@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 
 import pytest
+import scipy.stats
 import torch
 import torch.nn.functional as F
 from conftest import make_transformer, random_windows
 
+from short_gpt.evaluation.paired import Difference
 from short_gpt.evaluation.perplexity import Perplexity, perplexity
+from short_gpt.evaluation.sampling import Sample
 from short_gpt.models.meta import MetaDecoder
 
 
@@ -27,6 +30,23 @@ def test_ragged_windows_weigh_by_their_tokens():
 
 def test_hopeless_models_have_infinite_perplexity():
     assert Perplexity(nats=1e6, tokens=10, windows=1).value == math.inf
+
+
+@pytest.mark.parametrize(("nats", "ratio"), [(709, "8.2184e+307"), (710, "inf"), (-800, "0.0")])
+def test_a_change_that_no_ratio_can_hold_is_still_told(nats, ratio):
+    """exp(710) is more than a float of 64 bits holds."""
+    said = str(Difference(nats, 0.5, 12, 3))
+    assert said.startswith(f"{nats:+.4f} nats a token") and "paired over 12 windows" in said
+    shown = said.split("perplexity x ")[1].split(";")[0]
+    assert float(shown) == pytest.approx(float(ratio), rel=1e-4)
+
+
+def test_the_end_of_an_interval_that_no_float_holds_is_infinite():
+    samples = [Sample(text, nats, 1) for text, nats in enumerate((600.0, 700.0, 800.0))]
+    low, high = Perplexity.of(samples).interval()
+    half = scipy.stats.t.ppf(0.975, 2) * 100 / math.sqrt(3)
+    assert math.log(low) == pytest.approx(700 - half) and high == math.inf
+    assert Perplexity.of(samples).to_dict()["interval_95"] == [low, math.inf]
 
 
 def test_nothing_to_predict_is_refused():

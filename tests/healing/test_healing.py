@@ -85,6 +85,7 @@ def test_the_papers_table_knows_its_models_pruned_or_not():
         (lambda: recipe_for(config("llama"), lr=1), r"no setting \['lr'\]; there are \['rank'"),
         (lambda: Recipe(batch=16, micro_batch=3), "batch 16 is not a multiple of 3"),
         (lambda: Recipe(rank=0), "rank = 0: expected at least 1"),
+        (lambda: Recipe(alpha=0), "alpha = 0: expected above 0, or None for the rank"),
         (lambda: Recipe(learning_rate=0), "expected learning_rate above 0"),
     ],
 )
@@ -700,6 +701,8 @@ def test_heal_refuses_before_it_works(books, capsys):
         ("patch", ("--teacher", "dense"), "--teacher is for --method distill"),
         ("distill", ("--kl_share", 0), "--kl_share = 0.0: expected above 0 and at most 1"),
         ("distill", ("--top_k", 0), "--top_k = 0: expected at least 1"),
+        ("lora", ("--alpha", 0), "--alpha = 0: expected above 0"),
+        ("lora", ("--alpha", -8), "--alpha = -8: expected above 0"),
         ("distill", ("--live_teacher", "--stream_teacher"), "leave out --live_teacher"),
     ):
         assert message in fails(capsys, *base, *layers, "--method", method, *flags)

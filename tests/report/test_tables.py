@@ -9,9 +9,10 @@ from conftest import make_transformer, random_windows
 
 from short_gpt.data.windows import Window
 from short_gpt.models.meta import MetaDecoder
-from short_gpt.report.tables import ranking
+from short_gpt.report.tables import ranking, search
 from short_gpt.scoring.importance import Importance
 from short_gpt.scoring.measuring import measure
+from short_gpt.selection.found import Search
 
 
 def test_the_ranking_says_what_its_intervals_are_over():
@@ -37,3 +38,11 @@ def test_the_intervals_of_the_ranking_are_95_percent_ones():
     assert ratio == pytest.approx(scipy.stats.t.ppf(0.975, 39), rel=1e-3)
     assert Importance.empty(range(5)).margin.isnan().all()
     assert [*map(int, shown[:, 2])] == [sorted(shown[:, 0]).index(x) + 1 for x in shown[:, 0]]
+
+
+def test_a_loss_whose_perplexity_no_float_holds_is_infinite():
+    rows = search(Search([4, 2], [{4: 2.0, 2: 9.0}, {2: 710.0}]), "sleb").splitlines()
+    assert rows[1].split() == ["4", "2.0000", "7.389"]
+    assert rows[2].split() == ["2", "710.0000", "inf"]
+    said = search(Search([2, 4], loss=800.0), "evolution")
+    assert said.startswith("loss without all of them 800.0000 nats, perplexity inf\n")

@@ -53,6 +53,16 @@ def test_no_number_holds_no_ratio():
     assert tried_with([10, math.nan], ratio=1.5, most=1)[0].layers == []
 
 
+def test_a_rise_that_no_float_holds_is_infinite():
+    def without(layers):  # of one token each, so that no ratio of the values can be formed
+        nats = (1.0, 1.0, 1.0) if not layers else (700.0, 710.0, 720.0)
+        return Perplexity.of(Sample(text, value, 1) for text, value in enumerate(nats))
+
+    budget = most_layers(without, lambda n: ORDER[:n], ratio=2.0, most=1)
+    assert budget.layers == [] and budget.bounds(1)[1] == math.inf
+    assert math.log(budget.bounds(1)[0]) == pytest.approx(709 - 16.8586, abs=1e-3)
+
+
 def test_a_ratio_below_one_is_refused():
     with pytest.raises(ValueError, match="max_perplexity_ratio = 0.5: expected a factor of at"):
         tried_with([10, 11], ratio=0.5)
