@@ -23,6 +23,7 @@ from short_gpt.checkpoints.verify import check_same, copy_weights, fingerprint, 
 from short_gpt.data.windows import Window, windows
 from short_gpt.evaluation.harness import hugging_face_lm
 from short_gpt.evaluation.perplexity import Perplexity
+from short_gpt.models.computation import config_entries
 from short_gpt.models.hf import HFDecoder
 from short_gpt.models.loading import load, place_of
 from short_gpt.models.pretrained import PretrainedModel, PretrainedTokenizer
@@ -88,8 +89,8 @@ class ShortHFModel(ShortModel):
         self._meta_tokenizer: Path | None = None  # of the Meta checkpoint that it came from
 
     @property
-    def configuration(self) -> str:
-        return str(self.model.config)
+    def configuration(self) -> Mapping[str, object]:
+        return config_entries(self.model.config)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, with the special tokens that the tokenizer puts in front."""

@@ -18,6 +18,7 @@ from short_gpt.healing.distillation import Distillation
 from short_gpt.healing.quiet import deterministic, kept_config, quiet
 from short_gpt.healing.recipe import Recipe
 from short_gpt.healing.run_folder import run_folder
+from short_gpt.models.computation import config_digest, config_entries
 from short_gpt.models.hf import HFDecoder
 from short_gpt.runtime.digest import json_digest, weights_digest
 from short_gpt.runtime.errors import NotFiniteError
@@ -64,6 +65,7 @@ class TrainingRun:
             "recipe": json.loads(json.dumps(asdict(self.recipe))),  # as a file gives it back
             "text": json_digest(windows),
             "model": weights_digest(adapted),
+            "configuration": config_digest(config_entries(adapted.get_base_model().config)),
             **({} if self.distillation is None else self.distillation.identity()),
         }
 

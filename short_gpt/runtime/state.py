@@ -7,13 +7,10 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from llama.io.json_files import JsonObject, json_text
+from llama.io.json_files import JsonObject
 from llama.io.swap import tidy
-from short_gpt.runtime.digest import Digest
 from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.runtime.results import ABOUT, read_record, write_record
-
-CHECKED = "sha256"  # the entry with the digest of what a run saved
+from short_gpt.runtime.results import CHECKED, content_digest, read_record, write_record
 
 
 class StateFile:
@@ -68,7 +65,7 @@ class StateFile:
                 f"{self.path} is the state of another version of this library; delete it or name "
                 "another state"
             )
-        if found[CHECKED] != _checked(found):
+        if found[CHECKED] != content_digest(found):
             raise ShortGPTError(
                 f"{self.path} does not hold what was saved there: it was edited or is damaged; "
                 "delete it to begin anew"
@@ -86,17 +83,10 @@ class StateFile:
 
     def save(self, content: Mapping[str, object]) -> None:
         """Replaces the file."""
-        whole = {"run": self._identity, **content}
-        write_record(self.path, {**whole, CHECKED: _checked(whole)}, overwrite=True)
+        write_record(self.path, {"run": self._identity, **content}, overwrite=True)
         self._saved = time.monotonic()
 
     def clear(self) -> None:
         """Deletes the file, once the result is safe, and what a killed save may have left."""
         tidy(self.path.resolve())
         self.path.unlink(missing_ok=True)
-
-
-def _checked(content: Mapping[str, object]) -> str:
-    """The digest of a state's own entries, as saved or as read again."""
-    own = {name: content[name] for name in content if name not in (CHECKED, *ABOUT)}
-    return Digest(json_text(own).encode()).whole
