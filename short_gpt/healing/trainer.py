@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from llama.io.swap import follow_umask
 from short_gpt.data.windows import batches
 from short_gpt.evaluation.perplexity import perplexity
 from short_gpt.healing.batching import collate, examples
@@ -217,7 +218,7 @@ def _arguments(adapted: PeftModel, recipe: Recipe, folder: Path) -> TrainingArgu
 
 
 def _progress(shown: Bar) -> TrainerCallback:
-    """A callback: the bar, a last evaluation, and a stop at a loss that is not finite."""
+    """A callback: the bar, a last evaluation, files' modes, and a stop at a loss that is none."""
     from transformers import TrainerCallback
 
     class Progress(TrainerCallback):
@@ -232,6 +233,11 @@ def _progress(shown: Bar) -> TrainerCallback:
             shown.update(1)
             if state.global_step >= state.max_steps:
                 control.should_evaluate = control.should_save = True
+
+        def on_save(
+            self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+        ) -> None:
+            follow_umask(Path(str(args.output_dir)))
 
         def on_log(
             self,
