@@ -18,10 +18,11 @@ from torch import Tensor
 from short_gpt.data.windows import batches, count_of, starts_texts
 from short_gpt.evaluation.perplexity import Perplexity, perplexity
 from short_gpt.model_record import ModelRecord
+from short_gpt.models.computation import config_digest
 from short_gpt.models.decoder import Decoder, padded
 from short_gpt.models.numbering import check_count, check_layers, layer_numbers
 from short_gpt.runtime import replicas
-from short_gpt.runtime.digest import Digest, weights_digest
+from short_gpt.runtime.digest import weights_digest
 from short_gpt.runtime.errors import NotFiniteError
 from short_gpt.scores_view import ScoresView
 from short_gpt.scoring.hooks import Scores, score
@@ -98,8 +99,8 @@ class ScoredModel(ModelRecord, ScoresView, ABC):
 
     @property
     @abstractmethod
-    def configuration(self) -> str:
-        """What the model's own configuration says, as one text; two models may share it."""
+    def configuration(self) -> Mapping[str, object]:
+        """The entries of the model's own configuration; two models may share it."""
 
     def plan_text(self, batch_size: int = 1) -> str | None:
         """What a run will take in memory, in one line; None for a model that is in memory."""
@@ -264,8 +265,9 @@ class ScoredModel(ModelRecord, ScoresView, ABC):
         """What two runs must share for one to continue the other's state, ready for JSON.
 
         Returns:
-            Digests of weights and configuration, dtype and kind of device of the layers, whether
-            it is streamed, and how many ranks share it.
+            Digests of the weights and of what counts of the configuration (`config_digest`),
+            dtype and kind of device of the layers, whether it is streamed, and how many ranks
+            share it.
         """
         dtype, device = self._layers_run_in()
         return {
@@ -273,7 +275,7 @@ class ScoredModel(ModelRecord, ScoresView, ABC):
             "device": device.type,
             "stream": self.streamed,
             "model_parallel_size": len(replicas.of_model(None)),
-            "configuration": Digest(self.configuration.encode()).short,
+            "configuration": config_digest(self.configuration),
             "weights": self.weights_digest(),
         }
 

@@ -23,8 +23,9 @@ from short_gpt.checkpoints.verify import check_same, copy_weights, fingerprint, 
 from short_gpt.data.windows import Window, windows
 from short_gpt.evaluation.harness import hugging_face_lm
 from short_gpt.evaluation.perplexity import Perplexity
-from short_gpt.models.hf import HFDecoder
-from short_gpt.models.loading import load, place_of
+from short_gpt.models.computation import config_entries
+from short_gpt.models.hf import HFDecoder, check_layers_path
+from short_gpt.models.loading import generation_explained, load, place_of
 from short_gpt.models.pretrained import PretrainedModel, PretrainedTokenizer
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.short_model import ShortModel, check_texts
@@ -71,6 +72,7 @@ class ShortHFModel(ShortModel):
         device: str | torch.device | None = None,
         **options: object,
     ) -> None:
+        check_layers_path(layers_path)
         place, model = place_of(device, options), model_name
         if isinstance(model, str | os.PathLike):
             source = str(model)
@@ -88,8 +90,8 @@ class ShortHFModel(ShortModel):
         self._meta_tokenizer: Path | None = None  # of the Meta checkpoint that it came from
 
     @property
-    def configuration(self) -> str:
-        return str(self.model.config)
+    def configuration(self) -> Mapping[str, object]:
+        return config_entries(self.model.config)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, with the special tokens that the tokenizer puts in front."""
@@ -167,14 +169,16 @@ class ShortHFModel(ShortModel):
     def _generated(self, ids: list[int], count: int, **options: object) -> list[int]:
         """The ids with up to ``count`` new ones behind them."""
         tokens = torch.tensor([ids], device=self.decoder.device)  # (1, S)
-        out = self.model.generate(
+        generate = partial(
+            self.model.generate,
             input_ids=tokens,
             # else transformers takes ids that equal the padding's for padding
             attention_mask=torch.ones_like(tokens),
             max_new_tokens=count,
             **options,
         )
-        return out[0].tolist()
+        with generation_explained(self.model, self.source, generate):
+            return generate()[0].tolist()
 
     def save_pretrained(
         self,

@@ -16,6 +16,7 @@ from short_gpt.checkpoints.save import save_meta
 from short_gpt.checkpoints.verify import check_same, fingerprint_aligned, one_by_one
 from short_gpt.evaluation.llama_lm import llama_lm
 from short_gpt.evaluation.perplexity import Perplexity
+from short_gpt.models.computation import params_entries
 from short_gpt.models.meta import MetaDecoder
 from short_gpt.models.reference import ReferenceLlama
 from short_gpt.runtime.errors import ShortGPTError
@@ -44,8 +45,8 @@ class ShortLlama(ShortModel):
         self.llama = llama
 
     @property
-    def configuration(self) -> str:
-        return str(self.llama.model.params)
+    def configuration(self) -> Mapping[str, object]:
+        return params_entries(self.llama.model.params)
 
     @overload
     @classmethod

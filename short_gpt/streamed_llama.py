@@ -23,6 +23,7 @@ from short_gpt.checkpoints.verify import check_logits
 from short_gpt.data.windows import batches, count_of
 from short_gpt.evaluation.perplexity import Perplexity, check_loss, check_predicted, samples_of
 from short_gpt.evaluation.sampling import Sample
+from short_gpt.models.computation import params_entries
 from short_gpt.models.decoder import pad
 from short_gpt.models.layer_calls import LayerCalls
 from short_gpt.runtime.digest import files_digest
@@ -228,8 +229,8 @@ class StreamedLlama(ScoredModel):
         check_logits(ours, saved(tokens))
 
     @property
-    def configuration(self) -> str:
-        return str(self.stream.params)
+    def configuration(self) -> Mapping[str, object]:
+        return params_entries(self.stream.params)
 
     def _layers_run_in(self) -> tuple[torch.dtype, torch.device]:
         return self.stream.dtype, self.stream.device  # the layers' own weights come and go

@@ -1506,7 +1506,7 @@ PROOFS = (
         "tests/runtime/test_state.py",
         (
             (
-                "if found[CHECKED] != _checked(found):",
+                "if found[CHECKED] != content_digest(found):",
                 "if False:",
                 "test_what_was_edited_or_damaged_is_refused",
             ),

@@ -88,12 +88,15 @@ class Shard:
         return content
 
     def read(self, name: str) -> Tensor:
-        """One tensor, mapped from the file; the mapping goes when the tensor does."""
+        """One tensor, mapped from the file; the mapping goes when the tensor does.
+
+        A transposed or expanded one is copied: where elements share memory none can be written.
+        """
         if self._mapped is None:
-            return self.load()[name]
+            return self.load()[name].contiguous()
         if not self._mapped:
             self._mapped.update(self.load())
-        return self._mapped[name]
+        return self._mapped[name].contiguous()
 
     @contextmanager
     def mapped(self) -> Iterator[None]:
@@ -118,6 +121,11 @@ class Shard:
             raise InputError(
                 f"{name} in {self.path} is {kind}; expected a tensor of "
                 f"{', '.join(str(t) for t in STORAGES)}"
+            )
+        if tensor.is_meta:
+            raise InputError(
+                f"{name} in {self.path} is on the device meta, where tensors have no values; save "
+                "the model anew, once its weights are loaded"
             )
         whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
         # tied weights are one storage under two names; a view of a part counts as its own

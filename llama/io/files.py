@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from llama.io.json_files import JsonObject, read_json, write_json
-from llama.io.swap import ASIDE, NEW, put_in_place, tidy, work_folder
+from llama.io.swap import ASIDE, NEW, follow_umask, put_in_place, tidy, work_folder
 
 FILES = "files"  # the marker's key of the list
 
@@ -133,6 +133,7 @@ def new_directory(
         yield partial
         if marker is not None:
             _list_contents(partial, marker)
+        follow_umask(partial)
         _check_free(path, marker, overwrite=overwrite)  # somebody may have made it meanwhile
         put_in_place(partial, path, work / ASIDE)
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from llama.io.files import check_writable, resolved
-from llama.io.swap import NEW, tidy, work_folder
+from llama.io.swap import NEW, follow_umask, tidy, work_folder
 
 # Names of open files, which may be regular ones: whoever opened them wants the bytes there.
 OPEN_FILES = ("/dev/stdout", "/dev/stderr", "/dev/fd/", "/proc/")
@@ -70,6 +70,7 @@ def new_file(path: Path, *, overwrite: bool, ours: Ours) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     with work_folder(target) as work:
         yield work / NEW
+        follow_umask(work)
         os.replace(work / NEW, target)
 
 
@@ -96,6 +97,7 @@ def new_files(paths: Sequence[Path], *, overwrite: bool, ours: Ours) -> Iterator
     targets[0].parent.mkdir(parents=True, exist_ok=True)
     with work_folder(targets[0]) as work:
         yield [work / path.name for path in paths]
+        follow_umask(work)
         check_outputs(paths, overwrite=overwrite, ours=ours)  # somebody may have made one
         _place(work, targets)
 

@@ -14,7 +14,7 @@ import secrets
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 if sys.platform != "win32":
@@ -52,6 +52,18 @@ def tidy(path: Path) -> None:
             continue
         _clear(work, path)
         os.close(lock)
+
+
+def follow_umask(folder: Path) -> None:
+    """Gives the files below a folder the mode that the umask leaves, by that of the folder.
+
+    safetensors writes files that their owner alone can read.
+    """
+    mode = folder.stat().st_mode & 0o666
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink() and path.stat().st_mode & 0o666 != mode:
+            with suppress(OSError):  # of a file system without modes
+                path.chmod(mode)
 
 
 def put_in_place(new: Path, path: Path, aside: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
@@ -17,7 +18,8 @@ def mergekit_recipe(source: str, keep: Sequence[int], dtype: str = "bfloat16") -
     """A passthrough recipe for mergekit that makes a model of these layers.
 
     Args:
-        source: the original model, as mergekit is to find it.
+        source: the original model, a directory or a hub id. A directory is named from the root: a
+            relative name mergekit takes for a hub id, and looks for it where it runs.
         keep: numbers of the layers that stay, ascending.
         dtype: of the merged weights.
 
@@ -45,9 +47,10 @@ def mergekit_recipe(source: str, keep: Sequence[int], dtype: str = "bfloat16") -
         raise ShortGPTError(f"expected ascending numbers of the layers that stay, got {keep}")
     starts = [i for i in keep if i - 1 not in keep]
     ends = [i + 1 for i in keep if i + 1 not in keep]
+    name = os.path.abspath(source) if Path(source).is_dir() else str(source)
     lines = ["slices:"]
     for start, end in zip(starts, ends, strict=True):
-        lines += ["  - sources:", f"      - model: {json.dumps(str(source), ensure_ascii=False)}"]
+        lines += ["  - sources:", f"      - model: {json.dumps(name, ensure_ascii=False)}"]
         lines += [f"        layer_range: [{start}, {end}]"]
     return "\n".join([*lines, "merge_method: passthrough", f"dtype: {dtype}", ""])
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from short_gpt.runtime.errors import NotFiniteError
 from short_gpt.runtime.progress import bar
 from short_gpt.short_model import ShortModel
 
@@ -96,6 +97,7 @@ def check_same(
         How the logits agree, in words: "bit for bit" or "but for the last digits".
 
     Raises:
+        NotFiniteError: the first one's logits are NaN or infinite.
         RuntimeError: the logits differ, or what is generated, or the second generates otherwise
             with its cache than without.
     """
@@ -110,7 +112,12 @@ def check_logits(
     rounding: float = 0.0,
     names: tuple[str, str] = ("the model in memory", "the saved model"),
 ) -> None:
-    """Raises RuntimeError where two models' logits differ; arguments as in `check_same`."""
+    """Raises where two models' logits differ; arguments as in `check_same`.
+
+    Raises:
+        NotFiniteError: those expected are NaN or infinite.
+        RuntimeError: they differ.
+    """
     if expected.shape != found.shape:
         raise RuntimeError(
             f"{names[1]} gives logits of shape {list(found.shape)}, {names[0]} "
@@ -121,6 +128,11 @@ def check_logits(
         same = bool(off <= rounding * expected.abs().max())
     else:
         same = torch.equal(found, expected)
+    if not same and not expected.isfinite().all():
+        raise NotFiniteError(
+            f"{names[0]} gives NaN or infinite logits, which prove nothing of a copy: a weight is "
+            "damaged; fetch the weights anew, or leave the proof out (`verify` no)"
+        )
     if not same:
         raise RuntimeError(f"{names[1]} is not {names[0]}: logits differ by up to {off:.3g}")
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain, islice
-from typing import TypeVar
+from collections.abc import Sequence
+from operator import itemgetter
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from short_gpt.data.windows import Window as CutWindow
 from short_gpt.runtime.errors import ShortGPTError
 
 SPAN = 64  # tokens; texts that share so many in a row are taken as copies of each other
-WHOLE = 8  # tokens; a shorter window stands in many a text that is no copy
+WHOLE = 8  # tokens; fewer stand in many a text that is no copy
 BASE = np.uint64(0x9E3779B97F4A7C15)  # odd, so that its powers have inverses modulo 2^64
 INVERSE = np.uint64(pow(int(BASE), -1, 2**64))
 
@@ -56,7 +56,7 @@ def hold_out(
 
 
 def without_overlap(
-    windows: Sequence[W], others: Sequence[Window], *, span: int | None = None
+    windows: Sequence[W], others: Sequence[Window], *, span: int = SPAN
 ) -> tuple[list[W], int]:
     """The windows that share no text with others, such as those that are evaluated on.
 
@@ -75,109 +75,121 @@ def without_overlap(
 
 
 def overlapping(
-    training: Sequence[Window], evaluation: Sequence[Window], *, span: int | None = None
+    training: Sequence[Window], evaluation: Sequence[Window], *, span: int = SPAN
 ) -> dict[int, int]:
     """Which windows to train on share text with windows to evaluate on.
 
+    Windows that meet in their text are compared as the one piece that they make, so that the rule
+    holds for windows of every size. A copy that is cut elsewhere still has half of each window in
+    common with one of its own: for pieces below 128 tokens half of the shorter one is shared text.
+
     Args:
         training, evaluation: windows of token ids by the same tokenizer.
-        span: how many equal tokens in a row are shared text; None is 64, or the longest window's
-            length if that is less. A window shorter than that shares its text with one that holds
-            it whole, wherever in it; of fewer than 8 tokens, only with its equal.
+        span: how many equal tokens in a row are shared text; for pieces shorter than two of these,
+            half of the shorter one, but at least 8, as fewer stand in many a text that is no copy.
+            Pieces of fewer than 8 tokens share text with their equal alone.
 
     Returns:
         The index of an evaluation window for every training window that shares text with one.
     """
-    training, evaluation = _bare(training), _bare(evaluation)
-    span = _span(training, evaluation) if span is None else span
-    shared = dict(_shared(training, evaluation, span, first=True))
-    for length in {len(w) for w in [*training, *evaluation] if len(w) < span}:
-        # a whole window of this length and any that is long enough to hold it, both ways round
-        inside = _shared(training, _of_length(evaluation, length), length)
-        around = _shared(evaluation, _of_length(training, length), length)
-        for number, other in chain(inside, ((number, other) for other, number in around)):
-            if length >= WHOLE or len(training[number]) == len(evaluation[other]):
-                shared.setdefault(number, other)
+    ours, theirs = _pieces(training), _pieces(evaluation)
+    shared = _shared(ours, theirs, span)
+    for length in {len(p.tokens) for p in [*ours, *theirs] if len(p.tokens) < 2 * span}:
+        short, others = ([p for p in own if len(p.tokens) == length] for own in (ours, theirs))
+        if length < WHOLE:
+            pairs = [(short, others, length)]
+        else:
+            run = min(span, max(WHOLE, (length + 1) // 2))
+            pairs = [(ours, others, run), (short, theirs, run)]
+        for some, other, run in pairs:
+            shared = _shared(some, other, run) | shared
     return shared
 
 
-def _bare(windows: Sequence[Window]) -> list[Window]:
-    """The windows without a bos that was put in front: behind it stands what may be shared."""
-    return [w[w.start :] if isinstance(w, CutWindow) else w for w in windows]
+class _Piece(NamedTuple):
+    """Tokens in a row of one text, and the windows in it: number, first token, end."""
+
+    tokens: list[int]
+    windows: list[tuple[int, int, int]]
 
 
-def _of_length(windows: Sequence[Window], length: int) -> dict[int, Window]:
-    """The windows of one length, by their places."""
-    return {i: window for i, window in enumerate(windows) if len(window) == length}
+def _pieces(windows: Sequence[Window]) -> list[_Piece]:
+    """The windows' tokens, those that meet in their text joined, without a bos put in front."""
+    pieces: list[_Piece] = []
+    texts: dict[object, list[tuple[int, int, Window]]] = {}
+    for number, window in enumerate(windows):
+        bare, key, position = window, object(), 0
+        if isinstance(window, CutWindow):
+            bare = window[window.start :]
+            if window.origin is not None:
+                key, position = (window.origin[0], window.text), window.origin[1]
+        texts.setdefault(key, []).append((position, number, bare))
+    for cuts in texts.values():
+        begin = end = -1
+        for position, number, bare in sorted(cuts, key=itemgetter(0)):
+            if position > end:
+                pieces.append(_Piece([], []))
+                begin = end = position
+            pieces[-1].tokens.extend(bare[end - position :])
+            pieces[-1].windows.append((number, position - begin, position - begin + len(bare)))
+            end = begin + len(pieces[-1].tokens)
+    return pieces
 
 
-def _shared(
-    windows: Sequence[Window],
-    others: Sequence[Window] | Mapping[int, Window],
-    length: int,
-    *,
-    first: bool = False,
-) -> Iterator[tuple[int, int]]:
-    """Windows and the others that have a run of ``length`` tokens in common with them.
-
-    Args:
-        windows, others, length: as they are called.
-        first: whether one pair is enough for each window.
-    """
-    numbered = others if isinstance(others, Mapping) else dict(enumerate(others))
-    where = _places(numbered, length)
+def _shared(ours: Sequence[_Piece], theirs: Sequence[_Piece], run: int) -> dict[int, int]:
+    """Windows in pieces that share a run of so many tokens, and one of the others' for each."""
+    where = _places(theirs, run)
     known = np.fromiter(where, dtype=np.uint64, count=len(where))
-    for number, window in enumerate(windows if where else ()):
-        for match in islice(_matches(window, length, known, where, numbered), 1 if first else None):
-            yield number, match
+    shared: dict[int, int] = {}
+    for piece in ours if where else ():
+        hashes = _hashes(piece.tokens, run)
+        starts = np.flatnonzero(np.isin(hashes, known))
+        for number, first, end in piece.windows if len(starts) else ():
+            low, high = np.searchsorted(starts, (first - run + 1, end))
+            for start in starts[low:high].tolist():
+                mine, places = piece.tokens[start : start + run], where[int(hashes[start])]
+                if (other := _window_at(theirs, places, mine)) is not None:
+                    shared[number] = other
+                    break
+    return shared
 
 
-def _places(windows: Mapping[int, Window], span: int) -> dict[int, list[tuple[int, int]]]:
-    """By a run's number, the windows and the places in them where it starts."""
+def _window_at(
+    pieces: Sequence[_Piece], places: Sequence[tuple[int, int]], run: list[int]
+) -> int | None:
+    """The first window with a part of a run at one of these places; equal hashes are compared."""
+    for index, start in places:
+        tokens, windows = pieces[index]
+        if tokens[start : start + len(run)] == run:
+            return next(n for n, first, end in windows if first < start + len(run) and start < end)
+    return None
+
+
+def _places(pieces: Sequence[_Piece], span: int) -> dict[int, list[tuple[int, int]]]:
+    """By a run's number, the pieces and the places in them where it starts."""
     where: dict[int, list[tuple[int, int]]] = {}
-    for index, window in windows.items():
-        for start, value in enumerate(_hashes(window, span).tolist()):
+    for index, piece in enumerate(pieces):
+        for start, value in enumerate(_hashes(piece.tokens, span).tolist()):
             where.setdefault(value, []).append((index, start))
     return where
 
 
-def _span(training: Sequence[Window], evaluation: Sequence[Window]) -> int:
-    return min(SPAN, max(map(len, _bare([*training, *evaluation])), default=SPAN))
-
-
 def check_disjoint(
-    training: Sequence[Window], evaluation: Sequence[Window], *, span: int | None = None
+    training: Sequence[Window], evaluation: Sequence[Window], *, span: int = SPAN
 ) -> None:
     """Raises ShortGPTError if a model would be trained on text that it is evaluated on.
 
     Arguments as in `overlapping`.
     """
-    span = _span(training, evaluation) if span is None else span
     shared = overlapping(training, evaluation, span=span)
     if shared:
         number, other = next(iter(shared.items()))
         raise ShortGPTError(
             f"{len(shared)} of {len(training)} training windows share text with the windows to "
-            f"evaluate on ({span} tokens in a row, or a whole shorter window; number {number} with "
-            f"evaluation window {other}, for one): healing must not see that text; train on "
+            f"evaluate on ({span} tokens in a row, or half of a shorter piece; number {number} "
+            f"with evaluation window {other}, for one): healing must not see that text; train on "
             "another, or leave those windows out"
         )
-
-
-def _matches(
-    window: Window,
-    length: int,
-    known: np.ndarray,
-    where: dict[int, list[tuple[int, int]]],
-    others: Mapping[int, Window],
-) -> Iterator[int]:
-    """The others that have some run of this window; equal hashes are compared."""
-    hashes = _hashes(window, length)
-    for start in np.flatnonzero(np.isin(hashes, known)).tolist():
-        mine = list(window[start : start + length])
-        for index, other in where[int(hashes[start])]:
-            if list(others[index][other : other + length]) == mine:
-                yield index
 
 
 def _hashes(window: Window, span: int) -> np.ndarray:

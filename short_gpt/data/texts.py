@@ -32,7 +32,8 @@ def texts(source: str | Path, *, split: str | None = None, column: str = "text")
     Raises:
         FileNotFoundError: source looks like a path that does not exist, or the hub lacks it.
         ConnectionError: the hub cannot be reached, or `HF_HUB_OFFLINE` is set.
-        ShortGPTError: an unknown kind of file, a bad line, a missing column or split, no text.
+        ShortGPTError: an unknown kind of file, a link to nothing or a pipe that is named like a
+            text, a bad line, a missing column or split, no text.
 
     Example:
         >>> chapters = texts("novels/")  # doctest: +SKIP
@@ -86,7 +87,9 @@ def _is_like_path(source: str) -> bool:
 def _files(path: Path, split: str | None) -> list[Path]:
     if path.is_file():
         return [path]
-    names = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
+    if not path.is_dir():  # a pipe, which would be waited for
+        raise ShortGPTError(f"{str(path)!r} is neither a file nor a folder: expected {KINDS}")
+    names = sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if not p.is_dir())
     names = [name for name in names if name.lower().endswith(tuple(_READERS))]
     names = [name for name in names if not re.search(r"(^|/)\.", name)]  # hidden ones
     if not names:
@@ -94,6 +97,12 @@ def _files(path: Path, split: str | None) -> list[Path]:
     if split is not None:
         of_split = re.compile(rf"(^|/){re.escape(split)}(/|[^a-z/][^/]*$)")
         names = list(filter(of_split.search, names)) or names
+    for name in names:
+        if not (path / name).is_file():
+            raise ShortGPTError(
+                f"{str(path / name)!r} is no file that can be read, but a link to nothing or a "
+                "pipe: expected files alone under such names; repair it, or take it away"
+            )
     return [path / name for name in names]
 
 

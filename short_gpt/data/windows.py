@@ -15,6 +15,7 @@ T = TypeVar("T")
 BOS = ("first", "every")  # windows that have the text's bos in front
 MOST = 2**31 - 1  # more is a mistyped number, and more than some counters hold
 Span = tuple[int, int]  # start and end of a window, in tokens
+Origin = tuple[object, int]  # what is one for all windows of a call, and a place in a text
 
 
 class Window(list[int]):
@@ -23,13 +24,16 @@ class Window(list[int]):
     Attributes:
         text: its number, from 0, in the order in which the texts were read.
         start: how many tokens in front were put there, not cut from the text.
+        origin: the call that cut it, and its position in its text; None if that is not known.
     """
 
-    __slots__ = ("start", "text")
+    __slots__ = ("origin", "start", "text")
 
-    def __init__(self, tokens: Iterable[int], text: int, start: int = 0) -> None:
+    def __init__(
+        self, tokens: Iterable[int], text: int, start: int = 0, origin: Origin | None = None
+    ) -> None:
         super().__init__(tokens)
-        self.text, self.start = text, start
+        self.text, self.start, self.origin = text, start, origin
 
     def __reduce__(self) -> tuple[type[Window], tuple[list[int], int, int]]:
         return Window, (list(self), self.text, self.start)
@@ -95,7 +99,8 @@ def windows(
     cut = _cut(encoded, room, max(1, min(stride, room)) if stride <= size else stride, tail)
     if seed is None:
         each = ((i, tokens, span) for i, (tokens, spans) in enumerate(cut) for span in spans)
-        made = (_window(start, tokens[slice(*span)], i) for i, tokens, span in each)
+        call = object()
+        made = (_window(start, tokens[slice(*at)], i, (call, at[0])) for i, tokens, at in each)
         return islice(made, limit)
     return _shuffled(cut, start, seed, limit)
 
@@ -147,8 +152,8 @@ def _behind(start: list[int], tokens: Sequence[int]) -> Sequence[int]:
     return tokens[len(start) :] if list(tokens[: len(start)]) == start else tokens
 
 
-def _window(start: list[int], tokens: Iterable[int], text: int) -> Window:
-    return Window([*start, *tokens], text, len(start))
+def _window(start: list[int], tokens: Iterable[int], text: int, origin: Origin) -> Window:
+    return Window([*start, *tokens], text, len(start), origin)
 
 
 class Windows:
@@ -178,13 +183,16 @@ class Windows:
     ) -> None:
         self._tokens, self._spans, self._ends, self._start = tokens, spans, ends, list(start)
         self.population = len(spans) if population is None else population
+        self._call = object()
 
     def __len__(self) -> int:
         return len(self._spans)
 
     def __getitem__(self, index: int) -> Window:
         start, end = self._spans[index]
-        return _window(self._start, self._tokens[start:end], bisect_right(self._ends, start))
+        text = bisect_right(self._ends, start)
+        position = start - (self._ends[text - 1] if text else 0)
+        return _window(self._start, self._tokens[start:end], text, (self._call, position))
 
     def __iter__(self) -> Iterator[Window]:
         return (self[index] for index in range(len(self)))

@@ -88,7 +88,7 @@ class Source:
             found, before = list[list[Window]](), 0
             for chosen in kinds:  # texts are numbered through all kinds
                 cuts = cutting(chosen, limit=each)
-                found.append([Window(w, w.text + before, w.start) for w in cuts])
+                found.append([Window(w, w.text + before, w.start, w.origin) for w in cuts])
                 before += len(chosen)
             turns = [w for turn in zip_longest(*found) for w in turn if w is not None][:count]
             if len(kinds) > 1:  # who takes every eighth, or the last, must not take one kind alone

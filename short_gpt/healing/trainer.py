@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from llama.io.swap import follow_umask
 from short_gpt.data.windows import batches
 from short_gpt.evaluation.perplexity import perplexity
 from short_gpt.healing.batching import collate, examples
@@ -18,6 +19,7 @@ from short_gpt.healing.distillation import Distillation
 from short_gpt.healing.quiet import deterministic, kept_config, quiet
 from short_gpt.healing.recipe import Recipe
 from short_gpt.healing.run_folder import note_files, run_folder
+from short_gpt.models.computation import config_digest, config_entries
 from short_gpt.models.hf import HFDecoder
 from short_gpt.runtime.digest import json_digest, weights_digest
 from short_gpt.runtime.errors import NotFiniteError
@@ -65,6 +67,7 @@ class TrainingRun:
             "recipe": json.loads(json.dumps(asdict(self.recipe))),  # as a file gives it back
             "text": json_digest(windows),
             "model": weights_digest(adapted),
+            "configuration": config_digest(config_entries(adapted.get_base_model().config)),
         }
         return joined(own, {} if self.distillation is None else self.distillation.identity())
 
@@ -216,7 +219,7 @@ def _arguments(adapted: PeftModel, recipe: Recipe, folder: Path) -> TrainingArgu
 
 
 def _progress(shown: Bar) -> TrainerCallback:
-    """A callback: the bar, a last evaluation, digests, and a stop at a loss that is not finite."""
+    """A callback: bar, last evaluation, digests, modes of files, and a stop at a loss of NaN."""
     from transformers import TrainerCallback
 
     class Progress(TrainerCallback):
@@ -235,6 +238,7 @@ def _progress(shown: Bar) -> TrainerCallback:
         def on_save(
             self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
         ) -> None:
+            follow_umask(Path(str(args.output_dir)))
             note_files(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
 
         def on_log(

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from short_gpt.data.disjoint import SPAN, overlapping
+from short_gpt.data.disjoint import overlapping
 from short_gpt.jobs.inputs import StridedCut, TextSource
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.short_model import ShortModel
@@ -44,15 +44,13 @@ def check_apart(
         None, or in a sentence why the texts could not be compared.
 
     Raises:
-        ShortGPTError: they have a run of text in common: 64 tokens, or half a shorter window.
+        ShortGPTError: they have text in common, by the rule of `overlapping`.
     """
     try:
         scored = _windows(scored_by, short)
     except (OSError, KeyError, ShortGPTError) as error:
         return f"not compared with the text that the scores were measured on: {error}"
-    # half a window: of a copy that is cut elsewhere, so much lies in one of two neighbours
-    span = max(1, min(SPAN, *(len(window) // 2 for window in (*held, *scored))))
-    if shared := set(overlapping(held, scored, span=span)):
+    if shared := overlapping(held, scored):
         raise ShortGPTError(
             f"`eval_data` {eval_data} holds text that the scores were measured on, "
             f"{scored_by['data']}: {len(shared)} of its {len(held)} windows share a run of tokens "

@@ -1,4 +1,4 @@
-"""What scores are of: the weights, and the tokenizer that their texts were read with."""
+"""What scores are of: weights, configuration, and the tokenizer that their texts were read with."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from llama.args import ModelArgs
+from llama.checkpoint.meta import read_params
 from llama.io.hub import resolve
 from llama.io.json_files import read_json
 from llama.io.sources import kind_of
 from llama.tokenizer import find_tokenizer
+from short_gpt.models.computation import config_digest, params_entries
 from short_gpt.models.loading import TOKENIZER
 from short_gpt.opening import weights_of
 from short_gpt.runtime.digest import files_digest, json_digest
@@ -22,16 +25,20 @@ class Scored:
     """Digests by which saved scores are told to be a model's.
 
     Attributes:
-        weights, tokenizer: of `weights_of` and `tokenizer_of`; None where nothing is known.
+        weights: of `weights_of`; None where nothing is known, as with the others.
+        tokenizer: of `tokenizer_of`.
+        configuration: of `configuration_of`.
     """
 
     weights: str | None = None
     tokenizer: str | None = None
+    configuration: str | None = None
 
     @classmethod
     def of(cls, model: str, tokenizer_path: str | None = None) -> Scored:
         """Those of a model as its files are now; arguments as for `tokenizer_of`."""
-        return cls(weights_of(model), tokenizer_of(model, tokenizer_path))
+        tokenizer = tokenizer_of(model, tokenizer_path)
+        return cls(weights_of(model), tokenizer, configuration_of(model))
 
 
 UNKNOWN = Scored()  # of files that say nothing, and of ranks that do not speak
@@ -56,6 +63,22 @@ def tokenizer_of(source: str, path: str | None = None) -> str | None:
         files = [p for p in resolve(source).iterdir() if TOKENIZER.fullmatch(p.name)]
     parts = [_tokenizer_part(path) for path in sorted(files) if path.is_file()]
     return json_digest(parts) if parts else None
+
+
+def configuration_of(source: str) -> str | None:
+    """A digest of what counts of a checkpoint's configuration, by `models.computation`.
+
+    Args:
+        source: as for `weights_of`.
+
+    Returns:
+        None where no file holds one alone, as with GGUF, whose weights' digest covers it.
+    """
+    kind = kind_of(source)
+    if kind == "meta":
+        return config_digest(params_entries(ModelArgs.from_params(read_params(Path(source)))))
+    path = None if kind == "gguf" else resolve(source) / "config.json"
+    return config_digest(read_json(path)) if path is not None and path.is_file() else None
 
 
 def _tokenizer_part(path: Path) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from llama.formats.gguf_parts import GGUFParts
 from llama.io.hub import resolve
+from llama.io.json_files import JsonObject
 from llama.io.sources import is_gguf, is_meta
 from short_gpt.checkpoints.gguf_layers import Stack
 from short_gpt.checkpoints.provenance import Provenance
@@ -15,7 +16,7 @@ from short_gpt.jobs.scored import UNKNOWN, Scored
 from short_gpt.models.numbering import span
 from short_gpt.opening import layers_of
 from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.runtime.results import read_record
+from short_gpt.runtime.results import CHECKED, content_digest, read_record
 from short_gpt.scoring.importance import Importance
 from short_gpt.scoring.lists import layer_numbers
 from short_gpt.selection.methods import AS_SETS, METHODS, check_method, choose
@@ -31,7 +32,7 @@ class Scores:
         arguments: those that the ranking was made with.
         importance: the scores; None where a search by loss found the layers.
         searched: these layers, in order of removal.
-        scored: of which weights and tokenizer, as far as the file, an older one, says.
+        scored: of which weights, tokenizer and configuration, as far as an older file says.
         settled: the verdict of the stop that ended the scoring; empty if there was none.
     """
 
@@ -48,10 +49,10 @@ class Scores:
         """The scores of a file; ``method`` takes the place of the one that ranked.
 
         Raises:
-            FileNotFoundError, ShortGPTError: no such file, no scores in it, or those of another
-                method, which cannot be chosen by.
+            FileNotFoundError, ShortGPTError: no such file, no scores in it, other ones than were
+                written, or those of another method, which cannot be chosen by.
         """
-        record = read_record(file)
+        record = _read(file)
         ranked, scored = _part(record, "arguments", file), _part(record, "scored", file)
         of = Scored(**{f.name: str(scored[f.name]) for f in fields(Scored) if scored.get(f.name)})
         if "chosen" not in record:
@@ -76,8 +77,8 @@ class Scores:
             What could not be checked, in words; None if all was.
 
         Raises:
-            ShortGPTError: they are of another number of layers or of other weights, or texts were
-                read with another tokenizer.
+            ShortGPTError: they are of another number of layers, of other weights or another
+                configuration, or texts were read with another tokenizer.
         """
         self._check_layers(model)
         if self.scored.weights is None:
@@ -85,17 +86,29 @@ class Scores:
                 f"not checked: {self.file} does not say of which weights its scores are, so they "
                 f"may be of another model than {model}; short-gpt rank writes it"
             )
-        self._check_digests(model)
+        path = self.arguments.get("tokenizer_path")
+        theirs = Scored.of(model, str(path) if path else None)
+        self._check_digests(model, theirs)
+        if self.scored.configuration is None and theirs.configuration is not None:
+            return (
+                f"not checked: {self.file} does not say of which configuration its scores are, so "
+                f"that of {model} may have changed since; short-gpt rank writes it"
+            )
         return None
 
-    def _check_digests(self, model: str) -> None:
-        path, ours = self.arguments.get("tokenizer_path"), self.scored
-        theirs = Scored.of(model, str(path) if path else None)
+    def _check_digests(self, model: str, theirs: Scored) -> None:
+        ours = self.scored
         if theirs.weights not in (None, ours.weights):
             raise ShortGPTError(
                 f"{self.file} holds scores of the weights {ours.weights}, {model} has "
                 f"{theirs.weights}: "
                 f"score this model by short-gpt rank {model}, or name the model that was scored"
+            )
+        if ours.configuration and theirs.configuration not in (None, ours.configuration):
+            raise ShortGPTError(
+                f"{self.file} holds scores of the configuration {ours.configuration}, {model} now "
+                f"has {theirs.configuration}, which computes something else: score it anew by "
+                f"short-gpt rank {model}, or put the former config.json (params.json) back"
             )
         if ours.tokenizer is not None and theirs.tokenizer not in (None, ours.tokenizer):
             raise ShortGPTError(
@@ -169,6 +182,21 @@ def _layers_of(model: str) -> int | None:
     return layers_of(model if is_meta(model) else str(resolve(model)))
 
 
+def _read(file: str) -> JsonObject:
+    """What a file of `rank` holds; one of an earlier version, without a digest, as it is.
+
+    Raises:
+        FileNotFoundError, ShortGPTError: no such file, or it does not hold what was written.
+    """
+    record = read_record(file)
+    if CHECKED in record and record[CHECKED] != content_digest(record):
+        raise ShortGPTError(
+            f"{file} does not hold the scores that were written: it was edited or is damaged; "
+            "write it anew by short-gpt rank, or fetch it anew from where it is whole"
+        )
+    return record
+
+
 def importance_of(record: Mapping[str, object], source: str) -> Importance:
     """The scores in a record that `rank` wrote; raises ShortGPTError if there are none."""
     found = record.get("importance")
@@ -186,7 +214,7 @@ def read_scores(file: str) -> Importance:
     Raises:
         FileNotFoundError, ShortGPTError: no such file, or no scores of one pass in it.
     """
-    return importance_of(read_record(file), file)
+    return importance_of(_read(file), file)
 
 
 def _searched(layers: object, file: str) -> list[int]:

@@ -46,6 +46,7 @@ class HFDecoder:
     """
 
     def __init__(self, model: Any, layers_path: str | None = None) -> None:
+        check_layers_path(layers_path)
         _check_kind(model)
         self.model = model
         self.layers_path = find_layers(model) if layers_path is None else layers_path
@@ -212,6 +213,15 @@ def _uncached(module: nn.Module) -> dict[str, bool]:
     known = signature(module.forward).parameters.values()
     takes = any(p.name == "use_cache" or p.kind is p.VAR_KEYWORD for p in known)
     return {"use_cache": False} if takes else {}
+
+
+def check_layers_path(layers_path: object) -> None:
+    """Raises ShortGPTError for anything but a name: a number of layers is another argument."""
+    if layers_path is not None and not isinstance(layers_path, str):
+        raise ShortGPTError(
+            f"layers_path = {layers_path!r}: expected where the layers are, as in 'model.layers', "
+            "or None to find them; how many to remove is n_prune_layers=..."
+        )
 
 
 def find_layers(model: PreTrainedModel) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -17,7 +17,7 @@ from llama.parallel import choose_device
 from short_gpt.models.config_file import check_gguf, gguf_layer_types, read_config
 from short_gpt.models.gguf_loading import check_left_out, mend_tokenizer, reading_gguf
 from short_gpt.models.weights_report import check_weights, without_report
-from short_gpt.runtime.errors import MissingPackageError, ShortGPTError
+from short_gpt.runtime.errors import MissingPackageError, ShortGPTError, shortage
 
 # options of loading that say where files come from: the tokenizer's as well as the model's
 FROM_WHERE = ["cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder"]
@@ -128,6 +128,39 @@ def check_stored(directory: Path, config: Any) -> None:
 def _has_tokenizer(path: Path) -> bool:
     """Whether there is a tokenizer to load: not in a directory of weights alone."""
     return not path.is_dir() or any(TOKENIZER.match(p.name) for p in path.iterdir())
+
+
+@contextmanager
+def generation_explained(model: Any, source: str, generate: Callable[[], object]) -> Iterator[None]:
+    """Turns a failure to generate into one line where the generation config is what causes it.
+
+    Args:
+        model: of transformers.
+        source: its name for the message.
+        generate: what is done in the block; tried again with an empty generation config.
+
+    Raises:
+        ShortGPTError: that works.
+    """
+    try:
+        yield
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        from transformers import GenerationConfig
+
+        if shortage(error) is not None:
+            raise
+        own = model.generation_config
+        try:
+            model.generation_config = GenerationConfig()
+            generate()
+        except Exception:
+            raise error from None
+        finally:
+            model.generation_config = own
+        raise ShortGPTError(
+            f"{source} cannot generate by its generation_config.json: {explained(error)}; correct "
+            "the file, or take it away"
+        ) from error
 
 
 def explained(error: BaseException) -> str:

@@ -8,11 +8,13 @@ from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 
-from llama.io.json_files import JsonObject, read_json, write_json
+from llama.io.json_files import JsonObject, json_text, read_json, write_json
 from llama.io.outputs import new_file
+from short_gpt.runtime.digest import Digest
 from short_gpt.runtime.errors import ShortGPTError
 
 ABOUT = ("versions", "machine")  # entries of every record
+CHECKED = "sha256"  # the entry with the digest of all others but those
 PACKAGES = ("short-gpt", "torch", "fairscale", "datasets", "transformers", "numpy")
 
 
@@ -64,15 +66,22 @@ def processor() -> str:
 def write_record(
     path: str | os.PathLike[str], content: Mapping[str, object], *, overwrite: bool = False
 ) -> Path:
-    """Writes ``content``, `versions` and `machine` as a JSON file, whole or not at all.
+    """Writes ``content``, its digest, `versions` and `machine` as a JSON file, whole or not at all.
 
     Raises:
         FileExistsError: the file exists and ``overwrite`` is not set, or it is no such record.
     """
     target = Path(str(path))
     with new_file(target, overwrite=overwrite, ours=is_record) as partial:
-        write_json(partial, {**content, "versions": versions(), "machine": machine()})
+        checked = {**content, CHECKED: content_digest(content)}
+        write_json(partial, {**checked, "versions": versions(), "machine": machine()})
     return target
+
+
+def content_digest(content: Mapping[str, object]) -> str:
+    """The digest of a record's own entries, as they are written or as they are read again."""
+    own = {name: content[name] for name in content if name not in (CHECKED, *ABOUT)}
+    return Digest(json_text(own).encode()).whole
 
 
 def is_record(path: Path) -> bool:

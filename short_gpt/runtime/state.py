@@ -7,15 +7,13 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from llama.io.json_files import JsonObject, json_text
+from llama.io.json_files import JsonObject
 from llama.io.swap import tidy
-from short_gpt.runtime.digest import Digest, files_digest
+from short_gpt.runtime.digest import files_digest
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.lock import Lock, hold
 from short_gpt.runtime.progress import first_rank
-from short_gpt.runtime.results import ABOUT, read_record, write_record
-
-CHECKED = "sha256"  # the entry with the digest of what a run saved
+from short_gpt.runtime.results import CHECKED, content_digest, read_record, write_record
 
 
 def joined(*parts: Mapping[str, object]) -> dict[str, object]:
@@ -127,7 +125,7 @@ class StateFile:
                 f"{self.path} is the state of another version of this library; delete it or name "
                 "another state"
             )
-        if found[CHECKED] != _checked(found):
+        if found[CHECKED] != content_digest(found):
             raise damaged(self.path, self.path)
         return found
 
@@ -143,9 +141,7 @@ class StateFile:
 
     def save(self, content: Mapping[str, object]) -> None:
         """Replaces the file."""
-        whole = joined({"run": self._identity}, content)
-        checked = joined(whole, {CHECKED: _checked(whole)})
-        write_record(self.path, checked, overwrite=True)
+        write_record(self.path, joined({"run": self._identity}, content), overwrite=True)
         self._saved = time.monotonic()
 
     def clear(self) -> None:
@@ -153,9 +149,3 @@ class StateFile:
         tidy(self.path.resolve())
         self.path.unlink(missing_ok=True)
         self._lock = None
-
-
-def _checked(content: Mapping[str, object]) -> str:
-    """The digest of a state's own entries, as saved or as read again."""
-    own = {name: content[name] for name in content if name not in (CHECKED, *ABOUT)}
-    return Digest(json_text(own).encode()).whole

@@ -175,6 +175,21 @@ def test_mergekit_recipe():
         mergekit_recipe("a", [2, 1])
 
 
+def test_a_recipe_names_a_directory_from_the_root_and_a_hub_id_as_it_is(tmp_path, monkeypatch):
+    """As mergekit takes "owner/model" for a hub id, and looks for it where it runs."""
+    yaml = pytest.importorskip("yaml")
+    (tmp_path / "owner/model").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+
+    def named(source: str) -> str:
+        (only,) = yaml.safe_load(mergekit_recipe(source, [0]))["slices"]
+        return only["sources"][0]["model"]
+
+    sources = ("owner/model", "./owner/model", str(tmp_path / "owner/model"))
+    assert {named(source) for source in sources} == {str(tmp_path / "owner/model")}
+    assert named("owner/other") == "owner/other"
+
+
 def hollow_llama(directory, **changes):
     """A Llama in bfloat16, all zeros, its file a hole: (largest tensor, all) bytes."""
     shape = {**LARGE, **changes, "architectures": ["LlamaForCausalLM"], "dtype": "bfloat16"}

@@ -118,7 +118,7 @@ def test_prune_by_scores_verified_and_with_a_recipe(here, capsys):
     decoder.keep_layers(found["kept_layers"])
     assert torch.equal(logits("small"), decoder.logits(TOKENS))
     recipe = Path("recipe.yaml").read_text()
-    assert 'model: "hf"' in recipe and recipe.endswith("dtype: float32\n")
+    assert f'model: "{here}/hf"' in recipe and recipe.endswith("dtype: float32\n")
 
     run("prune", "hf", "block", *scores, "--angular", "--verify", "no")
     block = record("block/pruning.json")["removed_layers"]

@@ -18,6 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from short_gpt import ShortGPTError
 from short_gpt.data.texts import pg19, texts
 from short_gpt.data.windows import Windows, batches, windows
 
@@ -153,6 +154,35 @@ def test_a_missing_column_names_those_that_are_there(tmp_path: Path) -> None:
         texts(tmp_path, column="content")
     with pytest.raises(ValueError, match="column 'publication_date' holds 1850, expected text"):
         texts(tmp_path, column="publication_date")
+
+
+def linked(path: Path) -> None:
+    path.symlink_to("nowhere.txt")
+
+
+def looped(path: Path) -> None:
+    path.symlink_to(path.name)
+
+
+@pytest.mark.parametrize("make", [linked, looped, os.mkfifo])
+def test_what_is_named_like_a_text_and_cannot_be_read_is_refused(tmp_path: Path, make) -> None:
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train/one.txt").write_text("one")
+    make(tmp_path / "train/two.txt")
+    for source in (tmp_path, str(tmp_path)):
+        with pytest.raises(ShortGPTError, match=r"train/two\.txt' is no file that can be read"):
+            texts(source)
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test/three.txt").write_text("three")
+    assert list(texts(tmp_path, split="test")) == ["three"]  # the others are not asked for
+    (tmp_path / "train/two.txt").rename(tmp_path / "train/.two.txt")  # hidden
+    assert list(texts(tmp_path)) == ["three", "one"]
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "book.txt")
+    with pytest.raises(ShortGPTError, match=r"book\.txt' is neither a file nor a folder"):
+        texts(tmp_path / "book.txt")
 
 
 def test_a_folder_without_texts_is_an_error(tmp_path: Path) -> None:

@@ -1,11 +1,17 @@
-"""Windows that share text with others are dropped; the span is never longer than the windows."""
+"""Windows that share text with others are dropped, however both are cut."""
 
 from __future__ import annotations
 
+import random
+
 import pytest
 from conftest import random_windows
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
+from short_gpt.data import windows
 from short_gpt.data.disjoint import check_disjoint, overlapping, without_overlap
+from short_gpt.data.windows import Window
 
 
 def test_the_windows_kept_stand_in_their_order():
@@ -17,14 +23,56 @@ def test_the_windows_kept_stand_in_their_order():
     assert without_overlap([], [one]) == ([], 0)
 
 
-@pytest.mark.parametrize(("size", "run"), [(20, 20), (40, 40), (64, 64), (100, 64)])
-def test_the_span_is_the_window_if_that_is_shorter(size, run):
+@pytest.mark.parametrize(
+    ("size", "run"), [(8, 8), (15, 8), (20, 10), (40, 20), (64, 32), (100, 50), (128, 64)]
+)
+def test_the_span_is_half_of_the_window_if_that_is_shorter(size, run):
     one, two = random_windows(2, size, seed=1)
     assert overlapping([one[:run] + two[run:]], [one]) == {0: 0}
     if size > run:
         assert overlapping([one[: run - 1] + two[run - 1 :]], [one]) == {}
-    with pytest.raises(ValueError, match=f"evaluate on \\({run} tokens in a row"):
+    with pytest.raises(ValueError, match="evaluate on \\(64 tokens in a row, or half of a sh"):
         check_disjoint([one], [one])
+
+
+def letters(count: int, seed: int) -> str:
+    return "".join(random.Random(seed).choices("etaoinshr ", k=count))
+
+
+def cut(text: str, size: int, **options: object) -> list[list[int]]:
+    return list(windows([text], lambda t: [*t.encode()], size=size, stride=size, **options))
+
+
+@given(st.integers(2, 64), st.integers(0, 200), st.integers(0, 2**32), st.booleans())
+@example(size=24, shift=2, seed=0, shuffled=False)
+def test_a_copy_that_is_cut_elsewhere_shares_its_text_at_every_size(size, shift, seed, shuffled):
+    text, other = letters(500, seed), letters(500, seed + 1)
+    order = {"seed": seed} if shuffled else {}
+    learned = cut(text, size, **order)
+    shared = overlapping(learned, cut(text[shift:], size, **order))
+    read = 500 - shift - (500 - shift) % size  # of the copy; its own tail is no window
+    touched = {i for i, w in enumerate(learned) if shift - size < w.origin[1] < shift + read}
+    assert set(shared) == touched
+    assert overlapping(learned, cut(other, size, **order)) == {}
+
+
+@settings(max_examples=30)
+@given(st.integers(15, 64), st.integers(0, 63), st.integers(0, 2**32))
+def test_single_windows_of_a_copy_share_at_least_half(size, shift, seed):
+    text = letters(300, seed)
+    alone = [list(w) for w in cut(text, size)]  # of which nothing tells that they meet
+    for window in cut(text[shift : size * len(alone)], size):
+        assert overlapping(alone, [list(window)])
+
+
+def test_windows_of_one_call_meet_and_those_of_others_do_not():
+    """Texts are numbered from 0 in every call, and again by those who join several."""
+    one, two = letters(96, 0), letters(96, 1)
+    mixed = [*cut(one, 24)[::2], *cut(two, 24)[1::2]]  # at 0, 48 of one and 24, 72 of another
+    assert set(overlapping(mixed, cut(one[12:84], 24))) == {0, 1}
+    assert set(overlapping(mixed, cut(two[36:60], 24))) == {2}
+    renumbered = [Window(w, w.text + 7, w.start, w.origin) for w in cut(one, 4)]
+    assert set(overlapping(renumbered, cut(one[1:], 4))) == set(range(24))
 
 
 def test_a_span_can_be_named():
@@ -40,7 +88,8 @@ def test_a_window_inside_a_longer_one_is_shared_text(size):
     short = long[37 : 37 + size]
     assert overlapping([other, long], [other[:3], short]) == {1: 1}  # to evaluate on: inside
     assert overlapping([other, short, short], [long]) == {1: 0, 2: 0}  # to train on: inside
-    assert overlapping([long], [[*short[:-1], 95 - short[-1]]]) == {}
+    less = max(size // 2, 8) - 1
+    assert overlapping([long], [short[:less] + other[: size - less]]) == {}
     assert overlapping([long[:30]], [long[10:25]]) == {0: 0}  # both shorter than 64 tokens
     with pytest.raises(ValueError, match="1 of 2 training windows share text"):
         check_disjoint([other, long], [short])

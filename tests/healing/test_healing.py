@@ -189,6 +189,11 @@ def test_the_same_seed_gives_the_same_weights_and_resuming_those_of_one_run(tmp_
     with pytest.raises(ValueError, match="holds a run of another model"):
         other_model = ShortHFModel(make("llama", seed=1))
         heal(other_model, TRAINING, VALIDATION, recipe=recipe, resume=True, **options)
+    with pytest.raises(ValueError, match="holds a run of another configuration"):
+        other_model = ShortHFModel(make("llama"))
+        other_model.model.config.rms_norm_eps = 0.5
+        heal(other_model, TRAINING, VALIDATION, recipe=recipe, resume=True, **options)
+    resumed.model.config.use_cache = False  # which changes nothing that is computed
     with pytest.raises(ValueError, match="holds no checkpoint to resume from"):
         nowhere = {**options, "work_dir": tmp_path / "c"}
         heal(resumed, TRAINING, VALIDATION, recipe=recipe, resume=True, **nowhere)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import random
 
 import pytest
 
+from short_gpt import ShortGPTError
 from short_gpt.healing import Source
 
 
@@ -19,9 +21,8 @@ def written(path, texts):
 
 
 def pieces(letters: str, count: int) -> list[str]:
-    """Texts of 80 letters that share no run of them: written in two letters, by their number."""
-    low, high = letters
-    return ["".join(high if int(digit) else low for digit in f"{n:010b}" * 8) for n in range(count)]
+    """Texts of 80 letters of two kinds, in random order, that share no long run of them."""
+    return ["".join(random.Random(n).choices(letters, k=80)) for n in range(count)]
 
 
 @pytest.fixture
@@ -67,3 +68,15 @@ def test_every_source_of_a_mix_must_exist(kinds):
         Source(f"{kinds[0]},no.txt").windows(characters, 40)
     with pytest.raises(FileNotFoundError, match="'' does not exist"):
         Source(f"{kinds[0]},").windows(characters, 40)
+
+
+@pytest.mark.parametrize(
+    ("size", "limit"), [(2, None), (6, None), (16, 16), (24, 16), (40, 16), (64, 16), (100, 8)]
+)
+def test_a_copy_is_no_text_to_evaluate_on_at_any_size(tmp_path, size, limit):
+    text = "".join(random.Random(0).choices("etaoinshr ", k=800))
+    (tmp_path / "book.txt").write_text(text)
+    (tmp_path / "copy.txt").write_text(text[2:])
+    source = Source(str(tmp_path / "book.txt"), str(tmp_path / "copy.txt"))
+    with pytest.raises(ShortGPTError, match="training windows share text with the windows to eval"):
+        source.windows(characters, size, limit=limit, eval_windows=limit or 400)

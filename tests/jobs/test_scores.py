@@ -12,9 +12,10 @@ from commands import DATA, TEXT, fails, run
 from conftest import BYTE_VOCAB, make_transformer, save_checkpoint, write_byte_tokenizer
 
 from short_gpt import ShortGPTError, convert, prune, rank
-from short_gpt.jobs import Choice, Scores, StridedCut, heal
-from short_gpt.jobs.scored import tokenizer_of
+from short_gpt.jobs import Choice, Scores, StridedCut, heal, read_scores
+from short_gpt.jobs.scored import configuration_of, tokenizer_of
 from short_gpt.opening import weights_of
+from short_gpt.runtime import write_record
 
 LEARNED = ("--data", "book.txt", "--eval_data", "held.txt", "--size", 32, "--max_windows", 4)
 
@@ -39,12 +40,24 @@ def ranked(model: str, file: str, *options: object) -> dict:
     return json.loads(Path(file).read_text())
 
 
+def scored(model: str) -> dict:
+    files = (weights_of, tokenizer_of, configuration_of)
+    return dict(
+        zip(("weights", "tokenizer", "configuration"), (f(model) for f in files), strict=True)
+    )
+
+
+def unsigned(record: dict, file: str) -> None:
+    """Writes scores as an earlier version did, without a digest of them."""
+    Path(file).write_text(json.dumps({k: v for k, v in record.items() if k != "sha256"}))
+
+
 @pytest.mark.parametrize("options", [(), ("--method", "sleb", "--n", 2)])
 def test_scores_of_other_weights_are_refused_and_told(here, capsys, options):
     checkpoint(Path("other"), seed=1)
     record = ranked("ckpt", "r.json", *options)
     ours, theirs = weights_of("ckpt"), weights_of("other")
-    assert record["scored"] == {"weights": ours, "tokenizer": tokenizer_of("ckpt")}
+    assert record["scored"] == scored("ckpt")
     assert ours != theirs
     capsys.readouterr()
     for command in (
@@ -68,7 +81,7 @@ def test_the_scores_of_a_whole_model_are_not_those_of_its_pruned_one(here, capsy
         capsys, "prune", "cut", "out", "--scores", "r.json", "--n", 1
     )
     record["scored"], record["chosen"]["layers"] = {}, [1, 4]
-    Path("r.json").write_text(json.dumps(record))
+    unsigned(record, "r.json")
     line = fails(capsys, "prune", "cut", "out", "--scores", "r.json", "--n", 1)
     assert "r.json scores the layers 1, 4, cut has 4; they do not belong together" in line
 
@@ -76,7 +89,7 @@ def test_the_scores_of_a_whole_model_are_not_those_of_its_pruned_one(here, capsy
 def test_older_scores_are_read_and_said_not_to_be_checked(here, capsys):
     record = ranked("ckpt", "r.json")
     record.pop("scored")
-    Path("r.json").write_text(json.dumps(record))
+    unsigned(record, "r.json")
     capsys.readouterr()
     run("prune", "ckpt", "out", "--scores", "r.json", "--n", 1)
     said = capsys.readouterr().out.splitlines()[0]
@@ -101,7 +114,7 @@ def test_scores_of_another_tokenizer_are_refused_and_told(here, capsys, model):
         line = fails(capsys, command, model, "out", "--scores", "r.json", "--n", 1, *more)
         assert f"read with the tokenizer {ours}, {model} now has {theirs}: score it anew" in line
     record["scored"].pop("tokenizer")  # of an earlier version
-    Path("r.json").write_text(json.dumps(record))
+    unsigned(record, "r.json")
     run("prune", model, "out", "--scores", "r.json", "--n", 1)
 
 
@@ -123,9 +136,132 @@ def test_weights_are_those_of_the_files_in_every_format(here):
     found = weights_of("hf")
     assert found is not None and found != whole == weights_of("ckpt")
     result = rank("hf", "book.txt", n=1, cut=StridedCut(32, 6, 0, 16))
-    assert result.to_dict()["scored"] == {"weights": found, "tokenizer": tokenizer_of("hf")}
+    assert result.to_dict()["scored"] == scored("hf")
     Path("hf/model.safetensors").unlink()
     assert weights_of("hf") is None
+
+
+def changed(path: Path, **entries: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+
+
+@pytest.mark.parametrize(
+    ("model", "entry"),
+    [
+        ("ckpt", {"norm_eps": 0.5}),
+        ("ckpt", {"rope_theta": 20000.0}),
+        ("hf", {"rms_norm_eps": 0.5}),
+        ("hf", {"rope_theta": 20000.0}),
+        ("hf", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
+        ("hf", {"hidden_act": "gelu"}),
+    ],
+)
+def test_scores_of_another_configuration_are_refused_and_told(here, capsys, model, entry):
+    convert("ckpt", "hf")
+    record = ranked(model, "r.json", "--n", 1)
+    searched = ranked(model, "s.json", "--method", "sleb", "--n", 1)
+    assert record["scored"] == searched["scored"] == scored(model)
+    config = Path(model, "params.json" if model == "ckpt" else "config.json")
+    before = config.read_text()
+    changed(config, **entry)
+    ours, theirs = record["scored"]["configuration"], configuration_of(model)
+    capsys.readouterr()
+    for file in ("r.json", "s.json"):
+        line = fails(capsys, "prune", model, "out", "--scores", file, "--n", 1)
+        assert f"{file} holds scores of the configuration {ours}, {model} now has {theirs}" in line
+    line = fails(capsys, "heal", model, "out", "--scores", "r.json", "--n", 1, *LEARNED)
+    assert f"short-gpt rank {model}, or put the former config.json (params.json) back" in line
+    assert not Path("out").exists()
+    config.write_text(before)
+    run("prune", model, "out", "--scores", "r.json", "--n", 1)
+    assert "not checked" not in capsys.readouterr().out
+
+
+def test_entries_that_compute_nothing_are_no_other_configuration(here):
+    convert("ckpt", "hf")
+    first = {model: configuration_of(model) for model in ("ckpt", "hf")}
+    changed(Path("ckpt/params.json"), vocab_size=-1, norm_eps=1e-5)
+    own = json.loads(Path("hf/config.json").read_text())
+    changed(
+        Path("hf/config.json"),
+        _name_or_path="/elsewhere",
+        transformers_version="4.1.0",
+        torch_dtype="float16",
+        use_cache=not own.get("use_cache", True),
+        architectures=None,
+        eos_token_id=[1, 2],
+    )
+    text = json.dumps(dict(reversed(json.loads(Path("hf/config.json").read_text()).items())))
+    Path("hf/config.json").write_text(text)  # the order of the entries is none of theirs
+    assert {model: configuration_of(model) for model in ("ckpt", "hf")} == first
+
+
+def test_a_configuration_that_older_scores_do_not_name_is_said_not_to_be_checked(here, capsys):
+    record = ranked("ckpt", "r.json")
+    record["scored"].pop("configuration")
+    unsigned(record, "r.json")
+    changed(Path("ckpt/params.json"), norm_eps=0.5)
+    capsys.readouterr()
+    run("prune", "ckpt", "out", "--scores", "r.json", "--n", 1)
+    said = capsys.readouterr().out.splitlines()[0]
+    assert said.startswith("not checked: r.json does not say of which configuration its scores are")
+
+
+def halved(record: dict) -> None:
+    sums = record["importance"]
+    sums["angles"] = [[value / 2 for value in row] for row in sums["angles"]]
+
+
+def swapped(record: dict) -> None:
+    sums = record["importance"]
+    sums["angles"][0], sums["angles"][3] = sums["angles"][3], sums["angles"][0]
+
+
+def another_seed(record: dict) -> None:
+    record["arguments"]["seed"] = 7
+
+
+def another_model(record: dict) -> None:
+    record["scored"] = {}
+
+
+@pytest.mark.parametrize("spoil", [halved, swapped, another_seed, another_model])
+def test_scores_that_are_not_those_written_are_refused(here, capsys, spoil):
+    record = ranked("ckpt", "r.json")
+    assert Scores.read("r.json").layers(1)
+    spoil(record)
+    Path("r.json").write_text(json.dumps(record))
+    capsys.readouterr()
+    for command in (
+        ("prune", "ckpt", "out", "--scores", "r.json", "--n", 1),
+        ("heal", "ckpt", "out", "--scores", "r.json", "--n", 1, *LEARNED),
+        ("plot", "r.json", "pictures"),
+    ):
+        line = fails(capsys, *command)
+        assert "r.json does not hold the scores that were written: it was edited or is dam" in line
+    unsigned(record, "r.json")  # of an earlier version: nothing is claimed of it
+    assert Scores.read("r.json").layers(1)
+
+
+def test_layers_of_a_search_that_are_not_those_written_are_refused(here, capsys):
+    record = ranked("ckpt", "r.json", "--method", "sleb", "--n", 2)
+    record["chosen"]["layers"].reverse()
+    Path("r.json").write_text(json.dumps(record))
+    with pytest.raises(ShortGPTError, match="does not hold the scores that were written"):
+        Scores.read("r.json")
+
+
+def test_scores_added_up_and_written_have_a_digest_too(here):
+    ranked("ckpt", "r.json")
+    ranked("ckpt", "s.json", "--seed", 1)
+    both = read_scores("r.json") + read_scores("s.json")
+    write_record("both.json", {"command": "rank", "importance": both.to_dict()})
+    assert read_scores("both.json").n_windows == both.n_windows
+    record = json.loads(Path("both.json").read_text())
+    swapped(record)
+    Path("both.json").write_text(json.dumps(record))
+    with pytest.raises(ShortGPTError, match="does not hold the scores that were written"):
+        read_scores("both.json")
 
 
 def negative_windows(sums):
@@ -176,7 +312,7 @@ def no_angles(sums):
 def test_scores_that_no_model_gives_are_refused(here, capsys, spoil):
     record = ranked("ckpt", "r.json")
     spoil(record["importance"])
-    Path("bad.json").write_text(json.dumps(record))
+    unsigned(record, "bad.json")
     capsys.readouterr()
     for command in (
         ("prune", "ckpt", "out", "--scores", "bad.json", "--n", 1),
@@ -189,7 +325,7 @@ def test_scores_that_no_model_gives_are_refused(here, capsys, spoil):
 @pytest.mark.parametrize("layers", [[True, 2], [-1], [2, 2], "12", None, [1.0]])
 def test_a_search_that_holds_no_layers_is_refused(here, layers):
     record = {"chosen": {"method": "sleb", "layers": layers}, "arguments": {}}
-    Path("bad.json").write_text(json.dumps(record))
+    unsigned(record, "bad.json")
     with pytest.raises(ShortGPTError, match="bad.json holds no layers that a search chose: "):
         Scores.read("bad.json")
 
@@ -218,7 +354,7 @@ def test_prune_says_what_the_scores_do_not_settle(here, capsys):
 
     def said(n: int, method: str, **changes: object) -> str:
         content = {**record, "settled": {**verdict, **changes}}
-        Path("r.json").write_text(json.dumps(content))
+        unsigned(content, "r.json")
         capsys.readouterr()
         run(
             "prune",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import json
 import math
 
 import pytest
@@ -99,12 +100,16 @@ def test_every_wrapper_is_scored_tried_and_cut_by_the_same_calls(name, wrappers)
 def test_a_state_belongs_to_weights_configuration_and_place(wrappers):
     """These names and values stand in the states of earlier runs, which are to be continued."""
     for name, settings in (
-        ("llama", lambda s: s.decoder.model.params),
-        ("hf", lambda s: s.model.config),
-        ("streamed", lambda s: s.stream.params),
+        ("llama", lambda s: vars(s.decoder.model.params)),
+        ("hf", lambda s: json.loads(s.model.config.to_json_string())),
+        ("streamed", lambda s: vars(s.stream.params)),
     ):
         short = wrappers[name]
-        text = str(settings(short)).encode()
+        harmless = {"max_batch_size", "max_seq_len", "transformers_version", "use_cache"}
+        harmless |= {"architectures", "bos_token_id", "eos_token_id", "initializer_range", "dtype"}
+        harmless |= {"vocab_size"} if name != "hf" else set()
+        entries = {k: v for k, v in sorted(settings(short).items()) if k not in harmless}
+        text = json.dumps(entries).encode()
         assert short.identity() == {
             "dtype": "torch.float32",
             "device": "cpu",
@@ -124,6 +129,22 @@ def test_another_model_has_another_identity():
     assert {k for k, v in identity(1).items() if v != first[k]} == {"weights"}
     shaped = identity(0, norm_eps=1e-6)
     assert {k for k, v in shaped.items() if v != first[k]} == {"configuration"}
+
+
+def test_entries_that_compute_nothing_belong_to_no_identity():
+    def identity(**entries: object) -> dict[str, object]:
+        sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+        sizes |= {"vocab_size": 32, "intermediate_size": 48}
+        torch.manual_seed(0)
+        return ShortHFModel(LlamaForCausalLM(LlamaConfig(**sizes, **entries))).identity()
+
+    first = identity()
+    assert identity(use_cache=False, name_or_path="/moved", eos_token_id=7) == first
+    assert identity(rope_parameters={"rope_type": "default", "rope_theta": 5e5}) != first
+    llama = ShortLlama(Llama(make_transformer(), CharTokenizer()))
+    before = llama.identity()
+    llama.decoder.model.params.max_batch_size = 7  # a limit of the run
+    assert llama.identity() == before
 
 
 def test_layers_within_a_ratio_are_those_that_the_scores_give(wrappers):

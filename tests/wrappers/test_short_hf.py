@@ -415,12 +415,22 @@ def test_texts_to_continue_are_a_list_of_some_tokens(directory):
         ({"device_map": "nowhere"}, "cannot be loaded: .*nowhere"),
         ({"no_such_option": 3}, "cannot be loaded: .*no_such_option"),
         ({"layers_path": "model.h"}, r"model\.h is no list of layers of LlamaForCausalLM"),
+        ({"layers_path": 9}, r"layers_path = 9: expected where .* remove is n_prune_layers=\.\.\."),
     ],
 )
 def test_wrong_options_get_one_line(directory, options, message):
     with pytest.raises(ValueError, match=message) as caught:
         ShortHFModel(str(directory), **options)
     assert "\n" not in str(caught.value)
+
+
+def test_a_number_in_the_place_of_the_layers_path_is_told_before_a_model_is_loaded(directory):
+    with pytest.raises(ValueError, match="layers_path = 9: expected where the layers are, as in"):
+        ShortHFModel("nowhere/at-all", 9)
+    model = ShortHFModel(str(directory)).model
+    for wrong in (9, True, ["model.layers"]):
+        with pytest.raises(ValueError, match="layers_path = "):
+            ShortHFModel(model, wrong)
 
 
 def test_where_the_files_are_from_holds_for_the_tokenizer_too(directory, monkeypatch):

@@ -1,0 +1,144 @@
+"""Weights and configs that a model may come with, through the commands: read, or one line."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from commands import fails, run
+from conftest import BYTE_VOCAB, make_transformer, save_checkpoint, write_byte_tokenizer
+from safetensors.torch import load_file, save_file
+
+from llama.checkpoint.pth import Shard
+from short_gpt import ShortGPTError, ShortLlama, convert
+
+pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
+CUT = ("--layers", 1)
+HEAL = ("--data", "book.txt", "--eval_data", "held.txt", "--size", 16, "--max_windows", 8)
+WEIGHT = "layers.2.feed_forward.w2.weight"
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    for seed, name in enumerate(("book.txt", "held.txt")):
+        Path(name).write_text("".join(random.Random(seed).choices("etaoin shr", k=600)))
+    model = make_transformer(vocab_size=BYTE_VOCAB, n_layers=4)
+    write_byte_tokenizer(save_checkpoint(Path("ckpt"), model))
+    return tmp_path
+
+
+def told(capsys, *argv: object) -> str:
+    """Runs a command that must exit with 1 and, below its bars, one line; returns the line."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run(*argv)
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 1 and line.startswith("short-gpt: ")
+    return line
+
+
+def stored(change: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """Stores one weight of the checkpoint otherwise; returns it."""
+    weights = torch.load("ckpt/consolidated.00.pth")
+    weights[WEIGHT] = change(weights[WEIGHT])
+    torch.save(weights, "ckpt/consolidated.00.pth")
+    return weights[WEIGHT]
+
+
+def test_a_tensor_without_values_is_refused(here, capsys):
+    stored(lambda weight: torch.empty_like(weight, device="meta"))
+    for command in (
+        ("rank", "ckpt", "--data", "book.txt", "--size", 16),
+        ("rank", "ckpt", "--data", "book.txt", "--size", 16, "--stream"),
+        ("prune", "ckpt", "out", *CUT),
+        ("convert", "ckpt", "out"),
+        ("convert", "ckpt", "out", "--shards", 2),
+        ("convert", "ckpt", "out.gguf"),
+    ):
+        line = fails(capsys, *command)
+        assert f"{WEIGHT} in ckpt/consolidated.00.pth is on the device meta, where tens" in line
+        assert not Path("out").exists() and not Path("out.gguf").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda w: w[:1].expand(w.shape),
+        lambda w: w.mean().expand(w.shape),
+        lambda w: w.T.contiguous().T,
+    ],
+    ids=["a row for all", "one number for all", "transposed"],
+)
+def test_a_tensor_that_is_no_block_of_the_file_is_read_and_written(here, capsys, change):
+    weight = stored(change)
+    read = Shard(Path("ckpt/consolidated.00.pth")).read(WEIGHT)
+    assert torch.equal(read, weight) and read.is_contiguous()
+    windows = [[*b"hello world"]]
+    found = []
+    for stream in (False, True):
+        short = ShortLlama.from_checkpoint("ckpt", max_seq_len=16, stream=stream, device="cpu")
+        short.measure(windows, progress=False)
+        found.append(short.importances)
+    assert torch.allclose(*found, rtol=1e-5)
+    for number, stream in enumerate(((), ("--stream",))):
+        run("heal", "ckpt", f"healed{number}", *CUT, *HEAL, *stream)
+        assert Shard(Path(f"healed{number}/consolidated.00.pth")).infos
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("model", ["ckpt", "hf"])
+def test_a_weight_that_is_no_number_is_told_where_a_proof_needs_one(here, capsys, model, value):
+    convert("ckpt", "hf")
+
+    def spoil(weight: torch.Tensor) -> torch.Tensor:
+        weight[0, 0] = value
+        return weight
+
+    stored(spoil)
+    weights = load_file("hf/model.safetensors")
+    spoil(weights["model.layers.2.mlp.down_proj.weight"])
+    save_file(weights, "hf/model.safetensors", {"format": "pt"})
+    for command, name in (
+        (("prune", model, "out", *CUT, "--verify"), f"{model} without [1]"),
+        (("convert", model, "out", "--verify"), model),
+    ):
+        line = told(capsys, *command)
+        assert f"{name} gives NaN or infinite logits, which prove nothing of a copy" in line
+        assert "or leave the proof out (--verify no)" in line and not Path("out").exists()
+    run("prune", model, "out", *CUT, "--verify", "no")
+
+
+@pytest.mark.parametrize(
+    "entry", [{"eos_token_id": 1e30}, {"pad_token_id": 1e30}, {"min_length": 1e30}, {"top_k": "x"}]
+)
+def test_a_generation_config_that_cannot_be_used_is_told(here, capsys, entry):
+    convert("ckpt", "hf")
+    path = Path("hf/generation_config.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | entry))
+    line = told(capsys, "prune", "hf", "out", *CUT)
+    assert "hf cannot generate by its generation_config.json: " in line
+    assert "correct the file, or take it away" in line and not Path("out").exists()
+    path.unlink()
+    run("prune", "hf", "out", *CUT)
+
+
+def test_other_failures_are_not_laid_on_the_generation_config(here):
+    from short_gpt import ShortHFModel
+
+    convert("ckpt", "hf")
+    short = ShortHFModel("hf")
+    own = short.model.generation_config
+
+    def broken(*_: object, **__: object) -> None:
+        raise ValueError("of another cause")
+
+    short.model.generate = broken
+    with pytest.raises(ValueError, match="of another cause") as error:
+        short.greedy([3, 4], 2)
+    assert not isinstance(error.value, ShortGPTError)
+    assert short.model.generation_config is own
