@@ -1667,7 +1667,7 @@ PROOFS = (
         IMPORTANCE,
         (
             (
-                "into.add(scores, [text_of(window) for window in batch])",
+                "into.add(scores, [None if text is None else first_text + text for text in texts])",
                 "into.add(scores)",
                 "test_texts_are_the_samples_where_there_are_several",
             ),

@@ -32,6 +32,19 @@ def with_windows(texts: Texts | None, of: Sequence[int | None], sums: Tensor) ->
     return found
 
 
+def next_number(texts: Texts | None) -> int:
+    """The first number that is above those of all texts."""
+    return max(texts or (), default=-1) + 1
+
+
+def apart(first: Texts | None, second: Texts | None) -> Texts | None:
+    """The sums of both, whose texts are different ones: the second's get numbers of their own."""
+    if first is None or second is None:
+        return None
+    start = next_number(first)
+    return {**first, **{start + text: own for text, own in second.items()}}
+
+
 def merged(parts: Sequence[Texts | None]) -> Texts | None:
     """The sums of all parts, such as those of several replicas; the same number is one text."""
     found: dict[int, Tensor] = {}

@@ -15,6 +15,7 @@ from torch import Tensor
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.scoring.clusters import (
     Texts,
+    apart,
     error_over_texts,
     from_json,
     merged,
@@ -38,8 +39,9 @@ from short_gpt.scoring.order import best_block, lowest
 class Importance:
     """Block Influence, angular distances and further scores of a model's layers.
 
-    Plain data that knows no model: two of them add up (`+`), and `to_dict` / `from_dict` keep
-    every digit. Sums are float64, on the CPU. A window is one sequence that the model read.
+    Plain data that knows no model: two of them add up (`+`, or `merge` for parts of one reading),
+    and `to_dict` / `from_dict` keep every digit. Sums are float64, on the CPU. A window is one
+    sequence that the model read.
 
     The windows fall alternately into two halves, whose agreement tells how settled the ranking
     is. Standard errors take the texts as samples where there are several, else the windows, as if
@@ -97,7 +99,8 @@ class Importance:
 
         Args:
             scores: of B windows.
-            texts: numbers of the texts that they were cut from; None where that is not known.
+            texts: numbers of the texts that they were cut from; None where that is not known. A
+                number that these sums hold already is the same text.
         """
         new = {f.name: getattr(scores, f.name).cpu().double() for f in fields(scores)}
         tokens, influence, angles = (new[n] for n in ("tokens", "influence", "angles"))
@@ -121,10 +124,25 @@ class Importance:
         vars(self).update(changed)
 
     def __add__(self, other: Importance) -> Importance:
+        """The scores of both, read from different texts, whose numbers may be the same.
+
+        A text that was read for both counts as two, and the error is then too small.
+        """
+        return self._sum(other, apart(self.texts, other.texts))
+
+    def merge(self, other: Importance) -> Importance:
+        """The scores of both, where the same number is the same text.
+
+        For parts of one reading, such as two machines' shares of the windows of one call of
+        `data.windows`.
+        """
+        return self._sum(other, merged([self.texts, other.texts]))
+
+    def _sum(self, other: Importance, texts: Texts | None) -> Importance:
         if self.layers != other.layers:
             raise ShortGPTError(f"scores of layers {self.layers} and {other.layers} do not add up")
         sums = {name: getattr(self, name) + getattr(other, name) for name in SUMS}
-        return Importance(self.layers, **sums, texts=merged([self.texts, other.texts]))
+        return Importance(self.layers, **sums, texts=texts)
 
     @property
     def n_windows(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import scipy.stats
@@ -12,16 +13,20 @@ from conftest import make_transformer, random_windows, zero_layer
 from families import make
 from torch import Tensor
 
+from short_gpt import ShortLlama
 from short_gpt.data.windows import Window
 from short_gpt.evaluation.sampling import Sample, sampling_error
 from short_gpt.models.decoder import pad
 from short_gpt.models.hf import HFDecoder
 from short_gpt.models.meta import MetaDecoder
 from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.state import StateFile
 from short_gpt.scoring.hooks import LayerHooks, Scores, score
 from short_gpt.scoring.importance import Importance
 from short_gpt.scoring.measuring import measure
 from short_gpt.scoring.metrics import angular_distance, angular_distances, block_influence
+from short_gpt.scoring.run import ScoringRun
+from short_gpt.scoring.state import RunState
 
 
 def stored_states(model, window: list[int]) -> list[Tensor]:
@@ -240,7 +245,7 @@ def test_sums_of_texts_add_up_survive_json_and_are_not_known_of_older_files():
     cut, decoder = of_texts([0, 1, 0, 2, 1], [9] * 5), MetaDecoder(make_transformer())
     whole = measure(decoder, [[w] for w in cut])
     parts = [measure(decoder, [[w] for w in part]) for part in (cut[:2], cut[2:])]
-    both = parts[0] + parts[1]
+    both = parts[0].merge(parts[1])  # of one reading: the same number is the same text
     assert list(both.texts) == [0, 1, 2] and torch.allclose(both.margin, whole.margin, rtol=1e-9)
     content = json.loads(json.dumps(whole.to_dict()))
     again = Importance.from_dict(content)
@@ -251,6 +256,82 @@ def test_sums_of_texts_add_up_survive_json_and_are_not_known_of_older_files():
     content["texts"]["sums"][0][0] += 0.5
     with pytest.raises(ValueError, match="texts has no different numbers of texts with sums of"):
         Importance.from_dict(content)
+
+
+def two_readings() -> tuple[list[Window], list[Window]]:
+    """Two texts in each of two calls, whose numbers begin at 0 in both."""
+    cut = of_texts([0, 1, 0, 1, 0, 1], [8, 12, 9, 5, 11, 10])
+    return cut[:3], cut[3:]
+
+
+def as_one_reading() -> list[Window]:
+    """The same windows as four texts of one call."""
+    first, second = two_readings()
+    return [*first, *(Window(w, w.text + 2) for w in second)]
+
+
+READINGS = {
+    "measure into": lambda d, one, two: measure(d, [two], into=measure(d, [one])),
+    "sum": lambda d, one, two: measure(d, [one]) + measure(d, [two]),
+    "sum the other way round": lambda d, one, two: measure(d, [two]) + measure(d, [one]),
+    "saved scores": lambda d, one, two: (
+        Importance.from_dict(measure(d, [one]).to_dict())
+        + Importance.from_dict(measure(d, [two]).to_dict())
+    ),
+    "wrapper": lambda d, one, two: by_wrapper(one, two),
+    "run": lambda d, one, two: by_runs(d, one, two),
+}
+
+
+def by_wrapper(*readings: list[Window]) -> Importance:
+    short = ShortLlama(SimpleNamespace(model=make_transformer()))
+    for windows in readings:
+        short.measure(windows, progress=False)
+    return short.importance
+
+
+def by_runs(decoder: MetaDecoder, *readings: list[Window]) -> Importance:
+    sums = Importance.empty(range(5))
+    for windows in readings:
+        run = ScoringRun(decoder, sums)
+        run.read(windows)
+        sums = run.into
+    return sums
+
+
+@pytest.mark.parametrize("way", READINGS)
+def test_texts_of_two_calls_are_different_texts(way):
+    decoder = MetaDecoder(make_transformer())
+    found = READINGS[way](decoder, *two_readings())
+    expected = measure(decoder, [as_one_reading()])
+    assert found.n_texts == 4 and found.degrees == pytest.approx(expected.degrees)
+    assert torch.allclose(found.standard_error, expected.standard_error, rtol=1e-6)
+    assert torch.allclose(found.block_influence, expected.block_influence, rtol=1e-6)
+
+
+def test_equal_numbers_merged_would_hide_half_of_the_error():
+    """Two texts of either call that differ within it as the other call's do the other way round."""
+    sums = [Importance.empty(range(1)) for _ in range(2)]
+    for own, values in zip(sums, ([[0.1], [0.3]], [[0.32], [0.1]]), strict=True):
+        own.add(scores_of(torch.ones(2), torch.tensor(values)), [0, 1])
+    apart, as_one = sums[0] + sums[1], sums[0].merge(sums[1])
+    means = torch.tensor([0.1, 0.3, 0.32, 0.1])
+    assert (apart.n_texts, as_one.n_texts) == (4, 2)
+    assert float(apart.standard_error) == pytest.approx(float(means.std() / 2), rel=1e-6)
+    assert float(as_one.standard_error) == pytest.approx(0.005, rel=1e-5)  # (0.21 - 0.2) / 2
+
+
+def test_a_run_that_continues_reads_the_same_texts(tmp_path):
+    cut, decoder = of_texts([0, 1, 0, 2, 1, 2], [9] * 6), MetaDecoder(make_transformer())
+    state = RunState(StateFile(tmp_path / "state", {}))
+    ScoringRun(decoder, Importance.empty(range(5)), state=state).read(state.unread(cut[:3], 0))
+    state = RunState(StateFile(tmp_path / "state", {}))
+    sums = state.sums(range(5))
+    run = ScoringRun(decoder, sums, state=state)
+    run.read(state.unread(cut, sums.n_windows))
+    assert run.into.n_texts == 3
+    expected = measure(decoder, [cut]).standard_error
+    assert torch.allclose(run.into.standard_error, expected, rtol=1e-6)
 
 
 def test_agreement_of_halves():
