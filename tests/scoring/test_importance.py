@@ -21,10 +21,16 @@ from short_gpt.models.hf import HFDecoder
 from short_gpt.models.meta import MetaDecoder
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.state import StateFile
-from short_gpt.scoring.hooks import LayerHooks, Scores, score
+from short_gpt.scoring import hooks as scoring_hooks
+from short_gpt.scoring.hooks import LayerHooks, Scores, hooked, score
 from short_gpt.scoring.importance import Importance
 from short_gpt.scoring.measuring import measure
-from short_gpt.scoring.metrics import angular_distance, angular_distances, block_influence
+from short_gpt.scoring.metrics import (
+    angular_distance,
+    angular_distances,
+    block_influence,
+    norms,
+)
 from short_gpt.scoring.run import ScoringRun
 from short_gpt.scoring.state import RunState
 
@@ -538,6 +544,65 @@ def test_a_state_that_is_written_over_is_forgotten():
     state.mul_(0.5)  # in place: the same object with other squares
     hooks.after(torch.nn.Identity(), (state,), {}, 3 * state)
     assert hooks.scores().influence[0, 1].abs() < 1e-5
+
+
+class Stream(torch.nn.Module):
+    """Three layers, between which the model changes the stream: in place, or in a new tensor."""
+
+    def __init__(self, change, *, inference: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = torch.nn.ModuleList(Residual() for _ in range(3))
+        self.change, self.inference = change, inference
+
+    def forward(self, tokens):
+        with torch.inference_mode(self.inference), torch.no_grad():
+            h = torch.nn.functional.one_hot(tokens, 32).float() + 0.1
+            for layer in self.layers:
+                h = self.change(layer(h))
+
+
+class Residual(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(32, 32)
+
+    def forward(self, h):
+        return h + self.linear(h)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize(
+    ("in_place", "anew"),
+    [
+        (lambda h: h.mul_(0.5), lambda h: h * 0.5),
+        (lambda h: h.add_(torch.linspace(-1, 1, 32)), lambda h: h + torch.linspace(-1, 1, 32)),
+        (lambda h: h[..., 1:].zero_() is not None and h, lambda h: h * (torch.arange(32) < 1)),
+    ],
+    ids=["scaled", "shifted", "a part of it"],
+)
+def test_a_stream_that_is_changed_in_place_between_layers_scores_as_one_changed_anew(
+    in_place, anew, inference
+):
+    tokens = torch.tensor(random_windows(2, 6)) % 32
+    mask = torch.tensor([[True] * 6, [True] * 4 + [False] * 2])
+    found = []
+    for change in (in_place, anew):
+        model = Stream(change, inference=inference)
+        with hooked(model.layers, mask, all_tokens=True) as hooks:
+            model(tokens)
+        found.append(hooks.scores())
+    for name in vars(found[0]):
+        ours, expected = (getattr(scores, name) for scores in found)
+        assert torch.allclose(ours, expected, rtol=1e-5, atol=1e-6, equal_nan=True), name
+
+
+def test_norms_are_computed_once_for_a_stream_that_nothing_changes(monkeypatch):
+    model, counted = Stream(lambda h: h), []
+    monkeypatch.setattr(scoring_hooks, "norms", lambda x: counted.append(1) or norms(x))
+    with hooked(model.layers, torch.ones(1, 4, dtype=torch.bool)):
+        model(torch.tensor([[1, 2, 3, 4]]))
+    assert len(counted) == 1 + 2 * 3  # of the first state, then of every state and change
 
 
 class Writing(torch.nn.Module):
