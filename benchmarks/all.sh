@@ -59,6 +59,7 @@ EOF
 script scoring scoring --repeats 20
 script greedy greedy --count 1 --size 256 --repeats 3
 script stopping stopping --windows 600 --scores stopping_windows.npz
+script coverage coverage
 script stopping_adversarial stopping --adversarial
 script streaming streaming
 script reproduce_7b reproduce_7b

@@ -74,6 +74,27 @@ def covered() -> list[str]:
     return [row(k, *(f"{found[f'{n} windows, {k}']:.0%}" for n in counts)) for k in kinds]
 
 
+def intervals() -> list[str]:
+    """How often intervals of 95% hold, and their one-sided ends, in simulated texts."""
+    return covering(result("coverage"))
+
+
+def covering(found: dict) -> list[str]:
+    """A row for every kind of texts: the least of all numbers of texts, before and now."""
+    return [_least(kind, list(own.values())) for kind, own in found["kinds"].items()]
+
+
+def _least(kind: str, cases: list[dict]) -> str:
+    ends = [
+        f"{min(min(case[rule][end] for end in ends) for case in cases):.1%}"
+        for ends in (("two_sided",), ("upper", "lower"))
+        for rule in ("former", "cr2", "new")
+    ]
+    wider = [case["new"]["width"] / case["former"]["width"] for case in cases]
+    without = max(case["no_interval"] for case in cases)
+    return row(kind, *ends, f"{min(wider):.2f} to {max(wider):.2f}", f"{without:.1%}")
+
+
 def tasks(count: int) -> list[str]:
     """Tasks, perplexities and completions with so many layers less, and what each lost."""
     names = ["whole", *(f"{count} less{healing}" for healing in HEALINGS)]

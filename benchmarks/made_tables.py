@@ -246,6 +246,8 @@ HEALINGS += "| greedy search, 4 less | greedy search, 8 less |"
 HEALED = "| {} | held-out chapters | WikiText-2, second half | novels |"
 CROSSED = "| {}, chosen on | bible | wikitext | novels | questions | code |"
 RULED = "| the rule with | trusted, harmless | trusted, harmful | not, harmless | not, harmful |"
+COVERED = "| texts | two-sided, before | CR2 | now | one-sided, before | CR2 | now "
+COVERED += "| times as wide | no interval |"
 # The head of every table that is filled, by its page, and what makes its rows.
 DRAFTED = "| tokens of a draft | 4 less: accepted | 8 less: accepted | 4 less: tokens a pass "
 DRAFTED += "| 8 less: tokens a pass |"
@@ -274,6 +276,7 @@ TABLES: dict[str, dict[str, Callable[[], list[str]]]] = {
         RULED: evidence.ruled,
         "| scores of two texts | 6 windows | 12 windows | 24 windows |": evidence.covered,
     },
+    "docs/formats.md": {COVERED: evidence.intervals},
     "docs/scaling.md": {
         STOPPED: stopping,
         "| what misleads | wrong, of early stops | of all runs | stopped early |": attacked,

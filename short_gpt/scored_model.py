@@ -122,6 +122,9 @@ class ScoredModel(ModelRecord, ScoresView, ABC):
     ) -> Verdict | None:
         """Scores windows of token ids, by both papers in one pass; adds to the scores so far.
 
+        Windows of different texts in one call are told apart, and so are the texts of two calls. A
+        text that is read again counts as another one, and the standard errors are then too small.
+
         Args:
             windows, batch_size: token ids, at most ``max_seq_len`` each, and how many at once.
             total, progress: windows for a bar (``len(windows)`` if known), and whether to show it.

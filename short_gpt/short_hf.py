@@ -20,7 +20,7 @@ from short_gpt.checkpoints.gguf_save import save_gguf
 from short_gpt.checkpoints.provenance import Provenance
 from short_gpt.checkpoints.save import save_as_meta, save_hf
 from short_gpt.checkpoints.verify import check_same, copy_weights, fingerprint, one_by_one
-from short_gpt.data.windows import Window, windows
+from short_gpt.data.windows import windows
 from short_gpt.evaluation.harness import hugging_face_lm
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.models.computation import config_entries
@@ -127,9 +127,7 @@ class ShortHFModel(ShortModel):
             self.measure([self._continue(i, max_gen_len, temperature, top_p) for i in ids])
             return
         cut = windows(prompts, self.encode, size=max_seq_len, stride=stride, tail="keep")
-        # other texts than an earlier call's
-        before = max(self.importance.texts or (), default=-1) + 1
-        self.measure([Window(w, w.text + before, w.start) for w in cut], progress=False)
+        self.measure([*cut], progress=False)
 
     def generate(
         self,

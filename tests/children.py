@@ -98,8 +98,9 @@ def of_division(mp: int, folder: Path, given: dict) -> dict[object, object]:
 
 
 def of_texts(short: ShortLlama, windows: list[list[int]]) -> dict[str, object]:
-    """Scores of windows that come from three texts in turn."""
-    short.measure([Window(w, i % 3) for i, w in enumerate(windows)], progress=False)
+    """Scores of windows that come from three texts in turn, then of three other texts."""
+    for part in (windows[:5], windows[5:]):
+        short.measure([Window(w, i % 3) for i, w in enumerate(part)], progress=False)
     return short.importance.to_dict()
 
 

@@ -97,13 +97,13 @@ SCORING = (
                 "test_ragged_padded_batches_equal_single_windows",
             ),
             (
-                "known = self._norms if state is self._state else None",
-                "known = self._norms",
+                "version = version_of(state) if state is self._state else None",
+                "version = version_of(state)",
                 "test_squares_are_computed_anew_where_the_state_is_another",
             ),
             (
-                "self._state, self._norms = result, y_norm",
-                "self._state, self._norms = result, x_norm",
+                "version_of(result), y_norm",
+                "version_of(result), x_norm",
                 "test_scores_equal_those_of_stored_states",
             ),
             (
@@ -133,7 +133,7 @@ SCORING = (
         IMPORTANCE,
         (
             (
-                "student_t(0.975, self.degrees)",
+                "t_quantile(0.975, self.degrees)",
                 "1.0",
                 "tests/report/test_tables.py::test_the_intervals_of_the_ranking_are_95_percent_ones",
             ),
@@ -1222,17 +1222,17 @@ EVALUATION = (
     ),
     Section(
         "short_gpt/evaluation/sampling.py",
-        "tests/healing/test_healing.py",
+        "tests/evaluation/test_sampling.py",
         (
             (
-                "(nats - mean * tokens) ** 2",
-                "(nats - mean * total / count) ** 2",
-                "test_paired_difference_and_its_error",
+                "key = place if known in (None, 1) else int(sample.text or 0)",
+                "key = place",
+                "test_the_error_over_texts_is_the_jackknifes",
             ),
             (
-                "count / (count - 1) * squares",
-                "squares",
-                "test_paired_difference_and_its_error",
+                "degrees_of_freedom(tokens_of))",
+                "len(tokens_of) - 1.0)",
+                "test_where_no_interval_is_honest_it_says_so",
             ),
         ),
     ),
@@ -1517,8 +1517,8 @@ PROOFS = (
         "tests/scoring/test_differences.py",
         (
             (
-                "len(texts) > 1",
-                "len(texts) > 99",
+                "importance.sampling_covariance",
+                "importance.covariance",
                 "test_the_margin_is_that_of_the_difference_over_texts_else_windows",
             ),
             (
@@ -1527,8 +1527,8 @@ PROOFS = (
                 "test_the_margin_is_that_of_the_difference_over_texts_else_windows",
             ),
             (
-                "pair_spread(covariance).sqrt()",
-                "pair_spread(covariance)",
+                "pair_spread(importance.sampling_covariance).sqrt()",
+                "pair_spread(importance.sampling_covariance)",
                 "test_the_margin_is_that_of_the_difference_over_texts_else_windows",
             ),
         ),
@@ -1643,22 +1643,22 @@ PROOFS = (
     ),
     Section(
         "short_gpt/scoring/clusters.py",
-        IMPORTANCE,
+        "tests/scoring/test_clusters.py",
         (
             (
-                "sums.sum(0) / tokens.sum() * tokens",
+                "sums.sum(0) / total * sizes[:, None]",
                 "sums.mean(0)",
-                "test_texts_are_the_samples_where_there_are_several",
+                "test_the_covariance_is_that_of_leaving_out_one_cluster_after_the_other",
             ),
             (
-                "count / (count - 1)",
+                "(count - 1) / count",
                 "1",
-                "test_texts_are_the_samples_where_there_are_several",
+                "test_the_covariance_is_that_of_leaving_out_one_cluster_after_the_other",
             ),
             (
                 "if texts is None or None in of:",
                 "if texts is None:",
-                "test_texts_are_the_samples_where_there_are_several",
+                f"{IMPORTANCE}::test_texts_are_the_samples_where_there_are_several",
             ),
         ),
     ),
@@ -1667,7 +1667,7 @@ PROOFS = (
         IMPORTANCE,
         (
             (
-                "into.add(scores, [text_of(window) for window in batch])",
+                "into.add(scores, [None if text is None else first_text + text for text in texts])",
                 "into.add(scores)",
                 "test_texts_are_the_samples_where_there_are_several",
             ),

@@ -11,6 +11,7 @@ from itertools import product
 from pathlib import Path
 
 import calibration_rule
+import coverage
 import distilled
 import pytest
 import scoring
@@ -42,6 +43,7 @@ from short_gpt.healing import (
 @pytest.mark.parametrize(
     ("script", "first", "arguments"),
     [
+        ("coverage", "case", {}),
         ("greedy", "build", {}),
         ("optimality", "build", {}),
         ("scoring", "load", {}),
@@ -172,6 +174,25 @@ def test_what_is_expected_of_fewer_layers_follows_from_the_bytes(tmp_path):
     assert len(serving.limits([row])) == 0
     row["prompt_ratio"] = {"median": 1.1}
     assert serving.limits([row]) == ["Q4_1 without 2 layers: prompt at 1.10, expected 1.33"]
+
+
+def test_intervals_that_hold_too_seldom_end_the_benchmark_with_1(monkeypatch, capsys):
+    with pytest.raises(SystemExit) as ended:
+        coverage.main(runs=2000)
+    assert ended.value.code == 0
+    assert "all intervals held in at least 93%" in capsys.readouterr().out
+
+    def former(means, sizes):
+        return coverage.liang_zeger(means, sizes), sizes.shape[1] - 1.0 + 0 * means[:, 0]
+
+    monkeypatch.setattr(coverage, "jackknife", former)
+    with pytest.raises(AssertionError):  # it is the library's rule that is judged
+        coverage.main(runs=2000)
+    monkeypatch.setattr(coverage, "same_as_the_library", lambda *_: None)
+    with pytest.raises(SystemExit) as ended:
+        coverage.main(runs=2000)
+    assert ended.value.code == 1
+    assert "MISSED: lognormal, sd 1, alike within a text, 3 texts:" in capsys.readouterr().out
 
 
 def crossed(n: int, harm: float) -> Calibrated:

@@ -27,7 +27,7 @@ def kept_quality(quality: Mapping[str, Perplexity]) -> dict[str, Measured]:
 
 def _error(found: Perplexity) -> dict[str, object]:
     """The interval of a perplexity and what it is over; empty where no error is known."""
-    if found.error is None or found.error.degrees < 1:
+    if found.error is None or not found.error.known:
         return {}
     over = {"windows": found.error.windows, "texts": found.error.texts}
     return {"interval_95": list(found.interval()), **over}

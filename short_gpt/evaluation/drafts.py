@@ -12,6 +12,7 @@ Shapes: S tokens of a prompt, T written behind it, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -78,12 +79,12 @@ class Acceptance:
 
     def to_dict(self) -> dict[str, float | int | None]:
         """All of it, ready for JSON."""
-        known = self.error.degrees > 0
+        alone = math.isnan(self.error.standard_error)
         return {
             "length": self.length,
             "share": self.share,
-            "standard_error": self.error.standard_error if known else None,
-            "reach_95": self.error.reach() if known else None,
+            "standard_error": None if alone else self.error.standard_error,
+            "reach_95": self.error.reach() if self.error.known else None,
             "tokens_per_pass": self.tokens_per_pass,
             **{name: getattr(self, name) for name in ("drafted", "accepted", "passes", "written")},
         }

@@ -22,22 +22,26 @@ class Difference:
         windows: compared.
         texts: that they were cut from, which are the samples if there are several; None if that
             is not known.
+        degrees: of freedom of the standard error, as in `SamplingError`.
     """
 
     nats: float
     standard_error: float
     windows: int
     texts: int | None = None
+    degrees: float = 0.0
 
     @property
     def error(self) -> SamplingError:
         """Of ``nats``."""
-        return SamplingError(self.standard_error, self.windows, self.texts)
+        return SamplingError(self.standard_error, self.windows, self.texts, self.degrees)
 
     def __str__(self) -> str:
+        reach = self.error.no_interval and f"no interval: {self.error.no_interval}"
+        reach = reach or f"95% +- {self.error.reach():.4f}"
         return (
-            f"{self.nats:+.4f} nats a token (standard error {self.standard_error:.4f}, 95% +- "
-            f"{self.error.reach():.4f}): perplexity x {exp(self.nats):.4f}; paired over "
+            f"{self.nats:+.4f} nats a token (standard error {self.standard_error:.4f}, "
+            f"{reach}): perplexity x {exp(self.nats):.4f}; paired over "
             f"{self.error.over}"
         )
 
@@ -86,4 +90,4 @@ def difference(first: Sequence[Perplexity], second: Sequence[Perplexity]) -> Dif
     ]
     mean = sum(c.nats for c in changes) / sum(c.tokens for c in changes)
     error = sampling_error(changes)
-    return Difference(mean, error.standard_error, error.windows, error.texts)
+    return Difference(mean, **vars(error))

@@ -78,7 +78,7 @@ class Perplexity:
         """The value, what it was computed from and its error, ready for JSON."""
         found: dict[str, object] = {"perplexity": self.value, "nats": self.nats}
         found |= {"tokens": self.tokens, "windows": self.windows}
-        if self.error is None or self.error.degrees < 1:
+        if self.error is None or not self.error.known:
             return found
         found |= {"texts": self.error.texts, "standard_error": self.error.standard_error}
         return found | {"interval_95": list(self.interval())}

@@ -10,7 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from short_gpt.scoring.metrics import student_t
+import torch
+
+from short_gpt.scoring.clusters import degrees_of_freedom, ratio_covariance
+from short_gpt.scoring.metrics import LEAST_DEGREES, t_quantile
 
 
 class Sample(NamedTuple):
@@ -35,16 +38,14 @@ class SamplingError:
         standard_error: of the mean, in nats a token; NaN for a single unit.
         windows: read.
         texts: that they were cut from; None if that is not known.
+        degrees: of freedom: texts less 1 where all have as many tokens, else fewer, as in
+            `clusters.degrees_of_freedom`; of windows where there are not several texts.
     """
 
     standard_error: float
     windows: int
     texts: int | None
-
-    @property
-    def degrees(self) -> int:
-        """Of freedom: texts less 1, or windows less 1 where there are not several texts."""
-        return (self.windows if self.texts in (None, 1) else int(self.texts or 0)) - 1
+    degrees: float = 0.0
 
     def reach(self, confidence: float = 0.95, *, sides: int = 2) -> float:
         """How far from the mean the truth may be, in nats a token, by Student's t.
@@ -52,11 +53,29 @@ class SamplingError:
         Args:
             confidence: that it is no farther, above 0.5 and below 1.
             sides: 2, or 1 where only one direction counts.
+
+        Returns:
+            NaN where the samples are too few or too unequal to tell, see `no_interval`.
         """
-        if self.degrees < 1:
-            return math.nan
-        share = 1 - (1 - confidence) / sides
-        return student_t(share, self.degrees) * self.standard_error
+        return t_quantile(1 - (1 - confidence) / sides, self.degrees) * self.standard_error
+
+    @property
+    def known(self) -> bool:
+        """Whether `reach` is."""
+        return self.degrees >= LEAST_DEGREES
+
+    @property
+    def no_interval(self) -> str:
+        """Why there is no interval, in words; empty if there is one."""
+        if self.known:
+            return ""
+        by_window = self.texts is None or self.texts == 1
+        unit, count = ("window", self.windows) if by_window else ("text", self.texts)
+        if count == 1:
+            return f"one {unit} tells nothing of others"
+        if count == 2:
+            return f"two {unit}s tell too little of others"
+        return f"one of the {count} {unit}s has nearly all tokens and tells too little of others"
 
     @property
     def over(self) -> str:
@@ -69,13 +88,10 @@ class SamplingError:
 
 
 def sampling_error(samples: Sequence[Sample]) -> SamplingError:
-    """The standard error of sum nats / sum tokens.
+    """The standard error of sum nats / sum tokens, a ratio of totals of clusters of unequal sizes.
 
-    With N and T the sums of a unit's nats and tokens, m = sum N / sum T and G units, it is
-    sqrt(G / (G - 1) sum (N - m T)^2) / sum T: that of a ratio of totals of clusters of unequal
-    sizes (Cochran, Sampling Techniques, 3rd edition, chapter 9A), and the cluster-robust one of
-    the mean weighted by tokens (Liang and Zeger 1986). A unit is a text, or a window where all
-    are of one text or the texts are not known.
+    The clusters are texts, or windows where all are of one text or the texts are not known. The
+    error is the jackknife's over them, as in `clusters.ratio_covariance`.
 
     Args:
         samples: of all windows, at least one token in all.
@@ -87,8 +103,6 @@ def sampling_error(samples: Sequence[Sample]) -> SamplingError:
         key = place if known in (None, 1) else int(sample.text or 0)
         nats, tokens = units.get(key, (0.0, 0))
         units[key] = nats + sample.nats, tokens + sample.tokens
-    count, total = len(units), sum(tokens for _, tokens in units.values())
-    mean = sum(nats for nats, _ in units.values()) / total
-    squares = sum((nats - mean * tokens) ** 2 for nats, tokens in units.values())
-    error = math.sqrt(count / (count - 1) * squares) / total if count > 1 else math.nan
-    return SamplingError(error, len(samples), known)
+    nats_of, tokens_of = torch.tensor([*units.values()], dtype=torch.float64).T  # (G,) each
+    error = math.sqrt(ratio_covariance(nats_of[:, None], tokens_of).item())
+    return SamplingError(error, len(samples), known, degrees_of_freedom(tokens_of))

@@ -36,7 +36,7 @@ def ranking(
     rows += [
         "",
         f"{importance.n_windows:,} windows, {importance.n_tokens:,} tokens; {_halves(importance)}",
-        f"±: over {_samples(importance)}",
+        f"±: {_samples(importance)}",
     ]
     if n is not None and method not in ("bi", "angular"):
         rows.append(f"{METHODS[method]}: {chosen}")
@@ -84,7 +84,10 @@ def choices(importance: Importance, n: int | None) -> list[str]:
 def _samples(importance: Importance) -> str:
     """What the margins are over, and what they do not cover."""
     texts = importance.n_texts
-    over = SamplingError(math.nan, importance.n_windows, texts).over
+    error = SamplingError(math.nan, importance.n_windows, texts, importance.degrees)
+    if error.no_interval:
+        return f"no interval: {error.no_interval}"
+    over = f"over {error.over}"
     return over if texts is not None and texts > 1 else f"{over}; too small where they overlap"
 
 
@@ -113,8 +116,8 @@ def _intervals(found: Sequence[Perplexity]) -> list[str]:
     error = found[0].error
     if error is None:
         return []
-    if error.degrees < 1:
-        return ["no interval: one window tells nothing of others"]
+    if error.no_interval:
+        return [f"no interval: {error.no_interval}"]
     ends = ["{:.3f} to {:.3f}".format(*p.interval()) for p in found]
     return [f"95%: {'; '.join(ends)}", f"over {error.over}"]
 
@@ -128,9 +131,10 @@ def drafts(found: Sequence[Acceptance]) -> str:
         for a in found
     ]
     error = found[0].error
-    over = "±: over one prompt alone: not known"
-    if error.degrees > 0:
-        over = f"±: over {error.over.replace('windows', 'prompts')}"
+    over = f"±: over {error.over}"
+    if error.no_interval:
+        over = f"±: no interval: {error.no_interval}"
+    over = over.replace("window", "prompt")
     return "\n".join(
         [*rows, "", f"{found[0].written:,} tokens of the whole model's greedy text", over]
     )

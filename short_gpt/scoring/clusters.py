@@ -5,6 +5,7 @@ Shapes: L layers. A text's sums are those of influence of every layer, then its 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -32,6 +33,19 @@ def with_windows(texts: Texts | None, of: Sequence[int | None], sums: Tensor) ->
     return found
 
 
+def next_number(texts: Texts | None) -> int:
+    """The first number that is above those of all texts."""
+    return max(texts or (), default=-1) + 1
+
+
+def apart(first: Texts | None, second: Texts | None) -> Texts | None:
+    """The sums of both, whose texts are different ones: the second's get numbers of their own."""
+    if first is None or second is None:
+        return None
+    start = next_number(first)
+    return {**first, **{start + text: own for text, own in second.items()}}
+
+
 def merged(parts: Sequence[Texts | None]) -> Texts | None:
     """The sums of all parts, such as those of several replicas; the same number is one text."""
     found: dict[int, Tensor] = {}
@@ -43,28 +57,68 @@ def merged(parts: Sequence[Texts | None]) -> Texts | None:
     return found
 
 
-def error_over_texts(texts: Texts) -> Tensor:
-    """The standard error of the mean of every layer over all tokens, (L,), of two texts or more."""
-    return covariance_over_texts(texts).diagonal().clamp(min=0).sqrt()
-
-
 def covariance_over_texts(texts: Texts) -> Tensor:
-    """Covariance of the means of all layers over all tokens, texts being the samples.
+    """Covariance of the means of all layers over all tokens, (L, L); texts are the samples."""
+    each = torch.stack(list(texts.values()))  # (G, L + 1)
+    return ratio_covariance(each[:, :-1], each[:, -1])
 
-    With S the sums of a text, t its tokens and G texts, it is G / (G - 1) sum (S - m t) (S - m t)^T
-    / (sum t)^2; its diagonal is that of `evaluation.sampling.sampling_error`, a ratio of totals of
-    clusters.
+
+def degrees_over_texts(texts: Texts) -> float:
+    """The degrees of freedom of `covariance_over_texts`."""
+    return degrees_of_freedom(torch.tensor([float(own[-1]) for own in texts.values()]))
+
+
+def ratio_covariance(sums: Tensor, sizes: Tensor) -> Tensor:
+    """The jackknife's covariance of ratios of totals, sum S / sum t, over samples of clusters.
+
+    Without cluster g, the ratios m are those of all less r / (T (1 - p)), with r = S - m t of this
+    cluster, T = sum t and p = t / T its share. So it is (G - 1) / G sum r r^T / (1 - p)^2 / T^2,
+    which of clusters of one size is G / (G - 1) sum r r^T / T^2. Where one text is much longer
+    than others, the latter is too small, as the ratio follows that text (CR3 in Bell and
+    McCaffrey, Survey Methodology 28, 2002).
 
     Args:
-        texts: at least two.
+        sums: of every cluster, (G, L), float64.
+        sizes: what they are divided by, (G,); those of size 0 count for nothing.
 
     Returns:
-        (L, L).
+        (L, L); NaN for fewer than two clusters.
     """
-    each = torch.stack(list(texts.values()))  # (G, L + 1)
-    sums, tokens, count = each[:, :-1], each[:, -1:], len(each)
-    residual = sums - sums.sum(0) / tokens.sum() * tokens
-    return residual.T @ residual * (count / (count - 1) / tokens.sum() ** 2)
+    sums, sizes = sums[sizes > 0], sizes[sizes > 0]
+    count, total = len(sizes), sizes.sum()
+    if count < 2:
+        return torch.full((sums.shape[1],) * 2, math.nan, dtype=torch.float64)
+    rest = (total - sizes)[:, None]  # (G, 1)
+    change = (sums - sums.sum(0) / total * sizes[:, None]) / rest  # r / (T (1 - p)), (G, L)
+    return change.T @ change * ((count - 1) / count)
+
+
+def degrees_of_freedom(sizes: Tensor) -> float:
+    """Of Student's t for an error by `ratio_covariance`: clusters less 1 if all have one size.
+
+    By Bell and McCaffrey (2002), twice the squared mean of the variance's estimate over the
+    variance of that, where the tokens' errors are independent and alike: with o = p / (1 - p) it
+    is (sum o)^2 / ((sum o^2)^2 - sum o^4 + sum o^2). It is near 1 where one text has nearly all.
+
+    Args:
+        sizes: of the clusters, (G,); those of size 0 count for nothing.
+
+    Returns:
+        From 1 to G - 1; 0 for fewer than two clusters.
+
+    Example:
+        >>> round(degrees_of_freedom(torch.tensor([5.0, 5.0, 5.0, 5.0])), 6)
+        3.0
+        >>> round(degrees_of_freedom(torch.tensor([20.0, 2.0, 2.0])), 2)
+        1.04
+    """
+    sizes = sizes[sizes > 0].double()
+    if len(sizes) < 2:
+        return 0.0
+    odds = sizes / (sizes.sum() - sizes)
+    squares = odds.square()
+    spread = squares.sum() ** 2 - squares.square().sum() + squares.sum()
+    return float(odds.sum() ** 2 / spread)
 
 
 def to_json(texts: Texts | None) -> dict[str, object] | None:

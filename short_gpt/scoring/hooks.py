@@ -120,6 +120,7 @@ class LayerHooks:
         self._rows = torch.arange(len(mask), device=mask.device)
         self._ends = mask.sum(1) - 1  # the last real token of each window, (B,)
         self._state: Tensor | None = None  # behind the previous layer, (B, S, D)
+        self._version: int | None = None  # of that tensor, when its norms were computed
         self._norms: Tensor | None = None  # its norms, (B, S)
         self._last: list[Tensor] = []  # (B, D) float32, L + 1 of them
         self._kept: list[Tensor] | None = [] if all_tokens else None  # (B, S, D), L + 1 of them
@@ -144,7 +145,8 @@ class LayerHooks:
     def before(self, layer: nn.Module, args: Arguments, kwargs: Mapping[str, object]) -> None:
         """Forward pre-hook: notes the state in front of a layer, which is not to change in it."""
         state = state_in(args, kwargs)
-        self._entered = None if state.is_inference() else (state, state._version)
+        version = version_of(state)
+        self._entered = None if version is None else (state, version)
 
     def after(
         self, layer: nn.Module, args: Arguments, kwargs: Mapping[str, object], output: Output
@@ -161,7 +163,9 @@ class LayerHooks:
         if not self._last:
             self._keep(state, x)
         # the state in front is the one behind the previous layer, unless something came between
-        known = self._norms if state is self._state else None
+        # or wrote in it; a tensor without a version may have been written in
+        version = version_of(state) if state is self._state else None
+        known = self._norms if version is not None and version == self._version else None
         x_norm = norms(x) if known is None else known
         y_norm = norms(y)
         products = [torch.linalg.vecdot(x, y), x_norm, y_norm, norms(y - x)]  # (B, S) each
@@ -169,7 +173,7 @@ class LayerHooks:
             products += self._middle.products(state, y)
         self._products.append(torch.stack(products))
         self._keep(result, y)
-        self._state, self._norms = result, y_norm
+        self._state, self._version, self._norms = result, version_of(result), y_norm
 
     def _check_state(self, layer: nn.Module, state: Tensor) -> None:
         if state.dim() != 3:
@@ -207,7 +211,7 @@ class LayerHooks:
     def _keep(self, state: Tensor, wide: Tensor) -> None:
         self._last.append(wide[self._rows, self._ends])
         if self._kept is not None:
-            self._kept.append(state)
+            self._kept.append(state.clone())  # the model may go on writing in that tensor
 
     def scores(self) -> Scores:
         """The scores of the pass, once all layers have run."""
@@ -225,6 +229,11 @@ class LayerHooks:
             )
         sums = (turned, angles, magnitude, norm, torch.stack(halves, dim=1), everywhere)
         return Scores(self._mask.sum(1), *sums)
+
+
+def version_of(state: Tensor) -> int | None:
+    """How often a tensor was written in; None for an inference tensor, which does not count it."""
+    return None if state.is_inference() else state._version
 
 
 @contextmanager

@@ -15,7 +15,9 @@ from torch import Tensor
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.scoring.clusters import (
     Texts,
-    error_over_texts,
+    apart,
+    covariance_over_texts,
+    degrees_over_texts,
     from_json,
     merged,
     to_json,
@@ -23,7 +25,7 @@ from short_gpt.scoring.clusters import (
 )
 from short_gpt.scoring.hooks import Scores
 from short_gpt.scoring.lists import check_sums, layer_numbers, saved_sums, to_lists
-from short_gpt.scoring.metrics import spearman, student_t
+from short_gpt.scoring.metrics import spearman, t_quantile
 from short_gpt.scoring.moments import (
     block_sums,
     cube_sums,
@@ -38,8 +40,9 @@ from short_gpt.scoring.order import best_block, lowest
 class Importance:
     """Block Influence, angular distances and further scores of a model's layers.
 
-    Plain data that knows no model: two of them add up (`+`), and `to_dict` / `from_dict` keep
-    every digit. Sums are float64, on the CPU. A window is one sequence that the model read.
+    Plain data that knows no model: two of them add up (`+`, or `merge` for parts of one reading),
+    and `to_dict` / `from_dict` keep every digit. Sums are float64, on the CPU. A window is one
+    sequence that the model read.
 
     The windows fall alternately into two halves, whose agreement tells how settled the ranking
     is. Standard errors take the texts as samples where there are several, else the windows, as if
@@ -97,7 +100,8 @@ class Importance:
 
         Args:
             scores: of B windows.
-            texts: numbers of the texts that they were cut from; None where that is not known.
+            texts: numbers of the texts that they were cut from; None where that is not known. A
+                number that these sums hold already is the same text.
         """
         new = {f.name: getattr(scores, f.name).cpu().double() for f in fields(scores)}
         tokens, influence, angles = (new[n] for n in ("tokens", "influence", "angles"))
@@ -121,10 +125,25 @@ class Importance:
         vars(self).update(changed)
 
     def __add__(self, other: Importance) -> Importance:
+        """The scores of both, read from different texts, whose numbers may be the same.
+
+        A text that was read for both counts as two, and the error is then too small.
+        """
+        return self._sum(other, apart(self.texts, other.texts))
+
+    def merge(self, other: Importance) -> Importance:
+        """The scores of both, where the same number is the same text.
+
+        For parts of one reading, such as two machines' shares of the windows of one call of
+        `data.windows`.
+        """
+        return self._sum(other, merged([self.texts, other.texts]))
+
+    def _sum(self, other: Importance, texts: Texts | None) -> Importance:
         if self.layers != other.layers:
             raise ShortGPTError(f"scores of layers {self.layers} and {other.layers} do not add up")
         sums = {name: getattr(self, name) + getattr(other, name) for name in SUMS}
-        return Importance(self.layers, **sums, texts=merged([self.texts, other.texts]))
+        return Importance(self.layers, **sums, texts=texts)
 
     @property
     def n_windows(self) -> int:
@@ -155,21 +174,31 @@ class Importance:
         return residual @ self.products @ residual.T * (n / (n - 1) / self.tokens.sum() ** 2)
 
     @property
+    def sampling_covariance(self) -> Tensor:
+        """Like `covariance`, (L, L), over samples of texts where there are several.
+
+        Of windows, only the sums of squares are known: where these differ in length, the effective
+        number (Kish) stands for their number.
+        """
+        if self._several_texts:
+            return covariance_over_texts(self.texts or {})
+        n, effective = self.n_windows, self._effective_windows
+        if n < 2:
+            return self.covariance
+        return self.covariance * ((n - 1) / n * effective / (effective - 1))
+
+    @property
     def standard_error(self) -> Tensor:
         """Standard error of every entry of `block_influence`, (L,); of `degrees` of freedom."""
-        if self.texts is not None and len(self.texts) > 1:
-            return error_over_texts(self.texts)
-        return self.covariance.diagonal().clamp(min=0).sqrt()
+        return self.sampling_covariance.diagonal().clamp(min=0).sqrt()
 
     @property
     def margin(self) -> Tensor:
         """Half of the 95% interval of every entry of `block_influence`, (L,).
 
-        `standard_error` times Student's t of one degree of freedom less than texts or windows.
+        `standard_error` times Student's t of `degrees` of freedom; NaN where these are too few.
         """
-        if self.n_windows < 2:
-            return self.standard_error
-        return student_t(0.975, self.degrees) * self.standard_error
+        return t_quantile(0.975, self.degrees) * self.standard_error
 
     @property
     def n_texts(self) -> int | None:
@@ -177,9 +206,23 @@ class Importance:
         return None if self.texts is None else len(self.texts)
 
     @property
-    def degrees(self) -> int:
-        """Of freedom: texts less 1, or windows less 1 where there are not several texts."""
-        return (self.n_windows if self.n_texts in (None, 1) else int(self.n_texts or 0)) - 1
+    def degrees(self) -> float:
+        """Of freedom: those of the texts, or of the windows where there are not several texts.
+
+        Their number less 1 if all have one length, else fewer.
+        """
+        if self._several_texts:
+            return degrees_over_texts(self.texts or {})
+        return self._effective_windows - 1 if self.n_windows > 1 else 0.0
+
+    @property
+    def _several_texts(self) -> bool:
+        return self.texts is not None and len(self.texts) > 1
+
+    @property
+    def _effective_windows(self) -> float:
+        """How many windows of one length say as much: (sum of tokens)^2 / sum of their squares."""
+        return float(self.tokens.sum() ** 2 / self.products[-1, -1])
 
     @property
     def agreement(self) -> float:

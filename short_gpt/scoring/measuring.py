@@ -11,6 +11,7 @@ from short_gpt.models.decoder import Decoder
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import bar, set_rate
 from short_gpt.scoring import hooks
+from short_gpt.scoring.clusters import next_number
 from short_gpt.scoring.hooks import Scores
 from short_gpt.scoring.importance import Importance
 
@@ -33,6 +34,7 @@ def measure(
     sublayers: bool = False,
     all_tokens: bool = False,
     score: ScoreWindows | None = None,
+    first_text: int | None = None,
     after: Callable[[Importance], bool] = lambda _: False,
 ) -> Importance:
     """Reads batches of windows and scores every layer: one pass, both papers' measures.
@@ -46,6 +48,11 @@ def measure(
         sublayers, all_tokens: further scores from the same pass, see `hooks.score`.
         score: scores the windows of a batch, where the model has a way of its own; None is
             `hooks.score`.
+        first_text: number in ``into`` of the windows' text 0. None for the first one that is
+            free: texts are numbered from 0 in every call of `data.windows`, and those of an
+            earlier call are other texts. A text that is read again counts as one more, and the
+            error is then too small; a call that continues with windows of the same texts is given
+            the same number.
         after: called with the sums after every batch; True ends the run.
 
     Returns:
@@ -61,13 +68,15 @@ def measure(
     """
     into = Importance.empty(range(len(decoder.layers))) if into is None else into
     score = score or partial(hooks.score, decoder, layers=into.layers)
+    first_text = next_number(into.texts) if first_text is None else first_text
     before, begun = into.n_tokens, False
     with bar("scoring", total=total, unit="window", show=progress) as shown:
         for batch in batches:
             begun = True
             if batch:  # of several replicas, one may have nothing left
                 scores = score(batch, sublayers=sublayers, all_tokens=all_tokens)
-                into.add(scores, [text_of(window) for window in batch])
+                texts = (text_of(window) for window in batch)
+                into.add(scores, [None if text is None else first_text + text for text in texts])
             set_rate(shown, into.n_tokens - before)
             shown.update(len(batch))
             if after(into):

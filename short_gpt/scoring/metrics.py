@@ -235,7 +235,17 @@ def kendall(a: Sequence[int], b: Sequence[int]) -> float:
     return sum(signs) / len(signs)
 
 
-def student_t(probability: float, degrees: int) -> float:
+# Fewer degrees of freedom give no interval: two units tell too little of others, and so do more
+# where one has over nine tenths of all tokens.
+LEAST_DEGREES = 1.02
+
+
+def t_quantile(probability: float, degrees: float) -> float:
+    """`student_t`, and NaN for degrees of freedom below `LEAST_DEGREES`."""
+    return student_t(probability, degrees) if degrees >= LEAST_DEGREES else math.nan
+
+
+def student_t(probability: float, degrees: float) -> float:
     """Quantile of Student's t distribution, from ``scipy.stats``.
 
     Args:

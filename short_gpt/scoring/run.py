@@ -8,7 +8,7 @@ from dataclasses import replace
 from short_gpt.data.windows import batches
 from short_gpt.models.decoder import Decoder
 from short_gpt.runtime import replicas
-from short_gpt.scoring.clusters import merged
+from short_gpt.scoring.clusters import merged, next_number
 from short_gpt.scoring.importance import Importance
 from short_gpt.scoring.measuring import ScoreWindows, measure
 from short_gpt.scoring.state import RunState
@@ -25,7 +25,7 @@ class ScoringRun:
 
     Args:
         decoder: the model.
-        into: sums to add to.
+        into: sums to add to; their texts are others than those of the windows that are read.
         batch_size: windows that each replica reads at once.
         population: windows in all, of which those read are a random sample; None if unknown.
         stop: when to stop; None reads everything.
@@ -54,6 +54,8 @@ class ScoringRun:
         self._stop, self._state, self._score, self._follow = stop, state, score, follow
         self._team = replicas.current(decoder.device)
         self._read = into.n_windows
+        # a run that continues reads the texts that its state has begun with
+        self._first_text = 0 if state else next_number(into.texts)
         self._next = stop.first_look(population) if stop else 32
         step = self._team.step(batch_size) if state else 0  # it may have been saved before a look
         while self._next <= self._read - step:
@@ -88,6 +90,7 @@ class ScoringRun:
                 sublayers=sublayers,
                 all_tokens=all_tokens,
                 score=self._score,
+                first_text=self._first_text,
                 after=self._after,
             )
         except BaseException:
@@ -129,7 +132,7 @@ class ScoringRun:
     def _look(self, local: Importance, *, final: bool = False) -> None:
         if self._team.count > 1:
             # in the same order of additions in a run that was interrupted at any look
-            self.into = self.into + sums_of_all(self._team, local)
+            self.into = self.into.merge(sums_of_all(self._team, local))
             vars(local).update(vars(Importance.empty(local.layers)))
             self._tell()
         if self._stop:

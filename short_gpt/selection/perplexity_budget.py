@@ -34,7 +34,7 @@ class Budget:
     def bounds(self, n: int) -> tuple[float, float]:
         """The least and the most that the perplexity rises by without n layers, as factors.
 
-        Each on its own is as sure as ``confidence``; both are NaN for a single window.
+        Each on its own is as sure as ``confidence``; both are NaN where texts are too few to tell.
         """
         change = self.changes[n]
         reach = change.error.reach(self.confidence, sides=1)
@@ -47,7 +47,11 @@ class Budget:
     def verdict(self, n: int) -> str:
         """What is known of the ratio without n layers, in words."""
         low, high = self.bounds(n)
-        sure = f"{self.confidence:.0%} sure over {self.changes[n].error.over}"
+        error = self.changes[n].error
+        sure = f"{self.confidence:.0%} sure over {error.over}"
+        if error.no_interval:
+            unknown = f"whether within {self.ratio:g} cannot be told"
+            return f"{unknown}: {error.no_interval}; evaluate on more text"
         if high <= self.ratio:
             return f"at most {high:.4f}, {sure}"
         if low > self.ratio:
@@ -103,7 +107,7 @@ def most_layers(
         >>> from short_gpt.evaluation.sampling import Sample
         >>> def perplexity_without(layers):
         ...     nats = math.log(10 + len(layers))
-        ...     return Perplexity.of([Sample(0, nats, 1), Sample(1, nats, 1)])
+        ...     return Perplexity.of([Sample(text, nats, 1) for text in range(3)])
         >>> most_layers(perplexity_without, lambda n: [3, 1, 2][:n], ratio=1.25, most=3).layers
         [3, 1]
     """

@@ -91,6 +91,16 @@ def test_the_second_family_is_what_was_measured():
     assert f"without its layers {removed}" in flowing("docs/results.md")
 
 
+def test_intervals_hold_as_often_as_is_said():
+    found = result("coverage")
+    assert found["least"] == 0.93 and len(found["checked"]) == 10
+    for kind in found["checked"]:
+        assert [*found["kinds"][kind]] == ["3", "5", "10", "20"]
+        for case in found["kinds"][kind].values():
+            ends = [case["new"][end] for end in ("two_sided", "upper", "lower")]
+            assert min(ends) >= 0.93 and case["no_interval"] < 0.2
+
+
 def test_our_adapter_gives_what_lm_evals_own_gives():
     assert adapter() in flowing("docs/results.md")
 

@@ -46,10 +46,15 @@ def test_the_error_is_that_of_a_share_over_prompts_or_their_texts():
     each = ((YES, NO, YES), (NO, NO, NO), (YES, YES, YES))  # length 1: 2 of 2, 0 of 3, 2 of 2
     found = Agreement(each, (None, None, None)).at(1)
     assert found.share == 4 / 7 and found.tokens_per_pass == 9 / 7
-    squares = sum((a - 4 / 7 * d) ** 2 for a, d in ((2, 2), (0, 3), (2, 2)))
-    assert found.error.standard_error == pytest.approx(math.sqrt(1.5 * squares) / 7)
-    assert found.error.degrees == 2 and Agreement(each, (0, 0, 1)).at(1).error.degrees == 1
-    assert found.to_dict()["standard_error"] == found.error.standard_error
+    squares = sum((share - 4 / 7) ** 2 for share in (2 / 5, 4 / 4, 2 / 5))  # without one prompt
+    assert found.error.standard_error == pytest.approx(math.sqrt(2 / 3 * squares))
+    assert 1.5 < found.error.degrees < 2
+    content = found.to_dict()
+    assert content["standard_error"] == found.error.standard_error
+    assert content["reach_95"] == found.error.reach() > 0
+    two = Agreement(each, (0, 0, 1)).at(1)  # texts, which tell too little of others
+    assert two.error.degrees == pytest.approx(1)
+    assert two.to_dict()["standard_error"] > 0 and two.to_dict()["reach_95"] is None
     alone = Agreement(each[:1], (0,)).at(1).to_dict()
     assert alone["standard_error"] is None and alone["reach_95"] is None
 
@@ -101,6 +106,15 @@ def test_a_model_agrees_with_itself_in_any_format():
         for length in LENGTHS:
             assert found.at(length).share == 1
         assert found.at(4).tokens_per_pass == found.at(4).written / found.at(4).passes
+
+
+@pytest.mark.parametrize("shorter", ["whole", "draft"])
+def test_the_text_must_fit_the_model_that_takes_less(shorter):
+    models = {"whole": counting(), "draft": counting()}
+    models[shorter].llama.model.params.max_seq_len = 20
+    assert draft_agreement(**models, prompts=[[1] * 15], tokens=5).agreed
+    with pytest.raises(ShortGPTError, match="16 tokens and `tokens` 5 are more than .* takes, 20"):
+        draft_agreement(**models, prompts=[[1] * 16], tokens=5)
 
 
 def test_what_cannot_be_compared_is_refused():

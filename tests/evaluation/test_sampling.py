@@ -8,6 +8,7 @@ import pickle
 
 import numpy as np
 import pytest
+import scipy.stats
 from conftest import make_transformer, random_windows
 
 from short_gpt.data.windows import Window, batches, text_of, windows
@@ -23,33 +24,94 @@ WINDOWS = [(0, 30.5, 10), (0, 41.25, 15), (1, 12.0, 6), (2, 70.0, 20), (2, 33.5,
 WINDOWS += [(2, 9.75, 4), (3, 55.0, 20), (3, 52.0, 19)]
 SAMPLES = [Sample(*row) for row in WINDOWS]
 
-# statsmodels 0.15.0: with y = nats / tokens and g the texts,
-# WLS(y, ones, weights=tokens).fit(cov_type="cluster", cov_kwds={"groups": g}, use_t=True),
-# and cov_type="HC1" for windows of one text; bse and half of conf_int
-CLUSTERED = (0.1579291787121489, (3.39783923 - 2.39263696) / 2)
-ALONE = (0.1460827504905999, (3.24066891 - 2.54980728) / 2)
+
+def jackknife(units: dict[int, list[Sample]]) -> float:
+    """The error by leaving out one unit after the other."""
+    means, every = [], [s for own in units.values() for s in own]
+    for left_out in units:
+        rest = [s for unit, own in units.items() if unit != left_out for s in own]
+        means.append(sum(s.nats for s in rest) / sum(s.tokens for s in rest))
+    whole, count = sum(s.nats for s in every) / sum(s.tokens for s in every), len(units)
+    return math.sqrt((count - 1) / count * sum((m - whole) ** 2 for m in means))
 
 
-def test_the_error_over_texts_is_that_of_statsmodels():
+def test_the_error_over_texts_is_the_jackknifes():
     found = sampling_error(SAMPLES)
-    assert (found.windows, found.texts, found.degrees) == (8, 4, 3)
-    assert found.standard_error == pytest.approx(CLUSTERED[0], rel=1e-12)
-    assert found.reach() == pytest.approx(CLUSTERED[1], rel=1e-7)
+    units = {text: [s for s in SAMPLES if s.text == text] for text in range(4)}
+    assert (found.windows, found.texts) == (8, 4)
+    assert found.standard_error == pytest.approx(jackknife(units), rel=1e-12)
+    # texts of 25, 6, 35 and 39 tokens of 105, as odds
+    odds = [size / (105 - size) for size in (25, 6, 35, 39)]
+    squares = [o * o for o in odds]
+    spread = sum(squares) ** 2 - sum(s * s for s in squares) + sum(squares)
+    assert found.degrees == pytest.approx(sum(odds) ** 2 / spread, rel=1e-12)
+    assert 1.5 < found.degrees < 3
+    quantile = scipy.stats.t.ppf(0.975, found.degrees)
+    assert found.reach() == pytest.approx(quantile * found.standard_error, rel=1e-12)
     assert found.reach(0.9) == pytest.approx(found.reach(sides=1))
 
 
 @pytest.mark.parametrize("text", [5, None])
-def test_the_error_over_windows_of_one_text_is_that_of_statsmodels(text):
+def test_the_error_over_windows_of_one_text_is_the_jackknifes(text):
     found = sampling_error([s._replace(text=text) for s in SAMPLES])
-    assert found.degrees == 7
-    assert found.standard_error == pytest.approx(ALONE[0], rel=1e-12)
-    assert found.reach() == pytest.approx(ALONE[1], rel=1e-7)
+    assert 3 < found.degrees < 7
+    expected = jackknife({i: [sample] for i, sample in enumerate(SAMPLES)})
+    assert found.standard_error == pytest.approx(expected, rel=1e-12)
     assert ("1 text: what other texts would" if text else "texts are not known") in found.over
 
 
-def test_one_unit_has_no_error():
-    found = sampling_error([Sample(0, 3.0, 2)])
-    assert math.isnan(found.standard_error) and math.isnan(found.reach())
+# statsmodels 0.15.0, four texts of 20 tokens: with y = nats / tokens and g the texts,
+# WLS(y, ones, weights=tokens).fit(cov_type="cluster", cov_kwds={"groups": g}, use_t=True);
+# bse and half of conf_int
+EQUAL = [Sample(*row) for row in [(0, 30.5, 8), (0, 41.25, 12), (1, 50.0, 20), (2, 70.0, 20)]]
+EQUAL += [Sample(3, 9.75, 4), Sample(3, 55.0, 16)]
+CLUSTERED = (0.2468815927389752, (3.99193741 - 2.42056259) / 2)
+
+
+def test_the_error_over_texts_of_one_size_is_that_of_statsmodels():
+    found = sampling_error(EQUAL)
+    assert found.degrees == pytest.approx(3)
+    assert found.standard_error == pytest.approx(CLUSTERED[0], rel=1e-12)
+    assert found.reach() == pytest.approx(CLUSTERED[1], rel=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "texts", "said"),
+    [
+        ([9], [0], "one window tells nothing of others"),
+        ([9, 5], [0, 0], "two windows tell too little of others"),
+        ([9, 5, 5], [0, 1, 1], "two texts tell too little of others"),
+        ([99, 5, 5], [0, 1, 2], "one of the 3 texts has nearly all tokens"),
+        ([99, 3, 3, 3], None, "one of the 4 windows has nearly all tokens"),
+    ],
+)
+def test_where_no_interval_is_honest_it_says_so(sizes, texts, said):
+    rows = zip(texts or [None] * len(sizes), sizes, strict=True)
+    found = [Sample(text, 2.0 * size + i, size) for i, (text, size) in enumerate(rows)]
+    error = sampling_error(found)
+    assert not error.known and math.isnan(error.reach()) and math.isnan(error.reach(sides=1))
+    assert error.no_interval.startswith(said)
+    measured = Perplexity.of(found)
+    assert f"no interval: {said}" in perplexities({"a": measured})
+    assert "interval_95" not in measured.to_dict()
+    assert f"no interval: {said}" in str(difference([measured], [measured]))
+
+
+@pytest.mark.parametrize("sizes", [[20, 2, 2], [85, 8, 7], [45, 45, 10]])
+def test_where_texts_are_unequal_there_still_is_one(sizes):
+    error = sampling_error([Sample(i, 2.0 * size + i, size) for i, size in enumerate(sizes)])
+    assert error.known and error.no_interval == "" and error.reach() > 0
+
+
+def test_intervals_hold_where_texts_differ_in_length():
+    """3 texts of 20, 2 and 2 windows, whose tokens share all that sets texts apart."""
+    generator, covered, below = np.random.default_rng(0), 0, 0
+    for values in generator.normal(0, 1, (2000, 3)):
+        rows = [Sample(i, 100 * n * values[i], 100 * n) for i, n in enumerate((20, 2, 2))]
+        error, mean = sampling_error(rows), (20 * values[0] + 2 * sum(values[1:])) / 24
+        covered += abs(mean) < error.reach()
+        below += mean < error.reach(sides=1)
+    assert covered / 2000 > 0.93 and below / 2000 > 0.93
 
 
 def test_intervals_hold_where_windows_of_a_text_are_alike():
@@ -103,13 +165,33 @@ def test_perplexity_and_its_changes_count_texts():
     halved = [p.__class__(p.nats / 2, p.tokens, 1, tuple(s._replace(nats=s.nats / 2)
               for s in p.samples)) for p in parts]  # fmt: skip
     change = difference(parts, halved)
-    assert change.texts == 3 and change.error.degrees == 2
+    assert change.texts == 3 and change.error.degrees == pytest.approx(2)
     assert change.standard_error == pytest.approx(whole.error.standard_error / 2, rel=1e-4)
     assert "paired over 6 windows of 3 texts" in str(change)
-    one = perplexity(decoder, [cut[:2]])
-    assert "2 windows of 1 text: what other texts would give is not covered" in perplexities(
+    one = perplexity(decoder, [[Window(w, 0) for w in cut[:3]]])
+    assert "3 windows of 1 text: what other texts would give is not covered" in perplexities(
         {"a": one}
     )
+
+
+def test_the_texts_of_a_difference_are_known_where_both_sides_name_the_same():
+    named = [Perplexity.of([sample]) for sample in SAMPLES]
+    for text in (None, 9):  # not known on one side, or others there
+        others = [Perplexity.of([s._replace(text=text, nats=s.nats + i)]) for i, s in
+                  enumerate(SAMPLES)]  # fmt: skip
+        for pair in ((named, others), (others, named)):
+            change = difference(*pair)
+            assert change.texts is None and change.windows == 8
+            assert change.degrees > 3  # of eight windows, not of four texts
+    assert difference(named, named).texts == 4
+
+
+def test_windows_of_parts_that_hold_several_add_up():
+    parts = [Perplexity.of(SAMPLES[:3]), Perplexity.of(SAMPLES[3:])]
+    whole = together(parts)
+    assert whole.windows == 8 and whole == Perplexity.of(SAMPLES)
+    without_samples = [Perplexity(p.nats, p.tokens, p.windows) for p in parts]
+    assert together(without_samples).windows == 8
 
 
 def test_cells_keep_texts_and_read_files_without_them(tmp_path):

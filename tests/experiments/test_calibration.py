@@ -145,6 +145,54 @@ def test_rankings_agree_as_far_as_their_means_do(found):
     assert first.half(1).sums == first.sums[1::2]
 
 
+def drawn_scores(windows: int, seed: int = 0) -> WindowScores:
+    """Noisy scores of 12 layers."""
+    draw = np.random.default_rng(seed)
+    means = np.linspace(1, 2, 12) * np.exp(0.3 * draw.normal(size=(windows, 12)))
+    sums, ones = means.tolist(), [1.0] * windows
+    return WindowScores([*range(12)], "bi", 4, sums, ones, [None] * windows)
+
+
+def test_the_windows_of_two_rankings_are_drawn_independently():
+    """Drawn alike, a ranking would agree with itself in every resample."""
+    scores = drawn_scores(8)
+    found = agreement(("a", "a"), scores, scores)
+    assert found.correlation == pytest.approx(1) and found.shared == 4
+    assert found.interval[0] < 0.9 and found.shared_interval[0] < 4
+    drawn = scores.resampled(0), scores.resampled(1)
+    assert found.interval == reach(found.correlation, correlations(*drawn), scores.degrees)
+
+
+@pytest.mark.parametrize("few_first", [True, False])
+def test_the_degrees_are_those_of_the_ranking_with_fewer_windows(few_first):
+    pair = (drawn_scores(4), drawn_scores(16, seed=1))[:: 1 if few_first else -1]
+    assert sorted(scores.degrees for scores in pair) == pytest.approx([3, 15])
+    found = agreement(("a", "b"), *pair)
+    drawn = correlations(pair[0].resampled(0), pair[1].resampled(1))
+    assert found.interval == pytest.approx(reach(found.correlation, drawn, 3))
+
+
+def test_documents_of_different_lengths_have_fewer_degrees():
+    def degrees(texts, weights):
+        sums = [[1.0, 2.0]] * len(texts)
+        return WindowScores([0, 1], "bi", 1, sums, weights, texts).degrees
+
+    assert degrees([0, 0, 1, 2], [2.0, 2.0, 4.0, 4.0]) == pytest.approx(2)
+    assert degrees([0, 0, 1, 2], [10.0, 10.0, 2.0, 2.0]) == pytest.approx(1.0390095)
+    assert degrees([None] * 4, [5.0] * 4) == pytest.approx(3)
+
+
+def test_a_distance_of_a_window_counts_once_however_many_tokens_it_has():
+    model, cut = short(), [w[:n] for w, n in zip(random_windows(3, 24), (24, 5, 12), strict=True)]
+    model.measure(cut, progress=False)
+    own = score_windows(model, cut, 2, method="angular", progress=False)
+    assert own.weights == [1, 1, 1]
+    assert own.means == pytest.approx(model.importance.angular.diagonal(2).numpy(), rel=1e-5)
+    by_tokens = score_windows(model, cut, 2, progress=False)
+    assert by_tokens.weights == [24, 5, 12]
+    assert by_tokens.means == pytest.approx(model.importance.block_influence.numpy(), rel=1e-5)
+
+
 def test_correlations_are_scipys():
     a, b = np.random.default_rng(0).normal(size=(2, 5, 12))
     expected = [scipy.stats.spearmanr(x, y).statistic for x, y in zip(a, b, strict=True)]

@@ -94,14 +94,15 @@ def test_published_scores_are_those_of_the_list_and_end_where_blocks_do() -> Non
 
 
 def scores_of(*means: float) -> Importance:
-    """Two texts of two windows of ten tokens, whose layers differ in size, and by 0.01 alike."""
+    """Three texts of two windows of ten tokens, whose layers differ in size, and by 0.01 alike."""
     found, count = Importance.empty(range(len(means))), len(means)
-    each = torch.tensor(means, dtype=torch.float64) + torch.tensor([[0.01], [0.03]] * 2)
-    each[0, -1] += 0.02  # of one window, which makes the last layer's difference unsure
-    zeros = {"magnitude": (4, count), "norm": (4, count), "halves": (4, 2, count)}
-    zeros |= {name: (4, count + 1, count + 1) for name in ("angles", "token_angles")}
+    each = torch.tensor(means, dtype=torch.float64) + torch.tensor([[0.01], [0.03]] * 3)
+    each[0, -1] += 0.12  # of one window, which makes the last layer's difference unsure
+    zeros = {"magnitude": (6, count), "norm": (6, count), "halves": (6, 2, count)}
+    zeros |= {name: (6, count + 1, count + 1) for name in ("angles", "token_angles")}
     more = {name: torch.zeros(size) for name, size in zeros.items()}
-    found.add(Scores(tokens=torch.full((4,), 10.0), influence=10 * each, **more), [0, 0, 1, 1])
+    tokens = torch.full((6,), 10.0)
+    found.add(Scores(tokens=tokens, influence=10 * each, **more), [0, 0, 1, 1, 2, 2])
     return found
 
 
@@ -119,9 +120,9 @@ def test_pairs_of_the_list_are_borne_out_reversed_or_within_the_error() -> None:
     pair = order.pairs[3]  # 2 and 1: texts' differences are equal, so the error is 0
     assert pair.difference == pytest.approx(-0.1) and pair.margin < 1e-6
     (unsure,) = (p for p in order.pairs if (p.first, p.second) == (2, 3))
-    # 0.005 on average, 0.01 of one text: half an interval of one degree of freedom
-    assert unsure.difference == pytest.approx(0.005)
-    assert unsure.margin == pytest.approx(0.005 * student_t(0.975, 1), rel=1e-6)
+    # 0.06 of one text of three: half an interval of two degrees of freedom
+    assert unsure.difference == pytest.approx(0.02)
+    assert unsure.margin == pytest.approx(0.02 * student_t(0.975, 2), rel=1e-6)
     assert order.to_dict()["pairs"][0]["verdict"] == "as in the paper"
     table = order.table().splitlines()
     assert len(table) == 5 and table[1].startswith("    2 before   0   +0.050000 ± 0.000000  as in")

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import scipy.stats
 import torch
 
-from short_gpt.scoring.clusters import covariance_over_texts, error_over_texts
+from short_gpt.scoring.clusters import degrees_of_freedom
 from short_gpt.scoring.differences import difference_margins
 from short_gpt.scoring.hooks import Scores
 from short_gpt.scoring.importance import Importance
@@ -41,9 +39,16 @@ def by_hand(units: list[list[int]], i: int, j: int) -> float:
     """Half an interval of the mean of d = x_j - x_i over all tokens, of clusters of windows."""
     tokens = torch.stack([TOKENS[u].sum() for u in units]).double()
     sums = torch.stack([(TOKENS * (MEANS[:, j] - MEANS[:, i]))[u].sum() for u in units]).double()
-    residual, count = sums - sums.sum() / tokens.sum() * tokens, len(units)
-    error = math.sqrt(count / (count - 1) * residual.square().sum()) / tokens.sum()
-    return float(error * scipy.stats.t.ppf(0.975, count - 1))
+    count, every = len(units), range(len(units))
+    if count == 6:  # of windows only moments are known
+        effective = tokens.sum() ** 2 / tokens.square().sum()
+        residual = sums - sums.sum() / tokens.sum() * tokens
+        error = residual.square().sum() / tokens.sum() ** 2 * effective / (effective - 1)
+        return float(error.sqrt() * scipy.stats.t.ppf(0.975, float(effective - 1)))
+    rests = [[g for g in every if g != out] for out in every]
+    means = torch.stack([sums[rest].sum() / tokens[rest].sum() for rest in rests])
+    error = ((means - sums.sum() / tokens.sum()).square().sum() * (count - 1) / count).sqrt()
+    return float(error * scipy.stats.t.ppf(0.975, degrees_of_freedom(tokens)))
 
 
 @pytest.mark.parametrize(
@@ -67,11 +72,6 @@ def test_what_moves_both_layers_alike_cancels():
     found = importance(None)
     assert difference_margins(found)[0, 1] < 0.2 * float(found.margin[0])
     assert difference_margins(found, 0.5)[0, 1] < difference_margins(found)[0, 1]
-
-
-def test_the_errors_over_texts_are_the_roots_of_the_covariances_diagonal():
-    texts = importance([0, 0, 1, 1, 2, 2]).texts
-    assert torch.equal(error_over_texts(texts), covariance_over_texts(texts).diagonal().sqrt())
 
 
 def test_of_one_window_nothing_is_known():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import scipy.stats
@@ -12,16 +13,26 @@ from conftest import make_transformer, random_windows, zero_layer
 from families import make
 from torch import Tensor
 
+from short_gpt import ShortLlama
 from short_gpt.data.windows import Window
 from short_gpt.evaluation.sampling import Sample, sampling_error
 from short_gpt.models.decoder import pad
 from short_gpt.models.hf import HFDecoder
 from short_gpt.models.meta import MetaDecoder
 from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.scoring.hooks import LayerHooks, Scores, score
+from short_gpt.runtime.state import StateFile
+from short_gpt.scoring import hooks as scoring_hooks
+from short_gpt.scoring.hooks import LayerHooks, Scores, hooked, score
 from short_gpt.scoring.importance import Importance
 from short_gpt.scoring.measuring import measure
-from short_gpt.scoring.metrics import angular_distance, angular_distances, block_influence
+from short_gpt.scoring.metrics import (
+    angular_distance,
+    angular_distances,
+    block_influence,
+    norms,
+)
+from short_gpt.scoring.run import ScoringRun
+from short_gpt.scoring.state import RunState
 
 
 def stored_states(model, window: list[int]) -> list[Tensor]:
@@ -208,16 +219,24 @@ def test_texts_are_the_samples_where_there_are_several():
         expected = sampling_error(samples)
         assert found.standard_error[layer] == pytest.approx(expected.standard_error, rel=1e-5)
         assert found.margin[layer] == pytest.approx(expected.reach(), rel=1e-5)
-        assert (found.n_texts, found.degrees) == (expected.texts, expected.degrees) == (3, 2)
+        assert found.n_texts == expected.texts == 3
+        assert found.degrees == pytest.approx(expected.degrees)
     by_windows = measure(decoder, [[list(w) for w in cut]])  # plain lists do not know their text
-    assert by_windows.n_texts is None and by_windows.degrees == 8
-    assert torch.equal(by_windows.standard_error, by_windows.covariance.diagonal().sqrt())
+    effective = sum(map(len, cut)) ** 2 / sum(len(w) ** 2 for w in cut)  # of 9 unequal windows
+    assert by_windows.n_texts is None and 7 < effective < 9
+    assert by_windows.degrees == pytest.approx(effective - 1)
+    by_number = by_windows.covariance.diagonal().sqrt()
+    more = math.sqrt(8 / 9 * effective / (effective - 1))
+    assert torch.allclose(by_windows.standard_error, by_number * more, rtol=1e-9)
     assert torch.allclose(by_windows.covariance, found.covariance)  # which a stop judges by
     mixed = measure(decoder, [cut, [list(cut[0])]])
     assert mixed.texts is None and (found + by_windows).texts is None
     alone = measure(decoder, [of_texts([7] * 5, [9] * 5)])
-    assert (alone.n_texts, alone.degrees) == (1, 4)
-    assert torch.equal(alone.standard_error, alone.covariance.diagonal().clamp(min=0).sqrt())
+    assert alone.n_texts == 1 and alone.degrees == pytest.approx(4)
+    by_number = alone.covariance.diagonal().clamp(min=0).sqrt()
+    assert torch.allclose(alone.standard_error, by_number, rtol=1e-9)
+    few = measure(decoder, [of_texts([0, 1, 1], [9] * 3)])
+    assert few.standard_error.min() > 0 and few.margin.isnan().all()  # two texts tell too little
 
 
 def test_intervals_over_clustered_windows_cover_the_truth():
@@ -240,7 +259,7 @@ def test_sums_of_texts_add_up_survive_json_and_are_not_known_of_older_files():
     cut, decoder = of_texts([0, 1, 0, 2, 1], [9] * 5), MetaDecoder(make_transformer())
     whole = measure(decoder, [[w] for w in cut])
     parts = [measure(decoder, [[w] for w in part]) for part in (cut[:2], cut[2:])]
-    both = parts[0] + parts[1]
+    both = parts[0].merge(parts[1])  # of one reading: the same number is the same text
     assert list(both.texts) == [0, 1, 2] and torch.allclose(both.margin, whole.margin, rtol=1e-9)
     content = json.loads(json.dumps(whole.to_dict()))
     again = Importance.from_dict(content)
@@ -251,6 +270,82 @@ def test_sums_of_texts_add_up_survive_json_and_are_not_known_of_older_files():
     content["texts"]["sums"][0][0] += 0.5
     with pytest.raises(ValueError, match="texts has no different numbers of texts with sums of"):
         Importance.from_dict(content)
+
+
+def two_readings() -> tuple[list[Window], list[Window]]:
+    """Two texts in each of two calls, whose numbers begin at 0 in both."""
+    cut = of_texts([0, 1, 0, 1, 0, 1], [8, 12, 9, 5, 11, 10])
+    return cut[:3], cut[3:]
+
+
+def as_one_reading() -> list[Window]:
+    """The same windows as four texts of one call."""
+    first, second = two_readings()
+    return [*first, *(Window(w, w.text + 2) for w in second)]
+
+
+READINGS = {
+    "measure into": lambda d, one, two: measure(d, [two], into=measure(d, [one])),
+    "sum": lambda d, one, two: measure(d, [one]) + measure(d, [two]),
+    "sum the other way round": lambda d, one, two: measure(d, [two]) + measure(d, [one]),
+    "saved scores": lambda d, one, two: (
+        Importance.from_dict(measure(d, [one]).to_dict())
+        + Importance.from_dict(measure(d, [two]).to_dict())
+    ),
+    "wrapper": lambda d, one, two: by_wrapper(one, two),
+    "run": lambda d, one, two: by_runs(d, one, two),
+}
+
+
+def by_wrapper(*readings: list[Window]) -> Importance:
+    short = ShortLlama(SimpleNamespace(model=make_transformer()))
+    for windows in readings:
+        short.measure(windows, progress=False)
+    return short.importance
+
+
+def by_runs(decoder: MetaDecoder, *readings: list[Window]) -> Importance:
+    sums = Importance.empty(range(5))
+    for windows in readings:
+        run = ScoringRun(decoder, sums)
+        run.read(windows)
+        sums = run.into
+    return sums
+
+
+@pytest.mark.parametrize("way", READINGS)
+def test_texts_of_two_calls_are_different_texts(way):
+    decoder = MetaDecoder(make_transformer())
+    found = READINGS[way](decoder, *two_readings())
+    expected = measure(decoder, [as_one_reading()])
+    assert found.n_texts == 4 and found.degrees == pytest.approx(expected.degrees)
+    assert torch.allclose(found.standard_error, expected.standard_error, rtol=1e-6)
+    assert torch.allclose(found.block_influence, expected.block_influence, rtol=1e-6)
+
+
+def test_equal_numbers_merged_would_hide_half_of_the_error():
+    """Two texts of either call that differ within it as the other call's do the other way round."""
+    sums = [Importance.empty(range(1)) for _ in range(2)]
+    for own, values in zip(sums, ([[0.1], [0.3]], [[0.32], [0.1]]), strict=True):
+        own.add(scores_of(torch.ones(2), torch.tensor(values)), [0, 1])
+    apart, as_one = sums[0] + sums[1], sums[0].merge(sums[1])
+    means = torch.tensor([0.1, 0.3, 0.32, 0.1])
+    assert (apart.n_texts, as_one.n_texts) == (4, 2)
+    assert float(apart.standard_error) == pytest.approx(float(means.std() / 2), rel=1e-6)
+    assert float(as_one.standard_error) == pytest.approx(0.005, rel=1e-5)  # (0.21 - 0.2) / 2
+
+
+def test_a_run_that_continues_reads_the_same_texts(tmp_path):
+    cut, decoder = of_texts([0, 1, 0, 2, 1, 2], [9] * 6), MetaDecoder(make_transformer())
+    state = RunState(StateFile(tmp_path / "state", {}))
+    ScoringRun(decoder, Importance.empty(range(5)), state=state).read(state.unread(cut[:3], 0))
+    state = RunState(StateFile(tmp_path / "state", {}))
+    sums = state.sums(range(5))
+    run = ScoringRun(decoder, sums, state=state)
+    run.read(state.unread(cut, sums.n_windows))
+    assert run.into.n_texts == 3
+    expected = measure(decoder, [cut]).standard_error
+    assert torch.allclose(run.into.standard_error, expected, rtol=1e-6)
 
 
 def test_agreement_of_halves():
@@ -457,6 +552,65 @@ def test_a_state_that_is_written_over_is_forgotten():
     state.mul_(0.5)  # in place: the same object with other squares
     hooks.after(torch.nn.Identity(), (state,), {}, 3 * state)
     assert hooks.scores().influence[0, 1].abs() < 1e-5
+
+
+class Stream(torch.nn.Module):
+    """Three layers, between which the model changes the stream: in place, or in a new tensor."""
+
+    def __init__(self, change, *, inference: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = torch.nn.ModuleList(Residual() for _ in range(3))
+        self.change, self.inference = change, inference
+
+    def forward(self, tokens):
+        with torch.inference_mode(self.inference), torch.no_grad():
+            h = torch.nn.functional.one_hot(tokens, 32).float() + 0.1
+            for layer in self.layers:
+                h = self.change(layer(h))
+
+
+class Residual(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(32, 32)
+
+    def forward(self, h):
+        return h + self.linear(h)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize(
+    ("in_place", "anew"),
+    [
+        (lambda h: h.mul_(0.5), lambda h: h * 0.5),
+        (lambda h: h.add_(torch.linspace(-1, 1, 32)), lambda h: h + torch.linspace(-1, 1, 32)),
+        (lambda h: h[..., 1:].zero_() is not None and h, lambda h: h * (torch.arange(32) < 1)),
+    ],
+    ids=["scaled", "shifted", "a part of it"],
+)
+def test_a_stream_that_is_changed_in_place_between_layers_scores_as_one_changed_anew(
+    in_place, anew, inference
+):
+    tokens = torch.tensor(random_windows(2, 6)) % 32
+    mask = torch.tensor([[True] * 6, [True] * 4 + [False] * 2])
+    found = []
+    for change in (in_place, anew):
+        model = Stream(change, inference=inference)
+        with hooked(model.layers, mask, all_tokens=True) as hooks:
+            model(tokens)
+        found.append(hooks.scores())
+    for name in vars(found[0]):
+        ours, expected = (getattr(scores, name) for scores in found)
+        assert torch.allclose(ours, expected, rtol=1e-5, atol=1e-6, equal_nan=True), name
+
+
+def test_norms_are_computed_once_for_a_stream_that_nothing_changes(monkeypatch):
+    model, counted = Stream(lambda h: h), []
+    monkeypatch.setattr(scoring_hooks, "norms", lambda x: counted.append(1) or norms(x))
+    with hooked(model.layers, torch.ones(1, 4, dtype=torch.bool)):
+        model(torch.tensor([[1, 2, 3, 4]]))
+    assert len(counted) == 1 + 2 * 3  # of the first state, then of every state and change
 
 
 class Writing(torch.nn.Module):

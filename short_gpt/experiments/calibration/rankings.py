@@ -10,14 +10,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
+import torch
 
 from llama.io.json_files import JsonObject
 from short_gpt.data.windows import text_of
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import bar
 from short_gpt.scored_model import ScoredModel
+from short_gpt.scoring.clusters import degrees_of_freedom
 from short_gpt.scoring.hooks import Scores
-from short_gpt.scoring.metrics import student_t
+from short_gpt.scoring.metrics import LEAST_DEGREES, student_t
 
 METHODS = ("bi", "relative_magnitude", "angular")
 RESAMPLES = 1000
@@ -79,9 +81,10 @@ class WindowScores:
         return sums[drawn].sum(1) / weights[drawn].sum(1)[:, None]
 
     @property
-    def n_units(self) -> int:
-        """How many windows are drawn, or documents where there are several."""
-        return len(self._units())
+    def degrees(self) -> float:
+        """Of freedom, of the windows that are drawn, or documents where there are several."""
+        weights = np.asarray(self.weights)
+        return degrees_of_freedom(torch.tensor([weights[unit].sum() for unit in self._units()]))
 
     def _units(self) -> list[list[int]]:
         """Places of the windows that are drawn together."""
@@ -169,7 +172,7 @@ def agreement(names: tuple[str, str], first: WindowScores, second: WindowScores)
     drawn = first.resampled(0), second.resampled(1)
     value = correlations(first.means[None], second.means[None])[0]
     own, other = (s.members(d) for s, d in zip((first, second), drawn, strict=True))
-    degrees = min(first.n_units, second.n_units) - 1
+    degrees = min(first.degrees, second.degrees)
     shared = np.quantile((own & other).sum(1), (0.025, 0.975))
     return Agreement(
         *names,
@@ -197,7 +200,7 @@ def correlations(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     return (a * b).sum(-1) / np.sqrt((a * a).sum(-1) * (b * b).sum(-1))
 
 
-def reach(value: float, drawn: np.ndarray, degrees: int) -> tuple[float, float]:
+def reach(value: float, drawn: np.ndarray, degrees: float) -> tuple[float, float]:
     """The 95% interval of a rank correlation from resamples.
 
     Noise in both rankings lowers their correlation, and drawing anew lowers it once more. So the
@@ -207,9 +210,9 @@ def reach(value: float, drawn: np.ndarray, degrees: int) -> tuple[float, float]:
     Args:
         value: of all windows.
         drawn: of the resamples.
-        degrees: of freedom: of the ranking with fewer windows (or documents), less 1.
+        degrees: of freedom, of the ranking with fewer of them.
     """
-    if degrees < 1:
+    if degrees < LEAST_DEGREES:
         return -1.0, 1.0
     stretch = student_t(0.975, degrees) / student_t(0.975, 10**6)
     stretch *= math.sqrt((degrees + 1) / degrees)
