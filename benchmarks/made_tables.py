@@ -253,7 +253,6 @@ HEALINGS = "| healing | Block Influence, 4 less | Block Influence, 8 less "
 HEALINGS += "| greedy search, 4 less | greedy search, 8 less |"
 HEALED = "| {} | held-out chapters | WikiText-2, second half | novels |"
 CROSSED = "| {}, chosen on | bible | wikitext | novels | questions | code |"
-RULED = "| the rule with | trusted, harmless | trusted, harmful | not, harmless | not, harmful |"
 # The head of every table that is filled, by its page, and what makes its rows.
 DRAFTED = "| tokens of a draft | 4 less: accepted | 8 less: accepted | 4 less: tokens a pass "
 DRAFTED += "| 8 less: tokens a pass |"
@@ -279,7 +278,6 @@ TABLES: dict[str, dict[str, Callable[[], list[str]]]] = {
         "| rankings on | layers in common | rank correlation (95%) |": evidence.agreed,
         CROSSED.format("as cut"): partial(evidence.crossed, "raw"),
         CROSSED.format("refitted"): partial(evidence.crossed, "refit"),
-        RULED: evidence.ruled,
         "| scores of two texts | 6 windows | 12 windows | 24 windows |": evidence.covered,
     },
     "docs/scaling.md": {

@@ -33,8 +33,6 @@ from made_tables import (
 )
 from pages import PAGES, RESULTS, commands, flowing, result, table, tables
 
-from short_gpt.experiments.calibration import CHECKED, SHARE
-
 # Measured once, and so said where it stands: no benchmark of this repository prints it.
 ONCE = """
 -0.346 (0.032) +0.002 (0.014) +0.010 (0.013) -0.046 (0.008) -0.561 (0.034) -0.551 (0.027)
@@ -101,15 +99,6 @@ def test_the_comparison_is_what_was_measured():
     assert compared() in PAGES["docs/results.md"]
     head = "| removed by | 4 layers | 8 layers | 8, patched | 8, LoRA |"
     assert table("README.md", head) == short_table()
-
-
-def test_the_rule_of_calibration_is_the_one_that_was_checked():
-    rule = result("calibration_rule")["rule"]
-    assert rule["share"] == SHARE
-    trusted = [rule["library"][f"trusted, {end}"] for end in ("harmless", "harmful")]
-    assert trusted[1] <= sum(trusted) / 20
-    by_layers = {int(n): [*own.values()][:2] for n, own in rule["by_layers"].items()}
-    assert {n: (bad, good + bad) for n, (good, bad) in by_layers.items()} == CHECKED
 
 
 def held_out(name: str, healed: str) -> str:
