@@ -99,8 +99,14 @@ KINDS: dict[str, Make] = {
     "2% of windows x own factor": own_factors,
     "windows clustered in texts": clustered,
 }
-TIES = {"2% of windows x 20, nearer tie": 0.01}  # times the usual difference of the two
-BEYOND: dict[str, Make] = {"1% of windows x 6, one layer": contaminated(0.01, 6.0)}
+# Beyond the promise: windows rarer than 2% decide. Of lognormal windows of sigma 2 the largest 1%
+# hold 37% of the sum, more than two layers differ by at a near tie.
+BEYOND: dict[str, Make] = {
+    "1% of windows x 6, one layer": contaminated(0.01, 6.0),
+    "lognormal, sigma 2.0, nearer tie": one_lognormal(2.0),
+}
+# times the usual difference of the two that are nearly tied
+TIES = {"2% of windows x 20, nearer tie": 0.01, "lognormal, sigma 2.0, nearer tie": 0.01}
 
 
 def placed(found: Tensor, random: torch.Generator, tie: float) -> Tensor:
@@ -197,7 +203,7 @@ def wilson(count: int, of: int) -> list[float]:
 
 
 def attacks(rule: Stop, populations: int) -> dict[str, dict[str, Any]]:
-    """All kinds; those that are rarer than the rule promises to see come last."""
+    """All kinds; those that are beyond the promise come last."""
     kinds, found = {**KINDS, **BEYOND}, {}
     with bar("attacking", total=len(kinds), unit="kind") as shown:
         for seed, (kind, make) in enumerate(kinds.items()):

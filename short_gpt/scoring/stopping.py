@@ -25,7 +25,8 @@ The tests' error is bounded over L - 1 pairs: let a be the highest of the n laye
 choose. If another set is claimed, either a is not in it, and one of the L - n layers above is
 claimed to lie below a; or it is, and one of the n - 1 others is claimed to lie above a. Over the
 planned looks it is shared equally; if nobody knows how many windows there are, look k gets
-1 / (k (k + 1)). So the bound holds as far as t, corrected for skewness, has the right tail.
+1 / (k (k + 1)). The bound holds as far as t, corrected for skewness, has the right tail: not at a
+near tie of layers of which a few windows hold much of the sum, as these are rarer than ``rare``.
 
 ``benchmarks/stopping.py --adversarial`` attacks the rule with populations made to mislead it.
 """
