@@ -77,8 +77,6 @@ script refit_sets refits --only sets --also wikitext2_test.txt --others lambada_
 script refit_parts refits --only parts,windows --also wikitext2_test.txt --others lambada_passages.txt
 script refit_aims refits --only aims --also wikitext2_test.txt --others lambada_passages.txt
 script calibration calibration --wikitext wikitext2_test.txt --tasks tasks --state calibration.state
-script calibration_rule calibration_rule --wikitext wikitext2_test.txt --tasks tasks \
-    --state calibration_rule.state
 script tasks tasks --source tasks --wikitext wikitext2_test.txt --state tasks.state
 measure compare python -m short_gpt compare --search_windows 2 --healing raw,patched,lora \
     --lora_only bi:8,angular:8 --lora_steps 80 --lora_rank 16 --lora_learning_rate 2e-3 \

@@ -1,7 +1,7 @@
 """Which text chooses the layers, on the real small model: five kinds of text.
 
 Every text ranks, and its choice is judged on all of them; windows of other lengths, and with bos in
-front of every one, rank too. Whom to trust beyond its text is checked by ``calibration_rule.py``.
+front of every one, rank too.
 
     python benchmarks/calibration.py --wikitext wikitext2_test.txt --tasks tasks/ --out FILE
 

@@ -57,15 +57,6 @@ def _crossed(cell: dict) -> str:
     return f"{cell['perplexity']:.2f}, {cell['excess']:+.3f} ({cell['excess_error']:.3f})"
 
 
-def ruled() -> list[str]:
-    """What the rule trusted, and what then did harm, of all numbers of layers and of each."""
-    rule = result("calibration_rule")["rule"]
-    found = {"share fixed on three texts, checked on the other two": rule["fitted"]}
-    found[f"share {rule['share']}, on the same two"] = rule["library"]
-    found |= {f"of these, {n} layers less": own for n, own in rule["by_layers"].items()}
-    return [row(name, *own.values()) for name, own in found.items()]
-
-
 def covered() -> list[str]:
     """How often the interval of a rank correlation holds it, in simulated texts."""
     found = result("calibration")["coverage"]

@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+import adversarial as hostile
 import evidence_tables as evidence
 import healing_tables as healing
 from evidence_tables import result
 
 from short_gpt.experiments.comparison import Row
 from short_gpt.report import tables as report
+from short_gpt.scoring.stopping import Stop
 
 
 def spread(values: dict[str, float], digits: int = 3) -> str:
@@ -41,20 +43,26 @@ def scoring() -> list[str]:
 def stopping() -> list[str]:
     lines = []
     for name, case in result("stopping")["cases"].items():
-        read, least = case["share_of_windows"], case["least_share"]
-        lines.append(
-            f"| {name} | {read['median']:.1%} | {read['95th percentile']:.1%} | {least:.1%} |"
-        )
+        read, misled = case["share_of_windows"], case["misled"]
+        cells = [read["median"], read["95th percentile"]]
+        wrong = [1 - misled["agreement"], misled["wrong_of_early_stops"]]
+        shares = [*(f"{cell:.1%}" for cell in cells), *(f"{cell:.2%}" for cell in wrong)]
+        lines.append(f"| {name} | {' | '.join(shares)} |")
     return lines
+
+
+def least() -> str:
+    """What every rule with the same promise has to read, as a sentence."""
+    found = result("stopping")
+    share = hostile.least_median(Stop(hostile.N, confidence=found["confidence"]), found["windows"])
+    return f"the median of {found['windows']} windows read cannot be below {share:.1%}"
 
 
 def attacked() -> list[str]:
     rows = []
     for kind, case in result("stopping_adversarial")["kinds"].items():
-        low, high = case["interval"]
-        share = f"{case['wrong_of_early_stops']:.2%} ({low:.2%} - {high:.2%})"
-        runs, early = case["wrong_of_runs"], case["stopped_early"]
-        rows.append(f"| {kind} | {share} | {runs:.2%} | {early:.1%} |")
+        runs, stops = (hostile.shares(case, f"wrong_of_{of}") for of in ("runs", "early_stops"))
+        rows.append(f"| {kind} | {runs} | {case['early_stops']:,} | {stops} |")
     return rows
 
 
@@ -245,7 +253,6 @@ HEALINGS = "| healing | Block Influence, 4 less | Block Influence, 8 less "
 HEALINGS += "| greedy search, 4 less | greedy search, 8 less |"
 HEALED = "| {} | held-out chapters | WikiText-2, second half | novels |"
 CROSSED = "| {}, chosen on | bible | wikitext | novels | questions | code |"
-RULED = "| the rule with | trusted, harmless | trusted, harmful | not, harmless | not, harmful |"
 COVERED = "| texts | two-sided, before | CR2 | now | one-sided, before | CR2 | now "
 COVERED += "| times as wide | no interval |"
 # The head of every table that is filled, by its page, and what makes its rows.
@@ -254,9 +261,9 @@ DRAFTED += "| 8 less: tokens a pass |"
 FAMILY = "| Qwen2.5-Coder-0.5B | perplexity | MB |"
 SERVED = "| | file, MB | peak, MB | prompt, tokens/s | ratio, expected | writing, tokens/s "
 SERVED += "| ratio, expected |"
-STOPPED = (
-    "| answer | windows read, median | windows read, 95th percentile | least median of any rule |"
-)
+STOPPED = "| answer | windows read, median | windows read, 95th percentile "
+STOPPED += "| misled: early and wrong, of runs | wrong, of early stops |"
+MISLED = "| what misleads | early and wrong, of runs | early stops | wrong, of these |"
 TABLES: dict[str, dict[str, Callable[[], list[str]]]] = {
     "README.md": {"| removed by | 4 layers | 8 layers | 8, patched | 8, LoRA |": short_table},
     "docs/results.md": {
@@ -273,13 +280,12 @@ TABLES: dict[str, dict[str, Callable[[], list[str]]]] = {
         "| rankings on | layers in common | rank correlation (95%) |": evidence.agreed,
         CROSSED.format("as cut"): partial(evidence.crossed, "raw"),
         CROSSED.format("refitted"): partial(evidence.crossed, "refit"),
-        RULED: evidence.ruled,
         "| scores of two texts | 6 windows | 12 windows | 24 windows |": evidence.covered,
     },
     "docs/formats.md": {COVERED: evidence.intervals},
     "docs/scaling.md": {
         STOPPED: stopping,
-        "| what misleads | wrong, of early stops | of all runs | stopped early |": attacked,
+        MISLED: attacked,
         "| the streamed refit | measured |": refit_streamed,
     },
     "docs/healing.md": {

@@ -39,7 +39,8 @@ class OpenOptions:
 
     Attributes:
         n_prune_layers: how many layers `remove_layers` takes out; may be set later.
-        tokenizer_path: tokenizer file of Meta's format; None looks beside the checkpoint.
+        tokenizer_path: tokenizer file of Meta's format or of a streamed model; None looks beside
+            the checkpoint. Other models bring their own.
         max_seq_len: longest window in tokens, of Meta's format or streamed.
         max_batch_size: most windows read at once, of Meta's format or streamed.
         seed: of what a model samples.

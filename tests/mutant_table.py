@@ -2344,22 +2344,6 @@ EVIDENCE = (
         ),
     ),
     Section(
-        "short_gpt/experiments/calibration/trust.py",
-        "tests/experiments/test_calibration.py",
-        (
-            (
-                "worst = max(shares",
-                "worst = min(shares",
-                "test_the_rule_asks_for_the_worst_of_the_other_texts",
-            ),
-            (
-                "if cost > 0 else",
-                "if cost else",
-                "test_the_rule_asks_for_the_worst_of_the_other_texts",
-            ),
-        ),
-    ),
-    Section(
         "short_gpt/experiments/calibration/run.py",
         "tests/experiments/test_calibration.py",
         (

@@ -7,10 +7,8 @@ import os
 import re
 import subprocess
 from importlib import import_module
-from itertools import product
 from pathlib import Path
 
-import calibration_rule
 import coverage
 import distilled
 import pytest
@@ -29,7 +27,6 @@ from gguf_files import stack_file
 from short_gpt import ShortHFModel
 from short_gpt.checkpoints import prune_gguf
 from short_gpt.data import check_disjoint
-from short_gpt.experiments.calibration import Calibrated, Crossed
 from short_gpt.healing import (
     CachedTeacher,
     Distillation,
@@ -193,28 +190,6 @@ def test_intervals_that_hold_too_seldom_end_the_benchmark_with_1(monkeypatch, ca
         coverage.main(runs=2000)
     assert ended.value.code == 1
     assert "MISSED: lognormal, sd 1, alike within a text, 3 texts:" in capsys.readouterr().out
-
-
-def crossed(n: int, harm: float) -> Calibrated:
-    """Four texts that agree, but for the choice of a, which does harm on d."""
-    cells = [
-        Crossed(s, t, "raw", [1], 9.0, 1.0, 0.1, cost, 0.05, 2 * cost, 8, None)
-        for s, t in product("abcd", repeat=2)
-        for cost in [harm if (s, t) == ("a", "d") else 0.05 * (s != t)]
-    ]
-    return Calibrated(n, "bi", {}, [], {}, cells, [])
-
-
-def test_the_rule_is_checked_on_texts_that_it_was_not_fixed_on():
-    """Three texts fix, one checks: a is found out wherever d is measured, and harms where not."""
-    rule = calibration_rule.checked([crossed(2, 0.3), crossed(4, 0.0)])
-    by_layers = [[*own.values()] for own in rule["by_layers"].values()]
-    assert [*rule["by_layers"]] == ["2", "4"]
-    assert by_layers == [[9, 1, 2, 0], [12, 0, 0, 0]]
-    assert [*rule["library"].values()] == [21, 1, 2, 0]
-    # among a, b and c, or b, c and d nothing does harm; with a and d the upper end of 0.1 may not
-    assert [split["share"] for split in rule["splits"]] == [1.0, 0.05, 0.05, 1.0]
-    assert [*rule["fitted"].values()] == [11, 1, 12, 0]
 
 
 def test_windows_to_distil_on_share_nothing_with_what_judges_or_chooses_the_step():

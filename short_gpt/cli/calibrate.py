@@ -19,8 +19,8 @@ def calibrate(
 ) -> None:
     """Ranks on several kinds of text, and judges each choice on all.
 
-    Says how far rankings agree, what one text's layers cost on the others, as cut and refitted, and
-    whether a choice may be trusted beyond its text. Interrupted, the same command continues.
+    Says how far rankings agree, and what one text's layers cost on the others, as cut and refitted.
+    Interrupted, the same command continues.
 
     Example: short-gpt calibrate llama-2-7b --data novels/,questions.txt,code.txt --n 8
 

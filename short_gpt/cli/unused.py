@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
+from llama.io.sources import is_meta
+from short_gpt.data.texts import has_columns, has_split
 from short_gpt.evaluation.protocols import PROTOCOLS
 from short_gpt.jobs.inputs import listed
 from short_gpt.runtime.errors import ShortGPTError
@@ -34,9 +37,54 @@ def _given(*names: str) -> Callable[[Values], bool]:
     return lambda values: any(values.get(name) is not None for name in names)
 
 
+def _sources(values: Values) -> list[str]:
+    """The texts that a command reads, by their names."""
+    names = str(values.get("prompts") or values["data"])
+    return [names] if Path(names).exists() else listed(names)
+
+
+def _splits(values: Values) -> bool:
+    return any(has_split(name, str(values["split"])) for name in _sources(values))
+
+
+def _columns(values: Values) -> bool:
+    held_out = values.get("eval_data")
+    return any(map(has_columns, [*_sources(values), *([str(held_out)] if held_out else [])]))
+
+
+def _tokenizer_is_read(values: Values) -> bool:
+    """Whether a model's tokenizer is looked for; a path that does not exist is refused later."""
+    if values.get("stream") or values.get("stream_teacher"):
+        return True
+    models = [values.get(name) for name in ("model", "pruned", "teacher")]
+    try:
+        return any(is_meta(str(model)) for model in models if model is not None)
+    except FileNotFoundError:
+        return True
+
+
 SCORING = {*METHODS} - {*BY_LOSS}
 
+READ_TEXTS = ("rank", "heal", "calibrate", "compare", "perplexity", "draft", "reproduce")
 RULES = (
+    Rule(
+        (*READ_TEXTS, "prune", "generate", "evaluate", "convert"),
+        ("tokenizer_path",),
+        "a model in Meta's format (others bring their own tokenizer) or --stream",
+        _tokenizer_is_read,
+    ),
+    Rule(
+        READ_TEXTS,
+        ("split",),
+        "data with splits (pg19, a data set of the hub, a folder with files of that name)",
+        _splits,
+    ),
+    Rule(
+        READ_TEXTS,
+        ("column",),
+        "data with columns (.jsonl, .parquet or a data set of the hub)",
+        _columns,
+    ),
     Rule(
         ("prune",),
         ("eval_data", "eval_windows", "size", "confidence", "bos", "device", "dtype"),

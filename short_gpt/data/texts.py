@@ -38,7 +38,7 @@ def texts(source: str | Path, *, split: str | None = None, column: str = "text")
     Example:
         >>> chapters = texts("novels/")  # doctest: +SKIP
     """
-    path = Path(os.path.expanduser(str(source)))
+    path = _path(source)
     if str(source) and path.exists():
         files = _files(path, split)
         return _started(chain.from_iterable(_read(file, column) for file in files), source)
@@ -71,6 +71,29 @@ def pg19(split: str = "validation", *, path: str | Path | None = None) -> Iterat
     return _started(_hub_texts("emozilla/pg19", split, "text"), "emozilla/pg19")
 
 
+def has_split(source: str, split: str) -> bool:
+    """Whether a split takes less than all of a source, which may be pg19.
+
+    A path that does not exist counts, as `texts` says what is wrong with it.
+    """
+    path = _path(source)
+    if source == "pg19" or not path.exists():
+        return True
+    return path.is_dir() and bool(_of_split(_names(path), split))
+
+
+def has_columns(source: str) -> bool:
+    """Whether the texts of a source, which may be pg19, stand in columns."""
+    path = _path(source)
+    if source == "pg19" or not path.is_dir():
+        return source != "pg19" and path.suffix.lower() != ".txt"
+    return any(not name.lower().endswith(".txt") for name in _names(path))
+
+
+def _path(source: str | Path) -> Path:
+    return Path(os.path.expanduser(str(source)))
+
+
 def _started(found: Iterator[str], source: str | Path) -> Iterator[str]:
     """The same texts, the first of them already read."""
     first = next(found, None)
@@ -89,14 +112,9 @@ def _files(path: Path, split: str | None) -> list[Path]:
         return [path]
     if not path.is_dir():  # a pipe, which would be waited for
         raise ShortGPTError(f"{str(path)!r} is neither a file nor a folder: expected {KINDS}")
-    names = sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if not p.is_dir())
-    names = [name for name in names if name.lower().endswith(tuple(_READERS))]
-    names = [name for name in names if not re.search(r"(^|/)\.", name)]  # hidden ones
-    if not names:
-        raise ShortGPTError(f"{str(path)!r} has no file of a known kind: expected {KINDS}")
+    names = _names(path)
     if split is not None:
-        of_split = re.compile(rf"(^|/){re.escape(split)}(/|[^a-z/][^/]*$)")
-        names = list(filter(of_split.search, names)) or names
+        names = _of_split(names, split) or names
     for name in names:
         if not (path / name).is_file():
             raise ShortGPTError(
@@ -104,6 +122,21 @@ def _files(path: Path, split: str | None) -> list[Path]:
                 "pipe: expected files alone under such names; repair it, or take it away"
             )
     return [path / name for name in names]
+
+
+def _names(path: Path) -> list[str]:
+    """Files of a folder of kinds that can be read, sorted; links to nothing among them."""
+    names = sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if not p.is_dir())
+    names = [name for name in names if name.lower().endswith(tuple(_READERS))]
+    names = [name for name in names if not re.search(r"(^|/)\.", name)]  # hidden ones
+    if not names:
+        raise ShortGPTError(f"{str(path)!r} has no file of a known kind: expected {KINDS}")
+    return names
+
+
+def _of_split(names: list[str], split: str) -> list[str]:
+    of_split = re.compile(rf"(^|/){re.escape(split)}(/|[^a-z/][^/]*$)")
+    return list(filter(of_split.search, names))
 
 
 def _read(file: Path, column: str) -> Iterator[str]:

@@ -39,7 +39,8 @@ class TextSource:
 
     Args:
         data: pg19, a local file or folder of .txt, .jsonl or .parquet, or a hub data set's name.
-        split: split of the data.
+        split: split of a data set of the hub, of pg19, or of a folder that has files or sub-folders
+            of that name; all else is read whole.
         column: column of the text in .jsonl, .parquet and hub data sets.
         max_texts: take only the first so many texts; a seed draws from all that are taken, so set
             it for a data set that is too large to be read whole.
@@ -148,7 +149,8 @@ class Opening:
     """How a model is opened.
 
     Args:
-        tokenizer_path: tokenizer of a Meta checkpoint; found beside it if not given.
+        tokenizer_path: tokenizer of a Meta checkpoint, found beside it if not given; other models
+            bring their own.
         device: cpu, cuda or mps; the best there is if not given.
         dtype: float32, bfloat16 or float16; float32 on cpu if not given.
         trust_remote_code: run the Python files that come with a Hugging Face model; look at them

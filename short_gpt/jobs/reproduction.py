@@ -40,7 +40,8 @@ class Paper:
 
     Args:
         paper_model: which of the paper's models this is; told by its shape if not given.
-        confidence: that a settled answer is that of all windows; none reads all of them.
+        confidence: of all runs, at most 1 - confidence end early with another answer than that of
+            all windows; of those that end early, more may be wrong. none reads all windows.
         rare: share of all windows that a kind of windows must make up to be guarded against by
             that; the smaller, the more is read.
     """

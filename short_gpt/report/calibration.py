@@ -1,4 +1,4 @@
-"""A calibration as text: agreement of rankings, the cross table, and whom to trust."""
+"""A calibration as text: agreement of rankings, and the cross table."""
 
 from __future__ import annotations
 
@@ -6,14 +6,7 @@ import math
 from collections.abc import Sequence
 
 from short_gpt.evaluation.sampling import SamplingError
-from short_gpt.experiments.calibration import (
-    CHECKED,
-    SHARE,
-    Agreement,
-    Calibrated,
-    Crossed,
-    Trust,
-)
+from short_gpt.experiments.calibration import Agreement, Calibrated, Crossed
 from short_gpt.experiments.rows import RAW
 
 WIDE = 22  # of a column
@@ -32,7 +25,7 @@ def calibrated(result: Calibrated) -> str:
     cell = result.cells[0]
     over = SamplingError(math.nan, cell.windows, cell.texts).over
     lines += ["", f"standard errors over {over} (of {cell.text})"]
-    return "\n".join([*lines, *trusted(result.trusted)])
+    return "\n".join(lines)
 
 
 def _agreed(head: str, found: Sequence[Agreement]) -> list[str]:
@@ -72,22 +65,3 @@ def _excess(cell: Crossed) -> str:
     if cell.choice == cell.text:
         return "own"
     return f"{cell.excess:+.3f} ({cell.excess_error:.3f})"
-
-
-def trusted(found: Sequence[Trust]) -> list[str]:
-    """A line for every healing: whose choices may be trusted beyond their text; and how far."""
-    lines = []
-    for healing in dict.fromkeys(t.healing for t in found):
-        own = [t for t in found if t.healing == healing]
-        good, bad = ([_share(t) for t in own if t.trusted is sure] for sure in (True, False))
-        said = f"trust {', '.join(good) or 'none'}" + (f"; not {', '.join(bad)}" if bad else "")
-        lines.append(f"{NAMES.get(healing, healing)}, beyond its text: {said}")
-    rule = f"trusted: on no other text up to {SHARE:.0%} dearer than that text's own choice (95%)"
-    each = ", ".join(f"{bad} of {of} with {n} layers less" for n, (bad, of) in CHECKED.items())
-    return [*lines, rule, f"of choices so trusted, on one small model as cut, did harm: {each}"]
-
-
-def _share(found: Trust) -> str:
-    if math.isinf(found.share):
-        return f"{found.choice} (dearer on {found.text}, where its own choice costs nothing)"
-    return f"{found.choice} (up to {found.share:.0%} dearer on {found.text})"

@@ -1,9 +1,12 @@
 """When a ranking is settled: tests of paired differences between layers, at planned looks.
 
 The windows are a simple random sample, without replacement, of all windows of the data. The
-answer is settled when every chosen layer (or block) lies below every other one so clearly that
-reading all windows would not change the choice. Of the error that the confidence leaves, a quarter
-goes to windows that were not seen, the rest to the tests:
+answer is settled when every chosen layer (or block) lies clearly below every other one.
+
+The promise is about runs, each with a random order of the windows: of all runs, at most
+1 - confidence end early with another answer than that of all windows. It is no promise about the
+runs that end early: where few do, more than that share of these few may be wrong. Of the error, a
+quarter goes to windows that were not seen, the rest to the tests:
 
 Unseen windows. No sample tells of a kind of windows of which it holds none, however different they
 are. So the first look is where such a kind, if it makes up ``rare`` of all windows, was missed with
@@ -18,10 +21,12 @@ expansion (Johnson, JASA 73, 1978; Hall, The Bootstrap and Edgeworth Expansion, 
 3.10; here for sampling without replacement, see `skewness_factor`). It counts twice: a sample
 shows less skewness than its population has where that rests on a few windows.
 
-The error is bounded over L - 1 pairs: let a be the highest of the n layers that all windows choose.
-If another set is claimed, either a is not in it, and one of the L - n layers above is claimed to
-lie below a; or it is, and one of the n - 1 others is claimed to lie above a. Over the planned looks
-it is shared equally; if nobody knows how many windows there are, look k gets 1 / (k (k + 1)).
+The tests' error is bounded over L - 1 pairs: let a be the highest of the n layers that all windows
+choose. If another set is claimed, either a is not in it, and one of the L - n layers above is
+claimed to lie below a; or it is, and one of the n - 1 others is claimed to lie above a. Over the
+planned looks it is shared equally; if nobody knows how many windows there are, look k gets
+1 / (k (k + 1)). The bound holds as far as t, corrected for skewness, has the right tail: not at a
+near tie of layers of which a few windows hold much of the sum, as these are rarer than ``rare``.
 
 ``benchmarks/stopping.py --adversarial`` attacks the rule with populations made to mislead it.
 """
@@ -52,8 +57,9 @@ class Stop:
     Args:
         n: how many layers are to be removed.
         angular: settle the best block of n layers instead of the n lowest Block Influences.
-        confidence: probability, at least, that a settled answer is that of all windows, unless
-            windows decide that are rarer than ``rare``.
+        confidence: of all runs, at most 1 - confidence end early with another answer than that of
+            all windows, unless windows decide that are rarer than ``rare``. Of the runs that end
+            early, a larger share may be wrong.
         min_windows: windows read before the first look, at least.
         rare: share of all windows that a kind of its own must make up to be guarded against. The
             first look comes after about 6 / rare windows at 99%; of few windows, most are read.
@@ -212,7 +218,8 @@ class Verdict:
 
     Attributes:
         stop: the rule.
-        settled: whether the answer would stay if all windows were read.
+        settled: whether the run may end here by the promise of `Stop`; also if all windows were
+            read.
         windows, population: windows read, of how many.
         pair: the least sure pair: a chosen layer (or a block's first) and another, original
             numbers.
@@ -242,7 +249,9 @@ class Verdict:
             return f"{what} settled: all {self.windows:,} windows were read"
         closest = f"{self.closest}: z = {self.z:.2f}, needed {self.needed:.2f}"
         if self.settled:
-            return f"{what} settled at {self.stop.confidence:.4g} after {read}; {closest}"
+            sure = self.stop.confidence
+            promise = f"of all runs at most {100 * (1 - sure):.4g}% end early and wrong"
+            return f"{what} settled at {sure:.4g} after {read}; {closest}; {promise}"
         first = self.stop.first_look(self.population)
         early = f", looked at from {first:,} on" if self.windows < first else ""
         return f"{what} NOT settled at {self.stop.confidence:.4g} by {read}{early}; {closest}"

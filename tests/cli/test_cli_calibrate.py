@@ -36,7 +36,7 @@ COMMON = ["calibrate", "ckpt", "--data", "books,code.txt", "--sizes", "32", "--d
 COMMON += ["--max_windows", "4", "--eval_windows", "3"]
 
 
-def test_it_prints_agreement_cross_table_and_whom_to_trust(here, capsys):
+def test_it_prints_agreement_and_cross_table(here, capsys):
     run(
         *COMMON,
         "--n",
@@ -60,15 +60,7 @@ def test_it_prints_agreement_cross_table_and_whom_to_trust(here, capsys):
         assert f"{cell['perplexity']:.2f}" in out
         if cell["choice"] != cell["text"]:
             assert f"{cell['excess']:+.3f} ({cell['excess_error']:.3f})" in out
-    for healing, name in (("raw", "as cut"), ("refit", "refit")):
-        (line,) = (each for each in out.splitlines() if each.startswith(f"{name}, beyond"))
-        good, _, bad = line.partition("; not")
-        for found in record["trusted"]:
-            if found["healing"] == healing:
-                assert found["choice"] in (good if found["trusted"] else bad)
-    assert all(
-        f"{bad} of {of} with {n} layers less" in out for n, (bad, of) in calibration.CHECKED.items()
-    )
+    assert "trust" not in out and "trusted" not in record  # no verdict: the reader judges the table
     ways = ["16 tokens, bos first", "32 tokens, bos every", "16 tokens, bos every"]
     assert [*record["ways"]] == ways
     assert all(f"with windows of {way}" in out for way in ways)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from commands import fails
 
@@ -46,6 +48,74 @@ UNUSED = [
 def test_what_has_no_effect_is_refused_by_what_it_needs(argv, needs, capsys):
     line = fails(capsys, *argv)
     assert " has no effect without " in line and needs in line
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """Texts of all kinds, a directory in either format, and a GGUF file."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.txt", "b.jsonl", "train/a.txt", "plain/a.txt", "rows/b.jsonl"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text('{"text": "a", "n": "b"}')
+    for folder, file in (("meta", "params.json"), ("hf", "config.json")):
+        Path(folder).mkdir()
+        Path(folder, file).write_text("{}")
+    Path("m.gguf").write_bytes(b"GGUF")
+
+
+SPLITS, COLUMNS, META = "data with splits", "data with columns", "a model in Meta's format"
+
+
+@pytest.mark.parametrize(
+    ("argv", "needs"),
+    [
+        (("rank", "hf", "--tokenizer_path", "t"), META),
+        (("generate", "m.gguf", "text", "--tokenizer_path", "t"), META),
+        (("prune", "hf", "out", "--layers", "1", "--tokenizer_path", "t"), META),
+        (("convert", "owner/name", "out", "--tokenizer_path", "t"), META),
+        (("evaluate", "hf", "m.gguf", "--tokenizer_path", "t"), META),
+        (("perplexity", "hf", "--data", "a.txt", "--split", "test"), SPLITS),
+        (("rank", "meta", "--data", "plain", "--split", "train"), SPLITS),
+        (("rank", "meta", "--data", ".", "--split", "validation"), SPLITS),
+        (("calibrate", "hf", "--data", "a.txt,plain", "--split", "train"), SPLITS),
+        (("perplexity", "hf", "--data", "a.txt", "--column", "n"), COLUMNS),
+        (("rank", "meta", "--data", "plain", "--column", "n"), COLUMNS),
+        (("rank", "meta", "--column", "n"), COLUMNS),
+        (
+            ("heal", "hf", "out", "--data", "a.txt", "--eval_data", "a.txt", "--column", "n"),
+            COLUMNS,
+        ),
+        (("draft", "hf", "hf", "--prompts", "a.txt", "--column", "n"), COLUMNS),
+    ],
+)
+def test_what_a_source_has_no_use_for_is_refused(here, capsys, argv, needs):
+    line = fails(capsys, *argv)
+    assert f"{argv[-2]} has no effect without {needs}" in line
+
+
+@pytest.mark.parametrize(
+    ("command", "given"),
+    [
+        ("rank", {"model": "meta", "tokenizer_path": "t"}),
+        ("rank", {"model": "hf", "tokenizer_path": "t", "stream": True}),
+        ("rank", {"model": "missing", "tokenizer_path": "t"}),
+        ("draft", {"model": "hf", "pruned": "meta", "tokenizer_path": "t"}),
+        ("heal", {"model": "hf", "teacher": "meta", "tokenizer_path": "t"}),
+        ("rank", {"split": "train"}),
+        ("rank", {"split": "train", "data": "allenai/c4:en"}),
+        ("rank", {"split": "train", "data": "."}),
+        ("rank", {"split": "train", "data": "missing.txt"}),
+        ("heal", {"split": "train", "data": "a.txt,pg19"}),
+        ("rank", {"column": "n", "data": "b.jsonl"}),
+        ("rank", {"column": "n", "data": "rows"}),
+        ("rank", {"column": "n", "data": "allenai/c4:en"}),
+        ("heal", {"column": "n", "data": "a.txt", "eval_data": "b.jsonl"}),
+        ("draft", {"column": "n", "prompts": "b.jsonl"}),
+    ],
+)
+def test_what_a_source_reads_passes(here, command, given):
+    defaults = {name: flag.default for name, flag in flags_of(COMMANDS[command]).items()}
+    refuse_unused(command, given, defaults)
 
 
 def test_every_rule_speaks_of_flags_that_there_are():

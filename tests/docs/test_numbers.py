@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import adversarial as hostile
 import fill_docs
 import pytest
 from evidence_tables import adapter
@@ -11,6 +12,7 @@ from healing_tables import minutes, passes, refitted
 from made_tables import (
     DRAFTED,
     FAMILY,
+    MISLED,
     SERVED,
     STOPPED,
     attacked,
@@ -19,6 +21,7 @@ from made_tables import (
     family,
     greedy,
     healed,
+    least,
     rehearsed,
     rows,
     scoring,
@@ -30,8 +33,6 @@ from made_tables import (
     streaming,
 )
 from pages import PAGES, RESULTS, commands, flowing, result, table, tables
-
-from short_gpt.experiments.calibration import CHECKED, SHARE
 
 # Measured once, and so said where it stands: no benchmark of this repository prints it.
 ONCE = """
@@ -65,15 +66,16 @@ def test_the_tables_of_costs_are_what_was_measured():
     assert table("docs/scaling.md", STOPPED) == stopping()
     cases = result("stopping")["cases"].values()
     assert all(case["misled"]["layers"] != case["layers"] for case in cases)
-    wrong = max(case["misled"]["wrong_of_early_stops"] for case in cases)
-    assert f"at most {wrong:.2%} of the early stops were wrong" in flowing("docs/scaling.md")
+    wrong = max(1 - case["misled"]["agreement"] for case in cases)
+    assert f"at most {wrong:.2%} of the runs ended early and wrong" in flowing("docs/scaling.md")
     assert wrong <= 1 - result("stopping")["confidence"]
     assert all(case["agreement"] == 1 for case in cases)
-    head = "| what misleads | wrong, of early stops | of all runs | stopped early |"
-    assert table("docs/scaling.md", head) == attacked()
+    assert least() in flowing("docs/scaling.md")
+    assert table("docs/scaling.md", MISLED) == attacked()
     found = result("stopping_adversarial")
-    *promised, _ = found["kinds"].values()  # the last is rarer than promised
-    assert all(case["wrong_of_early_stops"] <= 1 - found["confidence"] for case in promised)
+    assert [*found["kinds"]] == [*hostile.KINDS, *hostile.BEYOND]
+    wrong = {kind: case["wrong_of_runs"] for kind, case in found["kinds"].items()}
+    assert all(wrong[kind] <= 1 - found["confidence"] for kind in hostile.KINDS)
     assert streaming() in tables("docs/scaling.md")
     assert table("docs/results.md", "| | Meta's format | Hugging Face's |") == rehearsed()
 
@@ -109,15 +111,6 @@ def test_the_comparison_is_what_was_measured():
     assert compared() in PAGES["docs/results.md"]
     head = "| removed by | 4 layers | 8 layers | 8, patched | 8, LoRA |"
     assert table("README.md", head) == short_table()
-
-
-def test_the_rule_of_calibration_is_the_one_that_was_checked():
-    rule = result("calibration_rule")["rule"]
-    assert rule["share"] == SHARE
-    trusted = [rule["library"][f"trusted, {end}"] for end in ("harmless", "harmful")]
-    assert trusted[1] <= sum(trusted) / 20
-    by_layers = {int(n): [*own.values()][:2] for n, own in rule["by_layers"].items()}
-    assert {n: (bad, good + bad) for n, (good, bad) in by_layers.items()} == CHECKED
 
 
 def held_out(name: str, healed: str) -> str:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from llama.io.json_files import JsonObject
 from short_gpt.data.disjoint import check_disjoint
-from short_gpt.evaluation.paired import difference, losses, together
+from short_gpt.evaluation.paired import Difference, difference, losses, together
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.experiments.calibration.rankings import (
     Agreement,
@@ -20,7 +20,6 @@ from short_gpt.experiments.calibration.rankings import (
     agreements,
     score_windows,
 )
-from short_gpt.experiments.calibration.trust import MIX, Crossed, Trust, most, trust
 from short_gpt.experiments.cells import Cells
 from short_gpt.experiments.rows import RAW, REFIT, Windows
 from short_gpt.healing import refit
@@ -32,6 +31,7 @@ from short_gpt.runtime.state import StateFile, joined
 from short_gpt.short_model import ShortModel
 
 HEALINGS = (RAW, REFIT)
+MIX = "mix"  # the name of the choice by all texts
 
 
 class Apart(NamedTuple):
@@ -39,6 +39,37 @@ class Apart(NamedTuple):
 
     ranking: Windows
     judged: Windows
+
+
+@dataclass(frozen=True)
+class Crossed:
+    """One choice on one text.
+
+    Attributes:
+        choice: the text that chose the layers, and that a refit was fitted on; or `MIX`.
+        text: the one it is judged on.
+        healing: raw or refit.
+        layers: removed.
+        perplexity: on the text.
+        nats, standard_error: mean loss less that of the whole model, paired over the windows.
+        excess, excess_error: mean loss less that with the text's own choice, healed the same way;
+            0 for that itself.
+        excess_most: the upper end of the excess, one-sided 95%.
+        windows, texts: that the errors are over; see `evaluation.Difference`.
+    """
+
+    choice: str
+    text: str
+    healing: str
+    layers: list[int]
+    perplexity: float
+    nats: float
+    standard_error: float
+    excess: float
+    excess_error: float
+    excess_most: float
+    windows: int
+    texts: int | None
 
 
 @dataclass(frozen=True)
@@ -51,7 +82,6 @@ class Calibrated:
         agreement: of all pairs of texts; of one with itself, of two halves of its windows.
         ways: for windows cut another way, by its name, of each text with itself cut as above.
         cells: every choice on every text.
-        trusted: whether each choice may be trusted beyond its text.
         state: the file that holds what was measured, to be cleared once the result is safe.
     """
 
@@ -61,7 +91,6 @@ class Calibrated:
     agreement: list[Agreement]
     ways: Mapping[str, list[Agreement]]
     cells: list[Crossed]
-    trusted: list[Trust]
     state: StateFile | None = field(default=None, repr=False)
 
     def to_dict(self) -> dict[str, object]:
@@ -73,12 +102,11 @@ class Calibrated:
             "agreement": [asdict(found) for found in self.agreement],
             "ways": {way: [asdict(a) for a in found] for way, found in self.ways.items()},
             "cells": [_finite(asdict(cell)) for cell in self.cells],
-            "trusted": [_finite(asdict(found)) for found in self.trusted],
         }
 
 
 def _finite(content: JsonObject) -> JsonObject:
-    """None for what JSON has no number for: an error of one window, parts of no cost."""
+    """None for what JSON has no number for: an error of one window."""
     known = {k: v for k, v in content.items() if not isinstance(v, float) or math.isfinite(v)}
     return {**dict.fromkeys(content), **known}
 
@@ -110,7 +138,7 @@ def calibrate(
         progress: whether to show bars.
 
     Returns:
-        Choices, agreement, losses and trust. The state file stays until ``result.state.clear()``.
+        Choices, agreement and losses. The state file stays until ``result.state.clear()``.
 
     Raises:
         ShortGPTError: fewer than two texts, a name or number that is none, windows to rank on that
@@ -118,7 +146,7 @@ def calibrate(
 
     Example:
         >>> texts = {"novels": Apart(a, b), "code": Apart(c, d)}  # doctest: +SKIP
-        >>> calibrate(short, texts, 8).trusted  # doctest: +SKIP
+        >>> calibrate(short, texts, 8).cells  # doctest: +SKIP
     """
     _check(short, texts, n, healings)
     kept = None if state is None else StateFile(state, _identity(short, texts))
@@ -131,9 +159,7 @@ def calibrate(
         way: [agreement((name, name), scores[name], own) for name, own in found.items()]
         for way, found in others.items()
     }
-    return Calibrated(
-        n, method, choices, agreements(scores), between, cells, trust(cells), state=kept
-    )
+    return Calibrated(n, method, choices, agreements(scores), between, cells, state=kept)
 
 
 def mixed(scores: Mapping[str, WindowScores]) -> list[int]:
@@ -280,7 +306,13 @@ def _cell(
         standard_error=cost.standard_error,
         excess=excess.nats,
         excess_error=excess.standard_error if choice != text else 0.0,
-        excess_most=most(excess) if choice != text else 0.0,
+        excess_most=_most(excess) if choice != text else 0.0,
         windows=cost.windows,
         texts=cost.texts,
     )
+
+
+def _most(excess: Difference) -> float:
+    """The upper end of a difference, one-sided 95%; infinite where one window tells nothing."""
+    reach = excess.error.reach(0.95, sides=1)
+    return excess.nats + reach if reach == reach else float("inf")
