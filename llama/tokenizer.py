@@ -74,7 +74,7 @@ class Tokenizer:
         for wanted, token_id, key in ((bos, self.bos_id, "bos"), (eos, self.eos_id, "eos")):
             if wanted and token_id < 0:
                 raise InputError(f"encode({key}=True) needs a {key}_token; {self._backend.lack}")
-        s.encode("utf-8")  # raises on surrogates, which the backends treat differently
+        check_text(s)
         return [self.bos_id] * bos + self._backend.encode(s) + [self.eos_id] * eos
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -162,6 +162,21 @@ class _TokenizerJson:
 
     def decode(self, ids: list[int]) -> str:
         return self.model.decode(ids, skip_special_tokens=True)
+
+
+def check_text(text: str) -> None:
+    """Raises InputError for half a surrogate pair, which tokenizers treat differently or refuse.
+
+    JSON may hold one, and Python makes one of a byte on the command line that is not UTF-8.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = ascii(text[error.start])
+        raise InputError(
+            f"the text holds {half} as character {error.start}, half a surrogate pair or a byte "
+            "that is not UTF-8; expected whole characters: remove it"
+        ) from None
 
 
 def find_tokenizer(ckpt_dir: str | os.PathLike[str]) -> Path:

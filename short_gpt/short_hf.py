@@ -15,7 +15,7 @@ from llama.formats.convert import meta_to_hf
 from llama.io.sources import is_gguf
 from llama.parallel import choose_device, choose_dtype
 from llama.sampling import COLDEST
-from llama.tokenizer import find_tokenizer
+from llama.tokenizer import check_text, find_tokenizer
 from short_gpt.checkpoints.gguf_save import save_gguf
 from short_gpt.checkpoints.provenance import Provenance
 from short_gpt.checkpoints.save import save_as_meta, save_hf
@@ -93,6 +93,7 @@ class ShortHFModel(ShortModel):
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, with the special tokens that the tokenizer puts in front."""
+        check_text(text)
         return self._tokenizer()(text, verbose=False)["input_ids"]
 
     def eval_importance(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from llama.parallel import several_ranks
-from llama.tokenizer import find_tokenizer
+from llama.tokenizer import check_text, find_tokenizer
 from short_gpt.checkpoints.hf import prune_hf
 from short_gpt.checkpoints.meta import prune_meta
 from short_gpt.checkpoints.provenance import Provenance
@@ -101,6 +101,7 @@ class StreamedLlama(ScoredModel):
         """Token ids of a text, as in memory: by transformers where the checkpoint is its format."""
         if self._hf_tokenizer is None:
             return self.tokenizer.encode(text, bos=self.tokenizer.add_bos, eos=False)
+        check_text(text)
         return self._hf_tokenizer(text, verbose=False)["input_ids"]
 
     def plan(self, batch_size: int = 1) -> Plan:
