@@ -137,7 +137,9 @@ class _TokenizerJson:
         try:
             model = self.model = tokenizers.Tokenizer.from_buffer(data)
         except ValueError as error:
-            raise InputError(f"{path} is no tokenizer.json or a damaged one: {error}") from None
+            raise InputError(
+                f"{path} is no tokenizer.json or a damaged one: {error}; fetch it anew"
+            ) from None
         model.no_truncation()
         model.no_padding()
         model.encode_special_tokens = True  # in spite of its name: as ordinary text
@@ -146,7 +148,8 @@ class _TokenizerJson:
         config_path = path.with_name("tokenizer_config.json")
         self.lack = f"{config_path} {'names none' if config_path.is_file() else 'is missing'}"
         config = read_json(config_path) if config_path.is_file() else {}
-        names = [_name(config, key, special) for key in ("bos_token", "eos_token", "pad_token")]
+        keys = ("bos_token", "eos_token", "pad_token")
+        names = [_name(config, key, special, config_path) for key in keys]
         for name in filter(None, names):
             if name not in vocab:
                 raise InputError(f"{config_path} names a token {name!r}, which {path} lacks")
@@ -274,13 +277,13 @@ def _chunks(text: str) -> Iterator[str]:
         yield chunk[begin:]
 
 
-def _name(config: JsonObject, key: str, special: dict[str, int]) -> str:
+def _name(config: JsonObject, key: str, special: dict[str, int], path: Path) -> str:
     """The token under a key of the config, else the only usual one, else nothing."""
     if key in config:
         token = config[key]
-        name = token.get("content") if isinstance(token, dict) else token
+        name = token.get("content", token) if isinstance(token, dict) else token
         if not isinstance(name, str | None):
-            raise InputError(f"tokenizer_config.json has {key} = {name!r}, expected a token's text")
+            raise InputError(f"{path} has {key} = {name!r:.60}, expected a token's text")
         return name or ""
     usual = USUAL_NAMES.get(key, set()) & special.keys()
     return usual.pop() if len(usual) == 1 else ""

@@ -7,11 +7,11 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from llama.args import check_positive
+from llama.args import check_positive, shown
 from llama.formats.gguf_header import Header, read_header
 from llama.formats.gguf_parts import PART
 from llama.formats.names import GGUF, NAMES, check_layers
-from llama.formats.safetensors import SafetensorsFile
+from llama.formats.safetensors import INDEX, WEIGHTS, SafetensorsFile, open_weights
 from llama.io.json_files import read_json
 from short_gpt.runtime.errors import MissingPackageError, ShortGPTError
 
@@ -25,6 +25,7 @@ MATRICES += [("hidden_size", heads, "head_dim") for heads in ("num_attention_hea
 MATRICES += [("hidden_size", "hidden_size"), ("num_attention_heads",), ("num_key_value_heads",)]
 BITS = 8
 LAYER_BYTES = 1000  # the names and offsets of a layer's tensors alone take more
+IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # in settings of generation
 ROPE_FACTORS = "rope_freqs.weight"
 
 
@@ -66,6 +67,9 @@ def check_config(directory: Path) -> None:
     config = read_json(directory / "config.json")
     for path in sorted(directory.glob("model*.safetensors")):  # what transformers reads
         SafetensorsFile(path)  # raises if the file is damaged
+    if (directory / INDEX).is_file() and not (directory / WEIGHTS).is_file():
+        open_weights(directory)  # raises if the index is damaged
+    _check_generation(directory / "generation_config.json")
     size = sum(p.stat().st_size for p in directory.iterdir() if p.suffix != ".json" and p.is_file())
     for part in (config, *(v for v in config.values() if isinstance(v, dict))):
         try:
@@ -82,6 +86,19 @@ def check_config(directory: Path) -> None:
             raise ShortGPTError(
                 f"config.json in {directory} does not fit its files, which have {size} bytes; it "
                 f"has {numbers}: correct it, or fetch the model anew"
+            )
+
+
+def _check_generation(path: Path) -> None:
+    """Raises ShortGPTError for settings of generation that transformers would drop, or fail on."""
+    settings = read_json(path) if path.is_file() else {}
+    for key in IDS:
+        ids = settings.get(key)
+        each = ids if isinstance(ids, list) else [ids]
+        if ids is not None and not all(type(i) is int for i in each):
+            raise ShortGPTError(
+                f"{path} is damaged: {key} must be a token's number, or a list of them, got "
+                f"{shown(ids)}; correct it, or fetch it anew"
             )
 
 

@@ -5,15 +5,19 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from importlib import import_module
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
 
+from llama.formats.tokenizers import find_hf_tokenizer
 from llama.io.hub import hub_failure
+from llama.io.json_files import read_json
 from llama.io.sources import is_gguf
 from llama.parallel import choose_device
+from llama.tokenizer import Tokenizer
 from short_gpt.models.config_file import check_gguf, gguf_layer_types, read_config
 from short_gpt.models.gguf_loading import check_left_out, mend_tokenizer, reading_gguf
 from short_gpt.models.weights_report import check_weights, without_report
@@ -62,7 +66,7 @@ def place_of(
 
 def load(name: str, options: dict[str, Any], tokenizer: Any) -> tuple[Any, Any]:
     try:
-        from transformers import AutoTokenizer
+        import transformers  # noqa: F401
     except ImportError:
         raise MissingPackageError('ShortHFModel needs: pip install "short-gpt[hf]"') from None
     path, gguf = Path(name), {}
@@ -85,7 +89,7 @@ def load(name: str, options: dict[str, Any], tokenizer: Any) -> tuple[Any, Any]:
                 options["config"] = config
             loader = auto_class(config)
             if tokenizer is None and (gguf or _has_tokenizer(path)):
-                tokenizer = AutoTokenizer.from_pretrained(where, **both)
+                tokenizer = load_tokenizer(where, both)
                 if gguf:
                     mend_tokenizer(tokenizer, Path(name))
             with without_report():
@@ -101,6 +105,56 @@ def load(name: str, options: dict[str, Any], tokenizer: Any) -> tuple[Any, Any]:
         del model.config.quantization_config
         vars(model).update(hf_quantizer=None, is_quantized=False)
     return model, tokenizer
+
+
+def load_tokenizer(where: str, options: Mapping[str, Any]) -> Any:
+    """A tokenizer of transformers; of a directory, an error names the file at fault.
+
+    Raises:
+        ShortGPTError: a file of a directory is damaged or missing.
+        MissingPackageError: protobuf is missing, by which transformers reads a tokenizer.model.
+        Exception: as those of ``AutoTokenizer.from_pretrained``, for another source.
+    """
+    from transformers import AutoTokenizer
+
+    directory = Path(where) / str(options.get("subfolder") or "")
+    local = directory.is_dir() and "gguf_file" not in options
+    try:
+        with without_report():
+            tokenizer = AutoTokenizer.from_pretrained(where, **options)
+    except Exception as error:
+        if not local:
+            raise
+        _check_tokenizer(directory)
+        raise ShortGPTError(
+            f"the tokenizer's files in {directory} are not those of one that transformers knows: "
+            f"{type(error).__name__}, {explained(error)}; fetch them anew"
+        ) from error
+    if local and len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise ShortGPTError(
+            f"{directory} lacks its tokenizer's vocabulary, such as tokenizer.json or "
+            "tokenizer.model: fetch that file too"
+        )
+    return tokenizer
+
+
+def _check_tokenizer(directory: Path) -> None:
+    """Raises ShortGPTError that names the file for which transformers reads no tokenizer."""
+    for path in sorted(directory.glob("*.json")):
+        if TOKENIZER.match(path.name):
+            read_json(path)
+    try:
+        path = find_hf_tokenizer(directory)
+    except FileNotFoundError:  # a tokenizer of other files
+        return
+    Tokenizer(path)
+    if path.suffix == ".model":
+        try:
+            import_module("google.protobuf")
+        except ImportError:
+            raise MissingPackageError(
+                f"transformers reads {path} by a package: pip install protobuf"
+            ) from None
 
 
 def check_stored(directory: Path, config: Any) -> None:
