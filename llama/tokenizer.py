@@ -136,7 +136,10 @@ class _TokenizerJson:
 
         try:
             model = self.model = tokenizers.Tokenizer.from_buffer(data)
-        except ValueError as error:
+            model.encode("")
+        except BaseException as error:
+            if not isinstance(error, ValueError) and not is_panic(error):
+                raise
             raise InputError(
                 f"{path} is no tokenizer.json or a damaged one: {error}; fetch it anew"
             ) from None
@@ -165,6 +168,11 @@ class _TokenizerJson:
 
     def decode(self, ids: list[int]) -> str:
         return self.model.decode(ids, skip_special_tokens=True)
+
+
+def is_panic(error: BaseException) -> bool:
+    """Whether it is what the package tokenizers raises at some damages, which is no Exception."""
+    return type(error).__name__ == "PanicException"
 
 
 def check_text(text: str) -> None:

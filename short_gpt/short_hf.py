@@ -23,6 +23,7 @@ from short_gpt.checkpoints.verify import check_same, copy_weights, fingerprint, 
 from short_gpt.data.windows import Window, windows
 from short_gpt.evaluation.harness import hugging_face_lm
 from short_gpt.evaluation.perplexity import Perplexity
+from short_gpt.models.decoder import check_vocabulary
 from short_gpt.models.hf import HFDecoder
 from short_gpt.models.loading import load, place_of
 from short_gpt.models.pretrained import PretrainedModel, PretrainedTokenizer
@@ -168,6 +169,7 @@ class ShortHFModel(ShortModel):
     def _generated(self, ids: list[int], count: int, **options: object) -> list[int]:
         """The ids with up to ``count`` new ones behind them."""
         tokens = torch.tensor([ids], device=self.decoder.device)  # (1, S)
+        check_vocabulary(tokens, self.decoder)
         out = self.model.generate(
             input_ids=tokens,
             # else transformers takes ids that equal the padding's for padding

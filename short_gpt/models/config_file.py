@@ -7,7 +7,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from llama.args import check_positive, shown
+from llama.args import MOST, check_positive, shown
 from llama.formats.gguf_header import Header, read_header
 from llama.formats.gguf_parts import PART
 from llama.formats.names import GGUF, NAMES, check_layers
@@ -69,7 +69,9 @@ def check_config(directory: Path) -> None:
         SafetensorsFile(path)  # raises if the file is damaged
     if (directory / INDEX).is_file() and not (directory / WEIGHTS).is_file():
         open_weights(directory)  # raises if the index is damaged
-    _check_generation(directory / "generation_config.json")
+    settings = directory / "generation_config.json"
+    check_ids(directory / "config.json", config)
+    check_ids(settings, read_json(settings) if settings.is_file() else {})
     size = sum(p.stat().st_size for p in directory.iterdir() if p.suffix != ".json" and p.is_file())
     for part in (config, *(v for v in config.values() if isinstance(v, dict))):
         try:
@@ -89,13 +91,12 @@ def check_config(directory: Path) -> None:
             )
 
 
-def _check_generation(path: Path) -> None:
-    """Raises ShortGPTError for settings of generation that transformers would drop, or fail on."""
-    settings = read_json(path) if path.is_file() else {}
+def check_ids(path: Path, settings: Mapping[str, object]) -> None:
+    """Raises ShortGPTError for numbers of special tokens that no token can have."""
     for key in IDS:
         ids = settings.get(key)
-        each = ids if isinstance(ids, list) else [ids]
-        if ids is not None and not all(type(i) is int for i in each):
+        each = ids if isinstance(ids, list) and ids else [ids]
+        if ids is not None and not all(type(i) is int and -1 <= i <= MOST for i in each):
             raise ShortGPTError(
                 f"{path} is damaged: {key} must be a token's number, or a list of them, got "
                 f"{shown(ids)}; correct it, or fetch it anew"

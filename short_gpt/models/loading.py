@@ -17,7 +17,7 @@ from llama.io.hub import hub_failure
 from llama.io.json_files import read_json
 from llama.io.sources import is_gguf
 from llama.parallel import choose_device
-from llama.tokenizer import Tokenizer
+from llama.tokenizer import Tokenizer, is_panic
 from short_gpt.models.config_file import check_gguf, gguf_layer_types, read_config
 from short_gpt.models.gguf_loading import check_left_out, mend_tokenizer, reading_gguf
 from short_gpt.models.weights_report import check_weights, without_report
@@ -122,8 +122,9 @@ def load_tokenizer(where: str, options: Mapping[str, Any]) -> Any:
     try:
         with without_report():
             tokenizer = AutoTokenizer.from_pretrained(where, **options)
-    except Exception as error:
-        if not local:
+            tokenizer("a", verbose=False)  # the package tokenizers sees some damages only here
+    except BaseException as error:
+        if not local or not (isinstance(error, Exception) or is_panic(error)):
             raise
         _check_tokenizer(directory)
         raise ShortGPTError(

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from commands import DATA, TEXT, fails, run
+from commands import DATA, TEXT, fails
 from conftest import BYTE_VOCAB, make_transformer, save_checkpoint, write_byte_tokenizer
 from tokenizer_files import sentencepiece_model
 
