@@ -130,6 +130,7 @@ def _open_streamed(source: str, options: OpenOptions) -> StreamedLlama:
         device=options.device,
         dtype=options.dtype,
         max_memory=options.max_memory,
+        trust_remote_code=options.trust_remote_code,
     )
 
 

@@ -62,6 +62,7 @@ class StreamedLlama(ScoredModel):
         batch_size: of the runs to come; checked here against ``max_memory``.
         max_memory: of this process in the machine's memory, in bytes or like "3GB"; None takes
             half of what is free. It decides how many windows go through the layers together.
+        trust_remote_code: whether Python files that come with the tokenizer are run.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -82,6 +83,7 @@ class StreamedLlama(ScoredModel):
         device: str | None = None,
         dtype: str | None = None,
         max_memory: str | int | None = None,
+        trust_remote_code: bool = False,
     ) -> None:
         if several_ranks():
             raise ShortGPTError(
@@ -92,7 +94,9 @@ class StreamedLlama(ScoredModel):
         self.tokenizer_path = Path(str(tokenizer_path or find_tokenizer(directory)))
         self.tokenizer = meta_tokenizer(self.tokenizer_path, self.stream)
         theirs = tokenizer_path is None and isinstance(self.stream.source, HFSource)
-        self._hf_tokenizer = hf_tokenizer(directory) if theirs else None
+        self._hf_tokenizer = None
+        if theirs:
+            self._hf_tokenizer = hf_tokenizer(directory, trust_remote_code=trust_remote_code)
         self.plan(batch_size)
         self._streamed = StreamedDecoder(self.stream)
         super().__init__(self._streamed, n_prune_layers)

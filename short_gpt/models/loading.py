@@ -25,7 +25,8 @@ from short_gpt.runtime.errors import MissingPackageError, ShortGPTError
 
 # options of loading that say where files come from: the tokenizer's as well as the model's
 FROM_WHERE = ["cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder"]
-FROM_WHERE += ["token", "trust_remote_code"]
+TRUST = "trust_remote_code"  # in errors: a model comes with Python code
+FROM_WHERE += ["token", TRUST]
 # asks what came of every tensor, for `check_weights`; a wrong shape is told like the others
 ALL = {"output_loading_info": True, "ignore_mismatched_sizes": True}
 TOKENIZER = re.compile(
@@ -77,8 +78,8 @@ def load(name: str, options: dict[str, Any], tokenizer: Any) -> tuple[Any, Any]:
         path, gguf = path.parent, {"gguf_file": path.name}
     where = str(path) if gguf else name
     # never None, with which transformers asks on the terminal
-    trust = bool(options.get("trust_remote_code", False))
-    options = {"dtype": "auto", **options, "trust_remote_code": trust}
+    trust = bool(options.get(TRUST, False))
+    options = {"dtype": "auto", **options, TRUST: trust}
     both = {key: options[key] for key in FROM_WHERE if key in options} | gguf
     reading: AbstractContextManager[list[str]] = reading_gguf() if gguf else nullcontext([])
     try:
@@ -94,6 +95,8 @@ def load(name: str, options: dict[str, Any], tokenizer: Any) -> tuple[Any, Any]:
                     mend_tokenizer(tokenizer, Path(name))
             with without_report():
                 model, info = loader.from_pretrained(where, **gguf, **(options | ALL))
+    except MissingPackageError:
+        raise
     except Exception as error:  # a wrong name, no network, an unknown kind, a wrong option ...
         if not path.exists() and (failure := hub_failure(name, error)):
             raise failure from error
@@ -126,6 +129,8 @@ def load_tokenizer(where: str, options: Mapping[str, Any]) -> Any:
     except BaseException as error:
         if not local or not (isinstance(error, Exception) or is_panic(error)):
             raise
+        if TRUST in str(error):
+            raise ShortGPTError(explained(error)) from error
         _check_tokenizer(directory)
         raise ShortGPTError(
             f"the tokenizer's files in {directory} are not those of one that transformers knows: "
@@ -189,7 +194,7 @@ def explained(error: BaseException) -> str:
     """Transformers' errors in one line: the first paragraph, of at most 300 characters."""
     if isinstance(error, MemoryError) or "allocate memory" in str(error):
         return "it does not fit the free memory; free some, or take a smaller dtype or stream"
-    if "trust_remote_code" in str(error):
+    if TRUST in str(error):
         return (
             "it comes with Python code of its own, which is not run; look at that code, and pass "
             "`trust_remote_code` to run it"

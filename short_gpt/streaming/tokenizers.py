@@ -13,14 +13,16 @@ from short_gpt.streaming.transformer import StreamedTransformer
 from short_gpt.streaming.weights import HFSource
 
 
-def hf_tokenizer(directory: Path) -> PretrainedTokenizer:
+def hf_tokenizer(directory: Path, *, trust_remote_code: bool) -> PretrainedTokenizer:
     """The tokenizer of a Hugging Face directory, by transformers."""
     try:
-        found = load_tokenizer(str(directory), {"trust_remote_code": False})
-    except ImportError:
+        found = load_tokenizer(str(directory), {"trust_remote_code": trust_remote_code})
+    except ModuleNotFoundError:
         raise MissingPackageError(
             'Hugging Face directories need: pip install "short-gpt[hf]"; or pass tokenizer_path'
         ) from None
+    except ShortGPTError as error:
+        raise ShortGPTError(f"{directory} cannot be loaded: {error}") from error
     return cast(PretrainedTokenizer, found)
 
 
