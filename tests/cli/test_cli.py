@@ -95,6 +95,13 @@ def test_rank_that_reads_too_little_says_so(ckpt, capsys):
     assert text in capsys.readouterr().out
 
 
+def test_one_window_alone_has_no_errors_and_prints_none(ckpt, capsys):
+    run("rank", "ckpt", *DATA, "--max_windows", 1)
+    out = capsys.readouterr().out
+    assert "one window: no standard errors" in out and "nan" not in out
+    assert [line.split()[2] for line in out.splitlines()[1:6]] == ["-"] * 5
+
+
 @pytest.mark.parametrize("method", [m for m in METHODS if m not in ("bi", "angular")])
 def test_rank_by_every_method(ckpt, capsys, method):
     numbers = ("--n_prune_layers", 2, "--max_windows", 6, "--stride", 32)
