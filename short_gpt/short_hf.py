@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from llama.formats.convert import meta_to_hf
+from llama.generation import check_numbers
 from llama.io.sources import is_gguf
 from llama.parallel import choose_device, choose_dtype
 from llama.sampling import COLDEST
@@ -141,9 +142,13 @@ class ShortHFModel(ShortModel):
         """Continues texts, one by one; ``temperature`` 0 takes the likeliest token.
 
         Raises:
-            ShortGPTError: one text instead of a list, or a text without a token.
+            ShortGPTError: one text instead of a list, or a text without a token; or a setting is
+                out of range.
         """
         check_texts(prompts)
+        check_numbers(max_gen_len, temperature, top_p)
+        if max_gen_len == 0:  # which transformers refuses
+            return [""] * len(prompts)
         done = []
         for prompt in prompts:
             ids = self.encode(prompt)

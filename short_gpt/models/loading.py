@@ -159,7 +159,7 @@ def _check_tokenizer(directory: Path) -> None:
             import_module("google.protobuf")
         except ImportError:
             raise MissingPackageError(
-                f"transformers reads {path} by a package: pip install protobuf"
+                f"transformers reads a {path.name} by a package: pip install protobuf"
             ) from None
 
 
