@@ -44,7 +44,8 @@ class ChatPrediction(Details):
     generation: Message
 
 
-def _check_numbers(max_gen_len: int, temperature: float, top_p: float) -> None:
+def check_numbers(max_gen_len: int, temperature: float, top_p: float) -> None:
+    """Raises InputError for settings by which nothing can be generated."""
     if max_gen_len < 0:
         raise InputError(f"max_gen_len must be 0 or more, got {max_gen_len}")
     if not 0 <= temperature < math.inf or not 0 <= top_p <= 1:
@@ -157,7 +158,7 @@ class Llama:
                 exceeded, or a token id is not in the vocabulary.
         """
         self._check_prompts(prompt_tokens)
-        _check_numbers(max_gen_len, temperature, top_p)
+        check_numbers(max_gen_len, temperature, top_p)
         lengths = [len(t) for t in prompt_tokens]
         total = min(self.model.params.max_seq_len, max_gen_len + max(lengths))
         sampling = Sampling(temperature, top_p, self._generator, logprobs)

@@ -42,7 +42,9 @@ def choose_device(device: str | torch.device | None = None) -> torch.device:
     if (chosen.type == "cuda" and (chosen.index or 0) >= count) or (
         chosen.type == "mps" and not torch.backends.mps.is_available()
     ):
-        raise InputError(f"device {device!r} is not available here; pass device='cpu'")
+        raise InputError(
+            f"device {device!r} is not available here; pass another `device`, such as cpu"
+        )
     return chosen
 
 

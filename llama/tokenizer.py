@@ -74,7 +74,7 @@ class Tokenizer:
         for wanted, token_id, key in ((bos, self.bos_id, "bos"), (eos, self.eos_id, "eos")):
             if wanted and token_id < 0:
                 raise InputError(f"encode({key}=True) needs a {key}_token; {self._backend.lack}")
-        s.encode("utf-8")  # raises on surrogates, which the backends treat differently
+        check_text(s)
         return [self.bos_id] * bos + self._backend.encode(s) + [self.eos_id] * eos
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -136,8 +136,13 @@ class _TokenizerJson:
 
         try:
             model = self.model = tokenizers.Tokenizer.from_buffer(data)
-        except ValueError as error:
-            raise InputError(f"{path} is no tokenizer.json or a damaged one: {error}") from None
+            model.encode("")
+        except BaseException as error:
+            if not isinstance(error, ValueError) and not is_panic(error):
+                raise
+            raise InputError(
+                f"{path} is no tokenizer.json or a damaged one: {error}; fetch it anew"
+            ) from None
         model.no_truncation()
         model.no_padding()
         model.encode_special_tokens = True  # in spite of its name: as ordinary text
@@ -146,7 +151,8 @@ class _TokenizerJson:
         config_path = path.with_name("tokenizer_config.json")
         self.lack = f"{config_path} {'names none' if config_path.is_file() else 'is missing'}"
         config = read_json(config_path) if config_path.is_file() else {}
-        names = [_name(config, key, special) for key in ("bos_token", "eos_token", "pad_token")]
+        keys = ("bos_token", "eos_token", "pad_token")
+        names = [_name(config, key, special, config_path) for key in keys]
         for name in filter(None, names):
             if name not in vocab:
                 raise InputError(f"{config_path} names a token {name!r}, which {path} lacks")
@@ -162,6 +168,26 @@ class _TokenizerJson:
 
     def decode(self, ids: list[int]) -> str:
         return self.model.decode(ids, skip_special_tokens=True)
+
+
+def is_panic(error: BaseException) -> bool:
+    """Whether it is what the package tokenizers raises at some damages, which is no Exception."""
+    return type(error).__name__ == "PanicException"
+
+
+def check_text(text: str) -> None:
+    """Raises InputError for half a surrogate pair, which tokenizers treat differently or refuse.
+
+    JSON may hold one, and Python makes one of a byte on the command line that is not UTF-8.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = ascii(text[error.start])
+        raise InputError(
+            f"the text holds {half} as character {error.start}, half a surrogate pair or a byte "
+            "that is not UTF-8; expected whole characters: remove it"
+        ) from None
 
 
 def find_tokenizer(ckpt_dir: str | os.PathLike[str]) -> Path:
@@ -259,13 +285,13 @@ def _chunks(text: str) -> Iterator[str]:
         yield chunk[begin:]
 
 
-def _name(config: JsonObject, key: str, special: dict[str, int]) -> str:
+def _name(config: JsonObject, key: str, special: dict[str, int], path: Path) -> str:
     """The token under a key of the config, else the only usual one, else nothing."""
     if key in config:
         token = config[key]
-        name = token.get("content") if isinstance(token, dict) else token
+        name = token.get("content", token) if isinstance(token, dict) else token
         if not isinstance(name, str | None):
-            raise InputError(f"tokenizer_config.json has {key} = {name!r}, expected a token's text")
+            raise InputError(f"{path} has {key} = {name!r:.60}, expected a token's text")
         return name or ""
     usual = USUAL_NAMES.get(key, set()) & special.keys()
     return usual.pop() if len(usual) == 1 else ""

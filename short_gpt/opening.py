@@ -9,8 +9,7 @@ from typing import Any, Literal, overload
 import torch
 
 from llama import Llama
-from llama.args import ModelArgs
-from llama.checkpoint.meta import read_params
+from llama.checkpoint.meta import args_of_params, read_params
 from llama.io.hub import resolve
 from llama.io.sources import is_meta, kind_of
 from llama.parallel import choose_device, choose_dtype, initialize, several_ranks
@@ -132,6 +131,7 @@ def _open_streamed(source: str, options: OpenOptions) -> StreamedLlama:
         device=options.device,
         dtype=options.dtype,
         max_memory=options.max_memory,
+        trust_remote_code=options.trust_remote_code,
     )
 
 
@@ -200,7 +200,7 @@ def layers_of(source: str) -> int | None:
     """
     kind = kind_of(source)
     if kind == "meta":
-        return ModelArgs.from_params(read_params(Path(source))).n_layers
+        return args_of_params(Path(source), read_params(Path(source))).n_layers
     if kind != "hf":
         return None
     try:

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from llama.formats.convert import meta_to_hf
+from llama.generation import check_numbers
 from llama.io.sources import is_gguf
 from llama.parallel import choose_device, choose_dtype
 from llama.sampling import COLDEST
-from llama.tokenizer import find_tokenizer
+from llama.tokenizer import check_text, find_tokenizer
 from short_gpt.checkpoints.gguf_save import save_gguf
 from short_gpt.checkpoints.provenance import Provenance
 from short_gpt.checkpoints.save import save_as_meta, save_hf
@@ -24,6 +25,7 @@ from short_gpt.data.windows import windows
 from short_gpt.evaluation.harness import hugging_face_lm
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.models.computation import config_entries
+from short_gpt.models.decoder import check_vocabulary
 from short_gpt.models.hf import HFDecoder, check_layers_path
 from short_gpt.models.loading import generation_explained, load, place_of
 from short_gpt.models.pretrained import PretrainedModel, PretrainedTokenizer
@@ -95,6 +97,7 @@ class ShortHFModel(ShortModel):
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, with the special tokens that the tokenizer puts in front."""
+        check_text(text)
         return self._tokenizer()(text, verbose=False)["input_ids"]
 
     def eval_importance(
@@ -139,9 +142,13 @@ class ShortHFModel(ShortModel):
         """Continues texts, one by one; ``temperature`` 0 takes the likeliest token.
 
         Raises:
-            ShortGPTError: one text instead of a list, or a text without a token.
+            ShortGPTError: one text instead of a list, or a text without a token; or a setting is
+                out of range.
         """
         check_texts(prompts)
+        check_numbers(max_gen_len, temperature, top_p)
+        if max_gen_len == 0:  # which transformers refuses
+            return [""] * len(prompts)
         done = []
         for prompt in prompts:
             ids = self.encode(prompt)
@@ -167,6 +174,7 @@ class ShortHFModel(ShortModel):
     def _generated(self, ids: list[int], count: int, **options: object) -> list[int]:
         """The ids with up to ``count`` new ones behind them."""
         tokens = torch.tensor([ids], device=self.decoder.device)  # (1, S)
+        check_vocabulary(tokens, self.decoder)
         generate = partial(
             self.model.generate,
             input_ids=tokens,

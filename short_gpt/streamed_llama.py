@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from llama.parallel import several_ranks
-from llama.tokenizer import find_tokenizer
+from llama.tokenizer import check_text, find_tokenizer
 from short_gpt.checkpoints.hf import prune_hf
 from short_gpt.checkpoints.meta import prune_meta
 from short_gpt.checkpoints.provenance import Provenance
@@ -63,6 +63,7 @@ class StreamedLlama(ScoredModel):
         batch_size: of the runs to come; checked here against ``max_memory``.
         max_memory: of this process in the machine's memory, in bytes or like "3GB"; None takes
             half of what is free. It decides how many windows go through the layers together.
+        trust_remote_code: whether Python files that come with the tokenizer are run.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -83,6 +84,7 @@ class StreamedLlama(ScoredModel):
         device: str | None = None,
         dtype: str | None = None,
         max_memory: str | int | None = None,
+        trust_remote_code: bool = False,
     ) -> None:
         if several_ranks():
             raise ShortGPTError(
@@ -93,7 +95,9 @@ class StreamedLlama(ScoredModel):
         self.tokenizer_path = Path(str(tokenizer_path or find_tokenizer(directory)))
         self.tokenizer = meta_tokenizer(self.tokenizer_path, self.stream)
         theirs = tokenizer_path is None and isinstance(self.stream.source, HFSource)
-        self._hf_tokenizer = hf_tokenizer(directory) if theirs else None
+        self._hf_tokenizer = None
+        if theirs:
+            self._hf_tokenizer = hf_tokenizer(directory, trust_remote_code=trust_remote_code)
         self.plan(batch_size)
         self._streamed = StreamedDecoder(self.stream)
         super().__init__(self._streamed, n_prune_layers)
@@ -102,6 +106,7 @@ class StreamedLlama(ScoredModel):
         """Token ids of a text, as in memory: by transformers where the checkpoint is its format."""
         if self._hf_tokenizer is None:
             return self.tokenizer.encode(text, bos=self.tokenizer.add_bos, eos=False)
+        check_text(text)
         return self._hf_tokenizer(text, verbose=False)["input_ids"]
 
     def plan(self, batch_size: int = 1) -> Plan:

@@ -21,6 +21,6 @@ def fails(capsys, *argv: object) -> str:
     out, err = capsys.readouterr()
     assert stop.value.code == 1
     assert out == ""
-    lines = [line for line in err.splitlines() if "it/s" not in line and line.strip()]
+    lines = [line for line in err.splitlines() if "/s]" not in line and line.strip()]
     assert len(lines) == 1 and lines[0].startswith("short-gpt: "), err
     return lines[0]

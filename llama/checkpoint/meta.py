@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llama.args import ModelArgs
+from llama.args import ModelArgs, check_positive
 from llama.checkpoint.pth import Shard, TensorInfo
 from llama.checkpoint.sharding import (
     EMBEDDING,
@@ -60,7 +60,7 @@ class Checkpoint:
     def __init__(self, ckpt_dir: str | os.PathLike[str], **limits: int) -> None:
         self.directory = Path(str(ckpt_dir))
         self.params = read_params(self.directory)
-        args = ModelArgs.from_params(self.params, **limits)
+        args = args_of_params(self.directory, self.params, **limits)
         paths = sorted(self.directory.glob("consolidated.*.pth"))
         if not paths:
             raise FileNotFoundError(f"no consolidated.*.pth in {self.directory}")
@@ -176,6 +176,16 @@ def _compare(shard: Shard, expected: Mapping[str, tuple[int, ...]], ranks: int) 
                 f"{name} in {shard.path} has shape {list(shape)}; params.json and {ranks} "
                 f"shard(s) give {list(expected[name])}"
             )
+
+
+def args_of_params(directory: Path, params: JsonObject, **limits: int) -> ModelArgs:
+    """``ModelArgs.from_params`` of a directory's ``params.json``, which errors name by its path."""
+    check_positive(**limits)  # which are the caller's, not the file's
+    try:
+        return ModelArgs.from_params(params, **limits)
+    except InputError as error:
+        path, reason = directory / "params.json", str(error).replace("params.json", "it")
+        raise InputError(f"{path} cannot be read: {reason}; correct or fetch it anew") from None
 
 
 def read_params(directory: Path) -> JsonObject:

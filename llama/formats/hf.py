@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from llama.args import ModelArgs, check_positive
+from llama.args import ModelArgs, check_positive, shown
 from llama.checkpoint.pth import TensorInfo
 from llama.checkpoint.sharding import EMBEDDING, OUTPUT, full_shapes
 from llama.errors import InputError
@@ -54,6 +54,11 @@ def _check_plain(config: JsonObject, directory: Path) -> None:
     """Raises InputError unless the config is one of a Llama without variations."""
     needed = ["hidden_size", "intermediate_size", "num_attention_heads"]
     lacking = [k for k in [*needed, "num_hidden_layers", "vocab_size"] if k not in config]
+    if not isinstance(config.get("model_type", ""), str):
+        raise InputError(
+            f"config.json in {directory} is damaged: model_type must be a name, got "
+            f"{shown(config['model_type'])}; fetch it anew"
+        )
     expected: JsonObject = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
     if config.get("model_type") == "llama":
         if lacking:

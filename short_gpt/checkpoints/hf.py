@@ -21,13 +21,13 @@ from llama.formats.safetensors import (
 )
 from llama.io.files import check_new, new_directory
 from llama.io.hub import resolve
-from llama.io.json_files import write_json
+from llama.io.json_files import read_json, write_json
 from short_gpt.checkpoints.card import write_provenance
 from short_gpt.checkpoints.provenance import PROVENANCE, Provenance
 from short_gpt.checkpoints.replaced import Replaced
 from short_gpt.models.config_file import read_config
 from short_gpt.models.hf import HFDecoder
-from short_gpt.models.loading import auto_class, check_stored, explained
+from short_gpt.models.loading import TRUST, auto_class, check_stored, explained
 from short_gpt.models.numbering import check_layers
 from short_gpt.runtime.errors import MissingPackageError, ShortGPTError
 from short_gpt.runtime.results import read_record
@@ -121,10 +121,12 @@ def _write_kept(
 
 
 def _copy_others(directory: Path, out: Path) -> None:
-    """Copies what goes along as it is."""
+    """Copies what goes along as it is: also Python files, if the tokenizer is one of them."""
+    config = directory / "tokenizer_config.json"
+    own_code = config.is_file() and "auto_map" in read_json(config)
     for path in sorted(directory.iterdir()):
         wanted = COPIED.fullmatch(path.name) and not NOT_COPIED.fullmatch(path.name)
-        if wanted and path.is_file():
+        if (wanted or (own_code and path.suffix == ".py")) and path.is_file():
             shutil.copyfile(path, out / path.name)
 
 
@@ -143,6 +145,8 @@ def _skeleton(directory: Path) -> HFDecoder:
         raise
     except Exception as error:
         reason = explained(error)
+        if TRUST in str(error):
+            reason = "it is defined by Python code of its own; expected a family of transformers"
         raise ShortGPTError(
             f"{directory} is no causal model that can be pruned: {reason}"
         ) from error

@@ -82,8 +82,7 @@ def run(argv: list[str]) -> None:
         return
     import fire
 
-    commands = {name: typed(command) for name, command in COMMANDS.items()}
-    fire.Fire(commands, command=arguments, name="short-gpt")
+    fire.Fire({argv[0]: typed(COMMANDS[argv[0]])}, command=arguments, name="short-gpt")
 
 
 def answer(argv: list[str]) -> str | None:

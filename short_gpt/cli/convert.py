@@ -23,6 +23,8 @@ class Conversion:
             one file is cut by vocabulary if that is Llama 3's or tied to the output head, else by
             width, as Llama 2's. Any number of files runs on any number of ranks all the same.
         tokenizer_path: tokenizer of a Meta checkpoint; found beside it if not given.
+        trust_remote_code: run the Python files that come with a Hugging Face model, to prove the
+            result; look at them first.
         verify: prove the result by loading source and result, one after the other; yes if not
             given, but no where both are Meta's.
         overwrite: replace an earlier conversion.
@@ -33,6 +35,7 @@ class Conversion:
     dtype: str | None = None
     shards: int | None = None
     tokenizer_path: str | None = None
+    trust_remote_code: bool = False
     verify: bool | None = None
     overwrite: bool = False
 

@@ -208,11 +208,21 @@ def _following(written: str, following: str | None) -> str:
 
 
 def _quoted(value: str, flag: Flag) -> str:
+    """A value as fire reads it back: texts, and what fire cannot read, as they are."""
     if bool in flag.kinds:
-        return BOOLEANS.get(value.lower(), value)
-    if str in flag.kinds:
-        return repr(value)
-    return value
+        value = BOOLEANS.get(value.lower(), value)
+    return repr(value) if str in flag.kinds or not _readable(value) else value
+
+
+def _readable(value: str) -> bool:
+    """Whether fire reads a value, which fails on sets of lists and on nesting that is too deep."""
+    from fire.parser import DefaultParseValue
+
+    try:
+        DefaultParseValue(value)
+    except (TypeError, RecursionError, MemoryError):
+        return False
+    return True
 
 
 def named(command: str, written: str, flags: Mapping[str, Flag]) -> str:

@@ -42,7 +42,8 @@ def generate(
         prompt: the text to continue.
     """
     short = open_model(model, seed=sampling.seed, **vars(opening))
-    skipped = [] if sampling.skip_prefill is None else layer_list(sampling.skip_prefill)
+    skip = sampling.skip_prefill
+    skipped = [] if skip is None else layer_list(skip, "skip_prefill")
     how = (sampling.max_gen_len, sampling.temperature, sampling.top_p)
     with short.skipped_in_prefill(skipped):
         text = short.generate([prompt], *how)[0]

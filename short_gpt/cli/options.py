@@ -51,9 +51,15 @@ class Output:
         for targets, ours in ((self.records, is_record), (self.pictures, is_picture)):
             for target in targets:
                 check_output(target, overwrite=self.overwrite, ours=ours)
+        out = (arguments or {}).get("out")
         for target in self.targets:
-            if target.parent in self.targets:
-                raise ShortGPTError(f"{target} cannot be written into the file {target.parent}")
+            if files := [parent for parent in target.parents if parent in self.targets]:
+                raise ShortGPTError(f"{target} cannot be written into the file {files[0]}")
+            if out is not None and Path(str(out)).resolve() in target.resolve().parents:
+                raise ShortGPTError(
+                    f"{target} lies in {out}, which holds the model alone: else it could not be "
+                    "replaced later; name a file beside it"
+                )
             _check_no_input(target, arguments or {})
 
     def write(

@@ -9,11 +9,13 @@ from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 from pathlib import Path
 
+from llama.tokenizer import check_text
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import bar
 
 SPLITS = ("train", "validation", "test")
 KINDS = ".txt, .jsonl or .parquet"
+EXPECTED = f"a file or folder of {KINDS}, or a data set at the hub such as allenai/c4:en"
 
 
 def texts(source: str | Path, *, split: str | None = None, column: str = "text") -> Iterator[str]:
@@ -43,8 +45,7 @@ def texts(source: str | Path, *, split: str | None = None, column: str = "text")
         files = _files(path, split)
         return _started(chain.from_iterable(_read(file, column) for file in files), source)
     if isinstance(source, Path) or _is_like_path(str(source)):
-        expected = f"a file or folder of {KINDS}, or a data set at the hub such as allenai/c4:en"
-        raise FileNotFoundError(f"{str(source)!r} does not exist: expected {expected}")
+        raise FileNotFoundError(f"{str(source)!r} does not exist: expected {EXPECTED}")
     return _started(_hub_texts(str(source), split, column), source)
 
 
@@ -144,7 +145,11 @@ def _read(file: Path, column: str) -> Iterator[str]:
         raise ShortGPTError(f"{file} is of an unknown kind: expected {KINDS}")
     try:
         yield from _READERS[file.suffix.lower()](file, column)
-    except ValueError as error:  # also of a byte that is not UTF-8, and of a broken Parquet file
+    except UnicodeDecodeError as error:
+        raise ShortGPTError(
+            f"{file}: expected text in UTF-8, got another encoding ({error}); save it as UTF-8"
+        ) from None
+    except ShortGPTError as error:
         raise ShortGPTError(f"{file}: {error}") from error
 
 
@@ -156,19 +161,42 @@ def _read_jsonl(file: Path, column: str) -> Iterator[str]:
     with file.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
-                try:
-                    yield _cell(json.loads(line), column)
-                except ValueError as error:
-                    raise ShortGPTError(f"line {number}: {error}") from error
+                yield _line(line, number, column)
+
+
+def _line(line: str, number: int, column: str) -> str:
+    """The text in one line of a .jsonl file."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ShortGPTError(
+            f"line {number} is not JSON ({error}); expected an object with named values: correct "
+            "the line, or leave it out"
+        ) from None
+    try:
+        return _cell(row, column)
+    except ShortGPTError as error:
+        raise ShortGPTError(f"line {number}: {error}") from None
 
 
 def _read_parquet(file: Path, column: str) -> Iterator[str]:
+    from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
-    with ParquetFile(file) as opened:
-        names = opened.schema_arrow.names
-        for batch in opened.iter_batches(16, columns=[column] if column in names else names):
-            yield from (_cell(row, column) for row in batch.to_pylist())
+    if not file.stat().st_size:
+        raise ShortGPTError("the file is empty, expected a Parquet file: fetch or write it anew")
+    try:
+        with ParquetFile(file) as opened:
+            names = opened.schema_arrow.names
+            for batch in opened.iter_batches(16, columns=[column] if column in names else names):
+                yield from (_cell(row, column) for row in batch.to_pylist())
+    except (ArrowException, OSError, UnicodeDecodeError) as error:
+        if isinstance(error, MemoryError) or getattr(error, "errno", None):
+            raise  # what the system says names the file
+        reason = " ".join(str(error).split())
+        raise ShortGPTError(
+            f"expected a whole Parquet file, got a damaged one ({reason}): fetch or write it anew"
+        ) from None
 
 
 _READERS = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
@@ -181,6 +209,7 @@ def _cell(row: object, column: str) -> str:
         raise ShortGPTError(f"no column {column!r}, only {list(row)}; pass column=")
     if not isinstance(row[column], str):
         raise ShortGPTError(f"column {column!r} holds {row[column]!r:.60}, expected text")
+    check_text(row[column])
     return row[column]
 
 
@@ -188,13 +217,13 @@ def _reach(name: str) -> None:
     """Asks the hub for the data set: `load_dataset` alone takes 23 s to find it out of reach."""
     # HTTPError is that of the HTTP library in use, whose connection errors need not be OSErrors.
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HTTPError, RepositoryNotFoundError
+    from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError
 
     try:
         HfApi().dataset_info(name, timeout=5)
-    except RepositoryNotFoundError as error:
+    except (RepositoryNotFoundError, HFValidationError) as error:
         message = f"{name!r} is neither a local path nor a data set that the hub shows you"
-        raise FileNotFoundError(message) from error
+        raise FileNotFoundError(f"{message}: expected {EXPECTED}") from error
     except (OSError, HTTPError) as error:
         raise ConnectionError(
             f"{name!r} is no local path, and the hub cannot be reached ({error}); pass a local "

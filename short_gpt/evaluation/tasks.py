@@ -115,7 +115,7 @@ def task_names(tasks: str | Sequence[str], include_path: str | Path | None = Non
     if unknown := [task for task, names in found.items() if not names]:
         raise ShortGPTError(
             f"lm-eval has no tasks {unknown}; `lm-eval ls tasks` lists those it has, and "
-            "include_path names a folder with more as YAML files"
+            "`include_path` names a folder with more as YAML files"
         )
     return list(dict.fromkeys(name for names in found.values() for name in names))
 
@@ -123,7 +123,7 @@ def task_names(tasks: str | Sequence[str], include_path: str | Path | None = Non
 @cache  # reading all of lm-eval's own tasks takes seconds
 def _task_manager(include_path: str | None) -> TaskManager:
     if include_path is not None and not Path(include_path).is_dir():
-        raise FileNotFoundError(f"include_path {include_path} is no folder of YAML files")
+        raise FileNotFoundError(f"`include_path` {include_path} is no folder of YAML files")
     return harness("tasks").TaskManager(include_path=include_path)
 
 

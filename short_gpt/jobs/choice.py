@@ -206,13 +206,17 @@ def _scores(choice: Choice) -> Scores | None:
     return None if choice.scores is None else Scores.read(choice.scores, choice.wanted)
 
 
-def layer_list(layers: object) -> list[int]:
+def layer_list(layers: object, name: str = "layers") -> list[int]:
     """Layer numbers as they are given: one number, or several.
+
+    Args:
+        layers: the numbers.
+        name: of the setting, for the message.
 
     Raises:
         ShortGPTError: anything else.
     """
     numbers = [layers] if isinstance(layers, int) else layers
     if not isinstance(numbers, Sequence) or not all(type(i) is int for i in numbers):
-        raise ShortGPTError(f"expected layer numbers as in `layers` 21,22,23, got {layers!r}")
+        raise ShortGPTError(f"expected layer numbers as in `{name}` 21,22,23, got {layers!r}")
     return list(numbers)

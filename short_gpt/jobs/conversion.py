@@ -36,6 +36,7 @@ def convert(
     dtype: str | None = None,
     shards: int | None = None,
     tokenizer_path: str | None = None,
+    trust_remote_code: bool = False,
     verify: bool | None = None,
     overwrite: bool = False,
     notify: Notify = ignore,
@@ -52,6 +53,8 @@ def convert(
             from GGUF.
         shards: writes Meta's format in any case, in so many files.
         tokenizer_path: tokenizer of a Meta checkpoint; None looks beside it.
+        trust_remote_code: whether Python files that come with a Hugging Face model are run, to
+            prove the result.
         verify: whether to prove the result by loading source and result, one after the other: the
             same logits, and the same greedy generation with and without the cache. None does
             unless both are Meta's.
@@ -72,7 +75,8 @@ def convert(
     """
     to = _format(model, out, to, shards)
     _check_options(model, to, type, dtype, shards)
-    proof = Proof(model, out, Opening(tokenizer_path), verify, dtype=dtype)
+    opening = Opening(tokenizer_path, trust_remote_code=trust_remote_code)
+    proof = Proof(model, out, opening, verify, dtype=dtype)
     if to == "gguf":
         write = _to_gguf(model, type, tokenizer_path)
     elif to == "hf" and kind_of(model) == "gguf":

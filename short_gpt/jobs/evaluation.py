@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from short_gpt.data.texts import shown, texts
+from short_gpt.data.windows import at_least
 from short_gpt.evaluation.documents import TaskRun, task_changes
 from short_gpt.evaluation.paired import difference
 from short_gpt.evaluation.perplexity import Perplexity
@@ -97,7 +98,9 @@ class Tasks:
         return listed(self.tasks or "")
 
     def check(self) -> None:
-        """Raises ShortGPTError for a task that is unknown."""
+        """Raises ShortGPTError for a number out of range, or a task that is unknown."""
+        if self.limit is not None:
+            at_least(1, "limit", self.limit)
         if self.tasks is not None:
             task_names(self.names, self.include_path)
 
@@ -125,6 +128,11 @@ class FewShotTasks(Tasks):
     """
 
     num_fewshot: int | None = None
+
+    def check(self) -> None:
+        if self.num_fewshot is not None:
+            at_least(0, "num_fewshot", self.num_fewshot)
+        super().check()
 
 
 def evaluate(

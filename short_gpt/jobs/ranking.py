@@ -189,6 +189,8 @@ def check_ranking(model: str, answer: Answer, cut: StridedCut, running: Scoring)
         ShortGPTError: a number is out of range, or the method does not do with a streamed model.
     """
     check_model(model, answer.n)
+    if answer.candidates is not None:
+        check_model(model, answer.candidates, name="candidates")
     cut.check()
     answer.rule(cut.seed)  # refuses a confidence out of range
     if running.stream and (answer.by_loss or answer.method == "angular_all"):

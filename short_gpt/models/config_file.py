@@ -7,11 +7,11 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from llama.args import check_positive
+from llama.args import MOST, check_positive, shown
 from llama.formats.gguf_header import Header, read_header
 from llama.formats.gguf_parts import PART
 from llama.formats.names import GGUF, NAMES, check_layers
-from llama.formats.safetensors import SafetensorsFile
+from llama.formats.safetensors import INDEX, WEIGHTS, SafetensorsFile, open_weights
 from llama.io.json_files import read_json
 from short_gpt.runtime.errors import MissingPackageError, ShortGPTError
 
@@ -25,6 +25,7 @@ MATRICES += [("hidden_size", heads, "head_dim") for heads in ("num_attention_hea
 MATRICES += [("hidden_size", "hidden_size"), ("num_attention_heads",), ("num_key_value_heads",)]
 BITS = 8
 LAYER_BYTES = 1000  # the names and offsets of a layer's tensors alone take more
+IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # in settings of generation
 ROPE_FACTORS = "rope_freqs.weight"
 
 
@@ -66,6 +67,11 @@ def check_config(directory: Path) -> None:
     config = read_json(directory / "config.json")
     for path in sorted(directory.glob("model*.safetensors")):  # what transformers reads
         SafetensorsFile(path)  # raises if the file is damaged
+    if (directory / INDEX).is_file() and not (directory / WEIGHTS).is_file():
+        open_weights(directory)  # raises if the index is damaged
+    settings = directory / "generation_config.json"
+    check_ids(directory / "config.json", config)
+    check_ids(settings, read_json(settings) if settings.is_file() else {})
     size = sum(p.stat().st_size for p in directory.iterdir() if p.suffix != ".json" and p.is_file())
     for part in (config, *(v for v in config.values() if isinstance(v, dict))):
         try:
@@ -82,6 +88,18 @@ def check_config(directory: Path) -> None:
             raise ShortGPTError(
                 f"config.json in {directory} does not fit its files, which have {size} bytes; it "
                 f"has {numbers}: correct it, or fetch the model anew"
+            )
+
+
+def check_ids(path: Path, settings: Mapping[str, object]) -> None:
+    """Raises ShortGPTError for numbers of special tokens that no token can have."""
+    for key in IDS:
+        ids = settings.get(key)
+        each = ids if isinstance(ids, list) and ids else [ids]
+        if ids is not None and not all(type(i) is int and -1 <= i <= MOST for i in each):
+            raise ShortGPTError(
+                f"{path} is damaged: {key} must be a token's number, or a list of them, got "
+                f"{shown(ids)}; correct it, or fetch it anew"
             )
 
 

@@ -150,10 +150,15 @@ def pad(windows: Sequence[Sequence[int]], decoder: Decoder) -> tuple[Tensor, Ten
     tokens = torch.zeros(len(windows), max(lengths), dtype=torch.long)
     for row, window in enumerate(windows):
         tokens[row, : len(window)] = _ids(window)
+    check_vocabulary(tokens, decoder)
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    return tokens.to(decoder.device), mask.to(decoder.device)
+
+
+def check_vocabulary(tokens: Tensor, decoder: Decoder) -> None:
+    """Raises ShortGPTError for token ids that the model has no embedding of."""
     if tokens.min() < 0 or tokens.max() >= decoder.vocab_size:
         raise ShortGPTError(
             f"token ids {int(tokens.min())}..{int(tokens.max())} are outside the vocabulary "
             f"0..{decoder.vocab_size - 1}; is this the model's tokenizer?"
         )
-    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-    return tokens.to(decoder.device), mask.to(decoder.device)

@@ -5,15 +5,19 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from importlib import import_module
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
 
+from llama.formats.tokenizers import find_hf_tokenizer
 from llama.io.hub import hub_failure
+from llama.io.json_files import read_json
 from llama.io.sources import is_gguf
 from llama.parallel import choose_device
+from llama.tokenizer import Tokenizer, is_panic
 from short_gpt.models.config_file import check_gguf, gguf_layer_types, read_config
 from short_gpt.models.gguf_loading import check_left_out, mend_tokenizer, reading_gguf
 from short_gpt.models.weights_report import check_weights, without_report
@@ -21,7 +25,8 @@ from short_gpt.runtime.errors import MissingPackageError, ShortGPTError, shortag
 
 # options of loading that say where files come from: the tokenizer's as well as the model's
 FROM_WHERE = ["cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder"]
-FROM_WHERE += ["token", "trust_remote_code"]
+TRUST = "trust_remote_code"  # in errors: a model comes with Python code
+FROM_WHERE += ["token", TRUST]
 # asks what came of every tensor, for `check_weights`; a wrong shape is told like the others
 ALL = {"output_loading_info": True, "ignore_mismatched_sizes": True}
 TOKENIZER = re.compile(
@@ -62,7 +67,7 @@ def place_of(
 
 def load(name: str, options: dict[str, Any], tokenizer: Any) -> tuple[Any, Any]:
     try:
-        from transformers import AutoTokenizer
+        import transformers  # noqa: F401
     except ImportError:
         raise MissingPackageError('ShortHFModel needs: pip install "short-gpt[hf]"') from None
     path, gguf = Path(name), {}
@@ -73,8 +78,8 @@ def load(name: str, options: dict[str, Any], tokenizer: Any) -> tuple[Any, Any]:
         path, gguf = path.parent, {"gguf_file": path.name}
     where = str(path) if gguf else name
     # never None, with which transformers asks on the terminal
-    trust = bool(options.get("trust_remote_code", False))
-    options = {"dtype": "auto", **options, "trust_remote_code": trust}
+    trust = bool(options.get(TRUST, False))
+    options = {"dtype": "auto", **options, TRUST: trust}
     both = {key: options[key] for key in FROM_WHERE if key in options} | gguf
     reading: AbstractContextManager[list[str]] = reading_gguf() if gguf else nullcontext([])
     try:
@@ -85,11 +90,13 @@ def load(name: str, options: dict[str, Any], tokenizer: Any) -> tuple[Any, Any]:
                 options["config"] = config
             loader = auto_class(config)
             if tokenizer is None and (gguf or _has_tokenizer(path)):
-                tokenizer = AutoTokenizer.from_pretrained(where, **both)
+                tokenizer = load_tokenizer(where, both)
                 if gguf:
                     mend_tokenizer(tokenizer, Path(name))
             with without_report():
                 model, info = loader.from_pretrained(where, **gguf, **(options | ALL))
+    except MissingPackageError:
+        raise
     except Exception as error:  # a wrong name, no network, an unknown kind, a wrong option ...
         if not path.exists() and (failure := hub_failure(name, error)):
             raise failure from error
@@ -101,6 +108,59 @@ def load(name: str, options: dict[str, Any], tokenizer: Any) -> tuple[Any, Any]:
         del model.config.quantization_config
         vars(model).update(hf_quantizer=None, is_quantized=False)
     return model, tokenizer
+
+
+def load_tokenizer(where: str, options: Mapping[str, Any]) -> Any:
+    """A tokenizer of transformers; of a directory, an error names the file at fault.
+
+    Raises:
+        ShortGPTError: a file of a directory is damaged or missing.
+        MissingPackageError: protobuf is missing, by which transformers reads a tokenizer.model.
+        Exception: as those of ``AutoTokenizer.from_pretrained``, for another source.
+    """
+    from transformers import AutoTokenizer
+
+    directory = Path(where) / str(options.get("subfolder") or "")
+    local = directory.is_dir() and "gguf_file" not in options
+    try:
+        with without_report():
+            tokenizer = AutoTokenizer.from_pretrained(where, **options)
+            tokenizer("a", verbose=False)  # the package tokenizers sees some damages only here
+    except BaseException as error:
+        if not local or not (isinstance(error, Exception) or is_panic(error)):
+            raise
+        if TRUST in str(error):
+            raise ShortGPTError(explained(error)) from error
+        _check_tokenizer(directory)
+        raise ShortGPTError(
+            f"the tokenizer's files in {directory} are not those of one that transformers knows: "
+            f"{type(error).__name__}, {explained(error)}; fetch them anew"
+        ) from error
+    if local and len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise ShortGPTError(
+            f"{directory} lacks its tokenizer's vocabulary, such as tokenizer.json or "
+            "tokenizer.model: fetch that file too"
+        )
+    return tokenizer
+
+
+def _check_tokenizer(directory: Path) -> None:
+    """Raises ShortGPTError that names the file for which transformers reads no tokenizer."""
+    for path in sorted(directory.glob("*.json")):
+        if TOKENIZER.match(path.name):
+            read_json(path)
+    try:
+        path = find_hf_tokenizer(directory)
+    except FileNotFoundError:  # a tokenizer of other files
+        return
+    Tokenizer(path)
+    if path.suffix == ".model":
+        try:
+            import_module("google.protobuf")
+        except ImportError:
+            raise MissingPackageError(
+                f"transformers reads a {path.name} by a package: pip install protobuf"
+            ) from None
 
 
 def check_stored(directory: Path, config: Any) -> None:
@@ -167,7 +227,7 @@ def explained(error: BaseException) -> str:
     """Transformers' errors in one line: the first paragraph, of at most 300 characters."""
     if isinstance(error, MemoryError) or "allocate memory" in str(error):
         return "it does not fit the free memory; free some, or take a smaller dtype or stream"
-    if "trust_remote_code" in str(error):
+    if TRUST in str(error):
         return (
             "it comes with Python code of its own, which is not run; look at that code, and pass "
             "`trust_remote_code` to run it"

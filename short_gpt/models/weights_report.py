@@ -12,8 +12,10 @@ from typing import NamedTuple
 
 from short_gpt.runtime.errors import ShortGPTError
 
-# How its own reports of the same begin, in versions 5 and 4.
-REPORTS = (" LOAD REPORT", "Some weights of ")
+# How its own reports of the same begin, in versions 5 and 4; and of a tokenizer.model, where it
+# tries two kinds of file and `load_tokenizer` says what was wrong if neither fits.
+REPORTS = (" LOAD REPORT", "Some weights of ", "Could not extract SentencePiece model")
+LOGGERS = ("modeling_utils", "tokenization_utils_tokenizers")
 
 
 class _NoReport(logging.Filter):
@@ -23,13 +25,15 @@ class _NoReport(logging.Filter):
 
 @contextmanager
 def without_report() -> Iterator[None]:
-    """Keeps transformers from printing its report, which `check_weights` turns into an error."""
-    logger, quiet = logging.getLogger("transformers.modeling_utils"), _NoReport()
-    logger.addFilter(quiet)
+    """Keeps transformers from printing its reports, which become errors here."""
+    loggers, quiet = [logging.getLogger(f"transformers.{name}") for name in LOGGERS], _NoReport()
+    for logger in loggers:
+        logger.addFilter(quiet)
     try:
         yield
     finally:
-        logger.removeFilter(quiet)
+        for logger in loggers:
+            logger.removeFilter(quiet)
 
 
 def check_weights(name: str, info: Mapping[str, Collection[object]]) -> None:

@@ -32,7 +32,8 @@ def ranking(
     rows = [f"{'layer':>5}  {'Block Influence':>15}  {'± (95%)':>10}  {'rank':>4}"]
     for i, layer in enumerate(importance.layers):
         mark = "  remove" if layer in chosen else ""
-        rows.append(f"{layer:>5}  {scores[i]:>15.6f}  {margin[i]:>10.6f}  {place[i]:>4}{mark}")
+        error = known(margin[i].item(), ".6f")
+        rows.append(f"{layer:>5}  {scores[i]:>15.6f}  {error:>10}  {place[i]:>4}{mark}")
     rows += [
         "",
         f"{importance.n_windows:,} windows, {importance.n_tokens:,} tokens; {_halves(importance)}",
@@ -126,7 +127,7 @@ def drafts(found: Sequence[Acceptance]) -> str:
     """A row for every length of a draft: what the whole model accepts, with 95% intervals."""
     rows = [f"{'draft':>5}  {'accepted':>8}  {'± (95%)':>8}  {'drafted':>9}  {'tokens a pass':>13}"]
     rows += [
-        f"{a.length:>5}  {a.share:>8.1%}  {a.error.reach():>8.1%}  {a.drafted:>9,}"
+        f"{a.length:>5}  {a.share:>8.1%}  {known(a.error.reach(), '.1%'):>8}  {a.drafted:>9,}"
         f"  {a.tokens_per_pass:>13.2f}"
         for a in found
     ]
@@ -265,8 +266,15 @@ def _perplexity(found: Sequence[Row]) -> str:
     return f"{_short(values[0])} ({_short(values[0] * found[0].standard_error)})"
 
 
+def known(error: float | None, form: str) -> str:
+    """An error as it is printed; a dash where there is none, or NaN: one sample tells none."""
+    return "-" if error is None or math.isnan(error) else format(error, form)
+
+
 def _short(value: float) -> str:
     """Two decimals where that is short, else three digits."""
+    if math.isnan(value):
+        return "-"
     return f"{value:.2f}" if value < 10_000 else f"{value:.2e}"
 
 
@@ -275,4 +283,4 @@ def _gain(found: Sequence[Row]) -> str:
     values = [r.gain for r in found if r.gain is not None]
     if len(values) > 1:
         return f"{min(values):+.2f} to {max(values):+.2f}"
-    return f"{values[0]:+.3f} ({found[0].gain_error:.3f})"
+    return f"{values[0]:+.3f} ({known(found[0].gain_error, '.3f')})"

@@ -101,5 +101,6 @@ def read_record(path: str | os.PathLike[str]) -> JsonObject:
     """
     source = Path(str(path))
     if not source.is_file():
-        raise FileNotFoundError(f"{source} does not exist")
+        what = "is no file" if source.exists() else "does not exist"
+        raise FileNotFoundError(f"{source} {what}")
     return read_json(source)

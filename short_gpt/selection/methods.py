@@ -64,7 +64,8 @@ def choose(importance: Importance, n: int, *, method: str = "bi", seed: int = 0)
     check_method(method)
     if method in BY_LOSS:
         raise ShortGPTError(
-            f"{method} runs the model without layers; see short_gpt.selection.search"
+            f"{method} runs the model without layers, so scores do not tell them: rank by `method` "
+            f"{method} (in Python short_gpt.selection.search)"
         )
     if method == "angular_all" and importance.token_angles.isnan().any():
         raise ShortGPTError("angular_all needs scores of all tokens; measure with all_tokens")

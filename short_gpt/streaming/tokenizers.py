@@ -6,23 +6,24 @@ from pathlib import Path
 from typing import cast
 
 from llama.tokenizer import Tokenizer
+from short_gpt.models.loading import load_tokenizer
 from short_gpt.models.pretrained import PretrainedTokenizer
 from short_gpt.runtime.errors import MissingPackageError, ShortGPTError
 from short_gpt.streaming.transformer import StreamedTransformer
 from short_gpt.streaming.weights import HFSource
 
 
-def hf_tokenizer(directory: Path) -> PretrainedTokenizer:
+def hf_tokenizer(directory: Path, *, trust_remote_code: bool) -> PretrainedTokenizer:
     """The tokenizer of a Hugging Face directory, by transformers."""
     try:
-        from transformers import AutoTokenizer
-    except ImportError:
+        found = load_tokenizer(str(directory), {"trust_remote_code": trust_remote_code})
+    except ModuleNotFoundError:
         raise MissingPackageError(
             'Hugging Face directories need: pip install "short-gpt[hf]"; or pass tokenizer_path'
         ) from None
-    return cast(
-        PretrainedTokenizer, AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-    )
+    except ShortGPTError as error:
+        raise ShortGPTError(f"{directory} cannot be loaded: {error}") from error
+    return cast(PretrainedTokenizer, found)
 
 
 def meta_tokenizer(path: Path, stream: StreamedTransformer) -> Tokenizer:

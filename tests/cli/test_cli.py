@@ -95,6 +95,13 @@ def test_rank_that_reads_too_little_says_so(ckpt, capsys):
     assert text in capsys.readouterr().out
 
 
+def test_one_window_alone_has_no_errors_and_prints_none(ckpt, capsys):
+    run("rank", "ckpt", *DATA, "--max_windows", 1)
+    out = capsys.readouterr().out
+    assert "one window: no standard errors" in out and "nan" not in out
+    assert [line.split()[2] for line in out.splitlines()[1:6]] == ["-"] * 5
+
+
 @pytest.mark.parametrize("method", [m for m in METHODS if m not in ("bi", "angular")])
 def test_rank_by_every_method(ckpt, capsys, method):
     numbers = ("--n_prune_layers", 2, "--max_windows", 6, "--stride", 32)
@@ -406,6 +413,22 @@ def test_reproduce_runs_the_protocol_on_a_model_of_the_papers_shape(ckpt, capsys
         (["rank", "ckpt", "--out", ".", "--overwrite"], "is a directory"),
         (["generate", "ckpt", "a", "--top_p", "-1"], "a top_p in 0..1, got 0.6 and -1"),
         (["plot", "ckpt/params.json", "x"], "holds no scores; expected a file written by"),
+        (
+            ["rank", "ckpt", *DATA, "-n", "2", "--method", "sleb", "--candidates", "0"],
+            "--candidates = 0; the model has 5 layers: expected 1 to 4",
+        ),
+        (["rank", "ckpt", *DATA, "--json", "a", "--plots", "a/b"], "into the file a"),
+        (["rank", "ckpt", *DATA, "--state", "ckpt"], "ckpt is no file"),
+        (["rank", "ckpt", "--data=a--b"], "'a--b' is neither a local path nor a data set"),
+        (["prune", "ckpt", "x", "--scores", "ckpt", "-n", "1"], "ckpt is no file"),
+        (["heal", "ckpt", "x", "--layers", "1", "--json", "x/r.json"], "x/r.json lies in x, which"),
+        (
+            ["generate", "ckpt", "a", "--skip_prefill", "x"],
+            "as in --skip_prefill 21,22,23, got 'x'",
+        ),
+        (["generate", "ckpt", "\udcff"], "holds '\\udcff' as character 0, half a surrogate pair"),
+        (["evaluate", "ckpt", "--tasks", "piqa", "--limit", "0"], "--limit = 0: expected"),
+        (["evaluate", "ckpt", "--tasks", "piqa", "--num_fewshot", "-1"], "--num_fewshot = -1: exp"),
         (["generate", "ckpt", "a", "b"], "generate takes MODEL PROMPT; what is 'b'?"),
         (["generate", "ckpt", "a", "--top_p", "x"], "--top_p expects a number, got 'x'"),
         (["convert", "no.gguf", "x"], "GGUF file no.gguf does not exist"),

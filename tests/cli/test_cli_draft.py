@@ -67,7 +67,9 @@ def test_prompts_of_a_file_are_read_whole_and_alone(here, capsys):
     assert "10 tokens of the whole" in out and "±: over 2 prompts of 2 texts" in out
     Path("one.jsonl").write_text(json.dumps({"ask": "It was\nso"}))
     run("draft", "meta", "meta", "--prompts", "one.jsonl", "--column", "ask", "--tokens", 5)
-    assert "±: over one prompt alone: not known" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "±: over one prompt alone: not known" in out
+    assert [line.split()[2] for line in out.splitlines()[1:9]] == ["-"] * 8 and "nan" not in out
 
 
 def test_another_tokenizer_is_refused_by_name(here, capsys):

@@ -233,6 +233,12 @@ def test_a_conversion_that_is_another_model_leaves_the_earlier_one(here, capsys,
     assert capsys.readouterr().out == "written: kept\n"
 
 
+@pytest.mark.parametrize("source", ["hf", "meta", "model.gguf"])
+def test_no_token_more_is_the_prompt_alone(here, capsys, source):
+    run("generate", source, "It was", "--max_gen_len", 0)
+    assert capsys.readouterr().out == "It was\n"
+
+
 @pytest.mark.parametrize("source", ["hf", "model.gguf"])
 def test_generate(here, capsys, source):
     run("generate", source, "It was", "--temperature", 0, "--max_gen_len", 5)
@@ -352,6 +358,10 @@ def test_evaluate_dense_against_pruned(here, capsys, lm_eval, tasks):
         (["rank", "hf", *DATA, "-n", "5"], "expected 1 to 4"),
         (["rank", "no.gguf", *DATA], "no.gguf does not exist"),
         (["rank", "broken.gguf", *DATA], "broken.gguf is not a complete GGUF file"),
+        (["generate", "hf", "a", "--max_gen_len", "-5"], "max_gen_len must be 0 or more, got -5"),
+        (["generate", "hf", "a", "--temperature", "-1"], "expected a temperature of 0 or more"),
+        (["generate", "hf", "a", "--top_p", "2"], "and a top_p in 0..1, got 0.6 and 2"),
+        (["generate", "hf", "\udcff"], "holds '\\udcff' as character 0, half a surrogate pair"),
         (["generate", "damaged", "a"], "damaged cannot be loaded: "),
         (["generate", "empty", "a"], "empty has no params.json (Meta's format) and no config.json"),
         (["convert", "empty", "x"], "empty has no params.json (Meta's format) and no config.json"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -18,9 +19,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from short_gpt import ShortGPTError
 from short_gpt.data.texts import pg19, texts
 from short_gpt.data.windows import Windows, batches, windows
+from short_gpt.runtime.errors import ShortGPTError
 
 BOOKS = ["First book.\n\nIt is short.", "Second book: naïve.", "Third."]
 
@@ -121,6 +122,12 @@ def test_what_looks_like_a_path_is_not_asked_of_the_hub(source: str) -> None:
         texts(source)
 
 
+@pytest.mark.parametrize("source", ["-1", "--", "a--b", "a" * 97, "a..b", "\u00e9", "a/b.git"])
+def test_what_is_no_name_at_the_hub_is_not_there(source: str) -> None:
+    with pytest.raises(FileNotFoundError, match=r"is neither a local path .*: expected a file or"):
+        texts(source)
+
+
 def test_a_path_object_is_never_a_name_at_the_hub() -> None:
     with pytest.raises(FileNotFoundError, match="'novels' does not exist"):
         texts(Path("novels"))
@@ -132,19 +139,52 @@ def test_a_path_object_is_never_a_name_at_the_hub() -> None:
     ("name", "content", "message"),
     [
         ("a.csv", b"text", r"a\.csv is of an unknown kind: expected \.txt, \.jsonl or \.parquet"),
-        ("a.jsonl", b'{"text": "a"}\n{"text": ', r"a\.jsonl: line 2: .*column 10"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": ', r"a\.jsonl: line 2 is not JSON .*column 10"),
+        ("a.jsonl", b"[" * 2000 + b"]" * 2000, r"a\.jsonl: line 1 .*expected an object"),
+        ("a.jsonl", b'{"text": "a\\ud83d"}', r"a\.jsonl: line 1: .*'\\ud83d' as character 1"),
+        ("a.jsonl", b'{"text": "caf\xe9"}', r"a\.jsonl: expected text in UTF-8"),
         ("a.jsonl", b'{"content": "a", "n": 1}', r"line 1: no column 'text', only \['content', "),
         ("a.jsonl", b'{"text": null}', r"line 1: column 'text' holds None, expected text"),
         ("a.jsonl", b'["a"]', r"line 1: expected an object with named values, got \['a'\]"),
         ("a.jsonl", b"\n", r"a\.jsonl' holds no text"),
-        ("a.txt", b"caf\xe9 noir", r"a\.txt: 'utf-8' codec can't decode byte 0xe9"),
-        ("a.parquet", b"text", r"a\.parquet: .*[Pp]arquet"),
+        ("a.txt", b"caf\xe9 noir", r"a\.txt: expected text in UTF-8.*byte 0xe9.*save it as UTF-8"),
+        ("a.parquet", b"text", r"a\.parquet: expected a whole Parquet file, got a damaged one"),
+        ("a.parquet", b"", r"a\.parquet: the file is empty, expected a Parquet file"),
     ],
 )
 def test_a_bad_file_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         [*texts(tmp_path / name)]
+
+
+@pytest.mark.parametrize("step", [7, 41])
+def test_a_broken_parquet_file_is_named_wherever_it_is_broken(tmp_path: Path, step: int) -> None:
+    """Arrow says ArrowInvalid, OSError, of Thrift, flatbuffers or Snappy, and names no file."""
+    write_parquet(tmp_path / "a.parquet")
+    whole = (tmp_path / "a.parquet").read_bytes()
+    expected = r"^.*a\.parquet: (expected a whole Parquet|no column|column '|.*in UTF-8)"
+    broken = 0
+    for at in range(0, len(whole), step):
+        for content in (whole[:at], whole[:at] + b"\xff" * 4 + whole[at + 4 :]):
+            (tmp_path / "a.parquet").write_bytes(content)
+            try:
+                [*texts(tmp_path / "a.parquet")]
+            except ShortGPTError as error:
+                assert not content or re.match(expected, str(error)), error
+                broken += 1
+    assert broken > len(whole) // step
+
+
+def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch) -> None:
+    write_parquet(tmp_path / "a.parquet")
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied", "a.parquet")
+
+    monkeypatch.setattr("pyarrow.parquet.ParquetFile", refuse)
+    with pytest.raises(PermissionError, match=r"Permission denied: 'a\.parquet'"):
+        texts(tmp_path / "a.parquet")
 
 
 def test_a_missing_column_names_those_that_are_there(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import base64
 import json
 import shutil
 import struct
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,17 +28,21 @@ from conftest import (
 from gguf_files import write_gguf
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizer_files import sentencepiece_model
 
 from llama.checkpoint.meta import Checkpoint
 from llama.formats.convert import meta_to_hf
 from llama.formats.gguf import GGUFFile
 from llama.formats.safetensors import SafetensorsFile
+from llama.formats.tokenizers import LLAMA2_CONFIG
+from llama.io.json_files import write_json
 from llama.loading import load_model
 from llama.tokenizer import Tokenizer
 from short_gpt import ShortHFModel, ShortLlama
 from short_gpt.jobs import Scores
+from short_gpt.models.loading import load_tokenizer
 from short_gpt.report import ranking
-from short_gpt.runtime.errors import USER_ERRORS, ShortGPTError
+from short_gpt.runtime.errors import USER_ERRORS, MissingPackageError, ShortGPTError
 from short_gpt.runtime.state import StateFile
 from short_gpt.scoring.state import RunState
 from short_gpt.streaming.weights import HFSource
@@ -149,6 +154,15 @@ def read_transformers(folder: Path) -> None:
     ShortHFModel(folder / "hf")
 
 
+def generate_transformers(folder: Path) -> None:
+    short = ShortHFModel(folder / "hf")
+    short.greedy(short.encode("It was"), 2)
+
+
+def read_transformers_parts(folder: Path) -> None:
+    ShortHFModel(folder / "parts")
+
+
 def read_transformers_gguf(folder: Path) -> None:
     ShortHFModel(folder / "model.gguf")
 
@@ -169,6 +183,15 @@ CASES = {
     "ranks": ("ranks.model", False, read_words("ranks.model"), 30),
     "config.json of transformers": ("hf/config.json", True, read_transformers, 20),
     "safetensors of transformers": ("hf/model.safetensors", False, read_transformers, 10),
+    "tokenizer.json of transformers": ("hf/tokenizer.json", True, generate_transformers, 15),
+    "its config of transformers": ("hf/tokenizer_config.json", True, generate_transformers, 15),
+    "settings": ("hf/generation_config.json", True, generate_transformers, 20),
+    "index of transformers": (
+        "parts/model.safetensors.index.json",
+        True,
+        read_transformers_parts,
+        10,
+    ),
     "GGUF of transformers": ("model.gguf", False, read_transformers_gguf, 10),
     "scores": ("scores.json", True, read_scores, 60),
     "their bytes": ("scores.json", False, read_scores, 30),
@@ -271,6 +294,63 @@ def test_a_gguf_file_of_two_million_layers_and_one_with_a_key_twice(here):
         for read in (read_gguf, read_transformers_gguf):
             with within_bounds(), pytest.raises(ShortGPTError, match=said):
                 read(here)
+
+
+def rewrite(path: Path, change: Callable[[dict], object]) -> None:
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def bos_template(ids: dict) -> Callable[[dict], object]:
+    """Makes a tokenizer.json put a bos in front of a text, of which it says this."""
+    single = [
+        {"SpecialToken": {"id": "<s>", "type_id": 0}},
+        {"Sequence": {"id": "A", "type_id": 0}},
+    ]
+    rule = {"type": "TemplateProcessing", "single": single, "pair": single, "special_tokens": ids}
+    return lambda content: content.update(post_processor=rule)
+
+
+def test_a_tokenizer_at_which_its_package_panics_is_named(here):
+    rewrite(here / "hf/tokenizer.json", bos_template({}))
+    for read in (generate_transformers, read_words("hf/tokenizer.json")):
+        with pytest.raises(ShortGPTError, match=r"hf/tokenizer\.json is no tokenizer\.json or a"):
+            read(here)
+
+
+def test_a_tokenizer_of_more_tokens_than_the_model_has(here):
+    bos = {"id": "<s>", "ids": [10**7], "tokens": ["<s>"]}
+    rewrite(here / "hf/tokenizer.json", bos_template({"<s>": bos}))
+    with pytest.raises(ShortGPTError, match=r"\.\.10000000 are outside .*the model's tokenizer\?"):
+        generate_transformers(here)
+
+
+def test_a_directory_without_its_vocabulary_says_which_file_to_fetch(here):
+    (here / "hf/tokenizer.json").unlink()
+    rewrite(here / "hf/tokenizer_config.json", lambda c: c.update(tokenizer_class="LlamaTokenizer"))
+    with pytest.raises(ShortGPTError, match=r"hf lacks its tokenizer's vocabulary.*fetch that"):
+        generate_transformers(here)
+
+
+def test_a_tokenizer_that_a_missing_package_reads_names_the_package(here, monkeypatch, capfd):
+    for path in (here / "hf").glob("tokenizer*"):
+        path.unlink()
+    sentencepiece_model(here / "hf/tokenizer.model")
+    write_json(here / "hf/tokenizer_config.json", LLAMA2_CONFIG)
+    monkeypatch.setitem(sys.modules, "google.protobuf", None)
+    monkeypatch.setattr("transformers.utils.import_utils.is_protobuf_available", lambda: False)
+    with pytest.raises(MissingPackageError, match=r"a tokenizer\.model by .*pip install protobuf"):
+        load_tokenizer(str(here / "hf"), {"trust_remote_code": False})
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("ids", [2**63, [], "1", [0, "1"], 0.5, {"a": 1}, -2])
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_numbers_that_no_token_can_have(here, name, ids):
+    rewrite(here / "hf" / name, lambda content: content.update(eos_token_id=ids))
+    with pytest.raises(ShortGPTError, match=rf"hf/{name} is damaged: eos_token_id must be"):
+        generate_transformers(here)
 
 
 def entry(begin: int, end: int) -> dict[str, object]:

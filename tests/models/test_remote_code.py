@@ -50,6 +50,39 @@ SAID = (
 )
 
 
+@pytest.fixture
+def words(here) -> Path:
+    """A plain Llama whose tokenizer alone is code of its own, which leaves the same marker."""
+    meta_to_hf(here / "meta", here / "words")
+    code = "from transformers import PreTrainedTokenizerFast as Fast\nfrom pathlib import Path\n"
+    code += f"Path({str(here / 'marker')!r}).write_text('run')\nclass Words(Fast): pass\n"
+    (here / "words/words.py").write_text(code)
+    path = here / "words/tokenizer_config.json"
+    own = {"tokenizer_class": "Words", "auto_map": {"AutoTokenizer": [None, "words.Words"]}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | own))
+    return here
+
+
+ON_WORDS = [
+    ("rank", "words", *DATA, "--max_windows", 2),
+    ("rank", "words", *DATA, "--max_windows", 2, "--stream"),
+    ("convert", "words", "out"),
+    ("prune", "words", "out", "--layers", 1),
+]
+
+
+@pytest.mark.parametrize("argv", ON_WORDS, ids=lambda argv: f"{argv[0]} {argv[-1]}")
+def test_a_tokenizers_code_runs_by_the_flag_that_the_message_names(words, capsys, argv):
+    line = fails(capsys, *argv)
+    assert "words cannot be loaded: it comes with Python code" in line
+    assert line.endswith("look at that code, and pass --trust_remote_code to run it")
+    assert not (words / "marker").exists() and not Path("out").exists()
+    run(*argv, "--trust_remote_code")
+    assert (words / "marker").read_text() == "run"
+    if argv[0] == "prune":  # the code goes along, without which the tokenizer is none
+        run("rank", "out", *DATA, "--max_windows", 2, "--trust_remote_code")
+
+
 def test_it_is_refused_in_one_line_and_not_run(here, capfd):
     for opening in (
         lambda: ShortHFModel("own"),
@@ -59,8 +92,10 @@ def test_it_is_refused_in_one_line_and_not_run(here, capfd):
         with pytest.raises(ShortGPTError, match=SAID):
             opening()
     assert layers_of("own") == 5
-    for argv in (("rank", "own", *DATA), ("prune", "own", "out", "--layers", "1")):
-        assert "trust_remote_code" in fails(capfd, *argv)
+    assert "pass --trust_remote_code to run it" in fails(capfd, "rank", "own", *DATA)
+    for trust in ((), ("--trust_remote_code",)):  # which would not help
+        line = fails(capfd, "prune", "own", "out", "--layers", "1", *trust)
+        assert line.endswith("defined by Python code of its own; expected a family of transformers")
     assert not (here / "marker").exists() and not Path("out").exists()
 
 

@@ -1,0 +1,68 @@
+"""Any words behind any command: it runs, or ends with 1 and one line; never with a traceback."""
+
+from __future__ import annotations
+
+import io
+import random
+import re
+from contextlib import redirect_stderr, redirect_stdout
+from functools import wraps
+
+import pytest
+
+from short_gpt.cli import COMMANDS
+from short_gpt.cli.app import main
+from short_gpt.cli.flags import flags_of
+
+# What Python, fire, a shell or argparse would take for something of its own.
+ODD = ["-", "--", "---", "-1", "=", "'", '"', "\\", " ", "\u2028", "\U0001f600", "\udcff", "\x00"]
+ODD += ["nan", "-inf", "1e999", "1_0", "1j", "9" * 5000, "a" * 97, "a--b", "None", "f''", "#", "~"]
+ODD += ["[", "[1,2", "{1:2}", "{[1]:2}", "{{1}}", "{{}:1}", "(" * 300, "[" * 5000, "-" * 5000 + "1"]
+ODD += ["lambda:0", "a.b()", "1 if 1 else 2", "...", "*a", "--trace", "--interactive", "-h--help"]
+
+
+@pytest.fixture
+def idle(monkeypatch) -> None:
+    """All commands with their own flags and nothing behind them."""
+    for name, command in [*COMMANDS.items()]:
+        nothing = wraps(command)(lambda *_, **__: None)
+        monkeypatch.setitem(COMMANDS, name, nothing)
+
+
+def one_line_or_none(argv: list[str]) -> None:
+    out, err = io.StringIO(), io.StringIO()  # which take half a surrogate pair, as `lenient` does
+    with redirect_stdout(out), redirect_stderr(err):
+        try:
+            main(argv)
+        except SystemExit as stop:
+            assert (stop.code, out.getvalue()) == (1, ""), (argv, err.getvalue())
+            assert re.fullmatch(r"short-gpt: .+\n", err.getvalue()), (argv, err.getvalue())
+            return
+    assert err.getvalue() == "", argv
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_kind_of_flag_takes_or_refuses_odd_values(idle, command):
+    flags = flags_of(COMMANDS[command])
+    needed = ["x"] * sum(flag.required for flag in flags.values())
+    kinds = {flag.kinds: name for name, flag in flags.items() if not flag.required}
+    for name in kinds.values():
+        for value in ODD:
+            one_line_or_none([command, *needed, f"--{name}={value}"])
+            one_line_or_none([command, *needed, f"--{name}", value])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_words_are_no_traceback(idle, seed):
+    rng = random.Random(seed)
+
+    def word() -> str:
+        return "".join(rng.choice(ODD) for _ in range(rng.choice([1, 1, 2, 4])))
+
+    for _ in range(100):
+        command = rng.choice([*COMMANDS])
+        names = [f"{rng.choice(['-', '--'])}{name}" for name in flags_of(COMMANDS[command])]
+        argv = [rng.choice([command] * 20 + [word()])]
+        for _ in range(rng.randint(1, 5)):
+            argv.append(rng.choice([word(), rng.choice(names), f"{rng.choice(names)}={word()}"]))
+        one_line_or_none(argv)
