@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import filecmp
 import json
+import math
 import re
+from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -12,14 +15,17 @@ import torch
 from commands import fails, run
 from gguf_families import make, write_model
 from gguf_files import stack_file
+from transformers import AutoModelForCausalLM
 
 from llama.formats.gguf_header import read_header
 from llama.formats.gguf_parts import GGUFParts
 from short_gpt import ShortHFModel
 from short_gpt.checkpoints import Provenance, gguf, prune_gguf, write_gguf
+from short_gpt.checkpoints.gguf import about_kinds
 from short_gpt.checkpoints.gguf_kinds import PERIODIC, READS_PATTERN
 from short_gpt.checkpoints.gguf_layers import Stack
 from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.scoring.importance import Importance
 
 pytestmark = pytest.mark.filterwarnings("default")  # transformers' own, while it reads GGUF
 
@@ -113,12 +119,20 @@ def test_nothing_is_left_of_several_files_where_one_cannot_be_placed(tmp_path, m
     assert [p.name for p in calls] == ["c-00003-of-00003.gguf", "c-00002-of-00003.gguf"]
 
 
+WINDOW = {"attention__sliding_window": 8}
+NEXT = {"nextn_predict_layers": 1}
+PATTERN = "attention__sliding_window_pattern"
+SAID = "attention.sliding_window_pattern"
+BEST = "for the best set that would do, rank by Block Influence"
+
+
 @pytest.mark.parametrize(
     ("arch", "fields", "layers", "after"),
     [
         ("deepseek", {"leading_dense_block_count": 3}, [1, 5], {"leading_dense_block_count": 2}),
         ("deepseek", {"leading_dense_block_count": 3}, [6], {"leading_dense_block_count": 3}),
         ("glm4moe", {"nextn_predict_layers": 2}, [5], {"nextn_predict_layers": 2}),
+        ("step35", {**NEXT, PATTERN: [True, False] * 3 + [True]}, [0], {SAID: [0, 1, 0, 1, 0, 1]}),
         ("ernie4_5-moe", {"interleave_moe_layer_step": 2}, [3, 4], {}),
         ("ernie4_5-moe", {"interleave_moe_layer_step": 1}, [3], {}),
         ("qwen3vl", {"n_deepstack_layers": 3}, [3, 7], {"n_deepstack_layers": 3}),
@@ -145,7 +159,20 @@ def test_nothing_is_left_of_several_files_where_one_cannot_be_placed(tmp_path, m
         ),
         ("gemma3", {"attention__sliding_window": 8}, [6], {}),  # of the same kind as the next
         ("smallthinker", {}, [1], {}),
+        ("exaone4", {}, [1], {}),  # without a window
+        ("modern-bert", {}, [1], {}),
+        ("gemma3", {**WINDOW, PATTERN: 0}, [0], {SAID: 0}),  # all slide
+        ("modern-bert", WINDOW, [1], {SAID: [0, 1, 0, 1, 1, 0, 1]}),
+        ("modern-bert", {**WINDOW, PATTERN: 4}, [1, 2, 3, 5], {SAID: [0, 0, 1, 1]}),
+        ("gemma-embedding", {}, [1], {SAID: [1, 1, 1, 1, 0, 1, 1]}),
+        ("gemma-embedding", {PATTERN: 3}, [2, 3, 4], {SAID: 3}),
+        ("muse-glimmer", {}, [0], {SAID: [1, 1, 0, 1, 1, 1, 0]}),
+        ("gemma2", {}, [1, 3, 5, 7], {SAID: [1, 1, 1, 1]}),
+        ("gemma3", {**WINDOW, PATTERN: [False] * 8}, [0], {SAID: [False] * 7}),
         ("mystery", {}, [0], {}),
+        ("mystery", {PATTERN: 1}, [0], {}),
+        ("mystery", {PATTERN: 3}, [2, 3, 4, 7], {}),
+        ("mystery", {PATTERN: 3}, [7], {}),
     ],
 )
 def test_what_speaks_of_positions_is_adjusted(tmp_path, arch, fields, layers, after):
@@ -156,18 +183,28 @@ def test_what_speaks_of_positions_is_adjusted(tmp_path, arch, fields, layers, af
     assert said(tmp_path / "cut.gguf", "block_count") == 8 - len(layers)
 
 
-NEXT = {"nextn_predict_layers": 1}
-
-
 @pytest.mark.parametrize(
     ("arch", "fields", "layers", "message"),
     [
-        ("qwen3next", {}, [2], r"every 4th layer .*; these would do: `layers` 0,1,2,3$"),
-        ("qwen3next", {}, [0, 3, 4, 5, 6], r"`layers` 3,4,5,6$"),
-        ("llama4", {}, [5, 6], r"these would do: `layers` 3,4,5,6$"),
+        ("qwen3next", {}, [2], f"every 4th layer .*; {BEST}"),
+        ("llama4", {}, [5, 6], BEST),
         ("cohere2moe", {}, [0], "every 4th layer of cohere2moe is of another kind"),
         ("other", {"full_attention_interval": 4}, [1], "full_attention_interval makes every 4th"),
-        ("other", {"moe_every_n_layers": 2}, [1, 4], "`layers` 0,1"),
+        ("other", {"moe_every_n_layers": 2}, [1, 4], "moe_every_n_layers makes every second"),
+        ("other", {PATTERN: 3}, [0], "other.attention.sliding_window_pattern makes every third"),
+        ("other", {PATTERN: 3}, [1, 2, 4], "sliding_window_pattern makes every third"),
+        ("exaone4", {**WINDOW, PATTERN: 2}, [2], "every second layer of exaone4"),
+        ("exaone4", WINDOW, [2], "every 4th layer of exaone4"),
+        ("gemma2", {}, [0, 2, 4, 6], "opens no gemma2 of which all layers are of one kind"),
+        ("gemma4", {PATTERN: [True, False] * 4}, [0, 2, 4, 6], "no gemma4 of which all layers"),
+        ("modern-bert", WINDOW, [0, 3, 6], "no modern-bert of which all layers are of one kind"),
+        ("gemma-embedding", {}, [5, 6, 7], "no gemma-embedding of which all layers"),
+        ("onyx", {PATTERN: 4}, [2], "every 4th layer of onyx"),
+        ("onyx", {}, [2], "every 4th layer of onyx"),
+        ("gemma4", {PATTERN: 5}, [0, 1, 2, 3, 4], "kinds of gemma4's layers from a list, .* is 5"),
+        ("gemma4", {}, [7], "gemma4.attention.sliding_window_pattern is None"),
+        ("step35", {PATTERN: 4}, [2], "kinds of step35's layers from a list"),
+        ("mimo2", {PATTERN: 6}, [2], "kinds of mimo2's layers from a list"),
         ("other", {"interleave_moe_layer_step": 2}, [1], "interleave_moe_layer_step makes every"),
         ("smallthinker", {"attention__sliding_window": 8}, [1], "every 4th layer of smallthinker"),
         ("gemma4", {"attention__shared_kv_layers": 2}, [0], "shared_kv_layers = 2 numbers layers"),
@@ -198,26 +235,85 @@ def test_variants_that_llama_cpp_knows_by_their_count_are_refused(tmp_path, arch
             prune_gguf(path, tmp_path / "cut.gguf", gone)
 
 
-@pytest.mark.parametrize("arch", sorted(PERIODIC))
-def test_the_sets_advised_leave_every_layer_its_kind(tmp_path, arch):
-    path = stack_file(tmp_path / "m.gguf", arch, 24, attention__sliding_window=8)
-    stack = Stack.of(GGUFParts(path))
-    for gone in ([1], [5, 9], [3, 4, 5, 10], list(range(2, 13))):
-        sets = re.findall(r"`layers` ([\d,]+)", stack.advice(gone))
-        assert sets
-        for found in sets:
-            drop = [int(n) for n in found.split(",")]
-            keep = stack.kept(drop)
-            assert not stack.changed_kinds(keep)
-            assert f"{arch}.attention.sliding_window_pattern" not in stack.records(keep)
+def legal(stack: Stack, gone: Sequence[int]) -> bool:
+    """Whether every other layer keeps its kind by its position alone."""
+    keep = [i for i in range(stack.blocks) if i not in gone]
+    try:
+        return f"{stack.arch}.attention.sliding_window_pattern" not in stack.records(keep)
+    except ShortGPTError:
+        return False
 
 
-def test_a_list_of_kinds_comes_with_a_warning_of_older_programs(tmp_path, capsys):
+OFFERED = re.compile(r"`layers` ([\d,]+) would do: .* sums to (\S+), that of ([\d,]+) to (\S+)")
+
+
+@pytest.mark.parametrize("arch", [*sorted(PERIODIC), "other"])
+def test_the_set_offered_is_the_best_of_all_that_leave_every_layer_its_kind(tmp_path, arch):
+    fields = {PATTERN: 3} if arch == "other" else {}
+    path = stack_file(tmp_path / "m.gguf", arch, 12, **WINDOW, **fields)
+    stack, scores = Stack.of(GGUFParts(path)), torch.rand(12, generator=torch.Generator())
+    scores = scores.tolist()
+    for n in (1, 2, 3, 5):
+        sets = [s for s in combinations(range(12), n) if legal(stack, s)]
+        best = min(sets, key=lambda layers: sum(scores[i] for i in layers))
+        others, cost, gone, before = OFFERED.search(stack.advice(range(n), scores)).groups()
+        assert others == ",".join(map(str, best))
+        assert float(cost) == pytest.approx(sum(scores[i] for i in best), rel=1e-3)
+        assert gone == ",".join(map(str, range(n)))
+        assert float(before) == pytest.approx(sum(scores[:n]), rel=1e-3)
+
+
+def test_no_set_is_offered_without_scores_of_all_layers(tmp_path):
+    stack = Stack.of(GGUFParts(stack_file(tmp_path / "m.gguf", "gemma3", **WINDOW)))
+    for scores in ((), [0.1] * 7, [0.1] * 7 + [None], [0.1] * 7 + [math.nan]):
+        assert "`layers`" not in stack.advice([1], scores)
+    assert "`layers`" in stack.advice([1], [0.1] * 8)
+    whole = stack_file(tmp_path / "v.gguf", "qwen3next", n_deepstack_layers=8)
+    assert Stack.of(GGUFParts(whole)).advice([1], [0.1] * 8) == "no other set of layers is offered"
+
+
+def test_prune_offers_the_best_set_of_as_many_layers_by_the_scores(tmp_path):
+    """Of the first 18 layers of Gemma 3's kinds; removing 4 to 9 is legal, and worse."""
+    influence = [0.5, 0.4, 0.02, 0.4, 0.4, 0.4, 0.4, 0.4, 0.03, 0.04, 0.4, 0.4]
+    influence += [0.3, 0.2, 0.3, 0.1, 0.15, 0.2]
+    best = "`layers` 15,16,17 would do: their Block Influence sums to 0.45, that of 2,8,9 to 0.09"
+    path = stack_file(tmp_path / "m.gguf", "gemma3", 18, **WINDOW)
+    assert about_kinds(path, [2, 8, 9], influence).endswith(best)
+    path = stack_file(tmp_path / "n.gguf", "onyx", 18, **{PATTERN: 6})
+    with pytest.raises(ShortGPTError, match=f"{best}$"):
+        prune_gguf(
+            path,
+            tmp_path / "c.gguf",
+            [2, 8, 9],
+            provenance=Provenance([], [], None, None, influence),
+        )
+    assert not (tmp_path / "c.gguf").exists()
+
+
+def test_the_scores_of_rank_reach_what_prune_offers(tmp_path, capsys):
+    path = write_model(tmp_path / "m.gguf", "gemma3", make("gemma3"))
+    (tmp_path / "a.txt").write_text("a text of some letters that are read " * 30)
+    scores = tmp_path / "scores.json"
+    run("rank", path, "--data", tmp_path / "a.txt", "--size", 16, "--n", 2, "--json", scores)
+    importance = Importance.from_dict(json.loads(scores.read_text())["importance"])
+    influence = importance.block_influence.tolist()
+    cut = ("prune", path, tmp_path / "cut.gguf", "--scores", scores, "--n", 2)
+    capsys.readouterr()
+    run(*cut, "--method", "sequential")
+    found = OFFERED.search(capsys.readouterr().out.replace("--layers", "`layers`"))
+    others, cost, gone, before = found.groups()
+    assert gone == "0,1"
+    assert float(before) == pytest.approx(sum(influence[:2]), rel=1e-3)
+    assert float(cost) == pytest.approx(sum(influence[int(i)] for i in others.split(",")), rel=1e-3)
+
+
+def test_a_list_of_kinds_comes_with_a_warning_of_programs_that_pass_over_it(tmp_path, capsys):
     path = stack_file(tmp_path / "m.gguf", "gpt-oss")
     run("prune", path, tmp_path / "a.gguf", "--layers", 1)
     out = capsys.readouterr().out
     assert "gpt-oss.attention.sliding_window_pattern lists the kinds" in out
-    assert out.rstrip().endswith("these would do: --layers 0,1")
+    assert f"For transformers name a directory in place of the file: short-gpt prune {path}" in out
+    assert f"Of an older llama.cpp: {BEST}" in out
     run("prune", path, tmp_path / "b.gguf", "--layers", "0,1")
     assert "pattern" not in capsys.readouterr().out
     run("prune", tmp_path / "a.gguf", tmp_path / "c.gguf", "--layers", 0)  # back in step
@@ -297,6 +393,23 @@ def test_a_cut_file_is_the_model_cut_in_memory(tmp_path, family, capsys):
     )
     cut.remove_layers([0])
     assert Provenance.of(cut, tmp_path / "cut.gguf").all_removed == [1, 4, 0]
+
+
+def test_transformers_own_reader_passes_over_the_list_and_a_directory_is_right(tmp_path):
+    """Why the output of `prune` names the directory."""
+    path = write_model(tmp_path / "m.gguf", "gemma3", make("gemma3"))
+    for out in ("cut.gguf", "cut"):
+        run("prune", path, tmp_path / out, "--layers", "1,4")
+    ours = ShortHFModel(tmp_path / "cut.gguf", dtype=torch.float32).decoder
+    tokens = torch.randint(2, 258, (1, 40), generator=torch.Generator().manual_seed(0))
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="cut.gguf", dtype="float32")
+    right = AutoModelForCausalLM.from_pretrained(tmp_path / "cut", dtype="float32")
+    slides, full = "sliding_attention", "full_attention"
+    assert plain.config.layer_types == [slides] * 5 + [full]
+    assert right.config.layer_types == [slides, slides, slides, full, slides, slides]
+    with torch.no_grad():
+        assert torch.equal(right(tokens).logits, ours.logits(tokens))
+        assert (plain(tokens).logits - ours.logits(tokens)).abs().max() > 0.01
 
 
 def test_any_file_that_transformers_reads_goes_to_a_directory(tmp_path, capsys):
