@@ -109,16 +109,27 @@ def check_gguf(path: Path) -> None:
         _check_names(path, header, layers)
 
 
-def gguf_layer_types(path: Path) -> list[str] | None:
+def gguf_layer_types(path: Path, config: Any) -> list[str] | None:
     """The kinds of a GGUF file's layers as transformers calls them; None if it lists none.
 
     transformers takes them from the layers' positions, which a cut file may no longer go by.
+
+    Raises:
+        ShortGPTError: the model that transformers makes of ``config`` has no such kinds.
     """
     fields = read_header(path).fields
-    slides = fields.get(f"{fields.get('general.architecture')}.attention.sliding_window_pattern")
+    key = f"{fields.get('general.architecture')}.attention.sliding_window_pattern"
+    slides = fields.get(key)
     if not isinstance(slides, list):
         return None
-    return ["sliding_attention" if slide else "full_attention" for slide in slides]
+    has_kinds = hasattr(config, "layer_types")
+    if any(slides) and not (has_kinds and getattr(config, "sliding_window", None)):
+        raise ShortGPTError(
+            f"{key} lists layers with a sliding window, which transformers' {config.model_type} "
+            "does not have here; open the model that it was made from"
+        )
+    kinds = ["sliding_attention" if slide else "full_attention" for slide in slides]
+    return kinds if has_kinds else None
 
 
 def _check_names(path: Path, header: Header, layers: int) -> None:

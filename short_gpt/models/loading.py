@@ -80,7 +80,7 @@ def load(name: str, options: dict[str, Any], tokenizer: Any) -> tuple[Any, Any]:
     try:
         with reading as left_out:
             config = read_config(where, both)
-            if gguf and (kinds := gguf_layer_types(Path(name))):
+            if gguf and (kinds := gguf_layer_types(Path(name), config)):
                 config.layer_types = kinds
                 options["config"] = config
             loader = auto_class(config)
