@@ -106,13 +106,14 @@ def layers_file(path, arch, *, identity=(), layers=8, **fields):
     return path
 
 
-def stack_file(path, arch="llama", layers=8, *, names=(), split=0, **fields):
+def stack_file(path, arch="llama", layers=8, *, names=(), drop=(), split=0, **fields):
     """A GGUF file of layers that hold one small tensor each, for what is said of layers.
 
     Args:
         path: the file.
         arch, layers: as it says.
         names: further tensors.
+        drop: tensors that are left out.
         split: tensors in each of several files; 0 is one file.
         fields: keys under the architecture, ``__`` for ``.``; a list, or a number.
     """
@@ -127,15 +128,21 @@ def stack_file(path, arch="llama", layers=8, *, names=(), split=0, **fields):
         elif isinstance(value, float):
             add = writer.add_float32
         add(key, value)
-    writer.add_tensor("token_embd.weight", np.arange(64, dtype=np.float32).reshape(2, 32))
+
+    def add_tensor(name, data, **kind):
+        if name not in drop:
+            writer.add_tensor(name, data, **kind)
+
+    add_tensor("token_embd.weight", np.arange(64, dtype=np.float32).reshape(2, 32))
+    add_tensor("output_norm.weight", np.ones(8, np.float32))
     for i in range(layers):
         rows = np.random.default_rng(i).standard_normal((3, 32)).astype(np.float32)
         kind = gguf.GGMLQuantizationType.Q4_0
         data = gguf.quants.quantize(rows, kind)
-        writer.add_tensor(f"blk.{i}.ffn_down.weight", data, raw_dtype=kind)
-        writer.add_tensor(f"blk.{i}.attn_norm.weight", rows[0, :7].copy())
+        add_tensor(f"blk.{i}.ffn_down.weight", data, raw_dtype=kind)
+        add_tensor(f"blk.{i}.attn_norm.weight", rows[0, :7].copy())
     for name in names:
-        writer.add_tensor(name, np.ones(4, np.float32))
+        add_tensor(name, np.ones(4, np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -16,12 +16,14 @@ from llama.formats.gguf_header import ARRAY, Record
 from llama.formats.gguf_parts import GGUFParts
 from llama.formats.gguf_write import BOOL, record
 from short_gpt.checkpoints.gguf_kinds import (
+    ALIKE,
     BOTH_KINDS,
     BY_COUNT,
     BY_LIST,
     COUNTS,
     FIRST_STAY,
     FROM_FIRST,
+    NEEDED,
     NOT_OF_LAYERS,
     NUMBERED,
     PATTERN,
@@ -275,19 +277,28 @@ class Stack:
 
 
 def _check_names(parts: GGUFParts, arch: str, blocks: int) -> None:
-    """Raises ShortGPTError unless the tensors are those of numbered layers, and of no other."""
+    """Raises ShortGPTError unless the tensors are those of numbered layers, all and no other."""
     found = {int(m[1]) for name in parts.tensors if (m := LAYER.fullmatch(name))}
     if found != set(range(blocks)):
         raise ShortGPTError(
             f"{parts.path} says that it has {blocks} layers; its tensors blk.N are of "
             f"{len(found)}: is it whole?"
         )
+    if arch in ALIKE and (missing := _missing(parts.tensors, blocks)):
+        raise ShortGPTError(f"{parts.path} lacks {missing[0]}: is it whole?")
     others = [n for n in parts.tensors if not LAYER.fullmatch(n) and OTHER_LAYERS.fullmatch(n)]
     if others:
         raise ShortGPTError(
             f"layers of {parts.path} ({arch}) cannot be removed: {others[0]} belongs to all of "
             "them, or to other layers"
         )
+
+
+def _missing(names: Mapping[str, object], blocks: int) -> list[str]:
+    """The tensors that a model of layers that are alike lacks, as far as its others tell."""
+    parts = {m[2] for name in names if (m := LAYER.fullmatch(name))}
+    expected = [*NEEDED, *(f"blk.{i}.{part}" for i in range(blocks) for part in sorted(parts))]
+    return [name for name in expected if name not in names]
 
 
 def renamed(names: Mapping[str, object], keep: Sequence[int]) -> dict[str, str]:

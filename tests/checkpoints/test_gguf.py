@@ -6,6 +6,7 @@ import filecmp
 import json
 import math
 import re
+import struct
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
@@ -58,7 +59,8 @@ def test_what_stays_is_the_sources_byte_for_byte_under_its_new_number(tmp_path):
     prune_gguf(path, tmp_path / "cut.gguf", [6, 1])
     before, after = data(path), data(tmp_path / "cut.gguf")
     keep = [0, 2, 3, 4, 5, 7]
-    assert list(after)[:1] == ["token_embd.weight"] and len(after) == 1 + 2 * len(keep)
+    assert list(after)[:2] == ["token_embd.weight", "output_norm.weight"]
+    assert len(after) == 2 + 2 * len(keep)
     for new, old in enumerate(keep):
         for name in ("ffn_down", "attn_norm"):
             assert after[f"blk.{new}.{name}.weight"] == before[f"blk.{old}.{name}.weight"]
@@ -90,17 +92,53 @@ def test_files_in_parts_are_read_and_written(tmp_path):
     prune_gguf(whole, tmp_path / "c.gguf", [0, 1])
     assert data(tmp_path / "c-00001-of-00002.gguf") == data(tmp_path / "c.gguf")
     second = read_header(tmp_path / "c-00002-of-00002.gguf")
-    assert [second.fields[f"split.{k}"] for k in ("no", "count", "tensors.count")] == [1, 2, 13]
+    assert [second.fields[f"split.{k}"] for k in ("no", "count", "tensors.count")] == [1, 2, 14]
     assert list(second.fields) == ["split.no", "split.count", "split.tensors.count"]
     with pytest.raises(FileExistsError, match="are not overwritten"):
         prune_gguf(whole, tmp_path / "c-00001-of-00002.gguf", [0, 1], overwrite=True)
-    with pytest.raises(ShortGPTError, match="13 tensors cannot be put into 99 files"):
+    with pytest.raises(ShortGPTError, match="14 tensors cannot be put into 99 files"):
         prune_gguf(whole, tmp_path / "c-00001-of-00099.gguf", [0, 1])
     (tmp_path / "m-00003-of-00003.gguf").rename(tmp_path / "m3.gguf")
     with pytest.raises(FileNotFoundError, match=r"m-00003-of-00003.gguf, one of 3 of its model"):
         GGUFParts(parts.path)
     with pytest.raises(ShortGPTError, match=r"m3.gguf says that it is part 2 of 3"):
         GGUFParts(tmp_path / "m3.gguf")
+
+
+def with_count(path: Path, change: int, at: int = 8) -> None:
+    """Changes a file's number of tensors, which stands at byte 8, or that of keys, at 16."""
+    content = bytearray(path.read_bytes())
+    struct.pack_into("<Q", content, at, struct.unpack_from("<Q", content, at)[0] + change)
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("names", [[], ["small.weight"]], ids=str)
+def test_a_number_of_tensors_that_is_not_the_files_is_refused(tmp_path, capsys, names):
+    """One too low, the bytes of all others would be taken from elsewhere, and would agree."""
+    path = stack_file(tmp_path / "m.gguf", names=names)
+    with_count(path, -1)
+    cut = ("prune", path, tmp_path / "cut.gguf", "--layers", 1)
+    expected = rf"m.gguf is not .*: its {17 + len(names)} tensors end at byte \d+ of \d+; are there"
+    assert re.search(expected, fails(capsys, *cut)) and not (tmp_path / "cut.gguf").exists()
+    with pytest.raises(ShortGPTError, match=expected):
+        ShortHFModel(path)
+    for change, at in ((2, 8), (-1, 16), (1, 16)):
+        path = stack_file(tmp_path / "m.gguf", names=names)
+        with_count(path, change, at)
+        assert "m.gguf is not a complete" in fails(capsys, *cut)
+    stack_file(tmp_path / "n.gguf", split=6)
+    with_count(tmp_path / "n-00002-of-00003.gguf", -1)
+    with pytest.raises(ShortGPTError, match="n-00002-of-00003.gguf is not a complete GGUF"):
+        prune_gguf(tmp_path / "n-00001-of-00003.gguf", tmp_path / "cut.gguf", [1])
+
+
+@pytest.mark.parametrize(
+    "name", ["blk.3.ffn_down.weight", "token_embd.weight", "output_norm.weight"]
+)
+def test_a_model_that_lacks_a_tensor_is_refused(tmp_path, name):
+    path = stack_file(tmp_path / "m.gguf", drop=[name])
+    with pytest.raises(ShortGPTError, match=f"m.gguf lacks {name}"):
+        prune_gguf(path, tmp_path / "cut.gguf", [1])
 
 
 def test_nothing_is_left_of_several_files_where_one_cannot_be_placed(tmp_path, monkeypatch):
