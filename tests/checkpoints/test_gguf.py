@@ -20,6 +20,8 @@ from transformers import AutoModelForCausalLM
 
 from llama.formats.gguf_header import read_header
 from llama.formats.gguf_parts import GGUFParts
+from llama.formats.gguf_write import UINT32
+from llama.formats.gguf_write import record as key_record
 from short_gpt import ShortHFModel
 from short_gpt.checkpoints import Provenance, gguf, prune_gguf, write_gguf
 from short_gpt.checkpoints.gguf import about_kinds
@@ -96,8 +98,10 @@ def test_files_in_parts_are_read_and_written(tmp_path):
     assert list(second.fields) == ["split.no", "split.count", "split.tensors.count"]
     with pytest.raises(FileExistsError, match="are not overwritten"):
         prune_gguf(whole, tmp_path / "c-00001-of-00002.gguf", [0, 1], overwrite=True)
-    with pytest.raises(ShortGPTError, match="14 tensors cannot be put into 99 files"):
-        prune_gguf(whole, tmp_path / "c-00001-of-00099.gguf", [0, 1])
+    with pytest.raises(ShortGPTError, match="14 tensors cannot be put into 15 files"):
+        prune_gguf(whole, tmp_path / "c-00001-of-00015.gguf", [0, 1])
+    prune_gguf(whole, tmp_path / "c-00001-of-00014.gguf", [0, 1])  # a tensor in each
+    assert data(tmp_path / "c-00001-of-00014.gguf") == data(tmp_path / "c.gguf")
     (tmp_path / "m-00003-of-00003.gguf").rename(tmp_path / "m3.gguf")
     with pytest.raises(FileNotFoundError, match=r"m-00003-of-00003.gguf, one of 3 of its model"):
         GGUFParts(parts.path)
@@ -414,6 +418,29 @@ def test_what_was_written_wrong_never_takes_its_place(tmp_path, monkeypatch):
             prune_gguf(path, out, [1], overwrite=True)
         assert out.read_bytes() == before
         assert sorted(p.name for p in tmp_path.iterdir()) == ["m.gguf", "out.gguf"]
+
+
+def test_a_key_that_the_source_lacks_is_noticed(tmp_path, monkeypatch):
+    path, out, plain = stack_file(tmp_path / "m.gguf"), tmp_path / "out.gguf", gguf.write_again
+
+    def write(*args, records, **how):
+        plain(*args, records=records | {"more": key_record("more", 1, UINT32)}, **how)
+
+    monkeypatch.setattr(gguf, "write_again", write)
+    with pytest.raises(RuntimeError, match="does not say what it should of more"):
+        prune_gguf(path, out, [1])
+    assert not out.exists()
+
+
+def test_layers_that_predict_further_tokens_have_no_kind_and_are_not_in_the_record(tmp_path):
+    """The last of 8; at position 6 it would be of another kind, which no program asks of it."""
+    path = stack_file(tmp_path / "m.gguf", "qwen35", **NEXT)
+    assert Stack.of(GGUFParts(path)).changed_kinds([0, 1, 2, 3, 4, 5, 7]) == []
+    prune_gguf(path, tmp_path / "out.gguf", [6])
+    record = Provenance.beside(tmp_path / "out.gguf")
+    assert (record.removed_layers, record.kept_layers) == ([6], [0, 1, 2, 3, 4, 5])
+    before, after = data(path), data(tmp_path / "out.gguf")
+    assert after["blk.6.ffn_down.weight"] == before["blk.7.ffn_down.weight"]
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "gemma3"])
