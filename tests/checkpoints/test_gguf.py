@@ -460,18 +460,25 @@ def test_a_cut_file_is_the_model_cut_in_memory(tmp_path, family, capsys):
     assert Provenance.of(cut, tmp_path / "cut.gguf").all_removed == [1, 4, 0]
 
 
-def test_transformers_own_reader_passes_over_the_list_and_a_directory_is_right(tmp_path):
+S, F = "sliding_attention", "full_attention"
+
+
+@pytest.mark.parametrize(
+    ("family", "by_position", "kinds"),
+    [("gemma2", [S, F] * 3, [S, S, F, F, S, F]), ("gemma3", [S] * 5 + [F], [S] * 3 + [F, S, S])],
+)
+def test_transformers_own_reader_passes_over_the_list_and_a_directory_is_right(
+    tmp_path, family, by_position, kinds
+):
     """Why the output of `prune` names the directory."""
-    path = write_model(tmp_path / "m.gguf", "gemma3", make("gemma3"))
+    path = write_model(tmp_path / "m.gguf", family, make(family))
     for out in ("cut.gguf", "cut"):
         run("prune", path, tmp_path / out, "--layers", "1,4")
     ours = ShortHFModel(tmp_path / "cut.gguf", dtype=torch.float32).decoder
     tokens = torch.randint(2, 258, (1, 40), generator=torch.Generator().manual_seed(0))
     plain = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="cut.gguf", dtype="float32")
     right = AutoModelForCausalLM.from_pretrained(tmp_path / "cut", dtype="float32")
-    slides, full = "sliding_attention", "full_attention"
-    assert plain.config.layer_types == [slides] * 5 + [full]
-    assert right.config.layer_types == [slides, slides, slides, full, slides, slides]
+    assert (plain.config.layer_types, right.config.layer_types) == (by_position, kinds)
     with torch.no_grad():
         assert torch.equal(right(tokens).logits, ours.logits(tokens))
         assert (plain(tokens).logits - ours.logits(tokens)).abs().max() > 0.01
