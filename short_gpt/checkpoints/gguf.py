@@ -126,12 +126,16 @@ def about_kinds(
     keep = [i for i in range(stack.blocks) if i not in set(layers)]
     if not stack.changed_kinds(keep):
         return None
+    remark = (
+        f"{stack.arch}.{PATTERN} lists the kinds of the layers left. transformers passes over it "
+        "and takes kinds from positions, which is wrong here: for transformers, name a directory "
+        f"in place of the file, as in short-gpt prune {source} DIRECTORY"
+    )
+    if not stack.has_period:
+        return remark
     return (
-        f"{stack.arch}.{PATTERN} lists the kinds of the layers left. transformers, llama.cpp from "
-        "before its pull request 29042 (September 2026), and what is built on either, pass over "
-        "such lists and take kinds from positions, which is wrong here. For transformers name a "
-        f"directory in place of the file: short-gpt prune {source} DIRECTORY. Of an older "
-        f"llama.cpp: {stack.advice(layers, influence)}"
+        f"{remark}. llama.cpp from before its pull request 29042 (September 2026), and what is "
+        f"built on it, pass over it too; {stack.advice(layers, influence)}"
     )
 
 

@@ -162,6 +162,11 @@ class Stack:
             return (said, 0 if found[1] == 0 else said - 1) if said else None  # 0: all slide
         return found
 
+    @property
+    def has_period(self) -> bool:
+        """Whether llama.cpp has a period in its code by which kinds follow from positions."""
+        return self._period() is not None
+
     def _kind(self, layer: int) -> bool:
         """Whether a layer is the one that differs in its period, by the file or by its position."""
         said = self.get(PATTERN)
@@ -177,10 +182,9 @@ class Stack:
         Args:
             keep: numbers of the blocks that stay, ascending.
         """
-        if self._period() is None:
-            return []
         own = [i for i in keep if i < self.layers]
-        return [i for new, i in enumerate(own) if self._kind_at(new) != self._kind(i)]
+        at = self._kind_at if self.has_period else self._kind  # of no period, as in the source
+        return [i for new, i in enumerate(own) if at(new) != self._kind(i)]
 
     def _periods(self) -> dict[str, int]:
         """Periods that keys name, whose phase differs from architecture to architecture."""
@@ -258,8 +262,8 @@ class Stack:
         scores = [math.nan if score is None else score for score in influence]
         if len(scores) != self.layers or not all(map(math.isfinite, scores)):
             return (
-                "for the best set that would do, rank by Block Influence (short-gpt rank) and "
-                "choose by its `scores`"
+                "for the best set that leaves all others their kinds by position, rank by Block "
+                "Influence (short-gpt rank) and choose by its `scores`"
             )
 
         def stays(layer: int, new: int) -> bool:
@@ -271,8 +275,9 @@ class Stack:
             return "no other set of layers is offered"
         ours, theirs = (sum(scores[i] for i in layers) for layers in (gone, others))
         return (
-            f"of as many layers, `layers` {','.join(map(str, others))} would do: their Block "
-            f"Influence sums to {theirs:.4g}, that of {','.join(map(str, gone))} to {ours:.4g}"
+            f"of as many layers, `layers` {','.join(map(str, others))} leave all others their "
+            f"kinds by position: their Block Influence sums to {theirs:.4g}, that of "
+            f"{','.join(map(str, gone))} to {ours:.4g}"
         )
 
 

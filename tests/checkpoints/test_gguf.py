@@ -165,7 +165,7 @@ WINDOW = {"attention__sliding_window": 8}
 NEXT = {"nextn_predict_layers": 1}
 PATTERN = "attention__sliding_window_pattern"
 SAID = "attention.sliding_window_pattern"
-BEST = "for the best set that would do, rank by Block Influence"
+BEST = "for the best set that leaves all others their kinds by position, rank by Block Influence"
 
 
 @pytest.mark.parametrize(
@@ -286,7 +286,10 @@ def legal(stack: Stack, gone: Sequence[int]) -> bool:
         return False
 
 
-OFFERED = re.compile(r"`layers` ([\d,]+) would do: .* sums to (\S+), that of ([\d,]+) to (\S+)")
+OFFERED = re.compile(
+    r"`layers` ([\d,]+) leave all others their kinds by position: "
+    r".* sums to (\S+), that of ([\d,]+) to (\S+)"
+)
 
 
 @pytest.mark.parametrize("arch", [*sorted(PERIODIC), "other"])
@@ -318,7 +321,10 @@ def test_prune_offers_the_best_set_of_as_many_layers_by_the_scores(tmp_path):
     """Of the first 18 layers of Gemma 3's kinds; removing 4 to 9 is legal, and worse."""
     influence = [0.5, 0.4, 0.02, 0.4, 0.4, 0.4, 0.4, 0.4, 0.03, 0.04, 0.4, 0.4]
     influence += [0.3, 0.2, 0.3, 0.1, 0.15, 0.2]
-    best = "`layers` 15,16,17 would do: their Block Influence sums to 0.45, that of 2,8,9 to 0.09"
+    best = (
+        "`layers` 15,16,17 leave all others their kinds by position: their Block Influence sums to "
+        "0.45, that of 2,8,9 to 0.09"
+    )
     path = stack_file(tmp_path / "m.gguf", "gemma3", 18, **WINDOW)
     assert about_kinds(path, [2, 8, 9], influence).endswith(best)
     path = stack_file(tmp_path / "n.gguf", "onyx", 18, **{PATTERN: 6})
@@ -354,13 +360,16 @@ def test_a_list_of_kinds_comes_with_a_warning_of_programs_that_pass_over_it(tmp_
     run("prune", path, tmp_path / "a.gguf", "--layers", 1)
     out = capsys.readouterr().out
     assert "gpt-oss.attention.sliding_window_pattern lists the kinds" in out
-    assert f"For transformers name a directory in place of the file: short-gpt prune {path}" in out
-    assert f"Of an older llama.cpp: {BEST}" in out
+    assert f"name a directory in place of the file, as in short-gpt prune {path} DIRECTORY" in out
+    assert f"and what is built on it, pass over it too; {BEST}" in out
     run("prune", path, tmp_path / "b.gguf", "--layers", "0,1")
     assert "pattern" not in capsys.readouterr().out
     run("prune", tmp_path / "a.gguf", tmp_path / "c.gguf", "--layers", 0)  # back in step
     assert "pattern" not in capsys.readouterr().out
     assert said(tmp_path / "c.gguf", "attention.sliding_window_pattern") == [1, 0, 1, 0, 1, 0]
+    path = stack_file(tmp_path / "n.gguf", "gemma4", **{PATTERN: [True, True, False, True] * 2})
+    assert about_kinds(path, [1]).endswith(f"short-gpt prune {path} DIRECTORY")
+    assert about_kinds(path, [4, 5, 6, 7]) is None
 
 
 def test_the_record_goes_along_in_the_file(tmp_path):
