@@ -15,12 +15,13 @@ class LlamaCpp:
         RuntimeError: llama.cpp does not load the file.
     """
 
-    def __init__(self, path: Path, *, context: int = 512) -> None:
+    def __init__(self, path: Path, *, context: int = 512, embedding: bool = False) -> None:
         client = pytest.importorskip("xllamacpp")
         params = client.CommonParams()
         params.model.path = str(path)
         params.n_ctx, params.n_parallel, params.verbosity = context, 1, -1
         params.warmup = params.fit_params = False
+        params.embedding, params.n_batch, params.n_ubatch = embedding, context, context
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 2
         params.cache_type_k = params.cache_type_v = client.ggml_type.GGML_TYPE_F32
         params.flash_attn_type = client.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
@@ -47,6 +48,10 @@ class LlamaCpp:
         asked = self._complete(prompt, 1, n_probs=top, **more)
         found = asked["choices"][0]["logprobs"]["content"]
         return {entry["id"]: entry["logprob"] for entry in found[0]["top_logprobs"]}
+
+    def embed(self, ids: Sequence[int]) -> list[float]:
+        """What an encoder makes of token ids."""
+        return self._server.handle_embeddings({"input": list(ids)})["data"][0]["embedding"]
 
     def count(self, text: str) -> int:
         """How many tokens llama.cpp makes of a text."""

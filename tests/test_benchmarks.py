@@ -158,7 +158,7 @@ def test_what_is_expected_of_fewer_layers_follows_from_the_bytes(tmp_path):
     prune_gguf(whole, tmp_path / "cut.gguf", [1, 4])
     paths = {("Q4_1", 0): whole, ("Q4_1", 2): tmp_path / "cut.gguf"}
     layers, rest = serving.weights(whole)
-    assert (layers, rest) == (8 * (3 * 18 + 7 * 4), 64 * 4)  # Q4_0 has 18 bytes for 32 values
+    assert (layers, rest) == (8 * (3 * 18 + 7 * 4), (64 + 8) * 4)  # Q4_0 has 18 bytes for 32 values
     speeds = {0: (100.0, 200.0, 50.0), 2: (150.0, 220.0, 60.0)}
     runs = {
         ("Q4_1", n): [{"prompt": s, "generation": s, "peak_mb": 1.0} for s in values]

@@ -67,7 +67,7 @@ def read_header(path: Path) -> Header:
     Raises:
         FileNotFoundError: no such file.
         InputError: not a whole GGUF file, a key or tensor is there twice, or tensors do not lie
-            one behind the other.
+            one behind the other up to the file's end.
         MissingPackageError: the package gguf is missing.
     """
     if not path.is_file():
@@ -187,6 +187,10 @@ class _Walk:
             end = start + found[name].nbytes
             if end > len(self._data):
                 raise InputError(f"tensor {name} ends at byte {end} of {len(self._data)}")
+        if len(self._data) - end >= alignment:  # more than fills up the last tensor's bytes
+            raise InputError(
+                f"its {len(found)} tensors end at byte {end} of {len(self._data)}; are there more?"
+            )
         return found
 
 

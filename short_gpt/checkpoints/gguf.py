@@ -57,7 +57,7 @@ def prune_gguf(
     """
     parts = GGUFParts(Path(str(source)))
     stack = Stack.of(parts)
-    keep = stack.kept(layers)
+    keep = stack.kept(layers, provenance.block_influence if provenance else ())
     own = [i for i in keep if i < stack.layers]
     done = (provenance or Provenance()).cut(source, removed=layers, kept=own)
     return write_gguf(
@@ -110,22 +110,32 @@ def verified(partial: Path, verify: Callable[[Path], object]) -> None:
         named.rename(partial)
 
 
-def about_kinds(source: str | PathLike[str], layers: Sequence[int]) -> str | None:
-    """What older programs get wrong of a GGUF model without some layers; None if nothing.
+def about_kinds(
+    source: str | PathLike[str],
+    layers: Sequence[int],
+    influence: Sequence[float | None] = (),
+) -> str | None:
+    """What other programs get wrong of a GGUF model without some layers; None if nothing.
 
     Args:
-        source: the whole model.
-        layers: numbers of the layers to leave out.
+        source: the original model.
+        layers: numbers of the removed layers.
+        influence: Block Influence of each layer, by which another set is offered.
     """
     stack = Stack.of(GGUFParts(Path(str(source))))
     keep = [i for i in range(stack.blocks) if i not in set(layers)]
     if not stack.changed_kinds(keep):
         return None
+    remark = (
+        f"{stack.arch}.{PATTERN} lists the kinds of the layers left. transformers passes over it "
+        "and takes kinds from positions, which is wrong here: for transformers, name a directory "
+        f"in place of the file, as in short-gpt prune {source} DIRECTORY"
+    )
+    if not stack.has_period:
+        return remark
     return (
-        f"{stack.arch}.{PATTERN} lists the kinds of the layers left. llama.cpp from before its "
-        "pull request 29042 (September 2026), and what is built on it, passes over such lists and "
-        "takes kinds from positions, which is wrong here; where that has to be right, "
-        + stack.advice(layers)
+        f"{remark}. llama.cpp from before its pull request 29042 (September 2026), and what is "
+        f"built on it, pass over it too; {stack.advice(layers, influence)}"
     )
 
 

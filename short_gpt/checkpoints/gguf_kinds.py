@@ -5,11 +5,16 @@ The names are GGUF's: of architectures, and of the keys under them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 PATTERN = "attention.sliding_window_pattern"
 # Lists whose length may be that of the layers by chance, and that say nothing of layers.
 NOT_OF_LAYERS = ("rope.dimension_sections", "classifier.output_labels", "rope.scaling.factors")
+# Of these every layer has the same tensors, and there are those without a number.
+ALIKE = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "starcoder2", "granite", "olmo2")
+ALIKE += ("cohere2", "gpt-oss")
+NEEDED = ("token_embd.weight", "output_norm.weight")
 # Numbers of layers, or what is built in the order of layers: known to no rule here.
 NUMBERED = (
     *("attention.shared_kv_layers", "rescale_every_n_layers", "decoder_block_count"),
@@ -30,6 +35,12 @@ PERIODIC: dict[str, tuple[int, int]] = {
     "cohere2": (4, 3),
     "cohere2moe": (4, 0),
     "exaone-moe": (4, 3),
+    "exaone4": (4, 3),
+    "gemma-embedding": (6, 5),
+    "gemma-embedding2": (6, 5),
+    "modern-bert": (3, 0),
+    "muse-glimmer": (4, 3),
+    "onyx": (4, 3),
     "olmo2": (4, 3),
     "afmoe": (4, 3),
     "laguna": (4, 0),
@@ -43,10 +54,16 @@ PERIODIC: dict[str, tuple[int, int]] = {
     "smollm3": (4, 3),
 }
 # Of these only with a window: without the key all their layers are of one kind.
-WITH_WINDOW = ("gemma3", "olmo2", "afmoe", "mellum", "smallthinker")
+WITH_WINDOW = ("gemma3", "olmo2", "afmoe", "exaone4", "mellum", "modern-bert", "smallthinker")
+# llama.cpp takes the kinds of these from a list alone; what it makes of one number changed.
+BY_LIST = ("dots3note", "gemma4", "gemma4-assistant", "granite_swa", "maple", "mimo2")
+BY_LIST += ("spark2_5", "step35")
 # llama.cpp since its pull request 29042 (September 2026) takes a list of kinds from the file, seen
 # to work for these; before, it dropped the list without a word and went by the position.
-READS_PATTERN = ("cohere2", "gemma2", "gemma3", "gpt-oss", "olmo2")
+READS_PATTERN = ("cohere2", "gemma2", "gemma3", "gemma-embedding", "gpt-oss", "modern-bert")
+READS_PATTERN += ("muse-glimmer", "olmo2")
+# llama.cpp aborts where no layer with a sliding window is left, and of these where no other is.
+BOTH_KINDS = ("gemma-embedding", "modern-bert")
 # llama.cpp computes otherwise for another number of layers.
 BY_COUNT = ("baichuan", "deepseek2", "deepseek32", "minicpm", "minicpm3")
 # Of so many layers they are others: of 27B, with another scale of attention; with a window.
@@ -54,38 +71,33 @@ COUNTS = {"gemma2": 46, "gemma3": 62, "exaone4": 64}
 FROM_FIRST = ("rwkv7", "arwkv7")  # later layers take values of the first
 
 
-def near_sets(
-    wanted: Sequence[int], count: int, period: int, fits: Callable[[Sequence[int]], bool]
-) -> list[list[int]]:
-    """Sets of layers near those wanted, whose removal leaves every other its place in the period.
+def cheapest_set(
+    scores: Sequence[float], count: int, stays: Callable[[int, int], bool]
+) -> list[int] | None:
+    """The layers of lowest summed scores whose removal leaves every other layer its kind.
 
     Args:
-        wanted: layers that were to go.
-        count: of all layers.
-        period: after how many of them kinds repeat.
-        fits: whether the layers that stay would be what they are.
+        scores: of each layer.
+        count: of layers to remove.
+        stays: whether a layer (first argument) keeps its kind at a new position (second).
 
     Returns:
-        At most two sets: of no more layers than wanted, and of more; fewer where none fits.
+        The layers, ascending; None if no set of so many does.
 
     Example:
-        >>> near_sets([3], 8, 2, lambda keep: all((n - i) % 2 == 0 for n, i in enumerate(keep)))
-        [[2, 3]]
+        >>> cheapest_set([0.1, 0.9, 0.2, 0.4], 2, lambda layer, new: (layer - new) % 2 == 0)
+        [2, 3]
     """
-    sets: list[list[int]] = []
-    for runs in sorted({len(wanted) // period, -(-len(wanted) // period)} - {0}):
-        left, gone = list(range(count)), []
-        for _ in range(runs):
-            starts = range(len(left) - period + 1)
-            if not starts:
-                break
-            # as many as there are of those wanted; of equal ones the first
-            best = max(starts, key=lambda s: len({*left[s : s + period]} & {*wanted}))
-            gone += left[best : best + period]
-            del left[best : best + period]
-        if left and len(gone) == runs * period and fits(left):
-            sets.append(sorted(gone))
-    return sets
+    best: dict[int, tuple[float, list[int]]] = {0: (0.0, [])}  # by how many are removed so far
+    for layer, score in enumerate(scores):
+        after: dict[int, tuple[float, list[int]]] = {}
+        for gone, (total, removed) in best.items():
+            if stays(layer, layer - gone):
+                after[gone] = min(after.get(gone, (math.inf, [])), (total, removed))
+            if gone < count:
+                after[gone + 1] = (total + score, [*removed, layer])
+        best = after
+    return best[count][1] if count in best else None
 
 
 def ordinal(number: int) -> str:

@@ -2,11 +2,12 @@
 
 Some architectures tell a layer's kind by a key, some by its position alone, by rules that
 llama.cpp has in its code. A layer that stays must keep its kind: where a key can say so it does,
-elsewhere the cut is refused, with the nearest sets of layers that would do.
+elsewhere the cut is refused, and where scores are at hand with the best set that would do.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,10 +16,14 @@ from llama.formats.gguf_header import ARRAY, Record
 from llama.formats.gguf_parts import GGUFParts
 from llama.formats.gguf_write import BOOL, record
 from short_gpt.checkpoints.gguf_kinds import (
+    ALIKE,
+    BOTH_KINDS,
     BY_COUNT,
+    BY_LIST,
     COUNTS,
     FIRST_STAY,
     FROM_FIRST,
+    NEEDED,
     NOT_OF_LAYERS,
     NUMBERED,
     PATTERN,
@@ -26,7 +31,7 @@ from short_gpt.checkpoints.gguf_kinds import (
     PERIODS,
     READS_PATTERN,
     WITH_WINDOW,
-    near_sets,
+    cheapest_set,
     ordinal,
 )
 from short_gpt.models.numbering import check_layers
@@ -78,26 +83,33 @@ class Stack:
         """How many layers there are to choose from."""
         return self.blocks - self.extra
 
-    def kept(self, layers: Sequence[int]) -> list[int]:
+    def kept(self, layers: Sequence[int], influence: Sequence[float | None] = ()) -> list[int]:
         """The blocks that stay without some layers.
+
+        Args:
+            layers: to be removed.
+            influence: Block Influence of each layer, by which another set is offered.
 
         Raises:
             ShortGPTError: a layer does not exist, or those left would be of another kind.
         """
         check_layers(layers, range(self.layers))
         keep = [i for i in range(self.blocks) if i not in set(layers)]
-        self.records(keep)
+        self.records(keep, influence)
         return keep
 
     def get(self, name: str) -> object:
         """The value of a key of the architecture."""
         return self.parts.fields.get(f"{self.arch}.{name}")
 
-    def records(self, keep: Sequence[int]) -> dict[str, Record | None]:
+    def records(
+        self, keep: Sequence[int], influence: Sequence[float | None] = ()
+    ) -> dict[str, Record | None]:
         """The keys that are other than before when only some blocks stay.
 
         Args:
             keep: numbers of the blocks that stay, ascending; with all of them nothing changes.
+            influence: Block Influence of each layer, by which another set is offered.
 
         Raises:
             ShortGPTError: what stays cannot be said; the message names the key and what to do.
@@ -106,7 +118,7 @@ class Stack:
         if keep == list(range(self.blocks)):
             return {}
         values = {f"{self.arch}.block_count": len(keep), **self._lists(keep)}
-        self._check(keep)
+        self._check(keep, influence)
         leading = self.get("leading_dense_block_count")
         if isinstance(leading, int):
             values[f"{self.arch}.leading_dense_block_count"] = sum(i < leading for i in keep)
@@ -146,9 +158,14 @@ class Stack:
         found, said = PERIODIC.get(self.arch), self.get(PATTERN)
         if self.arch in WITH_WINDOW and not self.get("attention.sliding_window"):
             return None
-        if found and isinstance(said, int) and not isinstance(said, bool) and said > 0:
-            return said, 0 if found[1] == 0 else said - 1
+        if found and isinstance(said, int):
+            return (said, 0 if found[1] == 0 else said - 1) if said else None  # 0: all slide
         return found
+
+    @property
+    def has_period(self) -> bool:
+        """Whether llama.cpp has a period in its code by which kinds follow from positions."""
+        return self._period() is not None
 
     def _kind(self, layer: int) -> bool:
         """Whether a layer is the one that differs in its period, by the file or by its position."""
@@ -165,14 +182,14 @@ class Stack:
         Args:
             keep: numbers of the blocks that stay, ascending.
         """
-        if self._period() is None:
-            return []
         own = [i for i in keep if i < self.layers]
-        return [i for new, i in enumerate(own) if self._kind_at(new) != self._kind(i)]
+        at = self._kind_at if self.has_period else self._kind  # of no period, as in the source
+        return [i for new, i in enumerate(own) if at(new) != self._kind(i)]
 
     def _periods(self) -> dict[str, int]:
         """Periods that keys name, whose phase differs from architecture to architecture."""
-        said = {name: self.get(name) for name in PERIODS}
+        names = PERIODS if self.arch in PERIODIC else (*PERIODS, PATTERN)
+        said = {name: self.get(name) for name in names}
         return {n: v for n, v in said.items() if isinstance(v, int) and v > 1}
 
     def _fits(self, keep: Sequence[int]) -> str | None:
@@ -188,28 +205,38 @@ class Stack:
         )
 
     def _moved(self, keep: Sequence[int]) -> str | None:
-        """Why a key of `PERIODS` would mean other layers; None if it would not."""
+        """Why a key of `_periods` would mean other layers; None if it would not."""
         own = [i for i in keep if i < self.layers]
         for name, every in self._periods().items():
             if any((new - i) % every for new, i in enumerate(own)):
                 return f"{self.arch}.{name} makes every {ordinal(every)} layer another kind"
         return None
 
-    def _check(self, keep: Sequence[int]) -> None:
+    def _check(self, keep: Sequence[int], influence: Sequence[float | None]) -> None:
         """Raises ShortGPTError unless the blocks that stay can be said to be what they are."""
         gone = [i for i in range(self.layers) if i not in set(keep)]
+        if why := self._refusal(gone):
+            raise ShortGPTError(f"layers {gone} of {self.parts.path} cannot be removed: {why}")
         if why := self._fits(keep):
             raise ShortGPTError(
                 f"without layers {gone} of {self.parts.path} others would be of the wrong kind: "
-                f"{why}; {self.advice(gone)}"
+                f"{why}; {self.advice(gone, influence)}"
             )
-        if why := self._refusal(keep, gone):
-            raise ShortGPTError(f"layers {gone} of {self.parts.path} cannot be removed: {why}")
 
-    def _refusal(self, keep: Sequence[int], gone: Sequence[int]) -> str | None:
+    def _refusal(self, gone: Sequence[int]) -> str | None:
+        """Why a model without some layers is none that llama.cpp takes for it; None if it is."""
+        layers = range(self.layers)
+        kinds, left = ({self._kind(i) for i in layers if i not in out} for out in ((), gone))
+        if (kinds if self.arch in BOTH_KINDS else kinds - {True}) - left:
+            return f"llama.cpp opens no {self.arch} of which all layers are of one kind"
         for name in NUMBERED:
             if self.get(name):
                 return f"{self.arch}.{name} = {self.get(name)!r} numbers layers"
+        if self.arch in BY_LIST and not isinstance(said := self.get(PATTERN), list):
+            return (
+                f"llama.cpp takes the kinds of {self.arch}'s layers from a list, and "
+                f"{self.arch}.{PATTERN} is {said!r}"
+            )
         for name in FIRST_STAY:
             first = self.get(name)
             if isinstance(first, int) and any(i < first for i in gone):
@@ -218,45 +245,65 @@ class Stack:
             return f"llama.cpp tells variants of {self.arch} by the number of their layers"
         if self.arch in FROM_FIRST and 0 in gone:
             return f"layers of {self.arch} take values of layer 0; leave that one"
-        if COUNTS.get(self.arch) in (self.blocks, len(keep)):
+        if COUNTS.get(self.arch) in (self.blocks, self.blocks - len(gone)):
             return (
                 f"llama.cpp takes {self.arch} of {COUNTS[self.arch]} layers for another variant, "
                 "by that number"
             )
         return None
 
-    def advice(self, gone: Sequence[int]) -> str:
-        """The nearest sets of layers whose removal leaves all others in their place, in words.
+    def advice(self, gone: Sequence[int], influence: Sequence[float | None] = ()) -> str:
+        """The set of lowest Block Influence that leaves all others their kind, in words.
 
         Args:
-            gone: the layers that were to go.
+            gone: the layers that were to be removed; the set has as many.
+            influence: Block Influence of each layer; without it no set is offered.
         """
-        period = max([*self._periods().values(), (self._period() or (1, 0))[0]])
+        scores = [math.nan if score is None else score for score in influence]
+        if len(scores) != self.layers or not all(map(math.isfinite, scores)):
+            return (
+                "for the best set that leaves all others their kinds by position, rank by Block "
+                "Influence (short-gpt rank) and choose by its `scores`"
+            )
 
-        def fits(keep: Sequence[int]) -> bool:
-            blocks = [*keep, *range(self.layers, self.blocks)]
-            return not (self._moved(keep) or self.changed_kinds(blocks))
+        def stays(layer: int, new: int) -> bool:
+            moved = any((layer - new) % every for every in self._periods().values())
+            return not moved and (self._period() is None or self._kind_at(new) == self._kind(layer))
 
-        sets = near_sets(gone, self.layers, period, fits)
-        if not sets:
-            return f"no {period} layers in a row would do"
-        return "these would do: " + " or ".join(f"`layers` {','.join(map(str, s))}" for s in sets)
+        others = cheapest_set(scores, len(gone), stays)
+        if others is None or self._refusal(others):
+            return "no other set of layers is offered"
+        ours, theirs = (sum(scores[i] for i in layers) for layers in (gone, others))
+        return (
+            f"of as many layers, `layers` {','.join(map(str, others))} leave all others their "
+            f"kinds by position: their Block Influence sums to {theirs:.4g}, that of "
+            f"{','.join(map(str, gone))} to {ours:.4g}"
+        )
 
 
 def _check_names(parts: GGUFParts, arch: str, blocks: int) -> None:
-    """Raises ShortGPTError unless the tensors are those of numbered layers, and of no other."""
+    """Raises ShortGPTError unless the tensors are those of numbered layers, all and no other."""
     found = {int(m[1]) for name in parts.tensors if (m := LAYER.fullmatch(name))}
     if found != set(range(blocks)):
         raise ShortGPTError(
             f"{parts.path} says that it has {blocks} layers; its tensors blk.N are of "
             f"{len(found)}: is it whole?"
         )
+    if arch in ALIKE and (missing := _missing(parts.tensors, blocks)):
+        raise ShortGPTError(f"{parts.path} lacks {missing[0]}: is it whole?")
     others = [n for n in parts.tensors if not LAYER.fullmatch(n) and OTHER_LAYERS.fullmatch(n)]
     if others:
         raise ShortGPTError(
             f"layers of {parts.path} ({arch}) cannot be removed: {others[0]} belongs to all of "
             "them, or to other layers"
         )
+
+
+def _missing(names: Mapping[str, object], blocks: int) -> list[str]:
+    """The tensors that a model of layers that are alike lacks, as far as its others tell."""
+    parts = {m[2] for name in names if (m := LAYER.fullmatch(name))}
+    expected = [*NEEDED, *(f"blk.{i}.{part}" for i in range(blocks) for part in sorted(parts))]
+    return [name for name in expected if name not in names]
 
 
 def renamed(names: Mapping[str, object], keep: Sequence[int]) -> dict[str, str]:

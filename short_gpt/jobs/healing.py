@@ -153,7 +153,11 @@ def _check_target(model: str, out: str, *, overwrite: bool) -> None:
 
 def _remark(model: str, out: str, found: Chosen) -> str | None:
     """What is to be said of a GGUF file: types that are others, and kinds of layers."""
-    said = [about_types(model, out), about_kinds(model, found.layers)] if is_gguf(out) else []
+    said = (
+        [about_types(model, out), about_kinds(model, found.layers, found.record.block_influence)]
+        if is_gguf(out)
+        else []
+    )
     return "\n".join(line for line in said if line) or None
 
 

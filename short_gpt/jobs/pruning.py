@@ -153,7 +153,11 @@ def prune_by(
         proof = write(model, out, found, written, opening)
         if proof is None and is_gguf(model) and to == "gguf":
             proof = "verified: read again, every tensor left is the source's, byte for byte"
-    remarks = [about_kinds(model, found.layers)] if is_gguf(model) and to == "gguf" else []
+    remarks = (
+        [about_kinds(model, found.layers, found.record.block_influence)]
+        if is_gguf(model) and to == "gguf"
+        else []
+    )
     remark = "\n".join(said for said in (*remarks, _about_healing(found)) if said) or None
     return Pruned(Path(out), found, _recipe(model, out, written, dtype), proof, remark)
 

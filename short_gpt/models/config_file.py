@@ -27,6 +27,8 @@ BITS = 8
 LAYER_BYTES = 1000  # the names and offsets of a layer's tensors alone take more
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # in settings of generation
 ROPE_FACTORS = "rope_freqs.weight"
+# One number for the kinds of their layers is a period, whose last layer has no sliding window.
+LAST_OF_PERIOD = ("gemma2", "gemma3", "gpt-oss")
 
 
 def read_config(source: str, options: Mapping[str, object] | None = None) -> Any:
@@ -127,16 +129,35 @@ def check_gguf(path: Path) -> None:
         _check_names(path, header, layers)
 
 
-def gguf_layer_types(path: Path) -> list[str] | None:
-    """The kinds of a GGUF file's layers as transformers calls them; None if it lists none.
+def gguf_layer_types(fields: Mapping[str, object], config: Any) -> list[str] | None:
+    """The kinds of a GGUF file's layers as transformers calls them; None if it says none.
 
-    transformers takes them from the layers' positions, which a cut file may no longer go by.
+    transformers takes them from the layers' positions by periods of its own, by which a file need
+    not go.
+
+    Args:
+        fields: the file's metadata.
+        config: what transformers made of it.
+
+    Raises:
+        ShortGPTError: the model that transformers makes of ``config`` has no such kinds.
     """
-    fields = read_header(path).fields
-    slides = fields.get(f"{fields.get('general.architecture')}.attention.sliding_window_pattern")
-    if not isinstance(slides, list):
+    arch = fields.get("general.architecture")
+    key = f"{arch}.attention.sliding_window_pattern"
+    said, layers = fields.get(key), fields.get(f"{arch}.block_count")
+    has_kinds = hasattr(config, "layer_types")
+    if isinstance(said, int) and isinstance(layers, int) and arch in LAST_OF_PERIOD:
+        said = [not said or (i + 1) % said for i in range(layers)]
+    if said is None or not (isinstance(said, list) or has_kinds):
         return None
-    return ["sliding_attention" if slide else "full_attention" for slide in slides]
+    windows = has_kinds and getattr(config, "sliding_window", None)
+    if not isinstance(said, list) or (any(said) and not windows):
+        raise ShortGPTError(
+            f"{key} names layers with a sliding window, which transformers' {config.model_type} "
+            "does not have here; open the model that it was made from"
+        )
+    kinds = ["sliding_attention" if slides else "full_attention" for slides in said]
+    return kinds if has_kinds else None
 
 
 def _check_names(path: Path, header: Header, layers: int) -> None:

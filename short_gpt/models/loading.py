@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from llama.formats.gguf_header import read_header
 from llama.formats.tokenizers import find_hf_tokenizer
 from llama.io.hub import hub_failure
 from llama.io.json_files import read_json
@@ -85,7 +86,7 @@ def load(name: str, options: dict[str, Any], tokenizer: Any) -> tuple[Any, Any]:
     try:
         with reading as left_out:
             config = read_config(where, both)
-            if gguf and (kinds := gguf_layer_types(Path(name))):
+            if gguf and (kinds := gguf_layer_types(read_header(Path(name)).fields, config)):
                 config.layer_types = kinds
                 options["config"] = config
             loader = auto_class(config)

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import filecmp
 import json
+import math
 import re
+import struct
+from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -12,14 +16,19 @@ import torch
 from commands import fails, run
 from gguf_families import make, write_model
 from gguf_files import stack_file
+from transformers import AutoModelForCausalLM
 
 from llama.formats.gguf_header import read_header
 from llama.formats.gguf_parts import GGUFParts
+from llama.formats.gguf_write import UINT32
+from llama.formats.gguf_write import record as key_record
 from short_gpt import ShortHFModel
 from short_gpt.checkpoints import Provenance, gguf, prune_gguf, write_gguf
+from short_gpt.checkpoints.gguf import about_kinds
 from short_gpt.checkpoints.gguf_kinds import PERIODIC, READS_PATTERN
 from short_gpt.checkpoints.gguf_layers import Stack
 from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.scoring.importance import Importance
 
 pytestmark = pytest.mark.filterwarnings("default")  # transformers' own, while it reads GGUF
 
@@ -52,7 +61,8 @@ def test_what_stays_is_the_sources_byte_for_byte_under_its_new_number(tmp_path):
     prune_gguf(path, tmp_path / "cut.gguf", [6, 1])
     before, after = data(path), data(tmp_path / "cut.gguf")
     keep = [0, 2, 3, 4, 5, 7]
-    assert list(after)[:1] == ["token_embd.weight"] and len(after) == 1 + 2 * len(keep)
+    assert list(after)[:2] == ["token_embd.weight", "output_norm.weight"]
+    assert len(after) == 2 + 2 * len(keep)
     for new, old in enumerate(keep):
         for name in ("ffn_down", "attn_norm"):
             assert after[f"blk.{new}.{name}.weight"] == before[f"blk.{old}.{name}.weight"]
@@ -84,17 +94,55 @@ def test_files_in_parts_are_read_and_written(tmp_path):
     prune_gguf(whole, tmp_path / "c.gguf", [0, 1])
     assert data(tmp_path / "c-00001-of-00002.gguf") == data(tmp_path / "c.gguf")
     second = read_header(tmp_path / "c-00002-of-00002.gguf")
-    assert [second.fields[f"split.{k}"] for k in ("no", "count", "tensors.count")] == [1, 2, 13]
+    assert [second.fields[f"split.{k}"] for k in ("no", "count", "tensors.count")] == [1, 2, 14]
     assert list(second.fields) == ["split.no", "split.count", "split.tensors.count"]
     with pytest.raises(FileExistsError, match="are not overwritten"):
         prune_gguf(whole, tmp_path / "c-00001-of-00002.gguf", [0, 1], overwrite=True)
-    with pytest.raises(ShortGPTError, match="13 tensors cannot be put into 99 files"):
-        prune_gguf(whole, tmp_path / "c-00001-of-00099.gguf", [0, 1])
+    with pytest.raises(ShortGPTError, match="14 tensors cannot be put into 15 files"):
+        prune_gguf(whole, tmp_path / "c-00001-of-00015.gguf", [0, 1])
+    prune_gguf(whole, tmp_path / "c-00001-of-00014.gguf", [0, 1])  # a tensor in each
+    assert data(tmp_path / "c-00001-of-00014.gguf") == data(tmp_path / "c.gguf")
     (tmp_path / "m-00003-of-00003.gguf").rename(tmp_path / "m3.gguf")
     with pytest.raises(FileNotFoundError, match=r"m-00003-of-00003.gguf, one of 3 of its model"):
         GGUFParts(parts.path)
     with pytest.raises(ShortGPTError, match=r"m3.gguf says that it is part 2 of 3"):
         GGUFParts(tmp_path / "m3.gguf")
+
+
+def with_count(path: Path, change: int, at: int = 8) -> None:
+    """Changes a file's number of tensors, which stands at byte 8, or that of keys, at 16."""
+    content = bytearray(path.read_bytes())
+    struct.pack_into("<Q", content, at, struct.unpack_from("<Q", content, at)[0] + change)
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("names", [[], ["small.weight"]], ids=str)
+def test_a_number_of_tensors_that_is_not_the_files_is_refused(tmp_path, capsys, names):
+    """One too low, the bytes of all others would be taken from elsewhere, and would agree."""
+    path = stack_file(tmp_path / "m.gguf", names=names)
+    with_count(path, -1)
+    cut = ("prune", path, tmp_path / "cut.gguf", "--layers", 1)
+    expected = rf"m.gguf is not .*: its {17 + len(names)} tensors end at byte \d+ of \d+; are there"
+    assert re.search(expected, fails(capsys, *cut)) and not (tmp_path / "cut.gguf").exists()
+    with pytest.raises(ShortGPTError, match=expected):
+        ShortHFModel(path)
+    for change, at in ((2, 8), (-1, 16), (1, 16)):
+        path = stack_file(tmp_path / "m.gguf", names=names)
+        with_count(path, change, at)
+        assert "m.gguf is not a complete" in fails(capsys, *cut)
+    stack_file(tmp_path / "n.gguf", split=6)
+    with_count(tmp_path / "n-00002-of-00003.gguf", -1)
+    with pytest.raises(ShortGPTError, match="n-00002-of-00003.gguf is not a complete GGUF"):
+        prune_gguf(tmp_path / "n-00001-of-00003.gguf", tmp_path / "cut.gguf", [1])
+
+
+@pytest.mark.parametrize(
+    "name", ["blk.3.ffn_down.weight", "token_embd.weight", "output_norm.weight"]
+)
+def test_a_model_that_lacks_a_tensor_is_refused(tmp_path, name):
+    path = stack_file(tmp_path / "m.gguf", drop=[name])
+    with pytest.raises(ShortGPTError, match=f"m.gguf lacks {name}"):
+        prune_gguf(path, tmp_path / "cut.gguf", [1])
 
 
 def test_nothing_is_left_of_several_files_where_one_cannot_be_placed(tmp_path, monkeypatch):
@@ -113,12 +161,20 @@ def test_nothing_is_left_of_several_files_where_one_cannot_be_placed(tmp_path, m
     assert [p.name for p in calls] == ["c-00003-of-00003.gguf", "c-00002-of-00003.gguf"]
 
 
+WINDOW = {"attention__sliding_window": 8}
+NEXT = {"nextn_predict_layers": 1}
+PATTERN = "attention__sliding_window_pattern"
+SAID = "attention.sliding_window_pattern"
+BEST = "for the best set that leaves all others their kinds by position, rank by Block Influence"
+
+
 @pytest.mark.parametrize(
     ("arch", "fields", "layers", "after"),
     [
         ("deepseek", {"leading_dense_block_count": 3}, [1, 5], {"leading_dense_block_count": 2}),
         ("deepseek", {"leading_dense_block_count": 3}, [6], {"leading_dense_block_count": 3}),
         ("glm4moe", {"nextn_predict_layers": 2}, [5], {"nextn_predict_layers": 2}),
+        ("step35", {**NEXT, PATTERN: [True, False] * 3 + [True]}, [0], {SAID: [0, 1, 0, 1, 0, 1]}),
         ("ernie4_5-moe", {"interleave_moe_layer_step": 2}, [3, 4], {}),
         ("ernie4_5-moe", {"interleave_moe_layer_step": 1}, [3], {}),
         ("qwen3vl", {"n_deepstack_layers": 3}, [3, 7], {"n_deepstack_layers": 3}),
@@ -145,7 +201,20 @@ def test_nothing_is_left_of_several_files_where_one_cannot_be_placed(tmp_path, m
         ),
         ("gemma3", {"attention__sliding_window": 8}, [6], {}),  # of the same kind as the next
         ("smallthinker", {}, [1], {}),
+        ("exaone4", {}, [1], {}),  # without a window
+        ("modern-bert", {}, [1], {}),
+        ("gemma3", {**WINDOW, PATTERN: 0}, [0], {SAID: 0}),  # all slide
+        ("modern-bert", WINDOW, [1], {SAID: [0, 1, 0, 1, 1, 0, 1]}),
+        ("modern-bert", {**WINDOW, PATTERN: 4}, [1, 2, 3, 5], {SAID: [0, 0, 1, 1]}),
+        ("gemma-embedding", {}, [1], {SAID: [1, 1, 1, 1, 0, 1, 1]}),
+        ("gemma-embedding", {PATTERN: 3}, [2, 3, 4], {SAID: 3}),
+        ("muse-glimmer", {}, [0], {SAID: [1, 1, 0, 1, 1, 1, 0]}),
+        ("gemma2", {}, [1, 3, 5, 7], {SAID: [1, 1, 1, 1]}),
+        ("gemma3", {**WINDOW, PATTERN: [False] * 8}, [0], {SAID: [False] * 7}),
         ("mystery", {}, [0], {}),
+        ("mystery", {PATTERN: 1}, [0], {}),
+        ("mystery", {PATTERN: 3}, [2, 3, 4, 7], {}),
+        ("mystery", {PATTERN: 3}, [7], {}),
     ],
 )
 def test_what_speaks_of_positions_is_adjusted(tmp_path, arch, fields, layers, after):
@@ -156,18 +225,28 @@ def test_what_speaks_of_positions_is_adjusted(tmp_path, arch, fields, layers, af
     assert said(tmp_path / "cut.gguf", "block_count") == 8 - len(layers)
 
 
-NEXT = {"nextn_predict_layers": 1}
-
-
 @pytest.mark.parametrize(
     ("arch", "fields", "layers", "message"),
     [
-        ("qwen3next", {}, [2], r"every 4th layer .*; these would do: `layers` 0,1,2,3$"),
-        ("qwen3next", {}, [0, 3, 4, 5, 6], r"`layers` 3,4,5,6$"),
-        ("llama4", {}, [5, 6], r"these would do: `layers` 3,4,5,6$"),
+        ("qwen3next", {}, [2], f"every 4th layer .*; {BEST}"),
+        ("llama4", {}, [5, 6], BEST),
         ("cohere2moe", {}, [0], "every 4th layer of cohere2moe is of another kind"),
         ("other", {"full_attention_interval": 4}, [1], "full_attention_interval makes every 4th"),
-        ("other", {"moe_every_n_layers": 2}, [1, 4], "`layers` 0,1"),
+        ("other", {"moe_every_n_layers": 2}, [1, 4], "moe_every_n_layers makes every second"),
+        ("other", {PATTERN: 3}, [0], "other.attention.sliding_window_pattern makes every third"),
+        ("other", {PATTERN: 3}, [1, 2, 4], "sliding_window_pattern makes every third"),
+        ("exaone4", {**WINDOW, PATTERN: 2}, [2], "every second layer of exaone4"),
+        ("exaone4", WINDOW, [2], "every 4th layer of exaone4"),
+        ("gemma2", {}, [0, 2, 4, 6], "opens no gemma2 of which all layers are of one kind"),
+        ("gemma4", {PATTERN: [True, False] * 4}, [0, 2, 4, 6], "no gemma4 of which all layers"),
+        ("modern-bert", WINDOW, [0, 3, 6], "no modern-bert of which all layers are of one kind"),
+        ("gemma-embedding", {}, [5, 6, 7], "no gemma-embedding of which all layers"),
+        ("onyx", {PATTERN: 4}, [2], "every 4th layer of onyx"),
+        ("onyx", {}, [2], "every 4th layer of onyx"),
+        ("gemma4", {PATTERN: 5}, [0, 1, 2, 3, 4], "kinds of gemma4's layers from a list, .* is 5"),
+        ("gemma4", {}, [7], "gemma4.attention.sliding_window_pattern is None"),
+        ("step35", {PATTERN: 4}, [2], "kinds of step35's layers from a list"),
+        ("mimo2", {PATTERN: 6}, [2], "kinds of mimo2's layers from a list"),
         ("other", {"interleave_moe_layer_step": 2}, [1], "interleave_moe_layer_step makes every"),
         ("smallthinker", {"attention__sliding_window": 8}, [1], "every 4th layer of smallthinker"),
         ("gemma4", {"attention__shared_kv_layers": 2}, [0], "shared_kv_layers = 2 numbers layers"),
@@ -198,31 +277,99 @@ def test_variants_that_llama_cpp_knows_by_their_count_are_refused(tmp_path, arch
             prune_gguf(path, tmp_path / "cut.gguf", gone)
 
 
-@pytest.mark.parametrize("arch", sorted(PERIODIC))
-def test_the_sets_advised_leave_every_layer_its_kind(tmp_path, arch):
-    path = stack_file(tmp_path / "m.gguf", arch, 24, attention__sliding_window=8)
-    stack = Stack.of(GGUFParts(path))
-    for gone in ([1], [5, 9], [3, 4, 5, 10], list(range(2, 13))):
-        sets = re.findall(r"`layers` ([\d,]+)", stack.advice(gone))
-        assert sets
-        for found in sets:
-            drop = [int(n) for n in found.split(",")]
-            keep = stack.kept(drop)
-            assert not stack.changed_kinds(keep)
-            assert f"{arch}.attention.sliding_window_pattern" not in stack.records(keep)
+def legal(stack: Stack, gone: Sequence[int]) -> bool:
+    """Whether every other layer keeps its kind by its position alone."""
+    keep = [i for i in range(stack.blocks) if i not in gone]
+    try:
+        return f"{stack.arch}.attention.sliding_window_pattern" not in stack.records(keep)
+    except ShortGPTError:
+        return False
 
 
-def test_a_list_of_kinds_comes_with_a_warning_of_older_programs(tmp_path, capsys):
+OFFERED = re.compile(
+    r"`layers` ([\d,]+) leave all others their kinds by position: "
+    r".* sums to (\S+), that of ([\d,]+) to (\S+)"
+)
+
+
+@pytest.mark.parametrize("arch", [*sorted(PERIODIC), "other"])
+def test_the_set_offered_is_the_best_of_all_that_leave_every_layer_its_kind(tmp_path, arch):
+    fields = {PATTERN: 3} if arch == "other" else {}
+    path = stack_file(tmp_path / "m.gguf", arch, 12, **WINDOW, **fields)
+    stack, scores = Stack.of(GGUFParts(path)), torch.rand(12, generator=torch.Generator())
+    scores = scores.tolist()
+    for n in (1, 2, 3, 5):
+        sets = [s for s in combinations(range(12), n) if legal(stack, s)]
+        best = min(sets, key=lambda layers: sum(scores[i] for i in layers))
+        others, cost, gone, before = OFFERED.search(stack.advice(range(n), scores)).groups()
+        assert others == ",".join(map(str, best))
+        assert float(cost) == pytest.approx(sum(scores[i] for i in best), rel=1e-3)
+        assert gone == ",".join(map(str, range(n)))
+        assert float(before) == pytest.approx(sum(scores[:n]), rel=1e-3)
+
+
+def test_no_set_is_offered_without_scores_of_all_layers(tmp_path):
+    stack = Stack.of(GGUFParts(stack_file(tmp_path / "m.gguf", "gemma3", **WINDOW)))
+    for scores in ((), [0.1] * 7, [0.1] * 7 + [None], [0.1] * 7 + [math.nan]):
+        assert "`layers`" not in stack.advice([1], scores)
+    assert "`layers`" in stack.advice([1], [0.1] * 8)
+    whole = stack_file(tmp_path / "v.gguf", "qwen3next", n_deepstack_layers=8)
+    assert Stack.of(GGUFParts(whole)).advice([1], [0.1] * 8) == "no other set of layers is offered"
+
+
+def test_prune_offers_the_best_set_of_as_many_layers_by_the_scores(tmp_path):
+    """Of the first 18 layers of Gemma 3's kinds; removing 4 to 9 is legal, and worse."""
+    influence = [0.5, 0.4, 0.02, 0.4, 0.4, 0.4, 0.4, 0.4, 0.03, 0.04, 0.4, 0.4]
+    influence += [0.3, 0.2, 0.3, 0.1, 0.15, 0.2]
+    best = (
+        "`layers` 15,16,17 leave all others their kinds by position: their Block Influence sums to "
+        "0.45, that of 2,8,9 to 0.09"
+    )
+    path = stack_file(tmp_path / "m.gguf", "gemma3", 18, **WINDOW)
+    assert about_kinds(path, [2, 8, 9], influence).endswith(best)
+    path = stack_file(tmp_path / "n.gguf", "onyx", 18, **{PATTERN: 6})
+    with pytest.raises(ShortGPTError, match=f"{best}$"):
+        prune_gguf(
+            path,
+            tmp_path / "c.gguf",
+            [2, 8, 9],
+            provenance=Provenance([], [], None, None, influence),
+        )
+    assert not (tmp_path / "c.gguf").exists()
+
+
+def test_the_scores_of_rank_reach_what_prune_offers(tmp_path, capsys):
+    path = write_model(tmp_path / "m.gguf", "gemma3", make("gemma3"))
+    (tmp_path / "a.txt").write_text("a text of some letters that are read " * 30)
+    scores = tmp_path / "scores.json"
+    run("rank", path, "--data", tmp_path / "a.txt", "--size", 16, "--n", 2, "--json", scores)
+    importance = Importance.from_dict(json.loads(scores.read_text())["importance"])
+    influence = importance.block_influence.tolist()
+    cut = ("prune", path, tmp_path / "cut.gguf", "--scores", scores, "--n", 2)
+    capsys.readouterr()
+    run(*cut, "--method", "sequential")
+    found = OFFERED.search(capsys.readouterr().out.replace("--layers", "`layers`"))
+    others, cost, gone, before = found.groups()
+    assert gone == "0,1"
+    assert float(before) == pytest.approx(sum(influence[:2]), rel=1e-3)
+    assert float(cost) == pytest.approx(sum(influence[int(i)] for i in others.split(",")), rel=1e-3)
+
+
+def test_a_list_of_kinds_comes_with_a_warning_of_programs_that_pass_over_it(tmp_path, capsys):
     path = stack_file(tmp_path / "m.gguf", "gpt-oss")
     run("prune", path, tmp_path / "a.gguf", "--layers", 1)
     out = capsys.readouterr().out
     assert "gpt-oss.attention.sliding_window_pattern lists the kinds" in out
-    assert out.rstrip().endswith("these would do: --layers 0,1")
+    assert f"name a directory in place of the file, as in short-gpt prune {path} DIRECTORY" in out
+    assert f"and what is built on it, pass over it too; {BEST}" in out
     run("prune", path, tmp_path / "b.gguf", "--layers", "0,1")
     assert "pattern" not in capsys.readouterr().out
     run("prune", tmp_path / "a.gguf", tmp_path / "c.gguf", "--layers", 0)  # back in step
     assert "pattern" not in capsys.readouterr().out
     assert said(tmp_path / "c.gguf", "attention.sliding_window_pattern") == [1, 0, 1, 0, 1, 0]
+    path = stack_file(tmp_path / "n.gguf", "gemma4", **{PATTERN: [True, True, False, True] * 2})
+    assert about_kinds(path, [1]).endswith(f"short-gpt prune {path} DIRECTORY")
+    assert about_kinds(path, [4, 5, 6, 7]) is None
 
 
 def test_the_record_goes_along_in_the_file(tmp_path):
@@ -282,6 +429,29 @@ def test_what_was_written_wrong_never_takes_its_place(tmp_path, monkeypatch):
         assert sorted(p.name for p in tmp_path.iterdir()) == ["m.gguf", "out.gguf"]
 
 
+def test_a_key_that_the_source_lacks_is_noticed(tmp_path, monkeypatch):
+    path, out, plain = stack_file(tmp_path / "m.gguf"), tmp_path / "out.gguf", gguf.write_again
+
+    def write(*args, records, **how):
+        plain(*args, records=records | {"more": key_record("more", 1, UINT32)}, **how)
+
+    monkeypatch.setattr(gguf, "write_again", write)
+    with pytest.raises(RuntimeError, match="does not say what it should of more"):
+        prune_gguf(path, out, [1])
+    assert not out.exists()
+
+
+def test_layers_that_predict_further_tokens_have_no_kind_and_are_not_in_the_record(tmp_path):
+    """The last of 8; at position 6 it would be of another kind, which no program asks of it."""
+    path = stack_file(tmp_path / "m.gguf", "qwen35", **NEXT)
+    assert Stack.of(GGUFParts(path)).changed_kinds([0, 1, 2, 3, 4, 5, 7]) == []
+    prune_gguf(path, tmp_path / "out.gguf", [6])
+    record = Provenance.beside(tmp_path / "out.gguf")
+    assert (record.removed_layers, record.kept_layers) == ([6], [0, 1, 2, 3, 4, 5])
+    before, after = data(path), data(tmp_path / "out.gguf")
+    assert after["blk.6.ffn_down.weight"] == before["blk.7.ffn_down.weight"]
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "gemma3"])
 def test_a_cut_file_is_the_model_cut_in_memory(tmp_path, family, capsys):
     """Through transformers, which reads both; of Gemma the layers' kinds are those of the list."""
@@ -297,6 +467,30 @@ def test_a_cut_file_is_the_model_cut_in_memory(tmp_path, family, capsys):
     )
     cut.remove_layers([0])
     assert Provenance.of(cut, tmp_path / "cut.gguf").all_removed == [1, 4, 0]
+
+
+S, F = "sliding_attention", "full_attention"
+
+
+@pytest.mark.parametrize(
+    ("family", "by_position", "kinds"),
+    [("gemma2", [S, F] * 3, [S, S, F, F, S, F]), ("gemma3", [S] * 5 + [F], [S] * 3 + [F, S, S])],
+)
+def test_transformers_own_reader_passes_over_the_list_and_a_directory_is_right(
+    tmp_path, family, by_position, kinds
+):
+    """Why the output of `prune` names the directory."""
+    path = write_model(tmp_path / "m.gguf", family, make(family))
+    for out in ("cut.gguf", "cut"):
+        run("prune", path, tmp_path / out, "--layers", "1,4")
+    ours = ShortHFModel(tmp_path / "cut.gguf", dtype=torch.float32).decoder
+    tokens = torch.randint(2, 258, (1, 40), generator=torch.Generator().manual_seed(0))
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="cut.gguf", dtype="float32")
+    right = AutoModelForCausalLM.from_pretrained(tmp_path / "cut", dtype="float32")
+    assert (plain.config.layer_types, right.config.layer_types) == (by_position, kinds)
+    with torch.no_grad():
+        assert torch.equal(right(tokens).logits, ours.logits(tokens))
+        assert (plain(tokens).logits - ours.logits(tokens)).abs().max() > 0.01
 
 
 def test_any_file_that_transformers_reads_goes_to_a_directory(tmp_path, capsys):

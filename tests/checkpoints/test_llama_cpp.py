@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from gguf_families import FAMILIES, make, write_model
+from gguf_files import layers_file
 from llama_cpp import LlamaCpp
 from tokenizer_files import KINDS, ODD, meta
 
@@ -187,3 +188,23 @@ def test_a_cut_file_of_a_family_is_the_model_cut_in_memory(tmp_path, family):
     if Stack.of(GGUFParts(path)).changed_kinds(keep):  # where the list is what makes it right
         cut_counts_alone(path, tmp_path / "plain.gguf", keep)
         assert difference(LlamaCpp(tmp_path / "plain.gguf").logprobs(ids), logits) > 0.05
+
+
+@pytest.mark.parametrize("arch", ["gemma-embedding", "modern-bert", "muse-glimmer"])
+@pytest.mark.parametrize("fields", [{}, {"attention__sliding_window_pattern": 4}], ids=str)
+@pytest.mark.parametrize("removed", [[2], [0, 3]], ids=str)
+def test_without_layers_that_change_nothing_a_model_is_the_same(tmp_path, arch, fields, removed):
+    """To the last bit, with the list of kinds that is written; without it, it is another."""
+    path = layers_file(tmp_path / "m.gguf", arch, identity=removed, **fields)
+    prune_gguf(path, tmp_path / "ours.gguf", removed)
+    cut_counts_alone(path, tmp_path / "theirs.gguf", [i for i in range(8) if i not in removed])
+    ids = torch.randint(2, 258, (40,), generator=torch.Generator().manual_seed(1)).tolist()
+    results = []
+    for name in ("m", "ours", "theirs"):
+        client = LlamaCpp(tmp_path / f"{name}.gguf", embedding=arch != "muse-glimmer")
+        if arch == "muse-glimmer":
+            results.append([value for _, value in sorted(client.logprobs(ids, 258).items())])
+        else:
+            results.append(client.embed(ids))
+    assert results[0] == results[1]
+    assert max(abs(a - b) for a, b in zip(results[0], results[2], strict=True)) > 0.03

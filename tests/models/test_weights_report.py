@@ -12,6 +12,7 @@ import torch
 import transformers
 from commands import DATA, TEXT, fails, run
 from conftest import BYTE_VOCAB, make_transformer, save_checkpoint, write_byte_tokenizer
+from gguf_families import make, write_model
 from gguf_files import write_gguf
 from safetensors.torch import load_file, save_file
 
@@ -202,6 +203,33 @@ def test_a_meta_checkpoint(here):
 def test_a_whole_model_still_runs(here, capsys):
     run("perplexity", "hf", *DATA[:4])
     assert "perplexity" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("family", ["phi3", "qwen2"])
+def test_kinds_of_layers_that_a_model_of_transformers_lacks(tmp_path, family):
+    """Phi-3 has no kinds there; a Qwen 2 has, but none slides without a window in the file."""
+    model, key = make(family), "attention.sliding_window_pattern"
+    path = write_model(tmp_path / "m.gguf", family, model, **{key: [True, False] * 4})
+    said = f"m.gguf cannot be loaded: {family}.{key} names layers with a sliding window, which"
+    with pytest.raises(ShortGPTError, match=said):
+        ShortHFModel(path)
+    path = write_model(tmp_path / "n.gguf", family, model, **{key: [False] * 8})
+    assert len(ShortHFModel(path).greedy([3, 4], 4)) == 4
+
+
+@pytest.mark.parametrize(
+    ("family", "period", "full"),
+    [("gemma3", 3, [2, 5]), ("gemma3", 1, range(8)), ("gemma3", 0, []), ("gemma2", 4, [3, 7])],
+)
+def test_a_period_that_a_gguf_file_names_is_not_that_of_transformers(
+    tmp_path, family, period, full
+):
+    model, key, found = make(family), "attention.sliding_window_pattern", []
+    slides = [i not in full for i in range(8)]
+    for name, said in (("m", {key: period}), ("n", {key: slides}), ("o", {})):
+        short = ShortHFModel(write_model(tmp_path / f"{name}.gguf", family, model, **said))
+        found.append(short.decoder.logits(torch.arange(3, 43)[None]))
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
 
 
 def test_the_header_of_a_gguf_file_is_read_once(tmp_path, monkeypatch):
