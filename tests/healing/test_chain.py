@@ -163,6 +163,29 @@ def test_what_was_kept_of_another_run_is_refused(tmp_path, monkeypatch):
         job(whole(), PATCH, resume=True).run()
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("patch.safetensors", "does not hold what was saved there: it was edited or is damaged"),
+        ("teacher/teacher.bin", "does not hold what was saved there: it was edited or is damaged"),
+        ("patch.safetensors", "is missing, from which the run would go on; delete .*patch.json to"),
+    ],
+)
+def test_no_chain_goes_on_from_what_was_damaged(name, said, tmp_path, monkeypatch):
+    folder = tmp_path / "work"
+    stopped(monkeypatch, [PATCH, DISTILL], folder, at=5)
+    path = folder / name
+    content = path.read_bytes()
+    path.write_bytes(content[:-40] + bytes([content[-40] ^ 1]) + content[-39:])
+    if "missing" in said:
+        path.unlink()
+    short = whole()
+    before = weights(short)
+    with pytest.raises(ValueError, match=f"{path.name} {said}"):
+        job(short, [PATCH, DISTILL], work_dir=folder, resume=True).run()
+    assert all(map(torch.equal, weights(short), before)) and not short.changes
+
+
 @pytest.mark.parametrize("steps", [[PATCH, DISTILL], [LoraSettings(QUICK), DISTILL]])
 @pytest.mark.parametrize("where", ["the last step", "the removal"])
 def test_all_steps_are_undone_when_a_later_one_fails(steps, where, monkeypatch):
