@@ -787,8 +787,8 @@ HEALING = (
                 "test_a_matrix_that_is_not_positive_by_rounding_is_solved_all_the_same",
             ),
             (
-                "return lambda columns: whole[:, columns]",
-                "return lambda columns: whole[:, : columns.stop - columns.start]",
+                "None if failed else lambda columns: whole[:, columns]",
+                "None if failed else lambda columns: whole[:, : columns.stop - columns.start]",
                 "test_a_matrix_that_is_not_positive_by_rounding_is_solved_all_the_same",
             ),
         ),
@@ -1046,8 +1046,8 @@ HEALING = (
         "tests/healing/test_teacher.py",
         (
             (
-                "mapped[self._ends[i] : self._ends[i + 1]]",
-                "mapped[self._ends[0] : self._ends[1]]",
+                "mapped[start:end].view",
+                "mapped[: self._ends[1] - DIGEST].view",
                 "test_what_is_read_is_what_the_model_predicts",
             ),
             (
@@ -1056,7 +1056,7 @@ HEALING = (
                 "test_what_is_read_is_what_the_model_predicts",
             ),
             (
-                "os.truncate(self._file, self._ends[whole] * self._record.itemsize)",
+                "os.truncate(self._file, self._ends[whole])",
                 "pass",
                 "test_an_interrupted_cache_goes_on_where_it_was",
             ),
@@ -1188,8 +1188,8 @@ EVALUATION = (
                 "test_ragged_windows_weigh_by_their_tokens",
             ),
             (
-                "math.exp(self.nats / self.tokens)",
-                "math.exp(self.nats / (self.tokens + self.windows))",
+                "exp(self.nats / self.tokens)",
+                "exp(self.nats / (self.tokens + self.windows))",
                 "test_ragged_windows_weigh_by_their_tokens",
             ),
             (

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NamedTuple
+
+from tqdm import tqdm
 
 # what takes seconds to import and is not ours
 HEAVY = ["torch", "fairscale.nn.model_parallel", "transformers.models.llama.modeling_llama"]
@@ -123,3 +127,39 @@ def ranks(count: int, folder: Path, target: Callable[..., object], *args: object
     }
     own = [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
     return Running(folder, own, target, args, store)
+
+
+WRITES = {"mkdir", "open", "write", "replace", "rename", "unlink", "rmdir", "truncate"}
+WRITES |= {"serialize_file", "flock", "close"}
+
+
+def killed_at(call: int, work: Callable[[], object]) -> int | None:
+    """Does something in another process, which is killed in front of a call that may write.
+
+    Returns:
+        The calls of a process that came to its end before; None of one that was killed.
+    """
+    child = os.fork()
+    if not child:
+        tqdm.set_lock(threading.RLock())  # whose own may be held here
+        count = [0]
+
+        def look(_: object, event: str, function: object) -> None:
+            if event == "c_call" and getattr(function, "__name__", "") in WRITES:
+                count[0] += 1
+                if count[0] == call:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        code = 255
+        try:
+            sys.setprofile(look)
+            work()
+            sys.setprofile(None)
+            code = min(count[0] // 10, 254)
+        finally:
+            os._exit(code)
+    status = os.waitpid(child, 0)[1]
+    if os.WIFSIGNALED(status):
+        return None
+    assert os.WEXITSTATUS(status) < 255, "the process failed"
+    return 10 * os.WEXITSTATUS(status)

@@ -13,7 +13,9 @@ from pathlib import Path
 from short_gpt.evaluation.paired import Difference, difference, together
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.healing.closed_forms import RefitSettings
+from short_gpt.healing.refit_state import STATE
 from short_gpt.healing.steps import TEACHER, check_order
+from short_gpt.healing.teacher import CONTENT
 from short_gpt.healing.texts import Learning
 from short_gpt.healing.work import Heal, Step, Work
 from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
@@ -202,11 +204,15 @@ class HealingJob:
 
     def _clear(self, folder: Path) -> None:
         """Removes what the steps keep, and the folder if nothing else is in it."""
-        names = (TEACHER, *(step.name for step in self.steps))
-        for path in [*folder.glob("*.json"), *folder.glob("*/**/*.json")]:
-            if path.relative_to(folder).parts[0].removesuffix(".json") in names:
-                path.unlink()  # first, so that nothing continues from what a kill here may leave
-        for name in names:
+        for name in (TEACHER, *(step.name for step in self.steps)):
+            # in an order in which what a kill here may leave stands in no run's way: what says that
+            # weights are there goes before them, what says whose checkpoints these are behind them
+            (folder / f"{name}.json").unlink(missing_ok=True)
+            for path in (folder / name).rglob(STATE):
+                path.unlink()
+            for path in (folder / name).glob("checkpoint-*"):
+                shutil.rmtree(path, ignore_errors=True)
+            (folder / name / CONTENT).unlink(missing_ok=True)
             shutil.rmtree(folder / name, ignore_errors=True)
             (folder / f"{name}.safetensors").unlink(missing_ok=True)
         with suppress(OSError):  # what holds something else stays
@@ -222,19 +228,20 @@ class HealingJob:
             with tempfile.TemporaryDirectory() as name:
                 yield Path(name)
             return
-        self._lock = hold(self.work_dir)
+        folder = self.work_dir
+        self._lock = hold(folder)
         try:
-            self._check_there(self.work_dir)
-            self.work_dir.mkdir(parents=True, exist_ok=True)
-            yield self.work_dir
+            self._check_there(folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            yield folder
         except BaseException as error:
             if isinstance(error, NotFiniteError) and not any(step.trains for step in self.steps):
-                self._clear(self.work_dir)  # the same command would end in the same way
+                self._clear(folder)  # the same command would end in the same way
             self._lock = None  # else it is needed until the model is saved
             raise
         finally:
             with suppress(OSError):  # what holds something stays
-                self.work_dir.rmdir()
+                folder.rmdir()
 
     def _check_there(self, folder: Path) -> None:
         """Raises what is to be said of a folder that holds an earlier run, or none to resume."""

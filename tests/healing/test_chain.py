@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 from conftest import CharTokenizer, make_transformer, random_windows
 from families import make
+from processes import killed_at
 
 from short_gpt.healing import (
     CachedTeacher,
@@ -161,6 +164,50 @@ def test_what_was_kept_of_another_run_is_refused(tmp_path, monkeypatch):
         job(whole(), PATCH, work_dir=tmp_path / "nowhere", resume=True).run()
     with pytest.raises(ValueError, match="to resume, name the work_dir"):
         job(whole(), PATCH, resume=True).run()
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("patch.safetensors", "does not hold what was saved there: it was edited or is damaged"),
+        ("teacher/teacher.bin", "does not hold what was saved there: it was edited or is damaged"),
+        ("patch.safetensors", "is missing, from which the run would go on; delete .*patch.json to"),
+    ],
+)
+def test_no_chain_goes_on_from_what_was_damaged(name, said, tmp_path, monkeypatch):
+    folder = tmp_path / "work"
+    stopped(monkeypatch, [PATCH, DISTILL], folder, at=5)
+    path = folder / name
+    content = path.read_bytes()
+    path.write_bytes(content[:-40] + bytes([content[-40] ^ 1]) + content[-39:])
+    if "missing" in said:
+        path.unlink()
+    short = whole()
+    before = weights(short)
+    with pytest.raises(ValueError, match=f"{path.name} {said}"):
+        job(short, [PATCH, DISTILL], work_dir=folder, resume=True).run()
+    assert all(map(torch.equal, weights(short), before)) and not short.changes
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize("closed", [PATCH, RefitSettings()])
+def test_what_a_kill_leaves_of_a_finished_run_stands_in_no_ones_way(closed, tmp_path):
+    steps, done, work = [closed, DISTILL], tmp_path / "done", tmp_path / "work"
+    expected = job(whole(), steps, work_dir=done).run().perplexity["healed"]
+
+    def cleared() -> None:
+        job(whole(), steps, work_dir=work, resume=True)._clear(work)
+
+    shutil.copytree(done, work)
+    calls = killed_at(0, cleared)
+    assert calls > 20 and not work.exists()
+    for call in range(1, calls, calls // 6):
+        shutil.copytree(done, work)
+        assert killed_at(call, cleared) is None
+        again = job(whole(), steps, work_dir=work, resume=work.exists())
+        assert again.run().perplexity["healed"] == expected
+        shutil.rmtree(work)
 
 
 @pytest.mark.parametrize("steps", [[PATCH, DISTILL], [LoraSettings(QUICK), DISTILL]])

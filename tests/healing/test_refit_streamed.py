@@ -7,7 +7,6 @@ import os
 import random
 import shutil
 import signal
-import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,7 +25,7 @@ from conftest import (
     write_byte_tokenizer,
 )
 from gguf_files import write_gguf
-from processes import started
+from processes import killed_at, started
 from tqdm import tqdm
 
 from llama.checkpoint.meta import Checkpoint
@@ -260,42 +259,6 @@ def test_a_killed_refit_goes_on_bit_for_bit(tmp_path):
     assert told["done"] in (1, 2)
     again = fit(streamed(tmp_path / "ckpt"), LAYERS, WINDOWS, work_dir=tmp_path / "work", **QUIET)
     same(again, expected)
-
-
-WRITES = {"mkdir", "open", "write", "replace", "rename", "unlink", "rmdir", "truncate"}
-WRITES |= {"serialize_file", "flock", "close"}
-
-
-def killed_at(call: int, work) -> int | None:
-    """Does something in another process, which is killed in front of a call that may write.
-
-    Returns:
-        The calls of a process that came to its end before; None of one that was killed.
-    """
-    child = os.fork()
-    if not child:
-        tqdm.set_lock(threading.RLock())
-        count = [0]
-
-        def look(_: object, event: str, function: object) -> None:
-            if event == "c_call" and getattr(function, "__name__", "") in WRITES:
-                count[0] += 1
-                if count[0] == call:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-        code = 255
-        try:
-            sys.setprofile(look)
-            work()
-            sys.setprofile(None)
-            code = min(count[0] // 10, 254)
-        finally:
-            os._exit(code)
-    status = os.waitpid(child, 0)[1]
-    if os.WIFSIGNALED(status):
-        return None
-    assert os.WEXITSTATUS(status) < 255, "the process failed"
-    return 10 * os.WEXITSTATUS(status)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")

@@ -8,12 +8,24 @@ import sys
 
 import children
 import pytest
+from conftest import random_windows
+from families import make
 from processes import started
 
 from llama.io import swap
 from short_gpt import ShortGPTError
+from short_gpt.healing import (
+    CachedTeacher,
+    HealingJob,
+    Learning,
+    PatchSettings,
+    Recipe,
+    heal_lora,
+    heal_refit,
+)
 from short_gpt.runtime import StateFile
 from short_gpt.runtime.lock import hold
+from short_gpt.short_hf import ShortHFModel
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="no locks there")
 IDENTITY = {"data": "novels"}
@@ -41,6 +53,29 @@ def test_a_second_process_is_told_who_works_on_a_state_until_that_is_killed(tmp_
     del state
     gc.collect()
     assert not (tmp_path / ".scores.json.state.lock").exists()
+
+
+def test_every_kind_of_state_is_one_processs_alone(tmp_path):
+    path, short = tmp_path / "work", ShortHFModel(make("llama"))
+    windows = random_windows(4, 16)
+    running = started(tmp_path / "first", children.holding, path)
+    recipe, parts = (
+        Recipe(rank=4, steps=1, batch=1),
+        Learning(windows[:2], windows[2:3], windows[3:]),
+    )
+    for work in (
+        lambda: heal_refit(short, [2], windows, work_dir=path, progress=False),
+        lambda: heal_lora(short, windows[:3], windows[3:], recipe=recipe, work_dir=path),
+        lambda: CachedTeacher(path, short, windows),
+        lambda: HealingJob(short, parts, [2], settings=PatchSettings(), work_dir=path).run(),
+    ):
+        with pytest.raises(
+            ShortGPTError, match=f"work is in use by process {running.processes[0].pid}"
+        ):
+            work()
+    assert short.kept == [*range(6)] and not short.changes
+    running.processes[0].kill()
+    running.end()
 
 
 def test_one_process_does_not_wait_for_itself(tmp_path):
