@@ -21,7 +21,7 @@ def here(tmp_path, monkeypatch) -> Path:
     model = make_transformer(vocab_size=BYTE_VOCAB)
     write_byte_tokenizer(save_checkpoint(tmp_path / "meta", model))
     (tmp_path / "book.txt").write_text(TEXT)
-    (tmp_path / "prompts.txt").write_text("It was\n\nthe best of times\n")
+    (tmp_path / "prompts.txt").write_text("It was\n\nthe best of times\nit was the worst\n")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -64,11 +64,11 @@ def test_a_model_and_its_other_formats_agree_and_a_cut_one_less(here, capsys):
 def test_prompts_of_a_file_are_read_whole_and_alone(here, capsys):
     run("draft", "meta", "meta", "--prompts", "prompts.txt", "--tokens", 5)
     out = capsys.readouterr().out
-    assert "10 tokens of the whole" in out and "±: over 2 prompts of 2 texts" in out
+    assert "13 tokens of the whole" in out and "±: over 3 prompts of 3 texts" in out
     Path("one.jsonl").write_text(json.dumps({"ask": "It was\nso"}))
     run("draft", "meta", "meta", "--prompts", "one.jsonl", "--column", "ask", "--tokens", 5)
     out = capsys.readouterr().out
-    assert "±: over one prompt alone: not known" in out
+    assert "±: no interval: one prompt tells nothing of others" in out
     assert [line.split()[2] for line in out.splitlines()[1:9]] == ["-"] * 8 and "nan" not in out
 
 

@@ -113,6 +113,16 @@ def test_a_ratio_that_does_not_hold_passes_as_seldom_as_is_said():
     assert 0.03 < passed / 1000 < 0.07
 
 
+def test_one_long_text_among_short_ones_passes_it_no_more_often():
+    """The true rise is just the ratio; texts of 20, 2, 2, 2 and 2 windows that are alike."""
+    generator, passed = np.random.default_rng(2), 0
+    texts = np.repeat(range(5), (20, 2, 2, 2, 2))
+    for effects in generator.normal(0, 0.05, (300, 5)):
+        changes = 0.1 + effects[texts] + generator.normal(0, 0.01, 28)
+        passed += gate(changes.tolist(), texts=texts.tolist(), ratio=math.exp(0.1)).layers == [7]
+    assert passed / 300 < 0.07
+
+
 @pytest.mark.parametrize("confidence", [0.4, 1.0, math.nan])
 def test_a_confidence_out_of_range_is_refused(confidence):
     with pytest.raises(ValueError, match=f"confidence = {confidence}: expected at least 0.5"):
