@@ -156,7 +156,7 @@ def gguf_layer_types(fields: Mapping[str, object], config: Any) -> list[str] | N
             f"{key} names layers with a sliding window, which transformers' {config.model_type} "
             "does not have here; open the model that it was made from"
         )
-    kinds = ["sliding_attention" if slides else "full_attention" for slides in said]
+    kinds = ["sliding_attention" if slide else "full_attention" for slide in said]
     return kinds if has_kinds else None
 
 
