@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llama.args import ModelArgs
-from llama.checkpoint.meta import Checkpoint, read_conversion
+from llama.args import ModelArgs, check_positive
+from llama.checkpoint.meta import CONVERSION, Checkpoint, read_conversion
 from llama.checkpoint.sharding import EMBEDDING, OUTPUT, full_shapes
 from llama.errors import InputError
 from llama.formats.convert import check_llama, is_tied
@@ -25,7 +25,7 @@ from llama.formats.names import GGUF, META, name_in, permute
 from llama.formats.safetensors import open_weights
 from llama.formats.tokenizers import find_hf_tokenizer
 from llama.io.hub import resolve
-from llama.io.json_files import read_json
+from llama.io.json_files import JsonObject, read_json
 from llama.io.outputs import check_output, new_file
 from llama.io.sources import is_meta
 from llama.rope import rope_frequencies
@@ -143,7 +143,8 @@ def _meta(source: str | os.PathLike[str], tokenizer_path: str | os.PathLike[str]
     tied = is_tied(checkpoint)
     record = read_conversion(checkpoint.directory)
     config, _ = config_of(args, dtype, tied=tied, tokenizer=Tokenizer(tokenizer), record=record)
-    context, name = config["max_position_embeddings"], checkpoint.directory.resolve().name
+    context = _context(config, checkpoint.directory / CONVERSION)
+    name = checkpoint.directory.resolve().name
     return _Llama(args, checkpoint.read, dtype, tied, context, tokenizer, name)
 
 
@@ -158,9 +159,19 @@ def _hf(source: str | os.PathLike[str]) -> _Llama:
         hf_name = str(infos[name].storage)
         return permute(name, weights[hf_name].read(hf_name), args, to=META)
 
-    context = int(config.get("max_position_embeddings", 2048))
+    context = _context(config, directory / "config.json")
     dtype, tokenizer = infos[EMBEDDING].dtype, find_hf_tokenizer(directory)
     return _Llama(args, read, dtype, tied, context, tokenizer, Path(str(source)).name)
+
+
+def _context(config: JsonObject, path: Path) -> int:
+    """The longest window that a config names; the path of the file that says it is for errors."""
+    longest = config.get("max_position_embeddings", 2048)
+    try:
+        check_positive(max_position_embeddings=longest)
+    except InputError as error:
+        raise InputError(f"{path} is damaged: {error}; correct it, or fetch it anew") from None
+    return longest
 
 
 def _kind(wanted: str | None, opened: _Llama) -> int:

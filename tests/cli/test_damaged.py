@@ -73,3 +73,18 @@ def test_a_damaged_file_is_named(models, tmp_path, monkeypatch, capsys, model, n
         line = fails(capsys, *command)
         assert str(path) in line or f"{name} in model" in line, (command, line)
         assert sorted(Path().rglob("*")) == before
+
+
+@pytest.mark.parametrize("longest", [None, "x", [], {}, -1, 2**63])
+@pytest.mark.parametrize("model", ["hf", "meta"])
+def test_a_longest_window_that_is_no_number_is_named(
+    models, tmp_path, monkeypatch, capsys, model, longest
+):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(models / model, "model")
+    path = Path("model", "config.json" if model == "hf" else "conversion.json")
+    content = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(content | {"max_position_embeddings": longest}))
+    line = fails(capsys, "convert", "model", "out.gguf")
+    assert f"{path} is damaged: max_position_embeddings must be a positive integer" in line
+    assert sorted(Path().iterdir()) == [Path("model")]
