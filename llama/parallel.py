@@ -129,7 +129,9 @@ def _make_process_group(device: torch.device) -> None:
     loopback = {"linux": "lo", "darwin": "lo0"}.get(sys.platform)
     names = {"GLOO_SOCKET_IFNAME": loopback} if loopback else {}
     with _environment(names):
+        before = sys.excepthook  # torch's own puts "[rank0]:" before every line of a traceback
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        sys.excepthook = before
 
 
 @contextmanager

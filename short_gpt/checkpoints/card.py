@@ -11,6 +11,7 @@ from llama.io.json_files import write_json
 from short_gpt.checkpoints.provenance import PROVENANCE, Measured, Provenance
 from short_gpt.checkpoints.source_card import yaml_lines
 from short_gpt.evaluation.sampling import SamplingError
+from short_gpt.runtime.errors import one_line
 
 TEMPLATE = """---
 {head}library_name: transformers
@@ -72,7 +73,7 @@ def model_card(record: Provenance) -> str:
 
 
 def _name(source: str) -> str:
-    return source if _hub_id(source) else Path(source).name
+    return one_line(source if _hub_id(source) else Path(source).name)
 
 
 def _hub_id(source: str) -> bool:
@@ -86,7 +87,7 @@ def _scores(record: Provenance) -> str:
     by = record.evidence.get("scored_by")
     # a healing's data need not be the scores'
     name = (by.get("data") if isinstance(by, Mapping) else None) or record.facts.get("data")
-    data = f" of {name}" if name else ""
+    data = f" of {one_line(str(name))}" if name else ""
     method = method or "Block Influence and angular distance"
     windows, tokens = record.scored["windows"], record.scored["tokens"]
     return f"Scores: {method}, on {tokens:,} tokens{data} in {windows:,} windows."
@@ -98,7 +99,7 @@ def _table(quality: Mapping[str, Measured]) -> str:
     rows = ["| model | perplexity | 95% | tokens |", "| --- | --- | --- | --- |"]
     for name, found in quality.items():
         tokens = "" if found.tokens is None else f"{found.tokens:,}"
-        rows.append(f"| {name} | {found.value:.3f} | {_interval(found)} | {tokens} |")
+        rows.append(f"| {one_line(name)} | {found.value:.3f} | {_interval(found)} | {tokens} |")
     over = dict.fromkeys(_over(found) for found in quality.values() if found.error)
     return "\n".join([*rows, *(["", f"Over {'; '.join(over)}."] if over else [])])
 

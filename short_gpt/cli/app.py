@@ -14,7 +14,7 @@ from short_gpt.cli.flags import flags_of, prepared, similar, typed
 from short_gpt.cli.help import help_of, overview
 from short_gpt.cli.streams import lenient
 from short_gpt.runtime.abort import end_all
-from short_gpt.runtime.errors import USER_ERRORS, ShortGPTError, shortage
+from short_gpt.runtime.errors import USER_ERRORS, ShortGPTError, one_line, shortage
 from short_gpt.runtime.progress import first_rank
 
 HELP = ("--help", "-h")
@@ -51,12 +51,12 @@ def said(error: BaseException, argv: Sequence[str] = ()) -> str | None:
         return None
     short = shortage(error)
     if short is not None:
-        return f"short-gpt: {short}"
+        return one_line(f"short-gpt: {short}")
     if not isinstance(error, USER_ERRORS):
         return None
     name = str(error).split(" = ")[0]
     given = any(part.split("=")[0] == f"--{name}" for part in argv)
-    return f"short-gpt: {'--' * given}{in_shell(str(error), argv)}"
+    return one_line(f"short-gpt: {'--' * given}{in_shell(str(error), argv)}")
 
 
 def in_shell(message: str, argv: Sequence[str]) -> str:

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import re
+
 from llama.errors import InputError, MissingPackageError
 
-__all__ = ["USER_ERRORS", "MissingPackageError", "NotFiniteError", "ShortGPTError", "shortage"]
+__all__ = [
+    "USER_ERRORS",
+    "MissingPackageError",
+    "NotFiniteError",
+    "ShortGPTError",
+    "one_line",
+    "shortage",
+]
 
 # One class for both packages, a ``ValueError``: who catches either catches what both raise.
 ShortGPTError = InputError
@@ -17,9 +26,24 @@ class NotFiniteError(ShortGPTError, FloatingPointError):
 # What a command reports in one line: input at fault, and what the system says of files and hubs.
 USER_ERRORS = (ShortGPTError, OSError)
 
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # what would end or spoil a line
+WORD, LINE = 300, 1000  # letters of a word and of a line that are shown whole
+
 # What torch, safetensors and the system say; only CUDA has a class of its own for it.
 NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "Cannot allocate")
 NO_SPACE = ("No space left on device", "Disk quota exceeded")
+
+
+def one_line(text: str) -> str:
+    """A text in one line: control characters are escaped, of what is too long the ends are shown.
+
+    Example:
+        >>> one_line("a\\nmodel")
+        'a\\\\nmodel'
+    """
+    text = CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
+    text = re.sub(rf"\S{{{WORD},}}", lambda found: f"{found[0][:150]} ... {found[0][-50:]}", text)
+    return text if len(text) <= LINE else f"{text[: LINE - 300]} ... {text[-295:]}"
 
 
 def shortage(error: BaseException) -> str | None:

@@ -34,6 +34,7 @@ from short_gpt.checkpoints.entries import KEYS, Measured
 from short_gpt.checkpoints.source_card import source_card
 from short_gpt.data.windows import windows
 from short_gpt.healing import Recipe, heal_lora, heal_patch
+from short_gpt.scoring.importance import Importance
 from short_gpt.short_hf import ShortHFModel
 from short_gpt.short_llama import ShortLlama
 from short_gpt.surgery.changes import WeightChange
@@ -145,6 +146,16 @@ OLD = {  # as version 0.1 wrote it after two patches and a halved layer
     "method": "Block Influence",
     "versions": {"python": "3.10"},
 }
+
+
+def test_names_with_line_breaks_leave_the_card_whole():
+    """A heading, a sentence and a table's row end where their line does."""
+    record = Provenance.of_scores(
+        Importance.empty([0, 1, 2]), evidence={"scored_by": {"data": "no\nvels"}}
+    ).cut("some\n---\n# model", removed=[1], kept=[0, 2])
+    lines = model_card(record).splitlines()
+    assert r"# some\n---\n# model without 1 of its 3 layers" in lines
+    assert sum(line.startswith("#") for line in lines) == 1 and lines.count("---") == 2
 
 
 def test_the_card_says_how_layers_were_chosen():

@@ -453,6 +453,27 @@ def test_mistakes_cost_one_line(ckpt, capsys, argv, message):
     assert sorted(p.name for p in Path().iterdir()) == before
 
 
+@pytest.mark.parametrize(
+    ("argv", "start"),
+    [
+        (["rank", "a\nmodel"], r"checkpoint directory a\nmodel does not exist"),
+        (
+            ["prune", "x\r\n/y\x1b[31m/z", "out", "--layers", "1"],
+            r"\r\n/y\x1b[31m/z does not exist",
+        ),
+        (["rank", "m" * 1500], "File name too long: 'mmm"),
+        (["rank", "ckpt", "--data", "a/" * 750], "does not exist"),
+        (["rank", "ckpt", "--method", "x" * 1500], ""),
+        (["rank", "ckpt", "--" + "x" * 1500, "1"], "rank has no flag --xxx"),
+        (["x" * 1500], "no command 'xxx"),
+        (["prune", "ckpt", "x", "--layers", "a, " * 500], ""),
+    ],
+)
+def test_names_with_line_breaks_and_long_ones_take_one_short_line(ckpt, capsys, argv, start):
+    line = fails(capsys, *argv)
+    assert start in line and len(line) <= 1000 and line.isprintable()
+
+
 # what only a shell is told, or whole command lines of short-gpt and pip
 SHELL = ("cli/", "report/", "runtime/errors.py", "checkpoints/save.py", "data/demo.py")
 

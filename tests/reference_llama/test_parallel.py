@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 
 import children
@@ -88,3 +89,11 @@ def test_a_model_can_be_made_without_any_setting_up(tmp_path, monkeypatch):
 def test_a_fresh_process_prints_nothing_and_leaves_no_defaults(tmp_path):
     done = alone(tmp_path / "printed", children.set_up).end()
     assert done.codes == [0] and done.out == "", done.err
+
+
+def test_a_traceback_of_a_single_process_names_no_rank():
+    lines = "import torch; from llama.parallel import initialize; "
+    lines += "initialize(device=torch.device('cpu')); raise ValueError('of a user')"
+    done = subprocess.run([sys.executable, "-c", lines], capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1] == "ValueError: of a user"
+    assert "rank0" not in done.stderr

@@ -1,0 +1,25 @@
+"""Messages for a terminal: one line each, and of arguments no more than tells them."""
+
+from __future__ import annotations
+
+import pytest
+
+from short_gpt.runtime.errors import LINE, one_line
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("a plain one, also in Bokmål: 模型", "a plain one, also in Bokmål: 模型"),
+        ("a\nmodel\r\x1b[31m\u2028x", r"a\nmodel\r\x1b[31m\u2028x"),
+        (f"no {'x' * 299} here", f"no {'x' * 299} here"),
+        (f"no '{'x' * 1500}' here", f"no '{'x' * 149} ... {'x' * 49}' here"),
+    ],
+)
+def test_one_line(text, line):
+    assert one_line(text) == line
+
+
+def test_a_long_line_shows_both_of_its_ends():
+    line = one_line("expected " + "a b " * 1000 + "or nothing")
+    assert len(line) <= LINE and line.startswith("expected a b") and line.endswith("or nothing")
