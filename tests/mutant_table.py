@@ -1915,7 +1915,7 @@ GGUF_FILES = (
             (
                 "permute_rows(weight, count, to_neighbours=True)",
                 "permute_rows(weight, count, to_neighbours=False)",
-                "test_every_matrix_goes_back_to_where_it_came_from",
+                "test_every_weight_goes_back_to_where_it_came_from",
             ),
             (
                 "kind = writable(place.kind, place.shape)",

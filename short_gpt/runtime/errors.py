@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from llama.errors import InputError, MissingPackageError
 
-__all__ = ["USER_ERRORS", "MissingPackageError", "NotFiniteError", "ShortGPTError", "shortage"]
+__all__ = [
+    "USER_ERRORS",
+    "MissingPackageError",
+    "NotFiniteError",
+    "NotSavedError",
+    "ShortGPTError",
+    "shortage",
+]
 
 # One class for both packages, a ``ValueError``: who catches either catches what both raise.
 ShortGPTError = InputError
@@ -12,6 +19,10 @@ ShortGPTError = InputError
 
 class NotFiniteError(ShortGPTError, FloatingPointError):
     """A weight, a state or a loss is NaN or infinite; the message says where."""
+
+
+class NotSavedError(ShortGPTError, OSError):
+    """The result of a long run could not be written; what was done is kept for the same call."""
 
 
 # What a command reports in one line: input at fault, and what the system says of files and hubs.
