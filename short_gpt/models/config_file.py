@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llama.args import check_positive
-from llama.formats.gguf_header import Header, read_header
-from llama.formats.gguf_parts import PART
+from llama.formats.gguf_parts import PART, GGUFParts
 from llama.formats.names import GGUF, NAMES, check_layers
 from llama.formats.safetensors import SafetensorsFile
 from llama.io.json_files import read_json
@@ -85,8 +84,8 @@ def check_config(directory: Path) -> None:
             )
 
 
-def check_gguf(path: Path) -> None:
-    """Raises ShortGPTError unless a GGUF file is whole, with layers and tensors that fit.
+def check_gguf(path: Path) -> GGUFParts:
+    """A GGUF file for transformers; ShortGPTError unless its layers and tensors fit.
 
     Of a plain Llama every tensor must be known: transformers drops others, such as biases.
     """
@@ -96,36 +95,39 @@ def check_gguf(path: Path) -> None:
             f"{path} is one of {int(match[3])} files of its model, which transformers does not "
             f"read; join them: short-gpt convert {path} {match[1]}.gguf"
         )
-    header = read_header(path)
-    kind = header.fields.get("general.architecture")
-    layers = header.fields.get(f"{kind}.block_count")
+    parts = GGUFParts(path)
+    kind = parts.fields.get("general.architecture")
+    layers, width = (parts.fields.get(f"{kind}.{n}") for n in ("block_count", "embedding_length"))
     if not isinstance(kind, str) or not isinstance(layers, int) or not layers:
         raise ShortGPTError(
             f"{path} holds architecture {kind!r} of {layers!r} layers, expected a language model; "
             "is it a whole one?"
         )
-    check_layers(path, layers, header.tensors)
-    if kind == "llama" and not header.fields.get("llama.expert_count"):
-        _check_names(path, header, layers)
+    if not isinstance(width, int) or not width:  # transformers would take that of another model
+        raise ShortGPTError(f"{path} has {kind}.embedding_length = {width!r}; is it a whole one?")
+    check_layers(path, layers, parts.tensors)
+    if kind == "llama" and not parts.fields.get("llama.expert_count"):
+        _check_names(parts, layers)
+    return parts
 
 
-def gguf_layer_types(path: Path) -> list[str] | None:
+def gguf_layer_types(parts: GGUFParts) -> list[str] | None:
     """The kinds of a GGUF file's layers as transformers calls them; None if it lists none.
 
     transformers takes them from the layers' positions, which a cut file may no longer go by.
     """
-    fields = read_header(path).fields
+    fields = parts.fields
     slides = fields.get(f"{fields.get('general.architecture')}.attention.sliding_window_pattern")
     if not isinstance(slides, list):
         return None
     return ["sliding_attention" if slide else "full_attention" for slide in slides]
 
 
-def _check_names(path: Path, header: Header, layers: int) -> None:
+def _check_names(parts: GGUFParts, layers: int) -> None:
     templates = [row[GGUF] for row in NAMES]
     known = {template.format(i) for template in templates for i in range(layers)} | {ROPE_FACTORS}
-    if others := sorted(header.tensors.keys() - known):
+    if others := sorted(parts.tensors.keys() - known):
         raise ShortGPTError(
-            f"{path} cannot be loaded: it holds {', '.join(others[:3])}, which transformers' Llama "
-            "lacks and would leave out; open the model that it was made from"
+            f"{parts.path} cannot be loaded: it holds {', '.join(others[:3])}, which transformers' "
+            "Llama lacks and would leave out; open the model that it was made from"
         )

@@ -65,29 +65,29 @@ def load(name: str, options: dict[str, Any], tokenizer: Any) -> tuple[Any, Any]:
         from transformers import AutoTokenizer
     except ImportError:
         raise MissingPackageError('ShortHFModel needs: pip install "short-gpt[hf]"') from None
-    path, gguf = Path(name), {}
+    path, gguf, parts = Path(name), {}, None
     if is_gguf(name):
         if not path.is_file():
             raise FileNotFoundError(f"GGUF file {name} does not exist")
-        check_gguf(path)
+        parts = check_gguf(path)
         path, gguf = path.parent, {"gguf_file": path.name}
     where = str(path) if gguf else name
     # never None, with which transformers asks on the terminal
     trust = bool(options.get("trust_remote_code", False))
     options = {"dtype": "auto", **options, "trust_remote_code": trust}
     both = {key: options[key] for key in FROM_WHERE if key in options} | gguf
-    reading: AbstractContextManager[list[str]] = reading_gguf() if gguf else nullcontext([])
+    reading: AbstractContextManager[list[str]] = reading_gguf(parts) if parts else nullcontext([])
     try:
         with reading as left_out:
             config = read_config(where, both)
-            if gguf and (kinds := gguf_layer_types(Path(name))):
+            if parts and (kinds := gguf_layer_types(parts)):
                 config.layer_types = kinds
                 options["config"] = config
             loader = auto_class(config)
             if tokenizer is None and (gguf or _has_tokenizer(path)):
                 tokenizer = AutoTokenizer.from_pretrained(where, **both)
-                if gguf:
-                    mend_tokenizer(tokenizer, Path(name))
+                if parts:
+                    mend_tokenizer(tokenizer, parts.headers[0])
             with without_report():
                 model, info = loader.from_pretrained(where, **gguf, **(options | ALL))
     except Exception as error:  # a wrong name, no network, an unknown kind, a wrong option ...
@@ -98,7 +98,7 @@ def load(name: str, options: dict[str, Any], tokenizer: Any) -> tuple[Any, Any]:
     check_weights(name, info)
     check_left_out(name, left_out)
     if gguf:  # the weights are no longer quantized, so they can be saved and trained
-        del model.config.quantization_config
+        vars(model.config).pop("quantization_config", None)  # version 4 has none here
         vars(model).update(hf_quantizer=None, is_quantized=False)
     return model, tokenizer
 

@@ -204,16 +204,6 @@ def test_a_whole_model_still_runs(here, capsys):
     assert "perplexity" in capsys.readouterr().out
 
 
-def test_the_header_of_a_gguf_file_is_read_once(tmp_path, monkeypatch):
-    gguf = pytest.importorskip("gguf")
-    path = write_gguf(tmp_path / "m.gguf", make_transformer(vocab_size=BYTE_VOCAB))
-    made, plain = [], gguf.GGUFReader
-    monkeypatch.setattr(gguf, "GGUFReader", lambda *a: made.append(a) or plain(*a))
-    ShortHFModel(path)
-    ShortHFModel(path)
-    assert len(made) <= 2  # one for each model
-
-
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
