@@ -19,6 +19,7 @@ from llama.formats.gguf_parts import GGUFParts
 from llama.formats.gguf_types import packed
 from llama.formats.gguf_write import UINT32, Stored, copied, record, write_again
 from short_gpt import ShortHFModel
+from short_gpt.models.gguf_loading import reading_gguf
 from short_gpt.runtime.errors import ShortGPTError
 
 pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
@@ -40,8 +41,9 @@ def quantized(path: Path, out: Path) -> Path:
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma2", "gemma3", "starcoder2"])
-def test_the_model_and_its_tokenizer_are_those_of_plain_transformers(tmp_path, family):
-    """Config, weights bit for bit and vocabulary; with and without a type to load in."""
+def test_the_model_and_its_tokenizer_are_those_of_plain_transformers(tmp_path, monkeypatch, family):
+    """Config, weights bit for bit and vocabulary, in either type; tensors are read in pieces."""
+    monkeypatch.setattr("llama.formats.gguf_parts.CHUNK_VALUES", 300)
     model = make(family, num_hidden_layers=2, **WIDTHS.get(family, {}))
     quantized(write_model(tmp_path / "plain.gguf", family, model), tmp_path / "m.gguf")
     where = {"gguf_file": "m.gguf"}
@@ -74,6 +76,20 @@ def test_the_header_is_read_once_and_by_no_other_reader(tmp_path, monkeypatch):
     ShortHFModel(path)
     assert read == [path]
     assert gguf.GGUFReader is refused  # nothing of transformers or gguf stays another
+
+
+def test_the_metadata_are_those_that_transformers_reads(tmp_path):
+    """Of texts that are not asked for it takes their number for the size of the vocabulary."""
+    reader = pytest.importorskip("transformers.integrations.gguf.reader")
+    keys = {"attention.head_count_kv": [2] * 8}
+    path = write_model(tmp_path / "m.gguf", "llama", make("llama"), **keys)
+    plain = reader.read_gguf_metadata
+    for asked in ((), ("tokenizer.ggml.tokens", "tokenizer.ggml.merges")):
+        expected, names = plain(path, asked)
+        with reading_gguf(GGUFParts(path)):
+            found, ours = reader.read_gguf_metadata(path, asked)
+        assert found == expected and sorted(ours) == sorted(names)
+    assert reader.read_gguf_metadata is plain
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
