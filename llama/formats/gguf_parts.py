@@ -21,6 +21,7 @@ PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 SPLIT_NO, SPLIT_COUNT, SPLIT_TENSORS = "split.no", "split.count", "split.tensors.count"
 PLAIN = {"F16": np.float16, "F32": np.float32, "F64": np.float64}  # the others are in blocks
 CHUNK_BYTES = 16 * 2**20
+CHUNK_VALUES = 4 * 2**20
 
 
 class GGUFParts:
@@ -94,13 +95,18 @@ class GGUFParts:
         """A tensor of this name, dequantized to float32, in memory of its own."""
         from gguf import GGMLQuantizationType, quants
 
-        place = self.tensors[name]
-        path = self.paths[self._part[name]]
-        raw = np.fromfile(path, np.uint8, place.nbytes, offset=place.start)
-        rows, kind = raw.reshape(*place.shape[:-1], -1), GGMLQuantizationType(place.kind)
-        plain = PLAIN.get(kind.name)
-        values = rows.view(plain) if plain else quants.dequantize(rows, kind)
-        return torch.from_numpy(values.astype(np.float32, copy=False))
+        place, kind = self.tensors[name], GGMLQuantizationType(self.tensors[name].kind)
+        plain, width = PLAIN.get(kind.name), place.shape[-1]
+        values = torch.empty(place.shape)  # (..., D)
+        rows = values.view(-1, width)
+        row_bytes = place.nbytes // len(rows)
+        with open(self.paths[self._part[name]], "rb") as file:
+            file.seek(place.start)
+            for part in rows.split(max(1, CHUNK_VALUES // width)):  # dequantizing takes copies
+                raw = np.fromfile(file, np.uint8, len(part) * row_bytes).reshape(len(part), -1)
+                found = raw.view(plain) if plain else quants.dequantize(raw, kind)
+                part.copy_(torch.from_numpy(found.astype(np.float32, copy=False)))
+        return values
 
 
 def part_paths(path: Path) -> list[Path]:

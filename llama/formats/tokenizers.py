@@ -249,7 +249,7 @@ def gguf_tokenizer(source: Fields) -> tuple[str, bytes, JsonObject]:
     text = tokenizer_json(tokens, types, source.need("tokenizer.ggml.merges"), pre)
     # llama.cpp's defaults where the file is silent: Llama 3 begins with bos, others do not
     add_bos = bool(source.get("tokenizer.ggml.add_bos_token", pre == "llama-bpe"))
-    bos = source.get("tokenizer.ggml.bos_token_id")
+    bos = _token_id(source, "bos", tokens)
     if add_bos and bos is not None:
         text = with_bos(text, tokens[bos], bos)
     config = {"add_bos_token": add_bos, **_named_tokens(source, tokens)}
@@ -275,12 +275,22 @@ def _sentencepiece(source: Fields) -> tuple[str, bytes, JsonObject]:
     return "tokenizer.model", data, {**LLAMA2_CONFIG, **named}
 
 
+def _token_id(source: Fields, name: str, tokens: Sequence[str]) -> int | None:
+    """The number of a token that a GGUF file names; InputError if there is no such token."""
+    number = source.get(f"tokenizer.ggml.{name}_token_id")
+    if number is not None and (type(number) is not int or not 0 <= number < len(tokens)):
+        raise InputError(
+            f"{source.path} has tokenizer.ggml.{name}_token_id = {str(number)[:40]}, expected the "
+            f"number of one of its {len(tokens)} tokens; convert the model anew"
+        )
+    return number
+
+
 def _named_tokens(source: Fields, tokens: Sequence[str]) -> Mapping[str, str]:
     """What ``tokenizer_config.json`` says of single tokens, and the template of chats."""
     config: dict[str, str] = {}
     for name, key in (("bos", "bos"), ("eos", "eos"), ("unknown", "unk"), ("padding", "pad")):
-        number = source.get(f"tokenizer.ggml.{name}_token_id")
-        if number is not None:
+        if (number := _token_id(source, name, tokens)) is not None:
             config[f"{key}_token"] = str(tokens[number])
     template = source.get("tokenizer.chat_template")
     return config if template is None else {**config, "chat_template": str(template)}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -25,9 +26,10 @@ from short_gpt.scored_model import ScoredModel
 from short_gpt.surgery.changes import Parameter
 
 # Architectures whose weights lie in transformers as in the file, up to the heads of queries and
-# keys of the first.
-MAPPED = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "starcoder2")
+# keys of the second row, and norms of the third, which a file stores plus one.
+MAPPED = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "starcoder2", "olmo2")
 PERMUTED = ("llama",)
+PLUS_ONE = ("gemma2", "gemma3")
 
 
 def save_gguf(
@@ -80,6 +82,25 @@ def _weight(short: ScoredModel, parameter: Parameter) -> Tensor:
     return short.decoder.layers[short.kept.index(number)].get_parameter(name)
 
 
+def check_saved(source: str | os.PathLike[str], layers: Sequence[int]) -> None:
+    """Refuses, before any work, a GGUF file that `save_gguf` could not write back changed.
+
+    Args:
+        source: the file.
+        layers: numbers of the layers that are removed.
+
+    Raises:
+        ShortGPTError: the architecture is not one of `MAPPED`, or the layers cannot go.
+    """
+    stack = Stack.of(GGUFParts(Path(str(source))))
+    if stack.arch not in MAPPED:
+        raise ShortGPTError(
+            f"changed weights are written to GGUF files of {', '.join(MAPPED)}, {source} is of "
+            f"{stack.arch}: name a directory instead"
+        )
+    stack.kept(layers)
+
+
 def _name(stack: Stack, parameter: Parameter, layers_path: str) -> str:
     """GGUF's name of a parameter of transformers; ShortGPTError if it has none that is sure."""
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
@@ -91,11 +112,10 @@ def _name(stack: Stack, parameter: Parameter, layers_path: str) -> str:
     if stack.arch in MAPPED:
         names = get_tensor_name_map(known[stack.arch], stack.blocks)
         found = names.get_name(full, try_suffixes=(".weight", ".bias"))
-    # the norms of some lie otherwise in a file
-    if found not in stack.parts.tensors or "norm" in str(found):
+    if found not in stack.parts.tensors:
         raise ShortGPTError(
             f"{full} was changed, and where it belongs in a GGUF file of {stack.arch} is not "
-            f"known for sure; known are matrices of {', '.join(MAPPED)}: name a directory instead"
+            f"known; known are weights of {', '.join(MAPPED)}: name a directory instead"
         )
     return str(found)
 
@@ -110,6 +130,8 @@ def _stored(stack: Stack, name: str, weight: Tensor) -> Stored:
         if not isinstance(count, int):
             raise ShortGPTError(f"{name} was changed, whose heads differ from layer to layer")
         weight = permute_rows(weight, count, to_neighbours=True)
+    if stack.arch in PLUS_ONE and name.endswith("norm.weight"):
+        weight = weight.float() + 1
     if tuple(weight.shape) != place.shape:
         raise ShortGPTError(f"{name} has shape {list(weight.shape)}, expected {list(place.shape)}")
     kind = writable(place.kind, place.shape)

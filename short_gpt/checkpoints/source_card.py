@@ -8,14 +8,18 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from llama.formats.gguf_header import read_header
+from llama.formats.gguf_parts import part_paths
 from llama.io.json_files import read_json
-from llama.io.sources import is_hub_id
+from llama.io.sources import is_gguf, is_hub_id
 from short_gpt.runtime.errors import ShortGPTError
 
 LICENSE = ("license", "license_name", "license_link")
 BASE = "base_model"
 FRONT_MATTER = re.compile(r"\A\s*---[ \t]*\n(.*?)\n---[ \t]*$", re.DOTALL | re.MULTILINE)
 PLAIN = re.compile(r"[A-Za-z0-9][\w./-]*")
+HUB = re.compile(r"https://(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+?)/?")
+MOST_BASES = 100
 MOST = 2**20  # bytes of a card that are looked at
 
 
@@ -23,7 +27,7 @@ def source_card(source: str | os.PathLike[str], directory: Path | None = None) -
     """The licence and the base model of a checkpoint, as far as it says.
 
     The base model is the source itself if that is on the hub, else the name that its config
-    remembers, else its card's own base model.
+    remembers, else its card's own base model. A GGUF file says both in its metadata.
 
     Args:
         source: directory or file of a model, or hub id, of which only what was fetched is read.
@@ -36,7 +40,10 @@ def source_card(source: str | os.PathLike[str], directory: Path | None = None) -
         >>> source_card("mistralai/Mistral-7B-v0.1")["base_model"]
         'mistralai/Mistral-7B-v0.1'
     """
-    said = front_matter(_text(directory or source, "README.md"))
+    if is_gguf(source):
+        said = _in_metadata(Path(str(source)))
+    else:
+        said = front_matter(_text(directory or source, "README.md"))
     found = {key: said[key] for key in LICENSE if key in said}
     base = _named(source) or said.get(BASE)
     return {**found, BASE: base} if base else found
@@ -57,6 +64,23 @@ def front_matter(text: str) -> dict[str, object]:
     except (yaml.YAMLError, ValueError, RecursionError):
         return {}
     return {str(k): v for k, v in said.items() if _is_said(v)} if isinstance(said, dict) else {}
+
+
+def _in_metadata(path: Path) -> dict[str, object]:
+    """The same of a GGUF file's metadata; a base model that is not on the hub has no name there."""
+    try:
+        fields = read_header(part_paths(path)[0]).fields
+    except (OSError, ShortGPTError):
+        return {}
+    said = {key: fields.get(f"general.{key.replace('_', '.')}") for key in LICENSE}
+    count = fields.get("general.base_model.count")
+    addresses = [
+        re.fullmatch(HUB, str(fields.get(f"general.base_model.{i}.repo_url")))
+        for i in range(count if isinstance(count, int) and count in range(MOST_BASES) else 0)
+    ]
+    names = [address[1] for address in addresses if address]
+    said[BASE] = names[0] if len(names) == 1 else names
+    return {key: value for key, value in said.items() if _is_said(value)}
 
 
 def _is_said(value: object) -> bool:

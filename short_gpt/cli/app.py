@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from importlib import metadata
@@ -14,7 +15,13 @@ from short_gpt.cli.flags import flags_of, prepared, similar, typed
 from short_gpt.cli.help import help_of, overview
 from short_gpt.cli.streams import lenient
 from short_gpt.runtime.abort import end_all
-from short_gpt.runtime.errors import USER_ERRORS, ShortGPTError, one_line, shortage
+from short_gpt.runtime.errors import (
+    USER_ERRORS,
+    NotSavedError,
+    ShortGPTError,
+    one_line,
+    shortage,
+)
 from short_gpt.runtime.progress import first_rank
 
 HELP = ("--help", "-h")
@@ -49,6 +56,8 @@ def said(error: BaseException, argv: Sequence[str] = ()) -> str | None:
         return "short-gpt: interrupted"
     if os.environ.get("SHORT_GPT_TRACEBACK"):
         return None
+    if isinstance(error, NotSavedError):
+        return f"short-gpt: {in_shell(str(error), argv)}: {shlex.join(['short-gpt', *argv])}"
     short = shortage(error)
     if short is not None:
         return one_line(f"short-gpt: {short}")

@@ -18,7 +18,13 @@ from short_gpt.healing.steps import TEACHER, check_order
 from short_gpt.healing.teacher import CONTENT
 from short_gpt.healing.texts import Learning
 from short_gpt.healing.work import Heal, Step, Work
-from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
+from short_gpt.runtime.errors import (
+    USER_ERRORS,
+    NotFiniteError,
+    NotSavedError,
+    ShortGPTError,
+    shortage,
+)
 from short_gpt.runtime.lock import Lock, hold
 from short_gpt.scored_model import ScoredModel
 
@@ -80,6 +86,7 @@ class HealingJob:
             nothing.
         resume: continue from what is there.
         progress: whether to show bars.
+        notify: called with every perplexity when it is measured, in words.
 
     Attributes:
         evidence: of `run`; None before.
@@ -106,13 +113,14 @@ class HealingJob:
         work_dir: str | Path | None = None,
         resume: bool = False,
         progress: bool = True,
+        notify: Callable[[str], object] | None = None,
     ) -> None:
         self.short, self.windows, self.layers = short, windows, list(layers)
         given = RefitSettings() if settings is None else settings
         self.steps: list[Step] = list(given) if isinstance(given, Sequence) else [given]
         check_order([(step.name, step.trains) for step in self.steps])
         self.work_dir = None if work_dir is None else Path(str(work_dir))
-        self.resume, self.progress = resume, progress
+        self.resume, self.progress, self.notify = resume, progress, notify
         self.evidence: HealingEvidence | None = None
         self._lock: Lock | None = None  # of the folder, from the beginning of `run` to that it goes
 
@@ -142,7 +150,7 @@ class HealingJob:
             work = Work(self.short, self.windows, self.layers, folder, lasting, self.progress)
             ready = [step.prepare(work) for step in self.steps]
             if self.layers:
-                parts[f"whole, {len(self.short.kept)} layers"] = self._measure()
+                self._measure(f"whole, {len(self.short.kept)} layers", parts)
             done = self._heal(ready, parts)
         cut, *healed = [*parts.values()][-len(done) - 1 :]
         names, before = [step.name for step in self.steps], [cut, *healed[:-1]]
@@ -166,13 +174,13 @@ class HealingJob:
         with self.short.without_layers(self.layers), _undone_on_error(undos):
             left = len(self.short.present)
             raw = f"pruned, {left} layers" if self.layers else f"before, {count} layers"
-            parts[raw] = self._measure()
+            self._measure(raw, parts)
             for number, heal in enumerate(ready, start=1):
                 how, undo = heal()
                 undos.append(undo)
                 done.append(how)
                 state = ", ".join(names[:number]) if number < len(names) else "healed"
-                parts[state] = self._measure()
+                self._measure(state, parts)
         with _undone_on_error(undos):
             if self.layers:
                 self.short.remove_layers(self.layers)
@@ -193,11 +201,21 @@ class HealingJob:
 
         Raises:
             RuntimeError: `run` was not called, or failed.
+            NotSavedError: nothing could be written; ``work_dir`` keeps all, to be continued.
         """
         if self.evidence is None:
             raise RuntimeError("nothing was healed yet; call run first")
         measured = self.evidence.perplexity
-        out = self.short.save(out_dir, facts=facts, measured=measured, overwrite=overwrite)
+        try:
+            out = self.short.save(out_dir, facts=facts, measured=measured, overwrite=overwrite)
+        except Exception as error:
+            why = shortage(error) or (str(error) if isinstance(error, USER_ERRORS) else None)
+            if self.work_dir is None or why is None:
+                raise
+            raise NotSavedError(
+                f"{out_dir} was not written: {why}; {self.work_dir} keeps what was healed, and "
+                "once there is a way to write, the same call continues"
+            ) from error
         if self.work_dir is not None:
             self._clear(self.work_dir)
         return out
@@ -251,8 +269,11 @@ class HealingJob:
         if self.resume and not there:
             raise ShortGPTError(f"{folder} holds nothing to resume; start without resume")
 
-    def _measure(self) -> list[Perplexity]:
-        return self.short.window_losses(self.windows.evaluation, progress=self.progress)
+    def _measure(self, state: str, parts: dict[str, list[Perplexity]]) -> None:
+        """Adds the perplexity of every window in this state of the model to ``parts``."""
+        parts[state] = self.short.window_losses(self.windows.evaluation, progress=self.progress)
+        if self.notify is not None:
+            self.notify(f"{state}: perplexity {together(parts[state]).value:.3f}")
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from pathlib import Path
 from llama.io.files import check_new
 from llama.io.sources import is_gguf
 from short_gpt.checkpoints.gguf import about_kinds, check_new_gguf
-from short_gpt.checkpoints.gguf_save import about_types
+from short_gpt.checkpoints.gguf_save import about_types, check_saved
 from short_gpt.checkpoints.provenance import PROVENANCE, Provenance
 from short_gpt.healing import (
     RIDGE,
@@ -76,11 +76,13 @@ def heal(
         learned, settings, distilling, opening: of windows and methods; how models are opened.
         streaming: whether one layer at a time is in memory.
         overwrite: whether an earlier pruned checkpoint is replaced.
-        notify: is told what a refit will take in memory and on disk, before it starts.
+        notify: is told what a refit will take in memory and on disk, before it starts, and every
+            perplexity when it is measured.
 
     Raises:
         FileExistsError: ``out`` exists.
         ShortGPTError: a setting, the choice, or texts that are learned from and evaluated on.
+        NotSavedError: the healed model could not be written; the same call continues.
 
     Example:
         >>> done = heal("llama-2-7b", "llama-2-5b", choice=Choice([21, 22]))  # doctest: +SKIP
@@ -94,6 +96,8 @@ def heal(
     streaming.check(methods)
     _check_target(model, out, overwrite=overwrite)
     found = _selection(model, choice or Choice(), methods, distilling)
+    if is_gguf(out):
+        check_saved(model, found.layers)
     run = _Run(model, out, texts, methods, learned, settings, distilling, opening, streaming)
     with interruptible():
         return run.healed(found, overwrite=overwrite, notify=notify)
@@ -124,7 +128,8 @@ class _Run:
         teacher = _teacher(model, self.distilling, self.opening, size)
         distill = self.distilling.step(recipe, teacher)
         steps = _steps(self.methods, self.settings, learned, recipe, distill)
-        job = _job(short, parts, found.layers, steps, self.out, resume=self.settings.resume)
+        again = self.settings.resume
+        job = _job(short, parts, found.layers, steps, self.out, resume=again, notify=notify)
         if plan := job.plan_text():
             notify(plan)
         bos, data = learned.bos or short.bos, self.texts.data
@@ -197,13 +202,16 @@ def _job(
     out: str,
     *,
     resume: bool,
+    notify: Notify,
 ) -> HealingJob:
     """The healing; what training and a refit continue from lies beside the new directory."""
     refits = any(isinstance(step, RefitSettings) for step in steps)
     kind = "training" if steps[-1].trains else "refit" if refits else None
     folder = None if kind is None else Path(f"{out}.{kind}")
     again = resume or (folder is not None and folder.is_dir() and any(folder.iterdir()))
-    return HealingJob(short, parts, layers, settings=steps, work_dir=folder, resume=again)
+    return HealingJob(
+        short, parts, layers, settings=steps, work_dir=folder, resume=again, notify=notify
+    )
 
 
 def _teacher(

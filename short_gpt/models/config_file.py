@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llama.args import MOST, check_positive, shown
-from llama.formats.gguf_header import Header, read_header
-from llama.formats.gguf_parts import PART
+from llama.formats.gguf_parts import PART, GGUFParts
 from llama.formats.names import GGUF, NAMES, check_layers
 from llama.formats.safetensors import INDEX, WEIGHTS, SafetensorsFile, open_weights
 from llama.io.json_files import read_json
@@ -105,8 +104,8 @@ def check_ids(path: Path, settings: Mapping[str, object]) -> None:
             )
 
 
-def check_gguf(path: Path) -> None:
-    """Raises ShortGPTError unless a GGUF file is whole, with layers and tensors that fit.
+def check_gguf(path: Path) -> GGUFParts:
+    """A GGUF file for transformers; ShortGPTError unless its layers and tensors fit.
 
     Of a plain Llama every tensor must be known: transformers drops others, such as biases.
     """
@@ -116,17 +115,20 @@ def check_gguf(path: Path) -> None:
             f"{path} is one of {int(match[3])} files of its model, which transformers does not "
             f"read; join them: short-gpt convert {path} {match[1]}.gguf"
         )
-    header = read_header(path)
-    kind = header.fields.get("general.architecture")
-    layers = header.fields.get(f"{kind}.block_count")
+    parts = GGUFParts(path)
+    kind = parts.fields.get("general.architecture")
+    layers, width = (parts.fields.get(f"{kind}.{n}") for n in ("block_count", "embedding_length"))
     if not isinstance(kind, str) or not isinstance(layers, int) or not layers:
         raise ShortGPTError(
             f"{path} holds architecture {kind!r} of {layers!r} layers, expected a language model; "
             "is it a whole one?"
         )
-    check_layers(path, layers, header.tensors)
-    if kind == "llama" and not header.fields.get("llama.expert_count"):
-        _check_names(path, header, layers)
+    if not isinstance(width, int) or not width:  # transformers would take that of another model
+        raise ShortGPTError(f"{path} has {kind}.embedding_length = {width!r}; is it a whole one?")
+    check_layers(path, layers, parts.tensors)
+    if kind == "llama" and not parts.fields.get("llama.expert_count"):
+        _check_names(parts, layers)
+    return parts
 
 
 def gguf_layer_types(fields: Mapping[str, object], config: Any) -> list[str] | None:
@@ -160,11 +162,11 @@ def gguf_layer_types(fields: Mapping[str, object], config: Any) -> list[str] | N
     return kinds if has_kinds else None
 
 
-def _check_names(path: Path, header: Header, layers: int) -> None:
+def _check_names(parts: GGUFParts, layers: int) -> None:
     templates = [row[GGUF] for row in NAMES]
     known = {template.format(i) for template in templates for i in range(layers)} | {ROPE_FACTORS}
-    if others := sorted(header.tensors.keys() - known):
+    if others := sorted(parts.tensors.keys() - known):
         raise ShortGPTError(
-            f"{path} cannot be loaded: it holds {', '.join(others[:3])}, which transformers' Llama "
-            "lacks and would leave out; open the model that it was made from"
+            f"{parts.path} cannot be loaded: it holds {', '.join(others[:3])}, which transformers' "
+            "Llama lacks and would leave out; open the model that it was made from"
         )

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import lru_cache
-from pathlib import Path
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import cache, partial
+from importlib import import_module
+from math import prod
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from llama.formats.gguf import ROPE_FACTORS
-from llama.formats.gguf_header import read_header
+from llama.formats.gguf_header import STRING, Header
+from llama.formats.gguf_parts import GGUFParts
 from llama.formats.tokenizers import DIGITS
 from short_gpt.models.pretrained import PretrainedTokenizer
 from short_gpt.models.weights_report import some
 from short_gpt.runtime.errors import ShortGPTError
 
 MAPPED = "get_gguf_hf_weights_map"  # transformers' own: from names of tensors to those of weights
+# Modules of transformers 5 that hold its function for the metadata; version 4 has none of them.
+METADATA = "read_gguf_metadata"
+WITH_METADATA = (
+    "transformers.integrations.gguf",
+    "transformers.integrations.gguf.reader",
+    "transformers.quantizers.quantizer_gguf",
+)
 
 
 class _Asked(dict[str, str]):
@@ -33,11 +43,16 @@ class _Asked(dict[str, str]):
 
 
 @contextmanager
-def reading_gguf() -> Iterator[list[str]]:
-    """Lets transformers share one reader of a GGUF file, and notes which tensors it leaves out.
+def reading_gguf(parts: GGUFParts) -> Iterator[list[str]]:
+    """Gives transformers what was read of a GGUF file, and notes which tensors it leaves out.
 
-    It makes one reader each for the config, twice, the tokenizer and the weights; for a vocabulary
-    of 49,000 each takes seconds. Tensors of names that it does not know it passes over.
+    It walks through the header itself in Python for the config, twice for the tokenizer, and for
+    the weights, which takes seconds each for a large vocabulary; the package gguf makes an array
+    of every token, and several copies of a tensor to dequantize it. Tensors of names that it does
+    not know transformers passes over.
+
+    Args:
+        parts: the file.
 
     Returns:
         The names of those, filled while the file is read.
@@ -45,21 +60,82 @@ def reading_gguf() -> Iterator[list[str]]:
     import gguf
     from transformers import modeling_gguf_pytorch_utils as reading
 
-    reader, mapped = gguf.GGUFReader, vars(reading).get(MAPPED)
     left_out: list[str] = []
-    vars(gguf).update(GGUFReader=lru_cache(maxsize=1)(reader))
-    if mapped is not None:
-        vars(reading).update({MAPPED: _noting(mapped, left_out)})
+    fields = {key: _field(value) for key, value in parts.fields.items()}
+    tensors = [SimpleNamespace(name=n, data=n, tensor_type=None) for n in parts.tensors]
+    patches: list[tuple[ModuleType, str, object]] = [
+        (gguf, "GGUFReader", lambda _: SimpleNamespace(fields=fields, tensors=tensors)),
+        (gguf, "dequantize", lambda name, _: parts.read(name).numpy()),
+        (gguf, "get_tensor_name_map", cache(gguf.get_tensor_name_map)),  # asked for every module
+        (reading, "_gguf_parse_value", lambda value, _: value),
+        (reading, MAPPED, _noting(getattr(reading, MAPPED), parts, left_out)),
+    ]
+    patches += [(module, METADATA, partial(_metadata, parts)) for module in _with_metadata()]
+    before = [(module, name, getattr(module, name)) for module, name, _ in patches]
+    for module, name, ours in patches:
+        setattr(module, name, ours)
     try:
         yield left_out
     finally:
-        vars(gguf).update(GGUFReader=reader)
-        if mapped is not None:
-            vars(reading).update({MAPPED: mapped})
+        for module, name, theirs in before:
+            setattr(module, name, theirs)
 
 
-def _noting(mapped: Callable[..., dict[str, str]], left_out: list[str]) -> Callable[..., Any]:
-    return lambda *args, **options: _Asked(mapped(*args, **options), left_out)
+def _field(value: object) -> SimpleNamespace:
+    """A key as the package gguf's reader has it, but that values stand for themselves."""
+    values: Sequence[object] = value if isinstance(value, list) else [value]
+    return SimpleNamespace(parts=values, data=range(len(values)), types=())
+
+
+def _noting(
+    mapped: Callable[..., dict[str, str]], parts: GGUFParts, left_out: list[str]
+) -> Callable[..., dict[str, str]]:
+    def noting(model: Any, *args: object, **options: object) -> dict[str, str]:
+        _check_size(parts, model)
+        return _Asked(mapped(model, *args, **options), left_out)
+
+    return noting
+
+
+def _with_metadata() -> Iterator[ModuleType]:
+    for name in WITH_METADATA:
+        with suppress(ImportError):
+            if hasattr(module := import_module(name), METADATA):
+                yield module
+
+
+def _metadata(
+    parts: GGUFParts, _: object, string_arrays: Collection[str] = ()
+) -> tuple[dict[str, object], tuple[str, ...]]:
+    """What transformers' ``read_gguf_metadata`` gives: of texts not asked for, how many there are.
+
+    Args:
+        parts: the file.
+        string_arrays: keys whose texts are asked for.
+    """
+    records, fields = parts.headers[0].records, dict[str, Any](parts.fields)
+    counted = {k for k, r in records.items() if r.element == STRING} - {*string_arrays}
+    return {k: len(v) if k in counted else v for k, v in fields.items()}, tuple(parts.tensors)
+
+
+def _check_size(parts: GGUFParts, model: Any) -> None:
+    """Refuses a model that is far larger than the file, of whose metadata it was made.
+
+    Weights that a file lacks are made before they are refused. A tied output head counts twice.
+
+    Args:
+        parts: the file.
+        model: on the meta device; or a part of it.
+
+    Raises:
+        ShortGPTError: it is.
+    """
+    made = sum(weight.numel() for weight in model.state_dict().values())
+    there = sum(prod(place.shape) for place in parts.tensors.values())
+    if made > 2 * there:
+        raise ShortGPTError(
+            f"its metadata are those of a model of {made:,} weights, and its tensors have {there:,}"
+        )
 
 
 def check_left_out(name: str, left_out: list[str]) -> None:
@@ -80,17 +156,17 @@ def check_left_out(name: str, left_out: list[str]) -> None:
         )
 
 
-def mend_tokenizer(tokenizer: PretrainedTokenizer, path: Path) -> None:
+def mend_tokenizer(tokenizer: PretrainedTokenizer, header: Header) -> None:
     """Puts back the cut around digits that transformers drops of SmolLM2's tokenizer.
 
     Args:
-        tokenizer: as transformers made it of the file; changed in place.
-        path: the file.
+        tokenizer: as transformers made it of a GGUF file; changed in place.
+        header: of the file.
     """
     from tokenizers import pre_tokenizers
 
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None or read_header(path).fields.get("tokenizer.ggml.pre") != DIGITS:
+    if backend is None or header.fields.get("tokenizer.ggml.pre") != DIGITS:
         return
     digits = pre_tokenizers.Digits(individual_digits=True)
     backend.pre_tokenizer = pre_tokenizers.Sequence([digits, backend.pre_tokenizer])

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from llama.formats.gguf_header import read_header
 from llama.formats.tokenizers import find_hf_tokenizer
 from llama.io.hub import hub_failure
 from llama.io.json_files import read_json
@@ -71,29 +70,29 @@ def load(name: str, options: dict[str, Any], tokenizer: Any) -> tuple[Any, Any]:
         import transformers  # noqa: F401
     except ImportError:
         raise MissingPackageError('ShortHFModel needs: pip install "short-gpt[hf]"') from None
-    path, gguf = Path(name), {}
+    path, gguf, parts = Path(name), {}, None
     if is_gguf(name):
         if not path.is_file():
             raise FileNotFoundError(f"GGUF file {name} does not exist")
-        check_gguf(path)
+        parts = check_gguf(path)
         path, gguf = path.parent, {"gguf_file": path.name}
     where = str(path) if gguf else name
     # never None, with which transformers asks on the terminal
     trust = bool(options.get(TRUST, False))
     options = {"dtype": "auto", **options, TRUST: trust}
     both = {key: options[key] for key in FROM_WHERE if key in options} | gguf
-    reading: AbstractContextManager[list[str]] = reading_gguf() if gguf else nullcontext([])
+    reading: AbstractContextManager[list[str]] = reading_gguf(parts) if parts else nullcontext([])
     try:
         with reading as left_out:
             config = read_config(where, both)
-            if gguf and (kinds := gguf_layer_types(read_header(Path(name)).fields, config)):
+            if parts and (kinds := gguf_layer_types(parts.fields, config)):
                 config.layer_types = kinds
                 options["config"] = config
             loader = auto_class(config)
             if tokenizer is None and (gguf or _has_tokenizer(path)):
                 tokenizer = load_tokenizer(where, both)
-                if gguf:
-                    mend_tokenizer(tokenizer, Path(name))
+                if parts:
+                    mend_tokenizer(tokenizer, parts.headers[0])
             with without_report():
                 model, info = loader.from_pretrained(where, **gguf, **(options | ALL))
     except MissingPackageError:
@@ -106,7 +105,7 @@ def load(name: str, options: dict[str, Any], tokenizer: Any) -> tuple[Any, Any]:
     check_weights(name, info)
     check_left_out(name, left_out)
     if gguf:  # the weights are no longer quantized, so they can be saved and trained
-        del model.config.quantization_config
+        vars(model.config).pop("quantization_config", None)  # version 4 has none here
         vars(model).update(hf_quantizer=None, is_quantized=False)
     return model, tokenizer
 

@@ -10,6 +10,7 @@ __all__ = [
     "USER_ERRORS",
     "MissingPackageError",
     "NotFiniteError",
+    "NotSavedError",
     "ShortGPTError",
     "one_line",
     "shortage",
@@ -21,6 +22,10 @@ ShortGPTError = InputError
 
 class NotFiniteError(ShortGPTError, FloatingPointError):
     """A weight, a state or a loss is NaN or infinite; the message says where."""
+
+
+class NotSavedError(ShortGPTError, OSError):
+    """The result of a long run could not be written; what was done is kept for the same call."""
 
 
 # What a command reports in one line: input at fault, and what the system says of files and hubs.

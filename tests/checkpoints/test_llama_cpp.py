@@ -17,11 +17,13 @@ from llama.formats.gguf_from import llama_to_gguf
 from llama.formats.gguf_parts import GGUFParts
 from llama.formats.gguf_write import UINT32, copied, record, write_again
 from llama.tokenizer import Tokenizer, find_tokenizer
-from short_gpt import ShortLlama
+from short_gpt import ShortHFModel, ShortLlama
 from short_gpt.checkpoints import prune_checkpoint, prune_gguf
 from short_gpt.checkpoints.gguf_layers import Stack, renamed
+from short_gpt.checkpoints.gguf_save import MAPPED
 from short_gpt.data import demo
 from short_gpt.models.hf import HFDecoder
+from short_gpt.surgery.changes import WeightChange
 
 pytestmark = [pytest.mark.real, pytest.mark.filterwarnings("default")]
 
@@ -208,3 +210,28 @@ def test_without_layers_that_change_nothing_a_model_is_the_same(tmp_path, arch, 
             results.append(client.embed(ids))
     assert results[0] == results[1]
     assert max(abs(a - b) for a, b in zip(results[0], results[2], strict=True)) > 0.03
+
+
+@pytest.mark.parametrize("family", [f for f in sorted(FAMILIES) if FAMILIES[f][0] in MAPPED])
+def test_changed_weights_are_written_where_llama_cpp_reads_them(tmp_path, family):
+    """All weights of the layers left, norms too, which some files store plus one."""
+    model = make(family)
+    short = ShortHFModel(model)
+    short.source = str(write_model(tmp_path / "m.gguf", family, model))
+    short.remove_layers([1, 4])
+    keep, changed = [0, 2, 3, 5, 6, 7], set()
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for number, layer in zip(keep, short.decoder.layers, strict=True):
+            for name, weight in layer.named_parameters():
+                weight.add_(torch.randn(weight.shape, generator=generator) * 0.05)
+                changed.add((number, name))
+    short.note_change(WeightChange({"method": "by hand"}, frozenset(changed)))
+    short.save(tmp_path / "out.gguf")
+    ids = torch.randint(2, 258, (40,), generator=generator).tolist()
+    with torch.no_grad():
+        logits = model(torch.tensor([ids])).logits[0, -1]
+    rounding = ROUNDING.get(family, 2e-4)
+    assert difference(LlamaCpp(tmp_path / "out.gguf").logprobs(ids), logits) < rounding
+    prune_gguf(tmp_path / "m.gguf", tmp_path / "cut.gguf", [1, 4])
+    assert difference(LlamaCpp(tmp_path / "cut.gguf").logprobs(ids), logits) > 0.05

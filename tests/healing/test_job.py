@@ -149,7 +149,9 @@ def test_an_error_behind_the_healing_takes_it_back(monkeypatch, settings, step):
         monkeypatch.setattr(short, "remove_layers", fails)
     else:
         monkeypatch.setattr(
-            job, "_measure", lambda: measured.append(1) or (fails() if measured[2:] else plain())
+            job,
+            "_measure",
+            lambda *a: measured.append(1) or (fails() if measured[2:] else plain(*a)),
         )
     with pytest.raises(MemoryError):
         job.run()

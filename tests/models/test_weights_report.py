@@ -232,16 +232,6 @@ def test_a_period_that_a_gguf_file_names_is_not_that_of_transformers(
     assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
 
 
-def test_the_header_of_a_gguf_file_is_read_once(tmp_path, monkeypatch):
-    gguf = pytest.importorskip("gguf")
-    path = write_gguf(tmp_path / "m.gguf", make_transformer(vocab_size=BYTE_VOCAB))
-    made, plain = [], gguf.GGUFReader
-    monkeypatch.setattr(gguf, "GGUFReader", lambda *a: made.append(a) or plain(*a))
-    ShortHFModel(path)
-    ShortHFModel(path)
-    assert len(made) <= 2  # one for each model
-
-
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [

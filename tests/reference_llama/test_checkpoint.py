@@ -7,6 +7,9 @@ import math
 import pickle
 import random
 import re
+import struct
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -22,6 +25,7 @@ from conftest import (
 
 from llama.checkpoint.meta import Checkpoint
 from llama.checkpoint.pth import Shard, TensorInfo, write_shard
+from llama.errors import InputError
 from llama.io.files import check_new, new_directory
 from llama.io.json_files import write_json
 from llama.io.outputs import check_outputs
@@ -432,6 +436,73 @@ def test_json_keeps_texts_and_digits(tmp_path):
     text = (tmp_path / "x.json").read_text()
     assert json.loads(text) == {**content, "none": [None, True, None]}
     assert '"numbers": [1, 0.1, 1e-300]' in text
+
+
+def repacked(path: Path, name: str, content: bytes, method: int = zipfile.ZIP_DEFLATED) -> None:
+    """Writes a file of torch.save again, one record of it another and compressed."""
+    with zipfile.ZipFile(path) as archive:
+        records = {entry.filename: archive.read(entry) for entry in archive.infolist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for own, kept in records.items():
+            found = own.endswith(f"/{name}")
+            kind = method if found else zipfile.ZIP_STORED
+            archive.writestr(zipfile.ZipInfo(own), content if found else kept, kind)
+
+
+@pytest.mark.parametrize("name", ["data.pkl", "version"])
+def test_a_file_that_inflates_takes_no_more_memory_than_it_has_bytes(checkpoint_dir, name):
+    """64 MiB of zeros in 65 kB, which torch would inflate, and of version whenever it is opened."""
+    path = checkpoint_dir / "consolidated.00.pth"
+    repacked(path, name, bytes(2**26))
+    code = """
+import sys
+from pathlib import Path
+import torch
+from llama.checkpoint.pth import Shard
+
+def peak():
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
+
+torch.zeros(1), torch.load  # what they import
+before = peak()
+try:
+    Shard(Path(sys.argv[1]))
+except ValueError as error:
+    print(peak() - before, error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True
+    )
+    taken, said = done.stdout.split(" ", 1)
+    assert int(taken) < 2**24
+    assert f"{path} was refused: its record consolidated.00/{name} is compressed" in said
+
+
+def test_sizes_that_lie_are_refused(checkpoint_dir):
+    """The list of records is what torch goes by; two lists would be read as the reader likes."""
+    path = checkpoint_dir / "consolidated.00.pth"
+    plain = path.read_bytes()
+    start = plain.index(b"PK\1\2")  # the list's first record
+    for where, value in ((24, 2**31), (20, 7), (10, 8)):  # size, size compressed, compression
+        content = bytearray(plain)
+        content[start + where : start + where + 2] = (value % 2**16).to_bytes(2, "little")
+        content[start + where + 2 : start + where + 4] = (value >> 16).to_bytes(2, "little")
+        path.write_bytes(content)
+        with pytest.raises(InputError, match="was refused: its record consolidated.00/data.pkl"):
+            Shard(path)
+    zip64 = struct.pack("<4sQ2H2I4Q", b"PK\6\6", 44, 45, 45, 0, 0, 9, 9, 400, 64)
+    for place in (len(plain), 0):  # in front of the end of that list one of another
+        locator = struct.pack("<4sIQI", b"PK\6\7", 0, place, 1)
+        path.write_bytes(plain[:-22] + zip64 + locator + plain[-22:])
+        with pytest.raises(InputError, match="expected a complete zip file"):
+            Shard(path)
+    for content in (plain[:-2] + b"\3\0abc", b"PK\3\4" + plain):  # a comment; bytes in front
+        path.write_bytes(content)
+        with pytest.raises(InputError, match="expected a complete zip file"):
+            Shard(path)
+    repacked(path, "version", bytes(2**24 + 1), zipfile.ZIP_STORED)
+    with pytest.raises(InputError, match=r"00/version says that it has 16777217 bytes"):
+        Shard(path)
 
 
 def test_damaged_files_never_give_anything_but_one_error(checkpoint_dir):

@@ -1,0 +1,150 @@
+"""GGUF files through transformers: what it would read itself, in less time and memory."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import gguf
+import pytest
+import torch
+from conftest import BYTE_VOCAB, make_transformer
+from gguf_families import make, write_model
+from gguf_files import write_gguf
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from llama.formats.gguf_header import ARRAY, STRING, read_header
+from llama.formats.gguf_parts import GGUFParts
+from llama.formats.gguf_types import packed
+from llama.formats.gguf_write import UINT32, Stored, copied, record, write_again
+from short_gpt import ShortHFModel
+from short_gpt.models.gguf_loading import reading_gguf
+from short_gpt.runtime.errors import ShortGPTError
+
+pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
+KINDS = gguf.GGMLQuantizationType
+WIDTHS = {"qwen3": {"head_dim": 128}}  # transformers reads no other here
+
+
+def quantized(path: Path, out: Path) -> Path:
+    """A copy whose matrices are of every type in turn that the package gguf writes."""
+    parts = GGUFParts(path)
+    kinds = [KINDS.Q8_0, KINDS.F16, KINDS.Q4_0, KINDS.BF16, KINDS.Q5_1, KINDS.F32]
+    tensors = {}
+    for number, (name, place) in enumerate(parts.tensors.items()):
+        kind = kinds[number % len(kinds)] if len(place.shape) > 1 else KINDS.F32
+        content = packed(name, parts.read(name), kind)
+        tensors[name] = Stored(place.shape, kind, len(content), lambda c=content: [c])
+    write_again([out], parts, tensors)
+    return out
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma2", "gemma3", "starcoder2"])
+def test_the_model_and_its_tokenizer_are_those_of_plain_transformers(tmp_path, monkeypatch, family):
+    """Config, weights bit for bit and vocabulary, in either type; tensors are read in pieces."""
+    monkeypatch.setattr("llama.formats.gguf_parts.CHUNK_VALUES", 300)
+    model = make(family, num_hidden_layers=2, **WIDTHS.get(family, {}))
+    quantized(write_model(tmp_path / "plain.gguf", family, model), tmp_path / "m.gguf")
+    where = {"gguf_file": "m.gguf"}
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path, **where)
+    for kind in (torch.float32, torch.bfloat16):
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path, **where, dtype=kind)
+        short = ShortHFModel(tmp_path / "m.gguf", dtype=kind)
+        ours, theirs = short.model.state_dict(), plain.state_dict()
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+        vars(plain.config).pop("quantization_config", None)
+        assert short.model.config.to_dict() == plain.config.to_dict()
+        assert short.tokenizer.get_vocab() == tokenizer.get_vocab()
+        assert short.tokenizer.special_tokens_map == tokenizer.special_tokens_map
+        assert short.encode("abba ba") == tokenizer("abba ba")["input_ids"]
+
+
+def test_the_header_is_read_once_and_by_no_other_reader(tmp_path, monkeypatch):
+    path = write_gguf(tmp_path / "m.gguf", make_transformer(vocab_size=BYTE_VOCAB))
+    read = []
+
+    def refused(*_: object, **__: object) -> None:
+        raise AssertionError("transformers reads the header itself")
+
+    monkeypatch.setattr(gguf, "GGUFReader", refused)
+    if hasattr(__import__("transformers.integrations").integrations, "gguf"):
+        monkeypatch.setattr("transformers.integrations.gguf.reader._read_metadata", refused)
+    for place in ("llama.formats.gguf_parts", "llama.formats.gguf_from"):
+        monkeypatch.setattr(f"{place}.read_header", lambda p: read.append(p) or read_header(p))
+    ShortHFModel(path)
+    assert read == [path]
+    assert gguf.GGUFReader is refused  # nothing of transformers or gguf stays another
+
+
+def test_the_metadata_are_those_that_transformers_reads(tmp_path):
+    """Of texts that are not asked for it takes their number for the size of the vocabulary."""
+    reader = pytest.importorskip("transformers.integrations.gguf.reader")
+    keys = {"attention.head_count_kv": [2] * 8}
+    path = write_model(tmp_path / "m.gguf", "llama", make("llama"), **keys)
+    plain = reader.read_gguf_metadata
+    for asked in ((), ("tokenizer.ggml.tokens", "tokenizer.ggml.merges")):
+        expected, names = plain(path, asked)
+        with reading_gguf(GGUFParts(path)):
+            found, ours = reader.read_gguf_metadata(path, asked)
+        assert found == expected and sorted(ours) == sorted(names)
+    assert reader.read_gguf_metadata is plain
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_opening_takes_at_most_twice_the_models_memory(tmp_path):
+    """With a large vocabulary, whose tokens would be views of NumPy, and are mapped beside it."""
+    count = 150_000
+    write_gguf(tmp_path / "tiny.gguf", make_transformer(vocab_size=BYTE_VOCAB))
+    model = make_transformer(vocab_size=count, dim=256, n_layers=1)
+    parts = GGUFParts(write_gguf(tmp_path / "plain.gguf", model))
+    key = "tokenizer.ggml.tokens"
+    texts = [*parts.fields[key], *(f"x{i}" for i in range(count - BYTE_VOCAB))]
+    tensors = {name: copied(parts, name) for name in parts.tensors}
+    records = {key: record(key, texts, ARRAY, STRING)}
+    write_again([tmp_path / "m.gguf"], parts, tensors, records=records)
+    code = """
+import sys
+from pathlib import Path
+import torch
+from short_gpt import ShortHFModel
+
+def status(name):
+    return int(Path("/proc/self/status").read_text().split(name)[1].split()[0]) * 1024
+
+ShortHFModel(sys.argv[1], dtype=torch.float32)  # imports all
+before = status("VmRSS:")
+short = ShortHFModel(sys.argv[2], dtype=torch.float32)
+print((status("VmHWM:") - before) / sum(p.nbytes for p in short.model.parameters()))
+"""
+    command = [sys.executable, "-c", code, tmp_path / "tiny.gguf", tmp_path / "m.gguf"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert 0.9 < float(done.stdout) < 2
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("embedding_length", None, "llama.embedding_length = None; is it a whole one"),
+        ("embedding_length", 2**14, "its metadata are those of a model of"),
+        ("feed_forward_length", 2**24, "its metadata are those of a model of"),
+    ],
+)
+def test_a_model_larger_than_the_file_is_refused_before_it_is_made(
+    tmp_path, monkeypatch, key, value, said
+):
+    """Left to itself transformers makes all weights, some of another model's sizes."""
+    path = write_gguf(tmp_path / "plain.gguf", make_transformer(vocab_size=BYTE_VOCAB))
+    parts = GGUFParts(path)
+    key = f"llama.{key}"
+    changed = {key: None if value is None else record(key, value, UINT32)}
+    tensors = {name: copied(parts, name) for name in parts.tensors}
+    write_again([tmp_path / "m.gguf"], parts, tensors, records=changed)
+
+    def made(*_: object, **__: object) -> None:
+        raise AssertionError("a weight was made")
+
+    monkeypatch.setattr("transformers.PreTrainedModel._init_weights", made)
+    with pytest.raises(ShortGPTError, match=said):
+        ShortHFModel(tmp_path / "m.gguf")
