@@ -8,8 +8,9 @@ import torch
 from conftest import make_transformer, random_windows
 
 from short_gpt.data.windows import Window
+from short_gpt.experiments.rows import Row
 from short_gpt.models.meta import MetaDecoder
-from short_gpt.report.tables import ranking
+from short_gpt.report.tables import compared, ranking
 from short_gpt.scoring.importance import Importance
 from short_gpt.scoring.measuring import measure
 
@@ -37,3 +38,20 @@ def test_the_intervals_of_the_ranking_are_95_percent_ones():
     assert ratio == pytest.approx(scipy.stats.t.ppf(0.975, 39), rel=1e-3)
     assert Importance.empty(range(5)).margin.isnan().all()
     assert [*map(int, shown[:, 2])] == [sorted(shown[:, 0]).index(x) + 1 for x in shown[:, 0]]
+
+
+def test_a_comparison_names_every_set_of_layers():
+    """A line a method, one more a seed; the same set healed is not named twice."""
+    cases = [("dense", None, 0, "raw", [])]
+    cases += [("bi", None, 1, how, [3]) for how in ("raw", "refit")]
+    cases += [("bi", None, 2, "raw", [3, 1])]
+    cases += [("random", seed, 1, "raw", [seed + 1]) for seed in (0, 1)]
+    rows = [Row(*case, 9.0, 0.1, 0.01, None, None, 10, 1.0, 1.0) for case in cases]
+    lines = compared(rows).splitlines()
+    first = lines.index("sets of layers removed      1 layers | 2 layers")
+    assert [line.split() for line in lines[first + 1 : first + 5]] == [
+        ["bi", "3", "|", "1", "3"],
+        ["random,", "seed", "0", "1", "|", "-"],
+        ["random,", "seed", "1", "2", "|", "-"],
+        [],
+    ]
