@@ -67,7 +67,7 @@ script healing healing --count 40 --also wikitext2_test.txt --others lambada_pas
 script distillation distillation --also wikitext2_test.txt --others lambada_passages.txt
 script distillation_influence distillation --layers 2,3,12,13,14,15,17,25 --also wikitext2_test.txt \
     --others lambada_passages.txt
-script choice_variance choice_variance
+script choice_variance choice_variance --also wikitext2_test.txt --others lambada_passages.txt
 script optimality optimality --judged 3 --checked 2
 script refit_sets refits --only sets --also wikitext2_test.txt --others lambada_passages.txt
 script refit_parts refits --only parts,windows --also wikitext2_test.txt --others lambada_passages.txt
