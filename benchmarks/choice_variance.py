@@ -3,7 +3,7 @@
 The rankings that cost one pass choose 4 and 8 layers on several samples of calibration chapters,
 which share no window, and on samples of other texts. The first sample is the windows of `compare`'s
 table. Block Influence also chooses on every 4 windows of a sample. Every distinct set is then
-judged, as pruned, on the held-out windows of that table.
+judged, as pruned, on the first of the held-out windows of that table.
 
     python benchmarks/choice_variance.py --also FILE --others FILE --out choice_variance.json
 
@@ -46,7 +46,7 @@ Windows = list[list[int]]
 def main(
     draws: int = 5,
     count: int = 24,
-    judged: int = 16,
+    judged: int = 8,
     also: str | None = None,
     others: str | None = None,
     out: str | None = None,
