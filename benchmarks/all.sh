@@ -34,12 +34,8 @@ script() { measure "$1" python "benchmarks/$2.py" "${@:3}"; }
 ln -sfn "$root/benchmarks" benchmarks
 ln -sf "$wikitext" wikitext2_test.txt
 ln -sfn "$tasks" tasks
-[ -s lambada_passages.txt ] || python - <<'EOF'
-import json
-rows = [json.loads(line) for line in open("tasks/lambada_openai.jsonl", encoding="utf-8")]
-text = "\n\n".join(f"{row['context']} {row['continuation']}" for row in rows)
-open("lambada_passages.txt", "w", encoding="utf-8").write(text)
-EOF
+[ -s lambada_passages.txt ] ||
+    python benchmarks/passages.py tasks/lambada_openai.jsonl lambada_passages.txt
 
 # the demo's file, cut of the layers of least Block Influence, and a text a book to draft on
 [ -s less-8.gguf ] || {
@@ -72,6 +68,7 @@ script healing healing --count 40 --also wikitext2_test.txt --others lambada_pas
 script distillation distillation --also wikitext2_test.txt --others lambada_passages.txt
 script distillation_influence distillation --layers 2,3,12,13,14,15,17,25 --also wikitext2_test.txt \
     --others lambada_passages.txt
+script choice_variance choice_variance --also wikitext2_test.txt --others lambada_passages.txt
 script optimality optimality --judged 3 --checked 2
 script refit_sets refits --only sets --also wikitext2_test.txt --others lambada_passages.txt
 script refit_parts refits --only parts,windows --also wikitext2_test.txt --others lambada_passages.txt

@@ -21,6 +21,7 @@ from pathlib import Path
 import fire
 import numpy as np
 from outcome import begin, finish
+from passages import passages
 from scoring import build
 
 from short_gpt import ShortLlama, calibrate, report
@@ -80,9 +81,6 @@ def documents(wikitext: str, tasks: str) -> dict[str, list[str]]:
     """Documents of every kind of text."""
     whole, folder = Path(wikitext).read_text(encoding="utf-8"), Path(tasks)
     articles = re.split(r"(?m)^(?= ?= [^=\n]+ = ?$)", whole)
-    passages = [
-        f"{d['context']} {d['continuation']}" for d in rows(folder / "lambada_openai.jsonl")
-    ]
     asked = [
         f"{d['query'].strip()}\nAnswer: {d['choices'][d['gold']]}"
         for pair in zip(rows(folder / "arc_easy.jsonl"), rows(folder / "piqa.jsonl"), strict=False)
@@ -94,7 +92,7 @@ def documents(wikitext: str, tasks: str) -> dict[str, list[str]]:
     return {
         "bible": demo.bible("calibration"),
         "wikitext": articles,
-        "novels": joined(passages, 50),
+        "novels": joined(passages(folder / "lambada_openai.jsonl"), 50),
         "questions": joined(asked, 50),
         "code": code,
     }

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
 HEALINGS = ("", ", refitted", ", distilled")
+# Of WikiText-2's test text the first half was fitted on: the name says which half is judged by.
+TEXTS = {
+    "turns": "right answers in the chat template",
+    "WikiText-2": "WikiText-2, second half",
+}
 
 
 def result(name: str) -> dict:
@@ -18,10 +24,15 @@ def row(*cells: object) -> str:
     return f"| {' | '.join(map(str, cells))} |"
 
 
+def layer_set(layers: Iterable[int]) -> str:
+    """Layers as a table prints a set of them."""
+    return ", ".join(map(str, sorted(layers)))
+
+
 def chosen() -> list[str]:
     """The layers that each text would remove."""
     choices = result("calibration")["calibration"]["choices"]
-    return [row(name, ", ".join(map(str, layers))) for name, layers in choices.items()]
+    return [row(name, layer_set(layers)) for name, layers in choices.items()]
 
 
 def agreed() -> list[str]:
@@ -43,11 +54,13 @@ def _agreement(found: dict, name: str | None = None) -> str:
 
 def crossed(healing: str) -> list[str]:
     """Every choice on every text: perplexity, and what it costs beyond the text's own choice."""
-    cells = [c for c in result("calibration")["calibration"]["cells"] if c["healing"] == healing]
+    found = result("calibration")["calibration"]
+    cells = [c for c in found["cells"] if c["healing"] == healing]
     lines = []
     for choice in dict.fromkeys(c["choice"] for c in cells):
         own = [c for c in cells if c["choice"] == choice]
-        lines.append(row(choice, *(_crossed(c) for c in own)))
+        name = f"{choice}: {layer_set(found['choices'][choice])}"
+        lines.append(row(name, *(_crossed(c) for c in own)))
     return lines
 
 
@@ -90,7 +103,8 @@ def tasks(count: int) -> list[str]:
     """Tasks, perplexities and completions with so many layers less, and what each lost."""
     names = ["whole", *(f"{count} less{healing}" for healing in HEALINGS)]
     rows = {name: result("tasks")["rows"][name] for name in names}
-    lines = []
+    layers = layer_set(result("tasks")["layers"][str(count)])
+    lines = [row("layers removed", "none", *[layers] * len(HEALINGS))]
     for name in rows["whole"]["tasks"]:
         own = [found["tasks"][name] for found in rows.values()]
         cells = [f"{c['value']:.3f}, {c['change']:+.3f} ({c['standard_error']:.3f})" for c in own]
@@ -99,7 +113,7 @@ def tasks(count: int) -> list[str]:
     for kind in rows["whole"]["texts"]:
         own = [found["texts"][kind] for found in rows.values()]
         cells = [_text(c) for c in own]
-        title = "right answers in the chat template" if kind == "turns" else kind
+        title = TEXTS.get(kind, kind)
         lines.append(row(f"perplexity: {title}", f"{own[0]['perplexity']:.2f}", *cells[1:]))
     same, again = (
         [sum(found[key]) / len(found[key]) for found in rows.values()]

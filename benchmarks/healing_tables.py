@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from evidence_tables import result, row
+from evidence_tables import layer_set, result, row
+
+from short_gpt.scoring.metrics import student_t
 
 KINDS = ("held-out chapters", "WikiText-2, second half", "novels")
 Cells = Mapping[str, Mapping[str, float]]  # by kind of text
@@ -13,12 +16,12 @@ Cells = Mapping[str, Mapping[str, float]]  # by kind of text
 
 def refitted() -> list[str]:
     """Perplexities by kind of text, and the share of the lost nats that is back."""
-    return [healed(name, found) for name, found in result("healing")["rows"].items()]
+    return distilled("healing")
 
 
 def healed(name: str, kinds: Cells) -> str:
     """A line of a model: perplexities, and behind the comma the share that is back."""
-    plain = name in ("whole", "cut")
+    plain = name.startswith(("whole", "cut"))
     share = [None if plain else found["restored"] for found in kinds.values()]
     cells = zip([found["perplexity"] for found in kinds.values()], share, strict=True)
     return row(name, *(f"{p:.2f}" + (f", {s:.0%}" if s is not None else "") for p, s in cells))
@@ -31,7 +34,27 @@ def passes() -> str:
 
 def distilled(name: str) -> list[str]:
     """The same of a model that is refitted and then distilled."""
-    return [healed(row, found) for row, found in result(name)["rows"].items()]
+    found = result(name)
+    names = {"cut": _cut(found["layers"])}
+    return [healed(names.get(row, row), kinds) for row, kinds in found["rows"].items()]
+
+
+def _cut(layers: Sequence[int]) -> str:
+    return f"cut: {layer_set(layers)}"
+
+
+def novels() -> str:
+    """How far apart both sets end on novels, once refitted, as a sentence."""
+    greedy, influence = (
+        result(name)["rows"]["refit"]["lambada_passages"]
+        for name in ("distillation", "distillation_influence")
+    )
+    values = [f"{found['perplexity']:.2f}" for found in (greedy, influence)]
+    apart = influence["nats"] - greedy["nats"]
+    return (
+        f"on novels greedy search's set is at {values[0]} and Block Influence's at {values[1]}, "
+        f"{apart:.3f} nats a token apart"
+    )
 
 
 def minutes() -> str:
@@ -48,20 +71,24 @@ def minutes() -> str:
 def parts() -> list[str]:
     """The whole and the cut model, and what each part of the refit brings back."""
     cases = group("parts")
+    return [healed("whole", next(iter(cases.values()))["whole"]), *_of_a_set(cases)]
+
+
+def _of_a_set(cases: Mapping[str, Any]) -> list[str]:
+    """The cut model, and it healed in every case."""
     first = next(iter(cases.values()))
-    lines = [healed(name, first[name]) for name in ("whole", "cut")]
+    lines = [healed(_cut(first["layers"]), first["cut"])]
     return [*lines, *(healed(name, found["healed"]) for name, found in cases.items())]
 
 
 def windows() -> list[str]:
     """The same by the windows of both texts that were fitted on."""
-    return [healed(name, found["healed"]) for name, found in by_windows().items()]
+    return _of_a_set(by_windows())
 
 
 def aims() -> list[str]:
     """The same by how far the changes aim, 1 being the target."""
-    cases = {"1": group("windows")["16 + 16"], **group("aims")}
-    return [healed(name, found["healed"]) for name, found in cases.items()]
+    return _of_a_set({"1": group("windows")["16 + 16"], **group("aims")})
 
 
 def by_windows() -> dict[str, Mapping[str, Cells]]:
@@ -84,7 +111,7 @@ def _set(layers: Sequence[int], cut: Cells, healed: Cells) -> str:
         f"{a['perplexity']:.2f}, {b['perplexity']:.2f} ({b['restored']:.0%})"
         for a, b in zip(cut.values(), healed.values(), strict=True)
     ]
-    return row(f"{len(layers)}: {', '.join(map(str, sorted(layers)))}", *cells)
+    return row(f"{len(layers)}: {layer_set(layers)}", *cells)
 
 
 def group(name: str) -> dict[str, Mapping[str, Cells]]:
@@ -126,15 +153,33 @@ def picture(path: Path) -> None:
 
 
 def nearest() -> list[str]:
-    """Where every method's choice stands among all sets, as cut and refitted in front of gaps."""
+    """Where every method's choice stands among all sets, with 95% intervals over the windows."""
     found = result("optimality")
+    quantile = student_t(0.975, found["windows"] - 1)  # every window is of another book
     lines = []
     for name, choice in found["choices"].items():
         cells = []
         for kind in ("raw", "healed"):
             own = choice[kind]
-            cells += [own["rank"], f"{own['gap']:.3f} ({own['standard_error']:.3f})"]
+            cells += [own["rank"], interval(own["gap"], quantile * own["standard_error"])]
         whole = found["checked"]["choices"][name]
-        less = f"{whole['less_sleb']:+.3f} ({whole['standard_error']:.3f})"
-        lines.append(row(name, ", ".join(map(str, sorted(choice["layers"]))), *cells, less))
+        less = "0" if name == "sleb" else ""
+        less = less or interval(whole["less_sleb"], quantile * whole["standard_error"])
+        lines.append(row(name, layer_set(choice["layers"]), *cells, less))
     return lines
+
+
+def above(kind: str) -> dict[str, str]:
+    """The choices whose interval lies above 0, against the set that is best on other windows."""
+    found = result("optimality")
+    quantile = student_t(0.975, found["windows"] - 1)
+    choices = {name: choice[kind] for name, choice in found["choices"].items()}
+    gaps = {
+        name: (own["gap_to_best_on_other_windows"], quantile * own["standard_error_of_that"])
+        for name, own in choices.items()
+    }
+    return {name: interval(*gap) for name, gap in gaps.items() if gap[0] > gap[1]}
+
+
+def interval(value: float, reach: float) -> str:
+    return f"{value:+.3f} ({value - reach:+.3f} to {value + reach:+.3f})"

@@ -170,6 +170,12 @@ def serving() -> list[str]:
     return lines
 
 
+def served_sets() -> str:
+    """Which layers the served models lack, as a sentence."""
+    order = ", ".join(map(str, result("serving")["removed"]))
+    return f"without the first 2, 4, 8 or 12 of the layers {order}"
+
+
 def slower() -> str:
     """What drafts are worth in llama.cpp, as a sentence."""
     few, more = result("serving")["drafts"]
@@ -214,15 +220,48 @@ def short_table() -> list[str]:
         "greedy search (SLEB)": "sleb",
     }
     columns = ((4, "raw"), (8, "raw"), (8, "patched"), (8, "lora"))
-    cells = {name: [cell(method, *c) for c in columns] for name, method in names.items()}
-    return [f"| {name} | {' | '.join(row)} |".replace("|  |", "| |") for name, row in cells.items()]
+    lines = []
+    for name, method in names.items():
+        four, eight = (evidence.layer_set(rows()[method, n, "raw"]["layers"]) for n in (4, 8))
+        first, *others = (cell(method, *c) for c in columns)
+        lines.append(evidence.row(name, four, first, eight, *others).replace("|  |", "| |"))
+    return lines
+
+
+def choices() -> list[str]:
+    """Every set of a ranking: its perplexity, and how many samples of each kind chose it."""
+    found = result("choice_variance")
+    methods = {"bi": "Block Influence", "relative_magnitude": "magnitude", "angular": "angle"}
+    texts = {"wikitext2_test": "WikiText-2", "lambada_passages": "novels"}
+
+    def column(layers: list[int], text: str, windows: int) -> str:
+        own = [c for c in found["choices"] if (c["text"], c["windows"]) == (text, windows)]
+        own = [c for c in own if len(c["layers"]) == len(layers)]
+        parts = []
+        for method, name in methods.items():
+            sets = [c["layers"] for c in own if c["method"] == method]
+            if layers in sets:
+                parts.append(f"{name} {sets.count(layers)} of {len(sets)}")
+        return ", ".join(parts)
+
+    lines = []
+    for cut in found["sets"]:
+        layers, many = cut["layers"], found["windows_to_rank_on"]
+        cells = [column(layers, "chapters", n) for n in (many, found["windows_of_a_short_sample"])]
+        others = {text: column(layers, text, many) for text in texts}
+        cells.append("; ".join(f"{texts[text]}: {c}" for text, c in others.items() if c))
+        error = cut["perplexity"] * cut["standard_error"]
+        perplexity = f"{cut['perplexity']:.2f} ({error:.2f})"
+        lines.append(evidence.row(evidence.layer_set(layers), perplexity, *cells))
+    return [line.replace("|  |", "| |").replace("|  |", "| |") for line in lines]
 
 
 def healings() -> list[str]:
     """A row for every healing, a column for every set of layers."""
     found = rows("compare_healing")
     sets = dict.fromkeys((method, n) for method, n, _ in found if n)
-    lines = []
+    chosen = (evidence.layer_set(found[method, n, "raw"]["layers"]) for method, n in sets)
+    lines = [evidence.row("layers removed", *chosen)]
     for name in dict.fromkeys(key[-1] for key in found):
         cells = (cell(*each, name, "compare_healing") or "-" for each in sets)
         lines.append(f"| {name} | {' | '.join(cells)} |")
@@ -247,10 +286,15 @@ def healed() -> str:
 
 
 TASKS = "| {} of 30 layers less | whole | as cut | refitted | refitted and distilled |"
-NEAREST = "| method | removes | rank as cut | nats above the best | rank refitted "
-NEAREST += "| nats above the best | refitted whole, less sleb |"
+NEAREST = "| method | removes | rank as cut | nats above the best (95%) | rank refitted "
+NEAREST += "| nats above the best (95%) | refitted whole, less sleb (95%) |"
+SHORT = "| removed by | the 4 layers | perplexity | the 8 layers | perplexity | 8, patched "
+SHORT += "| 8, LoRA |"
 HEALINGS = "| healing | Block Influence, 4 less | Block Influence, 8 less "
 HEALINGS += "| greedy search, 4 less | greedy search, 8 less |"
+CHOSEN = (
+    "| layers removed | perplexity | chosen on 24 windows | on 4 windows | on 24 of other text |"
+)
 HEALED = "| {} | held-out chapters | WikiText-2, second half | novels |"
 CROSSED = "| {}, chosen on | bible | wikitext | novels | questions | code |"
 COVERED = "| texts | two-sided, before | CR2 | now | one-sided, before | CR2 | now "
@@ -265,11 +309,12 @@ STOPPED = "| answer | windows read, median | windows read, 95th percentile "
 STOPPED += "| misled: early and wrong, of runs | wrong, of early stops |"
 MISLED = "| what misleads | early and wrong, of runs | early stops | wrong, of these |"
 TABLES: dict[str, dict[str, Callable[[], list[str]]]] = {
-    "README.md": {"| removed by | 4 layers | 8 layers | 8, patched | 8, LoRA |": short_table},
+    "README.md": {SHORT: short_table},
     "docs/results.md": {
         "| | median (range) |": scoring,
         **{TASKS.format(n): partial(evidence.tasks, n) for n in (2, 4, 8)},
         FAMILY: family,
+        CHOSEN: choices,
         NEAREST: healing.nearest,
         HEALINGS: healings,
         "| | Meta's format | Hugging Face's |": rehearsed,

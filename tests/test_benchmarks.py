@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import subprocess
 from importlib import import_module
 from pathlib import Path
 
+import choice_variance
 import coverage
 import distilled
+import passages
 import pytest
 import scoring
 import serving
@@ -27,6 +30,7 @@ from gguf_files import stack_file
 from short_gpt import ShortHFModel
 from short_gpt.checkpoints import prune_gguf
 from short_gpt.data import check_disjoint
+from short_gpt.experiments.cells import Cells
 from short_gpt.healing import (
     CachedTeacher,
     Distillation,
@@ -40,6 +44,7 @@ from short_gpt.healing import (
 @pytest.mark.parametrize(
     ("script", "first", "arguments"),
     [
+        ("choice_variance", "build", {}),
         ("coverage", "case", {}),
         ("greedy", "build", {}),
         ("optimality", "build", {}),
@@ -115,6 +120,49 @@ def test_documents_that_cannot_be_taken_back_are_refused(lm_eval):
         task_files.winogrande({**ROWS["winogrande"], "context_options": ["a_ b", "a_ c"]})
     with pytest.raises(ValueError, match="more than a word"):
         task_files.lambada_openai({"context": "a", "continuation": "b c"})
+
+
+def test_the_novels_are_lambadas_passages_in_their_order(tmp_path):
+    rows = [{"context": "He said:\n\n \"I don't", "continuation": "care"}]
+    rows.append({"context": "\u201cAnd\u2028", "continuation": "you\u201d"})
+    source, out = tmp_path / "lambada_openai.jsonl", tmp_path / "novels.txt"
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    source.write_text("".join(lines), encoding="utf-8")
+    passages.main(str(source), str(out))
+    text = out.read_bytes().decode("utf-8")
+    assert text == "He said:\n\n \"I don't care\n\n\u201cAnd\u2028 you\u201d"
+    with pytest.raises(FileExistsError, match="exists; choose another name"):
+        passages.main(str(source), str(out))
+
+
+def test_every_sample_chooses_anew_and_every_set_is_judged_once(tmp_path, monkeypatch):
+    """Equal to a model that is measured on the sample alone, and to one without the layers."""
+    folder = save_checkpoint(tmp_path / "ckpt", make_transformer(vocab_size=BYTE_VOCAB, n_layers=6))
+    write_byte_tokenizer(folder)
+    monkeypatch.setattr(choice_variance, "COUNTS", (3,))
+    windows = [random_windows(6, 24, seed=seed) for seed in (1, 2)]
+    short, cells = scoring.build(folder), Cells()
+    found = choice_variance.chosen(short, [*zip("ab", windows, strict=True)], cells)
+    expected = []
+    for text, sample in zip("ab", windows, strict=True):
+        for method, read in [("bi", sample[:4]), ("bi", sample[4:]), ("bi", sample)]:
+            alone = scoring.build(folder)
+            alone.measure(read, progress=False)
+            layers = sorted(alone.layers_to_remove(n=3))
+            expected.append((text, len(read), method, layers))
+        expected.append((text, 6, "angular", alone.layers_to_remove(angular=True, n=3)))
+    named = [tuple(c.values()) for c in found if c["method"] != "relative_magnitude"]
+    assert named == expected and len(found) == 10
+    sets = [(1,), (1, 2, 4)]
+    held_out = random_windows(4, 24, seed=3)
+    found = choice_variance.judge(short, sets, held_out, cells)
+    assert found["dense"] == pytest.approx(short.perplexity(held_out, progress=False).value)
+    for row, layers in zip(found["sets"], sets, strict=True):
+        with short.without_layers(layers):
+            expected = short.perplexity(held_out, progress=False).value
+        assert row["layers"] == [*layers]
+        assert row["perplexity"] == pytest.approx(expected, rel=1e-5)
+        assert row["nats"] == pytest.approx(math.log(expected / found["dense"]), abs=1e-5)
 
 
 def test_one_script_measures_all_results_and_goes_on_where_it_was(tmp_path):

@@ -167,6 +167,8 @@ def compared(
 ) -> str:
     """Perplexities of a comparison: a row for every method, a column for every number of layers.
 
+    Every set of layers stands below, since a perplexity is that of a set.
+
     Args:
         rows: of `comparison.Comparison.rows`, the whole model first.
         agreed: of its ``agreement``.
@@ -178,6 +180,7 @@ def compared(
     lines += [f"whole model: perplexity {dense.perplexity:.3f}, {dense.parameters / 1e6:.1f} M", ""]
     for healing in dict.fromkeys(r.healing for r in rows[1:]):
         lines += _healed(healing, [r for r in rows[1:] if r.healing == healing], counts)
+    lines += _removed(rows[1:], counts)
     lines += _sizes(dense, {r.n: r for r in rows[1:]}, counts) + _agreed(agreed)
     lines += _over(dense)
     return "\n".join(lines + _tasks(tasks))
@@ -215,6 +218,17 @@ def _healed(healing: str, rows: Sequence[Row], counts: Sequence[int]) -> list[st
     if any(r.gain is not None for r in rows):
         lines.append(f"{healing}: loss in nats a token, less raw (standard error)")
         lines += _by_method(rows, counts, _gain)
+    return [*lines, ""]
+
+
+def _removed(rows: Sequence[Row], counts: Sequence[int]) -> list[str]:
+    """The sets that each method, or each seed of one, removed."""
+    lines = [f"{'sets of layers removed':<28}" + " | ".join(f"{n} layers" for n in counts)]
+    for method, seed in dict.fromkeys((r.method, r.seed) for r in rows):
+        sets = {r.n: r.layers for r in rows if (r.method, r.seed) == (method, seed)}
+        cells = (" ".join(map(str, sorted(sets[n]))) if n in sets else "-" for n in counts)
+        name = method if seed is None else f"{method}, seed {seed}"
+        lines.append(f"  {name:<26}{' | '.join(cells)}")
     return [*lines, ""]
 
 

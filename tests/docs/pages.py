@@ -13,7 +13,7 @@ RESULTS = ("scoring", "stopping", "stopping_adversarial", "streaming", "greedy",
 RESULTS += ("healing", "reproduce_7b", "draft_4", "draft_8", "second_family", "serving")
 RESULTS += ("calibration", "tasks", "refit_streamed", "refit_sets", "refit_parts", "refit_aims")
 RESULTS += ("optimality", "distillation", "compare_healing")
-RESULTS += ("distillation_influence", "coverage")
+RESULTS += ("distillation_influence", "coverage", "choice_variance")
 PAGES = {
     str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
     for path in (ROOT / "README.md", ROOT / "benchmarks/README.md", *ROOT.glob("docs/**/*.md"))
@@ -22,6 +22,20 @@ PAGES = {
 
 def result(name: str) -> dict[str, Any]:
     return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+
+
+def measured() -> set[str]:
+    """Every number of every result, and every one that README's demo prints, by two decimals."""
+    blocks = "".join(re.findall(r"^```.*?^```", PAGES["README.md"], flags=re.M | re.S))
+    numbers = [float(text) for text in re.findall(r"\d+\.\d+", blocks)]
+    waiting: list[Any] = [result(name) for name in RESULTS]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, dict | list):
+            waiting += item.values() if isinstance(item, dict) else item
+        elif isinstance(item, float):
+            numbers.append(item)
+    return {f"{number:.2f}" for number in numbers}
 
 
 def flowing(page: str) -> str:

@@ -8,13 +8,20 @@ import adversarial as hostile
 import fill_docs
 import pytest
 from evidence_tables import adapter
-from healing_tables import minutes, passes, refitted
+from healing_tables import above, group, minutes, novels, passes, refitted
 from made_tables import (
+    CHOSEN,
+    CROSSED,
     DRAFTED,
     FAMILY,
+    HEALED,
+    HEALINGS,
     MISLED,
+    NEAREST,
     SERVED,
+    SHORT,
     STOPPED,
+    TASKS,
     attacked,
     compared,
     drafted,
@@ -25,6 +32,7 @@ from made_tables import (
     rehearsed,
     rows,
     scoring,
+    served_sets,
     serving,
     short_table,
     slower,
@@ -32,12 +40,35 @@ from made_tables import (
     stopping,
     streaming,
 )
-from pages import PAGES, RESULTS, commands, flowing, result, table, tables
+from pages import PAGES, RESULTS, commands, flowing, measured, result, table, tables
 
-# Measured once, and so said where it stands: no benchmark of this repository prints it.
-ONCE = """
--0.346 (0.032) +0.002 (0.014) +0.010 (0.013) -0.046 (0.008) -0.561 (0.034) -0.551 (0.027)
-"""
+# Perplexities that others published and README quotes.
+PUBLISHED = {"13.99"}
+# The tables of pruned models, by their page, and how many different sets each names.
+SETS = {
+    "README.md": {SHORT: 7},
+    "docs/results.md": {
+        CHOSEN: 16,
+        HEALINGS: 4,
+        NEAREST: 5,
+        **{TASKS.format(n): 1 for n in (2, 4, 8)},
+    },
+    "docs/calibration.md": {CROSSED.format(how): 5 for how in ("as cut", "refitted")},
+    "docs/healing.md": {
+        HEALED.format("layers less"): 3,
+        **{
+            HEALED.format(head): 1
+            for head in (
+                "8 of 30 layers less",
+                "greedy search's 8 less",
+                "Block Influence's 8 less",
+                "healed by",
+                "windows",
+                "aimed at",
+            )
+        },
+    },
+}
 
 
 @pytest.mark.parametrize("page", sorted({*fill_docs.TABLES, *fill_docs.BLOCKS}))
@@ -109,22 +140,35 @@ def test_our_adapter_gives_what_lm_evals_own_gives():
 
 def test_the_comparison_is_what_was_measured():
     assert compared() in PAGES["docs/results.md"]
-    head = "| removed by | 4 layers | 8 layers | 8, patched | 8, LoRA |"
-    assert table("README.md", head) == short_table()
+    assert table("README.md", SHORT) == short_table()
 
 
-def held_out(name: str, healed: str) -> str:
-    """A healed model's perplexity on chapters, as a page prints it."""
-    return f"at {result(name)['rows'][healed]['held-out chapters']['perplexity']:.2f}"
+def chapters(name: str) -> str:
+    """A distilled model's perplexity on held-out chapters, as a page prints it."""
+    return f"{result(name)['rows']['distill']['held-out chapters']['perplexity']:.2f}"
+
+
+def restored(kind: int) -> str:
+    """What a refit on chapters alone restores of a kind of text, as a page prints it."""
+    return f"{[*group('windows')['16 + 0']['healed'].values()][kind]['restored']:.0%}"
 
 
 SENTENCES = {
-    "docs/results.md": (greedy, healed),
-    "docs/healing.md": (lambda: healed().replace("8 layers removed", "8 of 30 layers removed"),),
+    "docs/results.md": (greedy, healed, novels),
+    "docs/healing.md": (
+        lambda: healed().replace("8 layers removed", "8 of 30 layers removed"),
+        lambda: f"Refitted, {novels()}.",
+        lambda: f"{chapters('distillation')} and {chapters('distillation_influence')}, and all",
+        lambda: f"it restores {restored(0)} of the lost nats on held-out chapters",
+        lambda: f"{restored(2)} on novels and {restored(1)} on WikiText-2",
+    ),
+    "docs/serve.md": (served_sets,),
     "README.md": (
         lambda: f"whole: {rows()['dense', 0, 'raw']['perplexity']:.3f}",
-        lambda: f"Block Influence's 8 less are {held_out('healing', 'refit')};",
-        lambda: f"on 2 CPU cores, {held_out('distillation', 'distill')} (",
+        lambda: f"Block Influence's 8 less are at {chapters('distillation_influence')} and",
+        lambda: f"greedy search's at {chapters('distillation')} (",
+        lambda: f"brings {restored(0)} of the lost nats back on its held-out chapters",
+        lambda: f"and {restored(2)} on novels",
         lambda: f"Scoring costs {spread(result('scoring')['ratios']['scoring / bare'])} times",
     ),
 }
@@ -140,12 +184,39 @@ def test_the_sentences_say_what_was_measured(page):
 def test_no_error_bar_stands_in_a_page_without_a_measurement(page):
     """What looks like a measurement, 1.23 (0.04) or 1.23 (1.20 to 1.30), is one of those above."""
     filled = [line for own in fill_docs.TABLES.values() for make in own.values() for line in make()]
-    measured = " ".join(
-        [*filled, *streaming(), greedy(), compared(), healed(), slower(), passes(), ONCE]
-    )
+    known = " ".join([*filled, *streaming(), greedy(), compared(), healed(), slower(), passes()])
+    known += " ".join(above("raw").values())
     number = r"[-+]?\d+\.\d+"
     for text in re.findall(rf"{number} \({number}(?: to {number})?\)", PAGES[page]):
-        assert text in measured, text
+        assert text in known, text
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_no_perplexity_stands_in_a_page_without_a_result(page):
+    """What looks like one, 12.34 or 123.45, is in a JSON file, also in the words of a page."""
+    filled = [line for own in fill_docs.TABLES.values() for make in own.values() for line in make()]
+    text = re.sub(r"^```.*?^```|^## Published.*?^## ", "", PAGES[page], flags=re.M | re.S)
+    number = r"(?<![\d.])\d{2,3}\.\d{2}(?![\d.])"
+    known = {*measured(), *PUBLISHED, *re.findall(number, " ".join([*filled, compared()]))}
+    assert {*re.findall(number, text)} <= known
+
+
+@pytest.mark.parametrize(("page", "head"), [(page, head) for page in SETS for head in SETS[page]])
+def test_a_table_of_pruned_models_names_their_layers(page, head):
+    named = re.findall(r"\d+(?:, \d+)+(?= \|)", "\n".join(table(page, head)))
+    assert len({*named}) == SETS[page][head]
+
+
+def test_three_windows_are_judged_by_student_t_of_two_degrees_of_freedom():
+    """By the quantile of a table, 4.303, and not by bare errors."""
+    assert result("optimality")["windows"] == 3
+    row = next(line for line in table("docs/results.md", NEAREST) if line.startswith("| bi "))
+    own = result("optimality")["choices"]["bi"]["raw"]
+    low, high = (own["gap"] + side * 4.303 * own["standard_error"] for side in (-1, 1))
+    assert f"| {own['gap']:+.3f} ({low:+.3f} to {high:+.3f}) |" in row
+    (luckless,) = above("raw").values()
+    assert f"`sleb_healed`'s as pruned, {luckless}; of the others" in flowing("docs/results.md")
+    assert not above("healed")
 
 
 @pytest.mark.parametrize("name", RESULTS)

@@ -8,8 +8,9 @@ import torch
 from conftest import make_transformer, random_windows
 
 from short_gpt.data.windows import Window
+from short_gpt.experiments.rows import Row
 from short_gpt.models.meta import MetaDecoder
-from short_gpt.report.tables import ranking, search
+from short_gpt.report.tables import compared, ranking, search
 from short_gpt.scoring.importance import Importance
 from short_gpt.scoring.measuring import measure
 from short_gpt.selection.found import Search
@@ -46,3 +47,20 @@ def test_a_loss_whose_perplexity_no_float_holds_is_infinite():
     assert rows[2].split() == ["2", "710.0000", "inf"]
     said = search(Search([2, 4], loss=800.0), "evolution")
     assert said.startswith("loss without all of them 800.0000 nats, perplexity inf\n")
+
+
+def test_a_comparison_names_every_set_of_layers():
+    """A line a method, one more a seed; the same set healed is not named twice."""
+    cases = [("dense", None, 0, "raw", [])]
+    cases += [("bi", None, 1, how, [3]) for how in ("raw", "refit")]
+    cases += [("bi", None, 2, "raw", [3, 1])]
+    cases += [("random", seed, 1, "raw", [seed + 1]) for seed in (0, 1)]
+    rows = [Row(*case, 9.0, 0.1, 0.01, None, None, 10, 1.0, 1.0) for case in cases]
+    lines = compared(rows).splitlines()
+    first = lines.index("sets of layers removed      1 layers | 2 layers")
+    assert [line.split() for line in lines[first + 1 : first + 5]] == [
+        ["bi", "3", "|", "1", "3"],
+        ["random,", "seed", "0", "1", "|", "-"],
+        ["random,", "seed", "1", "2", "|", "-"],
+        [],
+    ]
