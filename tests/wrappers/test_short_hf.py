@@ -96,9 +96,10 @@ def test_the_tower_beside_the_decoder_keeps_its_layers(family, tmp_path):
 def test_the_card_and_the_record_say_what_was_done(tmp_path):
     short = ShortHFModel(make("llama"), n_prune_layers=2)
     short.measure(TOKENS.tolist(), progress=False)
-    whole = short.perplexity(TOKENS.tolist(), progress=False)
+    evaluated = [*TOKENS.tolist(), TOKENS[0].flip(0).tolist()]  # two windows have no interval
+    whole = short.perplexity(evaluated, progress=False)
     removed = short.remove_layers()
-    left = short.perplexity(TOKENS.tolist(), progress=False)
+    left = short.perplexity(evaluated, progress=False)
     with short.without_layers([short.kept[0]]):  # a trial of something else is not the model's
         short.perplexity(TOKENS.tolist(), progress=False)
     short.save_pretrained(tmp_path / "out", facts={"data": "twenty tokens"})
@@ -110,7 +111,7 @@ def test_the_card_and_the_record_say_what_was_done(tmp_path):
     assert f"    {removed}" in card and "20 tokens of twenty tokens in 2 windows" in card
     for name, found in (("6 layers", whole), ("4 layers", left)):
         low, high = found.interval()
-        assert f"| {name} | {found.value:.3f} | {low:.3f} to {high:.3f} | 18 |" in card
+        assert f"| {name} | {found.value:.3f} | {low:.3f} to {high:.3f} | 27 |" in card
     assert (tmp_path / "out/generation_config.json").is_file()
 
 
