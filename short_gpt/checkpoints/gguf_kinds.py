@@ -12,8 +12,10 @@ PATTERN = "attention.sliding_window_pattern"
 # Lists whose length may be that of the layers by chance, and that say nothing of layers.
 NOT_OF_LAYERS = ("rope.dimension_sections", "classifier.output_labels", "rope.scaling.factors")
 # Of these every layer has the same tensors, and there are those without a number.
-ALIKE = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "starcoder2", "granite", "olmo2")
-ALIKE += ("cohere2", "gpt-oss")
+ALIKE = (
+    *("llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "starcoder2", "granite", "olmo2"),
+    *("cohere2", "gpt-oss"),
+)
 NEEDED = ("token_embd.weight", "output_norm.weight")
 # Numbers of layers, or what is built in the order of layers: known to no rule here.
 NUMBERED = (
@@ -56,12 +58,16 @@ PERIODIC: dict[str, tuple[int, int]] = {
 # Of these only with a window: without the key all their layers are of one kind.
 WITH_WINDOW = ("gemma3", "olmo2", "afmoe", "exaone4", "mellum", "modern-bert", "smallthinker")
 # llama.cpp takes the kinds of these from a list alone; what it makes of one number changed.
-BY_LIST = ("dots3note", "gemma4", "gemma4-assistant", "granite_swa", "maple", "mimo2")
-BY_LIST += ("spark2_5", "step35")
+BY_LIST = (
+    *("dots3note", "gemma4", "gemma4-assistant", "granite_swa", "maple", "mimo2"),
+    *("spark2_5", "step35"),
+)
 # llama.cpp since its pull request 29042 (September 2026) takes a list of kinds from the file, seen
 # to work for these; before, it dropped the list without a word and went by the position.
-READS_PATTERN = ("cohere2", "gemma2", "gemma3", "gemma-embedding", "gpt-oss", "modern-bert")
-READS_PATTERN += ("muse-glimmer", "olmo2")
+READS_PATTERN = (
+    *("cohere2", "gemma2", "gemma3", "gemma-embedding", "gpt-oss", "modern-bert"),
+    *("muse-glimmer", "olmo2"),
+)
 # llama.cpp aborts where no layer with a sliding window is left, and of these where no other is.
 BOTH_KINDS = ("gemma-embedding", "modern-bert")
 # llama.cpp computes otherwise for another number of layers.
