@@ -180,7 +180,7 @@ def _compare(shard: Shard, expected: Mapping[str, tuple[int, ...]], ranks: int) 
 
 def args_of_params(directory: Path, params: JsonObject, **limits: int) -> ModelArgs:
     """``ModelArgs.from_params`` of a directory's ``params.json``, which errors name by its path."""
-    check_positive(**limits)  # which are the caller's, not the file's
+    check_positive("a positive integer", **limits)  # which are the caller's, not the file's
     try:
         return ModelArgs.from_params(params, **limits)
     except InputError as error:

@@ -111,7 +111,11 @@ def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path):
             FileNotFoundError,
             "tokenizer file .* does not",
         ),
-        (lambda d: (d / "params.json").write_text("{}"), ValueError, r"params.json lacks \['dim'"),
+        (
+            lambda d: (d / "params.json").write_text("{}"),
+            ValueError,
+            r"params.json cannot be read: it lacks \['dim'",
+        ),
         (lambda d: (d / "consolidated.00.pth").unlink(), FileNotFoundError, "no consolidated"),
         (lambda d: (d / "consolidated.00.pth").write_bytes(b""), ValueError, "cannot be read"),
         (
