@@ -122,7 +122,7 @@ def lock_file(path: Path) -> int:
     """
     if sys.platform == "win32":
         raise OSError("no locks here")
-    lock = os.open(path, os.O_RDWR | os.O_CREAT)
+    lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if not os.path.samestat(os.fstat(lock), os.stat(path)):

@@ -8,6 +8,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from importlib import metadata
+from traceback import clear_frames
 
 from llama.parallel import several_ranks
 from short_gpt.cli import ALONE, COMMANDS
@@ -41,6 +42,7 @@ def main(argv: list[str] | None = None) -> None:
             end_all(error, line=line, code=code)
         if line is None:
             raise
+        clear_frames(error.__traceback__)  # they hold the locks of states
         print(line, file=sys.stderr)
         sys.exit(code)
     leave_group()

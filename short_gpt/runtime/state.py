@@ -141,7 +141,8 @@ class StateFile:
 
     def save(self, content: Mapping[str, object]) -> None:
         """Replaces the file."""
-        write_record(self.path, joined({"run": self._identity}, content), overwrite=True)
+        own = {"run": self._identity, CHECKED: None}  # the digest is the record's
+        write_record(self.path, joined(own, content), overwrite=True)
         self._saved = time.monotonic()
 
     def clear(self) -> None:

@@ -113,16 +113,25 @@ def test_a_weight_that_is_no_number_is_told_where_a_proof_needs_one(here, capsys
     run("prune", model, "out", *CUT, "--verify", "no")
 
 
+UNUSABLE = "hf cannot generate by its generation_config.json: "
+NO_TOKEN = "hf/generation_config.json is damaged: "
+
+
 @pytest.mark.parametrize(
-    "entry", [{"eos_token_id": 1e30}, {"pad_token_id": 1e30}, {"min_length": 1e30}, {"top_k": "x"}]
+    ("entry", "said", "way_out"),
+    [
+        ({"eos_token_id": 1e30}, NO_TOKEN, "correct it, or fetch it anew"),
+        ({"pad_token_id": 1e30}, NO_TOKEN, "correct it, or fetch it anew"),
+        ({"min_length": 1e30}, UNUSABLE, "correct the file, or take it away"),
+        ({"top_k": "x"}, UNUSABLE, "correct the file, or take it away"),
+    ],
 )
-def test_a_generation_config_that_cannot_be_used_is_told(here, capsys, entry):
+def test_a_generation_config_that_cannot_be_used_is_told(here, capsys, entry, said, way_out):
     convert("ckpt", "hf")
     path = Path("hf/generation_config.json")
     path.write_text(json.dumps(json.loads(path.read_text()) | entry))
     line = told(capsys, "prune", "hf", "out", *CUT)
-    assert "hf cannot generate by its generation_config.json: " in line
-    assert "correct the file, or take it away" in line and not Path("out").exists()
+    assert said in line and way_out in line and not Path("out").exists()
     path.unlink()
     run("prune", "hf", "out", *CUT)
 

@@ -12,6 +12,7 @@ from commands import DATA, TEXT, run
 from conftest import BYTE_VOCAB, make_transformer, save_checkpoint, write_byte_tokenizer
 from gguf_families import make, write_model
 
+from short_gpt.healing.job import HealingJob
 from short_gpt.healing.refit_state import RefitState
 from short_gpt.runtime import StateFile
 
@@ -38,6 +39,7 @@ def test_files_have_the_mode_that_the_umask_leaves(tmp_path, monkeypatch, umask)
     write_model(Path("qwen.gguf"), "qwen2", make("qwen2", num_hidden_layers=3))
     for kind in (StateFile, RefitState):  # so that what an interrupted run leaves is there
         monkeypatch.setattr(kind, "clear", lambda self: None)
+    monkeypatch.setattr(HealingJob, "_clear", lambda *_: None)
     monkeypatch.setattr("shutil.rmtree", lambda *_, **__: None)
     run("convert", "ckpt", "hf")
     run("convert", "ckpt", "model.gguf")
