@@ -39,7 +39,7 @@ setup(
     packages=find_packages(include=["short_gpt", "short_gpt.*", "llama", "llama.*"]),
     package_data={
         "short_gpt": ["py.typed"],
-        "short_gpt.experiments": ["published.json"],
+        "short_gpt.jobs": ["published.json"],
         "llama": ["py.typed"],
     },
     python_requires=">=3.10",

@@ -24,12 +24,12 @@ from outcome import begin, finish
 from passages import passages
 from scoring import build
 
-from short_gpt import ShortLlama, calibrate, report
+from short_gpt import ShortLlama, calibrate
+from short_gpt.cli.calibration_table import calibrated
 from short_gpt.data import demo
-from short_gpt.experiments.calibration import WindowScores, agreement
-from short_gpt.experiments.calibration.rankings import correlations
-from short_gpt.jobs import Readings
+from short_gpt.jobs import Readings, WindowScores, agreement
 from short_gpt.jobs.calibration import windows_apart
+from short_gpt.jobs.calibration_rankings import correlations
 
 CODE = 60  # files of the standard library
 
@@ -53,7 +53,7 @@ def main(
     texts, ways = windows_apart(WithBos(short), found, readings)
     ways = {way: own for way, own in ways.items() if "first" in way or f"{size} tokens" in way}
     result = calibrate(short, texts, n, ways=ways, state=state)
-    print(report.calibrated(result))
+    print(calibrated(result))
     content = {
         "windows_to_rank_on": count,
         "windows_to_judge_by": judged,

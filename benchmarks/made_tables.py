@@ -13,8 +13,8 @@ import evidence_tables as evidence
 import healing_tables as healing
 from evidence_tables import result
 
-from short_gpt.experiments.comparison import Row
-from short_gpt.report import tables as report
+from short_gpt.cli import tables as report
+from short_gpt.jobs.comparison_cells import Row
 from short_gpt.scoring.stopping import Stop
 
 

@@ -30,9 +30,9 @@ from short_gpt.data.windows import text_of
 from short_gpt.evaluation.paired import difference, losses, together
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.evaluation.sampling import Sample
-from short_gpt.experiments.cells import Cells
 from short_gpt.healing import refit, search_healed
 from short_gpt.healing.gap_refit import GapRefits
+from short_gpt.jobs.cells import Cells
 from short_gpt.models.decoder import pad
 from short_gpt.models.numbering import runs
 from short_gpt.runtime.digest import json_digest

@@ -33,7 +33,7 @@ from llama.args import ModelArgs
 from short_gpt.cli.app import main as short_gpt
 from short_gpt.healing import closed_forms
 from short_gpt.healing.refit_pass import RefitPass
-from short_gpt.streamed_llama import StreamedLlama
+from short_gpt.wrappers.streamed_llama import StreamedLlama
 
 Start = Callable[[Sequence[str], Path], dict[str, Any]]
 

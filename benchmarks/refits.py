@@ -35,8 +35,8 @@ from scoring import SIZE, build
 
 from short_gpt import ShortLlama
 from short_gpt.evaluation.perplexity import Perplexity
-from short_gpt.experiments.cells import Cells
 from short_gpt.healing import linear_patch, refit
+from short_gpt.jobs.cells import Cells
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.state import StateFile
 

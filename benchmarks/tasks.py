@@ -40,8 +40,8 @@ from short_gpt.evaluation import (
     turn,
     turn_losses,
 )
-from short_gpt.experiments.cells import Cells
 from short_gpt.healing import recipe_for, refit
+from short_gpt.jobs.cells import Cells
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.state import StateFile, joined
 

@@ -5,22 +5,26 @@ from short_gpt.data.windows import batches, windows
 from short_gpt.evaluation.drafts import draft_agreement
 from short_gpt.evaluation.perplexity import perplexity
 from short_gpt.evaluation.tasks import run_tasks
-from short_gpt.experiments import calibrate, compare
 from short_gpt.healing.healed_search import search_healed
 from short_gpt.healing.linear_patch import heal as heal_patch
 from short_gpt.healing.lora import heal as heal_lora
 from short_gpt.healing.recipe import Recipe
 from short_gpt.healing.refit import heal as heal_refit
 from short_gpt.jobs import convert, prune, rank
-from short_gpt.opening import open_model
+from short_gpt.jobs.calibrating import calibrate
+from short_gpt.jobs.comparing import compare
+from short_gpt.runtime import renamed
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.scoring.importance import Importance
 from short_gpt.scoring.measuring import measure
 from short_gpt.scoring.stopping import Stop
 from short_gpt.selection.methods import choose
-from short_gpt.short_hf import ShortHFModel
-from short_gpt.short_llama import ShortLlama
-from short_gpt.short_model import ShortModel
+from short_gpt.wrappers.opening import open_model
+from short_gpt.wrappers.short_hf import ShortHFModel
+from short_gpt.wrappers.short_llama import ShortLlama
+from short_gpt.wrappers.short_model import ShortModel
+
+renamed.install()
 
 __all__ = [
     "Importance",

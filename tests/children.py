@@ -26,14 +26,14 @@ from short_gpt import ShortGPTError, ShortLlama
 from short_gpt.checkpoints import prune_hf
 from short_gpt.cli import app
 from short_gpt.data.windows import Window, batches
-from short_gpt.experiments import published
+from short_gpt.jobs import published
 from short_gpt.runtime import replicas
 from short_gpt.runtime.state import StateFile
 from short_gpt.scoring.hooks import score
 from short_gpt.scoring.importance import Importance
 from short_gpt.scoring.run import sums_of_all
 from short_gpt.scoring.state import RunState
-from short_gpt.streamed_llama import StreamedLlama
+from short_gpt.wrappers.streamed_llama import StreamedLlama
 
 CPU = torch.device("cpu")
 

@@ -135,7 +135,7 @@ SCORING = (
             (
                 "t_quantile(0.975, self.degrees)",
                 "1.0",
-                "tests/report/test_tables.py::test_the_intervals_of_the_ranking_are_95_percent_ones",
+                "tests/cli/test_tables.py::test_the_intervals_of_the_ranking_are_95_percent_ones",
             ),
             (
                 "(torch.arange(len(tokens)) + self.n_windows) % 2",
@@ -436,8 +436,8 @@ SELECTION = (
         ),
     ),
     Section(
-        "short_gpt/experiments/comparison.py",
-        "tests/experiments/test_comparison.py",
+        "short_gpt/jobs/comparison_cells.py",
+        "tests/jobs/test_comparison.py",
         (
             (
                 "correlation = spearman(",
@@ -460,8 +460,8 @@ SELECTION = (
 
 SURGERY = (
     Section(
-        "short_gpt/surgery/layers.py",
-        "tests/surgery/test_layer_removal.py",
+        "short_gpt/models/layer_removal.py",
+        "tests/models/test_layer_removal.py",
         (
             (
                 "    check_layers(drop, range(count))\n",
@@ -477,7 +477,7 @@ SURGERY = (
     ),
     Section(
         "short_gpt/models/meta.py",
-        "tests/surgery/test_layer_removal.py",
+        "tests/models/test_layer_removal.py",
         (
             (
                 "self.model.n_layers = self.model.params.n_layers = len(layers)",
@@ -508,8 +508,8 @@ SURGERY = (
         ),
     ),
     Section(
-        "short_gpt/surgery/sublayers.py",
-        "tests/surgery/test_sublayers.py",
+        "short_gpt/wrappers/sublayers.py",
+        "tests/wrappers/test_sublayers.py",
         (
             (
                 "ends + [(i, 1, mlp_output(",
@@ -524,8 +524,8 @@ SURGERY = (
         ),
     ),
     Section(
-        "short_gpt/surgery/prefill.py",
-        "tests/surgery/test_prefill.py",
+        "short_gpt/models/prefill.py",
+        "tests/models/test_prefill.py",
         (
             (
                 "attention.update_cache(apply_rotary_emb(k, freqs_cis), v, start_pos)",
@@ -846,7 +846,7 @@ HEALING = (
         ),
     ),
     Section(
-        "short_gpt/streaming/layer_calls.py",
+        "short_gpt/wrappers/streamed_layers.py",
         "tests/healing/test_refit_streamed.py",
         (
             (
@@ -877,7 +877,7 @@ HEALING = (
         ),
     ),
     Section(
-        "short_gpt/streamed_llama.py",
+        "short_gpt/wrappers/streamed_llama.py",
         "tests/healing/test_refit_streamed.py",
         (
             (
@@ -1384,8 +1384,8 @@ CHECKPOINTS = (
 BIT_FOR_BIT = "test_a_meta_directory_gives_the_scores_of_the_model_in_memory_bit_for_bit"
 STREAMING = (
     Section(
-        "short_gpt/streaming/batch.py",
-        "tests/streaming/test_streaming.py",
+        "short_gpt/wrappers/streamed_batch.py",
+        "tests/wrappers/test_streaming.py",
         (
             (
                 "rows[self.tokens[inside] - start]",
@@ -1395,8 +1395,8 @@ STREAMING = (
         ),
     ),
     Section(
-        "short_gpt/streaming/transformer.py",
-        "tests/streaming/test_streaming.py",
+        "short_gpt/wrappers/streamed_transformer.py",
+        "tests/wrappers/test_streaming.py",
         (
             (
                 "torch.logaddexp(every[i], logits.logsumexp(-1))",
@@ -1421,8 +1421,8 @@ STREAMING = (
         ),
     ),
     Section(
-        "short_gpt/streaming/weights.py",
-        "tests/streaming/test_streaming.py",
+        "short_gpt/wrappers/streamed_weights.py",
+        "tests/wrappers/test_streaming.py",
         (
             (
                 "found.append(shards[rank].read(name)[at : at + end - start])",
@@ -1442,8 +1442,8 @@ STREAMING = (
         ),
     ),
     Section(
-        "short_gpt/streaming/memory.py",
-        "tests/streaming/test_streaming.py",
+        "short_gpt/runtime/memory.py",
+        "tests/wrappers/test_streaming.py",
         (
             (
                 "1 << (batches.bit_length() - 1)",
@@ -1551,8 +1551,8 @@ PROOFS = (
         ),
     ),
     Section(
-        "short_gpt/experiments/paper_order.py",
-        "tests/experiments/test_reproduce.py",
+        "short_gpt/jobs/paper_order.py",
+        "tests/jobs/test_reproduce.py",
         (
             (
                 "if self.difference > 0",
@@ -1572,8 +1572,8 @@ PROOFS = (
         ),
     ),
     Section(
-        "short_gpt/experiments/published.py",
-        "tests/experiments/test_reproduce.py",
+        "short_gpt/jobs/published.py",
+        "tests/jobs/test_reproduce.py",
         (
             (
                 "sum(a == b for a, b in zip(paper, ours, strict=False))",
@@ -2266,8 +2266,8 @@ CHOICE = (
         ),
     ),
     Section(
-        "short_gpt/experiments/peer_maps.py",
-        "tests/experiments/test_peer_maps.py",
+        "short_gpt/jobs/peer_maps.py",
+        "tests/jobs/test_peer_maps.py",
         (
             (
                 "self._ratios += sizes[1] / sizes[0]",
@@ -2292,8 +2292,8 @@ CHOICE = (
         ),
     ),
     Section(
-        "short_gpt/experiments/comparison.py",
-        "tests/experiments/test_comparison.py",
+        "short_gpt/jobs/comparison_cells.py",
+        "tests/jobs/test_comparison.py",
         (
             (
                 "n if method in AS_SETS else most or n",
@@ -2322,8 +2322,8 @@ CHOICE = (
 
 EVIDENCE = (
     Section(
-        "short_gpt/experiments/calibration/rankings.py",
-        "tests/experiments/test_calibration.py",
+        "short_gpt/jobs/calibration_rankings.py",
+        "tests/jobs/test_calibration.py",
         (
             (
                 "order[:, column] + step] = True",
@@ -2344,8 +2344,8 @@ EVIDENCE = (
         ),
     ),
     Section(
-        "short_gpt/experiments/calibration/run.py",
-        "tests/experiments/test_calibration.py",
+        "short_gpt/jobs/calibrating.py",
+        "tests/jobs/test_calibration.py",
         (
             (
                 "difference(own, parts)",
@@ -2409,8 +2409,8 @@ EVIDENCE = (
         ),
     ),
     Section(
-        "short_gpt/experiments/comparison_lora.py",
-        "tests/experiments/test_comparison_lora.py",
+        "short_gpt/jobs/comparison_lora.py",
+        "tests/jobs/test_comparison_lora.py",
         (
             (
                 "distillation=self._distillation()",

@@ -30,7 +30,6 @@ from gguf_files import stack_file
 from short_gpt import ShortHFModel
 from short_gpt.checkpoints import prune_gguf
 from short_gpt.data import check_disjoint
-from short_gpt.experiments.cells import Cells
 from short_gpt.healing import (
     CachedTeacher,
     Distillation,
@@ -39,6 +38,7 @@ from short_gpt.healing import (
     heal_lora,
     heal_refit,
 )
+from short_gpt.jobs.cells import Cells
 
 
 @pytest.mark.parametrize(

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from short_gpt.checkpoints.entries import Measured, numbers
+from short_gpt.checkpoints.model_record import ModelRecord
 from short_gpt.evaluation.perplexity import Perplexity
-from short_gpt.scored_model import ScoredModel
+from short_gpt.models.weight_changes import REMOVED_SUBLAYERS, WeightChange
 from short_gpt.scoring.importance import Importance
-from short_gpt.surgery.changes import WeightChange
-from short_gpt.surgery.sublayers import REMOVED_SUBLAYERS
 
 
-def remembered(short: ScoredModel) -> dict[str, Perplexity]:
+def remembered(short: ModelRecord) -> dict[str, Perplexity]:
     """What a model remembers of its perplexity whole and as it is, by the number of layers."""
     states = (tuple(range(short.n_layers)), tuple(short.kept))
     return {f"{len(s)} layers": short.quality[s] for s in states if s in short.quality}

@@ -20,10 +20,10 @@ from llama.formats.names import permute_rows
 from llama.io.sources import is_gguf
 from short_gpt.checkpoints.gguf import write_gguf
 from short_gpt.checkpoints.gguf_layers import Stack, renamed
+from short_gpt.checkpoints.model_record import ModelRecord
 from short_gpt.checkpoints.provenance import Provenance
+from short_gpt.models.weight_changes import Parameter
 from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.scored_model import ScoredModel
-from short_gpt.surgery.changes import Parameter
 
 # Architectures whose weights lie in transformers as in the file, up to the heads of queries and
 # keys of the second row, and norms of the third, which a file stores plus one.
@@ -33,7 +33,7 @@ PLUS_ONE = ("gemma2", "gemma3")
 
 
 def save_gguf(
-    short: ScoredModel,
+    short: ModelRecord,
     out: str | os.PathLike[str],
     source: str | os.PathLike[str],
     layers_path: str,
@@ -77,7 +77,7 @@ def save_gguf(
     return write_gguf(parts, out, keep, changed=changed, done=record, overwrite=overwrite)
 
 
-def _weight(short: ScoredModel, parameter: Parameter) -> Tensor:
+def _weight(short: ModelRecord, parameter: Parameter) -> Tensor:
     number, name = parameter
     return short.decoder.layers[short.kept.index(number)].get_parameter(name)
 

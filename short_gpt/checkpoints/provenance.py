@@ -15,14 +15,14 @@ from pathlib import Path
 from short_gpt.checkpoints import entries
 from short_gpt.checkpoints.entries import EVIDENCE, KEYS, Measured, Step
 from short_gpt.checkpoints.from_model import counts_of, kept_quality, remembered, removed_halves
+from short_gpt.checkpoints.model_record import ModelRecord
 from short_gpt.checkpoints.records import PROVENANCE, record_of
 from short_gpt.checkpoints.source_card import source_card
 from short_gpt.evaluation.perplexity import Perplexity
+from short_gpt.models.weight_changes import REMOVED_SUBLAYERS
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.results import read_record, versions
-from short_gpt.scored_model import ScoredModel
 from short_gpt.scoring.importance import Importance
-from short_gpt.surgery.sublayers import REMOVED_SUBLAYERS
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Provenance:
     @classmethod
     def of(
         cls,
-        short: ScoredModel,
+        short: ModelRecord,
         source: str | os.PathLike[str],
         *,
         facts: Mapping[str, object] | None = None,

@@ -20,9 +20,9 @@ from llama.parallel import model_parallel_size
 from llama.tokenizer import find_tokenizer
 from short_gpt.checkpoints.card import write_provenance
 from short_gpt.checkpoints.meta import names_kept, prune_meta, write_beside
+from short_gpt.checkpoints.model_record import ModelRecord
 from short_gpt.checkpoints.provenance import PROVENANCE, Provenance
 from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.scored_model import ScoredModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -121,7 +121,7 @@ def save_as_meta(
 
 
 def save_meta(
-    short: ScoredModel,
+    short: ModelRecord,
     out_dir: StrPath,
     *,
     source: StrPath,
@@ -178,7 +178,7 @@ def save_meta(
     return out
 
 
-def check_origin(short: ScoredModel, checkpoint: Checkpoint) -> None:
+def check_origin(short: ModelRecord, checkpoint: Checkpoint) -> None:
     """Raises ShortGPTError unless a checkpoint has as many layers as the model began with."""
     count = checkpoint.args.n_layers
     if count != short.n_layers:
@@ -203,7 +203,7 @@ def check_one_file(checkpoint: Checkpoint) -> None:
         )
 
 
-def _write_changed(short: ScoredModel, shard: Shard, out: Path) -> None:
+def _write_changed(short: ModelRecord, shard: Shard, out: Path) -> None:
     """The layers left, under their new numbers: from the file, but what changed from memory."""
     old_name = names_kept(shard, short.kept)
     changed = _changed(short)
@@ -215,7 +215,7 @@ def _write_changed(short: ScoredModel, shard: Shard, out: Path) -> None:
     write_shard(out / shard.path.name, infos, read)
 
 
-def _changed(short: ScoredModel) -> dict[str, nn.Parameter]:
+def _changed(short: ModelRecord) -> dict[str, nn.Parameter]:
     """The parameters that no longer are the source's, by their new names."""
     layers, place_of = short.decoder.layers, {n: place for place, n in enumerate(short.kept)}
     return {
@@ -225,7 +225,7 @@ def _changed(short: ScoredModel) -> dict[str, nn.Parameter]:
 
 
 @contextmanager
-def _as_stored(short: ScoredModel, shard: Shard) -> Iterator[None]:
+def _as_stored(short: ModelRecord, shard: Shard) -> Iterator[None]:
     """What was changed, rounded to the file's dtype inside the block and as it was behind it."""
     old_name, exact = names_kept(shard, short.kept), {}
     for name, weight in _changed(short).items():

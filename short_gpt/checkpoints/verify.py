@@ -7,15 +7,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from short_gpt.models.decoder import Decoder
 from short_gpt.runtime.errors import NotFiniteError
 from short_gpt.runtime.progress import bar
-from short_gpt.short_model import ShortModel
 
 ROUNDING = 1e-4  # between implementations in float32, relative to the largest logit
+
+
+class Generator(Protocol):
+    """A model that is proved: its logits, and the tokens that it finds likeliest."""
+
+    decoder: Decoder
+
+    def greedy(self, ids: list[int], count: int, *, use_cache: bool = True) -> list[int]: ...
 
 
 @dataclass(frozen=True)
@@ -33,7 +42,7 @@ class Fingerprint:
 
 
 def fingerprint(
-    short: ShortModel, count: int = 8, *, ids: Sequence[int] | None = None
+    short: Generator, count: int = 8, *, ids: Sequence[int] | None = None
 ) -> Fingerprint:
     """The `Fingerprint` of a model as it is now.
 
@@ -49,7 +58,7 @@ def fingerprint(
 
 
 def fingerprint_aligned(
-    short: ShortModel, count: int = 8, *, dtype: torch.dtype | None = None
+    short: Generator, count: int = 8, *, dtype: torch.dtype | None = None
 ) -> Fingerprint:
     """`fingerprint` with all weights copied, so that none lies unaligned in a file.
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from short_gpt import jobs, report
+from short_gpt import jobs, plots
+from short_gpt.cli.calibration_table import calibrated
 from short_gpt.cli.options import CrossPicture, arguments_of, say
 from short_gpt.jobs import Kinds, Opening, Ranked, Readings, Saving
 
@@ -33,10 +34,10 @@ def calibrate(
     result = jobs.calibrate_checkpoint(
         model, texts, ranked=ranked, readings=readings, opening=opening, saving=saving
     )
-    say(report.calibrated(result))
+    say(calibrated(result))
     output.write("calibrate", arguments, result.to_dict())
     if output.folder is not None:
-        report.draw_crossed(result.cells, output.folder)
+        plots.draw_crossed(result.cells, output.folder)
     if result.state is not None:
         result.state.clear()
     output.say_written()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from short_gpt import jobs, report
+from short_gpt import jobs, plots
+from short_gpt.cli import tables
 from short_gpt.cli.options import QualityPicture, arguments_of, say
 from short_gpt.jobs import CaseNames, LoraNames, Opening, Saving, Shares, Tasks, TextSource
 
@@ -41,10 +42,10 @@ def compare(
         opening=opening,
         saving=saving.beside(output.json),
     )
-    say(report.compared(result.rows, result.agreement, result.tasks, bos=result.bos))
+    say(tables.compared(result.rows, result.agreement, result.tasks, bos=result.bos))
     output.write("compare", arguments, result.to_dict())
     if output.folder is not None:
-        report.draw_quality(result.rows, output.folder)
+        plots.draw_quality(result.rows, output.folder)
     if result.state is not None:
         result.state.clear()
     output.say_written()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from short_gpt.cli import results
 from short_gpt.cli.options import arguments_of, say, say_written
 from short_gpt.jobs import DemoRun, run_demo
-from short_gpt.report import draw_scores, require_matplotlib, results
+from short_gpt.plots.figures import require_matplotlib
+from short_gpt.plots.pictures import draw_scores
 
 
 def demo(

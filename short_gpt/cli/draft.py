@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from short_gpt import jobs, report
+from short_gpt import jobs
+from short_gpt.cli import tables
 from short_gpt.cli.options import Output, arguments_of, say
 from short_gpt.jobs import Drafting, Opening, TextSource
 
@@ -29,6 +30,6 @@ def draft(
     arguments = arguments_of(locals())
     output.check(arguments)
     result = jobs.draft(model, pruned, texts, drafting=drafting, opening=opening)
-    say(report.drafts(result.lengths))
+    say(tables.drafts(result.lengths))
     output.write("draft", arguments, result.to_dict())
     output.say_written()

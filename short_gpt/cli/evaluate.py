@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from short_gpt import jobs, report
+from short_gpt import jobs
+from short_gpt.cli import tables
 from short_gpt.cli.options import Output, arguments_of, say
 from short_gpt.jobs import FewShotTasks, Opening, Reading
 
@@ -28,6 +29,6 @@ def evaluate(
     output.check(arguments)
     models = [model] if pruned is None else [model, pruned]
     result = jobs.evaluate(models, reading, tasks=tasks, opening=opening)
-    say(report.comparison(result))
+    say(tables.comparison(result))
     output.write("evaluate", arguments, {"result": result})
     output.say_written()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from short_gpt.cli.options import say
 from short_gpt.jobs import Opening
 from short_gpt.jobs.choice import layer_list
-from short_gpt.opening import open_model
+from short_gpt.wrappers.opening import open_model
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from short_gpt import jobs
+from short_gpt.cli import results
 from short_gpt.cli.options import Output, arguments_of, say, say_written, tell
 from short_gpt.jobs import (
     Choice,
@@ -13,7 +14,6 @@ from short_gpt.jobs import (
     Streaming,
     TextSource,
 )
-from short_gpt.report import results
 
 
 def heal(

@@ -8,8 +8,8 @@ from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 
 from llama.io.outputs import check_output
-from short_gpt.report.figures import is_picture, require_matplotlib
-from short_gpt.report.pictures import CROSSED, PUBLISHED, QUALITY, SCORES
+from short_gpt.plots.figures import is_picture, require_matplotlib
+from short_gpt.plots.pictures import CROSSED, PUBLISHED, QUALITY, SCORES
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import above_bars, first_rank
 from short_gpt.runtime.results import is_record, write_record

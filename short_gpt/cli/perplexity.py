@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from short_gpt import jobs, report
+from short_gpt import jobs
+from short_gpt.cli import tables
 from short_gpt.cli.options import Output, arguments_of, say, tell
 from short_gpt.jobs import Cut, Opening, Running, TextSource
 
@@ -28,6 +29,6 @@ def perplexity(
     arguments = arguments_of(locals())
     output.check(arguments)
     found = jobs.perplexity_of(model, texts, cut=cut, opening=opening, running=running, notify=tell)
-    say(report.perplexities({model: found}))
+    say(tables.perplexities({model: found}))
     output.write("perplexity", arguments, {"result": found.to_dict()})
     output.say_written()

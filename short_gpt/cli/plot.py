@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from short_gpt.cli.options import Pictures, say_written
 from short_gpt.jobs import read_scores
-from short_gpt.report import draw_scores
+from short_gpt.plots.pictures import draw_scores
 
 
 def plot(scores: str, out: str, *, n: int | None = None, overwrite: bool = False) -> None:

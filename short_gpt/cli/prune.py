@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from short_gpt import jobs
+from short_gpt.cli import results
 from short_gpt.cli.options import say
 from short_gpt.jobs import MethodChoice, Opening, PerplexityLimit, Written
-from short_gpt.report import results
 
 
 def prune(

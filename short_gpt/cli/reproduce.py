@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from short_gpt import jobs
+from short_gpt.cli import results
 from short_gpt.cli.options import PaperPictures, arguments_of, say, tell
 from short_gpt.jobs import Opening, Paper, Scoring, StridedCut, TextSource, TimedSaving
-from short_gpt.report import draw_published, draw_scores, results
+from short_gpt.plots.pictures import draw_published, draw_scores
 
 
 def reproduce(

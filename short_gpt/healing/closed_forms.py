@@ -20,7 +20,7 @@ from short_gpt.healing.work import Heal, Work
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.state import joined
-from short_gpt.scored_model import ScoredModel
+from short_gpt.wrappers.scored_model import ScoredModel
 
 
 class ClosedForm(ABC):

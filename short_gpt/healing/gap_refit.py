@@ -29,9 +29,9 @@ from short_gpt.healing.solving import RIDGES
 from short_gpt.models.decoder import Decoder
 from short_gpt.models.layer_calls import LayerCalls
 from short_gpt.models.summands import Summand, Summands
+from short_gpt.models.weight_changes import restored_on_error
 from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
 from short_gpt.selection.mending import Gap
-from short_gpt.surgery.changes import restored_on_error
 
 
 @dataclass

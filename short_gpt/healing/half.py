@@ -22,7 +22,7 @@ from torch import Tensor
 from short_gpt.healing.normal_equations import NormalEquations
 from short_gpt.models.layer_hooks import transposed
 from short_gpt.models.summands import Summand, effective_weight
-from short_gpt.surgery.changes import keep_values, restored_on_error
+from short_gpt.models.weight_changes import keep_values, restored_on_error
 
 TINY = torch.finfo(torch.float32).tiny
 

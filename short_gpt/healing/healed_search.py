@@ -11,7 +11,7 @@ from short_gpt.models.decoder import pad
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.state import StateFile
 from short_gpt.selection.search import Search
-from short_gpt.short_model import ShortModel
+from short_gpt.wrappers.short_model import ShortModel
 
 Windows = Sequence[Sequence[int]]
 SCORED_EVERY = 4  # every fourth window scores candidates, the others are fitted on

@@ -26,7 +26,7 @@ from short_gpt.runtime.errors import (
     shortage,
 )
 from short_gpt.runtime.lock import Lock, hold
-from short_gpt.scored_model import ScoredModel
+from short_gpt.wrappers.scored_model import ScoredModel
 
 
 @dataclass(frozen=True)

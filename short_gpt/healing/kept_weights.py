@@ -10,11 +10,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llama.io.outputs import new_file
+from short_gpt.models.weight_changes import Parameter
 from short_gpt.runtime.digest import files_digest
 from short_gpt.runtime.lock import hold
 from short_gpt.runtime.state import StateFile, check_saved
-from short_gpt.scored_model import ScoredModel
-from short_gpt.surgery.changes import Parameter
+from short_gpt.wrappers.scored_model import ScoredModel
 
 
 class KeptWeights:

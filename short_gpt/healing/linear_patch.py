@@ -27,10 +27,10 @@ from short_gpt.healing.moments import Moments
 from short_gpt.models.decoder import pad
 from short_gpt.models.layer_hooks import States, check_added, mlp_output
 from short_gpt.models.numbering import check_layers, runs, span
+from short_gpt.models.weight_changes import WeightChange, parameters_of, restored_on_error
 from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
 from short_gpt.runtime.progress import bar, set_rate
-from short_gpt.scored_model import ScoredModel
-from short_gpt.surgery.changes import WeightChange, parameters_of, restored_on_error
+from short_gpt.wrappers.scored_model import ScoredModel
 
 # On calibration text kept apart from the fit (SmolLM2-135M, 64 windows of 1024, 8 layers less),
 # 1e-5 and 1e-4 were best, 1e-3 was 3% and 1e-2 10% worse in perplexity for scattered layers, and

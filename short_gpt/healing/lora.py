@@ -20,9 +20,9 @@ from short_gpt.healing.four_bit import quantized, require_four_bit
 from short_gpt.healing.quiet import quiet
 from short_gpt.healing.recipe import Recipe, recipe_for
 from short_gpt.healing.trainer import TrainingRun, Window, train
+from short_gpt.models.weight_changes import WeightChange, parameters_of, restored_on_error
 from short_gpt.runtime.errors import MissingPackageError, ShortGPTError
-from short_gpt.scored_model import ScoredModel
-from short_gpt.surgery.changes import WeightChange, parameters_of, restored_on_error
+from short_gpt.wrappers.scored_model import ScoredModel
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -39,12 +39,12 @@ from short_gpt.healing.refit_state import Fit, RefitState
 from short_gpt.healing.solving import PARTS, RIDGES, WEIGHTS, Solving
 from short_gpt.models.decoder import pad
 from short_gpt.models.numbering import check_layers, span
+from short_gpt.models.weight_changes import Parameter
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
 from short_gpt.runtime.progress import bar
 from short_gpt.runtime.state import joined
-from short_gpt.scored_model import ScoredModel
-from short_gpt.surgery.changes import Parameter
+from short_gpt.wrappers.scored_model import ScoredModel
 
 HELD_EVERY = 8  # every eighth window chooses the ridge
 

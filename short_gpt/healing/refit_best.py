@@ -11,7 +11,7 @@ from pathlib import Path
 from short_gpt.evaluation.paired import together
 from short_gpt.healing.refit import Refit, fit, fold, held_apart
 from short_gpt.healing.solving import PARTS, RIDGES, WEIGHTS, Solving
-from short_gpt.scored_model import ScoredModel
+from short_gpt.wrappers.scored_model import ScoredModel
 
 AIMS = (1.0, 0.7, 0.5)
 TRIED = len(WEIGHTS) + len(AIMS) - 1 + len(PARTS)  # fits

@@ -21,8 +21,8 @@ from short_gpt.healing.solving import PARTS, Solving
 from short_gpt.healing.states import States
 from short_gpt.models.layer_calls import LayerCalls
 from short_gpt.models.summands import Summand, Summands, behind_attention
+from short_gpt.models.weight_changes import Parameter, keep_values, parameters_of
 from short_gpt.runtime.errors import NotFiniteError
-from short_gpt.surgery.changes import Parameter, keep_values, parameters_of
 
 TokensOf = Callable[[int, Tensor], Tokens]
 

@@ -15,8 +15,8 @@ from short_gpt.healing.normal_equations import COLUMNS, ROWS
 from short_gpt.healing.refit_state import is_own
 from short_gpt.models.layer_calls import LayerCalls
 from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.scored_model import ScoredModel
-from short_gpt.streaming.memory import bytes_of, free_memory, resident, shown
+from short_gpt.runtime.memory import bytes_of, free_memory, resident, shown
+from short_gpt.wrappers.scored_model import ScoredModel
 
 UNUSED = 200 * 10**6  # what libraries that were not used yet take, and what lies between pieces
 

@@ -22,11 +22,11 @@ from llama.formats.safetensors import SafetensorsFile
 from llama.io.outputs import new_file
 from llama.io.swap import tidy
 from short_gpt.healing.states import States
+from short_gpt.models.weight_changes import Parameter
 from short_gpt.runtime.digest import files_digest
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.lock import hold
 from short_gpt.runtime.state import StateFile, check_saved, damaged, missing
-from short_gpt.surgery.changes import Parameter
 
 NAMES = ("whole", "left")
 ALONE = ("between", "inputs of ")  # states that one layer alone needs

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from short_gpt.healing.texts import Learning
-from short_gpt.scored_model import ScoredModel
+from short_gpt.wrappers.scored_model import ScoredModel
 
 # Heals the model as it is; returns how, ready for JSON, and what takes it out again.
 Heal = Callable[[], tuple[dict[str, object], Callable[[], object]]]

@@ -11,7 +11,7 @@ from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.scoring.stopping import Stop
 from short_gpt.selection.methods import BY_LOSS, GREEDY, check_method
 from short_gpt.selection.search import Search
-from short_gpt.short_model import ShortModel
+from short_gpt.wrappers.short_model import ShortModel
 
 
 @dataclass(frozen=True)

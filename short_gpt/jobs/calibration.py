@@ -10,12 +10,12 @@ from llama.io.files import check_writable
 from llama.parallel import several_ranks
 from short_gpt.data.disjoint import hold_out, without_overlap
 from short_gpt.data.windows import at_least
-from short_gpt.experiments.calibration import Apart, Calibrated, calibrate
-from short_gpt.experiments.rows import Windows
+from short_gpt.jobs.calibrating import Apart, Calibrated, calibrate
 from short_gpt.jobs.inputs import Cut, Opening, TextSource, check_model, listed
+from short_gpt.jobs.rows import Windows
 from short_gpt.jobs.saving import Saving, interruptible
 from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.short_model import ShortModel
+from short_gpt.wrappers.short_model import ShortModel
 
 SPARE = 4  # windows cut for one that is judged, as some may share text with those that rank
 

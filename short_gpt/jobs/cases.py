@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from short_gpt.data.windows import at_least
-from short_gpt.experiments import Cases, LoraSettings
-from short_gpt.experiments.compare import DEFAULT_METHODS
-from short_gpt.experiments.rows import HEALINGS, TRAINED
+from short_gpt.jobs.comparing import DEFAULT_METHODS, Cases
+from short_gpt.jobs.comparison_lora import LoraSettings
 from short_gpt.jobs.inputs import Cut, listed
+from short_gpt.jobs.rows import HEALINGS, TRAINED
 from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.scored_model import ScoredModel
 from short_gpt.selection.methods import METHODS
+from short_gpt.wrappers.scored_model import ScoredModel
 
 Windows = list[list[int]]
 

@@ -10,16 +10,17 @@ from pathlib import Path
 from llama.io.files import check_writable
 from llama.parallel import several_ranks
 from short_gpt.data import demo
-from short_gpt.experiments import Cases, Compared, DistillHealing, LoraHealing, compare
-from short_gpt.experiments.rows import DISTILL, LORA, TRAINED
 from short_gpt.healing.recipe import Recipe
 from short_gpt.jobs.cases import CaseNames, LoraNames, Shares, Windows
+from short_gpt.jobs.comparing import Cases, Compared, compare
+from short_gpt.jobs.comparison_lora import DistillHealing, LoraHealing
 from short_gpt.jobs.evaluation import Tasks
 from short_gpt.jobs.inputs import Opening, TextSource, check_model, source_of
+from short_gpt.jobs.rows import DISTILL, LORA, TRAINED
 from short_gpt.jobs.saving import Saving, interruptible
-from short_gpt.opening import OpenOptions
 from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.short_model import ShortModel
+from short_gpt.wrappers.opening import OpenOptions
+from short_gpt.wrappers.short_model import ShortModel
 
 
 def compare_checkpoint(

@@ -22,9 +22,9 @@ from short_gpt.checkpoints.save import save_converted
 from short_gpt.jobs.inputs import Notify, Opening, ignore
 from short_gpt.jobs.proof import Proof
 from short_gpt.jobs.saving import interruptible
-from short_gpt.opening import OpenOptions, open_hf
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import bar
+from short_gpt.wrappers.opening import OpenOptions, open_hf
 
 
 def convert(

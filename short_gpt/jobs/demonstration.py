@@ -11,16 +11,16 @@ from short_gpt.checkpoints.verify import check_same, fingerprint
 from short_gpt.data import demo as material
 from short_gpt.data.windows import at_least
 from short_gpt.evaluation.perplexity import Perplexity
-from short_gpt.experiments.cost import size_without, tokens_per_second
 from short_gpt.healing import heal_refit
+from short_gpt.jobs.cost import size_without, tokens_per_second
 from short_gpt.jobs.inputs import Cut, Notify, Opening, ignore
 from short_gpt.jobs.scored import Scored
 from short_gpt.models.numbering import check_count
-from short_gpt.opening import open_model
 from short_gpt.runtime.results import write_record
 from short_gpt.scoring.importance import Importance
 from short_gpt.selection.methods import METHODS
-from short_gpt.short_model import ShortModel
+from short_gpt.wrappers.opening import open_model
+from short_gpt.wrappers.short_model import ShortModel
 
 PROMPT = "And God said unto Noah,"
 MARKER = "layers.json"

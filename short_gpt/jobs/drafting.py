@@ -11,7 +11,7 @@ from short_gpt.data.windows import Window, at_least
 from short_gpt.evaluation.drafts import LENGTHS, Acceptance, check_same_tokens, draft_agreement
 from short_gpt.jobs.inputs import Cut, Opening, TextSource, check_model, source_of
 from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.short_model import ShortModel
+from short_gpt.wrappers.short_model import ShortModel
 
 LONGEST = 2048  # tokens of a prompt from a file and of what is written behind it
 

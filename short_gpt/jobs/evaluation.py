@@ -28,7 +28,7 @@ from short_gpt.jobs.inputs import (
 )
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.short_model import ShortModel
+from short_gpt.wrappers.short_model import ShortModel
 
 
 @dataclass(frozen=True)

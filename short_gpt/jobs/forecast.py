@@ -8,8 +8,8 @@ from typing import TypeVar
 
 from short_gpt.data.windows import count_of
 from short_gpt.runtime import replicas
-from short_gpt.scored_model import ScoredModel
 from short_gpt.scoring.stopping import Stop
+from short_gpt.wrappers.scored_model import ScoredModel
 
 W = TypeVar("W", bound=list[int])
 UNITS = (("days", 86_400.0), ("hours", 3600.0), ("minutes", 60.0), ("seconds", 1.0))

@@ -37,9 +37,9 @@ from short_gpt.jobs.inputs import (
     source_of,
 )
 from short_gpt.jobs.saving import interruptible
-from short_gpt.opening import OpenOptions, open_model, open_trainable
 from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.scored_model import ScoredModel
+from short_gpt.wrappers.opening import OpenOptions, open_model, open_trainable
+from short_gpt.wrappers.scored_model import ScoredModel
 
 SIZE, CLOSED_WINDOWS = 1024, 64  # of closed forms
 

@@ -13,7 +13,7 @@ from short_gpt.healing.solving import PARTS, RIDGES, Solving
 from short_gpt.healing.steps import STEPS, RefitSettings, check_order
 from short_gpt.jobs.inputs import Cut
 from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.scored_model import ScoredModel
+from short_gpt.wrappers.scored_model import ScoredModel
 
 TRAINING = tuple(name for name, step in STEPS.items() if step.trains)
 CLOSED = tuple(name for name in STEPS if name not in TRAINING)

@@ -9,7 +9,7 @@ from typing import Any
 from short_gpt.data.disjoint import overlapping
 from short_gpt.jobs.inputs import StridedCut, TextSource
 from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.short_model import ShortModel
+from short_gpt.wrappers.short_model import ShortModel
 
 
 def check_names(eval_data: str, scored_by: Mapping[str, object]) -> None:

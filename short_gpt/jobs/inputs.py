@@ -9,11 +9,11 @@ from short_gpt.data.disjoint import hold_out
 from short_gpt.data.texts import read_texts, texts
 from short_gpt.data.windows import BOS, at_least, count_of, windows
 from short_gpt.models.numbering import check_count
-from short_gpt.opening import layers_of, open_model
 from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.scored_model import ScoredModel
-from short_gpt.short_model import ShortModel
-from short_gpt.streaming.memory import bytes_of
+from short_gpt.runtime.memory import bytes_of
+from short_gpt.wrappers.opening import layers_of, open_model
+from short_gpt.wrappers.scored_model import ScoredModel
+from short_gpt.wrappers.short_model import ShortModel
 
 Encode = Callable[[str], Sequence[int]]
 Notify = Callable[[str], object]

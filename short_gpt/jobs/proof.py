@@ -9,8 +9,8 @@ from pathlib import Path
 from llama.io.sources import is_gguf, is_meta
 from llama.parallel import several_ranks
 from short_gpt.jobs.inputs import Opening
-from short_gpt.opening import same_model
 from short_gpt.runtime.errors import MissingPackageError
+from short_gpt.wrappers.opening import same_model
 
 TWICE = "not verified: that loads the model on one rank; run it without torchrun"
 

@@ -27,7 +27,7 @@ from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import bar
 from short_gpt.runtime.results import read_record
 from short_gpt.selection.methods import METHODS
-from short_gpt.short_hf import ShortHFModel
+from short_gpt.wrappers.short_hf import ShortHFModel
 
 
 @dataclass(frozen=True)

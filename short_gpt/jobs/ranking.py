@@ -23,17 +23,17 @@ from short_gpt.jobs.saving import TimedSaving, interruptible
 from short_gpt.jobs.scored import UNKNOWN, Scored
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.memory import bytes_of
 from short_gpt.runtime.progress import first_rank
 from short_gpt.runtime.state import StateFile, joined
-from short_gpt.scored_model import ScoredModel
 from short_gpt.scoring.following import Following
 from short_gpt.scoring.importance import Importance
 from short_gpt.scoring.state import RunState
 from short_gpt.scoring.stopping import Stop, Verdict
 from short_gpt.selection.methods import BY_LOSS, choose
 from short_gpt.selection.search import Search
-from short_gpt.short_model import ShortModel
-from short_gpt.streaming.memory import bytes_of
+from short_gpt.wrappers.scored_model import ScoredModel
+from short_gpt.wrappers.short_model import ShortModel
 
 
 @dataclass(frozen=True)

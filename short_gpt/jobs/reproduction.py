@@ -5,14 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llama.parallel import choose_device, choose_dtype
-from short_gpt.experiments.paper_order import PaperOrder, bear_out
-from short_gpt.experiments.published import (
-    PaperComparison,
-    compare_with_paper,
-    identify,
-    layers_in_paper,
-    published_scores,
-)
 from short_gpt.jobs.answer import Answer
 from short_gpt.jobs.inputs import (
     Notify,
@@ -23,13 +15,21 @@ from short_gpt.jobs.inputs import (
     ignore,
     source_of,
 )
+from short_gpt.jobs.paper_order import PaperOrder, bear_out
+from short_gpt.jobs.published import (
+    PaperComparison,
+    compare_with_paper,
+    identify,
+    layers_in_paper,
+    published_scores,
+)
 from short_gpt.jobs.ranking import Ranking, check_ranking, rank
 from short_gpt.jobs.saving import TimedSaving
 from short_gpt.models.shape import Shape, shape_of
 from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.memory import free_memory, shown
 from short_gpt.scoring.importance import Importance
 from short_gpt.scoring.metrics import spearman
-from short_gpt.streaming.memory import free_memory, shown
 
 PROTOCOL = StridedCut(bos="first")
 

@@ -14,8 +14,8 @@ from llama.io.sources import kind_of
 from llama.tokenizer import find_tokenizer
 from short_gpt.models.computation import config_digest, params_entries
 from short_gpt.models.loading import TOKENIZER
-from short_gpt.opening import weights_of
 from short_gpt.runtime.digest import files_digest, json_digest
+from short_gpt.wrappers.opening import weights_of
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 

@@ -4,13 +4,24 @@
 `families` names the parts of their layers; `numbering` says which layers exist and how many may go;
 `layer_hooks` reaches into layers; `config_check` proves that a config makes the model; `loading`
 finds models of transformers where they lie.
+
+`layer_removal` takes layers out of a live model; `prefill` skips layers while a prompt is read;
+`weight_changes` records what was done to weights.
 """
 
 from short_gpt.models.decoder import Decoder, pad
 from short_gpt.models.families import FAMILIES, Family, family_of
 from short_gpt.models.hf import HFDecoder, find_layers
+from short_gpt.models.layer_removal import remove_layers, without_layers
 from short_gpt.models.meta import MetaDecoder
 from short_gpt.models.numbering import check_count, check_exist, check_layers, span
+from short_gpt.models.prefill import skipped_in_prefill
+from short_gpt.models.weight_changes import (
+    Parameter,
+    WeightChange,
+    parameters_of,
+    restored_on_error,
+)
 
 __all__ = [
     "FAMILIES",
@@ -18,11 +29,18 @@ __all__ = [
     "Family",
     "HFDecoder",
     "MetaDecoder",
+    "Parameter",
+    "WeightChange",
     "check_count",
     "check_exist",
     "check_layers",
     "family_of",
     "find_layers",
     "pad",
+    "parameters_of",
+    "remove_layers",
+    "restored_on_error",
+    "skipped_in_prefill",
     "span",
+    "without_layers",
 ]

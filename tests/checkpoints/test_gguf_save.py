@@ -27,8 +27,8 @@ from short_gpt.evaluation import Difference
 from short_gpt.healing import HealingEvidence, HealingJob, Learning
 from short_gpt.jobs import Healing, Opening
 from short_gpt.jobs.healed import reread
+from short_gpt.models.weight_changes import WeightChange
 from short_gpt.runtime.errors import NotSavedError, ShortGPTError
-from short_gpt.surgery.changes import WeightChange
 
 pytestmark = pytest.mark.filterwarnings("default")  # transformers' own, while it reads GGUF
 KINDS = gguf.GGMLQuantizationType

@@ -23,7 +23,7 @@ from short_gpt.checkpoints.gguf_layers import Stack, renamed
 from short_gpt.checkpoints.gguf_save import MAPPED
 from short_gpt.data import demo
 from short_gpt.models.hf import HFDecoder
-from short_gpt.surgery.changes import WeightChange
+from short_gpt.models.weight_changes import WeightChange
 
 pytestmark = [pytest.mark.real, pytest.mark.filterwarnings("default")]
 

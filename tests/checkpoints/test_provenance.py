@@ -34,10 +34,10 @@ from short_gpt.checkpoints.entries import KEYS, Measured
 from short_gpt.checkpoints.source_card import source_card
 from short_gpt.data.windows import windows
 from short_gpt.healing import Recipe, heal_lora, heal_patch
+from short_gpt.models.weight_changes import WeightChange
 from short_gpt.scoring.importance import Importance
-from short_gpt.short_hf import ShortHFModel
-from short_gpt.short_llama import ShortLlama
-from short_gpt.surgery.changes import WeightChange
+from short_gpt.wrappers.short_hf import ShortHFModel
+from short_gpt.wrappers.short_llama import ShortLlama
 
 pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
 

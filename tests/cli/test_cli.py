@@ -25,8 +25,8 @@ from short_gpt import cli
 from short_gpt.cli.app import in_shell, main
 from short_gpt.cli.flags import HEADINGS, flags_of, named
 from short_gpt.jobs.scored import Scored
-from short_gpt.opening import open_model
 from short_gpt.selection.methods import METHODS
+from short_gpt.wrappers.opening import open_model
 
 
 @pytest.fixture
@@ -338,7 +338,7 @@ def test_of_two_ranks_one_prints_and_writes(ckpt, capsys, monkeypatch):
 
 def test_reproduce_runs_the_protocol_on_a_model_of_the_papers_shape(ckpt, capsys, monkeypatch):
     """A random model of 5 layers stands in: what is shown is the command, not the paper."""
-    from short_gpt.experiments import published as reproduce
+    from short_gpt.jobs import published as reproduce
 
     table = reproduce.published()
     table["paper"]["models"]["tiny"] = {

@@ -26,9 +26,9 @@ from llama.formats.convert import meta_to_hf
 from llama.formats.safetensors import tensor_bytes
 from llama.formats.tokenizers import with_bos
 from short_gpt.models.hf import HFDecoder
-from short_gpt.opening import open_model
 from short_gpt.scoring.importance import Importance
-from short_gpt.short_hf import ShortHFModel
+from short_gpt.wrappers.opening import open_model
+from short_gpt.wrappers.short_hf import ShortHFModel
 
 pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
 LAYERS = 5

@@ -9,9 +9,9 @@ import pytest
 import scipy.stats
 from test_harness import pair as made
 
+from short_gpt.cli.tables import comparison
 from short_gpt.evaluation import TaskRun, TaskSuite, task_changes, task_difference
 from short_gpt.evaluation.documents import documents_of
-from short_gpt.report.tables import comparison
 
 
 @pytest.fixture(scope="module")

@@ -11,13 +11,13 @@ import pytest
 import scipy.stats
 from conftest import make_transformer, random_windows
 
+from short_gpt.cli.tables import perplexities
 from short_gpt.data.windows import Window, batches, text_of, windows
 from short_gpt.evaluation.paired import difference, losses, together
 from short_gpt.evaluation.perplexity import Perplexity, perplexity
 from short_gpt.evaluation.sampling import Sample, sampling_error
-from short_gpt.experiments.cells import Cells
+from short_gpt.jobs.cells import Cells
 from short_gpt.models.meta import MetaDecoder
-from short_gpt.report import perplexities
 from short_gpt.runtime.state import StateFile
 
 WINDOWS = [(0, 30.5, 10), (0, 41.25, 15), (1, 12.0, 6), (2, 70.0, 20), (2, 33.5, 11)]

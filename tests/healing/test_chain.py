@@ -31,8 +31,8 @@ from short_gpt.healing import (
     lora,
 )
 from short_gpt.healing.refit_layer import LayerRefit
-from short_gpt.short_hf import ShortHFModel
-from short_gpt.short_llama import ShortLlama
+from short_gpt.wrappers.short_hf import ShortHFModel
+from short_gpt.wrappers.short_llama import ShortLlama
 
 pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
 

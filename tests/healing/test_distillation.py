@@ -15,7 +15,7 @@ from short_gpt.healing.batching import collate, examples
 from short_gpt.healing.divergence import Targets, divergence
 from short_gpt.healing.lora import heal
 from short_gpt.healing.recipe import Recipe
-from short_gpt.short_hf import ShortHFModel
+from short_gpt.wrappers.short_hf import ShortHFModel
 
 pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
 

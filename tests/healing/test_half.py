@@ -17,7 +17,7 @@ from short_gpt.healing.normal_equations import NormalEquations
 from short_gpt.healing.refit import fit, fold
 from short_gpt.models.layer_calls import LayerCalls
 from short_gpt.models.summands import Summand, Summands, effective_weight
-from short_gpt.short_hf import ShortHFModel
+from short_gpt.wrappers.short_hf import ShortHFModel
 
 pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
 

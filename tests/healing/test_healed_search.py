@@ -20,8 +20,8 @@ from short_gpt.models.numbering import runs
 from short_gpt.runtime.state import StateFile
 from short_gpt.selection.search import sleb
 from short_gpt.selection.stack import Stack
-from short_gpt.short_hf import ShortHFModel
-from short_gpt.short_llama import ShortLlama
+from short_gpt.wrappers.short_hf import ShortHFModel
+from short_gpt.wrappers.short_llama import ShortLlama
 
 pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
 

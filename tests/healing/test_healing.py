@@ -35,9 +35,9 @@ from short_gpt.healing.linear_patch import heal as patch
 from short_gpt.healing.lora import heal
 from short_gpt.healing.recipe import Recipe, recipe_for
 from short_gpt.models.hf import HFDecoder
-from short_gpt.opening import open_model
-from short_gpt.short_hf import ShortHFModel
-from short_gpt.short_llama import ShortLlama
+from short_gpt.wrappers.opening import open_model
+from short_gpt.wrappers.short_hf import ShortHFModel
+from short_gpt.wrappers.short_llama import ShortLlama
 
 pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
 

@@ -30,9 +30,9 @@ from short_gpt.healing import (
     lora,
 )
 from short_gpt.healing.linear_patch import fit, fold
-from short_gpt.opening import open_model
-from short_gpt.short_hf import ShortHFModel
-from short_gpt.short_llama import ShortLlama
+from short_gpt.wrappers.opening import open_model
+from short_gpt.wrappers.short_hf import ShortHFModel
+from short_gpt.wrappers.short_llama import ShortLlama
 
 pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
 

@@ -12,7 +12,7 @@ from short_gpt.healing.refit import fit
 from short_gpt.healing.refit_layer import LayerRefit
 from short_gpt.models.layer_calls import LayerCalls
 from short_gpt.models.summands import Summands
-from short_gpt.short_hf import ShortHFModel
+from short_gpt.wrappers.short_hf import ShortHFModel
 
 pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
 

@@ -13,8 +13,8 @@ from short_gpt.healing import linear_patch
 from short_gpt.healing.linear_patch import fit, fit_many, fold, heal, runs
 from short_gpt.healing.moments import Moments
 from short_gpt.models.layer_hooks import check_added, mlp_output, replaced_output
-from short_gpt.short_hf import ShortHFModel
-from short_gpt.short_llama import ShortLlama
+from short_gpt.wrappers.short_hf import ShortHFModel
+from short_gpt.wrappers.short_llama import ShortLlama
 
 pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
 
@@ -167,7 +167,7 @@ def test_meta_and_hugging_face_give_the_same_patch(tmp_path):
     from conftest import BYTE_VOCAB, save_checkpoint, write_byte_tokenizer
 
     from llama.formats.convert import meta_to_hf
-    from short_gpt.opening import open_model
+    from short_gpt.wrappers.opening import open_model
 
     model = make_transformer(vocab_size=BYTE_VOCAB)
     write_byte_tokenizer(save_checkpoint(tmp_path / "meta", model))

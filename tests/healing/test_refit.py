@@ -18,8 +18,8 @@ from short_gpt.healing.solving import Solving
 from short_gpt.models.layer_calls import LayerCalls
 from short_gpt.models.layer_hooks import attention_output, mlp_output, transposed
 from short_gpt.models.summands import Summands, behind_attention
-from short_gpt.short_hf import ShortHFModel
-from short_gpt.short_llama import ShortLlama
+from short_gpt.wrappers.short_hf import ShortHFModel
+from short_gpt.wrappers.short_llama import ShortLlama
 
 pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
 

@@ -31,6 +31,7 @@ from tqdm import tqdm
 from llama.checkpoint.meta import Checkpoint
 from llama.formats.convert import hf_to_meta, meta_to_hf
 from short_gpt import ShortLlama
+from short_gpt.cli.results import _unchanged
 from short_gpt.healing import Learning, RefitSettings, refit_layer, refit_memory
 from short_gpt.healing.half import HalfSolver
 from short_gpt.healing.refit import Refit, fit, heal
@@ -38,8 +39,7 @@ from short_gpt.healing.refit_best import fit_best
 from short_gpt.healing.refit_layer import LayerRefit
 from short_gpt.healing.refit_state import RefitState
 from short_gpt.healing.states import States
-from short_gpt.report.results import _unchanged
-from short_gpt.streamed_llama import StreamedLlama
+from short_gpt.wrappers.streamed_llama import StreamedLlama
 
 LAYERS = [2, 3]
 WINDOWS = [w[: 16 - i % 2] for i, w in enumerate(random_windows(10, 16, vocab=BYTE_VOCAB))]

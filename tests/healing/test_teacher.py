@@ -12,8 +12,8 @@ from families import make
 
 from short_gpt.healing.divergence import Targets, divergence
 from short_gpt.healing.teacher import CachedTeacher, LiveTeacher
-from short_gpt.short_hf import ShortHFModel
-from short_gpt.short_llama import ShortLlama
+from short_gpt.wrappers.short_hf import ShortHFModel
+from short_gpt.wrappers.short_llama import ShortLlama
 
 WINDOWS = [w[: 16 - 3 * i] for i, w in enumerate(random_windows(4, 16))]
 

@@ -54,7 +54,7 @@ from short_gpt.jobs import (
 from short_gpt.jobs import Learned as LearnedFrom
 from short_gpt.selection.methods import METHODS
 from short_gpt.selection.stack import Stack
-from short_gpt.short_llama import ShortLlama
+from short_gpt.wrappers.short_llama import ShortLlama
 
 CUT = StridedCut(32, 6, 0, 16)
 

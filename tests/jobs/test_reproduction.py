@@ -15,13 +15,21 @@ from processes import ranks
 
 from llama.formats.convert import meta_to_hf
 from short_gpt import ShortGPTError, rank
-from short_gpt.experiments import published
-from short_gpt.jobs import Answer, Opening, Paper, Scoring, StridedCut, TextSource, reproduce
+from short_gpt.jobs import (
+    Answer,
+    Opening,
+    Paper,
+    Scoring,
+    StridedCut,
+    TextSource,
+    published,
+    reproduce,
+)
 from short_gpt.jobs.forecast import duration, first_of, forecast
 from short_gpt.jobs.reproduction import Shape, _changed, _whole
-from short_gpt.opening import open_model
 from short_gpt.scoring.stopping import Stop
-from short_gpt.streaming.decoder import StreamedDecoder
+from short_gpt.wrappers.opening import open_model
+from short_gpt.wrappers.streamed_decoder import StreamedDecoder
 
 CUT = StridedCut(32, 20, 0, 32)
 CPU = Opening(device="cpu")
@@ -106,7 +114,7 @@ def test_it_ends_when_the_papers_number_of_layers_is_settled(here):
 
 @pytest.mark.parametrize("stream", [[], ["--stream"]], ids=["in memory", "streamed"])
 def test_stopped_and_continued_the_file_has_the_same_bytes(here, monkeypatch, stream):
-    from short_gpt.streaming import memory
+    from short_gpt.runtime import memory
 
     monkeypatch.setattr(memory, "MOST_WINDOWS", 4)
     command = ["reproduce", "ckpt", *LINE, *stream, "--json", "r.json", "--save_every", 0]

@@ -14,8 +14,8 @@ from conftest import BYTE_VOCAB, make_transformer, save_checkpoint, write_byte_t
 from short_gpt import ShortGPTError, convert, prune, rank
 from short_gpt.jobs import Choice, Scores, StridedCut, heal, read_scores
 from short_gpt.jobs.scored import configuration_of, tokenizer_of
-from short_gpt.opening import weights_of
 from short_gpt.runtime import write_record
+from short_gpt.wrappers.opening import weights_of
 
 LEARNED = ("--data", "book.txt", "--eval_data", "held.txt", "--size", 32, "--max_windows", 4)
 

@@ -39,13 +39,13 @@ from llama.io.json_files import write_json
 from llama.loading import load_model
 from llama.tokenizer import Tokenizer
 from short_gpt import ShortHFModel, ShortLlama
+from short_gpt.cli.tables import ranking
 from short_gpt.jobs import Scores
 from short_gpt.models.loading import load_tokenizer
-from short_gpt.report import ranking
 from short_gpt.runtime.errors import USER_ERRORS, MissingPackageError, ShortGPTError
 from short_gpt.runtime.state import StateFile
 from short_gpt.scoring.state import RunState
-from short_gpt.streaming.weights import HFSource
+from short_gpt.wrappers.streamed_weights import HFSource
 
 pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
 NUMBERS = [0, -1, 10**7, 2**63, 10**400, 1e308, 0.5]

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from llama.formats.convert import gguf_to_meta, hf_to_meta, meta_to_hf
 from short_gpt import ShortGPTError, ShortHFModel
-from short_gpt.opening import open_model
+from short_gpt.wrappers.opening import open_model
 
 pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
 

@@ -25,7 +25,7 @@ from short_gpt.healing import (
 )
 from short_gpt.runtime import StateFile
 from short_gpt.runtime.lock import hold
-from short_gpt.short_hf import ShortHFModel
+from short_gpt.wrappers.short_hf import ShortHFModel
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="no locks there")
 IDENTITY = {"data": "novels"}

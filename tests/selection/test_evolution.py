@@ -10,6 +10,7 @@ from conftest import interrupted, make_transformer, random_windows
 
 from llama.model import TransformerBlock
 from short_gpt.evaluation.perplexity import perplexity
+from short_gpt.models.layer_removal import without_layers
 from short_gpt.models.meta import MetaDecoder
 from short_gpt.runtime.state import StateFile
 from short_gpt.selection.account import Account, Spent
@@ -18,7 +19,6 @@ from short_gpt.selection.evolved import evolution, sleb_layers
 from short_gpt.selection.found import Options
 from short_gpt.selection.search import sleb
 from short_gpt.selection.stack import Stack
-from short_gpt.surgery.layers import without_layers
 
 WINDOWS = random_windows(4, 12)
 WORTH = [9, 1, 7, 2, 8, 3, 6, 4, 5, 10]

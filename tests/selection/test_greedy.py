@@ -14,13 +14,13 @@ from llama.model import TransformerBlock
 from short_gpt.evaluation.perplexity import perplexity
 from short_gpt.models.decoder import Decoder
 from short_gpt.models.hf import HFDecoder
+from short_gpt.models.layer_removal import without_layers
 from short_gpt.models.meta import MetaDecoder
 from short_gpt.runtime.progress import bar
 from short_gpt.runtime.state import StateFile
 from short_gpt.selection import trials
 from short_gpt.selection.search import one_shot, sleb
 from short_gpt.selection.stack import Stack
-from short_gpt.surgery.layers import without_layers
 
 
 def plain_sleb(decoder: Decoder, windows: list[list[int]], n: int):

@@ -12,11 +12,11 @@ from llama.model import TransformerBlock
 from short_gpt.evaluation.perplexity import perplexity
 from short_gpt.healing.gap_refit import GapRefits
 from short_gpt.models.decoder import pad
+from short_gpt.models.layer_removal import without_layers
 from short_gpt.models.meta import MetaDecoder
 from short_gpt.models.numbering import runs
 from short_gpt.selection.many_sets import ManySets
 from short_gpt.selection.mending import Gap
-from short_gpt.surgery.layers import without_layers
 
 WINDOWS = random_windows(2, 16)
 SETS = [*itertools.combinations((1, 2, 3, 5), 2), (0, 6), (1, 2, 3, 5)]

@@ -22,8 +22,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from llama import Llama
 from short_gpt import ShortHFModel, ShortLlama, ShortModel
 from short_gpt.evaluation import difference
-from short_gpt.scored_model import ScoredModel
-from short_gpt.streamed_llama import StreamedLlama
+from short_gpt.wrappers.scored_model import ScoredModel
+from short_gpt.wrappers.streamed_llama import StreamedLlama
 
 pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "vocab_size": 96}

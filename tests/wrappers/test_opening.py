@@ -14,7 +14,7 @@ from conftest import (
 
 from llama.formats.convert import meta_to_hf
 from short_gpt import ShortHFModel, ShortLlama
-from short_gpt.opening import (
+from short_gpt.wrappers.opening import (
     OpenOptions,
     layers_of,
     open_hf,
@@ -22,7 +22,7 @@ from short_gpt.opening import (
     open_trainable,
     same_model,
 )
-from short_gpt.streamed_llama import StreamedLlama
+from short_gpt.wrappers.streamed_llama import StreamedLlama
 
 pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
 WINDOWS = random_windows(3, 20)

@@ -1,0 +1,164 @@
+"""What a model knows of itself: the layers it has, its scores, and what was done to its weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from short_gpt.evaluation.paired import losses
+from short_gpt.evaluation.perplexity import Perplexity
+from short_gpt.models.decoder import Decoder
+from short_gpt.models.layer_calls import LayerCalls
+from short_gpt.models.numbering import span
+from short_gpt.models.weight_changes import Parameter, WeightChange, restored_on_error
+from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.scoring.importance import Importance
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class ModelRecord:
+    """The record of one model. Layer numbers are the original model's, from 0.
+
+    Args:
+        decoder: the model, with all of its layers.
+
+    Attributes:
+        decoder: the model.
+        n_layers: how many layers it had at first.
+        kept: the layers that it has now, ascending.
+        removed: the layers taken out so far, in order of removal.
+        importance: the sums of all windows scored since the last removal.
+        changes: what was done to the weights of layers that stayed, in order.
+        quality: the last perplexity measured, by the layers that the model had.
+        evidence: how layers were chosen and what healing brought, ready for JSON; jobs fill it.
+        max_memory: of the process, as a streamed model was opened with.
+    """
+
+    max_memory: str | int | None = None
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder = decoder
+        self.n_layers = len(decoder.layers)
+        self.kept = list(range(self.n_layers))
+        self.removed: list[int] = []
+        self.importance = Importance.empty(self.kept)
+        self.changes: list[WeightChange] = []
+        self.quality: dict[tuple[int, ...], Perplexity] = {}
+        self.evidence: dict[str, object] = {}
+        self._trial: list[int] | None = None
+
+    @property
+    def present(self) -> list[int]:
+        """The layers that the model has at this moment: `kept`, less those of a trial."""
+        return self.kept if self._trial is None else self._trial
+
+    @property
+    def importances(self) -> Tensor:
+        """Mean Block Influence of every original layer, (L,) float64; see `Importance`.
+
+        NaN for layers that were not in the model when it was scored.
+        """
+        return self._by_layer(self._scored().block_influence)
+
+    @property
+    def n_windows(self) -> int:
+        """Windows scored."""
+        return self.importance.n_windows
+
+    def _scored(self) -> Importance:
+        if self.importance.n_windows == 0:
+            raise RuntimeError("no scores yet; call eval_importance or measure first")
+        return self.importance
+
+    def _by_layer(self, values: Tensor) -> Tensor:
+        """Values of the L' scored layers at the places of all L, NaN at the others."""
+        full = torch.full((self.n_layers,), math.nan, dtype=torch.float64)
+        full[self.importance.layers] = values
+        return full
+
+    @property
+    def changed(self) -> set[Parameter]:
+        """The parameters of the layers left that have other values than the source's."""
+        every = set().union(*(change.parameters for change in self.changes))
+        return {(number, name) for number, name in every if number in self.kept}
+
+    def note_change(self, change: WeightChange) -> None:
+        """Records a change of weights; what was measured of this model before is dropped."""
+        self.changes = [*self.changes, change]
+        self.quality.pop(tuple(self.present), None)
+
+    def forget_change(self, change: WeightChange) -> None:
+        """Takes a record back, when the weights are as they were."""
+        self.changes = [c for c in self.changes if c is not change]
+        self.quality.pop(tuple(self.present), None)
+
+    def trainable(self) -> PreTrainedModel:
+        """The model of transformers behind this one, which LoRA trains.
+
+        Raises:
+            ShortGPTError: there is none.
+        """
+        raise ShortGPTError(
+            f"LoRA heals a ShortHFModel, got {type(self).__name__}: convert the checkpoint first"
+        )
+
+    def layer_calls(self) -> LayerCalls:
+        """The model's layers to be called one at a time.
+
+        Raises:
+            ShortGPTError: they are given more than the states in front of them.
+        """
+        return LayerCalls(self.decoder)
+
+    @torch.no_grad()
+    def change_weights(
+        self, how: Mapping[str, object], values: Mapping[Parameter, Tensor]
+    ) -> Callable[[], None]:
+        """Gives parameters of layers that are there new values, and records it.
+
+        Args:
+            how: what made them, ready for JSON, with its name as "method".
+            values: by the original number of a layer and a parameter's name in it.
+
+        Returns:
+            A function that puts the former values back, and takes back the record.
+        """
+        layers = zip(self.present, self.decoder.layers, strict=True)
+        every = {(i, name): p for i, layer in layers for name, p in layer.named_parameters()}
+        change = WeightChange(how, frozenset(values))
+
+        def undo() -> None:
+            restore()
+            self.forget_change(change)
+
+        with restored_on_error(every[key] for key in values) as restore:
+            for key, value in values.items():
+                every[key].copy_(value)
+        self.note_change(change)
+        return undo
+
+    def window_losses(
+        self, windows: Sequence[Sequence[int]], *, progress: bool = True
+    ) -> list[Perplexity]:
+        """The loss of every window on its own, of the model as it is now, for `paired`."""
+        return losses(self.decoder, windows, progress=progress)
+
+    def note_quality(self, result: Perplexity) -> None:
+        """Records a perplexity of the model as it is; not where layers are gone unrecorded."""
+        if len(self.present) == len(self.decoder.layers):
+            self.quality[tuple(self.present)] = result
+
+    def check_whole(self) -> None:
+        """Raises RuntimeError where the model lacks layers for a trial, or lost some elsewhere."""
+        count = len(self.decoder.layers)
+        if count != len(self.kept):
+            raise RuntimeError(
+                f"the model has {count} layers, expected {len(self.kept)} ({span(self.kept)}): "
+                "in a trial, or after a removal elsewhere, it cannot be scored, cut or saved"
+            )

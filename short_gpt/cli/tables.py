@@ -1,0 +1,300 @@
+"""Results as text for a terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+from short_gpt.evaluation.drafts import Acceptance
+from short_gpt.evaluation.perplexity import Perplexity, exp
+from short_gpt.evaluation.sampling import SamplingError
+from short_gpt.jobs.inputs import about_bos
+from short_gpt.jobs.rows import Agreement, Row
+from short_gpt.scoring.importance import Importance
+from short_gpt.selection.methods import METHODS, choose
+from short_gpt.selection.search import Search
+
+
+def ranking(
+    importance: Importance, n: int | None = None, *, method: str = "bi", seed: int = 0
+) -> str:
+    """A row for every layer, with 95% intervals, and what each method would remove.
+
+    Args:
+        importance: at least one window.
+        n: how many layers to remove; None leaves the methods' choices out.
+        method, seed: whose layers are marked, as in `methods.choose`.
+    """
+    scores, margin = importance.block_influence, importance.margin
+    order = scores.argsort(stable=True).tolist()
+    place = {position: rank for rank, position in enumerate(order, start=1)}
+    chosen = [] if n is None else choose(importance, n, method=method, seed=seed)
+    rows = [f"{'layer':>5}  {'Block Influence':>15}  {'± (95%)':>10}  {'rank':>4}"]
+    for i, layer in enumerate(importance.layers):
+        mark = "  remove" if layer in chosen else ""
+        error = known(margin[i].item(), ".6f")
+        rows.append(f"{layer:>5}  {scores[i]:>15.6f}  {error:>10}  {place[i]:>4}{mark}")
+    rows += [
+        "",
+        f"{importance.n_windows:,} windows, {importance.n_tokens:,} tokens; {_halves(importance)}",
+        f"±: {_samples(importance)}",
+    ]
+    if n is not None and method not in ("bi", "angular"):
+        rows.append(f"{METHODS[method]}: {chosen}")
+    return "\n".join(rows + choices(importance, n))
+
+
+def search(found: Search, method: str) -> str:
+    """A row for every layer that a search by loss removed, or one for a set of them."""
+    if found.loss is not None:
+        said = f"{found.loss:.4f} nats, perplexity {exp(found.loss):.3f}"
+        return f"loss without all of them {said}\n{METHODS[method]}: {found.removed}"
+    rows = [f"{'layer':>5}  {'loss, nats':>10}  {'perplexity':>12}"]
+    for i, layer in enumerate(found.removed):
+        loss = found.losses[min(i, len(found.losses) - 1)][layer]
+        rows.append(f"{layer:>5}  {loss:>10.4f}  {exp(loss):>12.3f}")
+    alone = "without it alone" if method == "perplexity" else "without it and those above"
+    alone += ", gaps refitted" if method == "sleb_healed" else ""
+    return "\n".join([*rows, "", f"loss {alone}", f"{METHODS[method]}: {found.removed}"])
+
+
+def sublayers(importance: Importance) -> str:
+    """A row for every layer: Block Influence of its attention and of its MLP."""
+    attention, mlp = importance.sublayer_influence.tolist()
+    rows = [f"{'layer':>5}  {'attention':>10}  {'MLP':>10}"]
+    for layer, a, m in zip(importance.layers, attention, mlp, strict=True):
+        rows.append(f"{layer:>5}  {a:>10.6f}  {m:>10.6f}")
+    if importance.halves.isnan().any():
+        rows.append("nan: the layer is not x + attention, then + MLP")
+    return "\n".join(rows)
+
+
+def choices(importance: Importance, n: int | None) -> list[str]:
+    """The layers that each method would remove; nothing if ``n`` is None."""
+    if n is None:
+        return []
+    block = importance.least_important(n, angular=True)
+    start = importance.layers.index(block[0])
+    distance = importance.angular[start, start + n]
+    return [
+        f"lowest Block Influence:    {importance.least_important(n)}",
+        f"best block by angle:       {block}, distance {distance:.4f}",
+    ]
+
+
+def _samples(importance: Importance) -> str:
+    """What the margins are over, and what they do not cover."""
+    texts = importance.n_texts
+    error = SamplingError(math.nan, importance.n_windows, texts, importance.degrees)
+    if error.no_interval:
+        return f"no interval: {error.no_interval}"
+    over = f"over {error.over}"
+    return over if texts is not None and texts > 1 else f"{over}; too small where they overlap"
+
+
+def _halves(importance: Importance) -> str:
+    if importance.n_windows < 2:
+        return "one window: no standard errors"
+    return f"rank agreement of two halves of the windows {importance.agreement:.3f}"
+
+
+def perplexities(found: Mapping[str, Perplexity]) -> str:
+    """A row for every named perplexity, with the ratio to the first, and their 95% intervals."""
+    width = max(len(name) for name in found)
+    first = next(iter(found.values())).value
+    rows = [f"{'':<{width}}  {'perplexity':>12}  {'ratio':>7}  {'tokens':>9}  {'windows':>7}"]
+    for name, p in found.items():
+        rows.append(
+            f"{name:<{width}}  {p.value:>12.3f}  {p.value / first:>7.2f}  {p.tokens:>9,}"
+            f"  {p.windows:>7,}"
+        )
+    rows += _intervals(list(found.values()))
+    return "\n".join(rows)
+
+
+def _intervals(found: Sequence[Perplexity]) -> list[str]:
+    """Where the perplexities of all such text are, and what that is judged by."""
+    error = found[0].error
+    if error is None:
+        return []
+    if error.no_interval:
+        return [f"no interval: {error.no_interval}"]
+    ends = ["{:.3f} to {:.3f}".format(*p.interval()) for p in found]
+    return [f"95%: {'; '.join(ends)}", f"over {error.over}"]
+
+
+def drafts(found: Sequence[Acceptance]) -> str:
+    """A row for every length of a draft: what the whole model accepts, with 95% intervals."""
+    rows = [f"{'draft':>5}  {'accepted':>8}  {'± (95%)':>8}  {'drafted':>9}  {'tokens a pass':>13}"]
+    rows += [
+        f"{a.length:>5}  {a.share:>8.1%}  {known(a.error.reach(), '.1%'):>8}  {a.drafted:>9,}"
+        f"  {a.tokens_per_pass:>13.2f}"
+        for a in found
+    ]
+    error = found[0].error
+    over = f"±: over {error.over}"
+    if error.no_interval:
+        over = f"±: no interval: {error.no_interval}"
+    over = over.replace("window", "prompt")
+    return "\n".join(
+        [*rows, "", f"{found[0].written:,} tokens of the whole model's greedy text", over]
+    )
+
+
+def comparison(results: Mapping[str, Mapping[str, float]]) -> str:
+    """A row for every measure, a column for every model."""
+    names = list(results)
+    measures = list(dict.fromkeys(m for row in results.values() for m in row))
+    first = max(map(len, measures))
+    widths = [max(len(name), 12) for name in names]
+    cells = [f"{n:>{w}}" for n, w in zip(names, widths, strict=True)]
+    rows = ["  ".join([f"{'':<{first}}", *cells])]
+    for measure in measures:
+        values = (results[n].get(measure) for n in names)
+        cells = [
+            f"{'' if v is None else f'{v:.6g}':>{w}}" for v, w in zip(values, widths, strict=True)
+        ]
+        rows.append("  ".join([f"{measure:<{first}}", *cells]).rstrip())
+    return "\n".join(rows)
+
+
+def compared(
+    rows: Sequence[Row],
+    agreed: Sequence[Agreement] = (),
+    tasks: Mapping[str, Mapping[str, float]] = {},
+    *,
+    bos: str = "first",
+) -> str:
+    """Perplexities of a comparison: a row for every method, a column for every number of layers.
+
+    Every set of layers stands below, since a perplexity is that of a set.
+
+    Args:
+        rows: of `comparison.Comparison.rows`, the whole model first.
+        agreed: of its ``agreement``.
+        tasks: of its ``tasks``.
+        bos: which windows began with it.
+    """
+    dense, counts = rows[0], sorted({r.n for r in rows[1:]})
+    lines = [said] if (said := about_bos(bos)) else []
+    lines += [f"whole model: perplexity {dense.perplexity:.3f}, {dense.parameters / 1e6:.1f} M", ""]
+    for healing in dict.fromkeys(r.healing for r in rows[1:]):
+        lines += _healed(healing, [r for r in rows[1:] if r.healing == healing], counts)
+    lines += _removed(rows[1:], counts)
+    lines += _sizes(dense, {r.n: r for r in rows[1:]}, counts) + _agreed(agreed)
+    lines += _over(dense)
+    return "\n".join(lines + _tasks(tasks))
+
+
+def _tasks(tasks: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """Metrics of the models without healing, and what each lost, paired over the documents."""
+    lines = []
+    for layers, values in tasks.items():
+        lines.append(f"without {layers}:" if layers != "[]" else "whole:")
+        bases = (n.removesuffix(" change") for n in values if not n.endswith(("_stderr", "_p")))
+        for name in dict.fromkeys(bases):
+            change, error = (values.get(f"{name} change{end}") for end in ("", "_stderr"))
+            line = f"  {name:<26}" + (f"{values[name]:>22.4f}" if name in values else " " * 22)
+            if change is not None and error is not None and layers != "[]":
+                line += f"  less whole {change:+.4f} ({error:.4f})"
+                p = values.get(f"{name} change_p")
+                line += "" if p is None else f", p {p:.3g}"
+            lines.append(line)
+    return lines
+
+
+def _over(row: Row) -> list[str]:
+    """What the standard errors are over; nothing for a result that does not say."""
+    if not row.windows:
+        return []
+    return [f"standard errors over {SamplingError(math.nan, row.windows, row.texts).over}"]
+
+
+def _healed(healing: str, rows: Sequence[Row], counts: Sequence[int]) -> list[str]:
+    """The models healed one way: their perplexities, and what the healing brought."""
+    head = f"{'layers removed':<28}" + "".join(f"{n:>22}" for n in counts)
+    lines = [head, f"{healing}: perplexity (standard error)"]
+    lines += _by_method(rows, counts, _perplexity)
+    if any(r.gain is not None for r in rows):
+        lines.append(f"{healing}: loss in nats a token, less raw (standard error)")
+        lines += _by_method(rows, counts, _gain)
+    return [*lines, ""]
+
+
+def _removed(rows: Sequence[Row], counts: Sequence[int]) -> list[str]:
+    """The sets that each method, or each seed of one, removed."""
+    lines = [f"{'sets of layers removed':<28}" + " | ".join(f"{n} layers" for n in counts)]
+    for method, seed in dict.fromkeys((r.method, r.seed) for r in rows):
+        sets = {r.n: r.layers for r in rows if (r.method, r.seed) == (method, seed)}
+        cells = (" ".join(map(str, sorted(sets[n]))) if n in sets else "-" for n in counts)
+        name = method if seed is None else f"{method}, seed {seed}"
+        lines.append(f"  {name:<26}{' | '.join(cells)}")
+    return [*lines, ""]
+
+
+def _sizes(dense: Row, sizes: Mapping[int, Row], counts: Sequence[int]) -> list[str]:
+    """What depends on the number of layers alone."""
+    cells: dict[str, Callable[[Row], str]] = {
+        "parameters, M": lambda r: f"{r.parameters / 1e6:.1f}",
+        "weights, MB": lambda r: f"{r.megabytes:.0f}",
+        "speed / whole model's": lambda r: f"{r.tokens_per_second / dense.tokens_per_second:.2f}",
+    }
+    return [
+        f"{name:<28}" + "".join(f"{cell(sizes[n]):>22}" for n in counts)
+        for name, cell in cells.items()
+    ]
+
+
+def _agreed(agreed: Sequence[Agreement]) -> list[str]:
+    """How far the cheap rankings agree with the greedy search."""
+    lines = []
+    for found in agreed:
+        shares = "; ".join(f"{pair} {share:.0%}" for pair, share in found["overlap"].items())
+        lines.append(f"{found['n']} layers in common: {shares}")
+    if agreed:
+        value = agreed[0]["rank_correlation_of_bi_with_loss"]
+        lines.append(
+            f"rank correlation of Block Influence with the loss without a layer {value:.3f}"
+        )
+    return lines
+
+
+def _by_method(
+    rows: Sequence[Row], counts: Sequence[int], cell: Callable[[Sequence[Row]], str]
+) -> list[str]:
+    lines = []
+    for method in dict.fromkeys(r.method for r in rows):
+        cells = ""
+        for n in counts:
+            found = [r for r in rows if (r.method, r.n) == (method, n)]
+            cells += f"{cell(found) if found else '-':>22}"
+        lines.append(f"  {method:<26}{cells}")
+    return lines
+
+
+def _perplexity(found: Sequence[Row]) -> str:
+    """One model's perplexity with its error, or the range of several."""
+    values = [r.perplexity for r in found]
+    if len(values) > 1:
+        return f"{_short(min(values))} to {_short(max(values))}"
+    return f"{_short(values[0])} ({_short(values[0] * found[0].standard_error)})"
+
+
+def known(error: float | None, form: str) -> str:
+    """An error as it is printed; a dash where there is none, or NaN: one sample tells none."""
+    return "-" if error is None or math.isnan(error) else format(error, form)
+
+
+def _short(value: float) -> str:
+    """Two decimals where that is short, else three digits."""
+    if math.isnan(value):
+        return "-"
+    return f"{value:.2f}" if value < 10_000 else f"{value:.2e}"
+
+
+def _gain(found: Sequence[Row]) -> str:
+    """What healing one model brought with its error, or the range of several."""
+    values = [r.gain for r in found if r.gain is not None]
+    if len(values) > 1:
+        return f"{min(values):+.2f} to {max(values):+.2f}"
+    return f"{values[0]:+.3f} ({known(found[0].gain_error, '.3f')})"

@@ -1,0 +1,299 @@
+"""Methods against each other on one model: what each removal costs, and what healing brings back.
+
+Everything is measured once: scores come from one pass, a search's list holds those of all smaller
+numbers, patches of all sets are fitted in one pass, and a set of layers that several methods
+choose is evaluated once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
+
+import torch
+
+from llama.io.json_files import JsonObject
+from short_gpt.data.disjoint import check_disjoint
+from short_gpt.evaluation.documents import TaskRun, task_changes
+from short_gpt.evaluation.paired import difference, losses, together
+from short_gpt.evaluation.perplexity import Perplexity
+from short_gpt.healing import refit, search_healed
+from short_gpt.jobs.cells import Cells
+from short_gpt.jobs.cost import size_without, tokens_per_second
+from short_gpt.jobs.gap_folds import Fold, gap_folds
+from short_gpt.jobs.rows import (
+    IN_FRONT,
+    RAW,
+    REFIT,
+    TRAINED,
+    Agreement,
+    Row,
+    Windows,
+)
+from short_gpt.models.numbering import check_count
+from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.progress import bar
+from short_gpt.runtime.state import StateFile
+from short_gpt.scoring.importance import Importance
+from short_gpt.scoring.metrics import spearman
+from short_gpt.selection.methods import AS_SETS, BY_LOSS, check_method, choose
+from short_gpt.selection.search import Search
+from short_gpt.wrappers.short_model import ShortModel
+
+Heal = Callable[[list[int]], list[Perplexity]]
+Case = tuple[str, int | None, int]  # method, seed of a random one, number of layers
+
+
+class Comparison:
+    """Compares methods on one model.
+
+    Args:
+        short: the whole model; it is left as it was.
+        calibration: windows of token ids that choose layers and fit patches.
+        evaluation: windows of other text.
+        few: how many of the calibration windows the searches by loss read.
+        state: saves what was measured and continues from it.
+        progress: whether to show bars.
+
+    Raises:
+        ShortGPTError: calibration and evaluation share text.
+    """
+
+    def __init__(
+        self,
+        short: ShortModel,
+        calibration: Windows,
+        evaluation: Windows,
+        *,
+        few: int = 4,
+        state: StateFile | None = None,
+        progress: bool = True,
+    ) -> None:
+        check_disjoint(calibration, evaluation)
+        self.short, self._calibration, self._evaluation = short, calibration, evaluation
+        self._few, self._cells, self._progress = calibration[:few], Cells(state), progress
+
+    def rows(
+        self,
+        methods: Sequence[str],
+        counts: Sequence[int],
+        *,
+        healings: Sequence[str] = (RAW,),
+        seeds: int = 3,
+        trained: Mapping[str, Heal] | None = None,
+        lora_only: Collection[tuple[str, int]] | None = None,
+    ) -> list[Row]:
+        """Measures every method x number of layers x healing, and the whole model first.
+
+        Args:
+            methods: names of `methods.METHODS`; ``random`` is drawn ``seeds`` times.
+            counts: numbers of layers to remove.
+            healings: of `rows.HEALINGS`. Sets that cannot be healed so have no such row.
+            seeds: how many random sets for every number.
+            trained: what heals for lora and distill: it gives the loss of every evaluation window
+                of the model without these layers, healed.
+            lora_only: the methods and numbers to heal so, which takes far longer than all the
+                rest; None means all.
+
+        Raises:
+            ShortGPTError: a method is unknown, a number out of range, or nothing heals by lora.
+        """
+        heals = {REFIT: self._refitted, **(trained or {})}
+        if lacks := [h for h in healings if h in TRAINED and h not in heals]:
+            raise ShortGPTError(f"the healing {lacks[0]} needs what heals: pass trained=...")
+        cases = self._cases(methods, counts, seeds)
+        sets = [self.layers(method, n, seed or 0, most=max(counts)) for method, seed, n in cases]
+        for healing in (h for h in healings if h in IN_FRONT):
+            self._fit_all(healing, sets)
+        few = {(m, n) for m, _, n in cases} if lora_only is None else set(lora_only)
+        rows = [self._row(("dense", None, 0), [], RAW)]
+        count = len(cases) * len(healings)
+        with bar("comparing", total=count, unit="model", show=self._progress) as shown:
+            for healing in healings:
+                for case, layers in zip(cases, sets, strict=True):
+                    shown.update()
+                    if healing in TRAINED and (case[0], case[2]) not in few:
+                        continue
+                    if healing not in IN_FRONT or 0 not in layers:
+                        rows.append(self._row(case, layers, healing, heals.get(healing)))
+        return rows
+
+    def _cases(self, methods: Sequence[str], counts: Sequence[int], seeds: int) -> list[Case]:
+        for method in methods:
+            check_method(method)
+        for n in counts:
+            check_count(n, len(self.short.kept), name="counts")
+        return [
+            (method, seed, n)
+            for method in methods
+            for seed in (range(seeds) if method == "random" else [None])
+            for n in counts
+        ]
+
+    def layers(self, method: str, n: int, seed: int = 0, *, most: int | None = None) -> list[int]:
+        """The n layers that a method removes; searches go on to ``most`` at once."""
+        if method in BY_LOSS:
+            up_to = n if method in AS_SETS else most or n
+            return self._search(method, up_to).removed[:n]
+        return choose(self.importance, n, method=method, seed=seed)
+
+    @property
+    def importance(self) -> Importance:
+        """Scores of the calibration windows."""
+        return self._scored("importance", self._calibration)
+
+    def _scored(self, name: str, windows: Windows) -> Importance:
+        """Scores of some windows; the model keeps those that it has."""
+
+        def measure() -> dict[str, object]:
+            before, self.short.importance = self.short.importance, Importance.empty(self.short.kept)
+            try:
+                self.short.measure(windows, all_tokens=True, progress=self._progress)
+                return self.short.importance.to_dict()
+            finally:
+                self.short.importance = before
+
+        return Importance.from_dict(self._cells.value(name, measure))
+
+    def _search(self, method: str, n: int) -> Search:
+        name = f"{method} {n}"
+
+        def measure() -> JsonObject:
+            part = self._cells.inner(name.replace(" ", "-"))
+            result = self._searcher(method)(self._few, n, state=part, progress=self._progress)
+            finished.append(part)
+            return {"removed": result.removed, "losses": result.losses}
+
+        finished: list[StateFile | None] = []
+        content = self._cells.value(name, measure)
+        for part in filter(None, finished):  # now that its result is saved
+            part.clear()
+        # JSON's keys are texts
+        trials = [{int(i): v for i, v in loss.items()} for loss in content["losses"]]
+        return Search(content["removed"], trials)
+
+    def _searcher(self, method: str) -> partial[Search]:
+        """A search by loss; as healed, it fits on the windows that the searches do not read."""
+        if method != "sleb_healed":
+            return partial(self.short.search, method=method)
+        return partial(search_healed, self.short, fitted_on=self._calibration[len(self._few) :])
+
+    def agreement(self, n: int, most: int) -> Agreement:
+        """Whether the cheap rankings hold: Block Influence, angle and greedy search, all on the
+        windows that the searches read.
+
+        Args:
+            n: how many layers each removes.
+            most: the largest number of the comparison, up to which the search goes.
+        """
+        few = self._scored("importance of few", self._few)
+        sets = {m: set(choose(few, n, method=m)) for m in ("bi", "angular")}
+        sets["sleb"] = set(self.layers("sleb", n, most=most))
+        pairs = (("bi", "angular"), ("bi", "sleb"), ("angular", "sleb"))
+        shared = {f"{a}, {b}": len(sets[a] & sets[b]) / n for a, b in pairs}
+        alone = self._search("sleb", most).losses[0]
+        scores = few.block_influence
+        correlation = spearman(scores[list(alone)], torch.tensor(list(alone.values())).double())
+        return {"n": n, "overlap": shared, "rank_correlation_of_bi_with_loss": correlation}
+
+    def tasks(
+        self, rows: Sequence[Row], run: Callable[[], TaskRun], suite: str = ""
+    ) -> dict[str, dict[str, float]]:
+        """What a task suite gives for the models without healing.
+
+        Args:
+            rows: from `rows`.
+            run: scores the model as it is at the call.
+            suite: tells the suite from others, whose results a state holds too.
+
+        Returns:
+            Results by the layers removed, as in ``"[3, 4]"``, with their changes from the whole
+            model, paired over the documents.
+        """
+
+        def found(layers: list[int]) -> TaskRun:
+            with self.short.without_layers(layers):
+                return run()
+
+        def kept(layers: list[int]) -> TaskRun:
+            cell = f"documents {suite} {layers}"
+            return TaskRun(**self._cells.value(cell, lambda: vars(found(layers))))
+
+        whole = kept([])
+        sets = [sorted(row.layers) for row in rows if row.healing == RAW]
+        every = {str(layers): kept(layers) for layers in sets}
+        changes = {name: task_changes(whole, done) for name, done in every.items() if name != "[]"}
+        return {name: done.named() | changes.get(name, {}) for name, done in every.items()}
+
+    def _row(self, case: Case, layers: list[int], healing: str, heal: Heal | None = None) -> Row:
+        method, seed, n = case
+        dense, raw = self._measured(RAW, []), self._measured(RAW, layers)
+        parts = raw if healing == RAW else self._measured(healing, layers, heal)
+        change, gain = difference(dense, parts), difference(raw, parts)
+        parameters, size = size_without(self.short, layers)
+        return Row(
+            method=method,
+            seed=seed,
+            n=n,
+            healing=healing,
+            layers=layers,
+            perplexity=together(parts).value,
+            nats=change.nats,
+            standard_error=change.standard_error if n else 0.0,
+            gain=None if healing == RAW else gain.nats,
+            gain_error=None if healing == RAW else gain.standard_error,
+            parameters=parameters,
+            megabytes=size / 1e6,
+            tokens_per_second=self._speed(n, layers),
+            windows=change.windows,
+            texts=change.texts,
+        )
+
+    def _measured(
+        self, healing: str, layers: list[int], heal: Heal | None = None
+    ) -> list[Perplexity]:
+        """Losses of the evaluation windows, measured once for every set of layers.
+
+        Args:
+            heal: measures the healed model without them; raw ones are measured here.
+        """
+        measure = partial(heal or self._losses, layers)
+        return self._cells.losses(f"{healing} {sorted(layers)}", measure)
+
+    def _losses(self, layers: list[int]) -> list[Perplexity]:
+        with self.short.without_layers(layers):
+            return losses(self.short.decoder, self._evaluation, progress=False)
+
+    def _fit_all(self, healing: str, sets: Sequence[list[int]]) -> None:
+        """Fits what mends gaps of all sets at once, and measures the models mended."""
+        every = sorted({tuple(sorted(layers)) for layers in sets if 0 not in layers})
+        wanted = [list(s) for s in every if f"{healing} {list(s)}" not in self._cells]
+        if not wanted:
+            return
+        folds = gap_folds(healing, self.short, wanted, self._calibration, progress=self._progress)
+        with bar(healing, total=len(wanted), unit="model", show=self._progress) as shown:
+            for layers, fold in zip(wanted, folds, strict=True):
+                self._measured(healing, layers, partial(self._folded, fold))
+                shown.update()
+
+    def _folded(self, fold: Fold, layers: list[int]) -> list[Perplexity]:
+        """Losses without the layers while new weights are in place; ``fold`` gives the undo."""
+        with self.short.without_layers(layers):
+            undo = fold()
+            try:
+                return losses(self.short.decoder, self._evaluation, progress=False)
+            finally:
+                undo()
+
+    def _refitted(self, layers: list[int]) -> list[Perplexity]:
+        made = refit.fit(self.short, layers, self._calibration, progress=self._progress)
+        return self._folded(partial(refit.fold, self.short, made), layers)
+
+    def _speed(self, n: int, layers: list[int]) -> float:
+        """Tokens per second; they depend on the number of layers alone."""
+
+        def measure() -> float:
+            with self.short.without_layers(layers):
+                return tokens_per_second(self.short, self._evaluation[0])
+
+        return float(self._cells.value(f"speed {n}", measure))

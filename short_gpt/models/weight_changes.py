@@ -1,0 +1,63 @@
+"""What was done to the weights of layers that stayed: which parameters, and how."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+# The original number of a layer, and a parameter's name inside it: (11, "mlp.down_proj.weight").
+Parameter = tuple[int, str]
+REMOVED_SUBLAYERS = "removed sublayers"  # the method of a `WeightChange`
+
+
+@dataclass(frozen=True)
+class WeightChange:
+    """One change of a model's weights.
+
+    Attributes:
+        how: what did it and with which settings, ready for JSON; "method" names it.
+        parameters: all that have other values than before, and no others.
+    """
+
+    how: Mapping[str, object]
+    parameters: frozenset[Parameter]
+
+
+def parameters_of(number: int, layer: nn.Module, modules: Iterable[nn.Module]) -> set[Parameter]:
+    """The parameters of some modules inside a layer, by the layer's original number."""
+    wanted = {id(p) for module in modules for p in module.parameters()}
+    return {(number, name) for name, p in layer.named_parameters() if id(p) in wanted}
+
+
+def keep_values(parameters: Iterable[Tensor]) -> Callable[[], None]:
+    """Copies values to the CPU; what is returned puts them back."""
+    before = [(parameter, parameter.detach().to("cpu", copy=True)) for parameter in parameters]
+
+    @torch.no_grad()
+    def restore() -> None:
+        for parameter, value in before:
+            parameter.copy_(value)
+
+    return restore
+
+
+@contextmanager
+def restored_on_error(parameters: Iterable[Tensor]) -> Iterator[Callable[[], None]]:
+    """Parameters that have their values again after any error inside a ``with`` block.
+
+    Args:
+        parameters: copied to the CPU.
+
+    Yields:
+        A function that puts the values back, inside the block or later.
+    """
+    restore = keep_values(parameters)
+    try:
+        yield restore
+    except BaseException:
+        restore()
+        raise

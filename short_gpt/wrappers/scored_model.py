@@ -1,0 +1,300 @@
+"""What every wrapper can do, streamed ones included: score, choose, remove, evaluate, save.
+
+Layer numbers are the original model's, from 0, before and after removal. L = its layers.
+"""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from short_gpt.data.windows import batches, count_of, starts_texts
+from short_gpt.evaluation.perplexity import Perplexity, perplexity
+from short_gpt.models.computation import config_digest
+from short_gpt.models.decoder import Decoder, padded
+from short_gpt.models.layer_removal import remove_layers, without_layers
+from short_gpt.models.numbering import check_count, check_layers, layer_numbers
+from short_gpt.runtime import replicas
+from short_gpt.runtime.digest import weights_digest
+from short_gpt.runtime.errors import NotFiniteError
+from short_gpt.scoring.hooks import Scores, score
+from short_gpt.scoring.importance import Importance
+from short_gpt.scoring.run import Follow, ScoringRun
+from short_gpt.scoring.state import RunState
+from short_gpt.scoring.stopping import Stop, Verdict, check_sample
+from short_gpt.scoring.timing import seconds_a_pass
+from short_gpt.wrappers.scores_view import ScoresView
+
+
+class ScoredModel(ScoresView, ABC):
+    """A model whose layers can be scored and removed.
+
+    What it knows of itself stands in `ModelRecord`, what was scored in `ScoresView`. A wrapper of
+    another family says how it encodes, what a text it reads is and how it is saved.
+
+    Args:
+        decoder: the model.
+        n_prune_layers: how many layers `remove_layers` takes out, 1 to L - 1; may be set later.
+
+    Attributes:
+        streamed: whether the weights are read again for every pass.
+    """
+
+    streamed: ClassVar[bool] = False
+
+    def __init__(self, decoder: Decoder, n_prune_layers: int | None = None) -> None:
+        super().__init__(decoder)
+        self._weights_checked = False
+        self.n_prune_layers = n_prune_layers
+        if n_prune_layers is not None:
+            check_count(n_prune_layers, len(self.kept), name="n_prune_layers")
+
+    @abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, with the special tokens in front that the model expects."""
+
+    @property
+    def bos(self) -> str:
+        """Which windows of its texts begin with bos, as `data.windows` takes it.
+
+        "every" for a family that reads windows badly without (Gemma) and whose tokenizer puts one
+        in front of a text; "first", the ShortGPT authors' way, for all others.
+        """
+        return "every" if self.decoder.family.needs_bos and starts_texts(self.encode) else "first"
+
+    @abstractmethod
+    def save(
+        self,
+        out_dir: str | os.PathLike[str],
+        *,
+        facts: Mapping[str, object] | None = None,
+        measured: Mapping[str, Perplexity] | None = None,
+        overwrite: bool = False,
+    ) -> Path:
+        """Writes the model as it is now as an ordinary checkpoint, with ``pruning.json``.
+
+        Args:
+            out_dir: the new directory; appears whole or not at all.
+            facts: more to keep in ``pruning.json``, such as ``{"data": "PG-19"}``; what the
+                library records itself cannot be named.
+            measured: perplexities to keep, by the name of the model's state when each was
+                measured; None takes those that the model remembers.
+            overwrite: whether an earlier checkpoint of this library is replaced; nothing else is.
+
+        Raises:
+            FileExistsError: ``out_dir`` exists.
+            ShortGPTError: a fact has the name of a record of the library's own.
+            RuntimeError: nothing was changed, or what was saved is not the model in memory.
+        """
+
+    @property
+    @abstractmethod
+    def configuration(self) -> Mapping[str, object]:
+        """The entries of the model's own configuration; two models may share it."""
+
+    def plan_text(self, batch_size: int = 1) -> str | None:
+        """What a run will take in memory, in one line; None for a model that is in memory."""
+        return None
+
+    def measure(
+        self,
+        windows: Iterable[Sequence[int]],
+        *,
+        batch_size: int = 1,
+        total: int | None = None,
+        progress: bool = True,
+        stop: Stop | None = None,
+        state: RunState | None = None,
+        random_order: bool = False,
+        sublayers: bool = False,
+        all_tokens: bool = False,
+        follow: Follow | None = None,
+    ) -> Verdict | None:
+        """Scores windows of token ids, by both papers in one pass; adds to the scores so far.
+
+        Windows of different texts in one call are told apart, and so are the texts of two calls. A
+        text that is read again counts as another one, and the standard errors are then too small.
+
+        Args:
+            windows, batch_size: token ids, at most ``max_seq_len`` each, and how many at once.
+            total, progress: windows for a bar (``len(windows)`` if known), and whether to show it.
+            stop: ends the run when its answer is settled. It judges a random sample: windows as
+                `data.windows` cuts them with a seed, or ``random_order``, and no scores so far.
+            state: saves the run and continues it; the scores so far are then those saved.
+            random_order: says that other windows stand in random order, which nothing can check.
+            sublayers, all_tokens: further scores of the same pass, as of `hooks.score`.
+            follow: is given the sums, and the number of all windows, as the sums grow.
+
+        Returns:
+            With ``stop``, whether the answer is settled.
+
+        Raises:
+            ShortGPTError: a window does not fit the model, the state is of another run, or the rule
+                is for a number of layers out of range, or what it would judge is no random sample.
+            NotFiniteError: a weight or a state is NaN or infinite; batches before it count.
+        """
+        self.check_whole()
+        self._check_weights()
+        total = count_of(windows) if total is None else total
+        population = getattr(windows, "population", None)
+        sums = self._sums_so_far(state)
+        if stop is not None:
+            check_count(stop.n, len(self.kept))
+            check_sample(random_order or population is not None, sums.n_windows * (state is None))
+        if state is not None:  # refused before anything is replaced: scores here, sums in the file
+            windows = state.unread(windows, sums.n_windows)
+        run = ScoringRun(
+            self.decoder,
+            sums,
+            batch_size=self.windows_at_once(batch_size, progress),
+            population=population,
+            stop=stop,
+            state=state,
+            score=self.score,
+            follow=follow,
+        )
+        more = {"sublayers": sublayers, "all_tokens": all_tokens}
+        try:
+            run.read(windows, total=total, progress=progress, **more)
+        finally:  # also after Ctrl-C: what was read before counts
+            self.importance = run.into if run.into.n_windows else self.importance
+        return run.verdict
+
+    def _sums_so_far(self, state: RunState | None) -> Importance:
+        """What a run adds to: a saved run's sums, else the scores of the model as it is now."""
+        if state is not None:
+            return state.sums(self.kept)
+        return Importance.empty(self.kept) if self._stale else self.importance
+
+    def windows_at_once(self, batch_size: int, progress: bool = False) -> int:
+        """How many windows a run hands to `score` at once."""
+        return batch_size
+
+    def seconds_a_window(self, window: Sequence[int], batch_size: int = 1) -> float:
+        """Seconds that a window takes, measured on one, of so many read at once."""
+        return seconds_a_pass(self.decoder, [window] * batch_size) / batch_size
+
+    def perplexity(
+        self,
+        windows: Iterable[Sequence[int]],
+        *,
+        batch_size: int = 1,
+        total: int | None = None,
+        progress: bool = True,
+    ) -> Perplexity:
+        """Perplexity of the model as it is now; arguments and errors as in `measure`."""
+        result = perplexity(
+            self.decoder,
+            batches(windows, batch_size),
+            total=count_of(windows) if total is None else total,
+            progress=progress,
+        )
+        self.note_quality(result)
+        return result
+
+    def window_logits(
+        self, windows: Sequence[Sequence[int]], *, batch_size: int = 1
+    ) -> Iterator[Tensor]:
+        """Logits of the model as it is now at all tokens of each window: (tokens, vocabulary)."""
+        for batch in batches(windows, batch_size):
+            found: dict[int, Tensor] = {}
+            for places, tokens, mask in padded(batch, self.decoder):
+                logits = self.decoder.logits(tokens)
+                found |= {i: logits[row, mask[row]] for row, i in enumerate(places)}
+            yield from (found[i] for i in range(len(batch)))
+
+    @contextmanager
+    def without_layers(self, layers: Sequence[int]) -> Iterator[None]:
+        """The model without some layers inside a ``with`` block, whole again after it.
+
+        Args:
+            layers: original layer numbers; none changes nothing.
+
+        Raises:
+            ShortGPTError: a layer does not exist (any more), is named twice, or none would stay.
+        """
+        present = self.present  # fewer than `kept` inside another trial
+        if layers:
+            check_layers(layers, present)
+        with without_layers(self.decoder, [present.index(i) for i in layers]):
+            before, self._trial = self._trial, [i for i in present if i not in layers]
+            try:
+                yield
+            finally:
+                self._trial = before
+
+    def remove_layers(
+        self, layers_to_remove: Sequence[int] | None = None, angular: bool = False
+    ) -> list[int]:
+        """Removes layers from the model in place.
+
+        Args:
+            layers_to_remove: original layer numbers; None (or empty) removes the
+                ``n_prune_layers`` least important ones by the scores.
+            angular: by score, the best block of consecutive layers (Gromov et al.) instead of
+                the lowest Block Influence (ShortGPT).
+
+        Returns:
+            The removed layers: as given, or least important first, or a block in ascending order.
+
+        Raises:
+            ShortGPTError: a layer does not exist (any more), or the number is out of range.
+            RuntimeError: no scores of the model as it is, or a trial. Nothing is changed.
+        """
+        drop = layer_numbers(layers_to_remove) or self.layers_to_remove(angular=angular)
+        check_layers(drop, self.kept)
+        self.check_whole()
+        remove_layers(self.decoder, [self.kept.index(i) for i in drop])
+        self.kept = [i for i in self.kept if i not in drop]
+        self.removed += drop
+        return drop
+
+    def weights_digest(self) -> str:
+        """A digest of the weights, by which another model is told; the same on all ranks."""
+        parts = replicas.of_model(weights_digest(self.decoder.module))
+        return parts[0] if len(parts) == 1 else "-".join(parts)
+
+    def identity(self) -> dict[str, object]:
+        """What two runs must share for one to continue the other's state, ready for JSON.
+
+        Returns:
+            Digests of the weights and of what counts of the configuration (`config_digest`),
+            dtype and kind of device of the layers, whether it is streamed, and how many ranks
+            share it.
+        """
+        dtype, device = self._layers_run_in()
+        return {
+            "dtype": str(dtype),
+            "device": device.type,
+            "stream": self.streamed,
+            "model_parallel_size": len(replicas.of_model(None)),
+            "configuration": config_digest(self.configuration),
+            "weights": self.weights_digest(),
+        }
+
+    def _layers_run_in(self) -> tuple[torch.dtype, torch.device]:
+        weight = next(self.decoder.layers.parameters())
+        return weight.dtype, weight.device
+
+    def score(
+        self, windows: Sequence[Sequence[int]], *, sublayers: bool = False, all_tokens: bool = False
+    ) -> Scores:
+        """Scores of single windows from one pass, without adding them; see `hooks.score`."""
+        more = {"sublayers": sublayers, "all_tokens": all_tokens}
+        return score(self.decoder, windows, layers=self.kept, **more)
+
+    def _check_weights(self) -> None:
+        """Once: attention kernels may turn NaN weights into finite states that look harmless."""
+        layers = () if self._weights_checked else zip(self.kept, self.decoder.layers, strict=True)
+        for number, layer in layers:
+            for name, weight in layer.named_parameters():
+                if not weight.isfinite().all():
+                    raise NotFiniteError(f"layer {number} has NaN or infinite weights in {name}")
+        self._weights_checked = True

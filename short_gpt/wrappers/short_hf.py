@@ -1,0 +1,310 @@
+"""ShortGPT for causal language models of transformers."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import torch
+
+from llama.formats.convert import meta_to_hf
+from llama.generation import check_numbers
+from llama.io.sources import is_gguf
+from llama.parallel import choose_device, choose_dtype
+from llama.sampling import COLDEST
+from llama.tokenizer import check_text, find_tokenizer
+from short_gpt.checkpoints.gguf_save import save_gguf
+from short_gpt.checkpoints.provenance import Provenance
+from short_gpt.checkpoints.save import save_as_meta, save_hf
+from short_gpt.checkpoints.verify import check_same, copy_weights, fingerprint, one_by_one
+from short_gpt.data.windows import windows
+from short_gpt.evaluation.harness import hugging_face_lm
+from short_gpt.evaluation.perplexity import Perplexity
+from short_gpt.models.computation import config_entries
+from short_gpt.models.decoder import check_vocabulary
+from short_gpt.models.hf import HFDecoder, check_layers_path
+from short_gpt.models.loading import generation_explained, load, place_of
+from short_gpt.models.pretrained import PretrainedModel, PretrainedTokenizer
+from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.wrappers.short_model import ShortModel, check_texts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class ShortHFModel(ShortModel):
+    """Scores and removes layers of a ``transformers`` causal language model.
+
+    Args:
+        model_name: a hub id, a local directory, a GGUF file, or a loaded model.
+        layers_path: where its layers are, as in ``"model.layers"``; None finds them.
+        n_prune_layers: how many layers `remove_layers` takes out; may be set later.
+        tokenizer: needed with a loaded model to read texts; None loads the model's own, if any.
+        device: where the model goes when it is loaded; None leaves it where it is loaded to.
+        options: passed on to ``from_pretrained``: ``dtype`` (the files' if not given),
+            ``device_map``, ``quantization_config``, ``revision`` and so on. Python files of a model
+            are run only with ``trust_remote_code=True``.
+
+    Attributes:
+        model, tokenizer: of ``transformers``; the latter may be None.
+        source: where the model came from.
+
+    Raises:
+        MissingPackageError: transformers is missing.
+        OSError, ShortGPTError: the model cannot be loaded, or its layers cannot be found.
+
+    Example:
+        >>> short = ShortHFModel("mistralai/Mistral-7B-v0.1", n_prune_layers=9)  # doctest: +SKIP
+        >>> short.eval_importance([text], max_seq_len=1024)  # doctest: +SKIP
+        >>> short.remove_layers()  # doctest: +SKIP
+        >>> short.save_pretrained("mistral-5b")  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        model_name: str | os.PathLike[str] | PretrainedModel,
+        layers_path: str | None = None,
+        n_prune_layers: int | None = None,
+        *,
+        tokenizer: PretrainedTokenizer | None = None,
+        device: str | torch.device | None = None,
+        **options: object,
+    ) -> None:
+        check_layers_path(layers_path)
+        place, model = place_of(device, options), model_name
+        if isinstance(model, str | os.PathLike):
+            source = str(model)
+            model, tokenizer = load(source, options, tokenizer)
+        elif options:
+            raise ShortGPTError(f"options {sorted(options)} are for loading; the model is loaded")
+        else:
+            source = model.config.name_or_path or "a model"
+        if place is not None and not getattr(model, "is_quantized", False):
+            model.to(place)
+        decoder = HFDecoder(model.eval(), layers_path)
+        super().__init__(decoder, n_prune_layers)
+        self._layers_path = decoder.layers_path
+        self.model, self.tokenizer, self.source = model, tokenizer, source
+        self._meta_tokenizer: Path | None = None  # of the Meta checkpoint that it came from
+
+    @property
+    def configuration(self) -> Mapping[str, object]:
+        return config_entries(self.model.config)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, with the special tokens that the tokenizer puts in front."""
+        check_text(text)
+        return self._tokenizer()(text, verbose=False)["input_ids"]
+
+    def eval_importance(
+        self,
+        prompts: Sequence[str],
+        max_seq_len: int,
+        stride: int = 256,
+        max_gen_len: int = 0,
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        angular: bool = False,
+    ) -> None:
+        """Scores texts and adds them to the scores so far.
+
+        Args:
+            prompts: texts of any length.
+            max_seq_len, stride: tokens of a window, and from one start to the next.
+            max_gen_len: if positive, each text's first ``max_seq_len`` tokens are first continued
+                by up to so many tokens, and both are scored together.
+            temperature, top_p: of that generation.
+            angular: accepted for older scripts; one pass always gives both measures.
+
+        Raises:
+            ShortGPTError: no text gives a window of two tokens.
+            NotFiniteError: a state is NaN or infinite.
+        """
+        check_texts(prompts)
+        if max_gen_len > 0:
+            ids = (self.encode(p)[:max_seq_len] for p in prompts)
+            self.measure([self._continue(i, max_gen_len, temperature, top_p) for i in ids])
+            return
+        cut = windows(prompts, self.encode, size=max_seq_len, stride=stride, tail="keep")
+        self.measure([*cut], progress=False)
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        max_gen_len: int = 50,
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+    ) -> list[str]:
+        """Continues texts, one by one; ``temperature`` 0 takes the likeliest token.
+
+        Raises:
+            ShortGPTError: one text instead of a list, or a text without a token; or a setting is
+                out of range.
+        """
+        check_texts(prompts)
+        check_numbers(max_gen_len, temperature, top_p)
+        if max_gen_len == 0:  # which transformers refuses
+            return [""] * len(prompts)
+        done = []
+        for prompt in prompts:
+            ids = self.encode(prompt)
+            new = self._continue(ids, max_gen_len, temperature, top_p)[len(ids) :]
+            done.append(self._tokenizer().decode(new, skip_special_tokens=True))
+        return done
+
+    def greedy(self, ids: list[int], count: int, *, use_cache: bool = True) -> list[int]:
+        """Up to ``count`` likeliest next tokens, by the model's own generation config."""
+        return self._generated(ids, count, do_sample=False, use_cache=use_cache)[len(ids) :]
+
+    def _continue(
+        self, ids: list[int], max_gen_len: int, temperature: float, top_p: float
+    ) -> list[int]:
+        if not ids:
+            raise ShortGPTError("a text has no tokens to continue; its tokenizer adds none")
+        sampling: dict[str, object] = {"do_sample": False}
+        if temperature >= COLDEST:
+            sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p}
+        return self._generated(ids, max_gen_len, **sampling)
+
+    @torch.no_grad()
+    def _generated(self, ids: list[int], count: int, **options: object) -> list[int]:
+        """The ids with up to ``count`` new ones behind them."""
+        tokens = torch.tensor([ids], device=self.decoder.device)  # (1, S)
+        check_vocabulary(tokens, self.decoder)
+        generate = partial(
+            self.model.generate,
+            input_ids=tokens,
+            # else transformers takes ids that equal the padding's for padding
+            attention_mask=torch.ones_like(tokens),
+            max_new_tokens=count,
+            **options,
+        )
+        with generation_explained(self.model, self.source, generate):
+            return generate()[0].tolist()
+
+    def save_pretrained(
+        self,
+        out_dir: str | os.PathLike[str],
+        *,
+        verify: bool = True,
+        overwrite: bool = False,
+        facts: Mapping[str, object] | None = None,
+        measured: Mapping[str, Perplexity] | None = None,
+    ) -> Path:
+        """Writes model, config, generation config and tokenizer for plain ``from_pretrained``.
+
+        Beside them stand a model card and ``pruning.json``, with all that is known of the cut.
+
+        Args:
+            out_dir: the new directory; appears whole or not at all.
+            verify: load the result again and compare: the same logits, bit for bit, and the same
+                greedy generation with and without the cache.
+            overwrite: whether an earlier pruned model is replaced; nothing else ever is.
+            facts, measured: more to keep in both, as in `ScoredModel.save`.
+
+        Raises:
+            FileExistsError: ``out_dir`` exists.
+            ShortGPTError: a fact has the name of a record of the library's own.
+            RuntimeError: the saved model is not the one in memory, or the model lacks layers for
+                a trial; nothing is left behind.
+        """
+        self.check_whole()
+        record = Provenance.of(self, self.source, facts=facts, measured=measured)
+        return save_hf(
+            self.trainable(),
+            out_dir,
+            tokenizer=cast("PreTrainedTokenizerBase | None", self.tokenizer),
+            record=record,
+            verify=self.check_saved if verify else None,
+            overwrite=overwrite,
+        )
+
+    def save(
+        self,
+        out_dir: str | os.PathLike[str],
+        *,
+        facts: Mapping[str, object] | None = None,
+        measured: Mapping[str, Perplexity] | None = None,
+        overwrite: bool = False,
+    ) -> Path:
+        """Saves as `save_pretrained`; as it came one from `from_meta`, or to a ``.gguf`` file."""
+        if self._meta_tokenizer is None and not is_gguf(out_dir):
+            return self.save_pretrained(
+                out_dir, facts=facts, measured=measured, overwrite=overwrite
+            )
+        record = Provenance.of(self, self.source, facts=facts, measured=measured)
+        if is_gguf(out_dir):
+            place = (self.source, self._layers_path)
+            return save_gguf(self, out_dir, *place, record=record, overwrite=overwrite)
+        self.check_whole()
+        assert self._meta_tokenizer is not None
+        return save_as_meta(
+            self.trainable(),
+            out_dir,
+            record=record,
+            tokenizer_path=self._meta_tokenizer,
+            verify=self.check_saved,
+            overwrite=overwrite,
+        )
+
+    @classmethod
+    def from_meta(
+        cls,
+        ckpt_dir: str | os.PathLike[str],
+        *,
+        tokenizer_path: str | os.PathLike[str] | None = None,
+        device: str | torch.device | None = None,
+        dtype: str | None = None,
+    ) -> ShortHFModel:
+        """Opens a Meta checkpoint through transformers, as LoRA needs it; `save` converts it back.
+
+        Args:
+            ckpt_dir, tokenizer_path, device, dtype: as for `short_gpt.wrappers.opening.open_model`.
+
+        Raises:
+            FileNotFoundError, ShortGPTError: as those of `meta_to_hf`.
+        """
+        tokenizer = Path(str(tokenizer_path)) if tokenizer_path else find_tokenizer(ckpt_dir)
+        place = choose_device(device)
+        with tempfile.TemporaryDirectory() as folder:
+            converted = Path(folder) / "converted"
+            meta_to_hf(ckpt_dir, converted, tokenizer_path=tokenizer)
+            short = cls(converted, device=place, dtype=choose_dtype(dtype, place))
+            copy_weights(short.trainable())  # mapped from files that go now
+        short.source, short._meta_tokenizer = str(ckpt_dir), tokenizer
+        return short
+
+    def trainable(self) -> PreTrainedModel:
+        return cast("PreTrainedModel", self.model)
+
+    def harness_model(self, *, batch_size: int = 1) -> object:
+        return hugging_face_lm(self.model, self.tokenizer, batch_size=batch_size)
+
+    def check_saved(self, directory: Path) -> None:
+        """Raises RuntimeError unless a directory holds this model, as transformers loads it."""
+        again = partial(self._read_again, directory)
+        check_same(*one_by_one(lambda: fingerprint(self), lambda: fingerprint(again())))
+
+    def _read_again(self, directory: Path) -> ShortHFModel:
+        again = type(self.model).from_pretrained(directory, dtype=self.model.dtype)
+        copy_weights(cast("PreTrainedModel", again))
+        if not getattr(again, "is_quantized", False):  # those are where they belong
+            again.to(self.decoder.device)
+        return ShortHFModel(again, self._layers_path)
+
+    def _check_weights(self) -> None:
+        # offloaded weights cannot be looked at; their states are, whenever they are read
+        if not any(weight.is_meta for weight in self.decoder.layers.parameters()):
+            super()._check_weights()
+
+    def _tokenizer(self) -> PretrainedTokenizer:
+        if self.tokenizer is None:
+            raise ShortGPTError(
+                f"{self.source} came without a tokenizer, which texts need: pass tokenizer=..., or "
+                "put its files beside the weights"
+            )
+        return self.tokenizer

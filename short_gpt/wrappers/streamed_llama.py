@@ -1,0 +1,306 @@
+"""ShortGPT for a Llama larger than the memory: scored straight from its checkpoint directory.
+
+Shapes: B windows of a batch, L layers.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from llama.parallel import several_ranks
+from llama.tokenizer import check_text, find_tokenizer
+from short_gpt.checkpoints.hf import prune_hf
+from short_gpt.checkpoints.meta import prune_meta
+from short_gpt.checkpoints.provenance import Provenance
+from short_gpt.checkpoints.verify import check_logits
+from short_gpt.data.windows import batches, count_of
+from short_gpt.evaluation.perplexity import Perplexity, check_loss, check_predicted, samples_of
+from short_gpt.evaluation.sampling import Sample
+from short_gpt.models.computation import params_entries
+from short_gpt.models.decoder import pad
+from short_gpt.models.layer_calls import LayerCalls
+from short_gpt.models.weight_changes import Parameter, WeightChange
+from short_gpt.runtime.digest import files_digest
+from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.memory import Plan
+from short_gpt.runtime.progress import bar
+from short_gpt.scoring.hooks import Scores
+from short_gpt.wrappers.scored_model import ScoredModel
+from short_gpt.wrappers.streamed_batch import Batch
+from short_gpt.wrappers.streamed_decoder import StreamedDecoder, open_stream
+from short_gpt.wrappers.streamed_layers import StreamedCalls
+from short_gpt.wrappers.streamed_tokenizer import hf_tokenizer, meta_tokenizer
+from short_gpt.wrappers.streamed_weights import HFSource, MetaSource
+
+
+class StreamedLlama(ScoredModel):
+    """A Llama of whose checkpoint one layer at a time is in memory.
+
+    It does what every `ScoredModel` does. It does not generate, and is not searched by its loss,
+    which would read all of the checkpoint for every token or candidate.
+
+    Windows pass the layers in rounds, as many at once as the memory holds; within a round,
+    ``batch_size`` of them pass a layer together. Whether an answer is settled is looked at, and a
+    state saved, after a round; an error or an interruption loses the round that it met. Angles at
+    all tokens, which need all layers' states at once, are refused.
+
+    Scores and perplexities are those of the model in memory. Layers can be removed, which only
+    skips them, and `save` writes a checkpoint in the source's format without them.
+
+    Args:
+        ckpt_dir: as for `open_stream`.
+        n_prune_layers: how many layers `remove_layers` takes out; may be set later.
+        tokenizer_path: tokenizer file; None looks beside the checkpoint, and reads texts by
+            transformers where that is the checkpoint's format.
+        max_seq_len, device, dtype: as for `open_stream`.
+        batch_size: of the runs to come; checked here against ``max_memory``.
+        max_memory: of this process in the machine's memory, in bytes or like "3GB"; None takes
+            half of what is free. It decides how many windows go through the layers together.
+        trust_remote_code: whether Python files that come with the tokenizer are run.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ShortGPTError: a file is damaged, the model is not a Llama, the tokenizer is another
+            model's, ``max_memory`` is too little, or this is one of several ranks.
+    """
+
+    streamed: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        ckpt_dir: str | os.PathLike[str],
+        n_prune_layers: int | None = None,
+        *,
+        tokenizer_path: str | os.PathLike[str] | None = None,
+        max_seq_len: int = 2048,
+        batch_size: int = 1,
+        device: str | None = None,
+        dtype: str | None = None,
+        max_memory: str | int | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        if several_ranks():
+            raise ShortGPTError(
+                "a streamed model runs on one rank; start it alone, not by torchrun"
+            )
+        self.stream = open_stream(ckpt_dir, max_seq_len=max_seq_len, device=device, dtype=dtype)
+        self.max_memory, directory = max_memory, self.stream.source.directory
+        self.tokenizer_path = Path(str(tokenizer_path or find_tokenizer(directory)))
+        self.tokenizer = meta_tokenizer(self.tokenizer_path, self.stream)
+        theirs = tokenizer_path is None and isinstance(self.stream.source, HFSource)
+        self._hf_tokenizer = None
+        if theirs:
+            self._hf_tokenizer = hf_tokenizer(directory, trust_remote_code=trust_remote_code)
+        self.plan(batch_size)
+        self._streamed = StreamedDecoder(self.stream)
+        super().__init__(self._streamed, n_prune_layers)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, as in memory: by transformers where the checkpoint is its format."""
+        if self._hf_tokenizer is None:
+            return self.tokenizer.encode(text, bos=self.tokenizer.add_bos, eos=False)
+        check_text(text)
+        return self._hf_tokenizer(text, verbose=False)["input_ids"]
+
+    def plan(self, batch_size: int = 1) -> Plan:
+        """The memory that a run will take, and the windows of a round.
+
+        Raises:
+            ShortGPTError: ``max_memory`` is too little; the message says the least.
+        """
+        return self.stream.plan(batch_size=batch_size, max_memory=self.max_memory)
+
+    def eval_importance(
+        self,
+        prompt_tokens: Sequence[Sequence[int]],
+        max_gen_len: int = 0,
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        angular: bool = False,
+    ) -> None:
+        """Scores one batch of prompts, as `ShortLlama.eval_importance` does; continues none.
+
+        Args:
+            prompt_tokens: B lists of token ids, of any lengths up to ``max_seq_len``.
+            max_gen_len, temperature, top_p, angular: accepted for older scripts; of the first
+                only 0, for a streamed model does not generate.
+
+        Raises:
+            ShortGPTError: prompts were to be continued, or as in `measure`.
+            NotFiniteError: as in `measure`.
+        """
+        if max_gen_len > 0:
+            raise ShortGPTError(
+                f"max_gen_len = {max_gen_len}: a model that is streamed cannot generate; pass 0, "
+                "or open it without stream"
+            )
+        self.measure(prompt_tokens, batch_size=max(len(prompt_tokens), 1), progress=False)
+
+    def perplexity(
+        self,
+        windows: Iterable[Sequence[int]],
+        *,
+        batch_size: int = 1,
+        total: int | None = None,
+        progress: bool = True,
+    ) -> Perplexity:
+        """Perplexity of the model as it is now; arguments and errors as in `measure`."""
+        result = Perplexity.of(self._samples(windows, batch_size, total, progress))
+        self.note_quality(result)
+        return result
+
+    def _samples(
+        self,
+        windows: Iterable[Sequence[int]],
+        batch_size: int,
+        total: int | None,
+        progress: bool,
+    ) -> list[Sample]:
+        """The loss of every window."""
+        samples: list[Sample] = []
+        for part in self._rounds("perplexity", windows, batch_size, total, progress):
+            losses = self._streamed.losses(part)
+            each = losses.double().split([len(window) - 1 for window in part])
+            samples += samples_of(part, [float(values.sum()) for values in each])
+            check_loss(float(losses.double().sum()))
+        check_predicted(sum(s.tokens for s in samples))
+        return samples
+
+    def window_logits(
+        self, windows: Sequence[Sequence[int]], *, batch_size: int = 1
+    ) -> Iterator[Tensor]:
+        for part in self._rounds("logits", windows, batch_size, None, progress=False):
+            yield from self._streamed.window_logits(part)
+
+    def score(
+        self, windows: Sequence[Sequence[int]], *, sublayers: bool = False, all_tokens: bool = False
+    ) -> Scores:
+        return self._streamed.score(
+            windows, layers=self.kept, sublayers=sublayers, all_tokens=all_tokens
+        )
+
+    def plan_text(self, batch_size: int = 1) -> str:
+        return self.plan(batch_size).describe()
+
+    def save(
+        self,
+        out_dir: str | os.PathLike[str],
+        *,
+        facts: Mapping[str, object] | None = None,
+        measured: Mapping[str, Perplexity] | None = None,
+        overwrite: bool = False,
+    ) -> Path:
+        """Writes the checkpoint as the model is now; arguments as in `ScoredModel.save`."""
+        source, changed = self.stream.source, sorted(self.changed)
+        if not self.removed and not changed:
+            raise RuntimeError("nothing was removed yet; call remove_layers first")
+        self.check_whole()
+        record = Provenance.of(self, source.directory, facts=facts, measured=measured)
+        new = {source.stored_name(f"layers.{i}.{n}"): self._stored(i, n) for i, n in changed}
+        write: Callable[..., Path] = prune_hf
+        if isinstance(source, MetaSource):
+            write = partial(prune_meta, tokenizer_path=self.tokenizer_path)
+        return write(
+            source.directory,
+            out_dir,
+            self.removed,
+            provenance=record,
+            replaced=new,
+            overwrite=overwrite,
+            verify=self._check_saved if changed else None,
+        )
+
+    def _stored(self, number: int, name: str) -> Callable[[], Tensor]:
+        """What reads a changed parameter, in the file's layout."""
+        whole = f"layers.{number}.{name}"
+        return lambda: self.stream.source.as_stored(whole, self.stream.weight(number, name))
+
+    def _check_saved(self, directory: Path) -> None:
+        """Raises RuntimeError unless a directory gives the logits of this model, bit for bit."""
+        stream = self.stream
+        place, dtype = str(stream.device), str(stream.dtype).removeprefix("torch.")
+        size = min(8, stream.params.max_seq_len)
+        tokens = torch.arange(size).remainder(stream.vocab_size)[None]  # (1, S)
+        ours = stream(tokens)
+        stream.release()  # before another model takes as much
+        saved = open_stream(directory, max_seq_len=size, device=place, dtype=dtype)
+        check_logits(ours, saved(tokens))
+
+    @property
+    def configuration(self) -> Mapping[str, object]:
+        return params_entries(self.stream.params)
+
+    def _layers_run_in(self) -> tuple[torch.dtype, torch.device]:
+        return self.stream.dtype, self.stream.device  # the layers' own weights come and go
+
+    def windows_at_once(self, batch_size: int, progress: bool = False) -> int:
+        """All windows of a round; ``batch_size`` of them pass a layer together."""
+        self._streamed.batch_size, self._streamed.progress = batch_size, progress
+        return self.plan(batch_size).windows
+
+    def seconds_a_window(self, window: Sequence[int], batch_size: int = 1) -> float:
+        """Seconds that a window of a full round takes, measured on one batch in one layer."""
+        windows = self.windows_at_once(batch_size)
+        batch = Batch(*pad([window] * batch_size, self._streamed), watched=True)
+        read, ready, run = self.stream.layer_seconds(batch)
+        # a thread reads the next layer while the round passes this one
+        layer = ready + max(read, run * windows / batch_size)
+        return len(self.kept) * layer / windows
+
+    def weights_digest(self) -> str:
+        """A digest of the checkpoint's files of weights, by which another one is told."""
+        if self.changes:
+            raise ShortGPTError(
+                "a streamed model whose weights were changed has no files yet by which it is told: "
+                "save it, and open that"
+            )
+        return files_digest(self.stream.source.files)
+
+    def layer_calls(self) -> LayerCalls:
+        return StreamedCalls(self.stream)
+
+    def change_weights(
+        self, how: Mapping[str, object], values: Mapping[Parameter, Tensor]
+    ) -> Callable[[], None]:
+        """As in `ModelRecord`; values are asked for whenever their layer is read."""
+        change = WeightChange(how, frozenset(values))
+        self.stream.replaced = [*self.stream.replaced, values]
+        self.note_change(change)
+
+        def undo() -> None:
+            self.stream.replaced = [v for v in self.stream.replaced if v is not values]
+            self.forget_change(change)
+
+        return undo
+
+    def window_losses(
+        self, windows: Sequence[Sequence[int]], *, progress: bool = True
+    ) -> list[Perplexity]:
+        found = self._samples(windows, 1, None, progress)
+        return [Perplexity.of([sample]) for sample in found]
+
+    def _rounds(
+        self,
+        name: str,
+        windows: Iterable[Sequence[int]],
+        batch_size: int,
+        total: int | None,
+        progress: bool,
+    ) -> Iterator[list[Sequence[int]]]:
+        """The windows of each round."""
+        size = self.windows_at_once(batch_size, progress)
+        total = count_of(windows) if total is None else total
+        with bar(name, total=total, unit="window", show=progress) as shown:
+            for part in batches(windows, size):
+                yield part
+                shown.update(len(part))
+
+    def _check_weights(self) -> None:
+        """Weights are checked as they are read."""

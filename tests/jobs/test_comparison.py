@@ -1,0 +1,422 @@
+"""One comparison: every cell as measured by hand, nothing twice, and it continues."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import scipy.stats
+import torch
+from conftest import CharTokenizer, make_transformer, random_windows, zero_layer
+
+from short_gpt import ShortLlama, heal_refit
+from short_gpt.cli.tables import compared
+from short_gpt.evaluation import TaskRun, TaskSuite, difference, losses, perplexity
+from short_gpt.healing import search_healed
+from short_gpt.healing.linear_patch import heal
+from short_gpt.jobs import Cases, Comparison, compare
+from short_gpt.jobs import comparison_cells as module
+from short_gpt.jobs.cost import size_without, tokens_per_second
+from short_gpt.runtime.state import StateFile
+from short_gpt.selection.methods import METHODS, choose
+from short_gpt.selection.stack import Stack
+
+CALIBRATION, EVALUATION = random_windows(6, 40), random_windows(5, 30, seed=9)
+
+
+class Tiny:
+    def __init__(self, layers: int = 6) -> None:
+        self.model, self.tokenizer = make_transformer(n_layers=layers), CharTokenizer()
+
+
+def short(layers: int = 6) -> ShortLlama:
+    return ShortLlama(Tiny(layers))
+
+
+@pytest.fixture(scope="module")
+def rows():
+    comparison = Comparison(short(), CALIBRATION, EVALUATION)
+    return comparison.rows(list(METHODS), [1, 3], healings=["raw", "patched"])
+
+
+def test_a_refitted_row_is_the_refitted_model_and_leaves_it_as_it_was():
+    model, by_hand = short(), short()
+    before = [p.clone() for p in model.decoder.module.parameters()]
+    rows = Comparison(model, CALIBRATION, EVALUATION).rows(["bi"], [2], healings=["raw", "refit"])
+    refitted = rows[-1]
+    heal_refit(by_hand, refitted.layers, CALIBRATION, progress=False)
+    found = perplexity(by_hand.decoder, [[w] for w in EVALUATION])
+    assert (refitted.healing, refitted.n) == ("refit", 2)
+    assert refitted.perplexity == pytest.approx(found.value, rel=1e-6) != rows[1].perplexity
+    assert refitted.gain is not None and refitted.layers == rows[1].layers
+    assert all(map(torch.equal, before, model.decoder.module.parameters()))
+
+
+def test_the_search_as_healed_fits_on_the_windows_that_it_does_not_score_on(rows):
+    few, rest = CALIBRATION[:4], CALIBRATION[4:]
+    healed = search_healed(short(), few, 3, fitted_on=rest, progress=False).removed
+    found = {r.n: r.layers for r in rows if (r.method, r.healing) == ("sleb_healed", "raw")}
+    assert found == {1: healed[:1], 3: healed}
+    with pytest.raises(ValueError, match="at least 2 windows to refit on"):
+        Comparison(short(), few, EVALUATION).layers("sleb_healed", 1)
+
+
+def test_evolution_is_run_for_every_number(rows):
+    found = {r.n: r.layers for r in rows if (r.method, r.healing) == ("evolution", "raw")}
+    for n, layers in found.items():
+        alone = short().search(CALIBRATION[:4], n, method="evolution", progress=False)
+        assert layers == alone.removed and len(layers) == n
+
+
+def test_there_is_a_row_for_every_method_number_and_healing(rows):
+    raw = [(r.method, r.seed, r.n) for r in rows if r.healing == "raw"]
+    seeds = [(m, s) for m in METHODS for s in (range(3) if m == "random" else [None])]
+    assert raw == [("dense", None, 0), *((m, s, n) for m, s in seeds for n in (1, 3))]
+    patched = [r for r in rows if r.healing == "patched"]
+    assert patched and all(0 not in r.layers for r in patched)
+    assert len(patched) == len([r for r in rows[1:] if r.healing == "raw" and 0 not in r.layers])
+
+
+def test_every_row_is_what_is_measured_by_hand(rows):
+    for row in rows[::3]:
+        model = short()
+        if row.healing == "patched":
+            heal(model, row.layers, CALIBRATION, progress=False)
+        elif row.n:
+            model.remove_layers(row.layers)
+        found = perplexity(model.decoder, [[w] for w in EVALUATION])
+        assert row.perplexity == pytest.approx(found.value, rel=1e-4)
+        weights = list(model.llama.model.parameters())
+        assert row.parameters == sum(w.numel() for w in weights)
+        assert row.megabytes == pytest.approx(4e-6 * row.parameters)
+        assert row.n == len(row.layers)
+
+
+def test_the_difference_from_the_whole_model_has_its_error(rows):
+    dense, first = rows[0], rows[1]
+    assert dense.nats == dense.standard_error == 0
+    one = [perplexity(short().decoder, [[w]]) for w in EVALUATION]
+    model = short()
+    model.remove_layers(first.layers)
+    other = [perplexity(model.decoder, [[w]]) for w in EVALUATION]
+    changes = [(b.nats - a.nats) / a.tokens for a, b in zip(one, other, strict=True)]
+    mean = sum(changes) / 5
+    variance = sum((c - mean) ** 2 for c in changes) / 4
+    assert first.nats == pytest.approx(mean, abs=1e-5)
+    assert first.standard_error == pytest.approx((variance / 5) ** 0.5, rel=1e-3)
+
+
+def test_nothing_is_computed_twice_and_it_continues(tmp_path, monkeypatch):
+    calls, plain = [], module.losses
+
+    def counted(decoder, windows, **options):
+        calls.append(len(decoder.layers))
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return plain(decoder, windows, **options)
+
+    monkeypatch.setattr(module, "losses", counted)
+
+    def run():
+        state = StateFile(tmp_path / "state", {"model": "tiny"})
+        comparison = Comparison(short(), CALIBRATION, EVALUATION, state=state)
+        return comparison.rows(["bi", "angular", "deepest", "sequential"], [1, 2, 4])
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    found = run()
+    distinct = {tuple(sorted(r.layers)) for r in found}
+    assert len(calls) == len(distinct) + 1  # and the interrupted one
+    assert [r.perplexity for r in found] == [r.perplexity for r in run()]
+
+
+def test_an_interrupted_search_continues_in_the_middle(tmp_path, monkeypatch):
+    calls, plain = [], Stack.nats
+
+    def counted(*args):
+        calls.append(1)
+        if len(calls) == 9:
+            raise KeyboardInterrupt
+        return plain(*args)
+
+    monkeypatch.setattr(Stack, "nats", counted)
+
+    def layers():
+        state = StateFile(tmp_path / "state", {"model": "tiny"})
+        return Comparison(short(), CALIBRATION, EVALUATION, state=state).layers("sleb", 2)
+
+    with pytest.raises(KeyboardInterrupt):
+        layers()
+    assert (tmp_path / "state.sleb-2").is_file()
+    found, needed = layers(), len(calls)
+    assert [p.name for p in tmp_path.iterdir()] == ["state"]
+    calls[:] = range(100)
+    assert Comparison(short(), CALIBRATION, EVALUATION).layers("sleb", 2) == found
+    assert needed == len(calls) - 100 + 1  # and the interrupted window
+
+
+def test_the_model_is_left_as_it_was():
+    model = short()
+    before = perplexity(model.decoder, [EVALUATION])
+    Comparison(model, CALIBRATION, EVALUATION).rows(["bi"], [2], healings=["raw", "patched"])
+    assert perplexity(model.decoder, [EVALUATION]) == before
+    assert model.removed == []
+
+
+def test_what_healing_brings_is_paired_with_the_same_layers_raw():
+    rows = Comparison(short(), CALIBRATION, EVALUATION).rows(["bi"], [2], healings=["patched"])
+    model = short()
+    model.remove_layers(rows[1].layers)
+    raw = losses(model.decoder, EVALUATION, progress=False)
+    model = short()
+    heal(model, rows[1].layers, CALIBRATION, progress=False)
+    expected = difference(raw, losses(model.decoder, EVALUATION, progress=False))
+    assert rows[1].gain == pytest.approx(expected.nats, abs=1e-6)
+    assert rows[1].gain_error == pytest.approx(expected.standard_error, rel=1e-3)
+    assert rows[0].gain is None
+    assert f"{expected.nats:+.3f} ({expected.standard_error:.3f})" in compared(rows)
+
+
+def test_lora_is_called_once_for_every_set():
+    asked = []
+
+    def lora(layers):
+        asked.append(layers)
+        return [perplexity(short().decoder, [[w]]) for w in EVALUATION]
+
+    comparison = Comparison(short(), CALIBRATION, EVALUATION)
+    rows = comparison.rows(["bi", "deepest"], [1, 2], healings=["lora"], trained={"lora": lora})
+    assert len(asked) == len({tuple(sorted(a)) for a in asked})
+    assert [r.healing for r in rows] == ["raw"] + ["lora"] * 4
+    assert rows[1].perplexity == pytest.approx(rows[0].perplexity)
+
+
+def test_lora_may_be_for_some_sets_only():
+    def lora(layers):
+        return [perplexity(short().decoder, [[w]]) for w in EVALUATION]
+
+    options = {"healings": ["raw", "lora"], "trained": {"lora": lora}, "lora_only": [("bi", 2)]}
+    rows = Comparison(short(), CALIBRATION, EVALUATION).rows(["bi", "deepest"], [1, 2], **options)
+    assert [(r.method, r.n) for r in rows if r.healing == "lora"] == [("bi", 2)]
+    assert len(rows) == 1 + 4 + 1
+
+
+def test_agreement_of_the_methods():
+    model = Tiny()
+    for i in (2, 3):
+        zero_layer(model.model, i)
+    comparison = Comparison(ShortLlama(model), CALIBRATION, EVALUATION)
+    found = comparison.agreement(2, 2)
+    assert found["overlap"]["bi, angular"] == 1.0
+
+
+def test_agreement_is_that_of_the_scores_with_each_other_and_with_the_losses():
+    model, few = short(), CALIBRATION[:4]
+    found = Comparison(short(), CALIBRATION, EVALUATION, few=4).agreement(2, 2)
+    loss = []
+    for layer in range(1, 5):  # the search never takes the first or the last
+        with model.without_layers([layer]):
+            loss.append(perplexity(model.decoder, [few]).nats)
+    model.measure(few, progress=False)
+    expected = scipy.stats.spearmanr(model.importances[1:5], loss).statistic
+    assert found["rank_correlation_of_bi_with_loss"] == pytest.approx(expected)
+    assert abs(expected) > 0.1
+    sets = {m: set(choose(model.importance, 2, method=m)) for m in ("bi", "angular")}
+    sets["sleb"] = set(model.search(few, 2, progress=False).removed)
+    for pair, share in found["overlap"].items():
+        first, second = (sets[name] for name in pair.split(", "))
+        assert share == len(first & second) / 2
+    assert len(found["overlap"]) == 3 and min(found["overlap"].values()) < 1
+
+
+def test_texts_that_overlap_are_refused():
+    long = random_windows(1, 200)
+    with pytest.raises(ValueError, match="share text with the windows to evaluate on"):
+        Comparison(short(), [long[0][:100]], [long[0][20:]])
+
+
+@pytest.mark.parametrize(
+    ("methods", "counts", "message"),
+    [(["best"], [1], "no method 'best'"), (["bi"], [6], "expected 1 to 5")],
+)
+def test_cases_are_checked_first(methods, counts, message):
+    with pytest.raises(ValueError, match=message):
+        Comparison(short(), CALIBRATION, EVALUATION).rows(methods, counts)
+
+
+def test_layers_go_while_the_ratio_holds():
+    model = short()
+    order = [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 1, 2, 3, 4]]
+    values, dense = [], losses(model.decoder, EVALUATION)
+    for layers in order:
+        with model.without_layers(layers):
+            change = difference(dense, losses(model.decoder, EVALUATION))
+        values.append(math.exp(change.nats + change.error.reach(sides=1)))
+    allowed = max(values[0] * 1.0001, 1.0)
+    budget = model.layers_within([*EVALUATION], allowed, choose=lambda n: order[n - 1])
+    expected = next((i for i, v in enumerate(values) if v > allowed), 5)
+    assert budget.layers == ([] if expected == 0 else order[expected - 1])
+    assert list(budget.tried) == list(range(min(expected + 1, 5) + 1))
+    assert budget.to_dict()["tried"][1]["at_most"] == pytest.approx(values[0], rel=1e-4)
+    with pytest.raises(ValueError, match="max_perplexity_ratio = 0.5"):
+        model.layers_within(EVALUATION, 0.5, choose=lambda n: order[n - 1])
+
+
+def test_identity_layers_are_within_every_ratio():
+    model = Tiny()
+    for i in (2, 3):
+        zero_layer(model.model, i)
+    wrapped = ShortLlama(model)
+    wrapped.measure(CALIBRATION, progress=False)
+    assert set(wrapped.layers_within(EVALUATION, 1.0001).layers[:2]) == {2, 3}
+
+
+def test_what_a_cut_model_costs_counts_its_own_layers():
+    model = short()
+    model.remove_layers([0])
+    weights = {id(p): p.numel() for p in model.decoder.module.parameters()}
+    layer = sum(p.numel() for p in model.decoder.layers[-1].parameters())
+    assert size_without(model, []) == (sum(weights.values()), 4 * sum(weights.values()))
+    assert size_without(model, [5])[0] == sum(weights.values()) - layer
+
+
+def test_speed_is_the_median_of_three_runs_behind_a_warm_up(monkeypatch):
+    clock = iter([0, 9, 10, 11, 20, 24, 30, 32])  # the warm-up takes 9 s, then 1, 4 and 2
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    assert tokens_per_second(short(), EVALUATION[0], count=2) == pytest.approx(2 / 2)
+
+
+class Halved:
+    """Stands in for a healing: the whole model's losses, halved."""
+
+    def __init__(self, steps: int = 1) -> None:
+        self.steps, self.asked, self.folders = steps, [], []
+
+    def __call__(self, layers, work_dir=None):
+        self.asked.append(sorted(layers))
+        self.folders.append(work_dir)
+        parts = losses(short().decoder, EVALUATION, progress=False)
+        return [replace(part, nats=part.nats / 2) for part in parts]
+
+    def identity(self):
+        return {"steps": self.steps}
+
+
+CASES = Cases(["bi", "sleb"], [1, 2], ["raw", "patched", "lora"], search_windows=2)
+
+
+def test_one_call_gives_rows_agreement_metrics_and_keeps_a_state(tmp_path, monkeypatch):
+    def documents(self, model):
+        right = [1.0] * len(model.present) + [0.0] * (10 - len(model.present))
+        return TaskRun({"t": {"acc": len(model.present)}}, {"t": {"acc": right}})
+
+    monkeypatch.setattr(TaskSuite, "documents", documents)
+    monkeypatch.setattr(TaskSuite, "check", lambda self: None)
+    heal, path = Halved(), tmp_path / "state"
+    result = compare(
+        short(), CALIBRATION, EVALUATION, cases=CASES, lora=heal, tasks=TaskSuite("t"), state=path
+    )
+    by_hand = Comparison(short(), CALIBRATION, EVALUATION, few=2)
+    expected = by_hand.rows(["bi", "sleb"], [1, 2], healings=["raw", "patched"])
+    shown = [(r.method, r.n, r.healing, r.layers) for r in result.rows if r.healing != "lora"]
+    assert shown == [(r.method, r.n, r.healing, r.layers) for r in expected]
+    healed = [r for r in result.rows if r.healing == "lora"]
+    assert all(r.perplexity == pytest.approx(result.rows[0].perplexity ** 0.5) for r in healed)
+    assert [a["n"] for a in result.agreement] == [1, 2]
+    assert result.agreement == [by_hand.agreement(n, 2) for n in (1, 2)]
+    assert {k: v["t acc"] for k, v in result.tasks.items()} == {
+        str(sorted(r.layers)): 6 - r.n for r in result.rows if r.healing == "raw"
+    }
+    for name, values in result.tasks.items():
+        gone = len(json.loads(name))
+        assert ("t acc change" in values) == bool(gone)
+        if gone:  # of 10 documents, one a layer: paired, as by hand
+            assert values["t acc change"] == pytest.approx(-gone / 10)
+            spread = gone / 10 * (1 - gone / 10) / 9
+            assert values["t acc change_stderr"] == pytest.approx(spread**0.5)
+            said = f"less whole {-gone / 10:+.4f} ({spread**0.5:.4f})"
+            assert said in compared(result.rows, result.agreement, result.tasks)
+    names = {f"state.lora-{'-'.join(map(str, layers))}" for layers in heal.asked}
+    assert {folder.name for folder in heal.folders} == names
+    assert json.loads(json.dumps(result.to_dict()))["rows"][0]["method"] == "dense"
+
+    again, seen = Halved(), dict(cases=CASES, tasks=TaskSuite("t"), state=path)
+    repeated = compare(short(), CALIBRATION, EVALUATION, lora=again, **seen)
+    assert repeated.rows == result.rows and not again.asked  # all of it from the file
+    for found in (result, repeated):  # both hold it
+        found.state.clear()
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_other_tasks_keep_what_was_measured_without_them(tmp_path, monkeypatch):
+    ran, given = [], {"cases": Cases(["bi"], [1]), "state": tmp_path / "state"}
+
+    def run(self, model):
+        ran.append((self.tasks, len(model.present)))
+        return TaskRun({self.tasks: {"acc": len(ran)}})
+
+    def never(*_, **__):
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(TaskSuite, "documents", run)
+    monkeypatch.setattr(TaskSuite, "check", lambda self: None)
+    plain = compare(short(), CALIBRATION, EVALUATION, **given)
+    for name in ("_losses", "_speed"):
+        monkeypatch.setattr(Comparison, name, never if name == "_losses" else lambda *_: 1.0)
+    one, two, other = short(), short(), short()
+    first = compare(one, CALIBRATION, EVALUATION, tasks=TaskSuite("a"), **given)
+    second = compare(two, CALIBRATION, EVALUATION, tasks=TaskSuite("b"), **given)
+    assert compare(one, CALIBRATION, EVALUATION, tasks=TaskSuite("a"), **given).tasks == first.tasks
+    assert ran == [("a", 6), ("a", 5), ("b", 6), ("b", 5)]
+    assert [r.nats for r in first.rows] == [r.nats for r in plain.rows]
+    assert [*second.tasks.values()] == [{"b acc": 3}, {"b acc": 4}]
+    encode = other.encode
+    other.encode = lambda text: encode(text)[::-1]  # another tokenizer: other prompts
+    compare(other, CALIBRATION, EVALUATION, tasks=TaskSuite("b"), **given)
+    assert ran[4:] == [("b", 6), ("b", 5)]
+
+
+def test_an_unknown_task_is_refused_before_anything_is_measured(lm_eval, tmp_path):
+    measured = short()
+    measured.score = None  # whatever is measured would fail by a TypeError
+    state = tmp_path / "state"
+    with pytest.raises(ValueError, match=r"lm-eval has no tasks \['pika'\]"):
+        compare(measured, CALIBRATION, EVALUATION, tasks=TaskSuite(["pika"]), state=state)
+    assert not state.exists()
+
+
+@pytest.mark.parametrize("what", ["weights", "evaluation", "lora", "distill", "search_windows"])
+def test_a_state_is_told_by_what_it_was_computed_from(what, tmp_path):
+    cases = Cases(["bi"], [1], search_windows=3 if what == "search_windows" else 2)
+    state = tmp_path / "state"
+    compare(
+        short(), CALIBRATION, EVALUATION, cases=Cases(["bi"], [1], search_windows=2), state=state
+    )
+    model = short()
+    if what == "weights":
+        with torch.no_grad():
+            model.llama.model.output.weight[0, 0] += 1
+    windows = EVALUATION[:4] if what == "evaluation" else EVALUATION
+    options = {what: Halved()} if what in ("lora", "distill") else {}
+    with pytest.raises(ValueError, match=f"the state of a run with another {what}: "):
+        compare(model, CALIBRATION, windows, cases=cases, state=state, **options)
+
+
+def test_cases_name_what_there_is():
+    with pytest.raises(
+        ValueError, match="no healing 'glue'; expected some of raw, patched, refit, linear"
+    ):
+        Cases(healings=["glue"])
+    with pytest.raises(ValueError, match="lora_only is for the healing lora"):
+        Cases(["bi"], [1], lora_only=[("bi", 1)])
+    with pytest.raises(ValueError, match=r"lora_only \('bi', 2\): expected .* as in \('bi', 1\)"):
+        Cases(["bi"], [1], ["lora"], lora_only=[("bi", 2)])
+    with pytest.raises(ValueError, match="healing lora needs what heals: pass lora=LoraHealing"):
+        compare(short(), CALIBRATION, EVALUATION, cases=Cases(["bi"], [1], ["lora"]))
+    with pytest.raises(ValueError, match="healing lora needs what heals"):
+        Comparison(short(), CALIBRATION, EVALUATION).rows(["bi"], [1], healings=["lora"])
+    with pytest.raises(ValueError, match="healing distill needs what heals: pass distill=Distill"):
+        given = {"cases": Cases(["bi"], [1], ["distill"]), "lora": Halved()}
+        compare(short(), CALIBRATION, EVALUATION, **given)

@@ -1,0 +1,201 @@
+"""Published layer lists, and comparisons with them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from short_gpt.jobs import PaperComparison, bear_out, compare_with_paper, identify, published_scores
+from short_gpt.jobs.published import published
+from short_gpt.scoring.hooks import Scores
+from short_gpt.scoring.importance import Importance
+from short_gpt.scoring.metrics import student_t
+
+LLAMA = [27, 26, 25, 28, 24, 29, 23, 21, 22]
+RUNS = published()["reimplementation"]["models"]
+
+
+def test_every_group_has_a_source_and_its_layers_exist() -> None:
+    groups = {name: group for name, group in published().items() if name != "about"}
+    assert all(group["source"] and group["models"] for group in groups.values())
+    for group in ("sleb", "evopress"):
+        for layers in groups[group]["models"].values():
+            assert len({*layers}) == len(layers) and max(layers) < 32
+
+
+def test_the_paper_and_the_authors_repository_remove_the_same_layers() -> None:
+    paper = published()["paper"]["models"]
+    for name, (first, last) in published()["authors_repository"]["models"].items():
+        assert sorted(paper[name]["removed"]) == [*range(first, last + 1)]
+    assert {name: len(model["removed"]) for name, model in paper.items()} == {
+        "Llama-2-7B": 9,
+        "Llama-2-13B": 10,
+        "Baichuan-2-7B": 9,
+        "Baichuan-2-13B": 10,
+    }
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_lowest_published_scores_are_the_printed_list(name: str) -> None:
+    importance = torch.tensor(RUNS[name]["importance"], dtype=torch.float64)
+    assert len(importance) == 32
+    assert importance.argsort(stable=True)[:9].tolist() == RUNS[name]["removed"]
+
+
+@pytest.mark.parametrize(("name", "start"), [("Llama-2-7B", 21), ("Mistral-7B-v0.1", 20)])
+def test_the_best_published_block_is_among_the_real_starts(name: str, start: int) -> None:
+    angular = torch.tensor(RUNS[name]["angular_n9"], dtype=torch.float64)
+    assert int(angular[: 32 - 9 + 1].argmin()) == start
+    assert RUNS[name]["removed_angular_n9"] == [*range(start, start + 9)]
+    assert int(angular.argmin()) == 24  # the trap: the first 0 of the padding
+
+
+def test_the_reimplementation_removes_the_papers_layers_in_another_order() -> None:
+    found = compare_with_paper("Llama-2-7B", RUNS["Llama-2-7B"]["removed"])
+    assert found == PaperComparison(
+        model="Llama-2-7B",
+        paper=LLAMA,
+        ours=[25, 27, 24, 26, 28, 29, 23, 22, 21],
+        same_set=True,
+        overlap=9,
+        same_order=False,
+        same_places=2,  # 29 and 23
+        kendall_tau=pytest.approx(26 / 36),  # 5 pairs of 36 the other way round
+        rank_correlation=pytest.approx(1 - 6 * 16 / (9 * 80)),
+    )
+
+
+def test_another_calibration_text_gives_the_papers_layers_too() -> None:
+    first_nine = published()["evopress"]["models"]["Llama-2-7B"][:9]
+    found = compare_with_paper("Llama-2-7B", first_nine)
+    assert (found.same_set, found.same_order) == (True, False)
+
+
+def test_the_papers_own_list() -> None:
+    found = compare_with_paper("Llama-2-7B", LLAMA)
+    assert (found.same_set, found.same_order, found.overlap) == (True, True, 9)
+    assert found.rank_correlation == pytest.approx(1.0)
+    assert (found.same_places, found.kendall_tau) == (9, 1.0)
+    assert compare_with_paper("Llama-2-7B", LLAMA[::-1]).kendall_tau == -1.0
+    assert compare_with_paper("Llama-2-7B", LLAMA[::-1]).rank_correlation == pytest.approx(-1.0)
+
+
+def test_published_scores_are_those_of_the_list_and_end_where_blocks_do() -> None:
+    influence, angles = published_scores("Llama-2-7B") or pytest.fail("none")
+    assert influence.argsort(stable=True)[:9].tolist() == RUNS["Llama-2-7B"]["removed"]
+    assert len(angles) == 24 and int(angles.argmin()) == 21
+    assert published_scores("Llama-2-13B") is None
+
+
+def scores_of(*means: float) -> Importance:
+    """Three texts of two windows of ten tokens, whose layers differ in size, and by 0.01 alike."""
+    found, count = Importance.empty(range(len(means))), len(means)
+    each = torch.tensor(means, dtype=torch.float64) + torch.tensor([[0.01], [0.03]] * 3)
+    each[0, -1] += 0.12  # of one window, which makes the last layer's difference unsure
+    zeros = {"magnitude": (6, count), "norm": (6, count), "halves": (6, 2, count)}
+    zeros |= {name: (6, count + 1, count + 1) for name in ("angles", "token_angles")}
+    more = {name: torch.zeros(size) for name, size in zeros.items()}
+    tokens = torch.full((6,), 10.0)
+    found.add(Scores(tokens=tokens, influence=10 * each, **more), [0, 0, 1, 1, 2, 2])
+    return found
+
+
+def test_pairs_of_the_list_are_borne_out_reversed_or_within_the_error() -> None:
+    order = bear_out([2, 0, 1, 3], scores_of(0.2, 0.1, 0.15, 0.15))
+    found = {(pair.first, pair.second): pair.verdict for pair in order.pairs}
+    assert found == {
+        (2, 0): "as in the paper",
+        (2, 1): "the other way",
+        (0, 1): "the other way",
+        (2, 3): "within the error",
+        (0, 3): "within the error",
+        (1, 3): "within the error",
+    }
+    pair = order.pairs[3]  # 2 and 1: texts' differences are equal, so the error is 0
+    assert pair.difference == pytest.approx(-0.1) and pair.margin < 1e-6
+    (unsure,) = (p for p in order.pairs if (p.first, p.second) == (2, 3))
+    # 0.06 of one text of three: half an interval of two degrees of freedom
+    assert unsure.difference == pytest.approx(0.02)
+    assert unsure.margin == pytest.approx(0.02 * student_t(0.975, 2), rel=1e-6)
+    assert order.to_dict()["pairs"][0]["verdict"] == "as in the paper"
+    table = order.table().splitlines()
+    assert len(table) == 5 and table[1].startswith("    2 before   0   +0.050000 ± 0.000000  as in")
+    assert table[-1] == (
+        "pairs of the list, 6: 1 as in the paper, 3 within the error, 2 the other way"
+    )
+
+
+def test_from_one_window_no_order_follows() -> None:
+    one = Importance.empty(range(2))
+    zeros = {"magnitude": (1, 2), "norm": (1, 2), "halves": (1, 2, 2)}
+    zeros |= {name: (1, 3, 3) for name in ("angles", "token_angles")}
+    more = {name: torch.zeros(size) for name, size in zeros.items()}
+    one.add(Scores(tokens=torch.ones(1), influence=torch.tensor([[0.1, 0.9]]), **more), [0])
+    order = bear_out([0, 1], one)
+    assert [pair.verdict for pair in order.pairs] == ["within the error"]
+    assert order.to_dict()["pairs"][0]["margin"] is None
+
+
+def test_lists_that_share_a_part() -> None:
+    found = compare_with_paper("Llama-2-7B", [0, 22, 27, 1, 26])
+    assert (found.same_set, found.same_order, found.overlap) == (False, False, 3)
+    assert found.rank_correlation == pytest.approx(-0.5)  # places 0, 1, 8 and 2, 4, 1
+    assert found.same_places == 0 and found.kendall_tau == pytest.approx(-1 / 3)
+
+
+@pytest.mark.parametrize(("ours", "overlap"), [([0, 1, 2], 0), ([0, 27], 1), ([], 0)])
+def test_fewer_than_two_shared_layers_have_no_correlation(ours: list[int], overlap: int) -> None:
+    found = compare_with_paper("Llama-2-7B", ours)
+    assert found.overlap == overlap
+    assert found.rank_correlation is None and found.kendall_tau is None
+    assert "Kendall's tau -, rank correlation -)" in found.table()
+
+
+def test_the_table_sets_both_lists_one_above_the_other() -> None:
+    assert compare_with_paper("Llama-2-7B", [25, 27, 24, 26, 28, 29, 23, 20]).table() == "\n".join(
+        [
+            "Llama-2-7B, layers in order of removal",
+            "removed   1.  2.  3.  4.  5.  6.  7.  8.  9.",
+            "paper     27  26  25  28  24  29  23  21  22",
+            "ours      25  27  24  26  28  29  23  20",
+            "same layers: no (7 of 9)",
+            "same places: 2 of 9",
+            "same order: no (Kendall's tau 0.62, rank correlation 0.75)",
+            "only the paper removes [21, 22]",
+            "only we remove [20]",
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    ("model", "ours", "message"),
+    [
+        ("Llama-3-8B", [1], "no list for 'Llama-3-8B', only for Llama-2-7B, Llama-2-13B, Baich"),
+        ("Llama-2-7B", [31, 32], r"layers \[32\] do not exist; the model has 0\.\.31"),
+        ("Llama-2-13B", [-1], r"layers \[-1\] do not exist; the model has 0\.\.39"),
+        ("Llama-2-7B", [5, 7, 5], r"layers \[5, 7, 5\] name a layer twice"),
+    ],
+)
+def test_what_cannot_be_compared(model: str, ours: list[int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        compare_with_paper(model, ours)
+
+
+@pytest.mark.parametrize(
+    ("shape", "name"),
+    [
+        ((4096, 32, 32000), "Llama-2-7B"),
+        ((5120, 40, 32000), "Llama-2-13B"),
+        ((4096, 32, 125696), "Baichuan-2-7B"),
+        ((5120, 40, 125696), "Baichuan-2-13B"),
+    ],
+)
+def test_a_shape_names_its_model(shape: tuple[int, int, int], name: str) -> None:
+    assert identify(*shape) == name
+    assert compare_with_paper(name, [0]).model == name
+
+
+def test_another_shape_names_those_that_are_covered() -> None:
+    message = r"dim 4096, 32 layers and a vocabulary of 128256; it covers Llama-2-7B \(4096, 32, "
+    with pytest.raises(ValueError, match=message):
+        identify(4096, 32, 128256)

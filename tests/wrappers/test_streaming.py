@@ -1,0 +1,465 @@
+"""One layer at a time: the same scores and perplexity as in memory, within the memory planned."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import re
+import sys
+from pathlib import Path
+from string import ascii_lowercase
+from types import SimpleNamespace
+
+import children
+import pytest
+import torch
+from conftest import (
+    make_transformer,
+    random_windows,
+    save_checkpoint,
+    write_byte_tokenizer,
+)
+from processes import alone
+
+from llama import Llama
+from llama.args import ModelArgs
+from llama.checkpoint.pth import TensorInfo, write_shard
+from llama.checkpoint.sharding import full_shapes
+from llama.formats.convert import meta_to_hf
+from llama.formats.names import params_json
+from short_gpt import ShortLlama
+from short_gpt.cli.app import main
+from short_gpt.runtime import memory as memory_plan
+from short_gpt.runtime.memory import bytes_of
+from short_gpt.runtime.state import StateFile
+from short_gpt.scoring.importance import SUMS, Importance
+from short_gpt.scoring.state import RunState
+from short_gpt.scoring.stopping import Stop
+from short_gpt.wrappers import streamed_transformer
+from short_gpt.wrappers.streamed_decoder import StreamedDecoder
+from short_gpt.wrappers.streamed_llama import StreamedLlama
+
+VOCAB = 258
+WINDOWS = [w[: 20 - i % 3] for i, w in enumerate(random_windows(7, 20, vocab=VOCAB))]
+SCALED = {"use_scaled_rope": True, "rope_scaling_factor": 4.0, "rope_theta": 500000.0}
+META = {
+    "one file": {},
+    "two files, cut by width": {"shards": 2},
+    "two files, cut by vocabulary": {"shards": 2, "vocab_parallel": True},
+    "as many key heads": {"n_kv_heads": 4},
+    "tied": {"tied": True},
+    "llama 3.1": SCALED,
+    "bfloat16": {"dtype": torch.bfloat16},
+}
+
+
+def meta(
+    directory, *, shards=1, vocab_parallel=False, tied=False, dtype=torch.float32, seed=0, **changes
+):
+    model = make_transformer(seed, vocab_size=VOCAB, **changes)
+    if tied:
+        model.output.weight = model.tok_embeddings.weight
+    save_checkpoint(directory, model.to(dtype), shards=shards, vocab_parallel=vocab_parallel)
+    params = json.loads((directory / "params.json").read_text()) | changes
+    (directory / "params.json").write_text(json.dumps(params))
+    write_byte_tokenizer(directory)
+    return ShortLlama(Llama(model.float(), None))
+
+
+def same(streamed, memory, *, scores: bool = True, **options) -> None:
+    found = streamed.perplexity(WINDOWS, progress=False, **options)
+    expected = memory.perplexity(WINDOWS, progress=False, **options)
+    assert found.value == pytest.approx(expected.value, rel=1e-6)
+    assert (found.tokens, found.windows) == (expected.tokens, expected.windows)
+    if not scores:
+        return
+    for short in (streamed, memory):
+        short.measure(WINDOWS, progress=False, **options)
+    assert streamed.importances[streamed.kept].isfinite().all()
+    for name in SUMS:
+        found, expected = (getattr(model.importance, name) for model in (streamed, memory))
+        # every window's scores are bit-equal; their sums are in another order
+        assert torch.allclose(found, expected, rtol=1e-13, atol=1e-13, equal_nan=True), name
+
+
+@pytest.mark.parametrize("case", META)
+def test_a_meta_directory_gives_the_scores_of_the_model_in_memory_bit_for_bit(
+    case, tmp_path, monkeypatch
+):
+    memory = meta(tmp_path / "meta", **META[case])
+    monkeypatch.setattr(memory_plan, "BLOCK_BYTES", 10_000)  # some rows of one file, some of two
+    streamed = ShortLlama.from_checkpoint(
+        tmp_path / "meta", stream=True, max_seq_len=64, device="cpu"
+    )
+    same(streamed, memory, batch_size=3)
+
+
+@pytest.mark.parametrize(
+    ("case", "max_shard_bytes"),
+    [
+        ("one file", 10**9),
+        ("one file", 20_000),
+        ("tied", 10**9),
+        ("tied", 20_000),
+        ("llama 3.1", 10**9),
+        ("bfloat16", 20_000),
+    ],
+)
+def test_a_hugging_face_directory_too(case, max_shard_bytes, tmp_path, monkeypatch):
+    memory = meta(tmp_path / "meta", **META[case])
+    meta_to_hf(tmp_path / "meta", tmp_path / "hf", max_shard_bytes=max_shard_bytes)
+    monkeypatch.setattr(memory_plan, "BLOCK_BYTES", 10_000)
+    same(StreamedLlama(tmp_path / "hf", max_seq_len=64, device="cpu"), memory, batch_size=2)
+
+
+@pytest.fixture
+def streamed(tmp_path, monkeypatch) -> StreamedLlama:
+    monkeypatch.setattr(streamed_transformer, "resident", lambda: 0)
+    meta(tmp_path / "meta")
+    return StreamedLlama(tmp_path / "meta", 2, max_seq_len=20, device="cpu")
+
+
+def test_several_rounds_are_one_round(streamed, monkeypatch):
+    rounds = []
+    run = streamed.stream.run
+    monkeypatch.setattr(streamed.stream, "run", lambda g, **k: (rounds.append(len(g)), run(g, **k)))
+    streamed.measure(WINDOWS, batch_size=2, progress=False)
+    whole, found = streamed.importance, streamed.perplexity(WINDOWS, progress=False)
+    assert rounds == [4, 7]
+    streamed.importance, least = type(whole).empty(range(5)), streamed.plan(2)
+    fixed = sum(least.host.values())
+    streamed.max_memory = fixed + 15 * least.window  # seven batches of two: a power of two is four
+    assert streamed.plan(2).windows == 8
+    streamed.max_memory = fixed + 5 * least.window  # two batches of two windows, not five windows
+    assert streamed.plan(2).windows == 4 and streamed.plan(2).total <= streamed.max_memory
+    streamed.measure(WINDOWS, batch_size=2, progress=False)
+    assert rounds == [4, 7, 2, 2]
+    for name in SUMS:
+        sums, expected = getattr(streamed.importance, name), getattr(whole, name)
+        assert torch.allclose(sums, expected, rtol=1e-13, equal_nan=True)
+    again = streamed.perplexity(WINDOWS, batch_size=2, progress=False)
+    assert again.value == pytest.approx(found.value, rel=1e-6)
+
+
+def test_a_round_on_the_cpu_has_no_more_tokens_than_hide_the_reading():
+    """So that a run of long windows is saved, and looked at, more than once an hour."""
+    for size, windows in ((64, 32), (256, 32), (1024, 8), (3000, 2), (20_000, 1)):
+        args = ModelArgs(dim=256, n_layers=4, n_heads=4, vocab_size=VOCAB, max_seq_len=size)
+        given = {"dtype": torch.float32, "stored": torch.bfloat16, "process": 10**8}
+        assert memory_plan.plan(args, max_memory="900GB", **given).windows == windows, size
+        on_device = memory_plan.plan(args, max_memory="900GB", on_host=False, **given)
+        assert on_device.windows == 256
+
+
+def test_a_window_costs_its_share_of_a_round_in_which_reading_hides(streamed, monkeypatch):
+    monkeypatch.setattr(streamed.stream, "layer_seconds", lambda _: (3.0, 1.0, 0.5))
+    monkeypatch.setattr(streamed, "plan", lambda _: SimpleNamespace(windows=4))
+    # of five layers, each: a second to make it ready; reading, 3 s, takes longer than 4 x 0.5 s
+    assert streamed.seconds_a_window([1, 2]) == 5 * (1 + 3) / 4
+    monkeypatch.setattr(streamed, "plan", lambda _: SimpleNamespace(windows=32))
+    assert streamed.seconds_a_window([1, 2]) == 5 * (1 + 32 * 0.5) / 32
+    assert streamed.seconds_a_window([1, 2], 8) == 5 * (1 + 3) / 32  # four batches of 0.5 s
+    streamed.remove_layers([2])
+    assert streamed.seconds_a_window([1, 2]) == 4 * (1 + 32 * 0.5) / 32
+
+
+def test_timing_a_layer_leaves_the_scores_as_they_are(streamed, tmp_path):
+    seconds = streamed.seconds_a_window(WINDOWS[0], 2)
+    assert 0 < seconds < 60 and streamed.n_windows == 0
+    assert all(p.device.type == "meta" for p in streamed.stream.layers.parameters())
+    same(streamed, meta(tmp_path / "again"))
+
+
+def few_rounds(streamed, windows: int) -> None:
+    """Bounds the memory so that a round takes so many windows."""
+    plan = streamed.plan()
+    streamed.max_memory = plan.total - (plan.windows - windows) * plan.window
+    assert streamed.plan().windows == windows
+
+
+def test_logits_are_those_in_memory_in_the_order_of_the_windows(streamed, tmp_path):
+    memory = ShortLlama.from_checkpoint(tmp_path / "meta", max_seq_len=20, device="cpu")
+    few_rounds(streamed, 4)
+    pairs = zip(
+        streamed.window_logits(WINDOWS), memory.window_logits(WINDOWS, batch_size=3), strict=True
+    )
+    for window, (ours, theirs) in zip(WINDOWS, pairs, strict=True):
+        assert ours.shape == (len(window), memory.decoder.vocab_size)
+        assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+def test_a_rule_stops_after_a_round(streamed):
+    few_rounds(streamed, 4)
+    many = random_windows(90, 12)
+    rule = Stop(3, min_windows=16, rare=0.3)
+    verdict = streamed.measure(many, progress=False, stop=rule, random_order=True)
+    assert verdict.settled and verdict.windows == streamed.n_windows < 90
+    assert streamed.n_windows % 4 == 0 and streamed.n_windows >= 16
+
+
+def test_a_run_in_rounds_continues(streamed, tmp_path, monkeypatch):
+    few_rounds(streamed, 4)
+    many, identity = random_windows(18, 12), {"model": "tiny"}
+    streamed.measure(many, progress=False)
+    expected = streamed.importance.to_dict()
+    plain, rounds = streamed.decoder.score, []
+
+    def fails(part, **options):
+        rounds.append(len(part))
+        if len(rounds) == 3:
+            raise KeyboardInterrupt
+        return plain(part, **options)
+
+    monkeypatch.setattr(streamed.decoder, "score", fails)
+    with pytest.raises(KeyboardInterrupt):
+        state = RunState(StateFile(tmp_path / "state", identity))
+        streamed.measure(many, progress=False, state=state)
+    state = RunState(StateFile(tmp_path / "state", identity))
+    streamed.measure(many, progress=False, state=state)
+    assert rounds == [4, 4, 4, 4, 4, 2] and streamed.importance.to_dict() == expected
+
+
+def test_too_little_memory_is_refused_and_the_least_is_enough(streamed, tmp_path):
+    with pytest.raises(ValueError, match="max_memory 100kB is too little: .* at least ") as caught:
+        StreamedLlama(tmp_path / "meta", max_seq_len=20, device="cpu", max_memory="100kB")
+    least = str(caught.value).split("at least ")[1].split(" (")[0]
+    short = StreamedLlama(tmp_path / "meta", max_seq_len=20, device="cpu", max_memory=least)
+    assert short.plan().windows == 1
+    with pytest.raises(ValueError, match="states of a batch"):
+        short.measure(WINDOWS, batch_size=9, progress=False)
+    assert short.plan().describe().startswith("one layer at a time, 1 windows a round: ")
+
+
+def test_sizes():
+    sizes = {"3GB": 3 * 10**9, "2.5 GiB": 5 * 2**29, "800mb": 8 * 10**8, "17": 17, 4096: 4096}
+    for text, size in sizes.items():
+        assert bytes_of(text) == size
+    for text in ("3 apples", "-1GB", "", "GB", "1e9", None, True):
+        with pytest.raises(ValueError, match="expected a size such as 3GB"):
+            bytes_of(text)
+
+
+def test_layers_are_removed_tried_and_saved_without_being_read(streamed, tmp_path):
+    memory = meta(tmp_path / "again")
+    for short in (streamed, memory):
+        short.eval_importance(WINDOWS[:4])
+    with streamed.without_layers([1, 3]), memory.without_layers([1, 3]):
+        same(streamed, memory, scores=False)
+    assert streamed.remove_layers() == memory.remove_layers(memory.layers_to_remove(n=2))
+    same(streamed, memory)
+    tokens = torch.tensor([WINDOWS[0]])
+    assert torch.allclose(
+        streamed.decoder.logits(tokens), memory.decoder.logits(tokens), rtol=1e-5, atol=1e-5
+    )
+    streamed.save(tmp_path / "cut")
+    assert ShortLlama.from_checkpoint(tmp_path / "cut", max_seq_len=20, device="cpu").n_layers == 3
+
+
+def test_halves_of_layers_are_scored_and_all_angles_refused(streamed, tmp_path):
+    memory = meta(tmp_path / "again")
+    for short in (streamed, memory):
+        short.measure(WINDOWS, progress=False, sublayers=True)
+    found, expected = (s.importance.sublayer_influence for s in (streamed, memory))
+    assert found.isfinite().all() and torch.allclose(found, expected, rtol=1e-13)
+    with pytest.raises(ValueError, match="all tokens need the states of all layers"):
+        streamed.measure(WINDOWS, progress=False, all_tokens=True)
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("layers.2.attention.wq.weight", r"layer 2 has NaN .* weights in attention\.wq\.weight"),
+        ("tok_embeddings.weight", "layer 0 gave a NaN or infinite state"),
+        ("output.weight", "NaN or infinite loss"),
+    ],
+)
+def test_nan_is_found_where_it_begins(place, message, tmp_path):
+    model = make_transformer(vocab_size=VOCAB)
+    with torch.no_grad():
+        weight = model.get_parameter(place)
+        weight[WINDOWS[5][3] % len(weight)] = math.nan  # the row of a token of window 5
+    save_checkpoint(tmp_path, model)
+    write_byte_tokenizer(tmp_path)
+    short = StreamedLlama(tmp_path, max_seq_len=20, device="cpu")
+    if place != "output.weight":
+        with pytest.raises(FloatingPointError, match=message):
+            short.measure(WINDOWS, progress=False)
+        assert short.n_windows == 0
+    with pytest.raises(FloatingPointError, match=message):
+        short.perplexity(WINDOWS, progress=False)
+
+
+def test_what_cannot_be_is_said(streamed, tmp_path):
+    with pytest.raises(ValueError, match="max_gen_len = 4: a model that is streamed cannot"):
+        streamed.eval_importance(WINDOWS[:1], max_gen_len=4)
+    with pytest.raises(ValueError, match="has no cache; it reads whole windows only"):
+        streamed.stream(torch.tensor(WINDOWS[:1]), 0)
+    with pytest.raises(RuntimeError, match="nothing was removed yet"):
+        streamed.save(tmp_path / "out")
+    with pytest.raises(ValueError, match="expected at least one window"):
+        streamed.measure([], progress=False)
+    with pytest.raises(ValueError, match="expected windows of at least 2 tokens"):
+        streamed.perplexity([[5]], progress=False)
+    with pytest.raises(ValueError, match="1 to 20"):
+        streamed.measure([WINDOWS[0] * 2], progress=False)
+    with pytest.raises(ValueError, match="max_memory bounds a streamed model; pass stream"):
+        ShortLlama.from_checkpoint(tmp_path / "meta", max_memory="3GB")
+    with pytest.raises(FileNotFoundError, match="has no params.json"):
+        StreamedLlama(tmp_path)
+    write_byte_tokenizer(tmp_path)
+    small = make_transformer()
+    save_checkpoint(tmp_path, small)
+    with pytest.raises(ValueError, match="has 258 words, the checkpoint .* 96; they do not"):
+        StreamedLlama(tmp_path, max_seq_len=20)
+    save_checkpoint(tmp_path, make_transformer(vocab_size=300))
+    with pytest.raises(ValueError, match="has 258 words, the checkpoint .* 300; they do not"):
+        StreamedLlama(tmp_path, max_seq_len=20)
+
+
+def test_another_checkpoint_has_another_digest(streamed, tmp_path):
+    meta(tmp_path / "again")
+    meta(tmp_path / "other", seed=1)
+    again, other = (
+        StreamedLlama(tmp_path / name, max_seq_len=20, device="cpu") for name in ("again", "other")
+    )
+    assert streamed.weights_digest() == again.weights_digest() != other.weights_digest()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_peak_stays_within_the_plan(tmp_path):
+    args = ModelArgs(dim=768, n_layers=12, n_heads=12, vocab_size=VOCAB)
+    shapes = full_shapes(args)
+    infos = {name: TensorInfo(shape, torch.bfloat16, name) for name, shape in shapes.items()}
+    path = tmp_path / "consolidated.00.pth"
+    write_shard(path, infos, lambda n: torch.full(shapes[n], 0.01, dtype=torch.bfloat16))
+    (tmp_path / "params.json").write_text(json.dumps(params_json(args)))
+    write_byte_tokenizer(tmp_path)
+    weights = sum(info.numel for info in infos.values())
+    windows = random_windows(4, 64, vocab=VOCAB)
+    folder = str(tmp_path)
+    done = alone(tmp_path / "printed", children.streaming, folder, "2GB", windows).end()
+    assert done.codes == [0], done.err
+    total, before, windows, peak = json.loads(done.out)
+    assert windows == 32 and 4 * weights > 300e6
+    planned = total - 28 * 64 * (768 * 4 + 16)  # only four windows come
+    print(planned, before, peak, weights)
+    assert peak < planned + 32e6 and planned - before < 4 * weights / 4
+
+
+def run(*arguments: object) -> None:
+    main([str(a) for a in arguments])
+
+
+def scores(name: str) -> Importance:
+    return Importance.from_dict(json.loads(Path(f"{name}.json").read_text())["importance"])
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A checkpoint in both formats and a text; the working directory."""
+    meta(tmp_path / "meta")
+    meta_to_hf(tmp_path / "meta", tmp_path / "hf")
+    letters = random.Random(0)
+    (tmp_path / "book.txt").write_text("".join(letters.choices(ascii_lowercase, k=1600)))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+DATA = ("--data", "book.txt", "--size", 16, "--device", "cpu")
+STREAM = ("--stream", "--max_memory", "900GB")
+
+
+@pytest.mark.parametrize("kind", ["meta", "hf"])
+def test_commands_stream_and_say_first_what_it_takes(kind, folder, capsys):
+    options = ("rank", kind, *DATA, "--stride", 16, "--n_prune_layers", 2, "--batch_size", 3)
+    for name, more in (("streamed", STREAM), ("memory", ())):
+        run(*options, "--sublayers", "--out", f"{name}.json", *more)
+        said = capsys.readouterr()
+        assert said.err.count("one layer at a time, ") == (name == "streamed")
+        assert "the process itself" not in said.out and "settled" in said.out
+        run("perplexity", kind, *DATA, "--out", f"{name}-p.json", *more)
+        assert capsys.readouterr().err.count("one layer at a time, ") == (name == "streamed")
+    run(*options, *STREAM, "--confidence", "none", "--plots", "pictures", "--out", "all.json")
+    run(*options, "--confidence", "none", "--out", "all-memory.json")
+    found, expected = scores("all"), scores("all-memory")
+    assert found.n_windows == expected.n_windows == 100
+    for name in ("block_influence", "standard_error", "angular", "mean_norm"):
+        ours, theirs = getattr(found, name), getattr(expected, name)
+        assert torch.allclose(ours, theirs, rtol=1e-6, atol=1e-7), name
+    values = (
+        json.loads(Path(f"{n}-p.json").read_text())["result"]["perplexity"]
+        for n in ("streamed", "memory")
+    )
+    assert next(values) == pytest.approx(next(values), rel=1e-6)
+    assert len(list(Path("pictures").iterdir())) == 2
+
+
+def test_a_streamed_command_continues_whatever_its_rounds(folder, capsys, monkeypatch):
+    """States are of the streamed model alone, and told apart by their name."""
+    options = ("rank", "meta", *DATA, "--stride", 16, "--state", "s.json", *STREAM)
+    read, rounds = StreamedDecoder.score, []
+
+    def fails(self, part, **more):
+        rounds.append(len(part))
+        if len(rounds) == 3:
+            raise KeyboardInterrupt
+        return read(self, part, **more)
+
+    monkeypatch.setattr(memory_plan, "MOST_WINDOWS", 8)
+    monkeypatch.setattr(StreamedDecoder, "score", fails)
+    with pytest.raises(SystemExit) as stop:
+        run(*options)
+    assert stop.value.code == 130 and Path("s.json").exists()
+    with pytest.raises(SystemExit):
+        run(*options[:-3])
+    assert "is the state of a run with another stream: True, now False" in capsys.readouterr().err
+    monkeypatch.setattr(memory_plan, "MOST_WINDOWS", 32)
+    run(*options, "--out", "continued.json")
+    assert rounds == [8, 8, 8, 32, 32, 20] and not Path("s.json").exists()
+    run(*options, "--out", "whole.json")
+    assert torch.allclose(scores("continued").influence, scores("whole").influence, rtol=1e-13)
+
+
+REFUSED = [
+    (("rank", "hf", "--method", "sleb", "--n_prune_layers", 1), "--method sleb needs the whole"),
+    (("rank", "hf", "--method", "angular_all"), "--method angular_all needs all states"),
+    (("rank", "hf", "--model_parallel_size", 2), "--model_parallel_size 2: --stream holds one"),
+    (("rank", "hf", "--max_memory", "1MB"), "max_memory 1MB is too little: .* at least"),
+    (("perplexity", "hf", "--max_memory", "much"), "expected a size such as 3GB"),
+    (("rank", "model.gguf"), "model.gguf is no local directory; to be streamed"),
+    (("perplexity", "some/model"), "some/model is no directory here, and the hub cannot"),
+    (("rank", "other"), "other is not a plain Llama: its model_type is 'gpt2'"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), REFUSED)
+def test_commands_refuse_what_cannot_be_streamed(arguments, message, folder, capsys):
+    (folder / "model.gguf").write_bytes(b"GGUF")
+    (folder / "other").mkdir()
+    (folder / "other" / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(SystemExit) as stop:
+        run(*arguments, *DATA, "--stream")
+    lines = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 1 and len(lines) == 1
+    assert re.match(f"short-gpt: {message}", lines[0]), lines
+
+
+def test_a_limit_of_memory_that_nothing_would_keep_is_refused(folder, capsys):
+    for command, message in (
+        (
+            "rank",
+            "bounds --stream and the methods perplexity, sleb, sleb_healed, evolution; add",
+        ),
+        ("perplexity", "bounds --stream; add it"),
+    ):
+        with pytest.raises(SystemExit):
+            run(command, "meta", *DATA, "--max_memory", "3GB")
+        assert message in capsys.readouterr().err
+
+
+def test_of_several_ranks_none_streams(folder, monkeypatch):
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "localhost")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="a streamed model runs on one rank; start it alone"):
+        StreamedLlama("meta", device="cpu")
