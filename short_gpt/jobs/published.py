@@ -31,7 +31,7 @@ def published() -> JsonObject:
         "sleb", "evopress": one list of removed layers a model.
     """
     return json.loads(
-        files("short_gpt.experiments").joinpath("published.json").read_text(encoding="utf-8")
+        files("short_gpt.jobs").joinpath("published.json").read_text(encoding="utf-8")
     )
 
 
