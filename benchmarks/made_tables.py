@@ -14,7 +14,7 @@ import healing_tables as healing
 from evidence_tables import result
 
 from short_gpt.cli import tables as report
-from short_gpt.jobs.comparison_cells import Row
+from short_gpt.jobs.comparing import Row
 from short_gpt.scoring.stopping import Stop
 
 

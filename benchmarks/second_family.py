@@ -91,7 +91,7 @@ def road(
 ) -> dict[str, Mapping]:
     """Ranked, cut and refitted; ``cut.gguf`` and ``refitted.gguf`` are left in the folder."""
     source, book, held = str(gguf_file()), *texts(folder)
-    cut = jobs.StridedCut(size, scored, stride=size)
+    cut = jobs.Cut(size, scored)
     answer = jobs.Answer(n, confidence=None)
     ranking = jobs.rank(source, book, answer=answer, cut=cut)
     scores = str(folder / "ranking.json")

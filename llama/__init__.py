@@ -5,13 +5,22 @@
 >>> llama.text_completion(["I am an avid fan of "])  # doctest: +SKIP
 """
 
-from llama.args import ModelArgs
-from llama.dialog import Dialog
-from llama.errors import InputError, MissingPackageError
-from llama.generation import Llama
-from llama.loading import load_model
-from llama.model import Transformer
-from llama.tokenizer import Tokenizer
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from llama.lazy import lazy
+
+if TYPE_CHECKING:
+    from llama.args import ModelArgs
+    from llama.dialog import Dialog
+    from llama.errors import InputError, MissingPackageError
+    from llama.generation import Llama
+    from llama.loading import load_model
+    from llama.model import Transformer
+    from llama.tokenizer import Tokenizer
+else:
+    __getattr__, __dir__ = lazy(__name__)
 
 __all__ = [
     "Dialog",

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from fairscale.nn.model_parallel import initialize as groups
 
 from llama.errors import InputError
+from llama.ranks import several_ranks
 
 
 def choose_device(device: str | torch.device | None = None) -> torch.device:
@@ -111,12 +112,6 @@ def _make_groups(model_parallel_size: int | None, world: int) -> None:
     # fairscale prints three lines about the sizes, but stdout belongs to the caller's own output
     with redirect_stdout(io.StringIO()):
         groups.initialize_model_parallel(size)
-
-
-def several_ranks() -> bool:
-    """Whether a launcher such as torchrun started this process as one of several."""
-    named = {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
-    return named and int(os.environ["WORLD_SIZE"]) > 1
 
 
 def _make_process_group(device: torch.device) -> None:

@@ -1,30 +1,39 @@
 """Find the redundant layers of a large language model, remove them, use the rest."""
 
-from short_gpt.data.texts import pg19, texts
-from short_gpt.data.windows import batches, windows
-from short_gpt.evaluation.drafts import draft_agreement
-from short_gpt.evaluation.perplexity import perplexity
-from short_gpt.evaluation.tasks import run_tasks
-from short_gpt.healing.healed_search import search_healed
-from short_gpt.healing.linear_patch import heal as heal_patch
-from short_gpt.healing.lora import heal as heal_lora
-from short_gpt.healing.recipe import Recipe
-from short_gpt.healing.refit import heal as heal_refit
-from short_gpt.jobs import convert, prune, rank
-from short_gpt.jobs.calibrating import calibrate
-from short_gpt.jobs.comparing import compare
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from llama.lazy import lazy
 from short_gpt.runtime import renamed
-from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.scoring.importance import Importance
-from short_gpt.scoring.measuring import measure
-from short_gpt.scoring.stopping import Stop
-from short_gpt.selection.methods import choose
-from short_gpt.wrappers.opening import open_model
-from short_gpt.wrappers.short_hf import ShortHFModel
-from short_gpt.wrappers.short_llama import ShortLlama
-from short_gpt.wrappers.short_model import ShortModel
 
 renamed.install()
+
+if TYPE_CHECKING:
+    from short_gpt.data.texts import pg19, texts
+    from short_gpt.data.windows import batches, windows
+    from short_gpt.evaluation.drafts import draft_agreement
+    from short_gpt.evaluation.perplexity import perplexity
+    from short_gpt.evaluation.tasks import run_tasks
+    from short_gpt.healing.healed_search import search_healed
+    from short_gpt.healing.linear_patch import heal as heal_patch
+    from short_gpt.healing.lora import heal as heal_lora
+    from short_gpt.healing.recipe import Recipe
+    from short_gpt.healing.refit import heal as heal_refit
+    from short_gpt.jobs import convert, prune, rank
+    from short_gpt.jobs.calibrating import calibrate
+    from short_gpt.jobs.comparing import compare
+    from short_gpt.runtime.errors import ShortGPTError
+    from short_gpt.scoring.importance import Importance
+    from short_gpt.scoring.measuring import measure
+    from short_gpt.scoring.stopping import Stop
+    from short_gpt.selection.methods import choose
+    from short_gpt.wrappers.opening import open_model
+    from short_gpt.wrappers.short_hf import ShortHFModel
+    from short_gpt.wrappers.short_llama import ShortLlama
+    from short_gpt.wrappers.short_model import ShortModel
+else:
+    __getattr__, __dir__ = lazy(__name__)
 
 __all__ = [
     "Importance",

@@ -436,7 +436,7 @@ SELECTION = (
         ),
     ),
     Section(
-        "short_gpt/jobs/comparison_cells.py",
+        "short_gpt/jobs/comparing.py",
         "tests/jobs/test_comparison.py",
         (
             (
@@ -1614,7 +1614,7 @@ PROOFS = (
         ),
     ),
     Section(
-        "short_gpt/jobs/forecast.py",
+        "short_gpt/jobs/ranking.py",
         "tests/jobs/test_reproduction.py",
         (
             ("(first - read) * one", "first * one", "test_the_forecast_is_windows_times_seconds"),
@@ -2042,7 +2042,7 @@ GGUF_FILES = (
         ),
     ),
     Section(
-        "short_gpt/jobs/healed.py",
+        "short_gpt/jobs/healing.py",
         "tests/checkpoints/test_gguf_save.py",
         (
             (
@@ -2051,8 +2051,8 @@ GGUF_FILES = (
                 "test_a_directory_or_several_files_are_not_read_again",
             ),
             (
-                "opening.whole(str(done.out), size=size)",
-                'opening.whole("plain.gguf", size=size)',
+                "open_model(str(done.out), opening, max_seq_len=size)",
+                'open_model("plain.gguf", opening, max_seq_len=size)',
                 "test_in_float32_writing_rounds_nothing",
             ),
         ),
@@ -2292,7 +2292,7 @@ CHOICE = (
         ),
     ),
     Section(
-        "short_gpt/jobs/comparison_cells.py",
+        "short_gpt/jobs/comparing.py",
         "tests/jobs/test_comparison.py",
         (
             (
@@ -2409,7 +2409,7 @@ EVIDENCE = (
         ),
     ),
     Section(
-        "short_gpt/jobs/comparison_lora.py",
+        "short_gpt/jobs/comparison.py",
         "tests/jobs/test_comparison_lora.py",
         (
             (

@@ -335,7 +335,7 @@ def test_one_layer_at_a_time_is_the_model_in_memory(llama, book):
 
 
 def test_the_linear_patch_brings_quality_back_on_other_text(llama, book):
-    from short_gpt.jobs.comparison_cells import Comparison
+    from short_gpt.jobs.comparing import Comparison
 
     encode = ShortLlama(llama).encode
     text = demo.bible("held_out")

@@ -7,15 +7,13 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
-from importlib import metadata
 from traceback import clear_frames
 
-from llama.parallel import several_ranks
+from llama.ranks import several_ranks
 from short_gpt.cli import ALONE, COMMANDS
 from short_gpt.cli.flags import flags_of, prepared, similar, typed
 from short_gpt.cli.help import help_of, overview
 from short_gpt.cli.streams import lenient
-from short_gpt.runtime.abort import end_all
 from short_gpt.runtime.errors import (
     USER_ERRORS,
     NotSavedError,
@@ -39,6 +37,8 @@ def main(argv: list[str] | None = None) -> None:
         code = 130 if isinstance(error, KeyboardInterrupt) else 1
         line = said(error, argv)
         if several_ranks():
+            from short_gpt.runtime.abort import end_all
+
             end_all(error, line=line, code=code)
         if line is None:
             raise
@@ -103,6 +103,8 @@ def answer(argv: list[str]) -> str | None:
         ShortGPTError: there is no such command.
     """
     if argv == ["--version"]:
+        from importlib import metadata
+
         return f"short-gpt {metadata.version('short-gpt')}"
     if not argv or argv[0] in (*HELP, "--"):
         return overview(COMMANDS)

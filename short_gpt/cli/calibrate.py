@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from short_gpt import jobs, plots
-from short_gpt.cli.calibration_table import calibrated
-from short_gpt.cli.options import CrossPicture, arguments_of, say
-from short_gpt.jobs import Kinds, Opening, Ranked, Readings, Saving
+from short_gpt.cli.options import Pictures, arguments_of, say
+from short_gpt.jobs import Kinds, OpenOptions, Ranked, Readings, Saving
 
 
 def calibrate(
@@ -14,9 +13,9 @@ def calibrate(
     texts: Kinds = Kinds(),
     ranked: Ranked = Ranked(),
     readings: Readings = Readings(),
-    opening: Opening = Opening(),
+    opening: OpenOptions = OpenOptions(),
     saving: Saving = Saving(),
-    output: CrossPicture = CrossPicture(),
+    output: Pictures = Pictures(kinds=("crossed",)),
 ) -> None:
     """Ranks on several kinds of text, and judges each choice on all.
 
@@ -28,7 +27,9 @@ def calibrate(
     Args:
         model: Meta checkpoint directory, Hugging Face directory or hub id, or GGUF file.
     """
-    arguments = arguments_of(locals())
+    arguments = arguments_of(calibrate, locals())
+    from short_gpt.cli.calibration_table import calibrated
+
     output.check(arguments)
     saving = saving.beside(output.json)
     result = jobs.calibrate_checkpoint(

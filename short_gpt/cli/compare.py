@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from short_gpt import jobs, plots
-from short_gpt.cli import tables
-from short_gpt.cli.options import QualityPicture, arguments_of, say
-from short_gpt.jobs import CaseNames, LoraNames, Opening, Saving, Shares, Tasks, TextSource
+from short_gpt.cli.options import Pictures, arguments_of, say
+from short_gpt.jobs import Cases, LoraSettings, OpenOptions, Saving, Shares, Tasks, TextSource
 
 
 def compare(
     model: str | None = None,
     *,
-    cases: CaseNames = CaseNames(),
+    cases: Cases = Cases(healings="raw,patched"),
     texts: TextSource = TextSource(),
     shares: Shares = Shares(),
-    lora: LoraNames = LoraNames(),
+    lora: LoraSettings = LoraSettings(),
     tasks: Tasks = Tasks(),
-    opening: Opening = Opening(),
+    opening: OpenOptions = OpenOptions(),
     saving: Saving = Saving(),
-    output: QualityPicture = QualityPicture(),
+    output: Pictures = Pictures(kinds=("quality",)),
 ) -> None:
     """Compares methods x numbers of layers x healing on one model.
 
@@ -30,7 +29,9 @@ def compare(
     Args:
         model: Meta checkpoint directory, Hugging Face directory or hub id, or GGUF file.
     """
-    arguments = arguments_of(locals())
+    arguments = arguments_of(compare, locals())
+    from short_gpt.cli import tables
+
     output.check(arguments)
     result = jobs.compare_checkpoint(
         model,

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from short_gpt import jobs
 from short_gpt.cli.options import say
+from short_gpt.runtime.settings import WRITE, setting
+from short_gpt.wrappers.options import TOKENIZER
 
 
 @dataclass(frozen=True)
@@ -30,11 +33,13 @@ class Conversion:
         overwrite: replace an earlier conversion.
     """
 
+    HEADING: ClassVar = WRITE
+
     to: str | None = None
     type: str | None = None
     dtype: str | None = None
     shards: int | None = None
-    tokenizer_path: str | None = None
+    tokenizer_path: str | None = setting(None, value="FILE", needs=TOKENIZER)
     trust_remote_code: bool = False
     verify: bool | None = None
     overwrite: bool = False

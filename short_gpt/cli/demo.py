@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from short_gpt.cli import results
+from short_gpt import jobs, plots
 from short_gpt.cli.options import arguments_of, say, say_written
-from short_gpt.jobs import DemoRun, run_demo
-from short_gpt.plots.figures import require_matplotlib
-from short_gpt.plots.pictures import draw_scores
+from short_gpt.jobs import DemoRun
 
 
 def demo(
@@ -30,14 +28,16 @@ def demo(
         n: how many layers to remove.
         overwrite: replace an existing folder.
     """
-    record = {"command": "demo", "arguments": arguments_of(locals())}
-    require_matplotlib()
-    result = run_demo(
+    record = {"command": "demo", "arguments": arguments_of(demo, locals())}
+    from short_gpt.cli import results
+
+    plots.require_matplotlib()
+    result = jobs.run_demo(
         out,
         n=n,
         run=run,
         overwrite=overwrite,
-        draw=lambda importance, folder: draw_scores(importance, folder, n),
+        draw=lambda importance, folder: plots.draw_scores(importance, folder, n),
         record=record,
         notify=say,
     )

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from short_gpt import jobs
-from short_gpt.cli import tables
 from short_gpt.cli.options import Output, arguments_of, say
-from short_gpt.jobs import Drafting, Opening, TextSource
+from short_gpt.jobs import Drafting, OpenOptions, TextSource
 
 
 def draft(
@@ -14,7 +13,7 @@ def draft(
     *,
     texts: TextSource = TextSource(),
     drafting: Drafting = Drafting(),
-    opening: Opening = Opening(),
+    opening: OpenOptions = OpenOptions(),
     output: Output = Output(),
 ) -> None:
     """Counts the greedy tokens of a pruned model that the whole accepts.
@@ -27,7 +26,9 @@ def draft(
         model: the whole model, a checkpoint of any format.
         pruned: the one that drafts, of any format, with the same tokenizer.
     """
-    arguments = arguments_of(locals())
+    arguments = arguments_of(draft, locals())
+    from short_gpt.cli import tables
+
     output.check(arguments)
     result = jobs.draft(model, pruned, texts, drafting=drafting, opening=opening)
     say(tables.drafts(result.lengths))

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from short_gpt import jobs
-from short_gpt.cli import tables
 from short_gpt.cli.options import Output, arguments_of, say
-from short_gpt.jobs import FewShotTasks, Opening, Reading
+from short_gpt.jobs import OpenOptions, Reading, Tasks
 
 
 def evaluate(
@@ -13,8 +12,8 @@ def evaluate(
     pruned: str | None = None,
     *,
     reading: Reading = Reading(),
-    tasks: FewShotTasks = FewShotTasks(),
-    opening: Opening = Opening(),
+    tasks: Tasks = Tasks(),
+    opening: OpenOptions = OpenOptions(),
     output: Output = Output(),
 ) -> None:
     """Sets a model beside its pruned one: perplexity and tasks.
@@ -25,7 +24,9 @@ def evaluate(
         model: checkpoint of either format.
         pruned: another, to stand beside it.
     """
-    arguments = arguments_of(locals())
+    arguments = arguments_of(evaluate, locals())
+    from short_gpt.cli import tables
+
     output.check(arguments)
     models = [model] if pruned is None else [model, pruned]
     result = jobs.evaluate(models, reading, tasks=tasks, opening=opening)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import short_gpt
 from short_gpt.cli.options import say
-from short_gpt.jobs import Opening
-from short_gpt.jobs.choice import layer_list
-from short_gpt.wrappers.opening import open_model
+from short_gpt.jobs import OpenOptions
+from short_gpt.jobs.choice_settings import layer_list
+from short_gpt.runtime.settings import Needs, setting
+
+SAMPLES = Needs("a --temperature above 0", lambda values: values["temperature"] != 0)
 
 
 @dataclass(frozen=True)
@@ -25,13 +28,17 @@ class Sampling:
 
     max_gen_len: int = 64
     temperature: float = 0.6
-    top_p: float = 0.9
-    seed: int = 1
-    skip_prefill: object = None
+    top_p: float = setting(0.9, needs=SAMPLES)
+    seed: int = setting(1, needs=SAMPLES)
+    skip_prefill: object = setting(None, value="N,N")
 
 
 def generate(
-    model: str, prompt: str, *, sampling: Sampling = Sampling(), opening: Opening = Opening()
+    model: str,
+    prompt: str,
+    *,
+    sampling: Sampling = Sampling(),
+    opening: OpenOptions = OpenOptions(),
 ) -> None:
     """Completes a text.
 
@@ -41,7 +48,7 @@ def generate(
         model: Meta checkpoint directory, Hugging Face directory or hub id, or GGUF file.
         prompt: the text to continue.
     """
-    short = open_model(model, seed=sampling.seed, **vars(opening))
+    short = short_gpt.open_model(model, opening, seed=sampling.seed)
     skip = sampling.skip_prefill
     skipped = [] if skip is None else layer_list(skip, "skip_prefill")
     how = (sampling.max_gen_len, sampling.temperature, sampling.top_p)

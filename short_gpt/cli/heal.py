@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from short_gpt import jobs
-from short_gpt.cli import results
 from short_gpt.cli.options import Output, arguments_of, say, say_written, tell
 from short_gpt.jobs import (
     Choice,
     Distilling,
     Learned,
-    Opening,
+    OpenOptions,
+    Running,
     Settings,
-    Streaming,
     TextSource,
 )
 
@@ -26,8 +25,8 @@ def heal(
     learned: Learned = Learned(),
     settings: Settings = Settings(),
     distilling: Distilling = Distilling(),
-    opening: Opening = Opening(),
-    streaming: Streaming = Streaming(),
+    opening: OpenOptions = OpenOptions(),
+    streaming: Running = Running(),
     output: Output = Output(),
 ) -> None:
     """Removes layers and brings quality back: closed forms or training.
@@ -46,7 +45,9 @@ def heal(
         out: new directory, or from a GGUF file another if it ends with .gguf; must not exist.
         method: refit, patch, lora or distill; or several by commas, a closed form first.
     """
-    arguments = arguments_of(locals())
+    arguments = arguments_of(heal, locals())
+    from short_gpt.cli import results
+
     output.check(arguments)
     result = jobs.heal(
         model,

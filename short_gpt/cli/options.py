@@ -1,18 +1,35 @@
-"""What commands share: the files they write, and what they say."""
+"""What commands share: the files they write, and what they print."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from llama.io.outputs import check_output
-from short_gpt.plots.figures import is_picture, require_matplotlib
-from short_gpt.plots.pictures import CROSSED, PUBLISHED, QUALITY, SCORES
+from short_gpt.cli.flags import Command, flags_of
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import above_bars, first_rank
-from short_gpt.runtime.results import is_record, write_record
+from short_gpt.runtime.settings import WRITE, Needs, Values, setting
+
+
+def _written(values: Values) -> bool:
+    """Whether there is anything to overwrite; of heal, the model."""
+    return "out" in values or any(values.get(name) is not None for name in ("json", "plots"))
+
+
+def _scores(values: Values) -> bool:
+    from short_gpt.selection.methods import BY_LOSS
+
+    return values.get("method") not in BY_LOSS
+
+
+WRITTEN = Needs("--json or --plots", _written)
+SCORES = Needs(
+    "a --method that scores (not perplexity or sleb or sleb_healed or evolution)", _scores
+)
 
 
 @dataclass(frozen=True)
@@ -24,13 +41,10 @@ class Output:
         overwrite: replace what an earlier run has written.
     """
 
-    json: str | None = None
-    overwrite: bool = False
+    HEADING: ClassVar = WRITE
 
-    @property
-    def records(self) -> list[Path]:
-        """The JSON file, if there is to be one."""
-        return [] if self.json is None else [Path(self.json)]
+    json: str | None = setting(None, value="FILE")
+    overwrite: bool = setting(False, needs=WRITTEN)
 
     @property
     def pictures(self) -> list[Path]:
@@ -40,7 +54,7 @@ class Output:
     @property
     def targets(self) -> list[Path]:
         """The files that the command will write."""
-        return [*self.records, *self.pictures]
+        return [*([] if self.json is None else [Path(self.json)]), *self.pictures]
 
     def check(self, arguments: Mapping[str, object] | None = None) -> None:
         """Raises what would keep a file from being written, before the work.
@@ -48,10 +62,12 @@ class Output:
         Args:
             arguments: the command's; what they name is read and not written over.
         """
-        for targets, ours in ((self.records, is_record), (self.pictures, is_picture)):
-            for target in targets:
-                check_output(target, overwrite=self.overwrite, ours=ours)
-        out = (arguments or {}).get("out")
+        from short_gpt.runtime.results import is_record
+
+        arguments = arguments or {}
+        if self.json is not None:
+            check_output(Path(self.json), overwrite=self.overwrite, ours=is_record)
+        out = arguments.get("out")
         for target in self.targets:
             if files := [parent for parent in target.parents if parent in self.targets]:
                 raise ShortGPTError(f"{target} cannot be written into the file {files[0]}")
@@ -60,12 +76,20 @@ class Output:
                     f"{target} lies in {out}, which holds the model alone: else it could not be "
                     "replaced later; name a file beside it"
                 )
-            _check_no_input(target, arguments or {})
+            for name, value in arguments.items():
+                named = isinstance(value, str) and name not in ("json", "plots")
+                if named and target.is_file() and _real(value) == _real(target):
+                    raise ShortGPTError(
+                        f"{target} is what --{name} reads, so it is not written over; choose "
+                        "another name"
+                    )
 
     def write(
         self, command: str, arguments: Mapping[str, object], content: Mapping[str, object]
     ) -> None:
-        """Writes the result, if it is to be; of several ranks, only the first does."""
+        """Writes the result, if it has a name; of several ranks, only the first does."""
+        from short_gpt.runtime.results import write_record
+
         if self.json is None or not first_rank():
             return
         record: dict[str, object] = {"command": command, "arguments": arguments}
@@ -83,9 +107,11 @@ class Pictures(Output):
 
     Args:
         plots: folder for the pictures.
+        kinds: of `plots.pictures.FILES`.
     """
 
-    plots: str | None = None
+    plots: str | None = setting(None, value="FOLDER", needs=SCORES)
+    kinds: tuple[str, ...] = setting(("scores",), commands=())
 
     @property
     def folder(self) -> Path | None:
@@ -94,60 +120,39 @@ class Pictures(Output):
 
     @property
     def pictures(self) -> list[Path]:
-        return [] if self.plots is None else [Path(self.plots) / name for name in self._names]
+        if self.plots is None:
+            return []
+        from short_gpt.plots.pictures import FILES
 
-    @property
-    def _names(self) -> Sequence[str]:
-        return SCORES
+        return [Path(self.plots) / name for kind in self.kinds for name in FILES[kind]]
 
     def check(self, arguments: Mapping[str, object] | None = None) -> None:
         if self.plots is not None:
+            from short_gpt.plots.figures import is_picture, require_matplotlib
+
             require_matplotlib()
+            for picture in self.pictures:
+                check_output(picture, overwrite=self.overwrite, ours=is_picture)
         super().check(arguments)
 
 
-@dataclass(frozen=True)
-class PaperPictures(Pictures):
-    """The result as a file, and as the pictures of scores and published.png."""
-
-    @property
-    def _names(self) -> Sequence[str]:
-        return (*SCORES, *PUBLISHED)
+def _real(path: object) -> str:
+    return os.path.realpath(str(path))
 
 
-@dataclass(frozen=True)
-class QualityPicture(Pictures):
-    """The result as a file, and as the picture quality.png."""
+def arguments_of(command: Command, values: Mapping[str, object]) -> dict[str, object]:
+    """A command's arguments for its record, by their flags.
 
-    @property
-    def _names(self) -> Sequence[str]:
-        return QUALITY
-
-
-@dataclass(frozen=True)
-class CrossPicture(Pictures):
-    """The result as a file, and as the picture calibration.png."""
-
-    @property
-    def _names(self) -> Sequence[str]:
-        return CROSSED
-
-
-def _check_no_input(target: Path, arguments: Mapping[str, object]) -> None:
-    """Raises ShortGPTError if an argument other than those of `Pictures` names the same file."""
-    for name, value in arguments.items():
-        named = isinstance(value, str) and name not in ("json", "plots")
-        if named and target.is_file() and os.path.realpath(str(value)) == str(target.resolve()):
-            raise ShortGPTError(
-                f"{target} is what --{name} reads, so it is not written over; choose another name"
-            )
-
-
-def arguments_of(values: Mapping[str, object]) -> dict[str, object]:
-    """A command's arguments for its record: its locals, taken first thing, groups laid open."""
+    Args:
+        command: the command.
+        values: its locals, taken first thing.
+    """
     flat: dict[str, object] = {}
-    for name, value in values.items():
-        flat |= vars(value) if is_dataclass(value) else {name: value}
+    for name, flag in flags_of(command).items():
+        group, field = flag.place or (name, "")
+        value = getattr(values[group], field) if field else values[group]
+        names = isinstance(value, tuple) and all(isinstance(part, str) for part in value)
+        flat[name] = ",".join(value) if names else value  # type: ignore[arg-type]
     return {k: v for k, v in flat.items() if isinstance(v, str | int | float | tuple | list | None)}
 
 
@@ -158,7 +163,7 @@ def say(text: str) -> None:
 
 
 def tell(text: str) -> None:
-    """Says on stderr what is to be known of a long run, above its bars; of ranks the first."""
+    """Prints to stderr what a user must know of a long run, above its bars; of ranks the first."""
     if first_rank():
         above_bars(text)
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from short_gpt import jobs
-from short_gpt.cli import tables
 from short_gpt.cli.options import Output, arguments_of, say, tell
-from short_gpt.jobs import Cut, Opening, Running, TextSource
+from short_gpt.jobs import Cut, OpenOptions, Running, TextSource
 
 
 def perplexity(
@@ -13,7 +12,7 @@ def perplexity(
     *,
     texts: TextSource = TextSource(split="test"),
     cut: Cut = Cut(),
-    opening: Opening = Opening(),
+    opening: OpenOptions = OpenOptions(),
     running: Running = Running(),
     output: Output = Output(),
 ) -> None:
@@ -26,7 +25,9 @@ def perplexity(
     Args:
         model: Meta checkpoint directory, Hugging Face directory or hub id, or GGUF file.
     """
-    arguments = arguments_of(locals())
+    arguments = arguments_of(perplexity, locals())
+    from short_gpt.cli import tables
+
     output.check(arguments)
     found = jobs.perplexity_of(model, texts, cut=cut, opening=opening, running=running, notify=tell)
     say(tables.perplexities({model: found}))

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+from short_gpt import jobs, plots
 from short_gpt.cli.options import Pictures, say_written
-from short_gpt.jobs import read_scores
-from short_gpt.plots.pictures import draw_scores
 
 
 def plot(scores: str, out: str, *, n: int | None = None, overwrite: bool = False) -> None:
@@ -18,8 +17,8 @@ def plot(scores: str, out: str, *, n: int | None = None, overwrite: bool = False
         n: mark what each method would remove.
         overwrite: replace existing pictures.
     """
-    importance = read_scores(scores)
+    importance = jobs.read_scores(scores)
     output = Pictures(plots=out, overwrite=overwrite)
     output.check()
-    draw_scores(importance, output.targets[0].parent, n)
+    plots.draw_scores(importance, output.targets[0].parent, n)
     say_written(output.targets)

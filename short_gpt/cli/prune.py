@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from short_gpt import jobs
-from short_gpt.cli import results
 from short_gpt.cli.options import say
-from short_gpt.jobs import MethodChoice, Opening, PerplexityLimit, Written
+from short_gpt.jobs import Choice, OpenOptions, PerplexityLimit, Written
 
 
 def prune(
     model: str,
     out: str,
     *,
-    choice: MethodChoice = MethodChoice(),
+    choice: Choice = Choice(),
     limit: PerplexityLimit = PerplexityLimit(),
-    opening: Opening = Opening(),
+    opening: OpenOptions = OpenOptions(),
     written: Written = Written(),
 ) -> None:
     """Writes a checkpoint without some layers, in any format.
@@ -31,5 +30,7 @@ def prune(
             file.
         out: new directory, or GGUF file if it ends with .gguf; must not exist.
     """
+    from short_gpt.cli import results
+
     result = jobs.prune_by(model, out, choice, limit=limit, opening=opening, written=written)
     say(results.pruned(result))

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from short_gpt import jobs
-from short_gpt.cli import results
+from short_gpt import jobs, plots
 from short_gpt.cli.options import Pictures, arguments_of, say, tell
-from short_gpt.jobs import Answer, Opening, Scoring, StridedCut, TextSource, TimedSaving
-from short_gpt.plots.pictures import draw_scores
+from short_gpt.jobs import Answer, Cut, OpenOptions, Running, Saving, TextSource
 
 
 def rank(
     model: str,
     *,
     texts: TextSource = TextSource(),
-    cut: StridedCut = StridedCut(),
+    cut: Cut = Cut(stride=256),
     answer: Answer = Answer(),
-    opening: Opening = Opening(),
-    running: Scoring = Scoring(),
-    saving: TimedSaving = TimedSaving(),
+    opening: OpenOptions = OpenOptions(),
+    running: Running = Running(),
+    saving: Saving = Saving(),
     output: Pictures = Pictures(),
 ) -> None:
     """Scores every layer by Block Influence and angular distance.
@@ -32,7 +30,9 @@ def rank(
     Args:
         model: Meta checkpoint directory, Hugging Face directory or hub id, or GGUF file.
     """
-    arguments = arguments_of(locals())
+    arguments = arguments_of(rank, locals())
+    from short_gpt.cli import results
+
     output.check(arguments)
     saving = saving.beside(output.json)
     result = jobs.rank(
@@ -48,7 +48,7 @@ def rank(
     say(results.ranked(result))
     output.write("rank", arguments, result.to_dict())
     if output.folder is not None and result.importance is not None:
-        draw_scores(result.importance, output.folder, answer.n)
+        plots.draw_scores(result.importance, output.folder, answer.n)
     result.finish()
     output.say_written()
     if (command := results.next_command(model, result, output.json)) is not None:

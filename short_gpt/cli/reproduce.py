@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from short_gpt import jobs
-from short_gpt.cli import results
-from short_gpt.cli.options import PaperPictures, arguments_of, say, tell
-from short_gpt.jobs import Opening, Paper, Scoring, StridedCut, TextSource, TimedSaving
-from short_gpt.plots.pictures import draw_published, draw_scores
+from short_gpt import jobs, plots
+from short_gpt.cli.options import Pictures, arguments_of, say, tell
+from short_gpt.jobs import Cut, OpenOptions, Paper, Running, Saving, TextSource
 
 
 def reproduce(
     model: str | None = None,
     *,
     texts: TextSource = TextSource(),
-    cut: StridedCut = StridedCut(),
+    cut: Cut = Cut(stride=256),
     paper: Paper = Paper(),
-    opening: Opening = Opening(),
-    running: Scoring = Scoring(),
-    saving: TimedSaving = TimedSaving(),
-    output: PaperPictures = PaperPictures(),
+    opening: OpenOptions = OpenOptions(),
+    running: Running = Running(),
+    saving: Saving = Saving(),
+    output: Pictures = Pictures(kinds=("scores", "published")),
 ) -> None:
     """Runs the paper's protocol and shows the paper's list beside it.
 
@@ -32,7 +30,9 @@ def reproduce(
     Args:
         model: Llama-2-7B or Llama-2-13B: Meta directory, Hugging Face directory or hub id.
     """
-    arguments = arguments_of(locals())
+    arguments = arguments_of(reproduce, locals())
+    from short_gpt.cli import results
+
     output.check(arguments)
     result = jobs.reproduce(
         model,
@@ -47,7 +47,7 @@ def reproduce(
     say(results.reproduced(result))
     output.write("reproduce", arguments, result.to_dict())
     if output.folder is not None:
-        draw_scores(result.importance, output.folder, result.n)
-        draw_published(result.importance, result.comparison, output.folder)
+        plots.draw_scores(result.importance, output.folder, result.n)
+        plots.draw_published(result.importance, result.comparison, output.folder)
     result.finish()
     output.say_written()

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from llama.io.sources import is_gguf
 from short_gpt.cli.tables import perplexities, ranking, search, sublayers
 from short_gpt.jobs.demonstration import Demo, Look
-from short_gpt.jobs.healed import Healing
+from short_gpt.jobs.healing import Healing
 from short_gpt.jobs.inputs import about_bos
 from short_gpt.jobs.pruning import Pruned
 from short_gpt.jobs.ranking import Ranking

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
-from llama.parallel import several_ranks
+from llama.ranks import several_ranks
 from short_gpt.data.disjoint import check_disjoint
 from short_gpt.healing.adapters import adapt, target_modules
 from short_gpt.healing.distillation import Distillation

@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
 
 from llama.io.files import check_writable
-from llama.parallel import several_ranks
-from short_gpt.data.disjoint import hold_out, without_overlap
-from short_gpt.data.windows import at_least
-from short_gpt.jobs.calibrating import Apart, Calibrated, calibrate
-from short_gpt.jobs.inputs import Cut, Opening, TextSource, check_model, listed
+from short_gpt.jobs.inputs import Cut, TextSource, at_least, check_model, listed, whole_numbers
 from short_gpt.jobs.rows import Windows
 from short_gpt.jobs.saving import Saving, interruptible
 from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.wrappers.short_model import ShortModel
+from short_gpt.runtime.settings import CHOOSE, READ, setting
+from short_gpt.wrappers.options import OpenOptions
+
+if TYPE_CHECKING:
+    from short_gpt.jobs.calibrating import Apart, Calibrated
+    from short_gpt.wrappers.short_model import ShortModel
 
 SPARE = 4  # windows cut for one that is judged, as some may share text with those that rank
 
@@ -61,7 +63,9 @@ class Readings:
         seed: of the choice of texts and windows.
     """
 
-    sizes: object = (1024,)
+    HEADING: ClassVar = READ
+
+    sizes: object = setting((1024,), value="N,N")
     bos: str | None = None
     max_windows: int = 12
     eval_windows: int = 12
@@ -70,10 +74,7 @@ class Readings:
     @property
     def numbers(self) -> list[int]:
         """The sizes; raises ShortGPTError for what is none."""
-        given = [self.sizes] if isinstance(self.sizes, int) else self.sizes
-        if not isinstance(given, Sequence) or not given or not all(type(i) is int for i in given):
-            raise ShortGPTError(f"expected whole numbers as in `sizes` 512,1024, got {given!r}")
-        return list(given)
+        return whole_numbers(self.sizes, "sizes", "512,1024")
 
     def cuts(self, bos: str = "first") -> dict[str, Cut]:
         """Every way of cutting by its name, the one that chooses and judges first."""
@@ -88,8 +89,7 @@ class Readings:
         """Raises ShortGPTError for a number out of range, before a text is read."""
         for cut in self.cuts().values():
             cut.check()
-        for name in ("max_windows", "eval_windows"):
-            at_least(2, name, getattr(self, name))
+        at_least(2, max_windows=self.max_windows, eval_windows=self.eval_windows)
 
 
 @dataclass(frozen=True)
@@ -102,9 +102,11 @@ class Ranked:
         healing: raw, refit or both with a comma.
     """
 
+    HEADING: ClassVar = CHOOSE
+
     n: int | None = None
     method: str = "bi"
-    healing: str = "raw,refit"
+    healing: str = setting("raw,refit", value="A,B")
 
 
 def calibrate_checkpoint(
@@ -113,7 +115,7 @@ def calibrate_checkpoint(
     *,
     ranked: Ranked,
     readings: Readings | None = None,
-    opening: Opening | None = None,
+    opening: OpenOptions | None = None,
     saving: Saving | None = None,
 ) -> Calibrated:
     """What `experiments.calibrate` does, for a checkpoint and texts by their names.
@@ -134,7 +136,11 @@ def calibrate_checkpoint(
         >>> ranked = Ranked(8)
         >>> calibrate_checkpoint("llama-2-7b", "a.txt,b.txt", ranked=ranked)  # doctest: +SKIP
     """
-    readings, opening = readings or Readings(), opening or Opening()
+    from llama.ranks import several_ranks
+    from short_gpt.jobs.calibrating import calibrate
+    from short_gpt.wrappers.opening import open_model
+
+    readings, opening = readings or Readings(), opening or OpenOptions()
     kinds = Kinds(data) if isinstance(data, str) else data
     if several_ranks():
         raise ShortGPTError("calibrate runs on one rank; start it alone")
@@ -147,7 +153,7 @@ def calibrate_checkpoint(
     sources = kinds.each()
     check_model(model, ranked.n)
     found = {name: list(source.read()) for name, source in sources.items()}
-    short = opening.whole(model, size=max(readings.numbers))
+    short = open_model(model, opening, max_seq_len=max(readings.numbers))
     texts, ways = windows_apart(short, found, readings)
     with interruptible():
         return calibrate(
@@ -174,6 +180,9 @@ def windows_apart(
     Raises:
         ShortGPTError: a text is too short for windows of both kinds.
     """
+    from short_gpt.data.disjoint import without_overlap
+    from short_gpt.jobs.calibrating import Apart
+
     halves = {name: _halves(texts, readings.seed) for name, texts in found.items()}
     (_, cut), *others = readings.cuts(short.bos).items()
     few, held = readings.max_windows, readings.eval_windows
@@ -201,6 +210,8 @@ def windows_apart(
 
 def _halves(texts: Sequence[str], seed: int) -> tuple[Sequence[str], Sequence[str]]:
     """Documents to rank on and others to judge by; of one alone, that itself twice."""
+    from short_gpt.data.disjoint import hold_out
+
     return (texts, texts) if len(texts) < 2 else hold_out(texts, share=0.5, seed=seed)
 
 

@@ -2,59 +2,100 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, ClassVar
 
-from short_gpt.data.windows import at_least
-from short_gpt.jobs.comparing import DEFAULT_METHODS, Cases
-from short_gpt.jobs.comparison_lora import LoraSettings
-from short_gpt.jobs.inputs import Cut, listed
-from short_gpt.jobs.rows import HEALINGS, TRAINED
+from short_gpt.jobs.inputs import Cut, at_least, listed, whole_numbers
+from short_gpt.jobs.rows import HEALINGS, RAW, TRAINED
 from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.selection.methods import METHODS
-from short_gpt.wrappers.scored_model import ScoredModel
+from short_gpt.runtime.settings import CHOOSE, READ, Needs, Values, setting
+
+if TYPE_CHECKING:
+    from short_gpt.healing.recipe import ModelConfig, Recipe
+    from short_gpt.wrappers.scored_model import ScoredModel
 
 Windows = list[list[int]]
+DEFAULT_METHODS = (
+    "bi",
+    "angular",
+    "deepest",
+    "relative_magnitude",
+    "perplexity",
+    "sleb",
+    "reverse",
+    "random",
+)
+
+
+def _names(given: object) -> list[str]:
+    return listed(given) if isinstance(given, str) else list(given)  # type: ignore[call-overload]
+
+
+def _searches(values: Values) -> bool:
+    from short_gpt.selection.methods import BY_LOSS, METHODS
+
+    return not {*_names(values["methods"])} <= {*METHODS} - {*BY_LOSS}
+
+
+TRAINING = Needs(
+    "lora or distill in `healing`", lambda v: bool({*TRAINED} & {*_names(v["healing"])})
+)
+RANDOM = Needs("random in `methods`", lambda v: "random" in _names(v["methods"]))
+SEARCHES = Needs(
+    "perplexity or sleb or sleb_healed or evolution in `methods`",
+    _searches,
+)
 
 
 @dataclass(frozen=True)
-class CaseNames:
-    """What is compared, as it is written in a command line.
+class Cases:
+    """What stands side by side: every method x number of layers x healing.
 
     Args:
         methods: names as of the method of rank, with commas between.
         counts: numbers of layers to remove, as in 2,4,8.
-        healing: of raw, patched, refit, linearpatch, ghosted, lora and distill, with commas
+        healings: of raw, patched, refit, linearpatch, ghosted, lora and distill, with commas
             between.
         seeds: random sets for every number of layers.
+        search_windows: of the windows of data, how many the searches by loss read.
         lora_only: what to heal by lora or distill, which take far longer than all the rest, as in
             bi:8,angular:8; all if not given.
+
+    Raises:
+        ShortGPTError: a name is unknown or named twice, a number is no whole one of at least 1.
+
+    Example:
+        >>> Cases("bi, sleb", 2).names
+        ['bi', 'sleb']
     """
 
-    methods: str = ",".join(DEFAULT_METHODS)
-    counts: object = (2, 4, 8, 12)
-    healing: str = "raw,patched"
-    seeds: int = 3
-    lora_only: str | None = None
+    HEADING: ClassVar = CHOOSE
 
-    @property
-    def numbers(self) -> list[int]:
-        """The numbers of layers; raises ShortGPTError for what is none."""
-        given = [self.counts] if isinstance(self.counts, int) else self.counts
-        numbers = isinstance(given, Sequence) and all(type(i) is int and i > 0 for i in given)
-        if not isinstance(given, Sequence) or not given or not numbers:
-            raise ShortGPTError(f"expected whole numbers as in `counts` 2,4,8, got {self.counts!r}")
-        return list(given)
+    methods: str | Sequence[str] = setting(DEFAULT_METHODS, value="A,B")
+    counts: object = setting((2, 4, 8, 12), value="N,N")
+    healings: str | Sequence[str] = setting((RAW,), flag="healing", value="A,B")
+    seeds: int = setting(3, needs=RANDOM)
+    search_windows: int = setting(4, heading=READ, needs=SEARCHES)
+    lora_only: str | Collection[tuple[str, int]] | None = setting(None, value="A:N")
 
     @property
     def names(self) -> list[str]:
         """The methods."""
-        return listed(self.methods)
+        return _names(self.methods)
 
     @property
-    def healings(self) -> list[str]:
+    def numbers(self) -> list[int]:
+        """The numbers of layers; raises ShortGPTError for what is none."""
+        numbers = whole_numbers(self.counts, "counts", "2,4,8")
+        if min(numbers) < 1:
+            raise ShortGPTError(f"expected whole numbers as in `counts` 2,4,8, got {self.counts!r}")
+        return numbers
+
+    @property
+    def heals(self) -> list[str]:
         """The healings."""
-        return listed(self.healing)
+        return _names(self.healings)
 
     @property
     def pairs(self) -> list[tuple[str, int]] | None:
@@ -65,35 +106,34 @@ class CaseNames:
         """
         if self.lora_only is None:
             return None
-        if not {*TRAINED} & {*self.healings}:
+        if not {*TRAINED} & {*self.heals}:
             raise ShortGPTError("`lora_only` is for `healing` lora or distill")
+        named = self.lora_only
+        parts = listed(named) if isinstance(named, str) else [f"{m}:{n}" for m, n in named]
         cases = {f"{m}:{n}": (m, n) for m in self.names for n in self.numbers}
-        if odd := [part for part in listed(self.lora_only) if part not in cases]:
+        if odd := [part for part in parts if part not in cases]:
             raise ShortGPTError(
                 f"`lora_only` {odd[0]}: expected METHOD:NUMBER of `methods` and `counts`, as in "
                 f"{next(iter(cases))}"
             )
-        return [cases[part] for part in listed(self.lora_only)]
+        return [cases[part] for part in parts]
 
-    def check(self) -> None:
-        """Raises ShortGPTError for a name or a number that is none."""
-        if odd := [h for h in self.healings if h not in HEALINGS]:
+    def __post_init__(self) -> None:
+        if odd := [name for name in self.heals if name not in HEALINGS]:
             raise ShortGPTError(f"`healing` {odd[0]}: expected some of {', '.join(HEALINGS)}")
-        if odd := [m for m in self.names if m not in METHODS]:
-            raise ShortGPTError(f"`methods` {odd[0]}: expected some of {', '.join(METHODS)}")
-        _ = self.numbers, self.pairs  # each refuses what it cannot read
+        if self.methods is not DEFAULT_METHODS:  # which are known to be right, without an import
+            from short_gpt.selection.methods import METHODS
 
-    def cases(self, search_windows: int) -> Cases:
-        """The cases; the searches by loss read so many of the windows."""
-        self.check()
-        return Cases(
-            self.names,
-            self.numbers,
-            healings=self.healings,
-            seeds=self.seeds,
-            search_windows=search_windows,
-            lora_only=self.pairs,
-        )
+            if odd := [name for name in self.names if name not in METHODS]:
+                raise ShortGPTError(f"`methods` {odd[0]}: expected some of {', '.join(METHODS)}")
+        each: dict[str, Sequence[object]] = {"methods": self.names, "counts": self.numbers}
+        for name, values in {**each, "healing": self.heals}.items():
+            if not values or len(set(values)) < len(values):
+                raise ShortGPTError(f"{name} = {values}: expected at least one, and each once")
+        for name in ("seeds", "search_windows"):
+            if type(value := getattr(self, name)) is not int or value < 1:
+                raise ShortGPTError(f"{name} = {value!r}: expected whole numbers of at least 1")
+        _ = self.pairs  # refuses what it cannot read
 
 
 @dataclass(frozen=True)
@@ -104,16 +144,16 @@ class Shares:
         eval_data: texts to evaluate on; if not given, a tenth of the texts of data is held out.
         size: tokens in a window.
         max_windows: windows of data for scores and patches.
-        search_windows: of these, how many the searches by loss read.
         eval_windows: windows to evaluate on.
         seed: of the choice of windows.
         bos: as rank's; which windows begin with it.
     """
 
-    eval_data: str | None = None
+    HEADING: ClassVar = READ
+
+    eval_data: str | None = setting(None, value="TEXTS")
     size: int = 1024
     max_windows: int = 24
-    search_windows: int = 4
     eval_windows: int = 16
     seed: int = 0
     bos: str | None = None
@@ -121,42 +161,50 @@ class Shares:
     def check(self) -> None:
         """Raises ShortGPTError for a number out of range, before a text is read."""
         Cut(self.size, bos=self.bos).check()
-        for name in ("max_windows", "eval_windows"):
-            at_least(1, name, getattr(self, name))
+        at_least(1, max_windows=self.max_windows, eval_windows=self.eval_windows)
 
-    def cut(
-        self, short: ScoredModel, texts: Sequence[str], limit: int | None, size: int | None = None
-    ) -> Windows:
+    def cut(self, short: ScoredModel, texts: Sequence[str], limit: int) -> Windows:
         """Windows of texts in random order."""
-        cut = Cut(size or self.size, limit, self.seed, bos=self.bos)
+        cut = Cut(self.size, limit, self.seed, bos=self.bos)
         return list(cut.windows(texts, short.encode, short.bos))
 
 
 @dataclass(frozen=True)
-class LoraNames:
-    """How lora and distill heal in a comparison, the latter behind a refit.
+class LoraSettings:
+    """How lora and distill heal in a comparison, the latter after a refit.
 
     Args:
         steps: steps of training, a tenth of them warm-up but at most 100; the recipe's 5000 if not
             given.
-        rank: its rank; the recipe's if not given.
+        rank: of the changes, and their scale; the recipe's if not given.
         learning_rate: its peak; the recipe's if not given.
         batch: windows a step; the recipe's 16 if not given.
-        lora_size: tokens in a window of training; the recipe's if not given.
+        size: tokens in a window of training; the recipe's if not given.
     """
 
-    steps: int | None = None
-    rank: int | None = None
-    learning_rate: float | None = None
-    batch: int | None = None
-    lora_size: int | None = None
+    steps: int | None = setting(None, needs=TRAINING)
+    rank: int | None = setting(None, needs=TRAINING)
+    learning_rate: float | None = setting(None, needs=TRAINING)
+    batch: int | None = setting(None, needs=TRAINING)
+    size: int | None = setting(None, flag="lora_size", needs=TRAINING)
 
-    def settings(self) -> LoraSettings:
-        """The same for `experiments.LoraHealing`."""
-        return LoraSettings(
-            steps=self.steps,
-            rank=self.rank,
-            learning_rate=self.learning_rate,
-            batch=self.batch,
-            size=self.lora_size,
-        )
+    def check(self) -> None:
+        """Raises ShortGPTError for a value out of range, before a model is opened."""
+        from short_gpt.healing.recipe import Recipe
+
+        Recipe(**{**asdict(Recipe()), **self._changes})
+
+    def recipe(self, config: ModelConfig) -> Recipe:
+        """The recipe for a model of this config of transformers."""
+        from short_gpt.healing.recipe import recipe_for
+
+        return recipe_for(config, "paper", **self._changes)
+
+    @property
+    def _changes(self) -> dict[str, object]:
+        changes = {name: value for name, value in asdict(self).items() if value is not None}
+        if self.rank is not None:
+            changes["alpha"] = self.rank
+        if self.steps is not None:
+            changes["warmup"] = min(100, self.steps // 10)
+        return changes

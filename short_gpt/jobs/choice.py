@@ -2,105 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from short_gpt.checkpoints.provenance import Provenance
+from short_gpt.data.disjoint import overlapping
 from short_gpt.data.texts import texts
 from short_gpt.data.windows import at_least
-from short_gpt.jobs.held_out import check_apart, check_names
-from short_gpt.jobs.inputs import Cut, Opening
+from short_gpt.jobs.choice_settings import Choice, PerplexityLimit
+from short_gpt.jobs.inputs import Cut, TextSource
 from short_gpt.jobs.scores import Scores
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.scoring.importance import Importance
-from short_gpt.selection.methods import AS_SETS, check_method
-from short_gpt.selection.perplexity_budget import CONFIDENCE, Budget
-
-
-@dataclass(frozen=True)
-class PerplexityLimit:
-    """How far the perplexity on held-out text may rise.
-
-    Args:
-        max_perplexity_ratio: remove as many layers as the perplexity on eval_data allows, which
-            may rise by this factor, as in 1.1; the model is loaded for that.
-        eval_data: text for max_perplexity_ratio, which the scores were not measured on: a file or
-            folder.
-        eval_windows: windows of eval_data to read at most.
-        size: tokens in a window of eval_data.
-        confidence: that the perplexity of text like eval_data rises by no more; texts are the
-            samples, or windows where eval_data is one text.
-        bos: as rank's; which windows of eval_data begin with it.
-    """
-
-    max_perplexity_ratio: float | None = None
-    eval_data: str | None = None
-    eval_windows: int = 32
-    size: int = 1024
-    confidence: float = CONFIDENCE
-    bos: str | None = None
-
-
-@dataclass(frozen=True)
-class Choice:
-    """Layers to remove from a checkpoint: named, or chosen by the scores of `rank`.
-
-    Args:
-        layers: numbers of the layers to remove, as in 21,22,23; or choose them by scores.
-        scores: JSON file that rank wrote.
-        n: how many layers to remove by the scores.
-        angular: remove the best block of consecutive layers, short for the method angular.
-
-    Example:
-        >>> Choice([21, 22]).check().named
-        [21, 22]
-    """
-
-    layers: object = None
-    scores: str | None = None
-    n: int | None = None
-    angular: bool = False
-
-    def check(self) -> Choice:
-        """Itself, if it names its layers or the scores to choose them by, and not both.
-
-        Raises:
-            ShortGPTError: neither or both are given, or they contradict each other.
-        """
-        if (self.layers is None) == (self.scores is None):
-            raise ShortGPTError("expected either `layers`, as in 21,22,23, or `scores` and `n`")
-        if self.wanted is not None:
-            check_method(self.wanted)
-        if self.layers is not None and self.wanted is not None:
-            raise ShortGPTError("`method` chooses from `scores`, not from `layers`")
-        return self
-
-    @property
-    def wanted(self) -> str | None:
-        """The method to choose by; None takes the one that ranked."""
-        return "angular" if self.angular else None
-
-    @property
-    def named(self) -> list[int] | None:
-        """The layers that are named; None where scores choose."""
-        return None if self.layers is None else layer_list(self.layers)
-
-
-@dataclass(frozen=True)
-class MethodChoice(Choice):
-    """Layers to remove from a checkpoint, chosen by any method of `rank`.
-
-    Args:
-        method: by which method of rank; the one that the scores were ranked by if not given.
-    """
-
-    method: str | None = None
-
-    @property
-    def wanted(self) -> str | None:
-        if self.angular and self.method not in (None, "angular"):
-            raise ShortGPTError(f"`angular` and `method` {self.method} contradict each other")
-        return "angular" if self.angular else self.method
+from short_gpt.selection.methods import AS_SETS
+from short_gpt.selection.perplexity_budget import Budget
+from short_gpt.wrappers.opening import open_model
+from short_gpt.wrappers.options import OpenOptions
+from short_gpt.wrappers.short_model import ShortModel
 
 
 @dataclass(frozen=True)
@@ -145,7 +65,7 @@ def chosen(model: str, choice: Choice) -> Chosen:
 
 
 def chosen_within(
-    model: str, choice: Choice, limit: PerplexityLimit, *, opening: Opening | None = None
+    model: str, choice: Choice, limit: PerplexityLimit, *, opening: OpenOptions | None = None
 ) -> Chosen:
     """As many layers as the perplexity on held-out text allows, with the evidence.
 
@@ -158,7 +78,7 @@ def chosen_within(
     at_least(1, "eval_windows", limit.eval_windows)
     cut = Cut(limit.size, limit.eval_windows, bos=limit.bos)
     cut.check()
-    short = (opening or Opening()).whole(model, size=limit.size)
+    short = open_model(model, opening or OpenOptions(), max_seq_len=limit.size)
     held = list(cut.windows(texts(data), short.encode, short.bos))
     unsure = check_apart(held, data, scores.arguments, short)
     most = len(scores.searched) or None  # a search found no more
@@ -203,20 +123,59 @@ def _check_some(budget: Budget, data: str, first: list[int]) -> None:
 def _scores(choice: Choice) -> Scores | None:
     """The scores that a choice names; None where layers are named."""
     choice.check()
-    return None if choice.scores is None else Scores.read(choice.scores, choice.wanted)
+    return None if choice.scores is None else Scores.read(choice.scores, choice.by)
 
 
-def layer_list(layers: object, name: str = "layers") -> list[int]:
-    """Layer numbers as they are given: one number, or several.
+def check_names(eval_data: str, scored_by: Mapping[str, object]) -> None:
+    """Raises ShortGPTError where the two texts are one, or part of each other, by their names.
 
     Args:
-        layers: the numbers.
-        name: of the setting, for the message.
+        eval_data: names the text to evaluate on.
+        scored_by: arguments that `rank` was given.
+    """
+    data = scored_by.get("data")
+    same = eval_data == data
+    if data is not None and Path(eval_data).exists() and Path(str(data)).exists():
+        ours, theirs = Path(eval_data).resolve(), Path(str(data)).resolve()
+        same = ours.is_relative_to(theirs) or theirs.is_relative_to(ours)
+    if same:
+        raise ShortGPTError(f"`eval_data` {eval_data} is what the scores were measured on")
+
+
+def check_apart(
+    held: Sequence[Sequence[int]], eval_data: str, scored_by: Mapping[str, Any], short: ShortModel
+) -> str | None:
+    """Compares the text itself, whatever its files are called.
+
+    The text of the scores is read again, and cut as it was then.
+
+    Args:
+        held: windows of token ids to evaluate on.
+        eval_data, scored_by: as in `check_names`.
+        short: the model.
+
+    Returns:
+        None, or in a sentence why the texts could not be compared.
 
     Raises:
-        ShortGPTError: anything else.
+        ShortGPTError: they have text in common, by the rule of `overlapping`.
     """
-    numbers = [layers] if isinstance(layers, int) else layers
-    if not isinstance(numbers, Sequence) or not all(type(i) is int for i in numbers):
-        raise ShortGPTError(f"expected layer numbers as in `{name}` 21,22,23, got {layers!r}")
-    return list(numbers)
+    try:
+        scored = _windows(scored_by, short)
+    except (OSError, KeyError, ShortGPTError) as error:
+        return f"not compared with the text that the scores were measured on: {error}"
+    if shared := overlapping(held, scored):
+        raise ShortGPTError(
+            f"`eval_data` {eval_data} holds text that the scores were measured on, "
+            f"{scored_by['data']}: {len(shared)} of its {len(held)} windows share a run of tokens "
+            "with that; give another text"
+        )
+    return None
+
+
+def _windows(scored_by: Mapping[str, Any], short: ShortModel) -> list[list[int]]:
+    """The windows that scores were measured on, or of which they were the first."""
+    source = TextSource(*(scored_by[name] for name in ("data", "split", "column", "max_texts")))
+    names = ("size", "max_windows", "seed", "stride")
+    cut = Cut(**{name: scored_by[name] for name in names}, bos=scored_by.get("bos"))
+    return list(cut.windows(source.read(), short.encode, short.bos))

@@ -1,4 +1,9 @@
-"""Methods x numbers of layers x healing on one model, in one call."""
+"""Methods against each other on one model: what each removal costs, and what healing brings back.
+
+Everything is measured once: scores come from one pass, a search's list holds those of all smaller
+numbers, patches of all sets are fitted in one pass, and a set of layers that several methods
+choose is evaluated once.
+"""
 
 from __future__ import annotations
 
@@ -9,103 +14,45 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
+import torch
+
+from llama.io.json_files import JsonObject
+from short_gpt.data.disjoint import check_disjoint
+from short_gpt.evaluation.documents import TaskRun, task_changes
+from short_gpt.evaluation.paired import difference, losses, together
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.evaluation.tasks import TaskSuite
-from short_gpt.jobs.comparison_cells import Comparison
+from short_gpt.healing import refit, search_healed
+from short_gpt.jobs.cases import Cases
+from short_gpt.jobs.cells import Cells, size_without, tokens_per_second
+from short_gpt.jobs.gap_folds import Fold, gap_folds
 from short_gpt.jobs.rows import (
     DISTILL,
-    HEALINGS,
+    IN_FRONT,
     LORA,
     RAW,
+    REFIT,
     TRAINED,
     Agreement,
     Row,
     Windows,
 )
+from short_gpt.models.numbering import check_count
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.progress import bar
 from short_gpt.runtime.state import StateFile, joined
-from short_gpt.selection.methods import check_method
+from short_gpt.scoring.importance import Importance
+from short_gpt.scoring.metrics import spearman
+from short_gpt.selection.methods import AS_SETS, BY_LOSS, check_method, choose
+from short_gpt.selection.search import Search
 from short_gpt.wrappers.short_model import ShortModel
 
 # by whose token ids a tokenizer is told: letters of several scripts, digits, signs and spaces
 PROBE = "".join(map(chr, [*range(32, 127), *range(161, 1424), *range(8192, 8448)]))
 PROBE += " 1,234,567 ordinary words; naturally, unbelievable internationalization.\n\n"
-DEFAULT_METHODS = (
-    "bi",
-    "angular",
-    "deepest",
-    "relative_magnitude",
-    "perplexity",
-    "sleb",
-    "reverse",
-    "random",
-)
-
-
-@dataclass(frozen=True)
-class Cases:
-    """What is set side by side: every method x number of layers x healing.
-
-    Attributes:
-        methods: names of `selection.METHODS`.
-        counts: numbers of layers to remove.
-        healings: of raw, patched, refit, linearpatch, ghosted, lora and distill.
-        seeds: random sets for every number, if "random" is among the methods.
-        search_windows: how many of the calibration windows the searches by loss read.
-        lora_only: methods and numbers to heal by lora or distill, as in ``[("bi", 8)]``; None
-            means all.
-
-    Raises:
-        ShortGPTError: a name is unknown or named twice, a number no whole one of at least 1.
-    """
-
-    methods: Sequence[str] = DEFAULT_METHODS
-    counts: Sequence[int] = (2, 4, 8, 12)
-    healings: Sequence[str] = (RAW,)
-    seeds: int = 3
-    search_windows: int = 4
-    lora_only: Collection[tuple[str, int]] | None = None
-
-    def __post_init__(self) -> None:
-        for method in self.methods:
-            check_method(method)
-        _check_each_once("methods", self.methods)
-        _check_each_once("counts", self.counts)
-        _check_each_once("healing", self.healings)
-        for n in self.counts:
-            _check_whole("counts", n)
-        _check_whole("seeds", self.seeds)
-        _check_whole("search_windows", self.search_windows)
-        self._check_healings()
-
-    def _check_healings(self) -> None:
-        if unknown := [h for h in self.healings if h not in HEALINGS]:
-            raise ShortGPTError(
-                f"no healing {unknown[0]!r}; expected some of {', '.join(HEALINGS)}"
-            )
-        if self.lora_only is None:
-            return
-        if not {*TRAINED} & {*self.healings}:
-            raise ShortGPTError(
-                "lora_only is for the healing lora or distill; add one, or leave this out"
-            )
-        every = [(method, n) for method in self.methods for n in self.counts]
-        if strange := [case for case in self.lora_only if tuple(case) not in every]:
-            raise ShortGPTError(
-                f"lora_only {strange[0]}: expected a method and a number of those compared, "
-                f"as in {every[0]}"
-            )
-
-
-def _check_whole(name: str, value: object) -> None:
-    if type(value) is not int or value < 1:
-        raise ShortGPTError(f"{name} = {value!r}: expected whole numbers of at least 1")
-
-
-def _check_each_once(name: str, values: Sequence[object]) -> None:
-    if not values or len(set(values)) < len(values):
-        raise ShortGPTError(f"{name} = {list(values)}: expected at least one, and each once")
+Heal = Callable[[list[int]], list[Perplexity]]
+Case = tuple[str, int | None, int]  # method, seed of a random one, number of layers
 
 
 @dataclass(frozen=True)
@@ -198,15 +145,15 @@ def compare(
     few = cases.search_windows
     comparison = Comparison(short, calibration, evaluation, few=few, state=kept, progress=progress)
     rows = comparison.rows(
-        cases.methods,
-        cases.counts,
-        healings=cases.healings,
+        cases.names,
+        cases.numbers,
+        healings=cases.heals,
         seeds=cases.seeds,
         trained={name: _beside(name, heal, kept) for name, heal in heals.items()},
-        lora_only=cases.lora_only,
+        lora_only=cases.pairs,
     )
-    most = max(cases.counts)
-    searched = cases.counts if "sleb" in cases.methods else ()
+    most = max(cases.numbers)
+    searched = cases.numbers if "sleb" in cases.names else ()
     agreement = [comparison.agreement(n, most) for n in searched]
     metrics = {}
     if tasks is not None:
@@ -218,7 +165,7 @@ def compare(
 def _heals(cases: Cases, given: Mapping[str, Healing | None]) -> dict[str, Healing]:
     """What heals by training; ShortGPTError where a case lacks it."""
     heals = {name: heal for name, heal in given.items() if heal is not None}
-    if lacks := [name for name in cases.healings if name in TRAINED and name not in heals]:
+    if lacks := [name for name in cases.heals if name in TRAINED and name not in heals]:
         kind = f"{lacks[0].capitalize()}Healing"
         raise ShortGPTError(f"the healing {lacks[0]} needs what heals: pass {lacks[0]}={kind}(...)")
     return heals
@@ -251,3 +198,258 @@ def _beside(
 def _suite(tasks: TaskSuite, short: ShortModel) -> str:
     """A name for what a suite's metrics depend on, the tokenizer included."""
     return json_digest([asdict(tasks), short.encode(PROBE)])
+
+
+class Comparison:
+    """Compares methods on one model.
+
+    Args:
+        short: the whole model; it is left as it was.
+        calibration: windows of token ids that choose layers and fit patches.
+        evaluation: windows of other text.
+        few: how many of the calibration windows the searches by loss read.
+        state: saves what was measured and continues from it.
+        progress: whether to show bars.
+
+    Raises:
+        ShortGPTError: calibration and evaluation share text.
+    """
+
+    def __init__(
+        self,
+        short: ShortModel,
+        calibration: Windows,
+        evaluation: Windows,
+        *,
+        few: int = 4,
+        state: StateFile | None = None,
+        progress: bool = True,
+    ) -> None:
+        check_disjoint(calibration, evaluation)
+        self.short, self._calibration, self._evaluation = short, calibration, evaluation
+        self._few, self._cells, self._progress = calibration[:few], Cells(state), progress
+
+    def rows(
+        self,
+        methods: Sequence[str],
+        counts: Sequence[int],
+        *,
+        healings: Sequence[str] = (RAW,),
+        seeds: int = 3,
+        trained: Mapping[str, Heal] | None = None,
+        lora_only: Collection[tuple[str, int]] | None = None,
+    ) -> list[Row]:
+        """Measures every method x number of layers x healing, and the whole model first.
+
+        Args:
+            methods: names of `methods.METHODS`; ``random`` is drawn ``seeds`` times.
+            counts: numbers of layers to remove.
+            healings: of `rows.HEALINGS`. Sets that cannot be healed so have no such row.
+            seeds: how many random sets for every number.
+            trained: what heals for lora and distill: it gives the loss of every evaluation window
+                of the model without these layers, healed.
+            lora_only: the methods and numbers to heal so, which takes far longer than all the
+                rest; None means all.
+
+        Raises:
+            ShortGPTError: a method is unknown, a number out of range, or nothing heals by lora.
+        """
+        heals = {REFIT: self._refitted, **(trained or {})}
+        if lacks := [h for h in healings if h in TRAINED and h not in heals]:
+            raise ShortGPTError(f"the healing {lacks[0]} needs what heals: pass trained=...")
+        cases = self._cases(methods, counts, seeds)
+        sets = [self.layers(method, n, seed or 0, most=max(counts)) for method, seed, n in cases]
+        for healing in (h for h in healings if h in IN_FRONT):
+            self._fit_all(healing, sets)
+        few = {(m, n) for m, _, n in cases} if lora_only is None else set(lora_only)
+        rows = [self._row(("dense", None, 0), [], RAW)]
+        count = len(cases) * len(healings)
+        with bar("comparing", total=count, unit="model", show=self._progress) as shown:
+            for healing in healings:
+                for case, layers in zip(cases, sets, strict=True):
+                    shown.update()
+                    if healing in TRAINED and (case[0], case[2]) not in few:
+                        continue
+                    if healing not in IN_FRONT or 0 not in layers:
+                        rows.append(self._row(case, layers, healing, heals.get(healing)))
+        return rows
+
+    def _cases(self, methods: Sequence[str], counts: Sequence[int], seeds: int) -> list[Case]:
+        for method in methods:
+            check_method(method)
+        for n in counts:
+            check_count(n, len(self.short.kept), name="counts")
+        return [
+            (method, seed, n)
+            for method in methods
+            for seed in (range(seeds) if method == "random" else [None])
+            for n in counts
+        ]
+
+    def layers(self, method: str, n: int, seed: int = 0, *, most: int | None = None) -> list[int]:
+        """The n layers that a method removes; searches go on to ``most`` at once."""
+        if method in BY_LOSS:
+            up_to = n if method in AS_SETS else most or n
+            return self._search(method, up_to).removed[:n]
+        return choose(self.importance, n, method=method, seed=seed)
+
+    @property
+    def importance(self) -> Importance:
+        """Scores of the calibration windows."""
+        return self._scored("importance", self._calibration)
+
+    def _scored(self, name: str, windows: Windows) -> Importance:
+        """Scores of some windows; the model keeps those that it has."""
+
+        def measure() -> dict[str, object]:
+            before, self.short.importance = self.short.importance, Importance.empty(self.short.kept)
+            try:
+                self.short.measure(windows, all_tokens=True, progress=self._progress)
+                return self.short.importance.to_dict()
+            finally:
+                self.short.importance = before
+
+        return Importance.from_dict(self._cells.value(name, measure))
+
+    def _search(self, method: str, n: int) -> Search:
+        name = f"{method} {n}"
+
+        def measure() -> JsonObject:
+            part = self._cells.inner(name.replace(" ", "-"))
+            result = self._searcher(method)(self._few, n, state=part, progress=self._progress)
+            finished.append(part)
+            return {"removed": result.removed, "losses": result.losses}
+
+        finished: list[StateFile | None] = []
+        content = self._cells.value(name, measure)
+        for part in filter(None, finished):  # now that its result is saved
+            part.clear()
+        # JSON's keys are texts
+        trials = [{int(i): v for i, v in loss.items()} for loss in content["losses"]]
+        return Search(content["removed"], trials)
+
+    def _searcher(self, method: str) -> partial[Search]:
+        """A search by loss; as healed, it fits on the windows that the searches do not read."""
+        if method != "sleb_healed":
+            return partial(self.short.search, method=method)
+        return partial(search_healed, self.short, fitted_on=self._calibration[len(self._few) :])
+
+    def agreement(self, n: int, most: int) -> Agreement:
+        """Whether the cheap rankings hold: Block Influence, angle and greedy search, all on the
+        windows that the searches read.
+
+        Args:
+            n: how many layers each removes.
+            most: the largest number of the comparison, up to which the search goes.
+        """
+        few = self._scored("importance of few", self._few)
+        sets = {m: set(choose(few, n, method=m)) for m in ("bi", "angular")}
+        sets["sleb"] = set(self.layers("sleb", n, most=most))
+        pairs = (("bi", "angular"), ("bi", "sleb"), ("angular", "sleb"))
+        shared = {f"{a}, {b}": len(sets[a] & sets[b]) / n for a, b in pairs}
+        alone = self._search("sleb", most).losses[0]
+        scores = few.block_influence
+        correlation = spearman(scores[list(alone)], torch.tensor(list(alone.values())).double())
+        return {"n": n, "overlap": shared, "rank_correlation_of_bi_with_loss": correlation}
+
+    def tasks(
+        self, rows: Sequence[Row], run: Callable[[], TaskRun], suite: str = ""
+    ) -> dict[str, dict[str, float]]:
+        """What a task suite gives for the models without healing.
+
+        Args:
+            rows: from `rows`.
+            run: scores the model as it is at the call.
+            suite: tells the suite from others, whose results a state holds too.
+
+        Returns:
+            Results by the layers removed, as in ``"[3, 4]"``, with their changes from the whole
+            model, paired over the documents.
+        """
+
+        def found(layers: list[int]) -> TaskRun:
+            with self.short.without_layers(layers):
+                return run()
+
+        def kept(layers: list[int]) -> TaskRun:
+            cell = f"documents {suite} {layers}"
+            return TaskRun(**self._cells.value(cell, lambda: vars(found(layers))))
+
+        whole = kept([])
+        sets = [sorted(row.layers) for row in rows if row.healing == RAW]
+        every = {str(layers): kept(layers) for layers in sets}
+        changes = {name: task_changes(whole, done) for name, done in every.items() if name != "[]"}
+        return {name: done.named() | changes.get(name, {}) for name, done in every.items()}
+
+    def _row(self, case: Case, layers: list[int], healing: str, heal: Heal | None = None) -> Row:
+        method, seed, n = case
+        dense, raw = self._measured(RAW, []), self._measured(RAW, layers)
+        parts = raw if healing == RAW else self._measured(healing, layers, heal)
+        change, gain = difference(dense, parts), difference(raw, parts)
+        parameters, size = size_without(self.short, layers)
+        return Row(
+            method=method,
+            seed=seed,
+            n=n,
+            healing=healing,
+            layers=layers,
+            perplexity=together(parts).value,
+            nats=change.nats,
+            standard_error=change.standard_error if n else 0.0,
+            gain=None if healing == RAW else gain.nats,
+            gain_error=None if healing == RAW else gain.standard_error,
+            parameters=parameters,
+            megabytes=size / 1e6,
+            tokens_per_second=self._speed(n, layers),
+            windows=change.windows,
+            texts=change.texts,
+        )
+
+    def _measured(
+        self, healing: str, layers: list[int], heal: Heal | None = None
+    ) -> list[Perplexity]:
+        """Losses of the evaluation windows, measured once for every set of layers.
+
+        Args:
+            heal: measures the healed model without them; raw ones are measured here.
+        """
+        measure = partial(heal or self._losses, layers)
+        return self._cells.losses(f"{healing} {sorted(layers)}", measure)
+
+    def _losses(self, layers: list[int]) -> list[Perplexity]:
+        with self.short.without_layers(layers):
+            return losses(self.short.decoder, self._evaluation, progress=False)
+
+    def _fit_all(self, healing: str, sets: Sequence[list[int]]) -> None:
+        """Fits what mends gaps of all sets at once, and measures the models mended."""
+        every = sorted({tuple(sorted(layers)) for layers in sets if 0 not in layers})
+        wanted = [list(s) for s in every if f"{healing} {list(s)}" not in self._cells]
+        if not wanted:
+            return
+        folds = gap_folds(healing, self.short, wanted, self._calibration, progress=self._progress)
+        with bar(healing, total=len(wanted), unit="model", show=self._progress) as shown:
+            for layers, fold in zip(wanted, folds, strict=True):
+                self._measured(healing, layers, partial(self._folded, fold))
+                shown.update()
+
+    def _folded(self, fold: Fold, layers: list[int]) -> list[Perplexity]:
+        """Losses without the layers while new weights are in place; ``fold`` gives the undo."""
+        with self.short.without_layers(layers):
+            undo = fold()
+            try:
+                return losses(self.short.decoder, self._evaluation, progress=False)
+            finally:
+                undo()
+
+    def _refitted(self, layers: list[int]) -> list[Perplexity]:
+        made = refit.fit(self.short, layers, self._calibration, progress=self._progress)
+        return self._folded(partial(refit.fold, self.short, made), layers)
+
+    def _speed(self, n: int, layers: list[int]) -> float:
+        """Tokens per second; they depend on the number of layers alone."""
+
+        def measure() -> float:
+            with self.short.without_layers(layers):
+                return tokens_per_second(self.short, self._evaluation[0])
+
+        return float(self._cells.value(f"speed {n}", measure))

@@ -19,12 +19,13 @@ from short_gpt.checkpoints.provenance import PROVENANCE, Provenance
 from short_gpt.checkpoints.prune import FORMATS
 from short_gpt.checkpoints.records import RECORD
 from short_gpt.checkpoints.save import save_converted
-from short_gpt.jobs.inputs import Notify, Opening, ignore
+from short_gpt.jobs.inputs import Notify, ignore
 from short_gpt.jobs.proof import Proof
 from short_gpt.jobs.saving import interruptible
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import bar
-from short_gpt.wrappers.opening import OpenOptions, open_hf
+from short_gpt.wrappers.opening import open_hf
+from short_gpt.wrappers.options import OpenOptions
 
 
 def convert(
@@ -75,7 +76,7 @@ def convert(
     """
     to = _format(model, out, to, shards)
     _check_options(model, to, type, dtype, shards)
-    opening = Opening(tokenizer_path, trust_remote_code=trust_remote_code)
+    opening = OpenOptions(tokenizer_path, trust_remote_code=trust_remote_code)
     proof = Proof(model, out, opening, verify, dtype=dtype)
     if to == "gguf":
         write = _to_gguf(model, type, tokenizer_path)

@@ -9,11 +9,10 @@ from pathlib import Path
 from llama.io.files import check_new, new_directory
 from short_gpt.checkpoints.verify import check_same, fingerprint
 from short_gpt.data import demo as material
-from short_gpt.data.windows import at_least
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.healing import heal_refit
-from short_gpt.jobs.cost import size_without, tokens_per_second
-from short_gpt.jobs.inputs import Cut, Notify, Opening, ignore
+from short_gpt.jobs.cells import size_without, tokens_per_second
+from short_gpt.jobs.inputs import DemoRun, Notify, ignore
 from short_gpt.jobs.scored import Scored
 from short_gpt.models.numbering import check_count
 from short_gpt.runtime.results import write_record
@@ -25,34 +24,6 @@ from short_gpt.wrappers.short_model import ShortModel
 PROMPT = "And God said unto Noah,"
 MARKER = "layers.json"
 Draw = Callable[[Importance, Path], Sequence[Path]]
-
-
-@dataclass(frozen=True)
-class DemoRun:
-    """What the demo reads.
-
-    Args:
-        max_windows: windows of 1024 tokens to score.
-        eval_windows: windows of 1024 tokens of held-out chapters to evaluate on.
-        seed: of the random choice of windows.
-        device: cpu, cuda or mps; the best there is if not given.
-    """
-
-    max_windows: int = 24
-    eval_windows: int = 12
-    seed: int = 0
-    device: str | None = None
-
-    def windows(self, short: ShortModel, part: str) -> list[list[int]]:
-        """Windows of a part of the book."""
-        limit = self.max_windows if part == "calibration" else self.eval_windows
-        cut = Cut(1024, limit, self.seed)
-        return list(cut.windows(material.bible(part), short.encode))
-
-    def check(self) -> None:
-        """Raises ShortGPTError for a number of windows out of range."""
-        for name in ("max_windows", "eval_windows"):
-            at_least(1, name, getattr(self, name))
 
 
 @dataclass(frozen=True)
@@ -134,9 +105,8 @@ def run_demo(
     check_count(n, material.N_LAYERS)
     check_new(target, marker=MARKER, overwrite=overwrite)
     notify("SmolLM2-135M-Instruct reads the King James Bible\n")
-    opening = Opening(device=run.device)
     model = str(material.checkpoint())
-    short = opening.whole(model, size=1024)
+    short = open_model(model, device=run.device, max_seq_len=1024)
     learned, held = (run.windows(short, part) for part in ("calibration", "held_out"))
     short.measure(learned)
     low, block = (short.layers_to_remove(n=n, angular=angular) for angular in (False, True))

@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from short_gpt.data.texts import texts
-from short_gpt.data.windows import Window, at_least
-from short_gpt.evaluation.drafts import LENGTHS, Acceptance, check_same_tokens, draft_agreement
-from short_gpt.jobs.inputs import Cut, Opening, TextSource, check_model, source_of
+from short_gpt.jobs.inputs import WINDOWS, Cut, TextSource, at_least, check_model, source_of
 from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.wrappers.short_model import ShortModel
+from short_gpt.runtime.settings import setting
+from short_gpt.wrappers.options import OpenOptions
+
+if TYPE_CHECKING:
+    from short_gpt.data.windows import Window
+    from short_gpt.evaluation.drafts import Acceptance
+    from short_gpt.wrappers.short_model import ShortModel
 
 LONGEST = 2048  # tokens of a prompt from a file and of what is written behind it
 
@@ -26,17 +30,19 @@ class Drafting(Cut):
         tokens: that the whole model writes behind every prompt; fewer where it ends its text.
     """
 
-    size: int = 128
-    max_windows: int | None = 32
-    prompts: str | None = field(default=None, kw_only=True)
+    size: int = setting(128, needs=WINDOWS)
+    max_windows: int | None = setting(32, needs=WINDOWS)
+    prompts: str | None = field(default=None, kw_only=True, metadata={"value": "FILE"})
     tokens: int = field(default=64, kw_only=True)
 
     def check(self) -> None:
         super().check()
-        at_least(1, "tokens", self.tokens)
+        at_least(1, tokens=self.tokens)
 
     def read(self, column: str = "text") -> list[str]:
         """The prompts of the file, from this column of rows; none without a file."""
+        from short_gpt.data.texts import texts
+
         if self.prompts is None:
             return []
         found = list(texts(Path(self.prompts), column=column))
@@ -70,7 +76,7 @@ def draft(
     data: str | TextSource = "pg19",
     *,
     drafting: Drafting | None = None,
-    opening: Opening | None = None,
+    opening: OpenOptions | None = None,
 ) -> Drafts:
     """How many of a pruned model's greedy tokens the whole model accepts, as drafts of 1 to 8.
 
@@ -89,14 +95,17 @@ def draft(
         >>> draft("llama-2-7b", "llama-2-5b", "novels/").lengths[3].share  # doctest: +SKIP
         0.5
     """
-    drafting, opening, source = drafting or Drafting(), opening or Opening(), source_of(data)
+    from short_gpt.evaluation.drafts import LENGTHS, check_same_tokens, draft_agreement
+    from short_gpt.wrappers.opening import open_model
+
+    drafting, opening, source = drafting or Drafting(), opening or OpenOptions(), source_of(data)
     drafting.check()
     for name in (model, pruned):
         check_model(name)
     own = drafting.read(source.column)
     found = [] if own else list(source.read())
     size = LONGEST if own else drafting.size + drafting.tokens
-    whole, small = (opening.whole(name, size=size) for name in (model, pruned))
+    whole, small = (open_model(name, opening, max_seq_len=size) for name in (model, pruned))
     check_same_tokens(whole, small, (model, pruned))
     cut = drafting.windows(found, whole.encode, whole.bos) if not own else _encoded(whole, own)
     prompts = list(cut)
@@ -106,4 +115,6 @@ def draft(
 
 def _encoded(whole: ShortModel, own: Sequence[str]) -> list[Window]:
     """Prompts of a file, each a text of its own."""
+    from short_gpt.data.windows import Window
+
     return [Window(whole.encode(prompt), number) for number, prompt in enumerate(own)]

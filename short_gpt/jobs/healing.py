@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from llama.io.files import check_new
 from llama.io.sources import is_gguf
-from short_gpt.checkpoints.gguf import about_kinds, check_new_gguf
+from short_gpt.checkpoints.gguf import about_kinds, check_new_gguf, out_paths
 from short_gpt.checkpoints.gguf_save import about_types, check_saved
 from short_gpt.checkpoints.provenance import PROVENANCE, Provenance
+from short_gpt.evaluation import Difference, Perplexity, difference, losses, together
 from short_gpt.healing import (
     RIDGE,
     DistillSettings,
+    HealingEvidence,
     HealingJob,
     Learning,
     LoraSettings,
@@ -23,25 +25,66 @@ from short_gpt.healing import (
     Source,
     Step,
 )
-from short_gpt.jobs.choice import Choice, Chosen, chosen
-from short_gpt.jobs.distilling import Distilling
-from short_gpt.jobs.healed import Healing, reread
-from short_gpt.jobs.healing_settings import CLOSED, TRAINING, Learned, Settings, methods_of
-from short_gpt.jobs.inputs import (
-    Notify,
-    Opening,
-    Streaming,
-    TextSource,
-    check_model,
-    ignore,
-    source_of,
+from short_gpt.jobs.choice import Chosen, chosen
+from short_gpt.jobs.choice_settings import Choice
+from short_gpt.jobs.healing_settings import (
+    Distilling,
+    Learned,
+    Settings,
+    kinds_of_methods,
+    methods_of,
 )
+from short_gpt.jobs.inputs import Notify, Running, TextSource, check_model, ignore, source_of
 from short_gpt.jobs.saving import interruptible
 from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.wrappers.opening import OpenOptions, open_model, open_trainable
+from short_gpt.wrappers.opening import open_model, open_trainable
+from short_gpt.wrappers.options import OpenOptions
 from short_gpt.wrappers.scored_model import ScoredModel
 
 SIZE, CLOSED_WINDOWS = 1024, 64  # of closed forms
+CLOSED, TRAINING = kinds_of_methods()
+
+
+@dataclass(frozen=True)
+class Healing:
+    """What `heal` did.
+
+    Attributes:
+        out: the new directory or file.
+        evidence: what healed the model, and what that brought.
+        left_out: what was not learned from because it is evaluated on, in words; None if all was.
+        unchecked: what could not be checked of the scores, in words; None if nothing.
+        texts: names of the texts learned from and evaluated on, tokens in a window, and which
+            windows began with bos.
+        remark: what a GGUF file holds otherwise than its source; None if nothing.
+        written: of a GGUF file, read again, what it gives on the windows of the evidence; None
+            of a directory, and of several files, which transformers does not read.
+        quantization: how far that is from the healed model before its changed tensors went back
+            to their own types.
+    """
+
+    out: Path
+    evidence: HealingEvidence
+    left_out: str | None = None
+    unchecked: str | None = None
+    texts: Mapping[str, object] = field(default_factory=dict)
+    remark: str | None = None
+    written: Perplexity | None = None
+    quantization: Difference | None = None
+
+    @property
+    def perplexity(self) -> dict[str, Perplexity]:
+        """Of every state of the model, and of what was written where that was read again."""
+        found = dict(self.evidence.perplexity)
+        return found if self.written is None else {**found, "as written": self.written}
+
+    def to_dict(self) -> dict[str, object]:
+        """The evidence, ready for JSON."""
+        values = {name: found.value for name, found in self.perplexity.items()}
+        content = {**self.evidence.to_dict(), "perplexity": values, **self.texts}
+        if self.quantization is not None:
+            content["quantization"] = asdict(self.quantization)
+        return content
 
 
 def heal(
@@ -54,8 +97,8 @@ def heal(
     learned: Learned | None = None,
     settings: Settings | None = None,
     distilling: Distilling | None = None,
-    opening: Opening | None = None,
-    streaming: Streaming | None = None,
+    opening: OpenOptions | None = None,
+    streaming: Running | None = None,
     overwrite: bool = False,
     notify: Notify = ignore,
 ) -> Healing:
@@ -89,11 +132,15 @@ def heal(
         >>> done.evidence.perplexity["healed"].value  # doctest: +SKIP
         6.1
     """
-    learned, settings, opening = learned or Learned(), settings or Settings(), opening or Opening()
-    distilling, streaming = distilling or Distilling(), streaming or Streaming()
+    learned, settings, opening = (
+        learned or Learned(),
+        settings or Settings(),
+        opening or OpenOptions(),
+    )
+    distilling, streaming = distilling or Distilling(), streaming or Running()
     texts, methods = source_of(data), methods_of(method)
     _check(methods, learned, settings, distilling)
-    streaming.check(methods)
+    streaming.check_healing(methods)
     _check_target(model, out, overwrite=overwrite)
     found = _selection(model, choice or Choice(), methods, distilling)
     if is_gguf(out):
@@ -114,8 +161,8 @@ class _Run:
     learned: Learned
     settings: Settings
     distilling: Distilling
-    opening: Opening
-    streaming: Streaming
+    opening: OpenOptions
+    streaming: Running
 
     def healed(self, found: Chosen, *, overwrite: bool, notify: Notify) -> Healing:
         """Opens the model, heals it without the layers that were chosen, and saves it."""
@@ -215,13 +262,13 @@ def _job(
 
 
 def _teacher(
-    model: str, distilling: Distilling, opening: Opening, size: int
+    model: str, distilling: Distilling, opening: OpenOptions, size: int
 ) -> Callable[[], ScoredModel] | None:
     """What opens the teacher; None where it is the model itself before its layers go."""
     if distilling.teacher is None and not distilling.live_teacher and not distilling.stream_teacher:
         return None
     source, stream = distilling.teacher or model, distilling.stream_teacher
-    return lambda: open_model(source, stream=stream, max_seq_len=size, **vars(opening))
+    return lambda: open_model(source, opening, stream=stream, max_seq_len=size)
 
 
 def _windows(
@@ -256,22 +303,34 @@ def _selection(
             f"distill learns from the model with all its layers: {ask}, or a `teacher` that "
             "still has them"
         )
-    if choice.n is not None or choice.wanted is not None:
+    if choice.n is not None or choice.by is not None:
         raise ShortGPTError("`n` and `angular` choose from `scores`")
     return Chosen([], Provenance())
 
 
 def _opened(
-    model: str, found: Chosen, size: int, opening: Opening, streaming: Streaming, *, trains: bool
+    model: str, found: Chosen, size: int, opening: OpenOptions, streaming: Running, *, trains: bool
 ) -> ScoredModel:
     """The model, with the scores its layers were chosen by; for training one of Hugging Face's."""
-    short: ScoredModel
-    if streaming.stream:
-        short = open_model(model, max_seq_len=size, **vars(streaming), **vars(opening))
-    elif trains:
-        short = open_trainable(model, OpenOptions(**vars(opening)))
-    else:
-        short = opening.whole(model, size=size)
+    short = open_trainable(model, opening) if trains else streaming.open(model, opening, size)
     if found.importance is not None:  # its record tells what it rests on, as that of prune does
         short.importance = found.importance
     return short
+
+
+def reread(done: Healing, parts: Learning, opening: OpenOptions, size: int) -> Healing:
+    """The same with what a written GGUF file gives on the windows that the model was judged by.
+
+    Changed tensors were rounded to their own types behind all that was measured before.
+
+    Args:
+        done: what was done; unchanged where a directory was written, or several files.
+        parts: the windows.
+        opening, size: of the file as a model, and of a window.
+    """
+    if not is_gguf(done.out) or len(out_paths(done.out)) > 1:
+        return done
+    short = open_model(str(done.out), opening, max_seq_len=size)
+    found = together(losses(short.decoder, parts.evaluation))
+    change = difference([done.evidence.perplexity["healed"]], [found])
+    return replace(done, written=found, quantization=change)

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, ClassVar
 
-from short_gpt.data.windows import at_least
-from short_gpt.healing.four_bit import require_four_bit
-from short_gpt.healing.lora import require_packages
-from short_gpt.healing.recipe import PRESETS, Recipe, recipe_for
-from short_gpt.healing.solving import PARTS, RIDGES, Solving
-from short_gpt.healing.steps import STEPS, RefitSettings, check_order
-from short_gpt.jobs.inputs import Cut
+from short_gpt.jobs.inputs import Cut, at_least, listed
 from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.wrappers.scored_model import ScoredModel
+from short_gpt.runtime.settings import READ, setting
 
-TRAINING = tuple(name for name, step in STEPS.items() if step.trains)
-CLOSED = tuple(name for name in STEPS if name not in TRAINING)
+if TYPE_CHECKING:
+    from short_gpt.healing import DistillSettings, Recipe
+    from short_gpt.healing.steps import RefitSettings
+    from short_gpt.healing.teacher import Predictor
+    from short_gpt.wrappers.scored_model import ScoredModel
+
+
+def kinds_of_methods() -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The methods that are closed forms, and those that train."""
+    from short_gpt.healing.steps import STEPS
+
+    closed, training = ([n for n, s in STEPS.items() if s.trains is t] for t in (False, True))
+    return tuple(closed), tuple(training)
 
 
 def methods_of(text: str) -> list[str]:
@@ -29,7 +35,9 @@ def methods_of(text: str) -> list[str]:
         >>> methods_of("patch,distill")
         ['patch', 'distill']
     """
-    methods = [name.strip() for name in text.split(",")]
+    from short_gpt.healing.steps import STEPS, check_order
+
+    methods = listed(text)
     for name in methods:
         if name not in STEPS:
             raise ShortGPTError(
@@ -55,7 +63,9 @@ class Learned:
         bos: as rank's; which windows begin with it.
     """
 
-    eval_data: str | None = None
+    HEADING: ClassVar = READ
+
+    eval_data: str | None = setting(None, value="TEXTS")
     size: int | None = None
     max_windows: int | None = None
     eval_windows: int = 32
@@ -66,7 +76,7 @@ class Learned:
     def check(self) -> None:
         """Raises ShortGPTError for a number out of range, before a model is loaded."""
         Cut(1024 if self.size is None else self.size, self.max_windows, bos=self.bos).check()
-        at_least(1, "eval_windows", self.eval_windows)
+        at_least(1, eval_windows=self.eval_windows)
 
 
 @dataclass(frozen=True)
@@ -124,13 +134,16 @@ class Settings:
 
     def check(self, methods: Sequence[str]) -> None:
         """Raises ShortGPTError or MissingPackageError for what none of the methods can do."""
+        from short_gpt.healing.recipe import PRESETS
+
+        closed, training_methods = kinds_of_methods()
         training = [*self.changes, *["resume"] * self.resume]
         training += ["preset"] if self.preset != "paper" else []
-        trains = any(method in TRAINING for method in methods)
+        trains = any(method in training_methods for method in methods)
         if training and not trains:
-            raise ShortGPTError(f"`{training[0]}` is for `method` {' or '.join(TRAINING)}")
-        if self.ridge is not None and not any(method in CLOSED for method in methods):
-            raise ShortGPTError(f"`ridge` is for `method` {' or '.join(CLOSED)}")
+            raise ShortGPTError(f"`{training[0]}` is for `method` {' or '.join(training_methods)}")
+        if self.ridge is not None and not any(method in closed for method in methods):
+            raise ShortGPTError(f"`ridge` is for `method` {' or '.join(closed)}")
         for name in ("parts", "aim"):
             if getattr(self, name) is not None and "refit" not in methods:
                 raise ShortGPTError(f"`{name}` is for `method` refit")
@@ -142,6 +155,10 @@ class Settings:
             self._check_training()
 
     def _check_training(self) -> None:
+        from short_gpt.healing.four_bit import require_four_bit
+        from short_gpt.healing.lora import require_packages
+        from short_gpt.healing.recipe import Recipe
+
         Recipe(**{**asdict(Recipe()), **self.changes})  # refuses values out of range
         require_packages()
         if self.four_bit:
@@ -154,6 +171,9 @@ class Settings:
             ShortGPTError: parts, the ridge or the aim are out of range, or the aim is given though
                 it is to be chosen.
         """
+        from short_gpt.healing.solving import PARTS, RIDGES, Solving
+        from short_gpt.healing.steps import RefitSettings
+
         ridges = RIDGES if self.ridge is None else (self.ridge,)
         if self.parts == "best":
             if self.aim is not None:
@@ -167,4 +187,70 @@ class Settings:
 
     def recipe(self, short: ScoredModel, seed: int) -> Recipe:
         """The recipe for a model of transformers, with the changes."""
+        from short_gpt.healing.recipe import recipe_for
+
         return recipe_for(short.trainable().config, self.preset, **{**self.changes, "seed": seed})
+
+
+@dataclass(frozen=True)
+class Distilling:
+    """How distill learns from the whole model.
+
+    Args:
+        teacher: the whole model of which MODEL is a part; MODEL itself, before layers go, if not
+            given.
+        stream_teacher: hold one layer of the teacher at a time in memory, as for rank --stream.
+        live_teacher: ask the teacher in every step, as a second model in memory; without it, it
+            is asked once and what it says kept on disk, in OUT.training, until the model is saved.
+        top_k: tokens kept of each prediction, beside the total of all others; 64 if not given.
+        temperature: by which both models' logits are divided; 1 if not given.
+        kl_share: of the divergence in the loss, above 0 and at most 1; 1 if not given. The rest is
+            the text's own.
+    """
+
+    teacher: str | None = None
+    stream_teacher: bool = False
+    live_teacher: bool = False
+    top_k: int | None = None
+    temperature: float | None = None
+    kl_share: float | None = None
+
+    @property
+    def given(self) -> list[str]:
+        """The names of the settings that are."""
+        return [
+            name for name, value in vars(self).items() if value is not None and value is not False
+        ]
+
+    def check(self, methods: Sequence[str]) -> None:
+        """Raises ShortGPTError for what no method here uses, or cannot be."""
+        from short_gpt.healing.distillation import check_share
+        from short_gpt.healing.teacher import check_targets
+
+        if "distill" not in methods:
+            if self.given:
+                raise ShortGPTError(f"`{self.given[0]}` is for `method` distill")
+            return
+        if self.stream_teacher and self.live_teacher:
+            raise ShortGPTError(
+                "`stream_teacher` reads the teacher's files once: leave out `live_teacher`, which "
+                "asks it in every step"
+            )
+        step = self.step(None, None)
+        check_targets(step.top_k, step.temperature)
+        check_share(step.kl_share)
+
+    def step(
+        self, recipe: Recipe | None, teacher: Callable[[], Predictor] | None
+    ) -> DistillSettings:
+        """The step of healing."""
+        from short_gpt.healing import TOP_K, DistillSettings
+
+        return DistillSettings(
+            recipe,
+            teacher=teacher,
+            live=self.live_teacher,
+            top_k=TOP_K if self.top_k is None else self.top_k,
+            temperature=1.0 if self.temperature is None else self.temperature,
+            kl_share=1.0 if self.kl_share is None else self.kl_share,
+        )

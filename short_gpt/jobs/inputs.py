@@ -1,26 +1,34 @@
-"""What jobs read and how: texts, windows of them, models. Plain data, checked when used."""
+"""What a user sets of a job, each setting once: what it reads and how it runs.
+
+Plain data, checked when it is used. A field is an argument in Python and a flag in the shell; what
+is imported inside functions needs torch, which the help does without.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from short_gpt.data.disjoint import hold_out
-from short_gpt.data.texts import read_texts, texts
-from short_gpt.data.windows import BOS, at_least, count_of, windows
-from short_gpt.models.numbering import check_count
 from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.runtime.memory import bytes_of
-from short_gpt.wrappers.opening import layers_of, open_model
-from short_gpt.wrappers.scored_model import ScoredModel
-from short_gpt.wrappers.short_model import ShortModel
+from short_gpt.runtime.settings import READ, RUN, Needs, Values, needs_one_of, setting
 
-Encode = Callable[[str], Sequence[int]]
+if TYPE_CHECKING:
+    from short_gpt.evaluation.documents import TaskRun
+    from short_gpt.evaluation.tasks import TaskSuite
+    from short_gpt.wrappers.options import OpenOptions
+    from short_gpt.wrappers.scored_model import ScoredModel
+    from short_gpt.wrappers.short_model import ShortModel
+
 Notify = Callable[[str], object]
+Encode = Callable[[str], Sequence[int]]
+SIZE, STRIDE = 1024, 256  # of the ShortGPT authors' windows
+SCORED = ("rank", "reproduce")  # the commands that score layers
 
 
 def ignore(_: str) -> None:
-    """Tells nobody; what jobs that have to say something take unless told otherwise."""
+    """Tells nobody: the default of jobs that have something to say."""
 
 
 def listed(names: str) -> list[str]:
@@ -31,6 +39,56 @@ def listed(names: str) -> list[str]:
         ['piqa', 'arc_easy']
     """
     return [name.strip() for name in names.split(",")]
+
+
+def whole_numbers(given: object, name: str, example: str) -> list[int]:
+    """One number or several as a list; ShortGPTError for none, and for anything else."""
+    numbers = [given] if isinstance(given, int) else given
+    if not isinstance(numbers, Sequence) or not numbers or any(type(i) is not int for i in numbers):
+        raise ShortGPTError(f"expected whole numbers as in `{name}` {example}, got {given!r}")
+    return list(numbers)
+
+
+def at_least(least: int, **numbers: int) -> None:
+    """Raises ShortGPTError for a setting that is no whole number of at least so much."""
+    from short_gpt.data.windows import at_least as check
+
+    for name, number in numbers.items():
+        check(least, name, number)
+
+
+# What flags need
+
+
+def _sources(values: Values) -> list[str]:
+    """The names of the texts that a command reads."""
+    names = str(values.get("prompts") or values["data"])
+    return [names] if Path(names).exists() else listed(names)
+
+
+def _splits(values: Values) -> bool:
+    from short_gpt.data.texts import has_split
+
+    return any(has_split(name, str(values["split"])) for name in _sources(values))
+
+
+def _columns(values: Values) -> bool:
+    from short_gpt.data.texts import has_columns
+
+    held_out = values.get("eval_data")
+    return any(map(has_columns, [*_sources(values), *([str(held_out)] if held_out else [])]))
+
+
+SPLITS = Needs(
+    "data with splits (pg19, a data set of the hub, a folder with files of that name)", _splits
+)
+COLUMNS = Needs("data with columns (.jsonl, .parquet or a data set of the hub)", _columns)
+WINDOWS = Needs("windows of a text as prompts (no `prompts`)", lambda v: v.get("prompts") is None)
+TASKS = needs_one_of("`tasks`", "tasks")
+TEXT = Needs("`data` (a text, or wikitext-2, c4, pg19)", lambda v: v["data"] != "none")
+
+
+# What is read
 
 
 @dataclass(frozen=True)
@@ -50,10 +108,12 @@ class TextSource:
         TextSource(data='novels/', split='validation', column='text', max_texts=100)
     """
 
-    data: str = "pg19"
-    split: str = "validation"
-    column: str = "text"
-    max_texts: int | None = None
+    HEADING: ClassVar = READ
+
+    data: str = setting("pg19", value="TEXTS", needs=WINDOWS)
+    split: str = setting("validation", needs=(SPLITS, WINDOWS))
+    column: str = setting("text", needs=COLUMNS)
+    max_texts: int | None = setting(None, needs=WINDOWS)
 
     def read(self) -> Iterable[str]:
         """The texts, with a progress bar.
@@ -61,10 +121,15 @@ class TextSource:
         Raises:
             OSError, ShortGPTError: as `short_gpt.texts`.
         """
+        from short_gpt.data.texts import read_texts
+
         return read_texts(self.data, self.split, self.column, self.max_texts)
 
     def read_apart(self, eval_data: str | None, *, seed: int = 0) -> tuple[list[str], list[str]]:
         """The texts, and others to evaluate on: those of ``eval_data``, or a tenth held out."""
+        from short_gpt.data.disjoint import hold_out
+        from short_gpt.data.texts import texts
+
         found = list(self.read())
         if eval_data is None:
             return hold_out(found, seed=seed)
@@ -72,52 +137,61 @@ class TextSource:
 
 
 def source_of(data: str | TextSource) -> TextSource:
-    """The source that is meant by a name alone, or that is given."""
+    """The source itself, or that of a name."""
     return TextSource(data) if isinstance(data, str) else data
 
 
 @dataclass(frozen=True)
 class Cut:
-    """How texts are cut into windows that do not overlap.
+    """How texts are cut into windows.
 
     Args:
         size: tokens in a window.
         max_windows: stop after so many; all if not given.
-        seed: of the random order of all windows; none reads them in the order of the texts.
+        seed: of the random order of all windows, and of the random method; none reads them in the
+            order of the texts.
+        stride: tokens between the starts of windows; the size if not given, so that none overlap.
         bos: first leaves it in front of a text's first window alone, every puts it in front of
             every window; if not given, every for Gemma, which needs it, else first.
     """
 
-    size: int = 1024
-    max_windows: int | None = None
-    seed: int | None = 0
-    bos: str | None = field(default=None, kw_only=True)
+    HEADING: ClassVar = READ
+
+    size: int = setting(SIZE, needs=WINDOWS)
+    max_windows: int | None = setting(None, needs=WINDOWS)
+    seed: int | None = setting(0, needs=WINDOWS)
+    stride: int | None = setting(None, commands=SCORED)
+    bos: str | None = setting(None, needs=WINDOWS)
 
     @property
     def step(self) -> int:
         """Tokens from the start of a window to that of the next."""
-        return self.size
+        return self.size if self.stride is None else self.stride
 
     def check(self) -> None:
         """Raises ShortGPTError for a number out of range, before a model is loaded."""
+        from short_gpt.data.windows import BOS, windows
+
         if self.bos is not None and self.bos not in BOS:
             raise ShortGPTError(f"bos = {self.bos!r}: expected {' or '.join(BOS)}")
         if self.max_windows is not None:
-            at_least(1, "max_windows", self.max_windows)
+            at_least(1, max_windows=self.max_windows)
         windows([], lambda _: [], size=self.size, stride=self.step)
 
     def windows(
-        self, found: Iterable[str], encode: Encode, bos: str = "first"
+        self, texts: Iterable[str], encode: Encode, bos: str = "first"
     ) -> Iterable[list[int]]:
         """Windows of token ids; see `short_gpt.windows`.
 
         Args:
-            found: texts.
+            texts: documents.
             encode: the model's.
-            bos: where it stands if nothing else was asked for, such as ``short.bos``.
+            bos: where it stands if the setting is None, such as ``short.bos``.
         """
+        from short_gpt.data.windows import windows
+
         return windows(
-            found,
+            texts,
             encode,
             size=self.size,
             stride=self.step,
@@ -128,72 +202,86 @@ class Cut:
 
 
 @dataclass(frozen=True)
-class StridedCut(Cut):
-    """How texts are cut into windows that may overlap, as the ShortGPT authors' do.
+class Reading:
+    """The text whose perplexity is compared.
 
     Args:
-        stride: tokens between the starts of windows.
-        seed: of the random order of all windows, and of the random method; none reads them in the
-            order of the texts.
+        data: wikitext-2, c4 or pg19, cut as published results do; a local file or folder; none.
+        source: a local copy of wikitext-2, c4 or pg19.
+        size: tokens in a window.
+        max_windows: read only the first so many windows.
+        bos: first leaves it in front of a text's first window alone, as published results do;
+            every puts it in front of every window; if not given, every for Gemma, which needs it.
+        batch_size: windows read at once, and prompts of the tasks.
     """
 
-    stride: int = 256
+    HEADING: ClassVar = READ
 
-    @property
-    def step(self) -> int:
-        return self.stride
+    data: str = setting("wikitext-2", value="TEXTS")
+    source: str | None = setting(None, value="TEXTS")
+    size: int = setting(2048, needs=TEXT)
+    max_windows: int | None = setting(None, needs=TEXT)
+    bos: str | None = setting(None, needs=TEXT)
+    batch_size: int = setting(1, heading=RUN)
+
+    def check(self) -> None:
+        """Raises ShortGPTError for what would go wrong after a model is loaded."""
+        from short_gpt.evaluation.protocols import PROTOCOLS
+
+        if self.source is not None and self.data not in PROTOCOLS:
+            known = " or ".join(PROTOCOLS)
+            raise ShortGPTError(f"`source` is a copy of {known}; `data` is {self.data}")
+        Cut(self.size, self.max_windows, bos=self.bos).check()
+
+    def own_texts(self) -> list[str]:
+        """The texts of a local file or folder; none of a published protocol."""
+        from short_gpt.data.texts import shown, texts
+        from short_gpt.evaluation.protocols import PROTOCOLS
+
+        return [] if self.data in ("none", *PROTOCOLS) else list(shown(texts(self.data)))
+
+    def windows(self, short: ShortModel, own: Sequence[str]) -> Iterable[list[int]]:
+        """Windows of the protocol's text, or of ``own``."""
+        from short_gpt.evaluation.protocols import protocol
+
+        cut = Cut(self.size, self.max_windows, None, bos=self.bos or short.bos)
+        if own:
+            return cut.windows(own, short.encode)
+        how = {"size": cut.size, "limit": cut.max_windows, "bos": cut.bos}
+        return protocol(self.data, short.encode, source=self.source, **how)
 
 
 @dataclass(frozen=True)
-class Opening:
-    """How a model is opened.
+class DemoRun:
+    """What the demo reads.
 
     Args:
-        tokenizer_path: tokenizer of a Meta checkpoint, found beside it if not given; other models
-            bring their own.
+        max_windows: windows of 1024 tokens to score.
+        eval_windows: windows of 1024 tokens of held-out chapters to evaluate on.
+        seed: of the random choice of windows.
         device: cpu, cuda or mps; the best there is if not given.
-        dtype: float32, bfloat16 or float16; float32 on cpu if not given.
-        trust_remote_code: run the Python files that come with a Hugging Face model; look at them
-            first. Without it such a model is refused, unless transformers knows its kind.
     """
 
-    tokenizer_path: str | None = None
-    device: str | None = None
-    dtype: str | None = None
-    trust_remote_code: bool = False
+    HEADING: ClassVar = READ
 
-    def whole(self, source: str, *, size: int, batch_size: int = 1) -> ShortModel:
-        """The model in memory, for windows of up to ``size`` tokens."""
-        return open_model(source, max_seq_len=size, max_batch_size=batch_size, **vars(self))
+    max_windows: int = 24
+    eval_windows: int = 12
+    seed: int = 0
+    device: str | None = setting(None, heading=RUN)
+
+    def windows(self, short: ShortModel, part: str) -> list[list[int]]:
+        """Windows of a part of the book."""
+        from short_gpt.data import demo
+
+        limit = self.max_windows if part == "calibration" else self.eval_windows
+        return list(Cut(SIZE, limit, self.seed).windows(demo.bible(part), short.encode))
+
+    def check(self) -> None:
+        """Raises ShortGPTError for a number of windows out of range."""
+        at_least(1, max_windows=self.max_windows, eval_windows=self.eval_windows)
 
 
-@dataclass(frozen=True)
-class Streaming:
-    """Whether a model need not fit into memory.
-
-    Args:
-        stream: hold one layer at a time in memory: for a Llama larger than the machine, in Meta's
-            format or Hugging Face's, healed by the refit. What it takes is said before it starts.
-        max_memory: of the whole process with stream, as in 3GB; half of what is free if not
-            given.
-    """
-
-    stream: bool = False
-    max_memory: str | None = None
-
-    def check(self, methods: Sequence[str]) -> None:
-        """Raises ShortGPTError where methods of healing need the whole model, or for no size."""
-        if self.max_memory is not None:
-            bytes_of(self.max_memory)
-            if not self.stream:
-                raise ShortGPTError(
-                    f"`max_memory` {self.max_memory} bounds `stream`; add that, or leave it out"
-                )
-        if self.stream and [*methods] != ["refit"]:
-            raise ShortGPTError(
-                f"`stream` holds one layer at a time, which the refit alone heals by, got `method` "
-                f"{','.join(methods)}; refit first, and heal what that wrote"
-            )
+# How to run
 
 
 @dataclass(frozen=True)
@@ -203,56 +291,108 @@ class Running:
     Args:
         batch_size: windows read at once, by each replica.
         stream: hold one layer at a time in memory: for a Llama larger than the machine, in Meta's
-            format or Hugging Face's. What it takes is said before it starts.
-        max_memory: of the whole process with stream, as in 3GB; half of what is free if not
-            given.
-    """
-
-    batch_size: int = 1
-    stream: bool = False
-    max_memory: str | None = None
-
-    def whole(self, source: str, opening: Opening, size: int, ranks: int | None) -> ShortModel:
-        """The model in memory; ``ranks`` share one of Meta's format."""
-        return open_model(
-            source,
-            max_seq_len=size,
-            max_batch_size=self.batch_size,
-            model_parallel_size=ranks,
-            **vars(opening),
-        )
-
-    def open(self, source: str, opening: Opening, size: int, ranks: int | None) -> ScoredModel:
-        """The model, in memory or streamed; ``ranks`` share one of Meta's format."""
-        if not self.stream:
-            return self.whole(source, opening, size, ranks)
-        if ranks is not None:
-            raise ShortGPTError(
-                f"`model_parallel_size` {ranks}: `stream` holds one layer on one rank; leave one "
-                "of them out"
-            )
-        return open_model(
-            source,
-            stream=True,
-            max_seq_len=size,
-            max_batch_size=self.batch_size,
-            max_memory=self.max_memory,
-            **vars(opening),
-        )
-
-
-@dataclass(frozen=True)
-class Scoring(Running):
-    """How a model is scored.
-
-    Args:
-        max_memory: with stream, of the whole process, half of what is free if not given; else for
-            the states that perplexity and sleb store, 2GB if not given.
+            format or Hugging Face's. What it takes is printed before it starts.
+        max_memory: of the whole process with stream, as in 3GB, half of what is free if not given;
+            without it, of the states that the searches by loss store, 2GB if not given.
         model_parallel_size: under torchrun, ranks that share one model of Meta's format; all if
             not given. The others are replicas, which share the windows.
     """
 
-    model_parallel_size: int | None = None
+    batch_size: int = setting(1, commands=(*SCORED, "perplexity"))
+    stream: bool = False
+    max_memory: str | None = setting(None, value="SIZE")
+    model_parallel_size: int | None = setting(None, commands=SCORED)
+
+    def open(self, source: str, options: OpenOptions, size: int) -> ScoredModel:
+        """The model for windows of up to ``size`` tokens, in memory or streamed."""
+        from short_gpt.wrappers.opening import open_model
+
+        if self.stream and self.model_parallel_size is not None:
+            raise ShortGPTError(
+                f"`model_parallel_size` {self.model_parallel_size}: `stream` holds one layer on "
+                "one rank; leave one of them out"
+            )
+        return open_model(
+            source,
+            options,
+            stream=self.stream,
+            max_seq_len=size,
+            max_batch_size=self.batch_size,
+            model_parallel_size=self.model_parallel_size,
+            max_memory=self.max_memory if self.stream else None,
+        )
+
+    def check_bounds(self) -> None:
+        """Raises ShortGPTError for a size that is none, or bounds nothing."""
+        from short_gpt.runtime.memory import bytes_of
+
+        if self.max_memory is not None:
+            bytes_of(self.max_memory)
+            if not self.stream:
+                raise ShortGPTError(
+                    f"`max_memory` {self.max_memory} bounds `stream`; add that, or leave it out"
+                )
+
+    def check_healing(self, methods: Sequence[str]) -> None:
+        """Raises ShortGPTError where methods of healing need the model in memory."""
+        self.check_bounds()
+        if self.stream and [*methods] != ["refit"]:
+            raise ShortGPTError(
+                f"`stream` holds one layer at a time, which the refit alone heals by, got `method` "
+                f"{','.join(methods)}; refit first, and heal what that wrote"
+            )
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """Tasks of the lm-evaluation-harness.
+
+    Args:
+        tasks: names of tasks with commas between, such as piqa,arc_easy; none if not given.
+        limit: only the first so many documents of each task.
+        include_path: folder with YAML files of more tasks.
+        num_fewshot: examples in each prompt; the tasks' own numbers if not given.
+    """
+
+    tasks: str | None = setting(None, value="A,B")
+    limit: int | None = setting(None, needs=TASKS)
+    include_path: str | None = setting(None, value="FOLDER", needs=TASKS)
+    num_fewshot: int | None = setting(None, commands=("evaluate",), needs=TASKS)
+
+    @property
+    def names(self) -> list[str]:
+        """The tasks."""
+        return listed(self.tasks or "")
+
+    def check(self) -> None:
+        """Raises ShortGPTError for a number out of range, or a task that is unknown."""
+        from short_gpt.evaluation.tasks import task_names
+
+        if self.num_fewshot is not None:
+            at_least(0, num_fewshot=self.num_fewshot)
+        if self.limit is not None:
+            at_least(1, limit=self.limit)
+        if self.tasks is not None:
+            task_names(self.names, self.include_path)
+
+    def suite(self, *, batch_size: int = 1) -> TaskSuite | None:
+        """The tasks as a suite, which reads so many prompts at once; None without tasks."""
+        from short_gpt.evaluation.tasks import TaskSuite
+
+        if self.tasks is None:
+            return None
+        more: dict[str, Any] = {k: v for k, v in vars(self).items() if k != "tasks"}
+        return TaskSuite(self.names, batch_size=batch_size, **more)
+
+    def run(self, short: ShortModel, *, batch_size: int = 1) -> TaskRun:
+        """Every metric of every task, and the values of documents; nothing without tasks."""
+        from short_gpt.evaluation.documents import TaskRun
+
+        suite = self.suite(batch_size=batch_size)
+        return TaskRun({}) if suite is None else suite.documents(short)
+
+
+# What jobs share
 
 
 def check_model(source: str, n: int | None = None, *, name: str = "n") -> None:
@@ -260,20 +400,25 @@ def check_model(source: str, n: int | None = None, *, name: str = "n") -> None:
 
     Args:
         source: the checkpoint.
-        n: how many layers are to go.
+        n: how many layers are to be removed.
         name: what the user calls n.
     """
+    from short_gpt.models.numbering import check_count
+    from short_gpt.wrappers.opening import layers_of
+
     n_layers = layers_of(source)
     if n_layers and n is not None:
         check_count(n, n_layers, name=name)
 
 
 def about_bos(bos: str) -> str | None:
-    """What is to be said of windows that are not cut the ShortGPT authors' way."""
-    return "bos in front of every window" if bos == "every" else None
+    """The remark on windows that are not cut the ShortGPT authors' way; None if they are."""
+    return "bos at the start of every window" if bos == "every" else None
 
 
-def known_total(found: Iterable[list[int]], limit: int | None) -> int | None:
+def known_total(windows: Iterable[list[int]], limit: int | None) -> int | None:
     """How many windows are to come, as far as that is known."""
-    counted = count_of(found)
+    from short_gpt.data.windows import count_of
+
+    counted = count_of(windows)
     return limit if counted is None else counted

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llama.io.sources import is_gguf, is_meta
-from llama.parallel import several_ranks
-from short_gpt.jobs.inputs import Opening
+from llama.ranks import several_ranks
 from short_gpt.runtime.errors import MissingPackageError
 from short_gpt.wrappers.opening import same_model
+from short_gpt.wrappers.options import OpenOptions
 
 TWICE = "not verified: that loads the model on one rank; run it without torchrun"
 
@@ -32,7 +32,7 @@ class Proof:
 
     source: str
     out: str
-    opening: Opening
+    opening: OpenOptions
     wanted: bool | None
     drop: Sequence[int] = ()
     dtype: str | None = None

@@ -12,45 +12,17 @@ from short_gpt.checkpoints.gguf import about_kinds, check_new_gguf, out_paths
 from short_gpt.checkpoints.mergekit import is_recipe, mergekit_recipe, recipe_dtype
 from short_gpt.checkpoints.provenance import PROVENANCE
 from short_gpt.checkpoints.prune import format_of, prune_checkpoint
-from short_gpt.jobs.choice import (
-    Choice,
-    Chosen,
-    MethodChoice,
-    PerplexityLimit,
-    chosen,
-    chosen_within,
-)
-from short_gpt.jobs.inputs import Opening
+from short_gpt.jobs.choice import Chosen, chosen, chosen_within
+from short_gpt.jobs.choice_settings import Choice, PerplexityLimit, Written
 from short_gpt.jobs.proof import Proof
 from short_gpt.jobs.saving import interruptible
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import bar
 from short_gpt.runtime.results import read_record
 from short_gpt.selection.methods import METHODS
+from short_gpt.wrappers.opening import open_model
+from short_gpt.wrappers.options import OpenOptions
 from short_gpt.wrappers.short_hf import ShortHFModel
-
-
-@dataclass(frozen=True)
-class Written:
-    """How a pruned checkpoint is written.
-
-    Args:
-        recipe: also write a mergekit passthrough recipe to this file.
-        to: the format to write: meta or gguf (a Llama only, but from GGUF to GGUF) or hf. If not
-            given, gguf where OUT ends with .gguf, else the source's, or hf from GGUF. From GGUF,
-            Meta's is in float32, which holds what quantized weights stand for exactly.
-        verify: whether to prove the result: the same logits as the source without the layers in
-            memory, and the same greedy generation with and without the cache. If not given, yes
-            where Hugging Face's format is read or written, whose config can fail to say which
-            layers are left, and no from Meta's to Meta's and to GGUF, which is read again and
-            compared in any case.
-        overwrite: replace an earlier pruned checkpoint.
-    """
-
-    recipe: str | None = None
-    to: str | None = None
-    verify: bool | None = None
-    overwrite: bool = False
 
 
 @dataclass(frozen=True)
@@ -98,7 +70,7 @@ def prune(
         model: Meta checkpoint directory, Hugging Face directory or hub id (safetensors), or GGUF
             file of any architecture.
         out: new directory, or file if it ends with .gguf; appears whole or not at all.
-        layers, scores, n, method: which layers; see `MethodChoice`.
+        layers, scores, n, method: which layers; see `Choice`.
         to, verify, overwrite: how the result is written; see `Written`.
 
     Returns:
@@ -115,7 +87,7 @@ def prune(
         [21, 22, 25]
     """
     written = Written(to=to, verify=verify, overwrite=overwrite)
-    choice = MethodChoice(layers, scores, n, method=method)
+    choice = Choice(layers, scores, n, method=method)
     return prune_by(model, out, choice, written=written)
 
 
@@ -126,7 +98,7 @@ def prune_by(
     *,
     limit: PerplexityLimit | None = None,
     written: Written | None = None,
-    opening: Opening | None = None,
+    opening: OpenOptions | None = None,
 ) -> Pruned:
     """What `prune` does, with all its settings.
 
@@ -137,7 +109,7 @@ def prune_by(
         written: format, proof, recipe, and whether an earlier checkpoint is replaced.
         opening: of the model, where it is loaded.
     """
-    written, opening = written or Written(), opening or Opening()
+    written, opening = written or Written(), opening or OpenOptions()
     to = format_of(model, out, written.to)
     choice.check()
     check_target(out, to, overwrite=written.overwrite)
@@ -181,10 +153,10 @@ def check_target(out: str, to: str, *, overwrite: bool, marker: str = PROVENANCE
 
 
 def _write_opened(
-    model: str, out: str, found: Chosen, written: Written, opening: Opening
+    model: str, out: str, found: Chosen, written: Written, opening: OpenOptions
 ) -> str | None:
     """Opens a model, removes the layers, and writes it in Hugging Face's format."""
-    short = opening.whole(model, size=1024)
+    short = open_model(model, opening, max_seq_len=1024)
     if found.importance is not None:
         short.importance = found.importance
     short.remove_layers(found.layers)
@@ -196,13 +168,17 @@ def _write_opened(
     return said if verify else None
 
 
-def _chosen(model: str, choice: Choice, limit: PerplexityLimit | None, opening: Opening) -> Chosen:
+def _chosen(
+    model: str, choice: Choice, limit: PerplexityLimit | None, opening: OpenOptions
+) -> Chosen:
     if limit is None or limit.max_perplexity_ratio is None:
         return chosen(model, choice)
     return chosen_within(model, choice, limit, opening=opening)
 
 
-def _write(model: str, out: str, found: Chosen, written: Written, opening: Opening) -> str | None:
+def _write(
+    model: str, out: str, found: Chosen, written: Written, opening: OpenOptions
+) -> str | None:
     """Writes the checkpoint and proves it before it is there; says what was proved, if anything."""
     proof = Proof(model, out, opening, written.verify, found.layers)
     with bar("writing", total=None, unit="tensor") as shown:

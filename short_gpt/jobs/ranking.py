@@ -4,23 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
+from typing import TypeVar
 
-from llama.parallel import several_ranks
-from short_gpt.jobs.answer import Answer
-from short_gpt.jobs.forecast import first_of, forecast
+from llama.ranks import several_ranks
+from short_gpt.data.windows import count_of
+from short_gpt.jobs.choice_settings import Answer
 from short_gpt.jobs.inputs import (
+    STRIDE,
+    Cut,
     Notify,
-    Opening,
-    Scoring,
-    StridedCut,
+    Running,
     TextSource,
     check_model,
     ignore,
     known_total,
     source_of,
 )
-from short_gpt.jobs.saving import TimedSaving, interruptible
+from short_gpt.jobs.saving import Saving, interruptible
 from short_gpt.jobs.scored import UNKNOWN, Scored
+from short_gpt.runtime import replicas
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.memory import bytes_of
@@ -32,8 +35,12 @@ from short_gpt.scoring.state import RunState
 from short_gpt.scoring.stopping import Stop, Verdict
 from short_gpt.selection.methods import BY_LOSS, choose
 from short_gpt.selection.search import Search
+from short_gpt.wrappers.options import OpenOptions
 from short_gpt.wrappers.scored_model import ScoredModel
 from short_gpt.wrappers.short_model import ShortModel
+
+W = TypeVar("W", bound=list[int])
+UNITS = (("days", 86_400.0), ("hours", 3600.0), ("minutes", 60.0), ("seconds", 1.0))
 
 
 @dataclass(frozen=True)
@@ -96,10 +103,10 @@ def rank(
     *,
     n: int | None = None,
     answer: Answer | None = None,
-    cut: StridedCut | None = None,
-    opening: Opening | None = None,
-    running: Scoring | None = None,
-    saving: TimedSaving | None = None,
+    cut: Cut | None = None,
+    opening: OpenOptions | None = None,
+    running: Running | None = None,
+    saving: Saving | None = None,
     notify: Notify = ignore,
     detailed: bool = False,
 ) -> Ranking:
@@ -126,18 +133,19 @@ def rank(
         >>> rank("llama-2-7b", "novels/", n=9).layers  # doctest: +SKIP
         [27, 26, 25, 28, 24, 29, 23, 21, 22]
     """
-    answer, texts, saving = answer or Answer(n), source_of(data), saving or TimedSaving()
-    settings = _Settings(texts, answer, cut or StridedCut(), running or Scoring(), saving)
-    check_ranking(model, answer, settings.cut, settings.running)
-    found = texts.read()
-    place = (opening or Opening(), settings.cut.size, settings.running.model_parallel_size)
+    answer, texts, saving = answer or Answer(n), source_of(data), saving or Saving()
+    cut, running = cut or Cut(stride=STRIDE), running or Running()
+    settings = _Settings(texts, answer, cut, running, saving)
+    check_ranking(model, answer, cut, running)
+    documents, options = texts.read(), opening or OpenOptions()
     # of the files as they are now
-    scored = Scored.of(model, place[0].tokenizer_path) if first_rank() else UNKNOWN
+    scored = Scored.of(model, options.tokenizer_path) if first_rank() else UNKNOWN
+    short = running.open(model, options, cut.size)
     if answer.by_loss:
-        result = _searched(settings.running.whole(model, *place), found, settings)
+        assert isinstance(short, ShortModel)  # checked: it is not streamed
+        result = _searched(short, documents, settings)
     else:
-        short = settings.running.open(model, *place)
-        result = _measured(short, found, settings, notify, detailed)
+        result = _measured(short, documents, settings, notify, detailed)
     return replace(result, scored=scored)
 
 
@@ -147,9 +155,9 @@ class _Settings:
 
     texts: TextSource
     answer: Answer
-    cut: StridedCut
-    running: Scoring
-    saving: TimedSaving
+    cut: Cut
+    running: Running
+    saving: Saving
 
     def state(
         self, short: ScoredModel, windows: Sequence[Sequence[int]] | None = None
@@ -163,13 +171,13 @@ class _Settings:
             return None
         text = {} if windows is None else {"text": json_digest(windows)}
         identity = joined(self._identity(short), short.identity(), text)
-        return self.saving.file(identity, every=self.saving.save_every)
+        return self.saving.file(identity)
 
     def _identity(self, short: ScoredModel) -> dict[str, object]:
         """The settings that a saved run depends on, by the names that an error shows."""
         cut, answer = self.cut, self.answer
         parts: list[Mapping[str, object]] = [vars(self.texts)]
-        parts += [{"size": cut.size, "seed": cut.seed, "stride": cut.stride}]
+        parts += [{"size": cut.size, "seed": cut.seed, "stride": cut.step}]
         parts += [{"sublayers": answer.sublayers, "batch_size": self.running.batch_size}]
         if answer.by_loss:  # only these read a fixed number of windows for a fixed number of layers
             parts += [{"method": answer.chosen_by, "n": answer.n, "candidates": answer.candidates}]
@@ -182,7 +190,7 @@ class _Settings:
         return joined(*parts)
 
 
-def check_ranking(model: str, answer: Answer, cut: StridedCut, running: Scoring) -> None:
+def check_ranking(model: str, answer: Answer, cut: Cut, running: Running) -> None:
     """Raises what would go wrong after the model is loaded.
 
     Raises:
@@ -211,14 +219,14 @@ def check_ranking(model: str, answer: Answer, cut: StridedCut, running: Scoring)
 
 def _measured(
     short: ScoredModel,
-    found: Iterable[str],
+    documents: Iterable[str],
     settings: _Settings,
     notify: Notify,
     detailed: bool,
 ) -> Ranking:
     """The scores of one pass."""
     answer, cut, size = settings.answer, settings.cut, settings.running.batch_size
-    windows = cut.windows(found, short.encode, short.bos)
+    windows = cut.windows(documents, short.encode, short.bos)
     state, bos = settings.state(short), cut.bos or short.bos
     if (plan := short.plan_text(size)) is not None:
         notify(plan)
@@ -266,11 +274,67 @@ def _forecast(
     return windows
 
 
-def _searched(short: ShortModel, found: Iterable[str], settings: _Settings) -> Ranking:
+def first_of(windows: Iterable[W]) -> tuple[W | None, Iterable[W]]:
+    """The first window, and all of them, it included; None where there is none."""
+    if count_of(windows) is not None:  # these can be iterated again
+        return next(iter(windows), None), windows
+    rest = iter(windows)
+    first = next(rest, None)
+    return first, rest if first is None else chain([first], rest)
+
+
+def forecast(
+    short: ScoredModel,
+    window: list[int],
+    *,
+    batch_size: int = 1,
+    rule: Stop | None = None,
+    total: int | None = None,
+    population: int | None = None,
+    read: int = 0,
+) -> str:
+    """How long a run will take, from one window that is timed. All ranks must call it.
+
+    Args:
+        short: the model.
+        window: one of the windows, read for nothing but this.
+        batch_size: windows that each replica reads at once.
+        rule: that may end the run early.
+        total: windows to come and read; None if that is not known.
+        population: windows that there are, of which these are a sample.
+        read: how many of them were read before.
+    """
+    one = short.seconds_a_window(window, batch_size) / replicas.current(short.decoder.device).count
+    line = f"a window of {len(window):,} tokens takes {duration(one)}"
+    if total is None:
+        return f"{line}; how many there are shows as they are read"
+    parts = []
+    first = total if rule is None else rule.first_look(population)
+    if read < first < total:
+        left = duration((first - read) * one)
+        parts.append(f"{first:,} windows, where the answer may be settled, {left}")
+    parts.append(f"all {total:,} {duration((total - read) * one)}")
+    before = f"; {read:,} were read before" if read else ""
+    return f"{line}: {'; '.join(parts)}{before}"
+
+
+def duration(seconds: float) -> str:
+    """A time to two digits.
+
+    Example:
+        >>> duration(0.034), duration(86), duration(7500), duration(400_000)
+        ('0.034 seconds', '86 seconds', '2.1 hours', '4.6 days')
+    """
+    name, unit = next((u for u in UNITS if seconds >= 2 * u[1]), UNITS[-1])
+    value = seconds / unit
+    return f"{value:.0f} {name}" if value >= 10 else f"{value:.2g} {name}"
+
+
+def _searched(short: ShortModel, documents: Iterable[str], settings: _Settings) -> Ranking:
     """What a method that runs the model without layers removes."""
     answer, running = settings.answer, settings.running
     cut, few = settings.cut, None
-    windows, bos = list(cut.windows(found, short.encode, short.bos)), cut.bos or short.bos
+    windows, bos = list(cut.windows(documents, short.encode, short.bos)), cut.bos or short.bos
     state = settings.state(short, windows)
     with interruptible():
         if answer.candidates is not None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llama.parallel import choose_device, choose_dtype
-from short_gpt.jobs.answer import Answer
+from short_gpt.jobs.choice_settings import Answer, Paper
 from short_gpt.jobs.inputs import (
+    STRIDE,
+    Cut,
     Notify,
-    Opening,
-    Scoring,
-    StridedCut,
+    Running,
     TextSource,
+    about_bos,
     ignore,
     source_of,
 )
@@ -24,31 +25,15 @@ from short_gpt.jobs.published import (
     published_scores,
 )
 from short_gpt.jobs.ranking import Ranking, check_ranking, rank
-from short_gpt.jobs.saving import TimedSaving
+from short_gpt.jobs.saving import Saving
 from short_gpt.models.shape import Shape, shape_of
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.memory import free_memory, shown
 from short_gpt.scoring.importance import Importance
 from short_gpt.scoring.metrics import spearman
+from short_gpt.wrappers.options import OpenOptions
 
-PROTOCOL = StridedCut(bos="first")
-
-
-@dataclass(frozen=True)
-class Paper:
-    """What is compared with the paper, and how surely.
-
-    Args:
-        paper_model: which of the paper's models this is; told by its shape if not given.
-        confidence: of all runs, at most 1 - confidence end early with another answer than that of
-            all windows; of those that end early, more may be wrong. none reads all windows.
-        rare: share of all windows that a kind of windows must make up to be guarded against by
-            that; the smaller, the more is read.
-    """
-
-    paper_model: str | None = None
-    confidence: float | None = 0.99
-    rare: float = 0.02
+PROTOCOL = Cut(stride=STRIDE, bos="first")
 
 
 @dataclass(frozen=True)
@@ -100,10 +85,10 @@ def reproduce(
     data: str | TextSource = "pg19",
     *,
     paper: Paper | None = None,
-    cut: StridedCut | None = None,
-    opening: Opening | None = None,
-    running: Scoring | None = None,
-    saving: TimedSaving | None = None,
+    cut: Cut | None = None,
+    opening: OpenOptions | None = None,
+    running: Running | None = None,
+    saving: Saving | None = None,
     notify: Notify = ignore,
 ) -> Reproduced:
     """Ranks a checkpoint by the ShortGPT paper's protocol (arXiv:2403.03853), beside its list.
@@ -126,7 +111,7 @@ def reproduce(
         [27, 26, 25, 28, 24, 29, 23, 21, 22]
     """
     paper, cut = paper or Paper(), cut or PROTOCOL
-    opening, running = opening or Opening(), running or Scoring()
+    opening, running = opening or OpenOptions(), running or Running()
     if model is None:
         raise ShortGPTError(
             "reproduce needs a checkpoint of one of the paper's models, Llama-2-7B or Llama-2-13B "
@@ -176,7 +161,7 @@ def _name(model: str, shape: Shape, given: str | None) -> str:
     return name
 
 
-def _whole(shape: Shape, opening: Opening) -> str:
+def _whole(shape: Shape, opening: OpenOptions) -> str:
     """What a model in memory takes, by its shape, before it is loaded."""
     device = choose_device(opening.device)
     dtype = choose_dtype(opening.dtype, device)
@@ -189,13 +174,15 @@ def _whole(shape: Shape, opening: Opening) -> str:
     return f"{line}, of {shown(free)} that are free{way}"
 
 
-def _changed(cut: StridedCut, texts: TextSource, bos: str) -> tuple[str, ...]:
+def _changed(cut: Cut, texts: TextSource, bos: str) -> tuple[str, ...]:
     """What was not done as in the paper's protocol."""
     found = []
-    for name in ("size", "stride"):
-        ours, theirs = getattr(cut, name), getattr(PROTOCOL, name)
+    for name, ours, theirs in (
+        ("size", cut.size, PROTOCOL.size),
+        ("stride", cut.step, PROTOCOL.step),
+    ):
         found += [f"{name} {ours:,}, not {theirs:,}"] if ours != theirs else []
     found += [f"at most {cut.max_windows:,} windows"] if cut.max_windows is not None else []
     found += [f"at most {texts.max_texts:,} texts"] if texts.max_texts is not None else []
     found += [f"the split {texts.split}"] if texts.split != "validation" else []
-    return (*found, *(["bos in front of every window"] if bos == "every" else []))
+    return (*found, *([said] if (said := about_bos(bos)) else []))

@@ -7,27 +7,32 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING
 
 from llama.io.files import check_writable
 from llama.io.outputs import is_stream
-from short_gpt.runtime.state import StateFile
+from short_gpt.runtime.settings import needs_one_of, setting
 
-S = TypeVar("S", bound="Saving")
+if TYPE_CHECKING:
+    from short_gpt.runtime.state import StateFile
+
+NAMED = needs_one_of("`state` or `json`", "state", "json")
 
 
 @dataclass(frozen=True)
 class Saving:
-    """Where a run is saved, to be continued.
+    """Where and how often a run is saved, to be continued.
 
     Args:
-        state: file that the run is saved in and continued from; that of the result with .state
-            behind its name if not given.
+        state: file that the run is saved in and continued from; if not given, that of the result
+            with .state appended to its name.
+        save_every: seconds between two saves.
     """
 
-    state: str | None = None
+    state: str | None = setting(None, value="FILE")
+    save_every: float = setting(120.0, commands=("rank", "reproduce"), needs=NAMED)
 
-    def beside(self: S, result: str | None) -> S:
+    def beside(self, result: str | None) -> Saving:
         """The same, with a name made from the result's file where none is given.
 
         A pipe or a device has no place beside it: a run that writes there has a state only by name.
@@ -35,24 +40,15 @@ class Saving:
         named = self.state is not None or result is None or is_stream(Path(result))
         return self if named else replace(self, state=f"{result}.state")
 
-    def file(self, identity: Mapping[str, object], *, every: float = 120.0) -> StateFile | None:
-        """The file, or None where it has no name; see `StateFile` for the arguments."""
+    def file(self, identity: Mapping[str, object]) -> StateFile | None:
+        """The file, or None where it has no name; see `StateFile` for the identity."""
+        from short_gpt.runtime.state import StateFile
+
         if self.state is None:
             return None
         path = Path(self.state)
         check_writable(path)
-        return StateFile(path, identity, every=every)
-
-
-@dataclass(frozen=True)
-class TimedSaving(Saving):
-    """Where and how often a run is saved.
-
-    Args:
-        save_every: seconds between two saves.
-    """
-
-    save_every: float = 120.0
+        return StateFile(path, identity, every=self.save_every)
 
 
 @contextmanager

@@ -16,9 +16,12 @@ from short_gpt.plots.figures import save
 from short_gpt.plots.heatmap import angular_heatmap
 from short_gpt.scoring.importance import Importance
 
-SCORES, QUALITY = ("block_influence.png", "angular.png"), ("quality.png",)
-PUBLISHED = ("published.png",)
-CROSSED = ("calibration.png",)
+FILES = {  # names by kind
+    "scores": ("block_influence.png", "angular.png"),
+    "published": ("published.png",),
+    "quality": ("quality.png",),
+    "crossed": ("calibration.png",),
+}
 
 
 def draw_scores(importance: Importance, folder: Path, n: int | None = None) -> list[Path]:
@@ -36,7 +39,7 @@ def draw_scores(importance: Importance, folder: Path, n: int | None = None) -> l
     block = None if n is None else (importance.least_important(n, angular=True)[0], n)
     bars = importance_bars(importance.block_influence, margin=importance.margin, removed=removed)
     heat = angular_heatmap(importance.angular, block=block)
-    files = [folder / name for name in SCORES]
+    files = [folder / name for name in FILES["scores"]]
     for figure, file in zip((bars, heat), files, strict=True):
         save(figure, file)
     return files
@@ -44,20 +47,20 @@ def draw_scores(importance: Importance, folder: Path, n: int | None = None) -> l
 
 def draw_published(importance: Importance, comparison: PaperComparison, folder: Path) -> list[Path]:
     """Draws scores beside published ones into a folder; returns the file in a list."""
-    files = [folder / name for name in PUBLISHED]
+    files = [folder / name for name in FILES["published"]]
     save(beside_published(importance, comparison), files[0])
     return files
 
 
 def draw_quality(rows: Sequence[Row], folder: Path) -> list[Path]:
     """Draws a comparison's perplexities into a folder; returns the file in a list."""
-    files = [folder / name for name in QUALITY]
+    files = [folder / name for name in FILES["quality"]]
     save(quality_curves(rows), files[0])
     return files
 
 
 def draw_crossed(cells: Sequence[Crossed], folder: Path) -> list[Path]:
     """Draws what every choice costs on every text into a folder; returns the file in a list."""
-    files = [folder / name for name in CROSSED]
+    files = [folder / name for name in FILES["crossed"]]
     save(cross_map(cells), files[0])
     return files

@@ -5,21 +5,30 @@ its files, `digest` tells contents apart, `replicas` shares windows among proces
 all of them with one message.
 """
 
-from short_gpt.runtime.digest import weights_digest
-from short_gpt.runtime.errors import (
-    USER_ERRORS,
-    MissingPackageError,
-    NotFiniteError,
-    ShortGPTError,
-)
-from short_gpt.runtime.results import (
-    environment,
-    machine,
-    read_record,
-    versions,
-    write_record,
-)
-from short_gpt.runtime.state import StateFile
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from llama.lazy import lazy
+
+if TYPE_CHECKING:
+    from short_gpt.runtime.digest import weights_digest
+    from short_gpt.runtime.errors import (
+        USER_ERRORS,
+        MissingPackageError,
+        NotFiniteError,
+        ShortGPTError,
+    )
+    from short_gpt.runtime.results import (
+        environment,
+        machine,
+        read_record,
+        versions,
+        write_record,
+    )
+    from short_gpt.runtime.state import StateFile
+else:
+    __getattr__, __dir__ = lazy(__name__)
 
 __all__ = [
     "USER_ERRORS",

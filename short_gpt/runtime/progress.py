@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping
 from typing import Protocol, TypeVar
 
-from llama.parallel import several_ranks
+from llama.ranks import several_ranks
 
 Self = TypeVar("Self", bound="Bar")
 

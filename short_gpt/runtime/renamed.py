@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -40,6 +41,9 @@ class OldPaths(MetaPathFinder, Loader):
             for source in map(import_module, new):
                 if hasattr(source, name):
                     return getattr(source, name)
+            for source_name in new:
+                with suppress(ImportError):  # a module that nothing has imported so far
+                    return import_module(f"{source_name}.{name}")
             raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
 
         module.__dict__["__getattr__"] = from_new

@@ -4,16 +4,26 @@
 model that is in memory whole. `streamed_decoder` holds one layer in memory at a time.
 """
 
-from short_gpt.wrappers.opening import OpenOptions, open_model
-from short_gpt.wrappers.scored_model import ScoredModel
-from short_gpt.wrappers.short_hf import ShortHFModel
-from short_gpt.wrappers.short_llama import ShortLlama
-from short_gpt.wrappers.short_model import ShortModel
-from short_gpt.wrappers.streamed_batch import Batch
-from short_gpt.wrappers.streamed_decoder import StreamedDecoder, open_stream
-from short_gpt.wrappers.streamed_llama import StreamedLlama
-from short_gpt.wrappers.streamed_transformer import StreamedTransformer
-from short_gpt.wrappers.sublayers import remove_sublayers, sublayer_parameters
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from llama.lazy import lazy
+
+if TYPE_CHECKING:
+    from short_gpt.wrappers.opening import open_model
+    from short_gpt.wrappers.options import OpenOptions
+    from short_gpt.wrappers.scored_model import ScoredModel
+    from short_gpt.wrappers.short_hf import ShortHFModel
+    from short_gpt.wrappers.short_llama import ShortLlama
+    from short_gpt.wrappers.short_model import ShortModel
+    from short_gpt.wrappers.streamed_batch import Batch
+    from short_gpt.wrappers.streamed_decoder import StreamedDecoder, open_stream
+    from short_gpt.wrappers.streamed_llama import StreamedLlama
+    from short_gpt.wrappers.streamed_transformer import StreamedTransformer
+    from short_gpt.wrappers.sublayers import remove_sublayers, sublayer_parameters
+else:
+    __getattr__, __dir__ = lazy(__name__)
 
 __all__ = [
     "Batch",

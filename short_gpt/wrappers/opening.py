@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -25,44 +25,12 @@ from short_gpt.models.config_file import read_config, said_layers
 from short_gpt.models.loading import explained
 from short_gpt.runtime.digest import files_digest
 from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.wrappers.options import OpenOptions
 from short_gpt.wrappers.scored_model import ScoredModel
 from short_gpt.wrappers.short_hf import ShortHFModel
 from short_gpt.wrappers.short_llama import ShortLlama
 from short_gpt.wrappers.short_model import ShortModel
 from short_gpt.wrappers.streamed_llama import StreamedLlama
-
-
-@dataclass(frozen=True)
-class OpenOptions:
-    """How a checkpoint is opened; what a format does not know is without effect on it.
-
-    Attributes:
-        n_prune_layers: how many layers `remove_layers` takes out; may be set later.
-        tokenizer_path: tokenizer file of Meta's format or of a streamed model; None looks beside
-            the checkpoint. Other models bring their own.
-        max_seq_len: longest window in tokens, of Meta's format or streamed.
-        max_batch_size: most windows read at once, of Meta's format or streamed.
-        seed: of what a model samples.
-        device: None takes CUDA, MPS or CPU, the first there is.
-        dtype: of weights and states; None is float32 on CPU, bfloat16 on CUDA, else float16.
-        model_parallel_size: ranks that share one model under torchrun; None is all of them for
-            Meta's format and 1 for others, which cannot be shared.
-        max_memory: of a streamed model's process, in bytes or like "3GB"; None takes half of what
-            is free.
-        trust_remote_code: whether the Python files that come with a Hugging Face model are run.
-    """
-
-    n_prune_layers: int | None = None
-    tokenizer_path: str | None = None
-    max_seq_len: int = 2048
-    max_batch_size: int = 1
-    seed: int = 1
-    device: str | None = None
-    dtype: str | None = None
-    model_parallel_size: int | None = None
-    max_memory: str | int | None = None
-    trust_remote_code: bool = False
-
 
 DEFAULTS = OpenOptions()
 

@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from llama.parallel import several_ranks
+from llama.ranks import several_ranks
 from llama.tokenizer import check_text, find_tokenizer
 from short_gpt.checkpoints.hf import prune_hf
 from short_gpt.checkpoints.meta import prune_meta

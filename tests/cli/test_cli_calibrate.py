@@ -101,7 +101,7 @@ def test_in_one_text_what_ranks_is_left_out_of_what_judges(here):
 
 
 def test_interrupted_the_same_command_continues(here, monkeypatch, capsys):
-    plain, calls = calibration.run.losses, []
+    plain, calls = calibration.losses, []
 
     def counted(*args, **options):
         calls.append(1)
@@ -109,11 +109,11 @@ def test_interrupted_the_same_command_continues(here, monkeypatch, capsys):
             raise KeyboardInterrupt
         return plain(*args, **options)
 
-    monkeypatch.setattr(calibration.run, "losses", counted)
+    monkeypatch.setattr(calibration, "losses", counted)
     with pytest.raises(SystemExit):
         run(*COMMON, "--n", 2, "--out", "c.json")
     assert Path("c.json.state").is_file()
-    monkeypatch.setattr(calibration.run, "score_windows", None)
+    monkeypatch.setattr(calibration, "score_windows", None)
     run(*COMMON, "--n", 2, "--out", "c.json")
     assert not Path("c.json.state").exists()
 

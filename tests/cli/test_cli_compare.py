@@ -11,7 +11,7 @@ from conftest import BYTE_VOCAB, make_transformer, save_checkpoint, write_byte_t
 from llama.formats.gguf_from import llama_to_gguf
 from short_gpt.cli.app import main
 from short_gpt.healing import lora as healing
-from short_gpt.jobs import Opening, TextSource
+from short_gpt.jobs import TextSource, comparison
 
 WORDS = ("alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta")
 
@@ -165,7 +165,7 @@ def test_lora_with_a_tokenizer_elsewhere_and_texts_that_repeat_themselves(here, 
 )
 def test_mistakes_are_one_line(here, capsys, monkeypatch, options, message):
     if "=" in message:  # a value out of range is told before a text is read or a model opened
-        monkeypatch.setattr(Opening, "whole", None)
+        monkeypatch.setattr(comparison, "open_model", None)
         monkeypatch.setattr(TextSource, "read_apart", None)
     with pytest.raises(SystemExit):
         main([*COMMON, *options])

@@ -11,7 +11,7 @@ import pytest
 from commands import DATA, TEXT, fails, run
 from conftest import BYTE_VOCAB, make_transformer, save_checkpoint, write_byte_tokenizer
 
-from short_gpt.jobs import TimedSaving
+from short_gpt.jobs import Saving
 
 RANK = ("rank", "ckpt", *DATA, "--max_windows", 2)
 
@@ -83,8 +83,8 @@ def test_results_go_into_a_pipe(ckpt):
     thread.join(10)
     assert json.loads(found[0])["command"] == "rank" and Path("pipe").is_fifo()
     # the state of a run that writes beside a device would be a file in the devices' folder
-    assert TimedSaving().beside("pipe").state is None
-    assert TimedSaving().beside("file").state == "file.state"
+    assert Saving().beside("pipe").state is None
+    assert Saving().beside("file").state == "file.state"
 
 
 def test_a_tilde_is_the_home_folder_but_in_a_prompt(ckpt, monkeypatch, capsys):

@@ -8,8 +8,7 @@ import pytest
 from commands import fails
 
 from short_gpt.cli import COMMANDS
-from short_gpt.cli.flags import flags_of
-from short_gpt.cli.unused import RULES, refuse_unused
+from short_gpt.cli.flags import flags_of, refuse_unused
 
 TWO = ("model", "out")
 UNUSED = [
@@ -114,20 +113,18 @@ def test_what_a_source_has_no_use_for_is_refused(here, capsys, argv, needs):
     ],
 )
 def test_what_a_source_reads_passes(here, command, given):
-    defaults = {name: flag.default for name, flag in flags_of(COMMANDS[command]).items()}
-    refuse_unused(command, given, defaults)
+    refuse_unused(flags_of(COMMANDS[command]), given)
 
 
-def test_every_rule_speaks_of_flags_that_there_are():
-    for rule in RULES:
-        for command in rule.commands:
-            flags = flags_of(COMMANDS[command])
-            rule.met({name: flag.default for name, flag in flags.items()})
-            assert {*rule.flags} & {*flags}, (rule, command)
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_need_can_be_looked_at_in_every_command_that_has_the_flag(command):
+    flags = flags_of(COMMANDS[command])
+    values = {name: flag.default for name, flag in flags.items()}
+    for flag in flags.values():
+        assert all(need.met(values) in (True, False) for need in flag.needs), flag.name
 
 
 def test_what_counts_or_asks_for_nothing_passes():
-    defaults = {name: flag.default for name, flag in flags_of(COMMANDS["rank"]).items()}
     for given in (
         {"n": 2, "confidence": 0.9},
         {"confidence": None},
@@ -136,4 +133,4 @@ def test_what_counts_or_asks_for_nothing_passes():
         {"candidates": 3, "method": "evolution", "budget": 2.0, "n": 2},
         {"healed": True, "method": "sleb", "n": 2},
     ):
-        refuse_unused("rank", given, defaults)
+        refuse_unused(flags_of(COMMANDS["rank"]), given)

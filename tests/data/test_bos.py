@@ -140,8 +140,8 @@ def test_commands_say_which_and_keep_it(here, capsys):
         run("rank", model, *data, *flags, "--stride", 32, *where)
         run("perplexity", model, *data, *flags, "--max_windows", 3)
         out, err = capsys.readouterr()
-        assert ("bos in front of every window" in out) == (bos == "every")
-        assert ("bos in front of every window" in err) == (bos == "every")
+        assert ("bos at the start of every window" in out) == (bos == "every")
+        assert ("bos at the start of every window" in err) == (bos == "every")
         record = json.loads(Path("r.json").read_text())
         assert record["bos"] == bos
         assert record["arguments"]["bos"] == (flags[1] if flags else None)
@@ -156,10 +156,10 @@ def test_heal_and_compare_cut_as_they_are_told(here, capsys, monkeypatch):
     more = ("--methods", "bi", "--counts", 1, "--healing", "raw,patched", "--eval_windows", 4)
     for model, flags, bos in (("llama", ("--bos", "every"), "every"), ("llama", (), "first")):
         run("heal", model, f"healed-{bos}", "--layers", 1, *data, *flags, "--json", f"h-{bos}.json")
-        assert ("bos in front of every window" in capsys.readouterr().out) == (bos == "every")
+        assert ("bos at the start of every window" in capsys.readouterr().out) == (bos == "every")
         assert len(seen) == 2 * (bos == "every")  # to learn from, and to evaluate on
         run("compare", model, *data, *flags, *more, "--json", f"c-{bos}.json")
-        assert ("bos in front of every window" in capsys.readouterr().out) == (bos == "every")
+        assert ("bos at the start of every window" in capsys.readouterr().out) == (bos == "every")
         assert len(seen) == 4 * (bos == "every")
         seen.clear()
         assert json.loads(Path(f"h-{bos}.json").read_text())["result"]["bos"] == bos

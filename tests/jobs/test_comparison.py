@@ -17,8 +17,8 @@ from short_gpt.evaluation import TaskRun, TaskSuite, difference, losses, perplex
 from short_gpt.healing import search_healed
 from short_gpt.healing.linear_patch import heal
 from short_gpt.jobs import Cases, Comparison, compare
-from short_gpt.jobs import comparison_cells as module
-from short_gpt.jobs.cost import size_without, tokens_per_second
+from short_gpt.jobs import comparing as module
+from short_gpt.jobs.cells import size_without, tokens_per_second
 from short_gpt.runtime.state import StateFile
 from short_gpt.selection.methods import METHODS, choose
 from short_gpt.selection.stack import Stack
@@ -406,12 +406,12 @@ def test_a_state_is_told_by_what_it_was_computed_from(what, tmp_path):
 
 def test_cases_name_what_there_is():
     with pytest.raises(
-        ValueError, match="no healing 'glue'; expected some of raw, patched, refit, linear"
+        ValueError, match="`healing` glue: expected some of raw, patched, refit, linear"
     ):
         Cases(healings=["glue"])
-    with pytest.raises(ValueError, match="lora_only is for the healing lora"):
+    with pytest.raises(ValueError, match="`lora_only` is for `healing` lora or distill"):
         Cases(["bi"], [1], lora_only=[("bi", 1)])
-    with pytest.raises(ValueError, match=r"lora_only \('bi', 2\): expected .* as in \('bi', 1\)"):
+    with pytest.raises(ValueError, match="`lora_only` bi:2: expected .* as in bi:1"):
         Cases(["bi"], [1], ["lora"], lora_only=[("bi", 2)])
     with pytest.raises(ValueError, match="healing lora needs what heals: pass lora=LoraHealing"):
         compare(short(), CALIBRATION, EVALUATION, cases=Cases(["bi"], [1], ["lora"]))

@@ -29,22 +29,18 @@ from short_gpt.evaluation.tasks import TaskSuite
 from short_gpt.healing import lora, search_healed
 from short_gpt.jobs import (
     Answer,
-    CaseNames,
+    Cases,
     Choice,
     Cut,
-    FewShotTasks,
-    MethodChoice,
-    Opening,
+    OpenOptions,
     PerplexityLimit,
     Reading,
+    Running,
     Saving,
     Scores,
-    Scoring,
     Settings,
-    StridedCut,
     Tasks,
     TextSource,
-    TimedSaving,
     evaluate,
     heal,
     perplexity_of,
@@ -56,7 +52,7 @@ from short_gpt.selection.methods import METHODS
 from short_gpt.selection.stack import Stack
 from short_gpt.wrappers.short_llama import ShortLlama
 
-CUT = StridedCut(32, 6, 0, 16)
+CUT = Cut(32, 6, 0, 16)
 
 
 @pytest.fixture
@@ -144,13 +140,13 @@ def test_what_evolution_chose_is_a_set_for_its_number_alone(here):
         prune("ckpt", "other", scores="e.json", n=1)
     limit = PerplexityLimit(2.0, "book.txt")
     with pytest.raises(ShortGPTError, match="one layer more at a time, evolution chose a set"):
-        prune_by("ckpt", "other", MethodChoice(scores="e.json"), limit=limit)
+        prune_by("ckpt", "other", Choice(scores="e.json"), limit=limit)
     with pytest.raises(ShortGPTError, match="`budget` 0: expected a number above 0"):
         Answer(2, "evolution", budget=0)
 
 
 def test_states_of_searches_that_differ_are_told_apart(here):
-    saving = TimedSaving("state")
+    saving = Saving("state")
     given = {"cut": replace(CUT, max_windows=8), "saving": saving}
     with interrupted(Stack, "nats", 3):
         rank("ckpt", "book.txt", answer=Answer(2, "sleb", healed=True), **given)
@@ -165,8 +161,8 @@ def test_states_of_searches_that_differ_are_told_apart(here):
 
 def test_notify_is_told_what_a_streamed_run_takes(here, capsys):
     told: list[str] = []
-    streamed = Scoring(stream=True, max_memory="900GB")
-    opening = Opening(device="cpu")
+    streamed = Running(stream=True, max_memory="900GB")
+    opening = OpenOptions(device="cpu")
     given = {"cut": CUT, "opening": opening, "notify": told.append}
     result = rank("ckpt", "book.txt", running=streamed, **given)
     assert len(told) == 1 and told[0].startswith("one layer at a time, ")
@@ -271,7 +267,7 @@ def test_evaluate_reads_so_many_windows_at_once(here, monkeypatch):
     monkeypatch.setattr(TaskSuite, "documents", lambda self, short: suite(self))
     monkeypatch.setattr(Tasks, "check", lambda self: None)
     reading = Reading("book.txt", size=32, batch_size=4)
-    evaluate(["ckpt"], reading, tasks=FewShotTasks("piqa"))
+    evaluate(["ckpt"], reading, tasks=Tasks("piqa"))
     assert asked == [(4, 4), 4]
 
 
@@ -280,8 +276,8 @@ def test_a_choice_names_layers_or_scores(here):
         (Choice(), "expected either `layers`, as in 21,22,23, or `scores` and `n`"),
         (Choice([1], "r.json"), "expected either `layers`"),
         (Choice([1], angular=True), "chooses from `scores`"),
-        (MethodChoice(scores="r", angular=True, method="bi"), "contradict each other"),
-        (MethodChoice(scores="r", method="best"), "no method 'best'"),
+        (Choice(scores="r", angular=True, method="bi"), "contradict each other"),
+        (Choice(scores="r", method="best"), "no method 'best'"),
     ):
         with pytest.raises(ShortGPTError, match=message):
             choice.check()
@@ -291,8 +287,7 @@ def test_a_choice_names_layers_or_scores(here):
 
 
 def test_cases_are_read_with_or_without_spaces():
-    cases = CaseNames("bi, sleb", 2, "raw,lora", lora_only="sleb:2, bi:2")
-    cases.check()
+    cases = Cases("bi, sleb", 2, "raw,lora", lora_only="sleb:2, bi:2")
     assert cases.names == ["bi", "sleb"] and cases.numbers == [2]
     assert cases.pairs == [("sleb", 2), ("bi", 2)]
 
@@ -336,7 +331,7 @@ def test_zero_is_a_setting_and_not_the_lack_of_one():
 @pytest.mark.parametrize("change", ["book.txt", "ckpt/tokenizer.json"])
 def test_a_search_on_text_that_changed_in_its_place_is_refused(here, method, change):
     """Also by another tokenizer: what counts is the token ids that were read."""
-    saving = TimedSaving("state")
+    saving = Saving("state")
 
     def search():
         return rank("ckpt", "book.txt", answer=Answer(2, method), cut=CUT, saving=saving)

@@ -17,22 +17,22 @@ from llama.formats.convert import meta_to_hf
 from short_gpt import ShortGPTError, rank
 from short_gpt.jobs import (
     Answer,
-    Opening,
+    Cut,
+    OpenOptions,
     Paper,
-    Scoring,
-    StridedCut,
+    Running,
     TextSource,
     published,
     reproduce,
 )
-from short_gpt.jobs.forecast import duration, first_of, forecast
+from short_gpt.jobs.ranking import duration, first_of, forecast
 from short_gpt.jobs.reproduction import Shape, _changed, _whole
 from short_gpt.scoring.stopping import Stop
 from short_gpt.wrappers.opening import open_model
 from short_gpt.wrappers.streamed_decoder import StreamedDecoder
 
-CUT = StridedCut(32, 20, 0, 32)
-CPU = Opening(device="cpu")
+CUT = Cut(32, 20, 0, 32)
+CPU = OpenOptions(device="cpu")
 SHAPE = {"dim": 32, "n_layers": 5, "vocab_size": BYTE_VOCAB, "removed": [3, 2, 1]}
 LINE = ("--data", "books", "--size", 32, "--stride", 32, "--max_windows", 20, "--device", "cpu")
 
@@ -75,7 +75,7 @@ def test_every_kind_of_source_gives_the_scores_of_rank(here, source, stream, req
     expected = rank("ckpt", "books", answer=Answer(3), cut=CUT, opening=CPU).importance
     model = request.getfixturevalue("hub") if source == "hub" else source
     told: list[str] = []
-    running = Scoring(stream=stream)
+    running = Running(stream=stream)
     result = reproduce(model, "books", cut=CUT, opening=CPU, running=running, notify=told.append)
     assert result.comparison.model == "tiny" and result.comparison.paper == [3, 2, 1]
     assert result.comparison.ours[:2] == [2, 3] and result.n == 3
@@ -101,7 +101,7 @@ def test_the_papers_own_order_is_set_against_the_scores(here):
 
 
 def test_it_ends_when_the_papers_number_of_layers_is_settled(here):
-    paper, cut = Paper(rare=0.4), StridedCut(16, None, 0, 8)
+    paper, cut = Paper(rare=0.4), Cut(16, None, 0, 8)
     found = reproduce("ckpt", "books", paper=paper, cut=cut, opening=CPU)
     verdict = found.ranking.verdict
     assert verdict.settled and verdict.stop.n == 3 and verdict.windows < verdict.population
@@ -206,9 +206,9 @@ def test_mistakes_of_the_command_cost_one_line(here, capsys):
 
 
 def test_what_was_changed_of_the_protocol_is_named():
-    assert _changed(StridedCut(), TextSource(), "first") == ()
-    changed = _changed(StridedCut(bos="every"), TextSource(split="test", max_texts=3), "every")
-    assert changed == ("at most 3 texts", "the split test", "bos in front of every window")
+    assert _changed(Cut(stride=256), TextSource(), "first") == ()
+    changed = _changed(Cut(stride=256, bos="every"), TextSource(split="test", max_texts=3), "every")
+    assert changed == ("at most 3 texts", "the split test", "bos at the start of every window")
 
 
 def test_the_memory_of_a_whole_model_is_told_by_its_shape(monkeypatch):
@@ -217,7 +217,7 @@ def test_the_memory_of_a_whole_model_is_told_by_its_shape(monkeypatch):
     said = _whole(seven, CPU)
     assert said.startswith("the whole model in memory: 27 GB of weights in float32, of 20 GB that")
     assert "stream holds one layer at a time" in said
-    half = _whole(seven, Opening(device="cpu", dtype="bfloat16"))
+    half = _whole(seven, OpenOptions(device="cpu", dtype="bfloat16"))
     assert half.endswith("13.5 GB of weights in bfloat16, of 20 GB that are free")
 
 

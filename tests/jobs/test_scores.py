@@ -12,7 +12,7 @@ from commands import DATA, TEXT, fails, run
 from conftest import BYTE_VOCAB, make_transformer, save_checkpoint, write_byte_tokenizer
 
 from short_gpt import ShortGPTError, convert, prune, rank
-from short_gpt.jobs import Choice, Scores, StridedCut, heal, read_scores
+from short_gpt.jobs import Choice, Cut, Scores, heal, read_scores
 from short_gpt.jobs.scored import configuration_of, tokenizer_of
 from short_gpt.runtime import write_record
 from short_gpt.wrappers.opening import weights_of
@@ -135,7 +135,7 @@ def test_weights_are_those_of_the_files_in_every_format(here):
     convert("ckpt", "hf")
     found = weights_of("hf")
     assert found is not None and found != whole == weights_of("ckpt")
-    result = rank("hf", "book.txt", n=1, cut=StridedCut(32, 6, 0, 16))
+    result = rank("hf", "book.txt", n=1, cut=Cut(32, 6, 0, 16))
     assert result.to_dict()["scored"] == scored("hf")
     Path("hf/model.safetensors").unlink()
     assert weights_of("hf") is None

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from short_gpt.jobs import Crossed, compare_with_paper, published_scores
-from short_gpt.jobs.comparison_cells import Row
+from short_gpt.jobs.comparing import Row
 from short_gpt.plots import (
     angular_heatmap,
     beside_published,

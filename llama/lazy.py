@@ -1,0 +1,42 @@
+"""Packages whose names are imported when they are asked for, and not before (PEP 562)."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Callable
+from importlib import import_module
+
+
+def lazy(package: str) -> tuple[Callable[[str], object], Callable[[], list[str]]]:
+    """The ``__getattr__`` and the ``__dir__`` of a package.
+
+    Its names are those that its ``if TYPE_CHECKING:`` imports, where type checkers and the API
+    reference see them too: they are read from its source, and so stand there once.
+
+    Args:
+        package: its ``__name__``.
+
+    Example:
+        >>> __getattr__, __dir__ = lazy("llama")
+        >>> __getattr__("ModelArgs").__module__
+        'llama.args'
+    """
+    loader = sys.modules[package].__spec__.loader  # type: ignore[union-attr]
+    tree = ast.parse(loader.get_source(package))  # type: ignore[union-attr]
+    (block,) = (n for n in tree.body if isinstance(n, ast.If) and ast.unparse(n.test) == CHECKED)
+    imports = [node for node in block.body if isinstance(node, ast.ImportFrom)]
+    homes = {a.asname or a.name: (str(n.module), a.name) for n in imports for a in n.names}
+
+    def __getattr__(name: str) -> object:
+        if name not in homes:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        module, own = homes[name]
+        value = getattr(import_module(module), own)
+        vars(sys.modules[package])[name] = value  # asked for once
+        return value
+
+    return __getattr__, lambda: sorted(homes)
+
+
+CHECKED = "TYPE_CHECKING"

@@ -1,0 +1,60 @@
+"""How a checkpoint is opened."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llama.io.sources import is_meta
+from short_gpt.runtime.settings import Needs, Values, needs_one_of, setting
+
+
+def _tokenizer_is_read(values: Values) -> bool:
+    """Whether a model's tokenizer is looked for; a path that does not exist is refused later."""
+    if values.get("stream") or values.get("stream_teacher"):
+        return True
+    models = [values.get(name) for name in ("model", "pruned", "teacher")]
+    try:
+        return any(is_meta(str(model)) for model in models if model is not None)
+    except FileNotFoundError:
+        return True
+
+
+TOKENIZER = Needs(
+    "a model in Meta's format (others bring their own tokenizer) or `stream`", _tokenizer_is_read
+)
+LOADED = needs_one_of("`max_perplexity_ratio`", "max_perplexity_ratio")
+
+
+@dataclass(frozen=True)
+class OpenOptions:
+    """How a checkpoint is opened; what a format does not know has no effect on it.
+
+    Args:
+        tokenizer_path: tokenizer of a Meta checkpoint, looked for beside it if not given; other
+            models bring their own.
+        device: cpu, cuda or mps; the best there is if not given.
+        dtype: float32, bfloat16 or float16; if not given, float32 on cpu, bfloat16 on cuda that
+            has it, else float16.
+        trust_remote_code: run the Python files that come with a Hugging Face model; look at them
+            first. Without it such a model is refused, unless transformers knows its kind.
+        max_seq_len: longest window in tokens, of Meta's format or streamed.
+        max_batch_size: most windows read at once, of Meta's format or streamed.
+        n_prune_layers: how many layers `remove_layers` takes out; may be set later.
+        seed: of what a model samples.
+        model_parallel_size: ranks that share one model under torchrun; None is all of them for
+            Meta's format and 1 for others, which cannot be shared.
+        max_memory: of a streamed model's process, in bytes or like "3GB"; None takes half of what
+            is free.
+    """
+
+    tokenizer_path: str | None = setting(None, value="FILE", needs=TOKENIZER)
+    device: str | None = setting(None, needs=LOADED)
+    dtype: str | None = setting(None, needs=LOADED)
+    trust_remote_code: bool = False
+    # what the jobs derive from their own settings
+    max_seq_len: int = setting(2048, commands=())
+    max_batch_size: int = setting(1, commands=())
+    n_prune_layers: int | None = setting(None, commands=())
+    seed: int = setting(1, commands=())
+    model_parallel_size: int | None = setting(None, commands=())
+    max_memory: str | int | None = setting(None, commands=())

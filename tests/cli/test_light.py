@@ -1,0 +1,58 @@
+"""The help is there at once: no command's settings import what only its run needs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib import import_module
+
+import pytest
+
+from short_gpt import jobs
+from short_gpt.jobs.renamed import OLD
+
+HELPS = """
+import sys
+from short_gpt.cli import COMMANDS
+from short_gpt.cli.app import main
+main(["--help"])
+for name in COMMANDS:
+    main([name, "--help"])
+print(sorted({"torch", "transformers", "numpy", "fire", "tqdm"} & set(sys.modules)))
+"""
+
+
+def test_the_help_of_every_command_needs_no_torch():
+    done = subprocess.run([sys.executable, "-c", HELPS], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize(
+    "package",
+    ["llama", *(f"short_gpt{p}" for p in ("", ".jobs", ".plots", ".runtime", ".wrappers"))],
+)
+def test_a_lazy_package_has_the_names_that_it_lists(package):
+    module = import_module(package)
+    assert sorted(module.__all__) == dir(module)
+    assert all(getattr(module, name) is not None for name in module.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        module.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize("name", OLD)
+def test_an_old_name_of_a_setting_works_and_names_the_new_one(name):
+    new, _ = OLD[name]
+    with pytest.warns(DeprecationWarning, match=f"jobs.{name} is now {new}") as warned:
+        made = getattr(jobs, name)()
+    assert warned[0].filename == __file__  # the caller, not this library
+    assert type(made) is getattr(jobs, new)
+
+
+def test_old_settings_mean_what_they_meant():
+    with pytest.warns(DeprecationWarning):
+        from short_gpt.jobs import CaseNames, LoraNames, Streaming, StridedCut
+    assert StridedCut(32) == jobs.Cut(32, stride=256) and StridedCut(32, 6, 0, 16).step == 16
+    assert Streaming(True, "3GB") == jobs.Running(stream=True, max_memory="3GB")
+    cases = CaseNames("bi", 2, seeds=1)
+    assert (cases.names, cases.numbers, cases.heals) == (["bi"], [2], ["raw", "patched"])
+    assert LoraNames(lora_size=64) == jobs.LoraSettings(size=64)
