@@ -347,5 +347,5 @@ TABLES: dict[str, dict[str, Callable[[], list[str]]]] = {
 }
 # The first words of every block that is filled as it is printed, by its page.
 BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
-    "docs/results.md": {"whole model: perplexity": compared},
+    "docs/results.md": {"original model: perplexity": compared},
 }

@@ -1551,7 +1551,7 @@ PROOFS = (
         ),
     ),
     Section(
-        "short_gpt/jobs/paper_order.py",
+        "short_gpt/jobs/published.py",
         "tests/jobs/test_reproduce.py",
         (
             (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from short_gpt import jobs, plots
+from short_gpt.cli import tables
 from short_gpt.cli.options import Pictures, arguments_of, say
 from short_gpt.jobs import Cases, LoraSettings, OpenOptions, Saving, Shares, Tasks, TextSource
 
@@ -30,8 +31,6 @@ def compare(
         model: Meta checkpoint directory, Hugging Face directory or hub id, or GGUF file.
     """
     arguments = arguments_of(compare, locals())
-    from short_gpt.cli import tables
-
     output.check(arguments)
     result = jobs.compare_checkpoint(
         model,

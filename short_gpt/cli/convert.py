@@ -25,7 +25,7 @@ class Conversion:
         shards: write Meta's format in so many files. The embedding stays cut as it is; that of
             one file is cut by vocabulary if that is Llama 3's or tied to the output head, else by
             width, as Llama 2's. Any number of files runs on any number of ranks all the same.
-        tokenizer_path: tokenizer of a Meta checkpoint; found beside it if not given.
+        tokenizer_path: tokenizer of a Meta checkpoint; looked for beside it if not given.
         trust_remote_code: run the Python files that come with a Hugging Face model, to prove the
             result; look at them first.
         verify: prove the result by loading source and result, one after the other; yes if not

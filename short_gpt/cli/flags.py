@@ -83,7 +83,7 @@ class Flag:
                 raise ShortGPTError(f"--{self.name} is empty")
             # a shell expands no ~ after an equals sign; a prompt alone is no name of anything
             return text if self.name == "prompt" else os.path.expanduser(text)
-        value = BOOLEANS.get(text.lower(), text) if bool in self.kinds else text
+        value: object = BOOLEANS.get(text.lower(), text) if bool in self.kinds else text
         value = _python(value) if isinstance(value, str) else value
         if object in self.kinds:
             return value
@@ -141,7 +141,7 @@ def _fields(command: str, group: str, defaults: object) -> dict[str, Flag]:
     for field in fields(kind):  # type: ignore[arg-type]
         if (name := flag_of(field, command)) is not None:
             said = field.metadata
-            heading = said.get("heading") or getattr(kind, "HEADING", RUN)
+            heading = str(said.get("heading") or getattr(kind, "HEADING", RUN))
             flags[name] = Flag(
                 name,
                 get_args(hints[field.name]) or (hints[field.name],),
@@ -261,7 +261,7 @@ def typed(command: Command) -> Command:
     ]
     # read by inspect, and so by fire, in place of the command's own
     vars(checked)["__signature__"] = inspect.Signature(parameters)
-    return SetParseFns(**{name: flag.read for name, flag in flags.items()})(checked)  # type: ignore[no-any-return]
+    return SetParseFns(**{name: flag.read for name, flag in flags.items()})(checked)
 
 
 def refuse_unused(flags: Mapping[str, Flag], values: Mapping[str, object]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from short_gpt import jobs
+from short_gpt.cli import results
 from short_gpt.cli.options import Output, arguments_of, say, say_written, tell
 from short_gpt.jobs import (
     Choice,
@@ -31,12 +32,12 @@ def heal(
 ) -> None:
     """Removes layers and brings quality back: closed forms or training.
 
-    refit and patch are closed forms: they take minutes. refit solves the last matrices of every
-    layer behind the first gap again, patch only one map in front of each gap. lora trains on the
-    text, distill on what the whole model predicts of it; both also heal a model whose layers are
-    already removed. Interrupted or killed, the same command continues, but for the patch. No text
-    that is evaluated on is learned from. A healed model that predicts
-    held-out text worse than before is written all the same, and said to be WORSE.
+    refit and patch are closed forms: they take minutes. refit solves the output projections of
+    every layer after the first gap again, patch one map before each gap. lora trains on the text,
+    distill on what the original model predicts of it; both also heal a model whose layers are
+    already removed. Interrupted or killed, the same command continues, except for the patch. No
+    text that is evaluated on is learned from. A healed model that predicts held-out text worse
+    than before is written all the same, and called WORSE.
 
     Example: short-gpt heal llama-2-7b out --scores ranking.json --n 9
 
@@ -46,8 +47,6 @@ def heal(
         method: refit, patch, lora or distill; or several by commas, a closed form first.
     """
     arguments = arguments_of(heal, locals())
-    from short_gpt.cli import results
-
     output.check(arguments)
     result = jobs.heal(
         model,

@@ -37,7 +37,6 @@ def help_of(name: str, command: Command) -> str:
 
 
 def _row(flag: Flag) -> str:
-    """One flag: its name, its meaning, its default."""
     name = flag.name.upper() if flag.positional else f"--{flag.name}"
     if not flag.positional and bool not in flag.kinds:
         name += f" {'N' if {int, float} & {*flag.kinds} else flag.value}"

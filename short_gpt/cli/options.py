@@ -10,6 +10,7 @@ from typing import ClassVar
 
 from llama.io.outputs import check_output
 from short_gpt.cli.flags import Command, flags_of
+from short_gpt.jobs.choice_settings import SCORES
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import above_bars, first_rank
 from short_gpt.runtime.settings import WRITE, Needs, Values, setting
@@ -20,16 +21,7 @@ def _written(values: Values) -> bool:
     return "out" in values or any(values.get(name) is not None for name in ("json", "plots"))
 
 
-def _scores(values: Values) -> bool:
-    from short_gpt.selection.methods import BY_LOSS
-
-    return values.get("method") not in BY_LOSS
-
-
 WRITTEN = Needs("--json or --plots", _written)
-SCORES = Needs(
-    "a --method that scores (not perplexity or sleb or sleb_healed or evolution)", _scores
-)
 
 
 @dataclass(frozen=True)

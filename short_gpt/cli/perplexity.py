@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from short_gpt import jobs
+from short_gpt.cli import tables
 from short_gpt.cli.options import Output, arguments_of, say, tell
 from short_gpt.jobs import Cut, OpenOptions, Running, TextSource
 
@@ -26,8 +27,6 @@ def perplexity(
         model: Meta checkpoint directory, Hugging Face directory or hub id, or GGUF file.
     """
     arguments = arguments_of(perplexity, locals())
-    from short_gpt.cli import tables
-
     output.check(arguments)
     found = jobs.perplexity_of(model, texts, cut=cut, opening=opening, running=running, notify=tell)
     say(tables.perplexities({model: found}))

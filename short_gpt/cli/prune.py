@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from short_gpt import jobs
+from short_gpt.cli import results
 from short_gpt.cli.options import say
 from short_gpt.jobs import Choice, OpenOptions, PerplexityLimit, Written
 
@@ -30,7 +31,5 @@ def prune(
             file.
         out: new directory, or GGUF file if it ends with .gguf; must not exist.
     """
-    from short_gpt.cli import results
-
     result = jobs.prune_by(model, out, choice, limit=limit, opening=opening, written=written)
     say(results.pruned(result))

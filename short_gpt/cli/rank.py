@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from short_gpt import jobs, plots
+from short_gpt.cli import results
 from short_gpt.cli.options import Pictures, arguments_of, say, tell
 from short_gpt.jobs import Answer, Cut, OpenOptions, Running, Saving, TextSource
 
@@ -31,8 +32,6 @@ def rank(
         model: Meta checkpoint directory, Hugging Face directory or hub id, or GGUF file.
     """
     arguments = arguments_of(rank, locals())
-    from short_gpt.cli import results
-
     output.check(arguments)
     saving = saving.beside(output.json)
     result = jobs.rank(

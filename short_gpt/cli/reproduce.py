@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from short_gpt import jobs, plots
+from short_gpt.cli import results
 from short_gpt.cli.options import Pictures, arguments_of, say, tell
 from short_gpt.jobs import Cut, OpenOptions, Paper, Running, Saving, TextSource
 
@@ -23,7 +24,7 @@ def reproduce(
     ShortGPT's (arXiv:2403.03853): PG-19 validation in windows of 1024 tokens, 256 apart; lowest
     Block Influence; as many layers as the paper's Table 9 removes. Llama-2-7B: [27, 26, 25, 28,
     24, 29, 23, 21, 22]. It is rank with these settings: it ends when the layers are settled, and
-    continues from the state file. What it will take is said before it starts.
+    continues from the state file. What it will take is printed before it starts.
 
     Example: short-gpt reproduce llama-2-7b --stream --json paper.json
 
@@ -31,8 +32,6 @@ def reproduce(
         model: Llama-2-7B or Llama-2-13B: Meta directory, Hugging Face directory or hub id.
     """
     arguments = arguments_of(reproduce, locals())
-    from short_gpt.cli import results
-
     output.check(arguments)
     result = jobs.reproduce(
         model,

@@ -5,16 +5,18 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Mapping
+from typing import TYPE_CHECKING, TypeVar
 
 from llama.io.sources import is_gguf
 from short_gpt.cli.tables import perplexities, ranking, search, sublayers
-from short_gpt.jobs.demonstration import Demo, Look
-from short_gpt.jobs.healing import Healing
 from short_gpt.jobs.inputs import about_bos
-from short_gpt.jobs.pruning import Pruned
-from short_gpt.jobs.ranking import Ranking
-from short_gpt.jobs.reproduction import Reproduced
-from short_gpt.selection.perplexity_budget import Budget
+
+if TYPE_CHECKING:
+    from short_gpt.jobs import Demo, Healing, Pruned, Ranking, Reproduced
+    from short_gpt.jobs.demonstration import Look
+    from short_gpt.selection.perplexity_budget import Budget
+
+T = TypeVar("T")
 
 
 def ranked(result: Ranking) -> str:
@@ -53,7 +55,7 @@ def next_command(model: str, result: Ranking, scores: str | None) -> str | None:
     chosen = ["--scores", scores, "--n", "N" if n is None else str(n)] if scores else layers
     out = "OUT.gguf" if is_gguf(model) else "OUT"
     command = ["short-gpt", "prune", model, out, *chosen]
-    if result.answer.chosen_by == "sleb_healed":  # as cut, others cost less
+    if result.answer.chosen_by == "sleb_healed":  # only pruned, others cost less
         command = ["short-gpt", "heal", model, out, "--method", "refit", "--data", "DATA", *chosen]
     return "next: " + shlex.join(command)
 
@@ -71,12 +73,12 @@ def pruned(result: Pruned) -> str:
 
 
 def _tried(budget: Budget) -> list[str]:
-    """What the perplexity rises by without every number of layers tried."""
+    """How much the perplexity rises with each number of layers removed."""
     lines = []
     for n, found in budget.tried.items():
         sure = f", {budget.verdict(n)}" if n else ""
         rise = f"ratio {found.value / budget.tried[0].value:.4f}{sure}"
-        lines.append(f"{n:>3} layers less: perplexity {found.value:.3f}, {rise}")
+        lines.append(f"{n:>3} layers removed: perplexity {found.value:.3f}, {rise}")
     return lines
 
 
@@ -85,7 +87,7 @@ def healed(result: Healing) -> str:
     bos = about_bos(str(result.texts.get("bos")))
     lines = [said for said in (bos, result.unchecked, result.left_out) if said]
     evidence = result.evidence
-    lines += [f"{perplexities(result.perplexity)}\n"]
+    lines += [f"{perplexities(_by_state(result.perplexity))}\n"]
     if len(evidence.changes) > 1:
         lines += [f"{name} changes the loss by {part}" for name, part in evidence.changes.items()]
     lines += [said for step in evidence.steps if (said := _unchanged(step))]
@@ -102,6 +104,13 @@ def healed(result: Healing) -> str:
     return "\n".join(lines)
 
 
+def _by_state(values: Mapping[str, T]) -> dict[str, T]:
+    """Values by the states of the model in plain words; files keep the older names."""
+    plain = {"whole": "original", "cut": "pruned"}
+    parts = {name: name.partition(",") for name in values}
+    return {"".join([plain.get(p[0], p[0]), *p[1:]]): values[name] for name, p in parts.items()}
+
+
 def _unchanged(step: Mapping[str, object]) -> str | None:
     """What a refit has left as it was; None if nothing, or of another method."""
     fits = step.get("fits", [])
@@ -111,14 +120,14 @@ def _unchanged(step: Mapping[str, object]) -> str | None:
         return None
     names = ", ".join(f"{fit['part']} of {fit['layer']}" for fit in left)
     return (
-        f"{len(left)} of {len(fits)} matrices stay as they were, for on the windows kept apart no "
-        f"change of them helps: {names}"
+        f"{len(left)} of {len(fits)} matrices stay as they were, because on the held-out windows "
+        f"no change of them helps: {names}"
     )
 
 
 def demonstrated(result: Demo, n: int) -> str:
-    """All that the demo found."""
-    looks = result.looks
+    """All that the demo measured."""
+    looks = _by_state(result.looks)
     said = "\n".join(f"{name}:\n  {look.completion}" for name, look in looks.items())
     quality = perplexities({name: look.perplexity for name, look in looks.items()})
     parts = [ranking(result.importance, n), f"Held-out chapters:\n{quality}", costs(looks)]

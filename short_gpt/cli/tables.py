@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from short_gpt.evaluation.drafts import Acceptance
-from short_gpt.evaluation.perplexity import Perplexity, exp
-from short_gpt.evaluation.sampling import SamplingError
 from short_gpt.jobs.inputs import about_bos
-from short_gpt.jobs.rows import Agreement, Row
-from short_gpt.scoring.importance import Importance
-from short_gpt.selection.methods import METHODS, choose
-from short_gpt.selection.search import Search
+from short_gpt.jobs.rows import RAW
+
+if TYPE_CHECKING:
+    from short_gpt.evaluation.drafts import Acceptance
+    from short_gpt.evaluation.perplexity import Perplexity
+    from short_gpt.evaluation.sampling import SamplingError
+    from short_gpt.jobs.calibrating import Calibrated, Crossed
+    from short_gpt.jobs.calibration_rankings import Agreement as Ranked
+    from short_gpt.jobs.rows import Agreement, Row
+    from short_gpt.scoring.importance import Importance
+    from short_gpt.selection.search import Search
 
 
 def ranking(
@@ -25,6 +30,8 @@ def ranking(
         n: how many layers to remove; None leaves the methods' choices out.
         method, seed: whose layers are marked, as in `methods.choose`.
     """
+    from short_gpt.selection.methods import METHODS, choose
+
     scores, margin = importance.block_influence, importance.margin
     order = scores.argsort(stable=True).tolist()
     place = {position: rank for rank, position in enumerate(order, start=1)}
@@ -46,16 +53,19 @@ def ranking(
 
 def search(found: Search, method: str) -> str:
     """A row for every layer that a search by loss removed, or one for a set of them."""
+    from short_gpt.evaluation.perplexity import exp
+    from short_gpt.selection.methods import METHODS
+
     if found.loss is not None:
         said = f"{found.loss:.4f} nats, perplexity {exp(found.loss):.3f}"
-        return f"loss without all of them {said}\n{METHODS[method]}: {found.removed}"
+        return f"loss with all of them removed {said}\n{METHODS[method]}: {found.removed}"
     rows = [f"{'layer':>5}  {'loss, nats':>10}  {'perplexity':>12}"]
     for i, layer in enumerate(found.removed):
         loss = found.losses[min(i, len(found.losses) - 1)][layer]
         rows.append(f"{layer:>5}  {loss:>10.4f}  {exp(loss):>12.3f}")
-    alone = "without it alone" if method == "perplexity" else "without it and those above"
-    alone += ", gaps refitted" if method == "sleb_healed" else ""
-    return "\n".join([*rows, "", f"loss {alone}", f"{METHODS[method]}: {found.removed}"])
+    which = "it alone removed" if method == "perplexity" else "it and those above removed"
+    which += ", gaps refitted" if method == "sleb_healed" else ""
+    return "\n".join([*rows, "", f"loss with {which}", f"{METHODS[method]}: {found.removed}"])
 
 
 def sublayers(importance: Importance) -> str:
@@ -82,10 +92,17 @@ def choices(importance: Importance, n: int | None) -> list[str]:
     ]
 
 
+def _error(windows: int, texts: int | None, degrees: float = 0.0) -> SamplingError:
+    """What an error is over; how large it is stands elsewhere."""
+    from short_gpt.evaluation.sampling import SamplingError
+
+    return SamplingError(math.nan, windows, texts, degrees)
+
+
 def _samples(importance: Importance) -> str:
     """What the margins are over, and what they do not cover."""
     texts = importance.n_texts
-    error = SamplingError(math.nan, importance.n_windows, texts, importance.degrees)
+    error = _error(importance.n_windows, texts, importance.degrees)
     if error.no_interval:
         return f"no interval: {error.no_interval}"
     over = f"over {error.over}"
@@ -98,33 +115,33 @@ def _halves(importance: Importance) -> str:
     return f"rank agreement of two halves of the windows {importance.agreement:.3f}"
 
 
-def perplexities(found: Mapping[str, Perplexity]) -> str:
+def perplexities(models: Mapping[str, Perplexity]) -> str:
     """A row for every named perplexity, with the ratio to the first, and their 95% intervals."""
-    width = max(len(name) for name in found)
-    first = next(iter(found.values())).value
+    width = max(len(name) for name in models)
+    first = next(iter(models.values())).value
     rows = [f"{'':<{width}}  {'perplexity':>12}  {'ratio':>7}  {'tokens':>9}  {'windows':>7}"]
-    for name, p in found.items():
+    for name, p in models.items():
         rows.append(
             f"{name:<{width}}  {p.value:>12.3f}  {p.value / first:>7.2f}  {p.tokens:>9,}"
             f"  {p.windows:>7,}"
         )
-    rows += _intervals(list(found.values()))
+    rows += _intervals(list(models.values()))
     return "\n".join(rows)
 
 
-def _intervals(found: Sequence[Perplexity]) -> list[str]:
+def _intervals(models: Sequence[Perplexity]) -> list[str]:
     """Where the perplexities of all such text are, and what that is judged by."""
-    error = found[0].error
+    error = models[0].error
     if error is None:
         return []
     if error.no_interval:
         return [f"no interval: {error.no_interval}"]
-    ends = ["{:.3f} to {:.3f}".format(*p.interval()) for p in found]
+    ends = ["{:.3f} to {:.3f}".format(*p.interval()) for p in models]
     return [f"95%: {'; '.join(ends)}", f"over {error.over}"]
 
 
 def drafts(found: Sequence[Acceptance]) -> str:
-    """A row for every length of a draft: what the whole model accepts, with 95% intervals."""
+    """A row for every length of a draft: what the original model accepts, with 95% intervals."""
     rows = [f"{'draft':>5}  {'accepted':>8}  {'± (95%)':>8}  {'drafted':>9}  {'tokens a pass':>13}"]
     rows += [
         f"{a.length:>5}  {a.share:>8.1%}  {known(a.error.reach(), '.1%'):>8}  {a.drafted:>9,}"
@@ -137,7 +154,7 @@ def drafts(found: Sequence[Acceptance]) -> str:
         over = f"±: no interval: {error.no_interval}"
     over = over.replace("window", "prompt")
     return "\n".join(
-        [*rows, "", f"{found[0].written:,} tokens of the whole model's greedy text", over]
+        [*rows, "", f"{found[0].written:,} tokens of the original model's greedy text", over]
     )
 
 
@@ -170,14 +187,17 @@ def compared(
     Every set of layers stands below, since a perplexity is that of a set.
 
     Args:
-        rows: of `comparison.Comparison.rows`, the whole model first.
+        rows: of `comparison.Comparison.rows`, the original model first.
         agreed: of its ``agreement``.
         tasks: of its ``tasks``.
         bos: which windows began with it.
     """
     dense, counts = rows[0], sorted({r.n for r in rows[1:]})
     lines = [said] if (said := about_bos(bos)) else []
-    lines += [f"whole model: perplexity {dense.perplexity:.3f}, {dense.parameters / 1e6:.1f} M", ""]
+    lines += [
+        f"original model: perplexity {dense.perplexity:.3f}, {dense.parameters / 1e6:.1f} M",
+        "",
+    ]
     for healing in dict.fromkeys(r.healing for r in rows[1:]):
         lines += _healed(healing, [r for r in rows[1:] if r.healing == healing], counts)
     lines += _removed(rows[1:], counts)
@@ -190,13 +210,13 @@ def _tasks(tasks: Mapping[str, Mapping[str, float]]) -> list[str]:
     """Metrics of the models without healing, and what each lost, paired over the documents."""
     lines = []
     for layers, values in tasks.items():
-        lines.append(f"without {layers}:" if layers != "[]" else "whole:")
+        lines.append(f"{layers} removed:" if layers != "[]" else "original:")
         bases = (n.removesuffix(" change") for n in values if not n.endswith(("_stderr", "_p")))
         for name in dict.fromkeys(bases):
             change, error = (values.get(f"{name} change{end}") for end in ("", "_stderr"))
             line = f"  {name:<26}" + (f"{values[name]:>22.4f}" if name in values else " " * 22)
             if change is not None and error is not None and layers != "[]":
-                line += f"  less whole {change:+.4f} ({error:.4f})"
+                line += f"  change from the original {change:+.4f} ({error:.4f})"
                 p = values.get(f"{name} change_p")
                 line += "" if p is None else f", p {p:.3g}"
             lines.append(line)
@@ -207,7 +227,7 @@ def _over(row: Row) -> list[str]:
     """What the standard errors are over; nothing for a result that does not say."""
     if not row.windows:
         return []
-    return [f"standard errors over {SamplingError(math.nan, row.windows, row.texts).over}"]
+    return [f"standard errors over {_error(row.windows, row.texts).over}"]
 
 
 def _healed(healing: str, rows: Sequence[Row], counts: Sequence[int]) -> list[str]:
@@ -216,13 +236,12 @@ def _healed(healing: str, rows: Sequence[Row], counts: Sequence[int]) -> list[st
     lines = [head, f"{healing}: perplexity (standard error)"]
     lines += _by_method(rows, counts, _perplexity)
     if any(r.gain is not None for r in rows):
-        lines.append(f"{healing}: loss in nats a token, less raw (standard error)")
+        lines.append(f"{healing}: loss in nats a token, change from raw (standard error)")
         lines += _by_method(rows, counts, _gain)
     return [*lines, ""]
 
 
 def _removed(rows: Sequence[Row], counts: Sequence[int]) -> list[str]:
-    """The sets that each method, or each seed of one, removed."""
     lines = [f"{'sets of layers removed':<28}" + " | ".join(f"{n} layers" for n in counts)]
     for method, seed in dict.fromkeys((r.method, r.seed) for r in rows):
         sets = {r.n: r.layers for r in rows if (r.method, r.seed) == (method, seed)}
@@ -233,11 +252,11 @@ def _removed(rows: Sequence[Row], counts: Sequence[int]) -> list[str]:
 
 
 def _sizes(dense: Row, sizes: Mapping[int, Row], counts: Sequence[int]) -> list[str]:
-    """What depends on the number of layers alone."""
+    speed = dense.tokens_per_second
     cells: dict[str, Callable[[Row], str]] = {
         "parameters, M": lambda r: f"{r.parameters / 1e6:.1f}",
         "weights, MB": lambda r: f"{r.megabytes:.0f}",
-        "speed / whole model's": lambda r: f"{r.tokens_per_second / dense.tokens_per_second:.2f}",
+        "speed / original model's": lambda r: f"{r.tokens_per_second / speed:.2f}",
     }
     return [
         f"{name:<28}" + "".join(f"{cell(sizes[n]):>22}" for n in counts)
@@ -298,3 +317,51 @@ def _gain(found: Sequence[Row]) -> str:
     if len(values) > 1:
         return f"{min(values):+.2f} to {max(values):+.2f}"
     return f"{values[0]:+.3f} ({known(found[0].gain_error, '.3f')})"
+
+
+def calibrated(result: Calibrated) -> str:
+    """All that a calibration found."""
+    lines = [f"layers that each text would remove, by {result.method}"]
+    lines += [f"  {name:<22}{layers}" for name, layers in result.choices.items()]
+    lines += ["", *_rankings("rankings", result.agreement)]
+    for way, found in result.ways.items():
+        lines += ["", *_rankings(f"with windows of {way}", found)]
+    for healing in dict.fromkeys(cell.healing for cell in result.cells):
+        lines += ["", *_crossed([c for c in result.cells if c.healing == healing])]
+    cell = result.cells[0]
+    over = _error(cell.windows, cell.texts).over
+    lines += ["", f"standard errors over {over} (of {cell.text})"]
+    return "\n".join(lines)
+
+
+def _rankings(head: str, found: Sequence[Ranked]) -> list[str]:
+    lines = [f"{head:<40}{'layers in common':>22}{'rank correlation (95%)':>30}"]
+    for a in found:
+        pair = f"{a.first}, its halves" if a.first == a.second else f"{a.first}, {a.second}"
+        pair = a.first if a.first == a.second and head != "rankings" else pair
+        low, high = a.shared_interval
+        shared = f"{a.shared} of {a.n} ({low:.0f} to {high:.0f})"
+        value = f"{a.correlation:.3f} ({a.interval[0]:.3f} to {a.interval[1]:.3f})"
+        lines.append(f"  {pair:<38}{shared:>22}{value:>30}")
+    return lines
+
+
+def _crossed(cells: Sequence[Crossed]) -> list[str]:
+    texts, healing = list(dict.fromkeys(c.text for c in cells)), cells[0].healing
+    name = "pruned" if healing == RAW else healing
+    lines = [f"{'chosen on':<24}" + "".join(f"{text:>22}" for text in texts)]
+    for title, cell in (
+        (f"{name}: perplexity", lambda cell: _short(cell.perplexity)),
+        (f"{name}: nats a token more than by the text's own choice (standard error)", _excess),
+    ):
+        lines.append(title)
+        for choice in dict.fromkeys(c.choice for c in cells):
+            row = {c.text: cell(c) for c in cells if c.choice == choice}
+            lines.append(f"  {choice:<22}" + "".join(f"{row[text]:>22}" for text in texts))
+    return lines
+
+
+def _excess(cell: Crossed) -> str:
+    if cell.choice == cell.text:
+        return "own"
+    return f"{cell.excess:+.3f} ({cell.excess_error:.3f})"

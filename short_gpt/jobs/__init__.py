@@ -26,10 +26,12 @@ if TYPE_CHECKING:
     from short_gpt.jobs.healing import Healing, heal
     from short_gpt.jobs.healing_settings import Distilling, Learned, Settings
     from short_gpt.jobs.inputs import Cut, DemoRun, Reading, Running, Tasks, TextSource
-    from short_gpt.jobs.paper_order import Pair, PaperOrder, bear_out
     from short_gpt.jobs.pruning import Pruned, prune, prune_by
     from short_gpt.jobs.published import (
+        Pair,
         PaperComparison,
+        PaperOrder,
+        bear_out,
         compare_with_paper,
         identify,
         published_scores,

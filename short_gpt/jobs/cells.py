@@ -53,7 +53,6 @@ class Cells:
 
 
 def _row(found: Perplexity) -> tuple[float, int, int, int | None]:
-    """A window's losses, ready for JSON."""
     text = found.samples[0].text if found.samples else None
     return found.nats, found.tokens, found.windows, text
 
@@ -67,7 +66,7 @@ def size_without(short: ShortModel, layers: Sequence[int]) -> tuple[int, int]:
     """Parameters and bytes of the model without some layers; tied ones count once.
 
     Args:
-        short: the whole model.
+        short: the original model.
         layers: to leave out, original numbers.
     """
     places = [short.kept.index(number) for number in layers]
@@ -79,7 +78,7 @@ def size_without(short: ShortModel, layers: Sequence[int]) -> tuple[int, int]:
 def tokens_per_second(
     short: ShortModel, window: Sequence[int], *, prompt: int = 64, count: int = 32
 ) -> float:
-    """Greedy generation with the cache, one sequence; the median of three runs behind a warm-up.
+    """Greedy generation with the cache, one sequence; the median of three runs after a warm-up.
 
     Args:
         short: the model as it is now.

@@ -92,7 +92,6 @@ def chosen_within(
 
 
 def _limited(choice: Choice, limit: PerplexityLimit) -> tuple[Scores, float, str]:
-    """The scores, the ratio and the text, which have to be there."""
     scores, ratio, data = _scores(choice), limit.max_perplexity_ratio, limit.eval_data
     if scores is None:
         raise ShortGPTError("`max_perplexity_ratio` chooses from `scores`, not from `layers`")
@@ -111,7 +110,6 @@ def _lines(*remarks: str | None) -> str | None:
 
 
 def _check_some(budget: Budget, data: str, first: list[int]) -> None:
-    """Raises ShortGPTError where the limit leaves no layer to remove."""
     if not budget.layers:
         rise = budget.tried[1].value / budget.tried[0].value
         raise ShortGPTError(
@@ -121,7 +119,6 @@ def _check_some(budget: Budget, data: str, first: list[int]) -> None:
 
 
 def _scores(choice: Choice) -> Scores | None:
-    """The scores that a choice names; None where layers are named."""
     choice.check()
     return None if choice.scores is None else Scores.read(choice.scores, choice.by)
 

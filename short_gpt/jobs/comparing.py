@@ -48,7 +48,7 @@ from short_gpt.selection.methods import AS_SETS, BY_LOSS, check_method, choose
 from short_gpt.selection.search import Search
 from short_gpt.wrappers.short_model import ShortModel
 
-# by whose token ids a tokenizer is told: letters of several scripts, digits, signs and spaces
+# by whose token ids a tokenizer is known: letters of several scripts, digits, signs and spaces
 PROBE = "".join(map(chr, [*range(32, 127), *range(161, 1424), *range(8192, 8448)]))
 PROBE += " 1,234,567 ordinary words; naturally, unbelievable internationalization.\n\n"
 Heal = Callable[[list[int]], list[Perplexity]]
@@ -60,12 +60,12 @@ class Compared:
     """What `compare` gives.
 
     Attributes:
-        rows: the whole model first, then a row for every case.
+        rows: the original model first, then a row for every case.
         agreement: of Block Influence, angle and greedy search, for every number of layers; empty
             without the greedy search.
         tasks: metrics of the models without healing, by the layers removed, and how much each
-            changed from the whole model, with its error paired over the documents, as in "piqa acc
-            change" and "piqa acc change_stderr"; empty without tasks.
+            changed from the original model, with its error paired over the documents, as in "piqa
+            acc change" and "piqa acc change_stderr"; empty without tasks.
         state: the file that holds what was measured, to be cleared once the result is safe.
         bos: which windows began with it: first of each text, or every.
     """
@@ -116,7 +116,7 @@ def compare(
     """Compares methods on one model: perplexity, size and speed without the layers, healed or not.
 
     Args:
-        short: the whole model; it is left as it was.
+        short: the original model; it is left as it was.
         calibration: windows of token ids that choose layers and fit patches.
         evaluation: windows of other text.
         cases: what is set side by side.
@@ -204,7 +204,7 @@ class Comparison:
     """Compares methods on one model.
 
     Args:
-        short: the whole model; it is left as it was.
+        short: the original model; it is left as it was.
         calibration: windows of token ids that choose layers and fit patches.
         evaluation: windows of other text.
         few: how many of the calibration windows the searches by loss read.
@@ -239,7 +239,7 @@ class Comparison:
         trained: Mapping[str, Heal] | None = None,
         lora_only: Collection[tuple[str, int]] | None = None,
     ) -> list[Row]:
-        """Measures every method x number of layers x healing, and the whole model first.
+        """Measures every method x number of layers x healing, and the original model first.
 
         Args:
             methods: names of `methods.METHODS`; ``random`` is drawn ``seeds`` times.
@@ -363,8 +363,8 @@ class Comparison:
             suite: tells the suite from others, whose results a state holds too.
 
         Returns:
-            Results by the layers removed, as in ``"[3, 4]"``, with their changes from the whole
-            model, paired over the documents.
+            Results by the layers removed, as in ``"[3, 4]"``, with their changes from the
+            original model, paired over the documents.
         """
 
         def found(layers: list[int]) -> TaskRun:
@@ -433,7 +433,6 @@ class Comparison:
                 shown.update()
 
     def _folded(self, fold: Fold, layers: list[int]) -> list[Perplexity]:
-        """Losses without the layers while new weights are in place; ``fold`` gives the undo."""
         with self.short.without_layers(layers):
             undo = fold()
             try:
@@ -446,8 +445,6 @@ class Comparison:
         return self._folded(partial(refit.fold, self.short, made), layers)
 
     def _speed(self, n: int, layers: list[int]) -> float:
-        """Tokens per second; they depend on the number of layers alone."""
-
         def measure() -> float:
             with self.short.without_layers(layers):
                 return tokens_per_second(self.short, self._evaluation[0])

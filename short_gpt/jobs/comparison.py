@@ -103,7 +103,6 @@ def compare_checkpoint(
 
 
 def _longest(cases: Cases, shares: Shares, lora: LoraSettings) -> int:
-    """Tokens that the model must take at once: as a teacher, also those of windows to train on."""
     learned = lora.size or Recipe.size
     return max(shares.size, learned) if DISTILL in cases.heals else shares.size
 
@@ -119,8 +118,8 @@ def _trained(
     Args:
         healings: of the comparison.
         train: makes what heals by LoRA.
-        short: the whole model, from which distillation learns.
-        fitted_on: windows of the refit in front of it.
+        short: the original model, from which distillation learns.
+        fitted_on: windows of the refit before it.
     """
     if not {*TRAINED} & {*healings}:
         return {}
@@ -133,7 +132,6 @@ def _trained(
 def _material(
     model: str | None, texts: TextSource, shares: Shares
 ) -> tuple[str, list[str], list[str]]:
-    """The model, texts to choose and heal by, and texts to evaluate on."""
     if model is None:
         return str(demo.checkpoint()), demo.bible("calibration"), demo.bible("held_out")
     return model, *texts.read_apart(shares.eval_data, seed=shares.seed)
@@ -191,7 +189,7 @@ class LoraHealing:
     def identity(self) -> dict[str, object]:
         """What the results depend on, beside the model and the evaluation windows.
 
-        Texts are told by their token ids, so that another tokenizer is another identity too.
+        Texts are identified by their token ids, so that another tokenizer is another identity too.
         """
         read = json_digest([list(self.encode(text)) for text in self.texts])
         return joined(asdict(self.settings), {"seed": self.seed, "texts": read})
@@ -255,12 +253,12 @@ class LoraHealing:
 
 @dataclass(frozen=True)
 class DistillHealing(LoraHealing):
-    """A refit, and then LoRA on what the whole model predicts; it is asked in every step.
+    """A refit, and then LoRA on what the original model predicts; it is asked in every step.
 
     Args:
-        teacher: the whole model, such as the one that is compared; needed.
+        teacher: the original model, such as the one that is compared; needed.
         fitted_on: windows of token ids to refit on before anything is learned; None trains the
-            model as it is cut.
+            pruned model.
 
     Raises:
         ShortGPTError: there is no teacher, or it takes shorter windows than are learned from; the
@@ -279,10 +277,10 @@ class DistillHealing(LoraHealing):
         super().__post_init__()
         size = self.settings.size or Recipe.size
         if self.teacher is None:
-            raise ShortGPTError("distillation learns from the whole model: pass teacher=short")
+            raise ShortGPTError("distillation learns from the original model: pass teacher=short")
         if size > self.teacher.decoder.max_seq_len:
             raise ShortGPTError(
-                f"the whole model takes {self.teacher.decoder.max_seq_len} tokens, windows to "
+                f"the original model takes {self.teacher.decoder.max_seq_len} tokens, windows to "
                 f"learn from have {size}: open it with a larger max_seq_len, or give a smaller "
                 "`lora_size`"
             )

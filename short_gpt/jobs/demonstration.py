@@ -1,4 +1,4 @@
-"""The whole job on the small real model: rank, remove, refit, evaluate, save."""
+"""All steps on the small real model: rank, remove, refit, evaluate, save."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Demo:
     Attributes:
         importance: the scores.
         layers: lists of the layers to remove, by Block Influence and by angle.
-        looks: at the whole model, the one as cut and the one refitted, by their names.
+        looks: at the original, the pruned and the refitted model, by their names.
         written: what lies in the new folder.
     """
 
@@ -88,7 +88,7 @@ def run_demo(
         overwrite: whether an earlier demo is replaced.
         draw: writes pictures of the scores into the folder and names them; None leaves them out.
         record: what else is kept in layers.json.
-        notify: is told what is about to run, once all is checked.
+        notify: called with what is about to run, once all is checked.
 
     Raises:
         FileExistsError: ``out`` exists.
@@ -123,7 +123,6 @@ def run_demo(
 
 
 def _look(short: ShortModel, held: Sequence[Sequence[int]]) -> Look:
-    """Measures the model as it is now."""
     text = PROMPT + short.generate([PROMPT], max_gen_len=24, temperature=0)[0]
     return Look(
         short.perplexity(held),

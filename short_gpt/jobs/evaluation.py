@@ -72,10 +72,8 @@ def evaluate(
 
 @dataclass(frozen=True)
 class _Evaluated:
-    """One model's results."""
-
     layers: int
-    text: str  # names the perplexity, in front of it and behind it
+    text: str  # names the perplexity, before it and after it
     bos: str
     read: str  # a digest of the windows' tokens
     perplexity: Perplexity | None
@@ -103,7 +101,6 @@ class _Evaluated:
 def _evaluated(
     name: str, reading: Reading, own: Sequence[str], tasks: Tasks, opening: OpenOptions
 ) -> _Evaluated:
-    """One model's results; it is gone from memory afterwards."""
     size, batch_size = reading.size, reading.batch_size
     short = open_model(name, opening, max_seq_len=size, max_batch_size=batch_size)
     found, read = None, ""
@@ -131,7 +128,7 @@ def perplexity_of(
         model: Meta checkpoint directory, Hugging Face directory or hub id, or GGUF file.
         data: texts; each window is read on its own, its first token is not predicted.
         cut, opening, running: how windows are cut, the model opened and run.
-        notify: is told what a streamed run will take in memory, before it starts.
+        notify: called with what a streamed run will take in memory, before it starts.
 
     Raises:
         OSError, ShortGPTError: the model, the texts or a setting.

@@ -104,10 +104,10 @@ def heal(
 ) -> Healing:
     """Removes layers of a checkpoint and brings quality back.
 
-    Refit and patch are closed forms, of minutes. LoRA learns the text, distillation what the whole
-    model predicts; both also heal a model that was cut before, and take a Meta checkpoint to
-    Hugging Face's format and back. All but the patch continue when interrupted. No text is both
-    learned and evaluated on.
+    Refit and patch are closed forms and take minutes. LoRA learns the text, distillation what the
+    original model predicts; both also heal a model that was pruned before, and take a Meta
+    checkpoint to Hugging Face's format and back. All except the patch continue when interrupted.
+    No text is both learned and evaluated on.
 
     Args:
         model: Meta checkpoint directory, Hugging Face directory or hub id, or GGUF file.
@@ -119,8 +119,8 @@ def heal(
         learned, settings, distilling, opening: of windows and methods; how models are opened.
         streaming: whether one layer at a time is in memory.
         overwrite: whether an earlier pruned checkpoint is replaced.
-        notify: is told what a refit will take in memory and on disk, before it starts, and every
-            perplexity when it is measured.
+        notify: called with what a refit will take in memory and on disk, before it starts, and with
+            every perplexity when it is measured.
 
     Raises:
         FileExistsError: ``out`` exists.
@@ -152,8 +152,6 @@ def heal(
 
 @dataclass(frozen=True)
 class _Run:
-    """All settings of a healing; as the arguments of `heal`, none of them left out."""
-
     model: str
     out: str
     texts: TextSource
@@ -190,7 +188,6 @@ class _Run:
 
 
 def _check_target(model: str, out: str, *, overwrite: bool) -> None:
-    """Raises what a model or its target would be refused for, before the model is loaded."""
     check_model(model)
     if is_gguf(out) and not is_gguf(model):
         raise ShortGPTError(
@@ -216,7 +213,6 @@ def _remark(model: str, out: str, found: Chosen) -> str | None:
 def _check(
     methods: Sequence[str], learned: Learned, settings: Settings, distilling: Distilling
 ) -> None:
-    """Raises ShortGPTError or MissingPackageError for what is out of range, or in vain."""
     learned.check()
     settings.check(methods)
     distilling.check(methods)
@@ -229,7 +225,6 @@ def _steps(
     recipe: Recipe | None,
     distill: DistillSettings,
 ) -> list[Step]:
-    """What the methods take."""
     ridge = RIDGE if settings.ridge is None else settings.ridge
     few = CLOSED_WINDOWS if learned.max_windows is None else None
     made: dict[str, Step] = {
@@ -274,7 +269,6 @@ def _teacher(
 def _windows(
     short: ScoredModel, texts: TextSource, learned: Learned, size: int, *, trains: bool
 ) -> Learning:
-    """Windows to learn from and others to evaluate on, which share no text."""
     place = (texts.split, texts.column, texts.max_texts, learned.seed)
     return Source(texts.data, learned.eval_data, *place).windows(
         short.encode,
@@ -290,7 +284,6 @@ def _windows(
 def _selection(
     model: str, choice: Choice, methods: Sequence[str], distilling: Distilling
 ) -> Chosen:
-    """The layers to remove, if any, and how they were chosen."""
     if choice.layers is not None or choice.scores is not None:
         return chosen(model, choice)
     ask = "give `layers`, as in 21,22,23, or `scores` and `n`"
@@ -321,7 +314,7 @@ def _opened(
 def reread(done: Healing, parts: Learning, opening: OpenOptions, size: int) -> Healing:
     """The same with what a written GGUF file gives on the windows that the model was judged by.
 
-    Changed tensors were rounded to their own types behind all that was measured before.
+    Changed tensors were rounded to their own types after all that was measured before.
 
     Args:
         done: what was done; unchanged where a directory was written, or several files.

@@ -85,11 +85,11 @@ class Settings:
 
     Args:
         ridge: of a closed form, relative to the mean square of the inputs. If not given, 1e-4 for
-            the patch; the refit chooses each matrix's on windows kept apart.
-        parts: of the refit: attention, mlp or both by a comma, whose last matrices are solved, or
-            best for what has the least loss on windows kept apart; both if not given.
-        aim: of the refit, the share of what is missing that every change is to give, above 0 and
-            at most 1; 1 if not given.
+            the patch; the refit chooses each matrix's on held-out windows.
+        parts: of the refit: attention, mlp or both by a comma, whose output projections are
+            solved, or best for what has the least loss on held-out windows; both if not given.
+        aim: step size of the refit: the share of the solved change that is applied, above 0 and at
+            most 1; 1 if not given.
         preset: of lora and distill, paper, demo or small; each of the following changes one of its
             settings.
         rank: of the changes that are trained.
@@ -168,8 +168,8 @@ class Settings:
         """What the refit takes.
 
         Raises:
-            ShortGPTError: parts, the ridge or the aim are out of range, or the aim is given though
-                it is to be chosen.
+            ShortGPTError: parts, the ridge or the aim are out of range, or there is an aim although
+                best chooses it.
         """
         from short_gpt.healing.solving import PARTS, RIDGES, Solving
         from short_gpt.healing.steps import RefitSettings
@@ -194,14 +194,15 @@ class Settings:
 
 @dataclass(frozen=True)
 class Distilling:
-    """How distill learns from the whole model.
+    """How distill learns from the original model.
 
     Args:
-        teacher: the whole model of which MODEL is a part; MODEL itself, before layers go, if not
+        teacher: the original model of which MODEL is a part; MODEL itself, before layers go, if not
             given.
         stream_teacher: hold one layer of the teacher at a time in memory, as for rank --stream.
         live_teacher: ask the teacher in every step, as a second model in memory; without it, it
-            is asked once and what it says kept on disk, in OUT.training, until the model is saved.
+            is asked once and its predictions stay on disk, in OUT.training, until the model is
+            saved.
         top_k: tokens kept of each prediction, beside the total of all others; 64 if not given.
         temperature: by which both models' logits are divided; 1 if not given.
         kl_share: of the divergence in the loss, above 0 and at most 1; 1 if not given. The rest is

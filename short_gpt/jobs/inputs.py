@@ -85,6 +85,8 @@ SPLITS = Needs(
 COLUMNS = Needs("data with columns (.jsonl, .parquet or a data set of the hub)", _columns)
 WINDOWS = Needs("windows of a text as prompts (no `prompts`)", lambda v: v.get("prompts") is None)
 TASKS = needs_one_of("`tasks`", "tasks")
+# of heal alone: rank bounds the states of a search by it too
+STREAM = Needs("`stream`", lambda v: bool(v["stream"]) or "teacher" not in v)
 TEXT = Needs("`data` (a text, or wikitext-2, c4, pg19)", lambda v: v["data"] != "none")
 
 
@@ -98,10 +100,10 @@ class TextSource:
     Args:
         data: pg19, a local file or folder of .txt, .jsonl or .parquet, or a hub data set's name.
         split: split of a data set of the hub, of pg19, or of a folder that has files or sub-folders
-            of that name; all else is read whole.
+            of that name; all else is read in full.
         column: column of the text in .jsonl, .parquet and hub data sets.
         max_texts: take only the first so many texts; a seed draws from all that are taken, so set
-            it for a data set that is too large to be read whole.
+            it for a data set that is too large to be read in full.
 
     Example:
         >>> TextSource("novels/", max_texts=100)
@@ -151,8 +153,8 @@ class Cut:
         seed: of the random order of all windows, and of the random method; none reads them in the
             order of the texts.
         stride: tokens between the starts of windows; the size if not given, so that none overlap.
-        bos: first leaves it in front of a text's first window alone, every puts it in front of
-            every window; if not given, every for Gemma, which needs it, else first.
+        bos: first puts it before a text's first window alone, every before every window; if not
+            given, every for Gemma, which needs it, else first.
     """
 
     HEADING: ClassVar = READ
@@ -210,8 +212,8 @@ class Reading:
         source: a local copy of wikitext-2, c4 or pg19.
         size: tokens in a window.
         max_windows: read only the first so many windows.
-        bos: first leaves it in front of a text's first window alone, as published results do;
-            every puts it in front of every window; if not given, every for Gemma, which needs it.
+        bos: first puts it before a text's first window alone, as published results do; every
+            before every window; if not given, every for Gemma, which needs it.
         batch_size: windows read at once, and prompts of the tasks.
     """
 
@@ -247,8 +249,14 @@ class Reading:
         cut = Cut(self.size, self.max_windows, None, bos=self.bos or short.bos)
         if own:
             return cut.windows(own, short.encode)
-        how = {"size": cut.size, "limit": cut.max_windows, "bos": cut.bos}
-        return protocol(self.data, short.encode, source=self.source, **how)
+        return protocol(
+            self.data,
+            short.encode,
+            size=self.size,
+            limit=self.max_windows,
+            source=self.source,
+            bos=self.bos or short.bos,
+        )
 
 
 @dataclass(frozen=True)
@@ -300,7 +308,7 @@ class Running:
 
     batch_size: int = setting(1, commands=(*SCORED, "perplexity"))
     stream: bool = False
-    max_memory: str | None = setting(None, value="SIZE")
+    max_memory: str | None = setting(None, value="SIZE", needs=STREAM)
     model_parallel_size: int | None = setting(None, commands=SCORED)
 
     def open(self, source: str, options: OpenOptions, size: int) -> ScoredModel:

@@ -85,8 +85,8 @@ class Ranking:
         """The scores and the verdict, or the search, and of which weights, ready for JSON."""
         scored = {"scored": vars(self.scored)}
         if self.importance is not None:
-            found = {"importance": self.importance.to_dict(), "settled": _settled(self.verdict)}
-            return {**found, "bos": self.bos, **scored}
+            scores = {"importance": self.importance.to_dict(), "settled": _settled(self.verdict)}
+            return {**scores, "bos": self.bos, **scored}
         assert self.search is not None
         chosen = {"method": self.answer.chosen_by, "layers": self.search.removed}
         return {"chosen": chosen, "search": vars(self.search), "bos": self.bos, **scored}
@@ -118,9 +118,9 @@ def rank(
         n: how many layers to remove; short for ``answer=Answer(n)``.
         answer: what is asked, in full.
         cut, opening, running, saving: how windows are cut, the model opened, run, the run saved.
-        notify: is told what a streamed run will take in memory, before it starts.
-        detailed: whether it is also told the time that a run of one pass will take, from a window
-            that is timed, and how the answer stands while it goes on.
+        notify: called with what a streamed run will take in memory, before it starts.
+        detailed: whether it is also called with the time that a run of one pass will take, from a
+            window that is timed, and how the answer stands while it goes on.
 
     Returns:
         The scores, with ``layers`` if a number of layers was asked for.
@@ -151,8 +151,6 @@ def rank(
 
 @dataclass(frozen=True)
 class _Settings:
-    """All settings of a ranking."""
-
     texts: TextSource
     answer: Answer
     cut: Cut
@@ -202,7 +200,7 @@ def check_ranking(model: str, answer: Answer, cut: Cut, running: Running) -> Non
     cut.check()
     answer.rule(cut.seed)  # refuses a confidence out of range
     if running.stream and (answer.by_loss or answer.method == "angular_all"):
-        why = "the whole model for every candidate" if answer.by_loss else "all states"
+        why = "the model in memory for every candidate" if answer.by_loss else "all states"
         raise ShortGPTError(
             f"`method` {answer.method} needs {why}; choose another, or leave out `stream`"
         )
@@ -224,7 +222,6 @@ def _measured(
     notify: Notify,
     detailed: bool,
 ) -> Ranking:
-    """The scores of one pass."""
     answer, cut, size = settings.answer, settings.cut, settings.running.batch_size
     windows = cut.windows(documents, short.encode, short.bos)
     state, bos = settings.state(short), cut.bos or short.bos
@@ -257,7 +254,6 @@ def _forecast(
     state: StateFile | None,
     notify: Notify,
 ) -> Iterable[list[int]]:
-    """Tells how long the run will take; returns the windows."""
     first, windows = first_of(windows)
     if first is not None:
         before = 0 if state is None else RunState(state).sums(short.kept).n_windows
@@ -331,7 +327,6 @@ def duration(seconds: float) -> str:
 
 
 def _searched(short: ShortModel, documents: Iterable[str], settings: _Settings) -> Ranking:
-    """What a method that runs the model without layers removes."""
     answer, running = settings.answer, settings.running
     cut, few = settings.cut, None
     windows, bos = list(cut.windows(documents, short.encode, short.bos)), cut.bos or short.bos
@@ -352,7 +347,6 @@ def _searched(short: ShortModel, documents: Iterable[str], settings: _Settings) 
 
 
 def _settled(verdict: Verdict | None) -> dict[str, object] | None:
-    """A verdict, ready for JSON."""
     if verdict is None:
         return None
     return {**vars(verdict), "stop": vars(verdict.stop), "pair": list(verdict.pair)}

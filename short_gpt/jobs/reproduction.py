@@ -16,9 +16,10 @@ from short_gpt.jobs.inputs import (
     ignore,
     source_of,
 )
-from short_gpt.jobs.paper_order import PaperOrder, bear_out
 from short_gpt.jobs.published import (
     PaperComparison,
+    PaperOrder,
+    bear_out,
     compare_with_paper,
     identify,
     layers_in_paper,
@@ -101,7 +102,7 @@ def reproduce(
         data: PG-19, streamed from the hub, or a local copy of it.
         paper: which model it is, and how surely the answer is to be that of all windows.
         cut, opening, running, saving: as for `rank`.
-        notify: is told what the run will take and how it stands.
+        notify: called with what the run will take and how it stands.
 
     Raises:
         OSError, ShortGPTError: the model is none of the paper's, or as those of `rank`.
@@ -156,7 +157,7 @@ def _name(model: str, shape: Shape, given: str | None) -> str:
     if shape.n_layers != (layers := layers_in_paper(name)):
         raise ShortGPTError(
             f"{model} has {shape.n_layers} layers, {name} has {layers}: their numbers do not "
-            "compare; take the whole model"
+            "compare; use the model with all its layers"
         )
     return name
 
@@ -175,7 +176,6 @@ def _whole(shape: Shape, opening: OpenOptions) -> str:
 
 
 def _changed(cut: Cut, texts: TextSource, bos: str) -> tuple[str, ...]:
-    """What was not done as in the paper's protocol."""
     found = []
     for name, ours, theirs in (
         ("size", cut.size, PROTOCOL.size),

@@ -8,7 +8,7 @@ from typing import TypedDict
 
 RAW, PATCHED, REFIT, LORA, DISTILL = "raw", "patched", "refit", "lora", "distill"
 LINEARPATCH, GHOSTED = "linearpatch", "ghosted"  # baselines of others: `peer_maps`
-IN_FRONT = (PATCHED, LINEARPATCH, GHOSTED)  # these need a layer in front of every gap
+IN_FRONT = (PATCHED, LINEARPATCH, GHOSTED)  # these need a layer before every gap
 HEALINGS = (RAW, PATCHED, REFIT, LINEARPATCH, GHOSTED, LORA, DISTILL)
 TRAINED = (LORA, DISTILL)  # these take far longer than all the rest
 Windows = Sequence[Sequence[int]]
@@ -19,13 +19,13 @@ class Row:
     """One model of the comparison.
 
     Attributes:
-        method, seed: what chose the layers; the seed is None but for the random method.
+        method, seed: what chose the layers; the seed is None except for the random method.
         n: layers removed.
         healing: raw, patched, refit, linearpatch, ghosted, lora or distill.
         layers: removed, original numbers.
         perplexity: on the evaluation text.
-        nats, standard_error: mean loss less that of the whole model, paired over the windows.
-        gain, gain_error: the same less that of the raw model, if this one is healed; else None.
+        nats, standard_error: mean loss minus that of the original model, paired over the windows.
+        gain, gain_error: the same minus that of the raw model, if this one is healed; else None.
         parameters: of the model without the layers, and without others' maps.
         megabytes: of its weights.
         tokens_per_second: greedy generation with the cache, one sequence.

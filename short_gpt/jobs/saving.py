@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from llama.io.files import check_writable
 from llama.io.outputs import is_stream
-from short_gpt.runtime.settings import needs_one_of, setting
+from short_gpt.runtime.settings import WRITE, needs_one_of, setting
 
 if TYPE_CHECKING:
     from short_gpt.runtime.state import StateFile
@@ -28,6 +28,8 @@ class Saving:
             with .state appended to its name.
         save_every: seconds between two saves.
     """
+
+    HEADING: ClassVar = WRITE
 
     state: str | None = setting(None, value="FILE")
     save_every: float = setting(120.0, commands=("rank", "reproduce"), needs=NAMED)

@@ -49,7 +49,6 @@ def beside_published(importance: Importance, comparison: PaperComparison) -> Fig
 def _influence(
     axes: Axes, importance: Importance, comparison: PaperComparison, theirs: Tensor | None
 ) -> None:
-    """Block Influence of every layer with its error, the published one, and both lists."""
     layers, ours = importance.layers, importance.block_influence
     for number, layer in enumerate(comparison.paper):
         label = "removed by the paper" if number == 0 else None
@@ -74,7 +73,6 @@ def _influence(
 
 
 def _logarithmic(axes: Axes) -> None:
-    """A logarithmic axis of plain numbers."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axes.set_yscale("log")

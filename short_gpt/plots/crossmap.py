@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-TITLES = {"raw": "as cut", "refit": "refitted"}
+TITLES = {"raw": "pruned", "refit": "refitted"}
 
 
 def cross_map(cells: Sequence[Crossed]) -> Figure:
@@ -44,7 +44,6 @@ def cross_map(cells: Sequence[Crossed]) -> Figure:
 
 
 def _draw(axes: Axes, cells: Sequence[Crossed], largest: float) -> None:
-    """One healing's map, its numbers in its places."""
     choices, texts = (
         list(dict.fromkeys(getattr(c, name) for c in cells)) for name in ("choice", "text")
     )

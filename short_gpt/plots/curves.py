@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Times the whole model's perplexity, up to where curves of quality are shown.
+# Times the original model's perplexity, up to where curves of quality are shown.
 SHOWN = 100
 TRAINED = {"lora": ("*", "LoRA"), "distill": ("D", "distilled")}
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
@@ -24,15 +24,15 @@ LINES = {"refit": "s--", "linearpatch": "^:", "ghosted": "v:"}  # of what is hea
 def quality_curves(rows: Sequence[Row], *, title: str | None = None) -> Figure:
     """Perplexity over the number of layers removed, a colour for every method.
 
-    The left part shows the models as cut, the right one, where there are any, the healed: solid
+    The left part shows the pruned models, the right one, where there are any, the healed: solid
     lines for linear patches, dashed and dotted ones for other closed forms, stars for LoRA,
     diamonds for distillation, joined where a method has one for each of several numbers. Several
     rows of one method and number, such as random sets, are a band from the least to the largest,
-    and marks of their own where they were trained. The axis ends at `SHOWN` times the whole model's
-    perplexity; lines of what is worse leave the picture.
+    and marks of their own where they were trained. The axis ends at `SHOWN` times the original
+    model's perplexity; lines of what is worse leave the picture.
 
     Args:
-        rows: of `comparison.Comparison.rows`, the whole model first.
+        rows: of `comparison.Comparison.rows`, the original model first.
         title: a line above the picture.
 
     Raises:
@@ -40,12 +40,12 @@ def quality_curves(rows: Sequence[Row], *, title: str | None = None) -> Figure:
         MissingPackageError: matplotlib is not installed.
     """
     if not rows:
-        raise ShortGPTError("expected the rows of a comparison, the whole model first; got none")
+        raise ShortGPTError("expected the rows of a comparison, the original model first; got none")
     dense, found = rows[0], rows[1:]
     colours = dict(zip(dict.fromkeys(r.method for r in found), PALETTE * 3, strict=False))
     healed = {r.healing for r in found} - {"raw"}
     right = "healed (solid: patched)" if "patched" in healed and len(healed) > 1 else "healed"
-    parts = {"as cut": ["raw"]} | ({right: ["patched", *LINES, *TRAINED]} if healed else {})
+    parts = {"pruned": ["raw"]} | ({right: ["patched", *LINES, *TRAINED]} if healed else {})
     figure = empty(2.0 + 4.0 * len(parts), 4.4)
     axes = figure.subplots(1, len(parts), sharey=True, squeeze=False)[0]
     for axis, (name, healings) in zip(axes, parts.items(), strict=True):
@@ -84,7 +84,6 @@ def _scale(axis: Axes, rows: Sequence[Row]) -> None:
 
 
 def _legend(figure: Figure, axes: Sequence[Axes]) -> None:
-    """One legend of both parts, every name once."""
     named = dict(
         pair
         for axis in axes
@@ -94,7 +93,7 @@ def _legend(figure: Figure, axes: Sequence[Axes]) -> None:
 
 
 def _draw_curve(axes: Axes, dense: Row, rows: Sequence[Row], colour: str) -> None:
-    """One method, healed one way: a line from the whole model on, a band, or what was trained."""
+    """One method, healed one way: a line from the original on, a band, or what was trained."""
     if not rows:
         return
     values = {n: [r.perplexity for r in rows if r.n == n] for n in sorted({r.n for r in rows})}

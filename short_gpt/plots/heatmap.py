@@ -25,7 +25,7 @@ def angular_heatmap(
 
     Args:
         angular: (L+1, L+1); entry [l, l+n] is the mean angular distance, 0 to 1, between the
-            states in front of layer l and in front of layer l+n. Entries up to the diagonal are
+            hidden states entering layer l and layer l+n. Entries up to the diagonal are
             not read; NaN leaves a place empty.
         block: (start, n) of a block to outline.
         title: a line above the picture.

@@ -169,7 +169,7 @@ def test_the_quality_gate_removes_what_the_perplexity_allows(ckpt, capsys):
     record = json.loads(Path("gated/pruning.json").read_text())
     tried = record["quality_gate"]["tried"]
     assert len(record["removed_layers"]) == 4 and [t["layers"] for t in tried] == [0, 1, 2, 3, 4]
-    assert f"4 layers less: perplexity {tried[4]['perplexity']:.3f}" in capsys.readouterr().out
+    assert f"4 layers removed: perplexity {tried[4]['perplexity']:.3f}" in capsys.readouterr().out
     run("perplexity", "gated", "--data", "other.txt", "--size", 32, "--out", "p.json")
     capsys.readouterr()
     value = json.loads(Path("p.json").read_text())["result"]["perplexity"]

@@ -46,7 +46,7 @@ def test_a_loss_whose_perplexity_no_float_holds_is_infinite():
     assert rows[1].split() == ["4", "2.0000", "7.389"]
     assert rows[2].split() == ["2", "710.0000", "inf"]
     said = search(Search([2, 4], loss=800.0), "evolution")
-    assert said.startswith("loss without all of them 800.0000 nats, perplexity inf\n")
+    assert said.startswith("loss with all of them removed 800.0000 nats, perplexity inf\n")
 
 
 def test_a_comparison_names_every_set_of_layers():

@@ -578,8 +578,8 @@ def test_a_streamed_heal_reads_windows_shorter_than_its_proof(kind, size, here):
 def test_what_a_refit_leaves_as_it_was_is_said():
     fits = [{"layer": 3, "part": p, "ridge": r, "norm_ridge": None} for p, r in PARTS]
     assert _unchanged({"method": "refit", "fits": fits}) == (
-        "1 of 2 matrices stay as they were, for on the windows kept apart no change of them helps: "
-        "mlp of 3"
+        "1 of 2 matrices stay as they were, because on the held-out windows no change of them "
+        "helps: mlp of 3"
     )
     assert _unchanged({"method": "refit", "fits": fits[:1]}) is None
     assert _unchanged({"method": "LoRA"}) is None

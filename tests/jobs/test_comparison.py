@@ -336,7 +336,7 @@ def test_one_call_gives_rows_agreement_metrics_and_keeps_a_state(tmp_path, monke
             assert values["t acc change"] == pytest.approx(-gone / 10)
             spread = gone / 10 * (1 - gone / 10) / 9
             assert values["t acc change_stderr"] == pytest.approx(spread**0.5)
-            said = f"less whole {-gone / 10:+.4f} ({spread**0.5:.4f})"
+            said = f"change from the original {-gone / 10:+.4f} ({spread**0.5:.4f})"
             assert said in compared(result.rows, result.agreement, result.tasks)
     names = {f"state.lora-{'-'.join(map(str, layers))}" for layers in heal.asked}
     assert {folder.name for folder in heal.folders} == names

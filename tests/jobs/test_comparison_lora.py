@@ -201,7 +201,7 @@ def test_a_gguf_file_is_healed_as_the_checkpoint_it_was_made_of(healing, tmp_pat
 
 
 def test_distillation_without_a_teacher_or_with_a_short_one_is_refused(healing):
-    with pytest.raises(ValueError, match="learns from the whole model: pass teacher=short"):
+    with pytest.raises(ValueError, match="learns from the original model: pass teacher=short"):
         DistillHealing(**vars(healing))
     whole = open_model(healing.source, device="cpu", max_seq_len=40)
     with pytest.raises(ValueError, match="takes 40 tokens, windows to learn from have 48"):

@@ -390,7 +390,7 @@ def test_a_map_of_choices_shows_what_each_costs_on_every_text() -> None:
     ]
     figure = cross_map(cells)
     raw, refit = figure.axes
-    assert (raw.get_title(), refit.get_title()) == ("as cut", "refitted")
+    assert (raw.get_title(), refit.get_title()) == ("pruned", "refitted")
     assert raw.images[0].get_array().tolist() == [[0.0, 0.25], [-0.5, 0.0]]
     assert refit.images[0].get_array().tolist() == [[0.0, 0.5], [-1.0, 0.0]]
     assert raw.images[0].get_clim() == refit.images[0].get_clim() == (-1.0, 1.0)
