@@ -48,7 +48,7 @@ def test_a_model_and_its_other_formats_agree_and_a_cut_one_less(here, capsys):
             [str(k), "100.0%"] for k in range(1, 9)
         ]
         assert lines[10:] == [
-            "36 tokens of the whole model's greedy text",
+            "36 tokens of the original model's greedy text",
             "±: over 3 prompts of 1 text: what other texts would give is not covered",
         ]
     run("draft", "meta", "cut.gguf", "--data", "book.txt", *FEW, "--out", "d.json")
@@ -64,7 +64,7 @@ def test_a_model_and_its_other_formats_agree_and_a_cut_one_less(here, capsys):
 def test_prompts_of_a_file_are_read_whole_and_alone(here, capsys):
     run("draft", "meta", "meta", "--prompts", "prompts.txt", "--tokens", 5)
     out = capsys.readouterr().out
-    assert "13 tokens of the whole" in out and "±: over 3 prompts of 3 texts" in out
+    assert "13 tokens of the original" in out and "±: over 3 prompts of 3 texts" in out
     Path("one.jsonl").write_text(json.dumps({"ask": "It was\nso"}))
     run("draft", "meta", "meta", "--prompts", "one.jsonl", "--column", "ask", "--tokens", 5)
     out = capsys.readouterr().out
