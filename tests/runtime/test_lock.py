@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import children
 import pytest
@@ -129,3 +130,26 @@ def test_where_there_are_no_locks_a_run_goes_without(tmp_path, monkeypatch):
     monkeypatch.setattr(swap.fcntl, "flock", none)
     StateFile(tmp_path / "state", IDENTITY).save({"sums": [1]})
     assert StateFile(tmp_path / "state", IDENTITY).content["sums"] == [1]
+
+
+def test_a_lock_file_of_another_user_is_a_lock(tmp_path, monkeypatch):
+    running = started(tmp_path / "first", children.holding, tmp_path / "state")
+    really = os.open
+
+    def refused(path: object, flags: int, *mode: int) -> int:
+        if flags & os.O_RDWR and str(path).endswith(".state.lock"):
+            raise PermissionError(13, "Permission denied", path)  # another user made the file
+        return really(path, flags, *mode)
+
+    monkeypatch.setattr(swap.os, "open", refused)
+    with pytest.raises(ShortGPTError, match=f"in use by process {running.processes[0].pid}"):
+        StateFile(tmp_path / "state", IDENTITY)
+    running.processes[0].kill()
+    running.end()
+    assert StateFile(tmp_path / "state", IDENTITY).content is not None  # nobody holds it
+
+
+def test_threads_of_one_process_share_its_lock(tmp_path):
+    with ThreadPoolExecutor(8) as pool:
+        locks = list(pool.map(lambda _: hold(tmp_path / "state"), range(64)))
+    assert len({id(lock) for lock in locks}) == 1
