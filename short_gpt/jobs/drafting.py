@@ -93,10 +93,11 @@ def draft(
     drafting.check()
     for name in (model, pruned):
         check_model(name)
+    opening.check(model, pruned)
     own = drafting.read(source.column)
     found = [] if own else list(source.read())
     size = LONGEST if own else drafting.size + drafting.tokens
-    whole, small = (opening.whole(name, size=size) for name in (model, pruned))
+    whole, small = (opening.of(name).whole(name, size=size) for name in (model, pruned))
     check_same_tokens(whole, small, (model, pruned))
     cut = drafting.windows(found, whole.encode, whole.bos) if not own else _encoded(whole, own)
     prompts = list(cut)

@@ -173,6 +173,7 @@ def evaluate(
     tasks.check()
     own = reading.own_texts()
     opening = opening or Opening()
+    opening.check(*models)
     every = {name: _evaluated(name, reading, own, tasks, opening) for name in models}
     first = every[models[0]]
     return {name: found.row(first) for name, found in every.items()}
@@ -212,7 +213,7 @@ def _evaluated(
     name: str, reading: Reading, own: Sequence[str], tasks: FewShotTasks, opening: Opening
 ) -> _Evaluated:
     """One model's results; it is gone from memory afterwards."""
-    short = opening.whole(name, size=reading.size, batch_size=reading.batch_size)
+    short = opening.of(name).whole(name, size=reading.size, batch_size=reading.batch_size)
     found, read = None, ""
     if reading.data != "none":
         windows = list(reading.windows(short, own))

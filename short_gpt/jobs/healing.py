@@ -94,6 +94,8 @@ def heal(
     texts, methods = source_of(data), methods_of(method)
     _check(methods, learned, settings, distilling)
     streaming.check(methods)
+    teacher = distilling.teacher or model
+    opening.check(model, teacher, stream=streaming.stream or distilling.stream_teacher)
     _check_target(model, out, overwrite=overwrite)
     found = _selection(model, choice or Choice(), methods, distilling)
     if is_gguf(out):
@@ -221,7 +223,8 @@ def _teacher(
     if distilling.teacher is None and not distilling.live_teacher and not distilling.stream_teacher:
         return None
     source, stream = distilling.teacher or model, distilling.stream_teacher
-    return lambda: open_model(source, stream=stream, max_seq_len=size, **vars(opening))
+    own = vars(opening.of(source, stream=stream))
+    return lambda: open_model(source, stream=stream, max_seq_len=size, **own)
 
 
 def _windows(
@@ -266,6 +269,7 @@ def _opened(
 ) -> ScoredModel:
     """The model, with the scores its layers were chosen by; for training one of Hugging Face's."""
     short: ScoredModel
+    opening = opening.of(model, stream=streaming.stream)
     if streaming.stream:
         short = open_model(model, max_seq_len=size, **vars(streaming), **vars(opening))
     elif trains:

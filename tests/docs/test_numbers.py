@@ -10,13 +10,13 @@ import pytest
 from evidence_tables import adapter
 from healing_tables import above, group, minutes, novels, passes, refitted
 from made_tables import (
+    BROKEN,
     CHOSEN,
     CROSSED,
     DRAFTED,
     FAMILY,
     HEALED,
     HEALINGS,
-    BROKEN,
     MISLED,
     NEAREST,
     SERVED,
