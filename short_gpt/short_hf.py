@@ -15,7 +15,7 @@ from llama.formats.convert import meta_to_hf
 from llama.generation import check_numbers
 from llama.io.sources import is_gguf
 from llama.parallel import choose_device, choose_dtype
-from llama.sampling import COLDEST
+from llama.sampling import COLDEST, check_logits
 from llama.tokenizer import check_text, find_tokenizer
 from short_gpt.checkpoints.gguf_save import save_gguf
 from short_gpt.checkpoints.provenance import Provenance
@@ -181,6 +181,7 @@ class ShortHFModel(ShortModel):
             # else transformers takes ids that equal the padding's for padding
             attention_mask=torch.ones_like(tokens),
             max_new_tokens=count,
+            logits_processor=[_checked],
             **options,
         )
         with generation_explained(self.model, self.source, generate):
@@ -308,3 +309,9 @@ class ShortHFModel(ShortModel):
                 "put its files beside the weights"
             )
         return self.tokenizer
+
+
+def _checked(_: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """What `generate` chooses from, (B, V), unless it is NaN."""
+    check_logits(scores)
+    return scores

@@ -44,6 +44,8 @@ def fingerprint(
     """
     read = [i % short.decoder.vocab_size for i in range(count)] if ids is None else list(ids)
     logits = short.decoder.logits(torch.tensor([read], device=short.decoder.device)).cpu()
+    if not logits.isfinite().all():  # nothing can be generated; `check_logits` says so
+        return Fingerprint(logits, [], [])
     cached, uncached = (short.greedy(read, count, use_cache=c) for c in (True, False))
     return Fingerprint(logits, cached, uncached)
 

@@ -145,7 +145,7 @@ def evaluate(
     """Perplexity and tasks of several checkpoints, one loaded at a time.
 
     Args:
-        models: checkpoints of either format.
+        models: checkpoints of either format, each of another name.
         reading: the text whose perplexity is taken.
         tasks: of the lm-evaluation-harness.
         opening: of every model.
@@ -168,8 +168,10 @@ def evaluate(
     if reading.data == "none" and tasks.tasks is None:
         raise ShortGPTError("nothing to evaluate: give `data` or `tasks`")
     reading.check()
-    for name in models:
+    for number, name in enumerate(models):
         check_model(name)
+        if name in models[:number]:
+            raise ShortGPTError(f"{name} is named twice: name it once, or another beside it")
     tasks.check()
     own = reading.own_texts()
     opening = opening or Opening()

@@ -113,6 +113,15 @@ def test_a_weight_that_is_no_number_is_told_where_a_proof_needs_one(here, capsys
     run("prune", model, "out", *CUT, "--verify", "no")
 
 
+@pytest.mark.parametrize("model", ["ckpt", "hf"])
+@pytest.mark.parametrize("temperature", [0, 0.6])
+def test_no_token_is_chosen_of_logits_that_are_no_numbers(here, capsys, model, temperature):
+    stored(lambda weight: torch.full_like(weight, float("nan")))
+    convert("ckpt", "hf", verify=False)
+    line = told(capsys, "generate", model, "a text", "--temperature", temperature)
+    assert "gives NaN or infinite logits, of which no token can be chosen" in line
+
+
 UNUSABLE = "hf cannot generate by its generation_config.json: "
 NO_TOKEN = "hf/generation_config.json is damaged: "
 
