@@ -29,7 +29,7 @@ from short_gpt.models.decoder import check_vocabulary
 from short_gpt.models.hf import HFDecoder, check_layers_path
 from short_gpt.models.loading import generation_explained, load, place_of
 from short_gpt.models.pretrained import PretrainedModel, PretrainedTokenizer
-from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
 from short_gpt.short_model import ShortModel, check_texts
 
 if TYPE_CHECKING:
@@ -292,7 +292,12 @@ class ShortHFModel(ShortModel):
 
     def _read_again(self, directory: Path) -> ShortHFModel:
         again = type(self.model).from_pretrained(directory, dtype=self.model.dtype)
-        copy_weights(cast("PreTrainedModel", again))
+        if damaged := copy_weights(cast("PreTrainedModel", again)):
+            raise NotFiniteError(
+                f"{self.source} has NaN or infinite weights, {damaged[0]} of what was written, "
+                "and its logits prove nothing of a copy; fetch the weights anew, or leave the "
+                "proof out (`verify` no)"
+            )
         if not getattr(again, "is_quantized", False):  # those are where they belong
             again.to(self.decoder.device)
         return ShortHFModel(again, self._layers_path)
