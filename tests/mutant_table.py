@@ -1490,8 +1490,8 @@ PROOFS = (
         SHORTAGES,
         (
             (
-                "return None if error.__cause__ is None else shortage(error.__cause__)",
-                "return None",
+                "else shortage(error.__cause__, elsewhere=elsewhere)",
+                "else None",
                 "test_a_shortage_behind_another_error_is_told",
             ),
             (
@@ -2051,7 +2051,7 @@ GGUF_FILES = (
                 "test_a_directory_or_several_files_are_not_read_again",
             ),
             (
-                "opening.whole(str(done.out), size=size)",
+                "opening.of(str(done.out)).whole(str(done.out), size=size)",
                 'opening.whole("plain.gguf", size=size)',
                 "test_in_float32_writing_rounds_nothing",
             ),

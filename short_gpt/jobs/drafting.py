@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from llama.checkpoint.meta import read_conversion
+from llama.io.sources import is_meta
 from short_gpt.data.texts import texts
 from short_gpt.data.windows import Window, at_least
 from short_gpt.evaluation.drafts import LENGTHS, Acceptance, check_same_tokens, draft_agreement
@@ -13,6 +15,7 @@ from short_gpt.jobs.inputs import Cut, Opening, TextSource, check_model, source_
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.wrappers.short_model import ShortModel
 
+MOST = 2**17  # tokens that the longest Llama takes, where a checkpoint does not say how many
 LONGEST = 2048  # tokens of a prompt from a file and of what is written behind it
 
 
@@ -93,15 +96,30 @@ def draft(
     drafting.check()
     for name in (model, pruned):
         check_model(name)
+    opening.check(model, pruned)
     own = drafting.read(source.column)
-    found = [] if own else list(source.read())
     size = LONGEST if own else drafting.size + drafting.tokens
-    whole, small = (opening.whole(name, size=size) for name in (model, pruned))
+    for name in (model, pruned):
+        _check_length(name, drafting, size)
+    found = [] if own else list(source.read())
+    whole, small = (opening.of(name).whole(name, size=size) for name in (model, pruned))
     check_same_tokens(whole, small, (model, pruned))
     cut = drafting.windows(found, whole.encode, whole.bos) if not own else _encoded(whole, own)
     prompts = list(cut)
     done = draft_agreement(whole, small, prompts, tokens=drafting.tokens, progress=True)
     return Drafts(tuple(done.at(length) for length in LENGTHS), len(prompts))
+
+
+def _check_length(model: str, drafting: Drafting, size: int) -> None:
+    """Raises ShortGPTError where a model in Meta's format would hold positions that none has."""
+    if not is_meta(model):  # it says how many it takes, and holds no more than are written
+        return
+    most = read_conversion(Path(model)).get("max_position_embeddings", MOST)
+    if isinstance(most, int) and size > most:
+        raise ShortGPTError(
+            f"`size` {drafting.size} and `tokens` {drafting.tokens} are more than {model} takes, "
+            f"{most}: give fewer"
+        )
 
 
 def _encoded(whole: ShortModel, own: Sequence[str]) -> list[Window]:

@@ -26,6 +26,17 @@ def here(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
+def test_no_more_is_written_than_a_model_takes(here, capsys):
+    """Meta's format makes room for what is asked for, before it is known whether it fits."""
+    both = ("draft", "meta", "meta", "--data", "book.txt")
+    line = fails(capsys, *both, "--tokens", 10**9)
+    assert "--size 128 and --tokens 1000000000 are more than meta takes, 131072: give fewer" in line
+    Path("meta/conversion.json").write_text('{"max_position_embeddings": 64}')
+    line = fails(capsys, *both, "--size", 16, "--tokens", 49)
+    assert "are more than meta takes, 64" in line
+    run(*both, "--size", 16, "--tokens", 48)
+
+
 def test_a_model_and_its_other_formats_agree_and_a_cut_one_less(here, capsys):
     run("convert", "meta", "hf", "--to", "hf")
     run("convert", "meta", "model.gguf")

@@ -10,6 +10,7 @@ import pytest
 from evidence_tables import adapter
 from healing_tables import above, group, minutes, novels, passes, refitted
 from made_tables import (
+    BROKEN,
     CHOSEN,
     CROSSED,
     DRAFTED,
@@ -103,10 +104,13 @@ def test_the_tables_of_costs_are_what_was_measured():
     assert all(case["agreement"] == 1 for case in cases)
     assert least() in flowing("docs/scaling.md")
     assert table("docs/scaling.md", MISLED) == attacked()
+    assert table("docs/scaling.md", BROKEN) == attacked(hostile.BEYOND)
     found = result("stopping_adversarial")
     assert [*found["kinds"]] == [*hostile.KINDS, *hostile.BEYOND]
     wrong = {kind: case["wrong_of_runs"] for kind, case in found["kinds"].items()}
     assert all(wrong[kind] <= 1 - found["confidence"] for kind in hostile.KINDS)
+    assert all(wrong[kind] > 1 - found["confidence"] for kind in hostile.BEYOND)
+    assert "because fewer than 2% of the windows decide" in flowing("docs/scaling.md")
     assert streaming() in tables("docs/scaling.md")
     assert table("docs/results.md", "| | Meta's format | Hugging Face's |") == rehearsed()
 

@@ -9,12 +9,18 @@ from concurrent.futures import ThreadPoolExecutor
 
 import children
 import pytest
-from conftest import random_windows
+from conftest import (
+    BYTE_VOCAB,
+    make_transformer,
+    random_windows,
+    save_checkpoint,
+    write_byte_tokenizer,
+)
 from families import make
 from processes import started
 
 from llama.io import swap
-from short_gpt import ShortGPTError
+from short_gpt import ShortGPTError, jobs
 from short_gpt.healing import (
     CachedTeacher,
     HealingJob,
@@ -54,6 +60,27 @@ def test_a_second_process_is_told_who_works_on_a_state_until_that_is_killed(tmp_
     del state
     gc.collect()
     assert not (tmp_path / ".scores.json.state.lock").exists()
+
+
+@pytest.mark.parametrize(("method", "kind"), [("refit", "refit"), ("refit,lora", "training")])
+def test_a_second_healing_is_told_before_it_opens_the_model(tmp_path, monkeypatch, method, kind):
+    write_byte_tokenizer(
+        save_checkpoint(tmp_path / "meta", make_transformer(vocab_size=BYTE_VOCAB))
+    )
+    running = started(tmp_path / "first", children.holding, tmp_path / f"out.{kind}")
+
+    def opened(*_: object, **__: object) -> None:
+        raise AssertionError("the model was opened")
+
+    monkeypatch.setattr("short_gpt.jobs.healing._opened", opened)
+    arguments = (str(tmp_path / "meta"), str(tmp_path / "out"), method)
+    said = f"out.{kind} is in use by process {running.processes[0].pid}"
+    with pytest.raises(ShortGPTError, match=said):
+        jobs.heal(*arguments, choice=jobs.Choice([2]))
+    running.processes[0].kill()
+    running.end()
+    with pytest.raises(AssertionError, match="was opened"):
+        jobs.heal(*arguments, choice=jobs.Choice([2]))
 
 
 def test_every_kind_of_state_is_one_processs_alone(tmp_path):

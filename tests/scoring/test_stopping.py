@@ -313,10 +313,13 @@ def test_no_rule_with_this_promise_reads_less_than_the_hypergeometric_bound():
 def test_what_settles_an_answer_says_what_it_promises():
     sums = Importance.empty(range(LAYERS))
     sums.add(scores(torch.arange(LAYERS) + 1e-3 * torch.rand(400, LAYERS)))
-    for confidence, share in ((0.99, "1%"), (0.975, "2.5%")):
-        line = str(Stop(3, confidence=confidence).judge(sums, 4000))
+    for confidence, share, rare in ((0.99, "1%", 0.02), (0.975, "2.5%", 0.055)):
+        line = str(Stop(3, confidence=confidence, rare=rare).judge(sums, 4000))
         assert line.startswith(f"set of the 3 lowest settled at {confidence} after 400 of 4,000")
-        assert line.endswith(f"; of all runs at most {share} end early and wrong")
+        assert line.endswith(
+            f"; of all runs at most {share} end early and wrong, unless windows decide that make "
+            f"up less than {100 * rare:g}% of all"
+        )
 
 
 def test_many_looks_at_two_layers_as_good_as_tied_err_no_more_than_stated():
