@@ -24,6 +24,7 @@ class Generator(Protocol):
     """A model that is proved: its logits, and the tokens that it finds likeliest."""
 
     decoder: Decoder
+    kept: list[int]
 
     def greedy(self, ids: list[int], count: int, *, use_cache: bool = True) -> list[int]: ...
 

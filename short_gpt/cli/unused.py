@@ -9,9 +9,9 @@ from pathlib import Path
 from short_gpt.data.texts import has_columns, has_split
 from short_gpt.evaluation.protocols import PROTOCOLS
 from short_gpt.jobs.inputs import listed
-from short_gpt.opening import reads_tokenizer
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.selection.methods import BY_LOSS, GREEDY, METHODS
+from short_gpt.wrappers.opening import reads_tokenizer
 
 Values = Mapping[str, object]  # of all flags of a command, defaults included
 
