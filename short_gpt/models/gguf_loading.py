@@ -1,4 +1,4 @@
-"""How transformers reads a GGUF file: its header once, its tensors one at a time, and all of them."""
+"""How transformers reads a GGUF file: its header once, each tensor by itself, and all of them."""
 
 from __future__ import annotations
 
