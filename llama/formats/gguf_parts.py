@@ -105,10 +105,14 @@ class GGUFParts:
         values = torch.empty(place.shape, dtype=dtype or torch.float32)  # (..., D)
         rows = values.view(-1, width)
         row_bytes = place.nbytes // len(rows)
-        with open(self.paths[self._part[name]], "rb") as file:
+        path = self.paths[self._part[name]]
+        with open(path, "rb") as file:
             file.seek(place.start)
             for part in rows.split(max(1, CHUNK_VALUES // width)):  # dequantizing takes copies
-                raw = np.fromfile(file, np.uint8, len(part) * row_bytes).reshape(len(part), -1)
+                raw = np.fromfile(file, np.uint8, len(part) * row_bytes)
+                if len(raw) < len(part) * row_bytes:
+                    raise InputError(f"{path} was cut off while it was read")
+                raw = raw.reshape(len(part), -1)
                 found = raw.view(plain) if plain else quants.dequantize(raw, kind)
                 part.copy_(torch.from_numpy(found.astype(np.float32, copy=False)))
         return values
