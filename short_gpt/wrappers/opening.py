@@ -10,6 +10,7 @@ import torch
 
 from llama import Llama
 from llama.checkpoint.meta import args_of_params, read_params
+from llama.formats.gguf_parts import part_paths
 from llama.io.hub import resolve
 from llama.io.sources import is_meta, kind_of
 from llama.parallel import choose_device, choose_dtype, initialize, several_ranks
@@ -239,14 +240,15 @@ def weights_of(source: str) -> str | None:
     The same weights in another format, or in other shards, have another one too.
 
     Args:
-        source: directory in either format, GGUF file or hub id, which is fetched.
+        source: directory in either format, GGUF file or hub id, which is fetched. Of a GGUF model
+            in several files any of them stands for all.
 
     Returns:
         None where there are none of a known format. All bytes are read, once in a process.
     """
     kind = kind_of(source)
     if kind == "gguf":
-        return files_digest([Path(source)])
+        return files_digest(part_paths(Path(source)))
     folder = resolve(source)
     for pattern in ("consolidated.*.pth",) if kind == "meta" else ("*.safetensors", "*.bin"):
         if files := sorted(folder.glob(pattern)):
