@@ -321,8 +321,8 @@ def test_what_settles_an_answer_says_what_it_promises():
 
 
 def test_a_verdict_tells_its_kind_of_answer_and_its_windows():
-    verdict = Verdict(Stop(3, angular=True), False, 400, None, (2, 5), 1.5, 4.25)
-    told = "best block NOT settled at 0.99 by 400 windows; closest blocks that start at 2 and 5"
+    verdict = Verdict(Stop(3, angular=True), False, 297, None, (2, 5), 1.5, 4.25)
+    told = "best block NOT settled at 0.99 by 297 windows; closest blocks that start at 2 and 5"
     assert str(verdict) == f"{told}: z = 1.50, needed 4.25"
 
 
