@@ -14,8 +14,8 @@ import evidence_tables as evidence
 import healing_tables as healing
 from evidence_tables import result
 
-from short_gpt.experiments.comparison import Row
-from short_gpt.report import tables as report
+from short_gpt.cli import tables
+from short_gpt.jobs.rows import Row
 from short_gpt.scoring.stopping import Stop
 
 
@@ -199,7 +199,7 @@ def greedy() -> str:
 
 def compared() -> str:
     found = result("compare")
-    return report.compared([Row(**row) for row in found["rows"]], found["agreement"])
+    return tables.compared([Row(**row) for row in found["rows"]], found["agreement"])
 
 
 def rows(file: str = "compare") -> dict[tuple[str, int, str], dict]:
