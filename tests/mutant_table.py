@@ -327,8 +327,8 @@ MUTANTS = [
         "test_distillation_starts_from_the_refit",
     ),
     (
-        "if found[CHECKED] != content_digest(found):",
-        "if False:",
+        "as_saved = found[CHECKED] == content_digest(found)",
+        "as_saved = True",
         "test_what_was_edited_or_damaged_is_refused",
     ),
     (
