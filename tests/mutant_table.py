@@ -98,8 +98,8 @@ MUTANTS = [
         "test_each_takes_its_layers_in_original_numbers",
     ),
     (
-        "[importance.layers[i] for i in",
-        "[i for i in",
+        "[importance.layers[place] for place in",
+        "[place for place in",
         "test_each_takes_its_layers_in_original_numbers",
     ),
     (

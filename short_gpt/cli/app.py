@@ -11,7 +11,7 @@ from importlib import metadata
 from traceback import clear_frames
 
 from llama.parallel import several_ranks
-from short_gpt.cli import ALONE, COMMANDS
+from short_gpt.cli import ALONE, COMMANDS, REMOVED
 from short_gpt.cli.flags import flags_of, prepared, similar, typed
 from short_gpt.cli.help import help_of, overview
 from short_gpt.cli.streams import lenient
@@ -108,6 +108,8 @@ def answer(argv: list[str]) -> str | None:
     if not argv or argv[0] in (*HELP, "--"):
         return overview(COMMANDS)
     name = argv[0]
+    if name in REMOVED:
+        raise ShortGPTError(f"the command {name} was removed: {REMOVED[name]}")
     if name not in COMMANDS:
         known = ", ".join(COMMANDS)
         raise ShortGPTError(f"no command {name!r}{similar(name, COMMANDS)}; there are {known}")

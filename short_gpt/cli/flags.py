@@ -57,6 +57,10 @@ ALSO = {
     },
     "convert": {"source": "model"},
 }
+REMOVED = {
+    ("rank", "healed"): "heal what --method sleb removes",
+    ("rank", "budget"): "it was for --method evolution, which is gone; use sleb",
+}
 ALSO_EVERYWHERE = {
     "n_prune_layers": ("n",),
     "ckpt_dir": ("model",),
@@ -237,6 +241,8 @@ def named(command: str, written: str, flags: Mapping[str, Flag]) -> str:
     wanted = also.get(flag) or (flag, *ALSO_EVERYWHERE.get(flag, ()))
     exists = [f for f in wanted if f in flags]
     if not exists or not written.startswith("--"):
+        if said := REMOVED.get((command, flag)):
+            raise ShortGPTError(f"{command} {written} was removed: {said}")
         close = similar(f"--{flag}", [f"--{f}" for f in flags])
         raise ShortGPTError(f"{command} has no flag {written}{close}; see {command} --help")
     return exists[0]

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from short_gpt.healing.closed_forms import PatchSettings, RefitSettings
 from short_gpt.healing.distillation import Distillation
-from short_gpt.healing.healed_search import search_healed
 from short_gpt.healing.job import HealingEvidence, HealingJob
 from short_gpt.healing.linear_patch import RIDGE, Patch
 from short_gpt.healing.linear_patch import heal as heal_patch
@@ -53,5 +52,4 @@ __all__ = [
     "heal_refit",
     "recipe_for",
     "require_packages",
-    "search_healed",
 ]

@@ -99,7 +99,7 @@ def _load(
     if not return_tensors:
         return found
     _check_size(parts, model_to_load)
-    kinds, architecture = reading.TENSOR_PROCESSORS, parts.fields["general.architecture"]
+    kinds, architecture = reading.TENSOR_PROCESSORS, str(parts.fields["general.architecture"])
     processor = kinds.get(architecture, reading.TensorProcessor)(config=found["config"])
     names = reading.get_gguf_hf_weights_map(model_to_load, processor)
     weights: dict[str, Tensor] = {}

@@ -31,7 +31,8 @@ from short_gpt.models.layer_calls import LayerCalls
 from short_gpt.models.summands import Summand, Summands
 from short_gpt.models.weight_changes import restored_on_error
 from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
-from short_gpt.selection.mending import Gap
+
+Gap = tuple[int, int]  # places of the first and the last of removed layers that follow each other
 
 
 @dataclass
@@ -49,7 +50,7 @@ class _Batch:
 
 
 class GapRefits:
-    """Refits of the layers in front of gaps, for trials; a `selection.mending.Mending`.
+    """Refits of the layers in front of gaps, for models that are tried out.
 
     Beside the model it holds the states of all windows, and of layers in front of gaps the inputs
     of their last matrix, (N, F); and a matrix for every gap.
@@ -75,11 +76,6 @@ class GapRefits:
         self._windows, self._held, self._batch_size = windows, held, batch_size
         self._ends: dict[int, Summand] = {}
         self._values: dict[Gap, dict[str, Tensor]] = {}
-
-    def layers_run(self, gaps: Iterable[Gap]) -> int:
-        """Layers, each on one window, that run where all of these gaps are new to `prepare`."""
-        last = max((end for _, end in gaps), default=-1)
-        return (last + 1) * (len(self._windows) + len(self._held))
 
     def prepare(self, gaps: Iterable[Gap]) -> None:
         """Fits what is missing for these gaps, in one pass, and forgets others.
