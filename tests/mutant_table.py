@@ -548,64 +548,58 @@ SURGERY = (
 
 HEALING = (
     Section(
-        "short_gpt/healing/moments.py",
-        "tests/healing/test_linear_patch.py",
-        (
-            (
-                "ridge * self.gram.trace() / len(self.gram)",
-                "ridge * self.gram.trace()",
-                "test_the_solution_is_the_minimum_and_the_share_is_what_it_leaves",
-            ),
-            (
-                "(inputs.T @ rest).cpu()",
-                "(rest.T @ inputs).cpu()",
-                "test_a_linear_map_is_recovered",
-            ),
-            (
-                "dtype=torch.float64) + change, self",
-                "dtype=torch.float64) - change, self",
-                "test_a_linear_map_is_recovered",
-            ),
-            (
-                "left = self.square - 2 * (",
-                "left = self.square - (",
-                "test_the_solution_is_the_minimum_and_the_share_is_what_it_leaves",
-            ),
-        ),
-    ),
-    Section(
-        "short_gpt/healing/refit_pass.py",
+        "short_gpt/healing/refit.py",
         "tests/healing/test_refit.py",
         (
             (
-                "self._move(windows, range(place + 1, after), whole, to=whole)",
-                "self._move(windows, [], whole, to=whole)",
+                "batches.run_all(removed, original, original)",
+                "pass",
                 "test_in_the_model_that_is_left_every_matrix_solves_its_normal_equations",
             ),
             (
-                "if place == self._start > 0:",
+                "if copied:",
                 "if False:",
                 "test_in_the_model_that_is_left_every_matrix_solves_its_normal_equations",
             ),
             (
-                "self._start = max(min(gone) - 1, 0)",
-                "self._start = min(gone)",
+                "start = max(first_removed - 1, 0)",
+                "start = first_removed",
                 "test_in_the_model_that_is_left_every_matrix_solves_its_normal_equations",
             ),
             (
-                "left[batch] = embedded",
+                "pruned[batch] = embedded",
                 "pass",
-                "test_the_first_layers_may_go_and_halves_may_be_left_alone",
+                "test_the_first_layers_may_go_and_sublayers_may_be_left_alone",
             ),
             (
-                "left[batch] = embedded",
-                "left[batch] = 0 * embedded",
-                "test_the_first_layers_may_go_and_halves_may_be_left_alone",
+                "pruned[batch] = embedded",
+                "pruned[batch] = 0 * embedded",
+                "test_the_first_layers_may_go_and_sublayers_may_be_left_alone",
             ),
             (
-                "for place, after in [*zip(self._kept, ends, strict=True)][self.state.done :]:",
-                "for place, after in [*zip(self._kept, ends, strict=True)]:",
+                "in visits[state.done :]:\n        original",
+                "in visits:\n        original",
                 "tests/healing/test_refit_streamed.py::test_an_interrupted_refit_goes_on_bit_for_bit_and_does_nothing_twice[1-True]",
+            ),
+            (
+                "Visit(i, after, after > i + 1, copied=True)",
+                "Visit(i, after, after > i + 1, copied=i == 1)",
+                "tests/healing/test_patch.py::test_of_every_gap_the_layer_before_is_solved_on_the_original_models_states",
+            ),
+            (
+                "found = best(fitted(replace(both",
+                "found = max(fitted(replace(both",
+                "test_settings_are_tried_one_after_the_other_with_what_was_best_before",
+            ),
+            (
+                "return min(refits, key",
+                "return max(refits, key",
+                "test_settings_are_tried_one_after_the_other_with_what_was_best_before",
+            ),
+            (
+                "if i not in chosen]",
+                "]",
+                "test_every_eighth_window_chooses_the_ridge",
             ),
         ),
     ),
@@ -614,32 +608,32 @@ HEALING = (
         "tests/healing/test_refit.py",
         (
             (
-                'behind = self._added(batch, self.ends["mlp"])',
-                "behind = self._whole[batch]",
+                'leaving = self._added(batch, self.projections["mlp"])',
+                "leaving = self._target[batch]",
                 "test_in_the_model_that_is_left_every_matrix_solves_its_normal_equations",
             ),
             (
-                'between if "mlp" in self.ends else between - whole',
+                'between if "mlp" in self.projections else between - leaving',
                 "between",
                 "test_in_the_model_that_is_left_every_matrix_solves_its_normal_equations",
             ),
             (
-                "else between + self._whole[batch]",
+                "else between + self._target[batch]",
                 "else between",
                 "test_in_the_model_that_is_left_every_matrix_solves_its_normal_equations",
             ),
             (
-                'if self._solving.weights == "inverse":',
-                'if self._solving.weights == "equal":',
+                'if self._settings.weights == "inverse":',
+                'if self._settings.weights == "equal":',
                 "test_in_the_model_that_is_left_every_matrix_solves_its_normal_equations",
             ),
             (
-                "return (stream + out.view_as(stream))",
-                "return (stream - out.view_as(stream))",
+                "return (before + added.view_as(before))",
+                "return (before - added.view_as(before))",
                 "test_in_the_model_that_is_left_every_matrix_solves_its_normal_equations",
             ),
             (
-                "if not windows.held[batch]:\n                    yield replace(",
+                "if not batches.held_out[batch]:\n                    yield replace(",
                 "if True:\n                    yield replace(",
                 "test_the_ridge_is_chosen_by_the_windows_kept_apart",
             ),
@@ -649,36 +643,35 @@ HEALING = (
                 "tests/healing/test_refit_streamed.py::test_of_a_streamed_layer_the_last_matrices_alone_are_left_while_the_mlps_is_solved",
             ),
             (
-                "own.callback(keep_values(",
+                "restored.callback(keep_values(",
                 "id(keep_values(",
                 "test_every_family_is_read_only_refitted_and_put_back_bit_for_bit",
             ),
             (
-                "windows.calls.keep_only(self._place, last)",
+                "batches.calls.keep_only(self._index, last)",
                 "pass",
                 "tests/healing/test_refit_streamed.py::test_of_a_streamed_layer_the_last_matrices_alone_are_left_while_the_mlps_is_solved",
             ),
-        ),
-    ),
-    Section(
-        "short_gpt/healing/known_attention.py",
-        "tests/healing/test_known_attention.py",
-        (
             (
-                "self.proved = torch.equal(calls.run(place, state), expected)",
+                "names = names[-1:]",
+                "names = names[:1]",
+                "tests/healing/test_patch.py::test_before_the_first_gap_it_is_the_refit",
+            ),
+            (
+                "self.proved = torch.equal(calls.run(index, state), expected)",
                 "self.proved = True",
-                "test_an_attention_that_gives_more_than_its_matrix_is_not_taken_for_known",
+                "tests/healing/test_known_attention.py::test_an_attention_that_gives_more_than_its_matrix_is_not_taken_for_known",
             ),
             (
-                "self.proved = torch.equal(calls.run(place, state), expected)",
+                "self.proved = torch.equal(calls.run(index, state), expected)",
                 "self.proved = False",
-                "test_behind_its_solution_an_attention_is_not_computed_again",
+                "tests/healing/test_known_attention.py::test_behind_its_solution_an_attention_is_not_computed_again",
             ),
         ),
     ),
     Section(
-        "short_gpt/healing/half.py",
-        "tests/healing/test_half.py",
+        "short_gpt/healing/solver.py",
+        "tests/healing/test_solver.py",
         (
             (
                 "squares = self.target.pow(2).sum(1)",
@@ -686,17 +679,17 @@ HEALING = (
                 "tests/healing/test_refit.py::test_in_the_model_that_is_left_every_matrix_solves_its_normal_equations",
             ),
             (
-                "(tokens.target - tokens.stream) / end.factor - end.normed(given)",
-                "(tokens.target - tokens.stream) * end.factor - end.normed(given)",
+                "(tokens.target - tokens.residual) / projection.factor",
+                "(tokens.target - tokens.residual) * projection.factor",
                 "tests/healing/test_refit.py::test_in_the_model_that_is_left_every_matrix_solves_its_normal_equations",
             ),
             (
-                "inputs = inputs / _rms(given)",
-                "inputs = inputs * _rms(given)",
+                "inputs = inputs / _rms(outputs)",
+                "inputs = inputs * _rms(outputs)",
                 "test_a_matrix_behind_which_a_norm_stands_is_brought_near_what_gave_the_targets",
             ),
             (
-                "if left < self._left:",
+                "if held_out < self._error:",
                 "if True:",
                 "test_what_would_raise_the_error_on_tokens_kept_apart_is_not_taken",
             ),
@@ -711,18 +704,18 @@ HEALING = (
                 "test_the_weight_of_a_norm_that_was_scaled_is_found_back",
             ),
             (
-                "sums.square <= noise**2 * sums.tokens",
-                "sums.square <= noise * sums.tokens",
+                "equations.square <= noise**2 * equations.tokens",
+                "equations.square <= noise * equations.tokens",
                 "test_what_a_token_lacks_by_rounding_alone_is_not_solved",
             ),
             (
-                "sums.square <= noise**2 * sums.tokens or not",
+                "equations.square <= noise**2 * equations.tokens or not",
                 "not",
                 "test_what_a_token_lacks_by_rounding_alone_is_not_solved",
             ),
             (
-                "taken = restore  # the former best's copy goes before there is another",
-                "pass",
+                "set_best = restore  # frees",
+                "pass  # frees",
                 "test_a_wide_matrix_is_solved_beside_two_copies_of_it_and_a_block_of_columns",
             ),
             (
@@ -731,16 +724,10 @@ HEALING = (
                 "test_a_matrix_behind_which_a_norm_stands_is_brought_near_what_gave_the_targets",
             ),
             (
-                "            taken()",
+                "            set_best()",
                 "            pass",
                 "test_a_matrix_behind_which_a_norm_stands_is_brought_near_what_gave_the_targets",
             ),
-        ),
-    ),
-    Section(
-        "short_gpt/healing/normal_equations.py",
-        "tests/healing/test_half.py",
-        (
             (
                 "(rows @ inputs[:, start:]).cpu()",
                 "(rows @ inputs[:, start:]).cpu() * 2",
@@ -757,17 +744,17 @@ HEALING = (
                 "test_the_sums_in_blocks_solve_the_normal_equations",
             ),
             (
-                " + aim**2 * penalty * size",
+                " + step**2 * penalty * size",
                 "",
                 "test_the_sums_in_blocks_solve_the_normal_equations",
             ),
             (
-                "aim * (2 - aim) * given",
-                "aim * given",
+                "step * (2 - step) * gained",
+                "step * gained",
                 "tests/healing/test_refit.py::test_in_the_model_that_is_left_every_matrix_solves_its_normal_equations",
             ),
             (
-                "torch.from_numpy(aim * change)",
+                "torch.from_numpy(step * change)",
                 "torch.from_numpy(change)",
                 "tests/healing/test_refit.py::test_in_the_model_that_is_left_every_matrix_solves_its_normal_equations",
             ),
@@ -782,7 +769,7 @@ HEALING = (
                 "test_a_wide_matrix_is_solved_beside_two_copies_of_it_and_a_block_of_columns",
             ),
             (
-                "        self._fill(diagonal)\n        room",
+                "        self._mirror(diagonal)\n        room",
                 "        room",
                 "test_a_matrix_that_is_not_positive_by_rounding_is_solved_all_the_same",
             ),
@@ -798,12 +785,12 @@ HEALING = (
         "tests/healing/test_refit_streamed.py",
         (
             (
-                "return self._pairs[name][(self.done + 1) % 2]",
-                "return self._pairs[name][self.done % 2]",
+                "return self._turns[model][(self.done + 1) % 2]",
+                "return self._turns[model][self.done % 2]",
                 "test_an_interrupted_refit_goes_on_bit_for_bit_and_does_nothing_twice[1-True]",
             ),
             (
-                "            self._stored.read(self.folder / name)",
+                "            self._stored.read(folder / name)",
                 "            pass",
                 "test_an_interrupted_refit_goes_on_bit_for_bit_and_does_nothing_twice[2-True]",
             ),
@@ -815,12 +802,23 @@ HEALING = (
         ),
     ),
     Section(
+        "short_gpt/healing/texts.py",
+        "tests/healing/test_healing.py",
+        (
+            (
+                "torch.full_like(tokens, IGNORED)",
+                "torch.zeros_like(tokens)",
+                "test_padding_is_no_target",
+            ),
+        ),
+    ),
+    Section(
         "short_gpt/healing/refit_memory.py",
         "tests/healing/test_refit_streamed.py",
         (
             (
-                "return max((read, made, solved), key",
-                "return min((read, made, solved), key",
+                "return max((read, summed, solved), key",
+                "return min((read, summed, solved), key",
                 "test_a_llama_2_7b_is_refitted_within_3_gb",
             ),
             (
@@ -898,45 +896,13 @@ HEALING = (
         ),
     ),
     Section(
-        "short_gpt/models/summands.py",
-        "tests/healing/test_half.py",
+        "short_gpt/models/sublayers.py",
+        "tests/healing/test_solver.py",
         (
             (
                 "if not (_follows(run, matrix, norm) and _is_rms(norm)):",
                 "if not _follows(run, matrix, norm):",
                 "test_a_norm_behind_is_proved_and_not_believed[gemma2]",
-            ),
-        ),
-    ),
-    Section(
-        "short_gpt/healing/refit_best.py",
-        "tests/healing/test_refit.py",
-        (
-            (
-                "best = min(chain([best], alone), key=loss)",
-                "best = max(chain([best], alone), key=loss)",
-                "test_settings_are_tried_one_after_the_other_with_what_was_best_before",
-            ),
-            (
-                "best = min(chain([best], others), key=loss)",
-                "best = max(chain([best], others), key=loss)",
-                "test_settings_are_tried_one_after_the_other_with_what_was_best_before",
-            ),
-            (
-                "best = min((fitted",
-                "best = max((fitted",
-                "test_settings_are_tried_one_after_the_other_with_what_was_best_before",
-            ),
-        ),
-    ),
-    Section(
-        "short_gpt/healing/refit.py",
-        "tests/healing/test_refit.py",
-        (
-            (
-                "if i not in places]",
-                "]",
-                "test_every_eighth_window_chooses_the_ridge",
             ),
         ),
     ),
@@ -957,24 +923,8 @@ HEALING = (
         ),
     ),
     Section(
-        "short_gpt/healing/folding.py",
-        "tests/healing/test_linear_patch.py",
-        (
-            (
-                "else linear_map.T @ exact",
-                "else linear_map @ exact",
-                "test_a_layer_linear_in_the_mlp_before_is_restored_exactly",
-            ),
-            (
-                "(bias.detach().cpu().double() @ linear_map)",
-                "bias.detach().cpu().double()",
-                "test_folded_is_hooked_and_undone[phi]",
-            ),
-        ),
-    ),
-    Section(
         "short_gpt/models/numbering.py",
-        "tests/healing/test_linear_patch.py",
+        "tests/healing/test_patch.py",
         (
             (
                 "found[-1][1] == place - 1",
@@ -984,24 +934,8 @@ HEALING = (
         ),
     ),
     Section(
-        "short_gpt/healing/linear_patch.py",
-        "tests/healing/test_linear_patch.py",
-        (
-            (
-                "[here].float()  # M (N, D)",
-                ".flatten(0, 1).float()[: int(here.sum())]  # M (N, D)",
-                "test_sets_fitted_together_are_those_fitted_alone_and_padding_does_not_count",
-            ),
-            (
-                "        undo()\n        raise\n    return patch",
-                "        raise\n    return patch",
-                "test_a_patch_whose_layers_cannot_go_leaves_the_weights_alone",
-            ),
-        ),
-    ),
-    Section(
         "short_gpt/models/layer_hooks.py",
-        "tests/healing/test_linear_patch.py",
+        "tests/healing/test_patch.py",
         (
             (
                 "worst <= 16 * torch.finfo(before.dtype).eps",
@@ -1012,32 +946,6 @@ HEALING = (
                 "if not worst <= 16",
                 "if worst > 16",
                 "test_the_proof_refuses_what_is_no_number",
-            ),
-        ),
-    ),
-    Section(
-        "short_gpt/healing/divergence.py",
-        "tests/healing/test_divergence.py",
-        (
-            (
-                "    value += rest.exp() * (",
-                "    value += 0 * rest.exp() * (",
-                "test_what_is_not_kept_is_one_event_more",
-            ),
-            (
-                "q *= (1 - rest.exp() / others)[:, None]",
-                "q *= (1 - rest.exp())[:, None]",
-                "test_what_is_not_kept_is_one_event_more",
-            ),
-            (
-                "(logs.clamp_min(limits.min) - own)",
-                "(logs - own)",
-                "test_a_teacher_that_is_certain_and_words_that_cannot_be_give_no_nan",
-            ),
-            (
-                "torch.logaddexp(self.logs.logsumexp(-1), self.rest)",
-                "self.logs.logsumexp(-1)",
-                "test_rounded_probabilities_sum_to_one_again",
             ),
         ),
     ),
@@ -1064,6 +972,26 @@ HEALING = (
                 '{"windows": windows}, own)',
                 "own)",
                 "test_predictions_of_something_else_are_refused",
+            ),
+            (
+                "    value += rest.exp() * (",
+                "    value += 0 * rest.exp() * (",
+                "tests/healing/test_divergence.py::test_what_is_not_kept_is_one_event_more",
+            ),
+            (
+                "q *= (1 - rest.exp() / others)[:, None]",
+                "q *= (1 - rest.exp())[:, None]",
+                "tests/healing/test_divergence.py::test_what_is_not_kept_is_one_event_more",
+            ),
+            (
+                "(logs.clamp_min(limits.min) - own)",
+                "(logs - own)",
+                "tests/healing/test_divergence.py::test_a_teacher_that_is_certain_and_words_that_cannot_be_give_no_nan",
+            ),
+            (
+                "torch.logaddexp(self.logs.logsumexp(-1), self.rest)",
+                "self.logs.logsumexp(-1)",
+                "tests/healing/test_divergence.py::test_rounded_probabilities_sum_to_one_again",
             ),
         ),
     ),
@@ -1105,22 +1033,6 @@ HEALING = (
         ),
     ),
     Section(
-        "short_gpt/healing/closed_forms.py",
-        "tests/healing/test_chain.py",
-        (
-            (
-                "        if kept.there:\n",
-                "        if False:\n",
-                "test_an_interrupted_chain_goes_on_bit_for_bit_and_does_nothing_twice",
-            ),
-            (
-                '"settings": json.loads(json.dumps(vars(self)))',
-                '"settings": {}',
-                "test_what_was_kept_of_another_run_is_refused",
-            ),
-        ),
-    ),
-    Section(
         "short_gpt/healing/job.py",
         "tests/healing/test_chain.py",
         (
@@ -1137,41 +1049,23 @@ HEALING = (
         ),
     ),
     Section(
-        "short_gpt/healing/batching.py",
-        "tests/healing/test_healing.py",
-        (
-            # padding as a target
-            (
-                "torch.full_like(tokens, IGNORED)",
-                "torch.zeros_like(tokens)",
-                "test_padding_is_no_target",
-            ),
-        ),
-    ),
-    Section(
-        "short_gpt/healing/adapters.py",
-        "tests/healing/test_healing.py",
-        (
-            (
-                "lora_alpha=recipe.rank if recipe.alpha is None",
-                "lora_alpha=1 if recipe.alpha is None",
-                "test_without_an_alpha_changes_count_as_they_are",
-            ),
-        ),
-    ),
-    Section(
         "short_gpt/healing/lora.py",
         "tests/healing/test_healing.py",
         (
             (
-                "kept_step=min(learned, key",
-                "kept_step=max(learned, key",
+                "kept_step=min(losses, key",
+                "kept_step=max(losses, key",
                 "test_training_that_only_harms_leaves_the_model_as_it_was",
             ),
             (
                 "    check_disjoint(run.training, run.validation)\n",
                 "",
                 "test_healing_refused",
+            ),
+            (
+                "lora_alpha=recipe.rank if recipe.alpha is None",
+                "lora_alpha=1 if recipe.alpha is None",
+                "test_without_an_alpha_changes_count_as_they_are",
             ),
         ),
     ),
@@ -2134,72 +2028,9 @@ RANKS = (
 
 CHOICE = (
     Section(
-        "short_gpt/healing/gap_refit.py",
-        "tests/healing/test_healed_search.py",
-        (
-            (
-                "if b.held == held",
-                "if b.held != held",
-                "test_in_front_of_a_gap_the_refit_is_that_of_the_whole_refit",
-            ),
-            (
-                "setattr(module, name, parameter)",
-                "pass",
-                "test_the_model_is_left_as_it_was_to_the_very_parameters",
-            ),
-            (
-                "return (last + 1) * (len",
-                "return last * (len",
-                "test_evaluations_are_the_layers_run_in_trials_and_in_fits",
-            ),
-            (
-                "for gap, value in self._values.items() if gap in wanted}",
-                "for gap, value in self._values.items()}",
-                "test_only_gaps_that_a_round_tries_are_held",
-            ),
-        ),
-    ),
-    Section(
-        "short_gpt/healing/healed_search.py",
-        "tests/healing/test_healed_search.py",
-        (
-            (
-                "scored = windows[::SCORED_EVERY]",
-                "scored = windows",
-                "test_every_fourth_window_scores_and_the_others_are_fitted_on",
-            ),
-        ),
-    ),
-    Section(
-        "short_gpt/selection/trials.py",
-        "tests/healing/test_healed_search.py",
-        (
-            (
-                "self._count_fits(self._gaps_of(candidates, gone))",
-                "pass",
-                "test_evaluations_are_the_layers_run_in_trials_and_in_fits",
-            ),
-            (
-                "with self._mended(gone):",
-                "with self._mended(self.result.removed):",
-                "test_losses_are_those_of_models_really_healed",
-            ),
-            (
-                "with self._mended(self.result.removed):",
-                "with self._mended([]):",
-                "test_losses_are_those_of_models_really_healed",
-            ),
-        ),
-    ),
-    Section(
         "short_gpt/selection/many_sets.py",
         "tests/selection/test_many_sets.py",
         (
-            (
-                "ahead.get(place) if mends and place not in layers else None",
-                "None",
-                "test_mended_sets_are_those_mended_alone",
-            ),
             (
                 "run = [i for i in range(place, stop) if alike[i][0]]",
                 "run = [*range(place, stop)]",
@@ -2299,11 +2130,6 @@ CHOICE = (
                 "n if method in AS_SETS else most or n",
                 "most or n",
                 "test_evolution_is_run_for_every_number",
-            ),
-            (
-                "fitted_on=self._calibration[len(self._few) :]",
-                "fitted_on=self._calibration",
-                "test_the_search_as_healed_fits_on_the_windows_that_it_does_not_score_on",
             ),
         ),
     ),

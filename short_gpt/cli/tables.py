@@ -54,7 +54,6 @@ def search(found: Search, method: str) -> str:
         loss = found.losses[min(i, len(found.losses) - 1)][layer]
         rows.append(f"{layer:>5}  {loss:>10.4f}  {exp(loss):>12.3f}")
     alone = "without it alone" if method == "perplexity" else "without it and those above"
-    alone += ", gaps refitted" if method == "sleb_healed" else ""
     return "\n".join([*rows, "", f"loss {alone}", f"{METHODS[method]}: {found.removed}"])
 
 

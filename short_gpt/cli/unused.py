@@ -91,7 +91,6 @@ RULES = (
         "--max_perplexity_ratio",
         _given("max_perplexity_ratio"),
     ),
-    Rule(("rank",), ("healed",), "--method sleb", lambda v: v["method"] in GREEDY),
     Rule(("rank",), ("budget",), "--method evolution", lambda v: v["method"] == "evolution"),
     Rule(
         ("rank",),

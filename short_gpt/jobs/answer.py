@@ -6,10 +6,9 @@ import math
 from dataclasses import dataclass
 from functools import partial
 
-from short_gpt.healing import search_healed
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.scoring.stopping import Stop
-from short_gpt.selection.methods import BY_LOSS, GREEDY, check_method
+from short_gpt.selection.methods import BY_LOSS, check_method
 from short_gpt.selection.search import Search
 from short_gpt.wrappers.short_model import ShortModel
 
@@ -24,8 +23,6 @@ class Answer:
             random, perplexity, sleb or evolution.
         candidates: sleb and evolution only try the so many layers of lowest Block Influence; all
             if not given.
-        healed: sleb scores models with the layer in front of every gap refitted, for layers that
-            are healed once they are removed; every fourth window scores, the others are fitted on.
         budget: evolution runs so many times the layers that sleb would run.
         confidence: of all runs, at most 1 - confidence end early with another answer than that of
             all windows; of those that end early, more may be wrong. none reads all windows.
@@ -43,22 +40,14 @@ class Answer:
     confidence: float | None = 0.99
     rare: float = 0.02
     sublayers: bool = False
-    healed: bool = False
     budget: float = 1.0
 
     def __post_init__(self) -> None:
         check_method(self.method)
-        if self.healed and self.method not in GREEDY:
-            raise ShortGPTError(f"`healed` is for `method` sleb, got {self.method}")
         if not 0 < self.budget < math.inf:
             raise ShortGPTError(f"`budget` {self.budget}: expected a number above 0")
         if self.by_loss and self.n is None:
             raise ShortGPTError(f"`method` {self.method} needs `n`")
-
-    @property
-    def chosen_by(self) -> str:
-        """The name of the method in `selection.METHODS`."""
-        return "sleb_healed" if self.healed else self.method
 
     @property
     def by_loss(self) -> bool:
@@ -79,6 +68,4 @@ class Answer:
 
     def search(self, short: ShortModel, seed: int | None) -> partial[Search]:
         """The search by loss that answers, still to be given windows and a number of layers."""
-        if self.chosen_by == "sleb_healed":
-            return partial(search_healed, short)
         return partial(short.search, method=self.method, budget=self.budget, seed=seed or 0)

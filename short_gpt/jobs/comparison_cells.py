@@ -17,7 +17,7 @@ from short_gpt.data.disjoint import check_disjoint
 from short_gpt.evaluation.documents import TaskRun, task_changes
 from short_gpt.evaluation.paired import difference, losses, together
 from short_gpt.evaluation.perplexity import Perplexity
-from short_gpt.healing import refit, search_healed
+from short_gpt.healing import refit
 from short_gpt.jobs.cells import Cells
 from short_gpt.jobs.cost import size_without, tokens_per_second
 from short_gpt.jobs.gap_folds import Fold, gap_folds
@@ -173,10 +173,7 @@ class Comparison:
         return Search(content["removed"], trials)
 
     def _searcher(self, method: str) -> partial[Search]:
-        """A search by loss; as healed, it fits on the windows that the searches do not read."""
-        if method != "sleb_healed":
-            return partial(self.short.search, method=method)
-        return partial(search_healed, self.short, fitted_on=self._calibration[len(self._few) :])
+        return partial(self.short.search, method=method)
 
     def agreement(self, n: int, most: int) -> Agreement:
         """Whether the cheap rankings hold: Block Influence, angle and greedy search, all on the

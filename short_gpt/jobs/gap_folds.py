@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from short_gpt.healing import linear_patch
+from short_gpt.healing import PatchSettings, refit
 from short_gpt.jobs import peer_maps
 from short_gpt.jobs.rows import PATCHED, Windows
 from short_gpt.wrappers.short_model import ShortModel
@@ -31,7 +31,8 @@ def gap_folds(
         progress: whether to show a bar.
     """
     if healing == PATCHED:
-        patches = linear_patch.fit_many(short, sets, windows, progress=progress)
-        return [partial(linear_patch.fold, short, patch) for patch in patches]
+        options = {"settings": PatchSettings(), "progress": progress}
+        patches = [refit.fit(short, layers, windows, **options) for layers in sets]
+        return [partial(refit.fold, short, patch) for patch in patches]
     maps = peer_maps.fit_many(short, healing, sets, windows, progress=progress)
     return [partial(peer_maps.apply, short, found) for found in maps]

@@ -81,7 +81,7 @@ class Ranking:
             found = {"importance": self.importance.to_dict(), "settled": _settled(self.verdict)}
             return {**found, "bos": self.bos, **scored}
         assert self.search is not None
-        chosen = {"method": self.answer.chosen_by, "layers": self.search.removed}
+        chosen = {"method": self.answer.method, "layers": self.search.removed}
         return {"chosen": chosen, "search": vars(self.search), "bos": self.bos, **scored}
 
     def finish(self) -> None:
@@ -172,7 +172,7 @@ class _Settings:
         parts += [{"size": cut.size, "seed": cut.seed, "stride": cut.stride}]
         parts += [{"sublayers": answer.sublayers, "batch_size": self.running.batch_size}]
         if answer.by_loss:  # only these read a fixed number of windows for a fixed number of layers
-            parts += [{"method": answer.chosen_by, "n": answer.n, "candidates": answer.candidates}]
+            parts += [{"method": answer.method, "n": answer.n, "candidates": answer.candidates}]
             parts += [{"max_windows": cut.max_windows, "max_memory": self.running.max_memory}]
         if answer.method == "evolution":
             parts += [{"budget": answer.budget}]

@@ -20,10 +20,9 @@ METHODS: dict[str, str] = {
     "random": "random layers",
     "perplexity": "lowest perplexity without the one layer (Shortened LLaMA)",
     "sleb": "greedily, lowest loss without the layer, scored anew (SLEB)",
-    "sleb_healed": "greedily, lowest loss without the layer and the layer in front refitted",
     "evolution": "the set of lowest loss that evolution finds (EvoPress)",
 }
-GREEDY = ("sleb", "sleb_healed")
+GREEDY = ("sleb",)
 BY_LOSS = ("perplexity", *GREEDY, "evolution")  # these run the model without layers: see `search`
 AS_SETS = ("evolution",)  # of these, fewer layers are not a part of more
 BLOCKS = ("angular", "angular_all", "deepest")  # these remove consecutive layers

@@ -19,7 +19,6 @@ UNUSED = [
     (("prune", *TWO, "--layers", "1", "--confidence", 0.9), "--max_perplexity_ratio"),
     (("prune", *TWO, "--layers", "1", "--bos", "every"), "--max_perplexity_ratio"),
     (("rank", "model", "--n", 2, "--candidates", 3), "--method sleb"),
-    (("rank", "model", "--n", 2, "--healed"), "--method sleb"),
     (("rank", "model", "--n", 2, "--method", "sleb", "--budget", 2), "--method evolution"),
     (("rank", "model", "--confidence", 0.9), "--n, a --seed"),
     (("rank", "model", "--rare", 0.1), "--n, a --seed"),
@@ -134,6 +133,5 @@ def test_what_counts_or_asks_for_nothing_passes():
         {"sublayers": False, "method": "sleb", "n": 2},
         {"candidates": 3, "method": "sleb", "n": 2},
         {"candidates": 3, "method": "evolution", "budget": 2.0, "n": 2},
-        {"healed": True, "method": "sleb", "n": 2},
     ):
         refuse_unused("rank", given, defaults)

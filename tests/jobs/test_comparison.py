@@ -14,8 +14,7 @@ from conftest import CharTokenizer, make_transformer, random_windows, zero_layer
 from short_gpt import ShortLlama, heal_refit
 from short_gpt.cli.tables import compared
 from short_gpt.evaluation import TaskRun, TaskSuite, difference, losses, perplexity
-from short_gpt.healing import search_healed
-from short_gpt.healing.linear_patch import heal
+from short_gpt.healing import heal_patch as heal
 from short_gpt.jobs import Cases, Comparison, compare
 from short_gpt.jobs import comparison_cells as module
 from short_gpt.jobs.cost import size_without, tokens_per_second
@@ -52,15 +51,6 @@ def test_a_refitted_row_is_the_refitted_model_and_leaves_it_as_it_was():
     assert refitted.perplexity == pytest.approx(found.value, rel=1e-6) != rows[1].perplexity
     assert refitted.gain is not None and refitted.layers == rows[1].layers
     assert all(map(torch.equal, before, model.decoder.module.parameters()))
-
-
-def test_the_search_as_healed_fits_on_the_windows_that_it_does_not_score_on(rows):
-    few, rest = CALIBRATION[:4], CALIBRATION[4:]
-    healed = search_healed(short(), few, 3, fitted_on=rest, progress=False).removed
-    found = {r.n: r.layers for r in rows if (r.method, r.healing) == ("sleb_healed", "raw")}
-    assert found == {1: healed[:1], 3: healed}
-    with pytest.raises(ValueError, match="at least 2 windows to refit on"):
-        Comparison(short(), few, EVALUATION).layers("sleb_healed", 1)
 
 
 def test_evolution_is_run_for_every_number(rows):

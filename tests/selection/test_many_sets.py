@@ -5,25 +5,17 @@ from __future__ import annotations
 import itertools
 
 import pytest
-import torch
 from conftest import make_transformer, random_windows
 
 from llama.model import TransformerBlock
 from short_gpt.evaluation.perplexity import perplexity
-from short_gpt.healing.gap_refit import GapRefits
 from short_gpt.models.decoder import pad
 from short_gpt.models.layer_removal import without_layers
 from short_gpt.models.meta import MetaDecoder
-from short_gpt.models.numbering import runs
 from short_gpt.selection.many_sets import ManySets
-from short_gpt.selection.mending import Gap
 
 WINDOWS = random_windows(2, 16)
 SETS = [*itertools.combinations((1, 2, 3, 5), 2), (0, 6), (1, 2, 3, 5)]
-
-
-def gaps() -> set[Gap]:
-    return {gap for layers in SETS for gap in runs(layers, range(7))}
 
 
 def test_losses_are_those_of_each_set_alone_for_half_of_the_layers(monkeypatch):
@@ -36,20 +28,3 @@ def test_losses_are_those_of_each_set_alone_for_half_of_the_layers(monkeypatch):
     found = many.nats(*pad(WINDOWS, decoder))
     assert [found[s] for s in SETS] == pytest.approx(expected, rel=1e-6)
     assert len(ran) < 0.8 * sum(7 - len(layers) for layers in SETS)
-
-
-def test_mended_sets_are_those_mended_alone():
-    decoder = MetaDecoder(make_transformer(n_layers=7))
-    mending = GapRefits(decoder, random_windows(8, 18, seed=3), random_windows(2, 18, seed=4))
-    sets = [layers for layers in SETS if 0 not in layers]
-    mending.prepare(gaps() - {(0, 0)})
-    found = ManySets(decoder, sets, mending).nats(*pad(WINDOWS, decoder))
-    raw = ManySets(decoder, sets).nats(*pad(WINDOWS, decoder))
-    for layers in sets:
-        with mending.mended(runs(layers, range(7))), without_layers(decoder, layers):
-            alone = perplexity(decoder, [WINDOWS]).nats
-        assert found[layers] == pytest.approx(alone, rel=1e-6) != raw[layers]
-    tokens = torch.tensor(WINDOWS)
-    assert torch.equal(
-        decoder.logits(tokens), MetaDecoder(make_transformer(n_layers=7)).logits(tokens)
-    )
