@@ -113,22 +113,22 @@ MUTANTS = [
         "test_the_logits_are_those_of_layers_without_the_half",
     ),
     (
-        "self._move(windows, range(place + 1, after), whole, to=whole)",
-        "self._move(windows, [], whole, to=whole)",
+        "batches.run_all(removed, original, original)",
+        "pass",
         "test_in_the_model_that_is_left_every_matrix_solves_its_normal_equations",
     ),
     (
-        "if place == self._start > 0:",
+        "if copied:",
         "if False:",
         "test_in_the_model_that_is_left_every_matrix_solves_its_normal_equations",
     ),
     (
-        'behind = self._added(batch, self.ends["mlp"])',
-        "behind = self._whole[batch]",
+        'leaving = self._added(batch, self.projections["mlp"])',
+        "leaving = self._target[batch]",
         "test_in_the_model_that_is_left_every_matrix_solves_its_normal_equations",
     ),
     (
-        "if not windows.held[batch]:\n                    yield replace(",
+        "if not batches.held_out[batch]:\n                    yield replace(",
         "if True:\n                    yield replace(",
         "test_the_ridge_is_chosen_by_the_windows_kept_apart",
     ),
@@ -306,12 +306,12 @@ MUTANTS = [
     # What a run continues from: identities, digests, locks.
     (' != found.get("texts")', " is None", "test_a_state_of_other_windows_is_refused"),
     (
-        "return self._pairs[name][(self.done + 1) % 2]",
-        "return self._pairs[name][self.done % 2]",
+        "return self._turns[model][(self.done + 1) % 2]",
+        "return self._turns[model][self.done % 2]",
         "test_an_interrupted_refit_goes_on_bit_for_bit_and_does_nothing_twice[1-True]",
     ),
     (
-        "self._stored.read(self.folder / name)",
+        "self._stored.read(folder / name)",
         "pass",
         "test_an_interrupted_refit_goes_on_bit_for_bit_and_does_nothing_twice[2-True]",
     ),

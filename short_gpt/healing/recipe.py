@@ -126,10 +126,10 @@ def recipe_for(config: ModelConfig, preset: str = "paper", **changes: Any) -> Re
     Args:
         config: of the model, pruned or not.
         preset: "paper" takes rank, learning rate and size from the paper's table where the model
-            is in it, told by its type and widths, else rank 64 and 3e-4, the table's most
+            is in it, known by its type and widths, else rank 64 and 3e-4, the table's most
             common; "demo" is the public demonstration: rank 8, alpha 32, q_proj and v_proj, 1e-6;
             "small" is for minutes on a few processor cores.
-        changes: attributes of `Recipe`, which go before.
+        changes: attributes of `Recipe`, which take precedence.
 
     Raises:
         ShortGPTError: no such preset or attribute, or a value out of range.
@@ -146,10 +146,10 @@ def recipe_for(config: ModelConfig, preset: str = "paper", **changes: Any) -> Re
     if preset != "paper":
         return Recipe(**{**(DEMO if preset == "demo" else SMALL), **changes})
     text = config.get_text_config(decoder=True)
-    found: dict[str, object] = {}
+    published: dict[str, object] = {}
     for model, settings in PAPER:
         if all(getattr(text, name, None) == value for name, value in model.items()):
-            found = dict(settings)
+            published = dict(settings)
     if text.model_type == "qwen":
-        found["modules"] = FAMILIES["qwen"].lora
-    return Recipe(**{**found, **changes})
+        published["modules"] = FAMILIES["qwen"].lora
+    return Recipe(**{**published, **changes})

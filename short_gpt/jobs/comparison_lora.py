@@ -16,8 +16,8 @@ from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.healing import lora, refit
 from short_gpt.healing.distillation import Distillation
 from short_gpt.healing.recipe import ModelConfig, Recipe, recipe_for
-from short_gpt.healing.run_folder import begun
 from short_gpt.healing.teacher import LiveTeacher, Predictor
+from short_gpt.healing.trainer import begun
 from short_gpt.jobs.rows import Windows
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import ShortGPTError

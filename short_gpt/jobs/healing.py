@@ -12,7 +12,6 @@ from short_gpt.checkpoints.gguf import about_kinds, check_new_gguf
 from short_gpt.checkpoints.gguf_save import about_types, check_saved
 from short_gpt.checkpoints.provenance import PROVENANCE, Provenance
 from short_gpt.healing import (
-    RIDGE,
     DistillSettings,
     HealingJob,
     Learning,
@@ -22,6 +21,8 @@ from short_gpt.healing import (
     Source,
     Step,
 )
+from short_gpt.healing.solver import RIDGES
+from short_gpt.healing.steps import STEPS
 from short_gpt.jobs.choice import Choice, Chosen, chosen
 from short_gpt.jobs.distilling import Distilling
 from short_gpt.jobs.healed import Healing, reread
@@ -63,7 +64,7 @@ def heal(
 
     Refit and patch are closed forms, of minutes. LoRA learns the text, distillation what the whole
     model predicts; both also heal a model that was cut before, and take a Meta checkpoint to
-    Hugging Face's format and back. All but the patch continue when interrupted. No text is both
+    Hugging Face's format and back. All continue when interrupted. No text is both
     learned and evaluated on.
 
     Args:
@@ -188,15 +189,15 @@ def _steps(
     distill: DistillSettings,
 ) -> list[Step]:
     """What the methods take."""
-    ridge = RIDGE if settings.ridge is None else settings.ridge
+    ridges = RIDGES if settings.ridge is None else (settings.ridge,)
     few = CLOSED_WINDOWS if learned.max_windows is None else None
     made: dict[str, Step] = {
         "refit": settings.refit(max_windows=few),
-        "patch": PatchSettings(ridge, max_windows=few),
+        "patch": PatchSettings(ridges=ridges, max_windows=few),
         "lora": LoraSettings(recipe),
         "distill": distill,
     }
-    return [made[name] for name in methods]
+    return [made.get(name) or STEPS[name]() for name in methods]
 
 
 def _work_dir(out: str, methods: Sequence[str]) -> Path | None:

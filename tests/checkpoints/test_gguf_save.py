@@ -168,7 +168,7 @@ def test_heal_writes_what_it_changed_into_a_copy_of_the_file(here, capsys):
     run("heal", "model.gguf", "out.gguf", *HEALED)
     check_rounding(json.loads(Path("healed.json").read_text())["result"], capsys.readouterr().out)
     record = Provenance.beside("out.gguf")
-    assert record.removed_layers == [2, 3] and record.steps[0]["method"] == "linear patch"
+    assert record.removed_layers == [2, 3] and record.steps[0]["method"] == "patch"
     before, after = data(Path("model.gguf")), data(Path("out.gguf"))
     old = {name: name.replace("blk.2", "blk.4") for name in after}
     assert [n for n in after if after[n] != before[old[n]]] == ["blk.1.ffn_down.weight"]
@@ -244,7 +244,7 @@ def test_a_write_that_fails_loses_nothing(gemma, capsys, monkeypatch):
     def again(*_: object) -> None:
         raise AssertionError("a layer was solved again")
 
-    monkeypatch.setattr("short_gpt.healing.refit_pass.LayerRefit.learn", again)
+    monkeypatch.setattr("short_gpt.healing.refit_layer.LayerRefit.solve", again)
     run(*shlex.split(command)[1:])
     found = json.loads(Path("healed.json").read_text())["result"]["perplexity"]
     assert rows[-1].endswith(f" {found['healed']:.3f}")
