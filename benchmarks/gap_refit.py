@@ -22,8 +22,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from short_gpt.healing.refit_layer import _seen_at as seen_at
 from short_gpt.healing.refit_layer import batched as of_one_length
+from short_gpt.healing.refit_layer import seen_at
 from short_gpt.healing.solver import (
     RIDGES,
     SolverSettings,
