@@ -79,7 +79,7 @@ class Batches:
         """Keeps the state leaving a layer; NotFiniteError where it is NaN or infinite."""
         if not state.isfinite().all():
             raise NotFiniteError(
-                f"the state behind the {index + 1}. layer is NaN or infinite; check the weights, "
+                f"the state leaving the {index + 1}. layer is NaN or infinite; check the weights, "
                 "or try another dtype"
             )
         states[batch] = state
