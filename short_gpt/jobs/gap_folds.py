@@ -31,8 +31,8 @@ def gap_folds(
         progress: whether to show a bar.
     """
     if healing == PATCHED:
-        options = {"settings": PatchSettings(), "progress": progress}
-        patches = [refit.fit(short, layers, windows, **options) for layers in sets]
+        how = PatchSettings()
+        patches = [refit.fit(short, s, windows, settings=how, progress=progress) for s in sets]
         return [partial(refit.fold, short, patch) for patch in patches]
     maps = peer_maps.fit_many(short, healing, sets, windows, progress=progress)
     return [partial(peer_maps.apply, short, found) for found in maps]
