@@ -934,22 +934,6 @@ HEALING = (
         ),
     ),
     Section(
-        "short_gpt/models/layer_hooks.py",
-        "tests/healing/test_patch.py",
-        (
-            (
-                "worst <= 16 * torch.finfo(before.dtype).eps",
-                "worst <= 16_000 * torch.finfo(before.dtype).eps",
-                "test_the_proof_sees_a_factor_near_one",
-            ),
-            (
-                "if not worst <= 16",
-                "if worst > 16",
-                "test_the_proof_refuses_what_is_no_number",
-            ),
-        ),
-    ),
-    Section(
         "short_gpt/healing/teacher.py",
         "tests/healing/test_teacher.py",
         (

@@ -335,9 +335,7 @@ def test_the_folder_of_an_earlier_version_is_refused_by_name(tmp_path):
     del record["run"]["where"]
     (tmp_path / "refit.json").write_text(json.dumps(record))
     (tmp_path / "original.0").rename(tmp_path / "whole.0")
-    with pytest.raises(
-        ValueError, match=r"refit\.json is the state of another version of"
-    ):
+    with pytest.raises(ValueError, match=r"refit\.json is the state of another version of"):
         fit(memory(), LAYERS, WINDOWS, work_dir=tmp_path, **QUIET)
 
 
