@@ -14,7 +14,6 @@ from typing import Any
 from evidence_tables import layer_set, result, row
 
 from short_gpt.scoring.metrics import student_t
-from short_gpt.selection import METHODS
 
 KINDS = ("held-out chapters", "WikiText-2, second half", "novels")
 Cells = Mapping[str, Mapping[str, float]]  # by kind of text
@@ -164,11 +163,10 @@ def nearest() -> list[str]:
     quantile = student_t(0.975, found["windows"] - 1)  # every window is of another book
     lines = []
     for name, choice in found["choices"].items():
-        if name not in METHODS:  # the record has one that is no longer in the library
-            continue
         cells = []
-        own = choice["raw"]
-        cells += [own["rank"], interval(own["gap"], quantile * own["standard_error"])]
+        for kind in ("raw", "healed"):
+            own = choice[kind]
+            cells += [own["rank"], interval(own["gap"], quantile * own["standard_error"])]
         whole = found["checked"]["choices"][name]
         less = "0" if name == "sleb" else ""
         less = less or interval(whole["less_sleb"], quantile * whole["standard_error"])
@@ -180,7 +178,7 @@ def above(kind: str) -> dict[str, str]:
     """The choices whose interval lies above 0, against the set that is best on other windows."""
     found = result("optimality")
     quantile = student_t(0.975, found["windows"] - 1)
-    choices = {n: choice[kind] for n, choice in found["choices"].items() if n in METHODS}
+    choices = {name: choice[kind] for name, choice in found["choices"].items()}
     gaps = {
         name: (own["gap_to_best_on_other_windows"], quantile * own["standard_error_of_that"])
         for name, own in choices.items()
