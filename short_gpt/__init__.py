@@ -9,17 +9,20 @@ from short_gpt.runtime import renamed
 
 renamed.install()
 
+REMOVED = {
+    "draft_agreement": "compare models by `perplexity` or `run_tasks`",
+    "search_healed": "search by `ShortModel.search` and heal what it removes by `heal_refit`",
+}
+
 if TYPE_CHECKING:
     from short_gpt.data.texts import pg19, texts
     from short_gpt.data.windows import batches, windows
-    from short_gpt.evaluation.drafts import draft_agreement
     from short_gpt.evaluation.perplexity import perplexity
     from short_gpt.evaluation.tasks import run_tasks
-    from short_gpt.healing.healed_search import search_healed
-    from short_gpt.healing.linear_patch import heal as heal_patch
     from short_gpt.healing.lora import heal as heal_lora
     from short_gpt.healing.recipe import Recipe
     from short_gpt.healing.refit import heal as heal_refit
+    from short_gpt.healing.refit import heal_patch
     from short_gpt.jobs import convert, prune, rank
     from short_gpt.jobs.calibrating import calibrate
     from short_gpt.jobs.comparing import compare
@@ -33,7 +36,13 @@ if TYPE_CHECKING:
     from short_gpt.wrappers.short_llama import ShortLlama
     from short_gpt.wrappers.short_model import ShortModel
 else:
-    __getattr__, __dir__ = lazy(__name__)
+    _new, __dir__ = lazy(__name__)
+
+    def __getattr__(name):
+        if name in REMOVED:
+            raise ImportError(f"short_gpt.{name} was removed: {REMOVED[name]}")  # `from` shows it
+        return _new(name)
+
 
 __all__ = [
     "Importance",
@@ -48,7 +57,6 @@ __all__ = [
     "choose",
     "compare",
     "convert",
-    "draft_agreement",
     "heal_lora",
     "heal_patch",
     "heal_refit",
@@ -59,7 +67,6 @@ __all__ = [
     "prune",
     "rank",
     "run_tasks",
-    "search_healed",
     "texts",
     "windows",
 ]

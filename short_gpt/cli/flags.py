@@ -8,6 +8,7 @@ says of its flag.
 from __future__ import annotations
 
 import inspect
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -36,6 +37,10 @@ ALSO = {
         "lora_batch": "batch",
     },
     "convert": {"source": "model"},
+}
+REMOVED = {
+    ("rank", "healed"): "heal what --method sleb removes",
+    ("rank", "budget"): "it was for --method evolution, which is gone; use sleb",
 }
 ALSO_EVERYWHERE = {
     "n_prune_layers": "n",
@@ -87,8 +92,8 @@ class Flag:
         value = _python(value) if isinstance(value, str) else value
         if object in self.kinds:
             return value
-        if float in self.kinds and type(value) is int:
-            return float(value)
+        if float in self.kinds and type(value) in (int, float):
+            return self._finite(str(value))
         if type(value) not in self.kinds:
             names: dict[object, str] = {int: "a whole number", float: "a number"}
             names |= {bool: "True or False"}
@@ -97,6 +102,11 @@ class Flag:
         if type(value) is int and abs(value) >= 2**63:
             raise ShortGPTError(f"--{self.name} expects a number below 2**63, got {value}")
         return value
+
+    def _finite(self, value: str) -> float:
+        if not math.isfinite(number := float(value)):
+            raise ShortGPTError(f"--{self.name} expects a finite number, got {value}")
+        return number
 
 
 def _python(text: str) -> object:
@@ -228,6 +238,8 @@ def named(command: str, written: str, flags: Mapping[str, Flag]) -> str:
     names = [own] if own else [flag, ALSO_EVERYWHERE.get(flag)]
     exists = [f for f in names if f in flags]
     if not exists or not written.startswith("--"):
+        if said := REMOVED.get((command, flag)):
+            raise ShortGPTError(f"{command} {written} was removed: {said}")
         close = similar(f"--{flag}", [f"--{f}" for f in flags])
         raise ShortGPTError(f"{command} has no flag {written}{close}; see {command} --help")
     return str(exists[0])

@@ -24,7 +24,7 @@ def ranked(result: Ranking) -> str:
     answer = result.answer
     parts = [said] if (said := about_bos(result.bos)) else []
     if result.search is not None:
-        return "\n".join([*parts, search(result.search, answer.chosen_by)])
+        return "\n".join([*parts, search(result.search, answer.method)])
     assert result.importance is not None
     parts += [ranking(result.importance, answer.n, method=answer.method, seed=result.seed or 0)]
     parts += ["\n" + sublayers(result.importance)] if answer.sublayers else []
@@ -55,8 +55,6 @@ def next_command(model: str, result: Ranking, scores: str | None) -> str | None:
     chosen = ["--scores", scores, "--n", "N" if n is None else str(n)] if scores else layers
     out = "OUT.gguf" if is_gguf(model) else "OUT"
     command = ["short-gpt", "prune", model, out, *chosen]
-    if result.answer.chosen_by == "sleb_healed":  # only pruned, others cost less
-        command = ["short-gpt", "heal", model, out, "--method", "refit", "--data", "DATA", *chosen]
     return "next: " + shlex.join(command)
 
 
@@ -120,8 +118,8 @@ def _unchanged(step: Mapping[str, object]) -> str | None:
         return None
     names = ", ".join(f"{fit['part']} of {fit['layer']}" for fit in left)
     return (
-        f"{len(left)} of {len(fits)} matrices stay as they were, because on the held-out windows "
-        f"no change of them helps: {names}"
+        f"{len(left)} of {len(fits)} matrices unchanged: no ridge lowered the held-out error "
+        f"({names})"
     )
 
 

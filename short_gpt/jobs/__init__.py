@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from short_gpt.jobs.comparison import DistillHealing, LoraHealing, compare_checkpoint
     from short_gpt.jobs.conversion import convert
     from short_gpt.jobs.demonstration import Demo, run_demo
-    from short_gpt.jobs.drafting import Drafting, Drafts, draft
     from short_gpt.jobs.evaluation import evaluate, perplexity_of
     from short_gpt.jobs.healing import Healing, heal
     from short_gpt.jobs.healing_settings import Distilling, Learned, Settings
@@ -70,8 +69,6 @@ __all__ = [
     "DemoRun",
     "DistillHealing",
     "Distilling",
-    "Drafting",
-    "Drafts",
     "Healing",
     "Kinds",
     "Learned",
@@ -108,7 +105,6 @@ __all__ = [
     "compare_checkpoint",
     "compare_with_paper",
     "convert",
-    "draft",
     "evaluate",
     "heal",
     "identify",

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from short_gpt.jobs.inputs import Cut, at_least, listed, whole_numbers
-from short_gpt.jobs.rows import HEALINGS, RAW, TRAINED
+from short_gpt.jobs.rows import RAW, TRAINED, check_healing
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.settings import CHOOSE, READ, Needs, Values, setting
 
@@ -43,7 +43,7 @@ TRAINING = Needs(
 )
 RANDOM = Needs("random in `methods`", lambda v: "random" in _names(v["methods"]))
 SEARCHES = Needs(
-    "perplexity or sleb or sleb_healed or evolution in `methods`",
+    "perplexity or sleb in `methods`",
     _searches,
 )
 
@@ -55,8 +55,7 @@ class Cases:
     Args:
         methods: names as of the method of rank, with commas between.
         counts: numbers of layers to remove, as in 2,4,8.
-        healings: of raw, patched, refit, linearpatch, ghosted, lora and distill, with commas
-            between.
+        healings: of raw, patched, refit, lora and distill, with commas between.
         seeds: random sets for every number of layers.
         search_windows: of the windows of data, how many the searches by loss read.
         lora_only: what to heal by lora or distill, which take far longer than all the rest, as in
@@ -119,13 +118,13 @@ class Cases:
         return [cases[part] for part in parts]
 
     def __post_init__(self) -> None:
-        if odd := [name for name in self.heals if name not in HEALINGS]:
-            raise ShortGPTError(f"`healing` {odd[0]}: expected some of {', '.join(HEALINGS)}")
+        for name in self.heals:
+            check_healing(name)
         if self.methods is not DEFAULT_METHODS:  # which are known to be right, without an import
-            from short_gpt.selection.methods import METHODS
+            from short_gpt.selection.methods import check_method
 
-            if odd := [name for name in self.names if name not in METHODS]:
-                raise ShortGPTError(f"`methods` {odd[0]}: expected some of {', '.join(METHODS)}")
+            for name in self.names:
+                check_method(name)
         each: dict[str, Sequence[object]] = {"methods": self.names, "counts": self.numbers}
         for name, values in {**each, "healing": self.heals}.items():
             if not values or len(set(values)) < len(values):
@@ -143,7 +142,7 @@ class Shares:
     Args:
         eval_data: texts to evaluate on; if not given, a tenth of the texts of data is held out.
         size: tokens in a window.
-        max_windows: windows of data for scores and patches.
+        max_windows: windows of data for scores and refits.
         eval_windows: windows to evaluate on.
         seed: of the choice of windows.
         bos: as rank's; which windows begin with it.

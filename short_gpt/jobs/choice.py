@@ -16,7 +16,6 @@ from short_gpt.jobs.inputs import Cut, TextSource
 from short_gpt.jobs.scores import Scores
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.scoring.importance import Importance
-from short_gpt.selection.methods import AS_SETS
 from short_gpt.selection.perplexity_budget import Budget
 from short_gpt.wrappers.opening import open_model
 from short_gpt.wrappers.options import OpenOptions
@@ -95,11 +94,6 @@ def _limited(choice: Choice, limit: PerplexityLimit) -> tuple[Scores, float, str
     scores, ratio, data = _scores(choice), limit.max_perplexity_ratio, limit.eval_data
     if scores is None:
         raise ShortGPTError("`max_perplexity_ratio` chooses from `scores`, not from `layers`")
-    if scores.method in AS_SETS:
-        raise ShortGPTError(
-            f"`max_perplexity_ratio` takes one layer more at a time, {scores.method} chose a set; "
-            "rank by another method, such as sleb"
-        )
     if ratio is None or data is None or choice.n is not None:
         raise ShortGPTError("`max_perplexity_ratio` needs `eval_data`, and no `n`")
     return scores, ratio, data

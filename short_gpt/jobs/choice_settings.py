@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 from short_gpt.jobs.inputs import SIZE
@@ -14,8 +12,6 @@ from short_gpt.runtime.settings import CHOOSE, READ, WRITE, Needs, Values, needs
 
 if TYPE_CHECKING:
     from short_gpt.scoring.stopping import Stop
-    from short_gpt.selection.search import Search
-    from short_gpt.wrappers.short_model import ShortModel
 
 LIMIT = needs_one_of("`max_perplexity_ratio`", "max_perplexity_ratio")
 SEED, CONFIDENCE = needs_one_of("a `seed`", "seed"), needs_one_of("a `confidence`", "confidence")
@@ -31,21 +27,8 @@ def _scores(values: Values) -> bool:
     return values.get("method") not in BY_LOSS
 
 
-def _greedy(values: Values) -> bool:
-    from short_gpt.selection.methods import GREEDY
-
-    return values["method"] in GREEDY
-
-
-def _evolves(values: Values) -> bool:
-    return values["method"] == "evolution"
-
-
-SLEB, EVOLUTION = Needs("`method` sleb", _greedy), Needs("`method` evolution", _evolves)
-TRIES = Needs("`method` sleb or evolution", lambda v: _greedy(v) or _evolves(v))
-SCORES = Needs(
-    "a `method` that scores (not perplexity or sleb or sleb_healed or evolution)", _scores
-)
+SLEB = Needs("`method` sleb", lambda v: v["method"] == "sleb")
+SCORES = Needs("a `method` that scores (not perplexity or sleb)", _scores)
 
 
 @dataclass(frozen=True)
@@ -55,17 +38,15 @@ class Answer:
     Args:
         n: also print which so many layers the methods would remove.
         method: bi, angular, angular_all, deepest, relative_magnitude, norm, sequential, reverse,
-            random, perplexity, sleb or evolution.
-        candidates: sleb and evolution only try the so many layers of lowest Block Influence; all
-            if not given.
+            random, perplexity or sleb.
+        candidates: sleb only tries the so many layers of lowest Block Influence; all if not
+            given.
         confidence: of all runs, at most 1 - confidence end early with another answer than that of
-            all windows; of those that end early, more may be wrong. none reads all windows.
+            all windows, unless windows decide that make up less than rare of all; of those that
+            end early, more may be wrong. none reads all windows.
         rare: share of all windows that a kind of windows must make up to be guarded against by
             that; the smaller, the more is read.
         sublayers: also score the attention and the MLP of every layer.
-        healed: sleb scores models with the layer before every gap refitted, for layers that
-            are healed once they are removed; every fourth window scores, the others are fitted on.
-        budget: evolution runs so many times the layers that sleb would run.
 
     Raises:
         ShortGPTError: there is no such method, or it needs a number of layers.
@@ -75,12 +56,10 @@ class Answer:
 
     n: int | None = None
     method: str = "bi"
-    candidates: int | None = setting(None, needs=TRIES)
+    candidates: int | None = setting(None, needs=SLEB)
     confidence: float | None = setting(0.99, needs=SETTLED)
     rare: float = setting(0.02, needs=(SETTLED, CONFIDENCE))
     sublayers: bool = setting(False, needs=SCORES)
-    healed: bool = setting(False, needs=SLEB)
-    budget: float = setting(1.0, needs=EVOLUTION)
 
     def __post_init__(self) -> None:
         if self.method != Answer.method:  # the default is known to be right, without an import
@@ -89,15 +68,6 @@ class Answer:
             check_method(self.method)
             if self.by_loss and self.n is None:
                 raise ShortGPTError(f"`method` {self.method} needs `n`")
-        if self.healed and not _greedy(vars(self)):
-            raise ShortGPTError(f"`healed` is for `method` sleb, got {self.method}")
-        if not 0 < self.budget < math.inf:
-            raise ShortGPTError(f"`budget` {self.budget}: expected a number above 0")
-
-    @property
-    def chosen_by(self) -> str:
-        """The name of the method in `selection.METHODS`."""
-        return "sleb_healed" if self.healed else self.method
 
     @property
     def by_loss(self) -> bool:
@@ -120,14 +90,6 @@ class Answer:
         can = self.n is not None and seed is not None and self.method in ("bi", "angular")
         return rule if can else None
 
-    def search(self, short: ShortModel, seed: int | None) -> partial[Search]:
-        """The search by loss, without its windows and number of layers."""
-        from short_gpt.healing import search_healed
-
-        if self.chosen_by == "sleb_healed":
-            return partial(search_healed, short)
-        return partial(short.search, method=self.method, budget=self.budget, seed=seed or 0)
-
 
 @dataclass(frozen=True)
 class Paper:
@@ -136,7 +98,8 @@ class Paper:
     Args:
         paper_model: which of the paper's models this is; by its shape if not given.
         confidence: of all runs, at most 1 - confidence end early with another answer than that of
-            all windows; of those that end early, more may be wrong. none reads all windows.
+            all windows, unless windows decide that make up less than rare of all; of those that
+            end early, more may be wrong. none reads all windows.
         rare: share of all windows that a kind of windows must make up to be guarded against by
             that; the smaller, the more is read.
     """

@@ -23,8 +23,8 @@ from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.healing import lora, refit
 from short_gpt.healing.distillation import Distillation
 from short_gpt.healing.recipe import Recipe
-from short_gpt.healing.run_folder import begun
 from short_gpt.healing.teacher import LiveTeacher, Predictor
+from short_gpt.healing.trainer import begun
 from short_gpt.jobs.cases import Cases, LoraSettings, Shares
 from short_gpt.jobs.comparing import Compared, compare
 from short_gpt.jobs.inputs import Tasks, TextSource, check_model, source_of
@@ -32,6 +32,7 @@ from short_gpt.jobs.rows import DISTILL, LORA, PATCHED, RAW, TRAINED, Windows
 from short_gpt.jobs.saving import Saving, interruptible
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.lock import hold
 from short_gpt.runtime.state import joined
 from short_gpt.wrappers.opening import open_model, open_trainable
 from short_gpt.wrappers.options import OpenOptions
@@ -313,14 +314,15 @@ def _checkpoints(work_dir: Path | None) -> Iterator[bool]:
     if work_dir is None:
         yield False
         return
-    resume = begun(work_dir)
-    if not resume:
-        shutil.rmtree(work_dir, ignore_errors=True)
-    yield resume
-    for folder in (work_dir, _refit_folder(work_dir)):
-        for path in folder.glob("*.json"):  # first, so that nothing continues from half a folder
-            path.unlink()
-        shutil.rmtree(folder, ignore_errors=True)
+    with hold(work_dir):
+        resume = begun(work_dir)
+        if not resume:
+            shutil.rmtree(work_dir, ignore_errors=True)
+        yield resume
+        for folder in (work_dir, _refit_folder(work_dir)):
+            for path in folder.glob("*.json"):  # first: nothing continues from half a folder
+                path.unlink()
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _refit_folder(work_dir: Path) -> Path:

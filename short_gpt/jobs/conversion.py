@@ -24,7 +24,7 @@ from short_gpt.jobs.proof import Proof
 from short_gpt.jobs.saving import interruptible
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import bar
-from short_gpt.wrappers.opening import open_hf
+from short_gpt.wrappers.opening import check_tokenizer, open_hf
 from short_gpt.wrappers.options import OpenOptions
 
 
@@ -77,6 +77,7 @@ def convert(
     to = _format(model, out, to, shards)
     _check_options(model, to, type, dtype, shards)
     opening = OpenOptions(tokenizer_path, trust_remote_code=trust_remote_code)
+    check_tokenizer(opening.tokenizer_path, model)
     proof = Proof(model, out, opening, verify, dtype=dtype)
     if to == "gguf":
         write = _to_gguf(model, type, tokenizer_path)

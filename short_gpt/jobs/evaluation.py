@@ -23,7 +23,7 @@ from short_gpt.jobs.inputs import (
 )
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.wrappers.opening import open_model
+from short_gpt.wrappers.opening import check_tokenizer, of_source, open_model
 from short_gpt.wrappers.options import OpenOptions
 
 
@@ -37,7 +37,7 @@ def evaluate(
     """Perplexity and tasks of several checkpoints, one loaded at a time.
 
     Args:
-        models: checkpoints of either format.
+        models: checkpoints of either format, each of another name.
         reading: the text whose perplexity is taken.
         tasks: of the lm-evaluation-harness.
         opening: of every model.
@@ -60,11 +60,14 @@ def evaluate(
     if reading.data == "none" and tasks.tasks is None:
         raise ShortGPTError("nothing to evaluate: give `data` or `tasks`")
     reading.check()
-    for name in models:
+    for number, name in enumerate(models):
         check_model(name)
+        if name in models[:number]:
+            raise ShortGPTError(f"{name} is named twice: name it once, or another beside it")
     tasks.check()
     own = reading.own_texts()
     opening = opening or OpenOptions()
+    check_tokenizer(opening.tokenizer_path, *models)
     every = {name: _evaluated(name, reading, own, tasks, opening) for name in models}
     first = every[models[0]]
     return {name: found.row(first) for name, found in every.items()}
@@ -102,7 +105,7 @@ def _evaluated(
     name: str, reading: Reading, own: Sequence[str], tasks: Tasks, opening: OpenOptions
 ) -> _Evaluated:
     size, batch_size = reading.size, reading.batch_size
-    short = open_model(name, opening, max_seq_len=size, max_batch_size=batch_size)
+    short = open_model(name, of_source(opening, name), max_seq_len=size, max_batch_size=batch_size)
     found, read = None, ""
     if reading.data != "none":
         windows = list(reading.windows(short, own))

@@ -13,7 +13,6 @@ from short_gpt.checkpoints.gguf_save import about_types, check_saved
 from short_gpt.checkpoints.provenance import PROVENANCE, Provenance
 from short_gpt.evaluation import Difference, Perplexity, difference, losses, together
 from short_gpt.healing import (
-    RIDGE,
     DistillSettings,
     HealingEvidence,
     HealingJob,
@@ -21,10 +20,11 @@ from short_gpt.healing import (
     LoraSettings,
     PatchSettings,
     Recipe,
-    RefitSettings,
     Source,
     Step,
 )
+from short_gpt.healing.solver import RIDGES
+from short_gpt.healing.steps import STEPS
 from short_gpt.jobs.choice import Chosen, chosen
 from short_gpt.jobs.choice_settings import Choice
 from short_gpt.jobs.healing_settings import (
@@ -37,7 +37,8 @@ from short_gpt.jobs.healing_settings import (
 from short_gpt.jobs.inputs import Notify, Running, TextSource, check_model, ignore, source_of
 from short_gpt.jobs.saving import interruptible
 from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.wrappers.opening import open_model, open_trainable
+from short_gpt.runtime.lock import hold
+from short_gpt.wrappers.opening import check_tokenizer, of_source, open_model, open_trainable
 from short_gpt.wrappers.options import OpenOptions
 from short_gpt.wrappers.scored_model import ScoredModel
 
@@ -106,8 +107,8 @@ def heal(
 
     Refit and patch are closed forms and take minutes. LoRA learns the text, distillation what the
     original model predicts; both also heal a model that was pruned before, and take a Meta
-    checkpoint to Hugging Face's format and back. All except the patch continue when interrupted.
-    No text is both learned and evaluated on.
+    checkpoint to Hugging Face's format and back. All continue when interrupted. No text is both
+    learned and evaluated on.
 
     Args:
         model: Meta checkpoint directory, Hugging Face directory or hub id, or GGUF file.
@@ -141,6 +142,9 @@ def heal(
     texts, methods = source_of(data), methods_of(method)
     _check(methods, learned, settings, distilling)
     streaming.check_healing(methods)
+    teacher = distilling.teacher or model
+    named, streams = opening.tokenizer_path, streaming.stream or distilling.stream_teacher
+    check_tokenizer(named, model, teacher, stream=streams)
     _check_target(model, out, overwrite=overwrite)
     found = _selection(model, choice or Choice(), methods, distilling)
     if is_gguf(out):
@@ -165,6 +169,9 @@ class _Run:
     def healed(self, found: Chosen, *, overwrite: bool, notify: Notify) -> Healing:
         """Opens the model, heals it without the layers that were chosen, and saves it."""
         model, learned, trains = self.model, self.learned, self.methods[-1] in TRAINING
+        folder = _work_dir(self.out, self.methods)
+        # before the model is opened; where nothing is there yet, nobody works either
+        lock = hold(folder) if folder is not None and folder.parent.is_dir() else None
         size = learned.size or SIZE
         short = _opened(model, found, size, self.opening, self.streaming, trains=trains)
         recipe = self.settings.recipe(short, learned.seed) if trains else None
@@ -174,7 +181,7 @@ class _Run:
         distill = self.distilling.step(recipe, teacher)
         steps = _steps(self.methods, self.settings, learned, recipe, distill)
         again = self.settings.resume
-        job = _job(short, parts, found.layers, steps, self.out, resume=again, notify=notify)
+        job = _job(short, parts, found.layers, steps, folder, resume=again, notify=notify)
         if plan := job.plan_text():
             notify(plan)
         bos, data = learned.bos or short.bos, self.texts.data
@@ -182,7 +189,7 @@ class _Run:
         done = Healing(Path(self.out), job.run(), parts.left_out, found.unchecked, names)
         short.evidence |= {**found.record.evidence, "eval_data": learned.eval_data, "size": size}
         job.save(self.out, facts={**found.record.facts, "data": data}, overwrite=overwrite)
-        del short, job, steps  # which makes room for what is read again
+        del short, job, steps, lock  # which makes room for what is read again
         remark = _remark(model, self.out, found)
         return reread(replace(done, remark=remark), parts, self.opening, size)
 
@@ -225,15 +232,21 @@ def _steps(
     recipe: Recipe | None,
     distill: DistillSettings,
 ) -> list[Step]:
-    ridge = RIDGE if settings.ridge is None else settings.ridge
+    ridges = RIDGES if settings.ridge is None else (settings.ridge,)
     few = CLOSED_WINDOWS if learned.max_windows is None else None
     made: dict[str, Step] = {
         "refit": settings.refit(max_windows=few),
-        "patch": PatchSettings(ridge, max_windows=few),
+        "patch": PatchSettings(ridges=ridges, max_windows=few),
         "lora": LoraSettings(recipe),
         "distill": distill,
     }
-    return [made[name] for name in methods]
+    return [made.get(name) or STEPS[name]() for name in methods]
+
+
+def _work_dir(out: str, methods: Sequence[str]) -> Path | None:
+    """What training and a refit continue from, beside the new directory; None for the patch."""
+    kind = "training" if methods[-1] in TRAINING else "refit" if "refit" in methods else None
+    return None if kind is None else Path(f"{out}.{kind}")
 
 
 def _job(
@@ -241,15 +254,12 @@ def _job(
     parts: Learning,
     layers: Sequence[int],
     steps: Sequence[Step],
-    out: str,
+    folder: Path | None,
     *,
     resume: bool,
     notify: Notify,
 ) -> HealingJob:
-    """The healing; what training and a refit continue from lies beside the new directory."""
-    refits = any(isinstance(step, RefitSettings) for step in steps)
-    kind = "training" if steps[-1].trains else "refit" if refits else None
-    folder = None if kind is None else Path(f"{out}.{kind}")
+    """The healing, continued from what the folder holds."""
     again = resume or (folder is not None and folder.is_dir() and any(folder.iterdir()))
     return HealingJob(
         short, parts, layers, settings=steps, work_dir=folder, resume=again, notify=notify
@@ -263,7 +273,8 @@ def _teacher(
     if distilling.teacher is None and not distilling.live_teacher and not distilling.stream_teacher:
         return None
     source, stream = distilling.teacher or model, distilling.stream_teacher
-    return lambda: open_model(source, opening, stream=stream, max_seq_len=size)
+    own = of_source(opening, source, stream=stream)
+    return lambda: open_model(source, own, stream=stream, max_seq_len=size)
 
 
 def _windows(
@@ -305,6 +316,7 @@ def _opened(
     model: str, found: Chosen, size: int, opening: OpenOptions, streaming: Running, *, trains: bool
 ) -> ScoredModel:
     """The model, with the scores its layers were chosen by; for training one of Hugging Face's."""
+    opening = of_source(opening, model, stream=streaming.stream)
     short = open_trainable(model, opening) if trains else streaming.open(model, opening, size)
     if found.importance is not None:  # its record tells what it rests on, as that of prune does
         short.importance = found.importance
@@ -323,7 +335,8 @@ def reread(done: Healing, parts: Learning, opening: OpenOptions, size: int) -> H
     """
     if not is_gguf(done.out) or len(out_paths(done.out)) > 1:
         return done
-    short = open_model(str(done.out), opening, max_seq_len=size)
+    own = of_source(opening, str(done.out))
+    short = open_model(str(done.out), own, max_seq_len=size)
     found = together(losses(short.decoder, parts.evaluation))
     change = difference([done.evidence.perplexity["healed"]], [found])
     return replace(done, written=found, quantization=change)

@@ -155,8 +155,7 @@ class Settings:
             self._check_training()
 
     def _check_training(self) -> None:
-        from short_gpt.healing.four_bit import require_four_bit
-        from short_gpt.healing.lora import require_packages
+        from short_gpt.healing.lora import require_four_bit, require_packages
         from short_gpt.healing.recipe import Recipe
 
         Recipe(**{**asdict(Recipe()), **self.changes})  # refuses values out of range
@@ -171,18 +170,16 @@ class Settings:
             ShortGPTError: parts, the ridge or the aim are out of range, or there is an aim although
                 best chooses it.
         """
-        from short_gpt.healing.solving import PARTS, RIDGES, Solving
+        from short_gpt.healing.solver import PARTS, RIDGES
         from short_gpt.healing.steps import RefitSettings
 
         ridges = RIDGES if self.ridge is None else (self.ridge,)
         if self.parts == "best":
             if self.aim is not None:
                 raise ShortGPTError("`parts` best chooses the aim by itself: leave `aim` out")
-            Solving(PARTS, ridges)  # refuses what is out of range
             return RefitSettings(None, ridges, max_windows=max_windows)
         parts = PARTS if self.parts is None else tuple(p.strip() for p in self.parts.split(","))
-        aim = Solving.aim if self.aim is None else self.aim
-        Solving(parts, ridges, aim=aim)
+        aim = RefitSettings.aim if self.aim is None else self.aim
         return RefitSettings(parts, ridges, aim=aim, max_windows=max_windows)
 
     def recipe(self, short: ScoredModel, seed: int) -> Recipe:

@@ -19,8 +19,7 @@ from short_gpt.jobs.saving import interruptible
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import bar
 from short_gpt.runtime.results import read_record
-from short_gpt.selection.methods import METHODS
-from short_gpt.wrappers.opening import open_model
+from short_gpt.wrappers.opening import check_tokenizer, open_model
 from short_gpt.wrappers.options import OpenOptions
 from short_gpt.wrappers.short_hf import ShortHFModel
 
@@ -110,6 +109,7 @@ def prune_by(
         opening: of the model, where it is loaded.
     """
     written, opening = written or Written(), opening or OpenOptions()
+    check_tokenizer(opening.tokenizer_path, model)
     to = format_of(model, out, written.to)
     choice.check()
     check_target(out, to, overwrite=written.overwrite)
@@ -130,18 +130,8 @@ def prune_by(
         if is_gguf(model) and to == "gguf"
         else []
     )
-    remark = "\n".join(said for said in (*remarks, _about_healing(found)) if said) or None
+    remark = "\n".join(said for said in remarks if said) or None
     return Pruned(Path(out), found, _recipe(model, out, written, dtype), proof, remark)
-
-
-def _about_healing(found: Chosen) -> str | None:
-    """What is to be said of layers that were chosen to be healed, and are only cut here."""
-    if found.record.evidence.get("method") != METHODS["sleb_healed"]:
-        return None
-    return (
-        "these layers cost least once the gaps are refitted; as cut, others may cost less: heal "
-        "with the same `scores` and `method` refit"
-    )
 
 
 def check_target(out: str, to: str, *, overwrite: bool, marker: str = PROVENANCE) -> None:

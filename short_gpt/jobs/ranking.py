@@ -88,7 +88,7 @@ class Ranking:
             scores = {"importance": self.importance.to_dict(), "settled": _settled(self.verdict)}
             return {**scores, "bos": self.bos, **scored}
         assert self.search is not None
-        chosen = {"method": self.answer.chosen_by, "layers": self.search.removed}
+        chosen = {"method": self.answer.method, "layers": self.search.removed}
         return {"chosen": chosen, "search": vars(self.search), "bos": self.bos, **scored}
 
     def finish(self) -> None:
@@ -178,10 +178,8 @@ class _Settings:
         parts += [{"size": cut.size, "seed": cut.seed, "stride": cut.step}]
         parts += [{"sublayers": answer.sublayers, "batch_size": self.running.batch_size}]
         if answer.by_loss:  # only these read a fixed number of windows for a fixed number of layers
-            parts += [{"method": answer.chosen_by, "n": answer.n, "candidates": answer.candidates}]
+            parts += [{"method": answer.method, "n": answer.n, "candidates": answer.candidates}]
             parts += [{"max_windows": cut.max_windows, "max_memory": self.running.max_memory}]
-        if answer.method == "evolution":
-            parts += [{"budget": answer.budget}]
         parts += [{"method of all tokens": answer.method == "angular_all"}]
         if (bos := cut.bos or short.bos) != "first":  # else as in states of earlier versions
             parts += [{"bos": bos}]
@@ -335,9 +333,10 @@ def _searched(short: ShortModel, documents: Iterable[str], settings: _Settings) 
         if answer.candidates is not None:
             short.measure(windows, batch_size=running.batch_size)
             few = short.layers_to_remove(n=answer.candidates)
-        search = answer.search(short, cut.seed)(
+        search = short.search(
             windows,
             answer.n or 0,  # checked: it is given
+            method=answer.method,
             candidates=few,
             batch_size=running.batch_size,
             max_memory=bytes_of(running.max_memory or "2GB"),

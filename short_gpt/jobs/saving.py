@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from llama.io.files import check_writable
 from llama.io.outputs import is_stream
+from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.settings import WRITE, needs_one_of, setting
 
 if TYPE_CHECKING:
@@ -26,7 +28,10 @@ class Saving:
     Args:
         state: file that the run is saved in and continued from; if not given, that of the result
             with .state appended to its name.
-        save_every: seconds between two saves.
+        save_every: seconds between two saves; 0 saves behind every batch.
+
+    Raises:
+        ShortGPTError: ``save_every`` is below 0, or no number.
     """
 
     HEADING: ClassVar = WRITE
@@ -51,6 +56,12 @@ class Saving:
         path = Path(self.state)
         check_writable(path)
         return StateFile(path, identity, every=self.save_every)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.save_every < math.inf:
+            raise ShortGPTError(
+                f"`save_every` {self.save_every}: expected seconds, 0 to save behind every batch"
+            )
 
 
 @contextmanager

@@ -97,40 +97,6 @@ def replaced_output(module: nn.Module, change: Callable[[Tensor], Tensor]) -> It
         handle.remove()
 
 
-@torch.no_grad()
-def check_added(layer: nn.Module, args: Arguments, kwargs: Mapping[str, object]) -> None:
-    """Proves that a layer adds the output of its MLP to the stream, whole and as it is.
-
-    The layer runs twice, the second time with a random tensor added to what `mlp_output` gives:
-    its own output must change by that tensor. A norm behind the MLP (Gemma 2, OLMo 2), a
-    factor (Granite) or a norm behind the sum fails. In a parallel block (GPT-NeoX, Phi) the MLP
-    reads the block's input, and its output is still a summand: it passes.
-
-    Args:
-        layer: in evaluation mode.
-        args, kwargs: what the model calls it with.
-
-    Raises:
-        ShortGPTError: the output changed otherwise.
-    """
-    again = copied(args, kwargs)  # for the second run: the first may write over its state
-    before = first(layer(*args, **kwargs))
-    scale = before.float().pow(2).mean().sqrt().item()
-    generator = torch.Generator().manual_seed(0)
-    added = torch.randn(before.shape, generator=generator).mul_(scale)
-    added = added.to(before.device, before.dtype)
-    with replaced_output(mlp_output(layer), lambda out: out + added.view_as(out)):
-        after = first(layer(*again[0], **again[1]))
-    off = (after.cpu().double() - before.cpu().double() - added.cpu().double()).abs()
-    allowed = before.abs().cpu().double() + added.abs().cpu().double() + scale
-    worst = float((off / allowed).max())
-    if not worst <= 16 * torch.finfo(before.dtype).eps:
-        raise ShortGPTError(
-            f"{type(layer).__name__} does not add its MLP's output to the stream as it is (a norm "
-            f"or a factor comes between; off by {worst:.2g} of the stream): it cannot be folded"
-        )
-
-
 def first(output: Output) -> Tensor:
     """The state (B, S, D) in what a layer returns."""
     return output[0] if isinstance(output, tuple | list) else output

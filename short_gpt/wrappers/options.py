@@ -31,7 +31,7 @@ class OpenOptions:
 
     Args:
         tokenizer_path: tokenizer of a Meta checkpoint, looked for beside it if not given; other
-            models bring their own.
+            models bring their own, and refuse one.
         device: cpu, cuda or mps; the best there is if not given.
         dtype: float32, bfloat16 or float16; if not given, float32 on cpu, bfloat16 on cuda that
             has it, else float16.

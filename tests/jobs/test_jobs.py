@@ -26,14 +26,13 @@ from short_gpt import ShortGPTError, Stop, convert, prune, rank
 from short_gpt.evaluation.documents import TaskRun
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.evaluation.tasks import TaskSuite
-from short_gpt.healing import lora, search_healed
+from short_gpt.healing import lora
 from short_gpt.jobs import (
     Answer,
     Cases,
     Choice,
     Cut,
     OpenOptions,
-    PerplexityLimit,
     Reading,
     Running,
     Saving,
@@ -44,12 +43,10 @@ from short_gpt.jobs import (
     evaluate,
     heal,
     perplexity_of,
-    prune_by,
     read_scores,
 )
 from short_gpt.jobs import Learned as LearnedFrom
-from short_gpt.selection.methods import METHODS
-from short_gpt.selection.stack import Stack
+from short_gpt.selection.partial_run import PartialRun
 from short_gpt.wrappers.short_llama import ShortLlama
 
 CUT = Cut(32, 6, 0, 16)
@@ -102,61 +99,13 @@ def test_a_search_is_saved_and_forgotten(here):
     result.finish()  # without a state there is nothing to delete
 
 
-def test_layers_chosen_as_healed_are_refitted_and_prune_says_what_they_lack(here, capsys):
-    run("rank", "ckpt", *DATA, "--max_windows", 8, "--method", "sleb", "--healed", "--n", 2,
-        "--json", "s.json")  # fmt: skip
-    heal_next = "next: short-gpt heal ckpt OUT --method refit --data DATA --scores s.json --n 2"
-    assert heal_next in capsys.readouterr().out
-    answer = Answer(2, "sleb", healed=True)
-    result = rank("ckpt", "book.txt", answer=answer, cut=replace(CUT, max_windows=8))
-    short = ShortLlama.from_checkpoint("ckpt", max_seq_len=32)
-    windows = list(replace(CUT, max_windows=8).windows([TEXT], short.encode))
-    assert result.layers == search_healed(short, windows, 2, progress=False).removed
-    scores = Scores.read("s.json")
-    assert scores.method == "sleb_healed" and scores.layers(2) == result.layers
-    done = prune("ckpt", "small", scores="s.json", n=1)
-    assert done.layers == result.layers[:1] and "heal with the same `scores`" in done.remark
-    run("prune", "ckpt", "again", "--scores", "s.json", "--n", 2)
-    assert "heal with the same --scores and --method refit" in capsys.readouterr().out
-    Path("other.txt").write_text("".join(chr(97 + i * i % 26) for i in range(400)))
-    learned, choice = LearnedFrom("other.txt", 32, 8, 4), Choice(scores="s.json", n=2)
-    heal("ckpt", "out", "refit", choice=choice, data="book.txt", learned=learned)
-    record = json.loads(Path("out/pruning.json").read_text())
-    assert record["method"] == METHODS["sleb_healed"] and record["removed_layers"] == result.layers
-    plain = prune("ckpt", "plain", layers=[1])
-    assert plain.remark is None
-    with pytest.raises(ShortGPTError, match="`healed` is for `method` sleb, got bi"):
-        Answer(2, healed=True)
-
-
-def test_what_evolution_chose_is_a_set_for_its_number_alone(here):
-    run("rank", "ckpt", *DATA, "--max_windows", 4, "--method", "evolution", "--n", 2,
-        "--budget", 2, "--json", "e.json")  # fmt: skip
-    answer = Answer(2, "evolution", budget=2.0)
-    result = rank("ckpt", "book.txt", answer=answer, cut=replace(CUT, max_windows=4))
-    assert prune("ckpt", "small", scores="e.json", n=2).layers == result.layers
-    assert result.to_dict()["search"]["loss"] == result.search.loss
-    with pytest.raises(ShortGPTError, match="holds the 2 layers that evolution chose as a set"):
-        prune("ckpt", "other", scores="e.json", n=1)
-    limit = PerplexityLimit(2.0, "book.txt")
-    with pytest.raises(ShortGPTError, match="one layer more at a time, evolution chose a set"):
-        prune_by("ckpt", "other", Choice(scores="e.json"), limit=limit)
-    with pytest.raises(ShortGPTError, match="`budget` 0: expected a number above 0"):
-        Answer(2, "evolution", budget=0)
-
-
 def test_states_of_searches_that_differ_are_told_apart(here):
     saving = Saving("state")
     given = {"cut": replace(CUT, max_windows=8), "saving": saving}
-    with interrupted(Stack, "nats", 3):
-        rank("ckpt", "book.txt", answer=Answer(2, "sleb", healed=True), **given)
-    with pytest.raises(ShortGPTError, match="another method: 'sleb_healed', now 'sleb'"):
+    with interrupted(PartialRun, "nats", 3):
+        rank("ckpt", "book.txt", answer=Answer(2, "perplexity"), **given)
+    with pytest.raises(ShortGPTError, match="another method: 'perplexity', now 'sleb'"):
         rank("ckpt", "book.txt", answer=Answer(2, "sleb"), **given)
-    Path("state").unlink()
-    with interrupted(Stack, "nats", 3):
-        rank("ckpt", "book.txt", answer=Answer(2, "evolution"), **given)
-    with pytest.raises(ShortGPTError, match="another budget: 1.0, now 2.0"):
-        rank("ckpt", "book.txt", answer=Answer(2, "evolution", budget=2.0), **given)
 
 
 def test_notify_is_told_what_a_streamed_run_takes(here, capsys):
@@ -179,7 +128,7 @@ def test_heal_gives_the_evidence_and_prints_nothing(here, capsys):
     learned = LearnedFrom("other.txt", 32, 8, 4)
     done = heal("ckpt", "out", "patch", choice=Choice([1]), data="book.txt", learned=learned)
     names = ["whole, 5 layers", "pruned, 4 layers", "healed"]
-    assert list(done.evidence.perplexity) == names and done.evidence.how["method"] == "linear patch"
+    assert list(done.evidence.perplexity) == names and done.evidence.how["method"] == "patch"
     assert done.evidence.change.nats == pytest.approx(
         torch.log(
             torch.tensor(
@@ -336,7 +285,7 @@ def test_a_search_on_text_that_changed_in_its_place_is_refused(here, method, cha
     def search():
         return rank("ckpt", "book.txt", answer=Answer(2, method), cut=CUT, saving=saving)
 
-    with interrupted(Stack, "nats", 3):
+    with interrupted(PartialRun, "nats", 3):
         search()
     if change == "book.txt":
         Path(change).write_text(TEXT.replace("e", "o"))

@@ -22,16 +22,22 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from short_gpt.healing.half import HalfSolver, Tokens, equations_of
+from short_gpt.healing.refit_layer import batched as of_one_length
 from short_gpt.healing.refit_layer import seen_at
-from short_gpt.healing.refit_pass import of_one_length
-from short_gpt.healing.solving import RIDGES
+from short_gpt.healing.solver import (
+    RIDGES,
+    SolverSettings,
+    SublayerSolver,
+    Tokens,
+    equations_of,
+)
 from short_gpt.models.decoder import Decoder
 from short_gpt.models.layer_calls import LayerCalls
-from short_gpt.models.summands import Summand, Summands
+from short_gpt.models.sublayers import OutputProjection, Sublayers
 from short_gpt.models.weight_changes import restored_on_error
 from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
-from short_gpt.selection.mending import Gap
+
+Gap = tuple[int, int]  # places of the first and the last of removed layers that follow each other
 
 
 @dataclass
@@ -49,7 +55,7 @@ class _Batch:
 
 
 class GapRefits:
-    """Refits of the layers in front of gaps, for trials; a `selection.mending.Mending`.
+    """Refits of the layers in front of gaps, for models that are tried out.
 
     Beside the model it holds the states of all windows, and of layers in front of gaps the inputs
     of their last matrix, (N, F); and a matrix for every gap.
@@ -73,13 +79,8 @@ class GapRefits:
     ) -> None:
         self._decoder, self._calls, self._ridges = decoder, LayerCalls(decoder), ridges
         self._windows, self._held, self._batch_size = windows, held, batch_size
-        self._ends: dict[int, Summand] = {}
+        self._ends: dict[int, OutputProjection] = {}
         self._values: dict[Gap, dict[str, Tensor]] = {}
-
-    def layers_run(self, gaps: Iterable[Gap]) -> int:
-        """Layers, each on one window, that run where all of these gaps are new to `prepare`."""
-        last = max((end for _, end in gaps), default=-1)
-        return (last + 1) * (len(self._windows) + len(self._held))
 
     def prepare(self, gaps: Iterable[Gap]) -> None:
         """Fits what is missing for these gaps, in one pass, and forgets others.
@@ -150,8 +151,8 @@ class GapRefits:
         """The last matrix of a layer's MLP, proved to add to the stream."""
         if place in self._ends:
             return
-        halves = Summands.of(self._calls, place, state, self._decoder.family)
-        end = halves.ends.get("mlp")
+        halves = Sublayers.of(self._calls, place, state, self._decoder.family)
+        end = halves.projections.get("mlp")
         if end is None or end.norm is not None:
             why = "a norm stands behind its MLP" if end else halves.refused["mlp"]
             raise ShortGPTError(
@@ -169,15 +170,17 @@ class GapRefits:
             return (_tokens(end, b, front) for b in batches if b.held == held)
 
         with restored_on_error(end.matrix.parameters()) as restore:
-            solver = HalfSolver(end, self._ridges, partial(read, False), partial(read, True))
-            solver.solve(equations_of(end, read(False)), noise=noise)
+            settings = SolverSettings(ridges=self._ridges)
+            solver = SublayerSolver(end, settings, partial(read, False), partial(read, True))
+            equations = equations_of(end, read(False))
+            solver.solve(equations, layer=front, part="mlp", noise=noise)
             parameters = end.matrix.named_parameters()
             values = {name: value.detach().clone() for name, value in parameters}
             restore()
         return values
 
 
-def _tokens(end: Summand, batch: _Batch, front: int) -> Tokens:
+def _tokens(end: OutputProjection, batch: _Batch, front: int) -> Tokens:
     """What the end of the layer in front has to know of a batch, whose state is behind the gap."""
     parts = (*batch.fronts[front], batch.state)
     inputs, stream, target = (x.to(end.device).flatten(0, 1).float() for x in parts)
