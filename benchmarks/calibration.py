@@ -25,7 +25,7 @@ from passages import passages
 from scoring import build
 
 from short_gpt import ShortLlama, calibrate
-from short_gpt.cli.calibration_table import calibrated
+from short_gpt.cli.calibrate import calibrated
 from short_gpt.data import demo
 from short_gpt.jobs import Readings, WindowScores, agreement
 from short_gpt.jobs.calibration import windows_apart

@@ -9,7 +9,7 @@ from short_gpt.healing.lora import heal as heal_lora
 from short_gpt.healing.recipe import Recipe
 from short_gpt.healing.refit import heal as heal_refit
 from short_gpt.jobs import convert, prune, rank
-from short_gpt.jobs.calibrating import calibrate
+from short_gpt.jobs.calibration import calibrate
 from short_gpt.jobs.comparing import compare
 from short_gpt.runtime import renamed
 from short_gpt.runtime.errors import ShortGPTError

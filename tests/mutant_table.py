@@ -2112,15 +2112,10 @@ EVIDENCE = (
                 "float(high)",
                 "test_an_interval_is_not_below_what_noise_takes_away",
             ),
-            (
-                "if None in self.texts or len(known) < 2:",
-                "if True:",
-                "test_documents_are_drawn_whole_where_there_are_several",
-            ),
         ),
     ),
     Section(
-        "short_gpt/jobs/calibrating.py",
+        "short_gpt/jobs/calibration.py",
         "tests/jobs/test_calibration.py",
         (
             (
@@ -2128,22 +2123,10 @@ EVIDENCE = (
                 "difference(whole, parts)",
                 "test_a_cell_is_the_model_without_the_choice_of_one_text_judged_on_another",
             ),
-            ("check_disjoint(ranking, judged)", "pass", "test_mistakes_are_told"),
             (
                 "turns[:count]",
                 "turns",
                 "test_the_mix_is_refitted_on_windows_of_all_texts_in_turn",
-            ),
-        ),
-    ),
-    Section(
-        "short_gpt/jobs/calibration.py",
-        "tests/cli/test_cli_calibrate.py",
-        (
-            (
-                "without_overlap(_cut(short, other, cut, limit), taken)",
-                "without_overlap(_cut(short, other, cut, limit), [])",
-                "test_in_one_text_what_ranks_is_left_out_of_what_judges",
             ),
         ),
     ),

@@ -5,8 +5,17 @@ as JSON, show progress bars, and tell a ``notify`` of what must be known before 
 """
 
 from short_gpt.jobs.answer import Answer
-from short_gpt.jobs.calibrating import MIX, Apart, Calibrated, Crossed, calibrate
-from short_gpt.jobs.calibration import Kinds, Ranked, Readings, calibrate_checkpoint
+from short_gpt.jobs.calibration import (
+    MIX,
+    Apart,
+    Calibrated,
+    Crossed,
+    Kinds,
+    Ranked,
+    Readings,
+    calibrate,
+    calibrate_checkpoint,
+)
 from short_gpt.jobs.calibration_rankings import WindowScores, agreement
 from short_gpt.jobs.cases import CaseNames, LoraNames, Shares
 from short_gpt.jobs.choice import (
