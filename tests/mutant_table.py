@@ -72,7 +72,7 @@ SCORING = (
         ),
     ),
     Section(
-        "short_gpt/scoring/halves.py",
+        "short_gpt/scoring/hooks.py",
         IMPORTANCE,
         (
             (
@@ -233,7 +233,7 @@ SCORING = (
         ),
     ),
     Section(
-        "short_gpt/scoring/state.py",
+        "short_gpt/scoring/run.py",
         "tests/scoring/test_resume.py",
         (
             (
@@ -1475,7 +1475,7 @@ PROOFS = (
         ),
     ),
     Section(
-        "short_gpt/scoring/differences.py",
+        "short_gpt/scoring/importance.py",
         "tests/scoring/test_differences.py",
         (
             (
@@ -1496,7 +1496,7 @@ PROOFS = (
         ),
     ),
     Section(
-        "short_gpt/scoring/following.py",
+        "short_gpt/scoring/run.py",
         "tests/scoring/test_following.py",
         (
             (

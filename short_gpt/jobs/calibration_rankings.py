@@ -107,7 +107,7 @@ def score_windows(
             if method == "angular":
                 sums.append(found.angles[0].double().diagonal(n).tolist())
             else:
-                per_layer = found.influence if method == "bi" else found.magnitude
+                per_layer = found.influence if method == "bi" else found.metric("magnitude")
                 sums.append(per_layer[0].double().tolist())
             weights.append(1.0 if method == "angular" else float(found.tokens[0]))
             shown.update()

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations, pairwise
 
-from short_gpt.scoring.differences import difference_margins
-from short_gpt.scoring.importance import Importance
+from short_gpt.scoring.importance import Importance, difference_margins
 
 BORNE_OUT, REVERSED, WITHIN = "as in the paper", "the other way", "within the error"
 

@@ -25,11 +25,12 @@ from short_gpt.scoring.clusters import (
 )
 from short_gpt.scoring.hooks import Scores
 from short_gpt.scoring.lists import check_sums, layer_numbers, saved_sums, to_lists
-from short_gpt.scoring.metrics import spearman, t_quantile
+from short_gpt.scoring.metrics import LAYER_METRICS, spearman, t_quantile
 from short_gpt.scoring.moments import (
     block_sums,
     cube_sums,
     pair_skewness,
+    pair_spread,
     residual_cubes,
     with_count,
 )
@@ -60,8 +61,8 @@ class Importance:
         angle_products: sums over windows of the products of the distances of blocks of n layers
             that start at l and at m: entry [n - 1, l, m], (L, L, L); zero where there is no block.
         angle_cubes: the same with the square of the first distance.
-        magnitude, norm, halves, token_angles: the sums of `hooks.Scores` over all windows, (L,),
-            (L,), (2, L), (L + 1, L + 1); NaN where a window was not scored so.
+        metrics, halves, token_angles: the sums of `hooks.Scores` over all windows, (M, L), (2, L),
+            (L + 1, L + 1); NaN where a window was not scored so.
         texts: of each text, the sums of its windows, of `clusters`; None if they are not known.
 
     Example:
@@ -78,8 +79,7 @@ class Importance:
     angles: Tensor
     angle_products: Tensor
     angle_cubes: Tensor
-    magnitude: Tensor
-    norm: Tensor
+    metrics: Tensor
     halves: Tensor
     token_angles: Tensor
     texts: Texts | None = field(default_factory=dict, kw_only=True)
@@ -88,12 +88,21 @@ class Importance:
     def empty(cls, layers: Sequence[int]) -> Importance:
         """Zero sums for these layers."""
         n = len(layers)
-        square = (n + 1, n + 1)
-        blocks, each = (n, n, n), (n,)
-        moments = (square, (2, *square), square, blocks, blocks)
-        shapes = ((2,), (2,), (2, n), *moments, each, each, (2, n), square)
-        sums = [torch.zeros(shape, dtype=torch.float64) for shape in shapes]
-        return cls(list(layers), *sums)
+        shapes = {
+            "windows": (2,),
+            "tokens": (2,),
+            "influence": (2, n),
+            "products": (n + 1, n + 1),
+            "cubes": (2, n + 1, n + 1),
+            "angles": (n + 1, n + 1),
+            "angle_products": (n, n, n),
+            "angle_cubes": (n, n, n),
+            "metrics": (len(LAYER_METRICS), n),
+            "halves": (2, n),
+            "token_angles": (n + 1, n + 1),
+        }
+        sums = {name: torch.zeros(s, dtype=torch.float64) for name, s in shapes.items()}
+        return cls(list(layers), **sums)
 
     def add(self, scores: Scores, texts: Sequence[int | None] | None = None) -> None:
         """Adds the scores of single windows: all of them or, if interrupted, none.
@@ -119,7 +128,7 @@ class Importance:
             "angle_products": self.angle_products + products,
             "angle_cubes": self.angle_cubes + cubes,
         }
-        for name in ("magnitude", "norm", "halves", "token_angles"):
+        for name in ("metrics", "halves", "token_angles"):
             changed[name] = getattr(self, name) + new[name].sum(0)
         # in one step, which no interruption divides
         vars(self).update(changed)
@@ -155,7 +164,7 @@ class Importance:
 
     @property
     def block_influence(self) -> Tensor:
-        """Mean over tokens of 1 - cos(state in front, state behind): (L,) in [0, 2]; Eq. 1."""
+        """Mean over tokens of 1 - cos(state entering, state leaving): (L,) in [0, 2]; Eq. 1."""
         return self.influence.sum(0) / self.tokens.sum()
 
     @property
@@ -236,8 +245,8 @@ class Importance:
     def angular(self) -> Tensor:
         """Mean angular distances, (L + 1, L + 1), symmetric, in [0, 1].
 
-        Entry [l, l + n] compares the last token's state in front of layer l with that in front
-        of layer l + n, as `selection.best_block` reads it (Gromov et al., Eq. 6).
+        Entry [l, l + n] compares the last token's state entering layer l with that entering
+        layer l + n, as `selection.best_block` reads it (Gromov et al., Eq. 6).
         """
         return self.angles / self.windows.sum()
 
@@ -280,7 +289,7 @@ class Importance:
 
     def mean(self, metric: str) -> Tensor:
         """Mean over tokens of a metric of `metrics.LAYER_METRICS`, (L,)."""
-        return getattr(self, metric) / self.tokens.sum()
+        return self.metrics[[*LAYER_METRICS].index(metric)] / self.tokens.sum()
 
     @property
     def relative_magnitude(self) -> Tensor:
@@ -289,7 +298,7 @@ class Importance:
 
     @property
     def mean_norm(self) -> Tensor:
-        """Mean over tokens of the norm of the state behind each layer, (L,)."""
+        """Mean over tokens of the norm of the state leaving each layer, (L,)."""
         return self.mean("norm")
 
     @property
@@ -315,8 +324,18 @@ class Importance:
 
     def to_dict(self) -> dict[str, object]:
         """The sums as lists, ready for JSON: None stands for NaN."""
-        sums = {name: to_lists(getattr(self, name)) for name in SUMS}
+        sums = {name: to_lists(value) for name, value in self._named().items()}
         return {"layers": self.layers, **sums, "texts": to_json(self.texts)}
+
+    def _named(self) -> dict[str, Tensor]:
+        """The sums by the names that they have in files, each metric by its own."""
+        named: dict[str, Tensor] = {}
+        for name in SUMS:
+            if name == "metrics":
+                named |= dict(zip(LAYER_METRICS, self.metrics, strict=True))
+            else:
+                named[name] = getattr(self, name)
+        return named
 
     @classmethod
     def from_dict(cls, content: Mapping[str, object]) -> Importance:
@@ -330,10 +349,29 @@ class Importance:
         except (KeyError, TypeError) as error:
             said = error if isinstance(error, TypeError) else "they lack layers"
             raise ShortGPTError(f"these are not saved scores: {said}") from None
-        sums = {name: saved_sums(content, name, getattr(empty, name)) for name in SUMS}
-        check_sums(sums)
+        named = {name: saved_sums(content, name, zero) for name, zero in empty._named().items()}
+        check_sums(named)
+        metrics = torch.stack([named.pop(name) for name in LAYER_METRICS])  # (M, L)
+        sums = {**named, "metrics": metrics}
         total = torch.cat((sums["influence"].sum(0), sums["tokens"].sum()[None]))
         return cls(empty.layers, **sums, texts=from_json(content.get("texts"), total))
 
 
 SUMS = [f.name for f in fields(Importance) if f.name not in ("layers", "texts")]
+
+
+def difference_margins(importance: Importance, confidence: float = 0.95) -> Tensor:
+    """Half of the interval of the difference in Block Influence of each two layers.
+
+    The error is paired: what moves both layers of a text (or window) the same way cancels. The
+    texts are the samples where there are several, as for `Importance.standard_error`.
+
+    Args:
+        importance: all is NaN where its `margin` is.
+        confidence: of each interval by itself.
+
+    Returns:
+        (L, L), symmetric, in the unit of Block Influence.
+    """
+    spread = pair_spread(importance.sampling_covariance).sqrt()
+    return t_quantile((1 + confidence) / 2, importance.degrees) * spread

@@ -1,6 +1,7 @@
 """The papers' equations, rank correlations and Student's t: numbers in, numbers out.
 
-The hooks call these: the parts on products and norms, of which they compute none twice.
+The hooks call these: the parts on products and norms, of which they compute none twice. A metric of
+layers is a function of `TokenProducts` and a row of `LAYER_METRICS`: docs/add-a-metric.md.
 
 Shapes: B sequences, S tokens, D width, L layers.
 """
@@ -8,8 +9,9 @@ Shapes: B sequences, S tokens, D width, L layers.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import combinations
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -174,6 +176,32 @@ def relative_change(change: Tensor, norm: Tensor) -> Tensor:
         ``norm`` alone is.
     """
     return (change / norm).masked_fill(change == 0, 0.0)
+
+
+class TokenProducts(NamedTuple):
+    """What the hooks know of a layer at every token, (..., B, S) each, in float32 or wider.
+
+    With x the hidden state entering the layer and y the one that leaves it.
+
+    Attributes:
+        product: x . y.
+        entering: ||x||.
+        leaving: ||y||.
+        change: ||y - x||.
+    """
+
+    product: Tensor
+    entering: Tensor
+    leaving: Tensor
+    change: Tensor
+
+
+# Further metrics that every pass takes: a value per token, of which `Importance.mean` is the mean.
+# Block Influence is none of them, as its errors need more than a mean.
+LAYER_METRICS: dict[str, Callable[[TokenProducts], Tensor]] = {
+    "magnitude": lambda tokens: relative_change(tokens.change, tokens.leaving),
+    "norm": lambda tokens: tokens.leaving,
+}
 
 
 def spearman(a: Tensor, b: Tensor) -> float:
