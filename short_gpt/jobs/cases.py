@@ -24,7 +24,7 @@ class CaseNames:
     Args:
         methods: names as of the method of rank, with commas between.
         counts: numbers of layers to remove, as in 2,4,8.
-        healing: of raw, refit, lora and distill, with commas between.
+        healing: of raw, patched, refit, lora and distill, with commas between.
         seeds: random sets for every number of layers.
         lora_only: what to heal by lora or distill, which take far longer than all the rest, as in
             bi:8,angular:8; all if not given.
@@ -32,7 +32,7 @@ class CaseNames:
 
     methods: str = ",".join(DEFAULT_METHODS)
     counts: object = (2, 4, 8, 12)
-    healing: str = "raw,refit"
+    healing: str = "raw,patched"
     seeds: int = 3
     lora_only: str | None = None
 
@@ -102,7 +102,7 @@ class Shares:
     Args:
         eval_data: texts to evaluate on; if not given, a tenth of the texts of data is held out.
         size: tokens in a window.
-        max_windows: windows of data for scores and refits.
+        max_windows: windows of data for scores and closed forms.
         search_windows: of these, how many the searches by loss read.
         eval_windows: windows to evaluate on.
         seed: of the choice of windows.

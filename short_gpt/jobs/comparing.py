@@ -50,7 +50,7 @@ class Cases:
     Attributes:
         methods: names of `selection.METHODS`.
         counts: numbers of layers to remove.
-        healings: of raw, refit, lora and distill.
+        healings: of raw, patched, refit, lora and distill.
         seeds: random sets for every number, if "random" is among the methods.
         search_windows: how many of the calibration windows the searches by loss read.
         lora_only: methods and numbers to heal by lora or distill, as in ``[("bi", 8)]``; None
@@ -168,7 +168,7 @@ def compare(
 
     Args:
         short: the whole model; it is left as it was.
-        calibration: windows of token ids that choose layers and that refits are fitted on.
+        calibration: windows of token ids that choose layers and fit closed forms.
         evaluation: windows of other text.
         cases: what is set side by side.
         lora, distill: heal for these healings.
@@ -184,7 +184,7 @@ def compare(
             evaluation share text, or the state is of another run.
 
     Example:
-        >>> cases = Cases(["bi", "angular"], [4, 8], healings=["raw", "refit"])
+        >>> cases = Cases(["bi", "angular"], [4, 8], healings=["raw", "patched"])
         >>> result = compare(short, calibration, held_out, cases=cases)  # doctest: +SKIP
         >>> print(tables.compared(result.rows))  # doctest: +SKIP
     """

@@ -16,10 +16,10 @@ from short_gpt.data.disjoint import check_disjoint
 from short_gpt.evaluation.documents import TaskRun, task_changes
 from short_gpt.evaluation.paired import difference, losses, together
 from short_gpt.evaluation.perplexity import Perplexity
-from short_gpt.healing import refit
+from short_gpt.healing import linear_patch, refit
 from short_gpt.jobs.cells import Cells
 from short_gpt.jobs.cost import size_without, tokens_per_second
-from short_gpt.jobs.rows import RAW, REFIT, TRAINED, Agreement, Row, Windows
+from short_gpt.jobs.rows import PATCHED, RAW, REFIT, TRAINED, Agreement, Row, Windows
 from short_gpt.models.numbering import check_count
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import bar
@@ -39,7 +39,7 @@ class Comparison:
 
     Args:
         short: the whole model; it is left as it was.
-        calibration: windows of token ids that choose layers and that refits are fitted on.
+        calibration: windows of token ids that choose layers and fit closed forms.
         evaluation: windows of other text.
         few: how many of the calibration windows the searches by loss read.
         state: saves what was measured and continues from it.
@@ -78,7 +78,7 @@ class Comparison:
         Args:
             methods: names of `methods.METHODS`; ``random`` is drawn ``seeds`` times.
             counts: numbers of layers to remove.
-            healings: of `rows.HEALINGS`.
+            healings: of `rows.HEALINGS`. Sets that cannot be healed so have no such row.
             seeds: how many random sets for every number.
             trained: what heals for lora and distill: it gives the loss of every evaluation window
                 of the model without these layers, healed.
@@ -88,7 +88,7 @@ class Comparison:
         Raises:
             ShortGPTError: a method is unknown, a number out of range, or nothing heals by lora.
         """
-        heals = {REFIT: self._refitted, **(trained or {})}
+        heals = {PATCHED: self._patched, REFIT: self._refitted, **(trained or {})}
         if lacks := [h for h in healings if h in TRAINED and h not in heals]:
             raise ShortGPTError(f"the healing {lacks[0]} needs what heals: pass trained=...")
         cases = self._cases(methods, counts, seeds)
@@ -102,7 +102,8 @@ class Comparison:
                     shown.update()
                     if healing in TRAINED and (case[0], case[2]) not in few:
                         continue
-                    rows.append(self._row(case, layers, healing, heals.get(healing)))
+                    if healing != PATCHED or 0 not in layers:  # a patch needs a layer before it
+                        rows.append(self._row(case, layers, healing, heals.get(healing)))
         return rows
 
     def _cases(self, methods: Sequence[str], counts: Sequence[int], seeds: int) -> list[Case]:
@@ -246,10 +247,20 @@ class Comparison:
         with self.short.without_layers(layers):
             return losses(self.short.decoder, self._evaluation, progress=False)
 
+    def _patched(self, layers: list[int]) -> list[Perplexity]:
+        patch = linear_patch.fit(self.short, layers, self._calibration, progress=self._progress)
+        return self._folded(partial(linear_patch.fold, self.short, patch), layers)
+
     def _refitted(self, layers: list[int]) -> list[Perplexity]:
         result = refit.fit(self.short, layers, self._calibration, progress=self._progress)
+        return self._folded(partial(refit.fold, self.short, result), layers)
+
+    def _folded(
+        self, fold: Callable[[], Callable[[], None]], layers: list[int]
+    ) -> list[Perplexity]:
+        """Losses without the layers while new weights are in place; ``fold`` gives the undo."""
         with self.short.without_layers(layers):
-            undo = refit.fold(self.short, result)
+            undo = fold()
             try:
                 return losses(self.short.decoder, self._evaluation, progress=False)
             finally:

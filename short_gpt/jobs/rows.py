@@ -8,9 +8,9 @@ from typing import TypedDict
 
 from short_gpt.runtime.errors import ShortGPTError
 
-RAW, REFIT, LORA, DISTILL = "raw", "refit", "lora", "distill"
-HEALINGS = (RAW, REFIT, LORA, DISTILL)
-GONE = ("patched", "linearpatch", "ghosted")  # healings of earlier versions
+RAW, PATCHED, REFIT, LORA, DISTILL = "raw", "patched", "refit", "lora", "distill"
+HEALINGS = (RAW, PATCHED, REFIT, LORA, DISTILL)
+GONE = ("linearpatch", "ghosted")  # healings of earlier versions
 TRAINED = (LORA, DISTILL)  # these take far longer than all the rest
 Windows = Sequence[Sequence[int]]
 
@@ -30,7 +30,7 @@ class Row:
     Attributes:
         method, seed: what chose the layers; the seed is None but for the random method.
         n: layers removed.
-        healing: raw, refit, lora or distill.
+        healing: raw, patched, refit, lora or distill.
         layers: removed, original numbers.
         perplexity: on the evaluation text.
         nats, standard_error: mean loss less that of the whole model, paired over the windows.

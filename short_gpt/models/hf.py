@@ -12,10 +12,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from short_gpt.models.config_check import Outline, differences, outline, part, twin_outline
-from short_gpt.models.config_entries import cut_entries, layer_entries
 from short_gpt.models.families import FAMILIES, Family, family_of
-from short_gpt.models.rotary import longrope_limits
+from short_gpt.models.layer_config import (
+    Outline,
+    cut_entries,
+    differences,
+    layer_entries,
+    longrope_limits,
+    outline,
+    twin_outline,
+    with_layers,
+)
 from short_gpt.runtime.errors import ShortGPTError
 
 if TYPE_CHECKING:
@@ -159,7 +166,7 @@ class HFDecoder:
         A quantized model differs from the one of its config anyway: in the kind of its weights.
         """
         ours, before = self._outlines()
-        known = differences(part(ours, keep), part(before, keep))
+        known = differences(with_layers(ours, keep), with_layers(before, keep))
         edits: list[Edit] = []
         for name, value in after.rest.items():
             owner, _, key = name.rpartition(".")
