@@ -19,7 +19,7 @@ from short_gpt.runtime.errors import ShortGPTError
 # Config entries that list layers by number. Entries with one value a layer need no list: they
 # are known by their length.
 NUMBERED = ("mlp_only_layers", "moe_layers", "full_attn_idxs")
-# Config entries that count the first layers, which are of another kind than those behind them.
+# Config entries that count the first layers, which are of another kind than those after them.
 LEADING = ("first_k_dense_replace", "num_dense_layers", "max_window_layers")
 # Config entries that say every how many layers one is of another kind: the list that they make
 # where it is not given, and what stands in it for that layer.
@@ -70,7 +70,7 @@ def cut_entries(
         declared: entries whose types the config checks: one that no number says any more stays,
             and the list that it would make goes before it; the others become None.
     """
-    new_number = {old: new for new, old in enumerate(keep)}
+    new_number = {old: new for new, old in enumerate(keep)}  # layers are numbered from 0 again
     cut: dict[str, Any] = {}
     for name, value in entries.items():
         if name in EVERY:
@@ -78,7 +78,7 @@ def cut_entries(
             every = _every([entries[listed][i] == other for i in keep], value)
             cut[name] = value if every is None and name in declared else every
         elif name in LEADING:
-            cut[name] = sum(i < value for i in keep)
+            cut[name] = sum(i < value for i in keep)  # of the leading ones, those that stay
         elif isinstance(value, int):
             cut[name] = len(keep)
         elif name == "attention_types":
@@ -113,6 +113,7 @@ def longrope_limits(config: Any) -> list[int]:
     settings = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
     if not isinstance(settings, dict):
         return []
+    # one set for all layers, or one for each kind of layer (Gemma 3)
     kinds = [settings, *(value for value in settings.values() if isinstance(value, dict))]
     name = "original_max_position_embeddings"
     outside = getattr(config, name, None) or config.max_position_embeddings
@@ -137,7 +138,7 @@ class Outline(NamedTuple):
 def outline(model: nn.Module, layers_path: str) -> Outline:
     """The outline of a model, whose layers are at ``layers_path``."""
     layers = model.get_submodule(layers_path)
-    inside = {id(module) for module in layers.modules()}
+    inside = {id(module) for module in layers.modules()}  # the list itself, too
     own = [(name, module) for name, module in model.named_modules() if id(module) not in inside]
     rest: Traits = {}
     for name, module in own:
@@ -158,6 +159,7 @@ def twin_outline(model: Any, layers_path: str) -> Outline:
     """
     config = model.config
     try:
+        # as it would be saved and read; of a copy, because it keeps lists of what it is given
         again = type(config).from_dict(copy.deepcopy(config.to_dict()))
         with torch.device("meta"):
             return outline(type(model)(again), layers_path)

@@ -1,4 +1,4 @@
-"""Inside a layer: the maps that end its halves, and hooks around it.
+"""Inside a layer: the output projections of its sublayers, and hooks around it.
 
 Shapes: B windows, S tokens, D width of the stream, F width of the MLP.
 """
@@ -17,7 +17,7 @@ from short_gpt.models.decoder import Decoder
 from short_gpt.models.families import ANY, Family, only_part
 from short_gpt.runtime.errors import ShortGPTError
 
-# What a layer returns: its state (B, S, D), by itself or in front of others.
+# What a layer returns: its state (B, S, D), by itself or before others in a tuple.
 Output = Tensor | tuple[Tensor, ...] | list[Tensor]
 Arguments = tuple[object, ...]
 Call = tuple[Arguments, dict[str, object]]  # what a layer was called with, by place and by name
@@ -102,8 +102,8 @@ def check_added(layer: nn.Module, args: Arguments, kwargs: Mapping[str, object])
     """Proves that a layer adds the output of its MLP to the stream, whole and as it is.
 
     The layer runs twice, the second time with a random tensor added to what `mlp_output` gives:
-    its own output must change by that tensor. A norm behind the MLP (Gemma 2, OLMo 2), a
-    factor (Granite) or a norm behind the sum fails. In a parallel block (GPT-NeoX, Phi) the MLP
+    its own output must change by that tensor. A norm after the MLP (Gemma 2, OLMo 2), a
+    factor (Granite) or a norm after the sum fails. In a parallel block (GPT-NeoX, Phi) the MLP
     reads the block's input, and its output is still a summand: it passes.
 
     Args:
@@ -116,12 +116,15 @@ def check_added(layer: nn.Module, args: Arguments, kwargs: Mapping[str, object])
     again = copied(args, kwargs)  # for the second run: the first may write over its state
     before = first(layer(*args, **kwargs))
     scale = before.float().pow(2).mean().sqrt().item()
+    # on the CPU: the same numbers on every device
     generator = torch.Generator().manual_seed(0)
     added = torch.randn(before.shape, generator=generator).mul_(scale)
-    added = added.to(before.device, before.dtype)
+    added = added.to(before.device, before.dtype)  # (B, S, D), as large as the stream
+    # view_as: some MLPs flatten the windows, (B S, D)
     with replaced_output(mlp_output(layer), lambda out: out + added.view_as(out)):
         after = first(layer(*again[0], **again[1]))
     off = (after.cpu().double() - before.cpu().double() - added.cpu().double()).abs()
+    # rounding is relative to what is added, and to what cancels in it
     allowed = before.abs().cpu().double() + added.abs().cpu().double() + scale
     worst = float((off / allowed).max())
     if not worst <= 16 * torch.finfo(before.dtype).eps:
@@ -150,9 +153,9 @@ def copied(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
 
 
 class States(ExitStack):
-    """Hooks for one pass: states behind layers, outputs of MLPs, and how layers were called.
+    """Hooks for one pass: states leaving layers, outputs of MLPs, and how layers were called.
 
-    All are copies: what runs behind a hook may write over what it saw, as Falcon's layers do,
+    All are copies: what runs after a hook may write over what it saw, as Falcon's layers do,
     which add their attention to the tensor that the MLP gave.
 
     Attributes:
@@ -220,7 +223,7 @@ def output_form(decoder: Decoder) -> tuple[Tensor, Callable[[Tensor], object]]:
 @contextmanager
 def patched_forward(layer: nn.Module, forward: Callable[..., object]) -> Iterator[None]:
     """A layer that does something else inside a ``with`` block."""
-    own = vars(layer).get("forward")
+    own = vars(layer).get("forward")  # of the instance, such as one patched before
     layer.forward = forward
     try:
         yield

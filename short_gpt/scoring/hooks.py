@@ -67,7 +67,7 @@ class Scores:
 
     def check_finite(self, layers: Sequence[int]) -> None:
         """Raises NotFiniteError if a state was NaN or infinite; names its layer."""
-        bad = ~self.influence.isfinite()
+        bad = ~self.influence.isfinite()  # (B, L): a state that is not finite makes its cosine NaN
         if bad.any():
             row, layer = (int(i) for i in bad.nonzero()[bad.nonzero()[:, 1].argmin()])
             raise NotFiniteError(
@@ -82,7 +82,7 @@ class Scores:
 
     def at(self, places: Sequence[int]) -> Scores:
         """The windows in the order whose places in it these are."""
-        order = torch.tensor(places).argsort()
+        order = torch.tensor(places).argsort()  # the inverse of a permutation
         return Scores(**{f.name: getattr(self, f.name)[order] for f in fields(self)})
 
 
@@ -160,18 +160,19 @@ class BetweenSublayers:
         if middle is None:
             unknown = torch.full(y.shape[:2], math.nan, dtype=y.dtype, device=y.device)
             return unknown, unknown, unknown
-        m = widen(middle)
+        m = widen(middle)  # (B, S, D)
         return torch.linalg.vecdot(widen(state), m), norms(m), torch.linalg.vecdot(m, y)
 
     def _proved(self, state: Tensor, y: Tensor) -> Tensor | None:
         """The state between the sublayers, if they add up to the layer on the first tokens."""
         middle, attention, mlp = self.state, self.attention, self.mlp
-        self.state = self.attention = self.mlp = None
+        self.state = self.attention = self.mlp = None  # the next layer's are others
         if middle is None or attention is None or mlp is None or middle.shape != state.shape:
             return None
-        x, m = state[:, :PROVED], middle[:, :PROVED]
+        x, m = state[:, :PROVED], middle[:, :PROVED]  # (B, PROVED, D) each
         if attention.shape != x.shape or mlp.shape != x.shape:  # experts may flatten the windows
             return None
+        # exact, in the model's own dtype: a parallel block or a norm after a sublayer fails
         whole = torch.equal(x + attention, m) and torch.equal(widen(m + mlp), y[:, :PROVED])
         return middle if whole else None
 
@@ -186,7 +187,7 @@ class LayerHooks:
 
     def __init__(self, mask: Tensor, *, all_tokens: bool = False) -> None:
         self._mask = mask
-        self._rows = torch.arange(len(mask), device=mask.device)
+        self._rows = torch.arange(len(mask), device=mask.device)  # (B,), to index with `_ends`
         self._ends = mask.sum(1) - 1  # the last real token of each window, (B,)
         self._state: Tensor | None = None  # leaving the previous layer, (B, S, D)
         self._version: int | None = None  # of that tensor, when its norms were computed
@@ -228,7 +229,7 @@ class LayerHooks:
         """
         state, result = state_in(args, kwargs), first(output)
         self._check_state(layer, state)
-        x, y = widen(state), widen(result)
+        x, y = widen(state), widen(result)  # (B, S, D) each, float32 or wider
         if not self._last:
             self._keep(state, x)
         # the state entering is the one that left the previous layer, unless something came between
@@ -236,7 +237,7 @@ class LayerHooks:
         version = version_of(state) if state is self._state else None
         known = self._norms if version is not None and version == self._version else None
         x_norm = norms(x) if known is None else known
-        y_norm = norms(y)
+        y_norm = norms(y)  # (B, S), which the next layer takes as those of its x
         products = [torch.linalg.vecdot(x, y), x_norm, y_norm, norms(y - x)]  # (B, S) each
         if self._middle is not None:
             products += self._middle.products(state, y)
@@ -274,10 +275,11 @@ class LayerHooks:
             xm, m_norm, my = middle
             each.append(influence(cosine_from_product(xm, x_norm, m_norm)))
             each.append(influence(cosine_from_product(my, m_norm, y_norm)))
+        # padding counts for nothing, NaN included: (1 + M (+ 2), layers, B)
         self._sums.append(torch.where(self._mask, torch.stack(each), 0.0).sum(3))
 
     def _keep(self, state: Tensor, wide: Tensor) -> None:
-        self._last.append(wide[self._rows, self._ends])
+        self._last.append(wide[self._rows, self._ends])  # (B, D): Eq. 6 reads last tokens alone
         if self._kept is not None:
             self._kept.append(state.clone())  # the model may go on writing in that tensor
 
@@ -287,7 +289,7 @@ class LayerHooks:
         # influence (B, L), then M metrics, then the two sublayers where these are scored
         turned, *rest = torch.cat(self._sums, dim=1).mT
         metrics, halves = rest[: len(LAYER_METRICS)], rest[len(LAYER_METRICS) :]
-        angles = angular_distances(torch.stack(self._last, dim=1))
+        angles = angular_distances(torch.stack(self._last, dim=1))  # of (B, L + 1, D)
         everywhere = None
         if self._kept is not None:
             everywhere = torch.stack(
@@ -328,6 +330,7 @@ def hooked(
         all_tokens: as in `score`.
     """
     hooks = LayerHooks(mask, all_tokens=all_tokens)
+    # with_kwargs: some families give the state by its name
     handles = [layer.register_forward_pre_hook(hooks.before, with_kwargs=True) for layer in layers]
     handles += [layer.register_forward_hook(hooks.after, with_kwargs=True) for layer in layers]
     if halves_of is not None:

@@ -116,13 +116,13 @@ class Importance:
         tokens, influence, angles = (new[n] for n in ("tokens", "influence", "angles"))
         half = (torch.arange(len(tokens)) + self.n_windows) % 2  # of each window, (B,)
         sums = torch.cat((influence, tokens[:, None]), dim=1)  # (B, L + 1)
-        products, cubes = block_sums(angles)
+        products, cubes = block_sums(angles)  # (L, L, L) each
         changed: dict[str, object] = {
             "texts": with_windows(self.texts, texts or [None] * len(sums), sums),
             "windows": self.windows + torch.bincount(half, minlength=2),
             "tokens": self.tokens.index_add(0, half, tokens),
-            "influence": self.influence.index_add(0, half, influence),
-            "products": self.products + sums.T @ sums,
+            "influence": self.influence.index_add(0, half, influence),  # (2, L)
+            "products": self.products + sums.T @ sums,  # (L + 1, B) (B, L + 1)
             "cubes": self.cubes + cube_sums(sums),
             "angles": self.angles + angles.sum(0),
             "angle_products": self.angle_products + products,
@@ -194,6 +194,7 @@ class Importance:
         n, effective = self.n_windows, self._effective_windows
         if n < 2:
             return self.covariance
+        # n / (n - 1) of `covariance` with the effective number in the place of n
         return self.covariance * ((n - 1) / n * effective / (effective - 1))
 
     @property
@@ -238,7 +239,7 @@ class Importance:
         """Spearman's rank correlation of `block_influence` between the two halves."""
         if self.windows.min() == 0:
             return math.nan
-        first, second = self.influence / self.tokens[:, None]
+        first, second = self.influence / self.tokens[:, None]  # (L,) each
         return spearman(first, second)
 
     @property
@@ -264,14 +265,14 @@ class Importance:
         count, starts = self.n_windows, len(self.layers) - n + 1
         if count < 2:
             return torch.full((starts, starts), math.nan, dtype=torch.float64)
-        mean = self.angular.diagonal(n)
+        mean = self.angular.diagonal(n)  # (L - n + 1,)
         second = self.angle_products[n - 1, :starts, :starts] / count
         return (second - torch.outer(mean, mean)) / (count - 1)
 
     @property
     def skewness(self) -> Tensor:
         """Skewness over windows of the difference of layers j and i, entry [i, j], (L, L)."""
-        cubes, weighted = self.cubes
+        cubes, weighted = self.cubes  # (L + 1, L + 1) each
         third = residual_cubes(self.block_influence, cubes, weighted)
         scale = self.n_windows / self.tokens.sum()  # residuals of sums, in the unit of the mean
         return pair_skewness(self.covariance, third * scale**3, self.n_windows)
@@ -282,7 +283,8 @@ class Importance:
         products, cubes = (
             sums[n - 1, :starts, :starts] for sums in (self.angle_products, self.angle_cubes)
         )
-        sums = self.angles.diagonal(n)
+        sums = self.angles.diagonal(n)  # (starts,), of all windows
+        # every window weighs 1 here, where it has its tokens in `skewness`
         cubes = with_count(cubes, products.diagonal(), count)
         third = residual_cubes(sums / count, cubes, with_count(products, sums, count))
         return pair_skewness(self.angular_covariance(n), third, count)
@@ -350,7 +352,7 @@ class Importance:
             said = error if isinstance(error, TypeError) else "they lack layers"
             raise ShortGPTError(f"these are not saved scores: {said}") from None
         named = {name: saved_sums(content, name, zero) for name, zero in empty._named().items()}
-        check_sums(named)
+        check_sums(named)  # before anything is computed: files come from anywhere
         metrics = torch.stack([named.pop(name) for name in LAYER_METRICS])  # (M, L)
         sums = {**named, "metrics": metrics}
         total = torch.cat((sums["influence"].sum(0), sums["tokens"].sum()[None]))

@@ -49,7 +49,7 @@ def norms(x: Tensor) -> Tensor:
 
 def cosine_from_product(xy: Tensor, x_norm: Tensor, y_norm: Tensor) -> Tensor:
     """Cosine from the inner product and the two norms; zero vectors as in `cosine`."""
-    product = x_norm * y_norm
+    product = x_norm * y_norm  # (...)
     # where it is zero, equal norms say that both are
     cos = torch.where(product == 0, (x_norm == y_norm).to(xy.dtype), xy / product)
     return cos.clamp(-1.0, 1.0)
@@ -61,7 +61,7 @@ def block_influence(x: Tensor, y: Tensor) -> Tensor:
     The paper's score of a layer is the mean of this over tokens and texts.
 
     Args:
-        x, y: (..., D), a token's state in front of a layer and behind it.
+        x, y: (..., D), a token's hidden state entering a layer and leaving it.
 
     Returns:
         (...) as of `influence`. Positive rescaling of either state changes nothing.
@@ -99,7 +99,7 @@ def angle(cos: Tensor) -> Tensor:
         >>> angle(torch.tensor([1.0, 0.0, -1.0])).tolist()
         [0.0, 0.5, 1.0]
     """
-    return cos.arccos() / math.pi
+    return cos.arccos() / math.pi  # finite, as `cosine_from_product` clamps
 
 
 def angular_distance(x: Tensor, y: Tensor) -> Tensor:
@@ -141,7 +141,8 @@ def angular_distances(states: Tensor) -> Tensor:
 
 def summed_angles(states: Sequence[Tensor], chunk: int = 32) -> Tensor:
     """Angular distances of one window, summed over its tokens: L + 1 of (S, D) to (L+1, L+1)."""
-    chunks = (  # (chunk, L + 1, D): tokens take the place of windows
+    # (chunk, L + 1, D): tokens take the place of windows, few at a time as all pairs are float64
+    chunks = (
         torch.stack([s[start : start + chunk] for s in states], dim=1)
         for start in range(0, len(states[0]), chunk)
     )
@@ -152,7 +153,7 @@ def relative_magnitude(x: Tensor, y: Tensor) -> Tensor:
     """||f(x)|| / ||x + f(x)|| of a layer that makes y = x + f(x) of x (Samragh et al. 2023).
 
     Args:
-        x, y: (..., D), a token's state in front of a layer and behind it.
+        x, y: (..., D), a token's hidden state entering a layer and leaving it.
 
     Returns:
         (...) as of `relative_change`.
@@ -166,7 +167,7 @@ def relative_magnitude(x: Tensor, y: Tensor) -> Tensor:
 
 
 def relative_change(change: Tensor, norm: Tensor) -> Tensor:
-    """Norm of what a layer adds over the norm of the state behind it.
+    """Norm of what a layer adds over the norm of the state that leaves it.
 
     Args:
         change, norm: (...) of one shape, not negative.
@@ -175,7 +176,7 @@ def relative_change(change: Tensor, norm: Tensor) -> Tensor:
         (...) from 0, for a layer that does nothing; 0 also where both are zero, infinite where
         ``norm`` alone is.
     """
-    return (change / norm).masked_fill(change == 0, 0.0)
+    return (change / norm).masked_fill(change == 0, 0.0)  # 0 / 0 would be NaN
 
 
 class TokenProducts(NamedTuple):

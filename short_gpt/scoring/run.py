@@ -160,7 +160,7 @@ class ScoringRun:
         local = self.into if alone else Importance.empty(self.into.layers)
         if total is not None:
             total = max(0, total - self.into.n_windows * (self._state is not None))
-            total = -(-total // self._team.count)
+            total = -(-total // self._team.count)  # rounded up
         try:
             measure(
                 self._decoder,
@@ -214,7 +214,7 @@ class ScoringRun:
         if self._team.count > 1:
             # in the same order of additions in a run that was interrupted at any look
             self.into = self.into.merge(sums_of_all(self._team, local))
-            vars(local).update(vars(Importance.empty(local.layers)))
+            vars(local).update(vars(Importance.empty(local.layers)))  # counted in `into` now
             self._tell()
         if self._stop:
             self.verdict = self._stop.judge(self.into, self._population, final=final)
