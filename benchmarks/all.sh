@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
-# Measures everything that README and docs quote, and fills their tables: about ten hours on two CPU
-# cores that have nothing else to do, of which scoring 600 windows, streaming and the comparison take
-# more than half. Interrupted, the same command goes on: what is whole is in OUT, and long runs have
-# a state beside it.
+# Measures everything that README and docs quote: about ten hours on two CPU cores that have nothing
+# else to do, of which scoring 600 windows, streaming and the comparison take more than half.
+# Interrupted, the same command goes on: what is whole is in OUT, and long runs have a state there.
 #
 #     benchmarks/all.sh WIKITEXT TASKS [OUT]
 #
@@ -88,7 +87,7 @@ cp ./*.json "$root/benchmarks/results/"
 [ ! -s pictures/quality.png ] || cp pictures/quality.png "$root/docs/images/"
 [ ! -s pictures_healing/quality.png ] ||
     cp pictures_healing/quality.png "$root/docs/images/healings.png"
-python "$root/benchmarks/fill_docs.py"
+python "$root/benchmarks/healing_tables.py"
 if [ ${#missed[@]} -gt 0 ]; then
     echo "limits were missed: ${missed[*]}" >&2
     exit 1

@@ -16,7 +16,6 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import fire
 from outcome import begin, finish
@@ -26,7 +25,7 @@ from short_gpt import ShortLlama, windows
 from short_gpt.data import demo
 from short_gpt.evaluation.paired import difference, losses, together
 from short_gpt.evaluation.perplexity import Perplexity
-from short_gpt.healing import linear_patch, refit
+from short_gpt.healing import PatchSettings, RefitSettings, refit
 
 LAYERS = (2, 3, 12, 13, 14, 15, 17, 25)  # the lowest 8 by Block Influence on the book
 PASSES = 4.0  # that a refit may take, the solving included
@@ -56,8 +55,9 @@ def main(
         before = bare_pass(short, learned)
         started = time.perf_counter()
         name, _, aim = method.partition(":")
-        made: Any = {"patch": linear_patch, "refit": refit}[name]
-        fitted = made.fit(short, list(layers), learned, **({"aim": float(aim)} if aim else {}))
+        settings = {"patch": PatchSettings(), "refit": RefitSettings()}[name]
+        changes = {"aim": float(aim)} if aim else {}
+        fitted = refit.fit(short, list(layers), learned, settings=settings, **changes)
         seconds = time.perf_counter() - started
         passes = (before, bare_pass(short, learned))
         costs[method] = {"seconds": seconds, "passes": seconds / (sum(passes) / 2)}
@@ -66,7 +66,7 @@ def main(
             "passes_most": seconds / min(passes),
         }
         with short.without_layers(layers):
-            undo = made.fold(short, fitted)
+            undo = refit.fold(short, fitted)
             found[method] = judge(short, kinds)
             undo()
     rows = {name: row(parts, found["whole"], found["cut"]) for name, parts in found.items()}

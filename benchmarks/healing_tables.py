@@ -1,4 +1,9 @@
-"""Tables and the picture of what healing brings back, from the JSON files of its benchmarks."""
+"""Tables and the picture of what healing brings back, from the JSON files of its benchmarks.
+
+    python benchmarks/healing_tables.py
+
+draws the picture, `docs/images/refit_text.png`.
+"""
 
 from __future__ import annotations
 
@@ -152,16 +157,20 @@ def picture(path: Path) -> None:
     plt.close(figure)
 
 
+GONE = "sleb_healed"  # a choice of the record whose search is no longer there
+
+
 def nearest() -> list[str]:
     """Where every method's choice stands among all sets, with 95% intervals over the windows."""
     found = result("optimality")
     quantile = student_t(0.975, found["windows"] - 1)  # every window is of another book
     lines = []
     for name, choice in found["choices"].items():
+        if name == GONE:
+            continue
         cells = []
-        for kind in ("raw", "healed"):
-            own = choice[kind]
-            cells += [own["rank"], interval(own["gap"], quantile * own["standard_error"])]
+        own = choice["raw"]
+        cells += [own["rank"], interval(own["gap"], quantile * own["standard_error"])]
         whole = found["checked"]["choices"][name]
         less = "0" if name == "sleb" else ""
         less = less or interval(whole["less_sleb"], quantile * whole["standard_error"])
@@ -173,7 +182,7 @@ def above(kind: str) -> dict[str, str]:
     """The choices whose interval lies above 0, against the set that is best on other windows."""
     found = result("optimality")
     quantile = student_t(0.975, found["windows"] - 1)
-    choices = {name: choice[kind] for name, choice in found["choices"].items()}
+    choices = {n: choice[kind] for n, choice in found["choices"].items() if n != GONE}
     gaps = {
         name: (own["gap_to_best_on_other_windows"], quantile * own["standard_error_of_that"])
         for name, own in choices.items()
@@ -183,3 +192,7 @@ def above(kind: str) -> dict[str, str]:
 
 def interval(value: float, reach: float) -> str:
     return f"{value:+.3f} ({value - reach:+.3f} to {value + reach:+.3f})"
+
+
+if __name__ == "__main__":
+    picture(Path(__file__).parents[1] / "docs" / "images" / "refit_text.png")

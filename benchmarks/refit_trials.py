@@ -16,8 +16,8 @@ from torch import Tensor
 from short_gpt import ShortHFModel, ShortLlama
 from short_gpt.data import demo
 from short_gpt.healing import refit, refit_layer
-from short_gpt.healing.half import HalfSolver, Tokens
 from short_gpt.healing.refit_layer import LayerRefit
+from short_gpt.healing.solver import SublayerSolver, Tokens
 
 Windows = Sequence[Sequence[int]]
 Fit = Callable[[ShortLlama, Sequence[int], Windows], refit.Refit]
@@ -38,7 +38,7 @@ class Weighted(Tokens):
 def by_gradient(short: ShortLlama, layers: Sequence[int], windows: Windows) -> refit.Refit:
     fitted, held = refit.held_apart(list(windows))
     squares = gradients([*fitted, *held])
-    learn, equations = LayerRefit.learn, refit_layer.equations_of
+    solve, equations = LayerRefit.solve, refit_layer.equations_of
     at: list[int] = []
 
     def weighted(batches: Iterable[Tokens], first: int) -> Iterator[Tokens]:
@@ -47,18 +47,16 @@ def by_gradient(short: ShortLlama, layers: Sequence[int], windows: Windows) -> r
             yield Weighted(**{**vars(tokens), "given_weights": own})
 
     def noted(self: LayerRefit) -> object:
-        at.append(self._place)
-        return learn(self)
+        at.append(self._index)
+        return solve(self)
 
-    def solver(
-        end: object, ridges: object, fit: Callable, keep: Callable, **options: float
-    ) -> HalfSolver:
+    def solver(end: object, settings: object, fit: Callable, keep: Callable) -> SublayerSolver:
         parts = (lambda: weighted(fit(), 0), lambda: weighted(keep(), len(fitted)))
-        return HalfSolver(end, ridges, *parts, **options)
+        return SublayerSolver(end, settings, *parts)
 
     with (
-        patch.object(LayerRefit, "learn", noted),
-        patch.object(refit_layer, "HalfSolver", solver),
+        patch.object(LayerRefit, "solve", noted),
+        patch.object(refit_layer, "SublayerSolver", solver),
         patch.object(
             refit_layer, "equations_of", lambda end, batches: equations(end, weighted(batches, 0))
         ),

@@ -35,7 +35,7 @@ from scoring import SIZE, build
 
 from short_gpt import ShortLlama
 from short_gpt.evaluation.perplexity import Perplexity
-from short_gpt.healing import linear_patch, refit
+from short_gpt.healing import PatchSettings, refit
 from short_gpt.jobs.cells import Cells
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.state import StateFile
@@ -133,11 +133,11 @@ def measured(
             return judge(short, kinds)
 
     def healed() -> Losses:
-        fit = {"patch": linear_patch.fit, "refit": refit.fit, **VARIANTS}[case.method]
+        fit = {"patch": patched, "refit": refit.fit, **VARIANTS}[case.method]
         learned = fitted_on(short, case.first, case.second, also, case.size)
         result: Any = fit(short, gone, learned, **dict(case.options))
         with short.without_layers(gone):
-            undo = (linear_patch if case.method == "patch" else refit).fold(short, result)
+            undo = refit.fold(short, result)
             found = judge(short, few)
             undo()
         return found
@@ -150,6 +150,12 @@ def measured(
     names = ("healed", "whole", "cut")
     rows = {name: row(part, *parts[1:]) for name, part in zip(names, parts, strict=True)}
     return {"layers": gone, **rows}
+
+
+def patched(
+    short: ShortLlama, layers: Sequence[int], windows: Windows, **options: Any
+) -> refit.Refit:
+    return refit.fit(short, layers, windows, settings=PatchSettings(**options))
 
 
 def firsts(losses: Losses, case: Case) -> Losses:

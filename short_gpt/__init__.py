@@ -4,10 +4,10 @@ from short_gpt.data.texts import pg19, texts
 from short_gpt.data.windows import batches, windows
 from short_gpt.evaluation.perplexity import perplexity
 from short_gpt.evaluation.tasks import run_tasks
-from short_gpt.healing.linear_patch import heal as heal_patch
 from short_gpt.healing.lora import heal as heal_lora
 from short_gpt.healing.recipe import Recipe
 from short_gpt.healing.refit import heal as heal_refit
+from short_gpt.healing.refit import heal_patch
 from short_gpt.jobs import convert, prune, rank
 from short_gpt.jobs.calibration import calibrate
 from short_gpt.jobs.comparing import compare

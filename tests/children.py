@@ -263,10 +263,10 @@ def healing(folder: Path, argv: list[str], ready: Path) -> None:
     """Runs a command in a folder that stops, and tells so by a file, in its first layer."""
     from short_gpt.healing.refit_layer import LayerRefit
 
-    def learn(_: LayerRefit) -> None:
+    def solve(_: LayerRefit) -> None:
         ready.touch()
         time.sleep(600)
 
     os.chdir(folder)
-    LayerRefit.learn = learn
+    LayerRefit.solve = solve
     app.main(argv)

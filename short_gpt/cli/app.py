@@ -59,7 +59,8 @@ def said(error: BaseException, argv: Sequence[str] = ()) -> str | None:
     if os.environ.get("SHORT_GPT_TRACEBACK"):
         return None
     if isinstance(error, NotSavedError):
-        return f"short-gpt: {in_shell(str(error), argv)}: {shlex.join(['short-gpt', *argv])}"
+        line = one_line(f"short-gpt: {in_shell(str(error), argv)}")
+        return f"{line}: {shlex.join(['short-gpt', *argv])}"
     short = shortage(error)
     if short is not None:
         return one_line(f"short-gpt: {short}")

@@ -109,8 +109,8 @@ def _unchanged(step: Mapping[str, object]) -> str | None:
         return None
     names = ", ".join(f"{fit['part']} of {fit['layer']}" for fit in left)
     return (
-        f"{len(left)} of {len(fits)} matrices stay as they were, for on the windows kept apart no "
-        f"change of them helps: {names}"
+        f"{len(left)} of {len(fits)} matrices unchanged: no ridge lowered the held-out error "
+        f"({names})"
     )
 
 

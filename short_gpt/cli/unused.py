@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from llama.io.sources import is_meta
 from short_gpt.data.texts import has_columns, has_split
 from short_gpt.evaluation.protocols import PROTOCOLS
 from short_gpt.jobs.inputs import listed
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.selection.methods import BY_LOSS, METHODS
+from short_gpt.wrappers.opening import reads_tokenizer
 
 Values = Mapping[str, object]  # of all flags of a command, defaults included
 
@@ -54,11 +54,10 @@ def _columns(values: Values) -> bool:
 
 def _tokenizer_is_read(values: Values) -> bool:
     """Whether a model's tokenizer is looked for; a path that does not exist is refused later."""
-    if values.get("stream") or values.get("stream_teacher"):
-        return True
+    stream = bool(values.get("stream") or values.get("stream_teacher"))
     models = [values.get(name) for name in ("model", "pruned", "teacher")]
     try:
-        return any(is_meta(str(model)) for model in models if model is not None)
+        return any(reads_tokenizer(str(m), stream=stream) for m in models if m is not None)
     except FileNotFoundError:
         return True
 

@@ -1,34 +1,31 @@
 """Bringing quality back after layers were removed: closed forms, LoRA, distillation.
 
-`heal_refit` solves the last matrices of the kept layers again, one layer after the other.
-`heal_patch` folds a least-squares map into the MLP in front of every gap, from one pass over text.
-`heal_lora` trains low-rank changes of the layers that stayed and merges them; given a
-`Distillation` it learns what the whole model predicts. `HealingJob` does these one after the other
-with its measurements before, between and after. No architecture changes: the result loads wherever
-the model does. `search_healed` chooses the layers that cost least once the gaps are refitted.
+`heal_refit` solves the output projections of the kept layers again, one layer after the other, and
+`heal_patch` those before gaps alone. `heal_lora` trains low-rank changes of the kept layers and
+merges them; given a `Distillation` it learns what the original model predicts. `HealingJob` does
+these one after the other with its measurements before, between and after. No architecture changes:
+the result loads wherever the model does.
 """
 
 from __future__ import annotations
 
-from short_gpt.healing.closed_forms import PatchSettings, RefitSettings
+import warnings
+
+from short_gpt.healing.closed_form import Step
 from short_gpt.healing.distillation import Distillation
 from short_gpt.healing.job import HealingEvidence, HealingJob
-from short_gpt.healing.linear_patch import RIDGE, Patch
-from short_gpt.healing.linear_patch import heal as heal_patch
 from short_gpt.healing.lora import Healed, require_packages
 from short_gpt.healing.lora import heal as heal_lora
 from short_gpt.healing.recipe import PRESETS, Recipe, recipe_for
-from short_gpt.healing.refit import Refit
+from short_gpt.healing.refit import PatchSettings, Refit, RefitSettings, heal_patch
 from short_gpt.healing.refit import heal as heal_refit
-from short_gpt.healing.refit_state import Fit
+from short_gpt.healing.solver import Fit
 from short_gpt.healing.steps import DistillSettings, LoraSettings
 from short_gpt.healing.teacher import TOP_K, CachedTeacher, LiveTeacher
 from short_gpt.healing.texts import Learning, Source
-from short_gpt.healing.work import Step
 
 __all__ = [
     "PRESETS",
-    "RIDGE",
     "TOP_K",
     "CachedTeacher",
     "DistillSettings",
@@ -40,7 +37,6 @@ __all__ = [
     "Learning",
     "LiveTeacher",
     "LoraSettings",
-    "Patch",
     "PatchSettings",
     "Recipe",
     "Refit",
@@ -53,3 +49,14 @@ __all__ = [
     "recipe_for",
     "require_packages",
 ]
+
+# Former names: what they are now, and by which name.
+_FORMER = {"Patch": (Refit, "Refit"), "RIDGE": (1e-4, "PatchSettings(ridges=...)")}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _FORMER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value, now = _FORMER[name]
+    warnings.warn(f"short_gpt.healing.{name} is now {now}", DeprecationWarning, stacklevel=2)
+    return value

@@ -21,9 +21,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from short_gpt.data.windows import batches
 from short_gpt.evaluation.perplexity import Perplexity, check_loss
-from short_gpt.healing.batching import IGNORED, Example, collate, examples
-from short_gpt.healing.divergence import Targets, divergence
-from short_gpt.healing.teacher import Teacher
+from short_gpt.healing.teacher import Targets, Teacher, divergence
+from short_gpt.healing.texts import IGNORED, Example, collate, examples
 from short_gpt.models.decoder import Decoder, padded
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.state import joined
@@ -34,10 +33,10 @@ PARTS = ("ids", "logs", "rest")  # of targets, in their order
 
 @dataclass(frozen=True)
 class Distillation:
-    """What LoRA learns in the place of the text alone.
+    """What LoRA learns instead of the text alone.
 
     Args:
-        teacher: the whole model's predictions on the windows of training and validation.
+        teacher: the original model's predictions on the windows of training and validation.
         kl_share: a, of the divergence in the loss; the rest is the text's own.
 
     Raises:
@@ -75,10 +74,10 @@ class Distillation:
         """
         total = logits.new_zeros((), dtype=batch["logs"].dtype)
         scale = self.kl_share * self.teacher.temperature**2
-        # taken apart at once: the gradient of every row by itself would be as large as the batch's
+        # unbound at once: indexing each row would make a gradient as large as the batch for each
         rows = zip(logits.unbind(0), batch["labels"], strict=True)
         for row, (every, labels) in enumerate(rows):
-            count = int(labels.ne(IGNORED).sum())  # the padding lies behind them
+            count = int(labels.ne(IGNORED).sum())  # the padding follows them
             own = every[:count]  # (N, V)
             targets = Targets(*(batch[name][row, :count] for name in PARTS))
             total = total + scale * self._divergence(own, targets).sum()
@@ -95,14 +94,14 @@ class Distillation:
         Args:
             decoder: the student.
             windows: that are read, each of at least two tokens.
-            first: the place of the first of them among all windows of the run.
+            first: the index of the first of them among all windows of the run.
             batch_size: windows read at once.
         """
         apart = nats = 0.0
         for batch in batches(examples(windows, first=first), batch_size):
             every = [example["input_ids"] for example in batch]
-            for places, tokens, _ in padded(every, decoder):
-                few, logits = [batch[i] for i in places], decoder.logits(tokens)
+            for indices, tokens, _ in padded(every, decoder):
+                few, logits = [batch[i] for i in indices], decoder.logits(tokens)
                 for row, (example, targets) in enumerate(zip(few, self._of(few), strict=True)):
                     labels = tokens[row, 1 : len(example["input_ids"])]
                     own = logits[row, : len(labels)]
@@ -114,7 +113,7 @@ class Distillation:
         return {"eval_loss": apart / count, "eval_perplexity": value}
 
     def _of(self, batch: Sequence[Example]) -> list[Targets]:
-        return self.teacher.targets([e["place"] for e in batch], [e["input_ids"] for e in batch])
+        return self.teacher.targets([e["index"] for e in batch], [e["input_ids"] for e in batch])
 
     def _divergence(self, logits: Tensor, targets: Targets) -> Tensor:
         return divergence(logits, targets, temperature=self.teacher.temperature)

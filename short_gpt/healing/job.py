@@ -12,12 +12,12 @@ from pathlib import Path
 
 from short_gpt.evaluation.paired import Difference, difference, together
 from short_gpt.evaluation.perplexity import Perplexity
-from short_gpt.healing.closed_forms import RefitSettings
+from short_gpt.healing.closed_form import Heal, HealingContext, Step
+from short_gpt.healing.refit import RefitSettings
 from short_gpt.healing.refit_state import STATE
 from short_gpt.healing.steps import TEACHER, check_order
 from short_gpt.healing.teacher import CONTENT
 from short_gpt.healing.texts import Learning
-from short_gpt.healing.work import Heal, Step, Work
 from short_gpt.runtime.errors import (
     USER_ERRORS,
     NotFiniteError,
@@ -35,7 +35,7 @@ class HealingEvidence:
 
     Attributes:
         steps: what healed the model, oldest first, each ready for JSON; "method" names it.
-        perplexity: by the state of the model: whole, pruned (or before), after each step but the
+        perplexity: by the state of the model: whole, pruned (or before), after each step except the
             last by the steps until then ("patch"), and healed.
         change: of the loss by the healing alone, paired over the windows.
         changes: the same of each step, by its name.
@@ -72,15 +72,15 @@ class HealingEvidence:
 
 
 class HealingJob:
-    """Removes layers, heals what is left in one or more steps, and measures before and after.
+    """Removes layers, heals the pruned model in steps, and measures before and after.
 
     Args:
         short: the opened model, which is changed in place; for training a `ShortHFModel`, where a
             Meta checkpoint is opened by `ShortHFModel.from_meta`.
         windows: to learn from, validate by and evaluate on.
         layers: to remove first, in the original model's numbering; training also heals a model
-            from which nothing more is to go.
-        settings: what heals, one step or several: one closed form at most, in front of training.
+            from which nothing more is removed.
+        settings: what heals, one step or several: one closed form at most, before training.
         work_dir: keeps what an interrupted healing continues from, until the model is saved: the
             closed form's weights, the teacher's predictions, training's checkpoints; None keeps
             nothing.
@@ -116,13 +116,13 @@ class HealingJob:
         notify: Callable[[str], object] | None = None,
     ) -> None:
         self.short, self.windows, self.layers = short, windows, list(layers)
-        given = RefitSettings() if settings is None else settings
-        self.steps: list[Step] = list(given) if isinstance(given, Sequence) else [given]
+        chosen = RefitSettings() if settings is None else settings
+        self.steps: list[Step] = list(chosen) if isinstance(chosen, Sequence) else [chosen]
         check_order([(step.name, step.trains) for step in self.steps])
         self.work_dir = None if work_dir is None else Path(str(work_dir))
         self.resume, self.progress, self.notify = resume, progress, notify
         self.evidence: HealingEvidence | None = None
-        self._lock: Lock | None = None  # of the folder, from the beginning of `run` to that it goes
+        self._lock: Lock | None = None  # of the folder, from the start of `run` until it is removed
 
     def plan_text(self) -> str | None:
         """What a refit among the steps will take in memory and on disk; None where there is none.
@@ -136,7 +136,7 @@ class HealingJob:
         return None
 
     def run(self) -> HealingEvidence:
-        """Does it all but saving.
+        """Does all of it except saving.
 
         Raises:
             ShortGPTError, NotFiniteError, MissingPackageError: as those of the steps.
@@ -147,8 +147,10 @@ class HealingJob:
         parts: dict[str, list[Perplexity]] = {}
         with self._folder() as folder:
             lasting = self.work_dir is not None
-            work = Work(self.short, self.windows, self.layers, folder, lasting, self.progress)
-            ready = [step.prepare(work) for step in self.steps]
+            context = HealingContext(
+                self.short, self.windows, self.layers, folder, lasting, self.progress
+            )
+            ready = [step.prepare(context) for step in self.steps]
             if self.layers:
                 self._measure(f"whole, {len(self.short.kept)} layers", parts)
             done = self._heal(ready, parts)
@@ -156,7 +158,7 @@ class HealingJob:
         names, before = [step.name for step in self.steps], [cut, *healed[:-1]]
         self.evidence = HealingEvidence(
             done,
-            {name: together(found) for name, found in parts.items()},
+            {name: together(windows) for name, windows in parts.items()},
             difference(cut, healed[-1]),
             {n: difference(a, b) for n, a, b in zip(names, before, healed, strict=True)},
         )
@@ -166,14 +168,14 @@ class HealingJob:
     def _heal(
         self, ready: Sequence[Heal], parts: dict[str, list[Perplexity]]
     ) -> list[dict[str, object]]:
-        """Cuts and heals, and measures what comes; returns how. All is undone after an error."""
+        """Removes layers, heals and measures; returns how. All is undone after an error."""
         names, count = [step.name for step in self.steps], len(self.short.kept)
         done: list[dict[str, object]] = []
         undos: list[Callable[[], object]] = []
-        # a trial: whatever happens in it, all layers are back behind it
+        # a trial: whatever happens in it, all layers are back after it
         with self.short.without_layers(self.layers), _undone_on_error(undos):
-            left = len(self.short.present)
-            raw = f"pruned, {left} layers" if self.layers else f"before, {count} layers"
+            kept = len(self.short.present)
+            raw = f"pruned, {kept} layers" if self.layers else f"before, {count} layers"
             self._measure(raw, parts)
             for number, heal in enumerate(ready, start=1):
                 how, undo = heal()
@@ -202,6 +204,7 @@ class HealingJob:
         Raises:
             RuntimeError: `run` was not called, or failed.
             NotSavedError: nothing could be written; ``work_dir`` keeps all, to be continued.
+            ShortGPTError: what was to be written is refused, and will be again.
         """
         if self.evidence is None:
             raise RuntimeError("nothing was healed yet; call run first")
@@ -209,9 +212,16 @@ class HealingJob:
         try:
             out = self.short.save(out_dir, facts=facts, measured=measured, overwrite=overwrite)
         except Exception as error:
-            why = shortage(error) or (str(error) if isinstance(error, USER_ERRORS) else None)
-            if self.work_dir is None or why is None:
+            # under another name there is another folder, which holds nothing to continue from
+            short = shortage(error, elsewhere=False)
+            if self.work_dir is None or not (short or isinstance(error, USER_ERRORS)):
                 raise
+            why = short or str(error)
+            if short is None and not isinstance(error, OSError):  # of what was to be written
+                raise ShortGPTError(
+                    f"{out_dir} was not written: {why}; {self.work_dir} keeps what was healed, but "
+                    "the same call is refused again until that is mended"
+                ) from error
             raise NotSavedError(
                 f"{out_dir} was not written: {why}; {self.work_dir} keeps what was healed, and "
                 "once there is a way to write, the same call continues"
@@ -223,23 +233,21 @@ class HealingJob:
     def _clear(self, folder: Path) -> None:
         """Removes what the steps keep, and the folder if nothing else is in it."""
         for name in (TEACHER, *(step.name for step in self.steps)):
-            # in an order in which what a kill here may leave stands in no run's way: what says that
-            # weights are there goes before them, what says whose checkpoints these are behind them
-            (folder / f"{name}.json").unlink(missing_ok=True)
+            # in an order in which what a kill here may leave blocks no later run: a state before
+            # the weights that it names, a recipe after the checkpoints that it belongs to
             for path in (folder / name).rglob(STATE):
                 path.unlink()
             for path in (folder / name).glob("checkpoint-*"):
                 shutil.rmtree(path, ignore_errors=True)
             (folder / name / CONTENT).unlink(missing_ok=True)
             shutil.rmtree(folder / name, ignore_errors=True)
-            (folder / f"{name}.safetensors").unlink(missing_ok=True)
-        with suppress(OSError):  # what holds something else stays
+        with suppress(OSError):  # a folder that holds something else stays
             folder.rmdir()
         self._lock = None
 
     @contextmanager
     def _folder(self) -> Iterator[Path]:
-        """Where steps keep what they continue from; a folder that goes where nothing is kept."""
+        """Where steps keep what they continue from; a temporary one where nothing is kept."""
         if self.work_dir is None:
             if self.resume:
                 raise ShortGPTError("to resume, name the work_dir that holds what was done")
@@ -258,11 +266,11 @@ class HealingJob:
             self._lock = None  # else it is needed until the model is saved
             raise
         finally:
-            with suppress(OSError):  # what holds something stays
+            with suppress(OSError):  # a folder that holds something stays
                 folder.rmdir()
 
     def _check_there(self, folder: Path) -> None:
-        """Raises what is to be said of a folder that holds an earlier run, or none to resume."""
+        """Raises where a folder holds an earlier run, or none to resume."""
         there = folder.is_dir() and any(folder.iterdir())
         if there and not self.resume:
             raise FileExistsError(f"{folder} holds an earlier run; resume it, or remove it")

@@ -5,8 +5,10 @@ After Gromov et al. (arXiv:2403.17887, appendix A), through peft and the Trainer
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -14,12 +16,11 @@ import torch
 
 from llama.parallel import several_ranks
 from short_gpt.data.disjoint import check_disjoint
-from short_gpt.healing.adapters import adapt, target_modules
 from short_gpt.healing.distillation import Distillation
-from short_gpt.healing.four_bit import quantized, require_four_bit
-from short_gpt.healing.quiet import quiet
 from short_gpt.healing.recipe import Recipe, recipe_for
-from short_gpt.healing.trainer import TrainingRun, Window, train
+from short_gpt.healing.trainer import TrainingRun, Window, quiet, train
+from short_gpt.models.families import ANY, family_of
+from short_gpt.models.hf import find_layers
 from short_gpt.models.weight_changes import WeightChange, parameters_of, restored_on_error
 from short_gpt.runtime.errors import MissingPackageError, ShortGPTError
 from short_gpt.wrappers.scored_model import ScoredModel
@@ -37,7 +38,7 @@ class Healed:
         recipe: as used.
         trainable: parameters that were trained.
         parameters: of the model.
-        steps: optimizer steps done; fewer than wanted after an early stop.
+        steps: optimizer steps done; fewer than asked for after an early stop.
         kept_step: the step whose weights were kept, the best by the validation windows; 0 if none
             was better than no healing, and the model stayed as it was.
         losses: training loss in nats by step.
@@ -67,7 +68,7 @@ class Healed:
         return {"method": "LoRA", **{k: v for k, v in asdict(self).items() if k not in own}}
 
 
-Merged = tuple[Healed, Callable[[], None]]  # and what takes it out again
+Merged = tuple[Healed, Callable[[], None]]  # and what removes it again
 
 
 def heal(
@@ -95,7 +96,7 @@ def heal(
         resume: continue from the last checkpoint in ``work_dir``; the same recipe and windows
             give what an uninterrupted run gives.
         progress: whether to show a bar.
-        distillation: what is learned in the place of the text alone.
+        distillation: what is learned instead of the text alone.
 
     Raises:
         MissingPackageError: peft, or for 4 bits bitsandbytes, is missing.
@@ -182,42 +183,42 @@ def _train(adapted: PeftModel, run: TrainingRun) -> Healed:
     state, before = train(adapted, run)
     logs = state.log_history
     measured = {0: before} | {int(e["step"]): e for e in logs if "eval_loss" in e}
-    learned = {step: found["eval_loss"] for step, found in measured.items()}
+    losses = {step: metrics["eval_loss"] for step, metrics in measured.items()}
     distilled = run.distillation
     return Healed(
         recipe=run.recipe,
         trainable=trainable,
         parameters=parameters - trainable,
         steps=state.global_step,
-        kept_step=min(learned, key=lambda step: learned[step]),  # the earliest of equals
+        kept_step=min(losses, key=lambda step: losses[step]),  # the earliest of equals
         losses={int(entry["step"]): entry["loss"] for entry in logs if "loss" in entry},
-        validation={step: found["eval_perplexity"] for step, found in measured.items()},
+        validation={step: metrics["eval_perplexity"] for step, metrics in measured.items()},
         tokens=round(state.epoch * sum(map(len, run.training))),
-        divergence=None if distilled is None else learned,
+        divergence=None if distilled is None else losses,
         distillation=None if distilled is None else distilled.identity(),
     )
 
 
-def _heal_four_bit(model: PreTrainedModel, run: TrainingRun, place: torch.device) -> Merged:
+def _heal_four_bit(model: PreTrainedModel, run: TrainingRun, device: torch.device) -> Merged:
     """Trains over a copy in 4 bits (NF4, as QLoRA), and merges into the model as it is."""
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
-    place = model.device
+    device = model.device
     try:
-        small = quantized(model, place, run.recipe)
+        small = quantized(model, device, run.recipe)
         adapted = adapt(small, run.recipe)
         healed = _train(adapted, run)
         trained = get_peft_model_state_dict(adapted)
         del small, adapted
-        whole = adapt(model, run.recipe)
+        exact = adapt(model, run.recipe)
         try:
-            set_peft_model_state_dict(whole, trained)
-            return healed, _merge(whole, healed)
+            set_peft_model_state_dict(exact, trained)
+            return healed, _merge(exact, healed)
         except BaseException:
-            whole.unload()
+            exact.unload()
             raise
     finally:
-        torch.nn.Module.to(model, place)
+        torch.nn.Module.to(model, device)
         _clean(model, run.recipe)
 
 
@@ -253,3 +254,92 @@ def require_packages() -> None:
             raise MissingPackageError(
                 f'healing needs {package}: pip install "short-gpt[heal]"'
             ) from None
+
+
+def adapt(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
+    """The model with untrained changes of its layers: a ``PeftModel`` around the same weights.
+
+    Raises:
+        MissingPackageError: peft is missing.
+        ShortGPTError: no linear map has the recipe's names.
+    """
+    from peft import LoraConfig, TaskType, get_peft_model
+
+    targets = target_modules(model, recipe.modules)
+    config = LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        r=recipe.rank,
+        lora_alpha=recipe.rank if recipe.alpha is None else recipe.alpha,
+        lora_dropout=recipe.dropout,
+        target_modules=targets,
+        fan_in_fan_out=type(model.get_submodule(targets[0])).__name__ == "Conv1D",
+    )
+    torch.manual_seed(recipe.seed)
+    with quiet():
+        return get_peft_model(model, config)
+
+
+def target_modules(model: PreTrainedModel, names: Sequence[str] | None = None) -> list[str]:
+    """The full names of the linear maps inside the layers that LoRA changes.
+
+    Args:
+        model: a causal language model of transformers.
+        names: ends of their names; None takes the MLP's of the model's family.
+
+    Raises:
+        ShortGPTError: there is none.
+    """
+    model_type = model.config.get_text_config(decoder=True).model_type
+    names = family_of(model_type).lora if names is None else names
+    ends = tuple(f".{name}" for name in names)
+    targets = [
+        name for name in _with_weight(model, find_layers(model)) if f".{name}".endswith(ends)
+    ]
+    if not targets:
+        raise ShortGPTError(
+            f"{type(model).__name__} has no linear maps named {', '.join(names or ANY.lora)}; "
+            "name its own"
+        )
+    return targets
+
+
+def _with_weight(model: PreTrainedModel, layers_path: str) -> list[str]:
+    """The full names of the modules inside the layers that have a weight of their own."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if name.startswith(f"{layers_path}.")
+        and isinstance(getattr(module, "weight", None), torch.Tensor)
+    ]
+
+
+def quantized(model: PreTrainedModel, device: torch.device, recipe: Recipe) -> PreTrainedModel:
+    """A copy of a model in 4 bits on ``device``; the model itself goes to the CPU meanwhile."""
+    from peft import prepare_model_for_kbit_training
+    from transformers import BitsAndBytesConfig
+
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=model.dtype,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        model.cpu()  # both would not fit the card
+        small = type(model).from_pretrained(
+            folder, quantization_config=settings, dtype=model.dtype, device_map={"": device}
+        )
+    return prepare_model_for_kbit_training(
+        small, use_gradient_checkpointing=recipe.gradient_checkpointing
+    )
+
+
+def require_four_bit() -> None:
+    """Raises MissingPackageError or ShortGPTError, naming what QLoRA lacks here."""
+    try:
+        import_module("bitsandbytes")
+    except ImportError:
+        raise MissingPackageError("training in 4 bits needs: pip install bitsandbytes") from None
+    if not torch.cuda.is_available():
+        raise ShortGPTError("training in 4 bits needs CUDA, which torch does not find here")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -63,17 +64,17 @@ class Recipe:
         for name in ("rank", "steps", "batch", "micro_batch", "eval_every"):
             if getattr(self, name) < 1:
                 raise ShortGPTError(f"{name} = {getattr(self, name)}: expected at least 1")
-        if self.alpha is not None and not self.alpha > 0:
+        if self.alpha is not None and not 0 < self.alpha < math.inf:
             raise ShortGPTError(
                 f"alpha = {self.alpha}: expected above 0, or None for the rank; changes of this "
                 "scale learn nothing"
             )
         if self.batch % self.micro_batch:
             raise ShortGPTError(f"batch {self.batch} is not a multiple of {self.micro_batch}")
-        if not self.learning_rate > 0 or not 0 <= self.dropout < 1 or self.warmup < 0:
+        if not 0 < self.learning_rate < math.inf or not 0 <= self.dropout < 1 or self.warmup < 0:
             raise ShortGPTError(
-                f"expected learning_rate above 0, dropout in [0, 1), warmup of at least 0; got "
-                f"{self.learning_rate}, {self.dropout}, {self.warmup}"
+                "expected a finite learning_rate above 0, dropout in [0, 1), warmup of at least 0; "
+                f"got {self.learning_rate}, {self.dropout}, {self.warmup}"
             )
 
 
@@ -125,10 +126,10 @@ def recipe_for(config: ModelConfig, preset: str = "paper", **changes: Any) -> Re
     Args:
         config: of the model, pruned or not.
         preset: "paper" takes rank, learning rate and size from the paper's table where the model
-            is in it, told by its type and widths, else rank 64 and 3e-4, the table's most
+            is in it, known by its type and widths, else rank 64 and 3e-4, the table's most
             common; "demo" is the public demonstration: rank 8, alpha 32, q_proj and v_proj, 1e-6;
             "small" is for minutes on a few processor cores.
-        changes: attributes of `Recipe`, which go before.
+        changes: attributes of `Recipe`, which take precedence.
 
     Raises:
         ShortGPTError: no such preset or attribute, or a value out of range.
@@ -145,10 +146,10 @@ def recipe_for(config: ModelConfig, preset: str = "paper", **changes: Any) -> Re
     if preset != "paper":
         return Recipe(**{**(DEMO if preset == "demo" else SMALL), **changes})
     text = config.get_text_config(decoder=True)
-    found: dict[str, object] = {}
+    published: dict[str, object] = {}
     for model, settings in PAPER:
         if all(getattr(text, name, None) == value for name, value in model.items()):
-            found = dict(settings)
+            published = dict(settings)
     if text.model_type == "qwen":
-        found["modules"] = FAMILIES["qwen"].lora
-    return Recipe(**{**found, **changes})
+        published["modules"] = FAMILIES["qwen"].lora
+    return Recipe(**{**published, **changes})

@@ -1,42 +1,49 @@
-"""The closed-form refit: the last matrices of the kept layers, solved again one after the other.
+"""The closed-form refit: output projections of the kept layers, solved again one after the other.
 
-Layers that stay were made for the states of the whole model. Behind the first gap they meet others,
-and so every kept layer k from there on gets the target
+Kept layers were made for the hidden states of the original model. After the first gap they read
+others, and so every kept layer k from there on gets the target
 
-    T_k = the whole model's state where the next kept layer begins,
+    T_k = the original model's state where the next kept layer begins,
 
-which is the state behind the gap for a layer in front of one (the idea of ReplaceMe, Shopkhoev et
-al. 2025, arXiv:2505.02819) and the layer's own output elsewhere. Its matrix W, which maps F inputs
-m to what the half adds to the stream h, becomes W + C^T, where C minimises
+which is the state after the gap for a layer before one (the idea of ReplaceMe, Shopkhoev et al.
+2025, arXiv:2505.02819) and the layer's own output elsewhere. Its matrix W, which maps F inputs m to
+what the sublayer adds to the stream h, becomes W + C^T, where C minimises
 
     sum over tokens w ||h + W m + C^T m - T_k||^2 + ridge (tr(M^T M) / F) ||C||^2.
 
-The inputs are those of the model as cut and refitted in front of k, so that later layers mend what
-earlier ones could not. w = 1 / ||T_k||^2, for an RMSNorm makes a token's scale irrelevant to what
-follows. The attention's matrix is solved first, for the whole model's state between the halves,
-then the MLP's. The ridge of every matrix is the one that restores most on windows kept apart.
-Nothing is trained and no parameter is added: the result loads wherever the model does.
+The inputs are those of the model as pruned and refitted before k, and so later layers restore what
+earlier ones could not. w = 1 / ||T_k||^2, because RMSNorm makes a token's scale irrelevant to what
+follows. The attention's o_proj is solved first, for the original model's state between the
+sublayers, then the MLP's down_proj. The ridge of every matrix is the one that restores most on
+held-out windows. Nothing is trained and no parameter is added: the result loads wherever the model
+does. The patch is the same for the layers before gaps alone, with the original model's inputs.
 
-Shapes: B windows, S tokens, N tokens in all, D width of the stream, F inputs of a matrix.
+Shapes: B windows, S tokens, N tokens in all, L layers, D width of the stream, F inputs of a matrix.
 """
 
 from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import chain
 from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from llama.parallel import model_parallel_size
-from short_gpt.healing.refit_memory import plan_of
-from short_gpt.healing.refit_pass import RefitPass
-from short_gpt.healing.refit_state import Fit, RefitState
-from short_gpt.healing.solving import PARTS, RIDGES, WEIGHTS, Solving
+from short_gpt.evaluation.paired import together
+from short_gpt.healing.closed_form import ClosedForm, Heal, HealingContext
+from short_gpt.healing.refit_layer import Batches, LayerRefit, batched
+from short_gpt.healing.refit_memory import RefitPlan, plan_of
+from short_gpt.healing.refit_state import MODELS, ORIGINAL, PRUNED, RefitState
+from short_gpt.healing.solver import PARTS, WEIGHTS, Fit, SolverSettings
+from short_gpt.healing.texts import Learning
 from short_gpt.models.decoder import pad
 from short_gpt.models.numbering import check_layers, span
 from short_gpt.models.weight_changes import Parameter
@@ -46,41 +53,91 @@ from short_gpt.runtime.progress import bar
 from short_gpt.runtime.state import joined
 from short_gpt.wrappers.scored_model import ScoredModel
 
+Windows = Sequence[Sequence[int]]
 HELD_EVERY = 8  # every eighth window chooses the ridge
+AIMS = (1.0, 0.7, 0.5)  # step sizes that are tried
+TRIED = len(WEIGHTS) + len(AIMS) - 1 + len(PARTS)  # fits
+
+
+@dataclass(frozen=True)
+class RefitSettings(SolverSettings, ClosedForm):
+    """Settings of the refit.
+
+    Attributes:
+        parts, ridges, weights, aim, where: as of `SolverSettings`.
+        batch_size: windows of one length read at once.
+        max_windows: of those that a healing learns from, the first so many; None takes all.
+    """
+
+    batch_size: int = 1
+    max_windows: int | None = None
+    name: ClassVar[str] = "refit"
+
+    def plan(self, short: ScoredModel, windows: Learning, folder: Path | None) -> RefitPlan:
+        """What it will take in memory and on disk; see `plan_of`."""
+        every = [*windows.training[: self.max_windows], *windows.validation]
+        fits = TRIED if self.parts is None else 1
+        return plan_of(short, every, batch_size=self.batch_size, folder=folder, fits=fits)
+
+    def fit(self, context: HealingContext) -> Heal:
+        refit = fit(
+            context.short,
+            context.layers,
+            context.windows.training[: self.max_windows],
+            held=context.windows.validation or None,
+            settings=self,
+            work_dir=context.folder / self.name if context.lasting else None,
+            progress=context.progress,
+        )
+        return lambda: (refit.to_dict(), fold(context.short, refit))
+
+
+@dataclass(frozen=True)
+class PatchSettings(RefitSettings):
+    """Settings of the patch: those of the refit, of the layers before gaps alone."""
+
+    where: str = "gaps"
+    name: ClassVar[str] = "patch"
 
 
 @dataclass(frozen=True)
 class Refit:
-    """New values for the last matrices of layers that stay.
+    """New values for the output projections of kept layers.
 
     Attributes:
         layers: those to remove, in the original model's numbering.
         values: by a layer's original number and a parameter's name in it, on the CPU.
         fits: of every matrix, in the order in which they were solved.
-        solving: as given to `fit`.
+        settings: of `fit`; where several were tried, the best.
         windows, tokens: read to fit the matrices.
         held: windows read to choose the ridges.
-        tried: of `fit_best`, the perplexity on those windows by the name of what was tried, and as
-            "none" that without any.
+        tried: where settings were chosen, the perplexity on the held-out windows by the name of
+            what was tried, and as "none" that without any.
     """
 
     layers: list[int]
     values: Mapping[Parameter, Tensor]
     fits: list[Fit]
-    solving: Solving
+    settings: RefitSettings
     windows: int
     tokens: int
     held: int
     tried: Mapping[str, float] = field(default_factory=dict)
 
+    @property
+    def solving(self) -> RefitSettings:
+        """The former name of ``settings``."""
+        warnings.warn("Refit.solving is now Refit.settings", DeprecationWarning, stacklevel=2)
+        return self.settings
+
     def to_dict(self) -> dict[str, object]:
-        """All but the values, ready for JSON."""
+        """All except the values, ready for JSON."""
         return {
-            "method": "refit",
+            "method": "patch" if self.settings.where == "gaps" else "refit",
             "layers": self.layers,
-            "parts": list(self.solving.parts),
-            "weights": self.solving.weights,
-            "aim": self.solving.aim,
+            "parts": list(self.settings.parts or ()),
+            "weights": self.settings.weights,
+            "aim": self.settings.aim,
             "fits": [asdict(fit) for fit in self.fits],
             "windows": self.windows,
             "tokens": self.tokens,
@@ -89,40 +146,15 @@ class Refit:
         }
 
 
-def heal(
-    short: ScoredModel,
-    layers: Sequence[int],
-    windows: Sequence[Sequence[int]],
-    *,
-    held: Sequence[Sequence[int]] | None = None,
-    parts: Sequence[str] = PARTS,
-    ridges: Sequence[float] = RIDGES,
-    weights: str = WEIGHTS[0],
-    aim: float = 1.0,
-    batch_size: int = 1,
-    work_dir: str | os.PathLike[str] | None = None,
-    progress: bool = True,
-) -> Refit:
-    """Removes layers and refits what is left: `fit`, ``remove_layers`` and `fold`.
+def heal(short: ScoredModel, layers: Sequence[int], windows: Windows, **options: Any) -> Refit:
+    """Removes layers and refits the pruned model: `fit`, ``remove_layers`` and `fold`.
 
     Args and errors as in `fit`; after any of them the model is as it was, with all its layers.
 
     Example:
         >>> refit = heal_refit(short, [21, 22, 25], windows)  # doctest: +SKIP
     """
-    refit = fit(
-        short,
-        layers,
-        windows,
-        held=held,
-        parts=parts,
-        ridges=ridges,
-        weights=weights,
-        aim=aim,
-        batch_size=batch_size,
-        work_dir=work_dir,
-        progress=progress,
-    )
+    refit = fit(short, layers, windows, **options)
     with short.without_layers(refit.layers):
         undo = fold(short, refit)
     try:
@@ -133,123 +165,284 @@ def heal(
     return refit
 
 
+def heal_patch(
+    short: ScoredModel,
+    layers: Sequence[int],
+    windows: Windows,
+    *,
+    ridge: float | None = None,
+    **options: Any,
+) -> Refit:
+    """Removes layers and solves the layers before the gaps: `heal` with `PatchSettings`.
+
+    Args:
+        short, layers, windows, options: as of `fit`.
+        ridge: of every matrix; None chooses one by held-out windows.
+
+    Example:
+        >>> patch = heal_patch(short, [21, 22, 25], windows)  # doctest: +SKIP
+    """
+    settings = PatchSettings() if ridge is None else PatchSettings(ridges=(ridge,))
+    return heal(short, layers, windows, settings=settings, **options)
+
+
 @torch.no_grad()
 def fit(
     short: ScoredModel,
     layers: Sequence[int],
-    windows: Sequence[Sequence[int]],
+    windows: Windows,
     *,
-    held: Sequence[Sequence[int]] | None = None,
-    parts: Sequence[str] = PARTS,
-    ridges: Sequence[float] = RIDGES,
-    weights: str = WEIGHTS[0],
-    aim: float = 1.0,
-    batch_size: int = 1,
+    held: Windows | None = None,
+    settings: RefitSettings | None = None,
     work_dir: str | os.PathLike[str] | None = None,
     progress: bool = True,
+    **changes: Any,
 ) -> Refit:
-    """Solves the last matrices of the layers that stay; the model is as it was afterwards.
+    """Solves output projections of the kept layers; the model is as it was afterwards.
 
-    Windows pass the layers together, one layer after the other, as the whole model's states and as
-    those of what is left: three states (N, D) are held beside the model, what a matrix is given
-    (N, F), and one (F, F) matrix of float64. States for which there is no room go into temporary
-    files. With a folder all are there, and the same call continues from the last whole layer, bit
-    for bit; after an error before the first whole one, or a state that is not finite, it is empty.
-    A streamed model has one layer at a time in memory.
+    Windows pass the layers together, one layer after the other, as the states of the original model
+    and as those of the pruned one: three states (N, D) are held beside the model, the inputs of a
+    matrix (N, F), and one (F, F) matrix of float64. States for which there is no room go into
+    temporary files. With a folder all are there, and the same call continues from the last whole
+    layer, bit for bit; after an error before the first whole one, or a state that is not finite, it
+    is empty. A streamed model has one layer at a time in memory.
 
     Args:
         short: the model with all the layers, in memory or streamed.
         layers: to remove, original numbers in any order.
         windows: token ids of calibration text, never of text to evaluate on: of all the kinds that
             the model is to be used for.
-        held: windows kept apart, by which ridges are chosen; None takes every eighth of
-            ``windows`` out for it.
-        parts, ridges, weights, aim: of every matrix, see `Solving`.
-        batch_size: windows of one length read at once.
+        held: held-out windows, by which ridges are chosen; None takes every eighth of ``windows``
+            out for it.
+        settings: None takes those of `RefitSettings`. Their parts may be None: then both sublayers
+            are tried with each weight of tokens, next each step size, next each sublayer alone,
+            every time with what was best before, in six times the time.
         work_dir: a folder for this refit alone; it may be deleted once the model is saved, which
             reads new values from there.
         progress: whether to show a bar.
+        changes: attributes of the settings, such as ``parts=("mlp",)`` or ``aim=0.5``.
 
     Returns:
         The new values, and how much each matrix restores.
 
     Raises:
-        ShortGPTError: a layer does not exist; fewer than two windows; no layer that stays ends in
-            a matrix whose output is added to the stream; several model-parallel ranks; too little
-            memory or disk; ``work_dir`` holds a refit of another model, text or setting, or files
-            that were damaged; another process refits there.
+        ShortGPTError: a layer does not exist; fewer than two windows; no kept layer has an output
+            projection whose output is added to the stream; for a patch, a gap begins the model;
+            several model-parallel ranks; too little memory or disk; ``work_dir`` holds a refit of
+            another model, text or setting, or damaged files; another process refits there.
         NotFiniteError: a state is NaN or infinite.
     """
-    solving = Solving((*parts,) if not isinstance(parts, str) else parts, ridges, weights, aim)
-    _check(short, layers)
+    settings = replace(settings or RefitSettings(), **changes)
+    _check(short, layers, settings)
     windows, held = held_apart(list(windows)) if held is None else (windows, held)
     if not windows or not held:
         raise ShortGPTError("expected at least two windows of calibration tokens")
-    settings = joined(_settings(solving), {"batch_size": batch_size})
-    state = _state(short, layers, windows, held, settings, work_dir)
-    calls, gone = short.layer_calls(), [short.kept.index(layer) for layer in layers]
-    work = RefitPass(calls, short.kept, gone, solving=solving, state=state)
+    folder = None if work_dir is None else Path(os.fspath(work_dir))
+    if settings.parts is None:
+        return _fit_best(short, layers, windows, held, settings, folder, progress)
+    state = _state(short, layers, windows, held, settings, folder)
     try:
-        _run(short, work, windows, held, batch_size, progress)
+        refused = _solve(short, layers, windows, held, settings, state, progress)
     except BaseException as error:
         if not state.done or isinstance(error, NotFiniteError):
             state.clear()  # there is nothing to go on from
         raise
     if not state.fits:
         state.clear()
-        raise ShortGPTError(f"nothing of this model can be refitted: {work.refusal}")
-    tokens, fits = sum(map(len, windows)), state.fits
-    counts = (len(windows), tokens, len(held))
-    return Refit(list(layers), state.values, fits, solving, *counts)
+        raise ShortGPTError(f"nothing of this model can be refitted: {refused}")
+    counts = (len(windows), sum(map(len, windows)), len(held))
+    return Refit(list(layers), state.values, state.fits, settings, *counts)
 
 
-def _run(
+class Visit(NamedTuple):
+    """A kept layer that windows pass.
+
+    Attributes:
+        layer: its index in the decoder.
+        next_kept: that of the next kept layer.
+        solved: whether its output projections are.
+        copied: whether the original model's states enter it, and not those of the pruned model.
+    """
+
+    layer: int
+    next_kept: int
+    solved: bool
+    copied: bool
+
+
+def _visits(kept: Sequence[int], count: int, settings: RefitSettings) -> list[Visit]:
+    """The kept layers that windows pass, of ``count``."""
+    pairs = [*zip(kept, [*kept[1:], count], strict=True)]
+    if settings.where == "gaps":  # nothing is to be done after the last gap
+        visits = [Visit(i, after, after > i + 1, copied=True) for i, after in pairs]
+        return visits[: 1 + max(n for n, visit in enumerate(visits) if visit.solved)]
+    first_removed = next(i for i in range(count + 1) if i not in kept)
+    start = max(first_removed - 1, 0)  # the first layer whose target is not its own output
+    return [Visit(i, after, i >= start, copied=i == start > 0) for i, after in pairs]
+
+
+def _solve(
     short: ScoredModel,
-    work: RefitPass,
-    windows: Sequence[Sequence[int]],
-    held: Sequence[Sequence[int]],
-    batch_size: int,
+    layers: Sequence[int],
+    windows: Windows,
+    held: Windows,
+    settings: RefitSettings,
+    state: RefitState,
     progress: bool,
-) -> None:
-    """Runs the pass, in the memory that is planned for it."""
+) -> str:
+    """Solves what the state lacks, in the memory that is planned for it; returns what refused."""
     every = [*windows, *held]
     for window in every:
         pad([window], short.decoder)  # refuses what the model cannot read, before any work
-    planned = plan_of(short, every, batch_size=batch_size, folder=work.state.folder)
-    work.room, steps = planned.room, work.steps * len(every)
+    plan = plan_of(short, every, batch_size=settings.batch_size, folder=state.folder)
+    calls, removed = short.layer_calls(), [short.kept.index(layer) for layer in layers]
+    kept = [index for index in range(calls.count) if index not in removed]
+    visits = _visits(kept, calls.count, settings)
+    if state.done == len(visits):
+        state.finish()  # which a killed run may not have come to
+        return ""
+    fitted, held_out = ([*batched(part, settings.batch_size)] for part in (windows, held))
+    tokens = [*fitted, *held_out]  # (B, S) each
+    shapes = [(batch.shape[0], batch.shape[1]) for batch in tokens]
+    apart = [False] * len(fitted) + [True] * len(held_out)
     with ExitStack() as stack:
-        if planned.disk and work.state.folder is None:  # the states are more than there is room for
-            work.state.scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        title = f"refitting {len(every)} windows"
-        shown = stack.enter_context(bar(title, total=steps, unit="layer", show=progress))
-        work.run(windows, held, batch_size=batch_size, step=shown.update)
+        if plan.disk and state.folder is None:  # the states are more than there is room for
+            state.scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        title, total = f"refitting {len(every)} windows", _passes(visits, state) * len(every)
+        shown = stack.enter_context(bar(title, total=total, unit="layer", show=progress))
+        stack.callback(calls.close)
+        batches = Batches(calls, state, shapes, apart, plan.room, shown.update)
+        _embed(batches, tokens, range(visits[0].layer))
+        refused = _solve_layers(batches, visits, short.kept, settings)
+    state.finish()
+    return refused
+
+
+def _embed(batches: Batches, tokens: Sequence[Tensor], removed: range) -> None:
+    """The states entering the first kept layer, the original's through removed ones before it."""
+    state, calls = batches.state, batches.calls
+    sample = next(iter(calls.embed_all([tokens[0][:1, :1]])))  # (1, 1, D)
+    state.open(batches.shapes, sample.shape[-1], sample.dtype)
+    if state.done:
+        return
+    original, pruned = state.entering(ORIGINAL), state.entering(PRUNED)
+    for batch, embedded in enumerate(calls.embed_all(tokens)):  # (B, S, D)
+        original[batch] = embedded
+        pruned[batch] = embedded  # of the model whose very first layers are removed
+    for index in removed:
+        batches.run_all(index, original, original)
+
+
+def _solve_layers(
+    batches: Batches, visits: Sequence[Visit], numbers: Sequence[int], settings: RefitSettings
+) -> str:
+    """The refit: run a layer, solve it, put the solution in place, run it again.
+
+    Args:
+        batches: of windows, embedded, or where they were when an earlier run ended.
+        visits: the kept layers.
+        numbers: the original number of every layer of the decoder.
+        settings: how matrices are solved.
+
+    Returns:
+        Why the last layer of which nothing can be solved cannot; empty if there is none.
+    """
+    calls, state, refused = batches.calls, batches.state, ""
+    continued = (ORIGINAL,) if settings.where == "gaps" else MODELS
+    for index, next_kept, solved, copied in visits[state.done :]:
+        original = state.leaving(ORIGINAL)
+        if not solved:  # up to here both models are one
+            batches.run_all(index, state.entering(ORIGINAL), original)
+            state.advance(models=(ORIGINAL,))
+            continue
+        if copied:
+            for batch in batches:
+                state.entering(PRUNED)[batch] = state.entering(ORIGINAL)[batch]
+        with calls.loaded(index):
+            layer = LayerRefit(batches, index, numbers[index], settings)
+            layer.run_original()
+        for removed in range(index + 1, next_kept):  # the target is the state after the gap
+            batches.run_all(removed, original, original)
+        with calls.loaded(index):
+            fits, values = layer.solve()
+        refused = refused if layer.projections else layer.refused
+        state.advance(fits, values, models=continued)
+    return refused
+
+
+def _passes(visits: Sequence[Visit], state: RefitState) -> int:
+    """Layers of either model that a window has still to pass."""
+    rest = visits[state.done :]
+    first = rest[0].layer if state.done else 0
+    return visits[-1].next_kept - first + sum(visit.solved for visit in rest)
+
+
+def _fit_best(
+    short: ScoredModel,
+    layers: Sequence[int],
+    windows: Windows,
+    held: Windows,
+    settings: RefitSettings,
+    folder: Path | None,
+    progress: bool,
+) -> Refit:
+    """Fits with several settings, and keeps those of least loss on held-out windows."""
+
+    def fitted(tried_settings: RefitSettings) -> Refit:
+        name = tried_settings.label
+        own = None if folder is None else folder / name.replace(" ", "-").replace(",", "-")
+        options: dict[str, Any] = {"settings": tried_settings, "work_dir": own}
+        refit = fit(short, layers, windows, held=held, progress=progress, **options)
+        with short.without_layers(layers):
+            tried[name] = _perplexity(short, held, refit)
+        return refit
+
+    def best(refits: Iterable[Refit]) -> Refit:
+        return min(refits, key=lambda refit: tried[refit.settings.label])
+
+    with short.without_layers(layers):
+        tried = {"none": _perplexity(short, held)}
+    both = replace(settings, parts=PARTS)
+    found = best(fitted(replace(both, weights=weights)) for weights in WEIGHTS)
+    chosen = found.settings
+    others = (fitted(replace(chosen, aim=aim)) for aim in AIMS if aim != chosen.aim)
+    found = best(chain([found], others))
+    if {fit.part for fit in found.fits} == set(PARTS):
+        chosen = found.settings
+        found = best(chain([found], (fitted(replace(chosen, parts=(part,))) for part in PARTS)))
+    return replace(found, tried=tried)
+
+
+def _perplexity(short: ScoredModel, held: Windows, refit: Refit | None = None) -> float:
+    """On held-out windows, with a refit if there is one."""
+    undo = None if refit is None else fold(short, refit)
+    try:
+        return together(short.window_losses(held, progress=False)).value
+    finally:
+        if undo is not None:
+            undo()
 
 
 def _state(
     short: ScoredModel,
     layers: Sequence[int],
-    windows: Sequence[Sequence[int]],
-    held: Sequence[Sequence[int]],
-    settings: Mapping[str, object],
-    work_dir: str | os.PathLike[str] | None,
+    windows: Windows,
+    held: Windows,
+    settings: RefitSettings,
+    folder: Path | None,
 ) -> RefitState:
-    """What the refit continues from, if it has a folder; told by all that the refit depends on."""
-    if work_dir is None:
+    """What the refit continues from, if it has a folder; identified by all that it depends on."""
+    if folder is None:
         return RefitState(None, {})
-    read = {"windows": windows, "windows kept apart": held}
+    # by names that differ from those in a model's identity
+    names = {each.name: each.name for each in fields(settings) if each.name != "max_windows"}
+    names["weights"] = "weights of tokens"
+    own = {name: getattr(settings, key) for key, name in names.items()}
+    own = {name: [*value] if isinstance(value, tuple) else value for name, value in own.items()}
+    read = {"windows": windows, "held-out windows": held}
     digests = {name: json_digest([[*window] for window in part]) for name, part in read.items()}
     changes = {"kept": list(short.kept), "layers": list(layers)}
-    identity = joined(short.identity(), changes, settings, digests)
-    return RefitState(Path(os.fspath(work_dir)), identity)
-
-
-def _settings(solving: Solving) -> dict[str, object]:
-    """How matrices are solved, by names that differ from those in a model's identity."""
-    names = {"weights": "weights of tokens"}
-    return {
-        names.get(name, name): [*value] if isinstance(value, tuple) else value
-        for name, value in vars(solving).items()
-    }
+    return RefitState(folder, joined(short.identity(), changes, own, digests))
 
 
 @torch.no_grad()
@@ -267,7 +460,7 @@ def fold(short: ScoredModel, refit: Refit) -> Callable[[], None]:
         ShortGPTError: the refit is for other layers than those that the model has.
     """
     present = short.present
-    changed = {number for number, _ in refit.values}
+    changed = {layer for layer, _ in refit.values}
     if not changed <= set(present) or set(refit.layers) & set(present):
         raise ShortGPTError(
             f"the refit is for a model without layers {refit.layers}; this one has "
@@ -276,22 +469,30 @@ def fold(short: ScoredModel, refit: Refit) -> Callable[[], None]:
     return short.change_weights(refit.to_dict(), refit.values)
 
 
-def held_apart(windows: list[Sequence[int]]) -> tuple[list[Sequence[int]], list[Sequence[int]]]:
+def held_apart(windows: list[Sequence[int]]) -> tuple[Windows, Windows]:
     """The windows to fit on, and every eighth, or the last, which chooses ridges.
 
     Example:
         >>> held_apart([[1], [2], [3]])
         ([[1], [2]], [[3]])
     """
-    places = range(len(windows))[HELD_EVERY - 1 :: HELD_EVERY] or range(len(windows))[-1:]
-    return [w for i, w in enumerate(windows) if i not in places], [windows[i] for i in places]
+    chosen = range(len(windows))[HELD_EVERY - 1 :: HELD_EVERY] or range(len(windows))[-1:]
+    return [w for i, w in enumerate(windows) if i not in chosen], [windows[i] for i in chosen]
 
 
-def _check(short: ScoredModel, layers: Sequence[int]) -> None:
+def _check(short: ScoredModel, layers: Sequence[int], settings: RefitSettings) -> None:
+    """Raises ShortGPTError for a model, or layers, that cannot be refitted."""
     if model_parallel_size() > 1:
         raise ShortGPTError(
-            f"the refit needs the whole model on one rank, got {model_parallel_size()} "
-            "model-parallel ranks; convert the checkpoint, which merges its shards, and refit that"
+            f"the {settings.name} needs the whole model on one rank, got {model_parallel_size()} "
+            "model-parallel ranks; convert the checkpoint, which merges its shards, and heal that"
         )
     short.check_whole()
     check_layers(layers, short.kept)
+    removed = {short.kept.index(layer) for layer in layers}
+    if settings.where == "gaps" and 0 in removed:
+        beginning = [short.kept[i] for i in range(len(short.kept)) if {*range(i + 1)} <= removed]
+        raise ShortGPTError(
+            f"layers {beginning} cannot be patched: they begin the model, and the patch goes into "
+            "the layer before a gap. Choose other layers, or heal by the refit"
+        )

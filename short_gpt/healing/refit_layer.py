@@ -1,6 +1,6 @@
-"""One layer of a refit: what the whole model makes of it, and its matrices solved for what is left.
+"""One layer of a refit: its targets from the original model, its projections solved in the pruned.
 
-Shapes: B windows, S tokens, N = B S, D width of the stream, F inputs of a matrix.
+Shapes: B windows, S tokens, N = B S, D width of the residual stream, F inputs of a matrix.
 """
 
 from __future__ import annotations
@@ -13,14 +13,20 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from short_gpt.healing.half import HalfSolver, Tokens, equations_of
-from short_gpt.healing.known_attention import KnownAttention
-from short_gpt.healing.normal_equations import NormalEquations
-from short_gpt.healing.refit_state import Fit, RefitState
-from short_gpt.healing.solving import PARTS, Solving
-from short_gpt.healing.states import States
+from short_gpt.healing.refit_state import ORIGINAL, PRUNED, HiddenStates, RefitState
+from short_gpt.healing.solver import (
+    PARTS,
+    Fit,
+    NormalEquations,
+    SolverSettings,
+    SublayerSolver,
+    Tokens,
+    equations_of,
+)
+from short_gpt.models.families import part as part_of
 from short_gpt.models.layer_calls import LayerCalls
-from short_gpt.models.summands import Summand, Summands, behind_attention
+from short_gpt.models.layer_hooks import Output, first, patched_forward
+from short_gpt.models.sublayers import OutputProjection, Sublayers, behind_attention
 from short_gpt.models.weight_changes import Parameter, keep_values, parameters_of
 from short_gpt.runtime.errors import NotFiniteError
 
@@ -28,265 +34,328 @@ TokensOf = Callable[[int, Tensor], Tokens]
 
 
 @dataclass(frozen=True)
-class Windows:
-    """Windows on their way through both models.
+class Batches:
+    """Batches of windows that pass the layers of both models together.
 
     Attributes:
         calls: of the decoder.
-        state: holds their states.
+        state: holds their hidden states.
         shapes: B and S of every batch.
-        held: of every batch, whether it chooses ridges instead of being fitted on.
+        held_out: of every batch, whether it chooses ridges instead of being fitted on.
         room: bytes of memory for what one layer alone needs of them; more goes into a file.
-        step: called with B behind every layer of either model.
+        passed: called with B after every layer of either model.
     """
 
     calls: LayerCalls
     state: RefitState
     shapes: Sequence[tuple[int, int]]
-    held: Sequence[bool]
+    held_out: Sequence[bool]
     room: int
-    step: Callable[[int], object]
+    passed: Callable[[int], object]
 
     def __iter__(self) -> Iterator[int]:
         return iter(range(len(self.shapes)))
 
-    def of(self, *, held: bool) -> list[int]:
+    def of(self, *, held_out: bool) -> list[int]:
         """The batches that choose ridges, or those that are fitted on."""
-        return [batch for batch in self if self.held[batch] == held]
+        return [batch for batch in self if self.held_out[batch] == held_out]
 
-    def run(self, place: int, state: Tensor) -> Tensor:
-        """The state behind a layer, where its weights are."""
-        return self.calls.run(place, state.to(self.device(place)))
+    def run(self, index: int, state: Tensor) -> Tensor:
+        """The state (B, S, D) leaving a layer, where its weights are."""
+        return self.calls.run(index, state.to(self.device(index)))
 
-    def device(self, place: int) -> torch.device:
+    def run_all(self, index: int, source: HiddenStates, target: HiddenStates) -> None:
+        """Runs all batches through a layer."""
+        with self.calls.loaded(index):
+            for batch in self:
+                self.keep(target, batch, self.run(index, source[batch]), index)
+
+    def device(self, index: int) -> torch.device:
         """Where a layer's weights are."""
-        parameters = self.calls.layer(place).parameters()
+        parameters = self.calls.layer(index).parameters()
         return next(p.device for p in parameters if not p.is_meta)
 
-    def put(self, states: States, batch: int, state: Tensor, place: int) -> None:
-        """Keeps the state behind a layer; NotFiniteError where it is none to go on with."""
+    def keep(self, states: HiddenStates, batch: int, state: Tensor, index: int) -> None:
+        """Keeps the state leaving a layer; NotFiniteError where it is NaN or infinite."""
         if not state.isfinite().all():
             raise NotFiniteError(
-                f"the state behind the {place + 1}. layer is NaN or infinite; check the weights, "
+                f"the state behind the {index + 1}. layer is NaN or infinite; check the weights, "
                 "or try another dtype"
             )
         states[batch] = state
-        self.step(self.shapes[batch][0])
+        self.passed(self.shapes[batch][0])
 
-    def states(self, width: int, dtype: torch.dtype, name: str) -> States:
+    def states(self, width: int, dtype: torch.dtype, name: str) -> HiddenStates:
         """States that one layer alone needs: in memory where there is room for them."""
         size = sum(B * S for B, S in self.shapes) * width * dtype.itemsize
         path = self.state.path(name) if size > self.room // 3 else None  # there are three at most
-        return States(self.shapes, width, dtype, path)
+        return HiddenStates(self.shapes, width, dtype, path)
+
+
+def batched(windows: Sequence[Sequence[int]], size: int) -> Iterator[Tensor]:
+    """Windows of one length together, (B, S) each, in the order of their first ones."""
+    lengths: dict[int, list[Sequence[int]]] = {}
+    for window in windows:
+        lengths.setdefault(len(window), []).append(window)
+    for group in lengths.values():
+        for start in range(0, len(group), size):
+            yield torch.tensor([list(window) for window in group[start : start + size]])
 
 
 class LayerRefit:
-    """Solves the matrices of a layer that stays, while its weights are in memory.
+    """Solves the output projections of a kept layer, while its weights are in memory.
 
     Args:
-        windows: in front of the layer.
-        place: of the layer.
-        number: its original one.
-        solving: how they are solved.
+        batches: whose states enter the layer.
+        index: of the layer in the decoder.
+        layer: its original number.
+        settings: how projections are solved.
 
     Attributes:
-        ends: by half, what is solved.
-        refused: why halves are not, in words.
+        projections: what is solved, by sublayer.
+        refused: why other sublayers are not, in words.
     """
 
-    def __init__(
-        self,
-        windows: Windows,
-        place: int,
-        number: int,
-        solving: Solving,
-    ) -> None:
-        self._windows, self._place, self._number, self._solving = windows, place, number, solving
-        state = windows.state
-        self._left, self._behind = state.before("left"), state.behind("left")
-        self._whole = state.behind("whole")  # from `teach` on, and behind a gap where there is one
-        sample = self._left[0][:1, :32].to(windows.device(place))
-        halves = Summands.of(windows.calls, place, sample, windows.calls.family)
-        self._halves = halves
-        # the attention first, in whatever order they are named: the MLP mends what it leaves
-        found = [part for part in PARTS if part in solving.parts and part in halves.ends]
-        self.ends = {part: halves.ends[part] for part in found}
-        self.refused = "; ".join(dict.fromkeys(halves.refused.values()))
-        self._between = States([], 0, sample.dtype)
+    def __init__(self, batches: Batches, index: int, layer: int, settings: SolverSettings) -> None:
+        self._batches, self._index, self._layer, self._settings = batches, index, layer, settings
+        state, calls = batches.state, batches.calls
+        self._entering, self._leaving = state.entering(PRUNED), state.leaving(PRUNED)
+        self._target = state.leaving(ORIGINAL)  # after `run_original` and the removed layers
+        sample = self._entering[0][:1, :32].to(batches.device(index))  # (1, 32, D)
+        self._sublayers = Sublayers.of(calls, index, sample, calls.family)
+        # attention first, in whatever order they are named: the MLP restores what it leaves
+        solvable = self._sublayers.projections
+        names = [p for p in PARTS if p in (settings.parts or PARTS) and p in solvable]
+        if settings.where == "gaps":  # the inputs are the original's: attention misses nothing
+            names = names[-1:]
+        self.projections = {name: solvable[name] for name in names}
+        self.refused = "; ".join(dict.fromkeys(self._sublayers.refused.values()))
+        self._between = HiddenStates([], 0, sample.dtype)
         self._inputs = self._context = self._between
         self._known: KnownAttention | None = None
-        if len(self.ends) > 1:  # else the attention runs once anyway
-            calls = windows.calls
-            known = KnownAttention(calls, place, self.ends["attention"], calls.family, sample)
+        if len(names) > 1:  # else the attention runs once anyway
+            known = KnownAttention(calls, index, self.projections["attention"], sample)
             self._known = known if known.proved else None
 
-    def teach(self) -> None:
-        """The whole model's states behind the layer, and between its halves where that is a target.
+    def run_original(self) -> None:
+        """The original model's states leaving the layer, and between its sublayers if a target.
 
-        Where no MLP is solved, what a gap behind the layer adds is the attention's to restore.
+        Where no MLP is solved, the attention restores what a gap after the layer would add.
         """
-        windows, before = self._windows, self._windows.state.before("whole")
-        sample = before[0]
-        self._between = windows.states(sample.shape[-1], sample.dtype, "between")
-        for batch in windows:
-            run = partial(windows.run, self._place, before[batch])
-            if self._halves.mlp is None or "attention" not in self.ends:
-                whole = run()
+        batches, entering = self._batches, self._batches.state.entering(ORIGINAL)
+        mlp, sample = self._sublayers.mlp, entering[0]
+        self._between = batches.states(sample.shape[-1], sample.dtype, "between")
+        for batch in batches:
+            run = partial(batches.run, self._index, entering[batch])
+            if mlp is None or "attention" not in self.projections:
+                leaving = run()  # (B, S, D)
             else:
-                between, whole = behind_attention(run, self._halves.mlp)
-                self._between[batch] = between if "mlp" in self.ends else between - whole
-            windows.put(self._whole, batch, whole, self._place)
+                between, leaving = behind_attention(run, mlp)
+                self._between[batch] = between if "mlp" in self.projections else between - leaving
+            batches.keep(self._target, batch, leaving, self._index)
 
-    def learn(self) -> tuple[list[Fit], dict[Parameter, Tensor]]:
-        """Solves the matrices, and takes what is left through the layer.
+    def solve(self) -> tuple[list[Fit], dict[Parameter, Tensor]]:
+        """Solves the projections, and runs the pruned model through the layer with them.
 
         Returns:
-            How each was solved, and new values of parameters, which have their own again.
+            How each was solved, and new values of parameters, which have their old ones again.
         """
-        windows, layer = self._windows, self._windows.calls.layer(self._place)
+        batches, module = self._batches, self._batches.calls.layer(self._index)
         fits: list[Fit] = []
         values: dict[Parameter, Tensor] = {}
-        with ExitStack() as own:
-            for part, end in self.ends.items():
-                fits.append(self._solved(part, end, own))
+        with ExitStack() as restored:
+            for part, projection in self.projections.items():
+                fits.append(self._solved(part, projection, restored))
                 if fits[-1].changed:
-                    values |= _values(self._number, layer, end)
-            for batch in windows:
-                if "mlp" in self.ends:
-                    behind = self._added(batch, self.ends["mlp"])
+                    values |= _values(self._layer, module, projection)
+            for batch in batches:
+                if "mlp" in self.projections:
+                    leaving = self._added(batch, self.projections["mlp"])
                 else:
-                    behind = windows.run(self._place, self._left[batch])
-                windows.put(self._behind, batch, behind, self._place)
+                    leaving = batches.run(self._index, self._entering[batch])
+                batches.keep(self._leaving, batch, leaving, self._index)
         return fits, values
 
-    def _attention(self, end: Summand) -> tuple[NormalEquations, TokensOf]:
-        """The equations of the attention's matrix, and what makes tokens of a batch's inputs."""
-        windows, kept = self._windows, set(self._windows.of(held=True))
-        if end.norm is not None or self._known is not None:
-            kept = set(windows)  # is asked for again
+    def _solved(self, part: str, projection: OutputProjection, restored: ExitStack) -> Fit:
+        """Solves a projection, and leaves its new values in place until the end of a block."""
+        settings, batches = self._settings, self._batches
+        equations, tokens = (self._attention if part == "attention" else self._mlp)(projection)
+        parameters = [p for module in projection.modules for p in module.parameters()]
+        restored.callback(keep_values(parameters))
+
+        def again(held_out: bool) -> Callable[[], Iterable[Tokens]]:
+            chosen, device = batches.of(held_out=held_out), projection.device
+            return lambda: (tokens(batch, self._inputs[batch].to(device)) for batch in chosen)
+
+        solver = SublayerSolver(projection, settings, again(False), again(True))
+        # tokens weigh 1 / ||T||^2: their mean square is relative to the stream's own
+        noise = 16 * torch.finfo(self._entering[0].dtype).eps
+        return solver.solve(equations, layer=self._layer, part=part, noise=noise)
+
+    def _attention(self, projection: OutputProjection) -> tuple[NormalEquations, TokensOf]:
+        """The equations of the attention's projection, and the tokens of a batch's inputs."""
+        batches, kept = self._batches, set(self._batches.of(held_out=True))
+        if projection.norm is not None or self._known is not None:
+            kept = set(batches)  # all inputs are needed again
 
         def target(batch: int) -> Tensor:
-            between = self._between[batch]
-            return between if "mlp" in self.ends else between + self._whole[batch]
+            between = self._between[batch]  # (B, S, D)
+            return between if "mlp" in self.projections else between + self._target[batch]
 
-        square = self._square(target)
+        mean_square = self._mean_square(target)
 
         def tokens(batch: int, inputs: Tensor) -> Tokens:
-            return _tokens(inputs, self._left[batch], target(batch), square)
+            return _tokens(inputs, self._entering[batch], target(batch), mean_square)
 
         def fitted() -> Iterator[Tokens]:
-            for batch in windows:
-                state = self._left[batch].to(windows.device(self._place))
-                inputs = windows.calls.until(self._place, state, end.matrix)
+            for batch in batches:
+                state = self._entering[batch].to(batches.device(self._index))
+                inputs = batches.calls.until(self._index, state, projection.matrix)  # (B, S, F)
                 self._keep("attention", batch, inputs, kept)
-                if not windows.held[batch]:
+                if not batches.held_out[batch]:
                     yield tokens(batch, inputs)
 
-        sums = equations_of(end, fitted())
+        equations = equations_of(projection, fitted())
         self._context = self._inputs
-        return sums, tokens
+        return equations, tokens
 
-    def _mlp(self, end: Summand) -> tuple[NormalEquations, TokensOf]:
-        """The same of the MLP's; of a streamed layer the last matrices alone are left.
+    def _mlp(self, projection: OutputProjection) -> tuple[NormalEquations, TokensOf]:
+        """The same of the MLP's; of a streamed layer the output projections alone stay loaded.
 
-        What its half adds to stands in the place of the states behind, from here on.
+        From here on the states leaving the layer are those before the MLP's output is added.
         """
-        windows, layer = self._windows, self._windows.calls.layer(self._place)
-        last = [module for end in self.ends.values() for module in end.modules]
+        batches, module = self._batches, self._batches.calls.layer(self._index)
+        last = [m for projection in self.projections.values() for m in projection.modules]
         if self._known is not None:  # nothing else of the attention is needed any more
-            rest = [part for part in layer.children() if part is not self._known.attention]
-            windows.calls.keep_only(self._place, [*last, *rest])
-        square = self._square(self._whole.__getitem__)
+            others = [child for child in module.children() if child is not self._known.attention]
+            batches.calls.keep_only(self._index, [*last, *others])
+        mean_square = self._mean_square(self._target.__getitem__)
 
         def tokens(batch: int, inputs: Tensor) -> Tokens:
-            return _tokens(inputs, self._behind[batch], self._whole[batch], square)
+            return _tokens(inputs, self._leaving[batch], self._target[batch], mean_square)
 
         def fitted() -> Iterator[Tokens]:
-            for batch in windows:
-                with seen_at(end.matrix) as seen, self._attended(batch):
-                    state = windows.run(self._place, self._left[batch])
-                inputs, given = seen[-1]
-                given = given.reshape(-1, given.shape[-1]).float()
-                out = end.factor * end.normed(given)
-                self._behind[batch] = state - out.view_as(state)
-                self._keep("mlp", batch, inputs, set(windows))
-                if not windows.held[batch]:
-                    yield replace(tokens(batch, inputs), given=given)
+            for batch in batches:
+                with _seen_at(projection.matrix) as seen, self._attended(batch):
+                    state = batches.run(self._index, self._entering[batch])  # (B, S, D)
+                inputs, outputs = seen[-1]
+                outputs = outputs.reshape(-1, outputs.shape[-1]).float()  # (N, D)
+                added = projection.factor * projection.normed(outputs)
+                self._leaving[batch] = state - added.view_as(state)
+                self._keep("mlp", batch, inputs, set(batches))
+                if not batches.held_out[batch]:
+                    yield replace(tokens(batch, inputs), outputs=outputs)
 
-        sums = equations_of(end, fitted())
-        windows.calls.keep_only(self._place, last)
-        return sums, tokens
+        equations = equations_of(projection, fitted())
+        batches.calls.keep_only(self._index, last)
+        return equations, tokens
 
-    def _square(self, target: Callable[[int], Tensor]) -> float | None:
+    def _mean_square(self, target: Callable[[int], Tensor]) -> float | None:
         """The mean of ||target||^2 that equal weights are relative to; None where they differ."""
-        if self._solving.weights == "inverse":
+        if self._settings.weights == "inverse":
             return None
-        fitted = [target(batch).float().pow(2).sum(-1) for batch in self._windows.of(held=False)]
-        return float(torch.cat([squares.flatten() for squares in fitted]).mean())
+        fitted = self._batches.of(held_out=False)
+        squares = [target(batch).float().pow(2).sum(-1).flatten() for batch in fitted]  # (N,) each
+        return float(torch.cat(squares).mean())
 
     def _attended(self, batch: int) -> AbstractContextManager[None]:
-        """What the attention's matrix was given is not computed again where that is proved."""
+        """The attention's projection reads inputs that are known, where that is proved."""
         if self._known is None:
             return nullcontext()
-        return self._known.takes(self._context[batch].to(self._windows.device(self._place)))
+        return self._known.reads(self._context[batch].to(self._batches.device(self._index)))
 
     def _keep(self, part: str, batch: int, inputs: Tensor, kept: set[int]) -> None:
-        """Keeps what a matrix is given of some batches."""
-        inputs = inputs.reshape(*self._windows.shapes[batch], -1)
+        """Keeps the inputs of a projection, of some batches."""
+        inputs = inputs.reshape(*self._batches.shapes[batch], -1)  # (B, S, F)
         if batch == 0:
             width, dtype = inputs.shape[-1], inputs.dtype
-            self._inputs = self._windows.states(width, dtype, f"inputs of {part}")
+            self._inputs = self._batches.states(width, dtype, f"inputs of {part}")
         if batch in kept:
             self._inputs[batch] = inputs
 
-    def _solved(self, part: str, end: Summand, own: ExitStack) -> Fit:
-        """Solves a matrix, and leaves what it became in place until the end of a block."""
-        sums, tokens = (self._attention if part == "attention" else self._mlp)(end)
-        own.callback(keep_values(p for module in end.modules for p in module.parameters()))
+    def _added(self, batch: int, projection: OutputProjection) -> Tensor:
+        """The stream leaving the layer (B, S, D): the MLP's output added to what is before it."""
+        before, inputs = self._leaving[batch], self._inputs[batch]
+        inputs = inputs.to(projection.device).flatten(0, 1).float()  # (N, F)
+        added = projection.factor * projection.normed(projection.outputs(inputs)).cpu()  # (N, D)
+        return (before + added.view_as(before)).to(before.dtype)
 
-        def again(held: bool) -> Callable[[], Iterable[Tokens]]:
-            batches = self._windows.of(held=held)
-            return lambda: (tokens(b, self._inputs[b].to(end.device)) for b in batches)
 
-        aimed = self._solving
-        solver = HalfSolver(end, aimed.ridges, again(False), again(True), aim=aimed.aim)
-        # tokens weigh 1 / ||T||^2: their mean square is relative to the stream's own
-        found = solver.solve(sums, noise=16 * torch.finfo(self._left[0].dtype).eps)
-        return Fit(self._number, part, **vars(found))
+class KnownAttention:
+    """Runs a layer whose attention gives what its projection makes of inputs that are known.
 
-    def _added(self, batch: int, end: Summand) -> Tensor:
-        """The stream behind the layer, whose MLP ends so."""
-        stream, inputs = self._behind[batch], self._inputs[batch]
-        inputs = inputs.to(end.device).flatten(0, 1).float()
-        out = end.factor * end.normed(end.given(inputs)).cpu()
-        return (stream + out.view_as(stream)).to(stream.dtype)
+    Once the attention's projection is solved, the rest of the attention need not run again.
+
+    Args:
+        calls: of the decoder.
+        index: of the layer.
+        projection: of its attention.
+        state: (B, S, D), such as enters the layer.
+
+    Attributes:
+        attention: the module, of which the output projection alone is used so.
+        proved: whether the layer gives the same bits so, on ``state``; else it has to run whole.
+    """
+
+    def __init__(
+        self, calls: LayerCalls, index: int, projection: OutputProjection, state: Tensor
+    ) -> None:
+        self._matrix = projection.matrix
+        self.attention = module = part_of(calls.layer(index), calls.family.attention)
+        self.proved = False
+        if module is None:
+            return
+        outputs: list[Output] = []
+        handle = module.register_forward_hook(lambda _, __, output: outputs.append(output))
+        try:
+            expected = calls.run(index, state)
+        finally:
+            handle.remove()
+        # how many things, such as attention weights, it gives beside its output
+        self._others = None if isinstance(outputs[0], Tensor) else len(outputs[0]) - 1
+        with self.reads(calls.until(index, state, projection.matrix).view(*state.shape[:2], -1)):
+            self.proved = torch.equal(calls.run(index, state), expected)
+
+    @contextmanager
+    def reads(self, inputs: Tensor) -> Iterator[None]:
+        """The layer's attention gives what its projection makes of (B, S, F), inside the block."""
+
+        def forward(*_: object, **__: object) -> object:
+            out = first(self._matrix(inputs))  # (B, S, D)
+            return out if self._others is None else (out, *[None] * self._others)
+
+        assert self.attention is not None
+        with patched_forward(self.attention, forward):
+            yield
 
 
 @contextmanager
-def seen_at(module: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """What a module is given and what it gives inside the block, copies."""
-    found: list[tuple[Tensor, Tensor]] = []
+def _seen_at(module: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Copies of a module's inputs and outputs inside the block."""
+    seen: list[tuple[Tensor, Tensor]] = []
 
     def note(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        found.append((args[0].clone(), output.clone()))
+        seen.append((args[0].clone(), output.clone()))
 
     handle = module.register_forward_hook(note)
     try:
-        yield found
+        yield seen
     finally:
         handle.remove()
 
 
-def _tokens(inputs: Tensor, stream: Tensor, target: Tensor, square: float | None) -> Tokens:
+def _tokens(inputs: Tensor, residual: Tensor, target: Tensor, mean_square: float | None) -> Tokens:
     """Those of a batch, from states (B, S, ...), where the inputs are."""
-    h, wanted = (state.to(inputs.device).flatten(0, 1).float() for state in (stream, target))
-    return Tokens(inputs.reshape(len(h), -1).float(), h, wanted, square=square)
+    h, t = (state.to(inputs.device).flatten(0, 1).float() for state in (residual, target))
+    return Tokens(inputs.reshape(len(h), -1).float(), h, t, mean_square=mean_square)
 
 
-def _values(number: int, layer: nn.Module, end: Summand) -> Mapping[Parameter, Tensor]:
-    """Copies of the end's parameters, by the layer's number and their names in it."""
-    named = dict(layer.named_parameters())
+def _values(
+    layer: int, module: nn.Module, projection: OutputProjection
+) -> Mapping[Parameter, Tensor]:
+    """Copies of the projection's parameters, by the layer's number and their names in it."""
+    named = dict(module.named_parameters())
     return {
         key: named[key[1]].detach().to("cpu", copy=True)
-        for key in parameters_of(number, layer, end.modules)
+        for key in parameters_of(layer, module, projection.modules)
     }

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from short_gpt.healing.normal_equations import COLUMNS, ROWS
 from short_gpt.healing.refit_state import is_own
+from short_gpt.healing.solver import COLUMNS, ROWS
 from short_gpt.models.layer_calls import LayerCalls
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.memory import bytes_of, free_memory, resident, shown
@@ -116,8 +116,8 @@ def _fullest(calls: LayerCalls, tokens: int) -> Mapping[str, int]:
     read, sums = calls.memory(), 8 * inputs * (inputs + width)
     # rows of a product are there in float32, and as they are added; of an attention that was solved
     # before, more has gone than the copies of its matrix take
-    made = {"layer": read.get("layer", 0), "sums": sums}
-    made["working memory"] = 4 * tokens * (4 * inputs + 10 * width) + 12 * ROWS * inputs
+    summed = {"layer": read.get("layer", 0), "sums": sums}
+    summed["working memory"] = 4 * tokens * (4 * inputs + 10 * width) + 12 * ROWS * inputs
     # the last matrices are left of the layer; of both there is a copy as they were, of the
     # attention's one as it became, of the MLP's the solver's own and the best so far
     solved = {"layer": (attention + mlp) * bool(read), "sums": sums}
@@ -126,7 +126,7 @@ def _fullest(calls: LayerCalls, tokens: int) -> Mapping[str, int]:
     solved["working memory"] = max(
         4 * tokens * (2 * inputs + 8 * width) + wide, 3 * 8 * COLUMNS * inputs
     )
-    return max((read, made, solved), key=lambda moment: sum(moment.values()))
+    return max((read, summed, solved), key=lambda moment: sum(moment.values()))
 
 
 def plan_of(
@@ -151,9 +151,9 @@ def _check_disk(folder: Path | None, needed: int) -> None:
         folder: need not be there yet; None is that of temporary files.
         needed: bytes.
     """
-    place = Path(tempfile.gettempdir()) if folder is None else folder
+    target = Path(tempfile.gettempdir()) if folder is None else folder
     own = () if folder is None else filter(is_own, folder.rglob("*"))
-    there = next(above for above in (place, *place.absolute().parents) if above.is_dir())
+    there = next(above for above in (target, *target.absolute().parents) if above.is_dir())
     held, free = sum(path.stat().st_size for path in own), shutil.disk_usage(there).free
     if needed > free + held:
         raise ShortGPTError(

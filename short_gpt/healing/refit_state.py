@@ -1,18 +1,20 @@
-"""What a refit continues from: the states in front of a layer, and the matrices solved before it.
+"""What a refit holds between layers: hidden states, and the matrices solved so far.
 
-Places are those of the layers that stay, in their order; files of states take turns, so that those
-of the last whole layer are there whenever the process ends.
+With a folder both are files, and a refit that was interrupted continues from the last whole layer.
+Layers are counted among those that are visited, in their order; files of states take turns, so that
+those of the last whole layer are there whenever the process ends.
 
-Shapes: B windows of a batch, S tokens, D width of the stream.
+Shapes: B windows of a batch, S tokens, D width of the residual stream, W of a hidden state.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from hashlib import sha256
+from itertools import accumulate
 from pathlib import Path
-from typing import cast
 
 import torch
 from safetensors.torch import save_file
@@ -21,79 +23,131 @@ from torch import Tensor
 from llama.formats.safetensors import SafetensorsFile
 from llama.io.outputs import new_file
 from llama.io.swap import tidy
-from short_gpt.healing.states import States
+from short_gpt.healing.solver import Fit
 from short_gpt.models.weight_changes import Parameter
-from short_gpt.runtime.digest import files_digest
+from short_gpt.runtime.digest import Digest, files_digest
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.lock import hold
 from short_gpt.runtime.state import StateFile, check_saved, damaged, missing
 
-NAMES = ("whole", "left")
+ORIGINAL, PRUNED = "original", "pruned"  # the models whose hidden states are kept
+MODELS = (ORIGINAL, PRUNED)
 ALONE = ("between", "inputs of ")  # states that one layer alone needs
-STATE, VALUES = "refit.json", "values."  # the first is written behind all that it speaks of
+STATE, VALUES = "refit.json", "values."  # the first is written after all that it names
 
 
-@dataclass(frozen=True)
-class Fit:
-    """How the end of a half was solved.
+class HiddenStates:
+    """A state (B, S, W) for each of some batches, on the CPU.
 
-    Attributes:
-        layer: its layer, in the original model's numbering.
-        part: "attention" or "mlp".
-        ridge: of the matrix, the candidate that restores most on the windows kept apart; None where
-            each of them does harm there, or nothing is missing, and the matrix stays as it is.
-        restored: the share of what was missing at its target, in weighted squares over the tokens
-            that it was fitted on, that the change gives back: 1 is all, 0 is nothing.
-        restored_held: the same on the windows kept apart.
-        norm_ridge: of the weight of a norm behind the matrix; None where there is none, or it
-            stays as it is.
+    In a file they take memory for one batch alone, and outlive the process.
+
+    Args:
+        shapes: B and S of every batch.
+        width: W.
+        dtype: of all of them.
+        path: the file, which is made where there is none of this size; None holds them in memory.
+        hashed: whether `digest` is asked for.
+
+    Example:
+        >>> states = HiddenStates([(1, 2)], 3, torch.float32)
+        >>> states[0] = torch.zeros(1, 2, 3)
+        >>> states[0].shape
+        torch.Size([1, 2, 3])
     """
 
-    layer: int
-    part: str
-    ridge: float | None
-    restored: float
-    restored_held: float
-    norm_ridge: float | None = None
+    def __init__(
+        self,
+        shapes: Sequence[tuple[int, int]],
+        width: int,
+        dtype: torch.dtype,
+        path: Path | None = None,
+        *,
+        hashed: bool = False,
+    ) -> None:
+        self._shapes = [(*shape, width) for shape in shapes]
+        self._dtype, self._path, self._hashed = dtype, path, hashed
+        self._held: dict[int, Tensor] = {}
+        self._digests: dict[int, bytes] = {}  # of what was written last
+        if path is not None:
+            sizes = [B * S * width * dtype.itemsize for B, S in shapes]
+            self._starts = list(accumulate(sizes, initial=0))
+            path.touch()
+            if path.stat().st_size != self._starts[-1]:
+                with open(path, "r+b") as file:
+                    file.truncate(self._starts[-1])
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+    def __getitem__(self, batch: int) -> Tensor:
+        if self._path is None:
+            return self._held[batch]
+        state = torch.empty(self._shapes[batch], dtype=self._dtype)  # (B, S, W)
+        with open(self._path, "rb") as file:
+            file.seek(self._starts[batch])
+            file.readinto(_bytes_of(state))
+        return state
+
+    def __setitem__(self, batch: int, state: Tensor) -> None:
+        state = state.detach().to("cpu", self._dtype).reshape(self._shapes[batch])  # (B, S, W)
+        if self._path is None:
+            self._held[batch] = state
+            return
+        content = _bytes_of(state.contiguous())
+        if self._hashed:
+            self._digests[batch] = sha256(content).digest()
+        with open(self._path, "r+b") as file:
+            file.seek(self._starts[batch])
+            file.write(content)
 
     @property
-    def changed(self) -> bool:
-        """Whether anything is another than before."""
-        return self.ridge is not None or self.norm_ridge is not None
+    def digest(self) -> str | None:
+        """Of all batches, each hashed as it was written; None where one of them was not."""
+        if len(self._digests) < len(self):
+            return None
+        return Digest(*(self._digests[batch] for batch in range(len(self)))).whole
+
+    def read_digest(self) -> str:
+        """The same, of the file as it is."""
+        return Digest(*(sha256(_bytes_of(self[i])).digest() for i in range(len(self)))).whole
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return tensor.view(-1).view(torch.uint8).numpy().data
 
 
 class StoredValues(Mapping[Parameter, Tensor]):
     """New values of parameters, in files of which one tensor at a time is read."""
 
     def __init__(self) -> None:
-        self._places: dict[Parameter, SafetensorsFile] = {}
+        self._files: dict[Parameter, SafetensorsFile] = {}
 
     def read(self, path: Path) -> None:
-        """Counts a file in."""
+        """Adds what a file holds."""
         file = SafetensorsFile(path)
         for name in file.entries:
-            number, parameter = name.split(" ", 1)
-            self._places[int(number), parameter] = file
+            layer, parameter = name.split(" ", 1)
+            self._files[int(layer), parameter] = file
 
     def __getitem__(self, key: Parameter) -> Tensor:
-        return self._places[key].read(f"{key[0]} {key[1]}")
+        return self._files[key].read(f"{key[0]} {key[1]}")
 
     def __iter__(self) -> Iterator[Parameter]:
-        return iter(self._places)
+        return iter(self._files)
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._files)
 
 
 class RefitState:
     """A refit under way, in memory or in a folder from which it can be continued.
 
     Args:
-        folder: where files go; None holds all in memory, but for states where there is `scratch`.
+        folder: where files go; None holds all in memory, except states where there is `scratch`.
         identity: what the refit depends on, by the names that an error shows.
 
     Attributes:
-        done: how many of the layers that stay are behind it.
+        done: how many layers are finished.
         fits: of the matrices solved so far.
         scratch: where states go that are not to be continued from.
 
@@ -107,27 +161,25 @@ class RefitState:
         self.scratch: Path | None = None
         self._values: dict[Parameter, Tensor] = {}
         self._stored, self._files = StoredValues(), dict[str, str]()  # digests by their names
-        self._digests: dict[str, str] = {}  # of the states in front, by theirs
-        self._pairs: dict[str, list[States]] = {}
+        self._digests: dict[str, str] = {}  # of the states entering the next layer, by model
+        self._turns: dict[str, list[HiddenStates]] = {}
         if folder is not None:
             lock = hold(folder)
             _sweep(folder)
-            _check_own(folder)
+            # first, so that the state of another version is refused by its name
             self._file = StateFile(folder / STATE, identity, lock=lock)
-            self._continue()
+            _check_own(folder)
+            self._continue(folder)
 
-    def _continue(self) -> None:
-        found = self._file.content
-        if found is None:
+    def _continue(self, folder: Path) -> None:
+        content = self._file.content
+        if content is None:
             return
-        self.done = cast(int, found["done"])
-        self.fits = [_fit(fit) for fit in cast("list[dict[str, object]]", found["fits"])]
-        self._files = cast("dict[str, str]", found["values"])
-        self._digests = cast("dict[str, str]", found["states"])
+        self.done, self.fits = content["done"], [Fit(**fit) for fit in content["fits"]]
+        self._files, self._digests = content["values"], content["states"]
         for name, digest in self._files.items():
-            assert self.folder is not None
-            check_saved(self.folder / name, digest, whole=self.folder)
-            self._stored.read(self.folder / name)
+            check_saved(folder / name, digest, whole=folder)
+            self._stored.read(folder / name)
 
     @property
     def values(self) -> Mapping[Parameter, Tensor]:
@@ -135,42 +187,42 @@ class RefitState:
         return self._values if self.folder is None else self._stored
 
     def open(self, shapes: Sequence[tuple[int, int]], width: int, dtype: torch.dtype) -> None:
-        """Makes room for the states of batches of these shapes (B, S), in front of a layer.
+        """Makes room for the states of batches of these shapes (B, S), entering a layer.
 
         Raises:
             ShortGPTError: files that the refit would go on from are gone, or others.
         """
-        folder = self._place
-        if folder is None:
-            self._pairs = {name: [States(shapes, width, dtype)] * 2 for name in NAMES}
+        folder = self._folder_of_states
+        if folder is None:  # one place in memory: what leaves a layer overwrites what entered it
+            self._turns = {model: [HiddenStates(shapes, width, dtype)] * 2 for model in MODELS}
             return
         folder.mkdir(parents=True, exist_ok=True)
         hashed = self.folder is not None  # else there is nothing to continue from
-        for name in NAMES:
-            paths = [folder / f"{name}.{turn}" for turn in range(2)]
-            path, digest = paths[self.done % 2], self._digests.get(name)
+        for model in MODELS:
+            paths = [folder / f"{model}.{turn}" for turn in range(2)]
+            path, digest = paths[self.done % 2], self._digests.get(model)
             if digest and not path.is_file():
                 raise missing(path, folder)
-            pair = [States(shapes, width, dtype, path, hashed=hashed) for path in paths]
-            if digest and pair[self.done % 2].read_digest() != digest:
+            turns = [HiddenStates(shapes, width, dtype, path, hashed=hashed) for path in paths]
+            if digest and turns[self.done % 2].read_digest() != digest:
                 raise damaged(path, folder)
-            self._pairs[name] = pair
+            self._turns[model] = turns
 
-    def before(self, name: str) -> States:
-        """The states "whole" or "left", in front of the layer that is next."""
-        return self._pairs[name][self.done % 2]
+    def entering(self, model: str) -> HiddenStates:
+        """The states of a model that enter the next layer."""
+        return self._turns[model][self.done % 2]
 
-    def behind(self, name: str) -> States:
-        """The states behind it; in memory they are written over those in front."""
-        return self._pairs[name][(self.done + 1) % 2]
+    def leaving(self, model: str) -> HiddenStates:
+        """The states that leave it; in memory they overwrite those that enter."""
+        return self._turns[model][(self.done + 1) % 2]
 
     def path(self, name: str) -> Path | None:
         """Where states that no continued run needs go; None is in memory."""
-        return None if self._place is None else self._place / name
+        folder = self._folder_of_states
+        return None if folder is None else folder / name
 
     @property
-    def _place(self) -> Path | None:
-        """Where states go; None is in memory."""
+    def _folder_of_states(self) -> Path | None:
         return self.scratch if self.folder is None else self.folder
 
     def advance(
@@ -178,13 +230,13 @@ class RefitState:
         fits: Sequence[Fit] = (),
         values: Mapping[Parameter, Tensor] | None = None,
         *,
-        states: Sequence[str] = NAMES,
+        models: Sequence[str] = MODELS,
     ) -> None:
-        """Puts a layer behind it, with what was solved of it.
+        """Finishes a layer, with what was solved of it.
 
         Args:
             fits, values: of the layer's matrices.
-            states: that the next layer is to read.
+            models: whose states the next layer reads.
         """
         fits, done, values = [*self.fits, *fits], self.done + 1, values or {}
         if self.folder is None:
@@ -192,19 +244,19 @@ class RefitState:
         else:
             if values:
                 path = self.folder / f"{VALUES}{done}"
-                tensors = {f"{number} {name}": v for (number, name), v in values.items()}
+                tensors = {f"{layer} {name}": v for (layer, name), v in values.items()}
                 with new_file(path, overwrite=True, ours=lambda _: True) as partial:
                     save_file({key: t.contiguous() for key, t in tensors.items()}, partial)
                 self._stored.read(path)
                 self._files = {**self._files, path.name: files_digest([path])}
-            digests = {name: self.behind(name).digest for name in states}
-            told = {"done": done, "fits": [asdict(fit) for fit in fits]}
-            self._file.save({**told, "values": self._files, "states": digests})
+            digests = {model: self.leaving(model).digest for model in models}
+            content = {"done": done, "fits": [asdict(fit) for fit in fits]}
+            self._file.save({**content, "values": self._files, "states": digests})
         self.done, self.fits = done, fits
 
     def finish(self) -> None:
         """Removes the states, which are not needed any more; what was solved stays."""
-        self._pairs = {}
+        self._turns = {}
         if self.folder is not None:
             for path in self.folder.glob("*"):
                 if is_own(path) and path.name != STATE and not path.name.startswith(VALUES):
@@ -212,14 +264,14 @@ class RefitState:
 
     def clear(self) -> None:
         """Removes all of it."""
-        self._pairs = {}
+        self._turns = {}
         if self.folder is not None:
             _sweep(self.folder)
             # first, so that nothing continues from what a kill here may leave
             (self.folder / STATE).unlink(missing_ok=True)
             for path in filter(is_own, self.folder.glob("*")):
                 path.unlink()
-            with suppress(OSError):  # of a folder that holds something else, or that is not there
+            with suppress(OSError):  # the folder holds something else, or is not there
                 self.folder.rmdir()
 
 
@@ -229,7 +281,7 @@ def is_own(path: Path) -> bool:
 
 
 def _is_name(name: str) -> bool:
-    return name.startswith((STATE, VALUES, *(f"{n}." for n in NAMES), *ALONE))
+    return name.startswith((STATE, VALUES, *(f"{model}." for model in MODELS), *ALONE))
 
 
 def _sweep(folder: Path) -> None:
@@ -248,11 +300,3 @@ def _check_own(folder: Path) -> None:
                 f"{folder} holds {path.name}, which is none of this refit's files: name a folder "
                 "of its own, or delete that one"
             )
-
-
-def _fit(told: Mapping[str, object]) -> Fit:
-    """As `asdict` has told it."""
-    ridge, norm_ridge = (cast("float | None", told[name]) for name in ("ridge", "norm_ridge"))
-    restored, held = (cast(float, told[name]) for name in ("restored", "restored_held"))
-    layer, part = cast(int, told["layer"]), cast(str, told["part"])
-    return Fit(layer, part, ridge, restored, held, norm_ridge)

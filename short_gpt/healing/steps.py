@@ -1,7 +1,7 @@
-"""The steps of a healing, one after the other: closed forms first, then training.
+"""The steps of a healing: closed forms first, then training; and their registry, `STEPS`.
 
-A step is what its settings say. `Step.prepare` reads the model while it has all its layers; what
-that returns heals the model as cut, and as the steps before have left it.
+A step is its settings. `Step.prepare` reads the model while it has all its layers; what that
+returns heals the pruned model, as the steps before have left it.
 """
 
 from __future__ import annotations
@@ -11,13 +11,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from short_gpt.healing import lora
-from short_gpt.healing.closed_forms import PatchSettings, RefitSettings
+from short_gpt.healing.closed_form import Heal, HealingContext, Step
 from short_gpt.healing.distillation import Distillation
 from short_gpt.healing.recipe import Recipe, recipe_for
-from short_gpt.healing.run_folder import begun
+from short_gpt.healing.refit import PatchSettings, RefitSettings
 from short_gpt.healing.teacher import TOP_K, CachedTeacher, LiveTeacher, Predictor, Teacher
-from short_gpt.healing.trainer import TrainingRun
-from short_gpt.healing.work import Heal, Work
+from short_gpt.healing.trainer import TrainingRun, begun
 from short_gpt.runtime.errors import ShortGPTError
 
 TEACHER = "teacher"  # the folder of its predictions
@@ -35,31 +34,31 @@ class LoraSettings:
     name: ClassVar[str] = "lora"
     trains: ClassVar[bool] = True
 
-    def prepare(self, work: Work) -> Heal:
-        return lambda: self._train(work, None)
+    def prepare(self, context: HealingContext) -> Heal:
+        return lambda: self._train(context, None)
 
-    def _recipe(self, work: Work) -> Recipe:
-        return self.recipe or recipe_for(work.short.trainable().config)
+    def _recipe(self, context: HealingContext) -> Recipe:
+        return self.recipe or recipe_for(context.short.trainable().config)
 
-    def _training(self, work: Work) -> Sequence[Sequence[int]]:
+    def _training(self, context: HealingContext) -> Sequence[Sequence[int]]:
         """The windows that all steps together will read."""
-        recipe = self._recipe(work)
-        return work.windows.training[: recipe.steps * recipe.batch]
+        recipe = self._recipe(context)
+        return context.windows.training[: recipe.steps * recipe.batch]
 
     def _train(
-        self, work: Work, distillation: Distillation | None
+        self, context: HealingContext, distillation: Distillation | None
     ) -> tuple[dict[str, object], Callable[[], object]]:
-        folder = work.folder / self.name
+        folder = context.folder / self.name
         run = TrainingRun(
-            self._training(work),
-            work.windows.validation,
-            self._recipe(work),
+            self._training(context),
+            context.windows.validation,
+            self._recipe(context),
             folder,
             resume=begun(folder),
-            show=work.progress,
+            show=context.progress,
             distillation=distillation,
         )
-        healed, undo = lora.heal_run(work.short, run, work.windows.evaluation)
+        healed, undo = lora.heal_run(context.short, run, context.windows.evaluation)
         return healed.to_dict(), undo
 
 
@@ -82,14 +81,14 @@ class DistillSettings(LoraSettings):
     kl_share: float = 1.0
     name: ClassVar[str] = "distill"
 
-    def prepare(self, work: Work) -> Heal:
-        distillation = Distillation(self._teacher(work), self.kl_share)
-        return lambda: self._train(work, distillation)
+    def prepare(self, context: HealingContext) -> Heal:
+        distillation = Distillation(self._teacher(context), self.kl_share)
+        return lambda: self._train(context, distillation)
 
-    def _teacher(self, work: Work) -> Teacher:
-        self._check(work)
-        model = work.short if self.teacher is None else self.teacher()
-        ours, theirs = work.short.decoder.vocab_size, model.decoder.vocab_size
+    def _teacher(self, context: HealingContext) -> Teacher:
+        self._check(context)
+        model = context.short if self.teacher is None else self.teacher()
+        ours, theirs = context.short.decoder.vocab_size, model.decoder.vocab_size
         if ours != theirs:
             raise ShortGPTError(
                 f"the teacher knows {theirs} tokens, the model {ours}: give the model that it was "
@@ -97,16 +96,16 @@ class DistillSettings(LoraSettings):
             )
         if self.live:
             return LiveTeacher(model, k=self.top_k, temperature=self.temperature)
-        windows = [*self._training(work), *work.windows.validation]
+        windows = [*self._training(context), *context.windows.validation]
         cache = CachedTeacher(
-            work.folder / TEACHER, model, windows, k=self.top_k, temperature=self.temperature
+            context.folder / TEACHER, model, windows, k=self.top_k, temperature=self.temperature
         )
-        cache.fill(batch_size=self._recipe(work).micro_batch, progress=work.progress)
+        cache.fill(batch_size=self._recipe(context).micro_batch, progress=context.progress)
         return cache
 
-    def _check(self, work: Work) -> None:
+    def _check(self, context: HealingContext) -> None:
         """Raises ShortGPTError where there is no teacher to learn from."""
-        if self.teacher is None and not work.layers:
+        if self.teacher is None and not context.layers:
             raise ShortGPTError(
                 "distillation learns from the model with all its layers: name the layers that go, "
                 "or a teacher that still has them"
@@ -118,8 +117,14 @@ class DistillSettings(LoraSettings):
             )
 
 
-# All steps by the names that ``heal --method`` knows, closed forms first.
-STEPS = {kind.name: kind for kind in (RefitSettings, PatchSettings, LoraSettings, DistillSettings)}
+# All steps by the names that ``heal --method`` knows. A new closed form is a line here.
+KINDS: tuple[type[Step], ...] = (
+    RefitSettings,
+    PatchSettings,
+    LoraSettings,
+    DistillSettings,
+)
+STEPS = {kind.name: kind for kind in KINDS}
 
 
 def check_order(steps: Sequence[tuple[str, bool]]) -> None:

@@ -1,6 +1,10 @@
-"""What the whole model predicts, for distillation: kept on disk, or asked for in every step.
+"""What a teacher predicts, for distillation, and how far a student's predictions are from it.
 
-Shapes: S tokens of a window, V vocabulary, K tokens kept of it.
+Predictions are kept on disk, or asked for in every step. Of each the teacher's K likeliest tokens
+are kept, and the total of all others as one more event: the Kullback-Leibler divergence over these
+K + 1 events is at most that over all V tokens, and equal to it for K = V.
+
+Shapes: S tokens of a window, N predictions, V vocabulary, K tokens kept of it.
 """
 
 from __future__ import annotations
@@ -8,6 +12,7 @@ from __future__ import annotations
 import os
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from hashlib import sha256
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -16,8 +21,9 @@ from typing import Protocol
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction, FunctionCtx
 
-from short_gpt.healing.divergence import Targets, check_temperature
+from short_gpt.evaluation.perplexity import AT_ONCE
 from short_gpt.models.decoder import Decoder
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
@@ -29,6 +35,121 @@ Window = Sequence[int]
 TOP_K = 64
 DIGEST = sha256().digest_size  # bytes
 IDENTITY, CONTENT = "teacher.json", "teacher.bin"
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What a teacher predicts for N tokens, natural logarithms of probabilities.
+
+    Attributes:
+        ids: (N, K) int64, the likeliest tokens.
+        logs: (N, K), of their probabilities.
+        rest: (N,), of the probability of all other tokens together; -inf where there is none.
+    """
+
+    ids: Tensor
+    logs: Tensor
+    rest: Tensor
+
+    @classmethod
+    def of(cls, logits: Tensor, k: int, temperature: float = 1.0) -> Targets:
+        """What logits (N, V) say, of which all tokens are kept where K is V or more.
+
+        Example:
+            >>> Targets.of(torch.tensor([[0.0, 0.0, 0.0, 0.0]]), 2).rest.exp()
+            tensor([0.5000])
+        """
+        scaled = _scaled(logits, temperature)
+        total = scaled.logsumexp(-1)
+        logs, ids = scaled.topk(min(k, scaled.shape[-1]), dim=-1)
+        return cls(ids, logs - total[:, None], _others(scaled, ids) - total)
+
+    def to(self, device: torch.device) -> Targets:
+        """The same on another device."""
+        return Targets(self.ids.to(device), self.logs.to(device), self.rest.to(device))
+
+    def normalized(self) -> Targets:
+        """The same with probabilities that sum to 1, as those of rounded logarithms do not."""
+        total = torch.logaddexp(self.logs.logsumexp(-1), self.rest)
+        return Targets(self.ids, self.logs - total[:, None], self.rest - total)
+
+
+def divergence(logits: Tensor, targets: Targets, *, temperature: float = 1.0) -> Tensor:
+    """KL(teacher || student) in nats of every prediction.
+
+    Args:
+        logits: (N, V), the student's.
+        targets: the teacher's, by logits over the same vocabulary and at the same temperature.
+        temperature: by which both divide their logits. The result is not multiplied by its
+            square.
+
+    Returns:
+        (N,), at least 0, and 0 where the student predicts what the teacher does. Its gradient is
+        the student's probabilities less the teacher's, whose rest is spread as the student's is.
+    """
+    scaled = _scaled(logits, temperature)
+    nats: Tensor = _Divergence.apply(scaled, targets.ids, targets.logs, targets.rest)  # (N,)
+    return nats
+
+
+class _Divergence(torch.autograd.Function):
+    """The same with its gradient in closed form: autograd would hold several (N, V) instead of one.
+
+    A few rows at a time pass through the processor's cache.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, scaled: Tensor, ids: Tensor, logs: Tensor, rest: Tensor
+    ) -> Tensor:
+        rows, values, gradients = max(1, AT_ONCE // scaled.shape[-1]), [], []
+        for part in zip(*(x.split(rows) for x in (scaled, ids, logs, rest)), strict=True):
+            value, gradient = _with_gradient(*part)
+            values.append(value)
+            gradients += [gradient] if scaled.requires_grad else []
+        ctx.save_for_backward(*([torch.cat(gradients)] if gradients else []))
+        return torch.cat(values)
+
+    @staticmethod
+    def backward(ctx: BackwardCFunction, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return gradients[0][:, None] * gradient, None, None, None
+
+
+def _with_gradient(
+    scaled: Tensor, ids: Tensor, logs: Tensor, rest: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The divergence of some rows (N,), and its gradient by their logits (N, V)."""
+    limits = torch.finfo(scaled.dtype)
+    total = scaled.logsumexp(-1)
+    own = scaled.gather(-1, ids) - total[:, None]  # (N, K)
+    # 0 log 0 is 0, and not the NaN that 0 times infinity is
+    value = (logs.exp() * (logs.clamp_min(limits.min) - own)).sum(-1)
+    q = (scaled - total[:, None]).exp_()  # (N, V)
+    # summed without these: 1 less their sum would be noise where they are nearly all
+    others = q.scatter_(-1, ids, 0.0).sum(-1).clamp_min(limits.tiny)
+    value += rest.exp() * (rest.clamp_min(limits.min) - others.log())
+    # q less p, whose rest is spread as that of q is
+    q *= (1 - rest.exp() / others)[:, None]
+    return value, q.scatter_(-1, ids, own.exp() - logs.exp())
+
+
+def check_temperature(temperature: float) -> None:
+    """Raises ShortGPTError for what logits cannot be divided by."""
+    if not 0 < temperature < float("inf"):
+        raise ShortGPTError(f"temperature = {temperature}: expected a number above 0, such as 1")
+
+
+def _scaled(logits: Tensor, temperature: float) -> Tensor:
+    """(N, V), in float32 at least."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return wide if temperature == 1 else wide / temperature
+
+
+def _others(scaled: Tensor, ids: Tensor) -> Tensor:
+    """Logarithm of the sum over all tokens but these, (N,); -inf where there is none."""
+    # 1 less the sum over these would be noise where they are nearly all
+    return scaled.scatter(-1, ids, -torch.inf).logsumexp(-1)
 
 
 class Predictor(Protocol):
@@ -56,11 +177,11 @@ class Teacher(Protocol):
     def identity(self) -> dict[str, object]:
         """What a resumed training must share with the earlier one, ready for JSON."""
 
-    def targets(self, places: Sequence[int], windows: Sequence[Window]) -> list[Targets]:
+    def targets(self, indices: Sequence[int], windows: Sequence[Window]) -> list[Targets]:
         """What it predicts behind every token but the last of each of these windows.
 
         Args:
-            places: of the windows among all of training, then of validation.
+            indices: of the windows among all of training, then of validation.
             windows: the same as token ids.
         """
 
@@ -85,9 +206,9 @@ class LiveTeacher:
         own = {"top_k": self.k, "temperature": self.temperature, "cached": False}
         return joined({"teacher": json_digest(self.model.identity())}, own)
 
-    def targets(self, places: Sequence[int], windows: Sequence[Window]) -> list[Targets]:
-        found = self.model.window_logits(windows, batch_size=len(windows))
-        return [_targets(logits, self.k, self.temperature) for logits in found]
+    def targets(self, indices: Sequence[int], windows: Sequence[Window]) -> list[Targets]:
+        every = self.model.window_logits(windows, batch_size=len(windows))
+        return [_targets(logits, self.k, self.temperature) for logits in every]
 
 
 class CachedTeacher:
@@ -132,7 +253,9 @@ class CachedTeacher:
         sizes = [(len(window) - 1) * self._record.itemsize + DIGEST for window in windows]
         self._ends = [0, *accumulate(sizes)]
         self._file = Path(folder) / CONTENT
-        self._state = StateFile(Path(folder) / IDENTITY, self._about(known), lock=hold(folder))
+        self._state = StateFile(
+            Path(folder) / IDENTITY, self._about(known), lock=hold(folder), whole=Path(folder)
+        )
         if self._state.content is None and self._file.exists():
             raise FileExistsError(f"{self._file} exists, and no {IDENTITY} says what it is")
 
@@ -161,27 +284,27 @@ class CachedTeacher:
         if self._state.content is None:
             self._state.save({})
         done = self._cut_to_whole()
-        left, model = self._windows[done:], self._model
-        logits = model.window_logits(left, batch_size=batch_size) if left and model else ()
+        rest, model = self._windows[done:], self._model
+        every = model.window_logits(rest, batch_size=batch_size) if rest and model else ()
         tokens = 0
         with (
             open(self._file, "ab") as file,
             bar("teacher", total=len(self._windows), unit="window", show=progress) as shown,
         ):
             shown.update(done)
-            for found in logits:
-                content = self._bytes(found)
+            for logits in every:  # (S, V)
+                content = self._bytes(logits)
                 file.write(content + sha256(content).digest())
-                tokens += len(found) - 1
+                tokens += len(logits) - 1
                 set_rate(shown, tokens)
                 shown.update()
         self._model = None
 
-    def targets(self, places: Sequence[int], windows: Sequence[Window]) -> list[Targets]:
+    def targets(self, indices: Sequence[int], windows: Sequence[Window]) -> list[Targets]:
         if self._written() < self._ends[-1]:
             raise RuntimeError(f"{self._file} lacks predictions: call fill first")
         mapped = np.memmap(self._file, mode="r")  # bytes
-        pairs = ((self._ends[i], self._ends[i + 1] - DIGEST) for i in places)
+        pairs = ((self._ends[i], self._ends[i + 1] - DIGEST) for i in indices)
         return [self._read(mapped[start:end].view(self._record)) for start, end in pairs]
 
     def _read(self, part: np.ndarray) -> Targets:
@@ -191,10 +314,10 @@ class CachedTeacher:
 
     def _bytes(self, logits: Tensor) -> bytes:
         """The records of a window."""
-        found = _targets(logits, self.k, self.temperature)
-        record = np.empty(len(found.rest), self._record)
-        record["ids"], record["logs"] = found.ids.cpu().numpy(), found.logs.cpu().numpy()
-        record["rest"] = found.rest.cpu().numpy()
+        targets = _targets(logits, self.k, self.temperature)
+        record = np.empty(len(targets.rest), self._record)
+        for name in ("ids", "logs", "rest"):
+            record[name] = getattr(targets, name).cpu().numpy()
         return record.tobytes()
 
     def _written(self) -> int:
@@ -232,9 +355,9 @@ def _record(k: int) -> np.dtype:
 
 def _targets(logits: Tensor, k: int, temperature: float) -> Targets:
     """What a window's logits (S, V) say of the tokens behind its first."""
-    found = Targets.of(logits[:-1], k, temperature)
-    if found.logs.isnan().any():
+    targets = Targets.of(logits[:-1], k, temperature)
+    if targets.logs.isnan().any():
         raise NotFiniteError(
             "the teacher gave a NaN or infinite logit; check the weights, or another dtype"
         )
-    return found
+    return targets

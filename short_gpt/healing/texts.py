@@ -1,4 +1,7 @@
-"""The texts of healing: windows to learn from, and others that are kept apart from them."""
+"""The texts of healing: windows to learn from, held-out ones, and both as the Trainer reads them.
+
+Shapes: B windows of a batch, S tokens of the longest.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,17 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
+from typing import TypedDict
+
+import torch
+from torch import Tensor
 
 from short_gpt.data.disjoint import check_disjoint, hold_out, without_overlap
 from short_gpt.data.texts import read_texts, texts
 from short_gpt.data.windows import Window, windows
 from short_gpt.runtime.errors import ShortGPTError
+
+IGNORED = -100  # a label that cross entropy passes over
 
 
 @dataclass(frozen=True)
@@ -85,18 +94,18 @@ class Source:
         def cut(kinds: Sequence[Sequence[str]], count: int | None) -> list[list[int]]:
             """As many windows of each kind as of the others, in random order."""
             each = None if count is None else -(-count // len(kinds))
-            found, before = list[list[Window]](), 0
+            by_kind, before = list[list[Window]](), 0
             for chosen in kinds:  # texts are numbered through all kinds
                 cuts = cutting(chosen, limit=each)
-                found.append([Window(w, w.text + before, w.start, w.origin) for w in cuts])
+                by_kind.append([Window(w, w.text + before, w.start, w.origin) for w in cuts])
                 before += len(chosen)
-            turns = [w for turn in zip_longest(*found) for w in turn if w is not None][:count]
+            turns = [w for turn in zip_longest(*by_kind) for w in turn if w is not None][:count]
             if len(kinds) > 1:  # who takes every eighth, or the last, must not take one kind alone
                 random.Random(self.seed).shuffle(turns)
             return [*turns]
 
-        learned, held = self._texts()
-        evaluation, training = cut(held, eval_windows), cut(learned, limit)
+        training_texts, held_out = self._texts()
+        evaluation, training = cut(held_out, eval_windows), cut(training_texts, limit)
         before = len(training)
         drop = self.eval_data is None if drop_overlap is None else drop_overlap
         training = _apart(training, evaluation, drop=drop)
@@ -113,10 +122,10 @@ class Source:
         """Texts to learn from, and to evaluate on, by kind."""
         names = [self.data] if Path(self.data).exists() else self.data.split(",")
         read = partial(read_texts, split=self.split, column=self.column, limit=self.max_texts)
-        learned = [list(read(name.strip())) for name in names]
+        kinds = [list(read(name.strip())) for name in names]
         if self.eval_data is not None:
-            return learned, [list(texts(self.eval_data, column=self.column))]
-        parts = [hold_out(kind, seed=self.seed) for kind in learned]
+            return kinds, [list(texts(self.eval_data, column=self.column))]
+        parts = [hold_out(kind, seed=self.seed) for kind in kinds]
         return [kept for kept, _ in parts], [held for _, held in parts]
 
 
@@ -132,3 +141,26 @@ def _apart(training: list[list[int]], others: list[list[int]], *, drop: bool) ->
             "them: give other texts, or more"
         )
     return kept
+
+
+class Example(TypedDict):
+    """One window: its token ids, and its index among all windows of the run."""
+
+    input_ids: list[int]
+    index: int
+
+
+def examples(windows: Sequence[Sequence[int]], *, first: int = 0) -> list[Example]:
+    """Windows whose indices are counted from ``first``."""
+    return [Example(input_ids=[*w], index=i) for i, w in enumerate(windows, start=first)]
+
+
+def collate(batch: Sequence[Example]) -> dict[str, Tensor]:
+    """Windows as one batch (B, S), padded on the right; padding is no target."""
+    longest = max(len(e["input_ids"]) for e in batch)
+    tokens = torch.zeros(len(batch), longest, dtype=torch.long)  # (B, S)
+    labels = torch.full_like(tokens, IGNORED)
+    for row, example in enumerate(batch):
+        ids = torch.tensor(example["input_ids"])
+        tokens[row, : len(ids)] = labels[row, : len(ids)] = ids
+    return {"input_ids": tokens, "labels": labels}

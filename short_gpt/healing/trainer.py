@@ -3,28 +3,35 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
-from collections.abc import Sequence
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from llama.io.json_files import write_json
 from llama.io.swap import follow_umask
 from short_gpt.data.windows import batches
 from short_gpt.evaluation.perplexity import perplexity
-from short_gpt.healing.batching import collate, examples
 from short_gpt.healing.distillation import Distillation
-from short_gpt.healing.quiet import deterministic, kept_config, quiet
 from short_gpt.healing.recipe import Recipe
-from short_gpt.healing.run_folder import note_files, run_folder
+from short_gpt.healing.texts import collate, examples
 from short_gpt.models.computation import config_digest, config_entries
 from short_gpt.models.hf import HFDecoder
-from short_gpt.runtime.digest import json_digest, weights_digest
-from short_gpt.runtime.errors import NotFiniteError
+from short_gpt.runtime.digest import files_digest, json_digest, weights_digest
+from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
+from short_gpt.runtime.lock import hold
 from short_gpt.runtime.progress import Bar, bar
-from short_gpt.runtime.state import joined
+from short_gpt.runtime.results import CHECKED, content_digest, read_record, write_record
+from short_gpt.runtime.state import check_saved, damaged, joined
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -38,6 +45,9 @@ if TYPE_CHECKING:
     )
 
 Window = Sequence[int]
+RECIPE = "recipe.json"  # which run the checkpoints belong to
+LAST = "trainer_state.json"  # what the Trainer writes last into a checkpoint
+DIGESTS = "digests.json"  # of a checkpoint's files, written behind them
 
 
 @dataclass(frozen=True)
@@ -49,7 +59,7 @@ class TrainingRun:
         work_dir: keeps checkpoints; None keeps none.
         resume: continue from the last checkpoint there.
         show: whether to show a bar.
-        distillation: what is learned in the place of the text; None learns the text.
+        distillation: what is learned instead of the text; None learns the text.
     """
 
     training: Sequence[Window]
@@ -80,8 +90,9 @@ class TrainingRun:
             return self.distillation.measure(
                 decoder, self.validation, first=first, batch_size=at_once
             )
-        found = perplexity(decoder, batches(self.validation, at_once))
-        return {"eval_loss": found.nats / found.tokens, "eval_perplexity": found.value}
+        measured = perplexity(decoder, batches(self.validation, at_once))
+        loss = measured.nats / measured.tokens
+        return {"eval_loss": loss, "eval_perplexity": measured.value}
 
 
 def train(adapted: PeftModel, run: TrainingRun) -> tuple[TrainerState, dict[str, float]]:
@@ -166,7 +177,7 @@ def _kind(adapted: PeftModel, run: TrainingRun) -> type[Trainer]:
 
 
 def _silence(trainer: Trainer) -> None:
-    """Takes out what prints: the bar here tells as much."""
+    """Removes what prints: the bar shows as much."""
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
     trainer.remove_callback(PrinterCallback)
@@ -259,3 +270,151 @@ def _progress(shown: Bar) -> TrainerCallback:
                 shown.set_postfix_str(f"perplexity {logs['eval_perplexity']:.2f}")
 
     return Progress()
+
+
+@contextmanager
+def run_folder(
+    work_dir: str | Path | None, run: dict[str, object], *, resume: bool
+) -> Iterator[Path]:
+    """Where checkpoints go; with ``resume`` it must hold some of the same run."""
+    if work_dir is None:
+        if resume:
+            raise ShortGPTError("to resume, name the work_dir that holds the checkpoints")
+        with tempfile.TemporaryDirectory() as name:
+            yield Path(name)
+        return
+    folder = Path(str(work_dir))
+    with hold(folder):
+        there = whole_checkpoints(folder) if resume else any(folder.glob("checkpoint-*"))
+        if not resume:
+            if there or (folder.exists() and {p.name for p in folder.iterdir()} - {RECIPE}):
+                raise FileExistsError(f"{folder} holds an earlier run; resume it, or remove it")
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / RECIPE, run)
+        elif not there or not (folder / RECIPE).is_file():
+            raise ShortGPTError(
+                f"{folder} holds no checkpoint to resume from; start without resume"
+            )
+        else:
+            _check_run(folder, run)
+            _check_files(folder)
+        try:
+            yield folder
+        except BaseException:
+            if not whole_checkpoints(folder):  # there is nothing to go on from
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+
+def _check_run(folder: Path, run: dict[str, object]) -> None:
+    """Raises ShortGPTError unless the checkpoints in a folder are of the same run."""
+    pairs = zip(_parts(read_record(folder / RECIPE)), _parts(run), strict=True)
+    for earlier, now in pairs:
+        for name in [*now, *(earlier.keys() - now.keys())]:
+            if earlier.get(name) != now.get(name):
+                raise ShortGPTError(
+                    f"{folder} holds a run of another {name}: {earlier.get(name)!r}, now "
+                    f"{now.get(name)!r}; go on with the former {name}, or delete {folder} to "
+                    "begin anew"
+                )
+
+
+def _parts(run: Mapping[str, object]) -> tuple[Mapping[str, object], Mapping[str, object]]:
+    """What a run depends on: the recipe's settings, and all else."""
+    recipe = own if isinstance(own := run.get("recipe"), dict) else {}
+    return recipe, {name: value for name, value in run.items() if name != "recipe"}
+
+
+def begun(folder: Path) -> bool:
+    """Whether a folder holds a run of training that can be continued."""
+    return (folder / RECIPE).is_file() and whole_checkpoints(folder)
+
+
+def whole_checkpoints(folder: Path) -> bool:
+    """Deletes checkpoints whose writing, or removal, a kill cut short; whether others are left."""
+    others = False
+    for path in folder.glob("checkpoint-*"):
+        if _is_whole(path):
+            others = True
+        else:
+            shutil.rmtree(path)
+    return others
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether all files are there; damage is no kill's doing, and raises ShortGPTError."""
+    try:
+        read_record(checkpoint / LAST)
+    except (OSError, ValueError):
+        return False
+    return all((checkpoint / name).is_file() for name in _digests(checkpoint))
+
+
+def note_files(checkpoint: Path) -> None:
+    """Writes digests of all files of a checkpoint that is there as a whole."""
+    digests = {path.name: files_digest([path]) for path in sorted(checkpoint.iterdir())}
+    write_record(checkpoint / DIGESTS, {"run": "checkpoint", "files": digests})
+
+
+def _digests(checkpoint: Path) -> dict[str, str]:
+    """Digests of a checkpoint's files by their names; none where a kill came before them."""
+    path = checkpoint / DIGESTS
+    if not path.is_file():
+        return {}
+    try:
+        record = read_record(path)
+    except ValueError:
+        raise damaged(path, checkpoint.parent) from None
+    if record.get(CHECKED) != content_digest(record):
+        raise damaged(path, checkpoint.parent)
+    return cast("dict[str, str]", record["files"])
+
+
+def _check_files(folder: Path) -> None:
+    """Raises ShortGPTError for a checkpoint that does not hold what was saved there."""
+    for path in sorted(folder.glob("checkpoint-*")):
+        for name, digest in _digests(path).items():
+            check_saved(path / name, digest, whole=folder)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' remarks to developers; what users must know is raised or reported."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+            # peft looks for a config beside GGUF files; no embedding changes its size here
+            warnings.filterwarnings("ignore", message="Could not find a config file in")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """Deterministic algorithms inside the block."""
+    before, warn = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn)
+
+
+@contextmanager
+def kept_config(adapted: PeftModel) -> Iterator[None]:
+    """The model's config as it was behind the block: the Trainer turns the cache off in it."""
+    config = vars(adapted.get_base_model().config)
+    before = dict(config)
+    try:
+        yield
+    finally:
+        config.clear()
+        config.update(before)

@@ -172,8 +172,9 @@ def calibrate(
 def mixed(scores: Mapping[str, WindowScores]) -> list[int]:
     """The layers that all texts together choose, each of the same weight."""
     means = [list(found.means) for found in scores.values()]
-    ones, texts = [1.0] * len(means), [None] * len(means)
-    return replace(next(iter(scores.values())), sums=means, weights=ones, texts=texts).chosen
+    texts: list[int | None] = [None] * len(means)
+    first, ones = next(iter(scores.values())), [1.0] * len(means)
+    return replace(first, sums=means, weights=ones, texts=texts).chosen
 
 
 def _check(short: ShortModel, texts: Mapping[str, Apart], n: int, healings: Sequence[str]) -> None:
@@ -212,8 +213,8 @@ class _Run:
         for name, own in windows.items():
 
             def measure(own: Windows = own) -> JsonObject:
-                options = {"method": method, "progress": self._progress}
-                return asdict(score_windows(self._short, own, n, **options))
+                found = score_windows(self._short, own, n, method=method, progress=self._progress)
+                return asdict(found)
 
             digest = json_digest([list(w) for w in own])
             cell = f"scores {method}{blocks} {name}" + (f" {way} {digest}" if way else "")

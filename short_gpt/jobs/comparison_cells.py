@@ -16,7 +16,7 @@ from short_gpt.data.disjoint import check_disjoint
 from short_gpt.evaluation.documents import TaskRun, task_changes
 from short_gpt.evaluation.paired import difference, losses, together
 from short_gpt.evaluation.perplexity import Perplexity
-from short_gpt.healing import linear_patch, refit
+from short_gpt.healing import PatchSettings, refit
 from short_gpt.jobs.cells import Cells
 from short_gpt.jobs.cost import size_without, tokens_per_second
 from short_gpt.jobs.rows import PATCHED, RAW, REFIT, TRAINED, Agreement, Row, Windows
@@ -248,8 +248,14 @@ class Comparison:
             return losses(self.short.decoder, self._evaluation, progress=False)
 
     def _patched(self, layers: list[int]) -> list[Perplexity]:
-        patch = linear_patch.fit(self.short, layers, self._calibration, progress=self._progress)
-        return self._folded(partial(linear_patch.fold, self.short, patch), layers)
+        patch = refit.fit(
+            self.short,
+            layers,
+            self._calibration,
+            settings=PatchSettings(),
+            progress=self._progress,
+        )
+        return self._folded(partial(refit.fold, self.short, patch), layers)
 
     def _refitted(self, layers: list[int]) -> list[Perplexity]:
         result = refit.fit(self.short, layers, self._calibration, progress=self._progress)

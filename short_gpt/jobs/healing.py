@@ -12,17 +12,17 @@ from short_gpt.checkpoints.gguf import about_kinds, check_new_gguf
 from short_gpt.checkpoints.gguf_save import about_types, check_saved
 from short_gpt.checkpoints.provenance import PROVENANCE, Provenance
 from short_gpt.healing import (
-    RIDGE,
     DistillSettings,
     HealingJob,
     Learning,
     LoraSettings,
     PatchSettings,
     Recipe,
-    RefitSettings,
     Source,
     Step,
 )
+from short_gpt.healing.solver import RIDGES
+from short_gpt.healing.steps import STEPS
 from short_gpt.jobs.choice import Choice, Chosen, chosen
 from short_gpt.jobs.distilling import Distilling
 from short_gpt.jobs.healed import Healing, reread
@@ -38,6 +38,7 @@ from short_gpt.jobs.inputs import (
 )
 from short_gpt.jobs.saving import interruptible
 from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.lock import hold
 from short_gpt.wrappers.opening import OpenOptions, open_model, open_trainable
 from short_gpt.wrappers.scored_model import ScoredModel
 
@@ -63,7 +64,7 @@ def heal(
 
     Refit and patch are closed forms, of minutes. LoRA learns the text, distillation what the whole
     model predicts; both also heal a model that was cut before, and take a Meta checkpoint to
-    Hugging Face's format and back. All but the patch continue when interrupted. No text is both
+    Hugging Face's format and back. All continue when interrupted. No text is both
     learned and evaluated on.
 
     Args:
@@ -94,6 +95,8 @@ def heal(
     texts, methods = source_of(data), methods_of(method)
     _check(methods, learned, settings, distilling)
     streaming.check(methods)
+    teacher = distilling.teacher or model
+    opening.check(model, teacher, stream=streaming.stream or distilling.stream_teacher)
     _check_target(model, out, overwrite=overwrite)
     found = _selection(model, choice or Choice(), methods, distilling)
     if is_gguf(out):
@@ -120,6 +123,9 @@ class _Run:
     def healed(self, found: Chosen, *, overwrite: bool, notify: Notify) -> Healing:
         """Opens the model, heals it without the layers that were chosen, and saves it."""
         model, learned, trains = self.model, self.learned, self.methods[-1] in TRAINING
+        folder = _work_dir(self.out, self.methods)
+        # before the model is opened; where nothing is there yet, nobody works either
+        lock = hold(folder) if folder is not None and folder.parent.is_dir() else None
         size = learned.size or SIZE
         short = _opened(model, found, size, self.opening, self.streaming, trains=trains)
         recipe = self.settings.recipe(short, learned.seed) if trains else None
@@ -129,7 +135,7 @@ class _Run:
         distill = self.distilling.step(recipe, teacher)
         steps = _steps(self.methods, self.settings, learned, recipe, distill)
         again = self.settings.resume
-        job = _job(short, parts, found.layers, steps, self.out, resume=again, notify=notify)
+        job = _job(short, parts, found.layers, steps, folder, resume=again, notify=notify)
         if plan := job.plan_text():
             notify(plan)
         bos, data = learned.bos or short.bos, self.texts.data
@@ -137,7 +143,7 @@ class _Run:
         done = Healing(Path(self.out), job.run(), parts.left_out, found.unchecked, names)
         short.evidence |= {**found.record.evidence, "eval_data": learned.eval_data, "size": size}
         job.save(self.out, facts={**found.record.facts, "data": data}, overwrite=overwrite)
-        del short, job, steps  # which makes room for what is read again
+        del short, job, steps, lock  # which makes room for what is read again
         remark = _remark(model, self.out, found)
         return reread(replace(done, remark=remark), parts, self.opening, size)
 
@@ -183,15 +189,21 @@ def _steps(
     distill: DistillSettings,
 ) -> list[Step]:
     """What the methods take."""
-    ridge = RIDGE if settings.ridge is None else settings.ridge
+    ridges = RIDGES if settings.ridge is None else (settings.ridge,)
     few = CLOSED_WINDOWS if learned.max_windows is None else None
     made: dict[str, Step] = {
         "refit": settings.refit(max_windows=few),
-        "patch": PatchSettings(ridge, max_windows=few),
+        "patch": PatchSettings(ridges=ridges, max_windows=few),
         "lora": LoraSettings(recipe),
         "distill": distill,
     }
-    return [made[name] for name in methods]
+    return [made.get(name) or STEPS[name]() for name in methods]
+
+
+def _work_dir(out: str, methods: Sequence[str]) -> Path | None:
+    """What training and a refit continue from, beside the new directory; None for the patch."""
+    kind = "training" if methods[-1] in TRAINING else "refit" if "refit" in methods else None
+    return None if kind is None else Path(f"{out}.{kind}")
 
 
 def _job(
@@ -199,15 +211,12 @@ def _job(
     parts: Learning,
     layers: Sequence[int],
     steps: Sequence[Step],
-    out: str,
+    folder: Path | None,
     *,
     resume: bool,
     notify: Notify,
 ) -> HealingJob:
-    """The healing; what training and a refit continue from lies beside the new directory."""
-    refits = any(isinstance(step, RefitSettings) for step in steps)
-    kind = "training" if steps[-1].trains else "refit" if refits else None
-    folder = None if kind is None else Path(f"{out}.{kind}")
+    """The healing, continued from what the folder holds."""
     again = resume or (folder is not None and folder.is_dir() and any(folder.iterdir()))
     return HealingJob(
         short, parts, layers, settings=steps, work_dir=folder, resume=again, notify=notify
@@ -221,7 +230,8 @@ def _teacher(
     if distilling.teacher is None and not distilling.live_teacher and not distilling.stream_teacher:
         return None
     source, stream = distilling.teacher or model, distilling.stream_teacher
-    return lambda: open_model(source, stream=stream, max_seq_len=size, **vars(opening))
+    own = vars(opening.of(source, stream=stream))
+    return lambda: open_model(source, stream=stream, max_seq_len=size, **own)
 
 
 def _windows(
@@ -266,6 +276,7 @@ def _opened(
 ) -> ScoredModel:
     """The model, with the scores its layers were chosen by; for training one of Hugging Face's."""
     short: ScoredModel
+    opening = opening.of(model, stream=streaming.stream)
     if streaming.stream:
         short = open_model(model, max_seq_len=size, **vars(streaming), **vars(opening))
     elif trains:

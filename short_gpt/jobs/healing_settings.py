@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from short_gpt.data.windows import at_least
-from short_gpt.healing.four_bit import require_four_bit
-from short_gpt.healing.lora import require_packages
+from short_gpt.healing.lora import require_four_bit, require_packages
 from short_gpt.healing.recipe import PRESETS, Recipe, recipe_for
-from short_gpt.healing.solving import PARTS, RIDGES, Solving
+from short_gpt.healing.solver import PARTS, RIDGES
 from short_gpt.healing.steps import STEPS, RefitSettings, check_order
 from short_gpt.jobs.inputs import Cut
 from short_gpt.runtime.errors import ShortGPTError
@@ -158,11 +157,9 @@ class Settings:
         if self.parts == "best":
             if self.aim is not None:
                 raise ShortGPTError("`parts` best chooses the aim by itself: leave `aim` out")
-            Solving(PARTS, ridges)  # refuses what is out of range
             return RefitSettings(None, ridges, max_windows=max_windows)
         parts = PARTS if self.parts is None else tuple(p.strip() for p in self.parts.split(","))
-        aim = Solving.aim if self.aim is None else self.aim
-        Solving(parts, ridges, aim=aim)
+        aim = RefitSettings.aim if self.aim is None else self.aim
         return RefitSettings(parts, ridges, aim=aim, max_windows=max_windows)
 
     def recipe(self, short: ScoredModel, seed: int) -> Recipe:

@@ -107,7 +107,7 @@ class Scores:
         if ours.configuration and theirs.configuration not in (None, ours.configuration):
             raise ShortGPTError(
                 f"{self.file} holds scores of the configuration {ours.configuration}, {model} now "
-                f"has {theirs.configuration}, which computes something else: score it anew by "
+                f"has {theirs.configuration}, whose entries differ: score it anew by "
                 f"short-gpt rank {model}, or put the former config.json (params.json) back"
             )
         if ours.tokenizer is not None and theirs.tokenizer not in (None, ours.tokenizer):

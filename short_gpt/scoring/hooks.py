@@ -32,6 +32,9 @@ from short_gpt.scoring.metrics import (
 PROVED = 8  # tokens of each window on which the sublayers are seen to add up to the layer
 
 
+UNKNOWN = torch.empty(0)  # stands for scores that were not asked for
+
+
 @dataclass(frozen=True)
 class Scores:
     """Scores of single windows, as `Importance.add` takes them; NaN where one was not asked for.
@@ -49,20 +52,19 @@ class Scores:
     tokens: Tensor
     influence: Tensor
     angles: Tensor
-    metrics: Tensor | None = None
-    halves: Tensor | None = None
-    token_angles: Tensor | None = None
+    metrics: Tensor = UNKNOWN
+    halves: Tensor = UNKNOWN
+    token_angles: Tensor = UNKNOWN
 
     def __post_init__(self) -> None:
         B, L = self.influence.shape
         unknown = {"metrics": (B, len(LAYER_METRICS), L), "halves": (B, 2, L)}
         for name, shape in {**unknown, "token_angles": (B, L + 1, L + 1)}.items():
-            if getattr(self, name) is None:
+            if getattr(self, name) is UNKNOWN:
                 object.__setattr__(self, name, self.angles.new_full(shape, math.nan))
 
     def metric(self, name: str) -> Tensor:
         """The sums of one of `metrics.LAYER_METRICS`, (B, L)."""
-        assert self.metrics is not None
         return self.metrics[:, [*LAYER_METRICS].index(name)]
 
     def check_finite(self, layers: Sequence[int]) -> None:
@@ -290,7 +292,7 @@ class LayerHooks:
         turned, *rest = torch.cat(self._sums, dim=1).mT
         metrics, halves = rest[: len(LAYER_METRICS)], rest[len(LAYER_METRICS) :]
         angles = angular_distances(torch.stack(self._last, dim=1))  # of (B, L + 1, D)
-        everywhere = None
+        everywhere = UNKNOWN
         if self._kept is not None:
             everywhere = torch.stack(
                 [
@@ -303,7 +305,7 @@ class LayerHooks:
             influence=turned,
             angles=angles,
             metrics=torch.stack(metrics, dim=1),
-            halves=torch.stack(halves, dim=1) if halves else None,
+            halves=torch.stack(halves, dim=1) if halves else UNKNOWN,
             token_angles=everywhere,
         )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -101,7 +102,9 @@ class Importance:
             "halves": (2, n),
             "token_angles": (n + 1, n + 1),
         }
-        sums = {name: torch.zeros(s, dtype=torch.float64) for name, s in shapes.items()}
+        sums: dict[str, Any] = {}
+        for name, shape in shapes.items():
+            sums[name] = torch.zeros(shape, dtype=torch.float64)
         return cls(list(layers), **sums)
 
     def add(self, scores: Scores, texts: Sequence[int | None] | None = None) -> None:

@@ -168,7 +168,7 @@ def test_heal_writes_what_it_changed_into_a_copy_of_the_file(here, capsys):
     run("heal", "model.gguf", "out.gguf", *HEALED)
     check_rounding(json.loads(Path("healed.json").read_text())["result"], capsys.readouterr().out)
     record = Provenance.beside("out.gguf")
-    assert record.removed_layers == [2, 3] and record.steps[0]["method"] == "linear patch"
+    assert record.removed_layers == [2, 3] and record.steps[0]["method"] == "patch"
     before, after = data(Path("model.gguf")), data(Path("out.gguf"))
     old = {name: name.replace("blk.2", "blk.4") for name in after}
     assert [n for n in after if after[n] != before[old[n]]] == ["blk.1.ffn_down.weight"]
@@ -238,17 +238,32 @@ def test_a_write_that_fails_loses_nothing(gemma, capsys, monkeypatch):
     assert states == ["whole, 5 layers", "pruned, 4 layers", "healed"]
     line, command = said[-1].rsplit("the same call continues: ", 1)
     assert line.startswith("short-gpt: out.gguf was not written: the disk is full")
-    assert "out.gguf.refit keeps what was healed" in line
+    assert "out.gguf.refit keeps what was healed" in line and "another disk" not in line
     assert shlex.split(command) == ["short-gpt", *map(str, REFIT)]
 
     def again(*_: object) -> None:
         raise AssertionError("a layer was solved again")
 
-    monkeypatch.setattr("short_gpt.healing.refit_pass.LayerRefit.learn", again)
+    monkeypatch.setattr("short_gpt.healing.refit_layer.LayerRefit.solve", again)
     run(*shlex.split(command)[1:])
     found = json.loads(Path("healed.json").read_text())["result"]["perplexity"]
     assert rows[-1].endswith(f" {found['healed']:.3f}")
     assert Path("out.gguf").exists() and not Path("out.gguf.refit").exists()
+
+
+def test_a_write_that_is_refused_is_not_to_be_tried_again(gemma, capsys, monkeypatch):
+    """The same command would end in the same way."""
+
+    def refused(*_: object, **__: object) -> None:
+        raise ShortGPTError("norm.weight was changed, and where it belongs is not known")
+
+    monkeypatch.setattr("short_gpt.checkpoints.gguf.write_again", refused)
+    with pytest.raises(SystemExit):
+        run(*REFIT)
+    line = capsys.readouterr().err.splitlines()[-1]
+    start = "short-gpt: out.gguf was not written: norm.weight was changed, and where it belongs is"
+    assert line.startswith(start) and "out.gguf.refit keeps what was healed" in line
+    assert line.endswith("but the same call is refused again until that is mended")
 
 
 def test_a_python_caller_is_told_of_a_write_that_failed(tmp_path, monkeypatch):

@@ -83,9 +83,9 @@ def test_patched_then_trained_the_card_names_both_in_order(tmp_path):
     heal_patch(short, [2, 4], WINDOWS, progress=False)
     assert heal_lora(short, TRAINING, VALIDATION, recipe=QUICK, progress=False).kept_step
     out = short.save(tmp_path / "out", facts={"data": "eight words"})
-    assert "were changed by a linear patch, then LoRA." in (out / "README.md").read_text()
+    assert "were changed by patch, then LoRA." in (out / "README.md").read_text()
     record = record_of(out)
-    assert [step["method"] for step in record["healing"]] == ["linear patch", "LoRA"]
+    assert [step["method"] for step in record["healing"]] == ["patch", "LoRA"]
     assert record["data"] == "eight words"
 
     # exactly the parameters that the model names have other values than the whole model's

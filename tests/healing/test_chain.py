@@ -27,8 +27,8 @@ from short_gpt.healing import (
     heal_lora,
     heal_patch,
     heal_refit,
-    linear_patch,
     lora,
+    refit_state,
 )
 from short_gpt.healing.refit_layer import LayerRefit
 from short_gpt.wrappers.short_hf import ShortHFModel
@@ -44,7 +44,7 @@ WINDOWS = Learning(
 TOKENS = torch.tensor(random_windows(2, 16, seed=9))
 QUICK = Recipe(rank=4, steps=3, warmup=0, batch=2, eval_every=1, learning_rate=1e-2)
 # a weak patch, which leaves something to learn
-PATCH, DISTILL = PatchSettings(30.0), DistillSettings(QUICK, top_k=8)
+PATCH, DISTILL = PatchSettings(ridges=(30.0,)), DistillSettings(QUICK, top_k=8)
 LAYERS = [4, 2]
 
 
@@ -67,7 +67,8 @@ def test_a_chain_does_what_its_steps_do_and_is_recorded_as_one(tmp_path):
     windows = [*WINDOWS.training, *WINDOWS.validation]
     teacher = CachedTeacher(tmp_path / "teacher", by_hand, windows, k=8)  # of the whole model
     teacher.fill(progress=False)
-    heal_patch(by_hand, LAYERS, WINDOWS.training, ridge=30.0, progress=False)
+    options = {"held": WINDOWS.validation, "progress": False}
+    heal_patch(by_hand, LAYERS, WINDOWS.training, ridge=30.0, **options)
     patched = by_hand.perplexity(WINDOWS.evaluation, progress=False)
     options = {"recipe": QUICK, "distillation": Distillation(teacher), "progress": False}
     heal_lora(by_hand, WINDOWS.training, WINDOWS.validation, **options)
@@ -83,9 +84,9 @@ def test_a_chain_does_what_its_steps_do_and_is_recorded_as_one(tmp_path):
     out = chain.save(tmp_path / "out")
     assert [path.name for path in (tmp_path / "work").iterdir()] == ["notes.txt"]
     record = json.loads((out / "pruning.json").read_text())
-    assert [step["method"] for step in record["healing"]] == ["linear patch", "distillation"]
+    assert [step["method"] for step in record["healing"]] == ["patch", "distillation"]
     assert record["healing"] == json.loads(json.dumps(evidence.to_dict()["healing"]))
-    assert "changed by a linear patch, then distillation" in (out / "README.md").read_text()
+    assert "changed by patch, then distillation" in (out / "README.md").read_text()
 
 
 def test_a_refit_chooses_its_ridges_by_the_windows_that_validate():
@@ -129,8 +130,7 @@ def test_an_interrupted_chain_goes_on_bit_for_bit_and_does_nothing_twice(
     stopped(monkeypatch, steps, tmp_path / "work", at=5)
     with pytest.raises(FileExistsError, match="work holds an earlier run; resume it, or remove it"):
         job(whole(), steps, work_dir=tmp_path / "work").run()
-    for owner, name in ((linear_patch, "fit"), (LayerRefit, "learn")):
-        monkeypatch.setattr(owner, name, lambda *_, **__: pytest.fail("fitted again"))
+    monkeypatch.setattr(LayerRefit, "solve", lambda *_, **__: pytest.fail("fitted again"))
     monkeypatch.setattr(
         ShortHFModel, "window_logits", lambda *_, **__: pytest.fail("the teacher asked again")
     )
@@ -148,7 +148,7 @@ def test_what_was_kept_of_another_run_is_refused(tmp_path, monkeypatch):
     stopped(monkeypatch, [PATCH, DISTILL], folder, at=5)
     options = {"work_dir": folder, "resume": True}
     for steps, message in (
-        ([PatchSettings(1e-3), DISTILL], "patch.json is the state of a run with another settings"),
+        ([PatchSettings(), DISTILL], "patch/refit.json is the state of a run with another ridges"),
         ([PATCH, replace(DISTILL, top_k=4)], "teacher.json .* another top_k: 8, now 4"),
         ([PATCH, replace(DISTILL, recipe=replace(QUICK, rank=2))], "a run of another rank"),
     ):
@@ -156,7 +156,7 @@ def test_what_was_kept_of_another_run_is_refused(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=message):
             job(short, steps, **options).run()
         assert short.kept == [*range(6)] and not short.changes
-    with pytest.raises(ValueError, match=r"patch.json .* another layers: \[4, 2\], now \[2\]"):
+    with pytest.raises(ValueError, match=r"another layers: \[4, 2\], now \[2\]"):
         job(whole(), [PATCH, DISTILL], layers=[2], **options).run()
     with pytest.raises(ValueError, match="another weights"):
         job(ShortHFModel(make("llama", seed=1)), [PATCH, DISTILL], **options).run()
@@ -169,9 +169,9 @@ def test_what_was_kept_of_another_run_is_refused(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("patch.safetensors", "does not hold what was saved there: it was edited or is damaged"),
+        ("patch/values.3", "does not hold what was saved there: it was edited or is damaged"),
         ("teacher/teacher.bin", "does not hold what was saved there: it was edited or is damaged"),
-        ("patch.safetensors", "is missing, from which the run would go on; delete .*patch.json to"),
+        ("patch/values.3", "is missing, from which the run would go on; delete .*patch to begin"),
     ],
 )
 def test_no_chain_goes_on_from_what_was_damaged(name, said, tmp_path, monkeypatch):
@@ -242,12 +242,10 @@ def test_all_steps_are_undone_when_a_later_one_fails(steps, where, monkeypatch):
 
 
 def test_a_result_that_cannot_be_kept_takes_the_patch_back(tmp_path, monkeypatch):
-    from short_gpt.healing import kept_weights
-
     def full(*_, **__):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(kept_weights, "save_file", full)
+    monkeypatch.setattr(refit_state, "save_file", full)
     short = whole()
     before = weights(short)
     with pytest.raises(OSError, match="No space left"):

@@ -28,12 +28,12 @@ from short_gpt.checkpoints import Provenance
 from short_gpt.data.disjoint import check_disjoint, hold_out, overlapping
 from short_gpt.evaluation.paired import difference, losses, together
 from short_gpt.evaluation.perplexity import Perplexity, perplexity
+from short_gpt.healing import heal_patch as patch
 from short_gpt.healing import lora as healing
-from short_gpt.healing.adapters import adapt, target_modules
-from short_gpt.healing.batching import collate, examples
-from short_gpt.healing.linear_patch import heal as patch
-from short_gpt.healing.lora import heal
+from short_gpt.healing.lora import adapt, heal, target_modules
 from short_gpt.healing.recipe import Recipe, recipe_for
+from short_gpt.healing.texts import collate, examples
+from short_gpt.jobs.saving import TimedSaving
 from short_gpt.models.hf import HFDecoder
 from short_gpt.wrappers.opening import open_model
 from short_gpt.wrappers.short_hf import ShortHFModel
@@ -86,7 +86,11 @@ def test_the_papers_table_knows_its_models_pruned_or_not():
         (lambda: Recipe(batch=16, micro_batch=3), "batch 16 is not a multiple of 3"),
         (lambda: Recipe(rank=0), "rank = 0: expected at least 1"),
         (lambda: Recipe(alpha=0), "alpha = 0: expected above 0, or None for the rank"),
-        (lambda: Recipe(learning_rate=0), "expected learning_rate above 0"),
+        (lambda: Recipe(learning_rate=0), "expected a finite learning_rate above 0"),
+        (lambda: Recipe(learning_rate=math.inf), "expected a finite learning_rate above 0"),
+        (lambda: Recipe(learning_rate=math.nan), "expected a finite learning_rate above 0"),
+        (lambda: TimedSaving(save_every=-1), "save_every. -1: expected seconds, 0 to save"),
+        (lambda: TimedSaving(save_every=math.nan), "save_every. nan: expected seconds"),
     ],
 )
 def test_settings_refused(call, message):
@@ -504,7 +508,7 @@ def test_a_healed_hugging_face_model_is_an_ordinary_checkpoint(dense, tmp_path):
     assert Provenance.read(twice / "pruning.json").original_layers == [0, 2, 4]
     card = (twice / "README.md").read_text()
     assert "# hf without 2 of its 5 layers" in card and "    [3, 1]\n" in card
-    assert "were changed by LoRA, then a linear patch" in card
+    assert "were changed by LoRA, then patch" in card
 
 
 @pytest.mark.parametrize("drop", [[2], []])
@@ -585,9 +589,7 @@ def test_heal_by_patch(books, capsys):
     assert f"{evidence['perplexity']['healed']:.3f}" in out and "healing changes the loss by" in out
     record = json.loads(Path("out/pruning.json").read_text())
     assert record["removed_layers"] == [3, 1] and record["kept_layers"] == [0, 2, 4]
-    assert (
-        record["healing"][-1]["method"] == "linear patch" and record["change"] == evidence["change"]
-    )
+    assert record["healing"][-1]["method"] == "patch" and record["change"] == evidence["change"]
     ratio = evidence["perplexity"]["healed"] / evidence["perplexity"]["pruned, 3 layers"]
     assert math.log(ratio) == pytest.approx(evidence["change"]["nats"])
 
@@ -655,7 +657,7 @@ def test_heal_by_a_chain_a_meta_model_and_back(books, capsys):
     assert list(evidence["perplexity"]) == states
     record = json.loads(Path("out/pruning.json").read_text())
     patched, distilled = record["healing"]
-    assert patched["method"] == "linear patch" and distilled["method"] == "distillation"
+    assert patched["method"] == "patch" and distilled["method"] == "distillation"
     settings = {"top_k": 8, "temperature": 2.0, "kl_share": 0.5, "cached": True}
     assert settings.items() <= distilled["distillation"].items() and distilled["kept_step"]
     assert isinstance(opened(Path("out")), ShortLlama) and not Path("out.training").exists()

@@ -11,6 +11,7 @@ import torch
 from conftest import (
     BYTE_VOCAB,
     CharTokenizer,
+    interrupted,
     make_transformer,
     random_windows,
     save_checkpoint,
@@ -28,8 +29,8 @@ from short_gpt.healing import (
     Recipe,
     heal_patch,
     lora,
+    solver,
 )
-from short_gpt.healing.linear_patch import fit, fold
 from short_gpt.wrappers.opening import open_model
 from short_gpt.wrappers.short_hf import ShortHFModel
 from short_gpt.wrappers.short_llama import ShortLlama
@@ -55,11 +56,12 @@ def weights(short) -> list[torch.Tensor]:
 
 def test_a_job_does_what_its_steps_do_and_keeps_the_evidence(tmp_path):
     short, by_hand = ShortHFModel(make("llama")), ShortHFModel(make("llama"))
-    job = HealingJob(short, WINDOWS, [4, 2], settings=PatchSettings(1e-3), progress=False)
+    job = HealingJob(short, WINDOWS, [4, 2], settings=PatchSettings(ridges=(1e-3,)), progress=False)
     with pytest.raises(RuntimeError, match="call run first"):
         job.save(tmp_path / "out")
     evidence = job.run()
-    heal_patch(by_hand, [4, 2], WINDOWS.training, ridge=1e-3, progress=False)
+    options = {"held": WINDOWS.validation, "progress": False}
+    heal_patch(by_hand, [4, 2], WINDOWS.training, ridge=1e-3, **options)
     assert torch.equal(short.decoder.logits(TOKENS), by_hand.decoder.logits(TOKENS))
     assert short.removed == [4, 2] and short.changed == by_hand.changed
     assert list(evidence.perplexity) == ["whole, 6 layers", "pruned, 4 layers", "healed"]
@@ -109,27 +111,18 @@ def test_after_an_interruption_all_layers_are_there_as_they_were(layers, monkeyp
 
 
 def test_a_patch_that_fails_leaves_layers_and_weights():
-    """The MLP in front of the second gap gives nothing, so that no map can be put into it."""
     short = meta()
-    with torch.no_grad():
-        short.decoder.layers[2].feed_forward.w2.weight.zero_()
     before = weights(short)
     measured = short.perplexity(WINDOWS.evaluation, progress=False)
     for attempt in (
         lambda: heal_patch(short, [1, 3], WINDOWS.training, progress=False),
         lambda: HealingJob(short, WINDOWS, [1, 3], settings=PatchSettings(), progress=False).run(),
     ):
-        with pytest.raises(ValueError, match="layer 2's MLP gives nothing"):
+        with interrupted(solver, "_add", 4):  # three ridges of the first gap are tried before
             attempt()
         assert short.kept == [0, 1, 2, 3, 4] and not short.removed and not short.changes
         assert all(map(torch.equal, weights(short), before))
-    patch = fit(short, [1, 3], WINDOWS.training, progress=False)
-    short.remove_layers([1, 3])
-    cut = weights(short)
-    with pytest.raises(ValueError, match="layer 2's MLP gives nothing"):
-        fold(short, patch)  # the map of layer 0 was put in before, and is taken back
-    assert all(map(torch.equal, weights(short), cut))
-    assert short.quality[0, 1, 2, 3, 4] == measured  # of the whole model, and still true
+    assert short.quality[0, 1, 2, 3, 4] == measured  # of the original model, and still true
 
 
 @pytest.mark.parametrize("settings", [LoraSettings(QUICK), PatchSettings()])

@@ -7,11 +7,10 @@ import torch
 from conftest import random_windows
 from families import make
 
-from short_gpt.healing.known_attention import KnownAttention
 from short_gpt.healing.refit import fit
-from short_gpt.healing.refit_layer import LayerRefit
+from short_gpt.healing.refit_layer import KnownAttention, LayerRefit
 from short_gpt.models.layer_calls import LayerCalls
-from short_gpt.models.summands import Summands
+from short_gpt.models.sublayers import Sublayers
 from short_gpt.wrappers.short_hf import ShortHFModel
 
 pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
@@ -55,9 +54,9 @@ def test_an_attention_that_gives_more_than_its_matrix_is_not_taken_for_known():
     short = ShortHFModel(make("llama"))
     calls = LayerCalls(short.decoder)
     state = calls.embed(torch.tensor(WINDOWS[:1]))
-    end = Summands.of(calls, 0, state, short.decoder.family).ends["attention"]
-    assert KnownAttention(calls, 0, end, short.decoder.family, state).proved
+    end = Sublayers.of(calls, 0, state, short.decoder.family).projections["attention"]
+    assert KnownAttention(calls, 0, end, state).proved
     attention = short.decoder.layers[0].self_attn
     plain = attention.forward
     attention.forward = lambda *args, **kwargs: (plain(*args, **kwargs)[0] + 1, None)
-    assert not KnownAttention(calls, 0, end, short.decoder.family, state).proved
+    assert not KnownAttention(calls, 0, end, state).proved

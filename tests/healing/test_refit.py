@@ -10,14 +10,13 @@ import torch
 from conftest import CharTokenizer, interrupted, make_transformer, random_windows, zero_layer
 from families import FAMILIES, make
 
-from short_gpt.healing import half, linear_patch, refit_best
-from short_gpt.healing.refit import Refit, fit, fold, heal
-from short_gpt.healing.refit_best import fit_best
-from short_gpt.healing.refit_state import Fit
-from short_gpt.healing.solving import Solving
+from short_gpt.healing import refit as refit_module
+from short_gpt.healing import solver
+from short_gpt.healing.refit import Refit, RefitSettings, fit, fold, heal, heal_patch
+from short_gpt.healing.solver import Fit
 from short_gpt.models.layer_calls import LayerCalls
 from short_gpt.models.layer_hooks import attention_output, mlp_output, transposed
-from short_gpt.models.summands import Summands, behind_attention
+from short_gpt.models.sublayers import Sublayers, behind_attention
 from short_gpt.wrappers.short_hf import ShortHFModel
 from short_gpt.wrappers.short_llama import ShortLlama
 
@@ -53,18 +52,21 @@ def lack(short, place: int, part: str, windows, target: torch.Tensor) -> list[to
     inputs = calls.until(place, state, end).reshape(
         -1, end.weight.shape[0 if transposed(end) else 1]
     )
-    mlp = Summands.of(calls, place, state, short.decoder.family).mlp
+    mlp = Sublayers.of(calls, place, state, short.decoder.family).mlp
     between, behind = behind_attention(lambda: calls.run(place, state), mlp)
     rest = target - (behind if part == "mlp" else between)
     square = target.flatten(0, 1).double().pow(2).sum(1)
     return [inputs.double(), rest.flatten(0, 1).double(), 1 / square]
 
 
-SOLVED = [(name, Solving()) for name in ("meta", "llama", "gpt2", "granite", "mixtral")]
-SOLVED += [("meta", Solving(weights="equal", aim=0.7)), ("mixtral", Solving(weights="equal"))]
+SOLVED = [(name, RefitSettings()) for name in ("meta", "llama", "gpt2", "granite", "mixtral")]
+SOLVED += [
+    ("meta", RefitSettings(weights="equal", aim=0.7)),
+    ("mixtral", RefitSettings(weights="equal")),
+]
 
 
-@pytest.mark.parametrize("family, solving", SOLVED, ids=[f"{f}, {s.name}" for f, s in SOLVED])
+@pytest.mark.parametrize("family, solving", SOLVED, ids=[f"{f}, {s.label}" for f, s in SOLVED])
 def test_in_the_model_that_is_left_every_matrix_solves_its_normal_equations(family, solving):
     whole, short = [meta() if family == "meta" else ShortHFModel(make(family)) for _ in range(2)]
     factor = 0.22 if family == "granite" else 1.0
@@ -84,7 +86,7 @@ def test_in_the_model_that_is_left_every_matrix_solves_its_normal_equations(fami
         after = [*short.present, len(whole.present)][place + 1]
         target = targets[after]
         if found.part == "attention":
-            mlp = Summands.of(calls, found.layer, targets[found.layer], whole.decoder.family).mlp
+            mlp = Sublayers.of(calls, found.layer, targets[found.layer], whole.decoder.family).mlp
             run = lambda: calls.run(found.layer, targets[found.layer])  # noqa: B023, E731
             between, behind = behind_attention(run, mlp)
             target = between if family != "mixtral" else between + target - behind
@@ -161,14 +163,14 @@ def test_what_a_layer_that_does_nothing_leaves_needs_no_change():
 
 def test_more_is_restored_than_by_the_patch_and_the_loss_on_its_windows_falls():
     patched, refitted = meta(), meta()
-    linear_patch.heal(patched, [2, 3], WINDOWS, progress=False)
+    heal_patch(patched, [2, 3], WINDOWS, progress=False)
     heal(refitted, [2, 3], WINDOWS, held=WINDOWS, progress=False)
     whole = states(meta(), WINDOWS)[-1]
     off = [(states(s, WINDOWS)[-1] - whole).norm().item() for s in (patched, refitted)]
     assert off[1] < off[0]
 
 
-def test_the_first_layers_may_go_and_halves_may_be_left_alone():
+def test_the_first_layers_may_go_and_sublayers_may_be_left_alone():
     short = meta()
     refit = heal(short, [0, 1], WINDOWS, held=WINDOWS, parts=("mlp",), progress=False)
     assert short.kept == [2, 3, 4]
@@ -184,7 +186,7 @@ def test_the_first_layers_may_go_and_halves_may_be_left_alone():
     assert 1 - off[1] / off[0] == pytest.approx(refit.fits[0].restored_held, abs=1e-4)
 
 
-def test_halves_are_solved_in_their_order_whichever_is_named_first():
+def test_sublayers_are_solved_in_their_order_whichever_is_named_first():
     ours, theirs = (
         fit(meta(), [3], WINDOWS, held=HELD, parts=parts, progress=False)
         for parts in (("attention", "mlp"), ("mlp", "attention"))
@@ -193,28 +195,28 @@ def test_halves_are_solved_in_their_order_whichever_is_named_first():
     assert all(torch.equal(value, theirs.values[key]) for key, value in ours.values.items())
 
 
-def test_the_best_halves_have_the_least_loss_on_windows_kept_apart():
+def test_the_best_sublayers_have_the_least_loss_on_windows_kept_apart():
     short = meta()
     before = weights(short)
-    best = fit_best(short, [2, 3], WINDOWS, held=WINDOWS, progress=False)
+    best = fit(short, [2, 3], WINDOWS, held=WINDOWS, parts=None, progress=False)
     assert same(before, weights(short)) and not short.changes
     both, losses = ("attention", "mlp"), {}
-    found = best.solving
-    ways = [Solving(both, weights=weights) for weights in ("inverse", "equal")]
+    found = best.settings
+    ways = [RefitSettings(both, weights=weights) for weights in ("inverse", "equal")]
     ways += [replace(found, parts=both, aim=aim) for aim in (0.7, 0.5)]
     ways += [replace(found, parts=(part,)) for part in both]
     for solving in ways:
         healed = meta()
-        heal(healed, [2, 3], WINDOWS, held=WINDOWS, **vars(solving), progress=False)
-        losses[solving.name] = healed.perplexity(WINDOWS, progress=False).value
-    assert losses[found.name] == min(losses.values())
+        heal(healed, [2, 3], WINDOWS, held=WINDOWS, settings=solving, progress=False)
+        losses[solving.label] = healed.perplexity(WINDOWS, progress=False).value
+    assert losses[found.label] == min(losses.values())
     assert best.to_dict()["weights"] == found.weights and best.to_dict()["aim"] == found.aim
     cut = meta()
     cut.remove_layers([2, 3])
     losses["none"] = cut.perplexity(WINDOWS, progress=False).value
     assert best.tried == pytest.approx(losses, rel=1e-6)
     assert best.to_dict()["tried"] == best.tried
-    experts = fit_best(ShortHFModel(make("mixtral")), [3], WINDOWS, **ALL)
+    experts = fit(ShortHFModel(make("mixtral")), [3], WINDOWS, parts=None, **ALL)
     # the attention alone is solved of them
     assert len(experts.tried) == 5 and all("n,mlp " in name for name in [*experts.tried][1:])
 
@@ -225,14 +227,16 @@ def test_settings_are_tried_one_after_the_other_with_what_was_best_before(monkey
     losses |= {"attention equal 0.7": 6, "mlp equal 0.7": 1}
     fits = [Fit(1, part, 0.1, 0.5, 0.5) for part in ("attention", "mlp")]
 
-    def fitted(*_, held, batch_size, work_dir, progress, **solving):
-        return Refit([3], {}, fits, Solving(**solving), 1, 1, 1)
+    def fitted(*_, held, settings, work_dir, progress):
+        return Refit([3], {}, fits, settings, 1, 1, 1)
 
-    monkeypatch.setattr(refit_best, "fit", fitted)
-    monkeypatch.setattr(refit_best, "_perplexity", lambda *_: 9)
-    monkeypatch.setattr(refit_best, "_perplexity_with", lambda _, r, __: losses[r.solving.name])
-    best = fit_best(meta(), [3], WINDOWS, progress=False)
-    assert best.solving == Solving(("mlp",), weights="equal", aim=0.7)
+    def perplexity(_, __, refit=None):
+        return losses[refit.settings.label] if refit else 9
+
+    monkeypatch.setattr(refit_module, "fit", fitted)
+    monkeypatch.setattr(refit_module, "_perplexity", perplexity)
+    best = fit(meta(), [3], WINDOWS, parts=None, progress=False)
+    assert best.settings == RefitSettings(("mlp",), weights="equal", aim=0.7)
     assert best.tried == {"none": 9, **losses}
 
 
@@ -271,7 +275,7 @@ def test_an_error_or_an_interruption_leaves_the_model_as_it_was(monkeypatch):
     short = meta()
     before = weights(short)
     for calls in (0, 1, 3):
-        with interrupted(half, "_add", calls):
+        with interrupted(solver, "_add", calls):
             heal(short, [3], WINDOWS, held=WINDOWS, progress=False)
         assert same(before, weights(short)) and short.kept == [*range(5)] and not short.changes
 

@@ -33,12 +33,10 @@ from llama.formats.convert import hf_to_meta, meta_to_hf
 from short_gpt import ShortLlama
 from short_gpt.cli.results import _unchanged
 from short_gpt.healing import Learning, RefitSettings, refit_layer, refit_memory
-from short_gpt.healing.half import HalfSolver
 from short_gpt.healing.refit import Refit, fit, heal
-from short_gpt.healing.refit_best import fit_best
 from short_gpt.healing.refit_layer import LayerRefit
-from short_gpt.healing.refit_state import RefitState
-from short_gpt.healing.states import States
+from short_gpt.healing.refit_state import HiddenStates, RefitState
+from short_gpt.healing.solver import SublayerSolver
 from short_gpt.wrappers.streamed_llama import StreamedLlama
 
 LAYERS = [2, 3]
@@ -125,8 +123,10 @@ def test_a_directory_that_is_not_the_healed_model_is_not_written(tmp_path, monke
 def test_trials_leave_a_streamed_model_as_it_was(tmp_path):
     short, whole = streamed(checkpoint(tmp_path / "ckpt")), memory()
     before = short.decoder.logits(TOKENS)
-    best = fit_best(short, LAYERS, WINDOWS, work_dir=tmp_path / "work", **QUIET)
-    assert best.tried == pytest.approx(fit_best(whole, LAYERS, WINDOWS, **QUIET).tried, rel=1e-5)
+    best = fit(short, LAYERS, WINDOWS, parts=None, work_dir=tmp_path / "work", **QUIET)
+    assert best.tried == pytest.approx(
+        fit(whole, LAYERS, WINDOWS, parts=None, **QUIET).tried, rel=1e-5
+    )
     assert torch.equal(short.decoder.logits(TOKENS), before) and not short.changes
 
 
@@ -139,14 +139,14 @@ def test_an_interrupted_refit_goes_on_bit_for_bit_and_does_nothing_twice(streams
     checkpoint(tmp_path / "ckpt")
     expected = fit(short(), LAYERS, WINDOWS, **QUIET)
     options = {"work_dir": tmp_path / "work", **QUIET}
-    with interrupted(LayerRefit, "learn", after):  # of layers 1 and 4
+    with interrupted(LayerRefit, "solve", after):  # of layers 1 and 4
         fit(short(), LAYERS, WINDOWS, **options) if after < 2 else stop_in_the_end(short, options)
     if after:
         told = json.loads((tmp_path / "work" / "refit.json").read_text())
         assert told["done"] == after + 1 and len(told["fits"]) == 2 * after
-    learned, plain = [], LayerRefit.learn
+    learned, plain = [], LayerRefit.solve
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(LayerRefit, "learn", lambda self: (learned.append(1), plain(self))[1])
+        patched.setattr(LayerRefit, "solve", lambda self: (learned.append(1), plain(self))[1])
         same(fit(short(), LAYERS, WINDOWS, **options), expected)
     assert len(learned) == 2 - after
     left = {path.name for path in (tmp_path / "work").iterdir()}
@@ -155,16 +155,16 @@ def test_an_interrupted_refit_goes_on_bit_for_bit_and_does_nothing_twice(streams
 
 
 def test_states_that_are_gone_are_missed(tmp_path):
-    with interrupted(LayerRefit, "learn", 1):
+    with interrupted(LayerRefit, "solve", 1):
         fit(memory(), LAYERS, WINDOWS, work_dir=tmp_path, **QUIET)
-    (tmp_path / "left.0").unlink()
-    with pytest.raises(ValueError, match=r"left\.0 is missing, from which the run would go on"):
+    (tmp_path / "pruned.0").unlink()
+    with pytest.raises(ValueError, match=r"pruned\.0 is missing, from which the run would go on"):
         fit(memory(), LAYERS, WINDOWS, work_dir=tmp_path, **QUIET)
 
 
-@pytest.mark.parametrize("name", ["whole.0", "left.0", "values.2"])
+@pytest.mark.parametrize("name", ["original.0", "pruned.0", "values.2"])
 def test_a_refit_does_not_go_on_from_what_was_damaged(name, tmp_path):
-    with interrupted(LayerRefit, "learn", 1):
+    with interrupted(LayerRefit, "solve", 1):
         fit(memory(), LAYERS, WINDOWS, work_dir=tmp_path, **QUIET)
     path = tmp_path / name
     content = bytearray(path.read_bytes())
@@ -195,8 +195,8 @@ def test_the_states_in_front_of_the_first_gap_count_as_soon_as_they_are_needed(t
             patched.setattr(RefitState, "advance", advance)
             fit(memory(), [4], WINDOWS, work_dir=work, **options)
         saved = json.loads((work / "refit.json").read_text())["states"]
-        assert [*saved] == ["whole"] and all(saved.values())
-        with interrupted(LayerRefit, "learn", 0):  # when those of what is left were written
+        assert [*saved] == ["original"] and all(saved.values())
+        with interrupted(LayerRefit, "solve", 0):  # when those of what is left were written
             fit(memory(), [4], WINDOWS, work_dir=work, **options)
         same(fit(memory(), [4], WINDOWS, work_dir=work, **options), expected)
 
@@ -241,15 +241,15 @@ def test_a_killed_refit_goes_on_bit_for_bit(tmp_path):
     child = os.fork()
     if not child:
         tqdm.set_lock(threading.RLock())
-        plain, count = States.__setitem__, [0]
+        plain, count = HiddenStates.__setitem__, [0]
 
-        def put(states: States, batch: int, state: torch.Tensor) -> None:
+        def put(states: HiddenStates, batch: int, state: torch.Tensor) -> None:
             plain(states, batch, state)
             count[0] += 1
             if count[0] == 60:  # among the states behind layer 1
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        States.__setitem__ = put
+        HiddenStates.__setitem__ = put
         try:
             fit(streamed(tmp_path / "ckpt"), LAYERS, WINDOWS, work_dir=tmp_path / "work", **QUIET)
         finally:
@@ -285,7 +285,7 @@ def test_a_refit_killed_again_and_again_goes_on_bit_for_bit(tmp_path):
 @pytest.mark.parametrize("name", ["values.2", "refit.json"])
 def test_what_a_kill_left_of_a_file_is_swept(name, tmp_path):
     expected = fit(memory(), LAYERS, WINDOWS, **QUIET)
-    with interrupted(LayerRefit, "learn", 1):
+    with interrupted(LayerRefit, "solve", 1):
         fit(memory(), LAYERS, WINDOWS, work_dir=tmp_path, **QUIET)
     left = tmp_path / f".{name}.writing-0123abcd"
     left.mkdir()
@@ -304,7 +304,7 @@ def test_what_a_kill_left_of_a_file_is_swept(name, tmp_path):
     ("changes", "named"),
     [
         ({"windows": WINDOWS[1:]}, "another windows"),
-        ({"held": WINDOWS[:1]}, "another windows kept apart"),
+        ({"held": WINDOWS[:1]}, "another held-out windows"),
         ({"ridges": (0.5,)}, "another ridges"),
         ({"parts": ("mlp",)}, "another parts"),
         ({"layers": [2]}, "another layers"),
@@ -316,7 +316,7 @@ def test_what_a_kill_left_of_a_file_is_swept(name, tmp_path):
 )
 def test_the_state_of_another_refit_is_refused_by_name(changes, named, tmp_path):
     held = WINDOWS[7:]
-    with interrupted(LayerRefit, "learn", 1):
+    with interrupted(LayerRefit, "solve", 1):
         fit(memory(), LAYERS, WINDOWS, held=held, work_dir=tmp_path, **QUIET)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     options = {"held": held, "work_dir": tmp_path, **QUIET, **changes}
@@ -330,16 +330,16 @@ def test_the_state_of_another_refit_is_refused_by_name(changes, named, tmp_path)
 def test_what_one_layer_needs_goes_into_a_file_where_there_is_no_room(tmp_path, monkeypatch):
     expected = fit(memory(), LAYERS, WINDOWS, **QUIET)
     monkeypatch.setattr(refit_memory, "free_memory", lambda: 0)
-    seen, plain = set(), States.__init__
+    seen, plain = set(), HiddenStates.__init__
 
     def make(states, shapes, width, dtype, path=None, **more):
         seen.add(path and path.name)
         plain(states, shapes, width, dtype, path, **more)
 
-    monkeypatch.setattr(States, "__init__", make)
+    monkeypatch.setattr(HiddenStates, "__init__", make)
     same(fit(memory(), LAYERS, WINDOWS, **QUIET), expected)  # in temporary files, gone by now
     files = {"inputs of mlp", "inputs of attention", "between"}
-    files |= {"whole.0", "whole.1", "left.0", "left.1"}
+    files |= {"original.0", "original.1", "pruned.0", "pruned.1"}
     assert files <= seen
     seen.clear()
     same(fit(memory(), LAYERS, WINDOWS, work_dir=tmp_path / "work", **QUIET), expected)
@@ -368,7 +368,7 @@ def test_of_the_disk_a_refits_own_files_alone_count_as_free(tmp_path, monkeypatc
     (folder / "notes").write_bytes(bytes(100))
     with pytest.raises(ValueError, match="make room"):
         refit_memory.plan_of(short, WINDOWS, folder=folder)
-    (folder / "a" / "whole.0").write_bytes(bytes(100))
+    (folder / "a" / "original.0").write_bytes(bytes(100))
     assert refit_memory.plan_of(short, WINDOWS, folder=folder).disk == needed
 
 
@@ -377,7 +377,7 @@ def test_all_fits_of_the_best_one_need_room_for_what_they_solve(tmp_path):
     every = (RefitSettings(), RefitSettings(parts=None))
     one, best = (how.plan(short, read, tmp_path / "work").disk for how in every)
     width, inputs, itemsize = short.layer_calls().widths()
-    fits = len(fit_best(memory(), LAYERS, WINDOWS, **QUIET).tried) - 1
+    fits = len(fit(memory(), LAYERS, WINDOWS, parts=None, **QUIET).tried) - 1
     assert best - one == (fits - 1) * short.layer_calls().count * itemsize * (
         width * inputs + width**2
     )
@@ -391,7 +391,7 @@ def test_of_a_streamed_layer_the_last_matrices_alone_are_left_while_the_mlps_is_
 ):
     short, seen = streamed(checkpoint(tmp_path / "ckpt")), []
     short.perplexity(WINDOWS, **QUIET)  # a pass before, whose memory is given back
-    plain = HalfSolver.solve
+    plain = SublayerSolver.solve
 
     def solve(self, sums, **more):
         here = [layer for layer in short.decoder.layers if not layer.attention.wo.weight.is_meta]
@@ -407,7 +407,7 @@ def test_of_a_streamed_layer_the_last_matrices_alone_are_left_while_the_mlps_is_
     ready: list[set[str]] = []
     equations = refit_layer.equations_of
     monkeypatch.setattr(refit_layer, "equations_of", lambda e, b: equations(e, made(e, b)))
-    monkeypatch.setattr(HalfSolver, "solve", solve)
+    monkeypatch.setattr(SublayerSolver, "solve", solve)
     fit(short, [2, 3], WINDOWS, **QUIET)
     assert ready == 2 * [*9 * [{"wq", "wk", "wv", *NEEDED}], *9 * [NEEDED]]
     last = {"attention.wo.weight", "feed_forward.w2.weight"}
@@ -464,7 +464,7 @@ def test_the_command_heals_streamed_as_in_memory_and_goes_on_where_it_was(
     source(kind, here)
     run("heal", "ckpt", "memory", *HEAL, "--json", "memory.json")
     with monkeypatch.context() as patched, pytest.raises(SystemExit):
-        patched.setattr(LayerRefit, "learn", one_layer(LayerRefit.learn))
+        patched.setattr(LayerRefit, "solve", one_layer(LayerRefit.solve))
         run("heal", "ckpt", "out", *HEAL, "--stream", "--max_memory", "20GB")
     assert (here / "out.refit").is_dir() and not (here / "out").exists()
     capsys.readouterr()
@@ -516,7 +516,7 @@ def test_no_command_goes_on_with_the_weights_of_another_model(
     write(kind, here, seed=0)
     line = ("heal", "model.gguf" if kind == "gguf" else "ckpt", "out", *HEAL, *argv)
     with monkeypatch.context() as patched, pytest.raises(SystemExit):
-        patched.setattr(LayerRefit, "learn", one_layer(LayerRefit.learn))
+        patched.setattr(LayerRefit, "solve", one_layer(LayerRefit.solve))
         run(*line)
     capsys.readouterr()
     write(kind, here, seed=1)
@@ -560,7 +560,7 @@ def test_a_model_that_gives_no_numbers_leaves_no_folder(place, here, capsys):
 
 def test_an_interruption_in_the_first_layer_leaves_no_folder(tmp_path):
     work = tmp_path / "a" / "work"
-    with interrupted(LayerRefit, "learn", 0):
+    with interrupted(LayerRefit, "solve", 0):
         fit(memory(), [0, 1], WINDOWS, work_dir=work, **QUIET)
     assert not work.exists()
 
@@ -578,8 +578,7 @@ def test_a_streamed_heal_reads_windows_shorter_than_its_proof(kind, size, here):
 def test_what_a_refit_leaves_as_it_was_is_said():
     fits = [{"layer": 3, "part": p, "ridge": r, "norm_ridge": None} for p, r in PARTS]
     assert _unchanged({"method": "refit", "fits": fits}) == (
-        "1 of 2 matrices stay as they were, for on the windows kept apart no change of them helps: "
-        "mlp of 3"
+        "1 of 2 matrices unchanged: no ridge lowered the held-out error (mlp of 3)"
     )
     assert _unchanged({"method": "refit", "fits": fits[:1]}) is None
     assert _unchanged({"method": "LoRA"}) is None

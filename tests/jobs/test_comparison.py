@@ -11,10 +11,9 @@ import scipy.stats
 import torch
 from conftest import CharTokenizer, make_transformer, random_windows, zero_layer
 
-from short_gpt import ShortLlama, heal_refit
+from short_gpt import ShortLlama, heal_patch, heal_refit
 from short_gpt.cli.tables import compared
 from short_gpt.evaluation import TaskRun, TaskSuite, difference, losses, perplexity
-from short_gpt.healing.linear_patch import heal
 from short_gpt.jobs import CaseNames, Cases, Comparison, compare
 from short_gpt.jobs import comparison_cells as module
 from short_gpt.jobs.cost import size_without, tokens_per_second
@@ -66,7 +65,7 @@ def test_every_row_is_what_is_measured_by_hand(rows):
     for row in rows[::3]:
         model = short()
         if row.healing == "patched":
-            heal(model, row.layers, CALIBRATION, progress=False)
+            heal_patch(model, row.layers, CALIBRATION, progress=False)
         elif row.n:
             model.remove_layers(row.layers)
         found = perplexity(model.decoder, [[w] for w in EVALUATION])
@@ -154,7 +153,7 @@ def test_what_healing_brings_is_paired_with_the_same_layers_raw():
     model.remove_layers(rows[1].layers)
     raw = losses(model.decoder, EVALUATION, progress=False)
     model = short()
-    heal(model, rows[1].layers, CALIBRATION, progress=False)
+    heal_patch(model, rows[1].layers, CALIBRATION, progress=False)
     expected = difference(raw, losses(model.decoder, EVALUATION, progress=False))
     assert rows[1].gain == pytest.approx(expected.nats, abs=1e-6)
     assert rows[1].gain_error == pytest.approx(expected.standard_error, rel=1e-3)

@@ -132,7 +132,7 @@ def test_heal_gives_the_evidence_and_prints_nothing(here, capsys):
     learned = LearnedFrom("other.txt", 32, 8, 4)
     done = heal("ckpt", "out", "patch", choice=Choice([1]), data="book.txt", learned=learned)
     names = ["whole, 5 layers", "pruned, 4 layers", "healed"]
-    assert list(done.evidence.perplexity) == names and done.evidence.how["method"] == "linear patch"
+    assert list(done.evidence.perplexity) == names and done.evidence.how["method"] == "patch"
     assert done.evidence.change.nats == pytest.approx(
         torch.log(
             torch.tensor(

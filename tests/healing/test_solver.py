@@ -1,4 +1,4 @@
-"""The end of a half, with a norm behind its last matrix and without."""
+"""The solver of an output projection, with a norm after it and without."""
 
 from __future__ import annotations
 
@@ -12,17 +12,25 @@ from conftest import random_windows
 from families import make
 from torch import nn
 
-from short_gpt.healing.half import HalfSolver, Tokens, _inverse, equations_of, error
-from short_gpt.healing.normal_equations import NormalEquations
 from short_gpt.healing.refit import fit, fold
+from short_gpt.healing.solver import (
+    NormalEquations,
+    SolverSettings,
+    SublayerSolver,
+    Tokens,
+    _inverse,
+    equations_of,
+    error,
+)
 from short_gpt.models.layer_calls import LayerCalls
-from short_gpt.models.summands import Summand, Summands, effective_weight
+from short_gpt.models.sublayers import OutputProjection, Sublayers, effective_weight
 from short_gpt.wrappers.short_hf import ShortHFModel
 
 pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
 
 NORMS_BEHIND = ["gemma2", "gemma3", "gemma3, wrapped", "olmo2"]
 WINDOWS, HELD = random_windows(24, 16, vocab=8), random_windows(6, 16, vocab=8, seed=5)
+HERE = {"layer": 1, "part": "mlp"}
 JUDGED = random_windows(8, 16, vocab=8, seed=7)
 
 
@@ -37,71 +45,78 @@ class Norm(nn.Module):
         return x / x.pow(2).mean(-1, keepdim=True).sqrt() * (1 + self.weight)
 
 
-def half(inputs: int = 12, width: int = 8, *, factor: float = 1.0, bias: bool = False) -> Summand:
+def sublayer(
+    inputs: int = 12, width: int = 8, *, factor: float = 1.0, bias: bool = False
+) -> OutputProjection:
     torch.manual_seed(0)
-    return Summand(Norm(width), factor, nn.Linear(inputs, width, bias=bias).requires_grad_(False))
+    return OutputProjection(
+        Norm(width), factor, nn.Linear(inputs, width, bias=bias).requires_grad_(False)
+    )
 
 
-def tokens(end: Summand, *, seed: int, count: int = 200) -> Tokens:
+def tokens(end: OutputProjection, *, seed: int, count: int = 200) -> Tokens:
     """Tokens of which the half as it is gives the targets."""
     generator = torch.Generator().manual_seed(seed)
     weight = end.matrix.weight
     inputs = torch.randn(count, weight.shape[1], generator=generator)
     stream = torch.randn(count, weight.shape[0], generator=generator)
-    return Tokens(inputs, stream, stream + end.factor * end.normed(end.given(inputs)))
+    return Tokens(inputs, stream, stream + end.factor * end.normed(end.outputs(inputs)))
 
 
-def solver(end: Summand, fitted: Tokens, held: Tokens, ridges=(1e-9,)) -> HalfSolver:
-    return HalfSolver(end, ridges, lambda: [fitted], lambda: [held])
+def solver(end: OutputProjection, fitted: Tokens, held: Tokens, ridges=(1e-9,)) -> SublayerSolver:
+    settings = SolverSettings(ridges=ridges)
+    return SublayerSolver(end, settings, lambda: [fitted], lambda: [held])
 
 
 @pytest.mark.parametrize("factor", [1.0, 0.5])
 def test_the_weight_of_a_norm_that_was_scaled_is_found_back(factor):
-    end = half(factor=factor)
+    end = sublayer(factor=factor)
     fitted, held = tokens(end, seed=1), tokens(end, seed=2)
     true = end.norm.weight.clone()
     end.norm.weight.copy_(1.5 * true + 0.2)
     work = solver(end, fitted, held)
-    assert work._norm() == 1e-9
+    assert work._solve_norm() == 1e-9
     assert torch.allclose(end.norm.weight, true, atol=1e-5)
     assert work._restored() == pytest.approx(1, abs=1e-6)
 
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_matrix_behind_which_a_norm_stands_is_brought_near_what_gave_the_targets(bias):
-    end = half(bias=bias)
+    end = sublayer(bias=bias)
     end.norm.weight.copy_(torch.linspace(-0.8, 3.0, 8))  # a factor of 0.2 to 4
     fitted, held = tokens(end, seed=1), tokens(end, seed=2)
     change = 0.05 * torch.randn(end.matrix.weight.shape, generator=torch.Generator().manual_seed(3))
     end.matrix.weight += change
     before = error(end, [held])
-    found = solver(end, fitted, held).solve(equations_of(end, [fitted]), noise=1e-6)
+    found = solver(end, fitted, held).solve(equations_of(end, [fitted]), **HERE, noise=1e-6)
     assert found.ridge == 1e-9 and 0.9 < found.restored_held < 1 and 0.9 < found.restored < 1
     left = error(end, [held])
     assert left == pytest.approx(before * (1 - found.restored_held), rel=1e-4)
 
 
 def test_what_would_raise_the_error_on_tokens_kept_apart_is_not_taken():
-    end = half()
+    end = sublayer()
     held = tokens(end, seed=2)
-    held = Tokens(held.inputs, held.stream, held.target + 1e-3)  # as good as right
+    held = Tokens(held.inputs, held.residual, held.target + 1e-3)  # as good as right
     fitted = tokens(end, seed=1)
-    fitted = Tokens(fitted.inputs, fitted.stream, fitted.target + torch.randn(200, 8))
+    fitted = Tokens(fitted.inputs, fitted.residual, fitted.target + torch.randn(200, 8))
     before = [p.clone() for p in (end.matrix.weight, end.norm.weight)]
-    found = solver(end, fitted, held, (1e-2, 1.0)).solve(equations_of(end, [fitted]), noise=1e-6)
+    found = solver(end, fitted, held, (1e-2, 1.0)).solve(
+        equations_of(end, [fitted]), **HERE, noise=1e-6
+    )
     assert found.ridge is None and found.norm_ridge is None and found.restored_held == 0
     assert all(map(torch.equal, before, (end.matrix.weight, end.norm.weight)))
 
 
 @pytest.mark.parametrize(("noise", "solved"), [(1.01e-3, False), (0.99e-3, True)])
 def test_what_a_token_lacks_by_rounding_alone_is_not_solved(noise, solved):
-    end = Summand(half().matrix, 1.0)
+    end = OutputProjection(sublayer().matrix, 1.0)
 
     def told(seed: int) -> Tokens:  # a thousandth is missing of every target
         inputs = torch.randn(200, 12, generator=torch.Generator().manual_seed(seed))
-        return Tokens(inputs, torch.zeros(200, 8), 1.001 * end.given(inputs))
+        return Tokens(inputs, torch.zeros(200, 8), 1.001 * end.outputs(inputs))
 
-    found = solver(end, told(1), told(2)).solve(equations_of(end, [told(1)]), noise=noise)
+    found = solver(end, told(1), told(2)).solve(equations_of(end, [told(1)]), **HERE, noise=noise)
     assert found.ridge == (1e-9 if solved else None)
 
 
@@ -124,24 +139,26 @@ def grown(work: Callable[[], object]) -> int:
 def test_a_wide_matrix_is_solved_beside_two_copies_of_it_and_a_block_of_columns():
     inputs, width, generator = 1024, 8704, torch.Generator().manual_seed(0)
     matrix = nn.Linear(inputs, width, bias=False).requires_grad_(False)
-    end = Summand(matrix, 1.0)
+    end = OutputProjection(matrix, 1.0)
     x = torch.randn(8, inputs, generator=generator)
     told = Tokens(x, torch.zeros(8, width), torch.randn(8, width, generator=generator))
-    small = half()
+    small = sublayer()
     solver(small, tokens(small, seed=1), tokens(small, seed=2)).solve(  # libraries are read here
-        equations_of(small, [replace(tokens(small, seed=1), target=torch.ones(200, 8))]), noise=0
+        equations_of(small, [replace(tokens(small, seed=1), target=torch.ones(200, 8))]),
+        **HERE,
+        noise=0,
     )
     work, sums = solver(end, told, told, (1.0, 1e-2)), equations_of(end, [told])
     copies, blocks = 2 * matrix.weight.nbytes, 3 * 8 * 256 * inputs
-    assert grown(lambda: work.solve(sums, noise=0)) < copies + blocks + 12 * 10**6
+    assert grown(lambda: work.solve(sums, **HERE, noise=0)) < copies + blocks + 12 * 10**6
     assert work._restored() > 0.9  # by the second ridge, which is better than the first
 
 
 @pytest.fixture
 def blocks(monkeypatch):
     """Sums whose rows are added, and whose columns are solved, few at a time."""
-    monkeypatch.setattr("short_gpt.healing.normal_equations.ROWS", 5)
-    monkeypatch.setattr("short_gpt.healing.normal_equations.COLUMNS", 3)
+    monkeypatch.setattr("short_gpt.healing.solver.ROWS", 5)
+    monkeypatch.setattr("short_gpt.healing.solver.COLUMNS", 3)
 
 
 def solved(sums: NormalEquations, ridge: float) -> tuple[torch.Tensor, float]:
@@ -196,7 +213,9 @@ def test_equations_without_a_solution_change_nothing():
     matrix = nn.Linear(2, 3, bias=False).requires_grad_(False)
     matrix.weight.zero_()
     told = Tokens(x, torch.zeros(4, 3), r)
-    found = solver(Summand(matrix, 1.0), told, told, (1e-30, 0.1)).solve(sums, noise=0)
+    found = solver(OutputProjection(matrix, 1.0), told, told, (1e-30, 0.1)).solve(
+        sums, **HERE, noise=0
+    )
     assert found.ridge == 0.1 and torch.allclose(matrix.weight, torch.full((3, 2), each))
 
 
@@ -210,13 +229,13 @@ def test_tokens_are_counted_over_all_batches():
         matrix = nn.Linear(2, 1, bias=False).requires_grad_(False)
         matrix.weight.zero_()
         told = Tokens(torch.ones(7, 2), torch.zeros(7, 1), torch.ones(7, 1))
-        found = solver(Summand(matrix, 1.0), told, told).solve(sums, noise=noise)
+        found = solver(OutputProjection(matrix, 1.0), told, told).solve(sums, **HERE, noise=noise)
         assert found.ridge == expected
 
 
 def test_what_a_norm_nearly_shuts_out_is_still_solved():
     """A matrix's change is divided by the norm's weight, be that a hundredth of the largest."""
-    end = half()
+    end = sublayer()
     end.norm.weight.copy_(torch.tensor([1.0, 0.01, 1, 1, 1, 1, 1, 0]) - 1)
     inverse = _inverse(effective_weight(end.norm))
     assert torch.allclose(inverse, torch.tensor([1.0, 100, 1, 1, 1, 1, 1, 0]), rtol=1e-4)
@@ -226,33 +245,34 @@ def test_what_a_norm_nearly_shuts_out_is_still_solved():
 @pytest.mark.parametrize("ridge", [1e-9, 0.5])
 def test_a_norms_weight_gets_its_share_of_the_solution(aim, ridge):
     """Each entry is a number by itself: aim u.r / (u.u + ridge mean(u.u)), weighted."""
-    end = half()
+    end = sublayer()
     fitted = tokens(end, seed=1)
     true = end.norm.weight.clone()
     end.norm.weight.copy_(1.5 * true + 0.2)
     start = end.norm.weight.clone()
-    work = HalfSolver(end, (ridge,), lambda: [fitted], lambda: [fitted], aim=aim)
-    unit = end.given(fitted.inputs).double()
+    settings = SolverSettings(ridges=(ridge,), aim=aim)
+    work = SublayerSolver(end, settings, lambda: [fitted], lambda: [fitted])
+    unit = end.outputs(fitted.inputs).double()
     unit = unit / unit.pow(2).mean(1, keepdim=True).sqrt()
-    rest = fitted.target.double() - fitted.stream.double() - unit * (1 + start.double())
+    rest = fitted.target.double() - fitted.residual.double() - unit * (1 + start.double())
     w = (1 / fitted.target.double().pow(2).sum(1))[:, None]
     squares = (w * unit * unit).sum(0)
     expected = aim * (w * unit * rest).sum(0) / (squares + ridge * squares.mean())
-    assert work._norm() == ridge
+    assert work._solve_norm() == ridge
     assert torch.allclose((end.norm.weight - start).double(), expected, rtol=1e-4, atol=1e-6)
     assert expected.abs().min() > 1e-3  # so that each entry tells
 
 
 def test_the_ridge_that_is_told_is_the_matrixs_last_one(monkeypatch):
-    end = half()
+    end = sublayer()
     fitted = tokens(end, seed=1)
     fitted = replace(fitted, target=fitted.target + 1)
     for found, told in (((0.1, 0.2), 0.2), ((0.1, None), 0.1), ((None, None), None)):
         turns = iter(found)
         work = solver(end, fitted, fitted)
-        monkeypatch.setattr(work, "_matrix", lambda _, turns=turns: (next(turns), 0.5))
-        monkeypatch.setattr(work, "_norm", lambda: 0.3)
-        assert work.solve(equations_of(end, [fitted]), noise=0).ridge == told
+        monkeypatch.setattr(work, "_solve_matrix", lambda _, turns=turns: (next(turns), 0.5))
+        monkeypatch.setattr(work, "_solve_norm", lambda: 0.3)
+        assert work.solve(equations_of(end, [fitted]), **HERE, noise=0).ridge == told
 
 
 @pytest.mark.parametrize("family", NORMS_BEHIND)
@@ -281,15 +301,15 @@ def test_a_norm_behind_is_proved_and_not_believed(family):
     short = ShortHFModel(make(family))
     calls = LayerCalls(short.decoder)
     state = calls.embed(torch.tensor(WINDOWS[:1]))
-    found = Summands.of(calls, 0, state, short.decoder.family)
-    assert set(found.ends) == {"attention", "mlp"} and not found.refused
-    for end in found.ends.values():
+    found = Sublayers.of(calls, 0, state, short.decoder.family)
+    assert set(found.projections) == {"attention", "mlp"} and not found.refused
+    for end in found.projections.values():
         assert end.norm is not None and end.matrix is not end.norm
         one = torch.ones(1, 32)
         assert torch.allclose(effective_weight(end.norm), end.norm(one)[0], atol=1e-5)
-    norm = found.ends["mlp"].norm
+    norm = found.projections["mlp"].norm
     plain = type(norm).forward
     centred = lambda self, x: plain(self, x - x.mean(-1, keepdim=True))  # noqa: E731
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(type(norm), "forward", centred)
-        assert "mlp" not in Summands.of(calls, 0, state, short.decoder.family).ends
+        assert "mlp" not in Sublayers.of(calls, 0, state, short.decoder.family).projections

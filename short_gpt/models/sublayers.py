@@ -1,6 +1,6 @@
-"""What a layer's halves add to the stream, and the matrices that end them.
+"""What a layer's sublayers add to the residual stream, and their output projections.
 
-Shapes: B windows, S tokens, N tokens in all, F inputs of a matrix, D width of the stream.
+Shapes: B windows, S tokens, N tokens in all, F inputs of a matrix, D width of the residual stream.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from short_gpt.runtime.errors import ShortGPTError
 
 
 @dataclass(frozen=True)
-class Summand:
-    """A module whose output is added to the stream.
+class OutputProjection:
+    """A module whose output is added to the residual stream.
 
     Attributes:
-        module: such as the last matrix of an MLP, or a norm behind that.
+        module: such as the `down_proj` of an MLP, or a norm after it.
         factor: by which its output is multiplied on the way, as in Granite; 1 in most families.
-        before: the last matrix, where a norm stands behind it, as in Gemma 2; None elsewhere.
+        before: the matrix, where a norm follows it, as in Gemma 2; None elsewhere.
     """
 
     module: nn.Module
@@ -40,12 +40,12 @@ class Summand:
 
     @property
     def matrix(self) -> nn.Module:
-        """The last matrix of the half."""
+        """The last matrix of the sublayer."""
         return self.module if self.before is None else self.before
 
     @property
     def norm(self) -> nn.Module | None:
-        """The norm behind the matrix, if there is one."""
+        """The norm after the matrix, if there is one."""
         return None if self.before is None else self.module
 
     @property
@@ -58,40 +58,40 @@ class Summand:
         """Where the matrix is."""
         return next(self.matrix.parameters()).device
 
-    def given(self, inputs: Tensor) -> Tensor:
-        """What the matrix makes of (N, F) float32, (N, D) float32."""
+    def outputs(self, inputs: Tensor) -> Tensor:
+        """Of the matrix, (N, D) float32, for inputs (N, F) float32."""
         weight, bias = self.matrix.weight, getattr(self.matrix, "bias", None)
         assert isinstance(weight, Tensor)
         wide = weight.float() if transposed(self.matrix) else weight.float().T  # (F, D)
         out = inputs @ wide
         return out + bias.float() if isinstance(bias, Tensor) else out
 
-    def normed(self, given: Tensor) -> Tensor:
-        """What is added to the stream, but for the factor, where the matrix gives (N, D)."""
+    def normed(self, outputs: Tensor) -> Tensor:
+        """What is added to the stream, except the factor, for outputs of the matrix (N, D)."""
         if self.norm is None:
-            return given
+            return outputs
         weight = self.norm.weight
         assert isinstance(weight, Tensor)
-        return self.norm(given.to(weight.dtype)).float()
+        return self.norm(outputs.to(weight.dtype)).float()
 
 
 @dataclass(frozen=True)
-class Summands:
+class Sublayers:
     """A layer as state + factor * attention + factor * MLP, each proved on random numbers.
 
     Attributes:
-        ends: by half, "attention" and "mlp", its last matrix; a half that ends in no single matrix
-            of which the layer adds what it gives is left out.
-        refused: by half, why it is left out.
+        projections: by part, "attention" and "mlp"; a sublayer without a single matrix whose output
+            the layer adds to the stream is left out.
+        refused: by part, why it is left out.
         mlp: what the MLP as a whole adds, also where no matrix ends it; None if that is not known.
     """
 
-    ends: Mapping[str, Summand]
+    projections: Mapping[str, OutputProjection]
     refused: Mapping[str, str]
-    mlp: Summand | None
+    mlp: OutputProjection | None
 
     @classmethod
-    def of(cls, calls: LayerCalls, place: int, state: Tensor, family: Family) -> Summands:
+    def of(cls, calls: LayerCalls, place: int, state: Tensor, family: Family) -> Sublayers:
         """Those of a layer.
 
         Args:
@@ -101,14 +101,14 @@ class Summands:
             family: of the decoder.
         """
         layer, norms = calls.layer(place), family.mlp_norm_behind
-        ends: dict[str, Summand] = {}
+        projections: dict[str, OutputProjection] = {}
         refused: dict[str, str] = {}
 
-        def note(half: str, find: Callable[[], Summand]) -> Summand | None:
+        def note(part_name: str, find: Callable[[], OutputProjection]) -> OutputProjection | None:
             try:
-                return ends.setdefault(half, find())
+                return projections.setdefault(part_name, find())
             except ShortGPTError as error:
-                refused[half] = str(error)
+                refused[part_name] = str(error)
                 return None
 
         def run() -> Tensor:
@@ -122,13 +122,13 @@ class Summands:
             note("attention", lambda: _attention(run, layer, family, end, state))
         else:
             refused["attention"] = refused["mlp"]
-        return cls(ends, refused, mlp)
+        return cls(projections, refused, mlp)
 
 
-def behind_attention(run: Callable[[], Tensor], mlp: Summand) -> tuple[Tensor, Tensor]:
-    """The stream between a layer's halves, (B, S, D), and behind the layer.
+def behind_attention(run: Callable[[], Tensor], mlp: OutputProjection) -> tuple[Tensor, Tensor]:
+    """The stream between a layer's sublayers, (B, S, D), and after the layer.
 
-    In a parallel block, whose halves read the same state, it is the sum without the MLP.
+    In a parallel block, whose sublayers read the same state, it is the sum without the MLP.
 
     Args:
         run: gives the state behind the layer.
@@ -147,24 +147,30 @@ def behind_attention(run: Callable[[], Tensor], mlp: Summand) -> tuple[Tensor, T
     return behind - mlp.factor * given[-1].view_as(behind), behind
 
 
-def _whole_mlp(run: Callable[[], Tensor], layer: nn.Module, family: Family) -> Summand | None:
+def _whole_mlp(
+    run: Callable[[], Tensor], layer: nn.Module, family: Family
+) -> OutputProjection | None:
     """The MLP as one module, such as a mixture of experts; None where its output is not added."""
     module = part(layer, family.mlp)
     try:
-        return None if module is None else _summand(run, module, layer)
+        return None if module is None else _added(run, module, layer)
     except ShortGPTError:
         return None
 
 
 def _attention(
-    run: Callable[[], Tensor], layer: nn.Module, family: Family, mlp: Summand, state: Tensor
-) -> Summand:
+    run: Callable[[], Tensor],
+    layer: nn.Module,
+    family: Family,
+    mlp: OutputProjection,
+    state: Tensor,
+) -> OutputProjection:
     """The last matrix of a layer's attention, where the stream behind it is state + attention."""
     module, norms = attention_output(layer, family), family.attention_norm_behind
     found = _end(lambda: behind_attention(run, mlp)[0], module, layer, behind=norms)
     without, _ = behind_attention(run, found)
     between, behind = behind_attention(run, mlp)
-    off = (without - behind + between - state).abs().max()  # what neither half has added
+    off = (without - behind + between - state).abs().max()  # what neither sublayer has added
     if not off <= 64 * torch.finfo(state.dtype).eps * _scale(state, behind):
         raise ShortGPTError(
             f"{type(layer).__name__} adds more than its attention and its MLP to the stream "
@@ -175,11 +181,11 @@ def _attention(
 
 def _end(
     run: Callable[[], Tensor], matrix: nn.Module, layer: nn.Module, *, behind: Names
-) -> Summand:
-    """What a matrix at the end of a half gives to the stream, by way of a norm or without.
+) -> OutputProjection:
+    """What a matrix at the end of a sublayer gives to the stream, by way of a norm or without.
 
     Args:
-        run: gives the stream behind the half.
+        run: gives the stream after the sublayer.
         matrix: at its end.
         layer: of both.
         behind: names that a norm behind it may have.
@@ -188,15 +194,15 @@ def _end(
         ShortGPTError: something else comes between the matrix and the stream.
     """
     try:
-        return _summand(run, matrix, layer)
+        return _added(run, matrix, layer)
     except ShortGPTError:
         norm = only_part(layer, behind)
         if norm is None:
             raise
-        found = _summand(run, norm, layer)
+        found = _added(run, norm, layer)
         if not (_follows(run, matrix, norm) and _is_rms(norm)):
             raise
-        return Summand(norm, found.factor, matrix)
+        return OutputProjection(norm, found.factor, matrix)
 
 
 def _follows(run: Callable[[], Tensor], matrix: nn.Module, norm: nn.Module) -> bool:
@@ -245,7 +251,7 @@ def effective_weight(norm: nn.Module) -> Tensor:
     return norm(torch.ones_like(weight)[None])[0].float()
 
 
-def _summand(run: Callable[[], Tensor], module: nn.Module, layer: nn.Module) -> Summand:
+def _added(run: Callable[[], Tensor], module: nn.Module, layer: nn.Module) -> OutputProjection:
     """The module with its factor; raises ShortGPTError where its output is not simply added."""
     factor, off = factor_of(run, module)
     if not off <= 32 or not factor:
@@ -253,7 +259,7 @@ def _summand(run: Callable[[], Tensor], module: nn.Module, layer: nn.Module) -> 
             f"{type(layer).__name__} does not add what its {type(module).__name__} gives to the "
             "stream (a norm comes between)"
         )
-    return Summand(module, factor)
+    return OutputProjection(module, factor)
 
 
 @torch.no_grad()

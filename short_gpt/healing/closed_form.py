@@ -1,0 +1,76 @@
+"""What a step of a healing is, and what it is given; the base of those in closed form."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Protocol
+
+from short_gpt.healing.texts import Learning
+from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.wrappers.scored_model import ScoredModel
+
+# Heals the model as it is; returns how, ready for JSON, and what takes it out again.
+Heal = Callable[[], tuple[dict[str, object], Callable[[], object]]]
+
+
+@dataclass(frozen=True)
+class HealingContext:
+    """What all steps of one healing share.
+
+    Attributes:
+        short: the model, with all its layers while steps are prepared.
+        windows: to learn from, validate by and evaluate on.
+        layers: that are removed between the two, in the original model's numbering.
+        folder: what steps keep, until the healing ends or to be continued.
+        lasting: whether the folder outlives the healing.
+        progress: whether to show bars.
+    """
+
+    short: ScoredModel
+    windows: Learning
+    layers: Sequence[int]
+    folder: Path
+    lasting: bool = False
+    progress: bool = True
+
+
+class Step(Protocol):
+    """One step.
+
+    Attributes:
+        name: as ``heal --method`` knows it.
+        trains: whether it changes the model by training, as the steps after it then must too.
+    """
+
+    name: ClassVar[str]
+    trains: ClassVar[bool]
+
+    def prepare(self, context: HealingContext) -> Heal:
+        """Reads the original model as far as the step must; what is returned heals."""
+
+
+class ClosedForm(ABC):
+    """Settings of a step that is fitted on the original model and folded into the pruned one.
+
+    They are a frozen dataclass.
+    """
+
+    name: ClassVar[str]
+    trains: ClassVar[bool] = False
+
+    @abstractmethod
+    def fit(self, context: HealingContext) -> Heal:
+        """Fits on the original model; what is returned folds."""
+
+    def prepare(self, context: HealingContext) -> Heal:
+        """As `fit`.
+
+        Raises:
+            ShortGPTError: no layer is to be removed.
+        """
+        if not context.layers:
+            raise ShortGPTError(f"{self.name} reads the whole model: name the layers that go")
+        return self.fit(context)

@@ -1,0 +1,61 @@
+"""The page that says what a new closed form costs is followed to the letter."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+BLOCK = re.compile(r'```python title="([^"]+)"\n(.*?)```', re.DOTALL)
+HEAL = ("heal", "ckpt", "out", "--method", "rescale", "--layers", 2, "--data", "book.txt")
+HEAL += ("--eval_data", "other.txt", "--size", 16, "--eval_windows", 2, "--device", "cpu")
+
+
+def test_a_closed_form_costs_three_files(tmp_path):
+    for package in ("short_gpt", "llama", "tests"):
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / package, tmp_path / package, ignore=ignored)
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    page = (ROOT / "docs" / "add-a-method.md").read_text()
+    blocks = dict(BLOCK.findall(page))
+    registry = "short_gpt/healing/steps.py"
+    assert len(blocks) == 3 and registry in blocks
+    for name, text in blocks.items():
+        if name != registry:
+            assert not (tmp_path / name).exists()
+            (tmp_path / name).write_text(text)
+    imported, line = blocks[registry].strip().split("\n\n")
+    source = (tmp_path / registry).read_text()
+    former = line.rsplit("\n", 1)[0]  # without the new line
+    assert source.count(former) == 1
+    first = "\nfrom short_gpt.healing"
+    source = source.replace(former, line).replace(first, f"\n{imported}{first}", 1)
+    (tmp_path / registry).write_text(source)
+    run = tmp_path / "run.py"
+    run.write_text(f"from commands import TEXT, run\n{STEPS}run(*{HEAL!r})\n")
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{tmp_path / 'tests'}"}
+    test = next(name for name in blocks if name.startswith("tests/"))
+    plain = ("-p", "no:cacheprovider", "-n", "0")
+    for command in (("-m", "pytest", "-q", *plain, test), ("run.py",)):
+        done = subprocess.run(
+            [sys.executable, *command],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert '"method": "rescale"' in (tmp_path / "out" / "pruning.json").read_text()
+
+
+STEPS = """from pathlib import Path
+from conftest import BYTE_VOCAB, make_transformer, save_checkpoint, write_byte_tokenizer
+save_checkpoint(Path("ckpt"), make_transformer(vocab_size=BYTE_VOCAB))
+write_byte_tokenizer(Path("ckpt"))
+Path("book.txt").write_text(TEXT)
+Path("other.txt").write_text("Call me Ishmael. Some years ago, never mind how long. " * 8)
+"""

@@ -1,0 +1,245 @@
+"""The patch: known answers, every family, and what it refuses."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import CharTokenizer, make_transformer, random_windows, zero_layer
+from families import FAMILIES, make
+
+from short_gpt.healing import PatchSettings, heal_patch, refit
+from short_gpt.healing.refit import Refit, fold
+from short_gpt.models.layer_calls import LayerCalls
+from short_gpt.models.layer_hooks import check_added, mlp_output
+from short_gpt.models.numbering import runs
+from short_gpt.wrappers.short_hf import ShortHFModel
+from short_gpt.wrappers.short_llama import ShortLlama
+
+pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
+
+WINDOWS, HELD = random_windows(12, 16), random_windows(4, 16, seed=5)
+TOKENS = torch.tensor(random_windows(2, 16, seed=9))
+EXPERTS = ["mixtral", "qwen3_moe", "llama4", "gpt_oss", "qwen3_next"]  # no single down_proj
+PATCHED = [name for name in FAMILIES if name != "mamba"]
+
+
+def meta(seed: int = 0, **changes: object) -> ShortLlama:
+    model = make_transformer(seed, **changes)
+    return ShortLlama(SimpleNamespace(model=model, tokenizer=CharTokenizer()))
+
+
+def fit(short, layers, windows=WINDOWS, **options) -> Refit:
+    options = {"held": HELD, "progress": False, **options}
+    return refit.fit(short, layers, windows, settings=PatchSettings(), **options)
+
+
+def test_runs_of_consecutive_layers():
+    assert runs([7, 3, 4, 9], range(12)) == [(3, 4), (7, 7), (9, 9)]
+    assert runs([5, 3], [0, 3, 5, 8]) == [(1, 2)]  # what was removed earlier joins its neighbours
+
+
+def test_layers_that_add_nothing_need_no_patch():
+    short = meta()
+    for layer in (2, 3):
+        zero_layer(short.decoder.model, layer)
+    before = short.decoder.logits(TOKENS)
+    patch = heal_patch(short, [3, 2], WINDOWS, progress=False)
+    assert [(found.layer, found.changed) for found in patch.fits] == [(1, False)]
+    assert short.kept == [0, 1, 4] and not patch.values
+    assert torch.equal(short.decoder.logits(TOKENS), before)
+
+
+def states(short, windows) -> list[torch.Tensor]:
+    """The states (B, S, D) entering every layer and leaving the last."""
+    calls = LayerCalls(short.decoder)
+    found = [calls.embed(torch.tensor(windows))]
+    for index in range(len(short.decoder.layers)):
+        found.append(calls.run(index, found[-1]))
+    return found
+
+
+@pytest.mark.parametrize("family", ["meta", *PATCHED])
+def test_the_share_is_what_the_folded_model_does(family):
+    """On held-out windows, of the state after the gap, weighted by the target."""
+    short = meta() if family == "meta" else ShortHFModel(make(family))
+    target = states(short, HELD)[4].double()  # leaving layer 3
+    patch = fit(short, [2, 3])
+    (found,) = patch.fits
+    assert (found.layer, found.part) == (1, "attention" if family in EXPERTS else "mlp")
+    off = []
+    with short.without_layers(patch.layers):
+        for _ in range(2):
+            left = (states(short, HELD)[2].double() - target).pow(2).sum(-1)
+            off.append((left / target.pow(2).sum(-1)).sum())
+            undo = fold(short, patch)
+        undo()
+    if family in EXPERTS:  # what the MLP makes of another attention is not counted
+        assert found.changed
+        return
+    assert found.changed == (found.restored_held > 0)
+    assert found.restored_held == pytest.approx(float(1 - off[1] / off[0]), abs=1e-3)
+
+
+def test_of_every_gap_the_layer_before_is_solved_on_the_original_models_states():
+    """What one gap changes does not change what the next is solved on: each is as if alone."""
+    both = fit(meta(), [4, 2])
+    assert [found.layer for found in both.fits] == [1, 3]
+    for gap, layer in ((2, 1), (4, 3)):
+        alone = fit(meta(), [gap])
+        assert [found.layer for found in alone.fits] == [layer]
+        for key, value in alone.values.items():
+            assert torch.equal(value, both.values[key])
+    assert len(both.values) == 2
+
+
+def test_before_the_first_gap_it_is_the_refit():
+    ours = fit(meta(), [2])
+    theirs = refit.fit(meta(), [2], WINDOWS, held=HELD, parts=("mlp",), progress=False)
+    assert ours.fits == theirs.fits[:1]
+    assert all(torch.equal(value, theirs.values[key]) for key, value in ours.values.items())
+
+
+def test_a_patch_that_was_interrupted_goes_on_bit_for_bit(tmp_path):
+    expected = fit(meta(), [2, 4])
+    plain, calls = refit.LayerRefit.solve, []
+
+    def once(layer):
+        calls.append(layer)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return plain(layer)
+
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(refit.LayerRefit, "solve", once)
+        fit(meta(), [2, 4], work_dir=tmp_path)
+    again = fit(meta(), [2, 4], work_dir=tmp_path)
+    assert again.fits == expected.fits and len(calls) == 2
+    assert all(torch.equal(value, expected.values[key]) for key, value in again.values.items())
+
+
+def test_an_undone_patch_is_forgotten():
+    short = meta()
+    before = [p.clone() for p in short.decoder.module.parameters()]
+    patch = fit(short, [2])
+    with short.without_layers([2]):
+        undo = fold(short, patch)
+        assert [change.how for change in short.changes] == [patch.to_dict()]
+        assert patch.to_dict()["method"] == "patch"
+        assert short.changed == {(1, "feed_forward.w2.weight")}
+        undo()
+    assert not short.changes and not short.changed
+    assert all(map(torch.equal, before, short.decoder.module.parameters()))
+
+
+def test_after_an_earlier_removal():
+    short = meta()
+    short.remove_layers([2])
+    patch = heal_patch(short, [3], WINDOWS, progress=False)
+    assert [found.layer for found in patch.fits] == [1]
+    assert short.kept == [0, 1, 4]
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ([1, 0], r"layers \[0, 1\] cannot be patched: they begin the model"),
+        ([0, 2], r"layers \[0\] cannot be patched: they begin the model"),
+        ([3, 9], r"layers \[9\] do not exist; the model has 0..4"),
+        ([2, 2], "name a layer twice"),
+    ],
+)
+def test_sets_refused(layers, message):
+    with pytest.raises(ValueError, match=message):
+        fit(meta(), layers)
+
+
+def test_other_refusals(monkeypatch):
+    short = meta()
+    with pytest.raises(ValueError, match=r"ridges = \(0,\): expected numbers above 0"):
+        heal_patch(short, [2], WINDOWS, ridge=0)
+    with pytest.raises(ValueError, match="at least two windows"):
+        fit(short, [2], [])
+    with pytest.raises(ValueError, match="where = 'here': expected one of all, gaps"):
+        PatchSettings(where="here")
+    monkeypatch.setattr(refit, "model_parallel_size", lambda: 2)
+    with pytest.raises(ValueError, match="the patch needs the whole model on one rank, got 2"):
+        fit(meta(), [2])
+
+
+def test_an_output_projection_that_cannot_be_read_is_refused():
+    layer = make("llama").model.layers[0]
+    with pytest.raises(ValueError, match="not in memory: open the model whole"):
+        mlp_output(layer.to("meta"))
+    eight_bit = torch.nn.Parameter(torch.zeros(32, 48, dtype=torch.int8), requires_grad=False)
+    layer.mlp.down_proj.weight = eight_bit
+    with pytest.raises(ValueError, match="is Linear of torch.int8; expected one plain matrix"):
+        mlp_output(layer)
+
+
+def test_the_proof_sees_a_norm_however_small_the_mlp():
+    layer = make("gemma2").model.layers[1]
+    with torch.no_grad():
+        layer.mlp.down_proj.weight.mul_(1e-9)
+    calls = []
+    hook = layer.register_forward_hook(lambda m, a, k, out: calls.append((a, k)), with_kwargs=True)
+    model = make("gemma2")
+    model.model.layers[1] = layer
+    model(TOKENS, use_cache=False)
+    hook.remove()
+    with pytest.raises(ValueError, match="does not add"):
+        check_added(layer, *calls[0])
+
+
+def called() -> tuple[torch.nn.Module, tuple]:
+    """A layer, and what its model calls it with."""
+    model, calls = make("llama"), []
+    layer = model.model.layers[1]
+    hook = layer.register_forward_hook(lambda m, a, k, out: calls.append((a, k)), with_kwargs=True)
+    model(TOKENS, use_cache=False)
+    hook.remove()
+    return layer, calls[0]
+
+
+@pytest.mark.parametrize("factor", [0.999, 1.0001])
+def test_the_proof_sees_a_factor_near_one(factor):
+    layer, call = called()
+    check_added(layer, *call)
+    layer.mlp.register_forward_hook(lambda m, a, out: factor * out)
+    with pytest.raises(ValueError, match="does not add its MLP's output to the stream as it is"):
+        check_added(layer, *call)
+
+
+def test_the_proof_refuses_what_is_no_number():
+    layer, call = called()
+    layer.mlp.register_forward_hook(lambda m, a, out: out * float("nan"))
+    with pytest.raises(ValueError, match="off by nan of the stream"):
+        check_added(layer, *call)
+
+
+def test_a_patch_whose_layers_cannot_go_leaves_the_weights_alone(monkeypatch):
+    short = meta()
+    before = short.decoder.logits(TOKENS)
+
+    def fails(layers):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(short, "remove_layers", fails)
+    with pytest.raises(KeyboardInterrupt):
+        heal_patch(short, [2], WINDOWS, progress=False)
+    assert torch.equal(short.decoder.logits(TOKENS), before) and not short.changes
+
+
+def test_former_names_work_and_name_the_new_one():
+    import short_gpt.healing as healing
+
+    with pytest.warns(DeprecationWarning, match=r"short_gpt.healing.Patch is now Refit"):
+        assert healing.Patch is Refit
+    with pytest.warns(DeprecationWarning, match=r"is now PatchSettings\(ridges=...\)"):
+        assert healing.RIDGE == 1e-4
+    with pytest.raises(AttributeError, match="no attribute 'Glue'"):
+        healing.__getattr__("Glue")
+    patch = fit(meta(), [2])
+    with pytest.warns(DeprecationWarning, match="is now Refit.settings"):
+        assert patch.solving is patch.settings
