@@ -78,7 +78,7 @@ measure compare python -m short_gpt compare --search_windows 2 --healing raw,pat
     --lora_only bi:8,angular:8 --lora_steps 80 --lora_rank 16 --lora_learning_rate 2e-3 \
     --lora_batch 4 --lora_size 256 --plots pictures --device cpu
 measure parts/compared_healing python -m short_gpt compare --methods bi,sleb --counts 4,8 \
-    --healing raw,refit,distill --size 512 --max_windows 16 \
+    --healing raw,patched,refit,distill --size 512 --max_windows 16 \
     --eval_windows 12 --search_windows 2 --lora_only bi:8 --steps 60 --rank 32 \
     --learning_rate 1e-3 --batch 2 --lora_size 512 --plots pictures_healing --device cpu
 script compare_healing peer_maps parts/compared_healing.json

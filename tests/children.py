@@ -31,8 +31,7 @@ from short_gpt.runtime import replicas
 from short_gpt.runtime.state import StateFile
 from short_gpt.scoring.hooks import score
 from short_gpt.scoring.importance import Importance
-from short_gpt.scoring.run import sums_of_all
-from short_gpt.scoring.state import RunState
+from short_gpt.scoring.run import RunState, sums_of_all
 from short_gpt.wrappers.streamed_llama import StreamedLlama
 
 CPU = torch.device("cpu")

@@ -1,4 +1,4 @@
-"""Texts, the windows of tokens cut from them, and texts kept apart from others.
+"""Texts, the windows of tokens cut from them, and held-out texts.
 
 `texts` reads files and data sets, `windows` cuts, `disjoint` keeps what a model learns from apart
 from what it is evaluated on; `demo` fetches a small model and a book.

@@ -147,14 +147,14 @@ def _shuffled(
 
 
 def starts_texts(encode: Callable[[str], Sequence[int]]) -> list[int]:
-    """What an encoding puts in front of a text: bos, or nothing."""
+    """What an encoding puts before a text: bos, or nothing."""
     nothing, something = encode(""), encode("a")
-    pairs = zip(nothing, something, strict=False)  # some put eos behind
+    pairs = zip(nothing, something, strict=False)  # some put eos after it
     return [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)]
 
 
 def _start(encode: Callable[[str], Sequence[int]], size: int) -> list[int]:
-    """What goes in front of every window, which leaves room for a token to predict."""
+    """What goes before every window, which leaves room for a token to predict."""
     start = starts_texts(encode)
     if not start:
         raise ShortGPTError("bos = 'every': this tokenizer puts no bos in front; use 'first'")
@@ -164,7 +164,7 @@ def _start(encode: Callable[[str], Sequence[int]], size: int) -> list[int]:
 
 
 def _behind(start: list[int], tokens: Sequence[int]) -> Sequence[int]:
-    """A text's tokens without what goes in front of every window."""
+    """A text's tokens without what goes before every window."""
     return tokens[len(start) :] if list(tokens[: len(start)]) == start else tokens
 
 
@@ -178,11 +178,11 @@ class Windows:
     Has a length, gives window number i by [i], and can be iterated again and again.
 
     Args:
-        tokens: of all texts, one behind the other.
+        tokens: of all texts, one after the other.
         spans: of the windows.
         population: as the attribute; None for as many as there are.
         ends: where each text ends in the tokens; none for one text.
-        start: tokens in front of every window.
+        start: tokens before every window.
 
     Attributes:
         population: how many windows there are in all, of which these are a random sample.

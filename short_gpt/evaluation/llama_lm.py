@@ -48,7 +48,7 @@ def llama_lm(short: LlamaLike, *, batch_size: int = 1) -> object:
     """A Llama as the lm-evaluation-harness knows models, for ``lm_eval.simple_evaluate``.
 
     It gives the log-likelihoods that `hugging_face_lm` gives on the same weights: the softmax is in
-    float32, and what is put in front of a text is for the tokenizer to say.
+    float32, and the tokenizer decides what is put before a text.
 
     Args:
         short: its model is not copied.
@@ -80,7 +80,7 @@ class _LlamaLM:
 
     @property
     def prefix_token_id(self) -> int:
-        """The token in front of what has no context: bos, or eos where there is none."""
+        """The token before what has no context: bos, or eos where there is none."""
         return self._words.bos_id if self._words.bos_id >= 0 else self._words.eos_id
 
     def tok_encode(
@@ -216,7 +216,7 @@ def _generation(settings: Mapping[str, object]) -> Generation:
 
 
 def _score(logits: Tensor, continuation: Sequence[int]) -> tuple[float, bool]:
-    """Nats of the tokens behind the last rows of (S, V) logits, and whether all are the likeliest.
+    """Nats of the tokens that the last (S, V) logits predict, and whether all are likeliest.
 
     The logits are those of all that was read: of context and continuation, without the last token.
     """

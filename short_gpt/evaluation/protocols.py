@@ -31,7 +31,7 @@ def protocol(
     texts of the English validation split, joined with spaces, of which the first 256 windows
     count: each is tokenized as one text (SLEB, arXiv:2402.09025, SliceGPT and others). "pg19" is
     the test split, book by book. Windows do not overlap; what follows the last whole one is
-    dropped. No token is put in front of a window: ``encode`` may add one, once a text.
+    dropped. No token is put before a window: ``encode`` may add one, once a text.
 
     Args:
         name: "wikitext-2", "c4" or "pg19".
@@ -40,7 +40,7 @@ def protocol(
         limit: the first so many windows; None for all.
         source: a local copy or another name at the hub, as `texts` reads it, with
             the rows of the original in their order; for "pg19" only a path.
-        bos: "every" puts one in front of every window, as `data.windows` does.
+        bos: "every" puts one before every window, as `data.windows` does.
 
     Raises:
         ShortGPTError: an unknown name, or the texts are too short for a window.

@@ -1,17 +1,16 @@
-"""Rankings on several texts, and what each text's choice of layers costs on all of them."""
+"""Several texts: the layers that each would remove, and what each choice costs on all texts."""
 
 from __future__ import annotations
 
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from dataclasses import asdict, dataclass, field, replace
 from typing import NamedTuple
 
 from llama.io.json_files import JsonObject
 from short_gpt.data.disjoint import check_disjoint
-from short_gpt.evaluation.paired import Difference, difference, losses, together
+from short_gpt.evaluation.paired import difference, losses, together
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.healing import refit
 from short_gpt.jobs.calibration_rankings import (
@@ -41,8 +40,7 @@ class Apart(NamedTuple):
     judged: Windows
 
 
-@dataclass(frozen=True)
-class Crossed:
+class Crossed(NamedTuple):
     """One choice on one text.
 
     Attributes:
@@ -51,10 +49,10 @@ class Crossed:
         healing: raw or refit.
         layers: removed.
         perplexity: on the text.
-        nats, standard_error: mean loss less that of the whole model, paired over the windows.
+        nats, standard_error: mean loss less that of the original model, paired over the windows.
         excess, excess_error: mean loss less that with the text's own choice, healed the same way;
             0 for that itself.
-        excess_most: the upper end of the excess, one-sided 95%.
+        excess_most: the upper end of the excess, one-sided 95%; infinite where it is not known.
         windows, texts: that the errors are over; see `evaluation.Difference`.
     """
 
@@ -94,21 +92,19 @@ class Calibrated:
     state: StateFile | None = field(default=None, repr=False)
 
     def to_dict(self) -> dict[str, object]:
-        """All but the state, ready for JSON."""
+        """All but the state, ready for JSON, which has no number for an error of one window."""
+        cells = [
+            {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row}
+            for row in (cell._asdict().items() for cell in self.cells)
+        ]
         return {
             "n": self.n,
             "method": self.method,
             "choices": dict(self.choices),
-            "agreement": [asdict(found) for found in self.agreement],
-            "ways": {way: [asdict(a) for a in found] for way, found in self.ways.items()},
-            "cells": [_finite(asdict(cell)) for cell in self.cells],
+            "agreement": [found._asdict() for found in self.agreement],
+            "ways": {way: [a._asdict() for a in found] for way, found in self.ways.items()},
+            "cells": cells,
         }
-
-
-def _finite(content: JsonObject) -> JsonObject:
-    """None for what JSON has no number for: an error of one window."""
-    known = {k: v for k, v in content.items() if not isinstance(v, float) or math.isfinite(v)}
-    return {**dict.fromkeys(content), **known}
 
 
 def calibrate(
@@ -128,7 +124,7 @@ def calibrate(
     of all, as many as one text has.
 
     Args:
-        short: the whole model; it is left as it was.
+        short: the original model; it is left as it was.
         texts: at least two, of different kinds, by their names.
         n: layers to remove.
         method: bi, relative_magnitude or angular.
@@ -149,7 +145,11 @@ def calibrate(
         >>> calibrate(short, texts, 8).cells  # doctest: +SKIP
     """
     _check(short, texts, n, healings)
-    kept = None if state is None else StateFile(state, _identity(short, texts))
+    read = [  # in their order, in which the losses stand
+        [name, *(json_digest([list(w) for w in windows]) for windows in parts)]
+        for name, parts in texts.items()
+    ]
+    kept = None if state is None else StateFile(state, joined(short.identity(), {"texts": read}))
     run = _Run(short, texts, Cells(kept), progress=progress)
     scores = run.scores({name: parts.ranking for name, parts in texts.items()}, n, method)
     others = {way: run.scores(windows, n, method, way=way) for way, windows in (ways or {}).items()}
@@ -164,12 +164,10 @@ def calibrate(
 
 def mixed(scores: Mapping[str, WindowScores]) -> list[int]:
     """The layers that all texts together choose, each of the same weight."""
-    each = list(scores.values())
-    means = [list(found.means) for found in each]
-    ones: list[int | None] = [None] * len(means)
-    first = each[0]
-    whole = WindowScores(first.layers, first.method, first.n, means, [1.0] * len(means), ones)
-    return whole.chosen
+    means = [list(found.means) for found in scores.values()]
+    texts: list[int | None] = [None] * len(means)
+    first, ones = next(iter(scores.values())), [1.0] * len(means)
+    return replace(first, sums=means, weights=ones, texts=texts).chosen
 
 
 def _check(short: ShortModel, texts: Mapping[str, Apart], n: int, healings: Sequence[str]) -> None:
@@ -184,20 +182,10 @@ def _check(short: ShortModel, texts: Mapping[str, Apart], n: int, healings: Sequ
         raise ShortGPTError(f"healing {got}: expected some of {', '.join(HEALINGS)}")
     check_count(n, len(short.kept))
     short.check_whole()
-    ranking, judged = ([w for parts in texts.values() for w in parts[i]] for i in (0, 1))
     for name, parts in texts.items():
         if not parts.ranking or not parts.judged:
             raise ShortGPTError(f"{name}: expected windows to rank on and others to judge by")
-    check_disjoint(ranking, judged)
-
-
-def _identity(short: ShortModel, texts: Mapping[str, Apart]) -> dict[str, object]:
-    """What the results rest on; choices, numbers and healings are named by the cells."""
-    read = [  # in their order, in which the losses stand
-        [name, *(json_digest([list(w) for w in windows]) for windows in parts)]
-        for name, parts in texts.items()
-    ]
-    return joined(short.identity(), {"texts": read})
+    check_disjoint(*([w for parts in texts.values() for w in parts[i]] for i in (0, 1)))
 
 
 class _Run:
@@ -207,6 +195,7 @@ class _Run:
         self, short: ShortModel, texts: Mapping[str, Apart], cells: Cells, *, progress: bool
     ) -> None:
         self._short, self._texts, self._cells, self._progress = short, texts, cells, progress
+        self._judged = [window for parts in texts.values() for window in parts.judged]
 
     def scores(
         self, windows: Mapping[str, Windows], n: int, method: str, *, way: str | None = None
@@ -215,61 +204,51 @@ class _Run:
         blocks = f" {n}" if method == "angular" else ""
         found = {}
         for name, own in windows.items():
-            read = json_digest([list(w) for w in own])
-            cell = f"scores {method}{blocks} {name}" + (f" {way} {read}" if way else "")
-            content = self._cells.value(cell, partial(self._scored, own, n, method))
-            found[name] = WindowScores(**{**content, "n": n})
-        return found
 
-    def _scored(self, windows: Windows, n: int, method: str) -> JsonObject:
-        found = score_windows(self._short, windows, n, method=method, progress=self._progress)
-        return found.to_dict()
+            def measure(own: Windows = own) -> JsonObject:
+                found = score_windows(self._short, own, n, method=method, progress=self._progress)
+                return asdict(found)
+
+            digest = json_digest([list(w) for w in own])
+            cell = f"scores {method}{blocks} {name}" + (f" {way} {digest}" if way else "")
+            found[name] = WindowScores(**{**self._cells.value(cell, measure), "n": n})
+        return found
 
     def crossed(self, choices: Mapping[str, list[int]], healing: str) -> list[Crossed]:
         """Every choice on every text, healed one way."""
-        whole, found = self._judged([], RAW), {}
+        whole, found = self._losses([], RAW), {}
         with bar(healing, total=len(choices), unit="choice", show=self._progress) as shown:
             for name, layers in choices.items():
-                found[name] = self._judged(layers, healing, name)
+                found[name] = self._losses(layers, healing, name)
                 shown.update()
         return [
-            _cell(choice, text, healing, choices[choice], whole[text], parts[text], own)
+            _cell((choice, text, healing), choices[choice], whole[text], parts[text], own)
             for choice, parts in found.items()
             for text in self._texts
             for own in [found[text][text]]
         ]
 
-    def _judged(
+    def _losses(
         self, layers: list[int], healing: str, choice: str = ""
     ) -> dict[str, list[Perplexity]]:
         """Losses of every text's windows without the layers, healed on the text that chose."""
+
+        def measure() -> list[Perplexity]:
+            if healing == RAW:
+                with self._short.without_layers(layers):
+                    return losses(self._short.decoder, self._judged, progress=False)
+            learned = self._mix() if choice == MIX else self._texts[choice].ranking
+            result = refit.fit(self._short, layers, learned, progress=False)
+            with self._short.without_layers(layers):
+                undo = refit.fold(self._short, result)
+                try:
+                    return losses(self._short.decoder, self._judged, progress=False)
+                finally:
+                    undo()
+
         cell = f"{healing} {sorted(layers)}" + (f" {choice}" if healing == REFIT else "")
-        measure = self._refitted if healing == REFIT else self._raw
-        parts = self._cells.losses(cell, lambda: measure(layers, choice))
-        found, start = {}, 0
-        for name, own in self._texts.items():
-            found[name] = parts[start : start + len(own.judged)]
-            start += len(own.judged)
-        return found
-
-    def _raw(self, layers: list[int], choice: str) -> list[Perplexity]:
-        with self._short.without_layers(layers):
-            return self._losses()
-
-    def _losses(self) -> list[Perplexity]:
-        """Of all texts' windows, in their order."""
-        judged = [window for parts in self._texts.values() for window in parts.judged]
-        return losses(self._short.decoder, judged, progress=False)
-
-    def _refitted(self, layers: list[int], choice: str) -> list[Perplexity]:
-        learned = self._mix() if choice == MIX else self._texts[choice].ranking
-        made = refit.fit(self._short, layers, learned, progress=False)
-        with self._short.without_layers(layers):
-            undo = refit.fold(self._short, made)
-            try:
-                return self._losses()
-            finally:
-                undo()
+        parts = iter(self._cells.losses(cell, measure))  # of all texts' windows, in their order
+        return {name: [next(parts) for _ in own.judged] for name, own in self._texts.items()}
 
     def _mix(self) -> Windows:
         """Windows of all texts in turn, as many as the text with the most has."""
@@ -280,39 +259,32 @@ class _Run:
 
 
 def _cell(
-    choice: str,
-    text: str,
-    healing: str,
+    names: tuple[str, str, str],
     layers: list[int],
     whole: list[Perplexity],
     parts: list[Perplexity],
     own: list[Perplexity],
 ) -> Crossed:
-    """One choice on one text.
+    """One choice on one text, from the losses of the text's windows.
 
     Args:
-        choice, text, healing, layers: as of `Crossed`.
-        whole, parts, own: losses of the text's windows by the whole model, without the layers, and
-            without those that the text itself would choose.
+        names: choice, text and healing.
+        layers: that the choice removes.
+        whole, parts, own: by the original model, without the layers, and without those that the
+            text itself would choose.
     """
     cost, excess = difference(whole, parts), difference(own, parts)
+    upper = excess.nats + excess.error.reach(0.95, sides=1)
+    foreign = names[0] != names[1]
     return Crossed(
-        choice=choice,
-        text=text,
-        healing=healing,
+        *names,
         layers=layers,
         perplexity=together(parts).value,
         nats=cost.nats,
         standard_error=cost.standard_error,
         excess=excess.nats,
-        excess_error=excess.standard_error if choice != text else 0.0,
-        excess_most=_most(excess) if choice != text else 0.0,
+        excess_error=excess.standard_error if foreign else 0.0,
+        excess_most=(math.inf if math.isnan(upper) else upper) if foreign else 0.0,
         windows=cost.windows,
         texts=cost.texts,
     )
-
-
-def _most(excess: Difference) -> float:
-    """The upper end of a difference, one-sided 95%; infinite where one window tells nothing."""
-    reach = excess.error.reach(0.95, sides=1)
-    return excess.nats + reach if reach == reach else float("inf")

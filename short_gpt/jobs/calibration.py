@@ -118,7 +118,7 @@ def calibrate_checkpoint(
     opening: OpenOptions | None = None,
     saving: Saving | None = None,
 ) -> Calibrated:
-    """What `experiments.calibrate` does, for a checkpoint and texts by their names.
+    """What `calibrate` does, for a checkpoint and texts by their names.
 
     A text of several documents is ranked on one half of them and judged by the other.
 
@@ -180,18 +180,25 @@ def windows_apart(
     Raises:
         ShortGPTError: a text is too short for windows of both kinds.
     """
-    from short_gpt.data.disjoint import without_overlap
+    from short_gpt.data.disjoint import hold_out, without_overlap
     from short_gpt.jobs.calibrating import Apart
 
-    halves = {name: _halves(texts, readings.seed) for name, texts in found.items()}
+    def windows(documents: Sequence[str], cut: Cut, limit: int) -> Windows:
+        return list(replace(cut, max_windows=limit).windows(documents, short.encode, short.bos))
+
+    # documents to rank on and others to judge by; of one alone, that itself twice
+    halves = {
+        name: (own, own) if len(own) < 2 else hold_out(own, share=0.5, seed=readings.seed)
+        for name, own in found.items()
+    }
     (_, cut), *others = readings.cuts(short.bos).items()
     few, held = readings.max_windows, readings.eval_windows
-    ranking = {name: _cut(short, half, cut, few) for name, (half, _) in halves.items()}
-    taken = [window for own in ranking.values() for window in own]
+    ranking = {name: windows(half, cut, few) for name, (half, _) in halves.items()}
+    ranked_on = [window for own in ranking.values() for window in own]
     texts = {}
     for name, (half, other) in halves.items():
         limit = SPARE * held + (few if other is half else 0)
-        judged, _ = without_overlap(_cut(short, other, cut, limit), taken)
+        judged, _ = without_overlap(windows(other, cut, limit), ranked_on)
         if not judged:
             raise ShortGPTError(
                 f"{name}: nothing is left to judge by, of which nothing is ranked on; give more "
@@ -200,20 +207,9 @@ def windows_apart(
         texts[name] = Apart(ranking[name], judged[:held])
     ways = {
         way: {
-            name: _cut(short, half, other, max(2, few * cut.size // other.size))
+            name: windows(half, other, max(2, few * cut.size // other.size))
             for name, (half, _) in halves.items()
         }
         for way, other in others
     }
     return texts, ways
-
-
-def _halves(texts: Sequence[str], seed: int) -> tuple[Sequence[str], Sequence[str]]:
-    """Documents to rank on and others to judge by; of one alone, that itself twice."""
-    from short_gpt.data.disjoint import hold_out
-
-    return (texts, texts) if len(texts) < 2 else hold_out(texts, share=0.5, seed=seed)
-
-
-def _cut(short: ShortModel, texts: Sequence[str], cut: Cut, limit: int) -> Windows:
-    return list(replace(cut, max_windows=limit).windows(texts, short.encode, short.bos))

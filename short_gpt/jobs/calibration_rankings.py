@@ -1,23 +1,23 @@
-"""What each text would have removed, and how far two such rankings agree, with intervals.
+"""What each text would remove, and how far two such rankings agree, with intervals.
 
-Shapes: W windows, K things ranked (layers, or starts of blocks), R resamples.
+Shapes: W windows, K ranked things (layers, or starts of blocks), L layers, R resamples.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from llama.io.json_files import JsonObject
 from short_gpt.data.windows import text_of
+from short_gpt.jobs.rows import Windows
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import bar
 from short_gpt.scoring.clusters import degrees_of_freedom
-from short_gpt.scoring.hooks import Scores
 from short_gpt.scoring.metrics import LEAST_DEGREES, student_t
 from short_gpt.wrappers.scored_model import ScoredModel
 
@@ -61,9 +61,9 @@ class WindowScores:
         """Which layers means choose: (R, K) to (R, L) of True and False; ties to the lower."""
         order = means.argsort(-1, kind="stable")
         found = np.zeros((len(means), len(self.layers)), dtype=bool)
-        count = self.n if self.method != "angular" else 1
-        for column in range(count):
-            for step in range(self.n if self.method == "angular" else 1):
+        blocks, length = (1, self.n) if self.method == "angular" else (self.n, 1)
+        for column in range(blocks):
+            for step in range(length):
                 found[np.arange(len(means)), order[:, column] + step] = True
         return found
 
@@ -72,82 +72,55 @@ class WindowScores:
         parts = {name: getattr(self, name)[which::2] for name in ("sums", "weights", "texts")}
         return WindowScores(self.layers, self.method, self.n, **parts)
 
-    def resampled(self, seed: int) -> np.ndarray:
-        """Means of windows drawn anew, (R, K); documents are drawn where there are several."""
-        units = self._units()
+    def _units(self) -> tuple[np.ndarray, np.ndarray]:
+        """Sums (G, K) and weights (G,) of what is drawn: documents if several, else windows."""
+        known = sorted({text for text in self.texts if text is not None})
+        units = [[place] for place in range(len(self.weights))]
+        if None not in self.texts and len(known) > 1:
+            units = [[i for i, own in enumerate(self.texts) if own == text] for text in known]
         sums = np.stack([np.asarray(self.sums)[unit].sum(0) for unit in units])
-        weights = np.array([np.asarray(self.weights)[unit].sum() for unit in units])
-        drawn = np.random.default_rng(seed).integers(len(units), size=(RESAMPLES, len(units)))
+        return sums, np.array([np.asarray(self.weights)[unit].sum() for unit in units])
+
+    def resampled(self, seed: int) -> np.ndarray:
+        """Means of windows, or documents, drawn anew, (R, K)."""
+        sums, weights = self._units()
+        drawn = np.random.default_rng(seed).integers(len(sums), size=(RESAMPLES, len(sums)))
         return sums[drawn].sum(1) / weights[drawn].sum(1)[:, None]
 
     @property
     def degrees(self) -> float:
-        """Of freedom, of the windows that are drawn, or documents where there are several."""
-        weights = np.asarray(self.weights)
-        return degrees_of_freedom(torch.tensor([weights[unit].sum() for unit in self._units()]))
-
-    def _units(self) -> list[list[int]]:
-        """Places of the windows that are drawn together."""
-        known = {text for text in self.texts if text is not None}
-        if None in self.texts or len(known) < 2:
-            return [[place] for place in range(len(self.weights))]
-        return [[i for i, own in enumerate(self.texts) if own == text] for text in sorted(known)]
-
-    def to_dict(self) -> JsonObject:
-        """All of it, ready for JSON."""
-        return asdict(self)
+        """Of freedom, of the windows or documents that are drawn."""
+        return degrees_of_freedom(torch.tensor(self._units()[1]))
 
 
 def score_windows(
-    short: ScoredModel,
-    windows: Sequence[Sequence[int]],
-    n: int,
-    *,
-    method: str = "bi",
-    progress: bool = True,
+    short: ScoredModel, windows: Windows, n: int, *, method: str = "bi", progress: bool = True
 ) -> WindowScores:
-    """Scores of every window by itself.
-
-    Args:
-        short: the whole model.
-        windows: token ids of one text.
-        n: layers to remove.
-        method: of `METHODS`.
-        progress: whether to show a bar.
-
-    Raises:
-        ShortGPTError: another method, or no window; as in `hooks.score`.
-        NotFiniteError: a state is NaN or infinite.
-    """
+    """Scores of every window of one text by itself; raises ShortGPTError as `hooks.score`."""
     if method not in METHODS:
         raise ShortGPTError(f"no calibration by {method!r}; expected one of {', '.join(METHODS)}")
-    sums, weights = [], []
+    sums: list[list[float]] = []
+    weights: list[float] = []
     with bar("scoring", total=len(windows), unit="window", show=progress) as shown:
         for window in windows:
             found = short.score([window])
-            sums.append(_row(found, method, n))
+            if method == "angular":
+                sums.append(found.angles[0].double().diagonal(n).tolist())
+            else:
+                per_layer = found.influence if method == "bi" else found.metric("magnitude")
+                sums.append(per_layer[0].double().tolist())
             weights.append(1.0 if method == "angular" else float(found.tokens[0]))
             shown.update()
     texts = [text_of(window) for window in windows]
     return WindowScores(list(short.kept), method, n, sums, weights, texts)
 
 
-def _row(found: Scores, method: str, n: int) -> list[float]:
-    """One window's sums, (K,)."""
-    if method == "angular":
-        return found.angles[0].double().diagonal(n).tolist()
-    sums = found.influence if method == "bi" else found.magnitude
-    return sums[0].double().tolist()
-
-
-@dataclass(frozen=True)
-class Agreement:
+class Agreement(NamedTuple):
     """How far two rankings agree; 95% intervals by drawing the windows of both anew.
 
     Attributes:
         first, second: names of the texts; the same for the two halves of one.
-        shared: layers that both would remove, of n.
-        n: layers that each removes.
+        shared, n: layers that both would remove, of the n that each removes.
         shared_interval: of ``shared``.
         correlation: Spearman's, of all layers (or starts of blocks), in [-1, 1].
         interval: of ``correlation``.
@@ -163,34 +136,31 @@ class Agreement:
 
 
 def agreement(names: tuple[str, str], first: WindowScores, second: WindowScores) -> Agreement:
-    """How far two rankings by the same method agree.
-
-    Args:
-        names: of both.
-        first, second: at least one window each.
-    """
-    drawn = first.resampled(0), second.resampled(1)
-    value = correlations(first.means[None], second.means[None])[0]
+    """How far two rankings by the same method agree."""
+    drawn = first.resampled(0), second.resampled(1)  # different seeds: drawn independently
+    value = float(correlations(first.means[None], second.means[None])[0])
     own, other = (s.members(d) for s, d in zip((first, second), drawn, strict=True))
-    degrees = min(first.degrees, second.degrees)
-    shared = np.quantile((own & other).sum(1), (0.025, 0.975))
+    low, high = np.quantile((own & other).sum(1), (0.025, 0.975))
     return Agreement(
         *names,
         shared=len({*first.chosen} & {*second.chosen}),
         n=first.n,
-        shared_interval=(float(shared[0]), float(shared[1])),
-        correlation=float(value),
-        interval=reach(float(value), correlations(*drawn), degrees),
+        shared_interval=(float(low), float(high)),
+        correlation=value,
+        interval=reach(value, correlations(*drawn), min(first.degrees, second.degrees)),
     )
 
 
 def agreements(scores: Mapping[str, WindowScores]) -> list[Agreement]:
     """Of all pairs of texts; each with itself by two halves of its windows, if it has two."""
     names = list(scores)
+    own = [
+        agreement((name, name), found.half(0), found.half(1))
+        for name, found in scores.items()
+        if len(found.weights) > 1
+    ]
     pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
-    halves = [a for a in names if len(scores[a].weights) > 1]
-    own = [agreement((a, a), scores[a].half(0), scores[a].half(1)) for a in halves]
-    return own + [agreement((a, b), scores[a], scores[b]) for a, b in pairs]
+    return own + [agreement(pair, *(scores[name] for name in pair)) for pair in pairs]
 
 
 def correlations(first: np.ndarray, second: np.ndarray) -> np.ndarray:
@@ -206,11 +176,6 @@ def reach(value: float, drawn: np.ndarray, degrees: float) -> tuple[float, float
     Noise in both rankings lowers their correlation, and drawing anew lowers it once more. So the
     lower end is that of the resamples, and the upper one at least as far above ``value`` as that
     lies below; both are stretched as Student's t is over a normal distribution.
-
-    Args:
-        value: of all windows.
-        drawn: of the resamples.
-        degrees: of freedom, of the ranking with fewer of them.
     """
     if degrees < LEAST_DEGREES:
         return -1.0, 1.0

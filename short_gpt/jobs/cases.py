@@ -142,7 +142,7 @@ class Shares:
     Args:
         eval_data: texts to evaluate on; if not given, a tenth of the texts of data is held out.
         size: tokens in a window.
-        max_windows: windows of data for scores and refits.
+        max_windows: windows of data for scores and closed forms.
         eval_windows: windows to evaluate on.
         seed: of the choice of windows.
         bos: as rank's; which windows begin with it.

@@ -14,8 +14,7 @@ from torch import Tensor
 from llama.io.json_files import JsonObject
 from short_gpt.models.numbering import check_exist
 from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.scoring.differences import difference_margins
-from short_gpt.scoring.importance import Importance
+from short_gpt.scoring.importance import Importance, difference_margins
 from short_gpt.scoring.metrics import kendall, spearman
 
 BORNE_OUT, REVERSED, WITHIN = "as in the paper", "the other way", "within the error"

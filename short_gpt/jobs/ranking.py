@@ -29,9 +29,8 @@ from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.memory import bytes_of
 from short_gpt.runtime.progress import first_rank
 from short_gpt.runtime.state import StateFile, joined
-from short_gpt.scoring.following import Following
 from short_gpt.scoring.importance import Importance
-from short_gpt.scoring.state import RunState
+from short_gpt.scoring.run import Following, RunState
 from short_gpt.scoring.stopping import Stop, Verdict
 from short_gpt.selection.methods import BY_LOSS, choose
 from short_gpt.selection.search import Search

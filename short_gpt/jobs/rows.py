@@ -30,7 +30,7 @@ class Row:
     Attributes:
         method, seed: what chose the layers; the seed is None except for the random method.
         n: layers removed.
-        healing: raw, refit, lora or distill.
+        healing: raw, patched, refit, lora or distill.
         layers: removed, original numbers.
         perplexity: on the evaluation text.
         nats, standard_error: mean loss minus that of the original model, paired over the windows.

@@ -2,7 +2,7 @@
 
 `decoder` says what the method needs to know of a model; `meta` and `hf` are its two kinds;
 `families` names the parts of their layers; `numbering` says which layers exist and how many may go;
-`layer_hooks` reaches into layers; `config_check` proves that a config makes the model; `loading`
+`layer_hooks` reaches into layers; `layer_config` proves that a config makes the model; `loading`
 finds models of transformers where they lie.
 
 `layer_removal` takes layers out of a live model; `prefill` skips layers while a prompt is read;

@@ -79,7 +79,7 @@ def alike(windows: Sequence[Sequence[int]], decoder: Decoder) -> list[list[int]]
         return [[*range(len(windows))]]
     groups: dict[tuple[bool, ...], list[int]] = {}
     for place, window in enumerate(windows):
-        key = tuple(len(window) > limit for limit in limits)
+        key = tuple(len(window) > limit for limit in limits)  # which factors it would take
         groups.setdefault(key, []).append(place)
     return list(groups.values())
 
@@ -101,7 +101,7 @@ def padded(
 
 def _ids(window: Sequence[int]) -> Tensor:
     """A window's token ids, (S,); ShortGPTError where they are none."""
-    try:
+    try:  # lists, arrays and tensors alike
         ids = torch.as_tensor(window)
     except (TypeError, ValueError, RuntimeError):
         ids = torch.empty(0, 0)
@@ -147,11 +147,11 @@ def pad(windows: Sequence[Sequence[int]], decoder: Decoder) -> tuple[Tensor, Ten
             f"change beyond {list(decoder.rotary_limits)}: read those on either side apart, as "
             "with batch_size 1"
         )
-    tokens = torch.zeros(len(windows), max(lengths), dtype=torch.long)
+    tokens = torch.zeros(len(windows), max(lengths), dtype=torch.long)  # (B, S)
     for row, window in enumerate(windows):
         tokens[row, : len(window)] = _ids(window)
     check_vocabulary(tokens, decoder)
-    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]  # (S,) < (B, 1)
     return tokens.to(decoder.device), mask.to(decoder.device)
 
 

@@ -24,11 +24,11 @@ class Family:
     Attributes:
         layers: paths of the list of layers, inside the causal language model.
         attention: what makes the first summand of the residual stream.
-        attention_norm: the norm in front of the attention, if the layer calls the attention with
-            its own keyword arguments, so that others can do so too.
+        attention_norm: the norm before the attention, if the layer calls the attention with
+            its own keyword arguments, and so others can do so too.
         attention_output: the last matrix of the attention.
         mlp: what makes the second summand.
-        mlp_norm: the norm in front of the MLP, which meets the stream behind the attention.
+        mlp_norm: the norm before the MLP, which reads the stream after the attention.
         mlp_output: the last matrix of the MLP.
         lora: ends of the names of the MLP's matrices, which LoRA changes.
         attention_norm_behind: a norm through which what the attention gives is added to the stream.
@@ -53,7 +53,7 @@ class Family:
 LLAMA = Family()
 # Experts are one tensor, or one module each: no linear map ends them.
 EXPERTS = Family(mlp=("mlp", "block_sparse_moe"), mlp_output=(), lora=("w1", "w2", "w3"))
-# Norms stand behind both halves, so that no matrix ends a summand.
+# Norms stand after both sublayers: no matrix writes a residual branch by itself.
 BEHIND = Family(
     attention_norm_behind=("post_attention_layernorm",),
     mlp_norm_behind=("post_feedforward_layernorm",),
@@ -105,13 +105,13 @@ FAMILIES: dict[str, Family] = {
     "qwen2": LLAMA,
     "qwen3": LLAMA,
     "qwen3_moe": LLAMA,
-    "qwen3_next": LLAMA,  # its linear attentions are not recognised as halves
+    "qwen3_next": LLAMA,  # its linear attentions are not recognised as sublayers
     "smollm3": LLAMA,
     "stablelm": LLAMA,
     "granite": LLAMA,
     "deepseek_v3": LLAMA,
     "gpt_oss": Family(mlp_output=(), lora=()),  # experts in one tensor
-    "olmo2": replace(BEHIND, attention_norm=()),  # norms behind both halves only
+    "olmo2": replace(BEHIND, attention_norm=()),  # norms after both sublayers only
     "phi3": Family(lora=("gate_up_proj", "down_proj")),
     "starcoder2": Family(mlp_output=("mlp.c_proj",), lora=("mlp.c_fc", "mlp.c_proj")),
     "cohere": PARALLEL,
@@ -162,7 +162,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "falcon": replace(BLOOM, mlp_norm=()),  # parallel
     "bloom": BLOOM,
-    # a state space: no halves
+    # a state space: no sublayers
     "mamba": Family(
         layers=("backbone.layers",),
         attention=(),
@@ -219,7 +219,7 @@ def only_part(layer: nn.Module, names: Names) -> nn.Module | None:
 
 
 def attention_with_norm(layer: nn.Module, family: Family) -> tuple[nn.Module, nn.Module] | None:
-    """The norm in front of a layer's attention, and the attention, if others may call it.
+    """The norm before a layer's attention, and the attention, if others may call it.
 
     Args:
         layer: of the family.

@@ -12,10 +12,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from short_gpt.models.config_check import Outline, differences, outline, part, twin_outline
-from short_gpt.models.config_entries import cut_entries, layer_entries
 from short_gpt.models.families import FAMILIES, Family, family_of
-from short_gpt.models.rotary import longrope_limits
+from short_gpt.models.layer_config import (
+    Outline,
+    cut_entries,
+    differences,
+    layer_entries,
+    longrope_limits,
+    outline,
+    twin_outline,
+    with_layers,
+)
 from short_gpt.runtime.errors import ShortGPTError
 
 if TYPE_CHECKING:
@@ -66,7 +73,7 @@ class HFDecoder:
                 f"config says {self.config.num_hidden_layers}: it is another list, or was cut "
                 "elsewhere"
             )
-        self._twins: dict[str, Outline] = {}
+        self._twins: dict[str, Outline] = {}  # by the config's JSON
 
     @property
     def module(self) -> nn.Module:
@@ -96,6 +103,7 @@ class HFDecoder:
 
     @property
     def max_seq_len(self) -> int:
+        # without such an entry (a state space, ALiBi) nothing limits it
         return getattr(self.config, "max_position_embeddings", None) or 2**31 - 1
 
     @property
@@ -114,13 +122,14 @@ class HFDecoder:
 
     @torch.no_grad()
     def logits(self, tokens: Tensor) -> Tensor:
+        # (B, S, V), float32: a loss in bfloat16 would keep three digits
         return self.model(input_ids=tokens, **_uncached(self.model)).logits.float()
 
     def keep_layers(self, keep: Sequence[int]) -> Callable[[], None]:
         before = self.layers
         _check_family(self.model, self.config)
         _check_shared(self.model, before)
-        kept = nn.ModuleList(before[i] for i in keep)
+        kept = nn.ModuleList(before[i] for i in keep)  # the layers themselves, no copies
         edits = self._edits(keep)
 
         def cut() -> None:
@@ -137,14 +146,14 @@ class HFDecoder:
             cut()
             ours, twin = self._outlines()
             if differences(ours, twin):
-                undo()
+                undo()  # a model may differ from its twin whole, too: that is not refused
                 known, settings = self._without_removal(keep, twin)
                 edits += settings
                 cut()
                 new = [d for d in differences(*self._outlines()) if d not in known]
                 if new:
                     raise ShortGPTError(f"its config would make {new[0]}")
-        except ValueError as error:
+        except ValueError as error:  # `ShortGPTError` is one, and so are transformers' own
             undo()
             kind = type(self.model).__name__
             raise ShortGPTError(f"these layers of {kind} cannot be removed: {error}") from None
@@ -159,11 +168,12 @@ class HFDecoder:
         A quantized model differs from the one of its config anyway: in the kind of its weights.
         """
         ours, before = self._outlines()
-        known = differences(part(ours, keep), part(before, keep))
+        known = differences(with_layers(ours, keep), with_layers(before, keep))
         edits: list[Edit] = []
         for name, value in after.rest.items():
             owner, _, key = name.rpartition(".")
             target, old = vars(self.model.get_submodule(owner)), before.rest.get(name)
+            # follows the config with all layers, and would be another with fewer
             if key in target and ours.rest.get(name) == old != value:
                 edits.append((target, {key: old}, {key: value}))
         return known, edits
@@ -173,15 +183,16 @@ class HFDecoder:
         edits: list[Edit] = []
         for config in self._configs():
             entries = layer_entries(config, len(self.layers))
+            # transformers 5 checks the types of these, None included
             declared = getattr(type(config), "__dataclass_fields__", ())
             edits.append((vars(config), entries, cut_entries(entries, keep, declared=declared)))
         _, entries, cut = edits[0]
-        for module in self._owner.modules():
+        for module in self._owner.modules():  # such as a model's own list of layer types
             old = {k: v for k, v in entries.items() if vars(module).get(k) == v}
             if old:
                 edits.append((vars(module), old, {key: cut[key] for key in old}))
         for place, number in enumerate(keep):
-            for module in self.layers[number].modules():
+            for module in self.layers[number].modules():  # attention picks its cache by it
                 old = {k: number for k in NUMBERS if vars(module).get(k) == number}
                 if old:
                     edits.append((vars(module), old, dict.fromkeys(old, place)))
@@ -241,8 +252,9 @@ def find_layers(model: PreTrainedModel) -> str:
         if path in lists and len(lists[path]) == count:
             return path
     paths = [name for name, module in lists.items() if len(module) == count]
+    # a list inside another, such as a layer's experts, is no list of layers
     outer = [p for p in paths if not any(p.startswith(f"{q}.") for q in paths)]
-    decoder = [
+    decoder = [  # of the text, where images have layers of their own
         p for p in outer if "vision" not in p and "encoder." not in p.replace("decoder.", "")
     ]
     if len(decoder) != 1:

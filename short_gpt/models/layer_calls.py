@@ -19,7 +19,7 @@ from short_gpt.runtime.errors import ShortGPTError
 
 
 class LayerCalls:
-    """What a decoder hands to its layers beside the state, so that others can call them.
+    """What a decoder hands to its layers beside the state; with it others can call them.
 
     What it hands over (positions, rotary factors, masks) may depend on the shape of the tokens,
     not on the tokens themselves, which is proved once.
@@ -42,7 +42,7 @@ class LayerCalls:
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
         self.family, self.count = decoder.family, len(decoder.layers)
-        self._calls: dict[torch.Size, list[Call]] = {}
+        self._calls: dict[torch.Size, list[Call]] = {}  # by (B, S), one for each layer
         self._check_independent()
 
     @contextmanager
@@ -72,7 +72,7 @@ class LayerCalls:
                 weight = getattr(found, "weight", None)
                 if found is not None and isinstance(weight, Tensor) and weight.dim() == 2:
                     ends = (weight.shape[0], weight.shape[1])
-                    shapes.append(ends[::-1] if transposed(found) else ends)
+                    shapes.append(ends[::-1] if transposed(found) else ends)  # (D, F)
                     size = weight.dtype.itemsize
         return max(d for d, _ in shapes), max(f for _, f in shapes), size
 
@@ -82,8 +82,8 @@ class LayerCalls:
             yield self.embed(tokens.to(self._decoder.device))
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """The state (B, S, D) in front of the first layer, of tokens (B, S)."""
-        states: list[Tensor] = []
+        """The state (B, S, D) entering the first layer, of tokens (B, S)."""
+        states: list[Tensor] = []  # a list, as the hook cannot return what it sees
 
         def stop(_: nn.Module, args: Arguments, kwargs: dict[str, object]) -> NoReturn:
             states.append(state_in(args, kwargs).clone())
@@ -94,13 +94,13 @@ class LayerCalls:
 
     @torch.no_grad()
     def run(self, place: int, state: Tensor) -> Tensor:
-        """The state behind a layer, (B, S, D), from that in front of it, which is not changed.
+        """The state leaving a layer, (B, S, D), from the one that enters it, which is not changed.
 
         Args:
             place: of the layer in the decoder.
             state: (B, S, D).
         """
-        args, kwargs = self.call(place, state.clone())
+        args, kwargs = self.call(place, state.clone())  # a layer may write over it
         return first(self.layer(place)(*args, **kwargs))
 
     @torch.no_grad()
@@ -112,7 +112,7 @@ class LayerCalls:
             inputs.append(args[0].clone())
             raise _Enough
 
-        self.call(place, state)  # seen first, for the hook would end that pass, too
+        self.call(place, state)  # seen first, because the hook would end that pass, too
         self._stopped(module, stop, lambda: self.run(place, state), kwargs=False)
         return inputs[0]
 
@@ -127,7 +127,7 @@ class LayerCalls:
 
     def _of_shape(self, shape: torch.Size) -> list[Call]:
         """The calls of all layers for tokens of a shape, their states left out."""
-        if shape not in self._calls:
+        if shape not in self._calls:  # what the tokens are does not matter: `_check_independent`
             self._calls[shape] = self._seen(torch.zeros(shape, dtype=torch.long))
         return self._calls[shape]
 
@@ -148,7 +148,7 @@ class LayerCalls:
 
     def _check_independent(self) -> None:
         """Raises ShortGPTError where two texts make for other arguments beside the states."""
-        tokens = torch.arange(8).remainder(self._decoder.vocab_size)[None]
+        tokens = torch.arange(8).remainder(self._decoder.vocab_size)[None]  # (1, 8)
         for ours, theirs in zip(self._seen(tokens), self._seen(tokens.flip(1)), strict=True):
             if not _equal(ours, theirs):
                 raise ShortGPTError(

@@ -59,7 +59,7 @@ class MetaDecoder:
 
     @torch.no_grad()
     def logits(self, tokens: Tensor) -> Tensor:
-        own = hasattr(self.model, "hidden")
+        own = hasattr(self.model, "hidden")  # ours takes tokens alone, the reference a start, too
         return self.model(tokens) if own else self.model(tokens, 0).float()
 
     def keep_layers(self, keep: Sequence[int]) -> Callable[[], None]:
@@ -67,6 +67,7 @@ class MetaDecoder:
 
         def put(layers: nn.ModuleList) -> None:
             self.model.layers = layers
+            # in both places where the model counts them
             self.model.n_layers = self.model.params.n_layers = len(layers)
             for i, layer in enumerate(layers):
                 layer.layer_id = i  # type: ignore[assignment]

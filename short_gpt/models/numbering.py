@@ -10,6 +10,7 @@ from short_gpt.runtime.errors import ShortGPTError
 
 def check_exist(layers: Sequence[int], present: Sequence[int]) -> None:
     """Raises ShortGPTError unless ``layers`` are different numbers of those ``present``."""
+    # True is an int, and would be layer 1
     numbers = [i for i in layers if not isinstance(i, bool) and isinstance(i, int)]
     if len(numbers) != len(layers):
         raise ShortGPTError(f"expected layer numbers, got {list(layers)}")
@@ -45,7 +46,7 @@ def span(layers: Sequence[int]) -> str:
     """Layer numbers in short: ``0..20, 30, 31``."""
     runs: list[list[int]] = []
     for i in sorted(layers):
-        if runs and i == runs[-1][-1] + 1:
+        if runs and i == runs[-1][-1] + 1:  # the run goes on
             runs[-1].append(i)
         else:
             runs.append([i])
@@ -62,7 +63,7 @@ def runs(layers: Iterable[int], present: Sequence[int]) -> list[tuple[int, int]]
     """
     found: list[tuple[int, int]] = []
     for place in sorted(list(present).index(layer) for layer in layers):
-        if found and found[-1][1] == place - 1:
+        if found and found[-1][1] == place - 1:  # the run goes on
             found[-1] = (found[-1][0], place)
         else:
             found.append((place, place))

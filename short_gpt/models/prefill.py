@@ -58,13 +58,14 @@ def _meta(layer: TransformerBlock) -> Callable[..., Tensor]:
         x: Tensor, start_pos: int | None, freqs_cis: Tensor, mask: Tensor | None = None
     ) -> Tensor:
         B, S, _ = x.shape
-        if start_pos is None or S == 1:
+        if start_pos is None or S == 1:  # no cache, or a token that is generated
             return plain(x, start_pos, freqs_cis, mask)
         h = layer.attention_norm(x)  # (B, S, D)
         k, v = (
             project(h).view(B, S, attention.n_local_kv_heads, attention.head_dim)
             for project in (attention.wk, attention.wv)
         )
+        # later tokens attend to the prompt in this layer, too
         attention.update_cache(apply_rotary_emb(k, freqs_cis), v, start_pos)
         return x
 
@@ -77,7 +78,7 @@ def _hugging_face(
     norm, attention = _norm_and_attention(layer, family)
     from transformers.cache_utils import Cache
 
-    plain = layer.forward
+    plain = layer.forward  # before it is patched
 
     def forward(*args: object, **kwargs: object) -> object:
         x = state_in(args, kwargs)

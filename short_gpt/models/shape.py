@@ -42,9 +42,9 @@ class Shape:
     @property
     def parameters(self) -> int:
         """Numbers of all weights, embedding and output head apart."""
-        grouped = self.dim // self.n_heads * self.kv_heads
-        attention = 2 * self.dim * (self.dim + grouped)
-        layer = attention + 3 * self.dim * self.ffn_dim + 2 * self.dim
+        grouped = self.dim // self.n_heads * self.kv_heads  # width of all keys, and of all values
+        attention = 2 * self.dim * (self.dim + grouped)  # q and o, k and v
+        layer = attention + 3 * self.dim * self.ffn_dim + 2 * self.dim  # MLP, two norms
         return self.n_layers * layer + 2 * self.vocab_size * self.dim + self.dim
 
 

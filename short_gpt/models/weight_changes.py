@@ -29,6 +29,7 @@ class WeightChange:
 
 def parameters_of(number: int, layer: nn.Module, modules: Iterable[nn.Module]) -> set[Parameter]:
     """The parameters of some modules inside a layer, by the layer's original number."""
+    # by identity: a tensor may equal another
     wanted = {id(p) for module in modules for p in module.parameters()}
     return {(number, name) for name, p in layer.named_parameters() if id(p) in wanted}
 
@@ -58,6 +59,6 @@ def restored_on_error(parameters: Iterable[Tensor]) -> Iterator[Callable[[], Non
     restore = keep_values(parameters)
     try:
         yield restore
-    except BaseException:
+    except BaseException:  # Ctrl-C too
         restore()
         raise

@@ -58,6 +58,7 @@ def check_weights(name: str, info: Mapping[str, Collection[object]]) -> None:
     for entry in sorted(map(_Mismatch.of, info.get("mismatched_keys", ())))[:1]:
         shapes = f"as {list(entry.stored)}, of which its config makes {list(entry.expected)}"
         wrong.append(f"hold {entry.key} {shapes}")
+    # torch's messages have many lines; the first says enough
     wrong += [" ".join(str(text).split())[:200] for text in info.get("error_msgs", ())][:1]
     if wrong:
         raise ShortGPTError(

@@ -14,8 +14,15 @@ from types import ModuleType
 # the old path, and the modules that have its names now
 MOVED = {
     "short_gpt.experiments": ("short_gpt.jobs",),
+    "short_gpt.jobs.calibrating": ("short_gpt.jobs.calibration",),
     "short_gpt.opening": ("short_gpt.wrappers.opening",),
     "short_gpt.report": ("short_gpt.plots", "short_gpt.cli.tables", "short_gpt.cli"),
+    "short_gpt.scoring.differences": ("short_gpt.scoring.importance",),
+    "short_gpt.scoring.following": ("short_gpt.scoring.run",),
+    "short_gpt.scoring.state": ("short_gpt.scoring.run",),
+    "short_gpt.scoring.timing": ("short_gpt.scoring.measuring",),
+    "short_gpt.selection.found": ("short_gpt.selection.search",),
+    "short_gpt.selection.trials": ("short_gpt.selection.search",),
     "short_gpt.short_hf": ("short_gpt.wrappers.short_hf",),
     "short_gpt.short_llama": ("short_gpt.wrappers.short_llama",),
     "short_gpt.short_model": ("short_gpt.wrappers.short_model",),

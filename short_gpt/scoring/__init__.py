@@ -2,7 +2,7 @@
 
 `metrics` holds the equations, `hooks` calls them while a model runs, `measuring` is the loop over
 windows, `importance` adds the scores up by `moments`, `order` turns them into layer numbers,
-`stopping` tells when these are settled; `run` and `state` are a whole run, maybe interrupted.
+`stopping` tells when these are settled; `run` is a whole run, maybe interrupted.
 """
 
 from short_gpt.scoring.hooks import LayerHooks, Scores, hooked, score
@@ -16,8 +16,7 @@ from short_gpt.scoring.metrics import (
     relative_magnitude,
     spearman,
 )
-from short_gpt.scoring.run import ScoringRun
-from short_gpt.scoring.state import RunState
+from short_gpt.scoring.run import RunState, ScoringRun
 from short_gpt.scoring.stopping import Stop, Verdict
 
 __all__ = [

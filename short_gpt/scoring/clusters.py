@@ -42,7 +42,7 @@ def apart(first: Texts | None, second: Texts | None) -> Texts | None:
     """The sums of both, whose texts are different ones: the second's get numbers of their own."""
     if first is None or second is None:
         return None
-    start = next_number(first)
+    start = next_number(first)  # numbers begin at 0 in every call of `data.windows`
     return {**first, **{start + text: own for text, own in second.items()}}
 
 
@@ -84,13 +84,13 @@ def ratio_covariance(sums: Tensor, sizes: Tensor) -> Tensor:
     Returns:
         (L, L); NaN for fewer than two clusters.
     """
-    sums, sizes = sums[sizes > 0], sizes[sizes > 0]
+    sums, sizes = sums[sizes > 0], sizes[sizes > 0]  # (G, L), (G,)
     count, total = len(sizes), sizes.sum()
     if count < 2:
         return torch.full((sums.shape[1],) * 2, math.nan, dtype=torch.float64)
     rest = (total - sizes)[:, None]  # (G, 1)
     change = (sums - sums.sum(0) / total * sizes[:, None]) / rest  # r / (T (1 - p)), (G, L)
-    return change.T @ change * ((count - 1) / count)
+    return change.T @ change * ((count - 1) / count)  # (L, G) (G, L)
 
 
 def degrees_of_freedom(sizes: Tensor) -> float:
@@ -115,7 +115,7 @@ def degrees_of_freedom(sizes: Tensor) -> float:
     sizes = sizes[sizes > 0].double()
     if len(sizes) < 2:
         return 0.0
-    odds = sizes / (sizes.sum() - sizes)
+    odds = sizes / (sizes.sum() - sizes)  # o = p / (1 - p), (G,)
     squares = odds.square()
     spread = squares.sum() ** 2 - squares.square().sum() + squares.sum()
     return float(odds.sum() ** 2 / spread)

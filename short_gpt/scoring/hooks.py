@@ -1,6 +1,6 @@
 """What one forward pass tells of every layer: hooks that reduce the states as they go by.
 
-Shapes: B windows, S tokens, D width, L layers.
+Shapes: B windows, S tokens, D width, L layers, M metrics.
 """
 
 from __future__ import annotations
@@ -15,47 +15,61 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from short_gpt.models.decoder import Decoder, padded
-from short_gpt.models.families import Family
+from short_gpt.models.families import Family, part
 from short_gpt.models.layer_hooks import Arguments, Output, first, state_in
 from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
-from short_gpt.scoring.halves import Middle
 from short_gpt.scoring.metrics import (
+    LAYER_METRICS,
+    TokenProducts,
     angular_distances,
     cosine_from_product,
     influence,
     norms,
-    relative_change,
     summed_angles,
     widen,
 )
 
+PROVED = 8  # tokens of each window on which the sublayers are seen to add up to the layer
+
+
+UNKNOWN = torch.empty(0)  # stands for scores that were not asked for
+
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of single windows, as `Importance.add` takes them.
+    """Scores of single windows, as `Importance.add` takes them; NaN where one was not asked for.
 
     Attributes:
         tokens: real tokens of each window, (B,).
-        influence: sums over tokens of 1 - cos(state in front, state behind), (B, L).
+        influence: sums over tokens of 1 - cos(state entering, state leaving), (B, L).
         angles: angular distances at the last token between all states, (B, L + 1, L + 1).
-        magnitude: sums over tokens of ||f(x)|| / ||x + f(x)||, (B, L).
-        norm: sums over tokens of the norm of the state behind the layer, (B, L).
+        metrics: sums over tokens of each of `metrics.LAYER_METRICS`, in their order, (B, M, L).
         halves: like ``influence``, around a layer's attention and around its MLP, (B, 2, L); NaN
-            where that was not asked for or the layer is not x + attention, then + MLP.
-        token_angles: like ``angles``, summed over all tokens; NaN where not asked for.
+            also where the layer is not x + attention, then + MLP.
+        token_angles: like ``angles``, summed over all tokens.
     """
 
     tokens: Tensor
     influence: Tensor
     angles: Tensor
-    magnitude: Tensor
-    norm: Tensor
-    halves: Tensor
-    token_angles: Tensor
+    metrics: Tensor = UNKNOWN
+    halves: Tensor = UNKNOWN
+    token_angles: Tensor = UNKNOWN
+
+    def __post_init__(self) -> None:
+        B, L = self.influence.shape
+        unknown = {"metrics": (B, len(LAYER_METRICS), L), "halves": (B, 2, L)}
+        for name, shape in {**unknown, "token_angles": (B, L + 1, L + 1)}.items():
+            if getattr(self, name) is UNKNOWN:
+                object.__setattr__(self, name, self.angles.new_full(shape, math.nan))
+
+    def metric(self, name: str) -> Tensor:
+        """The sums of one of `metrics.LAYER_METRICS`, (B, L)."""
+        return self.metrics[:, [*LAYER_METRICS].index(name)]
 
     def check_finite(self, layers: Sequence[int]) -> None:
         """Raises NotFiniteError if a state was NaN or infinite; names its layer."""
-        bad = ~self.influence.isfinite()
+        bad = ~self.influence.isfinite()  # (B, L): a state that is not finite makes its cosine NaN
         if bad.any():
             row, layer = (int(i) for i in bad.nonzero()[bad.nonzero()[:, 1].argmin()])
             raise NotFiniteError(
@@ -66,12 +80,12 @@ class Scores:
     @classmethod
     def cat(cls, parts: Sequence[Scores]) -> Scores:
         """The windows of all parts, in their order."""
-        return cls(*(torch.cat([getattr(p, f.name) for p in parts]) for f in fields(cls)))
+        return cls(**{f.name: torch.cat([getattr(p, f.name) for p in parts]) for f in fields(cls)})
 
     def at(self, places: Sequence[int]) -> Scores:
         """The windows in the order whose places in it these are."""
-        order = torch.tensor(places).argsort()
-        return Scores(*(getattr(self, f.name)[order] for f in fields(self)))
+        order = torch.tensor(places).argsort()  # the inverse of a permutation
+        return Scores(**{f.name: getattr(self, f.name)[order] for f in fields(self)})
 
 
 def score(
@@ -107,6 +121,64 @@ def score(
     return found[0] if len(found) == 1 else Scores.cat(found).at(order)
 
 
+class BetweenSublayers:
+    """The hidden state between a layer's attention and its MLP, while the layer runs.
+
+    What a sublayer adds is copied, since the layer may go on writing in that tensor.
+    """
+
+    def __init__(self) -> None:
+        self.state: Tensor | None = None  # (B, S, D) entering the MLP's norm
+        self.attention: Tensor | None = None  # (B, PROVED, D) that the attention adds
+        self.mlp: Tensor | None = None  # (B, PROVED, D) that the MLP adds
+
+    def hooks(self, layer: nn.Module, family: Family) -> list[RemovableHandle]:
+        """Hooks on the sublayers of a layer; none if it has no such parts."""
+        attention, mlp = part(layer, family.attention), part(layer, family.mlp)
+        norm = part(layer, family.mlp_norm)
+        if attention is None or mlp is None or norm is None:
+            return []
+
+        def enter(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            self.state = args[0]
+
+        def attended(module: nn.Module, args: object, output: Output) -> None:
+            self.attention = first(output)[:, :PROVED].clone()
+
+        def mapped(module: nn.Module, args: object, output: Output) -> None:
+            self.mlp = first(output)[:, :PROVED].clone()
+
+        hooks = [attention.register_forward_hook(attended), mlp.register_forward_hook(mapped)]
+        return [norm.register_forward_pre_hook(enter), *hooks]
+
+    def products(self, state: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x . m, ||m|| and m . y, (B, S) each, m between the sublayers; NaN where unknown.
+
+        Args:
+            state: (B, S, D) entering the layer.
+            y: (B, S, D) leaving it, float32 or wider.
+        """
+        middle = self._proved(state, y)
+        if middle is None:
+            unknown = torch.full(y.shape[:2], math.nan, dtype=y.dtype, device=y.device)
+            return unknown, unknown, unknown
+        m = widen(middle)  # (B, S, D)
+        return torch.linalg.vecdot(widen(state), m), norms(m), torch.linalg.vecdot(m, y)
+
+    def _proved(self, state: Tensor, y: Tensor) -> Tensor | None:
+        """The state between the sublayers, if they add up to the layer on the first tokens."""
+        middle, attention, mlp = self.state, self.attention, self.mlp
+        self.state = self.attention = self.mlp = None  # the next layer's are others
+        if middle is None or attention is None or mlp is None or middle.shape != state.shape:
+            return None
+        x, m = state[:, :PROVED], middle[:, :PROVED]  # (B, PROVED, D) each
+        if attention.shape != x.shape or mlp.shape != x.shape:  # experts may flatten the windows
+            return None
+        # exact, in the model's own dtype: a parallel block or a norm after a sublayer fails
+        whole = torch.equal(x + attention, m) and torch.equal(widen(m + mlp), y[:, :PROVED])
+        return middle if whole else None
+
+
 class LayerHooks:
     """Reduces the states of one pass; `after` is called for the layers in their order.
 
@@ -117,21 +189,21 @@ class LayerHooks:
 
     def __init__(self, mask: Tensor, *, all_tokens: bool = False) -> None:
         self._mask = mask
-        self._rows = torch.arange(len(mask), device=mask.device)
+        self._rows = torch.arange(len(mask), device=mask.device)  # (B,), to index with `_ends`
         self._ends = mask.sum(1) - 1  # the last real token of each window, (B,)
-        self._state: Tensor | None = None  # behind the previous layer, (B, S, D)
+        self._state: Tensor | None = None  # leaving the previous layer, (B, S, D)
         self._version: int | None = None  # of that tensor, when its norms were computed
         self._norms: Tensor | None = None  # its norms, (B, S)
         self._last: list[Tensor] = []  # (B, D) float32, L + 1 of them
         self._kept: list[Tensor] | None = [] if all_tokens else None  # (B, S, D), L + 1 of them
         self._products: list[Tensor] = []  # (4 or 7, B, S) of layers that await `_reduce`
-        self._sums: list[Tensor] = []  # (3 or 5, layers, B): see `_reduce`
-        self._middle: Middle | None = None
-        self._entered: tuple[Tensor, int] | None = None  # the state in front, and its version
+        self._sums: list[Tensor] = []  # (1 + M (+ 2), layers, B): see `_reduce`
+        self._middle: BetweenSublayers | None = None
+        self._entered: tuple[Tensor, int] | None = None  # the state entering, and its version
 
     def on_halves(self, layer: nn.Module, family: Family) -> list[RemovableHandle]:
         """Hooks on the attention and the MLP of a layer; none where it has no such parts."""
-        self._middle = self._middle or Middle()
+        self._middle = self._middle or BetweenSublayers()
         return self._middle.hooks(layer, family)
 
     def forget_state(self) -> None:
@@ -143,7 +215,7 @@ class LayerHooks:
         self._state = self._norms = None
 
     def before(self, layer: nn.Module, args: Arguments, kwargs: Mapping[str, object]) -> None:
-        """Forward pre-hook: notes the state in front of a layer, which is not to change in it."""
+        """Forward pre-hook: notes the state entering a layer, which is not to change in it."""
         state = state_in(args, kwargs)
         version = version_of(state)
         self._entered = None if version is None else (state, version)
@@ -151,23 +223,23 @@ class LayerHooks:
     def after(
         self, layer: nn.Module, args: Arguments, kwargs: Mapping[str, object], output: Output
     ) -> None:
-        """Forward hook: the state in front (B, S, D) and the one behind, of one layer.
+        """Forward hook: the states (B, S, D) entering and leaving one layer.
 
         Raises:
-            ShortGPTError: the layer has written over the state in front, which nothing has kept, or
-                takes several states at once.
+            ShortGPTError: the layer has written over the state entering it, which nothing has
+                kept, or takes several states at once.
         """
         state, result = state_in(args, kwargs), first(output)
         self._check_state(layer, state)
-        x, y = widen(state), widen(result)
+        x, y = widen(state), widen(result)  # (B, S, D) each, float32 or wider
         if not self._last:
             self._keep(state, x)
-        # the state in front is the one behind the previous layer, unless something came between
+        # the state entering is the one that left the previous layer, unless something came between
         # or wrote in it; a tensor without a version may have been written in
         version = version_of(state) if state is self._state else None
         known = self._norms if version is not None and version == self._version else None
         x_norm = norms(x) if known is None else known
-        y_norm = norms(y)
+        y_norm = norms(y)  # (B, S), which the next layer takes as those of its x
         products = [torch.linalg.vecdot(x, y), x_norm, y_norm, norms(y - x)]  # (B, S) each
         if self._middle is not None:
             products += self._middle.products(state, y)
@@ -189,37 +261,38 @@ class LayerHooks:
             )
 
     def _reduce(self) -> None:
-        """Sums over tokens of the layers so far: influence, magnitude, norm, and of the halves.
+        """Sums over tokens of the layers so far: influence, metrics, and influence of sublayers.
 
         For many layers at once: on a processor, small calls would cost as much as the products.
         """
         if not self._products:
             return
-        xy, x_norm, y_norm, change, *middle = torch.stack(self._products, dim=1)  # (layers, B, S)
+        stacked = torch.stack(self._products, dim=1)  # (4 or 7, layers, B, S)
+        tokens, middle = TokenProducts(*stacked[:4]), stacked[4:]
+        xy, x_norm, y_norm, _ = tokens
         self._products = []
-        each = [
-            influence(cosine_from_product(xy, x_norm, y_norm)),
-            relative_change(change, y_norm),
-            y_norm,
-        ]
-        if middle:
+        each = [influence(cosine_from_product(xy, x_norm, y_norm))]  # (layers, B, S) each
+        each += [metric(tokens) for metric in LAYER_METRICS.values()]
+        if len(middle):
             xm, m_norm, my = middle
             each.append(influence(cosine_from_product(xm, x_norm, m_norm)))
             each.append(influence(cosine_from_product(my, m_norm, y_norm)))
+        # padding counts for nothing, NaN included: (1 + M (+ 2), layers, B)
         self._sums.append(torch.where(self._mask, torch.stack(each), 0.0).sum(3))
 
     def _keep(self, state: Tensor, wide: Tensor) -> None:
-        self._last.append(wide[self._rows, self._ends])
+        self._last.append(wide[self._rows, self._ends])  # (B, D): Eq. 6 reads last tokens alone
         if self._kept is not None:
             self._kept.append(state.clone())  # the model may go on writing in that tensor
 
     def scores(self) -> Scores:
         """The scores of the pass, once all layers have run."""
         self._reduce()
-        turned, magnitude, norm, *halves = torch.cat(self._sums, dim=1).mT  # (B, L) each
-        halves = halves or [torch.full_like(turned, math.nan)] * 2
-        angles = angular_distances(torch.stack(self._last, dim=1))
-        everywhere = torch.full_like(angles, math.nan)
+        # influence (B, L), then M metrics, then the two sublayers where these are scored
+        turned, *rest = torch.cat(self._sums, dim=1).mT
+        metrics, halves = rest[: len(LAYER_METRICS)], rest[len(LAYER_METRICS) :]
+        angles = angular_distances(torch.stack(self._last, dim=1))  # of (B, L + 1, D)
+        everywhere = UNKNOWN
         if self._kept is not None:
             everywhere = torch.stack(
                 [
@@ -227,8 +300,14 @@ class LayerHooks:
                     for row, length in enumerate(self._mask.sum(1).tolist())
                 ]
             )
-        sums = (turned, angles, magnitude, norm, torch.stack(halves, dim=1), everywhere)
-        return Scores(self._mask.sum(1), *sums)
+        return Scores(
+            tokens=self._mask.sum(1),
+            influence=turned,
+            angles=angles,
+            metrics=torch.stack(metrics, dim=1),
+            halves=torch.stack(halves, dim=1) if halves else UNKNOWN,
+            token_angles=everywhere,
+        )
 
 
 def version_of(state: Tensor) -> int | None:
@@ -253,6 +332,7 @@ def hooked(
         all_tokens: as in `score`.
     """
     hooks = LayerHooks(mask, all_tokens=all_tokens)
+    # with_kwargs: some families give the state by its name
     handles = [layer.register_forward_pre_hook(hooks.before, with_kwargs=True) for layer in layers]
     handles += [layer.register_forward_hook(hooks.after, with_kwargs=True) for layer in layers]
     if halves_of is not None:

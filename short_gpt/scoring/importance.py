@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,11 +26,12 @@ from short_gpt.scoring.clusters import (
 )
 from short_gpt.scoring.hooks import Scores
 from short_gpt.scoring.lists import check_sums, layer_numbers, saved_sums, to_lists
-from short_gpt.scoring.metrics import spearman, t_quantile
+from short_gpt.scoring.metrics import LAYER_METRICS, spearman, t_quantile
 from short_gpt.scoring.moments import (
     block_sums,
     cube_sums,
     pair_skewness,
+    pair_spread,
     residual_cubes,
     with_count,
 )
@@ -60,8 +62,8 @@ class Importance:
         angle_products: sums over windows of the products of the distances of blocks of n layers
             that start at l and at m: entry [n - 1, l, m], (L, L, L); zero where there is no block.
         angle_cubes: the same with the square of the first distance.
-        magnitude, norm, halves, token_angles: the sums of `hooks.Scores` over all windows, (L,),
-            (L,), (2, L), (L + 1, L + 1); NaN where a window was not scored so.
+        metrics, halves, token_angles: the sums of `hooks.Scores` over all windows, (M, L), (2, L),
+            (L + 1, L + 1); NaN where a window was not scored so.
         texts: of each text, the sums of its windows, of `clusters`; None if they are not known.
 
     Example:
@@ -78,8 +80,7 @@ class Importance:
     angles: Tensor
     angle_products: Tensor
     angle_cubes: Tensor
-    magnitude: Tensor
-    norm: Tensor
+    metrics: Tensor
     halves: Tensor
     token_angles: Tensor
     texts: Texts | None = field(default_factory=dict, kw_only=True)
@@ -88,12 +89,23 @@ class Importance:
     def empty(cls, layers: Sequence[int]) -> Importance:
         """Zero sums for these layers."""
         n = len(layers)
-        square = (n + 1, n + 1)
-        blocks, each = (n, n, n), (n,)
-        moments = (square, (2, *square), square, blocks, blocks)
-        shapes = ((2,), (2,), (2, n), *moments, each, each, (2, n), square)
-        sums = [torch.zeros(shape, dtype=torch.float64) for shape in shapes]
-        return cls(list(layers), *sums)
+        shapes = {
+            "windows": (2,),
+            "tokens": (2,),
+            "influence": (2, n),
+            "products": (n + 1, n + 1),
+            "cubes": (2, n + 1, n + 1),
+            "angles": (n + 1, n + 1),
+            "angle_products": (n, n, n),
+            "angle_cubes": (n, n, n),
+            "metrics": (len(LAYER_METRICS), n),
+            "halves": (2, n),
+            "token_angles": (n + 1, n + 1),
+        }
+        sums: dict[str, Any] = {}
+        for name, shape in shapes.items():
+            sums[name] = torch.zeros(shape, dtype=torch.float64)
+        return cls(list(layers), **sums)
 
     def add(self, scores: Scores, texts: Sequence[int | None] | None = None) -> None:
         """Adds the scores of single windows: all of them or, if interrupted, none.
@@ -107,19 +119,19 @@ class Importance:
         tokens, influence, angles = (new[n] for n in ("tokens", "influence", "angles"))
         half = (torch.arange(len(tokens)) + self.n_windows) % 2  # of each window, (B,)
         sums = torch.cat((influence, tokens[:, None]), dim=1)  # (B, L + 1)
-        products, cubes = block_sums(angles)
+        products, cubes = block_sums(angles)  # (L, L, L) each
         changed: dict[str, object] = {
             "texts": with_windows(self.texts, texts or [None] * len(sums), sums),
             "windows": self.windows + torch.bincount(half, minlength=2),
             "tokens": self.tokens.index_add(0, half, tokens),
-            "influence": self.influence.index_add(0, half, influence),
-            "products": self.products + sums.T @ sums,
+            "influence": self.influence.index_add(0, half, influence),  # (2, L)
+            "products": self.products + sums.T @ sums,  # (L + 1, B) (B, L + 1)
             "cubes": self.cubes + cube_sums(sums),
             "angles": self.angles + angles.sum(0),
             "angle_products": self.angle_products + products,
             "angle_cubes": self.angle_cubes + cubes,
         }
-        for name in ("magnitude", "norm", "halves", "token_angles"):
+        for name in ("metrics", "halves", "token_angles"):
             changed[name] = getattr(self, name) + new[name].sum(0)
         # in one step, which no interruption divides
         vars(self).update(changed)
@@ -155,7 +167,7 @@ class Importance:
 
     @property
     def block_influence(self) -> Tensor:
-        """Mean over tokens of 1 - cos(state in front, state behind): (L,) in [0, 2]; Eq. 1."""
+        """Mean over tokens of 1 - cos(state entering, state leaving): (L,) in [0, 2]; Eq. 1."""
         return self.influence.sum(0) / self.tokens.sum()
 
     @property
@@ -185,6 +197,7 @@ class Importance:
         n, effective = self.n_windows, self._effective_windows
         if n < 2:
             return self.covariance
+        # n / (n - 1) of `covariance` with the effective number in the place of n
         return self.covariance * ((n - 1) / n * effective / (effective - 1))
 
     @property
@@ -229,15 +242,15 @@ class Importance:
         """Spearman's rank correlation of `block_influence` between the two halves."""
         if self.windows.min() == 0:
             return math.nan
-        first, second = self.influence / self.tokens[:, None]
+        first, second = self.influence / self.tokens[:, None]  # (L,) each
         return spearman(first, second)
 
     @property
     def angular(self) -> Tensor:
         """Mean angular distances, (L + 1, L + 1), symmetric, in [0, 1].
 
-        Entry [l, l + n] compares the last token's state in front of layer l with that in front
-        of layer l + n, as `selection.best_block` reads it (Gromov et al., Eq. 6).
+        Entry [l, l + n] compares the last token's state entering layer l with that entering
+        layer l + n, as `selection.best_block` reads it (Gromov et al., Eq. 6).
         """
         return self.angles / self.windows.sum()
 
@@ -255,14 +268,14 @@ class Importance:
         count, starts = self.n_windows, len(self.layers) - n + 1
         if count < 2:
             return torch.full((starts, starts), math.nan, dtype=torch.float64)
-        mean = self.angular.diagonal(n)
+        mean = self.angular.diagonal(n)  # (L - n + 1,)
         second = self.angle_products[n - 1, :starts, :starts] / count
         return (second - torch.outer(mean, mean)) / (count - 1)
 
     @property
     def skewness(self) -> Tensor:
         """Skewness over windows of the difference of layers j and i, entry [i, j], (L, L)."""
-        cubes, weighted = self.cubes
+        cubes, weighted = self.cubes  # (L + 1, L + 1) each
         third = residual_cubes(self.block_influence, cubes, weighted)
         scale = self.n_windows / self.tokens.sum()  # residuals of sums, in the unit of the mean
         return pair_skewness(self.covariance, third * scale**3, self.n_windows)
@@ -273,14 +286,15 @@ class Importance:
         products, cubes = (
             sums[n - 1, :starts, :starts] for sums in (self.angle_products, self.angle_cubes)
         )
-        sums = self.angles.diagonal(n)
+        sums = self.angles.diagonal(n)  # (starts,), of all windows
+        # every window weighs 1 here, where it has its tokens in `skewness`
         cubes = with_count(cubes, products.diagonal(), count)
         third = residual_cubes(sums / count, cubes, with_count(products, sums, count))
         return pair_skewness(self.angular_covariance(n), third, count)
 
     def mean(self, metric: str) -> Tensor:
         """Mean over tokens of a metric of `metrics.LAYER_METRICS`, (L,)."""
-        return getattr(self, metric) / self.tokens.sum()
+        return self.metrics[[*LAYER_METRICS].index(metric)] / self.tokens.sum()
 
     @property
     def relative_magnitude(self) -> Tensor:
@@ -289,7 +303,7 @@ class Importance:
 
     @property
     def mean_norm(self) -> Tensor:
-        """Mean over tokens of the norm of the state behind each layer, (L,)."""
+        """Mean over tokens of the norm of the state leaving each layer, (L,)."""
         return self.mean("norm")
 
     @property
@@ -315,8 +329,18 @@ class Importance:
 
     def to_dict(self) -> dict[str, object]:
         """The sums as lists, ready for JSON: None stands for NaN."""
-        sums = {name: to_lists(getattr(self, name)) for name in SUMS}
+        sums = {name: to_lists(value) for name, value in self._named().items()}
         return {"layers": self.layers, **sums, "texts": to_json(self.texts)}
+
+    def _named(self) -> dict[str, Tensor]:
+        """The sums by the names that they have in files, each metric by its own."""
+        named: dict[str, Tensor] = {}
+        for name in SUMS:
+            if name == "metrics":
+                named |= dict(zip(LAYER_METRICS, self.metrics, strict=True))
+            else:
+                named[name] = getattr(self, name)
+        return named
 
     @classmethod
     def from_dict(cls, content: Mapping[str, object]) -> Importance:
@@ -330,10 +354,29 @@ class Importance:
         except (KeyError, TypeError) as error:
             said = error if isinstance(error, TypeError) else "they lack layers"
             raise ShortGPTError(f"these are not saved scores: {said}") from None
-        sums = {name: saved_sums(content, name, getattr(empty, name)) for name in SUMS}
-        check_sums(sums)
+        named = {name: saved_sums(content, name, zero) for name, zero in empty._named().items()}
+        check_sums(named)  # before anything is computed: files come from anywhere
+        metrics = torch.stack([named.pop(name) for name in LAYER_METRICS])  # (M, L)
+        sums = {**named, "metrics": metrics}
         total = torch.cat((sums["influence"].sum(0), sums["tokens"].sum()[None]))
         return cls(empty.layers, **sums, texts=from_json(content.get("texts"), total))
 
 
 SUMS = [f.name for f in fields(Importance) if f.name not in ("layers", "texts")]
+
+
+def difference_margins(importance: Importance, confidence: float = 0.95) -> Tensor:
+    """Half of the interval of the difference in Block Influence of each two layers.
+
+    The error is paired: what moves both layers of a text (or window) the same way cancels. The
+    texts are the samples where there are several, as for `Importance.standard_error`.
+
+    Args:
+        importance: all is NaN where its `margin` is.
+        confidence: of each interval by itself.
+
+    Returns:
+        (L, L), symmetric, in the unit of Block Influence.
+    """
+    spread = pair_spread(importance.sampling_covariance).sqrt()
+    return t_quantile((1 + confidence) / 2, importance.degrees) * spread

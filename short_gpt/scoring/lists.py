@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.scoring.metrics import LAYER_METRICS
 
 COUNTS = ("windows", "tokens")
+FIRST = ("magnitude", "norm")  # metrics that every file has
 LATER = ("cubes", "angle_cubes")  # files of earlier versions lack them: NaN, which settles nothing
 # NaN where a window was not scored so
-PARTLY = ("magnitude", "norm", "halves", "token_angles", *LATER)
+PARTLY = ("halves", "token_angles", *LATER)
 Nested = float | None | list["Nested"]  # numbers in lists in lists
 
 
@@ -62,7 +64,7 @@ def saved_sums(content: Mapping[str, object], name: str, empty: Tensor) -> Tenso
         ShortGPTError: they are missing, no numbers, or of another shape.
     """
     if name not in content:
-        if name in LATER:
+        if name in LATER or (name in LAYER_METRICS and name not in FIRST):
             return torch.full_like(empty, math.nan)
         raise ShortGPTError(f"these are not saved scores: they lack {name}")
     try:
@@ -86,7 +88,8 @@ def check_sums(sums: Mapping[str, Tensor]) -> None:
         "token_angles": tokens.sum(),
     }
     for name, values in sums.items():
-        known = values.where(~values.isnan(), 0) if name in PARTLY else values
+        partly = name in PARTLY or name in LAYER_METRICS
+        known = values.where(~values.isnan(), 0) if partly else values
         fits = known.isfinite() & (known >= 0)
         if name in COUNTS:
             fits &= (known == known.round()) & (known < 2**53)  # which float64 counts to

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Protocol
 
+import torch
+
 from short_gpt.data.windows import text_of
-from short_gpt.models.decoder import Decoder
+from short_gpt.models.decoder import Decoder, pad
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import bar, set_rate
 from short_gpt.scoring import hooks
 from short_gpt.scoring.clusters import next_number
 from short_gpt.scoring.hooks import Scores
 from short_gpt.scoring.importance import Importance
+
+WARM_UP = 16  # tokens of a first pass, in which libraries make ready what they use
 
 
 class ScoreWindows(Protocol):
@@ -84,3 +89,27 @@ def measure(
     if not begun and not into.n_windows:
         raise ShortGPTError("expected at least one window of tokens, got none")
     return into
+
+
+def seconds_a_pass(decoder: Decoder, windows: Sequence[Sequence[int]]) -> float:
+    """Seconds in which windows pass embeddings and layers together, after a short one of them.
+
+    Args:
+        decoder: the model; of one that several ranks share, all must call this.
+        windows: token ids.
+    """
+    decoder.run(pad([windows[0][:WARM_UP]], decoder)[0])
+    tokens, _ = pad(windows, decoder)
+    wait(decoder.device)
+    started = time.perf_counter()
+    decoder.run(tokens)
+    wait(decoder.device)
+    return time.perf_counter() - started
+
+
+def wait(device: torch.device) -> None:
+    """Waits for what an accelerator was given to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()

@@ -1,6 +1,7 @@
 """The papers' equations, rank correlations and Student's t: numbers in, numbers out.
 
-The hooks call these: the parts on products and norms, of which they compute none twice.
+The hooks call these: the parts on products and norms, of which they compute none twice. A metric of
+layers is a function of `TokenProducts` and a row of `LAYER_METRICS`: docs/add-a-metric.md.
 
 Shapes: B sequences, S tokens, D width, L layers.
 """
@@ -8,8 +9,9 @@ Shapes: B sequences, S tokens, D width, L layers.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import combinations
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,7 +49,7 @@ def norms(x: Tensor) -> Tensor:
 
 def cosine_from_product(xy: Tensor, x_norm: Tensor, y_norm: Tensor) -> Tensor:
     """Cosine from the inner product and the two norms; zero vectors as in `cosine`."""
-    product = x_norm * y_norm
+    product = x_norm * y_norm  # (...)
     # where it is zero, equal norms say that both are
     cos = torch.where(product == 0, (x_norm == y_norm).to(xy.dtype), xy / product)
     return cos.clamp(-1.0, 1.0)
@@ -59,7 +61,7 @@ def block_influence(x: Tensor, y: Tensor) -> Tensor:
     The paper's score of a layer is the mean of this over tokens and texts.
 
     Args:
-        x, y: (..., D), a token's state in front of a layer and behind it.
+        x, y: (..., D), a token's hidden state entering a layer and leaving it.
 
     Returns:
         (...) as of `influence`. Positive rescaling of either state changes nothing.
@@ -97,7 +99,7 @@ def angle(cos: Tensor) -> Tensor:
         >>> angle(torch.tensor([1.0, 0.0, -1.0])).tolist()
         [0.0, 0.5, 1.0]
     """
-    return cos.arccos() / math.pi
+    return cos.arccos() / math.pi  # finite, as `cosine_from_product` clamps
 
 
 def angular_distance(x: Tensor, y: Tensor) -> Tensor:
@@ -139,7 +141,8 @@ def angular_distances(states: Tensor) -> Tensor:
 
 def summed_angles(states: Sequence[Tensor], chunk: int = 32) -> Tensor:
     """Angular distances of one window, summed over its tokens: L + 1 of (S, D) to (L+1, L+1)."""
-    chunks = (  # (chunk, L + 1, D): tokens take the place of windows
+    # (chunk, L + 1, D): tokens take the place of windows, few at a time as all pairs are float64
+    chunks = (
         torch.stack([s[start : start + chunk] for s in states], dim=1)
         for start in range(0, len(states[0]), chunk)
     )
@@ -150,7 +153,7 @@ def relative_magnitude(x: Tensor, y: Tensor) -> Tensor:
     """||f(x)|| / ||x + f(x)|| of a layer that makes y = x + f(x) of x (Samragh et al. 2023).
 
     Args:
-        x, y: (..., D), a token's state in front of a layer and behind it.
+        x, y: (..., D), a token's hidden state entering a layer and leaving it.
 
     Returns:
         (...) as of `relative_change`.
@@ -164,7 +167,7 @@ def relative_magnitude(x: Tensor, y: Tensor) -> Tensor:
 
 
 def relative_change(change: Tensor, norm: Tensor) -> Tensor:
-    """Norm of what a layer adds over the norm of the state behind it.
+    """Norm of what a layer adds over the norm of the state that leaves it.
 
     Args:
         change, norm: (...) of one shape, not negative.
@@ -173,7 +176,33 @@ def relative_change(change: Tensor, norm: Tensor) -> Tensor:
         (...) from 0, for a layer that does nothing; 0 also where both are zero, infinite where
         ``norm`` alone is.
     """
-    return (change / norm).masked_fill(change == 0, 0.0)
+    return (change / norm).masked_fill(change == 0, 0.0)  # 0 / 0 would be NaN
+
+
+class TokenProducts(NamedTuple):
+    """What the hooks know of a layer at every token, (..., B, S) each, in float32 or wider.
+
+    With x the hidden state entering the layer and y the one that leaves it.
+
+    Attributes:
+        product: x . y.
+        entering: ||x||.
+        leaving: ||y||.
+        change: ||y - x||.
+    """
+
+    product: Tensor
+    entering: Tensor
+    leaving: Tensor
+    change: Tensor
+
+
+# Further metrics that every pass takes: a value per token, of which `Importance.mean` is the mean.
+# Block Influence is none of them, as its errors need more than a mean.
+LAYER_METRICS: dict[str, Callable[[TokenProducts], Tensor]] = {
+    "magnitude": lambda tokens: relative_change(tokens.change, tokens.leaving),
+    "norm": lambda tokens: tokens.leaving,
+}
 
 
 def spearman(a: Tensor, b: Tensor) -> float:

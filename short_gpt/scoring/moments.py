@@ -19,6 +19,7 @@ def cube_sums(sums: Tensor) -> Tensor:
         Sums over windows of s_i^2 s_j, and of t s_i s_j, t a window's tokens, stacked:
         (2, L + 1, L + 1).
     """
+    # t is the last column; (L + 1, B) (B, L + 1) each
     return torch.stack((sums.square().T @ sums, sums.T @ (sums * sums[:, -1:])))
 
 
@@ -33,7 +34,7 @@ def block_sums(angles: Tensor) -> tuple[Tensor, Tensor]:
     products = torch.zeros(L, L, L, dtype=torch.float64)
     cubes = torch.zeros_like(products)
     for n in range(1, L + 1):
-        blocks = angles.diagonal(n, dim1=1, dim2=2)  # (B, L - n + 1)
+        blocks = angles.diagonal(n, dim1=1, dim2=2)  # (B, L - n + 1), by the block's start
         starts = L - n + 1
         products[n - 1, :starts, :starts] = blocks.T @ blocks
         cubes[n - 1, :starts, :starts] = blocks.square().T @ blocks
@@ -42,7 +43,7 @@ def block_sums(angles: Tensor) -> tuple[Tensor, Tensor]:
 
 def with_count(values: Tensor, sums: Tensor, count: int) -> Tensor:
     """Sums of products (L, L) as if each window also had the sum 1, one token: (L + 1, L + 1)."""
-    last = torch.full((1,), float(count), dtype=values.dtype)
+    last = torch.full((1,), float(count), dtype=values.dtype)  # sum of 1 x 1 over the windows
     return torch.cat(
         (torch.cat((values, sums[:, None]), 1), torch.cat((sums, last))[None, :]), dim=0
     )
@@ -60,6 +61,7 @@ def residual_cubes(mean: Tensor, cubes: Tensor, weighted: Tensor) -> Tensor:
         (..., L, L).
     """
     i, j = mean[..., :, None], mean[..., None, :]
+    # (s_i - t m_i)^2 (s_j - t m_j), multiplied out over sums that are kept
     squares, tokens = cubes[..., :-1, -1:], cubes[..., -1:, -1:]  # of s_i^2 t, of t^3
     each = weighted[..., :-1, -1:]  # of t^2 s_i
     found = cubes[..., :-1, :-1] - j * squares - 2 * i * weighted[..., :-1, :-1]

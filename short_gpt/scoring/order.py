@@ -29,15 +29,15 @@ def lowest(scores: Tensor, n: int) -> list[int]:
         [1, 3]
     """
     check_count(n, len(scores))
-    return _finite(scores).argsort(stable=True)[:n].tolist()
+    return _finite(scores).argsort(stable=True)[:n].tolist()  # stable: ties to the lower number
 
 
 def best_block(angular: Tensor, n: int) -> list[int]:
     """The n consecutive layers whose ends are nearest (Gromov et al., Eq. 7).
 
     Args:
-        angular: (L+1, L+1); entry [l, l+n] is the mean angular distance between the states in
-            front of layer l and in front of layer l+n. Entries below the diagonal are not read.
+        angular: (L+1, L+1); entry [l, l+n] is the mean angular distance between the states
+            entering layer l and layer l+n. Entries below the diagonal are not read.
         n: 1 to L - 1.
 
     Returns:
@@ -59,7 +59,7 @@ def best_block(angular: Tensor, n: int) -> list[int]:
 
 
 def deepest(n_layers: int, n: int) -> list[int]:
-    """The n layers in front of the last one, ascending (the simple heuristic of Gromov et al.).
+    """The n layers before the last one, ascending (the simple heuristic of Gromov et al.).
 
     Section 4.4 prints "(L-n) to (L-1)", which leaves the last layer out only if counted from 1.
 

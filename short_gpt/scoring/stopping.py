@@ -116,11 +116,11 @@ class Stop:
         else:
             means, covariance = importance.block_influence, importance.covariance
             chosen, skewness = lowest(importance.block_influence, n), importance.skewness
-        mask = torch.zeros(len(means), dtype=torch.bool)
+        mask = torch.zeros(len(means), dtype=torch.bool)  # layers, or starts of blocks
         mask[chosen] = True
-        z = order_z(means, covariance * unread(read, population), mask)
+        z = order_z(means, covariance * unread(read, population), mask)  # (L, L)
         needed = self.needed(skewness, read, population, final=final)
-        place = int((z - needed).argmin())
+        place = int((z - needed).argmin())  # the pair that is farthest from settled
         pair = divmod(place, len(means))
         everything = population is not None and read >= population
         early = read >= self.first_look(population) and bool(z[pair] > needed[pair])
@@ -168,7 +168,7 @@ def check_sample(random_order: bool, before: int) -> None:
 
 @lru_cache
 def enough(rare: float, error: float, population: int | None) -> int:
-    """Windows that a sample needs to hold one of a kind, but for so much probability.
+    """Windows that a sample needs to hold one of a kind, except with so much probability.
 
     Args:
         rare: the share of all windows, at least, that the kind makes up.
@@ -181,6 +181,7 @@ def enough(rare: float, error: float, population: int | None) -> int:
     """
     if population is None:
         return math.ceil(math.log(error) / math.log1p(-rare))
+    # hypergeometric, drawn one window at a time: missed so far times missed again
     kind, read, missed = math.ceil(rare * population), 0, 1.0
     while missed > error:
         missed *= max(population - kind - read, 0) / (population - read)
@@ -274,7 +275,7 @@ def order_z(means: Tensor, covariance: Tensor, chosen: Tensor) -> Tensor:
         is not, else infinite. Entries that are equal in every window count as infinitely sure: the
         lower number decides such a tie.
     """
-    difference = means[..., None, :] - means[..., :, None]
+    difference = means[..., None, :] - means[..., :, None]  # [i, j]: means[j] - means[i]
     spread = pair_spread(covariance)
     tied = (difference == 0) & (spread < 1e-15)  # rounding leaves that much of no variance
     sure = tied | (spread == 0) | ~chosen[..., :, None] | chosen[..., None, :]

@@ -22,7 +22,7 @@ class Budget:
         tried: for every number of layers tried, from 0, the perplexity without them.
         ratio: the most that the perplexity was allowed to rise by.
         confidence: that it rises by no more.
-        changes: for every number of layers tried, from 1, the loss less the whole model's.
+        changes: for every number of layers tried, from 1, the loss less the original model's.
     """
 
     layers: list[int]
@@ -86,7 +86,7 @@ def most_layers(
 
     The rise is exp of the mean change of a token's loss, whose one-sided bound is Student's t with
     the error of `evaluation.difference`: windows are paired, and texts are the samples if there
-    are several. A number of layers is only judged if the one before held, so that the confidence
+    are several. A number of layers is only judged if the one before held: then the confidence
     is that of the whole answer (tests in a fixed sequence: Maurer, Hothorn and Lehmacher 1995).
 
     Args:

@@ -238,7 +238,7 @@ class Trials:
         Args:
             candidates: positions, ascending.
             tick: called with 1 after every trial.
-            again: whether another round follows, so that states are worth storing.
+            again: whether another round follows; then states are worth storing.
 
         Raises:
             NotFiniteError: a loss is NaN or infinite.

@@ -26,10 +26,9 @@ from short_gpt.runtime.digest import weights_digest
 from short_gpt.runtime.errors import NotFiniteError
 from short_gpt.scoring.hooks import Scores, score
 from short_gpt.scoring.importance import Importance
-from short_gpt.scoring.run import Follow, ScoringRun
-from short_gpt.scoring.state import RunState
+from short_gpt.scoring.measuring import seconds_a_pass
+from short_gpt.scoring.run import Follow, RunState, ScoringRun
 from short_gpt.scoring.stopping import Stop, Verdict, check_sample
-from short_gpt.scoring.timing import seconds_a_pass
 from short_gpt.wrappers.scores_view import ScoresView
 
 

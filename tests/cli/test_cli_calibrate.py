@@ -11,8 +11,7 @@ from conftest import BYTE_VOCAB, make_transformer, save_checkpoint, write_byte_t
 
 from short_gpt import open_model
 from short_gpt.data import overlapping
-from short_gpt.jobs import Readings
-from short_gpt.jobs import calibrating as calibration
+from short_gpt.jobs import Readings, calibration
 from short_gpt.jobs.calibration import windows_apart
 
 WORDS = ("alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta")

@@ -11,7 +11,7 @@ import scipy.stats
 import torch
 from conftest import CharTokenizer, make_transformer, random_windows, zero_layer
 
-from short_gpt import ShortLlama, heal_refit
+from short_gpt import ShortLlama, heal_patch, heal_refit
 from short_gpt.cli.tables import compared
 from short_gpt.evaluation import TaskRun, TaskSuite, difference, losses, perplexity
 from short_gpt.jobs import Cases, Comparison, compare
@@ -36,7 +36,7 @@ def short(layers: int = 6) -> ShortLlama:
 @pytest.fixture(scope="module")
 def rows():
     comparison = Comparison(short(), CALIBRATION, EVALUATION)
-    return comparison.rows(list(METHODS), [1, 3], healings=["raw", "refit"])
+    return comparison.rows(list(METHODS), [1, 3], healings=["raw", "patched"])
 
 
 def test_a_refitted_row_is_the_refitted_model_and_leaves_it_as_it_was():
@@ -56,15 +56,16 @@ def test_there_is_a_row_for_every_method_number_and_healing(rows):
     raw = [(r.method, r.seed, r.n) for r in rows if r.healing == "raw"]
     seeds = [(m, s) for m in METHODS for s in (range(3) if m == "random" else [None])]
     assert raw == [("dense", None, 0), *((m, s, n) for m, s in seeds for n in (1, 3))]
-    refitted = [(r.method, r.seed, r.n) for r in rows if r.healing == "refit"]
-    assert refitted == raw[1:]
+    patched = [r for r in rows if r.healing == "patched"]
+    assert patched and all(0 not in r.layers for r in patched)
+    assert len(patched) == len([r for r in rows[1:] if r.healing == "raw" and 0 not in r.layers])
 
 
 def test_every_row_is_what_is_measured_by_hand(rows):
     for row in rows[::3]:
         model = short()
-        if row.healing == "refit":
-            heal_refit(model, row.layers, CALIBRATION, progress=False)
+        if row.healing == "patched":
+            heal_patch(model, row.layers, CALIBRATION, progress=False)
         elif row.n:
             model.remove_layers(row.layers)
         found = perplexity(model.decoder, [[w] for w in EVALUATION])
@@ -147,12 +148,12 @@ def test_the_model_is_left_as_it_was():
 
 
 def test_what_healing_brings_is_paired_with_the_same_layers_raw():
-    rows = Comparison(short(), CALIBRATION, EVALUATION).rows(["bi"], [2], healings=["refit"])
+    rows = Comparison(short(), CALIBRATION, EVALUATION).rows(["bi"], [2], healings=["patched"])
     model = short()
     model.remove_layers(rows[1].layers)
     raw = losses(model.decoder, EVALUATION, progress=False)
     model = short()
-    heal_refit(model, rows[1].layers, CALIBRATION, progress=False)
+    heal_patch(model, rows[1].layers, CALIBRATION, progress=False)
     expected = difference(raw, losses(model.decoder, EVALUATION, progress=False))
     assert rows[1].gain == pytest.approx(expected.nats, abs=1e-6)
     assert rows[1].gain_error == pytest.approx(expected.standard_error, rel=1e-3)
@@ -285,7 +286,7 @@ class Halved:
         return {"steps": self.steps}
 
 
-CASES = Cases(["bi", "sleb"], [1, 2], ["raw", "refit", "lora"], search_windows=2)
+CASES = Cases(["bi", "sleb"], [1, 2], ["raw", "patched", "lora"], search_windows=2)
 
 
 def test_one_call_gives_rows_agreement_metrics_and_keeps_a_state(tmp_path, monkeypatch):
@@ -300,7 +301,7 @@ def test_one_call_gives_rows_agreement_metrics_and_keeps_a_state(tmp_path, monke
         short(), CALIBRATION, EVALUATION, cases=CASES, lora=heal, tasks=TaskSuite("t"), state=path
     )
     by_hand = Comparison(short(), CALIBRATION, EVALUATION, few=2)
-    expected = by_hand.rows(["bi", "sleb"], [1, 2], healings=["raw", "refit"])
+    expected = by_hand.rows(["bi", "sleb"], [1, 2], healings=["raw", "patched"])
     shown = [(r.method, r.n, r.healing, r.layers) for r in result.rows if r.healing != "lora"]
     assert shown == [(r.method, r.n, r.healing, r.layers) for r in expected]
     healed = [r for r in result.rows if r.healing == "lora"]
@@ -386,7 +387,9 @@ def test_a_state_is_told_by_what_it_was_computed_from(what, tmp_path):
 
 
 def test_cases_name_what_there_is():
-    with pytest.raises(ValueError, match="no healing 'glue'; expected some of raw, patched"):
+    with pytest.raises(
+        ValueError, match="no healing 'glue'; expected some of raw, patched, refit, lora"
+    ):
         Cases(healings=["glue"])
     with pytest.raises(ValueError, match="`lora_only` is for `healing` lora or distill"):
         Cases(["bi"], [1], lora_only=[("bi", 1)])

@@ -92,11 +92,8 @@ def scores_of(*means: float) -> Importance:
     found, count = Importance.empty(range(len(means))), len(means)
     each = torch.tensor(means, dtype=torch.float64) + torch.tensor([[0.01], [0.03]] * 3)
     each[0, -1] += 0.12  # of one window, which makes the last layer's difference unsure
-    zeros = {"magnitude": (6, count), "norm": (6, count), "halves": (6, 2, count)}
-    zeros |= {name: (6, count + 1, count + 1) for name in ("angles", "token_angles")}
-    more = {name: torch.zeros(size) for name, size in zeros.items()}
-    tokens = torch.full((6,), 10.0)
-    found.add(Scores(tokens=tokens, influence=10 * each, **more), [0, 0, 1, 1, 2, 2])
+    tokens, angles = torch.full((6,), 10.0), torch.zeros(6, count + 1, count + 1)
+    found.add(Scores(tokens=tokens, influence=10 * each, angles=angles), [0, 0, 1, 1, 2, 2])
     return found
 
 
@@ -127,10 +124,8 @@ def test_pairs_of_the_list_are_borne_out_reversed_or_within_the_error() -> None:
 
 def test_from_one_window_no_order_follows() -> None:
     one = Importance.empty(range(2))
-    zeros = {"magnitude": (1, 2), "norm": (1, 2), "halves": (1, 2, 2)}
-    zeros |= {name: (1, 3, 3) for name in ("angles", "token_angles")}
-    more = {name: torch.zeros(size) for name, size in zeros.items()}
-    one.add(Scores(tokens=torch.ones(1), influence=torch.tensor([[0.1, 0.9]]), **more), [0])
+    influence, angles = torch.tensor([[0.1, 0.9]]), torch.zeros(1, 3, 3)
+    one.add(Scores(tokens=torch.ones(1), influence=influence, angles=angles), [0])
     order = bear_out([0, 1], one)
     assert [pair.verdict for pair in order.pairs] == ["within the error"]
     assert order.to_dict()["pairs"][0]["margin"] is None

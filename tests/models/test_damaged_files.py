@@ -44,7 +44,7 @@ from short_gpt.jobs import Scores
 from short_gpt.models.loading import load_tokenizer
 from short_gpt.runtime.errors import USER_ERRORS, MissingPackageError, ShortGPTError
 from short_gpt.runtime.state import StateFile
-from short_gpt.scoring.state import RunState
+from short_gpt.scoring.run import RunState
 from short_gpt.wrappers.streamed_weights import HFSource
 
 pytestmark = pytest.mark.filterwarnings("default")  # transformers' own

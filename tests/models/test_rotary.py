@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from short_gpt import ShortHFModel
 from short_gpt.models.decoder import alike, pad
-from short_gpt.models.rotary import longrope_limits
+from short_gpt.models.layer_config import longrope_limits
 
 SHORT, LONG = random_windows(1, 12)[0], random_windows(1, 30, seed=1)[0]
 LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}

@@ -314,11 +314,8 @@ def measured(seed: int = 0) -> Importance:
     each = each * (1 + 0.1 * torch.randn(windows, layers, generator=generator, dtype=torch.double))
     states = torch.arange(layers + 1)
     angles = 0.02 * (states[:, None] - states).abs().sqrt().expand(windows, -1, -1)
-    zeros = {"magnitude": (windows, layers), "norm": (windows, layers)}
-    zeros |= {"halves": (windows, 2, layers), "token_angles": (windows, layers + 1, layers + 1)}
-    more = {name: torch.zeros(size) for name, size in zeros.items()}
     tokens = torch.full((windows,), 64.0)
-    found.add(Scores(tokens=tokens, influence=each * 64, angles=angles, **more), [0, 1, 2] * 4)
+    found.add(Scores(tokens=tokens, influence=each * 64, angles=angles), [0, 1, 2] * 4)
     return found
 
 

@@ -11,6 +11,13 @@ import short_gpt
 from short_gpt.runtime.renamed import MOVED
 
 OLD_NAMES = {
+    "short_gpt.jobs.calibrating": ("Apart", "calibrate"),
+    "short_gpt.scoring.differences": ("difference_margins",),
+    "short_gpt.scoring.following": ("Following",),
+    "short_gpt.scoring.state": ("RunState",),
+    "short_gpt.scoring.timing": ("seconds_a_pass",),
+    "short_gpt.selection.found": ("Options", "Search"),
+    "short_gpt.selection.trials": ("Trials",),
     "short_gpt.experiments": ["Cases", "Comparison", "Row", "compare_with_paper"],
     "short_gpt.opening": ["OpenOptions", "open_model"],
     "short_gpt.report": ["draw_scores", "importance_bars", "perplexities", "results"],

@@ -7,9 +7,8 @@ import scipy.stats
 import torch
 
 from short_gpt.scoring.clusters import degrees_of_freedom
-from short_gpt.scoring.differences import difference_margins
 from short_gpt.scoring.hooks import Scores
-from short_gpt.scoring.importance import Importance
+from short_gpt.scoring.importance import Importance, difference_margins
 
 TOKENS = torch.tensor([10.0, 14.0, 6.0, 10.0, 12.0, 8.0])
 BASE = torch.tensor([0.1, 0.5, 0.2, 0.4, 0.3, 0.6])  # what moves all layers of a window
@@ -19,16 +18,11 @@ MEANS = torch.stack([BASE, BASE + torch.tensor([1, 3, 2, 2, 1, 3]) / 100, 1.5 * 
 def importance(texts: list[int] | None) -> Importance:
     """Six windows of three layers."""
     found, count = Importance.empty(range(3)), len(TOKENS)
-    zeros = torch.zeros
     found.add(
         Scores(
             tokens=TOKENS,
             influence=MEANS * TOKENS[:, None],
-            angles=zeros(count, 4, 4),
-            magnitude=zeros(count, 3),
-            norm=zeros(count, 3),
-            halves=zeros(count, 2, 3),
-            token_angles=zeros(count, 4, 4),
+            angles=torch.zeros(count, 4, 4),
         ),
         texts,
     )
@@ -76,8 +70,6 @@ def test_what_moves_both_layers_alike_cancels():
 
 def test_of_one_window_nothing_is_known():
     one = Importance.empty(range(2))
-    sizes = {"magnitude": (1, 2), "norm": (1, 2), "halves": (1, 2, 2), "token_angles": (1, 3, 3)}
-    more = {name: torch.zeros(size) for name, size in sizes.items()}
     angles = torch.zeros(1, 3, 3)
-    one.add(Scores(tokens=torch.ones(1), influence=torch.ones(1, 2), angles=angles, **more), [0])
+    one.add(Scores(tokens=torch.ones(1), influence=torch.ones(1, 2), angles=angles), [0])
     assert difference_margins(one).isnan().all()

@@ -6,8 +6,8 @@ import pytest
 from conftest import CharTokenizer, make_transformer, random_windows, zero_layer
 
 from short_gpt import ShortLlama
-from short_gpt.scoring import following
-from short_gpt.scoring.following import Following
+from short_gpt.scoring import run as following
+from short_gpt.scoring.run import Following
 from short_gpt.scoring.stopping import Stop
 
 

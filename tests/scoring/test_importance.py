@@ -31,8 +31,7 @@ from short_gpt.scoring.metrics import (
     block_influence,
     norms,
 )
-from short_gpt.scoring.run import ScoringRun
-from short_gpt.scoring.state import RunState
+from short_gpt.scoring.run import RunState, ScoringRun
 
 
 def stored_states(model, window: list[int]) -> list[Tensor]:
@@ -167,8 +166,7 @@ def test_standard_errors_are_those_of_window_means():
 def scores_of(tokens: Tensor, influence: Tensor) -> Scores:
     """Windows of so many tokens (B,) with these sums of Block Influences (B, L)."""
     B, L = influence.shape
-    zeros, square = torch.zeros(B, L), torch.zeros(B, L + 1, L + 1)
-    return Scores(tokens, influence, square, zeros, zeros, torch.zeros(B, 2, L), square)
+    return Scores(tokens, influence, torch.zeros(B, L + 1, L + 1))
 
 
 def test_the_error_of_ragged_windows_is_that_of_a_ratio():

@@ -19,7 +19,7 @@ from short_gpt import ShortGPTError, ShortLlama
 from short_gpt.cli.app import main
 from short_gpt.runtime.results import read_record
 from short_gpt.runtime.state import StateFile
-from short_gpt.scoring.state import RunState
+from short_gpt.scoring.run import RunState
 from short_gpt.scoring.stopping import Stop
 
 IDENTITY = {"model": "tiny", "data": "random", "seed": 0}

@@ -33,17 +33,8 @@ LAYERS = 8
 def scores(influence: Tensor, angles: Tensor | None = None) -> Scores:
     """Windows of 1 token with these Block Influences (B, L)."""
     B, L = influence.shape
-    zeros = torch.zeros(B, L)
     angles = torch.zeros(B, L + 1, L + 1) if angles is None else angles
-    return Scores(
-        torch.ones(B),
-        influence,
-        angles,
-        zeros,
-        zeros,
-        torch.zeros(B, 2, L),
-        torch.zeros_like(angles),
-    )
+    return Scores(torch.ones(B), influence, angles)
 
 
 def population(count: int = 400, gap: float = 0.03, seed: int = 0) -> Tensor:

@@ -22,9 +22,8 @@ def scored(*, all_tokens: bool = True) -> Importance:
     influence = torch.tensor([[0.9, 0.3, 0.5, 0.1, 0.4, 0.8]])
     magnitude = torch.tensor([[0.9, 0.8, 0.1, 0.2, 0.4, 0.8]])
     norm = torch.tensor([[1.0, 2.0, 9.0, 4.0, 5.0, 6.0]])
-    halves = torch.zeros(1, 2, 6)
-    tokens = torch.tensor([2])
-    sums.add(Scores(tokens, influence, angles, magnitude, norm, halves, everywhere))
+    metrics = torch.stack((magnitude, norm), dim=1)  # (1, 2, 6)
+    sums.add(Scores(torch.tensor([2]), influence, angles, metrics, token_angles=everywhere))
     return sums
 
 

@@ -34,7 +34,7 @@ from short_gpt.runtime import memory as memory_plan
 from short_gpt.runtime.memory import bytes_of
 from short_gpt.runtime.state import StateFile
 from short_gpt.scoring.importance import SUMS, Importance
-from short_gpt.scoring.state import RunState
+from short_gpt.scoring.run import RunState
 from short_gpt.scoring.stopping import Stop
 from short_gpt.wrappers import streamed_transformer
 from short_gpt.wrappers.streamed_decoder import StreamedDecoder

@@ -1,0 +1,215 @@
+"""What a config of transformers says of layers: its entries, and the proof that it makes the model.
+
+A removed layer changes every entry that lists or counts layers. Whether that suffices is proved by
+a twin: a model made anew from the config on the meta device, which has no weights and costs no
+memory. Where it differs from the model at hand, a saved copy would come back as another model.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from short_gpt.runtime.errors import ShortGPTError
+
+# Config entries that list layers by number. Entries with one value a layer need no list: they
+# are known by their length.
+NUMBERED = ("mlp_only_layers", "moe_layers", "full_attn_idxs")
+# Config entries that count the first layers, which are of another kind than those after them.
+LEADING = ("first_k_dense_replace", "num_dense_layers", "max_window_layers")
+# Config entries that say every how many layers one is of another kind: the list that they make
+# where it is not given, and what stands in it for that layer.
+EVERY = {
+    "sliding_window_pattern": ("layer_types", "full_attention"),
+    "_sliding_window_pattern": ("layer_types", "full_attention"),
+    "no_rope_layer_interval": ("no_rope_layers", 0),
+}
+Traits = dict[str, object]  # kinds, settings and shapes by name
+
+
+def layer_entries(config: Any, count: int) -> dict[str, Any]:
+    """What the config holds of single layers, by the names of its own attributes."""
+    count_name = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    entries: dict[str, Any] = {}
+    for name, value in vars(config).items():
+        # as many ends of text (eos_token_id) as layers are no list of layers
+        listed = isinstance(value, list | tuple) and "token" not in name
+        leading = name in LEADING and isinstance(value, int) and value < count
+        counted = isinstance(value, int) and (name == count_name or leading)
+        if counted or (listed and (name in NUMBERED or len(value) == count)):
+            entries[name] = value
+    if "attention_layers" in entries:  # GPT Neo's list, and the runs of it that make the list
+        entries |= {k: v for k, v in vars(config).items() if k == "attention_types"}
+    every = {k: v for k, v in vars(config).items() if k in EVERY and isinstance(v, int)}
+    return entries | {k: v for k, v in every.items() if EVERY[k][0] in entries and _kept(config, k)}
+
+
+def _kept(config: Any, name: str) -> bool:
+    """Whether a config that is read again has what was written; some classes put their own there.
+
+    So does `_sliding_window_pattern` of transformers 4, which nothing reads beside the list.
+    """
+    if not name.startswith("_"):
+        return True
+    written = {**config.to_dict(), name: None}
+    return getattr(type(config).from_dict(written), name, None) is None
+
+
+def cut_entries(
+    entries: dict[str, Any], keep: Sequence[int], *, declared: Collection[str] = ()
+) -> dict[str, Any]:
+    """The same entries for a model with only these layers.
+
+    Args:
+        entries: of `layer_entries`.
+        keep: numbers of the layers, ascending.
+        declared: entries whose types the config checks: one that no number says any more stays,
+            and the list that it would make goes before it; the others become None.
+    """
+    new_number = {old: new for new, old in enumerate(keep)}  # layers are numbered from 0 again
+    cut: dict[str, Any] = {}
+    for name, value in entries.items():
+        if name in EVERY:
+            listed, other = EVERY[name]
+            every = _every([entries[listed][i] == other for i in keep], value)
+            cut[name] = value if every is None and name in declared else every
+        elif name in LEADING:
+            cut[name] = sum(i < value for i in keep)  # of the leading ones, those that stay
+        elif isinstance(value, int):
+            cut[name] = len(keep)
+        elif name == "attention_types":
+            cut[name] = [[[entries["attention_layers"][i] for i in keep], 1]]
+        elif name in NUMBERED:
+            cut[name] = type(value)(new_number[i] for i in value if i in new_number)
+        else:
+            cut[name] = type(value)(value[i] for i in keep)
+    return cut
+
+
+def _every(other: Sequence[bool], before: int) -> int | None:
+    """Every how many layers one is of the other kind; None where no number says it.
+
+    The number before, if it still holds.
+    """
+    for period in (before, *range(1, len(other) + 2)):
+        if period and list(other) == [(i + 1) % period == 0 for i in range(len(other))]:
+            return period
+    return None
+
+
+def longrope_limits(config: Any) -> list[int]:
+    """Lengths beyond which LongRoPE (arXiv:2402.13753) takes its factors for long texts.
+
+    Args:
+        config: of the language model; its rotary settings may differ by kind of layer.
+
+    Returns:
+        No length for other rotary embeddings.
+    """
+    settings = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
+    if not isinstance(settings, dict):
+        return []
+    # one set for all layers, or one for each kind of layer (Gemma 3)
+    kinds = [settings, *(value for value in settings.values() if isinstance(value, dict))]
+    name = "original_max_position_embeddings"
+    outside = getattr(config, name, None) or config.max_position_embeddings
+    found = {kind.get(name) or outside for kind in kinds if _kind(kind) == "longrope"}
+    return sorted(found)
+
+
+def _kind(settings: dict[str, Any]) -> object:
+    return settings.get("rope_type", settings.get("type"))
+
+
+class Outline(NamedTuple):
+    """Kinds, settings and shapes of all that a config decides, by name; no weights.
+
+    ``layers`` holds one mapping for each layer, ``rest`` what is around them.
+    """
+
+    layers: list[Traits]
+    rest: Traits
+
+
+def outline(model: nn.Module, layers_path: str) -> Outline:
+    """The outline of a model, whose layers are at ``layers_path``."""
+    layers = model.get_submodule(layers_path)
+    inside = {id(module) for module in layers.modules()}  # the list itself, too
+    own = [(name, module) for name, module in model.named_modules() if id(module) not in inside]
+    rest: Traits = {}
+    for name, module in own:
+        rest |= _traits(name, module)
+    return Outline([_whole(layer) for layer in layers.children()], rest)
+
+
+def with_layers(whole: Outline, keep: Sequence[int]) -> Outline:
+    """The outline with only these of its layers."""
+    return Outline([whole.layers[i] for i in keep if i < len(whole.layers)], whole.rest)
+
+
+def twin_outline(model: Any, layers_path: str) -> Outline:
+    """The outline of the model that the saved config would make.
+
+    Raises:
+        ShortGPTError: the config makes none; the message says why.
+    """
+    config = model.config
+    try:
+        # as it would be saved and read; of a copy, because it keeps lists of what it is given
+        again = type(config).from_dict(copy.deepcopy(config.to_dict()))
+        with torch.device("meta"):
+            return outline(type(model)(again), layers_path)
+    except Exception as error:  # whatever a family's constructor stumbles over
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ShortGPTError(f"its config would make no model: {reason}") from None
+
+
+def differences(ours: Outline, theirs: Outline) -> list[str]:
+    """How the twin would differ from ours, in the twin's terms; none if in nothing."""
+    if len(ours.layers) != len(theirs.layers):
+        return [f"{len(theirs.layers)} layers, not {len(ours.layers)}"]
+    result = [f"{text} around the layers" for text in _differing(ours.rest, theirs.rest)]
+    for place, pair in enumerate(zip(ours.layers, theirs.layers, strict=True)):
+        result += [f"layer {place} of the rest with {text}" for text in _differing(*pair)]
+    return result
+
+
+def _whole(layer: nn.Module) -> Traits:
+    traits: Traits = {}
+    for name, module in layer.named_modules():
+        traits |= _traits(name, module)
+    return traits
+
+
+def _traits(name: str, module: nn.Module) -> Traits:
+    """Kind, plain settings and own shapes of one module."""
+    front = f"{name}." if name else ""
+    traits: Traits = {f"{front}kind": type(module).__name__}
+    for key, value in vars(module).items():
+        if _plain(value) and key != "training" and not key.startswith("_"):
+            traits[front + key] = value
+    for key, weight in module.named_parameters(recurse=False):
+        traits[front + key] = weight.shape
+    return traits
+
+
+def _plain(value: object) -> bool:
+    if isinstance(value, list | tuple):
+        return all(map(_plain, value))
+    return isinstance(value, bool | int | float | str | None)
+
+
+def _differing(ours: Traits, theirs: Traits) -> list[str]:
+    """Settings that ours lacks do not count, shapes that the twin lacks do."""
+    shapes = (n for n, v in ours.items() if isinstance(v, torch.Size) and n not in theirs)
+    result = [f"no {name}" for name in shapes]
+    for name, value in theirs.items():
+        absent = isinstance(value, torch.Size) and name not in ours
+        if absent or ours.get(name, value) != value:
+            shown = list(value) if isinstance(value, torch.Size) else value
+            result.append(f"{name} = {shown!r}")
+    return result

@@ -1,0 +1,87 @@
+"""A new metric takes the files that docs/add-a-metric.md names: a toy one, added as it says."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import BYTE_VOCAB, make_transformer, save_checkpoint, write_byte_tokenizer
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "add-a-metric.md").read_text(encoding="utf-8")
+# the toy metric by hand, on states that hooks of its own keep
+BY_HAND = """
+import torch
+from short_gpt import open_model
+from short_gpt.jobs import Answer, StridedCut, rank
+cut = StridedCut(32, 2)
+result = rank("ckpt", "book.txt", answer=Answer(2, "{name}"), cut=cut)
+short = open_model("ckpt", max_seq_len=32)
+windows = [list(w) for w in cut.windows([open("book.txt").read()], short.encode)]
+states, sums = [], torch.zeros(5).double()
+for layer in short.decoder.layers:
+    layer.register_forward_hook(lambda m, args, y: states.append((args[0], y)))
+with torch.no_grad():
+    for window in windows:
+        states.clear()
+        short.decoder.run(torch.tensor([window]))
+        sums += torch.stack([(y - x).norm(dim=-1).sum() for x, y in states]).double()
+means = sums / sum(map(len, windows))
+assert torch.allclose(result.importance.mean("{name}"), means, rtol=1e-5)
+assert result.layers == means.argsort()[:2].tolist()
+"""
+
+
+def inside(assignment: str) -> str:
+    """The lines between the brackets of a page's dictionary or tuple."""
+    return "".join(assignment.strip().splitlines(keepends=True)[1:-1])
+
+
+def added(folder: Path) -> list[str]:
+    """Follows the page in a copy of the library; the files that it changed."""
+    files = re.findall(r"^\d\. `([^`]+)`", PAGE, flags=re.M)
+    blocks = re.findall(r"```python\n(.*?)```", PAGE, flags=re.S)
+    equation, row = blocks[:2]
+    metrics, methods = folder / files[0], folder / files[1]
+    text = metrics.read_text()
+    head = "LAYER_METRICS: dict[str, Callable[[TokenProducts], Tensor]] = {\n"
+    assert text.count(head) == 1
+    function, entry = equation.rsplit("\n\n", 1)
+    metrics.write_text(text.replace(head, head + inside(entry)) + f"\n\n{function}\n")
+    text = methods.read_text()
+    assert text.count("REGISTRY = (\n") == 1
+    methods.write_text(text.replace("REGISTRY = (\n", "REGISTRY = (\n" + inside(row)))
+    return files
+
+
+@pytest.mark.parametrize("name", ["change"])
+def test_a_toy_metric_that_follows_the_page_ranks_prunes_and_is_kept(tmp_path, name):
+    for package in ("short_gpt", "llama"):
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / package, tmp_path / package, ignore=ignored)
+    files = added(tmp_path)
+    assert files[2:] == ["tests/selection/test_methods.py"] and len(files) == 3
+    write_byte_tokenizer(
+        save_checkpoint(tmp_path / "ckpt", make_transformer(vocab_size=BYTE_VOCAB))
+    )
+    (tmp_path / "book.txt").write_text("It was the best of times, it was the worst. " * 9)
+    place = {**os.environ, "PYTHONPATH": str(tmp_path)}
+
+    def run(*arguments: str) -> str:
+        command = [sys.executable, *arguments]
+        done = subprocess.run(command, cwd=tmp_path, env=place, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout
+
+    run("-c", BY_HAND.replace("{name}", name))
+    few = ("--data", "book.txt", "--size", "32", "--max_windows", "2", "--device", "cpu")
+    command = ("-m", "short_gpt")
+    out = run(*command, "rank", "ckpt", *few, "--n", "2", "--method", name, "--json", "s.json")
+    assert "smallest change" in out
+    run(*command, "prune", "ckpt", "small", "--scores", "s.json", "--n", "2")
+    assert (tmp_path / "small" / "params.json").is_file()
