@@ -11,7 +11,6 @@ import short_gpt
 from short_gpt.runtime.renamed import MOVED
 
 OLD_NAMES = {
-    "short_gpt.jobs.calibrating": ("Apart", "calibrate"),
     "short_gpt.scoring.differences": ("difference_margins",),
     "short_gpt.scoring.following": ("Following",),
     "short_gpt.scoring.state": ("RunState",),
