@@ -157,20 +157,16 @@ def picture(path: Path) -> None:
     plt.close(figure)
 
 
-GONE = "sleb_healed"  # a choice of the record whose search is no longer there
-
-
 def nearest() -> list[str]:
     """Where every method's choice stands among all sets, with 95% intervals over the windows."""
     found = result("optimality")
     quantile = student_t(0.975, found["windows"] - 1)  # every window is of another book
     lines = []
     for name, choice in found["choices"].items():
-        if name == GONE:
-            continue
         cells = []
-        own = choice["raw"]
-        cells += [own["rank"], interval(own["gap"], quantile * own["standard_error"])]
+        for kind in ("raw", "healed"):
+            own = choice[kind]
+            cells += [own["rank"], interval(own["gap"], quantile * own["standard_error"])]
         whole = found["checked"]["choices"][name]
         less = "0" if name == "sleb" else ""
         less = less or interval(whole["less_sleb"], quantile * whole["standard_error"])
@@ -182,7 +178,7 @@ def above(kind: str) -> dict[str, str]:
     """The choices whose interval lies above 0, against the set that is best on other windows."""
     found = result("optimality")
     quantile = student_t(0.975, found["windows"] - 1)
-    choices = {n: choice[kind] for n, choice in found["choices"].items() if n != GONE}
+    choices = {name: choice[kind] for name, choice in found["choices"].items()}
     gaps = {
         name: (own["gap_to_best_on_other_windows"], quantile * own["standard_error_of_that"])
         for name, own in choices.items()

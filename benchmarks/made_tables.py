@@ -288,8 +288,8 @@ def healed() -> str:
 
 
 TASKS = "| {} of 30 layers less | whole | as cut | refitted | refitted and distilled |"
-NEAREST = "| method | removes | rank as pruned | nats above the best (95%) "
-NEAREST += "| refitted, less sleb (95%) |"
+NEAREST = "| method | removes | rank as cut | nats above the best (95%) | rank refitted "
+NEAREST += "| nats above the best (95%) | refitted whole, less sleb (95%) |"
 SHORT = "| removed by | the 4 layers | perplexity | the 8 layers | perplexity | 8, patched "
 SHORT += "| 8, LoRA |"
 HEALINGS = "| healing | Block Influence, 4 less | Block Influence, 8 less "

@@ -1,10 +1,11 @@
 """How near choices come to the best set that there is, of every 4 of 12 layers; real small model.
 
-All 495 sets of 4 of the 12 layers of lowest Block Influence are judged on held-out chapters, as
-pruned. The methods choose among the same 12 on calibration chapters; of each choice the rank among
-the 495 is told, and how many nats it is from the best. The best of 495 is also the luckiest: so the
-same is told against the set that is best on all windows except the one that is judged on. The
-choices and some other sets are refitted, to see how far the loss as pruned tells of that refitted.
+All 495 sets of 4 of the 12 layers of lowest Block Influence are judged on held-out chapters, as cut
+and with the layers in front of gaps refitted (`gap_refit`, on calibration chapters). The
+methods choose among the same 12 on calibration chapters, and each choice is told its rank among the
+495 and how many nats it is from the best. The best of 495 is also the luckiest: so the same is told
+against the set that is best on all windows but the one that is judged on. Some sets are refitted
+whole as well, to see how far the cheap refit tells of the real one.
 
     python benchmarks/optimality.py --out benchmarks/results/optimality.json
 
@@ -21,7 +22,8 @@ from typing import Any
 import fire
 import torch
 from evolution import evolution
-from many_sets import ManySets
+from gap_refit import GapRefits
+from many_sets import ManySets, greedy_healed
 from outcome import begin, finish
 from scoring import build
 
@@ -34,6 +36,7 @@ from short_gpt.evaluation.sampling import Sample
 from short_gpt.healing import refit
 from short_gpt.jobs.cells import Cells
 from short_gpt.models.decoder import pad
+from short_gpt.models.numbering import runs
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.progress import bar
 from short_gpt.runtime.state import StateFile
@@ -43,7 +46,7 @@ from short_gpt.selection import choose
 Layers = tuple[int, ...]
 Windows = list[Any]
 MOST = 8  # windows to judge on
-KINDS = ("raw",)
+KINDS = ("raw", "healed")
 
 
 def main(
@@ -66,7 +69,7 @@ def main(
         size: tokens in a window.
         fitted: windows of calibration chapters to score layers and to refit on.
         searched: further ones, for the searches by loss.
-        checked: sets, evenly from the best to the worst, to refit beside those that
+        checked: sets, evenly from the best refitted to the worst, to refit whole beside those that
             were chosen; 0 refits none.
     """
     begin(out, overwrite=overwrite)
@@ -81,7 +84,7 @@ def main(
     low, chosen = choices(short, fit_on, search_on, n, among, cells)
     sets = list(itertools.combinations(sorted(low), n))
     every = sorted({*sets, *(tuple(sorted(layers)) for layers in chosen.values())})
-    found = judge(short, every, held[:judged], cells)
+    found = judge(short, every, fit_on, held[:judged], cells)
     result = summary(found, sets, chosen)
     refits = partial(refitted, short, fit_on, held[:judged], cells)
     result["checked"] = check(found, sets, chosen, checked, refits)
@@ -112,6 +115,9 @@ def choices(
     decoder = short.decoder
     search: dict[str, Callable[[], list[int]]] = {
         "sleb": lambda: short.search(search_on, n, candidates=low).removed,
+        "sleb_healed": lambda: greedy_healed(
+            decoder, search_on, n, GapRefits(decoder, *refit.held_apart(fit_on)), low
+        ),
         "evolution": lambda: evolution(decoder, search_on, n, low).removed,
     }
     chosen = {name: choose(short.importance, n, method=name) for name in ("bi", "angular")}
@@ -121,15 +127,19 @@ def choices(
 
 
 def judge(
-    short: ShortLlama, sets: Sequence[Layers], held: Windows, cells: Cells
+    short: ShortLlama, sets: Sequence[Layers], fit_on: Windows, held: Windows, cells: Cells
 ) -> dict[str, dict[Layers, list[Perplexity]]]:
     """The losses of every window by kind and set."""
+    mending = GapRefits(short.decoder, *refit.held_apart(fit_on))
+    gaps = {gap for layers in sets for gap in runs(layers, short.kept)}
     found: dict[str, dict[Layers, list[Perplexity]]] = {kind: {} for kind in KINDS}
     with bar("judging", total=len(held) * len(KINDS), unit="window", delay=0) as shown:
         for number, window in enumerate(held):
             for kind in KINDS:
                 name = f"{kind} {number}"
-                many = ManySets(short.decoder, sets)
+                if kind == "healed" and name not in cells:
+                    mending.prepare(gaps)
+                many = ManySets(short.decoder, sets, mending if kind == "healed" else None)
                 nats = cells.value(
                     name, lambda many=many, window=window: in_order(many, window, sets, short)
                 )
@@ -152,7 +162,7 @@ def summary(
     sets: Sequence[Layers],
     chosen: Mapping[str, list[int]],
 ) -> dict[str, Any]:
-    """Rank and gap of every choice, as pruned."""
+    """Rank and gap of every choice, as cut and refitted."""
     result: dict[str, Any] = {"best": {}, "choices": {}}
     for kind in KINDS:
         best = min(sets, key=lambda s: mean(found[kind][s]))
@@ -161,6 +171,8 @@ def summary(
         key = tuple(sorted(layers))
         rows = {kind: row(found[kind], sets, key) for kind in KINDS}
         result["choices"][name] = {"layers": layers, **rows}
+    both = [torch.tensor([mean(found[kind][s]) for s in sets]).double() for kind in KINDS]
+    result["rank_correlation_of_raw_with_healed"] = spearman(*both)
     return result
 
 
@@ -204,16 +216,16 @@ def check(
     count: int,
     refits: Callable[[Layers], list[Perplexity]],
 ) -> dict[str, Any]:
-    """Sets that are refitted: their losses as pruned and refitted."""
+    """Sets that are refitted whole: their losses as cut, refitted in front, and whole."""
     if not count:
         return {}
-    ranked = sorted(sets, key=lambda s: mean(found["raw"][s]))
+    ranked = sorted(sets, key=lambda s: mean(found["healed"][s]))
     places = [round(i * (len(ranked) - 1) / max(count - 1, 1)) for i in range(count)]
     ours = {name: tuple(sorted(layers)) for name, layers in chosen.items()}
     whole = {s: refits(s) for s in dict.fromkeys([*ours.values(), *(ranked[i] for i in places)])}
     rows = [[*(mean(found[kind][s]) for kind in KINDS), mean(parts)] for s, parts in whole.items()]
     columns = torch.tensor(rows).double().T
-    agree = {kind: spearman(columns[i], columns[-1]) for i, kind in enumerate(KINDS)}
+    agree = {kind: spearman(columns[i], columns[2]) for i, kind in enumerate(KINDS)}
     against = {}
     for name, layers in ours.items():
         change = difference(whole[ours["sleb"]], whole[layers])
@@ -222,7 +234,7 @@ def check(
     sets_of = [list(s) for s in whole]
     return {
         "sets": sets_of,
-        "raw, refit": rows,
+        "raw, healed, refit": rows,
         "rank_correlation": agree,
         "choices": against,
     }
@@ -264,16 +276,17 @@ def table(result: Mapping[str, Any]) -> str:
             apart += f" ({cell['standard_error_of_that']:.3f})"
             layers = str(sorted(found["layers"]))
             lines.append(f"  {name:<12}{layers:<20}{cell['rank']:>5}  {gap:>15}  {apart}")
+    lines.append(f"raw with healed: {result['rank_correlation_of_raw_with_healed']:.3f}")
     if not result["checked"]:
         return "\n".join(lines)
-    lines.append("refitted:")
+    lines.append("refitted whole:")
     for name, found in result["checked"]["choices"].items():
         less = f"{found['less_sleb']:+.3f} ({found['standard_error']:.3f})"
         lines.append(f"  {name:<12}{found['loss']:>8.4f}  less sleb {less}")
-    rows = zip(result["checked"]["sets"], result["checked"]["raw, refit"], strict=True)
+    rows = zip(result["checked"]["sets"], result["checked"]["raw, healed, refit"], strict=True)
     lines += [f"  {layers!s:<20}" + "".join(f"{x:>9.4f}" for x in cells) for layers, cells in rows]
     agree = result["checked"]["rank_correlation"]
-    return "\n".join([*lines, f"rank correlation with the refit: {agree}"])
+    return "\n".join([*lines, f"rank correlation with the whole refit: {agree}"])
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ from completions import leading, repetition, turn_losses
 from conftest import CharTokenizer, make_transformer, random_windows
 from drafts import Agreement
 from evolution import Account, evolution, evolve
-from many_sets import ManySets
+from gap_refit import GapRefits
+from many_sets import ManySets, greedy_healed
 from torch import Tensor, nn
 
 from llama.model import TransformerBlock
@@ -21,6 +22,7 @@ from short_gpt.evaluation.perplexity import perplexity
 from short_gpt.models.decoder import pad
 from short_gpt.models.layer_removal import without_layers
 from short_gpt.models.meta import MetaDecoder
+from short_gpt.models.numbering import runs
 
 WINDOWS = random_windows(2, 16)
 SETS = [*itertools.combinations((1, 2, 3, 5), 2), (1, 2, 3, 5)]
@@ -49,8 +51,11 @@ def test_evolution_runs_no_more_layers_than_the_greedy_search():
     assert found.evaluations <= most and {*found.removed} <= {2, 3, 4, 5}
 
 
-def test_many_sets_have_the_losses_of_each_alone(monkeypatch):
+def test_many_sets_have_the_losses_of_each_alone_also_healed(monkeypatch):
     decoder = MetaDecoder(make_transformer(n_layers=7))
+    mending = GapRefits(decoder, random_windows(8, 18, seed=3), random_windows(2, 18, seed=4))
+    mending.prepare({gap for layers in SETS for gap in runs(layers, range(7))})
+    healed = ManySets(decoder, SETS, mending).nats(*pad(WINDOWS, decoder))
     ran, plain = [], TransformerBlock.forward
     many = ManySets(decoder, SETS)
     with monkeypatch.context() as patch:
@@ -59,7 +64,16 @@ def test_many_sets_have_the_losses_of_each_alone(monkeypatch):
     assert len(ran) < 0.8 * sum(7 - len(layers) for layers in SETS)
     for layers in SETS:
         with without_layers(decoder, layers):
-            assert raw[layers] == pytest.approx(perplexity(decoder, [WINDOWS]).nats, rel=1e-6)
+            alone = perplexity(decoder, [WINDOWS]).nats
+        with mending.mended(runs(layers, range(7))), without_layers(decoder, layers):
+            mended = perplexity(decoder, [WINDOWS]).nats
+        assert raw[layers] == pytest.approx(alone, rel=1e-6)
+        assert healed[layers] == pytest.approx(mended, rel=1e-6) != raw[layers]
+    (first,) = greedy_healed(decoder, WINDOWS, 1, mending, [2, 3])
+    sets = {(i,): i for i in (2, 3)}
+    mending.prepare({(i, i) for i in (2, 3)})
+    losses = ManySets(decoder, [*sets], mending).nats(*pad(WINDOWS, decoder))
+    assert first == sets[min(losses, key=losses.get)]
 
 
 def test_drafts_are_accepted_up_to_the_first_disagreement():

@@ -1,6 +1,7 @@
 """Healing by LoRA: low-rank changes of the layers that stayed, trained and merged.
 
-After Gromov et al. (arXiv:2403.17887, appendix A), through peft and the Trainer of transformers.
+After Gromov et al. (arXiv:2403.17887, appendix A), through peft and the Trainer of transformers; in
+4 bits after QLoRA (Dettmers et al. 2023, arXiv:2305.14314).
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ class Recipe:
     Attributes:
         rank: of the changes.
         alpha: their scale times the rank; None is the rank.
-        dropout: in front of them.
+        dropout: before them.
         modules: ends of the names of the linear maps that change; None takes the MLP's.
         learning_rate: at its peak, after ``warmup`` steps; a half cosine to 0 follows.
         steps, warmup: optimizer steps.

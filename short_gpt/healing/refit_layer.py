@@ -79,7 +79,7 @@ class Batches:
         """Keeps the state leaving a layer; NotFiniteError where it is NaN or infinite."""
         if not state.isfinite().all():
             raise NotFiniteError(
-                f"the state behind the {index + 1}. layer is NaN or infinite; check the weights, "
+                f"the state leaving the {index + 1}. layer is NaN or infinite; check the weights, "
                 "or try another dtype"
             )
         states[batch] = state
@@ -236,7 +236,7 @@ class LayerRefit:
 
         def fitted() -> Iterator[Tokens]:
             for batch in batches:
-                with _seen_at(projection.matrix) as seen, self._attended(batch):
+                with seen_at(projection.matrix) as seen, self._attended(batch):
                     state = batches.run(self._index, self._entering[batch])  # (B, S, D)
                 inputs, outputs = seen[-1]
                 outputs = outputs.reshape(-1, outputs.shape[-1]).float()  # (N, D)
@@ -330,7 +330,7 @@ class KnownAttention:
 
 
 @contextmanager
-def _seen_at(module: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
+def seen_at(module: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
     """Copies of a module's inputs and outputs inside the block."""
     seen: list[tuple[Tensor, Tensor]] = []
 

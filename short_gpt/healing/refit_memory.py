@@ -28,7 +28,7 @@ class RefitPlan:
     Attributes:
         host: what the machine's memory holds, by what it is for.
         disk: what the files of states take while it runs; 0 where memory holds them.
-        room: left for what one layer alone needs of the windows, which else goes into a file, too.
+        room: left for what one layer alone needs of the windows; the rest goes into a file.
         windows: that are read.
     """
 
@@ -39,7 +39,7 @@ class RefitPlan:
 
     @property
     def total(self) -> int:
-        """The most that the process holds, but for what there is room for."""
+        """The most that the process holds, except what there is room for."""
         return sum(self.host.values())
 
     def describe(self) -> str:
@@ -96,7 +96,7 @@ def plan(
             f"max_memory {max_memory} is too little: the refit of this model needs at least "
             f"{shown(least, up=True)} ({parts})"
         )
-    # states of both models in front of a layer and behind it, and of the whole one between halves
+    # states of both models entering and leaving a layer, and of the original between sublayers
     disk = 5 * states + 2 * every * inputs * itemsize
     disk += fits * solved if folder is not None else 0
     if spilled:

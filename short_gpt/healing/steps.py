@@ -64,10 +64,10 @@ class LoraSettings:
 
 @dataclass(frozen=True)
 class DistillSettings(LoraSettings):
-    """Settings of LoRA on what the whole model predicts.
+    """Settings of LoRA on what the original model predicts.
 
     Attributes:
-        teacher: opens another model that predicts; None asks the model itself before its layers go.
+        teacher: opens another model that predicts; None asks the model before layers go.
         live: ask that other model in every step, and keep nothing on disk.
         top_k: tokens kept of each prediction.
         temperature: by which both models' logits are divided.
@@ -144,5 +144,5 @@ def check_order(steps: Sequence[tuple[str, bool]]) -> None:
     if late:
         raise ShortGPTError(
             f"{chain}: {late[0]} is fitted on the whole model, so nothing may heal before it; put "
-            "one closed form first, and training behind it"
+            "one closed form first, and training after it"
         )

@@ -178,7 +178,7 @@ class Teacher(Protocol):
         """What a resumed training must share with the earlier one, ready for JSON."""
 
     def targets(self, indices: Sequence[int], windows: Sequence[Window]) -> list[Targets]:
-        """What it predicts behind every token but the last of each of these windows.
+        """What it predicts after every token except the last of each of these windows.
 
         Args:
             indices: of the windows among all of training, then of validation.
@@ -214,7 +214,7 @@ class LiveTeacher:
 class CachedTeacher:
     """A teacher's predictions in a file that is mapped into memory.
 
-    They take 6 K + 2 bytes a token, and behind those of each window stands their digest.
+    They take 6 K + 2 bytes a token, and a digest follows those of each window.
 
     Args:
         folder: holds the predictions, or will: two files.
@@ -354,7 +354,7 @@ def _record(k: int) -> np.dtype:
 
 
 def _targets(logits: Tensor, k: int, temperature: float) -> Targets:
-    """What a window's logits (S, V) say of the tokens behind its first."""
+    """What a window's logits (S, V) say of the tokens after its first."""
     targets = Targets.of(logits[:-1], k, temperature)
     if targets.logs.isnan().any():
         raise NotFiniteError(

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 Window = Sequence[int]
 RECIPE = "recipe.json"  # which run the checkpoints belong to
 LAST = "trainer_state.json"  # what the Trainer writes last into a checkpoint
-DIGESTS = "digests.json"  # of a checkpoint's files, written behind them
+DIGESTS = "digests.json"  # of a checkpoint's files, written after them
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def train(adapted: PeftModel, run: TrainingRun) -> tuple[TrainerState, dict[str,
 
 
 def _finished(trainer: Trainer, folder: Path) -> bool:
-    """Whether all steps are done, for the Trainer would do one more; loads the best if so."""
+    """Whether all steps are done (the Trainer would do one more); loads the best if so."""
     from transformers import TrainerState
     from transformers.trainer_utils import get_last_checkpoint
 
@@ -410,7 +410,7 @@ def deterministic() -> Iterator[None]:
 
 @contextmanager
 def kept_config(adapted: PeftModel) -> Iterator[None]:
-    """The model's config as it was behind the block: the Trainer turns the cache off in it."""
+    """The model's config as it was after the block: the Trainer turns the cache off in it."""
     config = vars(adapted.get_base_model().config)
     before = dict(config)
     try:

@@ -6,12 +6,11 @@ Shapes: B windows, S tokens, D width of the stream, F width of the MLP.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from short_gpt.models.decoder import Decoder
 from short_gpt.models.families import ANY, Family, only_part
@@ -97,43 +96,6 @@ def replaced_output(module: nn.Module, change: Callable[[Tensor], Tensor]) -> It
         handle.remove()
 
 
-@torch.no_grad()
-def check_added(layer: nn.Module, args: Arguments, kwargs: Mapping[str, object]) -> None:
-    """Proves that a layer adds the output of its MLP to the stream, whole and as it is.
-
-    The layer runs twice, the second time with a random tensor added to what `mlp_output` gives:
-    its own output must change by that tensor. A norm after the MLP (Gemma 2, OLMo 2), a
-    factor (Granite) or a norm after the sum fails. In a parallel block (GPT-NeoX, Phi) the MLP
-    reads the block's input, and its output is still a summand: it passes.
-
-    Args:
-        layer: in evaluation mode.
-        args, kwargs: what the model calls it with.
-
-    Raises:
-        ShortGPTError: the output changed otherwise.
-    """
-    again = copied(args, kwargs)  # for the second run: the first may write over its state
-    before = first(layer(*args, **kwargs))
-    scale = before.float().pow(2).mean().sqrt().item()
-    # on the CPU: the same numbers on every device
-    generator = torch.Generator().manual_seed(0)
-    added = torch.randn(before.shape, generator=generator).mul_(scale)
-    added = added.to(before.device, before.dtype)  # (B, S, D), as large as the stream
-    # view_as: some MLPs flatten the windows, (B S, D)
-    with replaced_output(mlp_output(layer), lambda out: out + added.view_as(out)):
-        after = first(layer(*again[0], **again[1]))
-    off = (after.cpu().double() - before.cpu().double() - added.cpu().double()).abs()
-    # rounding is relative to what is added, and to what cancels in it
-    allowed = before.abs().cpu().double() + added.abs().cpu().double() + scale
-    worst = float((off / allowed).max())
-    if not worst <= 16 * torch.finfo(before.dtype).eps:
-        raise ShortGPTError(
-            f"{type(layer).__name__} does not add its MLP's output to the stream as it is (a norm "
-            f"or a factor comes between; off by {worst:.2g} of the stream): it cannot be folded"
-        )
-
-
 def first(output: Output) -> Tensor:
     """The state (B, S, D) in what a layer returns."""
     return output[0] if isinstance(output, tuple | list) else output
@@ -142,61 +104,6 @@ def first(output: Output) -> Tensor:
 def state_in(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     """The state (B, S, D) that a layer is called with: by place, or by name in some families."""
     return args[0] if args else kwargs["hidden_states"]
-
-
-def copied(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
-    """The same call with a copy of its state."""
-    state = state_in(args, kwargs).clone()
-    if args:
-        return (state, *args[1:]), dict(kwargs)
-    return args, {**kwargs, "hidden_states": state}
-
-
-class States(ExitStack):
-    """Hooks for one pass: states leaving layers, outputs of MLPs, and how layers were called.
-
-    All are copies: what runs after a hook may write over what it saw, as Falcon's layers do,
-    which add their attention to the tensor that the MLP gave.
-
-    Attributes:
-        behind: (B, S, D) by the layer's place.
-        mlp: (B, S, D) by the layer's place.
-        calls: positional and named arguments of the layers in front, by their place.
-    """
-
-    def __init__(self, layers: nn.ModuleList, fronts: set[int], ends: set[int]) -> None:
-        super().__init__()
-        mlps = {place: mlp_output(layers[place]) for place in fronts}  # raises before any hook
-        self.behind: dict[int, Tensor] = {}
-        self.mlp: dict[int, Tensor] = {}
-        self.calls: dict[int, Call] = {}
-
-        def enter(place: int) -> Callable[..., None]:
-            def hook(_: nn.Module, args: Arguments, kwargs: dict[str, object]) -> None:
-                self.calls[place] = copied(args, kwargs)
-
-            return hook
-
-        def keep(place: int) -> Callable[..., None]:
-            def hook(_: nn.Module, __: object, output: Output) -> None:
-                self.behind[place] = first(output).clone()
-
-            return hook
-
-        def note(place: int) -> Callable[..., None]:
-            def hook(_: nn.Module, __: object, output: Output) -> None:
-                self.mlp[place] = first(output).clone()
-
-            return hook
-
-        for place in ends:
-            self._hook(layers[place].register_forward_hook(keep(place)))
-        for place in fronts:
-            self._hook(layers[place].register_forward_pre_hook(enter(place), with_kwargs=True))
-            self._hook(mlps[place].register_forward_hook(note(place)))
-
-    def _hook(self, handle: RemovableHandle) -> None:
-        self.callback(handle.remove)
 
 
 def output_form(decoder: Decoder) -> tuple[Tensor, Callable[[Tensor], object]]:

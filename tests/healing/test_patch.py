@@ -12,7 +12,7 @@ from families import FAMILIES, make
 from short_gpt.healing import PatchSettings, heal_patch, refit
 from short_gpt.healing.refit import Refit, fold
 from short_gpt.models.layer_calls import LayerCalls
-from short_gpt.models.layer_hooks import check_added, mlp_output
+from short_gpt.models.layer_hooks import mlp_output
 from short_gpt.models.numbering import runs
 from short_gpt.wrappers.short_hf import ShortHFModel
 from short_gpt.wrappers.short_llama import ShortLlama
@@ -176,46 +176,6 @@ def test_an_output_projection_that_cannot_be_read_is_refused():
     layer.mlp.down_proj.weight = eight_bit
     with pytest.raises(ValueError, match="is Linear of torch.int8; expected one plain matrix"):
         mlp_output(layer)
-
-
-def test_the_proof_sees_a_norm_however_small_the_mlp():
-    layer = make("gemma2").model.layers[1]
-    with torch.no_grad():
-        layer.mlp.down_proj.weight.mul_(1e-9)
-    calls = []
-    hook = layer.register_forward_hook(lambda m, a, k, out: calls.append((a, k)), with_kwargs=True)
-    model = make("gemma2")
-    model.model.layers[1] = layer
-    model(TOKENS, use_cache=False)
-    hook.remove()
-    with pytest.raises(ValueError, match="does not add"):
-        check_added(layer, *calls[0])
-
-
-def called() -> tuple[torch.nn.Module, tuple]:
-    """A layer, and what its model calls it with."""
-    model, calls = make("llama"), []
-    layer = model.model.layers[1]
-    hook = layer.register_forward_hook(lambda m, a, k, out: calls.append((a, k)), with_kwargs=True)
-    model(TOKENS, use_cache=False)
-    hook.remove()
-    return layer, calls[0]
-
-
-@pytest.mark.parametrize("factor", [0.999, 1.0001])
-def test_the_proof_sees_a_factor_near_one(factor):
-    layer, call = called()
-    check_added(layer, *call)
-    layer.mlp.register_forward_hook(lambda m, a, out: factor * out)
-    with pytest.raises(ValueError, match="does not add its MLP's output to the stream as it is"):
-        check_added(layer, *call)
-
-
-def test_the_proof_refuses_what_is_no_number():
-    layer, call = called()
-    layer.mlp.register_forward_hook(lambda m, a, out: out * float("nan"))
-    with pytest.raises(ValueError, match="off by nan of the stream"):
-        check_added(layer, *call)
 
 
 def test_a_patch_whose_layers_cannot_go_leaves_the_weights_alone(monkeypatch):

@@ -305,7 +305,7 @@ def test_what_cannot_be_is_refused_in_one_line():
         fold(short, refit)
     with torch.no_grad():
         short.decoder.layers[2].feed_forward.w1.weight.fill_(float("nan"))
-    with pytest.raises(FloatingPointError, match="behind the 3. layer is NaN"):
+    with pytest.raises(FloatingPointError, match="leaving the 3. layer is NaN"):
         fit(short, [3], WINDOWS, progress=False)
 
 

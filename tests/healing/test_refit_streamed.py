@@ -327,6 +327,18 @@ def test_the_state_of_another_refit_is_refused_by_name(changes, named, tmp_path)
     assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
 
+def test_the_folder_of_an_earlier_version_is_refused_by_name(tmp_path):
+    """Its states have other names and its settings were fewer: nothing of it is read."""
+    with interrupted(LayerRefit, "solve", 1):
+        fit(memory(), LAYERS, WINDOWS, work_dir=tmp_path, **QUIET)
+    record = json.loads((tmp_path / "refit.json").read_text())
+    del record["run"]["where"]
+    (tmp_path / "refit.json").write_text(json.dumps(record))
+    (tmp_path / "original.0").rename(tmp_path / "whole.0")
+    with pytest.raises(ValueError, match=r"refit\.json is the state of another version of"):
+        fit(memory(), LAYERS, WINDOWS, work_dir=tmp_path, **QUIET)
+
+
 def test_what_one_layer_needs_goes_into_a_file_where_there_is_no_room(tmp_path, monkeypatch):
     expected = fit(memory(), LAYERS, WINDOWS, **QUIET)
     monkeypatch.setattr(refit_memory, "free_memory", lambda: 0)
