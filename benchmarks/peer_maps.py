@@ -37,7 +37,7 @@ from short_gpt.data import demo
 from short_gpt.evaluation import Perplexity, difference, losses, together
 from short_gpt.jobs import Row, Shares
 from short_gpt.models.decoder import pad
-from short_gpt.models.layer_hooks import States, replaced_output
+from short_gpt.models.layer_hooks import Output, first, replaced_output
 from short_gpt.models.numbering import check_layers, runs
 from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
 from short_gpt.runtime.progress import bar
@@ -213,11 +213,18 @@ def _read(
 ) -> None:
     """Adds a window's states in front of gaps and behind them."""
     tokens, _ = pad([window], short.decoder)
-    seen = States(short.decoder.layers, set(), {p for start, end in gaps for p in (start - 1, end)})
-    with seen:
+    places = {p for start, end in gaps for p in (start - 1, end)}
+    leaving: dict[int, Tensor] = {}
+    with ExitStack() as hooks:
+        for place in places:
+
+            def keep(_: object, __: object, output: Output, place: int = place) -> None:
+                leaving[place] = first(output).clone()  # layers may write over it later
+
+            hooks.callback(short.decoder.layers[place].register_forward_hook(keep).remove)
         short.decoder.run(tokens)
     for gap in gaps:
-        before, behind = (seen.behind[place][0].cpu() for place in (gap[0] - 1, gap[1]))  # (S, D)
+        before, behind = (leaving[place][0].cpu() for place in (gap[0] - 1, gap[1]))  # (S, D)
         if not (before.isfinite().all() and behind.isfinite().all()):
             raise NotFiniteError(f"a state around layers {gap[0]} to {gap[1]} is NaN or infinite")
         if gap not in sums:

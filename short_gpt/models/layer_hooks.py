@@ -1,4 +1,4 @@
-"""Inside a layer: the maps that end its halves, and hooks around it.
+"""Inside a layer: the output projections of its sublayers, and hooks around it.
 
 Shapes: B windows, S tokens, D width of the stream, F width of the MLP.
 """
@@ -6,18 +6,17 @@ Shapes: B windows, S tokens, D width of the stream, F width of the MLP.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from short_gpt.models.decoder import Decoder
 from short_gpt.models.families import ANY, Family, only_part
 from short_gpt.runtime.errors import ShortGPTError
 
-# What a layer returns: its state (B, S, D), by itself or in front of others.
+# What a layer returns: its state (B, S, D), by itself or before others in a tuple.
 Output = Tensor | tuple[Tensor, ...] | list[Tensor]
 Arguments = tuple[object, ...]
 Call = tuple[Arguments, dict[str, object]]  # what a layer was called with, by place and by name
@@ -107,61 +106,6 @@ def state_in(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     return args[0] if args else kwargs["hidden_states"]
 
 
-def copied(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
-    """The same call with a copy of its state."""
-    state = state_in(args, kwargs).clone()
-    if args:
-        return (state, *args[1:]), dict(kwargs)
-    return args, {**kwargs, "hidden_states": state}
-
-
-class States(ExitStack):
-    """Hooks for one pass: states behind layers, outputs of MLPs, and how layers were called.
-
-    All are copies: what runs behind a hook may write over what it saw, as Falcon's layers do,
-    which add their attention to the tensor that the MLP gave.
-
-    Attributes:
-        behind: (B, S, D) by the layer's place.
-        mlp: (B, S, D) by the layer's place.
-        calls: positional and named arguments of the layers in front, by their place.
-    """
-
-    def __init__(self, layers: nn.ModuleList, fronts: set[int], ends: set[int]) -> None:
-        super().__init__()
-        mlps = {place: mlp_output(layers[place]) for place in fronts}  # raises before any hook
-        self.behind: dict[int, Tensor] = {}
-        self.mlp: dict[int, Tensor] = {}
-        self.calls: dict[int, Call] = {}
-
-        def enter(place: int) -> Callable[..., None]:
-            def hook(_: nn.Module, args: Arguments, kwargs: dict[str, object]) -> None:
-                self.calls[place] = copied(args, kwargs)
-
-            return hook
-
-        def keep(place: int) -> Callable[..., None]:
-            def hook(_: nn.Module, __: object, output: Output) -> None:
-                self.behind[place] = first(output).clone()
-
-            return hook
-
-        def note(place: int) -> Callable[..., None]:
-            def hook(_: nn.Module, __: object, output: Output) -> None:
-                self.mlp[place] = first(output).clone()
-
-            return hook
-
-        for place in ends:
-            self._hook(layers[place].register_forward_hook(keep(place)))
-        for place in fronts:
-            self._hook(layers[place].register_forward_pre_hook(enter(place), with_kwargs=True))
-            self._hook(mlps[place].register_forward_hook(note(place)))
-
-    def _hook(self, handle: RemovableHandle) -> None:
-        self.callback(handle.remove)
-
-
 def output_form(decoder: Decoder) -> tuple[Tensor, Callable[[Tensor], object]]:
     """What the decoder's layers return, told by running one token.
 
@@ -186,7 +130,7 @@ def output_form(decoder: Decoder) -> tuple[Tensor, Callable[[Tensor], object]]:
 @contextmanager
 def patched_forward(layer: nn.Module, forward: Callable[..., object]) -> Iterator[None]:
     """A layer that does something else inside a ``with`` block."""
-    own = vars(layer).get("forward")
+    own = vars(layer).get("forward")  # of the instance, such as one patched before
     layer.forward = forward
     try:
         yield

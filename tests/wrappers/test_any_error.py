@@ -12,7 +12,6 @@ from families import make
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from short_gpt.healing import heal_patch
-from short_gpt.models.layer_hooks import States
 from short_gpt.models.meta import MetaDecoder
 from short_gpt.wrappers.short_hf import ShortHFModel
 from short_gpt.wrappers.short_llama import ShortLlama
@@ -133,11 +132,3 @@ def test_metas_layers_have_their_numbers_again_where_one_takes_none():
     assert list(decoder.layers) == layers
     assert [layer.layer_id for layer in layers] == [0, 1, 2, 3, 4]
     assert decoder.model.n_layers == decoder.model.params.n_layers == 5
-
-
-def test_hooks_are_all_set_or_none():
-    layers = make("llama").model.layers
-    del layers[3].mlp.down_proj
-    with pytest.raises(ValueError, match="no single linear map"):
-        States(layers, {1, 3}, {1, 3})
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in layers.modules())
