@@ -258,13 +258,13 @@ class Visit(NamedTuple):
     """A kept layer that windows pass.
 
     Attributes:
-        layer_index: in the decoder.
+        layer: its index in the decoder.
         next_kept: that of the next kept layer.
         solved: whether its output projections are.
         copied: whether the original model's states enter it, and not those of the pruned model.
     """
 
-    layer_index: int
+    layer: int
     next_kept: int
     solved: bool
     copied: bool
@@ -312,7 +312,7 @@ def _solve(
         shown = stack.enter_context(bar(title, total=total, unit="layer", show=progress))
         stack.callback(calls.close)
         batches = Batches(calls, state, shapes, apart, plan.room, shown.update)
-        _embed(batches, tokens, range(visits[0].layer_index))
+        _embed(batches, tokens, range(visits[0].layer))
         refused = _solve_layers(batches, visits, short.kept, settings)
     state.finish()
     return refused
@@ -373,7 +373,7 @@ def _solve_layers(
 def _passes(visits: Sequence[Visit], state: RefitState) -> int:
     """Layers of either model that a window has still to pass."""
     rest = visits[state.done :]
-    first = rest[0].layer_index if state.done else 0
+    first = rest[0].layer if state.done else 0
     return visits[-1].next_kept - first + sum(visit.solved for visit in rest)
 
 

@@ -15,7 +15,6 @@ from dataclasses import asdict
 from hashlib import sha256
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -173,7 +172,7 @@ class RefitState:
             self._continue(folder)
 
     def _continue(self, folder: Path) -> None:
-        content: dict[str, Any] | None = self._file.content
+        content = self._file.content
         if content is None:
             return
         self.done, self.fits = content["done"], [Fit(**fit) for fit in content["fits"]]
