@@ -131,7 +131,7 @@ class HealingJob:
             ShortGPTError: it is more than there is, or than a streamed model may take.
         """
         for step in self.steps:
-            if isinstance(step, RefitSettings):
+            if isinstance(step, RefitSettings) and step.where == "all":
                 return step.plan(self.short, self.windows, self.work_dir).describe()
         return None
 

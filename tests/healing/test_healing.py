@@ -556,7 +556,7 @@ def test_several_shards_are_refused(tmp_path):
     directory = save_checkpoint(tmp_path / "two", model, shards=2)
     write_byte_tokenizer(directory)
     short = ShortLlama(SimpleNamespace(model=model, tokenizer=CharTokenizer()))
-    patch(short, [3], TRAINING, progress=False)
+    patch(short, [3], TRAINING, held=TRAINING, progress=False)
     with pytest.raises(ValueError, match="has 2 shards; changed weights are written to one"):
         short.save(tmp_path / "out", ckpt_dir=directory)
     assert [p.name for p in tmp_path.iterdir()] == ["two"]
@@ -726,8 +726,9 @@ def test_heal_refuses_before_it_works(books, capsys):
 
 
 def test_a_healing_that_makes_it_worse_says_so(books, capsys):
-    arguments = ("--layers", "2", "--method", "patch", "--max_windows", 1)
-    arguments += ("--ridge", 1e-12)  # 32 tokens for 32 x 32
+    Path("odd.txt").write_text("zqzq qzzq " * 200)  # of which the evaluation has nothing
+    arguments = ("--layers", "2", "--method", "patch", "--data", "odd.txt", "--ridge", 1e-6)
+    arguments += ("--eval_data", "books/3.txt")
     run("heal", "dense", "out", *SMALL, *arguments, "--json", "worse.json")
     assert "WORSE: on held-out text the healed model predicts worse" in capsys.readouterr().out
     result = json.loads(Path("worse.json").read_text())["result"]

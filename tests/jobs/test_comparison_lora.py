@@ -13,6 +13,7 @@ from short_gpt import heal_refit
 from short_gpt.data.windows import windows
 from short_gpt.evaluation import losses
 from short_gpt.healing import lora, refit
+from short_gpt.healing.refit_state import RefitState
 from short_gpt.jobs import DistillHealing, LoraHealing, LoraSettings
 from short_gpt.wrappers.opening import OpenOptions, open_model
 
@@ -155,20 +156,22 @@ def test_distillation_starts_from_the_refit(healing, monkeypatch):
 def test_a_refit_is_not_done_again_where_training_was_interrupted(healing, monkeypatch, tmp_path):
     distill = refitted(healing, open_model(healing.source, device="cpu"))
     folder, plain, solved = tmp_path / "state.distill-1", lora.heal, []
-    whole, run = distill([1, 3]), refit._run
+    whole, run = distill([1, 3]), refit._solve
 
     def interrupted(*args, resume, **options):
         plain(*args, resume=resume, **options)
         if not resume:
             raise KeyboardInterrupt
 
-    def watched(short, work, *rest):
-        before = len(work.state.fits)
-        run(short, work, *rest)
-        solved.append((before, len(work.state.fits)))
+    def watched(*given):
+        state = next(each for each in given if isinstance(each, RefitState))
+        before = len(state.fits)
+        refused = run(*given)
+        solved.append((before, len(state.fits)))
+        return refused
 
     monkeypatch.setattr(lora, "heal", interrupted)
-    monkeypatch.setattr(refit, "_run", watched)
+    monkeypatch.setattr(refit, "_solve", watched)
     with pytest.raises(KeyboardInterrupt):
         distill([1, 3], folder)
     continued = distill([3, 1], folder)  # the same set, of another method
