@@ -6,6 +6,7 @@ import ast
 import sys
 from collections.abc import Callable
 from importlib import import_module
+from importlib.util import find_spec
 
 
 def lazy(package: str) -> tuple[Callable[[str], object], Callable[[], list[str]]]:
@@ -29,10 +30,13 @@ def lazy(package: str) -> tuple[Callable[[str], object], Callable[[], list[str]]
     homes = {a.asname or a.name: (str(n.module), a.name) for n in imports for a in n.names}
 
     def __getattr__(name: str) -> object:
-        if name not in homes:
+        if name in homes:
+            module, own = homes[name]
+            value = getattr(import_module(module), own)
+        elif not name.startswith("_") and find_spec(f"{package}.{name}"):
+            value = import_module(f"{package}.{name}")  # as if all had been imported at once
+        else:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        module, own = homes[name]
-        value = getattr(import_module(module), own)
         vars(sys.modules[package])[name] = value  # asked for once
         return value
 

@@ -45,11 +45,11 @@ else:
     _new, __dir__ = lazy(__name__)
 
     def __getattr__(name):
-        if name in __dir__():
+        if name in __dir__() or name.startswith("_"):
             return _new(name)
-        from short_gpt.jobs.renamed import old
+        from short_gpt.jobs.renamed import OLD, old
 
-        return old(name)
+        return old(name) if name in OLD else _new(name)
 
 
 __all__ = [

@@ -66,9 +66,7 @@ OLD = {
 
 
 def old(name: str) -> object:
-    """What an old name stands for; AttributeError if it is none."""
-    if name not in OLD:
-        raise AttributeError(f"module 'short_gpt.jobs' has no attribute {name!r}")
+    """What an old name of `OLD` stands for."""
     new, made = OLD[name]
     message = f"short_gpt.jobs.{name} is now {new}: import that from short_gpt.jobs"
     warnings.warn(message, DeprecationWarning, stacklevel=3)

@@ -39,6 +39,12 @@ def test_a_lazy_package_has_the_names_that_it_lists(package):
         module.nothing  # noqa: B018
 
 
+def test_modules_are_reached_without_an_import_of_their_own():
+    code = "import short_gpt; print(short_gpt.healing.refit, short_gpt.jobs.published.published)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "short_gpt.healing.refit" in done.stdout and "function published" in done.stdout
+
+
 @pytest.mark.parametrize("name", OLD)
 def test_an_old_name_of_a_setting_works_and_names_the_new_one(name):
     new, _ = OLD[name]
