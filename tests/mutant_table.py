@@ -846,7 +846,7 @@ HEALING = (
         ),
     ),
     Section(
-        "short_gpt/wrappers/streamed_layers.py",
+        "short_gpt/wrappers/streamed_transformer.py",
         "tests/healing/test_refit_streamed.py",
         (
             (
@@ -1384,7 +1384,7 @@ CHECKPOINTS = (
 BIT_FOR_BIT = "test_a_meta_directory_gives_the_scores_of_the_model_in_memory_bit_for_bit"
 STREAMING = (
     Section(
-        "short_gpt/wrappers/streamed_batch.py",
+        "short_gpt/wrappers/streamed_transformer.py",
         "tests/wrappers/test_streaming.py",
         (
             (
@@ -1404,8 +1404,8 @@ STREAMING = (
                 f"{BIT_FOR_BIT}[one file]",
             ),
             (
-                "(place >= 0) & (place < len(weight))",
-                "(place < len(weight))",
+                "(row >= 0) & (row < len(weight))",
+                "(row < len(weight))",
                 f"{BIT_FOR_BIT}[one file]",
             ),
             (
