@@ -886,8 +886,8 @@ HEALING = (
                 "test_a_directory_that_is_not_the_healed_model_is_not_written",
             ),
             (
-                "replaced=new,",
-                "replaced=None,",
+                "replaced=new)",
+                "replaced=None)",
                 "test_one_layer_at_a_time_gives_the_matrices_of_the_model_in_memory[meta]",
             ),
             (
@@ -1685,7 +1685,7 @@ PROOFS = (
         ),
     ),
     Section(
-        "short_gpt/checkpoints/from_model.py",
+        "short_gpt/checkpoints/provenance.py",
         "tests/checkpoints/test_provenance.py",
         (
             (
@@ -1836,7 +1836,7 @@ PROOFS = (
         (
             (
                 """            with _as_stored(short, checkpoint.shards[0]):
-                verify(partial)""",
+                target.prove(partial)""",
                 "            pass",
                 "test_a_patched_meta_checkpoint_is_proved_before_it_is_there",
             ),
@@ -1901,6 +1901,12 @@ GGUF_FILES = (
                 "if False",
                 "test_what_was_written_wrong_never_takes_its_place",
             ),
+        ),
+    ),
+    Section(
+        "short_gpt/checkpoints/target.py",
+        "tests/checkpoints/test_gguf.py",
+        (
             (
                 "return RECORD in read_header(path).fields",
                 "return True",
@@ -1909,7 +1915,7 @@ GGUF_FILES = (
         ),
     ),
     Section(
-        "short_gpt/checkpoints/gguf_save.py",
+        "short_gpt/checkpoints/gguf.py",
         "tests/checkpoints/test_gguf_save.py",
         (
             (
@@ -1918,8 +1924,8 @@ GGUF_FILES = (
                 "test_every_weight_goes_back_to_where_it_came_from",
             ),
             (
-                "kind = writable(place.kind, place.shape)",
-                "kind = writable(8, place.shape)",
+                "kind = writable(before.kind, before.shape)",
+                "kind = writable(8, before.shape)",
                 "test_changed_tensors_keep_their_type_where_it_can_be_written",
             ),
             (
@@ -2073,8 +2079,8 @@ GGUF_FILES = (
         "tests/cli/test_cli_gguf.py",
         (
             (
-                "_put_in_place(converted, partial, pruned, source, card=False)",
-                "_put_in_place(converted, partial, pruned, source, card=True)",
+                'write_provenance(partial, record, card=kind == "meta")',
+                "write_provenance(partial, record, card=True)",
                 "test_prune_writes_metas_format_from_gguf",
             ),
         ),

@@ -1,8 +1,10 @@
-"""What a source of weights is, told by its name and by what lies there."""
+"""What a source of weights is: found once by its name and by what lies there, and handed on."""
 
 from __future__ import annotations
 
+import os
 import re
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Literal
@@ -10,22 +12,55 @@ from typing import Literal
 Kind = Literal["meta", "hf", "gguf", "hub"]
 
 
-def kind_of(source: str | PathLike[str]) -> Kind:
-    """What a source of weights is.
+@dataclass(frozen=True)
+class Source(os.PathLike[str]):
+    """A source of weights whose format is known; it stands for its name wherever a path may.
+
+    Attributes:
+        name: a path, or the name of a model on the hub.
+        kind: its format, as in `find_source`.
+    """
+
+    name: str
+    kind: Kind
+
+    @property
+    def path(self) -> Path:
+        return Path(self.name)
+
+    def __fspath__(self) -> str:
+        return self.name
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def find_source(name: str | PathLike[str]) -> Source:
+    """The source of this name, with its kind; a `Source` is returned as it is.
 
     Args:
-        source: a path, or the name of a model on the hub.
+        name: a path, or the name of a model on the hub.
 
     Returns:
-        ``"meta"``: a directory in Meta's format (``params.json``, which wins where both lie).
-        ``"hf"``: a directory in Hugging Face's format (``config.json``).
-        ``"gguf"``: a GGUF file.
-        ``"hub"``: nothing here, but a name like ``owner/name`` that the hub may know. A bare name
-        is taken for a mistyped directory.
+        A source of kind ``"meta"``: a directory in Meta's format (``params.json``, which wins
+        where both lie). ``"hf"``: a directory in Hugging Face's format (``config.json``).
+        ``"gguf"``: a GGUF file. ``"hub"``: nothing here, but a name like ``owner/name`` that the
+        hub may know; a bare name is taken for a mistyped directory.
 
     Raises:
         FileNotFoundError: it looks like a path and does not exist, or a directory is no model.
+
+    Example:
+        >>> find_source("meta-llama/Llama-2-7b-hf")
+        Source(name='meta-llama/Llama-2-7b-hf', kind='hub')
     """
+    return name if isinstance(name, Source) else Source(str(name), kind_of(name))
+
+
+def kind_of(source: str | PathLike[str]) -> Kind:
+    """The kind of a source; arguments, kinds and errors as in `find_source`."""
+    if isinstance(source, Source):
+        return source.kind
     path = Path(str(source))
     if is_gguf(source):
         if not path.is_file():
@@ -48,7 +83,6 @@ def _kind_of_directory(path: Path) -> Literal["meta", "hf"]:
 
 
 def _kind_of_name(name: str) -> Literal["hub"]:
-    """That of a name on the hub; FileNotFoundError for what looks like a path."""
     if Path(name).exists():
         raise FileNotFoundError(f"{Path(name)} is a file; expected a checkpoint directory or .gguf")
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
@@ -58,14 +92,16 @@ def _kind_of_name(name: str) -> Literal["hub"]:
 
 def is_gguf(source: str | PathLike[str]) -> bool:
     """Whether a name is that of a GGUF file, which need not be there."""
+    if isinstance(source, Source):
+        return source.kind == "gguf"
     return str(source).endswith(".gguf") and not Path(str(source)).is_dir()
 
 
 def is_meta(source: str | PathLike[str]) -> bool:
-    """Whether a source is a directory in Meta's format; errors as of `kind_of`."""
+    """Whether a source is a directory in Meta's format; errors as of `find_source`."""
     return kind_of(source) == "meta"
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name could be that of a model on the hub, with its owner in front or without."""
+    """Whether a name could be that of a model on the hub, with or without its owner."""
     return bool(re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name)) and not Path(name).exists()

@@ -8,9 +8,11 @@ elsewhere the cut is refused, and where scores are at hand with the best set tha
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from llama.formats.gguf_header import ARRAY, Record
 from llama.formats.gguf_parts import GGUFParts
@@ -77,6 +79,11 @@ class Stack:
         if not isinstance(extra, int) or not 0 <= extra < blocks:
             raise ShortGPTError(f"{parts.path} has nextn_predict_layers = {extra!r} of {blocks}")
         return cls(parts, arch, blocks, extra)
+
+    @classmethod
+    def open(cls, source: str | os.PathLike[str]) -> Stack:
+        """The layers of a GGUF file; errors as those of `of` and `GGUFParts`."""
+        return cls.of(GGUFParts(Path(str(source))))
 
     @property
     def layers(self) -> int:

@@ -12,14 +12,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from short_gpt.checkpoints import entries
-from short_gpt.checkpoints.entries import EVIDENCE, KEYS, Measured, Step
-from short_gpt.checkpoints.from_model import counts_of, kept_quality, remembered, removed_halves
+from short_gpt.checkpoints import records
 from short_gpt.checkpoints.model_record import ModelRecord
-from short_gpt.checkpoints.records import PROVENANCE, record_of
+from short_gpt.checkpoints.records import EVIDENCE, KEYS, PROVENANCE, Measured, Step, record_of
 from short_gpt.checkpoints.source_card import source_card
 from short_gpt.evaluation.perplexity import Perplexity
-from short_gpt.models.weight_changes import REMOVED_SUBLAYERS
+from short_gpt.models.weight_changes import REMOVED_SUBLAYERS, WeightChange
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.results import read_record, versions
 from short_gpt.scoring.importance import Importance
@@ -251,7 +249,7 @@ class Provenance:
         count = len(before.removed_layers) + len(before.kept_layers)
         return replace(
             before,
-            block_influence=entries.spread(self.block_influence, before.kept_layers, count)
+            block_influence=records.spread(self.block_influence, before.kept_layers, count)
             or before.block_influence,
             scored=self.scored or before.scored,
             # what was measured before weights changed was another model
@@ -275,22 +273,61 @@ class Provenance:
 def _read(record: Mapping[str, object], where: str) -> Provenance:
     """A record from the content of a file; ``where`` names it in what is raised."""
     source = record.get("source")
-    source_pruning = entries.mapping(record, "source_pruning", where)
+    source_pruning = records.mapping(record, "source_pruning", where)
     earlier = _read(source_pruning, where) if source_pruning else None
-    sublayers = entries.mapping(record, "removed_sublayers", where)
-    entries.check_numbering(record, len(earlier.kept_layers) if earlier else None, where)
+    sublayers = records.mapping(record, "removed_sublayers", where)
+    records.check_numbering(record, len(earlier.kept_layers) if earlier else None, where)
     return Provenance(
-        removed_layers=entries.numbers(record.get("removed_layers"), "removed_layers", where),
-        kept_layers=entries.numbers(record.get("kept_layers"), "kept_layers", where),
+        removed_layers=records.numbers(record.get("removed_layers"), "removed_layers", where),
+        kept_layers=records.numbers(record.get("kept_layers"), "kept_layers", where),
         source=None if source is None else str(source),
         earlier=earlier,
-        block_influence=entries.influences(record, where),
-        scored=entries.scored_counts(entries.mapping(record, "scored", where), where),
-        quality=entries.measurements(record, where),
-        healing=entries.healing_steps(record.get("healing"), where),
-        removed_sublayers={half: entries.numbers(v, half, where) for half, v in sublayers.items()},
+        block_influence=records.influences(record, where),
+        scored=records.scored_counts(records.mapping(record, "scored", where), where),
+        quality=records.measurements(record, where),
+        healing=records.healing_steps(record.get("healing"), where),
+        removed_sublayers={half: records.numbers(v, half, where) for half, v in sublayers.items()},
         evidence={key: record[key] for key in EVIDENCE if key in record},
-        source_card=entries.mapping(record, "source_card", where),
+        source_card=records.mapping(record, "source_card", where),
         facts={key: value for key, value in record.items() if key not in KEYS},
-        versions={k: str(v) for k, v in entries.mapping(record, "versions", where).items()},
+        versions={k: str(v) for k, v in records.mapping(record, "versions", where).items()},
     )
+
+
+def remembered(short: ModelRecord) -> dict[str, Perplexity]:
+    """What a model remembers of its perplexity whole and as it is, by the number of layers."""
+    states = (tuple(range(short.n_layers)), tuple(short.kept))
+    return {f"{len(s)} layers": short.quality[s] for s in states if s in short.quality}
+
+
+def kept_quality(quality: Mapping[str, Perplexity]) -> dict[str, Measured]:
+    """Perplexities as a record keeps them."""
+    return {
+        name: Measured(found.value, found.tokens, _error(found)) for name, found in quality.items()
+    }
+
+
+def _error(found: Perplexity) -> dict[str, object]:
+    """The interval of a perplexity and what it is over; empty where no error is known."""
+    if found.error is None or not found.error.known:
+        return {}
+    over = {"windows": found.error.windows, "texts": found.error.texts}
+    return {"interval_95": list(found.interval()), **over}
+
+
+def counts_of(importance: Importance) -> dict[str, int]:
+    """What scores rest on; nothing if there are none."""
+    if not importance.n_windows:
+        return {}
+    return {"windows": importance.n_windows, "tokens": importance.n_tokens}
+
+
+def removed_halves(changes: Iterable[WeightChange], kept: Sequence[int]) -> dict[str, list[int]]:
+    """The layers left that lost a half; nothing if none did."""
+    gone: dict[str, list[int]] = {"attention": [], "mlp": []}
+    for change in changes:
+        if change.how["method"] == REMOVED_SUBLAYERS:
+            for half, layers in gone.items():
+                removed = records.numbers(change.how[half], half, "the model")
+                layers += [i for i in removed if i in kept]
+    return gone if any(gone.values()) else {}

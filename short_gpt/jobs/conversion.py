@@ -16,9 +16,9 @@ from llama.io.sources import is_gguf, kind_of
 from short_gpt.checkpoints.gguf import write_gguf
 from short_gpt.checkpoints.gguf_layers import Stack
 from short_gpt.checkpoints.provenance import PROVENANCE, Provenance
-from short_gpt.checkpoints.prune import FORMATS
 from short_gpt.checkpoints.records import RECORD
 from short_gpt.checkpoints.save import save_converted
+from short_gpt.checkpoints.target import Target, check_format
 from short_gpt.jobs.inputs import Notify, Opening, ignore
 from short_gpt.jobs.proof import Proof
 from short_gpt.jobs.saving import interruptible
@@ -92,11 +92,7 @@ def convert(
 
 def _format(model: str, out: str, to: str | None, shards: int | None) -> str:
     """The format to write; ShortGPTError where the name of ``out`` says another."""
-    if to not in (None, *FORMATS):
-        raise ShortGPTError(f"expected a format of {' or '.join(FORMATS)}, got {to!r}")
-    if to is not None and is_gguf(out) != (to == "gguf"):
-        expected = "a name that ends with .gguf" if to == "gguf" else "the name of a directory"
-        raise ShortGPTError(f"expected {expected} to write {to} to, got {out}")
+    check_format(out, to)
     if to is not None or is_gguf(out):
         return to or "gguf"
     kind = kind_of(model)
@@ -141,7 +137,7 @@ def _joined(model: str, out: str, *, overwrite: bool, progress: Callable[[str], 
     """A GGUF model as it is, in one file or as many as ``out`` says."""
     parts = GGUFParts(Path(model))
     keep = range(Stack.of(parts).blocks)
-    return write_gguf(parts, out, keep, overwrite=overwrite, progress=progress)
+    return write_gguf(parts, Target(out, "gguf", overwrite), keep, progress=progress)
 
 
 def _opened(
@@ -155,14 +151,8 @@ def _opened(
 ) -> Path:
     """A GGUF file as transformers reads it, in Hugging Face's format."""
     short = open_hf(model, OpenOptions(device="cpu", dtype=dtype or "float32"))
-    return save_converted(
-        short.trainable(),
-        out,
-        tokenizer=short.tokenizer,
-        source=model,
-        verify=short.check_saved if verify else None,
-        overwrite=overwrite,
-    )
+    target = Target(out, "hf", overwrite, short.check_saved if verify else None)
+    return save_converted(short.trainable(), target, tokenizer=short.tokenizer, source=model)
 
 
 def _writer(

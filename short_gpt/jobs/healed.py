@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from llama.io.sources import is_gguf
-from short_gpt.checkpoints.gguf import out_paths
+from short_gpt.checkpoints.target import out_paths
 from short_gpt.evaluation import Difference, Perplexity, difference, losses, together
 from short_gpt.healing import (
     HealingEvidence,

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from llama.io.files import check_new, resolved
+from llama.io.files import resolved
 from llama.io.outputs import check_output, new_file
 from llama.io.sources import is_gguf
-from short_gpt.checkpoints.gguf import about_kinds, check_new_gguf, out_paths
+from short_gpt.checkpoints.gguf import about_kinds
 from short_gpt.checkpoints.mergekit import is_recipe, mergekit_recipe, recipe_dtype
 from short_gpt.checkpoints.provenance import PROVENANCE
-from short_gpt.checkpoints.prune import format_of, prune_checkpoint
+from short_gpt.checkpoints.prune import prune_checkpoint
+from short_gpt.checkpoints.target import Target, format_of, out_paths
 from short_gpt.jobs.choice import (
     Choice,
     Chosen,
@@ -140,7 +141,7 @@ def prune_by(
     written, opening = written or Written(), opening or Opening()
     to = format_of(model, out, written.to)
     choice.check()
-    check_target(out, to, overwrite=written.overwrite)
+    Target(out, to, written.overwrite).check()
     dtype = _recipe_dtype(model, out, written, to)
     if to == "gguf" and written.verify and len(out_paths(out)) > 1:
         raise ShortGPTError(
@@ -172,14 +173,6 @@ def _about_healing(found: Chosen) -> str | None:
     )
 
 
-def check_target(out: str, to: str, *, overwrite: bool, marker: str = PROVENANCE) -> None:
-    """Raises FileExistsError or PermissionError where a model in this format could not go."""
-    if to == "gguf":
-        check_new_gguf(out, overwrite=overwrite)
-    else:
-        check_new(Path(out), marker=marker, overwrite=overwrite)
-
-
 def _write_opened(
     model: str, out: str, found: Chosen, written: Written, opening: Opening
 ) -> str | None:
@@ -208,14 +201,11 @@ def _write(model: str, out: str, found: Chosen, written: Written, opening: Openi
     with bar("writing", total=None, unit="tensor") as shown:
         prune_checkpoint(
             model,
-            out,
+            Target(out, written.to, written.overwrite, proof),
             found.layers,
-            to=written.to,
             tokenizer_path=opening.tokenizer_path,
             provenance=found.record,
-            overwrite=written.overwrite,
             progress=lambda _: shown.update(),
-            verify=proof,
         )
     return proof.said
 

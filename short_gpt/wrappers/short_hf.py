@@ -17,9 +17,10 @@ from llama.io.sources import is_gguf
 from llama.parallel import choose_device, choose_dtype
 from llama.sampling import COLDEST
 from llama.tokenizer import check_text, find_tokenizer
-from short_gpt.checkpoints.gguf_save import save_gguf
+from short_gpt.checkpoints.gguf import save_gguf
 from short_gpt.checkpoints.provenance import Provenance
 from short_gpt.checkpoints.save import save_as_meta, save_hf
+from short_gpt.checkpoints.target import Target
 from short_gpt.checkpoints.verify import check_same, copy_weights, fingerprint, one_by_one
 from short_gpt.data.windows import windows
 from short_gpt.evaluation.harness import hugging_face_lm
@@ -216,11 +217,9 @@ class ShortHFModel(ShortModel):
         record = Provenance.of(self, self.source, facts=facts, measured=measured)
         return save_hf(
             self.trainable(),
-            out_dir,
+            Target(out_dir, "hf", overwrite, self.check_saved if verify else None),
             tokenizer=cast("PreTrainedTokenizerBase | None", self.tokenizer),
             record=record,
-            verify=self.check_saved if verify else None,
-            overwrite=overwrite,
         )
 
     def save(
@@ -238,18 +237,13 @@ class ShortHFModel(ShortModel):
             )
         record = Provenance.of(self, self.source, facts=facts, measured=measured)
         if is_gguf(out_dir):
-            place = (self.source, self._layers_path)
-            return save_gguf(self, out_dir, *place, record=record, overwrite=overwrite)
+            target = Target(out_dir, "gguf", overwrite)
+            return save_gguf(self, target, self.source, self._layers_path, record=record)
         self.check_whole()
         assert self._meta_tokenizer is not None
-        return save_as_meta(
-            self.trainable(),
-            out_dir,
-            record=record,
-            tokenizer_path=self._meta_tokenizer,
-            verify=self.check_saved,
-            overwrite=overwrite,
-        )
+        target = Target(out_dir, "meta", overwrite, self.check_saved)
+        path = self._meta_tokenizer
+        return save_as_meta(self.trainable(), target, record=record, tokenizer_path=path)
 
     @classmethod
     def from_meta(

@@ -13,6 +13,7 @@ from llama import Llama
 from llama.tokenizer import find_tokenizer
 from short_gpt.checkpoints.provenance import Provenance
 from short_gpt.checkpoints.save import save_meta
+from short_gpt.checkpoints.target import Target
 from short_gpt.checkpoints.verify import check_same, fingerprint_aligned, one_by_one
 from short_gpt.evaluation.llama_lm import llama_lm
 from short_gpt.evaluation.perplexity import Perplexity
@@ -237,15 +238,9 @@ class ShortLlama(ShortModel):
         facts = {**(facts or {}), **(provenance or {})}
         record = Provenance.of(self, source, facts=facts, measured=measured)
         path = getattr(self.llama, "tokenizer_path", None)
-        return save_meta(
-            self,
-            out_dir,
-            source=source,
-            record=record,
-            tokenizer_path=path,
-            verify=self._verify if isinstance(self.llama, Llama) else None,
-            overwrite=overwrite,
-        )
+        verify = self._verify if isinstance(self.llama, Llama) else None
+        target = Target(out_dir, "meta", overwrite, verify)
+        return save_meta(self, target, source=source, record=record, tokenizer_path=path)
 
     def _verify(self, directory: Path) -> None:
         # not called for an instance of the reference's own package, which may round otherwise

@@ -19,6 +19,7 @@ from llama.tokenizer import Tokenizer, check_text, find_tokenizer
 from short_gpt.checkpoints.hf import prune_hf
 from short_gpt.checkpoints.meta import prune_meta
 from short_gpt.checkpoints.provenance import Provenance
+from short_gpt.checkpoints.target import Target
 from short_gpt.checkpoints.verify import check_logits
 from short_gpt.data.windows import batches, count_of
 from short_gpt.evaluation.perplexity import Perplexity, check_loss, check_predicted, samples_of
@@ -320,18 +321,11 @@ class StreamedLlama(ScoredModel):
         self.check_whole()
         record = Provenance.of(self, source.directory, facts=facts, measured=measured)
         new = {source.stored_name(f"layers.{i}.{n}"): self._stored(i, n) for i, n in changed}
+        target = Target(out_dir, None, overwrite, verify=self._check_saved if changed else None)
         write: Callable[..., Path] = prune_hf
         if isinstance(source, MetaSource):
             write = partial(prune_meta, tokenizer_path=self.tokenizer_path)
-        return write(
-            source.directory,
-            out_dir,
-            self.removed,
-            provenance=record,
-            replaced=new,
-            overwrite=overwrite,
-            verify=self._check_saved if changed else None,
-        )
+        return write(source.directory, target, self.removed, provenance=record, replaced=new)
 
     def _stored(self, number: int, name: str) -> Callable[[], Tensor]:
         """A function that reads a changed parameter, in the file's layout."""

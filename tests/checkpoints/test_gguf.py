@@ -23,7 +23,7 @@ from llama.formats.gguf_parts import GGUFParts
 from llama.formats.gguf_write import UINT32
 from llama.formats.gguf_write import record as key_record
 from short_gpt import ShortHFModel
-from short_gpt.checkpoints import Provenance, gguf, prune_gguf, write_gguf
+from short_gpt.checkpoints import Provenance, Target, gguf, prune_gguf, write_gguf
 from short_gpt.checkpoints.gguf import about_kinds
 from short_gpt.checkpoints.gguf_kinds import PERIODIC, READS_PATTERN
 from short_gpt.checkpoints.gguf_layers import Stack
@@ -97,7 +97,7 @@ def test_files_in_parts_are_read_and_written(tmp_path):
     assert [second.fields[f"split.{k}"] for k in ("no", "count", "tensors.count")] == [1, 2, 14]
     assert list(second.fields) == ["split.no", "split.count", "split.tensors.count"]
     with pytest.raises(FileExistsError, match="are not overwritten"):
-        prune_gguf(whole, tmp_path / "c-00001-of-00002.gguf", [0, 1], overwrite=True)
+        prune_gguf(whole, Target(tmp_path / "c-00001-of-00002.gguf", overwrite=True), [0, 1])
     with pytest.raises(ShortGPTError, match="14 tensors cannot be put into 15 files"):
         prune_gguf(whole, tmp_path / "c-00001-of-00015.gguf", [0, 1])
     prune_gguf(whole, tmp_path / "c-00001-of-00014.gguf", [0, 1])  # a tensor in each
@@ -390,16 +390,16 @@ def test_overwriting_replaces_only_what_was_written_so(tmp_path):
     prune_gguf(path, out, [0])
     with pytest.raises(FileExistsError, match="exists; choose another name or pass `overwrite`"):
         prune_gguf(path, out, [1])
-    prune_gguf(path, out, [1], overwrite=True)
+    prune_gguf(path, Target(out, overwrite=True), [1])
     assert Provenance.beside(out).removed_layers == [1]
     with pytest.raises(FileExistsError, match="is the source"):
-        prune_gguf(out, out, [1], overwrite=True)
+        prune_gguf(out, Target(out, overwrite=True), [1])
     other = stack_file(tmp_path / "other.gguf")
     (tmp_path / "text.gguf").write_text("mine")
     for theirs in (other, tmp_path / "text.gguf"):
         before = theirs.read_bytes()
         with pytest.raises(FileExistsError, match="is not what this would write there"):
-            prune_gguf(path, theirs, [1], overwrite=True)
+            prune_gguf(path, Target(theirs, overwrite=True), [1])
         assert theirs.read_bytes() == before
 
 
@@ -424,7 +424,7 @@ def test_what_was_written_wrong_never_takes_its_place(tmp_path, monkeypatch):
     ):
         monkeypatch.setattr(gguf, "write_again", spoil(at))
         with pytest.raises(RuntimeError, match=message):
-            prune_gguf(path, out, [1], overwrite=True)
+            prune_gguf(path, Target(out, overwrite=True), [1])
         assert out.read_bytes() == before
         assert sorted(p.name for p in tmp_path.iterdir()) == ["m.gguf", "out.gguf"]
 

@@ -30,7 +30,7 @@ from short_gpt.checkpoints import (
     prune_checkpoint,
     prune_hf,
 )
-from short_gpt.checkpoints.entries import KEYS, Measured
+from short_gpt.checkpoints.records import KEYS, Measured
 from short_gpt.checkpoints.source_card import source_card
 from short_gpt.data.windows import windows
 from short_gpt.healing import Recipe, heal_lora, heal_patch
