@@ -512,8 +512,8 @@ SURGERY = (
         "tests/wrappers/test_sublayers.py",
         (
             (
-                "ends + [(i, 1, mlp_output(",
-                "ends + [(i, 1, attention_output(",
+                "removed + [_Sublayer(i, 1, mlp_output(",
+                "removed + [_Sublayer(i, 1, attention_output(",
                 "test_the_logits_are_those_of_layers_without_the_half",
             ),
             (
@@ -1347,13 +1347,13 @@ CHECKPOINTS = (
         "tests/checkpoints/test_provenance.py",
         (
             (
-                "bool(off <= rounding * expected.abs().max())",
-                "bool(off <= 100 * rounding * expected.abs().max())",
+                "bool(difference <= rounding * expected.abs().max())",
+                "bool(difference <= 100 * rounding * expected.abs().max())",
                 "test_what_makes_two_models_the_same",
             ),
             (
-                "same = torch.equal(found, expected)",
-                "same = torch.allclose(found, expected)",
+                "same = torch.equal(actual, expected)",
+                "same = torch.allclose(actual, expected)",
                 "test_what_makes_two_models_the_same",
             ),
             (
@@ -1425,8 +1425,8 @@ STREAMING = (
         "tests/wrappers/test_streaming.py",
         (
             (
-                "found.append(shards[rank].read(name)[at : at + end - start])",
-                "found.append(shards[rank].read(name)[: end - start])",
+                "parts.append(shards[rank].read(name)[at : at + end - start])",
+                "parts.append(shards[rank].read(name)[: end - start])",
                 f"{BIT_FOR_BIT}[two files, cut by vocabulary]",
             ),
             (
@@ -1674,12 +1674,12 @@ PROOFS = (
         ),
     ),
     Section(
-        "short_gpt/checkpoints/source_card.py",
+        "short_gpt/checkpoints/records.py",
         "tests/checkpoints/test_provenance.py",
         (
             (
-                "base = _named(source) or said.get(BASE)",
-                "base = said.get(BASE)",
+                "base = _named(source) or entries.get(BASE)",
+                "base = entries.get(BASE)",
                 "test_the_card_carries_licence_and_base_model",
             ),
         ),
@@ -1689,8 +1689,8 @@ PROOFS = (
         "tests/checkpoints/test_provenance.py",
         (
             (
-                "Measured(found.value, found.tokens, _error(found))",
-                "Measured(found.value, found.tokens)",
+                "Measured(perplexity.value, perplexity.tokens, _error(perplexity))",
+                "Measured(perplexity.value, perplexity.tokens)",
                 "test_record_and_card_carry_the_intervals",
             ),
         ),
@@ -1722,7 +1722,7 @@ PROOFS = (
         "tests/reference_llama/test_checkpoint.py",
         (
             (
-                "if any(part.is_symlink() for part in (found, *found.parents)):",
+                "if any(part.is_symlink() for part in (target, *target.parents)):",
                 "if False:",
                 "test_an_output_that_is_a_circle_of_links",
             ),
@@ -1886,7 +1886,7 @@ GGUF_FILES = (
                 "test_what_no_key_can_say_is_refused",
             ),
             (
-                "in (self.blocks, self.blocks - len(gone))",
+                "in (self.blocks, self.blocks - len(removed))",
                 "in (self.blocks,)",
                 "test_variants_that_llama_cpp_knows_by_their_count_are_refused",
             ),
@@ -1951,8 +1951,8 @@ GGUF_FILES = (
         "tests/checkpoints/test_gguf.py",
         (
             (
-                "found |= changed",
-                "found |= {}",
+                "keys |= changed",
+                "keys |= {}",
                 "test_what_stays_is_the_sources_byte_for_byte_under_its_new_number",
             ),
             (
@@ -2068,7 +2068,7 @@ GGUF_FILES = (
         "tests/checkpoints/test_gguf_save.py",
         (
             (
-                "Stack.of(GGUFParts(Path(model))).layers",
+                "Stack.open(source).layers",
                 "None",
                 "test_in_float32_writing_rounds_nothing",
             ),
@@ -2079,8 +2079,8 @@ GGUF_FILES = (
         "tests/cli/test_cli_gguf.py",
         (
             (
-                'write_provenance(partial, record, card=kind == "meta")',
-                "write_provenance(partial, record, card=True)",
+                'write_provenance(folder, record, card=kind == "meta")',
+                "write_provenance(folder, record, card=True)",
                 "test_prune_writes_metas_format_from_gguf",
             ),
         ),

@@ -16,8 +16,15 @@ from torch import Tensor
 
 from llama.formats.gguf_header import STRING, Record
 from llama.formats.gguf_parts import GGUFParts
-from llama.formats.gguf_types import stored, type_name, writable
-from llama.formats.gguf_write import Stored, copied, record, write_again
+from llama.formats.gguf_write import (
+    Stored,
+    copied,
+    record,
+    stored,
+    type_name,
+    writable,
+    write_again,
+)
 from llama.formats.names import permute_rows
 from llama.io.json_files import json_text
 from llama.io.sources import is_gguf
@@ -289,9 +296,9 @@ def about_types(source: StrPath, out: StrPath) -> str | None:
         out: a file of `save_gguf`.
     """
     record = Provenance.beside(out)
-    gone = set(record.removed_layers) if record else set()
+    removed = set(record.removed_layers) if record else set()
     stack = Stack.open(source)
-    keep = [i for i in range(stack.blocks) if i not in gone]
+    keep = [i for i in range(stack.blocks) if i not in removed]
     before, after = stack.parts, GGUFParts(Path(str(out)))
     moves = Counter(
         (before.tensors[old].kind, after.tensors[new].kind)

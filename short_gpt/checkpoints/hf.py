@@ -18,8 +18,8 @@ from llama.formats.safetensors import (
     tensor_bytes,
     write_weights,
 )
-from llama.io.hub import resolve
 from llama.io.json_files import read_json, write_json
+from llama.io.sources import resolve
 from short_gpt.checkpoints.card import write_provenance
 from short_gpt.checkpoints.provenance import Provenance
 from short_gpt.checkpoints.target import Replaced, StrPath, Target, takes_target
@@ -113,7 +113,7 @@ def _write_kept(
 
 
 def _copy_others(directory: Path, out: Path) -> None:
-    """Copies what goes along as it is: also Python files, if the tokenizer is one of them."""
+    """Copies files that do not change; Python files too, if the tokenizer is defined in one."""
     config = directory / "tokenizer_config.json"
     own_code = config.is_file() and "auto_map" in read_json(config)
     for path in sorted(directory.iterdir()):
@@ -149,21 +149,18 @@ def _quantization(directory: Path) -> object:
 
 
 def _prefix(weights: Mapping[str, object], layers_path: str, count: int) -> str:
-    """What the stored layers are called in front of their number.
-
-    Files may hold the layers with or without the name of the model around them.
-    """
+    """The stored layers' name before their number, with or without that of the model around."""
     last = layers_path.rpartition(".")[2]
-    found: dict[str, set[int]] = {}
+    numbers_of: dict[str, set[int]] = {}
     for name in weights:
         match = re.match(rf"((?:[^\d.][^.]*\.)*?{re.escape(last)})\.(\d+)\.", name)
         if match:
-            found.setdefault(match[1], set()).add(int(match[2]))
-    fitting = [p for p, numbers in found.items() if numbers == set(range(count))]
+            numbers_of.setdefault(match[1], set()).add(int(match[2]))
+    fitting = [p for p, numbers in numbers_of.items() if numbers == set(range(count))]
     related = [p for p in fitting if _ends(layers_path, p) or _ends(p, layers_path)]
     choice = related or [p for p in fitting if "vision" not in p and "audio" not in p]
     if len(choice) != 1:
-        shown = {p: len(numbers) for p, numbers in found.items()}
+        shown = {p: len(numbers) for p, numbers in numbers_of.items()}
         raise ShortGPTError(
             f"expected tensors of {layers_path}.0 to {layers_path}.{count - 1}, one list of them; "
             f"the files hold {shown or 'none'}"
@@ -191,7 +188,7 @@ def _old_names(weights: Mapping[str, object], prefix: str, keep: Sequence[int]) 
 def _groups(
     weights: Mapping[str, SafetensorsFile], old_name: Mapping[str, str]
 ) -> list[dict[str, Entry]]:
-    """What each new file holds: as before, less the files of which nothing stays."""
+    """The tensors of each new file: as in the source, without files of which none is left."""
     groups: dict[str, dict[str, Entry]] = {}
     for new, old in old_name.items():
         file = weights[old]
@@ -240,13 +237,13 @@ def _check_config(partial: Path, decoder: HFDecoder) -> None:
         raise ShortGPTError(f"config.json cannot hold what the removal changes in {wrong}")
 
 
-def _differing(expected: Mapping[str, object], found: Mapping[str, object]) -> list[str]:
-    """The keys whose values differ, but for those that loading sets and what is dropped."""
+def _differing(expected: Mapping[str, object], read: Mapping[str, object]) -> list[str]:
+    """The keys whose values differ, except those that loading sets or that are dropped."""
     own = {"_name_or_path", "name_or_path", "transformers_version", "dtype", "torch_dtype"}
     own.add("auto_map")  # dropped on purpose
     wrong = []
     for key, value in expected.items():
-        other = found.get(key)
+        other = read.get(key)
         if isinstance(value, dict) and isinstance(other, dict):
             wrong += [f"{key}.{name}" for name in _differing(value, other)]
         elif key not in own and value != other:

@@ -67,33 +67,44 @@ def prune_meta(
     record = (provenance or Provenance()).cut(ckpt_dir, removed=layers, kept=keep)
     target.check(source=source.directory)
     with target.new_directory() as partial:
-        _write_shards(source, partial, keep, replaced or {}, progress)
+        write_kept(source, partial, keep, replaced or {}, progress)
         write_beside(source, partial, n_layers=len(keep), tokenizer=tokenizer, record=record)
         target.prove(partial)
     return target.path
 
 
-def _write_shards(
+def write_kept(
     source: Checkpoint,
-    partial: Path,
+    out: Path,
     keep: Sequence[int],
     replaced: Replaced,
-    progress: Callable[[str], object],
+    progress: Callable[[str], object] = str,
 ) -> None:
+    """Writes each file of a checkpoint with the kept layers only, under its own name.
+
+    Args:
+        source: the checkpoint.
+        out: an existing directory.
+        keep: numbers of the layers that stay, ascending.
+        replaced: as for `prune_meta`.
+        progress: as for `prune_meta`.
+    """
     by = source.vocab_parallel
     for rank, shard in enumerate(source.shards):
         old_name = names_kept(shard, keep)
 
-        def read(name: str, shard: Shard = shard, rank: int = rank) -> Tensor:
+        def read(
+            name: str, shard: Shard = shard, rank: int = rank, names: dict[str, str] = old_name
+        ) -> Tensor:
             progress(name)
-            old = names_kept(shard, keep)[name]
+            old = names[name]
             if old not in replaced:
                 return shard.read(old)
             tensor, ranks = replaced[old](), len(source.shards)
             return part_of(source.args, old, tensor, rank, ranks, vocab_parallel=by)
 
         infos = {new: shard.infos[old] for new, old in old_name.items()}
-        write_shard(partial / shard.path.name, infos, read)
+        write_shard(out / shard.path.name, infos, read)
 
 
 def names_kept(shard: Shard, keep: Sequence[int]) -> dict[str, str]:

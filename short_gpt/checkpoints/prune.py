@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from llama.checkpoint.meta import CONVERSION
@@ -87,24 +88,23 @@ class _Cut:
 
     def write(self, target: Target) -> Path:
         """Writes the source's own format."""
-        more = {"provenance": self.provenance, "progress": self.progress}
+        prune: Callable[..., Path] = prune_gguf if self.source.kind == "gguf" else prune_hf
         if self.source.kind == "meta":
-            path = self.tokenizer_path
-            return prune_meta(self.source, target, self.layers, tokenizer_path=path, **more)
-        prune = prune_gguf if self.source.kind == "gguf" else prune_hf
-        return prune(self.source, target, self.layers, **more)
+            prune = partial(prune_meta, tokenizer_path=self.tokenizer_path)
+        facts, shown = self.provenance, self.progress
+        return prune(self.source, target, self.layers, provenance=facts, progress=shown)
 
     def write_gguf(self, target: Target) -> Path:
         """Writes a Llama of either format as one GGUF file."""
         target.check()
         if self.source.kind != "meta":
             check_llama(self.source)  # now rather than after the layers are cut
-        with target.new_file() as partial:
-            pruned = partial.with_name("pruned")
+        with target.new_file() as file:
+            pruned = file.with_name("pruned")
             self.write(Target(pruned))
             also = {RECORD: json_text(Provenance.read(pruned / PROVENANCE).to_dict())}
             also |= {MADE: str(self.source), "general.name": self.source.path.name}
-            llama_to_gguf(pruned, partial, also=also, progress=self.progress)
+            llama_to_gguf(pruned, file, also=also, progress=self.progress)
         return target.path
 
     def write_converted(self, target: Target) -> Path:
@@ -117,17 +117,17 @@ class _Cut:
             GGUFFile(source.path).args()  # refuses what is no Llama now rather than after the cut
         elif kind != "meta":
             check_llama(source)
-        with target.new_directory() as partial:
-            converted = partial.with_name("converted")
-            pruned = partial.with_name("pruned.gguf" if kind == "gguf" else "pruned")
+        with target.new_directory() as folder:
+            converted = folder.with_name("converted")
+            pruned = folder.with_name("pruned.gguf" if kind == "gguf" else "pruned")
             self.write(Target(pruned))
             convert(pruned, converted, progress=self.progress)
             record = Provenance.beside(pruned)
             assert record is not None  # a cut has one
-            shutil.rmtree(partial)
-            converted.rename(partial)
-            write_provenance(partial, record, card=kind == "meta")
-            made = read_marker(partial / CONVERSION)  # names the pruned model, gone by now
-            write_json(partial / CONVERSION, {**made, "source": str(source)})
-            target.prove(partial)
+            shutil.rmtree(folder)
+            converted.rename(folder)
+            write_provenance(folder, record, card=kind == "meta")
+            made = read_marker(folder / CONVERSION)  # names the pruned model, gone by now
+            write_json(folder / CONVERSION, {**made, "source": str(source)})
+            target.prove(folder)
         return target.path

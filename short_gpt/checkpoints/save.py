@@ -9,17 +9,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from torch import Tensor, nn
+from torch import nn
 
 from llama.checkpoint.meta import CONVERSION, Checkpoint, copy_tokenizer
-from llama.checkpoint.pth import Shard, write_shard
+from llama.checkpoint.pth import Shard
 from llama.formats.convert import hf_to_meta
 from llama.io.files import read_marker
 from llama.io.json_files import write_json
 from llama.parallel import model_parallel_size
 from llama.tokenizer import find_tokenizer
 from short_gpt.checkpoints.card import write_provenance
-from short_gpt.checkpoints.meta import names_kept, prune_meta, write_beside
+from short_gpt.checkpoints.meta import prune_meta, write_beside, write_kept
 from short_gpt.checkpoints.model_record import ModelRecord
 from short_gpt.checkpoints.provenance import Provenance
 from short_gpt.checkpoints.target import StrPath, Target, takes_target
@@ -146,7 +146,7 @@ def save_meta(
     check_one_file(checkpoint)
     tokenizer = Path(str(tokenizer_path or find_tokenizer(checkpoint.directory)))
     with target.new_directory() as partial:
-        _write_changed(short, checkpoint.shards[0], partial)
+        write_kept(checkpoint, partial, short.kept, {n: w.detach for n, w in _changed(short)})
         count = len(short.kept)
         write_beside(checkpoint, partial, n_layers=count, tokenizer=tokenizer, record=record)
         if target.verify is not None:
@@ -180,38 +180,23 @@ def check_one_file(checkpoint: Checkpoint) -> None:
         )
 
 
-def _write_changed(short: ModelRecord, shard: Shard, out: Path) -> None:
-    """Writes the kept layers: changed parameters from memory, all others from the file."""
-    old_name = names_kept(shard, short.kept)
-    changed = _changed(short)
-
-    def read(name: str) -> Tensor:
-        return changed[name] if name in changed else shard.read(old_name[name])
-
-    infos = {new: shard.infos[old] for new, old in old_name.items()}
-    write_shard(out / shard.path.name, infos, read)
-
-
-def _changed(short: ModelRecord) -> dict[str, nn.Parameter]:
-    """The parameters that differ from the source's, by their new names."""
-    layers, position_of = short.decoder.layers, {n: i for i, n in enumerate(short.kept)}
-    return {
-        f"layers.{position_of[number]}.{name}": layers[position_of[number]].get_parameter(name)
-        for number, name in short.changed
-    }
+def _changed(short: ModelRecord) -> list[tuple[str, nn.Parameter]]:
+    """The parameters that differ from the source's, by their names there."""
+    layer_of = dict(zip(short.kept, short.decoder.layers, strict=True))
+    changed = sorted(short.changed)
+    return [(f"layers.{i}.{name}", layer_of[i].get_parameter(name)) for i, name in changed]
 
 
 @contextmanager
 def _as_stored(short: ModelRecord, shard: Shard) -> Iterator[None]:
     """Rounds changed parameters to the file's dtype inside the block."""
-    old_name, exact = names_kept(shard, short.kept), {}
-    for name, weight in _changed(short).items():
-        exact[weight] = weight.data
-        weight.data = exact[weight].to(shard.infos[old_name[name]].dtype).to(exact[weight].dtype)
+    exact = [(weight, weight.data) for _, weight in _changed(short)]
+    for name, weight in _changed(short):
+        weight.data = weight.data.to(shard.infos[name].dtype).to(weight.dtype)
     try:
         yield
     finally:
-        for weight, data in exact.items():
+        for weight, data in exact:
             weight.data = data
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 from torch import Tensor
 
@@ -26,7 +26,8 @@ StrPath = str | os.PathLike[str]
 Replaced = Mapping[str, Callable[[], Tensor]]
 FORMATS = ("meta", "hf", "gguf")
 OLD_FIELDS = {"to": "format", "overwrite": "overwrite", "verify": "verify"}
-T, P = TypeVar("T"), ParamSpec("P")
+T = TypeVar("T")
+P = ParamSpec("P")
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,8 @@ def takes_target(
     The latter are those of earlier versions, and warn.
     """
 
+    call = cast("Callable[..., Path]", write)
+
     @functools.wraps(write)
     def with_target(*arguments: Any, **settings: Any) -> Path:
         old = [name for name in (*OLD_FIELDS, "out_dir", "out") if name in settings]
@@ -126,14 +129,14 @@ def takes_target(
                 stacklevel=2,
             )
         fields = {OLD_FIELDS[name]: settings.pop(name) for name in old if name in OLD_FIELDS}
-        out = next((settings.pop(n) for n in ("target", "out_dir", "out") if n in settings), None)
-        target = arguments[1] if len(arguments) > 1 else out
-        if not isinstance(target, Target):
-            target = Target(target)
-        target = replace(target, **fields)
-        if len(arguments) > 1:
-            return write(arguments[0], target, *arguments[2:], **settings)
-        return write(*arguments, target=target, **settings)  # type: ignore[call-arg, arg-type]
+        named = [settings.pop(name) for name in ("target", "out_dir", "out") if name in settings]
+        for out in arguments[1:2] or named:
+            target = replace(out if isinstance(out, Target) else Target(out), **fields)
+            if named:
+                settings["target"] = target
+            else:
+                arguments = (arguments[0], target, *arguments[2:])
+        return call(*arguments, **settings)
 
     return with_target
 

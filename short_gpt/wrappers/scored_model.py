@@ -123,14 +123,17 @@ class ScoredModel(ModelRecord, ABC):
         text that is read again counts as another one, and the standard errors are then too small.
 
         Args:
-            windows, batch_size: token ids, at most ``max_seq_len`` each, and how many at once.
-            total, progress: windows for a bar (``len(windows)`` if known), and whether to show it.
+            windows: token ids, at most ``max_seq_len`` each.
+            batch_size: windows read at once.
+            total: windows for a bar; None is ``len(windows)`` if known.
+            progress: whether to show the bar.
             stop: ends the run when its answer is settled. It judges a random sample: windows as
                 `data.windows` cuts them with a seed, or ``random_order``, and no scores so far.
             state: saves the run and continues it; the scores so far are then those saved.
             random_order: says that other windows stand in random order, which nothing can check.
-            sublayers, all_tokens: further scores of the same pass, as of `hooks.score`.
-            follow: is given the sums, and the number of all windows, as the sums grow.
+            sublayers: also score attention and MLP, as `hooks.score` does.
+            all_tokens: also angles at all tokens, as `hooks.score` does.
+            follow: called with the sums, and the number of all windows, as the sums grow.
 
         Returns:
             With ``stop``, whether the answer is settled.
@@ -322,7 +325,8 @@ class ScoredModel(ModelRecord, ABC):
         Args:
             angular: the best block of consecutive layers instead of the lowest Block Influence.
             n: how many; None takes ``n_prune_layers``.
-            method, seed: of `methods.METHODS`, in the place of ``angular``; of the random one.
+            method: a name of `methods.METHODS`, in place of ``angular``.
+            seed: of the random method.
 
         Returns:
             Original layer numbers: least important first, or a block in ascending order.

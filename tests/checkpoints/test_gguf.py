@@ -277,6 +277,20 @@ def test_variants_that_llama_cpp_knows_by_their_count_are_refused(tmp_path, arch
             prune_gguf(path, tmp_path / "cut.gguf", gone)
 
 
+def test_a_new_architecture_is_one_row(tmp_path, monkeypatch):
+    """As docs/add-a-family.md says: with the row, no layer that stays changes its kind."""
+    path = stack_file(tmp_path / "m.gguf", "my-arch")
+    prune_gguf(path, tmp_path / "unknown.gguf", [2])  # as if all its layers were alike
+    monkeypatch.setitem(PERIODIC, "my-arch", (4, 3))
+    prune_gguf(path, tmp_path / "cut.gguf", [0, 1, 2, 3])
+    assert said(tmp_path / "cut.gguf", "block_count") == 4
+    message = "every 4th layer of my-arch is of another kind.*`layers` 7 leave all others"
+    with pytest.raises(ShortGPTError, match=message):
+        facts = Provenance(block_influence=[0.1] * 8)
+        prune_gguf(path, tmp_path / "refused.gguf", [2], provenance=facts)
+    assert not (tmp_path / "refused.gguf").exists()
+
+
 def legal(stack: Stack, gone: Sequence[int]) -> bool:
     """Whether every other layer keeps its kind by its position alone."""
     keep = [i for i in range(stack.blocks) if i not in gone]

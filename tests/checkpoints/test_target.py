@@ -23,6 +23,8 @@ def test_fields_as_arguments_of_earlier_versions_work_and_name_the_new_way(tmp_p
     with pytest.warns(DeprecationWarning, match="in place of to, overwrite, out_dir"):
         again = prune_checkpoint(model, out_dir=old, layers=[2], to="meta", overwrite=True)
     assert again == old and Provenance.beside(old).removed_layers == [2]
+    with pytest.raises(TypeError, match="target"):
+        prune_checkpoint(model, layers=[1])
     seen = []
     with pytest.warns(DeprecationWarning, match="in place of verify"):
         write_gguf(GGUFParts(model), tmp_path / "w.gguf", range(5), verify=seen.append)
