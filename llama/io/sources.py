@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass
 from os import PathLike
@@ -15,7 +14,7 @@ Kind = Literal["meta", "hf", "gguf", "hub"]
 
 
 @dataclass(frozen=True)
-class Source(os.PathLike[str]):
+class Source(PathLike[str]):
     """A source of weights whose format is known; it stands for its name wherever a path may.
 
     Attributes:
@@ -56,40 +55,34 @@ def find_source(name: str | PathLike[str]) -> Source:
         >>> find_source("meta-llama/Llama-2-7b-hf")
         Source(name='meta-llama/Llama-2-7b-hf', kind='hub')
     """
-    return name if isinstance(name, Source) else Source(str(name), kind_of(name))
+    return name if isinstance(name, Source) else Source(str(name), _kind(str(name)))
 
 
-def kind_of(source: str | PathLike[str]) -> Kind:
-    """The kind of a source; arguments, kinds and errors as in `find_source`."""
-    if isinstance(source, Source):
-        return source.kind
-    path = Path(str(source))
-    if is_gguf(source):
+def _kind(name: str) -> Kind:
+    path = Path(name)
+    if is_gguf(name):
         if not path.is_file():
-            raise FileNotFoundError(f"GGUF file {source} does not exist")
+            raise FileNotFoundError(f"GGUF file {name} does not exist")
         return "gguf"
-    if path.is_dir():
-        return _kind_of_directory(path)
-    return _kind_of_name(str(source))
-
-
-def _kind_of_directory(path: Path) -> Literal["meta", "hf"]:
     if (path / "params.json").is_file():
         return "meta"
     if (path / "config.json").is_file():
         return "hf"
-    raise FileNotFoundError(
-        f"{path} has no params.json (Meta's format) and no config.json (Hugging Face's); "
-        "is it a checkpoint?"
-    )
-
-
-def _kind_of_name(name: str) -> Literal["hub"]:
-    if Path(name).exists():
-        raise FileNotFoundError(f"{Path(name)} is a file; expected a checkpoint directory or .gguf")
+    if path.is_dir():
+        raise FileNotFoundError(
+            f"{path} has no params.json (Meta's format) and no config.json (Hugging Face's); "
+            "is it a checkpoint?"
+        )
+    if path.exists():
+        raise FileNotFoundError(f"{path} is a file; expected a checkpoint directory or .gguf")
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise FileNotFoundError(f"checkpoint directory {name} does not exist")
     return "hub"
+
+
+def kind_of(source: str | PathLike[str]) -> Kind:
+    """The kind of a source; arguments, kinds and errors as in `find_source`."""
+    return find_source(source).kind
 
 
 def is_gguf(source: str | PathLike[str]) -> bool:
