@@ -37,7 +37,7 @@ from llama.formats.names import params_json
 from short_gpt.runtime.memory import plan, resident
 from short_gpt.runtime.progress import bar
 from short_gpt.scoring.importance import Importance
-from short_gpt.wrappers.streamed_decoder import StreamedDecoder, open_stream
+from short_gpt.wrappers.streamed_llama import StreamedDecoder, open_stream
 
 SIZE, MAX_MEMORY = 1024, "3GB"
 LLAMA_70B: dict[str, Any] = {"dim": 8192, "n_heads": 64, "n_kv_heads": 8, "multiple_of": 4096}

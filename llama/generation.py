@@ -110,14 +110,14 @@ class Llama:
             InputError: a file is damaged or does not fit the others, or the model does not divide
                 among the ranks.
         """
-        place = choose_device(device)
-        kind = choose_dtype(dtype, place)
+        on_device = choose_device(device)
+        weights_dtype = choose_dtype(dtype, on_device)
         limits = {"max_seq_len": max_seq_len, "max_batch_size": max_batch_size}
         tokenizer = Tokenizer(tokenizer_path)
         checkpoint = Checkpoint(ckpt_dir, **limits)
         check_vocabulary(checkpoint, tokenizer, tokenizer_path)
-        initialize(model_parallel_size, device=place)
-        model = load_model(checkpoint, device=place, dtype=kind)
+        initialize(model_parallel_size, device=on_device)
+        model = load_model(checkpoint, device=on_device, dtype=weights_dtype)
         return Llama(
             model,
             tokenizer,

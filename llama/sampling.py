@@ -97,7 +97,7 @@ def decode(
         (B, T) tokens, and their (B, T) log probabilities in nats, zeros unless asked for.
     """
     device, logprobs = next(model.parameters()).device, sampling.logprobs
-    tokens, given = (t.to(device) for t in _laid_out(prompts, total))  # (B, T) each
+    tokens, is_prompt = (t.to(device) for t in _laid_out(prompts, total))  # (B, T) each
     scores = torch.zeros(tokens.shape, device=device)
     stop = torch.tensor(stop_tokens, device=device)
     done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
@@ -108,7 +108,7 @@ def decode(
         states = model.hidden(tokens[:, previous:position], previous)  # (B, S, D)
         logits = model.head(states if logprobs else states[:, -1:])  # (B, S or 1, V)
         if position < total:
-            own = given[:, position]  # where a longer prompt has a token of its own
+            own = is_prompt[:, position]  # where a longer prompt has a token of its own
             chosen = torch.where(own, tokens[:, position], sampling.choose(logits[:, -1]))
             tokens[:, position] = chosen
             done |= ~own & torch.isin(chosen, stop)
@@ -124,11 +124,11 @@ def decode(
 def _laid_out(prompts: Sequence[Sequence[int]], total: int) -> tuple[Tensor, Tensor]:
     """The prompts' tokens on the left of (B, T) zeros, and where they are."""
     tokens = torch.zeros(len(prompts), total, dtype=torch.long)
-    given = torch.zeros(len(prompts), total, dtype=torch.bool)
+    is_prompt = torch.zeros(len(prompts), total, dtype=torch.bool)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = torch.tensor(prompt)
-        given[row, : len(prompt)] = True
-    return tokens, given
+        is_prompt[row, : len(prompt)] = True
+    return tokens, is_prompt
 
 
 def _log_probabilities(logits: Tensor, targets: Tensor) -> Tensor:

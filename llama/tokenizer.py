@@ -37,7 +37,9 @@ class Tokenizer:
 
     Attributes:
         n_words: size of the vocabulary, special tokens included.
-        bos_id, eos_id, pad_id: -1 where there is none; Llama 3's file tells of no padding.
+        bos_id: -1 where there is none, as for the following.
+        eos_id: of the end of a text.
+        pad_id: of padding, which Llama 3's file does not name.
         stop_tokens: ids that end a generation: eos and Llama 3's ends of turn and message.
         special_tokens: their ids by name; empty for SentencePiece.
         add_bos: whether the model expects bos in front of a plain text.
@@ -71,8 +73,8 @@ class Tokenizer:
         Raises:
             InputError: bos or eos is unknown, or the text holds half a surrogate pair.
         """
-        for wanted, token_id, key in ((bos, self.bos_id, "bos"), (eos, self.eos_id, "eos")):
-            if wanted and token_id < 0:
+        for asked, token_id, key in ((bos, self.bos_id, "bos"), (eos, self.eos_id, "eos")):
+            if asked and token_id < 0:
                 raise InputError(f"encode({key}=True) needs a {key}_token; {self._backend.lack}")
         check_text(s)
         return [self.bos_id] * bos + self._backend.encode(s) + [self.eos_id] * eos
@@ -193,12 +195,12 @@ def check_text(text: str) -> None:
 def find_tokenizer(ckpt_dir: str | os.PathLike[str]) -> Path:
     """The tokenizer file in a directory or, Llama 2's place, its parent; else FileNotFoundError."""
     here = Path(str(ckpt_dir))
-    places = [here / "tokenizer.model", here / "tokenizer.json"]
-    places.append(Path(os.path.abspath(here)).parent / "tokenizer.model")
-    for place in places:
-        if place.is_file():
-            return place
-    raise FileNotFoundError(f"no tokenizer file; looked for {', '.join(map(str, places))}")
+    paths = [here / "tokenizer.model", here / "tokenizer.json"]
+    paths.append(Path(os.path.abspath(here)).parent / "tokenizer.model")
+    for path in paths:
+        if path.is_file():
+            return path
+    raise FileNotFoundError(f"no tokenizer file; looked for {', '.join(map(str, paths))}")
 
 
 def llama3_special_tokens(n_ranks: int) -> dict[str, int]:

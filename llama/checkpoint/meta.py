@@ -93,18 +93,18 @@ class Checkpoint:
         if ranks == 1:
             vocab_parallel = by_vocabulary(self.args, first)
         else:
-            found = first.get(EMBEDDING)
-            vocab_parallel = found is not None and found.shape == vocabulary_cut[EMBEDDING]
+            embedding = first.get(EMBEDDING)
+            vocab_parallel = embedding is not None and embedding.shape == vocabulary_cut[EMBEDDING]
         for shard in self.shards:
             _compare(shard, vocabulary_cut if vocab_parallel else width_cut, ranks)
         return vocab_parallel
 
     def _whole(self) -> dict[str, TensorInfo]:
-        shapes, whole = full_shapes(self.args), {}
+        shapes, infos = full_shapes(self.args), {}
         for name, info in self.shards[0].infos.items():
             storage = tuple(shard.infos[name].storage for shard in self.shards)
-            whole[name] = TensorInfo(shapes.get(name, info.shape), info.dtype, storage)
-        return whole
+            infos[name] = TensorInfo(shapes.get(name, info.shape), info.dtype, storage)
+        return infos
 
     def read(self, name: str, *, rank: int = 0, ranks: int = 1) -> Tensor:
         """The part of a tensor that one of several model-parallel ranks holds.
@@ -140,17 +140,17 @@ class Checkpoint:
     def _pieces(self, name: str, dim: int, rank: int, ranks: int) -> list[tuple[int, int, int]]:
         """Where a rank's part lies: shard, start and length in it, in order."""
         size, count = self.infos[name].shape[dim], len(self.shards)
-        found: list[tuple[int, int, int]] = []
+        pieces: list[tuple[int, int, int]] = []
         for at, end in held(self.args, name, size, rank, ranks):
             for shard in range(count):
                 offset = 0  # in the shard, of the range looked at
                 for start, stop in held(self.args, name, size, shard, count):
                     if start <= at < min(stop, end):
                         length = min(stop, end) - at
-                        _append(found, (shard, offset + at - start, length))
+                        _append(pieces, (shard, offset + at - start, length))
                         at += length
                     offset += stop - start
-        return found
+        return pieces
 
 
 def _append(pieces: list[tuple[int, int, int]], piece: tuple[int, int, int]) -> None:
@@ -162,15 +162,15 @@ def _append(pieces: list[tuple[int, int, int]], piece: tuple[int, int, int]) -> 
 
 
 def _compare(shard: Shard, expected: Mapping[str, tuple[int, ...]], ranks: int) -> None:
-    found = {n: info.shape for n, info in shard.infos.items() if n not in Checkpoint.ignored}
+    shapes = {n: info.shape for n, info in shard.infos.items() if n not in Checkpoint.ignored}
     for problem, names in (
-        ("lacks", sorted(expected.keys() - found.keys())),
-        ("has, unknown to params.json,", sorted(found.keys() - expected.keys())),
+        ("lacks", sorted(expected.keys() - shapes.keys())),
+        ("has, unknown to params.json,", sorted(shapes.keys() - expected.keys())),
     ):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise InputError(f"{shard.path} {problem} {', '.join(names[:3])}{more}")
-    for name, shape in found.items():
+    for name, shape in shapes.items():
         if shape != expected[name]:
             raise InputError(
                 f"{name} in {shard.path} has shape {list(shape)}; params.json and {ranks} "

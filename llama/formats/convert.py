@@ -23,8 +23,8 @@ from llama.formats.names import HF, META, name_in, params_json, permute
 from llama.formats.safetensors import Entry, grouped, open_weights, tensor_bytes, write_weights
 from llama.formats.tokenizers import find_hf_tokenizer, write_tokenizer
 from llama.io.files import check_new, new_directory
-from llama.io.hub import resolve
 from llama.io.json_files import JsonObject, read_json, write_json
+from llama.io.sources import resolve
 from llama.parallel import choose_dtype
 from llama.tokenizer import Tokenizer, find_tokenizer
 
@@ -82,8 +82,8 @@ def gguf_to_meta(
         write_json(partial / "params.json", params_json(args))
         (partial / tokenizer).write_bytes(words)
         write_json(partial / "tokenizer_config.json", config)
-        made = {"source": source.path.name, "dtype": str(kind), **source.without_place()}
-        write_json(partial / CONVERSION, made)
+        record = {"source": source.path.name, "dtype": str(kind), **source.without_place()}
+        write_json(partial / CONVERSION, record)
         verify(partial)
     return out
 
@@ -130,8 +130,8 @@ def hf_to_meta(
         hf_name = name_in(HF, name)
         return permute(name, weights[hf_name].read(hf_name), args, to=META).to(infos[name].dtype)
 
-    made = {"source": str(source), "dtype": None if dtype is None else str(dtype)}
-    record = made | _without_place(directory)
+    conversion = {"source": str(source), "dtype": None if dtype is None else str(dtype)}
+    record = conversion | _without_place(directory)
     with new_directory(out, marker=CONVERSION, overwrite=overwrite) as partial:
         copy_tokenizer(find_hf_tokenizer(directory), partial)
         write_model(partial, args, infos, read, shards=shards)

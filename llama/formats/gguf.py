@@ -104,13 +104,13 @@ class GGUFFile:
         self._check_names(args)
 
     def _check_names(self, args: ModelArgs) -> None:
-        wanted = {self.name_of(name) for name in full_shapes(args)}
-        check_tensors(self.path, self.tensors.keys(), wanted, ignored={ROPE_FACTORS})
+        needed = {self.name_of(name) for name in full_shapes(args)}
+        check_tensors(self.path, self.tensors.keys(), needed, ignored={ROPE_FACTORS})
         for name, shape in full_shapes(args).items():
-            found = self.tensors[self.name_of(name)].shape
-            if found != shape:
+            actual = self.tensors[self.name_of(name)].shape
+            if actual != shape:
                 raise InputError(
-                    f"{self.name_of(name)} in {self.path} has shape {list(found)}; its metadata "
+                    f"{self.name_of(name)} in {self.path} has shape {list(actual)}; its metadata "
                     f"gives {list(shape)}"
                 )
 

@@ -18,17 +18,29 @@ from llama.errors import InputError
 from llama.formats.convert import check_llama, is_tied
 from llama.formats.gguf import ROPE_FACTORS
 from llama.formats.gguf_header import STRING, Record, nbytes_of, read_header
-from llama.formats.gguf_types import BF16, F16, F32, Q8_0, TYPES, packed, stored, writable
 from llama.formats.gguf_vocabulary import vocabulary
-from llama.formats.gguf_write import FLOAT32, UINT32, Stored, record, write_new
+from llama.formats.gguf_write import (
+    BF16,
+    F16,
+    F32,
+    FLOAT32,
+    Q8_0,
+    TYPES,
+    UINT32,
+    Stored,
+    packed,
+    record,
+    stored,
+    writable,
+    write_new,
+)
 from llama.formats.hf import config_of
 from llama.formats.names import GGUF, META, name_in, permute
 from llama.formats.safetensors import open_weights
 from llama.formats.tokenizers import find_hf_tokenizer
-from llama.io.hub import resolve
 from llama.io.json_files import JsonObject, read_json
 from llama.io.outputs import check_output, new_file
-from llama.io.sources import is_meta
+from llama.io.sources import find_source, resolve
 from llama.rope import rope_frequencies
 from llama.tokenizer import Tokenizer, find_tokenizer
 
@@ -70,7 +82,8 @@ def llama_to_gguf(
     """
     path = Path(str(out))
     check_output(path, overwrite=overwrite, ours=is_converted)
-    opened = _meta(source, tokenizer_path) if is_meta(source) else _hf(source, path)
+    source = find_source(source)
+    opened = _meta(source, tokenizer_path) if source.kind == "meta" else _hf(source, path)
     tensors = _tensors(opened, _kind(kind, opened))
     records = opened.records() | vocabulary(opened.tokenizer, opened.args.vocab_size)
     records |= {"general.file_type": _file_type(tensors), MADE: _text(MADE, str(source))}
@@ -128,9 +141,9 @@ class _Llama:
             "rope.freq_base": args.rope_theta,
             "attention.layer_norm_rms_epsilon": args.norm_eps,
         }
-        found = {f"general.{k}": _text(f"general.{k}", v) for k, v in texts.items()}
-        found |= {f"llama.{k}": record(f"llama.{k}", v, UINT32) for k, v in numbers.items()}
-        return found | {f"llama.{k}": record(f"llama.{k}", v, FLOAT32) for k, v in reals.items()}
+        keys = {f"general.{k}": _text(f"general.{k}", v) for k, v in texts.items()}
+        keys |= {f"llama.{k}": record(f"llama.{k}", v, UINT32) for k, v in numbers.items()}
+        return keys | {f"llama.{k}": record(f"llama.{k}", v, FLOAT32) for k, v in reals.items()}
 
 
 def _text(key: str, value: str) -> Record:
@@ -181,9 +194,9 @@ def _context(config: JsonObject, path: Path) -> int:
     return longest
 
 
-def _kind(wanted: str | None, opened: _Llama) -> int:
+def _kind(chosen: str | None, opened: _Llama) -> int:
     """Ggml's number of the type for matrices."""
-    name = wanted if wanted is not None else SOURCE_TYPES.get(opened.dtype, "f32")
+    name = chosen if chosen is not None else SOURCE_TYPES.get(opened.dtype, "f32")
     if name not in TYPES:
         raise InputError(f"expected a type of {', '.join(TYPES)}, got {name!r}")
     return TYPES[name]
@@ -191,17 +204,17 @@ def _kind(wanted: str | None, opened: _Llama) -> int:
 
 def _tensors(opened: _Llama, kind: int) -> dict[str, Stored]:
     """All tensors by GGUF's names, read when they are written."""
-    found: dict[str, Stored] = {}
+    tensors: dict[str, Stored] = {}
     for name, shape in full_shapes(opened.args).items():
         if not (opened.tied and name == OUTPUT):
             own = writable(kind, shape) if len(shape) > 1 else F32
-            found[name_in(GGUF, name)] = _later(opened, name, shape, own)
+            tensors[name_in(GGUF, name)] = _later(opened, name, shape, own)
     if (factor := opened.args.rope_factor) is not None:
         args = opened.args
         plain = rope_frequencies(args.head_dim, args.rope_theta)
         divisors = plain / rope_frequencies(args.head_dim, args.rope_theta, factor)
-        found[ROPE_FACTORS] = stored(ROPE_FACTORS, divisors, F32)
-    return found
+        tensors[ROPE_FACTORS] = stored(ROPE_FACTORS, divisors, F32)
+    return tensors
 
 
 def _later(opened: _Llama, name: str, shape: tuple[int, ...], kind: int) -> Stored:

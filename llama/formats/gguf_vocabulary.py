@@ -27,8 +27,6 @@ from llama.formats.tokenizers import (
 from llama.io.json_files import JsonObject, read_json
 from llama.tokenizer import Tokenizer, holds_json
 
-SPACE = "\u2581"  # stands for a space in SentencePiece's vocabularies
-
 
 def vocabulary(path: Path, size: int) -> dict[str, Record]:
     """A GGUF file's keys of a tokenizer.
@@ -72,11 +70,11 @@ def _template(directory: Path) -> str | None:
     own, config = directory / "chat_template.jinja", directory / "tokenizer_config.json"
     if own.is_file():
         return own.read_text(encoding="utf-8")
-    found = read_json(config).get("chat_template") if config.is_file() else None
-    if isinstance(found, list):  # several, by name
-        named = {entry.get("name"): entry.get("template") for entry in found}
-        found = named.get("default")
-    return found if isinstance(found, str) else None
+    template = read_json(config).get("chat_template") if config.is_file() else None
+    if isinstance(template, list):  # several, by name
+        named = {entry.get("name"): entry.get("template") for entry in template}
+        template = named.get("default")
+    return template if isinstance(template, str) else None
 
 
 def _of_pieces(pieces: Pieces, size: int) -> dict[str, Record]:
@@ -147,26 +145,26 @@ def _as_pieces(
     score: dict[str, float] = {}
     for rank, merge in enumerate(merges):
         score.setdefault(merge.replace(" ", ""), -float(rank))
-    unknown, found = content["model"].get("unk_token"), list(types)
+    unknown, kinds_of_tokens = content["model"].get("unk_token"), list(types)
     for number, text in enumerate(tokens):
         if len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
-            found[number] = BYTE
+            kinds_of_tokens[number] = BYTE
         elif text == unknown:
-            found[number] = UNKNOWN
+            kinds_of_tokens[number] = UNKNOWN
     lowest = -float(len(merges))
     scores = [score.get(text, lowest) for text in tokens]
     in_front = '"Prepend"' in rules or ('"Metaspace"' in rules and '"never"' not in rules)
-    return Pieces(tokens, scores, found, in_front)
+    return Pieces(tokens, scores, kinds_of_tokens, in_front)
 
 
 def _kinds(*parts: object) -> list[str]:
     """The kinds of all rules in parts of a ``tokenizer.json``."""
-    found: list[str] = []
+    kinds: list[str] = []
     for part in parts:
         if isinstance(part, dict):
-            found.append(str(part.get("type")))
-            found += _kinds(*part.get("normalizers", []), *part.get("pretokenizers", []))
-    return found
+            kinds.append(str(part.get("type")))
+            kinds += _kinds(*part.get("normalizers", []), *part.get("pretokenizers", []))
+    return kinds
 
 
 def _pre_tokenizer(content: JsonObject, path: Path) -> str:

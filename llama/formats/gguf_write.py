@@ -12,12 +12,18 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from llama.errors import InputError
-from llama.formats.gguf_header import ARRAY, NUMBERS, STRING, Header, Record
+import torch
+from torch import Tensor
+
+from llama.errors import InputError, MissingPackageError
+from llama.formats.gguf_header import ARRAY, NUMBERS, STRING, Header, Record, nbytes_of
 from llama.formats.gguf_parts import SPLIT_COUNT, SPLIT_NO, SPLIT_TENSORS, GGUFParts
 
 UINT16, UINT32, INT32, FLOAT32, BOOL = 2, 4, 5, 6, 7  # types of values, by number
 VERSION, ALIGNMENT = 3, 32  # of files made anew
+F32, F16, Q8_0, BF16 = 0, 1, 8, 30  # ggml's numbers of types
+TYPES = {"f32": F32, "f16": F16, "bf16": BF16, "q8_0": Q8_0}
+PLAIN = {F32: torch.float32, F16: torch.float16, BF16: torch.bfloat16}
 
 
 class Stored(NamedTuple):
@@ -70,8 +76,8 @@ def _text(text: str) -> bytes:
 
 def copied(source: GGUFParts, name: str) -> Stored:
     """A tensor as its source has it, byte for byte."""
-    place, part = source.tensors[name], source.part_of(name)
-    return Stored(place.shape, place.kind, place.nbytes, lambda: source.chunks(name), part)
+    own, part = source.tensors[name], source.part_of(name)
+    return Stored(own.shape, own.kind, own.nbytes, lambda: source.chunks(name), part)
 
 
 def write_new(
@@ -134,18 +140,18 @@ def _keys(
     before = source.headers[number].records if number < len(source.headers) else {}
     if number and count != len(source.headers):
         before = {}
-    found: dict[str, Record | None] = dict(before)
+    keys: dict[str, Record | None] = dict(before)
     if not number:
-        found |= changed  # a key that was there stays in its place, a new one goes to the end
+        keys |= changed  # a key that was there stays in its place, a new one goes to the end
     values = {SPLIT_NO: (number, UINT16), SPLIT_COUNT: (count, UINT16)}
     values[SPLIT_TENSORS] = (tensors, INT32)
     for key, (value, kind) in values.items():
         own = before.get(key)
         if count > 1:
-            found[key] = record(key, value, kind if own is None else own.kind)
+            keys[key] = record(key, value, kind if own is None else own.kind)
         elif len(source.headers) > 1:
-            found.pop(key, None)
-    return [value.raw for value in found.values() if value is not None]
+            keys.pop(key, None)
+    return [value.raw for value in keys.values() if value is not None]
 
 
 def _groups(source: GGUFParts, tensors: Mapping[str, Stored], count: int) -> list[list[str]]:
@@ -206,3 +212,67 @@ def _write_file(
             written = sum(file.write(piece) for piece in tensor.chunks())
             if written != tensor.nbytes:
                 raise InputError(f"{name} has {written} bytes, expected {tensor.nbytes}")
+
+
+def type_name(kind: int) -> str:
+    """Ggml's name of a type: ``"Q8_0"``."""
+    from gguf import GGMLQuantizationType
+
+    return GGMLQuantizationType(kind).name
+
+
+def writable(kind: int, shape: tuple[int, ...]) -> int:
+    """The type to write a tensor in that is wanted in another one.
+
+    Args:
+        kind: ggml's number of the type that is wanted.
+        shape: of the tensor, in torch's order.
+
+    Returns:
+        ``kind``; Q8_0 where that is a type that is only read here, such as the K-quants; F16 where
+        the rows are not whole blocks.
+    """
+    if kind in PLAIN:
+        return kind
+    try:
+        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
+    except ImportError:
+        raise MissingPackageError('writing GGUF needs: pip install "short-gpt[demo]"') from None
+    known = GGMLQuantizationType(kind)
+    row = torch.ones(1, GGML_QUANT_SIZES[known][0]).numpy()
+    try:
+        quants.quantize(row, known)
+    except NotImplementedError:
+        kind = Q8_0
+    return kind if not shape[-1] % GGML_QUANT_SIZES[GGMLQuantizationType(kind)][0] else F16
+
+
+def packed(name: str, weight: Tensor, kind: int) -> bytes:
+    """A tensor's bytes in a type that `writable` gives.
+
+    Raises:
+        InputError: a value is too large for F16.
+    """
+    if kind in PLAIN:
+        values = weight.detach().cpu().to(PLAIN[kind]).contiguous()
+        if kind == F16 and not bool(values.isfinite().all() or not weight.isfinite().all()):
+            raise InputError(f"{name} has values beyond F16's; take bf16, f32 or q8_0")
+        return values.view(torch.uint8).numpy().tobytes() if values.numel() else b""
+    from gguf import GGMLQuantizationType, quants
+
+    rows = weight.detach().cpu().float().contiguous().numpy()
+    return quants.quantize(rows, GGMLQuantizationType(kind)).tobytes()
+
+
+def stored(name: str, weight: Tensor, kind: int, *, part: int = 0) -> Stored:
+    """A tensor of torch to be written in a type that `writable` gives, packed when it is.
+
+    Args:
+        name: of the tensor, for messages.
+        weight: it.
+        kind: ggml's number of the type.
+        part: as of `Stored`.
+    """
+    shape = tuple(weight.shape)
+    size = nbytes_of(name, shape, kind)
+    return Stored(shape, kind, size, lambda: [packed(name, weight, kind)], part)

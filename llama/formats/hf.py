@@ -68,11 +68,11 @@ def _check_plain(config: JsonObject, directory: Path) -> None:
         expected |= {"head_dim": config["hidden_size"] // config["num_attention_heads"]}
         expected |= {"quantization_config": None}
     for key, value in expected.items():
-        found = config.get(key, "none" if key == "model_type" else value)
-        if found != value and not (found is None and key in ("head_dim", "architectures")):
-            found = found.get("quant_method", found) if isinstance(found, dict) else found
+        actual = config.get(key, "none" if key == "model_type" else value)
+        if actual != value and not (actual is None and key in ("head_dim", "architectures")):
+            actual = actual.get("quant_method", actual) if isinstance(actual, dict) else actual
             raise InputError(
-                f"{directory} is not a plain Llama: its {key} is {found!r}, expected {value!r}"
+                f"{directory} is not a plain Llama: its {key} is {actual!r}, expected {value!r}"
             )
 
 

@@ -1,11 +1,12 @@
 """Safetensors files, read and written tensor by tensor.
 
 The format is 8 bytes with the length of a JSON header, the header, and the tensors' bytes. The
-package safetensors checks a file's header here; its reader and writer of tensors were measured on a
-file of 8 tensors of 100 MB (safetensors 0.8) and left out:
+package safetensors checks a file's header here. Its writer and reader of tensors (0.8) were tried:
 
-- ``save_file`` and ``serialize_file`` take all tensors at once: 800 MB more memory than before,
-  this writer 130 MB; the bytes of the files are the same.
+- ``save_file`` takes all tensors at once. 16 tensors of 50 MB mapped from a file cost it no
+  anonymous memory, and 766 MB resident; changed ones, as conversions and healing write, 763 MB
+  anonymous. `write_file` takes 32 MB and 109 MB. And it sorts tensors by dtype and name: the bytes
+  are the same only where the source's order is that one, which renumbered layers 9 and 10 break.
 - ``safe_open`` gives tensors mapped from the file. Read one after the other they add up to 770 MB
   of resident memory, opened anew for each to 100 MB; but they lie where the header's length puts
   them, aligned at 8 bytes only, and matrix products of such weights may round otherwise. A copy
@@ -117,10 +118,10 @@ class SafetensorsFile:
 
 def _once(pairs: list[tuple[str, object]]) -> JsonObject:
     """A JSON object; InputError where a name is there twice, of which JSON takes the last."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    content = dict(pairs)
+    if len(content) < len(pairs):
         raise InputError("a name is there twice")
-    return found
+    return content
 
 
 def tensor_bytes(tensor: Tensor) -> Iterator[memoryview]:
@@ -145,18 +146,18 @@ def _open_indexed(directory: Path) -> dict[str, SafetensorsFile]:
     index = directory / INDEX
     if not index.is_file():
         raise FileNotFoundError(f"{directory} has neither {WEIGHTS} nor {INDEX}")
-    places = read_json(index).get("weight_map")
-    if not isinstance(places, dict) or not all(isinstance(v, str) for v in places.values()):
+    file_of = read_json(index).get("weight_map")
+    if not isinstance(file_of, dict) or not all(isinstance(v, str) for v in file_of.values()):
         raise InputError(f"{index} holds no weight_map, the file of every tensor by its name")
     files: dict[str, SafetensorsFile] = {}
-    for name in sorted(set(places.values())):
+    for name in sorted(set(file_of.values())):
         if os.path.basename(name) != name or not (directory / name).is_file():
             raise FileNotFoundError(f"{index} names a file {name}, which is not in {directory}")
         files[name] = SafetensorsFile(directory / name)
-    for tensor, name in places.items():
+    for tensor, name in file_of.items():
         if tensor not in files[name].entries:
             raise InputError(f"{index} expects {tensor} in {name}, which lacks it")
-    return {tensor: files[name] for tensor, name in places.items()}
+    return {tensor: files[name] for tensor, name in file_of.items()}
 
 
 def write_file(
@@ -200,13 +201,13 @@ def write_weights(
     if len(groups) == 1:
         write_file(directory / WEIGHTS, groups[0], read)
         return
-    places: dict[str, str] = {}
+    file_of: dict[str, str] = {}
     for number, entries in enumerate(groups, start=1):
         file = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
         write_file(directory / file, entries, read)
-        places |= dict.fromkeys(entries, file)
+        file_of |= dict.fromkeys(entries, file)
     total = sum(entry.nbytes for entries in groups for entry in entries.values())
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(file_of.items()))}
     (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 

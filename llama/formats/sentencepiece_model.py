@@ -23,12 +23,13 @@ BPE = 2
 
 @dataclass(frozen=True)
 class Pieces:
-    """What a SentencePiece model of byte-pair encoding is.
+    """The pieces of a SentencePiece model of byte-pair encoding, by id.
 
     Attributes:
-        texts, scores, types: of the pieces, by id; of two pairs that could be merged the one whose
-            piece has the higher score is.
-        space_in_front: whether a space is put in front of a text.
+        texts: the pieces.
+        scores: of two pairs that could be merged, the one whose piece has the higher score is.
+        types: such as `NORMAL`.
+        space_in_front: whether a space is put before a text.
     """
 
     texts: Sequence[str]
@@ -68,7 +69,8 @@ class Pieces:
         """The content of a ``tokenizer.model``.
 
         Args:
-            bos, eos: the pieces that begin and end a text.
+            bos: the piece that begins a text.
+            eos: the piece that ends a text.
         """
         rows = zip(self.texts, self.scores, self.types, strict=True)
         message = b"".join(
@@ -124,7 +126,7 @@ def _field(number: int, value: str | bytes | int | float) -> bytes:
 
 
 def _number(value: int) -> bytes:
-    found = b""
+    data = b""
     while value > 127:
-        found, value = found + bytes([value & 127 | 128]), value >> 7
-    return found + bytes([value])
+        data, value = data + bytes([value & 127 | 128]), value >> 7
+    return data + bytes([value])

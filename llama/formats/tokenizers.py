@@ -163,9 +163,9 @@ def tokenizer_json(
 ) -> str:
     """The text of a ``tokenizer.json`` for a byte-level BPE vocabulary as GGUF files hold it.
 
-    It tokenizes as transformers does on the GGUF, but for two things, as the models' own tokenizers
-    do: with ``"llama-bpe"`` a whole word in the vocabulary precedes merges, with ``"smollm"`` texts
-    are cut around every digit first.
+    It tokenizes as transformers does on the GGUF, except in two things, where it follows the
+    models' own tokenizers: with ``"llama-bpe"`` a word that is in the vocabulary precedes merges,
+    with ``"smollm"`` texts are cut around every digit first.
 
     Args:
         tokens: V distinct tokens in GPT-2's byte alphabet (``tokenizer.ggml.tokens``).
@@ -181,23 +181,23 @@ def tokenizer_json(
     if pre not in PRE_TOKENIZERS:
         raise InputError(f"unknown pre-tokenizer {pre!r}; known are {sorted(PRE_TOKENIZERS)}")
     alphabet = set(ALPHABET.values())
-    whole = {t for t in tokens if set(t) <= alphabet}
-    model = _byte_level_bpe(_vocabulary(tokens, whole, token_types, merges), merges, pre)
-    typed = [(t, kind) for t, kind in zip(tokens, token_types, strict=True) if t in whole]
+    byte_level = {t for t in tokens if set(t) <= alphabet}
+    model = _byte_level_bpe(_vocabulary(tokens, byte_level, token_types, merges), merges, pre)
+    typed = [(t, kind) for t, kind in zip(tokens, token_types, strict=True) if t in byte_level]
     model.add_special_tokens([t for t, kind in typed if kind == CONTROL])
     model.add_tokens([AddedToken(t, normalized=False) for t, k in typed if k == USER_DEFINED])
     return model.to_str()
 
 
 def _vocabulary(
-    tokens: Sequence[str], whole: set[str], token_types: Sequence[int], merges: Sequence[str]
+    tokens: Sequence[str], byte_level: set[str], token_types: Sequence[int], merges: Sequence[str]
 ) -> dict[str, int]:
     """Ids by token; InputError unless types and merges fit them.
 
     As in transformers: tokens outside of the alphabet are spelled bytewise and, special or not,
     never matched whole.
     """
-    vocab = {t if t in whole else _spell(t.encode()): i for i, t in enumerate(tokens)}
+    vocab = {t if t in byte_level else _spell(t.encode()): i for i, t in enumerate(tokens)}
     pairs = _pairs(merges)
     misfits = [pair for pair in pairs if not {*pair, "".join(pair)} <= vocab.keys()][:1]
     if misfits or not len(tokens) == len(vocab) == len(token_types):

@@ -48,15 +48,15 @@ def _check_free(path: Path, marker: str | None, *, overwrite: bool) -> None:
 def resolved(path: Path) -> Path:
     """The path without symbolic links; FileExistsError where they go round in a circle."""
     try:
-        found = path.resolve()
+        target = path.resolve()
     except (RuntimeError, OSError):
-        found = path
+        target = path
     # Python 3.13 gives back what it cannot resolve, earlier versions raise
-    if any(part.is_symlink() for part in (found, *found.parents)):
+    if any(part.is_symlink() for part in (target, *target.parents)):
         raise FileExistsError(
             f"{path} is a symbolic link that leads back to itself; choose another path"
         )
-    return found
+    return target
 
 
 def _check_replaceable(path: Path, marker: str) -> None:
@@ -83,14 +83,14 @@ def _check_replaceable(path: Path, marker: str) -> None:
 
 def _contents(directory: Path) -> list[str]:
     """Relative names of all files below, sorted; also of links to folders and of empty folders."""
-    found: list[str] = []
+    names_below: list[str] = []
     for folder, folders, files in os.walk(directory):  # does not follow links
         here = Path(folder)
         names = files + [name for name in folders if (here / name).is_symlink()]
         inside = [(here / name).relative_to(directory).as_posix() for name in names]
         empty = not folders and not files and here != directory
-        found += [here.relative_to(directory).as_posix()] if empty else inside
-    return sorted(found)
+        names_below += [here.relative_to(directory).as_posix()] if empty else inside
+    return sorted(names_below)
 
 
 def check_writable(path: Path) -> None:

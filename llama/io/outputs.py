@@ -24,7 +24,9 @@ def check_output(path: Path, *, overwrite: bool, ours: Ours) -> None:
     """Raises FileExistsError or PermissionError where `new_file` could not write.
 
     Args:
-        path, overwrite, ours: as there.
+        path: as there.
+        overwrite: as there.
+        ours: as there.
     """
     if is_stream(path):
         return
@@ -83,7 +85,8 @@ def new_files(paths: Sequence[Path], *, overwrite: bool, ours: Ours) -> Iterator
 
     Args:
         paths: the files, in one directory.
-        overwrite, ours: as there, for a single file.
+        overwrite: as there, for a single file.
+        ours: as there, for a single file.
 
     Raises:
         FileExistsError: one of them exists and is not to be replaced.

@@ -1,71 +1,163 @@
-"""What a source of weights is, told by its name and by what lies there."""
+"""What a source of weights is: found once by its name and by what lies there, and handed on."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Literal
 
+from llama.errors import InputError, MissingPackageError
+
 Kind = Literal["meta", "hf", "gguf", "hub"]
 
 
-def kind_of(source: str | PathLike[str]) -> Kind:
-    """What a source of weights is.
+@dataclass(frozen=True)
+class Source(PathLike[str]):
+    """A source of weights whose format is known; it stands for its name wherever a path may.
+
+    Attributes:
+        name: a path, or the name of a model on the hub.
+        kind: its format, as in `find_source`.
+    """
+
+    name: str
+    kind: Kind
+
+    @property
+    def path(self) -> Path:
+        return Path(self.name)
+
+    def __fspath__(self) -> str:
+        return self.name
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def find_source(name: str | PathLike[str]) -> Source:
+    """The source of this name, with its kind; a `Source` is returned as it is.
 
     Args:
-        source: a path, or the name of a model on the hub.
+        name: a path, or the name of a model on the hub.
 
     Returns:
-        ``"meta"``: a directory in Meta's format (``params.json``, which wins where both lie).
-        ``"hf"``: a directory in Hugging Face's format (``config.json``).
-        ``"gguf"``: a GGUF file.
-        ``"hub"``: nothing here, but a name like ``owner/name`` that the hub may know. A bare name
-        is taken for a mistyped directory.
+        A source of kind ``"meta"``: a directory in Meta's format (``params.json``, which wins
+        where both lie). ``"hf"``: a directory in Hugging Face's format (``config.json``).
+        ``"gguf"``: a GGUF file. ``"hub"``: nothing here, but a name like ``owner/name`` that the
+        hub may know; a bare name is taken for a mistyped directory.
 
     Raises:
         FileNotFoundError: it looks like a path and does not exist, or a directory is no model.
+
+    Example:
+        >>> find_source("meta-llama/Llama-2-7b-hf")
+        Source(name='meta-llama/Llama-2-7b-hf', kind='hub')
     """
-    path = Path(str(source))
-    if is_gguf(source):
+    return name if isinstance(name, Source) else Source(str(name), _kind(str(name)))
+
+
+def _kind(name: str) -> Kind:
+    path = Path(name)
+    if is_gguf(name):
         if not path.is_file():
-            raise FileNotFoundError(f"GGUF file {source} does not exist")
+            raise FileNotFoundError(f"GGUF file {name} does not exist")
         return "gguf"
-    if path.is_dir():
-        return _kind_of_directory(path)
-    return _kind_of_name(str(source))
-
-
-def _kind_of_directory(path: Path) -> Literal["meta", "hf"]:
     if (path / "params.json").is_file():
         return "meta"
     if (path / "config.json").is_file():
         return "hf"
-    raise FileNotFoundError(
-        f"{path} has no params.json (Meta's format) and no config.json (Hugging Face's); "
-        "is it a checkpoint?"
-    )
-
-
-def _kind_of_name(name: str) -> Literal["hub"]:
-    """That of a name on the hub; FileNotFoundError for what looks like a path."""
-    if Path(name).exists():
-        raise FileNotFoundError(f"{Path(name)} is a file; expected a checkpoint directory or .gguf")
+    if path.is_dir():
+        raise FileNotFoundError(
+            f"{path} has no params.json (Meta's format) and no config.json (Hugging Face's); "
+            "is it a checkpoint?"
+        )
+    if path.exists():
+        raise FileNotFoundError(f"{path} is a file; expected a checkpoint directory or .gguf")
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise FileNotFoundError(f"checkpoint directory {name} does not exist")
     return "hub"
 
 
+def kind_of(source: str | PathLike[str]) -> Kind:
+    """The kind of a source; arguments, kinds and errors as in `find_source`."""
+    return find_source(source).kind
+
+
 def is_gguf(source: str | PathLike[str]) -> bool:
     """Whether a name is that of a GGUF file, which need not be there."""
+    if isinstance(source, Source):
+        return source.kind == "gguf"
     return str(source).endswith(".gguf") and not Path(str(source)).is_dir()
 
 
 def is_meta(source: str | PathLike[str]) -> bool:
-    """Whether a source is a directory in Meta's format; errors as of `kind_of`."""
+    """Whether a source is a directory in Meta's format; errors as of `find_source`."""
     return kind_of(source) == "meta"
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name could be that of a model on the hub, with its owner in front or without."""
+    """Whether a name could be that of a model on the hub, with or without its owner."""
     return bool(re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name)) and not Path(name).exists()
+
+
+FETCHED = ["*.json", "*.safetensors", "tokenizer*", "*.jinja", "merges.txt", "LICENSE*"]
+FETCHED += ["README.md"]
+
+
+def resolve(source: str | PathLike[str]) -> Path:
+    """The directory of a model: an existing one, or the hub's, fetched into the hub's cache.
+
+    Raises:
+        FileNotFoundError: neither a directory nor a name that the hub could know.
+        InputError: the hub has no such model, or none for this user.
+        ConnectionError: the hub cannot be reached.
+        MissingPackageError: the package huggingface_hub is missing.
+    """
+    path, name = Path(str(source)), str(source)
+    if path.is_dir():
+        return path
+    if not is_hub_id(name):
+        raise FileNotFoundError(f"{path} is neither a directory nor a hub id like 'owner/name'")
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise MissingPackageError("fetching a model needs: pip install huggingface_hub") from None
+    try:
+        skipped = ["original/*", "consolidated*"]
+        return Path(snapshot_download(name, allow_patterns=FETCHED, ignore_patterns=skipped))
+    except Exception as error:
+        raise hub_failure(name, error) or error from None
+
+
+def hub_failure(name: str, error: BaseException) -> Exception | None:
+    """What a failure to fetch a model from the hub means and what to do; None if it is another.
+
+    Args:
+        name: the hub id.
+        error: what huggingface_hub raised, or something raised because of that.
+    """
+    from huggingface_hub import errors
+
+    missing = (errors.RepositoryNotFoundError, errors.HFValidationError)
+    offline = (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, ConnectionError)
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, errors.GatedRepoError):
+            return InputError(
+                f"{name} is gated: accept its terms on https://huggingface.co/{name}, then log in "
+                "with: hf auth login"
+            )
+        if isinstance(cause, missing):
+            return InputError(
+                f"{name} is neither a directory here nor a model on the hub; check the name or, "
+                "if it is private, log in with: hf auth login"
+            )
+        if isinstance(cause, offline):
+            return ConnectionError(
+                f"{name} is no directory here, and the hub cannot be reached to fetch it; connect "
+                "(and unset HF_HUB_OFFLINE), or give the directory of a downloaded model"
+            )
+        cause = cause.__cause__ or cause.__context__
+    return None

@@ -12,8 +12,9 @@ from short_gpt.checkpoints.hf import prune_hf
 from short_gpt.checkpoints.mergekit import mergekit_recipe, recipe_dtype
 from short_gpt.checkpoints.meta import prune_meta
 from short_gpt.checkpoints.provenance import PROVENANCE, Provenance
-from short_gpt.checkpoints.prune import format_of, prune_checkpoint
+from short_gpt.checkpoints.prune import prune_checkpoint
 from short_gpt.checkpoints.save import save_as_meta, save_hf, save_meta
+from short_gpt.checkpoints.target import Target, format_of
 from short_gpt.checkpoints.verify import (
     ROUNDING,
     Fingerprint,
@@ -27,6 +28,7 @@ __all__ = [
     "ROUNDING",
     "Fingerprint",
     "Provenance",
+    "Target",
     "check_same",
     "copy_weights",
     "fingerprint",

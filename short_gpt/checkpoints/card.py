@@ -9,7 +9,7 @@ from pathlib import Path
 
 from llama.io.json_files import write_json
 from short_gpt.checkpoints.provenance import PROVENANCE, Measured, Provenance
-from short_gpt.checkpoints.source_card import yaml_lines
+from short_gpt.checkpoints.records import yaml_lines
 from short_gpt.evaluation.sampling import SamplingError
 from short_gpt.runtime.errors import one_line
 
@@ -97,40 +97,42 @@ def _table(quality: Mapping[str, Measured]) -> str:
     if not quality:
         return "Its quality was not measured."
     rows = ["| model | perplexity | 95% | tokens |", "| --- | --- | --- | --- |"]
-    for name, found in quality.items():
-        tokens = "" if found.tokens is None else f"{found.tokens:,}"
-        rows.append(f"| {one_line(name)} | {found.value:.3f} | {_interval(found)} | {tokens} |")
-    over = dict.fromkeys(_over(found) for found in quality.values() if found.error)
+    for name, measured in quality.items():
+        tokens = "" if measured.tokens is None else f"{measured.tokens:,}"
+        rows.append(
+            f"| {one_line(name)} | {measured.value:.3f} | {_interval(measured)} | {tokens} |"
+        )
+    over = dict.fromkeys(_over(measured) for measured in quality.values() if measured.error)
     return "\n".join([*rows, *(["", f"Over {'; '.join(over)}."] if over else [])])
 
 
-def _interval(found: Measured) -> str:
-    ends = found.error.get("interval_95")
+def _interval(measured: Measured) -> str:
+    ends = measured.error.get("interval_95")
     known = isinstance(ends, list) and all(isinstance(end, float) for end in ends)
     return " to ".join(f"{end:.3f}" for end in ends) if known and isinstance(ends, list) else ""
 
 
-def _over(found: Measured) -> str:
-    """What an interval is over, and what it does not cover."""
-    windows, texts = (found.error.get(name) for name in ("windows", "texts"))
+def _over(measured: Measured) -> str:
+    """The samples of an interval, and what it does not cover."""
+    windows, texts = (measured.error.get(name) for name in ("windows", "texts"))
     known = texts if isinstance(texts, int) else None
     return SamplingError(math.nan, int(str(windows or 0)), known).over
 
 
 def _changed(record: Provenance) -> str:
     """What was done to the weights of the layers that stayed, in order."""
-    gone = _sublayers_gone(record.all_sublayers)
+    sublayers = _sublayers_gone(record.all_sublayers)
     if record.steps:
         names = [str(step["method"]) for step in record.steps]
         how = ", then ".join(IN_WORDS.get(name, name) for name in names)
-        return f"{gone}Weights of the kept layers were changed by {how}."
-    return f"{gone}No {'other ' if gone else ''}weight of the kept layers was changed."
+        return f"{sublayers}Weights of the kept layers were changed by {how}."
+    return f"{sublayers}No {'other ' if sublayers else ''}weight of the kept layers was changed."
 
 
 def _sublayers_gone(sublayers: Mapping[str, Sequence[int]]) -> str:
-    """A sentence on the halves of layers that were taken out; nothing if none was."""
-    halves = {"attention": sublayers.get("attention"), "MLP": sublayers.get("mlp")}
-    parts = [f"the {half} of layers {layers}" for half, layers in halves.items() if layers]
+    """A sentence on removed attention and MLP sublayers; empty if there are none."""
+    by_kind = {"attention": sublayers.get("attention"), "MLP": sublayers.get("mlp")}
+    parts = [f"the {kind} of layers {layers}" for kind, layers in by_kind.items() if layers]
     if not parts:
         return ""
     return f"Taken out by a zero output projection: {' and '.join(parts)}. "

@@ -1,4 +1,4 @@
-"""A GGUF model without some layers, its tensors as they are in their quantization.
+"""A GGUF model with some layers removed, its tensors as they are in their quantization.
 
 Whatever is written carries its record with it, as the key ``short_gpt.pruning``: the text of what
 stands in ``pruning.json`` elsewhere.
@@ -7,122 +7,120 @@ stands in ``pruning.json`` elsewhere.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from os import PathLike
+from dataclasses import replace
 from pathlib import Path
 
-from llama.formats.gguf_header import STRING, Record, read_header
-from llama.formats.gguf_parts import PART, GGUFParts, named_parts
-from llama.formats.gguf_write import Stored, copied, record, write_again
+from torch import Tensor
+
+from llama.formats.gguf_header import STRING, Record
+from llama.formats.gguf_parts import GGUFParts
+from llama.formats.gguf_write import (
+    Stored,
+    copied,
+    record,
+    stored,
+    type_name,
+    writable,
+    write_again,
+)
+from llama.formats.names import permute_rows
 from llama.io.json_files import json_text
-from llama.io.outputs import check_outputs, new_files
+from llama.io.sources import is_gguf
 from short_gpt.checkpoints.gguf_kinds import PATTERN
 from short_gpt.checkpoints.gguf_layers import Stack, renamed
+from short_gpt.checkpoints.model_record import ModelRecord
 from short_gpt.checkpoints.provenance import Provenance
 from short_gpt.checkpoints.records import RECORD
+from short_gpt.checkpoints.target import StrPath, Target, check_new_gguf, takes_target
+from short_gpt.models.weight_changes import Parameter
 from short_gpt.runtime.errors import ShortGPTError
 
 
+@takes_target
 def prune_gguf(
-    source: str | PathLike[str],
-    out: str | PathLike[str],
+    source: StrPath,
+    target: Target,
     layers: Sequence[int],
     *,
     provenance: Provenance | None = None,
-    overwrite: bool = False,
     progress: Callable[[str], object] = str,
-    verify: Callable[[Path], object] | None = None,
 ) -> Path:
-    """Writes a GGUF model of any architecture without some layers; no weight is ever loaded.
+    """Writes a GGUF model of any architecture with some layers removed; no weight is ever loaded.
 
     The tensors' bytes are copied in pieces, so memory does not grow with the model and any
     quantization goes over. What was written is read again and compared before it is there.
 
     Args:
         source: the file; of a model in several, ``NAME-00001-of-0000N.gguf``.
-        out: the new file; with such a name, so many files.
-        layers: numbers of the layers to leave out.
+        target: the new file; with such a name, so many files, which are not verified. A path is
+            enough.
+        layers: numbers of the layers to remove.
         provenance: what is known beside what is removed; goes into the file with that.
-        overwrite: whether an earlier pruned file is replaced; nothing else ever is.
         progress: called with every tensor's name before it is written.
-        verify: called with the new file before it takes its place; of several files not called.
 
     Returns:
-        ``out``.
+        The target's path.
 
     Raises:
         ShortGPTError: a layer does not exist, or what is left could not be told to llama.cpp.
         FileNotFoundError: there is no such file.
-        FileExistsError: ``out`` exists, or is the source.
+        FileExistsError: the target exists, or is the source.
     """
-    parts = GGUFParts(Path(str(source)))
-    stack = Stack.of(parts)
+    stack = Stack.open(source)
     keep = stack.kept(layers, provenance.block_influence if provenance else ())
     own = [i for i in keep if i < stack.layers]
     done = (provenance or Provenance()).cut(source, removed=layers, kept=own)
-    return write_gguf(
-        parts, out, keep, done=done, overwrite=overwrite, progress=progress, verify=verify
-    )
+    return write_gguf(stack.parts, target, keep, done=done, progress=progress)
 
 
+@takes_target
 def write_gguf(
     source: GGUFParts,
-    out: str | PathLike[str],
+    target: Target,
     keep: Sequence[int],
     *,
     changed: Mapping[str, Stored] | None = None,
     done: Provenance | None = None,
-    overwrite: bool = False,
     progress: Callable[[str], object] = str,
-    verify: Callable[[Path], object] | None = None,
 ) -> Path:
-    """Writes some blocks of a GGUF model, with what changed in them.
+    """Writes some blocks of a GGUF model, with new values of changed tensors.
 
     Args:
         source: the model.
-        out, overwrite, progress, verify: as for `prune_gguf`.
+        target: as for `prune_gguf`.
         keep: numbers of the blocks that stay, ascending.
-        changed: tensors that are other than in the source, by their names there.
+        changed: tensors that differ from the source's, by their names there.
         done: the record; without it, and with all blocks, the bytes are those of the source.
+        progress: as for `prune_gguf`.
     """
-    paths = out_paths(out)
-    check_new_gguf(out, source=source, overwrite=overwrite)
+    check_new_gguf(target.out, source=source, overwrite=target.overwrite)
     names = renamed(source.tensors, keep)
-    found = changed or {}
-    tensors = {new: found.get(old) or copied(source, old) for new, old in names.items()}
+    changed = changed or {}
+    tensors = {new: changed.get(old) or copied(source, old) for new, old in names.items()}
     records = Stack.of(source).records(keep)
     if done is not None:
         records[RECORD] = record(RECORD, json_text(done.to_dict()), STRING)
-    with new_files(paths, overwrite=overwrite, ours=is_pruned_gguf) as partial:
+    with target.new_files() as partial:
         write_again(partial, source, tensors, records=records, progress=progress)
-        check_written(partial[0], source, names, records, changed=found)
-        if verify is not None and len(partial) == 1:
-            verified(partial[0], verify)
-    return Path(str(out))
-
-
-def verified(partial: Path, verify: Callable[[Path], object]) -> None:
-    """Calls ``verify`` with a file of a name that says that it is GGUF."""
-    named = partial.rename(partial.with_name(f"{partial.name}.gguf"))
-    try:
-        verify(named)
-    finally:
-        named.rename(partial)
+        check_written(partial[0], source, names, records, changed=changed)
+    return target.path
 
 
 def about_kinds(
-    source: str | PathLike[str],
+    source: StrPath,
     layers: Sequence[int],
     influence: Sequence[float | None] = (),
 ) -> str | None:
-    """What other programs get wrong of a GGUF model without some layers; None if nothing.
+    """What other programs get wrong in a pruned GGUF model; None if nothing.
 
     Args:
         source: the original model.
         layers: numbers of the removed layers.
         influence: Block Influence of each layer, by which another set is offered.
     """
-    stack = Stack.of(GGUFParts(Path(str(source))))
+    stack = Stack.open(source)
     keep = [i for i in range(stack.blocks) if i not in set(layers)]
     if not stack.changed_kinds(keep):
         return None
@@ -139,39 +137,6 @@ def about_kinds(
     )
 
 
-def out_paths(out: str | PathLike[str]) -> list[Path]:
-    """The files to write for a name: one, or all those that a name of one of several tells.
-
-    Example:
-        >>> [str(p) for p in out_paths("m-00001-of-00002.gguf")]
-        ['m-00001-of-00002.gguf', 'm-00002-of-00002.gguf']
-    """
-    path = Path(str(out))
-    match = PART.fullmatch(path.name)
-    return named_parts(path.with_name(f"{match[1]}.gguf"), int(match[3])) if match else [path]
-
-
-def check_new_gguf(
-    out: str | PathLike[str], *, source: GGUFParts | None = None, overwrite: bool
-) -> None:
-    """Raises FileExistsError or PermissionError where `write_gguf` could not write."""
-    paths = out_paths(out)
-    if not paths:
-        raise ShortGPTError(f"{out} names a file of none; name it NAME-00001-of-0000N.gguf")
-    check_outputs(paths, overwrite=overwrite, ours=is_pruned_gguf)
-    sources = [path.resolve() for path in source.paths] if source else []
-    if taken := [path for path in paths if path.resolve() in sources]:
-        raise FileExistsError(f"{taken[0]} is the source; choose another name")
-
-
-def is_pruned_gguf(path: Path) -> bool:
-    """Whether a file is a GGUF file that `write_gguf` made."""
-    try:
-        return RECORD in read_header(path).fields
-    except ValueError:
-        return False
-
-
 def check_written(
     path: Path,
     source: GGUFParts,
@@ -180,14 +145,14 @@ def check_written(
     *,
     changed: Mapping[str, Stored],
 ) -> None:
-    """Proves that a file holds what it is to hold, by reading it again.
+    """Proves that a file holds what was to be written, by reading it again.
 
     Args:
         path: the new file, or the first of several.
-        source: what it was made from.
+        source: the model that it was made from.
         names: of every tensor, and its name in the source.
-        records: keys that are other than in the source.
-        changed: tensors that are other, by their names in the source.
+        records: keys that differ from the source's.
+        changed: tensors that differ, by their names in the source.
 
     Raises:
         RuntimeError: it does not; the message names what differs.
@@ -203,11 +168,11 @@ def check_written(
 
 
 def _check_keys(again: GGUFParts, source: GGUFParts, records: Mapping[str, Record | None]) -> None:
-    """Raises RuntimeError unless a file has the source's keys, but for those that changed."""
+    """Raises RuntimeError unless a file has the source's keys, except those that changed."""
     expected = {k: r.raw for k, r in source.headers[0].records.items() if k not in records}
-    expected |= {key: found.raw for key, found in records.items() if found is not None}
-    kept = {key: found.raw for key, found in again.headers[0].records.items()}
-    wrong = [k for k in expected | kept if expected.get(k) != kept.get(k)]
+    expected |= {key: new.raw for key, new in records.items() if new is not None}
+    written = {key: own.raw for key, own in again.headers[0].records.items()}
+    wrong = [k for k in expected | written if expected.get(k) != written.get(k)]
     if wrong := [key for key in wrong if not key.startswith("split.")]:
         raise RuntimeError(f"{again.path} does not say what it should of {', '.join(wrong[:3])}")
 
@@ -218,3 +183,129 @@ def _same(one: Iterable[bytes], other: Iterable[bytes]) -> bool:
         for piece in pieces:
             digest.update(piece)
     return digests[0].digest() == digests[1].digest()
+
+
+# Architectures whose weights lie in transformers as in the file, up to the heads of queries and
+# keys of the second row, and norms of the third, which a file stores plus one.
+MAPPED = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "starcoder2", "olmo2")
+PERMUTED = ("llama",)
+PLUS_ONE = ("gemma2", "gemma3")
+
+
+@takes_target
+def save_gguf(
+    short: ModelRecord, target: Target, source: StrPath, layers_path: str, *, record: Provenance
+) -> Path:
+    """Writes a model of transformers that was opened from a GGUF file as one.
+
+    Args:
+        short: the model.
+        target: the new file; a path is enough. It is compared with the source, not verified.
+        source: the file that it was opened from.
+        layers_path: where the model has its layers: ``"model.layers"``.
+        record: of what was done.
+
+    Raises:
+        ShortGPTError: ``source`` is no GGUF file or has another number of layers, or a changed
+            weight has no place in it.
+        FileExistsError: the target exists.
+    """
+    if not is_gguf(source):
+        raise ShortGPTError(
+            f"{target.out} is written from a GGUF file, got {source}; name a directory and convert "
+            f"that: short-gpt convert DIRECTORY {target.out}"
+        )
+    stack = Stack.open(source)
+    if stack.layers != short.n_layers:
+        raise ShortGPTError(
+            f"{source} has {stack.layers} layers, this model began with {short.n_layers}: it is "
+            "not where the model came from"
+        )
+    short.check_whole()  # in a trial, numbers of layers are not those of `kept`
+    keep = [*short.kept, *range(stack.layers, stack.blocks)]
+    changed: dict[str, Stored] = {}
+    for parameter in sorted(short.changed):
+        number, own = parameter
+        weight = short.decoder.layers[short.kept.index(number)].get_parameter(own)
+        name = _name(stack, parameter, layers_path)
+        changed[name] = _stored(stack, name, weight)
+    return write_gguf(stack.parts, replace(target, verify=None), keep, changed=changed, done=record)
+
+
+def check_saved(source: StrPath, layers: Sequence[int]) -> None:
+    """Refuses, before any work, a GGUF file that `save_gguf` could not write back changed.
+
+    Args:
+        source: the file.
+        layers: numbers of the layers that are removed.
+
+    Raises:
+        ShortGPTError: the architecture is not one of `MAPPED`, or the layers cannot go.
+    """
+    stack = Stack.open(source)
+    if stack.arch not in MAPPED:
+        raise ShortGPTError(
+            f"changed weights are written to GGUF files of {', '.join(MAPPED)}, {source} is of "
+            f"{stack.arch}: name a directory instead"
+        )
+    stack.kept(layers)
+
+
+def _name(stack: Stack, parameter: Parameter, layers_path: str) -> str:
+    """GGUF's name of a parameter of transformers; ShortGPTError where it is not known."""
+    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+
+    number, own = parameter
+    full = f"{layers_path}.{number}.{own}"
+    arch_of = {name: arch for arch, name in MODEL_ARCH_NAMES.items()}
+    name = None
+    if stack.arch in MAPPED:
+        names = get_tensor_name_map(arch_of[stack.arch], stack.blocks)
+        name = names.get_name(full, try_suffixes=(".weight", ".bias"))
+    if name not in stack.parts.tensors:
+        raise ShortGPTError(
+            f"{full} was changed, and where it belongs in a GGUF file of {stack.arch} is not "
+            f"known; known are weights of {', '.join(MAPPED)}: name a directory instead"
+        )
+    return str(name)
+
+
+def _stored(stack: Stack, name: str, weight: Tensor) -> Stored:
+    """A changed tensor in its own type, or in one that can be written."""
+    before = stack.parts.tensors[name]
+    heads = {"attn_q": "attention.head_count", "attn_k": "attention.head_count_kv"}
+    key = heads.get(name.split(".")[-2])
+    if key is not None and stack.arch in PERMUTED:
+        count = stack.get(key) or stack.get(heads["attn_q"])
+        if not isinstance(count, int):
+            raise ShortGPTError(f"{name} was changed, whose heads differ from layer to layer")
+        weight = permute_rows(weight, count, to_neighbours=True)
+    if stack.arch in PLUS_ONE and name.endswith("norm.weight"):
+        weight = weight.float() + 1
+    if tuple(weight.shape) != before.shape:
+        raise ShortGPTError(f"{name} has shape {list(weight.shape)}, expected {list(before.shape)}")
+    kind = writable(before.kind, before.shape)
+    return stored(name, weight, kind, part=stack.parts.part_of(name))
+
+
+def about_types(source: StrPath, out: StrPath) -> str | None:
+    """Which tensors of a written file have another type than in its source, in words.
+
+    Args:
+        source: the file that ``out`` was made from.
+        out: a file of `save_gguf`.
+    """
+    record = Provenance.beside(out)
+    removed = set(record.removed_layers) if record else set()
+    stack = Stack.open(source)
+    keep = [i for i in range(stack.blocks) if i not in removed]
+    before, after = stack.parts, GGUFParts(Path(str(out)))
+    moves = Counter(
+        (before.tensors[old].kind, after.tensors[new].kind)
+        for new, old in renamed(before.tensors, keep).items()
+        if before.tensors[old].kind != after.tensors[new].kind
+    )
+    if not moves:
+        return None
+    parts = [f"{n} of {type_name(a)} as {type_name(b)}" for (a, b), n in sorted(moves.items())]
+    return f"changed tensors in another type than before: {', '.join(parts)}"

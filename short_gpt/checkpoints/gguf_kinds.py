@@ -97,11 +97,11 @@ def cheapest_set(
     best: dict[int, tuple[float, list[int]]] = {0: (0.0, [])}  # by how many are removed so far
     for layer, score in enumerate(scores):
         after: dict[int, tuple[float, list[int]]] = {}
-        for gone, (total, removed) in best.items():
-            if stays(layer, layer - gone):
-                after[gone] = min(after.get(gone, (math.inf, [])), (total, removed))
-            if gone < count:
-                after[gone + 1] = (total + score, [*removed, layer])
+        for n_removed, (total, removed) in best.items():
+            if stays(layer, layer - n_removed):
+                after[n_removed] = min(after.get(n_removed, (math.inf, [])), (total, removed))
+            if n_removed < count:
+                after[n_removed + 1] = (total + score, [*removed, layer])
         best = after
     return best[count][1] if count in best else None
 

@@ -1,4 +1,4 @@
-"""What a GGUF file's metadata says of its layers, and what it has to say of fewer.
+"""A GGUF file's metadata on its layers, and what must change in it with fewer of them.
 
 Some architectures tell a layer's kind by a key, some by its position alone, by rules that
 llama.cpp has in its code. A layer that stays must keep its kind: where a key can say so it does,
@@ -8,9 +8,11 @@ elsewhere the cut is refused, and where scores are at hand with the best set tha
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from llama.formats.gguf_header import ARRAY, Record
 from llama.formats.gguf_parts import GGUFParts
@@ -78,6 +80,11 @@ class Stack:
             raise ShortGPTError(f"{parts.path} has nextn_predict_layers = {extra!r} of {blocks}")
         return cls(parts, arch, blocks, extra)
 
+    @classmethod
+    def open(cls, source: str | os.PathLike[str]) -> Stack:
+        """The layers of a GGUF file; errors as those of `of` and `GGUFParts`."""
+        return cls.of(GGUFParts(Path(str(source))))
+
     @property
     def layers(self) -> int:
         """How many layers there are to choose from."""
@@ -122,11 +129,11 @@ class Stack:
         leading = self.get("leading_dense_block_count")
         if isinstance(leading, int):
             values[f"{self.arch}.leading_dense_block_count"] = sum(i < leading for i in keep)
-        found: dict[str, Record | None] = {}
+        changed: dict[str, Record | None] = {}
         for key, value in values.items():
-            own = self.parts.headers[0].records[key]
-            found[key] = record(key, value, own.kind, own.element)
-        return found | self._pattern(keep)
+            before = self.parts.headers[0].records[key]
+            changed[key] = record(key, value, before.kind, before.element)
+        return changed | self._pattern(keep)
 
     def _lists(self, keep: Sequence[int]) -> dict[str, object]:
         """The lists with an entry a block or a layer, cut; texts and tokens are none."""
@@ -155,12 +162,12 @@ class Stack:
 
     def _period(self) -> tuple[int, int] | None:
         """After how many layers kinds repeat by position, and which of them differs."""
-        found, said = PERIODIC.get(self.arch), self.get(PATTERN)
+        rule, period = PERIODIC.get(self.arch), self.get(PATTERN)
         if self.arch in WITH_WINDOW and not self.get("attention.sliding_window"):
             return None
-        if found and isinstance(said, int):
-            return (said, 0 if found[1] == 0 else said - 1) if said else None  # 0: all slide
-        return found
+        if rule and isinstance(period, int):  # 0: windows slide over all layers
+            return (period, 0 if rule[1] == 0 else period - 1) if period else None
+        return rule
 
     @property
     def has_period(self) -> bool:
@@ -169,8 +176,8 @@ class Stack:
 
     def _kind(self, layer: int) -> bool:
         """Whether a layer is the one that differs in its period, by the file or by its position."""
-        said = self.get(PATTERN)
-        return not said[layer] if isinstance(said, list) else self._kind_at(layer)
+        pattern = self.get(PATTERN)
+        return not pattern[layer] if isinstance(pattern, list) else self._kind_at(layer)
 
     def _kind_at(self, position: int) -> bool:
         period = self._period()
@@ -189,11 +196,11 @@ class Stack:
     def _periods(self) -> dict[str, int]:
         """Periods that keys name, whose phase differs from architecture to architecture."""
         names = PERIODS if self.arch in PERIODIC else (*PERIODS, PATTERN)
-        said = {name: self.get(name) for name in names}
-        return {n: v for n, v in said.items() if isinstance(v, int) and v > 1}
+        values = {name: self.get(name) for name in names}
+        return {n: v for n, v in values.items() if isinstance(v, int) and v > 1}
 
     def _fits(self, keep: Sequence[int]) -> str | None:
-        """Why kinds would change that no key can tell; None if they would not."""
+        """Why kinds would change that no key can express; None if they would not."""
         if why := self._moved(keep):
             return why
         period = self._period()
@@ -213,39 +220,39 @@ class Stack:
         return None
 
     def _check(self, keep: Sequence[int], influence: Sequence[float | None]) -> None:
-        """Raises ShortGPTError unless the blocks that stay can be said to be what they are."""
-        gone = [i for i in range(self.layers) if i not in set(keep)]
-        if why := self._refusal(gone):
-            raise ShortGPTError(f"layers {gone} of {self.parts.path} cannot be removed: {why}")
+        """Raises ShortGPTError unless the kept blocks keep their kinds."""
+        removed = [i for i in range(self.layers) if i not in set(keep)]
+        if why := self._refusal(removed):
+            raise ShortGPTError(f"layers {removed} of {self.parts.path} cannot be removed: {why}")
         if why := self._fits(keep):
             raise ShortGPTError(
-                f"without layers {gone} of {self.parts.path} others would be of the wrong kind: "
-                f"{why}; {self.advice(gone, influence)}"
+                f"without layers {removed} of {self.parts.path} others would be of the wrong kind: "
+                f"{why}; {self.advice(removed, influence)}"
             )
 
-    def _refusal(self, gone: Sequence[int]) -> str | None:
-        """Why a model without some layers is none that llama.cpp takes for it; None if it is."""
+    def _refusal(self, removed: Sequence[int]) -> str | None:
+        """Why llama.cpp would misread the model with these layers removed; None if it does not."""
         layers = range(self.layers)
-        kinds, left = ({self._kind(i) for i in layers if i not in out} for out in ((), gone))
+        kinds, left = ({self._kind(i) for i in layers if i not in out} for out in ((), removed))
         if (kinds if self.arch in BOTH_KINDS else kinds - {True}) - left:
             return f"llama.cpp opens no {self.arch} of which all layers are of one kind"
         for name in NUMBERED:
             if self.get(name):
                 return f"{self.arch}.{name} = {self.get(name)!r} numbers layers"
-        if self.arch in BY_LIST and not isinstance(said := self.get(PATTERN), list):
+        if self.arch in BY_LIST and not isinstance(pattern := self.get(PATTERN), list):
             return (
                 f"llama.cpp takes the kinds of {self.arch}'s layers from a list, and "
-                f"{self.arch}.{PATTERN} is {said!r}"
+                f"{self.arch}.{PATTERN} is {pattern!r}"
             )
         for name in FIRST_STAY:
             first = self.get(name)
-            if isinstance(first, int) and any(i < first for i in gone):
+            if isinstance(first, int) and any(i < first for i in removed):
                 return f"the first {first} take images (n_deepstack_layers); name others"
         if self.arch.startswith(BY_COUNT):
             return f"llama.cpp tells variants of {self.arch} by the number of their layers"
-        if self.arch in FROM_FIRST and 0 in gone:
+        if self.arch in FROM_FIRST and 0 in removed:
             return f"layers of {self.arch} take values of layer 0; leave that one"
-        if COUNTS.get(self.arch) in (self.blocks, self.blocks - len(gone)):
+        if COUNTS.get(self.arch) in (self.blocks, self.blocks - len(removed)):
             return (
                 f"llama.cpp takes {self.arch} of {COUNTS[self.arch]} layers for another variant, "
                 "by that number"
@@ -283,11 +290,11 @@ class Stack:
 
 def _check_names(parts: GGUFParts, arch: str, blocks: int) -> None:
     """Raises ShortGPTError unless the tensors are those of numbered layers, all and no other."""
-    found = {int(m[1]) for name in parts.tensors if (m := LAYER.fullmatch(name))}
-    if found != set(range(blocks)):
+    numbers = {int(m[1]) for name in parts.tensors if (m := LAYER.fullmatch(name))}
+    if numbers != set(range(blocks)):
         raise ShortGPTError(
             f"{parts.path} says that it has {blocks} layers; its tensors blk.N are of "
-            f"{len(found)}: is it whole?"
+            f"{len(numbers)}: is it whole?"
         )
     if arch in ALIKE and (missing := _missing(parts.tensors, blocks)):
         raise ShortGPTError(f"{parts.path} lacks {missing[0]}: is it whole?")
@@ -317,12 +324,12 @@ def renamed(names: Mapping[str, object], keep: Sequence[int]) -> dict[str, str]:
         >>> renamed({"blk.0.a": 0, "blk.1.a": 0, "output.weight": 0}, [1])
         {'blk.0.a': 'blk.1.a', 'output.weight': 'output.weight'}
     """
-    place = {old: new for new, old in enumerate(keep)}
-    found: dict[str, str] = {}
+    new_number = {old: new for new, old in enumerate(keep)}
+    old_name: dict[str, str] = {}
     for name in names:
         match = LAYER.fullmatch(name)
         if match is None:
-            found[name] = name
-        elif int(match[1]) in place:
-            found[f"blk.{place[int(match[1])]}.{match[2]}"] = name
-    return found
+            old_name[name] = name
+        elif int(match[1]) in new_number:
+            old_name[f"blk.{new_number[int(match[1])]}.{match[2]}"] = name
+    return old_name

@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from os import PathLike
 from pathlib import Path
 
 import torch
@@ -19,12 +18,11 @@ from llama.formats.safetensors import (
     tensor_bytes,
     write_weights,
 )
-from llama.io.files import check_new, new_directory
-from llama.io.hub import resolve
 from llama.io.json_files import read_json, write_json
+from llama.io.sources import resolve
 from short_gpt.checkpoints.card import write_provenance
-from short_gpt.checkpoints.provenance import PROVENANCE, Provenance
-from short_gpt.checkpoints.replaced import Replaced
+from short_gpt.checkpoints.provenance import Provenance
+from short_gpt.checkpoints.target import Replaced, StrPath, Target, takes_target
 from short_gpt.models.config_file import read_config
 from short_gpt.models.hf import HFDecoder
 from short_gpt.models.loading import TRUST, auto_class, check_stored, explained
@@ -37,18 +35,17 @@ COPIED = re.compile(r".+\.(json|jinja|model|txt)|(LICENSE|NOTICE|USE_POLICY).*|t
 NOT_COPIED = re.compile(r"config\.json|.+\.index\.json|(pruning|conversion)\.json|.+\.py")
 
 
+@takes_target
 def prune_hf(
-    source: str | PathLike[str],
-    out_dir: str | PathLike[str],
+    source: StrPath,
+    target: Target,
     layers: Sequence[int],
     *,
     provenance: Provenance | None = None,
     replaced: Replaced | None = None,
-    overwrite: bool = False,
     progress: Callable[[str], object] = str,
-    verify: Callable[[Path], object] | None = None,
 ) -> Path:
-    """Writes a safetensors directory without some layers; no weight is ever loaded.
+    """Writes a safetensors directory with some layers removed; no weight is ever loaded.
 
     The tensors' bytes are copied in pieces, so memory does not grow with the model and any dtype
     goes over. ``config.json`` changes in what the removal changes, and in nothing else, so it
@@ -56,28 +53,25 @@ def prune_hf(
 
     Args:
         source: a directory with ``config.json`` and safetensors of any family, or a hub id.
-        out_dir: the new directory; appears whole or not at all.
-        layers: numbers of the layers to leave out.
+        target: the new directory; a path is enough.
+        layers: numbers of the layers to remove.
         provenance: by which scores they were chosen, and facts to keep; completed here and
             written as ``pruning.json`` and on the card.
-        replaced: by names in the source's files, tensors that are read from here in their place.
-        overwrite: whether an existing pruned checkpoint is replaced; nothing else ever is.
+        replaced: by name in the source's files, tensors that are written in their place.
         progress: called with every tensor's new name before it is written.
-        verify: called with the finished directory before it takes its place; what it raises
-            leaves an earlier one there.
 
     Returns:
-        ``out_dir``.
+        The target's path.
 
     Raises:
         ShortGPTError: a layer does not exist, the files lack weights or hold others, or the family
             cannot be pruned right: it says why.
         FileNotFoundError: config or weights are missing.
-        FileExistsError: ``out_dir`` exists, or with ``overwrite`` holds the source or other files.
+        FileExistsError: the target exists, or with ``overwrite`` holds the source or other files.
         MissingPackageError: transformers is missing.
     """
-    directory, out = resolve(source), Path(str(out_dir))
-    check_new(out, marker=PROVENANCE, overwrite=overwrite, source=directory)
+    directory = resolve(source)
+    target.check(source=directory)
     weights = open_weights(directory)
     decoder = _skeleton(directory)
     count = len(decoder.layers)
@@ -88,15 +82,14 @@ def prune_hf(
     )
     old_name = _old_names(weights, _prefix(weights, decoder.layers_path, count), keep)
     config = _edited_config(directory, decoder, keep)
-    with new_directory(out, marker=PROVENANCE, overwrite=overwrite) as partial:
+    with target.new_directory() as partial:
         write_json(partial / "config.json", config)
         _check_config(partial, decoder)
         _write_kept(partial, weights, old_name, replaced or {}, progress)
         _copy_others(directory, partial)
         write_provenance(partial, record, card=True)
-        if verify is not None:
-            verify(partial)
-    return out
+        target.prove(partial)
+    return target.path
 
 
 def _write_kept(
@@ -106,7 +99,6 @@ def _write_kept(
     replaced: Replaced,
     progress: Callable[[str], object],
 ) -> None:
-    """Copies the tensors that stay, in pieces, under their new names."""
 
     def read(name: str) -> Iterator[bytes | memoryview]:
         progress(name)
@@ -121,7 +113,7 @@ def _write_kept(
 
 
 def _copy_others(directory: Path, out: Path) -> None:
-    """Copies what goes along as it is: also Python files, if the tokenizer is one of them."""
+    """Copies files that do not change; Python files too, if the tokenizer is defined in one."""
     config = directory / "tokenizer_config.json"
     own_code = config.is_file() and "auto_map" in read_json(config)
     for path in sorted(directory.iterdir()):
@@ -157,21 +149,18 @@ def _quantization(directory: Path) -> object:
 
 
 def _prefix(weights: Mapping[str, object], layers_path: str, count: int) -> str:
-    """What the stored layers are called in front of their number.
-
-    Files may hold the layers with or without the name of the model around them.
-    """
+    """The stored layers' name before their number, with or without that of the model around."""
     last = layers_path.rpartition(".")[2]
-    found: dict[str, set[int]] = {}
+    numbers_of: dict[str, set[int]] = {}
     for name in weights:
         match = re.match(rf"((?:[^\d.][^.]*\.)*?{re.escape(last)})\.(\d+)\.", name)
         if match:
-            found.setdefault(match[1], set()).add(int(match[2]))
-    fitting = [p for p, numbers in found.items() if numbers == set(range(count))]
+            numbers_of.setdefault(match[1], set()).add(int(match[2]))
+    fitting = [p for p, numbers in numbers_of.items() if numbers == set(range(count))]
     related = [p for p in fitting if _ends(layers_path, p) or _ends(p, layers_path)]
     choice = related or [p for p in fitting if "vision" not in p and "audio" not in p]
     if len(choice) != 1:
-        shown = {p: len(numbers) for p, numbers in found.items()}
+        shown = {p: len(numbers) for p, numbers in numbers_of.items()}
         raise ShortGPTError(
             f"expected tensors of {layers_path}.0 to {layers_path}.{count - 1}, one list of them; "
             f"the files hold {shown or 'none'}"
@@ -199,7 +188,7 @@ def _old_names(weights: Mapping[str, object], prefix: str, keep: Sequence[int]) 
 def _groups(
     weights: Mapping[str, SafetensorsFile], old_name: Mapping[str, str]
 ) -> list[dict[str, Entry]]:
-    """What each new file holds: as before, less the files of which nothing stays."""
+    """The tensors of each new file: as in the source, without files of which none is left."""
     groups: dict[str, dict[str, Entry]] = {}
     for new, old in old_name.items():
         file = weights[old]
@@ -248,13 +237,13 @@ def _check_config(partial: Path, decoder: HFDecoder) -> None:
         raise ShortGPTError(f"config.json cannot hold what the removal changes in {wrong}")
 
 
-def _differing(expected: Mapping[str, object], found: Mapping[str, object]) -> list[str]:
-    """The keys whose values differ, but for those that loading sets and what is dropped."""
+def _differing(expected: Mapping[str, object], read: Mapping[str, object]) -> list[str]:
+    """The keys whose values differ, except those that loading sets or that are dropped."""
     own = {"_name_or_path", "name_or_path", "transformers_version", "dtype", "torch_dtype"}
     own.add("auto_map")  # dropped on purpose
     wrong = []
     for key, value in expected.items():
-        other = found.get(key)
+        other = read.get(key)
         if isinstance(value, dict) and isinstance(other, dict):
             wrong += [f"{key}.{name}" for name in _differing(value, other)]
         elif key not in own and value != other:

@@ -1,4 +1,4 @@
-"""A recipe by which mergekit makes the pruned model from the whole one."""
+"""A recipe by which mergekit makes the pruned model from the original."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 
-from llama.io.hub import resolve
-from llama.io.sources import is_gguf, is_meta
+from llama.io.sources import find_source, resolve
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.results import read_record
 
@@ -78,7 +77,7 @@ def recipe_dtype(source: str | PathLike[str]) -> str:
             transformers refuses to write it.
         FileNotFoundError: there is no such model.
     """
-    if is_gguf(source) or is_meta(str(source)):
+    if find_source(source).kind in ("meta", "gguf"):
         raise ShortGPTError("`recipe`: mergekit reads Hugging Face's format; convert it first")
     directory = resolve(source)
     config = read_record(directory / "config.json")

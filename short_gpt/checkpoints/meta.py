@@ -1,9 +1,8 @@
-"""A Meta checkpoint directory without some layers, written tensor by tensor."""
+"""A Meta checkpoint directory with some layers removed, written tensor by tensor."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from os import PathLike
 from pathlib import Path
 
 from torch import Tensor
@@ -18,90 +17,94 @@ from llama.checkpoint.meta import (
 )
 from llama.checkpoint.pth import Shard, write_shard
 from llama.checkpoint.sharding import part_of
-from llama.io.files import check_new, new_directory
 from llama.io.json_files import write_json
 from llama.tokenizer import Tokenizer, find_tokenizer
 from short_gpt.checkpoints.card import write_provenance
-from short_gpt.checkpoints.provenance import PROVENANCE, Provenance
-from short_gpt.checkpoints.replaced import Replaced
+from short_gpt.checkpoints.provenance import Provenance
+from short_gpt.checkpoints.target import Replaced, StrPath, Target, takes_target
 from short_gpt.models.numbering import check_layers
 
 
+@takes_target
 def prune_meta(
-    ckpt_dir: str | PathLike[str],
-    out_dir: str | PathLike[str],
+    ckpt_dir: StrPath,
+    target: Target,
     layers: Sequence[int],
     *,
-    tokenizer_path: str | PathLike[str] | None = None,
+    tokenizer_path: StrPath | None = None,
     provenance: Provenance | None = None,
     replaced: Replaced | None = None,
-    overwrite: bool = False,
     progress: Callable[[str], object] = str,
-    verify: Callable[[Path], object] | None = None,
 ) -> Path:
-    """Writes the checkpoint without some layers, tensor by tensor, with the same sharding.
+    """Writes the checkpoint with some layers removed, tensor by tensor, with the same sharding.
 
     The tensors' bytes are copied, so the result equals the model pruned in memory bit for bit.
     Memory is bounded by the largest tensor.
 
     Args:
         ckpt_dir: the source.
-        out_dir: the new directory; appears whole or not at all.
-        layers: numbers of the layers to leave out.
+        target: the new directory; a path is enough.
+        layers: numbers of the layers to remove.
         tokenizer_path: copied along; None looks beside the source.
         provenance: what is known beside what is removed; goes into ``pruning.json`` with that.
-        replaced: by their names, whole tensors that are read from here in the source's place.
-        overwrite: whether an existing pruned checkpoint is replaced; nothing else ever is.
+        replaced: by name, whole tensors that are written in place of the source's.
         progress: called with every tensor's name before it is written.
-        verify: called with the finished directory before it takes its place; what it raises
-            leaves an earlier one there.
 
     Returns:
-        ``out_dir``.
+        The target's path.
 
     Raises:
         ShortGPTError: a layer does not exist or is named twice, or none or all would go.
-        FileExistsError: ``out_dir`` exists, or with ``overwrite`` holds the source or other files.
+        FileExistsError: the target exists, or with ``overwrite`` holds the source or other files.
         FileNotFoundError: there is no tokenizer.
     """
-    source, out = Checkpoint(ckpt_dir), Path(str(out_dir))
+    source = Checkpoint(ckpt_dir)
     numbers = range(source.args.n_layers)
     check_layers(layers, numbers)
     keep = [i for i in numbers if i not in set(layers)]
     tokenizer = Path(str(tokenizer_path)) if tokenizer_path else find_tokenizer(source.directory)
     check_vocabulary(source, Tokenizer(tokenizer), tokenizer)
     record = (provenance or Provenance()).cut(ckpt_dir, removed=layers, kept=keep)
-    check_new(out, marker=PROVENANCE, overwrite=overwrite, source=source.directory)
-    with new_directory(out, marker=PROVENANCE, overwrite=overwrite) as partial:
-        _write_shards(source, partial, keep, replaced or {}, progress)
+    target.check(source=source.directory)
+    with target.new_directory() as partial:
+        write_kept(source, partial, keep, replaced or {}, progress)
         write_beside(source, partial, n_layers=len(keep), tokenizer=tokenizer, record=record)
-        if verify is not None:
-            verify(partial)
-    return out
+        target.prove(partial)
+    return target.path
 
 
-def _write_shards(
+def write_kept(
     source: Checkpoint,
-    partial: Path,
+    out: Path,
     keep: Sequence[int],
     replaced: Replaced,
-    progress: Callable[[str], object],
+    progress: Callable[[str], object] = str,
 ) -> None:
-    """Each of the source's files without the removed layers, under its own name."""
+    """Writes each file of a checkpoint with the kept layers only, under its own name.
+
+    Args:
+        source: the checkpoint.
+        out: an existing directory.
+        keep: numbers of the layers that stay, ascending.
+        replaced: as for `prune_meta`.
+        progress: as for `prune_meta`.
+    """
     by = source.vocab_parallel
     for rank, shard in enumerate(source.shards):
         old_name = names_kept(shard, keep)
 
-        def read(name: str, shard: Shard = shard, rank: int = rank) -> Tensor:
+        def read(
+            name: str, shard: Shard = shard, rank: int = rank, names: dict[str, str] = old_name
+        ) -> Tensor:
             progress(name)
-            old = names_kept(shard, keep)[name]
+            old = names[name]
             if old not in replaced:
                 return shard.read(old)
-            whole, ranks = replaced[old](), len(source.shards)
-            return part_of(source.args, old, whole, rank, ranks, vocab_parallel=by)
+            tensor, ranks = replaced[old](), len(source.shards)
+            return part_of(source.args, old, tensor, rank, ranks, vocab_parallel=by)
 
         infos = {new: shard.infos[old] for new, old in old_name.items()}
-        write_shard(partial / shard.path.name, infos, read)
+        write_shard(out / shard.path.name, infos, read)
 
 
 def names_kept(shard: Shard, keep: Sequence[int]) -> dict[str, str]:

@@ -112,7 +112,7 @@ class ModelRecord:
         """The model's layers to be called one at a time.
 
         Raises:
-            ShortGPTError: they are given more than the states in front of them.
+            ShortGPTError: they take more than the hidden states entering them.
         """
         return LayerCalls(self.decoder)
 
@@ -150,7 +150,7 @@ class ModelRecord:
         return losses(self.decoder, windows, progress=progress)
 
     def note_quality(self, result: Perplexity) -> None:
-        """Records a perplexity of the model as it is; not where layers are gone unrecorded."""
+        """Records a perplexity of the model as it is, unless layers were removed unrecorded."""
         if len(self.present) == len(self.decoder.layers):
             self.quality[tuple(self.present)] = result
 

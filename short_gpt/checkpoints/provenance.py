@@ -12,14 +12,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from short_gpt.checkpoints import entries
-from short_gpt.checkpoints.entries import EVIDENCE, KEYS, Measured, Step
-from short_gpt.checkpoints.from_model import counts_of, kept_quality, remembered, removed_halves
+from short_gpt.checkpoints import records
 from short_gpt.checkpoints.model_record import ModelRecord
-from short_gpt.checkpoints.records import PROVENANCE, record_of
-from short_gpt.checkpoints.source_card import source_card
+from short_gpt.checkpoints.records import (
+    EVIDENCE,
+    KEYS,
+    PROVENANCE,
+    Measured,
+    Step,
+    record_of,
+    source_card,
+)
 from short_gpt.evaluation.perplexity import Perplexity
-from short_gpt.models.weight_changes import REMOVED_SUBLAYERS
+from short_gpt.models.weight_changes import REMOVED_SUBLAYERS, WeightChange
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.results import read_record, versions
 from short_gpt.scoring.importance import Importance
@@ -43,7 +48,7 @@ class Provenance:
         healing: what changed weights since ``earlier``, oldest first.
         removed_sublayers: the source's numbers of kept layers whose "attention" or "mlp" is zero.
         evidence: how the layers were chosen and what a healing brought, by the keys `EVIDENCE`.
-        source_card: the source's licence and base model, of `source_card.source_card`.
+        source_card: the source's licence and base model, of `records.source_card`.
         facts: what the caller adds, such as ``{"data": "PG-19"}``.
         versions: of the packages that made it.
 
@@ -70,10 +75,10 @@ class Provenance:
     versions: Mapping[str, str] = field(default_factory=versions)
 
     def __post_init__(self) -> None:
-        if taken := sorted(set(self.facts) & set(KEYS)):
+        if reserved := sorted(set(self.facts) & set(KEYS)):
             raise ShortGPTError(
-                f"facts name {', '.join(taken)}, which the library records from the model itself: "
-                "leave them out, or call them otherwise"
+                f"facts name {', '.join(reserved)}, which the library records from the model "
+                "itself: leave them out, or call them otherwise"
             )
         count = len(self.removed_layers) + len(self.kept_layers)
         if self.earlier and len(self.earlier.kept_layers) != count:
@@ -148,7 +153,8 @@ class Provenance:
 
         Args:
             source: the checkpoint, by the name to keep.
-            removed, kept: its layers.
+            removed: its layers that are removed.
+            kept: its layers that are kept.
             directory: where its files lie, if not at ``source``.
         """
         return replace(
@@ -163,8 +169,8 @@ class Provenance:
     @classmethod
     def beside(cls, directory: str | os.PathLike[str]) -> Provenance | None:
         """The record in a checkpoint directory or a GGUF file; None if there is none."""
-        found = record_of(directory)
-        return None if found is None else _read(*found)
+        record = record_of(directory)
+        return None if record is None else _read(*record)
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Provenance:
@@ -197,11 +203,11 @@ class Provenance:
         """The first model's numbers of layers that stayed without "attention" or "mlp"."""
         before = self.earlier.all_sublayers if self.earlier else {}
         left = set(self.original_layers)
-        gone: dict[str, list[int]] = {}
-        for half in ("attention", "mlp"):
-            layers = {*before.get(half, ()), *self._original(self.removed_sublayers.get(half, ()))}
-            gone[half] = sorted(layers & left)
-        return gone
+        removed: dict[str, list[int]] = {}
+        for kind in ("attention", "mlp"):
+            layers = {*before.get(kind, ()), *self._original(self.removed_sublayers.get(kind, ()))}
+            removed[kind] = sorted(layers & left)
+        return removed
 
     @property
     def first_source(self) -> str | None:
@@ -251,7 +257,7 @@ class Provenance:
         count = len(before.removed_layers) + len(before.kept_layers)
         return replace(
             before,
-            block_influence=entries.spread(self.block_influence, before.kept_layers, count)
+            block_influence=records.spread(self.block_influence, before.kept_layers, count)
             or before.block_influence,
             scored=self.scored or before.scored,
             # what was measured before weights changed was another model
@@ -265,32 +271,72 @@ class Provenance:
         )
 
     def _merged_sublayers(self, before: Provenance) -> dict[str, list[int]]:
-        """Halves gone then and now, by the layers of ``before``'s source."""
-        merged = {half: list(layers) for half, layers in before.removed_sublayers.items()}
-        for half, layers in self.removed_sublayers.items():
-            merged[half] = merged.get(half, []) + [before.kept_layers[i] for i in layers]
+        """Sublayers removed then and now, by the layers of ``before``'s source."""
+        merged = {kind: list(layers) for kind, layers in before.removed_sublayers.items()}
+        for kind, layers in self.removed_sublayers.items():
+            merged[kind] = merged.get(kind, []) + [before.kept_layers[i] for i in layers]
         return merged
 
 
 def _read(record: Mapping[str, object], where: str) -> Provenance:
     """A record from the content of a file; ``where`` names it in what is raised."""
     source = record.get("source")
-    source_pruning = entries.mapping(record, "source_pruning", where)
+    source_pruning = records.mapping(record, "source_pruning", where)
     earlier = _read(source_pruning, where) if source_pruning else None
-    sublayers = entries.mapping(record, "removed_sublayers", where)
-    entries.check_numbering(record, len(earlier.kept_layers) if earlier else None, where)
+    sublayers = records.mapping(record, "removed_sublayers", where)
+    records.check_numbering(record, len(earlier.kept_layers) if earlier else None, where)
     return Provenance(
-        removed_layers=entries.numbers(record.get("removed_layers"), "removed_layers", where),
-        kept_layers=entries.numbers(record.get("kept_layers"), "kept_layers", where),
+        removed_layers=records.numbers(record.get("removed_layers"), "removed_layers", where),
+        kept_layers=records.numbers(record.get("kept_layers"), "kept_layers", where),
         source=None if source is None else str(source),
         earlier=earlier,
-        block_influence=entries.influences(record, where),
-        scored=entries.scored_counts(entries.mapping(record, "scored", where), where),
-        quality=entries.measurements(record, where),
-        healing=entries.healing_steps(record.get("healing"), where),
-        removed_sublayers={half: entries.numbers(v, half, where) for half, v in sublayers.items()},
+        block_influence=records.influences(record, where),
+        scored=records.scored_counts(records.mapping(record, "scored", where), where),
+        quality=records.measurements(record, where),
+        healing=records.healing_steps(record.get("healing"), where),
+        removed_sublayers={kind: records.numbers(v, kind, where) for kind, v in sublayers.items()},
         evidence={key: record[key] for key in EVIDENCE if key in record},
-        source_card=entries.mapping(record, "source_card", where),
+        source_card=records.mapping(record, "source_card", where),
         facts={key: value for key, value in record.items() if key not in KEYS},
-        versions={k: str(v) for k, v in entries.mapping(record, "versions", where).items()},
+        versions={k: str(v) for k, v in records.mapping(record, "versions", where).items()},
     )
+
+
+def remembered(short: ModelRecord) -> dict[str, Perplexity]:
+    """Perplexities that a model remembers, of the original and the pruned one, by name."""
+    states = (tuple(range(short.n_layers)), tuple(short.kept))
+    return {f"{len(s)} layers": short.quality[s] for s in states if s in short.quality}
+
+
+def kept_quality(quality: Mapping[str, Perplexity]) -> dict[str, Measured]:
+    """Perplexities as a record keeps them."""
+    return {
+        name: Measured(perplexity.value, perplexity.tokens, _error(perplexity))
+        for name, perplexity in quality.items()
+    }
+
+
+def _error(perplexity: Perplexity) -> dict[str, object]:
+    """The interval of a perplexity and its samples; empty where no error is known."""
+    if perplexity.error is None or not perplexity.error.known:
+        return {}
+    over = {"windows": perplexity.error.windows, "texts": perplexity.error.texts}
+    return {"interval_95": list(perplexity.interval()), **over}
+
+
+def counts_of(importance: Importance) -> dict[str, int]:
+    """How many windows and tokens were scored; empty if none were."""
+    if not importance.n_windows:
+        return {}
+    return {"windows": importance.n_windows, "tokens": importance.n_tokens}
+
+
+def removed_halves(changes: Iterable[WeightChange], kept: Sequence[int]) -> dict[str, list[int]]:
+    """The kept layers without their attention or MLP; empty if there are none."""
+    by_kind: dict[str, list[int]] = {"attention": [], "mlp": []}
+    for change in changes:
+        if change.how["method"] == REMOVED_SUBLAYERS:
+            for kind, layers in by_kind.items():
+                removed = records.numbers(change.how[kind], kind, "the model")
+                layers += [i for i in removed if i in kept]
+    return by_kind if any(by_kind.values()) else {}

@@ -2,111 +2,96 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from torch import Tensor, nn
+from torch import nn
 
 from llama.checkpoint.meta import CONVERSION, Checkpoint, copy_tokenizer
-from llama.checkpoint.pth import Shard, write_shard
+from llama.checkpoint.pth import Shard
 from llama.formats.convert import hf_to_meta
-from llama.io.files import new_directory, read_marker
+from llama.io.files import read_marker
 from llama.io.json_files import write_json
 from llama.parallel import model_parallel_size
 from llama.tokenizer import find_tokenizer
 from short_gpt.checkpoints.card import write_provenance
-from short_gpt.checkpoints.meta import names_kept, prune_meta, write_beside
+from short_gpt.checkpoints.meta import prune_meta, write_beside, write_kept
 from short_gpt.checkpoints.model_record import ModelRecord
-from short_gpt.checkpoints.provenance import PROVENANCE, Provenance
+from short_gpt.checkpoints.provenance import Provenance
+from short_gpt.checkpoints.target import StrPath, Target, takes_target
 from short_gpt.runtime.errors import ShortGPTError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-StrPath = str | os.PathLike[str]
-Verify = Callable[[Path], object]
 
-
+@takes_target
 def save_hf(
     model: PreTrainedModel,
-    out_dir: StrPath,
+    target: Target,
     *,
     tokenizer: PreTrainedTokenizerBase | None,
     record: Provenance,
-    verify: Verify | None = None,
-    overwrite: bool = False,
 ) -> Path:
     """Writes a model of transformers for plain ``from_pretrained``, with its card and record.
 
     Args:
-        model: what is written.
-        out_dir: the new directory; appears whole or not at all.
+        model: the model.
+        target: the new directory; a path is enough.
         tokenizer: written beside it; None if there is none.
         record: of what was done.
-        verify: called with the directory before it is there for good; may raise.
-        overwrite: whether an earlier pruned model is replaced; nothing else ever is.
     """
-    out = Path(str(out_dir))
-    with new_directory(out, marker=PROVENANCE, overwrite=overwrite) as partial:
-        _write_hf(model, tokenizer, partial, verify)
+    with target.new_directory() as partial:
+        _write_hf(model, tokenizer, partial, target)
         write_provenance(partial, record, card=True)
-    return out
+    return target.path
 
 
+@takes_target
 def save_converted(
-    model: PreTrainedModel,
-    out_dir: StrPath,
-    *,
-    tokenizer: object,
-    source: StrPath,
-    verify: Verify | None,
-    overwrite: bool = False,
+    model: PreTrainedModel, target: Target, *, tokenizer: object, source: StrPath
 ) -> Path:
     """Writes a model of transformers as it is, as the conversion of another format.
 
     Args:
-        model, out_dir, tokenizer, verify, overwrite: as for `save_hf`.
-        source: what the model was read from; its record, if it has one, goes along.
+        model: as for `save_hf`.
+        target: as for `save_hf`.
+        tokenizer: as for `save_hf`.
+        source: the model that was read; its record, if it has one, goes along.
     """
-    out = Path(str(out_dir))
-    with new_directory(out, marker=CONVERSION, overwrite=overwrite) as partial:
-        _write_hf(model, cast("PreTrainedTokenizerBase | None", tokenizer), partial, verify)
+    with target.new_directory(marker=CONVERSION) as partial:
+        _write_hf(model, cast("PreTrainedTokenizerBase | None", tokenizer), partial, target)
         write_json(partial / CONVERSION, {"source": str(source), "dtype": str(model.dtype)})
         if (record := Provenance.beside(source)) is not None:
             write_provenance(partial, record, card=True)
-    return out
+    return target.path
 
 
+@takes_target
 def save_as_meta(
-    model: PreTrainedModel,
-    out_dir: StrPath,
-    *,
-    record: Provenance,
-    tokenizer_path: StrPath,
-    verify: Verify | None = None,
-    overwrite: bool = False,
+    model: PreTrainedModel, target: Target, *, record: Provenance, tokenizer_path: StrPath
 ) -> Path:
     """Writes a Llama of transformers that came from a Meta directory in Meta's format again.
 
     Args:
-        model, out_dir, record, verify, overwrite: as for `save_hf`; ``verify`` looks at the
-            Hugging Face directory that is converted then.
+        model: as for `save_hf`.
+        target: as for `save_hf`; it verifies the Hugging Face directory that is then converted.
+        record: as for `save_hf`.
         tokenizer_path: the Meta directory's own, which goes along as it is: through transformers
             it may gain tokens.
 
     Raises:
         ShortGPTError: the model is no Llama.
-        FileExistsError: ``out_dir`` exists.
+        FileExistsError: the target exists.
     """
-    out = Path(str(out_dir))
-    with new_directory(out, marker=PROVENANCE, overwrite=overwrite) as partial:
+    with target.new_directory() as partial:
         middle, converted = partial.with_name("hugging_face"), partial.with_name("converted")
         middle.mkdir()
-        _write_hf(model, None, middle, verify)
+        _write_hf(model, None, middle, target)
         copy_tokenizer(Path(str(tokenizer_path)), middle)  # which the conversion asks for
         hf_to_meta(middle, converted)
         shutil.rmtree(middle)
@@ -117,18 +102,17 @@ def save_as_meta(
         made = read_marker(partial / CONVERSION)  # names the directory in between, gone by now
         write_json(partial / CONVERSION, {**made, "source": record.source})
         write_provenance(partial, record, card=False)
-    return out
+    return target.path
 
 
+@takes_target
 def save_meta(
     short: ModelRecord,
-    out_dir: StrPath,
+    target: Target,
     *,
     source: StrPath,
     record: Provenance,
     tokenizer_path: StrPath | None = None,
-    verify: Verify | None = None,
-    overwrite: bool = False,
 ) -> Path:
     """Writes a model that came from a Meta directory, tensor by tensor from the files there.
 
@@ -137,19 +121,17 @@ def save_meta(
 
     Args:
         short: the model.
-        out_dir: the new directory; appears whole or not at all.
+        target: the new directory; a path is enough. It is verified only where weights were
+            changed, while those in memory are rounded as they are on disk.
         source: where the model came from.
         record: of what was done.
         tokenizer_path: copied along; None looks beside the source.
-        verify: called with the directory before it is there for good where weights were changed,
-            while those in memory are rounded as they are on disk; may raise.
-        overwrite: whether an earlier pruned checkpoint is replaced; nothing else ever is.
 
     Raises:
         RuntimeError: nothing was removed or changed, or the model lacks layers for a trial.
         ShortGPTError: the source has another number of layers; or weights were changed and it has
             several files, or several ranks share the model.
-        FileExistsError: ``out_dir`` exists.
+        FileExistsError: the target exists.
     """
     if not short.removed and not short.changed:
         raise RuntimeError("nothing was removed yet; call remove_layers first")
@@ -157,25 +139,20 @@ def save_meta(
     checkpoint = Checkpoint(source)
     check_origin(short, checkpoint)
     if not short.changed:
+        target = replace(target, verify=None)  # the source's bytes are copied
         return prune_meta(
-            source,
-            out_dir,
-            short.removed,
-            tokenizer_path=tokenizer_path,
-            provenance=record,
-            overwrite=overwrite,
+            source, target, short.removed, tokenizer_path=tokenizer_path, provenance=record
         )
     check_one_file(checkpoint)
-    out = Path(str(out_dir))
     tokenizer = Path(str(tokenizer_path or find_tokenizer(checkpoint.directory)))
-    with new_directory(out, marker=PROVENANCE, overwrite=overwrite) as partial:
-        _write_changed(short, checkpoint.shards[0], partial)
+    with target.new_directory() as partial:
+        write_kept(checkpoint, partial, short.kept, {n: w.detach for n, w in _changed(short)})
         count = len(short.kept)
         write_beside(checkpoint, partial, n_layers=count, tokenizer=tokenizer, record=record)
-        if verify is not None:
+        if target.verify is not None:
             with _as_stored(short, checkpoint.shards[0]):
-                verify(partial)
-    return out
+                target.prove(partial)
+    return target.path
 
 
 def check_origin(short: ModelRecord, checkpoint: Checkpoint) -> None:
@@ -203,38 +180,23 @@ def check_one_file(checkpoint: Checkpoint) -> None:
         )
 
 
-def _write_changed(short: ModelRecord, shard: Shard, out: Path) -> None:
-    """The layers left, under their new numbers: from the file, but what changed from memory."""
-    old_name = names_kept(shard, short.kept)
-    changed = _changed(short)
-
-    def read(name: str) -> Tensor:
-        return changed[name] if name in changed else shard.read(old_name[name])
-
-    infos = {new: shard.infos[old] for new, old in old_name.items()}
-    write_shard(out / shard.path.name, infos, read)
-
-
-def _changed(short: ModelRecord) -> dict[str, nn.Parameter]:
-    """The parameters that no longer are the source's, by their new names."""
-    layers, place_of = short.decoder.layers, {n: place for place, n in enumerate(short.kept)}
-    return {
-        f"layers.{place_of[number]}.{name}": layers[place_of[number]].get_parameter(name)
-        for number, name in short.changed
-    }
+def _changed(short: ModelRecord) -> list[tuple[str, nn.Parameter]]:
+    """The parameters that differ from the source's, by their names there."""
+    layer_of = dict(zip(short.kept, short.decoder.layers, strict=True))
+    changed = sorted(short.changed)
+    return [(f"layers.{i}.{name}", layer_of[i].get_parameter(name)) for i, name in changed]
 
 
 @contextmanager
 def _as_stored(short: ModelRecord, shard: Shard) -> Iterator[None]:
-    """What was changed, rounded to the file's dtype inside the block and as it was behind it."""
-    old_name, exact = names_kept(shard, short.kept), {}
-    for name, weight in _changed(short).items():
-        exact[weight] = weight.data
-        weight.data = exact[weight].to(shard.infos[old_name[name]].dtype).to(exact[weight].dtype)
+    """Rounds changed parameters to the file's dtype inside the block."""
+    exact = [(weight, weight.data) for _, weight in _changed(short)]
+    for name, weight in _changed(short):
+        weight.data = weight.data.to(shard.infos[name].dtype).to(weight.dtype)
     try:
         yield
     finally:
-        for weight, data in exact.items():
+        for weight, data in exact:
             weight.data = data
 
 
@@ -242,10 +204,9 @@ def _write_hf(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
     out: Path,
-    verify: Verify | None,
+    target: Target,
 ) -> None:
     model.save_pretrained(out)
     if tokenizer is not None:
         tokenizer.save_pretrained(out)
-    if verify is not None:
-        verify(out)
+    target.prove(out)

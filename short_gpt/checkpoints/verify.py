@@ -21,7 +21,7 @@ ROUNDING = 1e-4  # between implementations in float32, relative to the largest l
 
 
 class Generator(Protocol):
-    """A model that is proved: its logits, and the tokens that it finds likeliest."""
+    """A model that is proved: its logits, and its likeliest tokens."""
 
     decoder: Decoder
     kept: list[int]
@@ -35,7 +35,8 @@ class Fingerprint:
 
     Attributes:
         logits: (1, S, V) float32 on the CPU.
-        cached, uncached: tokens generated greedily, with the cache and without it.
+        cached: tokens generated greedily with the cache.
+        uncached: the same without it.
         damaged: a tensor that is NaN or infinite somewhere, in words, such as attention can hide
             from the logits; None if there is none, or nobody looked.
     """
@@ -70,7 +71,8 @@ def fingerprint_aligned(
     """`fingerprint` with all weights copied, so that none lies unaligned in a file, and looked at.
 
     Args:
-        short, count: as there.
+        short: the model.
+        count: as for `fingerprint`.
         dtype: that the weights are rounded to first; None leaves them exact.
     """
     damaged = copy_weights(short.decoder.module)
@@ -85,17 +87,17 @@ def fingerprint_aligned(
 
 
 def one_by_one(*models: Callable[[], Fingerprint]) -> list[Fingerprint]:
-    """What `fingerprint` gives of models that are opened one after the other, with a bar.
+    """Fingerprints of models that are opened one after the other, with a bar.
 
     Args:
-        models: each opens one, and keeps nothing of it but that.
+        models: each function opens a model, and keeps nothing of it except the fingerprint.
     """
-    found = []
+    fingerprints = []
     with bar("verifying", total=len(models), unit="model", delay=0.0) as shown:
         for model in models:
-            found.append(model())
+            fingerprints.append(model())
             shown.update()
-    return found
+    return fingerprints
 
 
 def check_same(
@@ -108,13 +110,14 @@ def check_same(
     """Proves that two models are the same.
 
     Args:
-        ours, theirs: both from `fingerprint` on the same tokens.
+        ours: from `fingerprint`.
+        theirs: from `fingerprint` on the same tokens.
         rounding: how far logits may differ, relative to the largest; 0 asks for the same bits,
             and for the same tokens generated. `ROUNDING` is for two implementations.
-        names: of the two in what is raised.
+        names: of the two models in error messages.
 
     Returns:
-        How the logits agree, in words: "bit for bit" or "but for the last digits".
+        How the logits agree, in words: "bit for bit" or "except for the last digits".
 
     Raises:
         NotFiniteError: a weight, or the first one's logits, are NaN or infinite.
@@ -130,12 +133,12 @@ def check_same(
             )
     check_logits(ours.logits, theirs.logits, rounding, names)
     _check_generated(ours, theirs, rounding, names)
-    return "but for the last digits" if rounding else "bit for bit"
+    return "except for the last digits" if rounding else "bit for bit"
 
 
 def check_logits(
     expected: Tensor,
-    found: Tensor,
+    actual: Tensor,
     rounding: float = 0.0,
     names: tuple[str, str] = ("the model in memory", "the saved model"),
 ) -> None:
@@ -145,23 +148,23 @@ def check_logits(
         NotFiniteError: those expected are NaN or infinite.
         RuntimeError: they differ.
     """
-    if expected.shape != found.shape:
+    if expected.shape != actual.shape:
         raise RuntimeError(
-            f"{names[1]} gives logits of shape {list(found.shape)}, {names[0]} "
+            f"{names[1]} gives logits of shape {list(actual.shape)}, {names[0]} "
             f"{list(expected.shape)}"
         )
-    off = (found - expected).abs().max()
+    difference = (actual - expected).abs().max()
     if rounding:
-        same = bool(off <= rounding * expected.abs().max())
+        same = bool(difference <= rounding * expected.abs().max())
     else:
-        same = torch.equal(found, expected)
+        same = torch.equal(actual, expected)
     if not same and not expected.isfinite().all():
         raise NotFiniteError(
             f"{names[0]} gives NaN or infinite logits, which prove nothing of a copy: a weight is "
             "damaged; fetch the weights anew, or leave the proof out (`verify` no)"
         )
     if not same:
-        raise RuntimeError(f"{names[1]} is not {names[0]}: logits differ by up to {off:.3g}")
+        raise RuntimeError(f"{names[1]} is not {names[0]}: logits differ by up to {difference:.3g}")
 
 
 def _check_generated(
@@ -186,12 +189,12 @@ def copy_weights(model: nn.Module) -> tuple[str, nn.Parameter] | None:
     copies: dict[tuple[int, torch.Size], torch.Tensor] = {}
     for name, weight in model.named_parameters():
         if pointer := weight.data_ptr():  # none: on the meta device, or without an entry
-            place = (pointer, weight.shape)
-            if place not in copies:
-                copies[place] = weight.data.clone()
-                if damaged is None and not _is_finite(copies[place]):
+            key = (pointer, weight.shape)
+            if key not in copies:
+                copies[key] = weight.data.clone()
+                if damaged is None and not _is_finite(copies[key]):
                     damaged = name, weight
-            weight.data = copies[place]
+            weight.data = copies[key]
     return damaged
 
 

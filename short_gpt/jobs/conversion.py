@@ -10,15 +10,14 @@ from llama.checkpoint.reshard import reshard
 from llama.formats.convert import gguf_to_meta, hf_to_meta, meta_to_hf
 from llama.formats.gguf_from import llama_to_gguf
 from llama.formats.gguf_parts import GGUFParts
-from llama.io.hub import resolve
 from llama.io.json_files import json_text
-from llama.io.sources import is_gguf, kind_of
+from llama.io.sources import Source, find_source, is_gguf, resolve
 from short_gpt.checkpoints.gguf import write_gguf
 from short_gpt.checkpoints.gguf_layers import Stack
 from short_gpt.checkpoints.provenance import PROVENANCE, Provenance
-from short_gpt.checkpoints.prune import FORMATS
 from short_gpt.checkpoints.records import RECORD
 from short_gpt.checkpoints.save import save_converted
+from short_gpt.checkpoints.target import Target, check_format
 from short_gpt.jobs.inputs import Notify, ignore
 from short_gpt.jobs.proof import Proof
 from short_gpt.jobs.saving import interruptible
@@ -74,45 +73,41 @@ def convert(
         >>> convert("model.gguf", "model-meta")  # doctest: +SKIP
         PosixPath('model-meta')
     """
-    to = _format(model, out, to, shards)
-    _check_options(model, to, type, dtype, shards)
+    check_format(out, to)
+    source = find_source(model)
+    to = to or _format(source, out, shards)
+    _check_options(source, to, type, dtype, shards)
     opening = OpenOptions(tokenizer_path, trust_remote_code=trust_remote_code)
     check_tokenizer(opening.tokenizer_path, model)
-    proof = Proof(model, out, opening, verify, dtype=dtype)
+    proof = Proof(source, out, opening, verify, dtype=dtype)
     if to == "gguf":
-        write = _to_gguf(model, type, tokenizer_path)
-    elif to == "hf" and kind_of(model) == "gguf":
+        write = _to_gguf(source, type, tokenizer_path)
+    elif to == "hf" and source.kind == "gguf":
         write = partial(_opened, dtype=dtype, verify=verify is not False)
     else:
-        write = partial(_writer(model, dtype, shards, tokenizer_path), verify=proof)
+        write = partial(_writer(source, dtype, shards, tokenizer_path), verify=proof)
     with interruptible(), bar("converting", total=None, unit="tensor") as shown:
-        write(model, out, overwrite=overwrite, progress=lambda _: shown.update())
+        write(source, out, overwrite=overwrite, progress=lambda _: shown.update())
     if proof.said is not None:
         notify(proof.said)
     return Path(out)
 
 
-def _format(model: str, out: str, to: str | None, shards: int | None) -> str:
-    """The format to write; ShortGPTError where the name of ``out`` says another."""
-    if to not in (None, *FORMATS):
-        raise ShortGPTError(f"expected a format of {' or '.join(FORMATS)}, got {to!r}")
-    if to is not None and is_gguf(out) != (to == "gguf"):
-        expected = "a name that ends with .gguf" if to == "gguf" else "the name of a directory"
-        raise ShortGPTError(f"expected {expected} to write {to} to, got {out}")
-    if to is not None or is_gguf(out):
-        return to or "gguf"
-    kind = kind_of(model)
-    if kind == "gguf":
-        arch = GGUFParts(Path(model)).fields.get("general.architecture")
+def _format(source: Source, out: str, shards: int | None) -> str:
+    """The format to write where none is named."""
+    if is_gguf(out):
+        return "gguf"
+    if source.kind == "gguf":
+        arch = GGUFParts(source.path).fields.get("general.architecture")
         return "meta" if arch == "llama" or shards is not None else "hf"
-    return "hf" if kind == "meta" and shards is None else "meta"
+    return "hf" if source.kind == "meta" and shards is None else "meta"
 
 
 def _check_options(
-    model: str, to: str, type: str | None, dtype: str | None, shards: int | None
+    source: Source, to: str, type: str | None, dtype: str | None, shards: int | None
 ) -> None:
-    """Raises ShortGPTError for options that say nothing of what is written."""
-    kind = kind_of(model)
+    """Raises ShortGPTError for options that have no effect on what is written."""
+    kind = source.kind
     if type is not None and (to != "gguf" or kind == "gguf"):
         raise ShortGPTError(
             f"`type` {type} is for writing GGUF from another format; tensors of a GGUF file stay "
@@ -126,28 +121,29 @@ def _check_options(
     if shards is not None and to != "meta":
         raise ShortGPTError(f"`shards` {shards} writes Meta's format, not {to}")
     if to == kind and to != "gguf" and not (to == "meta" and shards is not None):
-        raise ShortGPTError(f"{model} is in the format {to} already; give `to` another one")
+        raise ShortGPTError(f"{source} is in the format {to} already; give `to` another one")
 
 
-def _to_gguf(model: str, type: str | None, tokenizer_path: str | None) -> Callable[..., Path]:
+def _to_gguf(source: Source, type: str | None, tokenizer_path: str | None) -> Callable[..., Path]:
     """The writer of a GGUF file: of tensors as they are, or of another format's."""
-    if kind_of(model) == "gguf":
+    if source.kind == "gguf":
         return _joined
-    place = model if Path(model).is_dir() else resolve(model)
-    before = Provenance.beside(place)  # the same model in another format has the same history
+    # the same model in another format has the same history
+    before = Provenance.beside(resolve(source))
     also = {} if before is None else {RECORD: json_text(before.to_dict())}
     return partial(llama_to_gguf, kind=type, tokenizer_path=tokenizer_path, also=also)
 
 
-def _joined(model: str, out: str, *, overwrite: bool, progress: Callable[[str], object]) -> Path:
-    """A GGUF model as it is, in one file or as many as ``out`` says."""
-    parts = GGUFParts(Path(model))
-    keep = range(Stack.of(parts).blocks)
-    return write_gguf(parts, out, keep, overwrite=overwrite, progress=progress)
+def _joined(
+    source: Source, out: str, *, overwrite: bool, progress: Callable[[str], object]
+) -> Path:
+    """Writes a GGUF model as it is, in one file or as many as ``out`` says."""
+    stack, target = Stack.open(source), Target(out, "gguf", overwrite)
+    return write_gguf(stack.parts, target, range(stack.blocks), progress=progress)
 
 
 def _opened(
-    model: str,
+    source: Source,
     out: str,
     *,
     dtype: str | None,
@@ -155,27 +151,20 @@ def _opened(
     overwrite: bool,
     progress: Callable[[str], object],
 ) -> Path:
-    """A GGUF file as transformers reads it, in Hugging Face's format."""
-    short = open_hf(model, OpenOptions(device="cpu", dtype=dtype or "float32"))
-    return save_converted(
-        short.trainable(),
-        out,
-        tokenizer=short.tokenizer,
-        source=model,
-        verify=short.check_saved if verify else None,
-        overwrite=overwrite,
-    )
+    """Writes a GGUF file as transformers reads it, in Hugging Face's format."""
+    short = open_hf(source, OpenOptions(device="cpu", dtype=dtype or "float32"))
+    target = Target(out, "hf", overwrite, short.check_saved if verify else None)
+    return save_converted(short.trainable(), target, tokenizer=short.tokenizer, source=source)
 
 
 def _writer(
-    model: str, dtype: str | None, shards: int | None, tokenizer_path: str | None
+    source: Source, dtype: str | None, shards: int | None, tokenizer_path: str | None
 ) -> Callable[..., Path]:
     """The conversion that fits the source, its settings filled in."""
     files = 1 if shards is None else shards
-    kind = kind_of(model)
-    if kind == "gguf":
+    if source.kind == "gguf":
         return partial(gguf_to_meta, dtype=dtype or "float32", shards=files)
-    if kind != "meta":
+    if source.kind != "meta":
         return partial(hf_to_meta, dtype=dtype, shards=files)
     if shards is not None:
         also = (PROVENANCE,)  # the same model in other files has the same history

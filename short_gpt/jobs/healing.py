@@ -8,9 +8,9 @@ from pathlib import Path
 
 from llama.io.files import check_new
 from llama.io.sources import is_gguf
-from short_gpt.checkpoints.gguf import about_kinds, check_new_gguf, out_paths
-from short_gpt.checkpoints.gguf_save import about_types, check_saved
+from short_gpt.checkpoints.gguf import about_kinds, about_types, check_saved
 from short_gpt.checkpoints.provenance import PROVENANCE, Provenance
+from short_gpt.checkpoints.target import check_new_gguf, out_paths
 from short_gpt.evaluation import Difference, Perplexity, difference, losses, together
 from short_gpt.healing import (
     DistillSettings,

@@ -1,17 +1,18 @@
-"""A checkpoint without some layers, from named layers, saved scores, or a limit of quality."""
+"""A checkpoint with layers removed: named ones, by saved scores, or within a limit of quality."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from llama.io.files import check_new, resolved
+from llama.io.files import resolved
 from llama.io.outputs import check_output, new_file
-from llama.io.sources import is_gguf
-from short_gpt.checkpoints.gguf import about_kinds, check_new_gguf, out_paths
+from llama.io.sources import Source, find_source
+from short_gpt.checkpoints.gguf import about_kinds
 from short_gpt.checkpoints.mergekit import is_recipe, mergekit_recipe, recipe_dtype
 from short_gpt.checkpoints.provenance import PROVENANCE
-from short_gpt.checkpoints.prune import format_of, prune_checkpoint
+from short_gpt.checkpoints.prune import prune_checkpoint
+from short_gpt.checkpoints.target import Target
 from short_gpt.jobs.choice import Chosen, chosen, chosen_within
 from short_gpt.jobs.choice_settings import Choice, PerplexityLimit, Written
 from short_gpt.jobs.proof import Proof
@@ -69,8 +70,13 @@ def prune(
         model: Meta checkpoint directory, Hugging Face directory or hub id (safetensors), or GGUF
             file of any architecture.
         out: new directory, or file if it ends with .gguf; appears whole or not at all.
-        layers, scores, n, method: which layers; see `Choice`.
-        to, verify, overwrite: how the result is written; see `Written`.
+        layers: which layers, as in `Choice`.
+        scores: as in `Choice`.
+        n: as in `Choice`.
+        method: as in `Choice`.
+        to: as in `Written`.
+        verify: as in `Written`.
+        overwrite: as in `Written`.
 
     Returns:
         What was removed, and what was proved of the result.
@@ -102,7 +108,8 @@ def prune_by(
     """What `prune` does, with all its settings.
 
     Args:
-        model, out: as there.
+        model: as there.
+        out: as there.
         choice: which layers.
         limit: in the place of their number, how far the perplexity may rise.
         written: format, proof, recipe, and whether an earlier checkpoint is replaced.
@@ -110,52 +117,41 @@ def prune_by(
     """
     written, opening = written or Written(), opening or OpenOptions()
     check_tokenizer(opening.tokenizer_path, model)
-    to = format_of(model, out, written.to)
+    source = find_source(model)
+    target = Target(out, written.to, written.overwrite).resolved(source)
     choice.check()
-    check_target(out, to, overwrite=written.overwrite)
-    dtype = _recipe_dtype(model, out, written, to)
-    if to == "gguf" and written.verify and len(out_paths(out)) > 1:
+    target.check()
+    dtype = _recipe_dtype(source, target, written)
+    if target.format == "gguf" and written.verify and len(target.paths) > 1:
         raise ShortGPTError(
             f"`verify` loads {out}, which transformers does not read in several files; name "
             "one file, or leave it to be read again and compared"
         )
     found = _chosen(model, choice, limit, opening)
+    copied = source.kind == target.format == "gguf"
     with interruptible():
-        write = _write_opened if is_gguf(model) and to == "hf" else _write
-        proof = write(model, out, found, written, opening)
-        if proof is None and is_gguf(model) and to == "gguf":
+        write = _write_opened if source.kind == "gguf" and target.format == "hf" else _write
+        proof = write(source, target, found, written.verify, opening)
+        if proof is None and copied:
             proof = "verified: read again, every tensor left is the source's, byte for byte"
-    remarks = (
-        [about_kinds(model, found.layers, found.record.block_influence)]
-        if is_gguf(model) and to == "gguf"
-        else []
-    )
-    remark = "\n".join(said for said in remarks if said) or None
-    return Pruned(Path(out), found, _recipe(model, out, written, dtype), proof, remark)
-
-
-def check_target(out: str, to: str, *, overwrite: bool, marker: str = PROVENANCE) -> None:
-    """Raises FileExistsError or PermissionError where a model in this format could not go."""
-    if to == "gguf":
-        check_new_gguf(out, overwrite=overwrite)
-    else:
-        check_new(Path(out), marker=marker, overwrite=overwrite)
+    kinds = about_kinds(source, found.layers, found.record.block_influence) if copied else None
+    return Pruned(target.path, found, _recipe(source, out, written, dtype), proof, kinds)
 
 
 def _write_opened(
-    model: str, out: str, found: Chosen, written: Written, opening: OpenOptions
+    source: Source, target: Target, found: Chosen, verify: bool | None, opening: OpenOptions
 ) -> str | None:
     """Opens a model, removes the layers, and writes it in Hugging Face's format."""
-    short = open_model(model, opening, max_seq_len=1024)
+    short = open_model(str(source), opening, max_seq_len=1024)
     if found.importance is not None:
         short.importance = found.importance
     short.remove_layers(found.layers)
     short.evidence |= found.record.evidence
-    verify, facts = written.verify is not False, found.record.facts
+    prove, facts = verify is not False, found.record.facts
     assert isinstance(short, ShortHFModel)
-    short.save_pretrained(out, verify=verify, overwrite=written.overwrite, facts=facts)
-    said = "verified: loaded again it gives the logits of the model in memory, bit for bit"
-    return said if verify else None
+    short.save_pretrained(target.out, verify=prove, overwrite=target.overwrite, facts=facts)
+    proof = "verified: loaded again it gives the logits of the model in memory, bit for bit"
+    return proof if prove else None
 
 
 def _chosen(
@@ -167,47 +163,44 @@ def _chosen(
 
 
 def _write(
-    model: str, out: str, found: Chosen, written: Written, opening: OpenOptions
+    source: Source, target: Target, found: Chosen, verify: bool | None, opening: OpenOptions
 ) -> str | None:
-    """Writes the checkpoint and proves it before it is there; says what was proved, if anything."""
-    proof = Proof(model, out, opening, written.verify, found.layers)
+    """Writes the checkpoint, proved before it takes its place; returns what was proved."""
+    proof = Proof(source, str(target.out), opening, verify, found.layers)
     with bar("writing", total=None, unit="tensor") as shown:
         prune_checkpoint(
-            model,
-            out,
+            source,
+            replace(target, verify=proof),
             found.layers,
-            to=written.to,
             tokenizer_path=opening.tokenizer_path,
             provenance=found.record,
-            overwrite=written.overwrite,
             progress=lambda _: shown.update(),
-            verify=proof,
         )
     return proof.said
 
 
-def _recipe(model: str, out: str, written: Written, dtype: str) -> Path | None:
-    """Writes the mergekit recipe, if there is to be one."""
+def _recipe(source: Source, out: str, written: Written, dtype: str) -> Path | None:
+    """Writes the mergekit recipe, if it is asked for."""
     if written.recipe is None:
         return None
     path = Path(written.recipe)
     keep = read_record(f"{out}/{PROVENANCE}")["kept_layers"]
     with new_file(path, overwrite=written.overwrite, ours=is_recipe) as partial:
-        partial.write_text(mergekit_recipe(model, keep, dtype), encoding="utf-8")
+        partial.write_text(mergekit_recipe(str(source), keep, dtype), encoding="utf-8")
     return path
 
 
-def _recipe_dtype(source: str, out: str, written: Written, to: str) -> str:
-    """The dtype of a model that mergekit is to read; checks that it can, and the file's place."""
+def _recipe_dtype(source: Source, target: Target, written: Written) -> str:
+    """The dtype for the recipe; checks that mergekit reads the model, and the recipe's path."""
     if written.recipe is None:
         return ""
-    if to == "gguf":
+    if target.format == "gguf":
         raise ShortGPTError("`recipe`: mergekit writes no GGUF; leave one of them out")
     dtype, path = recipe_dtype(source), Path(written.recipe)
     check_output(path, overwrite=written.overwrite, ours=is_recipe)
-    if resolved(Path(out)) in resolved(path).parents:
+    if resolved(target.path) in resolved(path).parents:
         raise ShortGPTError(
-            f"`recipe` {path} lies in {out}, which holds the checkpoint alone: else it could not "
-            "be replaced later; name a file beside it"
+            f"`recipe` {path} lies in {target.out}, which holds the checkpoint alone: else it "
+            "could not be replaced later; name a file beside it"
         )
     return dtype

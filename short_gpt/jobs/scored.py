@@ -8,9 +8,8 @@ from pathlib import Path
 
 from llama.args import ModelArgs
 from llama.checkpoint.meta import read_params
-from llama.io.hub import resolve
 from llama.io.json_files import read_json
-from llama.io.sources import kind_of
+from llama.io.sources import Source, find_source, resolve
 from llama.tokenizer import find_tokenizer
 from short_gpt.models.computation import config_digest, params_entries
 from short_gpt.models.loading import TOKENIZER
@@ -37,15 +36,16 @@ class Scored:
     @classmethod
     def of(cls, model: str, tokenizer_path: str | None = None) -> Scored:
         """Those of a model as its files are now; arguments as for `tokenizer_of`."""
-        tokenizer = tokenizer_of(model, tokenizer_path)
-        return cls(weights_of(model), tokenizer, configuration_of(model))
+        source = find_source(model)
+        tokenizer = tokenizer_of(source, tokenizer_path)
+        return cls(weights_of(source), tokenizer, configuration_of(source))
 
 
 UNKNOWN = Scored()  # of files that say nothing, and of ranks that do not speak
 
 
-def tokenizer_of(source: str, path: str | None = None) -> str | None:
-    """A digest of the tokenizer that a checkpoint's texts are read with, chat templates left out.
+def tokenizer_of(source: str | Source, path: str | None = None) -> str | None:
+    """A digest of the tokenizer that a checkpoint's texts are read with, without chat templates.
 
     Args:
         source: as for `weights_of`.
@@ -54,7 +54,7 @@ def tokenizer_of(source: str, path: str | None = None) -> str | None:
     Returns:
         None where there are no files of one, as with GGUF, whose weights' digest covers it.
     """
-    kind, files = kind_of(source), []
+    kind, files = find_source(source).kind, []
     if kind == "meta" or path is not None:
         with suppress(FileNotFoundError):
             file = Path(path or find_tokenizer(source))
@@ -65,7 +65,7 @@ def tokenizer_of(source: str, path: str | None = None) -> str | None:
     return json_digest(parts) if parts else None
 
 
-def configuration_of(source: str) -> str | None:
+def configuration_of(source: str | Source) -> str | None:
     """A digest of what counts of a checkpoint's configuration, by `models.computation`.
 
     Args:
@@ -74,7 +74,7 @@ def configuration_of(source: str) -> str | None:
     Returns:
         None where no file holds one alone, as with GGUF, whose weights' digest covers it.
     """
-    kind = kind_of(source)
+    kind = find_source(source).kind
     if kind == "meta":
         return config_digest(params_entries(ModelArgs.from_params(read_params(Path(source)))))
     path = None if kind == "gguf" else resolve(source) / "config.json"
@@ -84,5 +84,5 @@ def configuration_of(source: str) -> str | None:
 def _tokenizer_part(path: Path) -> str:
     if path.name != TOKENIZER_CONFIG:
         return files_digest([path])
-    said = read_json(path)
-    return json_digest({name: said[name] for name in sorted(said) if name != "chat_template"})
+    config = read_json(path)
+    return json_digest({name: config[name] for name in sorted(config) if name != "chat_template"})

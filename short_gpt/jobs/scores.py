@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 
-from llama.formats.gguf_parts import GGUFParts
-from llama.io.hub import resolve
 from llama.io.json_files import JsonObject
-from llama.io.sources import is_gguf, is_meta
+from llama.io.sources import find_source, resolve
 from short_gpt.checkpoints.gguf_layers import Stack
 from short_gpt.checkpoints.provenance import Provenance
 from short_gpt.jobs.scored import UNKNOWN, Scored
@@ -172,9 +169,10 @@ class Scores:
 
 def _layers_of(model: str) -> int | None:
     """How many layers a checkpoint of any format has, a hub's one fetched; None if not known."""
-    if is_gguf(model):
-        return Stack.of(GGUFParts(Path(model))).layers
-    return layers_of(model if is_meta(model) else str(resolve(model)))
+    source = find_source(model)
+    if source.kind == "gguf":
+        return Stack.open(source).layers
+    return layers_of(source if source.kind == "meta" else resolve(source))
 
 
 def _read(file: str) -> JsonObject:

@@ -13,9 +13,8 @@ from typing import Any
 import torch
 
 from llama.formats.tokenizers import find_hf_tokenizer
-from llama.io.hub import hub_failure
 from llama.io.json_files import read_json
-from llama.io.sources import is_gguf
+from llama.io.sources import hub_failure, is_gguf
 from llama.parallel import choose_device
 from llama.tokenizer import Tokenizer, is_panic
 from short_gpt.models.config_file import check_gguf, gguf_layer_types, read_config

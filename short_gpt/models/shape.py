@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llama.checkpoint.meta import Checkpoint
-from llama.io.hub import hub_failure
-from llama.io.sources import kind_of
+from llama.io.sources import hub_failure, kind_of
 from short_gpt.models.config_file import read_config
 from short_gpt.models.loading import explained
 from short_gpt.runtime.errors import ShortGPTError

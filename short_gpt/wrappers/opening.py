@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -11,8 +12,7 @@ import torch
 from llama import Llama
 from llama.checkpoint.meta import args_of_params, read_params
 from llama.formats.gguf_parts import part_paths
-from llama.io.hub import resolve
-from llama.io.sources import is_meta, kind_of
+from llama.io.sources import Source, find_source, resolve
 from llama.parallel import choose_device, choose_dtype, initialize, several_ranks
 from llama.tokenizer import find_tokenizer
 from short_gpt.checkpoints.verify import (
@@ -38,18 +38,22 @@ DEFAULTS = OpenOptions()
 
 @overload
 def open_model(
-    source: str, options: OpenOptions = ..., *, stream: Literal[False] = ..., **changes: object
+    source: str | Source,
+    options: OpenOptions = ...,
+    *,
+    stream: Literal[False] = ...,
+    **changes: object,
 ) -> ShortModel: ...
 
 
 @overload
 def open_model(
-    source: str, options: OpenOptions = ..., *, stream: bool, **changes: object
+    source: str | Source, options: OpenOptions = ..., *, stream: bool, **changes: object
 ) -> ScoredModel: ...
 
 
 def open_model(
-    source: str, options: OpenOptions = DEFAULTS, *, stream: bool = False, **changes: Any
+    source: str | Source, options: OpenOptions = DEFAULTS, *, stream: bool = False, **changes: Any
 ) -> ScoredModel:
     """Opens a checkpoint of any format for scoring and removal.
 
@@ -82,10 +86,11 @@ def open_model(
             f"max_memory {options.max_memory} bounds a streamed model; pass stream as well, or "
             "leave it out"
         )
-    return _open_meta(source, options) if is_meta(source) else open_hf(source, options)
+    source = find_source(source)
+    return _open_meta(source, options) if source.kind == "meta" else open_hf(source, options)
 
 
-def _open_streamed(source: str, options: OpenOptions) -> StreamedLlama:
+def _open_streamed(source: str | Source, options: OpenOptions) -> StreamedLlama:
     if options.model_parallel_size is not None:
         raise ShortGPTError(
             f"model_parallel_size {options.model_parallel_size}: a streamed model holds one layer "
@@ -104,7 +109,7 @@ def _open_streamed(source: str, options: OpenOptions) -> StreamedLlama:
     )
 
 
-def _open_meta(source: str, options: OpenOptions) -> ShortLlama:
+def _open_meta(source: str | Source, options: OpenOptions) -> ShortLlama:
     llama = Llama.build(
         source,
         options.tokenizer_path or find_tokenizer(source),
@@ -118,7 +123,7 @@ def _open_meta(source: str, options: OpenOptions) -> ShortLlama:
     return ShortLlama(llama, options.n_prune_layers)
 
 
-def open_hf(source: str, options: OpenOptions = DEFAULTS) -> ShortHFModel:
+def open_hf(source: str | Source, options: OpenOptions = DEFAULTS) -> ShortHFModel:
     """Opens a model of transformers; arguments and errors as in `open_model`.
 
     A directory in Meta's format is none: `open_model` tells the formats apart.
@@ -130,49 +135,50 @@ def open_hf(source: str, options: OpenOptions = DEFAULTS) -> ShortHFModel:
             "ranks; convert the model, or leave it out, so that every rank reads its share of the "
             "windows"
         )
-    place = choose_device(options.device)
+    device = choose_device(options.device)
     if several_ranks():  # before the model is loaded: the group decides this rank's device
-        initialize(1, device=place)
+        initialize(1, device=device)
     torch.manual_seed(options.seed)
-    kind = choose_dtype(options.dtype, place)
     return ShortHFModel(
         source,
         None,
         options.n_prune_layers,
-        device=place,
-        dtype=kind,
+        device=device,
+        dtype=choose_dtype(options.dtype, device),
         trust_remote_code=options.trust_remote_code,
     )
 
 
-def reads_tokenizer(source: str, *, stream: bool = False) -> bool:
+def reads_tokenizer(source: str | Source, *, stream: bool = False) -> bool:
     """Whether a model is read with a tokenizer file that is named; others bring their own.
 
     Raises:
-        FileNotFoundError: as that of `is_meta`.
+        FileNotFoundError: as that of `find_source`.
     """
-    return stream or is_meta(source)
+    return stream or find_source(source).kind == "meta"
 
 
-def check_tokenizer(tokenizer_path: str | None, *models: str, stream: bool = False) -> None:
+def check_tokenizer(
+    tokenizer_path: str | None, *models: str | Source, stream: bool = False
+) -> None:
     """Raises ShortGPTError where a tokenizer is named that none of these models is read with."""
     if tokenizer_path is None or any(reads_tokenizer(name, stream=stream) for name in models):
         return
-    names = " and ".join(dict.fromkeys(models))
+    names = " and ".join(dict.fromkeys(map(str, models)))
     raise ShortGPTError(
         f"`tokenizer_path` {tokenizer_path} has no effect on {names}, "
         "whose own tokenizer is read; Meta's format and streamed models take another: leave it out"
     )
 
 
-def of_source(options: OpenOptions, source: str, *, stream: bool = False) -> OpenOptions:
+def of_source(options: OpenOptions, source: str | Source, *, stream: bool = False) -> OpenOptions:
     """The options for one of several models: a tokenizer only where one is read."""
     if options.tokenizer_path is None or reads_tokenizer(source, stream=stream):
         return options
     return replace(options, tokenizer_path=None)
 
 
-def open_trainable(source: str, options: OpenOptions = DEFAULTS) -> ShortHFModel:
+def open_trainable(source: str | Source, options: OpenOptions = DEFAULTS) -> ShortHFModel:
     """Opens a checkpoint of any format through transformers, as training needs it.
 
     Args:
@@ -183,36 +189,41 @@ def open_trainable(source: str, options: OpenOptions = DEFAULTS) -> ShortHFModel
     Raises:
         OSError, ShortGPTError: as those of `open_hf` and ``ShortHFModel.from_meta``.
     """
-    if not is_meta(source):
+    source = find_source(source)
+    if source.kind != "meta":
         return open_hf(source, options)
-    place = {"device": options.device, "dtype": options.dtype}
-    return ShortHFModel.from_meta(source, tokenizer_path=options.tokenizer_path, **place)
+    return ShortHFModel.from_meta(
+        source,
+        tokenizer_path=options.tokenizer_path,
+        device=options.device,
+        dtype=options.dtype,
+    )
 
 
-def layers_of(source: str) -> int | None:
+def layers_of(source: str | PathLike[str]) -> int | None:
     """How many layers a checkpoint has, by its params.json or config.json; None if not local.
 
     Raises:
-        FileNotFoundError, ShortGPTError: as those of `is_meta` and ``ModelArgs.from_params``.
+        FileNotFoundError, ShortGPTError: as those of `find_source` and ``ModelArgs.from_params``.
     """
-    kind = kind_of(source)
-    if kind == "meta":
-        return args_of_params(Path(source), read_params(Path(source))).n_layers
-    if kind != "hf":
+    source = find_source(source)
+    if source.kind == "meta":
+        return args_of_params(source.path, read_params(source.path)).n_layers
+    if source.kind != "hf":
         return None
     try:
-        if (count := said_layers(Path(source))) is not None:
+        if (count := said_layers(source.path)) is not None:
             return count
-        config = read_config(source)
+        config = read_config(str(source))
     except Exception as error:
         raise ShortGPTError(f"{source} cannot be loaded: {explained(error)}") from error
     return config.get_text_config(decoder=True).num_hidden_layers
 
 
-def weights_of(source: str) -> str | None:
-    """A digest of a checkpoint's files of weights: another one for other weights.
+def weights_of(source: str | Source) -> str | None:
+    """A digest of a checkpoint's files of weights, which differs for other weights.
 
-    The same weights in another format, or in other shards, have another one too.
+    It differs also for the same weights in another format, or in other shards.
 
     Args:
         source: directory in either format, GGUF file or hub id, which is fetched. Of a GGUF model
@@ -221,7 +232,7 @@ def weights_of(source: str) -> str | None:
     Returns:
         None where there are none of a known format. All bytes are read, once in a process.
     """
-    kind = kind_of(source)
+    kind = find_source(source).kind
     if kind == "gguf":
         return files_digest(part_paths(Path(source)))
     folder = resolve(source)
@@ -232,8 +243,8 @@ def weights_of(source: str) -> str | None:
 
 
 def same_model(
-    source: str,
-    pruned: str,
+    source: str | Source,
+    pruned: str | Source,
     drop: list[int],
     *,
     tokenizer_path: str | None = None,
@@ -241,11 +252,12 @@ def same_model(
     name: str | None = None,
     dtype: str | None = None,
 ) -> str:
-    """Proves that a checkpoint is the source without some layers; one is loaded at a time.
+    """Proves that a checkpoint is the source with some layers removed; one is loaded at a time.
 
     Args:
-        source, pruned: the two checkpoints.
-        drop: the layers that the second lacks; none compares two that are to be the same.
+        source: the original checkpoint.
+        pruned: the pruned checkpoint.
+        drop: the layers that the second lacks; none compares two that must be the same.
         tokenizer_path: tokenizer of a source in Meta's format; None looks beside it.
         trust_remote_code: whether Python files that come with the model may run.
         name: of the second one in what is raised; None is its path.
@@ -257,19 +269,20 @@ def same_model(
     Raises:
         RuntimeError: the logits or the generation with the cache differ.
     """
-    kind = None if dtype is None else choose_dtype(dtype, torch.device("cpu"))
+    source, pruned = find_source(source), find_source(pruned)
+    rounded_to = None if dtype is None else choose_dtype(dtype, torch.device("cpu"))
     options = OpenOptions(device="cpu", trust_remote_code=trust_remote_code)
 
     def of_source() -> Fingerprint:
-        whole = open_model(source, options, tokenizer_path=tokenizer_path)
+        short = open_model(source, options, tokenizer_path=tokenizer_path)
         if drop:
-            whole.remove_layers(drop)
-        return fingerprint_aligned(whole, dtype=kind)
+            short.remove_layers(drop)
+        return fingerprint_aligned(short, dtype=rounded_to)
 
     exact = check_same(
         *one_by_one(of_source, lambda: fingerprint_aligned(open_model(pruned, options))),
-        rounding=ROUNDING if is_meta(source) != is_meta(pruned) else 0.0,
-        names=(f"{source} without {drop}" if drop else source, name or pruned),
+        rounding=ROUNDING if (source.kind == "meta") != (pruned.kind == "meta") else 0.0,
+        names=(f"{source} without {drop}" if drop else str(source), name or str(pruned)),
     )
     which = " without these layers" if drop else ""
     rounded = f" in {dtype}" if dtype else ""

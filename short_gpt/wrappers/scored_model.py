@@ -15,6 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from short_gpt.checkpoints.model_record import ModelRecord
 from short_gpt.data.windows import batches, count_of, starts_texts
 from short_gpt.evaluation.perplexity import Perplexity, perplexity
 from short_gpt.models.computation import config_digest
@@ -23,20 +24,19 @@ from short_gpt.models.layer_removal import remove_layers, without_layers
 from short_gpt.models.numbering import check_count, check_layers, layer_numbers
 from short_gpt.runtime import replicas
 from short_gpt.runtime.digest import weights_digest
-from short_gpt.runtime.errors import NotFiniteError
+from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
 from short_gpt.scoring.hooks import Scores, score
 from short_gpt.scoring.importance import Importance
 from short_gpt.scoring.measuring import seconds_a_pass
 from short_gpt.scoring.run import Follow, RunState, ScoringRun
 from short_gpt.scoring.stopping import Stop, Verdict, check_sample
-from short_gpt.wrappers.scores_view import ScoresView
+from short_gpt.selection.methods import choose
 
 
-class ScoredModel(ScoresView, ABC):
+class ScoredModel(ModelRecord, ABC):
     """A model whose layers can be scored and removed.
 
-    What it knows of itself stands in `ModelRecord`, what was scored in `ScoresView`. A wrapper of
-    another family says how it encodes, what a text it reads is and how it is saved.
+    A wrapper of another family implements `encode`, `configuration` and `save`.
 
     Args:
         decoder: the model.
@@ -57,14 +57,14 @@ class ScoredModel(ScoresView, ABC):
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, with the special tokens in front that the model expects."""
+        """Token ids of a text, after the special tokens that the model expects before it."""
 
     @property
     def bos(self) -> str:
         """Which windows of its texts begin with bos, as `data.windows` takes it.
 
-        "every" for a family that reads windows badly without (Gemma) and whose tokenizer puts one
-        in front of a text; "first", the ShortGPT authors' way, for all others.
+        "every" for a family that reads windows badly without one (Gemma) and whose tokenizer
+        begins a text with it; "first", the ShortGPT authors' way, for all others.
         """
         return "every" if self.decoder.family.needs_bos and starts_texts(self.encode) else "first"
 
@@ -122,14 +122,17 @@ class ScoredModel(ScoresView, ABC):
         text that is read again counts as another one, and the standard errors are then too small.
 
         Args:
-            windows, batch_size: token ids, at most ``max_seq_len`` each, and how many at once.
-            total, progress: windows for a bar (``len(windows)`` if known), and whether to show it.
+            windows: token ids, at most ``max_seq_len`` each.
+            batch_size: windows read at once.
+            total: windows for a bar; None is ``len(windows)`` if known.
+            progress: whether to show the bar.
             stop: ends the run when its answer is settled. It judges a random sample: windows as
                 `data.windows` cuts them with a seed, or ``random_order``, and no scores so far.
             state: saves the run and continues it; the scores so far are then those saved.
             random_order: says that other windows stand in random order, which nothing can check.
-            sublayers, all_tokens: further scores of the same pass, as of `hooks.score`.
-            follow: is given the sums, and the number of all windows, as the sums grow.
+            sublayers: also score attention and MLP, as `hooks.score` does.
+            all_tokens: also angles at all tokens, as `hooks.score` does.
+            follow: called with the sums, and the number of all windows, as the sums grow.
 
         Returns:
             With ``stop``, whether the answer is settled.
@@ -167,7 +170,6 @@ class ScoredModel(ScoresView, ABC):
         return run.verdict
 
     def _sums_so_far(self, state: RunState | None) -> Importance:
-        """What a run adds to: a saved run's sums, else the scores of the model as it is now."""
         if state is not None:
             return state.sums(self.kept)
         return Importance.empty(self.kept) if self._stale else self.importance
@@ -203,15 +205,15 @@ class ScoredModel(ScoresView, ABC):
     ) -> Iterator[Tensor]:
         """Logits of the model as it is now at all tokens of each window: (tokens, vocabulary)."""
         for batch in batches(windows, batch_size):
-            found: dict[int, Tensor] = {}
-            for places, tokens, mask in padded(batch, self.decoder):
-                logits = self.decoder.logits(tokens)
-                found |= {i: logits[row, mask[row]] for row, i in enumerate(places)}
-            yield from (found[i] for i in range(len(batch)))
+            by_index: dict[int, Tensor] = {}
+            for indices, tokens, mask in padded(batch, self.decoder):
+                logits = self.decoder.logits(tokens)  # (B, S, V)
+                by_index |= {i: logits[row, mask[row]] for row, i in enumerate(indices)}
+            yield from (by_index[i] for i in range(len(batch)))
 
     @contextmanager
     def without_layers(self, layers: Sequence[int]) -> Iterator[None]:
-        """The model without some layers inside a ``with`` block, whole again after it.
+        """The model with some layers removed inside a ``with`` block.
 
         Args:
             layers: original layer numbers; none changes nothing.
@@ -256,7 +258,7 @@ class ScoredModel(ScoresView, ABC):
         return drop
 
     def weights_digest(self) -> str:
-        """A digest of the weights, by which another model is told; the same on all ranks."""
+        """A digest of the weights, which differs for another model; the same on all ranks."""
         parts = replicas.of_model(weights_digest(self.decoder.module))
         return parts[0] if len(parts) == 1 else "-".join(parts)
 
@@ -288,6 +290,74 @@ class ScoredModel(ScoresView, ABC):
         """Scores of single windows from one pass, without adding them; see `hooks.score`."""
         more = {"sublayers": sublayers, "all_tokens": all_tokens}
         return score(self.decoder, windows, layers=self.kept, **more)
+
+    @property
+    def standard_errors(self) -> Tensor:
+        """Standard error of every entry of `importances`, (L,); NaN below two windows."""
+        return self._by_layer(self._scored().standard_error)
+
+    @property
+    def agreement(self) -> float:
+        """Rank correlation of the scores between two halves of the windows, in [-1, 1]."""
+        return self._scored().agreement
+
+    @property
+    def angular(self) -> Tensor:
+        """Mean angular distances, (L' + 1, L' + 1) over the L' layers scored; see `Importance`."""
+        return self._scored().angular
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens scored; padding does not count."""
+        return self.importance.n_tokens
+
+    def layers_to_remove(
+        self,
+        *,
+        angular: bool = False,
+        n: int | None = None,
+        method: str | None = None,
+        seed: int = 0,
+    ) -> list[int]:
+        """The n layers that the scores would remove, without removing them.
+
+        Args:
+            angular: the best block of consecutive layers instead of the lowest Block Influence.
+            n: how many; None takes ``n_prune_layers``.
+            method: a name of `methods.METHODS`, in place of ``angular``.
+            seed: of the random method.
+
+        Returns:
+            Original layer numbers: least important first, or a block in ascending order.
+
+        Raises:
+            ShortGPTError: n is not set or out of range.
+            RuntimeError: nothing was scored, or the scored model is no longer this one.
+        """
+        count = self._count(n)
+        method = method or ("angular" if angular else "bi")
+        return choose(self._current(), count, method=method, seed=seed)
+
+    def _count(self, n: int | None) -> int:
+        name, count = ("n_prune_layers", self.n_prune_layers) if n is None else ("n", n)
+        if count is None:
+            raise ShortGPTError("set n_prune_layers, or name the layers: remove_layers([...])")
+        check_count(count, len(self.kept), name=name)
+        return count
+
+    def _current(self) -> Importance:
+        importance = self._scored()
+        if self._stale:
+            raise RuntimeError(
+                f"layers {self.removed} were removed since these scores were measured; score "
+                "the model again before removing more by score"
+            )
+        return importance
+
+    @property
+    def _stale(self) -> bool:
+        """Whether the scores are of a model with other layers than this one has."""
+        return self.importance.layers != self.kept
 
     def _check_weights(self) -> None:
         """Once: attention kernels may turn NaN weights into finite states that look harmless."""

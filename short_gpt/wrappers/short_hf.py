@@ -17,9 +17,10 @@ from llama.io.sources import is_gguf
 from llama.parallel import choose_device, choose_dtype
 from llama.sampling import COLDEST, check_logits
 from llama.tokenizer import check_text, find_tokenizer
-from short_gpt.checkpoints.gguf_save import save_gguf
+from short_gpt.checkpoints.gguf import save_gguf
 from short_gpt.checkpoints.provenance import Provenance
 from short_gpt.checkpoints.save import save_as_meta, save_hf
+from short_gpt.checkpoints.target import Target
 from short_gpt.checkpoints.verify import check_same, copy_weights, fingerprint, one_by_one
 from short_gpt.data.windows import windows
 from short_gpt.evaluation.harness import hugging_face_lm
@@ -50,7 +51,8 @@ class ShortHFModel(ShortModel):
             are run only with ``trust_remote_code=True``.
 
     Attributes:
-        model, tokenizer: of ``transformers``; the latter may be None.
+        model: of ``transformers``.
+        tokenizer: of ``transformers``; may be None.
         source: where the model came from.
 
     Raises:
@@ -75,7 +77,7 @@ class ShortHFModel(ShortModel):
         **options: object,
     ) -> None:
         check_layers_path(layers_path)
-        place, model = place_of(device, options), model_name
+        to_device, model = place_of(device, options), model_name
         if isinstance(model, str | os.PathLike):
             source = str(model)
             model, tokenizer = load(source, options, tokenizer)
@@ -83,8 +85,8 @@ class ShortHFModel(ShortModel):
             raise ShortGPTError(f"options {sorted(options)} are for loading; the model is loaded")
         else:
             source = model.config.name_or_path or "a model"
-        if place is not None and not getattr(model, "is_quantized", False):
-            model.to(place)
+        if to_device is not None and not getattr(model, "is_quantized", False):
+            model.to(to_device)
         decoder = HFDecoder(model.eval(), layers_path)
         super().__init__(decoder, n_prune_layers)
         self._layers_path = decoder.layers_path
@@ -96,7 +98,6 @@ class ShortHFModel(ShortModel):
         return config_entries(self.model.config)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, with the special tokens that the tokenizer puts in front."""
         check_text(text)
         return self._tokenizer()(text, verbose=False)["input_ids"]
 
@@ -114,10 +115,12 @@ class ShortHFModel(ShortModel):
 
         Args:
             prompts: texts of any length.
-            max_seq_len, stride: tokens of a window, and from one start to the next.
+            max_seq_len: tokens of a window.
+            stride: tokens from one window's start to the next.
             max_gen_len: if positive, each text's first ``max_seq_len`` tokens are first continued
                 by up to so many tokens, and both are scored together.
-            temperature, top_p: of that generation.
+            temperature: of that generation.
+            top_p: of that generation.
             angular: accepted for older scripts; one pass always gives both measures.
 
         Raises:
@@ -139,12 +142,6 @@ class ShortHFModel(ShortModel):
         temperature: float = 0.6,
         top_p: float = 0.9,
     ) -> list[str]:
-        """Continues texts, one by one; ``temperature`` 0 takes the likeliest token.
-
-        Raises:
-            ShortGPTError: one text instead of a list, or a text without a token; or a setting is
-                out of range.
-        """
         check_texts(prompts)
         check_numbers(max_gen_len, temperature, top_p)
         if max_gen_len == 0:  # which transformers refuses
@@ -157,7 +154,7 @@ class ShortHFModel(ShortModel):
         return done
 
     def greedy(self, ids: list[int], count: int, *, use_cache: bool = True) -> list[int]:
-        """Up to ``count`` likeliest next tokens, by the model's own generation config."""
+        # by the model's own generation config, which may end a text
         return self._generated(ids, count, do_sample=False, use_cache=use_cache)[len(ids) :]
 
     def _continue(
@@ -172,7 +169,7 @@ class ShortHFModel(ShortModel):
 
     @torch.no_grad()
     def _generated(self, ids: list[int], count: int, **options: object) -> list[int]:
-        """The ids with up to ``count`` new ones behind them."""
+        """The ids and up to ``count`` new ones after them."""
         tokens = torch.tensor([ids], device=self.decoder.device)  # (1, S)
         check_vocabulary(tokens, self.decoder)
         generate = partial(
@@ -205,7 +202,8 @@ class ShortHFModel(ShortModel):
             verify: load the result again and compare: the same logits, bit for bit, and the same
                 greedy generation with and without the cache.
             overwrite: whether an earlier pruned model is replaced; nothing else ever is.
-            facts, measured: more to keep in both, as in `ScoredModel.save`.
+            facts: more to keep in both, as in `ScoredModel.save`.
+            measured: perplexities to keep in both, as in `ScoredModel.save`.
 
         Raises:
             FileExistsError: ``out_dir`` exists.
@@ -217,11 +215,9 @@ class ShortHFModel(ShortModel):
         record = Provenance.of(self, self.source, facts=facts, measured=measured)
         return save_hf(
             self.trainable(),
-            out_dir,
+            Target(out_dir, "hf", overwrite, self.check_saved if verify else None),
             tokenizer=cast("PreTrainedTokenizerBase | None", self.tokenizer),
             record=record,
-            verify=self.check_saved if verify else None,
-            overwrite=overwrite,
         )
 
     def save(
@@ -239,18 +235,13 @@ class ShortHFModel(ShortModel):
             )
         record = Provenance.of(self, self.source, facts=facts, measured=measured)
         if is_gguf(out_dir):
-            place = (self.source, self._layers_path)
-            return save_gguf(self, out_dir, *place, record=record, overwrite=overwrite)
+            target = Target(out_dir, "gguf", overwrite)
+            return save_gguf(self, target, self.source, self._layers_path, record=record)
         self.check_whole()
         assert self._meta_tokenizer is not None
-        return save_as_meta(
-            self.trainable(),
-            out_dir,
-            record=record,
-            tokenizer_path=self._meta_tokenizer,
-            verify=self.check_saved,
-            overwrite=overwrite,
-        )
+        target = Target(out_dir, "meta", overwrite, self.check_saved)
+        path = self._meta_tokenizer
+        return save_as_meta(self.trainable(), target, record=record, tokenizer_path=path)
 
     @classmethod
     def from_meta(
@@ -264,17 +255,20 @@ class ShortHFModel(ShortModel):
         """Opens a Meta checkpoint through transformers, as LoRA needs it; `save` converts it back.
 
         Args:
-            ckpt_dir, tokenizer_path, device, dtype: as for `short_gpt.wrappers.opening.open_model`.
+            ckpt_dir: the checkpoint directory.
+            tokenizer_path: as for `short_gpt.wrappers.opening.open_model`, like the following.
+            device: where the model runs.
+            dtype: of weights and states.
 
         Raises:
             FileNotFoundError, ShortGPTError: as those of `meta_to_hf`.
         """
         tokenizer = Path(str(tokenizer_path)) if tokenizer_path else find_tokenizer(ckpt_dir)
-        place = choose_device(device)
+        to_device = choose_device(device)
         with tempfile.TemporaryDirectory() as folder:
             converted = Path(folder) / "converted"
             meta_to_hf(ckpt_dir, converted, tokenizer_path=tokenizer)
-            short = cls(converted, device=place, dtype=choose_dtype(dtype, place))
+            short = cls(converted, device=to_device, dtype=choose_dtype(dtype, to_device))
             copy_weights(short.trainable())  # mapped from files that go now
         short.source, short._meta_tokenizer = str(ckpt_dir), tokenizer
         return short

@@ -13,6 +13,7 @@ from llama import Llama
 from llama.tokenizer import find_tokenizer
 from short_gpt.checkpoints.provenance import Provenance
 from short_gpt.checkpoints.save import save_meta
+from short_gpt.checkpoints.target import Target
 from short_gpt.checkpoints.verify import check_same, fingerprint_aligned, one_by_one
 from short_gpt.evaluation.llama_lm import llama_lm
 from short_gpt.evaluation.perplexity import Perplexity
@@ -133,7 +134,6 @@ class ShortLlama(ShortModel):
         return cls(llama, n_prune_layers)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, with bos in front where the model expects it."""
         bos = getattr(self.llama.tokenizer, "add_bos", True)
         return self.llama.tokenizer.encode(text, bos=bos, eos=False)
 
@@ -150,7 +150,8 @@ class ShortLlama(ShortModel):
         Args:
             prompt_tokens: B lists of token ids, of any lengths up to ``max_seq_len``.
             max_gen_len: if positive, prompts are scored with a continuation of so many tokens.
-            temperature, top_p: of that generation.
+            temperature: of that generation.
+            top_p: of that generation.
             angular: accepted for older scripts; one pass always gives both measures.
 
         Raises:
@@ -206,7 +207,7 @@ class ShortLlama(ShortModel):
         provenance: Mapping[str, object] | None = None,
         overwrite: bool = False,
     ) -> Path:
-        """Writes the checkpoint without the removed layers, in Meta's format.
+        """Writes the checkpoint with the layers removed, in Meta's format.
 
         The source's bytes are copied tensor by tensor: its dtype and sharding stay, and
         `Llama.build` on the result gives the logits of the model in memory bit for bit. Weights
@@ -216,8 +217,8 @@ class ShortLlama(ShortModel):
         Args:
             out_dir: the new directory; appears whole or not at all.
             ckpt_dir: the source; None takes the one that ``Llama.build`` loaded.
-            facts, measured: to keep beside the weights in ``pruning.json``, as in
-                `ScoredModel.save`.
+            facts: as in `ScoredModel.save`.
+            measured: as in `ScoredModel.save`.
             provenance: the older name of ``facts``.
             overwrite: whether an existing pruned checkpoint is replaced; nothing else ever is.
 
@@ -237,15 +238,9 @@ class ShortLlama(ShortModel):
         facts = {**(facts or {}), **(provenance or {})}
         record = Provenance.of(self, source, facts=facts, measured=measured)
         path = getattr(self.llama, "tokenizer_path", None)
-        return save_meta(
-            self,
-            out_dir,
-            source=source,
-            record=record,
-            tokenizer_path=path,
-            verify=self._verify if isinstance(self.llama, Llama) else None,
-            overwrite=overwrite,
-        )
+        verify = self._verify if isinstance(self.llama, Llama) else None
+        target = Target(out_dir, "meta", overwrite, verify)
+        return save_meta(self, target, source=source, record=record, tokenizer_path=path)
 
     def _verify(self, directory: Path) -> None:
         # not called for an instance of the reference's own package, which may round otherwise
@@ -258,7 +253,6 @@ class ShortLlama(ShortModel):
         )
 
     def _read_again(self, directory: Path) -> ShortLlama:
-        """What was saved, opened as this model is."""
         dtype, device = self._layers_run_in()
         tokenizer, size = find_tokenizer(directory), self._max_seq_len
         return ShortLlama(Llama.build(directory, tokenizer, size, 1, device=device, dtype=dtype))

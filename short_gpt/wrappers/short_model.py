@@ -1,4 +1,4 @@
-"""A whole model in memory: scored and cut as any, and searched, tried and generated with.
+"""A model in memory: scored and pruned as any, and searched, tried and generated with.
 
 Layer numbers are the original model's, from 0, before and after removal.
 """
@@ -40,11 +40,11 @@ class ShortModel(ScoredModel):
 
     @abstractmethod
     def greedy(self, ids: list[int], count: int, *, use_cache: bool = True) -> list[int]:
-        """Up to ``count`` likeliest next tokens behind ``ids``."""
+        """Up to ``count`` likeliest next tokens after ``ids``."""
 
     @property
     def stop_tokens(self) -> frozenset[int]:
-        """Tokens that end a text, where `greedy` writes on behind them; none where it stops."""
+        """Tokens that end a text, where `greedy` writes on after them; none where it stops."""
         return frozenset()
 
     @abstractmethod
@@ -58,7 +58,8 @@ class ShortModel(ScoredModel):
         """Continuations of texts; ``temperature`` 0 takes the likeliest token.
 
         Raises:
-            ShortGPTError: one text instead of a list, or a text without a token.
+            ShortGPTError: one text instead of a list, a text without a token, or a setting that is
+                out of range.
         """
 
     @abstractmethod
@@ -85,7 +86,10 @@ class ShortModel(ScoredModel):
             method: "sleb", or "perplexity" for the one-shot choice.
             candidates: original numbers of the layers that may be removed; None for all, as the
                 one-shot choice takes in any case.
-            batch_size, max_memory, state, progress: as there.
+            batch_size: as for `search.sleb`, like the following.
+            max_memory: of stored states, in bytes.
+            state: where the search is saved and continued.
+            progress: whether to show a bar.
 
         Returns:
             Layers in original numbers, in order of removal, and the losses of all trials.
@@ -98,11 +102,11 @@ class ShortModel(ScoredModel):
         self._check_weights()
         few = None if candidates is None else [self.kept.index(i) for i in candidates]
         options = Options(few, batch_size, max_memory, state, progress)
-        found = by_loss(self.decoder, windows, n, options, method=method)
+        result = by_loss(self.decoder, windows, n, options, method=method)
         # a search counts places in the model as it is now; what a user sees are original numbers
-        numbers = [{self.kept[i]: v for i, v in loss.items()} for loss in found.losses]
-        removed = [self.kept[i] for i in found.removed]
-        return Search(removed, numbers, found.evaluations)
+        numbers = [{self.kept[i]: v for i, v in loss.items()} for loss in result.losses]
+        removed = [self.kept[i] for i in result.removed]
+        return Search(removed, numbers, result.evaluations)
 
     def layers_within(
         self,
@@ -113,7 +117,7 @@ class ShortModel(ScoredModel):
         most: int | None = None,
         confidence: float = CONFIDENCE,
     ) -> Budget:
-        """As many layers as the perplexity surely allows; none is removed. See `perplexity_budget`.
+        """The most layers whose removal surely keeps the perplexity; none is removed.
 
         Args:
             windows: token ids of text that neither chose the layers nor trained the model.
@@ -161,19 +165,21 @@ class ShortModel(ScoredModel):
         """Takes out the attention or the MLP of some layers, in place; see `sublayers`.
 
         Args:
-            attention, mlp: original numbers of the layers that lose this half.
+            attention: original numbers of the layers that lose their attention.
+            mlp: original numbers of the layers that lose their MLP.
 
         Raises:
-            ShortGPTError: a layer does not exist (any more), or its halves cannot be told apart.
+            ShortGPTError: a layer does not exist (any more), or its sublayers cannot be separated.
         """
         self.check_whole()
-        for half in (attention, mlp):
-            check_exist(half, self.kept)
-        places = [[self.kept.index(i) for i in layers] for layers in (attention, mlp)]
-        parameters = sublayer_parameters(
-            self.decoder, self.kept, attention=places[0], mlp=places[1]
-        )
-        remove_sublayers(self.decoder, attention=places[0], mlp=places[1])
+        for layers in (attention, mlp):
+            check_exist(layers, self.kept)
+        at = {
+            "attention": [self.kept.index(i) for i in attention],
+            "mlp": [self.kept.index(i) for i in mlp],
+        }
+        parameters = sublayer_parameters(self.decoder, self.kept, **at)
+        remove_sublayers(self.decoder, **at)
         how = {"method": REMOVED_SUBLAYERS, "attention": list(attention), "mlp": list(mlp)}
         self.note_change(WeightChange(how, frozenset(parameters)))
         self.importance = Importance.empty(self.kept)
@@ -181,9 +187,9 @@ class ShortModel(ScoredModel):
     @property
     def removed_sublayers(self) -> dict[str, list[int]]:
         """The layers that lost their attention, and those that lost their MLP."""
-        found: dict[str, list[int]] = {"attention": [], "mlp": []}
+        removed: dict[str, list[int]] = {"attention": [], "mlp": []}
         for change in self.changes:
             if change.how["method"] == REMOVED_SUBLAYERS:
-                for half, layers in found.items():
-                    layers += cast(list[int], change.how[half])
-        return found
+                for kind, layers in removed.items():
+                    layers += cast(list[int], change.how[kind])
+        return removed

@@ -1,6 +1,6 @@
 """ShortGPT for a Llama larger than the memory: scored straight from its checkpoint directory.
 
-Shapes: B windows of a batch, L layers.
+Shapes: B windows of a batch, S tokens, L layers, V vocabulary.
 """
 
 from __future__ import annotations
@@ -9,16 +9,18 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
 
+from llama.parallel import choose_device, choose_dtype
 from llama.ranks import several_ranks
-from llama.tokenizer import check_text, find_tokenizer
+from llama.tokenizer import Tokenizer, check_text, find_tokenizer
 from short_gpt.checkpoints.hf import prune_hf
 from short_gpt.checkpoints.meta import prune_meta
 from short_gpt.checkpoints.provenance import Provenance
+from short_gpt.checkpoints.target import Target
 from short_gpt.checkpoints.verify import check_logits
 from short_gpt.data.windows import batches, count_of
 from short_gpt.evaluation.perplexity import Perplexity, check_loss, check_predicted, samples_of
@@ -26,18 +28,139 @@ from short_gpt.evaluation.sampling import Sample
 from short_gpt.models.computation import params_entries
 from short_gpt.models.decoder import pad
 from short_gpt.models.layer_calls import LayerCalls
+from short_gpt.models.loading import load_tokenizer
+from short_gpt.models.meta import MetaDecoder
+from short_gpt.models.pretrained import PretrainedTokenizer
 from short_gpt.models.weight_changes import Parameter, WeightChange
 from short_gpt.runtime.digest import files_digest
-from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.errors import MissingPackageError, ShortGPTError
 from short_gpt.runtime.memory import Plan
-from short_gpt.runtime.progress import bar
+from short_gpt.runtime.progress import bar, set_rate
 from short_gpt.scoring.hooks import Scores
 from short_gpt.wrappers.scored_model import ScoredModel
-from short_gpt.wrappers.streamed_batch import Batch
-from short_gpt.wrappers.streamed_decoder import StreamedDecoder, open_stream
-from short_gpt.wrappers.streamed_layers import StreamedCalls
-from short_gpt.wrappers.streamed_tokenizer import hf_tokenizer, meta_tokenizer
-from short_gpt.wrappers.streamed_weights import HFSource, MetaSource
+from short_gpt.wrappers.streamed_transformer import Batch, StreamedCalls, StreamedTransformer
+from short_gpt.wrappers.streamed_weights import HFSource, MetaSource, open_source
+
+
+def hf_tokenizer(directory: Path, *, trust_remote_code: bool) -> PretrainedTokenizer:
+    try:
+        tokenizer = load_tokenizer(str(directory), {"trust_remote_code": trust_remote_code})
+    except ModuleNotFoundError:
+        raise MissingPackageError(
+            'Hugging Face directories need: pip install "short-gpt[hf]"; or pass tokenizer_path'
+        ) from None
+    except ShortGPTError as error:
+        raise ShortGPTError(f"{directory} cannot be loaded: {error}") from error
+    return cast(PretrainedTokenizer, tokenizer)
+
+
+def meta_tokenizer(path: Path, stream: StreamedTransformer) -> Tokenizer:
+    """The tokenizer; ShortGPTError unless it has as many words as the model."""
+    tokenizer, most = Tokenizer(path), stream.vocab_size
+    padded = isinstance(stream.source, HFSource)  # the embedding may have rows to spare
+    if tokenizer.n_words > most or (tokenizer.n_words < most and not padded):
+        raise ShortGPTError(
+            f"the tokenizer {path} has {tokenizer.n_words} words, the checkpoint "
+            f"{stream.source.directory} {most}; they do not belong together"
+        )
+    return tokenizer
+
+
+def open_stream(
+    ckpt_dir: str | os.PathLike[str],
+    *,
+    max_seq_len: int = 2048,
+    device: str | None = None,
+    dtype: str | None = None,
+) -> StreamedTransformer:
+    """A Llama whose layers are read from their files one at a time.
+
+    Args:
+        ckpt_dir: a directory in Meta's format, of any number of shards, or a Llama of Hugging
+            Face's in safetensors.
+        max_seq_len: longest window to come, in tokens.
+        device: where layers run; None takes CUDA, MPS or CPU, the first there is.
+        dtype: of weights and states there; None is float32 on CPU, bfloat16 on CUDA, else float16.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ShortGPTError: a file is damaged, the model is not a Llama, or device or dtype are unknown.
+    """
+    source, on = open_source(ckpt_dir, max_seq_len=max_seq_len), choose_device(device)
+    return StreamedTransformer(source, device=on, dtype=choose_dtype(dtype, on))
+
+
+class StreamedDecoder(MetaDecoder):
+    """A streamed model as the scoring core sees it: windows pass the layers in rounds.
+
+    Attributes:
+        batch_size: windows of a round that pass a layer together.
+        progress: whether to show a bar for every round.
+    """
+
+    def __init__(self, model: StreamedTransformer) -> None:
+        super().__init__(model)
+        self.batch_size, self.progress = 1, False
+
+    def score(
+        self,
+        windows: Sequence[Sequence[int]],
+        *,
+        layers: Sequence[int],
+        sublayers: bool = False,
+        all_tokens: bool = False,
+    ) -> Scores:
+        """Scores the windows of one round; arguments and errors as those of `hooks.score`."""
+        if all_tokens:
+            raise ShortGPTError(
+                "angles at all tokens need the states of all layers at once; open the model "
+                "without stream"
+            )
+        scores = []
+        for batch in self._pass("scoring", windows, watched=True, sublayers=sublayers):
+            assert batch.seen is not None
+            scores.append(batch.seen.scores())
+            scores[-1].check_finite(layers)
+        return Scores.cat(scores)
+
+    def losses(self, windows: Sequence[Sequence[int]]) -> Tensor:
+        """Negative log-likelihoods in nats of all predicted tokens of one round, (N,)."""
+        group = self._pass("perplexity", windows)
+        # (B, S - 1) losses of each batch; only those of real tokens count
+        pairs = zip(self.model.losses(group), group, strict=True)
+        return torch.cat([loss.cpu()[batch.mask[:, 1:]] for loss, batch in pairs])
+
+    def window_logits(self, windows: Sequence[Sequence[int]]) -> Iterator[Tensor]:
+        """Logits at all tokens of each window of one round, (S, V) float32 each."""
+        for batch in self._pass("logits", windows):
+            logits = self.model.logits(batch)  # (B, S, V)
+            yield from (row[real] for row, real in zip(logits, batch.mask, strict=True))
+
+    def _pass(
+        self,
+        name: str,
+        windows: Sequence[Sequence[int]],
+        *,
+        watched: bool = False,
+        sublayers: bool = False,
+    ) -> list[Batch]:
+        group = [
+            Batch(*pad(part, self), watched=watched, sublayers=sublayers)
+            for part in batches(windows, self.batch_size)
+        ]
+        tokens, steps = 0, len(windows) * len(self.layers)
+
+        def step(batch: Batch) -> None:
+            nonlocal tokens
+            tokens += int(batch.mask.sum())
+            set_rate(shown, tokens // len(self.layers))
+            shown.update(len(batch.mask))
+
+        with bar(
+            f"{name} {len(windows)} windows", total=steps, unit="layer", show=self.progress
+        ) as shown:
+            self.model.run(group, step=step)
+        return group
 
 
 class StreamedLlama(ScoredModel):
@@ -94,16 +217,14 @@ class StreamedLlama(ScoredModel):
         self.max_memory, directory = max_memory, self.stream.source.directory
         self.tokenizer_path = Path(str(tokenizer_path or find_tokenizer(directory)))
         self.tokenizer = meta_tokenizer(self.tokenizer_path, self.stream)
-        theirs = tokenizer_path is None and isinstance(self.stream.source, HFSource)
         self._hf_tokenizer = None
-        if theirs:
+        if tokenizer_path is None and isinstance(self.stream.source, HFSource):
             self._hf_tokenizer = hf_tokenizer(directory, trust_remote_code=trust_remote_code)
         self.plan(batch_size)
         self._streamed = StreamedDecoder(self.stream)
         super().__init__(self._streamed, n_prune_layers)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, as in memory: by transformers where the checkpoint is its format."""
         if self._hf_tokenizer is None:
             return self.tokenizer.encode(text, bos=self.tokenizer.add_bos, eos=False)
         check_text(text)
@@ -151,7 +272,6 @@ class StreamedLlama(ScoredModel):
         total: int | None = None,
         progress: bool = True,
     ) -> Perplexity:
-        """Perplexity of the model as it is now; arguments and errors as in `measure`."""
         result = Perplexity.of(self._samples(windows, batch_size, total, progress))
         self.note_quality(result)
         return result
@@ -163,7 +283,6 @@ class StreamedLlama(ScoredModel):
         total: int | None,
         progress: bool,
     ) -> list[Sample]:
-        """The loss of every window."""
         samples: list[Sample] = []
         for part in self._rounds("perplexity", windows, batch_size, total, progress):
             losses = self._streamed.losses(part)
@@ -197,40 +316,32 @@ class StreamedLlama(ScoredModel):
         measured: Mapping[str, Perplexity] | None = None,
         overwrite: bool = False,
     ) -> Path:
-        """Writes the checkpoint as the model is now; arguments as in `ScoredModel.save`."""
         source, changed = self.stream.source, sorted(self.changed)
         if not self.removed and not changed:
             raise RuntimeError("nothing was removed yet; call remove_layers first")
         self.check_whole()
         record = Provenance.of(self, source.directory, facts=facts, measured=measured)
         new = {source.stored_name(f"layers.{i}.{n}"): self._stored(i, n) for i, n in changed}
+        target = Target(out_dir, None, overwrite, verify=self._check_saved if changed else None)
         write: Callable[..., Path] = prune_hf
         if isinstance(source, MetaSource):
             write = partial(prune_meta, tokenizer_path=self.tokenizer_path)
-        return write(
-            source.directory,
-            out_dir,
-            self.removed,
-            provenance=record,
-            replaced=new,
-            overwrite=overwrite,
-            verify=self._check_saved if changed else None,
-        )
+        return write(source.directory, target, self.removed, provenance=record, replaced=new)
 
     def _stored(self, number: int, name: str) -> Callable[[], Tensor]:
-        """What reads a changed parameter, in the file's layout."""
-        whole = f"layers.{number}.{name}"
-        return lambda: self.stream.source.as_stored(whole, self.stream.weight(number, name))
+        """A function that reads a changed parameter, in the file's layout."""
+        full_name = f"layers.{number}.{name}"
+        return lambda: self.stream.source.as_stored(full_name, self.stream.weight(number, name))
 
     def _check_saved(self, directory: Path) -> None:
         """Raises RuntimeError unless a directory gives the logits of this model, bit for bit."""
         stream = self.stream
-        place, dtype = str(stream.device), str(stream.dtype).removeprefix("torch.")
+        device, dtype = str(stream.device), str(stream.dtype).removeprefix("torch.")
         size = min(8, stream.params.max_seq_len)
         tokens = torch.arange(size).remainder(stream.vocab_size)[None]  # (1, S)
         ours = stream(tokens)
         stream.release()  # before another model takes as much
-        saved = open_stream(directory, max_seq_len=size, device=place, dtype=dtype)
+        saved = open_stream(directory, max_seq_len=size, device=device, dtype=dtype)
         check_logits(ours, saved(tokens))
 
     @property
@@ -246,8 +357,7 @@ class StreamedLlama(ScoredModel):
         return self.plan(batch_size).windows
 
     def seconds_a_window(self, window: Sequence[int], batch_size: int = 1) -> float:
-        """Seconds that a window of a full round takes, measured on one batch in one layer."""
-        windows = self.windows_at_once(batch_size)
+        windows = self.windows_at_once(batch_size)  # of a full round; one layer is timed
         batch = Batch(*pad([window] * batch_size, self._streamed), watched=True)
         read, ready, run = self.stream.layer_seconds(batch)
         # a thread reads the next layer while the round passes this one
@@ -255,7 +365,6 @@ class StreamedLlama(ScoredModel):
         return len(self.kept) * layer / windows
 
     def weights_digest(self) -> str:
-        """A digest of the checkpoint's files of weights, by which another one is told."""
         if self.changes:
             raise ShortGPTError(
                 "a streamed model whose weights were changed has no files yet by which it is told: "
@@ -283,8 +392,7 @@ class StreamedLlama(ScoredModel):
     def window_losses(
         self, windows: Sequence[Sequence[int]], *, progress: bool = True
     ) -> list[Perplexity]:
-        found = self._samples(windows, 1, None, progress)
-        return [Perplexity.of([sample]) for sample in found]
+        return [Perplexity.of([sample]) for sample in self._samples(windows, 1, None, progress)]
 
     def _rounds(
         self,
@@ -294,7 +402,6 @@ class StreamedLlama(ScoredModel):
         total: int | None,
         progress: bool,
     ) -> Iterator[list[Sequence[int]]]:
-        """The windows of each round."""
         size = self.windows_at_once(batch_size, progress)
         total = count_of(windows) if total is None else total
         with bar(name, total=total, unit="window", show=progress) as shown:
@@ -303,4 +410,4 @@ class StreamedLlama(ScoredModel):
                 shown.update(len(part))
 
     def _check_weights(self) -> None:
-        """Weights are checked as they are read."""
+        pass  # weights are checked as they are read

@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from itertools import pairwise
 
 import numpy as np
@@ -23,10 +23,61 @@ from llama.checkpoint.sharding import EMBEDDING, OUTPUT
 from llama.model import RMSNorm, TransformerBlock
 from llama.parallel import initialize
 from llama.rope import precompute_freqs_cis
+from short_gpt.models.families import META
+from short_gpt.models.layer_calls import LayerCalls
+from short_gpt.models.layer_hooks import Call
 from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
-from short_gpt.runtime.memory import Plan, block_rows, plan, resident
-from short_gpt.wrappers.streamed_batch import Batch
+from short_gpt.runtime.memory import BLOCK_BYTES, Plan, block_rows, plan, resident
+from short_gpt.scoring.hooks import LayerHooks
 from short_gpt.wrappers.streamed_weights import LAYER_NAMES, HFSource, MetaSource
+
+
+class Batch:
+    """Windows on their way through the layers.
+
+    Args:
+        tokens: (B, S) int64.
+        mask: (B, S) bool, True for real tokens.
+        watched: whether the layers are scored.
+        sublayers: whether their attention and MLP are, too.
+
+    Attributes:
+        state: hidden states entering the next layer, (B, S, D) in the machine's memory.
+        seen: what the layers so far did to the states, if watched.
+    """
+
+    def __init__(
+        self, tokens: Tensor, mask: Tensor, *, watched: bool = False, sublayers: bool = False
+    ) -> None:
+        self.tokens, self.mask = tokens.cpu(), mask.cpu()
+        self.sublayers = sublayers
+        self.seen = LayerHooks(mask) if watched else None
+        self.state = torch.empty(0)
+
+    def embed(self, start: int, rows: Tensor) -> None:
+        """Fills in the tokens whose rows of the embedding these are."""
+        inside = (self.tokens >= start) & (self.tokens < start + len(rows))  # (B, S)
+        self.state[inside] = rows[self.tokens[inside] - start].to(self.state.dtype)
+
+    def through(self, layer: nn.Module, freqs_cis: Tensor) -> Tensor:
+        """Runs the layer; returns the sum of all hidden states leaving it."""
+        pinned = self.state.is_pinned()
+        state = self.state.to(freqs_cis.device, non_blocking=pinned)
+        hooks = self.seen.on_halves(layer, META) if self.seen and self.sublayers else []
+        try:
+            result = layer(state, None, freqs_cis[: state.shape[1]], None)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if self.seen is not None:
+            self.seen.after(layer, (state,), {}, result)
+        if state is self.state:
+            self.state = result
+        else:  # another device computes, and keeps nothing
+            self.state.copy_(result, non_blocking=pinned)
+            if self.seen is not None:
+                self.seen.forget_state()
+        return result.sum(dtype=torch.promote_types(result.dtype, torch.float32))
 
 
 class StreamedTransformer(nn.Module):
@@ -89,7 +140,7 @@ class StreamedTransformer(nn.Module):
 
         Args:
             batches: keep their states.
-            step: called for every batch behind every layer.
+            step: called for every batch after every layer.
 
         Raises:
             NotFiniteError: a weight or a state is NaN or infinite; the message names the layer.
@@ -106,7 +157,7 @@ class StreamedTransformer(nn.Module):
                     self._check_states(layer, batches)
 
     def embed(self, batches: Sequence[Batch]) -> None:
-        """Gives batches their states in front of the first layer."""
+        """Gives batches the hidden states entering the first layer."""
         pin = self.device.type == "cuda"
         for batch in batches:
             shape = (*batch.tokens.shape, self.params.dim)
@@ -161,18 +212,18 @@ class StreamedTransformer(nn.Module):
 
     def _read(self, number: int) -> dict[str, Tensor]:
         """A layer's weights as stored, in memory that is used again for the next."""
-        found = {}
+        weights = {}
         for name in LAYER_NAMES:
             weight = self.weight(number, name)
-            place = self._next.get((name, weight.dtype))
-            if place is None:
-                place = torch.empty_like(weight, pin_memory=self.device.type == "cuda")
-                self._next[name, weight.dtype] = place
+            buffer = self._next.get((name, weight.dtype))
+            if buffer is None:
+                buffer = torch.empty_like(weight, pin_memory=self.device.type == "cuda")
+                self._next[name, weight.dtype] = buffer
             # numpy's copy is a single thread's: torch's would compete with the layer that runs
-            np.copyto(place.view(torch.uint8).numpy(), weight.view(torch.uint8).numpy())
-            found[name] = place
+            np.copyto(buffer.view(torch.uint8).numpy(), weight.view(torch.uint8).numpy())
+            weights[name] = buffer
             del weight  # and with it what it held or mapped, before the next is read
-        return found
+        return weights
 
     def _make_ready(self, number: int, stored: dict[str, Tensor]) -> None:
         """Converts and moves a layer's weights to where they run."""
@@ -239,11 +290,11 @@ class StreamedTransformer(nn.Module):
                 # (B, S - 1, rows): the part of the vocabulary that begins at `start`
                 logits = F.linear(batch.state.to(self.device), weight).float()
                 every[i] = torch.logaddexp(every[i], logits.logsumexp(-1))
-                place = batch.tokens[:, 1:, None].to(self.device) - start
+                row = batch.tokens[:, 1:, None].to(self.device) - start  # (B, S - 1, 1)
                 # a target of another block reads any row here, which is thrown away
-                found = logits.gather(-1, place.clamp(0, len(weight) - 1))  # (B, S - 1, 1)
-                inside = (place >= 0) & (place < len(weight))
-                chosen[i] = torch.where(inside, found, chosen[i][..., None])[..., 0]
+                target = logits.gather(-1, row.clamp(0, len(weight) - 1))  # (B, S - 1, 1)
+                inside = (row >= 0) & (row < len(weight))
+                chosen[i] = torch.where(inside, target, chosen[i][..., None])[..., 0]
         for batch in batches:
             batch.state = torch.empty(0)
         return [total - one for total, one in zip(every, chosen, strict=True)]
@@ -257,7 +308,7 @@ class StreamedTransformer(nn.Module):
             yield start, rows.to(self.device, self.dtype)
 
     def hidden(self, tokens: Tensor, start_pos: int | None = None) -> Tensor:
-        """The state in front of the final norm, (B, S, D), of one batch read on its own."""
+        """The hidden states entering the final norm, (B, S, D), of one batch read on its own."""
         if start_pos is not None:
             raise ShortGPTError("a streamed model has no cache; it reads whole windows only")
         batch = Batch(tokens, torch.ones_like(tokens, dtype=torch.bool))
@@ -277,3 +328,81 @@ class StreamedTransformer(nn.Module):
     def _logits(self, state: Tensor) -> Tensor:
         normed = self.norm(state)  # (B, S, D)
         return torch.cat([F.linear(normed, weight).float() for _, weight in self._head()], dim=-1)
+
+
+GROUP_BYTES = 2 * BLOCK_BYTES  # of states that are embedded in one reading of the embedding
+
+
+class StreamedCalls(LayerCalls):
+    """`LayerCalls` whose layers have weights inside `loaded` alone, one at a time.
+
+    Args:
+        model: whose weights are read from their files.
+    """
+
+    def __init__(self, model: StreamedTransformer) -> None:
+        self._model = model
+        model.release()
+        self.family, self.count = META, len(model.layers)
+        self._ready: nn.Module | None = None
+
+    @contextmanager
+    def loaded(self, place: int) -> Iterator[nn.Module]:
+        layer = self.layer(place)
+        whole = not any(p.is_meta for p in layer.parameters())
+        if self._ready is not layer or not whole:  # the last one stays until another is asked for
+            self.close()
+            self._model.load(layer)
+            self._ready = layer
+        yield layer
+
+    def keep_only(self, place: int, modules: Sequence[nn.Module]) -> None:
+        kept = {p for module in modules for p in module.parameters()}
+        layer = self.layer(place)
+        self._model.release(name for name, p in layer.named_parameters() if p not in kept)
+        for module in layer.modules():
+            if not kept.intersection(module.parameters()):
+                module.to("meta")
+
+    def close(self) -> None:
+        if self._ready is not None:
+            self._ready.to("meta")
+            self._ready = None
+
+    def layer(self, place: int) -> nn.Module:
+        return self._model.layers[place]
+
+    def call(self, place: int, state: Tensor) -> Call:
+        return (state, None, self._model.freqs_cis[: state.shape[1]], None), {}
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        return next(self.embed_all([tokens]))
+
+    def embed_all(self, batches: Sequence[Tensor]) -> Iterator[Tensor]:
+        width = self._model.params.dim * self._model.dtype.itemsize
+        group: list[Batch] = []
+        for tokens in batches:
+            group.append(Batch(tokens, torch.ones_like(tokens, dtype=torch.bool)))
+            if sum(batch.tokens.numel() for batch in group) * width >= GROUP_BYTES:
+                yield from self._embedded(group)
+                group = []
+        yield from self._embedded(group)
+
+    def _embedded(self, group: list[Batch]) -> Iterator[Tensor]:
+        if group:
+            self._model.embed(group)
+        while group:
+            yield group.pop(0).state
+
+    def widths(self) -> tuple[int, int, int]:
+        width, inputs, _ = super().widths()
+        return width, inputs, self._model.dtype.itemsize  # layers without weights do not tell
+
+    def memory(self) -> dict[str, int]:
+        args, model = self._model.params, self._model
+        sizes = [p.numel() for p in model.layers[0].parameters()]
+        # a matrix of a Hugging Face file is there twice while its rows are put in order
+        stored = 2 * max(sizes) * model.source.infos[EMBEDDING].dtype.itemsize
+        embedding = GROUP_BYTES + args.max_seq_len * args.dim * model.dtype.itemsize + BLOCK_BYTES
+        layer = sum(sizes) * model.dtype.itemsize
+        return {"layer": layer, "weights as stored": max(stored, embedding - layer)}

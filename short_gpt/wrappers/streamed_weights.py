@@ -18,9 +18,8 @@ from llama.checkpoint.sharding import LAYER_SPLITS, split_dim
 from llama.formats.hf import args_of, meta_infos
 from llama.formats.names import HF, META, name_in, permute
 from llama.formats.safetensors import DTYPES, open_weights
-from llama.io.hub import resolve
 from llama.io.json_files import read_json
-from llama.io.sources import is_hub_id, kind_of
+from llama.io.sources import is_hub_id, kind_of, resolve
 
 LAYER_NAMES = tuple(LAYER_SPLITS)
 
@@ -65,12 +64,12 @@ class MetaSource:
             # cut by width: each file has a part of every row
             return _joined([shard.read(name)[start : start + rows] for shard in shards], 1)
         share = self.infos[name].shape[0] // len(shards)
-        end, found = min(start + rows, share * len(shards)), []
+        end, parts = min(start + rows, share * len(shards)), []
         while start < end:  # cut by rows: a block may begin in one file and end in the next
             rank, at = divmod(start, share)
-            found.append(shards[rank].read(name)[at : at + end - start])
-            start += len(found[-1])
-        return _joined(found, 0)
+            parts.append(shards[rank].read(name)[at : at + end - start])
+            start += len(parts[-1])
+        return _joined(parts, 0)
 
 
 def _joined(parts: list[Tensor], dim: int) -> Tensor:

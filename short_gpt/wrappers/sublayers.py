@@ -1,13 +1,14 @@
-"""Taking out half a layer: its attention or its MLP, by zeroing the map that ends it.
+"""Removing a layer's attention or MLP sublayer, by zeroing its output projection.
 
-A layer adds two things to the stream, attention and MLP. With a zero output projection a half adds
-nothing: that is the model without it. The file keeps its size and its shape, so that the result
-loads wherever the model does; a config has no way to say that half a layer is missing.
+A layer adds two residual branches to the stream, attention and MLP. With a zero output projection
+a branch adds nothing: that is the model without it. The file keeps its size and its shape, and so
+the result loads wherever the model does; no config can say that a sublayer is missing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -23,11 +24,12 @@ from short_gpt.scoring.hooks import score
 def remove_sublayers(
     decoder: Decoder, *, attention: Sequence[int] = (), mlp: Sequence[int] = ()
 ) -> Callable[[], None]:
-    """Takes attentions and MLPs out of a live model.
+    """Removes attention and MLP sublayers from a live model.
 
     Args:
         decoder: the model.
-        attention, mlp: positions of the layers that lose this half.
+        attention: positions of the layers that lose their attention.
+        mlp: positions of the layers that lose their MLP.
 
     Returns:
         A function that puts them back.
@@ -41,16 +43,16 @@ def remove_sublayers(
         check_exist(layers, range(count))
     if not attention and not mlp:
         raise ShortGPTError("expected layers whose attention or MLP is to go, got none")
-    ends = _ends(decoder, attention, mlp)
-    _check_halves(decoder, {i for i, _, _ in ends})
-    undo = _zero([module for _, _, module in ends])
+    sublayers = _sublayers(decoder, attention, mlp)
+    _check_separable(decoder, {one.position for one in sublayers})
+    undo = _zero([one.output for one in sublayers])
     try:
-        left = _halves(decoder)
-        for i, half, _ in ends:
-            if not left[half, i].abs() < 1e-6:
+        left = _influence(decoder)
+        for one in sublayers:
+            if not left[one.kind, one.position].abs() < 1e-6:
                 raise ShortGPTError(
-                    f"the {['attention', 'MLP'][half]} of layer {i} adds more than its "
-                    "output projection gives; it cannot be taken out alone"
+                    f"the {['attention', 'MLP'][one.kind]} of layer {one.position} adds more than "
+                    "its output projection gives; it cannot be removed alone"
                 )
     except BaseException:
         undo()
@@ -65,42 +67,49 @@ def sublayer_parameters(
 
     Args:
         numbers: the layers' original numbers.
-        attention, mlp: positions, as for `remove_sublayers`.
+        attention: positions, as for `remove_sublayers`.
+        mlp: positions, as for `remove_sublayers`.
     """
     parameters: set[Parameter] = set()
-    for place, _, end in _ends(decoder, attention, mlp):
-        parameters |= parameters_of(numbers[place], decoder.layers[place], [end])
+    for one in _sublayers(decoder, attention, mlp):
+        layer = decoder.layers[one.position]
+        parameters |= parameters_of(numbers[one.position], layer, [one.output])
     return parameters
 
 
-def _ends(
-    decoder: Decoder, attention: Sequence[int], mlp: Sequence[int]
-) -> list[tuple[int, int, nn.Module]]:
-    """The layer, the half (0 attention, 1 MLP) and the last map of all that are to go."""
-    family = decoder.family
-    ends = [(i, 0, attention_output(decoder.layers[i], family)) for i in attention]
-    return ends + [(i, 1, mlp_output(decoder.layers[i], family)) for i in mlp]
+class _Sublayer(NamedTuple):
+    """One to remove: its layer's position, its kind (0 attention, 1 MLP), its output projection."""
+
+    position: int
+    kind: int
+    output: nn.Module
 
 
-def _halves(decoder: Decoder) -> torch.Tensor:
-    """Mean 1 - cos around both halves of every layer, (2, L), on a few tokens."""
+def _sublayers(decoder: Decoder, attention: Sequence[int], mlp: Sequence[int]) -> list[_Sublayer]:
+    layers, family = decoder.layers, decoder.family
+    removed = [_Sublayer(i, 0, attention_output(layers[i], family)) for i in attention]
+    return removed + [_Sublayer(i, 1, mlp_output(layers[i], family)) for i in mlp]
+
+
+def _influence(decoder: Decoder) -> torch.Tensor:
+    """Mean 1 - cos around attention and MLP of every layer, (2, L), on a few tokens."""
     window = [i % decoder.vocab_size for i in range(8)]
     scores = score(decoder, [window], layers=range(len(decoder.layers)), sublayers=True)
     return scores.halves[0].cpu() / len(window)
 
 
-def _check_halves(decoder: Decoder, layers: set[int]) -> None:
-    whole = _halves(decoder).isfinite().all(0)
-    if odd := sorted(i for i in layers if not whole[i]):
+def _check_separable(decoder: Decoder, layers: set[int]) -> None:
+    known = _influence(decoder).isfinite().all(0)
+    if odd := sorted(i for i in layers if not known[i]):
         kind = type(decoder.layers[odd[0]]).__name__
         raise ShortGPTError(
             f"layers {odd} are not x + attention, then + MLP (or {kind} names them otherwise); "
-            "half of them cannot be taken out"
+            "their sublayers cannot be removed alone"
         )
 
 
 def _zero(modules: Sequence[nn.Module]) -> Callable[[], None]:
-    """Puts zeros in the place of all parameters; the old tensors stay as they are for the undo."""
+    """Replaces all parameters by zeros; the old tensors stay as they are for the undo."""
     before = [dict(module.named_parameters(recurse=False)) for module in modules]
     zeros = [{n: torch.zeros_like(value) for n, value in each.items()} for each in before]
     for module, parameters in zip(modules, zeros, strict=True):

@@ -27,7 +27,7 @@ from llama.formats.gguf_parts import GGUFParts
 from llama.formats.gguf_write import UINT32
 from llama.formats.gguf_write import record as key_record
 from short_gpt import ShortHFModel
-from short_gpt.checkpoints import Provenance, gguf, prune_gguf, write_gguf
+from short_gpt.checkpoints import Provenance, Target, gguf, prune_gguf, write_gguf
 from short_gpt.checkpoints.gguf import about_kinds
 from short_gpt.checkpoints.gguf_kinds import PERIODIC, READS_PATTERN
 from short_gpt.checkpoints.gguf_layers import Stack
@@ -101,7 +101,7 @@ def test_files_in_parts_are_read_and_written(tmp_path):
     assert [second.fields[f"split.{k}"] for k in ("no", "count", "tensors.count")] == [1, 2, 14]
     assert list(second.fields) == ["split.no", "split.count", "split.tensors.count"]
     with pytest.raises(FileExistsError, match="are not overwritten"):
-        prune_gguf(whole, tmp_path / "c-00001-of-00002.gguf", [0, 1], overwrite=True)
+        prune_gguf(whole, Target(tmp_path / "c-00001-of-00002.gguf", overwrite=True), [0, 1])
     with pytest.raises(ShortGPTError, match="14 tensors cannot be put into 15 files"):
         prune_gguf(whole, tmp_path / "c-00001-of-00015.gguf", [0, 1])
     prune_gguf(whole, tmp_path / "c-00001-of-00014.gguf", [0, 1])  # a tensor in each
@@ -348,6 +348,20 @@ def test_variants_that_llama_cpp_knows_by_their_count_are_refused(tmp_path, arch
             prune_gguf(path, tmp_path / "cut.gguf", gone)
 
 
+def test_a_new_architecture_is_one_row(tmp_path, monkeypatch):
+    """As docs/add-a-family.md says: with the row, no layer that stays changes its kind."""
+    path = stack_file(tmp_path / "m.gguf", "my-arch")
+    prune_gguf(path, tmp_path / "unknown.gguf", [2])  # as if all its layers were alike
+    monkeypatch.setitem(PERIODIC, "my-arch", (4, 3))
+    prune_gguf(path, tmp_path / "cut.gguf", [0, 1, 2, 3])
+    assert said(tmp_path / "cut.gguf", "block_count") == 4
+    message = "every 4th layer of my-arch is of another kind.*`layers` 7 leave all others"
+    with pytest.raises(ShortGPTError, match=message):
+        facts = Provenance(block_influence=[0.1] * 8)
+        prune_gguf(path, tmp_path / "refused.gguf", [2], provenance=facts)
+    assert not (tmp_path / "refused.gguf").exists()
+
+
 def legal(stack: Stack, gone: Sequence[int]) -> bool:
     """Whether every other layer keeps its kind by its position alone."""
     keep = [i for i in range(stack.blocks) if i not in gone]
@@ -461,16 +475,16 @@ def test_overwriting_replaces_only_what_was_written_so(tmp_path):
     prune_gguf(path, out, [0])
     with pytest.raises(FileExistsError, match="exists; choose another name or pass `overwrite`"):
         prune_gguf(path, out, [1])
-    prune_gguf(path, out, [1], overwrite=True)
+    prune_gguf(path, Target(out, overwrite=True), [1])
     assert Provenance.beside(out).removed_layers == [1]
     with pytest.raises(FileExistsError, match="is the source"):
-        prune_gguf(out, out, [1], overwrite=True)
+        prune_gguf(out, Target(out, overwrite=True), [1])
     other = stack_file(tmp_path / "other.gguf")
     (tmp_path / "text.gguf").write_text("mine")
     for theirs in (other, tmp_path / "text.gguf"):
         before = theirs.read_bytes()
         with pytest.raises(FileExistsError, match="is not what this would write there"):
-            prune_gguf(path, theirs, [1], overwrite=True)
+            prune_gguf(path, Target(theirs, overwrite=True), [1])
         assert theirs.read_bytes() == before
 
 
@@ -495,7 +509,7 @@ def test_what_was_written_wrong_never_takes_its_place(tmp_path, monkeypatch):
     ):
         monkeypatch.setattr(gguf, "write_again", spoil(at))
         with pytest.raises(RuntimeError, match=message):
-            prune_gguf(path, out, [1], overwrite=True)
+            prune_gguf(path, Target(out, overwrite=True), [1])
         assert out.read_bytes() == before
         assert sorted(p.name for p in tmp_path.iterdir()) == ["m.gguf", "out.gguf"]
 

@@ -18,11 +18,10 @@ from gguf_families import FAMILIES, LAYERS, make, write_model
 from gguf_files import stack_file, write_gguf
 
 from llama.formats.gguf_parts import GGUFParts
-from llama.formats.gguf_types import packed, writable
-from llama.formats.gguf_write import Stored, copied, write_again
+from llama.formats.gguf_write import Stored, copied, packed, writable, write_again
 from short_gpt import ShortHFModel
 from short_gpt.checkpoints import Provenance
-from short_gpt.checkpoints.gguf_save import MAPPED, about_types
+from short_gpt.checkpoints.gguf import MAPPED, about_types
 from short_gpt.evaluation import Difference
 from short_gpt.healing import HealingEvidence, HealingJob, Learning
 from short_gpt.jobs import Healing, OpenOptions

@@ -18,9 +18,9 @@ from llama.formats.gguf_parts import GGUFParts
 from llama.formats.gguf_write import UINT32, copied, record, write_again
 from llama.tokenizer import Tokenizer, find_tokenizer
 from short_gpt import ShortHFModel, ShortLlama
-from short_gpt.checkpoints import prune_checkpoint, prune_gguf
+from short_gpt.checkpoints import Target, prune_checkpoint, prune_gguf
+from short_gpt.checkpoints.gguf import MAPPED
 from short_gpt.checkpoints.gguf_layers import Stack, renamed
-from short_gpt.checkpoints.gguf_save import MAPPED
 from short_gpt.data import demo
 from short_gpt.models.hf import HFDecoder
 from short_gpt.models.weight_changes import WeightChange
@@ -94,7 +94,7 @@ def test_the_source_and_the_pruned_file_are_ours_but_for_llama_cpps_own_rounding
 def test_in_float32_llama_cpp_writes_the_same_text_token_for_token(tmp_path, short, cut):
     """From Meta's format, and pruned from there by way of Hugging Face's."""
     llama_to_gguf(demo.checkpoint(), tmp_path / "whole.gguf")
-    prune_checkpoint(demo.checkpoint(), tmp_path / "hf", REMOVED, to="hf")
+    prune_checkpoint(demo.checkpoint(), Target(tmp_path / "hf", "hf"), REMOVED)
     llama_to_gguf(tmp_path / "hf", tmp_path / "cut.gguf")
     for name, model in (("whole", short), ("cut", cut)):
         client = LlamaCpp(tmp_path / f"{name}.gguf")

@@ -30,8 +30,7 @@ from short_gpt.checkpoints import (
     prune_checkpoint,
     prune_hf,
 )
-from short_gpt.checkpoints.entries import KEYS, Measured
-from short_gpt.checkpoints.source_card import source_card
+from short_gpt.checkpoints.records import KEYS, Measured, source_card
 from short_gpt.data.windows import windows
 from short_gpt.healing import Recipe, heal_lora, heal_patch
 from short_gpt.models.weight_changes import WeightChange
@@ -348,7 +347,7 @@ def test_what_makes_two_models_the_same():
     ours = print_of([1.0, -2.0], [1, 2], [1, 2])
     assert check_same(ours, ours) == "bit for bit"
     near = print_of([1.0, -2.0 - 1e-5], [1, 3], [1, 3])
-    assert check_same(ours, near, rounding=ROUNDING) == "but for the last digits"
+    assert check_same(ours, near, rounding=ROUNDING) == "except for the last digits"
     far = print_of([1.0, -2.0 - 1e-3], [1, 2], [1, 2])
     for other, rounding, message in (
         (near, 0.0, "the saved model is not the model in memory: logits differ by up to"),

@@ -24,7 +24,7 @@ from llama.formats.gguf_vocabulary import vocabulary
 from llama.formats.gguf_write import UINT32, copied, record, write_again
 from short_gpt import ShortHFModel, open_model
 from short_gpt.checkpoints import Provenance
-from short_gpt.checkpoints.source_card import source_card
+from short_gpt.checkpoints.records import source_card
 
 pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
 CUT = ("--layers", "1,3")

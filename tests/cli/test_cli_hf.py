@@ -138,7 +138,7 @@ def test_prune_proves_weights_without_a_tokenizer_too(here, capsys):
 @pytest.mark.parametrize(("source", "to"), [("hf", "meta"), ("meta", "hf")])
 def test_prune_writes_the_other_format(here, capsys, source, to):
     run("prune", source, "out", *CUT, "--to", to)
-    assert "without these layers, but for the last digits" in capsys.readouterr().out
+    assert "without these layers, except for the last digits" in capsys.readouterr().out
     run("prune", source, "same", *CUT)
     run("convert", "same", "expected")
     assert {p.name for p in Path("out").iterdir()} == {
@@ -279,9 +279,9 @@ def test_convert_in_every_direction_comes_back_bit_exact(here, capsys):
         "written: b",
         "written: c",
     ]
-    assert sum(line.startswith(f"{proof}, but for the last digits, and") for line in said) == 3
+    assert sum(line.startswith(f"{proof}, except for the last digits, and") for line in said) == 3
     run("convert", "hf", "half", "--dtype", "bfloat16")
-    assert f"{proof} in bfloat16, but for the last digits" in capsys.readouterr().out
+    assert f"{proof} in bfloat16, except for the last digits" in capsys.readouterr().out
     assert torch.load("half/consolidated.00.pth")["norm.weight"].dtype == torch.bfloat16
     assert "b exists" in fails(capsys, "convert", "a", "b")
     run("convert", "a", "b", "--overwrite")

@@ -29,7 +29,7 @@ from short_gpt.jobs.ranking import duration, first_of, forecast
 from short_gpt.jobs.reproduction import Shape, _changed, _whole
 from short_gpt.scoring.stopping import Stop
 from short_gpt.wrappers.opening import open_model
-from short_gpt.wrappers.streamed_decoder import StreamedDecoder
+from short_gpt.wrappers.streamed_llama import StreamedDecoder
 
 CUT = Cut(32, 20, 0, 32)
 CPU = OpenOptions(device="cpu")

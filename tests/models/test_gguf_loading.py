@@ -17,8 +17,7 @@ from transformers import modeling_gguf_pytorch_utils as reading
 
 from llama.formats.gguf_header import ARRAY, STRING, read_header
 from llama.formats.gguf_parts import GGUFParts
-from llama.formats.gguf_types import packed
-from llama.formats.gguf_write import UINT32, Stored, copied, record, write_again
+from llama.formats.gguf_write import UINT32, Stored, copied, packed, record, write_again
 from short_gpt import ShortHFModel
 from short_gpt.models.gguf_loading import reading_gguf
 from short_gpt.runtime.errors import ShortGPTError

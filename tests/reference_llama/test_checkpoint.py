@@ -30,7 +30,7 @@ from llama.io.files import check_new, new_directory
 from llama.io.json_files import write_json
 from llama.io.outputs import check_outputs
 from llama.loading import load_model
-from short_gpt.checkpoints import Provenance
+from short_gpt.checkpoints import Provenance, Target
 from short_gpt.checkpoints.meta import prune_meta as prune
 from short_gpt.runtime import versions
 
@@ -282,27 +282,27 @@ def test_pruning_overwrites_only_its_own_and_only_when_asked(tmp_path, checkpoin
     prune(checkpoint_dir, tmp_path / "out", [1])
     with pytest.raises(FileExistsError, match="out exists"):
         prune(checkpoint_dir, tmp_path / "out", [1, 2])
-    prune(checkpoint_dir, tmp_path / "out", [1, 2], overwrite=True)
+    prune(checkpoint_dir, Target(tmp_path / "out", overwrite=True), [1, 2])
     assert Checkpoint(tmp_path / "out").args.n_layers == 3
     (tmp_path / "out" / "thesis.tex").write_text("years of work")
     with pytest.raises(FileExistsError, match=r"out exists and holds thesis\.tex"):
-        prune(checkpoint_dir, tmp_path / "out", [1], overwrite=True)
+        prune(checkpoint_dir, Target(tmp_path / "out", overwrite=True), [1])
     (tmp_path / "out" / "thesis.tex").unlink()
     (tmp_path / "out" / "README.md").mkdir()
     with pytest.raises(FileExistsError, match=r"out exists and holds README\.md"):
-        prune(checkpoint_dir, tmp_path / "out", [1], overwrite=True)
+        prune(checkpoint_dir, Target(tmp_path / "out", overwrite=True), [1])
     with pytest.raises(FileExistsError, match=r"checkpoint exists and holds no pruning\.json"):
-        prune(tmp_path / "out", checkpoint_dir, [1], overwrite=True)
+        prune(tmp_path / "out", Target(checkpoint_dir, overwrite=True), [1])
 
 
 def test_pruning_never_overwrites_its_source(tmp_path, checkpoint_dir):
     prune(checkpoint_dir, tmp_path / "out", [1])
     with pytest.raises(FileExistsError, match="holds the source"):
-        prune(tmp_path / "out", tmp_path / "out", [0], overwrite=True)
+        prune(tmp_path / "out", Target(tmp_path / "out", overwrite=True), [0])
     link = tmp_path / "link"
     link.symlink_to(tmp_path / "out", target_is_directory=True)
     with pytest.raises(FileExistsError, match="holds the source"):
-        prune(tmp_path / "out", link, [0], overwrite=True)
+        prune(tmp_path / "out", Target(link, overwrite=True), [0])
 
 
 def demo(out: Path, source: Path, *, overwrite: bool = False) -> None:
@@ -363,7 +363,7 @@ def test_what_an_earlier_version_wrote_is_refused_by_name(tmp_path, checkpoint_d
     path.write_text(json.dumps(content))
     message = r"its pruning\.json does not list what was written.*delete it or choose another"
     with pytest.raises(FileExistsError, match=message):
-        prune(checkpoint_dir, tmp_path / "out", [1], overwrite=True)
+        prune(checkpoint_dir, Target(tmp_path / "out", overwrite=True), [1])
     assert json.loads(path.read_text()) == content
 
 
@@ -377,7 +377,7 @@ def test_a_marker_that_was_not_written_is_told(tmp_path):
 def test_a_link_is_followed_and_a_failed_swap_leaves_the_old(tmp_path, checkpoint_dir, monkeypatch):
     prune(checkpoint_dir, tmp_path / "real", [1])
     (tmp_path / "link").symlink_to(tmp_path / "real", target_is_directory=True)
-    prune(checkpoint_dir, tmp_path / "link", [1, 2], overwrite=True)
+    prune(checkpoint_dir, Target(tmp_path / "link", overwrite=True), [1, 2])
     assert (tmp_path / "link").is_symlink()
     assert Checkpoint(tmp_path / "real").args.n_layers == 3
     monkeypatch.setattr("llama.io.swap.exchange", lambda *_: False)
@@ -390,7 +390,7 @@ def test_a_link_is_followed_and_a_failed_swap_leaves_the_old(tmp_path, checkpoin
 
     monkeypatch.setattr(Path, "rename", rename)
     with pytest.raises(OSError, match="in use"):
-        prune(checkpoint_dir, tmp_path / "real", [1], overwrite=True)
+        prune(checkpoint_dir, Target(tmp_path / "real", overwrite=True), [1])
     assert Checkpoint(tmp_path / "real").args.n_layers == 3
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint", "link", "real"]
 

@@ -19,9 +19,16 @@ from llama.checkpoint.reshard import reshard
 from llama.errors import InputError
 from llama.formats.convert import gguf_to_meta, hf_to_meta, meta_to_hf
 from llama.formats.names import HF, META, name_in, permute
-from llama.formats.safetensors import SafetensorsFile, open_weights
+from llama.formats.safetensors import (
+    DTYPES,
+    Entry,
+    SafetensorsFile,
+    open_weights,
+    tensor_bytes,
+    write_file,
+)
 from llama.formats.tokenizers import write_tokenizer
-from llama.io.hub import hub_failure, resolve
+from llama.io.sources import hub_failure, resolve
 from llama.loading import load_model
 
 pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
@@ -41,6 +48,31 @@ def meta(directory, *, shards=1, vocab_parallel=False, tied=False, dtype=torch.f
     (directory / "params.json").write_text(json.dumps(params))
     write_byte_tokenizer(directory)
     return model
+
+
+def ours(path, tensors):
+    """The bytes that our writer makes of tensors."""
+    entries = {name: Entry.of(t.dtype, tuple(t.shape)) for name, t in tensors.items()}
+    write_file(path, entries, lambda name: tensor_bytes(tensors[name]))
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values())
+def test_safetensors_have_the_librarys_bytes_except_the_order(tmp_path, dtype):
+    """Which the library takes from names, and a copy of a file's tensors from the file."""
+
+    def theirs(tensors):
+        save_file(tensors, tmp_path / "theirs", metadata={"format": "pt"})
+        return (tmp_path / "theirs").read_bytes()
+
+    shapes = {"a": (3, 5), "b": (7,), "layers.10.w": (1, 1), "layers.9.w": (2, 3)}
+    tensors = {name: torch.randn(shape).to(dtype) for name, shape in shapes.items()}
+    assert ours(tmp_path / "ours", tensors) == theirs(tensors)
+    mixed = {"w": torch.randn(2, 2, dtype=torch.float64), **tensors}
+    assert ours(tmp_path / "mixed", mixed) == theirs(mixed) or dtype == torch.float64
+    renumbered = dict(sorted(tensors.items(), reverse=True))
+    assert ours(tmp_path / "ours", renumbered) != theirs(renumbered)
+    assert list(SafetensorsFile(tmp_path / "ours").entries) == list(renumbered)
 
 
 def state(directory):

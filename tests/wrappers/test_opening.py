@@ -129,4 +129,4 @@ def test_a_cut_checkpoint_is_told_from_another(folder, tmp_path):
     with pytest.raises(RuntimeError, match=r"cut is not .*meta without \[1, 2\]: logits differ"):
         same_model(*arguments, [1, 2])
     across = same_model(str(folder / "hf"), str(tmp_path / "cut"), [1, 3])
-    assert "but for the last digits" in across
+    assert "except for the last digits" in across

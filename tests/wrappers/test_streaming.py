@@ -37,8 +37,7 @@ from short_gpt.scoring.importance import SUMS, Importance
 from short_gpt.scoring.run import RunState
 from short_gpt.scoring.stopping import Stop
 from short_gpt.wrappers import streamed_transformer
-from short_gpt.wrappers.streamed_decoder import StreamedDecoder
-from short_gpt.wrappers.streamed_llama import StreamedLlama
+from short_gpt.wrappers.streamed_llama import StreamedDecoder, StreamedLlama
 
 VOCAB = 258
 WINDOWS = [w[: 20 - i % 3] for i, w in enumerate(random_windows(7, 20, vocab=VOCAB))]

@@ -1,0 +1,203 @@
+"""Where a model is written, and how: one value that every writer takes."""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Concatenate, ParamSpec, TypeVar, cast
+
+from torch import Tensor
+
+from llama.formats.gguf_header import read_header
+from llama.formats.gguf_parts import PART, GGUFParts, named_parts
+from llama.io.files import check_new, new_directory
+from llama.io.outputs import check_outputs, new_file, new_files
+from llama.io.sources import Source, find_source, is_gguf
+from short_gpt.checkpoints.records import PROVENANCE, RECORD
+from short_gpt.runtime.errors import ShortGPTError
+
+StrPath = str | os.PathLike[str]
+# By a tensor's name in the source's files, a function that reads the new one when it is written.
+Replaced = Mapping[str, Callable[[], Tensor]]
+FORMATS = ("meta", "hf", "gguf")
+OLD_FIELDS = {"to": "format", "overwrite": "overwrite", "verify": "verify"}
+T = TypeVar("T")
+P = ParamSpec("P")
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a model is written, and how.
+
+    Attributes:
+        out: the new directory, or the new file if its name ends with ``.gguf``; appears whole or
+            not at all.
+        format: "meta", "hf" or "gguf"; None as in `format_of`.
+        overwrite: whether an earlier pruned model is replaced; nothing else ever is.
+        verify: called with the finished directory or file before it takes its place; if it raises,
+            an earlier one stays there.
+
+    Example:
+        >>> Target("pruned.gguf", overwrite=True).paths
+        [PosixPath('pruned.gguf')]
+    """
+
+    out: StrPath
+    format: str | None = None
+    overwrite: bool = False
+    verify: Callable[[Path], object] | None = None
+
+    @property
+    def path(self) -> Path:
+        return Path(str(self.out))
+
+    @property
+    def paths(self) -> list[Path]:
+        """The files to write: one, or all those that a name of one of several numbers."""
+        return out_paths(self.out)
+
+    def resolved(self, source: StrPath) -> Target:
+        """The same with its format, as `format_of` decides it."""
+        return replace(self, format=format_of(source, self.out, self.format))
+
+    def check(self, *, marker: str = PROVENANCE, source: Path | None = None) -> None:
+        """Raises FileExistsError or PermissionError where the model could not be written.
+
+        Args:
+            marker: the directory's record, by whose list of files it may be replaced.
+            source: what is read; it must not lie in a directory that is replaced.
+        """
+        if self.format == "gguf":
+            check_new_gguf(self.out, overwrite=self.overwrite)
+        else:
+            check_new(self.path, marker=marker, overwrite=self.overwrite, source=source)
+
+    def new_directory(self, *, marker: str = PROVENANCE) -> AbstractContextManager[Path]:
+        """The directory to write into, which is at ``out`` once the block ends well."""
+        return new_directory(self.path, marker=marker, overwrite=self.overwrite)
+
+    @contextmanager
+    def new_file(self) -> Iterator[Path]:
+        """The GGUF file to write, which is verified, and there, once the block ends well."""
+        with new_file(self.path, overwrite=self.overwrite, ours=is_pruned_gguf) as partial:
+            yield partial
+            named = partial.rename(partial.with_name(f"{partial.name}.gguf"))
+            try:
+                self.prove(named)
+            finally:
+                named.rename(partial)
+
+    @contextmanager
+    def new_files(self) -> Iterator[list[Path]]:
+        """`new_file`, or several files of one model, which are not verified."""
+        if len(self.paths) == 1:
+            with self.new_file() as partial:
+                yield [partial]
+            return
+        with new_files(self.paths, overwrite=self.overwrite, ours=is_pruned_gguf) as partials:
+            yield partials
+
+    def prove(self, partial: Path) -> None:
+        """Calls ``verify``, if there is one, with what was written."""
+        if self.verify is not None:
+            self.verify(partial)
+
+
+def takes_target(
+    write: Callable[Concatenate[T, Target, P], Path],
+) -> Callable[Concatenate[T, Target | StrPath, P], Path]:
+    """Lets a writer's second argument be a path too, and `Target`'s fields be arguments.
+
+    The latter are those of earlier versions, and warn.
+    """
+
+    call = cast("Callable[..., Path]", write)
+
+    @functools.wraps(write)
+    def with_target(*arguments: Any, **settings: Any) -> Path:
+        old = [name for name in (*OLD_FIELDS, "out_dir", "out") if name in settings]
+        if old:
+            warnings.warn(
+                f"{write.__name__}: pass Target(out, format, overwrite, verify) of "
+                f"short_gpt.checkpoints as its second argument, in place of {', '.join(old)}",
+                DeprecationWarning,
+                stacklevel=2,
+            )
+        fields = {OLD_FIELDS[name]: settings.pop(name) for name in old if name in OLD_FIELDS}
+        named = [settings.pop(name) for name in ("target", "out_dir", "out") if name in settings]
+        for out in arguments[1:2] or named:
+            target = replace(out if isinstance(out, Target) else Target(out), **fields)
+            if named:
+                settings["target"] = target
+            else:
+                arguments = (arguments[0], target, *arguments[2:])
+        return call(*arguments, **settings)
+
+    return with_target
+
+
+def format_of(source: StrPath | Source, out: StrPath, to: str | None = None) -> str:
+    """The format to write a model in.
+
+    Args:
+        source: the model.
+        out: where it is written.
+        to: "meta", "hf" or "gguf"; None is GGUF if ``out`` ends with ``.gguf``, else the
+            source's format, except that a model in GGUF is written in Hugging Face's.
+
+    Raises:
+        ShortGPTError: another format, or ``out`` has a name of another one.
+
+    Example:
+        >>> format_of("model.gguf", "pruned.gguf")
+        'gguf'
+    """
+    check_format(out, to)
+    if to is not None or is_gguf(out):
+        return to or "gguf"
+    return "meta" if not is_gguf(source) and find_source(source).kind == "meta" else "hf"
+
+
+def check_format(out: StrPath, to: str | None) -> None:
+    """Raises ShortGPTError unless a format is known, and ``out`` is a name for it."""
+    if to not in (None, *FORMATS):
+        raise ShortGPTError(f"expected a format of {' or '.join(FORMATS)}, got {to!r}")
+    if to is not None and is_gguf(out) != (to == "gguf"):
+        expected = "a name that ends with .gguf" if to == "gguf" else "the name of a directory"
+        raise ShortGPTError(f"expected {expected} to write {to} to, got {out}")
+
+
+def out_paths(out: StrPath) -> list[Path]:
+    """The files to write for a name: one, or all those that a name of one of several numbers.
+
+    Example:
+        >>> [str(p) for p in out_paths("m-00001-of-00002.gguf")]
+        ['m-00001-of-00002.gguf', 'm-00002-of-00002.gguf']
+    """
+    path = Path(str(out))
+    match = PART.fullmatch(path.name)
+    return named_parts(path.with_name(f"{match[1]}.gguf"), int(match[3])) if match else [path]
+
+
+def check_new_gguf(out: StrPath, *, source: GGUFParts | None = None, overwrite: bool) -> None:
+    """Raises FileExistsError or PermissionError where a GGUF model could not be written."""
+    paths = out_paths(out)
+    if not paths:
+        raise ShortGPTError(f"{out} names a file of none; name it NAME-00001-of-0000N.gguf")
+    check_outputs(paths, overwrite=overwrite, ours=is_pruned_gguf)
+    sources = [path.resolve() for path in source.paths] if source else []
+    if same := [path for path in paths if path.resolve() in sources]:
+        raise FileExistsError(f"{same[0]} is the source; choose another name")
+
+
+def is_pruned_gguf(path: Path) -> bool:
+    """Whether a file is a GGUF file that this library pruned."""
+    try:
+        return RECORD in read_header(path).fields
+    except ValueError:
+        return False

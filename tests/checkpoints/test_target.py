@@ -1,0 +1,58 @@
+"""Where and how a model is written: one value, and the arguments of earlier versions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from conftest import make_transformer
+from gguf_files import write_gguf as write_model
+
+from llama.formats.gguf_parts import GGUFParts
+from short_gpt.checkpoints import Provenance, Target, format_of, prune_checkpoint, write_gguf
+from short_gpt.runtime.errors import ShortGPTError
+
+
+def test_fields_as_arguments_of_earlier_versions_work_and_name_the_new_way(tmp_path):
+    model = write_model(tmp_path / "m.gguf", make_transformer())
+    new = prune_checkpoint(model, Target(tmp_path / "new", "meta"), [1])
+    with pytest.warns(DeprecationWarning, match="prune_checkpoint: pass Target.* in place of to$"):
+        old = prune_checkpoint(model, tmp_path / "old", [1], to="meta")
+    for name in ("consolidated.00.pth", "params.json"):
+        assert (old / name).read_bytes() == (new / name).read_bytes()
+    with pytest.warns(DeprecationWarning, match="in place of to, overwrite, out_dir"):
+        again = prune_checkpoint(model, out_dir=old, layers=[2], to="meta", overwrite=True)
+    assert again == old and Provenance.beside(old).removed_layers == [2]
+    with pytest.raises(TypeError, match="target"):
+        prune_checkpoint(model, layers=[1])
+    seen = []
+    with pytest.warns(DeprecationWarning, match="in place of verify"):
+        write_gguf(GGUFParts(model), tmp_path / "w.gguf", range(5), verify=seen.append)
+    assert [path.suffix for path in seen] == [".gguf"]
+
+
+def test_what_verify_raises_leaves_the_earlier_model(tmp_path):
+    model = write_model(tmp_path / "m.gguf", make_transformer())
+
+    def refuse(path: Path) -> None:
+        raise RuntimeError(f"not the same: {path.name}")
+
+    for out in (tmp_path / "out.gguf", tmp_path / "out"):
+        form = None if out.suffix else "meta"
+        prune_checkpoint(model, Target(out, form), [1])
+        with pytest.raises(RuntimeError, match="not the same"):
+            prune_checkpoint(model, Target(out, form, overwrite=True, verify=refuse), [2])
+        assert Provenance.beside(out).removed_layers == [1]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.gguf", "out", "out.gguf"]
+
+
+def test_the_format_follows_the_name_then_the_source(tmp_path):
+    model = write_model(tmp_path / "m.gguf", make_transformer())
+    assert format_of(model, "out.gguf") == "gguf"
+    assert format_of(model, "out") == "hf" and format_of("owner/name", "out") == "hf"
+    (tmp_path / "params.json").touch()
+    assert format_of(tmp_path, "out") == "meta" and format_of(tmp_path, "out", "hf") == "hf"
+    with pytest.raises(ShortGPTError, match=r"a name that ends with \.gguf to write gguf to"):
+        format_of(model, "out", "gguf")
+    with pytest.raises(ShortGPTError, match="meta or hf or gguf, got 'pth'"):
+        format_of(model, "out", "pth")
