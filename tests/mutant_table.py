@@ -108,8 +108,8 @@ MUTANTS = [
         "test_scores_of_different_layers_do_not_add",
     ),
     (
-        "ends + [(i, 1, mlp_output(",
-        "ends + [(i, 1, attention_output(",
+        "removed + [_Sublayer(i, 1, mlp_output(",
+        "removed + [_Sublayer(i, 1, attention_output(",
         "test_the_logits_are_those_of_layers_without_the_half",
     ),
     (
@@ -258,14 +258,14 @@ MUTANTS = [
         "test_a_hugging_face_directory_too[one file-1000000000]",
     ),
     (
-        "replaced=new,",
-        "replaced=None,",
+        "replaced=new)",
+        "replaced=None)",
         "test_one_layer_at_a_time_gives_the_matrices_of_the_model_in_memory[meta]",
     ),
     # What is proved before it takes its place, and taken back after an error.
     (
-        "same = torch.equal(found, expected)",
-        "same = torch.allclose(found, expected)",
+        "same = torch.equal(actual, expected)",
+        "same = torch.allclose(actual, expected)",
         "test_what_makes_two_models_the_same",
     ),
     (
@@ -284,7 +284,7 @@ MUTANTS = [
         "test_what_was_written_wrong_never_takes_its_place",
     ),
     (
-        "with _as_stored(short, checkpoint.shards[0]):\n                verify(partial)",
+        "with _as_stored(short, checkpoint.shards[0]):\n                target.prove(partial)",
         "pass",
         "test_a_patched_meta_checkpoint_is_proved_before_it_is_there",
     ),
