@@ -16,6 +16,7 @@ DEV = [
     "hypothesis",
     "import-linter>=2.6",
     "ipykernel",
+    "mutmut==3.8.1",
     "mypy",
     "nbclient",
     "nbformat",

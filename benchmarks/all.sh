@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
-# Measures everything that README and docs quote, and fills their tables: about ten hours on two CPU
-# cores that have nothing else to do, of which scoring 600 windows, streaming and the comparison take
-# more than half. Interrupted, the same command goes on: what is whole is in OUT, and long runs have
-# a state beside it.
+# Measures everything that README and docs quote: about ten hours on two CPU cores that have nothing
+# else to do, of which scoring 600 windows, streaming and the comparison take more than half.
+# Interrupted, the same command goes on: what is whole is in OUT, and long runs have a state there.
 #
 #     benchmarks/all.sh WIKITEXT TASKS [OUT]
 #
@@ -13,7 +12,7 @@ wikitext=$(realpath "${1:?give the file of WikiText-2, test}")
 tasks=$(realpath "${2:?give the folder of the tasks}")
 root=$(cd "$(dirname "$0")/.." && pwd)
 out=$(realpath -m "${3:-$root/benchmarks/new_results}")
-mkdir -p "$out"
+mkdir -p "$out/parts"
 cd "$out"
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 
@@ -62,8 +61,8 @@ script reproduce_7b reproduce_7b
 script refit_streamed refit_streamed
 script serving serving
 script second_family second_family
-measure draft_4 python -m short_gpt draft smollm2.gguf less-4.gguf --data held_out
-measure draft_8 python -m short_gpt draft smollm2.gguf less-8.gguf --data held_out
+script draft_4 drafts smollm2.gguf less-4.gguf --data held_out
+script draft_8 drafts smollm2.gguf less-8.gguf --data held_out
 script healing healing --count 40 --also wikitext2_test.txt --others lambada_passages.txt --methods refit
 script distillation distillation --also wikitext2_test.txt --others lambada_passages.txt
 script distillation_influence distillation --layers 2,3,12,13,14,15,17,25 --also wikitext2_test.txt \
@@ -78,16 +77,17 @@ script tasks tasks --source tasks --wikitext wikitext2_test.txt --state tasks.st
 measure compare python -m short_gpt compare --search_windows 2 --healing raw,patched,lora \
     --lora_only bi:8,angular:8 --lora_steps 80 --lora_rank 16 --lora_learning_rate 2e-3 \
     --lora_batch 4 --lora_size 256 --plots pictures --device cpu
-measure compare_healing python -m short_gpt compare --methods bi,sleb --counts 4,8 \
-    --healing raw,patched,linearpatch,ghosted,refit,distill --size 512 --max_windows 16 \
+measure parts/compared_healing python -m short_gpt compare --methods bi,sleb --counts 4,8 \
+    --healing raw,refit,distill --size 512 --max_windows 16 \
     --eval_windows 12 --search_windows 2 --lora_only bi:8 --steps 60 --rank 32 \
     --learning_rate 1e-3 --batch 2 --lora_size 512 --plots pictures_healing --device cpu
+script compare_healing peer_maps parts/compared_healing.json
 
 cp ./*.json "$root/benchmarks/results/"
 [ ! -s pictures/quality.png ] || cp pictures/quality.png "$root/docs/images/"
 [ ! -s pictures_healing/quality.png ] ||
     cp pictures_healing/quality.png "$root/docs/images/healings.png"
-python "$root/benchmarks/fill_docs.py"
+python "$root/benchmarks/healing_tables.py"
 if [ ${#missed[@]} -gt 0 ]; then
     echo "limits were missed: ${missed[*]}" >&2
     exit 1

@@ -18,6 +18,7 @@ from typing import Any
 
 import fire
 from healing import cut, halves
+from many_sets import ManySets
 from outcome import begin, finish
 from scoring import SIZE, build
 
@@ -34,7 +35,6 @@ from short_gpt.runtime.progress import bar
 from short_gpt.runtime.state import StateFile
 from short_gpt.scoring.measuring import measure
 from short_gpt.selection import choose
-from short_gpt.selection.many_sets import ManySets
 
 METHODS = ("bi", "relative_magnitude", "angular")
 COUNTS = (4, 8)  # layers to remove

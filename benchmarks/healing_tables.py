@@ -1,4 +1,9 @@
-"""Tables and the picture of what healing brings back, from the JSON files of its benchmarks."""
+"""Tables and the picture of what healing brings back, from the JSON files of its benchmarks.
+
+    python benchmarks/healing_tables.py
+
+draws the picture, `docs/images/refit_text.png`.
+"""
 
 from __future__ import annotations
 
@@ -183,3 +188,7 @@ def above(kind: str) -> dict[str, str]:
 
 def interval(value: float, reach: float) -> str:
     return f"{value:+.3f} ({value - reach:+.3f} to {value + reach:+.3f})"
+
+
+if __name__ == "__main__":
+    picture(Path(__file__).parents[1] / "docs" / "images" / "refit_text.png")

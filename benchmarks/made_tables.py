@@ -1,11 +1,12 @@
 """The tables and sentences of README and docs, made from the benchmarks' JSON files.
 
-`fill_docs.py` puts the tables into the pages, and a test compares pages and files.
+`site_tables.py` puts the tables into the pages when the site is built. A test compares README's
+table, and the sentences of all pages, with the files.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import adversarial as hostile
@@ -13,8 +14,8 @@ import evidence_tables as evidence
 import healing_tables as healing
 from evidence_tables import result
 
-from short_gpt.cli import tables as report
-from short_gpt.jobs.comparison_cells import Row
+from short_gpt.cli import tables
+from short_gpt.jobs.rows import Row
 from short_gpt.scoring.stopping import Stop
 
 
@@ -58,9 +59,10 @@ def least() -> str:
     return f"the median of {found['windows']} windows read cannot be below {share:.1%}"
 
 
-def attacked() -> list[str]:
+def attacked(kinds: Iterable[str] = hostile.KINDS) -> list[str]:
     rows = []
-    for kind, case in result("stopping_adversarial")["kinds"].items():
+    for kind in kinds:
+        case = result("stopping_adversarial")["kinds"][kind]
         runs, stops = (hostile.shares(case, f"wrong_of_{of}") for of in ("runs", "early_stops"))
         rows.append(f"| {kind} | {runs} | {case['early_stops']:,} | {stops} |")
     return rows
@@ -197,7 +199,7 @@ def greedy() -> str:
 
 def compared() -> str:
     found = result("compare")
-    return report.compared([Row(**row) for row in found["rows"]], found["agreement"])
+    return tables.compared([Row(**row) for row in found["rows"]], found["agreement"])
 
 
 def rows(file: str = "compare") -> dict[tuple[str, int, str], dict]:
@@ -299,7 +301,6 @@ HEALED = "| {} | held-out chapters | WikiText-2, second half | novels |"
 CROSSED = "| {}, chosen on | bible | wikitext | novels | questions | code |"
 COVERED = "| texts | two-sided, before | CR2 | now | one-sided, before | CR2 | now "
 COVERED += "| times as wide | no interval |"
-# The head of every table that is filled, by its page, and what makes its rows.
 DRAFTED = "| tokens of a draft | 4 less: accepted | 8 less: accepted | 4 less: tokens a pass "
 DRAFTED += "| 8 less: tokens a pass |"
 FAMILY = "| Qwen2.5-Coder-0.5B | perplexity | MB |"
@@ -307,45 +308,59 @@ SERVED = "| | file, MB | peak, MB | prompt, tokens/s | ratio, expected | writing
 SERVED += "| ratio, expected |"
 STOPPED = "| answer | windows read, median | windows read, 95th percentile "
 STOPPED += "| misled: early and wrong, of runs | wrong, of early stops |"
+BROKEN = "| beyond the promise | early and wrong, of runs | early stops | wrong, of these |"
 MISLED = "| what misleads | early and wrong, of runs | early stops | wrong, of these |"
-TABLES: dict[str, dict[str, Callable[[], list[str]]]] = {
-    "README.md": {SHORT: short_table},
-    "docs/results.md": {
-        "| | median (range) |": scoring,
-        **{TASKS.format(n): partial(evidence.tasks, n) for n in (2, 4, 8)},
-        FAMILY: family,
-        CHOSEN: choices,
-        NEAREST: healing.nearest,
-        HEALINGS: healings,
-        "| | Meta's format | Hugging Face's |": rehearsed,
+
+
+def table(head: str, rows: Callable[[], list[str]]) -> Callable[[], str]:
+    """What makes a whole table in Markdown, its head included."""
+    return lambda: "\n".join([head, f"|{' --- |' * (head.count('|') - 1)}", *rows()])
+
+
+# What makes every table of the documentation, by the name that stands in a page.
+TABLES: dict[str, Callable[[], str]] = {
+    "every method and number of layers": lambda: f"```\n{compared()}\n```",
+    "cost of scoring": table("| | median (range) |", scoring),
+    **{
+        f"tasks with {n} layers removed": table(TASKS.format(n), partial(evidence.tasks, n))
+        for n in (2, 4, 8)
     },
-    "docs/serve.md": {SERVED: serving, DRAFTED: drafted},
-    "docs/calibration.md": {
-        "| ranked on | would remove |": evidence.chosen,
-        "| rankings on | layers in common | rank correlation (95%) |": evidence.agreed,
-        CROSSED.format("as cut"): partial(evidence.crossed, "raw"),
-        CROSSED.format("refitted"): partial(evidence.crossed, "refit"),
-        "| scores of two texts | 6 windows | 12 windows | 24 windows |": evidence.covered,
-    },
-    "docs/formats.md": {COVERED: evidence.intervals},
-    "docs/scaling.md": {
-        STOPPED: stopping,
-        MISLED: attacked,
-        "| the streamed refit | measured |": refit_streamed,
-    },
-    "docs/healing.md": {
-        HEALED.format("8 of 30 layers less"): healing.refitted,
-        HEALED.format("layers less"): healing.sets,
-        HEALED.format("greedy search's 8 less"): partial(healing.distilled, "distillation"),
-        HEALED.format("Block Influence's 8 less"): partial(
-            healing.distilled, "distillation_influence"
-        ),
-        HEALED.format("healed by"): healing.parts,
-        HEALED.format("windows"): healing.windows,
-        HEALED.format("aimed at"): healing.aims,
-    },
-}
-# The first words of every block that is filled as it is printed, by its page.
-BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
-    "docs/results.md": {"whole model: perplexity": compared},
+    "a second family": table(FAMILY, family),
+    "choices on other samples": table(CHOSEN, choices),
+    "how near the best choice": table(NEAREST, healing.nearest),
+    "every healing": table(HEALINGS, healings),
+    "the paper's list, rehearsed": table("| | Meta's format | Hugging Face's |", rehearsed),
+    "speed and memory": table(SERVED, serving),
+    "drafts": table(DRAFTED, drafted),
+    "layers that each text chooses": table("| ranked on | would remove |", evidence.chosen),
+    "agreement of rankings": table(
+        "| rankings on | layers in common | rank correlation (95%) |", evidence.agreed
+    ),
+    "choices on every text, pruned": table(
+        CROSSED.format("as cut"), partial(evidence.crossed, "raw")
+    ),
+    "choices on every text, refitted": table(
+        CROSSED.format("refitted"), partial(evidence.crossed, "refit")
+    ),
+    "coverage of rank correlations": table(
+        "| scores of two texts | 6 windows | 12 windows | 24 windows |", evidence.covered
+    ),
+    "coverage of intervals": table(COVERED, evidence.intervals),
+    "early stops": table(STOPPED, stopping),
+    "misleading populations": table(MISLED, attacked),
+    "populations beyond the promise": table(BROKEN, partial(attacked, hostile.BEYOND)),
+    "streamed scoring": table("| | |", streaming),
+    "streamed refit": table("| the streamed refit | measured |", refit_streamed),
+    "refit": table(HEALED.format("8 of 30 layers less"), healing.refitted),
+    "refit of 4, 8 and 12 layers": table(HEALED.format("layers less"), healing.sets),
+    "distillation of greedy search's layers": table(
+        HEALED.format("greedy search's 8 less"), partial(healing.distilled, "distillation")
+    ),
+    "distillation of Block Influence's layers": table(
+        HEALED.format("Block Influence's 8 less"),
+        partial(healing.distilled, "distillation_influence"),
+    ),
+    "parts of the refit": table(HEALED.format("healed by"), healing.parts),
+    "refit by windows": table(HEALED.format("windows"), healing.windows),
+    "refit by aim": table(HEALED.format("aimed at"), healing.aims),
 }

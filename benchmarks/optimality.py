@@ -21,7 +21,9 @@ from typing import Any
 
 import fire
 import torch
+from evolution import evolution
 from gap_refit import GapRefits
+from many_sets import ManySets, greedy_healed
 from outcome import begin, finish
 from scoring import build
 
@@ -39,8 +41,7 @@ from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.progress import bar
 from short_gpt.runtime.state import StateFile
 from short_gpt.scoring.metrics import spearman
-from short_gpt.selection import Search, choose
-from short_gpt.selection.many_sets import ManySets
+from short_gpt.selection import choose
 
 Layers = tuple[int, ...]
 Windows = list[Any]
@@ -91,9 +92,7 @@ def main(
     content = {"n": n, "among": sorted(low), "sets": len(sets), "windows": judged}
     content |= {"tokens_per_window": size, "windows_fitted": fitted, "windows_searched": searched}
     losses_of = {kind: [[*s, mean(parts)] for s, parts in found[kind].items()] for kind in KINDS}
-    names = [name for name in chosen if name in cells]
-    layers_run = {name: cells.value(name, dict)["layers_run"] for name in names}
-    content |= {**result, "layers_run": layers_run, "losses": losses_of}
+    content |= {**result, "losses": losses_of}
     try:
         finish("optimality", [], content, held="judged", out=out, overwrite=overwrite)
     except SystemExit:
@@ -113,20 +112,18 @@ def choices(
     """The layers that sets are made of, and what each method removes."""
     short.measure([*fit_on, *search_on], progress=False)
     low = short.layers_to_remove(n=among)
-    search: dict[str, Callable[[], Search]] = {
-        "sleb": lambda: short.search(search_on, n, candidates=low),
-        "evolution": lambda: short.search(search_on, n, method="evolution", candidates=low),
+    decoder = short.decoder
+    search: dict[str, Callable[[], list[int]]] = {
+        "sleb": lambda: short.search(search_on, n, candidates=low).removed,
+        "sleb_healed": lambda: greedy_healed(
+            decoder, search_on, n, GapRefits(decoder, *refit.held_apart(fit_on)), low
+        ),
+        "evolution": lambda: evolution(decoder, search_on, n, low).removed,
     }
     chosen = {name: choose(short.importance, n, method=name) for name in ("bi", "angular")}
     for name, run in search.items():
-        chosen[name] = cells.value(name, partial(asked, run))["removed"]
+        chosen[name] = cells.value(name, run)
     return low, chosen
-
-
-def asked(run: Callable[[], Search]) -> dict[str, Any]:
-    """What a search removes, and for how many layers run on a window each."""
-    found = run()
-    return {"removed": found.removed, "layers_run": found.evaluations}
 
 
 def judge(

@@ -23,6 +23,7 @@ from pathlib import Path
 import distilled
 import fire
 import task_files
+from completions import leading, repetition, turn, turn_losses
 from outcome import begin, finish
 from scoring import build
 
@@ -32,13 +33,9 @@ from short_gpt.evaluation import (
     TaskRun,
     TaskSuite,
     difference,
-    leading,
     losses,
-    repetition,
     task_difference,
     together,
-    turn,
-    turn_losses,
 )
 from short_gpt.healing import recipe_for, refit
 from short_gpt.jobs.cells import Cells

@@ -12,9 +12,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llama.errors import InputError
 from llama.model import Transformer
 
 COLDEST = 1e-6  # temperatures below take the likeliest token: they could round to 0 in float32
+
+
+def check_logits(logits: Tensor) -> None:
+    """Raises InputError for logits of which no token can be chosen; -inf forbids a token."""
+    if not (logits < torch.inf).all():  # NaN is not below it either
+        raise InputError(
+            "the model gives NaN or infinite logits, of which no token can be chosen: a weight is "
+            "damaged, or its dtype cannot hold its values; fetch the weights anew, or open it in "
+            "float32"
+        )
 
 
 @dataclass(frozen=True)
@@ -34,7 +45,8 @@ class Sampling:
     logprobs: bool = False
 
     def choose(self, logits: Tensor) -> Tensor:
-        """A token for each row of logits: (B, V) to (B,)."""
+        """A token for each row of logits: (B, V) to (B,); InputError if they are NaN."""
+        check_logits(logits)
         if self.temperature < COLDEST:
             return logits.argmax(-1)
         # the largest is 0 after the shift, so that no temperature makes it overflow

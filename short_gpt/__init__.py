@@ -2,7 +2,6 @@
 
 from short_gpt.data.texts import pg19, texts
 from short_gpt.data.windows import batches, windows
-from short_gpt.evaluation.drafts import draft_agreement
 from short_gpt.evaluation.perplexity import perplexity
 from short_gpt.evaluation.tasks import run_tasks
 from short_gpt.healing.lora import heal as heal_lora
@@ -25,6 +24,18 @@ from short_gpt.wrappers.short_model import ShortModel
 
 renamed.install()
 
+REMOVED = {
+    "draft_agreement": "compare models by `perplexity` or `run_tasks`",
+    "search_healed": "search by `ShortModel.search` and heal what it removes by `heal_refit`",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name in REMOVED:
+        raise ImportError(f"short_gpt.{name} was removed: {REMOVED[name]}")  # `from` shows it
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 __all__ = [
     "Importance",
     "Recipe",
@@ -38,7 +49,6 @@ __all__ = [
     "choose",
     "compare",
     "convert",
-    "draft_agreement",
     "heal_lora",
     "heal_patch",
     "heal_refit",

@@ -1,11 +1,10 @@
-"""Wrong programs that the tests must notice: one line of the library is changed, some must fail.
+"""Mutants: wrong programs that the tests must notice; one place of the library is changed in each.
 
-    python tests/mutants.py                      # all
-    python tests/mutants.py --share 3 --seed 7   # a third, drawn by the seed
-    python tests/mutants.py --only stopping      # those whose file, lines or tests say so
+    python tests/mutants.py                  # all
+    python tests/mutants.py --only teacher   # those whose lines or test say so
 
 `mutant_table.py` lists them. Each is put into a copy of the tree, never into the checkout, and the
-tests that guard its line run there. Who survives is listed, and the exit code is 1: a test is
+test that guards its line runs there. Survivors are listed, and the exit code is 1: a test is
 missing. So it is where a line is not found, or where a test fails on the tree as it is.
 """
 
@@ -16,62 +15,45 @@ import compileall
 import importlib
 import multiprocessing
 import os
-import random
+import re
 import shutil
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from itertools import islice
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from py_compile import PycInvalidationMode
 from typing import NamedTuple
 
-from mutant_table import SECTIONS
+from mutant_table import MUTANTS
 
 ROOT = Path(__file__).resolve().parents[1]
-COPIED = ("short_gpt", "llama", "tests", "benchmarks", "pyproject.toml")
-WORKERS, LIMIT = 2, 300  # processes, and seconds for one mutant's tests
+LIBRARY = ("short_gpt", "llama")
+COPIED = (*LIBRARY, "tests", "benchmarks", "pyproject.toml")
+WORKERS, LIMIT = 2, 300  # processes, and seconds for a test
 # what takes seconds to import and is not ours: once here, not in every mutant's process
-HEAVY = (
-    "torch",
-    "scipy.stats",
-    "hypothesis",
-    "transformers",
-    "peft",
-    "fairscale.nn.model_parallel",
-)
-HEAVY += ("transformers.models.llama.modeling_llama",)
-KILLED, SURVIVED = "killed", "SURVIVED"
-NOT_FOUND = "LINE NOT FOUND"
+HEAVY = ("torch", "scipy.stats", "hypothesis", "transformers", "peft")
+HEAVY += ("transformers.models.llama.modeling_llama", "fairscale.nn.model_parallel")
+KILLED, SURVIVED, NOT_FOUND = "killed", "SURVIVED", "LINE NOT FOUND"
+FORK = multiprocessing.get_context("fork")
 
 
 class Mutant(NamedTuple):
-    """One wrong line.
+    """One wrong program.
 
     Attributes:
-        file: that has it, from the root.
-        old, new: a part of the file that it has once, and what stands there instead.
-        tests: node ids, of which at least one must fail.
+        old, new: a part of the library that stands there once, and what stands there instead.
+        test: the name of the test that must fail.
     """
 
-    file: str
     old: str
     new: str
-    tests: tuple[str, ...]
+    test: str
 
     def __str__(self) -> str:
-        return f"{self.file}: {' '.join(self.old.split())}  ->  {' '.join(self.new.split())}"
-
-
-def listed() -> list[Mutant]:
-    """All of `mutant_table`."""
-    found = []
-    for section in SECTIONS:
-        for old, new, test in section.rows:
-            node = test if "::" in test else f"{section.tests}::{test}"
-            found.append(Mutant(section.file, old, new, (node,)))
-    return found
+        return f"{' '.join(self.old.split())}  ->  {' '.join(self.new.split())}"
 
 
 class Outcome(NamedTuple):
@@ -89,68 +71,73 @@ class Tree:
     def __init__(self, folder: Path, root: Path = ROOT) -> None:
         self.folder, self._root = folder.resolve(), root
         for name in COPIED:
-            source = root / name
+            source, target = root / name, self.folder / name
             if source.is_dir():
-                ignored = shutil.ignore_patterns("__pycache__")
-                shutil.copytree(source, self.folder / name, ignore=ignored)
+                shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
             elif source.exists():
-                shutil.copy2(source, self.folder / name)
-        compileall.compile_dir(self.folder, quiet=2)
+                shutil.copy2(source, target)
+        # by their content: two writes within a second look like one to a file's time
+        hashed = PycInvalidationMode.CHECKED_HASH
+        compileall.compile_dir(self.folder, quiet=2, invalidation_mode=hashed)
 
     def judge(self, mutant: Mutant) -> Outcome:
-        """Puts the mutant in, runs its tests, and takes it out again."""
-        path, begun = self.folder / mutant.file, time.monotonic()
-        whole = path.read_text(encoding="utf-8") if path.is_file() else ""
-        if (count := whole.count(mutant.old)) != 1:
-            return Outcome(mutant, NOT_FOUND, 0.0, f"it is {count} times in {mutant.file}")
-        self._write(path, whole.replace(mutant.old, mutant.new))
+        """Puts the mutant in, runs its test, and takes it out again."""
+        begun = time.monotonic()
+        files = [path for name in LIBRARY for path in (self.folder / name).rglob("*.py")]
+        texts = {path: path.read_text(encoding="utf-8") for path in files}
+        count = sum(text.count(mutant.old) for text in texts.values())
+        if count != 1:
+            return Outcome(mutant, NOT_FOUND, 0.0, f"the library has it {count} times")
+        path, whole = next((p, text) for p, text in texts.items() if mutant.old in text)
+        path.write_text(whole.replace(mutant.old, mutant.new), encoding="utf-8")
         try:
-            state, log = self.run(mutant.tests)
+            state, log = self.run([mutant.test])
         finally:
-            self._write(path, whole)
+            path.write_text(whole, encoding="utf-8")
         return Outcome(mutant, state, time.monotonic() - begun, log)
-
-    @staticmethod
-    def _write(path: Path, text: str) -> None:
-        path.write_text(text, encoding="utf-8")
-        for compiled in (path.parent / "__pycache__").glob(f"{path.stem}.*.pyc"):
-            compiled.unlink()  # two writes within a second may look like one
 
     def run(self, tests: Sequence[str]) -> tuple[str, str]:
         """Runs tests in a process of their own: the state of what they ran on, and the output."""
         log = self.folder / "log"
-        child = os.fork()
-        if not child:
-            code = 70
-            try:
-                code = self._pytest(tests, log)
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(code)
-        code, end = None, time.monotonic() + LIMIT
-        while code is None:
-            done, status = os.waitpid(child, os.WNOHANG)
-            if done:
-                code = os.waitstatus_to_exitcode(status)
-            elif time.monotonic() > end:
-                os.kill(child, 9)
-                os.waitpid(child, 0)
-                return "TIMED OUT", log.read_text(errors="replace")
-            else:
-                time.sleep(0.02)
-        states = {0: SURVIVED, 1: KILLED}
-        state = states.get(code, f"NO VERDICT (pytest ended with {code})")
+        child = FORK.Process(target=self._pytest, args=(self._nodes(tests), log))
+        child.start()
+        child.join(LIMIT * len(tests))
+        code, state = child.exitcode, "TIMED OUT"
+        if code is None:
+            child.kill()
+            child.join()
+        else:
+            states = {0: SURVIVED, 1: KILLED}
+            state = states.get(code, f"NO VERDICT (pytest ended with {code})")
         return state, log.read_text(errors="replace")
 
-    def _pytest(self, tests: Sequence[str], log: Path) -> int:
-        """pytest's exit code in the copy; 1 only where a test ran and failed."""
-        os.chdir(self.folder)
-        with open(log, "wb") as file:
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
+    def _nodes(self, tests: Sequence[str]) -> list[str]:
+        """Tests as pytest is told of them: the file that has each, and its name."""
+        files = {path: path.read_text() for path in (self.folder / "tests").rglob("test_*.py")}
+        nodes = []
+        for test in tests:
+            start = re.compile(rf"^ *def {re.escape(test.split('[')[0])}\(", re.MULTILINE)
+            has_it = [path for path, text in files.items() if start.search(text)]
+            nodes += [f"{path.relative_to(self.folder)}::{test}" for path in has_it] or [test]
+        return nodes
+
+    def _pytest(self, nodes: Sequence[str], log: Path) -> None:
+        """Ends this process with pytest's exit code in the copy; 1 only where a test failed."""
+        code = 70
+        try:
+            os.chdir(self.folder)
+            with open(log, "wb") as file:
+                os.dup2(file.fileno(), 1)
+                os.dup2(file.fileno(), 2)
+            code = self._code(nodes)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+
+    def _code(self, nodes: Sequence[str]) -> int:
         ours = {str(self._root), str(self._root / "tests"), ""}
         sys.path[:] = [str(self.folder), *(p for p in sys.path if p not in ours)]
         os.environ["PYTHONPATH"] = str(self.folder)
@@ -165,97 +152,59 @@ class Tree:
 
         options = ["-n", "0", "-x", "-q", "-p", "no:cacheprovider", "--tb", "short"]
         options += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # of what is imported here
-        code = int(pytest.main([*options, *tests], plugins=[Watch()]))
+        code = int(pytest.main([*options, *nodes], plugins=[Watch()]))
         package = sys.modules.get("short_gpt")
         if package and not str(package.__file__).startswith(str(self.folder)):
             return 71  # what ran is not the copy
         return code if code != 1 or failures else 72  # a file that could not be read is no failure
 
 
-def each(jobs: Sequence[object], work: Callable[[Tree, object], object], root: Path) -> list:
-    """What ``work`` gives for every job, as the processes finish them; each has a tree."""
-    context = multiprocessing.get_context("fork")
-    waiting, results = context.SimpleQueue(), context.SimpleQueue()
-
-    def loop() -> None:
-        with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
-            tree = Tree(Path(folder), root)
-            while (job := waiting.get()) is not None:
-                results.put(work(tree, job))
-
-    workers = [context.Process(target=loop) for _ in range(min(WORKERS, len(jobs)))]
-    for worker in workers:
-        worker.start()
-    # a few at a time: pipes hold little, and who writes into a full one does not read the other
-    ahead = iter([*jobs, *(None for _ in workers)])
-    for job in islice(ahead, 2 * len(workers)):
-        waiting.put(job)
-    found = []
-    while len(found) < len(jobs):
-        if results.empty():
-            if not any(worker.is_alive() for worker in workers):
-                raise SystemExit("the processes ended before their work")
-            time.sleep(0.02)
-        else:
-            found.append(results.get())
-            for job in islice(ahead, 1):
-                waiting.put(job)
-            if isinstance(found[-1], Outcome):
-                show(found[-1])
-    for worker in workers:
-        worker.join()
-    return found
+def _begin(folder: str) -> None:
+    """Makes this process its tree."""
+    global tree
+    tree = Tree(Path(tempfile.mkdtemp(dir=folder)))
 
 
-def show(outcome: Outcome) -> None:
-    print(f"{outcome.state:<8} {outcome.seconds:5.1f} s  {outcome.mutant}", flush=True)
+def _run(tests: Sequence[str]) -> tuple[str, str]:
+    return tree.run(tests)
 
 
-def broken(tests: Sequence[str], root: Path) -> list[str]:
-    """What pytest says where these tests do not pass on the tree as it is."""
-    parts = [list(tests[i::WORKERS]) for i in range(WORKERS)]
-    results = each([p for p in parts if p], lambda tree, part: tree.run(part), root)
-    return [f"{log}\n{state}" for state, log in results if state != SURVIVED]
+def _judge(mutant: Mutant) -> Outcome:
+    outcome = tree.judge(mutant)
+    print(f"{outcome.state:<8} {outcome.seconds:5.1f} s  {mutant}", flush=True)
+    return outcome
 
 
-def judge(mutants: Sequence[Mutant], root: Path = ROOT) -> list[Outcome]:
-    """The outcome of every mutant, in the order of their ends.
+def judge(mutants: Sequence[Mutant]) -> list[Outcome]:
+    """The outcome of every mutant.
 
     Raises:
         SystemExit: a test does not pass on the tree as it is.
     """
     for name in HEAVY:
         importlib.import_module(name)
-    tests = sorted({test for mutant in mutants for test in mutant.tests})
-    if logs := broken(tests, root):
-        raise SystemExit("\n".join([*logs, "these tests must pass on the tree as it is"]))
-    print(f"{len(tests)} tests pass on the tree as it is", flush=True)
-    return each(mutants, lambda tree, mutant: tree.judge(mutant), root)
-
-
-def chosen(
-    mutants: Sequence[Mutant], *, only: str = "", share: int = 1, seed: int = 0
-) -> list[Mutant]:
-    """The mutants that name ``only``, and of these one in ``share``, drawn by the seed."""
-    fitting = [m for m in mutants if only in f"{m} {' '.join(m.tests)}"]
-    count = -(-len(fitting) // share)
-    return random.Random(seed).sample(fitting, count) if share > 1 else fitting
+    tests = sorted({mutant.test for mutant in mutants})
+    with (
+        tempfile.TemporaryDirectory(prefix="mutants-") as folder,
+        ProcessPoolExecutor(WORKERS, FORK, _begin, (folder,)) as processes,
+    ):
+        parts = [part for i in range(WORKERS) if (part := tests[i::WORKERS])]
+        for state, log in processes.map(_run, parts):
+            if state != SURVIVED:
+                raise SystemExit(f"{log}\n{state}\nthese tests must pass on the tree as it is")
+        print(f"{len(tests)} tests pass on the tree as it is", flush=True)
+        return [*processes.map(_judge, mutants)]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    mutants = listed()
-    parser = argparse.ArgumentParser(description="Changes lines; the tests must notice.")
-    parser.add_argument("--only", default="", help="mutants whose file, lines or tests say this")
-    parser.add_argument("--share", type=int, default=1, help="run one in so many")
-    parser.add_argument("--seed", type=int, default=0, help="of which these are")
-    given = parser.parse_args(arguments)
-    run = chosen(mutants, only=given.only, share=given.share, seed=given.seed)
-    print(f"{len(run)} of {len(mutants)} mutants, seed {given.seed}", flush=True)
+    parser = argparse.ArgumentParser(description="Changes the library; the tests must notice.")
+    parser.add_argument("--only", default="", help="mutants whose lines or test say this")
+    only = parser.parse_args(arguments).only
     begun = time.monotonic()
-    outcomes = judge(run)
+    outcomes = judge([m for m in (Mutant(*row) for row in MUTANTS) if only in f"{m} {m.test}"])
     others = [outcome for outcome in outcomes if outcome.state != KILLED]
     for outcome in others:
-        print(f"\n{outcome.state}: {outcome.mutant}\n  {' '.join(outcome.mutant.tests)}")
+        print(f"\n{outcome.state}: {outcome.mutant}\n  {outcome.mutant.test}")
         print("\n".join(f"  {line}" for line in outcome.log.splitlines()[-6:]))
     seconds = time.monotonic() - begun
     print(f"\n{len(outcomes) - len(others)} of {len(outcomes)} killed in {seconds:.0f} s")

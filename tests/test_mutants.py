@@ -9,9 +9,10 @@ import sys
 from pathlib import Path
 
 import mutants
-from mutants import KILLED, NOT_FOUND, SURVIVED, Mutant, Outcome, chosen, listed
+from mutant_table import MUTANTS
+from mutants import KILLED, LIBRARY, NOT_FOUND, SURVIVED, Mutant, Outcome
 
-LIBRARY = """def lowest(scores):
+PROGRAM = """def lowest(scores):
     return min(scores)
 """
 TESTS = """from short_gpt import lowest
@@ -22,7 +23,7 @@ def test_lowest():
 def test_weak():
     assert lowest([2, 1, 3]) > 0
 """
-FILE, GUARD = "short_gpt/__init__.py", "tests/test_it.py::test_lowest"
+FILE, GUARD = "short_gpt/__init__.py", "test_lowest"
 # in a process of its own, which has not imported the library
 JUDGE = """
 import hypothesis, json, pytest, sys  # pytest and its slow plugin, which each fork has then
@@ -35,19 +36,19 @@ print(json.dumps([tree.judge(Mutant(*one)).state for one in json.loads(sys.argv[
 
 
 def mutant(new: str, test: str = GUARD, *, old: str = "min(scores)") -> Mutant:
-    return Mutant(FILE, old, new, (test,))
+    return Mutant(old, new, test)
 
 
-def test_a_wrong_line_is_killed_by_the_test_that_guards_it_alone(tmp_path):
-    for name, text in ((FILE, LIBRARY), ("tests/test_it.py", TESTS)):
+def test_a_mutant_is_killed_by_the_test_that_guards_its_line_alone(tmp_path):
+    for name, text in ((FILE, PROGRAM), ("tests/test_it.py", TESTS)):
         path = tmp_path / "root" / name
         path.parent.mkdir(parents=True)
         path.write_text(text)
     (tmp_path / "copy").mkdir()
     expected = [
         (mutant("max(scores)"), KILLED),
-        (mutant("max(scores)", "tests/test_it.py::test_weak"), SURVIVED),
-        (mutant("max(scores)", "tests/test_it.py::test_none"), "NO VERDICT (pytest ended with 4)"),
+        (mutant("max(scores)", "test_weak"), SURVIVED),
+        (mutant("max(scores)", "test_none"), "NO VERDICT (pytest ended with 4)"),
         (mutant("max(scores"), "NO VERDICT (pytest ended with 4)"),  # no Python at all
         (mutant("max(scores)", old="max(values)"), NOT_FOUND),
         (mutant("x", old="scores"), NOT_FOUND),  # twice
@@ -59,29 +60,28 @@ def test_a_wrong_line_is_killed_by_the_test_that_guards_it_alone(tmp_path):
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == [state for _, state in expected]
     for root in ("root", "copy"):
-        assert (tmp_path / root / FILE).read_text() == LIBRARY
+        assert (tmp_path / root / FILE).read_text() == PROGRAM
 
 
 def test_survivors_are_listed_and_fail(monkeypatch, capsys):
     pair = [mutant("max(scores)"), mutant("sorted(scores)[0]")]
     outcomes = [Outcome(pair[0], KILLED, 1.0), Outcome(pair[1], SURVIVED, 1.0, "1 passed")]
-    monkeypatch.setattr(mutants, "listed", lambda: pair)
+    monkeypatch.setattr(mutants, "MUTANTS", pair)
     monkeypatch.setattr(mutants, "judge", lambda run: outcomes[: len(run)])
     assert mutants.main([]) == 1
     out = capsys.readouterr().out
-    assert f"SURVIVED: {FILE}: min(scores)  ->  sorted(scores)[0]" in out and "1 of 2 killed" in out
+    assert "SURVIVED: min(scores)  ->  sorted(scores)[0]" in out and "1 of 2 killed" in out
     assert mutants.main(["--only", "max(scores)"]) == 0
 
 
-def test_every_line_is_there_once_and_becomes_another():
-    for one in listed():
-        assert (mutants.ROOT / one.file).read_text().count(one.old) == 1, one
-        assert one.old != one.new, one
+def test_every_row_is_one_place_of_the_library_and_one_test():
+    files = [path for name in LIBRARY for path in (mutants.ROOT / name).rglob("*.py")]
+    library = "\n".join(path.read_text() for path in files)
+    tests = "\n".join(path.read_text() for path in (mutants.ROOT / "tests").rglob("test_*.py"))
+    for old, new, test in MUTANTS:
+        assert library.count(old) == 1 and old != new, old
+        assert tests.count(f"def {test.split('[')[0]}(") == 1, test
 
 
-def test_a_share_is_drawn_by_its_seed():
-    every = listed()
-    assert len(every) >= 60 and len(set(every)) == len(every)
-    third = chosen(every, share=3, seed=1)
-    assert len(third) == -(-len(every) // 3) and set(third) < set(every)
-    assert third == chosen(every, share=3, seed=1) != chosen(every, share=3, seed=2)
+def test_the_table_is_for_what_no_generator_writes():
+    assert 60 <= len(MUTANTS) == len({*MUTANTS}) <= 80

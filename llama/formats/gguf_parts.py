@@ -21,7 +21,7 @@ PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 SPLIT_NO, SPLIT_COUNT, SPLIT_TENSORS = "split.no", "split.count", "split.tensors.count"
 PLAIN = {"F16": np.float16, "F32": np.float32, "F64": np.float64}  # the others are in blocks
 CHUNK_BYTES = 16 * 2**20
-CHUNK_VALUES = 4 * 2**20
+CHUNK_VALUES = 2**20
 
 
 class GGUFParts:
@@ -91,19 +91,28 @@ class GGUFParts:
                 left -= len(piece)
                 yield piece
 
-    def read(self, name: str) -> Tensor:
-        """A tensor of this name, dequantized to float32, in memory of its own."""
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """A tensor of this name, dequantized to float32, in memory of its own.
+
+        Args:
+            name: of the tensor.
+            dtype: to which float32 is rounded, piece by piece; None leaves it.
+        """
         from gguf import GGMLQuantizationType, quants
 
         place, kind = self.tensors[name], GGMLQuantizationType(self.tensors[name].kind)
         plain, width = PLAIN.get(kind.name), place.shape[-1]
-        values = torch.empty(place.shape)  # (..., D)
+        values = torch.empty(place.shape, dtype=dtype or torch.float32)  # (..., D)
         rows = values.view(-1, width)
         row_bytes = place.nbytes // len(rows)
-        with open(self.paths[self._part[name]], "rb") as file:
+        path = self.paths[self._part[name]]
+        with open(path, "rb") as file:
             file.seek(place.start)
             for part in rows.split(max(1, CHUNK_VALUES // width)):  # dequantizing takes copies
-                raw = np.fromfile(file, np.uint8, len(part) * row_bytes).reshape(len(part), -1)
+                raw = np.fromfile(file, np.uint8, len(part) * row_bytes)
+                if len(raw) < len(part) * row_bytes:
+                    raise InputError(f"{path} was cut off while it was read")
+                raw = raw.reshape(len(part), -1)
                 found = raw.view(plain) if plain else quants.dequantize(raw, kind)
                 part.copy_(torch.from_numpy(found.astype(np.float32, copy=False)))
         return values

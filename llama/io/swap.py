@@ -122,7 +122,10 @@ def lock_file(path: Path) -> int:
     """
     if sys.platform == "win32":
         raise OSError("no locks here")
-    lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except PermissionError:  # another user's file, which can be locked all the same
+        lock = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if not os.path.samestat(os.fstat(lock), os.stat(path)):

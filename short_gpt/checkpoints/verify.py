@@ -6,12 +6,13 @@ Shapes: S tokens read, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from llama.formats.safetensors import DTYPES
 from short_gpt.models.decoder import Decoder
 from short_gpt.runtime.errors import NotFiniteError
 from short_gpt.runtime.progress import bar
@@ -23,6 +24,7 @@ class Generator(Protocol):
     """A model that is proved: its logits, and the tokens that it finds likeliest."""
 
     decoder: Decoder
+    kept: list[int]
 
     def greedy(self, ids: list[int], count: int, *, use_cache: bool = True) -> list[int]: ...
 
@@ -34,11 +36,14 @@ class Fingerprint:
     Attributes:
         logits: (1, S, V) float32 on the CPU.
         cached, uncached: tokens generated greedily, with the cache and without it.
+        damaged: a tensor that is NaN or infinite somewhere, in words, such as attention can hide
+            from the logits; None if there is none, or nobody looked.
     """
 
     logits: torch.Tensor
     cached: list[int]
     uncached: list[int]
+    damaged: str | None = None
 
 
 def fingerprint(
@@ -53,6 +58,8 @@ def fingerprint(
     """
     read = [i % short.decoder.vocab_size for i in range(count)] if ids is None else list(ids)
     logits = short.decoder.logits(torch.tensor([read], device=short.decoder.device)).cpu()
+    if not logits.isfinite().all():  # nothing can be generated; `check_logits` says so
+        return Fingerprint(logits, [], [])
     cached, uncached = (short.greedy(read, count, use_cache=c) for c in (True, False))
     return Fingerprint(logits, cached, uncached)
 
@@ -60,17 +67,21 @@ def fingerprint(
 def fingerprint_aligned(
     short: Generator, count: int = 8, *, dtype: torch.dtype | None = None
 ) -> Fingerprint:
-    """`fingerprint` with all weights copied, so that none lies unaligned in a file.
+    """`fingerprint` with all weights copied, so that none lies unaligned in a file, and looked at.
 
     Args:
         short, count: as there.
         dtype: that the weights are rounded to first; None leaves them exact.
     """
-    copy_weights(short.decoder.module)
+    damaged = copy_weights(short.decoder.module)
     if dtype is not None:
         for weight in short.decoder.module.parameters():
             weight.data.copy_(weight.data.to(dtype))
-    return fingerprint(short, count)
+    if damaged is not None:
+        for number, layer in zip(short.kept, short.decoder.layers, strict=True):
+            own = [name for name, weight in layer.named_parameters() if weight is damaged[1]]
+            damaged = (f"layer {number} in {own[0]}", damaged[1]) if own else damaged
+    return replace(fingerprint(short, count), damaged=damaged and damaged[0])
 
 
 def one_by_one(*models: Callable[[], Fingerprint]) -> list[Fingerprint]:
@@ -106,10 +117,17 @@ def check_same(
         How the logits agree, in words: "bit for bit" or "but for the last digits".
 
     Raises:
-        NotFiniteError: the first one's logits are NaN or infinite.
+        NotFiniteError: a weight, or the first one's logits, are NaN or infinite.
         RuntimeError: the logits differ, or what is generated, or the second generates otherwise
             with its cache than without.
     """
+    for name, found in zip(names, (ours, theirs), strict=True):
+        if found.damaged is not None:
+            raise NotFiniteError(
+                f"{name} has NaN or infinite weights, {found.damaged}, and its logits prove "
+                "nothing of a copy; fetch the weights anew (or take a dtype that holds them), or "
+                "leave the proof out (`verify` no)"
+            )
     check_logits(ours.logits, theirs.logits, rounding, names)
     _check_generated(ours, theirs, rounding, names)
     return "but for the last digits" if rounding else "bit for bit"
@@ -156,15 +174,27 @@ def _check_generated(
         raise RuntimeError(f"{names[1]} generates otherwise than {names[0]}")
 
 
-def copy_weights(model: nn.Module) -> None:
+def copy_weights(model: nn.Module) -> tuple[str, nn.Parameter] | None:
     """Copies all weights in place: mapped from a file they may lie unaligned and round otherwise.
 
     Weights that share memory still do.
+
+    Returns:
+        The first that is NaN or infinite somewhere, with its name; None if none is.
     """
+    damaged: tuple[str, nn.Parameter] | None = None
     copies: dict[tuple[int, torch.Size], torch.Tensor] = {}
-    for weight in model.parameters():
+    for name, weight in model.named_parameters():
         if pointer := weight.data_ptr():  # none: on the meta device, or without an entry
             place = (pointer, weight.shape)
             if place not in copies:
                 copies[place] = weight.data.clone()
+                if damaged is None and not _is_finite(copies[place]):
+                    damaged = name, weight
             weight.data = copies[place]
+    return damaged
+
+
+def _is_finite(weight: Tensor) -> bool:
+    """Whether no value is NaN or infinite; quantized ones are none of these."""
+    return weight.dtype not in DTYPES.values() or bool(weight.isfinite().all())

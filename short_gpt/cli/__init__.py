@@ -12,7 +12,6 @@ from short_gpt.cli.calibrate import calibrate
 from short_gpt.cli.compare import compare
 from short_gpt.cli.convert import convert
 from short_gpt.cli.demo import demo
-from short_gpt.cli.draft import draft
 from short_gpt.cli.evaluate import evaluate
 from short_gpt.cli.generate import generate
 from short_gpt.cli.heal import heal
@@ -22,6 +21,7 @@ from short_gpt.cli.prune import prune
 from short_gpt.cli.rank import rank
 from short_gpt.cli.reproduce import reproduce
 
+REMOVED = {"draft": "compare the pruned model by perplexity, or by evaluate on tasks"}
 ALONE = ("prune", "heal", "convert", "plot")  # of several ranks, only the first runs these
 COMMANDS: dict[str, Callable[..., None]] = {  # in the order of use
     "demo": demo,
@@ -33,7 +33,6 @@ COMMANDS: dict[str, Callable[..., None]] = {  # in the order of use
     "generate": generate,
     "perplexity": perplexity,
     "evaluate": evaluate,
-    "draft": draft,
     "plot": plot,
     "reproduce": reproduce,
     "convert": convert,

@@ -11,7 +11,7 @@ from importlib import metadata
 from traceback import clear_frames
 
 from llama.parallel import several_ranks
-from short_gpt.cli import ALONE, COMMANDS
+from short_gpt.cli import ALONE, COMMANDS, REMOVED
 from short_gpt.cli.flags import flags_of, prepared, similar, typed
 from short_gpt.cli.help import help_of, overview
 from short_gpt.cli.streams import lenient
@@ -59,7 +59,8 @@ def said(error: BaseException, argv: Sequence[str] = ()) -> str | None:
     if os.environ.get("SHORT_GPT_TRACEBACK"):
         return None
     if isinstance(error, NotSavedError):
-        return f"short-gpt: {in_shell(str(error), argv)}: {shlex.join(['short-gpt', *argv])}"
+        line = one_line(f"short-gpt: {in_shell(str(error), argv)}")
+        return f"{line}: {shlex.join(['short-gpt', *argv])}"
     short = shortage(error)
     if short is not None:
         return one_line(f"short-gpt: {short}")
@@ -107,6 +108,8 @@ def answer(argv: list[str]) -> str | None:
     if not argv or argv[0] in (*HELP, "--"):
         return overview(COMMANDS)
     name = argv[0]
+    if name in REMOVED:
+        raise ShortGPTError(f"the command {name} was removed: {REMOVED[name]}")
     if name not in COMMANDS:
         known = ", ".join(COMMANDS)
         raise ShortGPTError(f"no command {name!r}{similar(name, COMMANDS)}; there are {known}")

@@ -7,6 +7,7 @@ which several commands share are written down once.
 from __future__ import annotations
 
 import inspect
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -55,6 +56,10 @@ ALSO = {
         "lora_batch": "batch",
     },
     "convert": {"source": "model"},
+}
+REMOVED = {
+    ("rank", "healed"): "heal what --method sleb removes",
+    ("rank", "budget"): "it was for --method evolution, which is gone; use sleb",
 }
 ALSO_EVERYWHERE = {
     "n_prune_layers": ("n",),
@@ -236,6 +241,8 @@ def named(command: str, written: str, flags: Mapping[str, Flag]) -> str:
     wanted = also.get(flag) or (flag, *ALSO_EVERYWHERE.get(flag, ()))
     exists = [f for f in wanted if f in flags]
     if not exists or not written.startswith("--"):
+        if said := REMOVED.get((command, flag)):
+            raise ShortGPTError(f"{command} {written} was removed: {said}")
         close = similar(f"--{flag}", [f"--{f}" for f in flags])
         raise ShortGPTError(f"{command} has no flag {written}{close}; see {command} --help")
     return exists[0]
@@ -293,8 +300,8 @@ def _as(flag: Flag, value: object) -> object:
             raise ShortGPTError(f"--{flag.name} is empty")
         # a shell expands no ~ behind an equals sign; a prompt alone is no name of anything
         return str(value) if flag.name == "prompt" else os.path.expanduser(str(value))
-    if float in flag.kinds and type(value) is int:
-        return float(value)
+    if float in flag.kinds and type(value) in (int, float):
+        return _finite(flag, str(value))
     if type(value) not in flag.kinds:
         names: dict[object, str] = {int: "a whole number", float: "a number", bool: "True or False"}
         expected = " or ".join(names.get(kind, "none") for kind in flag.kinds)
@@ -302,6 +309,13 @@ def _as(flag: Flag, value: object) -> object:
     if type(value) is int and abs(value) >= 2**63:
         raise ShortGPTError(f"--{flag.name} expects a number below 2**63, got {value}")
     return value
+
+
+def _finite(flag: Flag, value: str) -> float:
+    """A number of a setting that takes fractions."""
+    if not math.isfinite(number := float(value)):
+        raise ShortGPTError(f"--{flag.name} expects a finite number, got {value}")
+    return number
 
 
 def similar(word: str, words: Iterable[str]) -> str:

@@ -24,8 +24,9 @@ def rank(
 
     One pass gives both. With --n and a seed, the run ends as soon as the answer of --method (bi
     or angular) is settled: of all such runs at most 1% (--confidence 0.99) end early with another
-    answer than that of all windows. Interrupted or killed, the same command continues where it was,
-    from the state file.
+    answer than that of all windows, unless windows decide that make up less than 2% of all
+    (--rare 0.02). Interrupted or killed, the same command continues where it was, from the state
+    file.
 
     Example: short-gpt rank llama-2-7b --n 9 --json ranking.json
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-from short_gpt.evaluation.drafts import Acceptance
 from short_gpt.evaluation.perplexity import Perplexity, exp
 from short_gpt.evaluation.sampling import SamplingError
 from short_gpt.jobs.inputs import about_bos
@@ -45,10 +44,7 @@ def ranking(
 
 
 def search(found: Search, method: str) -> str:
-    """A row for every layer that a search by loss removed, or one for a set of them."""
-    if found.loss is not None:
-        said = f"{found.loss:.4f} nats, perplexity {exp(found.loss):.3f}"
-        return f"loss without all of them {said}\n{METHODS[method]}: {found.removed}"
+    """A row for every layer that a search by loss removed."""
     rows = [f"{'layer':>5}  {'loss, nats':>10}  {'perplexity':>12}"]
     for i, layer in enumerate(found.removed):
         loss = found.losses[min(i, len(found.losses) - 1)][layer]
@@ -120,24 +116,6 @@ def _intervals(found: Sequence[Perplexity]) -> list[str]:
         return [f"no interval: {error.no_interval}"]
     ends = ["{:.3f} to {:.3f}".format(*p.interval()) for p in found]
     return [f"95%: {'; '.join(ends)}", f"over {error.over}"]
-
-
-def drafts(found: Sequence[Acceptance]) -> str:
-    """A row for every length of a draft: what the whole model accepts, with 95% intervals."""
-    rows = [f"{'draft':>5}  {'accepted':>8}  {'± (95%)':>8}  {'drafted':>9}  {'tokens a pass':>13}"]
-    rows += [
-        f"{a.length:>5}  {a.share:>8.1%}  {known(a.error.reach(), '.1%'):>8}  {a.drafted:>9,}"
-        f"  {a.tokens_per_pass:>13.2f}"
-        for a in found
-    ]
-    error = found[0].error
-    over = f"±: over {error.over}"
-    if error.no_interval:
-        over = f"±: no interval: {error.no_interval}"
-    over = over.replace("window", "prompt")
-    return "\n".join(
-        [*rows, "", f"{found[0].written:,} tokens of the whole model's greedy text", over]
-    )
 
 
 def comparison(results: Mapping[str, Mapping[str, float]]) -> str:

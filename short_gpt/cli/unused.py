@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from llama.io.sources import is_meta
 from short_gpt.data.texts import has_columns, has_split
 from short_gpt.evaluation.protocols import PROTOCOLS
 from short_gpt.jobs.inputs import listed
 from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.selection.methods import BY_LOSS, GREEDY, METHODS
+from short_gpt.selection.methods import BY_LOSS, METHODS
+from short_gpt.wrappers.opening import reads_tokenizer
 
 Values = Mapping[str, object]  # of all flags of a command, defaults included
 
@@ -39,7 +39,7 @@ def _given(*names: str) -> Callable[[Values], bool]:
 
 def _sources(values: Values) -> list[str]:
     """The texts that a command reads, by their names."""
-    names = str(values.get("prompts") or values["data"])
+    names = str(values["data"])
     return [names] if Path(names).exists() else listed(names)
 
 
@@ -54,18 +54,17 @@ def _columns(values: Values) -> bool:
 
 def _tokenizer_is_read(values: Values) -> bool:
     """Whether a model's tokenizer is looked for; a path that does not exist is refused later."""
-    if values.get("stream") or values.get("stream_teacher"):
-        return True
+    stream = bool(values.get("stream") or values.get("stream_teacher"))
     models = [values.get(name) for name in ("model", "pruned", "teacher")]
     try:
-        return any(is_meta(str(model)) for model in models if model is not None)
+        return any(reads_tokenizer(str(m), stream=stream) for m in models if m is not None)
     except FileNotFoundError:
         return True
 
 
 SCORING = {*METHODS} - {*BY_LOSS}
 
-READ_TEXTS = ("rank", "heal", "calibrate", "compare", "perplexity", "draft", "reproduce")
+READ_TEXTS = ("rank", "heal", "calibrate", "compare", "perplexity", "reproduce")
 RULES = (
     Rule(
         (*READ_TEXTS, "prune", "generate", "evaluate", "convert"),
@@ -91,13 +90,7 @@ RULES = (
         "--max_perplexity_ratio",
         _given("max_perplexity_ratio"),
     ),
-    Rule(("rank",), ("budget",), "--method evolution", lambda v: v["method"] == "evolution"),
-    Rule(
-        ("rank",),
-        ("candidates",),
-        "--method sleb or evolution",
-        lambda v: v["method"] in (*GREEDY, "evolution"),
-    ),
+    Rule(("rank",), ("candidates",), "--method sleb", lambda v: v["method"] == "sleb"),
     Rule(("heal",), ("max_memory",), "--stream", lambda v: bool(v["stream"])),
     Rule(
         ("rank",),
@@ -145,19 +138,13 @@ RULES = (
         lambda v: v["data"] != "none",
     ),
     Rule(
-        ("draft",),
-        ("data", "split", "max_texts", "size", "max_windows", "seed", "bos"),
-        "windows of a text as prompts (no --prompts)",
-        lambda v: v["prompts"] is None,
-    ),
-    Rule(
         ("generate",),
         ("top_p", "seed"),
         "a --temperature above 0",
         lambda v: v["temperature"] != 0,
     ),
     Rule(
-        ("rank", "perplexity", "evaluate", "calibrate", "compare", "reproduce", "draft"),
+        ("rank", "perplexity", "evaluate", "calibrate", "compare", "reproduce"),
         ("overwrite",),
         "--json or --plots",
         _given("json", "plots"),

@@ -9,10 +9,12 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
+from short_gpt.data.windows import Origin
 from short_gpt.data.windows import Window as CutWindow
 from short_gpt.runtime.errors import ShortGPTError
 
 SPAN = 64  # tokens; texts that share so many in a row are taken as copies of each other
+NOBODY = -1  # holds a token that stands between windows
 WHOLE = 8  # tokens; fewer stand in many a text that is no copy
 BASE = np.uint64(0x9E3779B97F4A7C15)  # odd, so that its powers have inverses modulo 2^64
 INVERSE = np.uint64(pow(int(BASE), -1, 2**64))
@@ -79,23 +81,27 @@ def overlapping(
 ) -> dict[int, int]:
     """Which windows to train on share text with windows to evaluate on.
 
-    Windows that meet in their text are compared as the one piece that they make, so that the rule
-    holds for windows of every size. A copy that is cut elsewhere still has half of each window in
-    common with one of its own: for pieces below 128 tokens half of the shorter one is shared text.
+    Two windows share text if a token stands in both: at the same place of a run of ``span`` tokens
+    that their texts have in common. The windows of `data.windows` know their text, so the run is
+    read there, beyond the windows, and the rule is the same for windows of every size: of a copy,
+    cut anywhere, all windows that meet one of the original are found, and no others. A phrase that
+    is shorter than the run is no copy, even where it fills a window.
+
+    Of a plain list no more is known than its tokens, which count as a text of their own.
 
     Args:
         training, evaluation: windows of token ids by the same tokenizer.
-        span: how many equal tokens in a row are shared text; for pieces shorter than two of these,
-            half of the shorter one, but at least 8, as fewer stand in many a text that is no copy.
-            Pieces of fewer than 8 tokens share text with their equal alone.
+        span: how many tokens the run has; of texts shorter than two of these, half of the shorter
+            one, but at least 8, as fewer stand in many a text that is no copy. Texts of fewer than
+            8 tokens share text with their equal alone.
 
     Returns:
         The index of an evaluation window for every training window that shares text with one.
     """
-    ours, theirs = _pieces(training), _pieces(evaluation)
+    ours, theirs = _pieces(training, span), _pieces(evaluation, span)
     shared = _shared(ours, theirs, span)
-    for length in {len(p.tokens) for p in [*ours, *theirs] if len(p.tokens) < 2 * span}:
-        short, others = ([p for p in own if len(p.tokens) == length] for own in (ours, theirs))
+    for length in {p.length for p in [*ours, *theirs] if p.length < 2 * span}:
+        short, others = ([p for p in own if p.length == length] for own in (ours, theirs))
         if length < WHOLE:
             pairs = [(short, others, length)]
         else:
@@ -107,32 +113,44 @@ def overlapping(
 
 
 class _Piece(NamedTuple):
-    """Tokens in a row of one text, and the windows in it: number, first token, end."""
+    """A part of a text, and the windows in it: number, first token, end."""
 
     tokens: list[int]
     windows: list[tuple[int, int, int]]
+    length: int  # of the whole text
+    holders: list[int]  # of every token: a window that holds it, or NOBODY
+
+    def add(self, number: int, first: int, end: int) -> None:
+        """Puts in a window, all of whose tokens are there."""
+        self.windows.append((number, first, end))
+        self.holders.extend([NOBODY] * (len(self.tokens) - len(self.holders)))
+        self.holders[first:end] = [number] * (end - first)
 
 
-def _pieces(windows: Sequence[Window]) -> list[_Piece]:
-    """The windows' tokens, those that meet in their text joined, without a bos put in front."""
+def _pieces(windows: Sequence[Window], span: int) -> list[_Piece]:
+    """Where the windows lie in their texts, with all runs that touch one; without a bos added."""
     pieces: list[_Piece] = []
-    texts: dict[object, list[tuple[int, int, Window]]] = {}
+    cuts: dict[tuple[int, int], list[tuple[int, int, CutWindow, Origin]]] = {}
     for number, window in enumerate(windows):
-        bare, key, position = window, object(), 0
-        if isinstance(window, CutWindow):
-            bare = window[window.start :]
-            if window.origin is not None:
-                key, position = (window.origin[0], window.text), window.origin[1]
-        texts.setdefault(key, []).append((position, number, bare))
-    for cuts in texts.values():
-        begin = end = -1
-        for position, number, bare in sorted(cuts, key=itemgetter(0)):
-            if position > end:
-                pieces.append(_Piece([], []))
-                begin = end = position
-            pieces[-1].tokens.extend(bare[end - position :])
-            pieces[-1].windows.append((number, position - begin, position - begin + len(bare)))
-            end = begin + len(pieces[-1].tokens)
+        if isinstance(window, CutWindow) and (origin := window.origin) is not None:
+            text = (id(origin.tokens), origin.begin)
+            cuts.setdefault(text, []).append((origin.position, number, window, origin))
+        else:
+            bare = window[window.start :] if isinstance(window, CutWindow) else window
+            pieces.append(_Piece([*bare], [], len(bare), []))
+            pieces[-1].add(number, 0, len(bare))
+    for found in cuts.values():
+        _, _, _, (tokens, begin, text_end, _) = found[0]
+        length, covered = text_end - begin, -1
+        for position, number, window, _ in sorted(found, key=itemgetter(0)):
+            end = position + len(window) - window.start
+            first, last = max(0, position - span + 1), min(length, end + span - 1)
+            if first > covered:
+                pieces.append(_Piece([], [], length, []))
+                covered = start = first
+            pieces[-1].tokens.extend(tokens[begin + covered : begin + last])
+            pieces[-1].add(number, position - start, end - start)
+            covered = max(covered, last)
     return pieces
 
 
@@ -148,20 +166,26 @@ def _shared(ours: Sequence[_Piece], theirs: Sequence[_Piece], run: int) -> dict[
             low, high = np.searchsorted(starts, (first - run + 1, end))
             for start in starts[low:high].tolist():
                 mine, places = piece.tokens[start : start + run], where[int(hashes[start])]
-                if (other := _window_at(theirs, places, mine)) is not None:
+                part = max(first - start, 0), min(end - start, run)
+                if (other := _window_at(theirs, places, mine, part)) is not None:
                     shared[number] = other
                     break
     return shared
 
 
 def _window_at(
-    pieces: Sequence[_Piece], places: Sequence[tuple[int, int]], run: list[int]
+    pieces: Sequence[_Piece],
+    places: Sequence[tuple[int, int]],
+    run: list[int],
+    part: tuple[int, int],
 ) -> int | None:
-    """The first window with a part of a run at one of these places; equal hashes are compared."""
+    """A window that holds a token of this part of a run; equal hashes are compared."""
     for index, start in places:
-        tokens, windows = pieces[index]
-        if tokens[start : start + len(run)] == run:
-            return next(n for n, first, end in windows if first < start + len(run) and start < end)
+        piece = pieces[index]
+        holders = piece.holders[start + part[0] : start + part[1]]
+        number = max(holders, default=NOBODY)
+        if number != NOBODY and piece.tokens[start : start + len(run)] == run:  # not hashes alone
+            return number
     return None
 
 
@@ -186,7 +210,7 @@ def check_disjoint(
         number, other = next(iter(shared.items()))
         raise ShortGPTError(
             f"{len(shared)} of {len(training)} training windows share text with the windows to "
-            f"evaluate on ({span} tokens in a row, or half of a shorter piece; number {number} "
+            f"evaluate on ({span} tokens in a row, or half of a shorter text; number {number} "
             f"with evaluation window {other}, for one): healing must not see that text; train on "
             "another, or leave those windows out"
         )

@@ -7,7 +7,7 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from itertools import islice, takewhile
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from short_gpt.runtime.errors import ShortGPTError
 
@@ -15,7 +15,21 @@ T = TypeVar("T")
 BOS = ("first", "every")  # windows that have the text's bos in front
 MOST = 2**31 - 1  # more is a mistyped number, and more than some counters hold
 Span = tuple[int, int]  # start and end of a window, in tokens
-Origin = tuple[object, int]  # what is one for all windows of a call, and a place in a text
+
+
+class Origin(NamedTuple):
+    """Where a window was cut.
+
+    Attributes:
+        tokens: of its text, and perhaps of others of the same call; the windows share them.
+        begin, end: of its text in these.
+        position: of the window in its text.
+    """
+
+    tokens: Sequence[int]
+    begin: int
+    end: int
+    position: int
 
 
 class Window(list[int]):
@@ -24,7 +38,7 @@ class Window(list[int]):
     Attributes:
         text: its number, from 0, in the order in which the texts were read.
         start: how many tokens in front were put there, not cut from the text.
-        origin: the call that cut it, and its position in its text; None if that is not known.
+        origin: its text, and where in that it was cut; None if that is not known.
     """
 
     __slots__ = ("origin", "start", "text")
@@ -98,9 +112,11 @@ def windows(
     room = size - len(start)
     cut = _cut(encoded, room, max(1, min(stride, room)) if stride <= size else stride, tail)
     if seed is None:
-        each = ((i, tokens, span) for i, (tokens, spans) in enumerate(cut) for span in spans)
-        call = object()
-        made = (_window(start, tokens[slice(*at)], i, (call, at[0])) for i, tokens, at in each)
+        texts_cut = ((i, array("i", tokens), spans) for i, (tokens, spans) in enumerate(cut))
+        each = (
+            (i, span, Origin(t, 0, len(t), span[0])) for i, t, spans in texts_cut for span in spans
+        )
+        made = (_window(start, o.tokens[slice(*span)], i, o) for i, span, o in each)
         return islice(made, limit)
     return _shuffled(cut, start, seed, limit)
 
@@ -183,7 +199,6 @@ class Windows:
     ) -> None:
         self._tokens, self._spans, self._ends, self._start = tokens, spans, ends, list(start)
         self.population = len(spans) if population is None else population
-        self._call = object()
 
     def __len__(self) -> int:
         return len(self._spans)
@@ -191,8 +206,10 @@ class Windows:
     def __getitem__(self, index: int) -> Window:
         start, end = self._spans[index]
         text = bisect_right(self._ends, start)
-        position = start - (self._ends[text - 1] if text else 0)
-        return _window(self._start, self._tokens[start:end], text, (self._call, position))
+        begin = self._ends[text - 1] if text else 0
+        text_end = self._ends[text] if self._ends else len(self._tokens)
+        origin = Origin(self._tokens, begin, text_end, start - begin)
+        return _window(self._start, self._tokens[start:end], text, origin)
 
     def __iter__(self) -> Iterator[Window]:
         return (self[index] for index in range(len(self)))

@@ -1,13 +1,11 @@
 """Quality of a model on held-out text and on tasks, and what a change costs, with its error."""
 
-from short_gpt.evaluation.completions import leading, repetition, turn, turn_losses
 from short_gpt.evaluation.documents import (
     TaskDifference,
     TaskRun,
     task_changes,
     task_difference,
 )
-from short_gpt.evaluation.drafts import Acceptance, Agreement, draft_agreement
 from short_gpt.evaluation.harness import hugging_face_lm
 from short_gpt.evaluation.llama_lm import llama_lm
 from short_gpt.evaluation.paired import Difference, difference, losses, together
@@ -17,27 +15,20 @@ from short_gpt.evaluation.tasks import TaskSuite, run_tasks, task_names
 
 __all__ = [
     "PROTOCOLS",
-    "Acceptance",
-    "Agreement",
     "Difference",
     "Perplexity",
     "TaskDifference",
     "TaskRun",
     "TaskSuite",
     "difference",
-    "draft_agreement",
     "hugging_face_lm",
-    "leading",
     "llama_lm",
     "losses",
     "perplexity",
     "protocol",
-    "repetition",
     "run_tasks",
     "task_changes",
     "task_difference",
     "task_names",
     "together",
-    "turn",
-    "turn_losses",
 ]

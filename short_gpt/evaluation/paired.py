@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -39,10 +40,11 @@ class Difference:
     def __str__(self) -> str:
         reach = self.error.no_interval and f"no interval: {self.error.no_interval}"
         reach = reach or f"95% +- {self.error.reach():.4f}"
+        if not math.isnan(self.standard_error):
+            reach = f"standard error {self.standard_error:.4f}, {reach}"
         return (
-            f"{self.nats:+.4f} nats a token (standard error {self.standard_error:.4f}, "
-            f"{reach}): perplexity x {exp(self.nats):.4f}; paired over "
-            f"{self.error.over}"
+            f"{self.nats:+.4f} nats a token ({reach}): perplexity x {exp(self.nats):.4f}; "
+            f"paired over {self.error.over}"
         )
 
 

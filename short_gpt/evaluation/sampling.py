@@ -75,7 +75,9 @@ class SamplingError:
             return f"one {unit} tells nothing of others"
         if count == 2:
             return f"two {unit}s tell too little of others"
-        return f"one of the {count} {unit}s has nearly all tokens and tells too little of others"
+        if not self.degrees:
+            return "the degrees of freedom of its error are not known"
+        return f"the {count} {unit}s share their tokens too unequally to tell of others"
 
     @property
     def over(self) -> str:

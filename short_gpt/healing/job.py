@@ -204,6 +204,7 @@ class HealingJob:
         Raises:
             RuntimeError: `run` was not called, or failed.
             NotSavedError: nothing could be written; ``work_dir`` keeps all, to be continued.
+            ShortGPTError: what was to be written is refused, and will be again.
         """
         if self.evidence is None:
             raise RuntimeError("nothing was healed yet; call run first")
@@ -211,9 +212,16 @@ class HealingJob:
         try:
             out = self.short.save(out_dir, facts=facts, measured=measured, overwrite=overwrite)
         except Exception as error:
-            why = shortage(error) or (str(error) if isinstance(error, USER_ERRORS) else None)
-            if self.work_dir is None or why is None:
+            # under another name there is another folder, which holds nothing to continue from
+            short = shortage(error, elsewhere=False)
+            if self.work_dir is None or not (short or isinstance(error, USER_ERRORS)):
                 raise
+            why = short or str(error)
+            if short is None and not isinstance(error, OSError):  # of what was to be written
+                raise ShortGPTError(
+                    f"{out_dir} was not written: {why}; {self.work_dir} keeps what was healed, but "
+                    "the same call is refused again until that is mended"
+                ) from error
             raise NotSavedError(
                 f"{out_dir} was not written: {why}; {self.work_dir} keeps what was healed, and "
                 "once there is a way to write, the same call continues"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -63,17 +64,17 @@ class Recipe:
         for name in ("rank", "steps", "batch", "micro_batch", "eval_every"):
             if getattr(self, name) < 1:
                 raise ShortGPTError(f"{name} = {getattr(self, name)}: expected at least 1")
-        if self.alpha is not None and not self.alpha > 0:
+        if self.alpha is not None and not 0 < self.alpha < math.inf:
             raise ShortGPTError(
                 f"alpha = {self.alpha}: expected above 0, or None for the rank; changes of this "
                 "scale learn nothing"
             )
         if self.batch % self.micro_batch:
             raise ShortGPTError(f"batch {self.batch} is not a multiple of {self.micro_batch}")
-        if not self.learning_rate > 0 or not 0 <= self.dropout < 1 or self.warmup < 0:
+        if not 0 < self.learning_rate < math.inf or not 0 <= self.dropout < 1 or self.warmup < 0:
             raise ShortGPTError(
-                f"expected learning_rate above 0, dropout in [0, 1), warmup of at least 0; got "
-                f"{self.learning_rate}, {self.dropout}, {self.warmup}"
+                "expected a finite learning_rate above 0, dropout in [0, 1), warmup of at least 0; "
+                f"got {self.learning_rate}, {self.dropout}, {self.warmup}"
             )
 
 

@@ -253,7 +253,9 @@ class CachedTeacher:
         sizes = [(len(window) - 1) * self._record.itemsize + DIGEST for window in windows]
         self._ends = [0, *accumulate(sizes)]
         self._file = Path(folder) / CONTENT
-        self._state = StateFile(Path(folder) / IDENTITY, self._about(known), lock=hold(folder))
+        self._state = StateFile(
+            Path(folder) / IDENTITY, self._about(known), lock=hold(folder), whole=Path(folder)
+        )
         if self._state.content is None and self._file.exists():
             raise FileExistsError(f"{self._file} exists, and no {IDENTITY} says what it is")
 

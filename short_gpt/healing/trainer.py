@@ -30,8 +30,8 @@ from short_gpt.runtime.digest import files_digest, json_digest, weights_digest
 from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
 from short_gpt.runtime.lock import hold
 from short_gpt.runtime.progress import Bar, bar
-from short_gpt.runtime.results import read_record, write_record
-from short_gpt.runtime.state import check_saved, joined
+from short_gpt.runtime.results import CHECKED, content_digest, read_record, write_record
+from short_gpt.runtime.state import check_saved, damaged, joined
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -284,24 +284,26 @@ def run_folder(
             yield Path(name)
         return
     folder = Path(str(work_dir))
-    lock = hold(folder)  # noqa: F841, held to the end of the block
-    there = whole_checkpoints(folder) if resume else any(folder.glob("checkpoint-*"))
-    if not resume:
-        if there or (folder.exists() and {p.name for p in folder.iterdir()} - {RECIPE}):
-            raise FileExistsError(f"{folder} holds an earlier run; resume it, or remove it")
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / RECIPE, run)
-    elif not there or not (folder / RECIPE).is_file():
-        raise ShortGPTError(f"{folder} holds no checkpoint to resume from; start without resume")
-    else:
-        _check_run(folder, run)
-        _check_files(folder)
-    try:
-        yield folder
-    except BaseException:
-        if not whole_checkpoints(folder):  # there is nothing to go on from
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
+    with hold(folder):
+        there = whole_checkpoints(folder) if resume else any(folder.glob("checkpoint-*"))
+        if not resume:
+            if there or (folder.exists() and {p.name for p in folder.iterdir()} - {RECIPE}):
+                raise FileExistsError(f"{folder} holds an earlier run; resume it, or remove it")
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / RECIPE, run)
+        elif not there or not (folder / RECIPE).is_file():
+            raise ShortGPTError(
+                f"{folder} holds no checkpoint to resume from; start without resume"
+            )
+        else:
+            _check_run(folder, run)
+            _check_files(folder)
+        try:
+            yield folder
+        except BaseException:
+            if not whole_checkpoints(folder):  # there is nothing to go on from
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
 
 
 def _check_run(folder: Path, run: dict[str, object]) -> None:
@@ -332,14 +334,20 @@ def whole_checkpoints(folder: Path) -> bool:
     """Deletes checkpoints whose writing, or removal, a kill cut short; whether others are left."""
     others = False
     for path in folder.glob("checkpoint-*"):
-        try:
-            read_record(path / LAST)
-            if not all((path / name).is_file() for name in _digests(path)):
-                raise FileNotFoundError(path)
+        if _is_whole(path):
             others = True
-        except (OSError, ValueError):
+        else:
             shutil.rmtree(path)
     return others
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether all files are there; damage is no kill's doing, and raises ShortGPTError."""
+    try:
+        read_record(checkpoint / LAST)
+    except (OSError, ValueError):
+        return False
+    return all((checkpoint / name).is_file() for name in _digests(checkpoint))
 
 
 def note_files(checkpoint: Path) -> None:
@@ -350,9 +358,16 @@ def note_files(checkpoint: Path) -> None:
 
 def _digests(checkpoint: Path) -> dict[str, str]:
     """Digests of a checkpoint's files by their names; none where a kill came before them."""
-    if not (checkpoint / DIGESTS).is_file():
+    path = checkpoint / DIGESTS
+    if not path.is_file():
         return {}
-    return cast("dict[str, str]", read_record(checkpoint / DIGESTS)["files"])
+    try:
+        record = read_record(path)
+    except ValueError:
+        raise damaged(path, checkpoint.parent) from None
+    if record.get(CHECKED) != content_digest(record):
+        raise damaged(path, checkpoint.parent)
+    return cast("dict[str, str]", record["files"])
 
 
 def _check_files(folder: Path) -> None:

@@ -23,7 +23,6 @@ from short_gpt.jobs.comparison_lora import DistillHealing, LoraHealing, LoraSett
 from short_gpt.jobs.conversion import convert
 from short_gpt.jobs.demonstration import Demo, DemoRun, run_demo
 from short_gpt.jobs.distilling import Distilling
-from short_gpt.jobs.drafting import Drafting, Drafts, draft
 from short_gpt.jobs.evaluation import FewShotTasks, Reading, Tasks, evaluate, perplexity_of
 from short_gpt.jobs.healed import Healing
 from short_gpt.jobs.healing import heal
@@ -64,8 +63,6 @@ __all__ = [
     "DemoRun",
     "DistillHealing",
     "Distilling",
-    "Drafting",
-    "Drafts",
     "FewShotTasks",
     "Healing",
     "Kinds",
@@ -109,7 +106,6 @@ __all__ = [
     "compare_checkpoint",
     "compare_with_paper",
     "convert",
-    "draft",
     "evaluate",
     "heal",
     "identify",

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from functools import partial
 
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.scoring.stopping import Stop
 from short_gpt.selection.methods import BY_LOSS, check_method
-from short_gpt.selection.search import Search
-from short_gpt.wrappers.short_model import ShortModel
 
 
 @dataclass(frozen=True)
@@ -20,12 +16,12 @@ class Answer:
     Args:
         n: also say which so many layers the methods would remove.
         method: bi, angular, angular_all, deepest, relative_magnitude, norm, sequential, reverse,
-            random, perplexity, sleb or evolution.
-        candidates: sleb and evolution only try the so many layers of lowest Block Influence; all
-            if not given.
-        budget: evolution runs so many times the layers that sleb would run.
+            random, perplexity or sleb.
+        candidates: sleb only tries the so many layers of lowest Block Influence; all if not
+            given.
         confidence: of all runs, at most 1 - confidence end early with another answer than that of
-            all windows; of those that end early, more may be wrong. none reads all windows.
+            all windows, unless windows decide that make up less than rare of all; of those that
+            end early, more may be wrong. none reads all windows.
         rare: share of all windows that a kind of windows must make up to be guarded against by
             that; the smaller, the more is read.
         sublayers: also score the attention and the MLP of every layer.
@@ -40,12 +36,9 @@ class Answer:
     confidence: float | None = 0.99
     rare: float = 0.02
     sublayers: bool = False
-    budget: float = 1.0
 
     def __post_init__(self) -> None:
         check_method(self.method)
-        if not 0 < self.budget < math.inf:
-            raise ShortGPTError(f"`budget` {self.budget}: expected a number above 0")
         if self.by_loss and self.n is None:
             raise ShortGPTError(f"`method` {self.method} needs `n`")
 
@@ -65,7 +58,3 @@ class Answer:
         rule = Stop(self.n or 1, self.method == "angular", self.confidence, rare=self.rare)
         can = self.n is not None and seed is not None and self.method in ("bi", "angular")
         return rule if can else None
-
-    def search(self, short: ShortModel, seed: int | None) -> partial[Search]:
-        """The search by loss that answers, still to be given windows and a number of layers."""
-        return partial(short.search, method=self.method, budget=self.budget, seed=seed or 0)

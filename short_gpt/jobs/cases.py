@@ -9,9 +9,9 @@ from short_gpt.data.windows import at_least
 from short_gpt.jobs.comparing import DEFAULT_METHODS, Cases
 from short_gpt.jobs.comparison_lora import LoraSettings
 from short_gpt.jobs.inputs import Cut, listed
-from short_gpt.jobs.rows import HEALINGS, TRAINED
+from short_gpt.jobs.rows import TRAINED, check_healing
 from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.selection.methods import METHODS
+from short_gpt.selection.methods import check_method
 from short_gpt.wrappers.scored_model import ScoredModel
 
 Windows = list[list[int]]
@@ -24,8 +24,7 @@ class CaseNames:
     Args:
         methods: names as of the method of rank, with commas between.
         counts: numbers of layers to remove, as in 2,4,8.
-        healing: of raw, patched, refit, linearpatch, ghosted, lora and distill, with commas
-            between.
+        healing: of raw, refit, lora and distill, with commas between.
         seeds: random sets for every number of layers.
         lora_only: what to heal by lora or distill, which take far longer than all the rest, as in
             bi:8,angular:8; all if not given.
@@ -33,7 +32,7 @@ class CaseNames:
 
     methods: str = ",".join(DEFAULT_METHODS)
     counts: object = (2, 4, 8, 12)
-    healing: str = "raw,patched"
+    healing: str = "raw,refit"
     seeds: int = 3
     lora_only: str | None = None
 
@@ -77,10 +76,10 @@ class CaseNames:
 
     def check(self) -> None:
         """Raises ShortGPTError for a name or a number that is none."""
-        if odd := [h for h in self.healings if h not in HEALINGS]:
-            raise ShortGPTError(f"`healing` {odd[0]}: expected some of {', '.join(HEALINGS)}")
-        if odd := [m for m in self.names if m not in METHODS]:
-            raise ShortGPTError(f"`methods` {odd[0]}: expected some of {', '.join(METHODS)}")
+        for healing in self.healings:
+            check_healing(healing)
+        for method in self.names:
+            check_method(method)
         _ = self.numbers, self.pairs  # each refuses what it cannot read
 
     def cases(self, search_windows: int) -> Cases:
@@ -103,7 +102,7 @@ class Shares:
     Args:
         eval_data: texts to evaluate on; if not given, a tenth of the texts of data is held out.
         size: tokens in a window.
-        max_windows: windows of data for scores and patches.
+        max_windows: windows of data for scores and refits.
         search_windows: of these, how many the searches by loss read.
         eval_windows: windows to evaluate on.
         seed: of the choice of windows.

@@ -13,7 +13,7 @@ from short_gpt.jobs.inputs import Cut, Opening
 from short_gpt.jobs.scores import Scores
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.scoring.importance import Importance
-from short_gpt.selection.methods import AS_SETS, check_method
+from short_gpt.selection.methods import check_method
 from short_gpt.selection.perplexity_budget import CONFIDENCE, Budget
 
 
@@ -176,11 +176,6 @@ def _limited(choice: Choice, limit: PerplexityLimit) -> tuple[Scores, float, str
     scores, ratio, data = _scores(choice), limit.max_perplexity_ratio, limit.eval_data
     if scores is None:
         raise ShortGPTError("`max_perplexity_ratio` chooses from `scores`, not from `layers`")
-    if scores.method in AS_SETS:
-        raise ShortGPTError(
-            f"`max_perplexity_ratio` takes one layer more at a time, {scores.method} chose a set; "
-            "rank by another method, such as sleb"
-        )
     if ratio is None or data is None or choice.n is not None:
         raise ShortGPTError("`max_perplexity_ratio` needs `eval_data`, and no `n`")
     return scores, ratio, data

@@ -14,13 +14,13 @@ from short_gpt.evaluation.tasks import TaskSuite
 from short_gpt.jobs.comparison_cells import Comparison
 from short_gpt.jobs.rows import (
     DISTILL,
-    HEALINGS,
     LORA,
     RAW,
     TRAINED,
     Agreement,
     Row,
     Windows,
+    check_healing,
 )
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import ShortGPTError
@@ -50,7 +50,7 @@ class Cases:
     Attributes:
         methods: names of `selection.METHODS`.
         counts: numbers of layers to remove.
-        healings: of raw, patched, refit, linearpatch, ghosted, lora and distill.
+        healings: of raw, refit, lora and distill.
         seeds: random sets for every number, if "random" is among the methods.
         search_windows: how many of the calibration windows the searches by loss read.
         lora_only: methods and numbers to heal by lora or distill, as in ``[("bi", 8)]``; None
@@ -80,10 +80,8 @@ class Cases:
         self._check_healings()
 
     def _check_healings(self) -> None:
-        if unknown := [h for h in self.healings if h not in HEALINGS]:
-            raise ShortGPTError(
-                f"no healing {unknown[0]!r}; expected some of {', '.join(HEALINGS)}"
-            )
+        for healing in self.healings:
+            check_healing(healing)
         if self.lora_only is None:
             return
         if not {*TRAINED} & {*self.healings}:
@@ -170,7 +168,7 @@ def compare(
 
     Args:
         short: the whole model; it is left as it was.
-        calibration: windows of token ids that choose layers and fit patches.
+        calibration: windows of token ids that choose layers and that refits are fitted on.
         evaluation: windows of other text.
         cases: what is set side by side.
         lora, distill: heal for these healings.
@@ -186,7 +184,7 @@ def compare(
             evaluation share text, or the state is of another run.
 
     Example:
-        >>> cases = Cases(["bi", "angular"], [4, 8], healings=["raw", "patched"])
+        >>> cases = Cases(["bi", "angular"], [4, 8], healings=["raw", "refit"])
         >>> result = compare(short, calibration, held_out, cases=cases)  # doctest: +SKIP
         >>> print(tables.compared(result.rows))  # doctest: +SKIP
     """

@@ -1,8 +1,7 @@
 """Methods against each other on one model: what each removal costs, and what healing brings back.
 
 Everything is measured once: scores come from one pass, a search's list holds those of all smaller
-numbers, patches of all sets are fitted in one pass, and a set of layers that several methods
-choose is evaluated once.
+numbers, and a set of layers that several methods choose is healed and evaluated once.
 """
 
 from __future__ import annotations
@@ -20,23 +19,14 @@ from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.healing import refit
 from short_gpt.jobs.cells import Cells
 from short_gpt.jobs.cost import size_without, tokens_per_second
-from short_gpt.jobs.gap_folds import Fold, gap_folds
-from short_gpt.jobs.rows import (
-    IN_FRONT,
-    RAW,
-    REFIT,
-    TRAINED,
-    Agreement,
-    Row,
-    Windows,
-)
+from short_gpt.jobs.rows import RAW, REFIT, TRAINED, Agreement, Row, Windows
 from short_gpt.models.numbering import check_count
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import bar
 from short_gpt.runtime.state import StateFile
 from short_gpt.scoring.importance import Importance
 from short_gpt.scoring.metrics import spearman
-from short_gpt.selection.methods import AS_SETS, BY_LOSS, check_method, choose
+from short_gpt.selection.methods import BY_LOSS, check_method, choose
 from short_gpt.selection.search import Search
 from short_gpt.wrappers.short_model import ShortModel
 
@@ -49,7 +39,7 @@ class Comparison:
 
     Args:
         short: the whole model; it is left as it was.
-        calibration: windows of token ids that choose layers and fit patches.
+        calibration: windows of token ids that choose layers and that refits are fitted on.
         evaluation: windows of other text.
         few: how many of the calibration windows the searches by loss read.
         state: saves what was measured and continues from it.
@@ -88,7 +78,7 @@ class Comparison:
         Args:
             methods: names of `methods.METHODS`; ``random`` is drawn ``seeds`` times.
             counts: numbers of layers to remove.
-            healings: of `rows.HEALINGS`. Sets that cannot be healed so have no such row.
+            healings: of `rows.HEALINGS`.
             seeds: how many random sets for every number.
             trained: what heals for lora and distill: it gives the loss of every evaluation window
                 of the model without these layers, healed.
@@ -103,8 +93,6 @@ class Comparison:
             raise ShortGPTError(f"the healing {lacks[0]} needs what heals: pass trained=...")
         cases = self._cases(methods, counts, seeds)
         sets = [self.layers(method, n, seed or 0, most=max(counts)) for method, seed, n in cases]
-        for healing in (h for h in healings if h in IN_FRONT):
-            self._fit_all(healing, sets)
         few = {(m, n) for m, _, n in cases} if lora_only is None else set(lora_only)
         rows = [self._row(("dense", None, 0), [], RAW)]
         count = len(cases) * len(healings)
@@ -114,8 +102,7 @@ class Comparison:
                     shown.update()
                     if healing in TRAINED and (case[0], case[2]) not in few:
                         continue
-                    if healing not in IN_FRONT or 0 not in layers:
-                        rows.append(self._row(case, layers, healing, heals.get(healing)))
+                    rows.append(self._row(case, layers, healing, heals.get(healing)))
         return rows
 
     def _cases(self, methods: Sequence[str], counts: Sequence[int], seeds: int) -> list[Case]:
@@ -133,8 +120,7 @@ class Comparison:
     def layers(self, method: str, n: int, seed: int = 0, *, most: int | None = None) -> list[int]:
         """The n layers that a method removes; searches go on to ``most`` at once."""
         if method in BY_LOSS:
-            up_to = n if method in AS_SETS else most or n
-            return self._search(method, up_to).removed[:n]
+            return self._search(method, most or n).removed[:n]
         return choose(self.importance, n, method=method, seed=seed)
 
     @property
@@ -160,7 +146,9 @@ class Comparison:
 
         def measure() -> JsonObject:
             part = self._cells.inner(name.replace(" ", "-"))
-            result = self._searcher(method)(self._few, n, state=part, progress=self._progress)
+            result = self.short.search(
+                self._few, n, method=method, state=part, progress=self._progress
+            )
             finished.append(part)
             return {"removed": result.removed, "losses": result.losses}
 
@@ -171,9 +159,6 @@ class Comparison:
         # JSON's keys are texts
         trials = [{int(i): v for i, v in loss.items()} for loss in content["losses"]]
         return Search(content["removed"], trials)
-
-    def _searcher(self, method: str) -> partial[Search]:
-        return partial(self.short.search, method=method)
 
     def agreement(self, n: int, most: int) -> Agreement:
         """Whether the cheap rankings hold: Block Influence, angle and greedy search, all on the
@@ -261,30 +246,14 @@ class Comparison:
         with self.short.without_layers(layers):
             return losses(self.short.decoder, self._evaluation, progress=False)
 
-    def _fit_all(self, healing: str, sets: Sequence[list[int]]) -> None:
-        """Fits what mends gaps of all sets at once, and measures the models mended."""
-        every = sorted({tuple(sorted(layers)) for layers in sets if 0 not in layers})
-        wanted = [list(s) for s in every if f"{healing} {list(s)}" not in self._cells]
-        if not wanted:
-            return
-        folds = gap_folds(healing, self.short, wanted, self._calibration, progress=self._progress)
-        with bar(healing, total=len(wanted), unit="model", show=self._progress) as shown:
-            for layers, fold in zip(wanted, folds, strict=True):
-                self._measured(healing, layers, partial(self._folded, fold))
-                shown.update()
-
-    def _folded(self, fold: Fold, layers: list[int]) -> list[Perplexity]:
-        """Losses without the layers while new weights are in place; ``fold`` gives the undo."""
+    def _refitted(self, layers: list[int]) -> list[Perplexity]:
+        result = refit.fit(self.short, layers, self._calibration, progress=self._progress)
         with self.short.without_layers(layers):
-            undo = fold()
+            undo = refit.fold(self.short, result)
             try:
                 return losses(self.short.decoder, self._evaluation, progress=False)
             finally:
                 undo()
-
-    def _refitted(self, layers: list[int]) -> list[Perplexity]:
-        made = refit.fit(self.short, layers, self._calibration, progress=self._progress)
-        return self._folded(partial(refit.fold, self.short, made), layers)
 
     def _speed(self, n: int, layers: list[int]) -> float:
         """Tokens per second; they depend on the number of layers alone."""

@@ -21,6 +21,7 @@ from short_gpt.healing.trainer import begun
 from short_gpt.jobs.rows import Windows
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.lock import hold
 from short_gpt.runtime.state import joined
 from short_gpt.wrappers.opening import OpenOptions, open_trainable
 from short_gpt.wrappers.short_hf import ShortHFModel
@@ -240,14 +241,15 @@ def _checkpoints(work_dir: Path | None) -> Iterator[bool]:
     if work_dir is None:
         yield False
         return
-    resume = begun(work_dir)
-    if not resume:
-        shutil.rmtree(work_dir, ignore_errors=True)
-    yield resume
-    for folder in (work_dir, _refit_folder(work_dir)):
-        for path in folder.glob("*.json"):  # first, so that nothing continues from half a folder
-            path.unlink()
-        shutil.rmtree(folder, ignore_errors=True)
+    with hold(work_dir):
+        resume = begun(work_dir)
+        if not resume:
+            shutil.rmtree(work_dir, ignore_errors=True)
+        yield resume
+        for folder in (work_dir, _refit_folder(work_dir)):
+            for path in folder.glob("*.json"):  # first: nothing continues from half a folder
+                path.unlink()
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _refit_folder(work_dir: Path) -> Path:

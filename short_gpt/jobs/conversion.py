@@ -76,6 +76,7 @@ def convert(
     to = _format(model, out, to, shards)
     _check_options(model, to, type, dtype, shards)
     opening = Opening(tokenizer_path, trust_remote_code=trust_remote_code)
+    opening.check(model)
     proof = Proof(model, out, opening, verify, dtype=dtype)
     if to == "gguf":
         write = _to_gguf(model, type, tokenizer_path)

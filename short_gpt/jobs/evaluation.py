@@ -145,7 +145,7 @@ def evaluate(
     """Perplexity and tasks of several checkpoints, one loaded at a time.
 
     Args:
-        models: checkpoints of either format.
+        models: checkpoints of either format, each of another name.
         reading: the text whose perplexity is taken.
         tasks: of the lm-evaluation-harness.
         opening: of every model.
@@ -168,11 +168,14 @@ def evaluate(
     if reading.data == "none" and tasks.tasks is None:
         raise ShortGPTError("nothing to evaluate: give `data` or `tasks`")
     reading.check()
-    for name in models:
+    for number, name in enumerate(models):
         check_model(name)
+        if name in models[:number]:
+            raise ShortGPTError(f"{name} is named twice: name it once, or another beside it")
     tasks.check()
     own = reading.own_texts()
     opening = opening or Opening()
+    opening.check(*models)
     every = {name: _evaluated(name, reading, own, tasks, opening) for name in models}
     first = every[models[0]]
     return {name: found.row(first) for name, found in every.items()}
@@ -212,7 +215,7 @@ def _evaluated(
     name: str, reading: Reading, own: Sequence[str], tasks: FewShotTasks, opening: Opening
 ) -> _Evaluated:
     """One model's results; it is gone from memory afterwards."""
-    short = opening.whole(name, size=reading.size, batch_size=reading.batch_size)
+    short = opening.of(name).whole(name, size=reading.size, batch_size=reading.batch_size)
     found, read = None, ""
     if reading.data != "none":
         windows = list(reading.windows(short, own))

@@ -72,7 +72,7 @@ def reread(done: Healing, parts: Learning, opening: Opening, size: int) -> Heali
     """
     if not is_gguf(done.out) or len(out_paths(done.out)) > 1:
         return done
-    short = opening.whole(str(done.out), size=size)
+    short = opening.of(str(done.out)).whole(str(done.out), size=size)
     found = together(losses(short.decoder, parts.evaluation))
     change = difference([done.evidence.perplexity["healed"]], [found])
     return replace(done, written=found, quantization=change)

@@ -18,7 +18,6 @@ from short_gpt.healing import (
     LoraSettings,
     PatchSettings,
     Recipe,
-    RefitSettings,
     Source,
     Step,
 )
@@ -39,6 +38,7 @@ from short_gpt.jobs.inputs import (
 )
 from short_gpt.jobs.saving import interruptible
 from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.lock import hold
 from short_gpt.wrappers.opening import OpenOptions, open_model, open_trainable
 from short_gpt.wrappers.scored_model import ScoredModel
 
@@ -95,6 +95,8 @@ def heal(
     texts, methods = source_of(data), methods_of(method)
     _check(methods, learned, settings, distilling)
     streaming.check(methods)
+    teacher = distilling.teacher or model
+    opening.check(model, teacher, stream=streaming.stream or distilling.stream_teacher)
     _check_target(model, out, overwrite=overwrite)
     found = _selection(model, choice or Choice(), methods, distilling)
     if is_gguf(out):
@@ -121,6 +123,9 @@ class _Run:
     def healed(self, found: Chosen, *, overwrite: bool, notify: Notify) -> Healing:
         """Opens the model, heals it without the layers that were chosen, and saves it."""
         model, learned, trains = self.model, self.learned, self.methods[-1] in TRAINING
+        folder = _work_dir(self.out, self.methods)
+        # before the model is opened; where nothing is there yet, nobody works either
+        lock = hold(folder) if folder is not None and folder.parent.is_dir() else None
         size = learned.size or SIZE
         short = _opened(model, found, size, self.opening, self.streaming, trains=trains)
         recipe = self.settings.recipe(short, learned.seed) if trains else None
@@ -130,7 +135,7 @@ class _Run:
         distill = self.distilling.step(recipe, teacher)
         steps = _steps(self.methods, self.settings, learned, recipe, distill)
         again = self.settings.resume
-        job = _job(short, parts, found.layers, steps, self.out, resume=again, notify=notify)
+        job = _job(short, parts, found.layers, steps, folder, resume=again, notify=notify)
         if plan := job.plan_text():
             notify(plan)
         bos, data = learned.bos or short.bos, self.texts.data
@@ -138,7 +143,7 @@ class _Run:
         done = Healing(Path(self.out), job.run(), parts.left_out, found.unchecked, names)
         short.evidence |= {**found.record.evidence, "eval_data": learned.eval_data, "size": size}
         job.save(self.out, facts={**found.record.facts, "data": data}, overwrite=overwrite)
-        del short, job, steps  # which makes room for what is read again
+        del short, job, steps, lock  # which makes room for what is read again
         remark = _remark(model, self.out, found)
         return reread(replace(done, remark=remark), parts, self.opening, size)
 
@@ -195,20 +200,23 @@ def _steps(
     return [made.get(name) or STEPS[name]() for name in methods]
 
 
+def _work_dir(out: str, methods: Sequence[str]) -> Path | None:
+    """What training and a refit continue from, beside the new directory; None for the patch."""
+    kind = "training" if methods[-1] in TRAINING else "refit" if "refit" in methods else None
+    return None if kind is None else Path(f"{out}.{kind}")
+
+
 def _job(
     short: ScoredModel,
     parts: Learning,
     layers: Sequence[int],
     steps: Sequence[Step],
-    out: str,
+    folder: Path | None,
     *,
     resume: bool,
     notify: Notify,
 ) -> HealingJob:
-    """The healing; what training and a refit continue from lies beside the new directory."""
-    refits = any(isinstance(step, RefitSettings) for step in steps)
-    kind = "training" if steps[-1].trains else "refit" if refits else None
-    folder = None if kind is None else Path(f"{out}.{kind}")
+    """The healing, continued from what the folder holds."""
     again = resume or (folder is not None and folder.is_dir() and any(folder.iterdir()))
     return HealingJob(
         short, parts, layers, settings=steps, work_dir=folder, resume=again, notify=notify
@@ -222,7 +230,8 @@ def _teacher(
     if distilling.teacher is None and not distilling.live_teacher and not distilling.stream_teacher:
         return None
     source, stream = distilling.teacher or model, distilling.stream_teacher
-    return lambda: open_model(source, stream=stream, max_seq_len=size, **vars(opening))
+    own = vars(opening.of(source, stream=stream))
+    return lambda: open_model(source, stream=stream, max_seq_len=size, **own)
 
 
 def _windows(
@@ -267,6 +276,7 @@ def _opened(
 ) -> ScoredModel:
     """The model, with the scores its layers were chosen by; for training one of Hugging Face's."""
     short: ScoredModel
+    opening = opening.of(model, stream=streaming.stream)
     if streaming.stream:
         short = open_model(model, max_seq_len=size, **vars(streaming), **vars(opening))
     elif trains:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from short_gpt.data.disjoint import hold_out
 from short_gpt.data.texts import read_texts, texts
@@ -11,7 +11,7 @@ from short_gpt.data.windows import BOS, at_least, count_of, windows
 from short_gpt.models.numbering import check_count
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.memory import bytes_of
-from short_gpt.wrappers.opening import layers_of, open_model
+from short_gpt.wrappers.opening import check_tokenizer, layers_of, open_model, reads_tokenizer
 from short_gpt.wrappers.scored_model import ScoredModel
 from short_gpt.wrappers.short_model import ShortModel
 
@@ -161,6 +161,16 @@ class Opening:
     device: str | None = None
     dtype: str | None = None
     trust_remote_code: bool = False
+
+    def check(self, *models: str, stream: bool = False) -> None:
+        """Raises ShortGPTError for a tokenizer that none of these models is read with."""
+        check_tokenizer(self.tokenizer_path, *models, stream=stream)
+
+    def of(self, source: str, *, stream: bool = False) -> Opening:
+        """What counts for one of several models: a tokenizer only where one is read."""
+        if self.tokenizer_path is None or reads_tokenizer(source, stream=stream):
+            return self
+        return replace(self, tokenizer_path=None)
 
     def whole(self, source: str, *, size: int, batch_size: int = 1) -> ShortModel:
         """The model in memory, for windows of up to ``size`` tokens."""

@@ -137,6 +137,7 @@ def prune_by(
         opening: of the model, where it is loaded.
     """
     written, opening = written or Written(), opening or Opening()
+    opening.check(model)
     to = format_of(model, out, written.to)
     choice.check()
     check_target(out, to, overwrite=written.overwrite)

@@ -174,8 +174,6 @@ class _Settings:
         if answer.by_loss:  # only these read a fixed number of windows for a fixed number of layers
             parts += [{"method": answer.method, "n": answer.n, "candidates": answer.candidates}]
             parts += [{"max_windows": cut.max_windows, "max_memory": self.running.max_memory}]
-        if answer.method == "evolution":
-            parts += [{"budget": answer.budget}]
         parts += [{"method of all tokens": answer.method == "angular_all"}]
         if (bos := cut.bos or short.bos) != "first":  # else as in states of earlier versions
             parts += [{"bos": bos}]
@@ -276,9 +274,10 @@ def _searched(short: ShortModel, found: Iterable[str], settings: _Settings) -> R
         if answer.candidates is not None:
             short.measure(windows, batch_size=running.batch_size)
             few = short.layers_to_remove(n=answer.candidates)
-        search = answer.search(short, cut.seed)(
+        search = short.search(
             windows,
             answer.n or 0,  # checked: it is given
+            method=answer.method,
             candidates=few,
             batch_size=running.batch_size,
             max_memory=bytes_of(running.max_memory or "2GB"),

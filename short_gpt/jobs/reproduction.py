@@ -41,7 +41,8 @@ class Paper:
     Args:
         paper_model: which of the paper's models this is; told by its shape if not given.
         confidence: of all runs, at most 1 - confidence end early with another answer than that of
-            all windows; of those that end early, more may be wrong. none reads all windows.
+            all windows, unless windows decide that make up less than rare of all; of those that
+            end early, more may be wrong. none reads all windows.
         rare: share of all windows that a kind of windows must make up to be guarded against by
             that; the smaller, the more is read.
     """

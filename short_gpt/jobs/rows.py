@@ -6,12 +6,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypedDict
 
-RAW, PATCHED, REFIT, LORA, DISTILL = "raw", "patched", "refit", "lora", "distill"
-LINEARPATCH, GHOSTED = "linearpatch", "ghosted"  # baselines of others: `peer_maps`
-IN_FRONT = (PATCHED, LINEARPATCH, GHOSTED)  # these need a layer in front of every gap
-HEALINGS = (RAW, PATCHED, REFIT, LINEARPATCH, GHOSTED, LORA, DISTILL)
+from short_gpt.runtime.errors import ShortGPTError
+
+RAW, REFIT, LORA, DISTILL = "raw", "refit", "lora", "distill"
+HEALINGS = (RAW, REFIT, LORA, DISTILL)
+GONE = ("patched", "linearpatch", "ghosted")  # healings of earlier versions
 TRAINED = (LORA, DISTILL)  # these take far longer than all the rest
 Windows = Sequence[Sequence[int]]
+
+
+def check_healing(name: str) -> None:
+    """Raises ShortGPTError unless a comparison can heal so."""
+    if name in GONE:
+        raise ShortGPTError(f"the healing {name} was removed: use refit, which restores more")
+    if name not in HEALINGS:
+        raise ShortGPTError(f"no healing {name!r}; expected some of {', '.join(HEALINGS)}")
 
 
 @dataclass(frozen=True)
@@ -21,12 +30,12 @@ class Row:
     Attributes:
         method, seed: what chose the layers; the seed is None but for the random method.
         n: layers removed.
-        healing: raw, patched, refit, linearpatch, ghosted, lora or distill.
+        healing: raw, refit, lora or distill.
         layers: removed, original numbers.
         perplexity: on the evaluation text.
         nats, standard_error: mean loss less that of the whole model, paired over the windows.
         gain, gain_error: the same less that of the raw model, if this one is healed; else None.
-        parameters: of the model without the layers, and without others' maps.
+        parameters: of the model without the layers.
         megabytes: of its weights.
         tokens_per_second: greedy generation with the cache, one sequence.
         windows, texts: that the errors are over; see `evaluation.Difference`.

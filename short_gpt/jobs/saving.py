@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from typing import TypeVar
 
 from llama.io.files import check_writable
 from llama.io.outputs import is_stream
+from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.state import StateFile
 
 S = TypeVar("S", bound="Saving")
@@ -49,10 +51,19 @@ class TimedSaving(Saving):
     """Where and how often a run is saved.
 
     Args:
-        save_every: seconds between two saves.
+        save_every: seconds between two saves; 0 saves behind every batch.
+
+    Raises:
+        ShortGPTError: ``save_every`` is below 0, or no number.
     """
 
     save_every: float = 120.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.save_every < math.inf:
+            raise ShortGPTError(
+                f"`save_every` {self.save_every}: expected seconds, 0 to save behind every batch"
+            )
 
 
 @contextmanager

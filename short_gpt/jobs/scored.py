@@ -49,13 +49,13 @@ def tokenizer_of(source: str, path: str | None = None) -> str | None:
 
     Args:
         source: as for `weights_of`.
-        path: of a Meta checkpoint's tokenizer; None looks beside it.
+        path: of a tokenizer file that is read in place of the checkpoint's; None looks beside it.
 
     Returns:
         None where there are no files of one, as with GGUF, whose weights' digest covers it.
     """
     kind, files = kind_of(source), []
-    if kind == "meta":
+    if kind == "meta" or path is not None:
         with suppress(FileNotFoundError):
             file = Path(path or find_tokenizer(source))
             files = [file, *file.parent.glob(TOKENIZER_CONFIG)]

@@ -18,7 +18,7 @@ from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.results import CHECKED, content_digest, read_record
 from short_gpt.scoring.importance import Importance
 from short_gpt.scoring.lists import layer_numbers
-from short_gpt.selection.methods import AS_SETS, METHODS, check_method, choose
+from short_gpt.selection.methods import METHODS, check_method, choose
 from short_gpt.wrappers.opening import layers_of
 
 
@@ -107,7 +107,7 @@ class Scores:
         if ours.configuration and theirs.configuration not in (None, ours.configuration):
             raise ShortGPTError(
                 f"{self.file} holds scores of the configuration {ours.configuration}, {model} now "
-                f"has {theirs.configuration}, which computes something else: score it anew by "
+                f"has {theirs.configuration}, whose entries differ: score it anew by "
                 f"short-gpt rank {model}, or put the former config.json (params.json) back"
             )
         if ours.tokenizer is not None and theirs.tokenizer not in (None, ours.tokenizer):
@@ -156,11 +156,6 @@ class Scores:
         if self.importance is not None:
             seed = self.arguments.get("seed")
             return choose(self.importance, n, method=self.method, seed=int(str(seed or 0)))
-        if self.method in AS_SETS and n != len(self.searched):
-            raise ShortGPTError(
-                f"n = {n}; {self.file} holds the {len(self.searched)} layers that {self.method} "
-                "chose as a set, of which fewer are no choice: rank again for this number"
-            )
         if not 1 <= n <= len(self.searched):
             raise ShortGPTError(
                 f"n = {n}; {self.file} holds {len(self.searched)} layers that {self.method} chose"

@@ -1,4 +1,4 @@
-"""How transformers reads a GGUF file: its header once, and nothing of it left out in silence."""
+"""How transformers reads a GGUF file: its header once, each tensor by itself, and all of them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from math import prod
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from llama.formats.gguf import ROPE_FACTORS
 from llama.formats.gguf_header import STRING, Header
 from llama.formats.gguf_parts import GGUFParts
@@ -18,7 +21,7 @@ from short_gpt.models.pretrained import PretrainedTokenizer
 from short_gpt.models.weights_report import some
 from short_gpt.runtime.errors import ShortGPTError
 
-MAPPED = "get_gguf_hf_weights_map"  # transformers' own: from names of tensors to those of weights
+LOADS = "load_gguf_checkpoint"  # transformers' own: configuration, tokenizer and weights of a file
 # Modules of transformers 5 that hold its function for the metadata; version 4 has none of them.
 METADATA = "read_gguf_metadata"
 WITH_METADATA = (
@@ -28,28 +31,14 @@ WITH_METADATA = (
 )
 
 
-class _Asked(dict[str, str]):
-    """A mapping that notes which names it was asked for and lacks."""
-
-    def __init__(self, mapping: dict[str, str], left_out: list[str]) -> None:
-        super().__init__(mapping)
-        self._left_out = left_out
-
-    def __contains__(self, name: object) -> bool:
-        found = super().__contains__(name)
-        if not found and isinstance(name, str):  # none: a tensor of all experts, which was cut up
-            self._left_out.append(name)
-        return found
-
-
 @contextmanager
 def reading_gguf(parts: GGUFParts) -> Iterator[list[str]]:
     """Gives transformers what was read of a GGUF file, and notes which tensors it leaves out.
 
     It walks through the header itself in Python for the config, twice for the tokenizer, and for
     the weights, which takes seconds each for a large vocabulary; the package gguf makes an array
-    of every token, and several copies of a tensor to dequantize it. Tensors of names that it does
-    not know transformers passes over.
+    of every token, and several copies of a tensor to dequantize it, and transformers makes two
+    more. Tensors of names that it does not know transformers passes over.
 
     Args:
         parts: the file.
@@ -62,13 +51,13 @@ def reading_gguf(parts: GGUFParts) -> Iterator[list[str]]:
 
     left_out: list[str] = []
     fields = {key: _field(value) for key, value in parts.fields.items()}
-    tensors = [SimpleNamespace(name=n, data=n, tensor_type=None) for n in parts.tensors]
+    tensors = [SimpleNamespace(name=name) for name in parts.tensors]
+    loads = partial(_load, getattr(reading, LOADS), parts, left_out)
     patches: list[tuple[ModuleType, str, object]] = [
         (gguf, "GGUFReader", lambda _: SimpleNamespace(fields=fields, tensors=tensors)),
-        (gguf, "dequantize", lambda name, _: parts.read(name).numpy()),
         (gguf, "get_tensor_name_map", cache(gguf.get_tensor_name_map)),  # asked for every module
         (reading, "_gguf_parse_value", lambda value, _: value),
-        (reading, MAPPED, _noting(getattr(reading, MAPPED), parts, left_out)),
+        (reading, LOADS, loads),
     ]
     patches += [(module, METADATA, partial(_metadata, parts)) for module in _with_metadata()]
     before = [(module, name, getattr(module, name)) for module, name, _ in patches]
@@ -87,14 +76,60 @@ def _field(value: object) -> SimpleNamespace:
     return SimpleNamespace(parts=values, data=range(len(values)), types=())
 
 
-def _noting(
-    mapped: Callable[..., dict[str, str]], parts: GGUFParts, left_out: list[str]
-) -> Callable[..., dict[str, str]]:
-    def noting(model: Any, *args: object, **options: object) -> dict[str, str]:
-        _check_size(parts, model)
-        return _Asked(mapped(model, *args, **options), left_out)
+def _load(
+    plain: Callable[..., dict[str, Any]],
+    parts: GGUFParts,
+    left_out: list[str],
+    path: str,
+    return_tensors: bool = False,
+    model_to_load: Any = None,
+    torch_dtype: torch.dtype | None = None,
+) -> dict[str, Any]:
+    """What transformers' ``load_gguf_checkpoint`` gives, with one tensor at a time beside it.
 
-    return noting
+    Args:
+        plain: that function.
+        parts: the file.
+        left_out: takes the names of tensors that the model lacks.
+        path, return_tensors, model_to_load, torch_dtype: as transformers has them.
+    """
+    from transformers import modeling_gguf_pytorch_utils as reading
+
+    found = plain(path)
+    if not return_tensors:
+        return found
+    _check_size(parts, model_to_load)
+    kinds, architecture = reading.TENSOR_PROCESSORS, str(parts.fields["general.architecture"])
+    processor = kinds.get(architecture, reading.TensorProcessor)(config=found["config"])
+    names = reading.get_gguf_hf_weights_map(model_to_load, processor)
+    weights: dict[str, Tensor] = {}
+    found["tensors"] = weights
+    told = {"tensor_key_mapping": names, "parsed_parameters": found}
+    for name in parts.tensors:
+        if _stays(processor, name, names):
+            if name in names:
+                weights[names[name]] = parts.read(name, torch_dtype)
+            else:
+                left_out.append(name)
+            continue
+        result = processor.process(weights=parts.read(name).numpy(), name=name, **told)
+        if result.name in names:
+            weights[names[result.name]] = torch.from_numpy(result.weights)
+        elif result.name is not None:  # None: a tensor of all experts, which was cut up
+            left_out.append(result.name)
+        for key, weight in weights.items():  # of experts there may be several
+            weights[key] = weight.to(torch_dtype or weight.dtype)
+    return found
+
+
+def _stays(processor: Any, name: str, names: dict[str, str]) -> bool:
+    """Whether transformers takes a tensor as it is, which a stand-in shows that allows nothing."""
+    stand_in, told = object(), {"tensor_key_mapping": names, "parsed_parameters": {"tensors": {}}}
+    try:
+        result = processor.process(weights=stand_in, name=name, **told)
+    except (AttributeError, TypeError):
+        return False
+    return result.weights is stand_in
 
 
 def _with_metadata() -> Iterator[ModuleType]:

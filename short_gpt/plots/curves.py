@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 SHOWN = 100
 TRAINED = {"lora": ("*", "LoRA"), "distill": ("D", "distilled")}
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
-LINES = {"refit": "s--", "linearpatch": "^:", "ghosted": "v:"}  # of what is healed in closed form
+LINES = {"refit": "s--", "linearpatch": "^:", "ghosted": "v:"}  # closed forms, also of old files
 
 
 def quality_curves(rows: Sequence[Row], *, title: str | None = None) -> Figure:

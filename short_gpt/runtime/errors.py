@@ -51,19 +51,21 @@ def one_line(text: str) -> str:
     return text if len(text) <= LINE else f"{text[: LINE - 300]} ... {text[-295:]}"
 
 
-def shortage(error: BaseException) -> str | None:
+def shortage(error: BaseException, *, elsewhere: bool = True) -> str | None:
     """What to do where memory or disk ran short, in one line; None if neither did.
 
     Args:
         error: what ended a run; what it was raised from counts too.
+        elsewhere: whether the same can be written to another disk.
     """
     first = str(error).split("\n")[0]
     if any(part in first for part in NO_SPACE):
-        return f"the disk is full ({first}); free some space, or write to another disk"
+        other = ", or write to another disk" if elsewhere else ""
+        return f"the disk is full ({first}); free some space{other}"
     known = isinstance(error, RuntimeError | OSError) and any(part in first for part in NO_MEMORY)
     if known or isinstance(error, MemoryError):
         return (
             f"not enough memory ({first or 'none left'}); use a smaller --batch_size or --size, "
             "--dtype bfloat16, or with rank --stream, which holds one layer at a time"
         )
-    return None if error.__cause__ is None else shortage(error.__cause__)
+    return None if error.__cause__ is None else shortage(error.__cause__, elsewhere=elsewhere)

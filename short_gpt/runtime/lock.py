@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -41,12 +42,20 @@ class Lock:
                 os.write(handle, _this_process().encode(errors="replace"))
             finalize(self, _release, handle, file, self.process)
 
+    def __enter__(self) -> Lock:
+        return self  # the with statement keeps the object to its end
+
+    def __exit__(self, *_: object) -> None: ...
+
 
 _HELD: WeakValueDictionary[Path, Lock] = WeakValueDictionary()
+_ASKING = threading.Lock()  # two threads of a process share its locks
 
 
 def hold(path: str | os.PathLike[str]) -> Lock:
     """The lock of a state; the one that this process has already, of it or of a folder around it.
+
+    One process that holds a folder does not keep out another that holds a folder inside it.
 
     Raises:
         ShortGPTError: another process holds it; the message says which.
@@ -55,12 +64,13 @@ def hold(path: str | os.PathLike[str]) -> Lock:
         >>> lock = hold("scores.json.state")  # doctest: +SKIP
     """
     target = Path(path).resolve()
-    for around in (target, *target.parents):
-        lock = _HELD.get(around)
-        if lock is not None and lock.process == os.getpid():  # else a fork's copy
-            return lock
-    lock = _HELD[target] = Lock(Path(path))
-    return lock
+    with _ASKING:
+        for around in (target, *target.parents):
+            lock = _HELD.get(around)
+            if lock is not None and lock.process == os.getpid():  # else a fork's copy
+                return lock
+        lock = _HELD[target] = Lock(Path(path))
+        return lock
 
 
 def _locked(path: Path, file: Path) -> int | None:

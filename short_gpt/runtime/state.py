@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Mapping
@@ -74,6 +75,7 @@ class StateFile:
         identity: what the run depends on, by the names that an error shows: model, data, seed...
         every: seconds between two saves.
         lock: of what it is a part of, such as a folder; None holds the file alone.
+        whole: what an error tells the user to delete; None is the file.
 
     Attributes:
         content: what the file held; None if there is none.
@@ -90,11 +92,13 @@ class StateFile:
         *,
         every: float = 120.0,
         lock: Lock | None = None,
+        whole: Path | None = None,
     ) -> None:
         self.path = Path(str(path))
+        self._whole = whole or self.path
         self.every = every
         self._lock = hold(self.path) if lock is None and first_rank() else lock
-        self._identity = dict(identity)
+        self._identity: JsonObject = json.loads(json.dumps(dict(identity)))  # as a file has it
         self._saved = time.monotonic()
         self.content = self._load()
 
@@ -110,23 +114,27 @@ class StateFile:
             other = ", ".join(sorted(theirs.keys() ^ self._identity.keys()))
             raise ShortGPTError(
                 f"{self.path} is the state of another version of this library, or of another "
-                f"command (it differs in what a state tells of: {other}); delete it or name "
-                "another state"
+                f"command (it differs in what a state tells of: {other}); delete {self._whole} "
+                "or name another state"
             )
         for name, value in self._identity.items():
             if theirs.get(name) != value:
                 raise ShortGPTError(
                     f"{self.path} is the state of a run with another {name}: "
                     f"{theirs.get(name)!r}, now {value!r}; go on with the former {name}, or delete "
-                    f"{self.path} to begin anew"
+                    f"{self._whole} to begin anew"
                 )
         if CHECKED not in found:
             raise ShortGPTError(
-                f"{self.path} is the state of another version of this library; delete it or name "
-                "another state"
+                f"{self.path} is the state of another version of this library; delete "
+                f"{self._whole} or name another state"
             )
-        if found[CHECKED] != content_digest(found):
-            raise damaged(self.path, self.path)
+        try:
+            as_saved = found[CHECKED] == content_digest(found)
+        except RecursionError:  # nested deeper than anything that is saved
+            as_saved = False
+        if not as_saved:
+            raise damaged(self.path, self._whole)
         return found
 
     def part(self, name: str) -> StateFile:

@@ -278,15 +278,19 @@ class Importance:
         third = residual_cubes(sums / count, cubes, with_count(products, sums, count))
         return pair_skewness(self.angular_covariance(n), third, count)
 
+    def mean(self, metric: str) -> Tensor:
+        """Mean over tokens of a metric of `metrics.LAYER_METRICS`, (L,)."""
+        return getattr(self, metric) / self.tokens.sum()
+
     @property
     def relative_magnitude(self) -> Tensor:
         """Mean over tokens of ||f(x)|| / ||x + f(x)||, (L,) (Samragh et al. 2023)."""
-        return self.magnitude / self.tokens.sum()
+        return self.mean("magnitude")
 
     @property
     def mean_norm(self) -> Tensor:
         """Mean over tokens of the norm of the state behind each layer, (L,)."""
-        return self.norm / self.tokens.sum()
+        return self.mean("norm")
 
     @property
     def sublayer_influence(self) -> Tensor:

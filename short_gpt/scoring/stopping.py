@@ -4,9 +4,10 @@ The windows are a simple random sample, without replacement, of all windows of t
 answer is settled when every chosen layer (or block) lies clearly below every other one.
 
 The promise is about runs, each with a random order of the windows: of all runs, at most
-1 - confidence end early with another answer than that of all windows. It is no promise about the
-runs that end early: where few do, more than that share of these few may be wrong. Of the error, a
-quarter goes to windows that were not seen, the rest to the tests:
+1 - confidence end early with another answer than that of all windows, unless windows decide that
+make up less than ``rare`` of all. It is no promise about the runs that end early: where few do,
+more than that share of these few may be wrong. Of the error, a quarter goes to windows that were
+not seen, the rest to the tests:
 
 Unseen windows. No sample tells of a kind of windows of which it holds none, however different they
 are. So the first look is where such a kind, if it makes up ``rare`` of all windows, was missed with
@@ -58,8 +59,8 @@ class Stop:
         n: how many layers are to be removed.
         angular: settle the best block of n layers instead of the n lowest Block Influences.
         confidence: of all runs, at most 1 - confidence end early with another answer than that of
-            all windows, unless windows decide that are rarer than ``rare``. Of the runs that end
-            early, a larger share may be wrong.
+            all windows, unless windows decide that make up less than ``rare`` of all. Of the runs
+            that end early, a larger share may be wrong.
         min_windows: windows read before the first look, at least.
         rare: share of all windows that a kind of its own must make up to be guarded against. The
             first look comes after about 6 / rare windows at 99%; of few windows, most are read.
@@ -250,7 +251,10 @@ class Verdict:
         closest = f"{self.closest}: z = {self.z:.2f}, needed {self.needed:.2f}"
         if self.settled:
             sure = self.stop.confidence
-            promise = f"of all runs at most {100 * (1 - sure):.4g}% end early and wrong"
+            promise = (
+                f"of all runs at most {100 * (1 - sure):.4g}% end early and wrong, unless windows "
+                f"decide that make up less than {100 * self.stop.rare:.4g}% of all"
+            )
             return f"{what} settled at {sure:.4g} after {read}; {closest}; {promise}"
         first = self.stop.first_look(self.population)
         early = f", looked at from {first:,} on" if self.windows < first else ""

@@ -1,6 +1,6 @@
 """Which layers go: by scores, by the loss without them, or as many as a perplexity allows.
 
-`methods` names all ways; `search` tries layers out (`trials`, `stack`); `perplexity_budget` takes
+`methods` names all ways; `search` tries layers out, by `partial_run`; `perplexity_budget` takes
 one layer more until the quality falls. The functions of scores are those of `scoring.order`, which
 the scores themselves call.
 """

@@ -1,42 +1,82 @@
-"""The methods by name: what each removes, from the scores of one pass or without any."""
+"""The methods by name: what each removes, from the scores of one pass or by the loss."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.scoring.importance import Importance
 from short_gpt.scoring.order import at_random, best_block, deepest, lowest, reverse, sequential
 
-METHODS: dict[str, str] = {
-    "bi": "lowest Block Influence (ShortGPT)",
-    "angular": "best block by the last token's angle (Gromov et al.)",
-    "angular_all": "best block by the angle at all tokens",
-    "deepest": "deepest layers but the last (Gromov et al., simple heuristic)",
-    "relative_magnitude": "lowest relative magnitude (Samragh et al.)",
-    "norm": "largest hidden-state norm (ShortGPT, Table 10)",
-    "sequential": "first layers",
-    "reverse": "last layers",
-    "random": "random layers",
-    "perplexity": "lowest perplexity without the one layer (Shortened LLaMA)",
-    "sleb": "greedily, lowest loss without the layer, scored anew (SLEB)",
-    "evolution": "the set of lowest loss that evolution finds (EvoPress)",
-}
-GREEDY = ("sleb",)
-BY_LOSS = ("perplexity", *GREEDY, "evolution")  # these run the model without layers: see `search`
-AS_SETS = ("evolution",)  # of these, fewer layers are not a part of more
-BLOCKS = ("angular", "angular_all", "deepest")  # these remove consecutive layers
 
-_CHOICES: dict[str, Callable[[Importance, int, int], list[int]]] = {
-    "bi": lambda scores, n, _: lowest(scores.block_influence, n),
-    "angular": lambda scores, n, _: best_block(scores.angular, n),
-    "angular_all": lambda scores, n, _: best_block(scores.angular_all_tokens, n),
-    "deepest": lambda scores, n, _: deepest(len(scores.layers), n),
-    "relative_magnitude": lambda scores, n, _: lowest(scores.relative_magnitude, n),
-    "norm": lambda scores, n, _: lowest(-scores.mean_norm, n),
-    "sequential": lambda scores, n, _: sequential(len(scores.layers), n),
-    "reverse": lambda scores, n, _: reverse(len(scores.layers), n),
-    "random": lambda scores, n, seed: at_random(len(scores.layers), n, seed),
+class Method(NamedTuple):
+    """One method; a row of `REGISTRY` is all that the rest of the library needs to know of it.
+
+    Attributes:
+        name: as users write it.
+        about: what it removes, for help and records.
+        choose: from the scores, the number of layers and a seed to places of layers; None runs
+            the model without layers, see `search`.
+        block: whether it removes consecutive layers.
+    """
+
+    name: str
+    about: str
+    choose: Callable[[Importance, int, int], list[int]] | None = None
+    block: bool = False
+
+
+REGISTRY = (
+    Method(
+        "bi",
+        "lowest Block Influence (ShortGPT)",
+        lambda scores, n, _: lowest(scores.block_influence, n),
+    ),
+    Method(
+        "angular",
+        "best block by the last token's angle (Gromov et al.)",
+        lambda scores, n, _: best_block(scores.angular, n),
+        block=True,
+    ),
+    Method(
+        "angular_all",
+        "best block by the angle at all tokens",
+        lambda scores, n, _: best_block(scores.angular_all_tokens, n),
+        block=True,
+    ),
+    Method(
+        "deepest",
+        "deepest layers but the last (Gromov et al., simple heuristic)",
+        lambda scores, n, _: deepest(len(scores.layers), n),
+        block=True,
+    ),
+    Method(
+        "relative_magnitude",
+        "lowest relative magnitude (Samragh et al.)",
+        lambda scores, n, _: lowest(scores.mean("magnitude"), n),
+    ),
+    Method(
+        "norm",
+        "largest hidden-state norm (ShortGPT, Table 10)",
+        lambda scores, n, _: lowest(-scores.mean("norm"), n),
+    ),
+    Method("sequential", "first layers", lambda scores, n, _: sequential(len(scores.layers), n)),
+    Method("reverse", "last layers", lambda scores, n, _: reverse(len(scores.layers), n)),
+    Method(
+        "random",
+        "random layers",
+        lambda scores, n, seed: at_random(len(scores.layers), n, seed),
+    ),
+    Method("perplexity", "lowest perplexity without the one layer (Shortened LLaMA)"),
+    Method("sleb", "greedily, lowest loss without the layer, scored anew (SLEB)"),
+)
+METHODS = {method.name: method.about for method in REGISTRY}
+BY_LOSS = tuple(method.name for method in REGISTRY if method.choose is None)
+BLOCKS = tuple(method.name for method in REGISTRY if method.block)
+REMOVED = {
+    "sleb_healed": "rank by sleb and heal what it removes, or compare sets once they are refitted",
+    "evolution": "rank by sleb; layers that it chose before are cut by their numbers (`layers`)",
 }
 
 
@@ -61,34 +101,20 @@ def choose(importance: Importance, n: int, *, method: str = "bi", seed: int = 0)
         [2, 3]
     """
     check_method(method)
-    if method in BY_LOSS:
+    (places_of,) = (row.choose for row in REGISTRY if row.name == method)
+    if places_of is None:
         raise ShortGPTError(
             f"{method} runs the model without layers, so scores do not tell them: rank by `method` "
             f"{method} (in Python short_gpt.selection.search)"
         )
     if method == "angular_all" and importance.token_angles.isnan().any():
         raise ShortGPTError("angular_all needs scores of all tokens; measure with all_tokens")
-    return [importance.layers[i] for i in _CHOICES[method](importance, n, seed)]
+    return [importance.layers[place] for place in places_of(importance, n, seed)]
 
 
 def check_method(method: str) -> None:
     """Raises ShortGPTError unless there is a method of this name."""
+    if method in REMOVED:
+        raise ShortGPTError(f"the method {method} was removed: {REMOVED[method]}")
     if method not in METHODS:
         raise ShortGPTError(f"no method {method!r}; expected one of {', '.join(METHODS)}")
-
-
-def check_by_loss(method: str, *, healed: bool) -> None:
-    """Raises ShortGPTError unless there is a search by loss of this name.
-
-    Args:
-        method: the name.
-        healed: whether something heals in its trials, as "sleb_healed" needs, and no other.
-    """
-    if method not in BY_LOSS:
-        raise ShortGPTError(f"no search by {method!r}; expected one of {', '.join(BY_LOSS)}")
-    if healed != (method == "sleb_healed"):
-        raise ShortGPTError(
-            f"the search by {method} "
-            + ("scores models as cut" if healed else "needs what heals")
-            + ": short_gpt.healing.search_healed scores them as healed"
-        )

@@ -1,47 +1,92 @@
 """Layers chosen by the loss of the model without them: one-shot, or greedily (SLEB).
 
-How a trial starts from a stored state is told in `trials`.
+A trial without layer j differs from the model only from j on, so it starts from the stored hidden
+state entering j: a round costs about half of what trials from the beginning cost, for the same
+losses. The states move on layer by layer as j does. Those before the layer that a round removes
+hold for the next round too; as many as memory allows are stored, the others computed anew.
+
+Shapes: B windows, S tokens, D width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
-from short_gpt.models.decoder import Decoder
+from torch import Tensor
+
+from short_gpt.data.windows import batches
+from short_gpt.evaluation.perplexity import check_predicted
+from short_gpt.models.decoder import Decoder, padded
 from short_gpt.models.numbering import check_count
+from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
+from short_gpt.runtime.progress import Bar, bar
 from short_gpt.runtime.state import StateFile
-from short_gpt.selection.evolved import evolution
-from short_gpt.selection.found import Options, Search
-from short_gpt.selection.mending import Mending
-from short_gpt.selection.methods import GREEDY, check_by_loss
-from short_gpt.selection.trials import Trials
+from short_gpt.selection.methods import BY_LOSS, check_method
+from short_gpt.selection.partial_run import PartialRun
 
-__all__ = ["Search", "by_loss", "one_shot", "sleb", "sleb_rounds"]
+Batch = tuple[Tensor, Tensor]  # tokens (B, S) and mask (B, S)
+Nats = dict[int, float]  # by candidate
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a search by loss runs.
+
+    Attributes:
+        candidates: positions that may be removed; None takes all.
+        batch_size: windows read at once.
+        max_memory: bytes for stored states. Windows that need more even for one state each are
+            read in groups, one after the other.
+        state: saves the search and continues it.
+        progress: whether to show a bar.
+    """
+
+    candidates: Collection[int] | None = None
+    batch_size: int = 1
+    max_memory: int = 2**31
+    state: StateFile | None = None
+    progress: bool = False
+
+    def allowed(self, count: int) -> list[int]:
+        """Candidates of a model of so many layers, whose first and last always stay."""
+        positions = range(count) if self.candidates is None else self.candidates
+        return [i for i in range(1, count - 1) if i in positions]
+
+
+@dataclass
+class Search:
+    """The result of a search.
+
+    Attributes:
+        removed: positions of the layers, in order of removal.
+        losses: for every round, the mean loss in nats per token without each candidate.
+        evaluations: layers run, each on one window, in a search that nothing interrupts.
+    """
+
+    removed: list[int] = field(default_factory=list)
+    losses: list[dict[int, float]] = field(default_factory=list)
+    evaluations: int = 0
+
 
 DEFAULT = Options()
 
 
 def by_loss(
-    decoder: Decoder,
-    windows: Sequence[Sequence[int]],
-    n: int,
-    options: Options,
-    *,
-    method: str,
-    budget: float = 1.0,
-    seed: int = 0,
+    decoder: Decoder, windows: Sequence[Sequence[int]], n: int, options: Options, *, method: str
 ) -> Search:
-    """The search of a name in `methods.BY_LOSS`; ``budget`` and ``seed`` are for evolution.
+    """The search of a name in `methods.BY_LOSS`.
 
     Raises:
-        ShortGPTError: the method is unknown, or it is "sleb_healed" and nothing heals.
+        ShortGPTError: the method is unknown.
     """
-    check_by_loss(method, healed=options.mending is not None)
-    if method in GREEDY:
-        return _last(_rounds(decoder, windows, n, options))
-    if method == "evolution":
-        return evolution(decoder, windows, n, options, budget=budget, seed=seed)
-    return _one_shot(decoder, windows, n, options)
+    if method not in BY_LOSS:
+        check_method(method)  # of one that was removed, says so
+        raise ShortGPTError(f"no search by {method!r}; expected one of {', '.join(BY_LOSS)}")
+    if method == "perplexity":
+        return _one_shot(decoder, windows, n, options)
+    return _last(sleb_rounds(decoder, windows, n, options))
 
 
 def sleb(
@@ -53,7 +98,6 @@ def sleb(
     batch_size: int = 1,
     max_memory: int = 2**31,
     state: StateFile | None = None,
-    mending: Mending | None = None,
     progress: bool = False,
 ) -> Search:
     """Removes greedily the layer whose absence costs least, n times (SLEB, arXiv:2402.09025).
@@ -65,23 +109,30 @@ def sleb(
         decoder: the model; it is left as it was.
         windows: token ids; all are read once for every candidate of every round.
         n: how many layers, 1 to L - 2.
-        candidates, batch_size, max_memory, state, progress: as `found.Options`.
-        mending: scores models as healed, so that the search removes what costs least then; see
-            `healing.gap_refit`.
+        candidates, batch_size, max_memory, state, progress: as of `Options`.
 
     Raises:
         ShortGPTError: n is out of range, or as in `decoder.pad`.
         NotFiniteError: a loss is NaN or infinite.
     """
-    options = Options(candidates, batch_size, max_memory, state, mending, progress)
-    return _last(_rounds(decoder, windows, n, options))
+    options = Options(candidates, batch_size, max_memory, state, progress)
+    return _last(sleb_rounds(decoder, windows, n, options))
 
 
 def sleb_rounds(
     decoder: Decoder, windows: Sequence[Sequence[int]], n: int, options: Options = DEFAULT
 ) -> Iterator[Search]:
     """The same search, n times: the result so far after every round. As in `sleb`."""
-    return _rounds(decoder, windows, n, options)
+    count = len(decoder.layers)
+    allowed = options.allowed(count)
+    check_count(n, count, most=len(allowed))
+    trials = Trials(decoder, windows, options)
+    total = sum(len(allowed) - i for i in range(n)) * trials.groups
+    with trials.shown(total, options.progress) as shown:
+        for left in reversed(range(n)):
+            alive = [i for i in range(count) if i not in trials.result.removed]
+            trials.round([i for i in alive[1:-1] if i in allowed], shown.update, again=left > 0)
+            yield trials.result
 
 
 def one_shot(
@@ -98,23 +149,7 @@ def one_shot(
 
     Arguments and errors as in `sleb`; every layer is a candidate, n is 1 to L - 1.
     """
-    options = Options(None, batch_size, max_memory, state, None, progress)
-    return _one_shot(decoder, windows, n, options)
-
-
-def _rounds(
-    decoder: Decoder, windows: Sequence[Sequence[int]], n: int, options: Options
-) -> Iterator[Search]:
-    count = len(decoder.layers)
-    allowed = options.allowed(count)
-    check_count(n, count, most=len(allowed))
-    trials = Trials(decoder, windows, options)
-    total = sum(len(allowed) - i for i in range(n)) * trials.groups
-    with trials.shown(total, options.progress) as shown:
-        for left in reversed(range(n)):
-            alive = [i for i in range(count) if i not in trials.result.removed]
-            trials.round([i for i in alive[1:-1] if i in allowed], shown.update, again=left > 0)
-            yield trials.result
+    return _one_shot(decoder, windows, n, Options(None, batch_size, max_memory, state, progress))
 
 
 def _last(rounds: Iterator[Search]) -> Search:
@@ -133,3 +168,184 @@ def _one_shot(
     loss = trials.result.losses[0]
     trials.result.removed = sorted(loss, key=lambda i: (loss[i], i))[:n]
     return trials.result
+
+
+class Trials:
+    """Rounds of trials, with the result so far.
+
+    Args:
+        decoder: the model.
+        windows: token ids.
+        options: how it runs.
+
+    Attributes:
+        result: the search so far.
+        groups: how many groups of windows each candidate is tried on, one after the other.
+
+    Raises:
+        ShortGPTError: no window has a token to predict, or as in `decoder.pad`.
+    """
+
+    def __init__(
+        self, decoder: Decoder, windows: Sequence[Sequence[int]], options: Options
+    ) -> None:
+        self._layers, self._state = range(len(decoder.layers)), options.state
+        self._run = PartialRun(decoder)
+        read = [
+            (tokens, mask)
+            for batch in batches(windows, options.batch_size)
+            for _, tokens, mask in padded(batch, decoder)
+        ]
+        self._predicted = sum(int(mask[:, 1:].sum()) for _, mask in read)
+        check_predicted(self._predicted)
+        self._groups = list(self._grouped(read, options.max_memory))
+        self.groups = len(self._groups)
+        self._stored: dict[int, list[Tensor]] = {}  # by layer, the states (B, S, D) entering it
+        self._storing: set[int] = set()  # the same layers, had the search not been interrupted
+        self._windows = len(windows)
+        size = sum(self._bytes(batch) for batch in read)
+        # two more are in use while the states move on
+        self._room = 0 if self.groups > 1 else options.max_memory // size - 2
+        self.result, self._done = continued(options.state)
+        self._kept, self._rounds = len(self.result.losses), 0  # of a state; counted so far
+
+    def shown(self, total: int, show: bool) -> Bar:
+        """A bar of all trials, those that a saved search has tried before it among them."""
+        tried = sum(map(len, self.result.losses)) * self.groups + sum(map(len, self._done))
+        return bar("searching", total=total, unit="trial", show=show, done=tried)
+
+    def _bytes(self, batch: Batch) -> int:
+        """Of one state of a batch."""
+        return batch[0].numel() * self._run.bytes_per_token
+
+    def _grouped(self, padded: list[Batch], max_memory: int) -> Iterator[list[Batch]]:
+        """Batches whose states fit into ``max_memory``, at least one at a time."""
+        group: list[Batch] = []
+        used = 0
+        for batch in padded:
+            if group and used + self._bytes(batch) > max_memory:
+                yield group
+                group, used = [], 0
+            group.append(batch)
+            used += self._bytes(batch)
+        yield group
+
+    def round(
+        self, candidates: Sequence[int], tick: Callable[[int], object], *, again: bool = False
+    ) -> None:
+        """Scores the candidates and removes the best, unless a saved search did so already.
+
+        Args:
+            candidates: positions, ascending.
+            tick: called with 1 after every trial.
+            again: whether another round follows, so that states are worth storing.
+
+        Raises:
+            NotFiniteError: a loss is NaN or infinite.
+        """
+        if self._rounds < self._kept:
+            self._count(list(self.result.losses[self._rounds]), again=again)
+            return
+        try:
+            for number, group in enumerate(self._groups):
+                while len(self._done) <= number:
+                    self._done.append({})
+                self._try(candidates, group, self._done[number], tick, again=again)
+        except BaseException:
+            self._save()
+            raise
+        self._remove_best({i: sum(done[i] for done in self._done) for i in candidates})
+        self._count(candidates, again=again)
+        self._save()
+
+    def _remove_best(self, nats: Nats) -> None:
+        bad = [i for i, value in nats.items() if not math.isfinite(value)]
+        if bad:
+            raise NotFiniteError(f"the loss without layer {bad[0]} is NaN or infinite")
+        best = min(nats, key=lambda i: (nats[i], i))
+        # states entering layers up to the removed one are those of the next round too
+        self._stored = {i: states for i, states in self._stored.items() if i <= best}
+        self.result.removed.append(best)
+        self.result.losses.append({i: value / self._predicted for i, value in nats.items()})
+        self._done = [{}]
+
+    def _try(
+        self,
+        candidates: Sequence[int],
+        group: list[Batch],
+        done: Nats,
+        tick: Callable[[int], object],
+        *,
+        again: bool,
+    ) -> None:
+        """Adds each candidate's nats on the group's windows to ``done``, unless they are there."""
+        at, states = 0, None  # the layer that the states at hand enter; None: the embeddings
+        for j in candidates:
+            if j in done:
+                continue
+            for i in sorted(self._stored):  # a stored state may be nearer than the one at hand
+                if at <= i <= j:
+                    at, states = i, self._stored[i]
+            states, at = self._moved(group, states, at, j), j
+            if again and j not in self._stored and len(self._stored) < self._room:
+                self._stored[j] = states
+            done[j] = self._nats_without(j, group, states)
+            tick(1)
+            if self._state is not None and self._state.due():
+                self._save()
+
+    def _alive(self, start: int, end: int | None = None) -> list[int]:
+        return [i for i in self._layers[start:end] if i not in self.result.removed]
+
+    def _moved(
+        self, group: list[Batch], states: list[Tensor] | None, at: int, j: int
+    ) -> list[Tensor]:
+        """The states entering layer j, (B, S, D) each, from those entering layer ``at``."""
+        between = self._alive(at, j)
+        return [
+            self._run.advance(tokens, between, None if states is None else states[k])
+            for k, (tokens, _) in enumerate(group)
+        ]
+
+    def _nats_without(self, j: int, group: list[Batch], states: list[Tensor]) -> float:
+        """Summed loss on a group's windows without layer j, from the states that enter it."""
+        rest = self._alive(j + 1)
+        return sum(
+            self._run.nats(tokens, mask, rest, state)
+            for (tokens, mask), state in zip(group, states, strict=True)
+        )
+
+    def _count(self, candidates: Sequence[int], *, again: bool) -> None:
+        """Counts what a round runs from its beginning, as `_try` does; arguments as in `round`."""
+        gone = self.result.removed[: self._rounds]
+        alive = [i for i in self._layers if i not in gone]
+        at = 0
+        for j in candidates:
+            at = max(i for i in (at, *self._storing) if i <= j)
+            self.result.evaluations += self._windows * sum(i >= at and i != j for i in alive)
+            if again and len(self._storing) < self._room:
+                self._storing.add(j)
+            at = j
+        best = self.result.removed[self._rounds]
+        self._storing = {i for i in self._storing if i <= best}
+        self._rounds += 1
+
+    def _save(self) -> None:
+        if self._state is not None:
+            search = {**vars(self.result), "done": self._done}
+            self._state.save({"search": search})
+
+
+def continued(state: StateFile | None) -> tuple[Search, list[Nats]]:
+    """The search that a state holds, and by group the nats of the round begun; new ones if none."""
+    if state is None or not state.content:
+        return Search(), [{}]
+    content = state.content["search"]
+    losses, done = ([_by_layer(x) for x in content[name]] for name in ("losses", "done"))
+    # evaluations are counted again, by rounds
+    return Search(list(content["removed"]), losses), done or [{}]
+
+
+def _by_layer(content: Mapping[str, float]) -> Nats:
+    """Losses by layers, whose numbers JSON has turned into strings."""
+    return {int(i): value for i, value in content.items()}

@@ -10,6 +10,7 @@ import torch
 
 from llama import Llama
 from llama.checkpoint.meta import args_of_params, read_params
+from llama.formats.gguf_parts import part_paths
 from llama.io.hub import resolve
 from llama.io.sources import is_meta, kind_of
 from llama.parallel import choose_device, choose_dtype, initialize, several_ranks
@@ -39,7 +40,7 @@ class OpenOptions:
     Attributes:
         n_prune_layers: how many layers `remove_layers` takes out; may be set later.
         tokenizer_path: tokenizer file of Meta's format or of a streamed model; None looks beside
-            the checkpoint. Other models bring their own.
+            the checkpoint. Other models bring their own, and refuse one.
         max_seq_len: longest window in tokens, of Meta's format or streamed.
         max_batch_size: most windows read at once, of Meta's format or streamed.
         seed: of what a model samples.
@@ -154,6 +155,7 @@ def open_hf(source: str, options: OpenOptions = DEFAULTS) -> ShortHFModel:
 
     A directory in Meta's format is none: `open_model` tells the formats apart.
     """
+    check_tokenizer(options.tokenizer_path, source)
     if options.model_parallel_size not in (None, 1):
         raise ShortGPTError(
             f"model_parallel_size {options.model_parallel_size}: only Meta's format is split over "
@@ -172,6 +174,26 @@ def open_hf(source: str, options: OpenOptions = DEFAULTS) -> ShortHFModel:
         device=place,
         dtype=kind,
         trust_remote_code=options.trust_remote_code,
+    )
+
+
+def reads_tokenizer(source: str, *, stream: bool = False) -> bool:
+    """Whether a model is read with a tokenizer file that is named; others bring their own.
+
+    Raises:
+        FileNotFoundError: as that of `is_meta`.
+    """
+    return stream or is_meta(source)
+
+
+def check_tokenizer(tokenizer_path: str | None, *models: str, stream: bool = False) -> None:
+    """Raises ShortGPTError where a tokenizer is named that none of these models is read with."""
+    if tokenizer_path is None or any(reads_tokenizer(name, stream=stream) for name in models):
+        return
+    names = " and ".join(dict.fromkeys(models))
+    raise ShortGPTError(
+        f"`tokenizer_path` {tokenizer_path} has no effect on {names}, "
+        "whose own tokenizer is read; Meta's format and streamed models take another: leave it out"
     )
 
 
@@ -218,14 +240,15 @@ def weights_of(source: str) -> str | None:
     The same weights in another format, or in other shards, have another one too.
 
     Args:
-        source: directory in either format, GGUF file or hub id, which is fetched.
+        source: directory in either format, GGUF file or hub id, which is fetched. Of a GGUF model
+            in several files any of them stands for all.
 
     Returns:
         None where there are none of a known format. All bytes are read, once in a process.
     """
     kind = kind_of(source)
     if kind == "gguf":
-        return files_digest([Path(source)])
+        return files_digest(part_paths(Path(source)))
     folder = resolve(source)
     for pattern in ("consolidated.*.pth",) if kind == "meta" else ("*.safetensors", "*.bin"):
         if files := sorted(folder.glob(pattern)):

@@ -15,7 +15,7 @@ from llama.formats.convert import meta_to_hf
 from llama.generation import check_numbers
 from llama.io.sources import is_gguf
 from llama.parallel import choose_device, choose_dtype
-from llama.sampling import COLDEST
+from llama.sampling import COLDEST, check_logits
 from llama.tokenizer import check_text, find_tokenizer
 from short_gpt.checkpoints.gguf_save import save_gguf
 from short_gpt.checkpoints.provenance import Provenance
@@ -29,7 +29,7 @@ from short_gpt.models.decoder import check_vocabulary
 from short_gpt.models.hf import HFDecoder, check_layers_path
 from short_gpt.models.loading import generation_explained, load, place_of
 from short_gpt.models.pretrained import PretrainedModel, PretrainedTokenizer
-from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
 from short_gpt.wrappers.short_model import ShortModel, check_texts
 
 if TYPE_CHECKING:
@@ -181,6 +181,7 @@ class ShortHFModel(ShortModel):
             # else transformers takes ids that equal the padding's for padding
             attention_mask=torch.ones_like(tokens),
             max_new_tokens=count,
+            logits_processor=[_checked],
             **options,
         )
         with generation_explained(self.model, self.source, generate):
@@ -291,7 +292,12 @@ class ShortHFModel(ShortModel):
 
     def _read_again(self, directory: Path) -> ShortHFModel:
         again = type(self.model).from_pretrained(directory, dtype=self.model.dtype)
-        copy_weights(cast("PreTrainedModel", again))
+        if damaged := copy_weights(cast("PreTrainedModel", again)):
+            raise NotFiniteError(
+                f"{self.source} has NaN or infinite weights, {damaged[0]} of what was written, "
+                "and its logits prove nothing of a copy; fetch the weights anew, or leave the "
+                "proof out (`verify` no)"
+            )
         if not getattr(again, "is_quantized", False):  # those are where they belong
             again.to(self.decoder.device)
         return ShortHFModel(again, self._layers_path)
@@ -308,3 +314,9 @@ class ShortHFModel(ShortModel):
                 "put its files beside the weights"
             )
         return self.tokenizer
+
+
+def _checked(_: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """What `generate` chooses from, (B, V), unless it is NaN."""
+    check_logits(scores)
+    return scores

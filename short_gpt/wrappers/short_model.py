@@ -17,10 +17,8 @@ from short_gpt.models.weight_changes import REMOVED_SUBLAYERS, WeightChange
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.state import StateFile
 from short_gpt.scoring.importance import Importance
-from short_gpt.selection.found import Options
-from short_gpt.selection.mending import Mending
 from short_gpt.selection.perplexity_budget import CONFIDENCE, Budget, most_layers
-from short_gpt.selection.search import Search, by_loss
+from short_gpt.selection.search import Options, Search, by_loss
 from short_gpt.wrappers.scored_model import ScoredModel
 from short_gpt.wrappers.sublayers import remove_sublayers, sublayer_parameters
 
@@ -74,12 +72,9 @@ class ShortModel(ScoredModel):
         *,
         method: str = "sleb",
         candidates: Sequence[int] | None = None,
-        budget: float = 1.0,
-        seed: int = 0,
         batch_size: int = 1,
         max_memory: int = 2**31,
         state: StateFile | None = None,
-        mending: Mending | None = None,
         progress: bool = True,
     ) -> Search:
         """The layers to remove by the loss without them; see `search.sleb` and `search.one_shot`.
@@ -87,12 +82,10 @@ class ShortModel(ScoredModel):
         Args:
             windows: token ids, all read for every candidate.
             n: how many layers.
-            method: "sleb", "evolution", or "perplexity" for the one-shot choice; "sleb_healed" is
-                called by `healing.search_healed`, which gives the ``mending``.
+            method: "sleb", or "perplexity" for the one-shot choice.
             candidates: original numbers of the layers that may be removed; None for all, as the
                 one-shot choice takes in any case.
-            budget, seed: of `evolved.evolution`.
-            batch_size, max_memory, state, mending, progress: as there.
+            batch_size, max_memory, state, progress: as there.
 
         Returns:
             Layers in original numbers, in order of removal, and the losses of all trials.
@@ -104,12 +97,12 @@ class ShortModel(ScoredModel):
         self.check_whole()
         self._check_weights()
         few = None if candidates is None else [self.kept.index(i) for i in candidates]
-        options = Options(few, batch_size, max_memory, state, mending, progress)
-        found = by_loss(self.decoder, windows, n, options, method=method, budget=budget, seed=seed)
+        options = Options(few, batch_size, max_memory, state, progress)
+        found = by_loss(self.decoder, windows, n, options, method=method)
         # a search counts places in the model as it is now; what a user sees are original numbers
         numbers = [{self.kept[i]: v for i, v in loss.items()} for loss in found.losses]
         removed = [self.kept[i] for i in found.removed]
-        return Search(removed, numbers, found.evaluations, found.loss)
+        return Search(removed, numbers, found.evaluations)
 
     def layers_within(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import filecmp
+import io
 import json
 import math
 import re
@@ -11,13 +12,16 @@ from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from commands import fails, run
+from gguf import GGMLQuantizationType, quants
 from gguf_families import make, write_model
 from gguf_files import stack_file
 from transformers import AutoModelForCausalLM
 
+from llama.errors import InputError
 from llama.formats.gguf_header import read_header
 from llama.formats.gguf_parts import GGUFParts
 from llama.formats.gguf_write import UINT32
@@ -107,6 +111,73 @@ def test_files_in_parts_are_read_and_written(tmp_path):
         GGUFParts(parts.path)
     with pytest.raises(ShortGPTError, match=r"m3.gguf says that it is part 2 of 3"):
         GGUFParts(tmp_path / "m3.gguf")
+
+
+@pytest.fixture
+def in_pieces(tmp_path, monkeypatch) -> tuple[GGUFParts, dict[str, torch.Tensor], list[int]]:
+    """A model in three files, read in pieces; its tensors; the bytes of each read from now on."""
+    stack_file(tmp_path / "m.gguf", split=6)
+    values = {"token_embd.weight": torch.arange(64.0).reshape(2, 32)}
+    values["output_norm.weight"] = torch.ones(8)
+    for i in range(8):
+        rows = np.random.default_rng(i).standard_normal((3, 32)).astype(np.float32)
+        packed = quants.quantize(rows, GGMLQuantizationType.Q4_0)
+        unpacked = quants.dequantize(packed, GGMLQuantizationType.Q4_0)
+        values[f"blk.{i}.ffn_down.weight"] = torch.from_numpy(unpacked)
+        values[f"blk.{i}.attn_norm.weight"] = torch.from_numpy(rows[0, :7].copy())
+    parts, asked = GGUFParts(tmp_path / "m-00001-of-00003.gguf"), []
+    monkeypatch.setattr("llama.formats.gguf_parts.CHUNK_BYTES", 10)
+    monkeypatch.setattr("llama.formats.gguf_parts.CHUNK_VALUES", 31)
+    plain = np.fromfile
+
+    def fromfile(file, dtype, count):
+        asked.append(count)
+        return plain(file, dtype, count)
+
+    class Asked(io.FileIO):
+        def read(self, size=-1):
+            asked.append(size)
+            return super().read(size)
+
+    monkeypatch.setattr("numpy.fromfile", fromfile)
+    monkeypatch.setattr("llama.formats.gguf_parts.open", Asked, raising=False)
+    return parts, values, asked
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16, torch.float16])
+def test_a_tensor_is_read_row_by_row_from_its_own_file(in_pieces, dtype):
+    """Rows of 32 values are 128 bytes in float32 and 18 in Q4_0."""
+    parts, values, asked = in_pieces
+    assert parts.tensors.keys() == values.keys()
+    assert {parts.part_of(name) for name in values} == {0, 1, 2}
+    for name, value in values.items():
+        asked.clear()
+        found = parts.read(name, dtype)
+        assert torch.equal(found, value.to(dtype or torch.float32)) and found.is_contiguous()
+        assert found.dtype == (dtype or torch.float32)
+        row_bytes = 18 if "ffn_down" in name else 4 * value.shape[-1]
+        assert asked == [row_bytes] * (len(value) if value.dim() > 1 else 1)
+
+
+def test_a_tensors_bytes_come_in_pieces_that_end_with_it(in_pieces):
+    parts, values, asked = in_pieces
+    for name in values:
+        asked.clear()
+        pieces, nbytes = list(parts.chunks(name)), parts.tensors[name].nbytes
+        sizes = [10] * (nbytes // 10) + [nbytes % 10] * (nbytes % 10 > 0)
+        assert [len(piece) for piece in pieces] == asked == sizes
+        start, whole = parts.tensors[name].start, parts.paths[parts.part_of(name)].read_bytes()
+        assert b"".join(pieces) == whole[start : start + nbytes]
+
+
+def test_a_file_that_was_cut_off_since_it_was_opened_is_told(tmp_path):
+    stack_file(tmp_path / "m.gguf")
+    parts = GGUFParts(tmp_path / "m.gguf")
+    name = list(parts.tensors)[-1]
+    parts.path.write_bytes(parts.path.read_bytes()[: parts.tensors[name].start + 8])
+    for read in (parts.read, lambda name: list(parts.chunks(name))):
+        with pytest.raises(InputError, match=r"m\.gguf was cut off while it was read"):
+            read(name)
 
 
 def with_count(path: Path, change: int, at: int = 8) -> None:

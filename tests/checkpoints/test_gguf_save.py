@@ -238,7 +238,7 @@ def test_a_write_that_fails_loses_nothing(gemma, capsys, monkeypatch):
     assert states == ["whole, 5 layers", "pruned, 4 layers", "healed"]
     line, command = said[-1].rsplit("the same call continues: ", 1)
     assert line.startswith("short-gpt: out.gguf was not written: the disk is full")
-    assert "out.gguf.refit keeps what was healed" in line
+    assert "out.gguf.refit keeps what was healed" in line and "another disk" not in line
     assert shlex.split(command) == ["short-gpt", *map(str, REFIT)]
 
     def again(*_: object) -> None:
@@ -249,6 +249,21 @@ def test_a_write_that_fails_loses_nothing(gemma, capsys, monkeypatch):
     found = json.loads(Path("healed.json").read_text())["result"]["perplexity"]
     assert rows[-1].endswith(f" {found['healed']:.3f}")
     assert Path("out.gguf").exists() and not Path("out.gguf.refit").exists()
+
+
+def test_a_write_that_is_refused_is_not_to_be_tried_again(gemma, capsys, monkeypatch):
+    """The same command would end in the same way."""
+
+    def refused(*_: object, **__: object) -> None:
+        raise ShortGPTError("norm.weight was changed, and where it belongs is not known")
+
+    monkeypatch.setattr("short_gpt.checkpoints.gguf.write_again", refused)
+    with pytest.raises(SystemExit):
+        run(*REFIT)
+    line = capsys.readouterr().err.splitlines()[-1]
+    start = "short-gpt: out.gguf was not written: norm.weight was changed, and where it belongs is"
+    assert line.startswith(start) and "out.gguf.refit keeps what was healed" in line
+    assert line.endswith("but the same call is refused again until that is mended")
 
 
 def test_a_python_caller_is_told_of_a_write_that_failed(tmp_path, monkeypatch):

@@ -108,9 +108,53 @@ def test_a_weight_that_is_no_number_is_told_where_a_proof_needs_one(here, capsys
         (("convert", model, "out", "--verify"), model),
     ):
         line = told(capsys, *command)
-        assert f"{name} gives NaN or infinite logits, which prove nothing of a copy" in line
+        own = {"ckpt": "feed_forward.w2", "hf": "mlp.down_proj"}[model]
+        assert f"{name} has NaN or infinite weights, layer 2 in {own}.weight, and its" in line
         assert "or leave the proof out (--verify no)" in line and not Path("out").exists()
     run("prune", model, "out", *CUT, "--verify", "no")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+@pytest.mark.parametrize("model", ["ckpt", "hf", "m.gguf"])
+def test_a_weight_that_the_logits_do_not_show_is_named(here, capsys, model, value):
+    """A row of the embedding that no token of the proof reads."""
+    convert("ckpt", "hf")
+    weights = load_file("hf/model.safetensors")
+    weights["model.embed_tokens.weight"][-1, 0] = value
+    save_file(weights, "hf/model.safetensors", {"format": "pt"})
+    if model == "m.gguf":
+        convert("hf", model, type="f32")
+    if model == "ckpt":
+        convert("hf", "broken", to="meta", verify=False)
+        model = "broken"
+    own = {"hf": "model.embed_tokens", "broken": "tok_embeddings"}.get(model, "embed_tokens")
+    to = "meta" if model == "hf" else "hf"
+    prune = ("prune", model, "out", *CUT, "--to", "hf")
+    for command in (prune, ("convert", model, "out", "--to", to)):
+        line = told(capsys, *command)
+        assert "has NaN or infinite weights, " in line and f"{own}.weight" in line
+        assert "or leave the proof out (--verify no)" in line and not Path("out").exists()
+    run(*prune, "--verify", "no")
+    assert "verified" not in "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_a_damaged_layer_may_be_cut(here, capsys, layers):
+    stored(lambda weight: weight.fill_(float("nan")))
+    if layers == 2:
+        run("prune", "ckpt", "out", "--layers", 2, "--verify")
+        assert "verified: " in "".join(capsys.readouterr())
+    else:
+        assert "layer 2 in " in told(capsys, "prune", "ckpt", "out", "--layers", 1, "--verify")
+
+
+@pytest.mark.parametrize("model", ["ckpt", "hf"])
+@pytest.mark.parametrize("temperature", [0, 0.6])
+def test_no_token_is_chosen_of_logits_that_are_no_numbers(here, capsys, model, temperature):
+    stored(lambda weight: torch.full_like(weight, float("nan")))
+    convert("ckpt", "hf", verify=False)
+    line = told(capsys, "generate", model, "a text", "--temperature", temperature)
+    assert "gives NaN or infinite logits, of which no token can be chosen" in line
 
 
 UNUSABLE = "hf cannot generate by its generation_config.json: "

@@ -445,6 +445,20 @@ def test_reproduce_runs_the_protocol_on_a_model_of_the_papers_shape(ckpt, capsys
         (["rank", "ckpt", *DATA, "--out", "a.json", "--plots", "a.json"], "into the file a.json"),
         (["demo", "--out_dir", "ckpt", "--overwrite"], "ckpt exists and holds no layers.json"),
         (["rank", "ckpt", *DATA, "--out", "book.txt/r.json"], "is no writable directory"),
+        (
+            ["rank", "ckpt", *DATA, "--json", "r.json", "--save_every", "-1"],
+            "--save_every -1.0: e",
+        ),
+        (["rank", "ckpt", *DATA, "--n", "1", "--rare", "1e400"], "--rare expects a finite number"),
+        (
+            ["heal", "ckpt", "x", "--method", "lora", "--learning_rate", "1e400"],
+            "--learning_rate expects a finite number, got inf",
+        ),
+        (
+            ["generate", "ckpt", "a", f"--temperature={10**400}"],
+            "--temperature expects a finite number, got 1000",
+        ),
+        (["evaluate", "ckpt", "ckpt"], "ckpt is named twice: name it once, or another beside it"),
     ],
 )
 def test_mistakes_cost_one_line(ckpt, capsys, argv, message):

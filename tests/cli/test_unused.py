@@ -19,7 +19,6 @@ UNUSED = [
     (("prune", *TWO, "--layers", "1", "--confidence", 0.9), "--max_perplexity_ratio"),
     (("prune", *TWO, "--layers", "1", "--bos", "every"), "--max_perplexity_ratio"),
     (("rank", "model", "--n", 2, "--candidates", 3), "--method sleb"),
-    (("rank", "model", "--n", 2, "--method", "sleb", "--budget", 2), "--method evolution"),
     (("rank", "model", "--confidence", 0.9), "--n, a --seed"),
     (("rank", "model", "--rare", 0.1), "--n, a --seed"),
     (("rank", "model", "--n", 2, "--confidence", "none", "--rare", 0.1), "a --confidence"),
@@ -33,12 +32,11 @@ UNUSED = [
     (("reproduce", "model", "--confidence", "none", "--rare", 0.1), "a --confidence"),
     (("compare", "model", "--steps", 5), "lora or distill in --healing"),
     (("compare", "model", "--seeds", 5, "--methods", "bi"), "random in --methods"),
-    (("compare", "model", "--search_windows", 5, "--methods", "bi"), "evolution in --methods"),
+    (("compare", "model", "--search_windows", 5, "--methods", "bi"), "sleb in --methods"),
     (("compare", "model", "--limit", 5), "--tasks"),
     (("evaluate", "model", "--num_fewshot", 5), "--tasks"),
     (("evaluate", "model", "--data", "none", "--tasks", "piqa", "--size", 5), "--data"),
     (("evaluate", "model", "--data", "none", "--tasks", "piqa", "--bos", "first"), "--data"),
-    (("draft", *TWO, "--prompts", "p.txt", "--size", 5), "(no --prompts)"),
     (("generate", "model", "text", "--temperature", 0, "--top_p", 0.5), "--temperature above 0"),
 ]
 
@@ -84,7 +82,6 @@ SPLITS, COLUMNS, META = "data with splits", "data with columns", "a model in Met
             ("heal", "hf", "out", "--data", "a.txt", "--eval_data", "a.txt", "--column", "n"),
             COLUMNS,
         ),
-        (("draft", "hf", "hf", "--prompts", "a.txt", "--column", "n"), COLUMNS),
     ],
 )
 def test_what_a_source_has_no_use_for_is_refused(here, capsys, argv, needs):
@@ -98,7 +95,7 @@ def test_what_a_source_has_no_use_for_is_refused(here, capsys, argv, needs):
         ("rank", {"model": "meta", "tokenizer_path": "t"}),
         ("rank", {"model": "hf", "tokenizer_path": "t", "stream": True}),
         ("rank", {"model": "missing", "tokenizer_path": "t"}),
-        ("draft", {"model": "hf", "pruned": "meta", "tokenizer_path": "t"}),
+        ("evaluate", {"model": "hf", "pruned": "meta", "tokenizer_path": "t"}),
         ("heal", {"model": "hf", "teacher": "meta", "tokenizer_path": "t"}),
         ("rank", {"split": "train"}),
         ("rank", {"split": "train", "data": "allenai/c4:en"}),
@@ -109,7 +106,6 @@ def test_what_a_source_has_no_use_for_is_refused(here, capsys, argv, needs):
         ("rank", {"column": "n", "data": "rows"}),
         ("rank", {"column": "n", "data": "allenai/c4:en"}),
         ("heal", {"column": "n", "data": "a.txt", "eval_data": "b.jsonl"}),
-        ("draft", {"column": "n", "prompts": "b.jsonl"}),
     ],
 )
 def test_what_a_source_reads_passes(here, command, given):
@@ -132,6 +128,18 @@ def test_what_counts_or_asks_for_nothing_passes():
         {"confidence": None},
         {"sublayers": False, "method": "sleb", "n": 2},
         {"candidates": 3, "method": "sleb", "n": 2},
-        {"candidates": 3, "method": "evolution", "budget": 2.0, "n": 2},
     ):
         refuse_unused("rank", given, defaults)
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (("draft", "model", "pruned"), "the command draft was removed: compare"),
+        (("rank", "model", "--healed"), "rank --healed was removed: heal what"),
+        (("rank", "model", "--budget", 2), "rank --budget was removed: it was for"),
+        (("rank", "model", "--n", 2, "--method", "evolution"), "evolution was removed: rank by"),
+    ],
+)
+def test_what_was_removed_says_what_to_use(argv, said, capsys):
+    assert said in fails(capsys, *argv)

@@ -51,7 +51,7 @@ def test_a_copy_that_is_cut_elsewhere_shares_its_text_at_every_size(size, shift,
     learned = cut(text, size, **order)
     shared = overlapping(learned, cut(text[shift:], size, **order))
     read = 500 - shift - (500 - shift) % size  # of the copy; its own tail is no window
-    touched = {i for i, w in enumerate(learned) if shift - size < w.origin[1] < shift + read}
+    touched = {i for i, w in enumerate(learned) if shift - size < w.origin.position < shift + read}
     assert set(shared) == touched
     assert overlapping(learned, cut(other, size, **order)) == {}
 
@@ -63,6 +63,51 @@ def test_single_windows_of_a_copy_share_at_least_half(size, shift, seed):
     alone = [list(w) for w in cut(text, size)]  # of which nothing tells that they meet
     for window in cut(text[shift : size * len(alone)], size):
         assert overlapping(alone, [list(window)])
+
+
+PHRASES = ("and the ", "of the lord", "unto the king ", "in the day of ", "he said unto them ")
+
+
+def verses(seed: int) -> str:
+    """A text that has many phrases in common with others of its kind."""
+    rng = random.Random(seed)
+    return "".join(rng.choice(PHRASES) + letters(rng.randint(2, 9), seed + i) for i in range(300))
+
+
+@pytest.mark.parametrize("size", [*range(2, 17), 24, 32, 48, 64])
+@pytest.mark.parametrize("limit", [8, 16, 64])
+def test_a_few_windows_of_a_copy_are_found_where_they_meet_its_own(size, limit):
+    """Windows that do not meet each other: the text that they stand in says what they are."""
+    text, other = verses(0), verses(1000)
+    learned, judged = (cut(t, size, seed=0, limit=limit) for t in (text, other))
+    assert overlapping(learned, judged) == {}
+    for shift in range(1, 11):
+        copied = cut(text[shift:], size, seed=0, limit=limit)
+        places = [w.origin.position + shift for w in copied]
+        met = {
+            i
+            for i, w in enumerate(learned)
+            if any(abs(w.origin.position - place) < size for place in places)
+        }
+        found = overlapping(learned, copied)
+        assert set(found) == met
+        for i, j in found.items():
+            assert abs(learned[i].origin.position - places[j]) < size
+
+
+@pytest.mark.parametrize("order", [{}, {"seed": 0}])
+def test_texts_of_one_call_end_where_they_end(order):
+    """The run may not go on into the next text."""
+    whole = letters(140, 0)
+
+    def windows_of(texts: list[str]) -> list[Window]:
+        return [*windows(texts, lambda t: [*t.encode()], size=6, stride=6, tail="keep", **order)]
+
+    one = windows_of([letters(130, 1), whole[:63], whole[63:] + letters(140, 2)])
+    assert {one[i].text for i in overlapping(one, windows_of([whole]))} == {1, 2}
+    assert {w.text for w in one if whole.encode().find(bytes(w)) >= 0} == {1, 2}
+    apart = windows_of([whole[:40] + letters(130, 3), whole[40:63] + letters(130, 4)])
+    assert overlapping(apart, windows_of([whole])) == {}
 
 
 def test_windows_of_one_call_meet_and_those_of_others_do_not():

@@ -43,24 +43,6 @@ def flowing(page: str) -> str:
     return " ".join(PAGES[page].replace("**", "").split())
 
 
-def table(page: str, head: str) -> list[str]:
-    """The rows of the page's one table with this head."""
-    lines = PAGES[page].splitlines()
-    assert lines.count(head) == 1, f"{page}: {head} stands there {lines.count(head)} times"
-    rows = []
-    for line in lines[lines.index(head) + 2 :]:
-        if not line.startswith("|"):
-            break
-        rows.append(line)
-    return rows
-
-
-def tables(page: str) -> list[list[str]]:
-    """The rows of every table of the page that has no words in its head."""
-    parts = re.split(r"^\| \| \|\n\| --- \| --- \|\n", PAGES[page], flags=re.MULTILINE)[1:]
-    return [part.split("\n\n")[0].splitlines() for part in parts]
-
-
 def commands(page: str, program: str) -> list[list[str]]:
     """The arguments of every command of a program that the page shows, in line or as a block."""
     text = PAGES[page].replace("\\\n", " ")

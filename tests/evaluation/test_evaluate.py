@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from conftest import make_transformer, random_windows
 
-from short_gpt.evaluation.paired import Difference
+from short_gpt.evaluation.paired import Difference, difference
 from short_gpt.evaluation.perplexity import Perplexity, perplexity
 from short_gpt.evaluation.sampling import Sample
 from short_gpt.models.meta import MetaDecoder
@@ -39,6 +39,14 @@ def test_a_change_that_no_ratio_can_hold_is_still_told(nats, ratio):
     assert said.startswith(f"{nats:+.4f} nats a token") and "paired over 12 windows" in said
     shown = said.split("perplexity x ")[1].split(";")[0]
     assert float(shown) == pytest.approx(float(ratio), rel=1e-4)
+
+
+def test_a_change_of_one_window_has_no_error():
+    one = [Perplexity.of([Sample(0, nats, 4)]) for nats in (8.0, 6.0)]
+    said = str(difference([one[0]], [one[1]]))
+    assert said.startswith("-0.5000 nats a token (no interval: one window tells nothing of others)")
+    assert "nan" not in said
+    assert "(standard error 0.5000, no interval: two" in str(Difference(0.0, 0.5, 2, 2))
 
 
 def test_the_end_of_an_interval_that_no_float_holds_is_infinite():

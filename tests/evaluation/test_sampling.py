@@ -81,8 +81,8 @@ def test_the_error_over_texts_of_one_size_is_that_of_statsmodels():
         ([9], [0], "one window tells nothing of others"),
         ([9, 5], [0, 0], "two windows tell too little of others"),
         ([9, 5, 5], [0, 1, 1], "two texts tell too little of others"),
-        ([99, 5, 5], [0, 1, 2], "one of the 3 texts has nearly all tokens"),
-        ([99, 3, 3, 3], None, "one of the 4 windows has nearly all tokens"),
+        ([99, 5, 5], [0, 1, 2], "the 3 texts share their tokens too unequally"),
+        ([99, 3, 3, 3], None, "the 4 windows share their tokens too unequally"),
     ],
 )
 def test_where_no_interval_is_honest_it_says_so(sizes, texts, said):

@@ -33,6 +33,7 @@ from short_gpt.healing import lora as healing
 from short_gpt.healing.lora import adapt, heal, target_modules
 from short_gpt.healing.recipe import Recipe, recipe_for
 from short_gpt.healing.texts import collate, examples
+from short_gpt.jobs.saving import TimedSaving
 from short_gpt.models.hf import HFDecoder
 from short_gpt.wrappers.opening import open_model
 from short_gpt.wrappers.short_hf import ShortHFModel
@@ -85,7 +86,11 @@ def test_the_papers_table_knows_its_models_pruned_or_not():
         (lambda: Recipe(batch=16, micro_batch=3), "batch 16 is not a multiple of 3"),
         (lambda: Recipe(rank=0), "rank = 0: expected at least 1"),
         (lambda: Recipe(alpha=0), "alpha = 0: expected above 0, or None for the rank"),
-        (lambda: Recipe(learning_rate=0), "expected learning_rate above 0"),
+        (lambda: Recipe(learning_rate=0), "expected a finite learning_rate above 0"),
+        (lambda: Recipe(learning_rate=math.inf), "expected a finite learning_rate above 0"),
+        (lambda: Recipe(learning_rate=math.nan), "expected a finite learning_rate above 0"),
+        (lambda: TimedSaving(save_every=-1), "save_every. -1: expected seconds, 0 to save"),
+        (lambda: TimedSaving(save_every=math.nan), "save_every. nan: expected seconds"),
     ],
 )
 def test_settings_refused(call, message):

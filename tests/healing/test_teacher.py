@@ -165,3 +165,9 @@ def test_a_meta_model_teaches_too(tmp_path):
     (found,) = filled(tmp_path, short, k=3).targets([0], WINDOWS[:1])
     logits = short.decoder.logits(torch.tensor(WINDOWS[:1]))[0, :-1]
     assert torch.equal(found.ids, logits.topk(3).indices)
+
+
+def test_predictions_of_another_model_say_which_folder_to_delete(short, tmp_path):
+    filled(tmp_path / "teacher", short)
+    with pytest.raises(ValueError, match=rf"another top_k.*delete {tmp_path / 'teacher'} to begin"):
+        CachedTeacher(tmp_path / "teacher", short, WINDOWS, k=3)

@@ -14,13 +14,12 @@ from conftest import CharTokenizer, make_transformer, random_windows, zero_layer
 from short_gpt import ShortLlama, heal_refit
 from short_gpt.cli.tables import compared
 from short_gpt.evaluation import TaskRun, TaskSuite, difference, losses, perplexity
-from short_gpt.healing import heal_patch as heal
-from short_gpt.jobs import Cases, Comparison, compare
+from short_gpt.jobs import CaseNames, Cases, Comparison, compare
 from short_gpt.jobs import comparison_cells as module
 from short_gpt.jobs.cost import size_without, tokens_per_second
 from short_gpt.runtime.state import StateFile
 from short_gpt.selection.methods import METHODS, choose
-from short_gpt.selection.stack import Stack
+from short_gpt.selection.partial_run import PartialRun
 
 CALIBRATION, EVALUATION = random_windows(6, 40), random_windows(5, 30, seed=9)
 
@@ -37,7 +36,7 @@ def short(layers: int = 6) -> ShortLlama:
 @pytest.fixture(scope="module")
 def rows():
     comparison = Comparison(short(), CALIBRATION, EVALUATION)
-    return comparison.rows(list(METHODS), [1, 3], healings=["raw", "patched"])
+    return comparison.rows(list(METHODS), [1, 3], healings=["raw", "refit"])
 
 
 def test_a_refitted_row_is_the_refitted_model_and_leaves_it_as_it_was():
@@ -53,27 +52,19 @@ def test_a_refitted_row_is_the_refitted_model_and_leaves_it_as_it_was():
     assert all(map(torch.equal, before, model.decoder.module.parameters()))
 
 
-def test_evolution_is_run_for_every_number(rows):
-    found = {r.n: r.layers for r in rows if (r.method, r.healing) == ("evolution", "raw")}
-    for n, layers in found.items():
-        alone = short().search(CALIBRATION[:4], n, method="evolution", progress=False)
-        assert layers == alone.removed and len(layers) == n
-
-
 def test_there_is_a_row_for_every_method_number_and_healing(rows):
     raw = [(r.method, r.seed, r.n) for r in rows if r.healing == "raw"]
     seeds = [(m, s) for m in METHODS for s in (range(3) if m == "random" else [None])]
     assert raw == [("dense", None, 0), *((m, s, n) for m, s in seeds for n in (1, 3))]
-    patched = [r for r in rows if r.healing == "patched"]
-    assert patched and all(0 not in r.layers for r in patched)
-    assert len(patched) == len([r for r in rows[1:] if r.healing == "raw" and 0 not in r.layers])
+    refitted = [(r.method, r.seed, r.n) for r in rows if r.healing == "refit"]
+    assert refitted == raw[1:]
 
 
 def test_every_row_is_what_is_measured_by_hand(rows):
     for row in rows[::3]:
         model = short()
-        if row.healing == "patched":
-            heal(model, row.layers, CALIBRATION, progress=False)
+        if row.healing == "refit":
+            heal_refit(model, row.layers, CALIBRATION, progress=False)
         elif row.n:
             model.remove_layers(row.layers)
         found = perplexity(model.decoder, [[w] for w in EVALUATION])
@@ -123,7 +114,7 @@ def test_nothing_is_computed_twice_and_it_continues(tmp_path, monkeypatch):
 
 
 def test_an_interrupted_search_continues_in_the_middle(tmp_path, monkeypatch):
-    calls, plain = [], Stack.nats
+    calls, plain = [], PartialRun.nats
 
     def counted(*args):
         calls.append(1)
@@ -131,7 +122,7 @@ def test_an_interrupted_search_continues_in_the_middle(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return plain(*args)
 
-    monkeypatch.setattr(Stack, "nats", counted)
+    monkeypatch.setattr(PartialRun, "nats", counted)
 
     def layers():
         state = StateFile(tmp_path / "state", {"model": "tiny"})
@@ -150,18 +141,18 @@ def test_an_interrupted_search_continues_in_the_middle(tmp_path, monkeypatch):
 def test_the_model_is_left_as_it_was():
     model = short()
     before = perplexity(model.decoder, [EVALUATION])
-    Comparison(model, CALIBRATION, EVALUATION).rows(["bi"], [2], healings=["raw", "patched"])
+    Comparison(model, CALIBRATION, EVALUATION).rows(["bi"], [2], healings=["raw", "refit"])
     assert perplexity(model.decoder, [EVALUATION]) == before
     assert model.removed == []
 
 
 def test_what_healing_brings_is_paired_with_the_same_layers_raw():
-    rows = Comparison(short(), CALIBRATION, EVALUATION).rows(["bi"], [2], healings=["patched"])
+    rows = Comparison(short(), CALIBRATION, EVALUATION).rows(["bi"], [2], healings=["refit"])
     model = short()
     model.remove_layers(rows[1].layers)
     raw = losses(model.decoder, EVALUATION, progress=False)
     model = short()
-    heal(model, rows[1].layers, CALIBRATION, progress=False)
+    heal_refit(model, rows[1].layers, CALIBRATION, progress=False)
     expected = difference(raw, losses(model.decoder, EVALUATION, progress=False))
     assert rows[1].gain == pytest.approx(expected.nats, abs=1e-6)
     assert rows[1].gain_error == pytest.approx(expected.standard_error, rel=1e-3)
@@ -294,7 +285,7 @@ class Halved:
         return {"steps": self.steps}
 
 
-CASES = Cases(["bi", "sleb"], [1, 2], ["raw", "patched", "lora"], search_windows=2)
+CASES = Cases(["bi", "sleb"], [1, 2], ["raw", "refit", "lora"], search_windows=2)
 
 
 def test_one_call_gives_rows_agreement_metrics_and_keeps_a_state(tmp_path, monkeypatch):
@@ -309,7 +300,7 @@ def test_one_call_gives_rows_agreement_metrics_and_keeps_a_state(tmp_path, monke
         short(), CALIBRATION, EVALUATION, cases=CASES, lora=heal, tasks=TaskSuite("t"), state=path
     )
     by_hand = Comparison(short(), CALIBRATION, EVALUATION, few=2)
-    expected = by_hand.rows(["bi", "sleb"], [1, 2], healings=["raw", "patched"])
+    expected = by_hand.rows(["bi", "sleb"], [1, 2], healings=["raw", "refit"])
     shown = [(r.method, r.n, r.healing, r.layers) for r in result.rows if r.healing != "lora"]
     assert shown == [(r.method, r.n, r.healing, r.layers) for r in expected]
     healed = [r for r in result.rows if r.healing == "lora"]
@@ -395,9 +386,7 @@ def test_a_state_is_told_by_what_it_was_computed_from(what, tmp_path):
 
 
 def test_cases_name_what_there_is():
-    with pytest.raises(
-        ValueError, match="no healing 'glue'; expected some of raw, patched, refit, linear"
-    ):
+    with pytest.raises(ValueError, match="no healing 'glue'; expected some of raw, refit, lora"):
         Cases(healings=["glue"])
     with pytest.raises(ValueError, match="lora_only is for the healing lora"):
         Cases(["bi"], [1], lora_only=[("bi", 1)])
@@ -410,3 +399,10 @@ def test_cases_name_what_there_is():
     with pytest.raises(ValueError, match="healing distill needs what heals: pass distill=Distill"):
         given = {"cases": Cases(["bi"], [1], ["distill"]), "lora": Halved()}
         compare(short(), CALIBRATION, EVALUATION, **given)
+
+
+@pytest.mark.parametrize("healing", ["patched", "linearpatch", "ghosted"])
+def test_a_healing_of_an_earlier_version_is_said_to_be_removed(healing):
+    for cases in (lambda: Cases(["bi"], [2], [healing]), CaseNames("bi", 2, healing).check):
+        with pytest.raises(ValueError, match=f"the healing {healing} was removed: use refit"):
+            cases()

@@ -35,7 +35,6 @@ from short_gpt.jobs import (
     FewShotTasks,
     MethodChoice,
     Opening,
-    PerplexityLimit,
     Reading,
     Saving,
     Scores,
@@ -48,11 +47,10 @@ from short_gpt.jobs import (
     evaluate,
     heal,
     perplexity_of,
-    prune_by,
     read_scores,
 )
 from short_gpt.jobs import Learned as LearnedFrom
-from short_gpt.selection.stack import Stack
+from short_gpt.selection.partial_run import PartialRun
 from short_gpt.wrappers.short_llama import ShortLlama
 
 CUT = StridedCut(32, 6, 0, 16)
@@ -105,34 +103,13 @@ def test_a_search_is_saved_and_forgotten(here):
     result.finish()  # without a state there is nothing to delete
 
 
-def test_what_evolution_chose_is_a_set_for_its_number_alone(here):
-    run("rank", "ckpt", *DATA, "--max_windows", 4, "--method", "evolution", "--n", 2,
-        "--budget", 2, "--json", "e.json")  # fmt: skip
-    answer = Answer(2, "evolution", budget=2.0)
-    result = rank("ckpt", "book.txt", answer=answer, cut=replace(CUT, max_windows=4))
-    assert prune("ckpt", "small", scores="e.json", n=2).layers == result.layers
-    assert result.to_dict()["search"]["loss"] == result.search.loss
-    with pytest.raises(ShortGPTError, match="holds the 2 layers that evolution chose as a set"):
-        prune("ckpt", "other", scores="e.json", n=1)
-    limit = PerplexityLimit(2.0, "book.txt")
-    with pytest.raises(ShortGPTError, match="one layer more at a time, evolution chose a set"):
-        prune_by("ckpt", "other", MethodChoice(scores="e.json"), limit=limit)
-    with pytest.raises(ShortGPTError, match="`budget` 0: expected a number above 0"):
-        Answer(2, "evolution", budget=0)
-
-
 def test_states_of_searches_that_differ_are_told_apart(here):
     saving = TimedSaving("state")
     given = {"cut": replace(CUT, max_windows=8), "saving": saving}
-    with interrupted(Stack, "nats", 3):
+    with interrupted(PartialRun, "nats", 3):
         rank("ckpt", "book.txt", answer=Answer(2, "perplexity"), **given)
     with pytest.raises(ShortGPTError, match="another method: 'perplexity', now 'sleb'"):
         rank("ckpt", "book.txt", answer=Answer(2, "sleb"), **given)
-    Path("state").unlink()
-    with interrupted(Stack, "nats", 3):
-        rank("ckpt", "book.txt", answer=Answer(2, "evolution"), **given)
-    with pytest.raises(ShortGPTError, match="another budget: 1.0, now 2.0"):
-        rank("ckpt", "book.txt", answer=Answer(2, "evolution", budget=2.0), **given)
 
 
 def test_notify_is_told_what_a_streamed_run_takes(here, capsys):
@@ -313,7 +290,7 @@ def test_a_search_on_text_that_changed_in_its_place_is_refused(here, method, cha
     def search():
         return rank("ckpt", "book.txt", answer=Answer(2, method), cut=CUT, saving=saving)
 
-    with interrupted(Stack, "nats", 3):
+    with interrupted(PartialRun, "nats", 3):
         search()
     if change == "book.txt":
         Path(change).write_text(TEXT.replace("e", "o"))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from commands import DATA, TEXT, fails, run
 from conftest import BYTE_VOCAB, make_transformer, save_checkpoint, write_byte_tokenizer
+from gguf_files import stack_file
 
 from short_gpt import ShortGPTError, convert, prune, rank
 from short_gpt.jobs import Choice, Scores, StridedCut, heal, read_scores
@@ -50,6 +51,24 @@ def scored(model: str) -> dict:
 def unsigned(record: dict, file: str) -> None:
     """Writes scores as an earlier version did, without a digest of them."""
     Path(file).write_text(json.dumps({k: v for k, v in record.items() if k != "sha256"}))
+
+
+def test_a_model_in_parts_is_told_by_all_of_them(tmp_path):
+    """Any part stands for the model; one byte of any other makes it another model."""
+    stack_file(tmp_path / "m.gguf", split=6)
+    parts = sorted(tmp_path.glob("m-*.gguf"))
+    first = weights_of(str(parts[0]))
+    assert len(parts) == 3 and first is not None
+    for changed in parts:
+        whole = changed.read_bytes()
+        changed.write_bytes(whole[:-40] + bytes([whole[-40] ^ 1]) + whole[-39:])
+        found = {weights_of(str(part)) for part in parts}
+        assert len(found) == 1 and first not in found
+        changed.write_bytes(whole)
+    assert {weights_of(str(part)) for part in parts} == {first}
+    parts[1].unlink()
+    with pytest.raises(FileNotFoundError, match="m-00002-of-00003.gguf, one of 3 of its model"):
+        weights_of(str(parts[0]))
 
 
 @pytest.mark.parametrize("options", [(), ("--method", "sleb", "--n", 2)])

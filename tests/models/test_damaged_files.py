@@ -72,7 +72,6 @@ def made(tmp_path_factory, one_rank) -> Path:
     write_ranks(path / "ranks.model")
     rank_state(path)
     sleb_state(path)
-    evolution_state(path)
     short = short_llama()
     short.measure(WINDOWS, progress=False)
     arguments, sums = {"method": "bi", "seed": 0}, short.importance.to_dict()
@@ -137,12 +136,6 @@ def sleb_state(folder: Path) -> None:
     short_llama().search(WINDOWS, 2, progress=False, state=state)
 
 
-def evolution_state(folder: Path) -> None:
-    """Continues an evolution, or begins it."""
-    state = StateFile(folder / "evolution.state", {"seed": 0, "text": "a"}, every=0.0)
-    short_llama().search(WINDOWS, 2, method="evolution", progress=False, state=state)
-
-
 def read_scores(folder: Path) -> None:
     scores = Scores.read(str(folder / "scores.json"))
     scores.layers(1)
@@ -198,7 +191,6 @@ CASES = {
     "rank's state": ("rank.state", True, rank_state, 60),
     "its state's bytes": ("rank.state", False, rank_state, 30),
     "sleb's state": ("sleb.state", True, sleb_state, 40),
-    "evolution's state": ("evolution.state", True, evolution_state, 40),
 }
 MOST_SECONDS, MOST_BYTES = 2.0, 200 * 2**20  # of the processor, and beside what there was
 

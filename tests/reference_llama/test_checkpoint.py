@@ -24,7 +24,7 @@ from conftest import (
 )
 
 from llama.checkpoint.meta import Checkpoint
-from llama.checkpoint.pth import Shard, TensorInfo, write_shard
+from llama.checkpoint.pth import Shard, TensorInfo, _check_end, write_shard
 from llama.errors import InputError
 from llama.io.files import check_new, new_directory
 from llama.io.json_files import write_json
@@ -503,6 +503,36 @@ def test_sizes_that_lie_are_refused(checkpoint_dir):
     repacked(path, "version", bytes(2**24 + 1), zipfile.ZIP_STORED)
     with pytest.raises(InputError, match=r"00/version says that it has 16777217 bytes"):
         Shard(path)
+
+
+def zip_end(*, start: int = 400, comment: int = 0, sign: bytes = b"PK\5\6", **of_64: int) -> bytes:
+    """The last 98 bytes of a zip file of 1000, whose own end may lie in front of that of zip64."""
+    front = bytes(76)
+    if of_64:
+        front = struct.pack("<4sQ2H2I4Q", b"PK\6\6", 44, 45, 45, 0, 0, 9, 9, 502, of_64["start64"])
+        front += struct.pack("<4sIQI", b"PK\6\7", 0, of_64["place"], 1)
+    return front + struct.pack("<4s4H2IH", sign, 0, 0, 9, 9, 502, start, comment)
+
+
+def test_the_end_of_a_zip_file_leads_to_one_list_of_records():
+    """At byte 400 of 1000, in either of the two ways to say so."""
+    _check_end(zip_end(), 1000, 400)
+    _check_end(zip_end(start64=400, place=902), 1000, 400)
+    _check_end(zip_end(start=2**32 - 1, start64=400, place=902), 1000, 400)
+    for end in (
+        zip_end(sign=b"PK\5\7"),
+        zip_end(comment=1),
+        zip_end(start=399),
+        zip_end(start=401),
+        zip_end(start64=399, place=902),
+        zip_end(start64=401, place=902),
+        zip_end(start64=400, place=901),
+        zip_end(start64=400, place=903),
+        zip_end(sign=b"PK\5\7", start64=400, place=902),
+        zip_end(comment=1, start64=400, place=902),
+    ):
+        with pytest.raises(zipfile.BadZipFile):
+            _check_end(end, 1000, 400)
 
 
 def test_damaged_files_never_give_anything_but_one_error(checkpoint_dir):

@@ -5,15 +5,22 @@ from __future__ import annotations
 import gc
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import children
 import pytest
-from conftest import random_windows
+from conftest import (
+    BYTE_VOCAB,
+    make_transformer,
+    random_windows,
+    save_checkpoint,
+    write_byte_tokenizer,
+)
 from families import make
 from processes import started
 
 from llama.io import swap
-from short_gpt import ShortGPTError
+from short_gpt import ShortGPTError, jobs
 from short_gpt.healing import (
     CachedTeacher,
     HealingJob,
@@ -53,6 +60,27 @@ def test_a_second_process_is_told_who_works_on_a_state_until_that_is_killed(tmp_
     del state
     gc.collect()
     assert not (tmp_path / ".scores.json.state.lock").exists()
+
+
+@pytest.mark.parametrize(("method", "kind"), [("refit", "refit"), ("refit,lora", "training")])
+def test_a_second_healing_is_told_before_it_opens_the_model(tmp_path, monkeypatch, method, kind):
+    write_byte_tokenizer(
+        save_checkpoint(tmp_path / "meta", make_transformer(vocab_size=BYTE_VOCAB))
+    )
+    running = started(tmp_path / "first", children.holding, tmp_path / f"out.{kind}")
+
+    def opened(*_: object, **__: object) -> None:
+        raise AssertionError("the model was opened")
+
+    monkeypatch.setattr("short_gpt.jobs.healing._opened", opened)
+    arguments = (str(tmp_path / "meta"), str(tmp_path / "out"), method)
+    said = f"out.{kind} is in use by process {running.processes[0].pid}"
+    with pytest.raises(ShortGPTError, match=said):
+        jobs.heal(*arguments, choice=jobs.Choice([2]))
+    running.processes[0].kill()
+    running.end()
+    with pytest.raises(AssertionError, match="was opened"):
+        jobs.heal(*arguments, choice=jobs.Choice([2]))
 
 
 def test_every_kind_of_state_is_one_processs_alone(tmp_path):
@@ -129,3 +157,26 @@ def test_where_there_are_no_locks_a_run_goes_without(tmp_path, monkeypatch):
     monkeypatch.setattr(swap.fcntl, "flock", none)
     StateFile(tmp_path / "state", IDENTITY).save({"sums": [1]})
     assert StateFile(tmp_path / "state", IDENTITY).content["sums"] == [1]
+
+
+def test_a_lock_file_of_another_user_is_a_lock(tmp_path, monkeypatch):
+    running = started(tmp_path / "first", children.holding, tmp_path / "state")
+    really = os.open
+
+    def refused(path: object, flags: int, *mode: int) -> int:
+        if flags & os.O_RDWR and str(path).endswith(".state.lock"):
+            raise PermissionError(13, "Permission denied", path)  # another user made the file
+        return really(path, flags, *mode)
+
+    monkeypatch.setattr(swap.os, "open", refused)
+    with pytest.raises(ShortGPTError, match=f"in use by process {running.processes[0].pid}"):
+        StateFile(tmp_path / "state", IDENTITY)
+    running.processes[0].kill()
+    running.end()
+    assert StateFile(tmp_path / "state", IDENTITY).content is not None  # nobody holds it
+
+
+def test_threads_of_one_process_share_its_lock(tmp_path):
+    with ThreadPoolExecutor(8) as pool:
+        locks = list(pool.map(lambda _: hold(tmp_path / "state"), range(64)))
+    assert len({id(lock) for lock in locks}) == 1

@@ -74,3 +74,18 @@ def test_no_entry_of_an_identity_hides_another(tmp_path):
             state.save(content)
     with pytest.raises(ValueError, match="two values for part"):
         state.part("one").part("two")
+
+
+def test_an_identity_is_compared_as_the_file_has_it(tmp_path):
+    StateFile(tmp_path / "state", {"layers": (1, 2)}).save({"sums": [1]})
+    assert StateFile(tmp_path / "state", {"layers": [1, 2]}).content["sums"] == [1]
+
+
+def test_a_state_nested_beyond_reason_is_damaged(tmp_path):
+    path = tmp_path / "state"
+    StateFile(path, {"data": "novels"}).save({"sums": [1]})
+    record = json.loads(path.read_text())
+    nested = "[" * 600 + "]" * 600
+    path.write_text(json.dumps(record).replace("[1]", nested))
+    with pytest.raises(ShortGPTError, match="does not hold what was saved there"):
+        StateFile(path, {"data": "novels"})

@@ -24,6 +24,7 @@ from short_gpt.scoring.stopping import (
     next_look,
     order_z,
     skewness_factor,
+    unread,
 )
 
 LAYERS = 8
@@ -313,10 +314,27 @@ def test_no_rule_with_this_promise_reads_less_than_the_hypergeometric_bound():
 def test_what_settles_an_answer_says_what_it_promises():
     sums = Importance.empty(range(LAYERS))
     sums.add(scores(torch.arange(LAYERS) + 1e-3 * torch.rand(400, LAYERS)))
-    for confidence, share in ((0.99, "1%"), (0.975, "2.5%")):
-        line = str(Stop(3, confidence=confidence).judge(sums, 4000))
+    for confidence, share, rare in ((0.99, "1%", 0.02), (0.975, "2.5%", 0.055)):
+        line = str(Stop(3, confidence=confidence, rare=rare).judge(sums, 4000))
         assert line.startswith(f"set of the 3 lowest settled at {confidence} after 400 of 4,000")
-        assert line.endswith(f"; of all runs at most {share} end early and wrong")
+        assert line.endswith(
+            f"; of all runs at most {share} end early and wrong, unless windows decide that make "
+            f"up less than {100 * rare:g}% of all"
+        )
+
+
+def test_a_verdict_tells_its_kind_of_answer_and_its_windows():
+    verdict = Verdict(Stop(3, angular=True), False, 297, None, (2, 5), 1.5, 4.25)
+    told = "best block NOT settled at 0.99 by 297 windows; closest blocks that start at 2 and 5"
+    assert str(verdict) == f"{told}: z = 1.50, needed 4.25"
+
+
+def test_when_is_looked_at_how_much_is_unread():
+    assert [Stop(9).first_look(windows) for windows in (18_000, 600, None)] == [295, 234, 297]
+    assert Stop(9, rare=0.5).first_look(None) == 32  # the least number of windows
+    assert [next_look(m) for m in (19, 20, 100, 2560, 10_000)] == [20, 22, 110, 2816, 10_256]
+    assert [unread(m, 40) for m in (10, 40, 50)] == [0.75, 0.0, 0.0] and unread(10, None) == 1
+    assert skewness_factor(4.0, 40, 40) == 0
 
 
 def test_many_looks_at_two_layers_as_good_as_tied_err_no_more_than_stated():

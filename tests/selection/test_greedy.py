@@ -18,9 +18,9 @@ from short_gpt.models.layer_removal import without_layers
 from short_gpt.models.meta import MetaDecoder
 from short_gpt.runtime.progress import bar
 from short_gpt.runtime.state import StateFile
-from short_gpt.selection import trials
+from short_gpt.selection import search as search_module
+from short_gpt.selection.partial_run import PartialRun
 from short_gpt.selection.search import one_shot, sleb
-from short_gpt.selection.stack import Stack
 
 
 def plain_sleb(decoder: Decoder, windows: list[list[int]], n: int):
@@ -126,7 +126,7 @@ def test_only_candidates_are_tried():
 def test_an_interrupted_search_continues_bit_for_bit(tmp_path, stop_at):
     windows = random_windows(4, 16)
     whole = sleb(model(), windows, 3, max_memory=5000)
-    with interrupted(Stack, "nats", stop_at):
+    with interrupted(PartialRun, "nats", stop_at):
         sleb(model(), windows, 3, max_memory=5000, state=StateFile(tmp_path / "s", {"seed": 1}))
     state = StateFile(tmp_path / "s", {"seed": 1})
     again = sleb(model(), windows, 3, max_memory=5000, state=state)
@@ -135,8 +135,10 @@ def test_an_interrupted_search_continues_bit_for_bit(tmp_path, stop_at):
 
 def test_the_bar_of_a_continued_search_counts_what_was_tried_before(tmp_path, monkeypatch):
     bars, windows = [], random_windows(4, 16)
-    monkeypatch.setattr(trials, "bar", lambda *a, **kw: bars.append(bar(*a, **kw)) or bars[-1])
-    with interrupted(Stack, "nats", 4 * 9 + 1):  # nine trials of four windows
+    monkeypatch.setattr(
+        search_module, "bar", lambda *a, **kw: bars.append(bar(*a, **kw)) or bars[-1]
+    )
+    with interrupted(PartialRun, "nats", 4 * 9 + 1):  # nine trials of four windows
         sleb(model(), windows, 3, state=StateFile(tmp_path / "s", {}), progress=True)
     sleb(model(), windows, 3, state=StateFile(tmp_path / "s", {}), progress=True)
     first, again = bars
@@ -159,12 +161,12 @@ def test_evaluations_are_the_layers_run_and_those_of_no_layer_twice(
 
     monkeypatch.setattr(TransformerBlock, "forward", counted)
     decoder = model()
-    Stack(decoder)  # looks at what a layer gives
+    PartialRun(decoder)  # looks at what a layer gives
     looked, ran[:] = sum(ran), []
     whole = sleb(decoder, windows, 3, max_memory=max_memory)
     assert whole.evaluations == sum(ran) - looked
     assert whole.losses[0] == first.losses[0]
-    with interrupted(Stack, "nats", stop_at):
+    with interrupted(PartialRun, "nats", stop_at):
         sleb(decoder, windows, 3, max_memory=max_memory, state=StateFile(tmp_path / "s", {}))
     state = StateFile(tmp_path / "s", {})
     assert sleb(decoder, windows, 3, max_memory=max_memory, state=state) == whole
@@ -207,7 +209,7 @@ def test_one_shot_takes_the_layers_whose_absence_alone_costs_least():
 
 def test_the_states_held_fit_into_the_memory_given(monkeypatch):
     size, made, held = 3 * 13 * 32 * 4, {}, []  # windows x tokens x width x float32
-    advance, nats = Stack.advance, Stack.nats
+    advance, nats = PartialRun.advance, PartialRun.nats
 
     def noted(*args):
         state = advance(*args)
@@ -218,8 +220,8 @@ def test_the_states_held_fit_into_the_memory_given(monkeypatch):
         held.append(sum(ref() is not None for ref in made.values()) * size // 3)
         return nats(*args)
 
-    monkeypatch.setattr(Stack, "advance", noted)
-    monkeypatch.setattr(Stack, "nats", watched)
+    monkeypatch.setattr(PartialRun, "advance", noted)
+    monkeypatch.setattr(PartialRun, "nats", watched)
     for room in (2, 4):
         made.clear(), held.clear()
         sleb(model(8), random_windows(3, 13), 2, max_memory=room * size)

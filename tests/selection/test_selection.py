@@ -25,6 +25,9 @@ def test_published_vectors_give_the_published_lists(model):
 def test_ties_go_to_the_lower_layer():
     assert lowest(torch.tensor([0.5, 0.2, 0.2, 0.1, 0.2]), 3) == [3, 1, 2]
     assert best_block(torch.zeros(5, 5), 2) == [0, 1]
+    scores = torch.arange(40.0) % 2  # beyond 16 values torch keeps the order only if asked to
+    assert lowest(scores, 39) == [*range(0, 40, 2), *range(1, 39, 2)]
+    assert best_block(torch.zeros(41, 41), 2) == [0, 1]
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4])
@@ -60,6 +63,7 @@ def test_rules_without_scores():
     assert sequential(6, 2) == [0, 1]
     assert reverse(6, 3) == [5, 4, 3]
     assert at_random(30, 8, 5) == at_random(30, 8, 5) != at_random(30, 8, 6)
+    assert at_random(30, 8) == at_random(30, 8, 0) != at_random(30, 8, 1)
     assert len({*at_random(30, 29)}) == 29
 
 

@@ -449,7 +449,7 @@ def test_a_limit_of_memory_that_nothing_would_keep_is_refused(folder, capsys):
     for command, message in (
         (
             "rank",
-            "bounds --stream and the methods perplexity, sleb, evolution; add",
+            "bounds --stream and the methods perplexity, sleb; add",
         ),
         ("perplexity", "bounds --stream; add it"),
     ):

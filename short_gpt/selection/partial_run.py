@@ -23,11 +23,11 @@ from short_gpt.models.layer_hooks import (
 )
 
 
-class Stack:
+class PartialRun:
     """A decoder's layers, run from a stored state or only in part.
 
-    Layers that are not to run hand on what they are given; nothing is taken out of the model, so
-    that positions, masks and settings of the other layers stay theirs.
+    Layers that are not to run return the state that enters them. Nothing is taken out of the
+    model, and so positions, masks and settings of the other layers stay theirs.
 
     Args:
         decoder: the model.
@@ -39,22 +39,22 @@ class Stack:
         self.bytes_per_token = state.numel() * state.element_size()
 
     def advance(self, tokens: Tensor, run: Sequence[int], state: Tensor | None) -> Tensor:
-        """The state (B, S, D) behind the layers ``run``, from that in front of them.
+        """The state (B, S, D) leaving the layers ``run``, from the one that enters them.
 
         Args:
             tokens: (B, S).
             run: positions, ascending; none gives ``state`` back.
-            state: in front of the first of them; None starts from the embeddings.
+            state: entering the first of them; None starts from the embeddings.
         """
         if not run and state is not None:
             return state
-        behind: list[Tensor] = []
-        with self._only(run, state, behind):
+        leaving: list[Tensor] = []
+        with self._only(run, state, leaving):
             self._decoder.run(tokens)
-        return behind[-1]
+        return leaving[-1]
 
     def nats(self, tokens: Tensor, mask: Tensor, run: Sequence[int], state: Tensor | None) -> float:
-        """Summed loss of the predicted tokens, with only the layers ``run`` behind ``state``.
+        """Summed loss of the predicted tokens, with only the layers ``run`` after ``state``.
 
         None starts from the embeddings.
         """
@@ -63,27 +63,31 @@ class Stack:
 
     @contextmanager
     def _only(
-        self, run: Sequence[int], state: Tensor | None, behind: list[Tensor] | None
+        self, run: Sequence[int], state: Tensor | None, leaving: list[Tensor] | None
     ) -> Iterator[None]:
-        """The model with only some layers running, the first of which meets ``state``.
+        """The model with only some layers running, the first of which is entered by ``state``.
 
         Args:
             run: positions, ascending.
             state: (B, S, D); None leaves what the embeddings give.
-            behind: takes the state behind the last of them.
+            leaving: takes the state that leaves the last of them.
         """
         layers = self._decoder.layers
-        start = min(run, default=len(layers) - 1)  # of none, the last hands on what head is to read
+        start = min(
+            run, default=len(layers) - 1
+        )  # if none runs, the last returns what the head reads
         with ExitStack() as stack:
             for i, layer in enumerate(layers):
                 if i not in run:
                     forward = self._passing(state if i == start else None)
                     stack.enter_context(patched_forward(layer, forward))
             if state is not None and run:
-                meet = layers[start].register_forward_pre_hook(_meeting(state), with_kwargs=True)
-                stack.callback(meet.remove)
-            if behind is not None:
-                keep = layers[max(run, default=0)].register_forward_hook(_keeping(behind))
+                enter = layers[start].register_forward_pre_hook(
+                    _entered_by(state), with_kwargs=True
+                )
+                stack.callback(enter.remove)
+            if leaving is not None:
+                keep = layers[max(run, default=0)].register_forward_hook(_keeping(leaving))
                 stack.callback(keep.remove)
             yield
 
@@ -94,7 +98,7 @@ class Stack:
         return forward
 
 
-def _meeting(state: Tensor) -> Callable[..., Call]:
+def _entered_by(state: Tensor) -> Callable[..., Call]:
     def hook(module: nn.Module, args: Arguments, kwargs: dict[str, object]) -> Call:
         if args:
             return (state, *args[1:]), kwargs
@@ -103,8 +107,8 @@ def _meeting(state: Tensor) -> Callable[..., Call]:
     return hook
 
 
-def _keeping(behind: list[Tensor]) -> Callable[..., None]:
+def _keeping(leaving: list[Tensor]) -> Callable[..., None]:
     def hook(module: nn.Module, args: object, output: Output) -> None:
-        behind.append(first(output))
+        leaving.append(first(output))
 
     return hook

@@ -7,7 +7,9 @@ its own likeliest, and writes one itself. Here the share that is accepted is a m
 A greedy draft is right as long as it writes the whole model's greedy text. So one reading of that
 text tells where every draft ends, of any length and wherever it begins; no draft is written.
 
-Shapes: S tokens of a prompt, T written behind it, V vocabulary.
+    python benchmarks/drafts.py smollm2.gguf less-4.gguf --data held_out --out draft_4.json
+
+Shapes: S tokens of a prompt, T written after it, V vocabulary.
 """
 
 from __future__ import annotations
@@ -17,8 +19,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import fire
 import torch
+from outcome import begin, finish
 
+from short_gpt import open_model, texts, windows
 from short_gpt.data.windows import at_least, text_of
 from short_gpt.evaluation.sampling import Sample, SamplingError, sampling_error
 from short_gpt.models.decoder import Decoder, pad
@@ -31,6 +36,38 @@ PROBES = (  # texts that tokenizers split by different rules, without special to
     "  two  spaces\n\n\ttab 1,234.50 caf\u00e9 na\u00efve \u4f60\u597d \U0001f600",
     "def f(x):\r\n    return x ** 2  # or x*x, by http://example.org/?a=1&b=2",
 )
+
+
+def main(
+    model: str,
+    pruned: str,
+    data: str = "pg19",
+    size: int = 128,
+    count: int = 32,
+    tokens: int = 64,
+    out: str | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Counts the greedy tokens of a pruned model that the original accepts, in drafts of 1 to 8.
+
+    Args:
+        model: the original, a checkpoint of any format.
+        pruned: the one that drafts, of any format, with the same tokenizer.
+        data: texts, whose windows are the prompts.
+        size, count: tokens of a prompt, and how many are read.
+        tokens: that the original model writes after every prompt; fewer where it ends its text.
+        out, overwrite: as of the other benchmarks.
+    """
+    begin(out, overwrite=overwrite)
+    whole, small = (open_model(name, max_seq_len=size + tokens) for name in (model, pruned))
+    check_same_tokens(whole, small, (model, pruned))
+    prompts = list(windows(texts(data), whole.encode, size=size, stride=size, seed=0, limit=count))
+    found = draft_agreement(whole, small, prompts, tokens=tokens, progress=True)
+    lengths = [found.at(length).to_dict() for length in LENGTHS]
+    for row in lengths:
+        print(f"{row['length']:>3}  {row['share']:.1%} accepted, {row['tokens_per_pass']:.2f}")
+    content = {"prompts": len(prompts), "lengths": lengths}
+    finish("drafts", [], content, held="counted", out=out, overwrite=overwrite)
 
 
 class Writer(Protocol):
@@ -210,3 +247,7 @@ def check_same_tokens(whole: Writer, draft: Writer, names: tuple[str, str]) -> N
     for text in PROBES:
         if whole.encode(text) != draft.encode(text):
             raise ShortGPTError(f"{told} it splits texts otherwise, such as {text!r}")
+
+
+if __name__ == "__main__":
+    fire.Fire(main)

@@ -11,12 +11,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
+from gap_refit import Gap, GapRefits
 from torch import Tensor
 
-from short_gpt.models.decoder import Decoder
+from short_gpt.models.decoder import Decoder, pad
 from short_gpt.models.numbering import runs
-from short_gpt.selection.mending import Gap, Mending
-from short_gpt.selection.stack import Stack
+from short_gpt.selection.partial_run import PartialRun
 
 Layers = tuple[int, ...]  # places to remove, ascending
 Item = tuple[bool, Gap | None]  # whether a layer runs, and the gap behind it that it is mended for
@@ -32,9 +32,9 @@ class ManySets:
     """
 
     def __init__(
-        self, decoder: Decoder, sets: Sequence[Layers], mending: Mending | None = None
+        self, decoder: Decoder, sets: Sequence[Layers], mending: GapRefits | None = None
     ) -> None:
-        self._stack, self._count = Stack(decoder), len(decoder.layers)
+        self._run, self._count = PartialRun(decoder), len(decoder.layers)
         self._mending = mending
         self._gaps = {layers: runs(layers, range(self._count)) for layers in sets}
         self._items = {layers: self._items_of(layers) for layers in sets}
@@ -61,9 +61,9 @@ class ManySets:
         run = [i for i in range(place, stop) if alike[i][0]]
         with self._mended(sets[0]):
             if stop == self._count:
-                yield sets[0], self._stack.nats(tokens, mask, run, state)
+                yield sets[0], self._run.nats(tokens, mask, run, state)
                 return
-            state = self._stack.advance(tokens, run, state)
+            state = self._run.advance(tokens, run, state)
         groups: dict[Item, list[Layers]] = {}
         for layers in sets:
             groups.setdefault(self._items[layers][stop], []).append(layers)
@@ -72,3 +72,36 @@ class ManySets:
 
     def _mended(self, layers: Layers) -> AbstractContextManager[None]:
         return nullcontext() if self._mending is None else self._mending.mended(self._gaps[layers])
+
+
+def greedy_healed(
+    decoder: Decoder,
+    windows: Sequence[Sequence[int]],
+    n: int,
+    mending: GapRefits,
+    candidates: Sequence[int],
+) -> list[int]:
+    """Removes greedily, n times, the layer without which the loss is lowest, gaps refitted.
+
+    Args:
+        decoder: the model; it is left as it was.
+        windows: token ids that candidates are scored on, others than ``mending`` is fitted on.
+        n: how many layers.
+        mending: refits the layers in front of gaps.
+        candidates: places that may be removed; the first and the last layer stay.
+
+    Returns:
+        The places, in order of removal.
+    """
+    removed: list[int] = []
+    every = range(len(decoder.layers))
+    for _ in range(n):
+        left = [i for i in every[1:-1] if i in candidates and i not in removed]
+        sets = {tuple(sorted([*removed, i])): i for i in left}
+        mending.prepare({gap for layers in sets for gap in runs(layers, every)})
+        many, loss = ManySets(decoder, [*sets], mending), dict.fromkeys(left, 0.0)
+        for window in windows:
+            for layers, nats in many.nats(*pad([window], decoder)).items():
+                loss[sets[layers]] += nats
+        removed.append(min(left, key=lambda i: (loss[i], i)))
+    return removed

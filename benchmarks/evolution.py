@@ -12,12 +12,56 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from short_gpt.selection.account import Account, Layers, Spent
+from short_gpt.data.windows import batches
+from short_gpt.models.decoder import Decoder, padded
+from short_gpt.selection import Search
+from short_gpt.selection.partial_run import PartialRun
 
+Layers = tuple[int, ...]  # places to remove, ascending
 IDLE = 64  # generations in a row that measure nothing new, after which nothing more is expected
+
+
+class Spent(Exception):
+    """Ends an evolution whose budget allows no more."""
+
+
+class Account:
+    """Losses of sets of layers on batches of windows, each measured once, within a budget.
+
+    Args:
+        measure: from a set and the number of a batch to the summed loss, in nats.
+        costs: for every batch, the layers that one measurement runs.
+        budget: layers that may run in all.
+
+    Attributes:
+        spent: layers run so far.
+        reserve: of the budget, kept for what must be measured in any case.
+    """
+
+    def __init__(
+        self, measure: Callable[[Layers, int], float], *, costs: Sequence[int], budget: int
+    ) -> None:
+        self._measure, self.costs, self._budget = measure, costs, budget
+        self._known: dict[tuple[Layers, int], float] = {}
+        self.spent, self.reserve = 0, 0
+
+    def nats(self, layers: Layers, batches: Sequence[int]) -> float:
+        """The loss without the layers, summed over batches.
+
+        Raises:
+            Spent: the budget does not suffice for all of them; none is measured then.
+        """
+        new = [(layers, i) for i in batches if (layers, i) not in self._known]
+        cost = sum(self.costs[i] for _, i in new)
+        if self.spent + cost > self._budget - self.reserve:
+            raise Spent
+        for key in new:
+            self._known[key] = self._measure(*key)
+        self.spent += cost
+        return sum(self._known[layers, i] for i in batches)
 
 
 @dataclass(frozen=True)
@@ -122,3 +166,64 @@ def _offspring(
             yield found
         if len(seen) > settings.offspring:
             return
+
+
+def evolution(
+    decoder: Decoder,
+    windows: Sequence[Sequence[int]],
+    n: int,
+    candidates: Sequence[int],
+    *,
+    budget: float = 1.0,
+    seed: int = 0,
+) -> Search:
+    """The n layers that evolution finds, within as many layer runs as `selection.sleb` takes.
+
+    Args:
+        decoder: the model; it is left as it was.
+        windows: token ids, each a batch of its own.
+        n: how many layers, 1 to L - 2.
+        candidates: positions that may be removed; the first and the last layer stay.
+        budget: times the layers that `sleb` runs for the same n on the same windows.
+        seed: of all that is drawn.
+
+    Returns:
+        The set in ascending order, and the layers run.
+    """
+    part, count = PartialRun(decoder), len(decoder.layers)
+    places = [i for i in range(1, count - 1) if i in candidates]
+    read = [b for batch in batches(windows, 1) for b in padded(batch, decoder)]
+
+    def nats(gone: Layers, batch: int) -> float:
+        _, tokens, mask = read[batch]
+        return part.nats(tokens, mask, [i for i in range(count) if i not in gone], None)
+
+    layers = int(budget * len(windows) * sleb_layers(count, places, n))
+    account = Account(nats, costs=[count - n] * len(read), budget=layers)
+    best = evolve(account, places, n, seed=seed)
+    return Search([*best], evaluations=account.spent)
+
+
+def sleb_layers(count: int, places: Sequence[int], n: int) -> int:
+    """Layers that `sleb` runs for one window at least, among candidates at these places.
+
+    Args:
+        count: of the model's layers.
+        places: of the candidates.
+        n: how many go.
+
+    Example:
+        >>> sleb_layers(8, range(1, 7), 1)  # trials run 6 + 5 + ... + 1, and 6 move on
+        27
+    """
+
+    def run(order: Sequence[int]) -> int:
+        gone: set[int] = set()
+        total = max(places)  # in the first round the states move on to the last candidate
+        for removed in order[:n]:
+            alive = [i for i in range(count) if i not in gone]
+            total += sum(1 for j in places if j not in gone for i in alive if i > j)
+            gone.add(removed)
+        return total
+
+    return min(run(sorted(places)), run(sorted(places, reverse=True)))
