@@ -232,12 +232,15 @@ def save_gguf(
     return write_gguf(stack.parts, replace(target, verify=None), keep, changed=changed, done=record)
 
 
-def check_saved(source: StrPath, layers: Sequence[int]) -> None:
+def check_saved(
+    source: StrPath, layers: Sequence[int], influence: Sequence[float | None] = ()
+) -> None:
     """Refuses, before any work, a GGUF file that `save_gguf` could not write back changed.
 
     Args:
         source: the file.
         layers: numbers of the layers that are removed.
+        influence: Block Influence of each layer, by which another set is offered.
 
     Raises:
         ShortGPTError: the architecture is not one of `MAPPED`, or the layers cannot go.
@@ -248,7 +251,7 @@ def check_saved(source: StrPath, layers: Sequence[int]) -> None:
             f"changed weights are written to GGUF files of {', '.join(MAPPED)}, {source} is of "
             f"{stack.arch}: name a directory instead"
         )
-    stack.kept(layers)
+    stack.kept(layers, influence)
 
 
 def _name(stack: Stack, parameter: Parameter, layers_path: str) -> str:

@@ -148,7 +148,7 @@ def heal(
     _check_target(model, out, overwrite=overwrite)
     found = _selection(model, choice or Choice(), methods, distilling)
     if is_gguf(out):
-        check_saved(model, found.layers)
+        check_saved(model, found.layers, found.record.block_influence)
     run = _Run(model, out, texts, methods, learned, settings, distilling, opening, streaming)
     with interruptible():
         return run.healed(found, overwrite=overwrite, notify=notify)

@@ -423,6 +423,16 @@ def test_prune_offers_the_best_set_of_as_many_layers_by_the_scores(tmp_path):
     assert not (tmp_path / "c.gguf").exists()
 
 
+def test_heal_offers_by_the_same_scores_as_prune(tmp_path, monkeypatch):
+    path = stack_file(tmp_path / "m.gguf", "gemma3", 18, **WINDOW)
+    offered = []
+    monkeypatch.setattr(
+        Stack, "kept", lambda _, *layers_and_scores: offered.append(layers_and_scores)
+    )
+    gguf.check_saved(path, [2, 8], [0.1] * 18)
+    assert offered == [([2, 8], [0.1] * 18)]
+
+
 def test_the_scores_of_rank_reach_what_prune_offers(tmp_path, capsys):
     path = write_model(tmp_path / "m.gguf", "gemma3", make("gemma3"))
     (tmp_path / "a.txt").write_text("a text of some letters that are read " * 30)
