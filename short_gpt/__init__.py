@@ -10,8 +10,8 @@ from short_gpt.runtime import renamed
 renamed.install()
 
 REMOVED = {
-    "draft_agreement": "compare models by `perplexity` or `run_tasks`",
-    "search_healed": "search by `ShortModel.search` and heal what it removes by `heal_refit`",
+    "draft_agreement": "compare models by perplexity or run_tasks",
+    "search_healed": "search by ShortModel.search and heal what it removes by heal_refit",
 }
 
 if TYPE_CHECKING:

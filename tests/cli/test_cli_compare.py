@@ -78,7 +78,8 @@ def test_raw_patched_refit_and_distilled_stand_in_one_table_and_picture(here, ca
     ]
     out = capsys.readouterr().out
     assert all(f"{kind}: perplexity" in out for kind in kinds)
-    assert len({r["perplexity"] for r in rows if r["n"] == 1}) == 4
+    assert len({r["perplexity"] for r in rows if r["n"] == 1 and r["healing"] != "patched"}) == 3
+    assert rows[3]["perplexity"] != rows[1]["perplexity"]  # two layers removed: patched, raw
     assert Path("pictures/quality.png").is_file() and not [*Path().glob("c.json.*")]
 
 
@@ -129,8 +130,8 @@ def test_lora_with_a_tokenizer_elsewhere_and_texts_that_repeat_themselves(here, 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--methods", "best"], "--methods best: expected some of bi, angular"),
-        (["--healing", "glue"], "--healing glue: expected some of raw, patched, refit, linear"),
+        (["--methods", "best"], "no method 'best'; expected one of bi, angular"),
+        (["--healing", "glue"], "no healing 'glue'; expected some of raw, patched, refit, lora"),
         (["--lora_only", "bi:1"], "--lora_only is for --healing lora"),
         (
             ["--healing", "lora", "--lora_only", "bi:1,bi:2"],

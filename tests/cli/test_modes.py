@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import random
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from string import ascii_lowercase
 
 import pytest
-from commands import DATA, TEXT, run
+from commands import DATA, run
 from conftest import BYTE_VOCAB, make_transformer, save_checkpoint, write_byte_tokenizer
 from gguf_families import make, write_model
 
@@ -17,7 +19,7 @@ from short_gpt.healing.refit_state import RefitState
 from short_gpt.runtime import StateFile
 
 pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
-HELD = "".join(chr(97 + i * i % 26) for i in range(400))
+BOOK, HELD = ("".join(random.Random(seed).choices(ascii_lowercase, k=800)) for seed in (0, 1))
 HEAL = ("--data", "book.txt", "--eval_data", "held.txt", "--size", 32, "--max_windows", 4)
 TRAIN = ("--steps", 2, "--batch", 1, "--micro_batch", 1, "--eval_every", 1, "--rank", 2)
 
@@ -31,7 +33,7 @@ def umask(request) -> Iterator[int]:
 
 def test_files_have_the_mode_that_the_umask_leaves(tmp_path, monkeypatch, umask):
     monkeypatch.chdir(tmp_path)
-    Path("book.txt").write_text(TEXT)
+    Path("book.txt").write_text(BOOK)
     Path("held.txt").write_text(HELD)
     write_byte_tokenizer(
         save_checkpoint(Path("ckpt"), make_transformer(vocab_size=BYTE_VOCAB, n_layers=5))

@@ -14,7 +14,7 @@ from short_gpt import ShortLlama, heal_refit
 from short_gpt.data.windows import Window
 from short_gpt.evaluation import difference, losses, together
 from short_gpt.jobs import Apart, calibrate
-from short_gpt.jobs import calibration as module
+from short_gpt.jobs import calibrating as module
 from short_gpt.jobs.calibration_rankings import (
     WindowScores,
     agreement,

@@ -421,7 +421,10 @@ def test_a_streamed_command_continues_whatever_its_rounds(folder, capsys, monkey
 
 
 REFUSED = [
-    (("rank", "hf", "--method", "sleb", "--n_prune_layers", 1), "--method sleb needs the whole"),
+    (
+        ("rank", "hf", "--method", "sleb", "--n_prune_layers", 1),
+        "--method sleb needs the model in memory",
+    ),
     (("rank", "hf", "--method", "angular_all"), "--method angular_all needs all states"),
     (("rank", "hf", "--model_parallel_size", 2), "--model_parallel_size 2: --stream holds one"),
     (("rank", "hf", "--max_memory", "1MB"), "max_memory 1MB is too little: .* at least"),
@@ -450,7 +453,7 @@ def test_a_limit_of_memory_that_nothing_would_keep_is_refused(folder, capsys):
             "rank",
             "bounds --stream and the methods perplexity, sleb; add",
         ),
-        ("perplexity", "bounds --stream; add it"),
+        ("perplexity", "bounds --stream; add that"),
     ):
         with pytest.raises(SystemExit):
             run(command, "meta", *DATA, "--max_memory", "3GB")
