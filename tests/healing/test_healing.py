@@ -33,7 +33,7 @@ from short_gpt.healing import lora as healing
 from short_gpt.healing.lora import adapt, heal, target_modules
 from short_gpt.healing.recipe import Recipe, recipe_for
 from short_gpt.healing.texts import collate, examples
-from short_gpt.jobs.saving import TimedSaving
+from short_gpt.jobs.saving import Saving
 from short_gpt.models.hf import HFDecoder
 from short_gpt.wrappers.opening import open_model
 from short_gpt.wrappers.short_hf import ShortHFModel
@@ -89,8 +89,8 @@ def test_the_papers_table_knows_its_models_pruned_or_not():
         (lambda: Recipe(learning_rate=0), "expected a finite learning_rate above 0"),
         (lambda: Recipe(learning_rate=math.inf), "expected a finite learning_rate above 0"),
         (lambda: Recipe(learning_rate=math.nan), "expected a finite learning_rate above 0"),
-        (lambda: TimedSaving(save_every=-1), "save_every. -1: expected seconds, 0 to save"),
-        (lambda: TimedSaving(save_every=math.nan), "save_every. nan: expected seconds"),
+        (lambda: Saving(save_every=-1), "save_every. -1: expected seconds, 0 to save"),
+        (lambda: Saving(save_every=math.nan), "save_every. nan: expected seconds"),
     ],
 )
 def test_settings_refused(call, message):

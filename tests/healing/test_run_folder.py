@@ -10,7 +10,7 @@ import pytest
 from llama.io.swap import lock_file
 from short_gpt import ShortGPTError
 from short_gpt.healing.trainer import note_files, run_folder, whole_checkpoints
-from short_gpt.jobs.comparison_lora import _checkpoints
+from short_gpt.jobs.comparison import _checkpoints
 
 
 @pytest.fixture

@@ -14,11 +14,13 @@ from conftest import (
 
 from llama.formats.convert import meta_to_hf
 from short_gpt import ShortGPTError, ShortHFModel, ShortLlama
-from short_gpt.jobs import Opening, convert, draft
+from short_gpt.jobs import convert, evaluate
 from short_gpt.jobs.scored import tokenizer_of
 from short_gpt.wrappers.opening import (
     OpenOptions,
+    check_tokenizer,
     layers_of,
+    of_source,
     open_model,
     open_trainable,
     same_model,
@@ -71,22 +73,20 @@ def test_a_dtype_and_a_tokenizer_elsewhere_reach_the_model(folder, tmp_path):
 def test_a_tokenizer_that_is_not_read_is_refused(folder, tmp_path):
     hf, meta, place = str(folder / "hf"), str(folder / "meta"), str(tmp_path / "tokenizer.json")
     write_byte_tokenizer(tmp_path)
-    opening = Opening(place, device="cpu")
+    opening = OpenOptions(place, device="cpu")
     own = f"tokenizer_path. {place} has no effect on {hf}, whose own"
     for call in (
         lambda: open_model(hf, tokenizer_path=place),
         lambda: open_trainable(hf, OpenOptions(tokenizer_path=place)),
-        lambda: opening.whole(hf, size=32),
+        lambda: evaluate([hf], opening=opening),
         lambda: convert(hf, str(tmp_path / "out"), tokenizer_path=place),
     ):
         with pytest.raises(ShortGPTError, match=own):
             call()
-    with pytest.raises(ShortGPTError, match=own):
-        draft(hf, hf, opening=opening)
     assert not (tmp_path / "out").exists()
-    opening.check(hf, meta)  # one of the two is read with it
-    assert opening.of(hf) == Opening(device="cpu") and opening.of(meta) == opening
-    assert opening.of(hf, stream=True) == opening
+    check_tokenizer(place, hf, meta)  # one of the two is read with it
+    assert of_source(opening, hf) == OpenOptions(device="cpu")
+    assert of_source(opening, meta) == of_source(opening, hf, stream=True) == opening
     assert open_model(hf, stream=True, tokenizer_path=place, device="cpu").tokenizer_path
 
 
