@@ -1,7 +1,7 @@
 """Losses of a model without each of many sets of layers, which share what runs alike.
 
 Sets that lack the same layers up to some place have the same state there: it runs once, and from
-it on each goes its own way. Trials may be mended, as in `trials`.
+it on each goes its own way. Trials may be mended by `gap_refit.GapRefits`.
 
 Shapes: B windows, S tokens, D width.
 """

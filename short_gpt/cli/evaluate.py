@@ -22,7 +22,7 @@ def evaluate(
     Example: short-gpt evaluate llama-2-7b llama-2-5b --tasks piqa,arc_easy
 
     Args:
-        model: checkpoint of either format.
+        model: Meta checkpoint directory, Hugging Face directory or hub id, or GGUF file.
         pruned: another, to stand beside it.
     """
     arguments = arguments_of(evaluate, locals())

@@ -33,11 +33,11 @@ def heal(
     """Removes layers and brings quality back: closed forms or training.
 
     refit and patch are closed forms: they take minutes. refit solves the output projections of
-    every layer after the first gap again, patch one map before each gap. lora trains on the text,
-    distill on what the original model predicts of it; both also heal a model whose layers are
-    already removed. Interrupted or killed, the same command continues, except for the patch. No
-    text that is evaluated on is learned from. A healed model that predicts held-out text worse
-    than before is written all the same, and called WORSE.
+    every layer from the first gap on again, patch those of the layers before gaps alone. lora
+    trains on the text, distill on what the original model predicts of it; both also heal a model
+    whose layers are already removed. Interrupted or killed, the same command continues, except
+    for the patch. No text that is evaluated on is learned from. A healed model that predicts
+    held-out text worse than before is written all the same, and called WORSE.
 
     Example: short-gpt heal llama-2-7b out --scores ranking.json --n 9
 

@@ -164,7 +164,7 @@ def compared(
     Every set of layers stands below, since a perplexity is that of a set.
 
     Args:
-        rows: of `comparison.Comparison.rows`, the original model first.
+        rows: of `jobs.Comparison.rows`, the original model first.
         agreed: of its ``agreement``.
         tasks: of its ``tasks``.
         bos: which windows began with it.

@@ -37,7 +37,7 @@ def evaluate(
     """Perplexity and tasks of several checkpoints, one loaded at a time.
 
     Args:
-        models: checkpoints of either format, each of another name.
+        models: checkpoints of any format, each of another name.
         reading: the text whose perplexity is taken.
         tasks: of the lm-evaluation-harness.
         opening: of every model.

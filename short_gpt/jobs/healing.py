@@ -107,8 +107,8 @@ def heal(
 
     Refit and patch are closed forms and take minutes. LoRA learns the text, distillation what the
     original model predicts; both also heal a model that was pruned before, and take a Meta
-    checkpoint to Hugging Face's format and back. All continue when interrupted. No text is both
-    learned and evaluated on.
+    checkpoint to Hugging Face's format and back. All except the patch continue when interrupted.
+    No text is both learned and evaluated on.
 
     Args:
         model: Meta checkpoint directory, Hugging Face directory or hub id, or GGUF file.

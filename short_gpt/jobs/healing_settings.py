@@ -84,8 +84,8 @@ class Settings:
     """How the model is healed.
 
     Args:
-        ridge: of a closed form, relative to the mean square of the inputs. If not given, 1e-4 for
-            the patch; the refit chooses each matrix's on held-out windows.
+        ridge: of a closed form, relative to the mean square of the inputs; if not given, each
+            matrix's is chosen on held-out windows.
         parts: of the refit: attention, mlp or both by a comma, whose output projections are
             solved, or best for what has the least loss on held-out windows; both if not given.
         aim: step size of the refit: the share of the solved change that is applied, above 0 and at

@@ -62,7 +62,7 @@ def at_least(least: int, **numbers: int) -> None:
 
 def _sources(values: Values) -> list[str]:
     """The names of the texts that a command reads."""
-    names = str(values.get("prompts") or values["data"])
+    names = str(values["data"])
     return [names] if Path(names).exists() else listed(names)
 
 
@@ -83,7 +83,6 @@ SPLITS = Needs(
     "data with splits (pg19, a data set of the hub, a folder with files of that name)", _splits
 )
 COLUMNS = Needs("data with columns (.jsonl, .parquet or a data set of the hub)", _columns)
-WINDOWS = Needs("windows of a text as prompts (no `prompts`)", lambda v: v.get("prompts") is None)
 TASKS = needs_one_of("`tasks`", "tasks")
 # of heal alone: rank bounds the states of a search by it too
 STREAM = Needs("`stream`", lambda v: bool(v["stream"]) or "teacher" not in v)
@@ -112,10 +111,10 @@ class TextSource:
 
     HEADING: ClassVar = READ
 
-    data: str = setting("pg19", value="TEXTS", needs=WINDOWS)
-    split: str = setting("validation", needs=(SPLITS, WINDOWS))
+    data: str = setting("pg19", value="TEXTS")
+    split: str = setting("validation", needs=SPLITS)
     column: str = setting("text", needs=COLUMNS)
-    max_texts: int | None = setting(None, needs=WINDOWS)
+    max_texts: int | None = None
 
     def read(self) -> Iterable[str]:
         """The texts, with a progress bar.
@@ -159,11 +158,11 @@ class Cut:
 
     HEADING: ClassVar = READ
 
-    size: int = setting(SIZE, needs=WINDOWS)
-    max_windows: int | None = setting(None, needs=WINDOWS)
-    seed: int | None = setting(0, needs=WINDOWS)
+    size: int = SIZE
+    max_windows: int | None = None
+    seed: int | None = 0
     stride: int | None = setting(None, commands=SCORED)
-    bos: str | None = setting(None, needs=WINDOWS)
+    bos: str | None = None
 
     @property
     def step(self) -> int:

@@ -85,7 +85,7 @@ FAMILIES: dict[str, Family] = {
     "meta": Family(
         layers=("layers",),
         attention=("attention",),
-        attention_norm=(),  # Meta's layers take a position and tables: `surgery.prefill`
+        attention_norm=(),  # Meta's layers take a position and tables: `models.prefill`
         attention_output=("attention.wo",),
         mlp=("feed_forward",),
         mlp_norm=("ffn_norm",),

@@ -23,7 +23,7 @@ def cross_map(cells: Sequence[Crossed]) -> Figure:
     the better one, red where it is the worse.
 
     Args:
-        cells: of `experiments.Calibrated`, at least one.
+        cells: of `jobs.Calibrated`, at least one.
 
     Raises:
         ShortGPTError: there is none.

@@ -25,14 +25,14 @@ def quality_curves(rows: Sequence[Row], *, title: str | None = None) -> Figure:
     """Perplexity over the number of layers removed, a colour for every method.
 
     The left part shows the pruned models, the right one, where there are any, the healed: solid
-    lines for linear patches, dashed and dotted ones for other closed forms, stars for LoRA,
+    lines for patches, dashed and dotted ones for other closed forms, stars for LoRA,
     diamonds for distillation, joined where a method has one for each of several numbers. Several
     rows of one method and number, such as random sets, are a band from the least to the largest,
     and marks of their own where they were trained. The axis ends at `SHOWN` times the original
     model's perplexity; lines of what is worse leave the picture.
 
     Args:
-        rows: of `comparison.Comparison.rows`, the original model first.
+        rows: of `jobs.Comparison.rows`, the original model first.
         title: a line above the picture.
 
     Raises:

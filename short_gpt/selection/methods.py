@@ -76,7 +76,7 @@ BY_LOSS = tuple(method.name for method in REGISTRY if method.choose is None)
 BLOCKS = tuple(method.name for method in REGISTRY if method.block)
 REMOVED = {
     "sleb_healed": "rank by sleb and heal what it removes, or compare sets once they are refitted",
-    "evolution": "rank by sleb; layers that it chose before are cut by their numbers (`layers`)",
+    "evolution": "rank by sleb; layers that it chose before are removed by their numbers",
 }
 
 
