@@ -12,21 +12,26 @@ from nbclient import NotebookClient
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 FEWER = {
     "short_llama.ipynb": {
+        "size = 1024 ": "size = 256 ",
         "max_windows = 200 ": "max_windows = 3 ",
         "eval_windows = 8 ": "eval_windows = 1 ",
     },
     "short_hf.ipynb": {
+        "size = 1024 ": "size = 256 ",
         "max_windows = 24 ": "max_windows = 3 ",
         "eval_windows = 8 ": "eval_windows = 1 ",
         "lora_steps = 40 ": "lora_steps = 2 ",
     },
     "compare_methods.ipynb": {
+        "size = 512 ": "size = 128 ",
         "max_windows = 16 ": "max_windows = 2 ",
         "eval_windows = 4 ": "eval_windows = 1 ",
         '"deepest", "relative_magnitude", "sleb", "reverse"': '"sleb"',
         "counts = [2, 4, 8, 12]": "counts = [1, 2]",
     },
     "healing.ipynb": {
+        'method = "bi"': 'method = "deepest"',  # few layers after the first gap, few to refit
+        "size = 512 ": "size = 128 ",
         "counts = [2, 4, 8, 12]": "counts = [2]",
         "n_prune_layers = 8 ": "n_prune_layers = 2 ",
         "fit_windows = 12 ": "fit_windows = 2 ",
