@@ -15,7 +15,6 @@ from short_gpt.models.decoder import Decoder
 from short_gpt.models.layer_hooks import (
     Arguments,
     Call,
-    Output,
     first,
     output_form,
     patched_forward,
@@ -24,13 +23,10 @@ from short_gpt.models.layer_hooks import (
 
 
 class PartialRun:
-    """A decoder's layers, run from a stored state or only in part.
+    """A decoder's layers, run from a stored hidden state or only in part.
 
-    Layers that are not to run return the state that enters them. Nothing is taken out of the
-    model, and so positions, masks and settings of the other layers stay theirs.
-
-    Args:
-        decoder: the model.
+    Layers that are not to run return the state that enters them. None is taken out of the model, so
+    that positions, masks and settings of the other layers stay theirs.
     """
 
     def __init__(self, decoder: Decoder) -> None:
@@ -39,7 +35,7 @@ class PartialRun:
         self.bytes_per_token = state.numel() * state.element_size()
 
     def advance(self, tokens: Tensor, run: Sequence[int], state: Tensor | None) -> Tensor:
-        """The state (B, S, D) leaving the layers ``run``, from the one that enters them.
+        """The hidden state (B, S, D) leaving the layers ``run``, from the one that enters them.
 
         Args:
             tokens: (B, S).
@@ -54,10 +50,7 @@ class PartialRun:
         return leaving[-1]
 
     def nats(self, tokens: Tensor, mask: Tensor, run: Sequence[int], state: Tensor | None) -> float:
-        """Summed loss of the predicted tokens, with only the layers ``run`` after ``state``.
-
-        None starts from the embeddings.
-        """
+        """Summed loss of the predicted tokens, with the layers ``run`` alone after ``state``."""
         with self._only(run, state, None):
             return batch_nats(self._decoder, tokens, mask)
 
@@ -65,17 +58,10 @@ class PartialRun:
     def _only(
         self, run: Sequence[int], state: Tensor | None, leaving: list[Tensor] | None
     ) -> Iterator[None]:
-        """The model with only some layers running, the first of which is entered by ``state``.
-
-        Args:
-            run: positions, ascending.
-            state: (B, S, D); None leaves what the embeddings give.
-            leaving: takes the state that leaves the last of them.
-        """
+        """The model with the layers ``run`` alone; ``leaving`` gets the state that leaves them."""
         layers = self._decoder.layers
-        start = min(
-            run, default=len(layers) - 1
-        )  # if none runs, the last returns what the head reads
+        # if none runs, the last returns what the head reads
+        start = min(run, default=len(layers) - 1)
         with ExitStack() as stack:
             for i, layer in enumerate(layers):
                 if i not in run:
@@ -87,7 +73,9 @@ class PartialRun:
                 )
                 stack.callback(enter.remove)
             if leaving is not None:
-                keep = layers[max(run, default=0)].register_forward_hook(_keeping(leaving))
+                keep = layers[max(run, default=0)].register_forward_hook(
+                    lambda module, args, output: leaving.append(first(output))
+                )
                 stack.callback(keep.remove)
             yield
 
@@ -103,12 +91,5 @@ def _entered_by(state: Tensor) -> Callable[..., Call]:
         if args:
             return (state, *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": state}
-
-    return hook
-
-
-def _keeping(leaving: list[Tensor]) -> Callable[..., None]:
-    def hook(module: nn.Module, args: object, output: Output) -> None:
-        leaving.append(first(output))
 
     return hook

@@ -18,8 +18,8 @@ from llama.parallel import choose_device, choose_dtype
 from llama.sampling import COLDEST, check_logits
 from llama.tokenizer import check_text, find_tokenizer
 from short_gpt.checkpoints.gguf import save_gguf
+from short_gpt.checkpoints.hf import save_as_meta, save_hf
 from short_gpt.checkpoints.provenance import Provenance
-from short_gpt.checkpoints.save import save_as_meta, save_hf
 from short_gpt.checkpoints.target import Target
 from short_gpt.checkpoints.verify import check_same, copy_weights, fingerprint, one_by_one
 from short_gpt.data.windows import windows

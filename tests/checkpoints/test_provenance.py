@@ -151,7 +151,7 @@ def test_names_with_line_breaks_leave_the_card_whole():
     """A heading, a sentence and a table's row end where their line does."""
     record = Provenance.of_scores(
         Importance.empty([0, 1, 2]), evidence={"scored_by": {"data": "no\nvels"}}
-    ).cut("some\n---\n# model", removed=[1], kept=[0, 2])
+    ).pruned("some\n---\n# model", removed=[1], kept=[0, 2])
     lines = model_card(record).splitlines()
     assert r"# some\n---\n# model without 1 of its 3 layers" in lines
     assert sum(line.startswith("#") for line in lines) == 1 and lines.count("---") == 2

@@ -39,7 +39,9 @@ def test_a_state_that_tells_of_other_things_is_another_versions(tmp_path, theirs
     path = tmp_path / "state"
     path.write_text(json.dumps({"run": theirs, "sums": [1.5]}))
     odd = "seed" if len(theirs) == 1 else "ckpt_dir"
-    with pytest.raises(ShortGPTError, match=f"another version of this library.*: {odd}\\)"):
+    with pytest.raises(
+        ShortGPTError, match=f"another version of this library.*the entries {odd}\\)"
+    ):
         StateFile(path, IDENTITY)
 
 
