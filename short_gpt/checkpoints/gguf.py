@@ -32,13 +32,7 @@ from short_gpt.checkpoints.gguf_layers import Stack
 from short_gpt.checkpoints.model_record import ModelRecord
 from short_gpt.checkpoints.provenance import Provenance
 from short_gpt.checkpoints.records import RECORD
-from short_gpt.checkpoints.target import (
-    StrPath,
-    Target,
-    check_new_gguf,
-    stored_names,
-    takes_target,
-)
+from short_gpt.checkpoints.target import StrPath, Target, check_new_gguf, stored_names, takes_target
 from short_gpt.runtime.errors import ShortGPTError
 
 # Architectures whose weights are in transformers as in the file, except the heads of queries and
@@ -111,9 +105,7 @@ def write_gguf(
 
 
 def about_kinds(
-    source: StrPath,
-    layers: Sequence[int],
-    influence: Sequence[float | None] = (),
+    source: StrPath, layers: Sequence[int], influence: Sequence[float | None] = ()
 ) -> str | None:
     """What other programs get wrong in a GGUF model without these layers; None if nothing."""
     stack = Stack.open(source)

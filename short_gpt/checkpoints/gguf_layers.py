@@ -96,7 +96,14 @@ class Stack:
         if keep == list(range(self.blocks)):
             return {}
         values = {f"{self.arch}.block_count": len(keep), **self._lists(keep)}
-        self._check(keep, influence)
+        removed = [i for i in range(self.layers) if i not in set(keep)]
+        if why := self._refusal(removed):
+            raise ShortGPTError(f"layers {removed} of {self.parts.path} cannot be removed: {why}")
+        if why := self._changes(keep):
+            raise ShortGPTError(
+                f"without layers {removed} of {self.parts.path} others would be of the wrong kind: "
+                f"{why}; {self.advice(removed, influence)}"
+            )
         leading = self.get("leading_dense_block_count")
         if isinstance(leading, int):
             values[f"{self.arch}.leading_dense_block_count"] = sum(i < leading for i in keep)
@@ -104,7 +111,11 @@ class Stack:
         for key, value in values.items():
             before = self.parts.headers[0].records[key]
             changed[key] = record(key, value, before.kind, before.element)
-        return changed | self._pattern(keep)
+        if not isinstance(self.get(PATTERN), list) and self.changed_kinds(keep):
+            slides = [not self._kind(i) for i in keep]  # whether a window slides over it
+            key = f"{self.arch}.{PATTERN}"
+            changed[key] = record(key, slides, ARRAY, BOOL)
+        return changed
 
     def _lists(self, keep: Sequence[int]) -> dict[str, object]:
         """The lists with an entry a block or a layer, shortened; texts and tokens are none."""
@@ -122,14 +133,6 @@ class Stack:
                     f"entries for {self.layers} layers"
                 )
         return lists
-
-    def _pattern(self, keep: Sequence[int]) -> dict[str, Record | None]:
-        """The list of layers' kinds, where positions alone would change some."""
-        if isinstance(self.get(PATTERN), list) or not self.changed_kinds(keep):
-            return {}
-        slides = [not self._kind(i) for i in keep]  # whether a window slides over it
-        key = f"{self.arch}.{PATTERN}"
-        return {key: record(key, slides, ARRAY, BOOL)}
 
     def period(self) -> tuple[int, int] | None:
         """After how many layers kinds repeat by position, and which of them differs."""
@@ -174,17 +177,6 @@ class Stack:
             f"in llama.cpp every {ordinal(period[0])} layer of {self.arch} is of another "
             "kind, by its position, and no key is known to say otherwise"
         )
-
-    def _check(self, keep: Sequence[int], influence: Sequence[float | None]) -> None:
-        """Raises ShortGPTError unless the kept blocks keep their kinds."""
-        removed = [i for i in range(self.layers) if i not in set(keep)]
-        if why := self._refusal(removed):
-            raise ShortGPTError(f"layers {removed} of {self.parts.path} cannot be removed: {why}")
-        if why := self._changes(keep):
-            raise ShortGPTError(
-                f"without layers {removed} of {self.parts.path} others would be of the wrong kind: "
-                f"{why}; {self.advice(removed, influence)}"
-            )
 
     def _refusal(self, removed: Sequence[int]) -> str | None:
         """Why llama.cpp would misread the model with these layers removed; None if it does not."""

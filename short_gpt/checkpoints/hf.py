@@ -26,6 +26,7 @@ from llama.io.files import read_marker
 from llama.io.json_files import read_json, write_json
 from llama.io.sources import resolve
 from short_gpt.checkpoints.provenance import Provenance
+from short_gpt.checkpoints.records import PROVENANCE
 from short_gpt.checkpoints.target import Replaced, StrPath, Target, stored_names, takes_target
 from short_gpt.models.config_file import read_config
 from short_gpt.models.hf import HFDecoder
@@ -87,31 +88,24 @@ def save_hf(
     model: PreTrainedModel,
     target: Target,
     *,
-    tokenizer: PreTrainedTokenizerBase | None,
-    record: Provenance,
+    tokenizer: object,
+    record: Provenance | None,
+    source: StrPath | None = None,
 ) -> Path:
     """Writes a model of transformers for plain ``from_pretrained``, with its card and record.
 
     Args:
         model: the model.
         target: the new directory; a path is enough.
-        tokenizer: written with it; None if there is none.
-        record: of what was done.
+        tokenizer: of transformers, written with it; None if there is none.
+        record: of what was done; None if nothing was.
+        source: of a conversion, which is then noted in ``conversion.json``.
     """
-    with target.new_directory(record, card=True) as partial:
+    marker = PROVENANCE if source is None else CONVERSION
+    with target.new_directory(record, card=True, marker=marker) as partial:
         _save(model, tokenizer, partial)
-    return target.path
-
-
-@takes_target
-def save_converted(
-    model: PreTrainedModel, target: Target, *, tokenizer: object, source: StrPath
-) -> Path:
-    """Writes a model of transformers as the conversion of ``source``, whose record goes along."""
-    record = Provenance.of_checkpoint(source)
-    with target.new_directory(record, card=True, marker=CONVERSION) as partial:
-        _save(model, tokenizer, partial)
-        write_json(partial / CONVERSION, {"source": str(source), "dtype": str(model.dtype)})
+        if source is not None:
+            write_json(partial / CONVERSION, {"source": str(source), "dtype": str(model.dtype)})
     return target.path
 
 

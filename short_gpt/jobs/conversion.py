@@ -14,7 +14,7 @@ from llama.io.json_files import json_text
 from llama.io.sources import Source, find_source, is_gguf, resolve
 from short_gpt.checkpoints.gguf import write_gguf
 from short_gpt.checkpoints.gguf_layers import Stack
-from short_gpt.checkpoints.hf import save_converted
+from short_gpt.checkpoints.hf import save_hf
 from short_gpt.checkpoints.provenance import Provenance
 from short_gpt.checkpoints.records import PROVENANCE, RECORD
 from short_gpt.checkpoints.target import Target, check_format
@@ -154,7 +154,8 @@ def _opened(
     """Writes a GGUF file as transformers reads it, in Hugging Face's format."""
     short = open_hf(source, OpenOptions(device="cpu", dtype=dtype or "float32"))
     target = Target(out, "hf", overwrite, short.check_saved if verify else None)
-    return save_converted(short.trainable(), target, tokenizer=short.tokenizer, source=source)
+    record, tokenizer = Provenance.of_checkpoint(source), short.tokenizer
+    return save_hf(short.trainable(), target, tokenizer=tokenizer, record=record, source=source)
 
 
 def _writer(

@@ -12,13 +12,7 @@ Bar = Any  # of tqdm, which has no types
 
 
 def bar(
-    desc: str,
-    *,
-    total: int | None,
-    unit: str,
-    show: bool = True,
-    delay: float = 1.0,
-    done: int = 0,
+    desc: str, *, total: int | None, unit: str, show: bool = True, delay: float = 1.0, done: int = 0
 ) -> Bar:
     """A tqdm bar on stderr, for use in a ``with`` block; a silent one unless ``show``.
 

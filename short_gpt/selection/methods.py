@@ -59,9 +59,7 @@ REGISTRY = (
     Method("sequential", "first layers", lambda scores, n, _: sequential(len(scores.layers), n)),
     Method("reverse", "last layers", lambda scores, n, _: reverse(len(scores.layers), n)),
     Method(
-        "random",
-        "random layers",
-        lambda scores, n, seed: at_random(len(scores.layers), n, seed),
+        "random", "random layers", lambda scores, n, seed: at_random(len(scores.layers), n, seed)
     ),
     Method("perplexity", "lowest perplexity without the one layer (Shortened LLaMA)"),
     Method("sleb", "greedily, lowest loss without the layer, scored anew (SLEB)"),

@@ -12,20 +12,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from short_gpt.data.windows import batches
-from short_gpt.evaluation.perplexity import check_predicted
+from short_gpt.evaluation.perplexity import batch_nats, check_predicted
 from short_gpt.models.decoder import Decoder, padded
+from short_gpt.models.layer_hooks import (
+    Arguments,
+    Call,
+    first,
+    output_form,
+    patched_forward,
+    state_in,
+)
 from short_gpt.models.numbering import check_count
 from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
 from short_gpt.runtime.progress import Bar, bar
 from short_gpt.runtime.state import StateFile
 from short_gpt.selection.methods import BY_LOSS, check_method
-from short_gpt.selection.partial_run import PartialRun
 
 Batch = tuple[Tensor, Tensor]  # tokens (B, S) and mask (B, S)
 Nats = dict[int, float]  # by candidate
@@ -138,6 +146,79 @@ def one_shot(decoder: Decoder, windows: Sequence[Sequence[int]], n: int, **optio
     return by_loss(decoder, windows, n, Options(candidates=None, **options), method="perplexity")
 
 
+class PartialRun:
+    """A decoder's layers, run from a stored hidden state or only in part.
+
+    Layers that are not to run return the state that enters them. None is taken out of the model, so
+    that positions, masks and settings of the other layers stay theirs.
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+        state, self._form = output_form(decoder)
+        self.bytes_per_token = state.numel() * state.element_size()
+
+    def advance(self, tokens: Tensor, run: Sequence[int], state: Tensor | None) -> Tensor:
+        """The hidden state (B, S, D) leaving the layers ``run``, from the one that enters them.
+
+        Args:
+            tokens: (B, S).
+            run: positions, ascending; none gives ``state`` back.
+            state: entering the first of them; None starts from the embeddings.
+        """
+        if not run and state is not None:
+            return state
+        leaving: list[Tensor] = []
+        with self._only(run, state, leaving):
+            self._decoder.run(tokens)
+        return leaving[-1]
+
+    def nats(self, tokens: Tensor, mask: Tensor, run: Sequence[int], state: Tensor | None) -> float:
+        """Summed loss of the predicted tokens, with the layers ``run`` alone after ``state``."""
+        with self._only(run, state, None):
+            return batch_nats(self._decoder, tokens, mask)
+
+    @contextmanager
+    def _only(
+        self, run: Sequence[int], state: Tensor | None, leaving: list[Tensor] | None
+    ) -> Iterator[None]:
+        """The model with the layers ``run`` alone; ``leaving`` gets the state that leaves them."""
+        layers = self._decoder.layers
+        # if none runs, the last returns what the head reads
+        start = min(run, default=len(layers) - 1)
+        with ExitStack() as stack:
+            for i, layer in enumerate(layers):
+                if i not in run:
+                    forward = self._passing(state if i == start else None)
+                    stack.enter_context(patched_forward(layer, forward))
+            if state is not None and run:
+                enter = layers[start].register_forward_pre_hook(
+                    _entered_by(state), with_kwargs=True
+                )
+                stack.callback(enter.remove)
+            if leaving is not None:
+                keep = layers[max(run, default=0)].register_forward_hook(
+                    lambda module, args, output: leaving.append(first(output))
+                )
+                stack.callback(keep.remove)
+            yield
+
+    def _passing(self, state: Tensor | None) -> Callable[..., object]:
+        def forward(*args: object, **kwargs: object) -> object:
+            return self._form(state_in(args, kwargs) if state is None else state)
+
+        return forward
+
+
+def _entered_by(state: Tensor) -> Callable[..., Call]:
+    def hook(module: nn.Module, args: Arguments, kwargs: dict[str, object]) -> Call:
+        if args:
+            return (state, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": state}
+
+    return hook
+
+
 class Trials:
     """Rounds of trials.
 
@@ -238,41 +319,28 @@ class Trials:
         again: bool,
     ) -> None:
         """Adds each candidate's nats on the group's windows to ``done``, unless they are in it."""
-        at, states = 0, None  # the layer that the states at hand enter; None: the embeddings
+        # the layer that the states (B, S, D) at hand enter; None: the embeddings
+        at, states = 0, cast("Sequence[Tensor | None]", [None] * len(group))
         for j in candidates:
             if j in done:
                 continue
             for i in sorted(self._stored):  # a stored state may be nearer than the one at hand
                 if at <= i <= j:
                     at, states = i, self._stored[i]
-            states, at = self._moved(group, states, at, j), j
+            between, rest = self._alive(at, j), self._alive(j + 1)
+            pairs = zip(group, states, strict=True)
+            entering = [self._run.advance(tokens, between, state) for (tokens, _), state in pairs]
+            at, states = j, entering
             if again and j not in self._stored and len(self._stored) < self._room:
-                self._stored[j] = states
-            done[j] = self._nats_without(j, group, states)
+                self._stored[j] = entering
+            pairs = zip(group, states, strict=True)
+            done[j] = sum(self._run.nats(*batch, rest, state) for batch, state in pairs)
             tick(1)
             if self._state is not None and self._state.due():
                 self._save()
 
     def _alive(self, start: int, end: int | None = None) -> list[int]:
         return [i for i in self._layers[start:end] if i not in self.result.removed]
-
-    def _moved(
-        self, group: list[Batch], states: list[Tensor] | None, at: int, j: int
-    ) -> list[Tensor]:
-        """The states entering layer j, (B, S, D) each, from those entering layer ``at``."""
-        between = self._alive(at, j)
-        return [
-            self._run.advance(tokens, between, None if states is None else states[k])
-            for k, (tokens, _) in enumerate(group)
-        ]
-
-    def _nats_without(self, j: int, group: list[Batch], states: list[Tensor]) -> float:
-        """Summed loss on a group's windows without layer j, from the states that enter it."""
-        rest = self._alive(j + 1)
-        return sum(
-            self._run.nats(tokens, mask, rest, state)
-            for (tokens, mask), state in zip(group, states, strict=True)
-        )
 
     def _count(self, candidates: Sequence[int], *, again: bool) -> None:
         """Counts the layers that a round runs, as `_try` does when nothing interrupts it."""

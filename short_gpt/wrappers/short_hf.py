@@ -34,7 +34,7 @@ from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
 from short_gpt.wrappers.short_model import ShortModel, check_texts
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 
 class ShortHFModel(ShortModel):
@@ -216,7 +216,7 @@ class ShortHFModel(ShortModel):
         return save_hf(
             self.trainable(),
             Target(out_dir, "hf", overwrite, self.check_saved if verify else None),
-            tokenizer=cast("PreTrainedTokenizerBase | None", self.tokenizer),
+            tokenizer=self.tokenizer,
             record=record,
         )
 
