@@ -29,19 +29,12 @@ OTHER_LAYERS = re.compile(r"per_layer_.+|(.+\.)?(blk|layers?|block)\.\d+\..+")
 
 @dataclass(frozen=True)
 class Stack:
-    """The layers of a GGUF model.
+    """The layers of a GGUF model."""
 
-    Attributes:
-        parts: the model.
-        arch: its architecture.
-        blocks: number of all ``blk.N``.
-        extra: number of the last of these, which predict further tokens and always stay.
-    """
-
-    parts: GGUFParts
-    arch: str
-    blocks: int
-    extra: int
+    parts: GGUFParts  # the model
+    arch: str  # its architecture
+    blocks: int  # number of all ``blk.N``
+    extra: int  # number of the last of these, which predict further tokens and always stay
 
     @classmethod
     def of(cls, parts: GGUFParts) -> Stack:

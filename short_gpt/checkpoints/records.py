@@ -47,17 +47,11 @@ Step = Mapping[str, object]  # one change of weights: "method" and its settings,
 
 @dataclass(frozen=True)
 class Measured:
-    """A perplexity as it is kept.
-
-    Attributes:
-        value: the perplexity.
-        tokens: predicted; None in records of versions that did not keep them.
-        error: "interval_95", and the numbers of "windows" and "texts", None where unknown; empty
-            where no error was kept.
-    """
+    """A perplexity as it is kept."""
 
     value: float
-    tokens: int | None = None
+    tokens: int | None = None  # predicted; None in records of versions that did not keep them
+    # "interval_95", and the numbers of "windows" and "texts", None where unknown; may be empty
     error: Mapping[str, object] = field(default_factory=dict)
 
 

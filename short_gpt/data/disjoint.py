@@ -96,7 +96,7 @@ def overlapping(
     ours, theirs = _pieces(training, span), _pieces(evaluation, span)
     shared = _shared(ours, theirs, span)
     for length in {piece.length for piece in [*ours, *theirs] if piece.length < 2 * span}:
-        short, others = ([p for p in all_ if p.length == length] for all_ in (ours, theirs))
+        short, others = ([p for p in own if p.length == length] for own in (ours, theirs))
         if length < SHORTEST:
             pairs = [(short, others, length)]
         else:

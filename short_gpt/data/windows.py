@@ -18,19 +18,12 @@ Span = tuple[int, int]  # start and end of a window, in tokens
 
 
 class Origin(NamedTuple):
-    """A window's position in its text.
+    """A window's position in its text."""
 
-    Attributes:
-        tokens: of the text, and perhaps of others of the same call; the windows share them.
-        begin: of the text in these.
-        end: of the text in these.
-        position: of the window in its text.
-    """
-
-    tokens: Sequence[int]
-    begin: int
-    end: int
-    position: int
+    tokens: Sequence[int]  # of the text, and perhaps of others; the windows share them
+    begin: int  # of the text in these
+    end: int  # of the text in these
+    position: int  # of the window in its text
 
 
 class Window(list[int]):

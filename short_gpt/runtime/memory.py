@@ -27,19 +27,12 @@ UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 
 @dataclass(frozen=True)
 class Plan:
-    """Memory of a run, in bytes.
+    """Memory of a run, in bytes."""
 
-    Attributes:
-        host: in the machine's memory, by purpose, whatever the number of windows.
-        device: the same of an accelerator; empty on the CPU.
-        window: for the hidden states of one window, in the machine's memory.
-        windows: windows of a round, all of which pass a layer before the next one is read.
-    """
-
-    host: Mapping[str, int]
-    device: Mapping[str, int]
-    window: int
-    windows: int
+    host: Mapping[str, int]  # in the machine's memory, by purpose, for any number of windows
+    device: Mapping[str, int]  # the same of an accelerator; empty on the CPU
+    window: int  # hidden states of one window, in the machine's memory
+    windows: int  # of a round, all of which pass a layer before the next one is read
 
     @property
     def total(self) -> int:

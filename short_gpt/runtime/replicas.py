@@ -32,30 +32,20 @@ Sums = TypeVar("Sums", bound="DataclassInstance")
 
 @dataclass(frozen=True)
 class Replicas:
-    """This process's replica among all.
+    """This process's replica among all."""
 
-    Attributes:
-        rank: number of the replica, from 0; equal on the ranks that share its model.
-        count: how many there are; 1 communicates nothing.
-    """
-
-    rank: int = 0
-    count: int = 1
+    rank: int = 0  # number of the replica, from 0; equal on the ranks that share its model
+    count: int = 1  # how many there are; 1 communicates nothing
 
     def step(self, batch_size: int) -> int:
         """How many windows all replicas read in one step: one or two batches each."""
         return batch_size if self.count == 1 else self.count * self._part(batch_size)
 
     def share(self, step: Sequence[T], batch_size: int) -> list[list[T]]:
-        """This replica's batches of a step.
+        """This replica's batches of a step's windows: as many as others', some empty at the end.
 
-        A replica's part begins at an even number and is even in length (except the last), so
-        that windows fall into the same halves of `Importance` as if one process read them all.
-        Every replica gets equally many batches, some empty at the end of all windows.
-
-        Args:
-            step: `step` windows in a row, or fewer at the end of all.
-            batch_size: windows read at once.
+        A replica's part begins at an even number and is even in length (except the last), so that
+        windows fall into the same halves of `Importance` as if one process read them all.
         """
         part = self._part(batch_size)
         start = self.rank * part
@@ -68,8 +58,7 @@ class Replicas:
         """The sums of all replicas; the same on every rank. All ranks must call it.
 
         Args:
-            sums: a dataclass whose tensors are this replica's sums; it stays as it is, and so do
-                its other fields in the one returned.
+            sums: a dataclass whose tensors are this replica's sums; other fields stay as they are.
         """
         own = {f.name: getattr(sums, f.name) for f in fields(sums)}
         own = {name: value for name, value in own.items() if isinstance(value, Tensor)}

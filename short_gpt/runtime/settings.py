@@ -17,15 +17,10 @@ Values = Mapping[str, object]  # of all flags of a command, defaults included
 
 
 class Needs(NamedTuple):
-    """What a flag does nothing without.
+    """What a flag does nothing without."""
 
-    Attributes:
-        what: in words.
-        met: whether a command's values have it; a command that knows no such flag has.
-    """
-
-    what: str
-    met: Callable[[Values], bool]
+    what: str  # in words
+    met: Callable[[Values], bool]  # whether a command's values have it, or it knows no such flag
 
 
 def needs_one_of(what: str, *names: str) -> Needs:

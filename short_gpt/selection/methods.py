@@ -11,17 +11,12 @@ from short_gpt.scoring.order import at_random, best_block, deepest, lowest, reve
 
 
 class Method(NamedTuple):
-    """One method; a row of `REGISTRY` is all that the rest of the library needs to know of it.
+    """One method; a row of `REGISTRY` is all that the rest of the library needs to know of it."""
 
-    Attributes:
-        name: as users write it.
-        about: what it removes, for help and records.
-        choose: from the scores, the number of layers and a seed to positions of layers; None runs
-            the model without layers, see `search`.
-    """
-
-    name: str
-    about: str
+    name: str  # as users write it
+    about: str  # what it removes, for help and records
+    # from the scores, the number of layers and a seed to positions of layers; None runs the model
+    # without layers, see `search`
     choose: Callable[[Importance, int, int], list[int]] | None = None
 
 
