@@ -16,7 +16,7 @@ from torch import Tensor
 
 from short_gpt.models.decoder import Decoder, pad
 from short_gpt.models.numbering import runs
-from short_gpt.selection.partial_run import PartialRun
+from short_gpt.selection.search import PartialRun
 
 Layers = tuple[int, ...]  # places to remove, ascending
 Item = tuple[bool, Gap | None]  # whether a layer runs, and the gap behind it that it is mended for

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from llama.io.outputs import check_output
-from short_gpt.runtime.results import is_record, write_record
+from short_gpt.runtime.state import is_record, write_record
 
 
 def begin(out: str | None, *, overwrite: bool) -> None:

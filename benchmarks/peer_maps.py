@@ -41,7 +41,7 @@ from short_gpt.models.layer_hooks import Output, first, replaced_output
 from short_gpt.models.numbering import check_layers, runs
 from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
 from short_gpt.runtime.progress import bar
-from short_gpt.runtime.results import write_record
+from short_gpt.runtime.state import write_record
 from short_gpt.wrappers.short_model import ShortModel
 
 LINEARPATCH, GHOSTED = "linearpatch", "ghosted"

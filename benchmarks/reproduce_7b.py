@@ -49,7 +49,7 @@ from streaming import peak, read_file, weights
 
 from llama.args import ModelArgs
 from short_gpt.cli.app import main as short_gpt
-from short_gpt.runtime.results import read_record
+from short_gpt.runtime.state import read_record
 from short_gpt.wrappers.streamed_llama import StreamedDecoder, StreamedLlama
 
 KNOWN = (27, 25, 26, 28, 24, 29, 23, 12, 17)  # seven of them are of the paper's list

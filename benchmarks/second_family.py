@@ -24,7 +24,7 @@ from outcome import begin, finish
 from short_gpt import jobs
 from short_gpt.checkpoints import prune_gguf
 from short_gpt.data import demo
-from short_gpt.runtime.results import write_record
+from short_gpt.runtime.state import write_record
 
 SHA256 = (
     "4fc0d1d5908b0a21ad98b42f0c46c5907c5d7e6a09dc04e89cd981f0c9f64f27",

@@ -98,8 +98,8 @@ MUTANTS = [
         "test_each_takes_its_layers_in_original_numbers",
     ),
     (
-        "[importance.layers[place] for place in",
-        "[place for place in",
+        "[importance.layers[i] for i in positions_of",
+        "[i for i in positions_of",
         "test_each_takes_its_layers_in_original_numbers",
     ),
     (
@@ -192,7 +192,7 @@ MUTANTS = [
         "without_overlap(every, [])",
         "test_validation_windows_are_of_text_that_nothing_was_fitted_on",
     ),
-    ("random.Random(seed).shuffle(found)", "pass", "test_the_seeded_order_is_this_one_everywhere"),
+    ("random.Random(seed).shuffle(every)", "pass", "test_the_seeded_order_is_this_one_everywhere"),
     (
         "limit, self.seed, bos=self.bos)",
         "limit, self.seed)",
@@ -214,11 +214,6 @@ MUTANTS = [
         "            for target, old, _ in edits:\n                target.update(old)\n",
         "",
         "test_contract[llama-undo]",
-    ),
-    (
-        "layers.{new_number[match[1]]}.{match[2]}",
-        "layers.{match[1]}.{match[2]}",
-        "test_pruned_checkpoint_equals_the_model_pruned_in_memory",
     ),
     (
         "{prefix}.{new_number[int(match[1])]}.{match[2]}",
@@ -279,18 +274,18 @@ MUTANTS = [
         "test_a_directory_that_is_not_the_healed_model_is_not_written",
     ),
     (
-        "if not _same(pieces, again.chunks(new))",
+        "if _digest(pieces) != _digest(again.chunks(new))",
         "if False",
         "test_what_was_written_wrong_never_takes_its_place",
     ),
     (
-        "with _as_stored(short, checkpoint.shards[0]):\n                target.prove(partial)",
-        "pass",
+        "            target.prove(partial)",
+        "            pass",
         "test_a_patched_meta_checkpoint_is_proved_before_it_is_there",
     ),
     (
-        "with _as_stored(short, checkpoint.shards[0]):",
-        "if True:",
+        "weight.data = weight.data.to(infos[name].dtype).to(weight.dtype)",
+        "pass",
         "test_a_patched_meta_checkpoint_is_proved_before_it_is_there",
     ),
     (
@@ -327,8 +322,8 @@ MUTANTS = [
         "test_distillation_starts_from_the_refit",
     ),
     (
-        "as_saved = found[CHECKED] == content_digest(found)",
-        "as_saved = True",
+        "if content[CHECKED] == content_digest(content):",
+        "if True:",
         "test_what_was_edited_or_damaged_is_refused",
     ),
     (
@@ -349,7 +344,7 @@ MUTANTS = [
     # Ranks and replicas.
     ("(batch_size % 2 and self.count > 1)", "0", "test_shares_are_disjoint_whole_and_in_step"),
     (
-        "dist.all_reduce(there, group=groups.get_data_parallel_group())",
+        "dist.all_reduce(total, group=groups.get_data_parallel_group())",
         "pass",
         "test_any_division_gives_the_sums_of_one_process",
     ),

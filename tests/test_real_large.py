@@ -45,7 +45,7 @@ def test_the_road_from_scores_to_a_refitted_file(folder, found):
     assert sizes["cut"] < sizes["whole"] and "of Q6_K as Q8_0" in found["remark"]
     for name in ("cut", "refitted"):
         path = folder / f"{name}.gguf"
-        assert sorted(Provenance.beside(path).removed_layers) == found["removed"]
+        assert sorted(Provenance.of_checkpoint(path).removed_layers) == found["removed"]
         assert Stack.of(GGUFParts(path)).layers == 21
 
 

@@ -1,19 +1,17 @@
-"""Checkpoints: cut in their files, written from memory, proved, with a record of what was done.
+"""Checkpoints: pruned in their files, written from memory, verified, with a record of all that.
 
-`prune_checkpoint` cuts either format without loading a weight. A model in memory is written by its
+`prune_checkpoint` prunes any format without loading a weight. A model in memory is written by its
 own ``save``. Both leave ``pruning.json``, one `Provenance`, and a model card made from it.
 """
 
 from __future__ import annotations
 
-from short_gpt.checkpoints.card import model_card, write_provenance
 from short_gpt.checkpoints.gguf import prune_gguf, write_gguf
-from short_gpt.checkpoints.hf import prune_hf
-from short_gpt.checkpoints.mergekit import mergekit_recipe, recipe_dtype
-from short_gpt.checkpoints.meta import prune_meta
-from short_gpt.checkpoints.provenance import PROVENANCE, Provenance
-from short_gpt.checkpoints.prune import prune_checkpoint
-from short_gpt.checkpoints.save import save_as_meta, save_hf, save_meta
+from short_gpt.checkpoints.hf import prune_hf, save_as_meta, save_hf
+from short_gpt.checkpoints.meta import prune_meta, save_meta
+from short_gpt.checkpoints.provenance import Provenance, model_card, write_provenance
+from short_gpt.checkpoints.prune import mergekit_recipe, prune_checkpoint, recipe_dtype
+from short_gpt.checkpoints.records import PROVENANCE
 from short_gpt.checkpoints.target import Target, format_of
 from short_gpt.checkpoints.verify import (
     ROUNDING,

@@ -1,15 +1,14 @@
-"""A GGUF model with some layers removed, its tensors as they are in their quantization.
+"""A GGUF model with some layers removed or changed; its tensors keep their quantization.
 
-Whatever is written carries its record with it, as the key ``short_gpt.pruning``: the text of what
-stands in ``pruning.json`` elsewhere.
+A written file holds its record as the key ``short_gpt.pruning``, with the text of ``pruning.json``.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from hashlib import blake2b
 from pathlib import Path
 
 from torch import Tensor
@@ -29,13 +28,18 @@ from llama.formats.names import permute_rows
 from llama.io.json_files import json_text
 from llama.io.sources import is_gguf
 from short_gpt.checkpoints.gguf_kinds import PATTERN
-from short_gpt.checkpoints.gguf_layers import Stack, renamed
+from short_gpt.checkpoints.gguf_layers import Stack
 from short_gpt.checkpoints.model_record import ModelRecord
 from short_gpt.checkpoints.provenance import Provenance
 from short_gpt.checkpoints.records import RECORD
-from short_gpt.checkpoints.target import StrPath, Target, check_new_gguf, takes_target
-from short_gpt.models.weight_changes import Parameter
+from short_gpt.checkpoints.target import StrPath, Target, check_new_gguf, stored_names, takes_target
 from short_gpt.runtime.errors import ShortGPTError
+
+# Architectures whose weights are in transformers as in the file, except the heads of queries and
+# keys of the second row, and norms of the third, which a file stores plus one.
+MAPPED = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "starcoder2", "olmo2")
+PERMUTED = ("llama",)
+PLUS_ONE = ("gemma2", "gemma3")
 
 
 @takes_target
@@ -47,31 +51,23 @@ def prune_gguf(
     provenance: Provenance | None = None,
     progress: Callable[[str], object] = str,
 ) -> Path:
-    """Writes a GGUF model of any architecture with some layers removed; no weight is ever loaded.
+    """Prunes a GGUF model of any architecture as `prune_checkpoint` does.
 
-    The tensors' bytes are copied in pieces, so memory does not grow with the model and any
-    quantization goes over. What was written is read again and compared before it is there.
+    The bytes are copied in pieces, so memory does not grow with the model and any quantization goes
+    over. What was written is read again and compared.
 
     Args:
         source: the file; of a model in several, ``NAME-00001-of-0000N.gguf``.
-        target: the new file; with such a name, so many files, which are not verified. A path is
-            enough.
-        layers: numbers of the layers to remove.
-        provenance: what is known beside what is removed; goes into the file with that.
-        progress: called with every tensor's name before it is written.
-
-    Returns:
-        The target's path.
+        target: the new file; a path is enough. A name of several files is not verified.
+        layers: as for `prune_checkpoint`, like all that is not named here.
 
     Raises:
-        ShortGPTError: a layer does not exist, or what is left could not be told to llama.cpp.
-        FileNotFoundError: there is no such file.
-        FileExistsError: the target exists, or is the source.
+        ShortGPTError: a layer does not exist, or llama.cpp would misread the pruned model.
     """
     stack = Stack.open(source)
     keep = stack.kept(layers, provenance.block_influence if provenance else ())
     own = [i for i in keep if i < stack.layers]
-    done = (provenance or Provenance()).cut(source, removed=layers, kept=own)
+    done = (provenance or Provenance()).pruned(source, removed=layers, kept=own)
     return write_gguf(stack.parts, target, keep, done=done, progress=progress)
 
 
@@ -92,11 +88,11 @@ def write_gguf(
         target: as for `prune_gguf`.
         keep: numbers of the blocks that stay, ascending.
         changed: tensors that differ from the source's, by their names there.
-        done: the record; without it, and with all blocks, the bytes are those of the source.
+        done: the record of what was done; without it and with all blocks the bytes do not change.
         progress: as for `prune_gguf`.
     """
     check_new_gguf(target.out, source=source, overwrite=target.overwrite)
-    names = renamed(source.tensors, keep)
+    names = stored_names(source.tensors, "blk", keep)
     changed = changed or {}
     tensors = {new: changed.get(old) or copied(source, old) for new, old in names.items()}
     records = Stack.of(source).records(keep)
@@ -109,31 +105,23 @@ def write_gguf(
 
 
 def about_kinds(
-    source: StrPath,
-    layers: Sequence[int],
-    influence: Sequence[float | None] = (),
+    source: StrPath, layers: Sequence[int], influence: Sequence[float | None] = ()
 ) -> str | None:
-    """What other programs get wrong in a pruned GGUF model; None if nothing.
-
-    Args:
-        source: the original model.
-        layers: numbers of the removed layers.
-        influence: Block Influence of each layer, by which another set is offered.
-    """
+    """What other programs get wrong in a GGUF model without these layers; None if nothing."""
     stack = Stack.open(source)
     keep = [i for i in range(stack.blocks) if i not in set(layers)]
     if not stack.changed_kinds(keep):
         return None
     remark = (
-        f"{stack.arch}.{PATTERN} lists the kinds of the layers left. transformers passes over it "
+        f"{stack.arch}.{PATTERN} lists the kinds of the kept layers. transformers ignores it "
         "and takes kinds from positions, which is wrong here: for transformers, name a directory "
         f"in place of the file, as in short-gpt prune {source} DIRECTORY"
     )
-    if not stack.has_period:
+    if not stack.period():
         return remark
     return (
         f"{remark}. llama.cpp from before its pull request 29042 (September 2026), and what is "
-        f"built on it, pass over it too; {stack.advice(layers, influence)}"
+        f"built on it, ignore it too; {stack.advice(layers, influence)}"
     )
 
 
@@ -145,25 +133,14 @@ def check_written(
     *,
     changed: Mapping[str, Stored],
 ) -> None:
-    """Proves that a file holds what was to be written, by reading it again.
-
-    Args:
-        path: the new file, or the first of several.
-        source: the model that it was made from.
-        names: of every tensor, and its name in the source.
-        records: keys that differ from the source's.
-        changed: tensors that differ, by their names in the source.
-
-    Raises:
-        RuntimeError: it does not; the message names what differs.
-    """
+    """Raises RuntimeError unless a file, read again, holds what was to be written."""
     again = GGUFParts(path)
     _check_keys(again, source, records)
     if list(again.tensors) != list(names):
         raise RuntimeError(f"{path} holds other tensors than it should")
     for new, old in names.items():
         pieces = changed[old].chunks() if old in changed else source.chunks(old)
-        if not _same(pieces, again.chunks(new)):
+        if _digest(pieces) != _digest(again.chunks(new)):
             raise RuntimeError(f"{path} holds another {new} than was to be written")
 
 
@@ -177,19 +154,11 @@ def _check_keys(again: GGUFParts, source: GGUFParts, records: Mapping[str, Recor
         raise RuntimeError(f"{again.path} does not say what it should of {', '.join(wrong[:3])}")
 
 
-def _same(one: Iterable[bytes], other: Iterable[bytes]) -> bool:
-    digests = [hashlib.blake2b(), hashlib.blake2b()]
-    for digest, pieces in zip(digests, (one, other), strict=True):
-        for piece in pieces:
-            digest.update(piece)
-    return digests[0].digest() == digests[1].digest()
-
-
-# Architectures whose weights lie in transformers as in the file, up to the heads of queries and
-# keys of the second row, and norms of the third, which a file stores plus one.
-MAPPED = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "starcoder2", "olmo2")
-PERMUTED = ("llama",)
-PLUS_ONE = ("gemma2", "gemma3")
+def _digest(pieces: Iterable[bytes]) -> bytes:
+    digest = blake2b()
+    for piece in pieces:
+        digest.update(piece)
+    return digest.digest()
 
 
 @takes_target
@@ -202,13 +171,12 @@ def save_gguf(
         short: the model.
         target: the new file; a path is enough. It is compared with the source, not verified.
         source: the file that it was opened from.
-        layers_path: where the model has its layers: ``"model.layers"``.
+        layers_path: of the layers in the model: ``"model.layers"``.
         record: of what was done.
 
     Raises:
-        ShortGPTError: ``source`` is no GGUF file or has another number of layers, or a changed
-            weight has no place in it.
-        FileExistsError: the target exists.
+        ShortGPTError: ``source`` is no GGUF file or has another number of layers, or has no known
+            tensor for a changed weight.
     """
     if not is_gguf(source):
         raise ShortGPTError(
@@ -224,10 +192,9 @@ def save_gguf(
     short.check_whole()  # in a trial, numbers of layers are not those of `kept`
     keep = [*short.kept, *range(stack.layers, stack.blocks)]
     changed: dict[str, Stored] = {}
-    for parameter in sorted(short.changed):
-        number, own = parameter
+    for number, own in sorted(short.changed):
         weight = short.decoder.layers[short.kept.index(number)].get_parameter(own)
-        name = _name(stack, parameter, layers_path)
+        name = _name(stack, f"{layers_path}.{number}.{own}")
         changed[name] = _stored(stack, name, weight)
     return write_gguf(stack.parts, replace(target, verify=None), keep, changed=changed, done=record)
 
@@ -235,16 +202,7 @@ def save_gguf(
 def check_saved(
     source: StrPath, layers: Sequence[int], influence: Sequence[float | None] = ()
 ) -> None:
-    """Refuses, before any work, a GGUF file that `save_gguf` could not write back changed.
-
-    Args:
-        source: the file.
-        layers: numbers of the layers that are removed.
-        influence: Block Influence of each layer, by which another set is offered.
-
-    Raises:
-        ShortGPTError: the architecture is not one of `MAPPED`, or the layers cannot go.
-    """
+    """Raises ShortGPTError for a GGUF file that `save_gguf` could not write back changed."""
     stack = Stack.open(source)
     if stack.arch not in MAPPED:
         raise ShortGPTError(
@@ -254,12 +212,10 @@ def check_saved(
     stack.kept(layers, influence)
 
 
-def _name(stack: Stack, parameter: Parameter, layers_path: str) -> str:
+def _name(stack: Stack, full: str) -> str:
     """GGUF's name of a parameter of transformers; ShortGPTError where it is not known."""
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
-    number, own = parameter
-    full = f"{layers_path}.{number}.{own}"
     arch_of = {name: arch for arch, name in MODEL_ARCH_NAMES.items()}
     name = None
     if stack.arch in MAPPED:
@@ -292,20 +248,15 @@ def _stored(stack: Stack, name: str, weight: Tensor) -> Stored:
 
 
 def about_types(source: StrPath, out: StrPath) -> str | None:
-    """Which tensors of a written file have another type than in its source, in words.
-
-    Args:
-        source: the file that ``out`` was made from.
-        out: a file of `save_gguf`.
-    """
-    record = Provenance.beside(out)
+    """Which tensors of ``out``, a file of `save_gguf`, have another type than in its source."""
+    record = Provenance.of_checkpoint(out)
     removed = set(record.removed_layers) if record else set()
     stack = Stack.open(source)
     keep = [i for i in range(stack.blocks) if i not in removed]
     before, after = stack.parts, GGUFParts(Path(str(out)))
     moves = Counter(
         (before.tensors[old].kind, after.tensors[new].kind)
-        for new, old in renamed(before.tensors, keep).items()
+        for new, old in stored_names(before.tensors, "blk", keep).items()
         if before.tensors[old].kind != after.tensors[new].kind
     )
     if not moves:

@@ -1,4 +1,4 @@
-"""How llama.cpp tells the kinds of layers, by key or by position, and what it cannot be told.
+"""How llama.cpp decides the kinds of layers, by key or by position, and what no key can say.
 
 The names are GGUF's: of architectures, and of the keys under them.
 """
@@ -68,7 +68,7 @@ READS_PATTERN = (
     *("cohere2", "gemma2", "gemma3", "gemma-embedding", "gpt-oss", "modern-bert"),
     *("muse-glimmer", "olmo2"),
 )
-# llama.cpp aborts where no layer with a sliding window is left, and of these where no other is.
+# llama.cpp aborts where no layer has a sliding window, and of these also where all have one.
 BOTH_KINDS = ("gemma-embedding", "modern-bert")
 # llama.cpp computes otherwise for another number of layers.
 BY_COUNT = ("baichuan", "deepseek2", "deepseek32", "minicpm", "minicpm3")
@@ -80,15 +80,12 @@ FROM_FIRST = ("rwkv7", "arwkv7")  # later layers take values of the first
 def cheapest_set(
     scores: Sequence[float], count: int, stays: Callable[[int, int], bool]
 ) -> list[int] | None:
-    """The layers of lowest summed scores whose removal leaves every other layer its kind.
+    """The layers of lowest summed scores whose removal leaves all others their kind; None if none.
 
     Args:
         scores: of each layer.
         count: of layers to remove.
         stays: whether a layer (first argument) keeps its kind at a new position (second).
-
-    Returns:
-        The layers, ascending; None if no set of so many does.
 
     Example:
         >>> cheapest_set([0.1, 0.9, 0.2, 0.4], 2, lambda layer, new: (layer - new) % 2 == 0)

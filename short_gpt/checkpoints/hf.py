@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint without some layers, written tensor by tensor from its files."""
+"""A model in Hugging Face's format: pruned in its files tensor by tensor, or saved from memory."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import torch
 
+from llama.checkpoint.meta import CONVERSION, copy_tokenizer
+from llama.formats.convert import hf_to_meta
 from llama.formats.safetensors import (
     DTYPES,
     Entry,
@@ -18,17 +22,21 @@ from llama.formats.safetensors import (
     tensor_bytes,
     write_weights,
 )
+from llama.io.files import read_marker
 from llama.io.json_files import read_json, write_json
 from llama.io.sources import resolve
-from short_gpt.checkpoints.card import write_provenance
 from short_gpt.checkpoints.provenance import Provenance
-from short_gpt.checkpoints.target import Replaced, StrPath, Target, takes_target
+from short_gpt.checkpoints.records import PROVENANCE
+from short_gpt.checkpoints.target import Replaced, StrPath, Target, stored_names, takes_target
 from short_gpt.models.config_file import read_config
 from short_gpt.models.hf import HFDecoder
 from short_gpt.models.loading import TRUST, auto_class, check_stored, explained
 from short_gpt.models.numbering import check_layers
 from short_gpt.runtime.errors import MissingPackageError, ShortGPTError
-from short_gpt.runtime.results import read_record
+from short_gpt.runtime.state import read_record
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # What goes along as it is: tokenizers, generation settings, templates, licenses.
 COPIED = re.compile(r".+\.(json|jinja|model|txt)|(LICENSE|NOTICE|USE_POLICY).*|tokenizer.*")
@@ -45,30 +53,15 @@ def prune_hf(
     replaced: Replaced | None = None,
     progress: Callable[[str], object] = str,
 ) -> Path:
-    """Writes a safetensors directory with some layers removed; no weight is ever loaded.
+    """Prunes a Hugging Face directory or hub id of any family as `prune_checkpoint` does.
 
-    The tensors' bytes are copied in pieces, so memory does not grow with the model and any dtype
-    goes over. ``config.json`` changes in what the removal changes, and in nothing else, so it
-    stays one for the version of ``transformers`` that wrote it. A model card says what went.
+    The bytes are copied in pieces, so memory does not grow with the model and any dtype goes over.
+    ``config.json`` changes only where the removal changes it, so it still fits the version of
+    ``transformers`` that wrote it.
 
     Args:
-        source: a directory with ``config.json`` and safetensors of any family, or a hub id.
-        target: the new directory; a path is enough.
-        layers: numbers of the layers to remove.
-        provenance: by which scores they were chosen, and facts to keep; completed here and
-            written as ``pruning.json`` and on the card.
+        source: as for `prune_checkpoint`, like all that is not named here.
         replaced: by name in the source's files, tensors that are written in their place.
-        progress: called with every tensor's new name before it is written.
-
-    Returns:
-        The target's path.
-
-    Raises:
-        ShortGPTError: a layer does not exist, the files lack weights or hold others, or the family
-            cannot be pruned right: it says why.
-        FileNotFoundError: config or weights are missing.
-        FileExistsError: the target exists, or with ``overwrite`` holds the source or other files.
-        MissingPackageError: transformers is missing.
     """
     directory = resolve(source)
     target.check(source=directory)
@@ -77,39 +70,107 @@ def prune_hf(
     count = len(decoder.layers)
     check_layers(layers, range(count))
     keep = [i for i in range(count) if i not in set(layers)]
-    record = (provenance or Provenance()).cut(
+    record = (provenance or Provenance()).pruned(
         source, removed=layers, kept=keep, directory=directory
     )
-    old_name = _old_names(weights, _prefix(weights, decoder.layers_path, count), keep)
+    stored = stored_names(weights, _prefix(weights, decoder.layers_path, count), keep)
     config = _edited_config(directory, decoder, keep)
-    with target.new_directory() as partial:
+    with target.new_directory(record, card=True) as partial:
         write_json(partial / "config.json", config)
         _check_config(partial, decoder)
-        _write_kept(partial, weights, old_name, replaced or {}, progress)
+        _write_kept(partial, weights, stored, replaced or {}, progress)
         _copy_others(directory, partial)
-        write_provenance(partial, record, card=True)
-        target.prove(partial)
     return target.path
+
+
+@takes_target
+def save_hf(
+    model: PreTrainedModel,
+    target: Target,
+    *,
+    tokenizer: object,
+    record: Provenance | None,
+    source: StrPath | None = None,
+) -> Path:
+    """Writes a model of transformers for plain ``from_pretrained``, with its card and record.
+
+    Args:
+        model: the model.
+        target: the new directory; a path is enough.
+        tokenizer: of transformers, written with it; None if there is none.
+        record: of what was done; None if nothing was.
+        source: of a conversion, which is then noted in ``conversion.json``.
+    """
+    marker = PROVENANCE if source is None else CONVERSION
+    with target.new_directory(record, card=True, marker=marker) as partial:
+        _save(model, tokenizer, partial)
+        if source is not None:
+            write_json(partial / CONVERSION, {"source": str(source), "dtype": str(model.dtype)})
+    return target.path
+
+
+@takes_target
+def save_as_meta(
+    model: PreTrainedModel, target: Target, *, record: Provenance, tokenizer_path: StrPath
+) -> Path:
+    """Writes a Llama of transformers that came from a Meta directory in Meta's format again.
+
+    Args:
+        model: as for `save_hf`.
+        target: as for `save_hf`; it verifies the Hugging Face directory that is then converted.
+        record: as for `save_hf`.
+        tokenizer_path: the Meta directory's own, copied because it may gain tokens through
+            transformers.
+
+    Raises:
+        ShortGPTError: the model is no Llama.
+    """
+    tokenizer = Path(str(tokenizer_path))
+    with replace(target, verify=None).new_directory(record, card=False) as partial:
+        folder, converted = partial.with_name("hugging_face"), partial.with_name("converted")
+        folder.mkdir()
+        _save(model, None, folder)
+        target.prove(folder)
+        copy_tokenizer(tokenizer, folder)  # which the conversion asks for
+        hf_to_meta(folder, converted)
+        shutil.rmtree(folder)
+        for path in sorted(converted.iterdir()):
+            if not path.name.startswith("tokenizer"):
+                path.rename(partial / path.name)
+        copy_tokenizer(tokenizer, partial)
+        marker = read_marker(partial / CONVERSION)  # names the removed Hugging Face directory
+        write_json(partial / CONVERSION, {**marker, "source": record.source})
+    return target.path
+
+
+def _save(model: PreTrainedModel, tokenizer: object, out: Path) -> None:
+    model.save_pretrained(out)
+    if tokenizer is not None:
+        cast("PreTrainedTokenizerBase", tokenizer).save_pretrained(out)
 
 
 def _write_kept(
     out: Path,
     weights: Mapping[str, SafetensorsFile],
-    old_name: Mapping[str, str],
+    stored: Mapping[str, str],
     replaced: Replaced,
     progress: Callable[[str], object],
 ) -> None:
+    """Writes the tensors that stay into files as in the source, without empty ones."""
+    groups: dict[str, dict[str, Entry]] = {}
+    for new, old in stored.items():
+        groups.setdefault(weights[old].path.name, {})[new] = weights[old].entries[old]
 
     def read(name: str) -> Iterator[bytes | memoryview]:
         progress(name)
-        old, file = old_name[name], weights[old_name[name]]
+        old, file = stored[name], weights[stored[name]]
         if old not in replaced:
             yield from file.chunks(old)
             return
         dtype = DTYPES[file.entries[old].dtype]
         yield from tensor_bytes(replaced[old]().to("cpu", dtype))
 
-    write_weights(out, _groups(weights, old_name), read)
+    write_weights(out, [groups[name] for name in sorted(groups)], read)
 
 
 def _copy_others(directory: Path, out: Path) -> None:
@@ -117,14 +178,15 @@ def _copy_others(directory: Path, out: Path) -> None:
     config = directory / "tokenizer_config.json"
     own_code = config.is_file() and "auto_map" in read_json(config)
     for path in sorted(directory.iterdir()):
-        wanted = COPIED.fullmatch(path.name) and not NOT_COPIED.fullmatch(path.name)
-        if (wanted or (own_code and path.suffix == ".py")) and path.is_file():
+        copied = COPIED.fullmatch(path.name) and not NOT_COPIED.fullmatch(path.name)
+        if (copied or (own_code and path.suffix == ".py")) and path.is_file():
             shutil.copyfile(path, out / path.name)
 
 
 def _skeleton(directory: Path) -> HFDecoder:
     """The model of a directory's config, without weights."""
-    if re.search(r"(layers|blocks|h)\.\d", json.dumps(_quantization(directory))):
+    quantization = read_record(directory / "config.json").get("quantization_config")
+    if re.search(r"(layers|blocks|h)\.\d", json.dumps(quantization)):
         raise ShortGPTError(
             f"{directory} is quantized with settings for single layers, which cannot be renumbered"
         )
@@ -144,12 +206,8 @@ def _skeleton(directory: Path) -> HFDecoder:
         ) from error
 
 
-def _quantization(directory: Path) -> object:
-    return read_record(directory / "config.json").get("quantization_config")
-
-
 def _prefix(weights: Mapping[str, object], layers_path: str, count: int) -> str:
-    """The stored layers' name before their number, with or without that of the model around."""
+    """The stored layers' name before their number, with or without the enclosing model's."""
     last = layers_path.rpartition(".")[2]
     numbers_of: dict[str, set[int]] = {}
     for name in weights:
@@ -157,7 +215,8 @@ def _prefix(weights: Mapping[str, object], layers_path: str, count: int) -> str:
         if match:
             numbers_of.setdefault(match[1], set()).add(int(match[2]))
     fitting = [p for p, numbers in numbers_of.items() if numbers == set(range(count))]
-    related = [p for p in fitting if _ends(layers_path, p) or _ends(p, layers_path)]
+    ours = f".{layers_path}"
+    related = [p for p in fitting if ours.endswith(f".{p}") or f".{p}".endswith(ours)]
     choice = related or [p for p in fitting if "vision" not in p and "audio" not in p]
     if len(choice) != 1:
         shown = {p: len(numbers) for p, numbers in numbers_of.items()}
@@ -168,42 +227,14 @@ def _prefix(weights: Mapping[str, object], layers_path: str, count: int) -> str:
     return choice[0]
 
 
-def _ends(path: str, end: str) -> bool:
-    return f".{path}".endswith(f".{end}")
-
-
-def _old_names(weights: Mapping[str, object], prefix: str, keep: Sequence[int]) -> dict[str, str]:
-    """The stored name of every tensor that stays, by its new name."""
-    new_number = {old: new for new, old in enumerate(keep)}
-    names: dict[str, str] = {}
-    for name in weights:
-        match = re.match(rf"{re.escape(prefix)}\.(\d+)\.(.+)", name)
-        if match is None:
-            names[name] = name
-        elif int(match[1]) in new_number:
-            names[f"{prefix}.{new_number[int(match[1])]}.{match[2]}"] = name
-    return names
-
-
-def _groups(
-    weights: Mapping[str, SafetensorsFile], old_name: Mapping[str, str]
-) -> list[dict[str, Entry]]:
-    """The tensors of each new file: as in the source, without files of which none is left."""
-    groups: dict[str, dict[str, Entry]] = {}
-    for new, old in old_name.items():
-        file = weights[old]
-        groups.setdefault(file.path.name, {})[new] = file.entries[old]
-    return [groups[name] for name in sorted(groups)]
-
-
 def _edited_config(directory: Path, decoder: HFDecoder, keep: Sequence[int]) -> dict[str, object]:
-    """The source's config.json, changed where removing the layers changes the config."""
-    if not _quantization(directory):  # which takes packages of its own to load
+    """The source's config.json, changed only where removing the layers changes the config."""
+    config = read_record(directory / "config.json")
+    if not config.get("quantization_config"):  # which takes packages of its own to load
         check_stored(directory, decoder.model.config)
     before = decoder.model.config.to_dict()
     decoder.keep_layers(keep)
     after = decoder.model.config.to_dict()
-    config = read_record(directory / "config.json")
     config.pop("auto_map", None)  # names code that does not go along: the library's own is enough
     aliases = {own: name for name, own in decoder.config.attribute_map.items()}
     _patch(config, before, after, aliases)
@@ -240,7 +271,7 @@ def _check_config(partial: Path, decoder: HFDecoder) -> None:
 def _differing(expected: Mapping[str, object], read: Mapping[str, object]) -> list[str]:
     """The keys whose values differ, except those that loading sets or that are dropped."""
     own = {"_name_or_path", "name_or_path", "transformers_version", "dtype", "torch_dtype"}
-    own.add("auto_map")  # dropped on purpose
+    own.add("auto_map")
     wrong = []
     for key, value in expected.items():
         other = read.get(key)

@@ -1,28 +1,31 @@
-"""A Meta checkpoint directory with some layers removed, written tensor by tensor."""
+"""A Meta checkpoint directory with some layers removed or changed, written tensor by tensor."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from llama.checkpoint.meta import (
     CONVERSION,
-    LAYER_NAME,
     Checkpoint,
     check_vocabulary,
     copy_records,
     copy_tokenizer,
 )
-from llama.checkpoint.pth import Shard, write_shard
+from llama.checkpoint.pth import write_shard
 from llama.checkpoint.sharding import part_of
 from llama.io.json_files import write_json
+from llama.parallel import model_parallel_size
 from llama.tokenizer import Tokenizer, find_tokenizer
-from short_gpt.checkpoints.card import write_provenance
+from short_gpt.checkpoints.model_record import ModelRecord
 from short_gpt.checkpoints.provenance import Provenance
-from short_gpt.checkpoints.target import Replaced, StrPath, Target, takes_target
+from short_gpt.checkpoints.target import Replaced, StrPath, Target, stored_names, takes_target
 from short_gpt.models.numbering import check_layers
+from short_gpt.runtime.errors import ShortGPTError
 
 
 @takes_target
@@ -36,113 +39,134 @@ def prune_meta(
     replaced: Replaced | None = None,
     progress: Callable[[str], object] = str,
 ) -> Path:
-    """Writes the checkpoint with some layers removed, tensor by tensor, with the same sharding.
+    """Prunes a Meta checkpoint as `prune_checkpoint` does, with the same sharding.
 
-    The tensors' bytes are copied, so the result equals the model pruned in memory bit for bit.
     Memory is bounded by the largest tensor.
 
     Args:
         ckpt_dir: the source.
-        target: the new directory; a path is enough.
-        layers: numbers of the layers to remove.
-        tokenizer_path: copied along; None looks beside the source.
-        provenance: what is known beside what is removed; goes into ``pruning.json`` with that.
-        replaced: by name, whole tensors that are written in place of the source's.
-        progress: called with every tensor's name before it is written.
-
-    Returns:
-        The target's path.
-
-    Raises:
-        ShortGPTError: a layer does not exist or is named twice, or none or all would go.
-        FileExistsError: the target exists, or with ``overwrite`` holds the source or other files.
-        FileNotFoundError: there is no tokenizer.
+        target: as for `prune_checkpoint`, like all that is not named here.
+        replaced: by name, full tensors that are written in place of the source's.
     """
     source = Checkpoint(ckpt_dir)
     numbers = range(source.args.n_layers)
     check_layers(layers, numbers)
     keep = [i for i in numbers if i not in set(layers)]
-    tokenizer = Path(str(tokenizer_path)) if tokenizer_path else find_tokenizer(source.directory)
+    tokenizer = Path(str(tokenizer_path or find_tokenizer(source.directory)))
     check_vocabulary(source, Tokenizer(tokenizer), tokenizer)
-    record = (provenance or Provenance()).cut(ckpt_dir, removed=layers, kept=keep)
+    record = (provenance or Provenance()).pruned(ckpt_dir, removed=layers, kept=keep)
     target.check(source=source.directory)
-    with target.new_directory() as partial:
-        write_kept(source, partial, keep, replaced or {}, progress)
-        write_beside(source, partial, n_layers=len(keep), tokenizer=tokenizer, record=record)
-        target.prove(partial)
-    return target.path
+    return _write(source, target, keep, record, tokenizer, replaced or {}, progress)
 
 
-def write_kept(
-    source: Checkpoint,
-    out: Path,
-    keep: Sequence[int],
-    replaced: Replaced,
-    progress: Callable[[str], object] = str,
-) -> None:
-    """Writes each file of a checkpoint with the kept layers only, under its own name.
+@takes_target
+def save_meta(
+    short: ModelRecord,
+    target: Target,
+    *,
+    source: StrPath,
+    record: Provenance,
+    tokenizer_path: StrPath | None = None,
+) -> Path:
+    """Writes a model that came from a Meta directory, tensor by tensor from the files there.
 
-    Args:
-        source: the checkpoint.
-        out: an existing directory.
-        keep: numbers of the layers that stay, ascending.
-        replaced: as for `prune_meta`.
-        progress: as for `prune_meta`.
-    """
-    by = source.vocab_parallel
-    for rank, shard in enumerate(source.shards):
-        old_name = names_kept(shard, keep)
-
-        def read(
-            name: str, shard: Shard = shard, rank: int = rank, names: dict[str, str] = old_name
-        ) -> Tensor:
-            progress(name)
-            old = names[name]
-            if old not in replaced:
-                return shard.read(old)
-            tensor, ranks = replaced[old](), len(source.shards)
-            return part_of(source.args, old, tensor, rank, ranks, vocab_parallel=by)
-
-        infos = {new: shard.infos[old] for new, old in old_name.items()}
-        write_shard(out / shard.path.name, infos, read)
-
-
-def names_kept(shard: Shard, keep: Sequence[int]) -> dict[str, str]:
-    """The tensors of a file that stay when only some layers do.
+    The bytes of the source are copied, so that its dtype and sharding stay; only the parameters
+    that the model's record names as changed come from memory, in the source's dtype.
 
     Args:
-        shard: one file of a checkpoint.
-        keep: numbers of the layers that stay, ascending.
-
-    Returns:
-        By each tensor's new name, in which layers count from 0, its name in the file.
-    """
-    new_number = {str(old): new for new, old in enumerate(keep)}
-    old_name: dict[str, str] = {}
-    for name in shard.infos:
-        match = LAYER_NAME.fullmatch(name)
-        if match is None:  # of no layer: embedding, last norm, output head
-            old_name[name] = name
-        elif match[1] in new_number:
-            old_name[f"layers.{new_number[match[1]]}.{match[2]}"] = name
-    return old_name
-
-
-def write_beside(
-    source: Checkpoint, out: Path, *, n_layers: int, tokenizer: Path, record: Provenance
-) -> None:
-    """Writes what stands beside the weights of a checkpoint with fewer layers.
-
-    Args:
-        source: where the weights came from; its other parameters and its record of a conversion
-            stay.
-        out: the directory that holds the weights.
-        n_layers: how many layers are left.
-        tokenizer: its file, copied as it is.
+        short: the model.
+        target: the new directory; a path is enough. It is verified only where weights were changed,
+            while those in memory are rounded as they are on disk.
+        source: where the model came from.
         record: of what was done.
+        tokenizer_path: copied along; None looks in the source's directory.
+
+    Raises:
+        RuntimeError: nothing was removed or changed, or the model lacks layers for a trial.
+        ShortGPTError: the source has another number of layers; or weights were changed and it has
+            several files, or several ranks share the model.
     """
-    params = source.params.get("model", source.params)
-    write_json(out / "params.json", {**params, "n_layers": n_layers})
-    copy_tokenizer(tokenizer, out)
-    copy_records(source.directory, out, [CONVERSION])
-    write_provenance(out, record, card=False)
+    if not short.removed and not short.changed:
+        raise RuntimeError("nothing was removed yet; call remove_layers first")
+    short.check_whole()  # in a trial, numbers of layers are not those of `kept`
+    checkpoint = Checkpoint(source)
+    if checkpoint.args.n_layers != short.n_layers:
+        raise ShortGPTError(
+            f"{checkpoint.directory} has {checkpoint.args.n_layers} layers, this model began with "
+            f"{short.n_layers}: it is not where the model came from, or layers were removed before "
+            "it was wrapped"
+        )
+    if not short.changed:
+        target = replace(target, verify=None)  # the source's bytes are copied
+        return prune_meta(
+            source, target, short.removed, tokenizer_path=tokenizer_path, provenance=record
+        )
+    _check_one_file(checkpoint)
+    tokenizer = Path(str(tokenizer_path or find_tokenizer(checkpoint.directory)))
+    changed, infos = _changed(short), checkpoint.shards[0].infos
+
+    def verify(partial: Path) -> None:
+        exact = {name: weight.data for name, weight in changed.items()}
+        for name, weight in changed.items():  # rounded as they are on disk
+            weight.data = weight.data.to(infos[name].dtype).to(weight.dtype)
+        try:
+            target.prove(partial)
+        finally:
+            for name, weight in changed.items():
+                weight.data = exact[name]
+
+    checked = replace(target, verify=target.verify and verify)
+    replaced = {name: weight.detach for name, weight in changed.items()}
+    return _write(checkpoint, checked, short.kept, record, tokenizer, replaced, str)
+
+
+def _changed(short: ModelRecord) -> dict[str, nn.Parameter]:
+    """The parameters that differ from the source's, by their names there."""
+    layer_of = dict(zip(short.kept, short.decoder.layers, strict=True))
+    return {f"layers.{i}.{n}": layer_of[i].get_parameter(n) for i, n in sorted(short.changed)}
+
+
+def _check_one_file(checkpoint: Checkpoint) -> None:
+    """Raises ShortGPTError unless one file, and one rank, hold all of the weights."""
+    source, shards, ranks = checkpoint.directory, len(checkpoint.shards), model_parallel_size()
+    if shards > 1:
+        raise ShortGPTError(
+            f"{source} has {shards} shards; changed weights are written to one: "
+            f"short-gpt convert {source} DIRECTORY --shards 1, and change that"
+        )
+    if ranks > 1:
+        raise ShortGPTError(
+            "changed weights are written by one rank that holds all of them, got "
+            f"{ranks} model-parallel ranks; start it without torchrun"
+        )
+
+
+def _write(
+    source: Checkpoint,
+    target: Target,
+    keep: Sequence[int],
+    record: Provenance,
+    tokenizer: Path,
+    replaced: Replaced,
+    progress: Callable[[str], object],
+) -> Path:
+    """Writes each file of a checkpoint with the kept layers only, and what goes with them."""
+
+    def read(rank: int, stored: Mapping[str, str], name: str) -> Tensor:
+        progress(name)
+        shard, old = source.shards[rank], stored[name]
+        if old not in replaced:
+            return shard.read(old)
+        ranks, parallel = len(source.shards), source.vocab_parallel
+        return part_of(source.args, old, replaced[old](), rank, ranks, vocab_parallel=parallel)
+
+    with target.new_directory(record, card=False) as partial:
+        for rank, shard in enumerate(source.shards):
+            stored = stored_names(shard.infos, "layers", keep)
+            infos = {new: shard.infos[old] for new, old in stored.items()}
+            write_shard(partial / shard.path.name, infos, functools.partial(read, rank, stored))
+        params = source.params.get("model", source.params)
+        write_json(partial / "params.json", {**params, "n_layers": len(keep)})
+        copy_tokenizer(tokenizer, partial)
+        copy_records(source.directory, partial, [CONVERSION])
+    return target.path

@@ -1,4 +1,4 @@
-"""What a model knows of itself: the layers it has, its scores, and what was done to its weights."""
+"""What a model knows of itself: its layers, its scores, and what was done to its weights."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class ModelRecord:
         decoder: the model.
         n_layers: how many layers it had at first.
         kept: the layers that it has now, ascending.
-        removed: the layers taken out so far, in order of removal.
+        removed: the layers removed so far, in order of removal.
         importance: the sums of all windows scored since the last removal.
         changes: what was done to the weights of layers that stayed, in order.
         quality: the last perplexity measured, by the layers that the model had.
@@ -55,7 +55,7 @@ class ModelRecord:
 
     @property
     def present(self) -> list[int]:
-        """The layers that the model has at this moment: `kept`, less those of a trial."""
+        """The layers that the model has at this moment: `kept` without those of a trial."""
         return self.kept if self._trial is None else self._trial
 
     @property
@@ -77,14 +77,14 @@ class ModelRecord:
         return self.importance
 
     def _by_layer(self, values: Tensor) -> Tensor:
-        """Values of the L' scored layers at the places of all L, NaN at the others."""
+        """(L,) values of the scored layers, NaN for the others."""
         full = torch.full((self.n_layers,), math.nan, dtype=torch.float64)
         full[self.importance.layers] = values
         return full
 
     @property
     def changed(self) -> set[Parameter]:
-        """The parameters of the layers left that have other values than the source's."""
+        """The parameters of the kept layers that have other values than the source's."""
         every = set().union(*(change.parameters for change in self.changes))
         return {(number, name) for number, name in every if number in self.kept}
 
@@ -99,11 +99,7 @@ class ModelRecord:
         self.quality.pop(tuple(self.present), None)
 
     def trainable(self) -> PreTrainedModel:
-        """The model of transformers behind this one, which LoRA trains.
-
-        Raises:
-            ShortGPTError: there is none.
-        """
+        """The model of transformers that LoRA trains; ShortGPTError where there is none."""
         raise ShortGPTError(
             f"LoRA heals a ShortHFModel, got {type(self).__name__}: convert the checkpoint first"
         )
@@ -120,14 +116,11 @@ class ModelRecord:
     def change_weights(
         self, how: Mapping[str, object], values: Mapping[Parameter, Tensor]
     ) -> Callable[[], None]:
-        """Gives parameters of layers that are there new values, and records it.
+        """Gives parameters new values, records it, and returns a function that undoes both.
 
         Args:
             how: what made them, ready for JSON, with its name as "method".
             values: by the original number of a layer and a parameter's name in it.
-
-        Returns:
-            A function that puts the former values back, and takes back the record.
         """
         layers = zip(self.present, self.decoder.layers, strict=True)
         every = {(i, name): p for i, layer in layers for name, p in layer.named_parameters()}
@@ -160,5 +153,5 @@ class ModelRecord:
         if count != len(self.kept):
             raise RuntimeError(
                 f"the model has {count} layers, expected {len(self.kept)} ({span(self.kept)}): "
-                "in a trial, or after a removal elsewhere, it cannot be scored, cut or saved"
+                "in a trial, or after a removal elsewhere, it cannot be scored, pruned or saved"
             )

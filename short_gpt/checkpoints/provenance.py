@@ -1,47 +1,73 @@
-"""What was done to a pruned model, as one record beside its weights: ``pruning.json``.
+"""What was done to a pruned model, as one record with its weights: ``pruning.json`` and the card.
 
 Layers have two numberings. ``removed_layers`` and ``kept_layers`` are numbers of the source that
-the model was cut from; a source that was itself cut has a record of its own, ``earlier``, whose
+was pruned; a source that was itself pruned has a record of its own, ``earlier``, whose
 ``kept_layers`` lead one step further back. ``original_layers`` goes all the way to the first one.
 """
 
 from __future__ import annotations
 
+import math
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import cast
 
-from short_gpt.checkpoints import records
+from llama.io.json_files import write_json
 from short_gpt.checkpoints.model_record import ModelRecord
 from short_gpt.checkpoints.records import (
     EVIDENCE,
     KEYS,
     PROVENANCE,
+    Entries,
     Measured,
     Step,
     record_of,
     source_card,
+    yaml_lines,
 )
 from short_gpt.evaluation.perplexity import Perplexity
-from short_gpt.models.weight_changes import REMOVED_SUBLAYERS, WeightChange
-from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.runtime.results import read_record, versions
+from short_gpt.evaluation.sampling import SamplingError
+from short_gpt.models.weight_changes import REMOVED_SUBLAYERS
+from short_gpt.runtime.errors import ShortGPTError, one_line
+from short_gpt.runtime.renamed import renamed
+from short_gpt.runtime.state import read_record, versions
 from short_gpt.scoring.importance import Importance
+
+TEMPLATE = """---
+{head}library_name: transformers
+pipeline_tag: text-generation
+tags: [{tags}]
+---
+
+# {name} without {count} of its {total} layers{healed}
+
+Removed layers, in the original model's numbering from 0 and in the order of removal:
+
+    {removed}
+
+{scores}
+{quality}
+Made with ShortGPT ({versions}). {changed} `pruning.json` holds
+this in numbers, with the original number of every layer that stayed.
+"""
+IN_WORDS = {"linear patch": "a linear patch"}  # methods of healing in a sentence, if not as named
 
 
 @dataclass(frozen=True)
 class Provenance:
     """What is known of a pruned or healed model.
 
-    Made by `of` from a model in memory, by `of_scores` and `cut` for one cut in its files, by
+    Made by `of` from a model in memory, by `of_scores` and `pruned` for one pruned in its files, by
     `read` from ``pruning.json``.
 
     Attributes:
         removed_layers: the source's numbers of the layers taken out, in order of removal.
         kept_layers: of those that stayed, ascending.
         source: the checkpoint whose layers these numbers count; None in some older records.
-        earlier: the source's own record, if it was itself cut or healed.
+        earlier: the source's own record, if it was itself pruned or healed.
         block_influence: by the source's layers; NaN or None where one was not scored.
         scored: numbers of "windows" and "tokens" that the scores come from.
         quality: perplexities, by the name of the model's state.
@@ -56,7 +82,7 @@ class Provenance:
         ShortGPTError: a fact has the name of a record of the library's own.
 
     Example:
-        >>> Provenance([3, 1], [0, 2, 4], "whole").original_layers
+        >>> Provenance([3, 1], [0, 2, 4], "original").original_layers
         [0, 2, 4]
     """
 
@@ -102,23 +128,26 @@ class Provenance:
             short: the model, as it is now.
             source: where it was opened; a directory's own ``pruning.json`` is taken over.
             facts: what the caller adds.
-            measured: perplexities by the name of the model's state; None takes `remembered`.
+            measured: perplexities by name; None takes those that the model remembers of itself,
+                with all of its layers and with those kept.
         """
-        own = cls(
+        if measured is None:
+            states = (tuple(range(short.n_layers)), tuple(short.kept))
+            measured = {f"{len(s)} layers": short.quality[s] for s in states if s in short.quality}
+        return cls(
             removed_layers=list(short.removed),
             kept_layers=list(short.kept),
             source=str(source),
-            earlier=cls.beside(source),
+            earlier=cls.of_checkpoint(source),
             block_influence=short.importances.tolist() if short.n_windows else (),
-            scored=counts_of(short.importance),
-            quality=kept_quality(remembered(short) if measured is None else measured),
+            scored=_counts(short.importance),
+            quality={name: _measured(perplexity) for name, perplexity in measured.items()},
             healing=[c.how for c in short.changes if c.how["method"] != REMOVED_SUBLAYERS],
-            removed_sublayers=removed_halves(short.changes, short.kept),
+            removed_sublayers=_removed_sublayers(short),
             evidence=dict(short.evidence),
             source_card=source_card(source),
             facts=dict(facts or {}),
-        )
-        return own._continued()
+        )._continued()
 
     @classmethod
     def of_scores(
@@ -128,20 +157,20 @@ class Provenance:
         evidence: Mapping[str, object] | None = None,
         facts: Mapping[str, object] | None = None,
     ) -> Provenance:
-        """The record of a cut to come, which `cut` completes.
+        """The record of a model to be pruned in its files, which `pruned` completes.
 
         Args:
-            importance: the scores of the source's layers by which they were chosen, if any.
+            importance: the scores by which the layers were chosen, if any.
             evidence: how they were chosen, by the keys `EVIDENCE`.
             facts: what the caller adds.
         """
-        own = cls(evidence=dict(evidence or {}), facts=dict(facts or {}))
+        record = cls(evidence=dict(evidence or {}), facts=dict(facts or {}))
         if importance is None:
-            return own
+            return record
         influence = importance.block_influence.tolist()
-        return replace(own, block_influence=influence, scored=counts_of(importance))
+        return replace(record, block_influence=influence, scored=_counts(importance))
 
-    def cut(
+    def pruned(
         self,
         source: str | os.PathLike[str],
         *,
@@ -149,28 +178,28 @@ class Provenance:
         kept: Sequence[int],
         directory: Path | None = None,
     ) -> Provenance:
-        """The record of a checkpoint cut in its files.
+        """The record of a checkpoint pruned in its files.
 
         Args:
             source: the checkpoint, by the name to keep.
-            removed: its layers that are removed.
-            kept: its layers that are kept.
-            directory: where its files lie, if not at ``source``.
+            removed: numbers of the removed layers.
+            kept: numbers of the kept layers.
+            directory: of its files, if not ``source``.
         """
         return replace(
             self,
             removed_layers=list(removed),
             kept_layers=list(kept),
             source=str(source),
-            earlier=self.beside(directory or source),
+            earlier=self.of_checkpoint(directory or source),
             source_card=source_card(source, directory),
         )
 
     @classmethod
-    def beside(cls, directory: str | os.PathLike[str]) -> Provenance | None:
+    def of_checkpoint(cls, path: str | os.PathLike[str]) -> Provenance | None:
         """The record in a checkpoint directory or a GGUF file; None if there is none."""
-        record = record_of(directory)
-        return None if record is None else _read(*record)
+        entries = record_of(path)
+        return None if entries is None else _read(entries)
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Provenance:
@@ -180,7 +209,10 @@ class Provenance:
             FileNotFoundError: no such file.
             ShortGPTError: it is no such record; the message names the file and the entry.
         """
-        return _read(read_record(path), str(path))
+        return _read(Entries(read_record(path), str(path)))
+
+    cut = renamed(pruned, "Provenance.cut")
+    beside = renamed(of_checkpoint, "Provenance.beside")
 
     @property
     def original_layers(self) -> list[int]:
@@ -202,11 +234,10 @@ class Provenance:
     def all_sublayers(self) -> dict[str, list[int]]:
         """The first model's numbers of layers that stayed without "attention" or "mlp"."""
         before = self.earlier.all_sublayers if self.earlier else {}
-        left = set(self.original_layers)
         removed: dict[str, list[int]] = {}
         for kind in ("attention", "mlp"):
             layers = {*before.get(kind, ()), *self._original(self.removed_sublayers.get(kind, ()))}
-            removed[kind] = sorted(layers & left)
+            removed[kind] = sorted(layers & {*self.original_layers})
         return removed
 
     @property
@@ -247,96 +278,155 @@ class Provenance:
     def _continued(self) -> Provenance:
         """The record itself; where no layer went since ``earlier``, that one with what is new.
 
-        A model that was cut, saved, opened again and healed is the cut one, healed: its record
-        says what went, instead of a second removal of nothing.
+        A model that was pruned, saved, opened again and healed is the pruned one, healed.
         """
         before = self.earlier
         if before is None or self.removed_layers:
             return self
+        influence = before.block_influence
+        if self.block_influence:
+            of_kept = dict(zip(before.kept_layers, self.block_influence, strict=True))
+            count = len(before.removed_layers) + len(before.kept_layers)
+            influence = [of_kept.get(layer, math.nan) for layer in range(count)]
+        sublayers = {kind: list(layers) for kind, layers in before.removed_sublayers.items()}
+        for kind, layers in self.removed_sublayers.items():
+            sublayers[kind] = sublayers.get(kind, []) + [before.kept_layers[i] for i in layers]
         changed = bool(self.healing or self.removed_sublayers)
-        count = len(before.removed_layers) + len(before.kept_layers)
         return replace(
             before,
-            block_influence=records.spread(self.block_influence, before.kept_layers, count)
-            or before.block_influence,
+            block_influence=influence,
             scored=self.scored or before.scored,
             # what was measured before weights changed was another model
             quality=self.quality or ({} if changed else before.quality),
             healing=[*before.healing, *self.healing],
-            removed_sublayers=self._merged_sublayers(before),
+            removed_sublayers=sublayers,
             evidence={**before.evidence, **self.evidence},
             source_card={**before.source_card, **self.source_card},
             facts={**before.facts, **self.facts},
             versions=self.versions,
         )
 
-    def _merged_sublayers(self, before: Provenance) -> dict[str, list[int]]:
-        """Sublayers removed then and now, by the layers of ``before``'s source."""
-        merged = {kind: list(layers) for kind, layers in before.removed_sublayers.items()}
-        for kind, layers in self.removed_sublayers.items():
-            merged[kind] = merged.get(kind, []) + [before.kept_layers[i] for i in layers]
-        return merged
 
-
-def _read(record: Mapping[str, object], where: str) -> Provenance:
-    """A record from the content of a file; ``where`` names it in what is raised."""
-    source = record.get("source")
-    source_pruning = records.mapping(record, "source_pruning", where)
-    earlier = _read(source_pruning, where) if source_pruning else None
-    sublayers = records.mapping(record, "removed_sublayers", where)
-    records.check_numbering(record, len(earlier.kept_layers) if earlier else None, where)
+def _read(entries: Entries) -> Provenance:
+    content, source_pruning = entries.content, entries.mapping("source_pruning")
+    earlier = _read(Entries(source_pruning, entries.where)) if source_pruning else None
+    removed, kept, sublayers = entries.layers(len(earlier.kept_layers) if earlier else None)
+    source = content.get("source")
     return Provenance(
-        removed_layers=records.numbers(record.get("removed_layers"), "removed_layers", where),
-        kept_layers=records.numbers(record.get("kept_layers"), "kept_layers", where),
+        removed_layers=removed,
+        kept_layers=kept,
         source=None if source is None else str(source),
         earlier=earlier,
-        block_influence=records.influences(record, where),
-        scored=records.scored_counts(records.mapping(record, "scored", where), where),
-        quality=records.measurements(record, where),
-        healing=records.healing_steps(record.get("healing"), where),
-        removed_sublayers={kind: records.numbers(v, kind, where) for kind, v in sublayers.items()},
-        evidence={key: record[key] for key in EVIDENCE if key in record},
-        source_card=records.mapping(record, "source_card", where),
-        facts={key: value for key, value in record.items() if key not in KEYS},
-        versions={k: str(v) for k, v in records.mapping(record, "versions", where).items()},
+        block_influence=entries.influence(),
+        scored=entries.scored(),
+        quality=entries.quality(),
+        healing=entries.healing(),
+        removed_sublayers=sublayers,
+        evidence={key: content[key] for key in EVIDENCE if key in content},
+        source_card=entries.mapping("source_card"),
+        facts={key: value for key, value in content.items() if key not in KEYS},
+        versions={name: str(version) for name, version in entries.mapping("versions").items()},
     )
 
 
-def remembered(short: ModelRecord) -> dict[str, Perplexity]:
-    """Perplexities that a model remembers, of the original and the pruned one, by name."""
-    states = (tuple(range(short.n_layers)), tuple(short.kept))
-    return {f"{len(s)} layers": short.quality[s] for s in states if s in short.quality}
+def _counts(importance: Importance) -> dict[str, int]:
+    counts = {"windows": importance.n_windows, "tokens": importance.n_tokens}
+    return counts if importance.n_windows else {}
 
 
-def kept_quality(quality: Mapping[str, Perplexity]) -> dict[str, Measured]:
-    """Perplexities as a record keeps them."""
-    return {
-        name: Measured(perplexity.value, perplexity.tokens, _error(perplexity))
-        for name, perplexity in quality.items()
-    }
+def _measured(perplexity: Perplexity) -> Measured:
+    error = perplexity.error
+    if error is None or not error.known:
+        return Measured(perplexity.value, perplexity.tokens)
+    kept = {"interval_95": list(perplexity.interval()), "windows": error.windows}
+    return Measured(perplexity.value, perplexity.tokens, {**kept, "texts": error.texts})
 
 
-def _error(perplexity: Perplexity) -> dict[str, object]:
-    """The interval of a perplexity and its samples; empty where no error is known."""
-    if perplexity.error is None or not perplexity.error.known:
-        return {}
-    over = {"windows": perplexity.error.windows, "texts": perplexity.error.texts}
-    return {"interval_95": list(perplexity.interval()), **over}
-
-
-def counts_of(importance: Importance) -> dict[str, int]:
-    """How many windows and tokens were scored; empty if none were."""
-    if not importance.n_windows:
-        return {}
-    return {"windows": importance.n_windows, "tokens": importance.n_tokens}
-
-
-def removed_halves(changes: Iterable[WeightChange], kept: Sequence[int]) -> dict[str, list[int]]:
+def _removed_sublayers(short: ModelRecord) -> dict[str, list[int]]:
     """The kept layers without their attention or MLP; empty if there are none."""
     by_kind: dict[str, list[int]] = {"attention": [], "mlp": []}
-    for change in changes:
+    for change in short.changes:
         if change.how["method"] == REMOVED_SUBLAYERS:
             for kind, layers in by_kind.items():
-                removed = records.numbers(change.how[kind], kind, "the model")
-                layers += [i for i in removed if i in kept]
+                removed = cast("Sequence[int]", change.how[kind])
+                layers += [i for i in removed if i in short.kept]
     return by_kind if any(by_kind.values()) else {}
+
+
+def write_provenance(directory: Path, record: Provenance, *, card: bool) -> None:
+    """Writes ``pruning.json``, and with ``card`` the ``README.md`` of Hugging Face's format."""
+    write_json(directory / PROVENANCE, record.to_dict())
+    if card:
+        (directory / "README.md").write_text(model_card(record), encoding="utf-8")
+
+
+def model_card(record: Provenance) -> str:
+    """The text of a ``README.md`` for a pruned or healed model, all of it from its record.
+
+    Example:
+        >>> card = model_card(Provenance([3], [0, 1, 2, 4], "dense"))
+        >>> "# dense without 1 of its 5 layers" in card
+        True
+    """
+    removed = record.all_removed
+    source = record.first_source or "a model"
+    on_hub = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source) and not Path(source).exists()
+    tags = ["pruned", "depth-pruning", *(["healed"] if record.steps else []), "short-gpt"]
+    return TEMPLATE.format(
+        head=yaml_lines(record.source_card),
+        tags=", ".join(tags),
+        name=one_line(source if on_hub else Path(source).name),
+        count=len(removed),
+        total=len(removed) + len(record.kept_layers),
+        healed=", healed" if record.steps else "",
+        removed=removed,
+        scores=_scores(record),
+        quality=_table(record.quality) + "\n",
+        versions=", ".join(f"{package} {version}" for package, version in record.versions.items()),
+        changed=_changed(record),
+    )
+
+
+def _scores(record: Provenance) -> str:
+    method = record.evidence.get("method")
+    if not record.scored:  # a search by loss keeps no scores
+        return "They were chosen by hand." if method is None else f"Method: {method}."
+    by = record.evidence.get("scored_by")
+    # a healing's data need not be the scores'
+    name = (by.get("data") if isinstance(by, Mapping) else None) or record.facts.get("data")
+    data = f" of {one_line(str(name))}" if name else ""
+    method = method or "Block Influence and angular distance"
+    windows, tokens = record.scored["windows"], record.scored["tokens"]
+    return f"Scores: {method}, on {tokens:,} tokens{data} in {windows:,} windows."
+
+
+def _table(quality: Mapping[str, Measured]) -> str:
+    if not quality:
+        return "Its quality was not measured."
+    rows = ["| model | perplexity | 95% | tokens |", "| --- | --- | --- | --- |"]
+    samples: list[str] = []  # of the intervals, and what these do not cover
+    for name, measured in quality.items():
+        ends = measured.error.get("interval_95")
+        ends = ends if isinstance(ends, list) and all(isinstance(e, float) for e in ends) else []
+        interval = " to ".join(f"{end:.3f}" for end in ends)
+        tokens = "" if measured.tokens is None else f"{measured.tokens:,}"
+        rows.append(f"| {one_line(name)} | {measured.value:.3f} | {interval} | {tokens} |")
+        if measured.error:
+            windows, texts = (measured.error.get(key) for key in ("windows", "texts"))
+            known = texts if isinstance(texts, int) else None
+            samples.append(SamplingError(math.nan, int(str(windows or 0)), known).over)
+    over = ["", f"Over {'; '.join(dict.fromkeys(samples))}."] if samples else []
+    return "\n".join([*rows, *over])
+
+
+def _changed(record: Provenance) -> str:
+    """What was done to the weights of the layers that stayed, in order."""
+    by_kind = {"attention": "attention", "MLP": "mlp"}
+    removed = {kind: record.all_sublayers[key] for kind, key in by_kind.items()}
+    parts = [f"the {kind} of layers {layers}" for kind, layers in removed.items() if layers]
+    sublayers = f"Taken out by a zero output projection: {' and '.join(parts)}. " if parts else ""
+    if record.steps:
+        names = [str(step["method"]) for step in record.steps]
+        how = ", then ".join(IN_WORDS.get(name, name) for name in names)
+        return f"{sublayers}Weights of the kept layers were changed by {how}."
+    return f"{sublayers}No {'other ' if sublayers else ''}weight of the kept layers was changed."

@@ -1,11 +1,13 @@
-"""A checkpoint with some layers removed: from any format, in any format, never loaded."""
+"""A checkpoint with some layers removed: from any format in any format, or as mergekit's recipe."""
 
 from __future__ import annotations
 
-import shutil
+import json
+import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
 from functools import partial
+from os import PathLike
 from pathlib import Path
 
 from llama.checkpoint.meta import CONVERSION
@@ -14,15 +16,15 @@ from llama.formats.gguf import GGUFFile
 from llama.formats.gguf_from import MADE, llama_to_gguf
 from llama.io.files import read_marker
 from llama.io.json_files import json_text, write_json
-from llama.io.sources import Source, find_source
-from short_gpt.checkpoints.card import write_provenance
+from llama.io.sources import Source, find_source, resolve
 from short_gpt.checkpoints.gguf import prune_gguf
 from short_gpt.checkpoints.hf import prune_hf
 from short_gpt.checkpoints.meta import prune_meta
-from short_gpt.checkpoints.provenance import PROVENANCE, Provenance
-from short_gpt.checkpoints.records import RECORD
+from short_gpt.checkpoints.provenance import Provenance, write_provenance
+from short_gpt.checkpoints.records import PROVENANCE, RECORD
 from short_gpt.checkpoints.target import StrPath, Target, takes_target
 from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.state import read_record
 
 
 @takes_target
@@ -35,99 +37,154 @@ def prune_checkpoint(
     provenance: Provenance | None = None,
     progress: Callable[[str], object] = str,
 ) -> Path:
-    """Writes a checkpoint with some layers removed, tensor by tensor.
+    """Writes a checkpoint with some layers removed, tensor by tensor; no weight is ever loaded.
 
-    Another format is reached by way of the source's own: while that takes place, the pruned
-    weights lie twice beside the target.
+    The tensors' bytes are copied, so the result equals the model pruned in memory bit for bit.
+    Another format is reached by way of the source's own: meanwhile, the pruned weights are on disk
+    twice.
 
     Args:
         source: Meta checkpoint directory, Hugging Face directory or hub id (safetensors), or GGUF
             file.
         target: where and in which format; a path is enough.
         layers: numbers of the layers to remove.
-        tokenizer_path: as for `prune_meta`.
-        provenance: as for `prune_meta`.
-        progress: as for `prune_meta`.
+        tokenizer_path: of a Meta checkpoint, copied along; None looks in its directory.
+        provenance: how the layers were chosen; completed here and written as ``pruning.json``, into
+            the GGUF file, and on the model card.
+        progress: called with every tensor's name before it is written.
 
     Returns:
         The target's path.
 
     Raises:
-        ShortGPTError: an unknown format, a layer that does not exist, or a model that is no Llama
-            and cannot be written in Meta's format; the message names what differs.
-        FileNotFoundError, FileExistsError, MissingPackageError: as for `prune_hf`.
+        ShortGPTError: an unknown format, a layer that does not exist, none or all of the layers, or
+            a model that the format cannot hold; the message names what differs.
+        FileNotFoundError: config, weights or tokenizer are missing.
+        FileExistsError: the target exists, or with ``overwrite`` holds the source or other files.
+        MissingPackageError: transformers is missing.
 
     Example:
         >>> facts = Provenance.of_scores(importance, facts={"data": "PG-19"})  # doctest: +SKIP
         >>> prune_checkpoint("7b", "5b", [21, 22], provenance=facts)  # doctest: +SKIP
     """
-    target = target.resolved(source)
-    cut = _Cut(find_source(source), list(layers), tokenizer_path, provenance, progress)
-    kind = {"hub": "hf"}.get(cut.source.kind, cut.source.kind)
-    if kind == target.format:
-        return cut.write(target)
-    if target.format == "gguf":
-        return cut.write_gguf(target)
-    if kind == "gguf" and target.format == "hf":
+    target, source = target.resolved(source), find_source(source)
+    writers: dict[str, Callable[..., Path]] = {"gguf": prune_gguf}
+    writers["meta"] = partial(prune_meta, tokenizer_path=tokenizer_path)
+    writer = writers.get(source.kind, prune_hf)
+
+    def write(out: Target) -> Path:
+        return writer(source, out, layers, provenance=provenance, progress=progress)
+
+    if target.format == {"hub": "hf"}.get(source.kind, source.kind):
+        return write(target)
+    if source.kind == "gguf" and target.format == "hf":
         raise ShortGPTError(
             f"{source} is a GGUF file, which goes to Hugging Face's format by way of the model in "
             "memory: open it, remove the layers and save it, as short-gpt prune does"
         )
-    return cut.write_converted(target)
+    return _write_converted(source, target, write, progress)
 
 
-@dataclass(frozen=True)
-class _Cut:
-    """The arguments of `prune_checkpoint`, whatever the target."""
-
-    source: Source
-    layers: list[int]
-    tokenizer_path: StrPath | None
-    provenance: Provenance | None
-    progress: Callable[[str], object]
-
-    def write(self, target: Target) -> Path:
-        """Writes the source's own format."""
-        prune: Callable[..., Path] = prune_gguf if self.source.kind == "gguf" else prune_hf
-        if self.source.kind == "meta":
-            prune = partial(prune_meta, tokenizer_path=self.tokenizer_path)
-        facts, shown = self.provenance, self.progress
-        return prune(self.source, target, self.layers, provenance=facts, progress=shown)
-
-    def write_gguf(self, target: Target) -> Path:
-        """Writes a Llama of either format as one GGUF file."""
-        target.check()
-        if self.source.kind != "meta":
-            check_llama(self.source)  # now rather than after the layers are cut
+def _write_converted(
+    source: Source,
+    target: Target,
+    write: Callable[[Target], Path],
+    progress: Callable[[str], object],
+) -> Path:
+    """Writes a Llama in another format, converted from what ``write`` writes in the source's."""
+    target.check(source=source.path)
+    if source.kind == "gguf":
+        GGUFFile(source.path).args()  # refuses other models now rather than after they are pruned
+    elif source.kind != "meta":
+        check_llama(source)
+    if target.format == "gguf":
         with target.new_file() as file:
-            pruned = file.with_name("pruned")
-            self.write(Target(pruned))
+            pruned = write(Target(file.with_name("pruned")))
             also = {RECORD: json_text(Provenance.read(pruned / PROVENANCE).to_dict())}
-            also |= {MADE: str(self.source), "general.name": self.source.path.name}
-            llama_to_gguf(pruned, file, also=also, progress=self.progress)
+            also |= {MADE: str(source), "general.name": source.path.name}
+            llama_to_gguf(pruned, file, also=also, progress=progress)
         return target.path
+    converters: dict[str, Callable[..., Path]] = {"meta": meta_to_hf, "gguf": gguf_to_meta}
+    with target.new_directory(None, card=False) as folder:
+        name = "pruned.gguf" if source.kind == "gguf" else "pruned"
+        pruned = write(Target(folder.with_name(name)))
+        folder.rmdir()
+        converters.get(source.kind, hf_to_meta)(pruned, folder, progress=progress)
+        record = Provenance.of_checkpoint(pruned)
+        assert record is not None  # a pruned checkpoint has one
+        write_provenance(folder, record, card=source.kind == "meta")
+        marker = read_marker(folder / CONVERSION)  # names the pruned model, which is not kept
+        write_json(folder / CONVERSION, {**marker, "source": str(source)})
+    return target.path
 
-    def write_converted(self, target: Target) -> Path:
-        """Writes Meta's format from another one, or Hugging Face's from Meta's."""
-        kind, source = self.source.kind, self.source
-        target.check(source=source.path)
-        convert: Callable[..., Path] = meta_to_hf if kind == "meta" else hf_to_meta
-        if kind == "gguf":
-            convert = gguf_to_meta
-            GGUFFile(source.path).args()  # refuses what is no Llama now rather than after the cut
-        elif kind != "meta":
-            check_llama(source)
-        with target.new_directory() as folder:
-            converted = folder.with_name("converted")
-            pruned = folder.with_name("pruned.gguf" if kind == "gguf" else "pruned")
-            self.write(Target(pruned))
-            convert(pruned, converted, progress=self.progress)
-            record = Provenance.beside(pruned)
-            assert record is not None  # a cut has one
-            shutil.rmtree(folder)
-            converted.rename(folder)
-            write_provenance(folder, record, card=kind == "meta")
-            made = read_marker(folder / CONVERSION)  # names the pruned model, gone by now
-            write_json(folder / CONVERSION, {**made, "source": str(source)})
-            target.prove(folder)
-        return target.path
+
+def mergekit_recipe(source: str, keep: Sequence[int], dtype: str = "bfloat16") -> str:
+    """A passthrough recipe for mergekit that makes a model of these layers, in YAML.
+
+    Args:
+        source: the original model, a directory or a hub id. A directory gets its absolute path:
+            mergekit takes a relative one for a hub id.
+        keep: numbers of the layers that stay, ascending.
+        dtype: of the merged weights.
+
+    Raises:
+        ShortGPTError: no layers, or not ascending.
+
+    Example:
+        >>> print(mergekit_recipe("llama-2-7b", [0, 1, 3]))
+        slices:
+          - sources:
+              - model: "llama-2-7b"
+                layer_range: [0, 2]
+          - sources:
+              - model: "llama-2-7b"
+                layer_range: [3, 4]
+        merge_method: passthrough
+        dtype: bfloat16
+        <BLANKLINE>
+    """
+    keep = list(keep)
+    if not keep or keep[0] < 0 or keep != sorted(set(keep)):
+        raise ShortGPTError(f"expected ascending numbers of the layers that stay, got {keep}")
+    starts = [i for i in keep if i - 1 not in keep]
+    ends = [i + 1 for i in keep if i + 1 not in keep]
+    name = os.path.abspath(source) if Path(source).is_dir() else str(source)
+    lines = ["slices:"]
+    for start, end in zip(starts, ends, strict=True):
+        lines += ["  - sources:", f"      - model: {json.dumps(name, ensure_ascii=False)}"]
+        lines += [f"        layer_range: [{start}, {end}]"]
+    return "\n".join([*lines, "merge_method: passthrough", f"dtype: {dtype}", ""])
+
+
+def recipe_dtype(source: str | PathLike[str]) -> str:
+    """The dtype that the config of a Hugging Face directory or hub id has for its weights.
+
+    Raises:
+        ShortGPTError: another format, which mergekit does not read; or a config that lists its
+            layers' kinds, of which mergekit (0.1.5) changes only the number.
+        FileNotFoundError: there is no such model.
+    """
+    if find_source(source).kind in ("meta", "gguf"):
+        raise ShortGPTError("`recipe`: mergekit reads Hugging Face's format; convert it first")
+    from transformers import AutoConfig
+
+    directory = resolve(source)
+    config = read_record(directory / "config.json")
+    kinds = None
+    with suppress(ValueError):  # of no known family, which pruning itself will say
+        read = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        kinds = getattr(read.get_text_config(decoder=True), "layer_types", None)
+    if kinds:
+        raise ShortGPTError(
+            "`recipe`: this model's config lists the kinds of its layers (layer_types), of which "
+            "mergekit changes only the number: its result has no config.json. Leave `recipe` out "
+            "and use the pruned checkpoint, which is complete"
+        )
+    config = {**config, **(config.get("text_config") or {})}
+    return str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
+
+
+def is_recipe(path: Path) -> bool:
+    """Whether a file is a recipe that `mergekit_recipe` made."""
+    content = path.read_bytes()
+    return content.startswith(b"slices:") and b"\nmerge_method: passthrough\n" in content

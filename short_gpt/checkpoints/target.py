@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar, cast
@@ -18,6 +19,7 @@ from llama.formats.gguf_parts import PART, GGUFParts, named_parts
 from llama.io.files import check_new, new_directory
 from llama.io.outputs import check_outputs, new_file, new_files
 from llama.io.sources import Source, find_source, is_gguf
+from short_gpt.checkpoints.provenance import Provenance, write_provenance
 from short_gpt.checkpoints.records import PROVENANCE, RECORD
 from short_gpt.runtime.errors import ShortGPTError
 
@@ -35,8 +37,8 @@ class Target:
     """Where a model is written, and how.
 
     Attributes:
-        out: the new directory, or the new file if its name ends with ``.gguf``; appears whole or
-            not at all.
+        out: the new directory, or the new file if its name ends with ``.gguf``; written completely
+            or not at all.
         format: "meta", "hf" or "gguf"; None as in `format_of`.
         overwrite: whether an earlier pruned model is replaced; nothing else ever is.
         verify: called with the finished directory or file before it takes its place; if it raises,
@@ -65,25 +67,36 @@ class Target:
         """The same with its format, as `format_of` decides it."""
         return replace(self, format=format_of(source, self.out, self.format))
 
-    def check(self, *, marker: str = PROVENANCE, source: Path | None = None) -> None:
+    def check(self, *, source: Path | None = None) -> None:
         """Raises FileExistsError or PermissionError where the model could not be written.
 
-        Args:
-            marker: the directory's record, by whose list of files it may be replaced.
-            source: what is read; it must not lie in a directory that is replaced.
+        With ``overwrite``, ``source`` must not lie in the directory that is replaced.
         """
         if self.format == "gguf":
             check_new_gguf(self.out, overwrite=self.overwrite)
         else:
-            check_new(self.path, marker=marker, overwrite=self.overwrite, source=source)
+            check_new(self.path, marker=PROVENANCE, overwrite=self.overwrite, source=source)
 
-    def new_directory(self, *, marker: str = PROVENANCE) -> AbstractContextManager[Path]:
-        """The directory to write into, which is at ``out`` once the block ends well."""
-        return new_directory(self.path, marker=marker, overwrite=self.overwrite)
+    @contextmanager
+    def new_directory(
+        self, record: Provenance | None, *, card: bool, marker: str = PROVENANCE
+    ) -> Iterator[Path]:
+        """The directory to write weights into; completed, verified and at ``out`` after the block.
+
+        Args:
+            record: of what was done.
+            card: whether a model card is written.
+            marker: the file in the directory that lists the others.
+        """
+        with new_directory(self.path, marker=marker, overwrite=self.overwrite) as partial:
+            yield partial
+            if record is not None:
+                write_provenance(partial, record, card=card)
+            self.prove(partial)
 
     @contextmanager
     def new_file(self) -> Iterator[Path]:
-        """The GGUF file to write, which is verified, and there, once the block ends well."""
+        """The GGUF file to write; verified, and at ``out`` after the block."""
         with new_file(self.path, overwrite=self.overwrite, ours=is_pruned_gguf) as partial:
             yield partial
             named = partial.rename(partial.with_name(f"{partial.name}.gguf"))
@@ -98,9 +111,9 @@ class Target:
         if len(self.paths) == 1:
             with self.new_file() as partial:
                 yield [partial]
-            return
-        with new_files(self.paths, overwrite=self.overwrite, ours=is_pruned_gguf) as partials:
-            yield partials
+        else:
+            with new_files(self.paths, overwrite=self.overwrite, ours=is_pruned_gguf) as partials:
+                yield partials
 
     def prove(self, partial: Path) -> None:
         """Calls ``verify``, if there is one, with what was written."""
@@ -115,7 +128,6 @@ def takes_target(
 
     The latter are those of earlier versions, and warn.
     """
-
     call = cast("Callable[..., Path]", write)
 
     @functools.wraps(write)
@@ -129,10 +141,10 @@ def takes_target(
                 stacklevel=2,
             )
         fields = {OLD_FIELDS[name]: settings.pop(name) for name in old if name in OLD_FIELDS}
-        named = [settings.pop(name) for name in ("target", "out_dir", "out") if name in settings]
-        for out in arguments[1:2] or named:
+        names = [name for name in ("target", "out_dir", "out") if name in settings]
+        for out in arguments[1:2] or [settings.pop(name) for name in names]:
             target = replace(out if isinstance(out, Target) else Target(out), **fields)
-            if named:
+            if names:
                 settings["target"] = target
             else:
                 arguments = (arguments[0], target, *arguments[2:])
@@ -142,7 +154,7 @@ def takes_target(
 
 
 def format_of(source: StrPath | Source, out: StrPath, to: str | None = None) -> str:
-    """The format to write a model in.
+    """The format to write a model in: ``to``, else what the name ``out`` or the source says.
 
     Args:
         source: the model.
@@ -152,10 +164,6 @@ def format_of(source: StrPath | Source, out: StrPath, to: str | None = None) -> 
 
     Raises:
         ShortGPTError: another format, or ``out`` has a name of another one.
-
-    Example:
-        >>> format_of("model.gguf", "pruned.gguf")
-        'gguf'
     """
     check_format(out, to)
     if to is not None or is_gguf(out):
@@ -201,3 +209,21 @@ def is_pruned_gguf(path: Path) -> bool:
         return RECORD in read_header(path).fields
     except ValueError:
         return False
+
+
+def stored_names(names: Iterable[str], prefix: str, keep: Sequence[int]) -> dict[str, str]:
+    """The stored name of every tensor that stays, by its new name with the layers renumbered.
+
+    Example:
+        >>> stored_names(["blk.0.a", "blk.1.a", "output.weight"], "blk", [1])
+        {'blk.0.a': 'blk.1.a', 'output.weight': 'output.weight'}
+    """
+    new_number = {old: new for new, old in enumerate(keep)}
+    stored: dict[str, str] = {}
+    for name in names:
+        match = re.fullmatch(rf"{re.escape(prefix)}\.(\d+)\.(.+)", name)
+        if match is None:  # of no layer: embedding, last norm, output head
+            stored[name] = name
+        elif int(match[1]) in new_number:
+            stored[f"{prefix}.{new_number[int(match[1])]}.{match[2]}"] = name
+    return stored

@@ -21,7 +21,7 @@ ROUNDING = 1e-4  # between implementations in float32, relative to the largest l
 
 
 class Generator(Protocol):
-    """A model that is proved: its logits, and its likeliest tokens."""
+    """A model that is compared: its logits, and its likeliest tokens."""
 
     decoder: Decoder
     kept: list[int]
@@ -37,11 +37,11 @@ class Fingerprint:
         logits: (1, S, V) float32 on the CPU.
         cached: tokens generated greedily with the cache.
         uncached: the same without it.
-        damaged: a tensor that is NaN or infinite somewhere, in words, such as attention can hide
-            from the logits; None if there is none, or nobody looked.
+        damaged: a tensor with NaN or infinite values, which attention can hide from the logits;
+            None if there is none, or it was not checked.
     """
 
-    logits: torch.Tensor
+    logits: Tensor
     cached: list[int]
     uncached: list[int]
     damaged: str | None = None
@@ -54,12 +54,13 @@ def fingerprint(
 
     Args:
         short: the model.
-        count: tokens generated, and read where no ``ids`` are given.
+        count: tokens generated, and read without ``ids``.
         ids: tokens to read; None takes the first of the vocabulary.
     """
     read = [i % short.decoder.vocab_size for i in range(count)] if ids is None else list(ids)
-    logits = short.decoder.logits(torch.tensor([read], device=short.decoder.device)).cpu()
-    if not logits.isfinite().all():  # nothing can be generated; `check_logits` says so
+    tokens = torch.tensor([read], device=short.decoder.device)  # (1, S)
+    logits = short.decoder.logits(tokens).cpu()  # (1, S, V)
+    if not logits.isfinite().all():  # nothing can be generated; `check_logits` raises for it
         return Fingerprint(logits, [], [])
     cached, uncached = (short.greedy(read, count, use_cache=c) for c in (True, False))
     return Fingerprint(logits, cached, uncached)
@@ -68,12 +69,9 @@ def fingerprint(
 def fingerprint_aligned(
     short: Generator, count: int = 8, *, dtype: torch.dtype | None = None
 ) -> Fingerprint:
-    """`fingerprint` with all weights copied, so that none lies unaligned in a file, and looked at.
+    """`fingerprint` with all weights checked, and copied, so that none is unaligned in a file.
 
-    Args:
-        short: the model.
-        count: as for `fingerprint`.
-        dtype: that the weights are rounded to first; None leaves them exact.
+    ``dtype`` is what the weights are rounded to first; None leaves them exact.
     """
     damaged = copy_weights(short.decoder.module)
     if dtype is not None:
@@ -87,11 +85,7 @@ def fingerprint_aligned(
 
 
 def one_by_one(*models: Callable[[], Fingerprint]) -> list[Fingerprint]:
-    """Fingerprints of models that are opened one after the other, with a bar.
-
-    Args:
-        models: each function opens a model, and keeps nothing of it except the fingerprint.
-    """
+    """The results of functions that each open a model and keep nothing else of it, with a bar."""
     fingerprints = []
     with bar("verifying", total=len(models), unit="model", delay=0.0) as shown:
         for model in models:
@@ -107,7 +101,7 @@ def check_same(
     rounding: float = 0.0,
     names: tuple[str, str] = ("the model in memory", "the saved model"),
 ) -> str:
-    """Proves that two models are the same.
+    """Checks that two models are the same; returns "bit for bit" or "except for the last digits".
 
     Args:
         ours: from `fingerprint`.
@@ -116,23 +110,24 @@ def check_same(
             and for the same tokens generated. `ROUNDING` is for two implementations.
         names: of the two models in error messages.
 
-    Returns:
-        How the logits agree, in words: "bit for bit" or "except for the last digits".
-
     Raises:
         NotFiniteError: a weight, or the first one's logits, are NaN or infinite.
-        RuntimeError: the logits differ, or what is generated, or the second generates otherwise
-            with its cache than without.
+        RuntimeError: the logits differ, or the generated tokens, or the second model's tokens with
+            its cache and without.
     """
-    for name, found in zip(names, (ours, theirs), strict=True):
-        if found.damaged is not None:
+    for name, model in zip(names, (ours, theirs), strict=True):
+        if model.damaged is not None:
             raise NotFiniteError(
-                f"{name} has NaN or infinite weights, {found.damaged}, and its logits prove "
+                f"{name} has NaN or infinite weights, {model.damaged}, and its logits prove "
                 "nothing of a copy; fetch the weights anew (or take a dtype that holds them), or "
                 "leave the proof out (`verify` no)"
             )
     check_logits(ours.logits, theirs.logits, rounding, names)
-    _check_generated(ours, theirs, rounding, names)
+    if theirs.cached != theirs.uncached:
+        raise RuntimeError(f"{names[1]} generates otherwise with its cache than without")
+    # two implementations may pick another token where two are all but equal
+    if not rounding and theirs.cached != ours.cached:
+        raise RuntimeError(f"{names[1]} generates otherwise than {names[0]}")
     return "except for the last digits" if rounding else "bit for bit"
 
 
@@ -142,12 +137,7 @@ def check_logits(
     rounding: float = 0.0,
     names: tuple[str, str] = ("the model in memory", "the saved model"),
 ) -> None:
-    """Raises where two models' logits differ; arguments as in `check_same`.
-
-    Raises:
-        NotFiniteError: those expected are NaN or infinite.
-        RuntimeError: they differ.
-    """
+    """Raises where two models' logits differ; arguments and errors as in `check_same`."""
     if expected.shape != actual.shape:
         raise RuntimeError(
             f"{names[1]} gives logits of shape {list(actual.shape)}, {names[0]} "
@@ -167,37 +157,21 @@ def check_logits(
         raise RuntimeError(f"{names[1]} is not {names[0]}: logits differ by up to {difference:.3g}")
 
 
-def _check_generated(
-    ours: Fingerprint, theirs: Fingerprint, rounding: float, names: tuple[str, str]
-) -> None:
-    if theirs.cached != theirs.uncached:
-        raise RuntimeError(f"{names[1]} generates otherwise with its cache than without")
-    # two implementations may pick another token where two are all but equal
-    if not rounding and theirs.cached != ours.cached:
-        raise RuntimeError(f"{names[1]} generates otherwise than {names[0]}")
-
-
 def copy_weights(model: nn.Module) -> tuple[str, nn.Parameter] | None:
-    """Copies all weights in place: mapped from a file they may lie unaligned and round otherwise.
+    """Copies all weights in place: mapped from a file they may be unaligned and round otherwise.
 
-    Weights that share memory still do.
-
-    Returns:
-        The first that is NaN or infinite somewhere, with its name; None if none is.
+    Weights that share memory still do. Returns the first that has NaN or infinite values, with its
+    name; None if none has.
     """
     damaged: tuple[str, nn.Parameter] | None = None
-    copies: dict[tuple[int, torch.Size], torch.Tensor] = {}
+    copies: dict[tuple[int, torch.Size], Tensor] = {}
     for name, weight in model.named_parameters():
         if pointer := weight.data_ptr():  # none: on the meta device, or without an entry
             key = (pointer, weight.shape)
             if key not in copies:
                 copies[key] = weight.data.clone()
-                if damaged is None and not _is_finite(copies[key]):
+                quantized = weight.dtype not in DTYPES.values()  # which holds no such values
+                if not (damaged or quantized or copies[key].isfinite().all()):
                     damaged = name, weight
             weight.data = copies[key]
     return damaged
-
-
-def _is_finite(weight: Tensor) -> bool:
-    """Whether no value is NaN or infinite; quantized ones are none of these."""
-    return weight.dtype not in DTYPES.values() or bool(weight.isfinite().all())

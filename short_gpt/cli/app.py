@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> None:
         code = 130 if isinstance(error, KeyboardInterrupt) else 1
         line = said(error, argv)
         if several_ranks():
-            from short_gpt.runtime.abort import end_all
+            from short_gpt.runtime.replicas import end_all
 
             end_all(error, line=line, code=code)
         if line is None:

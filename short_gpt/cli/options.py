@@ -54,7 +54,7 @@ class Output:
         Args:
             arguments: the command's; what they name is read and not written over.
         """
-        from short_gpt.runtime.results import is_record
+        from short_gpt.runtime.state import is_record
 
         arguments = arguments or {}
         if self.json is not None:
@@ -80,7 +80,7 @@ class Output:
         self, command: str, arguments: Mapping[str, object], content: Mapping[str, object]
     ) -> None:
         """Writes the result, if it has a name; of several ranks, only the first does."""
-        from short_gpt.runtime.results import write_record
+        from short_gpt.runtime.state import write_record
 
         if self.json is None or not first_rank():
             return

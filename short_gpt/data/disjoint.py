@@ -10,15 +10,14 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from short_gpt.data.windows import Origin
-from short_gpt.data.windows import Window as CutWindow
+from short_gpt.data.windows import Window as TextWindow
 from short_gpt.runtime.errors import ShortGPTError
 
 SPAN = 64  # tokens; texts that share so many in a row are taken as copies of each other
-NOBODY = -1  # holds a token that stands between windows
-WHOLE = 8  # tokens; fewer stand in many a text that is no copy
+SHORTEST = 8  # tokens of a run; fewer stand in many a text that is no copy
+NONE = -1  # the window of a token between windows
 BASE = np.uint64(0x9E3779B97F4A7C15)  # odd, so that its powers have inverses modulo 2^64
 INVERSE = np.uint64(pow(int(BASE), -1, 2**64))
-
 Window = Sequence[int]
 W = TypeVar("W", bound=Sequence[int])
 
@@ -26,11 +25,11 @@ W = TypeVar("W", bound=Sequence[int])
 def hold_out(
     texts: Sequence[str], *, share: float = 0.1, seed: int = 0
 ) -> tuple[list[str], list[str]]:
-    """Texts to train on and texts to evaluate on; each text goes whole to one side.
+    """Texts to train on and held-out texts to evaluate on.
 
     Args:
         texts: at least two.
-        share: of all characters that goes to evaluation, about; at least one text does.
+        share: of all characters that is held out, about; at least one text is.
         seed: of the choice.
 
     Raises:
@@ -45,28 +44,26 @@ def hold_out(
         raise ShortGPTError(f"share = {share}: expected a number between 0 and 1")
     order = list(range(len(texts)))
     random.Random(seed).shuffle(order)
-    wanted, size = share * sum(map(len, texts)), 0
+    most, size = share * sum(map(len, texts)), 0
     held: set[int] = set()
     for index in order[:-1]:
-        if held and size + len(texts[index]) / 2 > wanted:
+        if held and size + len(texts[index]) / 2 > most:
             break
         held.add(index)
         size += len(texts[index])
-    parts = ([t for i, t in enumerate(texts) if (i in held) == kept] for kept in (False, True))
-    training, evaluation = parts
-    return training, evaluation
+    training = [text for i, text in enumerate(texts) if i not in held]
+    return training, [text for i, text in enumerate(texts) if i in held]
 
 
 def without_overlap(
     windows: Sequence[W], others: Sequence[Window], *, span: int = SPAN
 ) -> tuple[list[W], int]:
-    """The windows that share no text with others, such as those that are evaluated on.
+    """The windows, in their order, that share no text with others, and how many were removed.
 
     Args:
-        windows, others, span: as in `overlapping`.
-
-    Returns:
-        The windows kept, in their order, and how many went.
+        windows: as ``training`` of `overlapping`.
+        others: as ``evaluation`` of `overlapping`.
+        span: as in `overlapping`.
 
     Example:
         >>> without_overlap([[1, 2, 3], [4, 5, 6]], [[7, 8, 9], [1, 2, 3]])
@@ -81,31 +78,29 @@ def overlapping(
 ) -> dict[int, int]:
     """Which windows to train on share text with windows to evaluate on.
 
-    Two windows share text if a token stands in both: at the same place of a run of ``span`` tokens
-    that their texts have in common. The windows of `data.windows` know their text, so the run is
-    read there, beyond the windows, and the rule is the same for windows of every size: of a copy,
-    cut anywhere, all windows that meet one of the original are found, and no others. A phrase that
-    is shorter than the run is no copy, even where it fills a window.
-
-    Of a plain list no more is known than its tokens, which count as a text of their own.
+    Two windows share text if a token stands in both: at the same position of a run of ``span``
+    tokens that their texts have in common. The windows of `data.windows` know their text, so the
+    run is read there, beyond the windows, and the rule is the same for windows of every size: of a
+    copy, all windows that meet one of the original count, and no others. A phrase that is shorter
+    than the run is no copy, even where it fills a window. A plain list counts as a text of its own.
 
     Args:
-        training, evaluation: windows of token ids by the same tokenizer.
+        training: windows of token ids.
+        evaluation: windows of token ids by the same tokenizer.
         span: how many tokens the run has; of texts shorter than two of these, half of the shorter
-            one, but at least 8, as fewer stand in many a text that is no copy. Texts of fewer than
-            8 tokens share text with their equal alone.
+            one, but at least 8. Texts of fewer than 8 tokens share text with their equal alone.
 
     Returns:
         The index of an evaluation window for every training window that shares text with one.
     """
     ours, theirs = _pieces(training, span), _pieces(evaluation, span)
     shared = _shared(ours, theirs, span)
-    for length in {p.length for p in [*ours, *theirs] if p.length < 2 * span}:
+    for length in {piece.length for piece in [*ours, *theirs] if piece.length < 2 * span}:
         short, others = ([p for p in own if p.length == length] for own in (ours, theirs))
-        if length < WHOLE:
+        if length < SHORTEST:
             pairs = [(short, others, length)]
         else:
-            run = min(span, max(WHOLE, (length + 1) // 2))
+            run = min(span, max(SHORTEST, (length + 1) // 2))
             pairs = [(ours, others, run), (short, theirs, run)]
         for some, other, run in pairs:
             shared = _shared(some, other, run) | shared
@@ -117,32 +112,32 @@ class _Piece(NamedTuple):
 
     tokens: list[int]
     windows: list[tuple[int, int, int]]
-    length: int  # of the whole text
-    holders: list[int]  # of every token: a window that holds it, or NOBODY
+    length: int  # of the complete text
+    holders: list[int]  # of every token: a window that holds it, or NONE
 
     def add(self, number: int, first: int, end: int) -> None:
-        """Puts in a window, all of whose tokens are there."""
+        """Adds a window, all of whose tokens are there."""
         self.windows.append((number, first, end))
-        self.holders.extend([NOBODY] * (len(self.tokens) - len(self.holders)))
+        self.holders.extend([NONE] * (len(self.tokens) - len(self.holders)))
         self.holders[first:end] = [number] * (end - first)
 
 
 def _pieces(windows: Sequence[Window], span: int) -> list[_Piece]:
-    """Where the windows lie in their texts, with all runs that touch one; without a bos added."""
+    """The parts of texts around windows, with all runs that touch one; without an added bos."""
     pieces: list[_Piece] = []
-    cuts: dict[tuple[int, int], list[tuple[int, int, CutWindow, Origin]]] = {}
+    by_text: dict[tuple[int, int], list[tuple[int, int, TextWindow, Origin]]] = {}
     for number, window in enumerate(windows):
-        if isinstance(window, CutWindow) and (origin := window.origin) is not None:
+        if isinstance(window, TextWindow) and (origin := window.origin) is not None:
             text = (id(origin.tokens), origin.begin)
-            cuts.setdefault(text, []).append((origin.position, number, window, origin))
+            by_text.setdefault(text, []).append((origin.position, number, window, origin))
         else:
-            bare = window[window.start :] if isinstance(window, CutWindow) else window
+            bare = window[window.start :] if isinstance(window, TextWindow) else window
             pieces.append(_Piece([*bare], [], len(bare), []))
             pieces[-1].add(number, 0, len(bare))
-    for found in cuts.values():
-        _, _, _, (tokens, begin, text_end, _) = found[0]
+    for of_text in by_text.values():
+        tokens, begin, text_end, _ = of_text[0][3]
         length, covered = text_end - begin, -1
-        for position, number, window, _ in sorted(found, key=itemgetter(0)):
+        for position, number, window, _ in sorted(of_text, key=itemgetter(0)):
             end = position + len(window) - window.start
             first, last = max(0, position - span + 1), min(length, end + span - 1)
             if first > covered:
@@ -156,55 +151,44 @@ def _pieces(windows: Sequence[Window], span: int) -> list[_Piece]:
 
 def _shared(ours: Sequence[_Piece], theirs: Sequence[_Piece], run: int) -> dict[int, int]:
     """Windows in pieces that share a run of so many tokens, and one of the others' for each."""
-    where = _places(theirs, run)
-    known = np.fromiter(where, dtype=np.uint64, count=len(where))
+    starts_of: dict[int, list[tuple[_Piece, int]]] = {}  # their pieces and starts, by a run's hash
+    for piece in theirs:
+        for start, value in enumerate(_hashes(piece.tokens, run).tolist()):
+            starts_of.setdefault(value, []).append((piece, start))
+    known = np.fromiter(starts_of, dtype=np.uint64, count=len(starts_of))
     shared: dict[int, int] = {}
-    for piece in ours if where else ():
+    for piece in ours if starts_of else ():
         hashes = _hashes(piece.tokens, run)
         starts = np.flatnonzero(np.isin(hashes, known))
         for number, first, end in piece.windows if len(starts) else ():
             low, high = np.searchsorted(starts, (first - run + 1, end))
             for start in starts[low:high].tolist():
-                mine, places = piece.tokens[start : start + run], where[int(hashes[start])]
+                tokens, candidates = (
+                    piece.tokens[start : start + run],
+                    starts_of[int(hashes[start])],
+                )
                 part = max(first - start, 0), min(end - start, run)
-                if (other := _window_at(theirs, places, mine, part)) is not None:
+                if (other := _window_at(candidates, tokens, part)) is not None:
                     shared[number] = other
                     break
     return shared
 
 
 def _window_at(
-    pieces: Sequence[_Piece],
-    places: Sequence[tuple[int, int]],
-    run: list[int],
-    part: tuple[int, int],
+    candidates: Sequence[tuple[_Piece, int]], run: list[int], part: tuple[int, int]
 ) -> int | None:
     """A window that holds a token of this part of a run; equal hashes are compared."""
-    for index, start in places:
-        piece = pieces[index]
-        holders = piece.holders[start + part[0] : start + part[1]]
-        number = max(holders, default=NOBODY)
-        if number != NOBODY and piece.tokens[start : start + len(run)] == run:  # not hashes alone
+    for piece, start in candidates:
+        number = max(piece.holders[start + part[0] : start + part[1]], default=NONE)
+        if number != NONE and piece.tokens[start : start + len(run)] == run:  # not hashes alone
             return number
     return None
-
-
-def _places(pieces: Sequence[_Piece], span: int) -> dict[int, list[tuple[int, int]]]:
-    """By a run's number, the pieces and the places in them where it starts."""
-    where: dict[int, list[tuple[int, int]]] = {}
-    for index, piece in enumerate(pieces):
-        for start, value in enumerate(_hashes(piece.tokens, span).tolist()):
-            where.setdefault(value, []).append((index, start))
-    return where
 
 
 def check_disjoint(
     training: Sequence[Window], evaluation: Sequence[Window], *, span: int = SPAN
 ) -> None:
-    """Raises ShortGPTError if a model would be trained on text that it is evaluated on.
-
-    Arguments as in `overlapping`.
-    """
+    """Raises ShortGPTError if windows are `overlapping`; the arguments are as there."""
     shared = overlapping(training, evaluation, span=span)
     if shared:
         number, other = next(iter(shared.items()))
@@ -216,19 +200,18 @@ def check_disjoint(
         )
 
 
-def _hashes(window: Window, span: int) -> np.ndarray:
+def _hashes(tokens: Window, span: int) -> np.ndarray:
     """A number for every run of ``span`` tokens: sum of x[k] BASE^k over the run, modulo 2^64."""
-    if len(window) < span:
+    if len(tokens) < span:
         return np.empty(0, dtype=np.uint64)
     # prefix sums give every run by one subtraction; all in uint64, which wraps around as it should
     with np.errstate(over="ignore"):
-        tokens = (np.asarray(window, dtype=np.uint64) + np.uint64(1)) * BASE
-        tokens ^= tokens >> np.uint64(29)  # mixed, so that near token numbers do not cancel
-        powers = np.full(len(tokens), BASE, dtype=np.uint64)
+        mixed = (np.asarray(tokens, dtype=np.uint64) + np.uint64(1)) * BASE
+        mixed ^= mixed >> np.uint64(29)  # so that near token numbers do not cancel
+        powers = np.full(len(mixed), BASE, dtype=np.uint64)
         powers[:1] = 1
         powers = np.cumprod(powers, dtype=np.uint64)
-        sums = np.concatenate(([np.uint64(0)], np.cumsum(tokens * powers, dtype=np.uint64)))
-        count = len(tokens) - span + 1
-        back = np.full(max(count, 0), INVERSE, dtype=np.uint64)
+        sums = np.concatenate(([np.uint64(0)], np.cumsum(mixed * powers, dtype=np.uint64)))
+        back = np.full(len(mixed) - span + 1, INVERSE, dtype=np.uint64)
         back[:1] = 1
-        return (sums[span:] - sums[:count]) * np.cumprod(back, dtype=np.uint64)
+        return (sums[span:] - sums[: len(back)]) * np.cumprod(back, dtype=np.uint64)

@@ -28,8 +28,8 @@ def texts(source: str | Path, *, split: str | None = None, column: str = "text")
         source: an existing path, else a name at the hub, "allenai/c4:en" with a configuration.
         split: of a folder, only sub-folders of this name and files whose names begin with it
             ("validation-00000.parquet"), if there are any; else all files, sorted by name,
-            recursively. A single file is read whole. A data set with several splits needs it.
-        column: where the text is, in .jsonl, .parquet and data sets.
+            recursively. A single file is read as it is. A data set with several splits needs it.
+        column: of the text, in .jsonl, .parquet and data sets.
 
     Raises:
         FileNotFoundError: source looks like a path that does not exist, or the hub lacks it.
@@ -52,15 +52,12 @@ def texts(source: str | Path, *, split: str | None = None, column: str = "text")
 def pg19(split: str = "validation", *, path: str | Path | None = None) -> Iterator[str]:
     """Iterates once over the books of PG-19 (arXiv:1911.05507), ShortGPT's calibration texts.
 
-    Streams emozilla/pg19, the Parquet copy that the ShortGPT authors' code reads.
+    Streams emozilla/pg19, the Parquet copy that the ShortGPT authors read. It raises as `texts`.
 
     Args:
         split: "train" (28,602 books), "validation" (50) or "test" (100).
         path: a local copy instead: validation/*.txt as in Google's bucket,
             data/validation-*.parquet as at the hub, or any source that `texts` reads.
-
-    Raises:
-        ShortGPTError: split is another one. All else as in `texts`.
 
     Example:
         >>> books = pg19("validation", path="pg19/")  # doctest: +SKIP
@@ -73,10 +70,7 @@ def pg19(split: str = "validation", *, path: str | Path | None = None) -> Iterat
 
 
 def has_split(source: str, split: str) -> bool:
-    """Whether a split takes less than all of a source, which may be pg19.
-
-    A path that does not exist counts, as `texts` says what is wrong with it.
-    """
+    """Whether a split takes less than all of a source, which may be pg19 or not exist."""
     path = _path(source)
     if source == "pg19" or not path.exists():
         return True
@@ -84,7 +78,7 @@ def has_split(source: str, split: str) -> bool:
 
 
 def has_columns(source: str) -> bool:
-    """Whether the texts of a source, which may be pg19, stand in columns."""
+    """Whether the texts of a source, which may be pg19, are in columns."""
     path = _path(source)
     if source == "pg19" or not path.is_dir():
         return source != "pg19" and path.suffix.lower() != ".txt"
@@ -95,12 +89,12 @@ def _path(source: str | Path) -> Path:
     return Path(os.path.expanduser(str(source)))
 
 
-def _started(found: Iterator[str], source: str | Path) -> Iterator[str]:
+def _started(texts: Iterator[str], source: str | Path) -> Iterator[str]:
     """The same texts, the first of them already read."""
-    first = next(found, None)
+    first = next(texts, None)
     if first is None:
         raise ShortGPTError(f"{str(source)!r} holds no text")
-    return chain([first], found)
+    return chain([first], texts)
 
 
 def _is_like_path(source: str) -> bool:
@@ -126,10 +120,10 @@ def _files(path: Path, split: str | None) -> list[Path]:
 
 
 def _names(path: Path) -> list[str]:
-    """Files of a folder of kinds that can be read, sorted; links to nothing among them."""
+    """Names of a folder's texts, sorted; links to nothing among them, hidden files not."""
     names = sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if not p.is_dir())
     names = [name for name in names if name.lower().endswith(tuple(_READERS))]
-    names = [name for name in names if not re.search(r"(^|/)\.", name)]  # hidden ones
+    names = [name for name in names if not re.search(r"(^|/)\.", name)]
     if not names:
         raise ShortGPTError(f"{str(path)!r} has no file of a known kind: expected {KINDS}")
     return names
@@ -160,23 +154,18 @@ def _read_txt(file: Path, column: str) -> Iterator[str]:
 def _read_jsonl(file: Path, column: str) -> Iterator[str]:
     with file.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, 1):
-            if line.strip():
-                yield _line(line, number, column)
-
-
-def _line(line: str, number: int, column: str) -> str:
-    """The text in one line of a .jsonl file."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ShortGPTError(
-            f"line {number} is not JSON ({error}); expected an object with named values: correct "
-            "the line, or leave it out"
-        ) from None
-    try:
-        return _cell(row, column)
-    except ShortGPTError as error:
-        raise ShortGPTError(f"line {number}: {error}") from None
+            if not line.strip():
+                continue
+            try:
+                text = _cell(json.loads(line), column)
+            except ShortGPTError as error:
+                raise ShortGPTError(f"line {number}: {error}") from None
+            except (ValueError, RecursionError) as error:
+                raise ShortGPTError(
+                    f"line {number} is not JSON ({error}); expected an object with named values: "
+                    "correct the line, or leave it out"
+                ) from None
+            yield text
 
 
 def _read_parquet(file: Path, column: str) -> Iterator[str]:
@@ -237,10 +226,10 @@ def _hub_texts(source: str, split: str | None, column: str) -> Iterator[str]:
     name, _, config = source.partition(":")
     _reach(name)
     try:
-        found = load_dataset(name, config or None, split=split, streaming=True)
-        if split is None and len(found) > 1:
-            raise ShortGPTError(f"several splits, {list(found)}; pass split=")
-        yield from (_cell(row, column) for row in (found if split else found.popitem()[1]))
+        data = load_dataset(name, config or None, split=split, streaming=True)
+        if split is None and len(data) > 1:
+            raise ShortGPTError(f"several splits, {list(data)}; pass split=")
+        yield from (_cell(row, column) for row in (data if split else data.popitem()[1]))
     except RuntimeError as error:
         if "scripts are no longer supported" not in str(error):
             raise
@@ -254,15 +243,16 @@ def _hub_texts(source: str, split: str | None, column: str) -> Iterator[str]:
 
 
 def read_texts(data: str, split: str, column: str, limit: int | None) -> Iterable[str]:
+    """At most ``limit`` `texts`, or those of `pg19` by that name, with a progress bar."""
     if limit is not None and limit < 1:
         raise ShortGPTError(f"`max_texts` expects at least 1, got {limit}")
-    found = pg19(split) if data == "pg19" else texts(data, split=split, column=column)
-    return shown(islice(found, limit))
+    every = pg19(split) if data == "pg19" else texts(data, split=split, column=column)
+    return shown(islice(every, limit))
 
 
-def shown(found: Iterable[str]) -> Iterator[str]:
+def shown(texts: Iterable[str]) -> Iterator[str]:
     """The same texts, with a progress bar while they are read."""
-    with bar("reading", total=None, unit="text") as shown:
-        for text in found:
+    with bar("reading", total=None, unit="text") as progress:
+        for text in texts:
             yield text
-            shown.update()
+            progress.update()

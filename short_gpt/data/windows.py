@@ -1,4 +1,4 @@
-"""Windows of tokens, cut from texts. A window is a list of token numbers from one text."""
+"""Windows of tokens, taken from texts. A window is a list of token numbers from one text."""
 
 from __future__ import annotations
 
@@ -12,24 +12,18 @@ from typing import NamedTuple, TypeVar
 from short_gpt.runtime.errors import ShortGPTError
 
 T = TypeVar("T")
-BOS = ("first", "every")  # windows that have the text's bos in front
+BOS = ("first", "every")  # windows that begin with the text's bos
 MOST = 2**31 - 1  # more is a mistyped number, and more than some counters hold
 Span = tuple[int, int]  # start and end of a window, in tokens
 
 
 class Origin(NamedTuple):
-    """Where a window was cut.
+    """A window's position in its text."""
 
-    Attributes:
-        tokens: of its text, and perhaps of others of the same call; the windows share them.
-        begin, end: of its text in these.
-        position: of the window in its text.
-    """
-
-    tokens: Sequence[int]
-    begin: int
-    end: int
-    position: int
+    tokens: Sequence[int]  # of the text, and perhaps of others; the windows share them
+    begin: int  # of the text in these
+    end: int  # of the text in these
+    position: int  # of the window in its text
 
 
 class Window(list[int]):
@@ -37,8 +31,8 @@ class Window(list[int]):
 
     Attributes:
         text: its number, from 0, in the order in which the texts were read.
-        start: how many tokens in front were put there, not cut from the text.
-        origin: its text, and where in that it was cut; None if that is not known.
+        start: how many tokens at the beginning were added, and are not from the text.
+        origin: its position in its text; None if that is not known.
     """
 
     __slots__ = ("origin", "start", "text")
@@ -69,7 +63,7 @@ def windows(
     limit: int | None = None,
     bos: str = "first",
 ) -> Iterable[Window]:
-    """Cuts texts into windows of tokens; a window never crosses from one text to the next.
+    """Divides texts into windows of tokens; a window never crosses from one text to the next.
 
     A window starts at every multiple of the stride that leaves room for `size` tokens. 1024 and
     256 are the ShortGPT authors' values (comments on huggingface.co/papers/2403.03853).
@@ -79,17 +73,17 @@ def windows(
         encode: from a text to its token numbers, with a start token if the model wants one.
         size: tokens of a window, at least 2.
         stride: tokens from one start to the next, at least 1.
-        tail: "drop" leaves out what follows a text's last whole window. "keep" adds it as a
-            shorter window of at least 2 tokens at the next start (one token earlier if just one
-            is left): every token of a text of 2 and more is then covered if stride <= size.
+        tail: "drop" omits what follows a text's last full window. "keep" adds it as a shorter
+            window of at least 2 tokens at the next start (one token earlier if just one remains):
+            every token of a text of 2 and more is then covered if stride <= size.
         seed: None for the order of the texts. A number for all windows of all texts in random
             order, that of Python's `random.Random(seed)`, which is the same on every platform;
             the texts are then encoded at once and held at 4 bytes a token.
         limit: windows in all; with a seed they are a random sample without replacement.
-        bos: "first" leaves what ``encode`` puts in front of a text (bos) where it is, in front of
-            the text's first window: the ShortGPT authors' way. "every" puts it in front of every
-            window, which has `size` tokens with it; windows that would just meet still do, at a
-            stride shorter by it. It is read and scored as any first token, and never predicted.
+        bos: "first" keeps what ``encode`` puts before a text (bos) in the text's first window
+            alone: the ShortGPT authors' way. "every" puts it before every window, which has `size`
+            tokens with it; windows that would just meet still do, at a stride shorter by it. It is
+            read and scored as any first token, and never predicted.
 
     Returns:
         An iterator over `Window`, lists that know their text's number, which reads the texts as it
@@ -97,7 +91,7 @@ def windows(
 
     Raises:
         ShortGPTError: an argument is out of range; or there is no window at all, which without a
-            seed is known, and raised, when the texts have been read.
+            seed is raised when the texts have been read.
         TypeError: texts is one string.
 
     Example:
@@ -106,22 +100,6 @@ def windows(
     """
     if isinstance(texts, str):
         raise TypeError("texts is one string, expected an iterable of strings: pass [text]")
-    _check(size, stride, limit, tail=tail, bos=bos)
-    start = _start(encode, size) if bos == "every" else []
-    encoded = (_behind(start, encode(text)) for text in texts)
-    room = size - len(start)
-    cut = _cut(encoded, room, max(1, min(stride, room)) if stride <= size else stride, tail)
-    if seed is None:
-        texts_cut = ((i, array("i", tokens), spans) for i, (tokens, spans) in enumerate(cut))
-        each = (
-            (i, span, Origin(t, 0, len(t), span[0])) for i, t, spans in texts_cut for span in spans
-        )
-        made = (_window(start, o.tokens[slice(*span)], i, o) for i, span, o in each)
-        return islice(made, limit)
-    return _shuffled(cut, start, seed, limit)
-
-
-def _check(size: int, stride: int, limit: int | None, *, tail: str, bos: str) -> None:
     if tail not in ("drop", "keep"):
         raise ShortGPTError(f"tail = {tail!r}: expected 'drop' or 'keep'")
     if bos not in BOS:
@@ -130,26 +108,46 @@ def _check(size: int, stride: int, limit: int | None, *, tail: str, bos: str) ->
     at_least(1, "stride", stride)
     if limit is not None:
         at_least(1, "limit", limit)
+    start = _start(encode, size) if bos == "every" else []
+    room = size - len(start)
+    encoded = (_without(start, encode(text)) for text in texts)
+    stride = max(1, min(stride, room)) if stride <= size else stride
+    spanned = _with_spans(encoded, room, stride, tail)
+    if seed is None:
+        return islice(_in_order(spanned, start), limit)
+    return _shuffled(spanned, start, seed, limit)
+
+
+def _in_order(
+    spanned: Iterable[tuple[Sequence[int], list[Span]]], start: list[int]
+) -> Iterator[Window]:
+    for text, (encoded, spans) in enumerate(spanned):
+        tokens = array("i", encoded)
+        for begin, end in spans:
+            origin = Origin(tokens, 0, len(tokens), begin)
+            yield Window([*start, *tokens[begin:end]], text, len(start), origin)
 
 
 def _shuffled(
-    cut: Iterable[tuple[Sequence[int], list[Span]]], start: list[int], seed: int, limit: int | None
+    spanned: Iterable[tuple[Sequence[int], list[Span]]],
+    start: list[int],
+    seed: int,
+    limit: int | None,
 ) -> Windows:
-    """All windows of all texts in random order, the first so many of them."""
+    """All windows of all texts in random order, or the first ``limit`` of them."""
     flat: array[int] = array("i")
-    found, ends = [], []
-    for tokens, spans in cut:
-        found += [(len(flat) + first, len(flat) + end) for first, end in spans]
+    every, ends = list[Span](), list[int]()
+    for tokens, spans in spanned:
+        every += [(len(flat) + begin, len(flat) + end) for begin, end in spans]
         flat.extend(tokens)
         ends.append(len(flat))
-    random.Random(seed).shuffle(found)
-    return Windows(flat, found[:limit], population=len(found), ends=ends, start=start)
+    random.Random(seed).shuffle(every)
+    return Windows(flat, every[:limit], population=len(every), ends=ends, start=start)
 
 
 def starts_texts(encode: Callable[[str], Sequence[int]]) -> list[int]:
     """What an encoding puts before a text: bos, or nothing."""
-    nothing, something = encode(""), encode("a")
-    pairs = zip(nothing, something, strict=False)  # some put eos after it
+    pairs = zip(encode(""), encode("a"), strict=False)  # some put eos after it
     return [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)]
 
 
@@ -163,29 +161,20 @@ def _start(encode: Callable[[str], Sequence[int]], size: int) -> list[int]:
     return start
 
 
-def _behind(start: list[int], tokens: Sequence[int]) -> Sequence[int]:
-    """A text's tokens without what goes before every window."""
+def _without(start: list[int], tokens: Sequence[int]) -> Sequence[int]:
     return tokens[len(start) :] if list(tokens[: len(start)]) == start else tokens
-
-
-def _window(start: list[int], tokens: Iterable[int], text: int, origin: Origin) -> Window:
-    return Window([*start, *tokens], text, len(start), origin)
 
 
 class Windows:
     """Windows in all texts' tokens, which are held once, at 4 bytes each.
 
-    Has a length, gives window number i by [i], and can be iterated again and again.
-
     Args:
         tokens: of all texts, one after the other.
         spans: of the windows.
-        population: as the attribute; None for as many as there are.
-        ends: where each text ends in the tokens; none for one text.
+        population: how many windows there are in all, of which these are a random sample; None for
+            as many as these.
+        ends: of the texts in the tokens; none for one text.
         start: tokens before every window.
-
-    Attributes:
-        population: how many windows there are in all, of which these are a random sample.
     """
 
     def __init__(
@@ -197,19 +186,20 @@ class Windows:
         ends: Sequence[int] = (),
         start: Sequence[int] = (),
     ) -> None:
-        self._tokens, self._spans, self._ends, self._start = tokens, spans, ends, list(start)
+        self._tokens, self._spans, self._start = tokens, spans, list(start)
+        self._ends = ends or [len(tokens)]
         self.population = len(spans) if population is None else population
 
     def __len__(self) -> int:
         return len(self._spans)
 
     def __getitem__(self, index: int) -> Window:
-        start, end = self._spans[index]
-        text = bisect_right(self._ends, start)
-        begin = self._ends[text - 1] if text else 0
-        text_end = self._ends[text] if self._ends else len(self._tokens)
-        origin = Origin(self._tokens, begin, text_end, start - begin)
-        return _window(self._start, self._tokens[start:end], text, origin)
+        begin, end = self._spans[index]
+        text = bisect_right(self._ends, begin)
+        text_begin = self._ends[text - 1] if text else 0
+        origin = Origin(self._tokens, text_begin, self._ends[text], begin - text_begin)
+        tokens = [*self._start, *self._tokens[begin:end]]
+        return Window(tokens, text, len(self._start), origin)
 
     def __iter__(self) -> Iterator[Window]:
         return (self[index] for index in range(len(self)))
@@ -235,16 +225,7 @@ def at_least(least: int, name: str, value: int) -> None:
         raise ShortGPTError(f"{name} = {value}: expected at most {MOST}")
 
 
-def _spans(length: int, size: int, stride: int, tail: str) -> list[Span]:
-    """The windows of a text of `length` tokens; all but a kept tail are whole."""
-    spans = [(start, start + size) for start in range(0, length - size + 1, stride)]
-    covered, following = (spans[-1][1], spans[-1][0] + stride) if spans else (0, 0)
-    if tail == "keep" and max(covered, following) < length and length >= 2:
-        spans.append((min(following, length - 2), length))
-    return spans
-
-
-def _cut(
+def _with_spans(
     encoded: Iterable[Sequence[int]], size: int, stride: int, tail: str
 ) -> Iterator[tuple[Sequence[int], list[Span]]]:
     """Every text's tokens with its windows; an error at the end if there was no window."""
@@ -259,6 +240,15 @@ def _cut(
             f"{size if tail == 'drop' else 2}; use longer texts, a smaller size or tail='keep', "
             "and read an iterator of texts only once"
         )
+
+
+def _spans(length: int, size: int, stride: int, tail: str) -> list[Span]:
+    """The windows of a text of `length` tokens; all except a kept tail are full."""
+    spans = [(start, start + size) for start in range(0, length - size + 1, stride)]
+    covered, following = (spans[-1][1], spans[-1][0] + stride) if spans else (0, 0)
+    if tail == "keep" and max(covered, following) < length and length >= 2:
+        spans.append((min(following, length - 2), length))
+    return spans
 
 
 def count_of(windows: Iterable[Sequence[int]]) -> int | None:

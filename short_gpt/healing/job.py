@@ -25,7 +25,7 @@ from short_gpt.runtime.errors import (
     ShortGPTError,
     shortage,
 )
-from short_gpt.runtime.lock import Lock, hold
+from short_gpt.runtime.state import Lock, hold
 from short_gpt.wrappers.scored_model import ScoredModel
 
 

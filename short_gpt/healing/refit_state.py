@@ -25,10 +25,9 @@ from llama.io.outputs import new_file
 from llama.io.swap import tidy
 from short_gpt.healing.solver import Fit
 from short_gpt.models.weight_changes import Parameter
-from short_gpt.runtime.digest import Digest, files_digest
+from short_gpt.runtime.digest import files_digest
 from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.runtime.lock import hold
-from short_gpt.runtime.state import StateFile, check_saved, damaged, missing
+from short_gpt.runtime.state import StateFile, check_saved, damaged, hold
 
 ORIGINAL, PRUNED = "original", "pruned"  # the models whose hidden states are kept
 MODELS = (ORIGINAL, PRUNED)
@@ -105,11 +104,12 @@ class HiddenStates:
         """Of all batches, each hashed as it was written; None where one of them was not."""
         if len(self._digests) < len(self):
             return None
-        return Digest(*(self._digests[batch] for batch in range(len(self)))).whole
+        return sha256(b"".join(self._digests[i] for i in range(len(self)))).hexdigest()
 
     def read_digest(self) -> str:
         """The same, of the file as it is."""
-        return Digest(*(sha256(_bytes_of(self[i])).digest() for i in range(len(self)))).whole
+        digests = (sha256(_bytes_of(self[i])).digest() for i in range(len(self)))
+        return sha256(b"".join(digests)).hexdigest()
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
@@ -178,7 +178,7 @@ class RefitState:
         self.done, self.fits = content["done"], [Fit(**fit) for fit in content["fits"]]
         self._files, self._digests = content["values"], content["states"]
         for name, digest in self._files.items():
-            check_saved(folder / name, digest, whole=folder)
+            check_saved(folder / name, digest, folder=folder)
             self._stored.read(folder / name)
 
     @property
@@ -202,7 +202,7 @@ class RefitState:
             paths = [folder / f"{model}.{turn}" for turn in range(2)]
             path, digest = paths[self.done % 2], self._digests.get(model)
             if digest and not path.is_file():
-                raise missing(path, folder)
+                raise damaged(path, folder)
             turns = [HiddenStates(shapes, width, dtype, path, hashed=hashed) for path in paths]
             if digest and turns[self.done % 2].read_digest() != digest:
                 raise damaged(path, folder)

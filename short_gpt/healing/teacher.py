@@ -27,9 +27,8 @@ from short_gpt.evaluation.perplexity import AT_ONCE
 from short_gpt.models.decoder import Decoder
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
-from short_gpt.runtime.lock import hold
 from short_gpt.runtime.progress import bar, set_rate
-from short_gpt.runtime.state import StateFile, damaged, joined
+from short_gpt.runtime.state import StateFile, damaged, hold, joined
 
 Window = Sequence[int]
 TOP_K = 64
@@ -254,7 +253,7 @@ class CachedTeacher:
         self._ends = [0, *accumulate(sizes)]
         self._file = Path(folder) / CONTENT
         self._state = StateFile(
-            Path(folder) / IDENTITY, self._about(known), lock=hold(folder), whole=Path(folder)
+            Path(folder) / IDENTITY, self._about(known), lock=hold(folder), folder=Path(folder)
         )
         if self._state.content is None and self._file.exists():
             raise FileExistsError(f"{self._file} exists, and no {IDENTITY} says what it is")

@@ -28,10 +28,17 @@ from short_gpt.models.computation import config_digest, config_entries
 from short_gpt.models.hf import HFDecoder
 from short_gpt.runtime.digest import files_digest, json_digest, weights_digest
 from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
-from short_gpt.runtime.lock import hold
 from short_gpt.runtime.progress import Bar, bar
-from short_gpt.runtime.results import CHECKED, content_digest, read_record, write_record
-from short_gpt.runtime.state import check_saved, damaged, joined
+from short_gpt.runtime.state import (
+    CHECKED,
+    check_saved,
+    content_digest,
+    damaged,
+    hold,
+    joined,
+    read_record,
+    write_record,
+)
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -374,7 +381,7 @@ def _check_files(folder: Path) -> None:
     """Raises ShortGPTError for a checkpoint that does not hold what was saved there."""
     for path in sorted(folder.glob("checkpoint-*")):
         for name, digest in _digests(path).items():
-            check_saved(path / name, digest, whole=folder)
+            check_saved(path / name, digest, folder=folder)
 
 
 @contextmanager

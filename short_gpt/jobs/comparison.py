@@ -32,8 +32,7 @@ from short_gpt.jobs.rows import DISTILL, LORA, PATCHED, RAW, TRAINED, Windows
 from short_gpt.jobs.saving import Saving, interruptible
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.runtime.lock import hold
-from short_gpt.runtime.state import joined
+from short_gpt.runtime.state import hold, joined
 from short_gpt.wrappers.opening import open_model, open_trainable
 from short_gpt.wrappers.options import OpenOptions
 from short_gpt.wrappers.short_hf import ShortHFModel

@@ -14,9 +14,9 @@ from llama.io.json_files import json_text
 from llama.io.sources import Source, find_source, is_gguf, resolve
 from short_gpt.checkpoints.gguf import write_gguf
 from short_gpt.checkpoints.gguf_layers import Stack
-from short_gpt.checkpoints.provenance import PROVENANCE, Provenance
-from short_gpt.checkpoints.records import RECORD
-from short_gpt.checkpoints.save import save_converted
+from short_gpt.checkpoints.hf import save_hf
+from short_gpt.checkpoints.provenance import Provenance
+from short_gpt.checkpoints.records import PROVENANCE, RECORD
 from short_gpt.checkpoints.target import Target, check_format
 from short_gpt.jobs.inputs import Notify, ignore
 from short_gpt.jobs.proof import Proof
@@ -129,7 +129,7 @@ def _to_gguf(source: Source, type: str | None, tokenizer_path: str | None) -> Ca
     if source.kind == "gguf":
         return _joined
     # the same model in another format has the same history
-    before = Provenance.beside(resolve(source))
+    before = Provenance.of_checkpoint(resolve(source))
     also = {} if before is None else {RECORD: json_text(before.to_dict())}
     return partial(llama_to_gguf, kind=type, tokenizer_path=tokenizer_path, also=also)
 
@@ -154,7 +154,8 @@ def _opened(
     """Writes a GGUF file as transformers reads it, in Hugging Face's format."""
     short = open_hf(source, OpenOptions(device="cpu", dtype=dtype or "float32"))
     target = Target(out, "hf", overwrite, short.check_saved if verify else None)
-    return save_converted(short.trainable(), target, tokenizer=short.tokenizer, source=source)
+    record, tokenizer = Provenance.of_checkpoint(source), short.tokenizer
+    return save_hf(short.trainable(), target, tokenizer=tokenizer, record=record, source=source)
 
 
 def _writer(

@@ -15,7 +15,7 @@ from short_gpt.jobs.cells import size_without, tokens_per_second
 from short_gpt.jobs.inputs import DemoRun, Notify, ignore
 from short_gpt.jobs.scored import Scored
 from short_gpt.models.numbering import check_count
-from short_gpt.runtime.results import write_record
+from short_gpt.runtime.state import write_record
 from short_gpt.scoring.importance import Importance
 from short_gpt.selection.methods import METHODS
 from short_gpt.wrappers.opening import open_model

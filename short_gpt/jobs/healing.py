@@ -9,7 +9,8 @@ from pathlib import Path
 from llama.io.files import check_new
 from llama.io.sources import is_gguf
 from short_gpt.checkpoints.gguf import about_kinds, about_types, check_saved
-from short_gpt.checkpoints.provenance import PROVENANCE, Provenance
+from short_gpt.checkpoints.provenance import Provenance
+from short_gpt.checkpoints.records import PROVENANCE
 from short_gpt.checkpoints.target import check_new_gguf, out_paths
 from short_gpt.evaluation import Difference, Perplexity, difference, losses, together
 from short_gpt.healing import (
@@ -37,7 +38,7 @@ from short_gpt.jobs.healing_settings import (
 from short_gpt.jobs.inputs import Notify, Running, TextSource, check_model, ignore, source_of
 from short_gpt.jobs.saving import interruptible
 from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.runtime.lock import hold
+from short_gpt.runtime.state import hold
 from short_gpt.wrappers.opening import check_tokenizer, of_source, open_model, open_trainable
 from short_gpt.wrappers.options import OpenOptions
 from short_gpt.wrappers.scored_model import ScoredModel

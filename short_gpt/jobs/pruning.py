@@ -9,9 +9,8 @@ from llama.io.files import resolved
 from llama.io.outputs import check_output, new_file
 from llama.io.sources import Source, find_source
 from short_gpt.checkpoints.gguf import about_kinds
-from short_gpt.checkpoints.mergekit import is_recipe, mergekit_recipe, recipe_dtype
-from short_gpt.checkpoints.provenance import PROVENANCE
-from short_gpt.checkpoints.prune import prune_checkpoint
+from short_gpt.checkpoints.prune import is_recipe, mergekit_recipe, prune_checkpoint, recipe_dtype
+from short_gpt.checkpoints.records import PROVENANCE
 from short_gpt.checkpoints.target import Target
 from short_gpt.jobs.choice import Chosen, chosen, chosen_within
 from short_gpt.jobs.choice_settings import Choice, PerplexityLimit, Written
@@ -19,7 +18,7 @@ from short_gpt.jobs.proof import Proof
 from short_gpt.jobs.saving import interruptible
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import bar
-from short_gpt.runtime.results import read_record
+from short_gpt.runtime.state import read_record
 from short_gpt.wrappers.opening import check_tokenizer, open_model
 from short_gpt.wrappers.options import OpenOptions
 from short_gpt.wrappers.short_hf import ShortHFModel

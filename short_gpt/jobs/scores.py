@@ -12,7 +12,7 @@ from short_gpt.checkpoints.provenance import Provenance
 from short_gpt.jobs.scored import UNKNOWN, Scored
 from short_gpt.models.numbering import span
 from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.runtime.results import CHECKED, content_digest, read_record
+from short_gpt.runtime.state import CHECKED, content_digest, read_record
 from short_gpt.scoring.importance import Importance
 from short_gpt.scoring.lists import layer_numbers
 from short_gpt.selection.methods import METHODS, check_method, choose

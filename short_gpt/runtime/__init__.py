@@ -1,9 +1,4 @@
-"""What every run needs, of whatever it is a run.
-
-`errors` are those that a user can mend, `progress` shows how far it is, `results` and `state` are
-its files, `digest` tells contents apart, `replicas` shares windows among processes, `abort` ends
-all of them with one message.
-"""
+"""What every run needs: errors, progress bars, states on disk, digests, replicas, memory plans."""
 
 from __future__ import annotations
 
@@ -19,14 +14,14 @@ if TYPE_CHECKING:
         NotFiniteError,
         ShortGPTError,
     )
-    from short_gpt.runtime.results import (
+    from short_gpt.runtime.state import (
+        StateFile,
         environment,
         machine,
         read_record,
         versions,
         write_record,
     )
-    from short_gpt.runtime.state import StateFile
 else:
     __getattr__, __dir__ = lazy(__name__)
 

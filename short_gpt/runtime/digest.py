@@ -1,13 +1,13 @@
-"""Digests by which weights, windows and settings are told from others: SHA-256 over all of them."""
+"""Digests that tell weights, files, windows and settings apart: 16 hex digits of a SHA-256."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
+from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -16,37 +16,11 @@ from torch import Tensor, nn
 PIECE = 2**23  # bytes of a file that one thread holds at once
 
 
-class Digest:
-    """A digest of parts that come one after the other.
-
-    Example:
-        >>> Digest(b"a", b"b").short == Digest(b"ab").short
-        True
-    """
-
-    def __init__(self, *parts: bytes) -> None:
-        self._hash = hashlib.sha256(b"".join(parts))
-
-    def add(self, part: bytes) -> None:
-        """Counts a part in."""
-        self._hash.update(part)
-
-    @property
-    def whole(self) -> str:
-        """All 64 hexadecimal digits."""
-        return self._hash.hexdigest()
-
-    @property
-    def short(self) -> str:
-        """The first 16, for what only has to be told from its likes."""
-        return self.whole[:16]
-
-
 def weights_digest(model: nn.Module) -> str:
     """A digest of names, shapes, dtypes and all bytes of all parameters."""
     named = dict(model.named_parameters())
-    said = [f"{name} {tuple(w.shape)} {w.dtype}".encode() for name, w in named.items()]
-    return _together(said, [partial(_tensor_bytes, weight) for weight in named.values()])
+    about = [f"{name} {tuple(w.shape)} {w.dtype}".encode() for name, w in named.items()]
+    return _digest(about, [partial(_tensor, weight) for weight in named.values()])
 
 
 def json_digest(content: object) -> str:
@@ -56,41 +30,39 @@ def json_digest(content: object) -> str:
         >>> json_digest([[1, 2]]) == json_digest([(1, 2)]) != json_digest([[1], [2]])
         True
     """
-    return Digest(json.dumps(content).encode()).short
+    return sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
 def files_digest(files: Iterable[Path]) -> str:
-    """A digest of files' sizes and all of their bytes, read once as long as they stay as they are.
+    """A digest of files' sizes and all of their bytes; files that did not change are read once.
 
     Args:
         files: in their order, which counts; their names do not.
     """
-    states = [(path, path.stat()) for path in files]
-    return _files_digest(tuple((p, s.st_size, s.st_mtime_ns, s.st_ino) for p, s in states))
+    stats = [(path, path.stat()) for path in files]
+    return _files_digest(tuple((p, s.st_size, s.st_mtime_ns, s.st_ino) for p, s in stats))
 
 
 @lru_cache(maxsize=16)
 def _files_digest(files: tuple[tuple[Path, int, int, int], ...]) -> str:
-    said = [f"{size}".encode() for _, size, _, _ in files]
-    pieces = [
-        partial(_piece, path, place) for path, size, *_ in files for place in range(0, size, PIECE)
-    ]
-    return _together(said, pieces)
+    sizes = [f"{size}".encode() for _, size, _, _ in files]
+    pieces = [partial(_piece, f, start) for f, size, *_ in files for start in range(0, size, PIECE)]
+    return _digest(sizes, pieces)
 
 
-def _together(said: Iterable[bytes], parts: Iterable[Callable[[], bytes]]) -> str:
-    """A digest of what is said of some parts and of each part's own, made by several threads."""
+def _digest(about: Iterable[bytes], parts: Iterable[Callable[[], bytes]]) -> str:
+    """A digest of descriptions and then of each part's own digest, made by several threads."""
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as threads:
-        return Digest(*said, *threads.map(lambda part: part(), parts)).short
+        joined = b"".join([*about, *threads.map(lambda part: part(), parts)])
+    return sha256(joined).hexdigest()[:16]
 
 
-def _piece(path: Path, place: int) -> bytes:
+def _piece(path: Path, start: int) -> bytes:
     with open(path, "rb", buffering=0) as file:
-        file.seek(place)
-        return hashlib.sha256(file.read(PIECE)).digest()
+        file.seek(start)
+        return sha256(file.read(PIECE)).digest()
 
 
-def _tensor_bytes(weight: Tensor) -> bytes:
-    """The digest of a tensor's bytes."""
+def _tensor(weight: Tensor) -> bytes:
     flat = weight.detach().cpu().contiguous().flatten()
-    return hashlib.sha256(flat.view(torch.uint8).numpy().data).digest()
+    return sha256(flat.view(torch.uint8).numpy().data).digest()

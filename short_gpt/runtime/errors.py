@@ -21,33 +21,31 @@ ShortGPTError = InputError
 
 
 class NotFiniteError(ShortGPTError, FloatingPointError):
-    """A weight, a state or a loss is NaN or infinite; the message says where."""
+    """A weight, a hidden state or a loss is NaN or infinite; the message says where."""
 
 
 class NotSavedError(ShortGPTError, OSError):
-    """The result of a long run could not be written; what was done is kept for the same call."""
+    """The result of a long run could not be written; the same call continues from what was kept."""
 
 
 # What a command reports in one line: input at fault, and what the system says of files and hubs.
 USER_ERRORS = (ShortGPTError, OSError)
-
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # what would end or spoil a line
-WORD, LINE = 300, 1000  # letters of a word and of a line that are shown whole
-
+WORD, LINE = 300, 1000  # letters of a word and of a line that are shown in full
 # What torch, safetensors and the system say; only CUDA has a class of its own for it.
 NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "Cannot allocate")
 NO_SPACE = ("No space left on device", "Disk quota exceeded")
 
 
 def one_line(text: str) -> str:
-    """A text in one line: control characters are escaped, of what is too long the ends are shown.
+    """A text in one line: control characters are escaped, the middle of what is too long goes.
 
     Example:
         >>> one_line("a\\nmodel")
         'a\\\\nmodel'
     """
-    text = CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
-    text = re.sub(rf"\S{{{WORD},}}", lambda found: f"{found[0][:150]} ... {found[0][-50:]}", text)
+    text = CONTROL.sub(lambda match: ascii(match[0])[1:-1], text)
+    text = re.sub(rf"\S{{{WORD},}}", lambda match: f"{match[0][:150]} ... {match[0][-50:]}", text)
     return text if len(text) <= LINE else f"{text[: LINE - 300]} ... {text[-295:]}"
 
 
@@ -55,17 +53,17 @@ def shortage(error: BaseException, *, elsewhere: bool = True) -> str | None:
     """What to do where memory or disk ran short, in one line; None if neither did.
 
     Args:
-        error: what ended a run; what it was raised from counts too.
+        error: what ended a run; its causes count too.
         elsewhere: whether the same can be written to another disk.
     """
-    first = str(error).split("\n")[0]
-    if any(part in first for part in NO_SPACE):
+    reason = str(error).split("\n")[0]
+    if any(part in reason for part in NO_SPACE):
         other = ", or write to another disk" if elsewhere else ""
-        return f"the disk is full ({first}); free some space{other}"
-    known = isinstance(error, RuntimeError | OSError) and any(part in first for part in NO_MEMORY)
+        return f"the disk is full ({reason}); free some space{other}"
+    known = isinstance(error, RuntimeError | OSError) and any(part in reason for part in NO_MEMORY)
     if known or isinstance(error, MemoryError):
         return (
-            f"not enough memory ({first or 'none left'}); use a smaller --batch_size or --size, "
+            f"not enough memory ({reason or 'none left'}); use a smaller --batch_size or --size, "
             "--dtype bfloat16, or with rank --stream, which holds one layer at a time"
         )
     return None if error.__cause__ is None else shortage(error.__cause__, elsewhere=elsewhere)

@@ -18,7 +18,7 @@ from llama.checkpoint.sharding import full_shapes
 from short_gpt.runtime.errors import ShortGPTError
 
 BLOCK_BYTES = 32 * 2**20  # rows of the embedding or the output head that are read at once
-# Windows of a round, at most, and on the CPU tokens too: by then reading a layer takes less time
+# Most windows of a round, and on the CPU tokens too: by then reading a layer takes less time
 # than running it, a rule to stop can look again, and a run be saved.
 MOST_WINDOWS, MOST_ON_DEVICE, MOST_TOKENS = 32, 256, 8192
 UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
@@ -27,19 +27,12 @@ UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 
 @dataclass(frozen=True)
 class Plan:
-    """Memory of a run, in bytes.
+    """Memory of a run, in bytes."""
 
-    Attributes:
-        host: what the machine's memory holds whatever the number of windows, by what it is for.
-        device: the same of an accelerator; empty on the CPU.
-        window: of the states of one window, in the machine's memory.
-        windows: windows of a round, all of which pass a layer before the next one is read.
-    """
-
-    host: Mapping[str, int]
-    device: Mapping[str, int]
-    window: int
-    windows: int
+    host: Mapping[str, int]  # in the machine's memory, by purpose, for any number of windows
+    device: Mapping[str, int]  # the same of an accelerator; empty on the CPU
+    window: int  # hidden states of one window, in the machine's memory
+    windows: int  # of a round, all of which pass a layer before the next one is read
 
     @property
     def total(self) -> int:
@@ -73,17 +66,16 @@ def plan(
         dtype: of the computation.
         stored: of the weights in the files.
         batch_size: windows that pass a layer together.
-        max_memory: of the process in the machine's memory, in bytes or like "3GB"; None takes
-            half of what is free.
+        max_memory: of the process, in bytes or like "3GB"; None takes half of what is free.
         on_host: whether the CPU computes.
-        process: bytes that the process holds already; None looks.
+        process: bytes that the process already holds; None measures them.
 
     Raises:
         ShortGPTError: ``max_memory`` is too little; the message says the least.
     """
     shapes = full_shapes(args)
     layer = sum(math.prod(s) for n, s in shapes.items() if n.startswith("layers.0."))
-    largest = args.dim * max(args.ffn_dim, 2 * args.dim)  # wq is twice there while it is permuted
+    largest = args.dim * max(args.ffn_dim, 2 * args.dim)  # wq is held twice while it is permuted
     working = _working(args, batch_size, dtype, stored)
     host = {
         "the process itself": resident() if process is None else process,
@@ -97,7 +89,8 @@ def plan(
         ours["layer"] += largest * stored.itemsize
     window = args.max_seq_len * (args.dim * dtype.itemsize + 16)
     window += (args.n_layers + 1) * (4 * args.dim + 16 * (args.n_layers + 1) + 64)
-    room = _room(max_memory) - sum(host.values())
+    room = free_memory() // 2 if max_memory is None else bytes_of(max_memory)
+    room -= sum(host.values())
     if max_memory is not None and room < batch_size * window:
         least = sum(host.values()) + batch_size * window
         raise ShortGPTError(
@@ -109,13 +102,13 @@ def plan(
     on_cpu = min(MOST_WINDOWS, max(MOST_TOKENS // args.max_seq_len, 1))
     most = on_cpu if on_host else MOST_ON_DEVICE
     batches = max(min(room // window, most) // batch_size, 1)
-    # a power of two: another run's rounds, after a little more or less memory, begin where these do
+    # a power of two: another run's rounds, with a little more or less memory, begin where these do
     rounded = 1 << (batches.bit_length() - 1)
     return Plan(host, {} if on_host else ours, window, rounded * batch_size)
 
 
 def _working(args: ModelArgs, batch_size: int, dtype: torch.dtype, stored: torch.dtype) -> int:
-    """The most that a batch needs beside its states: in a layer, in the head, or at the end."""
+    """The most that a batch needs besides its states: in a layer, in the head, or at the end."""
     tokens, wide = batch_size * args.max_seq_len, max(dtype.itemsize, 4)
     inside = tokens * (3 * args.ffn_dim * dtype.itemsize + 8 * args.dim * wide)
     rows = block_rows(args, stored)
@@ -129,16 +122,8 @@ def block_rows(args: ModelArgs, stored: torch.dtype) -> int:
     return min(max(BLOCK_BYTES // (args.dim * stored.itemsize), 1), args.vocab_size)
 
 
-def _room(max_memory: str | int | None) -> int:
-    return free_memory() // 2 if max_memory is None else bytes_of(max_memory)
-
-
 def bytes_of(text: str | int) -> int:
-    """A number of bytes, or a text like "3GB", "2.5 GiB" or "800MB".
-
-    Raises:
-        ShortGPTError: anything else.
-    """
+    """A number of bytes, or of a text like "3GB", "2.5 GiB" or "800MB"; else a ShortGPTError."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", str(text).strip().lower())
     if match is None or match[2] not in UNITS or isinstance(text, bool):
         raise ShortGPTError(f"expected a size such as 3GB, 800MB or 2.5GiB, got {text!r}")
@@ -149,9 +134,9 @@ def shown(size: int, *, up: bool = False) -> str:
     """Bytes as a short text, to two digits or more; rounded up where asked."""
     for name, unit in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if size >= unit:
-            digits = size / unit * (10 if size < 100 * unit else 1)
-            whole = math.ceil(digits) if up else round(digits)
-            return f"{whole / 10 if size < 100 * unit else whole:g} {name}"
+            scale = 10 if size < 100 * unit else 1
+            rounded = (math.ceil if up else round)(size / unit * scale)
+            return f"{rounded / scale:g} {name}"
     return f"{size} B"
 
 

@@ -4,46 +4,20 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
-from typing import Protocol, TypeVar
+from typing import Any
 
 from llama.ranks import several_ranks
 
-Self = TypeVar("Self", bound="Bar")
-
-
-class Bar(Protocol):
-    """What is used of a tqdm bar."""
-
-    @property
-    def disable(self) -> bool: ...
-
-    @property
-    def format_dict(self) -> Mapping[str, float]: ...
-
-    def update(self, n: float = ...) -> object: ...
-
-    def set_postfix_str(self, text: str, refresh: bool = ...) -> None: ...
-
-    def __enter__(self: Self) -> Self: ...
-
-    def __exit__(self, *error: object) -> None: ...
+Bar = Any  # of tqdm, which has no types
 
 
 def bar(
-    desc: str,
-    *,
-    total: int | None,
-    unit: str,
-    show: bool = True,
-    delay: float = 1.0,
-    done: int = 0,
+    desc: str, *, total: int | None, unit: str, show: bool = True, delay: float = 1.0, done: int = 0
 ) -> Bar:
     """A tqdm bar on stderr, for use in a ``with`` block; a silent one unless ``show``.
 
-    It appears after ``delay`` seconds, so that short work stays quiet; 0 is for few long items,
-    whose first one would end long after. ``done`` of the total are there already, of a run that is
-    continued. Of several ranks only the first shows one.
+    Of several ranks only the first shows one. Short work stays quiet for ``delay`` seconds; 0 is
+    for few long items. ``done`` of the total were done before a run was continued.
     """
     from tqdm import tqdm
 
@@ -52,7 +26,7 @@ def bar(
 
 
 def above_bars(text: str) -> None:
-    """Writes a line to stderr, where the bars that stand there go on below it."""
+    """Writes a line to stderr, above the bars that are shown there."""
     from tqdm import tqdm
 
     tqdm.write(text, file=sys.stderr)

@@ -6,16 +6,19 @@ import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import wraps
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 # the old path, and the modules that have its names now
 MOVED = {
     "short_gpt.experiments": ("short_gpt.jobs",),
     "short_gpt.opening": ("short_gpt.wrappers.opening",),
     "short_gpt.report": ("short_gpt.plots", "short_gpt.cli.tables", "short_gpt.cli"),
+    "short_gpt.runtime.results": ("short_gpt.runtime.state",),
     "short_gpt.scoring.differences": ("short_gpt.scoring.importance",),
     "short_gpt.scoring.following": ("short_gpt.scoring.run",),
     "short_gpt.scoring.state": ("short_gpt.scoring.run",),
@@ -28,6 +31,19 @@ MOVED = {
     "short_gpt.streaming": ("short_gpt.wrappers", "short_gpt.runtime.memory"),
     "short_gpt.surgery": ("short_gpt.models", "short_gpt.wrappers"),
 }
+
+
+def renamed(new: Any, old: str) -> Any:
+    """A method under its old name, which warns with the new one."""
+    if isinstance(new, classmethod):
+        return classmethod(renamed(new.__func__, old))
+
+    @wraps(new)
+    def with_warning(*arguments: Any, **settings: Any) -> Any:
+        warnings.warn(f"{old} is now {new.__name__}", DeprecationWarning, stacklevel=2)
+        return new(*arguments, **settings)
+
+    return with_warning
 
 
 class OldPaths(MetaPathFinder, Loader):

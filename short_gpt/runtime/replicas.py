@@ -1,15 +1,21 @@
-"""Copies of a model that share the windows: each reads its part, and their sums are put together.
+"""Copies of a model that share the windows: each reads its part, and their sums are added up.
 
 Under torchrun, R ranks with model parallelism of N are R / N replicas. All replicas go through
 the same windows in the same order and take their own, so that they reach every sum at the same
-step without having to agree on it.
+step. `end_all` ends all ranks with one message when one of them fails.
 """
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
+import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, TypeVar
+from datetime import timedelta
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -26,37 +32,24 @@ Sums = TypeVar("Sums", bound="DataclassInstance")
 
 @dataclass(frozen=True)
 class Replicas:
-    """This process's replica among all.
+    """This process's replica among all."""
 
-    Attributes:
-        rank: number of the replica, from 0; equal on the ranks that share its model.
-        count: how many there are; 1 communicates nothing.
-    """
-
-    rank: int = 0
-    count: int = 1
+    rank: int = 0  # number of the replica, from 0; equal on the ranks that share its model
+    count: int = 1  # how many there are; 1 communicates nothing
 
     def step(self, batch_size: int) -> int:
         """How many windows all replicas read in one step: one or two batches each."""
         return batch_size if self.count == 1 else self.count * self._part(batch_size)
 
     def share(self, step: Sequence[T], batch_size: int) -> list[list[T]]:
-        """This replica's batches of a step.
+        """This replica's batches of a step's windows: as many as others', some empty at the end.
 
-        A replica's part begins at an even place and is even in number (but for the last), so
-        that windows fall into the same halves of `Importance` as if one process read them all.
-
-        Args:
-            step: `step` windows in a row, or fewer at the end of all.
-            batch_size: windows read at once.
-
-        Returns:
-            Equally many batches on every replica, some empty at the end of all windows.
+        A replica's part begins at an even number and is even in length (except the last), so that
+        windows fall into the same halves of `Importance` as if one process read them all.
         """
         part = self._part(batch_size)
         start = self.rank * part
-        places = range(start, start + part, batch_size)
-        return [list(step[i : i + batch_size]) for i in places]
+        return [list(step[i : i + batch_size]) for i in range(start, start + part, batch_size)]
 
     def _part(self, batch_size: int) -> int:
         return batch_size * (1 + (batch_size % 2 and self.count > 1))
@@ -65,10 +58,7 @@ class Replicas:
         """The sums of all replicas; the same on every rank. All ranks must call it.
 
         Args:
-            sums: a dataclass whose tensors are this replica's sums; it stays as it is.
-
-        Returns:
-            A new one. What is not a tensor is taken from this replica.
+            sums: a dataclass whose tensors are this replica's sums; other fields stay as they are.
         """
         own = {f.name: getattr(sums, f.name) for f in fields(sums)}
         own = {name: value for name, value in own.items() if isinstance(value, Tensor)}
@@ -85,32 +75,27 @@ class Replicas:
         return replace(sums, **total)
 
     def gather(self, value: T) -> list[T]:
-        """What each replica gives, in order. All ranks must call it."""
+        """The value of each replica, in order. All ranks must call it."""
         if self.count == 1:
             return [value]
         from fairscale.nn.model_parallel import initialize as groups
 
-        found = [value] * self.count  # each place is written over
-        dist.all_gather_object(found, value, group=groups.get_data_parallel_group())
-        return found
+        return _gather(value, groups.get_data_parallel_group())
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank of any replica. All ranks must call it."""
         if not _several():
             return flag
-        found = torch.tensor(float(flag), device=_place())
-        dist.all_reduce(found, dist.ReduceOp.MAX)
-        return bool(found)
+        highest = torch.tensor(float(flag), device=_device())
+        dist.all_reduce(highest, dist.ReduceOp.MAX)
+        return bool(highest)
 
 
 def current(device: torch.device | None = None) -> Replicas:
     """The replicas that this process belongs to.
 
     Ranks that share one model are one replica. Where a launcher started several ranks and nothing
-    has made groups of them yet, each is a replica of its own.
-
-    Args:
-        device: decides how such new groups communicate; None takes the best there is.
+    has made groups of them yet, each becomes a replica, with communication that fits ``device``.
     """
     from fairscale.nn.model_parallel import initialize as groups
 
@@ -122,33 +107,76 @@ def current(device: torch.device | None = None) -> Replicas:
 
 
 def of_model(value: T) -> list[T]:
-    """What each of the ranks that share this one's model gives, in order. All must call it."""
+    """The value of each rank that shares this one's model, in order. All must call it."""
     from fairscale.nn.model_parallel import initialize as groups
 
     if not _several() or not groups.model_parallel_is_initialized():
         return [value]
-    found = [value] * groups.get_model_parallel_world_size()  # each place is written over
-    dist.all_gather_object(found, value, group=groups.get_model_parallel_group())
-    return found
+    return _gather(value, groups.get_model_parallel_group())
 
 
 def _several() -> bool:
     return dist.is_initialized() and dist.get_world_size() > 1
 
 
-def _place() -> torch.device:
+def _gather(value: T, group: dist.ProcessGroup) -> list[T]:
+    values = [value] * group.size()  # each is overwritten
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def _device() -> torch.device:
     """Where tensors must be to be communicated."""
     on_card = dist.get_backend() == "nccl"
     return torch.device("cuda", torch.cuda.current_device()) if on_card else torch.device("cpu")
 
 
 def _sum(values: Tensor) -> Tensor:
-    """Sums over all replicas, on the CPU."""
     from fairscale.nn.model_parallel import initialize as groups
 
-    there = values.to(_place(), copy=True)
-    dist.all_reduce(there, group=groups.get_data_parallel_group())
-    if groups.get_model_parallel_world_size() > 1:  # what follows from the sums is followed by all
+    total = values.to(_device(), copy=True)
+    dist.all_reduce(total, group=groups.get_data_parallel_group())
+    if groups.get_model_parallel_world_size() > 1:  # all ranks of a model act on the same bits
         source = groups.get_model_parallel_src_rank()
-        dist.broadcast(there, source, group=groups.get_model_parallel_group())
-    return there.cpu()
+        dist.broadcast(total, source, group=groups.get_model_parallel_group())
+    return total.cpu()
+
+
+def end_all(error: BaseException, *, line: str | None, code: int) -> NoReturn:
+    """Ends this process, whatever its peers are waiting for; the launcher then ends them.
+
+    Only the first rank that fails prints why, as ``line`` or with the traceback: the others fail
+    alike, or because of it. Destroying the process group would wait for peers.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if not _first():
+        time.sleep(2)  # a launcher that saw us end first could silence the one that prints
+    elif line is None and not lost(error):
+        traceback.print_exception(error)
+    else:
+        reason = str(error).split("\n")[0]
+        line = line or f"short-gpt: a rank was lost, or cannot be reached: {reason}"
+        print(line, file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def lost(error: BaseException) -> bool:
+    """Whether communication with the other ranks failed."""
+    kinds = (dist.DistBackendError, dist.DistStoreError, dist.DistNetworkError)
+    return isinstance(error, kinds) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
+def _first() -> bool:
+    """Whether no other rank has asked this before; True where they have no common store."""
+    launched = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if not launched and not dist.is_initialized():
+        return True
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        store = dist.TCPStore(*address, is_master=False, timeout=timedelta(seconds=5))
+        return store.add(f"short_gpt/end/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}", 1) == 1
+    except RuntimeError:
+        return True

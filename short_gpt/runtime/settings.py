@@ -1,40 +1,34 @@
 """What a field of a settings class says of its flag: heading, placeholder, and what it needs.
 
-Settings are frozen dataclasses, each made once and handed whole to what uses it. A class names the
-part of the help it stands in as ``HEADING``; all that differs stands in a field's metadata, which
-`short_gpt.cli.flags` reads. No settings class imports torch, so that the help is there at once.
+Settings are frozen dataclasses. A class names its part of the help as ``HEADING``; what differs is
+in a field's metadata, which `short_gpt.cli.flags` reads. No settings class imports torch, so that
+the help appears at once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import Field, dataclass, field
-from typing import Any
+from dataclasses import Field, field
+from typing import Any, NamedTuple
 
 READ, CHOOSE, RUN, WRITE = "what to read", "how to choose", "how to run", "what to write"
 HEADINGS = (READ, CHOOSE, RUN, WRITE)
 Values = Mapping[str, object]  # of all flags of a command, defaults included
 
 
-@dataclass(frozen=True)
-class Needs:
-    """What a flag does nothing without.
+class Needs(NamedTuple):
+    """What a flag does nothing without."""
 
-    Args:
-        what: in words.
-        met: whether a command's values have it; a command that knows no such flag has.
-    """
-
-    what: str
-    met: Callable[[Values], bool]
+    what: str  # in words
+    met: Callable[[Values], bool]  # whether a command's values have it, or it knows no such flag
 
 
 def needs_one_of(what: str, *names: str) -> Needs:
     """A need of one of several flags."""
 
     def met(values: Values) -> bool:
-        there = [values[name] for name in names if name in values]
-        return not there or any(value is not None for value in there)
+        known = [values[name] for name in names if name in values]
+        return not known or any(value is not None for value in known)
 
     return Needs(what, met)
 
@@ -56,7 +50,7 @@ def setting(
         value: what stands for its value in the help, as in FILE; None is N for a number, else NAME.
         flag: its name as a flag; None is the field's.
         commands: that have it as a flag; None is all that take the class, none hides it.
-        needs: what it does nothing without, the first unmet one is named.
+        needs: what it does nothing without; the first unmet one is named.
     """
     parts = {"heading": heading, "value": value, "flag": flag, "commands": commands}
     needs = (needs,) if isinstance(needs, Needs) else needs

@@ -1,88 +1,251 @@
-"""The state of a long run on disk, so that it can be interrupted and continued."""
+"""What a run writes: its result, the state that it continues from, and the lock on that state."""
 
 from __future__ import annotations
 
 import json
 import os
+import platform
+import sys
+import threading
 import time
+import warnings
 from collections.abc import Mapping
+from contextlib import suppress
+from hashlib import sha256
+from importlib import metadata
 from pathlib import Path
+from weakref import WeakValueDictionary, finalize
 
-from llama.io.json_files import JsonObject
-from llama.io.swap import tidy
+import torch
+
+from llama.io.json_files import JsonObject, json_text, read_json, write_json
+from llama.io.outputs import new_file
+from llama.io.swap import lock_file, tidy
 from short_gpt.runtime.digest import files_digest
 from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.runtime.lock import Lock, hold
 from short_gpt.runtime.progress import first_rank
-from short_gpt.runtime.results import CHECKED, content_digest, read_record, write_record
+
+ABOUT = ("versions", "machine")  # entries of every record
+CHECKED = "sha256"  # the entry with the digest of all entries except these
+PACKAGES = ("short-gpt", "torch", "fairscale", "datasets", "transformers", "numpy")
+LONGEST = 300  # characters of a process's description that are shown
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that numbers depend on, where installed."""
+    installed = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            installed[name] = metadata.version(name)
+    return installed
+
+
+def machine() -> dict[str, object]:
+    """The system, processor, cores, threads and CUDA device that numbers were computed with."""
+    about: dict[str, object] = {"system": f"{platform.system()} {platform.machine()}"}
+    about |= {"processor": _processor(), "cores": os.cpu_count()}
+    about["torch_threads"] = torch.get_num_threads()
+    if torch.cuda.is_available():
+        about["cuda"] = torch.cuda.get_device_name()
+    return about
+
+
+def environment() -> str:
+    """`machine` and `versions` in two lines, as a notebook shows them.
+
+    Example:
+        >>> print(environment())  # doctest: +SKIP
+        Linux x86_64, Intel(R) Xeon(R) CPU @ 2.80GHz, 2 cores, 2 torch_threads
+        python 3.11.7, short-gpt 0.1.0, torch 2.13.0, ...
+    """
+    counted = [f"{v} {k}" if isinstance(v, int) else str(v) for k, v in machine().items() if v]
+    return ", ".join(counted) + "\n" + ", ".join(f"{k} {v}" for k, v in versions().items())
+
+
+def _processor() -> str:
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor()
+
+
+def write_record(
+    path: str | os.PathLike[str], content: Mapping[str, object], *, overwrite: bool = False
+) -> Path:
+    """Writes ``content``, its digest, `versions` and `machine` as a JSON file, or none on an error.
+
+    Raises:
+        FileExistsError: the file exists and ``overwrite`` is not set, or it is no such record.
+    """
+    target = Path(str(path))
+    with new_file(target, overwrite=overwrite, ours=is_record) as partial:
+        checked = {**content, CHECKED: content_digest(content)}
+        write_json(partial, {**checked, "versions": versions(), "machine": machine()})
+    return target
+
+
+def content_digest(content: Mapping[str, object]) -> str:
+    """The digest of a record's own entries, as they are written or as they are read again."""
+    own = {name: content[name] for name in content if name not in (CHECKED, *ABOUT)}
+    return sha256(json_text(own).encode()).hexdigest()
+
+
+def is_record(path: Path) -> bool:
+    """Whether a file is one that `write_record` wrote, in this version or an earlier one."""
+    try:
+        content = read_json(path)
+    except (OSError, ShortGPTError):
+        return False
+    return "versions" in content and not content.keys().isdisjoint(("machine", "command", "run"))
+
+
+def read_record(path: str | os.PathLike[str]) -> JsonObject:
+    """What `write_record` wrote.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ShortGPTError: it holds no JSON object.
+    """
+    source = Path(str(path))
+    if not source.is_file():
+        raise FileNotFoundError(f"{source} {'is no file' if source.exists() else 'does not exist'}")
+    return read_json(source)
+
+
+class Lock:
+    """A state that this process holds, for as long as something here refers to this object.
+
+    The lock is the operating system's (flock), on a hidden file next to the state, so that a
+    killed process holds nothing. Windows, and file systems without locks, go without.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.process = os.getpid()
+        target = path.resolve()
+        file = target.with_name(f".{target.name}.lock")
+        handle = _locked(path, file)
+        if handle is not None:
+            with suppress(OSError):  # a full disk
+                os.ftruncate(handle, 0)
+                since = time.strftime("%Y-%m-%d %H:%M:%S")
+                holder = f"process {self.process} on {platform.node()} since {since}: "
+                os.write(handle, (holder + " ".join(sys.argv)).encode(errors="replace"))
+            finalize(self, _release, handle, file, self.process)
+
+    def __enter__(self) -> Lock:
+        return self  # the with statement keeps the object to its end
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+_HELD: WeakValueDictionary[Path, Lock] = WeakValueDictionary()
+_ASKING = threading.Lock()  # two threads of a process share its locks
+
+
+def hold(path: str | os.PathLike[str]) -> Lock:
+    """The lock of a state; the one that this process already has of it or of a folder around it.
+
+    A process that holds a folder does not keep out another one that holds a folder inside it.
+
+    Args:
+        path: the state's file or folder, which need not exist yet.
+
+    Raises:
+        ShortGPTError: another process holds it; the message names that process.
+    """
+    target = Path(path).resolve()
+    with _ASKING:
+        for around in (target, *target.parents):
+            lock = _HELD.get(around)
+            if lock is not None and lock.process == os.getpid():  # else a fork's copy
+                return lock
+        lock = _HELD[target] = Lock(Path(path))
+    return lock
+
+
+def _locked(path: Path, file: Path) -> int | None:
+    """The open and locked file; None where there are no locks."""
+    for _ in range(100):
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            return lock_file(file)
+        except BlockingIOError:
+            raise ShortGPTError(
+                f"{path} is in use by {_holder(file)}; wait until that has ended, or end it"
+            ) from None
+        except FileNotFoundError:
+            continue  # its last holder has just removed it
+        except OSError:
+            break
+    return None
+
+
+def _release(handle: int, file: Path, process: int) -> None:
+    """Removes the file while it is still locked; a fork's copy only closes its own."""
+    if os.getpid() == process:
+        with suppress(OSError):
+            file.unlink()
+    os.close(handle)
+
+
+def _holder(file: Path) -> str:
+    """The process that holds a lock, as it described itself there, in one line."""
+    with suppress(OSError):
+        if words := file.read_text(encoding="utf-8", errors="replace").split():
+            return " ".join(words)[:LONGEST]
+    return "another process"
 
 
 def joined(*parts: Mapping[str, object]) -> dict[str, object]:
-    """All entries of several mappings, of which an identity or a state is put together.
-
-    Raises:
-        ValueError: two of them have a name in common, so that one value would hide the other.
+    """All entries of several mappings; ValueError where two have a name in common.
 
     Example:
         >>> joined({"weights": "3f2a"}, {"layers": [21, 22]})
         {'weights': '3f2a', 'layers': [21, 22]}
     """
-    whole: dict[str, object] = {}
+    entries: dict[str, object] = {}
     for part in parts:
-        if common := sorted(whole.keys() & part.keys()):
+        if common := sorted(entries.keys() & part.keys()):
             raise ValueError(f"two values for {', '.join(common)}: name one of them otherwise")
-        whole |= part
-    return whole
+        entries |= part
+    return entries
 
 
-def check_saved(path: Path, digest: str, *, whole: Path) -> None:
-    """Raises ShortGPTError unless a file of a run holds what was saved there.
+def check_saved(path: Path, digest: str, *, folder: Path) -> None:
+    """Raises `damaged` unless a file of a run has the `files_digest` that it was saved with."""
+    if not path.is_file() or files_digest([path]) != digest:
+        raise damaged(path, folder)
 
-    Args:
-        path: of the file.
-        digest: from `digest.files_digest`, as it was saved.
-        whole: what is to be deleted for the run to begin anew.
-    """
+
+def damaged(path: Path, folder: Path) -> ShortGPTError:
+    """The error of a file that is gone or not as it was saved; to begin anew ``folder`` must go."""
+    why = "does not hold what was saved there: it was edited or is damaged"
     if not path.is_file():
-        raise missing(path, whole)
-    if files_digest([path]) != digest:
-        raise damaged(path, whole)
-
-
-def missing(path: Path, whole: Path) -> ShortGPTError:
-    """The error of a file that a run would go on from, and that is gone."""
-    return ShortGPTError(
-        f"{path} is missing, from which the run would go on; delete {whole} to begin anew"
-    )
-
-
-def damaged(path: Path, whole: Path) -> ShortGPTError:
-    """The error of a file that a run would go on from, and that is another than was saved."""
-    return ShortGPTError(
-        f"{path} does not hold what was saved there: it was edited or is damaged; delete {whole} "
-        "to begin anew"
-    )
+        why = "is missing, from which the run would go on"
+    return ShortGPTError(f"{path} {why}; delete {folder} to begin anew")
 
 
 class StateFile:
     """A JSON file that a long run is saved in, with what the run depends on.
 
-    No other process works on it before this object is gone, or cleared. Of several ranks that
+    No other process works on it until this object is gone, or cleared. Of several ranks that
     share it the first holds it for all.
 
     Args:
-        path: written whole, replaced by the next save.
+        path: the file; each save replaces it.
         identity: what the run depends on, by the names that an error shows: model, data, seed...
         every: seconds between two saves.
-        lock: of what it is a part of, such as a folder; None holds the file alone.
-        whole: what an error tells the user to delete; None is the file.
+        lock: of the folder that it belongs to; None locks the file alone.
+        folder: what an error asks the user to delete; None is the file.
+        whole: the former name of ``folder``.
 
     Attributes:
         content: what the file held; None if there is none.
 
     Raises:
-        ShortGPTError: the file holds the state of another run, and the message names what differs,
-            or something else than what was saved; or another process works on it.
+        ShortGPTError: the file holds the state of another run, and the message names what differs;
+            or it is damaged; or another process works on it.
     """
 
     def __init__(
@@ -92,50 +255,47 @@ class StateFile:
         *,
         every: float = 120.0,
         lock: Lock | None = None,
+        folder: Path | None = None,
         whole: Path | None = None,
     ) -> None:
+        if whole is not None:
+            warnings.warn("StateFile's whole is now folder", DeprecationWarning, stacklevel=2)
         self.path = Path(str(path))
-        self._whole = whole or self.path
+        self._folder = folder or whole or self.path
         self.every = every
         self._lock = hold(self.path) if lock is None and first_rank() else lock
         self._identity: JsonObject = json.loads(json.dumps(dict(identity)))  # as a file has it
         self._saved = time.monotonic()
-        self.content = self._load()
+        self.content = self._load() if self.path.exists() else None
 
-    def _load(self) -> JsonObject | None:
-        if not self.path.exists():
-            return None
-        found = read_record(self.path)
-        theirs = found.get("run")
+    def _load(self) -> JsonObject:
+        content = read_record(self.path)
+        theirs = content.get("run")
         if not isinstance(theirs, dict):
             raise ShortGPTError(f"{self.path} is no state of a run; choose another name")
+        anew = f"delete {self._folder} or name another state"
         # a run keeps the same entries from one save to the next, so other ones are another format
         if theirs.keys() != self._identity.keys():
             other = ", ".join(sorted(theirs.keys() ^ self._identity.keys()))
             raise ShortGPTError(
                 f"{self.path} is the state of another version of this library, or of another "
-                f"command (it differs in what a state tells of: {other}); delete {self._whole} "
-                "or name another state"
+                f"command (it differs in the entries {other}); {anew}"
             )
         for name, value in self._identity.items():
             if theirs.get(name) != value:
                 raise ShortGPTError(
                     f"{self.path} is the state of a run with another {name}: "
                     f"{theirs.get(name)!r}, now {value!r}; go on with the former {name}, or delete "
-                    f"{self._whole} to begin anew"
+                    f"{self._folder} to begin anew"
                 )
-        if CHECKED not in found:
+        if CHECKED not in content:
             raise ShortGPTError(
-                f"{self.path} is the state of another version of this library; delete "
-                f"{self._whole} or name another state"
+                f"{self.path} is the state of another version of this library; {anew}"
             )
-        try:
-            as_saved = found[CHECKED] == content_digest(found)
-        except RecursionError:  # nested deeper than anything that is saved
-            as_saved = False
-        if not as_saved:
-            raise damaged(self.path, self._whole)
-        return found
+        with suppress(RecursionError):  # nested deeper than anything that is saved
+            if content[CHECKED] == content_digest(content):
+                return content
+        raise damaged(self.path, self._folder)
 
     def part(self, name: str) -> StateFile:
         """The state, in a file of its own, of a run inside this one."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from hashlib import sha256
 from itertools import islice
 
 import torch
@@ -12,7 +13,6 @@ import torch
 from short_gpt.data.windows import batches
 from short_gpt.models.decoder import Decoder
 from short_gpt.runtime import replicas
-from short_gpt.runtime.digest import Digest
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.state import StateFile
 from short_gpt.scoring.clusters import merged, next_number
@@ -33,7 +33,7 @@ class RunState:
     def __init__(self, file: StateFile) -> None:
         self.file = file
         self._texts: dict[int, str] = {}  # digest of the first windows, by their number
-        self._digest = Digest()
+        self._digest = sha256()
 
     def sums(self, layers: Sequence[int]) -> Importance:
         """The sums to continue from: those of the file, or empty ones.
@@ -67,12 +67,12 @@ class RunState:
                 f"{self.file.path} is the state of a run that has read {read} windows, now there "
                 f"are {count}; take as many, delete it or name another state"
             )
-        if found is not None and self._digest.whole != found.get("texts"):
+        if found is not None and self._digest.hexdigest() != found.get("texts"):
             raise ShortGPTError(
                 f"{self.file.path} is the state of a run on other texts or windows; delete it or "
                 "name another state"
             )
-        self._texts = {read: self._digest.whole}
+        self._texts = {read: self._digest.hexdigest()}
         return rest
 
     def note(self, batch: Sequence[Sequence[int]]) -> None:
@@ -81,10 +81,10 @@ class RunState:
             self._read(window)
         before = max(self._texts, default=0)
         after = before + len(batch)
-        self._texts = {before: self._texts.get(before, ""), after: self._digest.whole}
+        self._texts = {before: self._texts.get(before, ""), after: self._digest.hexdigest()}
 
     def _read(self, window: Sequence[int]) -> None:
-        self._digest.add(torch.tensor([len(window), *window]).numpy().tobytes())
+        self._digest.update(torch.tensor([len(window), *window]).numpy().tobytes())
 
     def tick(self, sums: Importance) -> None:
         """Saves if it is time to."""

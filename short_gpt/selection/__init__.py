@@ -1,17 +1,11 @@
-"""Which layers go: by scores, by the loss without them, or as many as a perplexity allows.
-
-`methods` names all ways; `search` tries layers out, by `partial_run`; `perplexity_budget` takes
-one layer more until the quality falls. The functions of scores are those of `scoring.order`, which
-the scores themselves call.
-"""
+"""Which layers go: by scores, by the loss without them, or as many as a perplexity allows."""
 
 from short_gpt.scoring.order import at_random, best_block, deepest, lowest, reverse, sequential
-from short_gpt.selection.methods import BLOCKS, BY_LOSS, METHODS, check_method, choose
+from short_gpt.selection.methods import BY_LOSS, METHODS, check_method, choose
 from short_gpt.selection.perplexity_budget import Budget, most_layers
 from short_gpt.selection.search import Search, one_shot, sleb, sleb_rounds
 
 __all__ = [
-    "BLOCKS",
     "BY_LOSS",
     "METHODS",
     "Budget",

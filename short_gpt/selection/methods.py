@@ -11,20 +11,13 @@ from short_gpt.scoring.order import at_random, best_block, deepest, lowest, reve
 
 
 class Method(NamedTuple):
-    """One method; a row of `REGISTRY` is all that the rest of the library needs to know of it.
+    """One method; a row of `REGISTRY` is all that the rest of the library needs to know of it."""
 
-    Attributes:
-        name: as users write it.
-        about: what it removes, for help and records.
-        choose: from the scores, the number of layers and a seed to places of layers; None runs
-            the model without layers, see `search`.
-        block: whether it removes consecutive layers.
-    """
-
-    name: str
-    about: str
+    name: str  # as users write it
+    about: str  # what it removes, for help and records
+    # from the scores, the number of layers and a seed to positions of layers; None runs the model
+    # without layers, see `search`
     choose: Callable[[Importance, int, int], list[int]] | None = None
-    block: bool = False
 
 
 REGISTRY = (
@@ -37,19 +30,16 @@ REGISTRY = (
         "angular",
         "best block by the last token's angle (Gromov et al.)",
         lambda scores, n, _: best_block(scores.angular, n),
-        block=True,
     ),
     Method(
         "angular_all",
         "best block by the angle at all tokens",
         lambda scores, n, _: best_block(scores.angular_all_tokens, n),
-        block=True,
     ),
     Method(
         "deepest",
         "deepest layers but the last (Gromov et al., simple heuristic)",
         lambda scores, n, _: deepest(len(scores.layers), n),
-        block=True,
     ),
     Method(
         "relative_magnitude",
@@ -64,16 +54,13 @@ REGISTRY = (
     Method("sequential", "first layers", lambda scores, n, _: sequential(len(scores.layers), n)),
     Method("reverse", "last layers", lambda scores, n, _: reverse(len(scores.layers), n)),
     Method(
-        "random",
-        "random layers",
-        lambda scores, n, seed: at_random(len(scores.layers), n, seed),
+        "random", "random layers", lambda scores, n, seed: at_random(len(scores.layers), n, seed)
     ),
     Method("perplexity", "lowest perplexity without the one layer (Shortened LLaMA)"),
     Method("sleb", "greedily, lowest loss without the layer, scored anew (SLEB)"),
 )
 METHODS = {method.name: method.about for method in REGISTRY}
 BY_LOSS = tuple(method.name for method in REGISTRY if method.choose is None)
-BLOCKS = tuple(method.name for method in REGISTRY if method.block)
 REMOVED = {
     "sleb_healed": "rank by sleb and heal what it removes, or compare sets once they are refitted",
     "evolution": "rank by sleb; layers that it chose before are removed by their numbers",
@@ -93,23 +80,22 @@ def choose(importance: Importance, n: int, *, method: str = "bi", seed: int = 0)
         Original layer numbers: least important first, or a block in ascending order.
 
     Raises:
-        ShortGPTError: n is out of range, the method is unknown, needs more than these scores, or
-            the scores lack what it reads.
+        ShortGPTError: n is out of range, the method is unknown, or reads what these scores lack.
 
     Example:
         >>> choose(Importance.empty([0, 1, 2, 3, 4]), 2, method="deepest")
         [2, 3]
     """
     check_method(method)
-    (places_of,) = (row.choose for row in REGISTRY if row.name == method)
-    if places_of is None:
+    (positions_of,) = (row.choose for row in REGISTRY if row.name == method)
+    if positions_of is None:
         raise ShortGPTError(
-            f"{method} runs the model without layers, so scores do not tell them: rank by `method` "
+            f"{method} runs the model without layers, and uses no scores: rank by `method` "
             f"{method} (in Python short_gpt.selection.search)"
         )
     if method == "angular_all" and importance.token_angles.isnan().any():
         raise ShortGPTError("angular_all needs scores of all tokens; measure with all_tokens")
-    return [importance.layers[place] for place in places_of(importance, n, seed)]
+    return [importance.layers[i] for i in positions_of(importance, n, seed)]
 
 
 def check_method(method: str) -> None:

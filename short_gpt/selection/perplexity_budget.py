@@ -19,10 +19,10 @@ class Budget:
 
     Attributes:
         layers: to remove; empty if not even one may go.
-        tried: for every number of layers tried, from 0, the perplexity without them.
+        tried: by number of layers removed, from 0, the perplexity.
         ratio: the most that the perplexity was allowed to rise by.
         confidence: that it rises by no more.
-        changes: for every number of layers tried, from 1, the loss less the original model's.
+        changes: by number of layers removed, from 1, the loss less the original model's.
     """
 
     layers: list[int]
@@ -32,20 +32,20 @@ class Budget:
     changes: dict[int, Difference] = field(default_factory=dict)
 
     def bounds(self, n: int) -> tuple[float, float]:
-        """The least and the most that the perplexity rises by without n layers, as factors.
+        """The least and the most factor that the perplexity rises by with n layers removed.
 
-        Each on its own is as sure as ``confidence``; both are NaN where texts are too few to tell.
+        Each on its own holds with ``confidence``; both are NaN where there are too few texts.
         """
         change = self.changes[n]
         reach = change.error.reach(self.confidence, sides=1)
         return exp(change.nats - reach), exp(change.nats + reach)
 
     def holds(self, n: int) -> bool:
-        """Whether the ratio holds without n layers, as sure as ``confidence``."""
+        """Whether the ratio holds with n layers removed, with ``confidence``."""
         return self.bounds(n)[1] <= self.ratio  # False for NaN, which holds no ratio
 
     def verdict(self, n: int) -> str:
-        """What is known of the ratio without n layers, in words."""
+        """What is known of the ratio with n layers removed, in words."""
         low, high = self.bounds(n)
         error = self.changes[n].error
         sure = f"{self.confidence:.0%} sure over {error.over}"

@@ -2,8 +2,8 @@
 
 A trial without layer j differs from the model only from j on, so it starts from the stored hidden
 state entering j: a round costs about half of what trials from the beginning cost, for the same
-losses. The states move on layer by layer as j does. Those before the layer that a round removes
-hold for the next round too; as many as memory allows are stored, the others computed anew.
+losses. States before the layer that a round removes hold for the next round too; as many as memory
+allows are stored.
 
 Shapes: B windows, S tokens, D width.
 """
@@ -11,20 +11,29 @@ Shapes: B windows, S tokens, D width.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from typing import Any, cast
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from short_gpt.data.windows import batches
-from short_gpt.evaluation.perplexity import check_predicted
+from short_gpt.evaluation.perplexity import batch_nats, check_predicted
 from short_gpt.models.decoder import Decoder, padded
+from short_gpt.models.layer_hooks import (
+    Arguments,
+    Call,
+    first,
+    output_form,
+    patched_forward,
+    state_in,
+)
 from short_gpt.models.numbering import check_count
 from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
 from short_gpt.runtime.progress import Bar, bar
 from short_gpt.runtime.state import StateFile
 from short_gpt.selection.methods import BY_LOSS, check_method
-from short_gpt.selection.partial_run import PartialRun
 
 Batch = tuple[Tensor, Tensor]  # tokens (B, S) and mask (B, S)
 Nats = dict[int, float]  # by candidate
@@ -37,8 +46,8 @@ class Options:
     Attributes:
         candidates: positions that may be removed; None takes all.
         batch_size: windows read at once.
-        max_memory: bytes for stored states. Windows that need more even for one state each are
-            read in groups, one after the other.
+        max_memory: bytes for stored states. Windows that need more even for one state each are read
+            in groups, one after the other.
         state: saves the search and continues it.
         progress: whether to show a bar.
     """
@@ -76,90 +85,13 @@ DEFAULT = Options()
 def by_loss(
     decoder: Decoder, windows: Sequence[Sequence[int]], n: int, options: Options, *, method: str
 ) -> Search:
-    """The search of a name in `methods.BY_LOSS`.
-
-    Raises:
-        ShortGPTError: the method is unknown.
-    """
+    """The search of a name in `methods.BY_LOSS`; ShortGPTError if it is none."""
     if method not in BY_LOSS:
         check_method(method)  # of one that was removed, says so
         raise ShortGPTError(f"no search by {method!r}; expected one of {', '.join(BY_LOSS)}")
-    if method == "perplexity":
-        return _one_shot(decoder, windows, n, options)
-    return _last(sleb_rounds(decoder, windows, n, options))
-
-
-def sleb(
-    decoder: Decoder,
-    windows: Sequence[Sequence[int]],
-    n: int,
-    *,
-    candidates: Collection[int] | None = None,
-    batch_size: int = 1,
-    max_memory: int = 2**31,
-    state: StateFile | None = None,
-    progress: bool = False,
-) -> Search:
-    """Removes greedily the layer whose absence costs least, n times (SLEB, arXiv:2402.09025).
-
-    Every round scores all layers left on the model as pruned so far. The first and the last layer
-    left are never candidates; ties go to the lower layer.
-
-    Args:
-        decoder: the model; it is left as it was.
-        windows: token ids; all are read once for every candidate of every round.
-        n: how many layers, 1 to L - 2.
-        candidates, batch_size, max_memory, state, progress: as of `Options`.
-
-    Raises:
-        ShortGPTError: n is out of range, or as in `decoder.pad`.
-        NotFiniteError: a loss is NaN or infinite.
-    """
-    options = Options(candidates, batch_size, max_memory, state, progress)
-    return _last(sleb_rounds(decoder, windows, n, options))
-
-
-def sleb_rounds(
-    decoder: Decoder, windows: Sequence[Sequence[int]], n: int, options: Options = DEFAULT
-) -> Iterator[Search]:
-    """The same search, n times: the result so far after every round. As in `sleb`."""
-    count = len(decoder.layers)
-    allowed = options.allowed(count)
-    check_count(n, count, most=len(allowed))
-    trials = Trials(decoder, windows, options)
-    total = sum(len(allowed) - i for i in range(n)) * trials.groups
-    with trials.shown(total, options.progress) as shown:
-        for left in reversed(range(n)):
-            alive = [i for i in range(count) if i not in trials.result.removed]
-            trials.round([i for i in alive[1:-1] if i in allowed], shown.update, again=left > 0)
-            yield trials.result
-
-
-def one_shot(
-    decoder: Decoder,
-    windows: Sequence[Sequence[int]],
-    n: int,
-    *,
-    batch_size: int = 1,
-    max_memory: int = 2**31,
-    state: StateFile | None = None,
-    progress: bool = False,
-) -> Search:
-    """The n layers without which, each alone, the loss is lowest (Shortened LLaMA, by perplexity).
-
-    Arguments and errors as in `sleb`; every layer is a candidate, n is 1 to L - 1.
-    """
-    return _one_shot(decoder, windows, n, Options(None, batch_size, max_memory, state, progress))
-
-
-def _last(rounds: Iterator[Search]) -> Search:
-    *_, result = rounds
-    return result
-
-
-def _one_shot(
-    decoder: Decoder, windows: Sequence[Sequence[int]], n: int, options: Options
-) -> Search:
+    if method == "sleb":
+        *_, result = sleb_rounds(decoder, windows, n, options)
+        return result
     count = len(decoder.layers)
     check_count(n, count)
     trials = Trials(decoder, windows, options)
@@ -170,13 +102,125 @@ def _one_shot(
     return trials.result
 
 
-class Trials:
-    """Rounds of trials, with the result so far.
+def sleb(decoder: Decoder, windows: Sequence[Sequence[int]], n: int, **options: Any) -> Search:
+    """Removes greedily the layer whose absence costs least, n times (SLEB, arXiv:2402.09025).
+
+    Every round scores all remaining layers on the model as pruned so far. The first and the last of
+    them are never candidates; ties go to the lower layer.
 
     Args:
-        decoder: the model.
-        windows: token ids.
-        options: how it runs.
+        decoder: the model; it is left as it was.
+        windows: token ids; all are read once for every candidate of every round.
+        n: how many layers, 1 to L - 2.
+        options: fields of `Options`.
+
+    Raises:
+        ShortGPTError: n is out of range, or as in `decoder.pad`.
+        NotFiniteError: a loss is NaN or infinite.
+    """
+    return by_loss(decoder, windows, n, Options(**options), method="sleb")
+
+
+def sleb_rounds(
+    decoder: Decoder, windows: Sequence[Sequence[int]], n: int, options: Options = DEFAULT
+) -> Iterator[Search]:
+    """The search of `sleb`: the result so far after each of its n rounds."""
+    count = len(decoder.layers)
+    allowed = options.allowed(count)
+    check_count(n, count, most=len(allowed))
+    trials = Trials(decoder, windows, options)
+    total = sum(len(allowed) - i for i in range(n)) * trials.groups
+    with trials.shown(total, options.progress) as shown:
+        for number in range(n):
+            alive = [i for i in range(count) if i not in trials.result.removed]
+            candidates = [i for i in alive[1:-1] if i in allowed]
+            trials.round(candidates, shown.update, again=number < n - 1)
+            yield trials.result
+
+
+def one_shot(decoder: Decoder, windows: Sequence[Sequence[int]], n: int, **options: Any) -> Search:
+    """The n layers without which, each alone, the loss is lowest (Shortened LLaMA, by perplexity).
+
+    Arguments and errors as in `sleb`; every layer is a candidate, n is 1 to L - 1.
+    """
+    return by_loss(decoder, windows, n, Options(candidates=None, **options), method="perplexity")
+
+
+class PartialRun:
+    """A decoder's layers, run from a stored hidden state or only in part.
+
+    Layers that are not to run return the state that enters them. None is taken out of the model, so
+    that positions, masks and settings of the other layers stay theirs.
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+        state, self._form = output_form(decoder)
+        self.bytes_per_token = state.numel() * state.element_size()
+
+    def advance(self, tokens: Tensor, run: Sequence[int], state: Tensor | None) -> Tensor:
+        """The hidden state (B, S, D) leaving the layers ``run``, from the one that enters them.
+
+        Args:
+            tokens: (B, S).
+            run: positions, ascending; none gives ``state`` back.
+            state: entering the first of them; None starts from the embeddings.
+        """
+        if not run and state is not None:
+            return state
+        leaving: list[Tensor] = []
+        with self._only(run, state, leaving):
+            self._decoder.run(tokens)
+        return leaving[-1]
+
+    def nats(self, tokens: Tensor, mask: Tensor, run: Sequence[int], state: Tensor | None) -> float:
+        """Summed loss of the predicted tokens, with the layers ``run`` alone after ``state``."""
+        with self._only(run, state, None):
+            return batch_nats(self._decoder, tokens, mask)
+
+    @contextmanager
+    def _only(
+        self, run: Sequence[int], state: Tensor | None, leaving: list[Tensor] | None
+    ) -> Iterator[None]:
+        """The model with the layers ``run`` alone; ``leaving`` gets the state that leaves them."""
+        layers = self._decoder.layers
+        # if none runs, the last returns what the head reads
+        start = min(run, default=len(layers) - 1)
+        with ExitStack() as stack:
+            for i, layer in enumerate(layers):
+                if i not in run:
+                    forward = self._passing(state if i == start else None)
+                    stack.enter_context(patched_forward(layer, forward))
+            if state is not None and run:
+                enter = layers[start].register_forward_pre_hook(
+                    _entered_by(state), with_kwargs=True
+                )
+                stack.callback(enter.remove)
+            if leaving is not None:
+                keep = layers[max(run, default=0)].register_forward_hook(
+                    lambda module, args, output: leaving.append(first(output))
+                )
+                stack.callback(keep.remove)
+            yield
+
+    def _passing(self, state: Tensor | None) -> Callable[..., object]:
+        def forward(*args: object, **kwargs: object) -> object:
+            return self._form(state_in(args, kwargs) if state is None else state)
+
+        return forward
+
+
+def _entered_by(state: Tensor) -> Callable[..., Call]:
+    def hook(module: nn.Module, args: Arguments, kwargs: dict[str, object]) -> Call:
+        if args:
+            return (state, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": state}
+
+    return hook
+
+
+class Trials:
+    """Rounds of trials.
 
     Attributes:
         result: the search so far.
@@ -210,13 +254,12 @@ class Trials:
         self._kept, self._rounds = len(self.result.losses), 0  # of a state; counted so far
 
     def shown(self, total: int, show: bool) -> Bar:
-        """A bar of all trials, those that a saved search has tried before it among them."""
+        """A bar of all trials, with those of a continued search done."""
         tried = sum(map(len, self.result.losses)) * self.groups + sum(map(len, self._done))
         return bar("searching", total=total, unit="trial", show=show, done=tried)
 
     def _bytes(self, batch: Batch) -> int:
-        """Of one state of a batch."""
-        return batch[0].numel() * self._run.bytes_per_token
+        return batch[0].numel() * self._run.bytes_per_token  # of one state
 
     def _grouped(self, padded: list[Batch], max_memory: int) -> Iterator[list[Batch]]:
         """Batches whose states fit into ``max_memory``, at least one at a time."""
@@ -239,9 +282,6 @@ class Trials:
             candidates: positions, ascending.
             tick: called with 1 after every trial.
             again: whether another round follows; then states are worth storing.
-
-        Raises:
-            NotFiniteError: a loss is NaN or infinite.
         """
         if self._rounds < self._kept:
             self._count(list(self.result.losses[self._rounds]), again=again)
@@ -278,18 +318,23 @@ class Trials:
         *,
         again: bool,
     ) -> None:
-        """Adds each candidate's nats on the group's windows to ``done``, unless they are there."""
-        at, states = 0, None  # the layer that the states at hand enter; None: the embeddings
+        """Adds each candidate's nats on the group's windows to ``done``, unless they are in it."""
+        # the layer that the states (B, S, D) at hand enter; None: the embeddings
+        at, states = 0, cast("Sequence[Tensor | None]", [None] * len(group))
         for j in candidates:
             if j in done:
                 continue
             for i in sorted(self._stored):  # a stored state may be nearer than the one at hand
                 if at <= i <= j:
                     at, states = i, self._stored[i]
-            states, at = self._moved(group, states, at, j), j
+            between, rest = self._alive(at, j), self._alive(j + 1)
+            pairs = zip(group, states, strict=True)
+            entering = [self._run.advance(tokens, between, state) for (tokens, _), state in pairs]
+            at, states = j, entering
             if again and j not in self._stored and len(self._stored) < self._room:
-                self._stored[j] = states
-            done[j] = self._nats_without(j, group, states)
+                self._stored[j] = entering
+            pairs = zip(group, states, strict=True)
+            done[j] = sum(self._run.nats(*batch, rest, state) for batch, state in pairs)
             tick(1)
             if self._state is not None and self._state.due():
                 self._save()
@@ -297,28 +342,10 @@ class Trials:
     def _alive(self, start: int, end: int | None = None) -> list[int]:
         return [i for i in self._layers[start:end] if i not in self.result.removed]
 
-    def _moved(
-        self, group: list[Batch], states: list[Tensor] | None, at: int, j: int
-    ) -> list[Tensor]:
-        """The states entering layer j, (B, S, D) each, from those entering layer ``at``."""
-        between = self._alive(at, j)
-        return [
-            self._run.advance(tokens, between, None if states is None else states[k])
-            for k, (tokens, _) in enumerate(group)
-        ]
-
-    def _nats_without(self, j: int, group: list[Batch], states: list[Tensor]) -> float:
-        """Summed loss on a group's windows without layer j, from the states that enter it."""
-        rest = self._alive(j + 1)
-        return sum(
-            self._run.nats(tokens, mask, rest, state)
-            for (tokens, mask), state in zip(group, states, strict=True)
-        )
-
     def _count(self, candidates: Sequence[int], *, again: bool) -> None:
-        """Counts what a round runs from its beginning, as `_try` does; arguments as in `round`."""
-        gone = self.result.removed[: self._rounds]
-        alive = [i for i in self._layers if i not in gone]
+        """Counts the layers that a round runs, as `_try` does when nothing interrupts it."""
+        before = self.result.removed[: self._rounds]
+        alive = [i for i in self._layers if i not in before]
         at = 0
         for j in candidates:
             at = max(i for i in (at, *self._storing) if i <= j)
@@ -332,20 +359,17 @@ class Trials:
 
     def _save(self) -> None:
         if self._state is not None:
-            search = {**vars(self.result), "done": self._done}
-            self._state.save({"search": search})
+            self._state.save({"search": {**vars(self.result), "done": self._done}})
 
 
 def continued(state: StateFile | None) -> tuple[Search, list[Nats]]:
-    """The search that a state holds, and by group the nats of the round begun; new ones if none."""
+    """The search in a state, and by group the nats of the round begun; new ones if none."""
     if state is None or not state.content:
         return Search(), [{}]
     content = state.content["search"]
-    losses, done = ([_by_layer(x) for x in content[name]] for name in ("losses", "done"))
+    losses, done = (  # by layers, whose numbers JSON has turned into strings
+        [{int(i): value for i, value in by_layer.items()} for by_layer in content[name]]
+        for name in ("losses", "done")
+    )
     # evaluations are counted again, by rounds
     return Search(list(content["removed"]), losses), done or [{}]
-
-
-def _by_layer(content: Mapping[str, float]) -> Nats:
-    """Losses by layers, whose numbers JSON has turned into strings."""
-    return {int(i): value for i, value in content.items()}

@@ -18,8 +18,8 @@ from llama.parallel import choose_device, choose_dtype
 from llama.sampling import COLDEST, check_logits
 from llama.tokenizer import check_text, find_tokenizer
 from short_gpt.checkpoints.gguf import save_gguf
+from short_gpt.checkpoints.hf import save_as_meta, save_hf
 from short_gpt.checkpoints.provenance import Provenance
-from short_gpt.checkpoints.save import save_as_meta, save_hf
 from short_gpt.checkpoints.target import Target
 from short_gpt.checkpoints.verify import check_same, copy_weights, fingerprint, one_by_one
 from short_gpt.data.windows import windows
@@ -34,7 +34,7 @@ from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
 from short_gpt.wrappers.short_model import ShortModel, check_texts
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 
 class ShortHFModel(ShortModel):
@@ -216,7 +216,7 @@ class ShortHFModel(ShortModel):
         return save_hf(
             self.trainable(),
             Target(out_dir, "hf", overwrite, self.check_saved if verify else None),
-            tokenizer=cast("PreTrainedTokenizerBase | None", self.tokenizer),
+            tokenizer=self.tokenizer,
             record=record,
         )
 

@@ -11,8 +11,8 @@ import torch
 
 from llama import Llama
 from llama.tokenizer import find_tokenizer
+from short_gpt.checkpoints.meta import save_meta
 from short_gpt.checkpoints.provenance import Provenance
-from short_gpt.checkpoints.save import save_meta
 from short_gpt.checkpoints.target import Target
 from short_gpt.checkpoints.verify import check_same, fingerprint_aligned, one_by_one
 from short_gpt.evaluation.llama_lm import llama_lm

@@ -456,7 +456,7 @@ def test_a_list_of_kinds_comes_with_a_warning_of_programs_that_pass_over_it(tmp_
     out = capsys.readouterr().out
     assert "gpt-oss.attention.sliding_window_pattern lists the kinds" in out
     assert f"name a directory in place of the file, as in short-gpt prune {path} DIRECTORY" in out
-    assert f"and what is built on it, pass over it too; {BEST}" in out
+    assert f"and what is built on it, ignore it too; {BEST}" in out
     run("prune", path, tmp_path / "b.gguf", "--layers", "0,1")
     assert "pattern" not in capsys.readouterr().out
     run("prune", tmp_path / "a.gguf", tmp_path / "c.gguf", "--layers", 0)  # back in step
@@ -472,10 +472,13 @@ def test_the_record_goes_along_in_the_file(tmp_path):
     facts = Provenance.of_scores(facts={"data": "novels"})
     prune_gguf(path, tmp_path / "a.gguf", [4, 2], provenance=facts)
     prune_gguf(tmp_path / "a.gguf", tmp_path / "b.gguf", [2])
-    record = Provenance.beside(tmp_path / "b.gguf")
+    record = Provenance.of_checkpoint(tmp_path / "b.gguf")
     assert record.all_removed == [4, 2, 3] and record.original_layers == [0, 1, 5, 6, 7]
     assert record.first_source == str(path) and record.earlier.facts == {"data": "novels"}
-    assert Provenance.beside(path) is None and Provenance.beside(tmp_path / "no.gguf") is None
+    assert (
+        Provenance.of_checkpoint(path) is None
+        and Provenance.of_checkpoint(tmp_path / "no.gguf") is None
+    )
     text = read_header(tmp_path / "a.gguf").fields["short_gpt.pruning"]
     assert json.loads(text)["removed_layers"] == [4, 2]
 
@@ -486,7 +489,7 @@ def test_overwriting_replaces_only_what_was_written_so(tmp_path):
     with pytest.raises(FileExistsError, match="exists; choose another name or pass `overwrite`"):
         prune_gguf(path, out, [1])
     prune_gguf(path, Target(out, overwrite=True), [1])
-    assert Provenance.beside(out).removed_layers == [1]
+    assert Provenance.of_checkpoint(out).removed_layers == [1]
     with pytest.raises(FileExistsError, match="is the source"):
         prune_gguf(out, Target(out, overwrite=True), [1])
     other = stack_file(tmp_path / "other.gguf")
@@ -541,7 +544,7 @@ def test_layers_that_predict_further_tokens_have_no_kind_and_are_not_in_the_reco
     path = stack_file(tmp_path / "m.gguf", "qwen35", **NEXT)
     assert Stack.of(GGUFParts(path)).changed_kinds([0, 1, 2, 3, 4, 5, 7]) == []
     prune_gguf(path, tmp_path / "out.gguf", [6])
-    record = Provenance.beside(tmp_path / "out.gguf")
+    record = Provenance.of_checkpoint(tmp_path / "out.gguf")
     assert (record.removed_layers, record.kept_layers) == ([6], [0, 1, 2, 3, 4, 5])
     before, after = data(path), data(tmp_path / "out.gguf")
     assert after["blk.6.ffn_down.weight"] == before["blk.7.ffn_down.weight"]
@@ -596,7 +599,7 @@ def test_any_file_that_transformers_reads_goes_to_a_directory(tmp_path, capsys):
     whole.remove_layers([1, 4])
     tokens = torch.arange(2, 30)[None]
     assert torch.equal(whole.decoder.logits(tokens), cut.decoder.logits(tokens))
-    assert Provenance.beside(tmp_path / "cut").removed_layers == [1, 4]
+    assert Provenance.of_checkpoint(tmp_path / "cut").removed_layers == [1, 4]
 
 
 def test_several_files_are_joined_before_transformers_reads_them(tmp_path, capsys):

@@ -82,7 +82,7 @@ def test_every_weight_goes_back_to_where_it_came_from(tmp_path, family):
     for name in theirs:  # a norm that is stored plus one loses its last bit on the way
         one, other = (np.frombuffer(found[name], np.float32) for found in (ours, theirs))
         assert np.allclose(one, other, rtol=3e-7 if "norm" in name else 0, atol=0), name
-    assert Provenance.beside(tmp_path / "again.gguf").healing == [{"method": "by hand"}]
+    assert Provenance.of_checkpoint(tmp_path / "again.gguf").healing == [{"method": "by hand"}]
 
 
 def test_all_that_is_mapped_was_tried():
@@ -166,7 +166,7 @@ def check_rounding(found: dict, said: str) -> None:
 def test_heal_writes_what_it_changed_into_a_copy_of_the_file(here, capsys):
     run("heal", "model.gguf", "out.gguf", *HEALED)
     check_rounding(json.loads(Path("healed.json").read_text())["result"], capsys.readouterr().out)
-    record = Provenance.beside("out.gguf")
+    record = Provenance.of_checkpoint("out.gguf")
     assert record.removed_layers == [2, 3] and record.steps[0]["method"] == "patch"
     before, after = data(Path("model.gguf")), data(Path("out.gguf"))
     old = {name: name.replace("blk.2", "blk.4") for name in after}
@@ -186,7 +186,9 @@ def test_in_float32_writing_rounds_nothing(here, capsys):
     run("rank", "plain.gguf", "--data", "books", "--size", 32, "--json", "scores.json")
     run("heal", "plain.gguf", "out.gguf", "--scores", "scores.json", "--n", 2, *HEALED[2:])
     run("prune", "plain.gguf", "cut.gguf", "--scores", "scores.json", "--n", 2)
-    ours, theirs = (Provenance.beside(f"{name}.gguf").removed_layers for name in ("out", "cut"))
+    ours, theirs = (
+        Provenance.of_checkpoint(f"{name}.gguf").removed_layers for name in ("out", "cut")
+    )
     assert ours == theirs and len(ours) == 2
     capsys.readouterr()
     line = fails(capsys, "prune", "cut.gguf", "x.gguf", "--scores", "scores.json", "--n", 2)

@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 
 from llama.formats.safetensors import Entry
 from short_gpt.checkpoints import Provenance, mergekit_recipe, prune_hf
-from short_gpt.checkpoints.mergekit import recipe_dtype
+from short_gpt.checkpoints.prune import recipe_dtype
 from short_gpt.models.hf import HFDecoder
 from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.runtime.results import versions
+from short_gpt.runtime.state import versions
 
 pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
 

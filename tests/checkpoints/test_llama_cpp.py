@@ -20,7 +20,8 @@ from llama.tokenizer import Tokenizer, find_tokenizer
 from short_gpt import ShortHFModel, ShortLlama
 from short_gpt.checkpoints import Target, prune_checkpoint, prune_gguf
 from short_gpt.checkpoints.gguf import MAPPED
-from short_gpt.checkpoints.gguf_layers import Stack, renamed
+from short_gpt.checkpoints.gguf_layers import Stack
+from short_gpt.checkpoints.target import stored_names
 from short_gpt.data import demo
 from short_gpt.models.hf import HFDecoder
 from short_gpt.models.weight_changes import WeightChange
@@ -155,7 +156,7 @@ def cut_counts_alone(path: Path, out: Path, keep: list[int]) -> None:
     """What other tools do: tensors renumbered, ``block_count`` set, and nothing else."""
     parts = GGUFParts(path)
     key = f"{Stack.of(parts).arch}.block_count"
-    names = renamed(parts.tensors, keep)
+    names = stored_names(parts.tensors, "blk", keep)
     tensors = {new: copied(parts, old) for new, old in names.items()}
     write_again([out], parts, tensors, records={key: record(key, len(keep), UINT32)})
 

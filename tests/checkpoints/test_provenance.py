@@ -151,7 +151,7 @@ def test_names_with_line_breaks_leave_the_card_whole():
     """A heading, a sentence and a table's row end where their line does."""
     record = Provenance.of_scores(
         Importance.empty([0, 1, 2]), evidence={"scored_by": {"data": "no\nvels"}}
-    ).cut("some\n---\n# model", removed=[1], kept=[0, 2])
+    ).pruned("some\n---\n# model", removed=[1], kept=[0, 2])
     lines = model_card(record).splitlines()
     assert r"# some\n---\n# model without 1 of its 3 layers" in lines
     assert sum(line.startswith("#") for line in lines) == 1 and lines.count("---") == 2
@@ -375,3 +375,11 @@ def test_a_meta_model_in_memory_is_refused_by_lora():
     short = ShortLlama(SimpleNamespace(model=make_transformer(), tokenizer=CharTokenizer()))
     with pytest.raises(ValueError, match="got ShortLlama: convert the checkpoint first"):
         short.trainable()
+
+
+def test_former_names_work_and_warn(tmp_path):
+    with pytest.warns(DeprecationWarning, match="Provenance.cut is now pruned"):
+        record = Provenance().cut(tmp_path, removed=[1], kept=[0, 2])
+    assert record.removed_layers == [1] and record.kept_layers == [0, 2]
+    with pytest.warns(DeprecationWarning, match="Provenance.beside is now of_checkpoint"):
+        assert Provenance.beside(tmp_path) is None

@@ -22,7 +22,7 @@ def test_fields_as_arguments_of_earlier_versions_work_and_name_the_new_way(tmp_p
         assert (old / name).read_bytes() == (new / name).read_bytes()
     with pytest.warns(DeprecationWarning, match="in place of to, overwrite, out_dir"):
         again = prune_checkpoint(model, out_dir=old, layers=[2], to="meta", overwrite=True)
-    assert again == old and Provenance.beside(old).removed_layers == [2]
+    assert again == old and Provenance.of_checkpoint(old).removed_layers == [2]
     with pytest.raises(TypeError, match="target"):
         prune_checkpoint(model, layers=[1])
     seen = []
@@ -42,7 +42,7 @@ def test_what_verify_raises_leaves_the_earlier_model(tmp_path):
         prune_checkpoint(model, Target(out, form), [1])
         with pytest.raises(RuntimeError, match="not the same"):
             prune_checkpoint(model, Target(out, form, overwrite=True, verify=refuse), [2])
-        assert Provenance.beside(out).removed_layers == [1]
+        assert Provenance.of_checkpoint(out).removed_layers == [1]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m.gguf", "out", "out.gguf"]
 
 

@@ -111,9 +111,9 @@ def test_smollms_cut_at_digits_stays_in_every_format(tmp_path, monkeypatch):
 def test_the_history_goes_along(here):
     run("prune", "hf", "cut", *CUT)
     run("convert", "cut", "cut.gguf")
-    assert Provenance.beside("cut.gguf").removed_layers == [1, 3]
+    assert Provenance.of_checkpoint("cut.gguf").removed_layers == [1, 3]
     run("convert", "cut.gguf", "again", "--to", "hf")
-    assert Provenance.beside("again").removed_layers == [1, 3]
+    assert Provenance.of_checkpoint("again").removed_layers == [1, 3]
     assert "without 2 of its 5 layers" in Path("again/README.md").read_text()
 
 
@@ -176,11 +176,11 @@ def test_prune_writes_gguf_from_either_format(here, capsys, source):
     assert "removed layers [1, 3]" in out and "verified: the logits are those of the source" in out
     run("prune", "model.gguf", "theirs.gguf", *CUT)
     assert same_tensors("cut.gguf", "theirs.gguf")
-    record, fields = Provenance.beside("cut.gguf"), GGUFParts(Path("cut.gguf")).fields
+    record, fields = Provenance.of_checkpoint("cut.gguf"), GGUFParts(Path("cut.gguf")).fields
     assert record.removed_layers == [1, 3] and record.source == source
     assert fields["conversion.source"] == source and fields["general.name"] == source
     run("prune", source, "cut.gguf", "--layers", "0", "--overwrite")
-    assert Provenance.beside("cut.gguf").removed_layers == [0]
+    assert Provenance.of_checkpoint("cut.gguf").removed_layers == [0]
 
 
 def test_prune_writes_metas_format_from_gguf(here, capsys):
@@ -191,7 +191,7 @@ def test_prune_writes_metas_format_from_gguf(here, capsys):
     ours, theirs = (torch.load(f"{d}/consolidated.00.pth") for d in ("cut", "theirs"))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    record = Provenance.beside("cut")
+    record = Provenance.of_checkpoint("cut")
     assert record.removed_layers == [1, 3] and record.source == "model.gguf"
     assert json.loads(Path("cut/conversion.json").read_text())["source"] == "model.gguf"
     assert not Path("cut/README.md").exists()
@@ -207,7 +207,7 @@ def test_prune_writes_metas_format_from_gguf(here, capsys):
         "--verify",
         "no",
     )
-    assert Provenance.beside("cut").removed_layers == [0]
+    assert Provenance.of_checkpoint("cut").removed_layers == [0]
     capsys.readouterr()
     line = fails(capsys, "prune", "qwen.gguf", "x", "--layers", "1", "--to", "meta")
     assert "holds architecture 'qwen2'; expected 'llama'" in line and not Path("x").exists()

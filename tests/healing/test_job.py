@@ -20,7 +20,7 @@ from conftest import (
 from families import make
 from peft.tuners.lora import Linear
 
-from short_gpt.checkpoints import save
+from short_gpt.checkpoints import meta as meta_checkpoint
 from short_gpt.healing import (
     HealingJob,
     Learning,
@@ -232,7 +232,7 @@ def test_a_patched_meta_checkpoint_is_proved_before_it_is_there(tmp_path, monkey
     job.save(tmp_path / "out")
     assert torch.equal(weight, exact)  # rounded as on disk only while the two are compared
     before = {p: p.read_bytes() for p in (tmp_path / "out").iterdir()}
-    monkeypatch.setattr(save, "_changed", lambda _: {})  # the patch is lost on the way
+    monkeypatch.setattr(meta_checkpoint, "_changed", lambda _: {})  # the patch is lost on the way
     with pytest.raises(RuntimeError, match="the saved model is not the model in memory"):
         job.save(tmp_path / "out", overwrite=True)
     assert {p: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before

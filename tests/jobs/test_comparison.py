@@ -19,7 +19,7 @@ from short_gpt.jobs import comparing as module
 from short_gpt.jobs.cells import size_without, tokens_per_second
 from short_gpt.runtime.state import StateFile
 from short_gpt.selection.methods import METHODS, choose
-from short_gpt.selection.partial_run import PartialRun
+from short_gpt.selection.search import PartialRun
 
 CALIBRATION, EVALUATION = random_windows(6, 40), random_windows(5, 30, seed=9)
 

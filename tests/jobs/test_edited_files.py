@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from short_gpt.checkpoints import Provenance
-from short_gpt.checkpoints.card import model_card
+from short_gpt.checkpoints.provenance import model_card
 from short_gpt.cli.tables import ranking
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.evaluation.sampling import Sample
@@ -21,8 +21,7 @@ from short_gpt.jobs import Scores, read_scores
 from short_gpt.jobs.cells import Cells
 from short_gpt.models.meta import MetaDecoder
 from short_gpt.runtime.errors import USER_ERRORS, ShortGPTError
-from short_gpt.runtime.results import ABOUT
-from short_gpt.runtime.state import StateFile
+from short_gpt.runtime.state import ABOUT, StateFile
 from short_gpt.scoring.importance import Importance
 from short_gpt.scoring.measuring import measure
 
@@ -101,10 +100,10 @@ def test_an_edited_search(tmp_path):
 
 def test_an_edited_record_of_a_model_pruned_twice(tmp_path, scored):
     first = Provenance.of_scores(scored, facts={"data": "novels"})
-    first = first.cut("first", removed=[3], kept=[0, 1, 2, 4])
+    first = first.pruned("first", removed=[3], kept=[0, 1, 2, 4])
     (tmp_path / "once").mkdir()
     (tmp_path / "once/pruning.json").write_text(json.dumps(first.to_dict()))
-    second = Provenance().cut(tmp_path / "once", removed=[1], kept=[0, 2, 3])
+    second = Provenance().pruned(tmp_path / "once", removed=[1], kept=[0, 2, 3])
     content = second.to_dict()
     assert content["original_layers"] == [0, 2, 4]
 

@@ -46,7 +46,7 @@ from short_gpt.jobs import (
     read_scores,
 )
 from short_gpt.jobs import Learned as LearnedFrom
-from short_gpt.selection.partial_run import PartialRun
+from short_gpt.selection.search import PartialRun
 from short_gpt.wrappers.short_llama import ShortLlama
 
 CUT = Cut(32, 6, 0, 16)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from short_gpt.runtime.errors import LINE, one_line
+from short_gpt.cli.app import said
+from short_gpt.runtime.errors import LINE, NotSavedError, ShortGPTError, one_line
 
 
 @pytest.mark.parametrize(
@@ -23,3 +24,12 @@ def test_one_line(text, line):
 def test_a_long_line_shows_both_of_its_ends():
     line = one_line("expected " + "a b " * 1000 + "or nothing")
     assert len(line) <= LINE and line.startswith("expected a b") and line.endswith("or nothing")
+
+
+def test_a_result_that_was_not_saved_is_a_users_error_in_one_line():
+    reason = "out.gguf was not written: No space left\non device; work keeps what was healed, and"
+    error = NotSavedError(f"{reason} once there is a way to write, the same call continues")
+    assert isinstance(error, ShortGPTError) and isinstance(error, OSError)
+    line = said(error, ["heal", "a model", "out.gguf"])
+    assert line.endswith(r"left\non device", 0, line.index("; work keeps"))
+    assert line.endswith("the same call continues: short-gpt heal 'a model' out.gguf")

@@ -31,7 +31,7 @@ from short_gpt.healing import (
     heal_refit,
 )
 from short_gpt.runtime import StateFile
-from short_gpt.runtime.lock import hold
+from short_gpt.runtime.state import hold
 from short_gpt.wrappers.short_hf import ShortHFModel
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="no locks there")

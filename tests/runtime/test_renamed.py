@@ -11,6 +11,7 @@ import short_gpt
 from short_gpt.runtime.renamed import MOVED
 
 OLD_NAMES = {
+    "short_gpt.runtime.results": ("read_record", "write_record"),
     "short_gpt.scoring.differences": ("difference_margins",),
     "short_gpt.scoring.following": ("Following",),
     "short_gpt.scoring.state": ("RunState",),

@@ -31,8 +31,7 @@ from llama.loading import load_model
 from short_gpt import ShortLlama
 from short_gpt.cli.app import main
 from short_gpt.data.windows import Window
-from short_gpt.runtime.abort import lost
-from short_gpt.runtime.replicas import Replicas
+from short_gpt.runtime.replicas import Replicas, lost
 from short_gpt.scoring.importance import Importance
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="torchrun with gloo")

@@ -12,7 +12,7 @@ import pytest
 from llama.io.json_files import write_json
 from llama.io.outputs import is_stream
 from short_gpt.runtime import StateFile, read_record, write_record
-from short_gpt.runtime.results import is_record
+from short_gpt.runtime.state import is_record
 
 
 def reader(fifo: Path) -> tuple[threading.Thread, list[str]]:

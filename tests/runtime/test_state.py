@@ -39,7 +39,9 @@ def test_a_state_that_tells_of_other_things_is_another_versions(tmp_path, theirs
     path = tmp_path / "state"
     path.write_text(json.dumps({"run": theirs, "sums": [1.5]}))
     odd = "seed" if len(theirs) == 1 else "ckpt_dir"
-    with pytest.raises(ShortGPTError, match=f"another version of this library.*: {odd}\\)"):
+    with pytest.raises(
+        ShortGPTError, match=f"another version of this library.*the entries {odd}\\)"
+    ):
         StateFile(path, IDENTITY)
 
 
@@ -89,3 +91,12 @@ def test_a_state_nested_beyond_reason_is_damaged(tmp_path):
     path.write_text(json.dumps(record).replace("[1]", nested))
     with pytest.raises(ShortGPTError, match="does not hold what was saved there"):
         StateFile(path, {"data": "novels"})
+
+
+def test_the_folder_to_delete_has_a_former_name(tmp_path):
+    path = saved(tmp_path / "state", seed=1)
+    with (
+        pytest.warns(DeprecationWarning, match="whole is now folder"),
+        pytest.raises(ShortGPTError, match="delete work to begin anew"),
+    ):
+        StateFile(path, IDENTITY, whole="work")

@@ -17,8 +17,7 @@ from processes import alone
 
 from short_gpt import ShortGPTError, ShortLlama
 from short_gpt.cli.app import main
-from short_gpt.runtime.results import read_record
-from short_gpt.runtime.state import StateFile
+from short_gpt.runtime.state import StateFile, read_record
 from short_gpt.scoring.run import RunState
 from short_gpt.scoring.stopping import Stop
 

@@ -19,8 +19,7 @@ from short_gpt.models.meta import MetaDecoder
 from short_gpt.runtime.progress import bar
 from short_gpt.runtime.state import StateFile
 from short_gpt.selection import search as search_module
-from short_gpt.selection.partial_run import PartialRun
-from short_gpt.selection.search import one_shot, sleb
+from short_gpt.selection.search import PartialRun, one_shot, sleb
 
 
 def plain_sleb(decoder: Decoder, windows: list[list[int]], n: int):
