@@ -8,19 +8,27 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from llama.checkpoint.meta import Checkpoint, check_vocabulary
-from llama.dialog import UNSAFE_ERROR, Dialog, Message, encode_dialog, is_unsafe
+from llama.args import check_split
+from llama.checkpoint.meta import LAYER_NAME, Checkpoint, check_vocabulary
+from llama.checkpoint.sharding import split_dim
 from llama.errors import InputError
-from llama.loading import load_model
 from llama.model import Transformer
-from llama.parallel import choose_device, choose_dtype, initialize
-from llama.sampling import Sampling, decode, sample_top_p
-from llama.tokenizer import Tokenizer
+from llama.parallel import (
+    choose_device,
+    choose_dtype,
+    initialize,
+    model_parallel_rank,
+    model_parallel_size,
+)
+from llama.tokenizer import UNSAFE_ERROR, Dialog, Message, Tokenizer, encode_dialog, is_unsafe
 
 __all__ = ["ChatPrediction", "CompletionPrediction", "Details", "Llama", "sample_top_p"]
 
@@ -268,3 +276,199 @@ class Llama:
 
     def _gen_len(self, max_gen_len: int | None) -> int:
         return self.model.params.max_seq_len - 1 if max_gen_len is None else max_gen_len
+
+
+COLDEST = 1e-6  # temperatures below take the likeliest token: they could round to 0 in float32
+
+
+def check_logits(logits: Tensor) -> None:
+    """Raises InputError for logits of which no token can be chosen; -inf forbids a token."""
+    if not (logits < torch.inf).all():  # NaN is not below it either
+        raise InputError(
+            "the model gives NaN or infinite logits, of which no token can be chosen: a weight is "
+            "damaged, or its dtype cannot hold its values; fetch the weights anew, or open it in "
+            "float32"
+        )
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen.
+
+    Attributes:
+        temperature: 0 takes the likeliest token; higher values sample more evenly.
+        top_p: see `sample_top_p`.
+        generator: of the random numbers.
+        logprobs: whether the log probabilities of all tokens are computed.
+    """
+
+    temperature: float
+    top_p: float
+    generator: torch.Generator
+    logprobs: bool = False
+
+    def choose(self, logits: Tensor) -> Tensor:
+        """A token for each row of logits: (B, V) to (B,); InputError if they are NaN."""
+        check_logits(logits)
+        if self.temperature < COLDEST:
+            return logits.argmax(-1)
+        # the largest is 0 after the shift, so that no temperature makes it overflow
+        shifted = (logits - logits.amax(-1, keepdim=True)) / self.temperature
+        return sample_top_p(torch.softmax(shifted, dim=-1), self.top_p, generator=self.generator)
+
+
+def sample_top_p(probs: Tensor, p: float, *, generator: torch.Generator | None = None) -> Tensor:
+    """Draws a token from the nucleus (Holtzman et al. 2019, arXiv:1904.09751).
+
+    That is the smallest set of likeliest tokens whose probability exceeds p.
+
+    Args:
+        probs: (B, V), rows sum to 1.
+        p: in [0, 1]; 0 always takes the likeliest token.
+        generator: of the random numbers.
+
+    Returns:
+        (B,) token ids.
+    """
+    ordered, index = probs.sort(dim=-1, descending=True)  # (B, V) each
+    # Exclusive sums: the token with which p is passed still belongs, the first one always does.
+    before = ordered.cumsum(dim=-1) - ordered
+    kept = torch.where(before > p, 0.0, ordered)
+    # (B, 1) places in the order; multinomial itself divides the rows by their sums
+    choice = torch.multinomial(kept, 1, generator=generator)
+    return index.gather(-1, choice).squeeze(-1)
+
+
+def decode(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    total: int,
+    stop_tokens: Sequence[int],
+    *,
+    sampling: Sampling,
+) -> tuple[Tensor, Tensor]:
+    """Fills T positions left to right, until every prompt has met a stop token.
+
+    Args:
+        model: the decoder.
+        prompts: B lists of token ids.
+        total: T.
+        stop_tokens: ids that end a generation.
+        sampling: how tokens are chosen.
+
+    Returns:
+        (B, T) tokens, and their (B, T) log probabilities in nats, zeros unless asked for.
+    """
+    device, logprobs = next(model.parameters()).device, sampling.logprobs
+    tokens, is_prompt = (t.to(device) for t in _laid_out(prompts, total))  # (B, T) each
+    scores = torch.zeros(tokens.shape, device=device)
+    stop = torch.tensor(stop_tokens, device=device)
+    done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    previous, shortest = 0, min(len(p) for p in prompts)
+    # A prompt that fills all positions still gets its own log probabilities.
+    for position in range(shortest, total + (logprobs and shortest == total)):
+        # only the positions that are not in the cache: the prompts at first, then one at a time
+        states = model.hidden(tokens[:, previous:position], previous)  # (B, S, D)
+        logits = model.head(states if logprobs else states[:, -1:])  # (B, S or 1, V)
+        if position < total:
+            own = is_prompt[:, position]  # where a longer prompt has a token of its own
+            chosen = torch.where(own, tokens[:, position], sampling.choose(logits[:, -1]))
+            tokens[:, position] = chosen
+            done |= ~own & torch.isin(chosen, stop)
+        if logprobs:
+            targets = tokens[:, previous + 1 : position + 1]
+            scores[:, previous + 1 : position + 1] = _log_probabilities(logits, targets)
+        previous = position
+        if done.all():
+            break
+    return tokens, scores
+
+
+def _laid_out(prompts: Sequence[Sequence[int]], total: int) -> tuple[Tensor, Tensor]:
+    """The prompts' tokens on the left of (B, T) zeros, and where they are."""
+    tokens = torch.zeros(len(prompts), total, dtype=torch.long)
+    is_prompt = torch.zeros(len(prompts), total, dtype=torch.bool)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)] = torch.tensor(prompt)
+        is_prompt[row, : len(prompt)] = True
+    return tokens, is_prompt
+
+
+def _log_probabilities(logits: Tensor, targets: Tensor) -> Tensor:
+    """Of the tokens that follow: (B, S, V) and (B, S) or, at the end, (B, S - 1), in nats."""
+    nats = F.cross_entropy(logits[:, : targets.shape[1]].transpose(1, 2), targets, reduction="none")
+    return -nats
+
+
+def load_model(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype) -> Transformer:
+    """The checkpoint's Transformer on any number of ranks that divides the heads.
+
+    Each rank reads its part from the shards that hold it, tensor by tensor: where there are as
+    many shards as ranks it maps its own file, else it copies no more than its part. Tied weights
+    stay tied.
+
+    Args:
+        checkpoint: opened, of any number of shards.
+        device: where the weights go.
+        dtype: of the weights.
+
+    Raises:
+        InputError: heads, widths or vocabulary do not divide among the ranks.
+    """
+    check_split(checkpoint.args, model_parallel_size())
+    model = Transformer(checkpoint.args, vocab_parallel=checkpoint.vocab_parallel, device="meta")
+    state = _parameters(checkpoint, _Part(checkpoint, device, dtype))
+    # assign: the parameters on "meta" have no memory that values could be copied to
+    model.load_state_dict(state, strict=True, assign=True)
+    model.freqs_cis = model.freqs_cis.to(device)
+    return model.eval()
+
+
+def _parameters(checkpoint: Checkpoint, part: _Part) -> dict[str, nn.Parameter]:
+    """This rank's part of every weight, by its name."""
+    state: dict[str, nn.Parameter] = {}
+    for names in _groups(checkpoint, whole=part.own):
+        with checkpoint.mapped():
+            state |= {name: part.parameter(name) for name in names}
+    return state
+
+
+def _groups(checkpoint: Checkpoint, *, whole: bool) -> list[list[str]]:
+    """Names that are read while the files are mapped once: all of them, or those of a layer.
+
+    Pages of a mapped file count as the process's memory until the mapping ends. Where a rank
+    copies parts out of the files, one layer's pages at a time are enough.
+    """
+    groups: dict[str, list[str]] = {}
+    for name in sorted(checkpoint.infos.keys() - checkpoint.ignored):
+        layer = LAYER_NAME.fullmatch(name)
+        groups.setdefault(layer[1] if layer and not whole else "", []).append(name)
+    return list(groups.values())
+
+
+class _Part:
+    """What this rank holds of a checkpoint, as parameters; each is made once.
+
+    Attributes:
+        own: whether there is a file for every rank, so that this one can use its own as it is.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
+        self.rank, self.ranks = model_parallel_rank(), model_parallel_size()
+        self.own = len(checkpoint.shards) == self.ranks
+        self._checkpoint, self._device, self._dtype = checkpoint, device, dtype
+        self._made: dict[object, nn.Parameter] = {}
+
+    def parameter(self, name: str) -> nn.Parameter:
+        """The parameter of this name; the same one for weights that are tied."""
+        by = self._checkpoint.vocab_parallel
+        # what shares its bytes in the files does so on a rank too, if it is cut alike
+        dim = split_dim(name, vocab_parallel=by) if self.ranks > 1 else None
+        source = (self._checkpoint.infos[name].storage, dim)
+        if source not in self._made:
+            part = self._checkpoint.read(name, rank=self.rank, ranks=self.ranks)
+            # a copy where the part is not the file's: a view would keep other parts mapped
+            layout = torch.contiguous_format
+            part = part.to(self._device, self._dtype, copy=not self.own, memory_format=layout)
+            self._made[source] = nn.Parameter(part)
+        return self._made[source]

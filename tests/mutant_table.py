@@ -243,8 +243,8 @@ MUTANTS = [
         "test_every_weight_goes_back_to_where_it_came_from",
     ),
     (
-        "return permute(name, weights[hf_name].read(hf_name), args, to=META)\n",
-        "return weights[hf_name].read(hf_name)\n",
+        "return permute(name, weight, self.args, to=META)",
+        "return weight",
         "test_hugging_faces_format_gives_the_same_file",
     ),
     (

@@ -5,9 +5,17 @@
 'hub'
 """
 
-from llama.io.files import check_new, check_writable, new_directory, read_marker
+from llama.io.files import (
+    check_new,
+    check_output,
+    check_outputs,
+    check_writable,
+    new_directory,
+    new_file,
+    new_files,
+    read_marker,
+)
 from llama.io.json_files import JsonObject, read_json, write_json
-from llama.io.outputs import check_output, check_outputs, new_file, new_files
 from llama.io.sources import Source, find_source, hub_failure, is_gguf, is_meta, kind_of, resolve
 
 __all__ = [

@@ -9,9 +9,9 @@ from functools import partial
 from pathlib import Path
 
 from llama.checkpoint.meta import CONVERSION
-from llama.formats.convert import check_llama, gguf_to_meta, hf_to_meta, meta_to_hf
-from llama.formats.gguf import GGUFFile
-from llama.formats.gguf_from import MADE, llama_to_gguf
+from llama.formats.convert import gguf_to_meta, hf_to_meta, meta_to_hf
+from llama.formats.gguf import MADE, GGUFFile, llama_to_gguf
+from llama.formats.hf import check_llama
 from llama.io.files import read_marker
 from llama.io.json_files import json_text, write_json
 from llama.io.sources import Source, find_source

@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from weakref import WeakValueDictionary, finalize
 
-from llama.io.swap import lock_file
+from llama.io.files import lock_file
 from short_gpt.runtime.errors import ShortGPTError
 
 LONGEST = 300  # letters of what is said of a process

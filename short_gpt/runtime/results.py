@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 
+from llama.io.files import new_file
 from llama.io.json_files import JsonObject, json_text, read_json, write_json
-from llama.io.outputs import new_file
 from short_gpt.runtime.digest import Digest
 from short_gpt.runtime.errors import ShortGPTError
 

@@ -8,8 +8,8 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from llama.io.files import tidy
 from llama.io.json_files import JsonObject
-from llama.io.swap import tidy
 from short_gpt.runtime.digest import files_digest
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.lock import Lock, hold
