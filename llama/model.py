@@ -95,7 +95,7 @@ class Attention(nn.Module):
 
         Args:
             x: (B, S, D).
-            start_pos: the position of ``x[:, 0]``, in front of which the cache is read; None
+            start_pos: the position of ``x[:, 0]``, before which the cache is read; None
                 neither reads nor writes the cache.
             freqs_cis: (S, hd / 2, 2) float32, the rotations of these positions.
             mask: (S, T) bool over the T positions so far, true where attention goes; None is
@@ -136,23 +136,23 @@ class Attention(nn.Module):
             Keys and values of T = start_pos + S positions, (B, T, Hkv, hd) each: views.
 
         Raises:
-            InputError: the positions in front were never written.
+            InputError: the positions before were never written.
         """
         B, end = len(k), start_pos + k.shape[1]
         if start_pos == 0:
-            self._make_room(k)
+            self._allocate_cache(k)
         if self.cache_k is None or self.cache_v is None or len(self.cache_k) < B:
             raise InputError(
                 f"start_pos {start_pos} continues a batch of {B} whose beginning was never run; "
                 "call with start_pos=0 first"
             )
-        # A smaller batch uses the first rows; positions behind `end` are of an earlier text.
+        # A smaller batch uses the first rows; positions after `end` are of an earlier text.
         self.cache_k[:B, start_pos:end] = k.detach()  # no gradient runs through the cache
         self.cache_v[:B, start_pos:end] = v.detach()
         return self.cache_k[:B, :end], self.cache_v[:B, :end]
 
-    def _make_room(self, k: Tensor) -> None:
-        """Makes a cache for a batch like ``k``, unless the one there is large enough."""
+    def _allocate_cache(self, k: Tensor) -> None:
+        """Makes a cache for a batch like ``k``, unless there is one that is large enough."""
         old = self.cache_k
         fits = old is not None and len(old) >= len(k)
         if old is not None and old.is_inference():  # cannot be written to outside inference mode
@@ -195,7 +195,7 @@ class TransformerBlock(nn.Module):
         freqs_cis: Tensor,
         mask: Tensor | None = None,
     ) -> Tensor:
-        """The residual stream behind the layer, (B, S, D); arguments as of `Attention.forward`."""
+        """Hidden states leaving the layer, (B, S, D); arguments as of `Attention.forward`."""
         h = x + self.attention(self.attention_norm(x), start_pos, freqs_cis, mask)
         return h + self.feed_forward(self.ffn_norm(h))
 
@@ -237,16 +237,12 @@ class Transformer(nn.Module):
         # twice as long as generation needs, as in the reference: a whole window may be longer
         self.freqs_cis = precompute_freqs_cis(params, 2 * params.max_seq_len)
         if device is None:
-            self._draw()
-
-    def _draw(self) -> None:
-        """Weights from N(0, 0.02); the norms stay 1."""
-        for name, weight in self.named_parameters():
-            if "norm" not in name:
-                nn.init.normal_(weight, std=0.02)
+            for name, weight in self.named_parameters():
+                if "norm" not in name:  # the norms stay 1
+                    nn.init.normal_(weight, std=0.02)
 
     def hidden(self, tokens: Tensor, start_pos: int | None = None) -> Tensor:
-        """Embeddings and layers only: the state in front of the final norm.
+        """Embeddings and layers only: the hidden states before the final norm.
 
         Args:
             tokens: (B, S) int64.
@@ -279,7 +275,7 @@ class Transformer(nn.Module):
         return self.head(self.hidden(tokens, start_pos))
 
     def head(self, states: Tensor) -> Tensor:
-        """Logits of states in front of the final norm: (..., D) to (..., V) float32."""
+        """Logits of hidden states before the final norm: (..., D) to (..., V) float32."""
         return self.output(self.norm(states)).float()
 
 
@@ -288,15 +284,11 @@ ROPE_LOW_FACTOR, ROPE_HIGH_FACTOR, ROPE_ORIGINAL_CONTEXT = 1.0, 4.0, 8192
 
 
 def rope_frequencies(head_dim: int, theta: float, factor: float | None = None) -> Tensor:
-    """Rotary frequencies, (hd / 2,) float32 in radians per token.
+    """Rotary frequencies (Su et al. 2021, arXiv:2104.09864), (hd / 2,) float32 in radians a token.
 
-    f_i = theta^(-2 i / hd). With ``factor``, Llama 3.1's scaling: wavelengths over 8192 tokens
-    are stretched by the factor, those under 2048 stay, those between are interpolated.
-
-    Args:
-        head_dim: hd.
-        theta: the base, 10,000 in Llama 2 and 500,000 in Llama 3.
-        factor: of the scaling; None does not scale.
+    f_i = theta^(-2 i / hd); theta is 10,000 in Llama 2 and 500,000 in Llama 3. With ``factor``,
+    Llama 3.1's scaling: wavelengths over 8192 tokens are stretched by the factor, those under 2048
+    stay, those between are interpolated.
     """
     # in the reference's order of operations, so that the last bits are the same
     f = 1.0 / (theta ** (torch.arange(0, head_dim, 2)[: head_dim // 2].float() / head_dim))
@@ -313,8 +305,7 @@ def rope_frequencies(head_dim: int, theta: float, factor: float | None = None) -
 def precompute_freqs_cis(args: ModelArgs, length: int) -> Tensor:
     """Cosine and sine of every position's rotation, (length, hd / 2, 2) float32.
 
-    These are the real and imaginary parts of the reference's complex table, kept as real
-    numbers so that every device can multiply with them.
+    The reference's table is complex; real numbers every device can multiply.
     """
     frequencies = rope_frequencies(args.head_dim, args.rope_theta, args.rope_factor)
     angles = torch.outer(torch.arange(length).float(), frequencies)

@@ -1,4 +1,7 @@
-"""Text to token ids and back over the three kinds of tokenizer files, told apart by content."""
+"""Text and dialogs to token ids and back, over three kinds of tokenizer files.
+
+A file's kind is known by its content; dialogs have the formats of Llama 2 and Llama 3.
+"""
 
 from __future__ import annotations
 
@@ -43,13 +46,13 @@ class Tokenizer:
         pad_id: of padding, which Llama 3's file does not name.
         stop_tokens: ids that end a generation: eos and Llama 3's ends of turn and message.
         special_tokens: their ids by name; empty for SentencePiece.
-        add_bos: whether the model expects bos in front of a plain text.
+        add_bos: whether the model expects bos before a plain text.
         dialog_format: ``"llama2"``, ``"llama3"`` or None.
 
     Args:
-        model_path: ``tokenizer.model`` of Llama 2 or 3, or ``tokenizer.json``. Beside the latter,
-            ``tokenizer_config.json`` names bos, eos and pad. Where it does not, bos and eos are
-            known if exactly one of the usual names is a special token.
+        model_path: ``tokenizer.model`` of Llama 2 or 3, or ``tokenizer.json``, for which
+            ``tokenizer_config.json`` in its directory names bos, eos and pad. Where it does not,
+            bos and eos are known if exactly one of the usual names is a special token.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -112,7 +115,7 @@ class _SentencePiece:
 
 
 class _Tiktoken:
-    """A text ``tokenizer.model``, as of Llama 3: ranks, behind which the special tokens follow."""
+    """A text ``tokenizer.model``, as of Llama 3: ranks, which the special tokens follow."""
 
     def __init__(self, path: Path, data: bytes) -> None:
         from tiktoken import Encoding
@@ -132,7 +135,7 @@ class _Tiktoken:
 
 
 class _TokenizerJson:
-    """A Hugging Face ``tokenizer.json`` and the ``tokenizer_config.json`` beside it."""
+    """A Hugging Face ``tokenizer.json`` and the ``tokenizer_config.json`` of its directory."""
 
     def __init__(self, path: Path, data: bytes) -> None:
         import tokenizers
@@ -186,18 +189,18 @@ def check_text(text: str) -> None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        half = ascii(text[error.start])
+        character = ascii(text[error.start])
         raise InputError(
-            f"the text holds {half} as character {error.start}, half a surrogate pair or a byte "
-            "that is not UTF-8; expected whole characters: remove it"
+            f"the text holds {character} as character {error.start}, half a surrogate pair or a "
+            "byte that is not UTF-8; expected whole characters: remove it"
         ) from None
 
 
 def find_tokenizer(ckpt_dir: str | os.PathLike[str]) -> Path:
-    """The tokenizer file in a directory or, Llama 2's place, its parent; else FileNotFoundError."""
-    here = Path(str(ckpt_dir))
-    paths = [here / "tokenizer.model", here / "tokenizer.json"]
-    paths.append(Path(os.path.abspath(here)).parent / "tokenizer.model")
+    """The tokenizer file in a directory or, as Llama 2's, its parent; else FileNotFoundError."""
+    folder = Path(str(ckpt_dir))
+    paths = [folder / "tokenizer.model", folder / "tokenizer.json"]
+    paths.append(Path(os.path.abspath(folder)).parent / "tokenizer.model")
     for path in paths:
         if path.is_file():
             return path
@@ -205,10 +208,10 @@ def find_tokenizer(ckpt_dir: str | os.PathLike[str]) -> Path:
 
 
 def llama3_special_tokens(n_ranks: int) -> dict[str, int]:
-    """Ids by name of the 256 special tokens behind Llama 3's ``n_ranks`` ranks (128000).
+    """Ids by name of the 256 special tokens that follow Llama 3's ``n_ranks`` ranks (128000).
 
-    The files of Llama 3 and 3.1 are the same, so the names of both are there: every id has its
-    Llama 3 name, and 3.1's new tokens are second names of three that Llama 3 keeps in reserve.
+    Every id has its Llama 3 name; 3.1's new tokens are second names of three of its reserve,
+    because the files of both are the same.
     """
     reserved = (f"reserved_special_token_{i}" for i in range(N_SPECIAL))
     names = (LLAMA_NAMES.split() + ["-"] * N_SPECIAL)[:N_SPECIAL]
@@ -254,9 +257,7 @@ def _has_settings(model: bytes) -> bool:
 def read_ranks(path: Path, data: bytes) -> dict[bytes, int]:
     """Llama 3's tokens and their ranks, which are their ids, from the content of a file.
 
-    Args:
-        path: named in errors.
-        data: lines of a token in base64 and its rank, ranks ascending from 0.
+    Its lines are a token in base64 and its rank, ranks ascending from 0.
 
     Raises:
         InputError: a line is damaged, or a single byte is no token.
@@ -282,9 +283,9 @@ def _chunks(text: str) -> Iterator[str]:
     for start in range(0, len(text), MAX_CHARS):
         chunk, begin = text[start : start + MAX_CHARS], 0
         for run in LONG_RUN.finditer(chunk):
-            for cut in range(run.start() + MAX_RUN, run.end(), MAX_RUN):
-                yield chunk[begin:cut]
-                begin = cut
+            for end in range(run.start() + MAX_RUN, run.end(), MAX_RUN):
+                yield chunk[begin:end]
+                begin = end
         yield chunk[begin:]
 
 
@@ -370,7 +371,7 @@ def _encode_llama2(tokenizer: Tokenizer, dialog: Dialog) -> list[int]:
 
 
 def _encode_llama3(tokenizer: Tokenizer, dialog: Dialog) -> list[int]:
-    """A header with the role before every message, ``<|eot_id|>`` behind; an open answer last."""
+    """A header with the role before every message, ``<|eot_id|>`` after; an open answer last."""
     special = tokenizer.special_tokens
 
     def header(role: str) -> list[int]:

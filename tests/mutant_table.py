@@ -54,8 +54,8 @@ MUTANTS = [
         "test_texts_are_the_samples_where_there_are_several",
     ),
     (
-        "key = place if known in (None, 1) else int(sample.text or 0)",
-        "key = place",
+        "key = index if known in (None, 1) else int(sample.text or 0)",
+        "key = index",
         "test_the_error_over_texts_is_the_jackknifes",
     ),
     (
