@@ -26,11 +26,7 @@ from llama.parallel import model_parallel_size
 class RMSNorm(nn.Module):
     """x / rms(x) * weight (Zhang and Sennrich 2019, arXiv:1910.07467), divided in float32.
 
-    rms(x) = sqrt(mean of the squares over D + eps).
-
-    Args:
-        dim: D.
-        eps: added to the mean square.
+    rms(x) = sqrt(mean of the squares over D = ``dim`` + eps).
     """
 
     def __init__(self, dim: int, eps: float = 1e-6) -> None:
@@ -63,11 +59,8 @@ def _row(inputs: int, outputs: int) -> nn.Module:
 class Attention(nn.Module):
     """Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245).
 
-    softmax(q k^T / sqrt(hd) + mask) v, with one key/value head for ``n_rep`` query heads. The
-    key/value cache is made at the first cached call.
-
-    Args:
-        args: the model's shape; with several ranks, each holds a part of the heads.
+    softmax(q k^T / sqrt(hd) + mask) v, with one key/value head for ``n_rep`` query heads. Each of
+    several ranks holds a part of the heads. The key/value cache is made at the first cached call.
     """
 
     def __init__(self, args: ModelArgs) -> None:
@@ -91,7 +84,7 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, start_pos: int | None, freqs_cis: Tensor, mask: Tensor | None
     ) -> Tensor:
-        """Attention of S new positions to themselves and to those in the cache.
+        """Attention of S new positions to themselves and to those in the cache: (B, S, D).
 
         Args:
             x: (B, S, D).
@@ -100,9 +93,6 @@ class Attention(nn.Module):
             freqs_cis: (S, hd / 2, 2) float32, the rotations of these positions.
             mask: (S, T) bool over the T positions so far, true where attention goes; None is
                 causal for S = T, and sees all for S = 1.
-
-        Returns:
-            (B, S, D).
         """
         B, S, _ = x.shape
         q = self.wq(x).view(B, S, self.n_local_heads, self.head_dim)
@@ -125,7 +115,7 @@ class Attention(nn.Module):
         return self.wo(out.transpose(1, 2).reshape(B, S, -1))  # heads side by side: (B, S, D)
 
     def update_cache(self, k: Tensor, v: Tensor, start_pos: int) -> tuple[Tensor, Tensor]:
-        """Writes the keys and values of this call; returns those of all positions so far.
+        """Writes keys and values at ``start_pos`` and on; returns views of all up to there.
 
         Args:
             k: (B, S, Hkv, hd), already turned by their positions.
@@ -133,10 +123,7 @@ class Attention(nn.Module):
             start_pos: the position of ``k[:, 0]``; 0 begins anew.
 
         Returns:
-            Keys and values of T = start_pos + S positions, (B, T, Hkv, hd) each: views.
-
-        Raises:
-            InputError: the positions before were never written.
+            Keys and values of T = start_pos + S positions, (B, T, Hkv, hd) each.
         """
         B, end = len(k), start_pos + k.shape[1]
         if start_pos == 0:
@@ -234,7 +221,7 @@ class Transformer(nn.Module):
         self.output = ColumnParallelLinear(
             params.dim, params.vocab_size, bias=False, init_method=_keep
         ).to(device)
-        # twice as long as generation needs, as in the reference: a whole window may be longer
+        # twice as long as generation needs, as in the reference: windows to score may be longer
         self.freqs_cis = precompute_freqs_cis(params, 2 * params.max_seq_len)
         if device is None:
             for name, weight in self.named_parameters():
@@ -246,7 +233,7 @@ class Transformer(nn.Module):
 
         Args:
             tokens: (B, S) int64.
-            start_pos: None reads ``tokens`` as whole sequences and caches nothing; a number
+            start_pos: None reads ``tokens`` as complete sequences and caches nothing; a number
                 is the position of ``tokens[:, 0]``, whose predecessors are in the cache.
 
         Returns:
@@ -315,12 +302,7 @@ def precompute_freqs_cis(args: ModelArgs, length: int) -> Tensor:
 def apply_rotary_emb(x: Tensor, freqs_cis: Tensor) -> Tensor:
     """Rotates neighbouring components (2i, 2i+1) by the position's angles, in float32.
 
-    Args:
-        x: (B, S, H, hd).
-        freqs_cis: (S, hd / 2, 2) float32, see `precompute_freqs_cis`.
-
-    Returns:
-        (B, S, H, hd) in the dtype of ``x``.
+    ``x`` and the result are (B, S, H, hd), ``freqs_cis`` (S, hd / 2, 2) float32.
     """
     # In float32: bfloat16 keeps 8 bits, too few to tell late positions apart by their angles.
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # (B, S, H, hd / 2) each

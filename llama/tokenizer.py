@@ -72,11 +72,7 @@ class Tokenizer:
             self.dialog_format = "llama3"
 
     def encode(self, s: str, bos: bool, eos: bool) -> list[int]:
-        """Token ids of a text of any length, between `bos_id` and `eos_id` where asked for.
-
-        Raises:
-            InputError: bos or eos is unknown, or the text holds half a surrogate pair.
-        """
+        """Token ids of a text of any length, between `bos_id` and `eos_id` where asked for."""
         for asked, token_id, key in ((bos, self.bos_id, "bos"), (eos, self.eos_id, "eos")):
             if asked and token_id < 0:
                 raise InputError(f"encode({key}=True) needs a {key}_token; {self._backend.lack}")
@@ -257,10 +253,7 @@ def _has_settings(model: bytes) -> bool:
 def read_ranks(path: Path, data: bytes) -> dict[bytes, int]:
     """Llama 3's tokens and their ranks, which are their ids, from the content of a file.
 
-    Its lines are a token in base64 and its rank, ranks ascending from 0.
-
-    Raises:
-        InputError: a line is damaged, or a single byte is no token.
+    Its lines are a token in base64 and its rank, ranks ascending from 0; every byte is a token.
     """
     ranks: dict[bytes, int] = {}
     for line in filter(None, data.splitlines()):
@@ -319,12 +312,7 @@ UNSAFE_ERROR = "Error: special tags are not allowed as part of the prompt."
 
 
 def encode_dialog(tokenizer: Tokenizer, dialog: Dialog) -> list[int]:
-    """Token ids that ask the model for the next assistant message.
-
-    Raises:
-        InputError: the roles are not [system,] user, assistant, ..., user, or the tokenizer
-            belongs to neither family.
-    """
+    """Token ids that ask the model for the next assistant message; roles as in `check_roles`."""
     check_roles(dialog)
     if tokenizer.dialog_format == "llama2":
         return _encode_llama2(tokenizer, dialog)

@@ -235,11 +235,7 @@ def copy_records(source: Path, target: Path, names: Iterable[str]) -> None:
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copies a tokenizer file, under its usual name, and its configuration.
-
-    Raises:
-        InputError: it is damaged, or its configuration does not fit it.
-    """
+    """Copies a tokenizer file, under its usual name, and its configuration, once it can be read."""
     Tokenizer(source)
     kind = "json" if holds_json(source) else "model"
     shutil.copyfile(source, target / f"tokenizer.{kind}")
@@ -266,9 +262,8 @@ def write_model(
         args: the model's.
         infos: of the full tensors.
         read: gives a full tensor; called once for each.
-        shards: number of files: the model-parallel ranks that the checkpoint is made for.
-        vocab_parallel: cut the embedding by vocabulary, not by width; None decides by
-            `sharding.by_vocabulary`.
+        shards: number of files, one for each model-parallel rank.
+        vocab_parallel: cut the embedding by vocabulary; None asks `sharding.by_vocabulary`.
     """
     by = by_vocabulary(args, infos) if vocab_parallel is None else vocab_parallel
     shapes = shapes_of_rank(args, shards, vocab_parallel=by)
@@ -313,7 +308,7 @@ def reshard(
         out_dir: the new directory; appears complete or not at all.
         shards: number of files: the model-parallel ranks that the checkpoint is made for.
         dtype: of the weights; None keeps each one's.
-        tokenizer_path: copied along; None looks beside the source.
+        tokenizer_path: copied along; None looks in the source's directory.
         also: names of the source's JSON files to be copied, where they exist.
         overwrite: whether an earlier conversion is replaced; nothing else ever is.
         progress: called with every tensor's name before it is written.

@@ -52,7 +52,7 @@ class Shard:
     """One ``.pth`` file: the names, shapes and dtypes of its tensors; bytes only on demand.
 
     Raises:
-        InputError: not a whole ``torch.save`` zip file of named tensors, or a pickle that
+        InputError: not a complete ``torch.save`` zip file of named tensors, or a pickle that
             asks for anything but tensors.
     """
 

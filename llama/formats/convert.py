@@ -1,7 +1,8 @@
 """Other checkpoint formats to Meta's and back: Hugging Face directories, GGUF files.
 
 One table of weight names serves every direction; weights go over one tensor at a time, and so
-memory is bounded by the largest. The new directory appears complete or not at all.
+memory is bounded by the largest. The new directory appears complete or not at all. All converters
+take, as `reshard` does, ``overwrite``, ``progress`` and ``verify``.
 """
 
 from __future__ import annotations
@@ -56,9 +57,6 @@ def gguf_to_meta(
         out_dir: the new directory.
         dtype: of the weights.
         shards: number of files: the model-parallel ranks that the checkpoint is made for.
-        overwrite: whether an earlier conversion is replaced; nothing else ever is.
-        progress: called with every tensor's name before it is written.
-        verify: called with the finished directory before it is renamed; may raise.
 
     Raises:
         FileNotFoundError: no such file.
@@ -108,9 +106,6 @@ def hf_to_meta(
         out_dir: the new directory.
         dtype: of the weights; None keeps each one's.
         shards: number of files: the model-parallel ranks that the checkpoint is made for.
-        overwrite: whether an earlier conversion is replaced; nothing else ever is.
-        progress: called with every tensor's name before it is written.
-        verify: called with the finished directory before it is renamed; may raise.
 
     Raises:
         FileNotFoundError: config, weights or tokenizer are missing.
@@ -161,9 +156,6 @@ def meta_to_hf(
         out_dir: the new directory.
         tokenizer_path: tokenizer file; None looks in the checkpoint's directory.
         max_shard_bytes: limit of a safetensors file; more are written with their index.
-        overwrite: whether an earlier conversion is replaced; nothing else ever is.
-        progress: called with every tensor's name before it is written.
-        verify: called with the finished directory before it is renamed; may raise.
 
     Raises:
         FileNotFoundError: checkpoint or tokenizer are missing.

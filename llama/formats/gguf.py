@@ -42,7 +42,7 @@ from llama.model import rope_frequencies
 from llama.tokenizer import Tokenizer, find_tokenizer
 
 ROPE_FACTORS = "rope_freqs.weight"
-MADE = "conversion.source"  # a key: what the file was made from
+SOURCE_KEY = "conversion.source"  # what a converted file was made from
 FILE_TYPES = {F32: 0, F16: 1, Q8_0: 7, BF16: 32}  # llama.cpp's numbers, by those of types
 SOURCE_TYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 
@@ -186,7 +186,7 @@ def llama_to_gguf(
     matrices = [tensor.kind for tensor in tensors.values() if len(tensor.shape) > 1]
     file_type = FILE_TYPES[max(FILE_TYPES, key=matrices.count)]  # of most matrices
     records["general.file_type"] = record("general.file_type", file_type, UINT32)
-    for key, value in {MADE: str(source), **(also or {})}.items():
+    for key, value in {SOURCE_KEY: str(source), **(also or {})}.items():
         records[key] = record(key, value, STRING)
     with new_file(path, overwrite=overwrite, ours=_is_converted) as file:
         write_new(file, records, tensors, progress=progress)
@@ -194,32 +194,22 @@ def llama_to_gguf(
 
 
 def _is_converted(path: Path) -> bool:
-    """Whether a file is a GGUF file that `llama_to_gguf` made."""
+    """Whether a file is a GGUF file of `llama_to_gguf`."""
     try:
-        return MADE in read_header(path).fields
+        return SOURCE_KEY in read_header(path).fields
     except ValueError:
         return False
 
 
 @dataclass(frozen=True)
 class _Llama:
-    """A Llama of either format, opened.
-
-    Attributes:
-        args: its shape.
-        read: gives a tensor in Meta's order of rows, by Meta's name.
-        dtype: of its matrices.
-        tied: whether the output head is the embedding.
-        context: the longest window.
-        tokenizer: its file.
-        name: of the model.
-    """
+    """A Llama of either format, opened."""
 
     args: ModelArgs
-    read: Callable[[str], Tensor]
-    dtype: torch.dtype
+    read: Callable[[str], Tensor]  # by Meta's name, in Meta's order of rows
+    dtype: torch.dtype  # of its matrices
     tied: bool
-    context: int
+    context: int  # the longest window
     tokenizer: Path
     name: str
 

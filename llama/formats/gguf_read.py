@@ -55,32 +55,17 @@ class Record(NamedTuple):
 
 
 class Header(NamedTuple):
-    """What a file says before its tensors' bytes: metadata by key, tensors by name.
-
-    Attributes:
-        fields: values by key.
-        tensors: in the order of their bytes.
-        records: the same keys, as they stand in the file.
-        version: of the format.
-        alignment: of the tensors' bytes.
-    """
+    """What a file says before its tensors' bytes: metadata by key, tensors by name."""
 
     fields: dict[str, object]
-    tensors: dict[str, TensorEntry]
-    records: dict[str, Record]
+    tensors: dict[str, TensorEntry]  # in the order of their bytes
+    records: dict[str, Record]  # the keys of `fields` as they stand in the file
     version: int
-    alignment: int
+    alignment: int  # of the tensors' bytes
 
 
 def read_header(path: Path) -> Header:
-    """The header of a GGUF file.
-
-    Raises:
-        FileNotFoundError: no such file.
-        InputError: not a complete GGUF file, a key or tensor is there twice, or the tensors do not
-            follow each other up to the file's end.
-        MissingPackageError: the package gguf is missing.
-    """
+    """The header of a GGUF file; InputError for a name that is there twice or for lost bytes."""
     if not path.is_file():
         raise FileNotFoundError(f"GGUF file {path} does not exist")
     try:
@@ -201,12 +186,7 @@ class _Reader:
 
 
 def nbytes_of(name: str, shape: tuple[int, ...], kind: int) -> int:
-    """The bytes of a tensor of this shape, in torch's order, and ggml's type.
-
-    Raises:
-        InputError: the type is unknown, or the rows do not fit its blocks.
-        MissingPackageError: the package gguf is missing.
-    """
+    """The bytes of a tensor of this shape, in torch's order, in blocks of ggml's type."""
     try:
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
     except ImportError:

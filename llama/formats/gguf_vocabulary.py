@@ -32,17 +32,10 @@ PREFIX = "tokenizer.ggml"
 
 
 def vocabulary(path: Path, size: int) -> dict[str, Record]:
-    """A GGUF file's keys of a tokenizer.
+    """A GGUF file's keys of a tokenizer, with as many ids as the model's vocabulary.
 
-    Args:
-        path: ``tokenizer.json``, SentencePiece model or ranks of Llama 3; in the same directory
-            ``tokenizer_config.json`` names tokens and may hold the template of chats.
-        size: of the model's vocabulary; ids that the tokenizer leaves out are filled up.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        InputError: it is damaged, larger than the model's vocabulary, or splits texts by rules
-            that are known under no name of llama.cpp.
+    ``path`` is ``tokenizer.json``, a SentencePiece model or ranks of Llama 3; in the same directory
+    ``tokenizer_config.json`` names tokens and may hold the template of chats.
     """
     tokenizer = Tokenizer(path)
     if tokenizer.n_words > size:
@@ -199,9 +192,6 @@ def gguf_tokenizer(source: GGUFParts) -> tuple[str, bytes, JsonObject]:
 
     Byte-level encodings become ``tokenizer.json``, those like Llama 2's SentencePiece's
     ``tokenizer.model``.
-
-    Raises:
-        InputError: a key is missing, or the tokenizer is of another kind.
     """
     kind = source.need(f"{PREFIX}.model")
     if kind == "llama":

@@ -50,13 +50,9 @@ class Stored(NamedTuple):
 
 
 def record(key: str, value: object, kind: int, element: int | None = None) -> Record:
-    """A key with its value, as it stands in a file; InputError if the type cannot hold it.
+    """A key with its value, a number, a text or a list of either, as it stands in a file.
 
-    Args:
-        key: its name.
-        value: a number, a text, or a list of either.
-        kind: number of the type.
-        element: that of a list's elements.
+    ``kind`` is the number of its type, ``element`` that of a list's elements.
     """
     try:
         raw = _text(key) + struct.pack("<I", kind) + _packed(value, kind, element)
@@ -94,14 +90,7 @@ def write_new(
     *,
     progress: Callable[[str], object] = str,
 ) -> None:
-    """Writes a file of these keys and tensors, in memory of what a tensor yields at a time.
-
-    Args:
-        path: the new file.
-        records: its keys, in order.
-        tensors: by name, in order.
-        progress: called with every tensor's name before it is written.
-    """
+    """Writes a file of these keys and tensors, in memory of what a tensor yields at a time."""
     like = Header({}, {}, {}, VERSION, ALIGNMENT)
     _write_file(path, like, [key.raw for key in records.values()], tensors, progress)
     _pad(path, ALIGNMENT)
@@ -123,9 +112,6 @@ def write_again(
         tensors: by their new names, in order.
         records: keys that are other than in the source; None leaves one out.
         progress: called with every tensor's name before it is written.
-
-    Raises:
-        InputError: there are fewer tensors than files.
     """
     groups = _groups(source, tensors, len(paths))
     for number, (path, names) in enumerate(zip(paths, groups, strict=True)):

@@ -65,20 +65,13 @@ class HFCheckpoint:
 def check_llama(
     directory: str | os.PathLike[str], dtype: str | torch.dtype | None = None
 ) -> tuple[ModelArgs, dict[str, TensorInfo]]:
-    """The shape of a Hugging Face Llama and its tensors in Meta's format, from the headers alone.
-
-    Raises:
-        FileNotFoundError, InputError, ConnectionError: as for `hf_to_meta`.
-    """
+    """The shape and `meta_infos` of a Hugging Face Llama, also on the hub, by its headers alone."""
     source = HFCheckpoint(resolve(directory), dtype)
     return source.args, source.infos
 
 
 def args_of(config: JsonObject, directory: Path) -> ModelArgs:
-    """The model's shape from the content of a ``config.json``; InputError if it is no plain Llama.
-
-    The directory is for messages.
-    """
+    """The model's shape from the content of a ``config.json``; InputError if no plain Llama."""
     _check_plain(config, directory)
     args = ModelArgs(
         dim=config["hidden_size"],
@@ -218,10 +211,7 @@ def meta_infos(
         weights: the file of every tensor.
         dtype: of what is written; None keeps each one's.
         tied: whether the config says that the output head is the embedding.
-        directory: where the files lie, for messages.
-
-    Raises:
-        InputError: the weights are not a Llama's.
+        directory: for messages.
     """
     check_layers(directory, args.n_layers, weights)
     shapes = full_shapes(args)

@@ -5,8 +5,8 @@ package safetensors checks a file's header here. Its writer and reader of tensor
 
 - ``save_file`` takes all tensors at once. For 600 MB in 16 tensors its peak of anonymous memory
   (RssAnon) is 3 MiB, as here, where all are mapped from a file, but 575 MiB, here 38 MiB, where
-  they were changed, as conversions and healing do. It also sorts tensors by name: the order of a
-  source, which pruning keeps, is another one once layers are renumbered from 10 to 9.
+  they were changed, as conversions and healing do. It also sorts tensors by dtype and name; pruning
+  keeps the source's order, which is no longer sorted once layer 10 becomes layer 9.
 - ``safe_open`` gives tensors mapped from the file. They lie where the header's length puts them,
   aligned at 8 bytes only, and matrix products of such weights may round otherwise. A copy beside
   the mapped pages takes more memory than pieces copied into the tensor's own, as here. Bytes of a

@@ -211,11 +211,7 @@ class Pieces:
 
     @classmethod
     def read(cls, data: bytes, where: str) -> Pieces:
-        """The pieces in a file's content; ``where`` names it in errors.
-
-        Raises:
-            InputError: it is damaged, or splits texts by other rules than llama.cpp can.
-        """
+        """The pieces in a file's content, unless it splits texts by rules that llama.cpp lacks."""
         try:
             fields = list(_fields(data))
             pieces = [dict(_fields(bytes(value))) for number, value in fields if number == PIECES]

@@ -14,16 +14,7 @@ JsonObject = dict[str, Any]  # what a file holds is known only once it is looked
 
 
 def read_json(path: Path) -> JsonObject:
-    """The JSON object in a file.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        InputError: it holds no JSON, or not one object.
-
-    Example:
-        >>> read_json(Path("llama-2-7b/params.json"))["n_layers"]  # doctest: +SKIP
-        32
-    """
+    """The JSON object in a file; InputError if it holds no JSON, or not one object."""
     if not path.is_file():
         raise FileNotFoundError(f"{path.parent} has no {path.name}")
     try:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from llama.checkpoint.meta import CONVERSION
 from llama.formats.convert import gguf_to_meta, hf_to_meta, meta_to_hf
-from llama.formats.gguf import MADE, GGUFFile, llama_to_gguf
+from llama.formats.gguf import SOURCE_KEY, GGUFFile, llama_to_gguf
 from llama.formats.hf import check_llama
 from llama.io.files import read_marker
 from llama.io.json_files import json_text, write_json
@@ -103,7 +103,7 @@ class _Cut:
             pruned = file.with_name("pruned")
             self.write(Target(pruned))
             also = {RECORD: json_text(Provenance.read(pruned / PROVENANCE).to_dict())}
-            also |= {MADE: str(self.source), "general.name": self.source.path.name}
+            also |= {SOURCE_KEY: str(self.source), "general.name": self.source.path.name}
             llama_to_gguf(pruned, file, also=also, progress=self.progress)
         return target.path
 

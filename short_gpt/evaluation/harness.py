@@ -15,8 +15,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import import_module
 from types import ModuleType
 from typing import Any, Protocol
@@ -75,7 +74,10 @@ def hugging_face_lm(
     if tokenizer is None:
         raise ShortGPTError("pass tokenizer=... to ShortHFModel: tasks are texts")
     hflm = harness("models.huggingface").HFLM
-    with _quiet("lm_eval.models.huggingface"):  # it warns of every model that is loaded already
+    logger = logging.getLogger("lm_eval.models.huggingface")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # it warns of every model that is loaded already
+    try:
         return hflm(
             model,
             backend="causal",
@@ -83,15 +85,6 @@ def hugging_face_lm(
             batch_size=batch_size,
             softmax_dtype=torch.float32,
         )
-
-
-@contextmanager
-def _quiet(name: str) -> Iterator[None]:
-    logger = logging.getLogger(name)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
     finally:
         logger.setLevel(level)
 
