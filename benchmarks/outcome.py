@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from llama.io.outputs import check_output
+from llama.io.files import check_output
 from short_gpt.runtime.state import is_record, write_record
 
 

@@ -13,12 +13,10 @@ from llama.lazy import lazy
 
 if TYPE_CHECKING:
     from llama.args import ModelArgs
-    from llama.dialog import Dialog
     from llama.errors import InputError, MissingPackageError
-    from llama.generation import Llama
-    from llama.loading import load_model
+    from llama.generation import Llama, load_model
     from llama.model import Transformer
-    from llama.tokenizer import Tokenizer
+    from llama.tokenizer import Dialog, Tokenizer
 else:
     __getattr__, __dir__ = lazy(__name__)
 

@@ -62,11 +62,9 @@ class ModelArgs:
 
     @classmethod
     def from_params(cls, params: JsonObject, **limits: int) -> ModelArgs:
-        """Arguments from the content of a ``params.json``, checked.
+        """Arguments from the content of a ``params.json``, whose keys may stand under ``"model"``.
 
-        Args:
-            params: the file's object; the keys may also stand under ``"model"``.
-            limits: ``max_batch_size`` and ``max_seq_len``.
+        ``limits`` are ``max_batch_size`` and ``max_seq_len``.
 
         Raises:
             InputError: a key is missing, unknown, of the wrong type, or contradicts another.
@@ -84,17 +82,6 @@ class ModelArgs:
 
     def check(self) -> None:
         """Raises InputError unless the numbers describe a model."""
-        self._check_kinds()
-        if self.dim % self.n_heads or self.head_dim % 2:
-            raise InputError(
-                f"dim {self.dim} does not split into {self.n_heads} heads of even width"
-            )
-        if self.n_heads % self.kv_heads:
-            raise InputError(
-                f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.kv_heads}"
-            )
-
-    def _check_kinds(self) -> None:
         limits = ("max_batch_size", "max_seq_len")
         names = ("dim", "n_layers", "n_heads", "kv_heads", "multiple_of", *limits)
         check_positive(**{name: getattr(self, name) for name in names})
@@ -108,21 +95,25 @@ class ModelArgs:
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if not optional and not (number and 0 < value <= MOST):
                 raise InputError(f"{name} must be a positive number, got {shown(value)}")
+        if self.dim % self.n_heads or self.head_dim % 2:
+            raise InputError(
+                f"dim {self.dim} does not split into {self.n_heads} heads of even width"
+            )
+        if self.n_heads % self.kv_heads:
+            raise InputError(
+                f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.kv_heads}"
+            )
 
 
 def check_positive(expected: str = "a positive integer", **numbers: object) -> None:
-    """Raises InputError unless each is an integer from 1 to `MOST`, naming the first that is not.
-
-    Example:
-        >>> check_positive(dim=64)
-    """
+    """Raises InputError naming the first that is no integer from 1 to `MOST`."""
     for name, value in numbers.items():
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MOST:
             raise InputError(f"{name} must be {expected}, got {shown(value)}")
 
 
 def shown(value: object) -> str:
-    """A value of a file for a message; of a long one the beginning."""
+    """A value for a message; of a long one the beginning."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:60]} ..."
 
@@ -130,17 +121,16 @@ def shown(value: object) -> str:
 def kv_heads_of_rank(params: ModelArgs, rank: int, ranks: int) -> list[int]:
     """The key/value heads that one of several ranks needs for its query heads, in their order.
 
-    A rank serves n_heads / ranks query heads in groups of equal size, each with a key/value head
-    of its own. Where a head serves query heads of several ranks, each of these holds it.
+    Where a head serves query heads of several ranks, each of these holds it.
 
     Example:
         >>> args = ModelArgs(n_heads=8, n_kv_heads=2)
         >>> [kv_heads_of_rank(args, rank, 4) for rank in range(4)]
         [[0], [0], [1], [1]]
     """
-    mine, group = params.n_heads // ranks, params.n_heads // params.kv_heads
-    first = rank * mine
-    return [head // group for head in range(first, first + mine, math.gcd(mine, group))]
+    count, group = params.n_heads // ranks, params.n_heads // params.kv_heads
+    first = rank * count
+    return [head // group for head in range(first, first + count, math.gcd(count, group))]
 
 
 def check_split(params: ModelArgs, ranks: int) -> None:

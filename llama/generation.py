@@ -1,28 +1,36 @@
 """Building a model from a checkpoint directory and generating with it: the reference's API.
 
-Shapes: B prompts, T positions, V vocabulary.
+Shapes: B prompts, S new positions, T positions, V vocabulary.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TypedDict
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from llama.checkpoint.meta import Checkpoint, check_vocabulary
-from llama.dialog import UNSAFE_ERROR, Dialog, Message, encode_dialog, is_unsafe
+from llama.args import check_split
+from llama.checkpoint.meta import LAYER_NAME, Checkpoint, check_vocabulary
+from llama.checkpoint.sharding import split_dim
 from llama.errors import InputError
-from llama.loading import load_model
 from llama.model import Transformer
-from llama.parallel import choose_device, choose_dtype, initialize
-from llama.sampling import Sampling, decode, sample_top_p
-from llama.tokenizer import Tokenizer
+from llama.parallel import (
+    choose_device,
+    choose_dtype,
+    initialize,
+    model_parallel_rank,
+    model_parallel_size,
+)
+from llama.tokenizer import UNSAFE_ERROR, Dialog, Message, Tokenizer, encode_dialog, is_unsafe
 
-__all__ = ["ChatPrediction", "CompletionPrediction", "Details", "Llama", "sample_top_p"]
+COLDEST = 1e-6  # temperatures below take the likeliest token: they could round to 0 in float32
 
 
 class Details(TypedDict, total=False):
@@ -42,17 +50,6 @@ class ChatPrediction(Details):
     """An assistant's answer."""
 
     generation: Message
-
-
-def check_numbers(max_gen_len: int, temperature: float, top_p: float) -> None:
-    """Raises InputError for settings by which nothing can be generated."""
-    if max_gen_len < 0:
-        raise InputError(f"max_gen_len must be 0 or more, got {max_gen_len}")
-    if not 0 <= temperature < math.inf or not 0 <= top_p <= 1:
-        raise InputError(
-            f"expected a temperature of 0 or more and a top_p in 0..1, got {temperature} and "
-            f"{top_p}"
-        )
 
 
 class Llama:
@@ -112,14 +109,12 @@ class Llama:
         """
         on_device = choose_device(device)
         weights_dtype = choose_dtype(dtype, on_device)
-        limits = {"max_seq_len": max_seq_len, "max_batch_size": max_batch_size}
         tokenizer = Tokenizer(tokenizer_path)
-        checkpoint = Checkpoint(ckpt_dir, **limits)
+        checkpoint = Checkpoint(ckpt_dir, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
         check_vocabulary(checkpoint, tokenizer, tokenizer_path)
         initialize(model_parallel_size, device=on_device)
-        model = load_model(checkpoint, device=on_device, dtype=weights_dtype)
         return Llama(
-            model,
+            load_model(checkpoint, device=on_device, dtype=weights_dtype),
             tokenizer,
             seed=seed,
             ckpt_dir=checkpoint.directory,
@@ -161,12 +156,13 @@ class Llama:
         check_numbers(max_gen_len, temperature, top_p)
         lengths = [len(t) for t in prompt_tokens]
         total = min(self.model.params.max_seq_len, max_gen_len + max(lengths))
-        sampling = Sampling(temperature, top_p, self._generator, logprobs)
-        stops = self._stop_tokens()
-        tokens, scores = decode(self.model, prompt_tokens, total, stops, sampling=sampling)
+        choose = partial(_choose, temperature=temperature, top_p=top_p, generator=self._generator)
+        stops = sorted(getattr(self.tokenizer, "stop_tokens", None) or {self.tokenizer.eos_id})
+        tokens, scores = _decode(self.model, prompt_tokens, total, stops, choose, logprobs)
         out_tokens, out_scores = [], []
         for row, row_scores, length in zip(tokens.tolist(), scores.tolist(), lengths, strict=True):
-            end = self._end(row, length, min(total, length + max_gen_len))
+            limit = min(total, length + max_gen_len)
+            end = next((i for i in range(length, limit) if row[i] in stops), limit)
             start = 0 if echo else length
             out_tokens.append(row[start:end])
             out_scores.append(row_scores[start:end])
@@ -193,14 +189,6 @@ class Llama:
                     f"{min(prompt)}..{max(prompt)}"
                 )
 
-    def _stop_tokens(self) -> list[int]:
-        return sorted(getattr(self.tokenizer, "stop_tokens", None) or {self.tokenizer.eos_id})
-
-    def _end(self, row: list[int], start: int, limit: int) -> int:
-        """Where the generation that begins at ``start`` ends: the first stop token or the limit."""
-        stops = self._stop_tokens()
-        return next((i for i in range(start, limit) if row[i] in stops), limit)
-
     def text_completion(
         self,
         prompts: Sequence[str],
@@ -216,20 +204,16 @@ class Llama:
             >>> llama.text_completion(["I am an avid fan of "], max_gen_len=20)  # doctest: +SKIP
             [{'generation': 'the Harry Potter series...'}]
         """
+        if isinstance(prompts, str):
+            raise InputError("expected a list of prompts, got one string: pass [prompt]")
+        add_bos = self.tokenizer.add_bos
+        encoded = [self.tokenizer.encode(p, bos=add_bos, eos=False) for p in prompts]
         length = self._gen_len(max_gen_len)
-        tokens, scores = self.generate(
-            self._encoded(prompts), length, temperature, top_p, logprobs, echo
-        )
+        tokens, scores = self.generate(encoded, length, temperature, top_p, logprobs, echo)
         return [
             {"generation": self.tokenizer.decode(ids), **self._details(ids, scores, i)}
             for i, ids in enumerate(tokens)
         ]
-
-    def _encoded(self, prompts: Sequence[str]) -> list[list[int]]:
-        if isinstance(prompts, str):
-            raise InputError("expected a list of prompts, got one string: pass [prompt]")
-        add_bos = self.tokenizer.add_bos
-        return [self.tokenizer.encode(p, bos=add_bos, eos=False) for p in prompts]
 
     def chat_completion(
         self,
@@ -243,15 +227,14 @@ class Llama:
 
         Args:
             dialogs: lists of ``{"role", "content"}``: an optional system message, then user and
-                assistant in turn, a user last. Others arguments as in `text_completion`.
+                assistant in turn, a user last. Other arguments as in `text_completion`.
 
         Raises:
             InputError: roles out of order, or a tokenizer of neither family.
         """
         encoded = [encode_dialog(self.tokenizer, dialog) for dialog in dialogs]
-        tokens, scores = self.generate(
-            encoded, self._gen_len(max_gen_len), temperature, top_p, logprobs
-        )
+        length = self._gen_len(max_gen_len)
+        tokens, scores = self.generate(encoded, length, temperature, top_p, logprobs)
         results: list[ChatPrediction] = []
         for i, (ids, dialog) in enumerate(zip(tokens, dialogs, strict=True)):
             unsafe = is_unsafe(self.tokenizer, dialog)
@@ -268,3 +251,151 @@ class Llama:
 
     def _gen_len(self, max_gen_len: int | None) -> int:
         return self.model.params.max_seq_len - 1 if max_gen_len is None else max_gen_len
+
+
+def load_model(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype) -> Transformer:
+    """The checkpoint's Transformer on any number of ranks that divides the heads.
+
+    Each rank reads its part from the shards that hold it, tensor by tensor: where there are as
+    many shards as ranks it maps its own file, else it copies no more than its part. Tied weights
+    stay tied.
+
+    Raises:
+        InputError: heads, widths or vocabulary do not divide among the ranks.
+    """
+    rank, ranks = model_parallel_rank(), model_parallel_size()
+    check_split(checkpoint.args, ranks)
+    by_vocabulary, own_file = checkpoint.vocab_parallel, len(checkpoint.shards) == ranks
+    model = Transformer(checkpoint.args, vocab_parallel=by_vocabulary, device="meta")
+    state: dict[str, nn.Parameter] = {}
+    parameters: dict[object, nn.Parameter] = {}
+    for names in _mapped_groups(checkpoint, own_file):
+        with checkpoint.mapped():
+            for name in names:
+                # what shares its bytes in the files does so on a rank too, if it is cut alike
+                dim = split_dim(name, vocab_parallel=by_vocabulary) if ranks > 1 else None
+                source = (checkpoint.infos[name].storage, dim)
+                if source not in parameters:
+                    part = checkpoint.read(name, rank=rank, ranks=ranks)
+                    # a copy where the part is not the file's: a view would keep other parts mapped
+                    layout = torch.contiguous_format
+                    part = part.to(device, dtype, copy=not own_file, memory_format=layout)
+                    parameters[source] = nn.Parameter(part)
+                state[name] = parameters[source]
+    # assign: the parameters on "meta" have no memory that values could be copied to
+    model.load_state_dict(state, strict=True, assign=True)
+    model.freqs_cis = model.freqs_cis.to(device)
+    return model.eval()
+
+
+def _mapped_groups(checkpoint: Checkpoint, own_file: bool) -> list[list[str]]:
+    """Names that are read while the files are mapped once: all of them, or those of a layer.
+
+    Pages of a mapped file count as the process's memory until the mapping ends. Where a rank
+    copies parts out of the files, one layer's pages at a time are enough.
+    """
+    groups: dict[str, list[str]] = {}
+    for name in sorted(checkpoint.infos.keys() - checkpoint.ignored):
+        layer = LAYER_NAME.fullmatch(name)
+        groups.setdefault(layer[1] if layer and not own_file else "", []).append(name)
+    return list(groups.values())
+
+
+def check_numbers(max_gen_len: int, temperature: float, top_p: float) -> None:
+    """Raises InputError for settings by which nothing can be generated."""
+    if max_gen_len < 0:
+        raise InputError(f"max_gen_len must be 0 or more, got {max_gen_len}")
+    if not 0 <= temperature < math.inf or not 0 <= top_p <= 1:
+        raise InputError(
+            f"expected a temperature of 0 or more and a top_p in 0..1, got {temperature} and "
+            f"{top_p}"
+        )
+
+
+def check_logits(logits: Tensor) -> None:
+    """Raises InputError for logits of which no token can be chosen; -inf forbids a token."""
+    if not (logits < torch.inf).all():  # NaN is not below it either
+        raise InputError(
+            "the model gives NaN or infinite logits, of which no token can be chosen: a weight is "
+            "damaged, or its dtype cannot hold its values; fetch the weights anew, or open it in "
+            "float32"
+        )
+
+
+def _choose(
+    logits: Tensor, *, temperature: float, top_p: float, generator: torch.Generator
+) -> Tensor:
+    """A token for each row of logits: (B, V) to (B,); InputError if they are NaN."""
+    check_logits(logits)
+    if temperature < COLDEST:
+        return logits.argmax(-1)
+    # the largest is 0 after the shift, so that no temperature makes it overflow
+    shifted = (logits - logits.amax(-1, keepdim=True)) / temperature
+    return sample_top_p(torch.softmax(shifted, dim=-1), top_p, generator=generator)
+
+
+def sample_top_p(probs: Tensor, p: float, *, generator: torch.Generator | None = None) -> Tensor:
+    """Draws a token from the nucleus (Holtzman et al. 2019, arXiv:1904.09751).
+
+    That is the smallest set of likeliest tokens whose probability exceeds p.
+
+    Args:
+        probs: (B, V), rows sum to 1.
+        p: in [0, 1]; 0 always takes the likeliest token.
+        generator: of the random numbers.
+
+    Returns:
+        (B,) token ids.
+    """
+    ordered, index = probs.sort(dim=-1, descending=True)  # (B, V) each
+    # Exclusive sums: the token with which p is passed still belongs, the first one always does.
+    before = ordered.cumsum(dim=-1) - ordered
+    nucleus = torch.where(before > p, 0.0, ordered)
+    # (B, 1) positions in the order; multinomial itself divides the rows by their sums
+    choice = torch.multinomial(nucleus, 1, generator=generator)
+    return index.gather(-1, choice).squeeze(-1)
+
+
+def _decode(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    total: int,
+    stop_tokens: Sequence[int],
+    choose: Callable[[Tensor], Tensor],
+    logprobs: bool,
+) -> tuple[Tensor, Tensor]:
+    """Fills T = ``total`` positions left to right, until every prompt has met a stop token.
+
+    Returns:
+        (B, T) tokens, and their (B, T) log probabilities in nats, zeros unless asked for.
+    """
+    device = next(model.parameters()).device
+    tokens = torch.zeros(len(prompts), total, dtype=torch.long)
+    is_prompt = torch.zeros(len(prompts), total, dtype=torch.bool)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)] = torch.tensor(prompt)
+        is_prompt[row, : len(prompt)] = True
+    tokens, is_prompt = tokens.to(device), is_prompt.to(device)  # (B, T) each
+    scores = torch.zeros(tokens.shape, device=device)
+    stop = torch.tensor(stop_tokens, device=device)
+    done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    previous, shortest = 0, min(len(p) for p in prompts)
+    # A prompt that fills all positions still gets its own log probabilities.
+    for position in range(shortest, total + (logprobs and shortest == total)):
+        # only the positions that are not in the cache: the prompts at first, then one at a time
+        states = model.hidden(tokens[:, previous:position], previous)  # (B, S, D)
+        logits = model.head(states if logprobs else states[:, -1:])  # (B, S or 1, V)
+        if position < total:
+            own = is_prompt[:, position]  # where a longer prompt has a token of its own
+            chosen = torch.where(own, tokens[:, position], choose(logits[:, -1]))
+            tokens[:, position] = chosen
+            done |= ~own & torch.isin(chosen, stop)
+        if logprobs:
+            targets = tokens[:, previous + 1 : position + 1]  # (B, S) or, at the end, (B, S - 1)
+            predicted = logits[:, : targets.shape[1]].transpose(1, 2)  # (B, V, S)
+            nats = F.cross_entropy(predicted, targets, reduction="none")
+            scores[:, previous + 1 : position + 1] = -nats
+        previous = position
+        if done.all():
+            break
+    return tokens, scores

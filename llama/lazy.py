@@ -10,13 +10,10 @@ from importlib.util import find_spec
 
 
 def lazy(package: str) -> tuple[Callable[[str], object], Callable[[], list[str]]]:
-    """The ``__getattr__`` and the ``__dir__`` of a package.
+    """The ``__getattr__`` and the ``__dir__`` of the package of this ``__name__``.
 
     Its names are those that its ``if TYPE_CHECKING:`` imports, where type checkers and the API
-    reference see them too: they are read from its source, and so stand there once.
-
-    Args:
-        package: its ``__name__``.
+    reference see them too; they are read from its source.
 
     Example:
         >>> __getattr__, __dir__ = lazy("llama")
@@ -25,7 +22,8 @@ def lazy(package: str) -> tuple[Callable[[str], object], Callable[[], list[str]]
     """
     loader = sys.modules[package].__spec__.loader  # type: ignore[union-attr]
     tree = ast.parse(loader.get_source(package))  # type: ignore[union-attr]
-    (block,) = (n for n in tree.body if isinstance(n, ast.If) and ast.unparse(n.test) == CHECKED)
+    checked = [n for n in tree.body if isinstance(n, ast.If)]
+    (block,) = (n for n in checked if ast.unparse(n.test) == "TYPE_CHECKING")
     imports = [node for node in block.body if isinstance(node, ast.ImportFrom)]
     homes = {a.asname or a.name: (str(n.module), a.name) for n in imports for a in n.names}
 
@@ -41,6 +39,3 @@ def lazy(package: str) -> tuple[Callable[[str], object], Callable[[], list[str]]
         return value
 
     return __getattr__, lambda: sorted(homes)
-
-
-CHECKED = "TYPE_CHECKING"

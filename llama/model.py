@@ -6,6 +6,8 @@ hd = D / H the width of a head.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from fairscale.nn.model_parallel.layers import (
@@ -19,17 +21,12 @@ from torch import Tensor, nn
 from llama.args import ModelArgs, check_split, kv_heads_of_rank
 from llama.errors import InputError
 from llama.parallel import model_parallel_size
-from llama.rope import apply_rotary_emb, precompute_freqs_cis
 
 
 class RMSNorm(nn.Module):
     """x / rms(x) * weight (Zhang and Sennrich 2019, arXiv:1910.07467), divided in float32.
 
-    rms(x) = sqrt(mean of the squares over D + eps).
-
-    Args:
-        dim: D.
-        eps: added to the mean square.
+    rms(x) = sqrt(mean of the squares over D = ``dim`` + eps).
     """
 
     def __init__(self, dim: int, eps: float = 1e-6) -> None:
@@ -62,11 +59,8 @@ def _row(inputs: int, outputs: int) -> nn.Module:
 class Attention(nn.Module):
     """Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245).
 
-    softmax(q k^T / sqrt(hd) + mask) v, with one key/value head for ``n_rep`` query heads. The
-    key/value cache is made at the first cached call.
-
-    Args:
-        args: the model's shape; with several ranks, each holds a part of the heads.
+    softmax(q k^T / sqrt(hd) + mask) v, with one key/value head for ``n_rep`` query heads. Each of
+    several ranks holds a part of the heads. The key/value cache is made at the first cached call.
     """
 
     def __init__(self, args: ModelArgs) -> None:
@@ -90,18 +84,15 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, start_pos: int | None, freqs_cis: Tensor, mask: Tensor | None
     ) -> Tensor:
-        """Attention of S new positions to themselves and to those in the cache.
+        """Attention of S new positions to themselves and to those in the cache: (B, S, D).
 
         Args:
             x: (B, S, D).
-            start_pos: the position of ``x[:, 0]``, in front of which the cache is read; None
+            start_pos: the position of ``x[:, 0]``, before which the cache is read; None
                 neither reads nor writes the cache.
             freqs_cis: (S, hd / 2, 2) float32, the rotations of these positions.
             mask: (S, T) bool over the T positions so far, true where attention goes; None is
                 causal for S = T, and sees all for S = 1.
-
-        Returns:
-            (B, S, D).
         """
         B, S, _ = x.shape
         q = self.wq(x).view(B, S, self.n_local_heads, self.head_dim)
@@ -124,7 +115,7 @@ class Attention(nn.Module):
         return self.wo(out.transpose(1, 2).reshape(B, S, -1))  # heads side by side: (B, S, D)
 
     def update_cache(self, k: Tensor, v: Tensor, start_pos: int) -> tuple[Tensor, Tensor]:
-        """Writes the keys and values of this call; returns those of all positions so far.
+        """Writes keys and values at ``start_pos`` and on; returns views of all up to there.
 
         Args:
             k: (B, S, Hkv, hd), already turned by their positions.
@@ -132,26 +123,23 @@ class Attention(nn.Module):
             start_pos: the position of ``k[:, 0]``; 0 begins anew.
 
         Returns:
-            Keys and values of T = start_pos + S positions, (B, T, Hkv, hd) each: views.
-
-        Raises:
-            InputError: the positions in front were never written.
+            Keys and values of T = start_pos + S positions, (B, T, Hkv, hd) each.
         """
         B, end = len(k), start_pos + k.shape[1]
         if start_pos == 0:
-            self._make_room(k)
+            self._allocate_cache(k)
         if self.cache_k is None or self.cache_v is None or len(self.cache_k) < B:
             raise InputError(
                 f"start_pos {start_pos} continues a batch of {B} whose beginning was never run; "
                 "call with start_pos=0 first"
             )
-        # A smaller batch uses the first rows; positions behind `end` are of an earlier text.
+        # A smaller batch uses the first rows; positions after `end` are of an earlier text.
         self.cache_k[:B, start_pos:end] = k.detach()  # no gradient runs through the cache
         self.cache_v[:B, start_pos:end] = v.detach()
         return self.cache_k[:B, :end], self.cache_v[:B, :end]
 
-    def _make_room(self, k: Tensor) -> None:
-        """Makes a cache for a batch like ``k``, unless the one there is large enough."""
+    def _allocate_cache(self, k: Tensor) -> None:
+        """Makes a cache for a batch like ``k``, unless there is one that is large enough."""
         old = self.cache_k
         fits = old is not None and len(old) >= len(k)
         if old is not None and old.is_inference():  # cannot be written to outside inference mode
@@ -194,7 +182,7 @@ class TransformerBlock(nn.Module):
         freqs_cis: Tensor,
         mask: Tensor | None = None,
     ) -> Tensor:
-        """The residual stream behind the layer, (B, S, D); arguments as of `Attention.forward`."""
+        """Hidden states leaving the layer, (B, S, D); arguments as of `Attention.forward`."""
         h = x + self.attention(self.attention_norm(x), start_pos, freqs_cis, mask)
         return h + self.feed_forward(self.ffn_norm(h))
 
@@ -233,23 +221,19 @@ class Transformer(nn.Module):
         self.output = ColumnParallelLinear(
             params.dim, params.vocab_size, bias=False, init_method=_keep
         ).to(device)
-        # twice as long as generation needs, as in the reference: a whole window may be longer
+        # twice as long as generation needs, as in the reference: windows to score may be longer
         self.freqs_cis = precompute_freqs_cis(params, 2 * params.max_seq_len)
         if device is None:
-            self._draw()
-
-    def _draw(self) -> None:
-        """Weights from N(0, 0.02); the norms stay 1."""
-        for name, weight in self.named_parameters():
-            if "norm" not in name:
-                nn.init.normal_(weight, std=0.02)
+            for name, weight in self.named_parameters():
+                if "norm" not in name:  # the norms stay 1
+                    nn.init.normal_(weight, std=0.02)
 
     def hidden(self, tokens: Tensor, start_pos: int | None = None) -> Tensor:
-        """Embeddings and layers only: the state in front of the final norm.
+        """Embeddings and layers only: the hidden states before the final norm.
 
         Args:
             tokens: (B, S) int64.
-            start_pos: None reads ``tokens`` as whole sequences and caches nothing; a number
+            start_pos: None reads ``tokens`` as complete sequences and caches nothing; a number
                 is the position of ``tokens[:, 0]``, whose predecessors are in the cache.
 
         Returns:
@@ -278,5 +262,50 @@ class Transformer(nn.Module):
         return self.head(self.hidden(tokens, start_pos))
 
     def head(self, states: Tensor) -> Tensor:
-        """Logits of states in front of the final norm: (..., D) to (..., V) float32."""
+        """Logits of hidden states before the final norm: (..., D) to (..., V) float32."""
         return self.output(self.norm(states)).float()
+
+
+# Llama 3.1's stretching of the rotary wavelengths (meta-llama/llama-models, model.py).
+ROPE_LOW_FACTOR, ROPE_HIGH_FACTOR, ROPE_ORIGINAL_CONTEXT = 1.0, 4.0, 8192
+
+
+def rope_frequencies(head_dim: int, theta: float, factor: float | None = None) -> Tensor:
+    """Rotary frequencies (Su et al. 2021, arXiv:2104.09864), (hd / 2,) float32 in radians a token.
+
+    f_i = theta^(-2 i / hd); theta is 10,000 in Llama 2 and 500,000 in Llama 3. With ``factor``,
+    Llama 3.1's scaling: wavelengths over 8192 tokens are stretched by the factor, those under 2048
+    stay, those between are interpolated.
+    """
+    # in the reference's order of operations, so that the last bits are the same
+    f = 1.0 / (theta ** (torch.arange(0, head_dim, 2)[: head_dim // 2].float() / head_dim))
+    if factor is None:
+        return f
+    wavelength = 2 * math.pi / f
+    smooth = (ROPE_ORIGINAL_CONTEXT / wavelength - ROPE_LOW_FACTOR) / (
+        ROPE_HIGH_FACTOR - ROPE_LOW_FACTOR
+    )
+    smooth = smooth.clamp(0, 1)  # 0 for wavelengths from 8192 tokens, 1 up to 2048
+    return (1 - smooth) * f / factor + smooth * f
+
+
+def precompute_freqs_cis(args: ModelArgs, length: int) -> Tensor:
+    """Cosine and sine of every position's rotation, (length, hd / 2, 2) float32.
+
+    The reference's table is complex; real numbers every device can multiply.
+    """
+    frequencies = rope_frequencies(args.head_dim, args.rope_theta, args.rope_factor)
+    angles = torch.outer(torch.arange(length).float(), frequencies)
+    return torch.stack((angles.cos(), angles.sin()), dim=-1)
+
+
+def apply_rotary_emb(x: Tensor, freqs_cis: Tensor) -> Tensor:
+    """Rotates neighbouring components (2i, 2i+1) by the position's angles, in float32.
+
+    ``x`` and the result are (B, S, H, hd), ``freqs_cis`` (S, hd / 2, 2) float32.
+    """
+    # In float32: bfloat16 keeps 8 bits, too few to tell late positions apart by their angles.
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # (B, S, H, hd / 2) each
+    cos, sin = freqs_cis[:, None].unbind(-1)  # (S, 1, hd / 2): the same for all heads
+    rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    return rotated.flatten(-2).type_as(x)

@@ -9,8 +9,7 @@ from __future__ import annotations
 import io
 import os
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
+from contextlib import redirect_stdout
 
 import torch
 import torch.distributed as dist
@@ -86,23 +85,14 @@ def initialize(model_parallel_size: int | None = None, *, device: torch.device) 
     if not dist.is_initialized():
         _make_process_group(device)
     if groups.model_parallel_is_initialized():
-        _check_current(model_parallel_size)
-    else:
-        _make_groups(model_parallel_size, dist.get_world_size())
-
-
-def _check_current(model_parallel_size: int | None) -> None:
-    """Raises InputError where the groups that there are have another size."""
-    current = groups.get_model_parallel_world_size()
-    if model_parallel_size not in (None, current):
-        raise InputError(
-            f"model_parallel_size {model_parallel_size} was asked for, but this process is "
-            f"already set up for {current}; one process serves one size"
-        )
-
-
-def _make_groups(model_parallel_size: int | None, world: int) -> None:
-    """Makes fairscale's groups of so many of the ``world`` ranks; of all for None."""
+        current = groups.get_model_parallel_world_size()
+        if model_parallel_size not in (None, current):
+            raise InputError(
+                f"model_parallel_size {model_parallel_size} was asked for, but this process is "
+                f"already set up for {current}; one process serves one size"
+            )
+        return
+    world = dist.get_world_size()
     size = world if model_parallel_size is None else model_parallel_size
     if size < 1 or world % size:
         raise InputError(
@@ -121,40 +111,27 @@ def _make_process_group(device: torch.device) -> None:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         return
     # A group of one talks to nobody; on the loopback it needs neither a network nor a host name.
-    loopback = {"linux": "lo", "darwin": "lo0"}.get(sys.platform)
-    names = {"GLOO_SOCKET_IFNAME": loopback} if loopback else {}
-    with _environment(names):
-        before = sys.excepthook  # torch's own puts "[rank0]:" before every line of a traceback
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        sys.excepthook = before
-
-
-@contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Environment variables that are as before when the block ends."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
+    name, loopback = "GLOO_SOCKET_IFNAME", {"linux": "lo", "darwin": "lo0"}.get(sys.platform)
+    before, hook = os.environ.get(name), sys.excepthook
+    if loopback:
+        os.environ[name] = loopback
     try:
-        yield
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     finally:
-        for name, value in before.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
+        sys.excepthook = hook  # torch's own puts "[rank0]:" before every line of a traceback
+        os.environ.pop(name, None)
+        if before is not None:
+            os.environ[name] = before
 
 
 def model_parallel_rank() -> int:
-    """This process's place among the ranks that share one model; 0 for a single process."""
-    _ensure()
+    """This process's rank among those that share one model; 0 for a single process."""
+    if not groups.model_parallel_is_initialized():
+        initialize(device=choose_device())
     return groups.get_model_parallel_rank()
 
 
 def model_parallel_size() -> int:
     """How many ranks share one model; 1 for a single process."""
-    _ensure()
+    model_parallel_rank()  # makes the groups where there are none
     return groups.get_model_parallel_world_size()
-
-
-def _ensure() -> None:
-    if not groups.model_parallel_is_initialized():
-        initialize(device=choose_device())

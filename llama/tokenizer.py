@@ -1,12 +1,16 @@
-"""Text to token ids and back over the three kinds of tokenizer files, told apart by content."""
+"""Text and dialogs to token ids and back, over three kinds of tokenizer files.
+
+A file's kind is known by its content; dialogs have the formats of Llama 2 and Llama 3.
+"""
 
 from __future__ import annotations
 
 import base64
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Literal, TypedDict
 
 from llama.errors import InputError
 from llama.io.json_files import JsonObject, read_json
@@ -42,13 +46,13 @@ class Tokenizer:
         pad_id: of padding, which Llama 3's file does not name.
         stop_tokens: ids that end a generation: eos and Llama 3's ends of turn and message.
         special_tokens: their ids by name; empty for SentencePiece.
-        add_bos: whether the model expects bos in front of a plain text.
+        add_bos: whether the model expects bos before a plain text.
         dialog_format: ``"llama2"``, ``"llama3"`` or None.
 
     Args:
-        model_path: ``tokenizer.model`` of Llama 2 or 3, or ``tokenizer.json``. Beside the latter,
-            ``tokenizer_config.json`` names bos, eos and pad. Where it does not, bos and eos are
-            known if exactly one of the usual names is a special token.
+        model_path: ``tokenizer.model`` of Llama 2 or 3, or ``tokenizer.json``, for which
+            ``tokenizer_config.json`` in its directory names bos, eos and pad. Where it does not,
+            bos and eos are known if exactly one of the usual names is a special token.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -68,11 +72,7 @@ class Tokenizer:
             self.dialog_format = "llama3"
 
     def encode(self, s: str, bos: bool, eos: bool) -> list[int]:
-        """Token ids of a text of any length, between `bos_id` and `eos_id` where asked for.
-
-        Raises:
-            InputError: bos or eos is unknown, or the text holds half a surrogate pair.
-        """
+        """Token ids of a text of any length, between `bos_id` and `eos_id` where asked for."""
         for asked, token_id, key in ((bos, self.bos_id, "bos"), (eos, self.eos_id, "eos")):
             if asked and token_id < 0:
                 raise InputError(f"encode({key}=True) needs a {key}_token; {self._backend.lack}")
@@ -111,7 +111,7 @@ class _SentencePiece:
 
 
 class _Tiktoken:
-    """A text ``tokenizer.model``, as of Llama 3: ranks, behind which the special tokens follow."""
+    """A text ``tokenizer.model``, as of Llama 3: ranks, which the special tokens follow."""
 
     def __init__(self, path: Path, data: bytes) -> None:
         from tiktoken import Encoding
@@ -131,7 +131,7 @@ class _Tiktoken:
 
 
 class _TokenizerJson:
-    """A Hugging Face ``tokenizer.json`` and the ``tokenizer_config.json`` beside it."""
+    """A Hugging Face ``tokenizer.json`` and the ``tokenizer_config.json`` of its directory."""
 
     def __init__(self, path: Path, data: bytes) -> None:
         import tokenizers
@@ -185,18 +185,18 @@ def check_text(text: str) -> None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        half = ascii(text[error.start])
+        character = ascii(text[error.start])
         raise InputError(
-            f"the text holds {half} as character {error.start}, half a surrogate pair or a byte "
-            "that is not UTF-8; expected whole characters: remove it"
+            f"the text holds {character} as character {error.start}, half a surrogate pair or a "
+            "byte that is not UTF-8; expected whole characters: remove it"
         ) from None
 
 
 def find_tokenizer(ckpt_dir: str | os.PathLike[str]) -> Path:
-    """The tokenizer file in a directory or, Llama 2's place, its parent; else FileNotFoundError."""
-    here = Path(str(ckpt_dir))
-    paths = [here / "tokenizer.model", here / "tokenizer.json"]
-    paths.append(Path(os.path.abspath(here)).parent / "tokenizer.model")
+    """The tokenizer file in a directory or, as Llama 2's, its parent; else FileNotFoundError."""
+    folder = Path(str(ckpt_dir))
+    paths = [folder / "tokenizer.model", folder / "tokenizer.json"]
+    paths.append(Path(os.path.abspath(folder)).parent / "tokenizer.model")
     for path in paths:
         if path.is_file():
             return path
@@ -204,10 +204,10 @@ def find_tokenizer(ckpt_dir: str | os.PathLike[str]) -> Path:
 
 
 def llama3_special_tokens(n_ranks: int) -> dict[str, int]:
-    """Ids by name of the 256 special tokens behind Llama 3's ``n_ranks`` ranks (128000).
+    """Ids by name of the 256 special tokens that follow Llama 3's ``n_ranks`` ranks (128000).
 
-    The files of Llama 3 and 3.1 are the same, so the names of both are there: every id has its
-    Llama 3 name, and 3.1's new tokens are second names of three that Llama 3 keeps in reserve.
+    Every id has its Llama 3 name; 3.1's new tokens are second names of three of its reserve,
+    because the files of both are the same.
     """
     reserved = (f"reserved_special_token_{i}" for i in range(N_SPECIAL))
     names = (LLAMA_NAMES.split() + ["-"] * N_SPECIAL)[:N_SPECIAL]
@@ -253,12 +253,7 @@ def _has_settings(model: bytes) -> bool:
 def read_ranks(path: Path, data: bytes) -> dict[bytes, int]:
     """Llama 3's tokens and their ranks, which are their ids, from the content of a file.
 
-    Args:
-        path: named in errors.
-        data: lines of a token in base64 and its rank, ranks ascending from 0.
-
-    Raises:
-        InputError: a line is damaged, or a single byte is no token.
+    Its lines are a token in base64 and its rank, ranks ascending from 0; every byte is a token.
     """
     ranks: dict[bytes, int] = {}
     for line in filter(None, data.splitlines()):
@@ -281,9 +276,9 @@ def _chunks(text: str) -> Iterator[str]:
     for start in range(0, len(text), MAX_CHARS):
         chunk, begin = text[start : start + MAX_CHARS], 0
         for run in LONG_RUN.finditer(chunk):
-            for cut in range(run.start() + MAX_RUN, run.end(), MAX_RUN):
-                yield chunk[begin:cut]
-                begin = cut
+            for end in range(run.start() + MAX_RUN, run.end(), MAX_RUN):
+                yield chunk[begin:end]
+                begin = end
         yield chunk[begin:]
 
 
@@ -297,3 +292,83 @@ def _name(config: JsonObject, key: str, special: dict[str, int], path: Path) -> 
         return name or ""
     usual = USUAL_NAMES.get(key, set()) & special.keys()
     return usual.pop() if len(usual) == 1 else ""
+
+
+Role = Literal["system", "user", "assistant"]
+
+
+class Message(TypedDict):
+    """One turn of a dialog."""
+
+    role: Role
+    content: str
+
+
+Dialog = Sequence[Message]
+
+INST, SYS = ("[INST]", "[/INST]"), ("<<SYS>>\n", "\n<</SYS>>\n\n")
+LLAMA2_TAGS = (*INST, "<<SYS>>", "<</SYS>>")
+UNSAFE_ERROR = "Error: special tags are not allowed as part of the prompt."
+
+
+def encode_dialog(tokenizer: Tokenizer, dialog: Dialog) -> list[int]:
+    """Token ids that ask the model for the next assistant message; roles as in `check_roles`."""
+    check_roles(dialog)
+    if tokenizer.dialog_format == "llama2":
+        return _encode_llama2(tokenizer, dialog)
+    if tokenizer.dialog_format == "llama3":
+        return _encode_llama3(tokenizer, dialog)
+    raise InputError(
+        "this tokenizer has neither Llama 2's nor Llama 3's dialog format; write the model's own "
+        "chat template into a prompt and call text_completion"
+    )
+
+
+def is_unsafe(tokenizer: Tokenizer, dialog: Dialog) -> bool:
+    """Whether a Llama 2 dialog holds the format's own tags, which would forge turns.
+
+    Llama 3's markers are special tokens, which a message's text never becomes.
+    """
+    if tokenizer.dialog_format != "llama2":
+        return False
+    return any(tag in message["content"] for message in dialog for tag in LLAMA2_TAGS)
+
+
+def check_roles(dialog: Dialog) -> None:
+    """Raises InputError unless the roles are [system,] user, assistant, ..., user."""
+    roles = [message["role"] for message in dialog]
+    turns = roles[1:] if roles[:1] == ["system"] else roles
+    expected = ["user" if i % 2 == 0 else "assistant" for i in range(len(turns))]
+    if turns != expected or len(turns) % 2 == 0:
+        raise InputError(
+            f"expected roles [system,] user, assistant, user, ... ending with user, got {roles}"
+        )
+
+
+def _encode_llama2(tokenizer: Tokenizer, dialog: Dialog) -> list[int]:
+    """``<s>[INST] question [/INST] answer </s>`` for every turn; the system text in the first."""
+    contents = [message["content"] for message in dialog]
+    if dialog[0]["role"] == "system":
+        contents = [SYS[0] + contents[0] + SYS[1] + contents[1], *contents[2:]]
+    ids: list[int] = []
+    for question, answer in zip(contents[:-1:2], contents[1::2], strict=True):
+        text = f"{INST[0]} {question.strip()} {INST[1]} {answer.strip()} "
+        ids += tokenizer.encode(text, bos=True, eos=True)
+    last = f"{INST[0]} {contents[-1].strip()} {INST[1]}"
+    return ids + tokenizer.encode(last, bos=True, eos=False)
+
+
+def _encode_llama3(tokenizer: Tokenizer, dialog: Dialog) -> list[int]:
+    """A header with the role before every message, ``<|eot_id|>`` after; an open answer last."""
+    special = tokenizer.special_tokens
+
+    def header(role: str) -> list[int]:
+        name = tokenizer.encode(role, bos=False, eos=False)
+        gap = tokenizer.encode("\n\n", bos=False, eos=False)
+        return [special["<|start_header_id|>"], *name, special["<|end_header_id|>"], *gap]
+
+    ids = [special["<|begin_of_text|>"]]
+    for message in dialog:
+        text = tokenizer.encode(message["content"].strip(), bos=False, eos=False)
+        ids += [*header(message["role"]), *text, special["<|eot_id|>"]]
+    return ids + header("assistant")

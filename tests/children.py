@@ -20,7 +20,7 @@ from fairscale.nn.model_parallel import initialize as groups
 from llama import Llama, ModelArgs, Transformer
 from llama.checkpoint.meta import Checkpoint
 from llama.formats.convert import hf_to_meta, meta_to_hf
-from llama.loading import load_model
+from llama.generation import load_model
 from llama.parallel import initialize
 from short_gpt import ShortGPTError, ShortLlama
 from short_gpt.checkpoints import prune_hf

@@ -54,8 +54,8 @@ MUTANTS = [
         "test_texts_are_the_samples_where_there_are_several",
     ),
     (
-        "key = place if known in (None, 1) else int(sample.text or 0)",
-        "key = place",
+        "key = index if known in (None, 1) else int(sample.text or 0)",
+        "key = index",
         "test_the_error_over_texts_is_the_jackknifes",
     ),
     (
@@ -238,8 +238,8 @@ MUTANTS = [
         "test_every_weight_goes_back_to_where_it_came_from",
     ),
     (
-        "return permute(name, weights[hf_name].read(hf_name), args, to=META)\n",
-        "return weights[hf_name].read(hf_name)\n",
+        "return permute(name, weight, self.args, to=META)",
+        "return weight",
         "test_hugging_faces_format_gives_the_same_file",
     ),
     (

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from llama import Llama
-from llama.formats.gguf_header import read_header
+from llama.formats.gguf_read import read_header
 from llama.tokenizer import Tokenizer
 from short_gpt import ShortLlama, windows
 from short_gpt.data import demo

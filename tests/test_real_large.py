@@ -13,7 +13,7 @@ import second_family
 import torch
 from llama_cpp import LlamaCpp
 
-from llama.formats.gguf_parts import GGUFParts
+from llama.formats.gguf_read import GGUFParts
 from short_gpt import open_model
 from short_gpt.checkpoints import Provenance
 from short_gpt.checkpoints.gguf_layers import Stack

@@ -5,9 +5,16 @@
 (4096,)
 """
 
-from llama.checkpoint.meta import CONVERSION, Checkpoint, copy_tokenizer, read_params
+from llama.checkpoint.meta import (
+    CONVERSION,
+    Checkpoint,
+    check_shards,
+    copy_tokenizer,
+    read_params,
+    reshard,
+    write_model,
+)
 from llama.checkpoint.pth import Shard, TensorInfo, write_shard, write_shards
-from llama.checkpoint.reshard import check_shards, reshard, write_model
 from llama.checkpoint.sharding import full_shapes, part_of, shapes_of_rank, split_dim
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""A Meta checkpoint directory as data: validate, read, and write it tensor by tensor.
+"""A Meta checkpoint directory as data: checked, read, and written, tensor by tensor.
 
 A directory holds ``params.json``, ``consolidated.00.pth`` and on (one file for each
 model-parallel rank) and a tokenizer.
@@ -9,27 +9,30 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from llama.args import ModelArgs, check_positive
-from llama.checkpoint.pth import Shard, TensorInfo
+from llama.args import ModelArgs, check_positive, check_split
+from llama.checkpoint.pth import Shard, TensorInfo, write_shards
 from llama.checkpoint.sharding import (
     EMBEDDING,
+    OUTPUT,
     by_vocabulary,
     full_shapes,
-    held,
+    part_of,
+    ranges_of_rank,
     shapes_of_rank,
     split_dim,
 )
 from llama.errors import InputError
-from llama.io.files import read_marker
+from llama.io.files import check_new, new_directory, read_marker
 from llama.io.json_files import JsonObject, read_json, write_json
-from llama.tokenizer import Tokenizer, holds_json
+from llama.parallel import choose_dtype
+from llama.tokenizer import Tokenizer, find_tokenizer, holds_json
 
 LAYER_NAME = re.compile(r"layers\.(\d+)\.(.+)")
 CONVERSION = "conversion.json"  # what a converted checkpoint was made from
@@ -45,10 +48,10 @@ class Checkpoint:
     Attributes:
         params: content of ``params.json``.
         args: its `ModelArgs`, with ``vocab_size`` taken from the weights where it is -1.
-        shards: the files, in the order of their names, which is the order of ranks.
+        shards: the files, in the order of ranks.
         vocab_parallel: whether ranks share the embedding by vocabulary (Llama 3) or by width.
             Several shards tell by their shapes, for one see `sharding.by_vocabulary`.
-        infos: shape (of the whole tensor), dtype and storage of every tensor, by name.
+        infos: shape (of the full tensor), dtype and storage of every tensor, by name.
 
     Raises:
         FileNotFoundError: the directory, ``params.json`` or the ``.pth`` files are missing.
@@ -60,51 +63,44 @@ class Checkpoint:
     def __init__(self, ckpt_dir: str | os.PathLike[str], **limits: int) -> None:
         self.directory = Path(str(ckpt_dir))
         self.params = read_params(self.directory)
-        args = args_of_params(self.directory, self.params, **limits)
+        args = self.args = args_of_params(self.directory, self.params, **limits)
         paths = sorted(self.directory.glob("consolidated.*.pth"))
         if not paths:
             raise FileNotFoundError(f"no consolidated.*.pth in {self.directory}")
         self.shards = [Shard(path) for path in paths]
+        first = self.shards[0].infos
         if args.vocab_size == -1:
-            args.vocab_size = self._vocab_size()
-        self.args = args
+            if OUTPUT not in first:
+                raise InputError(f"{self.shards[0].path} lacks output.weight")
+            args.vocab_size = first[OUTPUT].shape[0] * len(self.shards)
         self.vocab_parallel = self._check()
-        self.infos = self._whole()
-
-    def _vocab_size(self) -> int:
-        info = self.shards[0].infos.get("output.weight")
-        if info is None:
-            raise InputError(f"{self.shards[0].path} lacks output.weight")
-        return info.shape[0] * len(self.shards)
+        shapes = full_shapes(args)
+        self.infos = {
+            name: TensorInfo(
+                shapes.get(name, info.shape),
+                info.dtype,
+                tuple(shard.infos[name].storage for shard in self.shards),
+            )
+            for name, info in first.items()
+        }
 
     def _check(self) -> bool:
         """Compares names and shapes with params.json; returns ``vocab_parallel``."""
-        count = len(self.shards[0].infos)
-        if self.args.n_layers > count:
+        first, ranks = self.shards[0].infos, len(self.shards)
+        if self.args.n_layers > len(first):
             raise InputError(
                 f"n_layers {self.args.n_layers} in {self.directory / 'params.json'}; the file has "
-                f"{count} tensors"
+                f"{len(first)} tensors"
             )
-        ranks = len(self.shards)
-        width_cut, vocabulary_cut = (
-            shapes_of_rank(self.args, ranks, vocab_parallel=v) for v in (False, True)
-        )
-        first = self.shards[0].infos
+        expected = {v: shapes_of_rank(self.args, ranks, vocab_parallel=v) for v in (False, True)}
         if ranks == 1:
             vocab_parallel = by_vocabulary(self.args, first)
         else:
             embedding = first.get(EMBEDDING)
-            vocab_parallel = embedding is not None and embedding.shape == vocabulary_cut[EMBEDDING]
+            vocab_parallel = embedding is not None and embedding.shape == expected[True][EMBEDDING]
         for shard in self.shards:
-            _compare(shard, vocabulary_cut if vocab_parallel else width_cut, ranks)
+            _check_shapes(shard, expected[vocab_parallel], ranks)
         return vocab_parallel
-
-    def _whole(self) -> dict[str, TensorInfo]:
-        shapes, infos = full_shapes(self.args), {}
-        for name, info in self.shards[0].infos.items():
-            storage = tuple(shard.infos[name].storage for shard in self.shards)
-            infos[name] = TensorInfo(shapes.get(name, info.shape), info.dtype, storage)
-        return infos
 
     def read(self, name: str, *, rank: int = 0, ranks: int = 1) -> Tensor:
         """The part of a tensor that one of several model-parallel ranks holds.
@@ -116,7 +112,7 @@ class Checkpoint:
         Args:
             name: of the tensor.
             rank: 0 to ``ranks`` - 1.
-            ranks: how many share the model; 1 reads the whole tensor.
+            ranks: how many share the model; 1 reads the full tensor.
         """
         if ranks == len(self.shards):
             return self.shards[rank].read(name)
@@ -141,27 +137,40 @@ class Checkpoint:
         """Where a rank's part lies: shard, start and length in it, in order."""
         size, count = self.infos[name].shape[dim], len(self.shards)
         pieces: list[tuple[int, int, int]] = []
-        for at, end in held(self.args, name, size, rank, ranks):
+        for at, end in ranges_of_rank(self.args, name, size, rank, ranks):
             for shard in range(count):
                 offset = 0  # in the shard, of the range looked at
-                for start, stop in held(self.args, name, size, shard, count):
+                for start, stop in ranges_of_rank(self.args, name, size, shard, count):
                     if start <= at < min(stop, end):
-                        length = min(stop, end) - at
-                        _append(pieces, (shard, offset + at - start, length))
+                        begin, length = offset + at - start, min(stop, end) - at
+                        if pieces and (pieces[-1][0], sum(pieces[-1][1:])) == (shard, begin):
+                            _, begin, before = pieces.pop()  # which ends where this one begins
+                            pieces.append((shard, begin, before + length))
+                        else:
+                            pieces.append((shard, begin, length))
                         at += length
                     offset += stop - start
         return pieces
 
+    def is_tied(self) -> bool:
+        """Whether output head and embedding are equal, bit for bit; compared shard by shard."""
+        first = self.shards[0].infos
+        if first[OUTPUT].dtype != first[EMBEDDING].dtype:
+            return False
+        for rank, shard in enumerate(self.shards):
+            # the head is always cut by vocabulary; an embedding cut by width is joined for it
+            if len(self.shards) == 1 or self.vocab_parallel:
+                embedding = shard.read(EMBEDDING)
+            else:
+                rows = shard.infos[OUTPUT].shape[0]
+                part = slice(rank * rows, (rank + 1) * rows)
+                embedding = torch.cat([s.read(EMBEDDING)[part] for s in self.shards], 1)
+            if not torch.equal(shard.read(OUTPUT), embedding):
+                return False
+        return True
 
-def _append(pieces: list[tuple[int, int, int]], piece: tuple[int, int, int]) -> None:
-    """Adds a piece, to the last one if it follows it in the same shard."""
-    if pieces and (pieces[-1][0], sum(pieces[-1][1:])) == piece[:2]:
-        piece = (*pieces[-1][:2], pieces[-1][2] + piece[2])
-        pieces.pop()
-    pieces.append(piece)
 
-
-def _compare(shard: Shard, expected: Mapping[str, tuple[int, ...]], ranks: int) -> None:
+def _check_shapes(shard: Shard, expected: Mapping[str, tuple[int, ...]], ranks: int) -> None:
     shapes = {n: info.shape for n, info in shard.infos.items() if n not in Checkpoint.ignored}
     for problem, names in (
         ("lacks", sorted(expected.keys() - shapes.keys())),
@@ -204,13 +213,7 @@ def read_params(directory: Path) -> JsonObject:
 def check_vocabulary(
     checkpoint: Checkpoint, tokenizer: Tokenizer, path: str | os.PathLike[str]
 ) -> None:
-    """Raises InputError unless a tokenizer has as many words as the checkpoint.
-
-    Args:
-        checkpoint: the checkpoint.
-        tokenizer: the tokenizer.
-        path: its file, for the message.
-    """
+    """Raises InputError, naming the tokenizer's path, unless it has the checkpoint's vocabulary."""
     if tokenizer.n_words != checkpoint.args.vocab_size:
         raise InputError(
             f"the tokenizer {path} has {tokenizer.n_words} words, the checkpoint "
@@ -232,14 +235,110 @@ def copy_records(source: Path, target: Path, names: Iterable[str]) -> None:
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copies a tokenizer file, under its usual name, and its configuration beside it.
-
-    Raises:
-        InputError: it is damaged, or its configuration does not fit it.
-    """
+    """Copies a tokenizer file, under its usual name, and its configuration, once it can be read."""
     Tokenizer(source)
     kind = "json" if holds_json(source) else "model"
     shutil.copyfile(source, target / f"tokenizer.{kind}")
     config = source.with_name("tokenizer_config.json")
     if config.is_file():
         shutil.copyfile(config, target / config.name)
+
+
+def write_model(
+    directory: Path,
+    args: ModelArgs,
+    infos: Mapping[str, TensorInfo],
+    read: Callable[[str], Tensor],
+    *,
+    shards: int = 1,
+    vocab_parallel: bool | None = None,
+) -> None:
+    """Writes ``consolidated.00.pth`` and on; memory is bounded by the largest tensor.
+
+    Tensors that share a storage do so in every shard if they are cut alike.
+
+    Args:
+        directory: exists already.
+        args: the model's.
+        infos: of the full tensors.
+        read: gives a full tensor; called once for each.
+        shards: number of files, one for each model-parallel rank.
+        vocab_parallel: cut the embedding by vocabulary; None asks `sharding.by_vocabulary`.
+    """
+    by = by_vocabulary(args, infos) if vocab_parallel is None else vocab_parallel
+    shapes = shapes_of_rank(args, shards, vocab_parallel=by)
+    parts = {}
+    for name, info in infos.items():
+        dim = split_dim(name, vocab_parallel=by) if shards > 1 else None
+        parts[name] = TensorInfo(shapes.get(name, info.shape), info.dtype, (info.storage, dim))
+
+    def part(name: str, tensor: Tensor, rank: int) -> Tensor:
+        return part_of(args, name, tensor, rank, shards, vocab_parallel=by)
+
+    paths = [directory / f"consolidated.{rank:02d}.pth" for rank in range(shards)]
+    write_shards(paths, parts, read, part)
+
+
+def check_shards(args: ModelArgs, shards: int) -> None:
+    """Raises InputError unless the model can be cut into so many shards."""
+    if not 1 <= shards <= 100:
+        raise InputError(f"expected 1 to 100 shards, got {shards}")
+    check_split(args, shards)
+
+
+def reshard(
+    ckpt_dir: str | os.PathLike[str],
+    out_dir: str | os.PathLike[str],
+    *,
+    shards: int,
+    dtype: str | torch.dtype | None = None,
+    tokenizer_path: str | os.PathLike[str] | None = None,
+    also: Sequence[str] = (),
+    overwrite: bool = False,
+    progress: Callable[[str], object] = str,
+    verify: Callable[[Path], object] = str,
+) -> Path:
+    """Writes a Meta checkpoint with another number of shards, tensor by tensor.
+
+    The embedding stays cut the way it is: by width in Llama 2, by vocabulary in Llama 3; for a
+    source of one shard see `sharding.by_vocabulary`. There and back gives the same bits.
+
+    Args:
+        ckpt_dir: the source, of any number of shards.
+        out_dir: the new directory; appears complete or not at all.
+        shards: number of files: the model-parallel ranks that the checkpoint is made for.
+        dtype: of the weights; None keeps each one's.
+        tokenizer_path: copied along; None looks in the source's directory.
+        also: names of the source's JSON files to be copied, where they exist.
+        overwrite: whether an earlier conversion is replaced; nothing else ever is.
+        progress: called with every tensor's name before it is written.
+        verify: called with the finished directory before it is renamed; may raise.
+
+    Raises:
+        InputError: heads, widths or vocabulary do not divide among the shards, or the checkpoint
+            cannot be read.
+        FileExistsError: ``out_dir`` exists, or with ``overwrite`` holds the source or other files.
+        FileNotFoundError: checkpoint or tokenizer are missing.
+    """
+    source, out = Checkpoint(ckpt_dir), Path(str(out_dir))
+    check_shards(source.args, shards)
+    tokenizer = Path(str(tokenizer_path)) if tokenizer_path else find_tokenizer(source.directory)
+    Tokenizer(tokenizer)
+    check_new(out, marker=CONVERSION, overwrite=overwrite, source=source.directory)
+    kind = None if dtype is None else choose_dtype(dtype, torch.device("cpu"))
+    infos = {n: TensorInfo(i.shape, kind or i.dtype, i.storage) for n, i in source.infos.items()}
+
+    def read(name: str) -> Tensor:
+        progress(name)
+        return source.read(name)
+
+    by = source.vocab_parallel
+    with new_directory(out, marker=CONVERSION, overwrite=overwrite) as partial:
+        write_model(partial, source.args, infos, read, shards=shards, vocab_parallel=by)
+        write_json(partial / "params.json", source.params.get("model", source.params))
+        copy_tokenizer(tokenizer, partial)
+        copy_records(source.directory, partial, also)
+        earlier = read_conversion(source.directory)
+        write_json(partial / CONVERSION, {**earlier, "source": str(ckpt_dir), "shards": shards})
+        verify(partial)
+    return out

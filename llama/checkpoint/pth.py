@@ -2,8 +2,8 @@
 
 Files are opened by memory mapping and with ``weights_only=True``: nothing in them is ever
 executed, and what is not touched is not read. Writing is our own, because ``torch.save`` needs all
-tensors at once: a shard of 13 GB would take 13 GB, here it takes its largest tensor. No other
-library writes this format.
+tensors at once: a shard of 13 GB would take 13 GB, here it takes its largest tensor.
+``torch.serialization.skip_data`` writes by tensor too, but with wrong checksums.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from llama.errors import InputError
 
-ZIP_END = 98  # bytes at most that stand behind a zip file's list of records
+ZIP_END = 98  # bytes at most that follow a zip file's list of records
 MOST_RECORD = 2**24  # bytes of a record that is no tensor: the names of all tensors take far less
 STORAGES = {
     torch.float32: torch.FloatStorage,
@@ -52,7 +52,7 @@ class Shard:
     """One ``.pth`` file: the names, shapes and dtypes of its tensors; bytes only on demand.
 
     Raises:
-        InputError: not a whole ``torch.save`` zip file of named tensors, or a pickle that
+        InputError: not a complete ``torch.save`` zip file of named tensors, or a pickle that
             asks for anything but tensors.
     """
 
@@ -83,12 +83,11 @@ class Shard:
                     f"{self.path} cannot be read: it does not fit the free memory; free some, or "
                     "read it in more files (convert with shards)"
                 ) from None
-            if not zipfile.is_zipfile(self.path):
-                why = "it is cut off or another kind of file: fetch it anew"
-            else:
-                why = "it is damaged: fetch it anew"
+            is_zip = zipfile.is_zipfile(self.path)
+            why = "damaged" if is_zip else "cut off or another kind of file"
             raise InputError(
-                f"{self.path} cannot be read: expected a complete zip file of torch.save, but {why}"
+                f"{self.path} cannot be read: expected a complete zip file of torch.save, but it "
+                f"is {why}: fetch it anew"
             ) from None
         if not isinstance(content, dict):
             raise InputError(
@@ -136,20 +135,17 @@ class Shard:
                 f"{name} in {self.path} is on the device meta, where tensors have no values; save "
                 "the model anew, once its weights are loaded"
             )
-        whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
+        owner = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
         # tied weights are one storage under two names; a view of a part counts as its own
-        storage = tensor.data_ptr() if whole else name
+        storage = tensor.data_ptr() if owner else name
         return TensorInfo(tuple(tensor.shape), tensor.dtype, storage)
 
 
 def _check_records(path: Path) -> None:
     """Raises InputError for a zip file that would take more memory than it has bytes.
 
-    Torch reads ``data.pkl`` whole, and ``version`` whenever it opens the file, and inflates what is
-    compressed. It compresses nothing itself, and so nothing that is needs to be read.
-
-    Raises:
-        BadZipFile, ValueError: no zip file, or one in which two readers could find other records.
+    Torch reads ``data.pkl`` and ``version`` completely and inflates what is compressed. It never
+    compresses, and so no compressed record needs to be read.
     """
     size = path.stat().st_size
     with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
@@ -170,17 +166,14 @@ def _check_records(path: Path) -> None:
 def _check_end(end: bytes, size: int, start: int) -> None:
     """Raises BadZipFile unless the end of a zip file leads every reader to one list of records.
 
-    Args:
-        end: the last bytes.
-        size: of the file.
-        start: where the list begins for the package zipfile, which allows for bytes in front.
+    The list begins at ``start`` for the package zipfile, which allows for bytes before the file.
     """
     signature, begin, comment = struct.unpack("<4s12xIH", end[-22:])
-    place = size - ZIP_END
-    if end[-42:-38] == b"PK\6\7":  # zip64, whose own end lies in front of that
-        (place,) = struct.unpack("<Q", end[-34:-26])
+    end_record = size - ZIP_END
+    if end[-42:-38] == b"PK\6\7":  # zip64, whose own end lies before that
+        (end_record,) = struct.unpack("<Q", end[-34:-26])
         (begin,) = struct.unpack("<Q", end[-50:-42])
-    if (signature, comment, begin, place) != (b"PK\5\6", 0, start, size - ZIP_END):
+    if (signature, comment, begin, end_record) != (b"PK\5\6", 0, start, size - ZIP_END):
         raise zipfile.BadZipFile
 
 
@@ -217,8 +210,7 @@ class _Pickler(pickle.Pickler):
 def write_shard(path: Path, infos: Mapping[str, TensorInfo], read: Callable[[str], Tensor]) -> None:
     """Writes a file that ``torch.load`` reads (mapped too), holding one tensor at a time.
 
-    ``torch.save`` would need all tensors at once. The layout is its zip archive of stored
-    records, aligned at 64 bytes, with right checksums.
+    The layout is that of ``torch.save``: a zip archive of stored records, aligned at 64 bytes.
 
     Args:
         path: the new file.
@@ -239,7 +231,7 @@ def write_shards(
     Args:
         paths: the new files.
         infos: what each of them holds.
-        read: gives a whole tensor.
+        read: gives a full tensor.
         part: gives the part of a tensor of this name, for the file of this number.
     """
     # Every entry is a ZipInfo, whose date is fixed: the same tensors give the same bytes.
@@ -256,9 +248,10 @@ def write_shards(
                 _Pickler(file, storages).dump(dict(infos))
             archive.writestr(zipfile.ZipInfo("archive/byteorder"), sys.byteorder)
         for name, key in sources.items():
-            whole, info = read(name).detach().to("cpu", infos[name].dtype), infos[name]
+            info = infos[name]
+            full = read(name).detach().to("cpu", info.dtype)
             for number, archive in enumerate(archives):
-                tensor = part(name, whole, number).contiguous()
+                tensor = part(name, full, number).contiguous()
                 if tuple(tensor.shape) != info.shape:
                     raise InputError(f"{name} is {list(tensor.shape)}, expected {info.shape}")
                 _write_record(archive, f"archive/data/{key}", tensor)

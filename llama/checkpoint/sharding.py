@@ -14,7 +14,6 @@ LLAMA_3_VOCABULARY = 128256
 EMBEDDING, OUTPUT = "tok_embeddings.weight", "output.weight"
 # Along which dimension the shards of a tensor are cut; None: every shard holds all of it.
 # `tok_embeddings.weight` is cut along 1 in Llama 2 and along 0 in Llama 3: its shape tells.
-# Of key/value heads fewer than shards, each shard holds the one that its query heads need.
 LAYER_SPLITS: dict[str, int | None] = {
     "attention.wq.weight": 0,
     "attention.wk.weight": 0,
@@ -30,24 +29,15 @@ KV_NAMES = ("attention.wk.weight", "attention.wv.weight")
 
 
 def full_shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor of the whole model, by name."""
+    """Shape of every full tensor of the model, by name."""
     d, f = args.dim, args.ffn_dim
     q, kv = args.n_heads * args.head_dim, args.kv_heads * args.head_dim
-    layer = {
-        "attention.wq.weight": (q, d),
-        "attention.wk.weight": (kv, d),
-        "attention.wv.weight": (kv, d),
-        "attention.wo.weight": (d, q),
-        "feed_forward.w1.weight": (f, d),
-        "feed_forward.w2.weight": (d, f),
-        "feed_forward.w3.weight": (f, d),
-        "attention_norm.weight": (d,),
-        "ffn_norm.weight": (d,),
-    }
-    shapes: dict[str, tuple[int, ...]] = {"tok_embeddings.weight": (args.vocab_size, d)}
+    layer = [(q, d), (kv, d), (kv, d), (d, q), (f, d), (d, f), (f, d), (d,), (d,)]
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (args.vocab_size, d)}
     for i in range(args.n_layers):
-        shapes |= {f"layers.{i}.{name}": shape for name, shape in layer.items()}
-    return shapes | {"norm.weight": (d,), "output.weight": (args.vocab_size, d)}
+        names = (f"layers.{i}.{name}" for name in LAYER_SPLITS)
+        shapes |= zip(names, layer, strict=True)
+    return shapes | {"norm.weight": (d,), OUTPUT: (args.vocab_size, d)}
 
 
 def split_dim(name: str, *, vocab_parallel: bool = False) -> int | None:
@@ -57,11 +47,13 @@ def split_dim(name: str, *, vocab_parallel: bool = False) -> int | None:
     return {EMBEDDING: 0 if vocab_parallel else 1, OUTPUT: 0}.get(name)
 
 
-def held(args: ModelArgs, name: str, size: int, rank: int, ranks: int) -> list[tuple[int, int]]:
-    """What a rank holds of a tensor of this size along the dimension it is cut along.
+def ranges_of_rank(
+    args: ModelArgs, name: str, size: int, rank: int, ranks: int
+) -> list[tuple[int, int]]:
+    """What a rank holds of a tensor of this size along the dimension that is cut.
 
     Returns:
-        Ranges (start, stop) of the whole tensor, in the order in which the rank holds them: one,
+        Ranges (start, stop) of the full tensor, in the order in which the rank holds them: one,
         or one for each key/value head.
     """
     if name.endswith(KV_NAMES):
@@ -80,25 +72,26 @@ def shapes_of_rank(
     for name, shape in shapes.items():
         dim = split_dim(name, vocab_parallel=vocab_parallel)
         if dim is not None:
-            size = sum(stop - start for start, stop in held(args, name, shape[dim], 0, ranks))
+            ranges = ranges_of_rank(args, name, shape[dim], 0, ranks)
+            size = sum(stop - start for start, stop in ranges)
             shapes[name] = (*shape[:dim], size, *shape[dim + 1 :])
     return shapes
 
 
 def part_of(
-    args: ModelArgs, name: str, whole: Tensor, rank: int, ranks: int, *, vocab_parallel: bool
+    args: ModelArgs, name: str, full: Tensor, rank: int, ranks: int, *, vocab_parallel: bool
 ) -> Tensor:
-    """What a rank holds of a whole tensor; a view where that is in one piece."""
+    """What a rank holds of a full tensor; a view where that is in one piece."""
     dim = split_dim(name, vocab_parallel=vocab_parallel)
     if dim is None or ranks == 1:
-        return whole
-    ranges = held(args, name, whole.shape[dim], rank, ranks)
-    pieces = [whole.narrow(dim, start, stop - start) for start, stop in ranges]
+        return full
+    ranges = ranges_of_rank(args, name, full.shape[dim], rank, ranks)
+    pieces = [full.narrow(dim, start, stop - start) for start, stop in ranges]
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
 
 
 def by_vocabulary(args: ModelArgs, infos: Mapping[str, TensorInfo]) -> bool:
-    """Whether the embedding of a model that is still in one piece is to be cut by vocabulary.
+    """Whether the embedding of a model in one file is to be cut by vocabulary.
 
     Yes for Llama 3's vocabulary, whose reference code reads it so, and where the output head is
     tied to the embedding, which so stays tied; else by width, as Llama 2's.

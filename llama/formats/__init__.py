@@ -5,11 +5,10 @@
 PosixPath('llama-2-7b')
 """
 
-from llama.formats.convert import check_llama, gguf_to_meta, hf_to_meta, meta_to_hf
-from llama.formats.gguf import GGUFFile
-from llama.formats.gguf_from import llama_to_gguf
-from llama.formats.gguf_parts import GGUFParts
-from llama.formats.hf import args_of, config_of, meta_infos
+from llama.formats.convert import gguf_to_meta, hf_to_meta, meta_to_hf
+from llama.formats.gguf import GGUFFile, llama_to_gguf
+from llama.formats.gguf_read import GGUFParts
+from llama.formats.hf import HFCheckpoint, args_of, check_llama, config_of, meta_infos
 from llama.formats.names import GGUF, HF, META, name_in, params_json, permute
 from llama.formats.safetensors import SafetensorsFile, open_weights, write_weights
 from llama.formats.tokenizers import tokenizer_json, with_bos, write_tokenizer
@@ -20,6 +19,7 @@ __all__ = [
     "META",
     "GGUFFile",
     "GGUFParts",
+    "HFCheckpoint",
     "SafetensorsFile",
     "args_of",
     "check_llama",

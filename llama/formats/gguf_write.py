@@ -16,8 +16,18 @@ import torch
 from torch import Tensor
 
 from llama.errors import InputError, MissingPackageError
-from llama.formats.gguf_header import ARRAY, NUMBERS, STRING, Header, Record, nbytes_of
-from llama.formats.gguf_parts import SPLIT_COUNT, SPLIT_NO, SPLIT_TENSORS, GGUFParts
+from llama.formats.gguf_read import (
+    ARRAY,
+    NUMBERS,
+    SPLIT_COUNT,
+    SPLIT_NO,
+    SPLIT_TENSORS,
+    STRING,
+    GGUFParts,
+    Header,
+    Record,
+    nbytes_of,
+)
 
 UINT16, UINT32, INT32, FLOAT32, BOOL = 2, 4, 5, 6, 7  # types of values, by number
 VERSION, ALIGNMENT = 3, 32  # of files made anew
@@ -40,16 +50,9 @@ class Stored(NamedTuple):
 
 
 def record(key: str, value: object, kind: int, element: int | None = None) -> Record:
-    """A key with its value, as it stands in a file.
+    """A key with its value, a number, a text or a list of either, as it stands in a file.
 
-    Args:
-        key: its name.
-        value: a number, a text, or a list of either.
-        kind: number of the type.
-        element: of the type of a list's elements.
-
-    Raises:
-        InputError: the type cannot hold the value.
+    ``kind`` is the number of its type, ``element`` that of a list's elements.
     """
     try:
         raw = _text(key) + struct.pack("<I", kind) + _packed(value, kind, element)
@@ -76,8 +79,8 @@ def _text(text: str) -> bytes:
 
 def copied(source: GGUFParts, name: str) -> Stored:
     """A tensor as its source has it, byte for byte."""
-    own, part = source.tensors[name], source.part_of(name)
-    return Stored(own.shape, own.kind, own.nbytes, lambda: source.chunks(name), part)
+    entry, part = source.tensors[name], source.part_of(name)
+    return Stored(entry.shape, entry.kind, entry.nbytes, lambda: source.chunks(name), part)
 
 
 def write_new(
@@ -87,16 +90,9 @@ def write_new(
     *,
     progress: Callable[[str], object] = str,
 ) -> None:
-    """Writes a file of these keys and tensors, in memory of what a tensor yields at a time.
-
-    Args:
-        path: the new file.
-        records: its keys, in order.
-        tensors: by name, in order.
-        progress: called with every tensor's name before it is written.
-    """
+    """Writes a file of these keys and tensors, in memory of what a tensor yields at a time."""
     like = Header({}, {}, {}, VERSION, ALIGNMENT)
-    _write_file(path, like, [found.raw for found in records.values()], tensors, progress)
+    _write_file(path, like, [key.raw for key in records.values()], tensors, progress)
     _pad(path, ALIGNMENT)
 
 
@@ -112,13 +108,10 @@ def write_again(
 
     Args:
         paths: the new files: one, or `named_parts`.
-        source: whose keys and layout are taken over.
+        source: whose keys and layout are copied.
         tensors: by their new names, in order.
         records: keys that are other than in the source; None leaves one out.
         progress: called with every tensor's name before it is written.
-
-    Raises:
-        InputError: there are fewer tensors than files.
     """
     groups = _groups(source, tensors, len(paths))
     for number, (path, names) in enumerate(zip(paths, groups, strict=True)):
@@ -142,13 +135,12 @@ def _keys(
         before = {}
     keys: dict[str, Record | None] = dict(before)
     if not number:
-        keys |= changed  # a key that was there stays in its place, a new one goes to the end
+        keys |= changed  # a key that was there keeps its position, a new one goes to the end
     values = {SPLIT_NO: (number, UINT16), SPLIT_COUNT: (count, UINT16)}
     values[SPLIT_TENSORS] = (tensors, INT32)
     for key, (value, kind) in values.items():
-        own = before.get(key)
         if count > 1:
-            keys[key] = record(key, value, kind if own is None else own.kind)
+            keys[key] = record(key, value, before[key].kind if key in before else kind)
         elif len(source.headers) > 1:
             keys.pop(key, None)
     return [value.raw for value in keys.values() if value is not None]
@@ -166,9 +158,9 @@ def _groups(source: GGUFParts, tensors: Mapping[str, Stored], count: int) -> lis
             return groups
     groups = [[]]
     size, total = 0, sum(tensor.nbytes for tensor in tensors.values())
-    for at, (name, tensor) in enumerate(tensors.items()):
+    for i, (name, tensor) in enumerate(tensors.items()):
         files = count - len(groups)  # that are to follow
-        full = size >= total * len(groups) / count or len(tensors) - at <= files
+        full = size >= total * len(groups) / count or len(tensors) - i <= files
         if files and groups[-1] and full:
             groups.append([])
         groups[-1].append(name)
@@ -179,7 +171,7 @@ def _groups(source: GGUFParts, tensors: Mapping[str, Stored], count: int) -> lis
 def _is_padded(source: GGUFParts) -> bool:
     """Whether the source's files end where the alignment ends, not with the last tensor."""
     header = source.headers[0]
-    end = max((place.start + place.nbytes for place in header.tensors.values()), default=0)
+    end = max((entry.start + entry.nbytes for entry in header.tensors.values()), default=0)
     return source.paths[0].stat().st_size > end or not end % header.alignment
 
 
@@ -222,15 +214,11 @@ def type_name(kind: int) -> str:
 
 
 def writable(kind: int, shape: tuple[int, ...]) -> int:
-    """The type to write a tensor in that is wanted in another one.
-
-    Args:
-        kind: ggml's number of the type that is wanted.
-        shape: of the tensor, in torch's order.
+    """The type to write a tensor in, by ggml's number of the type that was asked for.
 
     Returns:
         ``kind``; Q8_0 where that is a type that is only read here, such as the K-quants; F16 where
-        the rows are not whole blocks.
+        the rows do not fill blocks.
     """
     if kind in PLAIN:
         return kind
@@ -248,11 +236,7 @@ def writable(kind: int, shape: tuple[int, ...]) -> int:
 
 
 def packed(name: str, weight: Tensor, kind: int) -> bytes:
-    """A tensor's bytes in a type that `writable` gives.
-
-    Raises:
-        InputError: a value is too large for F16.
-    """
+    """A tensor's bytes in a type that `writable` gives; InputError if a value exceeds F16's."""
     if kind in PLAIN:
         values = weight.detach().cpu().to(PLAIN[kind]).contiguous()
         if kind == F16 and not bool(values.isfinite().all() or not weight.isfinite().all()):
@@ -265,14 +249,6 @@ def packed(name: str, weight: Tensor, kind: int) -> bytes:
 
 
 def stored(name: str, weight: Tensor, kind: int, *, part: int = 0) -> Stored:
-    """A tensor of torch to be written in a type that `writable` gives, packed when it is.
-
-    Args:
-        name: of the tensor, for messages.
-        weight: it.
-        kind: ggml's number of the type.
-        part: as of `Stored`.
-    """
-    shape = tuple(weight.shape)
-    size = nbytes_of(name, shape, kind)
-    return Stored(shape, kind, size, lambda: [packed(name, weight, kind)], part)
+    """A tensor to be written in a type that `writable` gives, packed when it is written."""
+    size = nbytes_of(name, tuple(weight.shape), kind)
+    return Stored(tuple(weight.shape), kind, size, lambda: [packed(name, weight, kind)], part)

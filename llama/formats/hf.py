@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from llama.args import ModelArgs, check_positive, shown
 from llama.checkpoint.pth import TensorInfo
 from llama.checkpoint.sharding import EMBEDDING, OUTPUT, full_shapes
 from llama.errors import InputError
-from llama.formats.names import HF, check_layers, check_tensors, ffn_keys, name_in
-from llama.formats.safetensors import DTYPES, SafetensorsFile
-from llama.io.json_files import JsonObject
+from llama.formats.names import HF, META, check_layers, check_tensors, ffn_keys, name_in, permute
+from llama.formats.safetensors import DTYPES, SafetensorsFile, open_weights
+from llama.formats.tokenizers import find_hf_tokenizer
+from llama.io.json_files import JsonObject, read_json
+from llama.io.sources import resolve
+from llama.model import ROPE_HIGH_FACTOR, ROPE_LOW_FACTOR, ROPE_ORIGINAL_CONTEXT
 from llama.parallel import choose_dtype
-from llama.rope import ROPE_HIGH_FACTOR, ROPE_LOW_FACTOR, ROPE_ORIGINAL_CONTEXT
 from llama.tokenizer import Tokenizer
 
 LLAMA3_SCALING = {
@@ -25,16 +29,49 @@ LLAMA3_SCALING = {
 }
 
 
-def args_of(config: JsonObject, directory: Path) -> ModelArgs:
-    """The model's shape from a ``config.json``.
+class HFCheckpoint:
+    """A Hugging Face Llama directory in Meta's terms, opened and checked by its headers.
 
     Args:
-        config: its content.
-        directory: where it lies, for messages.
+        directory: with ``config.json``, safetensors and a tokenizer.
+        dtype: of the weights in `infos`; None keeps each one's.
+
+    Attributes:
+        config: the content of ``config.json``.
+        args: the model's shape.
+        tied: whether the config says that the output head is the embedding.
+        infos: as of `meta_infos`.
+        tokenizer: its file.
 
     Raises:
-        InputError: it is no Llama that Meta's code could run; the message names what differs.
+        FileNotFoundError: config, weights or tokenizer are missing.
+        InputError: a file is damaged, or not a Llama: the message names what differs.
     """
+
+    def __init__(self, directory: Path, dtype: str | torch.dtype | None = None) -> None:
+        config = self.config = read_json(directory / "config.json")
+        self.args, self._files = args_of(config, directory), open_weights(directory)
+        self.tied = bool(config.get("tie_word_embeddings", False))
+        self.tokenizer = find_hf_tokenizer(directory)
+        self.infos = meta_infos(self.args, self._files, dtype, tied=self.tied, directory=directory)
+
+    def read(self, name: str) -> Tensor:
+        """The tensor of Meta's name, with Meta's order of rows, in the dtype of the file."""
+        hf_name = str(self.infos[name].storage)
+        weight = self._files[hf_name].read(hf_name)
+        return permute(name, weight, self.args, to=META)
+
+
+def check_llama(
+    directory: str | os.PathLike[str], dtype: str | torch.dtype | None = None
+) -> tuple[ModelArgs, dict[str, TensorInfo]]:
+    """The shape and `meta_infos` of a Hugging Face Llama, also on the hub, by its headers alone."""
+    source = HFCheckpoint(resolve(directory), dtype)
+    return source.args, source.infos
+
+
+def args_of(config: JsonObject, directory: Path) -> ModelArgs:
+    """The model's shape from the content of a ``config.json``; InputError if no plain Llama."""
     _check_plain(config, directory)
     args = ModelArgs(
         dim=config["hidden_size"],
@@ -113,8 +150,8 @@ def config_of(
         args: the model's shape.
         dtype: of the weights.
         tied: whether the output head is the embedding.
-        tokenizer: tells bos and eos where the record does not.
-        record: content of ``conversion.json``; holds what Meta's format has no place for.
+        tokenizer: names bos and eos where the record does not.
+        record: content of ``conversion.json``, which holds what Meta's format cannot say.
     """
     ends = sorted(tokenizer.stop_tokens)
     ids: JsonObject = {
@@ -174,10 +211,7 @@ def meta_infos(
         weights: the file of every tensor.
         dtype: of what is written; None keeps each one's.
         tied: whether the config says that the output head is the embedding.
-        directory: where the files lie, for messages.
-
-    Raises:
-        InputError: the weights are not a Llama's.
+        directory: for messages.
     """
     check_layers(directory, args.n_layers, weights)
     shapes = full_shapes(args)
@@ -186,7 +220,8 @@ def meta_infos(
     if tied:
         _check_tied(weights, head, names[EMBEDDING], directory)
         names[OUTPUT] = names[EMBEDDING]
-    _check_names(weights, set(names.values()), head, directory)
+    ignored = {name for name in weights if name.endswith("rotary_emb.inv_freq")} | {head}
+    check_tensors(directory, weights.keys(), set(names.values()), ignored=ignored)
     chosen = None if dtype is None else choose_dtype(dtype, torch.device("cpu"))
     infos: dict[str, TensorInfo] = {}
     for name, shape in shapes.items():
@@ -214,11 +249,3 @@ def _check_tied(
     pairs = zip(weights[head].chunks(head), weights[embedding].chunks(embedding), strict=False)
     if not same or any(a != b for a, b in pairs):
         raise InputError(f"{directory} ties its embeddings, but stores another {head}")
-
-
-def _check_names(
-    weights: Mapping[str, object], needed: set[str], head: str, directory: Path
-) -> None:
-    """Raises InputError where tensors are missing, or there are others, such as biases."""
-    ignored = {name for name in weights if name.endswith("rotary_emb.inv_freq")} | {head}
-    check_tensors(directory, weights.keys(), needed, ignored=ignored)

@@ -44,15 +44,9 @@ def name_in(column: int, meta_name: str) -> str:
 
 
 def permute(meta_name: str, weight: Tensor, args: ModelArgs, *, to: int) -> Tensor:
-    """Rows of wq and wk in the other order; every other weight as it is.
+    """Rows of wq and wk, (H hd, D), in the order of `HF` or `META`; other weights as they are.
 
     Meta rotates the neighbours (2i, 2i + 1) of a head, Hugging Face i and i + hd / 2.
-
-    Args:
-        meta_name: of the weight.
-        weight: (H hd, D), H heads of width hd.
-        args: tells the numbers of heads.
-        to: `HF` from Meta's order, or `META` from Hugging Face's.
     """
     heads = {"wq": args.n_heads, "wk": args.kv_heads}.get(meta_name.split(".")[-2])
     if heads is None:
@@ -69,21 +63,13 @@ def permute_rows(weight: Tensor, heads: int, *, to_neighbours: bool) -> Tensor:
         to_neighbours: whether pairs (i, i + hd / 2) become the neighbours (2i, 2i + 1), Meta's
             and GGUF's order of a Llama, or the reverse.
     """
-    half = weight.shape[0] // heads // 2
-    # (H hd, ...) -> (H, 2, hd / 2, ...) or (H, hd / 2, 2, ...); the inner axes change places
-    parts = (2, half) if to_neighbours else (half, 2)
-    return weight.unflatten(0, (heads, *parts)).transpose(1, 2).flatten(0, 2)
+    # (H hd, ...) -> (H, 2, hd / 2, ...) or (H, hd / 2, 2, ...); the inner axes are transposed
+    pairs = (2, -1) if to_neighbours else (-1, 2)
+    return weight.unflatten(0, (heads, *pairs)).transpose(1, 2).flatten(0, 2)
 
 
 def check_tensors(source: Path, have: Set[str], needed: Set[str], *, ignored: Set[str]) -> None:
-    """Raises InputError unless a source holds a Llama's tensors and no others, such as biases.
-
-    Args:
-        source: a directory or a file, for the message.
-        have: names of its tensors.
-        needed: names, in the source's format, of those that Meta's model is made of.
-        ignored: names that may be there or not.
-    """
+    """Raises InputError unless a source has all needed tensors and no others, such as biases."""
     missing, unknown = sorted(needed - have), sorted(have - needed - ignored)
     if missing or unknown:
         raise InputError(

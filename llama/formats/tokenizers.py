@@ -1,23 +1,24 @@
-"""Tokenizers from one format to another: Llama 3's ranks and GGUF's vocabulary to tokenizer.json.
+"""Tokenizer files from one format to another: ranks to tokenizer.json, SentencePiece to its pieces.
 
 transformers has converters too. They were tried (5.24, 97 passages, vocabulary of 3,000): its
 ``TikTokenConverter`` gives the same merges and ids as `llama3_json`, and its
 ``convert_gguf_tokenizer`` the same ids as `tokenizer_json`. Our own stay for three reasons: those
 are internal (the second moved between 4.57 and 5.24, the first renamed an argument), they would
 make converting a Llama need all of transformers, and theirs takes an unknown pre-tokenizer for
-GPT-2's without a word, where this one refuses it.
+GPT-2's without a word, where this one refuses it. The package sentencepiece gives neither all
+types of pieces nor a writer, except with the package protobuf, which nothing else here needs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
 
 from llama.checkpoint.meta import copy_tokenizer
 from llama.errors import InputError
-from llama.formats.sentencepiece_model import Pieces
-from llama.io.json_files import JsonObject, write_json
+from llama.io.json_files import write_json
 from llama.tokenizer import (
     LLAMA3_PATTERN,
     N_SPECIAL,
@@ -27,16 +28,14 @@ from llama.tokenizer import (
     read_ranks,
 )
 
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer as FastTokenizer
-
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # By GGUF's names. SmolLM2's texts are cut around every digit first, so that in "\n\n1" the token
-# "\n\n" stays whole; transformers drops that cut for a GGUF file.
+# "\n\n" stays intact; transformers drops that cut for a GGUF file.
 PRE_TOKENIZERS = {"gpt-2": GPT2_PATTERN, "smollm": GPT2_PATTERN, "llama-bpe": LLAMA3_PATTERN}
 PRE_TOKENIZERS |= {"qwen2": LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")}  # digits one by one
 DIGITS = "smollm"  # the one with that cut
-NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # types of tokens in llama.cpp's table
+# Types of tokens in llama.cpp's table, and of SentencePiece's pieces.
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 
 LLAMA2_CONFIG: dict[str, object] = {
     "bos_token": "<s>",
@@ -54,15 +53,13 @@ LLAMA3_CONFIG: dict[str, object] = {
     "tokenizer_class": "PreTrainedTokenizerFast",
 }
 
-
-class Fields(Protocol):
-    """A GGUF file's metadata by key, as `gguf.GGUFFile` reads it."""
-
-    path: Path
-
-    def get(self, key: str, default: object = None) -> Any: ...
-
-    def need(self, key: str) -> Any: ...
+# Numbers of SentencePiece's protobuf: fields of the message, of a piece, of the trainer, of the
+# normalizer, and the trainer's model type.
+PIECES, TRAINER, NORMALIZER = 1, 2, 3
+TEXT, SCORE, TYPE = 1, 2, 3
+MODEL_TYPE, VOCAB_SIZE, BYTE_FALLBACK, UNK_PIECE, BOS_PIECE, EOS_PIECE = 3, 4, 35, 45, 46, 47
+CHARSMAP, DUMMY_PREFIX, EXTRA_SPACES, ESCAPE = 2, 3, 4, 5
+BPE = 2
 
 
 def find_hf_tokenizer(directory: Path) -> Path:
@@ -74,22 +71,18 @@ def find_hf_tokenizer(directory: Path) -> Path:
 
 
 def write_tokenizer(source: Path, target: Path) -> None:
-    """Writes a Meta checkpoint's tokenizer for transformers.
+    """Writes a Meta checkpoint's tokenizer file for transformers into an existing directory.
 
     ``tokenizer.json`` and SentencePiece files are copied, with a configuration for the latter;
     Llama 3's ranks become a ``tokenizer.json`` with the same ids. Where only the configuration
     says that bos comes first, ``tokenizer.json`` is made to say so too.
-
-    Args:
-        source: the tokenizer file.
-        target: an existing directory.
     """
     tokenizer, is_json = Tokenizer(source), holds_json(source)
     llama2 = tokenizer.dialog_format == "llama2"
     if is_json or llama2:
         copy_tokenizer(source, target)
         if is_json and tokenizer.add_bos and tokenizer.bos_id >= 0:
-            _put_bos(target / "tokenizer.json", tokenizer.bos_id)
+            _add_bos(target / "tokenizer.json", tokenizer.bos_id)
     else:
         (target / "tokenizer.json").write_text(llama3_json(source), encoding="utf-8")
     if not is_json and not (target / "tokenizer_config.json").is_file():
@@ -97,10 +90,10 @@ def write_tokenizer(source: Path, target: Path) -> None:
         write_json(target / "tokenizer_config.json", config)
 
 
-def _put_bos(path: Path, bos_id: int) -> None:
-    """Makes a ``tokenizer.json`` put bos in front that leaves this to its configuration.
+def _add_bos(path: Path, bos_id: int) -> None:
+    """Makes a ``tokenizer.json`` put bos before a text where only its configuration says so.
 
-    There transformers does not look, and a model read without bos is another one.
+    There transformers does not look, and a model that reads no bos is another one.
     """
     from tokenizers import Tokenizer as FastTokenizer
 
@@ -116,8 +109,8 @@ def llama3_json(path: Path) -> str:
     ranks = read_ranks(path, path.read_bytes())
     merges: list[str] = []
     for token in ranks:
-        cuts = [(token[:i], token[i:]) for i in range(1, len(token))]
-        pairs = [(ranks[a], ranks[b], a, b) for a, b in cuts if a in ranks and b in ranks]
+        splits = [(token[:i], token[i:]) for i in range(1, len(token))]
+        pairs = [(ranks[a], ranks[b], a, b) for a, b in splits if a in ranks and b in ranks]
         merges += [f"{_spell(a)} {_spell(b)}" for _, _, a, b in sorted(pairs)]
     special = {i: name for name, i in llama3_special_tokens(len(ranks)).items()}  # 3.1's names
     names = [special[len(ranks) + i] for i in range(N_SPECIAL)]
@@ -127,13 +120,7 @@ def llama3_json(path: Path) -> str:
 
 
 def with_bos(text: str, bos: str, number: int) -> str:
-    """A ``tokenizer.json`` by which transformers puts bos in front.
-
-    Args:
-        text: the content of the file.
-        bos: the token.
-        number: its id.
-    """
+    """The content of a ``tokenizer.json`` by which transformers puts the token bos first."""
     from tokenizers import Tokenizer as FastTokenizer
     from tokenizers import processors
 
@@ -165,55 +152,33 @@ def tokenizer_json(
 
     It tokenizes as transformers does on the GGUF, except in two things, where it follows the
     models' own tokenizers: with ``"llama-bpe"`` a word that is in the vocabulary precedes merges,
-    with ``"smollm"`` texts are cut around every digit first.
+    with ``"smollm"`` texts are cut around every digit first. As in transformers, tokens outside of
+    the alphabet are spelled bytewise and, special or not, never matched as one.
 
     Args:
         tokens: V distinct tokens in GPT-2's byte alphabet (``tokenizer.ggml.tokens``).
-        token_types: V numbers; 3 makes a token special, 4 one that is matched whole in texts.
-        merges: ``"left right"``, the first to apply first.
+        token_types: V numbers; 3 makes a token special, 4 one that is matched as one in texts.
+        merges: pairs like ``"th e"``, the first to apply first.
         pre: name of the pre-tokenizer (``tokenizer.ggml.pre``), a key of `PRE_TOKENIZERS`.
 
     Raises:
         InputError: ``pre`` is unknown, or tokens, types and merges do not fit together.
     """
-    from tokenizers import AddedToken
+    from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+    from tokenizers import Tokenizer as FastTokenizer
 
     if pre not in PRE_TOKENIZERS:
         raise InputError(f"unknown pre-tokenizer {pre!r}; known are {sorted(PRE_TOKENIZERS)}")
     alphabet = set(ALPHABET.values())
     byte_level = {t for t in tokens if set(t) <= alphabet}
-    model = _byte_level_bpe(_vocabulary(tokens, byte_level, token_types, merges), merges, pre)
-    typed = [(t, kind) for t, kind in zip(tokens, token_types, strict=True) if t in byte_level]
-    model.add_special_tokens([t for t, kind in typed if kind == CONTROL])
-    model.add_tokens([AddedToken(t, normalized=False) for t, k in typed if k == USER_DEFINED])
-    return model.to_str()
-
-
-def _vocabulary(
-    tokens: Sequence[str], byte_level: set[str], token_types: Sequence[int], merges: Sequence[str]
-) -> dict[str, int]:
-    """Ids by token; InputError unless types and merges fit them.
-
-    As in transformers: tokens outside of the alphabet are spelled bytewise and, special or not,
-    never matched whole.
-    """
     vocab = {t if t in byte_level else _spell(t.encode()): i for i, t in enumerate(tokens)}
-    pairs = _pairs(merges)
+    pairs = [(first, second) for first, _, second in (merge.partition(" ") for merge in merges)]
     misfits = [pair for pair in pairs if not {*pair, "".join(pair)} <= vocab.keys()][:1]
     if misfits or not len(tokens) == len(vocab) == len(token_types):
         counts = f"{len(tokens)} tokens, {len(vocab)} distinct, and {len(token_types)} types"
         raise InputError(f"expected one type a token, got {counts}; wrong merges: {misfits}")
-    return vocab
 
-
-def _pairs(merges: Sequence[str]) -> list[tuple[str, str]]:
-    return [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
-
-
-def _byte_level_bpe(vocab: dict[str, int], merges: Sequence[str], pre: str) -> FastTokenizer:
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
-
-    model = Tokenizer(models.BPE(vocab, _pairs(merges), ignore_merges=pre == "llama-bpe"))
+    model = FastTokenizer(models.BPE(vocab, pairs, ignore_merges=pre == "llama-bpe"))
     if pre == "qwen2":
         model.normalizer = normalizers.NFC()
     digits = [pre_tokenizers.Digits(individual_digits=True)] if pre == DIGITS else []
@@ -221,76 +186,106 @@ def _byte_level_bpe(vocab: dict[str, int], merges: Sequence[str], pre: str) -> F
     spell = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     model.pre_tokenizer = pre_tokenizers.Sequence([*digits, split, spell])
     model.decoder = decoders.ByteLevel()
-    return model
+
+    typed = [(t, kind) for t, kind in zip(tokens, token_types, strict=True) if t in byte_level]
+    model.add_special_tokens([t for t, kind in typed if kind == CONTROL])
+    model.add_tokens([AddedToken(t, normalized=False) for t, k in typed if k == USER_DEFINED])
+    return model.to_str()
 
 
-def gguf_tokenizer(source: Fields) -> tuple[str, bytes, JsonObject]:
-    """A GGUF file's tokenizer: a file's name and content, and ``tokenizer_config.json``.
+@dataclass(frozen=True)
+class Pieces:
+    """The pieces of a SentencePiece ``tokenizer.model`` of byte-pair encoding, by id.
 
-    Byte-level encodings become ``tokenizer.json``, those like Llama 2's SentencePiece's
-    ``tokenizer.model``.
-
-    Args:
-        source: the file's metadata.
-
-    Raises:
-        InputError: a key is missing, or the tokenizer is of another kind.
+    Attributes:
+        texts: the pieces.
+        scores: of two pairs that could be merged, the one whose piece has the higher score is.
+        types: such as `NORMAL`.
+        space_first: whether a space is put before a text.
     """
-    kind = source.need("tokenizer.ggml.model")
-    if kind == "llama":
-        return _sentencepiece(source)
-    if kind != "gpt2":
-        raise InputError(
-            f"{source.path} has a tokenizer of kind {kind!r}; only byte-level BPE ('gpt2') and "
-            "SentencePiece's ('llama') can be converted"
+
+    texts: Sequence[str]
+    scores: Sequence[float]
+    types: Sequence[int]
+    space_first: bool = True
+
+    @classmethod
+    def read(cls, data: bytes, where: str) -> Pieces:
+        """The pieces in a file's content, unless it splits texts by rules that llama.cpp lacks."""
+        try:
+            fields = list(_fields(data))
+            pieces = [dict(_fields(bytes(value))) for number, value in fields if number == PIECES]
+            rest = {number: dict(_fields(bytes(v))) for number, v in fields if number != PIECES}
+            texts = [bytes(piece[TEXT]).decode("utf-8") for piece in pieces]
+            scores = [struct.unpack("<f", bytes(p.get(SCORE, bytes(4))))[0] for p in pieces]
+        except (struct.error, KeyError, IndexError, TypeError, ValueError) as error:
+            raise InputError(f"{where} is a damaged SentencePiece model: {error!r}") from None
+        trainer, rules = rest.get(TRAINER, {}), rest.get(NORMALIZER, {})
+        if trainer.get(MODEL_TYPE) != BPE or rules.get(CHARSMAP) or rules.get(EXTRA_SPACES, 1):
+            raise InputError(
+                f"{where} is no plain byte-pair encoding: it has model_type "
+                f"{trainer.get(MODEL_TYPE, 1)!r}, or rewrites texts; expected one like Llama 2's"
+            )
+        types = [int(piece.get(TYPE, NORMAL)) for piece in pieces]
+        return cls(texts, scores, types, bool(rules.get(DUMMY_PREFIX, 1)))
+
+    def to_bytes(self, *, bos: str = "<s>", eos: str = "</s>") -> bytes:
+        """The content of a file in which a text begins with the piece bos and ends with eos."""
+        rows = list(zip(self.texts, self.scores, self.types, strict=True))
+        message = b"".join(
+            _field(PIECES, _field(TEXT, text) + _field(SCORE, score) + _field(TYPE, kind))
+            for text, score, kind in rows
         )
-    tokens, pre = source.need("tokenizer.ggml.tokens"), source.get("tokenizer.ggml.pre", "default")
-    types = source.need("tokenizer.ggml.token_type")
-    text = tokenizer_json(tokens, types, source.need("tokenizer.ggml.merges"), pre)
-    # llama.cpp's defaults where the file is silent: Llama 3 begins with bos, others do not
-    add_bos = bool(source.get("tokenizer.ggml.add_bos_token", pre == "llama-bpe"))
-    bos = _token_id(source, "bos", tokens)
-    if add_bos and bos is not None:
-        text = with_bos(text, tokens[bos], bos)
-    config = {"add_bos_token": add_bos, **_named_tokens(source, tokens)}
-    config |= {"tokenizer_class": "PreTrainedTokenizerFast"}
-    return "tokenizer.json", text.encode("utf-8"), config
+        unknown = next((text for text, _, kind in rows if kind == UNKNOWN), "")
+        trainer = _field(MODEL_TYPE, BPE) + _field(VOCAB_SIZE, len(self.texts))
+        trainer += _field(BYTE_FALLBACK, int(BYTE in self.types))
+        trainer += _field(UNK_PIECE, unknown) + _field(BOS_PIECE, bos) + _field(EOS_PIECE, eos)
+        rules = _field(1, "identity") + _field(DUMMY_PREFIX, int(self.space_first))
+        rules += _field(EXTRA_SPACES, 0) + _field(ESCAPE, 1)
+        return message + _field(TRAINER, trainer) + _field(NORMALIZER, rules)
 
 
-def _sentencepiece(source: Fields) -> tuple[str, bytes, JsonObject]:
-    """The SentencePiece model in a GGUF file, and its configuration."""
-    tokens = source.need("tokenizer.ggml.tokens")
-    scores, types = (source.need(f"tokenizer.ggml.{key}") for key in ("scores", "token_type"))
-    if not len(tokens) == len(scores) == len(types) == len(set(tokens)):
-        counts = f"{len(tokens)} tokens, {len(set(tokens))} distinct, {len(scores)} scores"
-        raise InputError(f"{source.path} has {counts} and {len(types)} types: it is damaged")
-    if not source.get("tokenizer.ggml.add_bos_token", True):
-        raise InputError(
-            f"{source.path} puts no bos in front of a text; Meta's format of SentencePiece does"
-        )
-    space = bool(source.get("tokenizer.ggml.add_space_prefix", True))
-    named = _named_tokens(source, tokens)
-    ends = {key: named[f"{key}_token"] for key in ("bos", "eos") if f"{key}_token" in named}
-    data = Pieces(tokens, [float(s) for s in scores], types, space).to_bytes(**ends)
-    return "tokenizer.model", data, {**LLAMA2_CONFIG, **named}
+def _fields(data: bytes) -> Iterator[tuple[int, bytes | int]]:
+    """The fields of a message: numbers as int, all else as bytes."""
+    at = 0
+    while at < len(data):
+        key, at = _read_number(data, at)
+        number, kind = key >> 3, key & 7
+        if kind == 0:
+            value, at = _read_number(data, at)
+            yield number, value
+            continue
+        size = {1: 8, 5: 4}.get(kind)
+        if size is None:
+            size, at = _read_number(data, at)
+        if kind not in (1, 2, 5) or at + size > len(data):
+            raise ValueError(f"a field of type {kind} at byte {at}")
+        yield number, data[at : at + size]
+        at += size
 
 
-def _token_id(source: Fields, name: str, tokens: Sequence[str]) -> int | None:
-    """The number of a token that a GGUF file names; InputError if there is no such token."""
-    number = source.get(f"tokenizer.ggml.{name}_token_id")
-    if number is not None and (type(number) is not int or not 0 <= number < len(tokens)):
-        raise InputError(
-            f"{source.path} has tokenizer.ggml.{name}_token_id = {str(number)[:40]}, expected the "
-            f"number of one of its {len(tokens)} tokens; convert the model anew"
-        )
-    return number
+def _read_number(data: bytes, at: int) -> tuple[int, int]:
+    """A number of 7 bits a byte, and where it ends."""
+    value = shift = 0
+    while True:
+        byte = data[at]
+        value |= (byte & 127) << shift
+        at, shift = at + 1, shift + 7
+        if byte < 128:
+            return value, at
 
 
-def _named_tokens(source: Fields, tokens: Sequence[str]) -> Mapping[str, str]:
-    """What ``tokenizer_config.json`` says of single tokens, and the template of chats."""
-    config: dict[str, str] = {}
-    for name, key in (("bos", "bos"), ("eos", "eos"), ("unknown", "unk"), ("padding", "pad")):
-        if (number := _token_id(source, name, tokens)) is not None:
-            config[f"{key}_token"] = str(tokens[number])
-    template = source.get("tokenizer.chat_template")
-    return config if template is None else {**config, "chat_template": str(template)}
+def _field(number: int, value: str | bytes | int | float) -> bytes:
+    if isinstance(value, int):
+        return _number(number << 3) + _number(value)
+    if isinstance(value, float):
+        return _number(number << 3 | 5) + struct.pack("<f", value)
+    data = value.encode("utf-8") if isinstance(value, str) else value
+    return _number(number << 3 | 2) + _number(len(data)) + data
+
+
+def _number(value: int) -> bytes:
+    data = b""
+    while value > 127:
+        data, value = data + bytes([value & 127 | 128]), value >> 7
+    return data + bytes([value])

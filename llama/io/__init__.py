@@ -1,13 +1,21 @@
-"""Files: whole or not at all, JSON, what a source of weights is, models of the hub.
+"""Files: complete or not at all, JSON, what a source of weights is, models of the hub.
 
 >>> from llama.io import find_source
 >>> find_source("meta-llama/Llama-2-7b-hf").kind
 'hub'
 """
 
-from llama.io.files import check_new, check_writable, new_directory, read_marker
+from llama.io.files import (
+    check_new,
+    check_output,
+    check_outputs,
+    check_writable,
+    new_directory,
+    new_file,
+    new_files,
+    read_marker,
+)
 from llama.io.json_files import JsonObject, read_json, write_json
-from llama.io.outputs import check_output, check_outputs, new_file, new_files
 from llama.io.sources import Source, find_source, hub_failure, is_gguf, is_meta, kind_of, resolve
 
 __all__ = [

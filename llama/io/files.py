@@ -1,21 +1,39 @@
-"""Directories that appear whole or not at all, and never in the place of somebody's files.
+"""Files and directories that appear complete or not at all, and never replace somebody's files.
 
-A writer's directory holds a marker, a JSON file whose name the writer chooses. When the directory
-is complete, the marker gets a list of all files in it. Only what is listed there may ever be
-replaced: a file that somebody put beside them keeps the directory as it is.
+A writer works in a hidden folder beside its target and renames the result at the end, so that a
+kill at any moment leaves the earlier target or the new one. A living writer holds a lock on its
+folder; the next one puts back what a killed writer had set aside, and removes its folder.
+
+A writer's directory holds a marker, a JSON file whose name the writer chooses. It lists all files
+of the directory, and only a directory whose marker lists every file in it is ever replaced.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
+import secrets
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from llama.errors import InputError
 from llama.io.json_files import JsonObject, read_json, write_json
-from llama.io.swap import ASIDE, NEW, follow_umask, put_in_place, tidy, work_folder
+
+if sys.platform != "win32":
+    import fcntl
 
 FILES = "files"  # the marker's key of the list
+LOCK, NEW, ASIDE = "lock", "new", "old"  # in a writer's folder
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux, <fcntl.h> and <linux/fs.h>
+# Names of open files, which may be regular ones: whoever opened them wants the bytes there.
+OPEN_FILES = ("/dev/stdout", "/dev/stderr", "/dev/fd/", "/proc/")
+CHUNK_BYTES = 16 * 2**20
+IsOurs = Callable[[Path], bool]
 
 
 def check_new(
@@ -23,44 +41,24 @@ def check_new(
 ) -> None:
     """Raises FileExistsError or PermissionError where `new_directory` could not go.
 
-    What a killed writer of the same directory has left is put back, or removed.
-
     Args:
         path, marker, overwrite: as for `new_directory`.
         source: what the new content is made from; it must not lie in the directory replaced.
     """
     tidy(resolved(path))
-    _check_free(path, marker, overwrite=overwrite)
+    _check_replaceable(path, marker, overwrite=overwrite)
     within = [] if source is None else [source.resolve(), *source.resolve().parents]
     if path.exists() and path.resolve() in within:
         raise FileExistsError(f"{path} holds the source {source}; choose another directory")
     check_writable(path)
 
 
-def _check_free(path: Path, marker: str | None, *, overwrite: bool) -> None:
-    """Raises FileExistsError unless there is nothing, or what may be replaced."""
-    if path.exists() and not (overwrite and marker):
+def _check_replaceable(path: Path, marker: str | None, *, overwrite: bool) -> None:
+    """Raises FileExistsError for a directory, unless its marker lists all that is in it."""
+    if not path.exists():
+        return
+    if not (overwrite and marker):
         raise FileExistsError(f"{path} exists; choose another directory or pass `overwrite`")
-    if path.exists():
-        _check_replaceable(path, str(marker))
-
-
-def resolved(path: Path) -> Path:
-    """The path without symbolic links; FileExistsError where they go round in a circle."""
-    try:
-        target = path.resolve()
-    except (RuntimeError, OSError):
-        target = path
-    # Python 3.13 gives back what it cannot resolve, earlier versions raise
-    if any(part.is_symlink() for part in (target, *target.parents)):
-        raise FileExistsError(
-            f"{path} is a symbolic link that leads back to itself; choose another path"
-        )
-    return target
-
-
-def _check_replaceable(path: Path, marker: str) -> None:
-    """Raises FileExistsError unless the marker is there and lists all that is in the directory."""
     if not (path / marker).is_file():
         raise FileExistsError(
             f"{path} exists and holds no {marker}, so it is not overwritten; choose another "
@@ -83,14 +81,29 @@ def _check_replaceable(path: Path, marker: str) -> None:
 
 def _contents(directory: Path) -> list[str]:
     """Relative names of all files below, sorted; also of links to folders and of empty folders."""
-    names_below: list[str] = []
+    below: list[str] = []
     for folder, folders, files in os.walk(directory):  # does not follow links
         here = Path(folder)
-        names = files + [name for name in folders if (here / name).is_symlink()]
-        inside = [(here / name).relative_to(directory).as_posix() for name in names]
-        empty = not folders and not files and here != directory
-        names_below += [here.relative_to(directory).as_posix()] if empty else inside
-    return sorted(names_below)
+        inside = [here / name for name in files]
+        inside += [here / name for name in folders if (here / name).is_symlink()]
+        if not folders and not files and here != directory:
+            inside = [here]
+        below += [path.relative_to(directory).as_posix() for path in inside]
+    return sorted(below)
+
+
+def resolved(path: Path) -> Path:
+    """The path without symbolic links; FileExistsError where they go round in a circle."""
+    try:
+        target = path.resolve()
+    except (RuntimeError, OSError):
+        target = path
+    # Python 3.13 gives back what it cannot resolve, earlier versions raise
+    if any(part.is_symlink() for part in (target, *target.parents)):
+        raise FileExistsError(
+            f"{path} is a symbolic link that leads back to itself; choose another path"
+        )
+    return target
 
 
 def check_writable(path: Path) -> None:
@@ -104,12 +117,11 @@ def check_writable(path: Path) -> None:
 def new_directory(
     path: Path, *, marker: str | None = None, overwrite: bool = False
 ) -> Iterator[Path]:
-    """A directory that appears whole or not at all.
+    """A directory that appears complete or not at all.
 
-    Gives a folder to write into; it takes its place when the block ends well and is deleted
-    when it does not. What is to prove the content belongs into the block: until it ends, an
-    earlier directory stays as it is. A process killed at any moment leaves the earlier directory
-    or the new one, and the next writer of ``path`` removes what else it left.
+    Yields a folder to write into, which is renamed to ``path`` when the block ends and deleted
+    when it raises. Checks of the content belong into the block: until it ends, an earlier
+    directory stays as it is.
 
     Args:
         path: the new directory.
@@ -127,23 +139,237 @@ def new_directory(
     path = resolved(path)
     check_new(path, marker=marker, overwrite=overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with work_folder(path) as work:
+    with _work_folder(path) as work:
         partial = work / NEW
         partial.mkdir()
         yield partial
         if marker is not None:
-            _list_contents(partial, marker)
+            content = read_json(partial / marker)
+            write_json(partial / marker, {**content, FILES: _contents(partial)})
         follow_umask(partial)
-        _check_free(path, marker, overwrite=overwrite)  # somebody may have made it meanwhile
-        put_in_place(partial, path, work / ASIDE)
-
-
-def _list_contents(directory: Path, marker: str) -> None:
-    """Puts the list of files into the marker, which is one of them."""
-    content = read_json(directory / marker)
-    write_json(directory / marker, {**content, FILES: _contents(directory)})
+        _check_replaceable(path, marker, overwrite=overwrite)  # it may have appeared meanwhile
+        if not path.exists():
+            partial.rename(path)
+        elif not exchange(partial, path):
+            path.rename(work / ASIDE)
+            partial.rename(path)
 
 
 def read_marker(path: Path) -> JsonObject:
     """A marker's content without the list of files, which holds for its own directory alone."""
     return {key: value for key, value in read_json(path).items() if key != FILES}
+
+
+def check_output(path: Path, *, overwrite: bool, ours: IsOurs) -> None:
+    """Raises FileExistsError or PermissionError where `new_file`, called so, could not write."""
+    if is_stream(path):
+        return
+    tidy(resolved(path))
+    if path.is_dir():
+        raise FileExistsError(f"{path} is a directory; choose another name")
+    if path.exists() and not path.is_file():
+        raise FileExistsError(f"{path} is neither a file nor a pipe; choose another name")
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path} exists; choose another name or pass `overwrite`")
+    if path.exists() and path.stat().st_size and not ours(path):
+        raise FileExistsError(
+            f"{path} exists and is not what this would write there, so it is not overwritten; "
+            "choose another name"
+        )
+    check_writable(resolved(path))
+
+
+@contextmanager
+def new_file(path: Path, *, overwrite: bool, ours: IsOurs) -> Iterator[Path]:
+    """A file that appears complete or not at all.
+
+    Yields a path to write to, which is renamed to ``path`` when the block ends. A pipe or a
+    character device gets the complete content then; what else is no regular file is refused.
+
+    Args:
+        path: the file; a link is followed.
+        overwrite: whether an existing file is replaced.
+        ours: whether an existing file is one of this kind; of others only an empty one is replaced.
+
+    Raises:
+        FileExistsError: ``path`` exists and is not to be replaced.
+    """
+    check_output(path, overwrite=overwrite, ours=ours)
+    if is_stream(path):
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder) / NEW
+            stream = os.open(path, os.O_WRONLY | os.O_APPEND)
+            with (Path(folder) / NEW).open("rb") as source, os.fdopen(stream, "wb") as sink:
+                shutil.copyfileobj(source, sink)
+        return
+    target = resolved(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with _work_folder(target) as work:
+        yield work / NEW
+        follow_umask(work)
+        os.replace(work / NEW, target)
+
+
+def check_outputs(paths: Sequence[Path], *, overwrite: bool, ours: IsOurs) -> None:
+    """Raises FileExistsError or PermissionError where `new_files`, called so, could not write."""
+    if len(paths) == 1:
+        check_output(paths[0], overwrite=overwrite, ours=ours)
+        return
+    for path in paths:
+        if path.exists():
+            raise FileExistsError(
+                f"{path} exists; files of a model in several are not overwritten: delete them or "
+                "choose another name"
+            )
+    tidy(resolved(paths[0]))
+    check_writable(resolved(paths[0]))
+
+
+@contextmanager
+def new_files(paths: Sequence[Path], *, overwrite: bool, ours: IsOurs) -> Iterator[list[Path]]:
+    """Files of one model in one directory, which appear together or not at all.
+
+    One file is as with `new_file`. Several are renamed when the block ends, the first one last: it
+    names the others, and so there is no model until then. They replace nothing.
+
+    Raises:
+        FileExistsError: one of them exists and is not to be replaced.
+    """
+    if len(paths) == 1:
+        with new_file(paths[0], overwrite=overwrite, ours=ours) as partial:
+            yield [partial]
+        return
+    check_outputs(paths, overwrite=overwrite, ours=ours)
+    targets = [resolved(path) for path in paths]
+    targets[0].parent.mkdir(parents=True, exist_ok=True)
+    with _work_folder(targets[0]) as work:
+        yield [work / path.name for path in paths]
+        follow_umask(work)
+        check_outputs(paths, overwrite=overwrite, ours=ours)  # one may have appeared meanwhile
+        renamed: list[Path] = []
+        try:
+            for target in reversed(targets):
+                (work / target.name).rename(target)
+                renamed.append(target)
+        except BaseException:
+            for target in renamed:
+                target.unlink()
+            raise
+
+
+def is_stream(path: Path) -> bool:
+    """Whether a path is written to and not replaced: a pipe, a terminal, another open file."""
+    named = os.path.abspath(path).startswith(OPEN_FILES)
+    return path.is_fifo() or path.is_char_device() or (named and path.exists())
+
+
+@contextmanager
+def _work_folder(path: Path) -> Iterator[Path]:
+    """A hidden folder beside ``path``, which no other writer touches; it is gone afterwards.
+
+    It lies there because a rename works only inside one file system.
+    """
+    work, lock = _new_work_folder(path)
+    try:
+        yield work
+    finally:
+        _clear(work, path)
+        if lock is not None:
+            os.close(lock)
+
+
+def _new_work_folder(path: Path) -> tuple[Path, int | None]:
+    """A new folder with its lock; None where the file system has none."""
+    while True:
+        work = path.with_name(f".{path.name}.writing-{secrets.token_hex(4)}")
+        work.mkdir()
+        try:
+            return work, lock_file(work / LOCK)
+        except (BlockingIOError, FileNotFoundError):
+            continue  # another writer took it for that of a killed writer
+        except OSError:
+            return work, None
+
+
+def tidy(path: Path) -> None:
+    """Puts back what a killed writer of ``path`` had set aside, and removes its folder."""
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.writing-[0-9a-f]{{8}}")
+    if not (path.parent.is_dir() and os.access(path.parent, os.R_OK | os.W_OK)):
+        return
+    for work in [p for p in path.parent.iterdir() if pattern.fullmatch(p.name)]:
+        try:
+            lock = lock_file(work / LOCK)
+        except OSError:  # a living writer holds it, it is gone, or there are no locks here
+            continue
+        _clear(work, path)
+        os.close(lock)
+
+
+def _clear(work: Path, path: Path) -> None:
+    """Removes a folder, the lock last; what it had set aside is put back first."""
+    if (work / ASIDE).exists() and not path.exists():
+        (work / ASIDE).rename(path)
+    for inside in [p for p in work.iterdir() if p.name != LOCK] if work.is_dir() else []:
+        shutil.rmtree(inside, ignore_errors=True)
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def file_chunks(path: Path, start: int, nbytes: int) -> Iterator[bytes]:
+    """Bytes of a file in pieces of at most 16 MiB; InputError where the file ends before."""
+    with open(path, "rb") as file:
+        file.seek(start)
+        while nbytes:
+            piece = file.read(min(nbytes, CHUNK_BYTES))
+            if not piece:
+                raise InputError(f"{path} was cut off while it was read")
+            nbytes -= len(piece)
+            yield piece
+
+
+def follow_umask(folder: Path) -> None:
+    """Gives the files below a folder the mode that the umask leaves, by that of the folder.
+
+    safetensors writes files that their owner alone can read.
+    """
+    mode = folder.stat().st_mode & 0o666
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink() and path.stat().st_mode & 0o666 != mode:
+            with suppress(OSError):  # of a file system without modes
+                path.chmod(mode)
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Exchanges two names in one step; False, and nothing done, where the system cannot.
+
+    Linux can, by renameat2(2), on most of its file systems.
+    """
+    try:
+        renameat2 = ctypes.CDLL(None).renameat2
+    except (AttributeError, OSError, TypeError):
+        return False
+    names = os.fsencode(one), os.fsencode(other)
+    return renameat2(AT_FDCWD, names[0], AT_FDCWD, names[1], RENAME_EXCHANGE) == 0
+
+
+def lock_file(path: Path) -> int:
+    """Makes a file, and locks it until the handle that is returned is closed.
+
+    Raises:
+        BlockingIOError: another process, or another handle of this one, holds the lock.
+        FileNotFoundError: its folder is not there, or whoever held the lock has removed the file.
+        OSError: it cannot be written, or there are no locks here.
+    """
+    if sys.platform == "win32":
+        raise OSError("no locks here")
+    try:
+        lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except PermissionError:  # another user's file, which can be locked all the same
+        lock = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.path.samestat(os.fstat(lock), os.stat(path)):
+            raise FileNotFoundError(f"{path} was removed")
+    except BaseException:
+        os.close(lock)
+        raise
+    return lock

@@ -14,16 +14,7 @@ JsonObject = dict[str, Any]  # what a file holds is known only once it is looked
 
 
 def read_json(path: Path) -> JsonObject:
-    """The JSON object in a file.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        InputError: it holds no JSON, or not one object.
-
-    Example:
-        >>> read_json(Path("llama-2-7b/params.json"))["n_layers"]  # doctest: +SKIP
-        32
-    """
+    """The JSON object in a file; InputError if it holds no JSON, or not one object."""
     if not path.is_file():
         raise FileNotFoundError(f"{path.parent} has no {path.name}")
     try:
@@ -39,20 +30,17 @@ def read_json(path: Path) -> JsonObject:
 
 
 def write_json(path: Path, content: Mapping[str, object]) -> None:
-    """Writes an object as JSON, lists of numbers on one line.
-
-    Numbers keep their last digit; NaN and infinities, which JSON lacks, become null.
-    """
+    """Writes an object as `json_text`."""
     path.write_text(json_text(content), encoding="utf-8")
 
 
 def json_text(content: Mapping[str, object]) -> str:
-    """The text that `write_json` writes."""
+    """An object as JSON, lists of numbers on one line; NaN and infinities become null."""
     return _json(content, "\n") + "\n"
 
 
 def _json(value: object, line: str) -> str:
-    """``line`` is the line break with the indentation of the place."""
+    """``line`` is the line break with the indentation."""
     inner = line + " "
     if isinstance(value, Mapping):
         items = [f"{json.dumps(str(k))}: {_json(v, inner)}" for k, v in value.items()]

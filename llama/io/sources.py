@@ -1,4 +1,4 @@
-"""What a source of weights is: found once by its name and by what lies there, and handed on."""
+"""What a source of weights is, by its name and by what lies there; models of the hub."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import Literal
 from llama.errors import InputError, MissingPackageError
 
 Kind = Literal["meta", "hf", "gguf", "hub"]
+FETCHED = ["*.json", "*.safetensors", "tokenizer*", "*.jinja", "merges.txt", "LICENSE*"]
+FETCHED += ["README.md"]
 
 
 @dataclass(frozen=True)
@@ -38,9 +40,6 @@ class Source(PathLike[str]):
 
 def find_source(name: str | PathLike[str]) -> Source:
     """The source of this name, with its kind; a `Source` is returned as it is.
-
-    Args:
-        name: a path, or the name of a model on the hub.
 
     Returns:
         A source of kind ``"meta"``: a directory in Meta's format (``params.json``, which wins
@@ -81,7 +80,7 @@ def _kind(name: str) -> Kind:
 
 
 def kind_of(source: str | PathLike[str]) -> Kind:
-    """The kind of a source; arguments, kinds and errors as in `find_source`."""
+    """The kind of a source; kinds and errors as in `find_source`."""
     return find_source(source).kind
 
 
@@ -100,10 +99,6 @@ def is_meta(source: str | PathLike[str]) -> bool:
 def is_hub_id(name: str) -> bool:
     """Whether a name could be that of a model on the hub, with or without its owner."""
     return bool(re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name)) and not Path(name).exists()
-
-
-FETCHED = ["*.json", "*.safetensors", "tokenizer*", "*.jinja", "merges.txt", "LICENSE*"]
-FETCHED += ["README.md"]
 
 
 def resolve(source: str | PathLike[str]) -> Path:

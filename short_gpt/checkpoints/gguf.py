@@ -13,8 +13,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from llama.formats.gguf_header import STRING, Record
-from llama.formats.gguf_parts import GGUFParts
+from llama.formats.gguf_read import STRING, GGUFParts, Record
 from llama.formats.gguf_write import (
     Stored,
     copied,

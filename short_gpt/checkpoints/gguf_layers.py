@@ -14,8 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from llama.formats.gguf_header import ARRAY, Record
-from llama.formats.gguf_parts import GGUFParts
+from llama.formats.gguf_read import ARRAY, GGUFParts, Record
 from llama.formats.gguf_write import BOOL, record
 from short_gpt.checkpoints import gguf_kinds as kinds
 from short_gpt.checkpoints.gguf_kinds import PATTERN, cheapest_set, ordinal

@@ -11,9 +11,9 @@ from os import PathLike
 from pathlib import Path
 
 from llama.checkpoint.meta import CONVERSION
-from llama.formats.convert import check_llama, gguf_to_meta, hf_to_meta, meta_to_hf
-from llama.formats.gguf import GGUFFile
-from llama.formats.gguf_from import MADE, llama_to_gguf
+from llama.formats.convert import gguf_to_meta, hf_to_meta, meta_to_hf
+from llama.formats.gguf import SOURCE_KEY, GGUFFile, llama_to_gguf
+from llama.formats.hf import check_llama
 from llama.io.files import read_marker
 from llama.io.json_files import json_text, write_json
 from llama.io.sources import Source, find_source, resolve
@@ -101,7 +101,7 @@ def _write_converted(
         with target.new_file() as file:
             pruned = write(Target(file.with_name("pruned")))
             also = {RECORD: json_text(Provenance.read(pruned / PROVENANCE).to_dict())}
-            also |= {MADE: str(source), "general.name": source.path.name}
+            also |= {SOURCE_KEY: str(source), "general.name": source.path.name}
             llama_to_gguf(pruned, file, also=also, progress=progress)
         return target.path
     converters: dict[str, Callable[..., Path]] = {"meta": meta_to_hf, "gguf": gguf_to_meta}

@@ -15,8 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from llama.formats.gguf_header import read_header
-from llama.formats.gguf_parts import part_paths
+from llama.formats.gguf_read import part_paths, read_header
 from llama.io.json_files import read_json
 from llama.io.sources import is_gguf, is_hub_id
 from short_gpt.runtime.errors import ShortGPTError

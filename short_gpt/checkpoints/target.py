@@ -14,10 +14,8 @@ from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 from torch import Tensor
 
-from llama.formats.gguf_header import read_header
-from llama.formats.gguf_parts import PART, GGUFParts, named_parts
-from llama.io.files import check_new, new_directory
-from llama.io.outputs import check_outputs, new_file, new_files
+from llama.formats.gguf_read import PART, GGUFParts, named_parts, read_header
+from llama.io.files import check_new, check_outputs, new_directory, new_file, new_files
 from llama.io.sources import Source, find_source, is_gguf
 from short_gpt.checkpoints.provenance import Provenance, write_provenance
 from short_gpt.checkpoints.records import PROVENANCE, RECORD

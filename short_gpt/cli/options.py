@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from llama.io.outputs import check_output
+from llama.io.files import check_output
 from short_gpt.cli.flags import Command, flags_of
 from short_gpt.jobs.choice_settings import SCORES
 from short_gpt.runtime.errors import ShortGPTError

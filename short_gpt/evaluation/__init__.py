@@ -1,17 +1,18 @@
 """Quality of a model on held-out text and on tasks, and what a change costs, with its error."""
 
-from short_gpt.evaluation.documents import (
-    TaskDifference,
-    TaskRun,
-    task_changes,
-    task_difference,
-)
-from short_gpt.evaluation.harness import hugging_face_lm
-from short_gpt.evaluation.llama_lm import llama_lm
+from short_gpt.evaluation.harness import hugging_face_lm, llama_lm
 from short_gpt.evaluation.paired import Difference, difference, losses, together
 from short_gpt.evaluation.perplexity import Perplexity, perplexity
 from short_gpt.evaluation.protocols import PROTOCOLS, protocol
-from short_gpt.evaluation.tasks import TaskSuite, run_tasks, task_names
+from short_gpt.evaluation.tasks import (
+    TaskDifference,
+    TaskRun,
+    TaskSuite,
+    run_tasks,
+    task_changes,
+    task_difference,
+    task_names,
+)
 
 __all__ = [
     "PROTOCOLS",

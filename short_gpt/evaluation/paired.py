@@ -18,12 +18,8 @@ class Difference:
     """How much the mean loss of a token changed.
 
     Attributes:
-        nats: second less first; below 0 is better. exp(nats) is the ratio of the perplexities.
-        standard_error: of ``nats``, as in `sampling.sampling_error`; NaN for a single unit.
-        windows: compared.
-        texts: that they were cut from, which are the samples if there are several; None if that
-            is not known.
-        degrees: of freedom of the standard error, as in `SamplingError`.
+        nats: second minus first; below 0 is better. exp(nats) is the ratio of the perplexities.
+        standard_error: of ``nats``; this and the others as in `SamplingError`.
     """
 
     nats: float
@@ -52,12 +48,12 @@ def losses(
     decoder: Decoder, windows: Sequence[Sequence[int]], *, progress: bool = True
 ) -> list[Perplexity]:
     """The loss of every window on its own; errors as in `perplexity.perplexity`."""
-    found = []
+    each = []
     with bar("perplexity", total=len(windows), unit="window", show=progress) as shown:
         for window in windows:
-            found.append(perplexity(decoder, [[window]]))
+            each.append(perplexity(decoder, [[window]]))
             shown.update()
-    return found
+    return each
 
 
 def together(parts: Sequence[Perplexity]) -> Perplexity:
@@ -67,16 +63,13 @@ def together(parts: Sequence[Perplexity]) -> Perplexity:
     return Perplexity(nats, tokens, sum(p.windows for p in parts), samples)
 
 
-def _samples(found: Perplexity) -> tuple[Sample, ...]:
-    """Of every window; of the whole where only that is known."""
-    return found.samples or (Sample(None, found.nats, found.tokens),)
+def _samples(part: Perplexity) -> tuple[Sample, ...]:
+    """Of every window; of all as one where only that is known."""
+    return part.samples or (Sample(None, part.nats, part.tokens),)
 
 
 def difference(first: Sequence[Perplexity], second: Sequence[Perplexity]) -> Difference:
-    """The change from one state of a model to another on the same windows.
-
-    Args:
-        first, second: from `losses` on the same windows in the same order.
+    """The change from one model's `losses` to another's on the same windows in the same order.
 
     Raises:
         ShortGPTError: the windows differ.

@@ -24,12 +24,7 @@ AT_ONCE = 2**21
 
 
 def exp(nats: float) -> float:
-    """exp(nats), and infinity where that is more than a float holds.
-
-    Example:
-        >>> exp(0.0), exp(1000.0)
-        (1.0, inf)
-    """
+    """exp(nats), and infinity where that is more than a float holds."""
     try:
         return math.exp(nats)
     except OverflowError:
@@ -42,7 +37,7 @@ class Perplexity:
 
     Attributes:
         nats: summed negative log-likelihood of the predicted tokens.
-        tokens: how many were predicted: all of a window but its first.
+        tokens: how many were predicted: all of a window except its first.
         windows: windows read.
         samples: the same of every window, from which the error is known.
     """
@@ -71,17 +66,16 @@ class Perplexity:
     def interval(self, confidence: float = 0.95) -> tuple[float, float]:
         """Where the perplexity of all such text is, as sure as that; NaN where that is unknown."""
         reach = math.nan if self.error is None else self.error.reach(confidence)
-        low, high = (exp(self.nats / self.tokens + way * reach) for way in (-1, 1))
-        return low, high
+        return exp(self.nats / self.tokens - reach), exp(self.nats / self.tokens + reach)
 
     def to_dict(self) -> dict[str, object]:
         """The value, what it was computed from and its error, ready for JSON."""
-        found: dict[str, object] = {"perplexity": self.value, "nats": self.nats}
-        found |= {"tokens": self.tokens, "windows": self.windows}
+        content: dict[str, object] = {"perplexity": self.value, "nats": self.nats}
+        content |= {"tokens": self.tokens, "windows": self.windows}
         if self.error is None or not self.error.known:
-            return found
-        found |= {"texts": self.error.texts, "standard_error": self.error.standard_error}
-        return found | {"interval_95": list(self.interval())}
+            return content
+        content |= {"texts": self.error.texts, "standard_error": self.error.standard_error}
+        return content | {"interval_95": list(self.interval())}
 
 
 def perplexity(
@@ -116,9 +110,9 @@ def perplexity(
     predicted = 0
     with bar("perplexity", total=total, unit="window", show=progress) as shown:
         for batch in batches:
-            for places, tokens, mask in padded(batch, decoder):
+            for indices, tokens, mask in padded(batch, decoder):
                 nats = window_nats(decoder, tokens, mask)
-                samples += samples_of([batch[i] for i in places], nats)
+                samples += samples_of([batch[i] for i in indices], nats)
             predicted += sum(map(len, batch)) - len(batch)
             set_rate(shown, predicted)
             shown.update(len(batch))
@@ -128,13 +122,13 @@ def perplexity(
 
 
 def samples_of(windows: Sequence[Sequence[int]], nats: Sequence[float]) -> list[Sample]:
-    """What windows gave, of each of which all tokens but the first are predicted."""
+    """What windows gave, of each of which all tokens except the first are predicted."""
     pairs = zip(windows, nats, strict=True)
     return [Sample(text_of(window), value, len(window) - 1) for window, value in pairs]
 
 
 def check_loss(nats: float) -> None:
-    """Raises NotFiniteError for a loss that is no number to go on with."""
+    """Raises NotFiniteError for a loss that is NaN or infinite."""
     if not math.isfinite(nats):
         raise NotFiniteError(
             "the model gave a NaN or infinite loss; check the weights, or another dtype"
@@ -153,11 +147,9 @@ def batch_nats(decoder: Decoder, tokens: Tensor, mask: Tensor) -> float:
 
 
 def window_nats(decoder: Decoder, tokens: Tensor, mask: Tensor) -> list[float]:
-    """Negative log-likelihood of each window's predicted tokens, summed: all but its first.
+    """Negative log-likelihood of each window's predicted tokens, summed: all except its first.
 
-    Args:
-        decoder: the model.
-        tokens, mask: (B, S), as `decoder.pad` gives them.
+    ``tokens`` and ``mask`` are (B, S), as `decoder.pad` gives them.
     """
     logits = decoder.logits(tokens)[:, :-1].flatten(0, 1)  # (B (S - 1), V): what comes next
     # (B (S - 1),); cross_entropy gives 0 for -100, so that padding costs nothing

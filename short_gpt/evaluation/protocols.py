@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -30,8 +30,8 @@ def protocol(
     "wikitext-2" is the test split, its rows joined with two line breaks, and "c4" the first 1100
     texts of the English validation split, joined with spaces, of which the first 256 windows
     count: each is tokenized as one text (SLEB, arXiv:2402.09025, SliceGPT and others). "pg19" is
-    the test split, book by book. Windows do not overlap; what follows the last whole one is
-    dropped. No token is put before a window: ``encode`` may add one, once a text.
+    the test split, book by book. Windows do not overlap; a shorter last one is dropped. No token
+    is put before a window: ``encode`` may add one, once a text.
 
     Args:
         name: "wikitext-2", "c4" or "pg19".
@@ -52,20 +52,13 @@ def protocol(
     """
     if name not in PROTOCOLS:
         raise ShortGPTError(f"protocol {name!r} is unknown: expected one of {', '.join(PROTOCOLS)}")
-    found = _texts(name, source)
-    if name == "c4":
-        limit = C4_WINDOWS if limit is None else min(limit, C4_WINDOWS)
-    return [*windows(found, encode, size=size, stride=size, limit=limit, bos=bos)]
-
-
-def _texts(name: str, source: str | Path | None) -> Iterable[str]:
-    """The texts that are tokenized each on its own."""
+    tokenized: Iterable[str]  # each on its own
     if name == "pg19":
-        return pg19("test", path=source)
-    if name == "c4":
-        return [" ".join(islice(_rows(C4, source, "validation"), C4_TEXTS))]
-    return ["\n\n".join(_rows(WIKITEXT2, source, "test"))]
-
-
-def _rows(original: str, source: str | Path | None, split: str) -> Iterator[str]:
-    return texts(original if source is None else source, split=split)
+        tokenized = pg19("test", path=source)
+    elif name == "c4":
+        rows = texts(C4 if source is None else source, split="validation")
+        tokenized = [" ".join(islice(rows, C4_TEXTS))]
+        limit = C4_WINDOWS if limit is None else min(limit, C4_WINDOWS)
+    else:
+        tokenized = ["\n\n".join(texts(WIKITEXT2 if source is None else source, split="test"))]
+    return [*windows(tokenized, encode, size=size, stride=size, limit=limit, bos=bos)]

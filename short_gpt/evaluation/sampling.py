@@ -38,8 +38,8 @@ class SamplingError:
         standard_error: of the mean, in nats a token; NaN for a single unit.
         windows: read.
         texts: that they were cut from; None if that is not known.
-        degrees: of freedom: texts less 1 where all have as many tokens, else fewer, as in
-            `clusters.degrees_of_freedom`; of windows where there are not several texts.
+        degrees: of freedom, as in `clusters.degrees_of_freedom`: of texts, or of windows where
+            there are not several texts.
     """
 
     standard_error: float
@@ -55,7 +55,7 @@ class SamplingError:
             sides: 2, or 1 where only one direction counts.
 
         Returns:
-            NaN where the samples are too few or too unequal to tell, see `no_interval`.
+            NaN where the samples are too few or too unequal, see `no_interval`.
         """
         return t_quantile(1 - (1 - confidence) / sides, self.degrees) * self.standard_error
 
@@ -90,19 +90,16 @@ class SamplingError:
 
 
 def sampling_error(samples: Sequence[Sample]) -> SamplingError:
-    """The standard error of sum nats / sum tokens, a ratio of totals of clusters of unequal sizes.
+    """The standard error of sum nats / sum tokens over all windows.
 
-    The clusters are texts, or windows where all are of one text or the texts are not known. The
-    error is the jackknife's over them, as in `clusters.ratio_covariance`.
-
-    Args:
-        samples: of all windows, at least one token in all.
+    It is the jackknife's, as in `clusters.ratio_covariance`, over texts, or over windows where all
+    are of one text or the texts are not known.
     """
     texts = {s.text for s in samples}
     known = None if None in texts else len(texts)
     units: dict[int, tuple[float, int]] = {}
-    for place, sample in enumerate(samples):
-        key = place if known in (None, 1) else int(sample.text or 0)
+    for index, sample in enumerate(samples):
+        key = index if known in (None, 1) else int(sample.text or 0)
         nats, tokens = units.get(key, (0.0, 0))
         units[key] = nats + sample.nats, tokens + sample.tokens
     nats_of, tokens_of = torch.tensor([*units.values()], dtype=torch.float64).T  # (G,) each

@@ -1,28 +1,133 @@
-"""Tasks of the lm-evaluation-harness on the models of both wrappers."""
+"""Tasks of the lm-evaluation-harness: what they give, and two models on the same documents."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-from short_gpt.evaluation.documents import Results, TaskRun, documents_of
 from short_gpt.evaluation.harness import harness
 from short_gpt.runtime.errors import ShortGPTError
 
-
-class TaskManager(Protocol):
-    """What lm-eval's manager of tasks is asked for."""
-
-    def match_tasks(self, task_list: list[str]) -> list[str]: ...
+Results = dict[str, dict[str, float]]
+Documents = dict[str, dict[str, list[float]]]  # by task and metric, one value a document
 
 
 class Evaluated(Protocol):
     """What tasks ask of a model."""
 
     def harness_model(self, *, batch_size: int = 1) -> object: ...
+
+
+@dataclass(frozen=True)
+class TaskRun:
+    """What tasks gave.
+
+    Attributes:
+        metrics: of every task and group, as the harness has them.
+        documents: of every task, the value of each document, for metrics that have one: 1 where
+            an answer is right; nats of the target for "perplexity".
+    """
+
+    metrics: Results
+    documents: Documents = field(default_factory=dict)
+
+    def named(self) -> dict[str, float]:
+        """Every metric by the names of task and metric, as in "piqa acc"."""
+        pairs = self.metrics.items()
+        return {f"{task} {name}": value for task, own in pairs for name, value in own.items()}
+
+
+@dataclass(frozen=True)
+class TaskDifference:
+    """How much a metric changed, paired over the documents.
+
+    Attributes:
+        change: second minus first, of the mean over documents; above 0 is better, also for
+            "perplexity", where it is the gain in nats a document.
+        standard_error: of ``change``, over the documents; NaN for a single one.
+        documents: compared.
+        better: documents where the second has the higher value.
+        worse: documents where the second has the lower value.
+        p: that right and wrong answers swap so unevenly by chance, two-sided (McNemar's exact
+            test); NaN for a metric with other values than 0 and 1.
+    """
+
+    change: float
+    standard_error: float
+    documents: int
+    better: int
+    worse: int
+    p: float
+
+    def named(self, metric: str) -> dict[str, float]:
+        """The change and its error by the metric's name, and p where there is one."""
+        values = {"change": self.change, "change_stderr": self.standard_error, "change_p": self.p}
+        return {f"{metric} {name}": v for name, v in values.items() if not math.isnan(v)}
+
+
+def task_difference(first: Sequence[float], second: Sequence[float]) -> TaskDifference:
+    """The change of a metric from one model to another on the same documents, in the same order.
+
+    Raises:
+        ShortGPTError: the numbers of documents differ, or there is none.
+
+    Example:
+        >>> task_difference([1, 1, 0, 1], [1, 0, 0, 0]).change
+        -0.5
+    """
+    if len(first) != len(second) or not first:
+        raise ShortGPTError(
+            f"expected values of the same documents, got {len(first)} and {len(second)}"
+        )
+    changes = [b - a for a, b in zip(first, second, strict=True)]
+    count, mean = len(changes), math.fsum(changes) / len(changes)
+    squares = math.fsum((c - mean) ** 2 for c in changes)
+    error = math.sqrt(squares / (count - 1) / count) if count > 1 else math.nan
+    better, worse = sum(c > 0 for c in changes), sum(c < 0 for c in changes)
+    answers = {*first, *second} <= {0, 1}
+    p = _mcnemar(better, worse) if answers else math.nan
+    return TaskDifference(mean, error, count, better, worse, p)
+
+
+def _mcnemar(better: int, worse: int) -> float:
+    """Two-sided probability that fair coins fall at least as unevenly."""
+    count, fewer = better + worse, min(better, worse)
+    tail = sum(math.comb(count, k) for k in range(fewer + 1))
+    return min(1.0, 2 * tail / 2**count)
+
+
+def task_changes(first: TaskRun, second: TaskRun) -> dict[str, float]:
+    """Changes of all metrics that both have of every document, by names as in "piqa acc change".
+
+    Raises:
+        ShortGPTError: the documents differ in number.
+    """
+    changes: dict[str, float] = {}
+    for task, metrics in first.documents.items():
+        for metric, values in metrics.items():
+            others = second.documents.get(task, {}).get(metric)
+            if others is not None:
+                # of "perplexity" lm-eval keeps the log-likelihood of every document
+                name = "log-likelihood" if metric == "perplexity" else metric
+                changes |= task_difference(values, others).named(f"{task} {name}")
+    return changes
+
+
+def documents_of(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> Documents:
+    """Values of single documents, from what the harness keeps of each."""
+    documents: Documents = {}
+    for task, rows in samples.items():
+        for row in sorted(rows, key=lambda r: int(r["doc_id"])):
+            for metric in row.get("metrics", ()):
+                value = row[metric]
+                if isinstance(value, int | float):  # those made of several numbers are not means
+                    name = metric if row["filter"] == "none" else f"{metric},{row['filter']}"
+                    documents.setdefault(task, {}).setdefault(name, []).append(float(value))
+    return documents
 
 
 def run_tasks(
@@ -64,10 +169,11 @@ def run_tasks(
 
 @dataclass(frozen=True)
 class TaskSuite:
-    """Tasks and how they are run; arguments as in `run_tasks`.
+    """Tasks and how they are run; arguments and errors as in `run_tasks`.
 
     Example:
-        >>> TaskSuite(["piqa"], limit=100).run(short)  # doctest: +SKIP
+        >>> suite = TaskSuite(["piqa"], limit=100)
+        >>> task_changes(suite.documents(original), suite.documents(pruned))  # doctest: +SKIP
     """
 
     tasks: str | Sequence[str]
@@ -81,18 +187,13 @@ class TaskSuite:
         task_names(self.tasks, self.include_path)
 
     def run(self, short: Evaluated) -> Results:
-        """Evaluates the model as it is now; results and errors as in `run_tasks`."""
+        """Evaluates the model as it is now; results as in `run_tasks`."""
         return self.documents(short).metrics
 
     def documents(self, short: Evaluated) -> TaskRun:
-        """The same with the values of single documents, by which two models are paired.
-
-        Example:
-            >>> suite = TaskSuite(["piqa"])  # doctest: +SKIP
-            >>> task_changes(suite.documents(whole), suite.documents(cut))  # doctest: +SKIP
-        """
+        """The same with the values of single documents, by which two models are paired."""
         names = task_names(self.tasks, self.include_path)
-        done = harness("evaluator").simple_evaluate(
+        run = harness("evaluator").simple_evaluate(
             short.harness_model(batch_size=self.batch_size),
             tasks=names,
             limit=self.limit,
@@ -100,37 +201,37 @@ class TaskSuite:
             task_manager=_task_manager(self.include_path),
             log_samples=True,
         )
-        metrics = {task: _metrics(found) for task, found in done["results"].items()}
-        return TaskRun(metrics, documents_of(done["samples"]))
+        metrics = {task: _metrics(values) for task, values in run["results"].items()}
+        return TaskRun(metrics, documents_of(run["samples"]))
 
 
 def task_names(tasks: str | Sequence[str], include_path: str | Path | None = None) -> list[str]:
     """The tasks that are meant, wildcards resolved; arguments and errors as for `run_tasks`."""
-    asked = [tasks] if isinstance(tasks, str) else tasks
-    if not asked:
+    patterns = [tasks] if isinstance(tasks, str) else tasks
+    if not patterns:
         raise ShortGPTError("expected at least one task, got none; `lm-eval ls tasks` lists them")
     harness("tasks")  # a manager of an earlier call may be there without the package
     manager = _task_manager(include_path and str(include_path))
-    found = {task: manager.match_tasks([task]) for task in asked}
-    if unknown := [task for task, names in found.items() if not names]:
+    matches = {pattern: manager.match_tasks([pattern]) for pattern in patterns}
+    if unknown := [pattern for pattern, names in matches.items() if not names]:
         raise ShortGPTError(
             f"lm-eval has no tasks {unknown}; `lm-eval ls tasks` lists those it has, and "
             "`include_path` names a folder with more as YAML files"
         )
-    return list(dict.fromkeys(name for names in found.values() for name in names))
+    return list(dict.fromkeys(name for names in matches.values() for name in names))
 
 
 @cache  # reading all of lm-eval's own tasks takes seconds
-def _task_manager(include_path: str | None) -> TaskManager:
+def _task_manager(include_path: str | None) -> Any:
     if include_path is not None and not Path(include_path).is_dir():
         raise FileNotFoundError(f"`include_path` {include_path} is no folder of YAML files")
     return harness("tasks").TaskManager(include_path=include_path)
 
 
-def _metrics(found: Mapping[str, str | float]) -> dict[str, float]:
+def _metrics(values: Mapping[str, str | float]) -> dict[str, float]:
     """The numbers among a task's results: keys are "metric,filter"; unknown ones are "N/A"."""
     return {
         name.removesuffix(",none"): float(value)
-        for name, value in found.items()
+        for name, value in values.items()
         if "," in name and not isinstance(value, str)
     }

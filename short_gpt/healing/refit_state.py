@@ -21,8 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from llama.formats.safetensors import SafetensorsFile
-from llama.io.outputs import new_file
-from llama.io.swap import tidy
+from llama.io.files import new_file, tidy
 from short_gpt.healing.solver import Fit
 from short_gpt.models.weight_changes import Parameter
 from short_gpt.runtime.digest import files_digest

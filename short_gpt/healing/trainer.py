@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from llama.io.files import follow_umask
 from llama.io.json_files import write_json
-from llama.io.swap import follow_umask
 from short_gpt.data.windows import batches
 from short_gpt.evaluation.perplexity import perplexity
 from short_gpt.healing.distillation import Distillation

@@ -17,10 +17,9 @@ import torch
 
 from llama.io.json_files import JsonObject
 from short_gpt.data.disjoint import check_disjoint
-from short_gpt.evaluation.documents import TaskRun, task_changes
 from short_gpt.evaluation.paired import difference, losses, together
 from short_gpt.evaluation.perplexity import Perplexity
-from short_gpt.evaluation.tasks import TaskSuite
+from short_gpt.evaluation.tasks import TaskRun, TaskSuite, task_changes
 from short_gpt.healing import PatchSettings, RefitSettings, refit
 from short_gpt.jobs.cases import Cases
 from short_gpt.jobs.cells import Cells, size_without, tokens_per_second

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from llama.checkpoint.reshard import reshard
+from llama.checkpoint.meta import reshard
 from llama.formats.convert import gguf_to_meta, hf_to_meta, meta_to_hf
-from llama.formats.gguf_from import llama_to_gguf
-from llama.formats.gguf_parts import GGUFParts
+from llama.formats.gguf import llama_to_gguf
+from llama.formats.gguf_read import GGUFParts
 from llama.io.json_files import json_text
 from llama.io.sources import Source, find_source, is_gguf, resolve
 from short_gpt.checkpoints.gguf import write_gguf

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from short_gpt.evaluation.documents import TaskRun, task_changes
 from short_gpt.evaluation.paired import difference
 from short_gpt.evaluation.perplexity import Perplexity
+from short_gpt.evaluation.tasks import TaskRun, task_changes
 from short_gpt.jobs.inputs import (
     Cut,
     Notify,

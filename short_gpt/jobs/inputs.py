@@ -15,8 +15,7 @@ from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.settings import READ, RUN, Needs, Values, needs_one_of, setting
 
 if TYPE_CHECKING:
-    from short_gpt.evaluation.documents import TaskRun
-    from short_gpt.evaluation.tasks import TaskSuite
+    from short_gpt.evaluation.tasks import TaskRun, TaskSuite
     from short_gpt.wrappers.options import OpenOptions
     from short_gpt.wrappers.scored_model import ScoredModel
     from short_gpt.wrappers.short_model import ShortModel
@@ -393,7 +392,7 @@ class Tasks:
 
     def run(self, short: ShortModel, *, batch_size: int = 1) -> TaskRun:
         """Every metric of every task, and the values of documents; nothing without tasks."""
-        from short_gpt.evaluation.documents import TaskRun
+        from short_gpt.evaluation.tasks import TaskRun
 
         suite = self.suite(batch_size=batch_size)
         return TaskRun({}) if suite is None else suite.documents(short)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from llama.io.files import resolved
-from llama.io.outputs import check_output, new_file
+from llama.io.files import check_output, new_file, resolved
 from llama.io.sources import Source, find_source
 from short_gpt.checkpoints.gguf import about_kinds
 from short_gpt.checkpoints.prune import is_recipe, mergekit_recipe, prune_checkpoint, recipe_dtype

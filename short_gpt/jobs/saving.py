@@ -10,8 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from llama.io.files import check_writable
-from llama.io.outputs import is_stream
+from llama.io.files import check_writable, is_stream
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.settings import WRITE, needs_one_of, setting
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llama.args import MOST, check_positive, shown
-from llama.formats.gguf_parts import PART, GGUFParts
+from llama.formats.gguf_read import PART, GGUFParts
 from llama.formats.names import GGUF, NAMES, check_layers
 from llama.formats.safetensors import INDEX, WEIGHTS, SafetensorsFile, open_weights
 from llama.io.json_files import read_json

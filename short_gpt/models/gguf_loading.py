@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from llama.formats.gguf import ROPE_FACTORS
-from llama.formats.gguf_header import STRING, Header
-from llama.formats.gguf_parts import GGUFParts
+from llama.formats.gguf_read import STRING, GGUFParts, Header
 from llama.formats.tokenizers import DIGITS
 from short_gpt.models.pretrained import PretrainedTokenizer
 from short_gpt.models.weights_report import some

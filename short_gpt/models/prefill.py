@@ -15,8 +15,7 @@ from contextlib import ExitStack, contextmanager
 
 from torch import Tensor, nn
 
-from llama.model import TransformerBlock
-from llama.rope import apply_rotary_emb
+from llama.model import TransformerBlock, apply_rotary_emb
 from short_gpt.models.decoder import Decoder
 from short_gpt.models.families import Family, attention_with_norm
 from short_gpt.models.layer_hooks import output_form, patched_forward, state_in

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from llama.io.outputs import new_file
+from llama.io.files import new_file
 from short_gpt.runtime.errors import MissingPackageError
 
 if TYPE_CHECKING:

@@ -15,6 +15,18 @@ from typing import Any
 
 # the old path, and the modules that have its names now
 MOVED = {
+    "llama.checkpoint.reshard": ("llama.checkpoint.meta",),
+    "llama.dialog": ("llama.tokenizer",),
+    "llama.formats.gguf_from": ("llama.formats.gguf",),
+    "llama.formats.gguf_header": ("llama.formats.gguf_read",),
+    "llama.formats.gguf_parts": ("llama.formats.gguf_read",),
+    "llama.formats.sentencepiece_model": ("llama.formats.tokenizers",),
+    "llama.io.outputs": ("llama.io.files",),
+    "llama.io.swap": ("llama.io.files",),
+    "llama.loading": ("llama.generation",),
+    "llama.rope": ("llama.model",),
+    "llama.sampling": ("llama.generation",),
+    "short_gpt.evaluation.documents": ("short_gpt.evaluation.tasks",),
     "short_gpt.experiments": ("short_gpt.jobs",),
     "short_gpt.opening": ("short_gpt.wrappers.opening",),
     "short_gpt.report": ("short_gpt.plots", "short_gpt.cli.tables", "short_gpt.cli"),

@@ -18,9 +18,8 @@ from weakref import WeakValueDictionary, finalize
 
 import torch
 
+from llama.io.files import lock_file, new_file, tidy
 from llama.io.json_files import JsonObject, json_text, read_json, write_json
-from llama.io.outputs import new_file
-from llama.io.swap import lock_file, tidy
 from short_gpt.runtime.digest import files_digest
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import first_rank

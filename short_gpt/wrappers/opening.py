@@ -11,7 +11,7 @@ import torch
 
 from llama import Llama
 from llama.checkpoint.meta import args_of_params, read_params
-from llama.formats.gguf_parts import part_paths
+from llama.formats.gguf_read import part_paths
 from llama.io.sources import Source, find_source, resolve
 from llama.parallel import choose_device, choose_dtype, initialize, several_ranks
 from llama.tokenizer import find_tokenizer

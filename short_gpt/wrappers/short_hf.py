@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from llama.formats.convert import meta_to_hf
-from llama.generation import check_numbers
+from llama.generation import COLDEST, check_logits, check_numbers
 from llama.io.sources import is_gguf
 from llama.parallel import choose_device, choose_dtype
-from llama.sampling import COLDEST, check_logits
 from llama.tokenizer import check_text, find_tokenizer
 from short_gpt.checkpoints.gguf import save_gguf
 from short_gpt.checkpoints.hf import save_as_meta, save_hf

@@ -15,7 +15,7 @@ from short_gpt.checkpoints.meta import save_meta
 from short_gpt.checkpoints.provenance import Provenance
 from short_gpt.checkpoints.target import Target
 from short_gpt.checkpoints.verify import check_same, fingerprint_aligned, one_by_one
-from short_gpt.evaluation.llama_lm import llama_lm
+from short_gpt.evaluation.harness import llama_lm
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.models.computation import params_entries
 from short_gpt.models.meta import MetaDecoder

@@ -20,9 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama.checkpoint.sharding import EMBEDDING, OUTPUT
-from llama.model import RMSNorm, TransformerBlock
+from llama.model import RMSNorm, TransformerBlock, precompute_freqs_cis
 from llama.parallel import initialize
-from llama.rope import precompute_freqs_cis
 from short_gpt.models.families import META
 from short_gpt.models.layer_calls import LayerCalls
 from short_gpt.models.layer_hooks import Call

@@ -22,8 +22,7 @@ from gguf_files import stack_file
 from transformers import AutoModelForCausalLM
 
 from llama.errors import InputError
-from llama.formats.gguf_header import read_header
-from llama.formats.gguf_parts import GGUFParts
+from llama.formats.gguf_read import GGUFParts, read_header
 from llama.formats.gguf_write import UINT32
 from llama.formats.gguf_write import record as key_record
 from short_gpt import ShortHFModel
@@ -126,8 +125,8 @@ def in_pieces(tmp_path, monkeypatch) -> tuple[GGUFParts, dict[str, torch.Tensor]
         values[f"blk.{i}.ffn_down.weight"] = torch.from_numpy(unpacked)
         values[f"blk.{i}.attn_norm.weight"] = torch.from_numpy(rows[0, :7].copy())
     parts, asked = GGUFParts(tmp_path / "m-00001-of-00003.gguf"), []
-    monkeypatch.setattr("llama.formats.gguf_parts.CHUNK_BYTES", 10)
-    monkeypatch.setattr("llama.formats.gguf_parts.CHUNK_VALUES", 31)
+    monkeypatch.setattr("llama.io.files.CHUNK_BYTES", 10)
+    monkeypatch.setattr("llama.formats.gguf_read.CHUNK_VALUES", 31)
     plain = np.fromfile
 
     def fromfile(file, dtype, count):
@@ -140,7 +139,7 @@ def in_pieces(tmp_path, monkeypatch) -> tuple[GGUFParts, dict[str, torch.Tensor]
             return super().read(size)
 
     monkeypatch.setattr("numpy.fromfile", fromfile)
-    monkeypatch.setattr("llama.formats.gguf_parts.open", Asked, raising=False)
+    monkeypatch.setattr("llama.io.files.open", Asked, raising=False)
     return parts, values, asked
 
 

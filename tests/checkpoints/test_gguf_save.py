@@ -17,7 +17,7 @@ from conftest import BYTE_VOCAB, make_transformer
 from gguf_families import FAMILIES, LAYERS, make, write_model
 from gguf_files import stack_file, write_gguf
 
-from llama.formats.gguf_parts import GGUFParts
+from llama.formats.gguf_read import GGUFParts
 from llama.formats.gguf_write import Stored, copied, packed, writable, write_again
 from short_gpt import ShortHFModel
 from short_gpt.checkpoints import Provenance

@@ -13,8 +13,8 @@ from llama_cpp import LlamaCpp
 from tokenizer_files import KINDS, ODD, meta
 
 from llama import Llama
-from llama.formats.gguf_from import llama_to_gguf
-from llama.formats.gguf_parts import GGUFParts
+from llama.formats.gguf import llama_to_gguf
+from llama.formats.gguf_read import GGUFParts
 from llama.formats.gguf_write import UINT32, copied, record, write_again
 from llama.tokenizer import Tokenizer, find_tokenizer
 from short_gpt import ShortHFModel, ShortLlama
@@ -118,7 +118,7 @@ def peak():
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
 
 import gguf
-from llama.formats.gguf_parts import GGUFParts
+from llama.formats.gguf_read import GGUFParts
 parts = GGUFParts(Path(sys.argv[1]))  # tokens and merges take what they take
 base = peak()
 prune_gguf(sys.argv[1], sys.argv[2], [3, 4, 5])

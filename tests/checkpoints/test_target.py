@@ -8,7 +8,7 @@ import pytest
 from conftest import make_transformer
 from gguf_files import write_gguf as write_model
 
-from llama.formats.gguf_parts import GGUFParts
+from llama.formats.gguf_read import GGUFParts
 from short_gpt.checkpoints import Provenance, Target, format_of, prune_checkpoint, write_gguf
 from short_gpt.runtime.errors import ShortGPTError
 

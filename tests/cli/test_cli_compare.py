@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import BYTE_VOCAB, make_transformer, save_checkpoint, write_byte_tokenizer
 
-from llama.formats.gguf_from import llama_to_gguf
+from llama.formats.gguf import llama_to_gguf
 from short_gpt.cli.app import main
 from short_gpt.healing import lora as healing
 from short_gpt.jobs import TextSource, comparison

@@ -18,8 +18,7 @@ from gguf_files import stack_file, write_gguf
 from tokenizer_files import ODD, meta
 
 from llama.formats.convert import meta_to_hf
-from llama.formats.gguf_header import ARRAY, STRING
-from llama.formats.gguf_parts import GGUFParts
+from llama.formats.gguf_read import ARRAY, STRING, GGUFParts
 from llama.formats.gguf_vocabulary import vocabulary
 from llama.formats.gguf_write import UINT32, copied, record, write_again
 from short_gpt import ShortHFModel, open_model

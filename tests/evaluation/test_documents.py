@@ -11,7 +11,7 @@ from test_harness import pair as made
 
 from short_gpt.cli.tables import comparison
 from short_gpt.evaluation import TaskRun, TaskSuite, task_changes, task_difference
-from short_gpt.evaluation.documents import documents_of
+from short_gpt.evaluation.tasks import documents_of
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from llama.io.swap import lock_file
+from llama.io.files import lock_file
 from short_gpt import ShortGPTError
 from short_gpt.healing.trainer import note_files, run_folder, whole_checkpoints
 from short_gpt.jobs.comparison import _checkpoints

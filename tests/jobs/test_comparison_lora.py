@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import BYTE_VOCAB, make_transformer, save_checkpoint, write_byte_tokenizer
 
-from llama.formats.gguf_from import llama_to_gguf
+from llama.formats.gguf import llama_to_gguf
 from short_gpt import heal_refit
 from short_gpt.data.windows import windows
 from short_gpt.evaluation import losses

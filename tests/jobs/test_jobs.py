@@ -23,9 +23,8 @@ from conftest import (
 
 import short_gpt
 from short_gpt import ShortGPTError, Stop, convert, prune, rank
-from short_gpt.evaluation.documents import TaskRun
 from short_gpt.evaluation.perplexity import Perplexity
-from short_gpt.evaluation.tasks import TaskSuite
+from short_gpt.evaluation.tasks import TaskRun, TaskSuite
 from short_gpt.healing import lora
 from short_gpt.jobs import (
     Answer,

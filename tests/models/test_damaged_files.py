@@ -35,8 +35,8 @@ from llama.formats.convert import meta_to_hf
 from llama.formats.gguf import GGUFFile
 from llama.formats.safetensors import SafetensorsFile
 from llama.formats.tokenizers import LLAMA2_CONFIG
+from llama.generation import load_model
 from llama.io.json_files import write_json
-from llama.loading import load_model
 from llama.tokenizer import Tokenizer
 from short_gpt import ShortHFModel, ShortLlama
 from short_gpt.cli.tables import ranking

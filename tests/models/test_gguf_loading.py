@@ -15,8 +15,7 @@ from gguf_files import write_gguf
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers import modeling_gguf_pytorch_utils as reading
 
-from llama.formats.gguf_header import ARRAY, STRING, read_header
-from llama.formats.gguf_parts import GGUFParts
+from llama.formats.gguf_read import ARRAY, STRING, GGUFParts, read_header
 from llama.formats.gguf_write import UINT32, Stored, copied, packed, record, write_again
 from short_gpt import ShortHFModel
 from short_gpt.models.gguf_loading import reading_gguf
@@ -43,7 +42,7 @@ def quantized(path: Path, out: Path) -> Path:
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma2", "gemma3", "starcoder2"])
 def test_the_model_and_its_tokenizer_are_those_of_plain_transformers(tmp_path, monkeypatch, family):
     """Config, weights bit for bit and vocabulary, in either type; tensors are read in pieces."""
-    monkeypatch.setattr("llama.formats.gguf_parts.CHUNK_VALUES", 300)
+    monkeypatch.setattr("llama.formats.gguf_read.CHUNK_VALUES", 300)
     model = make(family, num_hidden_layers=2, **WIDTHS.get(family, {}))
     quantized(write_model(tmp_path / "plain.gguf", family, model), tmp_path / "m.gguf")
     where = {"gguf_file": "m.gguf"}
@@ -125,7 +124,7 @@ def test_the_header_is_read_once_and_by_no_other_reader(tmp_path, monkeypatch):
     monkeypatch.setattr(gguf, "GGUFReader", refused)
     if hasattr(__import__("transformers.integrations").integrations, "gguf"):
         monkeypatch.setattr("transformers.integrations.gguf.reader._read_metadata", refused)
-    for place in ("llama.formats.gguf_parts", "llama.formats.gguf_from"):
+    for place in ("llama.formats.gguf_read", "llama.formats.gguf"):
         monkeypatch.setattr(f"{place}.read_header", lambda p: read.append(p) or read_header(p))
     ShortHFModel(path)
     assert read == [path]

@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-from llama.io import swap
+from llama.io import files
 from llama.io.files import check_new, new_directory
 from llama.io.json_files import read_json, write_json
 
@@ -108,7 +108,7 @@ def main(out: Path, how: str) -> None:
             step, "random" kills 30 times at random moments.
     """
     if how == "renames":
-        swap.exchange = lambda *_: False
+        files.exchange = lambda *_: False
     out.parent.mkdir()
     seen = dict.fromkeys(("kills", "earlier", "new", "folders left", "set aside"), 0)
     write(out, 1)

@@ -14,8 +14,7 @@ from gguf_files import write_gguf
 from safetensors.torch import load_file, save_file
 
 from llama import Tokenizer
-from llama.checkpoint.meta import Checkpoint
-from llama.checkpoint.reshard import reshard
+from llama.checkpoint.meta import Checkpoint, reshard
 from llama.errors import InputError
 from llama.formats.convert import gguf_to_meta, hf_to_meta, meta_to_hf
 from llama.formats.names import HF, META, name_in, permute
@@ -28,8 +27,8 @@ from llama.formats.safetensors import (
     write_file,
 )
 from llama.formats.tokenizers import write_tokenizer
+from llama.generation import load_model
 from llama.io.sources import hub_failure, resolve
-from llama.loading import load_model
 
 pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
 VOCAB = 258
@@ -339,7 +338,7 @@ def test_a_gguf_without_output_is_tied(tmp_path, gguf_model):
 
 
 def test_gguf_rope_factors(tmp_path):
-    from llama.rope import rope_frequencies
+    from llama.model import rope_frequencies
 
     model = make_transformer(vocab_size=VOCAB, rope_theta=500000.0, dim=64)
     hd = model.params.head_dim

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from conftest import CharTokenizer, make_transformer, random_windows
 
 from llama import Llama
-from llama.dialog import UNSAFE_ERROR, check_roles, encode_dialog
 from llama.generation import sample_top_p
+from llama.tokenizer import UNSAFE_ERROR, check_roles, encode_dialog
 
 PROMPTS = [w[:n] for w, n in zip(random_windows(4, 12, seed=5), (12, 3, 7, 1), strict=True)]
 

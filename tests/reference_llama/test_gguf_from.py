@@ -15,11 +15,10 @@ from tokenizer_files import KINDS, ODD, meta, write_tokenizer
 from llama.checkpoint.meta import Checkpoint
 from llama.errors import InputError
 from llama.formats.convert import gguf_to_meta, meta_to_hf
-from llama.formats.gguf_from import llama_to_gguf
-from llama.formats.gguf_header import read_header
-from llama.formats.gguf_parts import GGUFParts
+from llama.formats.gguf import llama_to_gguf
+from llama.formats.gguf_read import GGUFParts, read_header
 from llama.formats.gguf_vocabulary import vocabulary
-from llama.formats.sentencepiece_model import Pieces
+from llama.formats.tokenizers import Pieces
 from llama.tokenizer import Tokenizer, find_tokenizer
 
 LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
@@ -240,5 +239,5 @@ def test_a_gguf_file_of_sentencepiece_that_is_damaged_is_refused(tmp_path, monke
         file.tokenizer()
     file.fields["tokenizer.ggml.scores"] = [0.0] * 320
     file.fields["tokenizer.ggml.add_bos_token"] = False
-    with pytest.raises(InputError, match="puts no bos in front"):
+    with pytest.raises(InputError, match="puts no bos before"):
         file.tokenizer()

@@ -9,7 +9,7 @@ import killed_writers
 import pytest
 from processes import alone
 
-from llama.io import swap
+from llama.io import files
 from llama.io.files import check_new, new_directory
 from llama.io.json_files import read_json, write_json
 
@@ -47,20 +47,20 @@ def test_the_folder_of_a_longer_name_is_another_targets(tmp_path):
     left.mkdir()
     check_new(tmp_path / "a")
     assert left.exists()
-    swap.tidy(tmp_path / "a.b")
+    files.tidy(tmp_path / "a.b")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.b"]
 
 
 def test_a_folder_taken_before_it_was_locked_is_made_anew(tmp_path, monkeypatch):
-    plain, taken = swap._locked, []
+    plain, taken = files.lock_file, []
 
-    def locked(work):
+    def locked(path):
         if not taken:
-            taken.append(work)
-            swap.tidy(tmp_path / "out")  # of another writer, in this very moment
-        return plain(work)
+            taken.append(path.parent)
+            files.tidy(tmp_path / "out")  # of another writer, in this very moment
+        return plain(path)
 
-    monkeypatch.setattr(swap, "_locked", locked)
+    monkeypatch.setattr(files, "lock_file", locked)
     with new_directory(tmp_path / "out") as partial:
         assert partial.parent != taken[0] and not taken[0].exists()
         (partial / "file").write_text("whole")
@@ -74,7 +74,7 @@ def test_without_locks_nothing_is_taken_from_anybody(tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError("no locks on this file system")
 
-    monkeypatch.setattr(swap, "_locked", refuse)
+    monkeypatch.setattr(files, "lock_file", refuse)
     with new_directory(tmp_path / "out") as partial:
         (partial / "file").write_text("whole")
     assert sorted(tmp_path.iterdir()) == [left, tmp_path / "out"]
@@ -84,6 +84,6 @@ def test_names_are_exchanged_in_one_step_or_not_at_all(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "in_a").touch()
     (tmp_path / "b").mkdir()
-    assert not swap.exchange(tmp_path / "a", tmp_path / "missing")
-    if swap.exchange(tmp_path / "a", tmp_path / "b"):
+    assert not files.exchange(tmp_path / "a", tmp_path / "missing")
+    if files.exchange(tmp_path / "a", tmp_path / "b"):
         assert os.listdir(tmp_path / "b") == ["in_a"] and not os.listdir(tmp_path / "a")

@@ -11,8 +11,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from weights import from_transformers
 
 from llama.args import ModelArgs
-from llama.model import RMSNorm, Transformer
-from llama.rope import apply_rotary_emb, precompute_freqs_cis, rope_frequencies
+from llama.model import (
+    RMSNorm,
+    Transformer,
+    apply_rotary_emb,
+    precompute_freqs_cis,
+    rope_frequencies,
+)
 
 SCALED = {
     "rope_type": "llama3",

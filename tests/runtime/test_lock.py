@@ -19,7 +19,7 @@ from conftest import (
 from families import make
 from processes import started
 
-from llama.io import swap
+from llama.io import files
 from short_gpt import ShortGPTError, jobs
 from short_gpt.healing import (
     CachedTeacher,
@@ -147,14 +147,14 @@ def test_a_fork_neither_has_the_lock_nor_takes_it_away(tmp_path):
     assert os.waitpid(child, 0)[1] == 0
     assert (tmp_path / ".state.lock").exists()
     with pytest.raises(BlockingIOError):
-        swap.lock_file(tmp_path / ".state.lock")
+        files.lock_file(tmp_path / ".state.lock")
 
 
 def test_where_there_are_no_locks_a_run_goes_without(tmp_path, monkeypatch):
     def none(*_: object) -> None:
         raise OSError("no locks here")
 
-    monkeypatch.setattr(swap.fcntl, "flock", none)
+    monkeypatch.setattr(files.fcntl, "flock", none)
     StateFile(tmp_path / "state", IDENTITY).save({"sums": [1]})
     assert StateFile(tmp_path / "state", IDENTITY).content["sums"] == [1]
 
@@ -168,7 +168,7 @@ def test_a_lock_file_of_another_user_is_a_lock(tmp_path, monkeypatch):
             raise PermissionError(13, "Permission denied", path)  # another user made the file
         return really(path, flags, *mode)
 
-    monkeypatch.setattr(swap.os, "open", refused)
+    monkeypatch.setattr(files.os, "open", refused)
     with pytest.raises(ShortGPTError, match=f"in use by process {running.processes[0].pid}"):
         StateFile(tmp_path / "state", IDENTITY)
     running.processes[0].kill()

@@ -12,6 +12,18 @@ from short_gpt.runtime.renamed import MOVED
 
 OLD_NAMES = {
     "short_gpt.runtime.results": ("read_record", "write_record"),
+    "llama.checkpoint.reshard": ("reshard", "write_model"),
+    "llama.dialog": ("Dialog", "encode_dialog"),
+    "llama.formats.gguf_from": ("llama_to_gguf",),
+    "llama.formats.gguf_header": ("read_header",),
+    "llama.formats.gguf_parts": ("GGUFParts",),
+    "llama.formats.sentencepiece_model": ("Pieces",),
+    "llama.io.outputs": ("new_file",),
+    "llama.io.swap": ("lock_file",),
+    "llama.loading": ("load_model",),
+    "llama.rope": ("apply_rotary_emb",),
+    "llama.sampling": ("check_logits", "sample_top_p"),
+    "short_gpt.evaluation.documents": ("TaskRun", "task_changes"),
     "short_gpt.scoring.differences": ("difference_margins",),
     "short_gpt.scoring.following": ("Following",),
     "short_gpt.scoring.state": ("RunState",),

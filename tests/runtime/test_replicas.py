@@ -25,9 +25,8 @@ from conftest import (
 from processes import ranks
 
 from llama import Llama
-from llama.checkpoint.meta import Checkpoint
-from llama.checkpoint.reshard import reshard
-from llama.loading import load_model
+from llama.checkpoint.meta import Checkpoint, reshard
+from llama.generation import load_model
 from short_gpt import ShortLlama
 from short_gpt.cli.app import main
 from short_gpt.data.windows import Window

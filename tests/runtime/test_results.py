@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from llama.io.files import is_stream
 from llama.io.json_files import write_json
-from llama.io.outputs import is_stream
 from short_gpt.runtime import StateFile, read_record, write_record
 from short_gpt.runtime.state import is_record
 
