@@ -8,11 +8,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 
-from short_gpt.models.pretrained import PretrainedModel, PretrainedTokenizer
 from short_gpt.runtime.errors import MissingPackageError, ShortGPTError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def harness(module: str) -> ModuleType:
@@ -30,7 +33,7 @@ def harness(module: str) -> ModuleType:
 
 
 def hugging_face_lm(
-    model: PretrainedModel, tokenizer: PretrainedTokenizer | None, *, batch_size: int = 1
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, *, batch_size: int = 1
 ) -> object:
     """A model of transformers as ``lm_eval.models.huggingface.HFLM``, its softmax in float32.
 

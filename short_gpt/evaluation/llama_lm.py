@@ -16,7 +16,7 @@ from torch import Tensor
 from short_gpt.data.windows import batches
 from short_gpt.evaluation.harness import harness
 from short_gpt.models.decoder import Decoder, pad
-from short_gpt.models.reference import ReferenceLlama
+from short_gpt.models.meta import ReferenceLlama
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import bar
 

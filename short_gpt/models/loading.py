@@ -1,13 +1,13 @@
-"""Models of transformers from where they lie: hub, directory or GGUF file."""
+"""Models of transformers from hub, directory or GGUF file, with all of their weights."""
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib import import_module
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -17,20 +17,29 @@ from llama.io.json_files import read_json
 from llama.io.sources import hub_failure, is_gguf
 from llama.parallel import choose_device
 from llama.tokenizer import Tokenizer, is_panic
-from short_gpt.models.config_file import check_gguf, gguf_layer_types, read_config
-from short_gpt.models.gguf_loading import check_left_out, mend_tokenizer, reading_gguf
-from short_gpt.models.weights_report import check_weights, without_report
+from short_gpt.models.config_file import TRUST, explained, read_config
+from short_gpt.models.gguf_loading import (
+    check_gguf,
+    check_left_out,
+    gguf_layer_types,
+    mend_tokenizer,
+    reading_gguf,
+    some,
+)
 from short_gpt.runtime.errors import MissingPackageError, ShortGPTError, shortage
 
 # options of loading that say where files come from: the tokenizer's as well as the model's
 FROM_WHERE = ["cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder"]
-TRUST = "trust_remote_code"  # in errors: a model comes with Python code
 FROM_WHERE += ["token", TRUST]
-# asks what came of every tensor, for `check_weights`; a wrong shape is told like the others
+# asks what came of every tensor, for `check_weights`; a wrong shape is reported like the others
 ALL = {"output_loading_info": True, "ignore_mismatched_sizes": True}
 TOKENIZER = re.compile(
     r"(tokenizer|vocab|merges|special_tokens|added_tokens).*|.+\.(model|tiktoken)"
 )
+# How transformers' own reports of the weights begin, in versions 5 and 4; and of a tokenizer.model,
+# where it tries two kinds of file and `load_tokenizer` says what was wrong if neither fits.
+REPORTS = (" LOAD REPORT", "Some weights of ", "Could not extract SentencePiece model")
+LOGGERS = ("modeling_utils", "tokenization_utils_tokenizers")
 
 
 def auto_class(config: Any) -> Any:
@@ -51,20 +60,17 @@ def auto_class(config: Any) -> Any:
     raise ShortGPTError(f"a model of type {config.model_type!r} is no causal language model")
 
 
-def place_of(
+def target_device(
     device: str | torch.device | None, options: Mapping[str, object]
 ) -> torch.device | None:
-    """Where a loaded model goes; None leaves it where ``options`` put it.
-
-    Raises:
-        ShortGPTError: ``device`` and a ``device_map`` in ``options`` are both given.
-    """
+    """Where a loaded model goes; None leaves it where a ``device_map`` in ``options`` put it."""
     if device is not None and "device_map" in options:
         raise ShortGPTError("give device for one place or device_map for several, not both")
     return None if device is None else choose_device(device)
 
 
 def load(name: str, options: dict[str, Any], tokenizer: Any) -> tuple[Any, Any]:
+    """A model with all of its weights, and its tokenizer unless one is passed."""
     try:
         import transformers  # noqa: F401
     except ImportError:
@@ -114,7 +120,7 @@ def load_tokenizer(where: str, options: Mapping[str, Any]) -> Any:
 
     Raises:
         ShortGPTError: a file of a directory is damaged or missing.
-        MissingPackageError: protobuf is missing, by which transformers reads a tokenizer.model.
+        MissingPackageError: transformers reads a tokenizer.model by protobuf, which is missing.
         Exception: as those of ``AutoTokenizer.from_pretrained``, for another source.
     """
     from transformers import AutoTokenizer
@@ -163,16 +169,10 @@ def _check_tokenizer(directory: Path) -> None:
 
 
 def check_stored(directory: Path, config: Any) -> None:
-    """Refuses a Hugging Face directory that does not hold all weights of its config, as `load`.
-
-    Transformers goes through the whole loading, on the meta device, for which no weight is read.
-    Its version 4 reads them all the same: there nothing is checked.
-
-    Raises:
-        ShortGPTError: as `check_weights`.
-    """
+    """Raises ShortGPTError for a Hugging Face directory without all weights of its config."""
     import transformers
 
+    # Loading onto the meta device reads no weight; version 4 reads them: there nothing is checked.
     if transformers.__version__.startswith("4."):
         return
     try:
@@ -185,7 +185,7 @@ def check_stored(directory: Path, config: Any) -> None:
 
 
 def _has_tokenizer(path: Path) -> bool:
-    """Whether there is a tokenizer to load: not in a directory of weights alone."""
+    # a directory may hold weights alone
     return not path.is_dir() or any(TOKENIZER.match(p.name) for p in path.iterdir())
 
 
@@ -197,9 +197,6 @@ def generation_explained(model: Any, source: str, generate: Callable[[], object]
         model: of transformers.
         source: its name for the message.
         generate: what is done in the block; tried again with an empty generation config.
-
-    Raises:
-        ShortGPTError: that works.
     """
     try:
         yield
@@ -222,20 +219,47 @@ def generation_explained(model: Any, source: str, generate: Callable[[], object]
         ) from error
 
 
-def explained(error: BaseException) -> str:
-    """Transformers' errors in one line: the first paragraph, of at most 300 characters."""
-    if isinstance(error, MemoryError) or "allocate memory" in str(error):
-        return "it does not fit the free memory; free some, or take a smaller dtype or stream"
-    if TRUST in str(error):
-        return (
-            "it comes with Python code of its own, which is not run; look at that code, and pass "
-            "`trust_remote_code` to run it"
+class _NoReport(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not any(report in record.getMessage() for report in REPORTS)
+
+
+@contextmanager
+def without_report() -> Iterator[None]:
+    """Keeps transformers from printing its reports, which become errors here."""
+    loggers, quiet = [logging.getLogger(f"transformers.{name}") for name in LOGGERS], _NoReport()
+    for logger in loggers:
+        logger.addFilter(quiet)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(quiet)
+
+
+def check_weights(name: str, info: Mapping[str, Collection[Any]]) -> None:
+    """Refuses a model whose files do not hold exactly its weights.
+
+    Left to itself, transformers fills what is missing with random numbers and goes on.
+
+    Args:
+        name: where the model came from.
+        info: what ``from_pretrained`` gives with ``output_loading_info``; tied weights and keys
+            that a class of transformers leaves out on purpose are not in it.
+    """
+    wrong = [
+        f"{text} {some(info[key])}"
+        for key, text in (
+            ("missing_keys", "lack"),
+            ("unexpected_keys", "hold, not of the model its config describes,"),
         )
-    if isinstance(error, EOFError | UnpicklingError) or "PytorchStreamReader" in str(error):
-        return "its weights are cut off or damaged; fetch it anew"
-    if isinstance(error, KeyError):
-        return f"its config names {error}, which is not known here; try a newer transformers"
-    if (named := re.match(r"module 'torch' has no attribute ('\w+')", str(error))) is not None:
-        return f"its config names {named[1]} as a dtype, expected one such as 'bfloat16'"
-    text = " ".join(str(error).strip().split("\n\n")[0].split()) or type(error).__name__
-    return text if len(text) <= 300 else text[:300] + " ..."
+        if info.get(key)
+    ]
+    for key, stored, expected in sorted(map(tuple, info.get("mismatched_keys", ())))[:1]:
+        wrong.append(f"hold {key} as {[*stored]}, of which its config makes {[*expected]}")
+    # torch's messages have many lines; the first says enough
+    wrong += [" ".join(str(text).split())[:200] for text in info.get("error_msgs", ())][:1]
+    if wrong:
+        raise ShortGPTError(
+            f"{name} cannot be loaded: its files {'; they '.join(wrong)}; fetch or convert it anew"
+        )

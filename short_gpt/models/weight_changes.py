@@ -1,4 +1,4 @@
-"""What was done to the weights of layers that stayed: which parameters, and how."""
+"""What was done to the weights of kept layers: which parameters, and how."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class WeightChange:
 def parameters_of(number: int, layer: nn.Module, modules: Iterable[nn.Module]) -> set[Parameter]:
     """The parameters of some modules inside a layer, by the layer's original number."""
     # by identity: a tensor may equal another
-    wanted = {id(p) for module in modules for p in module.parameters()}
-    return {(number, name) for name, p in layer.named_parameters() if id(p) in wanted}
+    inside = {id(p) for module in modules for p in module.parameters()}
+    return {(number, name) for name, p in layer.named_parameters() if id(p) in inside}
 
 
 def keep_values(parameters: Iterable[Tensor]) -> Callable[[], None]:
@@ -49,9 +49,6 @@ def keep_values(parameters: Iterable[Tensor]) -> Callable[[], None]:
 @contextmanager
 def restored_on_error(parameters: Iterable[Tensor]) -> Iterator[Callable[[], None]]:
     """Parameters that have their values again after any error inside a ``with`` block.
-
-    Args:
-        parameters: copied to the CPU.
 
     Yields:
         A function that puts the values back, inside the block or later.
