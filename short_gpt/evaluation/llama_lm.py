@@ -13,10 +13,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from llama import Llama
 from short_gpt.data.windows import batches
 from short_gpt.evaluation.harness import harness
 from short_gpt.models.decoder import Decoder, pad
-from short_gpt.models.meta import ReferenceLlama
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import bar
 
@@ -39,7 +39,7 @@ class LlamaLike(Protocol):
     decoder: Decoder
 
     @property
-    def llama(self) -> ReferenceLlama: ...
+    def llama(self) -> Llama: ...
 
     def encode(self, text: str) -> list[int]: ...
 

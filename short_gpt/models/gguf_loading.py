@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache, partial
 from importlib import import_module
 from math import prod
@@ -121,15 +121,15 @@ def reading_gguf(parts: GGUFParts) -> Iterator[list[str]]:
         (reading, "_gguf_parse_value", lambda value, _: value),
         (reading, LOADS, loads),
     ]
-    patches += [(module, METADATA, partial(_metadata, parts)) for module in _with_metadata()]
-    before = [(module, name, getattr(module, name)) for module, name, _ in patches]
-    for module, name, ours in patches:
-        setattr(module, name, ours)
-    try:
+    for name in WITH_METADATA:
+        with suppress(ImportError):
+            if hasattr(module := import_module(name), METADATA):
+                patches.append((module, METADATA, partial(_metadata, parts)))
+    with ExitStack() as stack:
+        for module, name, ours in patches:
+            stack.callback(setattr, module, name, getattr(module, name))
+            setattr(module, name, ours)
         yield left_out
-    finally:
-        for module, name, theirs in before:
-            setattr(module, name, theirs)
 
 
 def _field(value: object) -> SimpleNamespace:
@@ -188,13 +188,6 @@ def _stays(processor: Any, name: str, names: dict[str, str]) -> bool:
     return result.weights is stand_in
 
 
-def _with_metadata() -> Iterator[ModuleType]:
-    for name in WITH_METADATA:
-        with suppress(ImportError):
-            if hasattr(module := import_module(name), METADATA):
-                yield module
-
-
 def _metadata(
     parts: GGUFParts, _: object, string_arrays: Collection[str] = ()
 ) -> tuple[dict[str, object], tuple[str, ...]]:
@@ -212,16 +205,6 @@ def _check_size(parts: GGUFParts, model: Any) -> None:
         raise ShortGPTError(
             f"its metadata are those of a model of {expected:,} weights, and its tensors have "
             f"{stored:,}"
-        )
-
-
-def check_left_out(name: str, left_out: list[str]) -> None:
-    """Raises ShortGPTError where `reading_gguf` left out tensors of the file ``name``."""
-    # Llama's divisors of the rotary frequencies are read into its config
-    if others := set(left_out) - {ROPE_FACTORS}:
-        raise ShortGPTError(
-            f"{name} cannot be loaded: it holds {some(others)}, which transformers' model of its "
-            "kind lacks and would leave out; open the model that it was made from"
         )
 
 

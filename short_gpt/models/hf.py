@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 # Modules' attributes that hold the number of their layer.
 NUMBERS = ("layer_idx", "layer_id")
-# Config entries by which layers compute with their own number, which no outline shows.
+# Config entries by which layers compute with their own number.
 BY_NUMBER = ("scale_attn_by_inverse_layer_idx", "rescale_every")
 # the attributes that are edited, their old values, their new values
 Edit = tuple[dict[str, object], dict[str, object], dict[str, object]]
@@ -53,7 +53,16 @@ class HFDecoder:
 
     def __init__(self, model: Any, layers_path: str | None = None) -> None:
         check_layers_path(layers_path)
-        _check_kind(model)
+        kind = type(model).__name__
+        if not (hasattr(model, "can_generate") and model.can_generate()):
+            raise ShortGPTError(
+                f"{kind} has no language-model head of transformers; load the model with "
+                "AutoModelForCausalLM"
+            )
+        if getattr(model.config, "is_encoder_decoder", False):
+            raise ShortGPTError(
+                f"{kind} is no causal language model: it has an encoder and a decoder"
+            )
         self.model = model
         self.layers_path = find_layers(model) if layers_path is None else layers_path
         owner, _, self._name = self.layers_path.rpartition(".")
@@ -63,12 +72,10 @@ class HFDecoder:
         except AttributeError:
             layers = None
         if not isinstance(layers, nn.ModuleList):
-            raise ShortGPTError(
-                f"{self.layers_path} is no list of layers of {type(model).__name__}"
-            )
+            raise ShortGPTError(f"{self.layers_path} is no list of layers of {kind}")
         if len(layers) != self.config.num_hidden_layers:
             raise ShortGPTError(
-                f"{self.layers_path} of {type(model).__name__} has {len(layers)} layers, its "
+                f"{self.layers_path} of {kind} has {len(layers)} layers, its "
                 f"config says {self.config.num_hidden_layers}: it is another list, or was cut "
                 "elsewhere"
             )
@@ -126,8 +133,10 @@ class HFDecoder:
 
     def keep_layers(self, keep: Sequence[int]) -> Callable[[], None]:
         before = self.layers
-        _check_family(self.model, self.config)
-        _check_shared(self.model, before)
+        if reason := self._inseparable():
+            raise ShortGPTError(
+                f"layers of this {type(self.model).__name__} cannot be removed: {reason}"
+            )
         kept = nn.ModuleList(before[i] for i in keep)  # the layers themselves, no copies
         edits = self._edits(keep)
 
@@ -161,6 +170,18 @@ class HFDecoder:
             raise
         return undo
 
+    def _inseparable(self) -> str | None:
+        """Why no layer can be removed, for reasons that no outline shows."""
+        if entries := [name for name in BY_NUMBER if getattr(self.config, name, False)]:
+            return f"they compute with their own number ({entries[0]})"
+        owners: dict[int, int] = {}  # by the id of a weight
+        for number, layer in enumerate(self.layers):
+            for weight in layer.parameters():
+                # a file holds shared weights with one layer alone
+                if (owner := owners.setdefault(id(weight), number)) != number:
+                    return f"{owner} and {number} share weights"
+        return None
+
     def _without_removal(self, keep: Sequence[int], after: Outline) -> tuple[list[str], list[Edit]]:
         """Differences without a removal, and settings around the layers that follow the config."""
         ours, before = self._outlines()
@@ -178,7 +199,10 @@ class HFDecoder:
     def _edits(self, keep: Sequence[int]) -> list[Edit]:
         """All that counts or lists layers: configs, modules' numbers, modules' copies of both."""
         edits: list[Edit] = []
-        for config in self._configs():
+        # parts of the model go by copies of the language model's config
+        parts = [getattr(module, "config", None) for module in self._owner.modules()]
+        configs = [self.config, *(c for c in parts if type(c) is type(self.config))]
+        for config in {id(config): config for config in configs}.values():
             entries = layer_entries(config, len(self.layers))
             # transformers 5 checks the types of these, None included
             declared = getattr(type(config), "__dataclass_fields__", ())
@@ -195,12 +219,6 @@ class HFDecoder:
                 if old:
                     edits.append((vars(module), old, dict.fromkeys(old, new)))
         return edits
-
-    def _configs(self) -> list[Any]:
-        """The language model's config and copies of it that parts of the model go by."""
-        parts = [getattr(module, "config", None) for module in self._owner.modules()]
-        copies = [config for config in parts if type(config) is type(self.config)]
-        return list({id(config): config for config in (self.config, *copies)}.values())
 
     def _outlines(self) -> tuple[Outline, Outline]:
         """The model's, and that of the model which its config would make."""
@@ -252,35 +270,3 @@ def find_layers(model: PreTrainedModel) -> str:
             "one with layers_path, as in 'model.layers'"
         )
     return decoder[0]
-
-
-def _check_kind(model: Any) -> None:
-    kind = type(model).__name__
-    if not (hasattr(model, "can_generate") and model.can_generate()):
-        raise ShortGPTError(
-            f"{kind} has no language-model head of transformers; load the model with "
-            "AutoModelForCausalLM"
-        )
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise ShortGPTError(f"{kind} is no causal language model: it has an encoder and a decoder")
-
-
-def _check_family(model: nn.Module, config: object) -> None:
-    # layers that compute with their own number would compute something else
-    if entries := [name for name in BY_NUMBER if getattr(config, name, False)]:
-        raise ShortGPTError(
-            f"layers of this {type(model).__name__} cannot be removed: they compute with their "
-            f"own number ({entries[0]})"
-        )
-
-
-def _check_shared(model: nn.Module, layers: nn.ModuleList) -> None:
-    # a file holds shared weights with one layer alone
-    owners: dict[int, int] = {}
-    for number, layer in enumerate(layers):
-        for weight in layer.parameters():
-            if (first := owners.setdefault(id(weight), number)) != number:
-                raise ShortGPTError(
-                    f"layers of this {type(model).__name__} cannot be removed: {first} and "
-                    f"{number} share weights"
-                )

@@ -10,17 +10,14 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from llama.formats.gguf import ROPE_FACTORS
 from llama.formats.tokenizers import find_hf_tokenizer
 from llama.io.json_files import read_json
 from llama.io.sources import hub_failure, is_gguf
-from llama.parallel import choose_device
 from llama.tokenizer import Tokenizer, is_panic
 from short_gpt.models.config_file import TRUST, explained, read_config
 from short_gpt.models.gguf_loading import (
     check_gguf,
-    check_left_out,
     gguf_layer_types,
     mend_tokenizer,
     reading_gguf,
@@ -60,15 +57,6 @@ def auto_class(config: Any) -> Any:
     raise ShortGPTError(f"a model of type {config.model_type!r} is no causal language model")
 
 
-def target_device(
-    device: str | torch.device | None, options: Mapping[str, object]
-) -> torch.device | None:
-    """Where a loaded model goes; None leaves it where a ``device_map`` in ``options`` put it."""
-    if device is not None and "device_map" in options:
-        raise ShortGPTError("give device for one place or device_map for several, not both")
-    return None if device is None else choose_device(device)
-
-
 def load(name: str, options: dict[str, Any], tokenizer: Any) -> tuple[Any, Any]:
     """A model with all of its weights, and its tokenizer unless one is passed."""
     try:
@@ -94,7 +82,9 @@ def load(name: str, options: dict[str, Any], tokenizer: Any) -> tuple[Any, Any]:
                 config.layer_types = kinds
                 options["config"] = config
             loader = auto_class(config)
-            if tokenizer is None and (gguf or _has_tokenizer(path)):
+            names = [p.name for p in path.iterdir()] if path.is_dir() and not gguf else None
+            # a directory may hold weights alone
+            if tokenizer is None and (names is None or any(map(TOKENIZER.match, names))):
                 tokenizer = load_tokenizer(where, both)
                 if parts:
                     mend_tokenizer(tokenizer, parts.headers[0])
@@ -108,7 +98,12 @@ def load(name: str, options: dict[str, Any], tokenizer: Any) -> tuple[Any, Any]:
         kind = OSError if isinstance(error, OSError) else ShortGPTError
         raise kind(f"{name} cannot be loaded: {explained(error)}") from error
     check_weights(name, info)
-    check_left_out(name, left_out)
+    # Llama's divisors of the rotary frequencies are read into its config
+    if others := set(left_out) - {ROPE_FACTORS}:
+        raise ShortGPTError(
+            f"{name} cannot be loaded: it holds {some(others)}, which transformers' model of its "
+            "kind lacks and would leave out; open the model that it was made from"
+        )
     if gguf:  # the weights are no longer quantized, so they can be saved and trained
         vars(model.config).pop("quantization_config", None)  # version 4 has none here
         vars(model).update(hf_quantizer=None, is_quantized=False)
@@ -184,11 +179,6 @@ def check_stored(directory: Path, config: Any) -> None:
     check_weights(str(directory), info)
 
 
-def _has_tokenizer(path: Path) -> bool:
-    # a directory may hold weights alone
-    return not path.is_dir() or any(TOKENIZER.match(p.name) for p in path.iterdir())
-
-
 @contextmanager
 def generation_explained(model: Any, source: str, generate: Callable[[], object]) -> Iterator[None]:
     """Turns a failure to generate into one line where the generation config is what causes it.
@@ -219,15 +209,14 @@ def generation_explained(model: Any, source: str, generate: Callable[[], object]
         ) from error
 
 
-class _NoReport(logging.Filter):
-    def filter(self, record: logging.LogRecord) -> bool:
-        return not any(report in record.getMessage() for report in REPORTS)
-
-
 @contextmanager
 def without_report() -> Iterator[None]:
     """Keeps transformers from printing its reports, which become errors here."""
-    loggers, quiet = [logging.getLogger(f"transformers.{name}") for name in LOGGERS], _NoReport()
+
+    def quiet(record: logging.LogRecord) -> bool:
+        return not any(report in record.getMessage() for report in REPORTS)
+
+    loggers = [logging.getLogger(f"transformers.{name}") for name in LOGGERS]
     for logger in loggers:
         logger.addFilter(quiet)
     try:

@@ -1,62 +1,17 @@
-"""Meta's Llama, ours or the reference package's: what is called of it, and seen as a `Decoder`.
+"""Meta's Llama, ours or the reference package's, seen as a `Decoder`.
 
 Shapes: B sequences, S tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from short_gpt.models.families import META, Family
-
-
-class ReferenceTokenizer(Protocol):
-    """Texts to token ids and back; an id is -1 where the tokenizer has no such token."""
-
-    @property
-    def bos_id(self) -> int: ...
-
-    @property
-    def eos_id(self) -> int: ...
-
-    def encode(self, s: str, bos: bool, eos: bool) -> list[int]: ...
-
-    def decode(self, ids: list[int]) -> str: ...
-
-
-class ReferenceLlama(Protocol):
-    """What `llama.Llama` and Meta's own ``Llama`` share: a model with its tokenizer."""
-
-    @property
-    def model(self) -> nn.Module:
-        """Has ``layers``, ``params``, ``vocab_size``; a call is (B, S) tokens, start to logits."""
-
-    @property
-    def tokenizer(self) -> ReferenceTokenizer: ...
-
-    def generate(
-        self,
-        prompt_tokens: Sequence[Sequence[int]],
-        max_gen_len: int,
-        temperature: float = ...,
-        top_p: float = ...,
-        logprobs: bool = ...,
-        echo: bool = ...,
-    ) -> tuple[Sequence[Sequence[int]], object]:
-        """Continuations of prompts, and their log probabilities if asked for."""
-
-    def text_completion(
-        self,
-        prompts: Sequence[str],
-        temperature: float = ...,
-        top_p: float = ...,
-        max_gen_len: int | None = ...,
-    ) -> Sequence[Mapping[str, object]]:
-        """Continuations of texts, each under "generation"."""
 
 
 class MetaDecoder:

@@ -81,10 +81,7 @@ def open_model(
 
 
 def open_hf(source: str | Source, options: OpenOptions = DEFAULTS) -> ShortHFModel:
-    """Opens a model of transformers; arguments and errors as in `open_model`.
-
-    A directory in Meta's format is none: `open_model` tells the formats apart.
-    """
+    """Opens a model of transformers, in any format except Meta's; see `open_model`."""
     check_tokenizer(options.tokenizer_path, source)
     if options.model_parallel_size not in (None, 1):
         raise ShortGPTError(
@@ -132,22 +129,12 @@ def of_source(options: OpenOptions, source: str | Source, *, stream: bool = Fals
 
 
 def open_trainable(source: str | Source, options: OpenOptions = DEFAULTS) -> ShortHFModel:
-    """Opens a checkpoint of any format through transformers, as training needs it.
-
-    Args:
-        source: as for `open_model`.
-        options: how to open it; of these, Meta's format reads ``tokenizer_path``, ``device`` and
-            ``dtype``.
-    """
+    """Opens a checkpoint of any format through transformers, as training needs it."""
     source = find_source(source)
     if source.kind != "meta":
         return open_hf(source, options)
-    return ShortHFModel.from_meta(
-        source,
-        tokenizer_path=options.tokenizer_path,
-        device=options.device,
-        dtype=options.dtype,
-    )
+    path, device, dtype = options.tokenizer_path, options.device, options.dtype
+    return ShortHFModel.from_meta(source, tokenizer_path=path, device=device, dtype=dtype)
 
 
 def layers_of(source: str | PathLike[str]) -> int | None:
@@ -202,8 +189,8 @@ def same_model(
         source: the original checkpoint.
         pruned: the pruned checkpoint.
         drop: the layers that ``pruned`` lacks; none compares two that must be the same.
-        tokenizer_path: tokenizer of a source in Meta's format; None looks beside it.
-        trust_remote_code: whether Python files that come with the model may run.
+        tokenizer_path: as in `OpenOptions`.
+        trust_remote_code: as in `OpenOptions`.
         name: of ``pruned`` in what is raised; None is its path.
         dtype: that its weights were rounded to; None if they were not.
 

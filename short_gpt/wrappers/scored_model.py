@@ -194,11 +194,7 @@ class ScoredModel(ModelRecord, ABC):
         return result
 
     def _perplexity(
-        self,
-        windows: Iterable[Sequence[int]],
-        batch_size: int,
-        total: int | None,
-        progress: bool,
+        self, windows: Iterable[Sequence[int]], batch_size: int, total: int | None, progress: bool
     ) -> Perplexity:
         read = batches(windows, batch_size)
         return perplexity(self.decoder, read, total=total, progress=progress)
@@ -216,14 +212,7 @@ class ScoredModel(ModelRecord, ABC):
 
     @contextmanager
     def without_layers(self, layers: Sequence[int]) -> Iterator[None]:
-        """The model with some layers removed inside a ``with`` block.
-
-        Args:
-            layers: original layer numbers; none changes nothing.
-
-        Raises:
-            ShortGPTError: a layer does not exist (any more), is named twice, or none would stay.
-        """
+        """The model without these layers (original numbers; maybe none) inside a ``with`` block."""
         present = self.present  # fewer than `kept` inside another trial
         if layers:
             check_layers(layers, present)
@@ -240,10 +229,9 @@ class ScoredModel(ModelRecord, ABC):
         """Removes layers from the model in place.
 
         Args:
-            layers_to_remove: original layer numbers; None (or empty) takes those of the method
-                `layers_to_remove`, with its ``angular`` and its errors.
-            angular: the best block of consecutive layers (Gromov et al.) instead of the lowest
-                Block Influence (ShortGPT).
+            layers_to_remove: original layer numbers; None (or empty) takes those that the method
+                `layers_to_remove` gives.
+            angular: of that method.
 
         Returns:
             The removed layers, in the order in which they were named or chosen.
@@ -316,10 +304,11 @@ class ScoredModel(ModelRecord, ABC):
         method: str | None = None,
         seed: int = 0,
     ) -> list[int]:
-        """The n layers that the scores would remove, without removing them.
+        """The n layers to remove by the scores; none is removed.
 
         Args:
-            angular: the best block of consecutive layers instead of the lowest Block Influence.
+            angular: the best block of consecutive layers (Gromov et al.) instead of the lowest
+                Block Influence (ShortGPT).
             n: how many; None takes ``n_prune_layers``.
             method: a name of `methods.METHODS`, in place of ``angular``.
             seed: of the random method.

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -28,7 +28,7 @@ from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.models.config_file import config_entries
 from short_gpt.models.decoder import check_vocabulary
 from short_gpt.models.hf import HFDecoder, check_layers_path
-from short_gpt.models.loading import generation_explained, load, target_device
+from short_gpt.models.loading import generation_explained, load
 from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
 from short_gpt.wrappers.short_model import ShortModel, check_texts
 
@@ -44,10 +44,10 @@ class ShortHFModel(ShortModel):
         layers_path: where its layers are, as in ``"model.layers"``; None finds them.
         n_prune_layers: how many layers `remove_layers` takes out; may be set later.
         tokenizer: needed with a loaded model to read texts; None loads the model's own, if any.
-        device: where the model goes when it is loaded; None leaves it where it is loaded to.
-        options: passed on to ``from_pretrained``: ``dtype`` (the files' if not given),
-            ``device_map``, ``quantization_config``, ``revision`` and so on. Python files of a model
-            are run only with ``trust_remote_code=True``.
+        device: where the model goes when it is loaded; None leaves it where it is.
+        options: of ``from_pretrained``: ``dtype`` (None is the files'), ``device_map``,
+            ``quantization_config``, ``revision`` and so on; a model's Python files are run only
+            with ``trust_remote_code=True``.
 
     Attributes:
         model: of ``transformers``.
@@ -76,7 +76,10 @@ class ShortHFModel(ShortModel):
         **options: object,
     ) -> None:
         check_layers_path(layers_path)
-        to_device, model = target_device(device, options), cast(Any, model_name)
+        if device is not None and "device_map" in options:
+            raise ShortGPTError("give device for one place or device_map for several, not both")
+        to_device = None if device is None else choose_device(device)
+        model: Any = model_name
         if isinstance(model_name, str | os.PathLike):
             source = str(model_name)
             model, tokenizer = load(source, options, tokenizer)
@@ -103,14 +106,7 @@ class ShortHFModel(ShortModel):
     ) -> ShortHFModel:
         """Opens a Meta checkpoint through transformers, as LoRA needs it; `save` converts it back.
 
-        Args:
-            ckpt_dir: the checkpoint directory.
-            tokenizer_path: tokenizer file; None looks beside the checkpoint.
-            device: where the model runs; None takes the best there is.
-            dtype: of weights and states; None as in `OpenOptions`.
-
-        Raises:
-            FileNotFoundError, ShortGPTError: as those of `meta_to_hf`.
+        Arguments are those of `OpenOptions`.
         """
         tokenizer = Path(str(tokenizer_path)) if tokenizer_path else find_tokenizer(ckpt_dir)
         to_device = choose_device(device)
@@ -154,15 +150,14 @@ class ShortHFModel(ShortModel):
             prompts: texts of any length.
             max_seq_len: tokens of a window.
             stride: tokens from one window's start to the next.
-            max_gen_len: if positive, each text's first ``max_seq_len`` tokens are first continued
-                by up to so many tokens, and both are scored together.
+            max_gen_len: if positive, each text's first ``max_seq_len`` tokens are scored with a
+                continuation of up to so many tokens.
             temperature: of that generation.
             top_p: of that generation.
             angular: accepted for older scripts; one pass always gives both measures.
 
         Raises:
             ShortGPTError: no text gives a window of two tokens.
-            NotFiniteError: a state is NaN or infinite.
         """
         check_texts(prompts)
         if max_gen_len > 0:
@@ -236,14 +231,11 @@ class ShortHFModel(ShortModel):
         facts: Mapping[str, object] | None = None,
         measured: Mapping[str, Perplexity] | None = None,
     ) -> Path:
-        """Writes model, config, generation config and tokenizer for plain ``from_pretrained``.
-
-        Beside them stand a model card and ``pruning.json``, with all that is known of the pruning.
-        The rest is as in `save`.
+        """Writes model, config, tokenizer and a model card, for plain ``from_pretrained``.
 
         Args:
             verify: load the result again and compare: the same logits, bit for bit, and the same
-                greedy generation with and without the cache.
+                greedy generation with and without the cache. The other arguments are `save`'s.
         """
         self.check_whole()
         record = Provenance.of(self, self.source, facts=facts, measured=measured)

@@ -18,7 +18,7 @@ from short_gpt.checkpoints.verify import check_same, fingerprint_aligned, one_by
 from short_gpt.evaluation.llama_lm import llama_lm
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.models.config_file import params_entries
-from short_gpt.models.meta import MetaDecoder, ReferenceLlama
+from short_gpt.models.meta import MetaDecoder
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.wrappers.options import OpenOptions
 from short_gpt.wrappers.short_model import ShortModel
@@ -33,7 +33,7 @@ class ShortLlama(ShortModel):
     The model is read only through hooks on ``llama.model.layers``.
 
     Args:
-        llama: has ``model`` and ``tokenizer``.
+        llama: has ``model``, ``tokenizer``, ``generate`` and ``text_completion``.
         n_prune_layers: how many layers `remove_layers` takes out; may be set later.
 
     Example:
@@ -43,7 +43,7 @@ class ShortLlama(ShortModel):
         [27, 26, 25, 28, 24, 29, 23, 21, 22]
     """
 
-    def __init__(self, llama: ReferenceLlama, n_prune_layers: int | None = None) -> None:
+    def __init__(self, llama: Llama, n_prune_layers: int | None = None) -> None:
         super().__init__(MetaDecoder(llama.model), n_prune_layers)
         self.llama = llama
 
@@ -61,12 +61,7 @@ class ShortLlama(ShortModel):
     @overload
     @classmethod
     def from_checkpoint(
-        cls,
-        ckpt_dir: StrPath,
-        n_prune_layers: int | None = ...,
-        *,
-        stream: bool,
-        **options: Any,
+        cls, ckpt_dir: StrPath, n_prune_layers: int | None = ..., *, stream: bool, **options: Any
     ) -> ShortLlama | StreamedLlama: ...
 
     @classmethod
@@ -83,15 +78,12 @@ class ShortLlama(ShortModel):
         Args:
             ckpt_dir: in Meta's format; with ``stream`` also a Llama of Hugging Face's format.
             n_prune_layers: how many layers `remove_layers` takes out; may be set later.
-            stream: whether to hold one layer at a time: a `StreamedLlama`, which scores and removes
-                but does not generate.
+            stream: whether to hold one layer at a time: a `StreamedLlama`, which does not generate.
             options: entries of `OpenOptions` by their names, as in ``max_seq_len=1024``.
 
         Raises:
             FileNotFoundError: a file is missing.
-            ShortGPTError: a file is damaged or does not fit the others, or ``max_memory`` is too
-                little or given without ``stream``.
-            TypeError: there is no such option.
+            ShortGPTError: a file is damaged, or options do not go together.
         """
         chosen = OpenOptions(n_prune_layers=n_prune_layers, **options)
         chosen.check(stream=stream)
@@ -150,7 +142,7 @@ class ShortLlama(ShortModel):
             angular: accepted for older scripts; one pass always gives both measures.
 
         Raises:
-            ShortGPTError: a prompt is empty, too long, or holds ids outside the vocabulary.
+            ShortGPTError: a prompt is empty, too long, or has ids outside the vocabulary.
             NotFiniteError: a state is NaN or infinite; nothing of the batch is counted.
         """
         if max_gen_len > 0:
@@ -202,10 +194,11 @@ class ShortLlama(ShortModel):
         The source's bytes are copied tensor by tensor: its dtype and sharding stay, and
         `Llama.build` on the result gives the logits of the model in memory bit for bit. Weights
         that a patch or `remove_sublayers` changed are written as they are now, in the source's
-        dtype; that takes a source of one file. The rest is as in `ScoredModel.save`.
+        dtype; that takes a source of one file.
 
         Args:
-            ckpt_dir: the source; None takes the one that ``Llama.build`` loaded.
+            ckpt_dir: the source; None takes the one that ``Llama.build`` loaded. The other
+                arguments are those of `ScoredModel.save`.
             provenance: the older name of ``facts``.
 
         Raises:

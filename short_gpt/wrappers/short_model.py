@@ -69,8 +69,7 @@ class ShortModel(ScoredModel):
         """Continuations of texts; ``temperature`` 0 takes the likeliest token.
 
         Raises:
-            ShortGPTError: one text instead of a list, a text without a token, or a setting that is
-                out of range.
+            ShortGPTError: one text instead of a list, a text without a token, or a bad setting.
         """
 
     @abstractmethod
@@ -95,8 +94,7 @@ class ShortModel(ScoredModel):
             windows: token ids, all read for every candidate.
             n: how many layers.
             method: "sleb", or "perplexity" for the one-shot choice.
-            candidates: original numbers of the layers that may be removed; None for all, as the
-                one-shot choice takes in any case.
+            candidates: original numbers of the layers that "sleb" may remove; None for all.
             batch_size: windows read at once.
             max_memory: of stored states, in bytes.
             state: where the search is saved and continued.
@@ -104,10 +102,6 @@ class ShortModel(ScoredModel):
 
         Returns:
             Layers in original numbers, in order of removal, and the losses of all trials.
-
-        Raises:
-            ShortGPTError: a number is out of range or the method is unknown.
-            NotFiniteError: a weight or a loss is NaN or infinite.
         """
         self.check_whole()
         self._check_weights()
@@ -140,9 +134,6 @@ class ShortModel(ScoredModel):
         Returns:
             The largest removal up to which every smaller one holds the ratio, and all tried.
 
-        Raises:
-            ShortGPTError: the ratio is below 1, or the confidence out of range.
-
         Example:
             >>> short.layers_within(held_out, 1.2).layers  # doctest: +SKIP
         """
@@ -161,29 +152,14 @@ class ShortModel(ScoredModel):
 
     @contextmanager
     def skipped_in_prefill(self, layers: Sequence[int]) -> Iterator[None]:
-        """The model that skips some layers while it reads a prompt; see `models.prefill`.
-
-        Args:
-            layers: original layer numbers; none changes nothing.
-
-        Raises:
-            ShortGPTError: a layer does not exist, or the family cannot do this.
-        """
+        """The model that skips layers (original numbers) in a prompt; see `models.prefill`."""
         if layers:
             check_layers(layers, self.present)
         with skipped_in_prefill(self.decoder, [self.present.index(i) for i in layers]):
             yield
 
     def remove_sublayers(self, *, attention: Sequence[int] = (), mlp: Sequence[int] = ()) -> None:
-        """Removes the attention or the MLP of some layers in place.
-
-        Args:
-            attention: original numbers of the layers that lose their attention.
-            mlp: original numbers of the layers that lose their MLP.
-
-        Raises:
-            ShortGPTError: a layer does not exist (any more), or its sublayers cannot be separated.
-        """
+        """As the function `remove_sublayers`, by the layers' original numbers; it is recorded."""
         self.check_whole()
         for layers in (attention, mlp):
             check_exist(layers, self.kept)
@@ -255,18 +231,11 @@ def remove_sublayers(
 def sublayer_parameters(
     decoder: Decoder, numbers: Sequence[int], *, attention: Sequence[int], mlp: Sequence[int]
 ) -> set[Parameter]:
-    """The parameters that `remove_sublayers` makes zero.
-
-    Args:
-        numbers: the original numbers of all layers.
-        attention: positions, as for `remove_sublayers`.
-        mlp: positions, as for `remove_sublayers`.
-    """
-    parameters: set[Parameter] = set()
-    for one in _sublayers(decoder, attention, mlp):
-        layer = decoder.layers[one.position]
-        parameters |= parameters_of(numbers[one.position], layer, [one.output])
-    return parameters
+    """The parameters that `remove_sublayers` makes zero, by the original numbers of all layers."""
+    layers = decoder.layers
+    sublayers = _sublayers(decoder, attention, mlp)
+    each = [parameters_of(numbers[i], layers[i], [output]) for i, _, output in sublayers]
+    return set().union(*each)
 
 
 class _Sublayer(NamedTuple):

@@ -235,14 +235,11 @@ class StreamedLlama(ScoredModel):
     state saved, after a round; an error or an interruption loses its round.
 
     Args:
-        ckpt_dir: as for `open_stream`.
+        ckpt_dir: as for `open_stream`, which has ``max_seq_len``, ``device`` and ``dtype``, too.
         n_prune_layers: how many layers `remove_layers` takes out; may be set later.
         tokenizer_path: tokenizer file; None looks beside the checkpoint, and reads texts by
             transformers where that is the checkpoint's format.
-        max_seq_len: longest window, in tokens.
         batch_size: of the runs to come; checked here against ``max_memory``.
-        device: as for `open_stream`.
-        dtype: as for `open_stream`.
         max_memory: as in `OpenOptions`.
         trust_remote_code: whether Python files that come with the tokenizer are run.
 
@@ -300,11 +297,7 @@ class StreamedLlama(ScoredModel):
         return self._hf_tokenizer(text, verbose=False)["input_ids"]
 
     def plan(self, batch_size: int = 1) -> Plan:
-        """The memory that a run will take, and the windows of a round.
-
-        Raises:
-            ShortGPTError: ``max_memory`` is too little; the message says the least.
-        """
+        """The memory that a run takes, and the windows of a round; see `runtime.memory.plan`."""
         return self.stream.plan(batch_size=batch_size, max_memory=self.max_memory)
 
     def eval_importance(
@@ -324,18 +317,17 @@ class StreamedLlama(ScoredModel):
         self.measure(prompt_tokens, batch_size=max(len(prompt_tokens), 1), progress=False)
 
     def _perplexity(
-        self,
-        windows: Iterable[Sequence[int]],
-        batch_size: int,
-        total: int | None,
-        progress: bool,
+        self, windows: Iterable[Sequence[int]], batch_size: int, total: int | None, progress: bool
     ) -> Perplexity:
         samples: list[Sample] = []
-        for part in self._rounds("perplexity", windows, batch_size, total, progress):
-            losses = self.decoder.losses(part).double()  # (N,)
-            each = losses.split([len(window) - 1 for window in part])
-            samples += samples_of(part, [float(values.sum()) for values in each])
-            check_loss(float(losses.sum()))
+        size = self.windows_at_once(batch_size, progress)
+        with bar("perplexity", total=total, unit="window", show=progress) as shown:
+            for part in batches(windows, size):
+                losses = self.decoder.losses(part).double()  # (N,)
+                each = losses.split([len(window) - 1 for window in part])
+                samples += samples_of(part, [float(values.sum()) for values in each])
+                check_loss(float(losses.sum()))
+                shown.update(len(part))
         check_predicted(sum(s.tokens for s in samples))
         return Perplexity.of(samples)
 
@@ -348,7 +340,7 @@ class StreamedLlama(ScoredModel):
     def window_logits(
         self, windows: Sequence[Sequence[int]], *, batch_size: int = 1
     ) -> Iterator[Tensor]:
-        for part in self._rounds("logits", windows, batch_size, len(windows), progress=False):
+        for part in batches(windows, self.windows_at_once(batch_size)):
             yield from self.decoder.window_logits(part)
 
     def score(
@@ -369,22 +361,23 @@ class StreamedLlama(ScoredModel):
         measured: Mapping[str, Perplexity] | None = None,
         overwrite: bool = False,
     ) -> Path:
-        source, changed = self.stream.source, sorted(self.changed)
+        stream, changed = self.stream, sorted(self.changed)
+        source = stream.source
         if not self.removed and not changed:
             raise RuntimeError("nothing was removed yet; call remove_layers first")
         self.check_whole()
         record = Provenance.of(self, source.directory, facts=facts, measured=measured)
-        new = {source.stored_name(f"layers.{i}.{n}"): self._as_stored(i, n) for i, n in changed}
+
+        def as_stored(number: int, name: str) -> Tensor:
+            return source.as_stored(f"layers.{number}.{name}", stream.weight(number, name))
+
+        # read when it is written, in the file's layout
+        new = {source.stored_name(f"layers.{i}.{n}"): partial(as_stored, i, n) for i, n in changed}
         target = Target(out_dir, None, overwrite, verify=self._check_saved if changed else None)
         write: Callable[..., Path] = prune_hf
         if isinstance(source, MetaSource):
             write = partial(prune_meta, tokenizer_path=self.tokenizer_path)
         return write(source.directory, target, self.removed, provenance=record, replaced=new)
-
-    def _as_stored(self, number: int, name: str) -> Callable[[], Tensor]:
-        # read when it is written, in the file's layout
-        full_name = f"layers.{number}.{name}"
-        return lambda: self.stream.source.as_stored(full_name, self.stream.weight(number, name))
 
     def _check_saved(self, directory: Path) -> None:
         stream = self.stream
@@ -400,7 +393,7 @@ class StreamedLlama(ScoredModel):
         return self.stream.dtype, self.stream.device  # the layers' own weights come and go
 
     def windows_at_once(self, batch_size: int, progress: bool = False) -> int:
-        """All windows of a round; ``batch_size`` of them pass a layer together."""
+        # all windows of a round, of which ``batch_size`` pass a layer together
         self.decoder.batch_size, self.decoder.progress = batch_size, progress
         return self.plan(batch_size).windows
 
@@ -436,20 +429,6 @@ class StreamedLlama(ScoredModel):
             self.forget_change(change)
 
         return undo
-
-    def _rounds(
-        self,
-        name: str,
-        windows: Iterable[Sequence[int]],
-        batch_size: int,
-        total: int | None,
-        progress: bool,
-    ) -> Iterator[list[Sequence[int]]]:
-        size = self.windows_at_once(batch_size, progress)
-        with bar(name, total=total, unit="window", show=progress) as shown:
-            for part in batches(windows, size):
-                yield part
-                shown.update(len(part))
 
     def _check_weights(self) -> None:
         pass  # weights are checked as they are read

@@ -250,11 +250,9 @@ class StreamedTransformer(nn.Module):
 
     @torch.no_grad()
     def run(self, batches: Sequence[Batch], *, step: Callable[[Batch], object] = id) -> None:
-        """Embeds batches and takes all of them through every layer.
+        """Embeds batches, which keep their states, and takes all of them through every layer.
 
-        Args:
-            batches: keep their states.
-            step: called for every batch after every layer.
+        ``step`` is called for every batch after every layer.
 
         Raises:
             NotFiniteError: a weight or a state is NaN or infinite; the message names the layer.
