@@ -152,7 +152,7 @@ class ShortModel(ScoredModel):
 
     @contextmanager
     def skipped_in_prefill(self, layers: Sequence[int]) -> Iterator[None]:
-        """The model that skips layers (original numbers) in a prompt; see `models.prefill`."""
+        """The model that skips layers (original numbers) in prompts; see `models.prefill`."""
         if layers:
             check_layers(layers, self.present)
         with skipped_in_prefill(self.decoder, [self.present.index(i) for i in layers]):
