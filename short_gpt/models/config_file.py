@@ -46,16 +46,11 @@ LIMITS = frozenset({"max_batch_size", "max_seq_len", "vocab_size"})
 
 
 def read_config(source: str, options: Mapping[str, object] | None = None) -> Any:
-    """The config of a model of transformers, its numbers checked if its files lie here.
+    """The config of a model of transformers; if its files lie here, `check_config` goes first.
 
     Args:
         source: a directory or a hub id.
         options: passed on; without ``trust_remote_code`` no code of the model's is run.
-
-    Raises:
-        MissingPackageError: transformers is missing.
-        ShortGPTError: a number is none, or the files are too small for it.
-        Exception: as those of ``AutoConfig.from_pretrained``.
     """
     try:
         from transformers import AutoConfig
@@ -88,6 +83,7 @@ def check_config(directory: Path) -> None:
     generation = directory / "generation_config.json"
     _check_ids(directory / "config.json", config)
     _check_ids(generation, read_json(generation) if generation.is_file() else {})
+    # of a directory with a config alone nothing can be said
     size = sum(p.stat().st_size for p in directory.iterdir() if p.suffix != ".json" and p.is_file())
     # a multimodal model has a config inside for each tower
     for part in (config, *(v for v in config.values() if isinstance(v, dict))):
@@ -96,6 +92,7 @@ def check_config(directory: Path) -> None:
             check_positive(**{k: part[k] for k in OPTIONAL if part.get(k) is not None})
         except ShortGPTError as error:
             raise ShortGPTError(f"config.json in {directory} is damaged: {error}") from None
+        # the least bytes that files of a model with these numbers have
         needed = [part[k] * LAYER_BYTES for k in LAYERS if k in part]
         for names in MATRICES:
             sides = [part.get(k) for k in names]
@@ -123,25 +120,17 @@ def _check_ids(path: Path, settings: Mapping[str, object]) -> None:
 class Shape:
     """A Llama-like model's sizes.
 
-    Attributes:
-        dim: width of the hidden states.
-        n_layers: layers.
-        vocab_size: rows of the embedding.
-        n_heads: heads of queries.
-        kv_heads: heads of keys, and of values.
-        ffn_dim: width inside the MLP.
-
     Example:
         >>> Shape(4096, 32, 32000, 32, 32, 11008).parameters
         6738415616
     """
 
-    dim: int
+    dim: int  # width of the hidden states
     n_layers: int
-    vocab_size: int
-    n_heads: int
-    kv_heads: int
-    ffn_dim: int
+    vocab_size: int  # rows of the embedding
+    n_heads: int  # of queries
+    kv_heads: int  # of keys, and of values
+    ffn_dim: int  # width inside the MLP
 
     @property
     def parameters(self) -> int:
@@ -155,12 +144,8 @@ class Shape:
 def shape_of(source: str, *, trust_remote_code: bool = False) -> Shape:
     """The shape of a Meta or Hugging Face directory, or of a model on the hub by its config alone.
 
-    Args:
-        source: the checkpoint; GGUF files are refused.
-        trust_remote_code: whether the Python files of a Hugging Face model may run to tell it.
-
     Raises:
-        OSError, ShortGPTError: no such model, a damaged one, or one whose config says no shape.
+        OSError, ShortGPTError: no such model, a damaged or a GGUF one, or one of another kind.
     """
     kind = kind_of(source)
     if kind == "gguf":
@@ -168,6 +153,7 @@ def shape_of(source: str, *, trust_remote_code: bool = False) -> Shape:
             f"{source} is a GGUF file; expected a model in Meta's or Hugging Face's format"
         )
     if kind == "meta":
+        # a Meta checkpoint's vocabulary is in its weights, not in params.json
         args = Checkpoint(source).args
         sizes = (args.dim, args.n_layers, args.vocab_size, args.n_heads, args.kv_heads)
         return Shape(*sizes, args.ffn_dim)
@@ -178,6 +164,7 @@ def shape_of(source: str, *, trust_remote_code: bool = False) -> Shape:
         if kind == "hub" and (failure := hub_failure(source, error)) is not None:
             raise failure from None
         raise ShortGPTError(f"{source} cannot be loaded: {explained(error)}") from error
+    # a family may have other names for them, and then is no Llama
     said = {name: getattr(text, name, None) for name in SHAPE}
     if missing := [name for name, value in said.items() if value is None]:
         raise ShortGPTError(
@@ -185,6 +172,7 @@ def shape_of(source: str, *, trust_remote_code: bool = False) -> Shape:
             "expected a Llama"
         )
     dim, layers, words, heads, wide = (int(value) for value in said.values() if value is not None)
+    # without an entry every query has keys of its own
     kv_heads = int(getattr(text, "num_key_value_heads", None) or heads)
     return Shape(dim, layers, words, heads, kv_heads, wide)
 
@@ -192,10 +180,7 @@ def shape_of(source: str, *, trust_remote_code: bool = False) -> Shape:
 def config_digest(config: Mapping[str, object]) -> str:
     """A digest of a configuration's entries that change what the model computes.
 
-    Every entry counts except `HARMLESS` ones, so that one nobody thought of is never overlooked.
-
-    Args:
-        config: of a config.json, of `config_entries`, or of `params_entries`.
+    Every entry counts except `HARMLESS` ones, and so none is overlooked.
 
     Example:
         >>> config_digest({"n": 1, "use_cache": True}) == config_digest({"n": 1})
@@ -239,5 +224,6 @@ def explained(error: BaseException) -> str:
         return f"its config names {error}, which is not known here; try a newer transformers"
     if (named := re.match(r"module 'torch' has no attribute ('\w+')", str(error))) is not None:
         return f"its config names {named[1]} as a dtype, expected one such as 'bfloat16'"
+    # anything else: its own words, or its class where it has none
     text = " ".join(str(error).strip().split("\n\n")[0].split()) or type(error).__name__
     return text if len(text) <= 300 else text[:300] + " ..."

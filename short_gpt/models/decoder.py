@@ -77,8 +77,7 @@ def remove_layers(decoder: Decoder, drop: Sequence[int]) -> Callable[[], None]:
         A function that puts them back.
 
     Raises:
-        ShortGPTError: a layer does not exist or is named twice, or none would stay; the model is
-            unchanged.
+        ShortGPTError: a layer does not exist or is named twice, or none would stay.
     """
     count = len(decoder.layers)
     check_layers(drop, range(count))
@@ -106,6 +105,7 @@ def alike(windows: Sequence[Sequence[int]], decoder: Decoder) -> list[list[int]]
         >>> alike([[1] * 9, [2], [3] * 8], decoder)  # doctest: +SKIP
         [[0, 2], [1]]
     """
+    # what is no list of windows is refused by `pad`
     limits = decoder.rotary_limits
     if not limits or not windows or isinstance(windows[0], int):
         return [[*range(len(windows))]]
@@ -163,6 +163,7 @@ def pad(windows: Sequence[Sequence[int]], decoder: Decoder) -> tuple[Tensor, Ten
             f"change beyond {list(decoder.rotary_limits)}: read those on either side apart, as "
             "with batch_size 1"
         )
+    # token 0 stands for padding, whatever it means: no real token sees it
     tokens = torch.zeros(len(windows), max(lengths), dtype=torch.long)  # (B, S)
     for row, window in enumerate(windows):
         tokens[row, : len(window)] = _ids(window)
@@ -186,6 +187,7 @@ def _ids(window: Sequence[int]) -> Tensor:
 
 def check_vocabulary(tokens: Tensor, decoder: Decoder) -> None:
     """Raises ShortGPTError for token ids that the model has no embedding of."""
+    # an embedding would fail without a word of which tokens, on CUDA for good
     if tokens.min() < 0 or tokens.max() >= decoder.vocab_size:
         raise ShortGPTError(
             f"token ids {int(tokens.min())}..{int(tokens.max())} are outside the vocabulary "

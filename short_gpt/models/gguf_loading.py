@@ -38,6 +38,7 @@ def check_gguf(path: Path) -> GGUFParts:
 
     Of a plain Llama every tensor must be known: transformers drops others, such as biases.
     """
+    # a large model comes in files named 00001-of-00003
     match = PART.fullmatch(path.name)
     if match and int(match[3]) > 1:
         raise ShortGPTError(
@@ -66,18 +67,12 @@ def check_gguf(path: Path) -> GGUFParts:
 
 
 def gguf_layer_types(fields: Mapping[str, object], config: Any) -> list[str] | None:
-    """The kinds of a GGUF file's layers as transformers calls them; None if it says none.
+    """The kinds of a GGUF file's layers, by its metadata, for the config that transformers made.
 
-    transformers takes them from the layers' positions by periods of its own, by which a file need
-    not go.
-
-    Args:
-        fields: the file's metadata.
-        config: what transformers made of it.
-
-    Raises:
-        ShortGPTError: the model that transformers makes of ``config`` has no such kinds.
+    Returns:
+        None if it says none, or all layers of the config are of one kind.
     """
+    # transformers takes them from the layers' positions by periods of its own; a file may differ
     arch = fields.get("general.architecture")
     key = f"{arch}.attention.sliding_window_pattern"
     said, layers = fields.get(key), fields.get(f"{arch}.block_count")
@@ -86,6 +81,7 @@ def gguf_layer_types(fields: Mapping[str, object], config: Any) -> list[str] | N
         said = [not said or (i + 1) % said for i in range(layers)]
     if said is None or not (isinstance(said, list) or has_kinds):
         return None
+    # the size of the window is an entry of its own
     windows = has_kinds and getattr(config, "sliding_window", None)
     if not isinstance(said, list) or (any(said) and not windows):
         raise ShortGPTError(
@@ -98,38 +94,38 @@ def gguf_layer_types(fields: Mapping[str, object], config: Any) -> list[str] | N
 
 @contextmanager
 def reading_gguf(parts: GGUFParts) -> Iterator[list[str]]:
-    """Gives transformers what was read of a GGUF file, and notes which tensors it leaves out.
+    """Gives transformers what was read of a GGUF file.
 
-    It walks through the header itself in Python for the config, twice for the tokenizer, and for
-    the weights, which takes seconds each for a large vocabulary; the package gguf makes an array
-    of every token, and several copies of a tensor to dequantize it, and transformers makes two
-    more. Tensors of names that it does not know transformers passes over.
+    Transformers walks through the header in Python four times, which takes seconds each for a large
+    vocabulary; it and the package gguf make several copies of a tensor to dequantize it.
 
     Yields:
-        The names of those, filled while the file is read.
+        The names of tensors that transformers does not know and skips, while the file is read.
     """
     import gguf
     from transformers import modeling_gguf_pytorch_utils as reading
 
-    left_out: list[str] = []
+    skipped: list[str] = []
     fields = {key: _field(value) for key, value in parts.fields.items()}
     tensors = [SimpleNamespace(name=name) for name in parts.tensors]
-    loads = partial(_load, getattr(reading, LOADS), parts, left_out)
+    loads = partial(_load, getattr(reading, LOADS), parts, skipped)
     patches: list[tuple[ModuleType, str, object]] = [
         (gguf, "GGUFReader", lambda _: SimpleNamespace(fields=fields, tensors=tensors)),
         (gguf, "get_tensor_name_map", cache(gguf.get_tensor_name_map)),  # asked for every module
         (reading, "_gguf_parse_value", lambda value, _: value),
         (reading, LOADS, loads),
     ]
+    # modules that import the function hold it under their own names
     for name in WITH_METADATA:
         with suppress(ImportError):
             if hasattr(module := import_module(name), METADATA):
                 patches.append((module, METADATA, partial(_metadata, parts)))
+    # whatever happens inside, transformers has its own functions again after it
     with ExitStack() as stack:
         for module, name, ours in patches:
             stack.callback(setattr, module, name, getattr(module, name))
             setattr(module, name, ours)
-        yield left_out
+        yield skipped
 
 
 def _field(value: object) -> SimpleNamespace:
@@ -141,7 +137,7 @@ def _field(value: object) -> SimpleNamespace:
 def _load(
     plain: Callable[..., dict[str, Any]],
     parts: GGUFParts,
-    left_out: list[str],
+    skipped: list[str],
     path: str,
     return_tensors: bool = False,
     model_to_load: Any = None,
@@ -165,13 +161,14 @@ def _load(
             if name in names:
                 weights[names[name]] = parts.read(name, torch_dtype)
             else:
-                left_out.append(name)
+                skipped.append(name)
             continue
+        # the processor turns rows, or splits experts: it needs all numbers
         done = processor.process(weights=parts.read(name).numpy(), name=name, **options)
         if done.name in names:
             weights[names[done.name]] = torch.from_numpy(done.weights)
         elif done.name is not None:  # None: a tensor of all experts, which was cut up
-            left_out.append(done.name)
+            skipped.append(done.name)
         for key, weight in weights.items():  # of experts there may be several
             weights[key] = weight.to(torch_dtype or weight.dtype)
     return result
@@ -179,6 +176,7 @@ def _load(
 
 def _stays(processor: Any, name: str, names: dict[str, str]) -> bool:
     """Whether transformers takes a tensor as it is, which a stand-in shows that allows nothing."""
+    # it touches neither shape nor numbers of what it leaves alone
     stand_in, parsed = object(), dict[str, object](tensors={})
     options = {"tensor_key_mapping": names, "parsed_parameters": parsed}
     try:
@@ -222,5 +220,6 @@ def mend_tokenizer(tokenizer: Any, header: Header) -> None:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or header.fields.get("tokenizer.ggml.pre") != DIGITS:
         return
+    # each digit by itself, before all else
     digits = pre_tokenizers.Digits(individual_digits=True)
     backend.pre_tokenizer = pre_tokenizers.Sequence([digits, backend.pre_tokenizer])

@@ -63,7 +63,7 @@ class HFDecoder:
             raise ShortGPTError(
                 f"{kind} is no causal language model: it has an encoder and a decoder"
             )
-        self.model = model
+        self.model = self.module = model
         self.layers_path = find_layers(model) if layers_path is None else layers_path
         owner, _, self._name = self.layers_path.rpartition(".")
         try:
@@ -82,10 +82,6 @@ class HFDecoder:
         self._twins: dict[str, Outline] = {}  # by the config's JSON
 
     @property
-    def module(self) -> nn.Module:
-        return self.model
-
-    @property
     def config(self) -> Any:
         """The config of the language model, also inside a multimodal one."""
         return self.model.config.get_text_config(decoder=True)
@@ -96,7 +92,7 @@ class HFDecoder:
 
     @property
     def device(self) -> torch.device:
-        """Where tokens go: the embedding's device, also while its weights are offloaded."""
+        # where the embedding runs, also while its weights are offloaded
         embedding = self.model.get_input_embeddings()
         hook = getattr(embedding, "_hf_hook", None)
         if embedding.weight.is_meta and hook is not None:
@@ -114,7 +110,7 @@ class HFDecoder:
 
     @property
     def rotary_limits(self) -> Sequence[int]:
-        """Of LongRoPE; the factors of "dynamic" change beyond `max_seq_len` alone."""
+        # the factors of "dynamic" change beyond `max_seq_len` alone
         return longrope_limits(self.config)
 
     @property
@@ -171,7 +167,7 @@ class HFDecoder:
         return undo
 
     def _inseparable(self) -> str | None:
-        """Why no layer can be removed, for reasons that no outline shows."""
+        # reasons that no outline shows
         if entries := [name for name in BY_NUMBER if getattr(self.config, name, False)]:
             return f"they compute with their own number ({entries[0]})"
         owners: dict[int, int] = {}  # by the id of a weight
@@ -197,7 +193,7 @@ class HFDecoder:
         return known, edits
 
     def _edits(self, keep: Sequence[int]) -> list[Edit]:
-        """All that counts or lists layers: configs, modules' numbers, modules' copies of both."""
+        # all that counts or lists layers: configs, modules' numbers, modules' copies of both
         edits: list[Edit] = []
         # parts of the model go by copies of the language model's config
         parts = [getattr(module, "config", None) for module in self._owner.modules()]
@@ -221,7 +217,7 @@ class HFDecoder:
         return edits
 
     def _outlines(self) -> tuple[Outline, Outline]:
-        """The model's, and that of the model which its config would make."""
+        # of the model, and of the model which its config would make;
         # a twin is made once for each config: hundreds of trials of a plain model share one
         key = self.model.config.to_json_string(use_diff=False)
         if key not in self._twins:

@@ -27,10 +27,6 @@ class LayerCalls:
     Args:
         decoder: in evaluation mode.
 
-    Attributes:
-        family: of the decoder.
-        count: of its layers.
-
     Raises:
         ShortGPTError: layers are given something that depends on the tokens.
 
@@ -68,10 +64,7 @@ class LayerCalls:
         return {}
 
     def widths(self) -> tuple[int, int, int]:
-        """D, the most inputs F of an output projection, and bytes of a number of a state.
-
-        Without such a matrix all are 1.
-        """
+        """D, the most inputs F of an output projection, bytes of a number; 1 without a matrix."""
         shapes, itemsize = [(1, 1)], 1
         for index in range(self.count):
             for names in (self.family.attention_output, self.family.mlp_output):
@@ -121,9 +114,11 @@ class LayerCalls:
         calls: list[Call] = []
 
         def note(_: nn.Module, args: Arguments, kwargs: dict[str, object]) -> None:
+            # the state comes by position, or by its name in some families
             named = {k: v for k, v in kwargs.items() if k != "hidden_states"}
             calls.append(((None, *args[1:]) if args else (), named))
 
+        # one pass shows the calls of all layers
         with ExitStack() as stack:
             for layer in self._decoder.layers:
                 hook = layer.register_forward_pre_hook(note, with_kwargs=True)
@@ -133,7 +128,7 @@ class LayerCalls:
 
     @torch.no_grad()
     def _input_of(self, module: nn.Module, run: Callable[[], object]) -> Tensor:
-        """A copy of what ``run`` hands to a module, where it ends."""
+        # a copy of what ``run`` hands to a module, where it ends
         inputs: list[Tensor] = []  # a list, because the hook cannot return what it sees
 
         def stop(_: nn.Module, args: Arguments, kwargs: dict[str, object]) -> NoReturn:
@@ -150,8 +145,9 @@ class LayerCalls:
         return inputs[0]
 
 
+# Ends a pass from within, where all that it was run for is known.
 class _Enough(Exception):
-    """Ends a pass from within, where all that it was run for is known."""
+    pass
 
 
 def _equal(ours: object, theirs: object) -> bool:

@@ -48,7 +48,7 @@ def layer_entries(config: Any, count: int) -> dict[str, Any]:
 
 
 def _kept(config: Any, name: str) -> bool:
-    """Whether a config that is read again has what was written."""
+    # whether a config that is read again has what was written:
     # some classes put their own there, as of `_sliding_window_pattern` in transformers 4
     if not name.startswith("_"):
         return True
@@ -69,6 +69,7 @@ def pruned_entries(
     """
     new_number = {old: new for new, old in enumerate(keep)}  # layers are numbered from 0 again
     pruned: dict[str, Any] = {}
+    # each kind of entry by its own rule; what is none of these has one value a layer
     for name, value in entries.items():
         if name in EVERY:
             listed, other = EVERY[name]
@@ -88,7 +89,7 @@ def pruned_entries(
 
 
 def _period(other: Sequence[bool], before: int) -> int | None:
-    """Every how many layers one is of the other kind: ``before`` if it still holds, or None."""
+    # every how many layers one is of the other kind: ``before`` if it still holds, or None
     for period in (before, *range(1, len(other) + 2)):
         if period and list(other) == [(i + 1) % period == 0 for i in range(len(other))]:
             return period
@@ -151,7 +152,7 @@ def differences(ours: Outline, theirs: Outline) -> list[str]:
 
 
 def _traits(modules: Iterable[tuple[str, nn.Module]]) -> Traits:
-    """Kind, plain settings and own shapes of some modules."""
+    # kind, plain settings and own shapes of some modules
     traits: Traits = {}
     for name, module in modules:
         prefix = f"{name}." if name else ""
@@ -165,6 +166,7 @@ def _traits(modules: Iterable[tuple[str, nn.Module]]) -> Traits:
 
 
 def _plain(value: object) -> bool:
+    # functions and modules are no settings
     if isinstance(value, list | tuple):
         return all(map(_plain, value))
     return isinstance(value, bool | int | float | str | None)

@@ -26,12 +26,9 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 def mlp_output(layer: nn.Module, family: Family = ANY) -> nn.Module:
     """The output projection of a layer's MLP.
 
-    Args:
-        layer: of a model in memory.
-        family: its names; `ANY` looks for all that are known.
-
     Raises:
-        ShortGPTError: the layer has none of a known name, or its weights are quantized.
+        ShortGPTError: the layer has none of the family's names, or its weights are quantized or
+            not in memory.
     """
     linear, kind = only_part(layer, family.mlp_output), type(layer).__name__
     if linear is None:
@@ -41,7 +38,8 @@ def mlp_output(layer: nn.Module, family: Family = ANY) -> nn.Module:
         )
     weight = getattr(linear, "weight", None)
     _check_in_memory(weight)
-    wrapped = any(True for _ in linear.children())  # such as an adapter
+    # an adapter has the matrix inside, a quantized matrix another dtype or shape
+    wrapped = any(True for _ in linear.children())
     plain = isinstance(weight, Tensor) and weight.dim() == 2 and weight.dtype in FLOATS
     if wrapped or not plain:
         have = f"{type(linear).__name__} of {getattr(weight, 'dtype', 'no weight')}"
@@ -91,6 +89,7 @@ def replaced_output(module: nn.Module, change: Callable[[Tensor], Tensor]) -> It
     """A module whose output goes through ``change`` inside the block; a tuple's first entry."""
 
     def hook(_: nn.Module, __: object, output: Output) -> Output:
+        # what a hook returns takes the output's place
         if isinstance(output, Tensor):
             return change(output)
         return (change(output[0]), *output[1:])
@@ -126,7 +125,8 @@ def output_form(decoder: Decoder) -> tuple[Tensor, Callable[[Tensor], object]]:
 @contextmanager
 def patched_forward(layer: nn.Module, forward: Callable[..., object]) -> Iterator[None]:
     """A layer that does something else inside a ``with`` block."""
-    own = vars(layer).get("forward")  # of the instance, such as one patched before
+    # of the instance, such as one patched before; else the class has it
+    own = vars(layer).get("forward")
     layer.forward = forward
     try:
         yield

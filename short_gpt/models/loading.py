@@ -40,15 +40,12 @@ LOGGERS = ("modeling_utils", "tokenization_utils_tokenizers")
 
 
 def auto_class(config: Any) -> Any:
-    """The class of transformers that makes the whole model of a config, towers for images included.
-
-    Raises:
-        ShortGPTError: the config is of no language model; the message names its kind.
-    """
+    """The class of transformers that makes the model of a config, towers for images included."""
     import transformers as t
 
     if getattr(config, "auto_map", None):  # code that comes with the model decides itself
         return t.AutoModelForCausalLM
+    # a config around the language model's is a multimodal model's
     if config.get_text_config(decoder=True) is not config:
         if type(config) in t.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
             return t.AutoModelForImageTextToText
@@ -69,6 +66,7 @@ def load(name: str, options: dict[str, Any], tokenizer: Any) -> tuple[Any, Any]:
             raise FileNotFoundError(f"GGUF file {name} does not exist")
         parts = check_gguf(path)
         path, gguf = path.parent, {"gguf_file": path.name}
+    # transformers takes a GGUF file as a directory and a name in it
     where = str(path) if gguf else name
     # never None, with which transformers asks on the terminal
     trust = bool(options.get(TRUST, False))
@@ -76,7 +74,7 @@ def load(name: str, options: dict[str, Any], tokenizer: Any) -> tuple[Any, Any]:
     both = {key: options[key] for key in FROM_WHERE if key in options} | gguf
     reading: AbstractContextManager[list[str]] = reading_gguf(parts) if parts else nullcontext([])
     try:
-        with reading as left_out:
+        with reading as skipped:
             config = read_config(where, both)
             if parts and (kinds := gguf_layer_types(parts.fields, config)):
                 config.layer_types = kinds
@@ -99,7 +97,7 @@ def load(name: str, options: dict[str, Any], tokenizer: Any) -> tuple[Any, Any]:
         raise kind(f"{name} cannot be loaded: {explained(error)}") from error
     check_weights(name, info)
     # Llama's divisors of the rotary frequencies are read into its config
-    if others := set(left_out) - {ROPE_FACTORS}:
+    if others := set(skipped) - {ROPE_FACTORS}:
         raise ShortGPTError(
             f"{name} cannot be loaded: it holds {some(others)}, which transformers' model of its "
             "kind lacks and would leave out; open the model that it was made from"
@@ -111,13 +109,7 @@ def load(name: str, options: dict[str, Any], tokenizer: Any) -> tuple[Any, Any]:
 
 
 def load_tokenizer(where: str, options: Mapping[str, Any]) -> Any:
-    """A tokenizer of transformers; of a directory, an error names the file at fault.
-
-    Raises:
-        ShortGPTError: a file of a directory is damaged or missing.
-        MissingPackageError: transformers reads a tokenizer.model by protobuf, which is missing.
-        Exception: as those of ``AutoTokenizer.from_pretrained``, for another source.
-    """
+    """A tokenizer of transformers; of a directory, a ShortGPTError names the file at fault."""
     from transformers import AutoTokenizer
 
     directory = Path(where) / str(options.get("subfolder") or "")
@@ -146,6 +138,7 @@ def load_tokenizer(where: str, options: Mapping[str, Any]) -> Any:
 
 def _check_tokenizer(directory: Path) -> None:
     """Raises ShortGPTError that names the file for which transformers reads no tokenizer."""
+    # what can be read as JSON is looked at first: most damages are missing ends
     for path in sorted(directory.glob("*.json")):
         if TOKENIZER.match(path.name):
             read_json(path)
@@ -181,13 +174,7 @@ def check_stored(directory: Path, config: Any) -> None:
 
 @contextmanager
 def generation_explained(model: Any, source: str, generate: Callable[[], object]) -> Iterator[None]:
-    """Turns a failure to generate into one line where the generation config is what causes it.
-
-    Args:
-        model: of transformers.
-        source: its name for the message.
-        generate: what is done in the block; tried again with an empty generation config.
-    """
+    """Explains a failure in the block if ``generate`` works with an empty generation config."""
     try:
         yield
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
@@ -195,6 +182,7 @@ def generation_explained(model: Any, source: str, generate: Callable[[], object]
 
         if shortage(error) is not None:
             raise
+        # is it the config? tried again without it
         own = model.generation_config
         try:
             model.generation_config = GenerationConfig()
@@ -229,12 +217,8 @@ def without_report() -> Iterator[None]:
 def check_weights(name: str, info: Mapping[str, Collection[Any]]) -> None:
     """Refuses a model whose files do not hold exactly its weights.
 
-    Left to itself, transformers fills what is missing with random numbers and goes on.
-
-    Args:
-        name: where the model came from.
-        info: what ``from_pretrained`` gives with ``output_loading_info``; tied weights and keys
-            that a class of transformers leaves out on purpose are not in it.
+    Transformers by itself fills what is missing with random numbers and goes on. ``info`` is what
+    it gives with ``output_loading_info``; it has no tied weights, nor keys ignored on purpose.
     """
     wrong = [
         f"{text} {some(info[key])}"
@@ -244,6 +228,7 @@ def check_weights(name: str, info: Mapping[str, Collection[Any]]) -> None:
         )
         if info.get(key)
     ]
+    # of wrong shapes one is named
     for key, stored, expected in sorted(map(tuple, info.get("mismatched_keys", ())))[:1]:
         wrong.append(f"hold {key} as {[*stored]}, of which its config makes {[*expected]}")
     # torch's messages have many lines; the first says enough

@@ -11,18 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from short_gpt.models.families import META, Family
+from short_gpt.models.families import META
 
 
 class MetaDecoder:
     """A `Decoder` over ``llama.Transformer``, or over the model of Meta's reference package."""
 
-    def __init__(self, model: Any) -> None:
-        self.model = model
+    family = META
+    rotary_limits: Sequence[int] = ()
 
-    @property
-    def module(self) -> nn.Module:
-        return self.model
+    def __init__(self, model: Any) -> None:
+        self.model = self.module = model
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -39,14 +38,6 @@ class MetaDecoder:
     @property
     def max_seq_len(self) -> int:
         return self.model.params.max_seq_len
-
-    @property
-    def rotary_limits(self) -> Sequence[int]:
-        return ()
-
-    @property
-    def family(self) -> Family:
-        return META
 
     @torch.no_grad()
     def run(self, tokens: Tensor) -> None:

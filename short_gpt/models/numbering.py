@@ -29,11 +29,7 @@ def check_layers(drop: Sequence[int], present: Sequence[int]) -> None:
 def check_count(n: object, n_layers: int, *, most: int | None = None, name: str = "n") -> None:
     """Raises ShortGPTError unless n layers can be removed.
 
-    Args:
-        n: expected 1 to ``most``.
-        n_layers: layers that the model has.
-        most: that may be removed; None is all except one.
-        name: of n in the message.
+    ``most`` may be removed, or all except one; ``name`` is that of n in the message.
     """
     most = n_layers - 1 if most is None else most
     if not isinstance(n, int) or isinstance(n, bool) or not 1 <= n <= most:
@@ -43,7 +39,7 @@ def check_count(n: object, n_layers: int, *, most: int | None = None, name: str 
 
 
 def _grouped(numbers: Iterable[int]) -> list[list[int]]:
-    """Ascending numbers as runs of consecutive ones."""
+    # ascending numbers as runs of consecutive ones
     groups: list[list[int]] = []
     for number in numbers:
         if groups and number == groups[-1][-1] + 1:
@@ -61,20 +57,16 @@ def span(layers: Sequence[int]) -> str:
 
 
 def runs(layers: Iterable[int], present: Sequence[int]) -> list[tuple[int, int]]:
-    """Positions of the first and the last layer of every run, ascending.
-
-    Args:
-        layers: numbers to remove, in any order.
-        present: the numbers of the layers that the model has, ascending.
-    """
+    """Positions of the first and the last of every run of ``layers`` among those ``present``."""
     positions = sorted(list(present).index(layer) for layer in layers)
     return [(run[0], run[-1]) for run in _grouped(positions)]
 
 
 def layer_numbers(layers: Sequence[int] | None) -> list[int]:
-    """Layers as plain numbers, also those of numpy and torch; True is left to be refused."""
+    """Layers as plain numbers, also those of numpy and torch."""
     if isinstance(layers, int):
         raise ShortGPTError(f"expected a list of layers, got {layers}: pass it in a list")
     if layers is None or len(layers) == 0:  # an array has no truth value
         return []
+    # True stays what it is, and is refused by `check_exist`
     return [i if isinstance(i, bool) else operator.index(i) for i in layers]

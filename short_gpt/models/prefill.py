@@ -27,8 +27,7 @@ from short_gpt.runtime.errors import ShortGPTError
 def skipped_in_prefill(decoder: Decoder, layers: Sequence[int]) -> Iterator[None]:
     """The model with some layers skipped whenever several tokens are read at once with the cache.
 
-    Inside the block a cached call of more than one token, which reads a prompt, passes these
-    layers by and fills their caches. Calls of one token, and calls without a cache, are as ever.
+    Calls of one token, and calls without a cache, use all layers.
 
     Args:
         decoder: the model.
@@ -74,11 +73,12 @@ def _meta(layer: TransformerBlock) -> Callable[..., Tensor]:
 def _hugging_face(
     layer: nn.Module, family: Family, form: Callable[[Tensor], object]
 ) -> Callable[..., object]:
+    # a layer of transformers: there is such a package
     from transformers.cache_utils import Cache
 
     if (parts := attention_with_norm(layer, family)) is None:
         raise ShortGPTError(
-            f"{type(layer).__name__} has no attention behind a norm that can be called by its "
+            f"{type(layer).__name__} has no attention after a norm that can be called by its "
             "layer's arguments, as input_layernorm and self_attn in Llama, to fill its cache: this "
             "family cannot skip layers in the prompt alone"
         )

@@ -62,6 +62,7 @@ class OutputProjection:
 
     def outputs(self, inputs: Tensor) -> Tensor:
         """Of the matrix, (N, D) float32, for inputs (N, F) float32."""
+        # in float32, whatever the model runs in
         weight, bias = self.matrix.weight, getattr(self.matrix, "bias", None)
         assert isinstance(weight, Tensor)
         wide = weight.float() if transposed(self.matrix) else weight.float().T  # (F, D)
@@ -102,6 +103,7 @@ class Sublayers:
         def run() -> Tensor:
             return calls.run(index, state)
 
+        # the MLP first: the stream before it shows what the attention adds
         mlp: OutputProjection | None = None
         try:
             matrix = mlp_output(layer, family)
@@ -147,7 +149,7 @@ def after_attention(run: Run, mlp: OutputProjection) -> tuple[Tensor, Tensor]:
 def _attention(
     run: Run, layer: nn.Module, family: Family, mlp: OutputProjection, state: Tensor
 ) -> OutputProjection:
-    """The attention's, where the stream after it is ``state`` + attention and nothing else."""
+    # only where the stream after it is `state` + attention and nothing else
     matrix, norms = attention_output(layer, family), family.attention_norm_after
     attention = _end(lambda: after_attention(run, mlp)[0], matrix, layer, norms=norms)
     without, _ = after_attention(run, attention)  # (B, S, D): all except what the attention adds
@@ -162,7 +164,7 @@ def _attention(
 
 
 def _end(run: Run, matrix: nn.Module, layer: nn.Module, *, norms: Names) -> OutputProjection:
-    """What an output projection gives to the stream, directly or through one of these norms."""
+    # what the matrix gives to the stream, directly or through one of these norms
     factor = _added_by(run, matrix)
     if factor is not None:
         return OutputProjection(matrix, factor)
@@ -195,10 +197,8 @@ def _follows(run: Run, matrix: nn.Module, norm: nn.Module) -> bool:
 
 @torch.no_grad()
 def _is_rms(norm: nn.Module) -> bool:
-    """Whether a norm divides by the root mean square alone, and multiplies by what it gives of 1.
-
-    One that takes the mean away, too, gives nothing of 1.
-    """
+    # it must divide by the root mean square alone, and multiply by what it gives of 1;
+    # one that takes the mean away, too, gives nothing of 1
     weight = getattr(norm, "weight", None)
     biased = getattr(norm, "bias", None) is not None
     if biased or not isinstance(weight, Tensor) or weight.dim() != 1:
@@ -223,12 +223,11 @@ def effective_weight(norm: nn.Module) -> Tensor:
 
 @torch.no_grad()
 def _added_by(run: Run, module: nn.Module) -> float | None:
-    """The factor by which a module's output is added to the stream; None where it is not added.
-
-    The layer runs twice, the second time with a random tensor added to the output: the stream must
-    change by a multiple of that tensor, up to 32 units in the last place.
-    """
+    # the factor by which a module's output is added to the stream; None where it is not added.
+    # The layer runs twice, the second time with a random tensor added to the output: the stream
+    # must change by a multiple of that tensor, up to 32 units in the last place.
     before = run()  # (B, S, D)
+    # as large as the stream, so that rounding shows neither in it nor in the noise
     noise = torch.randn(before.shape, generator=torch.Generator().manual_seed(0))
     noise = noise.mul_(float(before.float().pow(2).mean().sqrt()))
     added = noise.to(before.device, before.dtype)

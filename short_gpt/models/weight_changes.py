@@ -36,6 +36,7 @@ def parameters_of(number: int, layer: nn.Module, modules: Iterable[nn.Module]) -
 
 def keep_values(parameters: Iterable[Tensor]) -> Callable[[], None]:
     """Copies values to the CPU; what is returned puts them back."""
+    # on the CPU: an accelerator may have no room for them
     before = [(parameter, parameter.detach().to("cpu", copy=True)) for parameter in parameters]
 
     @torch.no_grad()
@@ -48,11 +49,7 @@ def keep_values(parameters: Iterable[Tensor]) -> Callable[[], None]:
 
 @contextmanager
 def restored_on_error(parameters: Iterable[Tensor]) -> Iterator[Callable[[], None]]:
-    """Parameters that have their values again after any error inside a ``with`` block.
-
-    Yields:
-        A function that puts the values back, inside the block or later.
-    """
+    """Parameters that have their values again after an error in the block; yields what does it."""
     restore = keep_values(parameters)
     try:
         yield restore
