@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cache, partial
 from importlib import import_module
@@ -106,7 +106,12 @@ def reading_gguf(parts: GGUFParts) -> Iterator[list[str]]:
     from transformers import modeling_gguf_pytorch_utils as reading
 
     skipped: list[str] = []
-    fields = {key: _field(value) for key, value in parts.fields.items()}
+    # keys as the package gguf's reader has them, except that values stand for themselves
+    values = {k: v if isinstance(v, list) else [v] for k, v in parts.fields.items()}
+    fields = {
+        key: SimpleNamespace(parts=each, data=range(len(each)), types=())
+        for key, each in values.items()
+    }
     tensors = [SimpleNamespace(name=name) for name in parts.tensors]
     loads = partial(_load, getattr(reading, LOADS), parts, skipped)
     patches: list[tuple[ModuleType, str, object]] = [
@@ -128,12 +133,6 @@ def reading_gguf(parts: GGUFParts) -> Iterator[list[str]]:
         yield skipped
 
 
-def _field(value: object) -> SimpleNamespace:
-    # a key as the package gguf's reader has it, except that values stand for themselves
-    values: Sequence[object] = value if isinstance(value, list) else [value]
-    return SimpleNamespace(parts=values, data=range(len(values)), types=())
-
-
 def _load(
     plain: Callable[..., dict[str, Any]],
     parts: GGUFParts,
@@ -149,7 +148,14 @@ def _load(
     result = plain(path)
     if not return_tensors:
         return result
-    _check_size(parts, model_to_load)
+    # weights that a file lacks are made before they are refused; a tied output head counts twice
+    expected = sum(weight.numel() for weight in model_to_load.state_dict().values())
+    stored = sum(prod(tensor.shape) for tensor in parts.tensors.values())
+    if expected > 2 * stored:
+        raise ShortGPTError(
+            f"its metadata are those of a model of {expected:,} weights, and its tensors have "
+            f"{stored:,}"
+        )
     kinds, architecture = reading.TENSOR_PROCESSORS, str(parts.fields["general.architecture"])
     processor = kinds.get(architecture, reading.TensorProcessor)(config=result["config"])
     names = reading.get_gguf_hf_weights_map(model_to_load, processor)
@@ -193,17 +199,6 @@ def _metadata(
     records, fields = parts.headers[0].records, dict[str, Any](parts.fields)
     counted = {k for k, r in records.items() if r.element == STRING} - {*string_arrays}
     return {k: len(v) if k in counted else v for k, v in fields.items()}, tuple(parts.tensors)
-
-
-def _check_size(parts: GGUFParts, model: Any) -> None:
-    # weights that a file lacks are made before they are refused
-    expected = sum(weight.numel() for weight in model.state_dict().values())
-    stored = sum(prod(tensor.shape) for tensor in parts.tensors.values())
-    if expected > 2 * stored:  # a tied output head counts twice
-        raise ShortGPTError(
-            f"its metadata are those of a model of {expected:,} weights, and its tensors have "
-            f"{stored:,}"
-        )
 
 
 def some(names: Collection[object]) -> str:

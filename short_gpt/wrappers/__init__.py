@@ -1,7 +1,7 @@
 """A model with its scores: `ShortLlama`, `ShortHFModel`, and a Llama that runs from its files.
 
-`open_model` opens any source as one of them. `ScoredModel` is what all can do; `ShortModel` is a
-model that is in memory whole. `StreamedLlama` holds one layer in memory at a time.
+`open_model` opens any source as one of them. `ScoredModel` is what all can do, `ShortModel` what a
+model in memory can; `StreamedLlama` holds one layer in memory at a time.
 """
 
 from __future__ import annotations

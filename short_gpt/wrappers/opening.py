@@ -156,12 +156,8 @@ def layers_of(source: str | PathLike[str]) -> int | None:
 def weights_of(source: str | Source) -> str | None:
     """A digest of a checkpoint's files of weights; None where there are none of a known format.
 
-    It differs for other weights, and for the same ones in another format or in other shards. All
-    bytes are read, once in a process.
-
-    Args:
-        source: directory in either format, GGUF file or hub id, which is fetched. Of a GGUF model
-            in several files any of them stands for all.
+    It differs for the same weights in another format or in other shards. All bytes are read, once
+    in a process. Of a GGUF model in several files any of them stands for all.
     """
     kind = find_source(source).kind
     if kind == "gguf":

@@ -138,7 +138,7 @@ class ScoredModel(ModelRecord, ABC):
 
         Raises:
             ShortGPTError: a window does not fit the model, the state is of another run, or ``stop``
-                is for a number of layers out of range, or the sample is not random.
+                has a number of layers out of range or a sample that is not random.
             NotFiniteError: a weight or a state is NaN or infinite; batches before it count.
         """
         self.check_whole()
@@ -230,15 +230,11 @@ class ScoredModel(ModelRecord, ABC):
 
         Args:
             layers_to_remove: original layer numbers; None (or empty) takes those that the method
-                `layers_to_remove` gives.
+                `layers_to_remove` gives, whose errors are raised before anything is changed.
             angular: of that method.
 
         Returns:
             The removed layers, in the order in which they were named or chosen.
-
-        Raises:
-            ShortGPTError: a layer does not exist (any more), or the number is out of range.
-            RuntimeError: no scores of the model as it is, or a trial. Nothing is changed.
         """
         drop = layer_numbers(layers_to_remove) or self.layers_to_remove(angular=angular)
         check_layers(drop, self.kept)
@@ -317,7 +313,6 @@ class ScoredModel(ModelRecord, ABC):
             Original layer numbers: least important first, or a block in ascending order.
 
         Raises:
-            ShortGPTError: n is not set or out of range.
             RuntimeError: nothing was scored, or the scored model is no longer this one.
         """
         name, count = ("n_prune_layers", self.n_prune_layers) if n is None else ("n", n)

@@ -52,9 +52,11 @@ from short_gpt.wrappers.streamed_transformer import (
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+StrPath = str | os.PathLike[str]
+
 
 def open_stream(
-    ckpt_dir: str | os.PathLike[str],
+    ckpt_dir: StrPath,
     *,
     max_seq_len: int = 2048,
     device: str | None = None,
@@ -68,10 +70,6 @@ def open_stream(
         max_seq_len: longest window to come, in tokens.
         device: where layers run; None takes CUDA, MPS or CPU, the first there is.
         dtype: of weights and states there; None is float32 on CPU, bfloat16 on CUDA, else float16.
-
-    Raises:
-        FileNotFoundError: a file is missing.
-        ShortGPTError: a file is damaged, the model is not a Llama, or device or dtype are unknown.
     """
     source, on = open_source(ckpt_dir, max_seq_len=max_seq_len), choose_device(device)
     return StreamedTransformer(source, device=on, dtype=choose_dtype(dtype, on))
@@ -225,14 +223,13 @@ class StreamedCalls(LayerCalls):
 class StreamedLlama(ScoredModel):
     """A Llama of whose checkpoint one layer at a time is in memory.
 
-    It does what every `ScoredModel` does, with the scores and perplexities of the model in memory.
-    It does not generate, and is not searched by its loss, which would read all of the checkpoint
-    for every token or candidate. `remove_layers` only skips layers; `save` writes a checkpoint in
-    the source's format without them.
+    It gives the scores and perplexities of the model in memory. It does not generate, and is not
+    searched by its loss, which would read the checkpoint for every token or candidate.
+    `remove_layers` only skips layers; `save` writes the source's format without them.
 
     Windows pass the layers in rounds, as many at once as the memory holds; within a round,
-    ``batch_size`` of them pass a layer together. Whether an answer is settled is looked at, and a
-    state saved, after a round; an error or an interruption loses its round.
+    ``batch_size`` of them pass a layer together. ``stop`` and ``state`` act after a round; an
+    interruption loses its round.
 
     Args:
         ckpt_dir: as for `open_stream`, which has ``max_seq_len``, ``device`` and ``dtype``, too.
@@ -254,10 +251,10 @@ class StreamedLlama(ScoredModel):
 
     def __init__(
         self,
-        ckpt_dir: str | os.PathLike[str],
+        ckpt_dir: StrPath,
         n_prune_layers: int | None = None,
         *,
-        tokenizer_path: str | os.PathLike[str] | None = None,
+        tokenizer_path: StrPath | None = None,
         max_seq_len: int = 2048,
         batch_size: int = 1,
         device: str | None = None,
@@ -355,7 +352,7 @@ class StreamedLlama(ScoredModel):
 
     def save(
         self,
-        out_dir: str | os.PathLike[str],
+        out_dir: StrPath,
         *,
         facts: Mapping[str, object] | None = None,
         measured: Mapping[str, Perplexity] | None = None,

@@ -41,20 +41,13 @@ LAYER_NAMES = tuple(LAYER_SPLITS)
 
 
 class MetaSource:
-    """A directory in Meta's format, of any number of shards; tensors by Meta's names.
-
-    Attributes:
-        directory: the directory.
-        args: the model's `ModelArgs`.
-        infos: shape and stored dtype of every tensor, by name.
-        files: the files of weights.
-    """
+    """A directory in Meta's format, of any number of shards; tensors by Meta's names."""
 
     def __init__(self, ckpt_dir: str | os.PathLike[str], *, max_seq_len: int) -> None:
         self._checkpoint = Checkpoint(ckpt_dir, max_seq_len=max_seq_len)
         self.directory = self._checkpoint.directory
         self.args = self._checkpoint.args
-        self.infos = self._checkpoint.infos
+        self.infos = self._checkpoint.infos  # shape and stored dtype of every tensor, by name
         self.files = [shard.path for shard in self._checkpoint.shards]
 
     def read(self, name: str) -> Tensor:
@@ -154,10 +147,6 @@ class Batch:
         mask: (B, S) bool, True for real tokens.
         watched: whether the layers are scored.
         sublayers: whether their attention and MLP are scored, too.
-
-    Attributes:
-        state: hidden states entering the next layer, (B, S, D) in the machine's memory.
-        seen: what the layers so far did to the states, if watched.
     """
 
     def __init__(
@@ -165,8 +154,8 @@ class Batch:
     ) -> None:
         self.tokens, self.mask = tokens.cpu(), mask.cpu()
         self.sublayers = sublayers
-        self.seen = LayerHooks(mask) if watched else None
-        self.state = torch.empty(0)
+        self.seen = LayerHooks(mask) if watched else None  # the scores of the layers so far
+        self.state = torch.empty(0)  # entering the next layer, (B, S, D) in the machine's memory
 
     def embed(self, start: int, rows: Tensor) -> None:
         """Fills in the tokens of a block of the embedding's rows."""
@@ -198,12 +187,7 @@ class StreamedTransformer(nn.Module):
     """A `llama.Transformer` for scoring, whose layers have weights only while they run.
 
     Hooks on ``layers`` work, and layers may be removed. `hidden` and calls read a batch on its own;
-    `run` takes many through the layers together.
-
-    Args:
-        source: the weights.
-        device: where layers run.
-        dtype: of weights and states there.
+    `run` takes many through the layers together. Weights and states are of ``dtype``.
 
     Attributes:
         replaced: new values of parameters instead of the source's, by the layer's number and the
@@ -250,12 +234,9 @@ class StreamedTransformer(nn.Module):
 
     @torch.no_grad()
     def run(self, batches: Sequence[Batch], *, step: Callable[[Batch], object] = id) -> None:
-        """Embeds batches, which keep their states, and takes all of them through every layer.
+        """Embeds batches and takes all of them through every layer; they keep their states.
 
-        ``step`` is called for every batch after every layer.
-
-        Raises:
-            NotFiniteError: a weight or a state is NaN or infinite; the message names the layer.
+        ``step`` is called for every batch after every layer. A NaN raises NotFiniteError.
         """
         self.embed(batches)
         with closing(self._loaded()) as layers:
