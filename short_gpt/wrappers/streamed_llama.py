@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from llama.checkpoint.sharding import EMBEDDING
+from llama.io.sources import is_hub_id, kind_of, resolve
 from llama.parallel import choose_device, choose_dtype
 from llama.ranks import several_ranks
 from llama.tokenizer import Tokenizer, check_text, find_tokenizer
@@ -46,7 +47,6 @@ from short_gpt.wrappers.streamed_transformer import (
     HFSource,
     MetaSource,
     StreamedTransformer,
-    open_source,
 )
 
 if TYPE_CHECKING:
@@ -71,8 +71,17 @@ def open_stream(
         device: where layers run; None takes CUDA, MPS or CPU, the first there is.
         dtype: of weights and states there; None is float32 on CPU, bfloat16 on CUDA, else float16.
     """
-    source, on = open_source(ckpt_dir, max_seq_len=max_seq_len), choose_device(device)
-    return StreamedTransformer(source, device=on, dtype=choose_dtype(dtype, on))
+    path, name = Path(str(ckpt_dir)), str(ckpt_dir)
+    if not path.is_dir() and "/" in name and is_hub_id(name):
+        path = resolve(name)
+    if not path.is_dir():
+        raise FileNotFoundError(
+            f"{path} is no local directory; to be streamed, a Llama must be one in Meta's format "
+            "or Hugging Face's with safetensors"
+        )
+    source = HFSource if kind_of(path) == "hf" else MetaSource
+    weights, on = source(path, max_seq_len=max_seq_len), choose_device(device)
+    return StreamedTransformer(weights, device=on, dtype=choose_dtype(dtype, on))
 
 
 class StreamedDecoder(MetaDecoder):

@@ -28,7 +28,6 @@ from llama.formats.hf import args_of, meta_infos
 from llama.formats.names import name_in, permute
 from llama.formats.safetensors import DTYPES, open_weights
 from llama.io.json_files import read_json
-from llama.io.sources import is_hub_id, kind_of, resolve
 from llama.model import RMSNorm, TransformerBlock
 from llama.parallel import initialize
 from llama.rope import precompute_freqs_cis
@@ -123,20 +122,6 @@ class HFSource:
                 yield start, block.view(-1, width)  # (rows, D)
                 start += rows
                 del held[:size]
-
-
-def open_source(ckpt_dir: str | os.PathLike[str], *, max_seq_len: int) -> MetaSource | HFSource:
-    """Opens and checks a checkpoint directory of either format, or fetches it; reads no weight."""
-    path, name = Path(str(ckpt_dir)), str(ckpt_dir)
-    if not path.is_dir() and "/" in name and is_hub_id(name):
-        path = resolve(name)
-    if not path.is_dir():
-        raise FileNotFoundError(
-            f"{path} is no local directory; to be streamed, a Llama must be one in Meta's format "
-            "or Hugging Face's with safetensors"
-        )
-    source = HFSource if kind_of(path) == "hf" else MetaSource
-    return source(path, max_seq_len=max_seq_len)
 
 
 class Batch:

@@ -31,7 +31,7 @@ OLD_NAMES = {
     "short_gpt.short_model": ["ShortModel"],
     "short_gpt.streaming": ["Plan", "StreamedDecoder", "open_stream"],
     "short_gpt.streaming.memory": ["Plan", "bytes_of"],
-    "short_gpt.wrappers.streamed_weights": ["MetaSource", "open_source"],
+    "short_gpt.wrappers.streamed_weights": ["HFSource", "MetaSource"],
     "short_gpt.wrappers.sublayers": ["remove_sublayers", "sublayer_parameters"],
     "short_gpt.surgery": ["WeightChange", "remove_layers", "remove_sublayers"],
 }
