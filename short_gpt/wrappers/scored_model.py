@@ -124,7 +124,6 @@ class ScoredModel(ModelRecord, ABC):
             windows: token ids, at most ``max_seq_len`` each.
             batch_size: windows read at once.
             total: windows for a bar; None is ``len(windows)`` if known.
-            progress: whether to show the bar.
             stop: ends the run when its answer is settled. It needs a random sample: windows as
                 `data.windows` gives them with a seed, or ``random_order``, and no scores so far.
             state: saves the run and continues it; the scores so far are then those saved.

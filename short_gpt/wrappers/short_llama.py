@@ -77,7 +77,6 @@ class ShortLlama(ShortModel):
 
         Args:
             ckpt_dir: in Meta's format; with ``stream`` also a Llama of Hugging Face's format.
-            n_prune_layers: how many layers `remove_layers` takes out; may be set later.
             stream: whether to hold one layer at a time: a `StreamedLlama`, which does not generate.
             options: entries of `OpenOptions` by their names, as in ``max_seq_len=1024``.
 
@@ -137,8 +136,6 @@ class ShortLlama(ShortModel):
         Args:
             prompt_tokens: B lists of token ids, of any lengths up to ``max_seq_len``.
             max_gen_len: if positive, prompts are scored with a continuation of so many tokens.
-            temperature: of that generation.
-            top_p: of that generation.
             angular: accepted for older scripts; one pass always gives both measures.
 
         Raises:

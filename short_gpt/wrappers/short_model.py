@@ -98,7 +98,6 @@ class ShortModel(ScoredModel):
             batch_size: windows read at once.
             max_memory: of stored states, in bytes.
             state: where the search is saved and continued.
-            progress: whether to show a bar.
 
         Returns:
             Layers in original numbers, in order of removal, and the losses of all trials.
