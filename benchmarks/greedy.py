@@ -20,7 +20,7 @@ from scoring import build, spread
 from short_gpt import ShortLlama, windows
 from short_gpt.data import demo
 from short_gpt.evaluation.perplexity import perplexity
-from short_gpt.models.layer_removal import without_layers
+from short_gpt.models.decoder import without_layers
 from short_gpt.runtime.progress import bar
 from short_gpt.selection.search import Search, sleb_rounds
 

@@ -133,7 +133,7 @@ MUTANTS = [
         "test_the_ridge_is_chosen_by_the_windows_kept_apart",
     ),
     (
-        "if self._ready is not layer or not whole:",
+        "if self._ready is not layer or not complete:",
         "if self._ready is None:",
         "test_one_layer_at_a_time_gives_the_matrices_of_the_model_in_memory[meta]",
     ),
@@ -209,7 +209,7 @@ MUTANTS = [
         "return lambda: None",
         "test_removal_edits_every_place_and_undo_restores_them",
     ),
-    ("dict.fromkeys(old, place)", "dict.fromkeys(old, number)", "test_contract[llama-generation]"),
+    ("dict.fromkeys(old, new)", "dict.fromkeys(old, number)", "test_contract[llama-generation]"),
     (
         "            for target, old, _ in edits:\n                target.update(old)\n",
         "",
@@ -248,7 +248,7 @@ MUTANTS = [
         "test_a_meta_directory_gives_the_scores_of_the_model_in_memory_bit_for_bit",
     ),
     (
-        "permute(name, self._files[hf_name].read(hf_name), self.args, to=META)",
+        "permute(name, self._files[hf_name].read(hf_name), self.args, to=formats.META)",
         "self._files[hf_name].read(hf_name)",
         "test_a_hugging_face_directory_too[one file-1000000000]",
     ),

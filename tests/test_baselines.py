@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from llama.model import TransformerBlock
 from short_gpt import ShortLlama
 from short_gpt.evaluation.perplexity import perplexity
-from short_gpt.models.decoder import pad
-from short_gpt.models.layer_removal import without_layers
+from short_gpt.models.decoder import pad, without_layers
 from short_gpt.models.meta import MetaDecoder
 from short_gpt.models.numbering import runs
 

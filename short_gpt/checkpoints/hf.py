@@ -28,9 +28,9 @@ from llama.io.sources import resolve
 from short_gpt.checkpoints.provenance import Provenance
 from short_gpt.checkpoints.records import PROVENANCE
 from short_gpt.checkpoints.target import Replaced, StrPath, Target, stored_names, takes_target
-from short_gpt.models.config_file import read_config
+from short_gpt.models.config_file import TRUST, explained, read_config
 from short_gpt.models.hf import HFDecoder
-from short_gpt.models.loading import TRUST, auto_class, check_stored, explained
+from short_gpt.models.loading import auto_class, check_stored
 from short_gpt.models.numbering import check_layers
 from short_gpt.runtime.errors import MissingPackageError, ShortGPTError
 from short_gpt.runtime.state import read_record

@@ -23,8 +23,10 @@ ROUNDING = 1e-4  # between implementations in float32, relative to the largest l
 class Generator(Protocol):
     """A model that is compared: its logits, and its likeliest tokens."""
 
-    decoder: Decoder
     kept: list[int]
+
+    @property
+    def decoder(self) -> Decoder: ...
 
     def greedy(self, ids: list[int], count: int, *, use_cache: bool = True) -> list[int]: ...
 

@@ -18,15 +18,14 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import import_module
 from types import ModuleType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
+from llama import Llama
 from short_gpt.data.windows import batches
 from short_gpt.models.decoder import Decoder, pad
-from short_gpt.models.pretrained import PretrainedModel, PretrainedTokenizer
-from short_gpt.models.reference import ReferenceLlama
 from short_gpt.runtime.errors import MissingPackageError, ShortGPTError
 from short_gpt.runtime.progress import bar
 
@@ -43,9 +42,13 @@ class LlamaLike(Protocol):
     decoder: Decoder
 
     @property
-    def llama(self) -> ReferenceLlama: ...
+    def llama(self) -> Llama: ...
 
     def encode(self, text: str) -> list[int]: ...
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def harness(module: str) -> ModuleType:
@@ -63,7 +66,7 @@ def harness(module: str) -> ModuleType:
 
 
 def hugging_face_lm(
-    model: PretrainedModel, tokenizer: PretrainedTokenizer | None, *, batch_size: int = 1
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, *, batch_size: int = 1
 ) -> object:
     """A model of transformers as ``lm_eval.models.huggingface.HFLM``, its softmax in float32.
 

@@ -26,7 +26,7 @@ from short_gpt.healing.solver import (
 from short_gpt.models.families import part as part_of
 from short_gpt.models.layer_calls import LayerCalls
 from short_gpt.models.layer_hooks import Output, first, patched_forward
-from short_gpt.models.sublayers import OutputProjection, Sublayers, behind_attention
+from short_gpt.models.sublayers import OutputProjection, Sublayers, after_attention
 from short_gpt.models.weight_changes import Parameter, keep_values, parameters_of
 from short_gpt.runtime.errors import NotFiniteError
 
@@ -150,7 +150,7 @@ class LayerRefit:
             if mlp is None or "attention" not in self.projections:
                 leaving = run()  # (B, S, D)
             else:
-                between, leaving = behind_attention(run, mlp)
+                between, leaving = after_attention(run, mlp)
                 self._between[batch] = between if "mlp" in self.projections else between - leaving
             batches.keep(self._target, batch, leaving, self._index)
 

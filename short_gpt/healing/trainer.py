@@ -24,7 +24,7 @@ from short_gpt.evaluation.perplexity import perplexity
 from short_gpt.healing.distillation import Distillation
 from short_gpt.healing.recipe import Recipe
 from short_gpt.healing.texts import collate, examples
-from short_gpt.models.computation import config_digest, config_entries
+from short_gpt.models.config_file import config_digest, config_entries
 from short_gpt.models.hf import HFDecoder
 from short_gpt.runtime.digest import files_digest, json_digest, weights_digest
 from short_gpt.runtime.errors import NotFiniteError, ShortGPTError

@@ -27,7 +27,7 @@ from short_gpt.jobs.published import (
 )
 from short_gpt.jobs.ranking import Ranking, check_ranking, rank
 from short_gpt.jobs.saving import Saving
-from short_gpt.models.shape import Shape, shape_of
+from short_gpt.models.config_file import Shape, shape_of
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.memory import free_memory, shown
 from short_gpt.scoring.importance import Importance

@@ -11,7 +11,7 @@ from llama.checkpoint.meta import read_params
 from llama.io.json_files import read_json
 from llama.io.sources import Source, find_source, resolve
 from llama.tokenizer import find_tokenizer
-from short_gpt.models.computation import config_digest, params_entries
+from short_gpt.models.config_file import config_digest, params_entries
 from short_gpt.models.loading import TOKENIZER
 from short_gpt.runtime.digest import files_digest, json_digest
 from short_gpt.wrappers.opening import weights_of
@@ -66,7 +66,7 @@ def tokenizer_of(source: str | Source, path: str | None = None) -> str | None:
 
 
 def configuration_of(source: str | Source) -> str | None:
-    """A digest of what counts of a checkpoint's configuration, by `models.computation`.
+    """A digest of what counts of a checkpoint's configuration, by `models.config_file`.
 
     Args:
         source: as for `weights_of`.

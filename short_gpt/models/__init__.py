@@ -1,18 +1,8 @@
-"""Models of either kind as layers over token ids: Meta's Llama and those of transformers.
+"""Models of either kind as layers over token ids: Meta's Llama and those of transformers."""
 
-`decoder` says what the method needs to know of a model; `meta` and `hf` are its two kinds;
-`families` names the parts of their layers; `numbering` says which layers exist and how many may go;
-`layer_hooks` reaches into layers; `layer_config` proves that a config makes the model; `loading`
-finds models of transformers where they lie.
-
-`layer_removal` takes layers out of a live model; `prefill` skips layers while a prompt is read;
-`weight_changes` records what was done to weights.
-"""
-
-from short_gpt.models.decoder import Decoder, pad
+from short_gpt.models.decoder import Decoder, pad, remove_layers, without_layers
 from short_gpt.models.families import FAMILIES, Family, family_of
 from short_gpt.models.hf import HFDecoder, find_layers
-from short_gpt.models.layer_removal import remove_layers, without_layers
 from short_gpt.models.meta import MetaDecoder
 from short_gpt.models.numbering import check_count, check_exist, check_layers, span
 from short_gpt.models.prefill import skipped_in_prefill

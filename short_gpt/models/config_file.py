@@ -1,19 +1,25 @@
-"""What a model says of its size, compared with its files before anything is made of that size."""
+"""Configs: sizes checked against the files, a digest of what counts, errors of transformers."""
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 from llama.args import MOST, check_positive, shown
-from llama.formats.gguf_read import PART, GGUFParts
-from llama.formats.names import GGUF, NAMES, check_layers
+from llama.checkpoint.meta import Checkpoint
 from llama.formats.safetensors import INDEX, WEIGHTS, SafetensorsFile, open_weights
 from llama.io.json_files import read_json
+from llama.io.sources import hub_failure, kind_of
+from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import MissingPackageError, ShortGPTError
 
+TRUST = "trust_remote_code"  # an option, and in errors: a model comes with Python code
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 WIDTHS = ("hidden_size", "n_embd", "d_model", "vocab_size", "num_attention_heads", "n_head")
 OPTIONAL = ("intermediate_size", "num_key_value_heads", "head_dim", "n_inner")
@@ -25,29 +31,33 @@ MATRICES += [("hidden_size", "hidden_size"), ("num_attention_heads",), ("num_key
 BITS = 8
 LAYER_BYTES = 1000  # the names and offsets of a layer's tensors alone take more
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # in settings of generation
-ROPE_FACTORS = "rope_freqs.weight"
-# One number for the kinds of their layers is a period, whose last layer has no sliding window.
-LAST_OF_PERIOD = ("gemma2", "gemma3", "gpt-oss")
+# The entries that a `Shape` is made of.
+SHAPE = ["hidden_size", "num_hidden_layers", "vocab_size"]
+SHAPE += ["num_attention_heads", "intermediate_size"]
+# Entries of a config.json without effect on a forward pass. dtype: whoever opens a model chooses
+# it, and states keep it by itself. Text is encoded by the tokenizer, which has its own bos and eos;
+# pad_token_id counts, as RoBERTa numbers its positions from it.
+HARMLESS = frozenset({"_name_or_path", "_commit_hash", "transformers_version", "architectures"})
+HARMLESS |= {"torch_dtype", "dtype", "use_cache", "return_dict", "initializer_range"}
+HARMLESS |= {"output_attentions", "output_hidden_states", "bos_token_id", "eos_token_id"}
+HARMLESS |= {"id2label", "label2id", "num_labels", "problem_type", "finetuning_task"}
+# Of a Llama in Meta's format: limits of a run, and a size that the weights decide (-1 in files).
+LIMITS = frozenset({"max_batch_size", "max_seq_len", "vocab_size"})
 
 
 def read_config(source: str, options: Mapping[str, object] | None = None) -> Any:
-    """The config of a model of transformers, its numbers checked if its files lie here.
+    """The config of a model of transformers; if its files lie here, `check_config` goes first.
 
     Args:
         source: a directory or a hub id.
         options: passed on; without ``trust_remote_code`` no code of the model's is run.
-
-    Raises:
-        MissingPackageError: transformers is missing.
-        ShortGPTError: a number is none, or the files are too small for it.
-        Exception: as those of ``AutoConfig.from_pretrained``.
     """
     try:
         from transformers import AutoConfig
     except ImportError:
         raise MissingPackageError('this model needs: pip install "short-gpt[hf]"') from None
     # False and not None, with which transformers asks on the terminal
-    options = {"trust_remote_code": False, **(options or {})}
+    options = {TRUST: False, **(options or {})}
     directory = Path(source) / str(options.get("subfolder") or "")
     if "gguf_file" not in options and (directory / "config.json").is_file():
         check_config(directory)
@@ -55,7 +65,7 @@ def read_config(source: str, options: Mapping[str, object] | None = None) -> Any
 
 
 def said_layers(directory: Path) -> int | None:
-    """How many layers a config says that names code of its own, which is not run to be asked."""
+    """The number of layers in a config that names code of its own, which is not run to be asked."""
     config = read_json(directory / "config.json")
     if "auto_map" not in config:
         return None
@@ -70,16 +80,19 @@ def check_config(directory: Path) -> None:
         SafetensorsFile(path)  # raises if the file is damaged
     if (directory / INDEX).is_file() and not (directory / WEIGHTS).is_file():
         open_weights(directory)  # raises if the index is damaged
-    settings = directory / "generation_config.json"
-    check_ids(directory / "config.json", config)
-    check_ids(settings, read_json(settings) if settings.is_file() else {})
+    generation = directory / "generation_config.json"
+    _check_ids(directory / "config.json", config)
+    _check_ids(generation, read_json(generation) if generation.is_file() else {})
+    # of a directory with a config alone nothing can be said
     size = sum(p.stat().st_size for p in directory.iterdir() if p.suffix != ".json" and p.is_file())
+    # a multimodal model has a config inside for each tower
     for part in (config, *(v for v in config.values() if isinstance(v, dict))):
         try:
             check_positive(**{k: part[k] for k in (*LAYERS, *WIDTHS) if k in part})
             check_positive(**{k: part[k] for k in OPTIONAL if part.get(k) is not None})
         except ShortGPTError as error:
             raise ShortGPTError(f"config.json in {directory} is damaged: {error}") from None
+        # the least bytes that files of a model with these numbers have
         needed = [part[k] * LAYER_BYTES for k in LAYERS if k in part]
         for names in MATRICES:
             sides = [part.get(k) for k in names]
@@ -92,8 +105,7 @@ def check_config(directory: Path) -> None:
             )
 
 
-def check_ids(path: Path, settings: Mapping[str, object]) -> None:
-    """Raises ShortGPTError for numbers of special tokens that no token can have."""
+def _check_ids(path: Path, settings: Mapping[str, object]) -> None:
     for key in IDS:
         ids = settings.get(key)
         each = ids if isinstance(ids, list) and ids else [ids]
@@ -104,69 +116,114 @@ def check_ids(path: Path, settings: Mapping[str, object]) -> None:
             )
 
 
-def check_gguf(path: Path) -> GGUFParts:
-    """A GGUF file for transformers; ShortGPTError unless its layers and tensors fit.
+@dataclass(frozen=True)
+class Shape:
+    """A Llama-like model's sizes.
 
-    Of a plain Llama every tensor must be known: transformers drops others, such as biases.
+    Example:
+        >>> Shape(4096, 32, 32000, 32, 32, 11008).parameters
+        6738415616
     """
-    match = PART.fullmatch(path.name)
-    if match and int(match[3]) > 1:
-        raise ShortGPTError(
-            f"{path} is one of {int(match[3])} files of its model, which transformers does not "
-            f"read; join them: short-gpt convert {path} {match[1]}.gguf"
-        )
-    parts = GGUFParts(path)
-    kind = parts.fields.get("general.architecture")
-    layers, width = (parts.fields.get(f"{kind}.{n}") for n in ("block_count", "embedding_length"))
-    if not isinstance(kind, str) or not isinstance(layers, int) or not layers:
-        raise ShortGPTError(
-            f"{path} holds architecture {kind!r} of {layers!r} layers, expected a language model; "
-            "is it a whole one?"
-        )
-    if not isinstance(width, int) or not width:  # transformers would take that of another model
-        raise ShortGPTError(f"{path} has {kind}.embedding_length = {width!r}; is it a whole one?")
-    check_layers(path, layers, parts.tensors)
-    if kind == "llama" and not parts.fields.get("llama.expert_count"):
-        _check_names(parts, layers)
-    return parts
+
+    dim: int  # width of the hidden states
+    n_layers: int
+    vocab_size: int  # rows of the embedding
+    n_heads: int  # of queries
+    kv_heads: int  # of keys, and of values
+    ffn_dim: int  # width inside the MLP
+
+    @property
+    def parameters(self) -> int:
+        """Numbers of all weights, embedding and output head apart."""
+        grouped = self.dim // self.n_heads * self.kv_heads  # width of all keys, and of all values
+        attention = 2 * self.dim * (self.dim + grouped)  # q and o, k and v
+        layer = attention + 3 * self.dim * self.ffn_dim + 2 * self.dim  # MLP, two norms
+        return self.n_layers * layer + 2 * self.vocab_size * self.dim + self.dim
 
 
-def gguf_layer_types(fields: Mapping[str, object], config: Any) -> list[str] | None:
-    """The kinds of a GGUF file's layers as transformers calls them; None if it says none.
-
-    transformers takes them from the layers' positions by periods of its own, by which a file need
-    not go.
-
-    Args:
-        fields: the file's metadata.
-        config: what transformers made of it.
+def shape_of(source: str, *, trust_remote_code: bool = False) -> Shape:
+    """The shape of a Meta or Hugging Face directory, or of a model on the hub by its config alone.
 
     Raises:
-        ShortGPTError: the model that transformers makes of ``config`` has no such kinds.
+        OSError, ShortGPTError: no such model, a damaged or a GGUF one, or one of another kind.
     """
-    arch = fields.get("general.architecture")
-    key = f"{arch}.attention.sliding_window_pattern"
-    said, layers = fields.get(key), fields.get(f"{arch}.block_count")
-    has_kinds = hasattr(config, "layer_types")
-    if isinstance(said, int) and isinstance(layers, int) and arch in LAST_OF_PERIOD:
-        said = [not said or (i + 1) % said for i in range(layers)]
-    if said is None or not (isinstance(said, list) or has_kinds):
-        return None
-    windows = has_kinds and getattr(config, "sliding_window", None)
-    if not isinstance(said, list) or (any(said) and not windows):
+    kind = kind_of(source)
+    if kind == "gguf":
         raise ShortGPTError(
-            f"{key} names layers with a sliding window, which transformers' {config.model_type} "
-            "does not have here; open the model that it was made from"
+            f"{source} is a GGUF file; expected a model in Meta's or Hugging Face's format"
         )
-    kinds = ["sliding_attention" if slide else "full_attention" for slide in said]
-    return kinds if has_kinds else None
+    if kind == "meta":
+        # a Meta checkpoint's vocabulary is in its weights, not in params.json
+        args = Checkpoint(source).args
+        sizes = (args.dim, args.n_layers, args.vocab_size, args.n_heads, args.kv_heads)
+        return Shape(*sizes, args.ffn_dim)
+    try:
+        config = read_config(source, {TRUST: trust_remote_code})
+        text = config.get_text_config(decoder=True)
+    except Exception as error:
+        if kind == "hub" and (failure := hub_failure(source, error)) is not None:
+            raise failure from None
+        raise ShortGPTError(f"{source} cannot be loaded: {explained(error)}") from error
+    # a family may have other names for them, and then is no Llama
+    said = {name: getattr(text, name, None) for name in SHAPE}
+    if missing := [name for name, value in said.items() if value is None]:
+        raise ShortGPTError(
+            f"{source} is a {text.model_type}, whose config does not say {', '.join(missing)}; "
+            "expected a Llama"
+        )
+    dim, layers, words, heads, wide = (int(value) for value in said.values() if value is not None)
+    # without an entry every query has keys of its own
+    kv_heads = int(getattr(text, "num_key_value_heads", None) or heads)
+    return Shape(dim, layers, words, heads, kv_heads, wide)
 
 
-def _check_names(parts: GGUFParts, layers: int) -> None:
-    templates = [row[GGUF] for row in NAMES]
-    known = {template.format(i) for template in templates for i in range(layers)} | {ROPE_FACTORS}
-    if others := sorted(parts.tensors.keys() - known):
-        raise ShortGPTError(
-            f"{parts.path} cannot be loaded: it holds {', '.join(others[:3])}, which transformers' "
-            "Llama lacks and would leave out; open the model that it was made from"
+def config_digest(config: Mapping[str, object]) -> str:
+    """A digest of a configuration's entries that change what the model computes.
+
+    Every entry counts except `HARMLESS` ones, and so none is overlooked.
+
+    Example:
+        >>> config_digest({"n": 1, "use_cache": True}) == config_digest({"n": 1})
+        True
+    """
+    return json_digest(_counting(config))
+
+
+def config_entries(config: Any) -> dict[str, object]:
+    """The entries of a config of transformers in memory."""
+    entries: dict[str, object] = json.loads(config.to_json_string())
+    return entries
+
+
+def params_entries(params: object) -> dict[str, object]:
+    """The entries of a Llama's arguments, ours or those of Meta's reference package."""
+    return {name: value for name, value in vars(params).items() if name not in LIMITS}
+
+
+def _counting(value: object) -> object:
+    # in a fixed order, ready for JSON
+    if isinstance(value, Mapping):
+        return {k: _counting(value[k]) for k in sorted(value) if k not in HARMLESS}
+    if isinstance(value, list | tuple):
+        return [_counting(v) for v in value]
+    return value if isinstance(value, str | int | float | None) else str(value)
+
+
+def explained(error: BaseException) -> str:
+    """Transformers' errors in one line: the first paragraph, of at most 300 characters."""
+    if isinstance(error, MemoryError) or "allocate memory" in str(error):
+        return "it does not fit the free memory; free some, or take a smaller dtype or stream"
+    if TRUST in str(error):
+        return (
+            "it comes with Python code of its own, which is not run; look at that code, and pass "
+            "`trust_remote_code` to run it"
         )
+    if isinstance(error, EOFError | UnpicklingError) or "PytorchStreamReader" in str(error):
+        return "its weights are cut off or damaged; fetch it anew"
+    if isinstance(error, KeyError):
+        return f"its config names {error}, which is not known here; try a newer transformers"
+    if (named := re.match(r"module 'torch' has no attribute ('\w+')", str(error))) is not None:
+        return f"its config names {named[1]} as a dtype, expected one such as 'bfloat16'"
+    # anything else: its own words, or its class where it has none
+    text = " ".join(str(error).strip().split("\n\n")[0].split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:300] + " ..."

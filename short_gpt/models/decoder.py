@@ -1,4 +1,4 @@
-"""The little that the method needs to know of a model, and Meta's Llama seen that way.
+"""What the method needs to know of a model, windows as its batches, and layers out of a live one.
 
 Shapes: B sequences, S tokens, V vocabulary.
 """
@@ -6,20 +6,22 @@ Shapes: B sequences, S tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from short_gpt.models.families import Family
+from short_gpt.models.numbering import check_layers
 from short_gpt.runtime.errors import ShortGPTError
 
 
 class Decoder(Protocol):
     """A stack of layers over token ids.
 
-    Scoring reads the states from hooks on ``layers``, surgery goes through `keep_layers`; a new
-    family needs nothing else.
+    Scoring reads hidden states by hooks on ``layers``, surgery goes through `keep_layers`; a new
+    kind of model needs nothing else.
 
     Example:
         >>> decoder = MetaDecoder(llama.model)  # doctest: +SKIP
@@ -48,7 +50,7 @@ class Decoder(Protocol):
 
     @property
     def family(self) -> Family:
-        """What the parts of its layers are called."""
+        """The names of its layers' parts."""
 
     def run(self, tokens: Tensor) -> None:
         """Reads (B, S) tokens through embeddings and layers; nothing is kept."""
@@ -64,8 +66,37 @@ class Decoder(Protocol):
         """
 
 
+def remove_layers(decoder: Decoder, drop: Sequence[int]) -> Callable[[], None]:
+    """Removes layers from the model in place.
+
+    Args:
+        decoder: the model.
+        drop: positions in the model as it is now, in any order.
+
+    Returns:
+        A function that puts them back.
+
+    Raises:
+        ShortGPTError: a layer does not exist or is named twice, or none would stay.
+    """
+    count = len(decoder.layers)
+    check_layers(drop, range(count))
+    return decoder.keep_layers([i for i in range(count) if i not in set(drop)])
+
+
+@contextmanager
+def without_layers(decoder: Decoder, drop: Sequence[int]) -> Iterator[None]:
+    """The model without some layers (or none) inside a ``with`` block, as `remove_layers`."""
+    undo = remove_layers(decoder, drop) if drop else None
+    try:
+        yield
+    finally:
+        if undo is not None:
+            undo()
+
+
 def alike(windows: Sequence[Sequence[int]], decoder: Decoder) -> list[list[int]]:
-    """Places of the windows, in groups that may share a batch: all, for most models.
+    """Indices of the windows, in groups that may share a batch: all, for most models.
 
     A model with LongRoPE (arXiv:2402.13753) has two sets of rotary factors, and takes the one for
     long texts where its batch's longest window, or that one's padding, is longer than a limit.
@@ -74,13 +105,14 @@ def alike(windows: Sequence[Sequence[int]], decoder: Decoder) -> list[list[int]]
         >>> alike([[1] * 9, [2], [3] * 8], decoder)  # doctest: +SKIP
         [[0, 2], [1]]
     """
+    # what is no list of windows is refused by `pad`
     limits = decoder.rotary_limits
     if not limits or not windows or isinstance(windows[0], int):
         return [[*range(len(windows))]]
     groups: dict[tuple[bool, ...], list[int]] = {}
-    for place, window in enumerate(windows):
+    for index, window in enumerate(windows):
         key = tuple(len(window) > limit for limit in limits)  # which factors it would take
-        groups.setdefault(key, []).append(place)
+        groups.setdefault(key, []).append(index)
     return list(groups.values())
 
 
@@ -89,27 +121,11 @@ def padded(
 ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
     """One batch, or several where windows differ in their rotary factors.
 
-    Args:
-        windows, decoder: as those of `pad`.
-
     Yields:
-        The places of a batch's windows, and their tokens and mask as those of `pad`.
+        The indices of a batch's windows, and their tokens and mask; all else as in `pad`.
     """
-    for places in alike(windows, decoder):
-        yield places, *pad([windows[i] for i in places], decoder)
-
-
-def _ids(window: Sequence[int]) -> Tensor:
-    """A window's token ids, (S,); ShortGPTError where they are none."""
-    try:  # lists, arrays and tensors alike
-        ids = torch.as_tensor(window)
-    except (TypeError, ValueError, RuntimeError):
-        ids = torch.empty(0, 0)
-    if ids.dim() != 1 or ids.is_floating_point():
-        raise ShortGPTError(
-            f"expected token ids, whole numbers below 2**63, got a window of {str(window)[:60]}"
-        )
-    return ids
+    for indices in alike(windows, decoder):
+        yield indices, *pad([windows[i] for i in indices], decoder)
 
 
 def pad(windows: Sequence[Sequence[int]], decoder: Decoder) -> tuple[Tensor, Tensor]:
@@ -147,6 +163,7 @@ def pad(windows: Sequence[Sequence[int]], decoder: Decoder) -> tuple[Tensor, Ten
             f"change beyond {list(decoder.rotary_limits)}: read those on either side apart, as "
             "with batch_size 1"
         )
+    # token 0 stands for padding, whatever it means: no real token sees it
     tokens = torch.zeros(len(windows), max(lengths), dtype=torch.long)  # (B, S)
     for row, window in enumerate(windows):
         tokens[row, : len(window)] = _ids(window)
@@ -155,8 +172,22 @@ def pad(windows: Sequence[Sequence[int]], decoder: Decoder) -> tuple[Tensor, Ten
     return tokens.to(decoder.device), mask.to(decoder.device)
 
 
+def _ids(window: Sequence[int]) -> Tensor:
+    # lists, arrays and tensors alike
+    try:
+        ids = torch.as_tensor(window)  # (S,)
+    except (TypeError, ValueError, RuntimeError):
+        ids = torch.empty(0, 0)
+    if ids.dim() != 1 or ids.is_floating_point():
+        raise ShortGPTError(
+            f"expected token ids, whole numbers below 2**63, got a window of {str(window)[:60]}"
+        )
+    return ids
+
+
 def check_vocabulary(tokens: Tensor, decoder: Decoder) -> None:
     """Raises ShortGPTError for token ids that the model has no embedding of."""
+    # an embedding would fail without a word of which tokens, on CUDA for good
     if tokens.min() < 0 or tokens.max() >= decoder.vocab_size:
         raise ShortGPTError(
             f"token ids {int(tokens.min())}..{int(tokens.max())} are outside the vocabulary "

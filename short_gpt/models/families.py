@@ -1,12 +1,13 @@
-"""What the parts of a layer are called: one row a family. A new family is one row here.
+"""The names of a layer's parts: one row a family, by ``model_type`` of its config or "meta".
 
-A family is told by ``model_type`` of its config; Meta's Llama is "meta". One without a row is read
-through all rows: whatever known name a layer has is taken.
+A family without a row is read through all rows: whatever known name a layer has is taken.
 """
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 from torch import nn
 
@@ -15,25 +16,24 @@ Names = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Family:
-    """The names of a family's parts, all relative to one of its layers but the first.
+    """The names of a family's parts, all relative to one of its layers except the first.
 
-    Each entry holds several names where layers of a model are of several kinds, and none where
-    there is no such part. The defaults are those of Llama in transformers, which most families
-    share.
+    An entry has several names where layers of a model are of several kinds, and none where there is
+    no such part. The defaults are those of Llama in transformers, which most families share.
 
     Attributes:
         layers: paths of the list of layers, inside the causal language model.
-        attention: what makes the first summand of the residual stream.
-        attention_norm: the norm before the attention, if the layer calls the attention with
-            its own keyword arguments, and so others can do so too.
-        attention_output: the last matrix of the attention.
-        mlp: what makes the second summand.
-        mlp_norm: the norm before the MLP, which reads the stream after the attention.
-        mlp_output: the last matrix of the MLP.
+        attention: the attention sublayer.
+        attention_norm: the norm before it, if the layer calls the attention with its own keyword
+            arguments, and so others can do so too.
+        attention_output: its output projection.
+        mlp: the MLP sublayer.
+        mlp_norm: the norm before it, which reads the stream after the attention.
+        mlp_output: its output projection.
         lora: ends of the names of the MLP's matrices, which LoRA changes.
-        attention_norm_behind: a norm through which what the attention gives is added to the stream.
-        mlp_norm_behind: the same of the MLP.
-        needs_bos: whether it reads a window badly that has no bos in front, which its texts had in
+        attention_norm_after: a norm through which the attention's output is added to the stream.
+        mlp_norm_after: the same of the MLP.
+        needs_bos: whether it reads a window badly that has no bos before it, which its texts had in
             training.
     """
 
@@ -45,20 +45,35 @@ class Family:
     mlp_norm: Names = ("post_attention_layernorm",)
     mlp_output: Names = ("mlp.down_proj",)
     lora: Names = ("gate_proj", "up_proj", "down_proj")
-    attention_norm_behind: Names = ()
-    mlp_norm_behind: Names = ()
+    attention_norm_after: Names = ()
+    mlp_norm_after: Names = ()
     needs_bos: bool = field(default=False, kw_only=True)
 
 
+def _with_old_names(cls: type[Family]) -> None:
+    """Lets a row still be made with the entries' names of the last version."""
+    init, old = cls.__init__, ("attention_norm_behind", "mlp_norm_behind")
+
+    def __init__(self: Family, *args: Names, **names: Any) -> None:
+        for name in [name for name in old if name in names]:
+            new = name.replace("behind", "after")
+            warnings.warn(f"Family's {name} is now {new}", DeprecationWarning, stacklevel=2)
+            names[new] = names.pop(name)
+        init(self, *args, **names)
+
+    cls.__init__ = __init__  # type: ignore[method-assign]
+
+
+_with_old_names(Family)
 LLAMA = Family()
 # Experts are one tensor, or one module each: no linear map ends them.
 EXPERTS = Family(mlp=("mlp", "block_sparse_moe"), mlp_output=(), lora=("w1", "w2", "w3"))
 # Norms stand after both sublayers: no matrix writes a residual branch by itself.
-BEHIND = Family(
-    attention_norm_behind=("post_attention_layernorm",),
-    mlp_norm_behind=("post_feedforward_layernorm",),
+POST_NORM = Family(
+    attention_norm_after=("post_attention_layernorm",),
+    mlp_norm_after=("post_feedforward_layernorm",),
 )
-GEMMA = replace(BEHIND, mlp_norm=("pre_feedforward_layernorm",), needs_bos=True)
+GEMMA = replace(POST_NORM, mlp_norm=("pre_feedforward_layernorm",), needs_bos=True)
 # Attention and MLP read the same normed state: nothing lies between them.
 PARALLEL = Family(mlp_norm=())
 BLOOM = Family(
@@ -111,7 +126,7 @@ FAMILIES: dict[str, Family] = {
     "granite": LLAMA,
     "deepseek_v3": LLAMA,
     "gpt_oss": Family(mlp_output=(), lora=()),  # experts in one tensor
-    "olmo2": replace(BEHIND, attention_norm=()),  # norms after both sublayers only
+    "olmo2": replace(POST_NORM, attention_norm=()),  # norms after both sublayers only
     "phi3": Family(lora=("gate_up_proj", "down_proj")),
     "starcoder2": Family(mlp_output=("mlp.c_proj",), lora=("mlp.c_fc", "mlp.c_proj")),
     "cohere": PARALLEL,
@@ -143,58 +158,31 @@ FAMILIES: dict[str, Family] = {
     "gpt2": GPT2,
     "gpt_neo": replace(GPT2, attention_output=("attn.attention.out_proj",)),
     # Qwen of 2023, whose code comes with the weights
-    "qwen": Family(
-        layers=("transformer.h",),
-        attention=("attn",),
-        attention_norm=(),
-        attention_output=("attn.c_proj",),
-        mlp_norm=("ln_2",),
-        mlp_output=("mlp.c_proj",),
-        lora=("w1", "w2", "mlp.c_proj"),
-    ),
-    "gpt_neox": Family(
+    "qwen": replace(GPT2, lora=("w1", "w2", "mlp.c_proj")),
+    "gpt_neox": replace(
+        BLOOM,
         layers=("gpt_neox.layers",),
         attention=("attention",),
-        attention_norm=(),
         attention_output=("attention.dense",),
-        mlp_output=("mlp.dense_4h_to_h",),
-        lora=("dense_h_to_4h", "dense_4h_to_h"),
     ),
     "falcon": replace(BLOOM, mlp_norm=()),  # parallel
     "bloom": BLOOM,
-    # a state space: no sublayers
-    "mamba": Family(
-        layers=("backbone.layers",),
-        attention=(),
-        attention_norm=(),
-        attention_output=(),
-        mlp=(),
-        mlp_norm=(),
-        mlp_output=(),
-        lora=(),
-    ),
+    "mamba": Family(("backbone.layers",), (), (), (), (), (), (), ()),  # no sublayers
 }
 
-
-def _any() -> Family:
-    """All rows in one: every name once, in the table's order."""
-    names = (
+META = FAMILIES["meta"]
+# All rows in one: every name once, in the table's order.
+ANY = Family(
+    *(
         tuple(dict.fromkeys(n for row in FAMILIES.values() for n in getattr(row, entry.name)))
         for entry in fields(Family)
         if entry.name != "needs_bos"
     )
-    return Family(*names)
-
-
-META = FAMILIES["meta"]
-ANY = _any()
+)
 
 
 def family_of(model_type: str | None) -> Family:
     """The row of a family; `ANY`, which recognises parts by all known names, where there is none.
-
-    Args:
-        model_type: as in the config of the language model.
 
     Example:
         >>> family_of("gpt2").attention_output
@@ -212,22 +200,15 @@ def part(layer: nn.Module, names: Names) -> nn.Module | None:
 
 
 def only_part(layer: nn.Module, names: Names) -> nn.Module | None:
-    """The part of a layer that has one of these names; None if there is none or several are."""
+    """The same, and None also where several parts have such a name."""
     modules = dict(layer.named_modules())
     parts = [modules[name] for name in names if name in modules]
     return parts[0] if len(parts) == 1 else None
 
 
 def attention_with_norm(layer: nn.Module, family: Family) -> tuple[nn.Module, nn.Module] | None:
-    """The norm before a layer's attention, and the attention, if others may call it.
-
-    Args:
-        layer: of the family.
-        family: of `ANY`, both names must be of one row.
-
-    Returns:
-        None where the layer has no such parts, or calls its attention in a way of its own.
-    """
+    """The norm before a layer's attention, and the attention; None if others cannot call it."""
+    # of `ANY`, both names must be of one row
     for row in FAMILIES.values() if family is ANY else (family,):
         norm, attention = part(layer, row.attention_norm), part(layer, row.attention)
         if norm is not None and attention is not None:

@@ -1,12 +1,13 @@
-"""How transformers reads a GGUF file: its header once, each tensor by itself, and all of them."""
+"""How transformers reads a GGUF file: checked, its header once, tensors one by one and all."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache, partial
 from importlib import import_module
 from math import prod
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -14,10 +15,9 @@ import torch
 from torch import Tensor
 
 from llama.formats.gguf import ROPE_FACTORS
-from llama.formats.gguf_read import STRING, GGUFParts, Header
+from llama.formats.gguf_read import PART, STRING, GGUFParts, Header
+from llama.formats.names import GGUF, NAMES, check_layers
 from llama.formats.tokenizers import DIGITS
-from short_gpt.models.pretrained import PretrainedTokenizer
-from short_gpt.models.weights_report import some
 from short_gpt.runtime.errors import ShortGPTError
 
 LOADS = "load_gguf_checkpoint"  # transformers' own: configuration, tokenizer and weights of a file
@@ -28,179 +28,192 @@ WITH_METADATA = (
     "transformers.integrations.gguf.reader",
     "transformers.quantizers.quantizer_gguf",
 )
+# One number for the kinds of their layers is a period, whose last layer has no sliding window.
+LAST_OF_PERIOD = ("gemma2", "gemma3", "gpt-oss")
+
+
+def check_gguf(path: Path) -> GGUFParts:
+    """A GGUF file for transformers; ShortGPTError unless its layers and tensors fit.
+
+    Of a plain Llama every tensor must be known: transformers drops others, such as biases.
+    """
+    # a large model comes in files named 00001-of-00003
+    match = PART.fullmatch(path.name)
+    if match and int(match[3]) > 1:
+        raise ShortGPTError(
+            f"{path} is one of {int(match[3])} files of its model, which transformers does not "
+            f"read; join them: short-gpt convert {path} {match[1]}.gguf"
+        )
+    parts = GGUFParts(path)
+    kind = parts.fields.get("general.architecture")
+    layers, width = (parts.fields.get(f"{kind}.{n}") for n in ("block_count", "embedding_length"))
+    if not isinstance(kind, str) or not isinstance(layers, int) or not layers:
+        raise ShortGPTError(
+            f"{path} holds architecture {kind!r} of {layers!r} layers, expected a language model; "
+            "is it a whole one?"
+        )
+    if not isinstance(width, int) or not width:  # transformers would take that of another model
+        raise ShortGPTError(f"{path} has {kind}.embedding_length = {width!r}; is it a whole one?")
+    check_layers(path, layers, parts.tensors)
+    if kind == "llama" and not parts.fields.get("llama.expert_count"):
+        known = {row[GGUF].format(i) for row in NAMES for i in range(layers)} | {ROPE_FACTORS}
+        if others := sorted(parts.tensors.keys() - known):
+            raise ShortGPTError(
+                f"{path} cannot be loaded: it holds {', '.join(others[:3])}, which transformers' "
+                "Llama lacks and would leave out; open the model that it was made from"
+            )
+    return parts
+
+
+def gguf_layer_types(fields: Mapping[str, object], config: Any) -> list[str] | None:
+    """The kinds of a GGUF file's layers, by its metadata, for the config that transformers made.
+
+    Returns:
+        None if it says none, or all layers of the config are of one kind.
+    """
+    # transformers takes them from the layers' positions by periods of its own; a file may differ
+    arch = fields.get("general.architecture")
+    key = f"{arch}.attention.sliding_window_pattern"
+    said, layers = fields.get(key), fields.get(f"{arch}.block_count")
+    has_kinds = hasattr(config, "layer_types")
+    if isinstance(said, int) and isinstance(layers, int) and arch in LAST_OF_PERIOD:
+        said = [not said or (i + 1) % said for i in range(layers)]
+    if said is None or not (isinstance(said, list) or has_kinds):
+        return None
+    # the size of the window is an entry of its own
+    windows = has_kinds and getattr(config, "sliding_window", None)
+    if not isinstance(said, list) or (any(said) and not windows):
+        raise ShortGPTError(
+            f"{key} names layers with a sliding window, which transformers' {config.model_type} "
+            "does not have here; open the model that it was made from"
+        )
+    kinds = ["sliding_attention" if slide else "full_attention" for slide in said]
+    return kinds if has_kinds else None
 
 
 @contextmanager
 def reading_gguf(parts: GGUFParts) -> Iterator[list[str]]:
-    """Gives transformers what was read of a GGUF file, and notes which tensors it leaves out.
+    """Gives transformers what was read of a GGUF file.
 
-    It walks through the header itself in Python for the config, twice for the tokenizer, and for
-    the weights, which takes seconds each for a large vocabulary; the package gguf makes an array
-    of every token, and several copies of a tensor to dequantize it, and transformers makes two
-    more. Tensors of names that it does not know transformers passes over.
+    Transformers walks through the header in Python four times, which takes seconds each for a large
+    vocabulary; it and the package gguf make several copies of a tensor to dequantize it.
 
-    Args:
-        parts: the file.
-
-    Returns:
-        The names of those, filled while the file is read.
+    Yields:
+        The names of tensors that transformers does not know and skips, while the file is read.
     """
     import gguf
     from transformers import modeling_gguf_pytorch_utils as reading
 
-    left_out: list[str] = []
-    fields = {key: _field(value) for key, value in parts.fields.items()}
+    skipped: list[str] = []
+    # keys as the package gguf's reader has them, except that values stand for themselves
+    values = {k: v if isinstance(v, list) else [v] for k, v in parts.fields.items()}
+    fields = {
+        key: SimpleNamespace(parts=each, data=range(len(each)), types=())
+        for key, each in values.items()
+    }
     tensors = [SimpleNamespace(name=name) for name in parts.tensors]
-    loads = partial(_load, getattr(reading, LOADS), parts, left_out)
+    loads = partial(_load, getattr(reading, LOADS), parts, skipped)
     patches: list[tuple[ModuleType, str, object]] = [
         (gguf, "GGUFReader", lambda _: SimpleNamespace(fields=fields, tensors=tensors)),
         (gguf, "get_tensor_name_map", cache(gguf.get_tensor_name_map)),  # asked for every module
         (reading, "_gguf_parse_value", lambda value, _: value),
         (reading, LOADS, loads),
     ]
-    patches += [(module, METADATA, partial(_metadata, parts)) for module in _with_metadata()]
-    before = [(module, name, getattr(module, name)) for module, name, _ in patches]
-    for module, name, ours in patches:
-        setattr(module, name, ours)
-    try:
-        yield left_out
-    finally:
-        for module, name, theirs in before:
-            setattr(module, name, theirs)
-
-
-def _field(value: object) -> SimpleNamespace:
-    """A key as the package gguf's reader has it, but that values stand for themselves."""
-    values: Sequence[object] = value if isinstance(value, list) else [value]
-    return SimpleNamespace(parts=values, data=range(len(values)), types=())
+    # modules that import the function hold it under their own names
+    for name in WITH_METADATA:
+        with suppress(ImportError):
+            if hasattr(module := import_module(name), METADATA):
+                patches.append((module, METADATA, partial(_metadata, parts)))
+    # whatever happens inside, transformers has its own functions again after it
+    with ExitStack() as stack:
+        for module, name, ours in patches:
+            stack.callback(setattr, module, name, getattr(module, name))
+            setattr(module, name, ours)
+        yield skipped
 
 
 def _load(
     plain: Callable[..., dict[str, Any]],
     parts: GGUFParts,
-    left_out: list[str],
+    skipped: list[str],
     path: str,
     return_tensors: bool = False,
     model_to_load: Any = None,
     torch_dtype: torch.dtype | None = None,
 ) -> dict[str, Any]:
-    """What transformers' ``load_gguf_checkpoint`` gives, with one tensor at a time beside it.
-
-    Args:
-        plain: that function.
-        parts: the file.
-        left_out: takes the names of tensors that the model lacks.
-        path, return_tensors, model_to_load, torch_dtype: as transformers has them.
-    """
+    """As ``plain``, transformers' own, does with the last four; tensors are read one at a time."""
     from transformers import modeling_gguf_pytorch_utils as reading
 
-    found = plain(path)
+    result = plain(path)
     if not return_tensors:
-        return found
-    _check_size(parts, model_to_load)
+        return result
+    # weights that a file lacks are made before they are refused; a tied output head counts twice
+    expected = sum(weight.numel() for weight in model_to_load.state_dict().values())
+    stored = sum(prod(tensor.shape) for tensor in parts.tensors.values())
+    if expected > 2 * stored:
+        raise ShortGPTError(
+            f"its metadata are those of a model of {expected:,} weights, and its tensors have "
+            f"{stored:,}"
+        )
     kinds, architecture = reading.TENSOR_PROCESSORS, str(parts.fields["general.architecture"])
-    processor = kinds.get(architecture, reading.TensorProcessor)(config=found["config"])
+    processor = kinds.get(architecture, reading.TensorProcessor)(config=result["config"])
     names = reading.get_gguf_hf_weights_map(model_to_load, processor)
     weights: dict[str, Tensor] = {}
-    found["tensors"] = weights
-    told = {"tensor_key_mapping": names, "parsed_parameters": found}
+    result["tensors"] = weights
+    options = {"tensor_key_mapping": names, "parsed_parameters": result}
     for name in parts.tensors:
         if _stays(processor, name, names):
             if name in names:
                 weights[names[name]] = parts.read(name, torch_dtype)
             else:
-                left_out.append(name)
+                skipped.append(name)
             continue
-        result = processor.process(weights=parts.read(name).numpy(), name=name, **told)
-        if result.name in names:
-            weights[names[result.name]] = torch.from_numpy(result.weights)
-        elif result.name is not None:  # None: a tensor of all experts, which was cut up
-            left_out.append(result.name)
+        # the processor turns rows, or splits experts: it needs all numbers
+        done = processor.process(weights=parts.read(name).numpy(), name=name, **options)
+        if done.name in names:
+            weights[names[done.name]] = torch.from_numpy(done.weights)
+        elif done.name is not None:  # None: a tensor of all experts, which was cut up
+            skipped.append(done.name)
         for key, weight in weights.items():  # of experts there may be several
             weights[key] = weight.to(torch_dtype or weight.dtype)
-    return found
+    return result
 
 
 def _stays(processor: Any, name: str, names: dict[str, str]) -> bool:
     """Whether transformers takes a tensor as it is, which a stand-in shows that allows nothing."""
-    stand_in, told = object(), {"tensor_key_mapping": names, "parsed_parameters": {"tensors": {}}}
+    # it touches neither shape nor numbers of what it leaves alone
+    stand_in, parsed = object(), dict[str, object](tensors={})
+    options = {"tensor_key_mapping": names, "parsed_parameters": parsed}
     try:
-        result = processor.process(weights=stand_in, name=name, **told)
+        result = processor.process(weights=stand_in, name=name, **options)
     except (AttributeError, TypeError):
         return False
     return result.weights is stand_in
 
 
-def _with_metadata() -> Iterator[ModuleType]:
-    for name in WITH_METADATA:
-        with suppress(ImportError):
-            if hasattr(module := import_module(name), METADATA):
-                yield module
-
-
 def _metadata(
     parts: GGUFParts, _: object, string_arrays: Collection[str] = ()
 ) -> tuple[dict[str, object], tuple[str, ...]]:
-    """What transformers' ``read_gguf_metadata`` gives: of texts not asked for, how many there are.
-
-    Args:
-        parts: the file.
-        string_arrays: keys whose texts are asked for.
-    """
+    # as transformers' own; of texts that are not asked for by their key, how many there are
     records, fields = parts.headers[0].records, dict[str, Any](parts.fields)
     counted = {k for k, r in records.items() if r.element == STRING} - {*string_arrays}
     return {k: len(v) if k in counted else v for k, v in fields.items()}, tuple(parts.tensors)
 
 
-def _check_size(parts: GGUFParts, model: Any) -> None:
-    """Refuses a model that is far larger than the file, of whose metadata it was made.
-
-    Weights that a file lacks are made before they are refused. A tied output head counts twice.
-
-    Args:
-        parts: the file.
-        model: on the meta device; or a part of it.
-
-    Raises:
-        ShortGPTError: it is.
-    """
-    made = sum(weight.numel() for weight in model.state_dict().values())
-    there = sum(prod(place.shape) for place in parts.tensors.values())
-    if made > 2 * there:
-        raise ShortGPTError(
-            f"its metadata are those of a model of {made:,} weights, and its tensors have {there:,}"
-        )
+def some(names: Collection[object]) -> str:
+    """The first three names, and how many more there are."""
+    first = sorted(map(str, names))
+    more = f" and {len(first) - 3} more" if len(first) > 3 else ""
+    return ", ".join(first[:3]) + more
 
 
-def check_left_out(name: str, left_out: list[str]) -> None:
-    """Refuses a GGUF file of which tensors would be left out.
-
-    Args:
-        name: of the file.
-        left_out: as `reading_gguf` found them. Llama's divisors of the rotary frequencies count as
-            known.
-
-    Raises:
-        ShortGPTError: there are any; it names them.
-    """
-    if others := set(left_out) - {ROPE_FACTORS}:
-        raise ShortGPTError(
-            f"{name} cannot be loaded: it holds {some(others)}, which transformers' model of its "
-            "kind lacks and would leave out; open the model that it was made from"
-        )
-
-
-def mend_tokenizer(tokenizer: PretrainedTokenizer, header: Header) -> None:
-    """Puts back the cut around digits that transformers drops of SmolLM2's tokenizer.
-
-    Args:
-        tokenizer: as transformers made it of a GGUF file; changed in place.
-        header: of the file.
-    """
+def mend_tokenizer(tokenizer: Any, header: Header) -> None:
+    """Puts back in place the split at digits that transformers drops of SmolLM2's tokenizer."""
     from tokenizers import pre_tokenizers
 
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or header.fields.get("tokenizer.ggml.pre") != DIGITS:
         return
+    # each digit by itself, before all else
     digits = pre_tokenizers.Digits(individual_digits=True)
     backend.pre_tokenizer = pre_tokenizers.Sequence([digits, backend.pre_tokenizer])

@@ -15,13 +15,12 @@ from torch import Tensor, nn
 from short_gpt.models.families import FAMILIES, Family, family_of
 from short_gpt.models.layer_config import (
     Outline,
-    cut_entries,
     differences,
     layer_entries,
     longrope_limits,
     outline,
+    pruned_entries,
     twin_outline,
-    with_layers,
 )
 from short_gpt.runtime.errors import ShortGPTError
 
@@ -30,9 +29,9 @@ if TYPE_CHECKING:
 
 # Modules' attributes that hold the number of their layer.
 NUMBERS = ("layer_idx", "layer_id")
-# Config entries by which layers compute with their own number, which no outline shows.
+# Config entries by which layers compute with their own number.
 BY_NUMBER = ("scale_attn_by_inverse_layer_idx", "rescale_every")
-# where something stands, what stood there, what is to stand there
+# the attributes that are edited, their old values, their new values
 Edit = tuple[dict[str, object], dict[str, object], dict[str, object]]
 
 
@@ -54,8 +53,17 @@ class HFDecoder:
 
     def __init__(self, model: Any, layers_path: str | None = None) -> None:
         check_layers_path(layers_path)
-        _check_kind(model)
-        self.model = model
+        kind = type(model).__name__
+        if not (hasattr(model, "can_generate") and model.can_generate()):
+            raise ShortGPTError(
+                f"{kind} has no language-model head of transformers; load the model with "
+                "AutoModelForCausalLM"
+            )
+        if getattr(model.config, "is_encoder_decoder", False):
+            raise ShortGPTError(
+                f"{kind} is no causal language model: it has an encoder and a decoder"
+            )
+        self.model = self.module = model
         self.layers_path = find_layers(model) if layers_path is None else layers_path
         owner, _, self._name = self.layers_path.rpartition(".")
         try:
@@ -64,20 +72,14 @@ class HFDecoder:
         except AttributeError:
             layers = None
         if not isinstance(layers, nn.ModuleList):
-            raise ShortGPTError(
-                f"{self.layers_path} is no list of layers of {type(model).__name__}"
-            )
+            raise ShortGPTError(f"{self.layers_path} is no list of layers of {kind}")
         if len(layers) != self.config.num_hidden_layers:
             raise ShortGPTError(
-                f"{self.layers_path} of {type(model).__name__} has {len(layers)} layers, its "
+                f"{self.layers_path} of {kind} has {len(layers)} layers, its "
                 f"config says {self.config.num_hidden_layers}: it is another list, or was cut "
                 "elsewhere"
             )
         self._twins: dict[str, Outline] = {}  # by the config's JSON
-
-    @property
-    def module(self) -> nn.Module:
-        return self.model
 
     @property
     def config(self) -> Any:
@@ -90,7 +92,7 @@ class HFDecoder:
 
     @property
     def device(self) -> torch.device:
-        """Where tokens go: the embedding's device, also while its weights are offloaded."""
+        # where the embedding runs, also while its weights are offloaded
         embedding = self.model.get_input_embeddings()
         hook = getattr(embedding, "_hf_hook", None)
         if embedding.weight.is_meta and hook is not None:
@@ -108,7 +110,7 @@ class HFDecoder:
 
     @property
     def rotary_limits(self) -> Sequence[int]:
-        """Of LongRoPE; the factors of "dynamic" change beyond `max_seq_len` alone."""
+        # the factors of "dynamic" change beyond `max_seq_len` alone
         return longrope_limits(self.config)
 
     @property
@@ -127,12 +129,14 @@ class HFDecoder:
 
     def keep_layers(self, keep: Sequence[int]) -> Callable[[], None]:
         before = self.layers
-        _check_family(self.model, self.config)
-        _check_shared(self.model, before)
+        if reason := self._inseparable():
+            raise ShortGPTError(
+                f"layers of this {type(self.model).__name__} cannot be removed: {reason}"
+            )
         kept = nn.ModuleList(before[i] for i in keep)  # the layers themselves, no copies
         edits = self._edits(keep)
 
-        def cut() -> None:
+        def prune() -> None:
             setattr(self._owner, self._name, kept)
             for target, _, new in edits:
                 target.update(new)
@@ -143,13 +147,13 @@ class HFDecoder:
                 target.update(old)
 
         try:
-            cut()
+            prune()
             ours, twin = self._outlines()
             if differences(ours, twin):
-                undo()  # a model may differ from its twin whole, too: that is not refused
+                undo()  # a model may differ from its twin with all layers, too: that is allowed
                 known, settings = self._without_removal(keep, twin)
                 edits += settings
-                cut()
+                prune()
                 new = [d for d in differences(*self._outlines()) if d not in known]
                 if new:
                     raise ShortGPTError(f"its config would make {new[0]}")
@@ -162,13 +166,23 @@ class HFDecoder:
             raise
         return undo
 
-    def _without_removal(self, keep: Sequence[int], after: Outline) -> tuple[list[str], list[Edit]]:
-        """What no removal is to blame for, and settings around the layers that follow the config.
+    def _inseparable(self) -> str | None:
+        # reasons that no outline shows
+        if entries := [name for name in BY_NUMBER if getattr(self.config, name, False)]:
+            return f"they compute with their own number ({entries[0]})"
+        owners: dict[int, int] = {}  # by the id of a weight
+        for number, layer in enumerate(self.layers):
+            for weight in layer.parameters():
+                # a file holds shared weights with one layer alone
+                if (owner := owners.setdefault(id(weight), number)) != number:
+                    return f"{owner} and {number} share weights"
+        return None
 
-        A quantized model differs from the one of its config anyway: in the kind of its weights.
-        """
+    def _without_removal(self, keep: Sequence[int], after: Outline) -> tuple[list[str], list[Edit]]:
+        """Differences without a removal, and settings around the layers that follow the config."""
         ours, before = self._outlines()
-        known = differences(with_layers(ours, keep), with_layers(before, keep))
+        # a quantized model differs from the one of its config anyway: in the kind of its weights
+        known = differences(ours.with_layers(keep), before.with_layers(keep))
         edits: list[Edit] = []
         for name, value in after.rest.items():
             owner, _, key = name.rpartition(".")
@@ -179,48 +193,40 @@ class HFDecoder:
         return known, edits
 
     def _edits(self, keep: Sequence[int]) -> list[Edit]:
-        """All that counts or lists layers: configs, modules' numbers, modules' copies of both."""
+        # all that counts or lists layers: configs, modules' numbers, modules' copies of both
         edits: list[Edit] = []
-        for config in self._configs():
+        # parts of the model go by copies of the language model's config
+        parts = [getattr(module, "config", None) for module in self._owner.modules()]
+        configs = [self.config, *(c for c in parts if type(c) is type(self.config))]
+        for config in {id(config): config for config in configs}.values():
             entries = layer_entries(config, len(self.layers))
             # transformers 5 checks the types of these, None included
             declared = getattr(type(config), "__dataclass_fields__", ())
-            edits.append((vars(config), entries, cut_entries(entries, keep, declared=declared)))
-        _, entries, cut = edits[0]
+            pruned = pruned_entries(entries, keep, declared=declared)
+            edits.append((vars(config), entries, pruned))
+        _, entries, pruned = edits[0]
         for module in self._owner.modules():  # such as a model's own list of layer types
             old = {k: v for k, v in entries.items() if vars(module).get(k) == v}
             if old:
-                edits.append((vars(module), old, {key: cut[key] for key in old}))
-        for place, number in enumerate(keep):
+                edits.append((vars(module), old, {key: pruned[key] for key in old}))
+        for new, number in enumerate(keep):
             for module in self.layers[number].modules():  # attention picks its cache by it
                 old = {k: number for k in NUMBERS if vars(module).get(k) == number}
                 if old:
-                    edits.append((vars(module), old, dict.fromkeys(old, place)))
+                    edits.append((vars(module), old, dict.fromkeys(old, new)))
         return edits
 
-    def _configs(self) -> list[Any]:
-        """The language model's config and copies of it that parts of the model go by."""
-        found = {id(self.config): self.config}
-        for module in self._owner.modules():
-            config = getattr(module, "config", None)
-            if type(config) is type(self.config):
-                found[id(config)] = config
-        return list(found.values())
-
     def _outlines(self) -> tuple[Outline, Outline]:
-        """The model's, and that of the model which its config would make."""
-        return outline(self.model, self.layers_path), self._twin()
-
-    def _twin(self) -> Outline:
-        """Made once for each config: hundreds of trials of a plain model share one."""
+        # of the model, and of the model which its config would make;
+        # a twin is made once for each config: hundreds of trials of a plain model share one
         key = self.model.config.to_json_string(use_diff=False)
         if key not in self._twins:
             self._twins[key] = twin_outline(self.model, self.layers_path)
-        return self._twins[key]
+        return outline(self.model, self.layers_path), self._twins[key]
 
 
 def _uncached(module: nn.Module) -> dict[str, bool]:
-    """What tells a module to keep no cache; nothing, where it knows of none."""
+    # the argument that keeps no cache, where a module knows of one
     known = signature(module.forward).parameters.values()
     takes = any(p.name == "use_cache" or p.kind is p.VAR_KEYWORD for p in known)
     return {"use_cache": False} if takes else {}
@@ -236,10 +242,7 @@ def check_layers_path(layers_path: object) -> None:
 
 
 def find_layers(model: PreTrainedModel) -> str:
-    """The path of the decoder's list of layers: the family's, or what can only be it.
-
-    Where the family has no row, or the model is inside another, a list of as many layers as the
-    config says is looked for.
+    """The path of the decoder's list of layers: the family's, or the only one of as many layers.
 
     Raises:
         ShortGPTError: no list or more than one fits; the message names them.
@@ -263,36 +266,3 @@ def find_layers(model: PreTrainedModel) -> str:
             "one with layers_path, as in 'model.layers'"
         )
     return decoder[0]
-
-
-def _check_kind(model: Any) -> None:
-    """Raises ShortGPTError for a model without a language-model head, or with an encoder."""
-    kind = type(model).__name__
-    if not (hasattr(model, "can_generate") and model.can_generate()):
-        raise ShortGPTError(
-            f"{kind} has no language-model head of transformers; load the model with "
-            "AutoModelForCausalLM"
-        )
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise ShortGPTError(f"{kind} is no causal language model: it has an encoder and a decoder")
-
-
-def _check_family(model: nn.Module, config: object) -> None:
-    """Raises ShortGPTError where layers compute with their own number."""
-    if found := [name for name in BY_NUMBER if getattr(config, name, False)]:
-        raise ShortGPTError(
-            f"layers of this {type(model).__name__} cannot be removed: they compute with their "
-            f"own number ({found[0]})"
-        )
-
-
-def _check_shared(model: nn.Module, layers: nn.ModuleList) -> None:
-    """Raises ShortGPTError where layers share weights: a file holds them with one layer alone."""
-    owners: dict[int, int] = {}
-    for number, layer in enumerate(layers):
-        for weight in layer.parameters():
-            if (first := owners.setdefault(id(weight), number)) != number:
-                raise ShortGPTError(
-                    f"layers of this {type(model).__name__} cannot be removed: {first} and "
-                    f"{number} share weights"
-                )

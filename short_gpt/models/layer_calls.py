@@ -1,6 +1,6 @@
 """A decoder's layers called one at a time, each as the decoder calls it.
 
-Shapes: B windows of one length, S tokens, D width of the stream.
+Shapes: B windows of one length, S tokens, D width of the stream, F inputs of a matrix.
 """
 
 from __future__ import annotations
@@ -27,10 +27,6 @@ class LayerCalls:
     Args:
         decoder: in evaluation mode.
 
-    Attributes:
-        family: of the decoder.
-        count: of its layers.
-
     Raises:
         ShortGPTError: layers are given something that depends on the tokens.
 
@@ -43,14 +39,21 @@ class LayerCalls:
         self._decoder = decoder
         self.family, self.count = decoder.family, len(decoder.layers)
         self._calls: dict[torch.Size, list[Call]] = {}  # by (B, S), one for each layer
-        self._check_independent()
+        # two texts must make for the same arguments beside the states
+        tokens = torch.arange(8).remainder(decoder.vocab_size)[None]  # (1, 8)
+        for ours, theirs in zip(self._seen(tokens), self._seen(tokens.flip(1)), strict=True):
+            if not _equal(ours, theirs):
+                raise ShortGPTError(
+                    f"the layers of {type(decoder.module).__name__} take more than the hidden "
+                    "state entering them: they cannot be run one at a time"
+                )
 
     @contextmanager
-    def loaded(self, place: int) -> Iterator[nn.Module]:
+    def loaded(self, index: int) -> Iterator[nn.Module]:
         """A layer with its weights inside the block, where it can be called."""
-        yield self._decoder.layers[place]
+        yield self.layer(index)
 
-    def keep_only(self, place: int, modules: Sequence[nn.Module]) -> None:
+    def keep_only(self, index: int, modules: Sequence[nn.Module]) -> None:
         """Lets go of the weights that a loaded layer has beside these modules."""
 
     def close(self) -> None:
@@ -61,20 +64,17 @@ class LayerCalls:
         return {}
 
     def widths(self) -> tuple[int, int, int]:
-        """D, the most inputs of a matrix at the end of a half, and bytes of a number of a state.
-
-        Without such a matrix both are 1.
-        """
-        names = (self.family.attention_output, self.family.mlp_output)
-        shapes, size = [(1, 1)], 1
-        for place in range(self.count):
-            for found in (only_part(self.layer(place), name) for name in names):
-                weight = getattr(found, "weight", None)
-                if found is not None and isinstance(weight, Tensor) and weight.dim() == 2:
-                    ends = (weight.shape[0], weight.shape[1])
-                    shapes.append(ends[::-1] if transposed(found) else ends)  # (D, F)
-                    size = weight.dtype.itemsize
-        return max(d for d, _ in shapes), max(f for _, f in shapes), size
+        """D, the most inputs F of an output projection, bytes of a number; 1 without a matrix."""
+        shapes, itemsize = [(1, 1)], 1
+        for index in range(self.count):
+            for names in (self.family.attention_output, self.family.mlp_output):
+                matrix = only_part(self.layer(index), names)
+                weight = getattr(matrix, "weight", None)
+                if matrix is not None and isinstance(weight, Tensor) and weight.dim() == 2:
+                    rows, columns = weight.shape
+                    shapes.append((columns, rows) if transposed(matrix) else (rows, columns))
+                    itemsize = weight.dtype.itemsize
+        return max(d for d, _ in shapes), max(f for _, f in shapes), itemsize
 
     def embed_all(self, batches: Sequence[Tensor]) -> Iterator[Tensor]:
         """What `embed` gives of tokens (B, S), one batch after the other."""
@@ -83,104 +83,75 @@ class LayerCalls:
 
     def embed(self, tokens: Tensor) -> Tensor:
         """The state (B, S, D) entering the first layer, of tokens (B, S)."""
-        states: list[Tensor] = []  # a list, as the hook cannot return what it sees
-
-        def stop(_: nn.Module, args: Arguments, kwargs: dict[str, object]) -> NoReturn:
-            states.append(state_in(args, kwargs).clone())
-            raise _Enough
-
-        self._stopped(self._decoder.layers[0], stop, lambda: self._decoder.run(tokens))
-        return states[0]
+        return self._input_of(self.layer(0), lambda: self._decoder.run(tokens))
 
     @torch.no_grad()
-    def run(self, place: int, state: Tensor) -> Tensor:
-        """The state leaving a layer, (B, S, D), from the one that enters it, which is not changed.
+    def run(self, index: int, state: Tensor) -> Tensor:
+        """The state (B, S, D) leaving a layer, from the one entering it, which is not changed."""
+        args, kwargs = self.call(index, state.clone())  # a layer may write over it
+        return first(self.layer(index)(*args, **kwargs))
 
-        Args:
-            place: of the layer in the decoder.
-            state: (B, S, D).
-        """
-        args, kwargs = self.call(place, state.clone())  # a layer may write over it
-        return first(self.layer(place)(*args, **kwargs))
-
-    @torch.no_grad()
-    def until(self, place: int, state: Tensor, module: nn.Module) -> Tensor:
+    def until(self, index: int, state: Tensor, module: nn.Module) -> Tensor:
         """What a layer hands to a module inside it, (B, S, ...); it goes no further."""
-        inputs: list[Tensor] = []
+        self.call(index, state)  # seen first, because the hook would end that pass, too
+        return self._input_of(module, lambda: self.run(index, state))
 
-        def stop(_: nn.Module, args: tuple[Tensor, ...]) -> NoReturn:
-            inputs.append(args[0].clone())
-            raise _Enough
+    def layer(self, index: int) -> nn.Module:
+        """The layer at a position in the decoder."""
+        return self._decoder.layers[index]
 
-        self.call(place, state)  # seen first, because the hook would end that pass, too
-        self._stopped(module, stop, lambda: self.run(place, state), kwargs=False)
-        return inputs[0]
-
-    def layer(self, place: int) -> nn.Module:
-        """The layer at a place."""
-        return self._decoder.layers[place]
-
-    def call(self, place: int, state: Tensor) -> Call:
+    def call(self, index: int, state: Tensor) -> Call:
         """The arguments of a layer's call, with this state (B, S, D)."""
-        args, kwargs = self._of_shape(state.shape[:2])[place]
+        shape = state.shape[:2]
+        if shape not in self._calls:  # which tokens they are does not matter, as was proved
+            self._calls[shape] = self._seen(torch.zeros(shape, dtype=torch.long))  # (B, S)
+        args, kwargs = self._calls[shape][index]
         return ((state, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": state})
-
-    def _of_shape(self, shape: torch.Size) -> list[Call]:
-        """The calls of all layers for tokens of a shape, their states left out."""
-        if shape not in self._calls:  # what the tokens are does not matter: `_check_independent`
-            self._calls[shape] = self._seen(torch.zeros(shape, dtype=torch.long))
-        return self._calls[shape]
 
     @torch.no_grad()
     def _seen(self, tokens: Tensor) -> list[Call]:
-        found: list[Call] = []
+        """The calls of all layers for tokens (B, S), their states left out."""
+        calls: list[Call] = []
 
         def note(_: nn.Module, args: Arguments, kwargs: dict[str, object]) -> None:
+            # the state comes by position, or by its name in some families
             named = {k: v for k, v in kwargs.items() if k != "hidden_states"}
-            found.append(((None, *args[1:]) if args else (), named))
+            calls.append(((None, *args[1:]) if args else (), named))
 
+        # one pass shows the calls of all layers
         with ExitStack() as stack:
             for layer in self._decoder.layers:
                 hook = layer.register_forward_pre_hook(note, with_kwargs=True)
                 stack.callback(hook.remove)
             self._decoder.run(tokens.to(self._decoder.device))
-        return found
-
-    def _check_independent(self) -> None:
-        """Raises ShortGPTError where two texts make for other arguments beside the states."""
-        tokens = torch.arange(8).remainder(self._decoder.vocab_size)[None]  # (1, 8)
-        for ours, theirs in zip(self._seen(tokens), self._seen(tokens.flip(1)), strict=True):
-            if not _equal(ours, theirs):
-                raise ShortGPTError(
-                    f"the layers of {type(self._decoder.module).__name__} take more than the state "
-                    "in front of them: they cannot be run one at a time"
-                )
+        return calls
 
     @torch.no_grad()
-    def _stopped(
-        self,
-        module: nn.Module,
-        hook: Callable[..., NoReturn],
-        run: Callable[[], object],
-        *,
-        kwargs: bool = True,
-    ) -> None:
-        """Runs until a module is called, where ``hook`` ends it."""
-        handle = module.register_forward_pre_hook(hook, with_kwargs=kwargs)
+    def _input_of(self, module: nn.Module, run: Callable[[], object]) -> Tensor:
+        # a copy of what ``run`` hands to a module, where it ends
+        inputs: list[Tensor] = []  # a list, because the hook cannot return what it sees
+
+        def stop(_: nn.Module, args: Arguments, kwargs: dict[str, object]) -> NoReturn:
+            inputs.append(state_in(args, kwargs).clone())
+            raise _Enough
+
+        handle = module.register_forward_pre_hook(stop, with_kwargs=True)
         try:
             run()
         except _Enough:
             pass
         finally:
             handle.remove()
+        return inputs[0]
 
 
+# Ends a pass from within, where all that it was run for is known.
 class _Enough(Exception):
-    """Ends a pass from within, where all that was wanted is known."""
+    pass
 
 
 def _equal(ours: object, theirs: object) -> bool:
-    """Whether two arguments are the same, tensors by their values."""
+    # tensors by their values, containers by their entries, anything else by its kind
     if isinstance(ours, Tensor) and isinstance(theirs, Tensor):
         return torch.equal(ours, theirs)
     if isinstance(ours, tuple | list) and isinstance(theirs, tuple | list):

@@ -1,14 +1,13 @@
 """What a config of transformers says of layers: its entries, and the proof that it makes the model.
 
-A removed layer changes every entry that lists or counts layers. Whether that suffices is proved by
-a twin: a model made anew from the config on the meta device, which has no weights and costs no
-memory. Where it differs from the model at hand, a saved copy would come back as another model.
+The proof is a twin: a model made anew from the config on the meta device, which costs no memory.
+Where it differs from the model at hand, a saved copy would come back as another model.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -32,7 +31,7 @@ Traits = dict[str, object]  # kinds, settings and shapes by name
 
 
 def layer_entries(config: Any, count: int) -> dict[str, Any]:
-    """What the config holds of single layers, by the names of its own attributes."""
+    """The config's entries that list or count its ``count`` layers, by its own names."""
     count_name = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
     entries: dict[str, Any] = {}
     for name, value in vars(config).items():
@@ -49,17 +48,15 @@ def layer_entries(config: Any, count: int) -> dict[str, Any]:
 
 
 def _kept(config: Any, name: str) -> bool:
-    """Whether a config that is read again has what was written; some classes put their own there.
-
-    So does `_sliding_window_pattern` of transformers 4, which nothing reads beside the list.
-    """
+    # whether a config that is read again has what was written:
+    # some classes put their own there, as of `_sliding_window_pattern` in transformers 4
     if not name.startswith("_"):
         return True
     written = {**config.to_dict(), name: None}
     return getattr(type(config).from_dict(written), name, None) is None
 
 
-def cut_entries(
+def pruned_entries(
     entries: dict[str, Any], keep: Sequence[int], *, declared: Collection[str] = ()
 ) -> dict[str, Any]:
     """The same entries for a model with only these layers.
@@ -71,30 +68,28 @@ def cut_entries(
             and the list that it would make goes before it; the others become None.
     """
     new_number = {old: new for new, old in enumerate(keep)}  # layers are numbered from 0 again
-    cut: dict[str, Any] = {}
+    pruned: dict[str, Any] = {}
+    # each kind of entry by its own rule; what is none of these has one value a layer
     for name, value in entries.items():
         if name in EVERY:
             listed, other = EVERY[name]
-            every = _every([entries[listed][i] == other for i in keep], value)
-            cut[name] = value if every is None and name in declared else every
+            every = _period([entries[listed][i] == other for i in keep], value)
+            pruned[name] = value if every is None and name in declared else every
         elif name in LEADING:
-            cut[name] = sum(i < value for i in keep)  # of the leading ones, those that stay
+            pruned[name] = sum(i < value for i in keep)  # of the leading ones, those that stay
         elif isinstance(value, int):
-            cut[name] = len(keep)
+            pruned[name] = len(keep)
         elif name == "attention_types":
-            cut[name] = [[[entries["attention_layers"][i] for i in keep], 1]]
+            pruned[name] = [[[entries["attention_layers"][i] for i in keep], 1]]
         elif name in NUMBERED:
-            cut[name] = type(value)(new_number[i] for i in value if i in new_number)
+            pruned[name] = type(value)(new_number[i] for i in value if i in new_number)
         else:
-            cut[name] = type(value)(value[i] for i in keep)
-    return cut
+            pruned[name] = type(value)(value[i] for i in keep)
+    return pruned
 
 
-def _every(other: Sequence[bool], before: int) -> int | None:
-    """Every how many layers one is of the other kind; None where no number says it.
-
-    The number before, if it still holds.
-    """
+def _period(other: Sequence[bool], before: int) -> int | None:
+    # every how many layers one is of the other kind: ``before`` if it still holds, or None
     for period in (before, *range(1, len(other) + 2)):
         if period and list(other) == [(i + 1) % period == 0 for i in range(len(other))]:
             return period
@@ -102,61 +97,39 @@ def _every(other: Sequence[bool], before: int) -> int | None:
 
 
 def longrope_limits(config: Any) -> list[int]:
-    """Lengths beyond which LongRoPE (arXiv:2402.13753) takes its factors for long texts.
-
-    Args:
-        config: of the language model; its rotary settings may differ by kind of layer.
-
-    Returns:
-        No length for other rotary embeddings.
-    """
+    """Lengths beyond which LongRoPE (arXiv:2402.13753) takes its factors for long texts."""
     settings = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
     if not isinstance(settings, dict):
         return []
     # one set for all layers, or one for each kind of layer (Gemma 3)
     kinds = [settings, *(value for value in settings.values() if isinstance(value, dict))]
     name = "original_max_position_embeddings"
-    outside = getattr(config, name, None) or config.max_position_embeddings
-    found = {kind.get(name) or outside for kind in kinds if _kind(kind) == "longrope"}
-    return sorted(found)
-
-
-def _kind(settings: dict[str, Any]) -> object:
-    return settings.get("rope_type", settings.get("type"))
+    default = getattr(config, name, None) or config.max_position_embeddings
+    longrope = [kind for kind in kinds if kind.get("rope_type", kind.get("type")) == "longrope"]
+    return sorted({kind.get(name) or default for kind in longrope})
 
 
 class Outline(NamedTuple):
-    """Kinds, settings and shapes of all that a config decides, by name; no weights.
+    """Kinds, settings and shapes of all that a config decides, by name; no weights."""
 
-    ``layers`` holds one mapping for each layer, ``rest`` what is around them.
-    """
+    layers: list[Traits]  # of each layer
+    rest: Traits  # of what is around them
 
-    layers: list[Traits]
-    rest: Traits
+    def with_layers(self, keep: Sequence[int]) -> Outline:
+        """The outline with only these of its layers."""
+        return Outline([self.layers[i] for i in keep if i < len(self.layers)], self.rest)
 
 
 def outline(model: nn.Module, layers_path: str) -> Outline:
     """The outline of a model, whose layers are at ``layers_path``."""
     layers = model.get_submodule(layers_path)
     inside = {id(module) for module in layers.modules()}  # the list itself, too
-    own = [(name, module) for name, module in model.named_modules() if id(module) not in inside]
-    rest: Traits = {}
-    for name, module in own:
-        rest |= _traits(name, module)
-    return Outline([_whole(layer) for layer in layers.children()], rest)
-
-
-def with_layers(whole: Outline, keep: Sequence[int]) -> Outline:
-    """The outline with only these of its layers."""
-    return Outline([whole.layers[i] for i in keep if i < len(whole.layers)], whole.rest)
+    rest = _traits((name, m) for name, m in model.named_modules() if id(m) not in inside)
+    return Outline([_traits(layer.named_modules()) for layer in layers.children()], rest)
 
 
 def twin_outline(model: Any, layers_path: str) -> Outline:
-    """The outline of the model that the saved config would make.
-
-    Raises:
-        ShortGPTError: the config makes none; the message says why.
-    """
+    """The outline of the model that the saved config would make; ShortGPTError if it makes none."""
     config = model.config
     try:
         # as it would be saved and read; of a copy, because it keeps lists of what it is given
@@ -169,42 +142,38 @@ def twin_outline(model: Any, layers_path: str) -> Outline:
 
 
 def differences(ours: Outline, theirs: Outline) -> list[str]:
-    """How the twin would differ from ours, in the twin's terms; none if in nothing."""
+    """How the twin would differ from the model at hand, in the twin's terms."""
     if len(ours.layers) != len(theirs.layers):
         return [f"{len(theirs.layers)} layers, not {len(ours.layers)}"]
     result = [f"{text} around the layers" for text in _differing(ours.rest, theirs.rest)]
-    for place, pair in enumerate(zip(ours.layers, theirs.layers, strict=True)):
-        result += [f"layer {place} of the rest with {text}" for text in _differing(*pair)]
+    for index, pair in enumerate(zip(ours.layers, theirs.layers, strict=True)):
+        result += [f"layer {index} of the rest with {text}" for text in _differing(*pair)]
     return result
 
 
-def _whole(layer: nn.Module) -> Traits:
+def _traits(modules: Iterable[tuple[str, nn.Module]]) -> Traits:
+    # kind, plain settings and own shapes of some modules
     traits: Traits = {}
-    for name, module in layer.named_modules():
-        traits |= _traits(name, module)
-    return traits
-
-
-def _traits(name: str, module: nn.Module) -> Traits:
-    """Kind, plain settings and own shapes of one module."""
-    front = f"{name}." if name else ""
-    traits: Traits = {f"{front}kind": type(module).__name__}
-    for key, value in vars(module).items():
-        if _plain(value) and key != "training" and not key.startswith("_"):
-            traits[front + key] = value
-    for key, weight in module.named_parameters(recurse=False):
-        traits[front + key] = weight.shape
+    for name, module in modules:
+        prefix = f"{name}." if name else ""
+        traits[f"{prefix}kind"] = type(module).__name__
+        for key, value in vars(module).items():
+            if _plain(value) and key != "training" and not key.startswith("_"):
+                traits[prefix + key] = value
+        for key, weight in module.named_parameters(recurse=False):
+            traits[prefix + key] = weight.shape
     return traits
 
 
 def _plain(value: object) -> bool:
+    # functions and modules are no settings
     if isinstance(value, list | tuple):
         return all(map(_plain, value))
     return isinstance(value, bool | int | float | str | None)
 
 
 def _differing(ours: Traits, theirs: Traits) -> list[str]:
-    """Settings that ours lacks do not count, shapes that the twin lacks do."""
+    # settings that ours lacks do not count, shapes that the twin lacks do
     shapes = (n for n, v in ours.items() if isinstance(v, torch.Size) and n not in theirs)
     result = [f"no {name}" for name in shapes]
     for name, value in theirs.items():

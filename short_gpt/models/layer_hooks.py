@@ -18,20 +18,17 @@ from short_gpt.runtime.errors import ShortGPTError
 
 # What a layer returns: its state (B, S, D), by itself or before others in a tuple.
 Output = Tensor | tuple[Tensor, ...] | list[Tensor]
-Arguments = tuple[object, ...]
-Call = tuple[Arguments, dict[str, object]]  # what a layer was called with, by place and by name
+Arguments = tuple[Any, ...]
+Call = tuple[Arguments, dict[str, object]]  # what a layer was called with, by position and by name
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def mlp_output(layer: nn.Module, family: Family = ANY) -> nn.Module:
-    """The linear map that ends a layer's MLP.
-
-    Args:
-        layer: of a model in memory.
-        family: its names; `ANY` looks for all that are known.
+    """The output projection of a layer's MLP.
 
     Raises:
-        ShortGPTError: the layer has none of a known name, or its weights are quantized.
+        ShortGPTError: the layer has none of the family's names, or its weights are quantized or
+            not in memory.
     """
     linear, kind = only_part(layer, family.mlp_output), type(layer).__name__
     if linear is None:
@@ -40,8 +37,9 @@ def mlp_output(layer: nn.Module, family: Family = ANY) -> nn.Module:
             f"{', '.join(family.mlp_output or ANY.mlp_output)}; mixtures of experts have many)"
         )
     weight = getattr(linear, "weight", None)
-    check_in_memory(weight)
-    wrapped = any(True for _ in linear.children())  # such as an adapter
+    _check_in_memory(weight)
+    # an adapter has the matrix inside, a quantized matrix another dtype or shape
+    wrapped = any(True for _ in linear.children())
     plain = isinstance(weight, Tensor) and weight.dim() == 2 and weight.dtype in FLOATS
     if wrapped or not plain:
         have = f"{type(linear).__name__} of {getattr(weight, 'dtype', 'no weight')}"
@@ -53,14 +51,10 @@ def mlp_output(layer: nn.Module, family: Family = ANY) -> nn.Module:
 
 
 def attention_output(layer: nn.Module, family: Family = ANY) -> nn.Module:
-    """The linear map that ends a layer's attention; arguments as in `mlp_output`.
-
-    Raises:
-        ShortGPTError: the layer has none of a known name, or its weights are quantized.
-    """
+    """The output projection of a layer's attention; arguments and errors as in `mlp_output`."""
     linear = only_part(layer, family.attention_output)
     weight = getattr(linear, "weight", None)
-    check_in_memory(weight)
+    _check_in_memory(weight)
     if linear is None or not isinstance(weight, Tensor) or not weight.is_floating_point():
         raise ShortGPTError(
             f"{type(layer).__name__} has no plain matrix at the end of its attention (looked for "
@@ -69,10 +63,10 @@ def attention_output(layer: nn.Module, family: Family = ANY) -> nn.Module:
     return linear
 
 
-def check_in_memory(weight: object) -> None:
-    """Raises ShortGPTError for a weight that a streamed model reads only while its layer runs."""
+def _check_in_memory(weight: object) -> None:
+    # a streamed model has weights only while their layer runs
     if isinstance(weight, Tensor) and weight.is_meta:
-        raise ShortGPTError("the weights are not in memory: open the model whole, not streamed")
+        raise ShortGPTError("the weights are not in memory: open the model without stream")
 
 
 def transposed(linear: nn.Module) -> bool:
@@ -80,11 +74,22 @@ def transposed(linear: nn.Module) -> bool:
     return type(linear).__name__ == "Conv1D"
 
 
+def first(output: Output) -> Tensor:
+    """The state (B, S, D) in what a layer returns."""
+    return output[0] if isinstance(output, tuple | list) else output
+
+
+def state_in(args: Arguments, kwargs: Mapping[str, Any]) -> Tensor:
+    """The state (B, S, D) that a layer is called with: by position, in some families by name."""
+    return args[0] if args else kwargs["hidden_states"]
+
+
 @contextmanager
 def replaced_output(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """A module whose output goes through ``change`` inside the block; a tuple's first entry."""
 
     def hook(_: nn.Module, __: object, output: Output) -> Output:
+        # what a hook returns takes the output's place
         if isinstance(output, Tensor):
             return change(output)
         return (change(output[0]), *output[1:])
@@ -96,18 +101,8 @@ def replaced_output(module: nn.Module, change: Callable[[Tensor], Tensor]) -> It
         handle.remove()
 
 
-def first(output: Output) -> Tensor:
-    """The state (B, S, D) in what a layer returns."""
-    return output[0] if isinstance(output, tuple | list) else output
-
-
-def state_in(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """The state (B, S, D) that a layer is called with: by place, or by name in some families."""
-    return args[0] if args else kwargs["hidden_states"]
-
-
 def output_form(decoder: Decoder) -> tuple[Tensor, Callable[[Tensor], object]]:
-    """What the decoder's layers return, told by running one token.
+    """What the decoder's layers return, known from running one token.
 
     Returns:
         A state (1, 1, D) as the first layer gives it, and a function that puts a state into the
@@ -120,7 +115,7 @@ def output_form(decoder: Decoder) -> tuple[Tensor, Callable[[Tensor], object]]:
         decoder.run(torch.zeros(1, 1, dtype=torch.long, device=decoder.device))
     finally:
         handle.remove()
-    state = first(seen[0])
+    state = first(seen[0])  # (1, 1, D)
     if state is seen[0]:
         return state, lambda state: state
     rest = (None,) * (len(seen[0]) - 1)  # such as attention weights, which nobody asked for
@@ -130,7 +125,8 @@ def output_form(decoder: Decoder) -> tuple[Tensor, Callable[[Tensor], object]]:
 @contextmanager
 def patched_forward(layer: nn.Module, forward: Callable[..., object]) -> Iterator[None]:
     """A layer that does something else inside a ``with`` block."""
-    own = vars(layer).get("forward")  # of the instance, such as one patched before
+    # of the instance, such as one patched before; else the class has it
+    own = vars(layer).get("forward")
     layer.forward = forward
     try:
         yield

@@ -1,48 +1,51 @@
-"""Models of transformers from where they lie: hub, directory or GGUF file."""
+"""Models of transformers from hub, directory or GGUF file, with all of their weights."""
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib import import_module
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
-import torch
-
+from llama.formats.gguf import ROPE_FACTORS
 from llama.formats.tokenizers import find_hf_tokenizer
 from llama.io.json_files import read_json
 from llama.io.sources import hub_failure, is_gguf
-from llama.parallel import choose_device
 from llama.tokenizer import Tokenizer, is_panic
-from short_gpt.models.config_file import check_gguf, gguf_layer_types, read_config
-from short_gpt.models.gguf_loading import check_left_out, mend_tokenizer, reading_gguf
-from short_gpt.models.weights_report import check_weights, without_report
+from short_gpt.models.config_file import TRUST, explained, read_config
+from short_gpt.models.gguf_loading import (
+    check_gguf,
+    gguf_layer_types,
+    mend_tokenizer,
+    reading_gguf,
+    some,
+)
 from short_gpt.runtime.errors import MissingPackageError, ShortGPTError, shortage
 
 # options of loading that say where files come from: the tokenizer's as well as the model's
 FROM_WHERE = ["cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder"]
-TRUST = "trust_remote_code"  # in errors: a model comes with Python code
 FROM_WHERE += ["token", TRUST]
-# asks what came of every tensor, for `check_weights`; a wrong shape is told like the others
+# asks what came of every tensor, for `check_weights`; a wrong shape is reported like the others
 ALL = {"output_loading_info": True, "ignore_mismatched_sizes": True}
 TOKENIZER = re.compile(
     r"(tokenizer|vocab|merges|special_tokens|added_tokens).*|.+\.(model|tiktoken)"
 )
+# How transformers' own reports of the weights begin, in versions 5 and 4; and of a tokenizer.model,
+# where it tries two kinds of file and `load_tokenizer` says what was wrong if neither fits.
+REPORTS = (" LOAD REPORT", "Some weights of ", "Could not extract SentencePiece model")
+LOGGERS = ("modeling_utils", "tokenization_utils_tokenizers")
 
 
 def auto_class(config: Any) -> Any:
-    """The class of transformers that makes the whole model of a config, towers for images included.
-
-    Raises:
-        ShortGPTError: the config is of no language model; the message names its kind.
-    """
+    """The class of transformers that makes the model of a config, towers for images included."""
     import transformers as t
 
     if getattr(config, "auto_map", None):  # code that comes with the model decides itself
         return t.AutoModelForCausalLM
+    # a config around the language model's is a multimodal model's
     if config.get_text_config(decoder=True) is not config:
         if type(config) in t.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
             return t.AutoModelForImageTextToText
@@ -51,20 +54,8 @@ def auto_class(config: Any) -> Any:
     raise ShortGPTError(f"a model of type {config.model_type!r} is no causal language model")
 
 
-def place_of(
-    device: str | torch.device | None, options: Mapping[str, object]
-) -> torch.device | None:
-    """Where a loaded model goes; None leaves it where ``options`` put it.
-
-    Raises:
-        ShortGPTError: ``device`` and a ``device_map`` in ``options`` are both given.
-    """
-    if device is not None and "device_map" in options:
-        raise ShortGPTError("give device for one place or device_map for several, not both")
-    return None if device is None else choose_device(device)
-
-
 def load(name: str, options: dict[str, Any], tokenizer: Any) -> tuple[Any, Any]:
+    """A model with all of its weights, and its tokenizer unless one is passed."""
     try:
         import transformers  # noqa: F401
     except ImportError:
@@ -75,6 +66,7 @@ def load(name: str, options: dict[str, Any], tokenizer: Any) -> tuple[Any, Any]:
             raise FileNotFoundError(f"GGUF file {name} does not exist")
         parts = check_gguf(path)
         path, gguf = path.parent, {"gguf_file": path.name}
+    # transformers takes a GGUF file as a directory and a name in it
     where = str(path) if gguf else name
     # never None, with which transformers asks on the terminal
     trust = bool(options.get(TRUST, False))
@@ -82,13 +74,15 @@ def load(name: str, options: dict[str, Any], tokenizer: Any) -> tuple[Any, Any]:
     both = {key: options[key] for key in FROM_WHERE if key in options} | gguf
     reading: AbstractContextManager[list[str]] = reading_gguf(parts) if parts else nullcontext([])
     try:
-        with reading as left_out:
+        with reading as skipped:
             config = read_config(where, both)
             if parts and (kinds := gguf_layer_types(parts.fields, config)):
                 config.layer_types = kinds
                 options["config"] = config
             loader = auto_class(config)
-            if tokenizer is None and (gguf or _has_tokenizer(path)):
+            names = [p.name for p in path.iterdir()] if path.is_dir() and not gguf else None
+            # a directory may hold weights alone
+            if tokenizer is None and (names is None or any(map(TOKENIZER.match, names))):
                 tokenizer = load_tokenizer(where, both)
                 if parts:
                     mend_tokenizer(tokenizer, parts.headers[0])
@@ -102,7 +96,12 @@ def load(name: str, options: dict[str, Any], tokenizer: Any) -> tuple[Any, Any]:
         kind = OSError if isinstance(error, OSError) else ShortGPTError
         raise kind(f"{name} cannot be loaded: {explained(error)}") from error
     check_weights(name, info)
-    check_left_out(name, left_out)
+    # Llama's divisors of the rotary frequencies are read into its config
+    if others := set(skipped) - {ROPE_FACTORS}:
+        raise ShortGPTError(
+            f"{name} cannot be loaded: it holds {some(others)}, which transformers' model of its "
+            "kind lacks and would leave out; open the model that it was made from"
+        )
     if gguf:  # the weights are no longer quantized, so they can be saved and trained
         vars(model.config).pop("quantization_config", None)  # version 4 has none here
         vars(model).update(hf_quantizer=None, is_quantized=False)
@@ -110,13 +109,7 @@ def load(name: str, options: dict[str, Any], tokenizer: Any) -> tuple[Any, Any]:
 
 
 def load_tokenizer(where: str, options: Mapping[str, Any]) -> Any:
-    """A tokenizer of transformers; of a directory, an error names the file at fault.
-
-    Raises:
-        ShortGPTError: a file of a directory is damaged or missing.
-        MissingPackageError: protobuf is missing, by which transformers reads a tokenizer.model.
-        Exception: as those of ``AutoTokenizer.from_pretrained``, for another source.
-    """
+    """A tokenizer of transformers; of a directory, a ShortGPTError names the file at fault."""
     from transformers import AutoTokenizer
 
     directory = Path(where) / str(options.get("subfolder") or "")
@@ -145,6 +138,7 @@ def load_tokenizer(where: str, options: Mapping[str, Any]) -> Any:
 
 def _check_tokenizer(directory: Path) -> None:
     """Raises ShortGPTError that names the file for which transformers reads no tokenizer."""
+    # what can be read as JSON is looked at first: most damages are missing ends
     for path in sorted(directory.glob("*.json")):
         if TOKENIZER.match(path.name):
             read_json(path)
@@ -163,16 +157,10 @@ def _check_tokenizer(directory: Path) -> None:
 
 
 def check_stored(directory: Path, config: Any) -> None:
-    """Refuses a Hugging Face directory that does not hold all weights of its config, as `load`.
-
-    Transformers goes through the whole loading, on the meta device, for which no weight is read.
-    Its version 4 reads them all the same: there nothing is checked.
-
-    Raises:
-        ShortGPTError: as `check_weights`.
-    """
+    """Raises ShortGPTError for a Hugging Face directory without all weights of its config."""
     import transformers
 
+    # Loading onto the meta device reads no weight; version 4 reads them: there nothing is checked.
     if transformers.__version__.startswith("4."):
         return
     try:
@@ -184,23 +172,9 @@ def check_stored(directory: Path, config: Any) -> None:
     check_weights(str(directory), info)
 
 
-def _has_tokenizer(path: Path) -> bool:
-    """Whether there is a tokenizer to load: not in a directory of weights alone."""
-    return not path.is_dir() or any(TOKENIZER.match(p.name) for p in path.iterdir())
-
-
 @contextmanager
 def generation_explained(model: Any, source: str, generate: Callable[[], object]) -> Iterator[None]:
-    """Turns a failure to generate into one line where the generation config is what causes it.
-
-    Args:
-        model: of transformers.
-        source: its name for the message.
-        generate: what is done in the block; tried again with an empty generation config.
-
-    Raises:
-        ShortGPTError: that works.
-    """
+    """Explains a failure in the block if ``generate`` works with an empty generation config."""
     try:
         yield
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
@@ -208,6 +182,7 @@ def generation_explained(model: Any, source: str, generate: Callable[[], object]
 
         if shortage(error) is not None:
             raise
+        # is it the config? tried again without it
         own = model.generation_config
         try:
             model.generation_config = GenerationConfig()
@@ -222,20 +197,43 @@ def generation_explained(model: Any, source: str, generate: Callable[[], object]
         ) from error
 
 
-def explained(error: BaseException) -> str:
-    """Transformers' errors in one line: the first paragraph, of at most 300 characters."""
-    if isinstance(error, MemoryError) or "allocate memory" in str(error):
-        return "it does not fit the free memory; free some, or take a smaller dtype or stream"
-    if TRUST in str(error):
-        return (
-            "it comes with Python code of its own, which is not run; look at that code, and pass "
-            "`trust_remote_code` to run it"
+@contextmanager
+def without_report() -> Iterator[None]:
+    """Keeps transformers from printing its reports, which become errors here."""
+
+    def quiet(record: logging.LogRecord) -> bool:
+        return not any(report in record.getMessage() for report in REPORTS)
+
+    loggers = [logging.getLogger(f"transformers.{name}") for name in LOGGERS]
+    for logger in loggers:
+        logger.addFilter(quiet)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(quiet)
+
+
+def check_weights(name: str, info: Mapping[str, Collection[Any]]) -> None:
+    """Refuses a model whose files do not hold exactly its weights.
+
+    Transformers by itself fills what is missing with random numbers and goes on. ``info`` is what
+    it gives with ``output_loading_info``; it has no tied weights, nor keys ignored on purpose.
+    """
+    wrong = [
+        f"{text} {some(info[key])}"
+        for key, text in (
+            ("missing_keys", "lack"),
+            ("unexpected_keys", "hold, not of the model its config describes,"),
         )
-    if isinstance(error, EOFError | UnpicklingError) or "PytorchStreamReader" in str(error):
-        return "its weights are cut off or damaged; fetch it anew"
-    if isinstance(error, KeyError):
-        return f"its config names {error}, which is not known here; try a newer transformers"
-    if (named := re.match(r"module 'torch' has no attribute ('\w+')", str(error))) is not None:
-        return f"its config names {named[1]} as a dtype, expected one such as 'bfloat16'"
-    text = " ".join(str(error).strip().split("\n\n")[0].split()) or type(error).__name__
-    return text if len(text) <= 300 else text[:300] + " ..."
+        if info.get(key)
+    ]
+    # of wrong shapes one is named
+    for key, stored, expected in sorted(map(tuple, info.get("mismatched_keys", ())))[:1]:
+        wrong.append(f"hold {key} as {[*stored]}, of which its config makes {[*expected]}")
+    # torch's messages have many lines; the first says enough
+    wrong += [" ".join(str(text).split())[:200] for text in info.get("error_msgs", ())][:1]
+    if wrong:
+        raise ShortGPTError(
+            f"{name} cannot be loaded: its files {'; they '.join(wrong)}; fetch or convert it anew"
+        )

@@ -11,18 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from short_gpt.models.families import META, Family
+from short_gpt.models.families import META
 
 
 class MetaDecoder:
     """A `Decoder` over ``llama.Transformer``, or over the model of Meta's reference package."""
 
-    def __init__(self, model: Any) -> None:
-        self.model = model
+    family = META
+    rotary_limits: Sequence[int] = ()
 
-    @property
-    def module(self) -> nn.Module:
-        return self.model
+    def __init__(self, model: Any) -> None:
+        self.model = self.module = model
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -40,27 +39,19 @@ class MetaDecoder:
     def max_seq_len(self) -> int:
         return self.model.params.max_seq_len
 
-    @property
-    def rotary_limits(self) -> Sequence[int]:
-        return ()
-
-    @property
-    def family(self) -> Family:
-        return META
-
     @torch.no_grad()
     def run(self, tokens: Tensor) -> None:
-        # The reference's model has no way around its output head.
-        read = getattr(self.model, "hidden", None)
-        if read is not None:
-            read(tokens)
+        # ours has a way around the output head, the reference's model has none
+        if hasattr(self.model, "hidden"):
+            self.model.hidden(tokens)
         else:
             self.model(tokens, 0)
 
     @torch.no_grad()
     def logits(self, tokens: Tensor) -> Tensor:
-        own = hasattr(self.model, "hidden")  # ours takes tokens alone, the reference a start, too
-        return self.model(tokens) if own else self.model(tokens, 0).float()
+        # ours takes tokens alone, the reference's a start, too
+        ours = hasattr(self.model, "hidden")
+        return self.model(tokens) if ours else self.model(tokens, 0).float()  # (B, S, V)
 
     def keep_layers(self, keep: Sequence[int]) -> Callable[[], None]:
         before = self.layers

@@ -1,4 +1,4 @@
-"""Layer numbers: those of the original model, from 0. Which exist, and how many may go."""
+"""Layer numbers, the original model's from 0: which exist, and how many may be removed."""
 
 from __future__ import annotations
 
@@ -29,11 +29,7 @@ def check_layers(drop: Sequence[int], present: Sequence[int]) -> None:
 def check_count(n: object, n_layers: int, *, most: int | None = None, name: str = "n") -> None:
     """Raises ShortGPTError unless n layers can be removed.
 
-    Args:
-        n: 1 to ``most``.
-        n_layers: layers that the model has.
-        most: of them that may go; None is all but one.
-        name: what the caller calls n.
+    ``most`` may be removed, or all except one; ``name`` is that of n in the message.
     """
     most = n_layers - 1 if most is None else most
     if not isinstance(n, int) or isinstance(n, bool) or not 1 <= n <= most:
@@ -42,38 +38,35 @@ def check_count(n: object, n_layers: int, *, most: int | None = None, name: str 
         )
 
 
+def _grouped(numbers: Iterable[int]) -> list[list[int]]:
+    # ascending numbers as runs of consecutive ones
+    groups: list[list[int]] = []
+    for number in numbers:
+        if groups and number == groups[-1][-1] + 1:
+            groups[-1].append(number)
+        else:
+            groups.append([number])
+    return groups
+
+
 def span(layers: Sequence[int]) -> str:
     """Layer numbers in short: ``0..20, 30, 31``."""
-    runs: list[list[int]] = []
-    for i in sorted(layers):
-        if runs and i == runs[-1][-1] + 1:  # the run goes on
-            runs[-1].append(i)
-        else:
-            runs.append([i])
-    parts = (f"{r[0]}..{r[-1]}" if len(r) > 2 else ", ".join(map(str, r)) for r in runs)
+    groups = _grouped(sorted(layers))
+    parts = (f"{r[0]}..{r[-1]}" if len(r) > 2 else ", ".join(map(str, r)) for r in groups)
     return ", ".join(parts)
 
 
 def runs(layers: Iterable[int], present: Sequence[int]) -> list[tuple[int, int]]:
-    """Places of the first and the last layer of every run, ascending.
-
-    Args:
-        layers: numbers to remove, in any order.
-        present: the numbers of the layers that the model has, ascending.
-    """
-    found: list[tuple[int, int]] = []
-    for place in sorted(list(present).index(layer) for layer in layers):
-        if found and found[-1][1] == place - 1:  # the run goes on
-            found[-1] = (found[-1][0], place)
-        else:
-            found.append((place, place))
-    return found
+    """Positions of the first and the last of every run of ``layers`` among those ``present``."""
+    positions = sorted(list(present).index(layer) for layer in layers)
+    return [(run[0], run[-1]) for run in _grouped(positions)]
 
 
 def layer_numbers(layers: Sequence[int] | None) -> list[int]:
-    """Layers as plain numbers, also those of numpy and torch; True is left to be refused."""
+    """Layers as plain numbers, also those of numpy and torch."""
     if isinstance(layers, int):
         raise ShortGPTError(f"expected a list of layers, got {layers}: pass it in a list")
     if layers is None or len(layers) == 0:  # an array has no truth value
         return []
+    # True stays what it is, and is refused by `check_exist`
     return [i if isinstance(i, bool) else operator.index(i) for i in layers]

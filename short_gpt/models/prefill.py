@@ -1,9 +1,8 @@
 """Layers that are skipped while a prompt is read, but run while text is generated.
 
-The variant of ShortGPT for generation in the authors' repository (ShortGPT-gen): the model does not
-get smaller, prompts are read faster, and every decoding step uses all layers. For that the skipped
-layers still put the prompt's keys and values into their cache. The authors' code caches the keys
-without their rotary position; here they are turned like all others.
+The variant of ShortGPT for generation in the authors' repository (ShortGPT-gen): prompts are read
+faster, every decoding step uses all layers. Skipped layers still cache the prompt's keys and
+values, turned like all others; the authors' code caches keys without their rotary position.
 
 Shapes: B sequences, S tokens, D width.
 """
@@ -27,8 +26,7 @@ from short_gpt.runtime.errors import ShortGPTError
 def skipped_in_prefill(decoder: Decoder, layers: Sequence[int]) -> Iterator[None]:
     """The model with some layers skipped whenever several tokens are read at once with the cache.
 
-    Inside the block a cached call of more than one token, which reads a prompt, passes these
-    layers by and fills their caches. Calls of one token, and calls without a cache, are as ever.
+    Calls of one token, and calls without a cache, use all layers.
 
     Args:
         decoder: the model.
@@ -36,7 +34,7 @@ def skipped_in_prefill(decoder: Decoder, layers: Sequence[int]) -> Iterator[None
 
     Raises:
         ShortGPTError: a layer does not exist or is named twice, all would be skipped, or the
-            family's layers have no attention that this can fill the cache of.
+            family's layers have no attention that can be called to fill the cache.
     """
     if layers:
         check_layers(layers, range(len(decoder.layers)))
@@ -74,31 +72,27 @@ def _meta(layer: TransformerBlock) -> Callable[..., Tensor]:
 def _hugging_face(
     layer: nn.Module, family: Family, form: Callable[[Tensor], object]
 ) -> Callable[..., object]:
-    norm, attention = _norm_and_attention(layer, family)
+    # a layer of transformers: there is such a package
     from transformers.cache_utils import Cache
 
+    if (parts := attention_with_norm(layer, family)) is None:
+        raise ShortGPTError(
+            f"{type(layer).__name__} has no attention after a norm that can be called by its "
+            "layer's arguments, as input_layernorm and self_attn in Llama, to fill its cache: this "
+            "family cannot skip layers in the prompt alone"
+        )
+    norm, attention = parts
     plain = layer.forward  # before it is patched
 
     def forward(*args: object, **kwargs: object) -> object:
         x = state_in(args, kwargs)
-        kwargs.pop("hidden_states", None)  # x is handed on by place, or with its norm
+        kwargs.pop("hidden_states", None)  # x is handed on by position, or normed
         # past_key_value or past_key_values, by the version of transformers
         cached = any(isinstance(value, Cache) for value in kwargs.values())
         if not cached or x.shape[1] == 1:
             return plain(x, *args[1:], **kwargs)
-        # the family's own attention puts keys and values into the cache; what it gives is left
+        # the family's own attention puts keys and values into the cache; its output is not used
         attention(hidden_states=norm(x), **kwargs)
         return form(x)
 
     return forward
-
-
-def _norm_and_attention(layer: nn.Module, family: Family) -> tuple[nn.Module, nn.Module]:
-    parts = attention_with_norm(layer, family)
-    if parts is None:
-        raise ShortGPTError(
-            f"{type(layer).__name__} has no attention behind a norm that can be called by its "
-            "layer's arguments, as input_layernorm and self_attn in Llama, to fill its cache: this "
-            "family cannot skip layers in the prompt alone"
-        )
-    return parts

@@ -23,6 +23,8 @@ from short_gpt.models.layer_hooks import (
 )
 from short_gpt.runtime.errors import ShortGPTError
 
+Run = Callable[[], Tensor]  # runs a layer, and gives the stream at some point of it, (B, S, D)
+
 
 @dataclass(frozen=True)
 class OutputProjection:
@@ -51,7 +53,7 @@ class OutputProjection:
     @property
     def modules(self) -> list[nn.Module]:
         """The matrix, and the norm."""
-        return [self.matrix, *([] if self.norm is None else [self.norm])]
+        return [self.module] if self.before is None else [self.before, self.module]
 
     @property
     def device(self) -> torch.device:
@@ -60,10 +62,11 @@ class OutputProjection:
 
     def outputs(self, inputs: Tensor) -> Tensor:
         """Of the matrix, (N, D) float32, for inputs (N, F) float32."""
+        # in float32, whatever the model runs in
         weight, bias = self.matrix.weight, getattr(self.matrix, "bias", None)
         assert isinstance(weight, Tensor)
         wide = weight.float() if transposed(self.matrix) else weight.float().T  # (F, D)
-        out = inputs @ wide
+        out = inputs @ wide  # (N, D)
         return out + bias.float() if isinstance(bias, Tensor) else out
 
     def normed(self, outputs: Tensor) -> Tensor:
@@ -83,7 +86,7 @@ class Sublayers:
         projections: by part, "attention" and "mlp"; a sublayer without a single matrix whose output
             the layer adds to the stream is left out.
         refused: by part, why it is left out.
-        mlp: what the MLP as a whole adds, also where no matrix ends it; None if that is not known.
+        mlp: what the MLP as one module adds, also where no matrix ends it; None if that is unknown.
     """
 
     projections: Mapping[str, OutputProjection]
@@ -91,149 +94,116 @@ class Sublayers:
     mlp: OutputProjection | None
 
     @classmethod
-    def of(cls, calls: LayerCalls, place: int, state: Tensor, family: Family) -> Sublayers:
-        """Those of a layer.
-
-        Args:
-            calls: of the decoder.
-            place: of the layer.
-            state: (B, S, D), such as the layer meets.
-            family: of the decoder.
-        """
-        layer, norms = calls.layer(place), family.mlp_norm_behind
+    def of(cls, calls: LayerCalls, index: int, state: Tensor, family: Family) -> Sublayers:
+        """Those of the decoder's layer ``index``, proved on a state (B, S, D) such as enters it."""
+        layer = calls.layer(index)
         projections: dict[str, OutputProjection] = {}
         refused: dict[str, str] = {}
 
-        def note(part_name: str, find: Callable[[], OutputProjection]) -> OutputProjection | None:
-            try:
-                return projections.setdefault(part_name, find())
-            except ShortGPTError as error:
-                refused[part_name] = str(error)
-                return None
-
         def run() -> Tensor:
-            return calls.run(place, state)
+            return calls.run(index, state)
 
-        mlp = note("mlp", lambda: _end(run, mlp_output(layer, family), layer, behind=norms))
+        # the MLP first: the stream before it shows what the attention adds
+        mlp: OutputProjection | None = None
+        try:
+            matrix = mlp_output(layer, family)
+            mlp = projections["mlp"] = _end(run, matrix, layer, norms=family.mlp_norm_after)
+        except ShortGPTError as error:
+            refused["mlp"] = str(error)
+            # as one module, such as a mixture of experts
+            module = part(layer, family.mlp)
+            factor = None if module is None else _added_by(run, module)
+            if module is not None and factor is not None:
+                mlp = OutputProjection(module, factor)
         if mlp is None:
-            mlp = _whole_mlp(run, layer, family)
-        if mlp is not None:
-            end = mlp
-            note("attention", lambda: _attention(run, layer, family, end, state))
-        else:
-            refused["attention"] = refused["mlp"]
+            return cls({}, {**refused, "attention": refused["mlp"]}, None)
+        try:
+            projections["attention"] = _attention(run, layer, family, mlp, state)
+        except ShortGPTError as error:
+            refused["attention"] = str(error)
         return cls(projections, refused, mlp)
 
 
-def behind_attention(run: Callable[[], Tensor], mlp: OutputProjection) -> tuple[Tensor, Tensor]:
-    """The stream between a layer's sublayers, (B, S, D), and after the layer.
+def after_attention(run: Run, mlp: OutputProjection) -> tuple[Tensor, Tensor]:
+    """The stream between a layer's sublayers, (B, S, D), and the state leaving the layer.
 
     In a parallel block, whose sublayers read the same state, it is the sum without the MLP.
 
     Args:
-        run: gives the state behind the layer.
+        run: gives the state leaving the layer.
         mlp: what its MLP adds.
     """
-    given: list[Tensor] = []
+    outputs: list[Tensor] = []
 
     def note(_: nn.Module, __: object, output: Output) -> None:
-        given.append(first(output).clone())  # some layers write over it
+        outputs.append(first(output).clone())  # some layers write over it
 
     handle = mlp.module.register_forward_hook(note)
     try:
-        behind = run()
+        leaving = run()  # (B, S, D)
     finally:
         handle.remove()
-    return behind - mlp.factor * given[-1].view_as(behind), behind
-
-
-def _whole_mlp(
-    run: Callable[[], Tensor], layer: nn.Module, family: Family
-) -> OutputProjection | None:
-    """The MLP as one module, such as a mixture of experts; None where its output is not added."""
-    module = part(layer, family.mlp)
-    try:
-        return None if module is None else _added(run, module, layer)
-    except ShortGPTError:
-        return None
+    return leaving - mlp.factor * outputs[-1].view_as(leaving), leaving
 
 
 def _attention(
-    run: Callable[[], Tensor],
-    layer: nn.Module,
-    family: Family,
-    mlp: OutputProjection,
-    state: Tensor,
+    run: Run, layer: nn.Module, family: Family, mlp: OutputProjection, state: Tensor
 ) -> OutputProjection:
-    """The last matrix of a layer's attention, where the stream behind it is state + attention."""
-    module, norms = attention_output(layer, family), family.attention_norm_behind
-    found = _end(lambda: behind_attention(run, mlp)[0], module, layer, behind=norms)
-    without, _ = behind_attention(run, found)
-    between, behind = behind_attention(run, mlp)
-    off = (without - behind + between - state).abs().max()  # what neither sublayer has added
-    if not off <= 64 * torch.finfo(state.dtype).eps * _scale(state, behind):
+    # only where the stream after it is `state` + attention and nothing else
+    matrix, norms = attention_output(layer, family), family.attention_norm_after
+    attention = _end(lambda: after_attention(run, mlp)[0], matrix, layer, norms=norms)
+    without, _ = after_attention(run, attention)  # (B, S, D): all except what the attention adds
+    between, leaving = after_attention(run, mlp)  # (B, S, D) each
+    off = (without - leaving + between - state).abs().max()  # what neither sublayer has added
+    if not off <= 64 * torch.finfo(state.dtype).eps * _scale(state, leaving):
         raise ShortGPTError(
             f"{type(layer).__name__} adds more than its attention and its MLP to the stream "
             f"(off by {float(off):.2g})"
         )
-    return found
+    return attention
 
 
-def _end(
-    run: Callable[[], Tensor], matrix: nn.Module, layer: nn.Module, *, behind: Names
-) -> OutputProjection:
-    """What a matrix at the end of a sublayer gives to the stream, by way of a norm or without.
-
-    Args:
-        run: gives the stream after the sublayer.
-        matrix: at its end.
-        layer: of both.
-        behind: names that a norm behind it may have.
-
-    Raises:
-        ShortGPTError: something else comes between the matrix and the stream.
-    """
-    try:
-        return _added(run, matrix, layer)
-    except ShortGPTError:
-        norm = only_part(layer, behind)
-        if norm is None:
-            raise
-        found = _added(run, norm, layer)
-        if not (_follows(run, matrix, norm) and _is_rms(norm)):
-            raise
-        return OutputProjection(norm, found.factor, matrix)
+def _end(run: Run, matrix: nn.Module, layer: nn.Module, *, norms: Names) -> OutputProjection:
+    # what the matrix gives to the stream, directly or through one of these norms
+    factor = _added_by(run, matrix)
+    if factor is not None:
+        return OutputProjection(matrix, factor)
+    norm = only_part(layer, norms)
+    module = matrix if norm is None else norm
+    if norm is not None and (factor := _added_by(run, norm)) is not None:
+        module = matrix
+        if _follows(run, matrix, norm) and _is_rms(norm):
+            return OutputProjection(norm, factor, matrix)
+    raise ShortGPTError(
+        f"{type(layer).__name__} does not add what its {type(module).__name__} gives to the "
+        "stream (a norm comes between)"
+    )
 
 
-def _follows(run: Callable[[], Tensor], matrix: nn.Module, norm: nn.Module) -> bool:
-    """Whether a norm is given what a matrix gives, as it is."""
-    given: list[Tensor] = []
+def _follows(run: Run, matrix: nn.Module, norm: nn.Module) -> bool:
+    # the norm must be given what the matrix gives, as it is
+    seen: list[Tensor] = []
     handles = [
-        matrix.register_forward_hook(lambda _, __, out: given.append(out.clone())),
-        norm.register_forward_pre_hook(lambda _, args: given.append(args[0].clone())),
+        matrix.register_forward_hook(lambda _, __, out: seen.append(out.clone())),
+        norm.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone())),
     ]
     try:
         run()
     finally:
         for handle in handles:
             handle.remove()
-    return len(given) == 2 and torch.equal(*given)
+    return len(seen) == 2 and torch.equal(*seen)
 
 
 @torch.no_grad()
 def _is_rms(norm: nn.Module) -> bool:
-    """Whether a norm divides by the root mean square alone, and multiplies by what it gives of 1.
-
-    One that takes the mean away, too, gives nothing of 1.
-    """
+    # it must divide by the root mean square alone, and multiply by what it gives of 1;
+    # one that takes the mean away, too, gives nothing of 1
     weight = getattr(norm, "weight", None)
-    if (
-        not isinstance(weight, Tensor)
-        or weight.dim() != 1
-        or getattr(norm, "bias", None) is not None
-    ):
+    biased = getattr(norm, "bias", None) is not None
+    if biased or not isinstance(weight, Tensor) or weight.dim() != 1:
         return False
-    noise = torch.randn(4, len(weight), generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(4, len(weight), generator=torch.Generator().manual_seed(0))  # (4, D)
     noise = noise.to(weight.device, weight.dtype)
     scaled = noise / noise.float().pow(2).mean(-1, keepdim=True).sqrt() * effective_weight(norm)
     off = (norm(noise).float() - scaled).abs().max()
@@ -248,48 +218,29 @@ def effective_weight(norm: nn.Module) -> Tensor:
     """
     weight = norm.weight
     assert isinstance(weight, Tensor)
-    return norm(torch.ones_like(weight)[None])[0].float()
-
-
-def _added(run: Callable[[], Tensor], module: nn.Module, layer: nn.Module) -> OutputProjection:
-    """The module with its factor; raises ShortGPTError where its output is not simply added."""
-    factor, off = factor_of(run, module)
-    if not off <= 32 or not factor:
-        raise ShortGPTError(
-            f"{type(layer).__name__} does not add what its {type(module).__name__} gives to the "
-            "stream (a norm comes between)"
-        )
-    return OutputProjection(module, factor)
+    return norm(torch.ones_like(weight)[None])[0].float()  # (D,)
 
 
 @torch.no_grad()
-def factor_of(run: Callable[[], Tensor], module: nn.Module) -> tuple[float, float]:
-    """By which factor what a module gives is added to the stream, and how far that is off.
-
-    The layer runs twice, the second time with a random tensor added to what the module gives: the
-    stream must change by a multiple of that tensor.
-
-    Args:
-        run: gives the stream behind the module, (B, S, D).
-        module: called once in it.
-
-    Returns:
-        The factor by least squares, and the largest deviation, in units of the last place.
-    """
-    before = run()
+def _added_by(run: Run, module: nn.Module) -> float | None:
+    # the factor by which a module's output is added to the stream; None where it is not added.
+    # The layer runs twice, the second time with a random tensor added to the output: the stream
+    # must change by a multiple of that tensor, up to 32 units in the last place.
+    before = run()  # (B, S, D)
+    # as large as the stream, so that rounding shows neither in it nor in the noise
     noise = torch.randn(before.shape, generator=torch.Generator().manual_seed(0))
     noise = noise.mul_(float(before.float().pow(2).mean().sqrt()))
     added = noise.to(before.device, before.dtype)
     with replaced_output(module, lambda out: out + added.view_as(out)):
-        after = run()
+        after = run()  # (B, S, D)
+    eps = torch.finfo(before.dtype).eps
     noise, change = added.cpu().double(), after.cpu().double() - before.cpu().double()
-    factor = float((change * noise).sum() / (noise * noise).sum())
-    if abs(factor - 1) <= 16 * torch.finfo(before.dtype).eps:
+    factor = float((change * noise).sum() / (noise * noise).sum())  # by least squares
+    if abs(factor - 1) <= 16 * eps:
         factor = 1.0
     off = (change - factor * noise).abs().max() / _scale(before, added)
-    return factor, float(off) / torch.finfo(before.dtype).eps
+    return factor if float(off) / eps <= 32 and factor else None
 
 
 def _scale(*tensors: Tensor) -> float:
-    """The largest absolute value."""
     return max(float(t.abs().max()) for t in tensors)

@@ -1,4 +1,4 @@
-"""What was done to the weights of layers that stayed: which parameters, and how."""
+"""What was done to the weights of kept layers: which parameters, and how."""
 
 from __future__ import annotations
 
@@ -30,12 +30,13 @@ class WeightChange:
 def parameters_of(number: int, layer: nn.Module, modules: Iterable[nn.Module]) -> set[Parameter]:
     """The parameters of some modules inside a layer, by the layer's original number."""
     # by identity: a tensor may equal another
-    wanted = {id(p) for module in modules for p in module.parameters()}
-    return {(number, name) for name, p in layer.named_parameters() if id(p) in wanted}
+    inside = {id(p) for module in modules for p in module.parameters()}
+    return {(number, name) for name, p in layer.named_parameters() if id(p) in inside}
 
 
 def keep_values(parameters: Iterable[Tensor]) -> Callable[[], None]:
     """Copies values to the CPU; what is returned puts them back."""
+    # on the CPU: an accelerator may have no room for them
     before = [(parameter, parameter.detach().to("cpu", copy=True)) for parameter in parameters]
 
     @torch.no_grad()
@@ -48,14 +49,7 @@ def keep_values(parameters: Iterable[Tensor]) -> Callable[[], None]:
 
 @contextmanager
 def restored_on_error(parameters: Iterable[Tensor]) -> Iterator[Callable[[], None]]:
-    """Parameters that have their values again after any error inside a ``with`` block.
-
-    Args:
-        parameters: copied to the CPU.
-
-    Yields:
-        A function that puts the values back, inside the block or later.
-    """
+    """Parameters that have their values again after an error in the block; yields what does it."""
     restore = keep_values(parameters)
     try:
         yield restore

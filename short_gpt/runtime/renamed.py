@@ -28,6 +28,11 @@ MOVED = {
     "llama.sampling": ("llama.generation",),
     "short_gpt.evaluation.documents": ("short_gpt.evaluation.tasks",),
     "short_gpt.experiments": ("short_gpt.jobs",),
+    "short_gpt.models.computation": ("short_gpt.models.config_file",),
+    "short_gpt.models.config_check": ("short_gpt.models.config_file",),
+    "short_gpt.models.layer_removal": ("short_gpt.models.decoder",),
+    "short_gpt.models.rotary": ("short_gpt.models.layer_config",),
+    "short_gpt.models.shape": ("short_gpt.models.config_file",),
     "short_gpt.opening": ("short_gpt.wrappers.opening",),
     "short_gpt.report": ("short_gpt.plots", "short_gpt.cli.tables", "short_gpt.cli"),
     "short_gpt.runtime.results": ("short_gpt.runtime.state",),
@@ -41,7 +46,10 @@ MOVED = {
     "short_gpt.short_llama": ("short_gpt.wrappers.short_llama",),
     "short_gpt.short_model": ("short_gpt.wrappers.short_model",),
     "short_gpt.streaming": ("short_gpt.wrappers", "short_gpt.runtime.memory"),
+    "short_gpt.streaming.memory": ("short_gpt.runtime.memory",),
     "short_gpt.surgery": ("short_gpt.models", "short_gpt.wrappers"),
+    "short_gpt.wrappers.streamed_weights": ("short_gpt.wrappers.streamed_transformer",),
+    "short_gpt.wrappers.sublayers": ("short_gpt.wrappers.short_model",),
 }
 
 
@@ -64,7 +72,8 @@ class OldPaths(MetaPathFinder, Loader):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        return ModuleSpec(fullname, self) if fullname in MOVED else None
+        # as a package, of which modules may have moved
+        return ModuleSpec(fullname, self, is_package=True) if fullname in MOVED else None
 
     def exec_module(self, module: ModuleType) -> None:
         new = MOVED[module.__name__]

@@ -1,7 +1,7 @@
 """A model with its scores: `ShortLlama`, `ShortHFModel`, and a Llama that runs from its files.
 
-`open_model` opens any source as one of them. `ScoredModel` is what all can do; `ShortModel` is a
-model that is in memory whole. `StreamedLlama` holds one layer in memory at a time.
+`open_model` opens any source as one of them. `ScoredModel` is what all can do, `ShortModel` what a
+model in memory can; `StreamedLlama` holds one layer in memory at a time.
 """
 
 from __future__ import annotations
@@ -16,10 +16,9 @@ if TYPE_CHECKING:
     from short_gpt.wrappers.scored_model import ScoredModel
     from short_gpt.wrappers.short_hf import ShortHFModel
     from short_gpt.wrappers.short_llama import ShortLlama
-    from short_gpt.wrappers.short_model import ShortModel
+    from short_gpt.wrappers.short_model import ShortModel, remove_sublayers, sublayer_parameters
     from short_gpt.wrappers.streamed_llama import StreamedDecoder, StreamedLlama, open_stream
     from short_gpt.wrappers.streamed_transformer import Batch, StreamedTransformer
-    from short_gpt.wrappers.sublayers import remove_sublayers, sublayer_parameters
 else:
     __getattr__, __dir__ = lazy(__name__)
 

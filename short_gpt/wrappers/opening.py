@@ -1,4 +1,4 @@
-"""Checkpoints of either format by their path: which it is, and opened as a model."""
+"""Checkpoints of any format by their path: opened as a model, told apart and compared."""
 
 from __future__ import annotations
 
@@ -9,12 +9,10 @@ from typing import Any, Literal, overload
 
 import torch
 
-from llama import Llama
 from llama.checkpoint.meta import args_of_params, read_params
 from llama.formats.gguf_read import part_paths
 from llama.io.sources import Source, find_source, resolve
 from llama.parallel import choose_device, choose_dtype, initialize, several_ranks
-from llama.tokenizer import find_tokenizer
 from short_gpt.checkpoints.verify import (
     ROUNDING,
     Fingerprint,
@@ -22,8 +20,7 @@ from short_gpt.checkpoints.verify import (
     fingerprint_aligned,
     one_by_one,
 )
-from short_gpt.models.config_file import read_config, said_layers
-from short_gpt.models.loading import explained
+from short_gpt.models.config_file import explained, read_config, said_layers
 from short_gpt.runtime.digest import files_digest
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.wrappers.options import OpenOptions
@@ -31,7 +28,6 @@ from short_gpt.wrappers.scored_model import ScoredModel
 from short_gpt.wrappers.short_hf import ShortHFModel
 from short_gpt.wrappers.short_llama import ShortLlama
 from short_gpt.wrappers.short_model import ShortModel
-from short_gpt.wrappers.streamed_llama import StreamedLlama
 
 DEFAULTS = OpenOptions()
 
@@ -68,8 +64,7 @@ def open_model(
         A `ShortLlama` for Meta's format, a `StreamedLlama` with ``stream``, else a `ShortHFModel`.
 
     Raises:
-        OSError, ShortGPTError: as those of ``Llama.build`` or ``from_pretrained``; or options
-            that do not go together.
+        OSError, ShortGPTError: the checkpoint is missing or damaged; or options do not go together.
         TypeError: there is no such option.
 
     Example:
@@ -77,57 +72,16 @@ def open_model(
         >>> short = open_model("llama-2-70b", stream=True, max_memory="12GB")  # doctest: +SKIP
     """
     options = replace(options, **changes)
-    if not -(2**63) <= options.seed < 2**63:
-        raise ShortGPTError(f"seed = {options.seed}: expected a whole number below 2**63")
-    if stream:
-        return _open_streamed(source, options)
-    if options.max_memory is not None:
-        raise ShortGPTError(
-            f"max_memory {options.max_memory} bounds a streamed model; pass stream as well, or "
-            "leave it out"
-        )
-    source = find_source(source)
-    return _open_meta(source, options) if source.kind == "meta" else open_hf(source, options)
-
-
-def _open_streamed(source: str | Source, options: OpenOptions) -> StreamedLlama:
-    if options.model_parallel_size is not None:
-        raise ShortGPTError(
-            f"model_parallel_size {options.model_parallel_size}: a streamed model holds one layer "
-            "on one rank; leave one of them out"
-        )
-    return StreamedLlama(
-        source,
-        options.n_prune_layers,
-        tokenizer_path=options.tokenizer_path,
-        max_seq_len=options.max_seq_len,
-        batch_size=options.max_batch_size,
-        device=options.device,
-        dtype=options.dtype,
-        max_memory=options.max_memory,
-        trust_remote_code=options.trust_remote_code,
-    )
-
-
-def _open_meta(source: str | Source, options: OpenOptions) -> ShortLlama:
-    llama = Llama.build(
-        source,
-        options.tokenizer_path or find_tokenizer(source),
-        options.max_seq_len,
-        options.max_batch_size,
-        seed=options.seed,
-        device=options.device,
-        dtype=options.dtype,
-        model_parallel_size=options.model_parallel_size,
-    )
-    return ShortLlama(llama, options.n_prune_layers)
+    options.check(stream=stream)
+    if not stream:
+        source = find_source(source)
+        if source.kind != "meta":
+            return open_hf(source, options)
+    return ShortLlama.from_checkpoint(source, stream=stream, **vars(options))
 
 
 def open_hf(source: str | Source, options: OpenOptions = DEFAULTS) -> ShortHFModel:
-    """Opens a model of transformers; arguments and errors as in `open_model`.
-
-    A directory in Meta's format is none: `open_model` tells the formats apart.
-    """
+    """Opens a model of transformers, in any format except Meta's; see `open_model`."""
     check_tokenizer(options.tokenizer_path, source)
     if options.model_parallel_size not in (None, 1):
         raise ShortGPTError(
@@ -149,20 +103,16 @@ def open_hf(source: str | Source, options: OpenOptions = DEFAULTS) -> ShortHFMod
     )
 
 
-def reads_tokenizer(source: str | Source, *, stream: bool = False) -> bool:
-    """Whether a model is read with a tokenizer file that is named; others bring their own.
-
-    Raises:
-        FileNotFoundError: as that of `find_source`.
-    """
+def _reads_tokenizer(source: str | Source, *, stream: bool = False) -> bool:
+    # other models bring their own tokenizer
     return stream or find_source(source).kind == "meta"
 
 
 def check_tokenizer(
     tokenizer_path: str | None, *models: str | Source, stream: bool = False
 ) -> None:
-    """Raises ShortGPTError where a tokenizer is named that none of these models is read with."""
-    if tokenizer_path is None or any(reads_tokenizer(name, stream=stream) for name in models):
+    """Raises ShortGPTError for a tokenizer's path that none of these models is read with."""
+    if tokenizer_path is None or any(_reads_tokenizer(name, stream=stream) for name in models):
         return
     names = " and ".join(dict.fromkeys(map(str, models)))
     raise ShortGPTError(
@@ -173,39 +123,22 @@ def check_tokenizer(
 
 def of_source(options: OpenOptions, source: str | Source, *, stream: bool = False) -> OpenOptions:
     """The options for one of several models: a tokenizer only where one is read."""
-    if options.tokenizer_path is None or reads_tokenizer(source, stream=stream):
+    if options.tokenizer_path is None or _reads_tokenizer(source, stream=stream):
         return options
     return replace(options, tokenizer_path=None)
 
 
 def open_trainable(source: str | Source, options: OpenOptions = DEFAULTS) -> ShortHFModel:
-    """Opens a checkpoint of any format through transformers, as training needs it.
-
-    Args:
-        source: as for `open_model`.
-        options: how to open it; of these, Meta's format reads ``tokenizer_path``, ``device`` and
-            ``dtype``.
-
-    Raises:
-        OSError, ShortGPTError: as those of `open_hf` and ``ShortHFModel.from_meta``.
-    """
+    """Opens a checkpoint of any format through transformers, as training needs it."""
     source = find_source(source)
     if source.kind != "meta":
         return open_hf(source, options)
-    return ShortHFModel.from_meta(
-        source,
-        tokenizer_path=options.tokenizer_path,
-        device=options.device,
-        dtype=options.dtype,
-    )
+    path, device, dtype = options.tokenizer_path, options.device, options.dtype
+    return ShortHFModel.from_meta(source, tokenizer_path=path, device=device, dtype=dtype)
 
 
 def layers_of(source: str | PathLike[str]) -> int | None:
-    """How many layers a checkpoint has, by its params.json or config.json; None if not local.
-
-    Raises:
-        FileNotFoundError, ShortGPTError: as those of `find_source` and ``ModelArgs.from_params``.
-    """
+    """How many layers a checkpoint has, by its params.json or config.json; None if not local."""
     source = find_source(source)
     if source.kind == "meta":
         return args_of_params(source.path, read_params(source.path)).n_layers
@@ -221,16 +154,10 @@ def layers_of(source: str | PathLike[str]) -> int | None:
 
 
 def weights_of(source: str | Source) -> str | None:
-    """A digest of a checkpoint's files of weights, which differs for other weights.
+    """A digest of a checkpoint's files of weights; None where there are none of a known format.
 
-    It differs also for the same weights in another format, or in other shards.
-
-    Args:
-        source: directory in either format, GGUF file or hub id, which is fetched. Of a GGUF model
-            in several files any of them stands for all.
-
-    Returns:
-        None where there are none of a known format. All bytes are read, once in a process.
+    It differs for the same weights in another format or in other shards. All bytes are read, once
+    in a process. Of a GGUF model in several files any of them stands for all.
     """
     kind = find_source(source).kind
     if kind == "gguf":
@@ -257,11 +184,11 @@ def same_model(
     Args:
         source: the original checkpoint.
         pruned: the pruned checkpoint.
-        drop: the layers that the second lacks; none compares two that must be the same.
-        tokenizer_path: tokenizer of a source in Meta's format; None looks beside it.
-        trust_remote_code: whether Python files that come with the model may run.
-        name: of the second one in what is raised; None is its path.
-        dtype: that the second one's weights were rounded to; None if they were not.
+        drop: the layers that ``pruned`` lacks; none compares two that must be the same.
+        tokenizer_path: as in `OpenOptions`.
+        trust_remote_code: as in `OpenOptions`.
+        name: of ``pruned`` in what is raised; None is its path.
+        dtype: that its weights were rounded to; None if they were not.
 
     Returns:
         A sentence that says what was compared.
@@ -273,14 +200,14 @@ def same_model(
     rounded_to = None if dtype is None else choose_dtype(dtype, torch.device("cpu"))
     options = OpenOptions(device="cpu", trust_remote_code=trust_remote_code)
 
-    def of_source() -> Fingerprint:
+    def of_original() -> Fingerprint:
         short = open_model(source, options, tokenizer_path=tokenizer_path)
         if drop:
             short.remove_layers(drop)
         return fingerprint_aligned(short, dtype=rounded_to)
 
     exact = check_same(
-        *one_by_one(of_source, lambda: fingerprint_aligned(open_model(pruned, options))),
+        *one_by_one(of_original, lambda: fingerprint_aligned(open_model(pruned, options))),
         rounding=ROUNDING if (source.kind == "meta") != (pruned.kind == "meta") else 0.0,
         names=(f"{source} without {drop}" if drop else str(source), name or str(pruned)),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llama.io.sources import is_meta
+from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.settings import Needs, Values, needs_one_of, setting
 
 
@@ -43,8 +44,8 @@ class OpenOptions:
         seed: of what a model samples.
         model_parallel_size: ranks that share one model under torchrun; None is all of them for
             Meta's format and 1 for others, which cannot be shared.
-        max_memory: of a streamed model's process, in bytes or like "3GB"; None takes half of what
-            is free.
+        max_memory: of a streamed model's process in the machine's memory, in bytes or like "3GB";
+            None takes half of what is free. It decides how many windows pass a layer in a round.
     """
 
     tokenizer_path: str | None = setting(None, value="FILE", needs=TOKENIZER)
@@ -58,3 +59,18 @@ class OpenOptions:
     seed: int = setting(1, commands=())
     model_parallel_size: int | None = setting(None, commands=())
     max_memory: str | int | None = setting(None, commands=())
+
+    def check(self, *, stream: bool) -> None:
+        """Raises ShortGPTError for options that do not go together."""
+        if not -(2**63) <= self.seed < 2**63:
+            raise ShortGPTError(f"seed = {self.seed}: expected a whole number below 2**63")
+        if self.max_memory is not None and not stream:
+            raise ShortGPTError(
+                f"max_memory {self.max_memory} bounds a streamed model; pass stream as well, or "
+                "leave it out"
+            )
+        if self.model_parallel_size is not None and stream:
+            raise ShortGPTError(
+                f"model_parallel_size {self.model_parallel_size}: a streamed model holds one layer "
+                "on one rank; leave one of them out"
+            )

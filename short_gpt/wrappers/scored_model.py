@@ -18,9 +18,8 @@ from torch import Tensor
 from short_gpt.checkpoints.model_record import ModelRecord
 from short_gpt.data.windows import batches, count_of, starts_texts
 from short_gpt.evaluation.perplexity import Perplexity, perplexity
-from short_gpt.models.computation import config_digest
-from short_gpt.models.decoder import Decoder, padded
-from short_gpt.models.layer_removal import remove_layers, without_layers
+from short_gpt.models.config_file import config_digest
+from short_gpt.models.decoder import Decoder, padded, remove_layers, without_layers
 from short_gpt.models.numbering import check_count, check_layers, layer_numbers
 from short_gpt.runtime import replicas
 from short_gpt.runtime.digest import weights_digest
@@ -36,7 +35,7 @@ from short_gpt.selection.methods import choose
 class ScoredModel(ModelRecord, ABC):
     """A model whose layers can be scored and removed.
 
-    A wrapper of another family implements `encode`, `configuration` and `save`.
+    A wrapper of another kind of model implements `encode`, `configuration` and `save`.
 
     Args:
         decoder: the model.
@@ -63,8 +62,8 @@ class ScoredModel(ModelRecord, ABC):
     def bos(self) -> str:
         """Which windows of its texts begin with bos, as `data.windows` takes it.
 
-        "every" for a family that reads windows badly without one (Gemma) and whose tokenizer
-        begins a text with it; "first", the ShortGPT authors' way, for all others.
+        "first", the ShortGPT authors' way; "every" for a family that reads windows badly without
+        one (Gemma), if its tokenizer begins a text with it.
         """
         return "every" if self.decoder.family.needs_bos and starts_texts(self.encode) else "first"
 
@@ -80,9 +79,8 @@ class ScoredModel(ModelRecord, ABC):
         """Writes the model as it is now as an ordinary checkpoint, with ``pruning.json``.
 
         Args:
-            out_dir: the new directory; appears whole or not at all.
-            facts: more to keep in ``pruning.json``, such as ``{"data": "PG-19"}``; what the
-                library records itself cannot be named.
+            out_dir: the new directory; appears complete or not at all.
+            facts: more to keep in ``pruning.json``, such as ``{"data": "PG-19"}``.
             measured: perplexities to keep, by the name of the model's state when each was
                 measured; None takes those that the model remembers.
             overwrite: whether an earlier checkpoint of this library is replaced; nothing else is.
@@ -90,13 +88,14 @@ class ScoredModel(ModelRecord, ABC):
         Raises:
             FileExistsError: ``out_dir`` exists.
             ShortGPTError: a fact has the name of a record of the library's own.
-            RuntimeError: nothing was changed, or what was saved is not the model in memory.
+            RuntimeError: nothing was changed, the model lacks layers for a trial, or what was
+                saved, read again, is not the model in memory; it is deleted.
         """
 
     @property
     @abstractmethod
     def configuration(self) -> Mapping[str, object]:
-        """The entries of the model's own configuration; two models may share it."""
+        """The entries of the model's own configuration."""
 
     def plan_text(self, batch_size: int = 1) -> str | None:
         """What a run will take in memory, in one line; None for a model that is in memory."""
@@ -118,35 +117,37 @@ class ScoredModel(ModelRecord, ABC):
     ) -> Verdict | None:
         """Scores windows of token ids, by both papers in one pass; adds to the scores so far.
 
-        Windows of different texts in one call are told apart, and so are the texts of two calls. A
-        text that is read again counts as another one, and the standard errors are then too small.
+        A text that is read again in another call counts as a new one, and the standard errors are
+        then too small.
 
         Args:
             windows: token ids, at most ``max_seq_len`` each.
             batch_size: windows read at once.
             total: windows for a bar; None is ``len(windows)`` if known.
-            progress: whether to show the bar.
-            stop: ends the run when its answer is settled. It judges a random sample: windows as
-                `data.windows` cuts them with a seed, or ``random_order``, and no scores so far.
+            stop: ends the run when its answer is settled. It needs a random sample: windows as
+                `data.windows` gives them with a seed, or ``random_order``, and no scores so far.
             state: saves the run and continues it; the scores so far are then those saved.
-            random_order: says that other windows stand in random order, which nothing can check.
-            sublayers: also score attention and MLP, as `hooks.score` does.
-            all_tokens: also angles at all tokens, as `hooks.score` does.
+            random_order: other windows stand in random order, which nothing can check.
+            sublayers: also score attention and MLP.
+            all_tokens: also take angles at all tokens; keeps the states of all layers.
             follow: called with the sums, and the number of all windows, as the sums grow.
 
         Returns:
             With ``stop``, whether the answer is settled.
 
         Raises:
-            ShortGPTError: a window does not fit the model, the state is of another run, or the rule
-                is for a number of layers out of range, or what it would judge is no random sample.
+            ShortGPTError: a window does not fit the model, the state is of another run, or ``stop``
+                has a number of layers out of range or a sample that is not random.
             NotFiniteError: a weight or a state is NaN or infinite; batches before it count.
         """
         self.check_whole()
         self._check_weights()
         total = count_of(windows) if total is None else total
         population = getattr(windows, "population", None)
-        sums = self._sums_so_far(state)
+        if state is not None:
+            sums = state.sums(self.kept)
+        else:
+            sums = Importance.empty(self.kept) if self._stale else self.importance
         if stop is not None:
             check_count(stop.n, len(self.kept))
             check_sample(random_order or population is not None, sums.n_windows * (state is None))
@@ -162,17 +163,12 @@ class ScoredModel(ModelRecord, ABC):
             score=self.score,
             follow=follow,
         )
-        more = {"sublayers": sublayers, "all_tokens": all_tokens}
+        kinds = {"sublayers": sublayers, "all_tokens": all_tokens}
         try:
-            run.read(windows, total=total, progress=progress, **more)
+            run.read(windows, total=total, progress=progress, **kinds)
         finally:  # also after Ctrl-C: what was read before counts
             self.importance = run.into if run.into.n_windows else self.importance
         return run.verdict
-
-    def _sums_so_far(self, state: RunState | None) -> Importance:
-        if state is not None:
-            return state.sums(self.kept)
-        return Importance.empty(self.kept) if self._stale else self.importance
 
     def windows_at_once(self, batch_size: int, progress: bool = False) -> int:
         """How many windows a run hands to `score` at once."""
@@ -191,14 +187,16 @@ class ScoredModel(ModelRecord, ABC):
         progress: bool = True,
     ) -> Perplexity:
         """Perplexity of the model as it is now; arguments and errors as in `measure`."""
-        result = perplexity(
-            self.decoder,
-            batches(windows, batch_size),
-            total=count_of(windows) if total is None else total,
-            progress=progress,
-        )
+        total = count_of(windows) if total is None else total
+        result = self._perplexity(windows, batch_size, total, progress)
         self.note_quality(result)
         return result
+
+    def _perplexity(
+        self, windows: Iterable[Sequence[int]], batch_size: int, total: int | None, progress: bool
+    ) -> Perplexity:
+        read = batches(windows, batch_size)
+        return perplexity(self.decoder, read, total=total, progress=progress)
 
     def window_logits(
         self, windows: Sequence[Sequence[int]], *, batch_size: int = 1
@@ -213,14 +211,7 @@ class ScoredModel(ModelRecord, ABC):
 
     @contextmanager
     def without_layers(self, layers: Sequence[int]) -> Iterator[None]:
-        """The model with some layers removed inside a ``with`` block.
-
-        Args:
-            layers: original layer numbers; none changes nothing.
-
-        Raises:
-            ShortGPTError: a layer does not exist (any more), is named twice, or none would stay.
-        """
+        """The model without these layers (original numbers; maybe none) inside a ``with`` block."""
         present = self.present  # fewer than `kept` inside another trial
         if layers:
             check_layers(layers, present)
@@ -237,17 +228,12 @@ class ScoredModel(ModelRecord, ABC):
         """Removes layers from the model in place.
 
         Args:
-            layers_to_remove: original layer numbers; None (or empty) removes the
-                ``n_prune_layers`` least important ones by the scores.
-            angular: by score, the best block of consecutive layers (Gromov et al.) instead of
-                the lowest Block Influence (ShortGPT).
+            layers_to_remove: original layer numbers; None (or empty) takes those that the method
+                `layers_to_remove` gives, whose errors are raised before anything is changed.
+            angular: of that method.
 
         Returns:
-            The removed layers: as given, or least important first, or a block in ascending order.
-
-        Raises:
-            ShortGPTError: a layer does not exist (any more), or the number is out of range.
-            RuntimeError: no scores of the model as it is, or a trial. Nothing is changed.
+            The removed layers, in the order in which they were named or chosen.
         """
         drop = layer_numbers(layers_to_remove) or self.layers_to_remove(angular=angular)
         check_layers(drop, self.kept)
@@ -263,13 +249,7 @@ class ScoredModel(ModelRecord, ABC):
         return parts[0] if len(parts) == 1 else "-".join(parts)
 
     def identity(self) -> dict[str, object]:
-        """What two runs must share for one to continue the other's state, ready for JSON.
-
-        Returns:
-            Digests of the weights and of what counts of the configuration (`config_digest`),
-            dtype and kind of device of the layers, whether it is streamed, and how many ranks
-            share it.
-        """
+        """What two runs must share for one to continue the other's state, ready for JSON."""
         dtype, device = self._layers_run_in()
         return {
             "dtype": str(dtype),
@@ -288,8 +268,8 @@ class ScoredModel(ModelRecord, ABC):
         self, windows: Sequence[Sequence[int]], *, sublayers: bool = False, all_tokens: bool = False
     ) -> Scores:
         """Scores of single windows from one pass, without adding them; see `hooks.score`."""
-        more = {"sublayers": sublayers, "all_tokens": all_tokens}
-        return score(self.decoder, windows, layers=self.kept, **more)
+        kinds = {"sublayers": sublayers, "all_tokens": all_tokens}
+        return score(self.decoder, windows, layers=self.kept, **kinds)
 
     @property
     def standard_errors(self) -> Tensor:
@@ -319,10 +299,11 @@ class ScoredModel(ModelRecord, ABC):
         method: str | None = None,
         seed: int = 0,
     ) -> list[int]:
-        """The n layers that the scores would remove, without removing them.
+        """The n layers to remove by the scores; none is removed.
 
         Args:
-            angular: the best block of consecutive layers instead of the lowest Block Influence.
+            angular: the best block of consecutive layers (Gromov et al.) instead of the lowest
+                Block Influence (ShortGPT).
             n: how many; None takes ``n_prune_layers``.
             method: a name of `methods.METHODS`, in place of ``angular``.
             seed: of the random method.
@@ -331,36 +312,28 @@ class ScoredModel(ModelRecord, ABC):
             Original layer numbers: least important first, or a block in ascending order.
 
         Raises:
-            ShortGPTError: n is not set or out of range.
             RuntimeError: nothing was scored, or the scored model is no longer this one.
         """
-        count = self._count(n)
-        method = method or ("angular" if angular else "bi")
-        return choose(self._current(), count, method=method, seed=seed)
-
-    def _count(self, n: int | None) -> int:
         name, count = ("n_prune_layers", self.n_prune_layers) if n is None else ("n", n)
         if count is None:
             raise ShortGPTError("set n_prune_layers, or name the layers: remove_layers([...])")
         check_count(count, len(self.kept), name=name)
-        return count
-
-    def _current(self) -> Importance:
         importance = self._scored()
         if self._stale:
             raise RuntimeError(
                 f"layers {self.removed} were removed since these scores were measured; score "
                 "the model again before removing more by score"
             )
-        return importance
+        method = method or ("angular" if angular else "bi")
+        return choose(importance, count, method=method, seed=seed)
 
     @property
     def _stale(self) -> bool:
-        """Whether the scores are of a model with other layers than this one has."""
+        # scores of a model with other layers
         return self.importance.layers != self.kept
 
     def _check_weights(self) -> None:
-        """Once: attention kernels may turn NaN weights into finite states that look harmless."""
+        # once: attention kernels may turn NaN weights into finite states that look harmless
         layers = () if self._weights_checked else zip(self.kept, self.decoder.layers, strict=True)
         for number, layer in layers:
             for name, weight in layer.named_parameters():

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -24,16 +24,15 @@ from short_gpt.checkpoints.verify import check_same, copy_weights, fingerprint, 
 from short_gpt.data.windows import windows
 from short_gpt.evaluation.harness import hugging_face_lm
 from short_gpt.evaluation.perplexity import Perplexity
-from short_gpt.models.computation import config_entries
+from short_gpt.models.config_file import config_entries
 from short_gpt.models.decoder import check_vocabulary
 from short_gpt.models.hf import HFDecoder, check_layers_path
-from short_gpt.models.loading import generation_explained, load, place_of
-from short_gpt.models.pretrained import PretrainedModel, PretrainedTokenizer
+from short_gpt.models.loading import generation_explained, load
 from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
 from short_gpt.wrappers.short_model import ShortModel, check_texts
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class ShortHFModel(ShortModel):
@@ -44,10 +43,10 @@ class ShortHFModel(ShortModel):
         layers_path: where its layers are, as in ``"model.layers"``; None finds them.
         n_prune_layers: how many layers `remove_layers` takes out; may be set later.
         tokenizer: needed with a loaded model to read texts; None loads the model's own, if any.
-        device: where the model goes when it is loaded; None leaves it where it is loaded to.
-        options: passed on to ``from_pretrained``: ``dtype`` (the files' if not given),
-            ``device_map``, ``quantization_config``, ``revision`` and so on. Python files of a model
-            are run only with ``trust_remote_code=True``.
+        device: where the model goes when it is loaded; None leaves it where it is.
+        options: of ``from_pretrained``: ``dtype`` (None is the files'), ``device_map``,
+            ``quantization_config``, ``revision`` and so on; a model's Python files are run only
+            with ``trust_remote_code=True``.
 
     Attributes:
         model: of ``transformers``.
@@ -65,20 +64,25 @@ class ShortHFModel(ShortModel):
         >>> short.save_pretrained("mistral-5b")  # doctest: +SKIP
     """
 
+    decoder: HFDecoder
+
     def __init__(
         self,
-        model_name: str | os.PathLike[str] | PretrainedModel,
+        model_name: str | os.PathLike[str] | PreTrainedModel,
         layers_path: str | None = None,
         n_prune_layers: int | None = None,
         *,
-        tokenizer: PretrainedTokenizer | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         device: str | torch.device | None = None,
         **options: object,
     ) -> None:
         check_layers_path(layers_path)
-        to_device, model = place_of(device, options), model_name
-        if isinstance(model, str | os.PathLike):
-            source = str(model)
+        if device is not None and "device_map" in options:
+            raise ShortGPTError("give device for one place or device_map for several, not both")
+        to_device = None if device is None else choose_device(device)
+        model: Any = model_name
+        if isinstance(model_name, str | os.PathLike):
+            source = str(model_name)
             model, tokenizer = load(source, options, tokenizer)
         elif options:
             raise ShortGPTError(f"options {sorted(options)} are for loading; the model is loaded")
@@ -86,11 +90,32 @@ class ShortHFModel(ShortModel):
             source = model.config.name_or_path or "a model"
         if to_device is not None and not getattr(model, "is_quantized", False):
             model.to(to_device)
-        decoder = HFDecoder(model.eval(), layers_path)
-        super().__init__(decoder, n_prune_layers)
-        self._layers_path = decoder.layers_path
+        super().__init__(HFDecoder(model.eval(), layers_path), n_prune_layers)
         self.model, self.tokenizer, self.source = model, tokenizer, source
         self._meta_tokenizer: Path | None = None  # of the Meta checkpoint that it came from
+
+    @classmethod
+    def from_meta(
+        cls,
+        ckpt_dir: str | os.PathLike[str],
+        *,
+        tokenizer_path: str | os.PathLike[str] | None = None,
+        device: str | torch.device | None = None,
+        dtype: str | None = None,
+    ) -> ShortHFModel:
+        """Opens a Meta checkpoint through transformers, as LoRA needs it; `save` converts it back.
+
+        Arguments are those of `OpenOptions`.
+        """
+        tokenizer = Path(str(tokenizer_path)) if tokenizer_path else find_tokenizer(ckpt_dir)
+        to_device = choose_device(device)
+        with tempfile.TemporaryDirectory() as folder:
+            converted = Path(folder) / "converted"
+            meta_to_hf(ckpt_dir, converted, tokenizer_path=tokenizer)
+            short = cls(converted, device=to_device, dtype=choose_dtype(dtype, to_device))
+            copy_weights(short.model)  # mapped from files that are deleted now
+        short.source, short._meta_tokenizer = str(ckpt_dir), tokenizer
+        return short
 
     @property
     def configuration(self) -> Mapping[str, object]:
@@ -99,6 +124,14 @@ class ShortHFModel(ShortModel):
     def encode(self, text: str) -> list[int]:
         check_text(text)
         return self._tokenizer()(text, verbose=False)["input_ids"]
+
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        if self.tokenizer is None:
+            raise ShortGPTError(
+                f"{self.source} came without a tokenizer, which texts need: pass tokenizer=..., or "
+                "put its files beside the weights"
+            )
+        return self.tokenizer
 
     def eval_importance(
         self,
@@ -116,23 +149,20 @@ class ShortHFModel(ShortModel):
             prompts: texts of any length.
             max_seq_len: tokens of a window.
             stride: tokens from one window's start to the next.
-            max_gen_len: if positive, each text's first ``max_seq_len`` tokens are first continued
-                by up to so many tokens, and both are scored together.
-            temperature: of that generation.
-            top_p: of that generation.
+            max_gen_len: if positive, each text's first ``max_seq_len`` tokens are scored with a
+                continuation of up to so many tokens.
             angular: accepted for older scripts; one pass always gives both measures.
 
         Raises:
             ShortGPTError: no text gives a window of two tokens.
-            NotFiniteError: a state is NaN or infinite.
         """
         check_texts(prompts)
         if max_gen_len > 0:
             ids = (self.encode(p)[:max_seq_len] for p in prompts)
             self.measure([self._continue(i, max_gen_len, temperature, top_p) for i in ids])
             return
-        cut = windows(prompts, self.encode, size=max_seq_len, stride=stride, tail="keep")
-        self.measure([*cut], progress=False)
+        parts = windows(prompts, self.encode, size=max_seq_len, stride=stride, tail="keep")
+        self.measure([*parts], progress=False)
 
     def generate(
         self,
@@ -145,12 +175,12 @@ class ShortHFModel(ShortModel):
         check_numbers(max_gen_len, temperature, top_p)
         if max_gen_len == 0:  # which transformers refuses
             return [""] * len(prompts)
-        done = []
+        texts = []
         for prompt in prompts:
             ids = self.encode(prompt)
             new = self._continue(ids, max_gen_len, temperature, top_p)[len(ids) :]
-            done.append(self._tokenizer().decode(new, skip_special_tokens=True))
-        return done
+            texts.append(str(self._tokenizer().decode(new, skip_special_tokens=True)))
+        return texts
 
     def greedy(self, ids: list[int], count: int, *, use_cache: bool = True) -> list[int]:
         # by the model's own generation config, which may end a text
@@ -183,6 +213,12 @@ class ShortHFModel(ShortModel):
         with generation_explained(self.model, self.source, generate):
             return generate()[0].tolist()
 
+    def harness_model(self, *, batch_size: int = 1) -> object:
+        return hugging_face_lm(self.model, self.tokenizer, batch_size=batch_size)
+
+    def trainable(self) -> PreTrainedModel:
+        return self.model
+
     def save_pretrained(
         self,
         out_dir: str | os.PathLike[str],
@@ -192,32 +228,16 @@ class ShortHFModel(ShortModel):
         facts: Mapping[str, object] | None = None,
         measured: Mapping[str, Perplexity] | None = None,
     ) -> Path:
-        """Writes model, config, generation config and tokenizer for plain ``from_pretrained``.
-
-        Beside them stand a model card and ``pruning.json``, with all that is known of the cut.
+        """Writes model, config, tokenizer and a model card, for plain ``from_pretrained``.
 
         Args:
-            out_dir: the new directory; appears whole or not at all.
             verify: load the result again and compare: the same logits, bit for bit, and the same
-                greedy generation with and without the cache.
-            overwrite: whether an earlier pruned model is replaced; nothing else ever is.
-            facts: more to keep in both, as in `ScoredModel.save`.
-            measured: perplexities to keep in both, as in `ScoredModel.save`.
-
-        Raises:
-            FileExistsError: ``out_dir`` exists.
-            ShortGPTError: a fact has the name of a record of the library's own.
-            RuntimeError: the saved model is not the one in memory, or the model lacks layers for
-                a trial; nothing is left behind.
+                greedy generation with and without the cache. The other arguments are `save`'s.
         """
         self.check_whole()
         record = Provenance.of(self, self.source, facts=facts, measured=measured)
-        return save_hf(
-            self.trainable(),
-            Target(out_dir, "hf", overwrite, self.check_saved if verify else None),
-            tokenizer=self.tokenizer,
-            record=record,
-        )
+        target = Target(out_dir, "hf", overwrite, self.check_saved if verify else None)
+        return save_hf(self.trainable(), target, tokenizer=self.tokenizer, record=record)
 
     def save(
         self,
@@ -235,78 +255,33 @@ class ShortHFModel(ShortModel):
         record = Provenance.of(self, self.source, facts=facts, measured=measured)
         if is_gguf(out_dir):
             target = Target(out_dir, "gguf", overwrite)
-            return save_gguf(self, target, self.source, self._layers_path, record=record)
+            return save_gguf(self, target, self.source, self.decoder.layers_path, record=record)
         self.check_whole()
         assert self._meta_tokenizer is not None
         target = Target(out_dir, "meta", overwrite, self.check_saved)
-        path = self._meta_tokenizer
-        return save_as_meta(self.trainable(), target, record=record, tokenizer_path=path)
-
-    @classmethod
-    def from_meta(
-        cls,
-        ckpt_dir: str | os.PathLike[str],
-        *,
-        tokenizer_path: str | os.PathLike[str] | None = None,
-        device: str | torch.device | None = None,
-        dtype: str | None = None,
-    ) -> ShortHFModel:
-        """Opens a Meta checkpoint through transformers, as LoRA needs it; `save` converts it back.
-
-        Args:
-            ckpt_dir: the checkpoint directory.
-            tokenizer_path: as for `short_gpt.wrappers.opening.open_model`, like the following.
-            device: where the model runs.
-            dtype: of weights and states.
-
-        Raises:
-            FileNotFoundError, ShortGPTError: as those of `meta_to_hf`.
-        """
-        tokenizer = Path(str(tokenizer_path)) if tokenizer_path else find_tokenizer(ckpt_dir)
-        to_device = choose_device(device)
-        with tempfile.TemporaryDirectory() as folder:
-            converted = Path(folder) / "converted"
-            meta_to_hf(ckpt_dir, converted, tokenizer_path=tokenizer)
-            short = cls(converted, device=to_device, dtype=choose_dtype(dtype, to_device))
-            copy_weights(short.trainable())  # mapped from files that go now
-        short.source, short._meta_tokenizer = str(ckpt_dir), tokenizer
-        return short
-
-    def trainable(self) -> PreTrainedModel:
-        return cast("PreTrainedModel", self.model)
-
-    def harness_model(self, *, batch_size: int = 1) -> object:
-        return hugging_face_lm(self.model, self.tokenizer, batch_size=batch_size)
+        return save_as_meta(self.model, target, record=record, tokenizer_path=self._meta_tokenizer)
 
     def check_saved(self, directory: Path) -> None:
         """Raises RuntimeError unless a directory holds this model, as transformers loads it."""
-        again = partial(self._read_again, directory)
-        check_same(*one_by_one(lambda: fingerprint(self), lambda: fingerprint(again())))
 
-    def _read_again(self, directory: Path) -> ShortHFModel:
-        again = type(self.model).from_pretrained(directory, dtype=self.model.dtype)
-        if damaged := copy_weights(cast("PreTrainedModel", again)):
-            raise NotFiniteError(
-                f"{self.source} has NaN or infinite weights, {damaged[0]} of what was written, "
-                "and its logits prove nothing of a copy; fetch the weights anew, or leave the "
-                "proof out (`verify` no)"
-            )
-        if not getattr(again, "is_quantized", False):  # those are where they belong
-            again.to(self.decoder.device)
-        return ShortHFModel(again, self._layers_path)
+        def saved() -> ShortHFModel:
+            again = type(self.model).from_pretrained(directory, dtype=self.model.dtype)
+            if damaged := copy_weights(again):
+                raise NotFiniteError(
+                    f"{self.source} has NaN or infinite weights, {damaged[0]} of what was written, "
+                    "and its logits prove nothing of a copy; fetch the weights anew, or leave the "
+                    "proof out (`verify` no)"
+                )
+            if not getattr(again, "is_quantized", False):  # those are where they belong
+                again.to(self.decoder.device)
+            return ShortHFModel(again, self.decoder.layers_path)
+
+        check_same(*one_by_one(lambda: fingerprint(self), lambda: fingerprint(saved())))
 
     def _check_weights(self) -> None:
         # offloaded weights cannot be looked at; their states are, whenever they are read
         if not any(weight.is_meta for weight in self.decoder.layers.parameters()):
             super()._check_weights()
-
-    def _tokenizer(self) -> PretrainedTokenizer:
-        if self.tokenizer is None:
-            raise ShortGPTError(
-                f"{self.source} came without a tokenizer, which texts need: pass tokenizer=..., or "
-                "put its files beside the weights"
-            )
-        return self.tokenizer
 
 
 def _checked(_: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:

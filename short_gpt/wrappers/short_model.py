@@ -1,6 +1,7 @@
 """A model in memory: scored and pruned as any, and searched, tried and generated with.
 
-Layer numbers are the original model's, from 0, before and after removal.
+A layer adds two residual branches to the stream, attention and MLP. With a zero output projection
+a branch adds nothing: that is the model without it, whose files keep their shape and load anywhere.
 """
 
 from __future__ import annotations
@@ -8,19 +9,29 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import cast
+from typing import NamedTuple, cast
+
+import torch
+from torch import nn
 
 from short_gpt.evaluation.perplexity import Perplexity
+from short_gpt.models.decoder import Decoder
+from short_gpt.models.layer_hooks import attention_output, mlp_output
 from short_gpt.models.numbering import check_exist, check_layers
 from short_gpt.models.prefill import skipped_in_prefill
-from short_gpt.models.weight_changes import REMOVED_SUBLAYERS, WeightChange
+from short_gpt.models.weight_changes import (
+    REMOVED_SUBLAYERS,
+    Parameter,
+    WeightChange,
+    parameters_of,
+)
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.state import StateFile
+from short_gpt.scoring.hooks import score
 from short_gpt.scoring.importance import Importance
 from short_gpt.selection.perplexity_budget import CONFIDENCE, Budget, most_layers
 from short_gpt.selection.search import Options, Search, by_loss
 from short_gpt.wrappers.scored_model import ScoredModel
-from short_gpt.wrappers.sublayers import remove_sublayers, sublayer_parameters
 
 
 def check_texts(texts: Sequence[str]) -> None:
@@ -58,8 +69,7 @@ class ShortModel(ScoredModel):
         """Continuations of texts; ``temperature`` 0 takes the likeliest token.
 
         Raises:
-            ShortGPTError: one text instead of a list, a text without a token, or a setting that is
-                out of range.
+            ShortGPTError: one text instead of a list, a text without a token, or a bad setting.
         """
 
     @abstractmethod
@@ -84,26 +94,20 @@ class ShortModel(ScoredModel):
             windows: token ids, all read for every candidate.
             n: how many layers.
             method: "sleb", or "perplexity" for the one-shot choice.
-            candidates: original numbers of the layers that may be removed; None for all, as the
-                one-shot choice takes in any case.
-            batch_size: as for `search.sleb`, like the following.
+            candidates: original numbers of the layers that "sleb" may remove; None for all.
+            batch_size: windows read at once.
             max_memory: of stored states, in bytes.
             state: where the search is saved and continued.
-            progress: whether to show a bar.
 
         Returns:
             Layers in original numbers, in order of removal, and the losses of all trials.
-
-        Raises:
-            ShortGPTError: a number is out of range or the method is unknown.
-            NotFiniteError: a weight or a loss is NaN or infinite.
         """
         self.check_whole()
         self._check_weights()
         few = None if candidates is None else [self.kept.index(i) for i in candidates]
         options = Options(few, batch_size, max_memory, state, progress)
         result = by_loss(self.decoder, windows, n, options, method=method)
-        # a search counts places in the model as it is now; what a user sees are original numbers
+        # a search counts positions in the model as it is now; a user sees original numbers
         numbers = [{self.kept[i]: v for i, v in loss.items()} for loss in result.losses]
         removed = [self.kept[i] for i in result.removed]
         return Search(removed, numbers, result.evaluations)
@@ -123,63 +127,47 @@ class ShortModel(ScoredModel):
             windows: token ids of text that neither chose the layers nor trained the model.
             ratio: most that the perplexity may rise by, at least 1.
             choose: from a number of layers to the layers; None takes those of least influence.
-            most: layers to try at most; None is all but one.
+            most: layers to try at most; None is all except one.
             confidence: that the perplexity rises by no more; see `perplexity_budget.most_layers`.
 
         Returns:
             The largest removal up to which every smaller one holds the ratio, and all tried.
 
-        Raises:
-            ShortGPTError: the ratio is below 1, or the confidence out of range.
-
         Example:
             >>> short.layers_within(held_out, 1.2).layers  # doctest: +SKIP
         """
-        by_score = choose or (lambda n: self.layers_to_remove(n=n))
-        most = len(self.kept) - 1 if most is None else most
 
         def perplexity_without(layers: list[int]) -> Perplexity:
             with self.without_layers(layers):
                 return self.perplexity(windows)
 
         return most_layers(
-            perplexity_without, by_score, ratio=ratio, most=most, confidence=confidence
+            perplexity_without,
+            choose or (lambda n: self.layers_to_remove(n=n)),
+            ratio=ratio,
+            most=len(self.kept) - 1 if most is None else most,
+            confidence=confidence,
         )
 
     @contextmanager
     def skipped_in_prefill(self, layers: Sequence[int]) -> Iterator[None]:
-        """The model that skips some layers while it reads a prompt; see `prefill`.
-
-        Args:
-            layers: original layer numbers; none changes nothing.
-
-        Raises:
-            ShortGPTError: a layer does not exist, or the family cannot do this.
-        """
+        """The model that skips layers (original numbers) in prompts; see `models.prefill`."""
         if layers:
             check_layers(layers, self.present)
         with skipped_in_prefill(self.decoder, [self.present.index(i) for i in layers]):
             yield
 
     def remove_sublayers(self, *, attention: Sequence[int] = (), mlp: Sequence[int] = ()) -> None:
-        """Takes out the attention or the MLP of some layers, in place; see `sublayers`.
-
-        Args:
-            attention: original numbers of the layers that lose their attention.
-            mlp: original numbers of the layers that lose their MLP.
-
-        Raises:
-            ShortGPTError: a layer does not exist (any more), or its sublayers cannot be separated.
-        """
+        """As the function `remove_sublayers`, by the layers' original numbers; it is recorded."""
         self.check_whole()
         for layers in (attention, mlp):
             check_exist(layers, self.kept)
-        at = {
+        positions = {
             "attention": [self.kept.index(i) for i in attention],
             "mlp": [self.kept.index(i) for i in mlp],
         }
-        parameters = sublayer_parameters(self.decoder, self.kept, **at)
-        remove_sublayers(self.decoder, **at)
+        parameters = sublayer_parameters(self.decoder, self.kept, **positions)
+        remove_sublayers(self.decoder, **positions)
         how = {"method": REMOVED_SUBLAYERS, "attention": list(attention), "mlp": list(mlp)}
         self.note_change(WeightChange(how, frozenset(parameters)))
         self.importance = Importance.empty(self.kept)
@@ -193,3 +181,91 @@ class ShortModel(ScoredModel):
                 for kind, layers in removed.items():
                     layers += cast(list[int], change.how[kind])
         return removed
+
+
+def remove_sublayers(
+    decoder: Decoder, *, attention: Sequence[int] = (), mlp: Sequence[int] = ()
+) -> Callable[[], None]:
+    """Removes attention and MLP sublayers from a live model, by zeroing their output projections.
+
+    Args:
+        decoder: the model.
+        attention: positions of the layers that lose their attention.
+        mlp: positions of the layers that lose their MLP.
+
+    Returns:
+        A function that puts them back.
+
+    Raises:
+        ShortGPTError: a layer does not exist or is named twice, none is named, or a layer is not
+            x + attention, then + MLP, each ended by one plain matrix. The model is unchanged.
+    """
+    layers = decoder.layers
+    for positions in (attention, mlp):
+        check_exist(positions, range(len(layers)))
+    if not attention and not mlp:
+        raise ShortGPTError("expected layers whose attention or MLP is to go, got none")
+    sublayers = _sublayers(decoder, attention, mlp)
+    known = _influence(decoder).isfinite().all(0)  # (L,)
+    if odd := sorted({one.position for one in sublayers if not known[one.position]}):
+        raise ShortGPTError(
+            f"layers {odd} are not x + attention, then + MLP (or {type(layers[odd[0]]).__name__} "
+            "names them otherwise); their sublayers cannot be removed alone"
+        )
+    undo = _zero([one.output for one in sublayers])
+    try:
+        influence = _influence(decoder)  # (2, L)
+        for one in sublayers:
+            if not influence[one.kind, one.position].abs() < 1e-6:
+                raise ShortGPTError(
+                    f"the {['attention', 'MLP'][one.kind]} of layer {one.position} adds more than "
+                    "its output projection gives; it cannot be removed alone"
+                )
+    except BaseException:
+        undo()
+        raise
+    return undo
+
+
+def sublayer_parameters(
+    decoder: Decoder, numbers: Sequence[int], *, attention: Sequence[int], mlp: Sequence[int]
+) -> set[Parameter]:
+    """The parameters that `remove_sublayers` makes zero, by the original numbers of all layers."""
+    layers = decoder.layers
+    sublayers = _sublayers(decoder, attention, mlp)
+    each = [parameters_of(numbers[i], layers[i], [output]) for i, _, output in sublayers]
+    return set().union(*each)
+
+
+class _Sublayer(NamedTuple):
+    position: int  # of its layer
+    kind: int  # 0 attention, 1 MLP
+    output: nn.Module  # its output projection
+
+
+def _sublayers(decoder: Decoder, attention: Sequence[int], mlp: Sequence[int]) -> list[_Sublayer]:
+    layers, family = decoder.layers, decoder.family
+    removed = [_Sublayer(i, 0, attention_output(layers[i], family)) for i in attention]
+    return removed + [_Sublayer(i, 1, mlp_output(layers[i], family)) for i in mlp]
+
+
+def _influence(decoder: Decoder) -> torch.Tensor:
+    """Mean 1 - cos around attention and MLP of every layer, (2, L), on a few tokens."""
+    window = [i % decoder.vocab_size for i in range(8)]
+    scores = score(decoder, [window], layers=range(len(decoder.layers)), sublayers=True)
+    return scores.halves[0].cpu() / len(window)
+
+
+def _zero(modules: Sequence[nn.Module]) -> Callable[[], None]:
+    """Replaces all parameters by zeros; the old tensors stay as they are for the undo."""
+    before = [(m, name, p) for m in modules for name, p in m.named_parameters(recurse=False)]
+    # all are made before any is put in place: memory may run short
+    zeros = [nn.Parameter(torch.zeros_like(p), requires_grad=False) for _, _, p in before]
+    for (module, name, _), zero in zip(before, zeros, strict=True):
+        setattr(module, name, zero)
+
+    def undo() -> None:
+        for module, name, parameter in before:
+            setattr(module, name, parameter)
+
+    return undo

@@ -1,19 +1,22 @@
 """ShortGPT for a Llama larger than the memory: scored straight from its checkpoint directory.
 
-Shapes: B windows of a batch, S tokens, L layers, V vocabulary.
+Shapes: B windows of a batch, S tokens, D width, V vocabulary.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import ClassVar, cast
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from llama.checkpoint.sharding import EMBEDDING
+from llama.io.sources import is_hub_id, kind_of, resolve
 from llama.parallel import choose_device, choose_dtype
 from llama.ranks import several_ranks
 from llama.tokenizer import Tokenizer, check_text, find_tokenizer
@@ -22,52 +25,38 @@ from short_gpt.checkpoints.meta import prune_meta
 from short_gpt.checkpoints.provenance import Provenance
 from short_gpt.checkpoints.target import Target
 from short_gpt.checkpoints.verify import check_logits
-from short_gpt.data.windows import batches, count_of
+from short_gpt.data.windows import batches
 from short_gpt.evaluation.perplexity import Perplexity, check_loss, check_predicted, samples_of
 from short_gpt.evaluation.sampling import Sample
-from short_gpt.models.computation import params_entries
+from short_gpt.models.config_file import params_entries
 from short_gpt.models.decoder import pad
+from short_gpt.models.families import META
 from short_gpt.models.layer_calls import LayerCalls
+from short_gpt.models.layer_hooks import Call
 from short_gpt.models.loading import load_tokenizer
 from short_gpt.models.meta import MetaDecoder
-from short_gpt.models.pretrained import PretrainedTokenizer
 from short_gpt.models.weight_changes import Parameter, WeightChange
 from short_gpt.runtime.digest import files_digest
 from short_gpt.runtime.errors import MissingPackageError, ShortGPTError
-from short_gpt.runtime.memory import Plan
+from short_gpt.runtime.memory import BLOCK_BYTES, Plan
 from short_gpt.runtime.progress import bar, set_rate
 from short_gpt.scoring.hooks import Scores
 from short_gpt.wrappers.scored_model import ScoredModel
-from short_gpt.wrappers.streamed_transformer import Batch, StreamedCalls, StreamedTransformer
-from short_gpt.wrappers.streamed_weights import HFSource, MetaSource, open_source
+from short_gpt.wrappers.streamed_transformer import (
+    Batch,
+    HFSource,
+    MetaSource,
+    StreamedTransformer,
+)
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
-def hf_tokenizer(directory: Path, *, trust_remote_code: bool) -> PretrainedTokenizer:
-    try:
-        tokenizer = load_tokenizer(str(directory), {"trust_remote_code": trust_remote_code})
-    except ModuleNotFoundError:
-        raise MissingPackageError(
-            'Hugging Face directories need: pip install "short-gpt[hf]"; or pass tokenizer_path'
-        ) from None
-    except ShortGPTError as error:
-        raise ShortGPTError(f"{directory} cannot be loaded: {error}") from error
-    return cast(PretrainedTokenizer, tokenizer)
-
-
-def meta_tokenizer(path: Path, stream: StreamedTransformer) -> Tokenizer:
-    """The tokenizer; ShortGPTError unless it has as many words as the model."""
-    tokenizer, most = Tokenizer(path), stream.vocab_size
-    padded = isinstance(stream.source, HFSource)  # the embedding may have rows to spare
-    if tokenizer.n_words > most or (tokenizer.n_words < most and not padded):
-        raise ShortGPTError(
-            f"the tokenizer {path} has {tokenizer.n_words} words, the checkpoint "
-            f"{stream.source.directory} {most}; they do not belong together"
-        )
-    return tokenizer
+StrPath = str | os.PathLike[str]
 
 
 def open_stream(
-    ckpt_dir: str | os.PathLike[str],
+    ckpt_dir: StrPath,
     *,
     max_seq_len: int = 2048,
     device: str | None = None,
@@ -77,17 +66,22 @@ def open_stream(
 
     Args:
         ckpt_dir: a directory in Meta's format, of any number of shards, or a Llama of Hugging
-            Face's in safetensors.
+            Face's in safetensors; or a hub id with its owner, which is fetched.
         max_seq_len: longest window to come, in tokens.
         device: where layers run; None takes CUDA, MPS or CPU, the first there is.
         dtype: of weights and states there; None is float32 on CPU, bfloat16 on CUDA, else float16.
-
-    Raises:
-        FileNotFoundError: a file is missing.
-        ShortGPTError: a file is damaged, the model is not a Llama, or device or dtype are unknown.
     """
-    source, on = open_source(ckpt_dir, max_seq_len=max_seq_len), choose_device(device)
-    return StreamedTransformer(source, device=on, dtype=choose_dtype(dtype, on))
+    path, name = Path(str(ckpt_dir)), str(ckpt_dir)
+    if not path.is_dir() and "/" in name and is_hub_id(name):
+        path = resolve(name)
+    if not path.is_dir():
+        raise FileNotFoundError(
+            f"{path} is no local directory; to be streamed, a Llama must be one in Meta's format "
+            "or Hugging Face's with safetensors"
+        )
+    source = HFSource if kind_of(path) == "hf" else MetaSource
+    weights, on = source(path, max_seq_len=max_seq_len), choose_device(device)
+    return StreamedTransformer(weights, device=on, dtype=choose_dtype(dtype, on))
 
 
 class StreamedDecoder(MetaDecoder):
@@ -110,7 +104,7 @@ class StreamedDecoder(MetaDecoder):
         sublayers: bool = False,
         all_tokens: bool = False,
     ) -> Scores:
-        """Scores the windows of one round; arguments and errors as those of `hooks.score`."""
+        """Scores the windows of one round; see `hooks.score`."""
         if all_tokens:
             raise ShortGPTError(
                 "angles at all tokens need the states of all layers at once; open the model "
@@ -140,14 +134,11 @@ class StreamedDecoder(MetaDecoder):
         self,
         name: str,
         windows: Sequence[Sequence[int]],
-        *,
         watched: bool = False,
         sublayers: bool = False,
     ) -> list[Batch]:
-        group = [
-            Batch(*pad(part, self), watched=watched, sublayers=sublayers)
-            for part in batches(windows, self.batch_size)
-        ]
+        parts = [pad(part, self) for part in batches(windows, self.batch_size)]
+        group = [Batch(*part, watched=watched, sublayers=sublayers) for part in parts]
         tokens, steps = 0, len(windows) * len(self.layers)
 
         def step(batch: Batch) -> None:
@@ -156,36 +147,106 @@ class StreamedDecoder(MetaDecoder):
             set_rate(shown, tokens // len(self.layers))
             shown.update(len(batch.mask))
 
-        with bar(
-            f"{name} {len(windows)} windows", total=steps, unit="layer", show=self.progress
-        ) as shown:
+        text = f"{name} {len(windows)} windows"
+        with bar(text, total=steps, unit="layer", show=self.progress) as shown:
             self.model.run(group, step=step)
         return group
+
+
+# The hidden states of a group of batches that are embedded in one reading of the embedding.
+GROUP_BYTES = 2 * BLOCK_BYTES
+
+
+class StreamedCalls(LayerCalls):
+    """`LayerCalls` whose layers have weights inside `loaded` alone, one at a time."""
+
+    def __init__(self, model: StreamedTransformer) -> None:
+        self._model = model
+        model.release()
+        self.family, self.count = META, len(model.layers)
+        self._ready: nn.Module | None = None
+
+    @contextmanager
+    def loaded(self, index: int) -> Iterator[nn.Module]:
+        layer = self.layer(index)
+        complete = not any(p.is_meta for p in layer.parameters())
+        # the last one stays until another is asked for
+        if self._ready is not layer or not complete:
+            self.close()
+            self._model.load(layer)
+            self._ready = layer
+        yield layer
+
+    def keep_only(self, index: int, modules: Sequence[nn.Module]) -> None:
+        kept = {p for module in modules for p in module.parameters()}
+        layer = self.layer(index)
+        self._model.release(name for name, p in layer.named_parameters() if p not in kept)
+        for module in layer.modules():
+            if not kept.intersection(module.parameters()):
+                module.to("meta")
+
+    def close(self) -> None:
+        if self._ready is not None:
+            self._ready.to("meta")
+            self._ready = None
+
+    def layer(self, index: int) -> nn.Module:
+        return self._model.layers[index]
+
+    def call(self, index: int, state: Tensor) -> Call:
+        return (state, None, self._model.freqs_cis[: state.shape[1]], None), {}
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        return next(self.embed_all([tokens]))
+
+    def embed_all(self, batches: Sequence[Tensor]) -> Iterator[Tensor]:
+        width = self._model.params.dim * self._model.dtype.itemsize
+        group: list[Batch] = []
+        for tokens in batches:
+            group.append(Batch(tokens, torch.ones_like(tokens, dtype=torch.bool)))
+            if sum(batch.tokens.numel() for batch in group) * width >= GROUP_BYTES:
+                yield from self._embedded(group)
+                group = []
+        yield from self._embedded(group)
+
+    def _embedded(self, group: list[Batch]) -> Iterator[Tensor]:
+        if group:
+            self._model.embed(group)
+        while group:
+            yield group.pop(0).state
+
+    def widths(self) -> tuple[int, int, int]:
+        width, inputs, _ = super().widths()
+        return width, inputs, self._model.dtype.itemsize  # layers without weights do not tell
+
+    def memory(self) -> dict[str, int]:
+        args, model = self._model.params, self._model
+        sizes = [p.numel() for p in model.layers[0].parameters()]
+        # a matrix of a Hugging Face file is there twice while its rows are put in order
+        stored = 2 * max(sizes) * model.source.infos[EMBEDDING].dtype.itemsize
+        embedding = GROUP_BYTES + args.max_seq_len * args.dim * model.dtype.itemsize + BLOCK_BYTES
+        layer = sum(sizes) * model.dtype.itemsize
+        return {"layer": layer, "weights as stored": max(stored, embedding - layer)}
 
 
 class StreamedLlama(ScoredModel):
     """A Llama of whose checkpoint one layer at a time is in memory.
 
-    It does what every `ScoredModel` does. It does not generate, and is not searched by its loss,
-    which would read all of the checkpoint for every token or candidate.
+    It gives the scores and perplexities of the model in memory. It does not generate, and is not
+    searched by its loss, which would read the checkpoint for every token or candidate.
+    `remove_layers` only skips layers; `save` writes the source's format without them.
 
     Windows pass the layers in rounds, as many at once as the memory holds; within a round,
-    ``batch_size`` of them pass a layer together. Whether an answer is settled is looked at, and a
-    state saved, after a round; an error or an interruption loses the round that it met. Angles at
-    all tokens, which need all layers' states at once, are refused.
-
-    Scores and perplexities are those of the model in memory. Layers can be removed, which only
-    skips them, and `save` writes a checkpoint in the source's format without them.
+    ``batch_size`` of them pass a layer together. ``stop`` and ``state`` act after a round; an
+    interruption loses its round.
 
     Args:
-        ckpt_dir: as for `open_stream`.
+        ckpt_dir: as for `open_stream`, which has ``max_seq_len``, ``device`` and ``dtype``, too.
         n_prune_layers: how many layers `remove_layers` takes out; may be set later.
         tokenizer_path: tokenizer file; None looks beside the checkpoint, and reads texts by
             transformers where that is the checkpoint's format.
-        max_seq_len, device, dtype: as for `open_stream`.
         batch_size: of the runs to come; checked here against ``max_memory``.
-        max_memory: of this process in the machine's memory, in bytes or like "3GB"; None takes
-            half of what is free. It decides how many windows go through the layers together.
+        max_memory: as in `OpenOptions`.
         trust_remote_code: whether Python files that come with the tokenizer are run.
 
     Raises:
@@ -195,13 +256,14 @@ class StreamedLlama(ScoredModel):
     """
 
     streamed: ClassVar[bool] = True
+    decoder: StreamedDecoder
 
     def __init__(
         self,
-        ckpt_dir: str | os.PathLike[str],
+        ckpt_dir: StrPath,
         n_prune_layers: int | None = None,
         *,
-        tokenizer_path: str | os.PathLike[str] | None = None,
+        tokenizer_path: StrPath | None = None,
         max_seq_len: int = 2048,
         batch_size: int = 1,
         device: str | None = None,
@@ -216,13 +278,23 @@ class StreamedLlama(ScoredModel):
         self.stream = open_stream(ckpt_dir, max_seq_len=max_seq_len, device=device, dtype=dtype)
         self.max_memory, directory = max_memory, self.stream.source.directory
         self.tokenizer_path = Path(str(tokenizer_path or find_tokenizer(directory)))
-        self.tokenizer = meta_tokenizer(self.tokenizer_path, self.stream)
+        self.tokenizer = Tokenizer(self.tokenizer_path)
+        from_hf = isinstance(self.stream.source, HFSource)
+        words, rows = self.tokenizer.n_words, self.stream.vocab_size
+        if words > rows or (words < rows and not from_hf):  # theirs may have rows to spare
+            raise ShortGPTError(
+                f"the tokenizer {self.tokenizer_path} has {words} words, the checkpoint "
+                f"{directory} {rows}; they do not belong together"
+            )
         self._hf_tokenizer = None
-        if tokenizer_path is None and isinstance(self.stream.source, HFSource):
-            self._hf_tokenizer = hf_tokenizer(directory, trust_remote_code=trust_remote_code)
+        if tokenizer_path is None and from_hf:
+            self._hf_tokenizer = _hf_tokenizer(directory, trust_remote_code=trust_remote_code)
         self.plan(batch_size)
-        self._streamed = StreamedDecoder(self.stream)
-        super().__init__(self._streamed, n_prune_layers)
+        super().__init__(StreamedDecoder(self.stream), n_prune_layers)
+
+    @property
+    def configuration(self) -> Mapping[str, object]:
+        return params_entries(self.stream.params)
 
     def encode(self, text: str) -> list[int]:
         if self._hf_tokenizer is None:
@@ -231,11 +303,7 @@ class StreamedLlama(ScoredModel):
         return self._hf_tokenizer(text, verbose=False)["input_ids"]
 
     def plan(self, batch_size: int = 1) -> Plan:
-        """The memory that a run will take, and the windows of a round.
-
-        Raises:
-            ShortGPTError: ``max_memory`` is too little; the message says the least.
-        """
+        """The memory that a run takes, and the windows of a round; see `runtime.memory.plan`."""
         return self.stream.plan(batch_size=batch_size, max_memory=self.max_memory)
 
     def eval_importance(
@@ -246,17 +314,7 @@ class StreamedLlama(ScoredModel):
         top_p: float = 0.9,
         angular: bool = False,
     ) -> None:
-        """Scores one batch of prompts, as `ShortLlama.eval_importance` does; continues none.
-
-        Args:
-            prompt_tokens: B lists of token ids, of any lengths up to ``max_seq_len``.
-            max_gen_len, temperature, top_p, angular: accepted for older scripts; of the first
-                only 0, for a streamed model does not generate.
-
-        Raises:
-            ShortGPTError: prompts were to be continued, or as in `measure`.
-            NotFiniteError: as in `measure`.
-        """
+        """Scores one batch of prompts as `ShortLlama.eval_importance`, without continuing them."""
         if max_gen_len > 0:
             raise ShortGPTError(
                 f"max_gen_len = {max_gen_len}: a model that is streamed cannot generate; pass 0, "
@@ -264,44 +322,37 @@ class StreamedLlama(ScoredModel):
             )
         self.measure(prompt_tokens, batch_size=max(len(prompt_tokens), 1), progress=False)
 
-    def perplexity(
-        self,
-        windows: Iterable[Sequence[int]],
-        *,
-        batch_size: int = 1,
-        total: int | None = None,
-        progress: bool = True,
+    def _perplexity(
+        self, windows: Iterable[Sequence[int]], batch_size: int, total: int | None, progress: bool
     ) -> Perplexity:
-        result = Perplexity.of(self._samples(windows, batch_size, total, progress))
-        self.note_quality(result)
-        return result
-
-    def _samples(
-        self,
-        windows: Iterable[Sequence[int]],
-        batch_size: int,
-        total: int | None,
-        progress: bool,
-    ) -> list[Sample]:
         samples: list[Sample] = []
-        for part in self._rounds("perplexity", windows, batch_size, total, progress):
-            losses = self._streamed.losses(part)
-            each = losses.double().split([len(window) - 1 for window in part])
-            samples += samples_of(part, [float(values.sum()) for values in each])
-            check_loss(float(losses.double().sum()))
+        size = self.windows_at_once(batch_size, progress)
+        with bar("perplexity", total=total, unit="window", show=progress) as shown:
+            for part in batches(windows, size):
+                losses = self.decoder.losses(part).double()  # (N,)
+                each = losses.split([len(window) - 1 for window in part])
+                samples += samples_of(part, [float(values.sum()) for values in each])
+                check_loss(float(losses.sum()))
+                shown.update(len(part))
         check_predicted(sum(s.tokens for s in samples))
-        return samples
+        return Perplexity.of(samples)
+
+    def window_losses(
+        self, windows: Sequence[Sequence[int]], *, progress: bool = True
+    ) -> list[Perplexity]:
+        result = self._perplexity(windows, 1, len(windows), progress)
+        return [Perplexity.of([sample]) for sample in result.samples]
 
     def window_logits(
         self, windows: Sequence[Sequence[int]], *, batch_size: int = 1
     ) -> Iterator[Tensor]:
-        for part in self._rounds("logits", windows, batch_size, None, progress=False):
-            yield from self._streamed.window_logits(part)
+        for part in batches(windows, self.windows_at_once(batch_size)):
+            yield from self.decoder.window_logits(part)
 
     def score(
         self, windows: Sequence[Sequence[int]], *, sublayers: bool = False, all_tokens: bool = False
     ) -> Scores:
-        return self._streamed.score(
+        return self.decoder.score(
             windows, layers=self.kept, sublayers=sublayers, all_tokens=all_tokens
         )
 
@@ -310,31 +361,31 @@ class StreamedLlama(ScoredModel):
 
     def save(
         self,
-        out_dir: str | os.PathLike[str],
+        out_dir: StrPath,
         *,
         facts: Mapping[str, object] | None = None,
         measured: Mapping[str, Perplexity] | None = None,
         overwrite: bool = False,
     ) -> Path:
-        source, changed = self.stream.source, sorted(self.changed)
+        stream, changed = self.stream, sorted(self.changed)
+        source = stream.source
         if not self.removed and not changed:
             raise RuntimeError("nothing was removed yet; call remove_layers first")
         self.check_whole()
         record = Provenance.of(self, source.directory, facts=facts, measured=measured)
-        new = {source.stored_name(f"layers.{i}.{n}"): self._stored(i, n) for i, n in changed}
+
+        def as_stored(number: int, name: str) -> Tensor:
+            return source.as_stored(f"layers.{number}.{name}", stream.weight(number, name))
+
+        # read when it is written, in the file's layout
+        new = {source.stored_name(f"layers.{i}.{n}"): partial(as_stored, i, n) for i, n in changed}
         target = Target(out_dir, None, overwrite, verify=self._check_saved if changed else None)
         write: Callable[..., Path] = prune_hf
         if isinstance(source, MetaSource):
             write = partial(prune_meta, tokenizer_path=self.tokenizer_path)
         return write(source.directory, target, self.removed, provenance=record, replaced=new)
 
-    def _stored(self, number: int, name: str) -> Callable[[], Tensor]:
-        """A function that reads a changed parameter, in the file's layout."""
-        full_name = f"layers.{number}.{name}"
-        return lambda: self.stream.source.as_stored(full_name, self.stream.weight(number, name))
-
     def _check_saved(self, directory: Path) -> None:
-        """Raises RuntimeError unless a directory gives the logits of this model, bit for bit."""
         stream = self.stream
         device, dtype = str(stream.device), str(stream.dtype).removeprefix("torch.")
         size = min(8, stream.params.max_seq_len)
@@ -344,21 +395,17 @@ class StreamedLlama(ScoredModel):
         saved = open_stream(directory, max_seq_len=size, device=device, dtype=dtype)
         check_logits(ours, saved(tokens))
 
-    @property
-    def configuration(self) -> Mapping[str, object]:
-        return params_entries(self.stream.params)
-
     def _layers_run_in(self) -> tuple[torch.dtype, torch.device]:
         return self.stream.dtype, self.stream.device  # the layers' own weights come and go
 
     def windows_at_once(self, batch_size: int, progress: bool = False) -> int:
-        """All windows of a round; ``batch_size`` of them pass a layer together."""
-        self._streamed.batch_size, self._streamed.progress = batch_size, progress
+        # all windows of a round, of which ``batch_size`` pass a layer together
+        self.decoder.batch_size, self.decoder.progress = batch_size, progress
         return self.plan(batch_size).windows
 
     def seconds_a_window(self, window: Sequence[int], batch_size: int = 1) -> float:
         windows = self.windows_at_once(batch_size)  # of a full round; one layer is timed
-        batch = Batch(*pad([window] * batch_size, self._streamed), watched=True)
+        batch = Batch(*pad([window] * batch_size, self.decoder), watched=True)
         read, ready, run = self.stream.layer_seconds(batch)
         # a thread reads the next layer while the round passes this one
         layer = ready + max(read, run * windows / batch_size)
@@ -367,7 +414,7 @@ class StreamedLlama(ScoredModel):
     def weights_digest(self) -> str:
         if self.changes:
             raise ShortGPTError(
-                "a streamed model whose weights were changed has no files yet by which it is told: "
+                "a streamed model whose weights were changed has no files yet that identify it: "
                 "save it, and open that"
             )
         return files_digest(self.stream.source.files)
@@ -378,7 +425,7 @@ class StreamedLlama(ScoredModel):
     def change_weights(
         self, how: Mapping[str, object], values: Mapping[Parameter, Tensor]
     ) -> Callable[[], None]:
-        """As in `ModelRecord`; values are asked for whenever their layer is read."""
+        # values are asked for whenever their layer is read
         change = WeightChange(how, frozenset(values))
         self.stream.replaced = [*self.stream.replaced, values]
         self.note_change(change)
@@ -389,25 +436,16 @@ class StreamedLlama(ScoredModel):
 
         return undo
 
-    def window_losses(
-        self, windows: Sequence[Sequence[int]], *, progress: bool = True
-    ) -> list[Perplexity]:
-        return [Perplexity.of([sample]) for sample in self._samples(windows, 1, None, progress)]
-
-    def _rounds(
-        self,
-        name: str,
-        windows: Iterable[Sequence[int]],
-        batch_size: int,
-        total: int | None,
-        progress: bool,
-    ) -> Iterator[list[Sequence[int]]]:
-        size = self.windows_at_once(batch_size, progress)
-        total = count_of(windows) if total is None else total
-        with bar(name, total=total, unit="window", show=progress) as shown:
-            for part in batches(windows, size):
-                yield part
-                shown.update(len(part))
-
     def _check_weights(self) -> None:
         pass  # weights are checked as they are read
+
+
+def _hf_tokenizer(directory: Path, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    try:
+        return load_tokenizer(str(directory), {"trust_remote_code": trust_remote_code})
+    except ModuleNotFoundError:
+        raise MissingPackageError(
+            'Hugging Face directories need: pip install "short-gpt[hf]"; or pass tokenizer_path'
+        ) from None
+    except ShortGPTError as error:
+        raise ShortGPTError(f"{directory} cannot be loaded: {error}") from error

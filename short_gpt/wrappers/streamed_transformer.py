@@ -1,34 +1,126 @@
 """A Llama that runs straight from its checkpoint directory, one layer in memory at a time.
 
-Windows pass the layers in rounds: all windows of a round go through layer i, which is then
-dropped, while a thread reads layer i + 1.
+All windows of a round go through layer i, which is then dropped, while a thread reads layer i + 1.
 
-Shapes: B windows of a batch, S tokens, D width, L layers, V vocabulary.
+Shapes: B windows of a batch, S tokens, D width, V vocabulary.
 """
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llama.checkpoint.sharding import EMBEDDING, OUTPUT
+from llama.checkpoint.meta import Checkpoint
+from llama.checkpoint.pth import TensorInfo
+from llama.checkpoint.sharding import EMBEDDING, LAYER_SPLITS, OUTPUT, split_dim
+from llama.formats import names as formats
+from llama.formats.hf import args_of, meta_infos
+from llama.formats.names import name_in, permute
+from llama.formats.safetensors import DTYPES, open_weights
+from llama.io.json_files import read_json
 from llama.model import RMSNorm, TransformerBlock, precompute_freqs_cis
 from llama.parallel import initialize
 from short_gpt.models.families import META
-from short_gpt.models.layer_calls import LayerCalls
-from short_gpt.models.layer_hooks import Call
 from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
-from short_gpt.runtime.memory import BLOCK_BYTES, Plan, block_rows, plan, resident
+from short_gpt.runtime.memory import Plan, block_rows, plan, resident
 from short_gpt.scoring.hooks import LayerHooks
-from short_gpt.wrappers.streamed_weights import LAYER_NAMES, HFSource, MetaSource
+
+LAYER_NAMES = tuple(LAYER_SPLITS)
+
+
+class MetaSource:
+    """A directory in Meta's format, of any number of shards; tensors by Meta's names."""
+
+    def __init__(self, ckpt_dir: str | os.PathLike[str], *, max_seq_len: int) -> None:
+        self._checkpoint = Checkpoint(ckpt_dir, max_seq_len=max_seq_len)
+        self.directory = self._checkpoint.directory
+        self.args = self._checkpoint.args
+        self.infos = self._checkpoint.infos  # shape and stored dtype of every tensor, by name
+        self.files = [shard.path for shard in self._checkpoint.shards]
+
+    def read(self, name: str) -> Tensor:
+        """A tensor, mapped from its file where one file holds it."""
+        return self._checkpoint.read(name)
+
+    def stored_name(self, name: str) -> str:
+        """What a tensor is called in the files."""
+        return name
+
+    def as_stored(self, name: str, weight: Tensor) -> Tensor:
+        """A tensor in the order of rows that the files have."""
+        return weight
+
+    def blocks(self, name: str, rows: int) -> Iterator[tuple[int, Tensor]]:
+        """A (V, D) tensor, so many rows at a time: the number of the first row, and the rows."""
+        for start in range(0, self.infos[name].shape[0], rows):
+            yield start, self._rows(name, start, rows)
+
+    def _rows(self, name: str, start: int, rows: int) -> Tensor:
+        shards, dim = self._checkpoint.shards, 0
+        parts: list[Tensor] = []
+        if split_dim(name, vocab_parallel=self._checkpoint.vocab_parallel) == 1:
+            # split by width: each file has a part of every row
+            parts, dim = [shard.read(name)[start : start + rows] for shard in shards], 1
+        else:
+            share = self.infos[name].shape[0] // len(shards)
+            end = min(start + rows, share * len(shards))
+            while start < end:  # split by rows: a block may begin in one file and end in the next
+                rank, at = divmod(start, share)
+                parts.append(shards[rank].read(name)[at : at + end - start])
+                start += len(parts[-1])
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim)  # (rows, D)
+
+
+class HFSource:
+    """A Llama's Hugging Face directory in safetensors, as `MetaSource`."""
+
+    def __init__(self, ckpt_dir: str | os.PathLike[str], *, max_seq_len: int) -> None:
+        self.directory = Path(str(ckpt_dir))
+        config = read_json(self.directory / "config.json")
+        self.args = args_of(config, self.directory)
+        self.args.max_seq_len = max_seq_len
+        self.args.check()
+        self._files = open_weights(self.directory)
+        self.files = sorted({file.path for file in self._files.values()})
+        tied = bool(config.get("tie_word_embeddings", False))
+        self.infos: dict[str, TensorInfo] = meta_infos(
+            self.args, self._files, None, tied=tied, directory=self.directory
+        )
+
+    def read(self, name: str) -> Tensor:
+        hf_name = name_in(formats.HF, name)
+        return permute(name, self._files[hf_name].read(hf_name), self.args, to=formats.META)
+
+    def stored_name(self, name: str) -> str:
+        return name_in(formats.HF, name)
+
+    def as_stored(self, name: str, weight: Tensor) -> Tensor:
+        return permute(name, weight, self.args, to=formats.HF)
+
+    def blocks(self, name: str, rows: int) -> Iterator[tuple[int, Tensor]]:
+        hf_name = str(self.infos[name].storage)  # tied weights are stored once
+        entry, held = self._files[hf_name].entries[hf_name], bytearray()
+        height, width = entry.shape
+        size, start = rows * entry.nbytes // height, 0
+        # pieces end where the file's reader likes, blocks at whole rows: bytes wait in between
+        for piece in self._files[hf_name].chunks(hf_name):
+            held += piece
+            # full blocks, and the last one, which is shorter where rows do not divide the height
+            while len(held) >= size or start + len(held) * rows // size == height > start:
+                block = torch.frombuffer(held[:size], dtype=DTYPES[entry.dtype])
+                yield start, block.view(-1, width)  # (rows, D)
+                start += rows
+                del held[:size]
 
 
 class Batch:
@@ -38,11 +130,7 @@ class Batch:
         tokens: (B, S) int64.
         mask: (B, S) bool, True for real tokens.
         watched: whether the layers are scored.
-        sublayers: whether their attention and MLP are, too.
-
-    Attributes:
-        state: hidden states entering the next layer, (B, S, D) in the machine's memory.
-        seen: what the layers so far did to the states, if watched.
+        sublayers: whether their attention and MLP are scored, too.
     """
 
     def __init__(
@@ -50,11 +138,11 @@ class Batch:
     ) -> None:
         self.tokens, self.mask = tokens.cpu(), mask.cpu()
         self.sublayers = sublayers
-        self.seen = LayerHooks(mask) if watched else None
-        self.state = torch.empty(0)
+        self.seen = LayerHooks(mask) if watched else None  # the scores of the layers so far
+        self.state = torch.empty(0)  # entering the next layer, (B, S, D) in the machine's memory
 
     def embed(self, start: int, rows: Tensor) -> None:
-        """Fills in the tokens whose rows of the embedding these are."""
+        """Fills in the tokens of a block of the embedding's rows."""
         inside = (self.tokens >= start) & (self.tokens < start + len(rows))  # (B, S)
         self.state[inside] = rows[self.tokens[inside] - start].to(self.state.dtype)
 
@@ -80,19 +168,14 @@ class Batch:
 
 
 class StreamedTransformer(nn.Module):
-    """What `llama.Transformer` is to the scoring core, with weights that come and go.
+    """A `llama.Transformer` for scoring, whose layers have weights only while they run.
 
-    ``layers`` have no weights but while they run; hooks on them work as ever, and layers may be
-    taken out. `hidden` and calls read a batch on its own; `run` takes many through together.
-
-    Args:
-        source: the weights.
-        device: where layers run.
-        dtype: of weights and states there.
+    Hooks on ``layers`` work, and layers may be removed. `hidden` and calls read a batch on its own;
+    `run` takes many through the layers together. Weights and states are of ``dtype``.
 
     Attributes:
-        replaced: new values of parameters in the place of the source's, by the layer's number and
-            the parameter's name in it; the last of them counts. They run as they would be stored.
+        replaced: new values of parameters instead of the source's, by the layer's number and the
+            parameter's name in it; the last of them counts. They run as they would be stored.
     """
 
     def __init__(
@@ -120,7 +203,7 @@ class StreamedTransformer(nn.Module):
         return self.freqs_cis.device
 
     def plan(self, *, batch_size: int = 1, max_memory: str | int | None = None) -> Plan:
-        """Memory of a run from here; see `memory.plan`."""
+        """Memory of a run; see `memory.plan`."""
         held = [*self._ready.values(), *self._next.values()]
         process = resident() - sum(t.nbytes for t in held if t.device.type == "cpu")
         return plan(
@@ -135,14 +218,9 @@ class StreamedTransformer(nn.Module):
 
     @torch.no_grad()
     def run(self, batches: Sequence[Batch], *, step: Callable[[Batch], object] = id) -> None:
-        """Embeds batches and takes all of them through every layer.
+        """Embeds batches and takes all of them through every layer; they keep their states.
 
-        Args:
-            batches: keep their states.
-            step: called for every batch after every layer.
-
-        Raises:
-            NotFiniteError: a weight or a state is NaN or infinite; the message names the layer.
+        ``step`` is called for every batch after every layer. A NaN raises NotFiniteError.
         """
         self.embed(batches)
         with closing(self._loaded()) as layers:
@@ -152,19 +230,28 @@ class StreamedTransformer(nn.Module):
                     sums.append(batch.through(layer, self.freqs_cis))
                     step(batch)
                 # one look a layer: a look at every state would wait for the device every time
-                if not torch.stack(sums).isfinite().all():
-                    self._check_states(layer, batches)
+                if torch.stack(sums).isfinite().all():
+                    continue
+                # sums may pass the largest number, and padding does not count: look again
+                if not all(batch.state[batch.mask].isfinite().all() for batch in batches):
+                    raise NotFiniteError(
+                        f"layer {self._numbers[layer]} gave a NaN or infinite state; nothing of "
+                        "this round was counted. Check the weights, or try another dtype"
+                    )
 
     def embed(self, batches: Sequence[Batch]) -> None:
         """Gives batches the hidden states entering the first layer."""
         pin = self.device.type == "cuda"
         for batch in batches:
             shape = (*batch.tokens.shape, self.params.dim)
-            batch.state = torch.empty(shape, dtype=self.dtype, pin_memory=pin)
-        kind = self.source.infos[EMBEDDING].dtype
-        for start, rows in self.source.blocks(EMBEDDING, block_rows(self.params, kind)):
+            batch.state = torch.empty(shape, dtype=self.dtype, pin_memory=pin)  # (B, S, D)
+        for start, rows in self._blocks(EMBEDDING):
             for batch in batches:
                 batch.embed(start, rows)
+
+    def _blocks(self, name: str) -> Iterator[tuple[int, Tensor]]:
+        size = block_rows(self.params, self.source.infos[name].dtype)
+        return self.source.blocks(name, size)
 
     def _loaded(self) -> Generator[nn.Module, None, None]:
         """The layers in order, each with its weights until the next is asked for."""
@@ -191,11 +278,7 @@ class StreamedTransformer(nn.Module):
         layer.load_state_dict(self._ready, assign=True)
 
     def release(self, names: Iterable[str] | None = None) -> None:
-        """Lets go of the memory that weights of one layer after the other use.
-
-        Args:
-            names: of parameters in a layer; None is all, and what was read ahead.
-        """
+        """Frees the buffers of these parameters of a layer; None: all, and what was read ahead."""
         if names is None:
             self._next.clear()
         for name in [*self._ready] if names is None else names:
@@ -237,18 +320,9 @@ class StreamedTransformer(nn.Module):
 
     @torch.no_grad()
     def layer_seconds(self, batch: Batch) -> tuple[float, float, float]:
-        """Seconds to read a layer, to make its weights ready, and to take a batch through it.
-
-        They are the second layer's: at the first, memory is taken and libraries warm up.
-
-        Args:
-            batch: keeps a state that is of no use.
-
-        Raises:
-            NotFiniteError: a weight is NaN or infinite.
-        """
+        """Seconds to read a layer, to make its weights ready, and to take a batch through it."""
         self.embed([batch])
-        for layer in [*self.layers][:2]:
+        for layer in [*self.layers][:2]:  # at the first, memory is taken and libraries warm up
             times = [time.perf_counter()]
             stored = self._read(self._numbers[layer])
             times.append(time.perf_counter())
@@ -263,47 +337,35 @@ class StreamedTransformer(nn.Module):
         read, ready, run = (b - a for a, b in pairwise(times))
         return read, ready, run
 
-    def _check_states(self, layer: nn.Module, batches: Sequence[Batch]) -> None:
-        """Sums may pass the largest number, and padding does not count: looks again."""
-        for batch in batches:
-            if not batch.state[batch.mask].isfinite().all():
-                raise NotFiniteError(
-                    f"layer {self._numbers[layer]} gave a NaN or infinite state; nothing of this "
-                    "round was counted. Check the weights, or try another dtype"
-                )
-
     @torch.no_grad()
     def losses(self, batches: Sequence[Batch]) -> list[Tensor]:
-        """Negative log-likelihood in nats of all tokens but the first, (B, S - 1) float32 each.
+        """Negative log-likelihood in nats of all tokens except the first, (B, S - 1) float32 each.
 
-        The output head is read in blocks of rows, so that neither it nor the logits are ever
-        held whole. The batches have passed the layers, and lose their states.
+        The output head is read in blocks of rows; neither all of it nor all logits are ever in
+        memory. The batches have passed the layers, and lose their states.
         """
         # by blocks: the logarithm of the sum over the vocabulary so far, and the target's logit
-        every = [torch.full(b.tokens[:, 1:].shape, -torch.inf, device=self.device) for b in batches]
-        chosen = [torch.zeros_like(total) for total in every]
+        sums = [torch.full(b.tokens[:, 1:].shape, -torch.inf, device=self.device) for b in batches]
+        targets = [torch.zeros_like(total) for total in sums]  # (B, S - 1) each, like the sums
         for batch in batches:
-            batch.state = self._normed(batch.state[:, :-1])  # the last state predicts nothing
+            state = batch.state[:, :-1]  # (B, S - 1, D): the last state predicts nothing
+            batch.state = self.norm(state.to(self.device)).to(state.device)
         for start, weight in self._head():
             for i, batch in enumerate(batches):
                 # (B, S - 1, rows): the part of the vocabulary that begins at `start`
                 logits = F.linear(batch.state.to(self.device), weight).float()
-                every[i] = torch.logaddexp(every[i], logits.logsumexp(-1))
+                sums[i] = torch.logaddexp(sums[i], logits.logsumexp(-1))
                 row = batch.tokens[:, 1:, None].to(self.device) - start  # (B, S - 1, 1)
                 # a target of another block reads any row here, which is thrown away
                 target = logits.gather(-1, row.clamp(0, len(weight) - 1))  # (B, S - 1, 1)
                 inside = (row >= 0) & (row < len(weight))
-                chosen[i] = torch.where(inside, target, chosen[i][..., None])[..., 0]
+                targets[i] = torch.where(inside, target, targets[i][..., None])[..., 0]
         for batch in batches:
             batch.state = torch.empty(0)
-        return [total - one for total, one in zip(every, chosen, strict=True)]
-
-    def _normed(self, state: Tensor) -> Tensor:
-        return self.norm(state.to(self.device)).to(state.device)
+        return [total - target for total, target in zip(sums, targets, strict=True)]
 
     def _head(self) -> Iterator[tuple[int, Tensor]]:
-        kind = self.source.infos[OUTPUT].dtype
-        for start, rows in self.source.blocks(OUTPUT, block_rows(self.params, kind)):
+        for start, rows in self._blocks(OUTPUT):
             yield start, rows.to(self.device, self.dtype)
 
     def hidden(self, tokens: Tensor, start_pos: int | None = None) -> Tensor:
@@ -320,88 +382,11 @@ class StreamedTransformer(nn.Module):
 
     @torch.no_grad()
     def logits(self, batch: Batch) -> Tensor:
-        """The same of a batch that has passed the layers, and loses its state."""
+        """The same of a batch that has passed the layers; it loses its state."""
         state, batch.state = batch.state, torch.empty(0)
         return self._logits(state.to(self.device))
 
     def _logits(self, state: Tensor) -> Tensor:
         normed = self.norm(state)  # (B, S, D)
-        return torch.cat([F.linear(normed, weight).float() for _, weight in self._head()], dim=-1)
-
-
-GROUP_BYTES = 2 * BLOCK_BYTES  # of states that are embedded in one reading of the embedding
-
-
-class StreamedCalls(LayerCalls):
-    """`LayerCalls` whose layers have weights inside `loaded` alone, one at a time.
-
-    Args:
-        model: whose weights are read from their files.
-    """
-
-    def __init__(self, model: StreamedTransformer) -> None:
-        self._model = model
-        model.release()
-        self.family, self.count = META, len(model.layers)
-        self._ready: nn.Module | None = None
-
-    @contextmanager
-    def loaded(self, place: int) -> Iterator[nn.Module]:
-        layer = self.layer(place)
-        whole = not any(p.is_meta for p in layer.parameters())
-        if self._ready is not layer or not whole:  # the last one stays until another is asked for
-            self.close()
-            self._model.load(layer)
-            self._ready = layer
-        yield layer
-
-    def keep_only(self, place: int, modules: Sequence[nn.Module]) -> None:
-        kept = {p for module in modules for p in module.parameters()}
-        layer = self.layer(place)
-        self._model.release(name for name, p in layer.named_parameters() if p not in kept)
-        for module in layer.modules():
-            if not kept.intersection(module.parameters()):
-                module.to("meta")
-
-    def close(self) -> None:
-        if self._ready is not None:
-            self._ready.to("meta")
-            self._ready = None
-
-    def layer(self, place: int) -> nn.Module:
-        return self._model.layers[place]
-
-    def call(self, place: int, state: Tensor) -> Call:
-        return (state, None, self._model.freqs_cis[: state.shape[1]], None), {}
-
-    def embed(self, tokens: Tensor) -> Tensor:
-        return next(self.embed_all([tokens]))
-
-    def embed_all(self, batches: Sequence[Tensor]) -> Iterator[Tensor]:
-        width = self._model.params.dim * self._model.dtype.itemsize
-        group: list[Batch] = []
-        for tokens in batches:
-            group.append(Batch(tokens, torch.ones_like(tokens, dtype=torch.bool)))
-            if sum(batch.tokens.numel() for batch in group) * width >= GROUP_BYTES:
-                yield from self._embedded(group)
-                group = []
-        yield from self._embedded(group)
-
-    def _embedded(self, group: list[Batch]) -> Iterator[Tensor]:
-        if group:
-            self._model.embed(group)
-        while group:
-            yield group.pop(0).state
-
-    def widths(self) -> tuple[int, int, int]:
-        width, inputs, _ = super().widths()
-        return width, inputs, self._model.dtype.itemsize  # layers without weights do not tell
-
-    def memory(self) -> dict[str, int]:
-        args, model = self._model.params, self._model
-        sizes = [p.numel() for p in model.layers[0].parameters()]
-        # a matrix of a Hugging Face file is there twice while its rows are put in order
-        stored = 2 * max(sizes) * model.source.infos[EMBEDDING].dtype.itemsize
-        embedding = GROUP_BYTES + args.max_seq_len * args.dim * model.dtype.itemsize + BLOCK_BYTES
-        layer = sum(sizes) * model.dtype.itemsize
-        return {"layer": layer, "weights as stored": max(stored, embedding - layer)}
+        parts = [F.linear(normed, weight).float() for _, weight in self._head()]
+        return torch.cat(parts, dim=-1)  # (B, S, V)

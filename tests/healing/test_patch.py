@@ -170,7 +170,7 @@ def test_other_refusals(monkeypatch):
 
 def test_an_output_projection_that_cannot_be_read_is_refused():
     layer = make("llama").model.layers[0]
-    with pytest.raises(ValueError, match="not in memory: open the model whole"):
+    with pytest.raises(ValueError, match="not in memory: open the model without stream"):
         mlp_output(layer.to("meta"))
     eight_bit = torch.nn.Parameter(torch.zeros(32, 48, dtype=torch.int8), requires_grad=False)
     layer.mlp.down_proj.weight = eight_bit

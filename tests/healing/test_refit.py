@@ -16,7 +16,7 @@ from short_gpt.healing.refit import Refit, RefitSettings, fit, fold, heal, heal_
 from short_gpt.healing.solver import Fit
 from short_gpt.models.layer_calls import LayerCalls
 from short_gpt.models.layer_hooks import attention_output, mlp_output, transposed
-from short_gpt.models.sublayers import Sublayers, behind_attention
+from short_gpt.models.sublayers import Sublayers, after_attention
 from short_gpt.wrappers.short_hf import ShortHFModel
 from short_gpt.wrappers.short_llama import ShortLlama
 
@@ -53,7 +53,7 @@ def lack(short, place: int, part: str, windows, target: torch.Tensor) -> list[to
         -1, end.weight.shape[0 if transposed(end) else 1]
     )
     mlp = Sublayers.of(calls, place, state, short.decoder.family).mlp
-    between, behind = behind_attention(lambda: calls.run(place, state), mlp)
+    between, behind = after_attention(lambda: calls.run(place, state), mlp)
     rest = target - (behind if part == "mlp" else between)
     square = target.flatten(0, 1).double().pow(2).sum(1)
     return [inputs.double(), rest.flatten(0, 1).double(), 1 / square]
@@ -88,7 +88,7 @@ def test_in_the_model_that_is_left_every_matrix_solves_its_normal_equations(fami
         if found.part == "attention":
             mlp = Sublayers.of(calls, found.layer, targets[found.layer], whole.decoder.family).mlp
             run = lambda: calls.run(found.layer, targets[found.layer])  # noqa: B023, E731
-            between, behind = behind_attention(run, mlp)
+            between, behind = after_attention(run, mlp)
             target = between if family != "mixtral" else between + target - behind
         x, rest, w = lack(short, place, found.part, WINDOWS, target)
         if solving.weights == "equal":
@@ -316,7 +316,7 @@ def test_layers_that_need_the_tokens_are_refused():
         lambda m, args, kwargs: (args, {**kwargs, "text": read[-1]}), with_kwargs=True
     )
     short.decoder.run = lambda tokens: (read.append(tokens), run(tokens))
-    with pytest.raises(ValueError, match="take more than the state in front of them"):
+    with pytest.raises(ValueError, match="take more than the hidden state entering them"):
         fit(short, [3], WINDOWS, progress=False)
 
 

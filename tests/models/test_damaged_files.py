@@ -45,7 +45,7 @@ from short_gpt.models.loading import load_tokenizer
 from short_gpt.runtime.errors import USER_ERRORS, MissingPackageError, ShortGPTError
 from short_gpt.runtime.state import StateFile
 from short_gpt.scoring.run import RunState
-from short_gpt.wrappers.streamed_weights import HFSource
+from short_gpt.wrappers.streamed_transformer import HFSource
 
 pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
 NUMBERS = [0, -1, 10**7, 2**63, 10**400, 1e308, 0.5]

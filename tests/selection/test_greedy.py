@@ -12,9 +12,8 @@ from families import FAMILIES, make
 
 from llama.model import TransformerBlock
 from short_gpt.evaluation.perplexity import perplexity
-from short_gpt.models.decoder import Decoder
+from short_gpt.models.decoder import Decoder, without_layers
 from short_gpt.models.hf import HFDecoder
-from short_gpt.models.layer_removal import without_layers
 from short_gpt.models.meta import MetaDecoder
 from short_gpt.runtime.progress import bar
 from short_gpt.runtime.state import StateFile

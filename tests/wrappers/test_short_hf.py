@@ -15,8 +15,8 @@ from processes import alone
 
 from short_gpt import ShortHFModel
 from short_gpt.models import hf as hf_decoder
+from short_gpt.models.decoder import remove_layers, without_layers
 from short_gpt.models.hf import HFDecoder, find_layers
-from short_gpt.models.layer_removal import remove_layers, without_layers
 from short_gpt.models.loading import auto_class
 from short_gpt.scoring.measuring import measure
 from short_gpt.scoring.metrics import block_influence

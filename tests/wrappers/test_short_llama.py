@@ -20,7 +20,7 @@ from torch import nn
 
 from llama import Llama
 from short_gpt import ShortLlama
-from short_gpt.models.layer_removal import remove_layers, without_layers
+from short_gpt.models.decoder import remove_layers, without_layers
 from short_gpt.models.meta import MetaDecoder
 from short_gpt.scoring.measuring import measure
 

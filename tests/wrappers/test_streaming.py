@@ -302,7 +302,7 @@ def test_what_cannot_be_is_said(streamed, tmp_path):
         streamed.perplexity([[5]], progress=False)
     with pytest.raises(ValueError, match="1 to 20"):
         streamed.measure([WINDOWS[0] * 2], progress=False)
-    with pytest.raises(ValueError, match="max_memory bounds a streamed model; pass stream"):
+    with pytest.raises(ValueError, match="bounds a streamed model; pass stream"):
         ShortLlama.from_checkpoint(tmp_path / "meta", max_memory="3GB")
     with pytest.raises(FileNotFoundError, match="has no params.json"):
         StreamedLlama(tmp_path)

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from short_gpt.models.hf import HFDecoder
 from short_gpt.models.meta import MetaDecoder
-from short_gpt.wrappers.sublayers import remove_sublayers
+from short_gpt.wrappers.short_model import remove_sublayers
 
 
 @torch.no_grad()
@@ -75,5 +75,5 @@ def test_weights_that_are_not_in_memory_are_refused():
     model = make_transformer()
     model.layers[1].to("meta")
     for half in ("attention", "mlp"):
-        with pytest.raises(ValueError, match="not in memory: open the model whole, not streamed"):
+        with pytest.raises(ValueError, match="not in memory: open the model without stream"):
             remove_sublayers(MetaDecoder(model), **{half: [1]})
