@@ -1,25 +1,32 @@
-"""Import paths of the last version, which still work and warn with the new path."""
+"""Names of the last version, which still work and warn with the new name."""
 
 from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import wraps
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any, TypeVar, cast
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 # the old path, and the modules that have its names now
 MOVED = {
     "short_gpt.experiments": ("short_gpt.jobs",),
     "short_gpt.opening": ("short_gpt.wrappers.opening",),
     "short_gpt.report": ("short_gpt.plots", "short_gpt.cli.tables", "short_gpt.cli"),
+    "short_gpt.scoring.clusters": ("short_gpt.scoring.moments", "short_gpt.scoring.lists"),
     "short_gpt.scoring.differences": ("short_gpt.scoring.importance",),
     "short_gpt.scoring.following": ("short_gpt.scoring.run",),
+    "short_gpt.scoring.halves": ("short_gpt.scoring.hooks",),
+    "short_gpt.scoring.measuring": ("short_gpt.scoring.run",),
     "short_gpt.scoring.state": ("short_gpt.scoring.run",),
-    "short_gpt.scoring.timing": ("short_gpt.scoring.measuring",),
+    "short_gpt.scoring.timing": ("short_gpt.scoring.run",),
     "short_gpt.selection.found": ("short_gpt.selection.search",),
     "short_gpt.selection.trials": ("short_gpt.selection.search",),
     "short_gpt.short_hf": ("short_gpt.wrappers.short_hf",),
@@ -28,6 +35,48 @@ MOVED = {
     "short_gpt.streaming": ("short_gpt.wrappers", "short_gpt.runtime.memory"),
     "short_gpt.surgery": ("short_gpt.models", "short_gpt.wrappers"),
 }
+
+
+def renamed_function(old: str, new: F) -> F:
+    """A function by its old name."""
+
+    @wraps(new)
+    def call(*args: object, **kwargs: object) -> object:
+        warnings.warn(f"{old} is now {new.__name__}", DeprecationWarning, stacklevel=2)
+        return new(*args, **kwargs)
+
+    return cast("F", call)
+
+
+def renamed_argument(old: str, new: str) -> Callable[[F], F]:
+    """A decorator: a keyword argument works by its old name; of a class the attribute, too."""
+
+    def warn(owner: Callable[..., Any]) -> None:
+        message = f"{old} of {owner.__name__} is now {new}"
+        warnings.warn(message, DeprecationWarning, stacklevel=3)
+
+    def decorate(owner: F) -> F:
+        called = owner.__init__ if isinstance(owner, type) else owner  # type: ignore[misc]
+
+        @wraps(called)
+        def call(*args: object, **kwargs: object) -> object:
+            if old in kwargs:
+                warn(owner)
+                kwargs[new] = kwargs.pop(old)
+            return called(*args, **kwargs)
+
+        if not isinstance(owner, type):
+            return cast("F", call)
+
+        def attribute(self: object) -> object:
+            warn(owner)
+            return getattr(self, new)
+
+        owner.__init__ = call  # type: ignore[misc]
+        setattr(owner, old, property(attribute))
+        return owner
+
+    return decorate
 
 
 class OldPaths(MetaPathFinder, Loader):

@@ -1,4 +1,7 @@
-"""From scores to layer numbers. Numbers in, numbers out; no model."""
+"""From scores to layer numbers. Numbers in, numbers out; no model.
+
+Shapes: L layers.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +19,6 @@ def lowest(scores: Tensor, n: int) -> list[int]:
     Args:
         scores: (L,), one score a layer; ties go to the lower number.
         n: 1 to L - 1.
-
-    Returns:
-        n layer numbers.
 
     Raises:
         ShortGPTError: n is out of range or a score is not finite.

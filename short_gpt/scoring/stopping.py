@@ -30,6 +30,8 @@ planned looks it is shared equally; if nobody knows how many windows there are, 
 near tie of layers of which a few windows hold much of the sum, as these are rarer than ``rare``.
 
 ``benchmarks/stopping.py --adversarial`` attacks the rule with populations made to mislead it.
+
+Shapes: L layers (or starts of blocks); "..." are any leading dimensions.
 """
 
 from __future__ import annotations
@@ -116,12 +118,11 @@ class Stop:
         else:
             means, covariance = importance.block_influence, importance.covariance
             chosen, skewness = lowest(importance.block_influence, n), importance.skewness
-        mask = torch.zeros(len(means), dtype=torch.bool)  # layers, or starts of blocks
+        mask = torch.zeros(len(means), dtype=torch.bool)  # (L,)
         mask[chosen] = True
         z = order_z(means, covariance * unread(read, population), mask)  # (L, L)
-        needed = self.needed(skewness, read, population, final=final)
-        place = int((z - needed).argmin())  # the pair that is farthest from settled
-        pair = divmod(place, len(means))
+        needed = self.needed(skewness, read, population, final=final)  # (L, L)
+        pair = divmod(int((z - needed).argmin()), len(means))  # the farthest from settled
         everything = population is not None and read >= population
         early = read >= self.first_look(population) and bool(z[pair] > needed[pair])
         names = tuple(importance.layers[i] for i in pair)
@@ -131,11 +132,13 @@ class Stop:
     def needed(
         self, skewness: Tensor, read: int, population: int | None, *, final: bool = False
     ) -> Tensor:
-        """The z that settles a pair at this look.
+        """The z that settles a pair at this look, (..., L, L).
 
         Args:
             skewness: of the pairs' differences, (..., L, L).
-            read, population, final: as in `judge`.
+            read: windows so far.
+            population: as in `judge`.
+            final: as in `judge`.
         """
         look = self.looks(read, population) + final or 1
         if population is None:
@@ -203,10 +206,10 @@ def skewness_factor(t: float, read: int, population: int | None) -> float:
     sqrt(m (1 - f)), and its quantile is t + mean + third cumulant (t^2 - 1) / 6 (Cornish-Fisher).
     At f = 0 that is Johnson's and Hall's (1 + 2 t^2) / (6 sqrt(m)).
     """
-    left = unread(read, population)
-    if left == 0:
+    rest = unread(read, population)  # 1 - f
+    if rest == 0:
         return 0.0
-    return (3 * left + (1 + left) * (t * t - 1)) / 6 / math.sqrt(read * left)
+    return (3 * rest + (1 + rest) * (t * t - 1)) / 6 / math.sqrt(read * rest)
 
 
 def next_look(windows: int) -> int:
@@ -222,7 +225,8 @@ class Verdict:
         stop: the rule.
         settled: whether the run may end here by the promise of `Stop`; also if all windows were
             read.
-        windows, population: windows read, of how many.
+        windows: read.
+        population: windows in all; None if unknown.
         pair: the least sure pair: a chosen layer (or a block's first) and another, original
             numbers.
         z: their difference in standard errors.
@@ -275,8 +279,8 @@ def order_z(means: Tensor, covariance: Tensor, chosen: Tensor) -> Tensor:
         is not, else infinite. Entries that are equal in every window count as infinitely sure: the
         lower number decides such a tie.
     """
-    difference = means[..., None, :] - means[..., :, None]  # [i, j]: means[j] - means[i]
-    spread = pair_spread(covariance)
+    difference = means[..., None, :] - means[..., :, None]  # (..., L, L), [i, j]: of j less of i
+    spread = pair_spread(covariance)  # (..., L, L)
     tied = (difference == 0) & (spread < 1e-15)  # rounding leaves that much of no variance
     sure = tied | (spread == 0) | ~chosen[..., :, None] | chosen[..., None, :]
     return torch.where(sure, math.inf, difference / spread.sqrt())
