@@ -179,8 +179,10 @@ class Settings:
                 raise ShortGPTError("`parts` best chooses the aim by itself: leave `aim` out")
             return RefitSettings(None, ridges, max_windows=max_windows)
         parts = PARTS if self.parts is None else tuple(p.strip() for p in self.parts.split(","))
-        aim = RefitSettings.aim if self.aim is None else self.aim
-        return RefitSettings(parts, ridges, aim=aim, max_windows=max_windows)
+        step_size = RefitSettings.step_size if self.aim is None else self.aim
+        if not 0 < step_size <= 1:  # by the name of the flag
+            raise ShortGPTError(f"aim = {step_size}: expected above 0 and at most 1")
+        return RefitSettings(parts, ridges, step_size=step_size, max_windows=max_windows)
 
     def recipe(self, short: ScoredModel, seed: int) -> Recipe:
         """The recipe for a model of transformers, with the changes."""
