@@ -72,5 +72,5 @@ class ClosedForm(ABC):
             ShortGPTError: no layer is to be removed.
         """
         if not context.layers:
-            raise ShortGPTError(f"{self.name} reads the whole model: name the layers that go")
+            raise ShortGPTError(f"{self.name} reads the original model: name the layers to remove")
         return self.fit(context)

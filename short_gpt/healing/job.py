@@ -1,4 +1,4 @@
-"""One healing from beginning to end: measured, cut, healed, measured again, saved."""
+"""One healing from beginning to end: measured, pruned, healed, measured again, saved."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from pathlib import Path
 from short_gpt.evaluation.paired import Difference, difference, together
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.healing.closed_form import Heal, HealingContext, Step
-from short_gpt.healing.refit import RefitSettings
+from short_gpt.healing.distillation import CONTENT
+from short_gpt.healing.lora import TEACHER, DistillSettings, LoraSettings
+from short_gpt.healing.refit import PatchSettings, RefitSettings
 from short_gpt.healing.refit_state import STATE
-from short_gpt.healing.steps import TEACHER, check_order
-from short_gpt.healing.teacher import CONTENT
 from short_gpt.healing.texts import Learning
 from short_gpt.runtime.errors import (
     USER_ERRORS,
@@ -27,6 +27,33 @@ from short_gpt.runtime.errors import (
 )
 from short_gpt.runtime.lock import Lock, hold
 from short_gpt.wrappers.scored_model import ScoredModel
+
+# All steps by the names that ``heal --method`` knows. A new closed form is a line here.
+KINDS: tuple[type[Step], ...] = (
+    RefitSettings,
+    PatchSettings,
+    LoraSettings,
+    DistillSettings,
+)
+STEPS = {kind.name: kind for kind in KINDS}
+
+
+def check_order(steps: Sequence[tuple[str, bool]]) -> None:
+    """Raises ShortGPTError unless steps, by name and whether each trains, can follow each other.
+
+    Example:
+        >>> check_order([("patch", False), ("distill", True)])
+    """
+    names = [name for name, _ in steps]
+    chain = ",".join(names)
+    if not names or len(set(names)) != len(names):
+        raise ShortGPTError(f"expected different methods of healing, got {chain or 'none'}")
+    late = [name for name, trains in steps[1:] if not trains]
+    if late:
+        raise ShortGPTError(
+            f"{chain}: {late[0]} is fitted on the original model, so nothing may heal before it; "
+            "put one closed form first, and training after it"
+        )
 
 
 @dataclass(frozen=True)
@@ -154,12 +181,12 @@ class HealingJob:
             if self.layers:
                 self._measure(f"whole, {len(self.short.kept)} layers", parts)
             done = self._heal(ready, parts)
-        cut, *healed = [*parts.values()][-len(done) - 1 :]
-        names, before = [step.name for step in self.steps], [cut, *healed[:-1]]
+        pruned, *healed = [*parts.values()][-len(done) - 1 :]
+        names, before = [step.name for step in self.steps], [pruned, *healed[:-1]]
         self.evidence = HealingEvidence(
             done,
             {name: together(windows) for name, windows in parts.items()},
-            difference(cut, healed[-1]),
+            difference(pruned, healed[-1]),
             {n: difference(a, b) for n, a, b in zip(names, before, healed, strict=True)},
         )
         self.short.evidence["change"] = asdict(self.evidence.change)

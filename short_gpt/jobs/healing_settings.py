@@ -12,14 +12,14 @@ from short_gpt.runtime.settings import READ, setting
 
 if TYPE_CHECKING:
     from short_gpt.healing import DistillSettings, Recipe
-    from short_gpt.healing.steps import RefitSettings
-    from short_gpt.healing.teacher import Predictor
+    from short_gpt.healing.distillation import Predictor
+    from short_gpt.healing.refit import RefitSettings
     from short_gpt.wrappers.scored_model import ScoredModel
 
 
 def kinds_of_methods() -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The methods that are closed forms, and those that train."""
-    from short_gpt.healing.steps import STEPS
+    from short_gpt.healing.job import STEPS
 
     closed, training = ([n for n, s in STEPS.items() if s.trains is t] for t in (False, True))
     return tuple(closed), tuple(training)
@@ -35,7 +35,7 @@ def methods_of(text: str) -> list[str]:
         >>> methods_of("patch,distill")
         ['patch', 'distill']
     """
-    from short_gpt.healing.steps import STEPS, check_order
+    from short_gpt.healing.job import STEPS, check_order
 
     methods = listed(text)
     for name in methods:
@@ -170,8 +170,8 @@ class Settings:
             ShortGPTError: parts, the ridge or the aim are out of range, or there is an aim although
                 best chooses it.
         """
+        from short_gpt.healing.refit import RefitSettings
         from short_gpt.healing.solver import PARTS, RIDGES
-        from short_gpt.healing.steps import RefitSettings
 
         ridges = RIDGES if self.ridge is None else (self.ridge,)
         if self.parts == "best":
@@ -224,8 +224,7 @@ class Distilling:
 
     def check(self, methods: Sequence[str]) -> None:
         """Raises ShortGPTError for what no method here uses, or cannot be."""
-        from short_gpt.healing.distillation import check_share
-        from short_gpt.healing.teacher import check_targets
+        from short_gpt.healing.distillation import check_share, check_targets
 
         if "distill" not in methods:
             if self.given:

@@ -18,6 +18,10 @@ F = TypeVar("F", bound=Callable[..., Any])
 # the old path, and the modules that have its names now
 MOVED = {
     "short_gpt.experiments": ("short_gpt.jobs",),
+    "short_gpt.healing.moments": ("short_gpt.healing.solver",),
+    "short_gpt.healing.refit_memory": ("short_gpt.healing.refit_state",),
+    "short_gpt.healing.steps": ("short_gpt.healing.job", "short_gpt.healing.lora"),
+    "short_gpt.healing.teacher": ("short_gpt.healing.distillation",),
     "short_gpt.opening": ("short_gpt.wrappers.opening",),
     "short_gpt.report": ("short_gpt.plots", "short_gpt.cli.tables", "short_gpt.cli"),
     "short_gpt.scoring.clusters": ("short_gpt.scoring.moments", "short_gpt.scoring.lists"),

@@ -13,6 +13,10 @@ from short_gpt.runtime.renamed import MOVED
 from short_gpt.scoring import Importance, LayerHooks, Scores, hooked
 
 OLD_NAMES = {
+    "short_gpt.healing.moments": ("NormalEquations",),
+    "short_gpt.healing.refit_memory": ("RefitPlan", "plan_of"),
+    "short_gpt.healing.steps": ("STEPS", "KINDS", "check_order", "LoraSettings", "DistillSettings"),
+    "short_gpt.healing.teacher": ("CachedTeacher", "LiveTeacher", "divergence", "TOP_K"),
     "short_gpt.scoring.clusters": ("degrees_of_freedom", "ratio_covariance"),
     "short_gpt.scoring.differences": ("difference_margins",),
     "short_gpt.scoring.following": ("Following",),
