@@ -18,12 +18,12 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -41,8 +41,10 @@ from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
 from short_gpt.runtime.lock import hold
 from short_gpt.runtime.progress import bar, set_rate
 from short_gpt.runtime.state import StateFile, damaged, joined
+from short_gpt.wrappers.scored_model import ScoredModel
 
 Window = Sequence[int]
+Predictor = ScoredModel  # what can teach: in memory or streamed, quantized or not
 TOP_K = 64
 DIGEST = sha256().digest_size  # bytes
 IDENTITY, CONTENT = "teacher.json", "teacher.bin"
@@ -79,17 +81,15 @@ class Targets(NamedTuple):
 
 
 def divergence(logits: Tensor, targets: Targets, *, temperature: float = 1.0) -> Tensor:
-    """KL(teacher || student) in nats of every prediction.
+    """KL(teacher || student) in nats of every prediction, (N,), not multiplied by t^2.
+
+    It is at least 0, and 0 where the student predicts what the teacher does. Its gradient is the
+    student's probabilities less the teacher's, whose rest is spread as the student's is.
 
     Args:
         logits: (N, V), the student's.
-        targets: the teacher's, by logits over the same vocabulary and at the same temperature.
-        temperature: by which both divide their logits. The result is not multiplied by its
-            square.
-
-    Returns:
-        (N,), at least 0, and 0 where the student predicts what the teacher does. Its gradient is
-        the student's probabilities less the teacher's, whose rest is spread as the student's is.
+        targets: the teacher's, over the same vocabulary and at the same temperature.
+        temperature: by which both divide their logits.
     """
     nats: Tensor = _Divergence.apply(_scaled(logits, temperature), *targets)  # (N,)
     return nats
@@ -147,40 +147,6 @@ def _others(scaled: Tensor, ids: Tensor) -> Tensor:
     return scaled.scatter(-1, ids, -torch.inf).logsumexp(-1)
 
 
-class Predictor(Protocol):
-    """What can teach: any `ScoredModel`, in memory or streamed, quantized or not."""
-
-    @property
-    def decoder(self) -> Decoder: ...
-
-    def identity(self) -> dict[str, object]:
-        """What tells it from others, ready for JSON."""
-
-    def window_logits(self, windows: Sequence[Window], *, batch_size: int = 1) -> Iterator[Tensor]:
-        """Logits (S, V) of every window, in their order."""
-
-
-class Teacher(Protocol):
-    """What distillation asks of a teacher.
-
-    Attributes:
-        temperature: by which its logits were divided.
-    """
-
-    temperature: float
-
-    def identity(self) -> dict[str, object]:
-        """What a resumed training must share with the earlier one, ready for JSON."""
-
-    def targets(self, indices: Sequence[int], windows: Sequence[Window]) -> list[Targets]:
-        """What it predicts after every token except the last of each of these windows.
-
-        Args:
-            indices: of the windows among all of training, then of validation.
-            windows: the same as token ids.
-        """
-
-
 class LiveTeacher:
     """A second model in memory, asked in every step: nothing is kept on disk.
 
@@ -188,9 +154,6 @@ class LiveTeacher:
         model: with all its layers; never the object that is trained.
         k: tokens kept of each prediction.
         temperature: of its predictions.
-
-    Example:
-        >>> LiveTeacher(open_model("llama-2-7b"))  # doctest: +SKIP
     """
 
     def __init__(self, model: Predictor, *, k: int = TOP_K, temperature: float = 1.0) -> None:
@@ -198,18 +161,18 @@ class LiveTeacher:
         self.model, self.k, self.temperature = model, min(k, model.decoder.vocab_size), temperature
 
     def identity(self) -> dict[str, object]:
+        """What a resumed training must share with the earlier one, ready for JSON."""
         own = {"top_k": self.k, "temperature": self.temperature, "cached": False}
         return joined({"teacher": json_digest(self.model.identity())}, own)
 
     def targets(self, indices: Sequence[int], windows: Sequence[Window]) -> list[Targets]:
+        """What it predicts after every token except the last of each of these windows."""
         every = self.model.window_logits(windows, batch_size=len(windows))
         return [_targets(logits, self.k, self.temperature) for logits in every]
 
 
 class CachedTeacher:
-    """A teacher's predictions in a file that is mapped into memory.
-
-    They take 6 K + 2 bytes a token, and a digest follows those of each window.
+    """A teacher's predictions in a file that is mapped into memory, 6 K + 2 bytes a token.
 
     Args:
         folder: holds the predictions, or will: two files.
@@ -256,15 +219,12 @@ class CachedTeacher:
             raise FileExistsError(f"{self._file} exists, and no {IDENTITY} says what it is")
 
     def identity(self) -> dict[str, object]:
+        """What a resumed training must share with the earlier one, ready for JSON."""
         own = {"top_k": self.k, "temperature": self.temperature, "cached": True}
         return joined({"teacher": self._teacher}, own)
 
     def fill(self, *, batch_size: int = 1, progress: bool = True) -> None:
-        """Asks the model for what the file lacks; interrupted, it goes on where it was.
-
-        Args:
-            batch_size: windows read at once.
-            progress: whether to show a bar.
+        """Asks the model for what the file lacks, ``batch_size`` windows at once.
 
         Raises:
             ShortGPTError: what the file has is not what was saved there.
@@ -291,6 +251,7 @@ class CachedTeacher:
         self._model = None
 
     def targets(self, indices: Sequence[int], windows: Sequence[Window]) -> list[Targets]:
+        """The same, by the windows' indices among all of training, then of validation."""
         if self._written() < self._ends[-1]:
             raise RuntimeError(f"{self._file} lacks predictions: call fill first")
         mapped = np.memmap(self._file, mode="r")  # bytes
@@ -327,6 +288,9 @@ class CachedTeacher:
         return finished
 
 
+Teacher = LiveTeacher | CachedTeacher
+
+
 def check_targets(k: int, temperature: float) -> None:
     """Raises ShortGPTError for what cannot be kept of a teacher."""
     if k < 1:
@@ -356,13 +320,7 @@ class Distillation:
 
     Args:
         teacher: the original model's predictions on the windows of training and validation.
-        kl_share: a, of the divergence in the loss; the rest is the text's own.
-
-    Raises:
-        ShortGPTError: ``kl_share`` is not above 0 and at most 1.
-
-    Example:
-        >>> heal_lora(short, *windows, distillation=Distillation(teacher))  # doctest: +SKIP
+        kl_share: a, of the divergence in the loss, above 0 and at most 1; the rest is the text's.
     """
 
     teacher: Teacher

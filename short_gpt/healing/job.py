@@ -66,10 +66,6 @@ class HealingEvidence:
             last by the steps until then ("patch"), and healed.
         change: of the loss by the healing alone, paired over the windows.
         changes: the same of each step, by its name.
-
-    Example:
-        >>> HealingEvidence([], {}, Difference(0.02, 0.01, 32)).worse
-        True
     """
 
     steps: Sequence[Mapping[str, object]]
@@ -108,18 +104,14 @@ class HealingJob:
         layers: to remove first, in the original model's numbering; training also heals a model
             from which nothing more is removed.
         settings: what heals, one step or several: one closed form at most, before training.
-        work_dir: keeps what an interrupted healing continues from, until the model is saved: the
-            closed form's weights, the teacher's predictions, training's checkpoints; None keeps
-            nothing.
+        work_dir: keeps what an interrupted healing continues from, until the model is saved; None
+            keeps nothing.
         resume: continue from what is there.
         progress: whether to show bars.
         notify: called with every perplexity when it is measured, in words.
 
     Attributes:
         evidence: of `run`; None before.
-
-    Raises:
-        ShortGPTError: the steps cannot follow each other.
 
     Example:
         >>> short = ShortHFModel("llama-2-7b-hf")  # doctest: +SKIP
@@ -152,31 +144,23 @@ class HealingJob:
         self._lock: Lock | None = None  # of the folder, from the start of `run` until it is removed
 
     def plan_text(self) -> str | None:
-        """What a refit among the steps will take in memory and on disk; None where there is none.
-
-        Raises:
-            ShortGPTError: it is more than there is, or than a streamed model may take.
-        """
+        """What a refit among the steps takes in memory and on disk; None where there is none."""
         for step in self.steps:
             if isinstance(step, RefitSettings) and step.where == "all":
                 return step.plan(self.short, self.windows, self.work_dir).describe()
         return None
 
     def run(self) -> HealingEvidence:
-        """Does all of it except saving.
+        """Does all of it except saving; after any error the model is as it was, with all layers.
 
         Raises:
-            ShortGPTError, NotFiniteError, MissingPackageError: as those of the steps.
-                After an error, or an interruption, the model is as it was, with all its layers.
-            ShortGPTError: another process heals in ``work_dir``.
+            ShortGPTError: another process heals in ``work_dir``; or as those of the steps.
             FileExistsError: ``work_dir`` holds an earlier run, and ``resume`` was not asked for.
         """
         parts: dict[str, list[Perplexity]] = {}
         with self._folder() as folder:
-            lasting = self.work_dir is not None
-            context = HealingContext(
-                self.short, self.windows, self.layers, folder, lasting, self.progress
-            )
+            kept = (folder, self.work_dir is not None)
+            context = HealingContext(self.short, self.windows, self.layers, *kept, self.progress)
             ready = [step.prepare(context) for step in self.steps]
             if self.layers:
                 self._measure(f"whole, {len(self.short.kept)} layers", parts)
@@ -225,8 +209,7 @@ class HealingJob:
         """Writes the healed model with its evidence, and removes what could be continued from.
 
         A streamed model reads from there what was solved: go on with the new directory instead.
-
-        Args and errors as in `ScoredModel.save`, and:
+        Arguments and errors as in `ScoredModel.save`, and:
 
         Raises:
             RuntimeError: `run` was not called, or failed.
@@ -259,15 +242,15 @@ class HealingJob:
 
     def _clear(self, folder: Path) -> None:
         """Removes what the steps keep, and the folder if nothing else is in it."""
-        for name in (TEACHER, *(step.name for step in self.steps)):
+        for own in (folder / TEACHER, *(folder / step.name for step in self.steps)):
             # in an order in which what a kill here may leave blocks no later run: a state before
             # the weights that it names, a recipe after the checkpoints that it belongs to
-            for path in (folder / name).rglob(STATE):
+            for path in own.rglob(STATE):
                 path.unlink()
-            for path in (folder / name).glob("checkpoint-*"):
+            for path in own.glob("checkpoint-*"):
                 shutil.rmtree(path, ignore_errors=True)
-            (folder / name / CONTENT).unlink(missing_ok=True)
-            shutil.rmtree(folder / name, ignore_errors=True)
+            (own / CONTENT).unlink(missing_ok=True)
+            shutil.rmtree(own, ignore_errors=True)
         with suppress(OSError):  # a folder that holds something else stays
             folder.rmdir()
         self._lock = None
@@ -284,7 +267,11 @@ class HealingJob:
         folder = self.work_dir
         self._lock = hold(folder)
         try:
-            self._check_there(folder)
+            any_there = folder.is_dir() and any(folder.iterdir())
+            if any_there and not self.resume:
+                raise FileExistsError(f"{folder} holds an earlier run; resume it, or remove it")
+            if self.resume and not any_there:
+                raise ShortGPTError(f"{folder} holds nothing to resume; start without resume")
             folder.mkdir(parents=True, exist_ok=True)
             yield folder
         except BaseException as error:
@@ -295,14 +282,6 @@ class HealingJob:
         finally:
             with suppress(OSError):  # a folder that holds something stays
                 folder.rmdir()
-
-    def _check_there(self, folder: Path) -> None:
-        """Raises where a folder holds an earlier run, or none to resume."""
-        there = folder.is_dir() and any(folder.iterdir())
-        if there and not self.resume:
-            raise FileExistsError(f"{folder} holds an earlier run; resume it, or remove it")
-        if self.resume and not there:
-            raise ShortGPTError(f"{folder} holds nothing to resume; start without resume")
 
     def _measure(self, state: str, parts: dict[str, list[Perplexity]]) -> None:
         """Adds the perplexity of every window in this state of the model to ``parts``."""

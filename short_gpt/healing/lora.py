@@ -53,8 +53,8 @@ class Healed:
         losses: training loss in nats by step.
         validation: perplexity on the validation windows by step; 0 is before.
         tokens: trained on, with repetitions.
-        divergence: of distillation, from the teacher on the validation windows by step, nats a
-            token; by it the best step is known, as by the perplexity without distillation.
+        divergence: from the teacher on the validation windows by step, nats a token; the best step
+            is chosen by it, without distillation by the perplexity.
         distillation: its settings; None where the text alone was learned.
     """
 
@@ -96,6 +96,8 @@ def heal(
 ) -> Healed:
     """Trains low-rank changes on windows of text and merges them into the model, in place.
 
+    After any error the model is as before.
+
     Args:
         short: a `ShortHFModel`, its layers removed.
         training: windows of token ids to learn from.
@@ -114,24 +116,11 @@ def heal(
         ShortGPTError: the model is not one of transformers; the texts overlap; no linear map has
             the recipe's names; no windows; nothing or something else to resume; for 4 bits, no
             CUDA.
-        NotFiniteError: a loss is NaN or infinite. The model is as before after any error.
-
-    Example:
-        >>> healed = heal_lora(short, training, validation, evaluation)  # doctest: +SKIP
-        >>> healed.validation[healed.kept_step]  # doctest: +SKIP
-        27.15
+        NotFiniteError: a loss is NaN or infinite.
     """
     require_packages()
     recipe = recipe or recipe_for(short.trainable().config)
-    run = TrainingRun(
-        training,
-        validation,
-        recipe,
-        work_dir,
-        resume=resume,
-        show=progress,
-        distillation=distillation,
-    )
+    run = TrainingRun(training, validation, recipe, work_dir, resume, progress, distillation)
     return heal_run(short, run, evaluation)[0]
 
 
@@ -267,12 +256,7 @@ def require_packages() -> None:
 
 
 def adapt(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
-    """The model with untrained changes of its layers: a ``PeftModel`` around the same weights.
-
-    Raises:
-        MissingPackageError: peft is missing.
-        ShortGPTError: no linear map has the recipe's names.
-    """
+    """A ``PeftModel`` around the same weights, with untrained changes of linear maps."""
     from peft import LoraConfig, TaskType, get_peft_model
 
     targets = target_modules(model, recipe.modules)
@@ -295,9 +279,6 @@ def target_modules(model: PreTrainedModel, names: Sequence[str] | None = None) -
     Args:
         model: a causal language model of transformers.
         names: ends of their names; None takes the MLP's of the model's family.
-
-    Raises:
-        ShortGPTError: there is none.
     """
     model_type = model.config.get_text_config(decoder=True).model_type
     names = family_of(model_type).lora if names is None else names
@@ -352,11 +333,7 @@ def require_four_bit() -> None:
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """Settings of LoRA on text.
-
-    Attributes:
-        recipe: None takes the paper's for the model.
-    """
+    """Settings of LoRA on text; without a ``recipe``, the paper's for the model."""
 
     recipe: Recipe | None = None
     name: ClassVar[str] = "lora"
@@ -377,15 +354,8 @@ class LoraSettings:
         self, context: HealingContext, distillation: Distillation | None
     ) -> tuple[dict[str, object], Callable[[], object]]:
         folder = context.folder / self.name
-        run = TrainingRun(
-            self._training(context),
-            context.windows.validation,
-            self._recipe(context),
-            folder,
-            resume=begun(folder),
-            show=context.progress,
-            distillation=distillation,
-        )
+        read = (self._training(context), context.windows.validation, self._recipe(context))
+        run = TrainingRun(*read, folder, begun(folder), context.progress, distillation)
         healed, undo = heal_run(context.short, run, context.windows.evaluation)
         return healed.to_dict(), undo
 
@@ -431,11 +401,10 @@ class DistillSettings(LoraSettings):
                 f"the teacher knows {theirs} tokens, the model {ours}: give the model that it was "
                 "pruned from"
             )
+        k, temperature, folder = self.top_k, self.temperature, context.folder / TEACHER
         if self.live:
-            return LiveTeacher(model, k=self.top_k, temperature=self.temperature)
+            return LiveTeacher(model, k=k, temperature=temperature)
         windows = [*self._training(context), *context.windows.validation]
-        cache = CachedTeacher(
-            context.folder / TEACHER, model, windows, k=self.top_k, temperature=self.temperature
-        )
+        cache = CachedTeacher(folder, model, windows, k=k, temperature=temperature)
         cache.fill(batch_size=self._recipe(context).micro_batch, progress=context.progress)
         return cache

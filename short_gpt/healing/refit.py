@@ -187,10 +187,7 @@ class Refit:
 def heal(short: ScoredModel, layers: Sequence[int], windows: Windows, **options: Any) -> Refit:
     """Removes layers and refits the pruned model: `fit`, ``remove_layers`` and `fold`.
 
-    Args and errors as in `fit`; after any of them the model is as it was, with all its layers.
-
-    Example:
-        >>> refit = heal_refit(short, [21, 22, 25], windows)  # doctest: +SKIP
+    Arguments and errors as in `fit`; after any of them the model is as it was.
     """
     refit = fit(short, layers, windows, **options)
     with short.without_layers(refit.layers):
@@ -214,11 +211,11 @@ def heal_patch(
     """Removes layers and solves the layers before the gaps: `heal` with `PatchSettings`.
 
     Args:
-        short, layers, windows, options: as of `fit`.
+        short: as of `fit`.
+        layers: as of `fit`.
+        windows: as of `fit`.
         ridge: of every matrix; None chooses one by held-out windows.
-
-    Example:
-        >>> patch = heal_patch(short, [21, 22, 25], windows)  # doctest: +SKIP
+        options: as of `fit`.
     """
     settings = PatchSettings() if ridge is None else PatchSettings(ridges=(ridge,))
     return heal(short, layers, windows, settings=settings, **options)
@@ -321,7 +318,7 @@ def _solve(
         shown = stack.enter_context(bar(title, total=total, unit="layer", show=progress))
         stack.callback(calls.close)
         batches = Batches(calls, state, fitted, held_out, plan.room, shown.update)
-        _embed(batches, range(visits[0].layer))
+        batches.embed(removed=range(visits[0].layer))
         refused = _refit_layers(batches, visits, short.kept, settings)
     state.finish()
     return refused
@@ -331,12 +328,6 @@ def _refit_layers(
     batches: Batches, visits: Sequence[Visit], numbers: Sequence[int], settings: RefitSettings
 ) -> str:
     """The refit: run a layer, solve it, put the solution in place, run it again.
-
-    Args:
-        batches: of windows, embedded, or where they were when an earlier run ended.
-        visits: the kept layers.
-        numbers: the original number of every layer of the decoder.
-        settings: how matrices are solved.
 
     Returns:
         Why the last layer of which nothing can be solved cannot; empty if there is none.
@@ -383,21 +374,6 @@ def _visits(kept: Sequence[int], count: int, settings: RefitSettings) -> list[Vi
     first_removed = next(i for i in range(count + 1) if i not in kept)
     start = max(first_removed - 1, 0)  # the first layer whose target is not its own output
     return [Visit(i, after, i >= start, copied=i == start > 0) for i, after in pairs]
-
-
-def _embed(batches: Batches, removed: range) -> None:
-    """The states entering the first kept layer, the original's through removed ones before it."""
-    state, calls = batches.state, batches.calls
-    sample = next(iter(calls.embed_all([batches.tokens[0][:1, :1]])))  # (1, 1, D)
-    state.open(batches.shapes, sample.shape[-1], sample.dtype)
-    if state.done:
-        return
-    original, pruned = state.entering(ORIGINAL), state.entering(PRUNED)
-    for batch, embedded in enumerate(calls.embed_all(batches.tokens)):  # (B, S, D)
-        original[batch] = embedded
-        pruned[batch] = embedded  # of the model whose very first layers are removed
-    for index in removed:
-        batches.run_all(index, original, original)
 
 
 def _passes(visits: Sequence[Visit], state: RefitState) -> int:
@@ -481,9 +457,6 @@ def fold(short: ScoredModel, refit: Refit) -> Callable[[], None]:
 
     Returns:
         A function that puts the former values back.
-
-    Raises:
-        ShortGPTError: the refit is for other layers than those that the model has.
     """
     present = short.present
     changed = {layer for layer, _ in refit.values}

@@ -68,6 +68,19 @@ class Batches:
     def __iter__(self) -> Iterator[int]:
         return iter(range(len(self.shapes)))
 
+    def embed(self, *, removed: range) -> None:
+        """The states entering the first kept layer, the original's through removed ones before."""
+        sample = next(iter(self.calls.embed_all([self.tokens[0][:1, :1]])))  # (1, 1, D)
+        self.state.open(self.shapes, sample.shape[-1], sample.dtype)
+        if self.state.done:
+            return
+        original, pruned = self.state.entering(ORIGINAL), self.state.entering(PRUNED)
+        for batch, embedded in enumerate(self.calls.embed_all(self.tokens)):  # (B, S, D)
+            original[batch] = embedded
+            pruned[batch] = embedded  # of the model whose very first layers are removed
+        for index in removed:
+            self.run_all(index, original, original)
+
     def run(self, index: int, state: Tensor) -> Tensor:
         """The state (B, S, D) leaving a layer, where its weights are."""
         return self.calls.run(index, state.to(self.device(index)))

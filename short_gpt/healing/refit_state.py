@@ -195,11 +195,7 @@ class RefitState:
         return self._values if self.folder is None else self._stored
 
     def open(self, shapes: Sequence[tuple[int, int]], width: int, dtype: torch.dtype) -> None:
-        """Makes room for the states of batches of these shapes (B, S), entering a layer.
-
-        Raises:
-            ShortGPTError: files that the refit would go on from are gone, or others.
-        """
+        """Makes room for the states of batches of these shapes (B, S), entering a layer."""
         folder = self._folder_of_states
         if folder is None:  # in memory what leaves a layer overwrites what entered it
             self._turns = {model: [HiddenStates(shapes, width, dtype)] * 2 for model in MODELS}
@@ -240,13 +236,7 @@ class RefitState:
         *,
         models: Sequence[str] = MODELS,
     ) -> None:
-        """Finishes a layer.
-
-        Args:
-            fits: of the layer's matrices.
-            values: new ones, of its parameters.
-            models: whose states the next layer reads.
-        """
+        """Finishes a layer, with what was solved of it; the next reads the states of ``models``."""
         fits, done, values = [*self.fits, *fits], self.done + 1, values or {}
         if self.folder is None:
             self._values |= values
@@ -346,10 +336,10 @@ def plan_of(
     folder: Path | None = None,
     fits: int = 1,
 ) -> RefitPlan:
-    """Plans a refit in the memory that a model was opened with.
+    """Plans a refit in the memory that a model was opened with, or half of what is free.
 
     Args:
-        short: the model, whose ``max_memory`` may be None: half of what is free.
+        short: the model.
         windows: token ids, those to choose ridges by among them.
         batch_size: windows read at once.
         folder: where states go in any case; None keeps them in memory where they fit.

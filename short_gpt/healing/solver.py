@@ -129,10 +129,10 @@ class NormalEquations:
     def solve(
         self, ridge: float, put: Callable[[slice, Tensor], object], *, step: float = 1.0
     ) -> float:
-        """Solves C for a ridge, some columns at a time.
+        """Solves C for a ridge above 0, and calls ``put`` with each block of its columns.
 
         Args:
-            ridge: above 0.
+            ridge: of the penalty, above 0.
             put: called with a slice of columns, and step C in these, (F, columns) float64.
             step: the step size, a factor of C.
 
@@ -149,7 +149,7 @@ class NormalEquations:
             columns = slice(start, start + COLUMNS)
             right, change = self._cross[:, columns].numpy(), solve_columns(columns)  # (F, columns)
             # where the equations hold, tr(C^T X^T X C) = tr(C^T X^T R) - penalty ||C||^2
-            gained, size = _inner(change, right), _inner(change, change)
+            gained, size = (float(np.einsum("ij,ij->", change, m)) for m in (right, change))
             restored += step * (2 - step) * gained + step**2 * penalty * size
             put(columns, torch.from_numpy(step * change))
         return restored / self.square
@@ -238,7 +238,8 @@ class SublayerSolver:
 
         Args:
             equations: of the tokens to fit on, the projection being as it is.
-            layer, part: whose projection this is, for the `Fit`.
+            layer: whose projection this is, for the `Fit`.
+            part: "attention" or "mlp", for the `Fit`.
             noise: relative to its target, what a token misses by rounding alone.
         """
         if equations.square <= noise**2 * equations.tokens or not self._error_before:
@@ -335,8 +336,3 @@ def _rms(outputs: Tensor) -> Tensor:
 def _inverse(weight: Tensor) -> Tensor:
     """1 / weight, and 0 where a norm lets nothing through."""
     return torch.where(weight.abs() > 1e-6 * weight.abs().max(), 1 / weight, 0.0)
-
-
-def _inner(first: np.ndarray, second: np.ndarray) -> float:
-    """The sum of all products of entries, without a temporary."""
-    return float(np.einsum("ij,ij->", first, second))

@@ -47,11 +47,12 @@ class Source:
     """Texts to heal by.
 
     Attributes:
-        data: to learn from: pg19, a local file or folder, or a hub data set's name; several of
-            them, with commas between, give a mix: of as many windows of each where the number is
-            limited and no source runs short, else of all.
+        data: to learn from: pg19, a local file or folder, a hub data set's name, or several with
+            commas between: as many windows of each where the number is limited, else all.
         eval_data: to evaluate on; None holds a tenth of ``data`` out.
-        split, column, max_texts: of ``data``, see `data.read_texts`.
+        split: of ``data``, see `data.read_texts`.
+        column: of ``data``.
+        max_texts: of ``data``.
         seed: of the choice of texts and windows.
     """
 
@@ -83,10 +84,10 @@ class Source:
             eval_windows: windows to evaluate on at most.
             drop_overlap: leave out windows to learn from that share text with those to evaluate
                 on, instead of refusing them; None does so where ``eval_data`` is not given.
-            validate: keep up to 16 windows apart to choose the training step by, as LoRA needs.
+            validate: hold out up to 16 windows to choose the training step by, as LoRA needs.
 
         Raises:
-            ShortGPTError: texts overlap and are not to be left out, or nothing would be left.
+            ShortGPTError: texts overlap and are not to be left out, or nothing would remain.
         """
 
         cutting = partial(windows, encode=encode, size=size, stride=size, seed=self.seed, bos=bos)

@@ -97,11 +97,11 @@ def score(
     sublayers: bool = False,
     all_tokens: bool = False,
 ) -> Scores:
-    """Scores of single windows of token ids from one pass.
+    """Scores of single windows of token ids, of any lengths, from one pass.
 
     Args:
         decoder: the model.
-        windows: of any lengths.
+        windows: lists of token ids.
         layers: the layers' numbers, for an error.
         sublayers: also score the attention and the MLP of every layer.
         all_tokens: also take angular distances at all tokens; keeps the states of all layers.
@@ -219,8 +219,7 @@ class LayerHooks:
         """Forward hook: the states (B, S, D) entering and leaving one layer.
 
         Raises:
-            ShortGPTError: the layer has written over the state entering it, which nothing has
-                kept, or takes several states at once.
+            ShortGPTError: the layer writes over the state entering it, or takes several states.
         """
         state, result = state_in(args, kwargs), first(output)
         self._check_state(layer, state)

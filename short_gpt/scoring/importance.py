@@ -16,30 +16,10 @@ from torch import Tensor
 
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.renamed import renamed_argument
+from short_gpt.scoring import lists, moments
 from short_gpt.scoring.hooks import Scores
-from short_gpt.scoring.lists import (
-    check_sums,
-    layer_numbers,
-    saved_sums,
-    texts_from_json,
-    texts_to_json,
-    to_lists,
-)
 from short_gpt.scoring.metrics import LAYER_METRICS, spearman, t_quantile
-from short_gpt.scoring.moments import (
-    Texts,
-    add_texts,
-    block_sums,
-    cube_sums,
-    degrees_of_freedom,
-    merge_texts,
-    next_number,
-    pair_skewness,
-    pair_spread,
-    ratio_covariance,
-    residual_cubes,
-    with_count,
-)
+from short_gpt.scoring.moments import Texts
 from short_gpt.scoring.order import best_block, lowest
 
 
@@ -116,7 +96,7 @@ class Importance:
 
         Args:
             scores: of B windows.
-            texts: numbers of the texts that they were cut from; None where that is not known. A
+            texts: numbers of the texts that they were cut from, None where that is not known; a
                 number that these sums hold already is the same text.
         """
         new = {f.name: getattr(scores, f.name).cpu().double() for f in fields(scores)}
@@ -124,14 +104,14 @@ class Importance:
         group = (torch.arange(len(tokens)) + self.n_windows) % 2  # of each window, (B,)
         sums = torch.cat((influence, tokens[:, None]), dim=1)  # (B, L + 1)
         numbered = zip(texts or [None] * len(sums), sums, strict=True)
-        products, cubes = block_sums(angles)  # (L, L, L) each
+        products, cubes = moments.block_sums(angles)  # (L, L, L) each
         changed: dict[str, object] = {
-            "texts": add_texts(self.texts, numbered),
+            "texts": moments.add_texts(self.texts, numbered),
             "windows": self.windows + torch.bincount(group, minlength=2),  # (2,)
             "tokens": self.tokens.index_add(0, group, tokens),  # (2,)
             "influence": self.influence.index_add(0, group, influence),  # (2, L)
             "products": self.products + sums.T @ sums,  # (L + 1, B) (B, L + 1)
-            "cubes": self.cubes + cube_sums(sums),
+            "cubes": self.cubes + moments.cube_sums(sums),
             "angles": self.angles + angles.sum(0),
             "angle_products": self.angle_products + products,
             "angle_cubes": self.angle_cubes + cubes,
@@ -146,17 +126,14 @@ class Importance:
 
         A text that was read for both counts as two, and the error is then too small.
         """
-        start, theirs = next_number(self.texts), other.texts
+        start, theirs = moments.next_number(self.texts), other.texts
         # numbers begin at 0 in every call of `data.windows`
         apart = None if theirs is None else {start + n: sums for n, sums in theirs.items()}
-        return self._sum(other, merge_texts([self.texts, apart]))
+        return self._sum(other, moments.merge_texts([self.texts, apart]))
 
     def merge(self, other: Importance) -> Importance:
-        """The scores of both parts of one reading, where the same number is the same text.
-
-        Such as two machines' shares of the windows of one call of `data.windows`.
-        """
-        return self._sum(other, merge_texts([self.texts, other.texts]))
+        """The scores of parts of one reading, as of two machines: the same number is one text."""
+        return self._sum(other, moments.merge_texts([self.texts, other.texts]))
 
     def _sum(self, other: Importance, texts: Texts | None) -> Importance:
         if self.layers != other.layers:
@@ -195,11 +172,10 @@ class Importance:
     def sampling_covariance(self) -> Tensor:
         """Like `covariance`, (L, L), over samples of texts where there are several.
 
-        Of windows, only the sums of squares are known: where these differ in length, the effective
-        number (Kish) stands for their number.
+        Of windows that differ in length the effective number (Kish) stands for their number.
         """
         if (sums := self._text_sums) is not None:
-            return ratio_covariance(sums[:, :-1], sums[:, -1])
+            return moments.ratio_covariance(sums[:, :-1], sums[:, -1])
         n, effective = self.n_windows, self._effective_windows
         if n < 2:
             return self.covariance
@@ -228,7 +204,7 @@ class Importance:
     def degrees(self) -> float:
         """Of freedom: texts less 1 if all have one length, else fewer; of windows if one text."""
         if (sums := self._text_sums) is not None:
-            return degrees_of_freedom(sums[:, -1])
+            return moments.degrees_of_freedom(sums[:, -1])
         return self._effective_windows - 1 if self.n_windows > 1 else 0.0
 
     @property
@@ -253,8 +229,8 @@ class Importance:
     def angular(self) -> Tensor:
         """Mean angular distances, (L + 1, L + 1), symmetric, in [0, 1].
 
-        Entry [l, l + n] compares the last token's state entering layer l with that entering
-        layer l + n, as `selection.best_block` reads it (Gromov et al., Eq. 6).
+        Entry [l, l + n] compares the last token's states entering layers l and l + n (Gromov et
+        al., Eq. 6), as `selection.best_block` reads it.
         """
         return self.angles / self.windows.sum()
 
@@ -279,9 +255,9 @@ class Importance:
     def skewness(self) -> Tensor:
         """Skewness over windows of the difference of layers j and i, entry [i, j], (L, L)."""
         cubes, weighted = self.cubes  # (L + 1, L + 1) each
-        third = residual_cubes(self.block_influence, cubes, weighted)  # (L, L)
+        third = moments.residual_cubes(self.block_influence, cubes, weighted)  # (L, L)
         scale = self.n_windows / self.tokens.sum()  # residuals of sums, in the unit of the mean
-        return pair_skewness(self.covariance, third * scale**3, self.n_windows)
+        return moments.pair_skewness(self.covariance, third * scale**3, self.n_windows)
 
     def angular_skewness(self, n: int) -> Tensor:
         """Like `skewness`, of the distances of all blocks of n layers, by the blocks' starts."""
@@ -291,9 +267,11 @@ class Importance:
         )
         sums = self.angles.diagonal(n)  # (starts,), of all windows
         # every window weighs 1 here, where it has its tokens in `skewness`
-        cubes = with_count(cubes, products.diagonal(), count)
-        third = residual_cubes(sums / count, cubes, with_count(products, sums, count))
-        return pair_skewness(self.angular_covariance(n), third, count)
+        cubes = moments.with_count(cubes, products.diagonal(), count)
+        third = moments.residual_cubes(
+            sums / count, cubes, moments.with_count(products, sums, count)
+        )
+        return moments.pair_skewness(self.angular_covariance(n), third, count)
 
     def mean(self, metric: str) -> Tensor:
         """Mean over tokens of a metric of `metrics.LAYER_METRICS`, (L,)."""
@@ -330,8 +308,8 @@ class Importance:
 
     def to_dict(self) -> dict[str, object]:
         """The sums as lists, ready for JSON: None stands for NaN."""
-        sums = {name: to_lists(value) for name, value in self._named().items()}
-        return {"layers": self.layers, **sums, "texts": texts_to_json(self.texts)}
+        sums = {name: lists.to_lists(value) for name, value in self._named().items()}
+        return {"layers": self.layers, **sums, "texts": lists.texts_to_json(self.texts)}
 
     def _named(self) -> dict[str, Tensor]:
         """The sums by the names that they have in files, each metric by its own."""
@@ -351,32 +329,28 @@ class Importance:
             ShortGPTError: a field is missing, or has the wrong shape or values out of range.
         """
         try:
-            empty = cls.empty(layer_numbers(content["layers"]))
+            empty = cls.empty(lists.layer_numbers(content["layers"]))
         except (KeyError, TypeError) as error:
             why = error if isinstance(error, TypeError) else "they lack layers"
             raise ShortGPTError(f"these are not saved scores: {why}") from None
-        named = {name: saved_sums(content, name, zero) for name, zero in empty._named().items()}
-        check_sums(named)  # before anything is computed: files come from anywhere
+        named = {
+            name: lists.saved_sums(content, name, zero) for name, zero in empty._named().items()
+        }
+        lists.check_sums(named)  # before anything is computed: files come from anywhere
         metrics = torch.stack([named.pop(name) for name in LAYER_METRICS])  # (M, L)
         sums = {"metrics": metrics, "sublayers": named.pop("halves"), **named}
         total = torch.cat((sums["influence"].sum(0), sums["tokens"].sum()[None]))  # (L + 1,)
-        return cls(empty.layers, **sums, texts=texts_from_json(content.get("texts"), total))
+        return cls(empty.layers, **sums, texts=lists.texts_from_json(content.get("texts"), total))
 
 
 SUMS = [f.name for f in fields(Importance) if f.name not in ("layers", "texts")]
 
 
 def difference_margins(importance: Importance, confidence: float = 0.95) -> Tensor:
-    """Half of the interval of the difference in Block Influence of each two layers.
+    """Half of the interval of the difference in Block Influence of each two layers, (L, L).
 
     The error is paired: what moves both layers of a text (or window) the same way cancels.
-
-    Args:
-        importance: all is NaN where its `margin` is.
-        confidence: of each interval by itself.
-
-    Returns:
-        (L, L), symmetric, in the unit of Block Influence.
+    NaN where the `Importance.margin` is. ``confidence`` is that of each interval by itself.
     """
-    spread = pair_spread(importance.sampling_covariance).sqrt()
+    spread = moments.pair_spread(importance.sampling_covariance).sqrt()
     return t_quantile((1 + confidence) / 2, importance.degrees) * spread

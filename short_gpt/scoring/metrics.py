@@ -94,7 +94,7 @@ def angle(cos: Tensor) -> Tensor:
 
 
 def angular_distance(x: Tensor, y: Tensor) -> Tensor:
-    """Angle between vectors (..., D): `angle` of their `cosine`, (...) in [0, 1].
+    """`angle` of the `cosine` of vectors (..., D), (...) in [0, 1].
 
     The paper takes the states of the last token of a sequence, n layers apart.
     """
@@ -139,7 +139,7 @@ def relative_magnitude(x: Tensor, y: Tensor) -> Tensor:
         y: hidden state leaving it, (..., D).
 
     Returns:
-        (...) as of `relative_change`.
+        (...) from 0, for a layer that does nothing.
 
     Example:
         >>> relative_magnitude(torch.tensor([1.0, 0.0]), torch.tensor([4.0, 0.0])).item()
@@ -150,12 +150,7 @@ def relative_magnitude(x: Tensor, y: Tensor) -> Tensor:
 
 
 def relative_change(change: Tensor, norm: Tensor) -> Tensor:
-    """Norm of what a layer adds over the norm of the state that leaves it, (...) each.
-
-    Returns:
-        (...) from 0, for a layer that does nothing; 0 also where both are zero, infinite where
-        ``norm`` alone is.
-    """
+    """||change|| / ||y|| from both norms, (...); 0 where both are 0, infinite where ||y|| is."""
     return (change / norm).masked_fill(change == 0, 0.0)  # 0 / 0 would be NaN
 
 
@@ -205,10 +200,9 @@ def spearman(a: Tensor, b: Tensor) -> float:
 
 
 def kendall(a: Sequence[int], b: Sequence[int]) -> float:
-    """Kendall's rank correlation tau of two orders of the same items.
+    """Kendall's rank correlation tau of two orders of the same items (Biometrika 30, 1938).
 
-    The share of the pairs of items that stand the same way round in both, less the share of those
-    that do not (Kendall, Biometrika 30, 1938).
+    The share of pairs that stand the same way round in both, less the share of the others.
 
     Returns:
         A number in [-1, 1]: 1 for equal orders, -1 for reversed ones; NaN for fewer than 2 items.

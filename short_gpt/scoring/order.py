@@ -14,11 +14,9 @@ from short_gpt.runtime.errors import ShortGPTError
 
 
 def lowest(scores: Tensor, n: int) -> list[int]:
-    """The n layers with the lowest scores, lowest first (ShortGPT, section 3.2).
+    """The n layers with the lowest scores (L,), lowest first (ShortGPT, section 3.2).
 
-    Args:
-        scores: (L,), one score a layer; ties go to the lower number.
-        n: 1 to L - 1.
+    Ties go to the lower number; n is 1 to L - 1.
 
     Raises:
         ShortGPTError: n is out of range or a score is not finite.
@@ -41,10 +39,7 @@ def best_block(angular: Tensor, n: int) -> list[int]:
         n: 1 to L - 1.
 
     Returns:
-        The layers l .. l+n-1 of the l in 0..L-n with the least distance; ties go to the lower l.
-
-    Raises:
-        ShortGPTError: n is out of range, or a distance that is compared is not finite.
+        The layers l .. l+n-1 with the least distance; ties go to the lower l.
 
     Example:
         >>> import torch
@@ -59,13 +54,9 @@ def best_block(angular: Tensor, n: int) -> list[int]:
 
 
 def deepest(n_layers: int, n: int) -> list[int]:
-    """The n layers before the last one, ascending (the simple heuristic of Gromov et al.).
+    """The n layers before the last one of L, ascending (the simple heuristic of Gromov et al.).
 
     Section 4.4 prints "(L-n) to (L-1)", which leaves the last layer out only if counted from 1.
-
-    Args:
-        n_layers: L.
-        n: 1 to L - 1.
 
     Example:
         >>> deepest(32, 8)

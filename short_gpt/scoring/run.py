@@ -60,23 +60,18 @@ def measure(
         progress: whether to show one.
         sublayers: also scores attention and MLP, as in `hooks.score`.
         all_tokens: angular distances at all tokens, as in `hooks.score`.
-        score: scores the windows of a batch, where the model has a way of its own; None is
-            `hooks.score`.
+        score: scores the windows of a batch; None is `hooks.score`.
         first_text: number in ``into`` of the windows' text 0, as texts are numbered from 0 in every
             call of `data.windows`. None for the first one that is free: a text that is read again
             then counts as one more, and the error is too small.
         after: called with the sums after every batch; True ends the run.
 
     Returns:
-        ``into``. A batch counts whole or not at all: after an error or an interruption, the
-        batches before it are in the sums.
+        ``into``, with all of a batch or none of it after an error or an interruption.
 
     Raises:
         ShortGPTError: there is no window, or one is empty, too long or not in the vocabulary.
         NotFiniteError: a state is NaN or infinite; the message names the layer.
-
-    Example:
-        >>> scores = measure(short.decoder, batches(windows, 4))  # doctest: +SKIP
     """
     into = Importance.empty(range(len(decoder.layers))) if into is None else into
     score = score or partial(hooks.score, decoder, layers=into.layers)
@@ -121,11 +116,7 @@ def wait(device: torch.device) -> None:
 
 
 class RunState:
-    """The state of a scoring run: its sums, and a digest of the windows they are of.
-
-    Args:
-        file: where it is saved.
-    """
+    """The state of a scoring run in a file: its sums, and a digest of the windows they are of."""
 
     def __init__(self, file: StateFile) -> None:
         self.file = file
@@ -133,11 +124,7 @@ class RunState:
         self._digest = Digest()
 
     def sums(self, layers: Sequence[int]) -> Importance:
-        """The sums to continue from: those of the file, or empty ones.
-
-        Raises:
-            ShortGPTError: the file scores other layers.
-        """
+        """The sums to continue from: of the file, which must score these layers, or empty ones."""
         if self.file.content is None:
             return Importance.empty(layers)
         sums = Importance.from_dict(self.file.content.get("importance", {}))
@@ -196,8 +183,7 @@ class RunState:
 class ScoringRun:
     """Reads windows into ``into`` until they end or the answer is settled.
 
-    Several replicas each read their batch of every step; their sums are added up at the looks,
-    which all reach at the same step.
+    Several replicas each read their batch of every step; their sums are added up at the looks.
 
     Args:
         decoder: the model.
@@ -320,15 +306,15 @@ class ScoringRun:
 
 
 def sums_of_all(team: replicas.Replicas, local: Importance) -> Importance:
-    """The sums of all replicas, those of each text included. All ranks must call it."""
+    """The sums of all replicas, and of each text. All ranks must call it."""
     return replace(team.sum(local), texts=merge_texts(team.gather(local.texts)))
 
 
 class Following:
-    """Reports how a run stands, at its beginning and then at most once in so many seconds.
+    """Reports in a line how a run stands, at its beginning and then every so many seconds.
 
     Args:
-        tell: called with one line.
+        tell: called with the line.
         rule: whose choice is reported.
         stops: whether the rule may end the run; else all windows are read whatever it says.
         every: seconds.

@@ -67,9 +67,6 @@ class Stop:
         rare: share of all windows that a kind of its own must make up to be guarded against. The
             first look comes after about 6 / rare windows at 99%; of few windows, most are read.
 
-    Raises:
-        ShortGPTError: a value is out of range.
-
     Example:
         >>> Stop(9).first_look(18_000), Stop(9).first_look(600), Stop(9, rare=0.05).first_look(600)
         (295, 234, 106)
@@ -132,7 +129,7 @@ class Stop:
     def needed(
         self, skewness: Tensor, read: int, population: int | None, *, final: bool = False
     ) -> Tensor:
-        """The z that settles a pair at this look, (..., L, L).
+        """The z that settles a pair at a look after ``read`` windows, (..., L, L).
 
         Args:
             skewness: of the pairs' differences, (..., L, L).
@@ -171,12 +168,9 @@ def check_sample(random_order: bool, before: int) -> None:
 
 @lru_cache
 def enough(rare: float, error: float, population: int | None) -> int:
-    """Windows that a sample needs to hold one of a kind, except with so much probability.
+    """Windows that a sample needs to hold one of a kind, except with probability ``error``.
 
-    Args:
-        rare: the share of all windows, at least, that the kind makes up.
-        error: of having missed it.
-        population: windows in all; None is without end.
+    The kind makes up at least the share ``rare`` of a population; None is without end.
 
     Example:
         >>> enough(0.05, 0.05, None), enough(0.05, 0.05, 1000)  # the rule of three: 3 / 0.05
@@ -276,8 +270,8 @@ def order_z(means: Tensor, covariance: Tensor, chosen: Tensor) -> Tensor:
 
     Returns:
         (..., L, L): entry [i, j] is (means[j] - means[i]) in standard errors if i is chosen and j
-        is not, else infinite. Entries that are equal in every window count as infinitely sure: the
-        lower number decides such a tie.
+        is not, else infinite; also where both are equal in every window, because the lower
+        number decides such a tie.
     """
     difference = means[..., None, :] - means[..., :, None]  # (..., L, L), [i, j]: of j less of i
     spread = pair_spread(covariance)  # (..., L, L)
