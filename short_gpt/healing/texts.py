@@ -92,7 +92,7 @@ class Source:
 
         cutting = partial(windows, encode=encode, size=size, stride=size, seed=self.seed, bos=bos)
 
-        def cut(kinds: Sequence[Sequence[str]], count: int | None) -> list[list[int]]:
+        def windows_of(kinds: Sequence[Sequence[str]], count: int | None) -> list[list[int]]:
             """As many windows of each kind as of the others, in random order."""
             each = None if count is None else -(-count // len(kinds))
             by_kind, before = list[list[Window]](), 0
@@ -106,7 +106,7 @@ class Source:
             return [*turns]
 
         training_texts, held_out = self._texts()
-        evaluation, training = cut(held_out, eval_windows), cut(training_texts, limit)
+        evaluation, training = windows_of(held_out, eval_windows), windows_of(training_texts, limit)
         before = len(training)
         drop = self.eval_data is None if drop_overlap is None else drop_overlap
         training = _apart(training, evaluation, drop=drop)
