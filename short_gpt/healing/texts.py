@@ -89,7 +89,6 @@ class Source:
         Raises:
             ShortGPTError: texts overlap and are not to be left out, or nothing would remain.
         """
-
         cutting = partial(windows, encode=encode, size=size, stride=size, seed=self.seed, bos=bos)
 
         def windows_of(kinds: Sequence[Sequence[str]], count: int | None) -> list[list[int]]:
@@ -109,12 +108,12 @@ class Source:
         evaluation, training = windows_of(held_out, eval_windows), windows_of(training_texts, limit)
         before = len(training)
         drop = self.eval_data is None if drop_overlap is None else drop_overlap
-        training = _apart(training, evaluation, drop=drop)
+        training = _disjoint(training, evaluation, drop=drop)
         validation: list[list[int]] = []
         if validate:
             count = max(1, min(len(training) // 10, 16))
             training, validation = training[:-count], training[-count:]
-            training = _apart(training, validation, drop=True)
+            training = _disjoint(training, validation, drop=True)
         gone = before - len(training) - len(validation)
         words = f"left out {gone} of {before} windows: text kept apart from learning"
         return Learning(training, validation, evaluation, words if gone else None)
@@ -130,7 +129,7 @@ class Source:
         return [kept for kept, _ in parts], [held for _, held in parts]
 
 
-def _apart(training: list[list[int]], others: list[list[int]], *, drop: bool) -> list[list[int]]:
+def _disjoint(training: list[list[int]], others: list[list[int]], *, drop: bool) -> list[list[int]]:
     """The windows that share no text with the others."""
     if not drop:
         check_disjoint(training, others)
@@ -145,10 +144,10 @@ def _apart(training: list[list[int]], others: list[list[int]], *, drop: bool) ->
 
 
 class Example(TypedDict):
-    """One window: its token ids, and its index among all windows of the run."""
+    """One window, as the Trainer takes it."""
 
     input_ids: list[int]
-    index: int
+    index: int  # among all windows of the run
 
 
 def examples(windows: Sequence[Sequence[int]], *, first: int = 0) -> list[Example]:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
-from typing import Protocol
 
 import torch
 
@@ -26,15 +25,8 @@ from short_gpt.scoring.stopping import Stop, Verdict, next_look
 
 Window = Sequence[int]
 Follow = Callable[[Importance, int | None], object]
+ScoreWindows = Callable[..., Scores]  # as `hooks.score`, of a decoder and its layers
 WARM_UP = 16  # tokens of a first pass, in which libraries make ready what they use
-
-
-class ScoreWindows(Protocol):
-    """Scores single windows of token ids in one pass, as `hooks.score` does for a decoder."""
-
-    def __call__(
-        self, windows: Sequence[Window], *, sublayers: bool = False, all_tokens: bool = False
-    ) -> Scores: ...
 
 
 def measure(
@@ -168,11 +160,6 @@ class RunState:
     def _read(self, window: Sequence[int]) -> None:
         self._digest.add(torch.tensor([len(window), *window]).numpy().tobytes())
 
-    def tick(self, sums: Importance) -> None:
-        """Saves if it is time to."""
-        if self.file.due():
-            self.save(sums)
-
     def save(self, sums: Importance) -> None:
         """Saves the sums of the windows read so far, unless there are none."""
         texts = self._texts.get(sums.n_windows)
@@ -280,8 +267,8 @@ class ScoringRun:
         """Saves and looks where it is time to; whether the run may end."""
         if self._team.count == 1:
             self._tell()
-            if self._state:
-                self._state.tick(local)
+            if self._state and self._state.file.due():
+                self._state.save(local)
         if self._read < self._next:
             return False
         while self._next <= self._read:
