@@ -336,7 +336,9 @@ class Distillation:
     def collate(self, batch: Sequence[Example]) -> dict[str, Tensor]:
         """Windows with their targets, padded: ids and logs (B, S - 1, K), rest (B, S - 1)."""
         targets = self._of(batch)
-        padded_parts = [pad_sequence(part, batch_first=True) for part in zip(*targets, strict=True)]
+        padded_parts = [
+            pad_sequence([*part], batch_first=True) for part in zip(*targets, strict=True)
+        ]
         tensors = collate(batch)
         # versions of transformers count the first token as predicted or not: here none does
         tensors["labels"][:, 0] = IGNORED

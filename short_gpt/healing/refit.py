@@ -74,13 +74,6 @@ class RefitSettings(ClosedForm):
             the layers before gaps alone, on the original model's hidden states.
         batch_size: windows of one length read at once.
         max_windows: of those that a healing learns from, the first so many; None takes all.
-
-    Raises:
-        ShortGPTError: a value out of range.
-
-    Example:
-        >>> RefitSettings(step_size=0.7).parts
-        ('attention', 'mlp')
     """
 
     parts: tuple[str, ...] | None = PARTS
@@ -210,12 +203,7 @@ def heal_patch(
 ) -> Refit:
     """Removes layers and solves the layers before the gaps: `heal` with `PatchSettings`.
 
-    Args:
-        short: as of `fit`.
-        layers: as of `fit`.
-        windows: as of `fit`.
-        ridge: of every matrix; None chooses one by held-out windows.
-        options: as of `fit`.
+    Arguments as in `fit`; without a ``ridge``, that of every matrix is chosen by held-out windows.
     """
     settings = PatchSettings() if ridge is None else PatchSettings(ridges=(ridge,))
     return heal(short, layers, windows, settings=settings, **options)

@@ -111,12 +111,8 @@ def texts_to_json(texts: Texts | None) -> dict[str, object] | None:
 def texts_from_json(content: object, total: Tensor) -> Texts | None:
     """What `texts_to_json` wrote; None, as in files of earlier versions, counts as not known.
 
-    Args:
-        content: of the file.
-        total: sums of all windows, (L + 1,).
-
     Raises:
-        ShortGPTError: it is something else, or the texts' sums are not those of all windows.
+        ShortGPTError: it is something else, or the texts' sums do not add up to ``total``, (L + 1).
     """
     if content is None:
         return None

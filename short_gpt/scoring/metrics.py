@@ -54,14 +54,11 @@ def cosine_from_product(xy: Tensor, x_norm: Tensor, y_norm: Tensor) -> Tensor:
 def block_influence(x: Tensor, y: Tensor) -> Tensor:
     """Block Influence of each token: 1 - cos(x, y) (ShortGPT, arXiv:2403.03853, Eq. 1).
 
-    The paper's score of a layer is the mean of this over tokens and texts.
-
-    Args:
-        x: hidden state entering a layer, (..., D).
-        y: hidden state leaving it, (..., D).
+    The paper's score of a layer is the mean of this over tokens and texts. Positive rescaling of
+    the state x entering it or y leaving it, (..., D) each, changes nothing.
 
     Returns:
-        (...) as of `influence`. Positive rescaling of either state changes nothing.
+        (...) as of `influence`.
 
     Example:
         >>> block_influence(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 3.0])).item()
@@ -134,9 +131,7 @@ def summed_angles(states: Sequence[Tensor], chunk: int = 32) -> Tensor:
 def relative_magnitude(x: Tensor, y: Tensor) -> Tensor:
     """||f(x)|| / ||x + f(x)|| of a layer that makes y = x + f(x) of x (Samragh et al. 2023).
 
-    Args:
-        x: hidden state entering the layer, (..., D).
-        y: hidden state leaving it, (..., D).
+    For the states x entering the layer and y leaving it, (..., D) each.
 
     Returns:
         (...) from 0, for a layer that does nothing.

@@ -134,10 +134,8 @@ def with_count(values: Tensor, sums: Tensor, count: int) -> Tensor:
 def residual_cubes(mean: Tensor, cubes: Tensor, weighted: Tensor) -> Tensor:
     """Sums over windows of r_i^2 r_j, (..., L, L), with r = a window's sums - its tokens t x mean.
 
-    Args:
-        mean: (..., L).
-        cubes: sums over windows of s_i^2 s_j, (..., L + 1, L + 1); t is the last of s.
-        weighted: sums over windows of t s_i s_j, (..., L + 1, L + 1).
+    From sums over windows of s_i^2 s_j (``cubes``) and of t s_i s_j (``weighted``), s a window's
+    L sums and t, (..., L + 1, L + 1) each.
     """
     i, j = mean[..., :, None], mean[..., None, :]  # (..., L, 1), (..., 1, L)
     # (s_i - t m_i)^2 (s_j - t m_j), multiplied out over sums that are kept
@@ -148,10 +146,7 @@ def residual_cubes(mean: Tensor, cubes: Tensor, weighted: Tensor) -> Tensor:
 
 
 def pair_spread(covariance: Tensor) -> Tensor:
-    """var(b - a) = var(a) + var(b) - 2 cov(a, b) for all pairs, (..., L, L) as is ``covariance``.
-
-    What the two share cancels.
-    """
+    """var(b - a) = var(a) + var(b) - 2 cov(a, b) of all pairs, (..., L, L): shared parts cancel."""
     variance = covariance.diagonal(dim1=-2, dim2=-1)  # (..., L)
     return (variance[..., :, None] + variance[..., None, :] - 2 * covariance).clamp(min=0)
 

@@ -129,14 +129,7 @@ class Stop:
     def needed(
         self, skewness: Tensor, read: int, population: int | None, *, final: bool = False
     ) -> Tensor:
-        """The z that settles a pair at a look after ``read`` windows, (..., L, L).
-
-        Args:
-            skewness: of the pairs' differences, (..., L, L).
-            read: windows so far.
-            population: as in `judge`.
-            final: as in `judge`.
-        """
+        """The z that settles pairs of this skewness, (..., L, L), at a look after ``read`` windows."""
         look = self.looks(read, population) + final or 1
         if population is None:
             share = 1 / (look * (look + 1))  # sums to 1 over all looks
@@ -148,11 +141,9 @@ class Stop:
 
 
 def check_sample(random_order: bool, before: int) -> None:
-    """Raises ShortGPTError where a stop would not judge one random sample.
+    """Raises ShortGPTError unless a stop judges one random sample.
 
-    Args:
-        random_order: whether the windows to come are known to stand in random order.
-        before: windows in the scores so far, which may be among them and would count twice.
+    Windows in scores from ``before`` may be among those to come, and would count twice.
     """
     if not random_order:
         raise ShortGPTError(
