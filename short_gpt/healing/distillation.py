@@ -68,7 +68,9 @@ class Targets(NamedTuple):
         scaled = _scaled(logits, temperature)  # (N, V)
         total = scaled.logsumexp(-1)  # (N,)
         logs, ids = scaled.topk(min(k, scaled.shape[-1]), dim=-1)  # (N, K) each
-        return cls(ids, logs - total[:, None], _others(scaled, ids) - total)
+        # 1 less the sum over these would be noise where they are nearly all
+        others = scaled.scatter(-1, ids, -torch.inf).logsumexp(-1)  # (N,)
+        return cls(ids, logs - total[:, None], others - total)
 
     def to(self, device: torch.device) -> Targets:
         """The same on another device."""
@@ -141,12 +143,6 @@ def _scaled(logits: Tensor, temperature: float) -> Tensor:
     return wide if temperature == 1 else wide / temperature
 
 
-def _others(scaled: Tensor, ids: Tensor) -> Tensor:
-    """Logarithm of the sum over all tokens but these, (N,); -inf where there is none."""
-    # 1 less the sum over these would be noise where they are nearly all
-    return scaled.scatter(-1, ids, -torch.inf).logsumexp(-1)
-
-
 class LiveTeacher:
     """A second model in memory, asked in every step: nothing is kept on disk.
 
@@ -206,7 +202,8 @@ class CachedTeacher:
         self._windows, known = windows, model.identity()
         self._teacher = json_digest(known)
         self.k, self.temperature = min(k, model.decoder.vocab_size), temperature
-        self._record = _record(self.k)
+        many = (self.k,)
+        self._record = np.dtype([("ids", "<i4", many), ("logs", "<f2", many), ("rest", "<f2")])
         # in the file, of each window: records of all tokens except the last, and their digest
         sizes = [(len(window) - 1) * self._record.itemsize + DIGEST for window in windows]
         self._ends = [0, *accumulate(sizes)]
@@ -297,11 +294,6 @@ def check_targets(k: int, temperature: float) -> None:
         raise ShortGPTError(f"top_k = {k}: expected at least 1")
     if not 0 < temperature < float("inf"):
         raise ShortGPTError(f"temperature = {temperature}: expected a number above 0, such as 1")
-
-
-def _record(k: int) -> np.dtype:
-    """One prediction in the file."""
-    return np.dtype([("ids", "<i4", (k,)), ("logs", "<f2", (k,)), ("rest", "<f2")])
 
 
 def _targets(logits: Tensor, k: int, temperature: float) -> Targets:

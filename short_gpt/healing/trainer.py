@@ -270,7 +270,9 @@ def run_folder(
             )
         else:
             _check_run(folder, run)
-            _check_files(folder)
+            for path in sorted(folder.glob("checkpoint-*")):
+                for name, digest in _digests(path).items():
+                    check_saved(path / name, digest, whole=folder)
         try:
             yield folder
         except BaseException:
@@ -339,13 +341,6 @@ def _digests(checkpoint: Path) -> dict[str, str]:
     if record.get(CHECKED) != content_digest(record):
         raise damaged(path, checkpoint.parent)
     return cast("dict[str, str]", record["files"])
-
-
-def _check_files(folder: Path) -> None:
-    """Raises ShortGPTError for a checkpoint that does not hold what was saved there."""
-    for path in sorted(folder.glob("checkpoint-*")):
-        for name, digest in _digests(path).items():
-            check_saved(path / name, digest, whole=folder)
 
 
 @contextmanager

@@ -129,7 +129,7 @@ class Stop:
     def needed(
         self, skewness: Tensor, read: int, population: int | None, *, final: bool = False
     ) -> Tensor:
-        """The z that settles pairs of this skewness, (..., L, L), at a look after ``read`` windows."""
+        """The z that settles pairs of this skewness, (..., L, L), after ``read`` windows."""
         look = self.looks(read, population) + final or 1
         if population is None:
             share = 1 / (look * (look + 1))  # sums to 1 over all looks
