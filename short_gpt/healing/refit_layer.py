@@ -83,7 +83,7 @@ class Batches:
 
     def run(self, index: int, state: Tensor) -> Tensor:
         """The state (B, S, D) leaving a layer, where its weights are."""
-        return self.calls.run(index, state.to(self.device(index)))
+        return self.calls.run(index, state.to(self.device(index)))  # (B, S, D)
 
     def run_all(self, index: int, source: HiddenStates, target: HiddenStates) -> None:
         """Runs all batches through a layer."""
@@ -268,8 +268,10 @@ class LayerRefit:
         """The mean of ||target||^2 that equal weights are relative to; None where they differ."""
         if self._settings.weights == "inverse":
             return None
-        targets = (self._target_of(part, batch).float() for batch in self._batches.fitted)
-        squares = [target.pow(2).sum(-1).flatten() for target in targets]  # (N,) each
+        squares = []
+        for batch in self._batches.fitted:
+            target = self._target_of(part, batch).float()  # (B, S, D)
+            squares.append(target.pow(2).sum(-1).flatten())  # (N,)
         return float(torch.cat(squares).mean())
 
     def _output_modules(self) -> list[nn.Module]:
@@ -296,7 +298,7 @@ class LayerRefit:
         before, inputs = self._leaving[batch], self._inputs["mlp"][batch]  # (B, S, D), (B, S, F)
         inputs = inputs.to(projection.device).flatten(0, 1).float()  # (N, F)
         added = projection.factor * projection.normed(projection.outputs(inputs)).cpu()  # (N, D)
-        return (before + added.view_as(before)).to(before.dtype)
+        return (before + added.view_as(before)).to(before.dtype)  # (B, S, D)
 
 
 class KnownAttention:
@@ -351,7 +353,7 @@ def seen_at(module: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
     seen: list[tuple[Tensor, Tensor]] = []
 
     def note(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        seen.append((args[0].clone(), output.clone()))
+        seen.append((args[0].clone(), output.clone()))  # (..., F), (..., D)
 
     handle = module.register_forward_hook(note)
     try:

@@ -80,7 +80,7 @@ class Tokens(NamedTuple):
         """
         squares = target.pow(2).sum(1)  # (N,)
         if mean_square is not None:
-            squares = torch.full_like(squares, mean_square)
+            squares = torch.full_like(squares, mean_square)  # (N,)
         return cls(inputs, target - residual, 1 / squares.clamp_min(TINY))
 
 
@@ -115,8 +115,8 @@ class NormalEquations:
             self._cross = torch.zeros(width, rest.shape[1], dtype=torch.float64)  # (F, D)
         for start in range(0, width, ROWS):  # only the part right of the diagonal is computed
             rows, end = inputs[:, start : start + ROWS].T, start + ROWS  # (ROWS, N)
-            self._gram[start:end, start:] += (rows @ inputs[:, start:]).cpu()
-            self._cross[start:end] += (rows @ rest).cpu()
+            self._gram[start:end, start:] += (rows @ inputs[:, start:]).cpu()  # (ROWS, F - start)
+            self._cross[start:end] += (rows @ rest).cpu()  # (ROWS, D)
         self._diagonal = self._gram.diagonal().clone()  # (F,)
         self.square += float(rest.pow(2).sum())
         self.tokens += len(inputs)
@@ -151,7 +151,7 @@ class NormalEquations:
             # where the equations hold, tr(C^T X^T X C) = tr(C^T X^T R) - penalty ||C||^2
             gained, size = (float(np.einsum("ij,ij->", change, m)) for m in (right, change))
             restored += step * (2 - step) * gained + step**2 * penalty * size
-            put(columns, torch.from_numpy(step * change))
+            put(columns, torch.from_numpy(step * change))  # (F, columns)
         return restored / self.square
 
     def _factorized(self, diagonal: Tensor) -> Callable[[slice], np.ndarray] | None:
@@ -204,7 +204,7 @@ def error(projection: OutputProjection, batches: Iterable[Tokens]) -> float:
     for inputs, target, weights, _ in batches:
         added = projection.factor * projection.normed(projection.outputs(inputs))  # (N, D)
         rest = target - added  # (N, D)
-        total += float((rest.pow(2).sum(1) * weights).sum())
+        total += float((rest.pow(2).sum(1) * weights).sum())  # over (N,)
     return total
 
 
@@ -290,8 +290,8 @@ class SublayerSolver:
             outputs = projection.outputs(inputs)  # (N, D)
             rest = target / projection.factor - projection.normed(outputs)  # (N, D)
             unit, w = outputs / _rms(outputs), weights[:, None]  # (N, D), (N, 1)
-            squares += (w * unit * unit).sum(0).cpu()
-            crosses += (w * unit * rest).sum(0).cpu()
+            squares += (w * unit * unit).sum(0).cpu()  # (D,)
+            crosses += (w * unit * rest).sum(0).cpu()  # (D,)
 
         def add(ridge: float) -> float:
             change = self._step_size * crosses / (squares + ridge * squares.mean())  # (D,)

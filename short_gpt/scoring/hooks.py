@@ -141,10 +141,10 @@ class BetweenSublayers:
 
         def attended(module: nn.Module, args: object, output: Output) -> None:
             # a copy, because the layer may go on writing in that tensor
-            self.attention = first(output)[:, :PROVED].clone()
+            self.attention = first(output)[:, :PROVED].clone()  # (B, PROVED, D)
 
         def mapped(module: nn.Module, args: object, output: Output) -> None:
-            self.mlp = first(output)[:, :PROVED].clone()
+            self.mlp = first(output)[:, :PROVED].clone()  # (B, PROVED, D)
 
         hooks = [attention.register_forward_hook(attended), mlp.register_forward_hook(mapped)]
         return [norm.register_forward_pre_hook(enter), *hooks]
@@ -153,7 +153,7 @@ class BetweenSublayers:
         """x . m, ||m|| and m . y, (B, S) each, for x and a wide y (B, S, D); NaN where unknown."""
         middle = self._proved(state, y)
         if middle is None:
-            unknown = torch.full(y.shape[:2], math.nan, dtype=y.dtype, device=y.device)
+            unknown = torch.full(y.shape[:2], math.nan, dtype=y.dtype, device=y.device)  # (B, S)
             return unknown, unknown, unknown
         m = widen(middle)  # (B, S, D)
         return torch.linalg.vecdot(widen(state), m), norms(m), torch.linalg.vecdot(m, y)
@@ -221,7 +221,7 @@ class LayerHooks:
         Raises:
             ShortGPTError: the layer writes over the state entering it, or takes several states.
         """
-        state, result = state_in(args, kwargs), first(output)
+        state, result = state_in(args, kwargs), first(output)  # (B, S, D) each
         self._check_state(layer, state)
         x, y = widen(state), widen(result)  # (B, S, D) each, float32 or wider
         if not self._last:
@@ -230,12 +230,12 @@ class LayerHooks:
         # or wrote in it; a tensor without a version may have been written in
         version = version_of(state) if state is self._state else None
         known = self._norms if version is not None and version == self._version else None
-        x_norm = norms(x) if known is None else known
+        x_norm = norms(x) if known is None else known  # (B, S)
         y_norm = norms(y)  # (B, S), which the next layer takes as those of its x
         products = [torch.linalg.vecdot(x, y), x_norm, y_norm, norms(y - x)]  # (B, S) each
         if self._middle is not None:
             products += self._middle.products(state, y)
-        self._products.append(torch.stack(products))
+        self._products.append(torch.stack(products))  # (4 or 7, B, S)
         self._keep(result, y)
         self._state, self._version, self._norms = result, version_of(result), y_norm
 
@@ -288,11 +288,11 @@ class LayerHooks:
             each = [summed_angles([s[row, :end] for s in self._kept]) for row, end in lengths]
             everywhere = torch.stack(each)  # (B, L + 1, L + 1)
         return Scores(
-            tokens=self._mask.sum(1),
+            tokens=self._mask.sum(1),  # (B,)
             influence=turned,
             angles=angles,
-            metrics=torch.stack(metrics, dim=1),
-            sublayers=torch.stack(sublayers, dim=1) if sublayers else UNKNOWN,
+            metrics=torch.stack(metrics, dim=1),  # (B, M, L)
+            sublayers=torch.stack(sublayers, dim=1) if sublayers else UNKNOWN,  # (B, 2, L)
             token_angles=everywhere,
         )
 

@@ -30,7 +30,7 @@ def cosine(x: Tensor, y: Tensor) -> Tensor:
     # before anything is multiplied: products of norms of hidden states pass 65504, float16's
     # largest number, in ordinary models
     x, y = widen(x), widen(y)  # (..., D)
-    return cosine_from_product(torch.linalg.vecdot(x, y), norms(x), norms(y))
+    return cosine_from_product(torch.linalg.vecdot(x, y), norms(x), norms(y))  # (...)
 
 
 def widen(x: Tensor) -> Tensor:
@@ -40,7 +40,7 @@ def widen(x: Tensor) -> Tensor:
 
 def norms(x: Tensor) -> Tensor:
     """Euclidean norms along the last dimension, (..., D) to (...), in float32 or wider."""
-    return torch.linalg.vector_norm(widen(x), dim=-1)
+    return torch.linalg.vector_norm(widen(x), dim=-1)  # (...)
 
 
 def cosine_from_product(xy: Tensor, x_norm: Tensor, y_norm: Tensor) -> Tensor:
@@ -125,7 +125,7 @@ def summed_angles(states: Sequence[Tensor], chunk: int = 32) -> Tensor:
         torch.stack([s[start : start + chunk] for s in states], dim=1)
         for start in range(0, len(states[0]), chunk)
     )
-    return torch.stack([angular_distances(c).sum(0) for c in chunks]).sum(0)
+    return torch.stack([angular_distances(c).sum(0) for c in chunks]).sum(0)  # (L + 1, L + 1)
 
 
 def relative_magnitude(x: Tensor, y: Tensor) -> Tensor:
@@ -141,7 +141,7 @@ def relative_magnitude(x: Tensor, y: Tensor) -> Tensor:
         0.75
     """
     x, y = widen(x), widen(y)  # (..., D)
-    return relative_change(norms(y - x), norms(y))
+    return relative_change(norms(y - x), norms(y))  # (...)
 
 
 def relative_change(change: Tensor, norm: Tensor) -> Tensor:
