@@ -116,12 +116,6 @@ class Batches:
 class LayerRefit:
     """Solves the output projections of a kept layer, while its weights are in memory.
 
-    Args:
-        batches: whose states enter the layer.
-        index: of the layer in the decoder.
-        layer: its original number.
-        settings: how projections are solved.
-
     Attributes:
         projections: what is solved, by sublayer.
         refused: why other sublayers are not, in words.
@@ -304,15 +298,10 @@ class LayerRefit:
 class KnownAttention:
     """Runs a layer whose attention gives what its projection makes of inputs that are known.
 
-    Args:
-        calls: of the decoder.
-        index: of the layer.
-        projection: of its attention.
-        state: (B, S, D), such as enters the layer.
-
     Attributes:
         attention: the module, of which the output projection alone is used so.
-        proved: whether the layer gives the same bits so, on ``state``; else all of it has to run.
+        proved: whether the layer gives the same bits so, on a state (B, S, D) such as enters it;
+            else all of it has to run.
     """
 
     def __init__(

@@ -49,14 +49,8 @@ UNUSED = 200 * 10**6  # bytes that libraries take at their first use, and that l
 class HiddenStates:
     """A state (B, S, W) for each of some batches, on the CPU.
 
-    In a file they take memory for one batch alone, and outlive the process.
-
-    Args:
-        shapes: B and S of every batch.
-        width: W.
-        dtype: of all of them.
-        path: the file, made where there is none of this size; None holds them in memory.
-        hashed: whether `digest` is asked for.
+    In a file, made where there is none of this size, they take memory for one batch alone and
+    outlive the process; without a path they are in memory. ``hashed`` is for `digest`.
 
     Example:
         >>> states = HiddenStates([(1, 2)], 3, torch.float32)
@@ -160,10 +154,6 @@ class RefitState:
         done: how many layers are finished.
         fits: of the matrices solved so far.
         scratch: where states go that are not to be continued from.
-
-    Raises:
-        ShortGPTError: the folder holds another refit, and the message names what differs; or
-            another process works there.
     """
 
     def __init__(self, folder: Path | None, identity: Mapping[str, object]) -> None:
@@ -344,9 +334,6 @@ def plan_of(
         batch_size: windows read at once.
         folder: where states go in any case; None keeps them in memory where they fit.
         fits: one after the other, whose solutions are all kept there.
-
-    Raises:
-        ShortGPTError: ``max_memory`` or the disk is too little; the message says the least.
     """
     calls, max_memory = short.layer_calls(), short.max_memory
     width, inputs, itemsize = calls.widths()

@@ -211,12 +211,8 @@ def error(projection: OutputProjection, batches: Iterable[Tokens]) -> float:
 class SublayerSolver:
     """Solves the output projection of a sublayer, and leaves what is best in place.
 
-    Args:
-        projection: what the sublayer adds.
-        fitted: yields the tokens to fit on, as often as it is called.
-        held_out: yields the tokens to choose by, as often as it is called.
-        ridges: candidates, for the matrix and for a norm's weight.
-        step_size: a factor of every change.
+    ``fitted`` yields the tokens to fit on, ``held_out`` those to choose by, as often as called.
+    The ridges are candidates for the matrix and a norm's weight; a step size scales every change.
     """
 
     def __init__(
@@ -238,8 +234,8 @@ class SublayerSolver:
 
         Args:
             equations: of the tokens to fit on, the projection being as it is.
-            layer: whose projection this is, for the `Fit`.
-            part: "attention" or "mlp", for the `Fit`.
+            layer: for the `Fit`.
+            part: for the `Fit`.
             noise: relative to its target, what a token misses by rounding alone.
         """
         if equations.square <= noise**2 * equations.tokens or not self._error_before:

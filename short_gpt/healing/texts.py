@@ -32,8 +32,7 @@ class Learning:
         training: to learn from.
         validation: to choose the training step by; none for a patch.
         evaluation: to evaluate on.
-        left_out: in words, what is not learned from because it is evaluated or validated on; None
-            if nothing was.
+        left_out: in words, what is not learned from because of the others; None if nothing.
     """
 
     training: Sequence[Sequence[int]]

@@ -294,11 +294,7 @@ class Importance:
         return self.sublayers / self.tokens.sum()
 
     def least_important(self, n: int, *, angular: bool = False) -> list[int]:
-        """The n layers to remove: those of `selection.lowest`, or of `selection.best_block`.
-
-        Args:
-            n: 1 to L - 1.
-            angular: the best block of consecutive layers instead of the lowest Block Influence.
+        """The n layers to remove by `selection.lowest`, or if angular by `selection.best_block`.
 
         Returns:
             Original layer numbers: least important first, or a block in ascending order.

@@ -52,13 +52,10 @@ def cosine_from_product(xy: Tensor, x_norm: Tensor, y_norm: Tensor) -> Tensor:
 
 
 def block_influence(x: Tensor, y: Tensor) -> Tensor:
-    """Block Influence of each token: 1 - cos(x, y) (ShortGPT, arXiv:2403.03853, Eq. 1).
+    """Block Influence of each token: 1 - cos(x, y), (...) (ShortGPT, arXiv:2403.03853, Eq. 1).
 
     The paper's score of a layer is the mean of this over tokens and texts. Positive rescaling of
     the state x entering it or y leaving it, (..., D) each, changes nothing.
-
-    Returns:
-        (...) as of `influence`.
 
     Example:
         >>> block_influence(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 3.0])).item()
@@ -129,12 +126,9 @@ def summed_angles(states: Sequence[Tensor], chunk: int = 32) -> Tensor:
 
 
 def relative_magnitude(x: Tensor, y: Tensor) -> Tensor:
-    """||f(x)|| / ||x + f(x)|| of a layer that makes y = x + f(x) of x (Samragh et al. 2023).
+    """||f(x)|| / ||x + f(x)||, (...), of a layer that makes y = x + f(x) of x (Samragh et al. 2023).
 
-    For the states x entering the layer and y leaving it, (..., D) each.
-
-    Returns:
-        (...) from 0, for a layer that does nothing.
+    For x entering and y leaving, (..., D) each; 0 for a layer that does nothing.
 
     Example:
         >>> relative_magnitude(torch.tensor([1.0, 0.0]), torch.tensor([4.0, 0.0])).item()
@@ -172,11 +166,7 @@ LAYER_METRICS: dict[str, Callable[[TokenProducts], Tensor]] = {
 def spearman(a: Tensor, b: Tensor) -> float:
     """Spearman's rank correlation of two lists (N,) of numbers, ties at their mean rank.
 
-    Returns:
-        A number in [-1, 1]; NaN if N < 2, one list is constant or one number is NaN.
-
-    Raises:
-        ShortGPTError: the lists differ in length.
+    In [-1, 1]; NaN if N < 2, one list is constant or one number is NaN.
 
     Example:
         >>> spearman(torch.tensor([1.0, 2.0, 5.0]), torch.tensor([10.0, 20.0, 30.0]))
@@ -197,13 +187,8 @@ def spearman(a: Tensor, b: Tensor) -> float:
 def kendall(a: Sequence[int], b: Sequence[int]) -> float:
     """Kendall's rank correlation tau of two orders of the same items (Biometrika 30, 1938).
 
-    The share of pairs that stand the same way round in both, less the share of the others.
-
-    Returns:
-        A number in [-1, 1]: 1 for equal orders, -1 for reversed ones; NaN for fewer than 2 items.
-
-    Raises:
-        ShortGPTError: the orders are not of the same items.
+    The share of pairs that stand the same way round in both, less the share of the others: in
+    [-1, 1], 1 for equal orders, -1 for reversed ones; NaN for fewer than 2 items.
 
     Example:
         >>> kendall([1, 2, 3], [1, 3, 2])  # two pairs of three the same way round

@@ -18,9 +18,6 @@ def lowest(scores: Tensor, n: int) -> list[int]:
 
     Ties go to the lower number; n is 1 to L - 1.
 
-    Raises:
-        ShortGPTError: n is out of range or a score is not finite.
-
     Example:
         >>> import torch
         >>> lowest(torch.tensor([0.9, 0.1, 0.3, 0.1]), 2)
@@ -31,15 +28,12 @@ def lowest(scores: Tensor, n: int) -> list[int]:
 
 
 def best_block(angular: Tensor, n: int) -> list[int]:
-    """The n consecutive layers whose ends are nearest (Gromov et al., Eq. 7).
+    """The n consecutive layers whose ends are nearest (Gromov et al., Eq. 7); ties go to the first.
 
     Args:
         angular: (L+1, L+1); entry [l, l+n] is the mean angular distance between the states
             entering layer l and layer l+n. Entries below the diagonal are not read.
         n: 1 to L - 1.
-
-    Returns:
-        The layers l .. l+n-1 with the least distance; ties go to the lower l.
 
     Example:
         >>> import torch
