@@ -39,7 +39,6 @@ if TYPE_CHECKING:
         PreTrainedModel,
         Trainer,
         TrainerCallback,
-        TrainerControl,
         TrainerState,
         TrainingArguments,
     )
@@ -211,28 +210,20 @@ def _progress(shown: Bar) -> TrainerCallback:
     from transformers import TrainerCallback
 
     class Progress(TrainerCallback):
-        def on_train_begin(
-            self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-        ) -> None:
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             shown.update(state.global_step)
 
-        def on_step_end(
-            self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-        ) -> None:
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             shown.update(1)
             if state.global_step >= state.max_steps:
                 control.should_evaluate = control.should_save = True
 
-        def on_save(
-            self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-        ) -> None:
+        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             folder = Path(str(args.output_dir))
             follow_umask(folder)
             note_files(folder / f"checkpoint-{state.global_step}")
 
-        def on_log(
-            self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any
-        ) -> None:
+        def on_log(self, args: Any, state: Any, control: Any, **more: Any) -> None:
             logs = more.get("logs")
             loss = (logs or {}).get("loss", 0.0)
             if not math.isfinite(loss):

@@ -126,9 +126,9 @@ def summed_angles(states: Sequence[Tensor], chunk: int = 32) -> Tensor:
 
 
 def relative_magnitude(x: Tensor, y: Tensor) -> Tensor:
-    """||f(x)|| / ||x + f(x)||, (...), of a layer that makes y = x + f(x) of x (Samragh et al. 2023).
+    """||f(x)|| / ||x + f(x)|| of a layer that makes y = x + f(x) of x (Samragh et al. 2023).
 
-    For x entering and y leaving, (..., D) each; 0 for a layer that does nothing.
+    For x entering and y leaving, (..., D) each, (...) from 0, for a layer that does nothing.
 
     Example:
         >>> relative_magnitude(torch.tensor([1.0, 0.0]), torch.tensor([4.0, 0.0])).item()
