@@ -224,14 +224,14 @@ def _progress(shown: Bar) -> TrainerCallback:
             note_files(folder / f"checkpoint-{state.global_step}")
 
         def on_log(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-            logs = more.get("logs")
-            loss = (logs or {}).get("loss", 0.0)
+            logs = more.get("logs") or {}
+            loss = logs.get("loss", 0.0)
             if not math.isfinite(loss):
                 raise NotFiniteError(
                     f"the loss became {loss} at step {state.global_step}; lower the learning rate, "
                     "or use float32 or bfloat16"
                 )
-            if logs and "eval_perplexity" in logs:
+            if "eval_perplexity" in logs:
                 shown.set_postfix_str(f"perplexity {logs['eval_perplexity']:.2f}")
 
     return Progress()
