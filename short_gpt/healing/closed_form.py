@@ -1,4 +1,4 @@
-"""What a step of a healing is, and what it is given; the base of those in closed form."""
+"""What a step of a healing is and reads, and the base class of closed forms."""
 
 from __future__ import annotations
 

@@ -222,7 +222,7 @@ def _heal_four_bit(model: PreTrainedModel, run: TrainingRun) -> Merged:
 
 
 def _clean(model: PreTrainedModel, recipe: Recipe) -> None:
-    """Undoes what training leaves on a model beside its weights."""
+    """Undoes what training changes of a model other than its weights."""
     model.eval()
     if recipe.gradient_checkpointing:
         with quiet():

@@ -11,7 +11,7 @@ from short_gpt.runtime.errors import ShortGPTError
 
 
 class ModelConfig(Protocol):
-    """What tells a model in the paper's table: the config of a model of transformers."""
+    """The config of a model of transformers, by which the paper's table is searched."""
 
     @property
     def model_type(self) -> str: ...
@@ -36,7 +36,7 @@ class Recipe:
         size: tokens of a window, as a recommendation to whoever cuts them.
         seed: of everything random.
         eval_every: steps from one evaluation, and one checkpoint, to the next.
-        patience: stop after so many evaluations without a better one; None never does.
+        patience: evaluations without a better one before training stops; None never stops it.
         four_bit: train over weights in 4 bits (QLoRA), merge into the unquantized ones.
         gradient_checkpointing: less memory for a second forward pass.
     """

@@ -73,7 +73,7 @@ class RefitSettings(ClosedForm):
         where: "all" solves every kept layer from the first gap on; "gaps" the last projection of
             the layers before gaps alone, on the original model's hidden states.
         batch_size: windows of one length read at once.
-        max_windows: of those that a healing learns from, the first so many; None takes all.
+        max_windows: how many of the training windows are read, from the first; None reads all.
     """
 
     parts: tuple[str, ...] | None = PARTS
@@ -269,7 +269,7 @@ def fit(
         refused = _solve(short, layers, windows, held, settings, state, progress)
     except BaseException as error:
         if not state.done or isinstance(error, NotFiniteError):
-            state.clear()  # there is nothing to go on from
+            state.clear()  # there is nothing to continue from
         raise
     if not state.fits:
         state.clear()

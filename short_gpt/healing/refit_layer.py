@@ -296,12 +296,12 @@ class LayerRefit:
 
 
 class KnownAttention:
-    """Runs a layer whose attention gives what its projection makes of inputs that are known.
+    """Runs a layer with known inputs of its attention's output projection, without the rest of it.
 
     Attributes:
         attention: the module, of which the output projection alone is used so.
-        proved: whether the layer gives the same bits so, on a state (B, S, D) such as enters it;
-            else all of it has to run.
+        proved: whether the layer then returns the same bits, tried on a state (B, S, D); if not,
+            all of it has to run.
     """
 
     def __init__(
@@ -318,14 +318,14 @@ class KnownAttention:
             expected = calls.run(index, state)  # (B, S, D)
         finally:
             handle.remove()
-        # how many things, such as attention weights, it gives beside its output
+        # how many values, such as attention weights, it returns after its output
         self._others = None if isinstance(outputs[0], Tensor) else len(outputs[0]) - 1
         with self.reads(calls.until(index, state, projection.matrix).view(*state.shape[:2], -1)):
             self.proved = torch.equal(calls.run(index, state), expected)
 
     @contextmanager
     def reads(self, inputs: Tensor) -> Iterator[None]:
-        """The layer's attention gives what its projection makes of (B, S, F), inside the block."""
+        """Inside the block the attention returns its projection of these inputs, (B, S, F)."""
 
         def forward(*_: object, **__: object) -> object:
             out = first(self._matrix(inputs))  # (B, S, D)

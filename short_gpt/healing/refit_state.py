@@ -112,7 +112,7 @@ class HiddenStates:
         return Digest(*(self._digests[batch] for batch in range(len(self)))).whole
 
     def read_digest(self) -> str:
-        """The same, of the file as it is."""
+        """As `digest`, of what the file holds now."""
         return Digest(*(sha256(_bytes_of(self[i])).digest() for i in range(len(self)))).whole
 
 
@@ -367,12 +367,12 @@ def _fullest(calls: LayerCalls, tokens: int) -> Mapping[str, int]:
     width, inputs, itemsize = calls.widths()
     attention, mlp = width**2 * itemsize, inputs * width * itemsize  # what their matrices take
     read, sums = calls.memory(), 8 * inputs * (inputs + width)
-    # rows of a product are there in float32, and as they are added; of an attention that was solved
-    # before, more has gone than the copies of its matrix take
+    # rows of a product are in memory twice, in float32 and while they are added; an attention that
+    # was solved before has freed more than the copies of its matrix take
     summed = {"layer": read.get("layer", 0), "sums": sums}
     summed["working memory"] = 4 * tokens * (4 * inputs + 10 * width) + 12 * ROWS * inputs
-    # the last matrices are left of the layer; of both there is a copy as they were, of the
-    # attention's one as it became, of the MLP's the solver's own and the best so far
+    # only the output projections of the layer are loaded: both and a copy of each as it was, one of
+    # the attention's as solved, and for the MLP's the solver's copy and the best so far
     solved = {"layer": (attention + mlp) * bool(read), "sums": sums}
     solved["copies of matrices"] = 2 * attention + 3 * mlp
     wide = 4 * inputs * width * (itemsize < 4)  # of a matrix that is multiplied in float32
@@ -383,7 +383,7 @@ def _fullest(calls: LayerCalls, tokens: int) -> Mapping[str, int]:
 
 
 def _check_disk(folder: Path | None, needed: int) -> None:
-    """Raises ShortGPTError where a folder (None: of temporary files) cannot take so many bytes."""
+    """Raises ShortGPTError where a folder (None: of temporary files) has too few bytes free."""
     target = Path(tempfile.gettempdir()) if folder is None else folder
     # what a refit wrote is written again, and counts as free
     own = () if folder is None else filter(is_own, folder.rglob("*"))

@@ -138,7 +138,7 @@ class NormalEquations:
 
         Returns:
             The share of ``square`` that X step C restores; 0, and nothing is put, where the
-            equations have no solution in float64, as with a ridge that is lost beside the sums.
+            equations have no solution in float64: the ridge is below the last digit of the sums.
         """
         # relative to the mean of the eigenvalues: a ridge suits any scale of X
         penalty = ridge * float(self._diagonal.mean())
@@ -184,7 +184,7 @@ class NormalEquations:
 
 
 def equations_of(projection: OutputProjection, batches: Iterable[Tokens]) -> NormalEquations:
-    """Those of the matrix, as it is; before a norm, at the outputs' present root mean square."""
+    """The equations of a projection as it is; before a norm, at the outputs' present rms."""
     equations = NormalEquations()
     for inputs, target, weights, outputs in batches:
         if outputs is None:
@@ -199,7 +199,7 @@ def equations_of(projection: OutputProjection, batches: Iterable[Tokens]) -> Nor
 
 
 def error(projection: OutputProjection, batches: Iterable[Tokens]) -> float:
-    """By how much the sublayer misses its targets, in weighted squares."""
+    """The weighted sum of squares by which a sublayer misses its targets."""
     total = 0.0
     for inputs, target, weights, _ in batches:
         added = projection.factor * projection.normed(projection.outputs(inputs))  # (N, D)
@@ -230,7 +230,7 @@ class SublayerSolver:
         self._error = self._error_before  # after the best change so far
 
     def solve(self, equations: NormalEquations, *, layer: int, part: str, noise: float) -> Fit:
-        """Takes what lowers the error on held-out tokens.
+        """Changes the projection by what lowers the error on held-out tokens most.
 
         Args:
             equations: of the tokens to fit on, the projection being as it is.

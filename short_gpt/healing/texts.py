@@ -32,7 +32,8 @@ class Learning:
         training: to learn from.
         validation: to choose the training step by; none for a patch.
         evaluation: to evaluate on.
-        left_out: in words, what is not learned from because of the others; None if nothing.
+        left_out: how many windows share text with the others and are not learned from, in words;
+            None if none does.
     """
 
     training: Sequence[Sequence[int]]

@@ -267,7 +267,7 @@ def run_folder(
         try:
             yield folder
         except BaseException:
-            if not finished_checkpoints(folder):  # there is nothing to go on from
+            if not finished_checkpoints(folder):  # there is nothing to continue from
                 shutil.rmtree(folder, ignore_errors=True)
             raise
 
@@ -343,7 +343,7 @@ def quiet() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-            # peft looks for a config beside GGUF files; no embedding changes its size here
+            # peft looks for a config next to GGUF files; no embedding changes its size here
             warnings.filterwarnings("ignore", message="Could not find a config file in")
             yield
     finally:

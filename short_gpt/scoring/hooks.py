@@ -1,4 +1,4 @@
-"""What one forward pass tells of every layer: hooks that reduce the states as they go by.
+"""Scores of every layer from one forward pass: hooks reduce the hidden states as layers run.
 
 Shapes: B windows, S tokens, D width, L layers, M metrics; x enters a layer, m is between its
 sublayers, y leaves it.
@@ -140,7 +140,7 @@ class BetweenSublayers:
             self.state = args[0]
 
         def attended(module: nn.Module, args: object, output: Output) -> None:
-            # a copy, because the layer may go on writing in that tensor
+            # a copy, because the layer may write in that tensor later
             self.attention = first(output)[:, :PROVED].clone()  # (B, PROVED, D)
 
         def mapped(module: nn.Module, args: object, output: Output) -> None:
@@ -273,7 +273,7 @@ class LayerHooks:
     def _keep(self, state: Tensor, wide: Tensor) -> None:
         self._last.append(wide[self._rows, self._ends])  # (B, D): Eq. 6 reads last tokens alone
         if self._kept is not None:
-            self._kept.append(state.clone())  # the model may go on writing in that tensor
+            self._kept.append(state.clone())  # the model may write in that tensor later
 
     def scores(self) -> Scores:
         """The scores of the pass, once all layers have run."""
@@ -311,7 +311,7 @@ def hooked(
     sublayers_of: Family | None = None,
     all_tokens: bool = False,
 ) -> Iterator[LayerHooks]:
-    """Hooks on every layer for the pass inside the block; gone after it, whatever happens.
+    """Hooks on every layer inside the block; removed after it, whatever happens.
 
     Args:
         layers: called in order, each with the (B, S, D) state first.
@@ -320,7 +320,7 @@ def hooked(
         all_tokens: as in `score`.
     """
     hooks = LayerHooks(mask, all_tokens=all_tokens)
-    # with_kwargs: some families give the state by its name
+    # with_kwargs: some families pass the state by its name
     handles = [layer.register_forward_pre_hook(hooks.before, with_kwargs=True) for layer in layers]
     handles += [layer.register_forward_hook(hooks.after, with_kwargs=True) for layer in layers]
     if sublayers_of is not None:

@@ -177,7 +177,7 @@ def spearman(a: Tensor, b: Tensor) -> float:
             f"expected two lists of one length, got {list(a.shape)}, {list(b.shape)}"
         )
     if len(a) < 2 or (a == a[0]).all() or (b == b[0]).all():
-        return math.nan  # as scipy gives, without its warning
+        return math.nan  # as scipy returns, without its warning
     from scipy.stats import spearmanr
 
     correlation = float(spearmanr(a.double().numpy(), b.double().numpy()).statistic)
@@ -203,7 +203,7 @@ def kendall(a: Sequence[int], b: Sequence[int]) -> float:
     return sum(signs) / len(signs)
 
 
-# Fewer degrees of freedom give no interval: two units tell too little of others, and so do more
+# Fewer degrees of freedom allow no interval: two units say too little of others, and so do more
 # where one has over nine tenths of all tokens.
 LEAST_DEGREES = 1.02
 

@@ -100,7 +100,7 @@ def seconds_a_pass(decoder: Decoder, windows: Sequence[Window]) -> float:
 
 
 def wait(device: torch.device) -> None:
-    """Waits for what an accelerator was given to do."""
+    """Waits until an accelerator has done its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":

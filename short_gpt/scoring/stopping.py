@@ -9,10 +9,10 @@ make up less than ``rare`` of all. It is no promise about the runs that end earl
 more than that share of these few may be wrong. Of the error, a quarter goes to windows that were
 not seen, the rest to the tests:
 
-Unseen windows. No sample tells of a kind of windows of which it holds none, however different they
-are. So the first look is where such a kind, if it makes up ``rare`` of all windows, was missed with
-no more than this probability: (1 - rare)^m, or without replacement the hypergeometric one
-(the "rule of three": Hanley and Lippman-Hand, JAMA 249, 1983). Of rarer kinds nothing is promised.
+Unseen windows. A sample says nothing of a kind of windows that it does not hold. So the first look
+is where such a kind, if it makes up ``rare`` of all windows, was missed with no more than this
+probability: (1 - rare)^m, or without replacement the hypergeometric one (the "rule of three":
+Hanley and Lippman-Hand, JAMA 249, 1983). Of rarer kinds nothing is promised.
 
 Tests. Differences are paired, because the same windows score all layers, and shrink by the
 finite-population correction (Cochran, Sampling Techniques, 3rd ed., section 2.6). Student's t is
