@@ -33,7 +33,7 @@ from short_gpt.models.decoder import pad
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.progress import bar
 from short_gpt.runtime.state import StateFile
-from short_gpt.scoring.measuring import measure
+from short_gpt.scoring.run import measure
 from short_gpt.selection import choose
 
 METHODS = ("bi", "relative_magnitude", "angular")

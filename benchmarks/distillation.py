@@ -73,7 +73,7 @@ def main(
             found["cut"] = judge(short, kinds)
         teacher = CachedTeacher(folder, short, [*learning.training, *learning.validation])
         costs["teacher"] = seconds(teacher.fill)
-        costs["refit"] = seconds(lambda: heal_refit(short, layers, refitted_on, aim=aim))
+        costs["refit"] = seconds(lambda: heal_refit(short, layers, refitted_on, step_size=aim))
         found["refit"] = judge(short, kinds)
         learned = Distillation(teacher)
         texts = (learning.training, learning.validation, evaluation)

@@ -26,7 +26,6 @@ from short_gpt.healing.refit_layer import batched as of_one_length
 from short_gpt.healing.refit_layer import seen_at
 from short_gpt.healing.solver import (
     RIDGES,
-    SolverSettings,
     SublayerSolver,
     Tokens,
     equations_of,
@@ -170,8 +169,8 @@ class GapRefits:
             return (_tokens(end, b, front) for b in batches if b.held == held)
 
         with restored_on_error(end.matrix.parameters()) as restore:
-            settings = SolverSettings(ridges=self._ridges)
-            solver = SublayerSolver(end, settings, partial(read, False), partial(read, True))
+            reads = (partial(read, False), partial(read, True))
+            solver = SublayerSolver(end, *reads, ridges=self._ridges)
             equations = equations_of(end, read(False))
             solver.solve(equations, layer=front, part="mlp", noise=noise)
             parameters = end.matrix.named_parameters()
@@ -184,7 +183,7 @@ def _tokens(end: OutputProjection, batch: _Batch, front: int) -> Tokens:
     """What the end of the layer in front has to know of a batch, whose state is behind the gap."""
     parts = (*batch.fronts[front], batch.state)
     inputs, stream, target = (x.to(end.device).flatten(0, 1).float() for x in parts)
-    return Tokens(inputs, stream, target)
+    return Tokens.of(inputs, stream, target)
 
 
 @contextmanager

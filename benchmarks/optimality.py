@@ -116,7 +116,7 @@ def choices(
     search: dict[str, Callable[[], list[int]]] = {
         "sleb": lambda: short.search(search_on, n, candidates=low).removed,
         "sleb_healed": lambda: greedy_healed(
-            decoder, search_on, n, GapRefits(decoder, *refit.held_apart(fit_on)), low
+            decoder, search_on, n, GapRefits(decoder, *refit.split_held_out(fit_on)), low
         ),
         "evolution": lambda: evolution(decoder, search_on, n, low).removed,
     }
@@ -130,7 +130,7 @@ def judge(
     short: ShortLlama, sets: Sequence[Layers], fit_on: Windows, held: Windows, cells: Cells
 ) -> dict[str, dict[Layers, list[Perplexity]]]:
     """The losses of every window by kind and set."""
-    mending = GapRefits(short.decoder, *refit.held_apart(fit_on))
+    mending = GapRefits(short.decoder, *refit.split_held_out(fit_on))
     gaps = {gap for layers in sets for gap in runs(layers, short.kept)}
     found: dict[str, dict[Layers, list[Perplexity]]] = {kind: {} for kind in KINDS}
     with bar("judging", total=len(held) * len(KINDS), unit="window", delay=0) as shown:

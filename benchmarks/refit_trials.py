@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -23,36 +23,23 @@ Windows = Sequence[Sequence[int]]
 Fit = Callable[[ShortLlama, Sequence[int], Windows], refit.Refit]
 
 
-@dataclass(frozen=True)
-class Weighted(Tokens):
-    """Tokens whose weights are given, (N,)."""
-
-    given_weights: Tensor | None = None
-
-    @property
-    def weights(self) -> Tensor:
-        assert self.given_weights is not None
-        return self.given_weights
-
-
 def by_gradient(short: ShortLlama, layers: Sequence[int], windows: Windows) -> refit.Refit:
-    fitted, held = refit.held_apart(list(windows))
+    fitted, held = refit.split_held_out(list(windows))
     squares = gradients([*fitted, *held])
     solve, equations = LayerRefit.solve, refit_layer.equations_of
     at: list[int] = []
 
     def weighted(batches: Iterable[Tokens], first: int) -> Iterator[Tokens]:
         for batch, tokens in enumerate(batches, start=first):
-            own = squares[batch][at[-1]]
-            yield Weighted(**{**vars(tokens), "given_weights": own})
+            yield tokens._replace(weights=squares[batch][at[-1]])
 
     def noted(self: LayerRefit) -> object:
         at.append(self._index)
         return solve(self)
 
-    def solver(end: object, settings: object, fit: Callable, keep: Callable) -> SublayerSolver:
+    def solver(end: object, fit: Callable, keep: Callable, **solving: Any) -> SublayerSolver:
         parts = (lambda: weighted(fit(), 0), lambda: weighted(keep(), len(fitted)))
-        return SublayerSolver(end, settings, *parts)
+        return SublayerSolver(end, *parts, **solving)
 
     with (
         patch.object(LayerRefit, "solve", noted),

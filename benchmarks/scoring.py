@@ -35,7 +35,7 @@ from llama import Llama
 from short_gpt import ShortLlama, windows
 from short_gpt.data import demo
 from short_gpt.scoring.hooks import LayerHooks
-from short_gpt.scoring.measuring import measure
+from short_gpt.scoring.run import measure
 
 SIZE = 1024
 

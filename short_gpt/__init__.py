@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from short_gpt.jobs.comparing import compare
     from short_gpt.runtime.errors import ShortGPTError
     from short_gpt.scoring.importance import Importance
-    from short_gpt.scoring.measuring import measure
+    from short_gpt.scoring.run import measure
     from short_gpt.scoring.stopping import Stop
     from short_gpt.selection.methods import choose
     from short_gpt.wrappers.opening import open_model

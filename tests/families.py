@@ -21,8 +21,8 @@ from short_gpt import ShortHFModel
 from short_gpt.checkpoints.hf import prune_hf
 from short_gpt.models.decoder import without_layers
 from short_gpt.models.hf import HFDecoder
-from short_gpt.scoring.measuring import measure
 from short_gpt.scoring.metrics import block_influence
+from short_gpt.scoring.run import measure
 
 LAYERS = 6
 PLAIN = {

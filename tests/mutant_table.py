@@ -44,8 +44,8 @@ MUTANTS = [
         "test_the_covariance_is_that_of_leaving_out_one_cluster_after_the_other",
     ),
     (
-        "if texts is None or None in of:",
-        "if texts is None:",
+        "if number is None:\n            return None\n",
+        "number = number or 0\n",
         "test_texts_are_the_samples_where_there_are_several",
     ),
     (
@@ -113,7 +113,7 @@ MUTANTS = [
         "test_the_logits_are_those_of_layers_without_the_half",
     ),
     (
-        "batches.run_all(removed, original, original)",
+        "batches.run_all(removed, target, target)",
         "pass",
         "test_in_the_model_that_is_left_every_matrix_solves_its_normal_equations",
     ),
@@ -123,13 +123,13 @@ MUTANTS = [
         "test_in_the_model_that_is_left_every_matrix_solves_its_normal_equations",
     ),
     (
-        'leaving = self._added(batch, self.projections["mlp"])',
+        'leaving = self._with_mlp(batch, self.projections["mlp"])',
         "leaving = self._target[batch]",
         "test_in_the_model_that_is_left_every_matrix_solves_its_normal_equations",
     ),
     (
-        "if not batches.held_out[batch]:\n                    yield replace(",
-        "if True:\n                    yield replace(",
+        "if batch in batches.fitted:\n                yield tokens(batch, inputs)._replace(",
+        "if True:\n                yield tokens(batch, inputs)._replace(",
         "test_the_ridge_is_chosen_by_the_windows_kept_apart",
     ),
     (
@@ -299,7 +299,7 @@ MUTANTS = [
         "test_all_steps_are_undone_when_a_later_one_fails",
     ),
     # What a run continues from: identities, digests, locks.
-    (' != found.get("texts")', " is None", "test_a_state_of_other_windows_is_refused"),
+    (' != saved.get("texts")', " is None", "test_a_state_of_other_windows_is_refused"),
     (
         "return self._turns[model][(self.done + 1) % 2]",
         "return self._turns[model][self.done % 2]",
@@ -310,7 +310,11 @@ MUTANTS = [
         "pass",
         "test_an_interrupted_refit_goes_on_bit_for_bit_and_does_nothing_twice[2-True]",
     ),
-    ('{"windows": windows}, own)', "own)", "test_predictions_of_something_else_are_refused"),
+    (
+        "joined(known, digest, {",
+        "joined(known, {",
+        "test_predictions_of_something_else_are_refused",
+    ),
     (
         "{} if self.distillation is None else self.distillation.identity())",
         "{})",

@@ -32,7 +32,7 @@ from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.evaluation.sampling import SamplingError
 from short_gpt.models.weight_changes import REMOVED_SUBLAYERS
 from short_gpt.runtime.errors import ShortGPTError, one_line
-from short_gpt.runtime.renamed import renamed
+from short_gpt.runtime.renamed import renamed_function
 from short_gpt.runtime.state import read_record, versions
 from short_gpt.scoring.importance import Importance
 
@@ -211,8 +211,8 @@ class Provenance:
         """
         return _read(Entries(read_record(path), str(path)))
 
-    cut = renamed(pruned, "Provenance.cut")
-    beside = renamed(of_checkpoint, "Provenance.beside")
+    cut = renamed_function("Provenance.cut", pruned)
+    beside = renamed_function("Provenance.beside", of_checkpoint)
 
     @property
     def original_layers(self) -> list[int]:

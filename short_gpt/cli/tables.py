@@ -69,7 +69,7 @@ def sublayers(importance: Importance) -> str:
     rows = [f"{'layer':>5}  {'attention':>10}  {'MLP':>10}"]
     for layer, a, m in zip(importance.layers, attention, mlp, strict=True):
         rows.append(f"{layer:>5}  {a:>10.6f}  {m:>10.6f}")
-    if importance.halves.isnan().any():
+    if importance.sublayers.isnan().any():
         rows.append("nan: the layer is not x + attention, then + MLP")
     return "\n".join(rows)
 

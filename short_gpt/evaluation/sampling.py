@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import torch
 
-from short_gpt.scoring.clusters import degrees_of_freedom, ratio_covariance
 from short_gpt.scoring.metrics import LEAST_DEGREES, t_quantile
+from short_gpt.scoring.moments import degrees_of_freedom, ratio_covariance
 
 
 class Sample(NamedTuple):

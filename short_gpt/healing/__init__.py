@@ -12,20 +12,19 @@ from __future__ import annotations
 import warnings
 
 from short_gpt.healing.closed_form import Step
-from short_gpt.healing.distillation import Distillation
-from short_gpt.healing.job import HealingEvidence, HealingJob
-from short_gpt.healing.lora import Healed, require_packages
+from short_gpt.healing.distillation import TOP_K, CachedTeacher, Distillation, LiveTeacher
+from short_gpt.healing.job import STEPS, HealingEvidence, HealingJob
+from short_gpt.healing.lora import DistillSettings, Healed, LoraSettings, require_packages
 from short_gpt.healing.lora import heal as heal_lora
 from short_gpt.healing.recipe import PRESETS, Recipe, recipe_for
 from short_gpt.healing.refit import PatchSettings, Refit, RefitSettings, heal_patch
 from short_gpt.healing.refit import heal as heal_refit
 from short_gpt.healing.solver import Fit
-from short_gpt.healing.steps import DistillSettings, LoraSettings
-from short_gpt.healing.teacher import TOP_K, CachedTeacher, LiveTeacher
 from short_gpt.healing.texts import Learning, Source
 
 __all__ = [
     "PRESETS",
+    "STEPS",
     "TOP_K",
     "CachedTeacher",
     "DistillSettings",

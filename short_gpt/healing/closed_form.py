@@ -1,4 +1,4 @@
-"""What a step of a healing is, and what it is given; the base of those in closed form."""
+"""What a step of a healing is and reads, and the base class of closed forms."""
 
 from __future__ import annotations
 
@@ -38,12 +38,7 @@ class HealingContext:
 
 
 class Step(Protocol):
-    """One step.
-
-    Attributes:
-        name: as ``heal --method`` knows it.
-        trains: whether it changes the model by training, as the steps after it then must too.
-    """
+    """One step: its name for ``heal --method``; one that trains must follow those that do not."""
 
     name: ClassVar[str]
     trains: ClassVar[bool]
@@ -53,10 +48,7 @@ class Step(Protocol):
 
 
 class ClosedForm(ABC):
-    """Settings of a step that is fitted on the original model and folded into the pruned one.
-
-    They are a frozen dataclass.
-    """
+    """Frozen settings of a step fitted on the original model and folded into the pruned one."""
 
     name: ClassVar[str]
     trains: ClassVar[bool] = False
@@ -66,11 +58,7 @@ class ClosedForm(ABC):
         """Fits on the original model; what is returned folds."""
 
     def prepare(self, context: HealingContext) -> Heal:
-        """As `fit`.
-
-        Raises:
-            ShortGPTError: no layer is to be removed.
-        """
+        """As `fit`; refuses to fit where no layer is removed."""
         if not context.layers:
-            raise ShortGPTError(f"{self.name} reads the whole model: name the layers that go")
+            raise ShortGPTError(f"{self.name} reads the original model: name the layers to remove")
         return self.fit(context)

@@ -7,28 +7,302 @@ The loss of a prediction is
 with q the student's and p the teacher's probabilities, the latter two at temperature t (Hinton et
 al. 2015, arXiv:1503.02531), and their mean over all predicted tokens what is minimised.
 
-Shapes: B windows of a batch, S tokens of the longest, V vocabulary, K tokens kept of it.
+A teacher's predictions are kept on disk, or asked for in every step. Of each the K likeliest tokens
+are kept, and the total of all others as one more event: the Kullback-Leibler divergence over these
+K + 1 events is at most that over all V tokens, and equal to it for K = V.
+
+Shapes: B windows of a batch, S tokens of the longest, N predictions, V vocabulary, K tokens kept.
 """
 
 from __future__ import annotations
 
+import os
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction, FunctionCtx
 from torch.nn.utils.rnn import pad_sequence
 
 from short_gpt.data.windows import batches
-from short_gpt.evaluation.perplexity import Perplexity, check_loss
-from short_gpt.healing.teacher import Targets, Teacher, divergence
+from short_gpt.evaluation.perplexity import AT_ONCE, Perplexity, check_loss
 from short_gpt.healing.texts import IGNORED, Example, collate, examples
 from short_gpt.models.decoder import Decoder, padded
-from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.runtime.state import joined
+from short_gpt.runtime.digest import json_digest
+from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
+from short_gpt.runtime.progress import bar, set_rate
+from short_gpt.runtime.state import StateFile, damaged, hold, joined
+from short_gpt.wrappers.scored_model import ScoredModel
 
 Window = Sequence[int]
-PARTS = ("ids", "logs", "rest")  # of targets, in their order
+Predictor = ScoredModel  # what can teach: in memory or streamed, quantized or not
+TOP_K = 64
+DIGEST = sha256().digest_size  # bytes
+IDENTITY, CONTENT = "teacher.json", "teacher.bin"
+
+
+class Targets(NamedTuple):
+    """What a teacher predicts for N tokens, natural logarithms of probabilities."""
+
+    ids: Tensor  # the likeliest tokens, (N, K) int64
+    logs: Tensor  # of their probabilities, (N, K)
+    rest: Tensor  # of the probability of all other tokens together, (N,); -inf where there is none
+
+    @classmethod
+    def of(cls, logits: Tensor, k: int, temperature: float = 1.0) -> Targets:
+        """What logits (N, V) say, of which all tokens are kept where K is V or more.
+
+        Example:
+            >>> Targets.of(torch.tensor([[0.0, 0.0, 0.0, 0.0]]), 2).rest.exp()
+            tensor([0.5000])
+        """
+        scaled = _scaled(logits, temperature)  # (N, V)
+        total = scaled.logsumexp(-1)  # (N,)
+        logs, ids = scaled.topk(min(k, scaled.shape[-1]), dim=-1)  # (N, K) each
+        # 1 less the sum over these would be noise where they are nearly all
+        others = scaled.scatter(-1, ids, -torch.inf).logsumexp(-1)  # (N,)
+        return cls(ids, logs - total[:, None], others - total)
+
+    def to(self, device: torch.device) -> Targets:
+        """The same on another device."""
+        return Targets(*(part.to(device) for part in self))
+
+    def normalized(self) -> Targets:
+        """The same with probabilities that sum to 1, as those of rounded logarithms do not."""
+        total = torch.logaddexp(self.logs.logsumexp(-1), self.rest)  # (N,)
+        return Targets(self.ids, self.logs - total[:, None], self.rest - total)
+
+
+def divergence(logits: Tensor, targets: Targets, *, temperature: float = 1.0) -> Tensor:
+    """KL(teacher || student) in nats of every prediction, (N,), not multiplied by t^2.
+
+    It is at least 0, and 0 where the student predicts what the teacher does. Its gradient is the
+    student's probabilities less the teacher's, whose rest is spread as the student's is.
+
+    Args:
+        logits: (N, V), the student's.
+        targets: the teacher's, over the same vocabulary and at the same temperature.
+        temperature: by which both divide their logits.
+    """
+    nats: Tensor = _Divergence.apply(_scaled(logits, temperature), *targets)  # (N,)
+    return nats
+
+
+class _Divergence(torch.autograd.Function):
+    """The same with its gradient in closed form: autograd would hold several (N, V), not one."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, scaled: Tensor, ids: Tensor, logs: Tensor, rest: Tensor
+    ) -> Tensor:
+        # a few rows at a time pass through the processor's cache
+        rows, values, gradients = max(1, AT_ONCE // scaled.shape[-1]), [], []
+        for part in zip(*(x.split(rows) for x in (scaled, ids, logs, rest)), strict=True):
+            value, gradient = _with_gradient(*part)
+            values.append(value)
+            gradients += [gradient] if scaled.requires_grad else []
+        ctx.save_for_backward(*([torch.cat(gradients)] if gradients else []))
+        return torch.cat(values)
+
+    @staticmethod
+    def backward(ctx: BackwardCFunction, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return gradients[0][:, None] * gradient, None, None, None
+
+
+def _with_gradient(
+    scaled: Tensor, ids: Tensor, logs: Tensor, rest: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The divergence of some rows (N,), and its gradient by their logits (N, V)."""
+    limits = torch.finfo(scaled.dtype)
+    total = scaled.logsumexp(-1)  # (N,)
+    own = scaled.gather(-1, ids) - total[:, None]  # (N, K)
+    # 0 log 0 is 0, and not the NaN that 0 times infinity is
+    value = (logs.exp() * (logs.clamp_min(limits.min) - own)).sum(-1)  # (N,)
+    q = (scaled - total[:, None]).exp_()  # (N, V)
+    # (N,), summed without these: 1 less their sum would be noise where they are nearly all
+    others = q.scatter_(-1, ids, 0.0).sum(-1).clamp_min(limits.tiny)
+    value += rest.exp() * (rest.clamp_min(limits.min) - others.log())
+    # q less p, whose rest is spread as that of q is
+    q *= (1 - rest.exp() / others)[:, None]
+    return value, q.scatter_(-1, ids, own.exp() - logs.exp())
+
+
+def _scaled(logits: Tensor, temperature: float) -> Tensor:
+    """(N, V), in float32 at least."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return wide if temperature == 1 else wide / temperature
+
+
+class LiveTeacher:
+    """A second model in memory, asked in every step: nothing is kept on disk.
+
+    Args:
+        model: with all its layers; never the object that is trained.
+        k: tokens kept of each prediction.
+        temperature: of its predictions.
+    """
+
+    def __init__(self, model: Predictor, *, k: int = TOP_K, temperature: float = 1.0) -> None:
+        check_targets(k, temperature)
+        self.model, self.k, self.temperature = model, min(k, model.decoder.vocab_size), temperature
+
+    def identity(self) -> dict[str, object]:
+        """What a resumed training must share with the earlier one, ready for JSON."""
+        own = {"top_k": self.k, "temperature": self.temperature, "cached": False}
+        return joined({"teacher": json_digest(self.model.identity())}, own)
+
+    def targets(self, indices: Sequence[int], windows: Sequence[Window]) -> list[Targets]:
+        """What it predicts after every token except the last of each of these windows."""
+        every = self.model.window_logits(windows, batch_size=len(windows))
+        return [_targets(logits, self.k, self.temperature) for logits in every]
+
+
+class CachedTeacher:
+    """A teacher's predictions in a file that is mapped into memory, 6 K + 2 bytes a token.
+
+    Args:
+        folder: holds the predictions, or will: two files.
+        model: with all its layers; asked only by `fill`, and may be changed after that.
+        windows: token ids, all that will be asked for.
+        k: tokens kept of each prediction; all of the vocabulary where that has fewer.
+        temperature: of the predictions.
+
+    Raises:
+        ShortGPTError: the folder holds predictions of another model, for other windows, or with
+            other settings; the message names which.
+        FileExistsError: the folder holds another file of that name.
+
+    Example:
+        >>> teacher = CachedTeacher("teacher", short, windows)  # doctest: +SKIP
+        >>> teacher.fill()  # doctest: +SKIP
+        >>> short.remove_layers([21, 22, 25])  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        model: Predictor,
+        windows: Sequence[Window],
+        *,
+        k: int = TOP_K,
+        temperature: float = 1.0,
+    ) -> None:
+        check_targets(k, temperature)
+        self._model: Predictor | None = model
+        self._windows, known = windows, model.identity()
+        self._teacher = json_digest(known)
+        self.k, self.temperature = min(k, model.decoder.vocab_size), temperature
+        many = (self.k,)
+        self._record = np.dtype([("ids", "<i4", many), ("logs", "<f2", many), ("rest", "<f2")])
+        # in the file, of each window: records of all tokens except the last, and their digest
+        sizes = [(len(window) - 1) * self._record.itemsize + DIGEST for window in windows]
+        self._ends = [0, *accumulate(sizes)]
+        self._file = Path(folder) / CONTENT
+        digest = {"windows": json_digest([list(window) for window in windows])}
+        about = joined(known, digest, {"top_k": self.k, "temperature": self.temperature})
+        path = Path(folder) / IDENTITY
+        self._state = StateFile(path, about, lock=hold(folder), folder=Path(folder))
+        if self._state.content is None and self._file.exists():
+            raise FileExistsError(f"{self._file} exists, and no {IDENTITY} says what it is")
+
+    def identity(self) -> dict[str, object]:
+        """What a resumed training must share with the earlier one, ready for JSON."""
+        own = {"top_k": self.k, "temperature": self.temperature, "cached": True}
+        return joined({"teacher": self._teacher}, own)
+
+    def fill(self, *, batch_size: int = 1, progress: bool = True) -> None:
+        """Asks the model for what the file lacks, ``batch_size`` windows at once.
+
+        Raises:
+            ShortGPTError: what the file has is not what was saved there.
+            NotFiniteError: a logit is NaN or infinite.
+        """
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        if self._state.content is None:
+            self._state.save({})
+        done = self._drop_unfinished()
+        rest, model = self._windows[done:], self._model
+        every = model.window_logits(rest, batch_size=batch_size) if rest and model else ()
+        tokens = 0
+        with (
+            open(self._file, "ab") as file,
+            bar("teacher", total=len(self._windows), unit="window", show=progress) as shown,
+        ):
+            shown.update(done)
+            for logits in every:  # (S, V)
+                content = self._bytes(logits)
+                file.write(content + sha256(content).digest())
+                tokens += len(logits) - 1
+                set_rate(shown, tokens)
+                shown.update()
+        self._model = None
+
+    def targets(self, indices: Sequence[int], windows: Sequence[Window]) -> list[Targets]:
+        """The same, by the windows' indices among all of training, then of validation."""
+        if self._written() < self._ends[-1]:
+            raise RuntimeError(f"{self._file} lacks predictions: call fill first")
+        mapped = np.memmap(self._file, mode="r")  # bytes
+        pairs = ((self._ends[i], self._ends[i + 1] - DIGEST) for i in indices)
+        return [self._read(mapped[start:end].view(self._record)) for start, end in pairs]
+
+    def _read(self, part: np.ndarray) -> Targets:
+        ids = torch.from_numpy(part["ids"].astype(np.int64))  # (N, K)
+        logs, rest = (torch.from_numpy(part[name].astype(np.float32)) for name in ("logs", "rest"))
+        return Targets(ids, logs, rest).normalized()
+
+    def _bytes(self, logits: Tensor) -> bytes:
+        """The records of a window."""
+        targets = _targets(logits, self.k, self.temperature)
+        record = np.empty(len(targets.rest), self._record)
+        for name, part in targets._asdict().items():
+            record[name] = part.cpu().numpy()
+        return record.tobytes()
+
+    def _written(self) -> int:
+        """Bytes in the file."""
+        return self._file.stat().st_size if self._file.exists() else 0
+
+    def _drop_unfinished(self) -> int:
+        """Truncates a window that a kill left unfinished; checks and counts the finished ones."""
+        finished = bisect_right(self._ends, self._written()) - 1
+        if self._file.exists():
+            os.truncate(self._file, self._ends[finished])
+            with open(self._file, "rb") as file:
+                for start, end in pairwise(self._ends[: finished + 1]):
+                    content = file.read(end - start)
+                    if sha256(content[:-DIGEST]).digest() != content[-DIGEST:]:
+                        raise damaged(self._file, self._file.parent)
+        return finished
+
+
+Teacher = LiveTeacher | CachedTeacher
+
+
+def check_targets(k: int, temperature: float) -> None:
+    """Raises ShortGPTError for what cannot be kept of a teacher."""
+    if k < 1:
+        raise ShortGPTError(f"top_k = {k}: expected at least 1")
+    if not 0 < temperature < float("inf"):
+        raise ShortGPTError(f"temperature = {temperature}: expected a number above 0, such as 1")
+
+
+def _targets(logits: Tensor, k: int, temperature: float) -> Targets:
+    """What a window's logits (S, V) say of the tokens after its first."""
+    targets = Targets.of(logits[:-1], k, temperature)
+    if targets.logs.isnan().any():
+        raise NotFiniteError(
+            "the teacher gave a NaN or infinite logit; check the weights, or another dtype"
+        )
+    return targets
 
 
 @dataclass(frozen=True)
@@ -37,13 +311,7 @@ class Distillation:
 
     Args:
         teacher: the original model's predictions on the windows of training and validation.
-        kl_share: a, of the divergence in the loss; the rest is the text's own.
-
-    Raises:
-        ShortGPTError: ``kl_share`` is not above 0 and at most 1.
-
-    Example:
-        >>> heal_lora(short, *windows, distillation=Distillation(teacher))  # doctest: +SKIP
+        kl_share: a, of the divergence in the loss, above 0 and at most 1; the rest is the text's.
     """
 
     teacher: Teacher
@@ -59,19 +327,16 @@ class Distillation:
     def collate(self, batch: Sequence[Example]) -> dict[str, Tensor]:
         """Windows with their targets, padded: ids and logs (B, S - 1, K), rest (B, S - 1)."""
         targets = self._of(batch)
-        parts = {name: [getattr(t, name) for t in targets] for name in PARTS}
+        padded_parts = [
+            pad_sequence([*part], batch_first=True) for part in zip(*targets, strict=True)
+        ]
         tensors = collate(batch)
         # versions of transformers count the first token as predicted or not: here none does
         tensors["labels"][:, 0] = IGNORED
-        return tensors | {name: pad_sequence(p, batch_first=True) for name, p in parts.items()}
+        return tensors | dict(zip(Targets._fields, padded_parts, strict=True))
 
     def loss(self, logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
-        """The sum over a batch's predicted tokens.
-
-        Args:
-            logits: (B, S, V), the student's.
-            batch: from `collate`.
-        """
+        """The sum over the predicted tokens of a batch of `collate`, for logits (B, S, V)."""
         total = logits.new_zeros((), dtype=batch["logs"].dtype)
         scale = self.kl_share * self.teacher.temperature**2
         # unbound at once: indexing each row would make a gradient as large as the batch for each
@@ -79,7 +344,7 @@ class Distillation:
         for row, (every, labels) in enumerate(rows):
             count = int(labels.ne(IGNORED).sum())  # the padding follows them
             own = every[:count]  # (N, V)
-            targets = Targets(*(batch[name][row, :count] for name in PARTS))
+            targets = Targets(*(batch[name][row, :count] for name in Targets._fields))
             total = total + scale * self._divergence(own, targets).sum()
             if self.kl_share < 1:
                 text = F.cross_entropy(own.float(), labels[1 : count + 1], reduction="sum")

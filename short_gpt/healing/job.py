@@ -1,4 +1,4 @@
-"""One healing from beginning to end: measured, cut, healed, measured again, saved."""
+"""One healing from beginning to end: measured, pruned, healed, measured again, saved."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from pathlib import Path
 from short_gpt.evaluation.paired import Difference, difference, together
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.healing.closed_form import Heal, HealingContext, Step
-from short_gpt.healing.refit import RefitSettings
+from short_gpt.healing.distillation import CONTENT
+from short_gpt.healing.lora import TEACHER, DistillSettings, LoraSettings
+from short_gpt.healing.refit import PatchSettings, RefitSettings
 from short_gpt.healing.refit_state import STATE
-from short_gpt.healing.steps import TEACHER, check_order
-from short_gpt.healing.teacher import CONTENT
 from short_gpt.healing.texts import Learning
 from short_gpt.runtime.errors import (
     USER_ERRORS,
@@ -27,6 +27,33 @@ from short_gpt.runtime.errors import (
 )
 from short_gpt.runtime.state import Lock, hold
 from short_gpt.wrappers.scored_model import ScoredModel
+
+# All steps by the names that ``heal --method`` knows. A new closed form is a line here.
+KINDS: tuple[type[Step], ...] = (
+    RefitSettings,
+    PatchSettings,
+    LoraSettings,
+    DistillSettings,
+)
+STEPS = {kind.name: kind for kind in KINDS}
+
+
+def check_order(steps: Sequence[tuple[str, bool]]) -> None:
+    """Raises ShortGPTError unless steps, by name and whether each trains, can follow each other.
+
+    Example:
+        >>> check_order([("patch", False), ("distill", True)])
+    """
+    names = [name for name, _ in steps]
+    chain = ",".join(names)
+    if not names or len(set(names)) != len(names):
+        raise ShortGPTError(f"expected different methods of healing, got {chain or 'none'}")
+    late = [name for name, trains in steps[1:] if not trains]
+    if late:
+        raise ShortGPTError(
+            f"{chain}: {late[0]} is fitted on the original model, so nothing may heal before it; "
+            "put one closed form first, and training after it"
+        )
 
 
 @dataclass(frozen=True)
@@ -39,10 +66,6 @@ class HealingEvidence:
             last by the steps until then ("patch"), and healed.
         change: of the loss by the healing alone, paired over the windows.
         changes: the same of each step, by its name.
-
-    Example:
-        >>> HealingEvidence([], {}, Difference(0.02, 0.01, 32)).worse
-        True
     """
 
     steps: Sequence[Mapping[str, object]]
@@ -81,18 +104,14 @@ class HealingJob:
         layers: to remove first, in the original model's numbering; training also heals a model
             from which nothing more is removed.
         settings: what heals, one step or several: one closed form at most, before training.
-        work_dir: keeps what an interrupted healing continues from, until the model is saved: the
-            closed form's weights, the teacher's predictions, training's checkpoints; None keeps
-            nothing.
+        work_dir: keeps what an interrupted healing continues from, until the model is saved; None
+            keeps nothing.
         resume: continue from what is there.
         progress: whether to show bars.
         notify: called with every perplexity when it is measured, in words.
 
     Attributes:
         evidence: of `run`; None before.
-
-    Raises:
-        ShortGPTError: the steps cannot follow each other.
 
     Example:
         >>> short = ShortHFModel("llama-2-7b-hf")  # doctest: +SKIP
@@ -125,41 +144,33 @@ class HealingJob:
         self._lock: Lock | None = None  # of the folder, from the start of `run` until it is removed
 
     def plan_text(self) -> str | None:
-        """What a refit among the steps will take in memory and on disk; None where there is none.
-
-        Raises:
-            ShortGPTError: it is more than there is, or than a streamed model may take.
-        """
+        """What a refit among the steps takes in memory and on disk; None where there is none."""
         for step in self.steps:
             if isinstance(step, RefitSettings) and step.where == "all":
                 return step.plan(self.short, self.windows, self.work_dir).describe()
         return None
 
     def run(self) -> HealingEvidence:
-        """Does all of it except saving.
+        """Does all of it except saving; after any error the model is as it was, with all layers.
 
         Raises:
-            ShortGPTError, NotFiniteError, MissingPackageError: as those of the steps.
-                After an error, or an interruption, the model is as it was, with all its layers.
-            ShortGPTError: another process heals in ``work_dir``.
+            ShortGPTError: another process heals in ``work_dir``; or as those of the steps.
             FileExistsError: ``work_dir`` holds an earlier run, and ``resume`` was not asked for.
         """
         parts: dict[str, list[Perplexity]] = {}
         with self._folder() as folder:
-            lasting = self.work_dir is not None
-            context = HealingContext(
-                self.short, self.windows, self.layers, folder, lasting, self.progress
-            )
+            kept = (folder, self.work_dir is not None)
+            context = HealingContext(self.short, self.windows, self.layers, *kept, self.progress)
             ready = [step.prepare(context) for step in self.steps]
             if self.layers:
                 self._measure(f"whole, {len(self.short.kept)} layers", parts)
             done = self._heal(ready, parts)
-        cut, *healed = [*parts.values()][-len(done) - 1 :]
-        names, before = [step.name for step in self.steps], [cut, *healed[:-1]]
+        pruned, *healed = [*parts.values()][-len(done) - 1 :]
+        names, before = [step.name for step in self.steps], [pruned, *healed[:-1]]
         self.evidence = HealingEvidence(
             done,
             {name: together(windows) for name, windows in parts.items()},
-            difference(cut, healed[-1]),
+            difference(pruned, healed[-1]),
             {n: difference(a, b) for n, a, b in zip(names, before, healed, strict=True)},
         )
         self.short.evidence["change"] = asdict(self.evidence.change)
@@ -198,8 +209,7 @@ class HealingJob:
         """Writes the healed model with its evidence, and removes what could be continued from.
 
         A streamed model reads from there what was solved: go on with the new directory instead.
-
-        Args and errors as in `ScoredModel.save`, and:
+        Arguments and errors as in `ScoredModel.save`, and:
 
         Raises:
             RuntimeError: `run` was not called, or failed.
@@ -232,15 +242,15 @@ class HealingJob:
 
     def _clear(self, folder: Path) -> None:
         """Removes what the steps keep, and the folder if nothing else is in it."""
-        for name in (TEACHER, *(step.name for step in self.steps)):
+        for own in (folder / TEACHER, *(folder / step.name for step in self.steps)):
             # in an order in which what a kill here may leave blocks no later run: a state before
             # the weights that it names, a recipe after the checkpoints that it belongs to
-            for path in (folder / name).rglob(STATE):
+            for path in own.rglob(STATE):
                 path.unlink()
-            for path in (folder / name).glob("checkpoint-*"):
+            for path in own.glob("checkpoint-*"):
                 shutil.rmtree(path, ignore_errors=True)
-            (folder / name / CONTENT).unlink(missing_ok=True)
-            shutil.rmtree(folder / name, ignore_errors=True)
+            (own / CONTENT).unlink(missing_ok=True)
+            shutil.rmtree(own, ignore_errors=True)
         with suppress(OSError):  # a folder that holds something else stays
             folder.rmdir()
         self._lock = None
@@ -257,7 +267,11 @@ class HealingJob:
         folder = self.work_dir
         self._lock = hold(folder)
         try:
-            self._check_there(folder)
+            any_there = folder.is_dir() and any(folder.iterdir())
+            if any_there and not self.resume:
+                raise FileExistsError(f"{folder} holds an earlier run; resume it, or remove it")
+            if self.resume and not any_there:
+                raise ShortGPTError(f"{folder} holds nothing to resume; start without resume")
             folder.mkdir(parents=True, exist_ok=True)
             yield folder
         except BaseException as error:
@@ -268,14 +282,6 @@ class HealingJob:
         finally:
             with suppress(OSError):  # a folder that holds something stays
                 folder.rmdir()
-
-    def _check_there(self, folder: Path) -> None:
-        """Raises where a folder holds an earlier run, or none to resume."""
-        there = folder.is_dir() and any(folder.iterdir())
-        if there and not self.resume:
-            raise FileExistsError(f"{folder} holds an earlier run; resume it, or remove it")
-        if self.resume and not there:
-            raise ShortGPTError(f"{folder} holds nothing to resume; start without resume")
 
     def _measure(self, state: str, parts: dict[str, list[Perplexity]]) -> None:
         """Adds the perplexity of every window in this state of the model to ``parts``."""

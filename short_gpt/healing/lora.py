@@ -1,4 +1,4 @@
-"""Healing by LoRA: low-rank changes of the layers that stayed, trained and merged.
+"""Healing by LoRA: low-rank changes of the kept layers, trained and merged; as steps, too.
 
 After Gromov et al. (arXiv:2403.17887, appendix A), through peft and the Trainer of transformers; in
 4 bits after QLoRA (Dettmers et al. 2023, arXiv:2305.14314).
@@ -11,15 +11,23 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, ClassVar, cast
 
 import torch
 
 from llama.ranks import several_ranks
 from short_gpt.data.disjoint import check_disjoint
-from short_gpt.healing.distillation import Distillation
+from short_gpt.healing.closed_form import Heal, HealingContext
+from short_gpt.healing.distillation import (
+    TOP_K,
+    CachedTeacher,
+    Distillation,
+    LiveTeacher,
+    Predictor,
+    Teacher,
+)
 from short_gpt.healing.recipe import Recipe, recipe_for
-from short_gpt.healing.trainer import TrainingRun, Window, quiet, train
+from short_gpt.healing.trainer import TrainingRun, begun, quiet, train
 from short_gpt.models.families import ANY, family_of
 from short_gpt.models.hf import find_layers
 from short_gpt.models.weight_changes import WeightChange, parameters_of, restored_on_error
@@ -45,8 +53,8 @@ class Healed:
         losses: training loss in nats by step.
         validation: perplexity on the validation windows by step; 0 is before.
         tokens: trained on, with repetitions.
-        divergence: of distillation, from the teacher on the validation windows by step, nats a
-            token; by it the best step is known, as by the perplexity without distillation.
+        divergence: from the teacher on the validation windows by step, nats a token; the best step
+            is chosen by it, without distillation by the perplexity.
         distillation: its settings; None where the text alone was learned.
     """
 
@@ -69,7 +77,9 @@ class Healed:
         return {"method": "LoRA", **{k: v for k, v in asdict(self).items() if k not in own}}
 
 
-Merged = tuple[Healed, Callable[[], None]]  # and what removes it again
+Window = Sequence[int]
+Merged = tuple[Healed, Callable[[], None]]  # and what takes it out again
+TEACHER = "teacher"  # the folder of its predictions
 
 
 def heal(
@@ -85,6 +95,8 @@ def heal(
     distillation: Distillation | None = None,
 ) -> Healed:
     """Trains low-rank changes on windows of text and merges them into the model, in place.
+
+    After any error the model is as before.
 
     Args:
         short: a `ShortHFModel`, its layers removed.
@@ -104,24 +116,11 @@ def heal(
         ShortGPTError: the model is not one of transformers; the texts overlap; no linear map has
             the recipe's names; no windows; nothing or something else to resume; for 4 bits, no
             CUDA.
-        NotFiniteError: a loss is NaN or infinite. The model is as before after any error.
-
-    Example:
-        >>> healed = heal_lora(short, training, validation, evaluation)  # doctest: +SKIP
-        >>> healed.validation[healed.kept_step]  # doctest: +SKIP
-        27.15
+        NotFiniteError: a loss is NaN or infinite.
     """
     require_packages()
     recipe = recipe or recipe_for(short.trainable().config)
-    run = TrainingRun(
-        training,
-        validation,
-        recipe,
-        work_dir,
-        resume=resume,
-        show=progress,
-        distillation=distillation,
-    )
+    run = TrainingRun(training, validation, recipe, work_dir, resume, progress, distillation)
     return heal_run(short, run, evaluation)[0]
 
 
@@ -140,8 +139,7 @@ def heal_run(
         parameters_of(number, layer, [m for m in layer.modules() if id(m) in adapted])
         for number, layer in zip(short.present, short.decoder.layers, strict=True)
     ]
-    train_and_merge = _heal_four_bit if run.recipe.four_bit else _heal
-    healed, restore = train_and_merge(model, run, short.decoder.device)
+    healed, restore = (_heal_four_bit if run.recipe.four_bit else _heal)(model, run)
     change = WeightChange(healed.to_dict(), frozenset().union(*ends))
     if healed.kept_step:
         short.note_change(change)
@@ -153,14 +151,14 @@ def heal_run(
     return healed, undo
 
 
-def _heal(model: PreTrainedModel, run: TrainingRun, _: torch.device) -> Merged:
+def _heal(model: PreTrainedModel, run: TrainingRun) -> Merged:
     """Trains over the model's own weights and merges."""
     adapted = adapt(model, run.recipe)
     try:
         healed = _train(adapted, run)
         return healed, _merge(adapted, healed)
     except BaseException:
-        adapted.unload()  # takes the adapters out, and leaves the weights that they stood beside
+        adapted.unload()  # takes the adapters out, and leaves the model's own weights
         raise
     finally:
         _clean(model, run.recipe)
@@ -200,7 +198,7 @@ def _train(adapted: PeftModel, run: TrainingRun) -> Healed:
     )
 
 
-def _heal_four_bit(model: PreTrainedModel, run: TrainingRun, device: torch.device) -> Merged:
+def _heal_four_bit(model: PreTrainedModel, run: TrainingRun) -> Merged:
     """Trains over a copy in 4 bits (NF4, as QLoRA), and merges into the model as it is."""
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
@@ -224,7 +222,7 @@ def _heal_four_bit(model: PreTrainedModel, run: TrainingRun, device: torch.devic
 
 
 def _clean(model: PreTrainedModel, recipe: Recipe) -> None:
-    """Undoes what training leaves on a model beside its weights."""
+    """Undoes what training changes of a model other than its weights."""
     model.eval()
     if recipe.gradient_checkpointing:
         with quiet():
@@ -258,12 +256,7 @@ def require_packages() -> None:
 
 
 def adapt(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
-    """The model with untrained changes of its layers: a ``PeftModel`` around the same weights.
-
-    Raises:
-        MissingPackageError: peft is missing.
-        ShortGPTError: no linear map has the recipe's names.
-    """
+    """A ``PeftModel`` around the same weights, with untrained changes of linear maps."""
     from peft import LoraConfig, TaskType, get_peft_model
 
     targets = target_modules(model, recipe.modules)
@@ -286,15 +279,17 @@ def target_modules(model: PreTrainedModel, names: Sequence[str] | None = None) -
     Args:
         model: a causal language model of transformers.
         names: ends of their names; None takes the MLP's of the model's family.
-
-    Raises:
-        ShortGPTError: there is none.
     """
     model_type = model.config.get_text_config(decoder=True).model_type
     names = family_of(model_type).lora if names is None else names
     ends = tuple(f".{name}" for name in names)
+    inside = f"{find_layers(model)}."
     targets = [
-        name for name in _with_weight(model, find_layers(model)) if f".{name}".endswith(ends)
+        name
+        for name, module in model.named_modules()
+        if name.startswith(inside)
+        and f".{name}".endswith(ends)
+        and isinstance(getattr(module, "weight", None), torch.Tensor)
     ]
     if not targets:
         raise ShortGPTError(
@@ -302,16 +297,6 @@ def target_modules(model: PreTrainedModel, names: Sequence[str] | None = None) -
             "name its own"
         )
     return targets
-
-
-def _with_weight(model: PreTrainedModel, layers_path: str) -> list[str]:
-    """The full names of the modules inside the layers that have a weight of their own."""
-    return [
-        name
-        for name, module in model.named_modules()
-        if name.startswith(f"{layers_path}.")
-        and isinstance(getattr(module, "weight", None), torch.Tensor)
-    ]
 
 
 def quantized(model: PreTrainedModel, device: torch.device, recipe: Recipe) -> PreTrainedModel:
@@ -344,3 +329,82 @@ def require_four_bit() -> None:
         raise MissingPackageError("training in 4 bits needs: pip install bitsandbytes") from None
     if not torch.cuda.is_available():
         raise ShortGPTError("training in 4 bits needs CUDA, which torch does not find here")
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """Settings of LoRA on text; without a ``recipe``, the paper's for the model."""
+
+    recipe: Recipe | None = None
+    name: ClassVar[str] = "lora"
+    trains: ClassVar[bool] = True
+
+    def prepare(self, context: HealingContext) -> Heal:
+        return lambda: self._train(context, None)
+
+    def _recipe(self, context: HealingContext) -> Recipe:
+        return self.recipe or recipe_for(context.short.trainable().config)
+
+    def _training(self, context: HealingContext) -> Sequence[Window]:
+        """The windows that all optimizer steps together will read."""
+        recipe = self._recipe(context)
+        return context.windows.training[: recipe.steps * recipe.batch]
+
+    def _train(
+        self, context: HealingContext, distillation: Distillation | None
+    ) -> tuple[dict[str, object], Callable[[], object]]:
+        folder = context.folder / self.name
+        read = (self._training(context), context.windows.validation, self._recipe(context))
+        run = TrainingRun(*read, folder, begun(folder), context.progress, distillation)
+        healed, undo = heal_run(context.short, run, context.windows.evaluation)
+        return healed.to_dict(), undo
+
+
+@dataclass(frozen=True)
+class DistillSettings(LoraSettings):
+    """Settings of LoRA on what the original model predicts.
+
+    Attributes:
+        teacher: opens another model that predicts; None asks the model before layers are removed.
+        live: ask that other model in every step, and keep nothing on disk.
+        top_k: tokens kept of each prediction.
+        temperature: by which both models' logits are divided.
+        kl_share: of the divergence in the loss; the rest is the text's own.
+    """
+
+    teacher: Callable[[], Predictor] | None = None
+    live: bool = False
+    top_k: int = TOP_K
+    temperature: float = 1.0
+    kl_share: float = 1.0
+    name: ClassVar[str] = "distill"
+
+    def prepare(self, context: HealingContext) -> Heal:
+        distillation = Distillation(self._teacher(context), self.kl_share)
+        return lambda: self._train(context, distillation)
+
+    def _teacher(self, context: HealingContext) -> Teacher:
+        if self.teacher is None and not context.layers:
+            raise ShortGPTError(
+                "distillation learns from the model with all its layers: name the layers to "
+                "remove, or a teacher that still has them"
+            )
+        if self.teacher is None and self.live:
+            raise ShortGPTError(
+                "a live teacher is asked while the model is trained: open it a second time, or "
+                "leave live out, which keeps its predictions on disk"
+            )
+        model = context.short if self.teacher is None else self.teacher()
+        ours, theirs = context.short.decoder.vocab_size, model.decoder.vocab_size
+        if ours != theirs:
+            raise ShortGPTError(
+                f"the teacher knows {theirs} tokens, the model {ours}: give the model that it was "
+                "pruned from"
+            )
+        k, temperature, folder = self.top_k, self.temperature, context.folder / TEACHER
+        if self.live:
+            return LiveTeacher(model, k=k, temperature=temperature)
+        windows = [*self._training(context), *context.windows.validation]
+        cache = CachedTeacher(folder, model, windows, k=k, temperature=temperature)
+        cache.fill(batch_size=self._recipe(context).micro_batch, progress=context.progress)
+        return cache

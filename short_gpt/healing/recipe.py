@@ -11,7 +11,7 @@ from short_gpt.runtime.errors import ShortGPTError
 
 
 class ModelConfig(Protocol):
-    """What tells a model in the paper's table: the config of a model of transformers."""
+    """The config of a model of transformers, by which the paper's table is searched."""
 
     @property
     def model_type(self) -> str: ...
@@ -29,19 +29,16 @@ class Recipe:
         dropout: before them.
         modules: ends of the names of the linear maps that change; None takes the MLP's.
         learning_rate: at its peak, after ``warmup`` steps; a half cosine to 0 follows.
-        steps, warmup: optimizer steps.
+        steps: optimizer steps.
+        warmup: optimizer steps until the peak.
         batch: windows a step.
         micro_batch: windows read at once; divides ``batch``.
         size: tokens of a window, as a recommendation to whoever cuts them.
         seed: of everything random.
         eval_every: steps from one evaluation, and one checkpoint, to the next.
-        patience: stop after so many evaluations without a better one; None never does.
+        patience: evaluations without a better one before training stops; None never stops it.
         four_bit: train over weights in 4 bits (QLoRA), merge into the unquantized ones.
         gradient_checkpointing: less memory for a second forward pass.
-
-    Example:
-        >>> Recipe(rank=8).steps
-        5000
     """
 
     rank: int = 64
@@ -78,38 +75,17 @@ class Recipe:
             )
 
 
-# Gromov et al., table of appendix A: a config's values, and the settings for such a model. The
-# numbers of layers are left out, so that pruned models are known too.
-LLAMA, MISTRAL = {"model_type": "llama", "vocab_size": 32000}, {"model_type": "mistral"}
-PAPER: tuple[tuple[dict[str, Any], dict[str, Any]], ...] = (
-    (
-        {**LLAMA, "hidden_size": 4096, "intermediate_size": 11008},
-        {"rank": 2, "learning_rate": 3e-4, "size": 2048},
-    ),
-    (
-        {**LLAMA, "hidden_size": 5120, "intermediate_size": 13824},
-        {"rank": 64, "learning_rate": 3e-4, "size": 4096},
-    ),
-    (
-        {**LLAMA, "hidden_size": 8192, "intermediate_size": 28672},
-        {"rank": 8, "learning_rate": 3e-5, "size": 4096},
-    ),
-    (
-        {"model_type": "qwen", "hidden_size": 4096},
-        {"rank": 64, "learning_rate": 3e-4, "size": 2048},
-    ),
-    (
-        {"model_type": "qwen", "hidden_size": 5120},
-        {"rank": 64, "learning_rate": 3e-4, "size": 4096},
-    ),
-    (
-        {**MISTRAL, "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336},
-        {"rank": 4, "learning_rate": 3e-6, "size": 2048},
-    ),
-    (
-        {"model_type": "phi", "vocab_size": 51200, "hidden_size": 2560},
-        {"rank": 64, "learning_rate": 2e-4, "size": 2048},
-    ),
+# Gromov et al., table of appendix A: a config's values (None: any), and the settings for such a
+# model. The numbers of layers are left out, so that pruned models are known too.
+MODEL = ("model_type", "vocab_size", "hidden_size", "intermediate_size")
+PAPER: tuple[tuple[tuple[object, ...], tuple[int, float, int]], ...] = (
+    (("llama", 32000, 4096, 11008), (2, 3e-4, 2048)),  # rank, learning rate, size
+    (("llama", 32000, 5120, 13824), (64, 3e-4, 4096)),
+    (("llama", 32000, 8192, 28672), (8, 3e-5, 4096)),
+    (("qwen", None, 4096, None), (64, 3e-4, 2048)),
+    (("qwen", None, 5120, None), (64, 3e-4, 4096)),
+    (("mistral", 32000, 4096, 14336), (4, 3e-6, 2048)),
+    (("phi", 51200, 2560, None), (64, 2e-4, 2048)),
 )
 # The public healing demonstration of ShortGPT for Hugging Face models.
 DEMO = {"rank": 8, "alpha": 32, "learning_rate": 1e-6, "modules": ("q_proj", "v_proj")}
@@ -126,17 +102,10 @@ def recipe_for(config: ModelConfig, preset: str = "paper", **changes: Any) -> Re
     Args:
         config: of the model, pruned or not.
         preset: "paper" takes rank, learning rate and size from the paper's table where the model
-            is in it, known by its type and widths, else rank 64 and 3e-4, the table's most
-            common; "demo" is the public demonstration: rank 8, alpha 32, q_proj and v_proj, 1e-6;
-            "small" is for minutes on a few processor cores.
+            is in it, by its type and widths, else rank 64 and 3e-4, the table's most common;
+            "demo" is the public demonstration: rank 8, alpha 32, q_proj and v_proj, 1e-6; "small"
+            is for minutes on a few processor cores.
         changes: attributes of `Recipe`, which take precedence.
-
-    Raises:
-        ShortGPTError: no such preset or attribute, or a value out of range.
-
-    Example:
-        >>> recipe_for(model.config, steps=1000).rank  # doctest: +SKIP
-        64
     """
     if preset not in PRESETS:
         raise ShortGPTError(f"preset {preset!r} is unknown: expected one of {', '.join(PRESETS)}")
@@ -146,10 +115,11 @@ def recipe_for(config: ModelConfig, preset: str = "paper", **changes: Any) -> Re
     if preset != "paper":
         return Recipe(**{**(DEMO if preset == "demo" else SMALL), **changes})
     text = config.get_text_config(decoder=True)
-    published: dict[str, object] = {}
+    published: dict[str, Any] = {}
     for model, settings in PAPER:
-        if all(getattr(text, name, None) == value for name, value in model.items()):
-            published = dict(settings)
+        values = {name: value for name, value in zip(MODEL, model, strict=True) if value}
+        if all(getattr(text, name, None) == value for name, value in values.items()):
+            published = dict(zip(("rank", "learning_rate", "size"), settings, strict=True))
     if text.model_type == "qwen":
         published["modules"] = FAMILIES["qwen"].lora
-    return Recipe(**{**published, **changes})
+    return Recipe(**published | changes)

@@ -1,6 +1,6 @@
 """The closed-form refit: output projections of the kept layers, solved again one after the other.
 
-Kept layers were made for the hidden states of the original model. After the first gap they read
+Kept layers were trained on the hidden states of the original model. After the first gap they read
 others, and so every kept layer k from there on gets the target
 
     T_k = the original model's state where the next kept layer begins,
@@ -25,10 +25,9 @@ from __future__ import annotations
 
 import os
 import tempfile
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -40,9 +39,8 @@ from llama.parallel import model_parallel_size
 from short_gpt.evaluation.paired import together
 from short_gpt.healing.closed_form import ClosedForm, Heal, HealingContext
 from short_gpt.healing.refit_layer import Batches, LayerRefit, batched
-from short_gpt.healing.refit_memory import RefitPlan, plan_of
-from short_gpt.healing.refit_state import MODELS, ORIGINAL, PRUNED, RefitState
-from short_gpt.healing.solver import PARTS, WEIGHTS, Fit, SolverSettings
+from short_gpt.healing.refit_state import MODELS, ORIGINAL, PRUNED, RefitPlan, RefitState, plan_of
+from short_gpt.healing.solver import PARTS, RIDGES, Fit
 from short_gpt.healing.texts import Learning
 from short_gpt.models.decoder import pad
 from short_gpt.models.numbering import check_layers, span
@@ -50,28 +48,64 @@ from short_gpt.models.weight_changes import Parameter
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
 from short_gpt.runtime.progress import bar
+from short_gpt.runtime.renamed import renamed_argument
 from short_gpt.runtime.state import joined
 from short_gpt.wrappers.scored_model import ScoredModel
 
 Windows = Sequence[Sequence[int]]
 HELD_EVERY = 8  # every eighth window chooses the ridge
-AIMS = (1.0, 0.7, 0.5)  # step sizes that are tried
-TRIED = len(WEIGHTS) + len(AIMS) - 1 + len(PARTS)  # fits
+WEIGHTS, WHERE = ("inverse", "equal"), ("all", "gaps")
+STEP_SIZES = (1.0, 0.7, 0.5)  # that are tried
+TRIED = len(WEIGHTS) + len(STEP_SIZES) - 1 + len(PARTS)  # fits
 
 
+@renamed_argument("aim", "step_size")
 @dataclass(frozen=True)
-class RefitSettings(SolverSettings, ClosedForm):
+class RefitSettings(ClosedForm):
     """Settings of the refit.
 
     Attributes:
-        parts, ridges, weights, aim, where: as of `SolverSettings`.
+        parts: the sublayers whose output projection is solved; None tries several settings and
+            keeps those of the lowest loss on held-out windows.
+        ridges: candidates, relative to the mean square of the weighted inputs.
+        weights: w of a token, "inverse" for 1 / ||target||^2, or "equal" for all alike.
+        step_size: a factor of every solved change, above 0 and at most 1.
+        where: "all" solves every kept layer from the first gap on; "gaps" the last projection of
+            the layers before gaps alone, on the original model's hidden states.
         batch_size: windows of one length read at once.
-        max_windows: of those that a healing learns from, the first so many; None takes all.
+        max_windows: how many of the training windows are read, from the first; None reads all.
     """
 
+    parts: tuple[str, ...] | None = PARTS
+    ridges: Sequence[float] = RIDGES
+    weights: str = WEIGHTS[0]
+    step_size: float = 1.0
+    where: str = WHERE[0]
     batch_size: int = 1
     max_windows: int | None = None
     name: ClassVar[str] = "refit"
+
+    def __post_init__(self) -> None:
+        parts, ridges = self.parts, self.ridges
+        if parts is not None and (
+            not parts or isinstance(parts, str) or not set(parts) <= set(PARTS)
+        ):
+            raise ShortGPTError(f"parts = {parts!r}: expected some of {', '.join(PARTS)}")
+        if not ridges or not all(0 < ridge < float("inf") for ridge in ridges):
+            raise ShortGPTError(
+                f"ridges = {ridges!r}: expected numbers above 0, such as {RIDGES[0]}"
+            )
+        for name, known in (("weights", WEIGHTS), ("where", WHERE)):
+            if getattr(self, name) not in known:
+                got = getattr(self, name)
+                raise ShortGPTError(f"{name} = {got!r}: expected one of {', '.join(known)}")
+        if not 0 < self.step_size <= 1:
+            raise ShortGPTError(f"step_size = {self.step_size}: expected above 0 and at most 1")
+
+    @property
+    def label(self) -> str:
+        """Parts, weights and step size in a few words."""
+        return f"{','.join(self.parts or ())} {self.weights} {self.step_size:g}"
 
     def plan(self, short: ScoredModel, windows: Learning, folder: Path | None) -> RefitPlan:
         """What it will take in memory and on disk; see `plan_of`."""
@@ -92,14 +126,16 @@ class RefitSettings(SolverSettings, ClosedForm):
         return lambda: (refit.to_dict(), fold(context.short, refit))
 
 
+@renamed_argument("aim", "step_size")
 @dataclass(frozen=True)
 class PatchSettings(RefitSettings):
     """Settings of the patch: those of the refit, of the layers before gaps alone."""
 
-    where: str = "gaps"
+    where: str = WHERE[1]
     name: ClassVar[str] = "patch"
 
 
+@renamed_argument("solving", "settings")
 @dataclass(frozen=True)
 class Refit:
     """New values for the output projections of kept layers.
@@ -109,7 +145,8 @@ class Refit:
         values: by a layer's original number and a parameter's name in it, on the CPU.
         fits: of every matrix, in the order in which they were solved.
         settings: of `fit`; where several were tried, the best.
-        windows, tokens: read to fit the matrices.
+        windows: read to fit the matrices.
+        tokens: in these windows.
         held: windows read to choose the ridges.
         tried: where settings were chosen, the perplexity on the held-out windows by the name of
             what was tried, and as "none" that without any.
@@ -124,12 +161,6 @@ class Refit:
     held: int
     tried: Mapping[str, float] = field(default_factory=dict)
 
-    @property
-    def solving(self) -> RefitSettings:
-        """The former name of ``settings``."""
-        warnings.warn("Refit.solving is now Refit.settings", DeprecationWarning, stacklevel=2)
-        return self.settings
-
     def to_dict(self) -> dict[str, object]:
         """All except the values, ready for JSON."""
         return {
@@ -137,7 +168,7 @@ class Refit:
             "layers": self.layers,
             "parts": list(self.settings.parts or ()),
             "weights": self.settings.weights,
-            "aim": self.settings.aim,
+            "aim": self.settings.step_size,  # as records have it
             "fits": [asdict(fit) for fit in self.fits],
             "windows": self.windows,
             "tokens": self.tokens,
@@ -149,10 +180,7 @@ class Refit:
 def heal(short: ScoredModel, layers: Sequence[int], windows: Windows, **options: Any) -> Refit:
     """Removes layers and refits the pruned model: `fit`, ``remove_layers`` and `fold`.
 
-    Args and errors as in `fit`; after any of them the model is as it was, with all its layers.
-
-    Example:
-        >>> refit = heal_refit(short, [21, 22, 25], windows)  # doctest: +SKIP
+    Arguments and errors as in `fit`; after any of them the model is as it was.
     """
     refit = fit(short, layers, windows, **options)
     with short.without_layers(refit.layers):
@@ -175,12 +203,7 @@ def heal_patch(
 ) -> Refit:
     """Removes layers and solves the layers before the gaps: `heal` with `PatchSettings`.
 
-    Args:
-        short, layers, windows, options: as of `fit`.
-        ridge: of every matrix; None chooses one by held-out windows.
-
-    Example:
-        >>> patch = heal_patch(short, [21, 22, 25], windows)  # doctest: +SKIP
+    Arguments as in `fit`; without a ``ridge``, that of every matrix is chosen by held-out windows.
     """
     settings = PatchSettings() if ridge is None else PatchSettings(ridges=(ridge,))
     return heal(short, layers, windows, settings=settings, **options)
@@ -200,12 +223,12 @@ def fit(
 ) -> Refit:
     """Solves output projections of the kept layers; the model is as it was afterwards.
 
-    Windows pass the layers together, one layer after the other, as the states of the original model
-    and as those of the pruned one: three states (N, D) are held beside the model, the inputs of a
-    matrix (N, F), and one (F, F) matrix of float64. States for which there is no room go into
-    temporary files. With a folder all are there, and the same call continues from the last whole
-    layer, bit for bit; after an error before the first whole one, or a state that is not finite, it
-    is empty. A streamed model has one layer at a time in memory.
+    All windows pass a layer before the next one, in the original model and in the pruned one:
+    three states (N, D) are held beside the model, the inputs of a matrix (N, F), and one (F, F)
+    matrix of float64. States for which there is no room go into temporary files. With a folder all
+    are there, and the same call continues from the last finished layer, bit for bit; after an error
+    before the first one, or a state that is not finite, it is empty. A streamed model has one layer
+    at a time in memory.
 
     Args:
         short: the model with all the layers, in memory or streamed.
@@ -214,13 +237,13 @@ def fit(
             the model is to be used for.
         held: held-out windows, by which ridges are chosen; None takes every eighth of ``windows``
             out for it.
-        settings: None takes those of `RefitSettings`. Their parts may be None: then both sublayers
-            are tried with each weight of tokens, next each step size, next each sublayer alone,
-            every time with what was best before, in six times the time.
+        settings: None takes those of `RefitSettings`. With parts None, both sublayers are tried
+            with each weight of tokens, next each step size, next each sublayer alone, every time
+            with what was best before, in six times the time.
         work_dir: a folder for this refit alone; it may be deleted once the model is saved, which
             reads new values from there.
         progress: whether to show a bar.
-        changes: attributes of the settings, such as ``parts=("mlp",)`` or ``aim=0.5``.
+        changes: attributes of the settings, such as ``parts=("mlp",)`` or ``step_size=0.5``.
 
     Returns:
         The new values, and how much each matrix restores.
@@ -234,51 +257,25 @@ def fit(
     """
     settings = replace(settings or RefitSettings(), **changes)
     _check(short, layers, settings)
-    windows, held = held_apart(list(windows)) if held is None else (windows, held)
+    windows, held = split_held_out(list(windows)) if held is None else (windows, held)
     if not windows or not held:
         raise ShortGPTError("expected at least two windows of calibration tokens")
     folder = None if work_dir is None else Path(os.fspath(work_dir))
     if settings.parts is None:
         return _fit_best(short, layers, windows, held, settings, folder, progress)
-    state = _state(short, layers, windows, held, settings, folder)
+    known = {} if folder is None else _identity(short, layers, windows, held, settings)
+    state = RefitState(folder, known)
     try:
         refused = _solve(short, layers, windows, held, settings, state, progress)
     except BaseException as error:
         if not state.done or isinstance(error, NotFiniteError):
-            state.clear()  # there is nothing to go on from
+            state.clear()  # there is nothing to continue from
         raise
     if not state.fits:
         state.clear()
         raise ShortGPTError(f"nothing of this model can be refitted: {refused}")
     counts = (len(windows), sum(map(len, windows)), len(held))
     return Refit(list(layers), state.values, state.fits, settings, *counts)
-
-
-class Visit(NamedTuple):
-    """A kept layer that windows pass.
-
-    Attributes:
-        layer: its index in the decoder.
-        next_kept: that of the next kept layer.
-        solved: whether its output projections are.
-        copied: whether the original model's states enter it, and not those of the pruned model.
-    """
-
-    layer: int
-    next_kept: int
-    solved: bool
-    copied: bool
-
-
-def _visits(kept: Sequence[int], count: int, settings: RefitSettings) -> list[Visit]:
-    """The kept layers that windows pass, of ``count``."""
-    pairs = [*zip(kept, [*kept[1:], count], strict=True)]
-    if settings.where == "gaps":  # nothing is to be done after the last gap
-        visits = [Visit(i, after, after > i + 1, copied=True) for i, after in pairs]
-        return visits[: 1 + max(n for n, visit in enumerate(visits) if visit.solved)]
-    first_removed = next(i for i in range(count + 1) if i not in kept)
-    start = max(first_removed - 1, 0)  # the first layer whose target is not its own output
-    return [Visit(i, after, i >= start, copied=i == start > 0) for i, after in pairs]
 
 
 def _solve(
@@ -302,72 +299,69 @@ def _solve(
         state.finish()  # which a killed run may not have come to
         return ""
     fitted, held_out = ([*batched(part, settings.batch_size)] for part in (windows, held))
-    tokens = [*fitted, *held_out]  # (B, S) each
-    shapes = [(batch.shape[0], batch.shape[1]) for batch in tokens]
-    apart = [False] * len(fitted) + [True] * len(held_out)
     with ExitStack() as stack:
         if plan.disk and state.folder is None:  # the states are more than there is room for
             state.scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         title, total = f"refitting {len(every)} windows", _passes(visits, state) * len(every)
         shown = stack.enter_context(bar(title, total=total, unit="layer", show=progress))
         stack.callback(calls.close)
-        batches = Batches(calls, state, shapes, apart, plan.room, shown.update)
-        _embed(batches, tokens, range(visits[0].layer))
-        refused = _solve_layers(batches, visits, short.kept, settings)
+        batches = Batches(calls, state, fitted, held_out, plan.room, shown.update)
+        batches.embed(removed=range(visits[0].layer))
+        refused = _refit_layers(batches, visits, short.kept, settings)
     state.finish()
     return refused
 
 
-def _embed(batches: Batches, tokens: Sequence[Tensor], removed: range) -> None:
-    """The states entering the first kept layer, the original's through removed ones before it."""
-    state, calls = batches.state, batches.calls
-    sample = next(iter(calls.embed_all([tokens[0][:1, :1]])))  # (1, 1, D)
-    state.open(batches.shapes, sample.shape[-1], sample.dtype)
-    if state.done:
-        return
-    original, pruned = state.entering(ORIGINAL), state.entering(PRUNED)
-    for batch, embedded in enumerate(calls.embed_all(tokens)):  # (B, S, D)
-        original[batch] = embedded
-        pruned[batch] = embedded  # of the model whose very first layers are removed
-    for index in removed:
-        batches.run_all(index, original, original)
-
-
-def _solve_layers(
+def _refit_layers(
     batches: Batches, visits: Sequence[Visit], numbers: Sequence[int], settings: RefitSettings
 ) -> str:
     """The refit: run a layer, solve it, put the solution in place, run it again.
-
-    Args:
-        batches: of windows, embedded, or where they were when an earlier run ended.
-        visits: the kept layers.
-        numbers: the original number of every layer of the decoder.
-        settings: how matrices are solved.
 
     Returns:
         Why the last layer of which nothing can be solved cannot; empty if there is none.
     """
     calls, state, refused = batches.calls, batches.state, ""
-    continued = (ORIGINAL,) if settings.where == "gaps" else MODELS
+    models = (ORIGINAL,) if settings.where == "gaps" else MODELS
     for index, next_kept, solved, copied in visits[state.done :]:
-        original = state.leaving(ORIGINAL)
+        target = state.leaving(ORIGINAL)  # T, (B, S, D) of every batch
         if not solved:  # up to here both models are one
-            batches.run_all(index, state.entering(ORIGINAL), original)
+            batches.run_all(index, state.entering(ORIGINAL), target)
             state.advance(models=(ORIGINAL,))
             continue
         if copied:
             for batch in batches:
-                state.entering(PRUNED)[batch] = state.entering(ORIGINAL)[batch]
+                state.entering(PRUNED)[batch] = state.entering(ORIGINAL)[batch]  # (B, S, D)
         with calls.loaded(index):
             layer = LayerRefit(batches, index, numbers[index], settings)
             layer.run_original()
         for removed in range(index + 1, next_kept):  # the target is the state after the gap
-            batches.run_all(removed, original, original)
-        with calls.loaded(index):
-            fits, values = layer.solve()
+            batches.run_all(removed, target, target)
+        with calls.loaded(index), layer.restored:
+            fits, values = layer.solve()  # which puts the solutions in place
+            layer.run_pruned()  # with them
         refused = refused if layer.projections else layer.refused
-        state.advance(fits, values, models=continued)
+        state.advance(fits, values, models=models)
     return refused
+
+
+class Visit(NamedTuple):
+    """A kept layer that windows pass."""
+
+    layer: int  # its index in the decoder
+    next_kept: int  # that of the next kept layer
+    solved: bool  # whether its output projections are
+    copied: bool  # whether the original model's states enter it, and not those of the pruned model
+
+
+def _visits(kept: Sequence[int], count: int, settings: RefitSettings) -> list[Visit]:
+    """The kept layers that windows pass, of ``count``."""
+    pairs = [*zip(kept, [*kept[1:], count], strict=True)]
+    if settings.where == "gaps":  # nothing is to be done after the last gap
+        visits = [Visit(i, after, after > i + 1, copied=True) for i, after in pairs]
+        return visits[: 1 + max(n for n, visit in enumerate(visits) if visit.solved)]
+    first_removed = next(i for i in range(count + 1) if i not in kept)
+    start = max(first_removed - 1, 0)  # the first layer whose target is not its own output
+    return [Visit(i, after, i >= start, copied=i == start > 0) for i, after in pairs]
 
 
 def _passes(visits: Sequence[Visit], state: RefitState) -> int:
@@ -388,11 +382,11 @@ def _fit_best(
 ) -> Refit:
     """Fits with several settings, and keeps those of least loss on held-out windows."""
 
-    def fitted(tried_settings: RefitSettings) -> Refit:
-        name = tried_settings.label
+    def fitted(changed: RefitSettings) -> Refit:
+        name = changed.label
         own = None if folder is None else folder / name.replace(" ", "-").replace(",", "-")
-        options: dict[str, Any] = {"settings": tried_settings, "work_dir": own}
-        refit = fit(short, layers, windows, held=held, progress=progress, **options)
+        options: dict[str, Any] = {"settings": changed, "work_dir": own, "progress": progress}
+        refit = fit(short, layers, windows, held=held, **options)
         with short.without_layers(layers):
             tried[name] = _perplexity(short, held, refit)
         return refit
@@ -403,14 +397,14 @@ def _fit_best(
     with short.without_layers(layers):
         tried = {"none": _perplexity(short, held)}
     both = replace(settings, parts=PARTS)
-    found = best(fitted(replace(both, weights=weights)) for weights in WEIGHTS)
-    chosen = found.settings
-    others = (fitted(replace(chosen, aim=aim)) for aim in AIMS if aim != chosen.aim)
-    found = best(chain([found], others))
-    if {fit.part for fit in found.fits} == set(PARTS):
-        chosen = found.settings
-        found = best(chain([found], (fitted(replace(chosen, parts=(part,))) for part in PARTS)))
-    return replace(found, tried=tried)
+    refit = best(fitted(replace(both, weights=weights)) for weights in WEIGHTS)
+    settings = refit.settings
+    others = (fitted(replace(settings, step_size=s)) for s in STEP_SIZES if s != settings.step_size)
+    refit = best(chain([refit], others))
+    if {fit.part for fit in refit.fits} == set(PARTS):
+        settings = refit.settings
+        refit = best(chain([refit], (fitted(replace(settings, parts=(p,))) for p in PARTS)))
+    return replace(refit, tried=tried)
 
 
 def _perplexity(short: ScoredModel, held: Windows, refit: Refit | None = None) -> float:
@@ -423,26 +417,22 @@ def _perplexity(short: ScoredModel, held: Windows, refit: Refit | None = None) -
             undo()
 
 
-def _state(
+def _identity(
     short: ScoredModel,
     layers: Sequence[int],
     windows: Windows,
     held: Windows,
     settings: RefitSettings,
-    folder: Path | None,
-) -> RefitState:
-    """What the refit continues from, if it has a folder; identified by all that it depends on."""
-    if folder is None:
-        return RefitState(None, {})
+) -> dict[str, object]:
+    """All that a refit depends on, by the names that an error shows."""
     # by names that differ from those in a model's identity
-    names = {each.name: each.name for each in fields(settings) if each.name != "max_windows"}
-    names["weights"] = "weights of tokens"
-    own = {name: getattr(settings, key) for key, name in names.items()}
-    own = {name: [*value] if isinstance(value, tuple) else value for name, value in own.items()}
+    names = {"weights": "weights of tokens", "step_size": "aim"}
+    own = {names.get(name, name): value for name, value in vars(settings).items()}
+    del own["max_windows"]  # the windows are there themselves
     read = {"windows": windows, "held-out windows": held}
     digests = {name: json_digest([[*window] for window in part]) for name, part in read.items()}
     changes = {"kept": list(short.kept), "layers": list(layers)}
-    return RefitState(folder, joined(short.identity(), changes, own, digests))
+    return joined(short.identity(), changes, own, digests)
 
 
 @torch.no_grad()
@@ -455,9 +445,6 @@ def fold(short: ScoredModel, refit: Refit) -> Callable[[], None]:
 
     Returns:
         A function that puts the former values back.
-
-    Raises:
-        ShortGPTError: the refit is for other layers than those that the model has.
     """
     present = short.present
     changed = {layer for layer, _ in refit.values}
@@ -469,11 +456,11 @@ def fold(short: ScoredModel, refit: Refit) -> Callable[[], None]:
     return short.change_weights(refit.to_dict(), refit.values)
 
 
-def held_apart(windows: list[Sequence[int]]) -> tuple[Windows, Windows]:
+def split_held_out(windows: Windows) -> tuple[Windows, Windows]:
     """The windows to fit on, and every eighth, or the last, which chooses ridges.
 
     Example:
-        >>> held_apart([[1], [2], [3]])
+        >>> split_held_out([[1], [2], [3]])
         ([[1], [2]], [[3]])
     """
     chosen = range(len(windows))[HELD_EVERY - 1 :: HELD_EVERY] or range(len(windows))[-1:]

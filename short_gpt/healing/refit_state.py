@@ -1,20 +1,25 @@
-"""What a refit holds between layers: hidden states, and the matrices solved so far.
+"""What a refit holds between layers, in memory or on disk, and how much of both that takes.
 
-With a folder both are files, and a refit that was interrupted continues from the last whole layer.
-Layers are counted among those that are visited, in their order; files of states take turns, so that
-those of the last whole layer are there whenever the process ends.
+With a folder hidden states and solved matrices are files, and a refit that was interrupted
+continues from the last finished layer. Layers are counted among those that are visited, in their
+order; files of states take turns, so that those of the last finished layer are there whenever the
+process ends.
 
-Shapes: B windows of a batch, S tokens, D width of the residual stream, W of a hidden state.
+Shapes: B windows of a batch, S tokens, N = B S, D width of the stream, F inputs of a matrix, W
+width of a hidden state (D or F).
 """
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from hashlib import sha256
 from itertools import accumulate
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -22,29 +27,28 @@ from torch import Tensor
 
 from llama.formats.safetensors import SafetensorsFile
 from llama.io.files import new_file, tidy
-from short_gpt.healing.solver import Fit
+from llama.io.json_files import JsonObject
+from short_gpt.healing.solver import COLUMNS, ROWS, Fit
+from short_gpt.models.layer_calls import LayerCalls
 from short_gpt.models.weight_changes import Parameter
 from short_gpt.runtime.digest import files_digest
 from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.memory import bytes_of, free_memory, resident, shown
 from short_gpt.runtime.state import StateFile, check_saved, damaged, hold
+from short_gpt.wrappers.scored_model import ScoredModel
 
 ORIGINAL, PRUNED = "original", "pruned"  # the models whose hidden states are kept
 MODELS = (ORIGINAL, PRUNED)
 ALONE = ("between", "inputs of ")  # states that one layer alone needs
 STATE, VALUES = "refit.json", "values."  # the first is written after all that it names
+UNUSED = 200 * 10**6  # bytes that libraries take at their first use, and that lie between pieces
 
 
 class HiddenStates:
     """A state (B, S, W) for each of some batches, on the CPU.
 
-    In a file they take memory for one batch alone, and outlive the process.
-
-    Args:
-        shapes: B and S of every batch.
-        width: W.
-        dtype: of all of them.
-        path: the file, which is made where there is none of this size; None holds them in memory.
-        hashed: whether `digest` is asked for.
+    In a file, made where there is none of this size, they take memory for one batch alone and
+    outlive the process; without a path they are in memory. ``hashed`` is for `digest`.
 
     Example:
         >>> states = HiddenStates([(1, 2)], 3, torch.float32)
@@ -106,7 +110,7 @@ class HiddenStates:
         return sha256(b"".join(self._digests[i] for i in range(len(self)))).hexdigest()
 
     def read_digest(self) -> str:
-        """The same, of the file as it is."""
+        """As `digest`, of what the file holds now."""
         digests = (sha256(_bytes_of(self[i])).digest() for i in range(len(self)))
         return sha256(b"".join(digests)).hexdigest()
 
@@ -149,10 +153,6 @@ class RefitState:
         done: how many layers are finished.
         fits: of the matrices solved so far.
         scratch: where states go that are not to be continued from.
-
-    Raises:
-        ShortGPTError: the folder holds another refit, and the message names what differs; or
-            another process works there.
     """
 
     def __init__(self, folder: Path | None, identity: Mapping[str, object]) -> None:
@@ -165,15 +165,13 @@ class RefitState:
         if folder is not None:
             lock = hold(folder)
             _sweep(folder)
-            # first, so that the state of another version is refused by its name
+            # before other files are looked at, so that another version's state is refused by name
             self._file = StateFile(folder / STATE, identity, lock=lock)
             _check_own(folder)
-            self._continue(folder)
+            if self._file.content is not None:
+                self._continue(folder, self._file.content)
 
-    def _continue(self, folder: Path) -> None:
-        content = self._file.content
-        if content is None:
-            return
+    def _continue(self, folder: Path, content: JsonObject) -> None:
         self.done, self.fits = content["done"], [Fit(**fit) for fit in content["fits"]]
         self._files, self._digests = content["values"], content["states"]
         for name, digest in self._files.items():
@@ -186,13 +184,9 @@ class RefitState:
         return self._values if self.folder is None else self._stored
 
     def open(self, shapes: Sequence[tuple[int, int]], width: int, dtype: torch.dtype) -> None:
-        """Makes room for the states of batches of these shapes (B, S), entering a layer.
-
-        Raises:
-            ShortGPTError: files that the refit would go on from are gone, or others.
-        """
+        """Makes room for the states of batches of these shapes (B, S), entering a layer."""
         folder = self._folder_of_states
-        if folder is None:  # one place in memory: what leaves a layer overwrites what entered it
+        if folder is None:  # in memory what leaves a layer overwrites what entered it
             self._turns = {model: [HiddenStates(shapes, width, dtype)] * 2 for model in MODELS}
             return
         folder.mkdir(parents=True, exist_ok=True)
@@ -231,21 +225,16 @@ class RefitState:
         *,
         models: Sequence[str] = MODELS,
     ) -> None:
-        """Finishes a layer, with what was solved of it.
-
-        Args:
-            fits, values: of the layer's matrices.
-            models: whose states the next layer reads.
-        """
+        """Finishes a layer, with what was solved of it; the next reads the states of ``models``."""
         fits, done, values = [*self.fits, *fits], self.done + 1, values or {}
         if self.folder is None:
             self._values |= values
         else:
             if values:
                 path = self.folder / f"{VALUES}{done}"
-                tensors = {f"{layer} {name}": v for (layer, name), v in values.items()}
+                tensors = {f"{n} {name}": v.contiguous() for (n, name), v in values.items()}
                 with new_file(path, overwrite=True, ours=lambda _: True) as partial:
-                    save_file({key: t.contiguous() for key, t in tensors.items()}, partial)
+                    save_file(tensors, partial)
                 self._stored.read(path)
                 self._files = {**self._files, path.name: files_digest([path])}
             digests = {model: self.leaving(model).digest for model in models}
@@ -266,7 +255,7 @@ class RefitState:
         self._turns = {}
         if self.folder is not None:
             _sweep(self.folder)
-            # first, so that nothing continues from what a kill here may leave
+            # before the others, so that nothing continues from what a kill here may leave
             (self.folder / STATE).unlink(missing_ok=True)
             for path in filter(is_own, self.folder.glob("*")):
                 path.unlink()
@@ -299,3 +288,108 @@ def _check_own(folder: Path) -> None:
                 f"{folder} holds {path.name}, which is none of this refit's files: name a folder "
                 "of its own, or delete that one"
             )
+
+
+class RefitPlan(NamedTuple):
+    """Memory and disk of a refit, in bytes."""
+
+    host: Mapping[str, int]  # what the machine's memory holds, by what it is for
+    disk: int  # what the files of states take while it runs; 0 where memory holds them
+    room: int  # for what one layer alone needs of the windows; more goes into a file
+    windows: int  # how many are read
+
+    @property
+    def total(self) -> int:
+        """The most that the process holds, except what there is room for."""
+        return sum(self.host.values())
+
+    def describe(self) -> str:
+        """One line for the user.
+
+        Example:
+            >>> RefitPlan({"process": 2 * 10**8, "layer": 10**9}, 10**9, 0, 8).describe()
+            'refit: 1.2 GB = 200 MB process + 1 GB layer; states of 8 windows: 1 GB on disk'
+        """
+        parts = [f"{shown(size)} {name}" for name, size in self.host.items() if size]
+        line = f"refit: {shown(self.total)} = {' + '.join(parts)}"
+        if self.disk:
+            line += f"; states of {self.windows} windows: {shown(self.disk)} on disk"
+        return line
+
+
+def plan_of(
+    short: ScoredModel,
+    windows: Sequence[Sequence[int]],
+    *,
+    batch_size: int = 1,
+    folder: Path | None = None,
+    fits: int = 1,
+) -> RefitPlan:
+    """Plans a refit in the memory that a model was opened with, or half of what is free.
+
+    Args:
+        short: the model.
+        windows: token ids, those to choose ridges by among them.
+        batch_size: windows read at once.
+        folder: where states go in any case; None keeps them in memory where they fit.
+        fits: one after the other, whose solutions are all kept there.
+    """
+    calls, max_memory = short.layer_calls(), short.max_memory
+    width, inputs, itemsize = calls.widths()
+    every, tokens = sum(map(len, windows)), batch_size * max(map(len, windows))
+    states = every * width * itemsize
+    host = {"the process itself": resident() + UNUSED, **_fullest(calls, tokens)}
+    solved = calls.count * (inputs + width) * width * itemsize
+    if folder is None:
+        host["what is solved"] = solved
+    room = (free_memory() // 2 if max_memory is None else bytes_of(max_memory)) - sum(host.values())
+    spilled = folder is not None or room < 3 * states
+    if not spilled:
+        host[f"states of {len(windows)} windows"] = 3 * states
+        room -= 3 * states
+    if max_memory is not None and room < 0:
+        least, parts = sum(host.values()), ", ".join(f"{shown(v)} {k}" for k, v in host.items())
+        raise ShortGPTError(
+            f"max_memory {max_memory} is too little: the refit of this model needs at least "
+            f"{shown(least, up=True)} ({parts})"
+        )
+    # states of both models entering and leaving a layer, and of the original between sublayers
+    disk = 5 * states + 2 * every * inputs * itemsize
+    disk += fits * solved if folder is not None else 0
+    if spilled:
+        _check_disk(folder, disk)
+    return RefitPlan(host, disk * spilled, max(room, 0), len(windows))
+
+
+def _fullest(calls: LayerCalls, tokens: int) -> Mapping[str, int]:
+    """What a layer takes while it is read, N tokens are summed, or its MLP's matrix is solved."""
+    width, inputs, itemsize = calls.widths()
+    attention, mlp = width**2 * itemsize, inputs * width * itemsize  # what their matrices take
+    read, sums = calls.memory(), 8 * inputs * (inputs + width)
+    # rows of a product are in memory twice, in float32 and while they are added; an attention that
+    # was solved before has freed more than the copies of its matrix take
+    summed = {"layer": read.get("layer", 0), "sums": sums}
+    summed["working memory"] = 4 * tokens * (4 * inputs + 10 * width) + 12 * ROWS * inputs
+    # only the output projections of the layer are loaded: both and a copy of each as it was, one of
+    # the attention's as solved, and for the MLP's the solver's copy and the best so far
+    solved = {"layer": (attention + mlp) * bool(read), "sums": sums}
+    solved["copies of matrices"] = 2 * attention + 3 * mlp
+    wide = 4 * inputs * width * (itemsize < 4)  # of a matrix that is multiplied in float32
+    solved["working memory"] = max(
+        4 * tokens * (2 * inputs + 8 * width) + wide, 3 * 8 * COLUMNS * inputs
+    )
+    return max((read, summed, solved), key=lambda moment: sum(moment.values()))
+
+
+def _check_disk(folder: Path | None, needed: int) -> None:
+    """Raises ShortGPTError where a folder (None: of temporary files) has too few bytes free."""
+    target = Path(tempfile.gettempdir()) if folder is None else folder
+    # what a refit wrote is written again, and counts as free
+    own = () if folder is None else filter(is_own, folder.rglob("*"))
+    there = next(above for above in (target, *target.absolute().parents) if above.is_dir())
+    held, free = sum(path.stat().st_size for path in own), shutil.disk_usage(there).free
+    if needed > free + held:
+        raise ShortGPTError(
+            f"{there} has {shown(free)} free, the states of the refit need "
+            f"{shown(needed - held, up=True)}; make room, or read fewer windows"
+        )

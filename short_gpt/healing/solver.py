@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,67 +24,12 @@ from torch import Tensor
 from short_gpt.models.layer_hooks import transposed
 from short_gpt.models.sublayers import OutputProjection, effective_weight
 from short_gpt.models.weight_changes import keep_values, restored_on_error
-from short_gpt.runtime.errors import ShortGPTError
 
 PARTS = ("attention", "mlp")
 RIDGES = (1e-2, 1e-1, 1.0)
-# How a token weighs: by the inverse square of its target, or as much as any other.
-WEIGHTS = ("inverse", "equal")
-# Which layers are solved: all from the first gap on, or those before gaps alone.
-WHERE = ("all", "gaps")
 TINY = torch.finfo(torch.float32).tiny
 ROWS = 256  # of X^T W X that are added at once
 COLUMNS = 256  # of C that are solved at once
-
-
-@dataclass(frozen=True)
-class SolverSettings:
-    """How every output projection is solved.
-
-    Attributes:
-        parts: the sublayers whose output projection is solved; None tries several settings and
-            keeps those of the lowest loss on held-out windows.
-        ridges: candidates, relative to the mean square of the weighted inputs.
-        weights: w of a token, "inverse" for 1 / ||target||^2, or "equal" for all alike.
-        aim: the step size, above 0 and at most 1: a factor of every solved change.
-        where: "all" solves every kept layer from the first gap on; "gaps" the last projection of
-            the layers before gaps alone, on the original model's hidden states.
-
-    Raises:
-        ShortGPTError: a value out of range.
-
-    Example:
-        >>> SolverSettings(aim=0.7).parts
-        ('attention', 'mlp')
-    """
-
-    parts: tuple[str, ...] | None = PARTS
-    ridges: Sequence[float] = RIDGES
-    weights: str = WEIGHTS[0]
-    aim: float = 1.0
-    where: str = WHERE[0]
-
-    def __post_init__(self) -> None:
-        parts, ridges = self.parts, self.ridges
-        if parts is not None and (
-            not parts or isinstance(parts, str) or not set(parts) <= set(PARTS)
-        ):
-            raise ShortGPTError(f"parts = {parts!r}: expected some of {', '.join(PARTS)}")
-        if not ridges or not all(0 < ridge < float("inf") for ridge in ridges):
-            raise ShortGPTError(
-                f"ridges = {ridges!r}: expected numbers above 0, such as {RIDGES[0]}"
-            )
-        for name, known in (("weights", WEIGHTS), ("where", WHERE)):
-            if getattr(self, name) not in known:
-                got = getattr(self, name)
-                raise ShortGPTError(f"{name} = {got!r}: expected one of {', '.join(known)}")
-        if not 0 < self.aim <= 1:
-            raise ShortGPTError(f"aim = {self.aim}: expected above 0 and at most 1")
-
-    @property
-    def label(self) -> str:
-        """Parts, weights and step size in a few words."""
-        return f"{','.join(self.parts or ())} {self.weights} {self.aim:g}"
 
 
 @dataclass(frozen=True)
@@ -115,32 +61,27 @@ class Fit:
         return self.ridge is not None or self.norm_ridge is not None
 
 
-@dataclass(frozen=True)
-class Tokens:
-    """What solving an output projection needs of some tokens, float32.
+class Tokens(NamedTuple):
+    """What solving an output projection needs of some tokens, float32."""
 
-    Attributes:
-        inputs: of the matrix, (N, F).
-        residual: the stream that the sublayer adds to, (N, D).
-        target: what the sum should be, (N, D).
-        outputs: of the matrix on these inputs, (N, D), where they are known.
-        mean_square: None weighs a token by its own target; else all weigh alike, by this mean of
-            ||target||^2.
-    """
+    inputs: Tensor  # of the matrix, (N, F)
+    target: Tensor  # what the sublayer should add to the stream, (N, D)
+    weights: Tensor  # in the sum of squares, (N,)
+    outputs: Tensor | None = None  # of the matrix on these inputs, (N, D), where they are known
 
-    inputs: Tensor
-    residual: Tensor
-    target: Tensor
-    outputs: Tensor | None = None
-    mean_square: float | None = None
+    @classmethod
+    def of(
+        cls, inputs: Tensor, residual: Tensor, target: Tensor, mean_square: float | None = None
+    ) -> Tokens:
+        """Tokens at which the stream ``residual``, (N, D), is to become ``target``, (N, D).
 
-    @property
-    def weights(self) -> Tensor:
-        """1 / ||target||^2, (N,): the norms that follow make a token's scale irrelevant."""
-        squares = self.target.pow(2).sum(1)  # (N,)
-        if self.mean_square is not None:
-            squares = torch.full_like(squares, self.mean_square)
-        return 1 / squares.clamp_min(TINY)
+        They weigh 1 / ||target||^2, because the norms that follow make a token's scale irrelevant;
+        with a ``mean_square``, all weigh 1 / mean_square.
+        """
+        squares = target.pow(2).sum(1)  # (N,)
+        if mean_square is not None:
+            squares = torch.full_like(squares, mean_square)  # (N,)
+        return cls(inputs, target - residual, 1 / squares.clamp_min(TINY))
 
 
 class NormalEquations:
@@ -150,27 +91,22 @@ class NormalEquations:
 
         sum over tokens w ||x C - r||^2 + ridge (tr(X^T W X) / F) ||C||^2.
 
-    X^T W X is symmetric and its Cholesky factor a triangle, and so one F x F matrix holds both: the
-    sums above the diagonal, the factor below it, for one ridge after the other.
-
     Attributes:
         square: tr(R^T W R).
         tokens: N.
     """
 
     def __init__(self) -> None:
-        self._gram = torch.zeros(0, 0, dtype=torch.float64)
-        self._cross = torch.zeros(0, 0, dtype=torch.float64)
-        self._diagonal = torch.zeros(0, dtype=torch.float64)  # a factor overwrites that of the sums
+        # X^T W X is symmetric and its Cholesky factor a triangle, and so one matrix holds both: the
+        # sums above the diagonal, the factor below it, for one ridge after the other
+        self._gram = torch.zeros(0, 0, dtype=torch.float64)  # (F, F)
+        self._cross = torch.zeros(0, 0, dtype=torch.float64)  # X^T W R, (F, D)
+        # (F,), by itself because a factor overwrites that of the sums
+        self._diagonal = torch.zeros(0, dtype=torch.float64)
         self.square, self.tokens = 0.0, 0
 
     def add(self, inputs: Tensor, rest: Tensor, weights: Tensor) -> None:
-        """Adds tokens, before anything is solved; products are made in float32 where they are.
-
-        Args:
-            inputs, rest: X (N, F) and R (N, D), float32.
-            weights: w (N,), at least 0.
-        """
+        """Adds tokens X (N, F), R (N, D) and w (N,), float32, before anything is solved."""
         root = weights.sqrt()[:, None]  # (N, 1)
         inputs, rest = inputs * root, rest * root  # (N, F), (N, D)
         width = inputs.shape[1]
@@ -179,8 +115,8 @@ class NormalEquations:
             self._cross = torch.zeros(width, rest.shape[1], dtype=torch.float64)  # (F, D)
         for start in range(0, width, ROWS):  # only the part right of the diagonal is computed
             rows, end = inputs[:, start : start + ROWS].T, start + ROWS  # (ROWS, N)
-            self._gram[start:end, start:] += (rows @ inputs[:, start:]).cpu()
-            self._cross[start:end] += (rows @ rest).cpu()
+            self._gram[start:end, start:] += (rows @ inputs[:, start:]).cpu()  # (ROWS, F - start)
+            self._cross[start:end] += (rows @ rest).cpu()  # (ROWS, D)
         self._diagonal = self._gram.diagonal().clone()  # (F,)
         self.square += float(rest.pow(2).sum())
         self.tokens += len(inputs)
@@ -193,16 +129,16 @@ class NormalEquations:
     def solve(
         self, ridge: float, put: Callable[[slice, Tensor], object], *, step: float = 1.0
     ) -> float:
-        """Solves C for a ridge, some columns at a time.
+        """Solves C for a ridge above 0, and calls ``put`` with each block of its columns.
 
         Args:
-            ridge: above 0.
-            put: takes which columns of step C these are, and they, (F, columns) float64.
-            step: a factor of C.
+            ridge: of the penalty, above 0.
+            put: called with a slice of columns, and step C in these, (F, columns) float64.
+            step: the step size, a factor of C.
 
         Returns:
             The share of ``square`` that X step C restores; 0, and nothing is put, where the
-            equations have no solution in float64, as with a ridge that is lost beside the sums.
+            equations have no solution in float64: the ridge is below the last digit of the sums.
         """
         # relative to the mean of the eigenvalues: a ridge suits any scale of X
         penalty = ridge * float(self._diagonal.mean())
@@ -213,13 +149,13 @@ class NormalEquations:
             columns = slice(start, start + COLUMNS)
             right, change = self._cross[:, columns].numpy(), solve_columns(columns)  # (F, columns)
             # where the equations hold, tr(C^T X^T X C) = tr(C^T X^T R) - penalty ||C||^2
-            gained, size = _inner(change, right), _inner(change, change)
+            gained, size = (float(np.einsum("ij,ij->", change, m)) for m in (right, change))
             restored += step * (2 - step) * gained + step**2 * penalty * size
-            put(columns, torch.from_numpy(step * change))
+            put(columns, torch.from_numpy(step * change))  # (F, columns)
         return restored / self.square
 
     def _factorized(self, diagonal: Tensor) -> Callable[[slice], np.ndarray] | None:
-        """Solves for columns of C, (F, columns), with another diagonal; None if singular."""
+        """What solves for columns of C, (F, columns), with this diagonal (F,); None if singular."""
         from scipy.linalg import lapack
 
         # LAPACK counts columns first: what is below our diagonal is its upper triangle
@@ -233,71 +169,73 @@ class NormalEquations:
         # float32's rounding may leave a small ridge short of positive definite
         self._mirror(diagonal)
         room = {"lwork": 64 * len(gram), "overwrite_a": 1, "overwrite_b": 1}
-        _, _, whole, failed = lapack.dsysv(gram, np.array(cross, order="F"), lower=0, **room)
-        return None if failed else lambda columns: whole[:, columns]
+        _, _, solution, failed = lapack.dsysv(gram, np.array(cross, order="F"), lower=0, **room)
+        return None if failed else lambda columns: solution[:, columns]
 
     def _mirror(self, diagonal: Tensor) -> None:
-        """Copies the sums above the diagonal below it, where a factor may be, and a diagonal."""
+        """Writes the sums above the diagonal below it, too, over a factor; and the diagonal."""
         for start in range(0, len(self._gram), ROWS):
             end = start + ROWS
             self._gram[end:, start:end] = self._gram[start:end, end:].T
-            block = self._gram[start:end, start:end]
+            block = self._gram[start:end, start:end]  # (ROWS, ROWS)
             above = block.triu(1)
             block.copy_(above + above.T)
         self._gram.diagonal().copy_(diagonal)
 
 
 def equations_of(projection: OutputProjection, batches: Iterable[Tokens]) -> NormalEquations:
-    """Those of the matrix, as it is; before a norm, at the outputs' present root mean square."""
+    """The equations of a projection as it is; before a norm, at the outputs' present rms."""
     equations = NormalEquations()
-    for tokens in batches:
-        inputs, outputs = tokens.inputs, _outputs(projection, tokens)  # (N, F), (N, D)
-        rest = _missing(projection, tokens, outputs)  # (N, D)
+    for inputs, target, weights, outputs in batches:
+        if outputs is None:
+            outputs = projection.outputs(inputs)  # (N, D)
+        rest = target / projection.factor - projection.normed(outputs)  # (N, D)
         if isinstance(getattr(projection.matrix, "bias", None), Tensor):
             inputs = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], dim=1)  # (N, F + 1)
         if projection.norm is not None:
-            inputs = inputs / _rms(outputs)
-        equations.add(inputs, rest, tokens.weights)
+            inputs = inputs / _rms(outputs)  # (N, F)
+        equations.add(inputs, rest, weights)
     return equations
 
 
 def error(projection: OutputProjection, batches: Iterable[Tokens]) -> float:
-    """By how much the sublayer misses its targets, in weighted squares."""
+    """The weighted sum of squares by which a sublayer misses its targets."""
     total = 0.0
-    for tokens in batches:
-        added = projection.factor * projection.normed(projection.outputs(tokens.inputs))  # (N, D)
-        rest = tokens.target - tokens.residual - added
-        total += float((rest.pow(2).sum(1) * tokens.weights).sum())
+    for inputs, target, weights, _ in batches:
+        added = projection.factor * projection.normed(projection.outputs(inputs))  # (N, D)
+        rest = target - added  # (N, D)
+        total += float((rest.pow(2).sum(1) * weights).sum())  # over (N,)
     return total
 
 
 class SublayerSolver:
     """Solves the output projection of a sublayer, and leaves what is best in place.
 
-    Args:
-        projection: what the sublayer adds.
-        settings: candidates of the ridge, for the matrix and for a norm's weight; the step size.
-        fitted, held_out: yield the tokens to fit on, and to choose by, as often as they are called.
+    ``fitted`` yields the tokens to fit on, ``held_out`` those to choose by, as often as called.
+    The ridges are candidates for the matrix and a norm's weight; a step size scales every change.
     """
 
     def __init__(
         self,
         projection: OutputProjection,
-        settings: SolverSettings,
         fitted: Callable[[], Iterable[Tokens]],
         held_out: Callable[[], Iterable[Tokens]],
+        *,
+        ridges: Sequence[float] = RIDGES,
+        step_size: float = 1.0,
     ) -> None:
-        self._projection, self._settings = projection, settings
+        self._projection, self._ridges, self._step_size = projection, ridges, step_size
         self._fitted, self._held_out = fitted, held_out
         self._error_before = error(projection, held_out())
         self._error = self._error_before  # after the best change so far
 
     def solve(self, equations: NormalEquations, *, layer: int, part: str, noise: float) -> Fit:
-        """Takes what lowers the error on held-out tokens.
+        """Changes the projection by what lowers the error on held-out tokens most.
 
         Args:
             equations: of the tokens to fit on, the projection being as it is.
-            layer, part: whose projection this is, for the `Fit`.
+            layer: for the `Fit`.
+            part: for the `Fit`.
             noise: relative to its target, what a token misses by rounding alone.
         """
         if equations.square <= noise**2 * equations.tokens or not self._error_before:
@@ -334,7 +272,7 @@ class SublayerSolver:
         if not equations.solvable:
             return None, 0.0
         parameters = [weight, bias] if isinstance(bias, Tensor) else [weight]
-        step = self._settings.aim
+        step = self._step_size
         return self._best_ridge(parameters, lambda ridge: equations.solve(ridge, put, step=step))
 
     def _solve_norm(self) -> float | None:
@@ -344,15 +282,15 @@ class SublayerSolver:
         weight = projection.norm.weight
         assert isinstance(weight, Tensor)
         squares, crosses = torch.zeros(2, len(weight), dtype=torch.float64)  # (D,) each
-        for tokens in self._fitted():
-            outputs = projection.outputs(tokens.inputs)  # (N, D)
-            rest = _missing(projection, tokens, outputs)
-            unit, w = outputs / _rms(outputs), tokens.weights[:, None]  # (N, D), (N, 1)
-            squares += (w * unit * unit).sum(0).cpu()
-            crosses += (w * unit * rest).sum(0).cpu()
+        for inputs, target, weights, _ in self._fitted():
+            outputs = projection.outputs(inputs)  # (N, D)
+            rest = target / projection.factor - projection.normed(outputs)  # (N, D)
+            unit, w = outputs / _rms(outputs), weights[:, None]  # (N, D), (N, 1)
+            squares += (w * unit * unit).sum(0).cpu()  # (D,)
+            crosses += (w * unit * rest).sum(0).cpu()  # (D,)
 
         def add(ridge: float) -> float:
-            change = self._settings.aim * crosses / (squares + ridge * squares.mean())  # (D,)
+            change = self._step_size * crosses / (squares + ridge * squares.mean())  # (D,)
             _add(weight, change.to(weight.device, torch.float32))
             return 0.0
 
@@ -364,14 +302,12 @@ class SublayerSolver:
     ) -> tuple[float | None, float]:
         """Changes parameters by the ridge of least held-out error; not at all where each adds some.
 
-        Args:
-            parameters: that are changed.
-            add: adds the change of a ridge to them, and returns the share that it restores.
+        ``add`` adds the change of a ridge to them, and returns the share that it restores.
         """
         best: tuple[float | None, float] = None, 0.0
         with restored_on_error(parameters) as restore:
             set_best = restore
-            for ridge in self._settings.ridges:
+            for ridge in self._ridges:
                 restored = add(ridge)
                 held_out = error(self._projection, self._held_out())
                 if held_out < self._error:
@@ -381,15 +317,6 @@ class SublayerSolver:
                 restore()
             set_best()
         return best
-
-
-def _missing(projection: OutputProjection, tokens: Tokens, outputs: Tensor) -> Tensor:
-    """What the sublayer should add beyond what it adds, (N, D)."""
-    return (tokens.target - tokens.residual) / projection.factor - projection.normed(outputs)
-
-
-def _outputs(projection: OutputProjection, tokens: Tokens) -> Tensor:
-    return projection.outputs(tokens.inputs) if tokens.outputs is None else tokens.outputs
 
 
 def _add(part: Tensor, change: Tensor) -> None:
@@ -405,8 +332,3 @@ def _rms(outputs: Tensor) -> Tensor:
 def _inverse(weight: Tensor) -> Tensor:
     """1 / weight, and 0 where a norm lets nothing through."""
     return torch.where(weight.abs() > 1e-6 * weight.abs().max(), 1 / weight, 0.0)
-
-
-def _inner(first: np.ndarray, second: np.ndarray) -> float:
-    """The sum of all products of entries, without a temporary."""
-    return float(np.einsum("ij,ij->", first, second))

@@ -32,8 +32,8 @@ class Learning:
         training: to learn from.
         validation: to choose the training step by; none for a patch.
         evaluation: to evaluate on.
-        left_out: in words, what is not learned from because it is evaluated or validated on; None
-            if nothing was.
+        left_out: how many windows share text with the others and are not learned from, in words;
+            None if none does.
     """
 
     training: Sequence[Sequence[int]]
@@ -47,11 +47,12 @@ class Source:
     """Texts to heal by.
 
     Attributes:
-        data: to learn from: pg19, a local file or folder, or a hub data set's name; several of
-            them, with commas between, give a mix: of as many windows of each where the number is
-            limited and no source runs short, else of all.
+        data: to learn from: pg19, a local file or folder, a hub data set's name, or several with
+            commas between: as many windows of each where the number is limited, else all.
         eval_data: to evaluate on; None holds a tenth of ``data`` out.
-        split, column, max_texts: of ``data``, see `data.read_texts`.
+        split: of ``data``, see `data.read_texts`.
+        column: of ``data``.
+        max_texts: of ``data``.
         seed: of the choice of texts and windows.
     """
 
@@ -83,15 +84,14 @@ class Source:
             eval_windows: windows to evaluate on at most.
             drop_overlap: leave out windows to learn from that share text with those to evaluate
                 on, instead of refusing them; None does so where ``eval_data`` is not given.
-            validate: keep up to 16 windows apart to choose the training step by, as LoRA needs.
+            validate: hold out up to 16 windows to choose the training step by, as LoRA needs.
 
         Raises:
-            ShortGPTError: texts overlap and are not to be left out, or nothing would be left.
+            ShortGPTError: texts overlap and are not to be left out, or nothing would remain.
         """
-
         cutting = partial(windows, encode=encode, size=size, stride=size, seed=self.seed, bos=bos)
 
-        def cut(kinds: Sequence[Sequence[str]], count: int | None) -> list[list[int]]:
+        def windows_of(kinds: Sequence[Sequence[str]], count: int | None) -> list[list[int]]:
             """As many windows of each kind as of the others, in random order."""
             each = None if count is None else -(-count // len(kinds))
             by_kind, before = list[list[Window]](), 0
@@ -105,15 +105,15 @@ class Source:
             return [*turns]
 
         training_texts, held_out = self._texts()
-        evaluation, training = cut(held_out, eval_windows), cut(training_texts, limit)
+        evaluation, training = windows_of(held_out, eval_windows), windows_of(training_texts, limit)
         before = len(training)
         drop = self.eval_data is None if drop_overlap is None else drop_overlap
-        training = _apart(training, evaluation, drop=drop)
+        training = _disjoint(training, evaluation, drop=drop)
         validation: list[list[int]] = []
         if validate:
             count = max(1, min(len(training) // 10, 16))
             training, validation = training[:-count], training[-count:]
-            training = _apart(training, validation, drop=True)
+            training = _disjoint(training, validation, drop=True)
         gone = before - len(training) - len(validation)
         words = f"left out {gone} of {before} windows: text kept apart from learning"
         return Learning(training, validation, evaluation, words if gone else None)
@@ -129,7 +129,7 @@ class Source:
         return [kept for kept, _ in parts], [held for _, held in parts]
 
 
-def _apart(training: list[list[int]], others: list[list[int]], *, drop: bool) -> list[list[int]]:
+def _disjoint(training: list[list[int]], others: list[list[int]], *, drop: bool) -> list[list[int]]:
     """The windows that share no text with the others."""
     if not drop:
         check_disjoint(training, others)
@@ -144,10 +144,10 @@ def _apart(training: list[list[int]], others: list[list[int]], *, drop: bool) ->
 
 
 class Example(TypedDict):
-    """One window: its token ids, and its index among all windows of the run."""
+    """One window, as the Trainer takes it."""
 
     input_ids: list[int]
-    index: int
+    index: int  # among all windows of the run
 
 
 def examples(windows: Sequence[Sequence[int]], *, first: int = 0) -> list[Example]:

@@ -11,9 +11,9 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 
@@ -46,7 +46,6 @@ if TYPE_CHECKING:
         PreTrainedModel,
         Trainer,
         TrainerCallback,
-        TrainerControl,
         TrainerState,
         TrainingArguments,
     )
@@ -57,25 +56,16 @@ LAST = "trainer_state.json"  # what the Trainer writes last into a checkpoint
 DIGESTS = "digests.json"  # of a checkpoint's files, written after them
 
 
-@dataclass(frozen=True)
-class TrainingRun:
-    """What one run of training takes.
+class TrainingRun(NamedTuple):
+    """What one run of training takes."""
 
-    Attributes:
-        training, validation, recipe: windows to learn from, to choose the step by; settings.
-        work_dir: keeps checkpoints; None keeps none.
-        resume: continue from the last checkpoint there.
-        show: whether to show a bar.
-        distillation: what is learned instead of the text; None learns the text.
-    """
-
-    training: Sequence[Window]
-    validation: Sequence[Window]
+    training: Sequence[Window]  # to learn from
+    validation: Sequence[Window]  # to choose the step by
     recipe: Recipe
-    work_dir: str | Path | None = None
-    resume: bool = False
-    show: bool = True
-    distillation: Distillation | None = None
+    work_dir: str | Path | None = None  # keeps checkpoints; None keeps none
+    resume: bool = False  # continue from the last checkpoint there
+    show: bool = True  # a bar
+    distillation: Distillation | None = None  # what is learned instead of the text alone
 
     def identity(self, adapted: PeftModel) -> dict[str, object]:
         """What a resumed run must share with the earlier one."""
@@ -140,25 +130,11 @@ def _finished(trainer: Trainer, folder: Path) -> bool:
 
 
 def _trainer(adapted: PeftModel, run: TrainingRun, folder: Path, shown: Bar) -> Trainer:
-    distillation = run.distillation
-    trainer = _kind(adapted, run)(
-        model=adapted,
-        args=_arguments(adapted, run.recipe, folder),
-        train_dataset=examples(run.training),
-        eval_dataset=examples(run.validation),
-        # pads, so that windows may differ in length
-        data_collator=collate if distillation is None else distillation.collate,
-        callbacks=_callbacks(run.recipe, shown),
-    )
-    if distillation is not None:  # the sum over a whole step's batch is divided by its tokens
-        trainer.model_accepts_loss_kwargs = True
-    _silence(trainer)
-    return trainer
-
-
-def _kind(adapted: PeftModel, run: TrainingRun) -> type[Trainer]:
     """The Trainer that evaluates by `TrainingRun.measure`, and that takes a teacher's loss."""
-    from transformers import Trainer
+    from transformers import EarlyStoppingCallback, Trainer
+    from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+    recipe, distillation = run.recipe, run.distillation
 
     class Healer(Trainer):
         def evaluate(self, *_: object, **__: object) -> dict[str, float]:
@@ -168,34 +144,34 @@ def _kind(adapted: PeftModel, run: TrainingRun) -> type[Trainer]:
             self.control = tell(self.args, self.state, self.control, metrics)
             return metrics
 
-    class Distiller(Healer):
         def compute_loss(
             self,
             model: torch.nn.Module,
             inputs: dict[str, torch.Tensor | Any],
             return_outputs: bool = False,
             num_items_in_batch: torch.Tensor | int | None = None,
-        ) -> torch.Tensor:
-            assert run.distillation is not None and num_items_in_batch is not None
-            logits = model(input_ids=inputs["input_ids"], use_cache=False).logits
-            return run.distillation.loss(logits, inputs) / num_items_in_batch
-
-    return Healer if run.distillation is None else Distiller
-
-
-def _silence(trainer: Trainer) -> None:
-    """Removes what prints: the bar shows as much."""
-    from transformers.trainer_callback import PrinterCallback, ProgressCallback
-
-    trainer.remove_callback(PrinterCallback)
-    trainer.remove_callback(ProgressCallback)
-
-
-def _callbacks(recipe: Recipe, shown: Bar) -> list[TrainerCallback]:
-    from transformers import EarlyStoppingCallback
+        ) -> Any:
+            if distillation is None:
+                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            assert num_items_in_batch is not None
+            logits = model(input_ids=inputs["input_ids"], use_cache=False).logits  # (B, S, V)
+            return distillation.loss(logits, inputs) / num_items_in_batch
 
     stop = [] if recipe.patience is None else [EarlyStoppingCallback(recipe.patience)]
-    return [_progress(shown), *stop]
+    trainer = Healer(
+        model=adapted,
+        args=_arguments(adapted, recipe, folder),
+        train_dataset=examples(run.training),
+        eval_dataset=examples(run.validation),
+        # pads, so that windows may differ in length
+        data_collator=collate if distillation is None else distillation.collate,
+        callbacks=[_progress(shown), *stop],
+    )
+    if distillation is not None:  # the sum over a whole step's batch is divided by its tokens
+        trainer.model_accepts_loss_kwargs = True
+    for prints in (PrinterCallback, ProgressCallback):  # the bar shows as much
+        trainer.remove_callback(prints)
+    return trainer
 
 
 def _arguments(adapted: PeftModel, recipe: Recipe, folder: Path) -> TrainingArguments:
@@ -232,7 +208,7 @@ def _arguments(adapted: PeftModel, recipe: Recipe, folder: Path) -> TrainingArgu
         restore_callback_states_from_checkpoint=True,  # how long patience has lasted
         log_level="error",
     )
-    arguments._n_gpu = min(arguments.n_gpu, 1)  # the model stays whole on one card
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # the model stays on one card
     return arguments
 
 
@@ -241,39 +217,28 @@ def _progress(shown: Bar) -> TrainerCallback:
     from transformers import TrainerCallback
 
     class Progress(TrainerCallback):
-        def on_train_begin(
-            self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
-        ) -> None:
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             shown.update(state.global_step)
 
-        def on_step_end(
-            self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
-        ) -> None:
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             shown.update(1)
             if state.global_step >= state.max_steps:
                 control.should_evaluate = control.should_save = True
 
-        def on_save(
-            self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
-        ) -> None:
-            follow_umask(Path(str(args.output_dir)))
-            note_files(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
+        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            folder = Path(str(args.output_dir))
+            follow_umask(folder)
+            note_files(folder / f"checkpoint-{state.global_step}")
 
-        def on_log(
-            self,
-            args: TrainingArguments,
-            state: TrainerState,
-            control: TrainerControl,
-            logs: dict[str, float] | None = None,
-            **_: object,
-        ) -> None:
-            loss = (logs or {}).get("loss", 0.0)
+        def on_log(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+            logs = more.get("logs") or {}
+            loss = logs.get("loss", 0.0)
             if not math.isfinite(loss):
                 raise NotFiniteError(
                     f"the loss became {loss} at step {state.global_step}; lower the learning rate, "
                     "or use float32 or bfloat16"
                 )
-            if logs and "eval_perplexity" in logs:
+            if "eval_perplexity" in logs:
                 shown.set_postfix_str(f"perplexity {logs['eval_perplexity']:.2f}")
 
     return Progress()
@@ -292,63 +257,62 @@ def run_folder(
         return
     folder = Path(str(work_dir))
     with hold(folder):
-        there = whole_checkpoints(folder) if resume else any(folder.glob("checkpoint-*"))
         if not resume:
-            if there or (folder.exists() and {p.name for p in folder.iterdir()} - {RECIPE}):
+            if folder.exists() and {p.name for p in folder.iterdir()} - {RECIPE}:
                 raise FileExistsError(f"{folder} holds an earlier run; resume it, or remove it")
             folder.mkdir(parents=True, exist_ok=True)
             write_json(folder / RECIPE, run)
-        elif not there or not (folder / RECIPE).is_file():
+        elif not finished_checkpoints(folder) or not (folder / RECIPE).is_file():
             raise ShortGPTError(
                 f"{folder} holds no checkpoint to resume from; start without resume"
             )
         else:
             _check_run(folder, run)
-            _check_files(folder)
+            for path in sorted(folder.glob("checkpoint-*")):
+                for name, digest in _digests(path).items():
+                    check_saved(path / name, digest, folder=folder)
         try:
             yield folder
         except BaseException:
-            if not whole_checkpoints(folder):  # there is nothing to go on from
+            if not finished_checkpoints(folder):  # there is nothing to continue from
                 shutil.rmtree(folder, ignore_errors=True)
             raise
 
 
 def _check_run(folder: Path, run: dict[str, object]) -> None:
     """Raises ShortGPTError unless the checkpoints in a folder are of the same run."""
-    pairs = zip(_parts(read_record(folder / RECIPE)), _parts(run), strict=True)
-    for earlier, now in pairs:
-        for name in [*now, *(earlier.keys() - now.keys())]:
-            if earlier.get(name) != now.get(name):
-                raise ShortGPTError(
-                    f"{folder} holds a run of another {name}: {earlier.get(name)!r}, now "
-                    f"{now.get(name)!r}; go on with the former {name}, or delete {folder} to "
-                    "begin anew"
-                )
+    earlier, now = _by_name(read_record(folder / RECIPE)), _by_name(run)
+    for name in [*now, *(earlier.keys() - now.keys())]:
+        if earlier.get(name) != now.get(name):
+            raise ShortGPTError(
+                f"{folder} holds a run of another {name}: {earlier.get(name)!r}, now "
+                f"{now.get(name)!r}; go on with the former {name}, or delete {folder} to begin anew"
+            )
 
 
-def _parts(run: Mapping[str, object]) -> tuple[Mapping[str, object], Mapping[str, object]]:
-    """What a run depends on: the recipe's settings, and all else."""
-    recipe = own if isinstance(own := run.get("recipe"), dict) else {}
-    return recipe, {name: value for name, value in run.items() if name != "recipe"}
+def _by_name(run: Mapping[str, object]) -> dict[str, object]:
+    """The recipe's settings, and all else that a run depends on."""
+    own = recipe if isinstance(recipe := run.get("recipe"), dict) else {}
+    return {**own, **{name: value for name, value in run.items() if name != "recipe"}}
 
 
 def begun(folder: Path) -> bool:
     """Whether a folder holds a run of training that can be continued."""
-    return (folder / RECIPE).is_file() and whole_checkpoints(folder)
+    return (folder / RECIPE).is_file() and finished_checkpoints(folder)
 
 
-def whole_checkpoints(folder: Path) -> bool:
-    """Deletes checkpoints whose writing, or removal, a kill cut short; whether others are left."""
-    others = False
+def finished_checkpoints(folder: Path) -> bool:
+    """Deletes checkpoints whose writing, or removal, a kill stopped; whether any other is there."""
+    any_finished = False
     for path in folder.glob("checkpoint-*"):
-        if _is_whole(path):
-            others = True
+        if _is_finished(path):
+            any_finished = True
         else:
             shutil.rmtree(path)
-    return others
+    return any_finished
 
 
-def _is_whole(checkpoint: Path) -> bool:
+def _is_finished(checkpoint: Path) -> bool:
     """Whether all files are there; damage is no kill's doing, and raises ShortGPTError."""
     try:
         read_record(checkpoint / LAST)
@@ -358,7 +322,7 @@ def _is_whole(checkpoint: Path) -> bool:
 
 
 def note_files(checkpoint: Path) -> None:
-    """Writes digests of all files of a checkpoint that is there as a whole."""
+    """Writes digests of all files of a finished checkpoint."""
     digests = {path.name: files_digest([path]) for path in sorted(checkpoint.iterdir())}
     write_record(checkpoint / DIGESTS, {"run": "checkpoint", "files": digests})
 
@@ -377,13 +341,6 @@ def _digests(checkpoint: Path) -> dict[str, str]:
     return cast("dict[str, str]", record["files"])
 
 
-def _check_files(folder: Path) -> None:
-    """Raises ShortGPTError for a checkpoint that does not hold what was saved there."""
-    for path in sorted(folder.glob("checkpoint-*")):
-        for name, digest in _digests(path).items():
-            check_saved(path / name, digest, folder=folder)
-
-
 @contextmanager
 def quiet() -> Iterator[None]:
     """Without transformers' remarks to developers; what users must know is raised or reported."""
@@ -393,7 +350,7 @@ def quiet() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-            # peft looks for a config beside GGUF files; no embedding changes its size here
+            # peft looks for a config next to GGUF files; no embedding changes its size here
             warnings.filterwarnings("ignore", message="Could not find a config file in")
             yield
     finally:
@@ -403,10 +360,8 @@ def quiet() -> Iterator[None]:
 @contextmanager
 def deterministic() -> Iterator[None]:
     """Deterministic algorithms inside the block."""
-    before, warn = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
+    before = torch.are_deterministic_algorithms_enabled()
+    warn = torch.is_deterministic_algorithms_warn_only_enabled()
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":16:8")
     torch.use_deterministic_algorithms(True)
     try:

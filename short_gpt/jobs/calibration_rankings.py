@@ -17,8 +17,8 @@ from short_gpt.data.windows import text_of
 from short_gpt.jobs.rows import Windows
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import bar
-from short_gpt.scoring.clusters import degrees_of_freedom
 from short_gpt.scoring.metrics import LEAST_DEGREES, student_t
+from short_gpt.scoring.moments import degrees_of_freedom
 from short_gpt.wrappers.scored_model import ScoredModel
 
 METHODS = ("bi", "relative_magnitude", "angular")

@@ -21,9 +21,8 @@ from short_gpt.data.windows import windows
 from short_gpt.evaluation.paired import losses
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.healing import lora, refit
-from short_gpt.healing.distillation import Distillation
+from short_gpt.healing.distillation import Distillation, LiveTeacher, Predictor
 from short_gpt.healing.recipe import Recipe
-from short_gpt.healing.teacher import LiveTeacher, Predictor
 from short_gpt.healing.trainer import begun
 from short_gpt.jobs.cases import Cases, LoraSettings, Shares
 from short_gpt.jobs.comparing import Compared, compare

@@ -24,8 +24,8 @@ from short_gpt.healing import (
     Source,
     Step,
 )
+from short_gpt.healing.job import STEPS
 from short_gpt.healing.solver import RIDGES
-from short_gpt.healing.steps import STEPS
 from short_gpt.jobs.choice import Chosen, chosen
 from short_gpt.jobs.choice_settings import Choice
 from short_gpt.jobs.healing_settings import (

@@ -12,14 +12,14 @@ from short_gpt.runtime.settings import READ, setting
 
 if TYPE_CHECKING:
     from short_gpt.healing import DistillSettings, Recipe
-    from short_gpt.healing.steps import RefitSettings
-    from short_gpt.healing.teacher import Predictor
+    from short_gpt.healing.distillation import Predictor
+    from short_gpt.healing.refit import RefitSettings
     from short_gpt.wrappers.scored_model import ScoredModel
 
 
 def kinds_of_methods() -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The methods that are closed forms, and those that train."""
-    from short_gpt.healing.steps import STEPS
+    from short_gpt.healing.job import STEPS
 
     closed, training = ([n for n, s in STEPS.items() if s.trains is t] for t in (False, True))
     return tuple(closed), tuple(training)
@@ -35,7 +35,7 @@ def methods_of(text: str) -> list[str]:
         >>> methods_of("patch,distill")
         ['patch', 'distill']
     """
-    from short_gpt.healing.steps import STEPS, check_order
+    from short_gpt.healing.job import STEPS, check_order
 
     methods = listed(text)
     for name in methods:
@@ -170,8 +170,8 @@ class Settings:
             ShortGPTError: parts, the ridge or the aim are out of range, or there is an aim although
                 best chooses it.
         """
+        from short_gpt.healing.refit import RefitSettings
         from short_gpt.healing.solver import PARTS, RIDGES
-        from short_gpt.healing.steps import RefitSettings
 
         ridges = RIDGES if self.ridge is None else (self.ridge,)
         if self.parts == "best":
@@ -179,8 +179,10 @@ class Settings:
                 raise ShortGPTError("`parts` best chooses the aim by itself: leave `aim` out")
             return RefitSettings(None, ridges, max_windows=max_windows)
         parts = PARTS if self.parts is None else tuple(p.strip() for p in self.parts.split(","))
-        aim = RefitSettings.aim if self.aim is None else self.aim
-        return RefitSettings(parts, ridges, aim=aim, max_windows=max_windows)
+        step_size = RefitSettings.step_size if self.aim is None else self.aim
+        if not 0 < step_size <= 1:  # by the name of the flag
+            raise ShortGPTError(f"aim = {step_size}: expected above 0 and at most 1")
+        return RefitSettings(parts, ridges, step_size=step_size, max_windows=max_windows)
 
     def recipe(self, short: ScoredModel, seed: int) -> Recipe:
         """The recipe for a model of transformers, with the changes."""
@@ -222,8 +224,7 @@ class Distilling:
 
     def check(self, methods: Sequence[str]) -> None:
         """Raises ShortGPTError for what no method here uses, or cannot be."""
-        from short_gpt.healing.distillation import check_share
-        from short_gpt.healing.teacher import check_targets
+        from short_gpt.healing.distillation import check_share, check_targets
 
         if "distill" not in methods:
             if self.given:

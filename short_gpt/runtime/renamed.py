@@ -1,17 +1,19 @@
-"""Import paths of the last version, which still work and warn with the new path."""
+"""Names of the last version, which still work and warn with the new name."""
 
 from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import wraps
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar, cast
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 # the old path, and the modules that have its names now
 MOVED = {
@@ -28,6 +30,10 @@ MOVED = {
     "llama.sampling": ("llama.generation",),
     "short_gpt.evaluation.documents": ("short_gpt.evaluation.tasks",),
     "short_gpt.experiments": ("short_gpt.jobs",),
+    "short_gpt.healing.moments": ("short_gpt.healing.solver",),
+    "short_gpt.healing.refit_memory": ("short_gpt.healing.refit_state",),
+    "short_gpt.healing.steps": ("short_gpt.healing.job", "short_gpt.healing.lora"),
+    "short_gpt.healing.teacher": ("short_gpt.healing.distillation",),
     "short_gpt.models.computation": ("short_gpt.models.config_file",),
     "short_gpt.models.config_check": ("short_gpt.models.config_file",),
     "short_gpt.models.layer_removal": ("short_gpt.models.decoder",),
@@ -36,10 +42,13 @@ MOVED = {
     "short_gpt.opening": ("short_gpt.wrappers.opening",),
     "short_gpt.report": ("short_gpt.plots", "short_gpt.cli.tables", "short_gpt.cli"),
     "short_gpt.runtime.results": ("short_gpt.runtime.state",),
+    "short_gpt.scoring.clusters": ("short_gpt.scoring.moments", "short_gpt.scoring.lists"),
     "short_gpt.scoring.differences": ("short_gpt.scoring.importance",),
     "short_gpt.scoring.following": ("short_gpt.scoring.run",),
+    "short_gpt.scoring.halves": ("short_gpt.scoring.hooks",),
+    "short_gpt.scoring.measuring": ("short_gpt.scoring.run",),
     "short_gpt.scoring.state": ("short_gpt.scoring.run",),
-    "short_gpt.scoring.timing": ("short_gpt.scoring.measuring",),
+    "short_gpt.scoring.timing": ("short_gpt.scoring.run",),
     "short_gpt.selection.found": ("short_gpt.selection.search",),
     "short_gpt.selection.trials": ("short_gpt.selection.search",),
     "short_gpt.short_hf": ("short_gpt.wrappers.short_hf",),
@@ -53,17 +62,48 @@ MOVED = {
 }
 
 
-def renamed(new: Any, old: str) -> Any:
-    """A method under its old name, which warns with the new one."""
+def renamed_function(old: str, new: F) -> F:
+    """A function or method by its old name."""
     if isinstance(new, classmethod):
-        return classmethod(renamed(new.__func__, old))
+        return cast("F", classmethod(renamed_function(old, new.__func__)))
 
     @wraps(new)
-    def with_warning(*arguments: Any, **settings: Any) -> Any:
+    def call(*args: object, **kwargs: object) -> object:
         warnings.warn(f"{old} is now {new.__name__}", DeprecationWarning, stacklevel=2)
-        return new(*arguments, **settings)
+        return new(*args, **kwargs)
 
-    return with_warning
+    return cast("F", call)
+
+
+def renamed_argument(old: str, new: str) -> Callable[[F], F]:
+    """A decorator: a keyword argument works by its old name; of a class the attribute, too."""
+
+    def warn(owner: Callable[..., Any]) -> None:
+        message = f"{old} of {owner.__name__} is now {new}"
+        warnings.warn(message, DeprecationWarning, stacklevel=3)
+
+    def decorate(owner: F) -> F:
+        called = owner.__init__ if isinstance(owner, type) else owner  # type: ignore[misc]
+
+        @wraps(called)
+        def call(*args: object, **kwargs: object) -> object:
+            if old in kwargs:
+                warn(owner)
+                kwargs[new] = kwargs.pop(old)
+            return called(*args, **kwargs)
+
+        if not isinstance(owner, type):
+            return cast("F", call)
+
+        def attribute(self: object) -> object:
+            warn(owner)
+            return getattr(self, new)
+
+        owner.__init__ = call  # type: ignore[misc]
+        setattr(owner, old, property(attribute))
+        return owner
+
+    return decorate
 
 
 class OldPaths(MetaPathFinder, Loader):

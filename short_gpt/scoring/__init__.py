@@ -1,13 +1,12 @@
 """Scores of layers from one forward pass: the papers' equations, hooks, sums, and when to stop.
 
-`metrics` holds the equations, `hooks` calls them while a model runs, `measuring` is the loop over
-windows, `importance` adds the scores up by `moments`, `order` turns them into layer numbers,
-`stopping` tells when these are settled; `run` is a whole run, maybe interrupted.
+`metrics` holds the equations, `hooks` calls them while a model runs, `importance` adds the scores
+up by `moments`, `order` turns them into layer numbers, `stopping` tells when these are settled;
+`run` is the loop over windows, maybe interrupted.
 """
 
 from short_gpt.scoring.hooks import LayerHooks, Scores, hooked, score
 from short_gpt.scoring.importance import Importance
-from short_gpt.scoring.measuring import measure
 from short_gpt.scoring.metrics import (
     angular_distance,
     angular_distances,
@@ -16,7 +15,7 @@ from short_gpt.scoring.metrics import (
     relative_magnitude,
     spearman,
 )
-from short_gpt.scoring.run import RunState, ScoringRun
+from short_gpt.scoring.run import RunState, ScoringRun, measure
 from short_gpt.scoring.stopping import Stop, Verdict
 
 __all__ = [

@@ -1,6 +1,7 @@
-"""What one forward pass tells of every layer: hooks that reduce the states as they go by.
+"""Scores of every layer from one forward pass: hooks reduce the hidden states as layers run.
 
-Shapes: B windows, S tokens, D width, L layers, M metrics.
+Shapes: B windows, S tokens, D width, L layers, M metrics; x enters a layer, m is between its
+sublayers, y leaves it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from short_gpt.models.decoder import Decoder, padded
 from short_gpt.models.families import Family, part
 from short_gpt.models.layer_hooks import Arguments, Output, first, state_in
 from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
+from short_gpt.runtime.renamed import renamed_argument, renamed_function
 from short_gpt.scoring.metrics import (
     LAYER_METRICS,
     TokenProducts,
@@ -30,22 +32,21 @@ from short_gpt.scoring.metrics import (
 )
 
 PROVED = 8  # tokens of each window on which the sublayers are seen to add up to the layer
-
-
 UNKNOWN = torch.empty(0)  # stands for scores that were not asked for
 
 
+@renamed_argument("halves", "sublayers")
 @dataclass(frozen=True)
 class Scores:
     """Scores of single windows, as `Importance.add` takes them; NaN where one was not asked for.
 
     Attributes:
         tokens: real tokens of each window, (B,).
-        influence: sums over tokens of 1 - cos(state entering, state leaving), (B, L).
+        influence: sums over tokens of 1 - cos(x, y), (B, L).
         angles: angular distances at the last token between all states, (B, L + 1, L + 1).
         metrics: sums over tokens of each of `metrics.LAYER_METRICS`, in their order, (B, M, L).
-        halves: like ``influence``, around a layer's attention and around its MLP, (B, 2, L); NaN
-            also where the layer is not x + attention, then + MLP.
+        sublayers: like ``influence``, around a layer's attention and around its MLP, (B, 2, L);
+            NaN also where the layer is not x + attention, then + MLP.
         token_angles: like ``angles``, summed over all tokens.
     """
 
@@ -53,12 +54,12 @@ class Scores:
     influence: Tensor
     angles: Tensor
     metrics: Tensor = UNKNOWN
-    halves: Tensor = UNKNOWN
+    sublayers: Tensor = UNKNOWN
     token_angles: Tensor = UNKNOWN
 
     def __post_init__(self) -> None:
         B, L = self.influence.shape
-        unknown = {"metrics": (B, len(LAYER_METRICS), L), "halves": (B, 2, L)}
+        unknown = {"metrics": (B, len(LAYER_METRICS), L), "sublayers": (B, 2, L)}
         for name, shape in {**unknown, "token_angles": (B, L + 1, L + 1)}.items():
             if getattr(self, name) is UNKNOWN:
                 object.__setattr__(self, name, self.angles.new_full(shape, math.nan))
@@ -82,9 +83,9 @@ class Scores:
         """The windows of all parts, in their order."""
         return cls(**{f.name: torch.cat([getattr(p, f.name) for p in parts]) for f in fields(cls)})
 
-    def at(self, places: Sequence[int]) -> Scores:
-        """The windows in the order whose places in it these are."""
-        order = torch.tensor(places).argsort()  # the inverse of a permutation
+    def at(self, positions: Sequence[int]) -> Scores:
+        """The windows put in order: the first of these at the first of ``positions``, and so on."""
+        order = torch.tensor(positions).argsort()  # the inverse of a permutation
         return Scores(**{f.name: getattr(self, f.name)[order] for f in fields(self)})
 
 
@@ -96,7 +97,7 @@ def score(
     sublayers: bool = False,
     all_tokens: bool = False,
 ) -> Scores:
-    """Scores of single windows from one pass.
+    """Scores of single windows of token ids, of any lengths, from one pass.
 
     Args:
         decoder: the model.
@@ -110,22 +111,19 @@ def score(
         NotFiniteError: a state is NaN or infinite.
     """
     family = decoder.family if sublayers else None
-    order: list[int] = []
-    found = []
-    for places, tokens, mask in padded(windows, decoder):
-        with hooked(decoder.layers, mask, halves_of=family, all_tokens=all_tokens) as hooks:
+    positions: list[int] = []
+    parts = []
+    for batch, tokens, mask in padded(windows, decoder):  # tokens and mask (B, S)
+        with hooked(decoder.layers, mask, sublayers_of=family, all_tokens=all_tokens) as hooks:
             decoder.run(tokens)
-        found.append(hooks.scores())
-        found[-1].check_finite(layers)
-        order += places
-    return found[0] if len(found) == 1 else Scores.cat(found).at(order)
+        parts.append(hooks.scores())
+        parts[-1].check_finite(layers)
+        positions += batch
+    return parts[0] if len(parts) == 1 else Scores.cat(parts).at(positions)
 
 
 class BetweenSublayers:
-    """The hidden state between a layer's attention and its MLP, while the layer runs.
-
-    What a sublayer adds is copied, since the layer may go on writing in that tensor.
-    """
+    """The hidden state between a layer's attention and its MLP, while the layer runs."""
 
     def __init__(self) -> None:
         self.state: Tensor | None = None  # (B, S, D) entering the MLP's norm
@@ -133,7 +131,6 @@ class BetweenSublayers:
         self.mlp: Tensor | None = None  # (B, PROVED, D) that the MLP adds
 
     def hooks(self, layer: nn.Module, family: Family) -> list[RemovableHandle]:
-        """Hooks on the sublayers of a layer; none if it has no such parts."""
         attention, mlp = part(layer, family.attention), part(layer, family.mlp)
         norm = part(layer, family.mlp_norm)
         if attention is None or mlp is None or norm is None:
@@ -143,30 +140,26 @@ class BetweenSublayers:
             self.state = args[0]
 
         def attended(module: nn.Module, args: object, output: Output) -> None:
-            self.attention = first(output)[:, :PROVED].clone()
+            # a copy, because the layer may write in that tensor later
+            self.attention = first(output)[:, :PROVED].clone()  # (B, PROVED, D)
 
         def mapped(module: nn.Module, args: object, output: Output) -> None:
-            self.mlp = first(output)[:, :PROVED].clone()
+            self.mlp = first(output)[:, :PROVED].clone()  # (B, PROVED, D)
 
         hooks = [attention.register_forward_hook(attended), mlp.register_forward_hook(mapped)]
         return [norm.register_forward_pre_hook(enter), *hooks]
 
     def products(self, state: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x . m, ||m|| and m . y, (B, S) each, m between the sublayers; NaN where unknown.
-
-        Args:
-            state: (B, S, D) entering the layer.
-            y: (B, S, D) leaving it, float32 or wider.
-        """
+        """x . m, ||m|| and m . y, (B, S) each, for x and a wide y (B, S, D); NaN where unknown."""
         middle = self._proved(state, y)
         if middle is None:
-            unknown = torch.full(y.shape[:2], math.nan, dtype=y.dtype, device=y.device)
+            unknown = torch.full(y.shape[:2], math.nan, dtype=y.dtype, device=y.device)  # (B, S)
             return unknown, unknown, unknown
         m = widen(middle)  # (B, S, D)
         return torch.linalg.vecdot(widen(state), m), norms(m), torch.linalg.vecdot(m, y)
 
     def _proved(self, state: Tensor, y: Tensor) -> Tensor | None:
-        """The state between the sublayers, if they add up to the layer on the first tokens."""
+        """The state m (B, S, D), if the sublayers add up to the layer on the first tokens."""
         middle, attention, mlp = self.state, self.attention, self.mlp
         self.state = self.attention = self.mlp = None  # the next layer's are others
         if middle is None or attention is None or mlp is None or middle.shape != state.shape:
@@ -175,8 +168,8 @@ class BetweenSublayers:
         if attention.shape != x.shape or mlp.shape != x.shape:  # experts may flatten the windows
             return None
         # exact, in the model's own dtype: a parallel block or a norm after a sublayer fails
-        whole = torch.equal(x + attention, m) and torch.equal(widen(m + mlp), y[:, :PROVED])
-        return middle if whole else None
+        adds_up = torch.equal(x + attention, m) and torch.equal(widen(m + mlp), y[:, :PROVED])
+        return middle if adds_up else None
 
 
 class LayerHooks:
@@ -201,17 +194,17 @@ class LayerHooks:
         self._middle: BetweenSublayers | None = None
         self._entered: tuple[Tensor, int] | None = None  # the state entering, and its version
 
-    def on_halves(self, layer: nn.Module, family: Family) -> list[RemovableHandle]:
+    def on_sublayers(self, layer: nn.Module, family: Family) -> list[RemovableHandle]:
         """Hooks on the attention and the MLP of a layer; none where it has no such parts."""
         self._middle = self._middle or BetweenSublayers()
         return self._middle.hooks(layer, family)
 
-    def forget_state(self) -> None:
-        """To be called where the state goes to the next layer as a copy, or is written over.
+    on_halves = renamed_function("LayerHooks.on_halves", on_sublayers)
 
-        Its norms are not used again then, and nothing holds on to its memory.
-        """
+    def forget_state(self) -> None:
+        """To be called where the state goes to the next layer as a copy, or is written over."""
         self._reduce()
+        # norms of another tensor are of no use, and nothing shall hold on to this one's memory
         self._state = self._norms = None
 
     def before(self, layer: nn.Module, args: Arguments, kwargs: Mapping[str, object]) -> None:
@@ -226,10 +219,9 @@ class LayerHooks:
         """Forward hook: the states (B, S, D) entering and leaving one layer.
 
         Raises:
-            ShortGPTError: the layer has written over the state entering it, which nothing has
-                kept, or takes several states at once.
+            ShortGPTError: the layer writes over the state entering it, or takes several states.
         """
-        state, result = state_in(args, kwargs), first(output)
+        state, result = state_in(args, kwargs), first(output)  # (B, S, D) each
         self._check_state(layer, state)
         x, y = widen(state), widen(result)  # (B, S, D) each, float32 or wider
         if not self._last:
@@ -238,12 +230,12 @@ class LayerHooks:
         # or wrote in it; a tensor without a version may have been written in
         version = version_of(state) if state is self._state else None
         known = self._norms if version is not None and version == self._version else None
-        x_norm = norms(x) if known is None else known
+        x_norm = norms(x) if known is None else known  # (B, S)
         y_norm = norms(y)  # (B, S), which the next layer takes as those of its x
         products = [torch.linalg.vecdot(x, y), x_norm, y_norm, norms(y - x)]  # (B, S) each
         if self._middle is not None:
             products += self._middle.products(state, y)
-        self._products.append(torch.stack(products))
+        self._products.append(torch.stack(products))  # (4 or 7, B, S)
         self._keep(result, y)
         self._state, self._version, self._norms = result, version_of(result), y_norm
 
@@ -261,12 +253,10 @@ class LayerHooks:
             )
 
     def _reduce(self) -> None:
-        """Sums over tokens of the layers so far: influence, metrics, and influence of sublayers.
-
-        For many layers at once: on a processor, small calls would cost as much as the products.
-        """
+        """Sums over tokens of the layers so far: influence, metrics, and influence of sublayers."""
         if not self._products:
             return
+        # many layers at once: on a processor, small calls would cost as much as the products
         stacked = torch.stack(self._products, dim=1)  # (4 or 7, layers, B, S)
         tokens, middle = TokenProducts(*stacked[:4]), stacked[4:]
         xy, x_norm, y_norm, _ = tokens
@@ -283,29 +273,26 @@ class LayerHooks:
     def _keep(self, state: Tensor, wide: Tensor) -> None:
         self._last.append(wide[self._rows, self._ends])  # (B, D): Eq. 6 reads last tokens alone
         if self._kept is not None:
-            self._kept.append(state.clone())  # the model may go on writing in that tensor
+            self._kept.append(state.clone())  # the model may write in that tensor later
 
     def scores(self) -> Scores:
         """The scores of the pass, once all layers have run."""
         self._reduce()
         # influence (B, L), then M metrics, then the two sublayers where these are scored
-        turned, *rest = torch.cat(self._sums, dim=1).mT
-        metrics, halves = rest[: len(LAYER_METRICS)], rest[len(LAYER_METRICS) :]
+        turned, *rest = torch.cat(self._sums, dim=1).mT  # (B, L) each
+        metrics, sublayers = rest[: len(LAYER_METRICS)], rest[len(LAYER_METRICS) :]
         angles = angular_distances(torch.stack(self._last, dim=1))  # of (B, L + 1, D)
         everywhere = UNKNOWN
         if self._kept is not None:
-            everywhere = torch.stack(
-                [
-                    summed_angles([s[row, :length] for s in self._kept])
-                    for row, length in enumerate(self._mask.sum(1).tolist())
-                ]
-            )
+            lengths = enumerate(self._mask.sum(1).tolist())
+            each = [summed_angles([s[row, :end] for s in self._kept]) for row, end in lengths]
+            everywhere = torch.stack(each)  # (B, L + 1, L + 1)
         return Scores(
-            tokens=self._mask.sum(1),
+            tokens=self._mask.sum(1),  # (B,)
             influence=turned,
             angles=angles,
-            metrics=torch.stack(metrics, dim=1),
-            halves=torch.stack(halves, dim=1) if halves else UNKNOWN,
+            metrics=torch.stack(metrics, dim=1),  # (B, M, L)
+            sublayers=torch.stack(sublayers, dim=1) if sublayers else UNKNOWN,  # (B, 2, L)
             token_angles=everywhere,
         )
 
@@ -315,29 +302,30 @@ def version_of(state: Tensor) -> int | None:
     return None if state.is_inference() else state._version
 
 
+@renamed_argument("halves_of", "sublayers_of")
 @contextmanager
 def hooked(
     layers: nn.ModuleList,
     mask: Tensor,
     *,
-    halves_of: Family | None = None,
+    sublayers_of: Family | None = None,
     all_tokens: bool = False,
 ) -> Iterator[LayerHooks]:
-    """Hooks on every layer for the pass inside the block; gone after it, whatever happens.
+    """Hooks on every layer inside the block; removed after it, whatever happens.
 
     Args:
         layers: called in order, each with the (B, S, D) state first.
         mask: (B, S) bool, True for real tokens.
-        halves_of: also scores attention and MLP, by the names of this family.
+        sublayers_of: also scores attention and MLP, by the names of this family.
         all_tokens: as in `score`.
     """
     hooks = LayerHooks(mask, all_tokens=all_tokens)
-    # with_kwargs: some families give the state by its name
+    # with_kwargs: some families pass the state by its name
     handles = [layer.register_forward_pre_hook(hooks.before, with_kwargs=True) for layer in layers]
     handles += [layer.register_forward_hook(hooks.after, with_kwargs=True) for layer in layers]
-    if halves_of is not None:
+    if sublayers_of is not None:
         for layer in layers:
-            handles += hooks.on_halves(layer, halves_of)
+            handles += hooks.on_sublayers(layer, sublayers_of)
     try:
         yield hooks
     finally:

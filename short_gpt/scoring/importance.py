@@ -1,11 +1,12 @@
 """Scores of all layers as sums over windows.
 
-Shapes: B windows, L layers.
+Shapes: B windows, G texts, L layers, M metrics; S stands for a vector of a window's sums.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -14,30 +15,15 @@ import torch
 from torch import Tensor
 
 from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.scoring.clusters import (
-    Texts,
-    apart,
-    covariance_over_texts,
-    degrees_over_texts,
-    from_json,
-    merged,
-    to_json,
-    with_windows,
-)
+from short_gpt.runtime.renamed import renamed_argument
+from short_gpt.scoring import lists, moments
 from short_gpt.scoring.hooks import Scores
-from short_gpt.scoring.lists import check_sums, layer_numbers, saved_sums, to_lists
 from short_gpt.scoring.metrics import LAYER_METRICS, spearman, t_quantile
-from short_gpt.scoring.moments import (
-    block_sums,
-    cube_sums,
-    pair_skewness,
-    pair_spread,
-    residual_cubes,
-    with_count,
-)
+from short_gpt.scoring.moments import Texts
 from short_gpt.scoring.order import best_block, lowest
 
 
+@renamed_argument("halves", "sublayers")
 @dataclass
 class Importance:
     """Block Influence, angular distances and further scores of a model's layers.
@@ -46,25 +32,25 @@ class Importance:
     and `to_dict` / `from_dict` keep every digit. Sums are float64, on the CPU. A window is one
     sequence that the model read.
 
-    The windows fall alternately into two halves, whose agreement tells how settled the ranking
-    is. Standard errors take the texts as samples where there are several, else the windows, as if
+    Windows fall alternately into two groups, whose agreement tells how settled the ranking is.
+    Standard errors take the texts as samples where there are several, else the windows, as if
     they were independent: those that overlap (a stride below the size) are not.
 
     Attributes:
         layers: the layers' numbers in the original model, ascending.
-        windows: windows in each half, (2,).
-        tokens: tokens in each half, (2,).
+        windows: windows in each group, (2,).
+        tokens: tokens in each group, (2,).
         influence: sums over tokens of 1 - cos, (2, L).
-        products: sums over windows of the outer product with itself of the vector of a window's
-            L sums and its token count, (L + 1, L + 1).
+        products: sums over windows of S S^T, (L + 1, L + 1), S a window's L sums and its tokens.
         cubes: their third moments, of `moments.cube_sums`, (2, L + 1, L + 1).
         angles: sums over windows of angular distances, (L + 1, L + 1).
         angle_products: sums over windows of the products of the distances of blocks of n layers
             that start at l and at m: entry [n - 1, l, m], (L, L, L); zero where there is no block.
         angle_cubes: the same with the square of the first distance.
-        metrics, halves, token_angles: the sums of `hooks.Scores` over all windows, (M, L), (2, L),
-            (L + 1, L + 1); NaN where a window was not scored so.
-        texts: of each text, the sums of its windows, of `clusters`; None if they are not known.
+        metrics: sums of `hooks.Scores` over all windows, (M, L); NaN where one was not scored so.
+        sublayers: the same, (2, L).
+        token_angles: the same, (L + 1, L + 1).
+        texts: of each text, the sums S of its windows; None if the texts are not known.
 
     Example:
         >>> Importance.empty([0, 1, 2]).n_windows
@@ -81,7 +67,7 @@ class Importance:
     angle_products: Tensor
     angle_cubes: Tensor
     metrics: Tensor
-    halves: Tensor
+    sublayers: Tensor
     token_angles: Tensor
     texts: Texts | None = field(default_factory=dict, kw_only=True)
 
@@ -99,39 +85,38 @@ class Importance:
             "angle_products": (n, n, n),
             "angle_cubes": (n, n, n),
             "metrics": (len(LAYER_METRICS), n),
-            "halves": (2, n),
+            "sublayers": (2, n),
             "token_angles": (n + 1, n + 1),
         }
-        sums: dict[str, Any] = {}
-        for name, shape in shapes.items():
-            sums[name] = torch.zeros(shape, dtype=torch.float64)
-        return cls(list(layers), **sums)
+        zeros: dict[str, Any] = {k: torch.zeros(v, dtype=torch.float64) for k, v in shapes.items()}
+        return cls(list(layers), **zeros)
 
     def add(self, scores: Scores, texts: Sequence[int | None] | None = None) -> None:
         """Adds the scores of single windows: all of them or, if interrupted, none.
 
         Args:
             scores: of B windows.
-            texts: numbers of the texts that they were cut from; None where that is not known. A
+            texts: numbers of the texts that they were cut from, None where that is not known; a
                 number that these sums hold already is the same text.
         """
         new = {f.name: getattr(scores, f.name).cpu().double() for f in fields(scores)}
         tokens, influence, angles = (new[n] for n in ("tokens", "influence", "angles"))
-        half = (torch.arange(len(tokens)) + self.n_windows) % 2  # of each window, (B,)
+        group = (torch.arange(len(tokens)) + self.n_windows) % 2  # of each window, (B,)
         sums = torch.cat((influence, tokens[:, None]), dim=1)  # (B, L + 1)
-        products, cubes = block_sums(angles)  # (L, L, L) each
+        numbered = zip(texts or [None] * len(sums), sums, strict=True)
+        products, cubes = moments.block_sums(angles)  # (L, L, L) each
         changed: dict[str, object] = {
-            "texts": with_windows(self.texts, texts or [None] * len(sums), sums),
-            "windows": self.windows + torch.bincount(half, minlength=2),
-            "tokens": self.tokens.index_add(0, half, tokens),
-            "influence": self.influence.index_add(0, half, influence),  # (2, L)
+            "texts": moments.add_texts(self.texts, numbered),
+            "windows": self.windows + torch.bincount(group, minlength=2),  # (2,)
+            "tokens": self.tokens.index_add(0, group, tokens),  # (2,)
+            "influence": self.influence.index_add(0, group, influence),  # (2, L)
             "products": self.products + sums.T @ sums,  # (L + 1, B) (B, L + 1)
-            "cubes": self.cubes + cube_sums(sums),
+            "cubes": self.cubes + moments.cube_sums(sums),
             "angles": self.angles + angles.sum(0),
             "angle_products": self.angle_products + products,
             "angle_cubes": self.angle_cubes + cubes,
         }
-        for name in ("metrics", "halves", "token_angles"):
+        for name in ("metrics", "sublayers", "token_angles"):
             changed[name] = getattr(self, name) + new[name].sum(0)
         # in one step, which no interruption divides
         vars(self).update(changed)
@@ -141,15 +126,14 @@ class Importance:
 
         A text that was read for both counts as two, and the error is then too small.
         """
-        return self._sum(other, apart(self.texts, other.texts))
+        start, theirs = moments.next_number(self.texts), other.texts
+        # numbers begin at 0 in every call of `data.windows`
+        apart = None if theirs is None else {start + n: sums for n, sums in theirs.items()}
+        return self._sum(other, moments.merge_texts([self.texts, apart]))
 
     def merge(self, other: Importance) -> Importance:
-        """The scores of both, where the same number is the same text.
-
-        For parts of one reading, such as two machines' shares of the windows of one call of
-        `data.windows`.
-        """
-        return self._sum(other, merged([self.texts, other.texts]))
+        """The scores of parts of one reading, as of two machines: the same number is one text."""
+        return self._sum(other, moments.merge_texts([self.texts, other.texts]))
 
     def _sum(self, other: Importance, texts: Texts | None) -> Importance:
         if self.layers != other.layers:
@@ -172,16 +156,15 @@ class Importance:
 
     @property
     def covariance(self) -> Tensor:
-        """Covariance of the entries of `block_influence` over samples of windows, (L, L).
+        """Covariance of `block_influence` over samples of windows, (L, L); NaN for fewer than two.
 
-        The estimate for a ratio of means with windows as sampling units, (n / (n-1)) sum r r^T /
-        T^2 with r = a window's sums - its tokens x the mean. NaN for fewer than two windows.
+        Of a ratio of means: (n / (n-1)) sum r r^T / T^2, r = a window's sums - its tokens x mean.
         """
         n = self.n_windows
         if n < 2:
             return torch.full((len(self.layers),) * 2, math.nan, dtype=torch.float64)
-        eye = torch.eye(len(self.layers), dtype=torch.float64)
-        # (L, L + 1): what makes r of a window's L sums and its tokens
+        eye = torch.eye(len(self.layers), dtype=torch.float64)  # (L, L)
+        # (L, L + 1): what makes r of S
         residual = torch.cat((eye, -self.block_influence[:, None]), dim=1)
         return residual @ self.products @ residual.T * (n / (n - 1) / self.tokens.sum() ** 2)
 
@@ -189,11 +172,10 @@ class Importance:
     def sampling_covariance(self) -> Tensor:
         """Like `covariance`, (L, L), over samples of texts where there are several.
 
-        Of windows, only the sums of squares are known: where these differ in length, the effective
-        number (Kish) stands for their number.
+        Of windows that differ in length the effective number (Kish) stands for their number.
         """
-        if self._several_texts:
-            return covariance_over_texts(self.texts or {})
+        if (sums := self._text_sums) is not None:
+            return moments.ratio_covariance(sums[:, :-1], sums[:, -1])
         n, effective = self.n_windows, self._effective_windows
         if n < 2:
             return self.covariance
@@ -207,9 +189,9 @@ class Importance:
 
     @property
     def margin(self) -> Tensor:
-        """Half of the 95% interval of every entry of `block_influence`, (L,).
+        """Half of the 95% interval of every entry of `block_influence`, (L,), by Student's t.
 
-        `standard_error` times Student's t of `degrees` of freedom; NaN where these are too few.
+        NaN where the `degrees` of freedom are too few.
         """
         return t_quantile(0.975, self.degrees) * self.standard_error
 
@@ -220,17 +202,15 @@ class Importance:
 
     @property
     def degrees(self) -> float:
-        """Of freedom: those of the texts, or of the windows where there are not several texts.
-
-        Their number less 1 if all have one length, else fewer.
-        """
-        if self._several_texts:
-            return degrees_over_texts(self.texts or {})
+        """Of freedom: texts less 1 if all have one length, else fewer; of windows if one text."""
+        if (sums := self._text_sums) is not None:
+            return moments.degrees_of_freedom(sums[:, -1])
         return self._effective_windows - 1 if self.n_windows > 1 else 0.0
 
     @property
-    def _several_texts(self) -> bool:
-        return self.texts is not None and len(self.texts) > 1
+    def _text_sums(self) -> Tensor | None:
+        """The sums S of all texts, (G, L + 1); None unless there are several."""
+        return torch.stack([*self.texts.values()]) if self.texts and len(self.texts) > 1 else None
 
     @property
     def _effective_windows(self) -> float:
@@ -239,7 +219,7 @@ class Importance:
 
     @property
     def agreement(self) -> float:
-        """Spearman's rank correlation of `block_influence` between the two halves."""
+        """Spearman's rank correlation of `block_influence` between the two groups of windows."""
         if self.windows.min() == 0:
             return math.nan
         first, second = self.influence / self.tokens[:, None]  # (L,) each
@@ -249,8 +229,8 @@ class Importance:
     def angular(self) -> Tensor:
         """Mean angular distances, (L + 1, L + 1), symmetric, in [0, 1].
 
-        Entry [l, l + n] compares the last token's state entering layer l with that entering
-        layer l + n, as `selection.best_block` reads it (Gromov et al., Eq. 6).
+        Entry [l, l + n] compares the last token's states entering layers l and l + n (Gromov et
+        al., Eq. 6), as `selection.best_block` reads it.
         """
         return self.angles / self.windows.sum()
 
@@ -260,25 +240,24 @@ class Importance:
         return self.token_angles / self.tokens.sum()
 
     def angular_covariance(self, n: int) -> Tensor:
-        """Covariance, over samples of windows, of the mean distances of all blocks of n layers.
+        """Covariance over windows of the mean distances of all blocks of n layers, by their starts.
 
-        Returns:
-            (L - n + 1, L - n + 1), by the blocks' starts; NaN for fewer than two windows.
+        (L - n + 1, L - n + 1); NaN for fewer than two windows.
         """
         count, starts = self.n_windows, len(self.layers) - n + 1
         if count < 2:
             return torch.full((starts, starts), math.nan, dtype=torch.float64)
         mean = self.angular.diagonal(n)  # (L - n + 1,)
-        second = self.angle_products[n - 1, :starts, :starts] / count
+        second = self.angle_products[n - 1, :starts, :starts] / count  # (L - n + 1, L - n + 1)
         return (second - torch.outer(mean, mean)) / (count - 1)
 
     @property
     def skewness(self) -> Tensor:
         """Skewness over windows of the difference of layers j and i, entry [i, j], (L, L)."""
         cubes, weighted = self.cubes  # (L + 1, L + 1) each
-        third = residual_cubes(self.block_influence, cubes, weighted)
+        third = moments.residual_cubes(self.block_influence, cubes, weighted)  # (L, L)
         scale = self.n_windows / self.tokens.sum()  # residuals of sums, in the unit of the mean
-        return pair_skewness(self.covariance, third * scale**3, self.n_windows)
+        return moments.pair_skewness(self.covariance, third * scale**3, self.n_windows)
 
     def angular_skewness(self, n: int) -> Tensor:
         """Like `skewness`, of the distances of all blocks of n layers, by the blocks' starts."""
@@ -288,9 +267,11 @@ class Importance:
         )
         sums = self.angles.diagonal(n)  # (starts,), of all windows
         # every window weighs 1 here, where it has its tokens in `skewness`
-        cubes = with_count(cubes, products.diagonal(), count)
-        third = residual_cubes(sums / count, cubes, with_count(products, sums, count))
-        return pair_skewness(self.angular_covariance(n), third, count)
+        cubes = moments.with_count(cubes, products.diagonal(), count)
+        third = moments.residual_cubes(
+            sums / count, cubes, moments.with_count(products, sums, count)
+        )
+        return moments.pair_skewness(self.angular_covariance(n), third, count)
 
     def mean(self, metric: str) -> Tensor:
         """Mean over tokens of a metric of `metrics.LAYER_METRICS`, (L,)."""
@@ -303,34 +284,28 @@ class Importance:
 
     @property
     def mean_norm(self) -> Tensor:
-        """Mean over tokens of the norm of the state leaving each layer, (L,)."""
+        """The former name of ``mean("norm")``."""
+        warnings.warn('mean_norm is now mean("norm")', DeprecationWarning, stacklevel=2)
         return self.mean("norm")
 
     @property
     def sublayer_influence(self) -> Tensor:
         """Block Influence of each layer's attention and MLP, (2, L); NaN where not scored."""
-        return self.halves / self.tokens.sum()
+        return self.sublayers / self.tokens.sum()
 
     def least_important(self, n: int, *, angular: bool = False) -> list[int]:
-        """The n layers to remove: those of `selection.lowest`, or of `selection.best_block`.
-
-        Args:
-            n: 1 to L - 1.
-            angular: the best block of consecutive layers instead of the lowest Block Influence.
+        """The n layers to remove by `selection.lowest`, or if angular by `selection.best_block`.
 
         Returns:
             Original layer numbers: least important first, or a block in ascending order.
-
-        Raises:
-            ShortGPTError: n is out of range.
         """
-        places = best_block(self.angular, n) if angular else lowest(self.block_influence, n)
-        return [self.layers[i] for i in places]
+        chosen = best_block(self.angular, n) if angular else lowest(self.block_influence, n)
+        return [self.layers[i] for i in chosen]
 
     def to_dict(self) -> dict[str, object]:
         """The sums as lists, ready for JSON: None stands for NaN."""
-        sums = {name: to_lists(value) for name, value in self._named().items()}
-        return {"layers": self.layers, **sums, "texts": to_json(self.texts)}
+        sums = {name: lists.to_lists(value) for name, value in self._named().items()}
+        return {"layers": self.layers, **sums, "texts": lists.texts_to_json(self.texts)}
 
     def _named(self) -> dict[str, Tensor]:
         """The sums by the names that they have in files, each metric by its own."""
@@ -339,7 +314,7 @@ class Importance:
             if name == "metrics":
                 named |= dict(zip(LAYER_METRICS, self.metrics, strict=True))
             else:
-                named[name] = getattr(self, name)
+                named["halves" if name == "sublayers" else name] = getattr(self, name)
         return named
 
     @classmethod
@@ -350,33 +325,28 @@ class Importance:
             ShortGPTError: a field is missing, or has the wrong shape or values out of range.
         """
         try:
-            empty = cls.empty(layer_numbers(content["layers"]))
+            empty = cls.empty(lists.layer_numbers(content["layers"]))
         except (KeyError, TypeError) as error:
-            said = error if isinstance(error, TypeError) else "they lack layers"
-            raise ShortGPTError(f"these are not saved scores: {said}") from None
-        named = {name: saved_sums(content, name, zero) for name, zero in empty._named().items()}
-        check_sums(named)  # before anything is computed: files come from anywhere
+            why = error if isinstance(error, TypeError) else "they lack layers"
+            raise ShortGPTError(f"these are not saved scores: {why}") from None
+        named = {
+            name: lists.saved_sums(content, name, zero) for name, zero in empty._named().items()
+        }
+        lists.check_sums(named)  # before anything is computed: files come from anywhere
         metrics = torch.stack([named.pop(name) for name in LAYER_METRICS])  # (M, L)
-        sums = {**named, "metrics": metrics}
-        total = torch.cat((sums["influence"].sum(0), sums["tokens"].sum()[None]))
-        return cls(empty.layers, **sums, texts=from_json(content.get("texts"), total))
+        sums = {"metrics": metrics, "sublayers": named.pop("halves"), **named}
+        total = torch.cat((sums["influence"].sum(0), sums["tokens"].sum()[None]))  # (L + 1,)
+        return cls(empty.layers, **sums, texts=lists.texts_from_json(content.get("texts"), total))
 
 
 SUMS = [f.name for f in fields(Importance) if f.name not in ("layers", "texts")]
 
 
 def difference_margins(importance: Importance, confidence: float = 0.95) -> Tensor:
-    """Half of the interval of the difference in Block Influence of each two layers.
+    """Half of the interval of the difference in Block Influence of each two layers, (L, L).
 
-    The error is paired: what moves both layers of a text (or window) the same way cancels. The
-    texts are the samples where there are several, as for `Importance.standard_error`.
-
-    Args:
-        importance: all is NaN where its `margin` is.
-        confidence: of each interval by itself.
-
-    Returns:
-        (L, L), symmetric, in the unit of Block Influence.
+    The error is paired: what moves both layers of a text (or window) the same way cancels.
+    NaN where the `Importance.margin` is. ``confidence`` is that of each interval by itself.
     """
-    spread = pair_spread(importance.sampling_covariance).sqrt()
+    spread = moments.pair_spread(importance.sampling_covariance).sqrt()
     return t_quantile((1 + confidence) / 2, importance.degrees) * spread

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.scoring.metrics import LAYER_METRICS
+from short_gpt.scoring.moments import Texts
 
 COUNTS = ("windows", "tokens")
 FIRST = ("magnitude", "norm")  # metrics that every file has
 LATER = ("cubes", "angle_cubes")  # files of earlier versions lack them: NaN, which settles nothing
-# NaN where a window was not scored so
+# NaN where a window was not scored so; "halves" is what files call the sublayers
 PARTLY = ("halves", "token_angles", *LATER)
 Nested = float | None | list["Nested"]  # numbers in lists in lists
 
@@ -43,7 +44,7 @@ def from_lists(content: object) -> Tensor:
 def _with_nan(content: object) -> object:
     if isinstance(content, list):
         return [_with_nan(v) for v in content]
-    if isinstance(content, bool):
+    if isinstance(content, bool):  # which is a number to torch
         raise TypeError(f"expected numbers, got {content}")
     return math.nan if content is None else content
 
@@ -58,7 +59,7 @@ def layer_numbers(content: object) -> list[int]:
 
 
 def saved_sums(content: Mapping[str, object], name: str, empty: Tensor) -> Tensor:
-    """Sums of a saved file; NaN where one of an earlier version lacks them.
+    """Sums of a saved file, of the shape of ``empty``; NaN where an earlier version lacks them.
 
     Raises:
         ShortGPTError: they are missing, no numbers, or of another shape.
@@ -68,14 +69,14 @@ def saved_sums(content: Mapping[str, object], name: str, empty: Tensor) -> Tenso
             return torch.full_like(empty, math.nan)
         raise ShortGPTError(f"these are not saved scores: they lack {name}")
     try:
-        found = from_lists(content[name])
+        sums = from_lists(content[name])
     except (TypeError, ValueError, OverflowError):
         raise ShortGPTError(
             f"these are not saved scores: {name} is not made of numbers in rows of one length"
         ) from None
-    if found.shape != empty.shape:
-        raise ShortGPTError(f"{name} is {list(found.shape)}, expected {list(empty.shape)}")
-    return found
+    if sums.shape != empty.shape:
+        raise ShortGPTError(f"{name} is {list(sums.shape)}, expected {list(empty.shape)}")
+    return sums
 
 
 def check_sums(sums: Mapping[str, Tensor]) -> None:
@@ -98,3 +99,34 @@ def check_sums(sums: Mapping[str, Tensor]) -> None:
         if not fits.all():
             odd = float(known[~fits][0])
             raise ShortGPTError(f"these are not saved scores: {name} has {odd:g}, out of range")
+
+
+def texts_to_json(texts: Texts | None) -> dict[str, object] | None:
+    """Numbers and sums of texts, every digit kept; None where the texts are not known."""
+    if texts is None:
+        return None
+    return {"numbers": list(texts), "sums": [to_lists(own) for own in texts.values()]}
+
+
+def texts_from_json(content: object, total: Tensor) -> Texts | None:
+    """What `texts_to_json` wrote; None, as in files of earlier versions, counts as not known.
+
+    Raises:
+        ShortGPTError: it is something else, or the texts' sums do not add up to ``total``, (L + 1).
+    """
+    if content is None:
+        return None
+    try:
+        if not isinstance(content, dict):
+            raise TypeError
+        # the same rule as of layers: whole, from 0, each once
+        numbers, sums = layer_numbers(content["numbers"]), from_lists(content["sums"])  # (G, L + 1)
+    except (KeyError, TypeError, ValueError, OverflowError):
+        numbers, sums = [], total[None, None]  # of a shape that is refused below
+    fits = sums.shape == (len(numbers), len(total)) and bool((sums >= 0).all())
+    if not fits or not torch.allclose(sums.sum(0), total, rtol=1e-6, atol=1e-9):
+        raise ShortGPTError(
+            "these are not saved scores: texts has no different numbers of texts with sums of "
+            "each that make up those of all windows"
+        )
+    return dict(zip(numbers, sums, strict=True))

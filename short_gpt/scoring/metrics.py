@@ -1,9 +1,9 @@
 """The papers' equations, rank correlations and Student's t: numbers in, numbers out.
 
-The hooks call these: the parts on products and norms, of which they compute none twice. A metric of
+The hooks compute every product and norm once and call the functions that take these. A metric of
 layers is a function of `TokenProducts` and a row of `LAYER_METRICS`: docs/add-a-metric.md.
 
-Shapes: B sequences, S tokens, D width, L layers.
+Shapes: B sequences, S tokens, D width, L layers, N items; "..." are any leading dimensions.
 """
 
 from __future__ import annotations
@@ -20,21 +20,17 @@ from short_gpt.runtime.errors import ShortGPTError
 
 
 def cosine(x: Tensor, y: Tensor) -> Tensor:
-    """Cosine of the angle between vectors along the last dimension, in float32 or wider.
-
-    The vectors are widened to float32 before anything is multiplied: products of norms of
-    hidden states pass 65504, float16's largest number, in ordinary models.
-
-    Args:
-        x, y: (..., D), any floating dtype.
+    """Cosine of the angle between vectors (..., D), of any floating dtype.
 
     Returns:
         (...) in [-1, 1], float32 (float64 if both are). Two zero vectors count as equal (1); a
         zero vector and another count as orthogonal (0). NaN where a component is not finite. In
         float32 norms must lie between 1e-19 and 1e19, whose squares it can hold.
     """
-    x, y = widen(x), widen(y)
-    return cosine_from_product(torch.linalg.vecdot(x, y), norms(x), norms(y))
+    # before anything is multiplied: products of norms of hidden states pass 65504, float16's
+    # largest number, in ordinary models
+    x, y = widen(x), widen(y)  # (..., D)
+    return cosine_from_product(torch.linalg.vecdot(x, y), norms(x), norms(y))  # (...)
 
 
 def widen(x: Tensor) -> Tensor:
@@ -44,27 +40,22 @@ def widen(x: Tensor) -> Tensor:
 
 def norms(x: Tensor) -> Tensor:
     """Euclidean norms along the last dimension, (..., D) to (...), in float32 or wider."""
-    return torch.linalg.vector_norm(widen(x), dim=-1)
+    return torch.linalg.vector_norm(widen(x), dim=-1)  # (...)
 
 
 def cosine_from_product(xy: Tensor, x_norm: Tensor, y_norm: Tensor) -> Tensor:
-    """Cosine from the inner product and the two norms; zero vectors as in `cosine`."""
+    """Cosine from the inner product and the two norms, (...); zero vectors as in `cosine`."""
     product = x_norm * y_norm  # (...)
-    # where it is zero, equal norms say that both are
+    # where it is zero, equal norms say that both are; cos (...)
     cos = torch.where(product == 0, (x_norm == y_norm).to(xy.dtype), xy / product)
     return cos.clamp(-1.0, 1.0)
 
 
 def block_influence(x: Tensor, y: Tensor) -> Tensor:
-    """Block Influence of each token: 1 - cos(x, y) (ShortGPT, arXiv:2403.03853, Eq. 1).
+    """Block Influence of each token: 1 - cos(x, y), (...) (ShortGPT, arXiv:2403.03853, Eq. 1).
 
-    The paper's score of a layer is the mean of this over tokens and texts.
-
-    Args:
-        x, y: (..., D), a token's hidden state entering a layer and leaving it.
-
-    Returns:
-        (...) as of `influence`. Positive rescaling of either state changes nothing.
+    The paper's score of a layer is the mean of this over tokens and texts. Positive rescaling of
+    the state x entering it or y leaving it, (..., D) each, changes nothing.
 
     Example:
         >>> block_influence(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 3.0])).item()
@@ -74,10 +65,7 @@ def block_influence(x: Tensor, y: Tensor) -> Tensor:
 
 
 def influence(cos: Tensor) -> Tensor:
-    """How far a vector turns, 1 - cos: what `block_influence` takes of each token.
-
-    Args:
-        cos: (...) in [-1, 1].
+    """How far a vector turns: 1 - cos, (...).
 
     Returns:
         (...) in [0, 2]: 0 if the layer keeps the direction, 1 if it turns it by a right angle,
@@ -88,9 +76,6 @@ def influence(cos: Tensor) -> Tensor:
 
 def angle(cos: Tensor) -> Tensor:
     """Angle in units of pi, arccos(cos) / pi (Gromov et al., arXiv:2403.17887, Eq. 6).
-
-    Args:
-        cos: (...) in [-1, 1].
 
     Returns:
         (...) in [0, 1]: 0 for equal directions, 0.5 for orthogonal ones, 1 for opposite ones.
@@ -103,24 +88,15 @@ def angle(cos: Tensor) -> Tensor:
 
 
 def angular_distance(x: Tensor, y: Tensor) -> Tensor:
-    """Angle between vectors, as `angle` of their `cosine`.
+    """`angle` of the `cosine` of vectors (..., D), (...) in [0, 1].
 
     The paper takes the states of the last token of a sequence, n layers apart.
-
-    Args:
-        x, y: (..., D).
-
-    Returns:
-        (...) in [0, 1].
     """
     return angle(cosine(x, y))
 
 
 def angular_distances(states: Tensor) -> Tensor:
-    """Angular distances between all pairs of states, in float64.
-
-    Args:
-        states: (B, L + 1, D).
+    """Angular distances between all pairs of states (B, L + 1, D), in float64.
 
     Returns:
         (B, L + 1, L + 1) in [0, 1], zero on the diagonal.
@@ -130,10 +106,10 @@ def angular_distances(states: Tensor) -> Tensor:
         [[[0.0, 0.5], [0.5, 0.0]]]
     """
     # Apple's GPUs have no float64
-    states = (states.cpu() if states.device.type == "mps" else states).double()
+    states = (states.cpu() if states.device.type == "mps" else states).double()  # (B, L + 1, D)
     gram = states @ states.mT  # (B, L + 1, L + 1)
     norm = gram.diagonal(dim1=1, dim2=2).sqrt()  # (B, L + 1)
-    angles = angle(cosine_from_product(gram, norm[:, :, None], norm[:, None, :]))
+    angles = angle(cosine_from_product(gram, norm[:, :, None], norm[:, None, :]))  # as gram
     # arccos turns a last digit lost in the cosine into 1e-8, not 0
     angles.diagonal(dim1=1, dim2=2).zero_()
     return angles
@@ -146,36 +122,24 @@ def summed_angles(states: Sequence[Tensor], chunk: int = 32) -> Tensor:
         torch.stack([s[start : start + chunk] for s in states], dim=1)
         for start in range(0, len(states[0]), chunk)
     )
-    return torch.stack([angular_distances(c).sum(0) for c in chunks]).sum(0)
+    return torch.stack([angular_distances(c).sum(0) for c in chunks]).sum(0)  # (L + 1, L + 1)
 
 
 def relative_magnitude(x: Tensor, y: Tensor) -> Tensor:
     """||f(x)|| / ||x + f(x)|| of a layer that makes y = x + f(x) of x (Samragh et al. 2023).
 
-    Args:
-        x, y: (..., D), a token's hidden state entering a layer and leaving it.
-
-    Returns:
-        (...) as of `relative_change`.
+    For x entering and y leaving, (..., D) each, (...) from 0, for a layer that does nothing.
 
     Example:
         >>> relative_magnitude(torch.tensor([1.0, 0.0]), torch.tensor([4.0, 0.0])).item()
         0.75
     """
-    x, y = widen(x), widen(y)
-    return relative_change(norms(y - x), norms(y))
+    x, y = widen(x), widen(y)  # (..., D)
+    return relative_change(norms(y - x), norms(y))  # (...)
 
 
 def relative_change(change: Tensor, norm: Tensor) -> Tensor:
-    """Norm of what a layer adds over the norm of the state that leaves it.
-
-    Args:
-        change, norm: (...) of one shape, not negative.
-
-    Returns:
-        (...) from 0, for a layer that does nothing; 0 also where both are zero, infinite where
-        ``norm`` alone is.
-    """
+    """||change|| / ||y|| from both norms, (...); 0 where both are 0, infinite where ||y|| is."""
     return (change / norm).masked_fill(change == 0, 0.0)  # 0 / 0 would be NaN
 
 
@@ -183,18 +147,12 @@ class TokenProducts(NamedTuple):
     """What the hooks know of a layer at every token, (..., B, S) each, in float32 or wider.
 
     With x the hidden state entering the layer and y the one that leaves it.
-
-    Attributes:
-        product: x . y.
-        entering: ||x||.
-        leaving: ||y||.
-        change: ||y - x||.
     """
 
-    product: Tensor
-    entering: Tensor
-    leaving: Tensor
-    change: Tensor
+    product: Tensor  # x . y
+    entering: Tensor  # ||x||
+    leaving: Tensor  # ||y||
+    change: Tensor  # ||y - x||
 
 
 # Further metrics that every pass takes: a value per token, of which `Importance.mean` is the mean.
@@ -206,19 +164,9 @@ LAYER_METRICS: dict[str, Callable[[TokenProducts], Tensor]] = {
 
 
 def spearman(a: Tensor, b: Tensor) -> float:
-    """Spearman's rank correlation of two lists of numbers, ties at their mean rank.
+    """Spearman's rank correlation of two lists (N,) of numbers, ties at their mean rank.
 
-    ``scipy.stats.spearmanr``, whose NaN for short and for constant lists is kept (without its
-    warning); a NaN among the numbers gives NaN.
-
-    Args:
-        a, b: (N,), in the same order of items.
-
-    Returns:
-        A number in [-1, 1]; NaN if N < 2 or one list is constant.
-
-    Raises:
-        ShortGPTError: the lists differ in length.
+    In [-1, 1]; NaN if N < 2, one list is constant or one number is NaN.
 
     Example:
         >>> spearman(torch.tensor([1.0, 2.0, 5.0]), torch.tensor([10.0, 20.0, 30.0]))
@@ -229,7 +177,7 @@ def spearman(a: Tensor, b: Tensor) -> float:
             f"expected two lists of one length, got {list(a.shape)}, {list(b.shape)}"
         )
     if len(a) < 2 or (a == a[0]).all() or (b == b[0]).all():
-        return math.nan
+        return math.nan  # as scipy returns, without its warning
     from scipy.stats import spearmanr
 
     correlation = float(spearmanr(a.double().numpy(), b.double().numpy()).statistic)
@@ -237,19 +185,10 @@ def spearman(a: Tensor, b: Tensor) -> float:
 
 
 def kendall(a: Sequence[int], b: Sequence[int]) -> float:
-    """Kendall's rank correlation tau of two orders of the same items.
+    """Kendall's rank correlation tau of two orders of the same items (Biometrika 30, 1938).
 
-    The share of the pairs of items that stand the same way round in both, less the share of those
-    that do not (Kendall, Biometrika 30, 1938).
-
-    Args:
-        a, b: the items in either order, each once.
-
-    Returns:
-        A number in [-1, 1]: 1 for equal orders, -1 for reversed ones; NaN for fewer than 2 items.
-
-    Raises:
-        ShortGPTError: the orders are not of the same items.
+    The share of pairs that stand the same way round in both, less the share of the others: in
+    [-1, 1], 1 for equal orders, -1 for reversed ones; NaN for fewer than 2 items.
 
     Example:
         >>> kendall([1, 2, 3], [1, 3, 2])  # two pairs of three the same way round
@@ -259,12 +198,12 @@ def kendall(a: Sequence[int], b: Sequence[int]) -> float:
         raise ShortGPTError(f"expected two orders of the same items, got {[*a]} and {[*b]}")
     if len(a) < 2:
         return math.nan
-    place = {item: i for i, item in enumerate(b)}
-    signs = [1 if place[x] < place[y] else -1 for x, y in combinations(a, 2)]
+    rank = {item: i for i, item in enumerate(b)}
+    signs = [1 if rank[x] < rank[y] else -1 for x, y in combinations(a, 2)]
     return sum(signs) / len(signs)
 
 
-# Fewer degrees of freedom give no interval: two units tell too little of others, and so do more
+# Fewer degrees of freedom allow no interval: two units say too little of others, and so do more
 # where one has over nine tenths of all tokens.
 LEAST_DEGREES = 1.02
 
@@ -275,11 +214,7 @@ def t_quantile(probability: float, degrees: float) -> float:
 
 
 def student_t(probability: float, degrees: float) -> float:
-    """Quantile of Student's t distribution, from ``scipy.stats``.
-
-    Args:
-        probability: 0.5 to below 1.
-        degrees: of freedom, at least 1.
+    """Quantile of Student's t distribution, for a probability from 0.5 to below 1.
 
     Example:
         >>> round(student_t(0.975, 120), 3)

@@ -1,23 +1,105 @@
-"""Moments of windows' scores: how much, and how lopsidedly, the difference of two layers varies.
+"""Sums over windows, and over the texts they come from: covariance, skewness, degrees of freedom.
 
-Leading dimensions are batches. L scores, as of layers or of blocks.
+Shapes: B windows, G texts (clusters of windows), L scores, as of layers or of blocks; leading
+dimensions are batches. The sums of a window or a text are its L scores, then its tokens, (L + 1,).
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
 import torch
 from torch import Tensor
 
+Texts = Mapping[int, Tensor]  # sums (L + 1,) by a text's number; None where texts are not known
 
-def cube_sums(sums: Tensor) -> Tensor:
-    """What windows add to ``Importance.cubes``: third moments from which those of pairs follow.
+
+def add_texts(texts: Texts | None, more: Iterable[tuple[int | None, Tensor]]) -> Texts | None:
+    """New sums with ``more`` added to ``texts``; once one text's number is not known, none is."""
+    if texts is None:
+        return None
+    total = dict(texts)
+    for number, sums in more:  # sums (L + 1,)
+        if number is None:
+            return None
+        total[number] = total[number] + sums if number in total else sums.clone()
+    return total
+
+
+def merge_texts(parts: Sequence[Texts | None]) -> Texts | None:
+    """The sums of all parts, such as those of several replicas; the same number is one text."""
+    total: Texts | None = {}
+    for part in parts:
+        total = None if part is None else add_texts(total, part.items())
+        if total is None:
+            break
+    return total
+
+
+def next_number(texts: Texts | None) -> int:
+    """The first number above those of all texts."""
+    return max(texts or (), default=-1) + 1
+
+
+def ratio_covariance(sums: Tensor, sizes: Tensor) -> Tensor:
+    """The jackknife's covariance of ratios of totals, sum S / sum t, over samples of clusters.
+
+    Without cluster g, the ratios m are those of all less r / (T (1 - p)), with r = S - m t of this
+    cluster, T = sum t and p = t / T its share. So it is (G - 1) / G sum r r^T / (1 - p)^2 / T^2,
+    which of clusters of one size is G / (G - 1) sum r r^T / T^2. Where one text is much longer
+    than others, the latter is too small, because the ratio follows that text (CR3 in Bell and
+    McCaffrey, Survey Methodology 28, 2002).
 
     Args:
-        sums: of each window, its L sums and its tokens, (B, L + 1).
+        sums: of every cluster, (G, L), float64.
+        sizes: what they are divided by, (G,); those of size 0 count for nothing.
 
     Returns:
-        Sums over windows of s_i^2 s_j, and of t s_i s_j, t a window's tokens, stacked:
-        (2, L + 1, L + 1).
+        (L, L); NaN for fewer than two clusters.
+    """
+    sums, sizes = sums[sizes > 0], sizes[sizes > 0]  # (G, L), (G,)
+    count, total = len(sizes), sizes.sum()
+    if count < 2:
+        return torch.full((sums.shape[1],) * 2, math.nan, dtype=torch.float64)
+    rest = (total - sizes)[:, None]  # (G, 1)
+    change = (sums - sums.sum(0) / total * sizes[:, None]) / rest  # r / (T (1 - p)), (G, L)
+    return change.T @ change * ((count - 1) / count)  # (L, G) (G, L)
+
+
+def degrees_of_freedom(sizes: Tensor) -> float:
+    """Of Student's t for an error by `ratio_covariance`: G - 1 if all clusters have one size.
+
+    By Bell and McCaffrey (2002), twice the squared mean of the variance's estimate over the
+    variance of that, where the tokens' errors are independent and alike: with o = p / (1 - p) it
+    is (sum o)^2 / ((sum o^2)^2 - sum o^4 + sum o^2). It is near 1 where one text has nearly all.
+
+    Args:
+        sizes: of the clusters, (G,); those of size 0 count for nothing.
+
+    Returns:
+        From 1 to G - 1; 0 for fewer than two clusters.
+
+    Example:
+        >>> round(degrees_of_freedom(torch.tensor([5.0, 5.0, 5.0, 5.0])), 6)
+        3.0
+        >>> round(degrees_of_freedom(torch.tensor([20.0, 2.0, 2.0])), 2)
+        1.04
+    """
+    sizes = sizes[sizes > 0].double()  # (G,)
+    if len(sizes) < 2:
+        return 0.0
+    odds = sizes / (sizes.sum() - sizes)  # o = p / (1 - p), (G,)
+    squares = odds.square()  # (G,)
+    spread = squares.sum() ** 2 - squares.square().sum() + squares.sum()
+    return float(odds.sum() ** 2 / spread)
+
+
+def cube_sums(sums: Tensor) -> Tensor:
+    """What windows (B, L + 1) add to ``Importance.cubes``, from which the pairs' skewness follows.
+
+    Returns:
+        Sums over windows of s_i^2 s_j, and of t s_i s_j, t a window's tokens: (2, L + 1, L + 1).
     """
     # t is the last column; (L + 1, B) (B, L + 1) each
     return torch.stack((sums.square().T @ sums, sums.T @ (sums * sums[:, -1:])))
@@ -32,7 +114,7 @@ def block_sums(angles: Tensor) -> tuple[Tensor, Tensor]:
     """
     L = angles.shape[1] - 1
     products = torch.zeros(L, L, L, dtype=torch.float64)
-    cubes = torch.zeros_like(products)
+    cubes = torch.zeros_like(products)  # (L, L, L)
     for n in range(1, L + 1):
         blocks = angles.diagonal(n, dim1=1, dim2=2)  # (B, L - n + 1), by the block's start
         starts = L - n + 1
@@ -50,31 +132,22 @@ def with_count(values: Tensor, sums: Tensor, count: int) -> Tensor:
 
 
 def residual_cubes(mean: Tensor, cubes: Tensor, weighted: Tensor) -> Tensor:
-    """Sums over windows of r_i^2 r_j, with r = a window's sums - its tokens t x the mean.
+    """Sums over windows of r_i^2 r_j, (..., L, L), with r = a window's sums - its tokens t x mean.
 
-    Args:
-        mean: (..., L).
-        cubes, weighted: sums over windows of s_i^2 s_j and of t s_i s_j, s a window's L sums and
-            t, (..., L + 1, L + 1).
-
-    Returns:
-        (..., L, L).
+    From sums over windows of s_i^2 s_j (``cubes``) and of t s_i s_j (``weighted``), s a window's
+    L sums and t, (..., L + 1, L + 1) each.
     """
-    i, j = mean[..., :, None], mean[..., None, :]
+    i, j = mean[..., :, None], mean[..., None, :]  # (..., L, 1), (..., 1, L)
     # (s_i - t m_i)^2 (s_j - t m_j), multiplied out over sums that are kept
     squares, tokens = cubes[..., :-1, -1:], cubes[..., -1:, -1:]  # of s_i^2 t, of t^3
-    each = weighted[..., :-1, -1:]  # of t^2 s_i
-    found = cubes[..., :-1, :-1] - j * squares - 2 * i * weighted[..., :-1, :-1]
-    return found + 2 * i * j * each + i**2 * each.mT - i**2 * j * tokens
+    each = weighted[..., :-1, -1:]  # of t^2 s_i, (..., L, 1)
+    third = cubes[..., :-1, :-1] - j * squares - 2 * i * weighted[..., :-1, :-1]  # (..., L, L)
+    return third + 2 * i * j * each + i**2 * each.mT - i**2 * j * tokens
 
 
 def pair_spread(covariance: Tensor) -> Tensor:
-    """var(b - a) = var(a) + var(b) - 2 cov(a, b) for all pairs: what they share cancels.
-
-    Args:
-        covariance: (..., L, L).
-    """
-    variance = covariance.diagonal(dim1=-2, dim2=-1)
+    """var(b - a) = var(a) + var(b) - 2 cov(a, b) of all pairs, (..., L, L): shared parts cancel."""
+    variance = covariance.diagonal(dim1=-2, dim2=-1)  # (..., L)
     return (variance[..., :, None] + variance[..., None, :] - 2 * covariance).clamp(min=0)
 
 
@@ -89,9 +162,9 @@ def pair_skewness(covariance: Tensor, cubes: Tensor, count: int) -> Tensor:
     Returns:
         (..., L, L): entry [i, j] is that of r_j - r_i, m3 / m2^1.5; 0 where the two are equal.
     """
-    own = cubes.diagonal(dim1=-2, dim2=-1)
+    own = cubes.diagonal(dim1=-2, dim2=-1)  # (..., L)
     # (b - a)^3 = b^3 - 3 b^2 a + 3 a^2 b - a^3
-    third = own[..., None, :] - own[..., :, None] + 3 * (cubes - cubes.mT)
-    second = pair_spread(covariance) * (count - 1)
+    third = own[..., None, :] - own[..., :, None] + 3 * (cubes - cubes.mT)  # (..., L, L)
+    second = pair_spread(covariance) * (count - 1)  # (..., L, L)
     skewness = third / count / second**1.5
     return torch.where(second > 1e-15, skewness, 0.0)  # rounding leaves that much of no variance

@@ -1,4 +1,7 @@
-"""From scores to layer numbers. Numbers in, numbers out; no model."""
+"""From scores to layer numbers. Numbers in, numbers out; no model.
+
+Shapes: L layers.
+"""
 
 from __future__ import annotations
 
@@ -11,17 +14,9 @@ from short_gpt.runtime.errors import ShortGPTError
 
 
 def lowest(scores: Tensor, n: int) -> list[int]:
-    """The n layers with the lowest scores, lowest first (ShortGPT, section 3.2).
+    """The n layers with the lowest scores (L,), lowest first (ShortGPT, section 3.2).
 
-    Args:
-        scores: (L,), one score a layer; ties go to the lower number.
-        n: 1 to L - 1.
-
-    Returns:
-        n layer numbers.
-
-    Raises:
-        ShortGPTError: n is out of range or a score is not finite.
+    Ties go to the lower number; n is 1 to L - 1.
 
     Example:
         >>> import torch
@@ -33,18 +28,12 @@ def lowest(scores: Tensor, n: int) -> list[int]:
 
 
 def best_block(angular: Tensor, n: int) -> list[int]:
-    """The n consecutive layers whose ends are nearest (Gromov et al., Eq. 7).
+    """The n consecutive layers whose ends are nearest (Gromov et al., Eq. 7); ties go to the first.
 
     Args:
         angular: (L+1, L+1); entry [l, l+n] is the mean angular distance between the states
             entering layer l and layer l+n. Entries below the diagonal are not read.
         n: 1 to L - 1.
-
-    Returns:
-        The layers l .. l+n-1 of the l in 0..L-n with the least distance; ties go to the lower l.
-
-    Raises:
-        ShortGPTError: n is out of range, or a distance that is compared is not finite.
 
     Example:
         >>> import torch
@@ -59,13 +48,9 @@ def best_block(angular: Tensor, n: int) -> list[int]:
 
 
 def deepest(n_layers: int, n: int) -> list[int]:
-    """The n layers before the last one, ascending (the simple heuristic of Gromov et al.).
+    """The n layers before the last one of L, ascending (the simple heuristic of Gromov et al.).
 
     Section 4.4 prints "(L-n) to (L-1)", which leaves the last layer out only if counted from 1.
-
-    Args:
-        n_layers: L.
-        n: 1 to L - 1.
 
     Example:
         >>> deepest(32, 8)

@@ -1,34 +1,114 @@
-"""A scoring run as a whole: batches over replicas, looks at the answer, state on disk, remarks."""
+"""A scoring run: the loop over windows, replicas, looks at the answer, state on disk, remarks."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from hashlib import sha256
 from itertools import islice
 
 import torch
 
-from short_gpt.data.windows import batches
-from short_gpt.models.decoder import Decoder
+from short_gpt.data.windows import batches, text_of
+from short_gpt.models.decoder import Decoder, pad
 from short_gpt.runtime import replicas
 from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.progress import bar, set_rate
 from short_gpt.runtime.state import StateFile
-from short_gpt.scoring.clusters import merged, next_number
+from short_gpt.scoring import hooks
+from short_gpt.scoring.hooks import Scores
 from short_gpt.scoring.importance import Importance
-from short_gpt.scoring.measuring import ScoreWindows, measure
+from short_gpt.scoring.moments import merge_texts, next_number
 from short_gpt.scoring.stopping import Stop, Verdict, next_look
 
+Window = Sequence[int]
 Follow = Callable[[Importance, int | None], object]
+ScoreWindows = Callable[..., Scores]  # as `hooks.score`, of a decoder and its layers
+WARM_UP = 16  # tokens of a first pass, in which libraries make ready what they use
+
+
+def measure(
+    decoder: Decoder,
+    batches: Iterable[Sequence[Window]],
+    *,
+    into: Importance | None = None,
+    total: int | None = None,
+    progress: bool = False,
+    sublayers: bool = False,
+    all_tokens: bool = False,
+    score: ScoreWindows | None = None,
+    first_text: int | None = None,
+    after: Callable[[Importance], bool] = lambda _: False,
+) -> Importance:
+    """Reads batches of windows and scores every layer: one pass, both papers' measures.
+
+    Args:
+        decoder: the model.
+        batches: lists of windows of token ids, of any lengths.
+        into: sums to add to, which also name the layers; None starts new ones from layer 0.
+        total: number of windows to come, for the progress bar.
+        progress: whether to show one.
+        sublayers: also scores attention and MLP, as in `hooks.score`.
+        all_tokens: angular distances at all tokens, as in `hooks.score`.
+        score: scores the windows of a batch; None is `hooks.score`.
+        first_text: number in ``into`` of the windows' text 0, as texts are numbered from 0 in every
+            call of `data.windows`. None for the first one that is free: a text that is read again
+            then counts as one more, and the error is too small.
+        after: called with the sums after every batch; True ends the run.
+
+    Returns:
+        ``into``, with all of a batch or none of it after an error or an interruption.
+
+    Raises:
+        ShortGPTError: there is no window, or one is empty, too long or not in the vocabulary.
+        NotFiniteError: a state is NaN or infinite; the message names the layer.
+    """
+    into = Importance.empty(range(len(decoder.layers))) if into is None else into
+    score = score or partial(hooks.score, decoder, layers=into.layers)
+    first_text = next_number(into.texts) if first_text is None else first_text
+    before, begun = into.n_tokens, False
+    with bar("scoring", total=total, unit="window", show=progress) as shown:
+        for batch in batches:
+            begun = True
+            if batch:  # of several replicas, one may have nothing left
+                scores = score(batch, sublayers=sublayers, all_tokens=all_tokens)
+                texts = (text_of(window) for window in batch)
+                into.add(scores, [None if text is None else first_text + text for text in texts])
+            set_rate(shown, into.n_tokens - before)
+            shown.update(len(batch))
+            if after(into):
+                break
+    if not begun and not into.n_windows:
+        raise ShortGPTError("expected at least one window of tokens, got none")
+    return into
+
+
+def seconds_a_pass(decoder: Decoder, windows: Sequence[Window]) -> float:
+    """Seconds in which windows pass embeddings and layers together, after a short one of them.
+
+    All ranks that share a model must call it.
+    """
+    decoder.run(pad([windows[0][:WARM_UP]], decoder)[0])
+    tokens, _ = pad(windows, decoder)  # (B, S)
+    wait(decoder.device)
+    started = time.perf_counter()
+    decoder.run(tokens)
+    wait(decoder.device)
+    return time.perf_counter() - started
+
+
+def wait(device: torch.device) -> None:
+    """Waits until an accelerator has done its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 class RunState:
-    """The state of a scoring run: its sums, and a digest of the windows they are of.
-
-    Args:
-        file: where it is saved.
-    """
+    """The state of a scoring run in a file: its sums, and a digest of the windows they are of."""
 
     def __init__(self, file: StateFile) -> None:
         self.file = file
@@ -36,11 +116,7 @@ class RunState:
         self._digest = sha256()
 
     def sums(self, layers: Sequence[int]) -> Importance:
-        """The sums to continue from: those of the file, or empty ones.
-
-        Raises:
-            ShortGPTError: the file scores other layers.
-        """
+        """The sums to continue from: of the file, which must score these layers, or empty ones."""
         if self.file.content is None:
             return Importance.empty(layers)
         sums = Importance.from_dict(self.file.content.get("importance", {}))
@@ -50,15 +126,13 @@ class RunState:
             )
         return sums
 
-    def unread(self, windows: Iterable[Sequence[int]], read: int) -> Iterator[Sequence[int]]:
-        """The windows that follow the first ``read``, which are compared with the file's.
-
-        Only once they are the file's is there anything to save: a refusal leaves the file as it is.
+    def unread(self, windows: Iterable[Window], read: int) -> Iterator[Window]:
+        """The windows that follow the first ``read``.
 
         Raises:
-            ShortGPTError: the windows are not those that the state was made of.
+            ShortGPTError: the first ones are not those of the file, which stays as it is.
         """
-        rest, found, count = iter(windows), self.file.content, 0
+        rest, saved, count = iter(windows), self.file.content, 0
         for window in islice(rest, read):
             self._read(window)
             count += 1
@@ -67,7 +141,7 @@ class RunState:
                 f"{self.file.path} is the state of a run that has read {read} windows, now there "
                 f"are {count}; take as many, delete it or name another state"
             )
-        if found is not None and self._digest.hexdigest() != found.get("texts"):
+        if saved is not None and self._digest.hexdigest() != saved.get("texts"):
             raise ShortGPTError(
                 f"{self.file.path} is the state of a run on other texts or windows; delete it or "
                 "name another state"
@@ -75,8 +149,8 @@ class RunState:
         self._texts = {read: self._digest.hexdigest()}
         return rest
 
-    def note(self, batch: Sequence[Sequence[int]]) -> None:
-        """Tells of windows that are read next."""
+    def note(self, batch: Sequence[Window]) -> None:
+        """Notes windows that are read next, which the state then covers."""
         for window in batch:
             self._read(window)
         before = max(self._texts, default=0)
@@ -85,11 +159,6 @@ class RunState:
 
     def _read(self, window: Sequence[int]) -> None:
         self._digest.update(torch.tensor([len(window), *window]).numpy().tobytes())
-
-    def tick(self, sums: Importance) -> None:
-        """Saves if it is time to."""
-        if self.file.due():
-            self.save(sums)
 
     def save(self, sums: Importance) -> None:
         """Saves the sums of the windows read so far, unless there are none."""
@@ -101,8 +170,7 @@ class RunState:
 class ScoringRun:
     """Reads windows into ``into`` until they end or the answer is settled.
 
-    Several replicas each read their batch of every step; their sums are put together at the
-    looks, which all reach at the same step.
+    Several replicas each read their batch of every step; their sums are added up at the looks.
 
     Args:
         decoder: the model.
@@ -110,11 +178,10 @@ class ScoringRun:
         batch_size: windows that each replica reads at once.
         population: windows in all, of which those read are a random sample; None if unknown.
         stop: when to stop; None reads everything.
-        state: where to save and continue; ``into`` is then its sums.
-        score: as in `measuring.measure`.
-        follow: is given the sums of all replicas, and the population, as they grow.
-
-    A run that continues is given the windows of `RunState.unread`.
+        state: where to save and continue; ``into`` is then its sums, and the windows that follow
+            are those of `RunState.unread`.
+        score: as in `measure`.
+        follow: called with the sums of all replicas, and the population, as they grow.
     """
 
     def __init__(
@@ -144,14 +211,14 @@ class ScoringRun:
 
     def read(
         self,
-        windows: Iterable[Sequence[int]],
+        windows: Iterable[Window],
         *,
         total: int | None = None,
         progress: bool = False,
         sublayers: bool = False,
         all_tokens: bool = False,
     ) -> None:
-        """Reads the windows; arguments and errors as in `measuring.measure`.
+        """Reads the windows; arguments and errors as in `measure`.
 
         After an error or an interruption, ``into`` and the state hold what was read before, of
         several replicas up to the last look.
@@ -183,7 +250,7 @@ class ScoringRun:
         if self._state and self._team.rank == 0:
             self._state.save(self.into)
 
-    def _mine(self, windows: Iterable[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
+    def _mine(self, windows: Iterable[Window]) -> Iterator[list[Window]]:
         """This replica's batches of every step; empty ones where nothing is left for it."""
         size = self._batch_size
         if self._state:
@@ -197,10 +264,11 @@ class ScoringRun:
             yield last
 
     def _after(self, local: Importance) -> bool:
+        """Saves and looks where it is time to; whether the run may end."""
         if self._team.count == 1:
             self._tell()
-            if self._state:
-                self._state.tick(local)
+            if self._state and self._state.file.due():
+                self._state.save(local)
         if self._read < self._next:
             return False
         while self._next <= self._read:
@@ -225,16 +293,16 @@ class ScoringRun:
 
 
 def sums_of_all(team: replicas.Replicas, local: Importance) -> Importance:
-    """The sums of all replicas, those of each text included. All ranks must call it."""
-    return replace(team.sum(local), texts=merged(team.gather(local.texts)))
+    """The sums of all replicas, and of each text. All ranks must call it."""
+    return replace(team.sum(local), texts=merge_texts(team.gather(local.texts)))
 
 
 class Following:
-    """Tells how a run stands, at its beginning and then at most once in so many seconds.
+    """Reports in a line how a run stands, at its beginning and then every so many seconds.
 
     Args:
-        tell: is given one line.
-        rule: whose choice is told of.
+        tell: called with the line.
+        rule: whose choice is reported.
         stops: whether the rule may end the run; else all windows are read whatever it says.
         every: seconds.
     """
@@ -244,14 +312,13 @@ class Following:
     ) -> None:
         self._tell, self._rule, self._stops, self._every = tell, rule, stops, every
         self._next = 0.0
-        self._told = 0
+        self._reported = 0
 
     def __call__(self, importance: Importance, population: int | None) -> None:
-        """Tells of the sums so far, where it is time to and there is something new."""
         read = importance.n_windows
-        if read < 2 or read == self._told or time.monotonic() < self._next:
+        if read < 2 or read == self._reported or time.monotonic() < self._next:
             return
-        self._next, self._told = time.monotonic() + self._every, read
+        self._next, self._reported = time.monotonic() + self._every, read
         self._tell(self.line(importance, population))
 
     def line(self, importance: Importance, population: int | None) -> str:
@@ -260,12 +327,10 @@ class Following:
         verdict = rule.judge(importance, population)
         layers = importance.least_important(rule.n, angular=rule.angular)
         of = "" if population is None else f" of {population:,}"
-        needed, first = "", rule.first_look(population)
+        line = f"{verdict.windows:,}{of} windows: {layers}; {verdict.closest}: z = {verdict.z:.2f}"
+        first = rule.first_look(population)
         if self._stops and verdict.windows < first:
-            needed = f", looked at from {first:,} windows on"
+            line += f", looked at from {first:,} windows on"
         elif self._stops:
-            needed = f", needed {verdict.needed:.2f}"
-        return (
-            f"{verdict.windows:,}{of} windows: {layers}; {verdict.closest}: z = {verdict.z:.2f}"
-            f"{needed}"
-        )
+            line += f", needed {verdict.needed:.2f}"
+        return line

@@ -9,10 +9,10 @@ make up less than ``rare`` of all. It is no promise about the runs that end earl
 more than that share of these few may be wrong. Of the error, a quarter goes to windows that were
 not seen, the rest to the tests:
 
-Unseen windows. No sample tells of a kind of windows of which it holds none, however different they
-are. So the first look is where such a kind, if it makes up ``rare`` of all windows, was missed with
-no more than this probability: (1 - rare)^m, or without replacement the hypergeometric one
-(the "rule of three": Hanley and Lippman-Hand, JAMA 249, 1983). Of rarer kinds nothing is promised.
+Unseen windows. A sample says nothing of a kind of windows that it does not hold. So the first look
+is where such a kind, if it makes up ``rare`` of all windows, was missed with no more than this
+probability: (1 - rare)^m, or without replacement the hypergeometric one (the "rule of three":
+Hanley and Lippman-Hand, JAMA 249, 1983). Of rarer kinds nothing is promised.
 
 Tests. Differences are paired, because the same windows score all layers, and shrink by the
 finite-population correction (Cochran, Sampling Techniques, 3rd ed., section 2.6). Student's t is
@@ -30,6 +30,8 @@ planned looks it is shared equally; if nobody knows how many windows there are, 
 near tie of layers of which a few windows hold much of the sum, as these are rarer than ``rare``.
 
 ``benchmarks/stopping.py --adversarial`` attacks the rule with populations made to mislead it.
+
+Shapes: L layers (or starts of blocks); "..." are any leading dimensions.
 """
 
 from __future__ import annotations
@@ -64,9 +66,6 @@ class Stop:
         min_windows: windows read before the first look, at least.
         rare: share of all windows that a kind of its own must make up to be guarded against. The
             first look comes after about 6 / rare windows at 99%; of few windows, most are read.
-
-    Raises:
-        ShortGPTError: a value is out of range.
 
     Example:
         >>> Stop(9).first_look(18_000), Stop(9).first_look(600), Stop(9, rare=0.05).first_look(600)
@@ -116,12 +115,11 @@ class Stop:
         else:
             means, covariance = importance.block_influence, importance.covariance
             chosen, skewness = lowest(importance.block_influence, n), importance.skewness
-        mask = torch.zeros(len(means), dtype=torch.bool)  # layers, or starts of blocks
+        mask = torch.zeros(len(means), dtype=torch.bool)  # (L,)
         mask[chosen] = True
         z = order_z(means, covariance * unread(read, population), mask)  # (L, L)
-        needed = self.needed(skewness, read, population, final=final)
-        place = int((z - needed).argmin())  # the pair that is farthest from settled
-        pair = divmod(place, len(means))
+        needed = self.needed(skewness, read, population, final=final)  # (L, L)
+        pair = divmod(int((z - needed).argmin()), len(means))  # the farthest from settled
         everything = population is not None and read >= population
         early = read >= self.first_look(population) and bool(z[pair] > needed[pair])
         names = tuple(importance.layers[i] for i in pair)
@@ -131,12 +129,7 @@ class Stop:
     def needed(
         self, skewness: Tensor, read: int, population: int | None, *, final: bool = False
     ) -> Tensor:
-        """The z that settles a pair at this look.
-
-        Args:
-            skewness: of the pairs' differences, (..., L, L).
-            read, population, final: as in `judge`.
-        """
+        """The z that settles pairs of this skewness, (..., L, L), after ``read`` windows."""
         look = self.looks(read, population) + final or 1
         if population is None:
             share = 1 / (look * (look + 1))  # sums to 1 over all looks
@@ -148,11 +141,9 @@ class Stop:
 
 
 def check_sample(random_order: bool, before: int) -> None:
-    """Raises ShortGPTError where a stop would not judge one random sample.
+    """Raises ShortGPTError unless a stop judges one random sample.
 
-    Args:
-        random_order: whether the windows to come are known to stand in random order.
-        before: windows in the scores so far, which may be among them and would count twice.
+    Windows in scores from ``before`` may be among those to come, and would count twice.
     """
     if not random_order:
         raise ShortGPTError(
@@ -168,12 +159,9 @@ def check_sample(random_order: bool, before: int) -> None:
 
 @lru_cache
 def enough(rare: float, error: float, population: int | None) -> int:
-    """Windows that a sample needs to hold one of a kind, except with so much probability.
+    """Windows that a sample needs to hold one of a kind, except with probability ``error``.
 
-    Args:
-        rare: the share of all windows, at least, that the kind makes up.
-        error: of having missed it.
-        population: windows in all; None is without end.
+    The kind makes up at least the share ``rare`` of a population; None is without end.
 
     Example:
         >>> enough(0.05, 0.05, None), enough(0.05, 0.05, 1000)  # the rule of three: 3 / 0.05
@@ -203,10 +191,10 @@ def skewness_factor(t: float, read: int, population: int | None) -> float:
     sqrt(m (1 - f)), and its quantile is t + mean + third cumulant (t^2 - 1) / 6 (Cornish-Fisher).
     At f = 0 that is Johnson's and Hall's (1 + 2 t^2) / (6 sqrt(m)).
     """
-    left = unread(read, population)
-    if left == 0:
+    rest = unread(read, population)  # 1 - f
+    if rest == 0:
         return 0.0
-    return (3 * left + (1 + left) * (t * t - 1)) / 6 / math.sqrt(read * left)
+    return (3 * rest + (1 + rest) * (t * t - 1)) / 6 / math.sqrt(read * rest)
 
 
 def next_look(windows: int) -> int:
@@ -222,7 +210,8 @@ class Verdict:
         stop: the rule.
         settled: whether the run may end here by the promise of `Stop`; also if all windows were
             read.
-        windows, population: windows read, of how many.
+        windows: read.
+        population: windows in all; None if unknown.
         pair: the least sure pair: a chosen layer (or a block's first) and another, original
             numbers.
         z: their difference in standard errors.
@@ -272,11 +261,11 @@ def order_z(means: Tensor, covariance: Tensor, chosen: Tensor) -> Tensor:
 
     Returns:
         (..., L, L): entry [i, j] is (means[j] - means[i]) in standard errors if i is chosen and j
-        is not, else infinite. Entries that are equal in every window count as infinitely sure: the
-        lower number decides such a tie.
+        is not, else infinite; also where both are equal in every window, because the lower
+        number decides such a tie.
     """
-    difference = means[..., None, :] - means[..., :, None]  # [i, j]: means[j] - means[i]
-    spread = pair_spread(covariance)
+    difference = means[..., None, :] - means[..., :, None]  # (..., L, L), [i, j]: of j less of i
+    spread = pair_spread(covariance)  # (..., L, L)
     tied = (difference == 0) & (spread < 1e-15)  # rounding leaves that much of no variance
     sure = tied | (spread == 0) | ~chosen[..., :, None] | chosen[..., None, :]
     return torch.where(sure, math.inf, difference / spread.sqrt())

@@ -26,8 +26,7 @@ from short_gpt.runtime.digest import weights_digest
 from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
 from short_gpt.scoring.hooks import Scores, score
 from short_gpt.scoring.importance import Importance
-from short_gpt.scoring.measuring import seconds_a_pass
-from short_gpt.scoring.run import Follow, RunState, ScoringRun
+from short_gpt.scoring.run import Follow, RunState, ScoringRun, seconds_a_pass
 from short_gpt.scoring.stopping import Stop, Verdict, check_sample
 from short_gpt.selection.methods import choose
 

@@ -253,7 +253,7 @@ def _influence(decoder: Decoder) -> torch.Tensor:
     """Mean 1 - cos around attention and MLP of every layer, (2, L), on a few tokens."""
     window = [i % decoder.vocab_size for i in range(8)]
     scores = score(decoder, [window], layers=range(len(decoder.layers)), sublayers=True)
-    return scores.halves[0].cpu() / len(window)
+    return scores.sublayers[0].cpu() / len(window)
 
 
 def _zero(modules: Sequence[nn.Module]) -> Callable[[], None]:

@@ -150,7 +150,7 @@ class Batch:
         """Runs the layer; returns the sum of all hidden states leaving it."""
         pinned = self.state.is_pinned()
         state = self.state.to(freqs_cis.device, non_blocking=pinned)
-        hooks = self.seen.on_halves(layer, META) if self.seen and self.sublayers else []
+        hooks = self.seen.on_sublayers(layer, META) if self.seen and self.sublayers else []
         try:
             result = layer(state, None, freqs_cis[: state.shape[1]], None)
         finally:

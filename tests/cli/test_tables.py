@@ -12,7 +12,7 @@ from short_gpt.data.windows import Window
 from short_gpt.jobs.rows import Row
 from short_gpt.models.meta import MetaDecoder
 from short_gpt.scoring.importance import Importance
-from short_gpt.scoring.measuring import measure
+from short_gpt.scoring.run import measure
 from short_gpt.selection.search import Search
 
 

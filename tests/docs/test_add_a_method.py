@@ -22,7 +22,7 @@ def test_a_closed_form_costs_three_files(tmp_path):
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     page = (ROOT / "docs" / "add-a-method.md").read_text()
     blocks = dict(BLOCK.findall(page))
-    registry = "short_gpt/healing/steps.py"
+    registry = "short_gpt/healing/job.py"
     assert len(blocks) == 3 and registry in blocks
     for name, text in blocks.items():
         if name != registry:

@@ -258,7 +258,7 @@ def test_a_result_that_cannot_be_kept_takes_the_patch_back(tmp_path, monkeypatch
     [
         (
             [LoraSettings(QUICK), PATCH],
-            "lora,patch: patch is fitted on the whole model",
+            "lora,patch: patch is fitted on the original model, so",
         ),
         ([DISTILL, DISTILL], "expected different methods of healing, got distill,distill"),
         ([], "expected different methods of healing, got none"),
@@ -281,7 +281,7 @@ def other_vocabulary() -> ShortLlama:
             DISTILL,
             "distillation learns from the model with all its layers: name the",
         ),
-        (PATCH, "patch reads the whole model: name the layers that go"),
+        (PATCH, "patch reads the original model: name the layers to remove"),
         (replace(DISTILL, teacher=other_vocabulary), "the teacher knows 40 tokens, the model"),
         (replace(DISTILL, teacher=whole, top_k=0), "top_k = 0"),
         (replace(DISTILL, teacher=whole, kl_share=2.0), "kl_share = 2.0"),

@@ -11,9 +11,9 @@ from conftest import random_windows
 from families import make
 
 from short_gpt.healing import CachedTeacher, Distillation, LiveTeacher, lora
+from short_gpt.healing.distillation import Targets, divergence
 from short_gpt.healing.lora import heal
 from short_gpt.healing.recipe import Recipe
-from short_gpt.healing.teacher import Targets, divergence
 from short_gpt.healing.texts import collate, examples
 from short_gpt.wrappers.short_hf import ShortHFModel
 

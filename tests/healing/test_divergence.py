@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from short_gpt.healing import teacher as module
-from short_gpt.healing.teacher import Targets, divergence
+from short_gpt.healing import distillation as module
+from short_gpt.healing.distillation import Targets, divergence
 
 N, V = 7, 20
 

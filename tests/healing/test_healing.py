@@ -702,7 +702,7 @@ def test_heal_refuses_before_it_works(books, capsys):
             in line
         )
     line = fails(capsys, *base, *layers, "--method", "lora,patch")
-    assert "lora,patch: patch is fitted on the whole model, so nothing may heal before it" in line
+    assert "lora,patch: patch is fitted on the original model, so nothing may heal" in line
     for method, flags, message in (
         ("lora", ("--top_k", 3), "--top_k is for --method distill"),
         ("patch", ("--teacher", "dense"), "--teacher is for --method distill"),

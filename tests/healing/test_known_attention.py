@@ -36,16 +36,14 @@ def test_behind_its_solution_an_attention_is_not_computed_again(monkeypatch):
     short, calls, inside = ShortHFModel(make("llama")), [], []
     for layer in short.decoder.layers:
         layer.self_attn.q_proj.register_forward_hook(lambda *_: calls.append(len(inside)))
-    plain = LayerRefit._mlp
+    plain = LayerRefit._read_mlp
 
-    def mlp(layer, end):
+    def read_mlp(layer, *args):
         inside.append(layer)
-        try:
-            return plain(layer, end)
-        finally:
-            inside.pop()
+        yield from plain(layer, *args)
+        inside.pop()
 
-    monkeypatch.setattr(LayerRefit, "_mlp", mlp)
+    monkeypatch.setattr(LayerRefit, "_read_mlp", read_mlp)
     fit(short, [3], WINDOWS, held=HELD, progress=False)
     assert calls and not any(calls)
 

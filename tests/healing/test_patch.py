@@ -201,5 +201,5 @@ def test_former_names_work_and_name_the_new_one():
     with pytest.raises(AttributeError, match="no attribute 'Glue'"):
         healing.__getattr__("Glue")
     patch = fit(meta(), [2])
-    with pytest.warns(DeprecationWarning, match="is now Refit.settings"):
+    with pytest.warns(DeprecationWarning, match="solving of Refit is now settings"):
         assert patch.solving is patch.settings

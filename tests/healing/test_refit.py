@@ -12,7 +12,7 @@ from families import FAMILIES, make
 
 from short_gpt.healing import refit as refit_module
 from short_gpt.healing import solver
-from short_gpt.healing.refit import Refit, RefitSettings, fit, fold, heal, heal_patch
+from short_gpt.healing.refit import PatchSettings, Refit, RefitSettings, fit, fold, heal, heal_patch
 from short_gpt.healing.solver import Fit
 from short_gpt.models.layer_calls import LayerCalls
 from short_gpt.models.layer_hooks import attention_output, mlp_output, transposed
@@ -61,7 +61,7 @@ def lack(short, place: int, part: str, windows, target: torch.Tensor) -> list[to
 
 SOLVED = [(name, RefitSettings()) for name in ("meta", "llama", "gpt2", "granite", "mixtral")]
 SOLVED += [
-    ("meta", RefitSettings(weights="equal", aim=0.7)),
+    ("meta", RefitSettings(weights="equal", step_size=0.7)),
     ("mixtral", RefitSettings(weights="equal")),
 ]
 
@@ -74,7 +74,7 @@ def test_in_the_model_that_is_left_every_matrix_solves_its_normal_equations(fami
         for model in (whole, short):
             for layer in model.decoder.layers:
                 layer.residual_multiplier = factor
-    options = {"weights": solving.weights, "aim": solving.aim, "ridges": (0.1,)}
+    options = {"weights": solving.weights, "step_size": solving.step_size, "ridges": (0.1,)}
     refit = heal(short, [2, 3], WINDOWS, held=WINDOWS, **options, progress=False)
     targets = states(whole, WINDOWS)
     calls = LayerCalls(whole.decoder)
@@ -101,7 +101,10 @@ def test_in_the_model_that_is_left_every_matrix_solves_its_normal_equations(fami
             x = torch.cat([x, torch.ones(len(x), 1).double()], 1)
             change = torch.cat([change, (new.bias - old.bias).double()[None]])
         penalty = 0.1 * (w[:, None] * x * x).sum() / x.shape[1]
-        whole_change, w = change / solving.aim, w[:, None]  # that would aim at the target itself
+        whole_change, w = (
+            change / solving.step_size,
+            w[:, None],
+        )  # that would aim at the target itself
         left = x.T @ (w * rest) / factor - x.T @ (w * (x @ (whole_change - change)))
         left -= penalty * whole_change
         before = rest + factor * x @ change
@@ -203,14 +206,14 @@ def test_the_best_sublayers_have_the_least_loss_on_windows_kept_apart():
     both, losses = ("attention", "mlp"), {}
     found = best.settings
     ways = [RefitSettings(both, weights=weights) for weights in ("inverse", "equal")]
-    ways += [replace(found, parts=both, aim=aim) for aim in (0.7, 0.5)]
+    ways += [replace(found, parts=both, step_size=size) for size in (0.7, 0.5)]
     ways += [replace(found, parts=(part,)) for part in both]
     for solving in ways:
         healed = meta()
         heal(healed, [2, 3], WINDOWS, held=WINDOWS, settings=solving, progress=False)
         losses[solving.label] = healed.perplexity(WINDOWS, progress=False).value
     assert losses[found.label] == min(losses.values())
-    assert best.to_dict()["weights"] == found.weights and best.to_dict()["aim"] == found.aim
+    assert best.to_dict()["weights"] == found.weights and best.to_dict()["aim"] == found.step_size
     cut = meta()
     cut.remove_layers([2, 3])
     losses["none"] = cut.perplexity(WINDOWS, progress=False).value
@@ -236,7 +239,7 @@ def test_settings_are_tried_one_after_the_other_with_what_was_best_before(monkey
     monkeypatch.setattr(refit_module, "fit", fitted)
     monkeypatch.setattr(refit_module, "_perplexity", perplexity)
     best = fit(meta(), [3], WINDOWS, parts=None, progress=False)
-    assert best.settings == RefitSettings(("mlp",), weights="equal", aim=0.7)
+    assert best.settings == RefitSettings(("mlp",), weights="equal", step_size=0.7)
     assert best.tried == {"none": 9, **losses}
 
 
@@ -296,8 +299,8 @@ def test_what_cannot_be_is_refused_in_one_line():
         fit(short, [3], WINDOWS, ridges=(0.0,))
     with pytest.raises(ValueError, match="weights = 'even': expected one of inverse, equal"):
         fit(short, [3], WINDOWS, weights="even")
-    with pytest.raises(ValueError, match="aim = 1.5: expected above 0 and at most 1"):
-        fit(short, [3], WINDOWS, aim=1.5)
+    with pytest.raises(ValueError, match="step_size = 1.5: expected above 0 and at most 1"):
+        fit(short, [3], WINDOWS, step_size=1.5)
     with pytest.raises(ValueError, match="9"):
         fit(short, [9], WINDOWS, progress=False)
     refit = fit(short, [3], WINDOWS, progress=False)
@@ -335,3 +338,15 @@ def test_the_ridge_is_chosen_by_the_windows_kept_apart():
     chosen = fit(meta(), [3], WINDOWS, ridges=ridges, **only).fits[0]
     assert (chosen.ridge, chosen.restored_held) == (best.ridge, best.restored_held)
     assert 0 < chosen.restored_held < chosen.restored and chosen.ridge != 1e-3
+
+
+def test_the_step_size_works_by_its_former_name():
+    with pytest.warns(DeprecationWarning, match="aim of RefitSettings is now step_size"):
+        settings = RefitSettings(aim=0.7)
+        assert settings.aim == 0.7 and settings == RefitSettings(step_size=0.7)
+    with pytest.warns(DeprecationWarning, match="aim of PatchSettings is now step_size"):
+        assert replace(PatchSettings(), aim=0.5).step_size == 0.5
+    with pytest.warns(DeprecationWarning, match="aim of RefitSettings is now step_size"):
+        refit = fit(meta(), [3], WINDOWS, aim=0.5, **ALL)
+    with pytest.warns(DeprecationWarning, match="solving of Refit is now settings"):
+        assert refit.solving.step_size == 0.5

@@ -32,7 +32,7 @@ from llama.checkpoint.meta import Checkpoint
 from llama.formats.convert import hf_to_meta, meta_to_hf
 from short_gpt import ShortLlama
 from short_gpt.cli.results import _unchanged
-from short_gpt.healing import Learning, RefitSettings, refit_layer, refit_memory
+from short_gpt.healing import Learning, RefitSettings, refit_layer, refit_state
 from short_gpt.healing.refit import Refit, fit, heal
 from short_gpt.healing.refit_layer import LayerRefit
 from short_gpt.healing.refit_state import HiddenStates, RefitState
@@ -310,7 +310,7 @@ def test_what_a_kill_left_of_a_file_is_swept(name, tmp_path):
         ({"layers": [2]}, "another layers"),
         ({"batch_size": 2}, "another batch_size"),
         ({"weights": "equal"}, "another weights of tokens: 'inverse', now 'equal'"),
-        ({"aim": 0.5}, "another aim"),
+        ({"step_size": 0.5}, "another aim"),
         ({"seed": 1}, "another weights: '.*', now '"),
     ],
 )
@@ -341,7 +341,7 @@ def test_the_folder_of_an_earlier_version_is_refused_by_name(tmp_path):
 
 def test_what_one_layer_needs_goes_into_a_file_where_there_is_no_room(tmp_path, monkeypatch):
     expected = fit(memory(), LAYERS, WINDOWS, **QUIET)
-    monkeypatch.setattr(refit_memory, "free_memory", lambda: 0)
+    monkeypatch.setattr(refit_state, "free_memory", lambda: 0)
     seen, plain = set(), HiddenStates.__init__
 
     def make(states, shapes, width, dtype, path=None, **more):
@@ -365,7 +365,7 @@ def test_too_little_memory_or_disk_is_said_before_anything_is_done(tmp_path, mon
         fit(short, LAYERS, WINDOWS, work_dir=tmp_path / "work", **QUIET)
     short.max_memory = None
     full = SimpleNamespace(free=0)
-    monkeypatch.setattr(refit_memory.shutil, "disk_usage", lambda _: full)
+    monkeypatch.setattr(refit_state.shutil, "disk_usage", lambda _: full)
     with pytest.raises(ValueError, match=r"has 0 B free, the states of the refit need \d+ kB"):
         fit(short, LAYERS, WINDOWS, work_dir=tmp_path / "work", **QUIET)
     assert not (tmp_path / "work").exists()
@@ -374,14 +374,14 @@ def test_too_little_memory_or_disk_is_said_before_anything_is_done(tmp_path, mon
 def test_of_the_disk_a_refits_own_files_alone_count_as_free(tmp_path, monkeypatch):
     short, folder = streamed(checkpoint(tmp_path / "ckpt")), tmp_path / "work"
     (folder / "a").mkdir(parents=True)
-    needed = refit_memory.plan_of(short, WINDOWS, folder=folder).disk
+    needed = refit_state.plan_of(short, WINDOWS, folder=folder).disk
     disk = SimpleNamespace(free=needed - 100)
-    monkeypatch.setattr(refit_memory.shutil, "disk_usage", lambda _: disk)
+    monkeypatch.setattr(refit_state.shutil, "disk_usage", lambda _: disk)
     (folder / "notes").write_bytes(bytes(100))
     with pytest.raises(ValueError, match="make room"):
-        refit_memory.plan_of(short, WINDOWS, folder=folder)
+        refit_state.plan_of(short, WINDOWS, folder=folder)
     (folder / "a" / "original.0").write_bytes(bytes(100))
-    assert refit_memory.plan_of(short, WINDOWS, folder=folder).disk == needed
+    assert refit_state.plan_of(short, WINDOWS, folder=folder).disk == needed
 
 
 def test_all_fits_of_the_best_one_need_room_for_what_they_solve(tmp_path):
@@ -432,8 +432,8 @@ def test_of_a_streamed_layer_the_last_matrices_alone_are_left_while_the_mlps_is_
 @pytest.mark.parametrize(("kind", "itemsize"), [("float32", 4), ("bfloat16", 2)])
 @pytest.mark.parametrize("windows", [(2, 32), (8, 512)])
 def test_a_llama_2_7b_is_refitted_within_3_gb(kind, itemsize, windows, tmp_path, monkeypatch):
-    monkeypatch.setattr(refit_memory, "resident", lambda: 400 * 10**6)
-    monkeypatch.setattr(refit_memory, "_check_disk", lambda *_: None)
+    monkeypatch.setattr(refit_state, "resident", lambda: 400 * 10**6)
+    monkeypatch.setattr(refit_state, "_check_disk", lambda *_: None)
     weights, matrix = 2 * 4096 + 4 * 4096**2 + 3 * 4096 * 11008, 4096 * 11008
     calls = SimpleNamespace(
         count=32,
@@ -441,9 +441,8 @@ def test_a_llama_2_7b_is_refitted_within_3_gb(kind, itemsize, windows, tmp_path,
         memory=lambda: {"layer": weights * itemsize, "weights as stored": 2 * matrix * 2},
     )
     count, size = windows
-    planned = refit_memory.plan(
-        calls, [[0] * size] * count, max_memory="3GB", folder=tmp_path / "work"
-    )
+    short = SimpleNamespace(layer_calls=lambda: calls, max_memory="3GB")
+    planned = refit_state.plan_of(short, [[0] * size] * count, folder=tmp_path / "work")
     # of F x F and F x D numbers of float64 one each
     assert planned.host["sums"] == 8 * 11008 * (11008 + 4096) and planned.total <= 3 * 10**9
 

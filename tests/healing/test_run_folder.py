@@ -9,7 +9,7 @@ import pytest
 
 from llama.io.files import lock_file
 from short_gpt import ShortGPTError
-from short_gpt.healing.trainer import note_files, run_folder, whole_checkpoints
+from short_gpt.healing.trainer import finished_checkpoints, note_files, run_folder
 from short_gpt.jobs.comparison import _checkpoints
 
 
@@ -30,9 +30,9 @@ def names(folder) -> set[str]:
 
 def test_a_checkpoint_that_a_kill_cut_short_goes(folder):
     (folder / "checkpoint-2" / "trainer_state.json").write_text("{")
-    assert whole_checkpoints(folder) and names(folder) == {"checkpoint-1"}
+    assert finished_checkpoints(folder) and names(folder) == {"checkpoint-1"}
     (folder / "checkpoint-1" / "adapter.bin").unlink()
-    assert not whole_checkpoints(folder) and not names(folder)
+    assert not finished_checkpoints(folder) and not names(folder)
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_digests_that_were_damaged_are_refused_and_nothing_goes(folder, text):
     (folder / "checkpoint-2" / "digests.json").write_text(text)
     message = rf"checkpoint-2/digests.json does not hold what was saved.*delete {folder} to begin"
     with pytest.raises(ShortGPTError, match=message):
-        whole_checkpoints(folder)
+        finished_checkpoints(folder)
     assert names(folder) == {"checkpoint-1", "checkpoint-2"}
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,6 @@ from torch import nn
 from short_gpt.healing.refit import fit, fold
 from short_gpt.healing.solver import (
     NormalEquations,
-    SolverSettings,
     SublayerSolver,
     Tokens,
     _inverse,
@@ -60,12 +58,11 @@ def tokens(end: OutputProjection, *, seed: int, count: int = 200) -> Tokens:
     weight = end.matrix.weight
     inputs = torch.randn(count, weight.shape[1], generator=generator)
     stream = torch.randn(count, weight.shape[0], generator=generator)
-    return Tokens(inputs, stream, stream + end.factor * end.normed(end.outputs(inputs)))
+    return Tokens.of(inputs, stream, stream + end.factor * end.normed(end.outputs(inputs)))
 
 
 def solver(end: OutputProjection, fitted: Tokens, held: Tokens, ridges=(1e-9,)) -> SublayerSolver:
-    settings = SolverSettings(ridges=ridges)
-    return SublayerSolver(end, settings, lambda: [fitted], lambda: [held])
+    return SublayerSolver(end, lambda: [fitted], lambda: [held], ridges=ridges)
 
 
 @pytest.mark.parametrize("factor", [1.0, 0.5])
@@ -97,9 +94,9 @@ def test_a_matrix_behind_which_a_norm_stands_is_brought_near_what_gave_the_targe
 def test_what_would_raise_the_error_on_tokens_kept_apart_is_not_taken():
     end = sublayer()
     held = tokens(end, seed=2)
-    held = Tokens(held.inputs, held.residual, held.target + 1e-3)  # as good as right
+    held = held._replace(target=held.target + 1e-3)  # as good as right
     fitted = tokens(end, seed=1)
-    fitted = Tokens(fitted.inputs, fitted.residual, fitted.target + torch.randn(200, 8))
+    fitted = fitted._replace(target=fitted.target + torch.randn(200, 8))
     before = [p.clone() for p in (end.matrix.weight, end.norm.weight)]
     found = solver(end, fitted, held, (1e-2, 1.0)).solve(
         equations_of(end, [fitted]), **HERE, noise=1e-6
@@ -114,7 +111,7 @@ def test_what_a_token_lacks_by_rounding_alone_is_not_solved(noise, solved):
 
     def told(seed: int) -> Tokens:  # a thousandth is missing of every target
         inputs = torch.randn(200, 12, generator=torch.Generator().manual_seed(seed))
-        return Tokens(inputs, torch.zeros(200, 8), 1.001 * end.outputs(inputs))
+        return Tokens.of(inputs, torch.zeros(200, 8), 1.001 * end.outputs(inputs))
 
     found = solver(end, told(1), told(2)).solve(equations_of(end, [told(1)]), **HERE, noise=noise)
     assert found.ridge == (1e-9 if solved else None)
@@ -141,10 +138,10 @@ def test_a_wide_matrix_is_solved_beside_two_copies_of_it_and_a_block_of_columns(
     matrix = nn.Linear(inputs, width, bias=False).requires_grad_(False)
     end = OutputProjection(matrix, 1.0)
     x = torch.randn(8, inputs, generator=generator)
-    told = Tokens(x, torch.zeros(8, width), torch.randn(8, width, generator=generator))
+    told = Tokens.of(x, torch.zeros(8, width), torch.randn(8, width, generator=generator))
     small = sublayer()
     solver(small, tokens(small, seed=1), tokens(small, seed=2)).solve(  # libraries are read here
-        equations_of(small, [replace(tokens(small, seed=1), target=torch.ones(200, 8))]),
+        equations_of(small, [tokens(small, seed=1)._replace(target=torch.ones(200, 8))]),
         **HERE,
         noise=0,
     )
@@ -212,7 +209,7 @@ def test_equations_without_a_solution_change_nothing():
     assert share == pytest.approx(1 - (2 * each - 1) ** 2)
     matrix = nn.Linear(2, 3, bias=False).requires_grad_(False)
     matrix.weight.zero_()
-    told = Tokens(x, torch.zeros(4, 3), r)
+    told = Tokens.of(x, torch.zeros(4, 3), r)
     found = solver(OutputProjection(matrix, 1.0), told, told, (1e-30, 0.1)).solve(
         sums, **HERE, noise=0
     )
@@ -228,7 +225,7 @@ def test_tokens_are_counted_over_all_batches():
     for noise, expected in ((1.01, None), (0.99, 1e-9)):
         matrix = nn.Linear(2, 1, bias=False).requires_grad_(False)
         matrix.weight.zero_()
-        told = Tokens(torch.ones(7, 2), torch.zeros(7, 1), torch.ones(7, 1))
+        told = Tokens.of(torch.ones(7, 2), torch.zeros(7, 1), torch.ones(7, 1))
         found = solver(OutputProjection(matrix, 1.0), told, told).solve(sums, **HERE, noise=noise)
         assert found.ridge == expected
 
@@ -241,23 +238,23 @@ def test_what_a_norm_nearly_shuts_out_is_still_solved():
     assert torch.allclose(inverse, torch.tensor([1.0, 100, 1, 1, 1, 1, 1, 0]), rtol=1e-4)
 
 
-@pytest.mark.parametrize("aim", [1.0, 0.5])
+@pytest.mark.parametrize("step_size", [1.0, 0.5])
 @pytest.mark.parametrize("ridge", [1e-9, 0.5])
-def test_a_norms_weight_gets_its_share_of_the_solution(aim, ridge):
-    """Each entry is a number by itself: aim u.r / (u.u + ridge mean(u.u)), weighted."""
+def test_a_norms_weight_gets_its_share_of_the_solution(step_size, ridge):
+    """Each entry is a number by itself: step u.r / (u.u + ridge mean(u.u)), weighted."""
     end = sublayer()
     fitted = tokens(end, seed=1)
     true = end.norm.weight.clone()
     end.norm.weight.copy_(1.5 * true + 0.2)
     start = end.norm.weight.clone()
-    settings = SolverSettings(ridges=(ridge,), aim=aim)
-    work = SublayerSolver(end, settings, lambda: [fitted], lambda: [fitted])
+    solving = {"ridges": (ridge,), "step_size": step_size}
+    work = SublayerSolver(end, lambda: [fitted], lambda: [fitted], **solving)
     unit = end.outputs(fitted.inputs).double()
     unit = unit / unit.pow(2).mean(1, keepdim=True).sqrt()
-    rest = fitted.target.double() - fitted.residual.double() - unit * (1 + start.double())
-    w = (1 / fitted.target.double().pow(2).sum(1))[:, None]
+    rest = fitted.target.double() - unit * (1 + start.double())
+    w = fitted.weights.double()[:, None]
     squares = (w * unit * unit).sum(0)
-    expected = aim * (w * unit * rest).sum(0) / (squares + ridge * squares.mean())
+    expected = step_size * (w * unit * rest).sum(0) / (squares + ridge * squares.mean())
     assert work._solve_norm() == ridge
     assert torch.allclose((end.norm.weight - start).double(), expected, rtol=1e-4, atol=1e-6)
     assert expected.abs().min() > 1e-3  # so that each entry tells
@@ -266,7 +263,7 @@ def test_a_norms_weight_gets_its_share_of_the_solution(aim, ridge):
 def test_the_ridge_that_is_told_is_the_matrixs_last_one(monkeypatch):
     end = sublayer()
     fitted = tokens(end, seed=1)
-    fitted = replace(fitted, target=fitted.target + 1)
+    fitted = fitted._replace(target=fitted.target + 1)
     for found, told in (((0.1, 0.2), 0.2), ((0.1, None), 0.1), ((None, None), None)):
         turns = iter(found)
         work = solver(end, fitted, fitted)

@@ -10,7 +10,7 @@ import torch
 from conftest import CharTokenizer, make_transformer, random_windows
 from families import make
 
-from short_gpt.healing.teacher import CachedTeacher, LiveTeacher, Targets, divergence
+from short_gpt.healing.distillation import CachedTeacher, LiveTeacher, Targets, divergence
 from short_gpt.wrappers.short_hf import ShortHFModel
 from short_gpt.wrappers.short_llama import ShortLlama
 

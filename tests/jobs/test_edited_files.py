@@ -23,7 +23,7 @@ from short_gpt.models.meta import MetaDecoder
 from short_gpt.runtime.errors import USER_ERRORS, ShortGPTError
 from short_gpt.runtime.state import ABOUT, StateFile
 from short_gpt.scoring.importance import Importance
-from short_gpt.scoring.measuring import measure
+from short_gpt.scoring.run import measure
 
 GONE = object()
 VALUES = (GONE, "x", -1, None, [], {}, True, 1e999, [[1]], {"a": 1}, 2**70, 1.5, [0, 0], [7])

@@ -7,9 +7,11 @@ import sys
 import warnings
 
 import pytest
+import torch
 
 import short_gpt
 from short_gpt.runtime.renamed import MOVED
+from short_gpt.scoring import Importance, LayerHooks, Scores, hooked
 
 OLD_NAMES = {
     "short_gpt.runtime.results": ("read_record", "write_record"),
@@ -25,8 +27,15 @@ OLD_NAMES = {
     "llama.rope": ("apply_rotary_emb",),
     "llama.sampling": ("check_logits", "sample_top_p"),
     "short_gpt.evaluation.documents": ("TaskRun", "task_changes"),
+    "short_gpt.healing.moments": ("NormalEquations",),
+    "short_gpt.healing.refit_memory": ("RefitPlan", "plan_of"),
+    "short_gpt.healing.steps": ("STEPS", "KINDS", "check_order", "LoraSettings", "DistillSettings"),
+    "short_gpt.healing.teacher": ("CachedTeacher", "LiveTeacher", "divergence", "TOP_K"),
+    "short_gpt.scoring.clusters": ("degrees_of_freedom", "ratio_covariance"),
     "short_gpt.scoring.differences": ("difference_margins",),
     "short_gpt.scoring.following": ("Following",),
+    "short_gpt.scoring.halves": ("BetweenSublayers",),
+    "short_gpt.scoring.measuring": ("measure", "seconds_a_pass"),
     "short_gpt.scoring.state": ("RunState",),
     "short_gpt.scoring.timing": ("seconds_a_pass",),
     "short_gpt.selection.found": ("Options", "Search"),
@@ -74,3 +83,26 @@ def test_an_old_class_is_the_new_one():
     assert ShortLlama is short_gpt.ShortLlama
     with pytest.raises(ModuleNotFoundError):
         importlib.import_module("short_gpt.nothing")
+
+
+def test_an_old_argument_and_attribute_work_and_name_the_new_one():
+    zeros = torch.zeros(1), torch.zeros(1, 2), torch.zeros(1, 3, 3)
+    with pytest.warns(DeprecationWarning, match="halves of Scores is now sublayers") as caught:
+        scores = Scores(*zeros, halves=torch.ones(1, 2, 2))
+        assert scores.halves is scores.sublayers
+    assert [one.filename for one in caught] == [__file__] * 2
+    with pytest.warns(DeprecationWarning, match="halves of Importance is now sublayers"):
+        assert Importance.empty([0]).halves.shape == (2, 1)
+    with pytest.warns(DeprecationWarning, match="mean_norm is now mean"):
+        assert Importance.empty([0]).mean_norm.isnan().all()
+    layers, mask = torch.nn.ModuleList([torch.nn.Identity()]), torch.ones(1, 1).bool()
+    with (
+        pytest.warns(DeprecationWarning, match="halves_of of hooked is now sublayers_of"),
+        hooked(layers, mask, halves_of=None) as hooks,
+    ):
+        assert isinstance(hooks, LayerHooks)
+    with (
+        pytest.warns(DeprecationWarning, match="on_halves is now on_sublayers"),
+        pytest.raises(TypeError),
+    ):
+        hooks.on_halves()

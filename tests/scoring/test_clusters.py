@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from short_gpt.scoring.clusters import degrees_of_freedom, ratio_covariance
+from short_gpt.scoring.moments import degrees_of_freedom, ratio_covariance
 
 SIZES = {
     "equal": [4, 4, 4, 4, 4],

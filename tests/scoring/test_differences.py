@@ -6,9 +6,9 @@ import pytest
 import scipy.stats
 import torch
 
-from short_gpt.scoring.clusters import degrees_of_freedom
 from short_gpt.scoring.hooks import Scores
 from short_gpt.scoring.importance import Importance, difference_margins
+from short_gpt.scoring.moments import degrees_of_freedom
 
 TOKENS = torch.tensor([10.0, 14.0, 6.0, 10.0, 12.0, 8.0])
 BASE = torch.tensor([0.1, 0.5, 0.2, 0.4, 0.3, 0.6])  # what moves all layers of a window

@@ -24,14 +24,13 @@ from short_gpt.runtime.state import StateFile
 from short_gpt.scoring import hooks as scoring_hooks
 from short_gpt.scoring.hooks import LayerHooks, Scores, hooked, score
 from short_gpt.scoring.importance import Importance
-from short_gpt.scoring.measuring import measure
 from short_gpt.scoring.metrics import (
     angular_distance,
     angular_distances,
     block_influence,
     norms,
 )
-from short_gpt.scoring.run import RunState, ScoringRun
+from short_gpt.scoring.run import RunState, ScoringRun, measure
 
 
 def stored_states(model, window: list[int]) -> list[Tensor]:
@@ -451,7 +450,7 @@ def test_magnitude_and_norm_equal_those_of_stored_states():
     norms = states.norm(dim=-1)
     changed = (states[1:] - states[:-1]).norm(dim=-1)
     assert torch.allclose(found.relative_magnitude, (changed / norms[1:]).mean(1), atol=1e-5)
-    assert torch.allclose(found.mean_norm, norms[1:].mean(1), rtol=1e-5)
+    assert torch.allclose(found.mean("norm"), norms[1:].mean(1), rtol=1e-5)
 
 
 def test_the_halves_of_a_layer_are_scored_around_its_attention_and_its_mlp():

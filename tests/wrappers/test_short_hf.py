@@ -18,8 +18,8 @@ from short_gpt.models import hf as hf_decoder
 from short_gpt.models.decoder import remove_layers, without_layers
 from short_gpt.models.hf import HFDecoder, find_layers
 from short_gpt.models.loading import auto_class
-from short_gpt.scoring.measuring import measure
 from short_gpt.scoring.metrics import block_influence
+from short_gpt.scoring.run import measure
 
 pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
 

@@ -22,7 +22,7 @@ from llama import Llama
 from short_gpt import ShortLlama
 from short_gpt.models.decoder import remove_layers, without_layers
 from short_gpt.models.meta import MetaDecoder
-from short_gpt.scoring.measuring import measure
+from short_gpt.scoring.run import measure
 
 
 @pytest.fixture
