@@ -6,15 +6,15 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from short_gpt.jobs.cases import RAW
 from short_gpt.jobs.inputs import about_bos
-from short_gpt.jobs.rows import RAW
 
 if TYPE_CHECKING:
     from short_gpt.evaluation.perplexity import Perplexity
     from short_gpt.evaluation.sampling import SamplingError
-    from short_gpt.jobs.calibrating import Calibrated, Crossed
-    from short_gpt.jobs.calibration_rankings import Agreement as Ranked
-    from short_gpt.jobs.rows import Agreement, Row
+    from short_gpt.jobs.calibration import Agreement as Ranked
+    from short_gpt.jobs.calibration import Calibrated, Crossed
+    from short_gpt.jobs.cases import Agreement, Row
     from short_gpt.scoring.importance import Importance
     from short_gpt.selection.search import Search
 

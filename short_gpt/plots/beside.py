@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from short_gpt.jobs.published import PaperComparison, published_scores
+from short_gpt.jobs.reproduction import PaperComparison, published_scores
 from short_gpt.plots.figures import KEPT, REMOVED, empty
 from short_gpt.scoring.importance import Importance
 

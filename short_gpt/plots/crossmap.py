@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from short_gpt.jobs.calibrating import Crossed
+from short_gpt.jobs.calibration import Crossed
 from short_gpt.plots.figures import empty
 from short_gpt.runtime.errors import ShortGPTError
 

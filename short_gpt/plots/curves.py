@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from short_gpt.jobs.rows import Row
+from short_gpt.jobs.cases import Row
 from short_gpt.plots.figures import empty
 from short_gpt.runtime.errors import ShortGPTError
 

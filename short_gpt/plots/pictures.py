@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from short_gpt.jobs.calibrating import Crossed
-from short_gpt.jobs.published import PaperComparison
-from short_gpt.jobs.rows import Row
+from short_gpt.jobs.calibration import Crossed
+from short_gpt.jobs.cases import Row
+from short_gpt.jobs.reproduction import PaperComparison
 from short_gpt.plots.bars import importance_bars
 from short_gpt.plots.beside import beside_published
 from short_gpt.plots.crossmap import cross_map

@@ -14,6 +14,10 @@ from types import ModuleType
 # the old path, and the modules that have its names now
 MOVED = {
     "short_gpt.experiments": ("short_gpt.jobs",),
+    "short_gpt.jobs.calibrating": ("short_gpt.jobs.calibration",),
+    "short_gpt.jobs.cells": ("short_gpt.jobs.comparing",),
+    "short_gpt.jobs.published": ("short_gpt.jobs.reproduction",),
+    "short_gpt.jobs.rows": ("short_gpt.jobs.cases",),
     "short_gpt.opening": ("short_gpt.wrappers.opening",),
     "short_gpt.report": ("short_gpt.plots", "short_gpt.cli.tables", "short_gpt.cli"),
     "short_gpt.scoring.differences": ("short_gpt.scoring.importance",),
