@@ -28,8 +28,8 @@ from short_gpt.plots import (
     importance_bars,
     quality_curves,
 )
-from short_gpt.plots.curves import SHOWN
 from short_gpt.plots.figures import KEPT, REMOVED
+from short_gpt.plots.quality import SHOWN
 from short_gpt.scoring.hooks import Scores
 from short_gpt.scoring.importance import Importance
 
