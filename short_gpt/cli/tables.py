@@ -297,24 +297,23 @@ def _gain(found: Sequence[Row]) -> str:
 
 
 def calibrated(result: Calibrated) -> str:
-    """All that a calibration found."""
+    """What each text chooses, how far rankings agree, and what each choice costs."""
     lines = [f"layers that each text would remove, by {result.method}"]
     lines += [f"  {name:<22}{layers}" for name, layers in result.choices.items()]
     lines += ["", *_rankings("rankings", result.agreement)]
-    for way, found in result.ways.items():
-        lines += ["", *_rankings(f"with windows of {way}", found)]
+    for way, agreed in result.ways.items():
+        lines += ["", *_rankings(f"with windows of {way}", agreed)]
     for healing in dict.fromkeys(cell.healing for cell in result.cells):
-        lines += ["", *_crossed([c for c in result.cells if c.healing == healing])]
+        lines += ["", *_crossed([cell for cell in result.cells if cell.healing == healing])]
     cell = result.cells[0]
     over = _error(cell.windows, cell.texts).over
-    lines += ["", f"standard errors over {over} (of {cell.text})"]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", f"standard errors over {over} (of {cell.text})"])
 
 
-def _rankings(head: str, found: Sequence[Ranked]) -> list[str]:
+def _rankings(head: str, agreed: Sequence[Ranked]) -> list[str]:
     lines = [f"{head:<40}{'layers in common':>22}{'rank correlation (95%)':>30}"]
-    for a in found:
-        pair = f"{a.first}, its halves" if a.first == a.second else f"{a.first}, {a.second}"
+    for a in agreed:
+        pair = f"{a.first}, {'its halves' if a.first == a.second else a.second}"
         pair = a.first if a.first == a.second and head != "rankings" else pair
         low, high = a.shared_interval
         shared = f"{a.shared} of {a.n} ({low:.0f} to {high:.0f})"
@@ -324,21 +323,21 @@ def _rankings(head: str, found: Sequence[Ranked]) -> list[str]:
 
 
 def _crossed(cells: Sequence[Crossed]) -> list[str]:
-    texts, healing = list(dict.fromkeys(c.text for c in cells)), cells[0].healing
-    name = "pruned" if healing == RAW else healing
-    lines = [f"{'chosen on':<24}" + "".join(f"{text:>22}" for text in texts)]
+    name = "pruned" if cells[0].healing == RAW else cells[0].healing
+    lines = [
+        f"{'chosen on':<24}" + "".join(f"{t:>22}" for t in dict.fromkeys(c.text for c in cells))
+    ]
     for title, cell in (
-        (f"{name}: perplexity", lambda cell: _short(cell.perplexity)),
+        (f"{name}: perplexity", lambda c: _short(c.perplexity)),
         (f"{name}: nats a token more than by the text's own choice (standard error)", _excess),
     ):
         lines.append(title)
         for choice in dict.fromkeys(c.choice for c in cells):
-            row = {c.text: cell(c) for c in cells if c.choice == choice}
-            lines.append(f"  {choice:<22}" + "".join(f"{row[text]:>22}" for text in texts))
+            row = "".join(f"{cell(c):>22}" for c in cells if c.choice == choice)
+            lines.append(f"  {choice:<22}{row}")
     return lines
 
 
 def _excess(cell: Crossed) -> str:
-    if cell.choice == cell.text:
-        return "own"
-    return f"{cell.excess:+.3f} ({cell.excess_error:.3f})"
+    own = cell.choice == cell.text
+    return "own" if own else f"{cell.excess:+.3f} ({cell.excess_error:.3f})"

@@ -20,16 +20,14 @@ import torch
 from llama.io.files import check_writable
 from llama.io.json_files import JsonObject
 from llama.ranks import several_ranks
-from short_gpt.data.disjoint import check_disjoint, hold_out, without_overlap
+from short_gpt.data import check_disjoint, hold_out, without_overlap
 from short_gpt.data.windows import text_of
-from short_gpt.evaluation.paired import difference, together
-from short_gpt.evaluation.perplexity import Perplexity
+from short_gpt.evaluation import Perplexity, difference, together
 from short_gpt.jobs.cases import RAW, REFIT, Kinds, Ranked, Readings, Windows
-from short_gpt.jobs.comparing import Cells, pruned_losses
+from short_gpt.jobs.comparing import Cells, pruned_losses, windows_digest
 from short_gpt.jobs.inputs import Cut, check_model, listed
 from short_gpt.jobs.saving import Saving, interruptible
 from short_gpt.models.numbering import check_count
-from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import bar
 from short_gpt.runtime.state import StateFile, joined
@@ -142,7 +140,7 @@ class Agreement(NamedTuple):
 
     Attributes:
         first: name of a text.
-        second: name of the other text; the same for the two halves of one.
+        second: name of another; the same for the two halves of one.
         shared: layers that both would remove.
         n: layers that each removes.
         shared_interval: of ``shared``.
@@ -240,7 +238,7 @@ class Calibrated(NamedTuple):
         agreement: of all pairs of texts; of one with itself, of two halves of its windows.
         ways: for windows cut another way, by its name, of each text with itself cut as above.
         cells: every choice on every text.
-        state: the file that holds what was measured, to be cleared once the result is safe.
+        state: holds what was measured, to be cleared once the result is safe.
     """
 
     n: int
@@ -299,7 +297,7 @@ def calibrate(
     """
     _check(short, texts, n, healings)
     # in the order of the texts, in which the losses stand
-    read = [[name, *map(_digest, parts)] for name, parts in texts.items()]
+    read = [[name, *map(windows_digest, parts)] for name, parts in texts.items()]
     saved = None if state is None else StateFile(state, joined(short.identity(), {"texts": read}))
     run = _Run(short, texts, Cells(saved), progress)
     scores = run.scores({name: parts.ranking for name, parts in texts.items()}, n, method)
@@ -314,10 +312,6 @@ def calibrate(
     }
     cells = [cell for healing in healings for cell in run.crossed(choices, healing)]
     return Calibrated(n, method, choices, pairs, by_way, cells, saved)
-
-
-def _digest(windows: Windows) -> str:
-    return json_digest([list(window) for window in windows])
 
 
 def _check(short: ShortModel, texts: Mapping[str, Apart], n: int, healings: Sequence[str]) -> None:
@@ -363,7 +357,7 @@ class _Run(NamedTuple):
                     self.short, own, n, method=method, progress=self.progress
                 )._asdict()
 
-            cell = f"{prefix} {name}" + (f" {way} {_digest(own)}" if way else "")
+            cell = f"{prefix} {name}" + (f" {way} {windows_digest(own)}" if way else "")
             scores[name] = WindowScores(**{**self.cells.value(cell, measure), "n": n})
         return scores
 

@@ -36,7 +36,7 @@ class Row:
         layers: removed, original numbers.
         perplexity: on the evaluation text.
         nats: mean loss minus that of the original model, paired over the windows.
-        standard_error: of ``nats``.
+        standard_error: of ``nats``; 0 for the original model.
         gain: mean loss minus that of the raw model; None for a raw one.
         gain_error: standard error of ``gain``.
         parameters: of the model without the layers.
@@ -275,18 +275,14 @@ class Kinds(TextSource):
 
     def each(self) -> dict[str, TextSource]:
         """Every text's source by its name: that of the file or folder, without its ending."""
-        if self.data is None:
-            raise ShortGPTError(
-                "name two texts or more of different kinds: `data` novels/,questions.txt,code.txt"
-            )
-        names = listed(self.data)
+        names = listed(self.data or "")
         sources: dict[str, TextSource] = {
             Path(name).stem or name: replace(self, data=name) for name in names
         }
-        if len(names) < 2 or len(sources) < len(names):
+        if len(sources) < max(2, len(names)):
             raise ShortGPTError(
-                f"`data` {self.data}: expected two texts or more with commas between, of different "
-                "names"
+                f"`data` {self.data or 'is missing'}: expected two texts or more with commas "
+                "between, of different names, such as novels/,questions.txt,code.txt"
             )
         return sources
 

@@ -21,11 +21,9 @@ import torch
 
 from llama.io.json_files import JsonObject
 from short_gpt.data.disjoint import check_disjoint
+from short_gpt.evaluation import Perplexity, TaskSuite, difference, losses, together
 from short_gpt.evaluation.documents import TaskRun, task_changes
-from short_gpt.evaluation.paired import difference, losses, together
-from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.evaluation.sampling import Sample
-from short_gpt.evaluation.tasks import TaskSuite
 from short_gpt.healing import PatchSettings, RefitSettings, refit
 from short_gpt.jobs.cases import PATCHED, RAW, REFIT, TRAINED, Agreement, Cases, Row, Windows
 from short_gpt.models.numbering import check_count
@@ -33,8 +31,7 @@ from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import bar
 from short_gpt.runtime.state import StateFile, joined
-from short_gpt.scoring.importance import Importance
-from short_gpt.scoring.metrics import spearman
+from short_gpt.scoring import Importance, spearman
 from short_gpt.selection.methods import BY_LOSS, check_method, choose
 from short_gpt.selection.search import Search
 from short_gpt.wrappers.short_model import ShortModel
@@ -86,6 +83,11 @@ class Cells:
     def inner(self, name: str) -> StateFile | None:
         """A state file for a long measurement inside this experiment; None where none is kept."""
         return None if self._state is None else self._state.part(name)
+
+
+def windows_digest(windows: Windows) -> str:
+    """What tells windows from others."""
+    return json_digest([list(window) for window in windows])
 
 
 def pruned_losses(
@@ -148,10 +150,9 @@ class Compared:
         rows: the original model first, then a row for every case.
         agreement: of Block Influence, angle and greedy search, for every number of layers; empty
             without the greedy search.
-        tasks: metrics of the models without healing, by the layers removed, and how much each
-            changed from the original model, with its error paired over the documents, as in "piqa
-            acc change" and "piqa acc change_stderr"; empty without tasks.
-        state: the file that holds what was measured, to be cleared once the result is safe.
+        tasks: metrics of the models without healing, by the layers removed, and their changes from
+            the original model with errors, as "piqa acc change" and "piqa acc change_stderr".
+        state: holds what was measured, to be cleared once the result is safe.
         bos: which windows began with it: first of each text, or every.
     """
 
@@ -202,8 +203,8 @@ def compare(
         calibration: windows of token ids that choose layers and that refits are fitted on.
         evaluation: windows of other text.
         cases: what is compared.
-        lora: heals for the healing of that name.
-        distill: likewise.
+        lora: heals by lora, such as `LoraHealing`; needed where a case is healed so.
+        distill: heals by distill, such as `DistillHealing`.
         tasks: also run on the models without healing.
         progress: whether to show bars.
         state: file that the run is saved in, to be continued, until ``result.state.clear()``.
@@ -226,7 +227,7 @@ def compare(
         windows = {"calibration": calibration, "evaluation": evaluation}
         identity = joined(
             short.identity(),
-            {name: json_digest([list(w) for w in own]) for name, own in windows.items()},
+            {name: windows_digest(own) for name, own in windows.items()},
             {"search_windows": cases.search_windows},
             {name: dict(heals[name].identity()) if name in heals else None for name in TRAINED},
         )
@@ -269,15 +270,11 @@ def _with_folder(name: str, healing: Healing, state: StateFile | None) -> Heal:
 
 
 class Comparison:
-    """What `compare` does, step by step.
+    """What `compare` does, step by step, with its arguments.
 
     Args:
-        short: the original model; it is left as it was.
-        calibration: windows of token ids that choose layers and that refits are fitted on.
-        evaluation: windows of other text.
         few: how many of the calibration windows the searches by loss read.
         state: saves what was measured and continues from it.
-        progress: whether to show bars.
 
     Raises:
         ShortGPTError: calibration and evaluation share text.
@@ -314,9 +311,9 @@ class Comparison:
         Args:
             methods: names of `methods.METHODS`; ``random`` is drawn ``seeds`` times.
             counts: numbers of layers to remove.
-            healings: of `cases.HEALINGS`. Sets that cannot be healed so have no such row.
+            healings: of `cases.HEALINGS`; a set that cannot be healed so has no such row.
             seeds: how many random sets for every number.
-            trained: the healings lora and distill, as in `Healing`.
+            trained: the healings lora and distill, which give losses of the evaluation windows.
             lora_only: the methods and numbers to heal so; None means all.
 
         Raises:
@@ -397,9 +394,7 @@ class Comparison:
     def agreement(self, n: int, most: int) -> Agreement:
         """How far Block Influence, angle and greedy search agree on the windows of the searches.
 
-        Args:
-            n: how many layers each removes.
-            most: the largest number of the comparison, up to which the search goes.
+        Each removes n layers; the search goes on to ``most``, the largest number compared.
         """
         few = self._scored("importance of few", self._few)
         sets = {method: {*choose(few, n, method=method)} for method in ("bi", "angular")}
@@ -421,8 +416,7 @@ class Comparison:
             suite: tells the suite from others, whose results a state holds too.
 
         Returns:
-            Results by the layers removed, as in ``"[3, 4]"``, with their changes from the
-            original model, paired over the documents.
+            Results by the layers removed, as in ``"[3, 4]"``, and their paired changes.
         """
 
         def documents(layers: list[int]) -> TaskRun:

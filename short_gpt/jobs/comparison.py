@@ -11,11 +11,8 @@ from pathlib import Path
 
 from llama.io.files import check_writable
 from llama.ranks import several_ranks
-from short_gpt.data import demo
-from short_gpt.data.disjoint import check_disjoint, without_overlap
-from short_gpt.data.windows import windows
-from short_gpt.evaluation.paired import losses
-from short_gpt.evaluation.perplexity import Perplexity
+from short_gpt.data import check_disjoint, demo, windows, without_overlap
+from short_gpt.evaluation import Perplexity, losses
 from short_gpt.healing import lora as training
 from short_gpt.healing import refit
 from short_gpt.healing.distillation import Distillation
@@ -23,7 +20,7 @@ from short_gpt.healing.recipe import Recipe
 from short_gpt.healing.teacher import LiveTeacher, Predictor
 from short_gpt.healing.trainer import begun
 from short_gpt.jobs.cases import DISTILL, LORA, PATCHED, RAW, Cases, LoraSettings, Shares, Windows
-from short_gpt.jobs.comparing import Compared, compare
+from short_gpt.jobs.comparing import Compared, compare, windows_digest
 from short_gpt.jobs.inputs import Tasks, TextSource, check_model, source_of
 from short_gpt.jobs.saving import Saving, interruptible
 from short_gpt.runtime.digest import json_digest
@@ -176,7 +173,7 @@ class LoraHealing:
         own = joined(asdict(self.settings), {"seed": self.seed, "texts": read})
         if self.teacher is None and self.fitted_on is None:
             return own
-        fitted = self.fitted_on and json_digest([list(window) for window in self.fitted_on])
+        fitted = None if self.fitted_on is None else windows_digest(self.fitted_on)
         return joined(own, {"refitted on": fitted})
 
     def __call__(self, layers: list[int], work_dir: Path | None = None) -> list[Perplexity]:

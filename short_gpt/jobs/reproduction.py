@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from importlib.resources import files
 from itertools import combinations, pairwise
@@ -52,9 +53,8 @@ def published() -> JsonObject:
             least entry of all is not the best block.
         "sleb", "evopress": one list of removed layers a model.
     """
-    return json.loads(
-        files("short_gpt.jobs").joinpath("published.json").read_text(encoding="utf-8")
-    )
+    file = files("short_gpt.jobs").joinpath("published.json")
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def published_scores(model: str) -> tuple[Tensor, Tensor] | None:
@@ -85,11 +85,6 @@ def identify(dim: int, n_layers: int, vocab_size: int) -> str:
     """Which of the paper's models has this shape, by the name that `compare_with_paper` knows.
 
     A shape is no proof of identity: LLaMA 1 7B and Mistral 7B share that of Llama-2-7B.
-
-    Args:
-        dim: width of the hidden states.
-        n_layers: layers before any is removed.
-        vocab_size: rows of the embedding.
 
     Raises:
         ShortGPTError: the paper has no model of this shape.
@@ -154,11 +149,11 @@ class PaperComparison(NamedTuple):
             f"same places: {self.same_places} of {count}",
             f"same order: {_yes(self.same_order)} ({agree})",
         ]
-        for who, own, others in (
-            ("the paper removes", self.paper, self.ours),
-            ("we remove", self.ours, self.paper),
+        for who, only in (
+            ("the paper removes", {*self.paper} - {*self.ours}),
+            ("we remove", {*self.ours} - {*self.paper}),
         ):
-            lines += [f"only {who} {only}"] if (only := sorted({*own} - {*others})) else []
+            lines += [f"only {who} {sorted(only)}"] if only else []
         return "\n".join(lines)
 
 
@@ -241,10 +236,11 @@ class PaperOrder(NamedTuple):
 
     def to_dict(self) -> dict[str, object]:
         """All pairs with their verdicts, ready for JSON; None stands for NaN."""
-        pairs = []
-        for pair in self.pairs:
-            margin = pair.margin if pair.margin == pair.margin else None
-            pairs.append({**pair._asdict(), "margin": margin, "verdict": pair.verdict})
+        margins = [None if math.isnan(pair.margin) else pair.margin for pair in self.pairs]
+        pairs = [
+            {**pair._asdict(), "margin": margin, "verdict": pair.verdict}
+            for pair, margin in zip(self.pairs, margins, strict=True)
+        ]
         return {"confidence": self.confidence, "pairs": pairs}
 
     def table(self) -> str:
@@ -342,16 +338,13 @@ def reproduce(
     """Ranks a checkpoint by the ShortGPT paper's protocol (arXiv:2403.03853), and compares lists.
 
     PG-19 validation in windows of 1024 tokens, 256 apart; lowest Block Influence; as many layers
-    as the paper's Table 9 removes. It is `rank` with these settings.
+    as the paper's Table 9 removes. It is `rank` with these settings, and the others are those of
+    `rank`.
 
     Args:
         model: Llama-2-7B or Llama-2-13B: Meta directory, Hugging Face directory or hub id.
         data: PG-19, streamed from the hub, or a local copy of it.
         paper: which model it is, and how surely the answer is to be that of all windows.
-        cut: as for `rank`.
-        opening: as for `rank`.
-        running: as for `rank`.
-        saving: as for `rank`.
         notify: called with what the run will take and how it stands.
 
     Raises:
@@ -371,9 +364,8 @@ def reproduce(
         )
     shape = shape_of(model, trust_remote_code=opening.trust_remote_code)
     name = _name(model, shape, paper.paper_model)
-    answer = Answer(
-        len(_paper_model(name)["removed"]), confidence=paper.confidence, rare=paper.rare
-    )
+    n = len(_paper_model(name)["removed"])
+    answer = Answer(n, confidence=paper.confidence, rare=paper.rare)
     check_ranking(model, answer, cut, running)  # before anything is said
     if not running.stream:
         notify(_in_memory(shape, opening))

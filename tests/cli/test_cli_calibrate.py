@@ -117,6 +117,14 @@ def test_interrupted_the_same_command_continues(here, monkeypatch, capsys):
     assert not Path("c.json.state").exists()
 
 
+def test_without_texts_it_says_what_to_name(here, capsys):
+    said = fails(capsys, "calibrate", "ckpt", "--n", "1")
+    assert "--data is missing: expected two texts or more with commas between" in said
+    run("calibrate", "--help")
+    texts = capsys.readouterr().out.partition("--data TEXTS")[2].partition("--split")[0]
+    assert "data sets of the hub, or pg19" in " ".join(texts.split()) and "default" not in texts
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
