@@ -169,17 +169,17 @@ def compared(
         tasks: of its ``tasks``.
         bos: which windows began with it.
     """
-    dense, counts = rows[0], sorted({r.n for r in rows[1:]})
-    lines = [said] if (said := about_bos(bos)) else []
-    lines += [
-        f"original model: perplexity {dense.perplexity:.3f}, {dense.parameters / 1e6:.1f} M",
-        "",
-    ]
-    for healing in dict.fromkeys(r.healing for r in rows[1:]):
-        lines += _healed(healing, [r for r in rows[1:] if r.healing == healing], counts)
-    lines += _removed(rows[1:], counts)
-    lines += _sizes(dense, {r.n: r for r in rows[1:]}, counts) + _agreed(agreed)
-    lines += _over(dense)
+    dense, pruned = rows[0], rows[1:]
+    counts = sorted({r.n for r in pruned})
+    size = f"{dense.parameters / 1e6:.1f} M"
+    lines = [*filter(None, [about_bos(bos)])]
+    lines += [f"original model: perplexity {dense.perplexity:.3f}, {size}", ""]
+    for healing in dict.fromkeys(r.healing for r in pruned):
+        lines += _healed(healing, [r for r in pruned if r.healing == healing], counts)
+    lines += _removed(pruned, counts)
+    lines += _sizes(dense, {r.n: r for r in pruned}, counts) + _agreed(agreed)
+    if dense.windows:  # not said in older files
+        lines.append(f"standard errors over {_error(dense.windows, dense.texts).over}")
     return "\n".join(lines + _tasks(tasks))
 
 
@@ -200,21 +200,18 @@ def _tasks(tasks: Mapping[str, Mapping[str, float]]) -> list[str]:
     return lines
 
 
-def _over(row: Row) -> list[str]:
-    """What the standard errors are over; nothing for a result that does not say."""
-    if not row.windows:
-        return []
-    return [f"standard errors over {_error(row.windows, row.texts).over}"]
-
-
 def _healed(healing: str, rows: Sequence[Row], counts: Sequence[int]) -> list[str]:
-    """The models healed one way: their perplexities, and what the healing brought."""
-    head = f"{'layers removed':<28}" + "".join(f"{n:>22}" for n in counts)
-    lines = [head, f"{healing}: perplexity (standard error)"]
-    lines += _by_method(rows, counts, _perplexity)
+    """The models healed one way: their perplexities, and how the healing changed the loss."""
+    parts = {f"{healing}: perplexity (standard error)": _perplexity}
     if any(r.gain is not None for r in rows):
-        lines.append(f"{healing}: loss in nats a token, change from raw (standard error)")
-        lines += _by_method(rows, counts, _gain)
+        parts[f"{healing}: loss in nats a token, change from raw (standard error)"] = _gain
+    lines = [f"{'layers removed':<28}" + "".join(f"{n:>22}" for n in counts)]
+    for title, cell in parts.items():
+        lines.append(title)
+        for method in dict.fromkeys(r.method for r in rows):
+            sets = [[r for r in rows if (r.method, r.n) == (method, n)] for n in counts]
+            cells = "".join(f"{cell(own) if own else '-':>22}" for own in sets)
+            lines.append(f"  {method:<26}{cells}")
     return [*lines, ""]
 
 
@@ -244,9 +241,9 @@ def _sizes(dense: Row, sizes: Mapping[int, Row], counts: Sequence[int]) -> list[
 def _agreed(agreed: Sequence[Agreement]) -> list[str]:
     """How far the cheap rankings agree with the greedy search."""
     lines = []
-    for found in agreed:
-        shares = "; ".join(f"{pair} {share:.0%}" for pair, share in found["overlap"].items())
-        lines.append(f"{found['n']} layers in common: {shares}")
+    for one in agreed:
+        shares = "; ".join(f"{pair} {share:.0%}" for pair, share in one["overlap"].items())
+        lines.append(f"{one['n']} layers in common: {shares}")
     if agreed:
         value = agreed[0]["rank_correlation_of_bi_with_loss"]
         lines.append(
@@ -255,25 +252,12 @@ def _agreed(agreed: Sequence[Agreement]) -> list[str]:
     return lines
 
 
-def _by_method(
-    rows: Sequence[Row], counts: Sequence[int], cell: Callable[[Sequence[Row]], str]
-) -> list[str]:
-    lines = []
-    for method in dict.fromkeys(r.method for r in rows):
-        cells = ""
-        for n in counts:
-            found = [r for r in rows if (r.method, r.n) == (method, n)]
-            cells += f"{cell(found) if found else '-':>22}"
-        lines.append(f"  {method:<26}{cells}")
-    return lines
-
-
-def _perplexity(found: Sequence[Row]) -> str:
+def _perplexity(rows: Sequence[Row]) -> str:
     """One model's perplexity with its error, or the range of several."""
-    values = [r.perplexity for r in found]
+    values = [r.perplexity for r in rows]
     if len(values) > 1:
         return f"{_short(min(values))} to {_short(max(values))}"
-    return f"{_short(values[0])} ({_short(values[0] * found[0].standard_error)})"
+    return f"{_short(values[0])} ({_short(values[0] * rows[0].standard_error)})"
 
 
 def known(error: float | None, form: str) -> str:
@@ -288,12 +272,12 @@ def _short(value: float) -> str:
     return f"{value:.2f}" if value < 10_000 else f"{value:.2e}"
 
 
-def _gain(found: Sequence[Row]) -> str:
-    """What healing one model brought with its error, or the range of several."""
-    values = [r.gain for r in found if r.gain is not None]
+def _gain(rows: Sequence[Row]) -> str:
+    """How healing changed one model's loss with its error, or the range of several."""
+    values = [r.gain for r in rows if r.gain is not None]
     if len(values) > 1:
         return f"{min(values):+.2f} to {max(values):+.2f}"
-    return f"{values[0]:+.3f} ({known(found[0].gain_error, '.3f')})"
+    return f"{values[0]:+.3f} ({known(rows[0].gain_error, '.3f')})"
 
 
 def calibrated(result: Calibrated) -> str:
