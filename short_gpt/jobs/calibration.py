@@ -319,7 +319,7 @@ def _check(short: ShortModel, texts: Mapping[str, Apart], n: int, healings: Sequ
         names = ", ".join(texts) or "none"
         raise ShortGPTError(f"expected two texts or more, of different kinds, got {names}")
     if MIX in texts:
-        raise ShortGPTError(f"{MIX} is the name of all texts together: call the text otherwise")
+        raise ShortGPTError(f"{MIX} is the name of all texts together: give the text another name")
     if odd := [healing for healing in healings or ["none"] if healing not in HEALINGS]:
         raise ShortGPTError(f"healing {odd[0]}: expected some of {', '.join(HEALINGS)}")
     check_count(n, len(short.kept))
@@ -463,8 +463,8 @@ def windows_apart(
         judged, _ = without_overlap(windows(other, cut, limit), ranked_on)
         if not judged:
             raise ShortGPTError(
-                f"{name}: nothing is left to judge by, of which nothing is ranked on; give more "
-                "text, or a smaller size"
+                f"{name}: every other window shares text with those that rank, so none is there "
+                "to judge by; give more text, or a smaller size"
             )
         texts[name] = Apart(ranking[name], judged[:held])
     ways = {}

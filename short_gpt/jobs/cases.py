@@ -105,7 +105,7 @@ class Cases:
         healings: of raw, patched, refit, lora and distill, with commas between.
         seeds: random sets for every number of layers.
         search_windows: of the windows of data, how many the searches by loss read.
-        lora_only: what to heal by lora or distill, which take far longer than all the rest, as in
+        lora_only: what to heal by lora or distill, which take far longer than the others, as in
             bi:8,angular:8; all if not given.
 
     Raises:

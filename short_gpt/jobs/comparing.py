@@ -254,7 +254,7 @@ def compare(
 def _check_trained(healings: Sequence[str], heals: Collection[str], argument: str) -> None:
     if missing := [name for name in healings if name in TRAINED and name not in heals]:
         argument = argument.format(missing[0], missing[0].capitalize())
-        raise ShortGPTError(f"the healing {missing[0]} needs what heals: pass {argument}")
+        raise ShortGPTError(f"healing by {missing[0]} trains a model: pass {argument}")
 
 
 def _with_folder(name: str, healing: Healing, state: StateFile | None) -> Heal:

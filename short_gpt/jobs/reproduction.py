@@ -111,7 +111,7 @@ class PaperComparison(NamedTuple):
         model: the paper's name of the model.
         paper: the paper's layers (arXiv:2403.03853v3, Table 9), in order of removal.
         ours: ours, in order of removal.
-        same_set: whether both hold the same layers, in whatever order.
+        same_set: whether both hold the same layers, in any order.
         overlap: how many layers both hold.
         same_order: whether the lists are equal.
         same_places: at how many places both lists have the same layer.
@@ -344,7 +344,7 @@ def reproduce(
     Args:
         model: Llama-2-7B or Llama-2-13B: Meta directory, Hugging Face directory or hub id.
         data: PG-19, streamed from the hub, or a local copy of it.
-        paper: which model it is, and how surely the answer is to be that of all windows.
+        paper: which model it is, and the confidence of the answer.
         notify: called with what the run will take and how it stands.
 
     Raises:
@@ -411,7 +411,7 @@ def _in_memory(shape: Shape, opening: OpenOptions) -> str:
     device = choose_device(opening.device)
     dtype = choose_dtype(opening.dtype, device)
     size, kind = shape.parameters * dtype.itemsize, str(dtype).removeprefix("torch.")
-    line = f"the whole model in memory: {shown(size)} of weights in {kind}"
+    line = f"the model in memory: {shown(size)} of weights in {kind}"
     if device.type != "cpu":
         return f"{line}, on {device}"
     free = free_memory()

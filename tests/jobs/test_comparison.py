@@ -395,11 +395,11 @@ def test_cases_name_what_there_is():
         Cases(["bi"], [1], lora_only=[("bi", 1)])
     with pytest.raises(ValueError, match="`lora_only` bi:2: expected .* as in bi:1"):
         Cases(["bi"], [1], ["lora"], lora_only=[("bi", 2)])
-    with pytest.raises(ValueError, match="healing lora needs what heals: pass lora=LoraHealing"):
+    with pytest.raises(ValueError, match="healing by lora trains a model: pass lora=LoraHealing"):
         compare(short(), CALIBRATION, EVALUATION, cases=Cases(["bi"], [1], ["lora"]))
-    with pytest.raises(ValueError, match="healing lora needs what heals"):
+    with pytest.raises(ValueError, match="healing by lora trains a model"):
         Comparison(short(), CALIBRATION, EVALUATION).rows(["bi"], [1], healings=["lora"])
-    with pytest.raises(ValueError, match="healing distill needs what heals: pass distill=Distill"):
+    with pytest.raises(ValueError, match="healing by distill trains a model: pass distill=Distill"):
         given = {"cases": Cases(["bi"], [1], ["distill"]), "lora": Halved()}
         compare(short(), CALIBRATION, EVALUATION, **given)
 
