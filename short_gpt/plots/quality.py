@@ -64,7 +64,7 @@ def quality_curves(rows: Sequence[Row], *, title: str | None = None) -> Figure:
     if highest > SHOWN * dense.perplexity:
         axes[0].set_ylim(0.9 * dense.perplexity, SHOWN * dense.perplexity)
     axes[0].set_ylabel("perplexity")
-    named = {}
+    named: dict[str, Any] = {}
     for axis in axes:
         handles, labels = axis.get_legend_handles_labels()
         named |= dict(zip(labels, handles, strict=True))
