@@ -28,8 +28,7 @@ from short_gpt import ShortLlama, calibrate
 from short_gpt.cli.tables import calibrated
 from short_gpt.data import demo
 from short_gpt.jobs import Readings, WindowScores, agreement
-from short_gpt.jobs.calibration import windows_apart
-from short_gpt.jobs.calibration_rankings import correlations
+from short_gpt.jobs.calibration import correlations, windows_apart
 
 CODE = 60  # files of the standard library
 

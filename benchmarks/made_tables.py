@@ -15,7 +15,7 @@ import healing_tables as healing
 from evidence_tables import result
 
 from short_gpt.cli import tables
-from short_gpt.jobs.rows import Row
+from short_gpt.jobs.cases import Row
 from short_gpt.scoring.stopping import Stop
 
 

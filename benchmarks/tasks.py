@@ -38,7 +38,7 @@ from short_gpt.evaluation import (
     together,
 )
 from short_gpt.healing import recipe_for, refit
-from short_gpt.jobs.cells import Cells
+from short_gpt.jobs.comparing import Cells
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.state import StateFile, joined
 

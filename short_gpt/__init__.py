@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from short_gpt.healing.refit import heal as heal_refit
     from short_gpt.healing.refit import heal_patch
     from short_gpt.jobs import convert, prune, rank
-    from short_gpt.jobs.calibrating import calibrate
+    from short_gpt.jobs.calibration import calibrate
     from short_gpt.jobs.comparing import compare
     from short_gpt.runtime.errors import ShortGPTError
     from short_gpt.scoring.importance import Importance

@@ -26,7 +26,7 @@ from short_gpt import ShortGPTError, ShortLlama
 from short_gpt.checkpoints import prune_hf
 from short_gpt.cli import app
 from short_gpt.data.windows import Window, batches
-from short_gpt.jobs import published
+from short_gpt.jobs import reproduction as protocol
 from short_gpt.runtime import replicas
 from short_gpt.runtime.state import StateFile
 from short_gpt.scoring.hooks import score
@@ -215,9 +215,9 @@ def set_up() -> None:
 
 def reproduction(shape: dict[str, object], argv: list[str]) -> None:
     """Runs the command where the paper has a model of this shape."""
-    known = published.published()
+    known = protocol.published()
     known["paper"]["models"]["tiny"] = shape
-    published.published = lambda: known
+    protocol.published = lambda: known
     app.main(argv)
 
 

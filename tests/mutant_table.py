@@ -77,13 +77,13 @@ MUTANTS = [
     # Pairs: the same text, the same layers, the right one less the other.
     ("b.nats - a.nats", "a.nats - b.nats", "test_paired_difference_and_its_error"),
     (
-        "gain = difference(dense, parts), difference(raw, parts)",
-        "gain = difference(dense, parts), difference(dense, parts)",
+        "gain = difference(dense, healed), difference(raw, healed)",
+        "gain = difference(dense, healed), difference(dense, healed)",
         "test_what_healing_brings_is_paired_with_the_same_layers_raw",
     ),
     (
-        "difference(own, parts)",
-        "difference(whole, parts)",
+        "difference(healed[text][text], pruned)",
+        "difference(original[text], pruned)",
         "test_a_cell_is_the_model_without_the_choice_of_one_text_judged_on_another",
     ),
     # Hidden states: whose they are, and which ones.
@@ -188,7 +188,7 @@ MUTANTS = [
         "test_in_one_text_what_ranks_is_left_out_of_what_judges",
     ),
     (
-        "without_overlap(every, self._read_before())",
+        "without_overlap(every, self.fitted_on or [])",
         "without_overlap(every, [])",
         "test_validation_windows_are_of_text_that_nothing_was_fitted_on",
     ),
@@ -321,8 +321,8 @@ MUTANTS = [
         "test_resuming_gives_what_one_run_gives",
     ),
     (
-        'joined(super().identity(), {"refitted on": read})',
-        "super().identity()",
+        'joined(own, {"refitted on": fitted})',
+        "own",
         "test_distillation_starts_from_the_refit",
     ),
     (

@@ -38,7 +38,7 @@ from short_gpt.healing import (
     heal_lora,
     heal_refit,
 )
-from short_gpt.jobs.cells import Cells
+from short_gpt.jobs.comparing import Cells
 
 
 @pytest.mark.parametrize(

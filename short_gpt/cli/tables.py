@@ -6,15 +6,15 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from short_gpt.jobs.cases import RAW
 from short_gpt.jobs.inputs import about_bos
-from short_gpt.jobs.rows import RAW
 
 if TYPE_CHECKING:
     from short_gpt.evaluation.perplexity import Perplexity
     from short_gpt.evaluation.sampling import SamplingError
-    from short_gpt.jobs.calibrating import Calibrated, Crossed
-    from short_gpt.jobs.calibration_rankings import Agreement as Ranked
-    from short_gpt.jobs.rows import Agreement, Row
+    from short_gpt.jobs.calibration import Agreement as Ranked
+    from short_gpt.jobs.calibration import Calibrated, Crossed
+    from short_gpt.jobs.cases import Agreement, Row
     from short_gpt.scoring.importance import Importance
     from short_gpt.selection.search import Search
 
@@ -169,17 +169,17 @@ def compared(
         tasks: of its ``tasks``.
         bos: which windows began with it.
     """
-    dense, counts = rows[0], sorted({r.n for r in rows[1:]})
-    lines = [said] if (said := about_bos(bos)) else []
-    lines += [
-        f"original model: perplexity {dense.perplexity:.3f}, {dense.parameters / 1e6:.1f} M",
-        "",
-    ]
-    for healing in dict.fromkeys(r.healing for r in rows[1:]):
-        lines += _healed(healing, [r for r in rows[1:] if r.healing == healing], counts)
-    lines += _removed(rows[1:], counts)
-    lines += _sizes(dense, {r.n: r for r in rows[1:]}, counts) + _agreed(agreed)
-    lines += _over(dense)
+    dense, pruned = rows[0], rows[1:]
+    counts = sorted({r.n for r in pruned})
+    size = f"{dense.parameters / 1e6:.1f} M"
+    lines = [*filter(None, [about_bos(bos)])]
+    lines += [f"original model: perplexity {dense.perplexity:.3f}, {size}", ""]
+    for healing in dict.fromkeys(r.healing for r in pruned):
+        lines += _healed(healing, [r for r in pruned if r.healing == healing], counts)
+    lines += _removed(pruned, counts)
+    lines += _sizes(dense, {r.n: r for r in pruned}, counts) + _agreed(agreed)
+    if dense.windows:  # not said in older files
+        lines.append(f"standard errors over {_error(dense.windows, dense.texts).over}")
     return "\n".join(lines + _tasks(tasks))
 
 
@@ -200,21 +200,18 @@ def _tasks(tasks: Mapping[str, Mapping[str, float]]) -> list[str]:
     return lines
 
 
-def _over(row: Row) -> list[str]:
-    """What the standard errors are over; nothing for a result that does not say."""
-    if not row.windows:
-        return []
-    return [f"standard errors over {_error(row.windows, row.texts).over}"]
-
-
 def _healed(healing: str, rows: Sequence[Row], counts: Sequence[int]) -> list[str]:
-    """The models healed one way: their perplexities, and what the healing brought."""
-    head = f"{'layers removed':<28}" + "".join(f"{n:>22}" for n in counts)
-    lines = [head, f"{healing}: perplexity (standard error)"]
-    lines += _by_method(rows, counts, _perplexity)
+    """The models healed one way: their perplexities, and how the healing changed the loss."""
+    parts = {f"{healing}: perplexity (standard error)": _perplexity}
     if any(r.gain is not None for r in rows):
-        lines.append(f"{healing}: loss in nats a token, change from raw (standard error)")
-        lines += _by_method(rows, counts, _gain)
+        parts[f"{healing}: loss in nats a token, change from raw (standard error)"] = _gain
+    lines = [f"{'layers removed':<28}" + "".join(f"{n:>22}" for n in counts)]
+    for title, cell in parts.items():
+        lines.append(title)
+        for method in dict.fromkeys(r.method for r in rows):
+            sets = [[r for r in rows if (r.method, r.n) == (method, n)] for n in counts]
+            cells = "".join(f"{cell(own) if own else '-':>22}" for own in sets)
+            lines.append(f"  {method:<26}{cells}")
     return [*lines, ""]
 
 
@@ -244,9 +241,9 @@ def _sizes(dense: Row, sizes: Mapping[int, Row], counts: Sequence[int]) -> list[
 def _agreed(agreed: Sequence[Agreement]) -> list[str]:
     """How far the cheap rankings agree with the greedy search."""
     lines = []
-    for found in agreed:
-        shares = "; ".join(f"{pair} {share:.0%}" for pair, share in found["overlap"].items())
-        lines.append(f"{found['n']} layers in common: {shares}")
+    for one in agreed:
+        shares = "; ".join(f"{pair} {share:.0%}" for pair, share in one["overlap"].items())
+        lines.append(f"{one['n']} layers in common: {shares}")
     if agreed:
         value = agreed[0]["rank_correlation_of_bi_with_loss"]
         lines.append(
@@ -255,25 +252,12 @@ def _agreed(agreed: Sequence[Agreement]) -> list[str]:
     return lines
 
 
-def _by_method(
-    rows: Sequence[Row], counts: Sequence[int], cell: Callable[[Sequence[Row]], str]
-) -> list[str]:
-    lines = []
-    for method in dict.fromkeys(r.method for r in rows):
-        cells = ""
-        for n in counts:
-            found = [r for r in rows if (r.method, r.n) == (method, n)]
-            cells += f"{cell(found) if found else '-':>22}"
-        lines.append(f"  {method:<26}{cells}")
-    return lines
-
-
-def _perplexity(found: Sequence[Row]) -> str:
+def _perplexity(rows: Sequence[Row]) -> str:
     """One model's perplexity with its error, or the range of several."""
-    values = [r.perplexity for r in found]
+    values = [r.perplexity for r in rows]
     if len(values) > 1:
         return f"{_short(min(values))} to {_short(max(values))}"
-    return f"{_short(values[0])} ({_short(values[0] * found[0].standard_error)})"
+    return f"{_short(values[0])} ({_short(values[0] * rows[0].standard_error)})"
 
 
 def known(error: float | None, form: str) -> str:
@@ -288,33 +272,32 @@ def _short(value: float) -> str:
     return f"{value:.2f}" if value < 10_000 else f"{value:.2e}"
 
 
-def _gain(found: Sequence[Row]) -> str:
-    """What healing one model brought with its error, or the range of several."""
-    values = [r.gain for r in found if r.gain is not None]
+def _gain(rows: Sequence[Row]) -> str:
+    """How healing changed one model's loss with its error, or the range of several."""
+    values = [r.gain for r in rows if r.gain is not None]
     if len(values) > 1:
         return f"{min(values):+.2f} to {max(values):+.2f}"
-    return f"{values[0]:+.3f} ({known(found[0].gain_error, '.3f')})"
+    return f"{values[0]:+.3f} ({known(rows[0].gain_error, '.3f')})"
 
 
 def calibrated(result: Calibrated) -> str:
-    """All that a calibration found."""
+    """What each text chooses, how far rankings agree, and what each choice costs."""
     lines = [f"layers that each text would remove, by {result.method}"]
     lines += [f"  {name:<22}{layers}" for name, layers in result.choices.items()]
     lines += ["", *_rankings("rankings", result.agreement)]
-    for way, found in result.ways.items():
-        lines += ["", *_rankings(f"with windows of {way}", found)]
+    for way, agreed in result.ways.items():
+        lines += ["", *_rankings(f"with windows of {way}", agreed)]
     for healing in dict.fromkeys(cell.healing for cell in result.cells):
-        lines += ["", *_crossed([c for c in result.cells if c.healing == healing])]
+        lines += ["", *_crossed([cell for cell in result.cells if cell.healing == healing])]
     cell = result.cells[0]
     over = _error(cell.windows, cell.texts).over
-    lines += ["", f"standard errors over {over} (of {cell.text})"]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", f"standard errors over {over} (of {cell.text})"])
 
 
-def _rankings(head: str, found: Sequence[Ranked]) -> list[str]:
+def _rankings(head: str, agreed: Sequence[Ranked]) -> list[str]:
     lines = [f"{head:<40}{'layers in common':>22}{'rank correlation (95%)':>30}"]
-    for a in found:
-        pair = f"{a.first}, its halves" if a.first == a.second else f"{a.first}, {a.second}"
+    for a in agreed:
+        pair = f"{a.first}, {'its halves' if a.first == a.second else a.second}"
         pair = a.first if a.first == a.second and head != "rankings" else pair
         low, high = a.shared_interval
         shared = f"{a.shared} of {a.n} ({low:.0f} to {high:.0f})"
@@ -324,21 +307,21 @@ def _rankings(head: str, found: Sequence[Ranked]) -> list[str]:
 
 
 def _crossed(cells: Sequence[Crossed]) -> list[str]:
-    texts, healing = list(dict.fromkeys(c.text for c in cells)), cells[0].healing
-    name = "pruned" if healing == RAW else healing
-    lines = [f"{'chosen on':<24}" + "".join(f"{text:>22}" for text in texts)]
+    name = "pruned" if cells[0].healing == RAW else cells[0].healing
+    lines = [
+        f"{'chosen on':<24}" + "".join(f"{t:>22}" for t in dict.fromkeys(c.text for c in cells))
+    ]
     for title, cell in (
-        (f"{name}: perplexity", lambda cell: _short(cell.perplexity)),
+        (f"{name}: perplexity", lambda c: _short(c.perplexity)),
         (f"{name}: nats a token more than by the text's own choice (standard error)", _excess),
     ):
         lines.append(title)
         for choice in dict.fromkeys(c.choice for c in cells):
-            row = {c.text: cell(c) for c in cells if c.choice == choice}
-            lines.append(f"  {choice:<22}" + "".join(f"{row[text]:>22}" for text in texts))
+            row = "".join(f"{cell(c):>22}" for c in cells if c.choice == choice)
+            lines.append(f"  {choice:<22}{row}")
     return lines
 
 
 def _excess(cell: Crossed) -> str:
-    if cell.choice == cell.text:
-        return "own"
-    return f"{cell.excess:+.3f} ({cell.excess_error:.3f})"
+    own = cell.choice == cell.text
+    return "own" if own else f"{cell.excess:+.3f} ({cell.excess_error:.3f})"

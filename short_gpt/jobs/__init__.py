@@ -11,10 +11,26 @@ from typing import TYPE_CHECKING
 from llama.lazy import lazy
 
 if TYPE_CHECKING:
-    from short_gpt.jobs.calibrating import MIX, Apart, Calibrated, Crossed, calibrate
-    from short_gpt.jobs.calibration import Kinds, Ranked, Readings, calibrate_checkpoint
-    from short_gpt.jobs.calibration_rankings import WindowScores, agreement
-    from short_gpt.jobs.cases import Cases, LoraSettings, Shares
+    from short_gpt.jobs.calibration import (
+        MIX,
+        Apart,
+        Calibrated,
+        Crossed,
+        WindowScores,
+        agreement,
+        calibrate,
+        calibrate_checkpoint,
+    )
+    from short_gpt.jobs.cases import (
+        Agreement,
+        Cases,
+        Kinds,
+        LoraSettings,
+        Ranked,
+        Readings,
+        Row,
+        Shares,
+    )
     from short_gpt.jobs.choice import Chosen, chosen
     from short_gpt.jobs.choice_settings import Answer, Choice, Paper, PerplexityLimit, Written
     from short_gpt.jobs.comparing import Compared, Comparison, compare
@@ -26,18 +42,18 @@ if TYPE_CHECKING:
     from short_gpt.jobs.healing_settings import Distilling, Learned, Settings
     from short_gpt.jobs.inputs import Cut, DemoRun, Reading, Running, Tasks, TextSource
     from short_gpt.jobs.pruning import Pruned, prune, prune_by
-    from short_gpt.jobs.published import (
+    from short_gpt.jobs.ranking import Ranking, rank
+    from short_gpt.jobs.reproduction import (
         Pair,
         PaperComparison,
         PaperOrder,
+        Reproduced,
         bear_out,
         compare_with_paper,
         identify,
         published_scores,
+        reproduce,
     )
-    from short_gpt.jobs.ranking import Ranking, rank
-    from short_gpt.jobs.reproduction import Reproduced, reproduce
-    from short_gpt.jobs.rows import Agreement, Row
     from short_gpt.jobs.saving import Saving
     from short_gpt.jobs.scores import Scores, read_scores
     from short_gpt.wrappers.options import OpenOptions

@@ -1,112 +1,400 @@
-"""Several texts by their names: which layers each would remove, and what that costs on all."""
+"""Several texts: the layers that each would remove, and what each choice costs on all texts.
+
+Shapes: W windows, K ranked things (layers, or starts of blocks), L layers, R resamples.
+"""
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
+from itertools import combinations, zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import NamedTuple
+
+import numpy as np
+import torch
 
 from llama.io.files import check_writable
-from short_gpt.jobs.inputs import Cut, TextSource, at_least, check_model, listed, whole_numbers
-from short_gpt.jobs.rows import Windows
+from llama.io.json_files import JsonObject
+from llama.ranks import several_ranks
+from short_gpt.data import check_disjoint, hold_out, without_overlap
+from short_gpt.data.windows import text_of
+from short_gpt.evaluation import Perplexity, difference, together
+from short_gpt.jobs.cases import RAW, REFIT, Kinds, Ranked, Readings, Windows
+from short_gpt.jobs.comparing import Cells, pruned_losses, windows_digest
+from short_gpt.jobs.inputs import Cut, check_model, listed
 from short_gpt.jobs.saving import Saving, interruptible
+from short_gpt.models.numbering import check_count
 from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.runtime.settings import CHOOSE, READ, setting
+from short_gpt.runtime.progress import bar
+from short_gpt.runtime.state import StateFile, joined
+from short_gpt.scoring.metrics import LEAST_DEGREES, student_t
+from short_gpt.scoring.moments import degrees_of_freedom
+from short_gpt.wrappers.opening import open_model
 from short_gpt.wrappers.options import OpenOptions
+from short_gpt.wrappers.scored_model import ScoredModel
+from short_gpt.wrappers.short_model import ShortModel
 
-if TYPE_CHECKING:
-    from short_gpt.jobs.calibrating import Apart, Calibrated
-    from short_gpt.wrappers.short_model import ShortModel
-
+HEALINGS, METHODS = (RAW, REFIT), ("bi", "relative_magnitude", "angular")
+MIX = "mix"  # the name of the choice by all texts
+RESAMPLES = 1000
 SPARE = 4  # windows cut for one that is judged, as some may share text with those that rank
 
 
-@dataclass(frozen=True)
-class Kinds(TextSource):
-    """Texts of several kinds.
+class Apart(NamedTuple):
+    """Windows of one text: those that choose layers and fit refits, and those to judge by."""
 
-    Args:
-        data: two texts or more with commas between, of different kinds, such as books, questions
-            and code: local files or folders, data sets of the hub, or pg19.
+    ranking: Windows
+    judged: Windows
+
+
+class WindowScores(NamedTuple):
+    """The scores of every window of one text; a mean over windows ranks.
+
+    Attributes:
+        layers: original numbers.
+        method: bi, relative_magnitude or angular.
+        n: layers to remove; for angular also the length of the blocks that are ranked.
+        sums: of every window, (W, K): over tokens for a score of layers, distances for angular.
+        weights: what the sums are divided by, (W,): tokens, or 1 for angular.
+        texts: numbers of the documents that the windows are of; None where that is not known.
     """
 
-    def each(self) -> dict[str, TextSource]:
-        """Every text's source by its name: that of the file or folder, without its ending.
-
-        Raises:
-            ShortGPTError: fewer than two, or two of one name.
-        """
-        names = listed(self.data)
-        found: dict[str, TextSource] = {
-            Path(name).stem or name: replace(self, data=name) for name in names
-        }
-        if len(names) < 2 or len(found) < len(names):
-            raise ShortGPTError(
-                f"`data` {self.data}: expected two texts or more with commas between, of different "
-                "names"
-            )
-        return found
-
-
-@dataclass(frozen=True)
-class Readings:
-    """How the texts are cut into windows.
-
-    Args:
-        sizes: tokens in a window; of several, as in 512,1024, the first chooses and judges, and
-            the rankings at the others are compared with it.
-        bos: first, every, or both with a comma: the first of them chooses and judges; if not
-            given, every for Gemma, else first.
-        max_windows: windows of each text to rank on, and to fit a refit on.
-        eval_windows: windows of each text to judge by, which share nothing with those.
-        seed: of the choice of texts and windows.
-    """
-
-    HEADING: ClassVar = READ
-
-    sizes: object = setting((1024,), value="N,N")
-    bos: str | None = None
-    max_windows: int = 12
-    eval_windows: int = 12
-    seed: int = 0
+    layers: list[int]
+    method: str
+    n: int
+    sums: list[list[float]]
+    weights: list[float]
+    texts: list[int | None]
 
     @property
-    def numbers(self) -> list[int]:
-        """The sizes; raises ShortGPTError for what is none."""
-        return whole_numbers(self.sizes, "sizes", "512,1024")
+    def means(self) -> np.ndarray:
+        """Of all windows, (K,)."""
+        return np.asarray(self.sums).sum(0) / np.sum(self.weights)
 
-    def cuts(self, bos: str = "first") -> dict[str, Cut]:
-        """Every way of cutting by its name, the one that chooses and judges first."""
-        places = listed(self.bos) if self.bos is not None else [bos]
-        return {
-            f"{size} tokens, bos {place}": Cut(size, seed=self.seed, bos=place)
-            for place in places
-            for size in self.numbers
-        }
+    @property
+    def chosen(self) -> list[int]:
+        """The layers to remove, ascending."""
+        return np.asarray(self.layers)[self.members(self.means[None])[0]].tolist()
 
-    def check(self) -> None:
-        """Raises ShortGPTError for a number out of range, before a text is read."""
-        for cut in self.cuts().values():
-            cut.check()
-        at_least(2, max_windows=self.max_windows, eval_windows=self.eval_windows)
+    def members(self, means: np.ndarray) -> np.ndarray:
+        """Which layers means choose: (R, K) to (R, L) of True and False; ties to the lower."""
+        blocks, length = (1, self.n) if self.method == "angular" else (self.n, 1)
+        starts = means.argsort(-1, kind="stable")[:, :blocks, None]
+        chosen = (starts + np.arange(length)).reshape(len(means), -1)  # (R, n)
+        members = np.zeros((len(means), len(self.layers)), dtype=bool)
+        np.put_along_axis(members, chosen, True, axis=1)
+        return members
+
+    def half(self, which: int) -> WindowScores:
+        """Every second window, from the first on or from the second."""
+        sums, weights, texts = self.sums[which::2], self.weights[which::2], self.texts[which::2]
+        return self._replace(sums=sums, weights=weights, texts=texts)
+
+    def _units(self) -> tuple[np.ndarray, np.ndarray]:
+        """Sums (G, K) and weights (G,) of what is drawn: documents if several, else windows."""
+        several = None not in self.texts and len({*self.texts}) > 1
+        keys = np.array(self.texts if several else range(len(self.texts)))
+        sums, weights = np.asarray(self.sums), np.asarray(self.weights)
+        units = [keys == key for key in np.unique(keys)]
+        return np.stack([sums[u].sum(0) for u in units]), np.stack(
+            [weights[u].sum() for u in units]
+        )
+
+    def resampled(self, seed: int) -> np.ndarray:
+        """Means of windows, or documents, drawn anew, (R, K)."""
+        sums, weights = self._units()
+        drawn = np.random.default_rng(seed).integers(len(sums), size=(RESAMPLES, len(sums)))
+        return sums[drawn].sum(1) / weights[drawn].sum(1)[:, None]
+
+    @property
+    def degrees(self) -> float:
+        """Of freedom, of the windows or documents that are drawn."""
+        return degrees_of_freedom(torch.tensor(self._units()[1]))
 
 
-@dataclass(frozen=True)
-class Ranked:
-    """What is chosen on each text.
+def score_windows(
+    short: ScoredModel, windows: Windows, n: int, *, method: str = "bi", progress: bool = True
+) -> WindowScores:
+    """Scores of every window of one text by itself; raises ShortGPTError as `hooks.score`."""
+    if method not in METHODS:
+        raise ShortGPTError(f"no calibration by {method!r}; expected one of {', '.join(METHODS)}")
+    scores, angular = WindowScores([*short.kept], method, n, [], [], []), method == "angular"
+    with bar("scoring", total=len(windows), unit="window", show=progress) as shown:
+        for window in windows:
+            one = short.score([window])
+            by_layer = one.influence if method == "bi" else one.metric("magnitude")  # (1, L)
+            own = one.angles[0].double().diagonal(n) if angular else by_layer[0].double()
+            scores.sums.append(own.tolist())
+            scores.weights.append(1.0 if angular else float(one.tokens[0]))
+            scores.texts.append(text_of(window))
+            shown.update()
+    return scores
 
-    Args:
-        n: how many layers to remove.
-        method: bi, relative_magnitude or angular.
-        healing: raw, refit or both with a comma.
+
+class Agreement(NamedTuple):
+    """How far two rankings agree; 95% intervals by drawing the windows of both anew.
+
+    Attributes:
+        first: name of a text.
+        second: name of another; the same for the two halves of one.
+        shared: layers that both would remove.
+        n: layers that each removes.
+        shared_interval: of ``shared``.
+        correlation: Spearman's, of all layers (or starts of blocks), in [-1, 1].
+        interval: of ``correlation``.
     """
 
-    HEADING: ClassVar = CHOOSE
+    first: str
+    second: str
+    shared: int
+    n: int
+    shared_interval: tuple[float, float]
+    correlation: float
+    interval: tuple[float, float]
 
-    n: int | None = None
-    method: str = "bi"
-    healing: str = setting("raw,refit", value="A,B")
+
+def agreement(names: tuple[str, str], first: WindowScores, second: WindowScores) -> Agreement:
+    """How far two rankings by the same method agree."""
+    drawn = first.resampled(0), second.resampled(1)  # different seeds: drawn independently
+    value = float(correlations(first.means[None], second.means[None])[0])
+    shared = (first.members(drawn[0]) & second.members(drawn[1])).sum(1)
+    low, high = np.quantile(shared, (0.025, 0.975))
+    return Agreement(
+        *names,
+        shared=len({*first.chosen} & {*second.chosen}),
+        n=first.n,
+        shared_interval=(float(low), float(high)),
+        correlation=value,
+        interval=reach(value, correlations(*drawn), min(first.degrees, second.degrees)),
+    )
+
+
+def correlations(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Spearman's rank correlation of rows: (R, K) and (R, K) to (R,); ties in their order."""
+    ranks = [values.argsort(-1).argsort(-1).astype(float) for values in (first, second)]
+    a, b = (r - r.mean(-1, keepdims=True) for r in ranks)
+    return (a * b).sum(-1) / np.sqrt((a * a).sum(-1) * (b * b).sum(-1))
+
+
+def reach(value: float, drawn: np.ndarray, degrees: float) -> tuple[float, float]:
+    """The 95% interval of a rank correlation from resamples.
+
+    Noise in both rankings lowers their correlation, and drawing anew lowers it once more. So the
+    lower end is that of the resamples, and the upper one at least as far above ``value`` as that
+    lies below; both are stretched as Student's t is over a normal distribution.
+    """
+    if degrees < LEAST_DEGREES:
+        return -1.0, 1.0
+    stretch = student_t(0.975, degrees) / student_t(0.975, 10**6)
+    stretch *= math.sqrt((degrees + 1) / degrees)
+    low, high = (value + stretch * (np.quantile(drawn, q) - value) for q in (0.025, 0.975))
+    upper = max(float(high), 2 * value - float(low), value)
+    return max(-1.0, min(float(low), value)), min(1.0, upper)
+
+
+class Crossed(NamedTuple):
+    """One choice on one text.
+
+    Attributes:
+        choice: the text that chose the layers and that a refit was fitted on; or `MIX`.
+        text: that it is judged on.
+        healing: raw or refit.
+        layers: removed.
+        perplexity: on the text.
+        nats: mean loss less that of the original model, paired over the windows.
+        standard_error: of ``nats``.
+        excess: mean loss less that with the text's own choice, healed the same way.
+        excess_error: standard error of ``excess``.
+        excess_most: the upper end of the excess, one-sided 95%; infinite where it is not known.
+        windows: that the errors are over.
+        texts: of the windows; see `evaluation.Difference`.
+    """
+
+    choice: str
+    text: str
+    healing: str
+    layers: list[int]
+    perplexity: float
+    nats: float
+    standard_error: float
+    excess: float
+    excess_error: float
+    excess_most: float
+    windows: int
+    texts: int | None
+
+
+class Calibrated(NamedTuple):
+    """What `calibrate` gives.
+
+    Attributes:
+        n: layers that each choice removes.
+        method: that chose them.
+        choices: layers by text, and by all texts together (`MIX`).
+        agreement: of all pairs of texts; of one with itself, of two halves of its windows.
+        ways: for windows cut another way, by its name, of each text with itself cut as above.
+        cells: every choice on every text.
+        state: holds what was measured, to be cleared once the result is safe.
+    """
+
+    n: int
+    method: str
+    choices: Mapping[str, list[int]]
+    agreement: list[Agreement]
+    ways: Mapping[str, list[Agreement]]
+    cells: list[Crossed]
+    state: StateFile | None = None
+
+    def to_dict(self) -> dict[str, object]:
+        """All but the state, ready for JSON, which has no number for an error of one window."""
+        content = self._asdict() | {"agreement": [own._asdict() for own in self.agreement]}
+        content["ways"] = {way: [a._asdict() for a in own] for way, own in self.ways.items()}
+        content["cells"] = [
+            {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row}
+            for row in (cell._asdict().items() for cell in self.cells)
+        ]
+        del content["state"]
+        return content
+
+
+def calibrate(
+    short: ShortModel,
+    texts: Mapping[str, Apart],
+    n: int,
+    *,
+    method: str = "bi",
+    healings: Sequence[str] = HEALINGS,
+    ways: Mapping[str, Mapping[str, Windows]] | None = None,
+    state: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> Calibrated:
+    """Ranks on each text, and judges each text's choice of layers on all texts.
+
+    One choice more is made by all texts together, each of the same weight, and refitted on windows
+    of all, as many as one text has.
+
+    Args:
+        short: the original model; it is left as it was.
+        texts: at least two, of different kinds, by their names.
+        n: layers to remove.
+        method: bi, relative_magnitude or angular.
+        healings: raw, refit or both.
+        ways: windows to rank on that were cut another way, by its name and the text's.
+        state: file that the run is saved in, to be continued, until ``result.state.clear()``.
+        progress: whether to show bars.
+
+    Raises:
+        ShortGPTError: a setting or text is refused, windows to rank on share text with those to
+            judge by, or the state is of another run.
+
+    Example:
+        >>> texts = {"novels": Apart(a, b), "code": Apart(c, d)}  # doctest: +SKIP
+        >>> calibrate(short, texts, 8).cells  # doctest: +SKIP
+    """
+    _check(short, texts, n, healings)
+    # in the order of the texts, in which the losses stand
+    read = [[name, *map(windows_digest, parts)] for name, parts in texts.items()]
+    saved = None if state is None else StateFile(state, joined(short.identity(), {"texts": read}))
+    run = _Run(short, texts, Cells(saved), progress)
+    scores = run.scores({name: parts.ranking for name, parts in texts.items()}, n, method)
+    other_ways = {way: run.scores(own, n, method, way) for way, own in (ways or {}).items()}
+    choices = {name: own.chosen for name, own in scores.items()} | {MIX: mixed(scores)}
+    halves = {a: (own.half(0), own.half(1)) for a, own in scores.items() if len(own.weights) > 1}
+    pairs = [agreement((a, a), *own) for a, own in halves.items()]
+    pairs += [agreement((a, b), scores[a], scores[b]) for a, b in combinations(scores, 2)]
+    by_way = {
+        way: [agreement((a, a), scores[a], b) for a, b in own.items()]
+        for way, own in other_ways.items()
+    }
+    cells = [cell for healing in healings for cell in run.crossed(choices, healing)]
+    return Calibrated(n, method, choices, pairs, by_way, cells, saved)
+
+
+def _check(short: ShortModel, texts: Mapping[str, Apart], n: int, healings: Sequence[str]) -> None:
+    if len(texts) < 2:
+        names = ", ".join(texts) or "none"
+        raise ShortGPTError(f"expected two texts or more, of different kinds, got {names}")
+    if MIX in texts:
+        raise ShortGPTError(f"{MIX} is the name of all texts together: give the text another name")
+    if odd := [healing for healing in healings or ["none"] if healing not in HEALINGS]:
+        raise ShortGPTError(f"healing {odd[0]}: expected some of {', '.join(HEALINGS)}")
+    check_count(n, len(short.kept))
+    short.check_whole()
+    for name, parts in texts.items():
+        if not parts.ranking or not parts.judged:
+            raise ShortGPTError(f"{name}: expected windows to rank on and others to judge by")
+    check_disjoint(*([w for parts in texts.values() for w in parts[i]] for i in (0, 1)))
+
+
+def mixed(scores: Mapping[str, WindowScores]) -> list[int]:
+    """The layers that all texts together choose, each of the same weight."""
+    means, first = [own.means.tolist() for own in scores.values()], next(iter(scores.values()))
+    return first._replace(sums=means, weights=[1.0] * len(means), texts=[None] * len(means)).chosen
+
+
+class _Run(NamedTuple):
+    """What is measured, every cell once."""
+
+    short: ShortModel
+    texts: Mapping[str, Apart]
+    cells: Cells
+    progress: bool
+
+    def scores(
+        self, windows: Mapping[str, Windows], n: int, method: str, way: str = ""
+    ) -> dict[str, WindowScores]:
+        """Scores of each text's windows; ``way`` is how they were cut, if not as the others."""
+        prefix = f"scores {method}" + (f" {n}" if method == "angular" else "")
+        scores = {}
+        for name, own in windows.items():
+
+            def measure(own: Windows = own) -> JsonObject:
+                return score_windows(
+                    self.short, own, n, method=method, progress=self.progress
+                )._asdict()
+
+            cell = f"{prefix} {name}" + (f" {way} {windows_digest(own)}" if way else "")
+            scores[name] = WindowScores(**{**self.cells.value(cell, measure), "n": n})
+        return scores
+
+    def crossed(self, choices: Mapping[str, list[int]], healing: str) -> list[Crossed]:
+        """Every choice on every text, healed one way; a refit is fitted on the text that chose."""
+        rankings = {name: parts.ranking for name, parts in self.texts.items()}
+        turns = [w for turn in zip_longest(*rankings.values()) for w in turn if w is not None]
+        rankings[MIX] = turns[: max(map(len, rankings.values()))]
+        original, healed = self._losses(f"{RAW} []", []), {}
+        with bar(healing, total=len(choices), unit="choice", show=self.progress) as shown:
+            for choice, layers in choices.items():
+                cell, fit_on = f"{healing} {sorted(layers)}", None
+                if healing == REFIT:
+                    cell, fit_on = f"{cell} {choice}", rankings[choice]
+                healed[choice] = self._losses(cell, layers, fit_on)
+                shown.update()
+        rows = []
+        for choice, by_text in healed.items():
+            for text, pruned in by_text.items():
+                cost = difference(original[text], pruned)
+                excess = difference(healed[text][text], pruned)
+                most = excess.nats + excess.error.reach(0.95, sides=1)
+                errors = (excess.standard_error, math.inf if math.isnan(most) else most)
+                errors = (0.0, 0.0) if choice == text else errors
+                what = (choice, text, healing, choices[choice], together(pruned).value)
+                costs, over = (cost.nats, cost.standard_error), (cost.windows, cost.texts)
+                rows.append(Crossed(*what, *costs, excess.nats, *errors, *over))
+        return rows
+
+    def _losses(
+        self, cell: str, layers: list[int], fit_on: Windows | None = None
+    ) -> dict[str, list[Perplexity]]:
+        """Losses of every text's windows without the layers."""
+        judged = [window for parts in self.texts.values() for window in parts.judged]
+        measure = partial(pruned_losses, self.short, layers, judged, fit_on=fit_on)
+        losses = iter(self.cells.losses(cell, measure))  # of all texts' windows, in their order
+        return {text: [next(losses) for _ in own.judged] for text, own in self.texts.items()}
 
 
 def calibrate_checkpoint(
@@ -126,90 +414,61 @@ def calibrate_checkpoint(
         model: Meta checkpoint directory, Hugging Face directory or hub id, or GGUF file.
         data: texts of different kinds, by their names with commas between.
         ranked: what each text chooses.
-        readings, opening: how texts are cut and the model opened.
+        readings: how texts are cut.
+        opening: how the model is opened.
         saving: where the run is saved, to be continued.
-
-    Raises:
-        OSError, ShortGPTError: the model, the texts or a setting.
-
-    Example:
-        >>> ranked = Ranked(8)
-        >>> calibrate_checkpoint("llama-2-7b", "a.txt,b.txt", ranked=ranked)  # doctest: +SKIP
     """
-    from llama.ranks import several_ranks
-    from short_gpt.jobs.calibrating import calibrate
-    from short_gpt.wrappers.opening import open_model
-
-    readings, opening = readings or Readings(), opening or OpenOptions()
-    kinds = Kinds(data) if isinstance(data, str) else data
+    readings, state = readings or Readings(), (saving or Saving()).state
     if several_ranks():
         raise ShortGPTError("calibrate runs on one rank; start it alone")
     if ranked.n is None:
         raise ShortGPTError("say how many layers to remove: `n`")
     readings.check()
-    state = (saving or Saving()).state
     if state is not None:
         check_writable(Path(state))
-    sources = kinds.each()
+    sources = (Kinds(data) if isinstance(data, str) else data).each()
     check_model(model, ranked.n)
-    found = {name: list(source.read()) for name, source in sources.items()}
-    short = open_model(model, opening, max_seq_len=max(readings.numbers))
-    texts, ways = windows_apart(short, found, readings)
+    documents = {name: list(source.read()) for name, source in sources.items()}
+    short = open_model(model, opening or OpenOptions(), max_seq_len=max(readings.numbers))
+    texts, ways = windows_apart(short, documents, readings)
+    run = partial(calibrate, short, texts, ranked.n, ways=ways, state=state)
     with interruptible():
-        return calibrate(
-            short,
-            texts,
-            ranked.n,
-            method=ranked.method,
-            healings=listed(ranked.healing),
-            ways=ways,
-            state=state,
-        )
+        return run(method=ranked.method, healings=listed(ranked.healing))
 
 
 def windows_apart(
-    short: ShortModel, found: Mapping[str, Sequence[str]], readings: Readings
+    short: ShortModel, documents: Mapping[str, Sequence[str]], readings: Readings
 ) -> tuple[dict[str, Apart], dict[str, dict[str, Windows]]]:
     """Windows of each text to rank on and to judge by, and those that are cut other ways.
-
-    Args:
-        short: encodes the texts.
-        found: documents of each text, by its name.
-        readings: how they are cut.
 
     Raises:
         ShortGPTError: a text is too short for windows of both kinds.
     """
-    from short_gpt.data.disjoint import hold_out, without_overlap
-    from short_gpt.jobs.calibrating import Apart
 
-    def windows(documents: Sequence[str], cut: Cut, limit: int) -> Windows:
-        return list(replace(cut, max_windows=limit).windows(documents, short.encode, short.bos))
+    def windows(texts: Sequence[str], cut: Cut, limit: int) -> Windows:
+        return list(replace(cut, max_windows=limit).windows(texts, short.encode, short.bos))
 
-    # documents to rank on and others to judge by; of one alone, that itself twice
-    halves = {
+    # documents to rank on and others to judge by; a single one is both
+    parts = {
         name: (own, own) if len(own) < 2 else hold_out(own, share=0.5, seed=readings.seed)
-        for name, own in found.items()
+        for name, own in documents.items()
     }
     (_, cut), *others = readings.cuts(short.bos).items()
     few, held = readings.max_windows, readings.eval_windows
-    ranking = {name: windows(half, cut, few) for name, (half, _) in halves.items()}
+    ranking = {name: windows(own, cut, few) for name, (own, _) in parts.items()}
     ranked_on = [window for own in ranking.values() for window in own]
     texts = {}
-    for name, (half, other) in halves.items():
-        limit = SPARE * held + (few if other is half else 0)
+    for name, (own, other) in parts.items():
+        limit = SPARE * held + (few if other is own else 0)
         judged, _ = without_overlap(windows(other, cut, limit), ranked_on)
         if not judged:
             raise ShortGPTError(
-                f"{name}: nothing is left to judge by, of which nothing is ranked on; give more "
-                "text, or a smaller size"
+                f"{name}: every other window shares text with those that rank, so none is there "
+                "to judge by; give more text, or a smaller size"
             )
         texts[name] = Apart(ranking[name], judged[:held])
-    ways = {
-        way: {
-            name: windows(half, other, max(2, few * cut.size // other.size))
-            for name, (half, _) in halves.items()
-        }
-        for way, other in others
-    }
+    ways = {}
+    for way, other_cut in others:
+        limit = max(2, few * cut.size // other_cut.size)
+        ways[way] = {name: windows(own, other_cut, limit) for name, (own, _) in parts.items()}
     return texts, ways

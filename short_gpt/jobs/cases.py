@@ -1,13 +1,13 @@
-"""What a comparison compares: methods, numbers of layers, healings, and on how many windows."""
+"""Settings of `compare` and `calibrate`, and the rows of a comparison; needs no torch."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, ClassVar
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, TypedDict
 
-from short_gpt.jobs.inputs import Cut, at_least, listed, whole_numbers
-from short_gpt.jobs.rows import RAW, TRAINED, check_healing
+from short_gpt.jobs.inputs import Cut, TextSource, at_least, listed, whole_numbers
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.settings import CHOOSE, READ, Needs, Values, setting
 
@@ -15,21 +15,71 @@ if TYPE_CHECKING:
     from short_gpt.healing.recipe import ModelConfig, Recipe
     from short_gpt.wrappers.scored_model import ScoredModel
 
-Windows = list[list[int]]
-DEFAULT_METHODS = (
-    "bi",
-    "angular",
-    "deepest",
-    "relative_magnitude",
-    "perplexity",
-    "sleb",
-    "reverse",
-    "random",
-)
+Windows = Sequence[Sequence[int]]
+RAW, PATCHED, REFIT, LORA, DISTILL = "raw", "patched", "refit", "lora", "distill"
+HEALINGS = (RAW, PATCHED, REFIT, LORA, DISTILL)
+REMOVED_HEALINGS = ("linearpatch", "ghosted")
+TRAINED = (LORA, DISTILL)  # these take far longer than all others
+DEFAULT_METHODS: tuple[str, ...] = ("bi", "angular", "deepest", "relative_magnitude")
+DEFAULT_METHODS += ("perplexity", "sleb", "reverse", "random")
 
 
-def _names(given: object) -> list[str]:
-    return listed(given) if isinstance(given, str) else list(given)  # type: ignore[call-overload]
+@dataclass(frozen=True)
+class Row:
+    """One model of the comparison.
+
+    Attributes:
+        method: that chose the layers.
+        seed: of the random method; None for all others.
+        n: layers removed.
+        healing: raw, patched, refit, lora or distill.
+        layers: removed, original numbers.
+        perplexity: on the evaluation text.
+        nats: mean loss minus that of the original model, paired over the windows.
+        standard_error: of ``nats``; 0 for the original model.
+        gain: mean loss minus that of the raw model; None for a raw one.
+        gain_error: standard error of ``gain``.
+        parameters: of the model without the layers.
+        megabytes: of its weights.
+        tokens_per_second: greedy generation with the cache, one sequence.
+        windows: that the errors are over.
+        texts: of the windows; see `evaluation.Difference`.
+    """
+
+    method: str
+    seed: int | None
+    n: int
+    healing: str
+    layers: list[int]
+    perplexity: float
+    nats: float
+    standard_error: float
+    gain: float | None
+    gain_error: float | None
+    parameters: int
+    megabytes: float
+    tokens_per_second: float
+    windows: int = 0
+    texts: int | None = None
+
+
+class Agreement(TypedDict):
+    """How far cheap rankings agree with the greedy search, on the same windows.
+
+    Attributes:
+        n: layers that each method removes.
+        overlap: for each pair of methods, as in "bi, sleb", the share of the n layers in common.
+        rank_correlation_of_bi_with_loss: Spearman's, of Block Influence with the loss without each
+            layer alone, over the layers that the search tries first, in [-1, 1].
+    """
+
+    n: int
+    overlap: dict[str, float]
+    rank_correlation_of_bi_with_loss: float
+
+
+def _names(names: object) -> list[str]:
+    return listed(names) if isinstance(names, str) else list(names)  # type: ignore[call-overload]
 
 
 def _searches(values: Values) -> bool:
@@ -42,15 +92,12 @@ TRAINING = Needs(
     "lora or distill in `healing`", lambda v: bool({*TRAINED} & {*_names(v["healing"])})
 )
 RANDOM = Needs("random in `methods`", lambda v: "random" in _names(v["methods"]))
-SEARCHES = Needs(
-    "perplexity or sleb in `methods`",
-    _searches,
-)
+SEARCHES = Needs("perplexity or sleb in `methods`", _searches)
 
 
 @dataclass(frozen=True)
 class Cases:
-    """What stands side by side: every method x number of layers x healing.
+    """What is compared: every method x number of layers x healing.
 
     Args:
         methods: names as of the method of rank, with commas between.
@@ -58,11 +105,11 @@ class Cases:
         healings: of raw, patched, refit, lora and distill, with commas between.
         seeds: random sets for every number of layers.
         search_windows: of the windows of data, how many the searches by loss read.
-        lora_only: what to heal by lora or distill, which take far longer than all the rest, as in
+        lora_only: what to heal by lora or distill, which take far longer than the others, as in
             bi:8,angular:8; all if not given.
 
     Raises:
-        ShortGPTError: a name is unknown or named twice, a number is no whole one of at least 1.
+        ShortGPTError: a name is unknown or named twice, or a number is not whole and at least 1.
 
     Example:
         >>> Cases("bi, sleb", 2).names
@@ -85,7 +132,7 @@ class Cases:
 
     @property
     def numbers(self) -> list[int]:
-        """The numbers of layers; raises ShortGPTError for what is none."""
+        """The numbers of layers."""
         numbers = whole_numbers(self.counts, "counts", "2,4,8")
         if min(numbers) < 1:
             raise ShortGPTError(f"expected whole numbers as in `counts` 2,4,8, got {self.counts!r}")
@@ -98,11 +145,7 @@ class Cases:
 
     @property
     def pairs(self) -> list[tuple[str, int]] | None:
-        """Methods and numbers to heal by lora or distill; None is all.
-
-        Raises:
-            ShortGPTError: one is not among the cases, or neither healing is.
-        """
+        """Methods and numbers to heal by lora or distill; None is all."""
         if self.lora_only is None:
             return None
         if not {*TRAINED} & {*self.heals}:
@@ -119,20 +162,27 @@ class Cases:
 
     def __post_init__(self) -> None:
         for name in self.heals:
-            check_healing(name)
+            _check_healing(name)
         if self.methods is not DEFAULT_METHODS:  # which are known to be right, without an import
             from short_gpt.selection.methods import check_method
 
             for name in self.names:
                 check_method(name)
-        each: dict[str, Sequence[object]] = {"methods": self.names, "counts": self.numbers}
-        for name, values in {**each, "healing": self.heals}.items():
-            if not values or len(set(values)) < len(values):
+        lists = {"methods": self.names, "counts": self.numbers, "healing": self.heals}
+        for name, values in lists.items():
+            if not values or len({*values}) < len(values):  # type: ignore[misc, arg-type]
                 raise ShortGPTError(f"{name} = {values}: expected at least one, and each once")
         for name in ("seeds", "search_windows"):
             if type(value := getattr(self, name)) is not int or value < 1:
                 raise ShortGPTError(f"{name} = {value!r}: expected whole numbers of at least 1")
         _ = self.pairs  # refuses what it cannot read
+
+
+def _check_healing(name: str) -> None:
+    if name in REMOVED_HEALINGS:
+        raise ShortGPTError(f"the healing {name} was removed: use refit, which restores more")
+    if name not in HEALINGS:
+        raise ShortGPTError(f"no healing {name!r}; expected some of {', '.join(HEALINGS)}")
 
 
 @dataclass(frozen=True)
@@ -162,7 +212,7 @@ class Shares:
         Cut(self.size, bos=self.bos).check()
         at_least(1, max_windows=self.max_windows, eval_windows=self.eval_windows)
 
-    def cut(self, short: ScoredModel, texts: Sequence[str], limit: int) -> Windows:
+    def cut(self, short: ScoredModel, texts: Sequence[str], limit: int) -> list[list[int]]:
         """Windows of texts in random order."""
         cut = Cut(self.size, limit, self.seed, bos=self.bos)
         return list(cut.windows(texts, short.encode, short.bos))
@@ -207,3 +257,90 @@ class LoraSettings:
         if self.steps is not None:
             changes["warmup"] = min(100, self.steps // 10)
         return changes
+
+
+# What calibrate reads and chooses
+
+
+@dataclass(frozen=True)
+class Kinds(TextSource):
+    """Texts of several kinds.
+
+    Args:
+        data: two texts or more with commas between, of different kinds, such as books, questions
+            and code: local files or folders, data sets of the hub, or pg19.
+    """
+
+    data: str = setting(None, value="TEXTS")
+
+    def each(self) -> dict[str, TextSource]:
+        """Every text's source by its name: that of the file or folder, without its ending."""
+        names = listed(self.data or "")
+        sources: dict[str, TextSource] = {
+            Path(name).stem or name: replace(self, data=name) for name in names
+        }
+        if len(sources) < max(2, len(names)):
+            raise ShortGPTError(
+                f"`data` {self.data or 'is missing'}: expected two texts or more with commas "
+                "between, of different names, such as novels/,questions.txt,code.txt"
+            )
+        return sources
+
+
+@dataclass(frozen=True)
+class Readings:
+    """How the texts are cut into windows.
+
+    Args:
+        sizes: tokens in a window; of several, as in 512,1024, the first chooses and judges, and
+            the rankings at the others are compared with it.
+        bos: first, every, or both with a comma: the first of them chooses and judges; if not
+            given, every for Gemma, else first.
+        max_windows: windows of each text to rank on, and to fit a refit on.
+        eval_windows: windows of each text to judge by, which share nothing with those.
+        seed: of the choice of texts and windows.
+    """
+
+    HEADING: ClassVar = READ
+
+    sizes: object = setting((1024,), value="N,N")
+    bos: str | None = None
+    max_windows: int = 12
+    eval_windows: int = 12
+    seed: int = 0
+
+    @property
+    def numbers(self) -> list[int]:
+        """The sizes."""
+        return whole_numbers(self.sizes, "sizes", "512,1024")
+
+    def cuts(self, bos: str = "first") -> dict[str, Cut]:
+        """Every way of cutting by its name, the one that chooses and judges first."""
+        return {
+            f"{size} tokens, bos {where}": Cut(size, seed=self.seed, bos=where)
+            for where in listed(self.bos or bos)
+            for size in self.numbers
+        }
+
+    def check(self) -> None:
+        """Raises ShortGPTError for a number out of range, before a text is read."""
+        for cut in self.cuts().values():
+            cut.check()
+        at_least(2, max_windows=self.max_windows, eval_windows=self.eval_windows)
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """What is chosen on each text.
+
+    Args:
+        n: how many layers to remove.
+        method: bi, relative_magnitude or angular.
+        healing: raw, refit or both with a comma.
+    """
+
+    HEADING: ClassVar = CHOOSE
+
+    n: int | None = None
+    method: str = "bi"
+    healing: str = setting("raw,refit", value="A,B")

@@ -1,55 +1,145 @@
-"""Methods against each other on one model: what each removal costs, and what healing brings back.
+"""Methods compared on one model: what each removal costs, and what healing restores.
 
-Everything is measured once: scores come from one pass, a search's list holds those of all smaller
-numbers, and a set of layers that several methods choose is healed and evaluated once.
+Everything is measured once: scores come from one pass, the list of a search holds those of all
+smaller numbers, and a set of layers that several methods choose is healed and evaluated once.
 """
 
 from __future__ import annotations
 
 import os
+import statistics
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import combinations
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 
 from llama.io.json_files import JsonObject
 from short_gpt.data.disjoint import check_disjoint
-from short_gpt.evaluation.paired import difference, losses, together
-from short_gpt.evaluation.perplexity import Perplexity
-from short_gpt.evaluation.tasks import TaskRun, TaskSuite, task_changes
+from short_gpt.evaluation import Perplexity, TaskSuite, difference, losses, together
+from short_gpt.evaluation.sampling import Sample
+from short_gpt.evaluation.tasks import TaskRun, task_changes
 from short_gpt.healing import PatchSettings, RefitSettings, refit
-from short_gpt.jobs.cases import Cases
-from short_gpt.jobs.cells import Cells, size_without, tokens_per_second
-from short_gpt.jobs.rows import (
-    DISTILL,
-    LORA,
-    PATCHED,
-    RAW,
-    REFIT,
-    TRAINED,
-    Agreement,
-    Row,
-    Windows,
-)
+from short_gpt.jobs.cases import PATCHED, RAW, REFIT, TRAINED, Agreement, Cases, Row, Windows
 from short_gpt.models.numbering import check_count
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import bar
 from short_gpt.runtime.state import StateFile, joined
-from short_gpt.scoring.importance import Importance
-from short_gpt.scoring.metrics import spearman
+from short_gpt.scoring import Importance, spearman
 from short_gpt.selection.methods import BY_LOSS, check_method, choose
 from short_gpt.selection.search import Search
 from short_gpt.wrappers.short_model import ShortModel
 
-# by whose token ids a tokenizer is known: letters of several scripts, digits, signs and spaces
+# tokenizers are told apart by its ids: letters of several scripts, digits, signs and spaces
 PROBE = "".join(map(chr, [*range(32, 127), *range(161, 1424), *range(8192, 8448)]))
 PROBE += " 1,234,567 ordinary words; naturally, unbelievable internationalization.\n\n"
 Heal = Callable[[list[int]], list[Perplexity]]
 Case = tuple[str, int | None, int]  # method, seed of a random one, number of layers
+T = TypeVar("T")
+
+
+class Cells:
+    """Values by name, saved as soon as they are measured.
+
+    A cell is a set of layers removed, healed one way and judged on one text; or scores, a search.
+
+    Args:
+        state: the file to continue from and to save in; None keeps values in memory.
+    """
+
+    def __init__(self, state: StateFile | None = None) -> None:
+        self._state = state
+        self._values: JsonObject = ((state and state.content) or {}).get("cells", {})
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._values
+
+    def value(self, name: str, measure: Callable[[], T]) -> T:
+        """The cell's value, ready for JSON; ``measure`` is called if there is none yet."""
+        if name not in self._values:
+            self._values[name] = measure()
+            if self._state is not None:
+                self._state.save({"cells": self._values})
+        return self._values[name]
+
+    def losses(self, name: str, measure: Callable[[], list[Perplexity]]) -> list[Perplexity]:
+        """Losses of windows, each as ``[nats, tokens, windows, text]`` in the file."""
+
+        def rows() -> list[tuple[float, int, int, int | None]]:
+            samples = [(p, p.samples[0].text if p.samples else None) for p in measure()]
+            return [(p.nats, p.tokens, p.windows, text) for p, text in samples]
+
+        return [  # older files lack the text's number
+            Perplexity(nats, tokens, windows, (Sample(text[0] if text else None, nats, tokens),))
+            for nats, tokens, windows, *text in self.value(name, rows)
+        ]
+
+    def inner(self, name: str) -> StateFile | None:
+        """A state file for a long measurement inside this experiment; None where none is kept."""
+        return None if self._state is None else self._state.part(name)
+
+
+def windows_digest(windows: Windows) -> str:
+    """What tells windows from others."""
+    return json_digest([list(window) for window in windows])
+
+
+def pruned_losses(
+    short: ShortModel,
+    layers: list[int],
+    evaluation: Windows,
+    *,
+    fit_on: Windows | None = None,
+    settings: RefitSettings | None = None,
+    progress: bool = False,
+) -> list[Perplexity]:
+    """Losses of windows without some layers; the model is afterwards as it was.
+
+    Args:
+        short: the original model.
+        layers: to leave out, original numbers.
+        evaluation: windows of token ids.
+        fit_on: windows of a refit with these settings; None heals nothing.
+    """
+    fitted = None
+    if fit_on is not None:
+        fitted = refit.fit(short, layers, fit_on, settings=settings, progress=progress)
+    with ExitStack() as stack:
+        stack.enter_context(short.without_layers(layers))
+        if fitted is not None:
+            stack.callback(refit.fold(short, fitted))
+        return losses(short.decoder, evaluation, progress=False)
+
+
+def size_without(short: ShortModel, layers: Sequence[int]) -> tuple[int, int]:
+    """Parameters and bytes of the model without some layers; tied ones count once."""
+    removed = [short.decoder.layers[short.kept.index(number)] for number in layers]
+    excluded = {id(p) for layer in removed for p in layer.parameters()}
+    kept = {id(p): p for p in short.decoder.module.parameters() if id(p) not in excluded}.values()
+    return sum(p.numel() for p in kept), sum(p.numel() * p.element_size() for p in kept)
+
+
+def tokens_per_second(
+    short: ShortModel, window: Sequence[int], *, prompt: int = 64, count: int = 32
+) -> float:
+    """Greedy generation with the cache, one sequence; the median of three runs after a warm-up.
+
+    The prompt is the beginning of a window; it and what is generated fill the context at most.
+    """
+    half_context = short.decoder.max_seq_len // 2
+    ids, count = list(window[: min(prompt, half_context)]), min(count, half_context)
+    seconds = []
+    for _ in range(4):
+        started = time.perf_counter()
+        generated = len(short.greedy(ids, count))
+        seconds.append((time.perf_counter() - started) / max(generated, 1))
+    return 1 / statistics.median(seconds[1:])
 
 
 @dataclass(frozen=True)
@@ -60,10 +150,9 @@ class Compared:
         rows: the original model first, then a row for every case.
         agreement: of Block Influence, angle and greedy search, for every number of layers; empty
             without the greedy search.
-        tasks: metrics of the models without healing, by the layers removed, and how much each
-            changed from the original model, with its error paired over the documents, as in "piqa
-            acc change" and "piqa acc change_stderr"; empty without tasks.
-        state: the file that holds what was measured, to be cleared once the result is safe.
+        tasks: metrics of the models without healing, by the layers removed, and their changes from
+            the original model with errors, as "piqa acc change" and "piqa acc change_stderr".
+        state: holds what was measured, to be cleared once the result is safe.
         bos: which windows began with it: first of each text, or every.
     """
 
@@ -75,21 +164,18 @@ class Compared:
 
     def to_dict(self) -> dict[str, object]:
         """All but the state, ready for JSON."""
-        rows = [asdict(row) for row in self.rows]
-        found = {"rows": rows, "agreement": self.agreement, "tasks": self.tasks}
-        return {**found, "bos": self.bos}
+        content = {name: value for name, value in vars(self).items() if name != "state"}
+        return {**content, "rows": [asdict(row) for row in self.rows]}
 
 
 class Healing(Protocol):
-    """A healing that `compare` calls for each set of layers, such as `LoraHealing`."""
+    """A healing that `compare` calls for each set of layers, such as `LoraHealing`.
 
-    def __call__(self, layers: list[int], work_dir: Path | None = None) -> list[Perplexity]:
-        """Losses of the evaluation windows of the model without these layers, healed.
+    A call gives the losses of the evaluation windows of the model without these layers, healed. In
+    ``work_dir`` it may keep what an interruption must not lose, and continue from.
+    """
 
-        Args:
-            layers: original numbers.
-            work_dir: where it may keep what an interruption must not lose, and continue from.
-        """
+    def __call__(self, layers: list[int], work_dir: Path | None = None) -> list[Perplexity]: ...
 
     def identity(self) -> Mapping[str, object]:
         """What its results depend on, ready for JSON."""
@@ -116,14 +202,12 @@ def compare(
         short: the original model; it is left as it was.
         calibration: windows of token ids that choose layers and that refits are fitted on.
         evaluation: windows of other text.
-        cases: what is set side by side.
-        lora, distill: heal for these healings.
+        cases: what is compared.
+        lora: heals by lora, such as `LoraHealing`; needed where a case is healed so.
+        distill: heals by distill, such as `DistillHealing`.
         tasks: also run on the models without healing.
         progress: whether to show bars.
-        state: file that the run is saved in; it continues there after an interruption.
-
-    Returns:
-        Rows, agreement and metrics. The state file stays until ``result.state.clear()``.
+        state: file that the run is saved in, to be continued, until ``result.state.clear()``.
 
     Raises:
         ShortGPTError: a method, healing or task is unknown, a number out of range, calibration and
@@ -134,79 +218,63 @@ def compare(
         >>> result = compare(short, calibration, held_out, cases=cases)  # doctest: +SKIP
         >>> print(tables.compared(result.rows))  # doctest: +SKIP
     """
-    heals = _heals(cases, {LORA: lora, DISTILL: distill})
+    heals = {k: heal for k, heal in zip(TRAINED, (lora, distill), strict=True) if heal is not None}
+    _check_trained(cases.heals, heals, "{0}={1}Healing(...)")
     if tasks is not None:
         tasks.check()
-    texts = {"calibration": calibration, "evaluation": evaluation}
-    kept = None if state is None else StateFile(state, _identity(short, texts, cases, heals))
+    saved = None
+    if state is not None:
+        windows = {"calibration": calibration, "evaluation": evaluation}
+        identity = joined(
+            short.identity(),
+            {name: windows_digest(own) for name, own in windows.items()},
+            {"search_windows": cases.search_windows},
+            {name: dict(heals[name].identity()) if name in heals else None for name in TRAINED},
+        )
+        saved = StateFile(state, identity)
     few = cases.search_windows
-    comparison = Comparison(short, calibration, evaluation, few=few, state=kept, progress=progress)
+    comparison = Comparison(short, calibration, evaluation, few=few, state=saved, progress=progress)
     rows = comparison.rows(
         cases.names,
         cases.numbers,
         healings=cases.heals,
         seeds=cases.seeds,
-        trained={name: _beside(name, heal, kept) for name, heal in heals.items()},
+        trained={name: _with_folder(name, heal, saved) for name, heal in heals.items()},
         lora_only=cases.pairs,
     )
-    most = max(cases.numbers)
     searched = cases.numbers if "sleb" in cases.names else ()
-    agreement = [comparison.agreement(n, most) for n in searched]
+    agreement = [comparison.agreement(n, max(cases.numbers)) for n in searched]
     metrics = {}
-    if tasks is not None:
-        run = partial(tasks.documents, short)
-        metrics = comparison.tasks(rows, run, _suite(tasks, short))
-    return Compared(rows, agreement, metrics, kept)
+    if tasks is not None:  # which depend on the tokenizer too
+        suite = json_digest([asdict(tasks), short.encode(PROBE)])
+        metrics = comparison.tasks(rows, partial(tasks.documents, short), suite)
+    return Compared(rows, agreement, metrics, saved)
 
 
-def _heals(cases: Cases, given: Mapping[str, Healing | None]) -> dict[str, Healing]:
-    """What heals by training; ShortGPTError where a case lacks it."""
-    heals = {name: heal for name, heal in given.items() if heal is not None}
-    if lacks := [name for name in cases.heals if name in TRAINED and name not in heals]:
-        kind = f"{lacks[0].capitalize()}Healing"
-        raise ShortGPTError(f"the healing {lacks[0]} needs what heals: pass {lacks[0]}={kind}(...)")
-    return heals
+def _check_trained(healings: Sequence[str], heals: Collection[str], argument: str) -> None:
+    if missing := [name for name in healings if name in TRAINED and name not in heals]:
+        argument = argument.format(missing[0], missing[0].capitalize())
+        raise ShortGPTError(f"healing by {missing[0]} trains a model: pass {argument}")
 
 
-def _identity(
-    short: ShortModel, texts: Mapping[str, Windows], cases: Cases, heals: Mapping[str, Healing]
-) -> dict[str, object]:
-    """What the results rest on: weights, windows, and the settings that change a cell."""
-    digests = {name: json_digest([list(w) for w in windows]) for name, windows in texts.items()}
-    settings = {"search_windows": cases.search_windows}
-    healing = {name: dict(heals[name].identity()) if name in heals else None for name in TRAINED}
-    return joined(short.identity(), digests, settings, healing)
-
-
-def _beside(
-    name: str, healing: Healing, state: StateFile | None
-) -> Callable[[list[int]], list[Perplexity]]:
-    """The healing, with a folder beside the state for each set of layers."""
+def _with_folder(name: str, healing: Healing, state: StateFile | None) -> Heal:
+    """The healing, with a folder next to the state for each set of layers."""
+    if state is None:
+        return healing
 
     def heal(layers: list[int]) -> list[Perplexity]:
-        if state is None:
-            return healing(layers)
         numbers = "-".join(map(str, sorted(layers)))
         return healing(layers, state.path.with_name(f"{state.path.name}.{name}-{numbers}"))
 
     return heal
 
 
-def _suite(tasks: TaskSuite, short: ShortModel) -> str:
-    """A name for what a suite's metrics depend on, the tokenizer included."""
-    return json_digest([asdict(tasks), short.encode(PROBE)])
-
-
 class Comparison:
-    """Compares methods on one model.
+    """What `compare` does, step by step, with its arguments.
 
     Args:
-        short: the original model; it is left as it was.
-        calibration: windows of token ids that choose layers and that refits are fitted on.
-        evaluation: windows of other text.
         few: how many of the calibration windows the searches by loss read.
         state: saves what was measured and continues from it.
-        progress: whether to show bars.
 
     Raises:
         ShortGPTError: calibration and evaluation share text.
@@ -225,6 +293,8 @@ class Comparison:
         check_disjoint(calibration, evaluation)
         self.short, self._calibration, self._evaluation = short, calibration, evaluation
         self._few, self._cells, self._progress = calibration[:few], Cells(state), progress
+        self._raw = partial(pruned_losses, short, evaluation=evaluation)
+        self._refitted = partial(self._raw, fit_on=calibration, progress=progress)
 
     def rows(
         self,
@@ -241,23 +311,34 @@ class Comparison:
         Args:
             methods: names of `methods.METHODS`; ``random`` is drawn ``seeds`` times.
             counts: numbers of layers to remove.
-            healings: of `rows.HEALINGS`. Sets that cannot be healed so have no such row.
+            healings: of `cases.HEALINGS`; a set that cannot be healed so has no such row.
             seeds: how many random sets for every number.
-            trained: what heals for lora and distill: it gives the loss of every evaluation window
-                of the model without these layers, healed.
-            lora_only: the methods and numbers to heal so, which takes far longer than all the
-                rest; None means all.
+            trained: the healings lora and distill, which give losses of the evaluation windows.
+            lora_only: the methods and numbers to heal so; None means all.
 
         Raises:
             ShortGPTError: a method is unknown, a number out of range, or nothing heals by lora.
         """
-        heals = {PATCHED: self._patched, REFIT: self._refitted, **(trained or {})}
-        if lacks := [h for h in healings if h in TRAINED and h not in heals]:
-            raise ShortGPTError(f"the healing {lacks[0]} needs what heals: pass trained=...")
-        cases = self._cases(methods, counts, seeds)
+        for method in methods:
+            check_method(method)
+        for n in counts:
+            check_count(n, len(self.short.kept), name="counts")
+        heals: dict[str, Heal] = {
+            RAW: self._raw,
+            PATCHED: partial(self._refitted, settings=PatchSettings()),
+            REFIT: self._refitted,
+            **(trained or {}),
+        }
+        _check_trained(healings, heals, "trained=...")
+        cases: list[Case] = [
+            (method, seed, n)
+            for method in methods
+            for seed in (range(seeds) if method == "random" else [None])
+            for n in counts
+        ]
         sets = [self.layers(method, n, seed or 0, most=max(counts)) for method, seed, n in cases]
-        few = {(m, n) for m, _, n in cases} if lora_only is None else set(lora_only)
-        rows = [self._row(("dense", None, 0), [], RAW)]
+        few = {(m, n) for m, _, n in cases} if lora_only is None else {*lora_only}
+        rows = [self._row(("dense", None, 0), [], RAW, self._raw)]
         count = len(cases) * len(healings)
         with bar("comparing", total=count, unit="model", show=self._progress) as shown:
             for healing in healings:
@@ -266,20 +347,8 @@ class Comparison:
                     if healing in TRAINED and (case[0], case[2]) not in few:
                         continue
                     if healing != PATCHED or 0 not in layers:  # a patch needs a layer before it
-                        rows.append(self._row(case, layers, healing, heals.get(healing)))
+                        rows.append(self._row(case, layers, healing, heals[healing]))
         return rows
-
-    def _cases(self, methods: Sequence[str], counts: Sequence[int], seeds: int) -> list[Case]:
-        for method in methods:
-            check_method(method)
-        for n in counts:
-            check_count(n, len(self.short.kept), name="counts")
-        return [
-            (method, seed, n)
-            for method in methods
-            for seed in (range(seeds) if method == "random" else [None])
-            for n in counts
-        ]
 
     def layers(self, method: str, n: int, seed: int = 0, *, most: int | None = None) -> list[int]:
         """The n layers that a method removes; searches go on to ``most`` at once."""
@@ -293,7 +362,7 @@ class Comparison:
         return self._scored("importance", self._calibration)
 
     def _scored(self, name: str, windows: Windows) -> Importance:
-        """Scores of some windows; the model keeps those that it has."""
+        """Scores of some windows; the model keeps its own scores."""
 
         def measure() -> dict[str, object]:
             before, self.short.importance = self.short.importance, Importance.empty(self.short.kept)
@@ -307,36 +376,30 @@ class Comparison:
 
     def _search(self, method: str, n: int) -> Search:
         name = f"{method} {n}"
+        part = None if name in self._cells else self._cells.inner(name.replace(" ", "-"))
 
         def measure() -> JsonObject:
-            part = self._cells.inner(name.replace(" ", "-"))
             result = self.short.search(
                 self._few, n, method=method, state=part, progress=self._progress
             )
-            finished.append(part)
             return {"removed": result.removed, "losses": result.losses}
 
-        finished: list[StateFile | None] = []
         content = self._cells.value(name, measure)
-        for part in filter(None, finished):  # now that its result is saved
+        if part is not None:  # its result is saved now
             part.clear()
         # JSON's keys are texts
         trials = [{int(i): v for i, v in loss.items()} for loss in content["losses"]]
         return Search(content["removed"], trials)
 
     def agreement(self, n: int, most: int) -> Agreement:
-        """Whether the cheap rankings hold: Block Influence, angle and greedy search, all on the
-        windows that the searches read.
+        """How far Block Influence, angle and greedy search agree on the windows of the searches.
 
-        Args:
-            n: how many layers each removes.
-            most: the largest number of the comparison, up to which the search goes.
+        Each removes n layers; the search goes on to ``most``, the largest number compared.
         """
         few = self._scored("importance of few", self._few)
-        sets = {m: set(choose(few, n, method=m)) for m in ("bi", "angular")}
-        sets["sleb"] = set(self.layers("sleb", n, most=most))
-        pairs = (("bi", "angular"), ("bi", "sleb"), ("angular", "sleb"))
-        shared = {f"{a}, {b}": len(sets[a] & sets[b]) / n for a, b in pairs}
+        sets = {method: {*choose(few, n, method=method)} for method in ("bi", "angular")}
+        sets["sleb"] = {*self.layers("sleb", n, most=most)}
+        shared = {f"{a}, {b}": len(sets[a] & sets[b]) / n for a, b in combinations(sets, 2)}
         alone = self._search("sleb", most).losses[0]
         scores = few.block_influence
         correlation = spearman(scores[list(alone)], torch.tensor(list(alone.values())).double())
@@ -353,29 +416,27 @@ class Comparison:
             suite: tells the suite from others, whose results a state holds too.
 
         Returns:
-            Results by the layers removed, as in ``"[3, 4]"``, with their changes from the
-            original model, paired over the documents.
+            Results by the layers removed, as in ``"[3, 4]"``, and their paired changes.
         """
 
-        def found(layers: list[int]) -> TaskRun:
-            with self.short.without_layers(layers):
-                return run()
+        def documents(layers: list[int]) -> TaskRun:
+            def measure() -> JsonObject:
+                with self.short.without_layers(layers):
+                    return vars(run())
 
-        def kept(layers: list[int]) -> TaskRun:
-            cell = f"documents {suite} {layers}"
-            return TaskRun(**self._cells.value(cell, lambda: vars(found(layers))))
+            return TaskRun(**self._cells.value(f"documents {suite} {layers}", measure))
 
-        whole = kept([])
+        original = documents([])
         sets = [sorted(row.layers) for row in rows if row.healing == RAW]
-        every = {str(layers): kept(layers) for layers in sets}
-        changes = {name: task_changes(whole, done) for name, done in every.items() if name != "[]"}
-        return {name: done.named() | changes.get(name, {}) for name, done in every.items()}
+        runs = {str(layers): documents(layers) for layers in sets}
+        changes = {name: task_changes(original, own) for name, own in runs.items() if name != "[]"}
+        return {name: own.named() | changes.get(name, {}) for name, own in runs.items()}
 
-    def _row(self, case: Case, layers: list[int], healing: str, heal: Heal | None = None) -> Row:
+    def _row(self, case: Case, layers: list[int], healing: str, heal: Heal) -> Row:
         method, seed, n = case
-        dense, raw = self._measured(RAW, []), self._measured(RAW, layers)
-        parts = raw if healing == RAW else self._measured(healing, layers, heal)
-        change, gain = difference(dense, parts), difference(raw, parts)
+        dense, raw = self._losses(RAW, [], self._raw), self._losses(RAW, layers, self._raw)
+        healed = self._losses(healing, layers, heal)
+        change, gain = difference(dense, healed), difference(raw, healed)
         parameters, size = size_without(self.short, layers)
         return Row(
             method=method,
@@ -383,7 +444,7 @@ class Comparison:
             n=n,
             healing=healing,
             layers=layers,
-            perplexity=together(parts).value,
+            perplexity=together(healed).value,
             nats=change.nats,
             standard_error=change.standard_error if n else 0.0,
             gain=None if healing == RAW else gain.nats,
@@ -395,35 +456,9 @@ class Comparison:
             texts=change.texts,
         )
 
-    def _measured(
-        self, healing: str, layers: list[int], heal: Heal | None = None
-    ) -> list[Perplexity]:
-        """Losses of the evaluation windows, measured once for every set of layers.
-
-        Args:
-            heal: measures the healed model without them; raw ones are measured here.
-        """
-        measure = partial(heal or self._losses, layers)
-        return self._cells.losses(f"{healing} {sorted(layers)}", measure)
-
-    def _losses(self, layers: list[int]) -> list[Perplexity]:
-        with self.short.without_layers(layers):
-            return losses(self.short.decoder, self._evaluation, progress=False)
-
-    def _patched(self, layers: list[int]) -> list[Perplexity]:
-        return self._refitted(layers, PatchSettings())
-
-    def _refitted(
-        self, layers: list[int], settings: RefitSettings | None = None
-    ) -> list[Perplexity]:
-        fitted_on, show = self._calibration, self._progress
-        result = refit.fit(self.short, layers, fitted_on, settings=settings, progress=show)
-        with self.short.without_layers(layers):
-            undo = refit.fold(self.short, result)
-            try:
-                return losses(self.short.decoder, self._evaluation, progress=False)
-            finally:
-                undo()
+    def _losses(self, healing: str, layers: list[int], heal: Heal) -> list[Perplexity]:
+        """Losses of the evaluation windows, measured once for every set of layers."""
+        return self._cells.losses(f"{healing} {sorted(layers)}", partial(heal, layers))
 
     def _speed(self, n: int, layers: list[int]) -> float:
         def measure() -> float:

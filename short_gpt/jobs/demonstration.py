@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from llama.io.files import check_new, new_directory
 from short_gpt.checkpoints.verify import check_same, fingerprint
 from short_gpt.data import demo as material
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.healing import heal_refit
-from short_gpt.jobs.cells import size_without, tokens_per_second
+from short_gpt.jobs.comparing import size_without, tokens_per_second
 from short_gpt.jobs.inputs import DemoRun, Notify, ignore
 from short_gpt.jobs.scored import Scored
 from short_gpt.models.numbering import check_count
@@ -26,8 +26,7 @@ MARKER = "layers.json"
 Draw = Callable[[Importance, Path], Sequence[Path]]
 
 
-@dataclass(frozen=True)
-class Look:
+class Look(NamedTuple):
     """What a model is worth.
 
     Attributes:
@@ -44,27 +43,24 @@ class Look:
 
     def to_dict(self) -> dict[str, object]:
         """All of it, ready for JSON."""
-        return {
-            **self.perplexity.to_dict(),
-            **{k: v for k, v in vars(self).items() if k != "perplexity"},
-        }
+        content = self._asdict()
+        return {**content.pop("perplexity").to_dict(), **content}
 
 
-@dataclass(frozen=True)
-class Demo:
-    """What the demo found.
+class Demo(NamedTuple):
+    """What the demo gives.
 
     Attributes:
         importance: the scores.
         layers: lists of the layers to remove, by Block Influence and by angle.
         looks: at the original, the pruned and the refitted model, by their names.
-        written: what lies in the new folder.
+        written: files in the new folder.
     """
 
     importance: Importance
     layers: dict[str, list[int]]
     looks: dict[str, Look]
-    written: list[Path] = field(default_factory=list)
+    written: list[Path]
 
 
 def run_demo(
@@ -107,58 +103,47 @@ def run_demo(
     notify("SmolLM2-135M-Instruct reads the King James Bible\n")
     model = str(material.checkpoint())
     short = open_model(model, device=run.device, max_seq_len=1024)
-    learned, held = (run.windows(short, part) for part in ("calibration", "held_out"))
-    short.measure(learned)
-    low, block = (short.layers_to_remove(n=n, angular=angular) for angular in (False, True))
-    found = Demo(short.importance, {"block_influence": low, "angular": block}, {})
-    found.looks[f"whole, {material.N_LAYERS} layers"] = _look(short, held)
-    with short.without_layers(low):
-        found.looks[f"cut, {len(short.present)} layers"] = _look(short, held)
+    calibration, held_out = (run.windows(short, part) for part in ("calibration", "held_out"))
+    short.measure(calibration)
+    lowest, block = (short.layers_to_remove(n=n, angular=angular) for angular in (False, True))
+    importance, layers = short.importance, {"block_influence": lowest, "angular": block}
+    looks = {f"whole, {material.N_LAYERS} layers": _look(short, held_out)}
+    with short.without_layers(lowest):
+        looks[f"cut, {len(short.present)} layers"] = _look(short, held_out)
     short.evidence["method"] = METHODS["bi"]
-    heal_refit(short, low, learned)
-    found.looks[f"refitted, {len(short.present)} layers"] = _look(short, held)
-    more = {**(record or {}), "seed": run.seed, "scored": vars(Scored.of(model))}
-    _save(short, target, found, draw, more, overwrite)
-    return found
+    heal_refit(short, lowest, calibration)
+    looks[f"refitted, {len(short.present)} layers"] = _look(short, held_out)
+    result = {name: look.to_dict() for name, look in looks.items()}
+    content = {**(record or {}), "seed": run.seed, "scored": vars(Scored.of(model))}
+    content |= {"layers": layers, "result": result, "importance": importance.to_dict()}
+    with new_directory(target, marker=MARKER, overwrite=overwrite) as partial:
+        write_record(partial / MARKER, content)
+        pictures = [] if draw is None else draw(importance, partial)
+        short.save(partial / "pruned", facts={"data": "King James Bible", "result": result})
+        _check_saved(short, partial / "pruned", str(target / "pruned"))
+    names = [MARKER, *(picture.name for picture in pictures), "pruned"]
+    return Demo(importance, layers, looks, [target / name for name in names])
 
 
-def _look(short: ShortModel, held: Sequence[Sequence[int]]) -> Look:
+def _look(short: ShortModel, held_out: Sequence[Sequence[int]]) -> Look:
     text = PROMPT + short.generate([PROMPT], max_gen_len=24, temperature=0)[0]
     return Look(
-        short.perplexity(held),
+        short.perplexity(held_out),
         " ".join(text.split()),
         size_without(short, ())[1] / 1e6,
-        tokens_per_second(short, held[0]),
+        tokens_per_second(short, held_out[0]),
     )
 
 
-def _save(
-    short: ShortModel,
-    out: Path,
-    found: Demo,
-    draw: Draw | None,
-    record: Mapping[str, object],
-    overwrite: bool,
-) -> None:
-    """Writes the folder, whole or not at all, and compares the checkpoint in it with the model."""
-    result = {name: look.to_dict() for name, look in found.looks.items()}
-    content = {**record, "layers": found.layers, "result": result}
-    content["importance"] = found.importance.to_dict()
-    facts = {"data": "King James Bible", "result": result}
-    with new_directory(out, marker=MARKER, overwrite=overwrite) as partial:
-        write_record(partial / MARKER, content)
-        pictures = [] if draw is None else draw(found.importance, partial)
-        short.save(partial / "pruned", facts=facts)
-        found.written.extend(out / p.name for p in (partial / MARKER, *pictures))
-        found.written.append(out / "pruned")
-        _check_same(short, partial / "pruned", str(out / "pruned"))
-
-
-def _check_same(short: ShortModel, directory: Path, name: str) -> None:
+def _check_saved(short: ShortModel, directory: Path, name: str) -> None:
     """Loads a pruned checkpoint; raises RuntimeError unless it is the model in memory."""
-    first = next(iter(short.decoder.layers.parameters()))
-    device, dtype = str(first.device), str(first.dtype).removeprefix("torch.")
-    again = open_model(str(directory), max_seq_len=1024, device=device, dtype=dtype)
+    weight = next(short.decoder.layers.parameters())
+    again = open_model(
+        str(directory),
+        max_seq_len=1024,
+        device=str(weight.device),
+        dtype=str(weight.dtype).removeprefix("torch."),
+    )
     ids = short.encode("In the beginning")
     names = ("the model in memory", f"{name}, loaded again,")
     check_same(fingerprint(short, ids=ids), fingerprint(again, ids=ids), names=names)

@@ -1,9 +1,18 @@
-"""The ShortGPT paper's protocol on a checkpoint, beside the paper's list."""
+"""The ShortGPT paper's protocol on a checkpoint, and lists and scores that others published."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+import math
+from collections.abc import Sequence
+from importlib.resources import files
+from itertools import combinations, pairwise
+from typing import NamedTuple
 
+import torch
+from torch import Tensor
+
+from llama.io.json_files import JsonObject
 from llama.parallel import choose_device, choose_dtype
 from short_gpt.jobs.choice_settings import Answer, Paper
 from short_gpt.jobs.inputs import (
@@ -16,30 +25,260 @@ from short_gpt.jobs.inputs import (
     ignore,
     source_of,
 )
-from short_gpt.jobs.published import (
-    PaperComparison,
-    PaperOrder,
-    bear_out,
-    compare_with_paper,
-    identify,
-    layers_in_paper,
-    published_scores,
-)
 from short_gpt.jobs.ranking import Ranking, check_ranking, rank
 from short_gpt.jobs.saving import Saving
 from short_gpt.models.config_file import Shape, shape_of
+from short_gpt.models.numbering import check_exist
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.memory import free_memory, shown
-from short_gpt.scoring.importance import Importance
-from short_gpt.scoring.metrics import spearman
+from short_gpt.scoring.importance import Importance, difference_margins
+from short_gpt.scoring.metrics import kendall, spearman
 from short_gpt.wrappers.options import OpenOptions
 
 PROTOCOL = Cut(stride=STRIDE, bos="first")
+BORNE_OUT, REVERSED, WITHIN = "as in the paper", "the other way", "within the error"
 
 
-@dataclass(frozen=True)
-class Reproduced:
-    """What `reproduce` found.
+def published() -> JsonObject:
+    """Published lists and scores, each group with its "source" and its "models".
+
+    Layers count from 0; lists are in order of removal.
+
+    Returns:
+        "paper": of each model dim, n_layers, vocab_size and the layers "removed" (Table 9).
+        "authors_repository": first and last removed layer of each model.
+        "reimplementation": "importance" and "angular_n9", of two 7B models with 32 layers, and
+            the lists "removed" and "removed_angular_n9" printed for them. Of `angular_n9` only
+            the first 32 - 9 + 1 = 24 entries are distances; the rest is padding with 0, so the
+            least entry of all is not the best block.
+        "sleb", "evopress": one list of removed layers a model.
+    """
+    file = files("short_gpt.jobs").joinpath("published.json")
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def published_scores(model: str) -> tuple[Tensor, Tensor] | None:
+    """Scores that others published for one of the paper's models; None where there are none.
+
+    Returns:
+        Block Influence of every layer, (L,), and the angular distance of every block of 9 layers,
+        (L - 9 + 1,), both as sums, of which only ratios mean something.
+    """
+    scores = published()["reimplementation"]["models"].get(model)
+    if scores is None:
+        return None
+    influence, angles = (
+        torch.tensor(scores[name], dtype=torch.float64) for name in ("importance", "angular_n9")
+    )
+    return influence, angles[: len(angles) - 9 + 1]
+
+
+def _paper_model(name: str) -> JsonObject:
+    """What the paper says of a model; ShortGPTError for a name that it does not have."""
+    models = published()["paper"]["models"]
+    if name not in models:
+        raise ShortGPTError(f"the paper has no list for {name!r}, only for {', '.join(models)}")
+    return models[name]
+
+
+def identify(dim: int, n_layers: int, vocab_size: int) -> str:
+    """Which of the paper's models has this shape, by the name that `compare_with_paper` knows.
+
+    A shape is no proof of identity: LLaMA 1 7B and Mistral 7B share that of Llama-2-7B.
+
+    Raises:
+        ShortGPTError: the paper has no model of this shape.
+
+    Example:
+        >>> identify(4096, 32, 32000)
+        'Llama-2-7B'
+    """
+    models = published()["paper"]["models"]
+    shapes = {(m["dim"], m["n_layers"], m["vocab_size"]): name for name, m in models.items()}
+    if (dim, n_layers, vocab_size) not in shapes:
+        known = "; ".join(f"{name} {shape}" for shape, name in shapes.items())
+        raise ShortGPTError(
+            f"the paper has no list for a model of dim {dim}, {n_layers} layers and a vocabulary "
+            f"of {vocab_size}; it covers {known}"
+        )
+    return shapes[dim, n_layers, vocab_size]
+
+
+class PaperComparison(NamedTuple):
+    """Two lists of removed layers, the paper's and ours, least important first.
+
+    Attributes:
+        model: the paper's name of the model.
+        paper: the paper's layers (arXiv:2403.03853v3, Table 9), in order of removal.
+        ours: ours, in order of removal.
+        same_set: whether both hold the same layers, in any order.
+        overlap: how many layers both hold.
+        same_order: whether the lists are equal.
+        same_places: at how many places both lists have the same layer.
+        kendall_tau: of the order of the layers that both hold, in [-1, 1]: the share of their pairs
+            in the same order, minus the share of the others. None if fewer than 2 are shared.
+        rank_correlation: Spearman's rho between the places in the two lists of the layers that
+            both hold, in [-1, 1]: 1 in the same order, -1 in reverse. None if fewer than 2.
+    """
+
+    model: str
+    paper: list[int]
+    ours: list[int]
+    same_set: bool
+    overlap: int
+    same_order: bool
+    same_places: int
+    kendall_tau: float | None
+    rank_correlation: float | None
+
+    def table(self) -> str:
+        """Both lists, one above the other, and how they agree, for a terminal."""
+        numbers = [f"{n + 1}." for n in range(max(len(self.paper), len(self.ours)))]
+        rows: dict[str, Sequence[object]] = {"removed": numbers, "paper": self.paper}
+        lines = [f"{self.model}, layers in order of removal"]
+        for name, cells in {**rows, "ours": self.ours}.items():
+            lines.append(f"{name:<8}" + "".join(f"{cell!s:>4}" for cell in cells))
+        tau, rho = (
+            "-" if value is None else f"{value:.2f}"
+            for value in (self.kendall_tau, self.rank_correlation)
+        )
+        agree = f"Kendall's tau {tau}, rank correlation {rho}"
+        count = len(self.paper)
+        lines += [
+            f"same layers: {_yes(self.same_set)} ({self.overlap} of {count})",
+            f"same places: {self.same_places} of {count}",
+            f"same order: {_yes(self.same_order)} ({agree})",
+        ]
+        for who, only in (
+            ("the paper removes", {*self.paper} - {*self.ours}),
+            ("we remove", {*self.ours} - {*self.paper}),
+        ):
+            lines += [f"only {who} {sorted(only)}"] if only else []
+        return "\n".join(lines)
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
+
+
+def compare_with_paper(model: str, ours: Sequence[int]) -> PaperComparison:
+    """Compares a list of removed layers with the paper's (arXiv:2403.03853v3, Table 9).
+
+    Args:
+        model: "Llama-2-7B", "Llama-2-13B", "Baichuan-2-7B" or "Baichuan-2-13B".
+        ours: layers counted from 0, least important first; it may be of another length.
+
+    Raises:
+        ShortGPTError: the paper has no list for the model; a layer occurs twice or does not exist.
+
+    Example:
+        >>> compare_with_paper("Llama-2-7B", [25, 27, 24, 26, 28, 29, 23, 22, 21]).same_set
+        True
+    """
+    ours = [int(layer) for layer in ours]
+    known = _paper_model(model)
+    check_exist(ours, range(known["n_layers"]))
+    paper = known["removed"]
+    shared = [layer for layer in paper if layer in ours]
+    several = len(shared) >= 2
+    ranks = [torch.tensor([side.index(layer) for layer in shared]) for side in (paper, ours)]
+    return PaperComparison(
+        model=model,
+        paper=paper,
+        ours=ours,
+        same_set=sorted(paper) == sorted(ours),
+        overlap=len(shared),
+        same_order=paper == ours,
+        same_places=sum(a == b for a, b in zip(paper, ours, strict=False)),
+        kendall_tau=kendall(shared, [i for i in ours if i in shared]) if several else None,
+        rank_correlation=spearman(*ranks) if several else None,
+    )
+
+
+class Pair(NamedTuple):
+    """Two layers that the paper removes, one before the other.
+
+    Attributes:
+        first: the layer that the paper removes before.
+        second: the layer that it removes later.
+        difference: Block Influence of the second minus that of the first; above 0 where the scores
+            have them in the paper's order.
+        margin: half of its interval, of the paired error; NaN if one window was read.
+    """
+
+    first: int
+    second: int
+    difference: float
+    margin: float
+
+    @property
+    def verdict(self) -> str:
+        """Whether the scores have the paper's order, the other one, or cannot tell."""
+        if not abs(self.difference) > self.margin:  # nothing exceeds an error that is not known
+            return WITHIN
+        return BORNE_OUT if self.difference > 0 else REVERSED
+
+
+class PaperOrder(NamedTuple):
+    """What measured scores say of the order of the paper's list.
+
+    Attributes:
+        confidence: of the interval of each pair by itself.
+        pairs: every two layers of the list, in its order.
+    """
+
+    confidence: float
+    pairs: list[Pair]
+
+    def of(self, verdict: str) -> list[Pair]:
+        """The pairs of one verdict."""
+        return [pair for pair in self.pairs if pair.verdict == verdict]
+
+    def to_dict(self) -> dict[str, object]:
+        """All pairs with their verdicts, ready for JSON; None stands for NaN."""
+        margins = [None if math.isnan(pair.margin) else pair.margin for pair in self.pairs]
+        pairs = [
+            {**pair._asdict(), "margin": margin, "verdict": pair.verdict}
+            for pair, margin in zip(self.pairs, margins, strict=True)
+        ]
+        return {"confidence": self.confidence, "pairs": pairs}
+
+    def table(self) -> str:
+        """Neighbours of the paper's list, and a count of all pairs, for a terminal."""
+        layers = dict.fromkeys(i for pair in self.pairs for i in pair[:2])
+        level = f"{self.confidence:.0%}"
+        lines = [f"The paper's order by these scores (difference, ± its paired error at {level}):"]
+        lines += [
+            f"{pair.first:>5} before {pair.second:>3}  {pair.difference:>+10.6f} ± "
+            f"{pair.margin:.6f}  {pair.verdict}"
+            for pair in self.pairs
+            if pair[:2] in pairwise(layers)
+        ]
+        counts = [f"{len(self.of(name))} {name}" for name in (BORNE_OUT, WITHIN, REVERSED)]
+        return "\n".join([*lines, f"pairs of the list, {len(self.pairs)}: {', '.join(counts)}"])
+
+
+def bear_out(paper: Sequence[int], importance: Importance, confidence: float = 0.95) -> PaperOrder:
+    """Compares the order of a list of removed layers with measured scores.
+
+    Where a difference is within its error, these data do not tell the order: another sample of
+    texts may give the other one.
+
+    Args:
+        paper: layers in order of removal, all of them scored.
+        importance: the scores.
+        confidence: of the interval of each pair by itself.
+    """
+    margins, scores = difference_margins(importance, confidence), importance.block_influence
+    pairs = []
+    for first, second in combinations(paper, 2):
+        a, b = importance.layers.index(first), importance.layers.index(second)
+        pairs.append(Pair(first, second, float(scores[b] - scores[a]), float(margins[a, b])))
+    return PaperOrder(confidence, pairs)
+
+
+class Reproduced(NamedTuple):
+    """What `reproduce` gives.
 
     Attributes:
         comparison: the paper's layers and ours.
@@ -72,9 +311,13 @@ class Reproduced:
 
     def to_dict(self) -> dict[str, object]:
         """All of it, ready for JSON."""
-        found = {"result": vars(self.comparison), "order": self.order.to_dict()}
-        more = {"published_rank_correlation": self.published, "changed": list(self.changed)}
-        return {**found, **more, **self.ranking.to_dict()}
+        return {
+            "result": self.comparison._asdict(),
+            "order": self.order.to_dict(),
+            "published_rank_correlation": self.published,
+            "changed": list(self.changed),
+            **self.ranking.to_dict(),
+        }
 
     def finish(self) -> None:
         """Deletes the state, once the result is safe."""
@@ -92,16 +335,16 @@ def reproduce(
     saving: Saving | None = None,
     notify: Notify = ignore,
 ) -> Reproduced:
-    """Ranks a checkpoint by the ShortGPT paper's protocol (arXiv:2403.03853), beside its list.
+    """Ranks a checkpoint by the ShortGPT paper's protocol (arXiv:2403.03853), and compares lists.
 
     PG-19 validation in windows of 1024 tokens, 256 apart; lowest Block Influence; as many layers
-    as the paper's Table 9 removes. It is `rank` with these settings.
+    as the paper's Table 9 removes. It is `rank` with these settings, and the others are those of
+    `rank`.
 
     Args:
         model: Llama-2-7B or Llama-2-13B: Meta directory, Hugging Face directory or hub id.
         data: PG-19, streamed from the hub, or a local copy of it.
-        paper: which model it is, and how surely the answer is to be that of all windows.
-        cut, opening, running, saving: as for `rank`.
+        paper: which model it is, and the confidence of the answer.
         notify: called with what the run will take and how it stands.
 
     Raises:
@@ -121,11 +364,11 @@ def reproduce(
         )
     shape = shape_of(model, trust_remote_code=opening.trust_remote_code)
     name = _name(model, shape, paper.paper_model)
-    n = len(compare_with_paper(name, []).paper)
+    n = len(_paper_model(name)["removed"])
     answer = Answer(n, confidence=paper.confidence, rare=paper.rare)
     check_ranking(model, answer, cut, running)  # before anything is said
     if not running.stream:
-        notify(_whole(shape, opening))
+        notify(_in_memory(shape, opening))
     result = rank(
         model,
         data,
@@ -143,18 +386,19 @@ def reproduce(
     return Reproduced(ours, order, result, _changed(cut, source_of(data), result.bos))
 
 
-def _name(model: str, shape: Shape, given: str | None) -> str:
+def _name(model: str, shape: Shape, name: str | None) -> str:
     """The paper's name of a checkpoint, which has as many layers as the paper's model."""
-    try:
-        name = given or identify(shape.dim, shape.n_layers, shape.vocab_size)
-    except ShortGPTError as error:
-        raise ShortGPTError(f"{model} is none of the paper's models: {error}") from None
-    if given is None and shape.kv_heads != shape.n_heads:
-        raise ShortGPTError(
-            f"{model} has the size of {name} but groups its keys and values, so it is another "
-            f"model; compare anyway with `paper_model` {name}"
-        )
-    if shape.n_layers != (layers := layers_in_paper(name)):
+    if name is None:
+        try:
+            name = identify(shape.dim, shape.n_layers, shape.vocab_size)
+        except ShortGPTError as error:
+            raise ShortGPTError(f"{model} is none of the paper's models: {error}") from None
+        if shape.kv_heads != shape.n_heads:
+            raise ShortGPTError(
+                f"{model} has the size of {name} but groups its keys and values, so it is another "
+                f"model; compare anyway with `paper_model` {name}"
+            )
+    if shape.n_layers != (layers := _paper_model(name)["n_layers"]):
         raise ShortGPTError(
             f"{model} has {shape.n_layers} layers, {name} has {layers}: their numbers do not "
             "compare; use the model with all its layers"
@@ -162,12 +406,12 @@ def _name(model: str, shape: Shape, given: str | None) -> str:
     return name
 
 
-def _whole(shape: Shape, opening: OpenOptions) -> str:
+def _in_memory(shape: Shape, opening: OpenOptions) -> str:
     """What a model in memory takes, by its shape, before it is loaded."""
     device = choose_device(opening.device)
     dtype = choose_dtype(opening.dtype, device)
     size, kind = shape.parameters * dtype.itemsize, str(dtype).removeprefix("torch.")
-    line = f"the whole model in memory: {shown(size)} of weights in {kind}"
+    line = f"the model in memory: {shown(size)} of weights in {kind}"
     if device.type != "cpu":
         return f"{line}, on {device}"
     free = free_memory()
@@ -176,13 +420,10 @@ def _whole(shape: Shape, opening: OpenOptions) -> str:
 
 
 def _changed(cut: Cut, texts: TextSource, bos: str) -> tuple[str, ...]:
-    found = []
-    for name, ours, theirs in (
-        ("size", cut.size, PROTOCOL.size),
-        ("stride", cut.step, PROTOCOL.step),
-    ):
-        found += [f"{name} {ours:,}, not {theirs:,}"] if ours != theirs else []
-    found += [f"at most {cut.max_windows:,} windows"] if cut.max_windows is not None else []
-    found += [f"at most {texts.max_texts:,} texts"] if texts.max_texts is not None else []
-    found += [f"the split {texts.split}"] if texts.split != "validation" else []
-    return (*found, *([said] if (said := about_bos(bos)) else []))
+    """How a run differs from the paper's protocol, in words."""
+    numbers = (("size", cut.size, PROTOCOL.size), ("stride", cut.step, PROTOCOL.step))
+    changed = [f"{name} {ours:,}, not {paper:,}" for name, ours, paper in numbers if ours != paper]
+    changed += [f"at most {cut.max_windows:,} windows"] if cut.max_windows is not None else []
+    changed += [f"at most {texts.max_texts:,} texts"] if texts.max_texts is not None else []
+    changed += [f"the split {texts.split}"] if texts.split != "validation" else []
+    return (*changed, *filter(None, [about_bos(bos)]))

@@ -1,8 +1,4 @@
-"""What all pictures share.
-
-Functions that draw return a `matplotlib.figure.Figure` and touch no global state;
-`figure.savefig("a.png")` writes it, a notebook shows it.
-"""
+"""What all pictures share: a figure without global state, its colours, axes and file."""
 
 from __future__ import annotations
 
@@ -10,14 +6,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torch import Tensor
-
 from llama.io.files import new_file
 from short_gpt.runtime.errors import MissingPackageError
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
 
 # Colours that colour-blind readers tell apart (Okabe and Ito), and that differ in lightness too.
 KEPT, REMOVED = "#56B4E9", "#D55E00"
@@ -40,11 +34,6 @@ def is_picture(path: Path) -> bool:
     return start.startswith(b"\x89PNG") and b"Matplotlib" in start
 
 
-def shape(x: Tensor) -> tuple[int, ...]:
-    """Its sizes, as messages show them."""
-    return tuple(x.shape)
-
-
 def require_matplotlib() -> None:
     """Raises MissingPackageError that names the extra, for a check before long work."""
     if find_spec("matplotlib") is None:
@@ -57,3 +46,13 @@ def empty(width: float, height: float) -> Figure:
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
+
+
+def logarithmic(axes: Axes, form: str) -> None:
+    """Logarithmic heights, with numbers in this form at 1, 2 and 5 times the powers of ten."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format(value, form)))
+    axes.yaxis.set_minor_formatter(NullFormatter())

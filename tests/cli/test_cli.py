@@ -339,7 +339,7 @@ def test_of_two_ranks_one_prints_and_writes(ckpt, capsys, monkeypatch):
 
 def test_reproduce_runs_the_protocol_on_a_model_of_the_papers_shape(ckpt, capsys, monkeypatch):
     """A random model of 5 layers stands in: what is shown is the command, not the paper."""
-    from short_gpt.jobs import published as reproduce
+    from short_gpt.jobs import reproduction as reproduce
 
     table = reproduce.published()
     table["paper"]["models"]["tiny"] = {

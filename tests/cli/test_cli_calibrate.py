@@ -11,7 +11,7 @@ from conftest import BYTE_VOCAB, make_transformer, save_checkpoint, write_byte_t
 
 from short_gpt import open_model
 from short_gpt.data import overlapping
-from short_gpt.jobs import Readings, calibrating
+from short_gpt.jobs import Readings, calibration, comparing
 from short_gpt.jobs.calibration import windows_apart
 
 WORDS = ("alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta")
@@ -100,7 +100,7 @@ def test_in_one_text_what_ranks_is_left_out_of_what_judges(here):
 
 
 def test_interrupted_the_same_command_continues(here, monkeypatch, capsys):
-    plain, calls = calibrating.losses, []
+    plain, calls = comparing.losses, []
 
     def counted(*args, **options):
         calls.append(1)
@@ -108,13 +108,21 @@ def test_interrupted_the_same_command_continues(here, monkeypatch, capsys):
             raise KeyboardInterrupt
         return plain(*args, **options)
 
-    monkeypatch.setattr(calibrating, "losses", counted)
+    monkeypatch.setattr(comparing, "losses", counted)
     with pytest.raises(SystemExit):
         run(*COMMON, "--n", 2, "--out", "c.json")
     assert Path("c.json.state").is_file()
-    monkeypatch.setattr(calibrating, "score_windows", None)
+    monkeypatch.setattr(calibration, "score_windows", None)
     run(*COMMON, "--n", 2, "--out", "c.json")
     assert not Path("c.json.state").exists()
+
+
+def test_without_texts_it_says_what_to_name(here, capsys):
+    said = fails(capsys, "calibrate", "ckpt", "--n", "1")
+    assert "--data is missing: expected two texts or more with commas between" in said
+    run("calibrate", "--help")
+    texts = capsys.readouterr().out.partition("--data TEXTS")[2].partition("--split")[0]
+    assert "data sets of the hub, or pg19" in " ".join(texts.split()) and "default" not in texts
 
 
 @pytest.mark.parametrize(
@@ -131,7 +139,10 @@ def test_interrupted_the_same_command_continues(here, monkeypatch, capsys):
         (["--n", "1", "--eval_windows", "1"], "--eval_windows = 1: expected a whole number of"),
         (["--n", "1", "--method", "sleb"], "no calibration by 'sleb'; expected one of bi"),
         (["--n", "1", "--healing", "lora"], "healing lora: expected some of raw, refit"),
-        (["--n", "1", "--max_windows", "400"], "code: nothing is left to judge by"),
+        (
+            ["--n", "1", "--max_windows", "400"],
+            "code: every other window shares text with those that rank",
+        ),
     ],
 )
 def test_mistakes_are_one_line(here, capsys, options, message):

@@ -40,7 +40,7 @@ def test_a_lazy_package_has_the_names_that_it_lists(package):
 
 
 def test_modules_are_reached_without_an_import_of_their_own():
-    code = "import short_gpt; print(short_gpt.healing.refit, short_gpt.jobs.published.published)"
+    code = "import short_gpt; print(short_gpt.healing.refit, short_gpt.jobs.reproduction.published)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "short_gpt.healing.refit" in done.stdout and "function published" in done.stdout
 

@@ -9,7 +9,7 @@ from conftest import make_transformer, random_windows
 
 from short_gpt.cli.tables import compared, ranking, search
 from short_gpt.data.windows import Window
-from short_gpt.jobs.rows import Row
+from short_gpt.jobs.cases import Row
 from short_gpt.models.meta import MetaDecoder
 from short_gpt.scoring.importance import Importance
 from short_gpt.scoring.run import measure

@@ -16,7 +16,7 @@ from short_gpt.data.windows import Window, batches, text_of, windows
 from short_gpt.evaluation.paired import difference, losses, together
 from short_gpt.evaluation.perplexity import Perplexity, perplexity
 from short_gpt.evaluation.sampling import Sample, sampling_error
-from short_gpt.jobs.cells import Cells
+from short_gpt.jobs.comparing import Cells
 from short_gpt.models.meta import MetaDecoder
 from short_gpt.runtime.state import StateFile
 

@@ -13,9 +13,9 @@ from conftest import CharTokenizer, make_transformer, random_windows
 from short_gpt import ShortLlama, heal_refit
 from short_gpt.data.windows import Window
 from short_gpt.evaluation import difference, losses, together
-from short_gpt.jobs import Apart, calibrate
-from short_gpt.jobs import calibrating as module
-from short_gpt.jobs.calibration_rankings import (
+from short_gpt.jobs import Apart, calibrate, comparing
+from short_gpt.jobs import calibration as module
+from short_gpt.jobs.calibration import (
     WindowScores,
     agreement,
     correlations,
@@ -111,13 +111,13 @@ def test_the_model_is_left_as_it_was():
 
 
 def test_the_mix_is_refitted_on_windows_of_all_texts_in_turn(monkeypatch):
-    seen, plain = [], module.refit.fit
+    seen, plain = [], comparing.refit.fit
 
     def watched(model, layers, windows, **options):
         seen.append([*windows])
         return plain(model, layers, windows, **options)
 
-    monkeypatch.setattr(module.refit, "fit", watched)
+    monkeypatch.setattr(comparing.refit, "fit", watched)
     texts = {**TEXTS, "low": TEXTS["low"]._replace(ranking=TEXTS["low"].ranking[:2])}
     calibrate(short(), texts, 2, healings=["refit"], progress=False)
     even, low, high = (parts.ranking for parts in texts.values())
@@ -250,7 +250,7 @@ def test_an_interval_is_not_below_what_noise_takes_away():
 
 
 def test_interrupted_it_continues_and_measures_nothing_twice(tmp_path, monkeypatch):
-    calls, plain = [], module.losses
+    calls, plain = [], comparing.losses
 
     def counted(decoder, windows, **options):
         calls.append(len(decoder.layers))
@@ -258,7 +258,7 @@ def test_interrupted_it_continues_and_measures_nothing_twice(tmp_path, monkeypat
             raise KeyboardInterrupt
         return plain(decoder, windows, **options)
 
-    monkeypatch.setattr(module, "losses", counted)
+    monkeypatch.setattr(comparing, "losses", counted)
     state = tmp_path / "state"
     with pytest.raises(KeyboardInterrupt):
         calibrate(short(), TEXTS, 2, state=state, progress=False)

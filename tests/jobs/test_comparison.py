@@ -16,7 +16,7 @@ from short_gpt.cli.tables import compared
 from short_gpt.evaluation import TaskRun, TaskSuite, difference, losses, perplexity
 from short_gpt.jobs import Cases, Comparison, compare
 from short_gpt.jobs import comparing as module
-from short_gpt.jobs.cells import size_without, tokens_per_second
+from short_gpt.jobs.comparing import size_without, tokens_per_second
 from short_gpt.runtime.state import StateFile
 from short_gpt.selection.methods import METHODS, choose
 from short_gpt.selection.search import PartialRun
@@ -345,8 +345,8 @@ def test_other_tasks_keep_what_was_measured_without_them(tmp_path, monkeypatch):
     monkeypatch.setattr(TaskSuite, "documents", run)
     monkeypatch.setattr(TaskSuite, "check", lambda self: None)
     plain = compare(short(), CALIBRATION, EVALUATION, **given)
-    for name in ("_losses", "_speed"):
-        monkeypatch.setattr(Comparison, name, never if name == "_losses" else lambda *_: 1.0)
+    monkeypatch.setattr(module, "pruned_losses", never)
+    monkeypatch.setattr(Comparison, "_speed", lambda *_: 1.0)
     one, two, other = short(), short(), short()
     first = compare(one, CALIBRATION, EVALUATION, tasks=TaskSuite("a"), **given)
     second = compare(two, CALIBRATION, EVALUATION, tasks=TaskSuite("b"), **given)
@@ -395,11 +395,11 @@ def test_cases_name_what_there_is():
         Cases(["bi"], [1], lora_only=[("bi", 1)])
     with pytest.raises(ValueError, match="`lora_only` bi:2: expected .* as in bi:1"):
         Cases(["bi"], [1], ["lora"], lora_only=[("bi", 2)])
-    with pytest.raises(ValueError, match="healing lora needs what heals: pass lora=LoraHealing"):
+    with pytest.raises(ValueError, match="healing by lora trains a model: pass lora=LoraHealing"):
         compare(short(), CALIBRATION, EVALUATION, cases=Cases(["bi"], [1], ["lora"]))
-    with pytest.raises(ValueError, match="healing lora needs what heals"):
+    with pytest.raises(ValueError, match="healing by lora trains a model"):
         Comparison(short(), CALIBRATION, EVALUATION).rows(["bi"], [1], healings=["lora"])
-    with pytest.raises(ValueError, match="healing distill needs what heals: pass distill=Distill"):
+    with pytest.raises(ValueError, match="healing by distill trains a model: pass distill=Distill"):
         given = {"cases": Cases(["bi"], [1], ["distill"]), "lora": Halved()}
         compare(short(), CALIBRATION, EVALUATION, **given)
 

@@ -125,7 +125,7 @@ def test_distillation_learns_what_the_whole_model_predicts(healing, monkeypatch)
         return plain(short, training, *rest, distillation=distillation, **options)
 
     monkeypatch.setattr(lora, "heal", watched)
-    distilled = DistillHealing(**vars(healing), teacher=whole)([3, 1])
+    distilled = DistillHealing(**{**vars(healing), "teacher": whole})([3, 1])
     ((layers, targets, expected),) = seen
     assert layers == 3 and whole.kept == [0, 1, 2, 3, 4]
     assert torch.allclose(targets.logs, expected.gather(1, targets.ids), atol=1e-4)
@@ -136,7 +136,8 @@ def test_distillation_learns_what_the_whole_model_predicts(healing, monkeypatch)
 def refitted(healing, whole, **changes) -> DistillHealing:
     """Distillation behind a refit, on windows that are neither learned from nor evaluated."""
     fitted_on = [*windows([text(7000)], healing.encode, size=48, stride=48, seed=0, limit=6)]
-    return replace(DistillHealing(**vars(healing), teacher=whole, fitted_on=fitted_on), **changes)
+    both = {"teacher": whole, "fitted_on": fitted_on}
+    return replace(DistillHealing(**{**vars(healing), **both}), **changes)
 
 
 def test_distillation_starts_from_the_refit(healing, monkeypatch):
@@ -208,4 +209,4 @@ def test_distillation_without_a_teacher_or_with_a_short_one_is_refused(healing):
         DistillHealing(**vars(healing))
     whole = open_model(healing.source, device="cpu", max_seq_len=40)
     with pytest.raises(ValueError, match="takes 40 tokens, windows to learn from have 48"):
-        DistillHealing(**vars(healing), teacher=whole)
+        DistillHealing(**{**vars(healing), "teacher": whole})

@@ -18,7 +18,7 @@ from short_gpt.cli.tables import ranking
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.evaluation.sampling import Sample
 from short_gpt.jobs import Scores, read_scores
-from short_gpt.jobs.cells import Cells
+from short_gpt.jobs.comparing import Cells
 from short_gpt.models.meta import MetaDecoder
 from short_gpt.runtime.errors import USER_ERRORS, ShortGPTError
 from short_gpt.runtime.state import ABOUT, StateFile

@@ -13,7 +13,7 @@ import torch
 from reproduce_7b import Case, rehearse, scale, table, tensors, timed
 
 from llama.args import ModelArgs
-from short_gpt.jobs import published
+from short_gpt.jobs import reproduction
 
 ARGS = ModelArgs(dim=32, n_layers=8, n_heads=4, multiple_of=16, vocab_size=258)
 TINY = Case(ARGS, known=(5, 2, 6), shard_bytes=60_000)
@@ -28,10 +28,10 @@ def inside(argv: Sequence[str], facts: Path) -> dict[str, object]:
 def test_the_known_layers_come_out_stopped_and_continued_in_both_formats(
     tmp_path, capsys, monkeypatch
 ):
-    known = published.published()
+    known = reproduction.published()
     shape = {"dim": 32, "n_layers": 8, "vocab_size": 258}
     known["paper"]["models"]["tiny"] = {**shape, "removed": [5, 6, 2]}
-    monkeypatch.setattr(published, "published", lambda: known)
+    monkeypatch.setattr(reproduction, "published", lambda: known)
     monkeypatch.setattr(reproduce_7b, "measure_products", lambda *_: 1.0)
     content = rehearse(TINY, tmp_path, ["meta", "hf"], ["meta", "hf"], inside)
     del content["limits"]["peak memory at most 3 GB"]  # of what ran in this process before

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from short_gpt.jobs import PaperComparison, bear_out, compare_with_paper, identify, published_scores
-from short_gpt.jobs.published import published
+from short_gpt.jobs.reproduction import published
 from short_gpt.scoring.hooks import Scores
 from short_gpt.scoring.importance import Importance
 from short_gpt.scoring.metrics import student_t

@@ -22,11 +22,11 @@ from short_gpt.jobs import (
     Paper,
     Running,
     TextSource,
-    published,
     reproduce,
 )
+from short_gpt.jobs import reproduction as module
 from short_gpt.jobs.ranking import duration, first_of, forecast
-from short_gpt.jobs.reproduction import Shape, _changed, _whole
+from short_gpt.jobs.reproduction import Shape, _changed, _in_memory
 from short_gpt.scoring.stopping import Stop
 from short_gpt.wrappers.opening import open_model
 from short_gpt.wrappers.streamed_llama import StreamedDecoder
@@ -49,9 +49,9 @@ def here(tmp_path, monkeypatch) -> Path:
     for number in (1, 2):
         (tmp_path / "books" / f"validation-{number}.txt").write_text(TEXT[number:])
     monkeypatch.chdir(tmp_path)
-    known = published.published()
+    known = module.published()
     known["paper"]["models"]["tiny"] = SHAPE
-    monkeypatch.setattr(published, "published", lambda: known)
+    monkeypatch.setattr(module, "published", lambda: known)
     return tmp_path
 
 
@@ -82,7 +82,7 @@ def test_every_kind_of_source_gives_the_scores_of_rank(here, source, stream, req
     assert torch.allclose(
         result.importance.block_influence, expected.block_influence, rtol=1e-4, atol=1e-6
     )
-    assert told[0].startswith("one layer at a time, " if stream else "the whole model in memory: ")
+    assert told[0].startswith("one layer at a time, " if stream else "the model in memory: ")
     assert re.match("a window of 32 tokens takes [^:]* seconds: all 20 .* seconds$", told[1])
     assert re.match(r"(2|20) of 38 windows: \[2, 3, ", told[2])
 
@@ -214,10 +214,10 @@ def test_what_was_changed_of_the_protocol_is_named():
 def test_the_memory_of_a_whole_model_is_told_by_its_shape(monkeypatch):
     seven = Shape(4096, 32, 32000, 32, 32, 11008)
     monkeypatch.setattr("short_gpt.jobs.reproduction.free_memory", lambda: 20 * 10**9)
-    said = _whole(seven, CPU)
-    assert said.startswith("the whole model in memory: 27 GB of weights in float32, of 20 GB that")
+    said = _in_memory(seven, CPU)
+    assert said.startswith("the model in memory: 27 GB of weights in float32, of 20 GB that")
     assert "stream holds one layer at a time" in said
-    half = _whole(seven, OpenOptions(device="cpu", dtype="bfloat16"))
+    half = _in_memory(seven, OpenOptions(device="cpu", dtype="bfloat16"))
     assert half.endswith("13.5 GB of weights in bfloat16, of 20 GB that are free")
 
 

@@ -20,8 +20,7 @@ from matplotlib.container import BarContainer, ErrorbarContainer
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from short_gpt.jobs import Crossed, compare_with_paper, published_scores
-from short_gpt.jobs.comparing import Row
+from short_gpt.jobs import Crossed, Row, compare_with_paper, published_scores
 from short_gpt.plots import (
     angular_heatmap,
     beside_published,
@@ -29,8 +28,8 @@ from short_gpt.plots import (
     importance_bars,
     quality_curves,
 )
-from short_gpt.plots.curves import SHOWN
 from short_gpt.plots.figures import KEPT, REMOVED
+from short_gpt.plots.quality import SHOWN
 from short_gpt.scoring.hooks import Scores
 from short_gpt.scoring.importance import Importance
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from short_gpt.jobs.published import published
+from short_gpt.jobs.reproduction import published
 from short_gpt.scoring.order import at_random, best_block, deepest, lowest, reverse, sequential
 
 
