@@ -6,71 +6,85 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from llama.io.outputs import check_output
 from short_gpt.cli.flags import Command, flags_of
-from short_gpt.jobs.choice_settings import SCORES
+from short_gpt.jobs.settings import SCORES
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import above_bars, first_rank
-from short_gpt.runtime.settings import WRITE, Needs, Values, setting
+from short_gpt.runtime.settings import WRITE, Needs, setting
 
-
-def _written(values: Values) -> bool:
-    """Whether there is anything to overwrite; of heal, the model."""
-    return "out" in values or any(values.get(name) is not None for name in ("json", "plots"))
-
-
-WRITTEN = Needs("--json or --plots", _written)
+FILES, DRAWING = ("json", "plots"), ("rank", "calibrate", "compare", "reproduce")
+WRITTEN = Needs(  # of heal, the model
+    "--json or --plots", lambda v: "out" in v or any(v.get(n) is not None for n in FILES)
+)
 
 
 @dataclass(frozen=True)
 class Output:
-    """The result as a file.
+    """The result as a file, and as pictures.
 
     Args:
         json: JSON file for the result, with all arguments, versions and the seed.
         overwrite: replace what an earlier run has written.
+        plots: folder for the pictures.
+        kinds: of `plots.pictures.FILES`.
     """
 
     HEADING: ClassVar = WRITE
 
     json: str | None = setting(None, value="FILE")
     overwrite: bool = setting(False, needs=WRITTEN)
+    plots: str | None = setting(None, value="FOLDER", commands=DRAWING, needs=SCORES)
+    kinds: tuple[str, ...] = setting((), commands=())
+
+    @property
+    def folder(self) -> Path | None:
+        """Where this process draws; None if it does not."""
+        return Path(self.plots) if self.plots is not None and first_rank() else None
 
     @property
     def pictures(self) -> list[Path]:
         """The pictures that the command will draw."""
-        return []
+        if self.plots is None:
+            return []
+        from short_gpt.plots.pictures import FILES
+
+        return [Path(self.plots) / name for kind in self.kinds for name in FILES[kind]]
 
     @property
     def targets(self) -> list[Path]:
         """The files that the command will write."""
         return [*([] if self.json is None else [Path(self.json)]), *self.pictures]
 
-    def check(self, arguments: Mapping[str, object] | None = None) -> None:
+    def check(self, arguments: Mapping[str, Any]) -> None:
         """Raises what would keep a file from being written, before the work.
 
         Args:
             arguments: the command's; what they name is read and not written over.
         """
-        from short_gpt.runtime.results import is_record
+        if self.plots is not None:
+            from short_gpt.plots.figures import is_picture, require_matplotlib
 
-        arguments = arguments or {}
+            require_matplotlib()
+            for picture in self.pictures:
+                check_output(picture, overwrite=self.overwrite, ours=is_picture)
         if self.json is not None:
+            from short_gpt.runtime.results import is_record
+
             check_output(Path(self.json), overwrite=self.overwrite, ours=is_record)
-        out = arguments.get("out")
+        out, named = arguments.get("out"), {k: v for k, v in arguments.items() if k not in FILES}
         for target in self.targets:
             if files := [parent for parent in target.parents if parent in self.targets]:
                 raise ShortGPTError(f"{target} cannot be written into the file {files[0]}")
-            if out is not None and Path(str(out)).resolve() in target.resolve().parents:
+            if out is not None and Path(out).resolve() in target.resolve().parents:
                 raise ShortGPTError(
                     f"{target} lies in {out}, which holds the model alone: else it could not be "
                     "replaced later; name a file beside it"
                 )
-            for name, value in arguments.items():
-                named = isinstance(value, str) and name not in ("json", "plots")
-                if named and target.is_file() and _real(value) == _real(target):
+            for name, value in named.items() if target.is_file() else ():
+                if isinstance(value, str) and os.path.realpath(value) == os.path.realpath(target):
                     raise ShortGPTError(
                         f"{target} is what --{name} reads, so it is not written over; choose "
                         "another name"
@@ -82,57 +96,13 @@ class Output:
         """Writes the result, if it has a name; of several ranks, only the first does."""
         from short_gpt.runtime.results import write_record
 
-        if self.json is None or not first_rank():
-            return
-        record: dict[str, object] = {"command": command, "arguments": arguments}
-        record |= {"seed": arguments["seed"]} if "seed" in arguments else {}
-        write_record(self.json, {**record, **content}, overwrite=self.overwrite)
-
-    def say_written(self) -> None:
-        """Names the files that were written."""
-        say_written(self.targets)
+        if self.json is not None and first_rank():
+            seed = {"seed": arguments["seed"]} if "seed" in arguments else {}
+            record = {"command": command, "arguments": arguments, **seed, **content}
+            write_record(self.json, record, overwrite=self.overwrite)
 
 
-@dataclass(frozen=True)
-class Pictures(Output):
-    """The result as a file, and as pictures.
-
-    Args:
-        plots: folder for the pictures.
-        kinds: of `plots.pictures.FILES`.
-    """
-
-    plots: str | None = setting(None, value="FOLDER", needs=SCORES)
-    kinds: tuple[str, ...] = setting(("scores",), commands=())
-
-    @property
-    def folder(self) -> Path | None:
-        """Where this process draws; None if it does not."""
-        return Path(self.plots) if self.plots is not None and first_rank() else None
-
-    @property
-    def pictures(self) -> list[Path]:
-        if self.plots is None:
-            return []
-        from short_gpt.plots.pictures import FILES
-
-        return [Path(self.plots) / name for kind in self.kinds for name in FILES[kind]]
-
-    def check(self, arguments: Mapping[str, object] | None = None) -> None:
-        if self.plots is not None:
-            from short_gpt.plots.figures import is_picture, require_matplotlib
-
-            require_matplotlib()
-            for picture in self.pictures:
-                check_output(picture, overwrite=self.overwrite, ours=is_picture)
-        super().check(arguments)
-
-
-def _real(path: object) -> str:
-    return os.path.realpath(str(path))
-
-
-def arguments_of(command: Command, values: Mapping[str, object]) -> dict[str, object]:
+def arguments_of(command: Command, values: Mapping[str, Any]) -> dict[str, object]:
     """A command's arguments for its record, by their flags.
 
     Args:
@@ -141,10 +111,10 @@ def arguments_of(command: Command, values: Mapping[str, object]) -> dict[str, ob
     """
     flat: dict[str, object] = {}
     for name, flag in flags_of(command).items():
-        group, field = flag.place or (name, "")
-        value = getattr(values[group], field) if field else values[group]
+        value = values[flag.parameter]
+        value = getattr(value, flag.field) if flag.field else value
         names = isinstance(value, tuple) and all(isinstance(part, str) for part in value)
-        flat[name] = ",".join(value) if names else value  # type: ignore[arg-type]
+        flat[name] = ",".join(value) if names else value
     return {k: v for k, v in flat.items() if isinstance(v, str | int | float | tuple | list | None)}
 
 

@@ -13,7 +13,7 @@ from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.healing import heal_refit
 from short_gpt.jobs.cells import size_without, tokens_per_second
 from short_gpt.jobs.inputs import DemoRun, Notify, ignore
-from short_gpt.jobs.scored import Scored
+from short_gpt.jobs.scores import digests_of
 from short_gpt.models.numbering import check_count
 from short_gpt.runtime.results import write_record
 from short_gpt.scoring.importance import Importance
@@ -117,7 +117,7 @@ def run_demo(
     short.evidence["method"] = METHODS["bi"]
     heal_refit(short, low, learned)
     found.looks[f"refitted, {len(short.present)} layers"] = _look(short, held)
-    more = {**(record or {}), "seed": run.seed, "scored": vars(Scored.of(model))}
+    more = {**(record or {}), "seed": run.seed, "scored": digests_of(model)}
     _save(short, target, found, draw, more, overwrite)
     return found
 

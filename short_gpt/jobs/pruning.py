@@ -13,10 +13,11 @@ from short_gpt.checkpoints.mergekit import is_recipe, mergekit_recipe, recipe_dt
 from short_gpt.checkpoints.provenance import PROVENANCE
 from short_gpt.checkpoints.prune import prune_checkpoint
 from short_gpt.checkpoints.target import Target
-from short_gpt.jobs.choice import Chosen, chosen, chosen_within
-from short_gpt.jobs.choice_settings import Choice, PerplexityLimit, Written
-from short_gpt.jobs.proof import Proof
+from short_gpt.jobs.conversion import prove
+from short_gpt.jobs.renamed import takes_old
 from short_gpt.jobs.saving import interruptible
+from short_gpt.jobs.scores import Chosen, chosen
+from short_gpt.jobs.settings import Choice, Written
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import bar
 from short_gpt.runtime.results import read_record
@@ -32,7 +33,7 @@ class Pruned:
     Attributes:
         out: the new directory or file.
         chosen: the layers removed, how they were chosen, and what was tried.
-        recipe: the mergekit recipe's file, if one was wanted.
+        recipe: the mergekit recipe's file, if one was asked for.
         proof: what was verified, in a sentence; None if nothing was.
         remark: what other programs may get wrong of it, or what it still lacks; None if nothing.
     """
@@ -78,9 +79,6 @@ def prune(
         verify: as in `Written`.
         overwrite: as in `Written`.
 
-    Returns:
-        What was removed, and what was proved of the result.
-
     Raises:
         FileExistsError: ``out`` exists.
         ShortGPTError: the choice, the format or the source.
@@ -92,16 +90,15 @@ def prune(
         [21, 22, 25]
     """
     written = Written(to=to, verify=verify, overwrite=overwrite)
-    choice = Choice(layers, scores, n, method=method)
-    return prune_by(model, out, choice, written=written)
+    return prune_by(model, out, Choice(layers, scores, n, method=method), written=written)
 
 
+@takes_old(limit="choice")
 def prune_by(
     model: str,
     out: str,
     choice: Choice,
     *,
-    limit: PerplexityLimit | None = None,
     written: Written | None = None,
     opening: OpenOptions | None = None,
 ) -> Pruned:
@@ -110,8 +107,7 @@ def prune_by(
     Args:
         model: as there.
         out: as there.
-        choice: which layers.
-        limit: in the place of their number, how far the perplexity may rise.
+        choice: which layers, or how far the perplexity may rise.
         written: format, proof, recipe, and whether an earlier checkpoint is replaced.
         opening: of the model, where it is loaded.
     """
@@ -127,56 +123,55 @@ def prune_by(
             f"`verify` loads {out}, which transformers does not read in several files; name "
             "one file, or leave it to be read again and compared"
         )
-    found = _chosen(model, choice, limit, opening)
+    removal = chosen(model, choice, opening=opening)
     copied = source.kind == target.format == "gguf"
+    write = _write_opened if source.kind == "gguf" and target.format == "hf" else _write
     with interruptible():
-        write = _write_opened if source.kind == "gguf" and target.format == "hf" else _write
-        proof = write(source, target, found, written.verify, opening)
+        proof = write(source, target, removal, written.verify, opening)
         if proof is None and copied:
-            proof = "verified: read again, every tensor left is the source's, byte for byte"
-    kinds = about_kinds(source, found.layers, found.record.block_influence) if copied else None
-    return Pruned(target.path, found, _recipe(source, out, written, dtype), proof, kinds)
+            proof = "verified: read again, every tensor that remains is the source's, byte for byte"
+    recipe = _recipe(source, out, written, dtype)
+    influence = removal.record.block_influence
+    remark = about_kinds(source, removal.layers, influence) if copied else None
+    return Pruned(target.path, removal, recipe, proof, remark)
 
 
 def _write_opened(
-    source: Source, target: Target, found: Chosen, verify: bool | None, opening: OpenOptions
+    source: Source, target: Target, removal: Chosen, verify: bool | None, opening: OpenOptions
 ) -> str | None:
     """Opens a model, removes the layers, and writes it in Hugging Face's format."""
     short = open_model(str(source), opening, max_seq_len=1024)
-    if found.importance is not None:
-        short.importance = found.importance
-    short.remove_layers(found.layers)
-    short.evidence |= found.record.evidence
-    prove, facts = verify is not False, found.record.facts
+    if removal.importance is not None:
+        short.importance = removal.importance
+    short.remove_layers(removal.layers)
+    short.evidence |= removal.record.evidence
+    prove, facts = verify is not False, removal.record.facts
     assert isinstance(short, ShortHFModel)
     short.save_pretrained(target.out, verify=prove, overwrite=target.overwrite, facts=facts)
     proof = "verified: loaded again it gives the logits of the model in memory, bit for bit"
     return proof if prove else None
 
 
-def _chosen(
-    model: str, choice: Choice, limit: PerplexityLimit | None, opening: OpenOptions
-) -> Chosen:
-    if limit is None or limit.max_perplexity_ratio is None:
-        return chosen(model, choice)
-    return chosen_within(model, choice, limit, opening=opening)
-
-
 def _write(
-    source: Source, target: Target, found: Chosen, verify: bool | None, opening: OpenOptions
+    source: Source, target: Target, removal: Chosen, verify: bool | None, opening: OpenOptions
 ) -> str | None:
     """Writes the checkpoint, proved before it takes its place; returns what was proved."""
-    proof = Proof(source, str(target.out), opening, verify, found.layers)
+    proofs: list[str | None] = []
+
+    def check(directory: Path) -> None:
+        layers = removal.layers
+        proofs.append(prove(directory, source, str(target.out), opening, verify, drop=layers))
+
     with bar("writing", total=None, unit="tensor") as shown:
         prune_checkpoint(
             source,
-            replace(target, verify=proof),
-            found.layers,
+            replace(target, verify=check),
+            removal.layers,
             tokenizer_path=opening.tokenizer_path,
-            provenance=found.record,
+            provenance=removal.record,
             progress=lambda _: shown.update(),
         )
-    return proof.said
+    return proofs[0] if proofs else None
 
 
 def _recipe(source: Source, out: str, written: Written, dtype: str) -> Path | None:

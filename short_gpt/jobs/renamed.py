@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 from short_gpt.jobs.cases import DEFAULT_METHODS, Cases, LoraSettings
-from short_gpt.jobs.choice_settings import Choice
 from short_gpt.jobs.inputs import Cut, Running, Tasks
 from short_gpt.jobs.saving import Saving
+from short_gpt.jobs.settings import DISTILLING, LIMITS, Answer, Choice, HealingWindows, Settings
 from short_gpt.wrappers.options import OpenOptions
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def strided_cut(
@@ -51,13 +58,44 @@ def lora_names(
     return LoraSettings(steps, rank, learning_rate, batch, lora_size)
 
 
+def _of(kind: Callable[..., T], names: Sequence[str]) -> Callable[..., T]:
+    """What makes settings of some of their fields, which may be given in this order."""
+    return lambda *values, **named: kind(**dict(zip(names, values, strict=False)), **named)
+
+
+def takes_old(**names: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Lets a function take settings by the names that its arguments had, as parts of the new."""
+
+    def wrap(run: Callable[P, T]) -> Callable[P, T]:
+        @wraps(run)
+        def either(*args: Any, **named: Any) -> T:
+            given = {names[old]: (old, named.pop(old)) for old in names if old in named}
+            arguments = inspect.signature(run).bind_partial(*args, **named).arguments
+            for new, (old, part) in given.items():
+                message = f"{run.__name__}: {old} is now {new}"
+                warnings.warn(message, DeprecationWarning, stacklevel=2)
+                if part is not None:
+                    default = type(part)()
+                    changes = {k: v for k, v in vars(part).items() if v != getattr(default, k)}
+                    arguments[new] = replace(arguments.get(new) or default, **changes)
+            return run(**arguments)
+
+        return either
+
+    return wrap
+
+
 # the old name: the new one, and what makes it of the old arguments
 OLD = {
     "CaseNames": ("Cases", case_names),
+    "Distilling": ("Settings", _of(Settings, DISTILLING)),
     "FewShotTasks": ("Tasks", Tasks),
+    "Learned": ("HealingWindows", HealingWindows),
     "LoraNames": ("LoraSettings", lora_names),
     "MethodChoice": ("Choice", Choice),
     "Opening": ("OpenOptions", OpenOptions),
+    "Paper": ("Answer", _of(Answer, ("paper_model", "confidence", "rare"))),
+    "PerplexityLimit": ("Choice", _of(Choice, LIMITS)),
     "Scoring": ("Running", Running),
     "Streaming": ("Running", streaming),
     "StridedCut": ("Cut", strided_cut),

@@ -13,7 +13,12 @@ from types import ModuleType
 
 # the old path, and the modules that have its names now
 MOVED = {
+    "short_gpt.cli.results": ("short_gpt.cli.tables",),
     "short_gpt.experiments": ("short_gpt.jobs",),
+    "short_gpt.jobs.choice": ("short_gpt.jobs.scores",),
+    "short_gpt.jobs.choice_settings": ("short_gpt.jobs.settings", "short_gpt.jobs"),
+    "short_gpt.jobs.healing_settings": ("short_gpt.jobs.settings", "short_gpt.jobs"),
+    "short_gpt.jobs.scored": ("short_gpt.jobs.scores",),
     "short_gpt.opening": ("short_gpt.wrappers.opening",),
     "short_gpt.report": ("short_gpt.plots", "short_gpt.cli.tables", "short_gpt.cli"),
     "short_gpt.scoring.differences": ("short_gpt.scoring.importance",),

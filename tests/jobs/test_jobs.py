@@ -32,6 +32,7 @@ from short_gpt.jobs import (
     Cases,
     Choice,
     Cut,
+    HealingWindows,
     OpenOptions,
     Reading,
     Running,
@@ -45,7 +46,6 @@ from short_gpt.jobs import (
     perplexity_of,
     read_scores,
 )
-from short_gpt.jobs import Learned as LearnedFrom
 from short_gpt.selection.partial_run import PartialRun
 from short_gpt.wrappers.short_llama import ShortLlama
 
@@ -125,8 +125,8 @@ def test_notify_is_told_what_a_streamed_run_takes(here, capsys):
 
 def test_heal_gives_the_evidence_and_prints_nothing(here, capsys):
     Path("other.txt").write_text("".join(chr(97 + i * i % 26) for i in range(400)))
-    learned = LearnedFrom("other.txt", 32, 8, 4)
-    done = heal("ckpt", "out", "patch", choice=Choice([1]), data="book.txt", learned=learned)
+    windows = HealingWindows("other.txt", 32, 8, 4)
+    done = heal("ckpt", "out", "patch", choice=Choice([1]), data="book.txt", windows=windows)
     names = ["whole, 5 layers", "pruned, 4 layers", "healed"]
     assert list(done.evidence.perplexity) == names and done.evidence.how["method"] == "patch"
     assert done.evidence.change.nats == pytest.approx(
@@ -144,8 +144,8 @@ def test_heal_gives_the_evidence_and_prints_nothing(here, capsys):
 def test_a_healed_model_keeps_the_scores_that_chose_its_layers(here):
     Path("other.txt").write_text("".join(chr(97 + i * i % 26) for i in range(400)))
     run("rank", "ckpt", *DATA, "--max_windows", 6, "--json", "r.json")
-    learned, choice = LearnedFrom("other.txt", 32, 8, 4), Choice(scores="r.json", n=1)
-    heal("ckpt", "out", choice=choice, data="book.txt", learned=learned)
+    windows, choice = HealingWindows("other.txt", 32, 8, 4), Choice(scores="r.json", n=1)
+    heal("ckpt", "out", choice=choice, data="book.txt", windows=windows)
     found, scores = json.loads(Path("out/pruning.json").read_text()), read_scores("r.json")
     assert found["block_influence"] == scores.block_influence.tolist()
     assert found["scored"] == {"windows": scores.n_windows, "tokens": scores.n_tokens}
@@ -155,7 +155,7 @@ def test_lora_that_was_interrupted_continues_by_the_same_call(here, monkeypatch)
     letters = random.Random(0).choices(string.ascii_lowercase, k=1800)  # no run of them comes twice
     Path("book.txt").write_text("".join(letters[:900]))
     Path("other.txt").write_text("".join(letters[900:]))
-    learned, resumed, plain = LearnedFrom("book.txt", 32, 8, 2), [], lora.heal_run
+    windows, resumed, plain = HealingWindows("book.txt", 32, 8, 2), [], lora.heal_run
     settings = Settings(steps=2, warmup=0, eval_every=1, rank=2, batch=2, micro_batch=2)
 
     def interrupted(short, run, evaluation):
@@ -166,7 +166,7 @@ def test_lora_that_was_interrupted_continues_by_the_same_call(here, monkeypatch)
         return done
 
     def healed(settings):
-        given = {"data": "other.txt", "learned": learned, "settings": settings}
+        given = {"data": "other.txt", "windows": windows, "settings": settings}
         return heal("ckpt", "out", "lora", choice=Choice([1]), **given)
 
     monkeypatch.setattr(lora, "heal_run", interrupted)
