@@ -158,6 +158,6 @@ def check_split(params: ModelArgs, ranks: int) -> None:
         if value % ranks:
             fit = [n for n in range(1, 9) if not any(share % n for share in shares.values())]
             raise InputError(
-                f"{name} {value} does not divide among {ranks} model-parallel ranks; it takes "
+                f"{name} {value} does not divide among {ranks} model-parallel ranks; use "
                 f"{' or '.join(map(str, fit))}"
             )

@@ -13,7 +13,7 @@ from typing import ClassVar
 import short_gpt
 from short_gpt import jobs, plots
 from short_gpt.cli import tables
-from short_gpt.cli.options import Output, arguments_of, say, say_written, tell
+from short_gpt.cli.options import Output, record_of, say, say_written, tell
 from short_gpt.jobs import (
     Answer,
     Cases,
@@ -65,7 +65,7 @@ def demo(
         n: how many layers to remove.
         overwrite: replace an existing folder.
     """
-    record = {"command": "demo", "arguments": arguments_of(demo, locals())}
+    record = record_of(demo, locals())
     plots.require_matplotlib()
     result = jobs.run_demo(
         out,
@@ -104,8 +104,7 @@ def rank(
     Args:
         model: Meta checkpoint directory, Hugging Face directory or hub id, or GGUF file.
     """
-    arguments = arguments_of(rank, locals())
-    output.check(arguments)
+    record = output.checked(rank, locals())
     result = jobs.rank(
         model,
         texts,
@@ -117,7 +116,7 @@ def rank(
         notify=tell,
     )
     say(tables.ranked(result))
-    output.write("rank", arguments, result.to_dict())
+    output.write({**record, **result.to_dict()})
     if output.folder is not None and result.importance is not None:
         plots.draw_scores(result.importance, output.folder, answer.n)
     result.finish()
@@ -148,7 +147,7 @@ def prune(
             file.
         out: new directory, or GGUF file if it ends with .gguf; must not exist.
     """
-    say(tables.pruned(jobs.prune_by(model, out, choice, opening=opening, written=written)))
+    say(tables.pruned(jobs.prune(model, out, choice, opening=opening, written=written)))
 
 
 def heal(
@@ -180,8 +179,7 @@ def heal(
         out: new directory, or from a GGUF file another if it ends with .gguf; must not exist.
         method: refit, patch, lora or distill; or several by commas, a closed form first.
     """
-    arguments = arguments_of(heal, locals())
-    output.check(arguments)
+    record = output.checked(heal, locals())
     result = jobs.heal(
         model,
         out,
@@ -196,7 +194,7 @@ def heal(
         overwrite=output.overwrite,
     )
     say(tables.healed(result))
-    output.write("heal", arguments, {"result": result.to_dict()})
+    output.write({**record, "result": result.to_dict()})
     say_written([result.out, *output.targets])
 
 
@@ -220,14 +218,13 @@ def calibrate(
     Args:
         model: Meta checkpoint directory, Hugging Face directory or hub id, or GGUF file.
     """
-    arguments = arguments_of(calibrate, locals())
-    output.check(arguments)
+    record = output.checked(calibrate, locals())
     saving = saving.beside(output.json)
     result = jobs.calibrate_checkpoint(
         model, texts, ranked=ranked, readings=readings, opening=opening, saving=saving
     )
     say(tables.calibrated(result))
-    output.write("calibrate", arguments, result.to_dict())
+    output.write({**record, **result.to_dict()})
     if output.folder is not None:
         plots.draw_crossed(result.cells, output.folder)
     if result.state is not None:
@@ -257,8 +254,7 @@ def compare(
     Args:
         model: Meta checkpoint directory, Hugging Face directory or hub id, or GGUF file.
     """
-    arguments = arguments_of(compare, locals())
-    output.check(arguments)
+    record = output.checked(compare, locals())
     result = jobs.compare_checkpoint(
         model,
         texts,
@@ -270,7 +266,7 @@ def compare(
         saving=saving.beside(output.json),
     )
     say(tables.compared(result.rows, result.agreement, result.tasks, bos=result.bos))
-    output.write("compare", arguments, result.to_dict())
+    output.write({**record, **result.to_dict()})
     if output.folder is not None:
         plots.draw_quality(result.rows, output.folder)
     if result.state is not None:
@@ -340,11 +336,10 @@ def perplexity(
     Args:
         model: Meta checkpoint directory, Hugging Face directory or hub id, or GGUF file.
     """
-    arguments = arguments_of(perplexity, locals())
-    output.check(arguments)
+    record = output.checked(perplexity, locals())
     value = jobs.perplexity_of(model, texts, cut=cut, opening=opening, running=running, notify=tell)
     say(tables.perplexities({model: value}))
-    output.write("perplexity", arguments, {"result": value.to_dict()})
+    output.write({**record, "result": value.to_dict()})
     say_written(output.targets)
 
 
@@ -365,12 +360,11 @@ def evaluate(
         model: Meta checkpoint directory, Hugging Face directory or hub id, or GGUF file.
         pruned: another, to stand beside it.
     """
-    arguments = arguments_of(evaluate, locals())
-    output.check(arguments)
+    record = output.checked(evaluate, locals())
     models = [model] if pruned is None else [model, pruned]
     result = jobs.evaluate(models, reading, tasks=tasks, opening=opening)
     say(tables.comparison(result))
-    output.write("evaluate", arguments, {"result": result})
+    output.write({**record, "result": result})
     say_written(output.targets)
 
 
@@ -415,8 +409,7 @@ def reproduce(
     Args:
         model: Llama-2-7B or Llama-2-13B: Meta directory, Hugging Face directory or hub id.
     """
-    arguments = arguments_of(reproduce, locals())
-    output.check(arguments)
+    record = output.checked(reproduce, locals())
     result = jobs.reproduce(
         model,
         texts,
@@ -428,7 +421,7 @@ def reproduce(
         notify=tell,
     )
     say(tables.reproduced(result))
-    output.write("reproduce", arguments, result.to_dict())
+    output.write({**record, **result.to_dict()})
     if output.folder is not None:
         plots.draw_scores(result.importance, output.folder, result.n)
         plots.draw_published(result.importance, result.comparison, output.folder)

@@ -90,32 +90,37 @@ class Output:
                         "another name"
                     )
 
-    def write(
-        self, command: str, arguments: Mapping[str, object], content: Mapping[str, object]
-    ) -> None:
+    def checked(self, command: Command, values: Mapping[str, Any]) -> dict[str, Any]:
+        """`record_of` a command, checked as by `check`."""
+        record = record_of(command, values)
+        self.check(record["arguments"])
+        return record
+
+    def write(self, record: Mapping[str, object]) -> None:
         """Writes the result, if it has a name; of several ranks, only the first does."""
         from short_gpt.runtime.results import write_record
 
         if self.json is not None and first_rank():
-            seed = {"seed": arguments["seed"]} if "seed" in arguments else {}
-            record = {"command": command, "arguments": arguments, **seed, **content}
             write_record(self.json, record, overwrite=self.overwrite)
 
 
-def arguments_of(command: Command, values: Mapping[str, Any]) -> dict[str, object]:
-    """A command's arguments for its record, by their flags.
+def record_of(command: Command, values: Mapping[str, Any]) -> dict[str, Any]:
+    """What a result is kept with: the command, its arguments by their flags, and the seed.
 
     Args:
         command: the command.
         values: its locals, taken first thing.
     """
-    flat: dict[str, object] = {}
+    arguments: dict[str, object] = {}
     for name, flag in flags_of(command).items():
         value = values[flag.parameter]
         value = getattr(value, flag.field) if flag.field else value
-        names = isinstance(value, tuple) and all(isinstance(part, str) for part in value)
-        flat[name] = ",".join(value) if names else value
-    return {k: v for k, v in flat.items() if isinstance(v, str | int | float | tuple | list | None)}
+        if isinstance(value, tuple) and all(isinstance(part, str) for part in value):
+            value = ",".join(value)
+        if isinstance(value, str | int | float | tuple | list | None):
+            arguments[name] = value
+    seed = {"seed": arguments["seed"]} if "seed" in arguments else {}
+    return {"command": command.__name__, "arguments": arguments, **seed}
 
 
 def say(text: str) -> None:

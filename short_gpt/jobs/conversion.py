@@ -48,15 +48,12 @@ def convert(
     Args:
         model: GGUF file, Hugging Face directory or hub id, or Meta checkpoint directory.
         out: new directory, or GGUF file if it ends with .gguf.
-        to: meta, hf or gguf. None is gguf where ``out`` ends so, and else Meta's, but Hugging
-            Face's from Meta's and from a GGUF file that is no Llama.
+        to: meta, hf or gguf; None follows ``out`` and the source.
         type: of matrices in GGUF: f32, f16, bf16 or q8_0; None is the source's.
-        dtype: of the weights written for Meta, or from GGUF; None is the source's, or float32
-            from GGUF.
+        dtype: of the weights written for Meta, or from GGUF; None is the source's, else float32.
         shards: writes Meta's format in any case, in so many files.
         tokenizer_path: tokenizer of a Meta checkpoint; None looks beside it.
-        trust_remote_code: whether Python files that come with a Hugging Face model are run, to
-            prove the result.
+        trust_remote_code: whether a Hugging Face model's Python files are run for the proof.
         verify: whether to load source and result, one after the other, and compare logits and
             greedy generation with and without the cache. None does unless both are Meta's.
         overwrite: whether an earlier conversion is replaced.
@@ -181,13 +178,13 @@ def prove(
         source: the model that was read.
         out: the name that the directory will have.
         opening: of both models.
-        verify: whether to compare them; None does where Hugging Face's format or GGUF is read or
-            written, and the packages that read it are there.
+        verify: None compares where Hugging Face's format or GGUF is read or written, and the
+            packages that read it are there.
         drop: the layers that the directory lacks.
         dtype: that the source's weights were rounded to; None if they were not.
 
     Returns:
-        What was proved, in a sentence, or why nothing was; None if no proof was asked for.
+        What was proved, or why nothing was; None if no proof was asked for.
     """
     written = find_source(directory)
     # a GGUF file was read again by its writer, tensor by tensor

@@ -112,14 +112,12 @@ def heal(
     """Removes layers of a checkpoint and brings quality back.
 
     Refit and patch are closed forms and take minutes. LoRA learns the text, distillation what the
-    original model predicts; both also heal a model that was pruned before, and take a Meta
-    checkpoint to Hugging Face's format and back. All except the patch continue when interrupted.
-    No text is both learned and evaluated on.
+    original model predicts; both also heal a model that was pruned before. All except the patch
+    continue when interrupted. No text is both learned and evaluated on.
 
     Args:
         model: Meta checkpoint directory, Hugging Face directory or hub id, or GGUF file.
-        out: new directory, or from a GGUF file another if it ends with .gguf; appears whole or
-            not at all.
+        out: new directory, or from a GGUF file another; appears whole or not at all.
         method: refit, patch, lora or distill, or several by commas, which follow each other.
         choice: which layers to remove; lora may do without, and distill with a teacher.
         data: texts to learn from.
@@ -128,8 +126,7 @@ def heal(
         opening: how models are opened.
         streaming: whether one layer at a time is in memory.
         overwrite: whether an earlier pruned checkpoint is replaced.
-        notify: called with what a refit will take in memory and on disk, before it starts, and with
-            every perplexity when it is measured.
+        notify: called with what a refit will take, and with every perplexity.
 
     Raises:
         FileExistsError: ``out`` exists.
@@ -153,22 +150,11 @@ def heal(
     removal = _removal(model, choice, methods, settings)
     if is_gguf(out):
         check_saved(model, removal.layers, removal.record.block_influence)
-    with interruptible():
-        return _heal(
-            model,
-            Path(out),
-            methods,
-            removal,
-            texts,
-            windows,
-            settings,
-            opening,
-            streaming,
-            overwrite=overwrite,
-            notify=notify,
-        )
+    how = (texts, windows, settings, opening, streaming)
+    return _heal(model, Path(out), methods, removal, *how, overwrite, notify)
 
 
+@interruptible()
 def _heal(
     model: str,
     out: Path,
@@ -179,7 +165,6 @@ def _heal(
     settings: Settings,
     opening: OpenOptions,
     streaming: Running,
-    *,
     overwrite: bool,
     notify: Notify,
 ) -> Healing:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from llama.io.files import resolved
 from llama.io.outputs import check_output, new_file
@@ -50,9 +52,11 @@ class Pruned:
         return self.chosen.layers
 
 
+@takes_old(limit="choice")
 def prune(
     model: str,
     out: str,
+    choice: Choice | None = None,
     *,
     layers: object = None,
     scores: str | None = None,
@@ -61,8 +65,10 @@ def prune(
     to: str | None = None,
     verify: bool | None = None,
     overwrite: bool = False,
+    written: Written | None = None,
+    opening: OpenOptions | None = None,
 ) -> Pruned:
-    """Writes a checkpoint without some layers, tensor by tensor, in either format.
+    """Writes a checkpoint without some layers, tensor by tensor, in any format.
 
     The model is not loaded for that: memory is bounded by the largest tensor. To verify, source
     and result are then loaded, one after the other, and compared.
@@ -71,13 +77,16 @@ def prune(
         model: Meta checkpoint directory, Hugging Face directory or hub id (safetensors), or GGUF
             file of any architecture.
         out: new directory, or file if it ends with .gguf; appears whole or not at all.
-        layers: which layers, as in `Choice`.
+        choice: which layers, or how far the perplexity may rise.
+        layers: as in `Choice`, in its place, as the next three.
         scores: as in `Choice`.
         n: as in `Choice`.
         method: as in `Choice`.
-        to: as in `Written`.
+        to: as in `Written`, in its place, as the next two.
         verify: as in `Written`.
         overwrite: as in `Written`.
+        written: format, proof, recipe, and whether an earlier checkpoint is replaced.
+        opening: of the model, where it is loaded.
 
     Raises:
         FileExistsError: ``out`` exists.
@@ -89,29 +98,18 @@ def prune(
         >>> prune("llama-2-7b", "llama-2-5b", layers=[21, 22, 25]).layers  # doctest: +SKIP
         [21, 22, 25]
     """
-    written = Written(to=to, verify=verify, overwrite=overwrite)
-    return prune_by(model, out, Choice(layers, scores, n, method=method), written=written)
+    choice = choice or Choice(layers, scores, n, method=method)
+    written, opening = written or Written(None, to, verify, overwrite), opening or OpenOptions()
+    return _prune(model, out, choice, written, opening)
 
 
-@takes_old(limit="choice")
-def prune_by(
-    model: str,
-    out: str,
-    choice: Choice,
-    *,
-    written: Written | None = None,
-    opening: OpenOptions | None = None,
-) -> Pruned:
-    """What `prune` does, with all its settings.
+def prune_by(model: str, out: str, choice: Choice, **settings: Any) -> Pruned:
+    """The older name of `prune`."""
+    warnings.warn("prune_by is now prune", DeprecationWarning, stacklevel=2)
+    return prune(model, out, choice, **settings)
 
-    Args:
-        model: as there.
-        out: as there.
-        choice: which layers, or how far the perplexity may rise.
-        written: format, proof, recipe, and whether an earlier checkpoint is replaced.
-        opening: of the model, where it is loaded.
-    """
-    written, opening = written or Written(), opening or OpenOptions()
+
+def _prune(model: str, out: str, choice: Choice, written: Written, opening: OpenOptions) -> Pruned:
     check_tokenizer(opening.tokenizer_path, model)
     source = find_source(model)
     target = Target(out, written.to, written.overwrite).resolved(source)

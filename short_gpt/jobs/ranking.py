@@ -181,13 +181,7 @@ def _identity(
 def check_ranking(
     model: str, answer: Answer, cut: Cut, running: Running, opening: OpenOptions
 ) -> None:
-    """Raises what would go wrong after the model is loaded, or the texts are opened.
-
-    Raises:
-        FileNotFoundError: there is no tokenizer.
-        ShortGPTError: a number is out of range, the method does not do with a streamed model, or
-            the tokenizer cannot be read.
-    """
+    """Raises what would go wrong after the model is loaded, or the texts are opened."""
     check_model(model, answer.n)
     if answer.candidates is not None:
         check_model(model, answer.candidates, name="candidates")
@@ -273,14 +267,7 @@ def forecast(
 ) -> str:
     """How long a run will take, from one window that is timed. All ranks must call it.
 
-    Args:
-        short: the model.
-        window: one of the windows, read for nothing but this.
-        batch_size: windows that each replica reads at once.
-        rule: that may end the run early.
-        total: windows to come and read; None if that is not known.
-        population: windows that there are, of which these are a sample.
-        read: how many of them were read before.
+    Of ``total`` windows, a sample of ``population``, ``read`` were read before; None is not known.
     """
     one = short.seconds_a_window(window, batch_size) / replicas.current(short.decoder.device).count
     line = f"a window of {len(window):,} tokens takes {duration(one)}"

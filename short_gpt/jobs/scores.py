@@ -228,12 +228,7 @@ def _part(record: Mapping[str, object], name: str, file: str) -> Mapping[str, ob
 
 
 def digests_of(model: str, tokenizer_path: str | None = None) -> dict[str, str | None]:
-    """Digests of a model's files as they are now, by which saved scores are known as its own.
-
-    Args:
-        model: a checkpoint of any format.
-        tokenizer_path: of a tokenizer file that is read in place of the checkpoint's.
-    """
+    """Digests of a model's files as they are now, by which saved scores are known as its own."""
     source = find_source(model)
     return {
         "weights": weights_of(source),
@@ -245,12 +240,7 @@ def digests_of(model: str, tokenizer_path: str | None = None) -> dict[str, str |
 def tokenizer_of(source: str | Source, path: str | None = None) -> str | None:
     """A digest of the tokenizer that a checkpoint's texts are read with, without chat templates.
 
-    Args:
-        source: as for `weights_of`.
-        path: of a tokenizer file that is read in place of the checkpoint's; None looks beside it.
-
-    Returns:
-        None where there are no files of one, as with GGUF, whose weights' digest covers it.
+    None where there are no files of one, as with GGUF, whose weights' digest covers it.
     """
     kind, files = find_source(source).kind, []
     if kind == "meta" or path is not None:
@@ -266,11 +256,7 @@ def tokenizer_of(source: str | Source, path: str | None = None) -> str | None:
 def configuration_of(source: str | Source) -> str | None:
     """A digest of what counts of a checkpoint's configuration, by `models.computation`.
 
-    Args:
-        source: as for `weights_of`.
-
-    Returns:
-        None where no file holds one alone, as with GGUF, whose weights' digest covers it.
+    None where no file holds one alone, as with GGUF, whose weights' digest covers it.
     """
     kind = find_source(source).kind
     if kind == "meta":
