@@ -468,6 +468,13 @@ def test_mistakes_cost_one_line(ckpt, capsys, argv, message):
     assert sorted(p.name for p in Path().iterdir()) == before
 
 
+def test_the_help_says_what_holds_for_the_command_alone():
+    flags = {name: flags_of(cli.COMMANDS[name]) for name in ("rank", "reproduce", "perplexity")}
+    for name, special in (("seed", "random method"), ("max_memory", "searches by loss")):
+        assert special in flags["rank"][name].text
+        assert special not in flags["reproduce"][name].text + flags["perplexity"][name].text
+
+
 @pytest.mark.parametrize(
     ("argv", "start"),
     [

@@ -125,8 +125,10 @@ def test_notify_is_told_what_a_streamed_run_takes(here, capsys):
 
 def test_heal_gives_the_evidence_and_prints_nothing(here, capsys):
     Path("other.txt").write_text("".join(chr(97 + i * i % 26) for i in range(400)))
-    windows = HealingWindows("other.txt", 32, 8, 4)
-    done = heal("ckpt", "out", "patch", choice=Choice([1]), data="book.txt", windows=windows)
+    windows, told = HealingWindows("other.txt", 32, 8, 4), []
+    given = {"data": "book.txt", "windows": windows, "notify": told.append}
+    done = heal("ckpt", "out", "patch", choice=Choice([1]), **given)
+    assert told[0].startswith("original, 5 layers: perplexity ")  # the table's word
     names = ["whole, 5 layers", "pruned, 4 layers", "healed"]
     assert list(done.evidence.perplexity) == names and done.evidence.how["method"] == "patch"
     assert done.evidence.change.nats == pytest.approx(
@@ -244,6 +246,13 @@ def test_cases_are_read_with_or_without_spaces():
 def test_settings_are_refused_before_a_model_is_loaded(here):
     with pytest.raises(ShortGPTError, match="n = 5; the model has 5 layers: expected 1 to 4"):
         rank("ckpt", "no such text", n=5)
+    Path("ckpt/tokenizer.json").rename("aside")
+    with pytest.raises(FileNotFoundError, match="no tokenizer file"):
+        rank("ckpt", "no such text")
+    Path("ckpt/tokenizer.json").write_text("{")
+    with pytest.raises(ShortGPTError, match="ckpt/tokenizer.json is no tokenizer.json or a dam"):
+        rank("ckpt", "no such text")
+    Path("aside").rename("ckpt/tokenizer.json")
     with pytest.raises(ShortGPTError, match="`method` sleb needs `n`"):
         Answer(method="sleb")
     with pytest.raises(ShortGPTError, match="n, or use choose"):
