@@ -2,38 +2,8 @@
 
 from __future__ import annotations
 
-from short_gpt.cli.commands import (
-    ALONE,
-    COMMANDS,
-    REMOVED,
-    calibrate,
-    compare,
-    convert,
-    demo,
-    evaluate,
-    generate,
-    heal,
-    perplexity,
-    plot,
-    prune,
-    rank,
-    reproduce,
-)
+from short_gpt.cli.commands import ALONE, COMMANDS, REMOVED
 
-__all__ = [
-    "ALONE",
-    "COMMANDS",
-    "REMOVED",
-    "calibrate",
-    "compare",
-    "convert",
-    "demo",
-    "evaluate",
-    "generate",
-    "heal",
-    "perplexity",
-    "plot",
-    "prune",
-    "rank",
-    "reproduce",
-]
+__all__ = ["ALONE", "COMMANDS", "REMOVED"]
+
+globals().update(COMMANDS)  # every command by its name

@@ -173,9 +173,27 @@ def prepared(argv: list[str], commands: Mapping[str, Command]) -> list[str]:
     Raises:
         ShortGPTError: an unknown flag, a flag without its value, or a missing argument.
     """
-    name, words = argv[0], argv[1:]
+    name, *rest = argv
     flags = flags_of(commands[name])
-    values, positional = _split(name, words, flags)
+    values: dict[str, str] = {}
+    positional: list[str] = []
+    while rest:
+        word = rest.pop(0)
+        if not re.match(DASHED, word):
+            positional.append(word)
+            continue
+        written, equals, value = word.partition("=")
+        flag = named(name, written, flags)
+        following = rest[0] if rest else "--end"
+        if not equals and bool in flags[flag].kinds and following.lower() not in BOOLEANS:
+            value = "True"
+        elif not equals:
+            if re.match(DASHED, following):
+                raise ShortGPTError(
+                    f"{written} needs a value; write {written}=VALUE if it has dashes"
+                )
+            value = rest.pop(0)
+        values[flag] = value
     free = [f for f in flags.values() if f.positional and f.name not in values]
     if len(positional) > len(free):
         places = " ".join(f.name.upper() for f in flags.values() if f.positional)
@@ -186,33 +204,6 @@ def prepared(argv: list[str], commands: Mapping[str, Command]) -> list[str]:
         raise ShortGPTError(f"{name} needs {' '.join(missing)}; see {name} --help")
     values |= {f.name: value for f, value in zip(free, positional, strict=False)}
     return [name, *(f"--{flag}={value}" for flag, value in values.items())]
-
-
-def _split(
-    command: str, words: list[str], flags: Mapping[str, Flag]
-) -> tuple[dict[str, str], list[str]]:
-    """Values by flag, and those without one."""
-    values: dict[str, str] = {}
-    positional: list[str] = []
-    rest = iter(enumerate(words, start=1))
-    for after, word in rest:
-        if not re.match(DASHED, word):
-            positional.append(word)
-            continue
-        written, equals, value = word.partition("=")
-        name = named(command, written, flags)
-        if not equals:
-            following = words[after] if after < len(words) else "--end"
-            if bool in flags[name].kinds and following.lower() not in BOOLEANS:
-                value = "True"
-            elif re.match(DASHED, following):
-                raise ShortGPTError(
-                    f"{written} needs a value; write {written}=VALUE if it has dashes"
-                )
-            else:
-                _, value = next(rest)
-        values[name] = value
-    return values, positional
 
 
 def named(command: str, written: str, flags: Mapping[str, Flag]) -> str:

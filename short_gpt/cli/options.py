@@ -61,8 +61,7 @@ class Output:
     def check(self, arguments: Mapping[str, Any]) -> None:
         """Raises what would keep a file from being written, before the work.
 
-        Args:
-            arguments: the command's; what they name is read and not written over.
+        What the command's arguments name is read, and so not written over.
         """
         if self.plots is not None:
             from short_gpt.plots.figures import is_picture, require_matplotlib
@@ -105,12 +104,7 @@ class Output:
 
 
 def record_of(command: Command, values: Mapping[str, Any]) -> dict[str, Any]:
-    """What a result is kept with: the command, its arguments by their flags, and the seed.
-
-    Args:
-        command: the command.
-        values: its locals, taken first thing.
-    """
+    """What a result is kept with: the command, its arguments (its locals) by flag, and the seed."""
     arguments: dict[str, object] = {}
     for name, flag in flags_of(command).items():
         value = values[flag.parameter]

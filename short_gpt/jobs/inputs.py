@@ -129,11 +129,7 @@ class TextSource:
     max_texts: int | None = None
 
     def read(self) -> Iterable[str]:
-        """The texts, with a progress bar.
-
-        Raises:
-            OSError, ShortGPTError: as `short_gpt.texts`.
-        """
+        """The texts, with a progress bar; errors as of `short_gpt.texts`."""
         from short_gpt.data.texts import read_texts
 
         return read_texts(self.data, self.split, self.column, self.max_texts)
@@ -192,13 +188,7 @@ class Cut:
     def windows(
         self, texts: Iterable[str], encode: Encode, bos: str = "first"
     ) -> Iterable[list[int]]:
-        """Windows of token ids; see `short_gpt.windows`.
-
-        Args:
-            texts: documents.
-            encode: the model's.
-            bos: where it stands if the setting is None, such as ``short.bos``.
-        """
+        """Windows of token ids, as `short_gpt.windows`; ``bos`` holds where none is set."""
         from short_gpt.data.windows import windows
 
         return windows(
@@ -335,9 +325,7 @@ class Running:
     def check_bounds(self, methods: Sequence[str] = (), *, searches: bool = False) -> None:
         """Raises ShortGPTError for a size that is none, or bounds nothing.
 
-        Args:
-            methods: that it bounds too.
-            searches: whether one of them runs.
+        It also bounds the ``methods``, where ``searches`` says that one of them runs.
         """
         from short_gpt.runtime.memory import bytes_of
 
@@ -411,13 +399,7 @@ class Tasks:
 
 
 def check_model(source: str, n: int | None = None, *, name: str = "n") -> None:
-    """Raises what would go wrong with a source, and with removing n layers, after it is loaded.
-
-    Args:
-        source: the checkpoint.
-        n: how many layers are to be removed.
-        name: what the user calls n.
-    """
+    """Raises what would go wrong with a source after it is loaded, and with removing n layers."""
     from short_gpt.models.numbering import check_count
     from short_gpt.wrappers.opening import layers_of
 
@@ -435,5 +417,4 @@ def known_total(windows: Iterable[list[int]], limit: int | None) -> int | None:
     """How many windows are to come, as far as that is known."""
     from short_gpt.data.windows import count_of
 
-    counted = count_of(windows)
-    return limit if counted is None else counted
+    return limit if (count := count_of(windows)) is None else count
