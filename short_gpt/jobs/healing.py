@@ -147,7 +147,7 @@ def heal(
     teacher, stream = settings.teacher or model, streaming.stream or settings.stream_teacher
     check_tokenizer(opening.tokenizer_path, model, teacher, stream=stream)
     _check_target(model, out, overwrite=overwrite)
-    removal = _removal(model, choice, methods, settings)
+    removal = _removal(model, choice, methods, settings, opening)
     if is_gguf(out):
         check_saved(model, removal.layers, removal.record.block_influence)
     how = (texts, windows, settings, opening, streaming)
@@ -248,10 +248,12 @@ def _teacher(
     return lambda: open_model(source, own, stream=stream, max_seq_len=size)
 
 
-def _removal(model: str, choice: Choice, methods: Sequence[str], settings: Settings) -> Chosen:
+def _removal(
+    model: str, choice: Choice, methods: Sequence[str], settings: Settings, opening: OpenOptions
+) -> Chosen:
     """The layers to remove; none where the methods heal a model that was pruned before."""
     if choice.layers is not None or choice.scores is not None:
-        return chosen(model, choice)
+        return chosen(model, choice, opening=opening)
     ask = "give `layers`, as in 21,22,23, or `scores` and `n`"
     if methods[0] in CLOSED:
         raise ShortGPTError(
