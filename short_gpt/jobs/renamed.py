@@ -78,7 +78,7 @@ def takes_old(**names: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
                     default = type(part)()
                     changes = {k: v for k, v in vars(part).items() if v != getattr(default, k)}
                     arguments[new] = replace(arguments.get(new) or default, **changes)
-            return run(**arguments)
+            return run(**arguments)  # type: ignore[call-arg]
 
         return either
 
