@@ -104,7 +104,7 @@ def road(
         "refit",
         choice=jobs.Choice(scores=scores, n=n),
         data=book,
-        learned=jobs.Learned(held, size, learned, judged),
+        windows=jobs.HealingWindows(held, size, learned, judged),
     )
     paths = {"whole": source, "cut": folder / "cut.gguf", "refitted": folder / "refitted.gguf"}
     return {

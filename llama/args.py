@@ -146,4 +146,8 @@ def check_split(params: ModelArgs, ranks: int) -> None:
     }
     for name, value in shares.items():
         if value % ranks:
-            raise InputError(f"{name} {value} does not divide among {ranks} model-parallel ranks")
+            fit = [n for n in range(1, 9) if not any(share % n for share in shares.values())]
+            raise InputError(
+                f"{name} {value} does not divide among {ranks} model-parallel ranks; use "
+                f"{' or '.join(map(str, fit))}"
+            )

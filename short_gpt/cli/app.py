@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import shlex
 import sys
 from collections.abc import Sequence
 from traceback import clear_frames
+from typing import TextIO
 
 from llama.ranks import several_ranks
-from short_gpt.cli import ALONE, COMMANDS, REMOVED
+from short_gpt.cli.commands import ALONE, COMMANDS, REMOVED
 from short_gpt.cli.flags import flags_of, prepared, similar, typed
 from short_gpt.cli.help import help_of, overview
-from short_gpt.cli.streams import lenient
 from short_gpt.runtime.errors import (
     USER_ERRORS,
     NotSavedError,
@@ -23,19 +24,17 @@ from short_gpt.runtime.errors import (
 )
 from short_gpt.runtime.progress import first_rank
 
-HELP = ("--help", "-h")
-
 
 def main(argv: list[str] | None = None) -> None:
     """Runs one command; exits with 1 and one line on stderr if the user's input is at fault."""
     argv = sys.argv[1:] if argv is None else argv
-    lenient()
+    sys.stdout, sys.stderr = lenient(sys.stdout), lenient(sys.stderr)
     try:
         run(argv)
         sys.stdout.flush()
     except (Exception, KeyboardInterrupt) as error:
         code = 130 if isinstance(error, KeyboardInterrupt) else 1
-        line = said(error, argv)
+        line = message_of(error, argv)
         if several_ranks():
             from short_gpt.runtime.replicas import end_all
 
@@ -45,69 +44,32 @@ def main(argv: list[str] | None = None) -> None:
         clear_frames(error.__traceback__)  # they hold the locks of states
         print(line, file=sys.stderr)
         sys.exit(code)
-    leave_group()
-
-
-def said(error: BaseException, argv: Sequence[str] = ()) -> str | None:
-    """The line that tells a user what went wrong; None where a traceback tells us.
-
-    A setting that a message puts in backticks is named as the command's flag; so is one that it
-    begins with, as in ``counts = 0``, where the flag was given.
-    """
-    if isinstance(error, KeyboardInterrupt):
-        return "short-gpt: interrupted"
-    if os.environ.get("SHORT_GPT_TRACEBACK"):
-        return None
-    if isinstance(error, NotSavedError):
-        line = one_line(f"short-gpt: {in_shell(str(error), argv)}")
-        return f"{line}: {shlex.join(['short-gpt', *argv])}"
-    short = shortage(error)
-    if short is not None:
-        return one_line(f"short-gpt: {short}")
-    if not isinstance(error, USER_ERRORS):
-        return None
-    name = str(error).split(" = ")[0]
-    given = any(part.split("=")[0] == f"--{name}" for part in argv)
-    return one_line(f"short-gpt: {'--' * given}{in_shell(str(error), argv)}")
-
-
-def in_shell(message: str, argv: Sequence[str]) -> str:
-    """A message in the shell's words: settings in backticks become flags of the command.
-
-    Args:
-        message: in Python's words, as in "`n` chooses from `scores`".
-        argv: of the command.
-    """
-    flags = flags_of(COMMANDS[argv[0]]) if argv and argv[0] in COMMANDS else {}
-    return re.sub(r"`(\w+)`", lambda m: f"--{m[1]}" if m[1] in flags else m[0], message)
+    dist = sys.modules.get("torch.distributed")
+    if dist is not None and dist.is_initialized() and dist.get_world_size() > 1:
+        dist.destroy_process_group()
 
 
 def run(argv: list[str]) -> None:
-    """Answers what needs no command; else checks the arguments and gives them to fire."""
+    """Prints the version or a help, or checks the arguments and gives them to fire."""
     text = answer(argv)
     if text is not None:
         if first_rank():
             print(text)
         return
     arguments = prepared(argv, COMMANDS)
-    if not first_rank() and argv[0] in ALONE:
-        return
-    import fire
+    if first_rank() or argv[0] not in ALONE:
+        import fire
 
-    fire.Fire({argv[0]: typed(COMMANDS[argv[0]])}, command=arguments, name="short-gpt")
+        fire.Fire({argv[0]: typed(COMMANDS[argv[0]])}, command=arguments, name="short-gpt")
 
 
 def answer(argv: list[str]) -> str | None:
-    """What is printed in the place of a run: the version or a help; None where a command runs.
-
-    Raises:
-        ShortGPTError: there is no such command.
-    """
+    """The version or a help; None where a command runs, ShortGPTError where there is none."""
     if argv == ["--version"]:
         from importlib import metadata
 
         return f"short-gpt {metadata.version('short-gpt')}"
-    if not argv or argv[0] in (*HELP, "--"):
+    if not argv or argv[0] in ("--help", "-h", "--"):
         return overview(COMMANDS)
     name = argv[0]
     if name in REMOVED:
@@ -115,11 +77,67 @@ def answer(argv: list[str]) -> str | None:
     if name not in COMMANDS:
         known = ", ".join(COMMANDS)
         raise ShortGPTError(f"no command {name!r}{similar(name, COMMANDS)}; there are {known}")
-    return help_of(name, COMMANDS[name]) if {*HELP} & {*argv} else None
+    return help_of(name, COMMANDS[name]) if {"--help", "-h"} & {*argv} else None
 
 
-def leave_group() -> None:
-    """Ends the process group of several ranks, if the command made one."""
-    dist = sys.modules.get("torch.distributed")
-    if dist is not None and dist.is_initialized() and dist.get_world_size() > 1:
-        dist.destroy_process_group()
+def message_of(error: BaseException, argv: Sequence[str] = ()) -> str | None:
+    """The line that tells a user what went wrong; None where a traceback tells us."""
+    if isinstance(error, KeyboardInterrupt):
+        return "short-gpt: interrupted"
+    if os.environ.get("SHORT_GPT_TRACEBACK"):
+        return None
+    text = shortage(error)
+    if isinstance(error, NotSavedError):
+        again = shlex.join(["short-gpt", *argv])
+        return f"{one_line(f'short-gpt: {in_shell(str(error), argv)}')}: {again}"
+    if text is None and isinstance(error, USER_ERRORS):
+        text = in_shell(str(error), argv)
+    return None if text is None else one_line(f"short-gpt: {text}")
+
+
+def in_shell(message: str, argv: Sequence[str]) -> str:
+    """A message in the shell's words: settings become flags of the command.
+
+    Those are settings in backticks, as in "`n` chooses from `scores`", and one that was given as a
+    flag and begins the message, as in "counts = 0".
+    """
+    flags = flags_of(COMMANDS[argv[0]]) if argv and argv[0] in COMMANDS else {}
+    name = message.split(" = ")[0]
+    dashes = "--" if any(part.split("=")[0] == f"--{name}" for part in argv) else ""
+    return dashes + re.sub(r"`(\w+)`", lambda m: f"--{m[1]}" if m[1] in flags else m[0], message)
+
+
+class Unheard(io.TextIOWrapper):
+    """A stream whose reader may leave; what is written from then on goes nowhere."""
+
+    def write(self, text: str) -> int:
+        try:
+            return super().write(text)
+        except BrokenPipeError:
+            self.flush()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            super().flush()
+        except BrokenPipeError:
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self.fileno())  # also what is still in the buffer
+            os.close(null)
+            super().flush()
+
+
+def lenient(stream: TextIO | None) -> TextIO:
+    """The stream, or one in its place that takes anything at any time.
+
+    Standard output and error may be closed, know ASCII alone, or be a pipe that nobody reads. The
+    run goes on all the same, and its files are written.
+    """
+    if stream is None:  # closed before the start: 2>&-
+        return open(os.devnull, "w", encoding="utf-8")
+    own = stream in (sys.__stdout__, sys.__stderr__)  # not one that somebody put in its place
+    if own and isinstance(stream, io.TextIOWrapper) and type(stream) is not Unheard:
+        lines, code = stream.line_buffering, stream.encoding
+        buffer = os.fdopen(stream.fileno(), "wb", closefd=False)
+        return Unheard(buffer, code, errors="backslashreplace", line_buffering=lines)
+    return stream

@@ -1,8 +1,7 @@
 """What a command takes, read from its signature: flags, their types, defaults and descriptions.
 
-A parameter that is a dataclass is a group: each of its fields is a flag of its own, so that flags
-which several commands share are written down once. `short_gpt.runtime.settings` has what a field
-says of its flag.
+A parameter that is a dataclass is a group, and each of its fields a flag of its own; what a field
+says of its flag stands in its metadata, as `short_gpt.runtime.settings` describes.
 """
 
 from __future__ import annotations
@@ -14,33 +13,25 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from difflib import get_close_matches
-from functools import wraps
 from types import NoneType
-from typing import get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.settings import CHOOSE, READ, RUN, WRITE, Needs, flag_of
 
 Command = Callable[..., None]
 BOOLEANS = {"true": True, "false": False, "yes": True, "no": False}
+EXPECTED: dict[object, str] = {int: "a whole number", float: "a number", bool: "True or False"}
 DASHED = r"--?[A-Za-z]"
 
 # Other names of flags, so that earlier command lines still run: in one command, then in all.
+TRAINING = ("steps", "rank", "learning_rate", "batch")
 ALSO = {
     "heal": {"out": "json"},
     "reproduce": {"model": "paper_model"},
     "evaluate": {"text": "data", "dense": "model"},
-    "compare": {
-        "lora_steps": "steps",
-        "lora_rank": "rank",
-        "lora_learning_rate": "learning_rate",
-        "lora_batch": "batch",
-    },
+    "compare": {f"lora_{name}": name for name in TRAINING},
     "convert": {"source": "model"},
-}
-REMOVED = {
-    ("rank", "healed"): "heal what --method sleb removes",
-    ("rank", "budget"): "it was for --method evolution, which is gone; use sleb",
 }
 ALSO_EVERYWHERE = {
     "n_prune_layers": "n",
@@ -49,35 +40,27 @@ ALSO_EVERYWHERE = {
     "out_dir": "out",
     "out": "json",
 }
+REMOVED = {
+    ("rank", "healed"): "heal what --method sleb removes",
+    ("rank", "budget"): "it was for --method evolution, which is gone; use sleb",
+}
 
 
 @dataclass(frozen=True)
 class Flag:
-    """One argument of a command.
-
-    Attributes:
-        name: as in ``--name``.
-        kinds: types that a value may have; ``object`` is any.
-        default: None where there is none too; see ``required``.
-        heading: of the part of the help that it stands in.
-        positional: whether its value may stand without its name.
-        required: whether it has no default.
-        text: what it means.
-        value: what stands for its value in the help.
-        needs: what it does nothing without.
-        place: the parameter whose field it is, and the field; None for a parameter itself.
-    """
+    """One argument of a command, which reads its own text."""
 
     name: str
-    kinds: tuple[object, ...]
-    default: object
-    heading: str
-    positional: bool = False
+    kinds: tuple[object, ...]  # types that a value may have; object is any
+    default: object  # None where there is none too
+    heading: str  # of the part of the help that it stands in
+    text: str  # what it means
+    parameter: str  # of the command
+    field: str = ""  # of the parameter, where that is a group
+    value: str = "NAME"  # what stands for its value in the help
+    needs: tuple[Needs, ...] = ()  # what it does nothing without
+    positional: bool = False  # whether its value may stand without its name
     required: bool = False
-    text: str = ""
-    value: str = "NAME"
-    needs: tuple[Needs, ...] = ()
-    place: tuple[str, str] | None = None
 
     def read(self, text: str) -> object:
         """The value that a text stands for; ShortGPTError if it is of none of the types."""
@@ -88,25 +71,21 @@ class Flag:
                 raise ShortGPTError(f"--{self.name} is empty")
             # a shell expands no ~ after an equals sign; a prompt alone is no name of anything
             return text if self.name == "prompt" else os.path.expanduser(text)
-        value: object = BOOLEANS.get(text.lower(), text) if bool in self.kinds else text
-        value = _python(value) if isinstance(value, str) else value
+        if bool in self.kinds and text.lower() in BOOLEANS:
+            return BOOLEANS[text.lower()]
+        value = _python(text)
         if object in self.kinds:
             return value
         if float in self.kinds and type(value) in (int, float):
-            return self._finite(str(value))
+            if math.isfinite(number := float(str(value))):
+                return number
+            raise ShortGPTError(f"--{self.name} expects a finite number, got {value}")
         if type(value) not in self.kinds:
-            names: dict[object, str] = {int: "a whole number", float: "a number"}
-            names |= {bool: "True or False"}
-            expected = " or ".join(names.get(kind, "none") for kind in self.kinds)
+            expected = " or ".join(EXPECTED.get(kind, "none") for kind in self.kinds)
             raise ShortGPTError(f"--{self.name} expects {expected}, got {value!r}")
         if type(value) is int and abs(value) >= 2**63:
             raise ShortGPTError(f"--{self.name} expects a number below 2**63, got {value}")
         return value
-
-    def _finite(self, value: str) -> float:
-        if not math.isfinite(number := float(value)):
-            raise ShortGPTError(f"--{self.name} expects a finite number, got {value}")
-        return number
 
 
 def _python(text: str) -> object:
@@ -122,47 +101,55 @@ def _python(text: str) -> object:
 def flags_of(command: Command) -> dict[str, Flag]:
     """All arguments of a command by their names, in the order of its signature."""
     hints, texts = get_type_hints(command), described(command)
-    flags: dict[str, Flag] = {}
+    flags: list[Flag] = []
     for name, parameter in inspect.signature(command).parameters.items():
-        default = parameter.default
-        if is_dataclass(default) and not isinstance(default, type):
-            flags |= _fields(command.__name__, name, default)
+        if is_dataclass(parameter.default):
+            flags += _fields(command.__name__, name, parameter.default)
             continue
         positional = parameter.kind is parameter.POSITIONAL_OR_KEYWORD
-        heading = WRITE if name in ("out", "overwrite") else READ if positional else CHOOSE
-        required = default is parameter.empty
-        flags[name] = Flag(
-            name,
-            get_args(hints.get(name)) or (hints.get(name, object),),
-            None if required else default,
-            heading,
-            positional,
-            required,
-            texts.get(name, ""),
-        )
-    return flags
-
-
-def _fields(command: str, group: str, defaults: object) -> dict[str, Flag]:
-    """The fields of a group that are flags of the command."""
-    kind = type(defaults)
-    hints, texts = get_type_hints(kind), described(kind)
-    flags = {}
-    for field in fields(kind):  # type: ignore[arg-type]
-        if (name := flag_of(field, command)) is not None:
-            said = field.metadata
-            heading = str(said.get("heading") or getattr(kind, "HEADING", RUN))
-            flags[name] = Flag(
+        required = parameter.default is parameter.empty
+        flags.append(
+            Flag(
                 name,
-                get_args(hints[field.name]) or (hints[field.name],),
-                getattr(defaults, field.name),
-                WRITE if name == "overwrite" else heading,
-                text=texts.get(field.name, ""),
-                value=said.get("value") or "NAME",
-                needs=said.get("needs", ()),
-                place=(group, field.name),
+                _kinds(hints.get(name, object)),
+                None if required else parameter.default,
+                WRITE if name in ("out", "overwrite") else READ if positional else CHOOSE,
+                texts.get(name, ""),
+                name,
+                positional=positional,
+                required=required,
+            )
+        )
+    return {flag.name: flag for flag in flags}
+
+
+def _fields(command: str, parameter: str, group: Any) -> list[Flag]:
+    """The fields of a group that are flags of the command."""
+    kind = type(group)
+    hints, texts = get_type_hints(kind), described(kind)
+    flags = []
+    for field in fields(kind):
+        if (name := flag_of(field, command)) is not None:
+            about = field.metadata
+            text = f"{texts.get(field.name, '')} {about.get('more', {}).get(command, '')}".strip()
+            flags.append(
+                Flag(
+                    name,
+                    _kinds(hints[field.name]),
+                    getattr(group, field.name),
+                    str(about.get("heading") or getattr(kind, "HEADING", RUN)),
+                    text,
+                    parameter,
+                    field.name,
+                    about.get("value") or "NAME",
+                    about.get("needs", ()),
+                )
             )
     return flags
+
+
+def _kinds(hint: object) -> tuple[object, ...]:
+    return get_args(hint) or (hint,)
 
 
 def described(thing: object) -> dict[str, str]:
@@ -179,16 +166,34 @@ def described(thing: object) -> dict[str, str]:
 
 
 def prepared(argv: list[str], commands: Mapping[str, Command]) -> list[str]:
-    """The arguments, checked, in a form that fire cannot misread: ``--flag=value`` each.
+    """The arguments in a form that fire cannot misread: ``--flag=value`` each.
 
-    Fire would run the command first and complain about a mistyped flag afterwards.
+    Fire alone would run the command and complain about a mistyped flag afterwards.
 
     Raises:
-        ShortGPTError: an unknown command or flag, a flag without its value, or a missing argument.
+        ShortGPTError: an unknown flag, a flag without its value, or a missing argument.
     """
-    name, words = argv[0], argv[1:]
+    name, *rest = argv
     flags = flags_of(commands[name])
-    values, positional = _split(name, words, flags)
+    values: dict[str, str] = {}
+    positional: list[str] = []
+    while rest:
+        word = rest.pop(0)
+        if not re.match(DASHED, word):
+            positional.append(word)
+            continue
+        written, equals, value = word.partition("=")
+        flag = named(name, written, flags)
+        following = rest[0] if rest else "--end"
+        if not equals and bool in flags[flag].kinds and following.lower() not in BOOLEANS:
+            value = "True"
+        elif not equals:
+            if re.match(DASHED, following):
+                raise ShortGPTError(
+                    f"{written} needs a value; write {written}=VALUE if it has dashes"
+                )
+            value = rest.pop(0)
+        values[flag] = value
     free = [f for f in flags.values() if f.positional and f.name not in values]
     if len(positional) > len(free):
         places = " ".join(f.name.upper() for f in flags.values() if f.positional)
@@ -201,32 +206,6 @@ def prepared(argv: list[str], commands: Mapping[str, Command]) -> list[str]:
     return [name, *(f"--{flag}={value}" for flag, value in values.items())]
 
 
-def _split(
-    command: str, words: list[str], flags: Mapping[str, Flag]
-) -> tuple[dict[str, str], list[str]]:
-    """Values by flag, and those without one."""
-    values: dict[str, str] = {}
-    positional: list[str] = []
-    rest = iter(enumerate(words))
-    for i, word in rest:
-        if not re.match(DASHED, word):
-            positional.append(word)
-            continue
-        written, equals, value = word.partition("=")
-        flag = named(command, written, flags)
-        following = words[i + 1] if i + 1 < len(words) else None
-        if not equals and bool in flags[flag].kinds and str(following).lower() not in BOOLEANS:
-            value = "True"
-        elif not equals:
-            if following is None or re.match(DASHED, following):
-                raise ShortGPTError(
-                    f"{written} needs a value; write {written}=VALUE if it has dashes"
-                )
-            value, _ = following, next(rest)
-        values[flag] = value
-    return values, positional
-
-
 def named(command: str, written: str, flags: Mapping[str, Flag]) -> str:
     """The flag that a user means by --batch-size, by its older name, or by -n."""
     flag = written.lstrip("-").replace("-", "_")
@@ -234,15 +213,14 @@ def named(command: str, written: str, flags: Mapping[str, Flag]) -> str:
         matches = [f for f in flags if f == flag] or [f for f in flags if f.startswith(flag)]
         if len(matches) == 1:
             return matches[0]
-    own = ALSO.get(command, {}).get(flag)
-    names = [own] if own else [flag, ALSO_EVERYWHERE.get(flag)]
-    exists = [f for f in names if f in flags]
-    if not exists or not written.startswith("--"):
-        if said := REMOVED.get((command, flag)):
-            raise ShortGPTError(f"{command} {written} was removed: {said}")
-        close = similar(f"--{flag}", [f"--{f}" for f in flags])
-        raise ShortGPTError(f"{command} has no flag {written}{close}; see {command} --help")
-    return str(exists[0])
+    older = ALSO.get(command, {}).get(flag)
+    for name in [older] if older else [flag, ALSO_EVERYWHERE.get(flag, "")]:
+        if name in flags and written.startswith("--"):
+            return name
+    if reason := REMOVED.get((command, flag)):
+        raise ShortGPTError(f"{command} {written} was removed: {reason}")
+    close = similar(f"--{flag}", [f"--{f}" for f in flags])
+    raise ShortGPTError(f"{command} has no flag {written}{close}; see {command} --help")
 
 
 def typed(command: Command) -> Command:
@@ -253,27 +231,18 @@ def typed(command: Command) -> Command:
     """
     from fire.decorators import SetParseFns
 
-    flags = flags_of(command)
-    defaults = {p.name: p.default for p in inspect.signature(command).parameters.values()}
+    flags, parameters = flags_of(command), inspect.signature(command).parameters
 
-    @wraps(command)
-    def checked(**values: object) -> None:
+    @SetParseFns(**{name: flag.read for name, flag in flags.items()})
+    def run(**values: Any) -> None:
         refuse_unused(flags, values)
-        places = {name: flags[name].place or (name, "") for name in values}
-        own = {group: values[name] for name, (group, field) in places.items() if not field}
-        for group in {flag.place[0] for flag in flags.values() if flag.place}:
-            part = {f: values[name] for name, (g, f) in places.items() if g == group and f}
-            own[group] = replace(defaults[group], **part)
-        command(**own)
+        arguments = {name: v for name, v in values.items() if not flags[name].field}
+        for group in {flags[name].parameter for name in values} - {*arguments}:
+            own = {f.field: values[n] for n in values if (f := flags[n]).parameter == group}
+            arguments[group] = replace(parameters[group].default, **own)
+        command(**arguments)
 
-    own, empty = inspect.Parameter, inspect.Parameter.empty
-    parameters = [
-        own(f.name, own.KEYWORD_ONLY, default=empty if f.required else f.default)
-        for f in flags.values()
-    ]
-    # read by inspect, and so by fire, in place of the command's own
-    vars(checked)["__signature__"] = inspect.Signature(parameters)
-    return SetParseFns(**{name: flag.read for name, flag in flags.items()})(checked)
+    return run
 
 
 def refuse_unused(flags: Mapping[str, Flag], values: Mapping[str, object]) -> None:

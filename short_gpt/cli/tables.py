@@ -3,20 +3,41 @@
 from __future__ import annotations
 
 import math
+import re
+import shlex
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from llama.io.sources import is_gguf
 from short_gpt.jobs.cases import RAW
 from short_gpt.jobs.inputs import about_bos
 
 if TYPE_CHECKING:
     from short_gpt.evaluation.perplexity import Perplexity
     from short_gpt.evaluation.sampling import SamplingError
+    from short_gpt.jobs import Demo, Healing, Pruned, Ranking, Reproduced
     from short_gpt.jobs.calibration import Agreement as Ranked
     from short_gpt.jobs.calibration import Calibrated, Crossed
     from short_gpt.jobs.cases import Agreement, Row
     from short_gpt.scoring.importance import Importance
+    from short_gpt.selection.perplexity_budget import Budget
     from short_gpt.selection.search import Search
+
+T = TypeVar("T")
+STATES = {"whole": "original", "cut": "pruned"}  # files keep the older names
+
+
+def ranked(result: Ranking) -> str:
+    """The table of a ranking, by whichever method, and whether its answer is settled."""
+    answer = result.answer
+    parts = [remark] if (remark := about_bos(result.bos)) else []
+    if result.search is not None:
+        return "\n".join([*parts, search(result.search, answer.method)])
+    assert result.importance is not None
+    parts += [ranking(result.importance, answer.n, method=answer.method, seed=result.seed or 0)]
+    parts += ["\n" + sublayers(result.importance)] if answer.sublayers else []
+    parts += [str(result.verdict)] if result.verdict else []
+    return "\n".join(parts)
 
 
 def ranking(
@@ -27,40 +48,49 @@ def ranking(
     Args:
         importance: at least one window.
         n: how many layers to remove; None leaves the methods' choices out.
-        method, seed: whose layers are marked, as in `methods.choose`.
+        method: whose layers are marked, as in `methods.choose`.
+        seed: of the random method.
     """
     from short_gpt.selection.methods import METHODS, choose
 
     scores, margin = importance.block_influence, importance.margin
     order = scores.argsort(stable=True).tolist()
-    place = {position: rank for rank, position in enumerate(order, start=1)}
     chosen = [] if n is None else choose(importance, n, method=method, seed=seed)
     rows = [f"{'layer':>5}  {'Block Influence':>15}  {'± (95%)':>10}  {'rank':>4}"]
     for i, layer in enumerate(importance.layers):
         mark = "  remove" if layer in chosen else ""
         error = known(margin[i].item(), ".6f")
-        rows.append(f"{layer:>5}  {scores[i]:>15.6f}  {error:>10}  {place[i]:>4}{mark}")
-    rows += [
-        "",
-        f"{importance.n_windows:,} windows, {importance.n_tokens:,} tokens; {_halves(importance)}",
-        f"±: {_samples(importance)}",
-    ]
-    if n is not None and method not in ("bi", "angular"):
-        rows.append(f"{METHODS[method]}: {chosen}")
-    return "\n".join(rows + choices(importance, n))
+        rows.append(f"{layer:>5}  {scores[i]:>15.6f}  {error:>10}  {order.index(i) + 1:>4}{mark}")
+    agreement = (
+        f"rank agreement of two halves of the windows {importance.agreement:.3f}"
+        if importance.n_windows > 1
+        else "one window: no standard errors"
+    )
+    rows += ["", f"{importance.n_windows:,} windows, {importance.n_tokens:,} tokens; {agreement}"]
+    rows += [f"±: {_samples(importance)}"]
+    if n is not None:
+        rows += [f"{METHODS[method]}: {chosen}"] if method not in ("bi", "angular") else []
+        block = importance.least_important(n, angular=True)
+        start = importance.layers.index(block[0])
+        distance = importance.angular[start, start + n]
+        rows += [
+            f"lowest Block Influence:    {importance.least_important(n)}",
+            f"best block by angle:       {block}, distance {distance:.4f}",
+        ]
+    return "\n".join(rows)
 
 
-def search(found: Search, method: str) -> str:
+def search(result: Search, method: str) -> str:
     """A row for every layer that a search by loss removed."""
     from short_gpt.evaluation.perplexity import exp
     from short_gpt.selection.methods import METHODS
 
     rows = [f"{'layer':>5}  {'loss, nats':>10}  {'perplexity':>12}"]
-    for i, layer in enumerate(found.removed):
-        loss = found.losses[min(i, len(found.losses) - 1)][layer]
+    for i, layer in enumerate(result.removed):
+        loss = result.losses[min(i, len(result.losses) - 1)][layer]
         rows.append(f"{layer:>5}  {loss:>10.4f}  {exp(loss):>12.3f}")
     which = "it alone removed" if method == "perplexity" else "it and those above removed"
-    return "\n".join([*rows, "", f"loss with {which}", f"{METHODS[method]}: {found.removed}"])
+    return "\n".join([*rows, "", f"loss with {which}", f"{METHODS[method]}: {result.removed}"])
 
 
 def sublayers(importance: Importance) -> str:
@@ -72,19 +102,6 @@ def sublayers(importance: Importance) -> str:
     if importance.sublayers.isnan().any():
         rows.append("nan: the layer is not x + attention, then + MLP")
     return "\n".join(rows)
-
-
-def choices(importance: Importance, n: int | None) -> list[str]:
-    """The layers that each method would remove; nothing if ``n`` is None."""
-    if n is None:
-        return []
-    block = importance.least_important(n, angular=True)
-    start = importance.layers.index(block[0])
-    distance = importance.angular[start, start + n]
-    return [
-        f"lowest Block Influence:    {importance.least_important(n)}",
-        f"best block by angle:       {block}, distance {distance:.4f}",
-    ]
 
 
 def _error(windows: int, texts: int | None, degrees: float = 0.0) -> SamplingError:
@@ -104,49 +121,136 @@ def _samples(importance: Importance) -> str:
     return over if texts is not None and texts > 1 else f"{over}; too small where they overlap"
 
 
-def _halves(importance: Importance) -> str:
-    if importance.n_windows < 2:
-        return "one window: no standard errors"
-    return f"rank agreement of two halves of the windows {importance.agreement:.3f}"
+def reproduced(result: Reproduced) -> str:
+    """The ranking, the paper's list beside it, and what the scores say of the paper's order."""
+    parts = [f"not the paper's protocol: {'; '.join(result.changed)}"] if result.changed else []
+    parts += [ranked(result.ranking), "", result.comparison.table()]
+    if result.published is not None:
+        parts += [f"rank correlation with published scores of all layers {result.published:.3f}"]
+    return "\n".join([*parts, "", result.order.table()])
+
+
+def next_command(model: str, result: Ranking, scores: str | None) -> str | None:
+    """The command that acts on a ranking; None where there is none.
+
+    Args:
+        model: what was ranked.
+        scores: the file that the ranking was written to; None where it was not.
+    """
+    n, out = result.answer.n, "OUT.gguf" if is_gguf(model) else "OUT"
+    if scores is not None:
+        choice = ["--scores", scores, "--n", "N" if n is None else str(n)]
+    elif n is not None:
+        choice = ["--layers", ",".join(map(str, result.layers))]
+    else:
+        return None
+    return "next: " + shlex.join(["short-gpt", "prune", model, out, *choice])
+
+
+def pruned(result: Pruned) -> str:
+    """What was tried, removed, written and proved."""
+    chosen = result.chosen
+    lines = [chosen.unchecked] if chosen.unchecked else []
+    lines += [] if chosen.budget is None else _tried(chosen.budget)
+    lines += [f"--eval_data was {chosen.unsure}"] if chosen.unsure else []
+    lines += [f"removed layers {result.layers}", f"written: {result.out}"]
+    lines += [f"written: {result.recipe}"] if result.recipe is not None else []
+    remark = re.sub(r"`(\w+)`", r"--\1", result.remark or "")
+    return "\n".join([*lines, *(line for line in (result.proof, remark) if line)])
+
+
+def _tried(budget: Budget) -> list[str]:
+    """How much the perplexity rises with each number of layers removed."""
+    lines = []
+    for n, tried in budget.tried.items():
+        verdict = f", {budget.verdict(n)}" if n else ""
+        rise = f"ratio {tried.value / budget.tried[0].value:.4f}{verdict}"
+        lines.append(f"{n:>3} layers removed: perplexity {tried.value:.3f}, {rise}")
+    return lines
+
+
+def healed(result: Healing) -> str:
+    """Perplexities before and after, and what the healing changed."""
+    bos, evidence = about_bos(str(result.texts.get("bos"))), result.evidence
+    lines = [remark for remark in (bos, result.unchecked, result.left_out) if remark]
+    lines += [f"{perplexities(_by_state(result.perplexity))}\n"]
+    if len(evidence.changes) > 1:
+        lines += [f"{name} changes the loss by {part}" for name, part in evidence.changes.items()]
+    lines += [line for step in evidence.steps if (line := _unchanged(step))]
+    lines += [f"healing changes the loss by {evidence.change}"]
+    if evidence.worse:
+        lines += [
+            "WORSE: on held-out text the healed model predicts worse than without the healing. Use "
+            "the layers alone (short-gpt prune), or give more --max_windows, text like that to be "
+            "read, or other settings"
+        ]
+    if result.quantization is not None:
+        lines += [f"writing it in the file's own types changes the loss by {result.quantization}"]
+    return "\n".join([*lines, *([result.remark] if result.remark else [])])
+
+
+def _by_state(values: Mapping[str, T]) -> dict[str, T]:
+    """Values by the states of the model in plain words."""
+    parts = {name: name.partition(",") for name in values}
+    return {"".join([STATES.get(p[0], p[0]), *p[1:]]): values[name] for name, p in parts.items()}
+
+
+def _unchanged(step: Mapping[str, Any]) -> str | None:
+    """What a refit has left as it was; None if nothing, or of another method."""
+    fits = step.get("fits", [])
+    same = [fit for fit in fits if fit["ridge"] is None and fit["norm_ridge"] is None]
+    if not same:
+        return None
+    names = ", ".join(f"{fit['part']} of {fit['layer']}" for fit in same)
+    return (
+        f"{len(same)} of {len(fits)} matrices unchanged: no ridge lowered the held-out error "
+        f"({names})"
+    )
+
+
+def demonstrated(result: Demo, n: int) -> str:
+    """All that the demo measured."""
+    looks = _by_state(result.looks)
+    width = max(map(len, looks))
+    costs = [f"{'':<{width}}  {'megabytes':>10}  {'tokens/s':>9}"]
+    costs += [
+        f"{name:<{width}}  {look.megabytes:>10.1f}  {look.tokens_per_second:>9.1f}"
+        for name, look in looks.items()
+    ]
+    quality = perplexities({name: look.perplexity for name, look in looks.items()})
+    texts = "\n".join(f"{name}:\n  {look.completion}" for name, look in looks.items())
+    parts = [ranking(result.importance, n), f"Held-out chapters:\n{quality}", "\n".join(costs)]
+    parts += [f"Greedy completions:\n{texts}"]
+    return "\n\n".join([*parts, "The saved checkpoint, loaded again, gives the same logits."])
 
 
 def perplexities(models: Mapping[str, Perplexity]) -> str:
     """A row for every named perplexity, with the ratio to the first, and their 95% intervals."""
     width = max(len(name) for name in models)
-    first = next(iter(models.values())).value
+    first = next(iter(models.values()))
     rows = [f"{'':<{width}}  {'perplexity':>12}  {'ratio':>7}  {'tokens':>9}  {'windows':>7}"]
     for name, p in models.items():
         rows.append(
-            f"{name:<{width}}  {p.value:>12.3f}  {p.value / first:>7.2f}  {p.tokens:>9,}"
+            f"{name:<{width}}  {p.value:>12.3f}  {p.value / first.value:>7.2f}  {p.tokens:>9,}"
             f"  {p.windows:>7,}"
         )
-    rows += _intervals(list(models.values()))
+    if (error := first.error) is not None and error.no_interval:
+        rows.append(f"no interval: {error.no_interval}")
+    elif error is not None:
+        ends = ["{:.3f} to {:.3f}".format(*p.interval()) for p in models.values()]
+        rows += [f"95%: {'; '.join(ends)}", f"over {error.over}"]
     return "\n".join(rows)
-
-
-def _intervals(models: Sequence[Perplexity]) -> list[str]:
-    """Where the perplexities of all such text are, and what that is judged by."""
-    error = models[0].error
-    if error is None:
-        return []
-    if error.no_interval:
-        return [f"no interval: {error.no_interval}"]
-    ends = ["{:.3f} to {:.3f}".format(*p.interval()) for p in models]
-    return [f"95%: {'; '.join(ends)}", f"over {error.over}"]
 
 
 def comparison(results: Mapping[str, Mapping[str, float]]) -> str:
     """A row for every measure, a column for every model."""
-    names = list(results)
     measures = list(dict.fromkeys(m for row in results.values() for m in row))
-    first = max(map(len, measures))
-    widths = [max(len(name), 12) for name in names]
-    cells = [f"{n:>{w}}" for n, w in zip(names, widths, strict=True)]
-    rows = ["  ".join([f"{'':<{first}}", *cells])]
+    first, widths = max(map(len, measures)), {name: max(len(name), 12) for name in results}
+    rows = ["  ".join([" " * first, *(f"{name:>{width}}" for name, width in widths.items())])]
     for measure in measures:
-        values = (results[n].get(measure) for n in names)
         cells = [
-            f"{'' if v is None else f'{v:.6g}':>{w}}" for v, w in zip(values, widths, strict=True)
+            f"{f'{results[name][measure]:.6g}' if measure in results[name] else '':>{width}}"
+            for name, width in widths.items()
         ]
         rows.append("  ".join([f"{measure:<{first}}", *cells]).rstrip())
     return "\n".join(rows)

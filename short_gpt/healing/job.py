@@ -287,7 +287,8 @@ class HealingJob:
         """Adds the perplexity of every window in this state of the model to ``parts``."""
         parts[state] = self.short.window_losses(self.windows.evaluation, progress=self.progress)
         if self.notify is not None:
-            self.notify(f"{state}: perplexity {together(parts[state]).value:.3f}")
+            name = state.replace("whole", "original")  # files keep the older name
+            self.notify(f"{name}: perplexity {together(parts[state]).value:.3f}")
 
 
 @contextmanager

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 from llama.lazy import lazy
 
+REMOVED = {"draft": "compare the pruned model by perplexity_of, or by evaluate on tasks"}
+
 if TYPE_CHECKING:
     from short_gpt.jobs.calibration import (
         MIX,
@@ -31,15 +33,12 @@ if TYPE_CHECKING:
         Row,
         Shares,
     )
-    from short_gpt.jobs.choice import Chosen, chosen
-    from short_gpt.jobs.choice_settings import Answer, Choice, Paper, PerplexityLimit, Written
     from short_gpt.jobs.comparing import Compared, Comparison, compare
     from short_gpt.jobs.comparison import DistillHealing, LoraHealing, compare_checkpoint
     from short_gpt.jobs.conversion import convert
     from short_gpt.jobs.demonstration import Demo, run_demo
     from short_gpt.jobs.evaluation import evaluate, perplexity_of
     from short_gpt.jobs.healing import Healing, heal
-    from short_gpt.jobs.healing_settings import Distilling, Learned, Settings
     from short_gpt.jobs.inputs import Cut, DemoRun, Reading, Running, Tasks, TextSource
     from short_gpt.jobs.pruning import Pruned, prune, prune_by
     from short_gpt.jobs.ranking import Ranking, rank
@@ -55,7 +54,8 @@ if TYPE_CHECKING:
         reproduce,
     )
     from short_gpt.jobs.saving import Saving
-    from short_gpt.jobs.scores import Scores, read_scores
+    from short_gpt.jobs.scores import Chosen, Scores, chosen, read_scores
+    from short_gpt.jobs.settings import Answer, Choice, HealingWindows, Settings, Written
     from short_gpt.wrappers.options import OpenOptions
 else:
     _new, __dir__ = lazy(__name__)
@@ -63,6 +63,8 @@ else:
     def __getattr__(name):
         if name in __dir__() or name.startswith("_"):
             return _new(name)
+        if name in REMOVED:
+            raise ImportError(f"short_gpt.jobs.{name} was removed: {REMOVED[name]}")
         from short_gpt.jobs.renamed import OLD, old
 
         return old(name) if name in OLD else _new(name)
@@ -84,18 +86,15 @@ __all__ = [
     "Demo",
     "DemoRun",
     "DistillHealing",
-    "Distilling",
     "Healing",
+    "HealingWindows",
     "Kinds",
-    "Learned",
     "LoraHealing",
     "LoraSettings",
     "OpenOptions",
     "Pair",
-    "Paper",
     "PaperComparison",
     "PaperOrder",
-    "PerplexityLimit",
     "Pruned",
     "Ranked",
     "Ranking",

@@ -1,10 +1,10 @@
-"""A model in another format, or in another number of files."""
+"""A model in another format, or in another number of files; and the proof of what is written."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from llama.checkpoint.meta import reshard
 from llama.formats.convert import gguf_to_meta, hf_to_meta, meta_to_hf
@@ -12,6 +12,7 @@ from llama.formats.gguf import llama_to_gguf
 from llama.formats.gguf_read import GGUFParts
 from llama.io.json_files import json_text
 from llama.io.sources import Source, find_source, is_gguf, resolve
+from llama.ranks import several_ranks
 from short_gpt.checkpoints.gguf import write_gguf
 from short_gpt.checkpoints.gguf_layers import Stack
 from short_gpt.checkpoints.hf import save_hf
@@ -19,12 +20,13 @@ from short_gpt.checkpoints.provenance import Provenance
 from short_gpt.checkpoints.records import PROVENANCE, RECORD
 from short_gpt.checkpoints.target import Target, check_format
 from short_gpt.jobs.inputs import Notify, ignore
-from short_gpt.jobs.proof import Proof
 from short_gpt.jobs.saving import interruptible
-from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.errors import MissingPackageError, ShortGPTError
 from short_gpt.runtime.progress import bar
-from short_gpt.wrappers.opening import check_tokenizer, open_hf
+from short_gpt.wrappers.opening import check_tokenizer, open_hf, same_model
 from short_gpt.wrappers.options import OpenOptions
+
+TWICE = "not verified: that loads the model on one rank; run it without torchrun"
 
 
 def convert(
@@ -46,23 +48,16 @@ def convert(
     Args:
         model: GGUF file, Hugging Face directory or hub id, or Meta checkpoint directory.
         out: new directory, or GGUF file if it ends with .gguf.
-        to: the format to write, meta, hf or gguf. None is gguf where ``out`` ends so, and else
-            Meta's, but Hugging Face's from Meta's and from a GGUF file that is no Llama.
+        to: meta, hf or gguf; None follows ``out`` and the source.
         type: of matrices in GGUF: f32, f16, bf16 or q8_0; None is the source's.
-        dtype: of the weights written for Meta, or from GGUF; None is the source's, or float32
-            from GGUF.
+        dtype: of the weights written for Meta, or from GGUF; None is the source's, else float32.
         shards: writes Meta's format in any case, in so many files.
         tokenizer_path: tokenizer of a Meta checkpoint; None looks beside it.
-        trust_remote_code: whether Python files that come with a Hugging Face model are run, to
-            prove the result.
-        verify: whether to prove the result by loading source and result, one after the other: the
-            same logits, and the same greedy generation with and without the cache. None does
-            unless both are Meta's.
+        trust_remote_code: whether a Hugging Face model's Python files are run for the proof.
+        verify: whether to load source and result, one after the other, and compare logits and
+            greedy generation with and without the cache. None does unless both are Meta's.
         overwrite: whether an earlier conversion is replaced.
         notify: called with what was proved, in a sentence.
-
-    Returns:
-        ``out``.
 
     Raises:
         FileNotFoundError, FileExistsError: there is no such source, or ``out`` exists.
@@ -78,19 +73,62 @@ def convert(
     to = to or _format(source, out, shards)
     _check_options(source, to, type, dtype, shards)
     opening = OpenOptions(tokenizer_path, trust_remote_code=trust_remote_code)
-    check_tokenizer(opening.tokenizer_path, model)
-    proof = Proof(source, out, opening, verify, dtype=dtype)
-    if to == "gguf":
-        write = _to_gguf(source, type, tokenizer_path)
-    elif to == "hf" and source.kind == "gguf":
-        write = partial(_opened, dtype=dtype, verify=verify is not False)
-    else:
-        write = partial(_writer(source, dtype, shards, tokenizer_path), verify=proof)
+    check_tokenizer(tokenizer_path, model)
+    proofs: list[str | None] = []
+
+    def check(directory: Path) -> None:
+        proofs.append(prove(directory, source, out, opening, verify, dtype=dtype))
+
     with interruptible(), bar("converting", total=None, unit="tensor") as shown:
-        write(source, out, overwrite=overwrite, progress=lambda _: shown.update())
-    if proof.said is not None:
-        notify(proof.said)
+        how: dict[str, Any] = {"overwrite": overwrite, "progress": lambda _: shown.update()}
+        if to == "gguf":
+            _to_gguf(source, out, type, tokenizer_path, how)
+        elif to == "hf" and source.kind == "gguf":  # as transformers reads it
+            short = open_hf(source, OpenOptions(device="cpu", dtype=dtype or "float32"))
+            target = Target(out, "hf", overwrite, None if verify is False else short.check_saved)
+            record, tokenizer = Provenance.of_checkpoint(source), short.tokenizer
+            save_hf(short.trainable(), target, tokenizer=tokenizer, record=record, source=source)
+        else:
+            _to_directory(source, out, dtype, shards, tokenizer_path, {**how, "verify": check})
+    if proofs and proofs[0] is not None:
+        notify(proofs[0])
     return Path(out)
+
+
+def _to_gguf(
+    source: Source, out: str, type: str | None, tokenizer_path: str | None, how: dict[str, Any]
+) -> None:
+    """Writes GGUF: of its own tensors as they are, in as many files as ``out`` says, or a Llama."""
+    if source.kind == "gguf":
+        stack, target = Stack.open(source), Target(out, "gguf", how["overwrite"])
+        write_gguf(stack.parts, target, range(stack.blocks), progress=how["progress"])
+        return
+    # the same model in another format has the same history
+    before = Provenance.of_checkpoint(resolve(source))
+    also = {} if before is None else {RECORD: json_text(before.to_dict())}
+    llama_to_gguf(source, out, kind=type, tokenizer_path=tokenizer_path, also=also, **how)
+
+
+def _to_directory(
+    source: Source,
+    out: str,
+    dtype: str | None,
+    shards: int | None,
+    tokenizer_path: str | None,
+    how: dict[str, Any],
+) -> None:
+    """Writes Meta's format, or Hugging Face's from Meta's."""
+    files = 1 if shards is None else shards
+    if source.kind == "gguf":
+        gguf_to_meta(source, out, dtype=dtype or "float32", shards=files, **how)
+    elif source.kind != "meta":
+        hf_to_meta(source, out, dtype=dtype, shards=files, **how)
+    elif shards is None:
+        meta_to_hf(source, out, tokenizer_path=tokenizer_path, **how)
+    else:
+        also = (PROVENANCE,)  # the same model in other files has the same history
+        how |= {"tokenizer_path": tokenizer_path, "also": also}
+        reshard(source, out, shards=shards, dtype=dtype, **how)
 
 
 def _format(source: Source, out: str, shards: int | None) -> str:
@@ -124,52 +162,49 @@ def _check_options(
         raise ShortGPTError(f"{source} is in the format {to} already; give `to` another one")
 
 
-def _to_gguf(source: Source, type: str | None, tokenizer_path: str | None) -> Callable[..., Path]:
-    """The writer of a GGUF file: of tensors as they are, or of another format's."""
-    if source.kind == "gguf":
-        return _joined
-    # the same model in another format has the same history
-    before = Provenance.of_checkpoint(resolve(source))
-    also = {} if before is None else {RECORD: json_text(before.to_dict())}
-    return partial(llama_to_gguf, kind=type, tokenizer_path=tokenizer_path, also=also)
-
-
-def _joined(
-    source: Source, out: str, *, overwrite: bool, progress: Callable[[str], object]
-) -> Path:
-    """Writes a GGUF model as it is, in one file or as many as ``out`` says."""
-    stack, target = Stack.open(source), Target(out, "gguf", overwrite)
-    return write_gguf(stack.parts, target, range(stack.blocks), progress=progress)
-
-
-def _opened(
+def prove(
+    directory: Path,
     source: Source,
     out: str,
+    opening: OpenOptions,
+    verify: bool | None,
     *,
-    dtype: str | None,
-    verify: bool,
-    overwrite: bool,
-    progress: Callable[[str], object],
-) -> Path:
-    """Writes a GGUF file as transformers reads it, in Hugging Face's format."""
-    short = open_hf(source, OpenOptions(device="cpu", dtype=dtype or "float32"))
-    target = Target(out, "hf", overwrite, short.check_saved if verify else None)
-    record, tokenizer = Provenance.of_checkpoint(source), short.tokenizer
-    return save_hf(short.trainable(), target, tokenizer=tokenizer, record=record, source=source)
+    drop: Sequence[int] = (),
+    dtype: str | None = None,
+) -> str | None:
+    """Compares a finished directory with its source, before it takes its place.
 
+    Args:
+        directory: what was written.
+        source: the model that was read.
+        out: the name that the directory will have.
+        opening: of both models.
+        verify: None compares where Hugging Face's format or GGUF is read or written, and the
+            packages that read it are there.
+        drop: the layers that the directory lacks.
+        dtype: that the source's weights were rounded to; None if they were not.
 
-def _writer(
-    source: Source, dtype: str | None, shards: int | None, tokenizer_path: str | None
-) -> Callable[..., Path]:
-    """The conversion that fits the source, its settings filled in."""
-    files = 1 if shards is None else shards
-    if source.kind == "gguf":
-        return partial(gguf_to_meta, dtype=dtype or "float32", shards=files)
-    if source.kind != "meta":
-        return partial(hf_to_meta, dtype=dtype, shards=files)
-    if shards is not None:
-        also = (PROVENANCE,)  # the same model in other files has the same history
-        return partial(
-            reshard, shards=shards, dtype=dtype, tokenizer_path=tokenizer_path, also=also
+    Returns:
+        What was proved, or why nothing was; None if no proof was asked for.
+    """
+    written = find_source(directory)
+    # a GGUF file was read again by its writer, tensor by tensor
+    proved = written.kind == "gguf" or source.kind == written.kind == "meta"
+    if not (verify or (verify is None and not proved)):
+        return None
+    if several_ranks():
+        return TWICE
+    try:
+        return same_model(
+            source,
+            written,
+            list(drop),
+            tokenizer_path=opening.tokenizer_path,
+            trust_remote_code=opening.trust_remote_code,
+            name=out,
+            dtype=dtype,
         )
-    return partial(meta_to_hf, tokenizer_path=tokenizer_path)
+    except MissingPackageError as error:
+        if verify:
+            raise
+        return f"not verified: {error}"

@@ -13,7 +13,7 @@ from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.healing import heal_refit
 from short_gpt.jobs.comparing import size_without, tokens_per_second
 from short_gpt.jobs.inputs import DemoRun, Notify, ignore
-from short_gpt.jobs.scored import Scored
+from short_gpt.jobs.scores import digests_of
 from short_gpt.models.numbering import check_count
 from short_gpt.runtime.state import write_record
 from short_gpt.scoring.importance import Importance
@@ -114,7 +114,7 @@ def run_demo(
     heal_refit(short, lowest, calibration)
     looks[f"refitted, {len(short.present)} layers"] = _look(short, held_out)
     result = {name: look.to_dict() for name, look in looks.items()}
-    content = {**(record or {}), "seed": run.seed, "scored": vars(Scored.of(model))}
+    content = {**(record or {}), "seed": run.seed, "scored": digests_of(model)}
     content |= {"layers": layers, "result": result, "importance": importance.to_dict()}
     with new_directory(target, marker=MARKER, overwrite=overwrite) as partial:
         write_record(partial / MARKER, content)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from short_gpt.evaluation.paired import difference
 from short_gpt.evaluation.perplexity import Perplexity
@@ -65,55 +64,47 @@ def evaluate(
         if name in models[:number]:
             raise ShortGPTError(f"{name} is named twice: name it once, or another beside it")
     tasks.check()
-    own = reading.own_texts()
-    opening = opening or OpenOptions()
+    own, opening = reading.own_texts(), opening or OpenOptions()
     check_tokenizer(opening.tokenizer_path, *models)
-    every = {name: _evaluated(name, reading, own, tasks, opening) for name in models}
-    first = every[models[0]]
-    return {name: found.row(first) for name, found in every.items()}
+    first, rows = None, {}
+    for name in models:
+        rows[name], measured = _evaluated(name, reading, own, tasks, opening, first)
+        first = first or measured
+    return rows
 
 
-@dataclass(frozen=True)
-class _Evaluated:
-    layers: int
-    text: str  # names the perplexity, before it and after it
-    bos: str
-    read: str  # a digest of the windows' tokens
-    perplexity: Perplexity | None
-    tasks: TaskRun
-
-    def row(self, first: _Evaluated) -> dict[str, float]:
-        """The results by their names, and for any but the first how much they changed."""
-        found, changes = {"layers": float(self.layers)}, {}
-        if self.perplexity is not None:
-            found[f"{self.text} perplexity{self.bos}"] = self.perplexity.value
-        if first is not self:
-            changes = self._loss_change(first) | task_changes(first.tasks, self.tasks)
-        return found | self.tasks.named() | changes
-
-    def _loss_change(self, first: _Evaluated) -> dict[str, float]:
-        """Of the loss of a token; nothing where the windows differ, as those of two tokenizers."""
-        ours, theirs = self.perplexity, first.perplexity
-        if ours is None or theirs is None or self.read != first.read:
-            return {}
-        change = difference([theirs], [ours])
-        names = {"nats change": change.nats, "nats change_stderr": change.standard_error}
-        return {f"{self.text} {k}{self.bos}": v for k, v in names.items() if v == v}
+# a model's perplexity, a digest of the windows' tokens, and its tasks
+Measured = tuple[Perplexity | None, str, TaskRun]
 
 
 def _evaluated(
-    name: str, reading: Reading, own: Sequence[str], tasks: Tasks, opening: OpenOptions
-) -> _Evaluated:
+    name: str,
+    reading: Reading,
+    own: Sequence[str],
+    tasks: Tasks,
+    opening: OpenOptions,
+    first: Measured | None,
+) -> tuple[dict[str, float], Measured]:
+    """The results by their names, with their changes from the first model, and as measured."""
     size, batch_size = reading.size, reading.batch_size
     short = open_model(name, of_source(opening, name), max_seq_len=size, max_batch_size=batch_size)
-    found, read = None, ""
+    bos = ", bos in every window" if (reading.bos or short.bos) == "every" else ""
+    row, changes = {"layers": float(len(short.kept))}, {}
+    perplexity, digest = None, ""
     if reading.data != "none":
         windows = list(reading.windows(short, own))
-        read = json_digest([list(window) for window in windows])
-        found = short.perplexity(windows, batch_size=reading.batch_size)
-    bos = ", bos in every window" if (reading.bos or short.bos) == "every" else ""
-    run = tasks.run(short, batch_size=reading.batch_size)
-    return _Evaluated(len(short.kept), reading.data, bos, read, found, run)
+        digest = json_digest([list(window) for window in windows])
+        perplexity = short.perplexity(windows, batch_size=batch_size)
+        row[f"{reading.data} perplexity{bos}"] = perplexity.value
+    run = tasks.run(short, batch_size=batch_size)
+    if first is not None:
+        # two tokenizers read other windows, whose losses are not paired
+        if perplexity is not None and first[0] is not None and digest == first[1]:
+            change = difference([first[0]], [perplexity])
+            nats = {"nats change": change.nats, "nats change_stderr": change.standard_error}
+            changes = {f"{reading.data} {k}{bos}": v for k, v in nats.items() if v == v}
+        changes |= task_changes(first[2], run)
+    return row | run.named() | changes, (perplexity, digest, run)
 
 
 def perplexity_of(
@@ -130,7 +121,9 @@ def perplexity_of(
     Args:
         model: Meta checkpoint directory, Hugging Face directory or hub id, or GGUF file.
         data: texts; each window is read on its own, its first token is not predicted.
-        cut, opening, running: how windows are cut, the model opened and run.
+        cut: how windows are cut.
+        opening: how the model is opened.
+        running: how windows go through it.
         notify: called with what a streamed run will take in memory, before it starts.
 
     Raises:
@@ -144,12 +137,11 @@ def perplexity_of(
     running.check_bounds()
     check_model(model)
     cut.check()
-    found = texts.read()
+    documents = texts.read()
     short = running.open(model, opening or OpenOptions(), cut.size)
-    windows = cut.windows(found, short.encode, short.bos)
-    if said := about_bos(cut.bos or short.bos):
-        notify(said)
-    if (plan := short.plan_text(running.batch_size)) is not None:
-        notify(plan)
+    windows = cut.windows(documents, short.encode, short.bos)
+    for remark in (about_bos(cut.bos or short.bos), short.plan_text(running.batch_size)):
+        if remark is not None:
+            notify(remark)
     total = known_total(windows, cut.max_windows)
     return short.perplexity(windows, batch_size=running.batch_size, total=total)

@@ -14,36 +14,42 @@ from short_gpt.checkpoints.records import PROVENANCE
 from short_gpt.checkpoints.target import check_new_gguf, out_paths
 from short_gpt.evaluation import Difference, Perplexity, difference, losses, together
 from short_gpt.healing import (
-    DistillSettings,
     HealingEvidence,
     HealingJob,
     Learning,
     LoraSettings,
     PatchSettings,
-    Recipe,
     Source,
     Step,
 )
 from short_gpt.healing.job import STEPS
 from short_gpt.healing.solver import RIDGES
-from short_gpt.jobs.choice import Chosen, chosen
-from short_gpt.jobs.choice_settings import Choice
-from short_gpt.jobs.healing_settings import (
-    Distilling,
-    Learned,
+from short_gpt.jobs.inputs import (
+    SIZE,
+    Notify,
+    Running,
+    TextSource,
+    check_model,
+    ignore,
+    source_of,
+)
+from short_gpt.jobs.renamed import takes_old
+from short_gpt.jobs.saving import interruptible
+from short_gpt.jobs.scores import Chosen, chosen
+from short_gpt.jobs.settings import (
+    Choice,
+    HealingWindows,
     Settings,
     kinds_of_methods,
     methods_of,
 )
-from short_gpt.jobs.inputs import Notify, Running, TextSource, check_model, ignore, source_of
-from short_gpt.jobs.saving import interruptible
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.state import hold
 from short_gpt.wrappers.opening import check_tokenizer, of_source, open_model, open_trainable
 from short_gpt.wrappers.options import OpenOptions
 from short_gpt.wrappers.scored_model import ScoredModel
 
-SIZE, CLOSED_WINDOWS = 1024, 64  # of closed forms
+CLOSED_WINDOWS = 64  # that a closed form reads
 CLOSED, TRAINING = kinds_of_methods()
 
 
@@ -77,18 +83,19 @@ class Healing:
     @property
     def perplexity(self) -> dict[str, Perplexity]:
         """Of every state of the model, and of what was written where that was read again."""
-        found = dict(self.evidence.perplexity)
-        return found if self.written is None else {**found, "as written": self.written}
+        states = dict(self.evidence.perplexity)
+        return states if self.written is None else {**states, "as written": self.written}
 
     def to_dict(self) -> dict[str, object]:
         """The evidence, ready for JSON."""
-        values = {name: found.value for name, found in self.perplexity.items()}
+        values = {name: perplexity.value for name, perplexity in self.perplexity.items()}
         content = {**self.evidence.to_dict(), "perplexity": values, **self.texts}
         if self.quantization is not None:
             content["quantization"] = asdict(self.quantization)
         return content
 
 
+@takes_old(learned="windows", distilling="settings")
 def heal(
     model: str,
     out: str,
@@ -96,9 +103,8 @@ def heal(
     *,
     choice: Choice | None = None,
     data: str | TextSource = "pg19",
-    learned: Learned | None = None,
+    windows: HealingWindows | None = None,
     settings: Settings | None = None,
-    distilling: Distilling | None = None,
     opening: OpenOptions | None = None,
     streaming: Running | None = None,
     overwrite: bool = False,
@@ -107,22 +113,21 @@ def heal(
     """Removes layers of a checkpoint and brings quality back.
 
     Refit and patch are closed forms and take minutes. LoRA learns the text, distillation what the
-    original model predicts; both also heal a model that was pruned before, and take a Meta
-    checkpoint to Hugging Face's format and back. All except the patch continue when interrupted.
-    No text is both learned and evaluated on.
+    original model predicts; both also heal a model that was pruned before. All except the patch
+    continue when interrupted. No text is both learned and evaluated on.
 
     Args:
         model: Meta checkpoint directory, Hugging Face directory or hub id, or GGUF file.
-        out: new directory, or from a GGUF file another if it ends with .gguf; appears whole or
-            not at all.
+        out: new directory, or from a GGUF file another; appears whole or not at all.
         method: refit, patch, lora or distill, or several by commas, which follow each other.
         choice: which layers to remove; lora may do without, and distill with a teacher.
         data: texts to learn from.
-        learned, settings, distilling, opening: of windows and methods; how models are opened.
+        windows: which windows are learned from and evaluated on.
+        settings: of the methods.
+        opening: how models are opened.
         streaming: whether one layer at a time is in memory.
         overwrite: whether an earlier pruned checkpoint is replaced.
-        notify: called with what a refit will take in memory and on disk, before it starts, and with
-            every perplexity when it is measured.
+        notify: called with what a refit will take, and with every perplexity.
 
     Raises:
         FileExistsError: ``out`` exists.
@@ -134,176 +139,128 @@ def heal(
         >>> done.evidence.perplexity["healed"].value  # doctest: +SKIP
         6.1
     """
-    learned, settings, opening = (
-        learned or Learned(),
-        settings or Settings(),
-        opening or OpenOptions(),
-    )
-    distilling, streaming = distilling or Distilling(), streaming or Running()
-    texts, methods = source_of(data), methods_of(method)
-    _check(methods, learned, settings, distilling)
+    windows, settings = windows or HealingWindows(), settings or Settings()
+    opening, streaming = opening or OpenOptions(), streaming or Running()
+    texts, methods, choice = source_of(data), methods_of(method), choice or Choice()
+    windows.check()
+    settings.check(methods)
     streaming.check_healing(methods)
-    teacher = distilling.teacher or model
-    named, streams = opening.tokenizer_path, streaming.stream or distilling.stream_teacher
-    check_tokenizer(named, model, teacher, stream=streams)
+    teacher, stream = settings.teacher or model, streaming.stream or settings.stream_teacher
+    check_tokenizer(opening.tokenizer_path, model, teacher, stream=stream)
     _check_target(model, out, overwrite=overwrite)
-    found = _selection(model, choice or Choice(), methods, distilling)
+    removal = _removal(model, choice, methods, settings, opening)
     if is_gguf(out):
-        check_saved(model, found.layers, found.record.block_influence)
-    run = _Run(model, out, texts, methods, learned, settings, distilling, opening, streaming)
-    with interruptible():
-        return run.healed(found, overwrite=overwrite, notify=notify)
+        check_saved(model, removal.layers, removal.record.block_influence)
+    how = (texts, windows, settings, opening, streaming)
+    return _heal(model, Path(out), methods, removal, *how, overwrite, notify)
 
 
-@dataclass(frozen=True)
-class _Run:
-    model: str
-    out: str
-    texts: TextSource
-    methods: Sequence[str]
-    learned: Learned
-    settings: Settings
-    distilling: Distilling
-    opening: OpenOptions
-    streaming: Running
-
-    def healed(self, found: Chosen, *, overwrite: bool, notify: Notify) -> Healing:
-        """Opens the model, heals it without the layers that were chosen, and saves it."""
-        model, learned, trains = self.model, self.learned, self.methods[-1] in TRAINING
-        folder = _work_dir(self.out, self.methods)
-        # before the model is opened; where nothing is there yet, nobody works either
-        lock = hold(folder) if folder is not None and folder.parent.is_dir() else None
-        size = learned.size or SIZE
-        short = _opened(model, found, size, self.opening, self.streaming, trains=trains)
-        recipe = self.settings.recipe(short, learned.seed) if trains else None
-        size = learned.size or (recipe.size if recipe else SIZE)
-        parts = _windows(short, self.texts, learned, size, trains=trains)
-        teacher = _teacher(model, self.distilling, self.opening, size)
-        distill = self.distilling.step(recipe, teacher)
-        steps = _steps(self.methods, self.settings, learned, recipe, distill)
-        again = self.settings.resume
-        job = _job(short, parts, found.layers, steps, folder, resume=again, notify=notify)
-        if plan := job.plan_text():
-            notify(plan)
-        bos, data = learned.bos or short.bos, self.texts.data
-        names = {"data": data, "eval_data": learned.eval_data, "size": size, "bos": bos}
-        done = Healing(Path(self.out), job.run(), parts.left_out, found.unchecked, names)
-        short.evidence |= {**found.record.evidence, "eval_data": learned.eval_data, "size": size}
-        job.save(self.out, facts={**found.record.facts, "data": data}, overwrite=overwrite)
-        del short, job, steps, lock  # which makes room for what is read again
-        remark = _remark(model, self.out, found)
-        return reread(replace(done, remark=remark), parts, self.opening, size)
+@interruptible()
+def _heal(
+    model: str,
+    out: Path,
+    methods: Sequence[str],
+    removal: Chosen,
+    texts: TextSource,
+    windows: HealingWindows,
+    settings: Settings,
+    opening: OpenOptions,
+    streaming: Running,
+    overwrite: bool,
+    notify: Notify,
+) -> Healing:
+    """Opens the model, heals it without the layers of the choice, and saves it."""
+    trains, folder = methods[-1] in TRAINING, None
+    if trains or "refit" in methods:  # which continue from what lies beside the new directory
+        folder = Path(f"{out}.{'training' if trains else 'refit'}")
+    # before the model is opened; where nothing is there yet, nobody works either
+    lock = hold(folder) if folder is not None and folder.parent.is_dir() else None
+    short = _opened(model, removal, windows.size or SIZE, opening, streaming, trains=trains)
+    recipe = settings.recipe(short, windows.seed) if trains else None
+    size, bos = windows.size or (recipe.size if recipe else SIZE), windows.bos or short.bos
+    place = (texts.split, texts.column, texts.max_texts, windows.seed)
+    parts = Source(texts.data, windows.eval_data, *place).windows(
+        short.encode,
+        size,
+        bos=bos,
+        limit=windows.max_windows or (None if trains else CLOSED_WINDOWS),
+        eval_windows=windows.eval_windows,
+        drop_overlap=windows.drop_overlap,
+        validate=trains,
+    )
+    few = CLOSED_WINDOWS if windows.max_windows is None else None
+    ridges = RIDGES if settings.ridge is None else (settings.ridge,)
+    known: dict[str, Step] = {
+        "refit": settings.refit(max_windows=few),
+        "patch": PatchSettings(ridges=ridges, max_windows=few),
+        "lora": LoraSettings(recipe),
+        "distill": settings.distill(recipe, _teacher(model, settings, opening, size)),
+    }
+    steps = [known.get(name) or STEPS[name]() for name in methods]
+    begun = folder is not None and folder.is_dir() and any(folder.iterdir())
+    job = HealingJob(
+        short,
+        parts,
+        removal.layers,
+        settings=steps,
+        work_dir=folder,
+        resume=settings.resume or begun,
+        notify=notify,
+    )
+    if plan := job.plan_text():
+        notify(plan)
+    names = {"data": texts.data, "eval_data": windows.eval_data, "size": size, "bos": bos}
+    done = Healing(out, job.run(), parts.left_out, removal.unchecked, names)
+    short.evidence |= {**removal.record.evidence, "eval_data": windows.eval_data, "size": size}
+    job.save(out, facts={**removal.record.facts, "data": texts.data}, overwrite=overwrite)
+    del short, job, known, steps, lock  # which makes room for what is read again
+    return reread(replace(done, remark=_remark(model, out, removal)), parts, opening, size)
 
 
 def _check_target(model: str, out: str, *, overwrite: bool) -> None:
     check_model(model)
-    if is_gguf(out) and not is_gguf(model):
+    if not is_gguf(out):
+        check_new(Path(out), marker=PROVENANCE, overwrite=overwrite, source=Path(model))
+    elif is_gguf(model):
+        check_new_gguf(out, overwrite=overwrite)
+    else:
         raise ShortGPTError(
             f"{out} is written from a GGUF file alone: heal into a directory and convert that, "
             f"short-gpt convert DIRECTORY {out}"
         )
-    if is_gguf(out):
-        check_new_gguf(out, overwrite=overwrite)
-    else:
-        check_new(Path(out), marker=PROVENANCE, overwrite=overwrite, source=Path(model))
 
 
-def _remark(model: str, out: str, found: Chosen) -> str | None:
+def _remark(model: str, out: Path, removal: Chosen) -> str | None:
     """What is to be said of a GGUF file: types that are others, and kinds of layers."""
-    said = (
-        [about_types(model, out), about_kinds(model, found.layers, found.record.block_influence)]
-        if is_gguf(out)
-        else []
-    )
-    return "\n".join(line for line in said if line) or None
-
-
-def _check(
-    methods: Sequence[str], learned: Learned, settings: Settings, distilling: Distilling
-) -> None:
-    learned.check()
-    settings.check(methods)
-    distilling.check(methods)
-
-
-def _steps(
-    methods: Sequence[str],
-    settings: Settings,
-    learned: Learned,
-    recipe: Recipe | None,
-    distill: DistillSettings,
-) -> list[Step]:
-    ridges = RIDGES if settings.ridge is None else (settings.ridge,)
-    few = CLOSED_WINDOWS if learned.max_windows is None else None
-    made: dict[str, Step] = {
-        "refit": settings.refit(max_windows=few),
-        "patch": PatchSettings(ridges=ridges, max_windows=few),
-        "lora": LoraSettings(recipe),
-        "distill": distill,
-    }
-    return [made.get(name) or STEPS[name]() for name in methods]
-
-
-def _work_dir(out: str, methods: Sequence[str]) -> Path | None:
-    """What training and a refit continue from, beside the new directory; None for the patch."""
-    kind = "training" if methods[-1] in TRAINING else "refit" if "refit" in methods else None
-    return None if kind is None else Path(f"{out}.{kind}")
-
-
-def _job(
-    short: ScoredModel,
-    parts: Learning,
-    layers: Sequence[int],
-    steps: Sequence[Step],
-    folder: Path | None,
-    *,
-    resume: bool,
-    notify: Notify,
-) -> HealingJob:
-    """The healing, continued from what the folder holds."""
-    again = resume or (folder is not None and folder.is_dir() and any(folder.iterdir()))
-    return HealingJob(
-        short, parts, layers, settings=steps, work_dir=folder, resume=again, notify=notify
-    )
+    if not is_gguf(out):
+        return None
+    kinds = about_kinds(model, removal.layers, removal.record.block_influence)
+    return "\n".join(line for line in (about_types(model, str(out)), kinds) if line) or None
 
 
 def _teacher(
-    model: str, distilling: Distilling, opening: OpenOptions, size: int
+    model: str, settings: Settings, opening: OpenOptions, size: int
 ) -> Callable[[], ScoredModel] | None:
     """What opens the teacher; None where it is the model itself before its layers go."""
-    if distilling.teacher is None and not distilling.live_teacher and not distilling.stream_teacher:
+    if settings.teacher is None and not settings.live_teacher and not settings.stream_teacher:
         return None
-    source, stream = distilling.teacher or model, distilling.stream_teacher
+    source, stream = settings.teacher or model, settings.stream_teacher
     own = of_source(opening, source, stream=stream)
     return lambda: open_model(source, own, stream=stream, max_seq_len=size)
 
 
-def _windows(
-    short: ScoredModel, texts: TextSource, learned: Learned, size: int, *, trains: bool
-) -> Learning:
-    place = (texts.split, texts.column, texts.max_texts, learned.seed)
-    return Source(texts.data, learned.eval_data, *place).windows(
-        short.encode,
-        size,
-        bos=learned.bos or short.bos,
-        limit=learned.max_windows or (None if trains else CLOSED_WINDOWS),
-        eval_windows=learned.eval_windows,
-        drop_overlap=learned.drop_overlap,
-        validate=trains,
-    )
-
-
-def _selection(
-    model: str, choice: Choice, methods: Sequence[str], distilling: Distilling
+def _removal(
+    model: str, choice: Choice, methods: Sequence[str], settings: Settings, opening: OpenOptions
 ) -> Chosen:
+    """The layers to remove; none where the methods heal a model that was pruned before."""
     if choice.layers is not None or choice.scores is not None:
-        return chosen(model, choice)
+        return chosen(model, choice, opening=opening)
     ask = "give `layers`, as in 21,22,23, or `scores` and `n`"
     if methods[0] in CLOSED:
         raise ShortGPTError(
-            f"the {methods[0]} reads the whole model and removes layers itself: {ask}"
+            f"the {methods[0]} reads the original model and removes layers itself: {ask}"
         )
-    if "distill" in methods and distilling.teacher is None:
+    if "distill" in methods and settings.teacher is None:
         raise ShortGPTError(
             f"distill learns from the model with all its layers: {ask}, or a `teacher` that "
             "still has them"
@@ -314,30 +271,38 @@ def _selection(
 
 
 def _opened(
-    model: str, found: Chosen, size: int, opening: OpenOptions, streaming: Running, *, trains: bool
+    model: str,
+    removal: Chosen,
+    size: int,
+    opening: OpenOptions,
+    streaming: Running,
+    *,
+    trains: bool,
 ) -> ScoredModel:
     """The model, with the scores its layers were chosen by; for training one of Hugging Face's."""
     opening = of_source(opening, model, stream=streaming.stream)
     short = open_trainable(model, opening) if trains else streaming.open(model, opening, size)
-    if found.importance is not None:  # its record tells what it rests on, as that of prune does
-        short.importance = found.importance
+    if removal.importance is not None:  # its record tells what it rests on, as that of prune does
+        short.importance = removal.importance
     return short
 
 
 def reread(done: Healing, parts: Learning, opening: OpenOptions, size: int) -> Healing:
     """The same with what a written GGUF file gives on the windows that the model was judged by.
 
-    Changed tensors were rounded to their own types after all that was measured before.
+    Changed tensors were rounded to their own types after all that was measured before. Where a
+    directory was written, or several files, nothing is read again.
 
     Args:
-        done: what was done; unchanged where a directory was written, or several files.
+        done: what was done.
         parts: the windows.
-        opening, size: of the file as a model, and of a window.
+        opening: of the file as a model.
+        size: tokens of a window.
     """
     if not is_gguf(done.out) or len(out_paths(done.out)) > 1:
         return done
     own = of_source(opening, str(done.out))
     short = open_model(str(done.out), own, max_seq_len=size)
-    found = together(losses(short.decoder, parts.evaluation))
-    change = difference([done.evidence.perplexity["healed"]], [found])
-    return replace(done, written=found, quantization=change)
+    written = together(losses(short.decoder, parts.evaluation))
+    change = difference([done.evidence.perplexity["healed"]], [written])
+    return replace(done, written=written, quantization=change)

@@ -27,7 +27,7 @@ SCORED = ("rank", "reproduce")  # the commands that score layers
 
 
 def ignore(_: str) -> None:
-    """Tells nobody: the default of jobs that have something to say."""
+    """The default of jobs that have something to say."""
 
 
 def listed(names: str) -> list[str]:
@@ -40,20 +40,29 @@ def listed(names: str) -> list[str]:
     return [name.strip() for name in names.split(",")]
 
 
-def whole_numbers(given: object, name: str, example: str) -> list[int]:
-    """One number or several as a list; ShortGPTError for none, and for anything else."""
-    numbers = [given] if isinstance(given, int) else given
-    if not isinstance(numbers, Sequence) or not numbers or any(type(i) is not int for i in numbers):
-        raise ShortGPTError(f"expected whole numbers as in `{name}` {example}, got {given!r}")
-    return list(numbers)
+def whole_numbers(
+    numbers: object, name: str, example: str, *, what: str = "whole numbers", empty: bool = False
+) -> list[int]:
+    """One number or several as a list; ShortGPTError for anything else, and for none of them."""
+    several = [numbers] if isinstance(numbers, int) else numbers
+    right = isinstance(several, Sequence) and all(type(i) is int for i in several)
+    if not right or not (several or empty):
+        raise ShortGPTError(f"expected {what} as in `{name}` {example}, got {numbers!r}")
+    return list(several)  # type: ignore[call-overload]
 
 
-def at_least(least: int, **numbers: int) -> None:
-    """Raises ShortGPTError for a setting that is no whole number of at least so much."""
+def layer_list(layers: object, name: str = "layers") -> list[int]:
+    """Layer numbers as a list: one, several, or none; ShortGPTError for anything else."""
+    return whole_numbers(layers, name, "21,22,23", what="layer numbers", empty=True)
+
+
+def at_least(least: int, **numbers: int | None) -> None:
+    """Raises ShortGPTError for a setting that is no whole number of at least so much, nor None."""
     from short_gpt.data.windows import at_least as check
 
     for name, number in numbers.items():
-        check(least, name, number)
+        if number is not None:
+            check(least, name, number)
 
 
 # What flags need
@@ -85,6 +94,9 @@ COLUMNS = Needs("data with columns (.jsonl, .parquet or a data set of the hub)",
 TASKS = needs_one_of("`tasks`", "tasks")
 # of heal alone: rank bounds the states of a search by it too
 STREAM = Needs("`stream`", lambda v: bool(v["stream"]) or "teacher" not in v)
+SEARCHES = {
+    "rank": "Without stream, of the states that the searches by loss store; 2GB if not given."
+}
 TEXT = Needs("`data` (a text, or wikitext-2, c4, pg19)", lambda v: v["data"] != "none")
 
 
@@ -116,11 +128,7 @@ class TextSource:
     max_texts: int | None = None
 
     def read(self) -> Iterable[str]:
-        """The texts, with a progress bar.
-
-        Raises:
-            OSError, ShortGPTError: as `short_gpt.texts`.
-        """
+        """The texts, with a progress bar; errors as of `short_gpt.texts`."""
         from short_gpt.data.texts import read_texts
 
         return read_texts(self.data, self.split, self.column, self.max_texts)
@@ -130,10 +138,10 @@ class TextSource:
         from short_gpt.data.disjoint import hold_out
         from short_gpt.data.texts import texts
 
-        found = list(self.read())
+        own = list(self.read())
         if eval_data is None:
-            return hold_out(found, seed=seed)
-        return found, list(texts(eval_data, column=self.column))
+            return hold_out(own, seed=seed)
+        return own, list(texts(eval_data, column=self.column))
 
 
 def source_of(data: str | TextSource) -> TextSource:
@@ -148,8 +156,7 @@ class Cut:
     Args:
         size: tokens in a window.
         max_windows: stop after so many; all if not given.
-        seed: of the random order of all windows, and of the random method; none reads them in the
-            order of the texts.
+        seed: of the random order of all windows; none reads them in the order of the texts.
         stride: tokens between the starts of windows; the size if not given, so that none overlap.
         bos: first puts it before a text's first window alone, every before every window; if not
             given, every for Gemma, which needs it, else first.
@@ -159,7 +166,7 @@ class Cut:
 
     size: int = SIZE
     max_windows: int | None = None
-    seed: int | None = 0
+    seed: int | None = setting(0, more={"rank": "It is also that of the random method."})
     stride: int | None = setting(None, commands=SCORED)
     bos: str | None = None
 
@@ -174,20 +181,13 @@ class Cut:
 
         if self.bos is not None and self.bos not in BOS:
             raise ShortGPTError(f"bos = {self.bos!r}: expected {' or '.join(BOS)}")
-        if self.max_windows is not None:
-            at_least(1, max_windows=self.max_windows)
+        at_least(1, max_windows=self.max_windows)
         windows([], lambda _: [], size=self.size, stride=self.step)
 
     def windows(
         self, texts: Iterable[str], encode: Encode, bos: str = "first"
     ) -> Iterable[list[int]]:
-        """Windows of token ids; see `short_gpt.windows`.
-
-        Args:
-            texts: documents.
-            encode: the model's.
-            bos: where it stands if the setting is None, such as ``short.bos``.
-        """
+        """Windows of token ids, as `short_gpt.windows`; ``bos`` holds where none is set."""
         from short_gpt.data.windows import windows
 
         return windows(
@@ -244,17 +244,11 @@ class Reading:
         """Windows of the protocol's text, or of ``own``."""
         from short_gpt.evaluation.protocols import protocol
 
-        cut = Cut(self.size, self.max_windows, None, bos=self.bos or short.bos)
+        size, limit, bos = self.size, self.max_windows, self.bos or short.bos
         if own:
-            return cut.windows(own, short.encode)
-        return protocol(
-            self.data,
-            short.encode,
-            size=self.size,
-            limit=self.max_windows,
-            source=self.source,
-            bos=self.bos or short.bos,
-        )
+            return Cut(size, limit, None, bos=bos).windows(own, short.encode)
+        source = self.source
+        return protocol(self.data, short.encode, size=size, limit=limit, source=source, bos=bos)
 
 
 @dataclass(frozen=True)
@@ -298,15 +292,14 @@ class Running:
         batch_size: windows read at once, by each replica.
         stream: hold one layer at a time in memory: for a Llama larger than the machine, in Meta's
             format or Hugging Face's. What it takes is printed before it starts.
-        max_memory: of the whole process with stream, as in 3GB, half of what is free if not given;
-            without it, of the states that the searches by loss store, 2GB if not given.
+        max_memory: of the whole process with stream, as in 3GB; half of what is free if not given.
         model_parallel_size: under torchrun, ranks that share one model of Meta's format; all if
             not given. The others are replicas, which share the windows.
     """
 
     batch_size: int = setting(1, commands=(*SCORED, "perplexity"))
     stream: bool = False
-    max_memory: str | None = setting(None, value="SIZE", needs=STREAM)
+    max_memory: str | None = setting(None, value="SIZE", needs=STREAM, more=SEARCHES)
     model_parallel_size: int | None = setting(None, commands=SCORED)
 
     def open(self, source: str, options: OpenOptions, size: int) -> ScoredModel:
@@ -328,15 +321,20 @@ class Running:
             max_memory=self.max_memory if self.stream else None,
         )
 
-    def check_bounds(self) -> None:
-        """Raises ShortGPTError for a size that is none, or bounds nothing."""
+    def check_bounds(self, methods: Sequence[str] = (), *, searches: bool = False) -> None:
+        """Raises ShortGPTError for a size that is none, or bounds nothing.
+
+        It also bounds the ``methods``, where ``searches`` says that one of them runs.
+        """
         from short_gpt.runtime.memory import bytes_of
 
         if self.max_memory is not None:
             bytes_of(self.max_memory)
-            if not self.stream:
+            if not self.stream and not searches:
+                also = f" and the methods {', '.join(methods)}" if methods else ""
                 raise ShortGPTError(
-                    f"`max_memory` {self.max_memory} bounds `stream`; add that, or leave it out"
+                    f"`max_memory` {self.max_memory} bounds `stream`{also}; add `stream`, or leave "
+                    "it out"
                 )
 
     def check_healing(self, methods: Sequence[str]) -> None:
@@ -374,10 +372,8 @@ class Tasks:
         """Raises ShortGPTError for a number out of range, or a task that is unknown."""
         from short_gpt.evaluation.tasks import task_names
 
-        if self.num_fewshot is not None:
-            at_least(0, num_fewshot=self.num_fewshot)
-        if self.limit is not None:
-            at_least(1, limit=self.limit)
+        at_least(0, num_fewshot=self.num_fewshot)
+        at_least(1, limit=self.limit)
         if self.tasks is not None:
             task_names(self.names, self.include_path)
 
@@ -402,13 +398,7 @@ class Tasks:
 
 
 def check_model(source: str, n: int | None = None, *, name: str = "n") -> None:
-    """Raises what would go wrong with a source, and a number of layers, after it is loaded.
-
-    Args:
-        source: the checkpoint.
-        n: how many layers are to be removed.
-        name: what the user calls n.
-    """
+    """Raises what would go wrong with a source after it is loaded, and with removing n layers."""
     from short_gpt.models.numbering import check_count
     from short_gpt.wrappers.opening import layers_of
 
@@ -426,5 +416,4 @@ def known_total(windows: Iterable[list[int]], limit: int | None) -> int | None:
     """How many windows are to come, as far as that is known."""
     from short_gpt.data.windows import count_of
 
-    counted = count_of(windows)
-    return limit if counted is None else counted
+    return limit if (count := count_of(windows)) is None else count

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from llama.io.files import check_output, new_file, resolved
 from llama.io.sources import Source, find_source
@@ -11,10 +13,11 @@ from short_gpt.checkpoints.gguf import about_kinds
 from short_gpt.checkpoints.prune import is_recipe, mergekit_recipe, prune_checkpoint, recipe_dtype
 from short_gpt.checkpoints.records import PROVENANCE
 from short_gpt.checkpoints.target import Target
-from short_gpt.jobs.choice import Chosen, chosen, chosen_within
-from short_gpt.jobs.choice_settings import Choice, PerplexityLimit, Written
-from short_gpt.jobs.proof import Proof
+from short_gpt.jobs.conversion import prove
+from short_gpt.jobs.renamed import takes_old
 from short_gpt.jobs.saving import interruptible
+from short_gpt.jobs.scores import Chosen, chosen
+from short_gpt.jobs.settings import Choice, Written
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import bar
 from short_gpt.runtime.state import read_record
@@ -30,7 +33,7 @@ class Pruned:
     Attributes:
         out: the new directory or file.
         chosen: the layers removed, how they were chosen, and what was tried.
-        recipe: the mergekit recipe's file, if one was wanted.
+        recipe: the mergekit recipe's file, if one was asked for.
         proof: what was verified, in a sentence; None if nothing was.
         remark: what other programs may get wrong of it, or what it still lacks; None if nothing.
     """
@@ -47,9 +50,11 @@ class Pruned:
         return self.chosen.layers
 
 
+@takes_old(limit="choice")
 def prune(
     model: str,
     out: str,
+    choice: Choice | None = None,
     *,
     layers: object = None,
     scores: str | None = None,
@@ -58,8 +63,10 @@ def prune(
     to: str | None = None,
     verify: bool | None = None,
     overwrite: bool = False,
+    written: Written | None = None,
+    opening: OpenOptions | None = None,
 ) -> Pruned:
-    """Writes a checkpoint without some layers, tensor by tensor, in either format.
+    """Writes a checkpoint without some layers, tensor by tensor, in any format.
 
     The model is not loaded for that: memory is bounded by the largest tensor. To verify, source
     and result are then loaded, one after the other, and compared.
@@ -68,16 +75,16 @@ def prune(
         model: Meta checkpoint directory, Hugging Face directory or hub id (safetensors), or GGUF
             file of any architecture.
         out: new directory, or file if it ends with .gguf; appears whole or not at all.
-        layers: which layers, as in `Choice`.
+        choice: which layers, or how far the perplexity may rise.
+        layers: as in `Choice`, in its place, as the next three.
         scores: as in `Choice`.
         n: as in `Choice`.
         method: as in `Choice`.
-        to: as in `Written`.
+        to: as in `Written`, in its place, as the next two.
         verify: as in `Written`.
         overwrite: as in `Written`.
-
-    Returns:
-        What was removed, and what was proved of the result.
+        written: format, proof, recipe, and whether an earlier checkpoint is replaced.
+        opening: of the model, where it is loaded.
 
     Raises:
         FileExistsError: ``out`` exists.
@@ -89,31 +96,18 @@ def prune(
         >>> prune("llama-2-7b", "llama-2-5b", layers=[21, 22, 25]).layers  # doctest: +SKIP
         [21, 22, 25]
     """
-    written = Written(to=to, verify=verify, overwrite=overwrite)
-    choice = Choice(layers, scores, n, method=method)
-    return prune_by(model, out, choice, written=written)
+    choice = choice or Choice(layers, scores, n, method=method)
+    written, opening = written or Written(None, to, verify, overwrite), opening or OpenOptions()
+    return _prune(model, out, choice, written, opening)
 
 
-def prune_by(
-    model: str,
-    out: str,
-    choice: Choice,
-    *,
-    limit: PerplexityLimit | None = None,
-    written: Written | None = None,
-    opening: OpenOptions | None = None,
-) -> Pruned:
-    """What `prune` does, with all its settings.
+def prune_by(model: str, out: str, choice: Choice, **settings: Any) -> Pruned:
+    """The older name of `prune`."""
+    warnings.warn("prune_by is now prune", DeprecationWarning, stacklevel=2)
+    return prune(model, out, choice, **settings)
 
-    Args:
-        model: as there.
-        out: as there.
-        choice: which layers.
-        limit: in the place of their number, how far the perplexity may rise.
-        written: format, proof, recipe, and whether an earlier checkpoint is replaced.
-        opening: of the model, where it is loaded.
-    """
-    written, opening = written or Written(), opening or OpenOptions()
+
+def _prune(model: str, out: str, choice: Choice, written: Written, opening: OpenOptions) -> Pruned:
     check_tokenizer(opening.tokenizer_path, model)
     source = find_source(model)
     target = Target(out, written.to, written.overwrite).resolved(source)
@@ -125,56 +119,55 @@ def prune_by(
             f"`verify` loads {out}, which transformers does not read in several files; name "
             "one file, or leave it to be read again and compared"
         )
-    found = _chosen(model, choice, limit, opening)
+    removal = chosen(model, choice, opening=opening)
     copied = source.kind == target.format == "gguf"
+    write = _write_opened if source.kind == "gguf" and target.format == "hf" else _write
     with interruptible():
-        write = _write_opened if source.kind == "gguf" and target.format == "hf" else _write
-        proof = write(source, target, found, written.verify, opening)
+        proof = write(source, target, removal, written.verify, opening)
         if proof is None and copied:
-            proof = "verified: read again, every tensor left is the source's, byte for byte"
-    kinds = about_kinds(source, found.layers, found.record.block_influence) if copied else None
-    return Pruned(target.path, found, _recipe(source, out, written, dtype), proof, kinds)
+            proof = "verified: read again, every tensor that remains is the source's, byte for byte"
+    recipe = _recipe(source, out, written, dtype)
+    influence = removal.record.block_influence
+    remark = about_kinds(source, removal.layers, influence) if copied else None
+    return Pruned(target.path, removal, recipe, proof, remark)
 
 
 def _write_opened(
-    source: Source, target: Target, found: Chosen, verify: bool | None, opening: OpenOptions
+    source: Source, target: Target, removal: Chosen, verify: bool | None, opening: OpenOptions
 ) -> str | None:
     """Opens a model, removes the layers, and writes it in Hugging Face's format."""
     short = open_model(str(source), opening, max_seq_len=1024)
-    if found.importance is not None:
-        short.importance = found.importance
-    short.remove_layers(found.layers)
-    short.evidence |= found.record.evidence
-    prove, facts = verify is not False, found.record.facts
+    if removal.importance is not None:
+        short.importance = removal.importance
+    short.remove_layers(removal.layers)
+    short.evidence |= removal.record.evidence
+    prove, facts = verify is not False, removal.record.facts
     assert isinstance(short, ShortHFModel)
     short.save_pretrained(target.out, verify=prove, overwrite=target.overwrite, facts=facts)
     proof = "verified: loaded again it gives the logits of the model in memory, bit for bit"
     return proof if prove else None
 
 
-def _chosen(
-    model: str, choice: Choice, limit: PerplexityLimit | None, opening: OpenOptions
-) -> Chosen:
-    if limit is None or limit.max_perplexity_ratio is None:
-        return chosen(model, choice)
-    return chosen_within(model, choice, limit, opening=opening)
-
-
 def _write(
-    source: Source, target: Target, found: Chosen, verify: bool | None, opening: OpenOptions
+    source: Source, target: Target, removal: Chosen, verify: bool | None, opening: OpenOptions
 ) -> str | None:
     """Writes the checkpoint, proved before it takes its place; returns what was proved."""
-    proof = Proof(source, str(target.out), opening, verify, found.layers)
+    proofs: list[str | None] = []
+
+    def check(directory: Path) -> None:
+        layers = removal.layers
+        proofs.append(prove(directory, source, str(target.out), opening, verify, drop=layers))
+
     with bar("writing", total=None, unit="tensor") as shown:
         prune_checkpoint(
             source,
-            replace(target, verify=proof),
-            found.layers,
+            replace(target, verify=check),
+            removal.layers,
             tokenizer_path=opening.tokenizer_path,
-            provenance=found.record,
+            provenance=removal.record,
             progress=lambda _: shown.update(),
         )
-    return proof.said
+    return proofs[0] if proofs else None
 
 
 def _recipe(source: Source, out: str, written: Written, dtype: str) -> Path | None:

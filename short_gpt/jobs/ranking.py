@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import TypeVar
 
+from llama.io.sources import is_meta
 from llama.ranks import several_ranks
+from llama.tokenizer import Tokenizer, find_tokenizer
 from short_gpt.data.windows import count_of
-from short_gpt.jobs.choice_settings import Answer
 from short_gpt.jobs.inputs import (
     STRIDE,
     Cut,
@@ -22,7 +23,8 @@ from short_gpt.jobs.inputs import (
     source_of,
 )
 from short_gpt.jobs.saving import Saving, interruptible
-from short_gpt.jobs.scored import UNKNOWN, Scored
+from short_gpt.jobs.scores import Digests, digests_of
+from short_gpt.jobs.settings import Answer
 from short_gpt.runtime import replicas
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import ShortGPTError
@@ -34,6 +36,7 @@ from short_gpt.scoring.run import Following, RunState
 from short_gpt.scoring.stopping import Stop, Verdict
 from short_gpt.selection.methods import BY_LOSS, choose
 from short_gpt.selection.search import Search
+from short_gpt.wrappers.opening import check_tokenizer
 from short_gpt.wrappers.options import OpenOptions
 from short_gpt.wrappers.scored_model import ScoredModel
 from short_gpt.wrappers.short_model import ShortModel
@@ -53,7 +56,7 @@ class Ranking:
         search: what a method by loss removed; None of the others.
         verdict: whether the answer is settled; None if all windows were to be read.
         state: the file of the run; `finish` deletes it.
-        scored: of which weights and tokenizer, by which `prune` and `heal` tell them.
+        scored: digests of the model's files, by which `prune` and `heal` know them.
         bos: which windows began with it: first of each text, or every.
     """
 
@@ -63,7 +66,7 @@ class Ranking:
     search: Search | None = None
     verdict: Verdict | None = None
     state: StateFile | None = None
-    scored: Scored = UNKNOWN
+    scored: Digests = field(default_factory=dict)
     bos: str = "first"
 
     @property
@@ -82,13 +85,16 @@ class Ranking:
 
     def to_dict(self) -> dict[str, object]:
         """The scores and the verdict, or the search, and of which weights, ready for JSON."""
-        scored = {"scored": vars(self.scored)}
-        if self.importance is not None:
-            scores = {"importance": self.importance.to_dict(), "settled": _settled(self.verdict)}
-            return {**scores, "bos": self.bos, **scored}
-        assert self.search is not None
-        chosen = {"method": self.answer.method, "layers": self.search.removed}
-        return {"chosen": chosen, "search": vars(self.search), "bos": self.bos, **scored}
+        source = {"bos": self.bos, "scored": dict(self.scored)}
+        if self.importance is None:
+            assert self.search is not None
+            chosen = {"method": self.answer.method, "layers": self.search.removed}
+            return {"chosen": chosen, "search": vars(self.search), **source}
+        settled: dict[str, object] | None = None
+        if self.verdict is not None:
+            settled = {**vars(self.verdict), "stop": vars(self.verdict.stop)}
+            settled["pair"] = list(self.verdict.pair)
+        return {"importance": self.importance.to_dict(), "settled": settled, **source}
 
     def finish(self) -> None:
         """Deletes the state, once the result is safe."""
@@ -116,7 +122,10 @@ def rank(
         data: texts to score on.
         n: how many layers to remove; short for ``answer=Answer(n)``.
         answer: what is asked, in full.
-        cut, opening, running, saving: how windows are cut, the model opened, run, the run saved.
+        cut: how windows are cut.
+        opening: how the model is opened.
+        running: how windows go through it.
+        saving: where the run is saved, to be continued.
         notify: called with what a streamed run will take in memory, before it starts.
         detailed: whether it is also called with the time that a run of one pass will take, from a
             window that is timed, and how the answer stands while it goes on.
@@ -134,63 +143,45 @@ def rank(
     """
     answer, texts, saving = answer or Answer(n), source_of(data), saving or Saving()
     cut, running = cut or Cut(stride=STRIDE), running or Running()
-    settings = _Settings(texts, answer, cut, running, saving)
-    check_ranking(model, answer, cut, running)
-    documents, options = texts.read(), opening or OpenOptions()
+    opening = opening or OpenOptions()
+    check_ranking(model, answer, cut, running, opening)
+    documents = texts.read()
     # of the files as they are now
-    scored = Scored.of(model, options.tokenizer_path) if first_rank() else UNKNOWN
-    short = running.open(model, options, cut.size)
+    digests = digests_of(model, opening.tokenizer_path) if first_rank() else {}
+    short = running.open(model, opening, cut.size)
+    windows, bos = cut.windows(documents, short.encode, short.bos), cut.bos or short.bos
+    windows = list(windows) if answer.by_loss else windows
+    state = None
+    if saving.state is not None:  # a digest of all weights takes seconds
+        text = {"text": json_digest(windows)} if answer.by_loss else {}
+        identity = _identity(texts, answer, cut, running, bos)
+        state = saving.file(joined(identity, short.identity(), text))
+    result = Ranking(answer, cut.seed, state=state, scored=digests, bos=bos)
     if answer.by_loss:
-        assert isinstance(short, ShortModel)  # checked: it is not streamed
-        result = _searched(short, documents, settings)
-    else:
-        result = _measured(short, documents, settings, notify, detailed)
-    return replace(result, scored=scored)
+        return _search(short, windows, result, running)
+    return _measure(short, windows, result, cut, running, notify, detailed=detailed)
 
 
-@dataclass(frozen=True)
-class _Settings:
-    texts: TextSource
-    answer: Answer
-    cut: Cut
-    running: Running
-    saving: Saving
-
-    def state(
-        self, short: ScoredModel, windows: Sequence[Sequence[int]] | None = None
-    ) -> StateFile | None:
-        """The file that the run is saved in, if it has a name.
-
-        Args:
-            windows: all that a search reads; a run of one pass tells its own as it reads them.
-        """
-        if self.saving.state is None:  # a digest of all weights takes seconds
-            return None
-        text = {} if windows is None else {"text": json_digest(windows)}
-        identity = joined(self._identity(short), short.identity(), text)
-        return self.saving.file(identity)
-
-    def _identity(self, short: ScoredModel) -> dict[str, object]:
-        """The settings that a saved run depends on, by the names that an error shows."""
-        cut, answer = self.cut, self.answer
-        parts: list[Mapping[str, object]] = [vars(self.texts)]
-        parts += [{"size": cut.size, "seed": cut.seed, "stride": cut.step}]
-        parts += [{"sublayers": answer.sublayers, "batch_size": self.running.batch_size}]
-        if answer.by_loss:  # only these read a fixed number of windows for a fixed number of layers
-            parts += [{"method": answer.method, "n": answer.n, "candidates": answer.candidates}]
-            parts += [{"max_windows": cut.max_windows, "max_memory": self.running.max_memory}]
-        parts += [{"method of all tokens": answer.method == "angular_all"}]
-        if (bos := cut.bos or short.bos) != "first":  # else as in states of earlier versions
-            parts += [{"bos": bos}]
-        return joined(*parts)
+def _identity(
+    texts: TextSource, answer: Answer, cut: Cut, running: Running, bos: str
+) -> dict[str, object]:
+    """The settings that a saved run depends on, by the names that an error shows."""
+    parts: list[Mapping[str, object]] = [vars(texts)]
+    parts += [{"size": cut.size, "seed": cut.seed, "stride": cut.step}]
+    parts += [{"sublayers": answer.sublayers, "batch_size": running.batch_size}]
+    if answer.by_loss:  # only these read a fixed number of windows for a fixed number of layers
+        parts += [{"method": answer.method, "n": answer.n, "candidates": answer.candidates}]
+        parts += [{"max_windows": cut.max_windows, "max_memory": running.max_memory}]
+    parts += [{"method of all tokens": answer.method == "angular_all"}]
+    if bos != "first":  # else as in states of earlier versions
+        parts += [{"bos": bos}]
+    return joined(*parts)
 
 
-def check_ranking(model: str, answer: Answer, cut: Cut, running: Running) -> None:
-    """Raises what would go wrong after the model is loaded.
-
-    Raises:
-        ShortGPTError: a number is out of range, or the method does not do with a streamed model.
-    """
+def check_ranking(
+    model: str, answer: Answer, cut: Cut, running: Running, opening: OpenOptions
+) -> None:
+    """Raises what would go wrong after the model is loaded, or the texts are opened."""
     check_model(model, answer.n)
     if answer.candidates is not None:
         check_model(model, answer.candidates, name="candidates")
@@ -201,70 +192,58 @@ def check_ranking(model: str, answer: Answer, cut: Cut, running: Running) -> Non
         raise ShortGPTError(
             f"`method` {answer.method} needs {why}; choose another, or leave out `stream`"
         )
-    if running.max_memory is not None:
-        bytes_of(running.max_memory)
-        if not running.stream and not answer.by_loss:
-            raise ShortGPTError(
-                f"`max_memory` {running.max_memory} bounds `stream` and the methods "
-                f"{', '.join(BY_LOSS)}; add `stream`, or leave it out"
-            )
+    running.check_bounds(BY_LOSS, searches=answer.by_loss)
     if answer.by_loss and several_ranks():
         raise ShortGPTError(f"`method` {answer.method} runs on one rank; start it alone")
+    check_tokenizer(opening.tokenizer_path, model, stream=running.stream)
+    if is_meta(model):
+        Tokenizer(opening.tokenizer_path or find_tokenizer(model))
 
 
-def _measured(
+def _measure(
     short: ScoredModel,
-    documents: Iterable[str],
-    settings: _Settings,
+    windows: Iterable[list[int]],
+    result: Ranking,
+    cut: Cut,
+    running: Running,
     notify: Notify,
+    *,
     detailed: bool,
 ) -> Ranking:
-    answer, cut, size = settings.answer, settings.cut, settings.running.batch_size
-    windows = cut.windows(documents, short.encode, short.bos)
-    state, bos = settings.state(short), cut.bos or short.bos
+    """The scores of one pass."""
+    answer, size = result.answer, running.batch_size
+    state = None if result.state is None else RunState(result.state)
+    rule, total, follow = answer.rule(cut.seed), known_total(windows, cut.max_windows), None
     if (plan := short.plan_text(size)) is not None:
         notify(plan)
-    follow = None
     if detailed:
-        windows = _forecast(short, windows, settings, state, notify)
-        rule = Stop(answer.n or 1, answer.method == "angular")
-        stops = answer.rule(cut.seed)
-        follow = Following(notify, stops or rule, stops=stops is not None)
+        first, windows = first_of(windows)
+        if first is not None:
+            read = 0 if state is None else state.sums(short.kept).n_windows
+            line = forecast(
+                short,
+                first,
+                batch_size=size,
+                rule=rule,
+                total=total,
+                population=getattr(windows, "population", None),
+                read=read,
+            )
+            notify(line)
+        followed = rule or Stop(answer.n or 1, answer.method == "angular")
+        follow = Following(notify, followed, stops=rule is not None)
     with interruptible():
         verdict = short.measure(
             windows,
             batch_size=size,
-            total=known_total(windows, cut.max_windows),
-            stop=answer.rule(cut.seed),
-            state=RunState(state) if state is not None else None,
+            total=total,
+            stop=rule,
+            state=state,
             sublayers=answer.sublayers,
             all_tokens=answer.method == "angular_all",
             follow=follow,
         )
-    return Ranking(answer, cut.seed, short.importance, verdict=verdict, state=state, bos=bos)
-
-
-def _forecast(
-    short: ScoredModel,
-    windows: Iterable[list[int]],
-    settings: _Settings,
-    state: StateFile | None,
-    notify: Notify,
-) -> Iterable[list[int]]:
-    first, windows = first_of(windows)
-    if first is not None:
-        before = 0 if state is None else RunState(state).sums(short.kept).n_windows
-        line = forecast(
-            short,
-            first,
-            batch_size=settings.running.batch_size,
-            rule=settings.answer.rule(settings.cut.seed),
-            total=known_total(windows, settings.cut.max_windows),
-            population=getattr(windows, "population", None),
-            read=before,
-        )
-        notify(line)
-    return windows
+    return replace(result, importance=short.importance, verdict=verdict)
 
 
 def first_of(windows: Iterable[W]) -> tuple[W | None, Iterable[W]]:
@@ -288,14 +267,7 @@ def forecast(
 ) -> str:
     """How long a run will take, from one window that is timed. All ranks must call it.
 
-    Args:
-        short: the model.
-        window: one of the windows, read for nothing but this.
-        batch_size: windows that each replica reads at once.
-        rule: that may end the run early.
-        total: windows to come and read; None if that is not known.
-        population: windows that there are, of which these are a sample.
-        read: how many of them were read before.
+    Of ``total`` windows, a sample of ``population``, ``read`` were read before; None is not known.
     """
     one = short.seconds_a_window(window, batch_size) / replicas.current(short.decoder.device).count
     line = f"a window of {len(window):,} tokens takes {duration(one)}"
@@ -304,8 +276,8 @@ def forecast(
     parts = []
     first = total if rule is None else rule.first_look(population)
     if read < first < total:
-        left = duration((first - read) * one)
-        parts.append(f"{first:,} windows, where the answer may be settled, {left}")
+        time = duration((first - read) * one)
+        parts.append(f"{first:,} windows, where the answer may be settled, {time}")
     parts.append(f"all {total:,} {duration((total - read) * one)}")
     before = f"; {read:,} were read before" if read else ""
     return f"{line}: {'; '.join(parts)}{before}"
@@ -323,11 +295,12 @@ def duration(seconds: float) -> str:
     return f"{value:.0f} {name}" if value >= 10 else f"{value:.2g} {name}"
 
 
-def _searched(short: ShortModel, documents: Iterable[str], settings: _Settings) -> Ranking:
-    answer, running = settings.answer, settings.running
-    cut, few = settings.cut, None
-    windows, bos = list(cut.windows(documents, short.encode, short.bos)), cut.bos or short.bos
-    state = settings.state(short, windows)
+def _search(
+    short: ScoredModel, windows: Iterable[list[int]], result: Ranking, running: Running
+) -> Ranking:
+    """What a method by loss removes."""
+    assert isinstance(short, ShortModel) and isinstance(windows, list)  # it is not streamed
+    answer, few = result.answer, None
     with interruptible():
         if answer.candidates is not None:
             short.measure(windows, batch_size=running.batch_size)
@@ -339,12 +312,6 @@ def _searched(short: ShortModel, documents: Iterable[str], settings: _Settings) 
             candidates=few,
             batch_size=running.batch_size,
             max_memory=bytes_of(running.max_memory or "2GB"),
-            state=state,
+            state=result.state,
         )
-    return Ranking(answer, cut.seed, search=search, state=state, bos=bos)
-
-
-def _settled(verdict: Verdict | None) -> dict[str, object] | None:
-    if verdict is None:
-        return None
-    return {**vars(verdict), "stop": vars(verdict.stop), "pair": list(verdict.pair)}
+    return replace(result, search=search)

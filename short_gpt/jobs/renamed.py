@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 from short_gpt.jobs.cases import Cases, LoraSettings
-from short_gpt.jobs.choice_settings import Choice
 from short_gpt.jobs.inputs import Cut, Running, Tasks
 from short_gpt.jobs.saving import Saving
+from short_gpt.jobs.settings import DISTILLING, LIMITS, Answer, Choice, HealingWindows, Settings
 from short_gpt.wrappers.options import OpenOptions
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def _with(new: Callable[..., object], order: str, **defaults: object) -> Callable[..., object]:
@@ -24,6 +30,28 @@ def _with(new: Callable[..., object], order: str, **defaults: object) -> Callabl
     return make
 
 
+def takes_old(**names: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Lets a function take settings by the names that its arguments had, as parts of the new."""
+
+    def wrap(run: Callable[P, T]) -> Callable[P, T]:
+        @wraps(run)
+        def either(*args: Any, **named: Any) -> T:
+            given = {names[old]: (old, named.pop(old)) for old in names if old in named}
+            arguments = inspect.signature(run).bind_partial(*args, **named).arguments
+            for new, (old, part) in given.items():
+                message = f"{run.__name__}: {old} is now {new}"
+                warnings.warn(message, DeprecationWarning, stacklevel=2)
+                if part is not None:
+                    default = type(part)()
+                    changes = {k: v for k, v in vars(part).items() if v != getattr(default, k)}
+                    arguments[new] = replace(arguments.get(new) or default, **changes)
+            return run(**arguments)  # type: ignore[call-arg]
+
+        return either
+
+    return wrap
+
+
 NEW_SETTINGS = {"healing": "healings", "lora_size": "size"}
 # the old name: the new one, and what makes it of the old arguments
 OLD = {
@@ -31,13 +59,14 @@ OLD = {
         "Cases",
         _with(Cases, "methods counts healing seeds lora_only", healing="raw,patched"),
     ),
+    "Distilling": ("Settings", _with(Settings, " ".join(DISTILLING))),
     "FewShotTasks": ("Tasks", Tasks),
-    "LoraNames": (
-        "LoraSettings",
-        _with(LoraSettings, "steps rank learning_rate batch lora_size"),
-    ),
+    "Learned": ("HealingWindows", HealingWindows),
+    "LoraNames": ("LoraSettings", _with(LoraSettings, "steps rank learning_rate batch lora_size")),
     "MethodChoice": ("Choice", Choice),
     "Opening": ("OpenOptions", OpenOptions),
+    "Paper": ("Answer", _with(Answer, "paper_model confidence rare")),
+    "PerplexityLimit": ("Choice", _with(Choice, " ".join(LIMITS))),
     "Scoring": ("Running", Running),
     "Streaming": ("Running", _with(Running, "stream max_memory")),
     "StridedCut": ("Cut", _with(Cut, "size max_windows seed stride", stride=256)),
@@ -47,7 +76,7 @@ OLD = {
 
 def old(name: str) -> object:
     """What an old name of `OLD` stands for."""
-    new, make = OLD[name]
+    new, made = OLD[name]
     message = f"short_gpt.jobs.{name} is now {new}: import that from short_gpt.jobs"
     warnings.warn(message, DeprecationWarning, stacklevel=3)
-    return make
+    return made

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from llama.io.json_files import JsonObject
 from llama.parallel import choose_device, choose_dtype
-from short_gpt.jobs.choice_settings import Answer, Paper
 from short_gpt.jobs.inputs import (
     STRIDE,
     Cut,
@@ -27,6 +26,7 @@ from short_gpt.jobs.inputs import (
 )
 from short_gpt.jobs.ranking import Ranking, check_ranking, rank
 from short_gpt.jobs.saving import Saving
+from short_gpt.jobs.settings import Answer
 from short_gpt.models.config_file import Shape, shape_of
 from short_gpt.models.numbering import check_exist
 from short_gpt.runtime.errors import ShortGPTError
@@ -328,7 +328,7 @@ def reproduce(
     model: str | None,
     data: str | TextSource = "pg19",
     *,
-    paper: Paper | None = None,
+    paper: Answer | None = None,
     cut: Cut | None = None,
     opening: OpenOptions | None = None,
     running: Running | None = None,
@@ -354,7 +354,7 @@ def reproduce(
         >>> reproduce("llama-2-7b").comparison.ours  # doctest: +SKIP
         [27, 26, 25, 28, 24, 29, 23, 21, 22]
     """
-    paper, cut = paper or Paper(), cut or PROTOCOL
+    paper, cut = paper or Answer(), cut or PROTOCOL
     opening, running = opening or OpenOptions(), running or Running()
     if model is None:
         raise ShortGPTError(
@@ -366,7 +366,7 @@ def reproduce(
     name = _name(model, shape, paper.paper_model)
     n = len(_paper_model(name)["removed"])
     answer = Answer(n, confidence=paper.confidence, rare=paper.rare)
-    check_ranking(model, answer, cut, running)  # before anything is said
+    check_ranking(model, answer, cut, running, opening)  # before anything is said
     if not running.stream:
         notify(_in_memory(shape, opening))
     result = rank(

@@ -1,22 +1,47 @@
-"""Saved scores: what a file of `rank` says of the layers to remove, and of which model."""
+"""Saved scores, and the layers that a job removes: named, by scores, or as quality allows."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
-from llama.io.json_files import JsonObject
-from llama.io.sources import find_source, resolve
+from llama.args import ModelArgs
+from llama.checkpoint.meta import read_params
+from llama.io.json_files import JsonObject, read_json
+from llama.io.sources import Source, find_source, resolve
+from llama.tokenizer import find_tokenizer
 from short_gpt.checkpoints.gguf_layers import Stack
 from short_gpt.checkpoints.provenance import Provenance
-from short_gpt.jobs.scored import UNKNOWN, Scored
+from short_gpt.data.disjoint import overlapping
+from short_gpt.data.texts import texts
+from short_gpt.jobs.inputs import Cut, TextSource, at_least
+from short_gpt.jobs.settings import Choice
+from short_gpt.models.config_file import config_digest, params_entries
+from short_gpt.models.loading import TOKENIZER
 from short_gpt.models.numbering import span
+from short_gpt.runtime.digest import files_digest, json_digest
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.state import CHECKED, content_digest, read_record
 from short_gpt.scoring.importance import Importance
 from short_gpt.scoring.lists import layer_numbers
 from short_gpt.selection.methods import METHODS, check_method, choose
-from short_gpt.wrappers.opening import layers_of
+from short_gpt.selection.perplexity_budget import Budget
+from short_gpt.wrappers.opening import layers_of, open_model, weights_of
+from short_gpt.wrappers.options import OpenOptions
+from short_gpt.wrappers.short_model import ShortModel
+
+TOKENIZER_CONFIG = "tokenizer_config.json"
+Digests = Mapping[str, str | None]
+
+# what scores are of, and what mends it where a model's differ
+MENDS = {
+    "weights": ("the weights", "name the model that was scored"),
+    "configuration": ("the configuration", "put the former config.json (params.json) back"),
+    "tokenizer": ("texts read with the tokenizer", "put the former tokenizer back"),
+}
 
 
 @dataclass(frozen=True)
@@ -27,9 +52,9 @@ class Scores:
         file: its name.
         method: a name of `METHODS`.
         arguments: those that the ranking was made with.
-        importance: the scores; None where a search by loss found the layers.
+        importance: the scores; None where a search by loss chose the layers.
         searched: these layers, in order of removal.
-        scored: of which weights, tokenizer and configuration, as far as an older file says.
+        scored: of `digests_of` the model, as far as an older file says.
         settled: the verdict of the stop that ended the scoring; empty if there was none.
     """
 
@@ -38,7 +63,7 @@ class Scores:
     arguments: Mapping[str, object]
     importance: Importance | None = None
     searched: list[int] = field(default_factory=list)
-    scored: Scored = UNKNOWN
+    scored: Digests = field(default_factory=dict)
     settled: Mapping[str, object] = field(default_factory=dict)
 
     @classmethod
@@ -50,22 +75,28 @@ class Scores:
                 written, or those of another method, which cannot be chosen by.
         """
         record = _read(file)
-        ranked, scored = _part(record, "arguments", file), _part(record, "scored", file)
-        of = Scored(**{f.name: str(scored[f.name]) for f in fields(Scored) if scored.get(f.name)})
+        arguments, scored = _part(record, "arguments", file), _part(record, "scored", file)
+        digests = {name: str(scored[name]) for name in MENDS if scored.get(name)}
         if "chosen" not in record:
-            if type(ranked.get("seed") or 0) is not int:
+            if type(arguments.get("seed") or 0) is not int:
                 raise ShortGPTError(f"{file}: expected a whole number as seed; rank again")
-            method = str(method or ranked.get("method") or "bi")
+            method = str(method or arguments.get("method") or "bi")
             check_method(method)
-            verdict = _part(record, "settled", file)
-            importance = importance_of(record, file)
-            return cls(file, method, ranked, importance, scored=of, settled=verdict)
-        chosen = _part(record, "chosen", file)
-        found, layers = str(chosen.get("method")), chosen.get("layers")
-        if method not in (None, found):
-            raise ShortGPTError(f"{file} holds the layers of {found}, not of {method}")
-        check_method(found)
-        return cls(file, found, ranked, None, _searched(layers, file), of)
+            importance, settled = _importance(record, file), _part(record, "settled", file)
+            return cls(file, method, arguments, importance, [], digests, settled)
+        search = _part(record, "chosen", file)
+        by = str(search.get("method"))
+        if method not in (None, by):
+            raise ShortGPTError(f"{file} holds the layers of {by}, not of {method}")
+        check_method(by)
+        try:
+            layers = layer_numbers(search.get("layers"))
+        except TypeError as error:
+            raise ShortGPTError(
+                f"{file} holds no layers that a search chose: {error}; write it anew by short-gpt "
+                "rank"
+            ) from None
+        return cls(file, by, arguments, None, layers, digests)
 
     def check_model(self, model: str) -> str | None:
         """Whether the scores are the model's.
@@ -78,47 +109,41 @@ class Scores:
                 configuration, or texts were read with another tokenizer.
         """
         self._check_layers(model)
-        if self.scored.weights is None:
+        if not self.scored.get("weights"):
             return (
                 f"not checked: {self.file} does not say of which weights its scores are, so they "
                 f"may be of another model than {model}; short-gpt rank writes it"
             )
         path = self.arguments.get("tokenizer_path")
-        theirs = Scored.of(model, str(path) if path else None)
-        self._check_digests(model, theirs)
-        if self.scored.configuration is None and theirs.configuration is not None:
+        digests = digests_of(model, str(path) if path else None)
+        for name, (what, mend) in MENDS.items():
+            ours, theirs = self.scored.get(name), digests[name]
+            if ours and theirs not in (None, ours):
+                raise ShortGPTError(
+                    f"{self.file} holds scores of {what} {ours}, {model} has {theirs}: score it "
+                    f"by short-gpt rank {model}, or {mend}"
+                )
+        if digests["configuration"] and not self.scored.get("configuration"):
             return (
                 f"not checked: {self.file} does not say of which configuration its scores are, so "
                 f"that of {model} may have changed since; short-gpt rank writes it"
             )
         return None
 
-    def _check_digests(self, model: str, theirs: Scored) -> None:
-        ours = self.scored
-        if theirs.weights not in (None, ours.weights):
-            raise ShortGPTError(
-                f"{self.file} holds scores of the weights {ours.weights}, {model} has "
-                f"{theirs.weights}: "
-                f"score this model by short-gpt rank {model}, or name the model that was scored"
-            )
-        if ours.configuration and theirs.configuration not in (None, ours.configuration):
-            raise ShortGPTError(
-                f"{self.file} holds scores of the configuration {ours.configuration}, {model} now "
-                f"has {theirs.configuration}, whose entries differ: score it anew by "
-                f"short-gpt rank {model}, or put the former config.json (params.json) back"
-            )
-        if ours.tokenizer is not None and theirs.tokenizer not in (None, ours.tokenizer):
-            raise ShortGPTError(
-                f"{self.file} holds scores of texts read with the tokenizer {ours.tokenizer}, "
-                f"{model} now has {theirs.tokenizer}: score it anew by short-gpt rank {model}, or "
-                "put the former tokenizer back"
-            )
-
     def _check_layers(self, model: str) -> None:
-        count = _layers_of(model)
-        if count is not None and not self._of_layers(count):
-            searched = f"the layers {span(self.searched)}"
-            what = f"{len(self.importance.layers)} layers" if self.importance else searched
+        source = find_source(model)
+        if source.kind == "gguf":
+            count: int | None = Stack.open(source).layers
+        else:  # a hub's is fetched
+            count = layers_of(source if source.kind == "meta" else resolve(source))
+        if count is None:
+            return
+        if self.importance is None:
+            what, fits = f"the layers {span(self.searched)}", max(self.searched, default=0) < count
+        else:
+            scored = self.importance.layers
+            what, fits = f"{len(scored)} layers", scored == list(range(count))
+        if not fits:
             raise ShortGPTError(
                 f"{self.file} scores {what}, {model} has {count}; they do not belong together"
             )
@@ -142,12 +167,6 @@ class Scores:
             f"not {n} by {self.method}; ranking for these settles them"
         )
 
-    def _of_layers(self, count: int) -> bool:
-        """Whether a model of so many layers can be what was scored."""
-        if self.importance is None:
-            return max(self.searched, default=0) < count
-        return self.importance.layers == list(range(count))
-
     def layers(self, n: int) -> list[int]:
         """The n layers that the method removes; raises ShortGPTError for too many."""
         if self.importance is not None:
@@ -167,20 +186,8 @@ class Scores:
         return Provenance.of_scores(self.importance, evidence=how, facts=facts)
 
 
-def _layers_of(model: str) -> int | None:
-    """How many layers a checkpoint of any format has, a hub's one fetched; None if not known."""
-    source = find_source(model)
-    if source.kind == "gguf":
-        return Stack.open(source).layers
-    return layers_of(source if source.kind == "meta" else resolve(source))
-
-
 def _read(file: str) -> JsonObject:
-    """What a file of `rank` holds; one of an earlier version, without a digest, as it is.
-
-    Raises:
-        FileNotFoundError, ShortGPTError: no such file, or it does not hold what was written.
-    """
+    """What a file of `rank` holds; one of an earlier version, without a digest, as it is."""
     record = read_record(file)
     if CHECKED in record and record[CHECKED] != content_digest(record):
         raise ShortGPTError(
@@ -190,13 +197,12 @@ def _read(file: str) -> JsonObject:
     return record
 
 
-def importance_of(record: Mapping[str, object], source: str) -> Importance:
-    """The scores in a record that `rank` wrote; raises ShortGPTError if there are none."""
-    found = record.get("importance")
-    if not isinstance(found, dict):
+def _importance(record: Mapping[str, object], source: str) -> Importance:
+    content = record.get("importance")
+    if not isinstance(content, dict):
         raise ShortGPTError(f"{source} holds no scores; expected a file written by short-gpt rank")
     try:
-        return Importance.from_dict(found)
+        return Importance.from_dict(content)
     except ShortGPTError as error:
         raise ShortGPTError(f"{source}: {error}; write it anew by short-gpt rank") from None
 
@@ -207,22 +213,181 @@ def read_scores(file: str) -> Importance:
     Raises:
         FileNotFoundError, ShortGPTError: no such file, or no scores of one pass in it.
     """
-    return importance_of(_read(file), file)
-
-
-def _searched(layers: object, file: str) -> list[int]:
-    """The layers that a search chose."""
-    try:
-        return layer_numbers(layers)
-    except TypeError as error:
-        raise ShortGPTError(
-            f"{file} holds no layers that a search chose: {error}; write it anew by short-gpt rank"
-        ) from None
+    return _importance(_read(file), file)
 
 
 def _part(record: Mapping[str, object], name: str, file: str) -> Mapping[str, object]:
     """An object inside a record; empty where there is none."""
-    found = record.get(name) or {}
-    if not isinstance(found, dict):
-        raise ShortGPTError(f"{file}: {name} is {found!r}, expected an object; rank anew")
-    return found
+    part = record.get(name) or {}
+    if not isinstance(part, dict):
+        raise ShortGPTError(f"{file}: {name} is {part!r}, expected an object; rank anew")
+    return part
+
+
+# What scores are of
+
+
+def digests_of(model: str, tokenizer_path: str | None = None) -> dict[str, str | None]:
+    """Digests of a model's files as they are now, by which saved scores are known as its own."""
+    source = find_source(model)
+    return {
+        "weights": weights_of(source),
+        "tokenizer": tokenizer_of(source, tokenizer_path),
+        "configuration": configuration_of(source),
+    }
+
+
+def tokenizer_of(source: str | Source, path: str | None = None) -> str | None:
+    """A digest of the tokenizer that a checkpoint's texts are read with, without chat templates.
+
+    None where there are no files of one, as with GGUF, whose weights' digest covers it.
+    """
+    kind, files = find_source(source).kind, []
+    if kind == "meta" or path is not None:
+        with suppress(FileNotFoundError):
+            file = Path(path or find_tokenizer(source))
+            files = [file, *file.parent.glob(TOKENIZER_CONFIG)]
+    elif kind != "gguf":
+        files = [p for p in resolve(source).iterdir() if TOKENIZER.fullmatch(p.name)]
+    parts = [_tokenizer_part(path) for path in sorted(files) if path.is_file()]
+    return json_digest(parts) if parts else None
+
+
+def configuration_of(source: str | Source) -> str | None:
+    """A digest of what counts of a checkpoint's configuration, by `models.computation`.
+
+    None where no file holds one alone, as with GGUF, whose weights' digest covers it.
+    """
+    kind = find_source(source).kind
+    if kind == "meta":
+        return config_digest(params_entries(ModelArgs.from_params(read_params(Path(source)))))
+    path = None if kind == "gguf" else resolve(source) / "config.json"
+    return config_digest(read_json(path)) if path is not None and path.is_file() else None
+
+
+def _tokenizer_part(path: Path) -> str:
+    if path.name != TOKENIZER_CONFIG:
+        return files_digest([path])
+    config = read_json(path)
+    return json_digest({name: config[name] for name in sorted(config) if name != "chat_template"})
+
+
+# Layers to remove
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Layers to remove, and what is kept of how they were chosen.
+
+    Attributes:
+        layers: original numbers, in order of removal.
+        record: of the choice, to be kept with the pruned model.
+        budget: what was tried, where the perplexity decided.
+        importance: the scores of one pass that they were chosen by; None where they were not.
+        unsure: why the text of the budget may be that of the scores; None if it is not.
+        unchecked: what could not be checked of the scores, or they do not settle; None if nothing.
+    """
+
+    layers: list[int]
+    record: Provenance
+    budget: Budget | None = None
+    importance: Importance | None = None
+    unsure: str | None = None
+    unchecked: str | None = None
+
+
+def chosen(model: str, choice: Choice, *, opening: OpenOptions | None = None) -> Chosen:
+    """The layers of a choice, with the evidence where the perplexity on held-out text decides.
+
+    Args:
+        model: a checkpoint of any format.
+        choice: names layers, or scores to choose them by.
+        opening: of the model, where the perplexity decides.
+
+    Raises:
+        ShortGPTError: the choice contradicts itself, or the scores are of another model; not even
+            one layer may go; or the text that decides is not held out.
+        FileNotFoundError: the scores or the model do not exist.
+    """
+    n, data, ratio = choice.check().n, choice.eval_data, choice.max_perplexity_ratio
+    if choice.scores is None:
+        for name in ("max_perplexity_ratio", "n"):
+            if getattr(choice, name) is not None:
+                raise ShortGPTError(f"`{name}` chooses from `scores`, not from `layers`")
+        return Chosen(choice.named or [], Provenance())
+    scores = Scores.read(choice.scores, choice.by)
+    if ratio is not None:
+        if data is None or n is not None:
+            raise ShortGPTError("`max_perplexity_ratio` needs `eval_data`, and no `n`")
+        return _chosen_within(model, scores, choice, data, ratio, opening or OpenOptions())
+    if n is None:
+        raise ShortGPTError("with `scores`, say how many layers to remove: `n`")
+    unchecked = scores.check_model(model)
+    layers, remarks = scores.layers(n), _lines(unchecked, scores.about(n))
+    return Chosen(layers, scores.record(), importance=scores.importance, unchecked=remarks)
+
+
+def _chosen_within(
+    model: str, scores: Scores, choice: Choice, data: str, ratio: float, opening: OpenOptions
+) -> Chosen:
+    """As many layers as the perplexity on held-out text allows."""
+    _check_names(data, scores.arguments.get("data"))
+    unchecked = scores.check_model(model)
+    at_least(1, eval_windows=choice.eval_windows)
+    cut = Cut(choice.size, choice.eval_windows, bos=choice.bos)
+    cut.check()
+    short = open_model(model, opening, max_seq_len=choice.size)
+    held = list(cut.windows(texts(data), short.encode, short.bos))
+    unsure = _check_apart(held, data, scores.arguments, short)
+    most = len(scores.searched) or None  # a search chose no more
+    budget = short.layers_within(
+        held, ratio, choose=scores.layers, most=most, confidence=choice.confidence
+    )
+    if not budget.layers:
+        rise = budget.tried[1].value / budget.tried[0].value
+        raise ShortGPTError(
+            f"not even one layer may go: without {scores.layers(1)} the perplexity on {data} rises "
+            f"by a factor of {rise:.4f}, {budget.verdict(1)}; more `eval_windows` or texts tell "
+            "more"
+        )
+    gate = {"quality_gate": {"eval_data": data, "not_compared": unsure, **budget.to_dict()}}
+    remarks = _lines(unchecked, scores.about(len(budget.layers)))
+    return Chosen(budget.layers, scores.record(**gate), budget, scores.importance, unsure, remarks)
+
+
+def _lines(*remarks: str | None) -> str | None:
+    return "\n".join(remark for remark in remarks if remark) or None
+
+
+def _check_names(eval_data: str, data: object) -> None:
+    """Raises where two texts are one, or part of each other, by their names."""
+    same = eval_data == data
+    if data is not None and Path(eval_data).exists() and Path(str(data)).exists():
+        ours, theirs = Path(eval_data).resolve(), Path(str(data)).resolve()
+        same = ours.is_relative_to(theirs) or theirs.is_relative_to(ours)
+    if same:
+        raise ShortGPTError(f"`eval_data` {eval_data} is what the scores were measured on")
+
+
+def _check_apart(
+    held: Sequence[Sequence[int]], eval_data: str, scored_by: Mapping[str, Any], short: ShortModel
+) -> str | None:
+    """Compares the text itself, whatever its files are called.
+
+    The text of the scores is read again, and cut as it was then. Returns why the texts could not
+    be compared; raises where they have text in common, by the rule of `overlapping`.
+    """
+    try:
+        source = TextSource(*(scored_by[name] for name in ("data", "split", "column", "max_texts")))
+        names = ("size", "max_windows", "seed", "stride")
+        cut = Cut(**{name: scored_by[name] for name in names}, bos=scored_by.get("bos"))
+        scored = list(cut.windows(source.read(), short.encode, short.bos))
+    except (OSError, KeyError, ShortGPTError) as error:
+        return f"not compared with the text that the scores were measured on: {error}"
+    if shared := overlapping(held, scored):
+        raise ShortGPTError(
+            f"`eval_data` {eval_data} holds text that the scores were measured on, "
+            f"{scored_by['data']}: {len(shared)} of its {len(held)} windows share a run of tokens "
+            "with that; give another text"
+        )
+    return None

@@ -41,6 +41,7 @@ def setting(
     flag: str | None = None,
     commands: tuple[str, ...] | None = None,
     needs: Needs | tuple[Needs, ...] = (),
+    more: Mapping[str, str] | None = None,
 ) -> Any:
     """A field of a settings class.
 
@@ -51,8 +52,10 @@ def setting(
         flag: its name as a flag; None is the field's.
         commands: that have it as a flag; None is all that take the class, none hides it.
         needs: what it does nothing without; the first unmet one is named.
+        more: what else it means in some commands.
     """
-    parts = {"heading": heading, "value": value, "flag": flag, "commands": commands}
+    parts: dict[str, object] = {"heading": heading, "value": value, "flag": flag}
+    parts |= {"commands": commands, "more": more or {}}
     needs = (needs,) if isinstance(needs, Needs) else needs
     return field(default=default, metadata={**parts, "needs": needs})
 

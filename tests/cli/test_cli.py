@@ -24,7 +24,7 @@ from processes import ranks
 from short_gpt import cli
 from short_gpt.cli.app import in_shell, main
 from short_gpt.cli.flags import flags_of, named
-from short_gpt.jobs.scored import Scored
+from short_gpt.jobs.scores import digests_of
 from short_gpt.runtime.settings import HEADINGS, flag_of
 from short_gpt.selection.methods import METHODS
 from short_gpt.wrappers.opening import open_model
@@ -359,7 +359,7 @@ def test_reproduce_runs_the_protocol_on_a_model_of_the_papers_shape(ckpt, capsys
     assert record["result"]["model"] == "tiny" and record["result"]["paper"] == [3, 1]
     assert len(record["result"]["ours"]) == 2
     assert record["importance"]["tokens"] == [1024.0, 1024.0]
-    assert record["scored"] == vars(Scored.of("ckpt"))
+    assert record["scored"] == digests_of("ckpt")
     assert "same layers: " in out and "paper" in out
 
 
@@ -466,6 +466,13 @@ def test_mistakes_cost_one_line(ckpt, capsys, argv, message):
     before = sorted(p.name for p in Path().iterdir())
     assert message in fails(capsys, *argv)
     assert sorted(p.name for p in Path().iterdir()) == before
+
+
+def test_the_help_says_what_holds_for_the_command_alone():
+    flags = {name: flags_of(cli.COMMANDS[name]) for name in ("rank", "reproduce", "perplexity")}
+    for name, special in (("seed", "random method"), ("max_memory", "searches by loss")):
+        assert special in flags["rank"][name].text
+        assert special not in flags["reproduce"][name].text + flags["perplexity"][name].text
 
 
 @pytest.mark.parametrize(

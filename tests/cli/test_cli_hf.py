@@ -175,7 +175,7 @@ def test_what_fails_the_proof_is_not_left_behind(here, capsys, monkeypatch, kind
     def differ(*_, **__):
         raise kind("logits differ")
 
-    monkeypatch.setattr("short_gpt.jobs.proof.same_model", differ)
+    monkeypatch.setattr("short_gpt.jobs.conversion.same_model", differ)
     with pytest.raises((kind, SystemExit)):
         run("prune", "hf", "x", *CUT, "--recipe", "r.yaml")
     assert not Path("x").exists() and not Path("r.yaml").exists()
@@ -196,7 +196,7 @@ def test_what_fails_the_proof_leaves_the_earlier_checkpoint(here, capsys, monkey
         assert {p: p.read_bytes() for p in Path("kept").iterdir()} == before
         raise kind("logits differ")
 
-    monkeypatch.setattr("short_gpt.jobs.proof.same_model", differ)
+    monkeypatch.setattr("short_gpt.jobs.conversion.same_model", differ)
     with pytest.raises((kind, SystemExit)):
         run(*arguments, *CUT, "--overwrite")
     assert looked == [sorted(p.name for p in before)]  # all files, before the swap

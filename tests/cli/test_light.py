@@ -9,7 +9,7 @@ from importlib import import_module
 import pytest
 
 from short_gpt import jobs
-from short_gpt.jobs.renamed import OLD
+from short_gpt.jobs.renamed import OLD, takes_old
 
 HELPS = """
 import sys
@@ -62,3 +62,28 @@ def test_old_settings_mean_what_they_meant():
     cases = CaseNames("bi", 2, seeds=1)
     assert (cases.names, cases.numbers, cases.heals) == (["bi"], [2], ["raw", "patched"])
     assert LoraNames(lora_size=64) == jobs.LoraSettings(size=64)
+    with pytest.warns(DeprecationWarning):
+        from short_gpt.jobs import Distilling, Paper, PerplexityLimit
+    assert Distilling("m", top_k=3) == jobs.Settings(teacher="m", top_k=3)
+    assert Paper("Llama-2-7B", 0.9) == jobs.Answer(confidence=0.9, paper_model="Llama-2-7B")
+    limit = jobs.Choice(max_perplexity_ratio=1.1, eval_data="a", eval_windows=4)
+    assert PerplexityLimit(1.1, "a", 4) == limit
+
+
+def test_settings_are_taken_by_the_names_that_arguments_had():
+    @takes_old(learned="windows", distilling="settings")
+    def heal(model, *, windows=None, settings=None):
+        return model, windows, settings
+
+    windows, settings = jobs.HealingWindows(size=32), jobs.Settings(steps=3)
+    with pytest.warns(DeprecationWarning, match="heal: learned is now windows") as warned:
+        assert heal("m", learned=windows, settings=settings) == ("m", windows, settings)
+    assert warned[0].filename == __file__
+    with pytest.warns(DeprecationWarning, match="heal: distilling is now settings"):
+        found = heal("m", settings=settings, distilling=jobs.Settings(top_k=5))
+    assert found == ("m", None, jobs.Settings(steps=3, top_k=5))
+
+
+def test_a_name_that_was_removed_says_what_to_use():
+    with pytest.raises(ImportError, match="short_gpt.jobs.draft was removed: compare the pruned"):
+        from short_gpt.jobs import draft  # noqa: F401

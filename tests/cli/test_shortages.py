@@ -14,8 +14,7 @@ import torch
 from commands import DATA, TEXT, fails, run
 from conftest import BYTE_VOCAB, make_transformer, save_checkpoint, write_byte_tokenizer
 
-from short_gpt.cli.app import said
-from short_gpt.cli.streams import Unheard
+from short_gpt.cli.app import Unheard, message_of
 
 RANK = ("rank", "ckpt", *DATA, "--max_windows", 2, "--json", "a.json")
 
@@ -74,8 +73,8 @@ def test_a_shortage_behind_another_error_is_told():
         except RuntimeError as error:
             raise ValueError("cannot be saved") from error
     except ValueError as error:
-        assert "the disk is full" in str(said(error))
-    assert said(RuntimeError("shapes differ")) is None
+        assert "the disk is full" in str(message_of(error))
+    assert message_of(RuntimeError("shapes differ")) is None
 
 
 @pytest.mark.parametrize("how", ["2>&- | true", ">&-", "| (read -r line; echo $line)"])

@@ -689,7 +689,7 @@ def test_asked_to_end_it_leaves_no_copy_behind(books, capsys, monkeypatch):
 
 def test_heal_refuses_before_it_works(books, capsys):
     base = ("heal", "dense", "out", *SMALL)
-    assert "the refit reads the whole model" in fails(capsys, *base)
+    assert "the refit reads the original model" in fails(capsys, *base)
     layers = ("--layers", "1")
     assert "--rank is for --method lora or distill" in fails(capsys, *base, *layers, "--rank", 2)
     assert "--ridge is for --method refit or patch" in fails(

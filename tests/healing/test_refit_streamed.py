@@ -31,7 +31,7 @@ from tqdm import tqdm
 from llama.checkpoint.meta import Checkpoint
 from llama.formats.convert import hf_to_meta, meta_to_hf
 from short_gpt import ShortLlama
-from short_gpt.cli.results import _unchanged
+from short_gpt.cli.tables import _unchanged
 from short_gpt.healing import Learning, RefitSettings, refit_layer, refit_state
 from short_gpt.healing.refit import Refit, fit, heal
 from short_gpt.healing.refit_layer import LayerRefit

@@ -31,6 +31,7 @@ from short_gpt.jobs import (
     Cases,
     Choice,
     Cut,
+    HealingWindows,
     OpenOptions,
     Reading,
     Running,
@@ -44,7 +45,6 @@ from short_gpt.jobs import (
     perplexity_of,
     read_scores,
 )
-from short_gpt.jobs import Learned as LearnedFrom
 from short_gpt.selection.search import PartialRun
 from short_gpt.wrappers.short_llama import ShortLlama
 
@@ -124,8 +124,10 @@ def test_notify_is_told_what_a_streamed_run_takes(here, capsys):
 
 def test_heal_gives_the_evidence_and_prints_nothing(here, capsys):
     Path("other.txt").write_text("".join(chr(97 + i * i % 26) for i in range(400)))
-    learned = LearnedFrom("other.txt", 32, 8, 4)
-    done = heal("ckpt", "out", "patch", choice=Choice([1]), data="book.txt", learned=learned)
+    windows, told = HealingWindows("other.txt", 32, 8, 4), []
+    given = {"data": "book.txt", "windows": windows, "notify": told.append}
+    done = heal("ckpt", "out", "patch", choice=Choice([1]), **given)
+    assert told[0].startswith("original, 5 layers: perplexity ")  # the table's word
     names = ["whole, 5 layers", "pruned, 4 layers", "healed"]
     assert list(done.evidence.perplexity) == names and done.evidence.how["method"] == "patch"
     assert done.evidence.change.nats == pytest.approx(
@@ -143,8 +145,8 @@ def test_heal_gives_the_evidence_and_prints_nothing(here, capsys):
 def test_a_healed_model_keeps_the_scores_that_chose_its_layers(here):
     Path("other.txt").write_text("".join(chr(97 + i * i % 26) for i in range(400)))
     run("rank", "ckpt", *DATA, "--max_windows", 6, "--json", "r.json")
-    learned, choice = LearnedFrom("other.txt", 32, 8, 4), Choice(scores="r.json", n=1)
-    heal("ckpt", "out", choice=choice, data="book.txt", learned=learned)
+    windows, choice = HealingWindows("other.txt", 32, 8, 4), Choice(scores="r.json", n=1)
+    heal("ckpt", "out", choice=choice, data="book.txt", windows=windows)
     found, scores = json.loads(Path("out/pruning.json").read_text()), read_scores("r.json")
     assert found["block_influence"] == scores.block_influence.tolist()
     assert found["scored"] == {"windows": scores.n_windows, "tokens": scores.n_tokens}
@@ -154,7 +156,7 @@ def test_lora_that_was_interrupted_continues_by_the_same_call(here, monkeypatch)
     letters = random.Random(0).choices(string.ascii_lowercase, k=1800)  # no run of them comes twice
     Path("book.txt").write_text("".join(letters[:900]))
     Path("other.txt").write_text("".join(letters[900:]))
-    learned, resumed, plain = LearnedFrom("book.txt", 32, 8, 2), [], lora.heal_run
+    windows, resumed, plain = HealingWindows("book.txt", 32, 8, 2), [], lora.heal_run
     settings = Settings(steps=2, warmup=0, eval_every=1, rank=2, batch=2, micro_batch=2)
 
     def interrupted(short, run, evaluation):
@@ -165,7 +167,7 @@ def test_lora_that_was_interrupted_continues_by_the_same_call(here, monkeypatch)
         return done
 
     def healed(settings):
-        given = {"data": "other.txt", "learned": learned, "settings": settings}
+        given = {"data": "other.txt", "windows": windows, "settings": settings}
         return heal("ckpt", "out", "lora", choice=Choice([1]), **given)
 
     monkeypatch.setattr(lora, "heal_run", interrupted)
@@ -243,6 +245,13 @@ def test_cases_are_read_with_or_without_spaces():
 def test_settings_are_refused_before_a_model_is_loaded(here):
     with pytest.raises(ShortGPTError, match="n = 5; the model has 5 layers: expected 1 to 4"):
         rank("ckpt", "no such text", n=5)
+    Path("ckpt/tokenizer.json").rename("aside")
+    with pytest.raises(FileNotFoundError, match="no tokenizer file"):
+        rank("ckpt", "no such text")
+    Path("ckpt/tokenizer.json").write_text("{")
+    with pytest.raises(ShortGPTError, match="ckpt/tokenizer.json is no tokenizer.json or a dam"):
+        rank("ckpt", "no such text")
+    Path("aside").rename("ckpt/tokenizer.json")
     with pytest.raises(ShortGPTError, match="`method` sleb needs `n`"):
         Answer(method="sleb")
     with pytest.raises(ShortGPTError, match="n, or use choose"):

@@ -19,7 +19,6 @@ from short_gpt.jobs import (
     Answer,
     Cut,
     OpenOptions,
-    Paper,
     Running,
     TextSource,
     reproduce,
@@ -101,11 +100,11 @@ def test_the_papers_own_order_is_set_against_the_scores(here):
 
 
 def test_it_ends_when_the_papers_number_of_layers_is_settled(here):
-    paper, cut = Paper(rare=0.4), Cut(16, None, 0, 8)
+    paper, cut = Answer(rare=0.4), Cut(16, None, 0, 8)
     found = reproduce("ckpt", "books", paper=paper, cut=cut, opening=CPU)
     verdict = found.ranking.verdict
     assert verdict.settled and verdict.stop.n == 3 and verdict.windows < verdict.population
-    everything = Paper(confidence=None)
+    everything = Answer(confidence=None)
     whole = reproduce("ckpt", "books", paper=everything, cut=cut, opening=CPU)
     assert whole.ranking.verdict is None
     assert whole.importance.n_windows == verdict.population
@@ -189,9 +188,9 @@ def test_other_models_are_refused_by_name_before_they_are_loaded(
 
 def test_a_named_model_needs_as_many_layers(here):
     with pytest.raises(ShortGPTError, match="ckpt has 5 layers, Llama-2-7B has 32: their numbers"):
-        reproduce("ckpt", "books", paper=Paper("Llama-2-7B"))
+        reproduce("ckpt", "books", paper=Answer(paper_model="Llama-2-7B"))
     with pytest.raises(ShortGPTError, match="the paper has no list for 'Llama-3', only for"):
-        reproduce("ckpt", "books", paper=Paper("Llama-3"))
+        reproduce("ckpt", "books", paper=Answer(paper_model="Llama-3"))
 
 
 def test_mistakes_of_the_command_cost_one_line(here, capsys):

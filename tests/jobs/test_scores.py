@@ -14,7 +14,7 @@ from gguf_files import stack_file
 
 from short_gpt import ShortGPTError, convert, prune, rank
 from short_gpt.jobs import Choice, Cut, Scores, heal, read_scores
-from short_gpt.jobs.scored import configuration_of, tokenizer_of
+from short_gpt.jobs.scores import configuration_of, tokenizer_of
 from short_gpt.runtime import write_record
 from short_gpt.wrappers.opening import weights_of
 
@@ -131,7 +131,7 @@ def test_scores_of_another_tokenizer_are_refused_and_told(here, capsys, model):
     for command in ("prune", "heal"):
         more = LEARNED if command == "heal" else ()
         line = fails(capsys, command, model, "out", "--scores", "r.json", "--n", 1, *more)
-        assert f"read with the tokenizer {ours}, {model} now has {theirs}: score it anew" in line
+        assert f"read with the tokenizer {ours}, {model} has {theirs}: score it by" in line
     record["scored"].pop("tokenizer")  # of an earlier version
     unsigned(record, "r.json")
     run("prune", model, "out", "--scores", "r.json", "--n", 1)
@@ -187,7 +187,7 @@ def test_scores_of_another_configuration_are_refused_and_told(here, capsys, mode
     capsys.readouterr()
     for file in ("r.json", "s.json"):
         line = fails(capsys, "prune", model, "out", "--scores", file, "--n", 1)
-        assert f"{file} holds scores of the configuration {ours}, {model} now has {theirs}" in line
+        assert f"{file} holds scores of the configuration {ours}, {model} has {theirs}" in line
     line = fails(capsys, "heal", model, "out", "--scores", "r.json", "--n", 1, *LEARNED)
     assert f"short-gpt rank {model}, or put the former config.json (params.json) back" in line
     assert not Path("out").exists()

@@ -97,7 +97,8 @@ def test_bad_params_are_refused(changes, message):
 def test_what_does_not_divide_among_ranks_is_refused():
     args = ModelArgs(dim=64, n_heads=4, n_kv_heads=1, vocab_size=96)
     check_split(args, 4)
-    with pytest.raises(ValueError, match="n_heads 4 does not divide among 3 model-parallel ranks"):
+    message = "n_heads 4 does not divide among 3 model-parallel ranks; use 1 or 2 or 4"
+    with pytest.raises(ValueError, match=message):
         check_split(args, 3)
     with pytest.raises(ValueError, match="vocab_size 99 does not divide among 2"):
         check_split(ModelArgs(dim=64, n_heads=4, vocab_size=99), 2)

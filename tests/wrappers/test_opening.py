@@ -15,7 +15,7 @@ from conftest import (
 from llama.formats.convert import meta_to_hf
 from short_gpt import ShortGPTError, ShortHFModel, ShortLlama
 from short_gpt.jobs import convert, evaluate
-from short_gpt.jobs.scored import tokenizer_of
+from short_gpt.jobs.scores import tokenizer_of
 from short_gpt.wrappers.opening import (
     OpenOptions,
     check_tokenizer,

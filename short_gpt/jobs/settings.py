@@ -1,0 +1,410 @@
+"""What a user sets of a job that chooses, removes or heals layers; `jobs.inputs` has the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from short_gpt.jobs.inputs import SIZE, Cut, at_least, layer_list, listed
+from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.settings import CHOOSE, READ, WRITE, Needs, Values, needs_one_of, setting
+
+if TYPE_CHECKING:
+    from short_gpt.healing import DistillSettings, Recipe
+    from short_gpt.healing.distillation import Predictor
+    from short_gpt.healing.refit import RefitSettings
+    from short_gpt.scoring.stopping import Stop
+    from short_gpt.wrappers.scored_model import ScoredModel
+
+RANK, PRUNE = ("rank",), ("prune",)
+# what `Choice` has for a limit of perplexity
+LIMITS = ("max_perplexity_ratio", "eval_data", "eval_windows", "size", "confidence", "bos")
+LIMIT = needs_one_of("`max_perplexity_ratio`", "max_perplexity_ratio")
+SEED, CONFIDENCE = needs_one_of("a `seed`", "seed"), needs_one_of("a `confidence`", "confidence")
+
+
+def _settled(values: Values) -> bool:
+    if "method" not in values:  # reproduce chooses both itself
+        return True
+    return None not in (values["n"], values["seed"]) and values["method"] in ("bi", "angular")
+
+
+def _scores(values: Values) -> bool:
+    from short_gpt.selection.methods import BY_LOSS
+
+    return values.get("method") not in BY_LOSS
+
+
+SETTLED = Needs("`n`, a `seed` and `method` bi or angular", _settled)
+SLEB = Needs("`method` sleb", lambda v: v["method"] == "sleb")
+SCORES = Needs("a `method` that scores (not perplexity or sleb)", _scores)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a ranking is to answer.
+
+    Args:
+        n: also print which so many layers the methods would remove.
+        method: bi, angular, angular_all, deepest, relative_magnitude, norm, sequential, reverse,
+            random, perplexity or sleb.
+        candidates: sleb only tries the so many layers of lowest Block Influence; all if not
+            given.
+        confidence: of all runs, at most 1 - confidence end early with another answer than that of
+            all windows, unless windows decide that make up less than rare of all; of those that
+            end early, more may be wrong. none reads all windows.
+        rare: share of all windows that a kind of windows must make up to be guarded against by
+            that; the smaller, the more is read.
+        sublayers: also score the attention and the MLP of every layer.
+        paper_model: which of the paper's models this is; by its shape if not given.
+
+    Raises:
+        ShortGPTError: there is no such method, or it needs a number of layers.
+    """
+
+    HEADING: ClassVar = CHOOSE
+
+    n: int | None = setting(None, commands=RANK)
+    method: str = setting("bi", commands=RANK)
+    candidates: int | None = setting(None, commands=RANK, needs=SLEB)
+    confidence: float | None = setting(0.99, needs=(SETTLED, SEED))
+    rare: float = setting(0.02, needs=(SETTLED, SEED, CONFIDENCE))
+    sublayers: bool = setting(False, commands=RANK, needs=SCORES)
+    paper_model: str | None = setting(None, commands=("reproduce",))
+
+    def __post_init__(self) -> None:
+        if self.method != Answer.method:  # the default is known to be right, without an import
+            from short_gpt.selection.methods import check_method
+
+            check_method(self.method)
+            if self.by_loss and self.n is None:
+                raise ShortGPTError(f"`method` {self.method} needs `n`")
+
+    @property
+    def by_loss(self) -> bool:
+        """Whether the method runs the model without layers."""
+        from short_gpt.selection.methods import BY_LOSS
+
+        return self.method in BY_LOSS
+
+    def rule(self, seed: int | None) -> Stop | None:
+        """The rule that ends a run early, where the answer can be settled.
+
+        That takes a method that chooses its n layers by means over windows, in one pass, and
+        windows in random order.
+        """
+        from short_gpt.scoring.stopping import Stop
+
+        if self.confidence is None:
+            return None
+        rule = Stop(self.n or 1, self.method == "angular", self.confidence, rare=self.rare)
+        can = self.n is not None and seed is not None and self.method in ("bi", "angular")
+        return rule if can else None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Layers to remove: named, or chosen by saved scores, so many or as quality allows.
+
+    Args:
+        layers: numbers of the layers to remove, as in 21,22,23; or choose them by scores.
+        scores: JSON file that rank wrote.
+        n: how many layers to remove by the scores.
+        angular: remove the best block of consecutive layers, short for the method angular.
+        method: by which method of rank; the one that the scores were ranked by if not given.
+        max_perplexity_ratio: remove as many layers as the perplexity on eval_data allows, which
+            may rise by this factor, as in 1.1; the model is loaded for that.
+        eval_data: text for max_perplexity_ratio, which the scores were not measured on: a file or
+            folder.
+        eval_windows: windows of eval_data to read at most.
+        size: tokens in a window of eval_data.
+        confidence: that the perplexity of text like eval_data rises by no more; texts are the
+            samples, or windows where eval_data is one text.
+        bos: as rank's; which windows of eval_data begin with it.
+
+    Example:
+        >>> Choice([21, 22]).check().named
+        [21, 22]
+    """
+
+    HEADING: ClassVar = CHOOSE
+
+    layers: object = setting(None, value="N,N")
+    scores: str | None = setting(None, value="FILE")
+    n: int | None = None
+    angular: bool = False
+    method: str | None = setting(None, commands=PRUNE)
+    max_perplexity_ratio: float | None = setting(None, commands=PRUNE)
+    eval_data: str | None = setting(None, heading=READ, value="TEXTS", commands=PRUNE, needs=LIMIT)
+    eval_windows: int = setting(32, heading=READ, commands=PRUNE, needs=LIMIT)
+    size: int = setting(SIZE, heading=READ, commands=PRUNE, needs=LIMIT)
+    confidence: float = setting(0.95, commands=PRUNE, needs=LIMIT)
+    bos: str | None = setting(None, commands=PRUNE, needs=LIMIT)
+
+    def check(self) -> Choice:
+        """Itself, if it names its layers or the scores to choose them by, and not both.
+
+        Raises:
+            ShortGPTError: neither or both are there, or they contradict each other.
+        """
+        from short_gpt.selection.methods import check_method
+
+        if (self.layers is None) == (self.scores is None):
+            raise ShortGPTError("expected either `layers`, as in 21,22,23, or `scores` and `n`")
+        if self.by is not None:
+            check_method(self.by)
+        if self.layers is not None and self.by is not None:
+            raise ShortGPTError("`method` chooses from `scores`, not from `layers`")
+        return self
+
+    @property
+    def by(self) -> str | None:
+        """The method to choose by; None takes the one that ranked."""
+        if self.angular and self.method not in (None, "angular"):
+            raise ShortGPTError(f"`angular` and `method` {self.method} contradict each other")
+        return "angular" if self.angular else self.method
+
+    @property
+    def named(self) -> list[int] | None:
+        """The layers that are named; None where scores choose."""
+        return None if self.layers is None else layer_list(self.layers)
+
+
+@dataclass(frozen=True)
+class Written:
+    """How a pruned checkpoint is written.
+
+    Args:
+        recipe: also write a mergekit passthrough recipe to this file.
+        to: the format to write: meta or gguf (a Llama only, except from GGUF to GGUF) or hf. If not
+            given, gguf where OUT ends with .gguf, else the source's, or hf from GGUF. From GGUF,
+            Meta's is in float32, which holds what quantized weights stand for exactly.
+        verify: whether to prove the result: the same logits as the source with the layers removed
+            in memory, and the same greedy generation with and without the cache. If not given, yes
+            where Hugging Face's format is read or written, whose config can fail to say which
+            layers remain, and no from Meta's to Meta's and to GGUF, which is read again and
+            compared in any case.
+        overwrite: replace an earlier pruned checkpoint.
+    """
+
+    HEADING: ClassVar = WRITE
+
+    recipe: str | None = setting(None, value="FILE")
+    to: str | None = None
+    verify: bool | None = None
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class HealingWindows:
+    """Windows that a healing learns from, and others to evaluate on.
+
+    Args:
+        eval_data: texts to evaluate on; if not given, a tenth of the texts of data is held out.
+        size: tokens in a window; the recipe's for lora and distill, else 1024.
+        max_windows: windows to learn from; 64 for a closed form, all for lora and distill.
+        eval_windows: windows to evaluate on.
+        drop_overlap: leave out windows that share text with those to evaluate on, instead of
+            refusing them; on if no eval_data is given.
+        seed: of the choice of texts and windows, and of training.
+        bos: as rank's; which windows begin with it.
+    """
+
+    HEADING: ClassVar = READ
+
+    eval_data: str | None = setting(None, value="TEXTS")
+    size: int | None = None
+    max_windows: int | None = None
+    eval_windows: int = 32
+    drop_overlap: bool | None = None
+    seed: int = 0
+    bos: str | None = None
+
+    def check(self) -> None:
+        """Raises ShortGPTError for a number out of range, before a model is loaded."""
+        Cut(SIZE if self.size is None else self.size, self.max_windows, bos=self.bos).check()
+        at_least(1, eval_windows=self.eval_windows)
+
+
+# the settings of a recipe, and all of distillation alone
+RECIPE = ["rank", "alpha", "learning_rate", "steps", "warmup", "batch", "micro_batch"]
+RECIPE += ["eval_every", "patience", "four_bit", "gradient_checkpointing"]
+DISTILLING = ("teacher", "stream_teacher", "live_teacher", "top_k", "temperature", "kl_share")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the model is healed.
+
+    Args:
+        ridge: of a closed form, relative to the mean square of the inputs; if not given, each
+            matrix's is chosen on held-out windows.
+        parts: of the refit: attention, mlp or both by a comma, whose output projections are
+            solved, or best for what has the least loss on held-out windows; both if not given.
+        aim: step size of the refit: the share of the solved change that is applied, above 0 and at
+            most 1; 1 if not given.
+        preset: of lora and distill, paper, demo or small; each of the following changes one of its
+            settings.
+        rank: of the changes that are trained.
+        alpha: their scale times the rank; the rank if not given.
+        learning_rate: at its peak.
+        steps: optimizer steps.
+        warmup: steps until the peak.
+        batch: windows a step.
+        micro_batch: windows read at once.
+        eval_every: steps between evaluations and checkpoints.
+        patience: stop after so many evaluations without a better one.
+        four_bit: train over weights in 4 bits; needs bitsandbytes and CUDA.
+        gradient_checkpointing: less memory, more time.
+        resume: training must continue an interrupted run, from OUT.training; where there is one,
+            the same command continues it anyway.
+        teacher: the original model of which MODEL is a part; MODEL itself, before layers go, if not
+            given.
+        stream_teacher: hold one layer of the teacher at a time in memory, as for rank --stream.
+        live_teacher: ask the teacher in every step, as a second model in memory; without it, it
+            is asked once and its predictions stay on disk, in OUT.training, until the model is
+            saved.
+        top_k: tokens kept of each prediction, beside the total of all others; 64 if not given.
+        temperature: by which both models' logits are divided; 1 if not given.
+        kl_share: of the divergence in the loss, above 0 and at most 1; 1 if not given. The rest is
+            the text's own.
+    """
+
+    ridge: float | None = None
+    parts: str | None = None
+    aim: float | None = None
+    preset: str = "paper"
+    rank: int | None = None
+    alpha: int | None = None
+    learning_rate: float | None = None
+    steps: int | None = None
+    warmup: int | None = None
+    batch: int | None = None
+    micro_batch: int | None = None
+    eval_every: int | None = None
+    patience: int | None = None
+    four_bit: bool = False
+    gradient_checkpointing: bool = False
+    resume: bool = False
+    teacher: str | None = None
+    stream_teacher: bool = False
+    live_teacher: bool = False
+    top_k: int | None = None
+    temperature: float | None = None
+    kl_share: float | None = None
+
+    def _changed(self, names: Sequence[str]) -> dict[str, Any]:
+        """Those settings that are not the defaults."""
+        return {n: v for n in names if (v := getattr(self, n)) != getattr(Settings, n)}
+
+    @property
+    def changes(self) -> dict[str, object]:
+        """The settings of a recipe that differ from the preset's."""
+        return self._changed(RECIPE)
+
+    def check(self, methods: Sequence[str]) -> None:
+        """Raises ShortGPTError or MissingPackageError for what none of the methods can do."""
+        from short_gpt.healing.recipe import PRESETS
+
+        closed, training = kinds_of_methods()
+        for names, users in (
+            ((*RECIPE, "resume", "preset"), training),
+            (("ridge",), closed),
+            (("parts", "aim"), ("refit",)),
+            (DISTILLING, ("distill",)),
+        ):
+            if (changed := self._changed(names)) and not {*users} & {*methods}:
+                raise ShortGPTError(f"`{next(iter(changed))}` is for `method` {' or '.join(users)}")
+        if "refit" in methods:
+            self.refit()
+        if self.preset not in PRESETS:
+            raise ShortGPTError(f"`preset` {self.preset}: expected one of {', '.join(PRESETS)}")
+        if {*training} & {*methods}:
+            self._check_training(methods)
+
+    def _check_training(self, methods: Sequence[str]) -> None:
+        from short_gpt.healing.distillation import check_share, check_targets
+        from short_gpt.healing.lora import require_four_bit, require_packages
+        from short_gpt.healing.recipe import Recipe
+
+        Recipe(**{**asdict(Recipe()), **self.changes})  # refuses values out of range
+        require_packages()
+        if self.four_bit:
+            require_four_bit()
+        if "distill" in methods:
+            if self.stream_teacher and self.live_teacher:
+                raise ShortGPTError(
+                    "`stream_teacher` reads the teacher's files once: leave out `live_teacher`, "
+                    "which asks it in every step"
+                )
+            step = self.distill(None, None)
+            check_targets(step.top_k, step.temperature)
+            check_share(step.kl_share)
+
+    def refit(self, max_windows: int | None = None) -> RefitSettings:
+        """What the refit takes.
+
+        Raises:
+            ShortGPTError: parts, the ridge or the aim are out of range, or there is an aim although
+                best chooses it.
+        """
+        from short_gpt.healing.refit import RefitSettings
+        from short_gpt.healing.solver import PARTS, RIDGES
+
+        ridges = RIDGES if self.ridge is None else (self.ridge,)
+        if self.parts == "best":
+            if self.aim is not None:
+                raise ShortGPTError("`parts` best chooses the aim by itself: leave `aim` out")
+            return RefitSettings(None, ridges, max_windows=max_windows)
+        parts = PARTS if self.parts is None else tuple(listed(self.parts))
+        step_size = RefitSettings.step_size if self.aim is None else self.aim
+        if not 0 < step_size <= 1:  # by the name of the flag
+            raise ShortGPTError(f"aim = {step_size}: expected above 0 and at most 1")
+        return RefitSettings(parts, ridges, step_size=step_size, max_windows=max_windows)
+
+    def recipe(self, short: ScoredModel, seed: int) -> Recipe:
+        """The recipe for a model of transformers, with the changes."""
+        from short_gpt.healing.recipe import recipe_for
+
+        return recipe_for(short.trainable().config, self.preset, **{**self.changes, "seed": seed})
+
+    def distill(
+        self, recipe: Recipe | None, teacher: Callable[[], Predictor] | None
+    ) -> DistillSettings:
+        """What distillation takes."""
+        from short_gpt.healing import DistillSettings
+
+        changed = self._changed(("top_k", "temperature", "kl_share"))
+        return DistillSettings(recipe, teacher=teacher, live=self.live_teacher, **changed)
+
+
+def kinds_of_methods() -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The methods that are closed forms, and those that train."""
+    from short_gpt.healing.job import STEPS
+
+    closed, training = ([n for n, s in STEPS.items() if s.trains is t] for t in (False, True))
+    return tuple(closed), tuple(training)
+
+
+def methods_of(text: str) -> list[str]:
+    """The methods that a comma list names, in the order in which they follow each other.
+
+    Raises:
+        ShortGPTError: one is unknown, named twice, or cannot follow the one before it.
+
+    Example:
+        >>> methods_of("patch,distill")
+        ['patch', 'distill']
+    """
+    from short_gpt.healing.job import STEPS, check_order
+
+    methods = listed(text)
+    for name in methods:
+        if name not in STEPS:
+            raise ShortGPTError(
+                f"`method` {text}: expected one of {', '.join(STEPS)}, or several by commas, got "
+                f"{name!r}"
+            )
+    check_order([(name, STEPS[name].trains) for name in methods])
+    return methods
