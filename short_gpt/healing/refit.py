@@ -321,7 +321,15 @@ def _refit_layers(
         Why the last layer of which nothing can be solved cannot; empty if there is none.
     """
     calls, state, refused = batches.calls, batches.state, ""
-    models = (ORIGINAL,) if settings.where == "gaps" else MODELS
+    gaps = settings.where == "gaps"
+    models = (ORIGINAL,) if gaps else MODELS
+    solving: dict[str, Any] = {
+        "parts": settings.parts or PARTS,
+        "last_only": gaps,  # their inputs are the original model's: the attention misses nothing
+        "weights": settings.weights,
+        "ridges": settings.ridges,
+        "step_size": settings.step_size,
+    }
     for index, next_kept, solved, copied in visits[state.done :]:
         target = state.leaving(ORIGINAL)  # T, (B, S, D) of every batch
         if not solved:  # up to here both models are one
@@ -332,7 +340,7 @@ def _refit_layers(
             for batch in batches:
                 state.entering(PRUNED)[batch] = state.entering(ORIGINAL)[batch]  # (B, S, D)
         with calls.loaded(index):
-            layer = LayerRefit(batches, index, numbers[index], settings)
+            layer = LayerRefit(batches, index, numbers[index], **solving)
             layer.run_original()
         for removed in range(index + 1, next_kept):  # the target is the state after the gap
             batches.run_all(removed, target, target)

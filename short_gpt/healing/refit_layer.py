@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +21,6 @@ from short_gpt.models.layer_hooks import Output, first, patched_forward
 from short_gpt.models.sublayers import OutputProjection, Sublayers, after_attention
 from short_gpt.models.weight_changes import Parameter, keep_values, parameters_of
 from short_gpt.runtime.errors import NotFiniteError
-
-if TYPE_CHECKING:
-    from short_gpt.healing.refit import RefitSettings
 
 TokensOf = Callable[[int, Tensor], Tokens]  # of a batch and a projection's inputs
 
@@ -116,14 +113,34 @@ class Batches:
 class LayerRefit:
     """Solves the output projections of a kept layer, while its weights are in memory.
 
+    Args:
+        batches: whose states enter the layer.
+        index: of the layer in the decoder.
+        layer: its original number.
+        parts: sublayers to solve, where they can be.
+        last_only: solve the last of these alone.
+        weights: of tokens, "inverse" or "equal".
+        solving: further arguments of `SublayerSolver`.
+
     Attributes:
         projections: what is solved, by sublayer.
         refused: why other sublayers are not, in words.
         restored: a block after which the parameters have their old values again.
     """
 
-    def __init__(self, batches: Batches, index: int, layer: int, settings: RefitSettings) -> None:
-        self._batches, self._index, self._layer, self._settings = batches, index, layer, settings
+    def __init__(
+        self,
+        batches: Batches,
+        index: int,
+        layer: int,
+        *,
+        parts: Sequence[str],
+        last_only: bool,
+        weights: str,
+        **solving: Any,
+    ) -> None:
+        self._batches, self._index, self._layer = batches, index, layer
+        self._weights, self._solving = weights, solving
         state, calls = batches.state, batches.calls
         self._entering, self._leaving = state.entering(PRUNED), state.leaving(PRUNED)
         self._target = state.leaving(ORIGINAL)  # after `run_original` and the removed layers
@@ -131,9 +148,8 @@ class LayerRefit:
         self._sublayers = Sublayers.of(calls, index, sample, calls.family)
         # attention first, in whatever order they are named: the MLP restores what it leaves
         solvable = self._sublayers.projections
-        names = [p for p in PARTS if p in (settings.parts or PARTS) and p in solvable]
-        if settings.where == "gaps":  # the inputs are the original's: attention misses nothing
-            names = names[-1:]
+        names = [part for part in PARTS if part in parts and part in solvable]
+        names = names[-1:] if last_only else names
         self.projections = {name: solvable[name] for name in names}
         self.refused = "; ".join(dict.fromkeys(self._sublayers.refused.values()))
         self.restored = ExitStack()
@@ -187,7 +203,7 @@ class LayerRefit:
 
     def _solve_part(self, part: str, projection: OutputProjection) -> Fit:
         """Solves a projection, and leaves its new values in place."""
-        batches, settings = self._batches, self._settings
+        batches = self._batches
         mean_square = self._mean_square(part)
 
         def tokens(batch: int, inputs: Tensor) -> Tokens:
@@ -209,13 +225,8 @@ class LayerRefit:
             inputs, device = self._inputs[part], projection.device
             return lambda: (tokens(batch, inputs[batch].to(device)) for batch in chosen)
 
-        solver = SublayerSolver(
-            projection,
-            again(batches.fitted),
-            again(batches.held_out),
-            ridges=settings.ridges,
-            step_size=settings.step_size,
-        )
+        reads = (again(batches.fitted), again(batches.held_out))
+        solver = SublayerSolver(projection, *reads, **self._solving)
         # tokens weigh 1 / ||T||^2: their mean square is relative to the stream's own
         noise = 16 * torch.finfo(self._entering[0].dtype).eps
         return solver.solve(equations, layer=self._layer, part=part, noise=noise)
@@ -260,7 +271,7 @@ class LayerRefit:
 
     def _mean_square(self, part: str) -> float | None:
         """The mean of ||target||^2 that equal weights are relative to; None where they differ."""
-        if self._settings.weights == "inverse":
+        if self._weights == "inverse":
             return None
         squares = []
         for batch in self._batches.fitted:
