@@ -51,7 +51,9 @@ SENTENCES = {
         novels,
         adapter,
         lambda: f"pruned its layers {', '.join(map(str, result('second_family')['removed']))},",
-        lambda: f"`sleb_healed`'s pruned, {above('raw')['sleb_healed']}. For all other choices",
+        lambda: (
+            f"`sleb_healed`, when pruned, by {above('raw')['sleb_healed']}. For all other choices"
+        ),
     ),
     "docs/healing.md": (
         lambda: healed().replace("8 layers removed", "8 of 30 layers removed"),
