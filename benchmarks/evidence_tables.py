@@ -120,8 +120,8 @@ def tasks(count: int) -> list[str]:
         for key in ("same_tokens", "repetition")
     )
     length = result("tasks")["completion"]
-    lines.append(row("greedy tokens equal to the whole model's", f"all {length}", *_means(same)))
-    lines.append(row("4-grams that stood there before", *(f"{v:.0%}" for v in again)))
+    lines.append(row("greedy tokens equal to the original model's", f"all {length}", *_means(same)))
+    lines.append(row("repeated 4-grams", *(f"{v:.0%}" for v in again)))
     return lines
 
 
@@ -138,6 +138,6 @@ def adapter() -> str:
     found = result("tasks")["hf"]
     assert found["answers_equal"]
     return (
-        f"on the same documents: all {found['answers']} answers of the whole model, and the "
+        f"on the same documents: all {found['answers']} answers of the original model, and the "
         f"log-likelihoods within {found['nats']:.1e} nats"
     )

@@ -25,8 +25,8 @@ def refitted() -> list[str]:
 
 
 def healed(name: str, kinds: Cells) -> str:
-    """A line of a model: perplexities, and behind the comma the share that is back."""
-    plain = name.startswith(("whole", "cut"))
+    """A row of a model: perplexities and, after the comma, the restored share of the lost nats."""
+    plain = name.startswith(("original", "pruned"))
     share = [None if plain else found["restored"] for found in kinds.values()]
     cells = zip([found["perplexity"] for found in kinds.values()], share, strict=True)
     return row(name, *(f"{p:.2f}" + (f", {s:.0%}" if s is not None else "") for p, s in cells))
@@ -40,12 +40,12 @@ def passes() -> str:
 def distilled(name: str) -> list[str]:
     """The same of a model that is refitted and then distilled."""
     found = result(name)
-    names = {"cut": _cut(found["layers"])}
+    names = {"whole": "original", "cut": _pruned(found["layers"])}
     return [healed(names.get(row, row), kinds) for row, kinds in found["rows"].items()]
 
 
-def _cut(layers: Sequence[int]) -> str:
-    return f"cut: {layer_set(layers)}"
+def _pruned(layers: Sequence[int]) -> str:
+    return f"pruned: {layer_set(layers)}"
 
 
 def novels() -> str:
@@ -57,8 +57,8 @@ def novels() -> str:
     values = [f"{found['perplexity']:.2f}" for found in (greedy, influence)]
     apart = influence["nats"] - greedy["nats"]
     return (
-        f"on novels greedy search's set is at {values[0]} and Block Influence's at {values[1]}, "
-        f"{apart:.3f} nats a token apart"
+        f"on novels greedy search's set reaches {values[0]} and Block Influence's {values[1]}, "
+        f"{apart:.3f} nats per token apart"
     )
 
 
@@ -67,22 +67,23 @@ def minutes() -> str:
     found, other = result("distillation"), result("distillation_influence")
     cost, others = found["seconds"], sum(other["seconds"].values())
     return (
-        f"{cost['teacher']:.0f} seconds for the whole model's predictions, {cost['refit']:.0f} for "
-        f"the refit and {cost['distill']:.0f} for {found['recipe']['steps']} steps, "
-        f"{sum(cost.values()):.0f} in all, and Block Influence's {others:.0f}"
+        f"{cost['teacher']:.0f} seconds for the original model's predictions, "
+        f"{cost['refit']:.0f} for the refit and {cost['distill']:.0f} for "
+        f"{found['recipe']['steps']} steps, {sum(cost.values()):.0f} in all; "
+        f"Block Influence's took {others:.0f}"
     )
 
 
 def parts() -> list[str]:
-    """The whole and the cut model, and what each part of the refit brings back."""
+    """The original and the pruned model, and what each part of the refit restores."""
     cases = group("parts")
-    return [healed("whole", next(iter(cases.values()))["whole"]), *_of_a_set(cases)]
+    return [healed("original", next(iter(cases.values()))["whole"]), *_of_a_set(cases)]
 
 
 def _of_a_set(cases: Mapping[str, Any]) -> list[str]:
-    """The cut model, and it healed in every case."""
+    """The pruned model, and the healed one in every case."""
     first = next(iter(cases.values()))
-    lines = [healed(_cut(first["layers"]), first["cut"])]
+    lines = [healed(_pruned(first["layers"]), first["cut"])]
     return [*lines, *(healed(name, found["healed"]) for name, found in cases.items())]
 
 

@@ -56,7 +56,7 @@ def least() -> str:
     """What every rule with the same promise has to read, as a sentence."""
     found = result("stopping")
     share = hostile.least_median(Stop(hostile.N, confidence=found["confidence"]), found["windows"])
-    return f"the median of {found['windows']} windows read cannot be below {share:.1%}"
+    return f"the median run cannot read less than {share:.1%} of {found['windows']} windows"
 
 
 def attacked(kinds: Iterable[str] = hostile.KINDS) -> list[str]:
@@ -99,10 +99,10 @@ def rehearsed() -> list[str]:
             "yes" if run["layers"] == found["known"] else "no" for run in runs
         ],
         name: [str(*read)] * 2,
-        "stopped behind, and continued": [
+        "stopped after, then continued": [
             f"{made['stopped']['windows_saved']} windows" for made in formats
         ],
-        "a window: foretold, measured": [
+        "time per window: predicted, measured": [
             f"{run['seconds_a_window_foretold'][0]:.1f} s, {run['seconds_a_window']:.1f} s"
             for run in runs
         ],
@@ -150,6 +150,7 @@ def family() -> list[str]:
     ):
         low, high = p["interval_95"]
         cells = f"{p['perplexity']:.2f} ({low:.2f} to {high:.2f})"
+        name = name.replace("whole", "original").replace("healed", "refitted")
         lines.append(f"| {name} | {cells} | {'' if size is None else f'{size:.0f}'} |")
     return [line.replace("|  |", "| |") for line in lines]
 
@@ -158,7 +159,7 @@ def serving() -> list[str]:
     """A row for every model that was served: its size, memory and speeds, beside the expected."""
     lines = []
     for row in result("serving")["rows"]:
-        which = f"{row['removed']} less" if row["removed"] else "whole"
+        which = f"{row['removed']} removed" if row["removed"] else "original"
         cells = [f"{row['kind']}, {which}", f"{row['megabytes']:.0f}"]
         cells += [f"{row['peak_mb']['median']:.0f}"]
         for name in ("prompt", "generation"):
@@ -173,9 +174,9 @@ def serving() -> list[str]:
 
 
 def served_sets() -> str:
-    """Which layers the served models lack, as a sentence."""
+    """Which layers are removed from the served models, as a sentence."""
     order = ", ".join(map(str, result("serving")["removed"]))
-    return f"without the first 2, 4, 8 or 12 of the layers {order}"
+    return f"with the first 2, 4, 8 or 12 of the layers {order} removed"
 
 
 def slower() -> str:
@@ -183,8 +184,9 @@ def slower() -> str:
     few, more = result("serving")["drafts"]
     ratios = [spread(d["speed_ratio"], 2) for d in (few, more)]
     return (
-        f"writes with drafts of {few['length']} at {ratios[0]} of its own speed with "
-        f"{few['removed']} layers less and at {ratios[1]} with {more['removed']}"
+        f"With {few['length']} tokens per draft, the original model writes at {ratios[0]} of its "
+        f"own speed if the draft lacks {few['removed']} layers, and at {ratios[1]} if it lacks "
+        f"{more['removed']}"
     )
 
 
@@ -271,29 +273,29 @@ def healings() -> list[str]:
 
 
 def healed() -> str:
-    """What both healings bring back of 8 layers, as a sentence."""
+    """What patch and LoRA restore with 8 layers removed, as sentences."""
     parts = []
-    for method, where in (("bi", "layers removed by Block Influence"), ("angular", "")):
+    for method, where in (("bi", "With 8 layers removed by Block Influence"), ("angular", "")):
         raw, patch, lora = (rows()[method, 8, h] for h in ("raw", "patched", "lora"))
-        start = f"Of 8 {where}" if where else "Of the angular block of 8"
-        verb = " lowers the loss" if where else ""
+        start = where or "With the angular block of 8 removed"
+        loss, nats = ("the loss", " nats per token") if where else ("it", "")
         error, ppl = ("standard error ", "perplexity ") if where else ("", "")
         parts.append(
-            f"{start}, the patch{verb} by {-patch['gain']:.3f}{' nats a token' if where else ''} "
+            f"{start}, the patch lowers {loss} by {-patch['gain']:.3f}{nats} "
             f"({error}{patch['gain_error']:.3f}; {ppl}{raw['perplexity']:.2f} to "
-            f"{patch['perplexity']:.2f}), LoRA by {-lora['gain']:.3f} ({lora['gain_error']:.3f}; "
-            f"to {lora['perplexity']:.2f})."
+            f"{patch['perplexity']:.2f}) and LoRA by {-lora['gain']:.3f} "
+            f"({lora['gain_error']:.3f}; to {lora['perplexity']:.2f})."
         )
     return " ".join(parts)
 
 
-TASKS = "| {} of 30 layers less | whole | as cut | refitted | refitted and distilled |"
-NEAREST = "| method | removes | rank as cut | nats above the best (95%) | rank refitted "
-NEAREST += "| nats above the best (95%) | refitted whole, less sleb (95%) |"
-SHORT = "| removed by | the 4 layers | perplexity | the 8 layers | perplexity | 8, patched "
+TASKS = "| {} of 30 layers removed | original | pruned | refitted | refitted and distilled |"
+NEAREST = "| method | removes | rank, pruned | nats above the best (95%) | rank, refitted "
+NEAREST += "| nats above the best (95%) | full refit, nats above sleb's (95%) |"
+SHORT = "| method | 4 layers removed | perplexity | 8 layers removed | perplexity | 8, patched "
 SHORT += "| 8, LoRA |"
-HEALINGS = "| healing | Block Influence, 4 less | Block Influence, 8 less "
-HEALINGS += "| greedy search, 4 less | greedy search, 8 less |"
+HEALINGS = "| healing | Block Influence, 4 removed | Block Influence, 8 removed "
+HEALINGS += "| greedy search, 4 removed | greedy search, 8 removed |"
 CHOSEN = (
     "| layers removed | perplexity | chosen on 24 windows | on 4 windows | on 24 of other text |"
 )
@@ -301,8 +303,8 @@ HEALED = "| {} | held-out chapters | WikiText-2, second half | novels |"
 CROSSED = "| {}, chosen on | bible | wikitext | novels | questions | code |"
 COVERED = "| texts | two-sided, before | CR2 | now | one-sided, before | CR2 | now "
 COVERED += "| times as wide | no interval |"
-DRAFTED = "| tokens of a draft | 4 less: accepted | 8 less: accepted | 4 less: tokens a pass "
-DRAFTED += "| 8 less: tokens a pass |"
+DRAFTED = "| tokens per draft | 4 removed: accepted | 8 removed: accepted "
+DRAFTED += "| 4 removed: tokens per pass | 8 removed: tokens per pass |"
 FAMILY = "| Qwen2.5-Coder-0.5B | perplexity | MB |"
 SERVED = "| | file, MB | peak, MB | prompt, tokens/s | ratio, expected | writing, tokens/s "
 SERVED += "| ratio, expected |"
@@ -332,12 +334,14 @@ TABLES: dict[str, Callable[[], str]] = {
     "the paper's list, rehearsed": table("| | Meta's format | Hugging Face's |", rehearsed),
     "speed and memory": table(SERVED, serving),
     "drafts": table(DRAFTED, drafted),
-    "layers that each text chooses": table("| ranked on | would remove |", evidence.chosen),
+    "layers that each text chooses": table(
+        "| ranked on | layers it would remove |", evidence.chosen
+    ),
     "agreement of rankings": table(
         "| rankings on | layers in common | rank correlation (95%) |", evidence.agreed
     ),
     "choices on every text, pruned": table(
-        CROSSED.format("as cut"), partial(evidence.crossed, "raw")
+        CROSSED.format("pruned"), partial(evidence.crossed, "raw")
     ),
     "choices on every text, refitted": table(
         CROSSED.format("refitted"), partial(evidence.crossed, "refit")
@@ -351,16 +355,16 @@ TABLES: dict[str, Callable[[], str]] = {
     "populations beyond the promise": table(BROKEN, partial(attacked, hostile.BEYOND)),
     "streamed scoring": table("| | |", streaming),
     "streamed refit": table("| the streamed refit | measured |", refit_streamed),
-    "refit": table(HEALED.format("8 of 30 layers less"), healing.refitted),
-    "refit of 4, 8 and 12 layers": table(HEALED.format("layers less"), healing.sets),
+    "refit": table(HEALED.format("8 of 30 layers removed"), healing.refitted),
+    "refit of 4, 8 and 12 layers": table(HEALED.format("layers removed"), healing.sets),
     "distillation of greedy search's layers": table(
-        HEALED.format("greedy search's 8 less"), partial(healing.distilled, "distillation")
+        HEALED.format("greedy search's 8 removed"), partial(healing.distilled, "distillation")
     ),
     "distillation of Block Influence's layers": table(
-        HEALED.format("Block Influence's 8 less"),
+        HEALED.format("Block Influence's 8 removed"),
         partial(healing.distilled, "distillation_influence"),
     ),
     "parts of the refit": table(HEALED.format("healed by"), healing.parts),
     "refit by windows": table(HEALED.format("windows"), healing.windows),
-    "refit by aim": table(HEALED.format("aimed at"), healing.aims),
+    "refit by aim": table(HEALED.format("step size"), healing.aims),
 }

@@ -50,14 +50,16 @@ SENTENCES = {
         healed,
         novels,
         adapter,
-        lambda: f"without its layers {', '.join(map(str, result('second_family')['removed']))}",
-        lambda: f"as pruned, {above('raw')['sleb_healed']}; of the others",
+        lambda: f"pruned its layers {', '.join(map(str, result('second_family')['removed']))},",
+        lambda: (
+            f"`sleb_healed`, when pruned, by {above('raw')['sleb_healed']}. For all other choices"
+        ),
     ),
     "docs/healing.md": (
         lambda: healed().replace("8 layers removed", "8 of 30 layers removed"),
         lambda: f"Refitted, {novels()}.",
         lambda: f"took {passes()} times",
-        lambda: f"On two CPU cores greedy search's took {minutes()}",
+        lambda: f"On two CPU cores, greedy search's set took {minutes()}",
         lambda: f"{chapters('distillation')} and {chapters('distillation_influence')}, and all",
         lambda: f"it restores {restored(0)} of the lost nats on held-out chapters",
         lambda: f"{restored(2)} on novels and {restored(1)} on WikiText-2",
@@ -68,10 +70,12 @@ SENTENCES = {
     ),
     "docs/serve.md": (served_sets, slower),
     "README.md": (
-        lambda: f"whole: {rows()['dense', 0, 'raw']['perplexity']:.3f}",
-        lambda: f"Block Influence's 8 less are at {chapters('distillation_influence')} and",
-        lambda: f"greedy search's at {chapters('distillation')} (",
-        lambda: f"brings {restored(0)} of the lost nats back on its held-out chapters",
+        lambda: f"original model: {rows()['dense', 0, 'raw']['perplexity']:.3f}",
+        lambda: (
+            f"8 layers reaches perplexity {chapters('distillation_influence')} on the same chapters"
+        ),
+        lambda: f"and the one without greedy search's 8 reaches {chapters('distillation')} (",
+        lambda: f"restores {restored(0)} of the lost nats on its held-out chapters",
         lambda: f"and {restored(2)} on novels",
         lambda: f"Scoring costs {spread(result('scoring')['ratios']['scoring / bare'])} times",
     ),
