@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from short_gpt.cli.app import said
+from short_gpt.cli.app import message_of
 from short_gpt.runtime.errors import LINE, NotSavedError, ShortGPTError, one_line
 
 
@@ -30,6 +30,6 @@ def test_a_result_that_was_not_saved_is_a_users_error_in_one_line():
     reason = "out.gguf was not written: No space left\non device; work keeps what was healed, and"
     error = NotSavedError(f"{reason} once there is a way to write, the same call continues")
     assert isinstance(error, ShortGPTError) and isinstance(error, OSError)
-    line = said(error, ["heal", "a model", "out.gguf"])
+    line = message_of(error, ["heal", "a model", "out.gguf"])
     assert line.endswith(r"left\non device", 0, line.index("; work keeps"))
     assert line.endswith("the same call continues: short-gpt heal 'a model' out.gguf")

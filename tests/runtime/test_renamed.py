@@ -14,6 +14,11 @@ from short_gpt.runtime.renamed import MOVED
 from short_gpt.scoring import Importance, LayerHooks, Scores, hooked
 
 OLD_NAMES = {
+    "short_gpt.cli.results": ("ranked", "healed"),
+    "short_gpt.jobs.choice": ("Chosen", "chosen"),
+    "short_gpt.jobs.choice_settings": ("Answer", "Choice"),
+    "short_gpt.jobs.healing_settings": ("Settings", "methods_of"),
+    "short_gpt.jobs.scored": ("tokenizer_of", "configuration_of"),
     "short_gpt.runtime.results": ("read_record", "write_record"),
     "llama.checkpoint.reshard": ("reshard", "write_model"),
     "llama.dialog": ("Dialog", "encode_dialog"),
