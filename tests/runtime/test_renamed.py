@@ -11,6 +11,11 @@ import short_gpt
 from short_gpt.runtime.renamed import MOVED
 
 OLD_NAMES = {
+    "short_gpt.cli.results": ("healed", "ranked"),
+    "short_gpt.jobs.choice": ("Chosen", "chosen"),
+    "short_gpt.jobs.choice_settings": ("Answer", "Choice", "Paper", "layer_list"),
+    "short_gpt.jobs.healing_settings": ("Distilling", "Learned", "Settings"),
+    "short_gpt.jobs.scored": ("configuration_of", "tokenizer_of"),
     "short_gpt.scoring.differences": ("difference_margins",),
     "short_gpt.scoring.following": ("Following",),
     "short_gpt.scoring.state": ("RunState",),
