@@ -64,8 +64,6 @@ class ShortHFModel(ShortModel):
         >>> short.save_pretrained("mistral-5b")  # doctest: +SKIP
     """
 
-    decoder: HFDecoder
-
     def __init__(
         self,
         model_name: str | os.PathLike[str] | PreTrainedModel,
@@ -90,7 +88,9 @@ class ShortHFModel(ShortModel):
             source = model.config.name_or_path or "a model"
         if to_device is not None and not getattr(model, "is_quantized", False):
             model.to(to_device)
-        super().__init__(HFDecoder(model.eval(), layers_path), n_prune_layers)
+        decoder = HFDecoder(model.eval(), layers_path)
+        super().__init__(decoder, n_prune_layers)
+        self._layers_path = decoder.layers_path
         self.model, self.tokenizer, self.source = model, tokenizer, source
         self._meta_tokenizer: Path | None = None  # of the Meta checkpoint that it came from
 
@@ -255,7 +255,7 @@ class ShortHFModel(ShortModel):
         record = Provenance.of(self, self.source, facts=facts, measured=measured)
         if is_gguf(out_dir):
             target = Target(out_dir, "gguf", overwrite)
-            return save_gguf(self, target, self.source, self.decoder.layers_path, record=record)
+            return save_gguf(self, target, self.source, self._layers_path, record=record)
         self.check_whole()
         assert self._meta_tokenizer is not None
         target = Target(out_dir, "meta", overwrite, self.check_saved)
@@ -274,7 +274,7 @@ class ShortHFModel(ShortModel):
                 )
             if not getattr(again, "is_quantized", False):  # those are where they belong
                 again.to(self.decoder.device)
-            return ShortHFModel(again, self.decoder.layers_path)
+            return ShortHFModel(again, self._layers_path)
 
         check_same(*one_by_one(lambda: fingerprint(self), lambda: fingerprint(saved())))
 
