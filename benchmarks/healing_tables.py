@@ -147,7 +147,7 @@ def picture(path: Path) -> None:
             axes.plot(counts[name], back[name], marker, color=color, mfc="none", markersize=9)
     axes.plot([], [], "kv", mfc="none", label="fitted on chapters alone")
     axes.plot([], [], "k^", mfc="none", label="fitted on WikiText-2 alone")
-    axes.set(xlabel="tokens fitted on", ylabel="% of the lost nats back", xscale="log")
+    axes.set(xlabel="tokens fitted on", ylabel="% of the lost nats recovered", xscale="log")
     ticks = sorted(set(counts.values()))
     axes.set_xticks(ticks, [f"{t:,}" for t in ticks])
     axes.minorticks_off()
