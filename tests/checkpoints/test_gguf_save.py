@@ -213,7 +213,7 @@ REFIT = ("heal", "gemma.gguf", "out.gguf", "--layers", "2", *HEAL, "--json", "he
 
 def test_heal_writes_the_norms_behind_the_halves(gemma, capsys):
     run(*REFIT)
-    assert "whole, 5 layers: perplexity " in capsys.readouterr().err
+    assert "original, 5 layers: perplexity " in capsys.readouterr().err
     found = json.loads(Path("healed.json").read_text())["result"]
     assert any(fit["norm_ridge"] is not None for fit in found["healing"][0]["fits"])
     values = found["perplexity"]
@@ -236,7 +236,7 @@ def test_a_write_that_fails_loses_nothing(gemma, capsys, monkeypatch):
     assert stop.value.code == 1 and not Path("out.gguf").exists()
     rows = [line for line in said if ": perplexity " in line]
     states = [row.split(":")[0] for row in rows]
-    assert states == ["whole, 5 layers", "pruned, 4 layers", "healed"]
+    assert states == ["original, 5 layers", "pruned, 4 layers", "healed"]
     line, command = said[-1].rsplit("the same call continues: ", 1)
     assert line.startswith("short-gpt: out.gguf was not written: the disk is full")
     assert "out.gguf.refit keeps what was healed" in line and "another disk" not in line

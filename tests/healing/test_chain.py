@@ -74,7 +74,7 @@ def test_a_chain_does_what_its_steps_do_and_is_recorded_as_one(tmp_path):
     heal_lora(by_hand, WINDOWS.training, WINDOWS.validation, **options)
     assert torch.equal(short.decoder.logits(TOKENS), by_hand.decoder.logits(TOKENS))
     assert short.removed == LAYERS and [c.how for c in short.changes] == list(evidence.steps)
-    states = ["whole, 6 layers", "pruned, 4 layers", "patch", "healed"]
+    states = ["original, 6 layers", "pruned, 4 layers", "patch", "healed"]
     assert list(evidence.perplexity) == states
     assert evidence.perplexity["patch"].value == pytest.approx(patched.value)
     assert list(evidence.changes) == ["patch", "distill"]

@@ -585,7 +585,7 @@ def test_heal_by_patch(books, capsys):
     run("heal", "dense", "out", *SMALL, *patch, "--out", "e.json")
     out = capsys.readouterr().out
     evidence = json.loads(Path("e.json").read_text())["result"]
-    assert list(evidence["perplexity"]) == ["whole, 5 layers", "pruned, 3 layers", "healed"]
+    assert list(evidence["perplexity"]) == ["original, 5 layers", "pruned, 3 layers", "healed"]
     assert f"{evidence['perplexity']['healed']:.3f}" in out and "healing changes the loss by" in out
     record = json.loads(Path("out/pruning.json").read_text())
     assert record["removed_layers"] == [3, 1] and record["kept_layers"] == [0, 2, 4]
@@ -653,7 +653,7 @@ def test_heal_by_a_chain_a_meta_model_and_back(books, capsys):
     out = capsys.readouterr().out
     assert "patch changes the loss by" in out and "distill changes the loss by" in out
     evidence = json.loads(Path("e.json").read_text())["result"]
-    states = ["whole, 5 layers", "pruned, 3 layers", "patch", "healed"]
+    states = ["original, 5 layers", "pruned, 3 layers", "patch", "healed"]
     assert list(evidence["perplexity"]) == states
     record = json.loads(Path("out/pruning.json").read_text())
     patched, distilled = record["healing"]

@@ -64,7 +64,7 @@ def test_a_job_does_what_its_steps_do_and_keeps_the_evidence(tmp_path):
     heal_patch(by_hand, [4, 2], WINDOWS.training, ridge=1e-3, **options)
     assert torch.equal(short.decoder.logits(TOKENS), by_hand.decoder.logits(TOKENS))
     assert short.removed == [4, 2] and short.changed == by_hand.changed
-    assert list(evidence.perplexity) == ["whole, 6 layers", "pruned, 4 layers", "healed"]
+    assert list(evidence.perplexity) == ["original, 6 layers", "pruned, 4 layers", "healed"]
     healed = by_hand.perplexity(WINDOWS.evaluation, progress=False)
     assert evidence.perplexity["healed"].value == pytest.approx(healed.value)
     out = job.save(tmp_path / "out", facts={"data": "eight words"})

@@ -128,7 +128,7 @@ def test_heal_gives_the_evidence_and_prints_nothing(here, capsys):
     given = {"data": "book.txt", "windows": windows, "notify": told.append}
     done = heal("ckpt", "out", "patch", choice=Choice([1]), **given)
     assert told[0].startswith("original, 5 layers: perplexity ")  # the table's word
-    names = ["whole, 5 layers", "pruned, 4 layers", "healed"]
+    names = ["original, 5 layers", "pruned, 4 layers", "healed"]
     assert list(done.evidence.perplexity) == names and done.evidence.how["method"] == "patch"
     assert done.evidence.change.nats == pytest.approx(
         torch.log(
