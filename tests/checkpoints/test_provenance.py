@@ -138,7 +138,7 @@ OLD = {  # as version 0.1 wrote it after two patches and a halved layer
         "earlier": {"method": "linear patch", "layers": [1], "earlier": {"method": "linear patch"}},
     },
     "removed_sublayers": {"attention": [2], "mlp": []},
-    "perplexity": {"original, 5 layers": 3.5, "healed": None},
+    "perplexity": {"whole, 5 layers": 3.5, "healed": None},
     "scored": {"windows": 4, "tokens": 128},
     "block_influence": [0.5, 0.1, None, 0.2, 0.3],
     "data": "a book",
@@ -236,7 +236,7 @@ def test_a_record_of_an_earlier_version_is_read(tmp_path):
     assert [step["method"] for step in record.steps] == ["linear patch", "linear patch", "LoRA"]
     assert record.steps[1] == {"method": "linear patch", "layers": [1]}
     assert (record.original_layers, record.all_removed) == ([0, 2, 4], [3, 1])
-    assert record.quality["original, 5 layers"].value == 3.5
+    assert record.quality["whole, 5 layers"].value == 3.5
     assert record.quality["healed"].value == math.inf  # which JSON lacks
     assert record.facts == {"data": "a book"}
     assert record.evidence == {"method": "Block Influence"}
