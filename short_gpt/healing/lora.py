@@ -221,7 +221,6 @@ def _check(run: TrainingRun, evaluation: Sequence[Window]) -> None:
 
 
 def require_packages() -> None:
-    """Raises MissingPackageError where the extra is missing."""
     for package in ("peft", "transformers", "accelerate"):
         try:
             __import__(package)

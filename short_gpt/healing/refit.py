@@ -172,7 +172,7 @@ def heal_patch(
     ridge: float | None = None,
     **options: Any,
 ) -> Refit:
-    """Removes layers and solves those before the gaps; held-out windows choose a ``ridge`` of None."""
+    """Removes layers and solves those before the gaps; without a ``ridge``, each by its best one."""
     settings = PatchSettings() if ridge is None else PatchSettings(ridges=(ridge,))
     return heal(short, layers, windows, settings=settings, **options)
 

@@ -68,7 +68,7 @@ class Source:
             eval_windows: windows to evaluate on at most.
             drop_overlap: drop training windows that share text with evaluation, instead of refusing
                 them; None does so where ``eval_data`` is not given.
-            validate: hold out up to 16 windows to choose the training step by, as LoRA needs.
+            validate: hold out up to 16 windows to choose the training step by.
         """
         cutting = partial(windows, encode=encode, size=size, stride=size, seed=self.seed, bos=bos)
 

@@ -280,13 +280,11 @@ def _check_run(folder: Path, run: dict[str, object]) -> None:
 
 
 def _by_name(run: Mapping[str, object]) -> dict[str, object]:
-    """The recipe's settings, and all else that a run depends on."""
     own = recipe if isinstance(recipe := run.get("recipe"), dict) else {}
     return {**own, **{name: value for name, value in run.items() if name != "recipe"}}
 
 
 def begun(folder: Path) -> bool:
-    """Whether a folder holds a run of training that can be continued."""
     return (folder / RECIPE).is_file() and finished_checkpoints(folder)
 
 
@@ -308,7 +306,6 @@ def _is_finished(checkpoint: Path) -> bool:
 
 
 def note_files(checkpoint: Path) -> None:
-    """Writes digests of all files of a finished checkpoint."""
     digests = {path.name: files_digest([path]) for path in sorted(checkpoint.iterdir())}
     write_record(checkpoint / DIGESTS, {"run": "checkpoint", "files": digests})
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 
 import torch
@@ -258,7 +258,6 @@ class LayerHooks:
         # influence (B, L), then M metrics, then the two sublayers where these are scored
         turned, *rest = torch.cat(self._sums, dim=1).mT  # (B, L) each
         metrics, sublayers = rest[: len(LAYER_METRICS)], rest[len(LAYER_METRICS) :]
-        angles = angular_distances(torch.stack(self._last, dim=1))  # of (B, L + 1, D)
         everywhere = UNKNOWN
         if self._kept is not None:
             lengths = enumerate(self._mask.sum(1).tolist())
@@ -267,7 +266,7 @@ class LayerHooks:
         return Scores(
             tokens=self._mask.sum(1),  # (B,)
             influence=turned,
-            angles=angles,
+            angles=angular_distances(torch.stack(self._last, dim=1)),  # of (B, L + 1, D)
             metrics=torch.stack(metrics, dim=1),  # (B, M, L)
             sublayers=torch.stack(sublayers, dim=1) if sublayers else UNKNOWN,  # (B, 2, L)
             token_angles=everywhere,
@@ -300,8 +299,7 @@ def hooked(
     if sublayers_of is not None:
         for layer in layers:
             handles += hooks.on_sublayers(layer, sublayers_of)
-    try:
-        yield hooks
-    finally:
+    with ExitStack() as removed:
         for handle in handles:
-            handle.remove()
+            removed.callback(handle.remove)
+        yield hooks

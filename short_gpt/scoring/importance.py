@@ -169,7 +169,7 @@ class Importance:
 
     @property
     def margin(self) -> Tensor:
-        """Half of the 95% interval of `block_influence`, (L,), by Student's t; NaN at few degrees."""
+        """Half of the 95% interval of `block_influence`, (L,), by t; NaN for too few `degrees`."""
         return t_quantile(0.975, self.degrees) * self.standard_error
 
     @property
@@ -225,23 +225,20 @@ class Importance:
     @property
     def skewness(self) -> Tensor:
         """Skewness over windows of the difference of layers j and i, entry [i, j], (L, L)."""
-        cubes, weighted = self.cubes  # (L + 1, L + 1) each
-        third = moments.residual_cubes(self.block_influence, cubes, weighted)  # (L, L)
+        third = moments.residual_cubes(self.block_influence, *self.cubes)  # (L, L)
         scale = self.n_windows / self.tokens.sum()  # residuals of sums, in the unit of the mean
         return moments.pair_skewness(self.covariance, third * scale**3, self.n_windows)
 
     def angular_skewness(self, n: int) -> Tensor:
         """Like `skewness`, of the distances of all blocks of n layers, by the blocks' starts."""
         count, starts = self.n_windows, len(self.layers) - n + 1
-        products, cubes = (
-            sums[n - 1, :starts, :starts] for sums in (self.angle_products, self.angle_cubes)
-        )
+        blocks = (n - 1, slice(starts), slice(starts))  # (starts, starts), those that exist
+        products, cubes = self.angle_products[blocks], self.angle_cubes[blocks]
         sums = self.angles.diagonal(n)  # (starts,), of all windows
         # every window weighs 1 here, where it has its tokens in `skewness`
         cubes = moments.with_count(cubes, products.diagonal(), count)
-        third = moments.residual_cubes(
-            sums / count, cubes, moments.with_count(products, sums, count)
-        )
+        weighted = moments.with_count(products, sums, count)
+        third = moments.residual_cubes(sums / count, cubes, weighted)
         return moments.pair_skewness(self.angular_covariance(n), third, count)
 
     def mean(self, metric: str) -> Tensor:
@@ -291,9 +288,7 @@ class Importance:
         except (KeyError, TypeError) as error:
             why = error if isinstance(error, TypeError) else "they lack layers"
             raise ShortGPTError(f"these are not saved scores: {why}") from None
-        named = {
-            name: lists.saved_sums(content, name, zero) for name, zero in empty._named().items()
-        }
+        named = {k: lists.saved_sums(content, k, zero) for k, zero in empty._named().items()}
         lists.check_sums(named)  # before anything is computed: files come from anywhere
         metrics = torch.stack([named.pop(name) for name in LAYER_METRICS])  # (M, L)
         sums = {"metrics": metrics, "sublayers": named.pop("halves"), **named}

@@ -106,9 +106,8 @@ def block_sums(angles: Tensor) -> tuple[Tensor, Tensor]:
 def with_count(values: Tensor, sums: Tensor, count: int) -> Tensor:
     """Sums of products (L, L) as if each window also had the sum 1, one token: (L + 1, L + 1)."""
     last = torch.full((1,), float(count), dtype=values.dtype)  # sum of 1 x 1 over the windows
-    return torch.cat(
-        (torch.cat((values, sums[:, None]), 1), torch.cat((sums, last))[None, :]), dim=0
-    )
+    wide = torch.cat((values, sums[:, None]), dim=1)  # (L, L + 1)
+    return torch.cat((wide, torch.cat((sums, last))[None, :]), dim=0)
 
 
 def residual_cubes(mean: Tensor, cubes: Tensor, weighted: Tensor) -> Tensor:

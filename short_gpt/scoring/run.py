@@ -288,8 +288,7 @@ class Following:
         self, tell: Callable[[str], object], rule: Stop, *, stops: bool = True, every: float = 60.0
     ) -> None:
         self._tell, self._rule, self._stops, self._every = tell, rule, stops, every
-        self._next = 0.0
-        self._reported = 0
+        self._next, self._reported = 0.0, 0  # time of the next line, windows of the last
 
     def __call__(self, importance: Importance, population: int | None) -> None:
         read = importance.n_windows

@@ -131,7 +131,7 @@ class Stop:
 
 
 def check_sample(random_order: bool, before: int) -> None:
-    """Raises ShortGPTError unless a stop judges one random sample, no window of which was scored."""
+    """Raises ShortGPTError unless a stop judges one random sample that was not scored before."""
     if not random_order:
         raise ShortGPTError(
             "stop expects windows in random order, got some whose order is that of their texts or "
