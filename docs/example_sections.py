@@ -1,4 +1,4 @@
-"""Griffe reads examples under "Examples:" only, and no comments; this shows both as written here."""
+"""Griffe reads examples under "Examples:" only, and no comments; the site shows both."""
 
 from __future__ import annotations
 

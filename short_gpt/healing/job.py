@@ -56,7 +56,7 @@ def check_order(steps: Sequence[tuple[str, bool]]) -> None:
 class HealingEvidence:
     """What a healing changed, on windows that it did not learn from."""
 
-    steps: Sequence[Mapping[str, object]]  # how, oldest first, ready for JSON; "method" is a name
+    steps: Sequence[Mapping[str, object]]  # oldest first, for JSON; "method" names each
     # by the model's state: whole, pruned (or before), the names of the steps so far, healed
     perplexity: Mapping[str, Perplexity]
     change: Difference  # of the loss by the healing alone, paired over the windows
@@ -84,12 +84,11 @@ class HealingJob:
     """Removes layers, heals the pruned model in steps, and measures before and after.
 
     Args:
-        short: the opened model, changed in place; for training a `ShortHFModel`.
+        short: the opened model, changed in place; for training a `ShortHFModel` (see ``from_meta``).
         windows: to learn from, validate by and evaluate on.
         layers: to remove first, original numbers; training may also heal without removing any.
         settings: one step or several: one closed form at most, before training.
         work_dir: keeps what an interrupted healing continues from, until the model is saved.
-        resume: continue from what is there.
         notify: called with every perplexity when it is measured, in words.
 
     Example:
@@ -188,7 +187,7 @@ class HealingJob:
     ) -> Path:
         """Writes the healed model with its evidence, and empties ``work_dir``.
 
-        Arguments and errors as in `ScoredModel.save`, and:
+        A streamed model goes on from ``out_dir``. Arguments, errors as in `ScoredModel.save`, and:
 
         Raises:
             NotSavedError: nothing could be written; ``work_dir`` keeps all, to be continued.

@@ -172,7 +172,7 @@ def heal_patch(
     ridge: float | None = None,
     **options: Any,
 ) -> Refit:
-    """Removes layers and solves those before the gaps; without a ``ridge``, each by its best one."""
+    """Removes layers and solves those before the gaps; no ``ridge``: held-out windows choose it."""
     settings = PatchSettings() if ridge is None else PatchSettings(ridges=(ridge,))
     return heal(short, layers, windows, settings=settings, **options)
 
@@ -199,7 +199,7 @@ def fit(
     Args:
         short: the model with all the layers, in memory or streamed.
         layers: to remove, original numbers in any order.
-        windows: token ids of calibration text, of all the kinds that the model is to be used for.
+        windows: token ids of calibration text of all kinds of use, never of evaluation text.
         held: held-out windows, which choose ridges; None takes every eighth of ``windows``.
         settings: None takes those of `RefitSettings`. With parts None, both sublayers are tried
             with each weight of tokens, next each step size, next each sublayer alone, every time

@@ -102,8 +102,8 @@ class Batches:
 class LayerRefit:
     """Solves the output projections of a kept layer, while its weights are in memory.
 
-    The states of ``batches`` enter it; it has an ``index`` in the decoder, and ``layer`` is its
-    original number. ``parts`` are solved where they can be, or the last of these alone.
+    It has an ``index`` in the decoder, and ``layer`` is its original number. ``parts`` are solved
+    where they can be, or the last of these alone.
     """
 
     def __init__(
@@ -130,6 +130,7 @@ class LayerRefit:
         names = names[-1:] if last_only else names
         self.projections = {name: solvable[name] for name in names}  # what is solved
         self._output_modules = [m for name in names for m in solvable[name].modules]
+        # why other sublayers cannot be solved, in words
         self.refused = "; ".join(dict.fromkeys(self._sublayers.refused.values()))
         self.restored = ExitStack()  # after this block the parameters have their old values again
         self._between = HiddenStates([], 0, sample.dtype)

@@ -133,7 +133,7 @@ class RefitState:
     """A refit under way, in memory or in a folder from which it can be continued."""
 
     def __init__(self, folder: Path | None, identity: Mapping[str, object]) -> None:
-        self.folder, self.done, self.fits = folder, 0, list[Fit]()  # layers finished, so solved
+        self.folder, self.done, self.fits = folder, 0, list[Fit]()  # finished layers, their fits
         self.scratch: Path | None = None  # for states that are not to be continued from
         self._values: dict[Parameter, Tensor] = {}
         self._stored, self._files = StoredValues(), dict[str, str]()  # digests by their names

@@ -10,7 +10,7 @@ goes to windows that were not seen, the rest to the tests:
 
 Unseen windows. The first look is where a kind of windows that makes up ``rare`` of all was missed
 with no more than this probability: (1 - rare)^m, or without replacement the hypergeometric one
-(the "rule of three": Hanley and Lippman-Hand, JAMA 249, 1983).
+(the "rule of three": Hanley and Lippman-Hand, JAMA 249, 1983). Of rarer kinds nothing is promised.
 
 Tests. Differences are paired, because the same windows score all layers, and shrink by the
 finite-population correction (Cochran, Sampling Techniques, 3rd ed., section 2.6). Student's t is
@@ -23,8 +23,8 @@ The tests' error is bounded over L - 1 pairs: let a be the highest of the n laye
 choose. If another set is claimed, either a is not in it, and one of the L - n layers above is
 claimed to lie below a; or it is, and one of the n - 1 others is claimed to lie above a. Over the
 planned looks it is shared equally; if nobody knows how many windows there are, look k gets
-1 / (k (k + 1)). The bound fails at a near tie of layers of which a few windows, rarer than
-``rare``, hold much of the sum.
+1 / (k (k + 1)). The bound holds as far as t, corrected for skewness, has the right tail: not at a
+near tie of layers of which a few windows, rarer than ``rare``, hold much of the sum.
 
 ``benchmarks/stopping.py --adversarial`` attacks the rule with populations made to mislead it.
 
