@@ -294,7 +294,7 @@ MUTANTS = [
         "test_a_chain_does_what_its_steps_do_and_is_recorded_as_one",
     ),
     (
-        "        for undo in reversed(undos):\n            undo()\n",
+        "                undos.callback(undo)\n",
         "",
         "test_all_steps_are_undone_when_a_later_one_fails",
     ),

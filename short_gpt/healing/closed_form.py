@@ -18,23 +18,14 @@ Heal = Callable[[], tuple[dict[str, object], Callable[[], object]]]
 
 @dataclass(frozen=True)
 class HealingContext:
-    """What all steps of one healing share.
+    """What all steps of one healing share."""
 
-    Attributes:
-        short: the model, with all its layers while steps are prepared.
-        windows: to learn from, validate by and evaluate on.
-        layers: that are removed between the two, in the original model's numbering.
-        folder: what steps keep, until the healing ends or to be continued.
-        lasting: whether the folder outlives the healing.
-        progress: whether to show bars.
-    """
-
-    short: ScoredModel
-    windows: Learning
-    layers: Sequence[int]
-    folder: Path
-    lasting: bool = False
-    progress: bool = True
+    short: ScoredModel  # with all its layers while steps are prepared
+    windows: Learning  # to learn from, validate by and evaluate on
+    layers: Sequence[int]  # removed between the two, original numbers
+    folder: Path  # what steps keep, until the healing ends or to be continued
+    lasting: bool = False  # whether the folder outlives the healing
+    progress: bool = True  # whether to show bars
 
 
 class Step(Protocol):
@@ -58,7 +49,6 @@ class ClosedForm(ABC):
         """Fits on the original model; what is returned folds."""
 
     def prepare(self, context: HealingContext) -> Heal:
-        """As `fit`; refuses to fit where no layer is removed."""
         if not context.layers:
             raise ShortGPTError(f"{self.name} reads the original model: name the layers to remove")
         return self.fit(context)

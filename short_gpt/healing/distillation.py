@@ -1,15 +1,12 @@
 """Distillation: a student learns what its teacher predicts, and not just the text.
 
-The loss of a prediction is
+The loss is the mean over predicted tokens of
 
     (1 - a) (-log q(next token)) + a t^2 KL(p || q)
 
-with q the student's and p the teacher's probabilities, the latter two at temperature t (Hinton et
-al. 2015, arXiv:1503.02531), and their mean over all predicted tokens what is minimised.
-
-A teacher's predictions are kept on disk, or asked for in every step. Of each the K likeliest tokens
-are kept, and the total of all others as one more event: the Kullback-Leibler divergence over these
-K + 1 events is at most that over all V tokens, and equal to it for K = V.
+with q the student's and p the teacher's probabilities, in the KL at temperature t (Hinton et al.
+2015, arXiv:1503.02531). Of each prediction the K likeliest tokens are kept, and the total of all
+others as one more event: the KL over these K + 1 events is at most that over all V tokens.
 
 Shapes: B windows of a batch, S tokens of the longest, N predictions, V vocabulary, K tokens kept.
 """
@@ -72,7 +69,6 @@ class Targets(NamedTuple):
         return cls(ids, logs - total[:, None], others - total)
 
     def to(self, device: torch.device) -> Targets:
-        """The same on another device."""
         return Targets(*(part.to(device) for part in self))
 
     def normalized(self) -> Targets:
@@ -84,13 +80,8 @@ class Targets(NamedTuple):
 def divergence(logits: Tensor, targets: Targets, *, temperature: float = 1.0) -> Tensor:
     """KL(teacher || student) in nats of every prediction, (N,), not multiplied by t^2.
 
-    It is at least 0, and 0 where the student predicts what the teacher does. Its gradient is the
-    student's probabilities less the teacher's, whose rest is spread as the student's is.
-
-    Args:
-        logits: (N, V), the student's.
-        targets: the teacher's, over the same vocabulary and at the same temperature.
-        temperature: by which both divide their logits.
+    Its gradient is the student's probabilities less the teacher's, whose rest is spread as the
+    student's is. The student's ``logits`` are (N, V); ``temperature`` is that of the targets.
     """
     nats: Tensor = _Divergence.apply(_scaled(logits, temperature), *targets)  # (N,)
     return nats
@@ -137,7 +128,6 @@ def _with_gradient(
 
 
 def _scaled(logits: Tensor, temperature: float) -> Tensor:
-    """(N, V), in float32 at least."""
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return wide if temperature == 1 else wide / temperature
 
@@ -145,10 +135,7 @@ def _scaled(logits: Tensor, temperature: float) -> Tensor:
 class LiveTeacher:
     """A second model in memory, asked in every step: nothing is kept on disk.
 
-    Args:
-        model: with all its layers; never the object that is trained.
-        k: tokens kept of each prediction.
-        temperature: of its predictions.
+    The ``model`` has all its layers, and is never the object that is trained.
     """
 
     def __init__(self, model: Predictor, *, k: int = TOP_K, temperature: float = 1.0) -> None:
@@ -156,29 +143,24 @@ class LiveTeacher:
         self.model, self.k, self.temperature = model, min(k, model.decoder.vocab_size), temperature
 
     def identity(self) -> dict[str, object]:
-        """What a resumed training must share with the earlier one, ready for JSON."""
+        """What a resumed training must share with the earlier one."""
         own = {"top_k": self.k, "temperature": self.temperature, "cached": False}
         return joined({"teacher": json_digest(self.model.identity())}, own)
 
     def targets(self, indices: Sequence[int], windows: Sequence[Window]) -> list[Targets]:
         """What it predicts after every token except the last of each of these windows."""
-        every = self.model.window_logits(windows, batch_size=len(windows))
+        every = self.model.window_logits(windows, batch_size=len(windows))  # (S, V) each
         return [_targets(logits, self.k, self.temperature) for logits in every]
 
 
 class CachedTeacher:
     """A teacher's predictions in a file that is mapped into memory, 6 K + 2 bytes a token.
 
-    Args:
-        folder: holds the predictions, or will: two files.
-        model: with all its layers; asked only by `fill`, and may be changed after that.
-        windows: token ids, all that will be asked for.
-        k: tokens kept of each prediction; all of the vocabulary where that has fewer.
-        temperature: of the predictions.
+    The ``model`` has all its layers; only `fill` asks it, and it may be changed after that. The
+    ``windows`` of token ids are all that will be asked for.
 
     Raises:
-        ShortGPTError: the folder holds predictions of another model, for other windows, or with
-            other settings; the message names which.
+        ShortGPTError: the folder holds predictions of another model, other windows or settings.
         FileExistsError: the folder holds another file of that name.
 
     Example:
@@ -201,8 +183,8 @@ class CachedTeacher:
         self._windows, known = windows, model.identity()
         self._teacher = json_digest(known)
         self.k, self.temperature = min(k, model.decoder.vocab_size), temperature
-        many = (self.k,)
-        self._record = np.dtype([("ids", "<i4", many), ("logs", "<f2", many), ("rest", "<f2")])
+        K = (self.k,)
+        self._record = np.dtype([("ids", "<i4", K), ("logs", "<f2", K), ("rest", "<f2")])
         # in the file, of each window: records of all tokens except the last, and their digest
         sizes = [(len(window) - 1) * self._record.itemsize + DIGEST for window in windows]
         self._ends = [0, *accumulate(sizes)]
@@ -215,17 +197,11 @@ class CachedTeacher:
             raise FileExistsError(f"{self._file} exists, and no {IDENTITY} says what it is")
 
     def identity(self) -> dict[str, object]:
-        """What a resumed training must share with the earlier one, ready for JSON."""
         own = {"top_k": self.k, "temperature": self.temperature, "cached": True}
         return joined({"teacher": self._teacher}, own)
 
     def fill(self, *, batch_size: int = 1, progress: bool = True) -> None:
-        """Asks the model for what the file lacks, ``batch_size`` windows at once.
-
-        Raises:
-            ShortGPTError: what the file has is not what was saved there.
-            NotFiniteError: a logit is NaN or infinite.
-        """
+        """Asks the model for what the file lacks; ShortGPTError where the file is damaged."""
         self._file.parent.mkdir(parents=True, exist_ok=True)
         if self._state.content is None:
             self._state.save({})
@@ -239,7 +215,11 @@ class CachedTeacher:
         ):
             shown.update(done)
             for logits in every:  # (S, V)
-                content = self._bytes(logits)
+                targets = _targets(logits, self.k, self.temperature)
+                record = np.empty(len(targets.rest), self._record)
+                for name, part in targets._asdict().items():
+                    record[name] = part.cpu().numpy()
+                content = record.tobytes()
                 file.write(content + sha256(content).digest())
                 tokens += len(logits) - 1
                 set_rate(shown, tokens)
@@ -259,16 +239,7 @@ class CachedTeacher:
         logs, rest = (torch.from_numpy(part[name].astype(np.float32)) for name in ("logs", "rest"))
         return Targets(ids, logs, rest).normalized()
 
-    def _bytes(self, logits: Tensor) -> bytes:
-        """The records of a window."""
-        targets = _targets(logits, self.k, self.temperature)
-        record = np.empty(len(targets.rest), self._record)
-        for name, part in targets._asdict().items():
-            record[name] = part.cpu().numpy()
-        return record.tobytes()
-
     def _written(self) -> int:
-        """Bytes in the file."""
         return self._file.stat().st_size if self._file.exists() else 0
 
     def _drop_unfinished(self) -> int:
@@ -288,7 +259,6 @@ Teacher = LiveTeacher | CachedTeacher
 
 
 def check_targets(k: int, temperature: float) -> None:
-    """Raises ShortGPTError for what cannot be kept of a teacher."""
     if k < 1:
         raise ShortGPTError(f"top_k = {k}: expected at least 1")
     if not 0 < temperature < float("inf"):
@@ -296,7 +266,6 @@ def check_targets(k: int, temperature: float) -> None:
 
 
 def _targets(logits: Tensor, k: int, temperature: float) -> Targets:
-    """What a window's logits (S, V) say of the tokens after its first."""
     targets = Targets.of(logits[:-1], k, temperature)
     if targets.logs.isnan().any():
         raise NotFiniteError(
@@ -307,29 +276,21 @@ def _targets(logits: Tensor, k: int, temperature: float) -> Targets:
 
 @dataclass(frozen=True)
 class Distillation:
-    """What LoRA learns instead of the text alone.
+    """What LoRA learns instead of the text alone."""
 
-    Args:
-        teacher: the original model's predictions on the windows of training and validation.
-        kl_share: a, of the divergence in the loss, above 0 and at most 1; the rest is the text's.
-    """
-
-    teacher: Teacher
-    kl_share: float = 1.0
+    teacher: Teacher  # asked for its predictions on the windows of training and validation
+    kl_share: float = 1.0  # a, of the divergence in the loss, above 0; the rest is the text's
 
     def __post_init__(self) -> None:
         check_share(self.kl_share)
 
     def identity(self) -> dict[str, object]:
-        """What a resumed run must share with the earlier one, ready for JSON."""
         return joined(self.teacher.identity(), {"kl_share": self.kl_share})
 
     def collate(self, batch: Sequence[Example]) -> dict[str, Tensor]:
         """Windows with their targets, padded: ids and logs (B, S - 1, K), rest (B, S - 1)."""
-        targets = self._of(batch)
-        padded_parts = [
-            pad_sequence([*part], batch_first=True) for part in zip(*targets, strict=True)
-        ]
+        parts = zip(*self._of(batch), strict=True)  # each of all windows
+        padded_parts = [pad_sequence([*part], batch_first=True) for part in parts]
         tensors = collate(batch)
         # versions of transformers count the first token as predicted or not: here none does
         tensors["labels"][:, 0] = IGNORED
@@ -354,14 +315,7 @@ class Distillation:
     def measure(
         self, decoder: Decoder, windows: Sequence[Window], *, first: int, batch_size: int
     ) -> dict[str, float]:
-        """The mean divergence of a student, and its perplexity, by the Trainer's names.
-
-        Args:
-            decoder: the student.
-            windows: that are read, each of at least two tokens.
-            first: the index of the first of them among all windows of the run.
-            batch_size: windows read at once.
-        """
+        """A student's mean divergence and perplexity; ``first`` is the first window's index."""
         apart = nats = 0.0
         for batch in batches(examples(windows, first=first), batch_size):
             every = [example["input_ids"] for example in batch]
@@ -385,6 +339,5 @@ class Distillation:
 
 
 def check_share(kl_share: float) -> None:
-    """Raises ShortGPTError for a share of the loss that cannot be."""
     if not 0 < kl_share <= 1:
         raise ShortGPTError(f"kl_share = {kl_share}: expected above 0 and at most 1")

@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -39,11 +39,7 @@ STEPS = {kind.name: kind for kind in KINDS}
 
 
 def check_order(steps: Sequence[tuple[str, bool]]) -> None:
-    """Raises ShortGPTError unless steps, by name and whether each trains, can follow each other.
-
-    Example:
-        >>> check_order([("patch", False), ("distill", True)])
-    """
+    """Raises ShortGPTError unless steps, by name and whether each trains, can follow each other."""
     names = [name for name, _ in steps]
     chain = ",".join(names)
     if not names or len(set(names)) != len(names):
@@ -58,33 +54,23 @@ def check_order(steps: Sequence[tuple[str, bool]]) -> None:
 
 @dataclass(frozen=True)
 class HealingEvidence:
-    """What a healing brought, on windows that it did not learn from.
+    """What a healing changed, on windows that it did not learn from."""
 
-    Attributes:
-        steps: what healed the model, oldest first, each ready for JSON; "method" names it.
-        perplexity: by the state of the model: whole, pruned (or before), after each step except the
-            last by the steps until then ("patch"), and healed.
-        change: of the loss by the healing alone, paired over the windows.
-        changes: the same of each step, by its name.
-    """
-
-    steps: Sequence[Mapping[str, object]]
+    steps: Sequence[Mapping[str, object]]  # oldest first, for JSON; "method" names each
+    # by the model's state: whole, pruned (or before), the names of the steps so far, healed
     perplexity: Mapping[str, Perplexity]
-    change: Difference
-    changes: Mapping[str, Difference] = field(default_factory=dict)
+    change: Difference  # of the loss by the healing alone, paired over the windows
+    changes: Mapping[str, Difference] = field(default_factory=dict)  # the same by step
 
     @property
     def how(self) -> Mapping[str, object]:
-        """What healed the model last."""
         return self.steps[-1]
 
     @property
     def worse(self) -> bool:
-        """Whether the perplexity is higher than without the healing."""
         return self.change.nats > 0
 
     def to_dict(self) -> dict[str, object]:
-        """All of it, ready for JSON."""
         return {
             "healing": [dict(step) for step in self.steps],
             "perplexity": {name: measured.value for name, measured in self.perplexity.items()},
@@ -98,20 +84,12 @@ class HealingJob:
     """Removes layers, heals the pruned model in steps, and measures before and after.
 
     Args:
-        short: the opened model, which is changed in place; for training a `ShortHFModel`, where a
-            Meta checkpoint is opened by `ShortHFModel.from_meta`.
+        short: the opened model, changed in place; for training a `ShortHFModel` (see ``from_meta``).
         windows: to learn from, validate by and evaluate on.
-        layers: to remove first, in the original model's numbering; training also heals a model
-            from which nothing more is removed.
-        settings: what heals, one step or several: one closed form at most, before training.
-        work_dir: keeps what an interrupted healing continues from, until the model is saved; None
-            keeps nothing.
-        resume: continue from what is there.
-        progress: whether to show bars.
+        layers: to remove first, original numbers; training may also heal without removing any.
+        settings: one step or several: one closed form at most, before training.
+        work_dir: keeps what an interrupted healing continues from, until the model is saved.
         notify: called with every perplexity when it is measured, in words.
-
-    Attributes:
-        evidence: of `run`; None before.
 
     Example:
         >>> short = ShortHFModel("llama-2-7b-hf")  # doctest: +SKIP
@@ -140,11 +118,11 @@ class HealingJob:
         check_order([(step.name, step.trains) for step in self.steps])
         self.work_dir = None if work_dir is None else Path(str(work_dir))
         self.resume, self.progress, self.notify = resume, progress, notify
-        self.evidence: HealingEvidence | None = None
+        self.evidence: HealingEvidence | None = None  # of `run`
         self._lock: Lock | None = None  # of the folder, from the start of `run` until it is removed
 
     def plan_text(self) -> str | None:
-        """What a refit among the steps takes in memory and on disk; None where there is none."""
+        """What a refit among the steps takes in memory and on disk, if there is one."""
         for step in self.steps:
             if isinstance(step, RefitSettings) and step.where == "all":
                 return step.plan(self.short, self.windows, self.work_dir).describe()
@@ -182,21 +160,22 @@ class HealingJob:
         """Removes layers, heals and measures; returns how. All is undone after an error."""
         names, count = [step.name for step in self.steps], len(self.short.kept)
         done: list[dict[str, object]] = []
-        undos: list[Callable[[], object]] = []
         # a trial: whatever happens in it, all layers are back after it
-        with self.short.without_layers(self.layers), _undone_on_error(undos):
+        with self.short.without_layers(self.layers), ExitStack() as undos:
             kept = len(self.short.present)
             raw = f"pruned, {kept} layers" if self.layers else f"before, {count} layers"
             self._measure(raw, parts)
             for number, heal in enumerate(ready, start=1):
                 how, undo = heal()
-                undos.append(undo)
+                undos.callback(undo)
                 done.append(how)
                 state = ", ".join(names[:number]) if number < len(names) else "healed"
                 self._measure(state, parts)
-        with _undone_on_error(undos):
+            undos = undos.pop_all()  # they outlive the trial
+        with undos:
             if self.layers:
                 self.short.remove_layers(self.layers)
+            undos.pop_all()  # nothing failed: what was done stays
         return done
 
     def save(
@@ -206,13 +185,11 @@ class HealingJob:
         facts: Mapping[str, object] | None = None,
         overwrite: bool = False,
     ) -> Path:
-        """Writes the healed model with its evidence, and removes what could be continued from.
+        """Writes the healed model with its evidence, and empties ``work_dir``.
 
-        A streamed model reads from there what was solved: go on with the new directory instead.
-        Arguments and errors as in `ScoredModel.save`, and:
+        A streamed model goes on from ``out_dir``. Arguments, errors as in `ScoredModel.save`, and:
 
         Raises:
-            RuntimeError: `run` was not called, or failed.
             NotSavedError: nothing could be written; ``work_dir`` keeps all, to be continued.
             ShortGPTError: what was to be written is refused, and will be again.
         """
@@ -226,16 +203,13 @@ class HealingJob:
             short = shortage(error, elsewhere=False)
             if self.work_dir is None or not (short or isinstance(error, USER_ERRORS)):
                 raise
-            why = short or str(error)
+            what = f"{out_dir} was not written: {short or error}"
+            kept = f"{what}; {self.work_dir} keeps what was healed"
             if short is None and not isinstance(error, OSError):  # of what was to be written
-                raise ShortGPTError(
-                    f"{out_dir} was not written: {why}; {self.work_dir} keeps what was healed, but "
-                    "the same call is refused again until that is mended"
-                ) from error
-            raise NotSavedError(
-                f"{out_dir} was not written: {why}; {self.work_dir} keeps what was healed, and "
-                "once there is a way to write, the same call continues"
-            ) from error
+                again = "but the same call is refused again until that is mended"
+                raise ShortGPTError(f"{kept}, {again}") from error
+            again = "and once there is a way to write, the same call continues"
+            raise NotSavedError(f"{kept}, {again}") from error
         if self.work_dir is not None:
             self._clear(self.work_dir)
         return out
@@ -284,19 +258,7 @@ class HealingJob:
                 folder.rmdir()
 
     def _measure(self, state: str, parts: dict[str, list[Perplexity]]) -> None:
-        """Adds the perplexity of every window in this state of the model to ``parts``."""
         parts[state] = self.short.window_losses(self.windows.evaluation, progress=self.progress)
         if self.notify is not None:
             name = state.replace("whole", "original")  # files keep the older name
             self.notify(f"{name}: perplexity {together(parts[state]).value:.3f}")
-
-
-@contextmanager
-def _undone_on_error(undos: Sequence[Callable[[], object]]) -> Iterator[None]:
-    """Undoes what was done, the last first, after any error in the block."""
-    try:
-        yield
-    except BaseException:
-        for undo in reversed(undos):
-            undo()
-        raise

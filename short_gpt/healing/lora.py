@@ -41,36 +41,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Healed:
-    """What `heal` did.
+    """What `heal` did."""
 
-    Attributes:
-        recipe: as used.
-        trainable: parameters that were trained.
-        parameters: of the model.
-        steps: optimizer steps done; fewer than asked for after an early stop.
-        kept_step: the step whose weights were kept, the best by the validation windows; 0 if none
-            was better than no healing, and the model stayed as it was.
-        losses: training loss in nats by step.
-        validation: perplexity on the validation windows by step; 0 is before.
-        tokens: trained on, with repetitions.
-        divergence: from the teacher on the validation windows by step, nats a token; the best step
-            is chosen by it, without distillation by the perplexity.
-        distillation: its settings; None where the text alone was learned.
-    """
-
-    recipe: Recipe
-    trainable: int
-    parameters: int
-    steps: int
-    kept_step: int
-    losses: dict[int, float]
-    validation: dict[int, float]
-    tokens: int
-    divergence: dict[int, float] | None = None
-    distillation: dict[str, object] | None = None
+    recipe: Recipe  # as used
+    trainable: int  # number of parameters trained
+    parameters: int  # of the model
+    steps: int  # optimizer steps done; fewer than the recipe's after an early stop
+    kept_step: int  # the best step by the validation windows; 0 leaves the model as it was
+    losses: dict[int, float]  # training loss in nats by step
+    validation: dict[int, float]  # perplexity on the validation windows by step; 0 is before
+    tokens: int  # trained on, with repetitions
+    divergence: dict[int, float] | None = None  # from the teacher in validation by step, nats
+    distillation: dict[str, object] | None = None  # its settings; None where text was learned
 
     def to_dict(self) -> dict[str, object]:
-        """All of it, ready for JSON."""
         if self.distillation is not None:
             return {"method": "distillation", **asdict(self)}
         own = ("divergence", "distillation")
@@ -102,20 +86,16 @@ def heal(
         short: a `ShortHFModel`, its layers removed.
         training: windows of token ids to learn from.
         validation: windows by which the best checkpoint is kept and training may stop.
-        evaluation: windows on which results will be reported; never read here, only compared: no
-            training or validation window may share text with them.
+        evaluation: windows for the results; never read, but no other may share text with them.
         recipe: None takes the paper's, see `recipe_for`.
         work_dir: keeps checkpoints, to resume from; None keeps none.
-        resume: continue from the last checkpoint in ``work_dir``; the same recipe and windows
-            give what an uninterrupted run gives.
-        progress: whether to show a bar.
+        resume: continue from the last checkpoint; gives what an uninterrupted run gives.
         distillation: what is learned instead of the text alone.
 
     Raises:
         MissingPackageError: peft, or for 4 bits bitsandbytes, is missing.
-        ShortGPTError: the model is not one of transformers; the texts overlap; no linear map has
-            the recipe's names; no windows; nothing or something else to resume; for 4 bits, no
-            CUDA.
+        ShortGPTError: the model is not one of transformers; texts overlap; no linear map has the
+            recipe's names; no windows; another run to resume; 4 bits without CUDA.
         NotFiniteError: a loss is NaN or infinite.
     """
     require_packages()
@@ -124,10 +104,8 @@ def heal(
     return heal_run(short, run, evaluation)[0]
 
 
-def heal_run(
-    short: ScoredModel, run: TrainingRun, evaluation: Sequence[Window] = ()
-) -> tuple[Healed, Callable[[], None]]:
-    """The same, and a function that takes out what was merged; until then a copy is held."""
+def heal_run(short: ScoredModel, run: TrainingRun, evaluation: Sequence[Window] = ()) -> Merged:
+    """As `heal`; also returns what takes the change out again, for which a copy is held."""
     require_packages()
     if several_ranks():
         raise ShortGPTError("LoRA healing runs in one process; start it without torchrun")
@@ -141,7 +119,7 @@ def heal_run(
     ]
     healed, restore = (_heal_four_bit if run.recipe.four_bit else _heal)(model, run)
     change = WeightChange(healed.to_dict(), frozenset().union(*ends))
-    if healed.kept_step:
+    if healed.kept_step:  # else no evaluation was better than before, and nothing was merged
         short.note_change(change)
 
     def undo() -> None:
@@ -152,7 +130,6 @@ def heal_run(
 
 
 def _heal(model: PreTrainedModel, run: TrainingRun) -> Merged:
-    """Trains over the model's own weights and merges."""
     adapted = adapt(model, run.recipe)
     try:
         healed = _train(adapted, run)
@@ -234,7 +211,6 @@ def _clean(model: PreTrainedModel, recipe: Recipe) -> None:
 
 
 def _check(run: TrainingRun, evaluation: Sequence[Window]) -> None:
-    """Raises ShortGPTError or MissingPackageError for windows and settings that cannot be."""
     for name, windows in (("training", run.training), ("validation", run.validation)):
         if not len(windows) or min(map(len, windows)) < 2:
             raise ShortGPTError(f"expected {name} windows of at least 2 tokens, got {len(windows)}")
@@ -245,7 +221,6 @@ def _check(run: TrainingRun, evaluation: Sequence[Window]) -> None:
 
 
 def require_packages() -> None:
-    """Raises MissingPackageError where the extra is missing."""
     for package in ("peft", "transformers", "accelerate"):
         try:
             __import__(package)
@@ -256,7 +231,6 @@ def require_packages() -> None:
 
 
 def adapt(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
-    """A ``PeftModel`` around the same weights, with untrained changes of linear maps."""
     from peft import LoraConfig, TaskType, get_peft_model
 
     targets = target_modules(model, recipe.modules)
@@ -274,12 +248,7 @@ def adapt(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
 
 
 def target_modules(model: PreTrainedModel, names: Sequence[str] | None = None) -> list[str]:
-    """The full names of the linear maps inside the layers that LoRA changes.
-
-    Args:
-        model: a causal language model of transformers.
-        names: ends of their names; None takes the MLP's of the model's family.
-    """
+    """Full names of the linear maps in the layers with these last names; None: the family's MLP."""
     model_type = model.config.get_text_config(decoder=True).model_type
     names = family_of(model_type).lora if names is None else names
     ends = tuple(f".{name}" for name in names)
@@ -322,7 +291,6 @@ def quantized(model: PreTrainedModel, device: torch.device, recipe: Recipe) -> P
 
 
 def require_four_bit() -> None:
-    """Raises MissingPackageError or ShortGPTError, naming what QLoRA lacks here."""
     try:
         import_module("bitsandbytes")
     except ImportError:
@@ -346,7 +314,6 @@ class LoraSettings:
         return self.recipe or recipe_for(context.short.trainable().config)
 
     def _training(self, context: HealingContext) -> Sequence[Window]:
-        """The windows that all optimizer steps together will read."""
         recipe = self._recipe(context)
         return context.windows.training[: recipe.steps * recipe.batch]
 
@@ -362,21 +329,13 @@ class LoraSettings:
 
 @dataclass(frozen=True)
 class DistillSettings(LoraSettings):
-    """Settings of LoRA on what the original model predicts.
+    """Settings of LoRA on what the original model predicts."""
 
-    Attributes:
-        teacher: opens another model that predicts; None asks the model before layers are removed.
-        live: ask that other model in every step, and keep nothing on disk.
-        top_k: tokens kept of each prediction.
-        temperature: by which both models' logits are divided.
-        kl_share: of the divergence in the loss; the rest is the text's own.
-    """
-
-    teacher: Callable[[], Predictor] | None = None
-    live: bool = False
-    top_k: int = TOP_K
-    temperature: float = 1.0
-    kl_share: float = 1.0
+    teacher: Callable[[], Predictor] | None = None  # opens it; None: the model with all layers
+    live: bool = False  # ask that other model in every step, and keep nothing on disk
+    top_k: int = TOP_K  # tokens kept of each prediction
+    temperature: float = 1.0  # by which both models' logits are divided
+    kl_share: float = 1.0  # of the divergence in the loss; the rest is the text's own
     name: ClassVar[str] = "distill"
 
     def prepare(self, context: HealingContext) -> Heal:

@@ -21,41 +21,23 @@ class ModelConfig(Protocol):
 
 @dataclass(frozen=True)
 class Recipe:
-    """Settings of LoRA; the defaults are those of Gromov et al.
+    """Settings of LoRA; the defaults are those of Gromov et al."""
 
-    Attributes:
-        rank: of the changes.
-        alpha: their scale times the rank; None is the rank.
-        dropout: before them.
-        modules: ends of the names of the linear maps that change; None takes the MLP's.
-        learning_rate: at its peak, after ``warmup`` steps; a half cosine to 0 follows.
-        steps: optimizer steps.
-        warmup: optimizer steps until the peak.
-        batch: windows a step.
-        micro_batch: windows read at once; divides ``batch``.
-        size: tokens of a window, as a recommendation to whoever cuts them.
-        seed: of everything random.
-        eval_every: steps from one evaluation, and one checkpoint, to the next.
-        patience: evaluations without a better one before training stops; None never stops it.
-        four_bit: train over weights in 4 bits (QLoRA), merge into the unquantized ones.
-        gradient_checkpointing: less memory for a second forward pass.
-    """
-
-    rank: int = 64
-    alpha: int | None = None
-    dropout: float = 0.05
-    modules: tuple[str, ...] | None = None
-    learning_rate: float = 3e-4
-    steps: int = 5000
-    warmup: int = 100
-    batch: int = 16
-    micro_batch: int = 1
-    size: int = 2048
-    seed: int = 0
-    eval_every: int = 100
-    patience: int | None = None
-    four_bit: bool = False
-    gradient_checkpointing: bool = False
+    rank: int = 64  # of the changes
+    alpha: int | None = None  # their scale times the rank; None is the rank
+    dropout: float = 0.05  # before them
+    modules: tuple[str, ...] | None = None  # ends of the linear maps' names; None: the MLP's
+    learning_rate: float = 3e-4  # at its peak, after ``warmup`` steps; a half cosine to 0 follows
+    steps: int = 5000  # of the optimizer
+    warmup: int = 100  # steps until the peak
+    batch: int = 16  # windows a step
+    micro_batch: int = 1  # windows read at once; divides ``batch``
+    size: int = 2048  # tokens of a window, as a recommendation to whoever cuts them
+    seed: int = 0  # of everything random
+    eval_every: int = 100  # steps from one evaluation, and one checkpoint, to the next
+    patience: int | None = None  # evaluations without a better one before it stops; None: never
+    four_bit: bool = False  # train over weights in 4 bits (QLoRA), merge into unquantized ones
+    gradient_checkpointing: bool = False  # less memory for a second forward pass
 
     def __post_init__(self) -> None:
         for name in ("rank", "steps", "batch", "micro_batch", "eval_every"):
@@ -97,15 +79,11 @@ PRESETS = ("paper", "demo", "small")
 
 
 def recipe_for(config: ModelConfig, preset: str = "paper", **changes: Any) -> Recipe:
-    """The published settings for a model.
+    """The published settings for a model, with ``changes`` of its attributes.
 
-    Args:
-        config: of the model, pruned or not.
-        preset: "paper" takes rank, learning rate and size from the paper's table where the model
-            is in it, by its type and widths, else rank 64 and 3e-4, the table's most common;
-            "demo" is the public demonstration: rank 8, alpha 32, q_proj and v_proj, 1e-6; "small"
-            is for minutes on a few processor cores.
-        changes: attributes of `Recipe`, which take precedence.
+    The preset "paper" takes rank, learning rate and size from the paper's table where it has the
+    model's type and widths, else rank 64 and 3e-4. "demo" is the public demonstration: rank 8,
+    alpha 32, q_proj and v_proj, 1e-6; "small" takes minutes on a few processor cores.
     """
     if preset not in PRESETS:
         raise ShortGPTError(f"preset {preset!r} is unknown: expected one of {', '.join(PRESETS)}")

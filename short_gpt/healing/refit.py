@@ -1,22 +1,18 @@
 """The closed-form refit: output projections of the kept layers, solved again one after the other.
 
 Kept layers were trained on the hidden states of the original model. After the first gap they read
-others, and so every kept layer k from there on gets the target
-
-    T_k = the original model's state where the next kept layer begins,
-
-which is the state after the gap for a layer before one (the idea of ReplaceMe, Shopkhoev et al.
-2025, arXiv:2505.02819) and the layer's own output elsewhere. Its matrix W, which maps F inputs m to
-what the sublayer adds to the stream h, becomes W + C^T, where C minimises
+others. So each kept layer k from there on gets a target: T_k, the original model's state entering
+the next kept layer. That is the state after the gap for a layer before one (the idea of ReplaceMe,
+Shopkhoev et al. 2025, arXiv:2505.02819), else the layer's own output. Its matrix W, which maps F
+inputs m to what the sublayer adds to the stream h, becomes W + C^T, where C minimises
 
     sum over tokens w ||h + W m + C^T m - T_k||^2 + ridge (tr(M^T M) / F) ||C||^2.
 
-The inputs are those of the model as pruned and refitted before k, and so later layers restore what
-earlier ones could not. w = 1 / ||T_k||^2, because RMSNorm makes a token's scale irrelevant to what
-follows. The attention's o_proj is solved first, for the original model's state between the
-sublayers, then the MLP's down_proj. The ridge of every matrix is the one that restores most on
-held-out windows. Nothing is trained and no parameter is added: the result loads wherever the model
-does. The patch is the same for the layers before gaps alone, with the original model's inputs.
+The inputs are those of the model pruned and refitted before k, and so later layers restore what
+earlier ones could not. w = 1 / ||T_k||^2, because RMSNorm makes a token's scale irrelevant. The
+attention's o_proj is solved first, for the original state between the sublayers, then down_proj.
+Held-out windows choose the ridge of every matrix. The patch is the same for the layers before gaps
+alone, with the original model's inputs.
 
 Shapes: B windows, S tokens, N tokens in all, L layers, D width of the stream, F inputs of a matrix.
 """
@@ -62,27 +58,18 @@ TRIED = len(WEIGHTS) + len(STEP_SIZES) - 1 + len(PARTS)  # fits
 @renamed_argument("aim", "step_size")
 @dataclass(frozen=True)
 class RefitSettings(ClosedForm):
-    """Settings of the refit.
+    """Settings of the refit."""
 
-    Attributes:
-        parts: the sublayers whose output projection is solved; None tries several settings and
-            keeps those of the lowest loss on held-out windows.
-        ridges: candidates, relative to the mean square of the weighted inputs.
-        weights: w of a token, "inverse" for 1 / ||target||^2, or "equal" for all alike.
-        step_size: a factor of every solved change, above 0 and at most 1.
-        where: "all" solves every kept layer from the first gap on; "gaps" the last projection of
-            the layers before gaps alone, on the original model's hidden states.
-        batch_size: windows of one length read at once.
-        max_windows: how many of the training windows are read, from the first; None reads all.
-    """
-
+    # sublayers to solve; None tries several settings and keeps the best on held-out windows
     parts: tuple[str, ...] | None = PARTS
-    ridges: Sequence[float] = RIDGES
-    weights: str = WEIGHTS[0]
-    step_size: float = 1.0
+    ridges: Sequence[float] = RIDGES  # candidates, relative to the weighted inputs' mean square
+    weights: str = WEIGHTS[0]  # w of a token: "inverse" is 1 / ||T||^2, "equal" all alike
+    step_size: float = 1.0  # a factor of every solved change, above 0 and at most 1
+    # "all": every kept layer from the first gap on; "gaps": the last projection of the layers
+    # before gaps alone, on the original model's hidden states
     where: str = WHERE[0]
-    batch_size: int = 1
-    max_windows: int | None = None
+    batch_size: int = 1  # windows of one length read at once
+    max_windows: int | None = None  # of the training windows, from the first; None reads all
     name: ClassVar[str] = "refit"
 
     def __post_init__(self) -> None:
@@ -96,19 +83,16 @@ class RefitSettings(ClosedForm):
                 f"ridges = {ridges!r}: expected numbers above 0, such as {RIDGES[0]}"
             )
         for name, known in (("weights", WEIGHTS), ("where", WHERE)):
-            if getattr(self, name) not in known:
-                got = getattr(self, name)
+            if (got := getattr(self, name)) not in known:
                 raise ShortGPTError(f"{name} = {got!r}: expected one of {', '.join(known)}")
         if not 0 < self.step_size <= 1:
             raise ShortGPTError(f"step_size = {self.step_size}: expected above 0 and at most 1")
 
     @property
     def label(self) -> str:
-        """Parts, weights and step size in a few words."""
         return f"{','.join(self.parts or ())} {self.weights} {self.step_size:g}"
 
     def plan(self, short: ScoredModel, windows: Learning, folder: Path | None) -> RefitPlan:
-        """What it will take in memory and on disk; see `plan_of`."""
         every = [*windows.training[: self.max_windows], *windows.validation]
         fits = TRIED if self.parts is None else 1
         return plan_of(short, every, batch_size=self.batch_size, folder=folder, fits=fits)
@@ -138,27 +122,16 @@ class PatchSettings(RefitSettings):
 @renamed_argument("solving", "settings")
 @dataclass(frozen=True)
 class Refit:
-    """New values for the output projections of kept layers.
+    """New values for the output projections of kept layers."""
 
-    Attributes:
-        layers: those to remove, in the original model's numbering.
-        values: by a layer's original number and a parameter's name in it, on the CPU.
-        fits: of every matrix, in the order in which they were solved.
-        settings: of `fit`; where several were tried, the best.
-        windows: read to fit the matrices.
-        tokens: in these windows.
-        held: windows read to choose the ridges.
-        tried: where settings were chosen, the perplexity on the held-out windows by the name of
-            what was tried, and as "none" that without any.
-    """
-
-    layers: list[int]
-    values: Mapping[Parameter, Tensor]
-    fits: list[Fit]
-    settings: RefitSettings
-    windows: int
-    tokens: int
-    held: int
+    layers: list[int]  # those to remove, original numbers
+    values: Mapping[Parameter, Tensor]  # by (original layer number, name in it), on the CPU
+    fits: list[Fit]  # of every matrix, in the order in which they were solved
+    settings: RefitSettings  # of `fit`; where several were tried, the best
+    windows: int  # read to fit the matrices
+    tokens: int  # in these windows
+    held: int  # windows read to choose the ridges
+    # held-out perplexity by the settings that were tried; "none" is the pruned model
     tried: Mapping[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, object]:
@@ -183,13 +156,11 @@ def heal(short: ScoredModel, layers: Sequence[int], windows: Windows, **options:
     Arguments and errors as in `fit`; after any of them the model is as it was.
     """
     refit = fit(short, layers, windows, **options)
-    with short.without_layers(refit.layers):
-        undo = fold(short, refit)
-    try:
+    with ExitStack() as undo:
+        with short.without_layers(refit.layers):
+            undo.callback(fold(short, refit))
         short.remove_layers(refit.layers)
-    except BaseException:
-        undo()
-        raise
+        undo.pop_all()  # nothing failed: the new values stay
     return refit
 
 
@@ -201,10 +172,7 @@ def heal_patch(
     ridge: float | None = None,
     **options: Any,
 ) -> Refit:
-    """Removes layers and solves the layers before the gaps: `heal` with `PatchSettings`.
-
-    Arguments as in `fit`; without a ``ridge``, that of every matrix is chosen by held-out windows.
-    """
+    """Removes layers and solves those before the gaps; no ``ridge``: held-out windows choose it."""
     settings = PatchSettings() if ridge is None else PatchSettings(ridges=(ridge,))
     return heal(short, layers, windows, settings=settings, **options)
 
@@ -223,36 +191,26 @@ def fit(
 ) -> Refit:
     """Solves output projections of the kept layers; the model is as it was afterwards.
 
-    All windows pass a layer before the next one, in the original model and in the pruned one:
-    three states (N, D) are held beside the model, the inputs of a matrix (N, F), and one (F, F)
-    matrix of float64. States for which there is no room go into temporary files. With a folder all
-    are there, and the same call continues from the last finished layer, bit for bit; after an error
-    before the first one, or a state that is not finite, it is empty. A streamed model has one layer
-    at a time in memory.
+    All windows pass a layer before the next one, in the original model and in the pruned one. Held
+    beside the model are three states (N, D), the inputs of a matrix (N, F) and one (F, F) float64
+    matrix; states for which there is no room go into temporary files. With a folder all are there,
+    and the same call continues from the last finished layer, bit for bit.
 
     Args:
         short: the model with all the layers, in memory or streamed.
         layers: to remove, original numbers in any order.
-        windows: token ids of calibration text, never of text to evaluate on: of all the kinds that
-            the model is to be used for.
-        held: held-out windows, by which ridges are chosen; None takes every eighth of ``windows``
-            out for it.
+        windows: token ids of calibration text of all kinds of use, never of evaluation text.
+        held: held-out windows, which choose ridges; None takes every eighth of ``windows``.
         settings: None takes those of `RefitSettings`. With parts None, both sublayers are tried
             with each weight of tokens, next each step size, next each sublayer alone, every time
             with what was best before, in six times the time.
-        work_dir: a folder for this refit alone; it may be deleted once the model is saved, which
-            reads new values from there.
-        progress: whether to show a bar.
+        work_dir: for this refit alone; the new values are read from there until the model is saved.
         changes: attributes of the settings, such as ``parts=("mlp",)`` or ``step_size=0.5``.
 
-    Returns:
-        The new values, and how much each matrix restores.
-
     Raises:
-        ShortGPTError: a layer does not exist; fewer than two windows; no kept layer has an output
-            projection whose output is added to the stream; for a patch, a gap begins the model;
-            several model-parallel ranks; too little memory or disk; ``work_dir`` holds a refit of
-            another model, text or setting, or damaged files; another process refits there.
+        ShortGPTError: a layer does not exist; fewer than two windows; nothing can be solved; for a
+            patch, a gap begins the model; several model-parallel ranks; too little memory or disk;
+            ``work_dir`` is of another refit, damaged or in use.
         NotFiniteError: a state is NaN or infinite.
     """
     settings = replace(settings or RefitSettings(), **changes)
@@ -302,7 +260,10 @@ def _solve(
     with ExitStack() as stack:
         if plan.disk and state.folder is None:  # the states are more than there is room for
             state.scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        title, total = f"refitting {len(every)} windows", _passes(visits, state) * len(every)
+        rest = visits[state.done :]
+        passes = visits[-1].next_kept - (rest[0].layer if state.done else 0)
+        passes += sum(visit.solved for visit in rest)  # these the pruned model has, too
+        title, total = f"refitting {len(every)} windows", passes * len(every)
         shown = stack.enter_context(bar(title, total=total, unit="layer", show=progress))
         stack.callback(calls.close)
         batches = Batches(calls, state, fitted, held_out, plan.room, shown.update)
@@ -315,11 +276,7 @@ def _solve(
 def _refit_layers(
     batches: Batches, visits: Sequence[Visit], numbers: Sequence[int], settings: RefitSettings
 ) -> str:
-    """The refit: run a layer, solve it, put the solution in place, run it again.
-
-    Returns:
-        Why the last layer of which nothing can be solved cannot; empty if there is none.
-    """
+    """Runs each layer, solves it, runs it again; returns why the last unsolvable one is, or ""."""
     calls, state, refused = batches.calls, batches.state, ""
     gaps = settings.where == "gaps"
     models = (ORIGINAL,) if gaps else MODELS
@@ -372,13 +329,6 @@ def _visits(kept: Sequence[int], count: int, settings: RefitSettings) -> list[Vi
     return [Visit(i, after, i >= start, copied=i == start > 0) for i, after in pairs]
 
 
-def _passes(visits: Sequence[Visit], state: RefitState) -> int:
-    """Layers of either model that a window has still to pass."""
-    rest = visits[state.done :]
-    first = rest[0].layer if state.done else 0
-    return visits[-1].next_kept - first + sum(visit.solved for visit in rest)
-
-
 def _fit_best(
     short: ScoredModel,
     layers: Sequence[int],
@@ -416,13 +366,10 @@ def _fit_best(
 
 
 def _perplexity(short: ScoredModel, held: Windows, refit: Refit | None = None) -> float:
-    """On held-out windows, with a refit if there is one."""
-    undo = None if refit is None else fold(short, refit)
-    try:
+    with ExitStack() as undo:
+        if refit is not None:
+            undo.callback(fold(short, refit))
         return together(short.window_losses(held, progress=False)).value
-    finally:
-        if undo is not None:
-            undo()
 
 
 def _identity(
@@ -445,15 +392,7 @@ def _identity(
 
 @torch.no_grad()
 def fold(short: ScoredModel, refit: Refit) -> Callable[[], None]:
-    """Puts the new values into a model without the removed layers.
-
-    Args:
-        short: the model, its layers removed.
-        refit: from `fit` on the same model.
-
-    Returns:
-        A function that puts the former values back.
-    """
+    """Puts the new values into a model without the layers; returns what takes them out again."""
     present = short.present
     changed = {layer for layer, _ in refit.values}
     if not changed <= set(present) or set(refit.layers) & set(present):
@@ -476,7 +415,6 @@ def split_held_out(windows: Windows) -> tuple[Windows, Windows]:
 
 
 def _check(short: ScoredModel, layers: Sequence[int], settings: RefitSettings) -> None:
-    """Raises ShortGPTError for a model, or layers, that cannot be refitted."""
     if model_parallel_size() > 1:
         raise ShortGPTError(
             f"the {settings.name} needs the whole model on one rank, got {model_parallel_size()} "

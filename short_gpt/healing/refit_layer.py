@@ -6,7 +6,7 @@ Shapes: B windows, S tokens, N = B S, D width of the residual stream, F inputs o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -36,16 +36,7 @@ def batched(windows: Sequence[Sequence[int]], size: int) -> Iterator[Tensor]:
 
 
 class Batches:
-    """Batches of windows that pass the layers of both models together.
-
-    Args:
-        calls: of the decoder.
-        state: holds their hidden states.
-        fitted: batches (B, S) of token ids to fit on.
-        held_out: batches (B, S) that choose ridges.
-        room: bytes of memory for what one layer alone needs of them; more goes into a file.
-        passed: called with B after every layer of either model.
-    """
+    """Batches of windows, token ids (B, S) each, that pass the layers of both models together."""
 
     def __init__(
         self,
@@ -53,8 +44,8 @@ class Batches:
         state: RefitState,
         fitted: Sequence[Tensor],
         held_out: Sequence[Tensor],
-        room: int,
-        passed: Callable[[int], object],
+        room: int,  # bytes of memory for what one layer alone needs of them; more goes into a file
+        passed: Callable[[int], object],  # called with B after every layer of either model
     ) -> None:
         self.calls, self.state, self._room, self._passed = calls, state, room, passed
         self.tokens = [*fitted, *held_out]  # (B, S) each
@@ -83,13 +74,11 @@ class Batches:
         return self.calls.run(index, state.to(self.device(index)))  # (B, S, D)
 
     def run_all(self, index: int, source: HiddenStates, target: HiddenStates) -> None:
-        """Runs all batches through a layer."""
         with self.calls.loaded(index):
             for batch in self:
                 self.keep(target, batch, self.run(index, source[batch]), index)
 
     def device(self, index: int) -> torch.device:
-        """Where a layer's weights are."""
         parameters = self.calls.layer(index).parameters()
         return next(p.device for p in parameters if not p.is_meta)
 
@@ -113,19 +102,8 @@ class Batches:
 class LayerRefit:
     """Solves the output projections of a kept layer, while its weights are in memory.
 
-    Args:
-        batches: whose states enter the layer.
-        index: of the layer in the decoder.
-        layer: its original number.
-        parts: sublayers to solve, where they can be.
-        last_only: solve the last of these alone.
-        weights: of tokens, "inverse" or "equal".
-        solving: further arguments of `SublayerSolver`.
-
-    Attributes:
-        projections: what is solved, by sublayer.
-        refused: why other sublayers are not, in words.
-        restored: a block after which the parameters have their old values again.
+    It has an ``index`` in the decoder, and ``layer`` is its original number. ``parts`` are solved
+    where they can be, or the last of these alone.
     """
 
     def __init__(
@@ -150,9 +128,11 @@ class LayerRefit:
         solvable = self._sublayers.projections
         names = [part for part in PARTS if part in parts and part in solvable]
         names = names[-1:] if last_only else names
-        self.projections = {name: solvable[name] for name in names}
+        self.projections = {name: solvable[name] for name in names}  # what is solved
+        self._output_modules = [m for name in names for m in solvable[name].modules]
+        # why other sublayers cannot be solved, in words
         self.refused = "; ".join(dict.fromkeys(self._sublayers.refused.values()))
-        self.restored = ExitStack()
+        self.restored = ExitStack()  # after this block the parameters have their old values again
         self._between = HiddenStates([], 0, sample.dtype)
         self._inputs: dict[str, HiddenStates] = {}  # of a projection, by sublayer
         self._known: KnownAttention | None = None
@@ -176,11 +156,7 @@ class LayerRefit:
             batches.keep(self._target, batch, leaving, self._index)
 
     def solve(self) -> tuple[list[Fit], dict[Parameter, Tensor]]:
-        """Solves the projections one after the other, and leaves new values in place.
-
-        Returns:
-            How each was solved, and copies of the new values.
-        """
+        """Solves the projections in turn, leaves new values in place and returns copies of them."""
         module = self._batches.calls.layer(self._index)
         fits: list[Fit] = []
         values: dict[Parameter, Tensor] = {}
@@ -202,7 +178,6 @@ class LayerRefit:
             self._batches.keep(self._leaving, batch, leaving, self._index)
 
     def _solve_part(self, part: str, projection: OutputProjection) -> Fit:
-        """Solves a projection, and leaves its new values in place."""
         batches = self._batches
         mean_square = self._mean_square(part)
 
@@ -217,7 +192,7 @@ class LayerRefit:
         first_read = self._read_mlp if part == "mlp" else self._read_attention
         equations = equations_of(projection, first_read(projection, tokens))
         if part == "mlp":  # of a streamed layer the output projections alone stay loaded
-            batches.calls.keep_only(self._index, self._output_modules())
+            batches.calls.keep_only(self._index, self._output_modules)
         parameters = [p for module in projection.modules for p in module.parameters()]
         self.restored.callback(keep_values(parameters))
 
@@ -242,17 +217,18 @@ class LayerRefit:
                 yield tokens(batch, inputs)
 
     def _read_mlp(self, projection: OutputProjection, tokens: TokensOf) -> Iterator[Tokens]:
-        """The same for the MLP's projection.
-
-        From here on the states leaving the layer are those before the MLP's output is added.
-        """
+        """The same for the MLP's; from here on ``_leaving`` is the state before its output."""
         batches = self._batches
         if self._known is not None:  # nothing else of the attention is needed any more
             layer, attention = batches.calls.layer(self._index), self._known.attention
             others = [child for child in layer.children() if child is not attention]
-            batches.calls.keep_only(self._index, [*self._output_modules(), *others])
+            batches.calls.keep_only(self._index, [*self._output_modules, *others])
         for batch in batches:
-            with seen_at(projection.matrix) as seen, self._attended(batch):
+            with seen_at(projection.matrix) as seen, ExitStack() as stack:
+                if self._known is not None:  # the attention's heads need not run again
+                    known = self._inputs["attention"][batch]  # (B, S, F)
+                    reads = self._known.reads(known.to(batches.device(self._index)))
+                    stack.enter_context(reads)
                 state = batches.run(self._index, self._entering[batch])  # (B, S, D)
             inputs, outputs = seen[-1]
             outputs = outputs.reshape(-1, outputs.shape[-1]).float()  # (N, D)
@@ -273,21 +249,9 @@ class LayerRefit:
         """The mean of ||target||^2 that equal weights are relative to; None where they differ."""
         if self._weights == "inverse":
             return None
-        squares = []
-        for batch in self._batches.fitted:
-            target = self._target_of(part, batch).float()  # (B, S, D)
-            squares.append(target.pow(2).sum(-1).flatten())  # (N,)
+        targets = (self._target_of(part, batch).float() for batch in self._batches.fitted)
+        squares = [target.pow(2).sum(-1).flatten() for target in targets]  # (B, S, D) to (N,)
         return float(torch.cat(squares).mean())
-
-    def _output_modules(self) -> list[nn.Module]:
-        return [m for projection in self.projections.values() for m in projection.modules]
-
-    def _attended(self, batch: int) -> AbstractContextManager[None]:
-        """The attention's projection reads inputs that are known, where that is proved."""
-        if self._known is None:
-            return nullcontext()
-        inputs = self._inputs["attention"][batch]  # (B, S, F)
-        return self._known.reads(inputs.to(self._batches.device(self._index)))
 
     def _keep(self, part: str, batch: int, inputs: Tensor, again: bool) -> None:
         """Keeps the inputs of a projection, where they are read again."""
@@ -307,28 +271,19 @@ class LayerRefit:
 
 
 class KnownAttention:
-    """Runs a layer with known inputs of its attention's output projection, without the rest of it.
-
-    Attributes:
-        attention: the module, of which the output projection alone is used so.
-        proved: whether the layer then returns the same bits, tried on a state (B, S, D); if not,
-            all of it has to run.
-    """
+    """Runs a layer with known inputs of its attention's output projection, without the heads."""
 
     def __init__(
         self, calls: LayerCalls, index: int, projection: OutputProjection, state: Tensor
     ) -> None:
         self._matrix = projection.matrix
         self.attention = module = part_of(calls.layer(index), calls.family.attention)
-        self.proved = False
+        self.proved = False  # that the layer then returns the same bits, tried on this state
         if module is None:
             return
         outputs: list[Output] = []
-        handle = module.register_forward_hook(lambda _, __, output: outputs.append(output))
-        try:
+        with module.register_forward_hook(lambda _, __, output: outputs.append(output)):
             expected = calls.run(index, state)  # (B, S, D)
-        finally:
-            handle.remove()
         # how many values, such as attention weights, it returns after its output
         self._others = None if isinstance(outputs[0], Tensor) else len(outputs[0]) - 1
         with self.reads(calls.until(index, state, projection.matrix).view(*state.shape[:2], -1)):
@@ -355,8 +310,5 @@ def seen_at(module: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
     def note(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         seen.append((args[0].clone(), output.clone()))  # (..., F), (..., D)
 
-    handle = module.register_forward_hook(note)
-    try:
+    with module.register_forward_hook(note):
         yield seen
-    finally:
-        handle.remove()

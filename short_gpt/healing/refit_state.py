@@ -1,9 +1,7 @@
 """What a refit holds between layers, in memory or on disk, and how much of both that takes.
 
-With a folder hidden states and solved matrices are files, and a refit that was interrupted
-continues from the last finished layer. Layers are counted among those that are visited, in their
-order; files of states take turns, so that those of the last finished layer are there whenever the
-process ends.
+With a folder, hidden states and solved matrices are files. Files of states take turns, so that
+those entering the next layer are there whenever the process ends.
 
 Shapes: B windows of a batch, S tokens, N = B S, D width of the stream, F inputs of a matrix, W
 width of a hidden state (D or F).
@@ -45,17 +43,7 @@ UNUSED = 200 * 10**6  # bytes that libraries take at their first use, and that l
 
 
 class HiddenStates:
-    """A state (B, S, W) for each of some batches, on the CPU.
-
-    In a file, made where there is none of this size, they take memory for one batch alone and
-    outlive the process; without a path they are in memory. ``hashed`` is for `digest`.
-
-    Example:
-        >>> states = HiddenStates([(1, 2)], 3, torch.float32)
-        >>> states[0] = torch.zeros(1, 2, 3)
-        >>> states[0].shape
-        torch.Size([1, 2, 3])
-    """
+    """A state (B, S, W) for each of some batches, on the CPU: in memory, or in a file."""
 
     def __init__(
         self,
@@ -126,7 +114,6 @@ class StoredValues(Mapping[Parameter, Tensor]):
         self._files: dict[Parameter, SafetensorsFile] = {}
 
     def read(self, path: Path) -> None:
-        """Adds what a file holds."""
         file = SafetensorsFile(path)
         for name in file.entries:
             layer, parameter = name.split(" ", 1)
@@ -143,21 +130,11 @@ class StoredValues(Mapping[Parameter, Tensor]):
 
 
 class RefitState:
-    """A refit under way, in memory or in a folder from which it can be continued.
-
-    Args:
-        folder: where files go; None holds all in memory, except states where there is `scratch`.
-        identity: what the refit depends on, by the names that an error shows.
-
-    Attributes:
-        done: how many layers are finished.
-        fits: of the matrices solved so far.
-        scratch: where states go that are not to be continued from.
-    """
+    """A refit under way, in memory or in a folder from which it can be continued."""
 
     def __init__(self, folder: Path | None, identity: Mapping[str, object]) -> None:
-        self.folder, self.done, self.fits = folder, 0, list[Fit]()
-        self.scratch: Path | None = None
+        self.folder, self.done, self.fits = folder, 0, list[Fit]()  # finished layers, their fits
+        self.scratch: Path | None = None  # for states that are not to be continued from
         self._values: dict[Parameter, Tensor] = {}
         self._stored, self._files = StoredValues(), dict[str, str]()  # digests by their names
         self._digests: dict[str, str] = {}  # of the states entering the next layer, by model
@@ -169,14 +146,12 @@ class RefitState:
             self._file = StateFile(folder / STATE, identity, lock=lock)
             _check_own(folder)
             if self._file.content is not None:
-                self._continue(folder, self._file.content)
-
-    def _continue(self, folder: Path, content: JsonObject) -> None:
-        self.done, self.fits = content["done"], [Fit(**fit) for fit in content["fits"]]
-        self._files, self._digests = content["values"], content["states"]
-        for name, digest in self._files.items():
-            check_saved(folder / name, digest, folder=folder)
-            self._stored.read(folder / name)
+                content: JsonObject = self._file.content
+                self.done, self.fits = content["done"], [Fit(**fit) for fit in content["fits"]]
+                self._files, self._digests = content["values"], content["states"]
+            for name, digest in self._files.items():
+                check_saved(folder / name, digest, folder=folder)
+                self._stored.read(folder / name)
 
     @property
     def values(self) -> Mapping[Parameter, Tensor]:
@@ -210,7 +185,6 @@ class RefitState:
         return self._turns[model][(self.done + 1) % 2]
 
     def path(self, name: str) -> Path | None:
-        """Where states that no continued run needs go; None is in memory."""
         folder = self._folder_of_states
         return None if folder is None else folder / name
 
@@ -251,7 +225,6 @@ class RefitState:
                     path.unlink()
 
     def clear(self) -> None:
-        """Removes all of it."""
         self._turns = {}
         if self.folder is not None:
             _sweep(self.folder)
@@ -264,7 +237,6 @@ class RefitState:
 
 
 def is_own(path: Path) -> bool:
-    """Whether a refit wrote this file."""
     return path.is_file() and _is_name(path.name)
 
 
@@ -304,12 +276,7 @@ class RefitPlan(NamedTuple):
         return sum(self.host.values())
 
     def describe(self) -> str:
-        """One line for the user.
-
-        Example:
-            >>> RefitPlan({"process": 2 * 10**8, "layer": 10**9}, 10**9, 0, 8).describe()
-            'refit: 1.2 GB = 200 MB process + 1 GB layer; states of 8 windows: 1 GB on disk'
-        """
+        """One line for the user."""
         parts = [f"{shown(size)} {name}" for name, size in self.host.items() if size]
         line = f"refit: {shown(self.total)} = {' + '.join(parts)}"
         if self.disk:
@@ -327,12 +294,7 @@ def plan_of(
 ) -> RefitPlan:
     """Plans a refit in the memory that a model was opened with, or half of what is free.
 
-    Args:
-        short: the model.
-        windows: token ids, those to choose ridges by among them.
-        batch_size: windows read at once.
-        folder: where states go in any case; None keeps them in memory where they fit.
-        fits: one after the other, whose solutions are all kept there.
+    With a ``folder`` all states go there, and the solutions of so many ``fits`` are kept.
     """
     calls, max_memory = short.layer_calls(), short.max_memory
     width, inputs, itemsize = calls.widths()
@@ -382,7 +344,6 @@ def _fullest(calls: LayerCalls, tokens: int) -> Mapping[str, int]:
 
 
 def _check_disk(folder: Path | None, needed: int) -> None:
-    """Raises ShortGPTError where a folder (None: of temporary files) has too few bytes free."""
     target = Path(tempfile.gettempdir()) if folder is None else folder
     # what a refit wrote is written again, and counts as free
     own = () if folder is None else filter(is_own, folder.rglob("*"))

@@ -1,12 +1,11 @@
 """One output projection solved by least squares, and the weight of a norm after it.
 
-A sublayer (attention or MLP) adds a(W x) to the residual stream, with a factor where the family has
-one. Mostly a is the identity, and the change of W is least squares. In some families (Gemma 2 and
-3, OLMo 2) a norm follows the matrix, a(y) = y / rms(y) * e, in which only the weight e is linear:
-each of its D entries has a normal equation of its own. The matrix is solved with rms(y) held where
-it is, which gives least squares again, with inputs x / rms(y) and a change times e. That is only a
-step: what counts is the error of the real sublayer on held-out windows, and a step that does not
-lower it is not taken.
+A sublayer (attention or MLP) adds a(W x) to the residual stream, in some families times a factor.
+Mostly a is the identity, and the change of W is least squares. In Gemma 2 and 3 and OLMo 2 a norm
+follows the matrix, a(y) = y / rms(y) * e, in which only the weight e is linear: each of its D
+entries has a normal equation of its own. The matrix is solved with rms(y) fixed, which is least
+squares again, with inputs x / rms(y) and a change times e. What counts is the error of the real
+sublayer on held-out windows: a step that does not lower it is not taken.
 
 Shapes: N tokens of a batch, F inputs of a matrix, D width of the residual stream.
 """
@@ -34,30 +33,17 @@ COLUMNS = 256  # of C that are solved at once
 
 @dataclass(frozen=True)
 class Fit:
-    """How one output projection was solved.
+    """How one output projection was solved."""
 
-    Attributes:
-        layer: its layer, in the original model's numbering.
-        part: "attention" or "mlp".
-        ridge: the candidate that restores most on held-out windows; None where every candidate
-            raises the error there, or nothing is missing, and the matrix stays as it is.
-        restored: the share of what was missing at its target, in weighted squares over the tokens
-            that it was fitted on, that the change gives back: 1 is all, 0 is nothing.
-        restored_held: the same on held-out windows.
-        norm_ridge: of the weight of a norm after the matrix; None where there is none, or it stays
-            as it is.
-    """
-
-    layer: int
-    part: str
-    ridge: float | None = None
-    restored: float = 0.0
-    restored_held: float = 0.0
-    norm_ridge: float | None = None
+    layer: int  # original number
+    part: str  # "attention" or "mlp"
+    ridge: float | None = None  # the best on held-out windows; None: the matrix stays as it is
+    restored: float = 0.0  # share of the weighted square error, on tokens fitted on, that is gone
+    restored_held: float = 0.0  # the same on held-out windows
+    norm_ridge: float | None = None  # of the weight of a norm after the matrix; None: it stays
 
     @property
     def changed(self) -> bool:
-        """Whether any parameter changes."""
         return self.ridge is not None or self.norm_ridge is not None
 
 
@@ -85,15 +71,9 @@ class Tokens(NamedTuple):
 
 
 class NormalEquations:
-    """Sums over tokens from which a change C of a matrix is solved, float64 on the CPU.
+    """Sums over tokens, in float64 on the CPU, from which a change C of a matrix is solved.
 
-    C minimises
-
-        sum over tokens w ||x C - r||^2 + ridge (tr(X^T W X) / F) ||C||^2.
-
-    Attributes:
-        square: tr(R^T W R).
-        tokens: N.
+    C minimises sum over tokens w ||x C - r||^2 + ridge (tr(X^T W X) / F) ||C||^2.
     """
 
     def __init__(self) -> None:
@@ -103,7 +83,7 @@ class NormalEquations:
         self._cross = torch.zeros(0, 0, dtype=torch.float64)  # X^T W R, (F, D)
         # (F,), by itself because a factor overwrites that of the sums
         self._diagonal = torch.zeros(0, dtype=torch.float64)
-        self.square, self.tokens = 0.0, 0
+        self.square, self.tokens = 0.0, 0  # tr(R^T W R), N
 
     def add(self, inputs: Tensor, rest: Tensor, weights: Tensor) -> None:
         """Adds tokens X (N, F), R (N, D) and w (N,), float32, before anything is solved."""
@@ -129,16 +109,10 @@ class NormalEquations:
     def solve(
         self, ridge: float, put: Callable[[slice, Tensor], object], *, step: float = 1.0
     ) -> float:
-        """Solves C for a ridge above 0, and calls ``put`` with each block of its columns.
+        """Solves C for a ridge above 0, and calls ``put`` with each slice of its columns.
 
-        Args:
-            ridge: of the penalty, above 0.
-            put: called with a slice of columns, and step C in these, (F, columns) float64.
-            step: the step size, a factor of C.
-
-        Returns:
-            The share of ``square`` that X step C restores; 0, and nothing is put, where the
-            equations have no solution in float64: the ridge is below the last digit of the sums.
+        ``put`` gets step C in these, (F, columns) float64. Returns the share of ``square`` that X
+        step C restores; 0, and nothing is put, where the ridge is below float64's last digit.
         """
         # relative to the mean of the eigenvalues: a ridge suits any scale of X
         penalty = ridge * float(self._diagonal.mean())
@@ -212,7 +186,6 @@ class SublayerSolver:
     """Solves the output projection of a sublayer, and leaves what is best in place.
 
     ``fitted`` yields the tokens to fit on, ``held_out`` those to choose by, as often as called.
-    The ridges are candidates for the matrix and a norm's weight; a step size scales every change.
     """
 
     def __init__(
@@ -232,11 +205,7 @@ class SublayerSolver:
     def solve(self, equations: NormalEquations, *, layer: int, part: str, noise: float) -> Fit:
         """Changes the projection by what lowers the error on held-out tokens most.
 
-        Args:
-            equations: of the tokens to fit on, the projection being as it is.
-            layer: for the `Fit`.
-            part: for the `Fit`.
-            noise: relative to its target, what a token misses by rounding alone.
+        ``noise`` is what a token misses by rounding alone, relative to its target.
         """
         if equations.square <= noise**2 * equations.tokens or not self._error_before:
             return Fit(layer, part)
@@ -276,7 +245,6 @@ class SublayerSolver:
         return self._best_ridge(parameters, lambda ridge: equations.solve(ridge, put, step=step))
 
     def _solve_norm(self) -> float | None:
-        """Changes the norm's weight by the best of all ridges; returns that."""
         projection = self._projection
         assert projection.norm is not None
         weight = projection.norm.weight
@@ -300,10 +268,7 @@ class SublayerSolver:
     def _best_ridge(
         self, parameters: Sequence[Tensor], add: Callable[[float], float]
     ) -> tuple[float | None, float]:
-        """Changes parameters by the ridge of least held-out error; not at all where each adds some.
-
-        ``add`` adds the change of a ridge to them, and returns the share that it restores.
-        """
+        """Takes the ridge of least held-out error, if any lowers it; ``add`` returns its share."""
         best: tuple[float | None, float] = None, 0.0
         with restored_on_error(parameters) as restore:
             set_best = restore
@@ -320,7 +285,6 @@ class SublayerSolver:
 
 
 def _add(part: Tensor, change: Tensor) -> None:
-    """Adds to a part of a parameter, in float32."""
     part.copy_(part.float() + change)
 
 

@@ -26,42 +26,26 @@ IGNORED = -100  # a label that cross entropy passes over
 
 @dataclass(frozen=True)
 class Learning:
-    """Windows of token ids that share no text with each other.
+    """Windows of token ids that share no text with each other."""
 
-    Attributes:
-        training: to learn from.
-        validation: to choose the training step by; none for a patch.
-        evaluation: to evaluate on.
-        left_out: how many windows share text with the others and are not learned from, in words;
-            None if none does.
-    """
-
-    training: Sequence[Sequence[int]]
-    validation: Sequence[Sequence[int]]
-    evaluation: Sequence[Sequence[int]]
-    left_out: str | None = None
+    training: Sequence[Sequence[int]]  # to learn from
+    validation: Sequence[Sequence[int]]  # to choose the training step by; none for a patch
+    evaluation: Sequence[Sequence[int]]  # to evaluate on
+    left_out: str | None = None  # in words, how many windows were dropped for shared text
 
 
 @dataclass(frozen=True)
 class Source:
-    """Texts to heal by.
+    """Texts to heal by."""
 
-    Attributes:
-        data: to learn from: pg19, a local file or folder, a hub data set's name, or several with
-            commas between: as many windows of each where the number is limited, else all.
-        eval_data: to evaluate on; None holds a tenth of ``data`` out.
-        split: of ``data``, see `data.read_texts`.
-        column: of ``data``.
-        max_texts: of ``data``.
-        seed: of the choice of texts and windows.
-    """
-
+    # pg19, a local file or folder, a hub data set's name, or several with commas between: as many
+    # windows of each where the number is limited, else all
     data: str
-    eval_data: str | None = None
-    split: str = "validation"
-    column: str = "text"
-    max_texts: int | None = None
-    seed: int = 0
+    eval_data: str | None = None  # to evaluate on; None holds a tenth of ``data`` out
+    split: str = "validation"  # of ``data``, see `data.read_texts`
+    column: str = "text"  # of ``data``
+    max_texts: int | None = None  # of ``data``
+    seed: int = 0  # of the choice of texts and windows
 
     def windows(
         self,
@@ -82,12 +66,9 @@ class Source:
             bos: which windows begin with it, as `data.windows` takes it; such as ``short.bos``.
             limit: windows to learn from at most; None takes all.
             eval_windows: windows to evaluate on at most.
-            drop_overlap: leave out windows to learn from that share text with those to evaluate
-                on, instead of refusing them; None does so where ``eval_data`` is not given.
-            validate: hold out up to 16 windows to choose the training step by, as LoRA needs.
-
-        Raises:
-            ShortGPTError: texts overlap and are not to be left out, or nothing would remain.
+            drop_overlap: drop training windows that share text with evaluation, instead of refusing
+                them; None does so where ``eval_data`` is not given.
+            validate: hold out up to 16 windows to choose the training step by.
         """
         cutting = partial(windows, encode=encode, size=size, stride=size, seed=self.seed, bos=bos)
 
@@ -119,7 +100,6 @@ class Source:
         return Learning(training, validation, evaluation, words if gone else None)
 
     def _texts(self) -> tuple[list[list[str]], list[list[str]]]:
-        """Texts to learn from, and to evaluate on, by kind."""
         names = [self.data] if Path(self.data).exists() else self.data.split(",")
         read = partial(read_texts, split=self.split, column=self.column, limit=self.max_texts)
         kinds = [list(read(name.strip())) for name in names]
@@ -130,7 +110,6 @@ class Source:
 
 
 def _disjoint(training: list[list[int]], others: list[list[int]], *, drop: bool) -> list[list[int]]:
-    """The windows that share no text with the others."""
     if not drop:
         check_disjoint(training, others)
         return training
@@ -151,7 +130,6 @@ class Example(TypedDict):
 
 
 def examples(windows: Sequence[Sequence[int]], *, first: int = 0) -> list[Example]:
-    """Windows whose indices are counted from ``first``."""
     return [Example(input_ids=[*w], index=i) for i, w in enumerate(windows, start=first)]
 
 

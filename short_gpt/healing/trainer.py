@@ -41,14 +41,8 @@ from short_gpt.runtime.state import (
 )
 
 if TYPE_CHECKING:
+    import transformers
     from peft import PeftModel
-    from transformers import (
-        PreTrainedModel,
-        Trainer,
-        TrainerCallback,
-        TrainerState,
-        TrainingArguments,
-    )
 
 Window = Sequence[int]
 RECIPE = "recipe.json"  # which run the checkpoints belong to
@@ -57,7 +51,7 @@ DIGESTS = "digests.json"  # of a checkpoint's files, written after them
 
 
 class TrainingRun(NamedTuple):
-    """What one run of training takes."""
+    """What one run of training reads, writes and learns."""
 
     training: Sequence[Window]  # to learn from
     validation: Sequence[Window]  # to choose the step by
@@ -68,7 +62,6 @@ class TrainingRun(NamedTuple):
     distillation: Distillation | None = None  # what is learned instead of the text alone
 
     def identity(self, adapted: PeftModel) -> dict[str, object]:
-        """What a resumed run must share with the earlier one."""
         windows = [[list(w) for w in part] for part in (self.training, self.validation)]
         own = {
             "recipe": json.loads(json.dumps(asdict(self.recipe))),  # as a file gives it back
@@ -83,22 +76,17 @@ class TrainingRun(NamedTuple):
         adapted.eval()
         decoder, at_once = HFDecoder(adapted.get_base_model()), self.recipe.micro_batch
         if self.distillation is not None:
-            first = len(self.training)
-            return self.distillation.measure(
-                decoder, self.validation, first=first, batch_size=at_once
-            )
+            read = {"first": len(self.training), "batch_size": at_once}  # validation comes after
+            return self.distillation.measure(decoder, self.validation, **read)
         measured = perplexity(decoder, batches(self.validation, at_once))
         loss = measured.nats / measured.tokens
         return {"eval_loss": loss, "eval_perplexity": measured.value}
 
 
-def train(adapted: PeftModel, run: TrainingRun) -> tuple[TrainerState, dict[str, float]]:
-    """Trains a ``PeftModel`` in place; the weights of its best evaluation stay.
-
-    Returns:
-        The Trainer's state: ``global_step``, ``log_history`` and ``best_global_step``; and what
-        `TrainingRun.measure` gave before any step.
-    """
+def train(
+    adapted: PeftModel, run: TrainingRun
+) -> tuple[transformers.TrainerState, dict[str, float]]:
+    """Trains in place to the best evaluation; returns the state, and what `measure` gave before."""
     recipe = run.recipe
     with (
         run_folder(run.work_dir, run.identity(adapted), resume=run.resume) as folder,
@@ -109,7 +97,7 @@ def train(adapted: PeftModel, run: TrainingRun) -> tuple[TrainerState, dict[str,
     ):
         before = run.measure(adapted)
         if recipe.gradient_checkpointing:
-            base = cast("PreTrainedModel", adapted.get_base_model())
+            base = cast("transformers.PreTrainedModel", adapted.get_base_model())
             base.gradient_checkpointing_enable({"use_reentrant": False})
         trainer = _trainer(adapted, run, folder, shown)
         if not (run.resume and _finished(trainer, folder)):
@@ -117,7 +105,7 @@ def train(adapted: PeftModel, run: TrainingRun) -> tuple[TrainerState, dict[str,
         return trainer.state, before
 
 
-def _finished(trainer: Trainer, folder: Path) -> bool:
+def _finished(trainer: transformers.Trainer, folder: Path) -> bool:
     """Whether all steps are done (the Trainer would do one more); loads the best if so."""
     from transformers import TrainerState
     from transformers.trainer_utils import get_last_checkpoint
@@ -129,7 +117,9 @@ def _finished(trainer: Trainer, folder: Path) -> bool:
     return done
 
 
-def _trainer(adapted: PeftModel, run: TrainingRun, folder: Path, shown: Bar) -> Trainer:
+def _trainer(
+    adapted: PeftModel, run: TrainingRun, folder: Path, shown: Bar
+) -> transformers.Trainer:
     """The Trainer that evaluates by `TrainingRun.measure`, and that takes a teacher's loss."""
     from transformers import EarlyStoppingCallback, Trainer
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -174,7 +164,7 @@ def _trainer(adapted: PeftModel, run: TrainingRun, folder: Path, shown: Bar) -> 
     return trainer
 
 
-def _arguments(adapted: PeftModel, recipe: Recipe, folder: Path) -> TrainingArguments:
+def _arguments(adapted: PeftModel, recipe: Recipe, folder: Path) -> transformers.TrainingArguments:
     from transformers import TrainingArguments
 
     weight = next(adapted.parameters())
@@ -212,7 +202,7 @@ def _arguments(adapted: PeftModel, recipe: Recipe, folder: Path) -> TrainingArgu
     return arguments
 
 
-def _progress(shown: Bar) -> TrainerCallback:
+def _progress(shown: Bar) -> transformers.TrainerCallback:
     """A callback: bar, last evaluation, digests, modes of files, and a stop at a loss of NaN."""
     from transformers import TrainerCallback
 
@@ -280,7 +270,6 @@ def run_folder(
 
 
 def _check_run(folder: Path, run: dict[str, object]) -> None:
-    """Raises ShortGPTError unless the checkpoints in a folder are of the same run."""
     earlier, now = _by_name(read_record(folder / RECIPE)), _by_name(run)
     for name in [*now, *(earlier.keys() - now.keys())]:
         if earlier.get(name) != now.get(name):
@@ -291,25 +280,20 @@ def _check_run(folder: Path, run: dict[str, object]) -> None:
 
 
 def _by_name(run: Mapping[str, object]) -> dict[str, object]:
-    """The recipe's settings, and all else that a run depends on."""
     own = recipe if isinstance(recipe := run.get("recipe"), dict) else {}
     return {**own, **{name: value for name, value in run.items() if name != "recipe"}}
 
 
 def begun(folder: Path) -> bool:
-    """Whether a folder holds a run of training that can be continued."""
     return (folder / RECIPE).is_file() and finished_checkpoints(folder)
 
 
 def finished_checkpoints(folder: Path) -> bool:
-    """Deletes checkpoints whose writing, or removal, a kill stopped; whether any other is there."""
-    any_finished = False
+    """Deletes checkpoints that a kill left unfinished; whether any other is there."""
     for path in folder.glob("checkpoint-*"):
-        if _is_finished(path):
-            any_finished = True
-        else:
+        if not _is_finished(path):
             shutil.rmtree(path)
-    return any_finished
+    return any(folder.glob("checkpoint-*"))
 
 
 def _is_finished(checkpoint: Path) -> bool:
@@ -322,7 +306,6 @@ def _is_finished(checkpoint: Path) -> bool:
 
 
 def note_files(checkpoint: Path) -> None:
-    """Writes digests of all files of a finished checkpoint."""
     digests = {path.name: files_digest([path]) for path in sorted(checkpoint.iterdir())}
     write_record(checkpoint / DIGESTS, {"run": "checkpoint", "files": digests})
 
@@ -335,7 +318,7 @@ def _digests(checkpoint: Path) -> dict[str, str]:
     try:
         record = read_record(path)
     except ValueError:
-        raise damaged(path, checkpoint.parent) from None
+        record = {}
     if record.get(CHECKED) != content_digest(record):
         raise damaged(path, checkpoint.parent)
     return cast("dict[str, str]", record["files"])
@@ -359,7 +342,6 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def deterministic() -> Iterator[None]:
-    """Deterministic algorithms inside the block."""
     before = torch.are_deterministic_algorithms_enabled()
     warn = torch.is_deterministic_algorithms_warn_only_enabled()
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":16:8")

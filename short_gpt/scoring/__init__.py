@@ -1,9 +1,4 @@
-"""Scores of layers from one forward pass: the papers' equations, hooks, sums, and when to stop.
-
-`metrics` holds the equations, `hooks` calls them while a model runs, `importance` adds the scores
-up by `moments`, `order` turns them into layer numbers, `stopping` tells when these are settled;
-`run` is the loop over windows, maybe interrupted.
-"""
+"""Scores of layers from one forward pass: equations, hooks, sums, order, and when to stop."""
 
 from short_gpt.scoring.hooks import LayerHooks, Scores, hooked, score
 from short_gpt.scoring.importance import Importance

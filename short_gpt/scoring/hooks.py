@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 
 import torch
@@ -38,24 +38,16 @@ UNKNOWN = torch.empty(0)  # stands for scores that were not asked for
 @renamed_argument("halves", "sublayers")
 @dataclass(frozen=True)
 class Scores:
-    """Scores of single windows, as `Importance.add` takes them; NaN where one was not asked for.
+    """Scores of single windows, as `Importance.add` takes them; NaN where one was not asked for."""
 
-    Attributes:
-        tokens: real tokens of each window, (B,).
-        influence: sums over tokens of 1 - cos(x, y), (B, L).
-        angles: angular distances at the last token between all states, (B, L + 1, L + 1).
-        metrics: sums over tokens of each of `metrics.LAYER_METRICS`, in their order, (B, M, L).
-        sublayers: like ``influence``, around a layer's attention and around its MLP, (B, 2, L);
-            NaN also where the layer is not x + attention, then + MLP.
-        token_angles: like ``angles``, summed over all tokens.
-    """
-
-    tokens: Tensor
-    influence: Tensor
-    angles: Tensor
-    metrics: Tensor = UNKNOWN
+    tokens: Tensor  # real tokens of each window, (B,)
+    influence: Tensor  # sums over tokens of 1 - cos(x, y), (B, L)
+    angles: Tensor  # angular distances at the last token of all states, (B, L + 1, L + 1)
+    metrics: Tensor = UNKNOWN  # sums over tokens of each of `LAYER_METRICS`, (B, M, L)
+    # like ``influence``, around a layer's attention and around its MLP, (B, 2, L); NaN also where
+    # the layer is not x + attention, then + MLP
     sublayers: Tensor = UNKNOWN
-    token_angles: Tensor = UNKNOWN
+    token_angles: Tensor = UNKNOWN  # like ``angles``, summed over all tokens
 
     def __post_init__(self) -> None:
         B, L = self.influence.shape
@@ -65,7 +57,6 @@ class Scores:
                 object.__setattr__(self, name, self.angles.new_full(shape, math.nan))
 
     def metric(self, name: str) -> Tensor:
-        """The sums of one of `metrics.LAYER_METRICS`, (B, L)."""
         return self.metrics[:, [*LAYER_METRICS].index(name)]
 
     def check_finite(self, layers: Sequence[int]) -> None:
@@ -99,16 +90,8 @@ def score(
 ) -> Scores:
     """Scores of single windows of token ids, of any lengths, from one pass.
 
-    Args:
-        decoder: the model.
-        windows: lists of token ids.
-        layers: the layers' numbers, for an error.
-        sublayers: also score the attention and the MLP of every layer.
-        all_tokens: also take angular distances at all tokens; keeps the states of all layers.
-
-    Raises:
-        ShortGPTError: there is no window, or one is empty, too long or not in the vocabulary.
-        NotFiniteError: a state is NaN or infinite.
+    With ``sublayers`` also of the attention and the MLP of every layer, with ``all_tokens`` angular
+    distances at all tokens, which keeps the states of all layers; ``layers`` are for an error.
     """
     family = decoder.family if sublayers else None
     positions: list[int] = []
@@ -175,9 +158,7 @@ class BetweenSublayers:
 class LayerHooks:
     """Reduces the states of one pass; `after` is called for the layers in their order.
 
-    Args:
-        mask: (B, S) bool, True for real tokens.
-        all_tokens: whether to keep the states for angular distances at all tokens.
+    The mask is (B, S) bool, True for real tokens; ``all_tokens`` keeps all states for their angles.
     """
 
     def __init__(self, mask: Tensor, *, all_tokens: bool = False) -> None:
@@ -216,11 +197,7 @@ class LayerHooks:
     def after(
         self, layer: nn.Module, args: Arguments, kwargs: Mapping[str, object], output: Output
     ) -> None:
-        """Forward hook: the states (B, S, D) entering and leaving one layer.
-
-        Raises:
-            ShortGPTError: the layer writes over the state entering it, or takes several states.
-        """
+        """Forward hook: the states (B, S, D) entering and leaving one layer."""
         state, result = state_in(args, kwargs), first(output)  # (B, S, D) each
         self._check_state(layer, state)
         x, y = widen(state), widen(result)  # (B, S, D) each, float32 or wider
@@ -281,7 +258,6 @@ class LayerHooks:
         # influence (B, L), then M metrics, then the two sublayers where these are scored
         turned, *rest = torch.cat(self._sums, dim=1).mT  # (B, L) each
         metrics, sublayers = rest[: len(LAYER_METRICS)], rest[len(LAYER_METRICS) :]
-        angles = angular_distances(torch.stack(self._last, dim=1))  # of (B, L + 1, D)
         everywhere = UNKNOWN
         if self._kept is not None:
             lengths = enumerate(self._mask.sum(1).tolist())
@@ -290,7 +266,7 @@ class LayerHooks:
         return Scores(
             tokens=self._mask.sum(1),  # (B,)
             influence=turned,
-            angles=angles,
+            angles=angular_distances(torch.stack(self._last, dim=1)),  # of (B, L + 1, D)
             metrics=torch.stack(metrics, dim=1),  # (B, M, L)
             sublayers=torch.stack(sublayers, dim=1) if sublayers else UNKNOWN,  # (B, 2, L)
             token_angles=everywhere,
@@ -313,11 +289,8 @@ def hooked(
 ) -> Iterator[LayerHooks]:
     """Hooks on every layer inside the block; removed after it, whatever happens.
 
-    Args:
-        layers: called in order, each with the (B, S, D) state first.
-        mask: (B, S) bool, True for real tokens.
-        sublayers_of: also scores attention and MLP, by the names of this family.
-        all_tokens: as in `score`.
+    ``layers`` run in order, each with the (B, S, D) state first; the mask is (B, S) bool, True for
+    real tokens; by the names of ``sublayers_of``, attention and MLP are scored too.
     """
     hooks = LayerHooks(mask, all_tokens=all_tokens)
     # with_kwargs: some families pass the state by its name
@@ -326,8 +299,7 @@ def hooked(
     if sublayers_of is not None:
         for layer in layers:
             handles += hooks.on_sublayers(layer, sublayers_of)
-    try:
-        yield hooks
-    finally:
+    with ExitStack() as removed:
         for handle in handles:
-            handle.remove()
+            removed.callback(handle.remove)
+        yield hooks

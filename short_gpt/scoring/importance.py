@@ -29,46 +29,32 @@ class Importance:
     """Block Influence, angular distances and further scores of a model's layers.
 
     Plain data that knows no model: two of them add up (`+`, or `merge` for parts of one reading),
-    and `to_dict` / `from_dict` keep every digit. Sums are float64, on the CPU. A window is one
-    sequence that the model read.
+    and `to_dict` / `from_dict` keep every digit. Sums are float64, on the CPU.
 
     Windows fall alternately into two groups, whose agreement tells how settled the ranking is.
-    Standard errors take the texts as samples where there are several, else the windows, as if
-    they were independent: those that overlap (a stride below the size) are not.
-
-    Attributes:
-        layers: the layers' numbers in the original model, ascending.
-        windows: windows in each group, (2,).
-        tokens: tokens in each group, (2,).
-        influence: sums over tokens of 1 - cos, (2, L).
-        products: sums over windows of S S^T, (L + 1, L + 1), S a window's L sums and its tokens.
-        cubes: their third moments, of `moments.cube_sums`, (2, L + 1, L + 1).
-        angles: sums over windows of angular distances, (L + 1, L + 1).
-        angle_products: sums over windows of the products of the distances of blocks of n layers
-            that start at l and at m: entry [n - 1, l, m], (L, L, L); zero where there is no block.
-        angle_cubes: the same with the square of the first distance.
-        metrics: sums of `hooks.Scores` over all windows, (M, L); NaN where one was not scored so.
-        sublayers: the same, (2, L).
-        token_angles: the same, (L + 1, L + 1).
-        texts: of each text, the sums S of its windows; None if the texts are not known.
+    Standard errors take the texts as samples where there are several, else the windows, as if they
+    were independent: those that overlap (a stride below the size) are not.
 
     Example:
         >>> Importance.empty([0, 1, 2]).n_windows
         0
     """
 
-    layers: list[int]
-    windows: Tensor
-    tokens: Tensor
-    influence: Tensor
-    products: Tensor
-    cubes: Tensor
-    angles: Tensor
+    layers: list[int]  # numbers in the original model, ascending
+    windows: Tensor  # in each group, (2,)
+    tokens: Tensor  # in each group, (2,)
+    influence: Tensor  # sums over tokens of 1 - cos, (2, L)
+    products: Tensor  # over windows of S S^T, (L + 1, L + 1), S a window's L sums and its tokens
+    cubes: Tensor  # third moments of S, of `moments.cube_sums`, (2, L + 1, L + 1)
+    angles: Tensor  # sums over windows of angular distances, (L + 1, L + 1)
+    # over windows of the products of the distances of blocks of n layers that start at l and at m:
+    # entry [n - 1, l, m], (L, L, L); zero where there is no block
     angle_products: Tensor
-    angle_cubes: Tensor
-    metrics: Tensor
-    sublayers: Tensor
-    token_angles: Tensor
+    angle_cubes: Tensor  # the same with the square of the first distance
+    metrics: Tensor  # sums of `hooks.Scores` over all windows, (M, L); NaN where not scored so
+    sublayers: Tensor  # the same, (2, L)
+    token_angles: Tensor  # the same, (L + 1, L + 1)
+    # of each text by its number, the sums S of its windows; None if the texts are not known
     texts: Texts | None = field(default_factory=dict, kw_only=True)
 
     @classmethod
@@ -92,12 +78,9 @@ class Importance:
         return cls(list(layers), **zeros)
 
     def add(self, scores: Scores, texts: Sequence[int | None] | None = None) -> None:
-        """Adds the scores of single windows: all of them or, if interrupted, none.
+        """Adds the scores of B windows: all of them or, if interrupted, none.
 
-        Args:
-            scores: of B windows.
-            texts: numbers of the texts that they were cut from, None where that is not known; a
-                number that these sums hold already is the same text.
+        ``texts`` numbers the text of each, None if unknown; a number already here is the same text.
         """
         new = {f.name: getattr(scores, f.name).cpu().double() for f in fields(scores)}
         tokens, influence, angles = (new[n] for n in ("tokens", "influence", "angles"))
@@ -122,10 +105,7 @@ class Importance:
         vars(self).update(changed)
 
     def __add__(self, other: Importance) -> Importance:
-        """The scores of both, read from different texts, whose numbers may be the same.
-
-        A text that was read for both counts as two, and the error is then too small.
-        """
+        """The scores of both, read from different texts, whose numbers may be the same."""
         start, theirs = moments.next_number(self.texts), other.texts
         # numbers begin at 0 in every call of `data.windows`
         apart = None if theirs is None else {start + n: sums for n, sums in theirs.items()}
@@ -189,15 +169,11 @@ class Importance:
 
     @property
     def margin(self) -> Tensor:
-        """Half of the 95% interval of every entry of `block_influence`, (L,), by Student's t.
-
-        NaN where the `degrees` of freedom are too few.
-        """
+        """Half of the 95% interval of `block_influence`, (L,), by t; NaN for too few `degrees`."""
         return t_quantile(0.975, self.degrees) * self.standard_error
 
     @property
     def n_texts(self) -> int | None:
-        """Texts that the windows are of; None if that is not known."""
         return None if self.texts is None else len(self.texts)
 
     @property
@@ -209,7 +185,6 @@ class Importance:
 
     @property
     def _text_sums(self) -> Tensor | None:
-        """The sums S of all texts, (G, L + 1); None unless there are several."""
         return torch.stack([*self.texts.values()]) if self.texts and len(self.texts) > 1 else None
 
     @property
@@ -229,8 +204,7 @@ class Importance:
     def angular(self) -> Tensor:
         """Mean angular distances, (L + 1, L + 1), symmetric, in [0, 1].
 
-        Entry [l, l + n] compares the last token's states entering layers l and l + n (Gromov et
-        al., Eq. 6), as `selection.best_block` reads it.
+        Entry [l, l + n] compares the last token's states entering layers l and l + n (Eq. 6).
         """
         return self.angles / self.windows.sum()
 
@@ -240,10 +214,7 @@ class Importance:
         return self.token_angles / self.tokens.sum()
 
     def angular_covariance(self, n: int) -> Tensor:
-        """Covariance over windows of the mean distances of all blocks of n layers, by their starts.
-
-        (L - n + 1, L - n + 1); NaN for fewer than two windows.
-        """
+        """Covariance of the mean distances of blocks of n, (L - n + 1, L - n + 1), over windows."""
         count, starts = self.n_windows, len(self.layers) - n + 1
         if count < 2:
             return torch.full((starts, starts), math.nan, dtype=torch.float64)
@@ -254,23 +225,20 @@ class Importance:
     @property
     def skewness(self) -> Tensor:
         """Skewness over windows of the difference of layers j and i, entry [i, j], (L, L)."""
-        cubes, weighted = self.cubes  # (L + 1, L + 1) each
-        third = moments.residual_cubes(self.block_influence, cubes, weighted)  # (L, L)
+        third = moments.residual_cubes(self.block_influence, *self.cubes)  # (L, L)
         scale = self.n_windows / self.tokens.sum()  # residuals of sums, in the unit of the mean
         return moments.pair_skewness(self.covariance, third * scale**3, self.n_windows)
 
     def angular_skewness(self, n: int) -> Tensor:
         """Like `skewness`, of the distances of all blocks of n layers, by the blocks' starts."""
         count, starts = self.n_windows, len(self.layers) - n + 1
-        products, cubes = (
-            sums[n - 1, :starts, :starts] for sums in (self.angle_products, self.angle_cubes)
-        )
+        blocks = (n - 1, slice(starts), slice(starts))  # (starts, starts), those that exist
+        products, cubes = self.angle_products[blocks], self.angle_cubes[blocks]
         sums = self.angles.diagonal(n)  # (starts,), of all windows
         # every window weighs 1 here, where it has its tokens in `skewness`
         cubes = moments.with_count(cubes, products.diagonal(), count)
-        third = moments.residual_cubes(
-            sums / count, cubes, moments.with_count(products, sums, count)
-        )
+        weighted = moments.with_count(products, sums, count)
+        third = moments.residual_cubes(sums / count, cubes, weighted)
         return moments.pair_skewness(self.angular_covariance(n), third, count)
 
     def mean(self, metric: str) -> Tensor:
@@ -294,16 +262,11 @@ class Importance:
         return self.sublayers / self.tokens.sum()
 
     def least_important(self, n: int, *, angular: bool = False) -> list[int]:
-        """The n layers to remove by `selection.lowest`, or if angular by `selection.best_block`.
-
-        Returns:
-            Original layer numbers: least important first, or a block in ascending order.
-        """
+        """Original numbers of the n layers to remove: least important first, or the best block."""
         chosen = best_block(self.angular, n) if angular else lowest(self.block_influence, n)
         return [self.layers[i] for i in chosen]
 
     def to_dict(self) -> dict[str, object]:
-        """The sums as lists, ready for JSON: None stands for NaN."""
         sums = {name: lists.to_lists(value) for name, value in self._named().items()}
         return {"layers": self.layers, **sums, "texts": lists.texts_to_json(self.texts)}
 
@@ -319,19 +282,13 @@ class Importance:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, object]) -> Importance:
-        """What `to_dict` wrote; of an earlier version, the sums that it lacked are not known.
-
-        Raises:
-            ShortGPTError: a field is missing, or has the wrong shape or values out of range.
-        """
+        """What `to_dict` wrote, or ShortGPTError; sums that an earlier version lacked are NaN."""
         try:
             empty = cls.empty(lists.layer_numbers(content["layers"]))
         except (KeyError, TypeError) as error:
             why = error if isinstance(error, TypeError) else "they lack layers"
             raise ShortGPTError(f"these are not saved scores: {why}") from None
-        named = {
-            name: lists.saved_sums(content, name, zero) for name, zero in empty._named().items()
-        }
+        named = {k: lists.saved_sums(content, k, zero) for k, zero in empty._named().items()}
         lists.check_sums(named)  # before anything is computed: files come from anywhere
         metrics = torch.stack([named.pop(name) for name in LAYER_METRICS])  # (M, L)
         sums = {"metrics": metrics, "sublayers": named.pop("halves"), **named}
@@ -345,8 +302,8 @@ SUMS = [f.name for f in fields(Importance) if f.name not in ("layers", "texts")]
 def difference_margins(importance: Importance, confidence: float = 0.95) -> Tensor:
     """Half of the interval of the difference in Block Influence of each two layers, (L, L).
 
-    The error is paired: what moves both layers of a text (or window) the same way cancels.
-    NaN where the `Importance.margin` is. ``confidence`` is that of each interval by itself.
+    The error is paired: what moves both layers of a text (or window) the same way cancels. NaN
+    where `Importance.margin` is. ``confidence`` is that of each interval by itself.
     """
     spread = moments.pair_spread(importance.sampling_covariance).sqrt()
     return t_quantile((1 + confidence) / 2, importance.degrees) * spread

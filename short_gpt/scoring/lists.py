@@ -21,12 +21,7 @@ Nested = float | None | list["Nested"]  # numbers in lists in lists
 
 
 def to_lists(values: Tensor) -> Nested:
-    """A tensor as lists, every digit kept.
-
-    Example:
-        >>> to_lists(torch.tensor([[0.5, math.nan]]))
-        [[0.5, None]]
-    """
+    """A tensor as lists, every digit kept; None for NaN."""
     return _without_nan(values.tolist())
 
 
@@ -59,11 +54,7 @@ def layer_numbers(content: object) -> list[int]:
 
 
 def saved_sums(content: Mapping[str, object], name: str, empty: Tensor) -> Tensor:
-    """Sums of a saved file, of the shape of ``empty``; NaN where an earlier version lacks them.
-
-    Raises:
-        ShortGPTError: they are missing, no numbers, or of another shape.
-    """
+    """Sums of a saved file, of the shape of ``empty``; NaN where an earlier version lacks them."""
     if name not in content:
         if name in LATER or (name in LAYER_METRICS and name not in FIRST):
             return torch.full_like(empty, math.nan)
@@ -109,11 +100,7 @@ def texts_to_json(texts: Texts | None) -> dict[str, object] | None:
 
 
 def texts_from_json(content: object, total: Tensor) -> Texts | None:
-    """What `texts_to_json` wrote; None, as in files of earlier versions, counts as not known.
-
-    Raises:
-        ShortGPTError: it is something else, or the texts' sums do not add up to ``total``, (L + 1).
-    """
+    """What `texts_to_json` wrote, whose sums must add up to ``total``, (L + 1); None: not known."""
     if content is None:
         return None
     try:

@@ -20,12 +20,10 @@ from short_gpt.runtime.errors import ShortGPTError
 
 
 def cosine(x: Tensor, y: Tensor) -> Tensor:
-    """Cosine of the angle between vectors (..., D), of any floating dtype.
+    """Cosine of the angle between vectors (..., D): (...) in [-1, 1], in float32 or wider.
 
-    Returns:
-        (...) in [-1, 1], float32 (float64 if both are). Two zero vectors count as equal (1); a
-        zero vector and another count as orthogonal (0). NaN where a component is not finite. In
-        float32 norms must lie between 1e-19 and 1e19, whose squares it can hold.
+    Two zero vectors count as equal (1), a zero vector and another as orthogonal (0). NaN where a
+    component is not finite. In float32 norms must lie between 1e-19 and 1e19, for their squares.
     """
     # before anything is multiplied: products of norms of hidden states pass 65504, float16's
     # largest number, in ordinary models
@@ -54,8 +52,8 @@ def cosine_from_product(xy: Tensor, x_norm: Tensor, y_norm: Tensor) -> Tensor:
 def block_influence(x: Tensor, y: Tensor) -> Tensor:
     """Block Influence of each token: 1 - cos(x, y), (...) (ShortGPT, arXiv:2403.03853, Eq. 1).
 
-    The paper's score of a layer is the mean of this over tokens and texts. Positive rescaling of
-    the state x entering it or y leaving it, (..., D) each, changes nothing.
+    The paper's score of a layer is the mean of this over tokens and texts, for x entering and y
+    leaving it, (..., D) each.
 
     Example:
         >>> block_influence(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 3.0])).item()
@@ -65,20 +63,12 @@ def block_influence(x: Tensor, y: Tensor) -> Tensor:
 
 
 def influence(cos: Tensor) -> Tensor:
-    """How far a vector turns: 1 - cos, (...).
-
-    Returns:
-        (...) in [0, 2]: 0 if the layer keeps the direction, 1 if it turns it by a right angle,
-        2 if it reverses it.
-    """
+    """How far a vector turns: 1 - cos, (...), from 0 for the same direction to 2 for opposite."""
     return 1.0 - cos
 
 
 def angle(cos: Tensor) -> Tensor:
-    """Angle in units of pi, arccos(cos) / pi (Gromov et al., arXiv:2403.17887, Eq. 6).
-
-    Returns:
-        (...) in [0, 1]: 0 for equal directions, 0.5 for orthogonal ones, 1 for opposite ones.
+    """Angle in units of pi, arccos(cos) / pi in [0, 1] (Gromov et al., arXiv:2403.17887, Eq. 6).
 
     Example:
         >>> angle(torch.tensor([1.0, 0.0, -1.0])).tolist()
@@ -88,18 +78,12 @@ def angle(cos: Tensor) -> Tensor:
 
 
 def angular_distance(x: Tensor, y: Tensor) -> Tensor:
-    """`angle` of the `cosine` of vectors (..., D), (...) in [0, 1].
-
-    The paper takes the states of the last token of a sequence, n layers apart.
-    """
+    """`angle` of the `cosine` of vectors (..., D), (...) in [0, 1]."""
     return angle(cosine(x, y))
 
 
 def angular_distances(states: Tensor) -> Tensor:
-    """Angular distances between all pairs of states (B, L + 1, D), in float64.
-
-    Returns:
-        (B, L + 1, L + 1) in [0, 1], zero on the diagonal.
+    """Angular distances of all pairs of states (B, L + 1, D), float64 (B, L + 1, L + 1) in [0, 1].
 
     Example:
         >>> angular_distances(torch.eye(2)[None]).tolist()
@@ -126,9 +110,7 @@ def summed_angles(states: Sequence[Tensor], chunk: int = 32) -> Tensor:
 
 
 def relative_magnitude(x: Tensor, y: Tensor) -> Tensor:
-    """||f(x)|| / ||x + f(x)|| of a layer that makes y = x + f(x) of x (Samragh et al. 2023).
-
-    For x entering and y leaving, (..., D) each, (...) from 0, for a layer that does nothing.
+    """||f(x)|| / ||x + f(x)|| of a layer that makes y = x + f(x) of x (Samragh et al. 2023), (...).
 
     Example:
         >>> relative_magnitude(torch.tensor([1.0, 0.0]), torch.tensor([4.0, 0.0])).item()
@@ -144,10 +126,7 @@ def relative_change(change: Tensor, norm: Tensor) -> Tensor:
 
 
 class TokenProducts(NamedTuple):
-    """What the hooks know of a layer at every token, (..., B, S) each, in float32 or wider.
-
-    With x the hidden state entering the layer and y the one that leaves it.
-    """
+    """Products of the states x entering and y leaving a layer, (..., B, S), float32 or wider."""
 
     product: Tensor  # x . y
     entering: Tensor  # ||x||
@@ -187,8 +166,8 @@ def spearman(a: Tensor, b: Tensor) -> float:
 def kendall(a: Sequence[int], b: Sequence[int]) -> float:
     """Kendall's rank correlation tau of two orders of the same items (Biometrika 30, 1938).
 
-    The share of pairs that stand the same way round in both, less the share of the others: in
-    [-1, 1], 1 for equal orders, -1 for reversed ones; NaN for fewer than 2 items.
+    The share of pairs in the same order in both less the share of the others: in [-1, 1]; NaN for
+    fewer than 2 items.
 
     Example:
         >>> kendall([1, 2, 3], [1, 3, 2])  # two pairs of three the same way round
@@ -214,12 +193,7 @@ def t_quantile(probability: float, degrees: float) -> float:
 
 
 def student_t(probability: float, degrees: float) -> float:
-    """Quantile of Student's t distribution, for a probability from 0.5 to below 1.
-
-    Example:
-        >>> round(student_t(0.975, 120), 3)
-        1.98
-    """
+    """Quantile of Student's t distribution, for a probability from 0.5 to below 1."""
     from scipy.stats import t
 
     # nearer to 1 than float64 can tell from it, the quantile would be infinite

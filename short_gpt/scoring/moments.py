@@ -43,20 +43,13 @@ def next_number(texts: Texts | None) -> int:
 
 
 def ratio_covariance(sums: Tensor, sizes: Tensor) -> Tensor:
-    """The jackknife's covariance of ratios of totals, sum S / sum t, over samples of clusters.
+    """The jackknife's covariance (L, L) of ratios of totals, sum S / sum t, leaving out clusters.
 
     Without cluster g, the ratios m are those of all less r / (T (1 - p)), with r = S - m t of this
-    cluster, T = sum t and p = t / T its share. So it is (G - 1) / G sum r r^T / (1 - p)^2 / T^2,
-    which of clusters of one size is G / (G - 1) sum r r^T / T^2. Where one text is much longer
-    than others, the latter is too small, because the ratio follows that text (CR3 in Bell and
-    McCaffrey, Survey Methodology 28, 2002).
-
-    Args:
-        sums: of every cluster, (G, L), float64.
-        sizes: what they are divided by, (G,); those of size 0 count for nothing.
-
-    Returns:
-        (L, L); NaN for fewer than two clusters.
+    cluster, T = sum t and p = t / T its share. So it is (G - 1) / G sum r r^T / (1 - p)^2 / T^2.
+    For clusters of one size that is G / (G - 1) sum r r^T / T^2, which is too small where one text
+    is much longer than others, because the ratio follows it (CR3 in Bell and McCaffrey, Survey
+    Methodology 28, 2002). The sums S are (G, L), float64, the sizes t (G,); size 0 does not count.
     """
     sums, sizes = sums[sizes > 0], sizes[sizes > 0]  # (G, L), (G,)
     count, total = len(sizes), sizes.sum()
@@ -68,21 +61,14 @@ def ratio_covariance(sums: Tensor, sizes: Tensor) -> Tensor:
 
 
 def degrees_of_freedom(sizes: Tensor) -> float:
-    """Of Student's t for an error by `ratio_covariance`: G - 1 if all clusters have one size.
+    """Of Student's t for an error by `ratio_covariance`: G - 1 if all sizes (G,) are equal.
 
     By Bell and McCaffrey (2002), twice the squared mean of the variance's estimate over the
     variance of that, where the tokens' errors are independent and alike: with o = p / (1 - p) it
-    is (sum o)^2 / ((sum o^2)^2 - sum o^4 + sum o^2). It is near 1 where one text has nearly all.
-
-    Args:
-        sizes: of the clusters, (G,); those of size 0 count for nothing.
-
-    Returns:
-        From 1 to G - 1; 0 for fewer than two clusters.
+    is (sum o)^2 / ((sum o^2)^2 - sum o^4 + sum o^2). It is near 1 where one text has nearly all,
+    and 0 for fewer than two clusters; those of size 0 count for nothing.
 
     Example:
-        >>> round(degrees_of_freedom(torch.tensor([5.0, 5.0, 5.0, 5.0])), 6)
-        3.0
         >>> round(degrees_of_freedom(torch.tensor([20.0, 2.0, 2.0])), 2)
         1.04
     """
@@ -96,21 +82,15 @@ def degrees_of_freedom(sizes: Tensor) -> float:
 
 
 def cube_sums(sums: Tensor) -> Tensor:
-    """What windows (B, L + 1) add to ``Importance.cubes``, from which the pairs' skewness follows.
-
-    Returns:
-        Sums over windows of s_i^2 s_j, and of t s_i s_j, t a window's tokens: (2, L + 1, L + 1).
-    """
+    """Sums over windows (B, L + 1) of s_i^2 s_j and t s_i s_j, t the tokens: (2, L + 1, L + 1)."""
     # t is the last column; (L + 1, B) (B, L + 1) each
     return torch.stack((sums.square().T @ sums, sums.T @ (sums * sums[:, -1:])))
 
 
 def block_sums(angles: Tensor) -> tuple[Tensor, Tensor]:
-    """What windows' distances (B, L + 1, L + 1) add to the products and cubes of all blocks.
+    """Sums over windows (B, L + 1, L + 1) of a_l a_m and of a_l^2 a_m, (L, L, L) each.
 
-    Returns:
-        Sums over windows of a_l a_m and of a_l^2 a_m, where a_l is the distance of the block of n
-        layers from l on: entry [n - 1, l, m], (L, L, L) each.
+    a_l is the distance of the block of n layers from l on: entry [n - 1, l, m].
     """
     L = angles.shape[1] - 1
     products = torch.zeros(L, L, L, dtype=torch.float64)
@@ -126,9 +106,8 @@ def block_sums(angles: Tensor) -> tuple[Tensor, Tensor]:
 def with_count(values: Tensor, sums: Tensor, count: int) -> Tensor:
     """Sums of products (L, L) as if each window also had the sum 1, one token: (L + 1, L + 1)."""
     last = torch.full((1,), float(count), dtype=values.dtype)  # sum of 1 x 1 over the windows
-    return torch.cat(
-        (torch.cat((values, sums[:, None]), 1), torch.cat((sums, last))[None, :]), dim=0
-    )
+    wide = torch.cat((values, sums[:, None]), dim=1)  # (L, L + 1)
+    return torch.cat((wide, torch.cat((sums, last))[None, :]), dim=0)
 
 
 def residual_cubes(mean: Tensor, cubes: Tensor, weighted: Tensor) -> Tensor:
@@ -152,15 +131,10 @@ def pair_spread(covariance: Tensor) -> Tensor:
 
 
 def pair_skewness(covariance: Tensor, cubes: Tensor, count: int) -> Tensor:
-    """Skewness over windows of the difference of each two entries.
+    """Skewness over windows of the difference of each two entries, m3 / m2^1.5, (..., L, L).
 
-    Args:
-        covariance: of the means over so many windows, (..., L, L).
-        cubes: of `residual_cubes`, in the unit of the means, (..., L, L).
-        count: windows, at least 2.
-
-    Returns:
-        (..., L, L): entry [i, j] is that of r_j - r_i, m3 / m2^1.5; 0 where the two are equal.
+    Entry [i, j] is that of r_j - r_i, 0 where these are equal. The covariance is of the means over
+    ``count`` windows, ``cubes`` are of `residual_cubes` in the means' unit, (..., L, L) each.
     """
     own = cubes.diagonal(dim1=-2, dim2=-1)  # (..., L)
     # (b - a)^3 = b^3 - 3 b^2 a + 3 a^2 b - a^3

@@ -1,7 +1,4 @@
-"""From scores to layer numbers. Numbers in, numbers out; no model.
-
-Shapes: L layers.
-"""
+"""From scores of L layers to layer numbers. Numbers in, numbers out; no model."""
 
 from __future__ import annotations
 
@@ -30,10 +27,8 @@ def lowest(scores: Tensor, n: int) -> list[int]:
 def best_block(angular: Tensor, n: int) -> list[int]:
     """The n consecutive layers whose ends are nearest (Gromov et al., Eq. 7); ties go to the first.
 
-    Args:
-        angular: (L+1, L+1); entry [l, l+n] is the mean angular distance between the states
-            entering layer l and layer l+n. Entries below the diagonal are not read.
-        n: 1 to L - 1.
+    Entry [l, l + n] of ``angular``, (L + 1, L + 1), is the mean angular distance between the states
+    entering layers l and l + n. Entries below the diagonal are not read.
 
     Example:
         >>> import torch

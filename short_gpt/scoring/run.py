@@ -47,19 +47,15 @@ def measure(
     Args:
         decoder: the model.
         batches: lists of windows of token ids, of any lengths.
-        into: sums to add to, which also name the layers; None starts new ones from layer 0.
+        into: sums to add to and return, which name the layers; None starts new ones from layer 0.
+            After an error or an interruption they have all of a batch or none of it.
         total: number of windows to come, for the progress bar.
-        progress: whether to show one.
         sublayers: also scores attention and MLP, as in `hooks.score`.
         all_tokens: angular distances at all tokens, as in `hooks.score`.
         score: scores the windows of a batch; None is `hooks.score`.
-        first_text: number in ``into`` of the windows' text 0, as texts are numbered from 0 in every
-            call of `data.windows`. None for the first one that is free: a text that is read again
-            then counts as one more, and the error is too small.
+        first_text: number in ``into`` of the windows' text 0; None is the first free one, with
+            which a text that is read again counts as one more, and the error is too small.
         after: called with the sums after every batch; True ends the run.
-
-    Returns:
-        ``into``, with all of a batch or none of it after an error or an interruption.
 
     Raises:
         ShortGPTError: there is no window, or one is empty, too long or not in the vocabulary.
@@ -86,10 +82,7 @@ def measure(
 
 
 def seconds_a_pass(decoder: Decoder, windows: Sequence[Window]) -> float:
-    """Seconds in which windows pass embeddings and layers together, after a short one of them.
-
-    All ranks that share a model must call it.
-    """
+    """Seconds of a pass through all layers, after a short one; all ranks of a model call it."""
     decoder.run(pad([windows[0][:WARM_UP]], decoder)[0])
     tokens, _ = pad(windows, decoder)  # (B, S)
     wait(decoder.device)
@@ -100,7 +93,6 @@ def seconds_a_pass(decoder: Decoder, windows: Sequence[Window]) -> float:
 
 
 def wait(device: torch.device) -> None:
-    """Waits until an accelerator has done its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -127,11 +119,7 @@ class RunState:
         return sums
 
     def unread(self, windows: Iterable[Window], read: int) -> Iterator[Window]:
-        """The windows that follow the first ``read``.
-
-        Raises:
-            ShortGPTError: the first ones are not those of the file, which stays as it is.
-        """
+        """The windows that follow the first ``read``, which must be those of the file."""
         rest, saved, count = iter(windows), self.file.content, 0
         for window in islice(rest, read):
             self._read(window)
@@ -161,7 +149,6 @@ class RunState:
         self._digest.update(torch.tensor([len(window), *window]).numpy().tobytes())
 
     def save(self, sums: Importance) -> None:
-        """Saves the sums of the windows read so far, unless there are none."""
         texts = self._texts.get(sums.n_windows)
         if sums.n_windows and texts:
             self.file.save({"texts": texts, "importance": sums.to_dict()})
@@ -173,13 +160,11 @@ class ScoringRun:
     Several replicas each read their batch of every step; their sums are added up at the looks.
 
     Args:
-        decoder: the model.
         into: sums to add to; their texts are others than those of the windows that are read.
         batch_size: windows that each replica reads at once.
         population: windows in all, of which those read are a random sample; None if unknown.
         stop: when to stop; None reads everything.
-        state: where to save and continue; ``into`` is then its sums, and the windows that follow
-            are those of `RunState.unread`.
+        state: where to save and continue; ``into`` is then its sums, as in `RunState.unread`.
         score: as in `measure`.
         follow: called with the sums of all replicas, and the population, as they grow.
     """
@@ -220,8 +205,8 @@ class ScoringRun:
     ) -> None:
         """Reads the windows; arguments and errors as in `measure`.
 
-        After an error or an interruption, ``into`` and the state hold what was read before, of
-        several replicas up to the last look.
+        After an error, ``into`` and the state hold what was read before, of several replicas up to
+        the last look.
         """
         alone = self._team.count == 1
         local = self.into if alone else Importance.empty(self.into.layers)
@@ -264,7 +249,6 @@ class ScoringRun:
             yield last
 
     def _after(self, local: Importance) -> bool:
-        """Saves and looks where it is time to; whether the run may end."""
         if self._team.count == 1:
             self._tell()
             if self._state and self._state.file.due():
@@ -298,21 +282,13 @@ def sums_of_all(team: replicas.Replicas, local: Importance) -> Importance:
 
 
 class Following:
-    """Reports in a line how a run stands, at its beginning and then every so many seconds.
-
-    Args:
-        tell: called with the line.
-        rule: whose choice is reported.
-        stops: whether the rule may end the run; else all windows are read whatever it says.
-        every: seconds.
-    """
+    """Reports in a line how a run stands, at its beginning and then every so many seconds."""
 
     def __init__(
         self, tell: Callable[[str], object], rule: Stop, *, stops: bool = True, every: float = 60.0
     ) -> None:
         self._tell, self._rule, self._stops, self._every = tell, rule, stops, every
-        self._next = 0.0
-        self._reported = 0
+        self._next, self._reported = 0.0, 0  # time of the next line, windows of the last
 
     def __call__(self, importance: Importance, population: int | None) -> None:
         read = importance.n_windows

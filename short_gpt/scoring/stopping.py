@@ -3,31 +3,28 @@
 The windows are a simple random sample, without replacement, of all windows of the data. The
 answer is settled when every chosen layer (or block) lies clearly below every other one.
 
-The promise is about runs, each with a random order of the windows: of all runs, at most
-1 - confidence end early with another answer than that of all windows, unless windows decide that
-make up less than ``rare`` of all. It is no promise about the runs that end early: where few do,
-more than that share of these few may be wrong. Of the error, a quarter goes to windows that were
-not seen, the rest to the tests:
+The promise is about runs with a random order of the windows: of all runs, at most 1 - confidence
+end early with another answer than that of all windows, unless windows decide that make up less than
+``rare`` of all. Of the runs that end early, a larger share may be wrong. Of the error, a quarter
+goes to windows that were not seen, the rest to the tests:
 
-Unseen windows. A sample says nothing of a kind of windows that it does not hold. So the first look
-is where such a kind, if it makes up ``rare`` of all windows, was missed with no more than this
-probability: (1 - rare)^m, or without replacement the hypergeometric one (the "rule of three":
-Hanley and Lippman-Hand, JAMA 249, 1983). Of rarer kinds nothing is promised.
+Unseen windows. The first look is where a kind of windows that makes up ``rare`` of all was missed
+with no more than this probability: (1 - rare)^m, or without replacement the hypergeometric one
+(the "rule of three": Hanley and Lippman-Hand, JAMA 249, 1983). Of rarer kinds nothing is promised.
 
 Tests. Differences are paired, because the same windows score all layers, and shrink by the
 finite-population correction (Cochran, Sampling Techniques, 3rd ed., section 2.6). Student's t is
-right for symmetric ones only. Where rare large windows would make the difference smaller, the
-sample is skewed to that side, and t has to be larger by the first term of its Cornish-Fisher
-expansion (Johnson, JASA 73, 1978; Hall, The Bootstrap and Edgeworth Expansion, 1992, section
-3.10; here for sampling without replacement, see `skewness_factor`). It counts twice: a sample
-shows less skewness than its population has where that rests on a few windows.
+right for symmetric ones only. Where rare large windows would make the difference smaller, t has to
+be larger by the first term of its Cornish-Fisher expansion (Johnson, JASA 73, 1978; Hall, The
+Bootstrap and Edgeworth Expansion, 1992, section 3.10; see `skewness_factor`). It counts twice: a
+sample shows less skewness than its population has where that rests on a few windows.
 
 The tests' error is bounded over L - 1 pairs: let a be the highest of the n layers that all windows
 choose. If another set is claimed, either a is not in it, and one of the L - n layers above is
 claimed to lie below a; or it is, and one of the n - 1 others is claimed to lie above a. Over the
 planned looks it is shared equally; if nobody knows how many windows there are, look k gets
 1 / (k (k + 1)). The bound holds as far as t, corrected for skewness, has the right tail: not at a
-near tie of layers of which a few windows hold much of the sum, as these are rarer than ``rare``.
+near tie of layers of which a few windows, rarer than ``rare``, hold much of the sum.
 
 ``benchmarks/stopping.py --adversarial`` attacks the rule with populations made to mislead it.
 
@@ -57,26 +54,21 @@ CAUTION = 2  # times the skewness that the sample shows
 class Stop:
     """A rule that ends a run when its answer is settled.
 
-    Args:
-        n: how many layers are to be removed.
-        angular: settle the best block of n layers instead of the n lowest Block Influences.
-        confidence: of all runs, at most 1 - confidence end early with another answer than that of
-            all windows, unless windows decide that make up less than ``rare`` of all. Of the runs
-            that end early, a larger share may be wrong.
-        min_windows: windows read before the first look, at least.
-        rare: share of all windows that a kind of its own must make up to be guarded against. The
-            first look comes after about 6 / rare windows at 99%; of few windows, most are read.
+    Of all runs, at most 1 - ``confidence`` end early with another answer than that of all windows,
+    unless windows decide that make up less than ``rare`` of all. Of the runs that end early, a
+    larger share may be wrong. The first look comes after about 6 / rare windows at 99%; of few
+    windows, most are read.
 
     Example:
         >>> Stop(9).first_look(18_000), Stop(9).first_look(600), Stop(9, rare=0.05).first_look(600)
         (295, 234, 106)
     """
 
-    n: int
-    angular: bool = False
+    n: int  # layers to be removed
+    angular: bool = False  # the best block of n layers instead of the n lowest Block Influences
     confidence: float = 0.99
-    min_windows: int = 32
-    rare: float = 0.02
+    min_windows: int = 32  # read before the first look, at least
+    rare: float = 0.02  # share of all windows that a kind must make up to be guarded against
 
     def __post_init__(self) -> None:
         if not 0.5 <= self.confidence < 1:
@@ -100,12 +92,10 @@ class Stop:
     def judge(
         self, importance: Importance, population: int | None, *, final: bool = False
     ) -> Verdict:
-        """Whether the answer is settled.
+        """Whether the sums of a random sample settle the answer.
 
-        Args:
-            importance: the sums of a random sample of windows.
-            population: windows in all; None if unknown, which counts as without end.
-            final: an unplanned look at the end, because there are no more windows.
+        The population is all windows; None counts as without end. ``final`` is an unplanned look,
+        because there are no more windows.
         """
         n, read = self.n, importance.n_windows
         if self.angular:
@@ -141,10 +131,7 @@ class Stop:
 
 
 def check_sample(random_order: bool, before: int) -> None:
-    """Raises ShortGPTError unless a stop judges one random sample.
-
-    Windows in scores from ``before`` may be among those to come, and would count twice.
-    """
+    """Raises ShortGPTError unless a stop judges one random sample that was not scored before."""
     if not random_order:
         raise ShortGPTError(
             "stop expects windows in random order, got some whose order is that of their texts or "
@@ -204,31 +191,18 @@ def next_look(windows: int) -> int:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a look found.
+    """The answer of one look."""
 
-    Attributes:
-        stop: the rule.
-        settled: whether the run may end here by the promise of `Stop`; also if all windows were
-            read.
-        windows: read.
-        population: windows in all; None if unknown.
-        pair: the least sure pair: a chosen layer (or a block's first) and another, original
-            numbers.
-        z: their difference in standard errors.
-        needed: the z that settles them at this look; more where their difference is skewed.
-    """
-
-    stop: Stop
-    settled: bool
-    windows: int
-    population: int | None
-    pair: tuple[int, ...]
-    z: float
-    needed: float
+    stop: Stop  # the rule
+    settled: bool  # whether the run may end here; also if all windows were read
+    windows: int  # read
+    population: int | None  # windows in all; None if unknown
+    pair: tuple[int, ...]  # the least sure: a chosen layer (or a block's first) and another
+    z: float  # their difference in standard errors
+    needed: float  # the z that settles them at this look; more where their difference is skewed
 
     @property
     def closest(self) -> str:
-        """The least sure pair, in words."""
         kind = "blocks that start at" if self.stop.angular else "layers"
         return f"closest {kind} " + " and ".join(f"{i}" for i in self.pair)
 
@@ -252,17 +226,11 @@ class Verdict:
 
 
 def order_z(means: Tensor, covariance: Tensor, chosen: Tensor) -> Tensor:
-    """How surely every chosen entry lies below every other one.
+    """How surely chosen entries (..., L) bool of the means (..., L) lie below every other one.
 
-    Args:
-        means: (..., L).
-        covariance: of the means, (..., L, L).
-        chosen: entries that should lie below all others, (..., L) bool.
-
-    Returns:
-        (..., L, L): entry [i, j] is (means[j] - means[i]) in standard errors if i is chosen and j
-        is not, else infinite; also where both are equal in every window, because the lower
-        number decides such a tie.
+    Entry [i, j] of (..., L, L) is (means[j] - means[i]) in standard errors if i is chosen and j is
+    not, else infinite; also where both are equal in every window, because the lower number decides
+    such a tie.
     """
     difference = means[..., None, :] - means[..., :, None]  # (..., L, L), [i, j]: of j less of i
     spread = pair_spread(covariance)  # (..., L, L)
