@@ -91,14 +91,11 @@ class ModelArgs:
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if not optional and not (number and 0 < value <= MOST):
                 raise InputError(f"{name} must be a positive number, got {shown(value)}")
-        if self.dim % self.n_heads or self.head_dim % 2:
-            raise InputError(
-                f"dim {self.dim} does not split into {self.n_heads} heads of even width"
-            )
-        if self.n_heads % self.kv_heads:
-            raise InputError(
-                f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.kv_heads}"
-            )
+        dim, heads, kv_heads = self.dim, self.n_heads, self.kv_heads
+        if dim % heads or self.head_dim % 2:
+            raise InputError(f"dim {dim} does not split into {heads} heads of even width")
+        if heads % kv_heads:
+            raise InputError(f"n_heads {heads} is not a multiple of n_kv_heads {kv_heads}")
 
 
 def check_positive(expected: str = "a positive integer", **numbers: object) -> None:

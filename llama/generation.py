@@ -189,8 +189,7 @@ class Llama:
         """
         if isinstance(prompts, str):
             raise InputError("expected a list of prompts, got one string: pass [prompt]")
-        add_bos = self.tokenizer.add_bos
-        encoded = [self.tokenizer.encode(p, bos=add_bos, eos=False) for p in prompts]
+        encoded = [self.tokenizer.encode(p, bos=self.tokenizer.add_bos, eos=False) for p in prompts]
         length = self._gen_len(max_gen_len)
         tokens, scores = self.generate(encoded, length, temperature, top_p, logprobs, echo)
         return [

@@ -24,10 +24,7 @@ from llama.parallel import model_parallel_size
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2 over D) + eps) * weight, divided in float32.
-
-    Zhang and Sennrich 2019, arXiv:1910.07467.
-    """
+    """x / sqrt(mean(x^2 over D) + eps) * weight (Zhang and Sennrich 2019, arXiv:1910.07467)."""
 
     def __init__(self, dim: int, eps: float = 1e-6) -> None:
         super().__init__()
@@ -84,9 +81,10 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, start_pos: int | None, freqs_cis: Tensor, mask: Tensor | None
     ) -> Tensor:
-        """Attention of S new positions (B, S, D) to themselves and to those in the cache: (B, S, D).
+        """Attention of S new positions to themselves and to those in the cache: (B, S, D).
 
         Args:
+            x: (B, S, D).
             start_pos: the position of ``x[:, 0]``; None neither reads nor writes the cache.
             freqs_cis: (S, hd / 2, 2) float32, the rotations of these positions.
             mask: (S, T) bool over the T positions so far, true where attention goes; None is
@@ -278,10 +276,7 @@ def precompute_freqs_cis(args: ModelArgs, length: int) -> Tensor:
 
 
 def apply_rotary_emb(x: Tensor, freqs_cis: Tensor) -> Tensor:
-    """Rotates neighbouring components (2i, 2i+1) of (B, S, H, hd) by the positions' angles.
-
-    ``freqs_cis`` is (S, hd / 2, 2) float32.
-    """
+    """Rotates components (2i, 2i+1) of x, (B, S, H, hd), by (S, hd / 2, 2) cosines and sines."""
     # In float32: bfloat16 keeps 8 bits, too few to tell late positions apart by their angles.
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # (B, S, H, hd / 2) each
     cos, sin = freqs_cis[:, None].unbind(-1)  # (S, 1, hd / 2): the same for all heads

@@ -65,7 +65,7 @@ def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch
 def initialize(model_parallel_size: int | None = None, *, device: torch.device) -> None:
     """Makes the process group and fairscale's groups, unless the process has them already.
 
-    ``model_parallel_size`` ranks share one model; None means all (WORLD_SIZE under torchrun, else 1)
+    ``model_parallel_size`` ranks share one model; None means all (WORLD_SIZE of torchrun, else 1)
     or what is already set up. Several ranks on CUDA talk by nccl, others by gloo.
     """
     if not dist.is_initialized():

@@ -206,7 +206,7 @@ def _open(path: Path) -> _SentencePiece | _Tiktoken | _TokenizerJson:
     if not path.is_file():
         raise FileNotFoundError(f"tokenizer file {path} does not exist")
     data = path.read_bytes()
-    if _begins_json(data):
+    if data[:64].lstrip().startswith(b"{"):
         return _TokenizerJson(path, data)
     if re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\s", data):
         return _Tiktoken(path, data)
@@ -219,11 +219,7 @@ def _open(path: Path) -> _SentencePiece | _Tiktoken | _TokenizerJson:
 def holds_json(path: Path) -> bool:
     """Whether a tokenizer file is a ``tokenizer.json``, whatever its name."""
     with open(path, "rb") as file:
-        return _begins_json(file.read(64))
-
-
-def _begins_json(data: bytes) -> bool:
-    return data[:64].lstrip().startswith(b"{")
+        return file.read(64).lstrip().startswith(b"{")
 
 
 def _has_settings(model: bytes) -> bool:

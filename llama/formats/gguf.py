@@ -99,17 +99,14 @@ class GGUFFile(GGUFParts):
             "llama.rope.scaling.type": "none",
         }
         for key, value in expected.items():
-            if self.get(key, value) != value:
-                raise InputError(
-                    f"{self.path} has {key} = {self.get(key)!r}; Meta's Llama has {value!r}"
-                )
+            if (actual := self.get(key, value)) != value:
+                raise InputError(f"{self.path} has {key} = {actual!r}; Meta's Llama has {value!r}")
         shapes = {self.name_of(name): shape for name, shape in full_shapes(args).items()}
         check_tensors(self.path, self.tensors.keys(), shapes.keys(), ignored={ROPE_FACTORS})
         for name, shape in shapes.items():
-            actual = self.tensors[name].shape
-            if actual != shape:
+            if (stored_shape := self.tensors[name].shape) != shape:
                 raise InputError(
-                    f"{name} in {self.path} has shape {list(actual)}; its metadata gives "
+                    f"{name} in {self.path} has shape {list(stored_shape)}; its metadata gives "
                     f"{list(shape)}"
                 )
 

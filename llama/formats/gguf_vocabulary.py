@@ -90,10 +90,9 @@ def _of_pieces(pieces: Pieces, size: int) -> dict[str, Record]:
 def _of_json(content: JsonObject, path: Path, size: int) -> dict[str, Record]:
     """The keys of a ``tokenizer.json``: of a byte-level encoding, or of one like Llama 2's."""
     model = content.get("model") or {}
-    if model.get("type") != "BPE" or not isinstance(model.get("vocab"), dict):
-        raise InputError(
-            f"{path} is of kind {model.get('type')!r}; expected byte-pair encoding ('BPE')"
-        )
+    kind = model.get("type")
+    if kind != "BPE" or not isinstance(model.get("vocab"), dict):
+        raise InputError(f"{path} is of kind {kind!r}; expected byte-pair encoding ('BPE')")
     merges = [m if isinstance(m, str) else " ".join(m) for m in model.get("merges", [])]
     tokens, types = _tokens(content, model["vocab"], size)
     if model.get("byte_fallback"):

@@ -29,18 +29,18 @@ LLAMA3_SCALING = {
 }
 
 
-class HFCheckpoint:
-    """A Hugging Face Llama directory in Meta's terms, checked by its headers; else InputError.
+class HFWeights:
+    """A Hugging Face Llama's config and weights in Meta's terms, checked by their headers.
 
-    ``tied`` tells whether its config makes the output head the embedding; ``infos`` are as of
-    `meta_infos`; ``tokenizer`` is the file.
+    ``tied`` tells whether the config makes the output head the embedding; ``infos`` are as of
+    `meta_infos`. InputError if it is no plain Llama.
     """
 
     def __init__(self, directory: Path, dtype: str | torch.dtype | None = None) -> None:
         config = self.config = read_json(directory / "config.json")
+        self.directory = directory
         self.args, self._files = args_of(config, directory), open_weights(directory)
         self.tied = bool(config.get("tie_word_embeddings", False))
-        self.tokenizer = find_hf_tokenizer(directory)
         self.infos = meta_infos(self.args, self._files, dtype, tied=self.tied, directory=directory)
 
     def read(self, name: str) -> Tensor:
@@ -48,6 +48,14 @@ class HFCheckpoint:
         hf_name = str(self.infos[name].storage)
         weight = self._files[hf_name].read(hf_name)
         return permute(name, weight, self.args, to=META)
+
+
+class HFCheckpoint(HFWeights):
+    """`HFWeights` and ``tokenizer``, the path of its file, which must be there."""
+
+    def __init__(self, directory: Path, dtype: str | torch.dtype | None = None) -> None:
+        super().__init__(directory, dtype)
+        self.tokenizer = find_hf_tokenizer(directory)
 
 
 def check_llama(
