@@ -1,7 +1,7 @@
 """A GGUF file's metadata on its layers, and what must change in it with fewer of them.
 
-A layer's kind follows from a key or, in llama.cpp's code, from its position. A kept layer must stay
-of its kind: if no key can say so the removal is refused, and the best set that would do offered.
+A layer's kind follows from a key or, in llama.cpp's code, from its position. A kept layer must keep
+its kind. If no key can say so, the removal is refused and the best possible set is offered.
 """
 
 from __future__ import annotations

@@ -117,8 +117,8 @@ class Provenance:
     ) -> Provenance:
         """The record of a model in memory, opened from ``source``, whose own record is taken over.
 
-        ``facts`` are what the caller adds; ``measured`` perplexities by name, None those that the
-        model remembers of itself, with all of its layers and with those kept.
+        ``facts`` are what the caller adds; ``measured`` are perplexities by name, None those that
+        the model remembers of itself, with all of its layers and with those kept.
         """
         if measured is None:
             states = (tuple(range(short.n_layers)), tuple(short.kept))
@@ -229,14 +229,13 @@ class Provenance:
             "kept_layers": list(self.kept_layers),
             "original_layers": self.original_layers,
         }
+        tokens = {name: m.tokens for name, m in self.quality.items() if m.tokens is not None}
         optional: dict[str, object] = {
             "source": self.source,
             "block_influence": list(self.block_influence),
             "scored": dict(self.scored),
             "perplexity": {name: m.value for name, m in self.quality.items()},
-            "perplexity_tokens": {
-                n: m.tokens for n, m in self.quality.items() if m.tokens is not None
-            },
+            "perplexity_tokens": tokens,
             "perplexity_error": {n: m.error for n, m in self.quality.items() if m.error},
             "healing": [dict(step) for step in self.healing],
             "removed_sublayers": dict(self.removed_sublayers),

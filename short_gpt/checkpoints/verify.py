@@ -33,9 +33,9 @@ class Generator(Protocol):
 class Fingerprint:
     """What two models must share to be the same.
 
-    ``logits`` are (1, S, V) float32 on the CPU, of S tokens; ``cached`` and ``uncached`` tokens
-    generated greedily with the cache and without; ``damaged`` a tensor with NaN or infinite values,
-    which attention can hide from the logits.
+    ``logits`` are (1, S, V) float32 on the CPU, of S tokens over the vocabulary; ``cached`` and
+    ``uncached`` are tokens generated greedily with the cache and without; ``damaged`` is a tensor
+    with NaN or infinite values, which attention can hide from the logits.
     """
 
     logits: Tensor
