@@ -18,9 +18,8 @@ MOST = 2**31 - 1  # of any number in params.json: beyond, arithmetic and not the
 class ModelArgs:
     """The shape of a model: the keys of ``params.json`` and the two limits of a run.
 
-    ``n_kv_heads`` None means ``n_heads``; ``vocab_size`` -1 means the tokenizer's size;
-    ``rope_scaling_factor`` None means the released model's factor (used only with
-    ``use_scaled_rope``). ``max_batch_size`` and ``max_seq_len`` bound generation.
+    ``n_kv_heads`` None means ``n_heads``; ``vocab_size`` -1 the tokenizer's size;
+    ``rope_scaling_factor`` None the released model's (only with ``use_scaled_rope``).
     """
 
     dim: int = 4096
@@ -62,12 +61,9 @@ class ModelArgs:
 
     @classmethod
     def from_params(cls, params: JsonObject, **limits: int) -> ModelArgs:
-        """Arguments from the content of a ``params.json``, whose keys may stand under ``"model"``.
+        """Arguments from a ``params.json``, whose keys may stand under ``"model"``, or InputError.
 
-        ``limits`` are ``max_batch_size`` and ``max_seq_len``.
-
-        Raises:
-            InputError: a key is missing, unknown, of the wrong type, or contradicts another.
+        ``limits`` are ``max_batch_size`` and ``max_seq_len``, which bound generation.
         """
         params = params.get("model", params)
         unknown = sorted(set(params) - {f.name for f in fields(cls)})
@@ -95,14 +91,11 @@ class ModelArgs:
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if not optional and not (number and 0 < value <= MOST):
                 raise InputError(f"{name} must be a positive number, got {shown(value)}")
-        if self.dim % self.n_heads or self.head_dim % 2:
-            raise InputError(
-                f"dim {self.dim} does not split into {self.n_heads} heads of even width"
-            )
-        if self.n_heads % self.kv_heads:
-            raise InputError(
-                f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.kv_heads}"
-            )
+        dim, heads, kv_heads = self.dim, self.n_heads, self.kv_heads
+        if dim % heads or self.head_dim % 2:
+            raise InputError(f"dim {dim} does not split into {heads} heads of even width")
+        if heads % kv_heads:
+            raise InputError(f"n_heads {heads} is not a multiple of n_kv_heads {kv_heads}")
 
 
 def check_positive(expected: str = "a positive integer", **numbers: object) -> None:
@@ -134,10 +127,7 @@ def kv_heads_of_rank(params: ModelArgs, rank: int, ranks: int) -> list[int]:
 
 
 def check_split(params: ModelArgs, ranks: int) -> None:
-    """Raises InputError unless heads, widths and vocabulary divide among the ranks.
-
-    Key/value heads need not: see `kv_heads_of_rank`.
-    """
+    """Raises InputError unless query heads, widths and vocabulary divide among the ranks."""
     shares = {
         "n_heads": params.n_heads,
         "the feed-forward width": params.ffn_dim,

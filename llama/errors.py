@@ -4,17 +4,7 @@ from __future__ import annotations
 
 
 class InputError(ValueError):
-    """A file, an argument or a text at fault: the message says what was expected, what came, and
-    what to do.
-
-    Example:
-        >>> from llama import ModelArgs
-        >>> try:
-        ...     ModelArgs.from_params({"dim": 64})
-        ... except InputError as error:
-        ...     print(error)
-        params.json lacks ['n_heads', 'n_layers']
-    """
+    """A wrong input; the message says what was expected, what came and what to do."""
 
 
 class MissingPackageError(InputError, ImportError):

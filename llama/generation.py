@@ -53,13 +53,7 @@ class ChatPrediction(Details):
 
 
 class Llama:
-    """A Transformer and its tokenizer; `build` makes one from a checkpoint directory.
-
-    Attributes:
-        model: the `Transformer`.
-        tokenizer: the `Tokenizer`.
-        ckpt_dir: where the weights came from, or None.
-    """
+    """A Transformer and its tokenizer; `build` makes one from a checkpoint directory."""
 
     def __init__(
         self,
@@ -87,34 +81,27 @@ class Llama:
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
     ) -> Llama:
-        """Loads a Llama 2 or Llama 3 checkpoint in Meta's format.
-
-        Everything that can be wrong with the files is found before weights are read.
+        """Loads a Llama 2 or Llama 3 checkpoint in Meta's format; files are checked before weights.
 
         Args:
             ckpt_dir: directory with ``params.json`` and ``consolidated.*.pth``.
             tokenizer_path: SentencePiece model, tiktoken ranks or ``tokenizer.json``.
             max_seq_len: longest prompt plus generation, in tokens.
             max_batch_size: most prompts in one call of `generate`.
-            model_parallel_size: ranks that share the model (torchrun); None: all running ranks.
-                Any number of files loads on any number of ranks that divides the heads.
+            model_parallel_size: ranks that share the model (torchrun), any number that divides the
+                heads; None: all running ranks.
             seed: of the sampling; equal on all ranks of a model.
             device: None takes CUDA, MPS or CPU, the first there is.
             dtype: of weights and states; None is float32 on CPU, bfloat16 on CUDA, else float16.
-
-        Raises:
-            FileNotFoundError: a file is missing.
-            InputError: a file is damaged or does not fit the others, or the model does not divide
-                among the ranks.
         """
-        on_device = choose_device(device)
-        weights_dtype = choose_dtype(dtype, on_device)
+        device = choose_device(device)
+        dtype = choose_dtype(dtype, device)
         tokenizer = Tokenizer(tokenizer_path)
         checkpoint = Checkpoint(ckpt_dir, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
         check_vocabulary(checkpoint, tokenizer, tokenizer_path)
-        initialize(model_parallel_size, device=on_device)
+        initialize(model_parallel_size, device=device)
         return Llama(
-            load_model(checkpoint, device=on_device, dtype=weights_dtype),
+            load_model(checkpoint, device=device, dtype=dtype),
             tokenizer,
             seed=seed,
             ckpt_dir=checkpoint.directory,
@@ -133,11 +120,11 @@ class Llama:
     ) -> tuple[list[list[int]], list[list[float]] | None]:
         """Continues prompts of any lengths, all at once.
 
-        The batch starts at the end of the shortest prompt and moves one position at a time; a
-        longer prompt's own tokens take precedence, so the model never sees padding.
+        The batch starts at the end of the shortest prompt; a longer prompt's own tokens take
+        precedence, so the model never sees padding.
 
         Args:
-            prompt_tokens: B lists of token ids, none empty.
+            prompt_tokens: B lists of token ids, none empty or longer than ``max_seq_len``.
             max_gen_len: most tokens to add to each prompt.
             temperature: 0 takes the likeliest token; higher values sample more evenly.
             top_p: samples from the smallest set of tokens whose probability exceeds this.
@@ -147,10 +134,6 @@ class Llama:
         Returns:
             B lists of tokens, ending before the first stop token, and, with ``logprobs``, B
             lists of their log probabilities in nats (a prompt's first token has 0), else None.
-
-        Raises:
-            InputError: a prompt is empty or longer than ``max_seq_len``, ``max_batch_size`` is
-                exceeded, or a token id is not in the vocabulary.
         """
         self._check_prompts(prompt_tokens)
         check_numbers(max_gen_len, temperature, top_p)
@@ -206,8 +189,7 @@ class Llama:
         """
         if isinstance(prompts, str):
             raise InputError("expected a list of prompts, got one string: pass [prompt]")
-        add_bos = self.tokenizer.add_bos
-        encoded = [self.tokenizer.encode(p, bos=add_bos, eos=False) for p in prompts]
+        encoded = [self.tokenizer.encode(p, bos=self.tokenizer.add_bos, eos=False) for p in prompts]
         length = self._gen_len(max_gen_len)
         tokens, scores = self.generate(encoded, length, temperature, top_p, logprobs, echo)
         return [
@@ -223,14 +205,10 @@ class Llama:
         max_gen_len: int | None = None,
         logprobs: bool = False,
     ) -> list[ChatPrediction]:
-        """Answers dialogs in the format of the tokenizer's family, Llama 2 or Llama 3.
+        """Answers dialogs in the tokenizer family's format; arguments as in `text_completion`.
 
-        Args:
-            dialogs: lists of ``{"role", "content"}``: an optional system message, then user and
-                assistant in turn, a user last. Other arguments as in `text_completion`.
-
-        Raises:
-            InputError: roles out of order, or a tokenizer of neither family.
+        ``dialogs`` are lists of ``{"role", "content"}``: an optional system message, then user and
+        assistant in turn, a user last.
         """
         encoded = [encode_dialog(self.tokenizer, dialog) for dialog in dialogs]
         length = self._gen_len(max_gen_len)
@@ -256,12 +234,8 @@ class Llama:
 def load_model(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype) -> Transformer:
     """The checkpoint's Transformer on any number of ranks that divides the heads.
 
-    Each rank reads its part from the shards that hold it, tensor by tensor: where there are as
-    many shards as ranks it maps its own file, else it copies no more than its part. Tied weights
-    stay tied.
-
-    Raises:
-        InputError: heads, widths or vocabulary do not divide among the ranks.
+    Each rank maps its own file if there is one, else it copies its part of each tensor. Tied
+    weights stay tied.
     """
     rank, ranks = model_parallel_rank(), model_parallel_size()
     check_split(checkpoint.args, ranks)
@@ -289,11 +263,7 @@ def load_model(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dty
 
 
 def _mapped_groups(checkpoint: Checkpoint, own_file: bool) -> list[list[str]]:
-    """Names that are read while the files are mapped once: all of them, or those of a layer.
-
-    Pages of a mapped file count as the process's memory until the mapping ends. Where a rank
-    copies parts out of the files, one layer's pages at a time are enough.
-    """
+    """Names read while the files are mapped once: all, or a layer's, as pages count as memory."""
     groups: dict[str, list[str]] = {}
     for name in sorted(checkpoint.infos.keys() - checkpoint.ignored):
         layer = LAYER_NAME.fullmatch(name)
@@ -335,17 +305,10 @@ def _choose(
 
 
 def sample_top_p(probs: Tensor, p: float, *, generator: torch.Generator | None = None) -> Tensor:
-    """Draws a token from the nucleus (Holtzman et al. 2019, arXiv:1904.09751).
+    """Draws a token from the nucleus (Holtzman et al. 2019, arXiv:1904.09751): (B, V) to (B,).
 
-    That is the smallest set of likeliest tokens whose probability exceeds p.
-
-    Args:
-        probs: (B, V), rows sum to 1.
-        p: in [0, 1]; 0 always takes the likeliest token.
-        generator: of the random numbers.
-
-    Returns:
-        (B,) token ids.
+    The nucleus is the smallest set of likeliest tokens whose probability exceeds p; p = 0 takes
+    the likeliest token. The rows of ``probs`` sum to 1.
     """
     ordered, index = probs.sort(dim=-1, descending=True)  # (B, V) each
     # Exclusive sums: the token with which p is passed still belongs, the first one always does.
@@ -364,11 +327,7 @@ def _decode(
     choose: Callable[[Tensor], Tensor],
     logprobs: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Fills T = ``total`` positions left to right, until every prompt has met a stop token.
-
-    Returns:
-        (B, T) tokens, and their (B, T) log probabilities in nats, zeros unless asked for.
-    """
+    """Fills T = ``total`` positions until every prompt met a stop token: (B, T) tokens, nats."""
     device = next(model.parameters()).device
     tokens = torch.zeros(len(prompts), total, dtype=torch.long)
     is_prompt = torch.zeros(len(prompts), total, dtype=torch.bool)

@@ -12,8 +12,7 @@ from importlib.util import find_spec
 def lazy(package: str) -> tuple[Callable[[str], object], Callable[[], list[str]]]:
     """The ``__getattr__`` and the ``__dir__`` of the package of this ``__name__``.
 
-    Its names are those that its ``if TYPE_CHECKING:`` imports, where type checkers and the API
-    reference see them too; they are read from its source.
+    Its names are those that its ``if TYPE_CHECKING:`` imports; they are read from its source.
 
     Example:
         >>> __getattr__, __dir__ = lazy("llama")

@@ -24,10 +24,7 @@ from llama.parallel import model_parallel_size
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight (Zhang and Sennrich 2019, arXiv:1910.07467), divided in float32.
-
-    rms(x) = sqrt(mean of the squares over D = ``dim`` + eps).
-    """
+    """x / sqrt(mean(x^2 over D) + eps) * weight (Zhang and Sennrich 2019, arXiv:1910.07467)."""
 
     def __init__(self, dim: int, eps: float = 1e-6) -> None:
         super().__init__()
@@ -59,8 +56,8 @@ def _row(inputs: int, outputs: int) -> nn.Module:
 class Attention(nn.Module):
     """Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245).
 
-    softmax(q k^T / sqrt(hd) + mask) v, with one key/value head for ``n_rep`` query heads. Each of
-    several ranks holds a part of the heads. The key/value cache is made at the first cached call.
+    softmax(q k^T / sqrt(hd) + mask) v, with one key/value head for ``n_rep`` query heads. Each rank
+    holds a part of the heads. The key/value cache is made at the first cached call.
     """
 
     def __init__(self, args: ModelArgs) -> None:
@@ -88,8 +85,7 @@ class Attention(nn.Module):
 
         Args:
             x: (B, S, D).
-            start_pos: the position of ``x[:, 0]``, before which the cache is read; None
-                neither reads nor writes the cache.
+            start_pos: the position of ``x[:, 0]``; None neither reads nor writes the cache.
             freqs_cis: (S, hd / 2, 2) float32, the rotations of these positions.
             mask: (S, T) bool over the T positions so far, true where attention goes; None is
                 causal for S = T, and sees all for S = 1.
@@ -115,15 +111,9 @@ class Attention(nn.Module):
         return self.wo(out.transpose(1, 2).reshape(B, S, -1))  # heads side by side: (B, S, D)
 
     def update_cache(self, k: Tensor, v: Tensor, start_pos: int) -> tuple[Tensor, Tensor]:
-        """Writes keys and values at ``start_pos`` and on; returns views of all up to there.
+        """Writes (B, S, Hkv, hd) rotated keys, and values, at ``start_pos`` and on; 0 begins anew.
 
-        Args:
-            k: (B, S, Hkv, hd), already turned by their positions.
-            v: (B, S, Hkv, hd).
-            start_pos: the position of ``k[:, 0]``; 0 begins anew.
-
-        Returns:
-            Keys and values of T = start_pos + S positions, (B, T, Hkv, hd) each.
+        Returns views of both for all T = start_pos + S positions, (B, T, Hkv, hd) each.
         """
         B, end = len(k), start_pos + k.shape[1]
         if start_pos == 0:
@@ -176,11 +166,7 @@ class TransformerBlock(nn.Module):
         self.ffn_norm = RMSNorm(args.dim, eps=args.norm_eps)
 
     def forward(
-        self,
-        x: Tensor,
-        start_pos: int | None,
-        freqs_cis: Tensor,
-        mask: Tensor | None = None,
+        self, x: Tensor, start_pos: int | None, freqs_cis: Tensor, mask: Tensor | None = None
     ) -> Tensor:
         """Hidden states leaving the layer, (B, S, D); arguments as of `Attention.forward`."""
         h = x + self.attention(self.attention_norm(x), start_pos, freqs_cis, mask)
@@ -192,8 +178,8 @@ class Transformer(nn.Module):
 
     Args:
         params: the shape; ``vocab_size`` must be set.
-        vocab_parallel: how several ranks share the embedding: by vocabulary (Llama 3) or, by
-            default, by width (Llama 2). One rank holds all of it either way.
+        vocab_parallel: whether several ranks share the embedding by vocabulary (Llama 3), or by
+            width (Llama 2).
         device: "meta" makes the model without weights, to be loaded with ``assign=True``;
             otherwise the weights are drawn from N(0, 0.02) on the CPU.
     """
@@ -229,15 +215,10 @@ class Transformer(nn.Module):
                     nn.init.normal_(weight, std=0.02)
 
     def hidden(self, tokens: Tensor, start_pos: int | None = None) -> Tensor:
-        """Embeddings and layers only: the hidden states before the final norm.
+        """The hidden states before the final norm, (B, S, D), of (B, S) int64 tokens.
 
-        Args:
-            tokens: (B, S) int64.
-            start_pos: None reads ``tokens`` as complete sequences and caches nothing; a number
-                is the position of ``tokens[:, 0]``, whose predecessors are in the cache.
-
-        Returns:
-            (B, S, D).
+        ``start_pos`` None reads complete sequences and caches nothing; a number is the position of
+        ``tokens[:, 0]``, whose predecessors are in the cache.
         """
         S, first = tokens.shape[1], start_pos or 0
         limit = len(self.freqs_cis) if start_pos is None else self.params.max_seq_len
@@ -273,37 +254,29 @@ ROPE_LOW_FACTOR, ROPE_HIGH_FACTOR, ROPE_ORIGINAL_CONTEXT = 1.0, 4.0, 8192
 def rope_frequencies(head_dim: int, theta: float, factor: float | None = None) -> Tensor:
     """Rotary frequencies (Su et al. 2021, arXiv:2104.09864), (hd / 2,) float32 in radians a token.
 
-    f_i = theta^(-2 i / hd); theta is 10,000 in Llama 2 and 500,000 in Llama 3. With ``factor``,
-    Llama 3.1's scaling: wavelengths over 8192 tokens are stretched by the factor, those under 2048
-    stay, those between are interpolated.
+    f_i = theta^(-2 i / hd). With ``factor``, Llama 3.1's scaling: wavelengths over 8192 tokens are
+    stretched by the factor, those under 2048 stay, those between are interpolated.
     """
     # in the reference's order of operations, so that the last bits are the same
     f = 1.0 / (theta ** (torch.arange(0, head_dim, 2)[: head_dim // 2].float() / head_dim))
     if factor is None:
         return f
     wavelength = 2 * math.pi / f
-    smooth = (ROPE_ORIGINAL_CONTEXT / wavelength - ROPE_LOW_FACTOR) / (
-        ROPE_HIGH_FACTOR - ROPE_LOW_FACTOR
-    )
+    span = ROPE_HIGH_FACTOR - ROPE_LOW_FACTOR
+    smooth = (ROPE_ORIGINAL_CONTEXT / wavelength - ROPE_LOW_FACTOR) / span
     smooth = smooth.clamp(0, 1)  # 0 for wavelengths from 8192 tokens, 1 up to 2048
     return (1 - smooth) * f / factor + smooth * f
 
 
 def precompute_freqs_cis(args: ModelArgs, length: int) -> Tensor:
-    """Cosine and sine of every position's rotation, (length, hd / 2, 2) float32.
-
-    The reference's table is complex; real numbers every device can multiply.
-    """
+    """Cosine and sine of every position's rotation, (length, hd / 2, 2) float32."""
     frequencies = rope_frequencies(args.head_dim, args.rope_theta, args.rope_factor)
     angles = torch.outer(torch.arange(length).float(), frequencies)
     return torch.stack((angles.cos(), angles.sin()), dim=-1)
 
 
 def apply_rotary_emb(x: Tensor, freqs_cis: Tensor) -> Tensor:
-    """Rotates neighbouring components (2i, 2i+1) by the position's angles, in float32.
-
-    ``x`` and the result are (B, S, H, hd), ``freqs_cis`` (S, hd / 2, 2) float32.
-    """
+    """Rotates components (2i, 2i+1) of x, (B, S, H, hd), by (S, hd / 2, 2) cosines and sines."""
     # In float32: bfloat16 keeps 8 bits, too few to tell late positions apart by their angles.
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # (B, S, H, hd / 2) each
     cos, sin = freqs_cis[:, None].unbind(-1)  # (S, 1, hd / 2): the same for all heads

@@ -20,12 +20,9 @@ from llama.ranks import several_ranks
 
 
 def choose_device(device: str | torch.device | None = None) -> torch.device:
-    """The given device, or CUDA, Apple's MPS, CPU in this order of preference.
+    """The given device, or CUDA, Apple's MPS, CPU in this order; InputError if it is not there.
 
     Under torchrun a bare ``"cuda"`` means the card of the process's ``LOCAL_RANK``.
-
-    Raises:
-        InputError: the device is none of these or not there.
     """
     if device is None:
         mps = torch.backends.mps.is_available()
@@ -49,11 +46,7 @@ def choose_device(device: str | torch.device | None = None) -> torch.device:
 
 
 def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
-    """The given dtype, or float32 on CPU, bfloat16 on CUDA that has it, float16 elsewhere.
-
-    Raises:
-        InputError: not one of float32, bfloat16, float16, float64.
-    """
+    """The given dtype, or float32 on CPU, bfloat16 on CUDA that has it, float16 elsewhere."""
     if dtype is None:
         if device.type == "cpu":
             return torch.float32
@@ -72,15 +65,8 @@ def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch
 def initialize(model_parallel_size: int | None = None, *, device: torch.device) -> None:
     """Makes the process group and fairscale's groups, unless the process has them already.
 
-    Args:
-        model_parallel_size: ranks that share one model; None means all ranks (WORLD_SIZE under
-            torchrun, else 1) or what is already set up.
-        device: decides the backend of several ranks: nccl on CUDA, gloo elsewhere. A single
-            rank communicates nothing and always takes gloo.
-
-    Raises:
-        InputError: the size does not divide the number of ranks, or differs from the groups
-            that the process has already.
+    ``model_parallel_size`` ranks share one model; None means all (WORLD_SIZE of torchrun, else 1)
+    or what is already set up. Several ranks on CUDA talk by nccl, others by gloo.
     """
     if not dist.is_initialized():
         _make_process_group(device)

@@ -39,6 +39,9 @@ class Tokenizer:
     Text never turns into special tokens: ``"<|end_of_text|>"`` in a text is encoded as the
     characters it is made of. In `decode` special tokens vanish; half characters become U+FFFD.
 
+    Bos, eos and pad of ``tokenizer.json`` are named by ``tokenizer_config.json`` in its directory.
+    Without it, bos and eos are known if exactly one of the usual names is a special token.
+
     Attributes:
         n_words: size of the vocabulary, special tokens included.
         bos_id: -1 where there is none, as for the following.
@@ -48,15 +51,6 @@ class Tokenizer:
         special_tokens: their ids by name; empty for SentencePiece.
         add_bos: whether the model expects bos before a plain text.
         dialog_format: ``"llama2"``, ``"llama3"`` or None.
-
-    Args:
-        model_path: ``tokenizer.model`` of Llama 2 or 3, or ``tokenizer.json``, for which
-            ``tokenizer_config.json`` in its directory names bos, eos and pad. Where it does not,
-            bos and eos are known if exactly one of the usual names is a special token.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        InputError: the file is a directory, empty, damaged or of no known kind.
     """
 
     def __init__(self, model_path: str | os.PathLike[str]) -> None:
@@ -102,12 +96,7 @@ class _SentencePiece:
         self.lack, self.add_bos = f"{path} defines none", True
         self.ids, self.special_tokens = range(model.vocab_size()), dict[str, int]()
         self.bos_eos_pad = model.bos_id(), model.eos_id(), model.pad_id()
-
-    def encode(self, text: str) -> list[int]:
-        return self.model.encode(text)
-
-    def decode(self, ids: list[int]) -> str:
-        return self.model.decode(ids)
+        self.encode, self.decode = model.encode, model.decode
 
 
 class _Tiktoken:
@@ -178,10 +167,7 @@ def is_panic(error: BaseException) -> bool:
 
 
 def check_text(text: str) -> None:
-    """Raises InputError for half a surrogate pair, which tokenizers treat differently or refuse.
-
-    JSON may hold one, and Python makes one of a byte on the command line that is not UTF-8.
-    """
+    """Raises InputError for half a surrogate pair, from JSON or a byte that is not UTF-8."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -206,8 +192,7 @@ def find_tokenizer(ckpt_dir: str | os.PathLike[str]) -> Path:
 def llama3_special_tokens(n_ranks: int) -> dict[str, int]:
     """Ids by name of the 256 special tokens that follow Llama 3's ``n_ranks`` ranks (128000).
 
-    Every id has its Llama 3 name; 3.1's new tokens are second names of three of its reserve,
-    because the files of both are the same.
+    Llama 3.1's three new tokens are second names of reserved ones: the files of both are the same.
     """
     reserved = (f"reserved_special_token_{i}" for i in range(N_SPECIAL))
     names = (LLAMA_NAMES.split() + ["-"] * N_SPECIAL)[:N_SPECIAL]
@@ -221,7 +206,7 @@ def _open(path: Path) -> _SentencePiece | _Tiktoken | _TokenizerJson:
     if not path.is_file():
         raise FileNotFoundError(f"tokenizer file {path} does not exist")
     data = path.read_bytes()
-    if _begins_json(data):
+    if data[:64].lstrip().startswith(b"{"):
         return _TokenizerJson(path, data)
     if re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\s", data):
         return _Tiktoken(path, data)
@@ -234,11 +219,7 @@ def _open(path: Path) -> _SentencePiece | _Tiktoken | _TokenizerJson:
 def holds_json(path: Path) -> bool:
     """Whether a tokenizer file is a ``tokenizer.json``, whatever its name."""
     with open(path, "rb") as file:
-        return _begins_json(file.read(64))
-
-
-def _begins_json(data: bytes) -> bool:
-    return data[:64].lstrip().startswith(b"{")
+        return file.read(64).lstrip().startswith(b"{")
 
 
 def _has_settings(model: bytes) -> bool:
@@ -251,10 +232,7 @@ def _has_settings(model: bytes) -> bool:
 
 
 def read_ranks(path: Path, data: bytes) -> dict[bytes, int]:
-    """Llama 3's tokens and their ranks, which are their ids, from the content of a file.
-
-    Its lines are a token in base64 and its rank, ranks ascending from 0; every byte is a token.
-    """
+    """Llama 3's tokens and their ids from lines of a token in base64 and its rank, from 0 up."""
     ranks: dict[bytes, int] = {}
     for line in filter(None, data.splitlines()):
         try:
@@ -327,7 +305,7 @@ def encode_dialog(tokenizer: Tokenizer, dialog: Dialog) -> list[int]:
 def is_unsafe(tokenizer: Tokenizer, dialog: Dialog) -> bool:
     """Whether a Llama 2 dialog holds the format's own tags, which would forge turns.
 
-    Llama 3's markers are special tokens, which a message's text never becomes.
+    Llama 3's markers are special tokens, which no text becomes.
     """
     if tokenizer.dialog_format != "llama2":
         return False

@@ -248,11 +248,6 @@ MUTANTS = [
         "test_a_meta_directory_gives_the_scores_of_the_model_in_memory_bit_for_bit",
     ),
     (
-        "permute(name, self._files[hf_name].read(hf_name), self.args, to=formats.META)",
-        "self._files[hf_name].read(hf_name)",
-        "test_a_hugging_face_directory_too[one file-1000000000]",
-    ),
-    (
         "replaced=new)",
         "replaced=None)",
         "test_one_layer_at_a_time_gives_the_matrices_of_the_model_in_memory[meta]",

@@ -1,9 +1,4 @@
-"""A Meta checkpoint directory as data: read, checked, cut among ranks, written; never executed.
-
->>> from llama.checkpoint import Checkpoint
->>> Checkpoint("llama-2-7b").infos["norm.weight"].shape  # doctest: +SKIP
-(4096,)
-"""
+"""A Meta checkpoint directory as data: read, checked, cut among ranks, written; never executed."""
 
 from llama.checkpoint.meta import (
     CONVERSION,

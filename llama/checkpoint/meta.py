@@ -1,7 +1,6 @@
 """A Meta checkpoint directory as data: checked, read, and written, tensor by tensor.
 
-A directory holds ``params.json``, ``consolidated.00.pth`` and on (one file for each
-model-parallel rank) and a tokenizer.
+It holds ``params.json``, ``consolidated.00.pth`` and on (one a rank) and a tokenizer.
 """
 
 from __future__ import annotations
@@ -39,11 +38,9 @@ CONVERSION = "conversion.json"  # what a converted checkpoint was made from
 
 
 class Checkpoint:
-    """A checkpoint directory, opened and checked; weights are read later.
+    """A checkpoint directory, opened and checked (else InputError); weights are read later.
 
-    Args:
-        ckpt_dir: the directory.
-        limits: ``max_seq_len`` and ``max_batch_size`` of the run.
+    ``limits`` are ``max_seq_len`` and ``max_batch_size`` of the run.
 
     Attributes:
         params: content of ``params.json``.
@@ -52,10 +49,6 @@ class Checkpoint:
         vocab_parallel: whether ranks share the embedding by vocabulary (Llama 3) or by width.
             Several shards tell by their shapes, for one see `sharding.by_vocabulary`.
         infos: shape (of the full tensor), dtype and storage of every tensor, by name.
-
-    Raises:
-        FileNotFoundError: the directory, ``params.json`` or the ``.pth`` files are missing.
-        InputError: a file cannot be read, or names or shapes are not what ``params.json`` says.
     """
 
     ignored = frozenset({"rope.freqs"})  # computed from params.json; Llama 2's files carry it
@@ -75,14 +68,10 @@ class Checkpoint:
             args.vocab_size = first[OUTPUT].shape[0] * len(self.shards)
         self.vocab_parallel = self._check()
         shapes = full_shapes(args)
-        self.infos = {
-            name: TensorInfo(
-                shapes.get(name, info.shape),
-                info.dtype,
-                tuple(shard.infos[name].storage for shard in self.shards),
-            )
-            for name, info in first.items()
-        }
+        self.infos: dict[str, TensorInfo] = {}
+        for name, info in first.items():
+            storages = tuple(shard.infos[name].storage for shard in self.shards)
+            self.infos[name] = TensorInfo(shapes.get(name, info.shape), info.dtype, storages)
 
     def _check(self) -> bool:
         """Compares names and shapes with params.json; returns ``vocab_parallel``."""
@@ -103,16 +92,10 @@ class Checkpoint:
         return vocab_parallel
 
     def read(self, name: str, *, rank: int = 0, ranks: int = 1) -> Tensor:
-        """The part of a tensor that one of several model-parallel ranks holds.
+        """The part of a tensor that one of several model-parallel ranks holds; all of it for one.
 
         From any number of shards to any number of ranks that divides the heads. What lies in one
-        shard is mapped from its file, not copied; what several hold is joined, and of each only
-        the bytes needed are touched.
-
-        Args:
-            name: of the tensor.
-            rank: 0 to ``ranks`` - 1.
-            ranks: how many share the model; 1 reads the full tensor.
+        shard is mapped from its file; what several hold is joined.
         """
         if ranks == len(self.shards):
             return self.shards[rank].read(name)
@@ -255,15 +238,8 @@ def write_model(
 ) -> None:
     """Writes ``consolidated.00.pth`` and on; memory is bounded by the largest tensor.
 
-    Tensors that share a storage do so in every shard if they are cut alike.
-
-    Args:
-        directory: exists already.
-        args: the model's.
-        infos: of the full tensors.
-        read: gives a full tensor; called once for each.
-        shards: number of files, one for each model-parallel rank.
-        vocab_parallel: cut the embedding by vocabulary; None asks `sharding.by_vocabulary`.
+    Tensors that share a storage do so in every shard if they are cut alike. ``read`` gives a full
+    tensor and is called once for each; ``vocab_parallel`` None asks `sharding.by_vocabulary`.
     """
     by = by_vocabulary(args, infos) if vocab_parallel is None else vocab_parallel
     shapes = shapes_of_rank(args, shards, vocab_parallel=by)
@@ -300,8 +276,8 @@ def reshard(
 ) -> Path:
     """Writes a Meta checkpoint with another number of shards, tensor by tensor.
 
-    The embedding stays cut the way it is: by width in Llama 2, by vocabulary in Llama 3; for a
-    source of one shard see `sharding.by_vocabulary`. There and back gives the same bits.
+    The embedding stays cut the way it is (for a source of one shard see `sharding.by_vocabulary`).
+    There and back gives the same bits.
 
     Args:
         ckpt_dir: the source, of any number of shards.
@@ -313,12 +289,6 @@ def reshard(
         overwrite: whether an earlier conversion is replaced; nothing else ever is.
         progress: called with every tensor's name before it is written.
         verify: called with the finished directory before it is renamed; may raise.
-
-    Raises:
-        InputError: heads, widths or vocabulary do not divide among the shards, or the checkpoint
-            cannot be read.
-        FileExistsError: ``out_dir`` exists, or with ``overwrite`` holds the source or other files.
-        FileNotFoundError: checkpoint or tokenizer are missing.
     """
     source, out = Checkpoint(ckpt_dir), Path(str(out_dir))
     check_shards(source.args, shards)

@@ -1,9 +1,8 @@
 """One ``.pth`` file of a checkpoint, as ``torch.save`` writes it: read and written by tensor.
 
-Files are opened by memory mapping and with ``weights_only=True``: nothing in them is ever
-executed, and what is not touched is not read. Writing is our own, because ``torch.save`` needs all
-tensors at once: a shard of 13 GB would take 13 GB, here it takes its largest tensor.
-``torch.serialization.skip_data`` writes by tensor too, but with wrong checksums.
+Files are memory-mapped and opened with ``weights_only=True``: nothing in them is ever executed, and
+what is not touched is not read. Writing is our own, because ``torch.save`` needs all tensors at
+once. ``torch.serialization.skip_data`` writes by tensor too, but with wrong checksums.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,12 +48,7 @@ class TensorInfo:
 
 
 class Shard:
-    """One ``.pth`` file: the names, shapes and dtypes of its tensors; bytes only on demand.
-
-    Raises:
-        InputError: not a complete ``torch.save`` zip file of named tensors, or a pickle that
-            asks for anything but tensors.
-    """
+    """One ``.pth`` file of tensors by name, of which only the pickle is read; else InputError."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -108,10 +102,7 @@ class Shard:
 
     @contextmanager
     def mapped(self) -> Iterator[None]:
-        """Inside, `read` maps the file once for all tensors, which takes less time.
-
-        Pages read then count as this process's memory until the block ends.
-        """
+        """Inside, `read` maps the file once; pages read count as memory until the block ends."""
         self._mapped = {}
         try:
             yield
@@ -142,11 +133,8 @@ class Shard:
 
 
 def _check_records(path: Path) -> None:
-    """Raises InputError for a zip file that would take more memory than it has bytes.
-
-    Torch reads ``data.pkl`` and ``version`` completely and inflates what is compressed. It never
-    compresses, and so no compressed record needs to be read.
-    """
+    """Raises InputError for a zip file that would take more memory than it has bytes."""
+    # torch reads data.pkl and version completely and inflates what is compressed
     size = path.stat().st_size
     with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
         file.seek(max(size - ZIP_END, 0))
@@ -164,10 +152,7 @@ def _check_records(path: Path) -> None:
 
 
 def _check_end(end: bytes, size: int, start: int) -> None:
-    """Raises BadZipFile unless the end of a zip file leads every reader to one list of records.
-
-    The list begins at ``start`` for the package zipfile, which allows for bytes before the file.
-    """
+    """Raises BadZipFile unless the end leads every reader to the list that zipfile reads."""
     signature, begin, comment = struct.unpack("<4s12xIH", end[-22:])
     end_record = size - ZIP_END
     if end[-42:-38] == b"PK\6\7":  # zip64, whose own end lies before that
@@ -177,8 +162,7 @@ def _check_end(end: bytes, size: int, start: int) -> None:
         raise zipfile.BadZipFile
 
 
-@dataclass(frozen=True)
-class _Storage:
+class _Storage(NamedTuple):
     key: str
     dtype: torch.dtype
     numel: int
@@ -211,11 +195,7 @@ def write_shard(path: Path, infos: Mapping[str, TensorInfo], read: Callable[[str
     """Writes a file that ``torch.load`` reads (mapped too), holding one tensor at a time.
 
     The layout is that of ``torch.save``: a zip archive of stored records, aligned at 64 bytes.
-
-    Args:
-        path: the new file.
-        infos: what is to be written, by name; equal ``storage`` is written once.
-        read: gives the tensor of a name; called once for every distinct storage.
+    Tensors of equal ``storage`` are written once; ``read`` is called once for each storage.
     """
     write_shards([path], infos, read, lambda _, tensor, __: tensor)
 
@@ -228,11 +208,7 @@ def write_shards(
 ) -> None:
     """`write_shard` for several files at once: every tensor is read once and written in parts.
 
-    Args:
-        paths: the new files.
-        infos: what each of them holds.
-        read: gives a full tensor.
-        part: gives the part of a tensor of this name, for the file of this number.
+    ``part`` gives the part of a tensor of this name, for the file of this number.
     """
     # Every entry is a ZipInfo, whose date is fixed: the same tensors give the same bytes.
     storages: dict[object, _Storage] = {}

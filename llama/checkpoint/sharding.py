@@ -52,9 +52,7 @@ def ranges_of_rank(
 ) -> list[tuple[int, int]]:
     """What a rank holds of a tensor of this size along the dimension that is cut.
 
-    Returns:
-        Ranges (start, stop) of the full tensor, in the order in which the rank holds them: one,
-        or one for each key/value head.
+    Ranges (start, stop) in the order in which the rank holds them: one, or one a key/value head.
     """
     if name.endswith(KV_NAMES):
         # by heads: with fewer of them than ranks, neighbouring ranks hold the same rows
@@ -94,7 +92,7 @@ def by_vocabulary(args: ModelArgs, infos: Mapping[str, TensorInfo]) -> bool:
     """Whether the embedding of a model in one file is to be cut by vocabulary.
 
     Yes for Llama 3's vocabulary, whose reference code reads it so, and where the output head is
-    tied to the embedding, which so stays tied; else by width, as Llama 2's.
+    tied to the embedding, and so stays tied; else by width, as Llama 2's.
     """
     tied = {EMBEDDING, OUTPUT} <= infos.keys() and infos[EMBEDDING].storage == infos[OUTPUT].storage
     return tied or args.vocab_size == LLAMA_3_VOCABULARY

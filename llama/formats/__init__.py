@@ -1,9 +1,4 @@
-"""Other formats of a Llama: Hugging Face directories and GGUF files, to Meta's and back.
-
->>> from llama.formats import hf_to_meta
->>> hf_to_meta("meta-llama/Llama-2-7b-hf", "llama-2-7b")  # doctest: +SKIP
-PosixPath('llama-2-7b')
-"""
+"""Other formats of a Llama: Hugging Face directories and GGUF files, to Meta's and back."""
 
 from llama.formats.convert import gguf_to_meta, hf_to_meta, meta_to_hf
 from llama.formats.gguf import GGUFFile, llama_to_gguf

@@ -1,8 +1,7 @@
 """Other checkpoint formats to Meta's and back: Hugging Face directories, GGUF files.
 
-One table of weight names serves every direction; weights go over one tensor at a time, and so
-memory is bounded by the largest. The new directory appears complete or not at all. All converters
-take, as `reshard` does, ``overwrite``, ``progress`` and ``verify``.
+Weights go over one tensor at a time, so that memory is bounded by the largest. What is not said
+of an argument is as for `reshard`. All raise InputError for a damaged source, or no Llama.
 """
 
 from __future__ import annotations
@@ -46,31 +45,17 @@ def gguf_to_meta(
     progress: Callable[[str], object] = str,
     verify: Callable[[Path], object] = str,
 ) -> Path:
-    """Writes a GGUF file of a Llama model as a Meta checkpoint directory.
+    """Writes a GGUF file of a Llama model as a Meta checkpoint directory; see `reshard`.
 
     Quantized weights become what they stand for; in float32, exactly. Tied embeddings are
-    stored once. The tokenizer is written as ``tokenizer.json``, or as ``tokenizer.model`` if it is
-    SentencePiece's.
-
-    Args:
-        path: the GGUF file.
-        out_dir: the new directory.
-        dtype: of the weights.
-        shards: number of files: the model-parallel ranks that the checkpoint is made for.
-
-    Raises:
-        FileNotFoundError: no such file.
-        InputError: not a GGUF file, or not a Llama: the message names what differs.
-        MissingPackageError: the package gguf is missing.
+    stored once. The tokenizer is written as ``tokenizer.json`` or, if it is SentencePiece's, as
+    ``tokenizer.model``.
     """
     source = GGUFFile(Path(str(path)))
     args, kind = source.args(), choose_dtype(dtype, torch.device("cpu"))
     check_shards(args, shards)
     tokenizer, content, config = source.tokenizer()
-    infos = {
-        name: TensorInfo(shape, kind, source.name_of(name))
-        for name, shape in full_shapes(args).items()
-    }
+    infos = {n: TensorInfo(s, kind, source.name_of(n)) for n, s in full_shapes(args).items()}
 
     def read(name: str) -> Tensor:
         progress(name)
@@ -99,18 +84,10 @@ def hf_to_meta(
     progress: Callable[[str], object] = str,
     verify: Callable[[Path], object] = str,
 ) -> Path:
-    """Writes a Hugging Face Llama as a Meta checkpoint directory; tied embeddings are stored once.
+    """Writes a Hugging Face Llama as a Meta checkpoint directory; see `reshard`.
 
-    Args:
-        source: a directory with ``config.json`` and safetensors, or a hub id.
-        out_dir: the new directory.
-        dtype: of the weights; None keeps each one's.
-        shards: number of files: the model-parallel ranks that the checkpoint is made for.
-
-    Raises:
-        FileNotFoundError: config, weights or tokenizer are missing.
-        InputError: a file is damaged, or not a Llama: the message names what differs.
-        ConnectionError: a hub id cannot be fetched.
+    ``source`` is a directory with ``config.json`` and safetensors, or a hub id; a ``dtype`` of None
+    keeps each weight's. Tied embeddings are stored once.
     """
     directory, out = resolve(source), Path(str(out_dir))
     check_new(out, marker=CONVERSION, overwrite=overwrite, source=directory)
@@ -150,16 +127,7 @@ def meta_to_hf(
     """Writes a Meta checkpoint as a directory for ``AutoModelForCausalLM.from_pretrained``.
 
     Model-parallel shards are merged. An output head equal to the embedding is stored once, as tied.
-
-    Args:
-        ckpt_dir: the Meta checkpoint directory.
-        out_dir: the new directory.
-        tokenizer_path: tokenizer file; None looks in the checkpoint's directory.
-        max_shard_bytes: limit of a safetensors file; more are written with their index.
-
-    Raises:
-        FileNotFoundError: checkpoint or tokenizer are missing.
-        InputError: the checkpoint cannot be read.
+    ``max_shard_bytes`` limits a safetensors file; more are written with their index.
     """
     source, out = Checkpoint(ckpt_dir), Path(str(out_dir))
     tokenizer = Path(str(tokenizer_path)) if tokenizer_path else find_tokenizer(source.directory)

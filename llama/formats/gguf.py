@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from llama.args import ModelArgs, check_positive
 from llama.checkpoint.meta import CONVERSION, Checkpoint, read_conversion
 from llama.checkpoint.sharding import EMBEDDING, OUTPUT, full_shapes
 from llama.errors import InputError
-from llama.formats.gguf_read import STRING, GGUFParts, Record, nbytes_of, read_header
+from llama.formats.gguf_read import STRING, GGUFParts, Record, has_key, nbytes_of
 from llama.formats.gguf_vocabulary import gguf_tokenizer, vocabulary
 from llama.formats.gguf_write import (
     BF16,
@@ -48,21 +48,15 @@ SOURCE_TYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf1
 
 
 class GGUFFile(GGUFParts):
-    """A GGUF file of a Llama model.
-
-    Raises:
-        FileNotFoundError: no such file.
-        InputError: not a GGUF file, or of another architecture.
-        MissingPackageError: the package gguf is missing.
-    """
+    """A GGUF file of a Llama model; InputError for another architecture."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        if self.get("general.architecture") != "llama":
+        if (arch := self.get("general.architecture")) != "llama":
             way = shlex.join(["short-gpt", "convert", str(path), "DIRECTORY", "--to", "hf"])
             raise InputError(
-                f"{path} holds architecture {self.get('general.architecture')!r}; expected 'llama' "
-                f"for Meta's format; another family goes to Hugging Face's: {way}"
+                f"{path} holds architecture {arch!r}; expected 'llama' for Meta's format; another "
+                f"family goes to Hugging Face's: {way}"
             )
 
     def name_of(self, meta_name: str) -> str:
@@ -105,17 +99,14 @@ class GGUFFile(GGUFParts):
             "llama.rope.scaling.type": "none",
         }
         for key, value in expected.items():
-            if self.get(key, value) != value:
-                raise InputError(
-                    f"{self.path} has {key} = {self.get(key)!r}; Meta's Llama has {value!r}"
-                )
+            if (actual := self.get(key, value)) != value:
+                raise InputError(f"{self.path} has {key} = {actual!r}; Meta's Llama has {value!r}")
         shapes = {self.name_of(name): shape for name, shape in full_shapes(args).items()}
         check_tensors(self.path, self.tensors.keys(), shapes.keys(), ignored={ROPE_FACTORS})
         for name, shape in shapes.items():
-            actual = self.tensors[name].shape
-            if actual != shape:
+            if (stored_shape := self.tensors[name].shape) != shape:
                 raise InputError(
-                    f"{name} in {self.path} has shape {list(actual)}; its metadata gives "
+                    f"{name} in {self.path} has shape {list(stored_shape)}; its metadata gives "
                     f"{list(shape)}"
                 )
 
@@ -162,23 +153,18 @@ def llama_to_gguf(
     """Writes a Llama with its tokenizer as a GGUF file, which llama.cpp opens.
 
     Memory is bounded by the largest tensor. Vectors stay in float32, as llama.cpp expects them.
+    InputError for no plain Llama, or a tokenizer that llama.cpp has no name for.
 
     Args:
         source: a directory in Meta's or Hugging Face's format, or a hub id.
-        out: the new file; appears complete or not at all.
+        out: the new file; as `reshard`'s directory, like what is not named here.
         kind: of matrices: "f32", "f16", "bf16" or "q8_0"; None keeps the source's.
         tokenizer_path: tokenizer file of Meta's format; None looks in the checkpoint's directory.
         also: further keys, whose values are texts.
-        overwrite: whether an earlier conversion is replaced; nothing else ever is.
-        progress: called with every tensor's name before it is written.
-
-    Raises:
-        FileNotFoundError: weights or tokenizer are missing.
-        InputError: no plain Llama, or a tokenizer that llama.cpp has no name for.
-        FileExistsError: ``out`` exists.
     """
     path = Path(str(out))
-    check_output(path, overwrite=overwrite, ours=_is_converted)
+    ours = partial(has_key, key=SOURCE_KEY)
+    check_output(path, overwrite=overwrite, ours=ours)
     source = find_source(source)
     opened = _open_meta(source, tokenizer_path) if source.kind == "meta" else _open_hf(source, path)
     tensors = _tensors(opened, kind)
@@ -188,21 +174,12 @@ def llama_to_gguf(
     records["general.file_type"] = record("general.file_type", file_type, UINT32)
     for key, value in {SOURCE_KEY: str(source), **(also or {})}.items():
         records[key] = record(key, value, STRING)
-    with new_file(path, overwrite=overwrite, ours=_is_converted) as file:
+    with new_file(path, overwrite=overwrite, ours=ours) as file:
         write_new(file, records, tensors, progress=progress)
     return path
 
 
-def _is_converted(path: Path) -> bool:
-    """Whether a file is a GGUF file of `llama_to_gguf`."""
-    try:
-        return SOURCE_KEY in read_header(path).fields
-    except ValueError:
-        return False
-
-
-@dataclass(frozen=True)
-class _Llama:
+class _Llama(NamedTuple):
     """A Llama of either format, opened."""
 
     args: ModelArgs

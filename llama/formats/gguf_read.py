@@ -3,9 +3,8 @@
 llama.cpp cuts a large model into ``NAME-00001-of-00003.gguf`` and on: the first file holds the
 metadata, each its own tensors.
 
-The package gguf reads headers too. Its reader makes NumPy views of every token and merge: 3.8 s of
-processor time for a vocabulary of 49,000, this one takes 0.07 s. And it believes a damaged file:
-a key that is there twice raises ``KeyError``, and tensors may overlap.
+The package gguf takes 3.8 s for the header of a vocabulary of 49,000, this reader 0.07 s. It also
+believes damaged files: a key that is there twice raises ``KeyError``, and tensors may overlap.
 """
 
 from __future__ import annotations
@@ -75,6 +74,14 @@ def read_header(path: Path) -> Header:
         raise
     except (ValueError, struct.error, OverflowError) as error:
         raise InputError(f"{path} is not a complete GGUF file: {error}") from None
+
+
+def has_key(path: Path, key: str) -> bool:
+    """Whether a file is a GGUF file with this key."""
+    try:
+        return key in read_header(path).fields
+    except ValueError:
+        return False
 
 
 class _Reader:
@@ -203,19 +210,9 @@ def nbytes_of(name: str, shape: tuple[int, ...], kind: int) -> int:
 class GGUFParts:
     """A GGUF model in one file or in several, opened; bytes of tensors only on demand.
 
-    Args:
-        path: the file; of a model in several files any of them.
-
-    Attributes:
-        paths: all files, in order.
-        headers: of each.
-        fields: the metadata, which the first file holds.
-        tensors: all of them, in the order of files and bytes.
-
-    Raises:
-        FileNotFoundError: the file, or another one of the same model, does not exist.
-        InputError: one of them is damaged, or they are not the parts of one model.
-        MissingPackageError: the package gguf is missing.
+    ``path`` may be any of several files; InputError if one is damaged or of another model.
+    ``fields`` is the metadata, which the first file holds; ``tensors`` are in the order of
+    ``paths`` and bytes.
     """
 
     def __init__(self, path: Path) -> None:
@@ -270,12 +267,7 @@ class GGUFParts:
         return file_chunks(self.paths[self._part[name]], entry.start, entry.nbytes)
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """A tensor of this name, dequantized to float32, in memory of its own.
-
-        Args:
-            name: of the tensor.
-            dtype: to which float32 is rounded, piece by piece; None leaves it.
-        """
+        """A tensor in its own memory, dequantized to float32 and rounded to ``dtype`` in pieces."""
         from gguf import GGMLQuantizationType, quants
 
         entry, path = self.tensors[name], self.paths[self._part[name]]

@@ -90,10 +90,9 @@ def _of_pieces(pieces: Pieces, size: int) -> dict[str, Record]:
 def _of_json(content: JsonObject, path: Path, size: int) -> dict[str, Record]:
     """The keys of a ``tokenizer.json``: of a byte-level encoding, or of one like Llama 2's."""
     model = content.get("model") or {}
-    if model.get("type") != "BPE" or not isinstance(model.get("vocab"), dict):
-        raise InputError(
-            f"{path} is of kind {model.get('type')!r}; expected byte-pair encoding ('BPE')"
-        )
+    kind = model.get("type")
+    if kind != "BPE" or not isinstance(model.get("vocab"), dict):
+        raise InputError(f"{path} is of kind {kind!r}; expected byte-pair encoding ('BPE')")
     merges = [m if isinstance(m, str) else " ".join(m) for m in model.get("merges", [])]
     tokens, types = _tokens(content, model["vocab"], size)
     if model.get("byte_fallback"):
@@ -126,15 +125,12 @@ def _as_pieces(
     merges: Sequence[str],
     path: Path,
 ) -> Pieces:
-    """The SentencePiece model of a ``tokenizer.json`` that was made from one.
-
-    There pairs are merged by the score of their piece, here in the order of the list, in which
-    pairs of one piece stand together: the later the first pair of a piece, the lower its score.
-    """
+    """The SentencePiece model of a ``tokenizer.json`` that was made from one."""
     rules = json.dumps([content.get("normalizer"), content.get("pre_tokenizer")])
     kinds = set(_kinds(content.get("normalizer"), content.get("pre_tokenizer")))
     if unknown_kinds := kinds - {"Prepend", "Replace", "Metaspace", "Sequence"}:
         raise InputError(f"{path} splits texts by {sorted(unknown_kinds)}, unlike Llama 2's")
+    # SentencePiece merges by the scores of pieces, tokenizer.json in the order of its list
     score: dict[str, float] = {}
     for rank, merge in enumerate(merges):
         score.setdefault(merge.replace(" ", ""), -float(rank))
@@ -169,13 +165,8 @@ def _pre_tokenizer(content: JsonObject, path: Path) -> str:
     kinds = {r.get("type") for r in rules}
     split = [*patterns, *([GPT2_PATTERN] if own else [])]
     merges_first = not content["model"].get("ignore_merges")
-    names = [
-        name
-        for name, pattern in PRE_TOKENIZERS.items()
-        if split == [pattern]
-        and (name == DIGITS) == digits
-        and (name == "llama-bpe") != merges_first
-    ]
+    names = [name for name, pattern in PRE_TOKENIZERS.items() if split == [pattern]]
+    names = [n for n in names if (n == DIGITS, n != "llama-bpe") == (digits, merges_first)]
     plain = kinds <= {"Split", "Digits", "ByteLevel"} and "ByteLevel" in kinds
     plain = plain and not any(r.get("add_prefix_space") for r in rules)
     normal = (content.get("normalizer") or {}).get("type")
@@ -190,8 +181,7 @@ def _pre_tokenizer(content: JsonObject, path: Path) -> str:
 def gguf_tokenizer(source: GGUFParts) -> tuple[str, bytes, JsonObject]:
     """A GGUF file's tokenizer: a file's name and content, and ``tokenizer_config.json``.
 
-    Byte-level encodings become ``tokenizer.json``, those like Llama 2's SentencePiece's
-    ``tokenizer.model``.
+    Byte-level encodings become ``tokenizer.json``, SentencePiece's ``tokenizer.model``.
     """
     kind = source.need(f"{PREFIX}.model")
     if kind == "llama":
@@ -216,9 +206,8 @@ def gguf_tokenizer(source: GGUFParts) -> tuple[str, bytes, JsonObject]:
 
 def _sentencepiece(source: GGUFParts) -> tuple[str, bytes, JsonObject]:
     """The SentencePiece model in a GGUF file, and its configuration."""
-    tokens, scores, types = (
-        source.need(f"{PREFIX}.{key}") for key in ("tokens", "scores", "token_type")
-    )
+    keys = (f"{PREFIX}.{key}" for key in ("tokens", "scores", "token_type"))
+    tokens, scores, types = map(source.need, keys)
     if not len(tokens) == len(scores) == len(types) == len(set(tokens)):
         counts = f"{len(tokens)} tokens, {len(set(tokens))} distinct, {len(scores)} scores"
         raise InputError(f"{source.path} has {counts} and {len(types)} types: it is damaged")

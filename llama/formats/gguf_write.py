@@ -1,8 +1,7 @@
 """GGUF files written tensor by tensor, each key and each tensor as its source has it or anew.
 
-The package gguf has a writer, which takes every key apart, refuses empty arrays and writes version
-3 alone. Here what does not change is copied, so that with nothing changed the bytes are the
-source's; a file made anew goes the same way.
+The package gguf's writer takes every key apart, refuses empty arrays and writes version 3 alone.
+Here what does not change is copied, so that with nothing changed the bytes are the source's.
 """
 
 from __future__ import annotations
@@ -37,10 +36,7 @@ PLAIN = {F32: torch.float32, F16: torch.float16, BF16: torch.bfloat16}
 
 
 class Stored(NamedTuple):
-    """A tensor to be written: shape in torch's order, ggml's type, size, its bytes.
-
-    ``part`` is the number of the source's file that it comes from.
-    """
+    """A tensor to be written: shape in torch's order, ggml's type, its bytes, its source's part."""
 
     shape: tuple[int, ...]
     kind: int
@@ -92,8 +88,8 @@ def write_new(
 ) -> None:
     """Writes a file of these keys and tensors, in memory of what a tensor yields at a time."""
     like = Header({}, {}, {}, VERSION, ALIGNMENT)
-    _write_file(path, like, [key.raw for key in records.values()], tensors, progress)
-    _pad(path, ALIGNMENT)
+    keys = [key.raw for key in records.values()]
+    _write_file(path, like, keys, tensors, progress, pad_to=ALIGNMENT)
 
 
 def write_again(
@@ -106,28 +102,20 @@ def write_again(
 ) -> None:
     """Writes a model of a GGUF source's metadata, in memory of what a tensor yields at a time.
 
-    Args:
-        paths: the new files: one, or `named_parts`.
-        source: whose keys and layout are copied.
-        tensors: by their new names, in order.
-        records: keys that are other than in the source; None leaves one out.
-        progress: called with every tensor's name before it is written.
+    ``paths`` are one or `named_parts`; ``tensors`` go by their new names, in order; ``records`` are
+    the keys that are other than in the source, of which None leaves one out.
     """
     groups = _groups(source, tensors, len(paths))
+    pad_to = source.headers[0].alignment if _is_padded(source) else 1
     for number, (path, names) in enumerate(zip(paths, groups, strict=True)):
         keys = _keys(source, number, len(paths), dict(records or {}), len(tensors))
         like = source.headers[min(number, len(source.headers) - 1)]
-        _write_file(path, like, keys, {n: tensors[n] for n in names}, progress)
-        if _is_padded(source):
-            _pad(path, source.headers[0].alignment)
+        chosen = {name: tensors[name] for name in names}
+        _write_file(path, like, keys, chosen, progress, pad_to=pad_to)
 
 
 def _keys(
-    source: GGUFParts,
-    number: int,
-    count: int,
-    changed: Mapping[str, Record | None],
-    tensors: int,
+    source: GGUFParts, number: int, count: int, changed: Mapping[str, Record | None], tensors: int
 ) -> list[bytes]:
     """The keys of one of several files: all in the first, in the others what they had."""
     before = source.headers[number].records if number < len(source.headers) else {}
@@ -175,18 +163,14 @@ def _is_padded(source: GGUFParts) -> bool:
     return source.paths[0].stat().st_size > end or not end % header.alignment
 
 
-def _pad(path: Path, alignment: int) -> None:
-    size = path.stat().st_size
-    with open(path, "ab") as file:
-        file.write(b"\0" * (-size % alignment))
-
-
 def _write_file(
     path: Path,
     like: Header,
     records: Sequence[bytes],
     tensors: Mapping[str, Stored],
     progress: Callable[[str], object],
+    *,
+    pad_to: int,
 ) -> None:
     infos, end = [], 0
     for name, tensor in tensors.items():
@@ -204,6 +188,7 @@ def _write_file(
             written = sum(file.write(piece) for piece in tensor.chunks())
             if written != tensor.nbytes:
                 raise InputError(f"{name} has {written} bytes, expected {tensor.nbytes}")
+        file.write(b"\0" * (-file.tell() % pad_to))
 
 
 def type_name(kind: int) -> str:
@@ -214,11 +199,10 @@ def type_name(kind: int) -> str:
 
 
 def writable(kind: int, shape: tuple[int, ...]) -> int:
-    """The type to write a tensor in, by ggml's number of the type that was asked for.
+    """``kind``, ggml's number of a type, or the type to write instead.
 
-    Returns:
-        ``kind``; Q8_0 where that is a type that is only read here, such as the K-quants; F16 where
-        the rows do not fill blocks.
+    That is Q8_0 for a type that is only read here, such as the K-quants; F16 where the rows do not
+    fill blocks.
     """
     if kind in PLAIN:
         return kind

@@ -29,30 +29,18 @@ LLAMA3_SCALING = {
 }
 
 
-class HFCheckpoint:
-    """A Hugging Face Llama directory in Meta's terms, opened and checked by its headers.
+class HFWeights:
+    """A Hugging Face Llama's config and weights in Meta's terms, checked by their headers.
 
-    Args:
-        directory: with ``config.json``, safetensors and a tokenizer.
-        dtype: of the weights in `infos`; None keeps each one's.
-
-    Attributes:
-        config: the content of ``config.json``.
-        args: the model's shape.
-        tied: whether the config says that the output head is the embedding.
-        infos: as of `meta_infos`.
-        tokenizer: its file.
-
-    Raises:
-        FileNotFoundError: config, weights or tokenizer are missing.
-        InputError: a file is damaged, or not a Llama: the message names what differs.
+    ``tied`` tells whether the config makes the output head the embedding; ``infos`` are as of
+    `meta_infos`. InputError if it is no plain Llama.
     """
 
     def __init__(self, directory: Path, dtype: str | torch.dtype | None = None) -> None:
         config = self.config = read_json(directory / "config.json")
+        self.directory = directory
         self.args, self._files = args_of(config, directory), open_weights(directory)
         self.tied = bool(config.get("tie_word_embeddings", False))
-        self.tokenizer = find_hf_tokenizer(directory)
         self.infos = meta_infos(self.args, self._files, dtype, tied=self.tied, directory=directory)
 
     def read(self, name: str) -> Tensor:
@@ -60,6 +48,14 @@ class HFCheckpoint:
         hf_name = str(self.infos[name].storage)
         weight = self._files[hf_name].read(hf_name)
         return permute(name, weight, self.args, to=META)
+
+
+class HFCheckpoint(HFWeights):
+    """`HFWeights` and ``tokenizer``, the path of its file, which must be there."""
+
+    def __init__(self, directory: Path, dtype: str | torch.dtype | None = None) -> None:
+        super().__init__(directory, dtype)
+        self.tokenizer = find_hf_tokenizer(directory)
 
 
 def check_llama(
@@ -137,21 +133,12 @@ def _rope(config: JsonObject, directory: Path) -> JsonObject:
 
 
 def config_of(
-    args: ModelArgs,
-    dtype: torch.dtype,
-    *,
-    tied: bool,
-    tokenizer: Tokenizer,
-    record: JsonObject,
+    args: ModelArgs, dtype: torch.dtype, *, tied: bool, tokenizer: Tokenizer, record: JsonObject
 ) -> tuple[JsonObject, JsonObject]:
     """The contents of ``config.json`` and ``generation_config.json``.
 
-    Args:
-        args: the model's shape.
-        dtype: of the weights.
-        tied: whether the output head is the embedding.
-        tokenizer: names bos and eos where the record does not.
-        record: content of ``conversion.json``, which holds what Meta's format cannot say.
+    ``tokenizer`` names bos and eos where ``record`` does not: the content of ``conversion.json``,
+    which holds what Meta's format cannot say.
     """
     ends = sorted(tokenizer.stop_tokens)
     ids: JsonObject = {
@@ -159,6 +146,10 @@ def config_of(
         "eos_token_id": ends if len(ends) > 1 else next(iter(ends), None),
     }
     ids |= {k: record[k] for k in (*ids, "pad_token_id") if k in record}
+    rope: JsonObject = {"rope_type": "default"}
+    context = 4096 if args.rope_theta < 500000 else 8192  # Llama 2's and 3's; Meta has no key
+    if args.rope_factor is not None:
+        rope, context = {"rope_type": "llama3", "factor": args.rope_factor, **LLAMA3_SCALING}, 2**17
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -174,26 +165,15 @@ def config_of(
         "attention_bias": False,
         "mlp_bias": False,
         "tie_word_embeddings": tied,
-        **_rotary_keys(args, record),
-        "torch_dtype": str(dtype).removeprefix("torch."),
-        **ids,
-    }
-    return config, record.get("generation_config", ids)
-
-
-def _rotary_keys(args: ModelArgs, record: JsonObject) -> JsonObject:
-    """The keys of ``config.json`` for positions; Meta's format does not tell the longest window."""
-    rope: JsonObject = {"rope_type": "default"}
-    context = 4096 if args.rope_theta < 500000 else 8192  # those of Llama 2 and Llama 3
-    if args.rope_factor is not None:
-        rope, context = {"rope_type": "llama3", "factor": args.rope_factor, **LLAMA3_SCALING}, 2**17
-    return {
         "max_position_embeddings": record.get("max_position_embeddings", context),
         # transformers 4 reads the first two, transformers 5 the third
         "rope_theta": args.rope_theta,
         "rope_scaling": rope if args.rope_factor is not None else None,
         "rope_parameters": {**rope, "rope_theta": args.rope_theta},
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        **ids,
     }
+    return config, record.get("generation_config", ids)
 
 
 def meta_infos(
@@ -206,12 +186,8 @@ def meta_infos(
 ) -> dict[str, TensorInfo]:
     """What is to be written in Meta's format; the storage is the name in Hugging Face's.
 
-    Args:
-        args: the model's shape.
-        weights: the file of every tensor.
-        dtype: of what is written; None keeps each one's.
-        tied: whether the config says that the output head is the embedding.
-        directory: for messages.
+    ``weights`` is the file of every tensor; a ``dtype`` of None keeps each one's; ``tied`` says
+    whether the config makes the output head the embedding; ``directory`` is for messages.
     """
     check_layers(directory, args.n_layers, weights)
     shapes = full_shapes(args)

@@ -55,13 +55,10 @@ def permute(meta_name: str, weight: Tensor, args: ModelArgs, *, to: int) -> Tens
 
 
 def permute_rows(weight: Tensor, heads: int, *, to_neighbours: bool) -> Tensor:
-    """Rows of heads from one order of rotated pairs to the other.
+    """Rows of heads, (H hd, ...), from one order of rotated pairs to the other.
 
-    Args:
-        weight: (H hd, ...), H heads of width hd.
-        heads: H.
-        to_neighbours: whether pairs (i, i + hd / 2) become the neighbours (2i, 2i + 1), Meta's
-            and GGUF's order of a Llama, or the reverse.
+    Pairs (i, i + hd / 2) become the neighbours (2i, 2i + 1), Meta's and GGUF's order of a Llama,
+    or with ``to_neighbours`` False the reverse.
     """
     # (H hd, ...) -> (H, 2, hd / 2, ...) or (H, hd / 2, 2, ...); the inner axes are transposed
     pairs = (2, -1) if to_neighbours else (-1, 2)

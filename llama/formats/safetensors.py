@@ -1,16 +1,13 @@
 """Safetensors files, read and written tensor by tensor.
 
 The format is 8 bytes with the length of a JSON header, the header, and the tensors' bytes. The
-package safetensors checks a file's header here. Its writer and reader of tensors (0.8) were tried:
+package safetensors checks a file's header. Its writer and reader of tensors are not used:
 
-- ``save_file`` takes all tensors at once. For 600 MB in 16 tensors its peak of anonymous memory
-  (RssAnon) is 3 MiB, as here, where all are mapped from a file, but 575 MiB, here 38 MiB, where
-  they were changed, as conversions and healing do. It also sorts tensors by dtype and name; pruning
-  keeps the source's order, which is no longer sorted once layer 10 becomes layer 9.
-- ``safe_open`` gives tensors mapped from the file. They lie where the header's length puts them,
-  aligned at 8 bytes only, and matrix products of such weights may round otherwise. A copy beside
-  the mapped pages takes more memory than pieces copied into the tensor's own, as here. Bytes of a
-  dtype that torch does not know, which pruning copies too, it does not give.
+- ``save_file`` needs all tensors at once. On a file of 600 MB with 16 tensors it takes 3 MiB of
+  anonymous memory, as ours does, where they are mapped from a file, but 575 MiB, ours 38 MiB, where
+  they are changed on the way, as in conversions and healing. It also orders them by its own rule.
+- ``safe_open`` maps tensors aligned at 8 bytes only, and products of such weights may round
+  otherwise. It does not give dtypes that torch does not know, which pruning copies too.
 """
 
 from __future__ import annotations
@@ -30,12 +27,7 @@ from llama.errors import InputError
 from llama.io.files import file_chunks
 from llama.io.json_files import JsonObject, read_json
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -55,11 +47,7 @@ class Entry:
 
 
 class SafetensorsFile:
-    """One file: its tensors' entries in the order of their bytes; the bytes only on demand.
-
-    Raises:
-        InputError: the file is damaged or cut off.
-    """
+    """One file: its tensors' entries in the order of their bytes; the bytes only on demand."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -104,12 +92,7 @@ def tensor_bytes(tensor: Tensor) -> Iterator[memoryview]:
 
 
 def open_weights(directory: Path) -> dict[str, SafetensorsFile]:
-    """The file of every tensor in a model's directory, by the tensor's name.
-
-    Raises:
-        FileNotFoundError: there are no safetensors, or the index names a file that is missing.
-        InputError: a file is damaged, or the index does not fit.
-    """
+    """The file of every tensor in a model's directory, by the tensor's name."""
     if (directory / WEIGHTS).is_file():
         file = SafetensorsFile(directory / WEIGHTS)
         return dict.fromkeys(file.entries, file)
@@ -133,12 +116,9 @@ def open_weights(directory: Path) -> dict[str, SafetensorsFile]:
 def write_file(
     path: Path, entries: Mapping[str, Entry], read: Callable[[str], Iterable[bytes | memoryview]]
 ) -> None:
-    """Writes one file, in memory of what ``read`` yields at a time.
+    """Writes one file of these entries in their order, in memory of what ``read`` yields at a time.
 
-    Args:
-        path: the new file.
-        entries: what is to be written, by name, in this order.
-        read: gives the bytes of a name, in pieces of any size; called once for every name.
+    ``read`` gives the bytes of a name, in pieces of any size; called once for every name.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -161,13 +141,7 @@ def write_weights(
     groups: Sequence[Mapping[str, Entry]],
     read: Callable[[str], Iterable[bytes | memoryview]],
 ) -> None:
-    """Writes a model's files: one alone, or several and their index.
-
-    Args:
-        directory: where ``model.safetensors`` or ``model-00001-of-00002.safetensors`` and on go.
-        groups: the content of each file.
-        read: as for `write_file`.
-    """
+    """Writes one file for each group of entries, and for several their index; see `write_file`."""
     if len(groups) == 1:
         write_file(directory / WEIGHTS, groups[0], read)
         return

@@ -1,12 +1,8 @@
 """Tokenizer files from one format to another: ranks to tokenizer.json, SentencePiece to its pieces.
 
-transformers has converters too. They were tried (5.24, 97 passages, vocabulary of 3,000): its
-``TikTokenConverter`` gives the same merges and ids as `llama3_json`, and its
-``convert_gguf_tokenizer`` the same ids as `tokenizer_json`. Our own stay for three reasons: those
-are internal (the second moved between 4.57 and 5.24, the first renamed an argument), they would
-make converting a Llama need all of transformers, and theirs takes an unknown pre-tokenizer for
-GPT-2's without a word, where this one refuses it. The package sentencepiece gives neither all
-types of pieces nor a writer, except with the package protobuf, which nothing else here needs.
+The converters of transformers 5.24 gave the same ids (97 passages). They are internal, moved, need
+all of transformers, and take an unknown pre-tokenizer for GPT-2's, which is refused here. The
+package sentencepiece gives neither all types of pieces nor a writer, except with protobuf.
 """
 
 from __future__ import annotations
@@ -62,6 +58,11 @@ CHARSMAP, DUMMY_PREFIX, EXTRA_SPACES, ESCAPE = 2, 3, 4, 5
 BPE = 2
 
 
+# GPT-2's printable stand-ins of the 256 bytes.
+ALPHABET = {b: chr(b) for b in (*range(33, 127), *range(161, 173), *range(174, 256))}
+ALPHABET |= {b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in ALPHABET)}
+
+
 def find_hf_tokenizer(directory: Path) -> Path:
     """The tokenizer file of a Hugging Face directory; FileNotFoundError if there is none."""
     for name in ("tokenizer.json", "tokenizer.model"):
@@ -73,9 +74,8 @@ def find_hf_tokenizer(directory: Path) -> Path:
 def write_tokenizer(source: Path, target: Path) -> None:
     """Writes a Meta checkpoint's tokenizer file for transformers into an existing directory.
 
-    ``tokenizer.json`` and SentencePiece files are copied, with a configuration for the latter;
-    Llama 3's ranks become a ``tokenizer.json`` with the same ids. Where only the configuration
-    says that bos comes first, ``tokenizer.json`` is made to say so too.
+    ``tokenizer.json`` and SentencePiece files are copied; Llama 3's ranks become a
+    ``tokenizer.json`` with the same ids. A configuration is added where there is none.
     """
     tokenizer, is_json = Tokenizer(source), holds_json(source)
     llama2 = tokenizer.dialog_format == "llama2"
@@ -91,10 +91,7 @@ def write_tokenizer(source: Path, target: Path) -> None:
 
 
 def _add_bos(path: Path, bos_id: int) -> None:
-    """Makes a ``tokenizer.json`` put bos before a text where only its configuration says so.
-
-    There transformers does not look, and a model that reads no bos is another one.
-    """
+    """Makes a ``tokenizer.json`` put bos first if its configuration says so: only there is read."""
     from tokenizers import Tokenizer as FastTokenizer
 
     fast = FastTokenizer.from_file(str(path))
@@ -131,16 +128,6 @@ def with_bos(text: str, bos: str, number: int) -> str:
     return fast.to_str()
 
 
-def _byte_alphabet() -> dict[int, str]:
-    """GPT-2's printable stand-ins of the 256 bytes."""
-    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [byte for byte in range(256) if byte not in shown]
-    return {b: chr(b) for b in shown} | {b: chr(256 + i) for i, b in enumerate(hidden)}
-
-
-ALPHABET = _byte_alphabet()
-
-
 def _spell(token: bytes) -> str:
     return "".join(ALPHABET[byte] for byte in token)
 
@@ -160,9 +147,6 @@ def tokenizer_json(
         token_types: V numbers; 3 makes a token special, 4 one that is matched as one in texts.
         merges: pairs like ``"th e"``, the first to apply first.
         pre: name of the pre-tokenizer (``tokenizer.ggml.pre``), a key of `PRE_TOKENIZERS`.
-
-    Raises:
-        InputError: ``pre`` is unknown, or tokens, types and merges do not fit together.
     """
     from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
     from tokenizers import Tokenizer as FastTokenizer
@@ -197,11 +181,8 @@ def tokenizer_json(
 class Pieces:
     """The pieces of a SentencePiece ``tokenizer.model`` of byte-pair encoding, by id.
 
-    Attributes:
-        texts: the pieces.
-        scores: of two pairs that could be merged, the one whose piece has the higher score is.
-        types: such as `NORMAL`.
-        space_first: whether a space is put before a text.
+    Of two pairs that could be merged, the one whose piece has the higher score is. ``types`` are
+    such as `NORMAL`; ``space_first`` puts a space before a text.
     """
 
     texts: Sequence[str]

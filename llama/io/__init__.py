@@ -1,9 +1,4 @@
-"""Files: complete or not at all, JSON, what a source of weights is, models of the hub.
-
->>> from llama.io import find_source
->>> find_source("meta-llama/Llama-2-7b-hf").kind
-'hub'
-"""
+"""Files: complete or not at all, JSON, what a source of weights is, models of the hub."""
 
 from llama.io.files import (
     check_new,

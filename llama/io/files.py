@@ -1,11 +1,9 @@
 """Files and directories that appear complete or not at all, and never replace somebody's files.
 
-A writer works in a hidden folder beside its target and renames the result at the end, so that a
-kill at any moment leaves the earlier target or the new one. A living writer holds a lock on its
-folder; the next one puts back what a killed writer had set aside, and removes its folder.
-
-A writer's directory holds a marker, a JSON file whose name the writer chooses. It lists all files
-of the directory, and only a directory whose marker lists every file in it is ever replaced.
+A writer works in a hidden folder beside its target and renames the result at the end, and holds a
+lock meanwhile; the next writer puts back what a killed one had set aside, and removes its folder.
+A directory's marker, a JSON file, lists all files of the directory; only a directory whose marker
+lists every file in it is ever replaced.
 """
 
 from __future__ import annotations
@@ -39,11 +37,9 @@ IsOurs = Callable[[Path], bool]
 def check_new(
     path: Path, *, marker: str | None = None, overwrite: bool = False, source: Path | None = None
 ) -> None:
-    """Raises FileExistsError or PermissionError where `new_directory` could not go.
+    """Raises FileExistsError or PermissionError where `new_directory`, called so, could not write.
 
-    Args:
-        path, marker, overwrite: as for `new_directory`.
-        source: what the new content is made from; it must not lie in the directory replaced.
+    ``source``, what the content is made from, must not lie in the directory replaced.
     """
     tidy(resolved(path))
     _check_replaceable(path, marker, overwrite=overwrite)
@@ -128,13 +124,6 @@ def new_directory(
         marker: name of the JSON file, written in the block, that gets the list of files. None
             leaves a directory that is never replaced.
         overwrite: whether an existing directory is replaced, if its marker lists all in it.
-
-    Raises:
-        FileExistsError: ``path`` exists and is not to be replaced.
-
-    Example:
-        >>> with new_directory(out, marker="conversion.json") as partial:  # doctest: +SKIP
-        ...     write_json(partial / "conversion.json", {"source": "llama-2-7b"})
     """
     path = resolved(path)
     check_new(path, marker=marker, overwrite=overwrite)
@@ -183,16 +172,9 @@ def check_output(path: Path, *, overwrite: bool, ours: IsOurs) -> None:
 def new_file(path: Path, *, overwrite: bool, ours: IsOurs) -> Iterator[Path]:
     """A file that appears complete or not at all.
 
-    Yields a path to write to, which is renamed to ``path`` when the block ends. A pipe or a
-    character device gets the complete content then; what else is no regular file is refused.
-
-    Args:
-        path: the file; a link is followed.
-        overwrite: whether an existing file is replaced.
-        ours: whether an existing file is one of this kind; of others only an empty one is replaced.
-
-    Raises:
-        FileExistsError: ``path`` exists and is not to be replaced.
+    Yields a path to write to, which is renamed to ``path`` when the block ends; a link is followed.
+    A pipe or a character device gets the complete content then. An existing file is replaced with
+    ``overwrite``, if ``ours`` says that it is of this kind, or if it is empty.
     """
     check_output(path, overwrite=overwrite, ours=ours)
     if is_stream(path):
@@ -229,11 +211,8 @@ def check_outputs(paths: Sequence[Path], *, overwrite: bool, ours: IsOurs) -> No
 def new_files(paths: Sequence[Path], *, overwrite: bool, ours: IsOurs) -> Iterator[list[Path]]:
     """Files of one model in one directory, which appear together or not at all.
 
-    One file is as with `new_file`. Several are renamed when the block ends, the first one last: it
-    names the others, and so there is no model until then. They replace nothing.
-
-    Raises:
-        FileExistsError: one of them exists and is not to be replaced.
+    One file is as with `new_file`. Several replace nothing, and are renamed when the block ends,
+    the first one last: it names the others, and so there is no model until then.
     """
     if len(paths) == 1:
         with new_file(paths[0], overwrite=overwrite, ours=ours) as partial:
@@ -265,30 +244,24 @@ def is_stream(path: Path) -> bool:
 
 @contextmanager
 def _work_folder(path: Path) -> Iterator[Path]:
-    """A hidden folder beside ``path``, which no other writer touches; it is gone afterwards.
-
-    It lies there because a rename works only inside one file system.
-    """
-    work, lock = _new_work_folder(path)
+    """A hidden folder beside ``path`` (a rename needs one file system), gone afterwards."""
+    lock: int | None = None
+    while True:
+        work = path.with_name(f".{path.name}.writing-{secrets.token_hex(4)}")
+        work.mkdir()
+        try:
+            lock = lock_file(work / LOCK)
+        except (BlockingIOError, FileNotFoundError):
+            continue  # another writer took it for that of a killed writer
+        except OSError:  # the file system has no locks
+            pass
+        break
     try:
         yield work
     finally:
         _clear(work, path)
         if lock is not None:
             os.close(lock)
-
-
-def _new_work_folder(path: Path) -> tuple[Path, int | None]:
-    """A new folder with its lock; None where the file system has none."""
-    while True:
-        work = path.with_name(f".{path.name}.writing-{secrets.token_hex(4)}")
-        work.mkdir()
-        try:
-            return work, lock_file(work / LOCK)
-        except (BlockingIOError, FileNotFoundError):
-            continue  # another writer took it for that of a killed writer
-        except OSError:
-            return work, None
 
 
 def tidy(path: Path) -> None:
@@ -327,10 +300,7 @@ def file_chunks(path: Path, start: int, nbytes: int) -> Iterator[bytes]:
 
 
 def follow_umask(folder: Path) -> None:
-    """Gives the files below a folder the mode that the umask leaves, by that of the folder.
-
-    safetensors writes files that their owner alone can read.
-    """
+    """Gives the files below, which safetensors makes private, the mode that the umask leaves."""
     mode = folder.stat().st_mode & 0o666
     for path in folder.rglob("*"):
         if path.is_file() and not path.is_symlink() and path.stat().st_mode & 0o666 != mode:
@@ -339,10 +309,7 @@ def follow_umask(folder: Path) -> None:
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Exchanges two names in one step; False, and nothing done, where the system cannot.
-
-    Linux can, by renameat2(2), on most of its file systems.
-    """
+    """Exchanges two names in one step, by renameat2(2) of Linux; False where it cannot."""
     try:
         renameat2 = ctypes.CDLL(None).renameat2
     except (AttributeError, OSError, TypeError):
@@ -354,10 +321,8 @@ def exchange(one: Path, other: Path) -> bool:
 def lock_file(path: Path) -> int:
     """Makes a file, and locks it until the handle that is returned is closed.
 
-    Raises:
-        BlockingIOError: another process, or another handle of this one, holds the lock.
-        FileNotFoundError: its folder is not there, or whoever held the lock has removed the file.
-        OSError: it cannot be written, or there are no locks here.
+    BlockingIOError if the lock is held; FileNotFoundError if folder or file are gone; OSError if it
+    cannot be written, or there are no locks here.
     """
     if sys.platform == "win32":
         raise OSError("no locks here")

@@ -17,11 +17,9 @@ FETCHED += ["README.md"]
 
 @dataclass(frozen=True)
 class Source(PathLike[str]):
-    """A source of weights whose format is known; it stands for its name wherever a path may.
+    """A source of weights (a path or a hub id) of known format; it stands for its name as a path.
 
-    Attributes:
-        name: a path, or the name of a model on the hub.
-        kind: its format, as in `find_source`.
+    ``kind`` is as in `find_source`.
     """
 
     name: str
@@ -41,11 +39,8 @@ class Source(PathLike[str]):
 def find_source(name: str | PathLike[str]) -> Source:
     """The source of this name, with its kind; a `Source` is returned as it is.
 
-    Returns:
-        A source of kind ``"meta"``: a directory in Meta's format (``params.json``, which wins
-        where both lie). ``"hf"``: a directory in Hugging Face's format (``config.json``).
-        ``"gguf"``: a GGUF file. ``"hub"``: nothing here, but a name like ``owner/name`` that the
-        hub may know; a bare name is taken for a mistyped directory.
+    Kinds are ``"meta"``: a directory with ``params.json``; ``"hf"``: one with ``config.json`` only;
+    ``"gguf"``: a GGUF file; ``"hub"``: nothing here, but a name like ``owner/name``.
 
     Raises:
         FileNotFoundError: it looks like a path and does not exist, or a directory is no model.
@@ -54,19 +49,17 @@ def find_source(name: str | PathLike[str]) -> Source:
         >>> find_source("meta-llama/Llama-2-7b-hf")
         Source(name='meta-llama/Llama-2-7b-hf', kind='hub')
     """
-    return name if isinstance(name, Source) else Source(str(name), _kind(str(name)))
-
-
-def _kind(name: str) -> Kind:
-    path = Path(name)
+    if isinstance(name, Source):
+        return name
+    name, path = str(name), Path(name)
     if is_gguf(name):
         if not path.is_file():
             raise FileNotFoundError(f"GGUF file {name} does not exist")
-        return "gguf"
+        return Source(name, "gguf")
     if (path / "params.json").is_file():
-        return "meta"
+        return Source(name, "meta")
     if (path / "config.json").is_file():
-        return "hf"
+        return Source(name, "hf")
     if path.is_dir():
         raise FileNotFoundError(
             f"{path} has no params.json (Meta's format) and no config.json (Hugging Face's); "
@@ -76,7 +69,7 @@ def _kind(name: str) -> Kind:
         raise FileNotFoundError(f"{path} is a file; expected a checkpoint directory or .gguf")
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise FileNotFoundError(f"checkpoint directory {name} does not exist")
-    return "hub"
+    return Source(name, "hub")
 
 
 def kind_of(source: str | PathLike[str]) -> Kind:
@@ -105,10 +98,8 @@ def resolve(source: str | PathLike[str]) -> Path:
     """The directory of a model: an existing one, or the hub's, fetched into the hub's cache.
 
     Raises:
-        FileNotFoundError: neither a directory nor a name that the hub could know.
         InputError: the hub has no such model, or none for this user.
         ConnectionError: the hub cannot be reached.
-        MissingPackageError: the package huggingface_hub is missing.
     """
     path, name = Path(str(source)), str(source)
     if path.is_dir():
@@ -127,12 +118,7 @@ def resolve(source: str | PathLike[str]) -> Path:
 
 
 def hub_failure(name: str, error: BaseException) -> Exception | None:
-    """What a failure to fetch a model from the hub means and what to do; None if it is another.
-
-    Args:
-        name: the hub id.
-        error: what huggingface_hub raised, or something raised because of that.
-    """
+    """What a failure to fetch the hub's model ``name`` means, as an error; None if another."""
     from huggingface_hub import errors
 
     missing = (errors.RepositoryNotFoundError, errors.HFValidationError)

@@ -1,7 +1,6 @@
 """Checkpoints: pruned in their files, written from memory, verified, with a record of all that.
 
-`prune_checkpoint` prunes any format without loading a weight. A model in memory is written by its
-own ``save``. Both leave ``pruning.json``, one `Provenance`, and a model card made from it.
+`prune_checkpoint` prunes any format without loading a weight; a model in memory has ``save``.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A GGUF model with some layers removed or changed; its tensors keep their quantization.
 
-A written file holds its record as the key ``short_gpt.pruning``, with the text of ``pruning.json``.
+A file's key ``short_gpt.pruning`` holds the text of ``pruning.json``.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from llama.formats.names import permute_rows
 from llama.io.json_files import json_text
 from llama.io.sources import is_gguf
 from short_gpt.checkpoints.gguf_kinds import PATTERN
-from short_gpt.checkpoints.gguf_layers import Stack
+from short_gpt.checkpoints.gguf_layers import Influence, Stack
 from short_gpt.checkpoints.model_record import ModelRecord
 from short_gpt.checkpoints.provenance import Provenance
 from short_gpt.checkpoints.records import RECORD
@@ -52,16 +52,8 @@ def prune_gguf(
 ) -> Path:
     """Prunes a GGUF model of any architecture as `prune_checkpoint` does.
 
-    The bytes are copied in pieces, so memory does not grow with the model and any quantization goes
-    over. What was written is read again and compared.
-
-    Args:
-        source: the file; of a model in several, ``NAME-00001-of-0000N.gguf``.
-        target: the new file; a path is enough. A name of several files is not verified.
-        layers: as for `prune_checkpoint`, like all that is not named here.
-
-    Raises:
-        ShortGPTError: a layer does not exist, or llama.cpp would misread the pruned model.
+    The bytes are copied in pieces, so memory does not grow with the model. A ``target`` of several
+    files, ``NAME-00001-of-0000N.gguf``, is not verified.
     """
     stack = Stack.open(source)
     keep = stack.kept(layers, provenance.block_influence if provenance else ())
@@ -80,15 +72,10 @@ def write_gguf(
     done: Provenance | None = None,
     progress: Callable[[str], object] = str,
 ) -> Path:
-    """Writes some blocks of a GGUF model, with new values of changed tensors.
+    """Writes the blocks ``keep`` of a GGUF model, numbers ascending; see `prune_gguf`.
 
-    Args:
-        source: the model.
-        target: as for `prune_gguf`.
-        keep: numbers of the blocks that stay, ascending.
-        changed: tensors that differ from the source's, by their names there.
-        done: the record of what was done; without it and with all blocks the bytes do not change.
-        progress: as for `prune_gguf`.
+    ``changed`` tensors, by their names there, differ from the source's; ``done`` is the record,
+    without which, and with all blocks, the bytes do not change.
     """
     check_new_gguf(target.out, source=source, overwrite=target.overwrite)
     names = stored_names(source.tensors, "blk", keep)
@@ -103,9 +90,7 @@ def write_gguf(
     return target.path
 
 
-def about_kinds(
-    source: StrPath, layers: Sequence[int], influence: Sequence[float | None] = ()
-) -> str | None:
+def about_kinds(source: StrPath, layers: Sequence[int], influence: Influence = ()) -> str | None:
     """What other programs get wrong in a GGUF model without these layers; None if nothing."""
     stack = Stack.open(source)
     keep = [i for i in range(stack.blocks) if i not in set(layers)]
@@ -134,23 +119,18 @@ def check_written(
 ) -> None:
     """Raises RuntimeError unless a file, read again, holds what was to be written."""
     again = GGUFParts(path)
-    _check_keys(again, source, records)
+    expected = {k: r.raw for k, r in source.headers[0].records.items() if k not in records}
+    expected |= {key: new.raw for key, new in records.items() if new is not None}
+    written = {key: own.raw for key, own in again.headers[0].records.items()}
+    wrong = [k for k in expected | written if expected.get(k) != written.get(k)]
+    if wrong := [key for key in wrong if not key.startswith("split.")]:
+        raise RuntimeError(f"{path} does not say what it should of {', '.join(wrong[:3])}")
     if list(again.tensors) != list(names):
         raise RuntimeError(f"{path} holds other tensors than it should")
     for new, old in names.items():
         pieces = changed[old].chunks() if old in changed else source.chunks(old)
         if _digest(pieces) != _digest(again.chunks(new)):
             raise RuntimeError(f"{path} holds another {new} than was to be written")
-
-
-def _check_keys(again: GGUFParts, source: GGUFParts, records: Mapping[str, Record | None]) -> None:
-    """Raises RuntimeError unless a file has the source's keys, except those that changed."""
-    expected = {k: r.raw for k, r in source.headers[0].records.items() if k not in records}
-    expected |= {key: new.raw for key, new in records.items() if new is not None}
-    written = {key: own.raw for key, own in again.headers[0].records.items()}
-    wrong = [k for k in expected | written if expected.get(k) != written.get(k)]
-    if wrong := [key for key in wrong if not key.startswith("split.")]:
-        raise RuntimeError(f"{again.path} does not say what it should of {', '.join(wrong[:3])}")
 
 
 def _digest(pieces: Iterable[bytes]) -> bytes:
@@ -164,18 +144,10 @@ def _digest(pieces: Iterable[bytes]) -> bytes:
 def save_gguf(
     short: ModelRecord, target: Target, source: StrPath, layers_path: str, *, record: Provenance
 ) -> Path:
-    """Writes a model of transformers that was opened from a GGUF file as one.
+    """Writes a model of transformers that was opened from the GGUF file ``source`` as one.
 
-    Args:
-        short: the model.
-        target: the new file; a path is enough. It is compared with the source, not verified.
-        source: the file that it was opened from.
-        layers_path: of the layers in the model: ``"model.layers"``.
-        record: of what was done.
-
-    Raises:
-        ShortGPTError: ``source`` is no GGUF file or has another number of layers, or has no known
-            tensor for a changed weight.
+    ``layers_path`` is that of the layers in the model: ``"model.layers"``. ShortGPTError if the
+    source is another model's, or has no known tensor for a changed weight.
     """
     if not is_gguf(source):
         raise ShortGPTError(
@@ -198,9 +170,7 @@ def save_gguf(
     return write_gguf(stack.parts, replace(target, verify=None), keep, changed=changed, done=record)
 
 
-def check_saved(
-    source: StrPath, layers: Sequence[int], influence: Sequence[float | None] = ()
-) -> None:
+def check_saved(source: StrPath, layers: Sequence[int], influence: Influence = ()) -> None:
     """Raises ShortGPTError for a GGUF file that `save_gguf` could not write back changed."""
     stack = Stack.open(source)
     if stack.arch not in MAPPED:

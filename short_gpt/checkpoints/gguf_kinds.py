@@ -25,35 +25,19 @@ NUMBERED = (
 )
 # Every so many layers there is another kind; which of them, llama.cpp's code says.
 PERIODS = ("full_attention_interval", "moe_every_n_layers", "interleave_moe_layer_step")
-FIRST_STAY = ("n_deepstack_layers",)  # the first so many layers take something from outside
 
 # By architecture, where a layer's kind follows from its position and llama.cpp's code has the
 # period: layers i with i % period == phase differ from the others.
 PERIODIC: dict[str, tuple[int, int]] = {
-    "gpt-oss": (2, 1),
-    "gemma2": (2, 1),
-    "gemma3": (6, 5),
-    "gemma3n": (5, 4),
-    "cohere2": (4, 3),
-    "cohere2moe": (4, 0),
-    "exaone-moe": (4, 3),
-    "exaone4": (4, 3),
-    "gemma-embedding": (6, 5),
-    "gemma-embedding2": (6, 5),
-    "modern-bert": (3, 0),
-    "muse-glimmer": (4, 3),
-    "onyx": (4, 3),
-    "olmo2": (4, 3),
-    "afmoe": (4, 3),
-    "laguna": (4, 0),
-    "llama4": (4, 3),
-    "mellum": (4, 3),
-    "plamo3": (8, 7),
-    "qwen3next": (4, 3),
-    "qwen35": (4, 3),
-    "qwen35moe": (4, 3),
-    "smallthinker": (4, 0),
+    **dict.fromkeys(("gpt-oss", "gemma2"), (2, 1)),
+    **dict.fromkeys(("gemma3", "gemma-embedding", "gemma-embedding2"), (6, 5)),
+    **dict.fromkeys(("cohere2moe", "laguna", "smallthinker"), (4, 0)),
+    **dict.fromkeys(("cohere2", "exaone-moe", "exaone4", "muse-glimmer", "onyx", "olmo2"), (4, 3)),
+    **dict.fromkeys(("afmoe", "llama4", "mellum", "qwen3next", "qwen35", "qwen35moe"), (4, 3)),
     "smollm3": (4, 3),
+    "gemma3n": (5, 4),
+    "modern-bert": (3, 0),
+    "plamo3": (8, 7),
 }
 # Of these only with a window: without the key all their layers are of one kind.
 WITH_WINDOW = ("gemma3", "olmo2", "afmoe", "exaone4", "mellum", "modern-bert", "smallthinker")
@@ -82,10 +66,7 @@ def cheapest_set(
 ) -> list[int] | None:
     """The layers of lowest summed scores whose removal leaves all others their kind; None if none.
 
-    Args:
-        scores: of each layer.
-        count: of layers to remove.
-        stays: whether a layer (first argument) keeps its kind at a new position (second).
+    ``stays`` tells whether a layer keeps its kind at a new position.
 
     Example:
         >>> cheapest_set([0.1, 0.9, 0.2, 0.4], 2, lambda layer, new: (layer - new) % 2 == 0)

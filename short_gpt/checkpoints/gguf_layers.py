@@ -1,8 +1,7 @@
 """A GGUF file's metadata on its layers, and what must change in it with fewer of them.
 
-A layer's kind follows from a key in some architectures, in others from its position, by rules in
-llama.cpp's code. A layer that stays must keep its kind: where a key can say so it does, elsewhere
-the removal is refused, and if scores are known the best set that would do is offered.
+A layer's kind follows from a key or, in llama.cpp's code, from its position. A kept layer must keep
+its kind. If no key can say so, the removal is refused and the best possible set is offered.
 """
 
 from __future__ import annotations
@@ -25,6 +24,8 @@ LAYER = re.compile(r"blk\.(\d+)\.(.+)")
 # Tensors that hold something of every layer, or layers of another stack, without its number.
 OTHER_LAYERS = re.compile(r"per_layer_.+|(.+\.)?(blk|layers?|block)\.\d+\..+")
 
+Influence = Sequence[float | None]  # Block Influence of each layer; None or NaN if not scored
+
 
 @dataclass(frozen=True)
 class Stack:
@@ -45,7 +46,25 @@ class Stack:
                 f"{parts.path} holds architecture {arch!r} of {blocks!r} layers, expected a "
                 "language model"
             )
-        _check_names(parts, arch, blocks)
+        matches = {name: LAYER.fullmatch(name) for name in parts.tensors}
+        of_layers = [match for match in matches.values() if match]
+        numbers = {int(match[1]) for match in of_layers}
+        if numbers != set(range(blocks)):
+            raise ShortGPTError(
+                f"{parts.path} says that it has {blocks} layers; its tensors blk.N are of "
+                f"{len(numbers)}: is the file complete?"
+            )
+        if arch in kinds.ALIKE:
+            names = sorted({match[2] for match in of_layers})
+            expected = [*kinds.NEEDED, *(f"blk.{i}.{n}" for i in range(blocks) for n in names)]
+            if missing := [name for name in expected if name not in matches]:
+                raise ShortGPTError(f"{parts.path} lacks {missing[0]}: is the file complete?")
+        others = [name for name in matches if not matches[name] and OTHER_LAYERS.fullmatch(name)]
+        if others:
+            raise ShortGPTError(
+                f"layers of {parts.path} ({arch}) cannot be removed: {others[0]} belongs to all of "
+                "them, or to other layers"
+            )
         extra = parts.fields.get(f"{arch}.nextn_predict_layers") or 0
         if not isinstance(extra, int) or not 0 <= extra < blocks:
             raise ShortGPTError(f"{parts.path} has nextn_predict_layers = {extra!r} of {blocks}")
@@ -61,7 +80,7 @@ class Stack:
         """Number of the layers that may be removed."""
         return self.blocks - self.extra
 
-    def kept(self, layers: Sequence[int], influence: Sequence[float | None] = ()) -> list[int]:
+    def kept(self, layers: Sequence[int], influence: Influence = ()) -> list[int]:
         """The blocks that stay when existing ``layers`` are removed; see `records`."""
         check_layers(layers, range(self.layers))
         keep = [i for i in range(self.blocks) if i not in set(layers)]
@@ -72,17 +91,10 @@ class Stack:
         """The value of a key of the architecture."""
         return self.parts.fields.get(f"{self.arch}.{name}")
 
-    def records(
-        self, keep: Sequence[int], influence: Sequence[float | None] = ()
-    ) -> dict[str, Record | None]:
-        """The keys that change when only some blocks stay.
+    def records(self, keep: Sequence[int], influence: Influence = ()) -> dict[str, Record | None]:
+        """The keys that change when only the blocks ``keep`` stay, numbers ascending.
 
-        Args:
-            keep: numbers of the blocks that stay, ascending; with all of them nothing changes.
-            influence: Block Influence of each layer, by which another set is offered.
-
-        Raises:
-            ShortGPTError: no key can describe what stays; the message says what to do.
+        ShortGPTError if no key can describe what stays; with ``influence`` it offers another set.
         """
         keep = list(keep)
         if keep == list(range(self.blocks)):
@@ -184,10 +196,9 @@ class Stack:
                 f"llama.cpp takes the kinds of {self.arch}'s layers from a list, and "
                 f"{self.arch}.{PATTERN} is {pattern!r}"
             )
-        for name in kinds.FIRST_STAY:
-            first = self.get(name)
-            if isinstance(first, int) and any(i < first for i in removed):
-                return f"the first {first} take images (n_deepstack_layers); name others"
+        first = self.get("n_deepstack_layers")
+        if isinstance(first, int) and any(i < first for i in removed):
+            return f"the first {first} take images (n_deepstack_layers); name others"
         if self.arch.startswith(kinds.BY_COUNT):
             return f"llama.cpp tells variants of {self.arch} by the number of their layers"
         if self.arch in kinds.FROM_FIRST and 0 in removed:
@@ -199,7 +210,7 @@ class Stack:
             )
         return None
 
-    def advice(self, removed: Sequence[int], influence: Sequence[float | None] = ()) -> str:
+    def advice(self, removed: Sequence[int], influence: Influence = ()) -> str:
         """In words, the layers of lowest Block Influence whose removal changes no other's kind."""
         scores = [math.nan if score is None else score for score in influence]
         if len(scores) != self.layers or not all(map(math.isfinite, scores)):
@@ -220,27 +231,4 @@ class Stack:
             f"of as many layers, `layers` {','.join(map(str, others))} leave all others their "
             f"kinds by position: their Block Influence sums to {theirs:.4g}, that of "
             f"{','.join(map(str, removed))} to {ours:.4g}"
-        )
-
-
-def _check_names(parts: GGUFParts, arch: str, blocks: int) -> None:
-    """Raises ShortGPTError unless the tensors are those of numbered layers, all and no other."""
-    matches = {name: LAYER.fullmatch(name) for name in parts.tensors}
-    of_layers = [match for match in matches.values() if match]
-    numbers = {int(match[1]) for match in of_layers}
-    if numbers != set(range(blocks)):
-        raise ShortGPTError(
-            f"{parts.path} says that it has {blocks} layers; its tensors blk.N are of "
-            f"{len(numbers)}: is the file complete?"
-        )
-    if arch in kinds.ALIKE:
-        names = sorted({match[2] for match in of_layers})
-        expected = [*kinds.NEEDED, *(f"blk.{i}.{name}" for i in range(blocks) for name in names)]
-        if missing := [name for name in expected if name not in matches]:
-            raise ShortGPTError(f"{parts.path} lacks {missing[0]}: is the file complete?")
-    others = [name for name in matches if not matches[name] and OTHER_LAYERS.fullmatch(name)]
-    if others:
-        raise ShortGPTError(
-            f"layers of {parts.path} ({arch}) cannot be removed: {others[0]} belongs to all of "
-            "them, or to other layers"
         )

@@ -56,12 +56,8 @@ def prune_hf(
     """Prunes a Hugging Face directory or hub id of any family as `prune_checkpoint` does.
 
     The bytes are copied in pieces, so memory does not grow with the model and any dtype goes over.
-    ``config.json`` changes only where the removal changes it, so it still fits the version of
-    ``transformers`` that wrote it.
-
-    Args:
-        source: as for `prune_checkpoint`, like all that is not named here.
-        replaced: by name in the source's files, tensors that are written in their place.
+    ``config.json`` changes only where the removal changes it. ``replaced`` are tensors, by name in
+    the source's files, that are written in their place.
     """
     directory = resolve(source)
     target.check(source=directory)
@@ -70,9 +66,8 @@ def prune_hf(
     count = len(decoder.layers)
     check_layers(layers, range(count))
     keep = [i for i in range(count) if i not in set(layers)]
-    record = (provenance or Provenance()).pruned(
-        source, removed=layers, kept=keep, directory=directory
-    )
+    chosen = provenance or Provenance()
+    record = chosen.pruned(source, removed=layers, kept=keep, directory=directory)
     stored = stored_names(weights, _prefix(weights, decoder.layers_path, count), keep)
     config = _edited_config(directory, decoder, keep)
     with target.new_directory(record, card=True) as partial:
@@ -94,12 +89,7 @@ def save_hf(
 ) -> Path:
     """Writes a model of transformers for plain ``from_pretrained``, with its card and record.
 
-    Args:
-        model: the model.
-        target: the new directory; a path is enough.
-        tokenizer: of transformers, written with it; None if there is none.
-        record: of what was done; None if nothing was.
-        source: of a conversion, which is then noted in ``conversion.json``.
+    ``record`` and ``tokenizer`` may be None; ``source``, of a conversion, is noted with it.
     """
     marker = PROVENANCE if source is None else CONVERSION
     with target.new_directory(record, card=True, marker=marker) as partial:
@@ -115,15 +105,8 @@ def save_as_meta(
 ) -> Path:
     """Writes a Llama of transformers that came from a Meta directory in Meta's format again.
 
-    Args:
-        model: as for `save_hf`.
-        target: as for `save_hf`; it verifies the Hugging Face directory that is then converted.
-        record: as for `save_hf`.
-        tokenizer_path: the Meta directory's own, copied because it may gain tokens through
-            transformers.
-
-    Raises:
-        ShortGPTError: the model is no Llama.
+    ``target`` verifies the Hugging Face directory that is then converted; the Meta directory's own
+    tokenizer is copied because it may gain tokens through transformers.
     """
     tokenizer = Path(str(tokenizer_path))
     with replace(target, verify=None).new_directory(record, card=False) as partial:
@@ -198,12 +181,10 @@ def _skeleton(directory: Path) -> HFDecoder:
     except MissingPackageError:
         raise
     except Exception as error:
-        reason = explained(error)
+        why = explained(error)
         if TRUST in str(error):
-            reason = "it is defined by Python code of its own; expected a family of transformers"
-        raise ShortGPTError(
-            f"{directory} is no causal model that can be pruned: {reason}"
-        ) from error
+            why = "it is defined by Python code of its own; expected a family of transformers"
+        raise ShortGPTError(f"{directory} is no causal model that can be pruned: {why}") from error
 
 
 def _prefix(weights: Mapping[str, object], layers_path: str, count: int) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from llama.checkpoint.meta import (
     CONVERSION,
@@ -41,12 +41,8 @@ def prune_meta(
 ) -> Path:
     """Prunes a Meta checkpoint as `prune_checkpoint` does, with the same sharding.
 
-    Memory is bounded by the largest tensor.
-
-    Args:
-        ckpt_dir: the source.
-        target: as for `prune_checkpoint`, like all that is not named here.
-        replaced: by name, full tensors that are written in place of the source's.
+    Memory is bounded by the largest tensor. ``replaced`` are full tensors, by name, that are
+    written in place of the source's.
     """
     source = Checkpoint(ckpt_dir)
     numbers = range(source.args.n_layers)
@@ -71,20 +67,9 @@ def save_meta(
     """Writes a model that came from a Meta directory, tensor by tensor from the files there.
 
     The bytes of the source are copied, so that its dtype and sharding stay; only the parameters
-    that the model's record names as changed come from memory, in the source's dtype.
-
-    Args:
-        short: the model.
-        target: the new directory; a path is enough. It is verified only where weights were changed,
-            while those in memory are rounded as they are on disk.
-        source: where the model came from.
-        record: of what was done.
-        tokenizer_path: copied along; None looks in the source's directory.
-
-    Raises:
-        RuntimeError: nothing was removed or changed, or the model lacks layers for a trial.
-        ShortGPTError: the source has another number of layers; or weights were changed and it has
-            several files, or several ranks share the model.
+    that the model's record names as changed come from memory, in the source's dtype. Only these are
+    verified, while those in memory are rounded as they are on disk. RuntimeError if nothing was
+    removed or changed; ShortGPTError if changed weights are in several files.
     """
     if not short.removed and not short.changed:
         raise RuntimeError("nothing was removed yet; call remove_layers first")
@@ -103,7 +88,9 @@ def save_meta(
         )
     _check_one_file(checkpoint)
     tokenizer = Path(str(tokenizer_path or find_tokenizer(checkpoint.directory)))
-    changed, infos = _changed(short), checkpoint.shards[0].infos
+    layer_of = dict(zip(short.kept, short.decoder.layers, strict=True))
+    changed = {f"layers.{i}.{n}": layer_of[i].get_parameter(n) for i, n in sorted(short.changed)}
+    infos = checkpoint.shards[0].infos
 
     def verify(partial: Path) -> None:
         exact = {name: weight.data for name, weight in changed.items()}
@@ -118,12 +105,6 @@ def save_meta(
     checked = replace(target, verify=target.verify and verify)
     replaced = {name: weight.detach for name, weight in changed.items()}
     return _write(checkpoint, checked, short.kept, record, tokenizer, replaced, str)
-
-
-def _changed(short: ModelRecord) -> dict[str, nn.Parameter]:
-    """The parameters that differ from the source's, by their names there."""
-    layer_of = dict(zip(short.kept, short.decoder.layers, strict=True))
-    return {f"layers.{i}.{n}": layer_of[i].get_parameter(n) for i, n in sorted(short.changed)}
 
 
 def _check_one_file(checkpoint: Checkpoint) -> None:

@@ -25,9 +25,6 @@ if TYPE_CHECKING:
 class ModelRecord:
     """The record of one model. Layer numbers are the original model's, from 0.
 
-    Args:
-        decoder: the model, with all of its layers.
-
     Attributes:
         decoder: the model.
         n_layers: how many layers it had at first.
@@ -60,10 +57,7 @@ class ModelRecord:
 
     @property
     def importances(self) -> Tensor:
-        """Mean Block Influence of every original layer, (L,) float64; see `Importance`.
-
-        NaN for layers that were not in the model when it was scored.
-        """
+        """Mean Block Influence of every original layer, (L,) float64; NaN if it was not scored."""
         return self._by_layer(self._scored().block_influence)
 
     @property
@@ -105,11 +99,7 @@ class ModelRecord:
         )
 
     def layer_calls(self) -> LayerCalls:
-        """The model's layers to be called one at a time.
-
-        Raises:
-            ShortGPTError: they take more than the hidden states entering them.
-        """
+        """The model's layers, called one at a time; ShortGPTError if they need more than states."""
         return LayerCalls(self.decoder)
 
     @torch.no_grad()
@@ -118,9 +108,8 @@ class ModelRecord:
     ) -> Callable[[], None]:
         """Gives parameters new values, records it, and returns a function that undoes both.
 
-        Args:
-            how: what made them, ready for JSON, with its name as "method".
-            values: by the original number of a layer and a parameter's name in it.
+        ``how`` tells what made them, ready for JSON, with its name as "method"; ``values`` go by a
+        layer's original number and a name in it.
         """
         layers = zip(self.present, self.decoder.layers, strict=True)
         every = {(i, name): p for i, layer in layers for name, p in layer.named_parameters()}

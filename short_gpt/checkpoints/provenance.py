@@ -1,8 +1,7 @@
 """What was done to a pruned model, as one record with its weights: ``pruning.json`` and the card.
 
-Layers have two numberings. ``removed_layers`` and ``kept_layers`` are numbers of the source that
-was pruned; a source that was itself pruned has a record of its own, ``earlier``, whose
-``kept_layers`` lead one step further back. ``original_layers`` goes all the way to the first one.
+``removed_layers`` and ``kept_layers`` are numbers of the source that was pruned. If that was itself
+pruned it has a record of its own, ``earlier``; ``original_layers`` goes back to the first one.
 """
 
 from __future__ import annotations
@@ -60,9 +59,6 @@ IN_WORDS = {"linear patch": "a linear patch"}  # methods of healing in a sentenc
 class Provenance:
     """What is known of a pruned or healed model.
 
-    Made by `of` from a model in memory, by `of_scores` and `pruned` for one pruned in its files, by
-    `read` from ``pruning.json``.
-
     Attributes:
         removed_layers: the source's numbers of the layers taken out, in order of removal.
         kept_layers: of those that stayed, ascending.
@@ -77,9 +73,6 @@ class Provenance:
         source_card: the source's licence and base model, of `records.source_card`.
         facts: what the caller adds, such as ``{"data": "PG-19"}``.
         versions: of the packages that made it.
-
-    Raises:
-        ShortGPTError: a fact has the name of a record of the library's own.
 
     Example:
         >>> Provenance([3, 1], [0, 2, 4], "original").original_layers
@@ -122,14 +115,10 @@ class Provenance:
         facts: Mapping[str, object] | None = None,
         measured: Mapping[str, Perplexity] | None = None,
     ) -> Provenance:
-        """The record of a model in memory.
+        """The record of a model in memory, opened from ``source``, whose own record is taken over.
 
-        Args:
-            short: the model, as it is now.
-            source: where it was opened; a directory's own ``pruning.json`` is taken over.
-            facts: what the caller adds.
-            measured: perplexities by name; None takes those that the model remembers of itself,
-                with all of its layers and with those kept.
+        ``facts`` are what the caller adds; ``measured`` are perplexities by name, None those that
+        the model remembers of itself, with all of its layers and with those kept.
         """
         if measured is None:
             states = (tuple(range(short.n_layers)), tuple(short.kept))
@@ -159,10 +148,7 @@ class Provenance:
     ) -> Provenance:
         """The record of a model to be pruned in its files, which `pruned` completes.
 
-        Args:
-            importance: the scores by which the layers were chosen, if any.
-            evidence: how they were chosen, by the keys `EVIDENCE`.
-            facts: what the caller adds.
+        ``evidence`` tells how the layers were chosen, by the keys `EVIDENCE`.
         """
         record = cls(evidence=dict(evidence or {}), facts=dict(facts or {}))
         if importance is None:
@@ -180,11 +166,7 @@ class Provenance:
     ) -> Provenance:
         """The record of a checkpoint pruned in its files.
 
-        Args:
-            source: the checkpoint, by the name to keep.
-            removed: numbers of the removed layers.
-            kept: numbers of the kept layers.
-            directory: of its files, if not ``source``.
+        ``source`` is the name to keep, ``directory`` where its files are, if not there.
         """
         return replace(
             self,
@@ -203,12 +185,7 @@ class Provenance:
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Provenance:
-        """The record in a ``pruning.json``, of this or an earlier version.
-
-        Raises:
-            FileNotFoundError: no such file.
-            ShortGPTError: it is no such record; the message names the file and the entry.
-        """
+        """The record in a ``pruning.json``, also of an earlier version; else ShortGPTError."""
         return _read(Entries(read_record(path), str(path)))
 
     cut = renamed_function("Provenance.cut", pruned)
@@ -276,10 +253,7 @@ class Provenance:
         return [before[layer] for layer in layers]
 
     def _continued(self) -> Provenance:
-        """The record itself; where no layer went since ``earlier``, that one with what is new.
-
-        A model that was pruned, saved, opened again and healed is the pruned one, healed.
-        """
+        """The record; where no layer went since ``earlier``, that one with what is new."""
         before = self.earlier
         if before is None or self.removed_layers:
             return self
@@ -317,10 +291,10 @@ def _read(entries: Entries) -> Provenance:
         kept_layers=kept,
         source=None if source is None else str(source),
         earlier=earlier,
-        block_influence=entries.influence(),
+        block_influence=entries.entry("block_influence", "a list of numbers", []),
         scored=entries.scored(),
         quality=entries.quality(),
-        healing=entries.healing(),
+        healing=entries.steps(content.get("healing")),
         removed_sublayers=sublayers,
         evidence={key: content[key] for key in EVIDENCE if key in content},
         source_card=entries.mapping("source_card"),
@@ -361,13 +335,7 @@ def write_provenance(directory: Path, record: Provenance, *, card: bool) -> None
 
 
 def model_card(record: Provenance) -> str:
-    """The text of a ``README.md`` for a pruned or healed model, all of it from its record.
-
-    Example:
-        >>> card = model_card(Provenance([3], [0, 1, 2, 4], "dense"))
-        >>> "# dense without 1 of its 5 layers" in card
-        True
-    """
+    """The text of a ``README.md`` for a pruned or healed model, all of it from its record."""
     removed = record.all_removed
     source = record.first_source or "a model"
     on_hub = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source) and not Path(source).exists()

@@ -41,27 +41,15 @@ def prune_checkpoint(
 
     The tensors' bytes are copied, so the result equals the model pruned in memory bit for bit.
     Another format is reached by way of the source's own: meanwhile, the pruned weights are on disk
-    twice.
+    twice. ShortGPTError names what differs if the format cannot hold the model.
 
     Args:
-        source: Meta checkpoint directory, Hugging Face directory or hub id (safetensors), or GGUF
-            file.
+        source: Meta or Hugging Face directory, hub id (safetensors), or GGUF file.
         target: where and in which format; a path is enough.
         layers: numbers of the layers to remove.
         tokenizer_path: of a Meta checkpoint, copied along; None looks in its directory.
-        provenance: how the layers were chosen; completed here and written as ``pruning.json``, into
-            the GGUF file, and on the model card.
+        provenance: how the layers were chosen; completed here and written with the weights.
         progress: called with every tensor's name before it is written.
-
-    Returns:
-        The target's path.
-
-    Raises:
-        ShortGPTError: an unknown format, a layer that does not exist, none or all of the layers, or
-            a model that the format cannot hold; the message names what differs.
-        FileNotFoundError: config, weights or tokenizer are missing.
-        FileExistsError: the target exists, or with ``overwrite`` holds the source or other files.
-        MissingPackageError: transformers is missing.
 
     Example:
         >>> facts = Provenance.of_scores(importance, facts={"data": "PG-19"})  # doctest: +SKIP
@@ -71,10 +59,8 @@ def prune_checkpoint(
     writers: dict[str, Callable[..., Path]] = {"gguf": prune_gguf}
     writers["meta"] = partial(prune_meta, tokenizer_path=tokenizer_path)
     writer = writers.get(source.kind, prune_hf)
-
-    def write(out: Target) -> Path:
-        return writer(source, out, layers, provenance=provenance, progress=progress)
-
+    settings = {"layers": layers, "provenance": provenance, "progress": progress}
+    write = partial(writer, source, **settings)
     if target.format == {"hub": "hf"}.get(source.kind, source.kind):
         return write(target)
     if source.kind == "gguf" and target.format == "hf":
@@ -119,16 +105,9 @@ def _write_converted(
 
 
 def mergekit_recipe(source: str, keep: Sequence[int], dtype: str = "bfloat16") -> str:
-    """A passthrough recipe for mergekit that makes a model of these layers, in YAML.
+    """A passthrough recipe for mergekit that makes a model of the layers ``keep``, in YAML.
 
-    Args:
-        source: the original model, a directory or a hub id. A directory gets its absolute path:
-            mergekit takes a relative one for a hub id.
-        keep: numbers of the layers that stay, ascending.
-        dtype: of the merged weights.
-
-    Raises:
-        ShortGPTError: no layers, or not ascending.
+    A directory gets its absolute path: mergekit takes a relative one for a hub id.
 
     Example:
         >>> print(mergekit_recipe("llama-2-7b", [0, 1, 3]))
@@ -159,10 +138,8 @@ def mergekit_recipe(source: str, keep: Sequence[int], dtype: str = "bfloat16") -
 def recipe_dtype(source: str | PathLike[str]) -> str:
     """The dtype that the config of a Hugging Face directory or hub id has for its weights.
 
-    Raises:
-        ShortGPTError: another format, which mergekit does not read; or a config that lists its
-            layers' kinds, of which mergekit (0.1.5) changes only the number.
-        FileNotFoundError: there is no such model.
+    ShortGPTError for another format, which mergekit does not read, and for a config that lists its
+    layers' kinds, of which mergekit (0.1.5) changes only the number.
     """
     if find_source(source).kind in ("meta", "gguf"):
         raise ShortGPTError("`recipe`: mergekit reads Hugging Face's format; convert it first")

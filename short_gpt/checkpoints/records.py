@@ -1,7 +1,6 @@
 """What a model's files say of it: the record of its pruning, its licence and its base model.
 
-The record is in ``pruning.json``, or in a GGUF file's own metadata, also as earlier versions wrote
-it. Licence and base model are in the model's card, or in a GGUF file's metadata.
+These are in ``pruning.json`` and the model's card, or in a GGUF file's metadata.
 """
 
 from __future__ import annotations
@@ -55,11 +54,7 @@ class Measured:
 
 
 def record_of(source: str | os.PathLike[str]) -> Entries | None:
-    """The record of a checkpoint directory or a GGUF file; None if it has none.
-
-    Raises:
-        ShortGPTError: the record is damaged.
-    """
+    """The record of a checkpoint directory or a GGUF file; None if it has none."""
     path = Path(str(source))
     if not is_gguf(path):
         path = path / PROVENANCE
@@ -91,9 +86,9 @@ class Entries:
 
     def mapping(self, key: str) -> Mapping[str, object]:
         """An object; empty where there is none."""
-        return self._entry(key, "an object", {})
+        return self.entry(key, "an object", {})
 
-    def _entry(self, key: str, expected: str, default: T) -> T:
+    def entry(self, key: str, expected: str, default: T) -> T:
         """A value of the type of ``default``, which it is where there is none."""
         value = self.content.get(key)
         if value is not None and not isinstance(value, type(default)):
@@ -123,10 +118,6 @@ class Entries:
             raise self.refused(key, "a list of layer numbers", value)
         return list(value)
 
-    def influence(self) -> list[float | None]:
-        """Block Influence by layer; empty where there is none."""
-        return self._entry("block_influence", "a list of numbers", [])
-
     def scored(self) -> dict[str, int]:
         """Numbers of windows and tokens scored; empty where there are none."""
         scored = self.mapping("scored")
@@ -150,41 +141,23 @@ class Entries:
             quality[name] = Measured(float(value), count, error or {})
         return quality
 
-    def healing(self) -> list[Step]:
-        """What changed weights, oldest first."""
-        return self._steps(self.content.get("healing"))
-
-    def _steps(self, healing: object) -> list[Step]:
-        """Steps from a list, or from the last step with those before it nested as "earlier".
-
-        Earlier versions wrote ``{"method": ..., "earlier": {"method": ..., "earlier": ...}}``.
-        """
+    def steps(self, healing: object) -> list[Step]:
+        """Changes of weights, oldest first: a list, or the last with those before as "earlier"."""
         if healing is None:
             return []
         if isinstance(healing, list):
-            return [step for part in healing for step in self._steps(part)]
+            return [step for part in healing for step in self.steps(part)]
         if not isinstance(healing, dict) or not isinstance(healing.get("method"), str):
             raise self.refused("healing", "steps that name their method", healing)
         last = {key: value for key, value in healing.items() if key != "earlier"}
-        return [*self._steps(healing.get("earlier")), last]
+        return [*self.steps(healing.get("earlier")), last]
 
 
 def source_card(source: str | os.PathLike[str], directory: Path | None = None) -> dict[str, object]:
-    """The licence and the base model of a checkpoint, as far as its files name them.
+    """The licence, by the keys `LICENSE`, and `BASE` of a checkpoint, as far as its files tell.
 
     The base model is the source itself if that is on the hub, else the name that its config
-    remembers, else its card's own base model. A GGUF file has both in its metadata.
-
-    Args:
-        source: directory or file of a model, or hub id, of which only what was fetched is read.
-        directory: of its files, if not ``source``.
-
-    Returns:
-        The licence by the keys `LICENSE`, the base model as `BASE`; without what is not known.
-
-    Example:
-        >>> source_card("mistralai/Mistral-7B-v0.1")["base_model"]
-        'mistralai/Mistral-7B-v0.1'
+    remembers, else its card's own. ``directory`` is where its files are, if not ``source``.
     """
     if is_gguf(source):
         entries = _card_in_metadata(Path(str(source)))
@@ -196,12 +169,7 @@ def source_card(source: str | os.PathLike[str], directory: Path | None = None) -
 
 
 def front_matter(text: str) -> dict[str, object]:
-    """Names and lists of names at the head of a card; what is damaged counts as missing.
-
-    Example:
-        >>> front_matter("---\\nlicense: mit\\nbase_model: [a/b]\\n---\\n# A model")
-        {'license': 'mit', 'base_model': ['a/b']}
-    """
+    """Names and lists of names at the head of a card; what is damaged counts as missing."""
     import yaml
 
     match = FRONT_MATTER.search(text)

@@ -14,7 +14,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 from torch import Tensor
 
-from llama.formats.gguf_read import PART, GGUFParts, named_parts, read_header
+from llama.formats.gguf_read import PART, GGUFParts, has_key, named_parts
 from llama.io.files import check_new, check_outputs, new_directory, new_file, new_files
 from llama.io.sources import Source, find_source, is_gguf
 from short_gpt.checkpoints.provenance import Provenance, write_provenance
@@ -26,6 +26,8 @@ StrPath = str | os.PathLike[str]
 Replaced = Mapping[str, Callable[[], Tensor]]
 FORMATS = ("meta", "hf", "gguf")
 OLD_FIELDS = {"to": "format", "overwrite": "overwrite", "verify": "verify"}
+# Whether a file is a GGUF file that this library pruned.
+is_pruned_gguf = functools.partial(has_key, key=RECORD)
 T = TypeVar("T")
 P = ParamSpec("P")
 
@@ -35,16 +37,10 @@ class Target:
     """Where a model is written, and how.
 
     Attributes:
-        out: the new directory, or the new file if its name ends with ``.gguf``; written completely
-            or not at all.
+        out: the new directory, or file if its name ends with ``.gguf``; complete or not at all.
         format: "meta", "hf" or "gguf"; None as in `format_of`.
         overwrite: whether an earlier pruned model is replaced; nothing else ever is.
-        verify: called with the finished directory or file before it takes its place; if it raises,
-            an earlier one stays there.
-
-    Example:
-        >>> Target("pruned.gguf", overwrite=True).paths
-        [PosixPath('pruned.gguf')]
+        verify: called with the finished directory or file before it takes its place; may raise.
     """
 
     out: StrPath
@@ -81,10 +77,7 @@ class Target:
     ) -> Iterator[Path]:
         """The directory to write weights into; completed, verified and at ``out`` after the block.
 
-        Args:
-            record: of what was done.
-            card: whether a model card is written.
-            marker: the file in the directory that lists the others.
+        ``card`` adds a model card; ``marker`` is the file in it that lists the others.
         """
         with new_directory(self.path, marker=marker, overwrite=self.overwrite) as partial:
             yield partial
@@ -122,10 +115,7 @@ class Target:
 def takes_target(
     write: Callable[Concatenate[T, Target, P], Path],
 ) -> Callable[Concatenate[T, Target | StrPath, P], Path]:
-    """Lets a writer's second argument be a path too, and `Target`'s fields be arguments.
-
-    The latter are those of earlier versions, and warn.
-    """
+    """Lets a writer's second argument be a path, and `Target`'s fields arguments, which warn."""
     call = cast("Callable[..., Path]", write)
 
     @functools.wraps(write)
@@ -154,14 +144,8 @@ def takes_target(
 def format_of(source: StrPath | Source, out: StrPath, to: str | None = None) -> str:
     """The format to write a model in: ``to``, else what the name ``out`` or the source says.
 
-    Args:
-        source: the model.
-        out: where it is written.
-        to: "meta", "hf" or "gguf"; None is GGUF if ``out`` ends with ``.gguf``, else the
-            source's format, except that a model in GGUF is written in Hugging Face's.
-
-    Raises:
-        ShortGPTError: another format, or ``out`` has a name of another one.
+    It is GGUF if ``out`` ends with ``.gguf``, else the source's, except that a model in GGUF is
+    written in Hugging Face's.
     """
     check_format(out, to)
     if to is not None or is_gguf(out):
@@ -179,12 +163,7 @@ def check_format(out: StrPath, to: str | None) -> None:
 
 
 def out_paths(out: StrPath) -> list[Path]:
-    """The files to write for a name: one, or all those that a name of one of several numbers.
-
-    Example:
-        >>> [str(p) for p in out_paths("m-00001-of-00002.gguf")]
-        ['m-00001-of-00002.gguf', 'm-00002-of-00002.gguf']
-    """
+    """The files to write: one, or all those of a name like ``m-00001-of-00002.gguf``."""
     path = Path(str(out))
     match = PART.fullmatch(path.name)
     return named_parts(path.with_name(f"{match[1]}.gguf"), int(match[3])) if match else [path]
@@ -199,14 +178,6 @@ def check_new_gguf(out: StrPath, *, source: GGUFParts | None = None, overwrite: 
     sources = [path.resolve() for path in source.paths] if source else []
     if same := [path for path in paths if path.resolve() in sources]:
         raise FileExistsError(f"{same[0]} is the source; choose another name")
-
-
-def is_pruned_gguf(path: Path) -> bool:
-    """Whether a file is a GGUF file that this library pruned."""
-    try:
-        return RECORD in read_header(path).fields
-    except ValueError:
-        return False
 
 
 def stored_names(names: Iterable[str], prefix: str, keep: Sequence[int]) -> dict[str, str]:

@@ -1,7 +1,4 @@
-"""Whether two models are the same: by their logits, and by what they generate.
-
-Shapes: S tokens read, V vocabulary.
-"""
+"""Whether two models are the same, by their logits and by what they generate."""
 
 from __future__ import annotations
 
@@ -18,6 +15,7 @@ from short_gpt.runtime.errors import NotFiniteError
 from short_gpt.runtime.progress import bar
 
 ROUNDING = 1e-4  # between implementations in float32, relative to the largest logit
+NAMES = ("the model in memory", "the saved model")
 
 
 class Generator(Protocol):
@@ -35,12 +33,9 @@ class Generator(Protocol):
 class Fingerprint:
     """What two models must share to be the same.
 
-    Attributes:
-        logits: (1, S, V) float32 on the CPU.
-        cached: tokens generated greedily with the cache.
-        uncached: the same without it.
-        damaged: a tensor with NaN or infinite values, which attention can hide from the logits;
-            None if there is none, or it was not checked.
+    ``logits`` are (1, S, V) float32 on the CPU, of S tokens over the vocabulary; ``cached`` and
+    ``uncached`` are tokens generated greedily with the cache and without; ``damaged`` is a tensor
+    with NaN or infinite values, which attention can hide from the logits.
     """
 
     logits: Tensor
@@ -54,10 +49,7 @@ def fingerprint(
 ) -> Fingerprint:
     """The `Fingerprint` of a model as it is now.
 
-    Args:
-        short: the model.
-        count: tokens generated, and read without ``ids``.
-        ids: tokens to read; None takes the first of the vocabulary.
+    ``count`` tokens are generated, and read; None as ``ids`` reads the first of the vocabulary.
     """
     read = [i % short.decoder.vocab_size for i in range(count)] if ids is None else list(ids)
     tokens = torch.tensor([read], device=short.decoder.device)  # (1, S)
@@ -97,25 +89,14 @@ def one_by_one(*models: Callable[[], Fingerprint]) -> list[Fingerprint]:
 
 
 def check_same(
-    ours: Fingerprint,
-    theirs: Fingerprint,
-    *,
-    rounding: float = 0.0,
-    names: tuple[str, str] = ("the model in memory", "the saved model"),
+    ours: Fingerprint, theirs: Fingerprint, *, rounding: float = 0.0, names: tuple[str, str] = NAMES
 ) -> str:
     """Checks that two models are the same; returns "bit for bit" or "except for the last digits".
 
-    Args:
-        ours: from `fingerprint`.
-        theirs: from `fingerprint` on the same tokens.
-        rounding: how far logits may differ, relative to the largest; 0 asks for the same bits,
-            and for the same tokens generated. `ROUNDING` is for two implementations.
-        names: of the two models in error messages.
-
-    Raises:
-        NotFiniteError: a weight, or the first one's logits, are NaN or infinite.
-        RuntimeError: the logits differ, or the generated tokens, or the second model's tokens with
-            its cache and without.
+    ``rounding`` is how far logits may differ, relative to the largest (`ROUNDING` for two
+    implementations); 0 asks for the same bits and the same tokens generated. ``names`` are those
+    of the two models in messages. NotFiniteError if a weight or logits are NaN or infinite,
+    RuntimeError if the models differ, or the second one's tokens with its cache and without.
     """
     for name, model in zip(names, (ours, theirs), strict=True):
         if model.damaged is not None:
@@ -134,10 +115,7 @@ def check_same(
 
 
 def check_logits(
-    expected: Tensor,
-    actual: Tensor,
-    rounding: float = 0.0,
-    names: tuple[str, str] = ("the model in memory", "the saved model"),
+    expected: Tensor, actual: Tensor, rounding: float = 0.0, names: tuple[str, str] = NAMES
 ) -> None:
     """Raises where two models' logits differ; arguments and errors as in `check_same`."""
     if expected.shape != actual.shape:
@@ -162,8 +140,7 @@ def check_logits(
 def copy_weights(model: nn.Module) -> tuple[str, nn.Parameter] | None:
     """Copies all weights in place: mapped from a file they may be unaligned and round otherwise.
 
-    Weights that share memory still do. Returns the first that has NaN or infinite values, with its
-    name; None if none has.
+    Weights that share memory still do. Returns the first with NaN or infinite values, and its name.
     """
     damaged: tuple[str, nn.Parameter] | None = None
     copies: dict[tuple[int, torch.Size], Tensor] = {}

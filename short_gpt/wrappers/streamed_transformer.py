@@ -21,13 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama.checkpoint.meta import Checkpoint
-from llama.checkpoint.pth import TensorInfo
 from llama.checkpoint.sharding import EMBEDDING, LAYER_SPLITS, OUTPUT, split_dim
 from llama.formats import names as formats
-from llama.formats.hf import args_of, meta_infos
+from llama.formats.hf import HFWeights
 from llama.formats.names import name_in, permute
-from llama.formats.safetensors import DTYPES, open_weights
-from llama.io.json_files import read_json
+from llama.formats.safetensors import DTYPES
 from llama.model import RMSNorm, TransformerBlock, precompute_freqs_cis
 from llama.parallel import initialize
 from short_gpt.models.families import META
@@ -81,25 +79,14 @@ class MetaSource:
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim)  # (rows, D)
 
 
-class HFSource:
+class HFSource(HFWeights):
     """A Llama's Hugging Face directory in safetensors, as `MetaSource`."""
 
     def __init__(self, ckpt_dir: str | os.PathLike[str], *, max_seq_len: int) -> None:
-        self.directory = Path(str(ckpt_dir))
-        config = read_json(self.directory / "config.json")
-        self.args = args_of(config, self.directory)
+        super().__init__(Path(str(ckpt_dir)))
         self.args.max_seq_len = max_seq_len
         self.args.check()
-        self._files = open_weights(self.directory)
         self.files = sorted({file.path for file in self._files.values()})
-        tied = bool(config.get("tie_word_embeddings", False))
-        self.infos: dict[str, TensorInfo] = meta_infos(
-            self.args, self._files, None, tied=tied, directory=self.directory
-        )
-
-    def read(self, name: str) -> Tensor:
-        hf_name = name_in(formats.HF, name)
-        return permute(name, self._files[hf_name].read(hf_name), self.args, to=formats.META)
 
     def stored_name(self, name: str) -> str:
         return name_in(formats.HF, name)
