@@ -42,12 +42,7 @@ from short_gpt.runtime.memory import BLOCK_BYTES, Plan
 from short_gpt.runtime.progress import bar, set_rate
 from short_gpt.scoring.hooks import Scores
 from short_gpt.wrappers.scored_model import ScoredModel
-from short_gpt.wrappers.streamed_transformer import (
-    Batch,
-    HFSource,
-    MetaSource,
-    StreamedTransformer,
-)
+from short_gpt.wrappers.streamed_transformer import Batch, HFSource, MetaSource, StreamedTransformer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
