@@ -55,17 +55,11 @@ def open_model(
 
     Args:
         source: Meta directory, Hugging Face directory, hub id or GGUF file.
-        options: how to open it.
-        stream: whether to hold one layer at a time in memory, of a Llama in Meta's format or in
-            safetensors.
+        stream: one layer at a time in memory, of a Llama in Meta's format or in safetensors.
         changes: single options by their names, as in ``max_seq_len=1024``.
 
     Returns:
         A `ShortLlama` for Meta's format, a `StreamedLlama` with ``stream``, else a `ShortHFModel`.
-
-    Raises:
-        OSError, ShortGPTError: the checkpoint is missing or damaged; or options do not go together.
-        TypeError: there is no such option.
 
     Example:
         >>> short = open_model("llama-2-7b", max_seq_len=1024)  # doctest: +SKIP
@@ -116,8 +110,8 @@ def check_tokenizer(
         return
     names = " and ".join(dict.fromkeys(map(str, models)))
     raise ShortGPTError(
-        f"`tokenizer_path` {tokenizer_path} has no effect on {names}, "
-        "whose own tokenizer is read; Meta's format and streamed models take another: leave it out"
+        f"`tokenizer_path` {tokenizer_path} has no effect on {names}, whose own tokenizer is read; "
+        "Meta's format and streamed models take another: leave it out"
     )
 
 
@@ -156,8 +150,8 @@ def layers_of(source: str | PathLike[str]) -> int | None:
 def weights_of(source: str | Source) -> str | None:
     """A digest of a checkpoint's files of weights; None where there are none of a known format.
 
-    It differs for the same weights in another format or in other shards. All bytes are read, once
-    in a process. Of a GGUF model in several files any of them stands for all.
+    Another format or other shards of the same weights give another one. All bytes are read, once
+    in a process. Any file of a GGUF model in several stands for all.
     """
     kind = find_source(source).kind
     if kind == "gguf":
@@ -179,22 +173,10 @@ def same_model(
     name: str | None = None,
     dtype: str | None = None,
 ) -> str:
-    """Proves that a checkpoint is the source with some layers removed; one is loaded at a time.
+    """Proves that a checkpoint is the source without layers ``drop``, and says what was compared.
 
-    Args:
-        source: the original checkpoint.
-        pruned: the pruned checkpoint.
-        drop: the layers that ``pruned`` lacks; none compares two that must be the same.
-        tokenizer_path: as in `OpenOptions`.
-        trust_remote_code: as in `OpenOptions`.
-        name: of ``pruned`` in what is raised; None is its path.
-        dtype: that its weights were rounded to; None if they were not.
-
-    Returns:
-        A sentence that says what was compared.
-
-    Raises:
-        RuntimeError: the logits or the generation with the cache differ.
+    ``dtype`` is the one its weights were rounded to; errors call it by ``name``, else its path.
+    RuntimeError: the logits or the generation with the cache differ.
     """
     source, pruned = find_source(source), find_source(pruned)
     rounded_to = None if dtype is None else choose_dtype(dtype, torch.device("cpu"))
@@ -211,9 +193,8 @@ def same_model(
         rounding=ROUNDING if (source.kind == "meta") != (pruned.kind == "meta") else 0.0,
         names=(f"{source} without {drop}" if drop else str(source), name or str(pruned)),
     )
-    which = " without these layers" if drop else ""
-    rounded = f" in {dtype}" if dtype else ""
+    which = (" without these layers" if drop else "") + (f" in {dtype}" if dtype else "")
     return (
-        f"verified: the logits are those of the source{which}{rounded}, {exact}, and generation "
+        f"verified: the logits are those of the source{which}, {exact}, and generation "
         "with the cache is that without it"
     )

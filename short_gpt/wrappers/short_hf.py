@@ -42,20 +42,11 @@ class ShortHFModel(ShortModel):
         model_name: a hub id, a local directory, a GGUF file, or a loaded model.
         layers_path: where its layers are, as in ``"model.layers"``; None finds them.
         n_prune_layers: how many layers `remove_layers` takes out; may be set later.
-        tokenizer: needed with a loaded model to read texts; None loads the model's own, if any.
+        tokenizer: of a loaded model, to read texts; None loads the model's own, if any.
         device: where the model goes when it is loaded; None leaves it where it is.
         options: of ``from_pretrained``: ``dtype`` (None is the files'), ``device_map``,
             ``quantization_config``, ``revision`` and so on; a model's Python files are run only
             with ``trust_remote_code=True``.
-
-    Attributes:
-        model: of ``transformers``.
-        tokenizer: of ``transformers``; may be None.
-        source: where the model came from.
-
-    Raises:
-        MissingPackageError: transformers is missing.
-        OSError, ShortGPTError: the model cannot be loaded, or its layers cannot be found.
 
     Example:
         >>> short = ShortHFModel("mistralai/Mistral-7B-v0.1", n_prune_layers=9)  # doctest: +SKIP
@@ -103,10 +94,7 @@ class ShortHFModel(ShortModel):
         device: str | torch.device | None = None,
         dtype: str | None = None,
     ) -> ShortHFModel:
-        """Opens a Meta checkpoint through transformers, as LoRA needs it; `save` converts it back.
-
-        Arguments are those of `OpenOptions`.
-        """
+        """Opens a Meta checkpoint through transformers, as LoRA needs it; `save` converts back."""
         tokenizer = Path(str(tokenizer_path)) if tokenizer_path else find_tokenizer(ckpt_dir)
         to_device = choose_device(device)
         with tempfile.TemporaryDirectory() as folder:
@@ -143,26 +131,21 @@ class ShortHFModel(ShortModel):
         top_p: float = 0.9,
         angular: bool = False,
     ) -> None:
-        """Scores texts and adds them to the scores so far.
+        """Scores texts of any length and adds them to the scores so far.
 
         Args:
-            prompts: texts of any length.
             max_seq_len: tokens of a window.
             stride: tokens from one window's start to the next.
-            max_gen_len: if positive, each text's first ``max_seq_len`` tokens are scored with a
-                continuation of up to so many tokens.
+            max_gen_len: if positive, ``max_seq_len`` tokens and so many new ones are scored.
             angular: accepted for older scripts; one pass always gives both measures.
-
-        Raises:
-            ShortGPTError: no text gives a window of two tokens.
         """
         check_texts(prompts)
         if max_gen_len > 0:
             ids = (self.encode(p)[:max_seq_len] for p in prompts)
             self.measure([self._continue(i, max_gen_len, temperature, top_p) for i in ids])
-            return
-        parts = windows(prompts, self.encode, size=max_seq_len, stride=stride, tail="keep")
-        self.measure([*parts], progress=False)
+        else:
+            parts = windows(prompts, self.encode, size=max_seq_len, stride=stride, tail="keep")
+            self.measure([*parts], progress=False)
 
     def generate(
         self,
@@ -198,7 +181,7 @@ class ShortHFModel(ShortModel):
 
     @torch.no_grad()
     def _generated(self, ids: list[int], count: int, **options: object) -> list[int]:
-        """The ids and up to ``count`` new ones after them."""
+        # the ids, and up to ``count`` new ones after them
         tokens = torch.tensor([ids], device=self.decoder.device)  # (1, S)
         check_vocabulary(tokens, self.decoder)
         generate = partial(
@@ -228,11 +211,11 @@ class ShortHFModel(ShortModel):
         facts: Mapping[str, object] | None = None,
         measured: Mapping[str, Perplexity] | None = None,
     ) -> Path:
-        """Writes model, config, tokenizer and a model card, for plain ``from_pretrained``.
+        """As `save`, for plain ``from_pretrained``, with a model card.
 
         Args:
             verify: load the result again and compare: the same logits, bit for bit, and the same
-                greedy generation with and without the cache. The other arguments are `save`'s.
+                greedy generation with and without the cache.
         """
         self.check_whole()
         record = Provenance.of(self, self.source, facts=facts, measured=measured)

@@ -1,6 +1,6 @@
 """A model in memory: scored and pruned as any, and searched, tried and generated with.
 
-A layer adds two residual branches to the stream, attention and MLP. With a zero output projection
+A layer adds two residual branches, attention and MLP, to the stream. With a zero output projection
 a branch adds nothing: that is the model without it, whose files keep their shape and load anywhere.
 """
 
@@ -66,11 +66,7 @@ class ShortModel(ScoredModel):
         temperature: float = 0.6,
         top_p: float = 0.9,
     ) -> list[str]:
-        """Continuations of texts; ``temperature`` 0 takes the likeliest token.
-
-        Raises:
-            ShortGPTError: one text instead of a list, a text without a token, or a bad setting.
-        """
+        """Continuations of texts; ``temperature`` 0 takes the likeliest token."""
 
     @abstractmethod
     def harness_model(self, *, batch_size: int = 1) -> object:
@@ -92,10 +88,8 @@ class ShortModel(ScoredModel):
 
         Args:
             windows: token ids, all read for every candidate.
-            n: how many layers.
             method: "sleb", or "perplexity" for the one-shot choice.
             candidates: original numbers of the layers that "sleb" may remove; None for all.
-            batch_size: windows read at once.
             max_memory: of stored states, in bytes.
             state: where the search is saved and continued.
 
@@ -121,7 +115,7 @@ class ShortModel(ScoredModel):
         most: int | None = None,
         confidence: float = CONFIDENCE,
     ) -> Budget:
-        """The most layers whose removal surely keeps the perplexity; none is removed.
+        """The largest removal up to which every smaller one keeps the perplexity, and all tried.
 
         Args:
             windows: token ids of text that neither chose the layers nor trained the model.
@@ -129,9 +123,6 @@ class ShortModel(ScoredModel):
             choose: from a number of layers to the layers; None takes those of least influence.
             most: layers to try at most; None is all except one.
             confidence: that the perplexity rises by no more; see `perplexity_budget.most_layers`.
-
-        Returns:
-            The largest removal up to which every smaller one holds the ratio, and all tried.
 
         Example:
             >>> short.layers_within(held_out, 1.2).layers  # doctest: +SKIP
@@ -141,12 +132,10 @@ class ShortModel(ScoredModel):
             with self.without_layers(layers):
                 return self.perplexity(windows)
 
+        choose = choose or (lambda n: self.layers_to_remove(n=n))
+        most = len(self.kept) - 1 if most is None else most
         return most_layers(
-            perplexity_without,
-            choose or (lambda n: self.layers_to_remove(n=n)),
-            ratio=ratio,
-            most=len(self.kept) - 1 if most is None else most,
-            confidence=confidence,
+            perplexity_without, choose, ratio=ratio, most=most, confidence=confidence
         )
 
     @contextmanager
@@ -162,13 +151,11 @@ class ShortModel(ScoredModel):
         self.check_whole()
         for layers in (attention, mlp):
             check_exist(layers, self.kept)
-        positions = {
-            "attention": [self.kept.index(i) for i in attention],
-            "mlp": [self.kept.index(i) for i in mlp],
-        }
+        removed = {"attention": list(attention), "mlp": list(mlp)}
+        positions = {kind: [self.kept.index(i) for i in each] for kind, each in removed.items()}
         parameters = sublayer_parameters(self.decoder, self.kept, **positions)
         remove_sublayers(self.decoder, **positions)
-        how = {"method": REMOVED_SUBLAYERS, "attention": list(attention), "mlp": list(mlp)}
+        how = {"method": REMOVED_SUBLAYERS, **removed}
         self.note_change(WeightChange(how, frozenset(parameters)))
         self.importance = Importance.empty(self.kept)
 
@@ -186,15 +173,9 @@ class ShortModel(ScoredModel):
 def remove_sublayers(
     decoder: Decoder, *, attention: Sequence[int] = (), mlp: Sequence[int] = ()
 ) -> Callable[[], None]:
-    """Removes attention and MLP sublayers from a live model, by zeroing their output projections.
+    """Removes attention and MLP sublayers, by positions of layers; returns what puts them back.
 
-    Args:
-        decoder: the model.
-        attention: positions of the layers that lose their attention.
-        mlp: positions of the layers that lose their MLP.
-
-    Returns:
-        A function that puts them back.
+    Their output projections become zero in the live model.
 
     Raises:
         ShortGPTError: a layer does not exist or is named twice, none is named, or a layer is not

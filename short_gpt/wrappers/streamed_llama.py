@@ -63,8 +63,7 @@ def open_stream(
         ckpt_dir: a directory in Meta's format, of any number of shards, or a Llama of Hugging
             Face's in safetensors; or a hub id with its owner, which is fetched.
         max_seq_len: longest window to come, in tokens.
-        device: where layers run; None takes CUDA, MPS or CPU, the first there is.
-        dtype: of weights and states there; None is float32 on CPU, bfloat16 on CUDA, else float16.
+        device: where layers run; as ``dtype`` in `OpenOptions`.
     """
     path, name = Path(str(ckpt_dir)), str(ckpt_dir)
     if not path.is_dir() and "/" in name and is_hub_id(name):
@@ -82,14 +81,12 @@ def open_stream(
 class StreamedDecoder(MetaDecoder):
     """A streamed model as the scoring core sees it: windows pass the layers in rounds.
 
-    Attributes:
-        batch_size: windows of a round that pass a layer together.
-        progress: whether to show a bar for every round.
+    ``batch_size`` of a round's windows pass a layer together.
     """
 
     def __init__(self, model: StreamedTransformer) -> None:
         super().__init__(model)
-        self.batch_size, self.progress = 1, False
+        self.batch_size, self.progress = 1, False  # a bar for every round
 
     def score(
         self,
@@ -231,23 +228,14 @@ class StreamedLlama(ScoredModel):
     searched by its loss, which would read the checkpoint for every token or candidate.
     `remove_layers` only skips layers; `save` writes the source's format without them.
 
-    Windows pass the layers in rounds, as many at once as the memory holds; within a round,
-    ``batch_size`` of them pass a layer together. ``stop`` and ``state`` act after a round; an
-    interruption loses its round.
+    Windows pass the layers in rounds, as many as the memory holds; within a round ``batch_size``
+    of them pass a layer together. ``stop`` and ``state`` act after a round; Ctrl-C loses it.
 
     Args:
         ckpt_dir: as for `open_stream`, which has ``max_seq_len``, ``device`` and ``dtype``, too.
-        n_prune_layers: how many layers `remove_layers` takes out; may be set later.
-        tokenizer_path: tokenizer file; None looks beside the checkpoint, and reads texts by
-            transformers where that is the checkpoint's format.
-        batch_size: of the runs to come; checked here against ``max_memory``.
-        max_memory: as in `OpenOptions`.
-        trust_remote_code: whether Python files that come with the tokenizer are run.
-
-    Raises:
-        FileNotFoundError: a file is missing.
-        ShortGPTError: a file is damaged, the model is not a Llama, the tokenizer is another
-            model's, ``max_memory`` is too little, or this is one of several ranks.
+        tokenizer_path: None looks beside the checkpoint; transformers' own reads texts where that
+            is the checkpoint's format.
+        batch_size: of the runs to come; checked here against ``max_memory``, as in `OpenOptions`.
     """
 
     streamed: ClassVar[bool] = True
@@ -267,9 +255,7 @@ class StreamedLlama(ScoredModel):
         trust_remote_code: bool = False,
     ) -> None:
         if several_ranks():
-            raise ShortGPTError(
-                "a streamed model runs on one rank; start it alone, not by torchrun"
-            )
+            raise ShortGPTError("a streamed model runs on one rank; start it without torchrun")
         self.stream = open_stream(ckpt_dir, max_seq_len=max_seq_len, device=device, dtype=dtype)
         self.max_memory, directory = max_memory, self.stream.source.directory
         self.tokenizer_path = Path(str(tokenizer_path or find_tokenizer(directory)))
@@ -281,9 +267,8 @@ class StreamedLlama(ScoredModel):
                 f"the tokenizer {self.tokenizer_path} has {words} words, the checkpoint "
                 f"{directory} {rows}; they do not belong together"
             )
-        self._hf_tokenizer = None
-        if tokenizer_path is None and from_hf:
-            self._hf_tokenizer = _hf_tokenizer(directory, trust_remote_code=trust_remote_code)
+        own = tokenizer_path is None and from_hf
+        self._hf_tokenizer = _hf_tokenizer(directory, trust_remote_code) if own else None
         self.plan(batch_size)
         super().__init__(StreamedDecoder(self.stream), n_prune_layers)
 
@@ -335,8 +320,8 @@ class StreamedLlama(ScoredModel):
     def window_losses(
         self, windows: Sequence[Sequence[int]], *, progress: bool = True
     ) -> list[Perplexity]:
-        result = self._perplexity(windows, 1, len(windows), progress)
-        return [Perplexity.of([sample]) for sample in result.samples]
+        samples = self._perplexity(windows, 1, len(windows), progress).samples
+        return [Perplexity.of([sample]) for sample in samples]
 
     def window_logits(
         self, windows: Sequence[Sequence[int]], *, batch_size: int = 1
@@ -347,9 +332,8 @@ class StreamedLlama(ScoredModel):
     def score(
         self, windows: Sequence[Sequence[int]], *, sublayers: bool = False, all_tokens: bool = False
     ) -> Scores:
-        return self.decoder.score(
-            windows, layers=self.kept, sublayers=sublayers, all_tokens=all_tokens
-        )
+        kinds = {"sublayers": sublayers, "all_tokens": all_tokens}
+        return self.decoder.score(windows, layers=self.kept, **kinds)
 
     def plan_text(self, batch_size: int = 1) -> str:
         return self.plan(batch_size).describe()
@@ -362,15 +346,14 @@ class StreamedLlama(ScoredModel):
         measured: Mapping[str, Perplexity] | None = None,
         overwrite: bool = False,
     ) -> Path:
-        stream, changed = self.stream, sorted(self.changed)
-        source = stream.source
+        source, changed = self.stream.source, sorted(self.changed)
         if not self.removed and not changed:
             raise RuntimeError("nothing was removed yet; call remove_layers first")
         self.check_whole()
         record = Provenance.of(self, source.directory, facts=facts, measured=measured)
 
         def as_stored(number: int, name: str) -> Tensor:
-            return source.as_stored(f"layers.{number}.{name}", stream.weight(number, name))
+            return source.as_stored(f"layers.{number}.{name}", self.stream.weight(number, name))
 
         # read when it is written, in the file's layout
         new = {source.stored_name(f"layers.{i}.{n}"): partial(as_stored, i, n) for i, n in changed}
@@ -435,7 +418,7 @@ class StreamedLlama(ScoredModel):
         pass  # weights are checked as they are read
 
 
-def _hf_tokenizer(directory: Path, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+def _hf_tokenizer(directory: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     try:
         return load_tokenizer(str(directory), {"trust_remote_code": trust_remote_code})
     except ModuleNotFoundError:
