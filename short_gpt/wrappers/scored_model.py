@@ -52,7 +52,7 @@ class ScoredModel(ModelRecord, ABC):
 
     @property
     def bos(self) -> str:
-        """Which windows of its texts begin with bos: "first", the ShortGPT authors' way, or "every".
+        """Which windows of texts begin with bos: "first", the ShortGPT authors' way, or "every".
 
         "every" is for a family that reads windows badly without (Gemma), if its tokenizer adds it.
         """

@@ -255,7 +255,9 @@ class StreamedLlama(ScoredModel):
         trust_remote_code: bool = False,
     ) -> None:
         if several_ranks():
-            raise ShortGPTError("a streamed model runs on one rank; start it without torchrun")
+            raise ShortGPTError(
+                "a streamed model runs on one rank; start it alone, not by torchrun"
+            )
         self.stream = open_stream(ckpt_dir, max_seq_len=max_seq_len, device=device, dtype=dtype)
         self.max_memory, directory = max_memory, self.stream.source.directory
         self.tokenizer_path = Path(str(tokenizer_path or find_tokenizer(directory)))
