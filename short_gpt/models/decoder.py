@@ -6,7 +6,7 @@ Shapes: B sequences, S tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Protocol
 
 import torch
@@ -20,7 +20,7 @@ from short_gpt.runtime.errors import ShortGPTError
 class Decoder(Protocol):
     """A stack of layers over token ids.
 
-    Scoring reads hidden states by hooks on ``layers``, surgery goes through `keep_layers`; a new
+    Scoring reads hidden states by hooks on ``layers``, removal goes through `keep_layers`; a new
     kind of model needs nothing else.
 
     Example:
@@ -61,20 +61,12 @@ class Decoder(Protocol):
     def keep_layers(self, keep: Sequence[int]) -> Callable[[], None]:
         """Leaves only these layers (ascending positions), everywhere the model counts them.
 
-        Returns:
-            A function that restores the model as it was.
+        Returns a function that restores the model as it was.
         """
 
 
 def remove_layers(decoder: Decoder, drop: Sequence[int]) -> Callable[[], None]:
-    """Removes layers from the model in place.
-
-    Args:
-        decoder: the model.
-        drop: positions in the model as it is now, in any order.
-
-    Returns:
-        A function that puts them back.
+    """Removes layers, by their positions in the model as it is now; returns what puts them back.
 
     Raises:
         ShortGPTError: a layer does not exist or is named twice, or none would stay.
@@ -87,12 +79,10 @@ def remove_layers(decoder: Decoder, drop: Sequence[int]) -> Callable[[], None]:
 @contextmanager
 def without_layers(decoder: Decoder, drop: Sequence[int]) -> Iterator[None]:
     """The model without some layers (or none) inside a ``with`` block, as `remove_layers`."""
-    undo = remove_layers(decoder, drop) if drop else None
-    try:
+    with ExitStack() as stack:
+        if drop:
+            stack.callback(remove_layers(decoder, drop))
         yield
-    finally:
-        if undo is not None:
-            undo()
 
 
 def alike(windows: Sequence[Sequence[int]], decoder: Decoder) -> list[list[int]]:
@@ -119,31 +109,20 @@ def alike(windows: Sequence[Sequence[int]], decoder: Decoder) -> list[list[int]]
 def padded(
     windows: Sequence[Sequence[int]], decoder: Decoder
 ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-    """One batch, or several where windows differ in their rotary factors.
-
-    Yields:
-        The indices of a batch's windows, and their tokens and mask; all else as in `pad`.
-    """
+    """Batches of windows with the same rotary factors: their indices, tokens and mask, as `pad`."""
     for indices in alike(windows, decoder):
         yield indices, *pad([windows[i] for i in indices], decoder)
 
 
 def pad(windows: Sequence[Sequence[int]], decoder: Decoder) -> tuple[Tensor, Tensor]:
-    """Windows of any lengths as one batch, padded on the right with token 0.
+    """Windows of any lengths as one batch: tokens (B, S) int64, and a mask of the real ones (B, S).
 
-    Under a causal mask no real token sees the padding; the mask only weights the sums. Windows
-    with different rotary factors are refused: see `padded`.
-
-    Args:
-        windows: B lists of token ids.
-        decoder: gives the device and the limits.
-
-    Returns:
-        tokens (B, S) int64 and mask (B, S) bool, True for real tokens, S the longest window.
+    Padding is token 0 on the right, S the longest window. Under a causal mask no real token sees
+    it; the mask only weights the sums.
 
     Raises:
-        ShortGPTError: no windows, an empty or too long one, those of different rotary factors, or
-            ids outside the vocabulary.
+        ShortGPTError: no windows, an empty or too long one, those of different rotary factors (see
+            `padded`), or ids outside the vocabulary.
     """
     if not windows:
         raise ShortGPTError("expected at least one window of tokens, got none")

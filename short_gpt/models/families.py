@@ -18,8 +18,8 @@ Names = tuple[str, ...]
 class Family:
     """The names of a family's parts, all relative to one of its layers except the first.
 
-    An entry has several names where layers of a model are of several kinds, and none where there is
-    no such part. The defaults are those of Llama in transformers, which most families share.
+    An entry has several names where layers are of several kinds, and none where there is no such
+    part. The defaults are those of Llama in transformers, which most families share.
 
     Attributes:
         layers: paths of the list of layers, inside the causal language model.
@@ -33,8 +33,7 @@ class Family:
         lora: ends of the names of the MLP's matrices, which LoRA changes.
         attention_norm_after: a norm through which the attention's output is added to the stream.
         mlp_norm_after: the same of the MLP.
-        needs_bos: whether it reads a window badly that has no bos before it, which its texts had in
-            training.
+        needs_bos: whether it reads windows without bos badly, because its texts in training had it.
     """
 
     layers: Names = ("model.layers",)

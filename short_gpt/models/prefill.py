@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 
 from llama.model import TransformerBlock, apply_rotary_emb
 from short_gpt.models.decoder import Decoder
-from short_gpt.models.families import Family, attention_with_norm
+from short_gpt.models.families import attention_with_norm
 from short_gpt.models.layer_hooks import output_form, patched_forward, state_in
 from short_gpt.models.numbering import check_layers
 from short_gpt.runtime.errors import ShortGPTError
@@ -28,10 +29,6 @@ def skipped_in_prefill(decoder: Decoder, layers: Sequence[int]) -> Iterator[None
 
     Calls of one token, and calls without a cache, use all layers.
 
-    Args:
-        decoder: the model.
-        layers: positions; none changes nothing.
-
     Raises:
         ShortGPTError: a layer does not exist or is named twice, all would be skipped, or the
             family's layers have no attention that can be called to fill the cache.
@@ -40,15 +37,13 @@ def skipped_in_prefill(decoder: Decoder, layers: Sequence[int]) -> Iterator[None
         check_layers(layers, range(len(decoder.layers)))
     with ExitStack() as stack:
         for layer in [decoder.layers[i] for i in layers]:
-            if isinstance(layer, TransformerBlock):  # ours: Meta's own code has no such forward
-                skip: Callable[..., object] = _meta(layer)
-            else:
-                skip = _hugging_face(layer, decoder.family, output_form(decoder)[1])
+            ours = isinstance(layer, TransformerBlock)  # Meta's own code has no such forward
+            skip = _meta(layer) if ours else _hugging_face(layer, decoder)
             stack.enter_context(patched_forward(layer, skip))
         yield
 
 
-def _meta(layer: TransformerBlock) -> Callable[..., Tensor]:
+def _meta(layer: Any) -> Callable[..., Tensor]:
     plain, attention = layer.forward, layer.attention
 
     def forward(
@@ -69,13 +64,12 @@ def _meta(layer: TransformerBlock) -> Callable[..., Tensor]:
     return forward
 
 
-def _hugging_face(
-    layer: nn.Module, family: Family, form: Callable[[Tensor], object]
-) -> Callable[..., object]:
+def _hugging_face(layer: nn.Module, decoder: Decoder) -> Callable[..., object]:
     # a layer of transformers: there is such a package
     from transformers.cache_utils import Cache
 
-    if (parts := attention_with_norm(layer, family)) is None:
+    _, form = output_form(decoder)
+    if (parts := attention_with_norm(layer, decoder.family)) is None:
         raise ShortGPTError(
             f"{type(layer).__name__} has no attention after a norm that can be called by its "
             "layer's arguments, as input_layernorm and self_attn in Llama, to fill its cache: this "

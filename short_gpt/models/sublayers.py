@@ -28,17 +28,11 @@ Run = Callable[[], Tensor]  # runs a layer, and gives the stream at some point o
 
 @dataclass(frozen=True)
 class OutputProjection:
-    """A module whose output is added to the residual stream.
+    """A module whose output is added to the residual stream, times a factor."""
 
-    Attributes:
-        module: such as the `down_proj` of an MLP, or a norm after it.
-        factor: by which its output is multiplied on the way, as in Granite; 1 in most families.
-        before: the matrix, where a norm follows it, as in Gemma 2; None elsewhere.
-    """
-
-    module: nn.Module
-    factor: float
-    before: nn.Module | None = None
+    module: nn.Module  # such as the `down_proj` of an MLP, or a norm after it
+    factor: float  # 1 in most families; another one in Granite
+    before: nn.Module | None = None  # the matrix, where a norm follows it, as in Gemma 2
 
     @property
     def matrix(self) -> nn.Module:
@@ -84,8 +78,8 @@ class Sublayers:
 
     Attributes:
         projections: by part, "attention" and "mlp"; a sublayer without a single matrix whose output
-            the layer adds to the stream is left out.
-        refused: by part, why it is left out.
+            the layer adds to the stream is not among them.
+        refused: by part, why it is not.
         mlp: what the MLP as one module adds, also where no matrix ends it; None if that is unknown.
     """
 
@@ -127,22 +121,16 @@ class Sublayers:
 def after_attention(run: Run, mlp: OutputProjection) -> tuple[Tensor, Tensor]:
     """The stream between a layer's sublayers, (B, S, D), and the state leaving the layer.
 
-    In a parallel block, whose sublayers read the same state, it is the sum without the MLP.
-
-    Args:
-        run: gives the state leaving the layer.
-        mlp: what its MLP adds.
+    ``run`` gives the latter. In a parallel block, whose sublayers read the same state, the stream
+    is the sum without the MLP.
     """
     outputs: list[Tensor] = []
 
     def note(_: nn.Module, __: object, output: Output) -> None:
         outputs.append(first(output).clone())  # some layers write over it
 
-    handle = mlp.module.register_forward_hook(note)
-    try:
+    with mlp.module.register_forward_hook(note):
         leaving = run()  # (B, S, D)
-    finally:
-        handle.remove()
     return leaving - mlp.factor * outputs[-1].view_as(leaving), leaving
 
 
@@ -183,15 +171,10 @@ def _end(run: Run, matrix: nn.Module, layer: nn.Module, *, norms: Names) -> Outp
 def _follows(run: Run, matrix: nn.Module, norm: nn.Module) -> bool:
     # the norm must be given what the matrix gives, as it is
     seen: list[Tensor] = []
-    handles = [
-        matrix.register_forward_hook(lambda _, __, out: seen.append(out.clone())),
-        norm.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone())),
-    ]
-    try:
+    leaving = matrix.register_forward_hook(lambda _, __, out: seen.append(out.clone()))
+    entering = norm.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
+    with leaving, entering:
         run()
-    finally:
-        for handle in handles:
-            handle.remove()
     return len(seen) == 2 and torch.equal(*seen)
 
 
@@ -212,7 +195,7 @@ def _is_rms(norm: nn.Module) -> bool:
 
 @torch.no_grad()
 def effective_weight(norm: nn.Module) -> Tensor:
-    """By what a norm multiplies what it has divided by its root mean square, (D,) float32.
+    """By what a norm multiplies after it divided by the root mean square, (D,) float32.
 
     It is the norm's parameter in most families, and one more than that in Gemma's.
     """
