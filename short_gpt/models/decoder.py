@@ -22,10 +22,6 @@ class Decoder(Protocol):
 
     Scoring reads hidden states by hooks on ``layers``, removal goes through `keep_layers`; a new
     kind of model needs nothing else.
-
-    Example:
-        >>> decoder = MetaDecoder(llama.model)  # doctest: +SKIP
-        >>> undo = decoder.keep_layers([0, 1, 3])  # doctest: +SKIP
     """
 
     @property
@@ -59,18 +55,11 @@ class Decoder(Protocol):
         """(B, S) tokens to (B, S, V) float32 logits."""
 
     def keep_layers(self, keep: Sequence[int]) -> Callable[[], None]:
-        """Leaves only these layers (ascending positions), everywhere the model counts them.
-
-        Returns a function that restores the model as it was.
-        """
+        """Keeps only these layers (ascending positions); returns what restores the model."""
 
 
 def remove_layers(decoder: Decoder, drop: Sequence[int]) -> Callable[[], None]:
-    """Removes layers, by their positions in the model as it is now; returns what puts them back.
-
-    Raises:
-        ShortGPTError: a layer does not exist or is named twice, or none would stay.
-    """
+    """Removes layers in place, by their positions as it is now; returns what puts them back."""
     count = len(decoder.layers)
     check_layers(drop, range(count))
     return decoder.keep_layers([i for i in range(count) if i not in set(drop)])
@@ -90,10 +79,6 @@ def alike(windows: Sequence[Sequence[int]], decoder: Decoder) -> list[list[int]]
 
     A model with LongRoPE (arXiv:2402.13753) has two sets of rotary factors, and takes the one for
     long texts where its batch's longest window, or that one's padding, is longer than a limit.
-
-    Example:
-        >>> alike([[1] * 9, [2], [3] * 8], decoder)  # doctest: +SKIP
-        [[0, 2], [1]]
     """
     # what is no list of windows is refused by `pad`
     limits = decoder.rotary_limits
@@ -118,11 +103,7 @@ def pad(windows: Sequence[Sequence[int]], decoder: Decoder) -> tuple[Tensor, Ten
     """Windows of any lengths as one batch: tokens (B, S) int64, and a mask of the real ones (B, S).
 
     Padding is token 0 on the right, S the longest window. Under a causal mask no real token sees
-    it; the mask only weights the sums.
-
-    Raises:
-        ShortGPTError: no windows, an empty or too long one, those of different rotary factors (see
-            `padded`), or ids outside the vocabulary.
+    it; the mask only weights the sums. Windows of different rotary factors need `padded`.
     """
     if not windows:
         raise ShortGPTError("expected at least one window of tokens, got none")

@@ -200,13 +200,11 @@ class HFDecoder:
             edits.append((vars(config), entries, pruned))
         _, entries, pruned = edits[0]
         for module in self._owner.modules():  # such as a model's own list of layer types
-            old = {k: v for k, v in entries.items() if vars(module).get(k) == v}
-            if old:
+            if old := {k: v for k, v in entries.items() if vars(module).get(k) == v}:
                 edits.append((vars(module), old, {key: pruned[key] for key in old}))
         for new, number in enumerate(keep):
             for module in self.layers[number].modules():  # attention picks its cache by it
-                old = {k: number for k in NUMBERS if vars(module).get(k) == number}
-                if old:
+                if old := {k: number for k in NUMBERS if vars(module).get(k) == number}:
                     edits.append((vars(module), old, dict.fromkeys(old, new)))
         return edits
 
@@ -236,10 +234,7 @@ def check_layers_path(layers_path: object) -> None:
 
 
 def find_layers(model: PreTrainedModel) -> str:
-    """The path of the decoder's list of layers: the family's, or the only one of as many layers.
-
-    ShortGPTError: no list or more than one fits; the message names them.
-    """
+    """The path of the list of layers: of the family, or the only one of as many layers."""
     config = model.config.get_text_config(decoder=True)
     count = config.num_hidden_layers
     lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList)}

@@ -23,10 +23,6 @@ class LayerCalls:
 
     It (positions, rotary factors, masks) may depend on the shape of the tokens, not on the tokens
     themselves; otherwise a ShortGPTError is raised.
-
-    Example:
-        >>> calls = LayerCalls(decoder)  # doctest: +SKIP
-        >>> state = calls.run(0, calls.embed(tokens))  # doctest: +SKIP
     """
 
     def __init__(self, decoder: Decoder) -> None:

@@ -24,12 +24,7 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def mlp_output(layer: nn.Module, family: Family = ANY) -> nn.Module:
-    """The output projection of a layer's MLP.
-
-    Raises:
-        ShortGPTError: the layer has none of the family's names, or its weights are quantized or
-            not in memory.
-    """
+    """The output projection of a layer's MLP; ShortGPTError unless a plain matrix in memory."""
     linear, kind = only_part(layer, family.mlp_output), type(layer).__name__
     if linear is None:
         raise ShortGPTError(

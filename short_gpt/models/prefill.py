@@ -1,17 +1,14 @@
 """Layers that are skipped while a prompt is read, but run while text is generated.
 
-The variant of ShortGPT for generation in the authors' repository (ShortGPT-gen): prompts are read
-faster, every decoding step uses all layers. Skipped layers still cache the prompt's keys and
-values, turned like all others; the authors' code caches keys without their rotary position.
-
-Shapes: B sequences, S tokens, D width.
+As the ShortGPT authors' ShortGPT-gen: prompts are read faster, every decoding step uses all
+layers. Skipped layers still cache the prompt's keys and values, turned like all others; the
+authors' code caches keys without their rotary position. Shapes: B sequences, S tokens, D width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -25,25 +22,26 @@ from short_gpt.runtime.errors import ShortGPTError
 
 @contextmanager
 def skipped_in_prefill(decoder: Decoder, layers: Sequence[int]) -> Iterator[None]:
-    """The model with some layers skipped whenever several tokens are read at once with the cache.
+    """The model that skips layers (by position) when it reads several tokens with the cache.
 
-    Calls of one token, and calls without a cache, use all layers.
-
-    Raises:
-        ShortGPTError: a layer does not exist or is named twice, all would be skipped, or the
-            family's layers have no attention that can be called to fill the cache.
+    Calls of one token, and calls without a cache, use all layers. ShortGPTError: a layer does not
+    exist, all would be skipped, or the family's attention cannot be called to fill the cache.
     """
     if layers:
         check_layers(layers, range(len(decoder.layers)))
     with ExitStack() as stack:
         for layer in [decoder.layers[i] for i in layers]:
-            ours = isinstance(layer, TransformerBlock)  # Meta's own code has no such forward
-            skip = _meta(layer) if ours else _hugging_face(layer, decoder)
+            # Meta's own code has no such forward as our block
+            skip = (
+                _meta(layer)
+                if isinstance(layer, TransformerBlock)
+                else _hugging_face(layer, decoder)
+            )
             stack.enter_context(patched_forward(layer, skip))
         yield
 
 
-def _meta(layer: Any) -> Callable[..., Tensor]:
+def _meta(layer: TransformerBlock) -> Callable[..., Tensor]:
     plain, attention = layer.forward, layer.attention
 
     def forward(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -36,22 +37,18 @@ class OutputProjection:
 
     @property
     def matrix(self) -> nn.Module:
-        """The last matrix of the sublayer."""
         return self.module if self.before is None else self.before
 
     @property
     def norm(self) -> nn.Module | None:
-        """The norm after the matrix, if there is one."""
         return None if self.before is None else self.module
 
     @property
     def modules(self) -> list[nn.Module]:
-        """The matrix, and the norm."""
         return [self.module] if self.before is None else [self.before, self.module]
 
     @property
     def device(self) -> torch.device:
-        """Where the matrix is."""
         return next(self.matrix.parameters()).device
 
     def outputs(self, inputs: Tensor) -> Tensor:
@@ -74,29 +71,19 @@ class OutputProjection:
 
 @dataclass(frozen=True)
 class Sublayers:
-    """A layer as state + factor * attention + factor * MLP, each proved on random numbers.
+    """A layer as state + factor * attention + factor * MLP, each proved on random numbers."""
 
-    Attributes:
-        projections: by part, "attention" and "mlp"; a sublayer without a single matrix whose output
-            the layer adds to the stream is not among them.
-        refused: by part, why it is not.
-        mlp: what the MLP as one module adds, also where no matrix ends it; None if that is unknown.
-    """
-
+    # by part, "attention" and "mlp": those with a single matrix whose output the layer adds
     projections: Mapping[str, OutputProjection]
-    refused: Mapping[str, str]
-    mlp: OutputProjection | None
+    refused: Mapping[str, str]  # by part, why it is not among them
+    mlp: OutputProjection | None  # the MLP as one module, also where no matrix ends it
 
     @classmethod
     def of(cls, calls: LayerCalls, index: int, state: Tensor, family: Family) -> Sublayers:
         """Those of the decoder's layer ``index``, proved on a state (B, S, D) such as enters it."""
-        layer = calls.layer(index)
+        layer, run = calls.layer(index), partial(calls.run, index, state)
         projections: dict[str, OutputProjection] = {}
         refused: dict[str, str] = {}
-
-        def run() -> Tensor:
-            return calls.run(index, state)
-
         # the MLP first: the stream before it shows what the attention adds
         mlp: OutputProjection | None = None
         try:
@@ -195,10 +182,7 @@ def _is_rms(norm: nn.Module) -> bool:
 
 @torch.no_grad()
 def effective_weight(norm: nn.Module) -> Tensor:
-    """By what a norm multiplies after it divided by the root mean square, (D,) float32.
-
-    It is the norm's parameter in most families, and one more than that in Gemma's.
-    """
+    """By what a norm multiplies (D,) float32: its parameter, and one more than that in Gemma's."""
     weight = norm.weight
     assert isinstance(weight, Tensor)
     return norm(torch.ones_like(weight)[None])[0].float()  # (D,)

@@ -38,13 +38,13 @@ def open_model(
     options: OpenOptions = ...,
     *,
     stream: Literal[False] = ...,
-    **changes: object,
+    **changes: Any,
 ) -> ShortModel: ...
 
 
 @overload
 def open_model(
-    source: str | Source, options: OpenOptions = ..., *, stream: bool, **changes: object
+    source: str | Source, options: OpenOptions = ..., *, stream: bool, **changes: Any
 ) -> ScoredModel: ...
 
 
@@ -87,14 +87,9 @@ def open_hf(source: str | Source, options: OpenOptions = DEFAULTS) -> ShortHFMod
     if several_ranks():  # before the model is loaded: the group decides this rank's device
         initialize(1, device=device)
     torch.manual_seed(options.seed)
-    return ShortHFModel(
-        source,
-        None,
-        options.n_prune_layers,
-        device=device,
-        dtype=choose_dtype(options.dtype, device),
-        trust_remote_code=options.trust_remote_code,
-    )
+    dtype, trust = choose_dtype(options.dtype, device), options.trust_remote_code
+    count = options.n_prune_layers
+    return ShortHFModel(source, None, count, device=device, dtype=dtype, trust_remote_code=trust)
 
 
 def _reads_tokenizer(source: str | Source, *, stream: bool = False) -> bool:
@@ -150,8 +145,8 @@ def layers_of(source: str | PathLike[str]) -> int | None:
 def weights_of(source: str | Source) -> str | None:
     """A digest of a checkpoint's files of weights; None where there are none of a known format.
 
-    Another format or other shards of the same weights give another one. All bytes are read, once
-    in a process. Any file of a GGUF model in several stands for all.
+    It depends on format and shards. All bytes are read, once in a process. Any file of a GGUF
+    model in several stands for all.
     """
     kind = find_source(source).kind
     if kind == "gguf":

@@ -52,10 +52,7 @@ class ScoredModel(ModelRecord, ABC):
 
     @property
     def bos(self) -> str:
-        """Which windows of texts begin with bos: "first", the ShortGPT authors' way, or "every".
-
-        "every" is for a family that reads windows badly without (Gemma), if its tokenizer adds it.
-        """
+        """Which windows of texts begin with bos: "first", or "every" for families such as Gemma."""
         return "every" if self.decoder.family.needs_bos and starts_texts(self.encode) else "first"
 
     @abstractmethod
@@ -76,8 +73,7 @@ class ScoredModel(ModelRecord, ABC):
             overwrite: whether an earlier checkpoint of this library is replaced; nothing else is.
 
         Raises:
-            RuntimeError: nothing was changed, the model lacks layers for a trial, or what was saved
-                is not the model in memory when read again; it is deleted.
+            RuntimeError: nothing was changed, or what was saved is another model when read again.
         """
 
     @property
@@ -282,9 +278,6 @@ class ScoredModel(ModelRecord, ABC):
             n: how many; None takes ``n_prune_layers``.
             method: a name of `methods.METHODS`, in place of ``angular``.
             seed: of the random method.
-
-        Raises:
-            RuntimeError: nothing was scored, or the scored model is no longer this one.
         """
         name, count = ("n_prune_layers", self.n_prune_layers) if n is None else ("n", n)
         if count is None:

@@ -41,12 +41,10 @@ class ShortHFModel(ShortModel):
     Args:
         model_name: a hub id, a local directory, a GGUF file, or a loaded model.
         layers_path: where its layers are, as in ``"model.layers"``; None finds them.
-        n_prune_layers: how many layers `remove_layers` takes out; may be set later.
         tokenizer: of a loaded model, to read texts; None loads the model's own, if any.
         device: where the model goes when it is loaded; None leaves it where it is.
         options: of ``from_pretrained``: ``dtype`` (None is the files'), ``device_map``,
-            ``quantization_config``, ``revision`` and so on; a model's Python files are run only
-            with ``trust_remote_code=True``.
+            ``revision`` and so on; ``trust_remote_code=True`` runs a model's Python files.
 
     Example:
         >>> short = ShortHFModel("mistralai/Mistral-7B-v0.1", n_prune_layers=9)  # doctest: +SKIP
@@ -159,8 +157,7 @@ class ShortHFModel(ShortModel):
         if max_gen_len == 0:  # which transformers refuses
             return [""] * len(prompts)
         texts = []
-        for prompt in prompts:
-            ids = self.encode(prompt)
+        for ids in map(self.encode, prompts):
             new = self._continue(ids, max_gen_len, temperature, top_p)[len(ids) :]
             texts.append(str(self._tokenizer().decode(new, skip_special_tokens=True)))
         return texts

@@ -165,9 +165,8 @@ class ShortLlama(ShortModel):
         result gives the logits of the model in memory bit for bit. Weights that a patch or
         `remove_sublayers` changed are written in the source's dtype, if it is one file on one rank.
 
-        Args:
-            ckpt_dir: the source; None takes the one that ``Llama.build`` loaded.
-            provenance: the older name of ``facts``.
+        ``ckpt_dir`` is the source; None takes what ``Llama.build`` loaded. ``provenance`` is the
+        older name of ``facts``.
         """
         if (source := ckpt_dir or getattr(self.llama, "ckpt_dir", None)) is None:
             raise ShortGPTError(

@@ -92,9 +92,6 @@ class ShortModel(ScoredModel):
             candidates: original numbers of the layers that "sleb" may remove; None for all.
             max_memory: of stored states, in bytes.
             state: where the search is saved and continued.
-
-        Returns:
-            Layers in original numbers, in order of removal, and the losses of all trials.
         """
         self.check_whole()
         self._check_weights()
@@ -123,9 +120,6 @@ class ShortModel(ScoredModel):
             choose: from a number of layers to the layers; None takes those of least influence.
             most: layers to try at most; None is all except one.
             confidence: that the perplexity rises by no more; see `perplexity_budget.most_layers`.
-
-        Example:
-            >>> short.layers_within(held_out, 1.2).layers  # doctest: +SKIP
         """
 
         def perplexity_without(layers: list[int]) -> Perplexity:
@@ -133,10 +127,9 @@ class ShortModel(ScoredModel):
                 return self.perplexity(windows)
 
         choose = choose or (lambda n: self.layers_to_remove(n=n))
+        limits = {"ratio": ratio, "confidence": confidence}
         most = len(self.kept) - 1 if most is None else most
-        return most_layers(
-            perplexity_without, choose, ratio=ratio, most=most, confidence=confidence
-        )
+        return most_layers(perplexity_without, choose, most=most, **limits)
 
     @contextmanager
     def skipped_in_prefill(self, layers: Sequence[int]) -> Iterator[None]:
@@ -149,9 +142,9 @@ class ShortModel(ScoredModel):
     def remove_sublayers(self, *, attention: Sequence[int] = (), mlp: Sequence[int] = ()) -> None:
         """As the function `remove_sublayers`, by the layers' original numbers; it is recorded."""
         self.check_whole()
-        for layers in (attention, mlp):
-            check_exist(layers, self.kept)
         removed = {"attention": list(attention), "mlp": list(mlp)}
+        for layers in removed.values():
+            check_exist(layers, self.kept)
         positions = {kind: [self.kept.index(i) for i in each] for kind, each in removed.items()}
         parameters = sublayer_parameters(self.decoder, self.kept, **positions)
         remove_sublayers(self.decoder, **positions)
@@ -173,13 +166,10 @@ class ShortModel(ScoredModel):
 def remove_sublayers(
     decoder: Decoder, *, attention: Sequence[int] = (), mlp: Sequence[int] = ()
 ) -> Callable[[], None]:
-    """Removes attention and MLP sublayers, by positions of layers; returns what puts them back.
+    """Zeroes output projections of attention and MLP, by position; returns what puts them back.
 
-    Their output projections become zero in the live model.
-
-    Raises:
-        ShortGPTError: a layer does not exist or is named twice, none is named, or a layer is not
-            x + attention, then + MLP, each ended by one plain matrix. The model is unchanged.
+    ShortGPTError, and no change, if a layer does not exist or is named twice, none is named, or
+    one is not x + attention, then + MLP, each ended by one plain matrix.
     """
     layers = decoder.layers
     for positions in (attention, mlp):

@@ -59,11 +59,9 @@ def open_stream(
 ) -> StreamedTransformer:
     """A Llama whose layers are read from their files one at a time.
 
-    Args:
-        ckpt_dir: a directory in Meta's format, of any number of shards, or a Llama of Hugging
-            Face's in safetensors; or a hub id with its owner, which is fetched.
-        max_seq_len: longest window to come, in tokens.
-        device: where layers run; as ``dtype`` in `OpenOptions`.
+    ``ckpt_dir`` is a directory in Meta's format, of any number of shards, or a Llama of Hugging
+    Face's in safetensors; or a hub id with its owner, which is fetched. Windows have at most
+    ``max_seq_len`` tokens; ``device`` and ``dtype`` are as in `OpenOptions`.
     """
     path, name = Path(str(ckpt_dir)), str(ckpt_dir)
     if not path.is_dir() and "/" in name and is_hub_id(name):
@@ -79,10 +77,7 @@ def open_stream(
 
 
 class StreamedDecoder(MetaDecoder):
-    """A streamed model as the scoring core sees it: windows pass the layers in rounds.
-
-    ``batch_size`` of a round's windows pass a layer together.
-    """
+    """A streamed model for scoring: windows pass the layers in rounds, ``batch_size`` together."""
 
     def __init__(self, model: StreamedTransformer) -> None:
         super().__init__(model)
@@ -222,7 +217,7 @@ class StreamedCalls(LayerCalls):
 
 
 class StreamedLlama(ScoredModel):
-    """A Llama of whose checkpoint one layer at a time is in memory.
+    """A Llama of whose checkpoint one layer at a time is in memory, as `open_stream` reads it.
 
     It gives the scores and perplexities of the model in memory. It does not generate, and is not
     searched by its loss, which would read the checkpoint for every token or candidate.
@@ -230,12 +225,7 @@ class StreamedLlama(ScoredModel):
 
     Windows pass the layers in rounds, as many as the memory holds; within a round ``batch_size``
     of them pass a layer together. ``stop`` and ``state`` act after a round; Ctrl-C loses it.
-
-    Args:
-        ckpt_dir: as for `open_stream`, which has ``max_seq_len``, ``device`` and ``dtype``, too.
-        tokenizer_path: None looks beside the checkpoint; transformers' own reads texts where that
-            is the checkpoint's format.
-        batch_size: of the runs to come; checked here against ``max_memory``, as in `OpenOptions`.
+    Without ``tokenizer_path`` the tokenizer is looked for beside the checkpoint.
     """
 
     streamed: ClassVar[bool] = True
@@ -296,7 +286,7 @@ class StreamedLlama(ScoredModel):
         top_p: float = 0.9,
         angular: bool = False,
     ) -> None:
-        """Scores one batch of prompts as `ShortLlama.eval_importance`, without continuing them."""
+        """As `ShortLlama.eval_importance`, without continuing the prompts."""
         if max_gen_len > 0:
             raise ShortGPTError(
                 f"max_gen_len = {max_gen_len}: a model that is streamed cannot generate; pass 0, "

@@ -1,7 +1,6 @@
 """A Llama that runs straight from its checkpoint directory, one layer in memory at a time.
 
 All windows of a round go through layer i, which is then dropped, while a thread reads layer i + 1.
-
 Shapes: B windows of a batch, S tokens, D width, V vocabulary.
 """
 
