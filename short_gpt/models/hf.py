@@ -1,7 +1,4 @@
-"""Causal language models of transformers seen as a `Decoder`.
-
-Shapes: B sequences, S tokens, V vocabulary; L layers.
-"""
+"""Causal language models of transformers as a `Decoder`; B sequences, S tokens, V vocabulary."""
 
 from __future__ import annotations
 

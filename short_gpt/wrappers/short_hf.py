@@ -210,9 +210,8 @@ class ShortHFModel(ShortModel):
     ) -> Path:
         """As `save`, for plain ``from_pretrained``, with a model card.
 
-        Args:
-            verify: load the result again and compare: the same logits, bit for bit, and the same
-                greedy generation with and without the cache.
+        ``verify`` loads the result again and compares: the same logits, bit for bit, and the same
+        greedy generation with and without the cache.
         """
         self.check_whole()
         record = Provenance.of(self, self.source, facts=facts, measured=measured)

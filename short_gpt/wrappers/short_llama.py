@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -14,12 +14,7 @@ from llama.tokenizer import find_tokenizer
 from short_gpt.checkpoints.meta import save_meta
 from short_gpt.checkpoints.provenance import Provenance
 from short_gpt.checkpoints.target import Target
-from short_gpt.checkpoints.verify import (
-    Fingerprint,
-    check_same,
-    fingerprint_aligned,
-    one_by_one,
-)
+from short_gpt.checkpoints.verify import check_same, fingerprint_aligned, one_by_one
 from short_gpt.evaluation.harness import llama_lm
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.models.config_file import TRUST, params_entries
@@ -27,15 +22,11 @@ from short_gpt.models.meta import MetaDecoder
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.wrappers.options import OpenOptions
 from short_gpt.wrappers.short_model import ShortModel
-from short_gpt.wrappers.streamed_llama import StreamedLlama
-
-StrPath = str | os.PathLike[str]
+from short_gpt.wrappers.streamed_llama import StreamedLlama, StrPath
 
 
 class ShortLlama(ShortModel):
-    """Scores and removes layers of a `llama.Llama`, or of an instance of Meta's own ``Llama``.
-
-    The model is read only through hooks on ``llama.model.layers``.
+    """Scores a `llama.Llama`, or Meta's own ``Llama``, by hooks on its layers, and removes layers.
 
     Example:
         >>> short = ShortLlama(llama, n_prune_layers=9)  # doctest: +SKIP
@@ -185,9 +176,10 @@ class ShortLlama(ShortModel):
         count = max(min(8, size // 2), 1)  # tokens that are compared
         dtype, device = self._layers_run_in()
 
-        def saved() -> Fingerprint:
+        def saved() -> ShortLlama:
             tokenizer = find_tokenizer(directory)
             llama = Llama.build(directory, tokenizer, size, 1, device=device, dtype=dtype)
-            return fingerprint_aligned(ShortLlama(llama), count)
+            return ShortLlama(llama)
 
-        check_same(*one_by_one(lambda: fingerprint_aligned(self, count), saved))
+        ours = partial(fingerprint_aligned, self, count)
+        check_same(*one_by_one(ours, lambda: fingerprint_aligned(saved(), count)))

@@ -117,15 +117,8 @@ class StreamedDecoder(MetaDecoder):
             logits = self.model.logits(batch)  # (B, S, V)
             yield from (row[real] for row, real in zip(logits, batch.mask, strict=True))
 
-    def _pass(
-        self,
-        name: str,
-        windows: Sequence[Sequence[int]],
-        watched: bool = False,
-        sublayers: bool = False,
-    ) -> list[Batch]:
-        parts = [pad(part, self) for part in batches(windows, self.batch_size)]
-        group = [Batch(*part, watched=watched, sublayers=sublayers) for part in parts]
+    def _pass(self, name: str, windows: Sequence[Sequence[int]], **scored: bool) -> list[Batch]:
+        group = [Batch(*pad(part, self), **scored) for part in batches(windows, self.batch_size)]
         tokens, steps = 0, len(windows) * len(self.layers)
 
         def step(batch: Batch) -> None:
