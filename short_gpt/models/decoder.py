@@ -1,7 +1,4 @@
-"""What the method needs to know of a model, windows as its batches, and layers out of a live one.
-
-Shapes: B sequences, S tokens, V vocabulary.
-"""
+"""What the method needs to know of a model; B sequences, S tokens, V vocabulary."""
 
 from __future__ import annotations
 

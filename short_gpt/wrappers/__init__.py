@@ -1,7 +1,6 @@
-"""A model with its scores: `ShortLlama`, `ShortHFModel`, and a Llama that runs from its files.
+"""A model with its scores, as `open_model` opens any source.
 
-`open_model` opens any source as one of them. `ScoredModel` is what all can do, `ShortModel` what a
-model in memory can; `StreamedLlama` holds one layer in memory at a time.
+`ScoredModel` is what all can do, `ShortModel` what a model in memory can.
 """
 
 from __future__ import annotations

@@ -5,7 +5,6 @@ Layer numbers are the original model's, from 0, before and after removal. L = it
 
 from __future__ import annotations
 
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from short_gpt.checkpoints.model_record import ModelRecord
+from short_gpt.checkpoints.target import StrPath
 from short_gpt.data.windows import batches, count_of, starts_texts
 from short_gpt.evaluation.perplexity import Perplexity, perplexity
 from short_gpt.models.config_file import config_digest
@@ -58,7 +58,7 @@ class ScoredModel(ModelRecord, ABC):
     @abstractmethod
     def save(
         self,
-        out_dir: str | os.PathLike[str],
+        out_dir: StrPath,
         *,
         facts: Mapping[str, object] | None = None,
         measured: Mapping[str, Perplexity] | None = None,
@@ -121,10 +121,9 @@ class ScoredModel(ModelRecord, ABC):
         self._check_weights()
         total = count_of(windows) if total is None else total
         population = getattr(windows, "population", None)
+        sums = Importance.empty(self.kept) if self._stale else self.importance
         if state is not None:
             sums = state.sums(self.kept)
-        else:
-            sums = Importance.empty(self.kept) if self._stale else self.importance
         if stop is not None:
             check_count(stop.n, len(self.kept))
             check_sample(random_order or population is not None, sums.n_windows * (state is None))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from llama.tokenizer import check_text, find_tokenizer
 from short_gpt.checkpoints.gguf import save_gguf
 from short_gpt.checkpoints.hf import save_as_meta, save_hf
 from short_gpt.checkpoints.provenance import Provenance
-from short_gpt.checkpoints.target import Target
+from short_gpt.checkpoints.target import StrPath, Target
 from short_gpt.checkpoints.verify import check_same, copy_weights, fingerprint, one_by_one
 from short_gpt.data.windows import windows
 from short_gpt.evaluation.harness import hugging_face_lm
@@ -29,7 +29,7 @@ from short_gpt.models.decoder import check_vocabulary
 from short_gpt.models.hf import HFDecoder, check_layers_path
 from short_gpt.models.loading import generation_explained, load
 from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
-from short_gpt.wrappers.short_model import ShortModel, check_texts
+from short_gpt.wrappers.short_model import Prompts, ShortModel, check_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -55,7 +55,7 @@ class ShortHFModel(ShortModel):
 
     def __init__(
         self,
-        model_name: str | os.PathLike[str] | PreTrainedModel,
+        model_name: StrPath | PreTrainedModel,
         layers_path: str | None = None,
         n_prune_layers: int | None = None,
         *,
@@ -86,9 +86,9 @@ class ShortHFModel(ShortModel):
     @classmethod
     def from_meta(
         cls,
-        ckpt_dir: str | os.PathLike[str],
+        ckpt_dir: StrPath,
         *,
-        tokenizer_path: str | os.PathLike[str] | None = None,
+        tokenizer_path: StrPath | None = None,
         device: str | torch.device | None = None,
         dtype: str | None = None,
     ) -> ShortHFModel:
@@ -121,7 +121,7 @@ class ShortHFModel(ShortModel):
 
     def eval_importance(
         self,
-        prompts: Sequence[str],
+        prompts: Prompts,
         max_seq_len: int,
         stride: int = 256,
         max_gen_len: int = 0,
@@ -146,11 +146,7 @@ class ShortHFModel(ShortModel):
             self.measure([*parts], progress=False)
 
     def generate(
-        self,
-        prompts: Sequence[str],
-        max_gen_len: int = 50,
-        temperature: float = 0.6,
-        top_p: float = 0.9,
+        self, prompts: Prompts, max_gen_len: int = 50, temperature: float = 0.6, top_p: float = 0.9
     ) -> list[str]:
         check_texts(prompts)
         check_numbers(max_gen_len, temperature, top_p)
@@ -201,7 +197,7 @@ class ShortHFModel(ShortModel):
 
     def save_pretrained(
         self,
-        out_dir: str | os.PathLike[str],
+        out_dir: StrPath,
         *,
         verify: bool = True,
         overwrite: bool = False,
@@ -220,7 +216,7 @@ class ShortHFModel(ShortModel):
 
     def save(
         self,
-        out_dir: str | os.PathLike[str],
+        out_dir: StrPath,
         *,
         facts: Mapping[str, object] | None = None,
         measured: Mapping[str, Perplexity] | None = None,

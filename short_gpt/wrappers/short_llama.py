@@ -13,7 +13,7 @@ from llama import Llama
 from llama.tokenizer import find_tokenizer
 from short_gpt.checkpoints.meta import save_meta
 from short_gpt.checkpoints.provenance import Provenance
-from short_gpt.checkpoints.target import Target
+from short_gpt.checkpoints.target import StrPath, Target
 from short_gpt.checkpoints.verify import check_same, fingerprint_aligned, one_by_one
 from short_gpt.evaluation.harness import llama_lm
 from short_gpt.evaluation.perplexity import Perplexity
@@ -21,8 +21,8 @@ from short_gpt.models.config_file import TRUST, params_entries
 from short_gpt.models.meta import MetaDecoder
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.wrappers.options import OpenOptions
-from short_gpt.wrappers.short_model import ShortModel
-from short_gpt.wrappers.streamed_llama import StreamedLlama, StrPath
+from short_gpt.wrappers.short_model import Prompts, ShortModel
+from short_gpt.wrappers.streamed_llama import StreamedLlama
 
 
 class ShortLlama(ShortModel):
@@ -128,11 +128,7 @@ class ShortLlama(ShortModel):
         return tokens[0, len(ids) :].tolist()
 
     def generate(
-        self,
-        prompts: Sequence[str],
-        max_gen_len: int = 50,
-        temperature: float = 0.6,
-        top_p: float = 0.9,
+        self, prompts: Prompts, max_gen_len: int = 50, temperature: float = 0.6, top_p: float = 0.9
     ) -> list[str]:
         predictions = self.llama.text_completion(prompts, temperature, top_p, max_gen_len)
         return [str(prediction["generation"]) for prediction in predictions]

@@ -33,8 +33,10 @@ from short_gpt.selection.perplexity_budget import CONFIDENCE, Budget, most_layer
 from short_gpt.selection.search import Options, Search, by_loss
 from short_gpt.wrappers.scored_model import ScoredModel
 
+Prompts = Sequence[str]
 
-def check_texts(texts: Sequence[str]) -> None:
+
+def check_texts(texts: Prompts) -> None:
     """Raises ShortGPTError for one text where a list of texts is expected."""
     if isinstance(texts, str):
         raise ShortGPTError("expected a list of texts, got one string: pass [text]")
@@ -60,11 +62,7 @@ class ShortModel(ScoredModel):
 
     @abstractmethod
     def generate(
-        self,
-        prompts: Sequence[str],
-        max_gen_len: int = 50,
-        temperature: float = 0.6,
-        top_p: float = 0.9,
+        self, prompts: Prompts, max_gen_len: int = 50, temperature: float = 0.6, top_p: float = 0.9
     ) -> list[str]:
         """Continuations of texts; ``temperature`` 0 takes the likeliest token."""
 

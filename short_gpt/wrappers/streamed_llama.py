@@ -5,7 +5,6 @@ Shapes: B windows of a batch, S tokens, D width, V vocabulary.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -23,7 +22,7 @@ from llama.tokenizer import Tokenizer, check_text, find_tokenizer
 from short_gpt.checkpoints.hf import prune_hf
 from short_gpt.checkpoints.meta import prune_meta
 from short_gpt.checkpoints.provenance import Provenance
-from short_gpt.checkpoints.target import Target
+from short_gpt.checkpoints.target import StrPath, Target
 from short_gpt.checkpoints.verify import check_logits
 from short_gpt.data.windows import batches
 from short_gpt.evaluation.perplexity import Perplexity, check_loss, check_predicted, samples_of
@@ -46,8 +45,6 @@ from short_gpt.wrappers.streamed_transformer import Batch, HFSource, MetaSource,
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-StrPath = str | os.PathLike[str]
 
 
 def open_stream(
