@@ -51,15 +51,12 @@ def open_model(
 def open_model(
     source: str | Source, options: OpenOptions = DEFAULTS, *, stream: bool = False, **changes: Any
 ) -> ScoredModel:
-    """Opens a checkpoint of any format for scoring and removal.
+    """Opens a checkpoint for scoring and removal; as a `StreamedLlama` with ``stream``.
 
     Args:
-        source: Meta directory, Hugging Face directory, hub id or GGUF file.
+        source: Meta directory (a `ShortLlama`), Hugging Face directory, hub id or GGUF file.
         stream: one layer at a time in memory, of a Llama in Meta's format or in safetensors.
         changes: single options by their names, as in ``max_seq_len=1024``.
-
-    Returns:
-        A `ShortLlama` for Meta's format, a `StreamedLlama` with ``stream``, else a `ShortHFModel`.
 
     Example:
         >>> short = open_model("llama-2-7b", max_seq_len=1024)  # doctest: +SKIP

@@ -201,10 +201,7 @@ class ScoredModel(ModelRecord, ABC):
     def remove_layers(
         self, layers_to_remove: Sequence[int] | None = None, angular: bool = False
     ) -> list[int]:
-        """Removes layers (original numbers) in place; returns them as they were named or chosen.
-
-        None or an empty list takes those of `layers_to_remove`; its errors come before any change.
-        """
+        """Removes layers (original numbers); without any, those of `layers_to_remove`; returns them."""
         drop = layer_numbers(layers_to_remove) or self.layers_to_remove(angular=angular)
         check_layers(drop, self.kept)
         self.check_whole()

@@ -183,13 +183,12 @@ class StreamedCalls(LayerCalls):
             group.append(Batch(tokens, torch.ones_like(tokens, dtype=torch.bool)))
             if sum(batch.tokens.numel() for batch in group) * width >= GROUP_BYTES:
                 yield from self._embedded(group)
-                group = []
         yield from self._embedded(group)
 
     def _embedded(self, group: list[Batch]) -> Iterator[Tensor]:
         if group:
             self._model.embed(group)
-        while group:
+        while group:  # empty at the end
             yield group.pop(0).state
 
     def widths(self) -> tuple[int, int, int]:
@@ -311,10 +310,7 @@ class StreamedLlama(ScoredModel):
         for part in batches(windows, self.windows_at_once(batch_size)):
             yield from self.decoder.window_logits(part)
 
-    def score(
-        self, windows: Sequence[Sequence[int]], *, sublayers: bool = False, all_tokens: bool = False
-    ) -> Scores:
-        kinds = {"sublayers": sublayers, "all_tokens": all_tokens}
+    def score(self, windows: Sequence[Sequence[int]], **kinds: bool) -> Scores:
         return self.decoder.score(windows, layers=self.kept, **kinds)
 
     def plan_text(self, batch_size: int = 1) -> str:
