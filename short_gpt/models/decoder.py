@@ -56,7 +56,7 @@ class Decoder(Protocol):
 
 
 def remove_layers(decoder: Decoder, drop: Sequence[int]) -> Callable[[], None]:
-    """Removes layers in place, by their positions as it is now; returns what puts them back."""
+    """Removes layers in place, by their present positions; returns what puts them back."""
     count = len(decoder.layers)
     check_layers(drop, range(count))
     return decoder.keep_layers([i for i in range(count) if i not in set(drop)])

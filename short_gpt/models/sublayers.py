@@ -158,9 +158,9 @@ def _end(run: Run, matrix: nn.Module, layer: nn.Module, *, norms: Names) -> Outp
 def _follows(run: Run, matrix: nn.Module, norm: nn.Module) -> bool:
     # the norm must be given what the matrix gives, as it is
     seen: list[Tensor] = []
-    leaving = matrix.register_forward_hook(lambda _, __, out: seen.append(out.clone()))
-    entering = norm.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
-    with leaving, entering:
+    matrix_hook = matrix.register_forward_hook(lambda _, __, out: seen.append(out.clone()))
+    norm_hook = norm.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
+    with matrix_hook, norm_hook:
         run()
     return len(seen) == 2 and torch.equal(*seen)
 

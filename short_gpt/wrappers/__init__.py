@@ -1,7 +1,4 @@
-"""A model with its scores, as `open_model` opens any source.
-
-`ScoredModel` is what all can do, `ShortModel` what a model in memory can.
-"""
+"""A model with its scores; `open_model` opens any source as one."""
 
 from __future__ import annotations
 

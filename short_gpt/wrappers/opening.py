@@ -140,11 +140,7 @@ def layers_of(source: str | PathLike[str]) -> int | None:
 
 
 def weights_of(source: str | Source) -> str | None:
-    """A digest of a checkpoint's files of weights; None where there are none of a known format.
-
-    It depends on format and shards. All bytes are read, once in a process. Any file of a GGUF
-    model in several stands for all.
-    """
+    """A digest of a checkpoint's files of weights, which depends on format and shards; or None."""
     kind = find_source(source).kind
     if kind == "gguf":
         return files_digest(part_paths(Path(source)))
@@ -168,7 +164,6 @@ def same_model(
     """Proves that a checkpoint is the source without layers ``drop``, and says what was compared.
 
     ``dtype`` is the one its weights were rounded to; errors call it by ``name``, else its path.
-    RuntimeError: the logits or the generation with the cache differ.
     """
     source, pruned = find_source(source), find_source(pruned)
     rounded_to = None if dtype is None else choose_dtype(dtype, torch.device("cpu"))

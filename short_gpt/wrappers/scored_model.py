@@ -71,9 +71,6 @@ class ScoredModel(ModelRecord, ABC):
             facts: more to keep in ``pruning.json``, such as ``{"data": "PG-19"}``.
             measured: perplexities by the model's state; None takes those that the model remembers.
             overwrite: whether an earlier checkpoint of this library is replaced; nothing else is.
-
-        Raises:
-            RuntimeError: nothing was changed, or what was saved is another model when read again.
         """
 
     @property
@@ -201,7 +198,7 @@ class ScoredModel(ModelRecord, ABC):
     def remove_layers(
         self, layers_to_remove: Sequence[int] | None = None, angular: bool = False
     ) -> list[int]:
-        """Removes layers (original numbers); without any, those of `layers_to_remove`; returns them."""
+        """Removes layers (original numbers), or else those of `layers_to_remove`; returns them."""
         drop = layer_numbers(layers_to_remove) or self.layers_to_remove(angular=angular)
         check_layers(drop, self.kept)
         self.check_whole()
@@ -269,11 +266,9 @@ class ScoredModel(ModelRecord, ABC):
         """The layers to remove by the scores, least important first or an ascending block.
 
         Args:
-            angular: the best block of consecutive layers (Gromov et al.) instead of the lowest
-                Block Influence (ShortGPT).
+            angular: the best block (Gromov et al.) instead of the lowest Block Influence.
             n: how many; None takes ``n_prune_layers``.
-            method: a name of `methods.METHODS`, in place of ``angular``.
-            seed: of the random method.
+            method: a name of `methods.METHODS`, in place of ``angular``; ``seed`` is for "random".
         """
         name, count = ("n_prune_layers", self.n_prune_layers) if n is None else ("n", n)
         if count is None:

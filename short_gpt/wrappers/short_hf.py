@@ -129,13 +129,12 @@ class ShortHFModel(ShortModel):
         top_p: float = 0.9,
         angular: bool = False,
     ) -> None:
-        """Scores texts of any length and adds them to the scores so far.
+        """Scores texts of any length and adds them to the scores so far; ignores ``angular``.
 
         Args:
             max_seq_len: tokens of a window.
             stride: tokens from one window's start to the next.
             max_gen_len: if positive, ``max_seq_len`` tokens and so many new ones are scored.
-            angular: accepted for older scripts; one pass always gives both measures.
         """
         check_texts(prompts)
         if max_gen_len > 0:

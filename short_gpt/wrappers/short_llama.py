@@ -73,13 +73,13 @@ class ShortLlama(ShortModel):
         chosen.check(stream=stream)
         if stream:
             names = ("tokenizer_path", "max_seq_len", "device", "dtype", "max_memory", TRUST)
-            settings = {name: getattr(chosen, name) for name in names}
-            batch_size = chosen.max_batch_size
-            return StreamedLlama(ckpt_dir, n_prune_layers, batch_size=batch_size, **settings)
+            entries = {name: getattr(chosen, name) for name in names}
+            entries["batch_size"] = chosen.max_batch_size
+            return StreamedLlama(ckpt_dir, n_prune_layers, **entries)
         tokenizer = chosen.tokenizer_path or find_tokenizer(ckpt_dir)
         names = ("max_seq_len", "max_batch_size", "seed", "device", "dtype", "model_parallel_size")
-        settings = {name: getattr(chosen, name) for name in names}
-        return cls(Llama.build(ckpt_dir, tokenizer, **settings), n_prune_layers)
+        entries = {name: getattr(chosen, name) for name in names}
+        return cls(Llama.build(ckpt_dir, tokenizer, **entries), n_prune_layers)
 
     @property
     def configuration(self) -> Mapping[str, object]:
@@ -102,10 +102,7 @@ class ShortLlama(ShortModel):
         top_p: float = 0.9,
         angular: bool = False,
     ) -> None:
-        """Scores one batch of prompts (token ids), with a continuation of ``max_gen_len`` tokens.
-
-        ``angular`` is accepted for older scripts; one pass always gives both measures.
-        """
+        """Scores a batch of token ids, each with ``max_gen_len`` new ones; ignores ``angular``."""
         if max_gen_len > 0:
             prompt_tokens, _ = self.llama.generate(
                 prompt_tokens, max_gen_len, temperature, top_p, echo=True
@@ -143,17 +140,15 @@ class ShortLlama(ShortModel):
         ckpt_dir: StrPath | None = None,
         facts: Mapping[str, object] | None = None,
         measured: Mapping[str, Perplexity] | None = None,
-        provenance: Mapping[str, object] | None = None,
+        provenance: Mapping[str, object] | None = None,  # the older name of facts
         overwrite: bool = False,
     ) -> Path:
-        """Writes the checkpoint with the layers removed, in Meta's format.
+        """Writes the checkpoint in Meta's format; `ScoredModel.save` has most arguments.
 
         Bytes are copied tensor by tensor: the dtype and sharding stay, and `Llama.build` on the
         result gives the logits of the model in memory bit for bit. Weights that a patch or
         `remove_sublayers` changed are written in the source's dtype, if it is one file on one rank.
-
-        ``ckpt_dir`` is the source; None takes what ``Llama.build`` loaded. ``provenance`` is the
-        older name of ``facts``.
+        ``ckpt_dir`` is the source, if it is not what ``Llama.build`` loaded.
         """
         if (source := ckpt_dir or getattr(self.llama, "ckpt_dir", None)) is None:
             raise ShortGPTError(

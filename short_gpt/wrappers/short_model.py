@@ -1,8 +1,4 @@
-"""A model in memory: scored and pruned as any, and searched, tried and generated with.
-
-A layer adds two residual branches, attention and MLP, to the stream. With a zero output projection
-a branch adds nothing: that is the model without it, whose files keep their shape and load anywhere.
-"""
+"""A model in memory: scored and pruned as any, and searched, tried and generated with."""
 
 from __future__ import annotations
 
@@ -87,7 +83,6 @@ class ShortModel(ScoredModel):
             method: "sleb", or "perplexity" for the one-shot choice.
             candidates: original numbers of the layers that "sleb" may remove; None for all.
             max_memory: of stored states, in bytes.
-            state: where the search is saved and continued.
         """
         self.check_whole()
         self._check_weights()
@@ -164,6 +159,7 @@ def remove_sublayers(
 ) -> Callable[[], None]:
     """Zeroes output projections of attention and MLP, by position; returns what puts them back.
 
+    A sublayer then adds nothing to the stream, and saved files keep their shape and load anywhere.
     ShortGPTError, and no change, if a layer does not exist or is named twice, none is named, or
     one is not x + attention, then + MLP, each ended by one plain matrix.
     """

@@ -1,7 +1,4 @@
-"""ShortGPT for a Llama larger than the memory: scored straight from its checkpoint directory.
-
-Shapes: B windows of a batch, S tokens, D width, V vocabulary.
-"""
+"""ShortGPT for a Llama larger than the memory; B windows, S tokens, D width, V vocabulary."""
 
 from __future__ import annotations
 
@@ -56,9 +53,8 @@ def open_stream(
 ) -> StreamedTransformer:
     """A Llama whose layers are read from their files one at a time.
 
-    ``ckpt_dir`` is a directory in Meta's format, of any number of shards, or a Llama of Hugging
-    Face's in safetensors; or a hub id with its owner, which is fetched. Windows have at most
-    ``max_seq_len`` tokens; ``device`` and ``dtype`` are as in `OpenOptions`.
+    ``ckpt_dir`` is in Meta's format, of any number of shards, or a Llama of Hugging Face's in
+    safetensors, or a hub id with its owner; ``device`` and ``dtype`` are as in `OpenOptions`.
     """
     path, name = Path(str(ckpt_dir)), str(ckpt_dir)
     if not path.is_dir() and "/" in name and is_hub_id(name):
@@ -214,7 +210,6 @@ class StreamedLlama(ScoredModel):
 
     Windows pass the layers in rounds, as many as the memory holds; within a round ``batch_size``
     of them pass a layer together. ``stop`` and ``state`` act after a round; Ctrl-C loses it.
-    Without ``tokenizer_path`` the tokenizer is looked for beside the checkpoint.
     """
 
     streamed: ClassVar[bool] = True

@@ -207,10 +207,7 @@ class StreamedTransformer(nn.Module):
 
     @torch.no_grad()
     def run(self, batches: Sequence[Batch], *, step: Callable[[Batch], object] = id) -> None:
-        """Embeds batches and takes all of them through every layer; they keep their states.
-
-        ``step`` is called for every batch after every layer. A NaN raises NotFiniteError.
-        """
+        """Takes batches through every layer, and calls ``step`` with each of them after each."""
         self.embed(batches)
         with closing(self._loaded()) as layers:
             for layer in layers:
@@ -330,8 +327,8 @@ class StreamedTransformer(nn.Module):
     def losses(self, batches: Sequence[Batch]) -> list[Tensor]:
         """Negative log-likelihood in nats of all tokens except the first, (B, S - 1) float32 each.
 
-        The output head is read in blocks of rows: neither all of it nor all logits are ever in
-        memory. The batches have passed the layers, and lose their states.
+        The output head is read in blocks of rows: neither it nor all logits are ever in memory as a
+        whole. The batches have passed the layers, and lose their states.
         """
         # by blocks: the logarithm of the sum over the vocabulary so far, and the target's logit
         sums = [torch.full(b.tokens[:, 1:].shape, -torch.inf, device=self.device) for b in batches]
