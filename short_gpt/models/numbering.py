@@ -27,7 +27,7 @@ def check_layers(drop: Sequence[int], present: Sequence[int]) -> None:
 
 
 def check_count(n: object, n_layers: int, *, most: int | None = None, name: str = "n") -> None:
-    """Raises ShortGPTError, which calls n by ``name``, unless n of the layers can be removed."""
+    """Raises ShortGPTError unless 1 <= n <= ``most`` (None: all except one); it names n ``name``."""
     most = n_layers - 1 if most is None else most
     if not isinstance(n, int) or isinstance(n, bool) or not 1 <= n <= most:
         raise ShortGPTError(

@@ -31,12 +31,10 @@ def skipped_in_prefill(decoder: Decoder, layers: Sequence[int]) -> Iterator[None
         check_layers(layers, range(len(decoder.layers)))
     with ExitStack() as stack:
         for layer in [decoder.layers[i] for i in layers]:
-            # Meta's own code has no such forward as our block
-            skip = (
-                _meta(layer)
-                if isinstance(layer, TransformerBlock)
-                else _hugging_face(layer, decoder)
-            )
+            if isinstance(layer, TransformerBlock):  # ours: Meta's own code has no such forward
+                skip: Callable[..., object] = _meta(layer)
+            else:
+                skip = _hugging_face(layer, decoder)
             stack.enter_context(patched_forward(layer, skip))
         yield
 
