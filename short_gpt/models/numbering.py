@@ -27,7 +27,7 @@ def check_layers(drop: Sequence[int], present: Sequence[int]) -> None:
 
 
 def check_count(n: object, n_layers: int, *, most: int | None = None, name: str = "n") -> None:
-    """Raises ShortGPTError unless 1 <= n <= ``most`` (None: all except one); it names n ``name``."""
+    """Raises ShortGPTError, which calls n ``name``, unless 1 <= n <= ``most`` (all except one)."""
     most = n_layers - 1 if most is None else most
     if not isinstance(n, int) or isinstance(n, bool) or not 1 <= n <= most:
         raise ShortGPTError(
