@@ -197,11 +197,13 @@ class HFDecoder:
             edits.append((vars(config), entries, pruned))
         _, entries, pruned = edits[0]
         for module in self._owner.modules():  # such as a model's own list of layer types
-            if old := {k: v for k, v in entries.items() if vars(module).get(k) == v}:
+            old = {k: v for k, v in entries.items() if vars(module).get(k) == v}
+            if old:
                 edits.append((vars(module), old, {key: pruned[key] for key in old}))
         for new, number in enumerate(keep):
             for module in self.layers[number].modules():  # attention picks its cache by it
-                if old := {k: number for k in NUMBERS if vars(module).get(k) == number}:
+                old = {k: number for k in NUMBERS if vars(module).get(k) == number}
+                if old:
                     edits.append((vars(module), old, dict.fromkeys(old, new)))
         return edits
 

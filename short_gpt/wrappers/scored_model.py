@@ -102,7 +102,6 @@ class ScoredModel(ModelRecord, ABC):
         new one: standard errors are then too small.
 
         Args:
-            total: windows for a bar; None is ``len(windows)`` if known.
             stop: ends the run when its answer is settled, which is returned. It needs no scores so
                 far and a random sample: `data.windows` with a seed, or ``random_order``.
             state: saves the run and continues it; the scores so far are then those saved.

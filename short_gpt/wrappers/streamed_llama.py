@@ -111,7 +111,8 @@ class StreamedDecoder(MetaDecoder):
             yield from (row[real] for row, real in zip(logits, batch.mask, strict=True))
 
     def _pass(self, name: str, windows: Sequence[Sequence[int]], **scored: bool) -> list[Batch]:
-        group = [Batch(*pad(part, self), **scored) for part in batches(windows, self.batch_size)]
+        parts = [pad(part, self) for part in batches(windows, self.batch_size)]
+        group = [Batch(ids, mask, **scored) for ids, mask in parts]
         tokens, steps = 0, len(windows) * len(self.layers)
 
         def step(batch: Batch) -> None:
