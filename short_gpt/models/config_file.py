@@ -46,12 +46,7 @@ LIMITS = frozenset({"max_batch_size", "max_seq_len", "vocab_size"})
 
 
 def read_config(source: str, options: Mapping[str, object] | None = None) -> Any:
-    """The config of a model of transformers; if its files lie here, `check_config` goes first.
-
-    Args:
-        source: a directory or a hub id.
-        options: passed on; without ``trust_remote_code`` no code of the model's is run.
-    """
+    """The config of a model of transformers; if its files lie here, `check_config` goes first."""
     try:
         from transformers import AutoConfig
     except ImportError:
@@ -80,9 +75,9 @@ def check_config(directory: Path) -> None:
         SafetensorsFile(path)  # raises if the file is damaged
     if (directory / INDEX).is_file() and not (directory / WEIGHTS).is_file():
         open_weights(directory)  # raises if the index is damaged
-    generation = directory / "generation_config.json"
     _check_ids(directory / "config.json", config)
-    _check_ids(generation, read_json(generation) if generation.is_file() else {})
+    if (generation := directory / "generation_config.json").is_file():
+        _check_ids(generation, read_json(generation))
     # of a directory with a config alone nothing can be said
     size = sum(p.stat().st_size for p in directory.iterdir() if p.suffix != ".json" and p.is_file())
     # a multimodal model has a config inside for each tower
@@ -142,11 +137,7 @@ class Shape:
 
 
 def shape_of(source: str, *, trust_remote_code: bool = False) -> Shape:
-    """The shape of a Meta or Hugging Face directory, or of a model on the hub by its config alone.
-
-    Raises:
-        OSError, ShortGPTError: no such model, a damaged or a GGUF one, or one of another kind.
-    """
+    """The shape of a Meta or Hugging Face directory, or of a model on the hub by its config."""
     kind = kind_of(source)
     if kind == "gguf":
         raise ShortGPTError(
@@ -178,21 +169,13 @@ def shape_of(source: str, *, trust_remote_code: bool = False) -> Shape:
 
 
 def config_digest(config: Mapping[str, object]) -> str:
-    """A digest of a configuration's entries that change what the model computes.
-
-    Every entry counts except `HARMLESS` ones, and so none is overlooked.
-
-    Example:
-        >>> config_digest({"n": 1, "use_cache": True}) == config_digest({"n": 1})
-        True
-    """
+    """A digest of all entries of a configuration except `HARMLESS` ones, so none is overlooked."""
     return json_digest(_counting(config))
 
 
 def config_entries(config: Any) -> dict[str, object]:
     """The entries of a config of transformers in memory."""
-    entries: dict[str, object] = json.loads(config.to_json_string())
-    return entries
+    return dict(json.loads(config.to_json_string()))
 
 
 def params_entries(params: object) -> dict[str, object]:

@@ -1,12 +1,9 @@
-"""What the method needs to know of a model, windows as its batches, and layers out of a live one.
-
-Shapes: B sequences, S tokens, V vocabulary.
-"""
+"""What the method needs to know of a model; B sequences, S tokens, V vocabulary."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Protocol
 
 import torch
@@ -20,12 +17,8 @@ from short_gpt.runtime.errors import ShortGPTError
 class Decoder(Protocol):
     """A stack of layers over token ids.
 
-    Scoring reads hidden states by hooks on ``layers``, surgery goes through `keep_layers`; a new
+    Scoring reads hidden states by hooks on ``layers``, removal goes through `keep_layers`; a new
     kind of model needs nothing else.
-
-    Example:
-        >>> decoder = MetaDecoder(llama.model)  # doctest: +SKIP
-        >>> undo = decoder.keep_layers([0, 1, 3])  # doctest: +SKIP
     """
 
     @property
@@ -59,26 +52,11 @@ class Decoder(Protocol):
         """(B, S) tokens to (B, S, V) float32 logits."""
 
     def keep_layers(self, keep: Sequence[int]) -> Callable[[], None]:
-        """Leaves only these layers (ascending positions), everywhere the model counts them.
-
-        Returns:
-            A function that restores the model as it was.
-        """
+        """Keeps only these layers (ascending positions); returns what restores the model."""
 
 
 def remove_layers(decoder: Decoder, drop: Sequence[int]) -> Callable[[], None]:
-    """Removes layers from the model in place.
-
-    Args:
-        decoder: the model.
-        drop: positions in the model as it is now, in any order.
-
-    Returns:
-        A function that puts them back.
-
-    Raises:
-        ShortGPTError: a layer does not exist or is named twice, or none would stay.
-    """
+    """Removes layers in place, by their present positions; returns what puts them back."""
     count = len(decoder.layers)
     check_layers(drop, range(count))
     return decoder.keep_layers([i for i in range(count) if i not in set(drop)])
@@ -87,12 +65,10 @@ def remove_layers(decoder: Decoder, drop: Sequence[int]) -> Callable[[], None]:
 @contextmanager
 def without_layers(decoder: Decoder, drop: Sequence[int]) -> Iterator[None]:
     """The model without some layers (or none) inside a ``with`` block, as `remove_layers`."""
-    undo = remove_layers(decoder, drop) if drop else None
-    try:
+    with ExitStack() as stack:
+        if drop:
+            stack.callback(remove_layers(decoder, drop))
         yield
-    finally:
-        if undo is not None:
-            undo()
 
 
 def alike(windows: Sequence[Sequence[int]], decoder: Decoder) -> list[list[int]]:
@@ -100,10 +76,6 @@ def alike(windows: Sequence[Sequence[int]], decoder: Decoder) -> list[list[int]]
 
     A model with LongRoPE (arXiv:2402.13753) has two sets of rotary factors, and takes the one for
     long texts where its batch's longest window, or that one's padding, is longer than a limit.
-
-    Example:
-        >>> alike([[1] * 9, [2], [3] * 8], decoder)  # doctest: +SKIP
-        [[0, 2], [1]]
     """
     # what is no list of windows is refused by `pad`
     limits = decoder.rotary_limits
@@ -119,31 +91,16 @@ def alike(windows: Sequence[Sequence[int]], decoder: Decoder) -> list[list[int]]
 def padded(
     windows: Sequence[Sequence[int]], decoder: Decoder
 ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-    """One batch, or several where windows differ in their rotary factors.
-
-    Yields:
-        The indices of a batch's windows, and their tokens and mask; all else as in `pad`.
-    """
+    """Batches of windows with the same rotary factors: their indices, tokens and mask, as `pad`."""
     for indices in alike(windows, decoder):
         yield indices, *pad([windows[i] for i in indices], decoder)
 
 
 def pad(windows: Sequence[Sequence[int]], decoder: Decoder) -> tuple[Tensor, Tensor]:
-    """Windows of any lengths as one batch, padded on the right with token 0.
+    """Windows of any lengths as one batch: tokens (B, S) int64, and a mask of the real ones (B, S).
 
-    Under a causal mask no real token sees the padding; the mask only weights the sums. Windows
-    with different rotary factors are refused: see `padded`.
-
-    Args:
-        windows: B lists of token ids.
-        decoder: gives the device and the limits.
-
-    Returns:
-        tokens (B, S) int64 and mask (B, S) bool, True for real tokens, S the longest window.
-
-    Raises:
-        ShortGPTError: no windows, an empty or too long one, those of different rotary factors, or
-            ids outside the vocabulary.
+    Padding is token 0 on the right, S the longest window. Under a causal mask no real token sees
+    it; the mask only weights the sums. Windows of different rotary factors need `padded`.
     """
     if not windows:
         raise ShortGPTError("expected at least one window of tokens, got none")

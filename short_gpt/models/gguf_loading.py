@@ -68,8 +68,7 @@ def check_gguf(path: Path) -> GGUFParts:
 def gguf_layer_types(fields: Mapping[str, object], config: Any) -> list[str] | None:
     """The kinds of a GGUF file's layers, by its metadata, for the config that transformers made.
 
-    Returns:
-        None if it says none, or all layers of the config are of one kind.
+    None if it has none, or all layers of the config are of one kind.
     """
     # transformers takes them from the layers' positions by periods of its own; a file may differ
     arch = fields.get("general.architecture")
@@ -93,13 +92,10 @@ def gguf_layer_types(fields: Mapping[str, object], config: Any) -> list[str] | N
 
 @contextmanager
 def reading_gguf(parts: GGUFParts) -> Iterator[list[str]]:
-    """Gives transformers what was read of a GGUF file.
+    """Gives transformers what was read of a GGUF file; yields the names of tensors that it skips.
 
-    Transformers walks through the header in Python four times, which takes seconds each for a large
-    vocabulary; it and the package gguf make several copies of a tensor to dequantize it.
-
-    Yields:
-        The names of tensors that transformers does not know and skips, while the file is read.
+    By itself it walks through the header in Python four times, which takes seconds each for a large
+    vocabulary, and it and the package gguf copy a tensor several times to dequantize it.
     """
     import gguf
     from transformers import modeling_gguf_pytorch_utils as reading
@@ -107,17 +103,15 @@ def reading_gguf(parts: GGUFParts) -> Iterator[list[str]]:
     skipped: list[str] = []
     # keys as the package gguf's reader has them, except that values stand for themselves
     values = {k: v if isinstance(v, list) else [v] for k, v in parts.fields.items()}
-    fields = {
-        key: SimpleNamespace(parts=each, data=range(len(each)), types=())
-        for key, each in values.items()
-    }
-    tensors = [SimpleNamespace(name=name) for name in parts.tensors]
-    loads = partial(_load, getattr(reading, LOADS), parts, skipped)
+    fields = {k: SimpleNamespace(parts=v, data=range(len(v)), types=()) for k, v in values.items()}
+    header = SimpleNamespace(
+        fields=fields, tensors=[SimpleNamespace(name=name) for name in parts.tensors]
+    )
     patches: list[tuple[ModuleType, str, object]] = [
-        (gguf, "GGUFReader", lambda _: SimpleNamespace(fields=fields, tensors=tensors)),
+        (gguf, "GGUFReader", lambda _: header),
         (gguf, "get_tensor_name_map", cache(gguf.get_tensor_name_map)),  # asked for every module
         (reading, "_gguf_parse_value", lambda value, _: value),
-        (reading, LOADS, loads),
+        (reading, LOADS, partial(_load, getattr(reading, LOADS), parts, skipped)),
     ]
     # modules that import the function hold it under their own names
     for name in WITH_METADATA:
@@ -180,7 +174,7 @@ def _load(
 
 
 def _stays(processor: Any, name: str, names: dict[str, str]) -> bool:
-    """Whether transformers takes a tensor as it is, which a stand-in shows that allows nothing."""
+    # whether transformers takes a tensor as it is, which a stand-in shows that allows nothing:
     # it touches neither shape nor numbers of what it leaves alone
     stand_in, parsed = object(), dict[str, object](tensors={})
     options = {"tensor_key_mapping": names, "parsed_parameters": parsed}
@@ -202,9 +196,8 @@ def _metadata(
 
 def some(names: Collection[object]) -> str:
     """The first three names, and how many more there are."""
-    first = sorted(map(str, names))
-    more = f" and {len(first) - 3} more" if len(first) > 3 else ""
-    return ", ".join(first[:3]) + more
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(sorted(map(str, names))[:3]) + more
 
 
 def mend_tokenizer(tokenizer: Any, header: Header) -> None:

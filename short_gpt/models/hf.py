@@ -1,7 +1,4 @@
-"""Causal language models of transformers seen as a `Decoder`.
-
-Shapes: B sequences, S tokens, V vocabulary; L layers.
-"""
+"""Causal language models of transformers as a `Decoder`; B sequences, S tokens, V vocabulary."""
 
 from __future__ import annotations
 
@@ -42,13 +39,7 @@ class HFDecoder:
     and every per-layer entry of the config. Whether they suffice is proved on the spot: a model
     made anew from the edited config must have the same layers, or nothing is removed.
 
-    Args:
-        model: for instance a ``LlamaForCausalLM``.
-        layers_path: where its layers are, as in ``"model.layers"``; None finds them.
-
-    Raises:
-        ShortGPTError: there are no such layers, several lists could be them, or the model is no
-            causal language model.
+    ``layers_path`` is where its layers are, as in ``"model.layers"``; None finds them.
     """
 
     def __init__(self, model: Any, layers_path: str | None = None) -> None:
@@ -179,7 +170,7 @@ class HFDecoder:
         return None
 
     def _without_removal(self, keep: Sequence[int], after: Outline) -> tuple[list[str], list[Edit]]:
-        """Differences without a removal, and settings around the layers that follow the config."""
+        # differences without a removal, and settings around the layers that follow the config
         ours, before = self._outlines()
         # a quantized model differs from the one of its config anyway: in the kind of its weights
         known = differences(ours.with_layers(keep), before.with_layers(keep))
@@ -242,11 +233,7 @@ def check_layers_path(layers_path: object) -> None:
 
 
 def find_layers(model: PreTrainedModel) -> str:
-    """The path of the decoder's list of layers: the family's, or the only one of as many layers.
-
-    Raises:
-        ShortGPTError: no list or more than one fits; the message names them.
-    """
+    """The path of the list of layers: of the family, or the only one of as many layers."""
     config = model.config.get_text_config(decoder=True)
     count = config.num_hidden_layers
     lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList)}

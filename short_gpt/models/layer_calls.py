@@ -6,7 +6,7 @@ Shapes: B windows of one length, S tokens, D width of the stream, F inputs of a 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import NoReturn
 
 import torch
@@ -19,20 +19,10 @@ from short_gpt.runtime.errors import ShortGPTError
 
 
 class LayerCalls:
-    """What a decoder hands to its layers beside the state; with it others can call them.
+    """What a decoder in evaluation mode hands to its layers beside the state, so that others can.
 
-    What it hands over (positions, rotary factors, masks) may depend on the shape of the tokens,
-    not on the tokens themselves, which is proved once.
-
-    Args:
-        decoder: in evaluation mode.
-
-    Raises:
-        ShortGPTError: layers are given something that depends on the tokens.
-
-    Example:
-        >>> calls = LayerCalls(decoder)  # doctest: +SKIP
-        >>> state = calls.run(0, calls.embed(tokens))  # doctest: +SKIP
+    It (positions, rotary factors, masks) may depend on the shape of the tokens, not on the tokens
+    themselves; otherwise a ShortGPTError is raised.
     """
 
     def __init__(self, decoder: Decoder) -> None:
@@ -110,7 +100,7 @@ class LayerCalls:
 
     @torch.no_grad()
     def _seen(self, tokens: Tensor) -> list[Call]:
-        """The calls of all layers for tokens (B, S), their states left out."""
+        # the calls of all layers for tokens (B, S), their states left out
         calls: list[Call] = []
 
         def note(_: nn.Module, args: Arguments, kwargs: dict[str, object]) -> None:
@@ -121,8 +111,7 @@ class LayerCalls:
         # one pass shows the calls of all layers
         with ExitStack() as stack:
             for layer in self._decoder.layers:
-                hook = layer.register_forward_pre_hook(note, with_kwargs=True)
-                stack.callback(hook.remove)
+                stack.enter_context(layer.register_forward_pre_hook(note, with_kwargs=True))
             self._decoder.run(tokens.to(self._decoder.device))
         return calls
 
@@ -135,13 +124,8 @@ class LayerCalls:
             inputs.append(state_in(args, kwargs).clone())
             raise _Enough
 
-        handle = module.register_forward_pre_hook(stop, with_kwargs=True)
-        try:
+        with module.register_forward_pre_hook(stop, with_kwargs=True), suppress(_Enough):
             run()
-        except _Enough:
-            pass
-        finally:
-            handle.remove()
         return inputs[0]
 
 

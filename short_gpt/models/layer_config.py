@@ -59,13 +59,10 @@ def _kept(config: Any, name: str) -> bool:
 def pruned_entries(
     entries: dict[str, Any], keep: Sequence[int], *, declared: Collection[str] = ()
 ) -> dict[str, Any]:
-    """The same entries for a model with only these layers.
+    """The entries of `layer_entries` for a model with only the layers ``keep``, ascending.
 
-    Args:
-        entries: of `layer_entries`.
-        keep: numbers of the layers, ascending.
-        declared: entries whose types the config checks: one that no number says any more stays,
-            and the list that it would make goes before it; the others become None.
+    The config checks the types of those ``declared``: one that no number says any more stays, and
+    the list that it would make goes before it; the others become None.
     """
     new_number = {old: new for new, old in enumerate(keep)}  # layers are numbered from 0 again
     pruned: dict[str, Any] = {}

@@ -24,12 +24,7 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def mlp_output(layer: nn.Module, family: Family = ANY) -> nn.Module:
-    """The output projection of a layer's MLP.
-
-    Raises:
-        ShortGPTError: the layer has none of the family's names, or its weights are quantized or
-            not in memory.
-    """
+    """The output projection of a layer's MLP; ShortGPTError unless a plain matrix in memory."""
     linear, kind = only_part(layer, family.mlp_output), type(layer).__name__
     if linear is None:
         raise ShortGPTError(
@@ -90,31 +85,21 @@ def replaced_output(module: nn.Module, change: Callable[[Tensor], Tensor]) -> It
 
     def hook(_: nn.Module, __: object, output: Output) -> Output:
         # what a hook returns takes the output's place
-        if isinstance(output, Tensor):
-            return change(output)
-        return (change(output[0]), *output[1:])
+        return change(output) if isinstance(output, Tensor) else (change(output[0]), *output[1:])
 
-    handle = module.register_forward_hook(hook)
-    try:
+    with module.register_forward_hook(hook):
         yield
-    finally:
-        handle.remove()
 
 
 def output_form(decoder: Decoder) -> tuple[Tensor, Callable[[Tensor], object]]:
     """What the decoder's layers return, known from running one token.
 
-    Returns:
-        A state (1, 1, D) as the first layer gives it, and a function that puts a state into the
-        form that the model takes: itself, or a tuple in some families and versions.
+    A state (1, 1, D) as the first layer gives it, and a function that puts a state into the form
+    that the model takes: itself, or a tuple in some families and versions.
     """
     seen: list[Output] = []
-    layer = decoder.layers[0]
-    handle = layer.register_forward_hook(lambda _module, _args, output: seen.append(output))
-    try:
+    with decoder.layers[0].register_forward_hook(lambda _, __, output: seen.append(output)):
         decoder.run(torch.zeros(1, 1, dtype=torch.long, device=decoder.device))
-    finally:
-        handle.remove()
     state = first(seen[0])  # (1, 1, D)
     if state is seen[0]:
         return state, lambda state: state

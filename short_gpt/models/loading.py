@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -69,8 +69,7 @@ def load(name: str, options: dict[str, Any], tokenizer: Any) -> tuple[Any, Any]:
     # transformers takes a GGUF file as a directory and a name in it
     where = str(path) if gguf else name
     # never None, with which transformers asks on the terminal
-    trust = bool(options.get(TRUST, False))
-    options = {"dtype": "auto", **options, TRUST: trust}
+    options = {"dtype": "auto", **options, TRUST: bool(options.get(TRUST, False))}
     both = {key: options[key] for key in FROM_WHERE if key in options} | gguf
     reading: AbstractContextManager[list[str]] = reading_gguf(parts) if parts else nullcontext([])
     try:
@@ -137,7 +136,7 @@ def load_tokenizer(where: str, options: Mapping[str, Any]) -> Any:
 
 
 def _check_tokenizer(directory: Path) -> None:
-    """Raises ShortGPTError that names the file for which transformers reads no tokenizer."""
+    # raises ShortGPTError that names the file for which transformers reads no tokenizer;
     # what can be read as JSON is looked at first: most damages are missing ends
     for path in sorted(directory.glob("*.json")):
         if TOKENIZER.match(path.name):
@@ -204,14 +203,12 @@ def without_report() -> Iterator[None]:
     def quiet(record: logging.LogRecord) -> bool:
         return not any(report in record.getMessage() for report in REPORTS)
 
-    loggers = [logging.getLogger(f"transformers.{name}") for name in LOGGERS]
-    for logger in loggers:
-        logger.addFilter(quiet)
-    try:
+    with ExitStack() as stack:
+        for name in LOGGERS:
+            logger = logging.getLogger(f"transformers.{name}")
+            logger.addFilter(quiet)
+            stack.callback(logger.removeFilter, quiet)
         yield
-    finally:
-        for logger in loggers:
-            logger.removeFilter(quiet)
 
 
 def check_weights(name: str, info: Mapping[str, Collection[Any]]) -> None:
@@ -220,14 +217,9 @@ def check_weights(name: str, info: Mapping[str, Collection[Any]]) -> None:
     Transformers by itself fills what is missing with random numbers and goes on. ``info`` is what
     it gives with ``output_loading_info``; it has no tied weights, nor keys ignored on purpose.
     """
-    wrong = [
-        f"{text} {some(info[key])}"
-        for key, text in (
-            ("missing_keys", "lack"),
-            ("unexpected_keys", "hold, not of the model its config describes,"),
-        )
-        if info.get(key)
-    ]
+    unexpected = "hold, not of the model its config describes,"
+    texts = {"missing_keys": "lack", "unexpected_keys": unexpected}
+    wrong = [f"{text} {some(info[key])}" for key, text in texts.items() if info.get(key)]
     # of wrong shapes one is named
     for key, stored, expected in sorted(map(tuple, info.get("mismatched_keys", ())))[:1]:
         wrong.append(f"hold {key} as {[*stored]}, of which its config makes {[*expected]}")

@@ -1,7 +1,4 @@
-"""Meta's Llama, ours or the reference package's, seen as a `Decoder`.
-
-Shapes: B sequences, S tokens, V vocabulary.
-"""
+"""Meta's Llama, ours or the reference package's, seen as a `Decoder`; B, S and V as there."""
 
 from __future__ import annotations
 

@@ -27,10 +27,7 @@ def check_layers(drop: Sequence[int], present: Sequence[int]) -> None:
 
 
 def check_count(n: object, n_layers: int, *, most: int | None = None, name: str = "n") -> None:
-    """Raises ShortGPTError unless n layers can be removed.
-
-    ``most`` may be removed, or all except one; ``name`` is that of n in the message.
-    """
+    """Raises ShortGPTError, which calls n ``name``, unless 1 <= n <= ``most`` (all except one)."""
     most = n_layers - 1 if most is None else most
     if not isinstance(n, int) or isinstance(n, bool) or not 1 <= n <= most:
         raise ShortGPTError(

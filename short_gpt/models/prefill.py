@@ -1,10 +1,8 @@
 """Layers that are skipped while a prompt is read, but run while text is generated.
 
-The variant of ShortGPT for generation in the authors' repository (ShortGPT-gen): prompts are read
-faster, every decoding step uses all layers. Skipped layers still cache the prompt's keys and
-values, turned like all others; the authors' code caches keys without their rotary position.
-
-Shapes: B sequences, S tokens, D width.
+As the ShortGPT authors' ShortGPT-gen: prompts are read faster, every decoding step uses all
+layers. Skipped layers still cache the prompt's keys and values, turned like all others; the
+authors' code caches keys without their rotary position. Shapes: B sequences, S tokens, D width.
 """
 
 from __future__ import annotations
@@ -16,7 +14,7 @@ from torch import Tensor, nn
 
 from llama.model import TransformerBlock, apply_rotary_emb
 from short_gpt.models.decoder import Decoder
-from short_gpt.models.families import Family, attention_with_norm
+from short_gpt.models.families import attention_with_norm
 from short_gpt.models.layer_hooks import output_form, patched_forward, state_in
 from short_gpt.models.numbering import check_layers
 from short_gpt.runtime.errors import ShortGPTError
@@ -24,17 +22,10 @@ from short_gpt.runtime.errors import ShortGPTError
 
 @contextmanager
 def skipped_in_prefill(decoder: Decoder, layers: Sequence[int]) -> Iterator[None]:
-    """The model with some layers skipped whenever several tokens are read at once with the cache.
+    """The model that skips layers (by position) when it reads several tokens with the cache.
 
-    Calls of one token, and calls without a cache, use all layers.
-
-    Args:
-        decoder: the model.
-        layers: positions; none changes nothing.
-
-    Raises:
-        ShortGPTError: a layer does not exist or is named twice, all would be skipped, or the
-            family's layers have no attention that can be called to fill the cache.
+    Calls of one token, and calls without a cache, use all layers. ShortGPTError: a layer does not
+    exist, all would be skipped, or the family's attention cannot be called to fill the cache.
     """
     if layers:
         check_layers(layers, range(len(decoder.layers)))
@@ -43,7 +34,7 @@ def skipped_in_prefill(decoder: Decoder, layers: Sequence[int]) -> Iterator[None
             if isinstance(layer, TransformerBlock):  # ours: Meta's own code has no such forward
                 skip: Callable[..., object] = _meta(layer)
             else:
-                skip = _hugging_face(layer, decoder.family, output_form(decoder)[1])
+                skip = _hugging_face(layer, decoder)
             stack.enter_context(patched_forward(layer, skip))
         yield
 
@@ -69,13 +60,12 @@ def _meta(layer: TransformerBlock) -> Callable[..., Tensor]:
     return forward
 
 
-def _hugging_face(
-    layer: nn.Module, family: Family, form: Callable[[Tensor], object]
-) -> Callable[..., object]:
+def _hugging_face(layer: nn.Module, decoder: Decoder) -> Callable[..., object]:
     # a layer of transformers: there is such a package
     from transformers.cache_utils import Cache
 
-    if (parts := attention_with_norm(layer, family)) is None:
+    _, form = output_form(decoder)
+    if (parts := attention_with_norm(layer, decoder.family)) is None:
         raise ShortGPTError(
             f"{type(layer).__name__} has no attention after a norm that can be called by its "
             "layer's arguments, as input_layernorm and self_attn in Llama, to fill its cache: this "

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -28,36 +29,26 @@ Run = Callable[[], Tensor]  # runs a layer, and gives the stream at some point o
 
 @dataclass(frozen=True)
 class OutputProjection:
-    """A module whose output is added to the residual stream.
+    """A module whose output is added to the residual stream, times a factor."""
 
-    Attributes:
-        module: such as the `down_proj` of an MLP, or a norm after it.
-        factor: by which its output is multiplied on the way, as in Granite; 1 in most families.
-        before: the matrix, where a norm follows it, as in Gemma 2; None elsewhere.
-    """
-
-    module: nn.Module
-    factor: float
-    before: nn.Module | None = None
+    module: nn.Module  # such as the `down_proj` of an MLP, or a norm after it
+    factor: float  # 1 in most families; another one in Granite
+    before: nn.Module | None = None  # the matrix, where a norm follows it, as in Gemma 2
 
     @property
     def matrix(self) -> nn.Module:
-        """The last matrix of the sublayer."""
         return self.module if self.before is None else self.before
 
     @property
     def norm(self) -> nn.Module | None:
-        """The norm after the matrix, if there is one."""
         return None if self.before is None else self.module
 
     @property
     def modules(self) -> list[nn.Module]:
-        """The matrix, and the norm."""
         return [self.module] if self.before is None else [self.before, self.module]
 
     @property
     def device(self) -> torch.device:
-        """Where the matrix is."""
         return next(self.matrix.parameters()).device
 
     def outputs(self, inputs: Tensor) -> Tensor:
@@ -80,29 +71,19 @@ class OutputProjection:
 
 @dataclass(frozen=True)
 class Sublayers:
-    """A layer as state + factor * attention + factor * MLP, each proved on random numbers.
+    """A layer as state + factor * attention + factor * MLP, each proved on random numbers."""
 
-    Attributes:
-        projections: by part, "attention" and "mlp"; a sublayer without a single matrix whose output
-            the layer adds to the stream is left out.
-        refused: by part, why it is left out.
-        mlp: what the MLP as one module adds, also where no matrix ends it; None if that is unknown.
-    """
-
+    # by part, "attention" and "mlp": those with a single matrix whose output the layer adds
     projections: Mapping[str, OutputProjection]
-    refused: Mapping[str, str]
-    mlp: OutputProjection | None
+    refused: Mapping[str, str]  # by part, why it is not among them
+    mlp: OutputProjection | None  # the MLP as one module, also where no matrix ends it
 
     @classmethod
     def of(cls, calls: LayerCalls, index: int, state: Tensor, family: Family) -> Sublayers:
         """Those of the decoder's layer ``index``, proved on a state (B, S, D) such as enters it."""
-        layer = calls.layer(index)
+        layer, run = calls.layer(index), partial(calls.run, index, state)
         projections: dict[str, OutputProjection] = {}
         refused: dict[str, str] = {}
-
-        def run() -> Tensor:
-            return calls.run(index, state)
-
         # the MLP first: the stream before it shows what the attention adds
         mlp: OutputProjection | None = None
         try:
@@ -127,22 +108,16 @@ class Sublayers:
 def after_attention(run: Run, mlp: OutputProjection) -> tuple[Tensor, Tensor]:
     """The stream between a layer's sublayers, (B, S, D), and the state leaving the layer.
 
-    In a parallel block, whose sublayers read the same state, it is the sum without the MLP.
-
-    Args:
-        run: gives the state leaving the layer.
-        mlp: what its MLP adds.
+    ``run`` gives the latter. In a parallel block, whose sublayers read the same state, the stream
+    is the sum without the MLP.
     """
     outputs: list[Tensor] = []
 
     def note(_: nn.Module, __: object, output: Output) -> None:
         outputs.append(first(output).clone())  # some layers write over it
 
-    handle = mlp.module.register_forward_hook(note)
-    try:
+    with mlp.module.register_forward_hook(note):
         leaving = run()  # (B, S, D)
-    finally:
-        handle.remove()
     return leaving - mlp.factor * outputs[-1].view_as(leaving), leaving
 
 
@@ -183,15 +158,10 @@ def _end(run: Run, matrix: nn.Module, layer: nn.Module, *, norms: Names) -> Outp
 def _follows(run: Run, matrix: nn.Module, norm: nn.Module) -> bool:
     # the norm must be given what the matrix gives, as it is
     seen: list[Tensor] = []
-    handles = [
-        matrix.register_forward_hook(lambda _, __, out: seen.append(out.clone())),
-        norm.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone())),
-    ]
-    try:
+    matrix_hook = matrix.register_forward_hook(lambda _, __, out: seen.append(out.clone()))
+    norm_hook = norm.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
+    with matrix_hook, norm_hook:
         run()
-    finally:
-        for handle in handles:
-            handle.remove()
     return len(seen) == 2 and torch.equal(*seen)
 
 
@@ -212,10 +182,7 @@ def _is_rms(norm: nn.Module) -> bool:
 
 @torch.no_grad()
 def effective_weight(norm: nn.Module) -> Tensor:
-    """By what a norm multiplies what it has divided by its root mean square, (D,) float32.
-
-    It is the norm's parameter in most families, and one more than that in Gemma's.
-    """
+    """By what a norm multiplies (D,) float32: its parameter, and one more than that in Gemma's."""
     weight = norm.weight
     assert isinstance(weight, Tensor)
     return norm(torch.ones_like(weight)[None])[0].float()  # (D,)

@@ -16,15 +16,10 @@ REMOVED_SUBLAYERS = "removed sublayers"  # the method of a `WeightChange`
 
 @dataclass(frozen=True)
 class WeightChange:
-    """One change of a model's weights.
+    """One change of a model's weights."""
 
-    Attributes:
-        how: what did it and with which settings, ready for JSON; "method" names it.
-        parameters: all that have other values than before, and no others.
-    """
-
-    how: Mapping[str, object]
-    parameters: frozenset[Parameter]
+    how: Mapping[str, object]  # its "method" and the settings, ready for JSON
+    parameters: frozenset[Parameter]  # all that have other values than before, and no others
 
 
 def parameters_of(number: int, layer: nn.Module, modules: Iterable[nn.Module]) -> set[Parameter]:

@@ -1,8 +1,4 @@
-"""A model with its scores: `ShortLlama`, `ShortHFModel`, and a Llama that runs from its files.
-
-`open_model` opens any source as one of them. `ScoredModel` is what all can do, `ShortModel` what a
-model in memory can; `StreamedLlama` holds one layer in memory at a time.
-"""
+"""A model with its scores; `open_model` opens any source as one."""
 
 from __future__ import annotations
 

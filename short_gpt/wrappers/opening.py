@@ -38,34 +38,25 @@ def open_model(
     options: OpenOptions = ...,
     *,
     stream: Literal[False] = ...,
-    **changes: object,
+    **changes: Any,
 ) -> ShortModel: ...
 
 
 @overload
 def open_model(
-    source: str | Source, options: OpenOptions = ..., *, stream: bool, **changes: object
+    source: str | Source, options: OpenOptions = ..., *, stream: bool, **changes: Any
 ) -> ScoredModel: ...
 
 
 def open_model(
     source: str | Source, options: OpenOptions = DEFAULTS, *, stream: bool = False, **changes: Any
 ) -> ScoredModel:
-    """Opens a checkpoint of any format for scoring and removal.
+    """Opens a checkpoint for scoring and removal; as a `StreamedLlama` with ``stream``.
 
     Args:
-        source: Meta directory, Hugging Face directory, hub id or GGUF file.
-        options: how to open it.
-        stream: whether to hold one layer at a time in memory, of a Llama in Meta's format or in
-            safetensors.
+        source: Meta directory (a `ShortLlama`), Hugging Face directory, hub id or GGUF file.
+        stream: one layer at a time in memory, of a Llama in Meta's format or in safetensors.
         changes: single options by their names, as in ``max_seq_len=1024``.
-
-    Returns:
-        A `ShortLlama` for Meta's format, a `StreamedLlama` with ``stream``, else a `ShortHFModel`.
-
-    Raises:
-        OSError, ShortGPTError: the checkpoint is missing or damaged; or options do not go together.
-        TypeError: there is no such option.
 
     Example:
         >>> short = open_model("llama-2-7b", max_seq_len=1024)  # doctest: +SKIP
@@ -93,14 +84,9 @@ def open_hf(source: str | Source, options: OpenOptions = DEFAULTS) -> ShortHFMod
     if several_ranks():  # before the model is loaded: the group decides this rank's device
         initialize(1, device=device)
     torch.manual_seed(options.seed)
-    return ShortHFModel(
-        source,
-        None,
-        options.n_prune_layers,
-        device=device,
-        dtype=choose_dtype(options.dtype, device),
-        trust_remote_code=options.trust_remote_code,
-    )
+    dtype, trust = choose_dtype(options.dtype, device), options.trust_remote_code
+    count = options.n_prune_layers
+    return ShortHFModel(source, None, count, device=device, dtype=dtype, trust_remote_code=trust)
 
 
 def _reads_tokenizer(source: str | Source, *, stream: bool = False) -> bool:
@@ -116,8 +102,8 @@ def check_tokenizer(
         return
     names = " and ".join(dict.fromkeys(map(str, models)))
     raise ShortGPTError(
-        f"`tokenizer_path` {tokenizer_path} has no effect on {names}, "
-        "whose own tokenizer is read; Meta's format and streamed models take another: leave it out"
+        f"`tokenizer_path` {tokenizer_path} has no effect on {names}, whose own tokenizer is read; "
+        "Meta's format and streamed models take another: leave it out"
     )
 
 
@@ -154,11 +140,7 @@ def layers_of(source: str | PathLike[str]) -> int | None:
 
 
 def weights_of(source: str | Source) -> str | None:
-    """A digest of a checkpoint's files of weights; None where there are none of a known format.
-
-    It differs for the same weights in another format or in other shards. All bytes are read, once
-    in a process. Of a GGUF model in several files any of them stands for all.
-    """
+    """A digest of a checkpoint's files of weights, which depends on format and shards; or None."""
     kind = find_source(source).kind
     if kind == "gguf":
         return files_digest(part_paths(Path(source)))
@@ -179,22 +161,9 @@ def same_model(
     name: str | None = None,
     dtype: str | None = None,
 ) -> str:
-    """Proves that a checkpoint is the source with some layers removed; one is loaded at a time.
+    """Proves that a checkpoint is the source without layers ``drop``, and says what was compared.
 
-    Args:
-        source: the original checkpoint.
-        pruned: the pruned checkpoint.
-        drop: the layers that ``pruned`` lacks; none compares two that must be the same.
-        tokenizer_path: as in `OpenOptions`.
-        trust_remote_code: as in `OpenOptions`.
-        name: of ``pruned`` in what is raised; None is its path.
-        dtype: that its weights were rounded to; None if they were not.
-
-    Returns:
-        A sentence that says what was compared.
-
-    Raises:
-        RuntimeError: the logits or the generation with the cache differ.
+    ``dtype`` is the one its weights were rounded to; errors call it by ``name``, else its path.
     """
     source, pruned = find_source(source), find_source(pruned)
     rounded_to = None if dtype is None else choose_dtype(dtype, torch.device("cpu"))
@@ -211,9 +180,8 @@ def same_model(
         rounding=ROUNDING if (source.kind == "meta") != (pruned.kind == "meta") else 0.0,
         names=(f"{source} without {drop}" if drop else str(source), name or str(pruned)),
     )
-    which = " without these layers" if drop else ""
-    rounded = f" in {dtype}" if dtype else ""
+    which = (" without these layers" if drop else "") + (f" in {dtype}" if dtype else "")
     return (
-        f"verified: the logits are those of the source{which}{rounded}, {exact}, and generation "
+        f"verified: the logits are those of the source{which}, {exact}, and generation "
         "with the cache is that without it"
     )

@@ -45,7 +45,7 @@ class OpenOptions:
         model_parallel_size: ranks that share one model under torchrun; None is all of them for
             Meta's format and 1 for others, which cannot be shared.
         max_memory: of a streamed model's process in the machine's memory, in bytes or like "3GB";
-            None takes half of what is free. It decides how many windows pass a layer in a round.
+            None takes half of what is free.
     """
 
     tokenizer_path: str | None = setting(None, value="FILE", needs=TOKENIZER)

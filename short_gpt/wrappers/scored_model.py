@@ -5,7 +5,6 @@ Layer numbers are the original model's, from 0, before and after removal. L = it
 
 from __future__ import annotations
 
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from short_gpt.checkpoints.model_record import ModelRecord
+from short_gpt.checkpoints.target import StrPath
 from short_gpt.data.windows import batches, count_of, starts_texts
 from short_gpt.evaluation.perplexity import Perplexity, perplexity
 from short_gpt.models.config_file import config_digest
@@ -32,19 +32,12 @@ from short_gpt.selection.methods import choose
 
 
 class ScoredModel(ModelRecord, ABC):
-    """A model whose layers can be scored and removed.
+    """A model whose layers can be scored and removed; ``n_prune_layers`` is 1 to L - 1.
 
     A wrapper of another kind of model implements `encode`, `configuration` and `save`.
-
-    Args:
-        decoder: the model.
-        n_prune_layers: how many layers `remove_layers` takes out, 1 to L - 1; may be set later.
-
-    Attributes:
-        streamed: whether the weights are read again for every pass.
     """
 
-    streamed: ClassVar[bool] = False
+    streamed: ClassVar[bool] = False  # whether every pass reads the weights again
 
     def __init__(self, decoder: Decoder, n_prune_layers: int | None = None) -> None:
         super().__init__(decoder)
@@ -59,17 +52,13 @@ class ScoredModel(ModelRecord, ABC):
 
     @property
     def bos(self) -> str:
-        """Which windows of its texts begin with bos, as `data.windows` takes it.
-
-        "first", the ShortGPT authors' way; "every" for a family that reads windows badly without
-        one (Gemma), if its tokenizer begins a text with it.
-        """
+        """Which windows of texts begin with bos: "first", or "every" for families such as Gemma."""
         return "every" if self.decoder.family.needs_bos and starts_texts(self.encode) else "first"
 
     @abstractmethod
     def save(
         self,
-        out_dir: str | os.PathLike[str],
+        out_dir: StrPath,
         *,
         facts: Mapping[str, object] | None = None,
         measured: Mapping[str, Perplexity] | None = None,
@@ -80,15 +69,8 @@ class ScoredModel(ModelRecord, ABC):
         Args:
             out_dir: the new directory; appears complete or not at all.
             facts: more to keep in ``pruning.json``, such as ``{"data": "PG-19"}``.
-            measured: perplexities to keep, by the name of the model's state when each was
-                measured; None takes those that the model remembers.
+            measured: perplexities by the model's state; None takes those that the model remembers.
             overwrite: whether an earlier checkpoint of this library is replaced; nothing else is.
-
-        Raises:
-            FileExistsError: ``out_dir`` exists.
-            ShortGPTError: a fact has the name of a record of the library's own.
-            RuntimeError: nothing was changed, the model lacks layers for a trial, or what was
-                saved, read again, is not the model in memory; it is deleted.
         """
 
     @property
@@ -114,39 +96,30 @@ class ScoredModel(ModelRecord, ABC):
         all_tokens: bool = False,
         follow: Follow | None = None,
     ) -> Verdict | None:
-        """Scores windows of token ids, by both papers in one pass; adds to the scores so far.
+        """Scores windows of at most ``max_seq_len`` token ids; adds to the scores so far.
 
-        A text that is read again in another call counts as a new one, and the standard errors are
-        then too small.
+        One pass gives the measures of both papers. A text read again in another call counts as a
+        new one: standard errors are then too small.
 
         Args:
-            windows: token ids, at most ``max_seq_len`` each.
-            batch_size: windows read at once.
-            total: windows for a bar; None is ``len(windows)`` if known.
-            stop: ends the run when its answer is settled. It needs a random sample: windows as
-                `data.windows` gives them with a seed, or ``random_order``, and no scores so far.
+            stop: ends the run when its answer is settled, which is returned. It needs no scores so
+                far and a random sample: `data.windows` with a seed, or ``random_order``.
             state: saves the run and continues it; the scores so far are then those saved.
             random_order: other windows stand in random order, which nothing can check.
             sublayers: also score attention and MLP.
             all_tokens: also take angles at all tokens; keeps the states of all layers.
             follow: called with the sums, and the number of all windows, as the sums grow.
 
-        Returns:
-            With ``stop``, whether the answer is settled.
-
         Raises:
-            ShortGPTError: a window does not fit the model, the state is of another run, or ``stop``
-                has a number of layers out of range or a sample that is not random.
             NotFiniteError: a weight or a state is NaN or infinite; batches before it count.
         """
         self.check_whole()
         self._check_weights()
         total = count_of(windows) if total is None else total
         population = getattr(windows, "population", None)
+        sums = Importance.empty(self.kept) if self._stale else self.importance
         if state is not None:
             sums = state.sums(self.kept)
-        else:
-            sums = Importance.empty(self.kept) if self._stale else self.importance
         if stop is not None:
             check_count(stop.n, len(self.kept))
             check_sample(random_order or population is not None, sums.n_windows * (state is None))
@@ -224,16 +197,7 @@ class ScoredModel(ModelRecord, ABC):
     def remove_layers(
         self, layers_to_remove: Sequence[int] | None = None, angular: bool = False
     ) -> list[int]:
-        """Removes layers from the model in place.
-
-        Args:
-            layers_to_remove: original layer numbers; None (or empty) takes those that the method
-                `layers_to_remove` gives, whose errors are raised before anything is changed.
-            angular: of that method.
-
-        Returns:
-            The removed layers, in the order in which they were named or chosen.
-        """
+        """Removes layers (original numbers), or else those of `layers_to_remove`; returns them."""
         drop = layer_numbers(layers_to_remove) or self.layers_to_remove(angular=angular)
         check_layers(drop, self.kept)
         self.check_whole()
@@ -298,20 +262,12 @@ class ScoredModel(ModelRecord, ABC):
         method: str | None = None,
         seed: int = 0,
     ) -> list[int]:
-        """The n layers to remove by the scores; none is removed.
+        """The layers to remove by the scores, least important first or an ascending block.
 
         Args:
-            angular: the best block of consecutive layers (Gromov et al.) instead of the lowest
-                Block Influence (ShortGPT).
+            angular: the best block (Gromov et al.) instead of the lowest Block Influence.
             n: how many; None takes ``n_prune_layers``.
-            method: a name of `methods.METHODS`, in place of ``angular``.
-            seed: of the random method.
-
-        Returns:
-            Original layer numbers: least important first, or a block in ascending order.
-
-        Raises:
-            RuntimeError: nothing was scored, or the scored model is no longer this one.
+            method: a name of `methods.METHODS`, in place of ``angular``; ``seed`` is for "random".
         """
         name, count = ("n_prune_layers", self.n_prune_layers) if n is None else ("n", n)
         if count is None:

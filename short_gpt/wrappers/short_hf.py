@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from llama.tokenizer import check_text, find_tokenizer
 from short_gpt.checkpoints.gguf import save_gguf
 from short_gpt.checkpoints.hf import save_as_meta, save_hf
 from short_gpt.checkpoints.provenance import Provenance
-from short_gpt.checkpoints.target import Target
+from short_gpt.checkpoints.target import StrPath, Target
 from short_gpt.checkpoints.verify import check_same, copy_weights, fingerprint, one_by_one
 from short_gpt.data.windows import windows
 from short_gpt.evaluation.harness import hugging_face_lm
@@ -29,7 +29,7 @@ from short_gpt.models.decoder import check_vocabulary
 from short_gpt.models.hf import HFDecoder, check_layers_path
 from short_gpt.models.loading import generation_explained, load
 from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
-from short_gpt.wrappers.short_model import ShortModel, check_texts
+from short_gpt.wrappers.short_model import Prompts, ShortModel, check_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -41,21 +41,10 @@ class ShortHFModel(ShortModel):
     Args:
         model_name: a hub id, a local directory, a GGUF file, or a loaded model.
         layers_path: where its layers are, as in ``"model.layers"``; None finds them.
-        n_prune_layers: how many layers `remove_layers` takes out; may be set later.
-        tokenizer: needed with a loaded model to read texts; None loads the model's own, if any.
+        tokenizer: of a loaded model, to read texts; None loads the model's own, if any.
         device: where the model goes when it is loaded; None leaves it where it is.
         options: of ``from_pretrained``: ``dtype`` (None is the files'), ``device_map``,
-            ``quantization_config``, ``revision`` and so on; a model's Python files are run only
-            with ``trust_remote_code=True``.
-
-    Attributes:
-        model: of ``transformers``.
-        tokenizer: of ``transformers``; may be None.
-        source: where the model came from.
-
-    Raises:
-        MissingPackageError: transformers is missing.
-        OSError, ShortGPTError: the model cannot be loaded, or its layers cannot be found.
+            ``revision`` and so on; ``trust_remote_code=True`` runs a model's Python files.
 
     Example:
         >>> short = ShortHFModel("mistralai/Mistral-7B-v0.1", n_prune_layers=9)  # doctest: +SKIP
@@ -66,7 +55,7 @@ class ShortHFModel(ShortModel):
 
     def __init__(
         self,
-        model_name: str | os.PathLike[str] | PreTrainedModel,
+        model_name: StrPath | PreTrainedModel,
         layers_path: str | None = None,
         n_prune_layers: int | None = None,
         *,
@@ -97,16 +86,13 @@ class ShortHFModel(ShortModel):
     @classmethod
     def from_meta(
         cls,
-        ckpt_dir: str | os.PathLike[str],
+        ckpt_dir: StrPath,
         *,
-        tokenizer_path: str | os.PathLike[str] | None = None,
+        tokenizer_path: StrPath | None = None,
         device: str | torch.device | None = None,
         dtype: str | None = None,
     ) -> ShortHFModel:
-        """Opens a Meta checkpoint through transformers, as LoRA needs it; `save` converts it back.
-
-        Arguments are those of `OpenOptions`.
-        """
+        """Opens a Meta checkpoint through transformers, as LoRA needs it; `save` converts back."""
         tokenizer = Path(str(tokenizer_path)) if tokenizer_path else find_tokenizer(ckpt_dir)
         to_device = choose_device(device)
         with tempfile.TemporaryDirectory() as folder:
@@ -135,7 +121,7 @@ class ShortHFModel(ShortModel):
 
     def eval_importance(
         self,
-        prompts: Sequence[str],
+        prompts: Prompts,
         max_seq_len: int,
         stride: int = 256,
         max_gen_len: int = 0,
@@ -143,41 +129,30 @@ class ShortHFModel(ShortModel):
         top_p: float = 0.9,
         angular: bool = False,
     ) -> None:
-        """Scores texts and adds them to the scores so far.
+        """Scores texts of any length and adds them to the scores so far; ignores ``angular``.
 
         Args:
-            prompts: texts of any length.
             max_seq_len: tokens of a window.
             stride: tokens from one window's start to the next.
-            max_gen_len: if positive, each text's first ``max_seq_len`` tokens are scored with a
-                continuation of up to so many tokens.
-            angular: accepted for older scripts; one pass always gives both measures.
-
-        Raises:
-            ShortGPTError: no text gives a window of two tokens.
+            max_gen_len: if positive, ``max_seq_len`` tokens and so many new ones are scored.
         """
         check_texts(prompts)
         if max_gen_len > 0:
             ids = (self.encode(p)[:max_seq_len] for p in prompts)
             self.measure([self._continue(i, max_gen_len, temperature, top_p) for i in ids])
-            return
-        parts = windows(prompts, self.encode, size=max_seq_len, stride=stride, tail="keep")
-        self.measure([*parts], progress=False)
+        else:
+            parts = windows(prompts, self.encode, size=max_seq_len, stride=stride, tail="keep")
+            self.measure([*parts], progress=False)
 
     def generate(
-        self,
-        prompts: Sequence[str],
-        max_gen_len: int = 50,
-        temperature: float = 0.6,
-        top_p: float = 0.9,
+        self, prompts: Prompts, max_gen_len: int = 50, temperature: float = 0.6, top_p: float = 0.9
     ) -> list[str]:
         check_texts(prompts)
         check_numbers(max_gen_len, temperature, top_p)
         if max_gen_len == 0:  # which transformers refuses
             return [""] * len(prompts)
         texts = []
-        for prompt in prompts:
-            ids = self.encode(prompt)
+        for ids in map(self.encode, prompts):
             new = self._continue(ids, max_gen_len, temperature, top_p)[len(ids) :]
             texts.append(str(self._tokenizer().decode(new, skip_special_tokens=True)))
         return texts
@@ -198,7 +173,7 @@ class ShortHFModel(ShortModel):
 
     @torch.no_grad()
     def _generated(self, ids: list[int], count: int, **options: object) -> list[int]:
-        """The ids and up to ``count`` new ones after them."""
+        # the ids, and up to ``count`` new ones after them
         tokens = torch.tensor([ids], device=self.decoder.device)  # (1, S)
         check_vocabulary(tokens, self.decoder)
         generate = partial(
@@ -221,18 +196,17 @@ class ShortHFModel(ShortModel):
 
     def save_pretrained(
         self,
-        out_dir: str | os.PathLike[str],
+        out_dir: StrPath,
         *,
         verify: bool = True,
         overwrite: bool = False,
         facts: Mapping[str, object] | None = None,
         measured: Mapping[str, Perplexity] | None = None,
     ) -> Path:
-        """Writes model, config, tokenizer and a model card, for plain ``from_pretrained``.
+        """As `save`, for plain ``from_pretrained``, with a model card.
 
-        Args:
-            verify: load the result again and compare: the same logits, bit for bit, and the same
-                greedy generation with and without the cache. The other arguments are `save`'s.
+        ``verify`` loads the result again and compares: the same logits, bit for bit, and the same
+        greedy generation with and without the cache.
         """
         self.check_whole()
         record = Provenance.of(self, self.source, facts=facts, measured=measured)
@@ -241,7 +215,7 @@ class ShortHFModel(ShortModel):
 
     def save(
         self,
-        out_dir: str | os.PathLike[str],
+        out_dir: StrPath,
         *,
         facts: Mapping[str, object] | None = None,
         measured: Mapping[str, Perplexity] | None = None,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -13,28 +13,20 @@ from llama import Llama
 from llama.tokenizer import find_tokenizer
 from short_gpt.checkpoints.meta import save_meta
 from short_gpt.checkpoints.provenance import Provenance
-from short_gpt.checkpoints.target import Target
+from short_gpt.checkpoints.target import StrPath, Target
 from short_gpt.checkpoints.verify import check_same, fingerprint_aligned, one_by_one
 from short_gpt.evaluation.harness import llama_lm
 from short_gpt.evaluation.perplexity import Perplexity
-from short_gpt.models.config_file import params_entries
+from short_gpt.models.config_file import TRUST, params_entries
 from short_gpt.models.meta import MetaDecoder
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.wrappers.options import OpenOptions
-from short_gpt.wrappers.short_model import ShortModel
+from short_gpt.wrappers.short_model import Prompts, ShortModel
 from short_gpt.wrappers.streamed_llama import StreamedLlama
-
-StrPath = str | os.PathLike[str]
 
 
 class ShortLlama(ShortModel):
-    """Scores and removes layers of a `llama.Llama`, or of an instance of Meta's own ``Llama``.
-
-    The model is read only through hooks on ``llama.model.layers``.
-
-    Args:
-        llama: has ``model``, ``tokenizer``, ``generate`` and ``text_completion``.
-        n_prune_layers: how many layers `remove_layers` takes out; may be set later.
+    """Scores a `llama.Llama`, or Meta's own ``Llama``, by hooks on its layers, and removes layers.
 
     Example:
         >>> short = ShortLlama(llama, n_prune_layers=9)  # doctest: +SKIP
@@ -73,42 +65,21 @@ class ShortLlama(ShortModel):
         stream: bool = False,
         **options: Any,
     ) -> ShortLlama | StreamedLlama:
-        """Opens a checkpoint directory, in memory or to be streamed.
+        """Opens a directory in Meta's format; ``options`` are entries of `OpenOptions` by name.
 
-        Args:
-            ckpt_dir: in Meta's format; with ``stream`` also a Llama of Hugging Face's format.
-            stream: whether to hold one layer at a time: a `StreamedLlama`, which does not generate.
-            options: entries of `OpenOptions` by their names, as in ``max_seq_len=1024``.
-
-        Raises:
-            FileNotFoundError: a file is missing.
-            ShortGPTError: a file is damaged, or options do not go together.
+        With ``stream`` one layer at a time is in memory, also of a Hugging Face Llama.
         """
         chosen = OpenOptions(n_prune_layers=n_prune_layers, **options)
         chosen.check(stream=stream)
         if stream:
-            return StreamedLlama(
-                ckpt_dir,
-                n_prune_layers,
-                tokenizer_path=chosen.tokenizer_path,
-                max_seq_len=chosen.max_seq_len,
-                batch_size=chosen.max_batch_size,
-                device=chosen.device,
-                dtype=chosen.dtype,
-                max_memory=chosen.max_memory,
-                trust_remote_code=chosen.trust_remote_code,
-            )
-        llama = Llama.build(
-            ckpt_dir,
-            chosen.tokenizer_path or find_tokenizer(ckpt_dir),
-            chosen.max_seq_len,
-            chosen.max_batch_size,
-            seed=chosen.seed,
-            device=chosen.device,
-            dtype=chosen.dtype,
-            model_parallel_size=chosen.model_parallel_size,
-        )
-        return cls(llama, n_prune_layers)
+            names = ("tokenizer_path", "max_seq_len", "device", "dtype", "max_memory", TRUST)
+            entries = {name: getattr(chosen, name) for name in names}
+            entries["batch_size"] = chosen.max_batch_size
+            return StreamedLlama(ckpt_dir, n_prune_layers, **entries)
+        tokenizer = chosen.tokenizer_path or find_tokenizer(ckpt_dir)
+        names = ("max_seq_len", "max_batch_size", "seed", "device", "dtype", "model_parallel_size")
+        entries = {name: getattr(chosen, name) for name in names}
+        return cls(Llama.build(ckpt_dir, tokenizer, **entries), n_prune_layers)
 
     @property
     def configuration(self) -> Mapping[str, object]:
@@ -131,17 +102,7 @@ class ShortLlama(ShortModel):
         top_p: float = 0.9,
         angular: bool = False,
     ) -> None:
-        """Scores one batch of prompts and adds it to the scores so far.
-
-        Args:
-            prompt_tokens: B lists of token ids, of any lengths up to ``max_seq_len``.
-            max_gen_len: if positive, prompts are scored with a continuation of so many tokens.
-            angular: accepted for older scripts; one pass always gives both measures.
-
-        Raises:
-            ShortGPTError: a prompt is empty, too long, or has ids outside the vocabulary.
-            NotFiniteError: a state is NaN or infinite; nothing of the batch is counted.
-        """
+        """Scores a batch of token ids, each with ``max_gen_len`` new ones; ignores ``angular``."""
         if max_gen_len > 0:
             prompt_tokens, _ = self.llama.generate(
                 prompt_tokens, max_gen_len, temperature, top_p, echo=True
@@ -164,11 +125,7 @@ class ShortLlama(ShortModel):
         return tokens[0, len(ids) :].tolist()
 
     def generate(
-        self,
-        prompts: Sequence[str],
-        max_gen_len: int = 50,
-        temperature: float = 0.6,
-        top_p: float = 0.9,
+        self, prompts: Prompts, max_gen_len: int = 50, temperature: float = 0.6, top_p: float = 0.9
     ) -> list[str]:
         predictions = self.llama.text_completion(prompts, temperature, top_p, max_gen_len)
         return [str(prediction["generation"]) for prediction in predictions]
@@ -183,27 +140,17 @@ class ShortLlama(ShortModel):
         ckpt_dir: StrPath | None = None,
         facts: Mapping[str, object] | None = None,
         measured: Mapping[str, Perplexity] | None = None,
-        provenance: Mapping[str, object] | None = None,
+        provenance: Mapping[str, object] | None = None,  # the older name of facts
         overwrite: bool = False,
     ) -> Path:
-        """Writes the checkpoint with the layers removed, in Meta's format.
+        """Writes the checkpoint in Meta's format; `ScoredModel.save` has most arguments.
 
-        The source's bytes are copied tensor by tensor: its dtype and sharding stay, and
-        `Llama.build` on the result gives the logits of the model in memory bit for bit. Weights
-        that a patch or `remove_sublayers` changed are written as they are now, in the source's
-        dtype; that takes a source of one file.
-
-        Args:
-            ckpt_dir: the source; None takes the one that ``Llama.build`` loaded. The other
-                arguments are those of `ScoredModel.save`.
-            provenance: the older name of ``facts``.
-
-        Raises:
-            ShortGPTError: no source is known, or it has another number of layers; or weights were
-                changed and it has several files or several ranks share the model.
+        Bytes are copied tensor by tensor: the dtype and sharding stay, and `Llama.build` on the
+        result gives the logits of the model in memory bit for bit. Weights that a patch or
+        `remove_sublayers` changed are written in the source's dtype, if it is one file on one rank.
+        ``ckpt_dir`` is the source, if it is not what ``Llama.build`` loaded.
         """
-        source = ckpt_dir or getattr(self.llama, "ckpt_dir", None)
-        if source is None:
+        if (source := ckpt_dir or getattr(self.llama, "ckpt_dir", None)) is None:
             raise ShortGPTError(
                 "pass ckpt_dir: this Llama does not know where its weights came from"
             )
@@ -222,13 +169,8 @@ class ShortLlama(ShortModel):
 
         def saved() -> ShortLlama:
             tokenizer = find_tokenizer(directory)
-            return ShortLlama(
-                Llama.build(directory, tokenizer, size, 1, device=device, dtype=dtype)
-            )
+            llama = Llama.build(directory, tokenizer, size, 1, device=device, dtype=dtype)
+            return ShortLlama(llama)
 
-        check_same(
-            *one_by_one(
-                lambda: fingerprint_aligned(self, count),
-                lambda: fingerprint_aligned(saved(), count),
-            )
-        )
+        ours = partial(fingerprint_aligned, self, count)
+        check_same(*one_by_one(ours, lambda: fingerprint_aligned(saved(), count)))

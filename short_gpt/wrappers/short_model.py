@@ -1,8 +1,4 @@
-"""A model in memory: scored and pruned as any, and searched, tried and generated with.
-
-A layer adds two residual branches to the stream, attention and MLP. With a zero output projection
-a branch adds nothing: that is the model without it, whose files keep their shape and load anywhere.
-"""
+"""A model in memory: scored and pruned as any, and searched, tried and generated with."""
 
 from __future__ import annotations
 
@@ -33,8 +29,10 @@ from short_gpt.selection.perplexity_budget import CONFIDENCE, Budget, most_layer
 from short_gpt.selection.search import Options, Search, by_loss
 from short_gpt.wrappers.scored_model import ScoredModel
 
+Prompts = Sequence[str]
 
-def check_texts(texts: Sequence[str]) -> None:
+
+def check_texts(texts: Prompts) -> None:
     """Raises ShortGPTError for one text where a list of texts is expected."""
     if isinstance(texts, str):
         raise ShortGPTError("expected a list of texts, got one string: pass [text]")
@@ -44,9 +42,7 @@ class ShortModel(ScoredModel):
     """A model in memory whose layers can be scored, searched, tried without and removed.
 
     Example:
-        >>> short = open_model("llama-2-7b")  # doctest: +SKIP
-        >>> isinstance(short, ShortModel)  # doctest: +SKIP
-        True
+        >>> removed = open_model("llama-2-7b").search(windows, n=9)  # doctest: +SKIP
     """
 
     @abstractmethod
@@ -60,17 +56,9 @@ class ShortModel(ScoredModel):
 
     @abstractmethod
     def generate(
-        self,
-        prompts: Sequence[str],
-        max_gen_len: int = 50,
-        temperature: float = 0.6,
-        top_p: float = 0.9,
+        self, prompts: Prompts, max_gen_len: int = 50, temperature: float = 0.6, top_p: float = 0.9
     ) -> list[str]:
-        """Continuations of texts; ``temperature`` 0 takes the likeliest token.
-
-        Raises:
-            ShortGPTError: one text instead of a list, a text without a token, or a bad setting.
-        """
+        """Continuations of texts; ``temperature`` 0 takes the likeliest token."""
 
     @abstractmethod
     def harness_model(self, *, batch_size: int = 1) -> object:
@@ -92,15 +80,9 @@ class ShortModel(ScoredModel):
 
         Args:
             windows: token ids, all read for every candidate.
-            n: how many layers.
             method: "sleb", or "perplexity" for the one-shot choice.
             candidates: original numbers of the layers that "sleb" may remove; None for all.
-            batch_size: windows read at once.
             max_memory: of stored states, in bytes.
-            state: where the search is saved and continued.
-
-        Returns:
-            Layers in original numbers, in order of removal, and the losses of all trials.
         """
         self.check_whole()
         self._check_weights()
@@ -121,7 +103,7 @@ class ShortModel(ScoredModel):
         most: int | None = None,
         confidence: float = CONFIDENCE,
     ) -> Budget:
-        """The most layers whose removal surely keeps the perplexity; none is removed.
+        """The largest removal up to which every smaller one keeps the perplexity, and all tried.
 
         Args:
             windows: token ids of text that neither chose the layers nor trained the model.
@@ -129,25 +111,16 @@ class ShortModel(ScoredModel):
             choose: from a number of layers to the layers; None takes those of least influence.
             most: layers to try at most; None is all except one.
             confidence: that the perplexity rises by no more; see `perplexity_budget.most_layers`.
-
-        Returns:
-            The largest removal up to which every smaller one holds the ratio, and all tried.
-
-        Example:
-            >>> short.layers_within(held_out, 1.2).layers  # doctest: +SKIP
         """
 
         def perplexity_without(layers: list[int]) -> Perplexity:
             with self.without_layers(layers):
                 return self.perplexity(windows)
 
-        return most_layers(
-            perplexity_without,
-            choose or (lambda n: self.layers_to_remove(n=n)),
-            ratio=ratio,
-            most=len(self.kept) - 1 if most is None else most,
-            confidence=confidence,
-        )
+        choose = choose or (lambda n: self.layers_to_remove(n=n))
+        limits = {"ratio": ratio, "confidence": confidence}
+        most = len(self.kept) - 1 if most is None else most
+        return most_layers(perplexity_without, choose, most=most, **limits)
 
     @contextmanager
     def skipped_in_prefill(self, layers: Sequence[int]) -> Iterator[None]:
@@ -160,15 +133,13 @@ class ShortModel(ScoredModel):
     def remove_sublayers(self, *, attention: Sequence[int] = (), mlp: Sequence[int] = ()) -> None:
         """As the function `remove_sublayers`, by the layers' original numbers; it is recorded."""
         self.check_whole()
-        for layers in (attention, mlp):
+        removed = {"attention": list(attention), "mlp": list(mlp)}
+        for layers in removed.values():
             check_exist(layers, self.kept)
-        positions = {
-            "attention": [self.kept.index(i) for i in attention],
-            "mlp": [self.kept.index(i) for i in mlp],
-        }
+        positions = {kind: [self.kept.index(i) for i in each] for kind, each in removed.items()}
         parameters = sublayer_parameters(self.decoder, self.kept, **positions)
         remove_sublayers(self.decoder, **positions)
-        how = {"method": REMOVED_SUBLAYERS, "attention": list(attention), "mlp": list(mlp)}
+        how = {"method": REMOVED_SUBLAYERS, **removed}
         self.note_change(WeightChange(how, frozenset(parameters)))
         self.importance = Importance.empty(self.kept)
 
@@ -186,19 +157,11 @@ class ShortModel(ScoredModel):
 def remove_sublayers(
     decoder: Decoder, *, attention: Sequence[int] = (), mlp: Sequence[int] = ()
 ) -> Callable[[], None]:
-    """Removes attention and MLP sublayers from a live model, by zeroing their output projections.
+    """Zeroes output projections of attention and MLP, by position; returns what puts them back.
 
-    Args:
-        decoder: the model.
-        attention: positions of the layers that lose their attention.
-        mlp: positions of the layers that lose their MLP.
-
-    Returns:
-        A function that puts them back.
-
-    Raises:
-        ShortGPTError: a layer does not exist or is named twice, none is named, or a layer is not
-            x + attention, then + MLP, each ended by one plain matrix. The model is unchanged.
+    A sublayer then adds nothing to the stream, and saved files keep their shape and load anywhere.
+    ShortGPTError, and no change, if a layer does not exist or is named twice, none is named, or
+    one is not x + attention, then + MLP, each ended by one plain matrix.
     """
     layers = decoder.layers
     for positions in (attention, mlp):

@@ -1,11 +1,7 @@
-"""ShortGPT for a Llama larger than the memory: scored straight from its checkpoint directory.
-
-Shapes: B windows of a batch, S tokens, D width, V vocabulary.
-"""
+"""ShortGPT for a Llama larger than the memory; B windows, S tokens, D width, V vocabulary."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -23,7 +19,7 @@ from llama.tokenizer import Tokenizer, check_text, find_tokenizer
 from short_gpt.checkpoints.hf import prune_hf
 from short_gpt.checkpoints.meta import prune_meta
 from short_gpt.checkpoints.provenance import Provenance
-from short_gpt.checkpoints.target import Target
+from short_gpt.checkpoints.target import StrPath, Target
 from short_gpt.checkpoints.verify import check_logits
 from short_gpt.data.windows import batches
 from short_gpt.evaluation.perplexity import Perplexity, check_loss, check_predicted, samples_of
@@ -42,17 +38,10 @@ from short_gpt.runtime.memory import BLOCK_BYTES, Plan
 from short_gpt.runtime.progress import bar, set_rate
 from short_gpt.scoring.hooks import Scores
 from short_gpt.wrappers.scored_model import ScoredModel
-from short_gpt.wrappers.streamed_transformer import (
-    Batch,
-    HFSource,
-    MetaSource,
-    StreamedTransformer,
-)
+from short_gpt.wrappers.streamed_transformer import Batch, HFSource, MetaSource, StreamedTransformer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-StrPath = str | os.PathLike[str]
 
 
 def open_stream(
@@ -64,12 +53,8 @@ def open_stream(
 ) -> StreamedTransformer:
     """A Llama whose layers are read from their files one at a time.
 
-    Args:
-        ckpt_dir: a directory in Meta's format, of any number of shards, or a Llama of Hugging
-            Face's in safetensors; or a hub id with its owner, which is fetched.
-        max_seq_len: longest window to come, in tokens.
-        device: where layers run; None takes CUDA, MPS or CPU, the first there is.
-        dtype: of weights and states there; None is float32 on CPU, bfloat16 on CUDA, else float16.
+    ``ckpt_dir`` is in Meta's format, of any number of shards, or a Llama of Hugging Face's in
+    safetensors, or a hub id with its owner; ``device`` and ``dtype`` are as in `OpenOptions`.
     """
     path, name = Path(str(ckpt_dir)), str(ckpt_dir)
     if not path.is_dir() and "/" in name and is_hub_id(name):
@@ -85,16 +70,11 @@ def open_stream(
 
 
 class StreamedDecoder(MetaDecoder):
-    """A streamed model as the scoring core sees it: windows pass the layers in rounds.
-
-    Attributes:
-        batch_size: windows of a round that pass a layer together.
-        progress: whether to show a bar for every round.
-    """
+    """A streamed model for scoring: windows pass the layers in rounds, ``batch_size`` together."""
 
     def __init__(self, model: StreamedTransformer) -> None:
         super().__init__(model)
-        self.batch_size, self.progress = 1, False
+        self.batch_size, self.progress = 1, False  # a bar for every round
 
     def score(
         self,
@@ -130,15 +110,9 @@ class StreamedDecoder(MetaDecoder):
             logits = self.model.logits(batch)  # (B, S, V)
             yield from (row[real] for row, real in zip(logits, batch.mask, strict=True))
 
-    def _pass(
-        self,
-        name: str,
-        windows: Sequence[Sequence[int]],
-        watched: bool = False,
-        sublayers: bool = False,
-    ) -> list[Batch]:
+    def _pass(self, name: str, windows: Sequence[Sequence[int]], **scored: bool) -> list[Batch]:
         parts = [pad(part, self) for part in batches(windows, self.batch_size)]
-        group = [Batch(*part, watched=watched, sublayers=sublayers) for part in parts]
+        group = [Batch(ids, mask, **scored) for ids, mask in parts]
         tokens, steps = 0, len(windows) * len(self.layers)
 
         def step(batch: Batch) -> None:
@@ -206,13 +180,12 @@ class StreamedCalls(LayerCalls):
             group.append(Batch(tokens, torch.ones_like(tokens, dtype=torch.bool)))
             if sum(batch.tokens.numel() for batch in group) * width >= GROUP_BYTES:
                 yield from self._embedded(group)
-                group = []
         yield from self._embedded(group)
 
     def _embedded(self, group: list[Batch]) -> Iterator[Tensor]:
         if group:
             self._model.embed(group)
-        while group:
+        while group:  # empty at the end
             yield group.pop(0).state
 
     def widths(self) -> tuple[int, int, int]:
@@ -230,29 +203,14 @@ class StreamedCalls(LayerCalls):
 
 
 class StreamedLlama(ScoredModel):
-    """A Llama of whose checkpoint one layer at a time is in memory.
+    """A Llama of whose checkpoint one layer at a time is in memory, as `open_stream` reads it.
 
     It gives the scores and perplexities of the model in memory. It does not generate, and is not
     searched by its loss, which would read the checkpoint for every token or candidate.
     `remove_layers` only skips layers; `save` writes the source's format without them.
 
-    Windows pass the layers in rounds, as many at once as the memory holds; within a round,
-    ``batch_size`` of them pass a layer together. ``stop`` and ``state`` act after a round; an
-    interruption loses its round.
-
-    Args:
-        ckpt_dir: as for `open_stream`, which has ``max_seq_len``, ``device`` and ``dtype``, too.
-        n_prune_layers: how many layers `remove_layers` takes out; may be set later.
-        tokenizer_path: tokenizer file; None looks beside the checkpoint, and reads texts by
-            transformers where that is the checkpoint's format.
-        batch_size: of the runs to come; checked here against ``max_memory``.
-        max_memory: as in `OpenOptions`.
-        trust_remote_code: whether Python files that come with the tokenizer are run.
-
-    Raises:
-        FileNotFoundError: a file is missing.
-        ShortGPTError: a file is damaged, the model is not a Llama, the tokenizer is another
-            model's, ``max_memory`` is too little, or this is one of several ranks.
+    Windows pass the layers in rounds, as many as the memory holds; within a round ``batch_size``
+    of them pass a layer together. ``stop`` and ``state`` act after a round; Ctrl-C loses it.
     """
 
     streamed: ClassVar[bool] = True
@@ -286,9 +244,8 @@ class StreamedLlama(ScoredModel):
                 f"the tokenizer {self.tokenizer_path} has {words} words, the checkpoint "
                 f"{directory} {rows}; they do not belong together"
             )
-        self._hf_tokenizer = None
-        if tokenizer_path is None and from_hf:
-            self._hf_tokenizer = _hf_tokenizer(directory, trust_remote_code=trust_remote_code)
+        own = tokenizer_path is None and from_hf
+        self._hf_tokenizer = _hf_tokenizer(directory, trust_remote_code) if own else None
         self.plan(batch_size)
         super().__init__(StreamedDecoder(self.stream), n_prune_layers)
 
@@ -314,7 +271,7 @@ class StreamedLlama(ScoredModel):
         top_p: float = 0.9,
         angular: bool = False,
     ) -> None:
-        """Scores one batch of prompts as `ShortLlama.eval_importance`, without continuing them."""
+        """As `ShortLlama.eval_importance`, without continuing the prompts."""
         if max_gen_len > 0:
             raise ShortGPTError(
                 f"max_gen_len = {max_gen_len}: a model that is streamed cannot generate; pass 0, "
@@ -340,8 +297,8 @@ class StreamedLlama(ScoredModel):
     def window_losses(
         self, windows: Sequence[Sequence[int]], *, progress: bool = True
     ) -> list[Perplexity]:
-        result = self._perplexity(windows, 1, len(windows), progress)
-        return [Perplexity.of([sample]) for sample in result.samples]
+        samples = self._perplexity(windows, 1, len(windows), progress).samples
+        return [Perplexity.of([sample]) for sample in samples]
 
     def window_logits(
         self, windows: Sequence[Sequence[int]], *, batch_size: int = 1
@@ -349,12 +306,8 @@ class StreamedLlama(ScoredModel):
         for part in batches(windows, self.windows_at_once(batch_size)):
             yield from self.decoder.window_logits(part)
 
-    def score(
-        self, windows: Sequence[Sequence[int]], *, sublayers: bool = False, all_tokens: bool = False
-    ) -> Scores:
-        return self.decoder.score(
-            windows, layers=self.kept, sublayers=sublayers, all_tokens=all_tokens
-        )
+    def score(self, windows: Sequence[Sequence[int]], **kinds: bool) -> Scores:
+        return self.decoder.score(windows, layers=self.kept, **kinds)
 
     def plan_text(self, batch_size: int = 1) -> str:
         return self.plan(batch_size).describe()
@@ -367,15 +320,14 @@ class StreamedLlama(ScoredModel):
         measured: Mapping[str, Perplexity] | None = None,
         overwrite: bool = False,
     ) -> Path:
-        stream, changed = self.stream, sorted(self.changed)
-        source = stream.source
+        source, changed = self.stream.source, sorted(self.changed)
         if not self.removed and not changed:
             raise RuntimeError("nothing was removed yet; call remove_layers first")
         self.check_whole()
         record = Provenance.of(self, source.directory, facts=facts, measured=measured)
 
         def as_stored(number: int, name: str) -> Tensor:
-            return source.as_stored(f"layers.{number}.{name}", stream.weight(number, name))
+            return source.as_stored(f"layers.{number}.{name}", self.stream.weight(number, name))
 
         # read when it is written, in the file's layout
         new = {source.stored_name(f"layers.{i}.{n}"): partial(as_stored, i, n) for i, n in changed}
@@ -440,7 +392,7 @@ class StreamedLlama(ScoredModel):
         pass  # weights are checked as they are read
 
 
-def _hf_tokenizer(directory: Path, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+def _hf_tokenizer(directory: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     try:
         return load_tokenizer(str(directory), {"trust_remote_code": trust_remote_code})
     except ModuleNotFoundError:

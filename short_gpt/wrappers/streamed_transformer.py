@@ -1,7 +1,6 @@
 """A Llama that runs straight from its checkpoint directory, one layer in memory at a time.
 
 All windows of a round go through layer i, which is then dropped, while a thread reads layer i + 1.
-
 Shapes: B windows of a batch, S tokens, D width, V vocabulary.
 """
 
@@ -111,19 +110,12 @@ class HFSource(HFWeights):
 
 
 class Batch:
-    """Windows on their way through the layers.
-
-    Args:
-        tokens: (B, S) int64.
-        mask: (B, S) bool, True for real tokens.
-        watched: whether the layers are scored.
-        sublayers: whether their attention and MLP are scored, too.
-    """
+    """Windows on their way through the layers; ``mask`` (B, S) is True for real tokens."""
 
     def __init__(
         self, tokens: Tensor, mask: Tensor, *, watched: bool = False, sublayers: bool = False
     ) -> None:
-        self.tokens, self.mask = tokens.cpu(), mask.cpu()
+        self.tokens, self.mask = tokens.cpu(), mask.cpu()  # (B, S) each
         self.sublayers = sublayers
         self.seen = LayerHooks(mask) if watched else None  # the scores of the layers so far
         self.state = torch.empty(0)  # entering the next layer, (B, S, D) in the machine's memory
@@ -159,10 +151,6 @@ class StreamedTransformer(nn.Module):
 
     Hooks on ``layers`` work, and layers may be removed. `hidden` and calls read a batch on its own;
     `run` takes many through the layers together. Weights and states are of ``dtype``.
-
-    Attributes:
-        replaced: new values of parameters instead of the source's, by the layer's number and the
-            parameter's name in it; the last of them counts. They run as they would be stored.
     """
 
     def __init__(
@@ -181,6 +169,7 @@ class StreamedTransformer(nn.Module):
         self.freqs_cis = precompute_freqs_cis(self.params, self.params.max_seq_len).to(device)
         stored = {source.infos[f"layers.0.{name}"].dtype for name in LAYER_NAMES}
         self.stored = max(stored, key=lambda kind: kind.itemsize)
+        # new values of parameters, by the layer's number and the name in it; the last one counts
         self.replaced: list[Mapping[tuple[int, str], Tensor]] = []
         self._ready: dict[str, Tensor] = {}  # the weights of the layer that runs
         self._next: dict[tuple[str, torch.dtype], Tensor] = {}  # of the one that is read
@@ -205,10 +194,7 @@ class StreamedTransformer(nn.Module):
 
     @torch.no_grad()
     def run(self, batches: Sequence[Batch], *, step: Callable[[Batch], object] = id) -> None:
-        """Embeds batches and takes all of them through every layer; they keep their states.
-
-        ``step`` is called for every batch after every layer. A NaN raises NotFiniteError.
-        """
+        """Takes batches through every layer, and calls ``step`` with each of them after each."""
         self.embed(batches)
         with closing(self._loaded()) as layers:
             for layer in layers:
@@ -328,8 +314,8 @@ class StreamedTransformer(nn.Module):
     def losses(self, batches: Sequence[Batch]) -> list[Tensor]:
         """Negative log-likelihood in nats of all tokens except the first, (B, S - 1) float32 each.
 
-        The output head is read in blocks of rows; neither all of it nor all logits are ever in
-        memory. The batches have passed the layers, and lose their states.
+        The output head is read in blocks of rows: neither it nor all logits are ever in memory as a
+        whole. The batches have passed the layers, and lose their states.
         """
         # by blocks: the logarithm of the sum over the vocabulary so far, and the target's logit
         sums = [torch.full(b.tokens[:, 1:].shape, -torch.inf, device=self.device) for b in batches]
