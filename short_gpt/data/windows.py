@@ -32,7 +32,7 @@ class Window(list[int]):
     Attributes:
         text: its number, from 0, in the order in which the texts were read.
         start: how many tokens at the beginning were added, and are not from the text.
-        origin: its position in its text; None if that is not known.
+        origin: None if that is not known.
     """
 
     __slots__ = ("origin", "start", "text")
@@ -69,7 +69,6 @@ def windows(
     256 are the ShortGPT authors' values (comments on huggingface.co/papers/2403.03853).
 
     Args:
-        texts: strings.
         encode: from a text to its token numbers, with a start token if the model wants one.
         size: tokens of a window, at least 2.
         stride: tokens from one start to the next, at least 1.
@@ -90,9 +89,7 @@ def windows(
         goes; with a seed, a `Windows`, which has a length.
 
     Raises:
-        ShortGPTError: an argument is out of range; or there is no window at all, which without a
-            seed is raised when the texts have been read.
-        TypeError: texts is one string.
+        ShortGPTError: there is no window at all; without a seed, once the texts have been read.
 
     Example:
         >>> [*windows(["abcde"], lambda text: [ord(c) for c in text], size=2, stride=2)]
@@ -170,9 +167,7 @@ class Windows:
 
     Args:
         tokens: of all texts, one after the other.
-        spans: of the windows.
-        population: how many windows there are in all, of which these are a random sample; None for
-            as many as these.
+        population: of how many windows these are a random sample; None for as many as these.
         ends: of the texts in the tokens; none for one text.
         start: tokens before every window.
     """
