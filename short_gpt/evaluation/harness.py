@@ -26,12 +26,17 @@ if TYPE_CHECKING:
 
 
 def harness(module: str) -> ModuleType:
-    """A module of lm-eval, as in ``harness("api.model")``; MissingPackageError without lm-eval."""
+    """A module of lm-eval, as in ``harness("api.model")``; the package gives no types.
+
+    Raises:
+        MissingPackageError: lm-eval is missing.
+    """
     try:
         return import_module(f"lm_eval.{module}")
     except ImportError:
-        message = 'evaluation on tasks needs: pip install "short-gpt[eval]"'
-        raise MissingPackageError(message) from None
+        raise MissingPackageError(
+            'evaluation on tasks needs: pip install "short-gpt[eval]"'
+        ) from None
 
 
 def hugging_face_lm(
@@ -45,6 +50,10 @@ def hugging_face_lm(
 
     Args:
         options: further arguments of ``HFLM``, such as ``max_length``.
+
+    Raises:
+        MissingPackageError: lm-eval is missing.
+        ShortGPTError: there is no tokenizer.
     """
     if tokenizer is None:
         raise ShortGPTError("pass tokenizer=... to ShortHFModel: tasks are texts")
@@ -79,6 +88,7 @@ def llama_lm(short: LlamaLike, *, batch_size: int = 1) -> object:
     whose rows it has in another order.
 
     Raises:
+        MissingPackageError: lm-eval is missing.
         ShortGPTError: several ranks share the model, or its tokenizer does not know its file.
     """
     harness("models.huggingface")  # before anything is built
