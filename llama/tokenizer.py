@@ -40,7 +40,6 @@ class Tokenizer:
     characters it is made of. In `decode` special tokens vanish; half characters become U+FFFD.
 
     Attributes:
-        path: the file.
         n_words: size of the vocabulary, special tokens included.
         bos_id: -1 where there is none, as for the following.
         eos_id: of the end of a text.
@@ -61,7 +60,6 @@ class Tokenizer:
     """
 
     def __init__(self, model_path: str | os.PathLike[str]) -> None:
-        self.path = Path(str(model_path)).absolute()
         backend = self._backend = _open(Path(str(model_path)))
         special = self.special_tokens = backend.special_tokens
         self.n_words: int = max(backend.ids, default=-1) + 1

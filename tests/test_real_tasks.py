@@ -1,4 +1,4 @@
-"""Tasks on the real small model in Meta's format and as transformers opens it, by document.
+"""Tasks on the real small model: ours and lm-eval's own class for transformers, by document.
 
 The documents are a few of each task's kind; with a folder of more in SHORT_GPT_TASKS (piqa.jsonl,
 arc_easy.jsonl, winogrande.jsonl and lambada_openai.jsonl as `benchmarks/task_files.py` reads them)
@@ -103,11 +103,11 @@ def asked(suite: TaskSuite, model: ShortLlama | ShortHFModel) -> dict[tuple, tup
     }
 
 
-def test_every_request_and_answer_is_the_same_in_both_formats(lm_eval, models, suite):
+def test_every_request_and_answer_is_that_of_lm_evals_own_class(lm_eval, models, suite):
     ours, theirs = (asked(suite, model) for model in models)
     assert ours.keys() == theirs.keys() and len({task for task, *_ in ours}) == 4
     for key, (nats, greedy) in ours.items():
-        assert float(nats) == pytest.approx(float(theirs[key][0]), abs=1e-4), key
+        assert float(nats) == pytest.approx(float(theirs[key][0]), abs=1e-3), key
         assert str(greedy) == str(theirs[key][1]), key
     first, second = (suite.documents(model) for model in models)
     for task, metrics in first.documents.items():

@@ -1,25 +1,51 @@
-"""Models as lm-eval's own class for transformers, which also reads a Llama of Meta's format."""
+"""Models as the lm-evaluation-harness knows them: its own class for transformers, ours for Meta's.
+
+lm-eval's class on a ``LlamaForCausalLM`` of a Llama's own weights was tried: of 376 requests to
+SmolLM2 in float32 it gives the same greedy flags, and log-likelihoods within 8e-5. `llama_lm` stays
+for what that class cannot take: several ranks that share one model (each holds a part of every
+weight, of which transformers makes no model), an instance of Meta's own ``Llama`` (whose tokenizer
+is an object without a file), texts with the names of special tokens (which it reads as those
+tokens), and the memory for permuted copies of all q and k projections.
+
+Shapes: B requests, S tokens, V vocabulary.
+"""
 
 from __future__ import annotations
 
 import copy
 import logging
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import import_module
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from torch import Tensor
 
 from llama import Llama
-from llama.checkpoint.meta import read_conversion
-from llama.formats.hf import config_of
-from llama.formats.names import HF, name_in, permute
-from llama.formats.tokenizers import write_tokenizer
-from llama.io.json_files import write_json
-from llama.parallel import model_parallel_size
+from short_gpt.data.windows import batches
+from short_gpt.models.decoder import Decoder, pad
 from short_gpt.runtime.errors import MissingPackageError, ShortGPTError
+from short_gpt.runtime.progress import bar
+
+# context and continuation as texts (None for a window of a longer text) and as token ids
+Request = tuple[tuple[str, str] | None, list[int], list[int]]
+Instance = Any  # lm-eval's request, whose ``args`` are a text, or a text and settings
+MAX_GEN_TOKENS = 256  # lm-eval's value for a task that names none
+FIRST_TOKENS = 32
+
+
+class LlamaLike(Protocol):
+    """What `llama_lm` asks of a model of this library."""
+
+    decoder: Decoder
+
+    @property
+    def llama(self) -> Llama: ...
+
+    def encode(self, text: str) -> list[int]: ...
+
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -40,16 +66,9 @@ def harness(module: str) -> ModuleType:
 
 
 def hugging_face_lm(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    *,
-    batch_size: int = 1,
-    **options: Any,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, *, batch_size: int = 1
 ) -> object:
     """A model of transformers as ``lm_eval.models.huggingface.HFLM``, its softmax in float32.
-
-    Args:
-        options: further arguments of ``HFLM``, such as ``max_length``.
 
     Raises:
         MissingPackageError: lm-eval is missing.
@@ -68,67 +87,170 @@ def hugging_face_lm(
             tokenizer=copy.deepcopy(tokenizer),  # it may get a padding token
             batch_size=batch_size,
             softmax_dtype=torch.float32,
-            **options,
         )
     finally:
         logger.setLevel(level)
 
 
-class LlamaLike(Protocol):
-    """What `llama_lm` asks of a model of this library."""
-
-    @property
-    def llama(self) -> Llama: ...
-
-
 def llama_lm(short: LlamaLike, *, batch_size: int = 1) -> object:
-    """A Llama as ``HFLM``, with the layers that it has now.
+    """A Llama as the lm-evaluation-harness knows models, for ``lm_eval.simple_evaluate``.
 
-    The model of transformers shares the Llama's weights, except those of the q and k projections,
-    whose rows it has in another order.
+    Its softmax is in float32, and the tokenizer decides what is put before a text. Special tokens
+    are never read from the text.
+
+    Args:
+        short: its model is not copied.
+        batch_size: requests read at once.
 
     Raises:
         MissingPackageError: lm-eval is missing.
-        ShortGPTError: several ranks share the model, or its tokenizer does not know its file.
     """
-    harness("models.huggingface")  # before anything is built
-    llama = short.llama
-    path = getattr(llama.tokenizer, "path", None)
-    if model_parallel_size() > 1 or path is None:
-        what = "a tokenizer without a file" if path is None else "a model that several ranks share"
+    template = harness("api.model").TemplateLM
+    return type("LlamaLM", (_LlamaLM, template), {})(short, batch_size)
+
+
+class _LlamaLM:
+    """The methods that lm-eval's ``TemplateLM``, mixed in, asks for, as in its ``HFLM``."""
+
+    def __init__(self, short: LlamaLike, batch_size: int) -> None:
+        super().__init__()
+        self.short, self.batch_size = short, batch_size
+        self.max_length = short.decoder.max_seq_len
+        self._tokenizer = short.llama.tokenizer
+
+    @property
+    def eot_token_id(self) -> int:
+        return self._tokenizer.eos_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """The token before what has no context: bos, or eos where there is none."""
+        bos, eos = self._tokenizer.bos_id, self._tokenizer.eos_id
+        return bos if bos >= 0 else eos
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **kwargs: object
+    ) -> list[int]:
+        if add_special_tokens is None:
+            return self.short.encode(string)
+        return self._tokenizer.encode(string, bos=add_special_tokens, eos=False)
+
+    def tok_decode(self, tokens: Iterable[int]) -> str:
+        return self._tokenizer.decode(list(tokens))
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[Request], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        """Nats of each continuation, and whether greedy decoding gives it.
+
+        Requests that differ only in the last token, such as the answers A to D, share one pass.
+        """
+        requests_of: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        for i, (_, context, continuation) in enumerate(requests):
+            if not 0 < len(continuation) <= self.max_length or not context:
+                raise ShortGPTError(
+                    f"a request has {len(context)} tokens of context and {len(continuation)} to "
+                    f"predict; this model takes 1 or more and 1 to {self.max_length} (max_seq_len)"
+                )
+            # what is read lacks the last token, which is only predicted
+            read = (context + continuation)[-self.max_length - 1 : -1]
+            requests_of[tuple(read)].append(i)
+        scores: dict[int, tuple[float, bool]] = {}
+        with bar(
+            "loglikelihood", total=len(requests), unit="request", show=not disable_tqdm
+        ) as shown:
+            for batch in batches(sorted(requests_of, key=len, reverse=True), self.batch_size):
+                tokens, _ = pad(batch, self.short.decoder)
+                for window, row in zip(batch, self.short.decoder.logits(tokens), strict=True):
+                    for i in requests_of[window]:
+                        scores[i] = _score(row[: len(window)], requests[i][2])
+                    shown.update(len(requests_of[window]))
+        return [scores[i] for i in range(len(requests))]
+
+    def loglikelihood_rolling(
+        self, requests: Sequence[Instance], disable_tqdm: bool = False
+    ) -> list[float]:
+        """Nats of full texts, each token predicted once, after as much context as fits."""
+        utils = harness("utils")
+        windows: list[Request] = []
+        owners: list[int] = []
+        for i, request in enumerate(requests):
+            for window in utils.get_rolling_token_windows(
+                token_list=self.tok_encode(request.args[0]),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            ):
+                windows.append((None, *utils.make_disjoint_window(window)))
+                owners.append(i)
+        totals = [0.0] * len(requests)
+        scores = self._loglikelihood_tokens(windows, disable_tqdm)
+        for i, (nats, _) in zip(owners, scores, strict=True):
+            totals[i] += nats
+        return totals
+
+    def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Continuations of texts up to a stop string, greedy unless the task says otherwise."""
+        texts = []
+        with bar(
+            "generate_until", total=len(requests), unit="request", show=not disable_tqdm
+        ) as shown:
+            for request in requests:
+                texts.append(self._generate(*request.args))
+                shown.update(1)
+        return texts
+
+    def _generate(self, text: str, settings: Mapping[str, object]) -> str:
+        stops, limit, temperature, top_p = _generation(settings)
+        room = self.max_length - limit
+        if room < 1:
+            raise ShortGPTError(
+                f"{limit} tokens to generate leave no room for a prompt: the model takes "
+                f"{self.max_length} (max_seq_len)"
+            )
+        prompt = self.tok_encode(text)[-room:] or [self.prefix_token_id]
+        generated: list[int] = []
+        count = FIRST_TOKENS  # stop strings mostly come early: look, and go on if there is none
+        while True:
+            count = min(count, limit - len(generated))
+            (new,), _ = self.short.llama.generate([prompt + generated], count, temperature, top_p)
+            generated += new
+            answer = self.tok_decode(generated)
+            end = min((answer.find(s) for s in stops if s in answer), default=len(answer))
+            if end < len(answer) or len(new) < count or len(generated) >= limit:
+                return answer[:end]
+            count *= 2
+
+
+def _generation(settings: Mapping[str, object]) -> tuple[list[str], int, float, float]:
+    """Stop strings, most tokens, temperature and top_p of a task's settings.
+
+    Raises:
+        ShortGPTError: a setting would be without effect.
+    """
+    rest = harness("models.utils").normalize_gen_kwargs(dict(settings), MAX_GEN_TOKENS)
+    greedy = not rest.pop("do_sample", False)
+    temperature = rest.pop("temperature", 1.0)
+    stops = [stop for stop in rest.pop("until") if stop]
+    limit, top_p = rest.pop("max_gen_toks"), rest.pop("top_p", 1.0)
+    if greedy:
+        rest.pop("top_k", None)
+    if rest.get("num_beams") == 1:
+        del rest["num_beams"]
+    if rest:
         raise ShortGPTError(
-            f"tasks cannot be run on {what}; convert the checkpoint to Hugging Face's format "
-            "(`short-gpt convert --to hf`) and evaluate that"
+            f"generation settings {rest} have no meaning for a Llama in Meta's format; it knows "
+            "do_sample, temperature, top_p, until and max_gen_toks"
         )
-    model, tokenizer = _hugging_face_llama(llama, path)
-    return hugging_face_lm(
-        model, tokenizer, batch_size=batch_size, max_length=llama.model.params.max_seq_len
-    )
+    return stops, limit, 0.0 if greedy else temperature, top_p
 
 
-def _hugging_face_llama(
-    llama: Llama, tokenizer_path: Path
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The Llama as transformers' model, as `convert` would write it, and its tokenizer."""
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+def _score(logits: Tensor, continuation: Sequence[int]) -> tuple[float, bool]:
+    """Nats of the tokens that the last (S, V) logits predict, and whether all are likeliest.
 
-    args, weights = llama.model.params, llama.model.state_dict()
-    embedding = weights["tok_embeddings.weight"]
-    record = read_conversion(llama.ckpt_dir) if llama.ckpt_dir else {}
-    # an output head that is the embedding shares its storage: it needs not be tied
-    content, _ = config_of(
-        args, embedding.dtype, tied=False, tokenizer=llama.tokenizer, record=record
-    )
-    with TemporaryDirectory() as folder:
-        write_json(Path(folder, "config.json"), content)
-        write_tokenizer(tokenizer_path, Path(folder))
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    config = LlamaConfig.from_dict(content)
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config)
-    renamed = {name_in(HF, n): permute(n, weight, args, to=HF) for n, weight in weights.items()}
-    model.load_state_dict(renamed, assign=True)
-    # its frequencies are no weights, and so they are still without values
-    model.model.rotary_emb = LlamaRotaryEmbedding(config).to(embedding.device)
-    return model.eval(), tokenizer
+    The logits are those of all that was read: of context and continuation, without the last token.
+    """
+    targets = torch.tensor(continuation, device=logits.device)
+    logits = logits[-len(targets) :]  # row i of (T, V) predicts token i of the continuation
+    nats = logits.log_softmax(-1).gather(1, targets[:, None]).sum()
+    return float(nats), bool((logits.argmax(-1) == targets).all())
