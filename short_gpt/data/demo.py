@@ -79,10 +79,9 @@ def checkpoint() -> Path:
 
 
 def bible(part: str = "calibration") -> list[str]:
-    """Text of the King James Bible, one string a book in their order, without verse numbers.
+    """The King James Bible, a string a book, without verse numbers: "calibration" or "held_out".
 
-    Args:
-        part: "held_out" is every tenth chapter, for evaluation; "calibration" all others.
+    Every tenth chapter is held out for evaluation.
     """
     if part not in ("calibration", "held_out"):
         raise ShortGPTError(f"expected part 'calibration' or 'held_out', got {part!r}")

@@ -71,9 +71,8 @@ def overlapping(
 
     Two windows share text if a token stands in both: at the same position of a run of ``span``
     tokens that their texts have in common. The windows of `data.windows` know their text, so the
-    run is read there, beyond the windows, and the rule is the same for windows of every size: of a
-    copy, all windows that meet one of the original count, and no others. A phrase that is shorter
-    than the run is no copy, even where it fills a window. A plain list counts as a text of its own.
+    run is read there, beyond the windows: of a copy, all windows that meet one of the original
+    count, and no others. A plain list counts as a text of its own.
 
     Args:
         training: windows of token ids, and so is ``evaluation``, by the same tokenizer.

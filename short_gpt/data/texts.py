@@ -26,9 +26,8 @@ def texts(source: str | Path, *, split: str | None = None, column: str = "text")
 
     Args:
         source: a path, else a name at the hub: "allenai/c4:en" has a configuration.
-        split: of a folder, only sub-folders of this name and files whose names begin with it
-            ("validation-00000.parquet"), if there are any; else all files, sorted by name,
-            recursively. A single file is read as it is. A data set with several splits needs it.
+        split: of a folder, only sub-folders of this name and files whose names begin with it, if
+            there are any; else all files, sorted by name. A data set with several splits needs it.
         column: of the text, in .jsonl, .parquet and data sets.
 
     Raises:
@@ -52,8 +51,7 @@ def pg19(split: str = "validation", *, path: str | Path | None = None) -> Iterat
 
     Args:
         split: "train" (28,602 books), "validation" (50) or "test" (100).
-        path: a local copy instead: validation/*.txt as in Google's bucket,
-            data/validation-*.parquet as at the hub, or any source that `texts` reads.
+        path: a local copy, such as validation/*.txt of Google's bucket, as `texts` reads it.
     """
     if split not in SPLITS:
         raise ShortGPTError(f"split = {split!r}: PG-19 has {', '.join(SPLITS)}")
@@ -153,10 +151,8 @@ def _read_jsonl(file: Path, column: str) -> Iterator[str]:
             except ShortGPTError as error:
                 raise ShortGPTError(f"line {number}: {error}") from None
             except (ValueError, RecursionError) as error:
-                raise ShortGPTError(
-                    f"line {number} is not JSON ({error}); expected an object with named values: "
-                    "correct the line, or leave it out"
-                ) from None
+                expected = "expected an object with named values: correct the line, or leave it out"
+                raise ShortGPTError(f"line {number} is not JSON ({error}); {expected}") from None
             yield text
 
 

@@ -73,20 +73,16 @@ def windows(
         size: tokens of a window, at least 2.
         stride: tokens from one start to the next, at least 1.
         tail: "drop" omits what follows a text's last full window. "keep" adds it as a shorter
-            window of at least 2 tokens at the next start (one token earlier if just one remains):
-            every token of a text of 2 and more is then covered if stride <= size.
-        seed: None for the order of the texts. A number for all windows of all texts in random
-            order, that of Python's `random.Random(seed)`, which is the same on every platform;
-            the texts are then encoded at once and held at 4 bytes a token.
+            window of at least 2 tokens at the next start (one token earlier if just one remains).
+        seed: None for the order of the texts. A number for all windows of all texts in the order
+            of `random.Random(seed)`: the texts are encoded at once and held at 4 bytes a token.
         limit: windows in all; with a seed they are a random sample without replacement.
-        bos: "first" keeps what ``encode`` puts before a text (bos) in the text's first window
-            alone: the ShortGPT authors' way. "every" puts it before every window, which has `size`
-            tokens with it; windows that would just meet still do, at a stride shorter by it. It is
-            read and scored as any first token, and never predicted.
+        bos: "first" keeps the bos of ``encode`` in a text's first window alone: the ShortGPT
+            authors' way. "every" puts it before every window, which has `size` tokens with it;
+            windows that would just meet still do, at a stride shorter by it.
 
     Returns:
-        An iterator over `Window`, lists that know their text's number, which reads the texts as it
-        goes; with a seed, a `Windows`, which has a length.
+        An iterator that reads the texts as it goes; with a seed, a `Windows`, which has a length.
 
     Raises:
         ShortGPTError: there is no window at all; without a seed, once the texts have been read.

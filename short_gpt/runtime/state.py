@@ -66,10 +66,7 @@ def _processor() -> str:
 def write_record(
     path: str | os.PathLike[str], content: Mapping[str, object], *, overwrite: bool = False
 ) -> Path:
-    """Writes ``content``, its digest, `versions` and `machine` as a JSON file, or none on an error.
-
-    It replaces nothing but such a record, and that only with ``overwrite``.
-    """
+    """Writes ``content``, its digest, `versions` and `machine`; replaces only such a record."""
     target = Path(str(path))
     with new_file(target, overwrite=overwrite, ours=is_record) as partial:
         checked = {**content, CHECKED: content_digest(content)}
@@ -103,8 +100,7 @@ def read_record(path: str | os.PathLike[str]) -> JsonObject:
 class Lock:
     """A state that this process holds, for as long as something here refers to this object.
 
-    The lock is the operating system's (flock), on a hidden file next to the state, so that a
-    killed process holds nothing. Windows, and file systems without locks, go without.
+    It is flock's, on a hidden file next to the state; without flock nothing is locked.
     """
 
     def __init__(self, path: Path) -> None:
@@ -134,7 +130,6 @@ def hold(path: str | os.PathLike[str]) -> Lock:
     """The lock of a state; the one that this process already has of it or of a folder around it.
 
     A process that holds a folder does not keep out another one that holds a folder inside it.
-    The state need not exist yet. If another process holds it, an error names that process.
     """
     target = Path(path).resolve()
     with _ASKING:
