@@ -40,6 +40,10 @@ def protocol(
         source: a local copy or another name at the hub, as `texts` reads it, with
             the rows of the original in their order; for "pg19" only a path.
         bos: "every" puts one before every window, as `data.windows` does.
+
+    Example:
+        >>> windows = protocol("wikitext-2", short.encode, limit=40)  # doctest: +SKIP
+        >>> short.perplexity(windows).value  # doctest: +SKIP
     """
     if name not in PROTOCOLS:
         raise ShortGPTError(f"protocol {name!r} is unknown: expected one of {', '.join(PROTOCOLS)}")

@@ -138,6 +138,9 @@ def run_tasks(
     Returns:
         For every task and group, its metrics and their known standard errors, as in ``{"piqa":
         {"acc": 0.78, "acc_stderr": 0.01}}``, and after a filter ``"exact_match,strict-match"``.
+
+    Example:
+        >>> run_tasks(short, ["piqa", "arc_easy"])  # doctest: +SKIP
     """
     path = None if include_path is None else str(include_path)
     return TaskSuite(tasks, limit, num_fewshot, path, batch_size).run(short)

@@ -24,7 +24,12 @@ def weights_digest(model: nn.Module) -> str:
 
 
 def json_digest(content: object) -> str:
-    """A digest of windows, texts, settings or whatever else JSON can hold, by its content."""
+    """A digest of windows, texts, settings or whatever else JSON can hold, by its content.
+
+    Example:
+        >>> json_digest([[1, 2]]) == json_digest([(1, 2)]) != json_digest([[1], [2]])
+        True
+    """
     return sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
