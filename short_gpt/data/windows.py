@@ -32,7 +32,7 @@ class Window(list[int]):
     Attributes:
         text: its number, from 0, in the order in which the texts were read.
         start: how many tokens at the beginning were added, and are not from the text.
-        origin: its position in its text; None if that is not known.
+        origin: None if that is not known.
     """
 
     __slots__ = ("origin", "start", "text")
@@ -69,30 +69,23 @@ def windows(
     256 are the ShortGPT authors' values (comments on huggingface.co/papers/2403.03853).
 
     Args:
-        texts: strings.
         encode: from a text to its token numbers, with a start token if the model wants one.
         size: tokens of a window, at least 2.
         stride: tokens from one start to the next, at least 1.
         tail: "drop" omits what follows a text's last full window. "keep" adds it as a shorter
-            window of at least 2 tokens at the next start (one token earlier if just one remains):
-            every token of a text of 2 and more is then covered if stride <= size.
-        seed: None for the order of the texts. A number for all windows of all texts in random
-            order, that of Python's `random.Random(seed)`, which is the same on every platform;
-            the texts are then encoded at once and held at 4 bytes a token.
+            window of at least 2 tokens at the next start (one token earlier if just one remains).
+        seed: None for the order of the texts. A number for all windows of all texts in the order
+            of `random.Random(seed)`: the texts are encoded at once and held at 4 bytes a token.
         limit: windows in all; with a seed they are a random sample without replacement.
-        bos: "first" keeps what ``encode`` puts before a text (bos) in the text's first window
-            alone: the ShortGPT authors' way. "every" puts it before every window, which has `size`
-            tokens with it; windows that would just meet still do, at a stride shorter by it. It is
-            read and scored as any first token, and never predicted.
+        bos: "first" keeps the bos of ``encode`` in a text's first window alone: the ShortGPT
+            authors' way. "every" puts it before every window, which has `size` tokens with it;
+            windows that would just meet still do, at a stride shorter by it.
 
     Returns:
-        An iterator over `Window`, lists that know their text's number, which reads the texts as it
-        goes; with a seed, a `Windows`, which has a length.
+        An iterator that reads the texts as it goes; with a seed, a `Windows`, which has a length.
 
     Raises:
-        ShortGPTError: an argument is out of range; or there is no window at all, which without a
-            seed is raised when the texts have been read.
-        TypeError: texts is one string.
+        ShortGPTError: there is no window at all; without a seed, once the texts have been read.
 
     Example:
         >>> [*windows(["abcde"], lambda text: [ord(c) for c in text], size=2, stride=2)]
@@ -170,9 +163,7 @@ class Windows:
 
     Args:
         tokens: of all texts, one after the other.
-        spans: of the windows.
-        population: how many windows there are in all, of which these are a random sample; None for
-            as many as these.
+        population: of how many windows these are a random sample; None for as many as these.
         ends: of the texts in the tokens; none for one text.
         start: tokens before every window.
     """

@@ -2,10 +2,10 @@
 
 lm-eval's class on a ``LlamaForCausalLM`` of a Llama's own weights was tried: of 376 requests to
 SmolLM2 in float32 it gives the same greedy flags, and log-likelihoods within 8e-5. `llama_lm` stays
-for what that class cannot take: several ranks that share one model (each holds a part of every
-weight, of which transformers makes no model), an instance of Meta's own ``Llama`` (whose tokenizer
-is an object without a file), texts with the names of special tokens (which it reads as those
-tokens), and the memory for permuted copies of all q and k projections.
+because transformers opens Llama 2's tokenizer only with the package protobuf, which nothing else
+here needs; for several ranks that share one model, and Meta's own ``Llama``, whose tokenizer has no
+file; because that class reads names of special tokens in a text as these tokens; and because it
+takes permuted copies of all q and k projections.
 
 Shapes: B requests, S tokens, V vocabulary.
 """
@@ -52,28 +52,18 @@ if TYPE_CHECKING:
 
 
 def harness(module: str) -> ModuleType:
-    """A module of lm-eval, as in ``harness("api.model")``; the package gives no types.
-
-    Raises:
-        MissingPackageError: lm-eval is missing.
-    """
+    """A module of lm-eval, as in ``harness("api.model")``; MissingPackageError without lm-eval."""
     try:
         return import_module(f"lm_eval.{module}")
     except ImportError:
-        raise MissingPackageError(
-            'evaluation on tasks needs: pip install "short-gpt[eval]"'
-        ) from None
+        message = 'evaluation on tasks needs: pip install "short-gpt[eval]"'
+        raise MissingPackageError(message) from None
 
 
 def hugging_face_lm(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, *, batch_size: int = 1
 ) -> object:
-    """A model of transformers as ``lm_eval.models.huggingface.HFLM``, its softmax in float32.
-
-    Raises:
-        MissingPackageError: lm-eval is missing.
-        ShortGPTError: there is no tokenizer.
-    """
+    """A model of transformers as ``lm_eval.models.huggingface.HFLM``, its softmax in float32."""
     if tokenizer is None:
         raise ShortGPTError("pass tokenizer=... to ShortHFModel: tasks are texts")
     hflm = harness("models.huggingface").HFLM
@@ -96,14 +86,7 @@ def llama_lm(short: LlamaLike, *, batch_size: int = 1) -> object:
     """A Llama as the lm-evaluation-harness knows models, for ``lm_eval.simple_evaluate``.
 
     Its softmax is in float32, and the tokenizer decides what is put before a text. Special tokens
-    are never read from the text.
-
-    Args:
-        short: its model is not copied.
-        batch_size: requests read at once.
-
-    Raises:
-        MissingPackageError: lm-eval is missing.
+    are never read from the text. The model is not copied.
     """
     template = harness("api.model").TemplateLM
     return type("LlamaLM", (_LlamaLM, template), {})(short, batch_size)
@@ -125,8 +108,8 @@ class _LlamaLM:
     @property
     def prefix_token_id(self) -> int:
         """The token before what has no context: bos, or eos where there is none."""
-        bos, eos = self._tokenizer.bos_id, self._tokenizer.eos_id
-        return bos if bos >= 0 else eos
+        bos = self._tokenizer.bos_id
+        return bos if bos >= 0 else self.eot_token_id
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: object
@@ -141,10 +124,7 @@ class _LlamaLM:
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
-        """Nats of each continuation, and whether greedy decoding gives it.
-
-        Requests that differ only in the last token, such as the answers A to D, share one pass.
-        """
+        """Nats of each continuation, and whether greedy decoding gives it."""
         requests_of: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for i, (_, context, continuation) in enumerate(requests):
             if not 0 < len(continuation) <= self.max_length or not context:
@@ -152,20 +132,19 @@ class _LlamaLM:
                     f"a request has {len(context)} tokens of context and {len(continuation)} to "
                     f"predict; this model takes 1 or more and 1 to {self.max_length} (max_seq_len)"
                 )
-            # what is read lacks the last token, which is only predicted
+            # The last token is only predicted, not read; requests that differ in it share one pass.
             read = (context + continuation)[-self.max_length - 1 : -1]
             requests_of[tuple(read)].append(i)
         scores: dict[int, tuple[float, bool]] = {}
-        with bar(
-            "loglikelihood", total=len(requests), unit="request", show=not disable_tqdm
-        ) as shown:
+        total = len(requests)
+        with bar("loglikelihood", total=total, unit="request", show=not disable_tqdm) as shown:
             for batch in batches(sorted(requests_of, key=len, reverse=True), self.batch_size):
                 tokens, _ = pad(batch, self.short.decoder)
                 for window, row in zip(batch, self.short.decoder.logits(tokens), strict=True):
                     for i in requests_of[window]:
                         scores[i] = _score(row[: len(window)], requests[i][2])
                     shown.update(len(requests_of[window]))
-        return [scores[i] for i in range(len(requests))]
+        return [scores[i] for i in range(total)]
 
     def loglikelihood_rolling(
         self, requests: Sequence[Instance], disable_tqdm: bool = False
@@ -191,10 +170,8 @@ class _LlamaLM:
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """Continuations of texts up to a stop string, greedy unless the task says otherwise."""
-        texts = []
-        with bar(
-            "generate_until", total=len(requests), unit="request", show=not disable_tqdm
-        ) as shown:
+        texts, total = [], len(requests)
+        with bar("generate_until", total=total, unit="request", show=not disable_tqdm) as shown:
             for request in requests:
                 texts.append(self._generate(*request.args))
                 shown.update(1)
@@ -223,11 +200,7 @@ class _LlamaLM:
 
 
 def _generation(settings: Mapping[str, object]) -> tuple[list[str], int, float, float]:
-    """Stop strings, most tokens, temperature and top_p of a task's settings.
-
-    Raises:
-        ShortGPTError: a setting would be without effect.
-    """
+    """Stop strings, most tokens, temperature and top_p; an error for settings without effect."""
     rest = harness("models.utils").normalize_gen_kwargs(dict(settings), MAX_GEN_TOKENS)
     greedy = not rest.pop("do_sample", False)
     temperature = rest.pop("temperature", 1.0)
@@ -246,10 +219,7 @@ def _generation(settings: Mapping[str, object]) -> tuple[list[str], int, float, 
 
 
 def _score(logits: Tensor, continuation: Sequence[int]) -> tuple[float, bool]:
-    """Nats of the tokens that the last (S, V) logits predict, and whether all are likeliest.
-
-    The logits are those of all that was read: of context and continuation, without the last token.
-    """
+    """Nats of a continuation, and whether it is greedy, from the (S, V) logits of what was read."""
     targets = torch.tensor(continuation, device=logits.device)
     logits = logits[-len(targets) :]  # row i of (T, V) predicts token i of the continuation
     nats = logits.log_softmax(-1).gather(1, targets[:, None]).sum()

@@ -15,22 +15,16 @@ from short_gpt.runtime.progress import bar
 
 @dataclass(frozen=True)
 class Difference:
-    """How much the mean loss of a token changed.
+    """How much the mean loss of a token changed, with the entries of `SamplingError`."""
 
-    Attributes:
-        nats: second minus first; below 0 is better. exp(nats) is the ratio of the perplexities.
-        standard_error: of ``nats``; this and the others as in `SamplingError`.
-    """
-
-    nats: float
-    standard_error: float
+    nats: float  # second minus first; below 0 is better. exp(nats) is the perplexities' ratio.
+    standard_error: float  # of ``nats``
     windows: int
     texts: int | None = None
     degrees: float = 0.0
 
     @property
     def error(self) -> SamplingError:
-        """Of ``nats``."""
         return SamplingError(self.standard_error, self.windows, self.texts, self.degrees)
 
     def __str__(self) -> str:
@@ -69,16 +63,11 @@ def _samples(part: Perplexity) -> tuple[Sample, ...]:
 
 
 def difference(first: Sequence[Perplexity], second: Sequence[Perplexity]) -> Difference:
-    """The change from one model's `losses` to another's on the same windows in the same order.
-
-    Raises:
-        ShortGPTError: the windows differ.
-    """
+    """The change from one model's `losses` to another's on the same windows in the same order."""
     before, after = ([s for p in parts for s in _samples(p)] for parts in (first, second))
     if [s.tokens for s in before] != [s.tokens for s in after] or not before:
-        raise ShortGPTError(
-            f"expected losses of the same windows, got {len(before)} windows and {len(after)}"
-        )
+        got = f"got {len(before)} windows and {len(after)}"
+        raise ShortGPTError(f"expected losses of the same windows, {got}")
     changes = [
         Sample(a.text if a.text == b.text else None, b.nats - a.nats, a.tokens)
         for a, b in zip(before, after, strict=True)

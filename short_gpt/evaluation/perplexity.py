@@ -33,23 +33,15 @@ def exp(nats: float) -> float:
 
 @dataclass(frozen=True)
 class Perplexity:
-    """Total loss over predicted tokens.
+    """Total loss over predicted tokens."""
 
-    Attributes:
-        nats: summed negative log-likelihood of the predicted tokens.
-        tokens: how many were predicted: all of a window except its first.
-        windows: windows read.
-        samples: the same of every window, from which the error is known.
-    """
-
-    nats: float
-    tokens: int
+    nats: float  # summed negative log-likelihood of the predicted tokens
+    tokens: int  # how many were predicted: all of a window except its first
     windows: int
-    samples: tuple[Sample, ...] = field(default=(), compare=False, repr=False)
+    samples: tuple[Sample, ...] = field(default=(), compare=False, repr=False)  # of every window
 
     @classmethod
     def of(cls, samples: Iterable[Sample]) -> Perplexity:
-        """The perplexity of these windows."""
         each = tuple(samples)
         return cls(sum(s.nats for s in each), sum(s.tokens for s in each), len(each), each)
 
@@ -93,18 +85,12 @@ def perplexity(
     texts and chunks are those of `short_gpt.evaluation.protocols.protocol`.
 
     Args:
-        decoder: the model.
         batches: lists of windows, which may differ in length.
         total: number of windows to come, for the progress bar.
-        progress: whether to show one.
 
     Raises:
         ShortGPTError: no window has two tokens, or as in `decoder.pad`.
         NotFiniteError: a logit of a predicted token is NaN or infinite.
-
-    Example:
-        >>> perplexity(short.decoder, batches(windows, 4)).value  # doctest: +SKIP
-        5.47
     """
     samples: list[Sample] = []
     predicted = 0
@@ -130,20 +116,14 @@ def samples_of(windows: Sequence[Sequence[int]], nats: Sequence[float]) -> list[
 def check_loss(nats: float) -> None:
     """Raises NotFiniteError for a loss that is NaN or infinite."""
     if not math.isfinite(nats):
-        raise NotFiniteError(
-            "the model gave a NaN or infinite loss; check the weights, or another dtype"
-        )
+        reason = "the model gave a NaN or infinite loss"
+        raise NotFiniteError(f"{reason}; check the weights, or another dtype")
 
 
 def check_predicted(tokens: int) -> None:
     """Raises ShortGPTError where windows were so short that no token of them is predicted."""
     if not tokens:
         raise ShortGPTError("expected windows of at least 2 tokens; nothing was predicted")
-
-
-def batch_nats(decoder: Decoder, tokens: Tensor, mask: Tensor) -> float:
-    """The sum of `window_nats`."""
-    return sum(window_nats(decoder, tokens, mask))
 
 
 def window_nats(decoder: Decoder, tokens: Tensor, mask: Tensor) -> list[float]:

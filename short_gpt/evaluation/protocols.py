@@ -34,17 +34,12 @@ def protocol(
     is put before a window: ``encode`` may add one, once a text.
 
     Args:
-        name: "wikitext-2", "c4" or "pg19".
         encode: from a text to its token ids, such as ``short.encode``.
         size: tokens of a window; published numbers have 2048.
         limit: the first so many windows; None for all.
         source: a local copy or another name at the hub, as `texts` reads it, with
             the rows of the original in their order; for "pg19" only a path.
         bos: "every" puts one before every window, as `data.windows` does.
-
-    Raises:
-        ShortGPTError: an unknown name, or the texts are too short for a window.
-        ConnectionError, FileNotFoundError: as in `texts`.
 
     Example:
         >>> windows = protocol("wikitext-2", short.encode, limit=40)  # doctest: +SKIP

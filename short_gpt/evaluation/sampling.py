@@ -17,45 +17,28 @@ from short_gpt.scoring.moments import degrees_of_freedom, ratio_covariance
 
 
 class Sample(NamedTuple):
-    """What one window gave.
+    """What one window gave."""
 
-    Attributes:
-        text: number of the text that it was cut from; None if that is not known.
-        nats: summed over its predicted tokens.
-        tokens: how many those are.
-    """
-
-    text: int | None
-    nats: float
-    tokens: int
+    text: int | None  # number of the text that it was cut from; None if that is not known
+    nats: float  # summed over its predicted tokens
+    tokens: int  # how many those are
 
 
 @dataclass(frozen=True)
 class SamplingError:
-    """The error of a mean over tokens.
+    """The error of a mean over tokens."""
 
-    Attributes:
-        standard_error: of the mean, in nats a token; NaN for a single unit.
-        windows: read.
-        texts: that they were cut from; None if that is not known.
-        degrees: of freedom, as in `clusters.degrees_of_freedom`: of texts, or of windows where
-            there are not several texts.
-    """
-
-    standard_error: float
+    standard_error: float  # of the mean, in nats a token; NaN for a single unit
     windows: int
-    texts: int | None
+    texts: int | None  # that the windows were cut from; None if that is not known
+    # of freedom, see `moments.degrees_of_freedom`: of texts, or of windows if there is one text
     degrees: float = 0.0
 
     def reach(self, confidence: float = 0.95, *, sides: int = 2) -> float:
         """How far from the mean the truth may be, in nats a token, by Student's t.
 
-        Args:
-            confidence: that it is no farther, above 0.5 and below 1.
-            sides: 2, or 1 where only one direction counts.
-
-        Returns:
-            NaN where the samples are too few or too unequal, see `no_interval`.
+        NaN if the samples are too few or too unequal, see `no_interval`. ``sides`` is 1 if only one
+        direction counts.
         """
         return t_quantile(1 - (1 - confidence) / sides, self.degrees) * self.standard_error
 
@@ -92,8 +75,7 @@ class SamplingError:
 def sampling_error(samples: Sequence[Sample]) -> SamplingError:
     """The standard error of sum nats / sum tokens over all windows.
 
-    It is the jackknife's, as in `clusters.ratio_covariance`, over texts, or over windows where all
-    are of one text or the texts are not known.
+    It is the jackknife's (`moments.ratio_covariance`), over texts, or over windows of one text.
     """
     texts = {s.text for s in samples}
     known = None if None in texts else len(texts)

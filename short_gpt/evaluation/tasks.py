@@ -24,15 +24,11 @@ class Evaluated(Protocol):
 
 @dataclass(frozen=True)
 class TaskRun:
-    """What tasks gave.
+    """What tasks gave."""
 
-    Attributes:
-        metrics: of every task and group, as the harness has them.
-        documents: of every task, the value of each document, for metrics that have one: 1 where
-            an answer is right; nats of the target for "perplexity".
-    """
-
-    metrics: Results
+    metrics: Results  # of every task and group, as the harness has them
+    # for metrics that have a value a document: 1 for a right answer; the target's nats for
+    # "perplexity"
     documents: Documents = field(default_factory=dict)
 
     def named(self) -> dict[str, float]:
@@ -49,10 +45,8 @@ class TaskDifference:
         change: second minus first, of the mean over documents; above 0 is better, also for
             "perplexity", where it is the gain in nats a document.
         standard_error: of ``change``, over the documents; NaN for a single one.
-        documents: compared.
-        better: documents where the second has the higher value.
-        worse: documents where the second has the lower value.
-        p: that right and wrong answers swap so unevenly by chance, two-sided (McNemar's exact
+        better: documents where the second has the higher value; ``worse`` counts the lower ones.
+        p: of right and wrong answers that swap so unevenly by chance, two-sided (McNemar's exact
             test); NaN for a metric with other values than 0 and 1.
     """
 
@@ -72,17 +66,13 @@ class TaskDifference:
 def task_difference(first: Sequence[float], second: Sequence[float]) -> TaskDifference:
     """The change of a metric from one model to another on the same documents, in the same order.
 
-    Raises:
-        ShortGPTError: the numbers of documents differ, or there is none.
-
     Example:
         >>> task_difference([1, 1, 0, 1], [1, 0, 0, 0]).change
         -0.5
     """
     if len(first) != len(second) or not first:
-        raise ShortGPTError(
-            f"expected values of the same documents, got {len(first)} and {len(second)}"
-        )
+        got = f"got {len(first)} and {len(second)}"
+        raise ShortGPTError(f"expected values of the same documents, {got}")
     changes = [b - a for a, b in zip(first, second, strict=True)]
     count, mean = len(changes), math.fsum(changes) / len(changes)
     squares = math.fsum((c - mean) ** 2 for c in changes)
@@ -101,11 +91,7 @@ def _mcnemar(better: int, worse: int) -> float:
 
 
 def task_changes(first: TaskRun, second: TaskRun) -> dict[str, float]:
-    """Changes of all metrics that both have of every document, by names as in "piqa acc change".
-
-    Raises:
-        ShortGPTError: the documents differ in number.
-    """
+    """Changes of all metrics that both have of every document, by names as in "piqa acc change"."""
     changes: dict[str, float] = {}
     for task, metrics in first.documents.items():
         for metric, values in metrics.items():
@@ -144,21 +130,14 @@ def run_tasks(
     The harness seeds the generators of random, numpy and torch, so that a second run agrees.
 
     Args:
-        short: a `ShortLlama` or `ShortHFModel`.
         tasks: names of tasks, groups or tags, also with wildcards, as in ``"mmlu_*"``.
         limit: only the first so many documents of each task, for a trial.
         num_fewshot: examples in each prompt; None for the tasks' own numbers.
         include_path: a folder with YAML files of more tasks.
-        batch_size: requests read at once.
 
     Returns:
-        For every task and group, its metrics and their standard errors by name, as in
-        ``{"piqa": {"acc": 0.78, "acc_stderr": 0.01}}``. A metric after a filter is named
-        ``"exact_match,strict-match"``. Standard errors that the harness does not know are absent.
-
-    Raises:
-        MissingPackageError: lm-eval is missing.
-        ShortGPTError: no tasks, or an unknown one; or as in the model's own ``harness_model``.
+        For every task and group, its metrics and their known standard errors, as in ``{"piqa":
+        {"acc": 0.78, "acc_stderr": 0.01}}``, and after a filter ``"exact_match,strict-match"``.
 
     Example:
         >>> run_tasks(short, ["piqa", "arc_easy"])  # doctest: +SKIP
@@ -169,12 +148,7 @@ def run_tasks(
 
 @dataclass(frozen=True)
 class TaskSuite:
-    """Tasks and how they are run; arguments and errors as in `run_tasks`.
-
-    Example:
-        >>> suite = TaskSuite(["piqa"], limit=100)
-        >>> task_changes(suite.documents(original), suite.documents(pruned))  # doctest: +SKIP
-    """
+    """Tasks and how they are run; arguments and errors as in `run_tasks`."""
 
     tasks: str | Sequence[str]
     limit: int | None = None

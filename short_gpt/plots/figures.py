@@ -18,11 +18,7 @@ KEPT, REMOVED = "#56B4E9", "#D55E00"
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Writes a picture as PNG, whole or not at all; an earlier one is replaced.
-
-    Raises:
-        FileExistsError: something else than a picture of matplotlib has that name.
-    """
+    """Writes a picture as PNG, complete or not at all; it replaces only matplotlib's pictures."""
     with new_file(path, overwrite=True, ours=is_picture) as partial:
         figure.savefig(partial, format="png", dpi=150)
 

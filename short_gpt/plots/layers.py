@@ -40,11 +40,6 @@ def importance_bars(
         importance: (L,), mean of 1 - cos a layer; NaN draws no bar.
         margin: (L,), drawn up and down, as `Importance.margin` is for 95%. NaN draws none.
         removed: layers to show in another colour.
-        title: a line above the picture.
-
-    Raises:
-        ShortGPTError: a shape is wrong, or a removed layer does not exist.
-        MissingPackageError: matplotlib is not installed.
     """
     heights = _double(importance)
     n_layers = len(heights) if heights.dim() == 1 else 0
@@ -138,11 +133,6 @@ def angular_heatmap(
             hidden states entering layer l and layer l+n. Entries up to the diagonal are
             not read; NaN is drawn blank.
         block: (start, n) of a block to outline.
-        title: a line above the picture.
-
-    Raises:
-        ShortGPTError: angular is not square, or the block does not exist.
-        MissingPackageError: matplotlib is not installed.
     """
     distances = _double(angular)
     if distances.dim() != 2 or len(distances) != distances.shape[-1] or len(distances) < 2:
@@ -210,13 +200,6 @@ def beside_published(importance: Importance, comparison: PaperComparison) -> Fig
     The published ones are sums over an unknown number of tokens, of which only the ratios mean
     something: they are scaled to the same median, Block Influence on a logarithmic axis. The layers
     that the paper removes are shaded; those that the measured scores would remove are marked.
-
-    Args:
-        importance: of all layers, at least one window.
-        comparison: the paper's list and ours.
-
-    Raises:
-        MissingPackageError: matplotlib is not installed.
     """
     theirs = published_scores(comparison.model)
     angles = theirs is not None and len(importance.layers) > BLOCK
@@ -248,12 +231,8 @@ def _influence(axes: Axes, importance: Importance, comparison: PaperComparison) 
     line = axes.errorbar(layers, ours, yerr=margin, fmt="o-", color="black", markersize=4)
     line.set_label("measured")
     chosen = ours[[layers.index(i) for i in comparison.ours]]
-    rings: dict[str, Any] = {
-        "color": REMOVED,
-        "markersize": 10,
-        "zorder": 0,
-        "label": "removed by these scores",
-    }
+    rings: dict[str, Any] = {"color": REMOVED, "markersize": 10, "zorder": 0}
+    rings["label"] = "removed by these scores"
     axes.plot(comparison.ours, chosen, "o", **rings)
     axes.set_xlabel("layer")
     axes.set_ylabel("Block Influence, 1 - cos")

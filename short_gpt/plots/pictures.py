@@ -32,9 +32,6 @@ def draw_scores(importance: Importance, folder: Path, n: int | None = None) -> l
         importance: at least one window.
         folder: made if it is not there; pictures in it are replaced.
         n: marks the layers that each of both measures would remove; None marks none.
-
-    Returns:
-        The files.
     """
     removed = [] if n is None else importance.least_important(n)
     block = None if n is None else (importance.least_important(n, angular=True)[0], n)

@@ -35,11 +35,6 @@ def quality_curves(rows: Sequence[Row], *, title: str | None = None) -> Figure:
 
     Args:
         rows: of `jobs.Comparison.rows`, the original model first.
-        title: a line above the picture.
-
-    Raises:
-        ShortGPTError: there is no row.
-        MissingPackageError: matplotlib is not installed.
     """
     if not rows:
         raise ShortGPTError("expected the rows of a comparison, the original model first; got none")
@@ -103,13 +98,6 @@ def cross_map(cells: Sequence[Crossed]) -> Figure:
 
     A cell has the nats a token that the choice costs beyond the text's own: blue where it is
     the better one, red where it is the worse.
-
-    Args:
-        cells: of `jobs.Calibrated`, at least one.
-
-    Raises:
-        ShortGPTError: there is none.
-        MissingPackageError: matplotlib is not installed.
     """
     if not cells:
         raise ShortGPTError("expected the cells of a calibration, got none")

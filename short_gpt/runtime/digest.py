@@ -34,11 +34,7 @@ def json_digest(content: object) -> str:
 
 
 def files_digest(files: Iterable[Path]) -> str:
-    """A digest of files' sizes and all of their bytes; files that did not change are read once.
-
-    Args:
-        files: in their order, which counts; their names do not.
-    """
+    """A digest of files' sizes and bytes in this order; unchanged files are read once."""
     stats = [(path, path.stat()) for path in files]
     return _files_digest(tuple((p, s.st_size, s.st_mtime_ns, s.st_ino) for p, s in stats))
 

@@ -52,9 +52,7 @@ def one_line(text: str) -> str:
 def shortage(error: BaseException, *, elsewhere: bool = True) -> str | None:
     """What to do where memory or disk ran short, in one line; None if neither did.
 
-    Args:
-        error: what ended a run; its causes count too.
-        elsewhere: whether the same can be written to another disk.
+    Causes of the error count too; ``elsewhere``: whether another disk would do.
     """
     reason = str(error).split("\n")[0]
     if any(part in reason for part in NO_SPACE):

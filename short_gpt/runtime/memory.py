@@ -63,15 +63,11 @@ def plan(
 
     Args:
         args: the model's shape; ``max_seq_len`` is the longest window, in tokens.
-        dtype: of the computation.
-        stored: of the weights in the files.
-        batch_size: windows that pass a layer together.
-        max_memory: of the process, in bytes or like "3GB"; None takes half of what is free.
+        dtype: of the computation; ``stored`` is that of the weights in the files.
+        max_memory: of the process, in bytes or like "3GB"; None takes half of what is free. The
+            error for too little says the least.
         on_host: whether the CPU computes.
         process: bytes that the process already holds; None measures them.
-
-    Raises:
-        ShortGPTError: ``max_memory`` is too little; the message says the least.
     """
     shapes = full_shapes(args)
     layer = sum(math.prod(s) for n, s in shapes.items() if n.startswith("layers.0."))
@@ -92,12 +88,11 @@ def plan(
     room = free_memory() // 2 if max_memory is None else bytes_of(max_memory)
     room -= sum(host.values())
     if max_memory is not None and room < batch_size * window:
-        least = sum(host.values()) + batch_size * window
+        parts = {**host, "states of a batch": batch_size * window}
+        listed = ", ".join(f"{shown(size)} {name}" for name, size in parts.items())
         raise ShortGPTError(
             f"max_memory {max_memory} is too little: one layer at a time, this model needs at "
-            f"least {shown(least, up=True)} ("
-            + ", ".join(f"{shown(size)} {name}" for name, size in host.items())
-            + f", {shown(batch_size * window)} states of a batch)"
+            f"least {shown(sum(parts.values()), up=True)} ({listed})"
         )
     on_cpu = min(MOST_WINDOWS, max(MOST_TOKENS // args.max_seq_len, 1))
     most = on_cpu if on_host else MOST_ON_DEVICE

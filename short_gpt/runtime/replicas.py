@@ -55,11 +55,7 @@ class Replicas:
         return batch_size * (1 + (batch_size % 2 and self.count > 1))
 
     def sum(self, sums: Sums) -> Sums:
-        """The sums of all replicas; the same on every rank. All ranks must call it.
-
-        Args:
-            sums: a dataclass whose tensors are this replica's sums; other fields stay as they are.
-        """
+        """The sums of the tensors in all replicas' dataclasses. All ranks must call it."""
         own = {f.name: getattr(sums, f.name) for f in fields(sums)}
         own = {name: value for name, value in own.items() if isinstance(value, Tensor)}
         if self.count == 1:
@@ -92,10 +88,9 @@ class Replicas:
 
 
 def current(device: torch.device | None = None) -> Replicas:
-    """The replicas that this process belongs to.
+    """The replicas that this process belongs to; ranks that share one model are one replica.
 
-    Ranks that share one model are one replica. Where a launcher started several ranks and nothing
-    has made groups of them yet, each becomes a replica, with communication that fits ``device``.
+    Where nothing has made groups of ranks yet, each becomes a replica; ``device`` computes.
     """
     from fairscale.nn.model_parallel import initialize as groups
 
@@ -145,8 +140,7 @@ def _sum(values: Tensor) -> Tensor:
 def end_all(error: BaseException, *, line: str | None, code: int) -> NoReturn:
     """Ends this process, whatever its peers are waiting for; the launcher then ends them.
 
-    Only the first rank that fails prints why, as ``line`` or with the traceback: the others fail
-    alike, or because of it. Destroying the process group would wait for peers.
+    Only the first rank that fails prints why, as ``line`` or with the traceback.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -46,7 +46,6 @@ def setting(
     """A field of a settings class.
 
     Args:
-        default: of the field.
         heading: of `HEADINGS`; None is the class's.
         value: what stands for its value in the help, as in FILE; None is N for a number, else NAME.
         flag: its name as a flag; None is the field's.

@@ -8,7 +8,6 @@ import platform
 import sys
 import threading
 import time
-import warnings
 from collections.abc import Mapping
 from contextlib import suppress
 from hashlib import sha256
@@ -23,6 +22,7 @@ from llama.io.json_files import JsonObject, json_text, read_json, write_json
 from short_gpt.runtime.digest import files_digest
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import first_rank
+from short_gpt.runtime.renamed import renamed_argument
 
 ABOUT = ("versions", "machine")  # entries of every record
 CHECKED = "sha256"  # the entry with the digest of all entries except these
@@ -50,13 +50,7 @@ def machine() -> dict[str, object]:
 
 
 def environment() -> str:
-    """`machine` and `versions` in two lines, as a notebook shows them.
-
-    Example:
-        >>> print(environment())  # doctest: +SKIP
-        Linux x86_64, Intel(R) Xeon(R) CPU @ 2.80GHz, 2 cores, 2 torch_threads
-        python 3.11.7, short-gpt 0.1.0, torch 2.13.0, ...
-    """
+    """`machine` and `versions` in two lines, as a notebook shows them."""
     counted = [f"{v} {k}" if isinstance(v, int) else str(v) for k, v in machine().items() if v]
     return ", ".join(counted) + "\n" + ", ".join(f"{k} {v}" for k, v in versions().items())
 
@@ -72,11 +66,7 @@ def _processor() -> str:
 def write_record(
     path: str | os.PathLike[str], content: Mapping[str, object], *, overwrite: bool = False
 ) -> Path:
-    """Writes ``content``, its digest, `versions` and `machine` as a JSON file, or none on an error.
-
-    Raises:
-        FileExistsError: the file exists and ``overwrite`` is not set, or it is no such record.
-    """
+    """Writes ``content``, its digest, `versions` and `machine`; replaces only such a record."""
     target = Path(str(path))
     with new_file(target, overwrite=overwrite, ours=is_record) as partial:
         checked = {**content, CHECKED: content_digest(content)}
@@ -100,12 +90,7 @@ def is_record(path: Path) -> bool:
 
 
 def read_record(path: str | os.PathLike[str]) -> JsonObject:
-    """What `write_record` wrote.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ShortGPTError: it holds no JSON object.
-    """
+    """What `write_record` wrote."""
     source = Path(str(path))
     if not source.is_file():
         raise FileNotFoundError(f"{source} {'is no file' if source.exists() else 'does not exist'}")
@@ -115,8 +100,7 @@ def read_record(path: str | os.PathLike[str]) -> JsonObject:
 class Lock:
     """A state that this process holds, for as long as something here refers to this object.
 
-    The lock is the operating system's (flock), on a hidden file next to the state, so that a
-    killed process holds nothing. Windows, and file systems without locks, go without.
+    It is flock's, on a hidden file next to the state; without flock nothing is locked.
     """
 
     def __init__(self, path: Path) -> None:
@@ -146,12 +130,6 @@ def hold(path: str | os.PathLike[str]) -> Lock:
     """The lock of a state; the one that this process already has of it or of a folder around it.
 
     A process that holds a folder does not keep out another one that holds a folder inside it.
-
-    Args:
-        path: the state's file or folder, which need not exist yet.
-
-    Raises:
-        ShortGPTError: another process holds it; the message names that process.
     """
     target = Path(path).resolve()
     with _ASKING:
@@ -197,12 +175,7 @@ def _holder(file: Path) -> str:
 
 
 def joined(*parts: Mapping[str, object]) -> dict[str, object]:
-    """All entries of several mappings; ValueError where two have a name in common.
-
-    Example:
-        >>> joined({"weights": "3f2a"}, {"layers": [21, 22]})
-        {'weights': '3f2a', 'layers': [21, 22]}
-    """
+    """All entries of several mappings; ValueError where two have a name in common."""
     entries: dict[str, object] = {}
     for part in parts:
         if common := sorted(entries.keys() & part.keys()):
@@ -225,6 +198,7 @@ def damaged(path: Path, folder: Path) -> ShortGPTError:
     return ShortGPTError(f"{path} {why}; delete {folder} to begin anew")
 
 
+@renamed_argument("whole", "folder")
 class StateFile:
     """A JSON file that a long run is saved in, with what the run depends on.
 
@@ -237,14 +211,12 @@ class StateFile:
         every: seconds between two saves.
         lock: of the folder that it belongs to; None locks the file alone.
         folder: what an error asks the user to delete; None is the file.
-        whole: the former name of ``folder``.
 
     Attributes:
         content: what the file held; None if there is none.
 
     Raises:
-        ShortGPTError: the file holds the state of another run, and the message names what differs;
-            or it is damaged; or another process works on it.
+        ShortGPTError: the file is of another run, which the message tells apart, or damaged.
     """
 
     def __init__(
@@ -255,13 +227,9 @@ class StateFile:
         every: float = 120.0,
         lock: Lock | None = None,
         folder: Path | None = None,
-        whole: Path | None = None,
     ) -> None:
-        if whole is not None:
-            warnings.warn("StateFile's whole is now folder", DeprecationWarning, stacklevel=2)
-        self.path = Path(str(path))
-        self._folder = folder or whole or self.path
-        self.every = every
+        self.path, self.every = Path(str(path)), every
+        self._folder = folder or self.path
         self._lock = hold(self.path) if lock is None and first_rank() else lock
         self._identity: JsonObject = json.loads(json.dumps(dict(identity)))  # as a file has it
         self._saved = time.monotonic()
@@ -288,9 +256,8 @@ class StateFile:
                     f"{self._folder} to begin anew"
                 )
         if CHECKED not in content:
-            raise ShortGPTError(
-                f"{self.path} is the state of another version of this library; {anew}"
-            )
+            older = "is the state of another version of this library"
+            raise ShortGPTError(f"{self.path} {older}; {anew}")
         with suppress(RecursionError):  # nested deeper than anything that is saved
             if content[CHECKED] == content_digest(content):
                 return content

@@ -73,14 +73,10 @@ def choose(importance: Importance, n: int, *, method: str = "bi", seed: int = 0)
     Args:
         importance: the scores; those that need none only take the layers' numbers from it.
         n: 1 to L - 1.
-        method: a name of `METHODS`.
-        seed: of ``random``.
+        seed: of the method "random".
 
     Returns:
         Original layer numbers: least important first, or a block in ascending order.
-
-    Raises:
-        ShortGPTError: n is out of range, the method is unknown, or reads what these scores lack.
 
     Example:
         >>> choose(Importance.empty([0, 1, 2, 3, 4]), 2, method="deepest")

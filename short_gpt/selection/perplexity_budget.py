@@ -95,13 +95,10 @@ def most_layers(
         choose: from a number of layers to the layers to remove.
         ratio: most that the perplexity may rise by, as a factor of at least 1.
         most: layers to try at most.
-        confidence: that it rises by no more, at least 0.5 and below 1.
+        confidence: of the ratio, at least 0.5 and below 1.
 
     Returns:
         The largest removal up to which every smaller one holds the ratio as well.
-
-    Raises:
-        ShortGPTError: the ratio is below 1, or the confidence out of range.
 
     Example:
         >>> from short_gpt.evaluation.sampling import Sample

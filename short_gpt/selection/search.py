@@ -19,7 +19,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from short_gpt.data.windows import batches
-from short_gpt.evaluation.perplexity import batch_nats, check_predicted
+from short_gpt.evaluation.perplexity import check_predicted, window_nats
 from short_gpt.models.decoder import Decoder, padded
 from short_gpt.models.layer_hooks import (
     Arguments,
@@ -66,17 +66,12 @@ class Options:
 
 @dataclass
 class Search:
-    """The result of a search.
+    """The result of a search."""
 
-    Attributes:
-        removed: positions of the layers, in order of removal.
-        losses: for every round, the mean loss in nats per token without each candidate.
-        evaluations: layers run, each on one window, in a search that nothing interrupts.
-    """
-
-    removed: list[int] = field(default_factory=list)
+    removed: list[int] = field(default_factory=list)  # positions, in order of removal
+    # of every round, the mean loss in nats per token without each candidate
     losses: list[dict[int, float]] = field(default_factory=list)
-    evaluations: int = 0
+    evaluations: int = 0  # layers run, each on one window, in a search that nothing interrupts
 
 
 DEFAULT = Options()
@@ -109,14 +104,9 @@ def sleb(decoder: Decoder, windows: Sequence[Sequence[int]], n: int, **options: 
     them are never candidates; ties go to the lower layer.
 
     Args:
-        decoder: the model; it is left as it was.
         windows: token ids; all are read once for every candidate of every round.
         n: how many layers, 1 to L - 2.
         options: fields of `Options`.
-
-    Raises:
-        ShortGPTError: n is out of range, or as in `decoder.pad`.
-        NotFiniteError: a loss is NaN or infinite.
     """
     return by_loss(decoder, windows, n, Options(**options), method="sleb")
 
@@ -176,7 +166,7 @@ class PartialRun:
     def nats(self, tokens: Tensor, mask: Tensor, run: Sequence[int], state: Tensor | None) -> float:
         """Summed loss of the predicted tokens, with the layers ``run`` alone after ``state``."""
         with self._only(run, state, None):
-            return batch_nats(self._decoder, tokens, mask)
+            return sum(window_nats(self._decoder, tokens, mask))
 
     @contextmanager
     def _only(
@@ -220,15 +210,7 @@ def _entered_by(state: Tensor) -> Callable[..., Call]:
 
 
 class Trials:
-    """Rounds of trials.
-
-    Attributes:
-        result: the search so far.
-        groups: how many groups of windows each candidate is tried on, one after the other.
-
-    Raises:
-        ShortGPTError: no window has a token to predict, or as in `decoder.pad`.
-    """
+    """Rounds of trials: ``result`` is the search so far, over ``groups`` groups of windows."""
 
     def __init__(
         self, decoder: Decoder, windows: Sequence[Sequence[int]], options: Options
@@ -276,12 +258,9 @@ class Trials:
     def round(
         self, candidates: Sequence[int], tick: Callable[[int], object], *, again: bool = False
     ) -> None:
-        """Scores the candidates and removes the best, unless a saved search did so already.
+        """Scores candidates (ascending) and removes the best, unless a saved search did so already.
 
-        Args:
-            candidates: positions, ascending.
-            tick: called with 1 after every trial.
-            again: whether another round follows; then states are worth storing.
+        ``tick`` gets 1 after every trial; ``again``: another round follows, so states are stored.
         """
         if self._rounds < self._kept:
             self._count(list(self.result.losses[self._rounds]), again=again)

@@ -96,7 +96,7 @@ def test_a_state_nested_beyond_reason_is_damaged(tmp_path):
 def test_the_folder_to_delete_has_a_former_name(tmp_path):
     path = saved(tmp_path / "state", seed=1)
     with (
-        pytest.warns(DeprecationWarning, match="whole is now folder"),
+        pytest.warns(DeprecationWarning, match="whole of StateFile is now folder"),
         pytest.raises(ShortGPTError, match="delete work to begin anew"),
     ):
         StateFile(path, IDENTITY, whole="work")
