@@ -45,11 +45,7 @@ SAMPLES = Needs("a --temperature above 0", lambda values: values["temperature"] 
 
 
 def demo(
-    out: str = "short_gpt_demo",
-    *,
-    n: int = 4,
-    run: DemoRun = DemoRun(),
-    overwrite: bool = False,
+    out: str = "short_gpt_demo", *, n: int = 4, run: DemoRun = DemoRun(), overwrite: bool = False
 ) -> None:
     """Does all steps on a small real model.
 
@@ -452,7 +448,6 @@ class Conversion:
     """
 
     HEADING: ClassVar = WRITE
-
     to: str | None = None
     type: str | None = None
     dtype: str | None = None

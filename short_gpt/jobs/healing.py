@@ -24,25 +24,11 @@ from short_gpt.healing import (
 )
 from short_gpt.healing.job import STEPS
 from short_gpt.healing.solver import RIDGES
-from short_gpt.jobs.inputs import (
-    SIZE,
-    Notify,
-    Running,
-    TextSource,
-    check_model,
-    ignore,
-    source_of,
-)
+from short_gpt.jobs.inputs import SIZE, Notify, Running, TextSource, check_model, ignore, source_of
 from short_gpt.jobs.renamed import takes_old
 from short_gpt.jobs.saving import interruptible
 from short_gpt.jobs.scores import Chosen, chosen
-from short_gpt.jobs.settings import (
-    Choice,
-    HealingWindows,
-    Settings,
-    kinds_of_methods,
-    methods_of,
-)
+from short_gpt.jobs.settings import Choice, HealingWindows, Settings, kinds_of_methods, methods_of
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.state import hold
 from short_gpt.wrappers.opening import check_tokenizer, of_source, open_model, open_trainable
@@ -60,15 +46,12 @@ class Healing:
     Attributes:
         out: the new directory or file.
         evidence: what healed the model, and what that brought.
-        left_out: what was not learned from because it is evaluated on, in words; None if all was.
-        unchecked: what could not be checked of the scores, in words; None if nothing.
-        texts: names of the texts learned from and evaluated on, tokens in a window, and which
-            windows began with bos.
-        remark: what a GGUF file holds otherwise than its source; None if nothing.
-        written: of a GGUF file, read again, what it gives on the windows of the evidence; None
-            of a directory, and of several files, which transformers does not read.
-        quantization: how far that is from the healed model before its changed tensors went back
-            to their own types.
+        left_out: what was not learned from because it is evaluated on, in words, if anything.
+        unchecked: what could not be checked of the scores, in words, if anything.
+        texts: names of the texts, tokens in a window, and which windows began with bos.
+        remark: what a GGUF file holds otherwise than its source, if anything.
+        written: what one GGUF file, read again, gives on the windows of the evidence.
+        quantization: how far that is from the healed model before its tensors were rounded.
     """
 
     out: Path
@@ -82,17 +65,16 @@ class Healing:
 
     @property
     def perplexity(self) -> dict[str, Perplexity]:
-        """Of every state of the model, and of what was written where that was read again."""
+        """Of every state of the model, and of what was written if that was read again."""
         states = dict(self.evidence.perplexity)
         return states if self.written is None else {**states, "as written": self.written}
 
     def to_dict(self) -> dict[str, object]:
         """The evidence, ready for JSON."""
         values = {name: perplexity.value for name, perplexity in self.perplexity.items()}
-        content = {**self.evidence.to_dict(), "perplexity": values, **self.texts}
-        if self.quantization is not None:
-            content["quantization"] = asdict(self.quantization)
-        return content
+        change = self.quantization
+        rounded = {} if change is None else {"quantization": asdict(change)}
+        return {**self.evidence.to_dict(), "perplexity": values, **self.texts, **rounded}
 
 
 @takes_old(learned="windows", distilling="settings")
@@ -122,16 +104,9 @@ def heal(
         method: refit, patch, lora or distill, or several by commas, which follow each other.
         choice: which layers to remove; lora may do without, and distill with a teacher.
         data: texts to learn from.
-        windows: which windows are learned from and evaluated on.
-        settings: of the methods.
-        opening: how models are opened.
-        streaming: whether one layer at a time is in memory.
-        overwrite: whether an earlier pruned checkpoint is replaced.
         notify: called with what a refit will take, and with every perplexity.
 
     Raises:
-        FileExistsError: ``out`` exists.
-        ShortGPTError: a setting, the choice, or texts that are learned from and evaluated on.
         NotSavedError: the healed model could not be written; the same call continues.
 
     Example:
@@ -288,17 +263,7 @@ def _opened(
 
 
 def reread(done: Healing, parts: Learning, opening: OpenOptions, size: int) -> Healing:
-    """The same with what a written GGUF file gives on the windows that the model was judged by.
-
-    Changed tensors were rounded to their own types after all that was measured before. Where a
-    directory was written, or several files, nothing is read again.
-
-    Args:
-        done: what was done.
-        parts: the windows.
-        opening: of the file as a model.
-        size: tokens of a window.
-    """
+    """The same with what one GGUF file, whose changed tensors were rounded, gives when reread."""
     if not is_gguf(done.out) or len(out_paths(done.out)) > 1:
         return done
     own = of_source(opening, str(done.out))

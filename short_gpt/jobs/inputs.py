@@ -121,7 +121,6 @@ class TextSource:
     """
 
     HEADING: ClassVar = READ
-
     data: str = setting("pg19", value="TEXTS")
     split: str = setting("validation", needs=SPLITS)
     column: str = setting("text", needs=COLUMNS)
@@ -163,7 +162,6 @@ class Cut:
     """
 
     HEADING: ClassVar = READ
-
     size: int = SIZE
     max_windows: int | None = None
     seed: int | None = setting(0, more={"rank": "It is also that of the random method."})
@@ -216,7 +214,6 @@ class Reading:
     """
 
     HEADING: ClassVar = READ
-
     data: str = setting("wikitext-2", value="TEXTS")
     source: str | None = setting(None, value="TEXTS")
     size: int = setting(2048, needs=TEXT)
@@ -263,7 +260,6 @@ class DemoRun:
     """
 
     HEADING: ClassVar = READ
-
     max_windows: int = 24
     eval_windows: int = 12
     seed: int = 0

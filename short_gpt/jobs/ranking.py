@@ -47,7 +47,7 @@ UNITS = (("days", 86_400.0), ("hours", 3600.0), ("minutes", 60.0), ("seconds", 1
 
 @dataclass(frozen=True)
 class Ranking:
-    """What `rank` found.
+    """What `rank` measured.
 
     Attributes:
         answer: what was asked.
@@ -71,11 +71,7 @@ class Ranking:
 
     @property
     def layers(self) -> list[int]:
-        """The layers to remove, in original numbers: least important first, or a block.
-
-        Raises:
-            ShortGPTError: the ranking was made without a number of layers.
-        """
+        """The layers to remove, in original numbers: least important first, or a block."""
         if self.search is not None:
             return self.search.removed
         if self.answer.n is None or self.importance is None:
@@ -121,20 +117,11 @@ def rank(
         model: Meta checkpoint directory, Hugging Face directory or hub id, or GGUF file.
         data: texts to score on.
         n: how many layers to remove; short for ``answer=Answer(n)``.
-        answer: what is asked, in full.
-        cut: how windows are cut.
-        opening: how the model is opened.
-        running: how windows go through it.
-        saving: where the run is saved, to be continued.
         notify: called with what a streamed run will take in memory, before it starts.
-        detailed: whether it is also called with the time that a run of one pass will take, from a
-            window that is timed, and how the answer stands while it goes on.
-
-    Returns:
-        The scores, with ``layers`` if a number of layers was asked for.
+        detailed: whether it is also called with the time that one pass will take, from a window
+            that is timed, and how the answer stands while it goes on.
 
     Raises:
-        OSError, ShortGPTError: the model, the texts or a setting; before anything long if possible.
         NotFiniteError: a weight or a state is NaN or infinite.
 
     Example:

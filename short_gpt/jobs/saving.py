@@ -34,7 +34,6 @@ class Saving:
     """
 
     HEADING: ClassVar = WRITE
-
     state: str | None = setting(None, value="FILE")
     save_every: float = setting(120.0, commands=("rank", "reproduce"), needs=NAMED)
 

@@ -64,7 +64,6 @@ class Answer:
     """
 
     HEADING: ClassVar = CHOOSE
-
     n: int | None = setting(None, commands=RANK)
     method: str = setting("bi", commands=RANK)
     candidates: int | None = setting(None, commands=RANK, needs=SLEB)
@@ -129,7 +128,6 @@ class Choice:
     """
 
     HEADING: ClassVar = CHOOSE
-
     layers: object = setting(None, value="N,N")
     scores: str | None = setting(None, value="FILE")
     n: int | None = None
@@ -189,7 +187,6 @@ class Written:
     """
 
     HEADING: ClassVar = WRITE
-
     recipe: str | None = setting(None, value="FILE")
     to: str | None = None
     verify: bool | None = None
@@ -212,7 +209,6 @@ class HealingWindows:
     """
 
     HEADING: ClassVar = READ
-
     eval_data: str | None = setting(None, value="TEXTS")
     size: int | None = None
     max_windows: int | None = None
