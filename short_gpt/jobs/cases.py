@@ -84,9 +84,6 @@ class Cases:
         lora_only: what to heal by lora or distill, which take far longer than the others, as in
             bi:8,angular:8; all if not given.
 
-    Raises:
-        ShortGPTError: a name is unknown or named twice, or a number is not whole and at least 1.
-
     Example:
         >>> Cases("bi, sleb", 2).names
         ['bi', 'sleb']

@@ -131,22 +131,15 @@ def tokens_per_second(
 
 @dataclass(frozen=True)
 class Compared:
-    """What `compare` gives.
+    """What `compare` gives."""
 
-    Attributes:
-        rows: the original model first, then a row for every case.
-        agreement: of bi, angular and sleb, for every number of layers; empty without sleb.
-        tasks: metrics without healing, by the layers removed, and their changes from the original
-            model with errors, as "piqa acc change" and "piqa acc change_stderr".
-        state: holds what was measured, to be cleared once the result is safe.
-        bos: which windows began with it: first of each text, or every.
-    """
-
-    rows: list[Row]
-    agreement: list[Agreement]
+    rows: list[Row]  # the original model first, then a row for every case
+    agreement: list[Agreement]  # of bi, angular and sleb, by number of layers, with sleb
+    # metrics without healing, by the layers removed, and their changes from the original model with
+    # errors, as "piqa acc change" and "piqa acc change_stderr"
     tasks: dict[str, dict[str, float]]
-    state: StateFile | None = None
-    bos: str = "first"
+    state: StateFile | None = None  # holds what was measured, to be cleared once the result is safe
+    bos: str = "first"  # which windows began with it: first of each text, or every
 
     def to_dict(self) -> dict[str, object]:
         """All but the state, ready for JSON."""

@@ -41,27 +41,17 @@ CLOSED, TRAINING = kinds_of_methods()
 
 @dataclass(frozen=True)
 class Healing:
-    """What `heal` did.
+    """What `heal` did."""
 
-    Attributes:
-        out: the new directory or file.
-        evidence: what healed the model, and what that brought.
-        left_out: what was not learned from because it is evaluated on, in words, if anything.
-        unchecked: what could not be checked of the scores, in words, if anything.
-        texts: names of the texts, tokens in a window, and which windows began with bos.
-        remark: what a GGUF file holds otherwise than its source, if anything.
-        written: what one GGUF file, read again, gives on the windows of the evidence.
-        quantization: how far that is from the healed model before its tensors were rounded.
-    """
-
-    out: Path
-    evidence: HealingEvidence
-    left_out: str | None = None
-    unchecked: str | None = None
+    out: Path  # the new directory or file
+    evidence: HealingEvidence  # what healed the model, and what that brought
+    left_out: str | None = None  # in words, what was not learned from as it is evaluated on
+    unchecked: str | None = None  # what could not be checked of the scores, in words, if anything
+    # names of the texts, tokens in a window, and which windows began with bos
     texts: Mapping[str, object] = field(default_factory=dict)
-    remark: str | None = None
-    written: Perplexity | None = None
-    quantization: Difference | None = None
+    remark: str | None = None  # what a GGUF file holds otherwise than its source, if anything
+    written: Perplexity | None = None  # of one GGUF file, read again, on the same windows
+    quantization: Difference | None = None  # of that, from the model before it was rounded
 
     @property
     def perplexity(self) -> dict[str, Perplexity]:

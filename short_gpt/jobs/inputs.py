@@ -1,7 +1,7 @@
-"""What a user sets of a job, each setting once: what it reads and how it runs.
+"""What a user sets of a job: what it reads and how it runs.
 
-Plain data, checked when it is used. A field is an argument in Python and a flag in the shell; what
-is imported inside functions needs torch, which the help does without.
+A field is an argument in Python and a flag in the shell. Functions import what needs torch, because
+the help does without.
 """
 
 from __future__ import annotations
@@ -31,12 +31,7 @@ def ignore(_: str) -> None:
 
 
 def listed(names: str) -> list[str]:
-    """Names with commas between, with or without spaces.
-
-    Example:
-        >>> listed("piqa, arc_easy")
-        ['piqa', 'arc_easy']
-    """
+    """Names with commas between, with or without spaces."""
     return [name.strip() for name in names.split(",")]
 
 
@@ -188,15 +183,9 @@ class Cut:
         """Windows of token ids, as `short_gpt.windows`; ``bos`` holds where none is set."""
         from short_gpt.data.windows import windows
 
-        return windows(
-            texts,
-            encode,
-            size=self.size,
-            stride=self.step,
-            seed=self.seed,
-            limit=self.max_windows,
-            bos=self.bos or bos,
-        )
+        size, step, seed, bos = self.size, self.step, self.seed, self.bos or bos
+        limit = self.max_windows
+        return windows(texts, encode, size=size, stride=step, seed=seed, limit=limit, bos=bos)
 
 
 @dataclass(frozen=True)
@@ -318,10 +307,7 @@ class Running:
         )
 
     def check_bounds(self, methods: Sequence[str] = (), *, searches: bool = False) -> None:
-        """Raises ShortGPTError for a size that is none, or bounds nothing.
-
-        It also bounds the ``methods``, where ``searches`` says that one of them runs.
-        """
+        """Raises ShortGPTError for a size that is none, or bounds nothing: a stream or a search."""
         from short_gpt.runtime.memory import bytes_of
 
         if self.max_memory is not None:

@@ -28,21 +28,13 @@ from short_gpt.wrappers.short_hf import ShortHFModel
 
 @dataclass(frozen=True)
 class Pruned:
-    """What `prune` wrote.
+    """What `prune` wrote."""
 
-    Attributes:
-        out: the new directory or file.
-        chosen: the layers removed, how they were chosen, and what was tried.
-        recipe: the mergekit recipe's file, if one was asked for.
-        proof: what was verified, in a sentence, if anything.
-        remark: what other programs may get wrong of it, or what it still lacks, if anything.
-    """
-
-    out: Path
-    chosen: Chosen
-    recipe: Path | None
-    proof: str | None
-    remark: str | None = None
+    out: Path  # the new directory or file
+    chosen: Chosen  # the layers removed, how they were chosen, and what was tried
+    recipe: Path | None  # the mergekit recipe's file, if one was asked for
+    proof: str | None  # what was verified, in a sentence, if anything
+    remark: str | None = None  # what other programs may get wrong, or what it still lacks
 
     @property
     def layers(self) -> list[int]:

@@ -47,27 +47,16 @@ UNITS = (("days", 86_400.0), ("hours", 3600.0), ("minutes", 60.0), ("seconds", 1
 
 @dataclass(frozen=True)
 class Ranking:
-    """What `rank` measured.
+    """What `rank` measured."""
 
-    Attributes:
-        answer: what was asked.
-        seed: of the windows, and of the random method.
-        importance: the scores of one pass; None of a method by loss.
-        search: what a method by loss removed; None of the others.
-        verdict: whether the answer is settled; None if all windows were to be read.
-        state: the file of the run; `finish` deletes it.
-        scored: digests of the model's files, by which `prune` and `heal` know them.
-        bos: which windows began with it: first of each text, or every.
-    """
-
-    answer: Answer
-    seed: int | None = None
-    importance: Importance | None = None
-    search: Search | None = None
-    verdict: Verdict | None = None
-    state: StateFile | None = None
-    scored: Digests = field(default_factory=dict)
-    bos: str = "first"
+    answer: Answer  # what was asked
+    seed: int | None = None  # of the windows, and of the random method
+    importance: Importance | None = None  # the scores of one pass; None of a method by loss
+    search: Search | None = None  # what a method by loss removed; None of the others
+    verdict: Verdict | None = None  # whether the answer is settled; None without a stop
+    state: StateFile | None = None  # the file of the run; `finish` deletes it
+    scored: Digests = field(default_factory=dict)  # of the model's files, for `prune` and `heal`
+    bos: str = "first"  # which windows began with it: first of each text, or every
 
     @property
     def layers(self) -> list[int]:

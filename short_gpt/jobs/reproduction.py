@@ -95,29 +95,17 @@ def identify(dim: int, n_layers: int, vocab_size: int) -> str:
 
 
 class PaperComparison(NamedTuple):
-    """Two lists of removed layers, the paper's and ours, least important first.
+    """Two lists of removed layers, the paper's and ours, least important first."""
 
-    Attributes:
-        model: the paper's name of the model.
-        paper: the paper's layers (arXiv:2403.03853v3, Table 9), in order of removal.
-        ours: ours, in order of removal.
-        same_set: whether both hold the same layers, in any order.
-        overlap: how many layers both hold.
-        same_order: whether the lists are equal.
-        same_places: at how many places both lists have the same layer.
-        kendall_tau: of the order of the shared layers, in [-1, 1]; None if fewer than 2.
-        rank_correlation: Spearman's rho of their places in the lists, in [-1, 1], or None.
-    """
-
-    model: str
-    paper: list[int]
-    ours: list[int]
-    same_set: bool
-    overlap: int
-    same_order: bool
-    same_places: int
-    kendall_tau: float | None
-    rank_correlation: float | None
+    model: str  # the paper's name of the model
+    paper: list[int]  # the paper's layers (arXiv:2403.03853v3, Table 9), in order of removal
+    ours: list[int]  # ours, in order of removal
+    same_set: bool  # whether both hold the same layers, in any order
+    overlap: int  # how many layers both hold
+    same_order: bool  # whether the lists are equal
+    same_places: int  # at how many places both lists have the same layer
+    kendall_tau: float | None  # of the order of the shared layers, in [-1, 1]; None if fewer than 2
+    rank_correlation: float | None  # Spearman's rho of their places, in [-1, 1], or None
 
     def table(self) -> str:
         """Both lists, one above the other, and how they agree, for a terminal."""
@@ -297,8 +285,8 @@ def reproduce(
 ) -> Reproduced:
     """Ranks a checkpoint by the ShortGPT paper's protocol (arXiv:2403.03853), and compares lists.
 
-    It is `rank` on PG-19 validation in windows of 1024 tokens, 256 apart, by Block Influence, with as
-    many layers as the paper's Table 9 removes.
+    It is `rank` on PG-19 validation in windows of 1024 tokens, 256 apart, by Block Influence, for
+    as many layers as the paper's Table 9 removes.
 
     Args:
         model: Llama-2-7B or Llama-2-13B: Meta directory, Hugging Face directory or hub id.

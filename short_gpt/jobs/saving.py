@@ -29,8 +29,6 @@ class Saving:
             with .state appended to its name.
         save_every: seconds between two saves; 0 saves behind every batch.
 
-    Raises:
-        ShortGPTError: ``save_every`` is below 0, or no number.
     """
 
     HEADING: ClassVar = WRITE
@@ -38,10 +36,7 @@ class Saving:
     save_every: float = setting(120.0, commands=("rank", "reproduce"), needs=NAMED)
 
     def beside(self, result: str | None) -> Saving:
-        """The same, with a name made from the result's file where none is given.
-
-        A pipe or a device has no place beside it: a run that writes there has a state only by name.
-        """
+        """The same, by default with a file next to the result's; a pipe or device has none."""
         named = self.state is not None or result is None or is_stream(Path(result))
         return self if named else replace(self, state=f"{result}.state")
 

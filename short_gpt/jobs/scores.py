@@ -46,24 +46,15 @@ MENDS = {
 
 @dataclass(frozen=True)
 class Scores:
-    """What a file of `rank` says of the layers to remove.
+    """What a file of `rank` says of the layers to remove."""
 
-    Attributes:
-        file: its name.
-        method: a name of `METHODS`.
-        arguments: those that the ranking was made with.
-        importance: the scores; None where a search by loss chose the layers.
-        searched: these layers, in order of removal.
-        scored: of `digests_of` the model, as far as an older file says.
-        settled: the verdict of the stop that ended the scoring; empty if there was none.
-    """
-
-    file: str
-    method: str
-    arguments: Mapping[str, object]
-    importance: Importance | None = None
-    searched: list[int] = field(default_factory=list)
-    scored: Digests = field(default_factory=dict)
+    file: str  # its name
+    method: str  # a name of `METHODS`
+    arguments: Mapping[str, object]  # those that the ranking was made with
+    importance: Importance | None = None  # the scores; None where a search by loss chose the layers
+    searched: list[int] = field(default_factory=list)  # these layers, in order of removal
+    scored: Digests = field(default_factory=dict)  # of `digests_of` the model, as far as known
+    # the verdict of the stop that ended the scoring, if one did
     settled: Mapping[str, object] = field(default_factory=dict)
 
     @classmethod
@@ -254,23 +245,14 @@ def _tokenizer_part(path: Path) -> str:
 
 @dataclass(frozen=True)
 class Chosen:
-    """Layers to remove, and what is kept of how they were chosen.
+    """Layers to remove, and what is kept of how they were chosen."""
 
-    Attributes:
-        layers: original numbers, in order of removal.
-        record: of the choice, to be kept with the pruned model.
-        budget: what was tried, where the perplexity decided.
-        importance: the scores of one pass that they were chosen by; None where they were not.
-        unsure: why the text of the budget may be that of the scores, if it may.
-        unchecked: what could not be checked of the scores, or they do not settle, if anything.
-    """
-
-    layers: list[int]
-    record: Provenance
-    budget: Budget | None = None
-    importance: Importance | None = None
-    unsure: str | None = None
-    unchecked: str | None = None
+    layers: list[int]  # original numbers, in order of removal
+    record: Provenance  # of the choice, to be kept with the pruned model
+    budget: Budget | None = None  # what was tried, where the perplexity decided
+    importance: Importance | None = None  # the scores of one pass that chose them, if any
+    unsure: str | None = None  # why the text of the budget may be that of the scores, if it may
+    unchecked: str | None = None  # what of the scores was not checked or not settled
 
 
 def chosen(model: str, choice: Choice, *, opening: OpenOptions | None = None) -> Chosen:

@@ -90,8 +90,7 @@ class Answer:
     def rule(self, seed: int | None) -> Stop | None:
         """The rule that ends a run early, where the answer can be settled.
 
-        That takes a method that chooses its n layers by means over windows, in one pass, and
-        windows in random order.
+        That takes a method that chooses n layers by means over windows, which a seed shuffles.
         """
         from short_gpt.scoring.stopping import Stop
 
@@ -141,11 +140,7 @@ class Choice:
     bos: str | None = setting(None, commands=PRUNE, needs=LIMIT)
 
     def check(self) -> Choice:
-        """Itself, if it names its layers or the scores to choose them by, and not both.
-
-        Raises:
-            ShortGPTError: neither or both are there, or they contradict each other.
-        """
+        """Itself; ShortGPTError unless either layers are named or scores to choose them by."""
         from short_gpt.selection.methods import check_method
 
         if (self.layers is None) == (self.scores is None):
@@ -339,12 +334,7 @@ class Settings:
             check_share(step.kl_share)
 
     def refit(self, max_windows: int | None = None) -> RefitSettings:
-        """What the refit takes.
-
-        Raises:
-            ShortGPTError: parts, the ridge or the aim are out of range, or there is an aim although
-                best chooses it.
-        """
+        """What the refit takes; ShortGPTError for a setting out of range."""
         from short_gpt.healing.refit import RefitSettings
         from short_gpt.healing.solver import PARTS, RIDGES
 
@@ -384,15 +374,7 @@ def kinds_of_methods() -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def methods_of(text: str) -> list[str]:
-    """The methods that a comma list names, in the order in which they follow each other.
-
-    Raises:
-        ShortGPTError: one is unknown, named twice, or cannot follow the one before it.
-
-    Example:
-        >>> methods_of("patch,distill")
-        ['patch', 'distill']
-    """
+    """The methods that a comma list names; ShortGPTError unless each can follow the one before."""
     from short_gpt.healing.job import STEPS, check_order
 
     methods = listed(text)
