@@ -391,9 +391,9 @@ def windows_apart(
     ranking = {name: windows(own, cut, few) for name, (own, _) in parts.items()}
     ranked_on = [window for own in ranking.values() for window in own]
     texts = {}
-    for name, (own, rest) in parts.items():
-        limit = SPARE * held + (few if rest is own else 0)
-        judged, _ = without_overlap(windows(rest, cut, limit), ranked_on)
+    for name, (own, other) in parts.items():
+        limit = SPARE * held + (few if other is own else 0)
+        judged, _ = without_overlap(windows(other, cut, limit), ranked_on)
         if not judged:
             raise ShortGPTError(
                 f"{name}: every other window shares text with those that rank, so none is there "
@@ -401,7 +401,7 @@ def windows_apart(
             )
         texts[name] = Apart(ranking[name], judged[:held])
     ways = {}
-    for way, other in others:
-        limit = max(2, few * cut.size // other.size)
-        ways[way] = {name: windows(own, other, limit) for name, (own, _) in parts.items()}
+    for way, other_cut in others:
+        limit = max(2, few * cut.size // other_cut.size)
+        ways[way] = {name: windows(own, other_cut, limit) for name, (own, _) in parts.items()}
     return texts, ways

@@ -134,7 +134,12 @@ class Cases:
 
     def __post_init__(self) -> None:
         for name in self.heals:
-            _check_healing(name)
+            if name in REMOVED_HEALINGS:
+                raise ShortGPTError(
+                    f"the healing {name} was removed: use refit, which restores more"
+                )
+            if name not in HEALINGS:
+                raise ShortGPTError(f"no healing {name!r}; expected some of {', '.join(HEALINGS)}")
         if self.methods is not DEFAULT_METHODS:  # which are known to be right, without an import
             from short_gpt.selection.methods import check_method
 
@@ -148,13 +153,6 @@ class Cases:
             if type(value := getattr(self, name)) is not int or value < 1:
                 raise ShortGPTError(f"{name} = {value!r}: expected whole numbers of at least 1")
         _ = self.pairs  # refuses what it cannot read
-
-
-def _check_healing(name: str) -> None:
-    if name in REMOVED_HEALINGS:
-        raise ShortGPTError(f"the healing {name} was removed: use refit, which restores more")
-    if name not in HEALINGS:
-        raise ShortGPTError(f"no healing {name!r}; expected some of {', '.join(HEALINGS)}")
 
 
 @dataclass(frozen=True)

@@ -140,7 +140,10 @@ def _heal(
         folder = Path(f"{out}.{'training' if trains else 'refit'}")
     # before the model is opened; where nothing is there yet, nobody works either
     lock = hold(folder) if folder is not None and folder.parent.is_dir() else None
-    short = _opened(model, removal, windows.size or SIZE, opening, streaming, trains=trains)
+    own, context = of_source(opening, model, stream=streaming.stream), windows.size or SIZE
+    short = open_trainable(model, own) if trains else streaming.open(model, own, context)
+    if removal.importance is not None:  # its record tells what it rests on, as that of prune does
+        short.importance = removal.importance
     recipe = settings.recipe(short, windows.seed) if trains else None
     size, bos = windows.size or (recipe.size if recipe else SIZE), windows.bos or short.bos
     place = (texts.split, texts.column, texts.max_texts, windows.seed)
@@ -163,14 +166,9 @@ def _heal(
     }
     steps = [known.get(name) or STEPS[name]() for name in methods]
     begun = folder is not None and folder.is_dir() and any(folder.iterdir())
+    resume, layers = settings.resume or begun, removal.layers
     job = HealingJob(
-        short,
-        parts,
-        removal.layers,
-        settings=steps,
-        work_dir=folder,
-        resume=settings.resume or begun,
-        notify=notify,
+        short, parts, layers, settings=steps, work_dir=folder, resume=resume, notify=notify
     )
     if plan := job.plan_text():
         notify(plan)
@@ -233,23 +231,6 @@ def _removal(
     if choice.n is not None or choice.by is not None:
         raise ShortGPTError("`n` and `angular` choose from `scores`")
     return Chosen([], Provenance())
-
-
-def _opened(
-    model: str,
-    removal: Chosen,
-    size: int,
-    opening: OpenOptions,
-    streaming: Running,
-    *,
-    trains: bool,
-) -> ScoredModel:
-    """The model, with the scores its layers were chosen by; for training one of Hugging Face's."""
-    opening = of_source(opening, model, stream=streaming.stream)
-    short = open_trainable(model, opening) if trains else streaming.open(model, opening, size)
-    if removal.importance is not None:  # its record tells what it rests on, as that of prune does
-        short.importance = removal.importance
-    return short
 
 
 def reread(done: Healing, parts: Learning, opening: OpenOptions, size: int) -> Healing:

@@ -149,9 +149,8 @@ def _identity(
         parts += [{"method": answer.method, "n": answer.n, "candidates": answer.candidates}]
         parts += [{"max_windows": cut.max_windows, "max_memory": running.max_memory}]
     parts += [{"method of all tokens": answer.method == "angular_all"}]
-    if bos != "first":  # else as in states of earlier versions
-        parts += [{"bos": bos}]
-    return joined(*parts)
+    # states of earlier versions do not name the usual bos
+    return joined(*parts, {} if bos == "first" else {"bos": bos})
 
 
 def check_ranking(
@@ -195,17 +194,9 @@ def _measure(
     if detailed:
         first, windows = first_of(windows)
         if first is not None:
+            counts = {"population": getattr(windows, "population", None), "total": total}
             read = 0 if state is None else state.sums(short.kept).n_windows
-            line = forecast(
-                short,
-                first,
-                batch_size=size,
-                rule=rule,
-                total=total,
-                population=getattr(windows, "population", None),
-                read=read,
-            )
-            notify(line)
+            notify(forecast(short, first, batch_size=size, rule=rule, read=read, **counts))
         followed = rule or Stop(answer.n or 1, answer.method == "angular")
         follow = Following(notify, followed, stops=rule is not None)
     with interruptible():
@@ -249,8 +240,7 @@ def forecast(
     line = f"a window of {len(window):,} tokens takes {duration(one)}"
     if total is None:
         return f"{line}; how many there are shows as they are read"
-    parts = []
-    first = total if rule is None else rule.first_look(population)
+    parts, first = [], total if rule is None else rule.first_look(population)
     if read < first < total:
         time = duration((first - read) * one)
         parts.append(f"{first:,} windows, where the answer may be settled, {time}")

@@ -27,7 +27,7 @@ class Saving:
     Args:
         state: file that the run is saved in and continued from; if not given, that of the result
             with .state appended to its name.
-        save_every: seconds between two saves; 0 saves behind every batch.
+        save_every: seconds between two saves; 0 saves after every batch.
 
     """
 
@@ -53,7 +53,7 @@ class Saving:
     def __post_init__(self) -> None:
         if not 0 <= self.save_every < math.inf:
             raise ShortGPTError(
-                f"`save_every` {self.save_every}: expected seconds, 0 to save behind every batch"
+                f"`save_every` {self.save_every}: expected seconds, 0 to save after every batch"
             )
 
 
