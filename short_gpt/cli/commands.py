@@ -1,4 +1,4 @@
-"""The commands: plain functions, given to fire. Each is its arguments, one call and one table.
+"""The commands: plain functions. Each is its arguments, one call and one table.
 
 The table goes to stdout, progress to stderr; files are written whole or not at all.
 """

@@ -229,9 +229,7 @@ def calibrate(
     Args:
         short: the original model; it is left as it was.
         texts: at least two, of different kinds, by their names.
-        n: layers to remove.
         method: bi, relative_magnitude or angular.
-        healings: raw, refit or both.
         ways: windows to rank on that were cut another way, by its name and the text's.
         state: file that the run is saved in, to be continued, until ``result.state.clear()``.
 

@@ -239,12 +239,8 @@ def _with_folder(name: str, healing: Healing, state: StateFile | None) -> Heal:
     """The healing, with a folder next to the state for each set of layers."""
     if state is None:
         return healing
-
-    def heal(layers: list[int]) -> list[Perplexity]:
-        numbers = "-".join(map(str, sorted(layers)))
-        return healing(layers, state.path.with_name(f"{state.path.name}.{name}-{numbers}"))
-
-    return heal
+    path = state.path.with_name(f"{state.path.name}.{name}")
+    return lambda layers: healing(layers, Path(f"{path}-{'-'.join(map(str, sorted(layers)))}"))
 
 
 class Comparison:

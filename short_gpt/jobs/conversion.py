@@ -184,15 +184,9 @@ def prove(
     if several_ranks():
         return TWICE
     try:
-        return same_model(
-            source,
-            written,
-            list(drop),
-            tokenizer_path=opening.tokenizer_path,
-            trust_remote_code=opening.trust_remote_code,
-            name=out,
-            dtype=dtype,
-        )
+        path, trust = opening.tokenizer_path, opening.trust_remote_code
+        how: dict[str, Any] = {"tokenizer_path": path, "trust_remote_code": trust}
+        return same_model(source, written, list(drop), name=out, dtype=dtype, **how)
     except MissingPackageError as error:
         if verify:
             raise

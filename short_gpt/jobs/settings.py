@@ -30,15 +30,17 @@ def _settled(values: Values) -> bool:
     return None not in (values["n"], values["seed"]) and values["method"] in ("bi", "angular")
 
 
-def _scores(values: Values) -> bool:
+def _by_loss(method: object) -> bool:
     from short_gpt.selection.methods import BY_LOSS
 
-    return values.get("method") not in BY_LOSS
+    return method in BY_LOSS
 
 
 SETTLED = Needs("`n`, a `seed` and `method` bi or angular", _settled)
 SLEB = Needs("`method` sleb", lambda v: v["method"] == "sleb")
-SCORES = Needs("a `method` that scores (not perplexity or sleb)", _scores)
+SCORES = Needs(
+    "a `method` that scores (not perplexity or sleb)", lambda v: not _by_loss(v.get("method"))
+)
 
 
 @dataclass(frozen=True)
@@ -83,9 +85,7 @@ class Answer:
     @property
     def by_loss(self) -> bool:
         """Whether the method runs the model without layers."""
-        from short_gpt.selection.methods import BY_LOSS
-
-        return self.method in BY_LOSS
+        return _by_loss(self.method)
 
     def rule(self, seed: int | None) -> Stop | None:
         """The rule that ends a run early, where the answer can be settled.
