@@ -1,4 +1,4 @@
-"""Griffe reads examples under "Examples:" only, and no comments; the site shows both."""
+"""What griffe does not read by itself: "Example:" sections, and comments on fields."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ import griffe
 
 
 class ExampleSections(griffe.Extension):
-    """Makes "Example:" the section shown as code, and a field's comment what describes it."""
+    """Makes "Example:" the section that is shown as code."""
 
     def on_object(self, *, obj: griffe.Object, **_: object) -> None:
         if obj.docstring is not None:
             value = obj.docstring.value
             obj.docstring.value = re.sub(r"^Example:$", "Examples:", value, flags=re.MULTILINE)
 
-    def on_attribute_instance(self, *, attr: griffe.Attribute, **_: object) -> None:
-        if attr.docstring is not None or not (attr.parent and attr.parent.is_class and attr.lineno):
+
+class FieldComments(griffe.Extension):
+    """Makes the comment on a field, after it or on the lines before it, its docstring."""
+
+    def on_attribute(self, *, attr: griffe.Attribute, **_: object) -> None:
+        if attr.docstring is not None or not attr.parent.is_class:
             return
-        lines = attr.filepath.read_text(encoding="utf-8").splitlines()
-        _, mark, text = lines[attr.lineno - 1].partition("  # ")
-        if not mark:  # a comment too long for the line stands above it
-            above = []
-            for line in reversed(lines[: attr.lineno - 1]):
-                if not (comment := re.match(r" +# (.*)", line)):
-                    break
-                above.insert(0, comment[1])
-            text = " ".join(above)
-        if text:
-            attr.docstring = griffe.Docstring(text[0].upper() + text[1:] + ".", parent=attr)
+        *before, line = attr.lines_collection[attr.filepath][: attr.lineno]
+        texts = re.findall(r"  # (.+)$", line)
+        while not re.search(r"  # ", line) and before and before[-1].startswith("    # "):
+            texts.insert(0, before.pop().strip("# "))
+        if texts:
+            text = " ".join(texts)
+            attr.docstring = griffe.Docstring(f"{text[0].upper()}{text[1:]}.", parent=attr)

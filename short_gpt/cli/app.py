@@ -1,4 +1,4 @@
-"""``python -m short_gpt`` and the console script ``short-gpt``: all that is wrapped around fire."""
+"""``python -m short_gpt`` and the console script ``short-gpt``."""
 
 from __future__ import annotations
 
@@ -13,15 +13,8 @@ from typing import TextIO
 
 from llama.ranks import several_ranks
 from short_gpt.cli.commands import ALONE, COMMANDS, REMOVED
-from short_gpt.cli.flags import flags_of, prepared, similar, typed
-from short_gpt.cli.help import help_of, overview
-from short_gpt.runtime.errors import (
-    USER_ERRORS,
-    NotSavedError,
-    ShortGPTError,
-    one_line,
-    shortage,
-)
+from short_gpt.cli.flags import call, flags_of, help_of, overview, prepared, similar
+from short_gpt.runtime.errors import USER_ERRORS, NotSavedError, ShortGPTError, one_line, shortage
 from short_gpt.runtime.progress import first_rank
 
 
@@ -50,17 +43,13 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run(argv: list[str]) -> None:
-    """Prints the version or a help, or checks the arguments and gives them to fire."""
-    text = answer(argv)
-    if text is not None:
-        if first_rank():
-            print(text)
-        return
-    arguments = prepared(argv, COMMANDS)
-    if first_rank() or argv[0] not in ALONE:
-        import fire
-
-        fire.Fire({argv[0]: typed(COMMANDS[argv[0]])}, command=arguments, name="short-gpt")
+    """Prints the version or a help, or runs the command."""
+    if (text := answer(argv)) is None:
+        texts = prepared(argv, COMMANDS)
+        if first_rank() or argv[0] not in ALONE:
+            call(COMMANDS[argv[0]], texts)
+    elif first_rank():
+        print(text)
 
 
 def answer(argv: list[str]) -> str | None:
@@ -75,32 +64,27 @@ def answer(argv: list[str]) -> str | None:
     if name in REMOVED:
         raise ShortGPTError(f"the command {name} was removed: {REMOVED[name]}")
     if name not in COMMANDS:
-        known = ", ".join(COMMANDS)
-        raise ShortGPTError(f"no command {name!r}{similar(name, COMMANDS)}; there are {known}")
+        close, known = similar(name, COMMANDS), ", ".join(COMMANDS)
+        raise ShortGPTError(f"no command {name!r}{close}; there are {known}")
     return help_of(name, COMMANDS[name]) if {"--help", "-h"} & {*argv} else None
 
 
 def message_of(error: BaseException, argv: Sequence[str] = ()) -> str | None:
-    """The line that tells a user what went wrong; None where a traceback tells us."""
+    """The line that tells a user what went wrong; None where a traceback does."""
     if isinstance(error, KeyboardInterrupt):
         return "short-gpt: interrupted"
     if os.environ.get("SHORT_GPT_TRACEBACK"):
         return None
-    text = shortage(error)
     if isinstance(error, NotSavedError):
-        again = shlex.join(["short-gpt", *argv])
-        return f"{one_line(f'short-gpt: {in_shell(str(error), argv)}')}: {again}"
-    if text is None and isinstance(error, USER_ERRORS):
+        line = one_line(f"short-gpt: {in_shell(str(error), argv)}")
+        return f"{line}: {shlex.join(['short-gpt', *argv])}"
+    if (text := shortage(error)) is None and isinstance(error, USER_ERRORS):
         text = in_shell(str(error), argv)
     return None if text is None else one_line(f"short-gpt: {text}")
 
 
 def in_shell(message: str, argv: Sequence[str]) -> str:
-    """A message in the shell's words: settings become flags of the command.
-
-    Those are settings in backticks, as in "`n` chooses from `scores`", and one that was given as a
-    flag and begins the message, as in "counts = 0".
-    """
+    """A message whose settings are flags: `n` in backticks, or at its beginning, as in n = 0."""
     flags = flags_of(COMMANDS[argv[0]]) if argv and argv[0] in COMMANDS else {}
     name = message.split(" = ")[0]
     dashes = "--" if any(part.split("=")[0] == f"--{name}" for part in argv) else ""
@@ -108,7 +92,7 @@ def in_shell(message: str, argv: Sequence[str]) -> str:
 
 
 class Unheard(io.TextIOWrapper):
-    """A stream whose reader may leave; what is written from then on goes nowhere."""
+    """A stream whose reader may leave; what is written afterwards goes nowhere."""
 
     def write(self, text: str) -> int:
         try:
@@ -128,11 +112,7 @@ class Unheard(io.TextIOWrapper):
 
 
 def lenient(stream: TextIO | None) -> TextIO:
-    """The stream, or one in its place that takes anything at any time.
-
-    Standard output and error may be closed, know ASCII alone, or be a pipe that nobody reads. The
-    run goes on all the same, and its files are written.
-    """
+    """The stream, or one in its place that takes any text: a run goes on without a reader."""
     if stream is None:  # closed before the start: 2>&-
         return open(os.devnull, "w", encoding="utf-8")
     own = stream in (sys.__stdout__, sys.__stderr__)  # not one that somebody put in its place

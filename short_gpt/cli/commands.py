@@ -1,4 +1,4 @@
-"""The commands: plain functions, given to fire. Each is its arguments, one call and one table.
+"""The commands: plain functions. Each is its arguments, one call and one table.
 
 The table goes to stdout, progress to stderr; files are written whole or not at all.
 """
@@ -45,11 +45,7 @@ SAMPLES = Needs("a --temperature above 0", lambda values: values["temperature"] 
 
 
 def demo(
-    out: str = "short_gpt_demo",
-    *,
-    n: int = 4,
-    run: DemoRun = DemoRun(),
-    overwrite: bool = False,
+    out: str = "short_gpt_demo", *, n: int = 4, run: DemoRun = DemoRun(), overwrite: bool = False
 ) -> None:
     """Does all steps on a small real model.
 
@@ -452,7 +448,6 @@ class Conversion:
     """
 
     HEADING: ClassVar = WRITE
-
     to: str | None = None
     type: str | None = None
     dtype: str | None = None

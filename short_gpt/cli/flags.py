@@ -1,4 +1,4 @@
-"""What a command takes, read from its signature: flags, their types, defaults and descriptions.
+"""What a command takes, read from its signature: flags, their types, defaults and help.
 
 A parameter that is a dataclass is a group, and each of its fields a flag of its own; what a field
 says of its flag stands in its metadata, as `short_gpt.runtime.settings` describes.
@@ -10,19 +10,21 @@ import inspect
 import math
 import os
 import re
+import textwrap
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import fields, is_dataclass, replace
 from difflib import get_close_matches
 from types import NoneType
-from typing import Any, get_args, get_type_hints
+from typing import Any, NamedTuple, get_args, get_type_hints
 
 from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.runtime.settings import CHOOSE, READ, RUN, WRITE, Needs, flag_of
+from short_gpt.runtime.settings import CHOOSE, HEADINGS, READ, RUN, WRITE, Needs, flag_of
 
 Command = Callable[..., None]
 BOOLEANS = {"true": True, "false": False, "yes": True, "no": False}
 EXPECTED: dict[object, str] = {int: "a whole number", float: "a number", bool: "True or False"}
 DASHED = r"--?[A-Za-z]"
+WIDTH, INDENT = 80, 26  # of the help
 
 # Other names of flags, so that earlier command lines still run: in one command, then in all.
 TRAINING = ("steps", "rank", "learning_rate", "batch")
@@ -33,21 +35,15 @@ ALSO = {
     "compare": {f"lora_{name}": name for name in TRAINING},
     "convert": {"source": "model"},
 }
-ALSO_EVERYWHERE = {
-    "n_prune_layers": "n",
-    "ckpt_dir": "model",
-    "model_dir": "model",
-    "out_dir": "out",
-    "out": "json",
-}
+ALSO_EVERYWHERE = {"n_prune_layers": "n", "ckpt_dir": "model", "model_dir": "model"}
+ALSO_EVERYWHERE |= {"out_dir": "out", "out": "json"}
 REMOVED = {
     ("rank", "healed"): "heal what --method sleb removes",
     ("rank", "budget"): "it was for --method evolution, which is gone; use sleb",
 }
 
 
-@dataclass(frozen=True)
-class Flag:
+class Flag(NamedTuple):
     """One argument of a command, which reads its own text."""
 
     name: str
@@ -87,6 +83,21 @@ class Flag:
             raise ShortGPTError(f"--{self.name} expects a number below 2**63, got {value}")
         return value
 
+    def row(self) -> str:
+        """Its part of the help."""
+        name, text = f"  --{self.name}", self.text.rstrip(".")
+        if self.positional:
+            name = f"  {self.name.upper()}"
+        elif bool not in self.kinds:
+            name += f" {'N' if {int, float} & {*self.kinds} else self.value}"
+        if self.default is not None and self.default is not False:
+            parts = self.default if isinstance(self.default, tuple) else [self.default]
+            default = ",".join(map(str, parts))  # as it is written in a command line
+            text += f" (default: {default if len(default) <= 50 else default.replace(',', ', ')})"
+        text = textwrap.fill(text, WIDTH - INDENT, break_on_hyphens=False)
+        text = textwrap.indent(text, " " * INDENT)
+        return f"{name}\n{text}" if len(name) > INDENT - 2 else f"{name:<{INDENT}}{text[INDENT:]}"
+
 
 def _python(text: str) -> object:
     """A text as fire reads it; as it is where fire fails, as on sets of lists and deep nesting."""
@@ -103,53 +114,32 @@ def flags_of(command: Command) -> dict[str, Flag]:
     hints, texts = get_type_hints(command), described(command)
     flags: list[Flag] = []
     for name, parameter in inspect.signature(command).parameters.items():
-        if is_dataclass(parameter.default):
-            flags += _fields(command.__name__, name, parameter.default)
+        default = parameter.default
+        if is_dataclass(default):
+            flags += _fields(command.__name__, name, default)
             continue
         positional = parameter.kind is parameter.POSITIONAL_OR_KEYWORD
-        required = parameter.default is parameter.empty
-        flags.append(
-            Flag(
-                name,
-                _kinds(hints.get(name, object)),
-                None if required else parameter.default,
-                WRITE if name in ("out", "overwrite") else READ if positional else CHOOSE,
-                texts.get(name, ""),
-                name,
-                positional=positional,
-                required=required,
-            )
-        )
+        required = default is parameter.empty
+        heading = WRITE if name in ("out", "overwrite") else READ if positional else CHOOSE
+        about = (None if required else default, heading, texts.get(name, ""), name)
+        kinds = get_args(hint := hints.get(name, object)) or (hint,)
+        flags.append(Flag(name, kinds, *about, positional=positional, required=required))
     return {flag.name: flag for flag in flags}
 
 
 def _fields(command: str, parameter: str, group: Any) -> list[Flag]:
     """The fields of a group that are flags of the command."""
-    kind = type(group)
+    kind, flags = type(group), []
     hints, texts = get_type_hints(kind), described(kind)
-    flags = []
     for field in fields(kind):
         if (name := flag_of(field, command)) is not None:
-            about = field.metadata
-            text = f"{texts.get(field.name, '')} {about.get('more', {}).get(command, '')}".strip()
-            flags.append(
-                Flag(
-                    name,
-                    _kinds(hints[field.name]),
-                    getattr(group, field.name),
-                    str(about.get("heading") or getattr(kind, "HEADING", RUN)),
-                    text,
-                    parameter,
-                    field.name,
-                    about.get("value") or "NAME",
-                    about.get("needs", ()),
-                )
-            )
+            about, own = field.metadata, field.name
+            kinds, default = get_args(hints[own]) or (hints[own],), getattr(group, own)
+            heading = str(about.get("heading") or getattr(kind, "HEADING", RUN))
+            text = f"{texts.get(own, '')} {about.get('more', {}).get(command, '')}".strip()
+            more = (about.get("value") or "NAME", about.get("needs", ()))
+            flags.append(Flag(name, kinds, default, heading, text, parameter, own, *more))
     return flags
-
-
-def _kinds(hint: object) -> tuple[object, ...]:
-    return get_args(hint) or (hint,)
 
 
 def described(thing: object) -> dict[str, str]:
@@ -165,10 +155,8 @@ def described(thing: object) -> dict[str, str]:
     return texts
 
 
-def prepared(argv: list[str], commands: Mapping[str, Command]) -> list[str]:
-    """The arguments in a form that fire cannot misread: ``--flag=value`` each.
-
-    Fire alone would run the command and complain about a mistyped flag afterwards.
+def prepared(argv: list[str], commands: Mapping[str, Command]) -> dict[str, str]:
+    """The text of every flag that a command line sets.
 
     Raises:
         ShortGPTError: an unknown flag, a flag without its value, or a missing argument.
@@ -189,9 +177,8 @@ def prepared(argv: list[str], commands: Mapping[str, Command]) -> list[str]:
             value = "True"
         elif not equals:
             if re.match(DASHED, following):
-                raise ShortGPTError(
-                    f"{written} needs a value; write {written}=VALUE if it has dashes"
-                )
+                text = f"{written} needs a value; write {written}=VALUE if it has dashes"
+                raise ShortGPTError(text)
             value = rest.pop(0)
         values[flag] = value
     free = [f for f in flags.values() if f.positional and f.name not in values]
@@ -202,8 +189,7 @@ def prepared(argv: list[str], commands: Mapping[str, Command]) -> list[str]:
         )
     if missing := [f.name.upper() for f in free[len(positional) :] if f.required]:
         raise ShortGPTError(f"{name} needs {' '.join(missing)}; see {name} --help")
-    values |= {f.name: value for f, value in zip(free, positional, strict=False)}
-    return [name, *(f"--{flag}={value}" for flag, value in values.items())]
+    return values | {f.name: value for f, value in zip(free, positional, strict=False)}
 
 
 def named(command: str, written: str, flags: Mapping[str, Flag]) -> str:
@@ -223,39 +209,28 @@ def named(command: str, written: str, flags: Mapping[str, Flag]) -> str:
     raise ShortGPTError(f"{command} has no flag {written}{close}; see {command} --help")
 
 
-def typed(command: Command) -> Command:
-    """The command as a function of its flags, each of which reads its own text.
+def call(command: Command, texts: Mapping[str, str]) -> None:
+    """Calls a command with the values that the texts of its flags stand for.
 
     Raises:
-        ShortGPTError: when called, for a value of another type, or a flag without what it needs.
+        ShortGPTError: a value is of another type, or a flag lacks what it needs.
     """
-    from fire.decorators import SetParseFns
-
     flags, parameters = flags_of(command), inspect.signature(command).parameters
-
-    @SetParseFns(**{name: flag.read for name, flag in flags.items()})
-    def run(**values: Any) -> None:
-        refuse_unused(flags, values)
-        arguments = {name: v for name, v in values.items() if not flags[name].field}
-        for group in {flags[name].parameter for name in values} - {*arguments}:
-            own = {f.field: values[n] for n in values if (f := flags[n]).parameter == group}
-            arguments[group] = replace(parameters[group].default, **own)
-        command(**arguments)
-
-    return run
+    values = {name: flags[name].read(text) for name, text in texts.items()}
+    refuse_unused(flags, values)
+    arguments = {name: v for name, v in values.items() if not flags[name].field}
+    for group in {flags[name].parameter for name in values} - {*arguments}:
+        own = {f.field: values[n] for n in values if (f := flags[n]).parameter == group}
+        arguments[group] = replace(parameters[group].default, **own)
+    command(**arguments)
 
 
 def refuse_unused(flags: Mapping[str, Flag], values: Mapping[str, object]) -> None:
-    """Raises ShortGPTError for a flag that does nothing without another.
-
-    Args:
-        flags: of the command.
-        values: of the flags that a user wrote; None and False ask for nothing.
-    """
+    """Raises ShortGPTError for a flag that has a value but does nothing without another."""
     every = {name: flag.default for name, flag in flags.items()} | {**values}
     for name, value in values.items():
         unmet = [need.what for need in flags[name].needs if not need.met(every)]
-        if unmet and value is not None and value is not False:
+        if unmet and value is not None and value is not False:  # these ask for nothing
             raise ShortGPTError(
                 f"--{name} has no effect without {unmet[0]}: add that, or leave --{name} out"
             )
@@ -265,3 +240,27 @@ def similar(word: str, words: Iterable[str]) -> str:
     """What the user may have meant, as the end of a message; empty if nothing is close."""
     close = get_close_matches(word, list(words), n=1)
     return f"; did you mean {close[0]}?" if close else ""
+
+
+def overview(commands: Mapping[str, Command]) -> str:
+    """The help of all commands, in the order of use, a line each."""
+    wide = max(map(len, commands)) + 2
+    about = {name: inspect.getdoc(command) or "" for name, command in commands.items()}
+    lines = [f"  {name:<{wide}}{text.partition(chr(10))[0]}" for name, text in about.items()]
+    head = ["short-gpt COMMAND ...: the commands, in the order of use", ""]
+    return "\n".join([*head, *lines, "", "short-gpt COMMAND --help says what a command takes."])
+
+
+def help_of(name: str, command: Command) -> str:
+    """The help of one command: an example, what it does, and its flags in groups."""
+    text, _, _ = (inspect.getdoc(command) or "").partition("\n\nArgs:")
+    text, _, example = text.partition("\n\nExample: ")
+    flags = flags_of(command).values()
+    names = [f.name.upper() if f.required else f"[{f.name.upper()}]" for f in flags if f.positional]
+    parts = [f"Example:\n  {example}"]
+    parts += [textwrap.fill(part, WIDTH) for part in text.split("\n\n")]
+    parts += [f"Usage: short-gpt {name} {' '.join(names)} [flags]"]
+    for heading in HEADINGS:
+        if rows := [flag.row() for flag in flags if flag.heading == heading]:
+            parts.append("\n".join([f"{heading.capitalize()}:", *rows]))
+    return "\n\n".join(parts)

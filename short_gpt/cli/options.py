@@ -33,7 +33,6 @@ class Output:
     """
 
     HEADING: ClassVar = WRITE
-
     json: str | None = setting(None, value="FILE")
     overwrite: bool = setting(False, needs=WRITTEN)
     plots: str | None = setting(None, value="FOLDER", commands=DRAWING, needs=SCORES)
@@ -41,7 +40,7 @@ class Output:
 
     @property
     def folder(self) -> Path | None:
-        """Where this process draws; None if it does not."""
+        """Where this process draws, if it does."""
         return Path(self.plots) if self.plots is not None and first_rank() else None
 
     @property
@@ -59,10 +58,7 @@ class Output:
         return [*([] if self.json is None else [Path(self.json)]), *self.pictures]
 
     def check(self, arguments: Mapping[str, Any]) -> None:
-        """Raises what would keep a file from being written, before the work.
-
-        What the command's arguments name is read, and so not written over.
-        """
+        """Raises what would keep a file from being written, before the work."""
         if self.plots is not None:
             from short_gpt.plots.figures import is_picture, require_matplotlib
 

@@ -43,13 +43,9 @@ def ranked(result: Ranking) -> str:
 def ranking(
     importance: Importance, n: int | None = None, *, method: str = "bi", seed: int = 0
 ) -> str:
-    """A row for every layer, with 95% intervals, and what each method would remove.
+    """A row for every layer, with 95% intervals, and what each method would remove if n is given.
 
-    Args:
-        importance: at least one window.
-        n: how many layers to remove; None leaves the methods' choices out.
-        method: whose layers are marked, as in `methods.choose`.
-        seed: of the random method.
+    ``method`` and ``seed`` say whose layers are marked, as in `methods.choose`.
     """
     from short_gpt.selection.methods import METHODS, choose
 
@@ -131,12 +127,7 @@ def reproduced(result: Reproduced) -> str:
 
 
 def next_command(model: str, result: Ranking, scores: str | None) -> str | None:
-    """The command that acts on a ranking; None where there is none.
-
-    Args:
-        model: what was ranked.
-        scores: the file that the ranking was written to; None where it was not.
-    """
+    """The command that acts on a ranking, written to ``scores`` if anywhere; None without one."""
     n, out = result.answer.n, "OUT.gguf" if is_gguf(model) else "OUT"
     if scores is not None:
         choice = ["--scores", scores, "--n", "N" if n is None else str(n)]
@@ -199,13 +190,9 @@ def _unchanged(step: Mapping[str, Any]) -> str | None:
     """What a refit has left as it was; None if nothing, or of another method."""
     fits = step.get("fits", [])
     same = [fit for fit in fits if fit["ridge"] is None and fit["norm_ridge"] is None]
-    if not same:
-        return None
     names = ", ".join(f"{fit['part']} of {fit['layer']}" for fit in same)
-    return (
-        f"{len(same)} of {len(fits)} matrices unchanged: no ridge lowered the held-out error "
-        f"({names})"
-    )
+    why = f"no ridge lowered the held-out error ({names})"
+    return f"{len(same)} of {len(fits)} matrices unchanged: {why}" if same else None
 
 
 def demonstrated(result: Demo, n: int) -> str:
@@ -263,16 +250,7 @@ def compared(
     *,
     bos: str = "first",
 ) -> str:
-    """Perplexities of a comparison: a row for every method, a column for every number of layers.
-
-    Every set of layers stands below, since a perplexity is that of a set.
-
-    Args:
-        rows: of `jobs.Comparison.rows`, the original model first.
-        agreed: of its ``agreement``.
-        tasks: of its ``tasks``.
-        bos: which windows began with it.
-    """
+    """A row for every method, a column for every number of layers, and every set of layers."""
     dense, pruned = rows[0], rows[1:]
     counts = sorted({r.n for r in pruned})
     size = f"{dense.parameters / 1e6:.1f} M"
@@ -350,9 +328,8 @@ def _agreed(agreed: Sequence[Agreement]) -> list[str]:
         lines.append(f"{one['n']} layers in common: {shares}")
     if agreed:
         value = agreed[0]["rank_correlation_of_bi_with_loss"]
-        lines.append(
-            f"rank correlation of Block Influence with the loss without a layer {value:.3f}"
-        )
+        what = "rank correlation of Block Influence with the loss without a layer"
+        lines.append(f"{what} {value:.3f}")
     return lines
 
 
@@ -412,20 +389,16 @@ def _rankings(head: str, agreed: Sequence[Ranked]) -> list[str]:
 
 def _crossed(cells: Sequence[Crossed]) -> list[str]:
     name = "pruned" if cells[0].healing == RAW else cells[0].healing
-    lines = [
-        f"{'chosen on':<24}" + "".join(f"{t:>22}" for t in dict.fromkeys(c.text for c in cells))
-    ]
-    for title, cell in (
-        (f"{name}: perplexity", lambda c: _short(c.perplexity)),
-        (f"{name}: nats a token more than by the text's own choice (standard error)", _excess),
-    ):
-        lines.append(title)
+    texts = "".join(f"{text:>22}" for text in dict.fromkeys(c.text for c in cells))
+    lines, more = [f"{'chosen on':<24}{texts}"], "nats a token more than by the text's own choice"
+    columns = {"perplexity": lambda c: _short(c.perplexity), f"{more} (standard error)": _excess}
+    for title, cell in columns.items():
+        lines.append(f"{name}: {title}")
         for choice in dict.fromkeys(c.choice for c in cells):
             row = "".join(f"{cell(c):>22}" for c in cells if c.choice == choice)
             lines.append(f"  {choice:<22}{row}")
     return lines
 
 
-def _excess(cell: Crossed) -> str:
-    own = cell.choice == cell.text
-    return "own" if own else f"{cell.excess:+.3f} ({cell.excess_error:.3f})"
+def _excess(c: Crossed) -> str:
+    return "own" if c.choice == c.text else f"{c.excess:+.3f} ({c.excess_error:.3f})"

@@ -52,23 +52,14 @@ class Apart(NamedTuple):
 
 
 class WindowScores(NamedTuple):
-    """The scores of every window of one text; a mean over windows ranks.
+    """The scores of every window of one text; a mean over windows ranks."""
 
-    Attributes:
-        layers: original numbers.
-        method: bi, relative_magnitude or angular.
-        n: layers to remove; for angular also the length of the blocks that are ranked.
-        sums: of every window, (W, K): over tokens for a score of layers, distances for angular.
-        weights: what the sums are divided by, (W,): tokens, or 1 for angular.
-        texts: numbers of the documents that the windows are of; None where that is not known.
-    """
-
-    layers: list[int]
-    method: str
-    n: int
-    sums: list[list[float]]
-    weights: list[float]
-    texts: list[int | None]
+    layers: list[int]  # original numbers
+    method: str  # bi, relative_magnitude or angular
+    n: int  # layers to remove; for angular also the length of the blocks that are ranked
+    sums: list[list[float]]  # (W, K): over tokens for a score of layers, distances for angular
+    weights: list[float]  # what the sums are divided by, (W,): tokens, or 1 for angular
+    texts: list[int | None]  # numbers of the windows' documents; None where that is not known
 
     @property
     def means(self) -> np.ndarray:
@@ -98,11 +89,10 @@ class WindowScores(NamedTuple):
         """Sums (G, K) and weights (G,) of what is drawn: documents if several, else windows."""
         several = None not in self.texts and len({*self.texts}) > 1
         keys = np.array(self.texts if several else range(len(self.texts)))
-        sums, weights = np.asarray(self.sums), np.asarray(self.weights)
         units = [keys == key for key in np.unique(keys)]
-        return np.stack([sums[u].sum(0) for u in units]), np.stack(
-            [weights[u].sum() for u in units]
-        )
+        windows = (np.asarray(self.sums), np.asarray(self.weights))
+        sums, weights = (np.stack([v[u].sum(0) for u in units]) for v in windows)
+        return sums, weights
 
     def resampled(self, seed: int) -> np.ndarray:
         """Means of windows, or documents, drawn anew, (R, K)."""
@@ -136,41 +126,26 @@ def score_windows(
 
 
 class Agreement(NamedTuple):
-    """How far two rankings agree; 95% intervals by drawing the windows of both anew.
+    """How far two rankings agree; 95% intervals by drawing the windows of both anew."""
 
-    Attributes:
-        first: name of a text.
-        second: name of another; the same for the two halves of one.
-        shared: layers that both would remove.
-        n: layers that each removes.
-        shared_interval: of ``shared``.
-        correlation: Spearman's, of all layers (or starts of blocks), in [-1, 1].
-        interval: of ``correlation``.
-    """
-
-    first: str
-    second: str
-    shared: int
-    n: int
+    first: str  # name of a text
+    second: str  # of another; the same for the two halves of one
+    shared: int  # layers that both would remove
+    n: int  # layers that each removes
     shared_interval: tuple[float, float]
-    correlation: float
-    interval: tuple[float, float]
+    correlation: float  # Spearman's, of all layers (or starts of blocks), in [-1, 1]
+    interval: tuple[float, float]  # of the correlation
 
 
 def agreement(names: tuple[str, str], first: WindowScores, second: WindowScores) -> Agreement:
     """How far two rankings by the same method agree."""
     drawn = first.resampled(0), second.resampled(1)  # different seeds: drawn independently
     value = float(correlations(first.means[None], second.means[None])[0])
-    shared = (first.members(drawn[0]) & second.members(drawn[1])).sum(1)
-    low, high = np.quantile(shared, (0.025, 0.975))
-    return Agreement(
-        *names,
-        shared=len({*first.chosen} & {*second.chosen}),
-        n=first.n,
-        shared_interval=(float(low), float(high)),
-        correlation=value,
-        interval=reach(value, correlations(*drawn), min(first.degrees, second.degrees)),
-    )
+    interval = reach(value, correlations(*drawn), min(first.degrees, second.degrees))
+    both = (first.members(drawn[0]) & second.members(drawn[1])).sum(1)
+    low, high = map(float, np.quantile(both, (0.025, 0.975)))
+    shared = len({*first.chosen} & {*second.chosen})
+    return Agreement(*names, shared, first.n, (low, high), value, interval)
 
 
 def correlations(first: np.ndarray, second: np.ndarray) -> np.ndarray:
@@ -181,11 +156,10 @@ def correlations(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 
 def reach(value: float, drawn: np.ndarray, degrees: float) -> tuple[float, float]:
-    """The 95% interval of a rank correlation from resamples.
+    """The 95% interval of a rank correlation from resamples, stretched as Student's t.
 
-    Noise in both rankings lowers their correlation, and drawing anew lowers it once more. So the
-    lower end is that of the resamples, and the upper one at least as far above ``value`` as that
-    lies below; both are stretched as Student's t is over a normal distribution.
+    Noise lowers a correlation, and drawing anew lowers it once more: the upper end therefore lies
+    at least as far above ``value`` as the lower one, that of the resamples, lies below.
     """
     if degrees < LEAST_DEGREES:
         return -1.0, 1.0
@@ -197,57 +171,32 @@ def reach(value: float, drawn: np.ndarray, degrees: float) -> tuple[float, float
 
 
 class Crossed(NamedTuple):
-    """One choice on one text.
+    """One choice on one text."""
 
-    Attributes:
-        choice: the text that chose the layers and that a refit was fitted on; or `MIX`.
-        text: that it is judged on.
-        healing: raw or refit.
-        layers: removed.
-        perplexity: on the text.
-        nats: mean loss less that of the original model, paired over the windows.
-        standard_error: of ``nats``.
-        excess: mean loss less that with the text's own choice, healed the same way.
-        excess_error: standard error of ``excess``.
-        excess_most: the upper end of the excess, one-sided 95%; infinite where it is not known.
-        windows: that the errors are over.
-        texts: of the windows; see `evaluation.Difference`.
-    """
-
-    choice: str
-    text: str
-    healing: str
-    layers: list[int]
-    perplexity: float
-    nats: float
-    standard_error: float
-    excess: float
-    excess_error: float
-    excess_most: float
-    windows: int
-    texts: int | None
+    choice: str  # the text that chose the layers and that a refit was fitted on; or `MIX`
+    text: str  # that it is judged on
+    healing: str  # raw or refit
+    layers: list[int]  # removed
+    perplexity: float  # on the text
+    nats: float  # mean loss less that of the original model, paired over the windows
+    standard_error: float  # of nats
+    excess: float  # mean loss less that with the text's own choice, healed the same way
+    excess_error: float  # standard error of excess
+    excess_most: float  # its upper end, one-sided 95%; infinite where it is not known
+    windows: int  # that the errors are over
+    texts: int | None  # of the windows; see `evaluation.Difference`
 
 
 class Calibrated(NamedTuple):
-    """What `calibrate` gives.
+    """What `calibrate` gives."""
 
-    Attributes:
-        n: layers that each choice removes.
-        method: that chose them.
-        choices: layers by text, and by all texts together (`MIX`).
-        agreement: of all pairs of texts; of one with itself, of two halves of its windows.
-        ways: for windows cut another way, by its name, of each text with itself cut as above.
-        cells: every choice on every text.
-        state: holds what was measured, to be cleared once the result is safe.
-    """
-
-    n: int
-    method: str
-    choices: Mapping[str, list[int]]
-    agreement: list[Agreement]
-    ways: Mapping[str, list[Agreement]]
-    cells: list[Crossed]
-    state: StateFile | None = None
+    n: int  # layers that each choice removes
+    method: str  # that chose them
+    choices: Mapping[str, list[int]]  # layers by text, and by all texts together (`MIX`)
+    agreement: list[Agreement]  # of all pairs; of a text with itself: of its windows' two halves
+    ways: Mapping[str, list[Agreement]]  # of each text with itself cut another way, by its name
+    cells: list[Crossed]  # every choice on every text
+    state: StateFile | None = None  # what was measured, to be cleared once the result is safe
 
     def to_dict(self) -> dict[str, object]:
         """All but the state, ready for JSON, which has no number for an error of one window."""
@@ -274,22 +223,19 @@ def calibrate(
 ) -> Calibrated:
     """Ranks on each text, and judges each text's choice of layers on all texts.
 
-    One choice more is made by all texts together, each of the same weight, and refitted on windows
-    of all, as many as one text has.
+    All texts together, each of the same weight, make one choice more; its refit reads windows of
+    all, as many as one text has.
 
     Args:
         short: the original model; it is left as it was.
         texts: at least two, of different kinds, by their names.
-        n: layers to remove.
         method: bi, relative_magnitude or angular.
-        healings: raw, refit or both.
         ways: windows to rank on that were cut another way, by its name and the text's.
         state: file that the run is saved in, to be continued, until ``result.state.clear()``.
-        progress: whether to show bars.
 
     Raises:
-        ShortGPTError: a setting or text is refused, windows to rank on share text with those to
-            judge by, or the state is of another run.
+        ShortGPTError: a setting is refused, texts to rank on and to judge by overlap, or the state
+            is of another run.
 
     Example:
         >>> texts = {"novels": Apart(a, b), "code": Apart(c, d)}  # doctest: +SKIP
@@ -301,14 +247,13 @@ def calibrate(
     saved = None if state is None else StateFile(state, joined(short.identity(), {"texts": read}))
     run = _Run(short, texts, Cells(saved), progress)
     scores = run.scores({name: parts.ranking for name, parts in texts.items()}, n, method)
-    other_ways = {way: run.scores(own, n, method, way) for way, own in (ways or {}).items()}
     choices = {name: own.chosen for name, own in scores.items()} | {MIX: mixed(scores)}
     halves = {a: (own.half(0), own.half(1)) for a, own in scores.items() if len(own.weights) > 1}
     pairs = [agreement((a, a), *own) for a, own in halves.items()]
     pairs += [agreement((a, b), scores[a], scores[b]) for a, b in combinations(scores, 2)]
     by_way = {
-        way: [agreement((a, a), scores[a], b) for a, b in own.items()]
-        for way, own in other_ways.items()
+        way: [agreement((a, a), scores[a], b) for a, b in run.scores(own, n, method, way).items()]
+        for way, own in (ways or {}).items()
     }
     cells = [cell for healing in healings for cell in run.crossed(choices, healing)]
     return Calibrated(n, method, choices, pairs, by_way, cells, saved)
@@ -352,10 +297,8 @@ class _Run(NamedTuple):
         scores = {}
         for name, own in windows.items():
 
-            def measure(own: Windows = own) -> JsonObject:
-                return score_windows(
-                    self.short, own, n, method=method, progress=self.progress
-                )._asdict()
+            def measure(own: Windows = own, show: bool = self.progress) -> JsonObject:
+                return score_windows(self.short, own, n, method=method, progress=show)._asdict()
 
             cell = f"{prefix} {name}" + (f" {way} {windows_digest(own)}" if way else "")
             scores[name] = WindowScores(**{**self.cells.value(cell, measure), "n": n})
@@ -406,17 +349,9 @@ def calibrate_checkpoint(
     opening: OpenOptions | None = None,
     saving: Saving | None = None,
 ) -> Calibrated:
-    """What `calibrate` does, for a checkpoint and texts by their names.
+    """What `calibrate` does, for a checkpoint and texts by their names with commas between.
 
     A text of several documents is ranked on one half of them and judged by the other.
-
-    Args:
-        model: Meta checkpoint directory, Hugging Face directory or hub id, or GGUF file.
-        data: texts of different kinds, by their names with commas between.
-        ranked: what each text chooses.
-        readings: how texts are cut.
-        opening: how the model is opened.
-        saving: where the run is saved, to be continued.
     """
     readings, state = readings or Readings(), (saving or Saving()).state
     if several_ranks():
@@ -439,11 +374,7 @@ def calibrate_checkpoint(
 def windows_apart(
     short: ShortModel, documents: Mapping[str, Sequence[str]], readings: Readings
 ) -> tuple[dict[str, Apart], dict[str, dict[str, Windows]]]:
-    """Windows of each text to rank on and to judge by, and those that are cut other ways.
-
-    Raises:
-        ShortGPTError: a text is too short for windows of both kinds.
-    """
+    """Windows of each text to rank on and to judge by, and those that are cut other ways."""
 
     def windows(texts: Sequence[str], cut: Cut, limit: int) -> Windows:
         return list(replace(cut, max_windows=limit).windows(texts, short.encode, short.bos))

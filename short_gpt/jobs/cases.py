@@ -26,55 +26,31 @@ DEFAULT_METHODS += ("perplexity", "sleb", "reverse", "random")
 
 @dataclass(frozen=True)
 class Row:
-    """One model of the comparison.
+    """One model of the comparison."""
 
-    Attributes:
-        method: that chose the layers.
-        seed: of the random method; None for all others.
-        n: layers removed.
-        healing: raw, patched, refit, lora or distill.
-        layers: removed, original numbers.
-        perplexity: on the evaluation text.
-        nats: mean loss minus that of the original model, paired over the windows.
-        standard_error: of ``nats``; 0 for the original model.
-        gain: mean loss minus that of the raw model; None for a raw one.
-        gain_error: standard error of ``gain``.
-        parameters: of the model without the layers.
-        megabytes: of its weights.
-        tokens_per_second: greedy generation with the cache, one sequence.
-        windows: that the errors are over.
-        texts: of the windows; see `evaluation.Difference`.
-    """
-
-    method: str
-    seed: int | None
-    n: int
-    healing: str
-    layers: list[int]
-    perplexity: float
-    nats: float
-    standard_error: float
-    gain: float | None
-    gain_error: float | None
-    parameters: int
-    megabytes: float
-    tokens_per_second: float
-    windows: int = 0
-    texts: int | None = None
+    method: str  # that chose the layers
+    seed: int | None  # of the random method; None for all others
+    n: int  # layers removed
+    healing: str  # raw, patched, refit, lora or distill
+    layers: list[int]  # removed, original numbers
+    perplexity: float  # on the evaluation text
+    nats: float  # mean loss minus that of the original model, paired over the windows
+    standard_error: float  # of nats; 0 for the original model
+    gain: float | None  # mean loss minus that of the raw model; None for a raw one
+    gain_error: float | None  # standard error of gain
+    parameters: int  # of the model without the layers
+    megabytes: float  # of its weights
+    tokens_per_second: float  # greedy generation with the cache, one sequence
+    windows: int = 0  # that the errors are over
+    texts: int | None = None  # of the windows; see `evaluation.Difference`
 
 
 class Agreement(TypedDict):
-    """How far cheap rankings agree with the greedy search, on the same windows.
+    """How far cheap rankings agree with the greedy search, on the same windows."""
 
-    Attributes:
-        n: layers that each method removes.
-        overlap: for each pair of methods, as in "bi, sleb", the share of the n layers in common.
-        rank_correlation_of_bi_with_loss: Spearman's, of Block Influence with the loss without each
-            layer alone, over the layers that the search tries first, in [-1, 1].
-    """
-
-    n: int
-    overlap: dict[str, float]
+    n: int  # layers that each method removes
+    overlap: dict[str, float]  # share of the n layers in common, by pair, as in "bi, sleb"
+    # Spearman's, with the loss without each layer that the search tries first, in [-1, 1]
     rank_correlation_of_bi_with_loss: float
 
 
@@ -108,16 +84,12 @@ class Cases:
         lora_only: what to heal by lora or distill, which take far longer than the others, as in
             bi:8,angular:8; all if not given.
 
-    Raises:
-        ShortGPTError: a name is unknown or named twice, or a number is not whole and at least 1.
-
     Example:
         >>> Cases("bi, sleb", 2).names
         ['bi', 'sleb']
     """
 
     HEADING: ClassVar = CHOOSE
-
     methods: str | Sequence[str] = setting(DEFAULT_METHODS, value="A,B")
     counts: object = setting((2, 4, 8, 12), value="N,N")
     healings: str | Sequence[str] = setting((RAW,), flag="healing", value="A,B")
@@ -162,7 +134,12 @@ class Cases:
 
     def __post_init__(self) -> None:
         for name in self.heals:
-            _check_healing(name)
+            if name in REMOVED_HEALINGS:
+                raise ShortGPTError(
+                    f"the healing {name} was removed: use refit, which restores more"
+                )
+            if name not in HEALINGS:
+                raise ShortGPTError(f"no healing {name!r}; expected some of {', '.join(HEALINGS)}")
         if self.methods is not DEFAULT_METHODS:  # which are known to be right, without an import
             from short_gpt.selection.methods import check_method
 
@@ -176,13 +153,6 @@ class Cases:
             if type(value := getattr(self, name)) is not int or value < 1:
                 raise ShortGPTError(f"{name} = {value!r}: expected whole numbers of at least 1")
         _ = self.pairs  # refuses what it cannot read
-
-
-def _check_healing(name: str) -> None:
-    if name in REMOVED_HEALINGS:
-        raise ShortGPTError(f"the healing {name} was removed: use refit, which restores more")
-    if name not in HEALINGS:
-        raise ShortGPTError(f"no healing {name!r}; expected some of {', '.join(HEALINGS)}")
 
 
 @dataclass(frozen=True)
@@ -199,7 +169,6 @@ class Shares:
     """
 
     HEADING: ClassVar = READ
-
     eval_data: str | None = setting(None, value="TEXTS")
     size: int = 1024
     max_windows: int = 24
@@ -302,7 +271,6 @@ class Readings:
     """
 
     HEADING: ClassVar = READ
-
     sizes: object = setting((1024,), value="N,N")
     bos: str | None = None
     max_windows: int = 12
@@ -340,7 +308,6 @@ class Ranked:
     """
 
     HEADING: ClassVar = CHOOSE
-
     n: int | None = None
     method: str = "bi"
     healing: str = setting("raw,refit", value="A,B")

@@ -45,12 +45,9 @@ T = TypeVar("T")
 
 
 class Cells:
-    """Values by name, saved as soon as they are measured.
+    """Values by name, saved in a state file, if there is one, as soon as they are measured.
 
     A cell is a set of layers removed, healed one way and judged on one text; or scores, a search.
-
-    Args:
-        state: the file to continue from and to save in; None keeps values in memory.
     """
 
     def __init__(self, state: StateFile | None = None) -> None:
@@ -61,7 +58,7 @@ class Cells:
         return name in self._values
 
     def value(self, name: str, measure: Callable[[], T]) -> T:
-        """The cell's value, ready for JSON; ``measure`` is called if there is none yet."""
+        """The cell's value, ready for JSON, measured if there is none yet."""
         if name not in self._values:
             self._values[name] = measure()
             if self._state is not None:
@@ -81,7 +78,7 @@ class Cells:
         ]
 
     def inner(self, name: str) -> StateFile | None:
-        """A state file for a long measurement inside this experiment; None where none is kept."""
+        """A state file for a long measurement inside this one; None where none is kept."""
         return None if self._state is None else self._state.part(name)
 
 
@@ -99,14 +96,7 @@ def pruned_losses(
     settings: RefitSettings | None = None,
     progress: bool = False,
 ) -> list[Perplexity]:
-    """Losses of windows without some layers; the model is afterwards as it was.
-
-    Args:
-        short: the original model.
-        layers: to leave out, original numbers.
-        evaluation: windows of token ids.
-        fit_on: windows of a refit with these settings; None heals nothing.
-    """
+    """Losses of windows without some layers; ``fit_on``, if given, has the windows of a refit."""
     fitted = None
     if fit_on is not None:
         fitted = refit.fit(short, layers, fit_on, settings=settings, progress=progress)
@@ -128,10 +118,7 @@ def size_without(short: ShortModel, layers: Sequence[int]) -> tuple[int, int]:
 def tokens_per_second(
     short: ShortModel, window: Sequence[int], *, prompt: int = 64, count: int = 32
 ) -> float:
-    """Greedy generation with the cache, one sequence; the median of three runs after a warm-up.
-
-    The prompt is the beginning of a window; it and what is generated fill the context at most.
-    """
+    """Greedy generation with the cache after the window's beginning; the median of three runs."""
     half_context = short.decoder.max_seq_len // 2
     ids, count = list(window[: min(prompt, half_context)]), min(count, half_context)
     seconds = []
@@ -144,23 +131,15 @@ def tokens_per_second(
 
 @dataclass(frozen=True)
 class Compared:
-    """What `compare` gives.
+    """What `compare` gives."""
 
-    Attributes:
-        rows: the original model first, then a row for every case.
-        agreement: of Block Influence, angle and greedy search, for every number of layers; empty
-            without the greedy search.
-        tasks: metrics of the models without healing, by the layers removed, and their changes from
-            the original model with errors, as "piqa acc change" and "piqa acc change_stderr".
-        state: holds what was measured, to be cleared once the result is safe.
-        bos: which windows began with it: first of each text, or every.
-    """
-
-    rows: list[Row]
-    agreement: list[Agreement]
+    rows: list[Row]  # the original model first, then a row for every case
+    agreement: list[Agreement]  # of bi, angular and sleb, by number of layers, with sleb
+    # metrics without healing, by the layers removed, and their changes from the original model with
+    # errors, as "piqa acc change" and "piqa acc change_stderr"
     tasks: dict[str, dict[str, float]]
-    state: StateFile | None = None
-    bos: str = "first"
+    state: StateFile | None = None  # holds what was measured, to be cleared once the result is safe
+    bos: str = "first"  # which windows began with it: first of each text, or every
 
     def to_dict(self) -> dict[str, object]:
         """All but the state, ready for JSON."""
@@ -171,8 +150,8 @@ class Compared:
 class Healing(Protocol):
     """A healing that `compare` calls for each set of layers, such as `LoraHealing`.
 
-    A call gives the losses of the evaluation windows of the model without these layers, healed. In
-    ``work_dir`` it may keep what an interruption must not lose, and continue from.
+    A call gives the losses of the evaluation windows without these layers, healed. ``work_dir`` may
+    keep what it continues from after an interruption.
     """
 
     def __call__(self, layers: list[int], work_dir: Path | None = None) -> list[Perplexity]: ...
@@ -203,15 +182,14 @@ def compare(
         calibration: windows of token ids that choose layers and that refits are fitted on.
         evaluation: windows of other text.
         cases: what is compared.
-        lora: heals by lora, such as `LoraHealing`; needed where a case is healed so.
-        distill: heals by distill, such as `DistillHealing`.
+        lora: such as `LoraHealing`; needed where a case is healed by lora.
+        distill: such as `DistillHealing`.
         tasks: also run on the models without healing.
-        progress: whether to show bars.
         state: file that the run is saved in, to be continued, until ``result.state.clear()``.
 
     Raises:
-        ShortGPTError: a method, healing or task is unknown, a number out of range, calibration and
-            evaluation share text, or the state is of another run.
+        ShortGPTError: a setting is refused, calibration and evaluation share text, or the state is
+            of another run.
 
     Example:
         >>> cases = Cases(["bi", "angular"], [4, 8], healings=["raw", "refit"])
@@ -261,24 +239,12 @@ def _with_folder(name: str, healing: Healing, state: StateFile | None) -> Heal:
     """The healing, with a folder next to the state for each set of layers."""
     if state is None:
         return healing
-
-    def heal(layers: list[int]) -> list[Perplexity]:
-        numbers = "-".join(map(str, sorted(layers)))
-        return healing(layers, state.path.with_name(f"{state.path.name}.{name}-{numbers}"))
-
-    return heal
+    path = state.path.with_name(f"{state.path.name}.{name}")
+    return lambda layers: healing(layers, Path(f"{path}-{'-'.join(map(str, sorted(layers)))}"))
 
 
 class Comparison:
-    """What `compare` does, step by step, with its arguments.
-
-    Args:
-        few: how many of the calibration windows the searches by loss read.
-        state: saves what was measured and continues from it.
-
-    Raises:
-        ShortGPTError: calibration and evaluation share text.
-    """
+    """What `compare` does, step by step; searches by loss read ``few`` calibration windows."""
 
     def __init__(
         self,
@@ -312,12 +278,8 @@ class Comparison:
             methods: names of `methods.METHODS`; ``random`` is drawn ``seeds`` times.
             counts: numbers of layers to remove.
             healings: of `cases.HEALINGS`; a set that cannot be healed so has no such row.
-            seeds: how many random sets for every number.
             trained: the healings lora and distill, which give losses of the evaluation windows.
             lora_only: the methods and numbers to heal so; None means all.
-
-        Raises:
-            ShortGPTError: a method is unknown, a number out of range, or nothing heals by lora.
         """
         for method in methods:
             check_method(method)
@@ -379,9 +341,8 @@ class Comparison:
         part = None if name in self._cells else self._cells.inner(name.replace(" ", "-"))
 
         def measure() -> JsonObject:
-            result = self.short.search(
-                self._few, n, method=method, state=part, progress=self._progress
-            )
+            show = self._progress
+            result = self.short.search(self._few, n, method=method, state=part, progress=show)
             return {"removed": result.removed, "losses": result.losses}
 
         content = self._cells.value(name, measure)
@@ -392,10 +353,7 @@ class Comparison:
         return Search(content["removed"], trials)
 
     def agreement(self, n: int, most: int) -> Agreement:
-        """How far Block Influence, angle and greedy search agree on the windows of the searches.
-
-        Each removes n layers; the search goes on to ``most``, the largest number compared.
-        """
+        """How far bi, angular and sleb, which searches to ``most`` layers, agree on n layers."""
         few = self._scored("importance of few", self._few)
         sets = {method: {*choose(few, n, method=method)} for method in ("bi", "angular")}
         sets["sleb"] = {*self.layers("sleb", n, most=most)}
@@ -408,15 +366,9 @@ class Comparison:
     def tasks(
         self, rows: Sequence[Row], run: Callable[[], TaskRun], suite: str = ""
     ) -> dict[str, dict[str, float]]:
-        """What a task suite gives for the models without healing.
+        """What ``run`` gives for the models without healing, by the layers, as in ``"[3, 4]"``.
 
-        Args:
-            rows: from `rows`.
-            run: scores the model as it is at the call.
-            suite: tells the suite from others, whose results a state holds too.
-
-        Returns:
-            Results by the layers removed, as in ``"[3, 4]"``, and their paired changes.
+        ``suite`` tells the tasks from others, whose results a state holds too.
         """
 
         def documents(layers: list[int]) -> TaskRun:
@@ -438,23 +390,11 @@ class Comparison:
         healed = self._losses(healing, layers, heal)
         change, gain = difference(dense, healed), difference(raw, healed)
         parameters, size = size_without(self.short, layers)
-        return Row(
-            method=method,
-            seed=seed,
-            n=n,
-            healing=healing,
-            layers=layers,
-            perplexity=together(healed).value,
-            nats=change.nats,
-            standard_error=change.standard_error if n else 0.0,
-            gain=None if healing == RAW else gain.nats,
-            gain_error=None if healing == RAW else gain.standard_error,
-            parameters=parameters,
-            megabytes=size / 1e6,
-            tokens_per_second=self._speed(n, layers),
-            windows=change.windows,
-            texts=change.texts,
-        )
+        what = (method, seed, n, healing, layers, together(healed).value)
+        costs = (change.nats, change.standard_error if n else 0.0)
+        gains = (None, None) if healing == RAW else (gain.nats, gain.standard_error)
+        look = (parameters, size / 1e6, self._speed(n, layers))
+        return Row(*what, *costs, *gains, *look, change.windows, change.texts)
 
     def _losses(self, healing: str, layers: list[int], heal: Heal) -> list[Perplexity]:
         """Losses of the evaluation windows, measured once for every set of layers."""

@@ -49,15 +49,8 @@ def compare_checkpoint(
         model: Meta checkpoint directory, Hugging Face directory or hub id, or GGUF file; None
             compares on the demo's small model and book.
         data: texts to choose layers and to heal by.
-        cases: what is compared.
-        shares: windows that are read for what.
         lora: settings of the healings that train.
         tasks: also run on the models without healing.
-        opening: how the model is opened.
-        saving: where the run is saved, to be continued.
-
-    Raises:
-        OSError, ShortGPTError: the model, the texts or a setting.
 
     Example:
         >>> compare_checkpoint("llama-2-7b", cases=Cases("bi", 9)).rows[1].n  # doctest: +SKIP
@@ -107,26 +100,20 @@ def compare_checkpoint(
 class LoraHealing:
     """Heals a model without some layers by LoRA, from its files, and evaluates it.
 
-    The model is opened anew for each set of layers, through transformers, and has all layers in
-    memory until they are removed. Windows that share text with those to evaluate on, or with those
-    to validate on, are not trained on.
+    transformers opens the model anew for each set of layers, with all layers in memory until they
+    are removed. No window is trained on that shares text with those to evaluate or validate on.
 
     Args:
         source: checkpoint directory in either format, a hub id, or a GGUF file.
-        texts: to learn from.
+        texts: to learn from, at least two windows.
         encode: from a text to its token ids, such as ``short.encode``.
         evaluation: windows of token ids.
         settings: of the training.
         options: how the model is opened.
         seed: of the order of the windows.
         bos: which windows begin with it, such as ``short.bos``.
-        progress: whether to show bars.
         teacher: the original model, whose predictions are learned; None learns the text.
         fitted_on: windows of a refit before the training, for distillation; None refits nothing.
-
-    Raises:
-        ShortGPTError: the texts give fewer than two windows.
-        MissingPackageError: peft is missing.
 
     Example:
         >>> lora = LoraHealing(path, texts, short.encode, held_out)  # doctest: +SKIP
@@ -163,10 +150,8 @@ class LoraHealing:
         check_disjoint(self.fitted_on or [], self.evaluation)
 
     def identity(self) -> dict[str, object]:
-        """What the results depend on, beside the model and the evaluation windows.
-
-        Texts are identified by their token ids, so that another tokenizer is another identity too.
-        """
+        """What the results depend on, except the model and the evaluation windows."""
+        # of the token ids, because another tokenizer is another identity too
         read = json_digest([list(self.encode(text)) for text in self.texts])
         own = joined(asdict(self.settings), {"seed": self.seed, "texts": read})
         if self.teacher is None and self.fitted_on is None:
@@ -177,13 +162,8 @@ class LoraHealing:
     def __call__(self, layers: list[int], work_dir: Path | None = None) -> list[Perplexity]:
         """Losses of the evaluation windows of the model without these layers, healed.
 
-        Args:
-            layers: original numbers.
-            work_dir: keeps checkpoints of the training, which continues from them, and a folder of
-                its name and ".refit" what a refit continues from; both go once the result is there.
-
-        Raises:
-            ShortGPTError, NotFiniteError: as those of `heal_lora` and `heal_refit`.
+        ``work_dir`` keeps what an interrupted training continues from, and a folder of its name and
+        ".refit" what a refit does; both are deleted once the result is there.
         """
         show = self.progress
         with _checkpoints(work_dir) as resume:
@@ -208,10 +188,7 @@ class LoraHealing:
             return losses(short.decoder, self.evaluation, progress=False)
 
     def _learning(self, size: int) -> tuple[list[list[int]], list[list[int]]]:
-        """Windows to train on and windows to validate on, the last tenth but at most 8.
-
-        The latter are of text that no refit read, if there is such.
-        """
+        """Windows to train and to validate on: the last tenth, if possible not refitted on."""
         every, _ = without_overlap(self._cut(size, None), self.evaluation)
         count = max(1, min(len(every) // 10, MOST_VALIDATION))
         free, _ = without_overlap(every, self.fitted_on or [])
@@ -224,11 +201,7 @@ class LoraHealing:
 
 
 class DistillHealing(LoraHealing):
-    """A refit, and then LoRA on what the original model predicts; it is asked in every step.
-
-    Raises:
-        ShortGPTError: there is no ``teacher``, or it takes shorter windows than are learned from;
-            ``fitted_on`` shares text with the windows to evaluate on.
+    """A refit, and then LoRA on what the original model, ``teacher``, predicts in every step.
 
     Example:
         >>> given = {"teacher": short, "fitted_on": calibration}  # doctest: +SKIP

@@ -55,13 +55,11 @@ def convert(
         tokenizer_path: tokenizer of a Meta checkpoint; None looks beside it.
         trust_remote_code: whether a Hugging Face model's Python files are run for the proof.
         verify: whether to load source and result, one after the other, and compare logits and
-            greedy generation with and without the cache. None does unless both are Meta's.
-        overwrite: whether an earlier conversion is replaced.
+            greedy generation with and without the cache; None does unless both are Meta's.
         notify: called with what was proved, in a sentence.
 
     Raises:
         FileNotFoundError, FileExistsError: there is no such source, or ``out`` exists.
-        ShortGPTError: the source is damaged, or no plain Llama.
         RuntimeError: the result is not the source. It is deleted, and an earlier one stays.
 
     Example:
@@ -172,20 +170,11 @@ def prove(
     drop: Sequence[int] = (),
     dtype: str | None = None,
 ) -> str | None:
-    """Compares a finished directory with its source, before it takes its place.
+    """Compares a new directory, which will be called ``out``, with its source without ``drop``.
 
-    Args:
-        directory: what was written.
-        source: the model that was read.
-        out: the name that the directory will have.
-        opening: of both models.
-        verify: None compares where Hugging Face's format or GGUF is read or written, and the
-            packages that read it are there.
-        drop: the layers that the directory lacks.
-        dtype: that the source's weights were rounded to; None if they were not.
-
-    Returns:
-        What was proved, or why nothing was; None if no proof was asked for.
+    Without a ``verify``, where Hugging Face's format or GGUF is read or written, and the packages
+    for it are there. ``dtype`` is what the source's weights were rounded to, if they were. Returns
+    what was proved, or why nothing was; None if no proof was asked for.
     """
     written = find_source(directory)
     # a GGUF file was read again by its writer, tensor by tensor
@@ -195,15 +184,9 @@ def prove(
     if several_ranks():
         return TWICE
     try:
-        return same_model(
-            source,
-            written,
-            list(drop),
-            tokenizer_path=opening.tokenizer_path,
-            trust_remote_code=opening.trust_remote_code,
-            name=out,
-            dtype=dtype,
-        )
+        path, trust = opening.tokenizer_path, opening.trust_remote_code
+        how: dict[str, Any] = {"tokenizer_path": path, "trust_remote_code": trust}
+        return same_model(source, written, list(drop), name=out, dtype=dtype, **how)
     except MissingPackageError as error:
         if verify:
             raise

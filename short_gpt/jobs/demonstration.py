@@ -27,19 +27,12 @@ Draw = Callable[[Importance, Path], Sequence[Path]]
 
 
 class Look(NamedTuple):
-    """What a model is worth.
+    """What a model is worth."""
 
-    Attributes:
-        perplexity: of held-out chapters.
-        completion: the likeliest continuation of a prompt, with the prompt.
-        megabytes: of its weights in memory.
-        tokens_per_second: greedy generation with the cache, one sequence.
-    """
-
-    perplexity: Perplexity
-    completion: str
-    megabytes: float
-    tokens_per_second: float
+    perplexity: Perplexity  # of held-out chapters
+    completion: str  # the likeliest continuation of a prompt, with the prompt
+    megabytes: float  # of its weights in memory
+    tokens_per_second: float  # greedy generation with the cache, one sequence
 
     def to_dict(self) -> dict[str, object]:
         """All of it, ready for JSON."""
@@ -48,19 +41,12 @@ class Look(NamedTuple):
 
 
 class Demo(NamedTuple):
-    """What the demo gives.
-
-    Attributes:
-        importance: the scores.
-        layers: lists of the layers to remove, by Block Influence and by angle.
-        looks: at the original, the pruned and the refitted model, by their names.
-        written: files in the new folder.
-    """
+    """What the demo gives."""
 
     importance: Importance
-    layers: dict[str, list[int]]
-    looks: dict[str, Look]
-    written: list[Path]
+    layers: dict[str, list[int]]  # to remove, by Block Influence and by angle
+    looks: dict[str, Look]  # at the original, the pruned and the refitted model
+    written: list[Path]  # files in the new folder
 
 
 def run_demo(
@@ -73,24 +59,18 @@ def run_demo(
     record: Mapping[str, object] | None = None,
     notify: Notify = ignore,
 ) -> Demo:
-    """Ranks layers of SmolLM2-135M-Instruct, removes the lowest, refits, evaluates and saves.
-
-    It reads the King James Bible.
+    """Ranks layers of SmolLM2-135M-Instruct on the Bible, removes the lowest, refits and saves.
 
     Args:
         out: new folder for layers.json, the pictures and the pruned checkpoint.
         n: how many layers to remove.
         run: windows, seed and device.
-        overwrite: whether an earlier demo is replaced.
         draw: writes pictures of the scores into the folder and names them; None leaves them out.
         record: what else is kept in layers.json.
         notify: called with what is about to run, once all is checked.
 
     Raises:
-        FileExistsError: ``out`` exists.
-        ShortGPTError: a number is out of range.
         ConnectionError, MissingPackageError: the model or the book cannot be fetched.
-        RuntimeError: the saved checkpoint is not the model in memory.
 
     Example:
         >>> run_demo("demo").layers["block_influence"]  # doctest: +SKIP
@@ -127,23 +107,15 @@ def run_demo(
 
 def _look(short: ShortModel, held_out: Sequence[Sequence[int]]) -> Look:
     text = PROMPT + short.generate([PROMPT], max_gen_len=24, temperature=0)[0]
-    return Look(
-        short.perplexity(held_out),
-        " ".join(text.split()),
-        size_without(short, ())[1] / 1e6,
-        tokens_per_second(short, held_out[0]),
-    )
+    value, size = short.perplexity(held_out), size_without(short, ())[1] / 1e6
+    return Look(value, " ".join(text.split()), size, tokens_per_second(short, held_out[0]))
 
 
 def _check_saved(short: ShortModel, directory: Path, name: str) -> None:
     """Loads a pruned checkpoint; raises RuntimeError unless it is the model in memory."""
     weight = next(short.decoder.layers.parameters())
-    again = open_model(
-        str(directory),
-        max_seq_len=1024,
-        device=str(weight.device),
-        dtype=str(weight.dtype).removeprefix("torch."),
-    )
+    device, dtype = str(weight.device), str(weight.dtype).removeprefix("torch.")
+    again = open_model(str(directory), max_seq_len=1024, device=device, dtype=dtype)
     ids = short.encode("In the beginning")
     names = ("the model in memory", f"{name}, loaded again,")
     check_same(fingerprint(short, ids=ids), fingerprint(again, ids=ids), names=names)

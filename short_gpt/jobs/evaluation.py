@@ -35,21 +35,10 @@ def evaluate(
 ) -> dict[str, dict[str, float]]:
     """Perplexity and tasks of several checkpoints, one loaded at a time.
 
-    Args:
-        models: checkpoints of any format, each of another name.
-        reading: the text whose perplexity is taken.
-        tasks: of the lm-evaluation-harness.
-        opening: of every model.
-
     Returns:
-        By model: its number of layers, perplexity, and metrics of the tasks, by their names. Of
-        every model but the first also how much the loss of a token and each metric changed, with
-        the standard error paired over the same windows and documents: as in "piqa acc change" and
-        "piqa acc change_stderr".
-
-    Raises:
-        ShortGPTError: nothing to evaluate, or a wrong setting.
-        MissingPackageError: tasks need lm-eval.
+        By model: its number of layers, perplexity, and metrics of the tasks. Of every model except
+        the first also how much the loss of a token and each metric changed, with the standard error
+        paired over windows and documents, as in "piqa acc change" and "piqa acc change_stderr".
 
     Example:
         >>> evaluate(["llama-2-7b", "llama-2-5b"])["llama-2-5b"]["layers"]  # doctest: +SKIP
@@ -118,16 +107,8 @@ def perplexity_of(
 ) -> Perplexity:
     """The perplexity of a checkpoint on a text, in windows that do not overlap.
 
-    Args:
-        model: Meta checkpoint directory, Hugging Face directory or hub id, or GGUF file.
-        data: texts; each window is read on its own, its first token is not predicted.
-        cut: how windows are cut.
-        opening: how the model is opened.
-        running: how windows go through it.
-        notify: called with what a streamed run will take in memory, before it starts.
-
-    Raises:
-        OSError, ShortGPTError: the model, the texts or a setting.
+    Each window is read on its own, its first token is not predicted. ``notify`` is called with what
+    a streamed run will take in memory, before it starts.
 
     Example:
         >>> perplexity_of("llama-2-7b", "novels/").value  # doctest: +SKIP

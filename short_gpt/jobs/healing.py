@@ -24,25 +24,11 @@ from short_gpt.healing import (
 )
 from short_gpt.healing.job import STEPS
 from short_gpt.healing.solver import RIDGES
-from short_gpt.jobs.inputs import (
-    SIZE,
-    Notify,
-    Running,
-    TextSource,
-    check_model,
-    ignore,
-    source_of,
-)
+from short_gpt.jobs.inputs import SIZE, Notify, Running, TextSource, check_model, ignore, source_of
 from short_gpt.jobs.renamed import takes_old
 from short_gpt.jobs.saving import interruptible
 from short_gpt.jobs.scores import Chosen, chosen
-from short_gpt.jobs.settings import (
-    Choice,
-    HealingWindows,
-    Settings,
-    kinds_of_methods,
-    methods_of,
-)
+from short_gpt.jobs.settings import Choice, HealingWindows, Settings, kinds_of_methods, methods_of
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.state import hold
 from short_gpt.wrappers.opening import check_tokenizer, of_source, open_model, open_trainable
@@ -55,44 +41,30 @@ CLOSED, TRAINING = kinds_of_methods()
 
 @dataclass(frozen=True)
 class Healing:
-    """What `heal` did.
+    """What `heal` did."""
 
-    Attributes:
-        out: the new directory or file.
-        evidence: what healed the model, and what that brought.
-        left_out: what was not learned from because it is evaluated on, in words; None if all was.
-        unchecked: what could not be checked of the scores, in words; None if nothing.
-        texts: names of the texts learned from and evaluated on, tokens in a window, and which
-            windows began with bos.
-        remark: what a GGUF file holds otherwise than its source; None if nothing.
-        written: of a GGUF file, read again, what it gives on the windows of the evidence; None
-            of a directory, and of several files, which transformers does not read.
-        quantization: how far that is from the healed model before its changed tensors went back
-            to their own types.
-    """
-
-    out: Path
-    evidence: HealingEvidence
-    left_out: str | None = None
-    unchecked: str | None = None
+    out: Path  # the new directory or file
+    evidence: HealingEvidence  # what healed the model, and what that brought
+    left_out: str | None = None  # in words, what was not learned from as it is evaluated on
+    unchecked: str | None = None  # what could not be checked of the scores, in words, if anything
+    # names of the texts, tokens in a window, and which windows began with bos
     texts: Mapping[str, object] = field(default_factory=dict)
-    remark: str | None = None
-    written: Perplexity | None = None
-    quantization: Difference | None = None
+    remark: str | None = None  # what a GGUF file holds otherwise than its source, if anything
+    written: Perplexity | None = None  # of one GGUF file, read again, on the same windows
+    quantization: Difference | None = None  # of that, from the model before it was rounded
 
     @property
     def perplexity(self) -> dict[str, Perplexity]:
-        """Of every state of the model, and of what was written where that was read again."""
+        """Of every state of the model, and of what was written if that was read again."""
         states = dict(self.evidence.perplexity)
         return states if self.written is None else {**states, "as written": self.written}
 
     def to_dict(self) -> dict[str, object]:
         """The evidence, ready for JSON."""
         values = {name: perplexity.value for name, perplexity in self.perplexity.items()}
-        content = {**self.evidence.to_dict(), "perplexity": values, **self.texts}
-        if self.quantization is not None:
-            content["quantization"] = asdict(self.quantization)
-        return content
+        change = self.quantization
+        rounded = {} if change is None else {"quantization": asdict(change)}
+        return {**self.evidence.to_dict(), "perplexity": values, **self.texts, **rounded}
 
 
 @takes_old(learned="windows", distilling="settings")
@@ -122,16 +94,9 @@ def heal(
         method: refit, patch, lora or distill, or several by commas, which follow each other.
         choice: which layers to remove; lora may do without, and distill with a teacher.
         data: texts to learn from.
-        windows: which windows are learned from and evaluated on.
-        settings: of the methods.
-        opening: how models are opened.
-        streaming: whether one layer at a time is in memory.
-        overwrite: whether an earlier pruned checkpoint is replaced.
         notify: called with what a refit will take, and with every perplexity.
 
     Raises:
-        FileExistsError: ``out`` exists.
-        ShortGPTError: a setting, the choice, or texts that are learned from and evaluated on.
         NotSavedError: the healed model could not be written; the same call continues.
 
     Example:
@@ -175,7 +140,10 @@ def _heal(
         folder = Path(f"{out}.{'training' if trains else 'refit'}")
     # before the model is opened; where nothing is there yet, nobody works either
     lock = hold(folder) if folder is not None and folder.parent.is_dir() else None
-    short = _opened(model, removal, windows.size or SIZE, opening, streaming, trains=trains)
+    own, context = of_source(opening, model, stream=streaming.stream), windows.size or SIZE
+    short = open_trainable(model, own) if trains else streaming.open(model, own, context)
+    if removal.importance is not None:  # its record tells what it rests on, as that of prune does
+        short.importance = removal.importance
     recipe = settings.recipe(short, windows.seed) if trains else None
     size, bos = windows.size or (recipe.size if recipe else SIZE), windows.bos or short.bos
     place = (texts.split, texts.column, texts.max_texts, windows.seed)
@@ -198,14 +166,9 @@ def _heal(
     }
     steps = [known.get(name) or STEPS[name]() for name in methods]
     begun = folder is not None and folder.is_dir() and any(folder.iterdir())
+    resume, layers = settings.resume or begun, removal.layers
     job = HealingJob(
-        short,
-        parts,
-        removal.layers,
-        settings=steps,
-        work_dir=folder,
-        resume=settings.resume or begun,
-        notify=notify,
+        short, parts, layers, settings=steps, work_dir=folder, resume=resume, notify=notify
     )
     if plan := job.plan_text():
         notify(plan)
@@ -270,35 +233,8 @@ def _removal(
     return Chosen([], Provenance())
 
 
-def _opened(
-    model: str,
-    removal: Chosen,
-    size: int,
-    opening: OpenOptions,
-    streaming: Running,
-    *,
-    trains: bool,
-) -> ScoredModel:
-    """The model, with the scores its layers were chosen by; for training one of Hugging Face's."""
-    opening = of_source(opening, model, stream=streaming.stream)
-    short = open_trainable(model, opening) if trains else streaming.open(model, opening, size)
-    if removal.importance is not None:  # its record tells what it rests on, as that of prune does
-        short.importance = removal.importance
-    return short
-
-
 def reread(done: Healing, parts: Learning, opening: OpenOptions, size: int) -> Healing:
-    """The same with what a written GGUF file gives on the windows that the model was judged by.
-
-    Changed tensors were rounded to their own types after all that was measured before. Where a
-    directory was written, or several files, nothing is read again.
-
-    Args:
-        done: what was done.
-        parts: the windows.
-        opening: of the file as a model.
-        size: tokens of a window.
-    """
+    """The same with what one GGUF file, whose changed tensors were rounded, gives when reread."""
     if not is_gguf(done.out) or len(out_paths(done.out)) > 1:
         return done
     own = of_source(opening, str(done.out))

@@ -1,7 +1,7 @@
-"""What a user sets of a job, each setting once: what it reads and how it runs.
+"""What a user sets of a job: what it reads and how it runs.
 
-Plain data, checked when it is used. A field is an argument in Python and a flag in the shell; what
-is imported inside functions needs torch, which the help does without.
+A field is an argument in Python and a flag in the shell. Functions import what needs torch, because
+the help does without.
 """
 
 from __future__ import annotations
@@ -31,12 +31,7 @@ def ignore(_: str) -> None:
 
 
 def listed(names: str) -> list[str]:
-    """Names with commas between, with or without spaces.
-
-    Example:
-        >>> listed("piqa, arc_easy")
-        ['piqa', 'arc_easy']
-    """
+    """Names with commas between, with or without spaces."""
     return [name.strip() for name in names.split(",")]
 
 
@@ -121,7 +116,6 @@ class TextSource:
     """
 
     HEADING: ClassVar = READ
-
     data: str = setting("pg19", value="TEXTS")
     split: str = setting("validation", needs=SPLITS)
     column: str = setting("text", needs=COLUMNS)
@@ -163,7 +157,6 @@ class Cut:
     """
 
     HEADING: ClassVar = READ
-
     size: int = SIZE
     max_windows: int | None = None
     seed: int | None = setting(0, more={"rank": "It is also that of the random method."})
@@ -190,15 +183,9 @@ class Cut:
         """Windows of token ids, as `short_gpt.windows`; ``bos`` holds where none is set."""
         from short_gpt.data.windows import windows
 
-        return windows(
-            texts,
-            encode,
-            size=self.size,
-            stride=self.step,
-            seed=self.seed,
-            limit=self.max_windows,
-            bos=self.bos or bos,
-        )
+        size, step, seed, bos = self.size, self.step, self.seed, self.bos or bos
+        limit = self.max_windows
+        return windows(texts, encode, size=size, stride=step, seed=seed, limit=limit, bos=bos)
 
 
 @dataclass(frozen=True)
@@ -216,7 +203,6 @@ class Reading:
     """
 
     HEADING: ClassVar = READ
-
     data: str = setting("wikitext-2", value="TEXTS")
     source: str | None = setting(None, value="TEXTS")
     size: int = setting(2048, needs=TEXT)
@@ -263,7 +249,6 @@ class DemoRun:
     """
 
     HEADING: ClassVar = READ
-
     max_windows: int = 24
     eval_windows: int = 12
     seed: int = 0
@@ -322,10 +307,7 @@ class Running:
         )
 
     def check_bounds(self, methods: Sequence[str] = (), *, searches: bool = False) -> None:
-        """Raises ShortGPTError for a size that is none, or bounds nothing.
-
-        It also bounds the ``methods``, where ``searches`` says that one of them runs.
-        """
+        """Raises ShortGPTError for a size that is none, or bounds nothing: a stream or a search."""
         from short_gpt.runtime.memory import bytes_of
 
         if self.max_memory is not None:

@@ -28,21 +28,13 @@ from short_gpt.wrappers.short_hf import ShortHFModel
 
 @dataclass(frozen=True)
 class Pruned:
-    """What `prune` wrote.
+    """What `prune` wrote."""
 
-    Attributes:
-        out: the new directory or file.
-        chosen: the layers removed, how they were chosen, and what was tried.
-        recipe: the mergekit recipe's file, if one was asked for.
-        proof: what was verified, in a sentence; None if nothing was.
-        remark: what other programs may get wrong of it, or what it still lacks; None if nothing.
-    """
-
-    out: Path
-    chosen: Chosen
-    recipe: Path | None
-    proof: str | None
-    remark: str | None = None
+    out: Path  # the new directory or file
+    chosen: Chosen  # the layers removed, how they were chosen, and what was tried
+    recipe: Path | None  # the mergekit recipe's file, if one was asked for
+    proof: str | None  # what was verified, in a sentence, if anything
+    remark: str | None = None  # what other programs may get wrong, or what it still lacks
 
     @property
     def layers(self) -> list[int]:
@@ -69,26 +61,17 @@ def prune(
     """Writes a checkpoint without some layers, tensor by tensor, in any format.
 
     The model is not loaded for that: memory is bounded by the largest tensor. To verify, source
-    and result are then loaded, one after the other, and compared.
+    and result are then loaded, one after the other, and compared. ``layers``, ``scores``, ``n`` and
+    ``method`` are short for a `Choice`; ``to``, ``verify`` and ``overwrite`` for a `Written`.
 
     Args:
         model: Meta checkpoint directory, Hugging Face directory or hub id (safetensors), or GGUF
             file of any architecture.
         out: new directory, or file if it ends with .gguf; appears whole or not at all.
         choice: which layers, or how far the perplexity may rise.
-        layers: as in `Choice`, in its place, as the next three.
-        scores: as in `Choice`.
-        n: as in `Choice`.
-        method: as in `Choice`.
-        to: as in `Written`, in its place, as the next two.
-        verify: as in `Written`.
-        overwrite: as in `Written`.
         written: format, proof, recipe, and whether an earlier checkpoint is replaced.
-        opening: of the model, where it is loaded.
 
     Raises:
-        FileExistsError: ``out`` exists.
-        ShortGPTError: the choice, the format or the source.
         RuntimeError: the result is not the source without the layers. It is deleted, and an
             earlier checkpoint at ``out`` stays.
 

@@ -47,35 +47,20 @@ UNITS = (("days", 86_400.0), ("hours", 3600.0), ("minutes", 60.0), ("seconds", 1
 
 @dataclass(frozen=True)
 class Ranking:
-    """What `rank` found.
+    """What `rank` measured."""
 
-    Attributes:
-        answer: what was asked.
-        seed: of the windows, and of the random method.
-        importance: the scores of one pass; None of a method by loss.
-        search: what a method by loss removed; None of the others.
-        verdict: whether the answer is settled; None if all windows were to be read.
-        state: the file of the run; `finish` deletes it.
-        scored: digests of the model's files, by which `prune` and `heal` know them.
-        bos: which windows began with it: first of each text, or every.
-    """
-
-    answer: Answer
-    seed: int | None = None
-    importance: Importance | None = None
-    search: Search | None = None
-    verdict: Verdict | None = None
-    state: StateFile | None = None
-    scored: Digests = field(default_factory=dict)
-    bos: str = "first"
+    answer: Answer  # what was asked
+    seed: int | None = None  # of the windows, and of the random method
+    importance: Importance | None = None  # the scores of one pass; None of a method by loss
+    search: Search | None = None  # what a method by loss removed; None of the others
+    verdict: Verdict | None = None  # whether the answer is settled; None without a stop
+    state: StateFile | None = None  # the file of the run; `finish` deletes it
+    scored: Digests = field(default_factory=dict)  # of the model's files, for `prune` and `heal`
+    bos: str = "first"  # which windows began with it: first of each text, or every
 
     @property
     def layers(self) -> list[int]:
-        """The layers to remove, in original numbers: least important first, or a block.
-
-        Raises:
-            ShortGPTError: the ranking was made without a number of layers.
-        """
+        """The layers to remove, in original numbers: least important first, or a block."""
         if self.search is not None:
             return self.search.removed
         if self.answer.n is None or self.importance is None:
@@ -121,20 +106,11 @@ def rank(
         model: Meta checkpoint directory, Hugging Face directory or hub id, or GGUF file.
         data: texts to score on.
         n: how many layers to remove; short for ``answer=Answer(n)``.
-        answer: what is asked, in full.
-        cut: how windows are cut.
-        opening: how the model is opened.
-        running: how windows go through it.
-        saving: where the run is saved, to be continued.
         notify: called with what a streamed run will take in memory, before it starts.
-        detailed: whether it is also called with the time that a run of one pass will take, from a
-            window that is timed, and how the answer stands while it goes on.
-
-    Returns:
-        The scores, with ``layers`` if a number of layers was asked for.
+        detailed: whether it is also called with the time that one pass will take, from a window
+            that is timed, and how the answer stands while it goes on.
 
     Raises:
-        OSError, ShortGPTError: the model, the texts or a setting; before anything long if possible.
         NotFiniteError: a weight or a state is NaN or infinite.
 
     Example:
@@ -173,9 +149,8 @@ def _identity(
         parts += [{"method": answer.method, "n": answer.n, "candidates": answer.candidates}]
         parts += [{"max_windows": cut.max_windows, "max_memory": running.max_memory}]
     parts += [{"method of all tokens": answer.method == "angular_all"}]
-    if bos != "first":  # else as in states of earlier versions
-        parts += [{"bos": bos}]
-    return joined(*parts)
+    # states of earlier versions do not name the usual bos
+    return joined(*parts, {} if bos == "first" else {"bos": bos})
 
 
 def check_ranking(
@@ -219,17 +194,9 @@ def _measure(
     if detailed:
         first, windows = first_of(windows)
         if first is not None:
+            counts = {"population": getattr(windows, "population", None), "total": total}
             read = 0 if state is None else state.sums(short.kept).n_windows
-            line = forecast(
-                short,
-                first,
-                batch_size=size,
-                rule=rule,
-                total=total,
-                population=getattr(windows, "population", None),
-                read=read,
-            )
-            notify(line)
+            notify(forecast(short, first, batch_size=size, rule=rule, read=read, **counts))
         followed = rule or Stop(answer.n or 1, answer.method == "angular")
         follow = Following(notify, followed, stops=rule is not None)
     with interruptible():
@@ -273,8 +240,7 @@ def forecast(
     line = f"a window of {len(window):,} tokens takes {duration(one)}"
     if total is None:
         return f"{line}; how many there are shows as they are read"
-    parts = []
-    first = total if rule is None else rule.first_look(population)
+    parts, first = [], total if rule is None else rule.first_look(population)
     if read < first < total:
         time = duration((first - read) * one)
         parts.append(f"{first:,} windows, where the answer may be settled, {time}")

@@ -42,16 +42,10 @@ BORNE_OUT, REVERSED, WITHIN = "as in the paper", "the other way", "within the er
 def published() -> JsonObject:
     """Published lists and scores, each group with its "source" and its "models".
 
-    Layers count from 0; lists are in order of removal.
-
-    Returns:
-        "paper": of each model dim, n_layers, vocab_size and the layers "removed" (Table 9).
-        "authors_repository": first and last removed layer of each model.
-        "reimplementation": "importance" and "angular_n9", of two 7B models with 32 layers, and
-            the lists "removed" and "removed_angular_n9" printed for them. Of `angular_n9` only
-            the first 32 - 9 + 1 = 24 entries are distances; the rest is padding with 0, so the
-            least entry of all is not the best block.
-        "sleb", "evopress": one list of removed layers a model.
+    Layers count from 0. "paper", "sleb" and "evopress" list the layers "removed" of each model, in
+    order, "authors_repository" the first and the last. "reimplementation" has "importance" and
+    "angular_n9" of two 7B models; only the first 32 - 9 + 1 = 24 entries of that are distances, and
+    the rest is padding with 0.
     """
     file = files("short_gpt.jobs").joinpath("published.json")
     return json.loads(file.read_text(encoding="utf-8"))
@@ -60,9 +54,8 @@ def published() -> JsonObject:
 def published_scores(model: str) -> tuple[Tensor, Tensor] | None:
     """Scores that others published for one of the paper's models; None where there are none.
 
-    Returns:
-        Block Influence of every layer, (L,), and the angular distance of every block of 9 layers,
-        (L - 9 + 1,), both as sums, of which only ratios mean something.
+    Block Influence of every layer, (L,), and the angular distance of every block of 9 layers,
+    (L - 9 + 1,), both as sums, of which only ratios mean something.
     """
     scores = published()["reimplementation"]["models"].get(model)
     if scores is None:
@@ -86,9 +79,6 @@ def identify(dim: int, n_layers: int, vocab_size: int) -> str:
 
     A shape is no proof of identity: LLaMA 1 7B and Mistral 7B share that of Llama-2-7B.
 
-    Raises:
-        ShortGPTError: the paper has no model of this shape.
-
     Example:
         >>> identify(4096, 32, 32000)
         'Llama-2-7B'
@@ -105,31 +95,17 @@ def identify(dim: int, n_layers: int, vocab_size: int) -> str:
 
 
 class PaperComparison(NamedTuple):
-    """Two lists of removed layers, the paper's and ours, least important first.
+    """Two lists of removed layers, the paper's and ours, least important first."""
 
-    Attributes:
-        model: the paper's name of the model.
-        paper: the paper's layers (arXiv:2403.03853v3, Table 9), in order of removal.
-        ours: ours, in order of removal.
-        same_set: whether both hold the same layers, in any order.
-        overlap: how many layers both hold.
-        same_order: whether the lists are equal.
-        same_places: at how many places both lists have the same layer.
-        kendall_tau: of the order of the layers that both hold, in [-1, 1]: the share of their pairs
-            in the same order, minus the share of the others. None if fewer than 2 are shared.
-        rank_correlation: Spearman's rho between the places in the two lists of the layers that
-            both hold, in [-1, 1]: 1 in the same order, -1 in reverse. None if fewer than 2.
-    """
-
-    model: str
-    paper: list[int]
-    ours: list[int]
-    same_set: bool
-    overlap: int
-    same_order: bool
-    same_places: int
-    kendall_tau: float | None
-    rank_correlation: float | None
+    model: str  # the paper's name of the model
+    paper: list[int]  # the paper's layers (arXiv:2403.03853v3, Table 9), in order of removal
+    ours: list[int]  # ours, in order of removal
+    same_set: bool  # whether both hold the same layers, in any order
+    overlap: int  # how many layers both hold
+    same_order: bool  # whether the lists are equal
+    same_places: int  # at how many places both lists have the same layer
+    kendall_tau: float | None  # of the order of the shared layers, in [-1, 1]; None if fewer than 2
+    rank_correlation: float | None  # Spearman's rho of their places, in [-1, 1], or None
 
     def table(self) -> str:
         """Both lists, one above the other, and how they agree, for a terminal."""
@@ -168,9 +144,6 @@ def compare_with_paper(model: str, ours: Sequence[int]) -> PaperComparison:
         model: "Llama-2-7B", "Llama-2-13B", "Baichuan-2-7B" or "Baichuan-2-13B".
         ours: layers counted from 0, least important first; it may be of another length.
 
-    Raises:
-        ShortGPTError: the paper has no list for the model; a layer occurs twice or does not exist.
-
     Example:
         >>> compare_with_paper("Llama-2-7B", [25, 27, 24, 26, 28, 29, 23, 22, 21]).same_set
         True
@@ -196,20 +169,12 @@ def compare_with_paper(model: str, ours: Sequence[int]) -> PaperComparison:
 
 
 class Pair(NamedTuple):
-    """Two layers that the paper removes, one before the other.
-
-    Attributes:
-        first: the layer that the paper removes before.
-        second: the layer that it removes later.
-        difference: Block Influence of the second minus that of the first; above 0 where the scores
-            have them in the paper's order.
-        margin: half of its interval, of the paired error; NaN if one window was read.
-    """
+    """Two layers that the paper removes, one before the other."""
 
     first: int
     second: int
-    difference: float
-    margin: float
+    difference: float  # Block Influence of second minus first; above 0 in the paper's order
+    margin: float  # half of its interval, of the paired error; NaN if one window was read
 
     @property
     def verdict(self) -> str:
@@ -220,15 +185,10 @@ class Pair(NamedTuple):
 
 
 class PaperOrder(NamedTuple):
-    """What measured scores say of the order of the paper's list.
+    """What measured scores say of the order of the paper's list."""
 
-    Attributes:
-        confidence: of the interval of each pair by itself.
-        pairs: every two layers of the list, in its order.
-    """
-
-    confidence: float
-    pairs: list[Pair]
+    confidence: float  # of the interval of each pair by itself
+    pairs: list[Pair]  # every two layers of the list, in its order
 
     def of(self, verdict: str) -> list[Pair]:
         """The pairs of one verdict."""
@@ -261,13 +221,8 @@ class PaperOrder(NamedTuple):
 def bear_out(paper: Sequence[int], importance: Importance, confidence: float = 0.95) -> PaperOrder:
     """Compares the order of a list of removed layers with measured scores.
 
-    Where a difference is within its error, these data do not tell the order: another sample of
-    texts may give the other one.
-
-    Args:
-        paper: layers in order of removal, all of them scored.
-        importance: the scores.
-        confidence: of the interval of each pair by itself.
+    Where a difference is within its error, another sample of texts may give the other order.
+    ``paper`` lists scored layers in order of removal; each pair by itself has the confidence.
     """
     margins, scores = difference_margins(importance, confidence), importance.block_influence
     pairs = []
@@ -278,19 +233,12 @@ def bear_out(paper: Sequence[int], importance: Importance, confidence: float = 0
 
 
 class Reproduced(NamedTuple):
-    """What `reproduce` gives.
+    """What `reproduce` gives."""
 
-    Attributes:
-        comparison: the paper's layers and ours.
-        order: how far our scores bear out the paper's order.
-        ranking: our scores, as `rank` gives them.
-        changed: what was not done as in the paper's protocol, in words.
-    """
-
-    comparison: PaperComparison
-    order: PaperOrder
-    ranking: Ranking
-    changed: tuple[str, ...] = ()
+    comparison: PaperComparison  # the paper's layers and ours
+    order: PaperOrder  # how far our scores bear out the paper's order
+    ranking: Ranking  # our scores
+    changed: tuple[str, ...] = ()  # what was not done as in the paper's protocol, in words
 
     @property
     def n(self) -> int:
@@ -337,18 +285,14 @@ def reproduce(
 ) -> Reproduced:
     """Ranks a checkpoint by the ShortGPT paper's protocol (arXiv:2403.03853), and compares lists.
 
-    PG-19 validation in windows of 1024 tokens, 256 apart; lowest Block Influence; as many layers
-    as the paper's Table 9 removes. It is `rank` with these settings, and the others are those of
-    `rank`.
+    It is `rank` on PG-19 validation in windows of 1024 tokens, 256 apart, by Block Influence, for
+    as many layers as the paper's Table 9 removes.
 
     Args:
         model: Llama-2-7B or Llama-2-13B: Meta directory, Hugging Face directory or hub id.
         data: PG-19, streamed from the hub, or a local copy of it.
         paper: which model it is, and the confidence of the answer.
         notify: called with what the run will take and how it stands.
-
-    Raises:
-        OSError, ShortGPTError: the model is none of the paper's, or as those of `rank`.
 
     Example:
         >>> reproduce("llama-2-7b").comparison.ours  # doctest: +SKIP

@@ -27,22 +27,16 @@ class Saving:
     Args:
         state: file that the run is saved in and continued from; if not given, that of the result
             with .state appended to its name.
-        save_every: seconds between two saves; 0 saves behind every batch.
+        save_every: seconds between two saves; 0 saves after every batch.
 
-    Raises:
-        ShortGPTError: ``save_every`` is below 0, or no number.
     """
 
     HEADING: ClassVar = WRITE
-
     state: str | None = setting(None, value="FILE")
     save_every: float = setting(120.0, commands=("rank", "reproduce"), needs=NAMED)
 
     def beside(self, result: str | None) -> Saving:
-        """The same, with a name made from the result's file where none is given.
-
-        A pipe or a device has no place beside it: a run that writes there has a state only by name.
-        """
+        """The same, by default with a file next to the result's; a pipe or device has none."""
         named = self.state is not None or result is None or is_stream(Path(result))
         return self if named else replace(self, state=f"{result}.state")
 
@@ -59,7 +53,7 @@ class Saving:
     def __post_init__(self) -> None:
         if not 0 <= self.save_every < math.inf:
             raise ShortGPTError(
-                f"`save_every` {self.save_every}: expected seconds, 0 to save behind every batch"
+                f"`save_every` {self.save_every}: expected seconds, 0 to save after every batch"
             )
 
 

@@ -46,34 +46,20 @@ MENDS = {
 
 @dataclass(frozen=True)
 class Scores:
-    """What a file of `rank` says of the layers to remove.
+    """What a file of `rank` says of the layers to remove."""
 
-    Attributes:
-        file: its name.
-        method: a name of `METHODS`.
-        arguments: those that the ranking was made with.
-        importance: the scores; None where a search by loss chose the layers.
-        searched: these layers, in order of removal.
-        scored: of `digests_of` the model, as far as an older file says.
-        settled: the verdict of the stop that ended the scoring; empty if there was none.
-    """
-
-    file: str
-    method: str
-    arguments: Mapping[str, object]
-    importance: Importance | None = None
-    searched: list[int] = field(default_factory=list)
-    scored: Digests = field(default_factory=dict)
+    file: str  # its name
+    method: str  # a name of `METHODS`
+    arguments: Mapping[str, object]  # those that the ranking was made with
+    importance: Importance | None = None  # the scores; None where a search by loss chose the layers
+    searched: list[int] = field(default_factory=list)  # these layers, in order of removal
+    scored: Digests = field(default_factory=dict)  # of `digests_of` the model, as far as known
+    # the verdict of the stop that ended the scoring, if one did
     settled: Mapping[str, object] = field(default_factory=dict)
 
     @classmethod
     def read(cls, file: str, method: str | None = None) -> Scores:
-        """The scores of a file; ``method`` takes the place of the one that ranked.
-
-        Raises:
-            FileNotFoundError, ShortGPTError: no such file, no scores in it, other ones than were
-                written, or those of another method, which cannot be chosen by.
-        """
+        """The scores of a file; ``method`` takes the place of the one that ranked."""
         record = _read(file)
         arguments, scored = _part(record, "arguments", file), _part(record, "scored", file)
         digests = {name: str(scored[name]) for name in MENDS if scored.get(name)}
@@ -99,15 +85,7 @@ class Scores:
         return cls(file, by, arguments, None, layers, digests)
 
     def check_model(self, model: str) -> str | None:
-        """Whether the scores are the model's.
-
-        Returns:
-            What could not be checked, in words; None if all was.
-
-        Raises:
-            ShortGPTError: they are of another number of layers, of other weights or another
-                configuration, or texts were read with another tokenizer.
-        """
+        """Raises ShortGPTError unless the scores are the model's; returns what was not checked."""
         self._check_layers(model)
         if not self.scored.get("weights"):
             return (
@@ -149,10 +127,7 @@ class Scores:
             )
 
     def about(self, n: int) -> str | None:
-        """What the run that scored does not say of the n layers now chosen; None if nothing.
-
-        A stop settles one answer. Others, of fewer windows than there are, may change with more.
-        """
+        """Why the n layers now chosen are not settled: a stop settles one answer alone."""
         stop, verdict = self.settled.get("stop"), self.settled
         if not isinstance(stop, Mapping) or verdict.get("windows") == verdict.get("population"):
             return None
@@ -208,11 +183,7 @@ def _importance(record: Mapping[str, object], source: str) -> Importance:
 
 
 def read_scores(file: str) -> Importance:
-    """The scores in a file that `rank` wrote.
-
-    Raises:
-        FileNotFoundError, ShortGPTError: no such file, or no scores of one pass in it.
-    """
+    """The scores of one pass in a file that `rank` wrote."""
     return _importance(_read(file), file)
 
 
@@ -238,9 +209,9 @@ def digests_of(model: str, tokenizer_path: str | None = None) -> dict[str, str |
 
 
 def tokenizer_of(source: str | Source, path: str | None = None) -> str | None:
-    """A digest of the tokenizer that a checkpoint's texts are read with, without chat templates.
+    """A digest of a checkpoint's tokenizer, without chat templates; None where it has no files.
 
-    None where there are no files of one, as with GGUF, whose weights' digest covers it.
+    The weights' digest covers that of GGUF.
     """
     kind, files = find_source(source).kind, []
     if kind == "meta" or path is not None:
@@ -254,10 +225,7 @@ def tokenizer_of(source: str | Source, path: str | None = None) -> str | None:
 
 
 def configuration_of(source: str | Source) -> str | None:
-    """A digest of what counts of a checkpoint's configuration, by `models.computation`.
-
-    None where no file holds one alone, as with GGUF, whose weights' digest covers it.
-    """
+    """A digest of what counts of a checkpoint's configuration; None where it has no such file."""
     kind = find_source(source).kind
     if kind == "meta":
         return config_digest(params_entries(ModelArgs.from_params(read_params(Path(source)))))
@@ -277,37 +245,22 @@ def _tokenizer_part(path: Path) -> str:
 
 @dataclass(frozen=True)
 class Chosen:
-    """Layers to remove, and what is kept of how they were chosen.
+    """Layers to remove, and what is kept of how they were chosen."""
 
-    Attributes:
-        layers: original numbers, in order of removal.
-        record: of the choice, to be kept with the pruned model.
-        budget: what was tried, where the perplexity decided.
-        importance: the scores of one pass that they were chosen by; None where they were not.
-        unsure: why the text of the budget may be that of the scores; None if it is not.
-        unchecked: what could not be checked of the scores, or they do not settle; None if nothing.
-    """
-
-    layers: list[int]
-    record: Provenance
-    budget: Budget | None = None
-    importance: Importance | None = None
-    unsure: str | None = None
-    unchecked: str | None = None
+    layers: list[int]  # original numbers, in order of removal
+    record: Provenance  # of the choice, to be kept with the pruned model
+    budget: Budget | None = None  # what was tried, where the perplexity decided
+    importance: Importance | None = None  # the scores of one pass that chose them, if any
+    unsure: str | None = None  # why the text of the budget may be that of the scores, if it may
+    unchecked: str | None = None  # what of the scores was not checked or not settled
 
 
 def chosen(model: str, choice: Choice, *, opening: OpenOptions | None = None) -> Chosen:
     """The layers of a choice, with the evidence where the perplexity on held-out text decides.
 
-    Args:
-        model: a checkpoint of any format.
-        choice: names layers, or scores to choose them by.
-        opening: of the model, where the perplexity decides.
-
     Raises:
         ShortGPTError: the choice contradicts itself, or the scores are of another model; not even
             one layer may go; or the text that decides is not held out.
-        FileNotFoundError: the scores or the model do not exist.
     """
     n, data, ratio = choice.check().n, choice.eval_data, choice.max_perplexity_ratio
     if choice.scores is None:
@@ -372,11 +325,7 @@ def _check_names(eval_data: str, data: object) -> None:
 def _check_apart(
     held: Sequence[Sequence[int]], eval_data: str, scored_by: Mapping[str, Any], short: ShortModel
 ) -> str | None:
-    """Compares the text itself, whatever its files are called.
-
-    The text of the scores is read again, and cut as it was then. Returns why the texts could not
-    be compared; raises where they have text in common, by the rule of `overlapping`.
-    """
+    """Raises where held-out text overlaps that of the scores; returns why none was compared."""
     try:
         source = TextSource(*(scored_by[name] for name in ("data", "split", "column", "max_texts")))
         names = ("size", "max_windows", "seed", "stride")

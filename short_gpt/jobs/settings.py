@@ -30,15 +30,17 @@ def _settled(values: Values) -> bool:
     return None not in (values["n"], values["seed"]) and values["method"] in ("bi", "angular")
 
 
-def _scores(values: Values) -> bool:
+def _by_loss(method: object) -> bool:
     from short_gpt.selection.methods import BY_LOSS
 
-    return values.get("method") not in BY_LOSS
+    return method in BY_LOSS
 
 
 SETTLED = Needs("`n`, a `seed` and `method` bi or angular", _settled)
 SLEB = Needs("`method` sleb", lambda v: v["method"] == "sleb")
-SCORES = Needs("a `method` that scores (not perplexity or sleb)", _scores)
+SCORES = Needs(
+    "a `method` that scores (not perplexity or sleb)", lambda v: not _by_loss(v.get("method"))
+)
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,6 @@ class Answer:
     """
 
     HEADING: ClassVar = CHOOSE
-
     n: int | None = setting(None, commands=RANK)
     method: str = setting("bi", commands=RANK)
     candidates: int | None = setting(None, commands=RANK, needs=SLEB)
@@ -84,15 +85,12 @@ class Answer:
     @property
     def by_loss(self) -> bool:
         """Whether the method runs the model without layers."""
-        from short_gpt.selection.methods import BY_LOSS
-
-        return self.method in BY_LOSS
+        return _by_loss(self.method)
 
     def rule(self, seed: int | None) -> Stop | None:
         """The rule that ends a run early, where the answer can be settled.
 
-        That takes a method that chooses its n layers by means over windows, in one pass, and
-        windows in random order.
+        That takes a method that chooses n layers by means over windows, which a seed shuffles.
         """
         from short_gpt.scoring.stopping import Stop
 
@@ -129,7 +127,6 @@ class Choice:
     """
 
     HEADING: ClassVar = CHOOSE
-
     layers: object = setting(None, value="N,N")
     scores: str | None = setting(None, value="FILE")
     n: int | None = None
@@ -143,11 +140,7 @@ class Choice:
     bos: str | None = setting(None, commands=PRUNE, needs=LIMIT)
 
     def check(self) -> Choice:
-        """Itself, if it names its layers or the scores to choose them by, and not both.
-
-        Raises:
-            ShortGPTError: neither or both are there, or they contradict each other.
-        """
+        """Itself; ShortGPTError unless either layers are named or scores to choose them by."""
         from short_gpt.selection.methods import check_method
 
         if (self.layers is None) == (self.scores is None):
@@ -189,7 +182,6 @@ class Written:
     """
 
     HEADING: ClassVar = WRITE
-
     recipe: str | None = setting(None, value="FILE")
     to: str | None = None
     verify: bool | None = None
@@ -212,7 +204,6 @@ class HealingWindows:
     """
 
     HEADING: ClassVar = READ
-
     eval_data: str | None = setting(None, value="TEXTS")
     size: int | None = None
     max_windows: int | None = None
@@ -343,12 +334,7 @@ class Settings:
             check_share(step.kl_share)
 
     def refit(self, max_windows: int | None = None) -> RefitSettings:
-        """What the refit takes.
-
-        Raises:
-            ShortGPTError: parts, the ridge or the aim are out of range, or there is an aim although
-                best chooses it.
-        """
+        """What the refit takes; ShortGPTError for a setting out of range."""
         from short_gpt.healing.refit import RefitSettings
         from short_gpt.healing.solver import PARTS, RIDGES
 
@@ -388,15 +374,7 @@ def kinds_of_methods() -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def methods_of(text: str) -> list[str]:
-    """The methods that a comma list names, in the order in which they follow each other.
-
-    Raises:
-        ShortGPTError: one is unknown, named twice, or cannot follow the one before it.
-
-    Example:
-        >>> methods_of("patch,distill")
-        ['patch', 'distill']
-    """
+    """The methods that a comma list names; ShortGPTError unless each can follow the one before."""
     from short_gpt.healing.job import STEPS, check_order
 
     methods = listed(text)
