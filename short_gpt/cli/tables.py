@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from short_gpt.selection.search import Search
 
 T = TypeVar("T")
-STATES = {"whole": "original", "cut": "pruned"}  # files keep the older names
 
 
 def ranked(result: Ranking) -> str:
@@ -164,7 +163,7 @@ def healed(result: Healing) -> str:
     """Perplexities before and after, and what the healing changed."""
     bos, evidence = about_bos(str(result.texts.get("bos"))), result.evidence
     lines = [remark for remark in (bos, result.unchecked, result.left_out) if remark]
-    lines += [f"{perplexities(_by_state(result.perplexity))}\n"]
+    lines += [f"{perplexities(result.perplexity)}\n"]
     if len(evidence.changes) > 1:
         lines += [f"{name} changes the loss by {part}" for name, part in evidence.changes.items()]
     lines += [line for step in evidence.steps if (line := _unchanged(step))]
@@ -180,12 +179,6 @@ def healed(result: Healing) -> str:
     return "\n".join([*lines, *([result.remark] if result.remark else [])])
 
 
-def _by_state(values: Mapping[str, T]) -> dict[str, T]:
-    """Values by the states of the model in plain words."""
-    parts = {name: name.partition(",") for name in values}
-    return {"".join([STATES.get(p[0], p[0]), *p[1:]]): values[name] for name, p in parts.items()}
-
-
 def _unchanged(step: Mapping[str, Any]) -> str | None:
     """What a refit has left as it was; None if nothing, or of another method."""
     fits = step.get("fits", [])
@@ -197,7 +190,7 @@ def _unchanged(step: Mapping[str, Any]) -> str | None:
 
 def demonstrated(result: Demo, n: int) -> str:
     """All that the demo measured."""
-    looks = _by_state(result.looks)
+    looks = result.looks
     width = max(map(len, looks))
     costs = [f"{'':<{width}}  {'megabytes':>10}  {'tokens/s':>9}"]
     costs += [

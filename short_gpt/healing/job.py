@@ -57,7 +57,7 @@ class HealingEvidence:
     """What a healing changed, on windows that it did not learn from."""
 
     steps: Sequence[Mapping[str, object]]  # oldest first, for JSON; "method" names each
-    # by the model's state: whole, pruned (or before), the names of the steps so far, healed
+    # by the model's state: original, pruned (or before), the names of the steps so far, healed
     perplexity: Mapping[str, Perplexity]
     change: Difference  # of the loss by the healing alone, paired over the windows
     changes: Mapping[str, Difference] = field(default_factory=dict)  # the same by step
@@ -84,7 +84,7 @@ class HealingJob:
     """Removes layers, heals the pruned model in steps, and measures before and after.
 
     Args:
-        short: the opened model, changed in place; for training a `ShortHFModel` (see ``from_meta``).
+        short: the opened model, changed in place; training needs a `ShortHFModel` (``from_meta``).
         windows: to learn from, validate by and evaluate on.
         layers: to remove first, original numbers; training may also heal without removing any.
         settings: one step or several: one closed form at most, before training.
@@ -141,7 +141,7 @@ class HealingJob:
             context = HealingContext(self.short, self.windows, self.layers, *kept, self.progress)
             ready = [step.prepare(context) for step in self.steps]
             if self.layers:
-                self._measure(f"whole, {len(self.short.kept)} layers", parts)
+                self._measure(f"original, {len(self.short.kept)} layers", parts)
             done = self._heal(ready, parts)
         pruned, *healed = [*parts.values()][-len(done) - 1 :]
         names, before = [step.name for step in self.steps], [pruned, *healed[:-1]]
@@ -260,5 +260,4 @@ class HealingJob:
     def _measure(self, state: str, parts: dict[str, list[Perplexity]]) -> None:
         parts[state] = self.short.window_losses(self.windows.evaluation, progress=self.progress)
         if self.notify is not None:
-            name = state.replace("whole", "original")  # files keep the older name
-            self.notify(f"{name}: perplexity {together(parts[state]).value:.3f}")
+            self.notify(f"{state}: perplexity {together(parts[state]).value:.3f}")

@@ -390,11 +390,23 @@ class Comparison:
         healed = self._losses(healing, layers, heal)
         change, gain = difference(dense, healed), difference(raw, healed)
         parameters, size = size_without(self.short, layers)
-        what = (method, seed, n, healing, layers, together(healed).value)
-        costs = (change.nats, change.standard_error if n else 0.0)
-        gains = (None, None) if healing == RAW else (gain.nats, gain.standard_error)
-        look = (parameters, size / 1e6, self._speed(n, layers))
-        return Row(*what, *costs, *gains, *look, change.windows, change.texts)
+        return Row(
+            method=method,
+            seed=seed,
+            n=n,
+            healing=healing,
+            layers=layers,
+            perplexity=together(healed).value,
+            nats=change.nats,
+            standard_error=change.standard_error if n else 0.0,
+            gain=None if healing == RAW else gain.nats,
+            gain_error=None if healing == RAW else gain.standard_error,
+            parameters=parameters,
+            megabytes=size / 1e6,
+            tokens_per_second=self._speed(n, layers),
+            windows=change.windows,
+            texts=change.texts,
+        )
 
     def _losses(self, healing: str, layers: list[int], heal: Heal) -> list[Perplexity]:
         """Losses of the evaluation windows, measured once for every set of layers."""

@@ -87,9 +87,9 @@ def run_demo(
     short.measure(calibration)
     lowest, block = (short.layers_to_remove(n=n, angular=angular) for angular in (False, True))
     importance, layers = short.importance, {"block_influence": lowest, "angular": block}
-    looks = {f"whole, {material.N_LAYERS} layers": _look(short, held_out)}
+    looks = {f"original, {material.N_LAYERS} layers": _look(short, held_out)}
     with short.without_layers(lowest):
-        looks[f"cut, {len(short.present)} layers"] = _look(short, held_out)
+        looks[f"pruned, {len(short.present)} layers"] = _look(short, held_out)
     short.evidence["method"] = METHODS["bi"]
     heal_refit(short, lowest, calibration)
     looks[f"refitted, {len(short.present)} layers"] = _look(short, held_out)
