@@ -6,7 +6,7 @@ import math
 import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from llama.io.sources import is_gguf
 from short_gpt.jobs.cases import RAW
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from short_gpt.scoring.importance import Importance
     from short_gpt.selection.perplexity_budget import Budget
     from short_gpt.selection.search import Search
-
-T = TypeVar("T")
 
 
 def ranked(result: Ranking) -> str:
