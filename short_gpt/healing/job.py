@@ -84,7 +84,7 @@ class HealingJob:
     """Removes layers, heals the pruned model in steps, and measures before and after.
 
     Args:
-        short: the opened model, changed in place; to train, a `ShortHFModel` (see ``from_meta``).
+        short: the opened model, changed in place; for training a `ShortHFModel`.
         windows: to learn from, validate by and evaluate on.
         layers: to remove first, original numbers; training may also heal without removing any.
         settings: one step or several: one closed form at most, before training.
