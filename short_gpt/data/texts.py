@@ -34,6 +34,9 @@ def texts(source: str | Path, *, split: str | None = None, column: str = "text")
         FileNotFoundError: source looks like a path that does not exist, or the hub lacks it.
         ConnectionError: the hub cannot be reached, or `HF_HUB_OFFLINE` is set.
         ShortGPTError: an unknown kind of file, a bad line, a missing column or split, no text.
+
+    Example:
+        >>> chapters = texts("novels/")  # doctest: +SKIP
     """
     path = _path(source)
     if str(source) and path.exists():
@@ -52,6 +55,9 @@ def pg19(split: str = "validation", *, path: str | Path | None = None) -> Iterat
     Args:
         split: "train" (28,602 books), "validation" (50) or "test" (100).
         path: a local copy, such as validation/*.txt of Google's bucket, as `texts` reads it.
+
+    Example:
+        >>> books = pg19("validation", path="pg19/")  # doctest: +SKIP
     """
     if split not in SPLITS:
         raise ShortGPTError(f"split = {split!r}: PG-19 has {', '.join(SPLITS)}")

@@ -91,6 +91,10 @@ def perplexity(
     Raises:
         ShortGPTError: no window has two tokens, or as in `decoder.pad`.
         NotFiniteError: a logit of a predicted token is NaN or infinite.
+
+    Example:
+        >>> perplexity(short.decoder, batches(windows, 4)).value  # doctest: +SKIP
+        5.47
     """
     samples: list[Sample] = []
     predicted = 0

@@ -97,6 +97,11 @@ def heal(
         ShortGPTError: the model is not one of transformers; texts overlap; no linear map has the
             recipe's names; no windows; another run to resume; 4 bits without CUDA.
         NotFiniteError: a loss is NaN or infinite.
+
+    Example:
+        >>> healed = heal_lora(short, training, validation, evaluation)  # doctest: +SKIP
+        >>> healed.validation[healed.kept_step]  # doctest: +SKIP
+        27.15
     """
     require_packages()
     recipe = recipe or recipe_for(short.trainable().config)

@@ -21,7 +21,12 @@ class ModelConfig(Protocol):
 
 @dataclass(frozen=True)
 class Recipe:
-    """Settings of LoRA; the defaults are those of Gromov et al."""
+    """Settings of LoRA; the defaults are those of Gromov et al.
+
+    Example:
+        >>> Recipe(rank=8).steps
+        5000
+    """
 
     rank: int = 64  # of the changes
     alpha: int | None = None  # their scale times the rank; None is the rank

@@ -154,6 +154,9 @@ def heal(short: ScoredModel, layers: Sequence[int], windows: Windows, **options:
     """Removes layers and refits the pruned model: `fit`, ``remove_layers`` and `fold`.
 
     Arguments and errors as in `fit`; after any of them the model is as it was.
+
+    Example:
+        >>> refit = heal_refit(short, [21, 22, 25], windows)  # doctest: +SKIP
     """
     refit = fit(short, layers, windows, **options)
     with ExitStack() as undo:
@@ -172,7 +175,11 @@ def heal_patch(
     ridge: float | None = None,
     **options: Any,
 ) -> Refit:
-    """Removes layers and solves those before the gaps; no ``ridge``: held-out windows choose it."""
+    """Removes layers and solves those before the gaps; no ``ridge``: held-out windows choose it.
+
+    Example:
+        >>> patch = heal_patch(short, [21, 22, 25], windows)  # doctest: +SKIP
+    """
     settings = PatchSettings() if ridge is None else PatchSettings(ridges=(ridge,))
     return heal(short, layers, windows, settings=settings, **options)
 

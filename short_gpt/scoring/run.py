@@ -60,6 +60,9 @@ def measure(
     Raises:
         ShortGPTError: there is no window, or one is empty, too long or not in the vocabulary.
         NotFiniteError: a state is NaN or infinite; the message names the layer.
+
+    Example:
+        >>> scores = measure(short.decoder, batches(windows, 4))  # doctest: +SKIP
     """
     into = Importance.empty(range(len(decoder.layers))) if into is None else into
     score = score or partial(hooks.score, decoder, layers=into.layers)
