@@ -152,10 +152,9 @@ def _shared(ours: Sequence[_Piece], theirs: Sequence[_Piece], run: int) -> dict[
         for number, first, end in piece.windows if len(starts) else ():
             low, high = np.searchsorted(starts, (first - run + 1, end))
             for start in starts[low:high].tolist():
-                tokens, part = piece.tokens[start : start + run], (first - start, end - start)
-                part = max(part[0], 0), min(part[1], run)
-                candidates = starts_of[int(hashes[start])]
-                if (other := _window_at(candidates, tokens, part)) is not None:
+                tokens = piece.tokens[start : start + run]
+                part = max(first - start, 0), min(end - start, run)
+                if (other := _window_at(starts_of[int(hashes[start])], tokens, part)) is not None:
                     shared[number] = other
                     break
     return shared
