@@ -38,7 +38,7 @@ class Learning:
 class Source:
     """Texts to heal by."""
 
-    # pg19, a local file or folder, a hub data set's name, or several with commas between: as many
+    # a local file or folder, pg19, a hub data set's name, or several with commas between: as many
     # windows of each where the number is limited, else all
     data: str
     eval_data: str | None = None  # to evaluate on; None holds a tenth of ``data`` out

@@ -66,7 +66,7 @@ class Stop:
 
     n: int  # layers to be removed
     angular: bool = False  # the best block of n layers instead of the n lowest Block Influences
-    confidence: float = 0.99
+    confidence: float = 0.99  # share of all runs that do not end early and wrong
     min_windows: int = 32  # read before the first look, at least
     rare: float = 0.02  # share of all windows that a kind must make up to be guarded against
 
