@@ -113,8 +113,9 @@ def test_one_layer_at_a_time_gives_the_matrices_of_the_model_in_memory(kind, tmp
 def test_a_directory_that_is_not_the_healed_model_is_not_written(tmp_path, monkeypatch):
     short = streamed(checkpoint(tmp_path / "ckpt"))
     heal(short, LAYERS, WINDOWS, **QUIET)
-    plain = short._stored
-    monkeypatch.setattr(short, "_stored", lambda *end: lambda: 2 * plain(*end)())
+    source = short.stream.source
+    plain = source.as_stored
+    monkeypatch.setattr(source, "as_stored", lambda *weight: 2 * plain(*weight))
     with pytest.raises(RuntimeError, match="the saved model is not the model in memory"):
         short.save(tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -453,7 +453,7 @@ def test_a_limit_of_memory_that_nothing_would_keep_is_refused(folder, capsys):
             "rank",
             "bounds --stream and the methods perplexity, sleb; add",
         ),
-        ("perplexity", "bounds --stream; add that"),
+        ("perplexity", "bounds --stream; add --stream, or leave it out"),
     ):
         with pytest.raises(SystemExit):
             run(command, "meta", *DATA, "--max_memory", "3GB")
