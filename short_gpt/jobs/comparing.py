@@ -392,7 +392,8 @@ class Comparison:
         parameters, size = size_without(self.short, layers)
         what = (method, seed, n, healing, layers, together(healed).value)
         costs = (change.nats, change.standard_error if n else 0.0)
-        gains = (None, None) if healing == RAW else (gain.nats, gain.standard_error)
+        raw_row = healing == RAW
+        gains = (None if raw_row else gain.nats, None if raw_row else gain.standard_error)
         look = (parameters, size / 1e6, self._speed(n, layers))
         return Row(*what, *costs, *gains, *look, change.windows, change.texts)
 
