@@ -394,8 +394,8 @@ class Comparison:
         costs = (change.nats, change.standard_error if n else 0.0)
         raw_row = healing == RAW
         gains = (None if raw_row else gain.nats, None if raw_row else gain.standard_error)
-        look = (parameters, size / 1e6, self._speed(n, layers))
-        return Row(*what, *costs, *gains, *look, change.windows, change.texts)
+        speed, over = self._speed(n, layers), (change.windows, change.texts)
+        return Row(*what, *costs, *gains, parameters, size / 1e6, speed, *over)
 
     def _losses(self, healing: str, layers: list[int], heal: Heal) -> list[Perplexity]:
         """Losses of the evaluation windows, measured once for every set of layers."""
