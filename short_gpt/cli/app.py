@@ -1,4 +1,4 @@
-"""``python -m short_gpt`` and the console script ``short-gpt``."""
+"""``python -m short_gpt`` and the console script ``short-gpt``: all that is wrapped around fire."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import TextIO
 
 from llama.ranks import several_ranks
 from short_gpt.cli.commands import ALONE, COMMANDS, REMOVED
-from short_gpt.cli.flags import call, flags_of, help_of, overview, prepared, similar
+from short_gpt.cli.flags import flags_of, help_of, overview, prepared, similar, typed
 from short_gpt.runtime.errors import USER_ERRORS, NotSavedError, ShortGPTError, one_line, shortage
 from short_gpt.runtime.progress import first_rank
 
@@ -45,9 +45,11 @@ def main(argv: list[str] | None = None) -> None:
 def run(argv: list[str]) -> None:
     """Prints the version or a help, or runs the command."""
     if (text := answer(argv)) is None:
-        texts = prepared(argv, COMMANDS)
+        arguments = prepared(argv, COMMANDS)
         if first_rank() or argv[0] not in ALONE:
-            call(COMMANDS[argv[0]], texts)
+            import fire
+
+            fire.Fire({argv[0]: typed(COMMANDS[argv[0]])}, command=arguments, name="short-gpt")
     elif first_rank():
         print(text)
 
