@@ -124,8 +124,8 @@ def test_the_header_is_read_once_and_by_no_other_reader(tmp_path, monkeypatch):
     monkeypatch.setattr(gguf, "GGUFReader", refused)
     if hasattr(__import__("transformers.integrations").integrations, "gguf"):
         monkeypatch.setattr("transformers.integrations.gguf.reader._read_metadata", refused)
-    for place in ("llama.formats.gguf_read", "llama.formats.gguf"):
-        monkeypatch.setattr(f"{place}.read_header", lambda p: read.append(p) or read_header(p))
+    name = "llama.formats.gguf_read.read_header"
+    monkeypatch.setattr(name, lambda p: read.append(p) or read_header(p))
     ShortHFModel(path)
     assert read == [path]
     assert gguf.GGUFReader is refused  # nothing of transformers or gguf stays another
