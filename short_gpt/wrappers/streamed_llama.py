@@ -306,7 +306,10 @@ class StreamedLlama(ScoredModel):
         for part in batches(windows, self.windows_at_once(batch_size)):
             yield from self.decoder.window_logits(part)
 
-    def score(self, windows: Sequence[Sequence[int]], **kinds: bool) -> Scores:
+    def score(
+        self, windows: Sequence[Sequence[int]], *, sublayers: bool = False, all_tokens: bool = False
+    ) -> Scores:
+        kinds = {"sublayers": sublayers, "all_tokens": all_tokens}
         return self.decoder.score(windows, layers=self.kept, **kinds)
 
     def plan_text(self, batch_size: int = 1) -> str:

@@ -72,7 +72,8 @@ def test_a_second_healing_is_told_before_it_opens_the_model(tmp_path, monkeypatc
     def opened(*_: object, **__: object) -> None:
         raise AssertionError("the model was opened")
 
-    monkeypatch.setattr("short_gpt.jobs.healing._opened", opened)
+    for name in ("open_trainable", "Running.open"):
+        monkeypatch.setattr(f"short_gpt.jobs.healing.{name}", opened)
     arguments = (str(tmp_path / "meta"), str(tmp_path / "out"), method)
     said = f"out.{kind} is in use by process {running.processes[0].pid}"
     with pytest.raises(ShortGPTError, match=said):
