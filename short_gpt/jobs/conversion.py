@@ -59,7 +59,8 @@ def convert(
         notify: called with what was proved, in a sentence.
 
     Raises:
-        FileNotFoundError, FileExistsError: there is no such source, or ``out`` exists.
+        FileNotFoundError: there is no such source.
+        FileExistsError: ``out`` exists.
         RuntimeError: the result is not the source. It is deleted, and an earlier one stays.
 
     Example:

@@ -70,7 +70,8 @@ def run_demo(
         notify: called with what is about to run, once all is checked.
 
     Raises:
-        ConnectionError, MissingPackageError: the model or the book cannot be fetched.
+        ConnectionError: the model or the book cannot be fetched.
+        MissingPackageError: the extra "demo" is not installed.
 
     Example:
         >>> run_demo("demo").layers["block_influence"]  # doctest: +SKIP

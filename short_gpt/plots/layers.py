@@ -79,14 +79,11 @@ def _double(x: Tensor) -> Tensor:
 
 
 def _limits(ends: Tensor) -> tuple[float, float]:
-    """Upper end of the axis, and where it is broken (the same if it is not).
-
-    The bulk of the layers reaches up to the 85th percentile; the axis is broken if the tallest
-    bar is more than three times as high.
-    """
+    """Upper end of the axis, and where it is broken (the same if it is not)."""
     ends = ends[ends.isfinite()]
     if not len(ends) or ends.max() <= 0:
         return 1.0, 1.0
+    # most layers reach up to the 85th percentile; broken if the tallest is thrice as high
     top, bulk = float(ends.max()), float(ends.quantile(0.85))
     return (1.08 * top, 1.2 * bulk) if 0 < 3 * bulk < top else (1.08 * top, 1.08 * top)
 
