@@ -24,7 +24,7 @@ FEWER = {
     },
     "compare_methods.ipynb": {
         "size = 512 ": "size = 128 ",
-        "max_windows = 8 ": "max_windows = 2 ",
+        "max_windows = 16 ": "max_windows = 2 ",
         "eval_windows = 4 ": "eval_windows = 1 ",
         '"deepest", "relative_magnitude", "sleb", "reverse"': '"sleb"',
         "counts = [2, 4, 8, 12]": "counts = [1, 2]",
