@@ -341,7 +341,7 @@ def test_the_patch_recovers_quality_on_held_out_text(llama, book):
     sample = {"size": 512, "stride": 512, "seed": 0, "limit": 4}
     held_out = list(windows(demo.bible("held_out"), short.encode, **sample))
     comparison = Comparison(short, [w[:512] for w in book[:4]], held_out)
-    raw, patched = comparison.rows(["bi"], [8], healings=["raw", "patched"])
-    assert (raw.healing, patched.healing) == ("raw", "patched")
+    rows = comparison.rows(["bi"], [8], healings=["raw", "patched"])
+    raw, patched = (next(r for r in rows if r.n and r.healing == h) for h in ("raw", "patched"))
     assert raw.layers == patched.layers
     assert raw.nats - patched.nats > 0.5
