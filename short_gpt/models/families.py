@@ -5,15 +5,17 @@ A family without a row is read through all rows: whatever known name a layer has
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
 
 from torch import nn
+
+from short_gpt.runtime.renamed import renamed_argument
 
 Names = tuple[str, ...]
 
 
+@renamed_argument("attention_norm_behind", "attention_norm_after")
+@renamed_argument("mlp_norm_behind", "mlp_norm_after")
 @dataclass(frozen=True)
 class Family:
     """The names of a family's parts, all relative to one of its layers except the first.
@@ -37,21 +39,6 @@ class Family:
     needs_bos: bool = field(default=False, kw_only=True)
 
 
-def _with_old_names(cls: type[Family]) -> None:
-    """Lets a row still be made with the entries' names of the last version."""
-    init, old = cls.__init__, ("attention_norm_behind", "mlp_norm_behind")
-
-    def __init__(self: Family, *args: Names, **names: Any) -> None:
-        for name in [name for name in old if name in names]:
-            new = name.replace("behind", "after")
-            warnings.warn(f"Family's {name} is now {new}", DeprecationWarning, stacklevel=2)
-            names[new] = names.pop(name)
-        init(self, *args, **names)
-
-    cls.__init__ = __init__  # type: ignore[method-assign]
-
-
-_with_old_names(Family)
 LLAMA = Family()
 # Experts are one tensor, or one module each: no linear map ends them.
 EXPERTS = Family(mlp=("mlp", "block_sparse_moe"), mlp_output=(), lora=("w1", "w2", "w3"))
