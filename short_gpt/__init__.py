@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from llama.lazy import lazy
-from short_gpt.runtime import renamed
+from llama.renamed import install
+from short_gpt.runtime.renamed import MOVED
 
-renamed.install()
+install(MOVED)
 
 REMOVED = {
     "draft_agreement": "compare models by perplexity or run_tasks",

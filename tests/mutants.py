@@ -2,7 +2,6 @@
 
     python tests/mutants.py                  # all
     python tests/mutants.py --only teacher   # those whose lines or test say so
-    python tests/mutants.py --passed         # the tests have just passed on the tree as it is
 
 `mutant_table.py` lists them. Each is put into a copy of the tree, never into the checkout, and the
 test that guards its line runs there. Survivors are listed, and the exit code is 1: a test is
@@ -176,8 +175,8 @@ def _judge(mutant: Mutant) -> Outcome:
     return outcome
 
 
-def judge(mutants: Sequence[Mutant], passed: bool = False) -> list[Outcome]:
-    """The outcome of every mutant; ``passed`` skips the run of the tests on the tree as it is.
+def judge(mutants: Sequence[Mutant]) -> list[Outcome]:
+    """The outcome of every mutant.
 
     Raises:
         SystemExit: a test does not pass on the tree as it is.
@@ -190,7 +189,7 @@ def judge(mutants: Sequence[Mutant], passed: bool = False) -> list[Outcome]:
         ProcessPoolExecutor(WORKERS, FORK, _begin, (folder,)) as processes,
     ):
         parts = [part for i in range(WORKERS) if (part := tests[i::WORKERS])]
-        for state, log in processes.map(_run, [] if passed else parts):
+        for state, log in processes.map(_run, parts):
             if state != SURVIVED:
                 raise SystemExit(f"{log}\n{state}\nthese tests must pass on the tree as it is")
         return [*processes.map(_judge, mutants)]
@@ -199,11 +198,10 @@ def judge(mutants: Sequence[Mutant], passed: bool = False) -> list[Outcome]:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Changes the library; the tests must notice.")
     parser.add_argument("--only", default="", help="mutants whose lines or test say this")
-    parser.add_argument("--passed", action="store_true", help="the tests have just passed")
     options = parser.parse_args(arguments)
     begun = time.monotonic()
     mutants = [m for m in (Mutant(*row) for row in MUTANTS) if options.only in f"{m} {m.test}"]
-    outcomes = judge(mutants, options.passed)
+    outcomes = judge(mutants)
     others = [outcome for outcome in outcomes if outcome.state != KILLED]
     for outcome in others:
         print(f"\n{outcome.state}: {outcome.mutant}\n  {outcome.mutant.test}")

@@ -67,7 +67,7 @@ def test_survivors_are_listed_and_fail(monkeypatch, capsys):
     pair = [mutant("max(scores)"), mutant("sorted(scores)[0]")]
     outcomes = [Outcome(pair[0], KILLED, 1.0), Outcome(pair[1], SURVIVED, 1.0, "1 passed")]
     monkeypatch.setattr(mutants, "MUTANTS", pair)
-    monkeypatch.setattr(mutants, "judge", lambda run, passed: outcomes[: len(run)])
+    monkeypatch.setattr(mutants, "judge", lambda run: outcomes[: len(run)])
     assert mutants.main([]) == 1
     out = capsys.readouterr().out
     assert "SURVIVED: min(scores)  ->  sorted(scores)[0]" in out and "1 of 2 killed" in out

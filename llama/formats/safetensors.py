@@ -56,11 +56,11 @@ class SafetensorsFile:
         try:
             with safe_open(path, framework="pt"):  # checks that tensors fill the file, in order
                 pass
+            with open(path, "rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                header: JsonObject = json.loads(file.read(length), object_pairs_hook=_once)
         except (SafetensorError, ValueError) as error:
             raise InputError(f"{path} is not a complete safetensors file: {error}") from None
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header: JsonObject = json.loads(file.read(length))
         header.pop("__metadata__", None)
         for name, item in sorted(header.items(), key=lambda pair: pair[1]["data_offsets"]):
             begin, end = item["data_offsets"]
@@ -84,6 +84,14 @@ class SafetensorsFile:
             target[at : at + len(piece)] = memoryview(piece)
             at += len(piece)
         return data
+
+
+def _once(pairs: list[tuple[str, object]]) -> JsonObject:
+    """A JSON object; ValueError where a name is there twice, which the package does not check."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        raise ValueError("a name is there twice")
+    return content
 
 
 def tensor_bytes(tensor: Tensor) -> Iterator[memoryview]:

@@ -146,6 +146,7 @@ def save_gguf(
 ) -> Path:
     """Writes a model of transformers that was opened from the GGUF file ``source`` as one.
 
+    It is compared with the source, tensor by tensor, and ``verify`` of the target is not called.
     ``layers_path`` is that of the layers in the model: ``"model.layers"``. ShortGPTError if the
     source is another model's, or has no known tensor for a changed weight.
     """

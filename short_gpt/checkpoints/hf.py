@@ -89,8 +89,11 @@ def save_hf(
 ) -> Path:
     """Writes a model of transformers for plain ``from_pretrained``, with its card and record.
 
-    ``record`` and ``tokenizer`` may be None; ``source``, of a conversion, is noted with it.
+    ``tokenizer`` may be None, and ``record`` too where ``source`` is named: the model of another
+    format that this is a conversion of, which ``conversion.json`` notes.
     """
+    if record is None and source is None:
+        raise ShortGPTError("save_hf needs a record of what was done, or the source it converts")
     marker = PROVENANCE if source is None else CONVERSION
     with target.new_directory(record, card=True, marker=marker) as partial:
         _save(model, tokenizer, partial)

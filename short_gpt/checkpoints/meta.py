@@ -67,9 +67,10 @@ def save_meta(
     """Writes a model that came from a Meta directory, tensor by tensor from the files there.
 
     The bytes of the source are copied, so that its dtype and sharding stay; only the parameters
-    that the model's record names as changed come from memory, in the source's dtype. Only these are
-    verified, while those in memory are rounded as they are on disk. RuntimeError if nothing was
-    removed or changed; ShortGPTError if changed weights are in several files.
+    that the model's record names as changed come from memory, in the source's dtype. The
+    directory is verified only if there are such; those in memory are rounded as on disk meanwhile.
+    RuntimeError if nothing was removed or changed; ShortGPTError if changed weights are in several
+    files.
     """
     if not short.removed and not short.changed:
         raise RuntimeError("nothing was removed yet; call remove_layers first")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import cast
 
 from llama.io.json_files import write_json
+from llama.renamed import renamed_function
 from short_gpt.checkpoints.model_record import ModelRecord
 from short_gpt.checkpoints.records import (
     EVIDENCE,
@@ -31,7 +32,6 @@ from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.evaluation.sampling import SamplingError
 from short_gpt.models.weight_changes import REMOVED_SUBLAYERS
 from short_gpt.runtime.errors import ShortGPTError, one_line
-from short_gpt.runtime.renamed import renamed_function
 from short_gpt.runtime.state import read_record, versions
 from short_gpt.scoring.importance import Importance
 
@@ -178,9 +178,9 @@ class Provenance:
         )
 
     @classmethod
-    def of_checkpoint(cls, path: str | os.PathLike[str]) -> Provenance | None:
+    def of_checkpoint(cls, directory: str | os.PathLike[str]) -> Provenance | None:
         """The record in a checkpoint directory or a GGUF file; None if there is none."""
-        entries = record_of(path)
+        entries = record_of(directory)
         return None if entries is None else _read(entries)
 
     @classmethod

@@ -73,7 +73,7 @@ class Target:
 
     @contextmanager
     def new_directory(
-        self, record: Provenance | None, *, card: bool, marker: str = PROVENANCE
+        self, record: Provenance | None = None, *, card: bool = False, marker: str = PROVENANCE
     ) -> Iterator[Path]:
         """The directory to write weights into; completed, verified and at ``out`` after the block.
 

@@ -15,9 +15,9 @@ from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import above_bars, first_rank
 from short_gpt.runtime.settings import WRITE, Needs, setting
 
-FILES, DRAWING = ("json", "plots"), ("rank", "calibrate", "compare", "reproduce")
+FILE_FLAGS, DRAWING = ("json", "plots"), ("rank", "calibrate", "compare", "reproduce")
 WRITTEN = Needs(  # of heal, the model
-    "--json or --plots", lambda v: "out" in v or any(v.get(n) is not None for n in FILES)
+    "--json or --plots", lambda v: "out" in v or any(v.get(n) is not None for n in FILE_FLAGS)
 )
 
 
@@ -69,7 +69,8 @@ class Output:
             from short_gpt.runtime.state import is_record
 
             check_output(Path(self.json), overwrite=self.overwrite, ours=is_record)
-        out, named = arguments.get("out"), {k: v for k, v in arguments.items() if k not in FILES}
+        out = arguments.get("out")
+        named = {k: v for k, v in arguments.items() if k not in FILE_FLAGS}
         for target in self.targets:
             if files := [parent for parent in target.parents if parent in self.targets]:
                 raise ShortGPTError(f"{target} cannot be written into the file {files[0]}")

@@ -67,7 +67,7 @@ def pg19(split: str = "validation", *, path: str | Path | None = None) -> Iterat
 
 
 def has_split(source: str, split: str) -> bool:
-    """Whether a split takes less than all of a source, which may be pg19 or not exist."""
+    """Whether a split takes less than all of a source: a path, existing or not, or pg19."""
     path = _path(source)
     if source == "pg19" or not path.exists():
         return True
@@ -75,7 +75,7 @@ def has_split(source: str, split: str) -> bool:
 
 
 def has_columns(source: str) -> bool:
-    """Whether the texts of a source, which may be pg19, are in columns."""
+    """Whether the texts of a source, a path or pg19, are in columns."""
     path = _path(source)
     if source == "pg19" or not path.is_dir():
         return source != "pg19" and path.suffix.lower() != ".txt"

@@ -46,8 +46,8 @@ class TaskDifference:
             "perplexity", where it is the gain in nats a document.
         standard_error: of ``change``, over the documents; NaN for a single one.
         better: documents where the second has the higher value; ``worse`` counts the lower ones.
-        p: of right and wrong answers that swap so unevenly by chance, two-sided (McNemar's exact
-            test); NaN for a metric with other values than 0 and 1.
+        p: probability that right and wrong answers swap so unevenly by chance, two-sided
+            (McNemar's exact test); NaN for a metric with other values than 0 and 1.
     """
 
     change: float

@@ -88,7 +88,10 @@ class HealingJob:
         windows: to learn from, validate by and evaluate on.
         layers: to remove first, original numbers; training may also heal without removing any.
         settings: one step or several: one closed form at most, before training.
-        work_dir: keeps what an interrupted healing continues from, until the model is saved.
+        work_dir: keeps what an interrupted healing continues from, until the model is saved; None
+            keeps nothing.
+        resume: whether to continue what is in ``work_dir``; if not, it must hold no earlier run.
+        progress: whether to show bars.
         notify: called with every perplexity when it is measured, in words.
 
     Example:
@@ -187,7 +190,8 @@ class HealingJob:
     ) -> Path:
         """Writes the healed model with its evidence, and empties ``work_dir``.
 
-        A streamed model goes on from ``out_dir``. Arguments, errors as in `ScoredModel.save`, and:
+        To go on with a streamed model, open ``out_dir``: this one reads what was solved from
+        ``work_dir``. Arguments and errors as in `ScoredModel.save`, and:
 
         Raises:
             NotSavedError: nothing could be written; ``work_dir`` keeps all, to be continued.

@@ -226,6 +226,7 @@ def _check(run: TrainingRun, evaluation: Sequence[Window]) -> None:
 
 
 def require_packages() -> None:
+    """Raises MissingPackageError where the packages that train are missing."""
     for package in ("peft", "transformers", "accelerate"):
         try:
             __import__(package)

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from llama.parallel import model_parallel_size
+from llama.renamed import renamed_argument
 from short_gpt.evaluation.paired import together
 from short_gpt.healing.closed_form import ClosedForm, Heal, HealingContext
 from short_gpt.healing.refit_layer import Batches, LayerRefit, batched
@@ -44,7 +45,6 @@ from short_gpt.models.weight_changes import Parameter
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
 from short_gpt.runtime.progress import bar
-from short_gpt.runtime.renamed import renamed_argument
 from short_gpt.runtime.state import joined
 from short_gpt.wrappers.scored_model import ScoredModel
 
@@ -150,6 +150,7 @@ class Refit:
         }
 
 
+@renamed_argument("aim", "step_size")
 def heal(short: ScoredModel, layers: Sequence[int], windows: Windows, **options: Any) -> Refit:
     """Removes layers and refits the pruned model: `fit`, ``remove_layers`` and `fold`.
 
@@ -167,6 +168,7 @@ def heal(short: ScoredModel, layers: Sequence[int], windows: Windows, **options:
     return refit
 
 
+@renamed_argument("aim", "step_size")
 def heal_patch(
     short: ScoredModel,
     layers: Sequence[int],
@@ -184,6 +186,7 @@ def heal_patch(
     return heal(short, layers, windows, settings=settings, **options)
 
 
+@renamed_argument("aim", "step_size")
 @torch.no_grad()
 def fit(
     short: ScoredModel,

@@ -116,9 +116,11 @@ def score_windows(
     with bar("scoring", total=len(windows), unit="window", show=progress) as shown:
         for window in windows:
             one = short.score([window])
-            by_layer = one.influence if method == "bi" else one.metric("magnitude")  # (1, L)
-            own = one.angles[0].double().diagonal(n) if angular else by_layer[0].double()
-            scores.sums.append(own.tolist())
+            if angular:
+                own = one.angles[0].diagonal(n)  # of blocks of n layers, (K,)
+            else:
+                own = (one.influence if method == "bi" else one.metric("magnitude"))[0]  # (L,)
+            scores.sums.append(own.double().tolist())
             scores.weights.append(1.0 if angular else float(one.tokens[0]))
             scores.texts.append(text_of(window))
             shown.update()
@@ -323,11 +325,22 @@ class _Run(NamedTuple):
                 cost = difference(original[text], pruned)
                 excess = difference(healed[text][text], pruned)
                 most = excess.nats + excess.error.reach(0.95, sides=1)
-                errors = (excess.standard_error, math.inf if math.isnan(most) else most)
-                errors = (0.0, 0.0) if choice == text else errors
-                what = (choice, text, healing, choices[choice], together(pruned).value)
-                costs, over = (cost.nats, cost.standard_error), (cost.windows, cost.texts)
-                rows.append(Crossed(*what, *costs, excess.nats, *errors, *over))
+                own = choice == text
+                row = Crossed(
+                    choice=choice,
+                    text=text,
+                    healing=healing,
+                    layers=choices[choice],
+                    perplexity=together(pruned).value,
+                    nats=cost.nats,
+                    standard_error=cost.standard_error,
+                    excess=excess.nats,
+                    excess_error=0.0 if own else excess.standard_error,
+                    excess_most=0.0 if own else math.inf if math.isnan(most) else most,
+                    windows=cost.windows,
+                    texts=cost.texts,
+                )
+                rows.append(row)
         return rows
 
     def _losses(

@@ -64,6 +64,14 @@ def _searches(values: Values) -> bool:
     return not {*_names(values["methods"])} <= {*METHODS} - {*BY_LOSS}
 
 
+def check_healing(name: str) -> None:
+    """Raises ShortGPTError for none of `HEALINGS`."""
+    if name in REMOVED_HEALINGS:
+        raise ShortGPTError(f"the healing {name} was removed: use refit, which restores more")
+    if name not in HEALINGS:
+        raise ShortGPTError(f"no healing {name!r}; expected some of {', '.join(HEALINGS)}")
+
+
 TRAINING = Needs(
     "lora or distill in `healing`", lambda v: bool({*TRAINED} & {*_names(v["healing"])})
 )
@@ -134,12 +142,7 @@ class Cases:
 
     def __post_init__(self) -> None:
         for name in self.heals:
-            if name in REMOVED_HEALINGS:
-                raise ShortGPTError(
-                    f"the healing {name} was removed: use refit, which restores more"
-                )
-            if name not in HEALINGS:
-                raise ShortGPTError(f"no healing {name!r}; expected some of {', '.join(HEALINGS)}")
+            check_healing(name)
         if self.methods is not DEFAULT_METHODS:  # which are known to be right, without an import
             from short_gpt.selection.methods import check_method
 
@@ -286,7 +289,7 @@ class Readings:
         """Every way of cutting by its name, the one that chooses and judges first."""
         return {
             f"{size} tokens, bos {where}": Cut(size, seed=self.seed, bos=where)
-            for where in listed(self.bos or bos)
+            for where in listed(bos if self.bos is None else self.bos)
             for size in self.numbers
         }
 

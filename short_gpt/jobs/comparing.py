@@ -25,7 +25,17 @@ from short_gpt.evaluation import Perplexity, TaskSuite, difference, losses, toge
 from short_gpt.evaluation.sampling import Sample
 from short_gpt.evaluation.tasks import TaskRun, task_changes
 from short_gpt.healing import PatchSettings, RefitSettings, refit
-from short_gpt.jobs.cases import PATCHED, RAW, REFIT, TRAINED, Agreement, Cases, Row, Windows
+from short_gpt.jobs.cases import (
+    PATCHED,
+    RAW,
+    REFIT,
+    TRAINED,
+    Agreement,
+    Cases,
+    Row,
+    Windows,
+    check_healing,
+)
 from short_gpt.models.numbering import check_count
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import ShortGPTError
@@ -283,6 +293,8 @@ class Comparison:
         """
         for method in methods:
             check_method(method)
+        for healing in healings:
+            check_healing(healing)
         for n in counts:
             check_count(n, len(self.short.kept), name="counts")
         heals: dict[str, Heal] = {

@@ -48,7 +48,8 @@ def convert(
     Args:
         model: GGUF file, Hugging Face directory or hub id, or Meta checkpoint directory.
         out: new directory, or GGUF file if it ends with .gguf.
-        to: meta, hf or gguf; None follows ``out`` and the source.
+        to: meta, hf or gguf. None is gguf where ``out`` ends with .gguf; else hf from Meta's format
+            and from a GGUF file that is no Llama; else meta.
         type: of matrices in GGUF: f32, f16, bf16 or q8_0; None is the source's.
         dtype: of the weights written for Meta, or from GGUF; None is the source's, else float32.
         shards: writes Meta's format in any case, in so many files.
@@ -56,6 +57,7 @@ def convert(
         trust_remote_code: whether a Hugging Face model's Python files are run for the proof.
         verify: whether to load source and result, one after the other, and compare logits and
             greedy generation with and without the cache; None does unless both are Meta's.
+        overwrite: replace an earlier output.
         notify: called with what was proved, in a sentence.
 
     Raises:

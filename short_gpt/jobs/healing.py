@@ -94,9 +94,16 @@ def heal(
         method: refit, patch, lora or distill, or several by commas, which follow each other.
         choice: which layers to remove; lora may do without, and distill with a teacher.
         data: texts to learn from.
+        windows: how the texts are cut, and which are held out.
+        settings: of the methods.
+        opening: how the model is opened.
+        streaming: how a refit holds one layer at a time.
+        overwrite: replace an earlier output.
         notify: called with what a refit will take, and with every perplexity.
 
     Raises:
+        ShortGPTError: a setting, the model or the texts are refused, before anything is written.
+        FileExistsError: ``out`` exists.
         NotSavedError: the healed model could not be written; the same call continues.
 
     Example:
@@ -216,6 +223,8 @@ def _removal(
     model: str, choice: Choice, methods: Sequence[str], settings: Settings, opening: OpenOptions
 ) -> Chosen:
     """The layers to remove; none where the methods heal a model that was pruned before."""
+    if choice.max_perplexity_ratio is not None:
+        raise ShortGPTError("`max_perplexity_ratio` is for prune: heal takes `layers`, or `n`")
     if choice.layers is not None or choice.scores is not None:
         return chosen(model, choice, opening=opening)
     ask = "give `layers`, as in 21,22,23, or `scores` and `n`"

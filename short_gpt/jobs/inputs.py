@@ -51,13 +51,13 @@ def layer_list(layers: object, name: str = "layers") -> list[int]:
     return whole_numbers(layers, name, "21,22,23", what="layer numbers", empty=True)
 
 
-def at_least(least: int, **numbers: int | None) -> None:
-    """Raises ShortGPTError for a setting that is no whole number of at least so much, nor None."""
+def at_least(least: int, *, optional: bool = False, **numbers: int | None) -> None:
+    """Raises ShortGPTError for no whole number of at least so much; None passes if ``optional``."""
     from short_gpt.data.windows import at_least as check
 
     for name, number in numbers.items():
-        if number is not None:
-            check(least, name, number)
+        if number is not None or not optional:
+            check(least, name, number)  # type: ignore[arg-type]  # None is refused by name
 
 
 # What flags need
@@ -174,7 +174,7 @@ class Cut:
 
         if self.bos is not None and self.bos not in BOS:
             raise ShortGPTError(f"bos = {self.bos!r}: expected {' or '.join(BOS)}")
-        at_least(1, max_windows=self.max_windows)
+        at_least(1, optional=True, max_windows=self.max_windows)
         windows([], lambda _: [], size=self.size, stride=self.step)
 
     def windows(
@@ -354,8 +354,8 @@ class Tasks:
         """Raises ShortGPTError for a number out of range, or a task that is unknown."""
         from short_gpt.evaluation.tasks import task_names
 
-        at_least(0, num_fewshot=self.num_fewshot)
-        at_least(1, limit=self.limit)
+        at_least(0, optional=True, num_fewshot=self.num_fewshot)
+        at_least(1, optional=True, limit=self.limit)
         if self.tasks is not None:
             task_names(self.names, self.include_path)
 

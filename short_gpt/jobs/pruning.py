@@ -79,11 +79,18 @@ def prune(
         >>> prune("llama-2-7b", "llama-2-5b", layers=[21, 22, 25]).layers  # doctest: +SKIP
         [21, 22, 25]
     """
-    choice = choice or Choice(layers, scores, n, method=method)
-    written, opening = written or Written(None, to, verify, overwrite), opening or OpenOptions()
-    return _prune(model, out, choice, written, opening)
+    if choice is None:
+        choice = Choice(layers, scores, n, method=method)
+    elif any(part is not None for part in (layers, scores, n, method)):
+        raise ShortGPTError("`layers`, `scores`, `n` and `method` are parts of `choice`: give one")
+    if written is None:
+        written = Written(None, to, verify, overwrite)
+    elif to is not None or verify is not None or overwrite:
+        raise ShortGPTError("`to`, `verify` and `overwrite` are parts of `written`: give one")
+    return _prune(model, out, choice, written, opening or OpenOptions())
 
 
+@takes_old(limit="choice")
 def prune_by(model: str, out: str, choice: Choice, **settings: Any) -> Pruned:
     """The older name of `prune`."""
     warnings.warn("prune_by is now prune", DeprecationWarning, stacklevel=2)

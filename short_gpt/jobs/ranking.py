@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from llama.io.sources import is_meta
 from llama.ranks import several_ranks
-from llama.tokenizer import Tokenizer, find_tokenizer
+from llama.tokenizer import find_tokenizer
 from short_gpt.data.windows import count_of
 from short_gpt.jobs.inputs import (
     STRIDE,
@@ -106,12 +106,18 @@ def rank(
         model: Meta checkpoint directory, Hugging Face directory or hub id, or GGUF file.
         data: texts to score on.
         n: how many layers to remove; short for ``answer=Answer(n)``.
+        answer: what is asked: the method, the number of layers, when to stop.
+        cut: how the texts are cut into windows.
+        opening: how the model is opened.
+        running: how it runs: windows at once, one layer at a time.
+        saving: the file that the run is saved in, to be continued.
         notify: called with what a streamed run will take in memory, before it starts.
         detailed: whether it is also called with the time that one pass will take, from a window
             that is timed, and how the answer stands while it goes on.
 
     Raises:
-        NotFiniteError: a weight or a state is NaN or infinite.
+        ShortGPTError: a setting, the model, the texts or the state of another run are refused.
+        NotFiniteError: a weight or a hidden state is NaN or infinite.
 
     Example:
         >>> rank("llama-2-7b", "novels/", n=9).layers  # doctest: +SKIP
@@ -171,8 +177,8 @@ def check_ranking(
     if answer.by_loss and several_ranks():
         raise ShortGPTError(f"`method` {answer.method} runs on one rank; start it alone")
     check_tokenizer(opening.tokenizer_path, model, stream=running.stream)
-    if is_meta(model):
-        Tokenizer(opening.tokenizer_path or find_tokenizer(model))
+    if is_meta(model) and opening.tokenizer_path is None:
+        find_tokenizer(model)  # one that is missing shows before the texts are opened
 
 
 def _measure(

@@ -20,10 +20,14 @@ T = TypeVar("T")
 
 
 def _with(new: Callable[..., object], order: str, **defaults: object) -> Callable[..., object]:
-    """A class with the order of arguments and the defaults that it had."""
+    """A class with the arguments, their order and the defaults that it had."""
+    names = order.split()
 
     def make(*values: object, **options: object) -> object:
-        options |= dict(zip(order.split(), values, strict=False))
+        if len(values) > len(names) or (odd := sorted({*options} - {*names})):
+            what = f"{len(values)} arguments" if len(values) > len(names) else odd[0]
+            raise TypeError(f"expected {', '.join(names)}; got {what}")
+        options |= dict(zip(names, values, strict=False))
         named: dict[str, Any] = {**defaults, **options}
         return new(**{NEW_SETTINGS.get(name, name): value for name, value in named.items()})
 

@@ -306,6 +306,10 @@ def reproduce(
             "(a directory, or meta-llama/Llama-2-7b-hf on the hub), and PG-19 (streamed, or a "
             "folder as `data`): short-gpt reproduce llama-2-7b"
         )
+    if paper != Answer(paper_model=paper.paper_model, confidence=paper.confidence, rare=paper.rare):
+        raise ShortGPTError(
+            "`paper` takes paper_model, confidence and rare: the paper's protocol is the rest"
+        )
     shape = shape_of(model, trust_remote_code=opening.trust_remote_code)
     name = _name(model, shape, paper.paper_model)
     n = len(_paper_model(name)["removed"])

@@ -28,7 +28,6 @@ class Saving:
         state: file that the run is saved in and continued from; if not given, that of the result
             with .state appended to its name.
         save_every: seconds between two saves; 0 saves after every batch.
-
     """
 
     HEADING: ClassVar = WRITE

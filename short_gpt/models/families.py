@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields, replace
 
 from torch import nn
 
-from short_gpt.runtime.renamed import renamed_argument
+from llama.renamed import renamed_argument
 
 Names = tuple[str, ...]
 
@@ -26,7 +26,7 @@ class Family:
 
     layers: Names = ("model.layers",)  # paths of the list inside the causal language model
     attention: Names = ("self_attn",)  # the sublayer
-    # before it, if the layer calls it with its own keyword arguments, and so others can do so too
+    # the norm before it, where the attention takes the keyword arguments of its layer
     attention_norm: Names = ("input_layernorm",)
     attention_output: Names = ("self_attn.o_proj",)  # its output projection
     mlp: Names = ("mlp",)  # the sublayer

@@ -233,7 +233,7 @@ def check_layers_path(layers_path: object) -> None:
 
 
 def find_layers(model: PreTrainedModel) -> str:
-    """The path of the list of layers: of the family, or the only one of as many layers."""
+    """The path of the list of layers: the family's, or the only one as long as the config says."""
     config = model.config.get_text_config(decoder=True)
     count = config.num_hidden_layers
     lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList)}

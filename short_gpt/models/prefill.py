@@ -61,9 +61,6 @@ def _meta(layer: TransformerBlock) -> Callable[..., Tensor]:
 
 
 def _hugging_face(layer: nn.Module, decoder: Decoder) -> Callable[..., object]:
-    # a layer of transformers: there is such a package
-    from transformers.cache_utils import Cache
-
     _, form = output_form(decoder)
     if (parts := attention_with_norm(layer, decoder.family)) is None:
         raise ShortGPTError(
@@ -72,6 +69,8 @@ def _hugging_face(layer: nn.Module, decoder: Decoder) -> Callable[..., object]:
             "family cannot skip layers in the prompt alone"
         )
     norm, attention = parts
+    from transformers.cache_utils import Cache
+
     plain = layer.forward  # before it is patched
 
     def forward(*args: object, **kwargs: object) -> object:

@@ -76,7 +76,8 @@ class Sublayers:
     # by part, "attention" and "mlp": those with a single matrix whose output the layer adds
     projections: Mapping[str, OutputProjection]
     refused: Mapping[str, str]  # by part, why it is not among them
-    mlp: OutputProjection | None  # the MLP as one module, also where no matrix ends it
+    # what the MLP adds: its projection, or the MLP as one module; None if not known
+    mlp: OutputProjection | None
 
     @classmethod
     def of(cls, calls: LayerCalls, index: int, state: Tensor, family: Family) -> Sublayers:

@@ -19,10 +19,10 @@ import torch
 
 from llama.io.files import lock_file, new_file, tidy
 from llama.io.json_files import JsonObject, json_text, read_json, write_json
+from llama.renamed import renamed_argument
 from short_gpt.runtime.digest import files_digest
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import first_rank
-from short_gpt.runtime.renamed import renamed_argument
 
 ABOUT = ("versions", "machine")  # entries of every record
 CHECKED = "sha256"  # the entry with the digest of all entries except these
@@ -113,13 +113,20 @@ class Lock:
                 os.ftruncate(handle, 0)
                 since = time.strftime("%Y-%m-%d %H:%M:%S")
                 holder = f"process {self.process} on {platform.node()} since {since}: "
-                os.write(handle, (holder + " ".join(sys.argv)).encode(errors="replace"))
+                os.write(handle, (holder + _command()).encode(errors="replace"))
             finalize(self, _release, handle, file, self.process)
 
     def __enter__(self) -> Lock:
         return self  # the with statement keeps the object to its end
 
     def __exit__(self, *_: object) -> None: ...
+
+
+def _command() -> str:
+    file, *arguments = sys.argv or [""]
+    program = Path(file)  # of python -m the file __main__.py in the package
+    name = program.parent.name if program.stem == "__main__" else program.name
+    return " ".join([name, *arguments])
 
 
 _HELD: WeakValueDictionary[Path, Lock] = WeakValueDictionary()

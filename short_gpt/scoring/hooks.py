@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from llama.renamed import renamed_argument, renamed_function
 from short_gpt.models.decoder import Decoder, padded
 from short_gpt.models.families import Family, part
 from short_gpt.models.layer_hooks import Arguments, Output, first, state_in
 from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
-from short_gpt.runtime.renamed import renamed_argument, renamed_function
 from short_gpt.scoring.metrics import (
     LAYER_METRICS,
     TokenProducts,

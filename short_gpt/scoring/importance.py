@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llama.renamed import renamed_argument
 from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.runtime.renamed import renamed_argument
 from short_gpt.scoring import lists, moments
 from short_gpt.scoring.hooks import Scores
 from short_gpt.scoring.metrics import LAYER_METRICS, spearman, t_quantile
@@ -262,7 +262,10 @@ class Importance:
         return self.sublayers / self.tokens.sum()
 
     def least_important(self, n: int, *, angular: bool = False) -> list[int]:
-        """Original numbers of the n layers to remove: least important first, or the best block."""
+        """Original numbers of the n layers to remove: least important first, or the best block.
+
+        ShortGPTError unless n is 1 to L - 1.
+        """
         chosen = best_block(self.angular, n) if angular else lowest(self.block_influence, n)
         return [self.layers[i] for i in chosen]
 

@@ -108,6 +108,8 @@ def texts_from_json(content: object, total: Tensor) -> Texts | None:
             raise TypeError
         # the same rule as of layers: whole, from 0, each once
         numbers, sums = layer_numbers(content["numbers"]), from_lists(content["sums"])  # (G, L + 1)
+        if not numbers:  # of nothing read yet: an empty list has one dimension
+            sums = sums.reshape(0, len(total))
     except (KeyError, TypeError, ValueError, OverflowError):
         numbers, sums = [], total[None, None]  # of a shape that is refused below
     fits = sums.shape == (len(numbers), len(total)) and bool((sums >= 0).all())

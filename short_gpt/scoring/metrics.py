@@ -121,7 +121,7 @@ def relative_magnitude(x: Tensor, y: Tensor) -> Tensor:
 
 
 def relative_change(change: Tensor, norm: Tensor) -> Tensor:
-    """||change|| / ||y|| from both norms, (...); 0 where both are 0, infinite where ||y|| is."""
+    """||change|| / ||y|| from both norms, (...); 0 where both are 0, infinite if ||y|| alone is."""
     return (change / norm).masked_fill(change == 0, 0.0)  # 0 / 0 would be NaN
 
 

@@ -23,6 +23,7 @@ def add_texts(texts: Texts | None, more: Iterable[tuple[int | None, Tensor]]) ->
     for number, sums in more:  # sums (L + 1,)
         if number is None:
             return None
+        number = int(number)  # of NumPy, which JSON does not take
         total[number] = total[number] + sums if number in total else sums.clone()
     return total
 

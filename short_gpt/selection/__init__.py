@@ -3,12 +3,13 @@
 from short_gpt.scoring.order import at_random, best_block, deepest, lowest, reverse, sequential
 from short_gpt.selection.methods import BY_LOSS, METHODS, check_method, choose
 from short_gpt.selection.perplexity_budget import Budget, most_layers
-from short_gpt.selection.search import Search, one_shot, sleb, sleb_rounds
+from short_gpt.selection.search import Options, Search, one_shot, sleb, sleb_rounds
 
 __all__ = [
     "BY_LOSS",
     "METHODS",
     "Budget",
+    "Options",
     "Search",
     "at_random",
     "best_block",

@@ -131,7 +131,7 @@ def sleb_rounds(
 def one_shot(decoder: Decoder, windows: Sequence[Sequence[int]], n: int, **options: Any) -> Search:
     """The n layers without which, each alone, the loss is lowest (Shortened LLaMA, by perplexity).
 
-    Arguments and errors as in `sleb`; every layer is a candidate, n is 1 to L - 1.
+    Arguments and errors as in `sleb`, except ``candidates``: every layer is one, n is 1 to L - 1.
     """
     return by_loss(decoder, windows, n, Options(candidates=None, **options), method="perplexity")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -68,7 +68,8 @@ def open_model(
         source = find_source(source)
         if source.kind != "meta":
             return open_hf(source, options)
-    return ShortLlama.from_checkpoint(source, stream=stream, **vars(options))
+    entries = {field.name: getattr(options, field.name) for field in fields(OpenOptions)}
+    return ShortLlama.from_checkpoint(source, stream=stream, **entries)
 
 
 def open_hf(source: str | Source, options: OpenOptions = DEFAULTS) -> ShortHFModel:

@@ -211,6 +211,17 @@ class StreamedLlama(ScoredModel):
 
     Windows pass the layers in rounds, as many as the memory holds; within a round ``batch_size``
     of them pass a layer together. ``stop`` and ``state`` act after a round; Ctrl-C loses it.
+
+    Args:
+        ckpt_dir: a Llama in Meta's format, or in safetensors of Hugging Face's.
+        n_prune_layers: how many layers `remove_layers` takes out.
+        tokenizer_path: None looks beside the checkpoint; without one there are no texts.
+        max_seq_len: the longest window, in tokens.
+        batch_size: windows that pass a layer together; the memory must hold as many.
+        max_memory: bytes, or a text such as "3GB"; None is half of the free memory.
+
+    Raises:
+        ShortGPTError: ``max_memory`` holds no such batch, or several ranks run (torchrun).
     """
 
     streamed: ClassVar[bool] = True

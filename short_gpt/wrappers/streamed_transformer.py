@@ -323,6 +323,7 @@ class StreamedTransformer(nn.Module):
         for batch in batches:
             state = batch.state[:, :-1]  # (B, S - 1, D): the last state predicts nothing
             batch.state = self.norm(state.to(self.device)).to(state.device)
+            del state  # which holds the states before the norm
         for start, weight in self._head():
             for i, batch in enumerate(batches):
                 # (B, S - 1, rows): the part of the vocabulary that begins at `start`

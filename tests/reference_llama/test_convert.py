@@ -264,6 +264,16 @@ def test_missing_and_damaged_files(hf_dir, tmp_path):
         open_weights(tmp_path)
 
 
+def test_a_safetensors_file_that_names_a_tensor_twice_is_refused(tmp_path):
+    entry = '"{}": {{"dtype": "F32", "shape": [1], "data_offsets": [{}, {}]}}'
+    entries = (entry.format("a", 0, 4), entry.format("b", 0, 4), entry.format("a", 4, 8))
+    header = f"{{{', '.join(entries)}}}".encode()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    with pytest.raises(ValueError, match="a name is there twice"):
+        SafetensorsFile(path)
+
+
 @pytest.mark.parametrize(
     ("name", "kind", "message"),
     [

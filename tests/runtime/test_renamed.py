@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import subprocess
 import sys
 import warnings
 
@@ -10,10 +11,21 @@ import pytest
 import torch
 
 import short_gpt
-from short_gpt.runtime.renamed import MOVED
+from llama.renamed import MOVED as LLAMA
+from short_gpt.runtime.renamed import MOVED as SHORT_GPT
+from short_gpt.runtime.state import StateFile
 from short_gpt.scoring import Importance, LayerHooks, Scores, hooked
 
+MOVED = LLAMA | SHORT_GPT
 OLD_NAMES = {
+    "short_gpt.evaluation.llama_lm": ("llama_lm",),
+    "short_gpt.selection.partial_run": ("PartialRun",),
+    "short_gpt.models.weights_report": ("without_report",),
+    "short_gpt.checkpoints.card": ("write_provenance", "model_card"),
+    "short_gpt.checkpoints.mergekit": ("mergekit_recipe",),
+    "short_gpt.checkpoints.save": ("save_hf", "save_meta", "save_as_meta"),
+    "short_gpt.runtime.abort": ("end_all",),
+    "short_gpt.runtime.lock": ("Lock", "hold"),
     "short_gpt.cli.results": ("ranked", "healed"),
     "short_gpt.jobs.choice": ("Chosen", "chosen"),
     "short_gpt.jobs.choice_settings": ("Answer", "Choice"),
@@ -115,3 +127,15 @@ def test_an_old_argument_and_attribute_work_and_name_the_new_one():
         pytest.raises(TypeError),
     ):
         hooks.on_halves()
+
+
+def test_former_paths_of_llama_work_without_short_gpt():
+    code = "import sys, llama.rope as old; print(old.apply_rotary_emb, 'short_gpt' in sys.modules)"
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "apply_rotary_emb" in done.stdout and done.stdout.endswith("False\n")
+
+
+def test_an_argument_by_both_of_its_names_is_refused(tmp_path):
+    with pytest.raises(TypeError, match="takes folder, formerly whole; got both"):
+        StateFile(tmp_path / "state.json", {}, whole=tmp_path, folder=tmp_path)
