@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from llama.io.sources import is_meta
 from llama.ranks import several_ranks
-from llama.tokenizer import find_tokenizer
+from llama.tokenizer import Tokenizer, find_tokenizer
 from short_gpt.data.windows import count_of
 from short_gpt.jobs.inputs import (
     STRIDE,
@@ -177,8 +177,8 @@ def check_ranking(
     if answer.by_loss and several_ranks():
         raise ShortGPTError(f"`method` {answer.method} runs on one rank; start it alone")
     check_tokenizer(opening.tokenizer_path, model, stream=running.stream)
-    if is_meta(model) and opening.tokenizer_path is None:
-        find_tokenizer(model)  # one that is missing shows before the texts are opened
+    if is_meta(model):  # a damaged one shows before the texts are opened
+        Tokenizer(opening.tokenizer_path or find_tokenizer(model))
 
 
 def _measure(
