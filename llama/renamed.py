@@ -58,7 +58,7 @@ def renamed_argument(old: str, new: str) -> Callable[[F], F]:
         @wraps(called)
         def call(*args: object, **kwargs: object) -> object:
             if old in kwargs:
-                if new in kwargs:
+                if new in kwargs and not is_dataclass(owner):  # `replace` passes every field
                     raise TypeError(f"{owner.__name__} takes {new}, formerly {old}; got both")
                 warn(owner)
                 kwargs[new] = kwargs.pop(old)

@@ -82,11 +82,11 @@ def prune(
     if choice is None:
         choice = Choice(layers, scores, n, method=method)
     elif any(part is not None for part in (layers, scores, n, method)):
-        raise ShortGPTError("`layers`, `scores`, `n` and `method` are parts of `choice`: give one")
+        raise ShortGPTError("expected a Choice, or `layers`, `scores`, `n` and `method`; got both")
     if written is None:
         written = Written(None, to, verify, overwrite)
     elif to is not None or verify is not None or overwrite:
-        raise ShortGPTError("`to`, `verify` and `overwrite` are parts of `written`: give one")
+        raise ShortGPTError("expected a Written, or `to`, `verify` and `overwrite`; got both")
     return _prune(model, out, choice, written, opening or OpenOptions())
 
 

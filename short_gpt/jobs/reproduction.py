@@ -308,7 +308,8 @@ def reproduce(
         )
     if paper != Answer(paper_model=paper.paper_model, confidence=paper.confidence, rare=paper.rare):
         raise ShortGPTError(
-            "`paper` takes paper_model, confidence and rare: the paper's protocol is the rest"
+            "reproduce takes `paper_model`, `confidence` and `rare` of an Answer: the rest is the "
+            "paper's protocol"
         )
     shape = shape_of(model, trust_remote_code=opening.trust_remote_code)
     name = _name(model, shape, paper.paper_model)

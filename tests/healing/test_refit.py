@@ -346,7 +346,7 @@ def test_the_step_size_works_by_its_former_name():
         assert settings.aim == 0.7 and settings == RefitSettings(step_size=0.7)
     with pytest.warns(DeprecationWarning, match="aim of PatchSettings is now step_size"):
         assert replace(PatchSettings(), aim=0.5).step_size == 0.5
-    with pytest.warns(DeprecationWarning, match="aim of RefitSettings is now step_size"):
+    with pytest.warns(DeprecationWarning, match="aim of fit is now step_size"):
         refit = fit(meta(), [3], WINDOWS, aim=0.5, **ALL)
     with pytest.warns(DeprecationWarning, match="solving of Refit is now settings"):
         assert refit.solving.step_size == 0.5
