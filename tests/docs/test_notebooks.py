@@ -59,7 +59,9 @@ PRINTED = {
 }
 
 
-CACHE = "from pathlib import Path\nfrom short_gpt.data import demo\ndemo.cache_dir = lambda: Path({!r})"
+CACHE = """from pathlib import Path
+from short_gpt.data import demo
+demo.cache_dir = lambda: Path({!r})"""
 LAYERS, CHAPTERS = 8, 60  # of 30 layers; of the book: all of Genesis, and the start of Exodus
 
 
