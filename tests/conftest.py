@@ -19,6 +19,7 @@ from llama.args import ModelArgs
 from llama.formats.tokenizers import tokenizer_json
 from llama.model import Transformer
 from llama.parallel import initialize
+from short_gpt.jobs.comparing import tokens_per_second
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits
@@ -40,6 +41,15 @@ TINY = {
 @pytest.fixture(autouse=True, scope="session")
 def one_rank() -> None:
     initialize(device=torch.device("cpu"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def short_races() -> Iterator[None]:
+    """How fast a model generates is measured on few tokens, for which no test looks."""
+    plain = tokens_per_second.__kwdefaults__
+    tokens_per_second.__kwdefaults__ = {"prompt": 8, "count": 3}
+    yield
+    tokens_per_second.__kwdefaults__ = plain
 
 
 def make_transformer(seed: int = 0, **changes: object) -> Transformer:

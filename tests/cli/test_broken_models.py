@@ -69,10 +69,9 @@ def test_a_tensor_without_values_is_refused(here, capsys):
     "change",
     [
         lambda w: w[:1].expand(w.shape),
-        lambda w: w.mean().expand(w.shape),
         lambda w: w.T.contiguous().T,
     ],
-    ids=["a row for all", "one number for all", "transposed"],
+    ids=["a row for all", "transposed"],
 )
 def test_a_tensor_that_is_no_block_of_the_file_is_read_and_written(here, capsys, change):
     weight = stored(change)
@@ -90,8 +89,7 @@ def test_a_tensor_that_is_no_block_of_the_file_is_read_and_written(here, capsys,
         assert Shard(Path(f"healed{number}/consolidated.00.pth")).infos
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("model", ["ckpt", "hf"])
+@pytest.mark.parametrize(("model", "value"), [("ckpt", float("nan")), ("hf", float("inf"))])
 def test_a_weight_that_is_no_number_is_told_where_a_proof_needs_one(here, capsys, model, value):
     convert("ckpt", "hf")
 
@@ -114,8 +112,10 @@ def test_a_weight_that_is_no_number_is_told_where_a_proof_needs_one(here, capsys
     run("prune", model, "out", *CUT, "--verify", "no")
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
-@pytest.mark.parametrize("model", ["ckpt", "hf", "m.gguf"])
+@pytest.mark.parametrize(
+    ("model", "value"),
+    [("ckpt", float("-inf")), ("hf", float("nan")), ("m.gguf", float("nan"))],
+)
 def test_a_weight_that_the_logits_do_not_show_is_named(here, capsys, model, value):
     """A row of the embedding that no token of the proof reads."""
     convert("ckpt", "hf")

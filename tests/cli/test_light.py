@@ -42,7 +42,7 @@ def test_a_lazy_package_has_the_names_that_it_lists(package):
 
 def test_modules_are_reached_without_an_import_of_their_own(tmp_path):
     code = "import short_gpt; print(short_gpt.healing.refit, short_gpt.jobs.reproduction.published)"
-    done = alone(tmp_path / "printed", exec, code).end()
+    done = alone(tmp_path / "printed", exec, code, {}).end()
     assert done.codes == [0], done.err
     assert "short_gpt.healing.refit" in done.out and "function published" in done.out
 

@@ -22,7 +22,7 @@ from short_gpt.wrappers.short_llama import ShortLlama
 
 pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
 
-WINDOWS, HELD = random_windows(12, 16), random_windows(4, 16, seed=5)
+WINDOWS, HELD = random_windows(8, 16), random_windows(4, 16, seed=5)
 TOKENS = torch.tensor(random_windows(2, 16, seed=9))
 NORMS_BEHIND = ["gemma2", "gemma3", "gemma3, wrapped", "olmo2"]
 NO_HALVES = ["mamba"]

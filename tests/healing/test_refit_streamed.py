@@ -40,7 +40,7 @@ from short_gpt.healing.solver import SublayerSolver
 from short_gpt.wrappers.streamed_llama import StreamedLlama
 
 LAYERS = [2, 3]
-WINDOWS = [w[: 16 - i % 2] for i, w in enumerate(random_windows(10, 16, vocab=BYTE_VOCAB))]
+WINDOWS = [w[: 16 - i % 2] for i, w in enumerate(random_windows(6, 16, vocab=BYTE_VOCAB))]
 TOKENS = torch.tensor(random_windows(2, 16, vocab=BYTE_VOCAB, seed=9))
 PARTS = [("attention", 0.1), ("mlp", None)]
 QUIET = {"progress": False}
@@ -577,8 +577,7 @@ def test_an_interruption_in_the_first_layer_leaves_no_folder(tmp_path):
     assert not work.exists()
 
 
-@pytest.mark.parametrize("kind", ["meta", "hf"])
-@pytest.mark.parametrize("size", [2, 7])
+@pytest.mark.parametrize(("kind", "size"), [("meta", 2), ("hf", 7)])
 def test_a_streamed_heal_reads_windows_shorter_than_its_proof(kind, size, here):
     source(kind, here)
     argv = [*HEAL, "--stream", "--size", size]

@@ -168,11 +168,7 @@ def changed(path: Path, **entries: object) -> None:
     ("model", "entry"),
     [
         ("ckpt", {"norm_eps": 0.5}),
-        ("ckpt", {"rope_theta": 20000.0}),
-        ("hf", {"rms_norm_eps": 0.5}),
-        ("hf", {"rope_theta": 20000.0}),
         ("hf", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
-        ("hf", {"hidden_act": "gelu"}),
     ],
 )
 def test_scores_of_another_configuration_are_refused_and_told(here, capsys, model, entry):
@@ -194,6 +190,22 @@ def test_scores_of_another_configuration_are_refused_and_told(here, capsys, mode
     config.write_text(before)
     run("prune", model, "out", "--scores", "r.json", "--n", 1)
     assert "not checked" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("model", "entry"),
+    [
+        ("ckpt", {"rope_theta": 20000.0}),
+        ("hf", {"rms_norm_eps": 0.5}),
+        ("hf", {"rope_theta": 20000.0}),
+        ("hf", {"hidden_act": "gelu"}),
+    ],
+)
+def test_what_computes_something_makes_another_configuration(here, model, entry):
+    convert("ckpt", "hf")
+    before = configuration_of(model)
+    changed(Path(model, "params.json" if model == "ckpt" else "config.json"), **entry)
+    assert configuration_of(model) != before
 
 
 def test_entries_that_compute_nothing_are_no_other_configuration(here):
