@@ -43,10 +43,12 @@ def one_line_or_none(argv: list[str]) -> None:
 
 def flag_of_each_kind() -> dict[tuple, tuple[str, str]]:
     """A command and its flag for every kind of value, which all commands read alike."""
+    flags = {command: flags_of(function) for command, function in COMMANDS.items()}
+    fewest_last = sorted(flags, key=lambda command: -len(flags[command]))
     return {
         flag.kinds: (command, name)
-        for command, function in COMMANDS.items()
-        for name, flag in flags_of(function).items()
+        for command in fewest_last
+        for name, flag in flags[command].items()
         if not flag.required
     }
 

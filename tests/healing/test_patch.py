@@ -19,7 +19,7 @@ from short_gpt.wrappers.short_llama import ShortLlama
 
 pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
 
-WINDOWS, HELD = random_windows(8, 16), random_windows(4, 16, seed=5)
+WINDOWS, HELD = random_windows(12, 16), random_windows(4, 16, seed=5)
 TOKENS = torch.tensor(random_windows(2, 16, seed=9))
 EXPERTS = ["mixtral", "qwen3_moe", "llama4", "gpt_oss", "qwen3_next"]  # no single down_proj
 PATCHED = [name for name in FAMILIES if name != "mamba"]
