@@ -19,7 +19,6 @@ from llama.args import ModelArgs
 from llama.formats.tokenizers import tokenizer_json
 from llama.model import Transformer
 from llama.parallel import initialize
-from short_gpt.jobs.comparing import tokens_per_second
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits
@@ -43,13 +42,16 @@ def one_rank() -> None:
     initialize(device=torch.device("cpu"))
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(scope="module")
 def short_races() -> Iterator[None]:
-    """How fast a model generates is measured on few tokens, for which no test looks."""
-    plain = tokens_per_second.__kwdefaults__
-    tokens_per_second.__kwdefaults__ = {"prompt": 8, "count": 3}
-    yield
-    tokens_per_second.__kwdefaults__ = plain
+    """How fast a model generates, at which no test looks, is measured on few tokens."""
+    from short_gpt.jobs.comparing import tokens_per_second
+
+    with pytest.MonkeyPatch.context() as patch:
+        few = {"prompt": 8, "count": 3}
+        assert few.keys() == tokens_per_second.__kwdefaults__.keys()
+        patch.setattr(tokens_per_second, "__kwdefaults__", few)
+        yield
 
 
 def make_transformer(seed: int = 0, **changes: object) -> Transformer:

@@ -26,14 +26,14 @@ FEWER = {
         "n_prune_layers = 8 ": "n_prune_layers = 2 ",
         "max_windows = 12 ": "max_windows = 3 ",
         "eval_windows = 8 ": "eval_windows = 1 ",
-        "lora_steps = 20 ": "lora_steps = 2 ",
+        "lora_steps = 20 ": "lora_steps = 1 ",
     },
     "compare_methods.ipynb": {
         "size = 512 ": "size = 128 ",
         "max_windows = 16 ": "max_windows = 2 ",
         "eval_windows = 4 ": "eval_windows = 1 ",
         '"deepest", "relative_magnitude", "sleb", "reverse"': '"sleb"',
-        "counts = [2, 4, 8, 12]": "counts = [1, 2]",
+        "counts = [2, 4, 8, 12]": "counts = [2]",
     },
     "healing.ipynb": {
         'method = "bi"': 'method = "deepest"',  # few layers after the first gap, few to refit
@@ -42,7 +42,7 @@ FEWER = {
         "n_prune_layers = 8 ": "n_prune_layers = 2 ",
         "fit_windows = 6 ": "fit_windows = 2 ",
         "eval_windows = 8 ": "eval_windows = 1 ",
-        "distill_steps = 20 ": "distill_steps = 2 ",
+        "distill_steps = 20 ": "distill_steps = 1 ",
     },
 }
 PICTURES = {

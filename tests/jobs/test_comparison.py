@@ -21,6 +21,8 @@ from short_gpt.runtime.state import StateFile
 from short_gpt.selection.methods import METHODS, choose
 from short_gpt.selection.search import PartialRun
 
+pytestmark = pytest.mark.usefixtures("short_races")
+
 CALIBRATION, EVALUATION = random_windows(6, 40), random_windows(5, 30, seed=9)
 
 
