@@ -42,6 +42,18 @@ def one_rank() -> None:
     initialize(device=torch.device("cpu"))
 
 
+@pytest.fixture(scope="module")
+def short_races() -> Iterator[None]:
+    """How fast a model generates, at which no test looks, is measured on few tokens."""
+    from short_gpt.jobs.comparing import tokens_per_second
+
+    with pytest.MonkeyPatch.context() as patch:
+        few = {"prompt": 8, "count": 3}
+        assert few.keys() == tokens_per_second.__kwdefaults__.keys()
+        patch.setattr(tokens_per_second, "__kwdefaults__", few)
+        yield
+
+
 def make_transformer(seed: int = 0, **changes: object) -> Transformer:
     """A random Transformer whose layers do something: weights of std 0.2."""
     torch.manual_seed(seed)

@@ -22,7 +22,7 @@ class LlamaCpp:
         params.n_ctx, params.n_parallel, params.verbosity = context, 1, -1
         params.warmup = params.fit_params = False
         params.embedding, params.n_batch, params.n_ubatch = embedding, context, context
-        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 2
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
         params.cache_type_k = params.cache_type_v = client.ggml_type.GGML_TYPE_F32
         params.flash_attn_type = client.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self._server = client.Server(params)

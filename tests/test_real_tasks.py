@@ -25,7 +25,6 @@ QUESTIONS = [
     ("How do I keep soup warm?", ["Pour it into a flask.", "Pour it into a sieve."], 0),
     ("Which of these is a planet?", ["the Moon", "Mars", "Sirius", "a comet"], 1),
     ("What do plants take from the air?", ["carbon dioxide", "helium", "iron"], 0),
-    ("How do I open a jar that sticks?", ["Run hot water over its lid.", "Freeze the lid."], 0),
 ]
 PAIRS = [
     ("The cup did not fit into the box because the {} was too", ["cup", "box"], "large.", 0),
@@ -47,7 +46,7 @@ def write_documents(folder: Path) -> None:
         ],
         "lambada_openai": [
             {"context": " ".join(words[:60]), "continuation": words[60]}
-            for words in (book.split() for book in demo.bible("held_out")[:12])
+            for words in (book.split() for book in demo.bible("held_out")[:6])
         ],
     }
     for name, documents in rows.items():
@@ -59,14 +58,12 @@ def write_documents(folder: Path) -> None:
 def models():
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    torch.set_num_threads(2)
     directory, file = demo.checkpoint(), demo.gguf_file()
     ours = Llama.build(directory, directory / "tokenizer.json", 1024, 8, device="cpu")
     place = {"gguf_file": file.name}
     theirs = AutoModelForCausalLM.from_pretrained(file.parent, **place, dtype=torch.float32)
     words = AutoTokenizer.from_pretrained(file.parent, **place)
-    yield ShortLlama(ours), ShortHFModel(theirs.eval(), tokenizer=words)
-    torch.set_num_threads(1)
+    return ShortLlama(ours), ShortHFModel(theirs.eval(), tokenizer=words)
 
 
 @pytest.fixture(params=["a few", "SHORT_GPT_TASKS"])

@@ -213,7 +213,7 @@ def hollow_llama(directory, **changes):
     return max(entry.nbytes for entry in entries.values()), end
 
 
-LARGE = {"vocab_size": 32000, "hidden_size": 256, "intermediate_size": 6144}
+LARGE = {"vocab_size": 16000, "hidden_size": 256, "intermediate_size": 3072}
 LARGE |= {"num_hidden_layers": 13, "num_attention_heads": 8, "tie_word_embeddings": True}
 
 

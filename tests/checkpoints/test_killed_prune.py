@@ -17,7 +17,7 @@ from tqdm import tqdm
 from llama.checkpoint.meta import Checkpoint
 from llama.io.json_files import read_json
 
-KILLS = 6
+KILLS = 3
 
 
 def prune(layer: int) -> None:

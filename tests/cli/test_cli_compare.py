@@ -20,6 +20,9 @@ def text(start: int) -> str:
     return " ".join(WORDS[(start + i * i * (start + 3)) % 8] + str(start + i) for i in range(120))
 
 
+pytestmark = pytest.mark.usefixtures("short_races")
+
+
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

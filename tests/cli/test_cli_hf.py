@@ -182,8 +182,16 @@ def test_what_fails_the_proof_is_not_left_behind(here, capsys, monkeypatch, kind
     assert "written" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("kind", [RuntimeError, MemoryError, KeyboardInterrupt])
-@pytest.mark.parametrize("how", [("hf",), ("hf", "--to", "meta"), ("meta", "--verify", "yes")])
+@pytest.mark.parametrize(
+    ("kind", "how"),
+    [
+        (RuntimeError, ("hf",)),
+        (MemoryError, ("hf",)),
+        (KeyboardInterrupt, ("hf",)),
+        (RuntimeError, ("hf", "--to", "meta")),
+        (KeyboardInterrupt, ("meta", "--verify", "yes")),
+    ],
+)
 def test_what_fails_the_proof_leaves_the_earlier_checkpoint(here, capsys, monkeypatch, kind, how):
     source, *flags = how
     arguments = ("prune", source, "kept", *flags)

@@ -7,6 +7,7 @@ import sys
 from importlib import import_module
 
 import pytest
+from processes import alone
 
 from short_gpt import jobs
 from short_gpt.jobs.renamed import OLD, takes_old
@@ -39,10 +40,11 @@ def test_a_lazy_package_has_the_names_that_it_lists(package):
         module.nothing  # noqa: B018
 
 
-def test_modules_are_reached_without_an_import_of_their_own():
+def test_modules_are_reached_without_an_import_of_their_own(tmp_path):
     code = "import short_gpt; print(short_gpt.healing.refit, short_gpt.jobs.reproduction.published)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "short_gpt.healing.refit" in done.stdout and "function published" in done.stdout
+    done = alone(tmp_path / "printed", exec, code, {}).end()
+    assert done.codes == [0], done.err
+    assert "short_gpt.healing.refit" in done.out and "function published" in done.out
 
 
 @pytest.mark.parametrize("name", OLD)

@@ -74,8 +74,8 @@ def verses(seed: int) -> str:
     return "".join(rng.choice(PHRASES) + letters(rng.randint(2, 9), seed + i) for i in range(300))
 
 
-@pytest.mark.parametrize("size", [*range(2, 17), 24, 32, 48, 64])
-@pytest.mark.parametrize("limit", [8, 16, 64])
+@pytest.mark.parametrize("size", [*range(2, 9), 11, 15, 16, 32, 64])
+@pytest.mark.parametrize("limit", [8, 64])
 def test_a_few_windows_of_a_copy_are_found_where_they_meet_its_own(size, limit):
     """Windows that do not meet each other: the text that they stand in says what they are."""
     text, other = verses(0), verses(1000)

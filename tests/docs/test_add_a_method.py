@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
+from runpy import run_path
+
+from processes import alone
 
 ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r'```python title="([^"]+)"\n(.*?)```', re.DOTALL)
@@ -15,7 +15,7 @@ HEAL = ("heal", "ckpt", "out", "--method", "rescale", "--layers", 2, "--data", "
 HEAL += ("--eval_data", "other.txt", "--size", 16, "--eval_windows", 2, "--device", "cpu")
 
 
-def test_a_closed_form_costs_three_files(tmp_path):
+def test_a_closed_form_costs_three_files(tmp_path, monkeypatch):
     for package in ("short_gpt", "llama", "tests"):
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / package, tmp_path / package, ignore=ignored)
@@ -35,27 +35,29 @@ def test_a_closed_form_costs_three_files(tmp_path):
     first = "\nfrom short_gpt.healing"
     source = source.replace(former, line).replace(first, f"\n{imported}{first}", 1)
     (tmp_path / registry).write_text(source)
-    run = tmp_path / "run.py"
-    run.write_text(f"from commands import TEXT, run\n{STEPS}run(*{HEAL!r})\n")
-    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{tmp_path / 'tests'}"}
     test = next(name for name in blocks if name.startswith("tests/"))
-    plain = ("-p", "no:cacheprovider", "-n", "0")
-    for command in (("-m", "pytest", "-q", *plain, test), ("run.py",)):
-        done = subprocess.run(
-            [sys.executable, *command],
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
+    run = tmp_path / "run.py"
+    run.write_text(STEPS.format(root=str(tmp_path), test=test, heal=HEAL))
+    for folder in (tmp_path / "tests", tmp_path):
+        monkeypatch.syspath_prepend(folder)
+    monkeypatch.chdir(tmp_path)
+    done = alone(tmp_path / "printed", run_path, str(run)).end()
+    assert done.codes == [0], done.out + done.err
     assert '"method": "rescale"' in (tmp_path / "out" / "pruning.json").read_text()
 
 
-STEPS = """from pathlib import Path
+STEPS = """import pytest
+options = ["-q", "-n", "0", "-p", "no:cacheprovider"]
+options += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # of what is imported already
+assert pytest.main([*options, {test!r}]) == 0
+import short_gpt
+assert short_gpt.__file__.startswith({root!r})
+from pathlib import Path
+from commands import TEXT, run
 from conftest import BYTE_VOCAB, make_transformer, save_checkpoint, write_byte_tokenizer
 save_checkpoint(Path("ckpt"), make_transformer(vocab_size=BYTE_VOCAB))
 write_byte_tokenizer(Path("ckpt"))
 Path("book.txt").write_text(TEXT)
 Path("other.txt").write_text("Call me Ishmael. Some years ago, never mind how long. " * 8)
+run(*{heal!r})
 """

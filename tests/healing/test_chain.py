@@ -202,7 +202,7 @@ def test_what_a_kill_leaves_of_a_finished_run_stands_in_no_ones_way(closed, tmp_
     shutil.copytree(done, work)
     calls = killed_at(0, cleared)
     assert calls > 20 and not work.exists()
-    for call in range(1, calls, calls // 6):
+    for call in range(1, calls, calls // 3):
         shutil.copytree(done, work)
         assert killed_at(call, cleared) is None
         again = job(whole(), steps, work_dir=work, resume=work.exists())

@@ -22,7 +22,7 @@ from short_gpt.wrappers.short_llama import ShortLlama
 
 pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
 
-WINDOWS, HELD = random_windows(12, 16), random_windows(4, 16, seed=5)
+WINDOWS, HELD = random_windows(8, 16), random_windows(4, 16, seed=5)
 TOKENS = torch.tensor(random_windows(2, 16, seed=9))
 NORMS_BEHIND = ["gemma2", "gemma3", "gemma3, wrapped", "olmo2"]
 NO_HALVES = ["mamba"]
@@ -328,7 +328,7 @@ def test_the_record_is_plain_and_names_the_method():
     assert isinstance(refit, Refit)
     record = refit.to_dict()
     assert record["method"] == "refit" and record["layers"] == [3]
-    assert record["windows"] == 12 and record["held"] == 4 and record["tokens"] == 12 * 16
+    assert record["windows"] == 8 and record["held"] == 4 and record["tokens"] == 8 * 16
 
 
 def test_the_ridge_is_chosen_by_the_windows_kept_apart():

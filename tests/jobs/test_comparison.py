@@ -21,6 +21,8 @@ from short_gpt.runtime.state import StateFile
 from short_gpt.selection.methods import METHODS, choose
 from short_gpt.selection.search import PartialRun
 
+pytestmark = pytest.mark.usefixtures("short_races")
+
 CALIBRATION, EVALUATION = random_windows(6, 40), random_windows(5, 30, seed=9)
 
 
@@ -369,21 +371,25 @@ def test_an_unknown_task_is_refused_before_anything_is_measured(lm_eval, tmp_pat
     assert not state.exists()
 
 
-@pytest.mark.parametrize("what", ["weights", "evaluation", "lora", "distill", "search_windows"])
-def test_a_state_is_told_by_what_it_was_computed_from(what, tmp_path):
-    cases = Cases(["bi"], [1], search_windows=3 if what == "search_windows" else 2)
+def test_a_state_is_told_by_what_it_was_computed_from(tmp_path):
     state = tmp_path / "state"
-    compare(
-        short(), CALIBRATION, EVALUATION, cases=Cases(["bi"], [1], search_windows=2), state=state
-    )
-    model = short()
-    if what == "weights":
-        with torch.no_grad():
-            model.llama.model.output.weight[0, 0] += 1
-    windows = EVALUATION[:4] if what == "evaluation" else EVALUATION
-    options = {what: Halved()} if what in ("lora", "distill") else {}
-    with pytest.raises(ValueError, match=f"the state of a run with another {what}: "):
-        compare(model, CALIBRATION, windows, cases=cases, state=state, **options)
+    cases, other = (Cases(["bi"], [1], search_windows=n) for n in (2, 3))
+    compare(short(), CALIBRATION, EVALUATION, cases=cases, state=state)
+    kept = state.read_bytes()
+    changed = short()
+    with torch.no_grad():
+        changed.llama.model.output.weight[0, 0] += 1
+    for what, model, windows, chosen in (
+        ("weights", changed, EVALUATION, cases),
+        ("evaluation", short(), EVALUATION[:4], cases),
+        ("lora", short(), EVALUATION, cases),
+        ("distill", short(), EVALUATION, cases),
+        ("search_windows", short(), EVALUATION, other),
+    ):
+        options = {what: Halved()} if what in ("lora", "distill") else {}
+        with pytest.raises(ValueError, match=f"the state of a run with another {what}: "):
+            compare(model, CALIBRATION, windows, cases=chosen, state=state, **options)
+        assert state.read_bytes() == kept
 
 
 def test_cases_name_what_there_is():

@@ -17,7 +17,10 @@ from short_gpt.healing.refit_state import RefitState
 from short_gpt.jobs import DistillHealing, LoraHealing, LoraSettings
 from short_gpt.wrappers.opening import OpenOptions, open_model
 
-pytestmark = pytest.mark.filterwarnings("default")  # peft's and transformers' own
+pytestmark = [
+    pytest.mark.filterwarnings("default"),  # peft's and transformers' own
+    pytest.mark.usefixtures("short_races"),
+]
 pytest.importorskip("peft")
 WORDS = ("alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta")
 SETTINGS = LoraSettings(steps=2, rank=2, learning_rate=0.01, batch=2, size=48)

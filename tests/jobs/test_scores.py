@@ -12,7 +12,8 @@ from commands import DATA, TEXT, fails, run
 from conftest import BYTE_VOCAB, make_transformer, save_checkpoint, write_byte_tokenizer
 from gguf_files import stack_file
 
-from short_gpt import ShortGPTError, convert, prune, rank
+from llama.formats.convert import meta_to_hf
+from short_gpt import ShortGPTError, prune, rank
 from short_gpt.jobs import Choice, Cut, Scores, heal, read_scores
 from short_gpt.jobs.scores import configuration_of, tokenizer_of
 from short_gpt.runtime import write_record
@@ -119,7 +120,7 @@ def test_older_scores_are_read_and_said_not_to_be_checked(here, capsys):
 
 @pytest.mark.parametrize("model", ["ckpt", "hf"])
 def test_scores_of_another_tokenizer_are_refused_and_told(here, capsys, model):
-    convert("ckpt", "hf")
+    meta_to_hf("ckpt", "hf")
     record = ranked(model, "r.json")
     config = Path(model, "tokenizer_config.json")
     said = json.loads(config.read_text())
@@ -151,7 +152,7 @@ def test_a_tokenizer_elsewhere_is_looked_for_there(here, capsys):
 
 def test_weights_are_those_of_the_files_in_every_format(here):
     whole = weights_of("ckpt")
-    convert("ckpt", "hf")
+    meta_to_hf("ckpt", "hf")
     found = weights_of("hf")
     assert found is not None and found != whole == weights_of("ckpt")
     result = rank("hf", "book.txt", n=1, cut=Cut(32, 6, 0, 16))
@@ -168,15 +169,11 @@ def changed(path: Path, **entries: object) -> None:
     ("model", "entry"),
     [
         ("ckpt", {"norm_eps": 0.5}),
-        ("ckpt", {"rope_theta": 20000.0}),
-        ("hf", {"rms_norm_eps": 0.5}),
-        ("hf", {"rope_theta": 20000.0}),
         ("hf", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
-        ("hf", {"hidden_act": "gelu"}),
     ],
 )
 def test_scores_of_another_configuration_are_refused_and_told(here, capsys, model, entry):
-    convert("ckpt", "hf")
+    meta_to_hf("ckpt", "hf")
     record = ranked(model, "r.json", "--n", 1)
     searched = ranked(model, "s.json", "--method", "sleb", "--n", 1)
     assert record["scored"] == searched["scored"] == scored(model)
@@ -196,8 +193,24 @@ def test_scores_of_another_configuration_are_refused_and_told(here, capsys, mode
     assert "not checked" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("model", "entry"),
+    [
+        ("ckpt", {"rope_theta": 20000.0}),
+        ("hf", {"rms_norm_eps": 0.5}),
+        ("hf", {"rope_theta": 20000.0}),
+        ("hf", {"hidden_act": "gelu"}),
+    ],
+)
+def test_what_computes_something_makes_another_configuration(here, model, entry):
+    meta_to_hf("ckpt", "hf")
+    before = configuration_of(model)
+    changed(Path(model, "params.json" if model == "ckpt" else "config.json"), **entry)
+    assert configuration_of(model) != before
+
+
 def test_entries_that_compute_nothing_are_no_other_configuration(here):
-    convert("ckpt", "hf")
+    meta_to_hf("ckpt", "hf")
     first = {model: configuration_of(model) for model in ("ckpt", "hf")}
     changed(Path("ckpt/params.json"), vocab_size=-1, norm_eps=1e-5)
     own = json.loads(Path("hf/config.json").read_text())

@@ -237,7 +237,7 @@ def test_half_a_surrogate_pair(kind: str, request: pytest.FixtureRequest) -> Non
 
 @pytest.mark.parametrize("kind", ["llama2", "llama3", "smollm"])
 @pytest.mark.parametrize(
-    "text", ["a" * 10**6, " " * 10**6, "\n" * 10**6, "1" * 10**6, "an " * 10**5]
+    "text", ["a" * 500_000, " " * 500_000, "\n" * 500_000, "1" * 500_000, "an " * 50_000]
 )
 def test_long_texts(kind: str, text: str, request: pytest.FixtureRequest) -> None:
     tokenizer: Tokenizer = request.getfixturevalue(kind)

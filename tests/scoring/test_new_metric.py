@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from conftest import BYTE_VOCAB, make_transformer, save_checkpoint, write_byte_tokenizer
+from processes import alone
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "add-a-metric.md").read_text(encoding="utf-8")
@@ -60,7 +58,7 @@ def added(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("name", ["change"])
-def test_a_toy_metric_that_follows_the_page_ranks_prunes_and_is_kept(tmp_path, name):
+def test_a_toy_metric_that_follows_the_page_ranks_prunes_and_is_kept(tmp_path, monkeypatch, name):
     for package in ("short_gpt", "llama"):
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / package, tmp_path / package, ignore=ignored)
@@ -70,18 +68,15 @@ def test_a_toy_metric_that_follows_the_page_ranks_prunes_and_is_kept(tmp_path, n
         save_checkpoint(tmp_path / "ckpt", make_transformer(vocab_size=BYTE_VOCAB))
     )
     (tmp_path / "book.txt").write_text("It was the best of times, it was the worst. " * 9)
-    place = {**os.environ, "PYTHONPATH": str(tmp_path)}
-
-    def run(*arguments: str) -> str:
-        command = [sys.executable, *arguments]
-        done = subprocess.run(command, cwd=tmp_path, env=place, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-2000:]
-        return done.stdout
-
-    run("-c", BY_HAND.replace("{name}", name))
     few = ("--data", "book.txt", "--size", "32", "--max_windows", "2", "--device", "cpu")
-    command = ("-m", "short_gpt")
-    out = run(*command, "rank", "ckpt", *few, "--n", "2", "--method", name, "--json", "s.json")
-    assert "smallest change" in out
-    run(*command, "prune", "ckpt", "small", "--scores", "s.json", "--n", "2")
+    rank = ["rank", "ckpt", *few, "--n", "2", "--method", name, "--json", "s.json"]
+    prune = ["prune", "ckpt", "small", "--scores", "s.json", "--n", "2"]
+    code = BY_HAND.replace("{name}", name)
+    code += f"from short_gpt.cli.app import main\nmain({rank})\nmain({prune})\n"
+    code += f"import short_gpt\nassert short_gpt.__file__.startswith({str(tmp_path)!r})\n"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    done = alone(tmp_path / "printed", exec, code, {}).end()
+    assert done.codes == [0], done.err[-2000:]
+    assert "smallest change" in done.out
     assert (tmp_path / "small" / "params.json").is_file()

@@ -144,8 +144,9 @@ def test_the_bar_of_a_continued_search_counts_what_was_tried_before(tmp_path, mo
     assert again.n == again.total == first.total
 
 
-@pytest.mark.parametrize("max_memory", [1, 12000, 2**31])
-@pytest.mark.parametrize("stop_at", [3, 12, 40])
+@pytest.mark.parametrize(
+    ("stop_at", "max_memory"), [(12, 1), (3, 12000), (12, 12000), (40, 12000), (12, 2**31)]
+)
 def test_evaluations_are_the_layers_run_and_those_of_no_layer_twice(
     tmp_path, monkeypatch, max_memory, stop_at
 ):

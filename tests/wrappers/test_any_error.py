@@ -102,7 +102,7 @@ def test_the_model_is_as_it_was(kind, operation):
     weights = {k: v.clone() for k, v in short.decoder.module.state_dict().items()}
     before = state_of(short)
     failed = 0
-    for point in sorted({1 + whole.count * i // 9 for i in range(9)}):
+    for point in sorted({1 + whole.count * i // 6 for i in range(6)}):
         with Failing(point) as failing:
             try:
                 run(short)
@@ -113,7 +113,7 @@ def test_the_model_is_as_it_was(kind, operation):
         assert state_of(short) == before, f"operation {point} of {whole.count}"
         now = short.decoder.module.state_dict()
         assert all(torch.equal(weights[k], now[k]) for k in weights), point
-    assert failed > 4 or not whole.count  # Meta's layers are taken out without a computation
+    assert failed > 2 or not whole.count  # Meta's layers are taken out without a computation
 
 
 def test_metas_layers_have_their_numbers_again_where_one_takes_none():
