@@ -222,7 +222,7 @@ def test_both_wrappers_are_one_on_the_same_weights(llama, book, tmp_path):
 
     ours = ShortLlama(build(), n_prune_layers=8)
     theirs = ShortHFModel(str(demo.gguf_file()), n_prune_layers=8, dtype=torch.float32)
-    sample = [w[:256] for w in book[:3]]
+    sample = [w[:512] for w in book[:3]]
     assert ours.encode("And it came to pass") == theirs.encode("And it came to pass")
     for short in (ours, theirs):
         short.measure(sample, progress=False)
@@ -316,7 +316,7 @@ def test_one_layer_at_a_time_is_the_model_in_memory(llama, book):
     streamed = ShortLlama.from_checkpoint(
         demo.checkpoint(), max_seq_len=1024, device="cpu", stream=True
     )
-    sample = [w[:256] for w in book[:3]]
+    sample = [w[:512] for w in book[:3]]
     for short in (whole, streamed):
         short.measure(sample, progress=False)
     assert (whole.importances - streamed.importances).abs().max() < 1e-6
@@ -337,9 +337,9 @@ def test_the_patch_recovers_quality_on_held_out_text(llama, book):
     from short_gpt.jobs.comparing import Comparison
 
     short = ShortLlama(llama)
-    sample = {"size": 256, "stride": 256, "seed": 0, "limit": 4}
+    sample = {"size": 512, "stride": 512, "seed": 0, "limit": 4}
     held_out = list(windows(demo.bible("held_out"), short.encode, **sample))
-    comparison = Comparison(short, [w[:512] for w in book[:3]], held_out)
+    comparison = Comparison(short, [w[:512] for w in book[:4]], held_out)
     rows = comparison.rows(["bi"], [8], healings=["raw", "patched"])
     raw, patched = (next(r for r in rows if r.n and r.healing == h) for h in ("raw", "patched"))
     assert raw.layers == patched.layers
