@@ -8,13 +8,16 @@ import re
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 from pathlib import Path
+from typing import NamedTuple
 
 from llama.tokenizer import check_text
+from short_gpt.data.windows import Text
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import bar
 
 SPLITS = ("train", "validation", "test")
 KINDS = ".txt, .jsonl or .parquet"
+OWN = {"self": False, "self:chat": True}  # sources that the model writes; whether as chats
 EXPECTED = f"a file or folder of {KINDS}, or a data set at the hub such as allenai/c4:en"
 
 
@@ -39,6 +42,11 @@ def texts(source: str | Path, *, split: str | None = None, column: str = "text")
         >>> chapters = texts("novels/")  # doctest: +SKIP
     """
     path = _path(source)
+    if source in OWN:
+        raise ShortGPTError(
+            f"{source} is text that the model itself writes, which no model is judged by: "
+            f"perplexity on own samples is not quality; expected {EXPECTED}"
+        )
     if str(source) and path.exists():
         files = _files(path, split)
         return _started(chain.from_iterable(_read(file, column) for file in files), source)
@@ -69,6 +77,8 @@ def pg19(split: str = "validation", *, path: str | Path | None = None) -> Iterat
 def has_split(source: str, split: str) -> bool:
     """Whether a split takes less than all of a source, which may be pg19 or not exist."""
     path = _path(source)
+    if source in OWN:
+        return False
     if source == "pg19" or not path.exists():
         return True
     return path.is_dir() and bool(_of_split(_names(path), split))
@@ -77,8 +87,8 @@ def has_split(source: str, split: str) -> bool:
 def has_columns(source: str) -> bool:
     """Whether the texts of a source, which may be pg19, are in columns."""
     path = _path(source)
-    if source == "pg19" or not path.is_dir():
-        return source != "pg19" and path.suffix.lower() != ".txt"
+    if source in ("pg19", *OWN) or not path.is_dir():
+        return source not in ("pg19", *OWN) and path.suffix.lower() != ".txt"
     return any(not name.lower().endswith(".txt") for name in _names(path))
 
 
@@ -233,6 +243,27 @@ def _hub_texts(source: str, split: str | None, column: str) -> Iterator[str]:
     except ValueError as error:
         hint = f"; a configuration is given as {name}:NAME" if "onfig" in str(error) else ""
         raise ShortGPTError(f"{name}: {error}{hint}") from error
+
+
+def source_names(data: str) -> list[str]:
+    """The sources that a name stands for: one, if it is that of a file, or several by commas."""
+    return [data] if Path(data).exists() else [name.strip() for name in data.split(",")]
+
+
+class OwnText(NamedTuple):
+    """A kind of text that the model is still to write."""
+
+    chat: bool  # dialogs
+
+
+def read_kinds(
+    data: str, split: str, column: str, limit: int | None
+) -> list[Iterable[Text] | OwnText]:
+    """The texts of each source of a name; see `read_texts`."""
+    return [
+        OwnText(OWN[name]) if name in OWN else read_texts(name, split, column, limit)
+        for name in source_names(data)
+    ]
 
 
 def read_texts(data: str, split: str, column: str, limit: int | None) -> Iterable[str]:

@@ -12,6 +12,7 @@ from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.settings import CHOOSE, READ, Needs, Values, setting
 
 if TYPE_CHECKING:
+    from short_gpt.data.windows import Text
     from short_gpt.healing.recipe import ModelConfig, Recipe
     from short_gpt.wrappers.scored_model import ScoredModel
 
@@ -181,10 +182,12 @@ class Shares:
         Cut(self.size, bos=self.bos).check()
         at_least(1, max_windows=self.max_windows, eval_windows=self.eval_windows)
 
-    def cut(self, short: ScoredModel, texts: Sequence[str], limit: int) -> list[list[int]]:
-        """Windows of texts in random order."""
+    def cut(
+        self, short: ScoredModel, kinds: Sequence[Sequence[Text]], limit: int
+    ) -> list[list[int]]:
+        """Windows of kinds of text in random order."""
         cut = Cut(self.size, limit, self.seed, bos=self.bos)
-        return list(cut.windows(texts, short.encode, short.bos))
+        return list(cut.mixed(kinds, short.encode, short.bos))
 
 
 @dataclass(frozen=True)

@@ -256,7 +256,7 @@ def test_settings_are_refused_before_a_model_is_loaded(here):
         Answer(method="sleb")
     with pytest.raises(ShortGPTError, match="n, or use choose"):
         _ = rank("ckpt", "book.txt", cut=CUT).layers
-    assert TextSource("book.txt").read_apart("book.txt")[1] == [TEXT]
+    assert TextSource("no text").held("book.txt") == [[TEXT]]
 
 
 # The names of the package
