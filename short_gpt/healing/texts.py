@@ -73,7 +73,7 @@ class Source:
         cut = partial(mix, encode=encode, size=size, stride=size, seed=self.seed, bos=bos)
         kinds = read_kinds(self.data, self.split, self.column, self.max_texts)
         held = [] if self.eval_data is None else [[*texts(self.eval_data, column=self.column)]]
-        training_texts, held_out = written_apart(kinds, held, write, limit, seed=self.seed)
+        training_texts, held_out = written_apart(kinds, held, write, limit, self.seed)
         evaluation: list[list[int]] = list(cut(held_out, limit=eval_windows))
         training: list[list[int]] = list(cut(training_texts, limit=limit))
         before = len(training)

@@ -369,7 +369,8 @@ def calibrate_checkpoint(
     folder = None if state is None else Path(state).parent
     write = writes(short, max(readings.numbers), seed=readings.seed, folder=folder)
     half = max(readings.max_windows, readings.eval_windows)  # one half ranks, the other judges
-    filled = written([*kinds.values()], write, 2 * half * len(kinds))
+    with interruptible():
+        filled = written([*kinds.values()], write, 2 * half * len(kinds))
     documents = {name: list(kind) for name, kind in zip(kinds, filled, strict=True)}
     texts, ways = windows_apart(short, documents, readings)
     run = partial(calibrate, short, texts, ranked.n, ways=ways, state=state)

@@ -78,9 +78,9 @@ def compare_checkpoint(
     size = max(shares.size, (lora.size or Recipe.size) if DISTILL in cases.heals else 0)
     short = open_model(source, opening, max_seq_len=size)
     write = writes(short, size, seed=shares.seed, folder=saving.folder)
-    calibration, evaluation = written_apart(
-        kinds, held, write, shares.max_windows, seed=shares.seed
-    )
+    how = (write, shares.max_windows, shares.seed)
+    with interruptible():
+        calibration, evaluation = written_apart(kinds, held, *how)
     held_out = shares.cut(short, evaluation, shares.eval_windows)
     fit_on = shares.cut(short, calibration, shares.max_windows)
     every, bos = [text for kind in calibration for text in kind], shares.bos or short.bos

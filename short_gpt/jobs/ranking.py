@@ -126,7 +126,8 @@ def rank(
     digests = digests_of(model, opening.tokenizer_path) if first_rank() else {}
     short = running.open(model, opening, cut.size)
     write = writes(short, cut.size, seed=cut.seed, folder=saving.folder)
-    documents = written(kinds, write, cut.max_windows)
+    with interruptible():
+        documents = written(kinds, write, cut.max_windows)
     windows, bos = cut.mixed(documents, short.encode, short.bos), cut.bos or short.bos
     windows = list(windows) if answer.by_loss else windows
     state = None

@@ -134,7 +134,6 @@ def written_apart(
     held: Sequence[Sequence[Text]],
     write: Write | None,
     limit: int | None,
-    *,
     seed: int = 0,
 ) -> tuple[Sequence[Sequence[Text]], Sequence[Sequence[Text]]]:
     """`written` kinds, and others to evaluate on: those ``held``, if any, or a tenth held out.
