@@ -17,7 +17,7 @@ from short_gpt.data.disjoint import check_disjoint, without_overlap
 from short_gpt.data.texts import read_kinds, texts
 from short_gpt.data.windows import mix
 from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.wrappers.own_samples import Write, written_apart
+from short_gpt.wrappers.own_text import Write, written_apart
 
 IGNORED = -100  # a label that cross entropy passes over
 
@@ -68,7 +68,7 @@ class Source:
             drop_overlap: drop training windows that share text with evaluation, instead of refusing
                 them; None does so where ``eval_data`` is not given.
             validate: hold out up to 16 windows to choose the training step by.
-            write: what writes the text of ``self``: `own_samples.writes` of the model.
+            write: what writes the text of ``self``: `writes(short, size)`.
         """
         cut = partial(mix, encode=encode, size=size, stride=size, seed=self.seed, bos=bos)
         kinds = read_kinds(self.data, self.split, self.column, self.max_texts)

@@ -35,7 +35,7 @@ from short_gpt.scoring.metrics import LEAST_DEGREES, student_t
 from short_gpt.scoring.moments import degrees_of_freedom
 from short_gpt.wrappers.opening import open_model
 from short_gpt.wrappers.options import OpenOptions
-from short_gpt.wrappers.own_samples import writes, written
+from short_gpt.wrappers.own_text import writes, written
 from short_gpt.wrappers.scored_model import ScoredModel
 from short_gpt.wrappers.short_model import ShortModel
 

@@ -240,7 +240,7 @@ class Kinds(TextSource):
 
     Args:
         data: two texts or more with commas between, of different kinds, such as books, questions
-            and code: local files or folders, data sets of the hub, or pg19.
+            and code: local files or folders, data sets of the hub, pg19, or self.
     """
 
     data: str = setting(None, value="TEXTS")

@@ -28,7 +28,7 @@ from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.state import hold, joined
 from short_gpt.wrappers.opening import open_model, open_trainable
 from short_gpt.wrappers.options import OpenOptions
-from short_gpt.wrappers.own_samples import Kind, writes, written_apart
+from short_gpt.wrappers.own_text import Kind, writes, written_apart
 
 MOST_VALIDATION = 8  # windows by which the best checkpoint is kept
 DEFAULT_CASES = Cases(healings=(RAW, PATCHED))

@@ -28,7 +28,7 @@ from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.wrappers.opening import check_tokenizer, of_source, open_model
 from short_gpt.wrappers.options import OpenOptions
-from short_gpt.wrappers.own_samples import own_samples
+from short_gpt.wrappers.own_text import own_samples
 
 
 def evaluate(

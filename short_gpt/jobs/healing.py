@@ -33,7 +33,7 @@ from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.state import hold
 from short_gpt.wrappers.opening import check_tokenizer, of_source, open_model, open_trainable
 from short_gpt.wrappers.options import OpenOptions
-from short_gpt.wrappers.own_samples import writes
+from short_gpt.wrappers.own_text import writes
 from short_gpt.wrappers.scored_model import ScoredModel
 
 CLOSED_WINDOWS = 64  # that a closed form reads

@@ -38,7 +38,7 @@ from short_gpt.selection.methods import BY_LOSS, choose
 from short_gpt.selection.search import Search
 from short_gpt.wrappers.opening import check_tokenizer
 from short_gpt.wrappers.options import OpenOptions
-from short_gpt.wrappers.own_samples import writes, written
+from short_gpt.wrappers.own_text import writes, written
 from short_gpt.wrappers.scored_model import ScoredModel
 from short_gpt.wrappers.short_model import ShortModel
 

@@ -21,8 +21,8 @@ from short_gpt.healing import Source
 from short_gpt.jobs import Cut, HealingWindows, Saving, TextSource, heal
 from short_gpt.jobs.inputs import about_own
 from short_gpt.jobs.settings import Choice
-from short_gpt.wrappers import own_samples as module
-from short_gpt.wrappers.own_samples import OwnText, written, written_apart
+from short_gpt.wrappers import own_text as module
+from short_gpt.wrappers.own_text import OwnText, written, written_apart
 from short_gpt.wrappers.short_llama import ShortLlama
 
 SMALL = ("--size", 32)
