@@ -219,3 +219,14 @@ def test_texts_that_will_not_be_read_are_told_before_the_model_writes(here, monk
     with pytest.raises(FileNotFoundError, match=r"'no\.txt' does not exist"):
         rank("ckpt", "self,no.txt", cut=Cut(32))
     assert [type(kind) for kind in TextSource("self,self:chat").kinds()] == [OwnText] * 2
+
+
+def test_scores_of_own_text_choose_what_is_pruned(here):
+    run("rank", "ckpt", "--data", "self,book.txt", *SMALL, "--max_windows", 4, "--json", "r.json")
+    limit = ("--max_perplexity_ratio", 1e6, *SMALL, "--confidence", 0.6)
+    run("prune", "ckpt", "out", "--scores", "r.json", "--eval_data", "books", *limit)
+    record = json.loads(Path("out/pruning.json").read_text())
+    assert record["data"] == "self,book.txt" and record["quality_gate"]["not_compared"] is None
+    Path("copy.txt").write_text(TEXT)
+    with pytest.raises(SystemExit):  # the real part of the mix is compared
+        run("prune", "ckpt", "out2", "--scores", "r.json", "--eval_data", "copy.txt", *limit)
