@@ -282,24 +282,21 @@ class Sampling:
     """How a text is continued, or texts are written.
 
     Args:
-        max_gen_len: most tokens to add; those of each sample, with its beginning.
-        temperature: 0 takes the likeliest token; 0.6 if not given, 1 for samples.
+        max_gen_len: most tokens to add; those of each sample.
+        temperature: 0 takes the likeliest token.
         top_p: sample from the smallest set of tokens with this probability.
         seed: of the sampling.
-        samples: without a prompt, write so many texts of the model's own to out, as --data self
-            does: after bos, over the whole vocabulary, with no stop.
-        chat: write dialogs, after the chat template's opening.
-        out: new .jsonl file for the samples, which --data reads.
+        samples: without a PROMPT, write so many texts of the model's own to out, as --data self.
+        out: new .jsonl file of these texts, which --data reads.
         skip_prefill: layers to skip while the prompt is read, as in 21,22,23; they run while text
             is added (ShortGPT-gen).
     """
 
     max_gen_len: int = 64
-    temperature: float | None = None
+    temperature: float = setting(0.6, needs=PROMPT)
     top_p: float = setting(0.9, needs=(SAMPLES, PROMPT))
     seed: int = setting(1, needs=SAMPLES)
     samples: int | None = setting(None, needs=Needs("`out`", lambda v: v["out"] is not None))
-    chat: bool = setting(False, needs=WRITES)
     out: str | None = setting(None, heading=WRITE, value="FILE", needs=WRITES)
     skip_prefill: object = setting(None, value="N,N", needs=PROMPT)
 
@@ -319,26 +316,17 @@ def generate(
         model: Meta checkpoint directory, Hugging Face directory or hub id, or GGUF file.
         prompt: the text to continue.
     """
-    size, temperature, seed = sampling.max_gen_len, sampling.temperature, sampling.seed
-    if sampling.samples is not None and prompt is None:
-        out = jobs.write_samples(
-            model,
-            str(sampling.out),
-            sampling.samples,
-            size,
-            chat=sampling.chat,
-            temperature=1.0 if temperature is None else temperature,
-            seed=seed,
-            opening=opening,
-        )
-        say_written([out])
-        return
-    if prompt is None or sampling.samples is not None:
+    count, size, seed = sampling.samples, sampling.max_gen_len, sampling.seed
+    if (prompt is None) == (count is None):
         raise ShortGPTError("expected either a PROMPT to continue, or `samples` and `out`")
+    if prompt is None:
+        out = str(sampling.out)
+        say_written([jobs.write_samples(model, out, count or 0, size, seed=seed, opening=opening)])
+        return
     short = short_gpt.open_model(model, opening, seed=seed)
     skip = sampling.skip_prefill
     skipped = [] if skip is None else layer_list(skip, "skip_prefill")
-    how = (size, 0.6 if temperature is None else temperature, sampling.top_p)
+    how = (size, sampling.temperature, sampling.top_p)
     with short.skipped_in_prefill(skipped):
         text = short.generate([prompt], *how)[0]
     say(f"{prompt}{text}")

@@ -8,7 +8,6 @@ import re
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 from pathlib import Path
-from typing import NamedTuple
 
 from llama.tokenizer import check_text
 from short_gpt.data.windows import Text
@@ -44,8 +43,8 @@ def texts(source: str | Path, *, split: str | None = None, column: str = "text")
     path = _path(source)
     if source in OWN:
         raise ShortGPTError(
-            f"{source} is text that the model itself writes, which no model is judged by: "
-            f"perplexity on own samples is not quality; expected {EXPECTED}"
+            f"{source} is the model's own text, which no model is judged by (perplexity on own "
+            f"samples is not quality): expected {EXPECTED}"
         )
     if str(source) and path.exists():
         files = _files(path, split)
@@ -77,10 +76,8 @@ def pg19(split: str = "validation", *, path: str | Path | None = None) -> Iterat
 def has_split(source: str, split: str) -> bool:
     """Whether a split takes less than all of a source, which may be pg19 or not exist."""
     path = _path(source)
-    if source in OWN:
-        return False
     if source == "pg19" or not path.exists():
-        return True
+        return source not in OWN
     return path.is_dir() and bool(_of_split(_names(path), split))
 
 
@@ -250,20 +247,10 @@ def source_names(data: str) -> list[str]:
     return [data] if Path(data).exists() else [name.strip() for name in data.split(",")]
 
 
-class OwnText(NamedTuple):
-    """A kind of text that the model is still to write."""
-
-    chat: bool  # dialogs
-
-
-def read_kinds(
-    data: str, split: str, column: str, limit: int | None
-) -> list[Iterable[Text] | OwnText]:
-    """The texts of each source of a name; see `read_texts`."""
-    return [
-        OwnText(OWN[name]) if name in OWN else read_texts(name, split, column, limit)
-        for name in source_names(data)
-    ]
+def read_kinds(data: str, split: str, column: str, limit: int | None) -> list[Iterable[Text]]:
+    """Each source's `read_texts`; its name alone (of `OWN`) where the model is to write them."""
+    names = source_names(data)
+    return [name if name in OWN else read_texts(name, split, column, limit) for name in names]
 
 
 def read_texts(data: str, split: str, column: str, limit: int | None) -> Iterable[str]:

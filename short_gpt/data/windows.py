@@ -118,15 +118,6 @@ def tokens_of(text: Text, encode: Callable[[str], Sequence[int]]) -> Sequence[in
     return encode(text) if isinstance(text, str) else text
 
 
-class Mix(list[Window]):
-    """Windows of several kinds of text."""
-
-    @property
-    def population(self) -> int:
-        """Of how many windows these are a sample: a mix is all that there is of it."""
-        return len(self)
-
-
 def mix(
     kinds: Sequence[Iterable[Text]],
     encode: Callable[[str], Sequence[int]],
@@ -136,14 +127,10 @@ def mix(
     equal: bool = False,
     **cutting: Any,
 ) -> Iterable[Window]:
-    """Windows of several kinds of text, as many of each, by turns or with a seed in random order.
+    """`windows` of several kinds of text: as many of each, by turns or, with a seed, shuffled.
 
-    Of a single kind it is `windows`. Texts are numbered through all kinds.
-
-    Args:
-        limit: windows in all; without it all are taken, of each kind as many as there are.
-        equal: of each kind at most as many as there are of the smallest.
-        cutting: further arguments of `windows`.
+    Without a limit all are taken; if ``equal``, of each as many as there are of the smallest.
+    Texts are numbered through all kinds.
     """
     if len(kinds) == 1:
         return windows(kinds[0], encode, seed=seed, limit=limit, **cutting)
@@ -155,7 +142,7 @@ def mix(
         before += len(texts)
     least = min(map(len, by_kind)) if equal else None
     turns = zip_longest(*(own[:least] for own in by_kind))
-    mixed = Mix([w for turn in turns for w in turn if w is not None][:limit])
+    mixed = [w for turn in turns for w in turn if w is not None][:limit]
     if seed is not None:  # who takes every eighth, or the last, must not take one kind alone
         random.Random(seed).shuffle(mixed)
     return mixed

@@ -22,6 +22,10 @@ from short_gpt.wrappers.own_text import Write, written_apart
 IGNORED = -100  # a label that cross entropy passes over
 
 
+def writes_nothing(chat: bool, count: int) -> list[list[int]]:
+    raise ShortGPTError("self: expected what writes it, as in write=writes(short, size)")
+
+
 @dataclass(frozen=True)
 class Learning:
     """Windows of token ids that share no text with each other."""
@@ -55,7 +59,7 @@ class Source:
         eval_windows: int = 32,
         drop_overlap: bool | None = None,
         validate: bool = False,
-        write: Write | None = None,
+        write: Write = writes_nothing,
     ) -> Learning:
         """Windows to learn from and others to evaluate on, which share no text.
 
@@ -68,7 +72,7 @@ class Source:
             drop_overlap: drop training windows that share text with evaluation, instead of refusing
                 them; None does so where ``eval_data`` is not given.
             validate: hold out up to 16 windows to choose the training step by.
-            write: what writes the text of ``self``: `writes(short, size)`.
+            write: what writes the text of ``self``, as `writes(short, size)`.
         """
         cut = partial(mix, encode=encode, size=size, stride=size, seed=self.seed, bos=bos)
         kinds = read_kinds(self.data, self.split, self.column, self.max_texts)

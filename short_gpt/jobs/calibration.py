@@ -366,8 +366,7 @@ def calibrate_checkpoint(
     check_model(model, ranked.n)
     kinds = {name: kind for name, source in sources.items() for kind in source.kinds()}
     short = open_model(model, opening or OpenOptions(), max_seq_len=max(readings.numbers))
-    folder = None if state is None else Path(state).parent
-    write = writes(short, max(readings.numbers), seed=readings.seed, folder=folder)
+    write = writes(short, max(readings.numbers), seed=readings.seed, beside=state)
     half = max(readings.max_windows, readings.eval_windows)  # one half ranks, the other judges
     with interruptible():
         filled = written([*kinds.values()], write, 2 * half * len(kinds))

@@ -182,6 +182,12 @@ class Shares:
         Cut(self.size, bos=self.bos).check()
         at_least(1, max_windows=self.max_windows, eval_windows=self.eval_windows)
 
+    def held(self, column: str) -> list[list[str]]:
+        """The texts of eval_data, if it is given."""
+        from short_gpt.data.texts import texts
+
+        return [] if self.eval_data is None else [list(texts(self.eval_data, column=column))]
+
     def cut(
         self, short: ScoredModel, kinds: Sequence[Sequence[Text]], limit: int
     ) -> list[list[int]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -28,7 +28,7 @@ from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.state import hold, joined
 from short_gpt.wrappers.opening import open_model, open_trainable
 from short_gpt.wrappers.options import OpenOptions
-from short_gpt.wrappers.own_text import Kind, writes, written_apart
+from short_gpt.wrappers.own_text import writes, written_apart
 
 MOST_VALIDATION = 8  # windows by which the best checkpoint is kept
 DEFAULT_CASES = Cases(healings=(RAW, PATCHED))
@@ -69,15 +69,15 @@ def compare_checkpoint(
     shares.check()
     source = str(demo.checkpoint()) if model is None else model
     check_model(source, max(cases.numbers), name="`counts`")
-    kinds: Sequence[Kind]
+    kinds: Sequence[Iterable[Text]]
     held: Sequence[Sequence[Text]]
     if model is None:
         kinds, held = [demo.bible()], [demo.bible("held_out")]
     else:
-        kinds, held = source_of(data).kinds(), source_of(data).held(shares.eval_data)
+        kinds, held = source_of(data).kinds(), shares.held(source_of(data).column)
     size = max(shares.size, (lora.size or Recipe.size) if DISTILL in cases.heals else 0)
     short = open_model(source, opening, max_seq_len=size)
-    write = writes(short, size, seed=shares.seed, folder=saving.folder)
+    write = writes(short, size, seed=shares.seed, beside=saving.state)
     how = (write, shares.max_windows, shares.seed)
     with interruptible():
         calibration, evaluation = written_apart(kinds, held, *how)

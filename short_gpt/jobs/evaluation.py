@@ -102,29 +102,16 @@ def _evaluated(
 
 
 def write_samples(
-    model: str,
-    out: str,
-    count: int,
-    size: int,
-    *,
-    chat: bool = False,
-    temperature: float = 1.0,
-    seed: int = 0,
-    opening: OpenOptions | None = None,
+    model: str, out: str, count: int, size: int, *, seed: int, opening: OpenOptions
 ) -> Path:
-    """Writes texts of a model's own, see `own_samples`, to a .jsonl file that ``data`` reads.
-
-    The file holds texts, not token ids: read again, some tokens are others. An interrupted call
-    continues from what lies beside the file.
-    """
+    """Writes `own_samples` of a checkpoint as texts to a .jsonl file, which ``data`` reads."""
     target = Path(out)
     if target.suffix != ".jsonl":
         raise ShortGPTError(f"`out` {out}: expected the name of a .jsonl file")
     check_output(target, overwrite=False, ours=lambda _: False)
-    short = open_model(model, opening or OpenOptions(), max_seq_len=size)
+    short = open_model(model, opening, max_seq_len=size)
     with interruptible():
-        settings = {"temperature": temperature, "seed": seed, "folder": target.parent}
-        texts = own_samples(short, count, size, chat=chat, **settings)
+        texts = own_samples(short, count, size, seed=seed, beside=target)
     with new_file(target, overwrite=False, ours=lambda _: False) as partial:
         lines = (json.dumps({"text": short.decode(ids)}) + "\n" for ids in texts)
         partial.write_text("".join(lines), encoding="utf-8")

@@ -156,7 +156,7 @@ def _heal(
         eval_windows=windows.eval_windows,
         drop_overlap=windows.drop_overlap,
         validate=trains,
-        write=writes(short, size, seed=windows.seed, folder=out.parent),
+        write=writes(short, size, seed=windows.seed, beside=out),
     )
     few = CLOSED_WINDOWS if windows.max_windows is None else None
     ridges = RIDGES if settings.ridge is None else (settings.ridge,)

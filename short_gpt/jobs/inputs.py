@@ -14,7 +14,6 @@ from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.settings import READ, RUN, Needs, Values, needs_one_of, setting
 
 if TYPE_CHECKING:
-    from short_gpt.data.texts import OwnText
     from short_gpt.data.windows import Text
     from short_gpt.evaluation.tasks import TaskRun, TaskSuite
     from short_gpt.wrappers.options import OpenOptions
@@ -131,17 +130,11 @@ class TextSource:
 
         return read_texts(self.data, self.split, self.column, self.max_texts)
 
-    def kinds(self) -> list[Iterable[Text] | OwnText]:
-        """The texts of each source, or that the model is to write them; errors as of `read`."""
+    def kinds(self) -> list[Iterable[Text]]:
+        """The texts of each source, as `data.texts.read_kinds`."""
         from short_gpt.data.texts import read_kinds
 
         return read_kinds(self.data, self.split, self.column, self.max_texts)
-
-    def held(self, eval_data: str | None) -> list[list[str]]:
-        """The texts to evaluate on, a single kind; none where they have no name."""
-        from short_gpt.data.texts import texts
-
-        return [] if eval_data is None else [list(texts(eval_data, column=self.column))]
 
 
 def source_of(data: str | TextSource) -> TextSource:
@@ -407,20 +400,15 @@ def about_bos(bos: str) -> str | None:
 
 
 def about_own(data: str, eval_data: str | None = None, *, each: bool = False) -> str | None:
-    """The remark on results that text of the model's own alone judges; None if none do.
-
-    ``each`` says that every text of ``data`` judges, not all of them together.
-    """
+    """The remark where text of the model's own judges alone, or as one of ``each``; else None."""
     from short_gpt.data.texts import OWN, source_names
 
     names = source_names(data)
     own = [name for name in names if name in OWN]
     if eval_data is not None or not own or (not each and own != names):
         return None
-    return (
-        f"judged by {', '.join(own)}: text that the model itself wrote, and perplexity on own "
-        "samples is not quality; name a text to evaluate on"
-    )
+    why = "text that the model itself wrote, and perplexity on own samples is not quality"
+    return f"judged by {', '.join(own)}: {why}; name a text to evaluate on"
 
 
 def known_total(windows: Iterable[list[int]], limit: int | None) -> int | None:

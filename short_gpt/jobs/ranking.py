@@ -125,7 +125,7 @@ def rank(
     # of the files as they are now
     digests = digests_of(model, opening.tokenizer_path) if first_rank() else {}
     short = running.open(model, opening, cut.size)
-    write = writes(short, cut.size, seed=cut.seed, folder=saving.folder)
+    write = writes(short, cut.size, seed=cut.seed, beside=saving.state)
     with interruptible():
         documents = written(kinds, write, cut.max_windows)
     windows, bos = cut.mixed(documents, short.encode, short.bos), cut.bos or short.bos
@@ -209,6 +209,7 @@ def _measure(
             total=total,
             stop=rule,
             state=state,
+            random_order=cut.seed is not None,
             sublayers=answer.sublayers,
             all_tokens=answer.method == "angular_all",
             follow=follow,

@@ -50,11 +50,6 @@ class Saving:
         check_writable(path)
         return StateFile(path, identity, every=self.save_every)
 
-    @property
-    def folder(self) -> Path | None:
-        """Where the file lies."""
-        return None if self.state is None else Path(self.state).parent
-
     def __post_init__(self) -> None:
         if not 0 <= self.save_every < math.inf:
             raise ShortGPTError(

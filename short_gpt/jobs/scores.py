@@ -16,7 +16,7 @@ from llama.tokenizer import find_tokenizer
 from short_gpt.checkpoints.gguf_layers import Stack
 from short_gpt.checkpoints.provenance import Provenance
 from short_gpt.data.disjoint import overlapping
-from short_gpt.data.texts import OwnText, texts
+from short_gpt.data.texts import texts
 from short_gpt.jobs.inputs import Cut, TextSource, at_least
 from short_gpt.jobs.settings import Choice
 from short_gpt.models.config_file import config_digest, params_entries
@@ -330,8 +330,7 @@ def _check_apart(
         source = TextSource(*(scored_by[name] for name in ("data", "split", "column", "max_texts")))
         names = ("size", "max_windows", "seed", "stride")
         cut = Cut(**{name: scored_by[name] for name in names}, bos=scored_by.get("bos"))
-        kinds = [kind for kind in source.kinds() if not isinstance(kind, OwnText)]
-        # at least what was scored of each: no text that was given can be the model's own
+        kinds = [kind for kind in source.kinds() if not isinstance(kind, str)]
         scored = [w for kind in kinds for w in cut.windows(kind, short.encode, short.bos)]
     except (OSError, KeyError, ShortGPTError) as error:
         return f"not compared with the text that the scores were measured on: {error}"

@@ -174,38 +174,29 @@ class ShortHFModel(ShortModel):
 
         tokens = torch.tensor(ids, device=self.decoder.device)  # (B, S)
         check_vocabulary(tokens, self.decoder)
+        how = {"attention_mask": torch.ones_like(tokens), "max_new_tokens": count}
         # the model's own settings end texts and change the distribution
         own, self.model.generation_config = self.model.generation_config, GenerationConfig()
         try:
-            self.model.generate(
-                input_ids=tokens,
-                attention_mask=torch.ones_like(tokens),
-                max_new_tokens=count,
-                do_sample=False,
-                logits_processor=[chosen],
-            )
+            self.model.generate(tokens, do_sample=False, logits_processor=[chosen], **how)
         finally:
             self.model.generation_config = own
 
     def opening(self, *, chat: bool = False) -> list[int]:
         tokenizer = self._tokenizer()
-        if not chat:
-            places = (tokenizer, self.model.config.get_text_config(decoder=True))
-            names = ("bos_token_id", "eos_token_id")
-            known = [getattr(place, name, None) for name in names for place in places]
-            first = next((token for token in known if isinstance(token, int)), None)
-            if first is None:
-                raise ShortGPTError(f"{self.source} names no bos and no eos to write a text after")
-            return [first]
-        if not tokenizer.chat_template:
-            raise ShortGPTError(f"{self.source} has no chat template; leave chats out")
 
-        def encode(content: str) -> list[int]:
-            turn = [{"role": "user", "content": content}]
-            text = tokenizer.apply_chat_template(turn, tokenize=False)
-            return tokenizer(text, add_special_tokens=False)["input_ids"]
+        def dialog(text: str) -> list[int]:
+            turn = [{"role": "user", "content": text}]
+            rendered = str(tokenizer.apply_chat_template(turn, tokenize=False))
+            return tokenizer(rendered, add_special_tokens=False)["input_ids"]
 
-        return starts_texts(encode)
+        config = self.model.config.get_text_config(decoder=True)
+        ids = [tokenizer.bos_token_id, getattr(config, "bos_token_id", None)]
+        known = [token for token in [*ids, tokenizer.eos_token_id] if token is not None]
+        if not (tokenizer.chat_template if chat else known):
+            lack = "chat template" if chat else "bos and no eos"
+            raise ShortGPTError(f"{self.source} has no {lack} for a text of its own to begin with")
+        return starts_texts(dialog) if chat else known[:1]
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self._tokenizer().decode(list(ids)))

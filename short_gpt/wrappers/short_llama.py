@@ -132,12 +132,11 @@ class ShortLlama(ShortModel):
     ) -> None:
         model: Any = self.llama.model
         tokens = torch.tensor(ids, device=self.decoder.device)  # (B, S)
-        start, ours = 0, hasattr(model, "hidden")  # the reference's model has no way to the head
+        start, ours = 0, hasattr(model, "hidden")  # the reference's model has no such part
         for _ in range(count):
             new = tokens[:, start:]  # what the cache does not hold yet
-            states = model.hidden(new, start)[:, -1] if ours else None  # (B, D)
-            logits = model(new, start)[:, -1].float() if states is None else model.head(states)
-            start = tokens.shape[1]
+            last = (model.hidden(new, start) if ours else model(new, start))[:, -1]
+            logits, start = model.head(last) if ours else last.float(), tokens.shape[1]  # (B, V)
             tokens = torch.cat((tokens, choose(logits)[:, None]), dim=1)  # (B, S + 1)
         for layer in model.layers if ours else ():
             layer.attention.cache_k = layer.attention.cache_v = None  # of many texts: large
@@ -147,13 +146,9 @@ class ShortLlama(ShortModel):
         if not chat:
             return [tokenizer.bos_id if tokenizer.bos_id >= 0 else tokenizer.eos_id]
         if getattr(tokenizer, "dialog_format", None) is None:
-            raise ShortGPTError(
-                "this tokenizer has neither Llama 2's nor Llama 3's dialog format: open the model "
-                "in Hugging Face's format or GGUF, which has its chat template, or leave chats out"
-            )
-        return starts_texts(
-            lambda text: encode_dialog(tokenizer, [{"role": "user", "content": text}])
-        )
+            why = "this tokenizer has neither Llama 2's nor Llama 3's dialog format"
+            raise ShortGPTError(f"{why}: open it as GGUF or by transformers, or leave chats out")
+        return starts_texts(lambda s: encode_dialog(tokenizer, [{"role": "user", "content": s}]))
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.llama.tokenizer.decode(ids)

@@ -22,7 +22,7 @@ from short_gpt.jobs import Cut, HealingWindows, Saving, TextSource, heal
 from short_gpt.jobs.inputs import about_own
 from short_gpt.jobs.settings import Choice
 from short_gpt.wrappers import own_text as module
-from short_gpt.wrappers.own_text import OwnText, written, written_apart
+from short_gpt.wrappers.own_text import written, written_apart
 from short_gpt.wrappers.short_llama import ShortLlama
 
 SMALL = ("--size", 32)
@@ -74,7 +74,7 @@ def test_a_repeated_and_a_resumed_command_write_nothing_again(here, monkeypatch,
     assert [*here.glob("self-*.json")] == [kept]
     assert json.loads(Path("r.json").read_text())["arguments"]["data"] == "self"
     short = open_model("ckpt", max_seq_len=32)
-    assert len(own_samples(short, 5, 32, folder=here, progress=False)) == 5
+    assert len(own_samples(short, 5, 32, beside=here / "x", progress=False)) == 5
 
 
 def test_a_mix_is_read_in_equal_parts(here):
@@ -82,7 +82,7 @@ def test_a_mix_is_read_in_equal_parts(here):
     cut = {"size": 8, "stride": 8, "seed": 0}
     few = mix(kinds, lambda text: [ord(c) for c in text], limit=4, **cut)
     assert sorted(w[0] < 10 for w in few) == [False, False, True, True]
-    assert {w.text for w in few if w[0] >= 10} == {0} and few.population == 4
+    assert {w.text for w in few if w[0] >= 10} == {0}
     every = mix(kinds, lambda text: [ord(c) for c in text], equal=True, **cut)
     assert sorted(w[0] < 10 for w in every) == [False] * 4 + [True] * 4  # the smallest has four
     result = rank("ckpt", "book.txt,self", cut=Cut(32, 6, 0, 16))
@@ -103,12 +103,12 @@ def test_the_share_of_a_mix_is_asked_for(here):
         return [[1, 2]] * count
 
     def kinds() -> list:
-        return [OwnText(False), ["a text"], OwnText(True)]
+        return ["self", ["a text"], "self:chat"]
 
     assert [len(list(k)) for k in written(kinds(), write, 10)] == [4, 1, 4]
     written(kinds(), write, None)
-    written_apart([OwnText(False)], [], write, 9)  # one more, to be held out
-    written_apart([OwnText(False)], [["held"]], write, 9)
+    written_apart(["self"], [], write, 9)  # one more, to be held out
+    written_apart(["self"], [["held"]], write, 9)
     assert asked == [(False, 4), (True, 4), (False, 96), (True, 96), (False, 10), (False, 9)]
     with pytest.raises(ShortGPTError, match="expected what writes it"):
         Source("self").windows(lambda text: [1, 2], 2)
@@ -120,9 +120,9 @@ def test_own_text_is_held_out_only_where_there_is_no_other(here):
     def held(kinds: list) -> list:
         return written_apart(kinds, [], lambda chat, count: own_texts, 20)[1]
 
-    (part,) = held([OwnText(False)])
+    (part,) = held(["self"])
     assert 1 <= len(part) <= 3 and all(text in own_texts for text in part)
-    (real,) = held([["a", "b", "c"], OwnText(False)])
+    (real,) = held([["a", "b", "c"], "self"])
     assert len(real) == 1 and real[0] in ("a", "b", "c")
 
 
@@ -169,7 +169,9 @@ def test_the_remark_depends_on_what_judges(here):
 
 
 def test_no_model_is_judged_by_a_text_named_self(here, capsys):
-    with pytest.raises(ShortGPTError, match="perplexity on own samples is not quality; expected"):
+    with pytest.raises(
+        ShortGPTError, match=r"perplexity on own samples is not quality\): expected"
+    ):
         texts("self")
     for command in (
         ("perplexity", "ckpt", "--data", "self"),
@@ -218,7 +220,7 @@ def test_texts_that_will_not_be_read_are_told_before_the_model_writes(here, monk
     monkeypatch.setattr(module, "own_samples", None)
     with pytest.raises(FileNotFoundError, match=r"'no\.txt' does not exist"):
         rank("ckpt", "self,no.txt", cut=Cut(32))
-    assert [type(kind) for kind in TextSource("self,self:chat").kinds()] == [OwnText] * 2
+    assert TextSource("self,self:chat").kinds() == ["self", "self:chat"]
 
 
 def test_scores_of_own_text_choose_what_is_pruned(here):

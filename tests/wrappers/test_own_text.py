@@ -145,15 +145,15 @@ def test_bos_is_in_a_window_only_where_the_tokenizer_puts_it():
 
 def test_what_was_written_is_kept_and_more_is_added(tmp_path, monkeypatch):
     short, longer = llama(), quiet(llama(), 6, 12)
-    first = quiet(short, 4, 12, folder=tmp_path)
+    first = quiet(short, 4, 12, beside=tmp_path / "out")
     assert first == longer[:4]
     (file,) = tmp_path.glob("self-*.json")
     rows = []
     monkeypatch.setattr(module, "draw", lambda *a: rows.append(len(a[2])) or draw(*a))
-    assert quiet(short, 6, 12, folder=tmp_path) == longer and set(rows) == {2}
+    assert quiet(short, 6, 12, beside=tmp_path / "out") == longer and set(rows) == {2}
     rows.clear()
-    assert quiet(short, 6, 12, folder=tmp_path) == longer and not rows
-    assert quiet(short, 3, 12, folder=tmp_path) == longer[:3] and not rows
+    assert quiet(short, 6, 12, beside=tmp_path / "out") == longer and not rows
+    assert quiet(short, 3, 12, beside=tmp_path / "out") == longer[:3] and not rows
     assert [*tmp_path.glob("self-*.json")] == [file]
 
 
@@ -169,8 +169,8 @@ def test_what_was_written_is_kept_and_more_is_added(tmp_path, monkeypatch):
     ],
 )
 def test_other_weights_or_settings_write_anew(other, changes, tmp_path):
-    quiet(llama(), 2, folder=tmp_path, size=40)
-    quiet(other(), 2, folder=tmp_path, **{"size": 40, **changes})
+    quiet(llama(), 2, beside=tmp_path / "out", size=40)
+    quiet(other(), 2, beside=tmp_path / "out", **{"size": 40, **changes})
     assert len([*tmp_path.glob("self-*.json")]) == 2
 
 
@@ -194,12 +194,12 @@ def test_an_interrupted_run_goes_on_in_the_middle_of_a_batch(make, killed, tmp_p
         StateFile, "save", lambda *a: saves.append(1) or (killed and saves[1:]) or plain(*a)
     )
     with pytest.raises(KeyboardInterrupt):
-        quiet(make(), 5, 20, folder=tmp_path, batch_size=3)
+        quiet(make(), 5, 20, beside=tmp_path / "out", batch_size=3)
     done = positions[5 if killed else 6]
     positions[:] = [-1] * 12
     monkeypatch.setattr(StateFile, "save", plain)
     # five at once: those that were begun are of another length than the others
-    assert quiet(make(), 5, 20, folder=tmp_path, batch_size=5) == whole
+    assert quiet(make(), 5, 20, beside=tmp_path / "out", batch_size=5) == whole
     assert positions[12] == done + 1  # what was saved is not written again
 
 
@@ -215,7 +215,7 @@ def test_chats_begin_with_the_template_up_to_the_users_open_turn(folder):
     with pytest.raises(ShortGPTError, match="neither Llama 2's nor Llama 3's dialog format"):
         quiet(llama(), 3, 20, chat=True)
     named = open_model(str(folder / "hf"))
-    with pytest.raises(ShortGPTError, match="has no chat template; leave chats out"):
+    with pytest.raises(ShortGPTError, match="has no chat template for a text of its own"):
         quiet(named, 1, 20, chat=True)
     named.tokenizer.chat_template = TEMPLATE
     assert named.decode(named.opening(chat=True)) == "<s>user:"
@@ -229,7 +229,7 @@ def test_every_format_writes_the_same_text(folder):
 
 
 def test_the_time_is_said_before_and_where_the_texts_are_kept(tmp_path, capsys):
-    own_samples(llama(), 3, 12, folder=tmp_path)
+    own_samples(llama(), 3, 12, beside=tmp_path / "out")
     err = capsys.readouterr().err
     assert "the model writes 33 tokens of its own, 3 texts at once: about 0." in err
     assert f"kept in {tmp_path}/self-" in err
