@@ -33,8 +33,8 @@ TIMED = 3  # steps by which the time is foretold
 Write = Callable[[bool, int], Sequence[Text]]  # from whether they are chats, and how many
 STREAMED = (
     "a streamed model writes no text of its own: let a copy that fits into memory, such as a GGUF "
-    "file in few bits, write it, short-gpt generate COPY --samples 96 --out own.jsonl, and read "
-    "that, --data own.jsonl"
+    "file in few bits, write it to a file (on the command line: short-gpt generate COPY --samples "
+    "96 --out own.jsonl), and give that as `data`"
 )
 
 
