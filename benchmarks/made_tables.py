@@ -349,6 +349,13 @@ TABLES: dict[str, Callable[[], str]] = {
     "coverage of rank correlations": table(
         "| scores of two texts | 6 windows | 12 windows | 24 windows |", evidence.covered
     ),
+    "own samples": table(
+        "| fitted on | held-out chapters | novels | WikiText-2, second half |", evidence.own_samples
+    ),
+    "layers chosen on own samples": table(
+        "| chosen on | removes | held-out chapters | novels | WikiText-2, second half |",
+        evidence.own_choices,
+    ),
     "coverage of intervals": table(COVERED, evidence.intervals),
     "early stops": table(STOPPED, stopping),
     "misleading populations": table(MISLED, attacked),

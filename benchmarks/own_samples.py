@@ -79,8 +79,8 @@ def main(
     held = {kind: cut(short, texts, HELD[kind], SIZE) for kind, texts in kinds.items()}
     path = Path(out or "own_samples.json")
     identity = {"model": short.identity(), "judged by": json_digest(held), "layers": gone}
-    cells, folder = Cells(StateFile(f"{path}.state", identity, every=0.0)), path.parent
-    run = _Run(short, cells, held, folder)
+    cells = Cells(StateFile(f"{path}.state", identity, every=0.0))
+    run = _Run(short, cells, held, path)
     names = rows.split(",") if isinstance(rows, str) else rows  # fire makes a,b a tuple
     new = [name for name in names if name not in cells]
     for name in new[:first]:
@@ -105,12 +105,12 @@ class _Run(NamedTuple):
     short: ShortModel
     cells: Cells
     held: Mapping[str, Windows]
-    folder: Path  # of the own samples
+    path: Path  # beside which own samples are kept
 
     def windows(self, source: Source) -> Sequence[Sequence[int]]:
         if not source.own:
             return cut(self.short, demo.bible(), source.count, SIZE)
-        how = {"temperature": source.temperature, "chat": source.chat, "folder": self.folder}
+        how = {"temperature": source.temperature, "chat": source.chat, "beside": self.path}
         return own_samples(self.short, source.count, SIZE, **how)
 
     def losses(self, cell: str, gone: Sequence[int], fit_on: Any = None) -> Losses:
