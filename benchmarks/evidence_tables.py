@@ -76,16 +76,6 @@ def own_samples() -> list[str]:
     return [row(name, *map(_own, cells.values())) for name, cells in rows.items()]
 
 
-def own_choices() -> list[str]:
-    """The layers that Block Influence chooses on own samples and on real text, pruned."""
-    sets = result("own_samples")["choices"]["sets"]
-    kinds = [*result("own_samples")["windows_to_judge_by"]]
-    return [
-        row(name, layer_set(own["layers"]), *(_own(own[kind]) for kind in kinds))
-        for name, own in sets.items()
-    ]
-
-
 def _own(cell: dict) -> str:
     if not cell["nats"]:
         return f"{cell['perplexity']:.2f}"

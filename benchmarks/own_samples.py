@@ -10,7 +10,7 @@ which layers Block Influence chooses on own samples and on real text, and what t
 
 ``--rows own-24,book`` measures some rows, ``--first N`` ends after N new ones. Own samples are
 written once and kept beside the file, rows in its state, from which the same command goes on; the
-file holds all rows that are there.
+file holds all rows that are there. ``--choices False`` leaves the layers' choices out.
 """
 
 from __future__ import annotations
@@ -67,6 +67,7 @@ def main(
     layers: Sequence[int] = LAYERS,
     rows: str | Sequence[str] = tuple(SOURCES),
     first: int | None = None,
+    choices: bool = True,
     out: str | None = None,
     overwrite: bool = False,
 ) -> None:
@@ -93,7 +94,7 @@ def main(
     found |= {name: run.refitted(name, gone) for name in SOURCES if name in cells}
     table = {name: row(losses, original, pruned) for name, losses in found.items()}
     print(shown(table))
-    chosen = run.choices(len(gone), cut(short, documents[1::2], 24, SIZE))
+    chosen = run.choices(len(gone), cut(short, documents[1::2], 24, SIZE)) if choices else None
     content = {"layers_removed": gone, "tokens_per_window": SIZE, "step_size": STEP_SIZE}
     content |= {"windows_to_judge_by": HELD, "rows": table, "choices": chosen}
     finish("own_samples", [], content, out=out, overwrite=overwrite)
