@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from short_gpt.scoring.stopping import Stop
     from short_gpt.selection.methods import choose
     from short_gpt.wrappers.opening import open_model
+    from short_gpt.wrappers.own_text import own_samples
     from short_gpt.wrappers.short_hf import ShortHFModel
     from short_gpt.wrappers.short_llama import ShortLlama
     from short_gpt.wrappers.short_model import ShortModel
@@ -63,6 +64,7 @@ __all__ = [
     "heal_refit",
     "measure",
     "open_model",
+    "own_samples",
     "perplexity",
     "pg19",
     "prune",

@@ -48,6 +48,7 @@ from short_gpt.jobs.comparing import Cells
         ("coverage", "case", {}),
         ("greedy", "build", {}),
         ("optimality", "build", {}),
+        ("own_samples", "open_model", {"novels": "novels.jsonl"}),
         ("scoring", "load", {}),
         ("second_family", "road", {}),
         ("serving", "book", {}),

@@ -35,13 +35,16 @@ from short_gpt.jobs import (
     TextSource,
     Written,
 )
-from short_gpt.jobs.inputs import STRIDE, layer_list
-from short_gpt.runtime.settings import WRITE, Needs, setting
+from short_gpt.jobs.inputs import STRIDE, about_own, layer_list
+from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.settings import WRITE, Needs, needs_one_of, setting
 from short_gpt.wrappers.options import TOKENIZER
 
 ALONE = ("prune", "heal", "convert", "plot")  # of several ranks, only the first runs these
 REMOVED = {"draft": "compare the pruned model by perplexity, or by evaluate on tasks"}
 SAMPLES = Needs("a --temperature above 0", lambda values: values["temperature"] != 0)
+PROMPT = Needs("a PROMPT", lambda values: values["prompt"] is not None)
+WRITES = needs_one_of("`samples`", "samples")
 
 
 def demo(
@@ -220,6 +223,8 @@ def calibrate(
         model, texts, ranked=ranked, readings=readings, opening=opening, saving=saving
     )
     say(tables.calibrated(result))
+    if (remark := about_own(texts.data, each=True)) is not None:
+        say(remark)
     output.write({**record, **result.to_dict()})
     if output.folder is not None:
         plots.draw_crossed(result.cells, output.folder)
@@ -262,6 +267,8 @@ def compare(
         saving=saving.beside(output.json),
     )
     say(tables.compared(result.rows, result.agreement, result.tasks, bos=result.bos))
+    if (remark := about_own(texts.data, shares.eval_data)) is not None:
+        say(remark)
     output.write({**record, **result.to_dict()})
     if output.folder is not None:
         plots.draw_quality(result.rows, output.folder)
@@ -272,32 +279,36 @@ def compare(
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a text is continued.
+    """How a text is continued, or texts are written.
 
     Args:
-        max_gen_len: most tokens to add.
+        max_gen_len: most tokens to add; those of each sample.
         temperature: 0 takes the likeliest token.
         top_p: sample from the smallest set of tokens with this probability.
         seed: of the sampling.
+        samples: without a PROMPT, write so many texts of the model's own to out, as --data self.
+        out: new .jsonl file of these texts, which --data reads.
         skip_prefill: layers to skip while the prompt is read, as in 21,22,23; they run while text
             is added (ShortGPT-gen).
     """
 
     max_gen_len: int = 64
-    temperature: float = 0.6
-    top_p: float = setting(0.9, needs=SAMPLES)
+    temperature: float = setting(0.6, needs=PROMPT)
+    top_p: float = setting(0.9, needs=(SAMPLES, PROMPT))
     seed: int = setting(1, needs=SAMPLES)
-    skip_prefill: object = setting(None, value="N,N")
+    samples: int | None = setting(None, needs=Needs("`out`", lambda v: v["out"] is not None))
+    out: str | None = setting(None, heading=WRITE, value="FILE", needs=WRITES)
+    skip_prefill: object = setting(None, value="N,N", needs=PROMPT)
 
 
 def generate(
     model: str,
-    prompt: str,
+    prompt: str | None = None,
     *,
     sampling: Sampling = Sampling(),
     opening: OpenOptions = OpenOptions(),
 ) -> None:
-    """Completes a text.
+    """Completes a text, or writes texts of the model's own.
 
     Example: short-gpt generate llama-2-7b "I am an avid fan of"
 
@@ -305,10 +316,17 @@ def generate(
         model: Meta checkpoint directory, Hugging Face directory or hub id, or GGUF file.
         prompt: the text to continue.
     """
-    short = short_gpt.open_model(model, opening, seed=sampling.seed)
+    count, size, seed = sampling.samples, sampling.max_gen_len, sampling.seed
+    if (prompt is None) == (count is None):
+        raise ShortGPTError("expected either a PROMPT to continue, or `samples` and `out`")
+    if prompt is None:
+        out = str(sampling.out)
+        say_written([jobs.write_samples(model, out, count or 0, size, seed=seed, opening=opening)])
+        return
+    short = short_gpt.open_model(model, opening, seed=seed)
     skip = sampling.skip_prefill
     skipped = [] if skip is None else layer_list(skip, "skip_prefill")
-    how = (sampling.max_gen_len, sampling.temperature, sampling.top_p)
+    how = (size, sampling.temperature, sampling.top_p)
     with short.skipped_in_prefill(skipped):
         text = short.generate([prompt], *how)[0]
     say(f"{prompt}{text}")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from llama.io.sources import is_gguf
 from short_gpt.jobs.cases import RAW
-from short_gpt.jobs.inputs import about_bos
+from short_gpt.jobs.inputs import about_bos, about_own
 
 if TYPE_CHECKING:
     from short_gpt.evaluation.perplexity import Perplexity
@@ -160,7 +160,9 @@ def _tried(budget: Budget) -> list[str]:
 def healed(result: Healing) -> str:
     """Perplexities before and after, and what the healing changed."""
     bos, evidence = about_bos(str(result.texts.get("bos"))), result.evidence
-    lines = [remark for remark in (bos, result.unchecked, result.left_out) if remark]
+    held, data = result.texts.get("eval_data"), str(result.texts.get("data"))
+    own = about_own(data, None if held is None else str(held))
+    lines = [remark for remark in (bos, own, result.unchecked, result.left_out) if remark]
     lines += [f"{perplexities(result.perplexity)}\n"]
     if len(evidence.changes) > 1:
         lines += [f"{name} changes the loss by {part}" for name, part in evidence.changes.items()]

@@ -9,7 +9,7 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from short_gpt.data.windows import Origin
+from short_gpt.data.windows import Origin, Text
 from short_gpt.data.windows import Window as TextWindow
 from short_gpt.runtime.errors import ShortGPTError
 
@@ -20,11 +20,10 @@ BASE = np.uint64(0x9E3779B97F4A7C15)  # odd, so that its powers have inverses mo
 INVERSE = np.uint64(pow(int(BASE), -1, 2**64))
 Window = Sequence[int]
 W = TypeVar("W", bound=Sequence[int])
+T = TypeVar("T", bound=Text)
 
 
-def hold_out(
-    texts: Sequence[str], *, share: float = 0.1, seed: int = 0
-) -> tuple[list[str], list[str]]:
+def hold_out(texts: Sequence[T], *, share: float = 0.1, seed: int = 0) -> tuple[list[T], list[T]]:
     """Texts to train on and held-out texts to evaluate on.
 
     Args:

@@ -10,11 +10,13 @@ from itertools import chain, islice
 from pathlib import Path
 
 from llama.tokenizer import check_text
+from short_gpt.data.windows import Text
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import bar
 
 SPLITS = ("train", "validation", "test")
 KINDS = ".txt, .jsonl or .parquet"
+OWN = {"self": False, "self:chat": True}  # sources that the model writes; whether as chats
 EXPECTED = f"a file or folder of {KINDS}, or a data set at the hub such as allenai/c4:en"
 
 
@@ -39,6 +41,11 @@ def texts(source: str | Path, *, split: str | None = None, column: str = "text")
         >>> chapters = texts("novels/")  # doctest: +SKIP
     """
     path = _path(source)
+    if source in OWN:
+        raise ShortGPTError(
+            f"{source} is the model's own text, which no model is judged by (perplexity on own "
+            f"samples is not quality): expected {EXPECTED}"
+        )
     if str(source) and path.exists():
         files = _files(path, split)
         return _started(chain.from_iterable(_read(file, column) for file in files), source)
@@ -70,15 +77,15 @@ def has_split(source: str, split: str) -> bool:
     """Whether a split takes less than all of a source: a path, existing or not, or pg19."""
     path = _path(source)
     if source == "pg19" or not path.exists():
-        return True
+        return source not in OWN
     return path.is_dir() and bool(_of_split(_names(path), split))
 
 
 def has_columns(source: str) -> bool:
     """Whether the texts of a source, a path or pg19, are in columns."""
     path = _path(source)
-    if source == "pg19" or not path.is_dir():
-        return source != "pg19" and path.suffix.lower() != ".txt"
+    if source in ("pg19", *OWN) or not path.is_dir():
+        return source not in ("pg19", *OWN) and path.suffix.lower() != ".txt"
     return any(not name.lower().endswith(".txt") for name in _names(path))
 
 
@@ -233,6 +240,17 @@ def _hub_texts(source: str, split: str | None, column: str) -> Iterator[str]:
     except ValueError as error:
         hint = f"; a configuration is given as {name}:NAME" if "onfig" in str(error) else ""
         raise ShortGPTError(f"{name}: {error}{hint}") from error
+
+
+def source_names(data: str) -> list[str]:
+    """The sources that a name stands for: one, if it is that of a file, or several by commas."""
+    return [data] if Path(data).exists() else [name.strip() for name in data.split(",")]
+
+
+def read_kinds(data: str, split: str, column: str, limit: int | None) -> list[Iterable[Text]]:
+    """Each source's `read_texts`; its name alone (of `OWN`) where the model is to write them."""
+    names = source_names(data)
+    return [name if name in OWN else read_texts(name, split, column, limit) for name in names]
 
 
 def read_texts(data: str, split: str, column: str, limit: int | None) -> Iterable[str]:

@@ -6,8 +6,8 @@ import random
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from itertools import islice, takewhile
-from typing import NamedTuple, TypeVar
+from itertools import islice, takewhile, zip_longest
+from typing import Any, NamedTuple, TypeVar
 
 from short_gpt.runtime.errors import ShortGPTError
 
@@ -15,6 +15,7 @@ T = TypeVar("T")
 BOS = ("first", "every")  # windows that begin with the text's bos
 MOST = 2**31 - 1  # more is a mistyped number, and more than some counters hold
 Span = tuple[int, int]  # start and end of a window, in tokens
+Text = str | Sequence[int]  # or its token ids, where the model itself wrote them
 
 
 class Origin(NamedTuple):
@@ -53,7 +54,7 @@ def text_of(window: Sequence[int]) -> int | None:
 
 
 def windows(
-    texts: Iterable[str],
+    texts: Iterable[Text],
     encode: Callable[[str], Sequence[int]],
     *,
     size: int = 1024,
@@ -69,6 +70,7 @@ def windows(
     256 are the ShortGPT authors' values (comments on huggingface.co/papers/2403.03853).
 
     Args:
+        texts: strings; of a text that a model wrote itself, its token numbers.
         encode: from a text to its token numbers, with a start token if the model wants one.
         size: tokens of a window, at least 2.
         stride: tokens from one start to the next, at least 1.
@@ -103,12 +105,47 @@ def windows(
         at_least(1, "limit", limit)
     start = _start(encode, size) if bos == "every" else []
     room = size - len(start)
-    encoded = (_without(start, encode(text)) for text in texts)
+    encoded = (_without(start, tokens_of(text, encode)) for text in texts)
     stride = max(1, min(stride, room)) if stride <= size else stride
     spanned = _with_spans(encoded, room, stride, tail)
     if seed is None:
         return islice(_in_order(spanned, start), limit)
     return _shuffled(spanned, start, seed, limit)
+
+
+def tokens_of(text: Text, encode: Callable[[str], Sequence[int]]) -> Sequence[int]:
+    """A text's token numbers: its own, or as it is encoded."""
+    return encode(text) if isinstance(text, str) else text
+
+
+def mix(
+    kinds: Sequence[Iterable[Text]],
+    encode: Callable[[str], Sequence[int]],
+    *,
+    seed: int | None = None,
+    limit: int | None = None,
+    equal: bool = False,
+    **cutting: Any,
+) -> Iterable[Window]:
+    """`windows` of several kinds of text: as many of each, by turns or, with a seed, shuffled.
+
+    Without a limit all are taken; if ``equal``, of each as many as there are of the smallest.
+    Texts are numbered through all kinds.
+    """
+    if len(kinds) == 1:
+        return windows(kinds[0], encode, seed=seed, limit=limit, **cutting)
+    each = None if limit is None else -(-limit // len(kinds))
+    by_kind, before = list[list[Window]](), 0
+    for texts in map(list, kinds):
+        cuts = windows(texts, encode, seed=seed, limit=each, **cutting)
+        by_kind.append([Window(w, w.text + before, w.start, w.origin) for w in cuts])
+        before += len(texts)
+    least = min(map(len, by_kind)) if equal else None
+    turns = zip_longest(*(own[:least] for own in by_kind))
+    mixed = [w for turn in turns for w in turn if w is not None][:limit]
+    if seed is not None:  # who takes every eighth, or the last, must not take one kind alone
+        random.Random(seed).shuffle(mixed)
+    return mixed
 
 
 def _in_order(

@@ -5,23 +5,25 @@ Shapes: B windows of a batch, S tokens of the longest.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import zip_longest
-from pathlib import Path
 from typing import TypedDict
 
 import torch
 from torch import Tensor
 
-from short_gpt.data.disjoint import check_disjoint, hold_out, without_overlap
-from short_gpt.data.texts import read_texts, texts
-from short_gpt.data.windows import Window, windows
+from short_gpt.data.disjoint import check_disjoint, without_overlap
+from short_gpt.data.texts import read_kinds, texts
+from short_gpt.data.windows import mix
 from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.wrappers.own_text import Write, written_apart
 
 IGNORED = -100  # a label that cross entropy passes over
+
+
+def writes_nothing(chat: bool, count: int) -> list[list[int]]:
+    raise ShortGPTError("self: expected what writes it, as in write=writes(short, size)")
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,8 @@ class Learning:
 class Source:
     """Texts to heal by."""
 
-    # a local file or folder, pg19, a hub data set's name, or several with commas between: as many
-    # windows of each where the number is limited, else all
+    # a local file or folder, pg19, a hub data set's name, self, or several with commas between: as
+    # many windows of each where the number is limited, else all
     data: str
     eval_data: str | None = None  # to evaluate on; None holds a tenth of ``data`` out
     split: str = "validation"  # of ``data``, see `data.read_texts`
@@ -57,6 +59,7 @@ class Source:
         eval_windows: int = 32,
         drop_overlap: bool | None = None,
         validate: bool = False,
+        write: Write = writes_nothing,
     ) -> Learning:
         """Windows to learn from and others to evaluate on, which share no text.
 
@@ -69,24 +72,14 @@ class Source:
             drop_overlap: drop training windows that share text with evaluation, instead of refusing
                 them; None does so where ``eval_data`` is not given.
             validate: hold out up to 16 windows to choose the training step by.
+            write: what writes the text of ``self``, as `writes(short, size)`.
         """
-        cutting = partial(windows, encode=encode, size=size, stride=size, seed=self.seed, bos=bos)
-
-        def windows_of(kinds: Sequence[Sequence[str]], count: int | None) -> list[list[int]]:
-            """As many windows of each kind as of the others, in random order."""
-            each = None if count is None else -(-count // len(kinds))
-            by_kind, before = list[list[Window]](), 0
-            for chosen in kinds:  # texts are numbered through all kinds
-                cuts = cutting(chosen, limit=each)
-                by_kind.append([Window(w, w.text + before, w.start, w.origin) for w in cuts])
-                before += len(chosen)
-            turns = [w for turn in zip_longest(*by_kind) for w in turn if w is not None][:count]
-            if len(kinds) > 1:  # who takes every eighth, or the last, must not take one kind alone
-                random.Random(self.seed).shuffle(turns)
-            return [*turns]
-
-        training_texts, held_out = self._texts()
-        evaluation, training = windows_of(held_out, eval_windows), windows_of(training_texts, limit)
+        cut = partial(mix, encode=encode, size=size, stride=size, seed=self.seed, bos=bos)
+        kinds = read_kinds(self.data, self.split, self.column, self.max_texts)
+        held = [] if self.eval_data is None else [[*texts(self.eval_data, column=self.column)]]
+        training_texts, held_out = written_apart(kinds, held, write, limit, self.seed)
+        evaluation: list[list[int]] = list(cut(held_out, limit=eval_windows))
+        training: list[list[int]] = list(cut(training_texts, limit=limit))
         before = len(training)
         drop = self.eval_data is None if drop_overlap is None else drop_overlap
         training = _disjoint(training, evaluation, drop=drop)
@@ -98,15 +91,6 @@ class Source:
         gone = before - len(training) - len(validation)
         words = f"left out {gone} of {before} windows: text kept apart from learning"
         return Learning(training, validation, evaluation, words if gone else None)
-
-    def _texts(self) -> tuple[list[list[str]], list[list[str]]]:
-        names = [self.data] if Path(self.data).exists() else self.data.split(",")
-        read = partial(read_texts, split=self.split, column=self.column, limit=self.max_texts)
-        kinds = [list(read(name.strip())) for name in names]
-        if self.eval_data is not None:
-            return kinds, [list(texts(self.eval_data, column=self.column))]
-        parts = [hold_out(kind, seed=self.seed) for kind in kinds]
-        return [kept for kept, _ in parts], [held for _, held in parts]
 
 
 def _disjoint(training: list[list[int]], others: list[list[int]], *, drop: bool) -> list[list[int]]:

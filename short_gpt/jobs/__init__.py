@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from short_gpt.jobs.comparison import DistillHealing, LoraHealing, compare_checkpoint
     from short_gpt.jobs.conversion import convert
     from short_gpt.jobs.demonstration import Demo, run_demo
-    from short_gpt.jobs.evaluation import evaluate, perplexity_of
+    from short_gpt.jobs.evaluation import evaluate, perplexity_of, write_samples
     from short_gpt.jobs.healing import Healing, heal
     from short_gpt.jobs.inputs import Cut, DemoRun, Reading, Running, Tasks, TextSource
     from short_gpt.jobs.pruning import Pruned, prune, prune_by
@@ -131,4 +131,5 @@ __all__ = [
     "read_scores",
     "reproduce",
     "run_demo",
+    "write_samples",
 ]

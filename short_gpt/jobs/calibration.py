@@ -21,7 +21,7 @@ from llama.io.files import check_writable
 from llama.io.json_files import JsonObject
 from llama.ranks import several_ranks
 from short_gpt.data import check_disjoint, hold_out, without_overlap
-from short_gpt.data.windows import text_of
+from short_gpt.data.windows import Text, text_of
 from short_gpt.evaluation import Perplexity, difference, together
 from short_gpt.jobs.cases import RAW, REFIT, Kinds, Ranked, Readings, Windows
 from short_gpt.jobs.comparing import Cells, pruned_losses, windows_digest
@@ -35,6 +35,7 @@ from short_gpt.scoring.metrics import LEAST_DEGREES, student_t
 from short_gpt.scoring.moments import degrees_of_freedom
 from short_gpt.wrappers.opening import open_model
 from short_gpt.wrappers.options import OpenOptions
+from short_gpt.wrappers.own_text import writes, written
 from short_gpt.wrappers.scored_model import ScoredModel
 from short_gpt.wrappers.short_model import ShortModel
 
@@ -376,8 +377,13 @@ def calibrate_checkpoint(
         check_writable(Path(state))
     sources = (Kinds(data) if isinstance(data, str) else data).each()
     check_model(model, ranked.n)
-    documents = {name: list(source.read()) for name, source in sources.items()}
+    kinds = {name: kind for name, source in sources.items() for kind in source.kinds()}
     short = open_model(model, opening or OpenOptions(), max_seq_len=max(readings.numbers))
+    write = writes(short, max(readings.numbers), seed=readings.seed, beside=state)
+    half = max(readings.max_windows, readings.eval_windows)  # one half ranks, the other judges
+    with interruptible():
+        filled = written([*kinds.values()], write, 2 * half * len(kinds))
+    documents = {name: list(kind) for name, kind in zip(kinds, filled, strict=True)}
     texts, ways = windows_apart(short, documents, readings)
     run = partial(calibrate, short, texts, ranked.n, ways=ways, state=state)
     with interruptible():
@@ -385,11 +391,11 @@ def calibrate_checkpoint(
 
 
 def windows_apart(
-    short: ShortModel, documents: Mapping[str, Sequence[str]], readings: Readings
+    short: ShortModel, documents: Mapping[str, Sequence[Text]], readings: Readings
 ) -> tuple[dict[str, Apart], dict[str, dict[str, Windows]]]:
     """Windows of each text to rank on and to judge by, and those that are cut other ways."""
 
-    def windows(texts: Sequence[str], cut: Cut, limit: int) -> Windows:
+    def windows(texts: Sequence[Text], cut: Cut, limit: int) -> Windows:
         return list(replace(cut, max_windows=limit).windows(texts, short.encode, short.bos))
 
     # documents to rank on and others to judge by; a single one is both

@@ -12,6 +12,7 @@ from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.settings import CHOOSE, READ, Needs, Values, setting
 
 if TYPE_CHECKING:
+    from short_gpt.data.windows import Text
     from short_gpt.healing.recipe import ModelConfig, Recipe
     from short_gpt.wrappers.scored_model import ScoredModel
 
@@ -184,10 +185,18 @@ class Shares:
         Cut(self.size, bos=self.bos).check()
         at_least(1, max_windows=self.max_windows, eval_windows=self.eval_windows)
 
-    def cut(self, short: ScoredModel, texts: Sequence[str], limit: int) -> list[list[int]]:
-        """Windows of texts in random order."""
+    def held(self, column: str) -> list[list[str]]:
+        """The texts of eval_data, if it is given."""
+        from short_gpt.data.texts import texts
+
+        return [] if self.eval_data is None else [list(texts(self.eval_data, column=column))]
+
+    def cut(
+        self, short: ScoredModel, kinds: Sequence[Sequence[Text]], limit: int
+    ) -> list[list[int]]:
+        """Windows of kinds of text in random order."""
         cut = Cut(self.size, limit, self.seed, bos=self.bos)
-        return list(cut.windows(texts, short.encode, short.bos))
+        return list(cut.mixed(kinds, short.encode, short.bos))
 
 
 @dataclass(frozen=True)
@@ -240,7 +249,7 @@ class Kinds(TextSource):
 
     Args:
         data: two texts or more with commas between, of different kinds, such as books, questions
-            and code: local files or folders, data sets of the hub, or pg19.
+            and code: local files or folders, data sets of the hub, pg19, or self.
     """
 
     data: str = setting(None, value="TEXTS")

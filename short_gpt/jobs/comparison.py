@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -12,6 +12,7 @@ from pathlib import Path
 from llama.io.files import check_writable
 from llama.ranks import several_ranks
 from short_gpt.data import check_disjoint, demo, windows, without_overlap
+from short_gpt.data.windows import Text, tokens_of
 from short_gpt.evaluation import Perplexity, losses
 from short_gpt.healing import lora as training
 from short_gpt.healing import refit
@@ -27,6 +28,7 @@ from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.state import hold, joined
 from short_gpt.wrappers.opening import open_model, open_trainable
 from short_gpt.wrappers.options import OpenOptions
+from short_gpt.wrappers.own_text import writes, written_apart
 
 MOST_VALIDATION = 8  # windows by which the best checkpoint is kept
 DEFAULT_CASES = Cases(healings=(RAW, PATCHED))
@@ -67,16 +69,22 @@ def compare_checkpoint(
     shares.check()
     source = str(demo.checkpoint()) if model is None else model
     check_model(source, max(cases.numbers), name="`counts`")
+    kinds: Sequence[Iterable[Text]]
+    held: Sequence[Sequence[Text]]
     if model is None:
-        calibration, evaluation = demo.bible("calibration"), demo.bible("held_out")
+        kinds, held = [demo.bible()], [demo.bible("held_out")]
     else:
-        calibration, evaluation = source_of(data).read_apart(shares.eval_data, seed=shares.seed)
+        kinds, held = source_of(data).kinds(), shares.held(source_of(data).column)
     size = max(shares.size, (lora.size or Recipe.size) if DISTILL in cases.heals else 0)
     short = open_model(source, opening, max_seq_len=size)
+    write = writes(short, size, seed=shares.seed, beside=saving.state)
+    how = (write, shares.max_windows, shares.seed)
+    with interruptible():
+        calibration, evaluation = written_apart(kinds, held, *how)
     held_out = shares.cut(short, evaluation, shares.eval_windows)
     fit_on = shares.cut(short, calibration, shares.max_windows)
-    bos = shares.bos or short.bos
-    options = (source, calibration, short.encode, held_out, lora, opening, shares.seed, bos)
+    every, bos = [text for kind in calibration for text in kind], shares.bos or short.bos
+    options = (source, every, short.encode, held_out, lora, opening, shares.seed, bos)
     # both are made before anything is measured, as they refuse settings
     lora_healing = LoraHealing(*options) if LORA in cases.heals else None
     distill_healing = None
@@ -122,7 +130,7 @@ class LoraHealing:
     """
 
     source: str
-    texts: Sequence[str]
+    texts: Sequence[Text]
     encode: Callable[[str], Sequence[int]]
     evaluation: Windows
     settings: LoraSettings = field(default_factory=LoraSettings)
@@ -154,7 +162,7 @@ class LoraHealing:
     def identity(self) -> dict[str, object]:
         """What the results depend on, except the model and the evaluation windows."""
         # of the token ids, because another tokenizer is another identity too
-        read = json_digest([list(self.encode(text)) for text in self.texts])
+        read = json_digest([list(tokens_of(text, self.encode)) for text in self.texts])
         own = joined(asdict(self.settings), {"seed": self.seed, "texts": read})
         if self.teacher is None and self.fitted_on is None:
             return own

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 
+from llama.io.files import check_output, new_file
 from short_gpt.evaluation.paired import difference
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.evaluation.tasks import TaskRun, task_changes
@@ -20,10 +23,12 @@ from short_gpt.jobs.inputs import (
     known_total,
     source_of,
 )
+from short_gpt.jobs.saving import interruptible
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.wrappers.opening import check_tokenizer, of_source, open_model
 from short_gpt.wrappers.options import OpenOptions
+from short_gpt.wrappers.own_text import own_samples
 
 
 def evaluate(
@@ -94,6 +99,23 @@ def _evaluated(
             changes = {f"{reading.data} {k}{bos}": v for k, v in nats.items() if v == v}
         changes |= task_changes(first[2], run)
     return row | run.named() | changes, (perplexity, digest, run)
+
+
+def write_samples(
+    model: str, out: str, count: int, size: int, *, seed: int, opening: OpenOptions
+) -> Path:
+    """Writes `own_samples` of a checkpoint as texts to a .jsonl file, which ``data`` reads."""
+    target = Path(out)
+    if target.suffix != ".jsonl":
+        raise ShortGPTError(f"`out` {out}: expected the name of a .jsonl file")
+    check_output(target, overwrite=False, ours=lambda _: False)
+    short = open_model(model, opening, max_seq_len=size)
+    with interruptible():
+        texts = own_samples(short, count, size, seed=seed, beside=target)
+    with new_file(target, overwrite=False, ours=lambda _: False) as partial:
+        lines = (json.dumps({"text": short.decode(ids)}) + "\n" for ids in texts)
+        partial.write_text("".join(lines), encoding="utf-8")
+    return target
 
 
 def perplexity_of(

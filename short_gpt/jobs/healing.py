@@ -33,6 +33,7 @@ from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.state import hold
 from short_gpt.wrappers.opening import check_tokenizer, of_source, open_model, open_trainable
 from short_gpt.wrappers.options import OpenOptions
+from short_gpt.wrappers.own_text import writes
 from short_gpt.wrappers.scored_model import ScoredModel
 
 CLOSED_WINDOWS = 64  # that a closed form reads
@@ -162,6 +163,7 @@ def _heal(
         eval_windows=windows.eval_windows,
         drop_overlap=windows.drop_overlap,
         validate=trains,
+        write=writes(short, size, seed=windows.seed, beside=out),
     )
     few = CLOSED_WINDOWS if windows.max_windows is None else None
     ridges = RIDGES if settings.ridge is None else (settings.ridge,)

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.settings import READ, RUN, Needs, Values, needs_one_of, setting
 
 if TYPE_CHECKING:
+    from short_gpt.data.windows import Text
     from short_gpt.evaluation.tasks import TaskRun, TaskSuite
     from short_gpt.wrappers.options import OpenOptions
     from short_gpt.wrappers.scored_model import ScoredModel
@@ -65,8 +65,9 @@ def at_least(least: int, *, optional: bool = False, **numbers: int | None) -> No
 
 def _sources(values: Values) -> list[str]:
     """The names of the texts that a command reads."""
-    names = str(values["data"])
-    return [names] if Path(names).exists() else listed(names)
+    from short_gpt.data.texts import source_names
+
+    return source_names(str(values["data"]))
 
 
 def _splits(values: Values) -> bool:
@@ -103,7 +104,9 @@ class TextSource:
     """Texts by the name of their source.
 
     Args:
-        data: pg19, a local file or folder of .txt, .jsonl or .parquet, or a hub data set's name.
+        data: pg19, a local file or folder of .txt, .jsonl or .parquet, or a hub data set's name;
+            to choose layers or to heal by also self, text that the model itself writes (self:chat
+            is dialogs), and several with commas between, read in equal parts.
         split: split of a data set of the hub, of pg19, or of a folder that has files or sub-folders
             of that name; all else is read in full.
         column: column of the text in .jsonl, .parquet and hub data sets.
@@ -127,15 +130,11 @@ class TextSource:
 
         return read_texts(self.data, self.split, self.column, self.max_texts)
 
-    def read_apart(self, eval_data: str | None, *, seed: int = 0) -> tuple[list[str], list[str]]:
-        """The texts, and others to evaluate on: those of ``eval_data``, or a tenth held out."""
-        from short_gpt.data.disjoint import hold_out
-        from short_gpt.data.texts import texts
+    def kinds(self) -> list[Iterable[Text]]:
+        """The texts of each source, as `data.texts.read_kinds`."""
+        from short_gpt.data.texts import read_kinds
 
-        own = list(self.read())
-        if eval_data is None:
-            return hold_out(own, seed=seed)
-        return own, list(texts(eval_data, column=self.column))
+        return read_kinds(self.data, self.split, self.column, self.max_texts)
 
 
 def source_of(data: str | TextSource) -> TextSource:
@@ -178,14 +177,20 @@ class Cut:
         windows([], lambda _: [], size=self.size, stride=self.step)
 
     def windows(
-        self, texts: Iterable[str], encode: Encode, bos: str = "first"
+        self, texts: Iterable[Text], encode: Encode, bos: str = "first"
     ) -> Iterable[list[int]]:
         """Windows of token ids, as `short_gpt.windows`; ``bos`` holds where none is set."""
-        from short_gpt.data.windows import windows
+        return self.mixed([texts], encode, bos)
 
-        size, step, seed, bos = self.size, self.step, self.seed, self.bos or bos
-        limit = self.max_windows
-        return windows(texts, encode, size=size, stride=step, seed=seed, limit=limit, bos=bos)
+    def mixed(
+        self, kinds: Sequence[Iterable[Text]], encode: Encode, bos: str = "first"
+    ) -> Iterable[list[int]]:
+        """The same of several kinds of text, in equal parts; see `data.windows.mix`."""
+        from short_gpt.data.windows import mix
+
+        cutting = {"size": self.size, "stride": self.step, "bos": self.bos or bos}
+        limit, seed = self.max_windows, self.seed
+        return mix(kinds, encode, seed=seed, limit=limit, equal=True, **cutting)
 
 
 @dataclass(frozen=True)
@@ -392,6 +397,18 @@ def check_model(source: str, n: int | None = None, *, name: str = "n") -> None:
 def about_bos(bos: str) -> str | None:
     """The remark on windows that are not cut the ShortGPT authors' way; None if they are."""
     return "bos at the start of every window" if bos == "every" else None
+
+
+def about_own(data: str, eval_data: str | None = None, *, each: bool = False) -> str | None:
+    """The remark where text of the model's own judges alone, or as one of ``each``; else None."""
+    from short_gpt.data.texts import OWN, source_names
+
+    names = source_names(data)
+    own = [name for name in names if name in OWN]
+    if eval_data is not None or not own or (not each and own != names):
+        return None
+    why = "text that the model itself wrote, and perplexity on own samples is not quality"
+    return f"judged by {', '.join(own)}: {why}; name a text to evaluate on"
 
 
 def known_total(windows: Iterable[list[int]], limit: int | None) -> int | None:

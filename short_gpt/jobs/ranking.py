@@ -29,7 +29,7 @@ from short_gpt.runtime import replicas
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.memory import bytes_of
-from short_gpt.runtime.progress import first_rank
+from short_gpt.runtime.progress import duration, first_rank
 from short_gpt.runtime.state import StateFile, joined
 from short_gpt.scoring.importance import Importance
 from short_gpt.scoring.run import Following, RunState
@@ -38,11 +38,11 @@ from short_gpt.selection.methods import BY_LOSS, choose
 from short_gpt.selection.search import Search
 from short_gpt.wrappers.opening import check_tokenizer
 from short_gpt.wrappers.options import OpenOptions
+from short_gpt.wrappers.own_text import writes, written
 from short_gpt.wrappers.scored_model import ScoredModel
 from short_gpt.wrappers.short_model import ShortModel
 
 W = TypeVar("W", bound=list[int])
-UNITS = (("days", 86_400.0), ("hours", 3600.0), ("minutes", 60.0), ("seconds", 1.0))
 
 
 @dataclass(frozen=True)
@@ -127,11 +127,14 @@ def rank(
     cut, running = cut or Cut(stride=STRIDE), running or Running()
     opening = opening or OpenOptions()
     check_ranking(model, answer, cut, running, opening)
-    documents = texts.read()
+    kinds = texts.kinds()
     # of the files as they are now
     digests = digests_of(model, opening.tokenizer_path) if first_rank() else {}
     short = running.open(model, opening, cut.size)
-    windows, bos = cut.windows(documents, short.encode, short.bos), cut.bos or short.bos
+    write = writes(short, cut.size, seed=cut.seed, beside=saving.state)
+    with interruptible():
+        documents = written(kinds, write, cut.max_windows)
+    windows, bos = cut.mixed(documents, short.encode, short.bos), cut.bos or short.bos
     windows = list(windows) if answer.by_loss else windows
     state = None
     if saving.state is not None:  # a digest of all weights takes seconds
@@ -212,6 +215,7 @@ def _measure(
             total=total,
             stop=rule,
             state=state,
+            random_order=cut.seed is not None,
             sublayers=answer.sublayers,
             all_tokens=answer.method == "angular_all",
             follow=follow,
@@ -253,18 +257,6 @@ def forecast(
     parts.append(f"all {total:,} {duration((total - read) * one)}")
     before = f"; {read:,} were read before" if read else ""
     return f"{line}: {'; '.join(parts)}{before}"
-
-
-def duration(seconds: float) -> str:
-    """A time to two digits.
-
-    Example:
-        >>> duration(0.034), duration(86), duration(7500), duration(400_000)
-        ('0.034 seconds', '86 seconds', '2.1 hours', '4.6 days')
-    """
-    name, unit = next((u for u in UNITS if seconds >= 2 * u[1]), UNITS[-1])
-    value = seconds / unit
-    return f"{value:.0f} {name}" if value >= 10 else f"{value:.2g} {name}"
 
 
 def _search(

@@ -330,7 +330,8 @@ def _check_apart(
         source = TextSource(*(scored_by[name] for name in ("data", "split", "column", "max_texts")))
         names = ("size", "max_windows", "seed", "stride")
         cut = Cut(**{name: scored_by[name] for name in names}, bos=scored_by.get("bos"))
-        scored = list(cut.windows(source.read(), short.encode, short.bos))
+        kinds = [kind for kind in source.kinds() if not isinstance(kind, str)]
+        scored = [w for kind in kinds for w in cut.windows(kind, short.encode, short.bos)]
     except (OSError, KeyError, ShortGPTError) as error:
         return f"not compared with the text that the scores were measured on: {error}"
     if shared := overlapping(held, scored):

@@ -9,6 +9,7 @@ from typing import Any
 from llama.ranks import several_ranks
 
 Bar = Any  # of tqdm, which has no types
+UNITS = (("days", 86_400.0), ("hours", 3600.0), ("minutes", 60.0), ("seconds", 1.0))
 
 
 def bar(
@@ -43,3 +44,15 @@ def set_rate(bar: Bar, tokens: int) -> None:
     if not bar.disable:
         rate = tokens / max(bar.format_dict["elapsed"], 1e-9)
         bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
+
+
+def duration(seconds: float) -> str:
+    """A time to two digits.
+
+    Example:
+        >>> duration(0.034), duration(86), duration(7500), duration(400_000)
+        ('0.034 seconds', '86 seconds', '2.1 hours', '4.6 days')
+    """
+    name, unit = next((u for u in UNITS if seconds >= 2 * u[1]), UNITS[-1])
+    value = seconds / unit
+    return f"{value:.0f} {name}" if value >= 10 else f"{value:.2g} {name}"

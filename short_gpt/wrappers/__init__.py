@@ -9,6 +9,7 @@ from llama.lazy import lazy
 if TYPE_CHECKING:
     from short_gpt.wrappers.opening import open_model
     from short_gpt.wrappers.options import OpenOptions
+    from short_gpt.wrappers.own_text import own_samples, writes
     from short_gpt.wrappers.scored_model import ScoredModel
     from short_gpt.wrappers.short_hf import ShortHFModel
     from short_gpt.wrappers.short_llama import ShortLlama
@@ -30,6 +31,8 @@ __all__ = [
     "StreamedTransformer",
     "open_model",
     "open_stream",
+    "own_samples",
     "remove_sublayers",
     "sublayer_parameters",
+    "writes",
 ]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from llama.formats.convert import meta_to_hf
 from llama.generation import COLDEST, check_logits, check_numbers
@@ -21,7 +22,7 @@ from short_gpt.checkpoints.hf import save_as_meta, save_hf
 from short_gpt.checkpoints.provenance import Provenance
 from short_gpt.checkpoints.target import StrPath, Target
 from short_gpt.checkpoints.verify import check_same, copy_weights, fingerprint, one_by_one
-from short_gpt.data.windows import windows
+from short_gpt.data.windows import starts_texts, windows
 from short_gpt.evaluation.harness import hugging_face_lm
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.models.config_file import config_entries
@@ -160,6 +161,45 @@ class ShortHFModel(ShortModel):
     def greedy(self, ids: list[int], count: int, *, use_cache: bool = True) -> list[int]:
         # by the model's own generation config, which may end a text
         return self._generated(ids, count, do_sample=False, use_cache=use_cache)[len(ids) :]
+
+    @torch.no_grad()
+    def continued(
+        self, ids: Sequence[Sequence[int]], count: int, choose: Callable[[Tensor], Tensor]
+    ) -> None:
+        from transformers import GenerationConfig
+
+        def chosen(_: Tensor, scores: Tensor) -> Tensor:  # (B, V): all other tokens are forbidden
+            tokens = choose(scores.float())[:, None]  # (B, 1)
+            return torch.full_like(scores, -torch.inf).scatter_(1, tokens, 0.0)
+
+        tokens = torch.tensor(ids, device=self.decoder.device)  # (B, S)
+        check_vocabulary(tokens, self.decoder)
+        how = {"attention_mask": torch.ones_like(tokens), "max_new_tokens": count}
+        # the model's own settings end texts and change the distribution
+        own, self.model.generation_config = self.model.generation_config, GenerationConfig()
+        try:
+            self.model.generate(tokens, do_sample=False, logits_processor=[chosen], **how)
+        finally:
+            self.model.generation_config = own
+
+    def opening(self, *, chat: bool = False) -> list[int]:
+        tokenizer = self._tokenizer()
+
+        def dialog(text: str) -> list[int]:
+            turn = [{"role": "user", "content": text}]
+            rendered = str(tokenizer.apply_chat_template(turn, tokenize=False))
+            return tokenizer(rendered, add_special_tokens=False)["input_ids"]
+
+        config = self.model.config.get_text_config(decoder=True)
+        ids = [tokenizer.bos_token_id, getattr(config, "bos_token_id", None)]
+        known = [token for token in [*ids, tokenizer.eos_token_id] if token is not None]
+        if not (tokenizer.chat_template if chat else known):
+            lack = "chat template" if chat else "bos and no eos"
+            raise ShortGPTError(f"{self.source} has no {lack} for a text of its own to begin with")
+        return starts_texts(dialog) if chat else known[:1]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self._tokenizer().decode(list(ids)))
 
     def _continue(
         self, ids: list[int], max_gen_len: int, temperature: float, top_p: float

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, overload
 
 import torch
+from torch import Tensor
 
 from llama import Llama
-from llama.tokenizer import find_tokenizer
+from llama.tokenizer import encode_dialog, find_tokenizer
 from short_gpt.checkpoints.meta import save_meta
 from short_gpt.checkpoints.provenance import Provenance
 from short_gpt.checkpoints.target import StrPath, Target
 from short_gpt.checkpoints.verify import check_same, fingerprint_aligned, one_by_one
+from short_gpt.data.windows import starts_texts
 from short_gpt.evaluation.harness import llama_lm
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.models.config_file import TRUST, params_entries
@@ -134,6 +136,33 @@ class ShortLlama(ShortModel):
                 logits = self.decoder.logits(tokens)  # (1, S, V)
             tokens = torch.cat((tokens, logits[:, -1:].argmax(-1)), dim=1)  # (1, S + 1)
         return tokens[0, len(ids) :].tolist()
+
+    @torch.no_grad()
+    def continued(
+        self, ids: Sequence[Sequence[int]], count: int, choose: Callable[[Tensor], Tensor]
+    ) -> None:
+        model: Any = self.llama.model
+        tokens = torch.tensor(ids, device=self.decoder.device)  # (B, S)
+        start, ours = 0, hasattr(model, "hidden")  # the reference's model has no such part
+        for _ in range(count):
+            new = tokens[:, start:]  # what the cache does not hold yet
+            last = (model.hidden(new, start) if ours else model(new, start))[:, -1]
+            logits, start = model.head(last) if ours else last.float(), tokens.shape[1]  # (B, V)
+            tokens = torch.cat((tokens, choose(logits)[:, None]), dim=1)  # (B, S + 1)
+        for layer in model.layers if ours else ():
+            layer.attention.cache_k = layer.attention.cache_v = None  # of many texts: large
+
+    def opening(self, *, chat: bool = False) -> list[int]:
+        tokenizer = self.llama.tokenizer
+        if not chat:
+            return [tokenizer.bos_id if tokenizer.bos_id >= 0 else tokenizer.eos_id]
+        if getattr(tokenizer, "dialog_format", None) is None:
+            why = "this tokenizer has neither Llama 2's nor Llama 3's dialog format"
+            raise ShortGPTError(f"{why}: open it as GGUF or by transformers, or leave chats out")
+        return starts_texts(lambda s: encode_dialog(tokenizer, [{"role": "user", "content": s}]))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.llama.tokenizer.decode(ids)
 
     def generate(
         self, prompts: Prompts, max_gen_len: int = 50, temperature: float = 0.6, top_p: float = 0.9

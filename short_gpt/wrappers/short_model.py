@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import NamedTuple, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.models.decoder import Decoder
@@ -48,6 +48,26 @@ class ShortModel(ScoredModel):
     @abstractmethod
     def greedy(self, ids: list[int], count: int, *, use_cache: bool = True) -> list[int]:
         """Up to ``count`` likeliest next tokens after ``ids``."""
+
+    @abstractmethod
+    def continued(
+        self, ids: Sequence[Sequence[int]], count: int, choose: Callable[[Tensor], Tensor]
+    ) -> None:
+        """Writes ``count`` tokens after B sequences of one length; none of them ends a text.
+
+        ``choose`` takes the logits of the next tokens, (B, V) float32, and returns the tokens (B,).
+        """
+
+    @abstractmethod
+    def opening(self, *, chat: bool = False) -> list[int]:
+        """What a text of the model's own begins with: bos, or the chat template's opening.
+
+        That is the system prompt, if the template has one, and a user's turn that is still open.
+        """
+
+    @abstractmethod
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids."""
 
     @property
     def stop_tokens(self) -> frozenset[int]:

@@ -122,7 +122,9 @@ def test_without_texts_it_says_what_to_name(here, capsys):
     assert "--data is missing: expected two texts or more with commas between" in said
     run("calibrate", "--help")
     texts = capsys.readouterr().out.partition("--data TEXTS")[2].partition("--split")[0]
-    assert "data sets of the hub, or pg19" in " ".join(texts.split()) and "default" not in texts
+    assert (
+        "data sets of the hub, pg19, or self" in " ".join(texts.split()) and "default" not in texts
+    )
 
 
 @pytest.mark.parametrize(

@@ -170,7 +170,7 @@ def test_lora_with_a_tokenizer_elsewhere_and_texts_that_repeat_themselves(here, 
 def test_mistakes_are_one_line(here, capsys, monkeypatch, options, message):
     if "=" in message:  # a value out of range is told before a text is read or a model opened
         monkeypatch.setattr(comparison, "open_model", None)
-        monkeypatch.setattr(TextSource, "read_apart", None)
+        monkeypatch.setattr(TextSource, "kinds", None)
     with pytest.raises(SystemExit):
         main([*COMMON, *options])
     errors = capsys.readouterr().err.splitlines()

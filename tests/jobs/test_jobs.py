@@ -38,8 +38,8 @@ from short_gpt.jobs import (
     Saving,
     Scores,
     Settings,
+    Shares,
     Tasks,
-    TextSource,
     evaluate,
     heal,
     perplexity_of,
@@ -256,7 +256,7 @@ def test_settings_are_refused_before_a_model_is_loaded(here):
         Answer(method="sleb")
     with pytest.raises(ShortGPTError, match="n, or use choose"):
         _ = rank("ckpt", "book.txt", cut=CUT).layers
-    assert TextSource("book.txt").read_apart("book.txt")[1] == [TEXT]
+    assert Shares("book.txt").held("text") == [[TEXT]] and Shares().held("text") == []
 
 
 # The names of the package

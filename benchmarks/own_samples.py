@@ -1,0 +1,172 @@
+"""Own samples of the real small model as calibration text, against the book.
+
+Layers are removed and the rest is refitted on windows of one source, and judged on held-out
+chapters of the book, on novels, and on the second half of a third text. Sources are the book, and
+text that the model itself writes: more and more of it, at other temperatures, and as chats. Also:
+which layers Block Influence chooses on own samples and on real text, and what they cost.
+
+    python benchmarks/own_samples.py --novels lambada_openai.jsonl --wikitext wikitext2_test.txt \
+        --out own_samples.json
+
+``--rows own-24,book`` measures some rows, ``--first N`` ends after N new ones. Own samples are
+written once and kept beside the file, rows in its state, from which the same command goes on; the
+file holds all rows that are there. ``--choices False`` leaves the layers' choices out.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from functools import partial
+from itertools import combinations
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import fire
+from calibration import joined
+from healing import Windows, cut, halves, judge, row
+from outcome import begin, finish
+from passages import passages
+from refits import Losses, by_kind
+
+from short_gpt import ShortModel, open_model, own_samples
+from short_gpt.data import demo
+from short_gpt.evaluation.perplexity import Perplexity
+from short_gpt.healing import RefitSettings
+from short_gpt.jobs import WindowScores, agreement
+from short_gpt.jobs.calibration import score_windows
+from short_gpt.jobs.comparing import Cells, pruned_losses
+from short_gpt.runtime.digest import json_digest
+from short_gpt.runtime.state import StateFile
+
+LAYERS = (3, 12, 13, 14, 15, 17, 25, 26)
+SIZE, STEP_SIZE = 512, 0.5
+HELD = {"book": 10, "novels": 12, "wikitext": 10}  # windows to judge by
+
+
+class Source(NamedTuple):
+    """What a refit is fitted on: windows of the book, or of the model's own."""
+
+    count: int
+    own: bool = True
+    temperature: float = 1.0
+    chat: bool = False
+
+
+SOURCES = {
+    "book": Source(24, own=False),
+    **{f"own-{count}": Source(count) for count in (24, 12, 48, 96)},
+    "chats": Source(24, chat=True),
+    **{f"own-24-at-{degree}": Source(24, temperature=degree) for degree in (0.7, 1.2)},
+}
+
+
+def main(
+    novels: str,
+    wikitext: str | None = None,
+    layers: Sequence[int] = LAYERS,
+    rows: str | Sequence[str] = tuple(SOURCES),
+    first: int | None = None,
+    choices: bool = True,
+    out: str | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Runs the benchmark, prints the tables, and writes the JSON file if ``out`` is given."""
+    begin(out, overwrite=overwrite)
+    short, gone = open_model(str(demo.gguf_file())), sorted(layers)
+    documents = joined(passages(Path(novels)), 50)
+    kinds = {"book": demo.bible("held_out"), "novels": documents[::2]}
+    kinds |= {"wikitext": [halves(wikitext)[1]]} if wikitext else {}
+    held = {kind: cut(short, texts, HELD[kind], SIZE) for kind, texts in kinds.items()}
+    path = Path(out or "own_samples.json")
+    identity = {"model": short.identity(), "judged by": json_digest(held), "layers": gone}
+    cells = Cells(StateFile(f"{path}.state", identity, every=0.0))
+    run = _Run(short, cells, held, path)
+    names = rows.split(",") if isinstance(rows, str) else rows  # fire makes a,b a tuple
+    new = [name for name in names if name not in cells]
+    for name in new[:first]:
+        run.refitted(name, gone)
+    if new[first or len(new) :]:
+        sys.exit()
+    original = run.losses("original", [])
+    pruned = run.losses("pruned", gone)
+    found = {"original": original, "pruned": pruned}
+    found |= {name: run.refitted(name, gone) for name in SOURCES if name in cells}
+    table = {name: row(losses, original, pruned) for name, losses in found.items()}
+    print(shown(table))
+    chosen = run.choices(len(gone), cut(short, documents[1::2], 24, SIZE)) if choices else None
+    content = {"layers_removed": gone, "tokens_per_window": SIZE, "step_size": STEP_SIZE}
+    content |= {"windows_to_judge_by": HELD, "rows": table, "choices": chosen}
+    finish("own_samples", [], content, out=out, overwrite=overwrite)
+
+
+class _Run(NamedTuple):
+    """What is measured, every cell once."""
+
+    short: ShortModel
+    cells: Cells
+    held: Mapping[str, Windows]
+    path: Path  # beside which own samples are kept
+
+    def windows(self, source: Source) -> Sequence[Sequence[int]]:
+        if not source.own:
+            return cut(self.short, demo.bible(), source.count, SIZE)
+        how = {"temperature": source.temperature, "chat": source.chat, "beside": self.path}
+        return own_samples(self.short, source.count, SIZE, **how)
+
+    def losses(self, cell: str, gone: Sequence[int], fit_on: Any = None) -> Losses:
+        """Losses on all held-out windows by their kind, without layers and maybe refitted."""
+
+        def measure() -> Losses:
+            if not gone:
+                return judge(self.short, self.held)
+            every = [window for windows in self.held.values() for window in windows]
+            settings = RefitSettings(step_size=STEP_SIZE)
+            taken = iter(
+                pruned_losses(self.short, list(gone), every, fit_on=fit_on, settings=settings)
+            )
+            return {kind: [next(taken) for _ in windows] for kind, windows in self.held.items()}
+
+        return by_kind(self.cells, cell, self.held, measure)
+
+    def refitted(self, name: str, gone: Sequence[int]) -> dict[str, list[Perplexity]]:
+        fit_on = None if name in self.cells else self.windows(SOURCES[name])
+        return self.losses(name, gone, fit_on)
+
+    def choices(self, n: int, novels: Windows) -> dict[str, Any]:
+        """The layers of lowest Block Influence on own samples and on real text, and their cost."""
+        texts = {
+            "book": partial(self.windows, SOURCES["book"]),
+            "own-24": partial(self.windows, SOURCES["own-24"]),
+            "novels": lambda: novels,
+        }
+        scores = {}
+        for name, read in texts.items():
+
+            def measure(read: Any = read) -> dict[str, Any]:
+                return score_windows(self.short, read(), n)._asdict()
+
+            scores[name] = WindowScores(**self.cells.value(f"scores {name}", measure))
+        sets = {name: own.chosen for name, own in scores.items()}
+        original = self.losses("original", [])
+        costs = {}
+        for name, gone in sets.items():
+            losses = self.losses(f"pruned {gone}", gone)
+            costs[name] = {"layers": gone, **row(losses, original, losses)}
+            print(f"{name:<8} removes {gone}: " + perplexities(costs[name]))
+        pairs = combinations(scores, 2)
+        agreed = [agreement((a, b), scores[a], scores[b])._asdict() for a, b in pairs]
+        return {"sets": costs, "agreement": agreed}
+
+
+def perplexities(cells: Mapping[str, Any]) -> str:
+    own = {kind: cell for kind, cell in cells.items() if kind in HELD}
+    return ", ".join(f"{kind} {cell['perplexity']:.2f}" for kind, cell in own.items())
+
+
+def shown(table: Mapping[str, Mapping[str, Any]]) -> str:
+    return "\n".join(f"{name:<16}{perplexities(cells)}" for name, cells in table.items())
+
+
+if __name__ == "__main__":
+    fire.Fire(main)

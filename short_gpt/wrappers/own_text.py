@@ -1,0 +1,211 @@
+"""Text that a model itself writes, to calibrate on; B texts at once, V vocabulary."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from time import perf_counter
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llama.generation import COLDEST, check_logits
+from llama.ranks import several_ranks
+from short_gpt.checkpoints.target import StrPath
+from short_gpt.data.disjoint import hold_out
+from short_gpt.data.texts import OWN
+from short_gpt.data.windows import Text, Window, at_least, starts_texts
+from short_gpt.runtime.digest import json_digest
+from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.memory import free_memory
+from short_gpt.runtime.progress import above_bars, bar, duration
+from short_gpt.runtime.state import StateFile
+from short_gpt.wrappers.scored_model import ScoredModel
+from short_gpt.wrappers.short_model import ShortModel
+
+COUNT = 96  # texts where no number is given
+AT_ONCE = 64  # texts written at once at most: more bring hardly any speed on a CPU
+TIMED = 3  # steps by which the time is foretold
+Write = Callable[[bool, int], Sequence[Text]]  # from whether they are chats, and how many
+STREAMED = (
+    "a streamed model writes no text of its own: let a copy that fits into memory, such as a GGUF "
+    "file in few bits, write it to a file (on the command line: short-gpt generate COPY --samples "
+    "96 --out own.jsonl), and give that as `data`"
+)
+
+
+def own_samples(
+    short: ScoredModel,
+    count: int = COUNT,
+    size: int = 1024,
+    *,
+    temperature: float = 1.0,
+    seed: int = 0,
+    chat: bool = False,
+    batch_size: int | None = None,
+    beside: StrPath | None = None,
+    progress: bool = True,
+) -> list[Window]:
+    """Texts that the model writes after bos, each a window of ``size`` token ids.
+
+    Every token is drawn from softmax(logits / temperature) over the whole vocabulary, and nothing
+    ends a text (as for fine-tuning in arXiv:2410.09982 and quantization in arXiv:2305.17888). A
+    draw is argmax(logits / temperature - log E), E ~ Exp(1) of V numbers by seed, text and position
+    alone: batch and count change a text only where rounding decides between two tokens.
+
+    Args:
+        count: how many texts.
+        size: tokens of each, with bos if the tokenizer puts it before a text.
+        chat: write both sides of dialogs, after the chat template's system prompt and open user
+            turn, which the window has too.
+        batch_size: texts written at once; None is up to 64, in half of the free memory.
+        beside: a file beside which texts are kept, by a digest of weights and settings: a later
+            call writes only what is missing. None keeps nothing.
+
+    Raises:
+        ShortGPTError: a streamed model, a setting out of range, or no chat template.
+
+    Example:
+        >>> heal_refit(short, layers, own_samples(short, 96, 512))  # doctest: +SKIP
+    """
+    if not isinstance(short, ShortModel):
+        raise ShortGPTError(STREAMED)
+    for least, name, value in ((1, "count", count), (2, "size", size), (0, "seed", seed)):
+        at_least(least, name, value)
+    if several_ranks():
+        raise ShortGPTError("a model's own text is written on one rank: start the command alone")
+    if size > short.decoder.max_seq_len:
+        raise ShortGPTError(f"size = {size}: this model takes {short.decoder.max_seq_len} tokens")
+    if not COLDEST <= temperature < math.inf:
+        raise ShortGPTError(f"temperature = {temperature}: expected above 0, 1 as the model is")
+    usual = [] if chat else starts_texts(short.encode)
+    opening = usual or short.opening(chat=chat)
+    unseen = 0 if chat or usual else len(opening)  # bos that the tokenizer puts before no text
+    if len(opening) - unseen >= size:
+        raise ShortGPTError(f"size = {size}: the chat template begins with {len(opening)} tokens")
+    texts, state = list[list[int]](), None
+    if beside is not None:
+        settings = {"opening": opening, "length": size + unseen, "temperature": temperature}
+        identity = {**short.identity(), **settings, "seed": seed}
+        state = StateFile(Path(beside).parent / f"self-{json_digest(identity)}.json", identity)
+        texts = (state.content or {}).get("texts", [])
+    texts += [[*opening] for _ in range(count - len(texts))]
+    _Writing(short, texts, size + unseen, temperature, seed, state).run(count, batch_size, progress)
+    return [Window(ids[unseen:], text) for text, ids in enumerate(texts[:count])]
+
+
+def draw(logits: Tensor, temperature: float, keys: Sequence[tuple[int, int, int]]) -> Tensor:
+    """A token for each row of logits, (B, V) to (B,), by its seed, text and position."""
+    check_logits(logits)
+    rows = [np.random.default_rng(key).standard_exponential(logits.shape[1]) for key in keys]
+    # float32 holds the logarithm of what is as small as a rare token's probability
+    noise = torch.from_numpy(np.log(np.stack(rows))).to(logits.device, torch.float32)  # (B, V)
+    return (logits / temperature - noise).argmax(-1)
+
+
+@dataclass
+class _Writing:
+    """Texts that grow up to ``length`` tokens."""
+
+    short: ShortModel
+    texts: list[list[int]]
+    length: int
+    temperature: float
+    seed: int
+    state: StateFile | None
+    times: list[float] = field(default_factory=list)  # of the first steps
+
+    def run(self, count: int, batch_size: int | None, progress: bool) -> None:
+        """Completes the first ``count`` texts; keeps what is there however it ends."""
+        missing = sum(self.length - len(ids) for ids in self.texts[:count])
+        at_once = batch_size or self._fitting()
+
+        def choose(rows: Sequence[int], logits: Tensor) -> Tensor:  # (B, V) to (B,)
+            position = len(self.texts[rows[0]])
+            tokens = draw(logits, self.temperature, [(self.seed, row, position) for row in rows])
+            for row, token in zip(rows, tokens.tolist(), strict=True):
+                self.texts[row].append(token)
+            shown.update(len(rows))
+            self.times.append(perf_counter())
+            if progress and len(self.times) == TIMED:
+                above_bars(self._forecast(missing, len(rows)))
+            if self.state is not None and self.state.due():
+                self.state.save({"texts": self.texts})
+            return tokens
+
+        with bar("writing", total=missing, unit="token", show=progress) as shown:
+            try:
+                # a batch is of one length: what was interrupted first
+                while short := [i for i in range(count) if len(self.texts[i]) < self.length]:
+                    begun = len(self.texts[short[0]])
+                    rows = [i for i in short if len(self.texts[i]) == begun][:at_once]
+                    ids = [self.texts[i] for i in rows]
+                    self.short.continued(ids, self.length - begun, partial(choose, rows))
+            finally:
+                if self.state is not None and missing:
+                    self.state.save({"texts": self.texts})
+
+    def _forecast(self, missing: int, at_once: int) -> str:
+        seconds = (self.times[-1] - self.times[0]) / (TIMED - 1) * missing / at_once
+        kept = f"kept in {self.state.path}" if self.state else "kept nowhere: no state is named"
+        words = f"{missing:,} tokens of its own, {at_once} texts at once"
+        return f"the model writes {words}: about {duration(seconds)}; {kept}"
+
+    def _fitting(self) -> int:
+        """How many texts at once leave half of the memory free, by an upper bound."""
+        decoder, weights = self.short.decoder, [*self.short.decoder.layers[0].parameters()]
+        # a layer of width D has some 12 D^2 weights or more, and caches at most 2 D a token
+        width = math.sqrt(sum(p.numel() for p in weights) / 12) * weights[0].element_size()
+        text = 2 * width * len(decoder.layers) * self.length + 24 * decoder.vocab_size  # and logits
+        on_cuda = decoder.device.type == "cuda"
+        free = torch.cuda.mem_get_info(decoder.device)[0] if on_cuda else free_memory()
+        return max(1, min(AT_ONCE, int(free / 2 / text)))
+
+
+# Own text among the sources of a run
+
+
+def writes(
+    short: ScoredModel, size: int, *, seed: int | None = 0, beside: StrPath | None = None
+) -> Write:
+    """What writes the text of ``self`` for a run: `own_samples` of its model."""
+    return lambda chat, count: own_samples(
+        short, count, size, seed=seed or 0, chat=chat, beside=beside
+    )
+
+
+def written(
+    kinds: Sequence[Iterable[Text]], write: Write, limit: int | None, *, spare: bool = False
+) -> list[Iterable[Text]]:
+    """The kinds, with what the model writes: its share of ``limit`` windows, or `COUNT`.
+
+    ``spare`` asks for a tenth more, to be held out.
+    """
+    count = COUNT if limit is None else -(-limit // len(kinds))
+    count += -(-count // 9) if spare else 0
+    return [write(OWN[kind], count) if isinstance(kind, str) else kind for kind in kinds]
+
+
+def written_apart(
+    kinds: Sequence[Iterable[Text]],
+    held: Sequence[Sequence[Text]],
+    write: Write,
+    limit: int | None,
+    seed: int = 0,
+) -> tuple[Sequence[Sequence[Text]], Sequence[Sequence[Text]]]:
+    """`written` kinds, and others to evaluate on: ``held``, if any, or a tenth held out.
+
+    Text of the model's own is held out only where there is no other.
+    """
+    own = [isinstance(kind, str) for kind in kinds]
+    spare, nothing = not held and all(own), list[Text]()
+    texts = [list(kind) for kind in written(kinds, write, limit, spare=spare)]
+    if held:
+        return texts, held
+    pairs = zip(texts, own, strict=True)
+    parts = [(t, nothing) if mine and not spare else hold_out(t, seed=seed) for t, mine in pairs]
+    return [kept for kept, _ in parts], [part for _, part in parts if part]

@@ -1,0 +1,234 @@
+"""`--data self`: text that the model writes itself, alone and in a mix, in every command."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from commands import TEXT, fails, run
+from conftest import (
+    BYTE_VOCAB,
+    make_transformer,
+    random_windows,
+    save_checkpoint,
+    write_byte_tokenizer,
+)
+
+from short_gpt import ShortGPTError, open_model, own_samples, rank, texts
+from short_gpt.data.windows import mix
+from short_gpt.healing import Source
+from short_gpt.jobs import Cut, HealingWindows, Saving, TextSource, heal
+from short_gpt.jobs.inputs import about_own
+from short_gpt.jobs.settings import Choice
+from short_gpt.wrappers import own_text as module
+from short_gpt.wrappers.own_text import written, written_apart
+from short_gpt.wrappers.short_llama import ShortLlama
+
+SMALL = ("--size", 32)
+JUDGED = "judged by self: text that the model itself wrote, and perplexity on own samples is not"
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    """A random model, a text of 38 windows at most, and a folder of six texts."""
+    write_byte_tokenizer(
+        save_checkpoint(tmp_path / "ckpt", make_transformer(vocab_size=BYTE_VOCAB))
+    )
+    (tmp_path / "book.txt").write_text(TEXT)
+    (tmp_path / "books").mkdir()
+    for i, ids in enumerate(random_windows(6, 160, vocab=26)):
+        (tmp_path / f"books/{i}.txt").write_text("".join(chr(97 + token) for token in ids))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def interrupt(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
+def own(count: int, **settings: object) -> list[list[int]]:
+    short = open_model("ckpt", max_seq_len=32)
+    return own_samples(short, count, 32, progress=False, **settings)
+
+
+def test_the_layers_are_ranked_on_what_the_model_wrote(here):
+    result = rank("ckpt", "self", n=1, cut=Cut(32, 5, 0, 16))
+    short = open_model("ckpt", max_seq_len=32)
+    short.measure(own(5), progress=False)
+    assert result.importance.n_windows == result.importance.n_texts == 5
+    difference = result.importance.block_influence - short.importance.block_influence
+    assert difference.abs().max() < 1e-6
+    assert not [*here.glob("self-*")]  # no state, nowhere to keep it
+
+
+def test_a_repeated_and_a_resumed_command_write_nothing_again(here, monkeypatch, capsys):
+    command = ("rank", "ckpt", "--data", "self", *SMALL, "--max_windows", 5, "--json", "r.json")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ShortLlama, "score", interrupt)
+        rank("ckpt", "self", cut=Cut(32, 5, 0, 256), saving=Saving("r.json.state"))
+    (kept,) = here.glob("self-*.json")
+    monkeypatch.setattr(ShortLlama, "continued", None)  # nothing more is written
+    run(*command)
+    run(*command, "--overwrite")
+    assert [*here.glob("self-*.json")] == [kept]
+    assert json.loads(Path("r.json").read_text())["arguments"]["data"] == "self"
+    short = open_model("ckpt", max_seq_len=32)
+    assert len(own_samples(short, 5, 32, beside=here / "x", progress=False)) == 5
+
+
+def test_a_mix_is_read_in_equal_parts(here):
+    kinds = [["abcdefgh" * 4], [[7] * 16, [8] * 16, [9] * 16]]
+    cut = {"size": 8, "stride": 8, "seed": 0}
+    few = mix(kinds, lambda text: [ord(c) for c in text], limit=4, **cut)
+    assert sorted(w[0] < 10 for w in few) == [False, False, True, True]
+    assert {w.text for w in few if w[0] >= 10} == {0}
+    every = mix(kinds, lambda text: [ord(c) for c in text], equal=True, **cut)
+    assert sorted(w[0] < 10 for w in every) == [False] * 4 + [True] * 4  # the smallest has four
+    result = rank("ckpt", "book.txt,self", cut=Cut(32, 6, 0, 16))
+    assert result.importance.n_windows == 6
+    assert result.importance.n_texts == 4  # one book, and three of the model's own
+
+
+def test_two_real_texts_are_mixed_too(here):
+    result = rank("ckpt", "books,book.txt", cut=Cut(32, 8, 0, 16))
+    assert result.importance.n_windows == 8
+
+
+def test_the_share_of_a_mix_is_asked_for(here):
+    asked = []
+
+    def write(chat: bool, count: int) -> list[list[int]]:
+        asked.append((chat, count))
+        return [[1, 2]] * count
+
+    def kinds() -> list:
+        return ["self", ["a text"], "self:chat"]
+
+    assert [len(list(k)) for k in written(kinds(), write, 10)] == [4, 1, 4]
+    written(kinds(), write, None)
+    written_apart(["self"], [], write, 9)  # one more, to be held out
+    written_apart(["self"], [["held"]], write, 9)
+    assert asked == [(False, 4), (True, 4), (False, 96), (True, 96), (False, 10), (False, 9)]
+    with pytest.raises(ShortGPTError, match="expected what writes it"):
+        Source("self").windows(lambda text: [1, 2], 2)
+
+
+def test_own_text_is_held_out_only_where_there_is_no_other(here):
+    own_texts = [[i] * 8 for i in range(20)]
+
+    def held(kinds: list) -> list:
+        return written_apart(kinds, [], lambda chat, count: own_texts, 20)[1]
+
+    (part,) = held(["self"])
+    assert 1 <= len(part) <= 3 and all(text in own_texts for text in part)
+    (real,) = held([["a", "b", "c"], "self"])
+    assert len(real) == 1 and real[0] in ("a", "b", "c")
+
+
+def test_a_healing_learns_from_own_text_and_is_judged_by_another(here, monkeypatch):
+    windows = HealingWindows("book.txt", 32, 6, 3)
+    done = heal("ckpt", "out", choice=Choice([2, 3]), data="self", windows=windows)
+    assert len([*here.glob("self-*.json")]) == 1
+    judged = done.evidence.perplexity["healed"]
+    assert judged.windows == 3
+    monkeypatch.setattr(ShortLlama, "continued", None)
+    again = heal("ckpt", "again", choice=Choice([2, 3]), data="self", windows=windows)
+    assert again.evidence.perplexity["healed"].value == judged.value
+
+
+@pytest.mark.parametrize(
+    ("data", "more", "said"),
+    [
+        ("self", (), True),
+        ("self", ("--eval_data", "book.txt"), False),
+        ("books,self", (), False),
+    ],
+)
+def test_where_own_text_alone_judges_it_is_said(here, capsys, data, more, said):
+    read = ("--data", data, *SMALL, "--max_windows", 6, "--eval_windows", 2, *more)
+    run("heal", "ckpt", "out", "--layers", "2,3", *read)
+    assert (JUDGED in capsys.readouterr().out) == said
+    run("compare", "ckpt", *read, "--methods", "bi", "--counts", 1, "--healing", "raw")
+    assert (JUDGED in capsys.readouterr().out) == said
+
+
+def test_calibrate_takes_own_text_as_a_kind_and_says_what_its_column_is_worth(here, capsys):
+    run("calibrate", "ckpt", "--data", "books,self", "--n", 1, "--sizes", 32, "--max_windows", 3,
+        "--eval_windows", 2, "--healing", "raw", "--json", "c.json")  # fmt: skip
+    assert JUDGED in capsys.readouterr().out
+    cells = json.loads(Path("c.json").read_text())["cells"]
+    assert {cell["choice"] for cell in cells} == {"books", "self", "mix"}
+    assert len([*here.glob("self-*.json")]) == 1
+
+
+def test_the_remark_depends_on_what_judges(here):
+    assert about_own("self,self:chat").startswith("judged by self, self:chat: ")
+    assert about_own("self", "book.txt") is None and about_own("book.txt,self") is None
+    assert about_own("book.txt,self", each=True).startswith("judged by self: ")
+
+
+def test_no_model_is_judged_by_a_text_named_self(here, capsys):
+    with pytest.raises(
+        ShortGPTError, match=r"perplexity on own samples is not quality\): expected"
+    ):
+        texts("self")
+    for command in (
+        ("perplexity", "ckpt", "--data", "self"),
+        ("evaluate", "ckpt", "--data", "self:chat"),
+        ("heal", "ckpt", "out", "--layers", 2, "--data", "books", "--eval_data", "self", *SMALL),
+    ):
+        assert "which no model is judged by" in fails(capsys, *command)
+    Path("self.txt").write_text(TEXT)
+    assert [*texts("self.txt")] == [TEXT]
+
+
+def test_a_streamed_model_is_refused_in_one_line(here, capsys):
+    line = fails(capsys, "rank", "ckpt", "--data", "self", "--stream", *SMALL)
+    assert "a streamed model writes no text of its own" in line
+    assert "short-gpt generate COPY --samples 96 --out own.jsonl" in line
+
+
+def test_a_flag_of_files_has_no_effect_on_own_text(here, capsys):
+    line = fails(capsys, "rank", "ckpt", "--data", "self", "--split", "test", *SMALL)
+    assert "--split has no effect without data with splits" in line
+    line = fails(capsys, "rank", "ckpt", "--data", "self", "--column", "a", *SMALL)
+    assert "--column has no effect without data with columns" in line
+
+
+def test_generate_writes_samples_to_a_file_that_data_reads(here, capsys):
+    run("generate", "ckpt", "--samples", 4, "--max_gen_len", 32, "--out", "own.jsonl")
+    assert capsys.readouterr().out == "written: own.jsonl\n"
+    short = open_model("ckpt")
+    assert [*texts("own.jsonl")] == [short.decode(ids) for ids in own(4, seed=1)]
+    run("rank", "ckpt", "--data", "own.jsonl", "--size", 16, "--stream", "--n", 1)
+    run("generate", "ckpt", "ab", "--max_gen_len", 3)
+    for options, message in (
+        ((), "expected either a PROMPT to continue, or --samples and --out"),
+        (("ab", "--samples", 2, "--out", "a.jsonl"), "expected either a PROMPT to continue"),
+        (("--samples", 2), "--samples has no effect without --out"),
+        (("ab", "--out", "a.jsonl"), "--out has no effect without --samples"),
+        (("--samples", 2, "--out", "a.jsonl", "--top_p", 0.5), "--top_p has no effect without a"),
+        (("--samples", 2, "--out", "a.txt"), "expected the name of a .jsonl file"),
+        (("--samples", 2, "--out", "own.jsonl"), "own.jsonl exists"),
+    ):
+        capsys.readouterr()
+        assert message in fails(capsys, "generate", "ckpt", *options)
+
+
+def test_texts_that_will_not_be_read_are_told_before_the_model_writes(here, monkeypatch):
+    monkeypatch.setattr(module, "own_samples", None)
+    with pytest.raises(FileNotFoundError, match=r"'no\.txt' does not exist"):
+        rank("ckpt", "self,no.txt", cut=Cut(32))
+    assert TextSource("self,self:chat").kinds() == ["self", "self:chat"]
+
+
+def test_scores_of_own_text_choose_what_is_pruned(here):
+    run("rank", "ckpt", "--data", "self,book.txt", *SMALL, "--max_windows", 4, "--json", "r.json")
+    limit = ("--max_perplexity_ratio", 1e6, *SMALL, "--confidence", 0.6)
+    run("prune", "ckpt", "out", "--scores", "r.json", "--eval_data", "books", *limit)
+    record = json.loads(Path("out/pruning.json").read_text())
+    assert record["data"] == "self,book.txt" and record["quality_gate"]["not_compared"] is None
+    Path("copy.txt").write_text(TEXT)
+    with pytest.raises(SystemExit):  # the real part of the mix is compared
+        run("prune", "ckpt", "out2", "--scores", "r.json", "--eval_data", "copy.txt", *limit)

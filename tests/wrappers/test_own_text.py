@@ -1,0 +1,261 @@
+"""Text that a model writes itself: drawn as the model predicts, whatever the batch, and kept."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from conftest import BYTE_VOCAB, CharTokenizer, make_transformer, save_checkpoint
+from conftest import write_byte_tokenizer as byte_tokenizer
+from gguf_files import write_gguf
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from llama import Llama
+from llama.formats.convert import meta_to_hf
+from short_gpt import ShortGPTError, ShortHFModel, ShortLlama, open_model, own_samples
+from short_gpt.runtime.state import StateFile
+from short_gpt.wrappers import own_text as module
+from short_gpt.wrappers.own_text import draw
+
+pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
+quiet = partial(own_samples, progress=False)
+TEMPLATE = "{% for m in messages %}<s>{{ m['role'] }}:{{ m['content'] }}</s>{% endfor %}"
+TEXTS, SYMBOLS = 1500, 8  # of a vocabulary so small that every pair of tokens is counted
+
+
+class Chatting(CharTokenizer):
+    dialog_format = "llama2"
+
+
+class Letters(CharTokenizer):
+    """Ids below `SYMBOLS`."""
+
+    def encode(self, s: str, bos: bool, eos: bool) -> list[int]:
+        return [1] * bos + [3 + ord(c) % 5 for c in s]
+
+
+class Bare:
+    """A tokenizer that puts no bos before a text."""
+
+    bos_token_id, eos_token_id, chat_template = None, None, None
+
+    def __call__(self, text: str, **_: object) -> dict[str, list[int]]:
+        return {"input_ids": [3 + ord(c) % 5 for c in text]}
+
+
+def llama(seed: int = 0, tokenizer: object = None, **changes: object) -> ShortLlama:
+    return ShortLlama(Llama(make_transformer(seed, **changes), tokenizer or CharTokenizer()))
+
+
+def hf(vocab_size: int = SYMBOLS, **entries: object) -> ShortHFModel:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 2, "max_position_embeddings": 32, "bos_token_id": 1}
+    config = LlamaConfig(**sizes, vocab_size=vocab_size, initializer_range=0.5, **entries)
+    return ShortHFModel(LlamaForCausalLM(config), tokenizer=Bare())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A Llama in Meta's format, Hugging Face's and GGUF."""
+    path = tmp_path_factory.mktemp("models")
+    model = make_transformer(vocab_size=BYTE_VOCAB)
+    byte_tokenizer(save_checkpoint(path / "meta", model))
+    meta_to_hf(path / "meta", path / "hf")
+    write_gguf(path / "model.gguf", model)
+    return path
+
+
+def joint(short, temperature: float) -> torch.Tensor:
+    """How likely the model is to write each pair of tokens after bos, (V, V)."""
+    pairs = torch.tensor([[1, i] for i in range(SYMBOLS)])
+    logits = short.decoder.logits(pairs).double() / temperature  # (V, 2, V)
+    first, second = logits[0, 0].softmax(-1), logits[:, 1].softmax(-1)
+    return first[:, None] * second
+
+
+@pytest.mark.parametrize("make", [partial(llama, 0, Letters(), vocab_size=SYMBOLS), hf])
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 3.0])
+def test_texts_are_written_as_the_model_predicts(make, temperature):
+    """Counts of all pairs of first tokens against the closed form, by chi-square."""
+    short = make()
+    written = quiet(short, TEXTS, 3, temperature=temperature, batch_size=TEXTS)
+    pairs = torch.tensor([window[-2:] if len(window) == 3 else window for window in written])
+    if short.encode(""):  # bos is the window's first
+        assert {window[0] for window in written} == {1}
+    else:
+        pairs = torch.tensor(written)[:, :2]
+    counts = torch.bincount(pairs[:, 0] * SYMBOLS + pairs[:, 1], minlength=SYMBOLS**2).double()
+    for other in (0.5, 1.0, 3.0):
+        expected = TEXTS * joint(short, other).flatten()
+        seen = expected > 5
+        rest = torch.stack([expected[~seen].sum(), counts[~seen].sum()]).clamp(min=1e-9)
+        chi = ((counts - expected)[seen] ** 2 / expected[seen]).sum()
+        chi += (rest[1] - rest[0]) ** 2 / rest[0].clamp(min=1)
+        degrees = int(seen.sum())
+        # six standard deviations above the mean of chi-square
+        assert (chi < degrees + 6 * (2 * degrees) ** 0.5) == (other == temperature)
+
+
+def test_a_draw_is_of_the_whole_vocabulary():
+    """A token of probability 1/1000 is drawn as often as that: no top-k, no top-p."""
+    logits = torch.tensor([[0.999, 0.001]]).log().expand(20_000, 2)
+    drawn = draw(logits, 1.0, [(0, text, 5) for text in range(20_000)])
+    assert 5 <= int(drawn.sum()) <= 40  # 20 expected, 4.5 the standard deviation
+    with pytest.raises(ShortGPTError, match="NaN or infinite logits"):
+        draw(torch.full((1, 2), torch.nan), 1.0, [(0, 0, 0)])
+
+
+@pytest.mark.parametrize("make", [llama, hf])
+def test_neither_batch_nor_count_changes_a_text(make):
+    short = make()
+    whole = quiet(short, 7, 12)
+    assert [len(window) for window in whole] == [12] * 7 and len({*map(tuple, whole)}) == 7
+    assert quiet(short, 7, 12, batch_size=1) == quiet(short, 7, 12, batch_size=3) == whole
+    assert quiet(short, 4, 12) == whole[:4]
+    assert quiet(short, 7, 12, seed=1) != whole
+    assert [window.text for window in whole] == [*range(7)]  # texts are what errors are over
+
+
+def test_an_end_of_text_ends_nothing_and_the_models_own_settings_count_for_nothing():
+    short = hf(eos_token_id=[*range(SYMBOLS)])  # whatever it writes ends a text
+    plain = quiet(hf(), 4, 12)
+    own = short.model.generation_config
+    own.repetition_penalty, own.do_sample, own.top_k, own.temperature = 5.0, True, 1, 0.1
+    assert quiet(short, 4, 12) == plain and short.model.generation_config is own
+    meta = quiet(llama(0, Letters(), vocab_size=SYMBOLS), 8, 30)
+    assert any(2 in window[:-1] for window in meta)  # its end of text, with more after it
+
+
+def test_a_batch_of_caches_is_not_kept():
+    short = llama()
+    quiet(short, 3, 12)
+    assert all(layer.attention.cache_k is None for layer in short.decoder.layers)
+    assert short.greedy([1, 5], 3) == short.greedy([1, 5], 3, use_cache=False)
+
+
+def test_bos_is_in_a_window_only_where_the_tokenizer_puts_it():
+    assert all(window[0] == 1 for window in quiet(llama(), 3, 12))
+    after_bos = [ids[1:] for ids in quiet(llama(), 3, 13)]
+    tokenizer = CharTokenizer()
+    tokenizer.add_bos = False
+    assert quiet(llama(0, tokenizer), 3, 12) == after_bos
+
+
+def test_what_was_written_is_kept_and_more_is_added(tmp_path, monkeypatch):
+    short, longer = llama(), quiet(llama(), 6, 12)
+    first = quiet(short, 4, 12, beside=tmp_path / "out")
+    assert first == longer[:4]
+    (file,) = tmp_path.glob("self-*.json")
+    rows = []
+    monkeypatch.setattr(module, "draw", lambda *a: rows.append(len(a[2])) or draw(*a))
+    assert quiet(short, 6, 12, beside=tmp_path / "out") == longer and set(rows) == {2}
+    rows.clear()
+    assert quiet(short, 6, 12, beside=tmp_path / "out") == longer and not rows
+    assert quiet(short, 3, 12, beside=tmp_path / "out") == longer[:3] and not rows
+    assert [*tmp_path.glob("self-*.json")] == [file]
+
+
+@pytest.mark.parametrize(
+    ("other", "changes"),
+    [
+        (partial(llama, 1), {}),  # weights
+        (partial(llama, 0, norm_eps=1e-3), {}),
+        (partial(llama, 0, Chatting()), {"chat": True}),
+        (llama, {"seed": 1}),
+        (llama, {"temperature": 0.5}),
+        (llama, {"size": 13}),
+    ],
+)
+def test_other_weights_or_settings_write_anew(other, changes, tmp_path):
+    quiet(llama(), 2, beside=tmp_path / "out", size=40)
+    quiet(other(), 2, beside=tmp_path / "out", **{"size": 40, **changes})
+    assert len([*tmp_path.glob("self-*.json")]) == 2
+
+
+@pytest.mark.parametrize("make", [llama, hf])
+@pytest.mark.parametrize("killed", [False, True])
+def test_an_interrupted_run_goes_on_in_the_middle_of_a_batch(make, killed, tmp_path, monkeypatch):
+    """Killed, it goes on from the last save; interrupted, from where it was."""
+    whole, positions = quiet(make(), 5, 20), []
+
+    def drawing(logits, temperature, keys):
+        positions.append(keys[0][2])
+        if (len(positions) == 8 and not killed) or len(positions) == 12:
+            raise KeyboardInterrupt
+        return draw(logits, temperature, keys)
+
+    monkeypatch.setattr(module, "draw", drawing)
+    monkeypatch.setattr(StateFile, "due", lambda _: len(positions) == 6)
+    plain, saves = StateFile.save, []
+    # a killed process saves nothing at its end
+    monkeypatch.setattr(
+        StateFile, "save", lambda *a: saves.append(1) or (killed and saves[1:]) or plain(*a)
+    )
+    with pytest.raises(KeyboardInterrupt):
+        quiet(make(), 5, 20, beside=tmp_path / "out", batch_size=3)
+    done = positions[5 if killed else 6]
+    positions[:] = [-1] * 12
+    monkeypatch.setattr(StateFile, "save", plain)
+    # five at once: those that were begun are of another length than the others
+    assert quiet(make(), 5, 20, beside=tmp_path / "out", batch_size=5) == whole
+    assert positions[12] == done + 1  # what was saved is not written again
+
+
+def test_chats_begin_with_the_template_up_to_the_users_open_turn(folder):
+    short = llama(0, Chatting())
+    opening = CharTokenizer().encode("[INST] ", bos=True, eos=False)
+    assert short.opening(chat=True) == opening
+    windows = quiet(short, 3, 20, chat=True)
+    assert all(w[: len(opening)] == opening and len(w) == 20 for w in windows)
+    assert len({*map(tuple, windows)}) == 3
+    with pytest.raises(ShortGPTError, match="size = 5: the chat template begins with"):
+        quiet(short, 3, 5, chat=True)
+    with pytest.raises(ShortGPTError, match="neither Llama 2's nor Llama 3's dialog format"):
+        quiet(llama(), 3, 20, chat=True)
+    named = open_model(str(folder / "hf"))
+    with pytest.raises(ShortGPTError, match="has no chat template for a text of its own"):
+        quiet(named, 1, 20, chat=True)
+    named.tokenizer.chat_template = TEMPLATE
+    assert named.decode(named.opening(chat=True)) == "<s>user:"
+
+
+def test_every_format_writes_the_same_text(folder):
+    names = ("meta", "hf", "model.gguf")
+    written = [quiet(open_model(str(folder / name)), 2, 16) for name in names]
+    assert written[0] == written[1] == written[2]
+    assert all(window[0] == 0 for window in written[0])
+
+
+def test_the_time_is_said_before_and_where_the_texts_are_kept(tmp_path, capsys):
+    own_samples(llama(), 3, 12, beside=tmp_path / "out")
+    err = capsys.readouterr().err
+    assert "the model writes 33 tokens of its own, 3 texts at once: about 0." in err
+    assert f"kept in {tmp_path}/self-" in err
+    own_samples(llama(), 3, 12)
+    assert "kept nowhere: no state is named" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"count": 0}, "count = 0: expected a whole number of at least 1"),
+        ({"size": 65}, "size = 65: this model takes 64 tokens"),
+        ({"size": 1}, "size = 1: expected a whole number of at least 2"),
+        ({"temperature": 0.0}, "temperature = 0.0: expected above 0"),
+        ({"seed": -1}, "seed = -1: expected a whole number of at least 0"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings, message):
+    with pytest.raises(ShortGPTError, match=message):
+        quiet(llama(), **{"count": 2, "size": 8, **settings})
+
+
+def test_streamed_models_and_several_ranks_are_refused(folder, monkeypatch):
+    streamed = open_model(str(folder / "meta"), stream=True, max_seq_len=32)
+    with pytest.raises(ShortGPTError, match="generate COPY --samples 96 --out own.jsonl"):
+        own_samples(streamed, 2, 8)
+    monkeypatch.setattr(module, "several_ranks", lambda: True)
+    with pytest.raises(ShortGPTError, match="written on one rank"):
+        own_samples(llama(), 2, 8)
