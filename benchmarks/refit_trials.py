@@ -48,7 +48,7 @@ def by_gradient(short: ShortLlama, layers: Sequence[int], windows: Windows) -> r
             refit_layer, "equations_of", lambda end, batches: equations(end, weighted(batches, 0))
         ),
     ):
-        return refit.fit(short, layers, fitted, held=held)
+        return refit.fit(short, layers, fitted, held=held, step_size=1.0)
 
 
 def gradients(windows: Windows) -> list[list[Tensor]]:

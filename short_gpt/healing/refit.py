@@ -51,7 +51,7 @@ from short_gpt.wrappers.scored_model import ScoredModel
 Windows = Sequence[Sequence[int]]
 HELD_EVERY = 8  # every eighth window chooses the ridge
 WEIGHTS, WHERE = ("inverse", "equal"), ("all", "gaps")
-STEP_SIZES = (1.0, 0.7, 0.5)  # that are tried
+STEP_SIZES = (0.5, 0.7, 1.0)  # that are tried
 TRIED = len(WEIGHTS) + len(STEP_SIZES) - 1 + len(PARTS)  # fits
 
 
@@ -64,7 +64,9 @@ class RefitSettings(ClosedForm):
     parts: tuple[str, ...] | None = PARTS
     ridges: Sequence[float] = RIDGES  # candidates, relative to the weighted inputs' mean square
     weights: str = WEIGHTS[0]  # w of a token: "inverse" is 1 / ||T||^2, "equal" all alike
-    step_size: float = 1.0  # a factor of every solved change, above 0 and at most 1
+    # a factor of every solved change, above 0 and at most 1. C is best for the inputs of the pruned
+    # model; the layers that follow were trained on others, and half of it has the lower loss
+    step_size: float = 0.5
     # "all": every kept layer from the first gap on; "gaps": the last projection of the layers
     # before gaps alone, on the original model's hidden states
     where: str = WHERE[0]
@@ -115,6 +117,7 @@ class RefitSettings(ClosedForm):
 class PatchSettings(RefitSettings):
     """Settings of the patch: those of the refit, of the layers before gaps alone."""
 
+    step_size: float = 1.0
     where: str = WHERE[1]
     name: ClassVar[str] = "patch"
 

@@ -234,7 +234,7 @@ class Settings:
         parts: of the refit: attention, mlp or both by a comma, whose output projections are
             solved, or best for what has the least loss on held-out windows; both if not given.
         aim: step size of the refit: the share of the solved change that is applied, above 0 and at
-            most 1; 1 if not given.
+            most 1; 0.5 if not given.
         preset: of lora and distill, paper, demo or small; each of the following changes one of its
             settings.
         rank: of the changes that are trained.

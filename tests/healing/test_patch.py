@@ -96,7 +96,9 @@ def test_of_every_gap_the_layer_before_is_solved_on_the_original_models_states()
 
 def test_before_the_first_gap_it_is_the_refit():
     ours = fit(meta(), [2])
-    theirs = refit.fit(meta(), [2], WINDOWS, held=HELD, parts=("mlp",), progress=False)
+    theirs = refit.fit(
+        meta(), [2], WINDOWS, held=HELD, parts=("mlp",), step_size=1.0, progress=False
+    )
     assert ours.fits == theirs.fits[:1]
     assert all(torch.equal(value, theirs.values[key]) for key, value in ours.values.items())
 

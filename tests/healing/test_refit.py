@@ -206,7 +206,7 @@ def test_the_best_sublayers_have_the_least_loss_on_windows_kept_apart():
     both, losses = ("attention", "mlp"), {}
     found = best.settings
     ways = [RefitSettings(both, weights=weights) for weights in ("inverse", "equal")]
-    ways += [replace(found, parts=both, step_size=size) for size in (0.7, 0.5)]
+    ways += [replace(found, parts=both, step_size=size) for size in (0.7, 1.0)]
     ways += [replace(found, parts=(part,)) for part in both]
     for solving in ways:
         healed = meta()
@@ -225,8 +225,8 @@ def test_the_best_sublayers_have_the_least_loss_on_windows_kept_apart():
 
 
 def test_settings_are_tried_one_after_the_other_with_what_was_best_before(monkeypatch):
-    losses = {"attention,mlp inverse 1": 5, "attention,mlp equal 1": 4}
-    losses |= {"attention,mlp equal 0.7": 2, "attention,mlp equal 0.5": 3}
+    losses = {"attention,mlp inverse 0.5": 5, "attention,mlp equal 0.5": 4}
+    losses |= {"attention,mlp equal 0.7": 2, "attention,mlp equal 1": 3}
     losses |= {"attention equal 0.7": 6, "mlp equal 0.7": 1}
     fits = [Fit(1, part, 0.1, 0.5, 0.5) for part in ("attention", "mlp")]
 
@@ -241,6 +241,19 @@ def test_settings_are_tried_one_after_the_other_with_what_was_best_before(monkey
     best = fit(meta(), [3], WINDOWS, parts=None, progress=False)
     assert best.settings == RefitSettings(("mlp",), weights="equal", step_size=0.7)
     assert best.tried == {"none": 9, **losses}
+
+
+def test_the_refit_applies_half_of_a_solution_and_the_patch_all_of_it():
+    old = dict(meta().decoder.layers[2].named_parameters())["feed_forward.w2.weight"]
+    ways = (RefitSettings(), RefitSettings(step_size=1.0), PatchSettings())
+    options = {"parts": ("mlp",), "ridges": (0.1,), "held": WINDOWS, "progress": False}
+    half, once, patch = (
+        fit(meta(), [3], WINDOWS, settings=way, **options).values[2, "feed_forward.w2.weight"] - old
+        for way in ways
+    )
+    assert once.abs().max() > 0.01 * old.abs().max()
+    torch.testing.assert_close(half, once / 2, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(patch, once, rtol=1e-4, atol=1e-7)
 
 
 def test_every_eighth_window_chooses_the_ridge():
