@@ -36,6 +36,7 @@ from scoring import SIZE, build
 from short_gpt import ShortLlama
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.healing import PatchSettings, refit
+from short_gpt.healing.solver import RIDGES
 from short_gpt.jobs.comparing import Cells
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.state import StateFile
@@ -137,8 +138,8 @@ def measured(
         fit = {"patch": patched, "refit": refit.fit, **VARIANTS}[case.method]
         learned = fitted_on(short, case.first, case.second, also, case.size)
         options = dict(case.options)
-        if case.method == "refit":  # of the former default, where a case names none
-            options = {"step_size": 1.0, **options}
+        if case.method == "refit":  # with the former defaults, where a case names none
+            options = {"step_size": 1.0, "ridges": RIDGES, **options}
         result: Any = fit(short, gone, learned, **options)
         with short.without_layers(gone):
             undo = refit.fold(short, result)

@@ -14,6 +14,7 @@ from short_gpt.healing import refit as refit_module
 from short_gpt.healing import solver
 from short_gpt.healing.refit import PatchSettings, Refit, RefitSettings, fit, fold, heal, heal_patch
 from short_gpt.healing.solver import Fit
+from short_gpt.jobs.settings import Settings
 from short_gpt.models.layer_calls import LayerCalls
 from short_gpt.models.layer_hooks import attention_output, mlp_output, transposed
 from short_gpt.models.sublayers import Sublayers, after_attention
@@ -256,7 +257,14 @@ def test_the_refit_applies_half_of_a_solution_and_the_patch_all_of_it():
     torch.testing.assert_close(patch, once, rtol=1e-4, atol=1e-7)
 
 
-def test_every_eighth_window_chooses_the_ridge():
+def test_one_ridge_serves_all_matrices_where_none_is_named():
+    refit = fit(meta(), [2, 3], WINDOWS, held=WINDOWS, progress=False)
+    assert {found.ridge for found in refit.fits if found.changed} == {0.3}
+    assert Settings().refit() == RefitSettings() == RefitSettings(ridges=(0.3,), step_size=0.5)
+    assert PatchSettings().ridges == solver.RIDGES
+
+
+def test_every_eighth_window_is_held_out():
     short = meta()
     apart = fit(short, [3], random_windows(16, 16), progress=False)
     assert (apart.windows, apart.held) == (14, 2)
@@ -292,7 +300,7 @@ def test_an_error_or_an_interruption_leaves_the_model_as_it_was(monkeypatch):
     before = weights(short)
     for calls in (0, 1, 3):
         with interrupted(solver, "_add", calls):
-            heal(short, [3], WINDOWS, held=WINDOWS, progress=False)
+            heal(short, [3], WINDOWS, held=WINDOWS, ridges=solver.RIDGES, progress=False)
         assert same(before, weights(short)) and short.kept == [*range(5)] and not short.changes
 
     def full(*_: object, **__: object) -> None:
