@@ -72,6 +72,7 @@ script optimality optimality --judged 3 --checked 2
 script refit_sets refits --only sets --also wikitext2_test.txt --others lambada_passages.txt
 script refit_parts refits --only parts,windows --also wikitext2_test.txt --others lambada_passages.txt
 script refit_aims refits --only aims --also wikitext2_test.txt --others lambada_passages.txt
+script refit_choices refit_choices --also wikitext2_test.txt --others lambada_passages.txt
 script calibration calibration --wikitext wikitext2_test.txt --tasks tasks --state calibration.state
 script tasks tasks --source tasks --wikitext wikitext2_test.txt --state tasks.state
 measure compare python -m short_gpt compare --search_windows 2 --healing raw,patched,lora \

@@ -56,7 +56,7 @@ def main(
         started = time.perf_counter()
         name, _, aim = method.partition(":")
         settings = {"patch": PatchSettings(), "refit": RefitSettings()}[name]
-        changes = {"aim": float(aim)} if aim else {}
+        changes = {"step_size": float(aim)} if aim else {}
         fitted = refit.fit(short, list(layers), learned, settings=settings, **changes)
         seconds = time.perf_counter() - started
         passes = (before, bare_pass(short, learned))

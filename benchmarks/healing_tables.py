@@ -16,6 +16,8 @@ from evidence_tables import layer_set, result, row
 from short_gpt.scoring.metrics import student_t
 
 KINDS = ("held-out chapters", "WikiText-2, second half", "novels")
+JUDGED = ("held-out chapters", "other half of the second text", "novels")
+PERPLEXITIES = ("original", "pruned")
 Cells = Mapping[str, Mapping[str, float]]  # by kind of text
 
 
@@ -95,6 +97,31 @@ def windows() -> list[str]:
 def aims() -> list[str]:
     """The same by how far the changes aim, 1 being the target."""
     return _of_a_set({"1": group("windows")["16 + 16"], **group("aims")})
+
+
+def choices() -> list[str]:
+    """Every case of `refit_choices.py`: perplexities, and what each is from another case by."""
+    lines = []
+    for name, found in result("refit_choices")["sets"].items():
+        of = f"{name}'s 8"
+        lines += [row(f"{of}: {model}", *_plain(found[model]), "") for model in PERPLEXITIES]
+        for group in (found[g] for g in ("steps", "ridges", "curve", "realigned") if g in found):
+            for case, cells in group.items():
+                kinds, than = cells["kinds"], cells["than"]
+                cell = [f"{kinds[kind]['perplexity']:.2f}{_than(kinds[kind])}" for kind in JUDGED]
+                against = "" if than == case else f"{_than(kinds['all three kinds'])[2:]}: {than}"
+                lines.append(row(f"{of}: {case}", *cell, against))
+    return lines
+
+
+def _plain(perplexities: Mapping[str, float]) -> list[str]:
+    return [f"{perplexities[kind]:.2f}" for kind in JUDGED]
+
+
+def _than(found: Mapping[str, float]) -> str:
+    if not found["standard_error"]:  # the case itself
+        return ""
+    return f", {found['nats']:+.3f} ({found['standard_error']:.3f})"
 
 
 def by_windows() -> dict[str, Mapping[str, Cells]]:

@@ -36,6 +36,7 @@ from scoring import SIZE, build
 from short_gpt import ShortLlama
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.healing import PatchSettings, refit
+from short_gpt.healing.solver import RIDGES
 from short_gpt.jobs.comparing import Cells
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.state import StateFile
@@ -79,12 +80,13 @@ def cases(count: int) -> dict[str, dict[str, Case]]:
         "mlp": Case(options=(("parts", ("mlp",)),)),
         "both": Case(),
         "both, equal weights": Case(options=(("weights", "equal"),)),
-        "both, targets at 0.7": Case(options=(("aim", 0.7),)),
+        "both, targets at 0.7": Case(options=(("step_size", 0.7),)),
     }
     parts |= {f"both, {name}": Case(method=name) for name in VARIANTS}
     mixed = {f"{n} + {n}": Case(first=n, second=n) for n in (4, 8, 16)}
     alone = {"16 + 0": Case(first=16, second=0), "0 + 16": Case(first=0, second=16)}
-    aims = {f"{aim}": Case(first=16, second=16, options=(("aim", aim),)) for aim in (0.7, 0.5)}
+    longer = partial(Case, first=16, second=16)
+    aims = {f"{step}": longer(options=(("step_size", step),)) for step in (0.7, 0.5)}
     sets = {name: whole(layers) for name, layers in SETS.items()}
     return {"sets": sets, "parts": parts, "windows": {**mixed, **alone}, "aims": aims}
 
@@ -135,7 +137,10 @@ def measured(
     def healed() -> Losses:
         fit = {"patch": patched, "refit": refit.fit, **VARIANTS}[case.method]
         learned = fitted_on(short, case.first, case.second, also, case.size)
-        result: Any = fit(short, gone, learned, **dict(case.options))
+        options = dict(case.options)
+        if case.method == "refit":  # with the former defaults, where a case names none
+            options = {"step_size": 1.0, "ridges": RIDGES, **options}
+        result: Any = fit(short, gone, learned, **options)
         with short.without_layers(gone):
             undo = refit.fold(short, result)
             found = judge(short, few)

@@ -4,15 +4,16 @@ Kept layers were trained on the hidden states of the original model. After the f
 others. So each kept layer k from there on gets a target: T_k, the original model's state entering
 the next kept layer. That is the state after the gap for a layer before one (the idea of ReplaceMe,
 Shopkhoev et al. 2025, arXiv:2505.02819), else the layer's own output. Its matrix W, which maps F
-inputs m to what the sublayer adds to the stream h, becomes W + C^T, where C minimises
+inputs m to what the sublayer adds to the stream h, becomes W + step_size C^T, where C minimises
 
     sum over tokens w ||h + W m + C^T m - T_k||^2 + ridge (tr(M^T M) / F) ||C||^2.
 
 The inputs are those of the model pruned and refitted before k, and so later layers restore what
 earlier ones could not. w = 1 / ||T_k||^2, because RMSNorm makes a token's scale irrelevant. The
 attention's o_proj is solved first, for the original state between the sublayers, then down_proj.
-Held-out windows choose the ridge of every matrix. The patch is the same for the layers before gaps
-alone, with the original model's inputs.
+One ridge serves all matrices: the error of a single matrix on held-out windows does not tell which
+ridge has the lowest loss. A matrix whose error rises there stays. The patch is the same for the
+layers before gaps alone, with the original model's inputs.
 
 Shapes: B windows, S tokens, N tokens in all, L layers, D width of the stream, F inputs of a matrix.
 """
@@ -49,9 +50,9 @@ from short_gpt.runtime.state import joined
 from short_gpt.wrappers.scored_model import ScoredModel
 
 Windows = Sequence[Sequence[int]]
-HELD_EVERY = 8  # every eighth window chooses the ridge
+HELD_EVERY = 8  # every eighth window is held out
 WEIGHTS, WHERE = ("inverse", "equal"), ("all", "gaps")
-STEP_SIZES = (1.0, 0.7, 0.5)  # that are tried
+STEP_SIZES = (0.5, 0.7, 1.0)  # that are tried
 TRIED = len(WEIGHTS) + len(STEP_SIZES) - 1 + len(PARTS)  # fits
 
 
@@ -62,9 +63,13 @@ class RefitSettings(ClosedForm):
 
     # sublayers to solve; None tries several settings and keeps the best on held-out windows
     parts: tuple[str, ...] | None = PARTS
-    ridges: Sequence[float] = RIDGES  # candidates, relative to the weighted inputs' mean square
+    # relative to the weighted inputs' mean square; of several, each matrix takes the one of least
+    # error on held-out windows
+    ridges: Sequence[float] = (0.3,)
     weights: str = WEIGHTS[0]  # w of a token: "inverse" is 1 / ||T||^2, "equal" all alike
-    step_size: float = 1.0  # a factor of every solved change, above 0 and at most 1
+    # a factor of every solved change, above 0 and at most 1. C is best for the inputs of the pruned
+    # model; the layers that follow were trained on others, and half of it has the lower loss
+    step_size: float = 0.5
     # "all": every kept layer from the first gap on; "gaps": the last projection of the layers
     # before gaps alone, on the original model's hidden states
     where: str = WHERE[0]
@@ -115,6 +120,8 @@ class RefitSettings(ClosedForm):
 class PatchSettings(RefitSettings):
     """Settings of the patch: those of the refit, of the layers before gaps alone."""
 
+    ridges: Sequence[float] = RIDGES
+    step_size: float = 1.0
     where: str = WHERE[1]
     name: ClassVar[str] = "patch"
 
@@ -130,7 +137,7 @@ class Refit:
     settings: RefitSettings  # of `fit`; where several were tried, the best
     windows: int  # read to fit the matrices
     tokens: int  # in these windows
-    held: int  # windows read to choose the ridges
+    held: int  # held-out windows
     # held-out perplexity by the settings that were tried; "none" is the pruned model
     tried: Mapping[str, float] = field(default_factory=dict)
 
@@ -210,7 +217,8 @@ def fit(
         short: the model with all the layers, in memory or streamed.
         layers: to remove, original numbers in any order.
         windows: token ids of calibration text of all kinds of use, never of evaluation text.
-        held: held-out windows, which choose ridges; None takes every eighth of ``windows``.
+        held: held-out windows, on which a change must lower the error; None takes every eighth of
+            ``windows``.
         settings: None takes those of `RefitSettings`. With parts None, both sublayers are tried
             with each weight of tokens, next each step size, next each sublayer alone, every time
             with what was best before, in six times the time.
@@ -414,7 +422,7 @@ def fold(short: ScoredModel, refit: Refit) -> Callable[[], None]:
 
 
 def split_held_out(windows: Windows) -> tuple[Windows, Windows]:
-    """The windows to fit on, and every eighth, or the last, which chooses ridges.
+    """The windows to fit on, and every eighth, or the last, which is held out.
 
     Example:
         >>> split_held_out([[1], [2], [3]])

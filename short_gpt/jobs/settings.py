@@ -229,12 +229,12 @@ class Settings:
     """How the model is healed.
 
     Args:
-        ridge: of a closed form, relative to the mean square of the inputs; if not given, each
-            matrix's is chosen on held-out windows.
+        ridge: of a closed form, relative to the mean square of the inputs; if not given, 0.3 in the
+            refit, and in the patch what held-out windows choose.
         parts: of the refit: attention, mlp or both by a comma, whose output projections are
             solved, or best for what has the least loss on held-out windows; both if not given.
         aim: step size of the refit: the share of the solved change that is applied, above 0 and at
-            most 1; 1 if not given.
+            most 1; 0.5 if not given.
         preset: of lora and distill, paper, demo or small; each of the following changes one of its
             settings.
         rank: of the changes that are trained.
@@ -336,9 +336,9 @@ class Settings:
     def refit(self, max_windows: int | None = None) -> RefitSettings:
         """What the refit takes; ShortGPTError for a setting out of range."""
         from short_gpt.healing.refit import RefitSettings
-        from short_gpt.healing.solver import PARTS, RIDGES
+        from short_gpt.healing.solver import PARTS
 
-        ridges = RIDGES if self.ridge is None else (self.ridge,)
+        ridges = RefitSettings.ridges if self.ridge is None else (self.ridge,)
         if self.parts == "best":
             if self.aim is not None:
                 raise ShortGPTError("`parts` best chooses the aim by itself: leave `aim` out")

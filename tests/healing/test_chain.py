@@ -89,7 +89,7 @@ def test_a_chain_does_what_its_steps_do_and_is_recorded_as_one(tmp_path):
     assert "changed by patch, then distillation" in (out / "README.md").read_text()
 
 
-def test_a_refit_chooses_its_ridges_by_the_windows_that_validate():
+def test_a_refit_is_judged_by_the_windows_that_validate():
     short, by_hand = whole(), whole()
     evidence = job(short, [RefitSettings(), LoraSettings(QUICK)]).run()
     heal_refit(by_hand, LAYERS, WINDOWS.training, held=WINDOWS.validation, progress=False)

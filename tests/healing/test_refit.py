@@ -14,6 +14,7 @@ from short_gpt.healing import refit as refit_module
 from short_gpt.healing import solver
 from short_gpt.healing.refit import PatchSettings, Refit, RefitSettings, fit, fold, heal, heal_patch
 from short_gpt.healing.solver import Fit
+from short_gpt.jobs.settings import Settings
 from short_gpt.models.layer_calls import LayerCalls
 from short_gpt.models.layer_hooks import attention_output, mlp_output, transposed
 from short_gpt.models.sublayers import Sublayers, after_attention
@@ -206,7 +207,7 @@ def test_the_best_sublayers_have_the_least_loss_on_windows_kept_apart():
     both, losses = ("attention", "mlp"), {}
     found = best.settings
     ways = [RefitSettings(both, weights=weights) for weights in ("inverse", "equal")]
-    ways += [replace(found, parts=both, step_size=size) for size in (0.7, 0.5)]
+    ways += [replace(found, parts=both, step_size=size) for size in (0.7, 1.0)]
     ways += [replace(found, parts=(part,)) for part in both]
     for solving in ways:
         healed = meta()
@@ -225,8 +226,8 @@ def test_the_best_sublayers_have_the_least_loss_on_windows_kept_apart():
 
 
 def test_settings_are_tried_one_after_the_other_with_what_was_best_before(monkeypatch):
-    losses = {"attention,mlp inverse 1": 5, "attention,mlp equal 1": 4}
-    losses |= {"attention,mlp equal 0.7": 2, "attention,mlp equal 0.5": 3}
+    losses = {"attention,mlp inverse 0.5": 5, "attention,mlp equal 0.5": 4}
+    losses |= {"attention,mlp equal 0.7": 2, "attention,mlp equal 1": 3}
     losses |= {"attention equal 0.7": 6, "mlp equal 0.7": 1}
     fits = [Fit(1, part, 0.1, 0.5, 0.5) for part in ("attention", "mlp")]
 
@@ -243,7 +244,27 @@ def test_settings_are_tried_one_after_the_other_with_what_was_best_before(monkey
     assert best.tried == {"none": 9, **losses}
 
 
-def test_every_eighth_window_chooses_the_ridge():
+def test_the_refit_applies_half_of_a_solution_and_the_patch_all_of_it():
+    old = dict(meta().decoder.layers[2].named_parameters())["feed_forward.w2.weight"]
+    ways = (RefitSettings(), RefitSettings(step_size=1.0), PatchSettings())
+    options = {"parts": ("mlp",), "ridges": (0.1,), "held": WINDOWS, "progress": False}
+    half, once, patch = (
+        fit(meta(), [3], WINDOWS, settings=way, **options).values[2, "feed_forward.w2.weight"] - old
+        for way in ways
+    )
+    assert once.abs().max() > 0.01 * old.abs().max()
+    torch.testing.assert_close(half, once / 2, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(patch, once, rtol=1e-4, atol=1e-7)
+
+
+def test_one_ridge_serves_all_matrices_where_none_is_named():
+    refit = fit(meta(), [2, 3], WINDOWS, held=WINDOWS, progress=False)
+    assert {found.ridge for found in refit.fits if found.changed} == {0.3}
+    assert Settings().refit() == RefitSettings() == RefitSettings(ridges=(0.3,), step_size=0.5)
+    assert PatchSettings().ridges == solver.RIDGES
+
+
+def test_every_eighth_window_is_held_out():
     short = meta()
     apart = fit(short, [3], random_windows(16, 16), progress=False)
     assert (apart.windows, apart.held) == (14, 2)
@@ -279,7 +300,7 @@ def test_an_error_or_an_interruption_leaves_the_model_as_it_was(monkeypatch):
     before = weights(short)
     for calls in (0, 1, 3):
         with interrupted(solver, "_add", calls):
-            heal(short, [3], WINDOWS, held=WINDOWS, progress=False)
+            heal(short, [3], WINDOWS, held=WINDOWS, ridges=solver.RIDGES, progress=False)
         assert same(before, weights(short)) and short.kept == [*range(5)] and not short.changes
 
     def full(*_: object, **__: object) -> None:

@@ -311,7 +311,7 @@ def test_what_a_kill_left_of_a_file_is_swept(name, tmp_path):
         ({"layers": [2]}, "another layers"),
         ({"batch_size": 2}, "another batch_size"),
         ({"weights": "equal"}, "another weights of tokens: 'inverse', now 'equal'"),
-        ({"step_size": 0.5}, "another aim"),
+        ({"step_size": 0.7}, "another aim"),
         ({"seed": 1}, "another weights: '.*', now '"),
     ],
 )
