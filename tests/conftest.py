@@ -43,8 +43,8 @@ def one_rank() -> None:
 
 
 @pytest.fixture(scope="module")
-def short_races() -> Iterator[None]:
-    """How fast a model generates, at which no test looks, is measured on few tokens."""
+def few_timed_tokens() -> Iterator[None]:
+    """Comparisons measure the speed of generation on few tokens: no test checks it."""
     from short_gpt.jobs.comparing import tokens_per_second
 
     with pytest.MonkeyPatch.context() as patch:

@@ -143,8 +143,6 @@ class LoraHealing:
 
     def __post_init__(self) -> None:
         training.require_packages()
-        if isinstance(self, DistillHealing) and self.teacher is None:
-            raise ShortGPTError("distillation learns from the original model: pass teacher=short")
         self.settings.check()
         size = self.settings.size or Recipe.size
         if len(self._cut(size, 2)) < 2:  # now rather than after all others are measured
@@ -218,6 +216,11 @@ class DistillHealing(LoraHealing):
         >>> distill = DistillHealing(path, texts, encode, held_out, **given)  # doctest: +SKIP
         >>> compare(short, calibration, held_out, cases=cases, distill=distill)  # doctest: +SKIP
     """
+
+    def __post_init__(self) -> None:
+        if self.teacher is None:  # before texts are encoded
+            raise ShortGPTError("distillation learns from the original model: pass teacher=short")
+        super().__post_init__()
 
 
 @contextmanager

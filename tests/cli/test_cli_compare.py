@@ -20,7 +20,7 @@ def text(start: int) -> str:
     return " ".join(WORDS[(start + i * i * (start + 3)) % 8] + str(start + i) for i in range(120))
 
 
-pytestmark = pytest.mark.usefixtures("short_races")
+pytestmark = pytest.mark.usefixtures("few_timed_tokens")
 
 
 @pytest.fixture

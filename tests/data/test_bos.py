@@ -24,7 +24,7 @@ SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "he
 SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
 BOS = VOCAB["<bos>"]
 
-pytestmark = pytest.mark.usefixtures("short_races")
+pytestmark = pytest.mark.usefixtures("few_timed_tokens")
 
 
 @pytest.fixture(scope="module")

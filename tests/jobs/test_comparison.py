@@ -21,7 +21,7 @@ from short_gpt.runtime.state import StateFile
 from short_gpt.selection.methods import METHODS, choose
 from short_gpt.selection.search import PartialRun
 
-pytestmark = pytest.mark.usefixtures("short_races")
+pytestmark = pytest.mark.usefixtures("few_timed_tokens")
 
 CALIBRATION, EVALUATION = random_windows(6, 40), random_windows(5, 30, seed=9)
 
@@ -397,6 +397,8 @@ def test_cases_name_what_there_is():
         ValueError, match="no healing 'glue'; expected some of raw, patched, refit, lora"
     ):
         Cases(healings=["glue"])
+    with pytest.raises(ValueError, match="no healing 'glue'"):
+        Comparison(short(), CALIBRATION, EVALUATION).rows(["bi"], [1], healings=["glue"])
     with pytest.raises(ValueError, match="`lora_only` is for `healing` lora or distill"):
         Cases(["bi"], [1], lora_only=[("bi", 1)])
     with pytest.raises(ValueError, match="`lora_only` bi:2: expected .* as in bi:1"):

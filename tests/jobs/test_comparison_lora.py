@@ -19,7 +19,7 @@ from short_gpt.wrappers.opening import OpenOptions, open_model
 
 pytestmark = [
     pytest.mark.filterwarnings("default"),  # peft's and transformers' own
-    pytest.mark.usefixtures("short_races"),
+    pytest.mark.usefixtures("few_timed_tokens"),
 ]
 pytest.importorskip("peft")
 WORDS = ("alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta")

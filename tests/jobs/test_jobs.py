@@ -22,7 +22,7 @@ from conftest import (
 )
 
 import short_gpt
-from short_gpt import ShortGPTError, Stop, convert, prune, rank
+from short_gpt import ShortGPTError, Stop, convert, jobs, prune, rank
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.evaluation.tasks import TaskRun, TaskSuite
 from short_gpt.healing import lora
@@ -34,16 +34,19 @@ from short_gpt.jobs import (
     HealingWindows,
     OpenOptions,
     Reading,
+    Readings,
     Running,
     Saving,
     Scores,
     Settings,
     Shares,
     Tasks,
+    Written,
     evaluate,
     heal,
     perplexity_of,
     read_scores,
+    reproduce,
 )
 from short_gpt.selection.search import PartialRun
 from short_gpt.wrappers.short_llama import ShortLlama
@@ -240,6 +243,24 @@ def test_cases_are_read_with_or_without_spaces():
     cases = Cases("bi, sleb", 2, "raw,lora", lora_only="sleb:2, bi:2")
     assert cases.names == ["bi", "sleb"] and cases.numbers == [2]
     assert cases.pairs == [("sleb", 2), ("bi", 2)]
+
+
+def test_settings_that_would_be_passed_over_are_refused(here):
+    with pytest.raises(ShortGPTError, match="expected a Choice, or `layers`.*; got both"):
+        prune("ckpt", "x", layers=[1], choice=Choice([2]))
+    with pytest.raises(ShortGPTError, match="expected a Written, or `to`.*; got both"):
+        prune("ckpt", "x", layers=[1], to="hf", written=Written())
+    with pytest.raises(ShortGPTError, match="the rest is the paper's protocol"):
+        reproduce("ckpt", paper=Answer(3))
+    with pytest.raises(ShortGPTError, match="`max_perplexity_ratio` is for prune"):
+        heal("ckpt", "x", choice=Choice(scores="s.json", max_perplexity_ratio=1.2, eval_data="t"))
+    with pytest.raises(ShortGPTError, match="max_windows = None: expected a whole number"):
+        Readings(max_windows=None).check()
+    with pytest.raises(ShortGPTError, match="num_fewshot = 1.5: expected a whole number"):
+        Tasks(num_fewshot=1.5).check()
+    Tasks(limit=None, num_fewshot=None).check()
+    with pytest.raises(TypeError, match="expected stream, max_memory; got batch_size"):
+        jobs.renamed.OLD["Streaming"][1](batch_size=2)
 
 
 def test_settings_are_refused_before_a_model_is_loaded(here):

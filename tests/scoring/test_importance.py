@@ -6,6 +6,7 @@ import json
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import scipy.stats
 import torch
@@ -30,6 +31,7 @@ from short_gpt.scoring.metrics import (
     block_influence,
     norms,
 )
+from short_gpt.scoring.moments import add_texts
 from short_gpt.scoring.run import RunState, ScoringRun, measure
 
 
@@ -638,3 +640,13 @@ def test_a_layer_that_writes_over_its_state_is_refused():
     model.layers[2] = Writing(into_input=True)
     with pytest.raises(ShortGPTError, match="Writing writes over the state that it is given"):
         measure(MetaDecoder(model), [random_windows(2, 12)])
+
+
+def test_scores_of_nothing_come_back_from_json():
+    content = json.loads(json.dumps(Importance.empty([0, 1]).to_dict()))
+    assert Importance.from_dict(content).texts == {}
+
+
+def test_numbers_of_texts_may_be_numpys():
+    texts = add_texts({}, [(np.int64(3), torch.ones(3)), (3, torch.ones(3))])
+    assert json.dumps([*texts]) == "[3]" and texts[3].tolist() == [2.0] * 3
