@@ -1,20 +1,22 @@
-"""Own samples of the real small model as calibration text, against the book.
+"""Own samples of the real small model as calibration text, against real text.
 
 Layers are removed and the rest is refitted on windows of one source, and judged on held-out
-chapters of the book, on novels, and on the second half of a third text. Sources are the book, and
-text that the model itself writes: more and more of it, at other temperatures, and as chats. Also:
-which layers Block Influence chooses on own samples and on real text, and what they cost.
+chapters of the book, on novels, and on the second half of a third text. Sources are the book, the
+first half of the third text, and text that the model itself writes: more and more of it, at other
+temperatures, and as chats; and mixes of them. Also: which layers Block Influence chooses on own
+samples and on real text, and what they cost.
 
     python benchmarks/own_samples.py --novels lambada_openai.jsonl --wikitext wikitext2_test.txt \
         --out own_samples.json
 
-``--rows own-24,book`` measures some rows, ``--first N`` ends after N new ones. Own samples are
+``--rows own-24,book-24`` measures some rows, ``--first N`` ends after N new ones. Own samples are
 written once and kept beside the file, rows in its state, from which the same command goes on; the
 file holds all rows that are there. ``--choices False`` leaves the layers' choices out.
 """
 
 from __future__ import annotations
 
+import random
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -32,7 +34,6 @@ from refits import Losses, by_kind
 from short_gpt import ShortModel, open_model, own_samples
 from short_gpt.data import demo
 from short_gpt.evaluation.perplexity import Perplexity
-from short_gpt.healing import RefitSettings
 from short_gpt.jobs import WindowScores, agreement
 from short_gpt.jobs.calibration import score_windows
 from short_gpt.jobs.comparing import Cells, pruned_losses
@@ -40,24 +41,30 @@ from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.state import StateFile
 
 LAYERS = (3, 12, 13, 14, 15, 17, 25, 26)
-SIZE, STEP_SIZE = 512, 0.5
+SIZE = 512
 HELD = {"book": 10, "novels": 12, "wikitext": 10}  # windows to judge by
 
 
 class Source(NamedTuple):
-    """What a refit is fitted on: windows of the book, or of the model's own."""
+    """What a refit is fitted on: so many windows of each text, and of the model's own."""
 
-    count: int
-    own: bool = True
+    own: int = 0
+    book: int = 0
+    wikitext: int = 0
     temperature: float = 1.0
     chat: bool = False
 
 
 SOURCES = {
-    "book": Source(24, own=False),
-    **{f"own-{count}": Source(count) for count in (24, 12, 48, 96)},
-    "chats": Source(24, chat=True),
+    "book-24": Source(book=24),
+    "wikitext-24": Source(wikitext=24),
+    "book+wikitext-24": Source(book=12, wikitext=12),
+    **{f"own-{count}": Source(count) for count in (12, 24, 48, 96, 192)},
+    "chats-24": Source(24, chat=True),
     **{f"own-24-at-{degree}": Source(24, temperature=degree) for degree in (0.7, 1.2)},
+    "a third each-24": Source(8, 8, 8),
+    "book+wikitext-96": Source(book=48, wikitext=48),
+    "book+wikitext+own-96": Source(48, 24, 24),
 }
 
 
@@ -81,7 +88,7 @@ def main(
     path = Path(out or "own_samples.json")
     identity = {"model": short.identity(), "judged by": json_digest(held), "layers": gone}
     cells = Cells(StateFile(f"{path}.state", identity, every=0.0))
-    run = _Run(short, cells, held, path)
+    run = _Run(short, cells, held, path, halves(wikitext)[0] if wikitext else "")
     names = rows.split(",") if isinstance(rows, str) else rows  # fire makes a,b a tuple
     new = [name for name in names if name not in cells]
     for name in new[:first]:
@@ -95,7 +102,7 @@ def main(
     table = {name: row(losses, original, pruned) for name, losses in found.items()}
     print(shown(table))
     chosen = run.choices(len(gone), cut(short, documents[1::2], 24, SIZE)) if choices else None
-    content = {"layers_removed": gone, "tokens_per_window": SIZE, "step_size": STEP_SIZE}
+    content = {"layers_removed": gone, "tokens_per_window": SIZE}
     content |= {"windows_to_judge_by": HELD, "rows": table, "choices": chosen}
     finish("own_samples", [], content, out=out, overwrite=overwrite)
 
@@ -107,12 +114,17 @@ class _Run(NamedTuple):
     cells: Cells
     held: Mapping[str, Windows]
     path: Path  # beside which own samples are kept
+    first_half: str  # of the third text
 
     def windows(self, source: Source) -> Sequence[Sequence[int]]:
-        if not source.own:
-            return cut(self.short, demo.bible(), source.count, SIZE)
         how = {"temperature": source.temperature, "chat": source.chat, "beside": self.path}
-        return own_samples(self.short, source.count, SIZE, **how)
+        own = own_samples(self.short, source.own, SIZE, **how) if source.own else []
+        real = cut(self.short, demo.bible(), source.book, SIZE)
+        real += cut(self.short, [self.first_half], source.wikitext, SIZE)
+        mixed = [*real, *own]
+        if len(mixed) > max(len(own), source.book, source.wikitext):
+            random.Random(0).shuffle(mixed)  # every eighth is held out of the fit: of all texts
+        return mixed
 
     def losses(self, cell: str, gone: Sequence[int], fit_on: Any = None) -> Losses:
         """Losses on all held-out windows by their kind, without layers and maybe refitted."""
@@ -121,10 +133,7 @@ class _Run(NamedTuple):
             if not gone:
                 return judge(self.short, self.held)
             every = [window for windows in self.held.values() for window in windows]
-            settings = RefitSettings(step_size=STEP_SIZE)
-            taken = iter(
-                pruned_losses(self.short, list(gone), every, fit_on=fit_on, settings=settings)
-            )
+            taken = iter(pruned_losses(self.short, list(gone), every, fit_on=fit_on))
             return {kind: [next(taken) for _ in windows] for kind, windows in self.held.items()}
 
         return by_kind(self.cells, cell, self.held, measure)
@@ -136,7 +145,7 @@ class _Run(NamedTuple):
     def choices(self, n: int, novels: Windows) -> dict[str, Any]:
         """The layers of lowest Block Influence on own samples and on real text, and their cost."""
         texts = {
-            "book": partial(self.windows, SOURCES["book"]),
+            "book": partial(self.windows, SOURCES["book-24"]),
             "own-24": partial(self.windows, SOURCES["own-24"]),
             "novels": lambda: novels,
         }
