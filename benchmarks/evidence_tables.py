@@ -70,6 +70,18 @@ def _crossed(cell: dict) -> str:
     return f"{cell['perplexity']:.2f}, {cell['excess']:+.3f} ({cell['excess_error']:.3f})"
 
 
+def own_samples() -> list[str]:
+    """Perplexity by what the refit was fitted on, and nats above the original model."""
+    rows = result("own_samples")["rows"]
+    return [row(name, *map(_own, cells.values())) for name, cells in rows.items()]
+
+
+def _own(cell: dict) -> str:
+    if not cell["nats"]:
+        return f"{cell['perplexity']:.2f}"
+    return f"{cell['perplexity']:.2f}, {cell['nats']:+.3f} ({cell['standard_error']:.3f})"
+
+
 def covered() -> list[str]:
     """How often the interval of a rank correlation holds it, in simulated texts."""
     found = result("calibration")["coverage"]

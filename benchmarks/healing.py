@@ -7,12 +7,14 @@ the same windows is timed before and after every refit.
     python benchmarks/healing.py --also FILE --others FILE,FILE --out healing.json
 
 ``--also`` is a text file whose first half is fitted on beside the book, and whose second half is
-judged on; ``--others`` are text files that are judged on alone. ``--methods`` are of patch, refit
+judged on; ``--others`` are text files that are judged on alone. ``--own N`` adds N windows that the
+model writes, which are kept in ``--texts`` and not timed. ``--methods`` are of patch, refit
 and refit:AIM, the share of what is missing that its changes are to give.
 """
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,7 +23,7 @@ import fire
 from outcome import begin, finish
 from scoring import SIZE, bare, build
 
-from short_gpt import ShortLlama, windows
+from short_gpt import ShortLlama, own_samples, windows
 from short_gpt.data import demo
 from short_gpt.evaluation.paired import difference, losses, together
 from short_gpt.evaluation.perplexity import Perplexity
@@ -39,6 +41,8 @@ def main(
     others: str | None = None,
     judged: int = 16,
     methods: str | Sequence[str] = "patch,refit",
+    own: int = 0,
+    texts: str = ".",
     out: str | None = None,
     overwrite: bool = False,
 ) -> None:
@@ -46,6 +50,9 @@ def main(
     begin(out, overwrite=overwrite)
     short = build()
     learned = fitted_on(short, count, count, also)
+    if own:
+        learned += own_samples(short, own, SIZE, beside=Path(texts) / "texts")
+        random.Random(0).shuffle(learned)  # every eighth is held out of the fit: of all texts
     kinds = judged_by(short, also, others, judged)
     found: dict[str, dict[str, list[Perplexity]]] = {"whole": judge(short, kinds)}
     with short.without_layers(layers):
@@ -77,6 +84,7 @@ def main(
         if cost["passes"] > PASSES
     ]
     content = {"layers": list(layers), "windows": len(learned), "tokens_per_window": SIZE}
+    content |= {"own": own} if own else {}
     finish(
         "healing", missed, {**content, "rows": rows, "cost": costs}, out=out, overwrite=overwrite
     )

@@ -349,6 +349,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "coverage of rank correlations": table(
         "| scores of two texts | 6 windows | 12 windows | 24 windows |", evidence.covered
     ),
+    "own samples": table(
+        "| fitted on | held-out chapters | novels | WikiText-2, second half |", evidence.own_samples
+    ),
     "coverage of intervals": table(COVERED, evidence.intervals),
     "early stops": table(STOPPED, stopping),
     "misleading populations": table(MISLED, attacked),
