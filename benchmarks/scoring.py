@@ -7,8 +7,8 @@ b. scoring    the same with this library's hooks: Block Influence and all angula
 c. public     the way of public implementations: all hidden states and logits kept, an S x S
               product for its diagonal, one pass for Block Influence and another for angles;
 d. peer       transformers' LlamaModel on the same weights, against a;
-e. mixed      scoring with products in bfloat16 (`--precision mixed`), against a: faster where the processor
-              has such products, many times slower where it emulates them. Without ``mixed`` it is left out.
+e. mixed      scoring with products in bfloat16 (`--precision mixed`), against a; only if asked
+              for, because processors that emulate such products take many times as long.
 
 Ratios are taken within a repeat; the table gives their median and range. The hooks' own time is
 measured inside the pass. Peak memory is measured in fresh processes, one for each way.
