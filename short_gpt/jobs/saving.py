@@ -61,8 +61,9 @@ def as_begun(opening: OpenOptions, *states: str | Path | None) -> OpenOptions:
     """The options in the precision of the run that is continued, where `auto` would choose one."""
     from short_gpt.runtime.state import USUAL, read_record
 
-    for path in filter(None, states if opening.precision == AUTO else ()):
-        if Path(path).is_file() and isinstance(run := read_record(path).get("run"), dict):
+    for path in states if opening.precision == AUTO else ():
+        run = read_record(path).get("run") if path and Path(path).is_file() else None
+        if isinstance(run, dict):
             return replace(opening, precision=str({**USUAL, **run}["precision"]))
     return opening
 

@@ -25,7 +25,7 @@ from short_gpt.checkpoints.verify import fingerprint
 from short_gpt.evaluation.harness import llama_lm
 from short_gpt.evaluation.perplexity import perplexity
 from short_gpt.healing.distillation import LiveTeacher
-from short_gpt.jobs import Cut, OpenOptions, Saving, rank
+from short_gpt.jobs import Cut, OpenOptions, Reading, Saving, evaluate, rank
 from short_gpt.models.decoder import without_layers
 from short_gpt.models.hf import HFDecoder
 from short_gpt.models.layer_calls import LayerCalls
@@ -240,6 +240,16 @@ def test_auto_is_one_answer_for_all_ranks(here, monkeypatch):
     answers = iter([False, True])  # another rank's window was not faster
     monkeypatch.setattr(replicas.Replicas, "any", lambda _, flag: flag or next(answers))
     assert open_model("meta", CPU, precision="auto").precision == "float32"
+
+
+def test_a_pair_of_models_is_read_in_one_precision(here, monkeypatch):
+    run("prune", "meta", "out", "--layers", 1)
+    times = iter([1.3, 0.8, 1.3, 1.3])  # the second model alone would take float32
+    monkeypatch.setattr(ScoredModel, "seconds_a_window", lambda *_: next(times))
+    monkeypatch.setattr(precision, "bfloat16_cost", lambda device: 0.5)
+    opening = replace(CPU, precision="auto")
+    rows = evaluate(["meta", "out"], Reading("other.txt", size=32), opening=opening)
+    assert all("other.txt perplexity, precision mixed" in row for row in rows.values())
 
 
 def test_the_cost_of_a_product_is_measured_in_both(monkeypatch):
