@@ -29,12 +29,11 @@ def in_precision(short: Short, options: OpenOptions) -> Short:
     dtype, device = short.runs_in()
     if options.precision == FLOAT32:
         return short
-    cost = bfloat16_cost(device) if dtype is torch.float32 else math.inf
-    if options.precision == AUTO:
-        short.decoder.mixed = _is_faster(short, cost, options.max_seq_len)
-    elif dtype is not torch.float32:
-        _say(f"that of {dtype}, which `mixed` does not change")
-    elif math.isinf(cost):
+    if dtype is not torch.float32:
+        _say(f"that of {dtype}, which `{options.precision}` does not change")
+    elif options.precision == AUTO:
+        short.decoder.mixed = _is_faster(short, bfloat16_cost(device), options.max_seq_len)
+    elif math.isinf(bfloat16_cost(device)):
         raise ShortGPTError(f"`precision` {MIXED}: {device} multiplies no bfloat16; leave it out")
     else:
         short.decoder.mixed = True
@@ -60,11 +59,11 @@ def _is_faster(short: ScoredModel, cost: float, size: int) -> bool:
 
 def bfloat16_cost(device: torch.device) -> float:
     """The time of a matrix product in bfloat16, in that of one in float32; infinite without any."""
-    x = torch.ones(512, 512, device=device)
+    x = torch.ones(256, 256, device=device)
     try:
-        plain = Timer("x @ x", globals={"x": x}).timeit(2).mean
+        plain = Timer("x @ x", globals={"x": x}).timeit(5).mean
         with products(True, device):
-            mixed, dtype = Timer("x @ x", globals={"x": x}).timeit(2).mean, (x @ x).dtype
+            mixed, dtype = Timer("x @ x", globals={"x": x}).timeit(5).mean, (x @ x).dtype
     except RuntimeError:  # of CUDA without bfloat16
         return math.inf
     return mixed / plain if dtype is torch.bfloat16 else math.inf

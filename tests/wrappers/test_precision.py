@@ -201,10 +201,11 @@ def test_training_is_that_of_float32_bit_for_bit(here):
     assert all(torch.equal(a, b) for a, b in zip(*trained, strict=True))
 
 
-def test_a_model_that_is_not_in_float32_stays_as_it_is_and_says_so(here, capsys):
-    short = open_model("meta", CPU, dtype="bfloat16", precision="mixed")
+@pytest.mark.parametrize("asked", ["mixed", "auto"])
+def test_a_model_that_is_not_in_float32_stays_as_it_is_and_says_so(asked, here, capsys):
+    short = open_model("meta", CPU, dtype="bfloat16", precision=asked)
     assert short.precision == "float32" and "precision" not in short.identity()
-    expected = "precision: that of torch.bfloat16, which `mixed` does not change\n"
+    expected = f"precision: that of torch.bfloat16, which `{asked}` does not change\n"
     assert capsys.readouterr().err == expected
     bf16 = open_model("meta", CPU, dtype="bfloat16")
     assert torch.equal(short.score(WINDOWS).influence, bf16.score(WINDOWS).influence)
