@@ -1,12 +1,14 @@
 """What scoring costs over the bare forward pass, on the real small model.
 
-Four ways to read the same windows of 1024 tokens, in turn, so that all meet the same machine:
+Five ways to read the same windows of 1024 tokens, in turn, so that all meet the same machine:
 
 a. bare       embeddings and layers, nothing else: the floor;
 b. scoring    the same with this library's hooks: Block Influence and all angular distances;
 c. public     the way of public implementations: all hidden states and logits kept, an S x S
               product for its diagonal, one pass for Block Influence and another for angles;
-d. peer       transformers' LlamaModel on the same weights, against a.
+d. peer       transformers' LlamaModel on the same weights, against a;
+e. mixed      scoring with products in bfloat16 (`--precision mixed`), against a; only if asked
+              for, because processors that emulate such products take many times as long.
 
 Ratios are taken within a repeat; the table gives their median and range. The hooks' own time is
 measured inside the pass. Peak memory is measured in fresh processes, one for each way.
@@ -38,9 +40,12 @@ from short_gpt.scoring.hooks import LayerHooks
 from short_gpt.scoring.run import measure
 
 SIZE = 1024
+FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # of processors that multiply bfloat16
 
 
-def main(repeats: int = 15, out: str | None = None, overwrite: bool = False) -> None:
+def main(
+    repeats: int = 15, out: str | None = None, overwrite: bool = False, mixed: bool = False
+) -> None:
     """Runs the benchmark, prints the table, and writes the JSON file if ``out`` is given."""
     begin(out, overwrite=overwrite)
     short, book = load(repeats + 1)
@@ -50,6 +55,8 @@ def main(repeats: int = 15, out: str | None = None, overwrite: bool = False) -> 
         "public": lambda w: public(short, w),
         "peer": peer(),
     }
+    if mixed:
+        ways["mixed"] = lambda w: in_mixed(short, lambda: scoring(short, w))
     for way in ways.values():  # warm up
         way(book[0])
     seconds: dict[str, list[float]] = {name: [] for name in ways}
@@ -59,8 +66,10 @@ def main(repeats: int = 15, out: str | None = None, overwrite: bool = False) -> 
             seconds[name].append(timed(ways[name], window))
         hooks.append(hook_share(short, window))
     linux = sys.platform == "linux"
-    memory = {name: peak_memory(name) for name in ways if linux and name != "peer"}
+    memory = {name: peak_memory(name) for name in ways if linux and name not in ("peer", "mixed")}
     result = summary(seconds, hooks, memory)
+    if mixed:
+        result["mixed against float32"] = differences(short, book[1:])
     print(table(result))
     missed = [text for text, held in limits(result).items() if not held]
     content = {"limits": limits(result), "seconds": seconds, **result}
@@ -86,6 +95,31 @@ def bare(short: ShortLlama, window: list[int]) -> None:
 
 def scoring(short: ShortLlama, window: list[int]) -> None:
     measure(short.decoder, [[window]])
+
+
+def in_mixed(short: ShortLlama, read: Callable[[], Any]) -> Any:
+    short.decoder.mixed = True
+    try:
+        return read()
+    finally:
+        short.decoder.mixed = False
+
+
+def differences(short: ShortLlama, windows: list[list[int]]) -> dict[str, Any]:
+    """How far Block Influence in mixed precision is from that in float32, on the same windows."""
+
+    def influence() -> Tensor:
+        return measure(short.decoder, [[window] for window in windows]).block_influence  # (L,)
+
+    plain, mixed = influence(), in_mixed(short, influence)
+    lowest = [scores.argsort()[:12].tolist() for scores in (plain, mixed)]
+    return {
+        "largest relative difference of Block Influence": float((mixed / plain - 1).abs().max()),
+        "the lowest 12 layers in the same order": lowest[0] == lowest[1],
+        "processor": sorted(FLAGS & set(Path("/proc/cpuinfo").read_text().split()))
+        if sys.platform == "linux"
+        else None,
+    }
 
 
 @torch.no_grad()
@@ -197,8 +231,10 @@ def summary(
     def ratio(name: str, to: str) -> dict[str, float]:
         return spread([a / b for a, b in zip(seconds[name], seconds[to], strict=True)])
 
+    mixed = {"mixed / bare": ratio("mixed", "bare")} if "mixed" in seconds else {}
     return {
         "ratios": {
+            **mixed,
             "scoring / bare": ratio("scoring", "bare"),
             "public / bare": ratio("public", "bare"),
             "public / scoring": ratio("public", "scoring"),
@@ -234,6 +270,7 @@ def table(result: dict[str, Any]) -> str:
             rows.append(f"{label:<26}  {s['median']:>8.4f}  {s['min']:>8.4f}  {s['max']:>8.4f}")
     memory = result["peak_memory_mb"]
     rows += [f"{f'{n}, peak MB':<26}  {mb:>8.0f}" for n, mb in memory.items()]
+    rows += [f"mixed: {k}: {v}" for k, v in result.get("mixed against float32", {}).items()]
     return "\n".join(rows)
 
 

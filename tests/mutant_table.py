@@ -14,6 +14,11 @@ MUTANTS = [
         "test_ragged_padded_batches_equal_single_windows",
     ),
     (
+        "with torch.autocast(x.device.type, enabled=False):",
+        "with ExitStack():",
+        "test_the_arithmetic_of_the_hooks_is_that_of_float64_on_the_same_states",
+    ),
+    (
         "torch.where(self._mask, torch.stack(each), 0.0).sum(3)",
         "torch.stack(each).sum(3)",
         "test_ragged_padded_batches_equal_single_windows",

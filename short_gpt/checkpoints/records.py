@@ -23,7 +23,7 @@ from short_gpt.runtime.state import read_record
 PROVENANCE = "pruning.json"
 RECORD = "short_gpt.pruning"  # a key of GGUF, whose value is the text of that file
 # What jobs record of a choice and of a healing, as it comes; the model's own record holds it.
-EVIDENCE = ("method", "scored_by", "quality_gate", "change", "eval_data", "size")
+EVIDENCE = ("method", "scored_by", "quality_gate", "change", "eval_data", "size", "precision")
 # The library's own keys. They are made from the model; no caller may contradict them.
 KEYS = (
     *EVIDENCE,

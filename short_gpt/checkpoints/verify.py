@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from llama.formats.safetensors import DTYPES
-from short_gpt.models.decoder import Decoder
+from short_gpt.models.decoder import Decoder, unmixed
 from short_gpt.runtime.errors import NotFiniteError
 from short_gpt.runtime.progress import bar
 
@@ -53,7 +53,8 @@ def fingerprint(
     """
     read = [i % short.decoder.vocab_size for i in range(count)] if ids is None else list(ids)
     tokens = torch.tensor([read], device=short.decoder.device)  # (1, S)
-    logits = short.decoder.logits(tokens).cpu()  # (1, S, V)
+    with unmixed(short.decoder):
+        logits = short.decoder.logits(tokens).cpu()  # (1, S, V)
     if not logits.isfinite().all():  # nothing can be generated; `check_logits` raises for it
         return Fingerprint(logits, [], [])
     cached, uncached = (short.greedy(read, count, use_cache=c) for c in (True, False))

@@ -28,6 +28,7 @@ def ranked(result: Ranking) -> str:
     """The table of a ranking, by whichever method, and whether its answer is settled."""
     answer = result.answer
     parts = [remark] if (remark := about_bos(result.bos)) else []
+    parts += [f"precision {name}" for name in result.precision.values()]
     if result.search is not None:
         return "\n".join([*parts, search(result.search, answer.method)])
     assert result.importance is not None

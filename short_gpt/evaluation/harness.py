@@ -25,7 +25,7 @@ from torch import Tensor
 
 from llama import Llama
 from short_gpt.data.windows import batches
-from short_gpt.models.decoder import Decoder, pad
+from short_gpt.models.decoder import Decoder, pad, unmixed
 from short_gpt.runtime.errors import MissingPackageError, ShortGPTError
 from short_gpt.runtime.progress import bar
 
@@ -140,7 +140,9 @@ class _LlamaLM:
         with bar("loglikelihood", total=total, unit="request", show=not disable_tqdm) as shown:
             for batch in batches(sorted(requests_of, key=len, reverse=True), self.batch_size):
                 tokens, _ = pad(batch, self.short.decoder)
-                for window, row in zip(batch, self.short.decoder.logits(tokens), strict=True):
+                with unmixed(self.short.decoder):  # as lm-eval's own class, which runs the model
+                    logits = self.short.decoder.logits(tokens)  # (B, S, V)
+                for window, row in zip(batch, logits, strict=True):
                     for i in requests_of[window]:
                         scores[i] = _score(row[: len(window)], requests[i][2])
                     shown.update(len(requests_of[window]))

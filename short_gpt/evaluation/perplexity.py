@@ -39,6 +39,7 @@ class Perplexity:
     tokens: int  # how many were predicted: all of a window except its first
     windows: int
     samples: tuple[Sample, ...] = field(default=(), compare=False, repr=False)  # of every window
+    precision: str = "float32"  # in which windows were read, as `OpenOptions.precision`
 
     @classmethod
     def of(cls, samples: Iterable[Sample]) -> Perplexity:
@@ -64,6 +65,7 @@ class Perplexity:
         """The value, what it was computed from and its error, ready for JSON."""
         content: dict[str, object] = {"perplexity": self.value, "nats": self.nats}
         content |= {"tokens": self.tokens, "windows": self.windows}
+        content |= {} if self.precision == "float32" else {"precision": self.precision}
         if self.error is None or not self.error.known:
             return content
         content |= {"texts": self.error.texts, "standard_error": self.error.standard_error}

@@ -26,7 +26,7 @@ from short_gpt.evaluation import Perplexity, difference, together
 from short_gpt.jobs.cases import RAW, REFIT, Kinds, Ranked, Readings, Windows
 from short_gpt.jobs.comparing import Cells, pruned_losses, windows_digest
 from short_gpt.jobs.inputs import Cut, check_model, listed
-from short_gpt.jobs.saving import Saving, interruptible
+from short_gpt.jobs.saving import Saving, as_begun, interruptible
 from short_gpt.models.numbering import check_count
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import bar
@@ -200,6 +200,7 @@ class Calibrated(NamedTuple):
     ways: Mapping[str, list[Agreement]]  # of each text with itself cut another way, by its name
     cells: list[Crossed]  # every choice on every text
     state: StateFile | None = None  # what was measured, to be cleared once the result is safe
+    precision: Mapping[str, str] = {}  # `ScoredModel.about_precision`
 
     def to_dict(self) -> dict[str, object]:
         """All but the state, ready for JSON, which has no number for an error of one window."""
@@ -209,8 +210,8 @@ class Calibrated(NamedTuple):
             {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row}
             for row in (cell._asdict().items() for cell in self.cells)
         ]
-        del content["state"]
-        return content
+        del content["state"], content["precision"]
+        return content | dict(self.precision)
 
 
 def calibrate(
@@ -259,7 +260,8 @@ def calibrate(
         for way, own in (ways or {}).items()
     }
     cells = [cell for healing in healings for cell in run.crossed(choices, healing)]
-    return Calibrated(n, method, choices, pairs, by_way, cells, saved)
+    about = short.about_precision
+    return Calibrated(n, method, choices, pairs, by_way, cells, saved, about)
 
 
 def _check(short: ShortModel, texts: Mapping[str, Apart], n: int, healings: Sequence[str]) -> None:
@@ -378,7 +380,8 @@ def calibrate_checkpoint(
     sources = (Kinds(data) if isinstance(data, str) else data).each()
     check_model(model, ranked.n)
     kinds = {name: kind for name, source in sources.items() for kind in source.kinds()}
-    short = open_model(model, opening or OpenOptions(), max_seq_len=max(readings.numbers))
+    opening = as_begun(opening or OpenOptions(), state)
+    short = open_model(model, opening, max_seq_len=max(readings.numbers))
     write = writes(short, max(readings.numbers), seed=readings.seed, beside=state)
     half = max(readings.max_windows, readings.eval_windows)  # one half ranks, the other judges
     with interruptible():

@@ -150,11 +150,12 @@ class Compared:
     tasks: dict[str, dict[str, float]]
     state: StateFile | None = None  # holds what was measured, to be cleared once the result is safe
     bos: str = "first"  # which windows began with it: first of each text, or every
+    precision: Mapping[str, str] | None = None  # `ScoredModel.about_precision`
 
     def to_dict(self) -> dict[str, object]:
         """All but the state, ready for JSON."""
-        content = {name: value for name, value in vars(self).items() if name != "state"}
-        return {**content, "rows": [asdict(row) for row in self.rows]}
+        own = {k: value for k, value in vars(self).items() if k not in ("state", "precision")}
+        return {**own, **(self.precision or {}), "rows": [asdict(row) for row in self.rows]}
 
 
 class Healing(Protocol):

@@ -22,7 +22,7 @@ from short_gpt.healing.trainer import begun
 from short_gpt.jobs.cases import DISTILL, LORA, PATCHED, RAW, Cases, LoraSettings, Shares, Windows
 from short_gpt.jobs.comparing import Compared, compare, windows_digest
 from short_gpt.jobs.inputs import Tasks, TextSource, check_model, source_of
-from short_gpt.jobs.saving import Saving, interruptible
+from short_gpt.jobs.saving import Saving, as_begun, interruptible
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.state import hold, joined
@@ -76,7 +76,8 @@ def compare_checkpoint(
     else:
         kinds, held = source_of(data).kinds(), shares.held(source_of(data).column)
     size = max(shares.size, (lora.size or Recipe.size) if DISTILL in cases.heals else 0)
-    short = open_model(source, opening, max_seq_len=size)
+    short = open_model(source, as_begun(opening, saving.state), max_seq_len=size)
+    opening = replace(opening, precision=short.precision)  # also of the models that are trained
     write = writes(short, size, seed=shares.seed, beside=saving.state)
     how = (write, shares.max_windows, shares.seed)
     with interruptible():
@@ -101,7 +102,7 @@ def compare_checkpoint(
             tasks=tasks.suite(),
             state=saving.state,
         )
-    return replace(result, bos=bos)
+    return replace(result, bos=bos, precision=short.about_precision)
 
 
 @dataclass(frozen=True)

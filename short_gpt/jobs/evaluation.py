@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from llama.io.files import check_output, new_file
@@ -64,6 +65,8 @@ def evaluate(
     for name in models:
         rows[name], measured = _evaluated(name, reading, own, tasks, opening, first)
         first = first or measured
+        if measured[0] is not None:  # a pair is read in one precision
+            opening = replace(opening, precision=measured[0].precision)
     return rows
 
 
@@ -83,6 +86,7 @@ def _evaluated(
     size, batch_size = reading.size, reading.batch_size
     short = open_model(name, of_source(opening, name), max_seq_len=size, max_batch_size=batch_size)
     bos = ", bos in every window" if (reading.bos or short.bos) == "every" else ""
+    bos += ", precision mixed" if short.about_precision else ""
     row, changes = {"layers": float(len(short.kept))}, {}
     perplexity, digest = None, ""
     if reading.data != "none":

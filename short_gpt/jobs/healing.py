@@ -22,11 +22,13 @@ from short_gpt.healing import (
     Source,
     Step,
 )
+from short_gpt.healing.distillation import IDENTITY
 from short_gpt.healing.job import STEPS
+from short_gpt.healing.refit_state import STATE
 from short_gpt.healing.solver import RIDGES
 from short_gpt.jobs.inputs import SIZE, Notify, Running, TextSource, check_model, ignore, source_of
 from short_gpt.jobs.renamed import takes_old
-from short_gpt.jobs.saving import interruptible
+from short_gpt.jobs.saving import as_begun, interruptible
 from short_gpt.jobs.scores import Chosen, chosen
 from short_gpt.jobs.settings import Choice, HealingWindows, Settings, kinds_of_methods, methods_of
 from short_gpt.runtime.errors import ShortGPTError
@@ -148,8 +150,10 @@ def _heal(
         folder = Path(f"{out}.{'training' if trains else 'refit'}")
     # before the model is opened; where nothing is there yet, nobody works either
     lock = hold(folder) if folder is not None and folder.parent.is_dir() else None
+    opening = as_begun(opening, *(p for n in (STATE, IDENTITY) for p in (folder or out).rglob(n)))
     own, context = of_source(opening, model, stream=streaming.stream), windows.size or SIZE
     short = open_trainable(model, own) if trains else streaming.open(model, own, context)
+    opening = replace(opening, precision=short.precision)  # of all that is opened from here on
     if removal.importance is not None:  # its record tells what it rests on, as that of prune does
         short.importance = removal.importance
     recipe = settings.recipe(short, windows.seed) if trains else None
@@ -182,6 +186,7 @@ def _heal(
     if plan := job.plan_text():
         notify(plan)
     names = {"data": texts.data, "eval_data": windows.eval_data, "size": size, "bos": bos}
+    names |= short.about_precision
     done = Healing(out, job.run(), parts.left_out, removal.unchecked, names)
     short.evidence |= {**removal.record.evidence, "eval_data": windows.eval_data, "size": size}
     job.save(out, facts={**removal.record.facts, "data": texts.data}, overwrite=overwrite)

@@ -22,7 +22,7 @@ from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import bar
 from short_gpt.runtime.state import read_record
 from short_gpt.wrappers.opening import check_tokenizer, open_model
-from short_gpt.wrappers.options import OpenOptions
+from short_gpt.wrappers.options import FLOAT32, OpenOptions
 from short_gpt.wrappers.short_hf import ShortHFModel
 
 
@@ -126,7 +126,7 @@ def _write_opened(
     source: Source, target: Target, removal: Chosen, verify: bool | None, opening: OpenOptions
 ) -> str | None:
     """Opens a model, removes the layers, and writes it in Hugging Face's format."""
-    short = open_model(str(source), opening, max_seq_len=1024)
+    short = open_model(str(source), opening, max_seq_len=1024, precision=FLOAT32)
     if removal.importance is not None:
         short.importance = removal.importance
     short.remove_layers(removal.layers)

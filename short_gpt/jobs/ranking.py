@@ -22,7 +22,7 @@ from short_gpt.jobs.inputs import (
     known_total,
     source_of,
 )
-from short_gpt.jobs.saving import Saving, interruptible
+from short_gpt.jobs.saving import Saving, as_begun, interruptible
 from short_gpt.jobs.scores import Digests, digests_of
 from short_gpt.jobs.settings import Answer
 from short_gpt.runtime import replicas
@@ -57,6 +57,7 @@ class Ranking:
     state: StateFile | None = None  # the file of the run; `finish` deletes it
     scored: Digests = field(default_factory=dict)  # of the model's files, for `prune` and `heal`
     bos: str = "first"  # which windows began with it: first of each text, or every
+    precision: Mapping[str, str] = field(default_factory=dict)  # `ScoredModel.about_precision`
 
     @property
     def layers(self) -> list[int]:
@@ -70,7 +71,7 @@ class Ranking:
 
     def to_dict(self) -> dict[str, object]:
         """The scores and the verdict, or the search, and of which weights, ready for JSON."""
-        source = {"bos": self.bos, "scored": dict(self.scored)}
+        source = {"bos": self.bos, "scored": dict(self.scored), **self.precision}
         if self.importance is None:
             assert self.search is not None
             chosen = {"method": self.answer.method, "layers": self.search.removed}
@@ -125,7 +126,7 @@ def rank(
     """
     answer, texts, saving = answer or Answer(n), source_of(data), saving or Saving()
     cut, running = cut or Cut(stride=STRIDE), running or Running()
-    opening = opening or OpenOptions()
+    opening = as_begun(opening or OpenOptions(), saving.state)
     check_ranking(model, answer, cut, running, opening)
     kinds = texts.kinds()
     # of the files as they are now
@@ -141,7 +142,8 @@ def rank(
         text = {"text": json_digest(windows)} if answer.by_loss else {}
         identity = _identity(texts, answer, cut, running, bos)
         state = saving.file(joined(identity, short.identity(), text))
-    result = Ranking(answer, cut.seed, state=state, scored=digests, bos=bos)
+    precision = short.about_precision
+    result = Ranking(answer, cut.seed, state=state, scored=digests, bos=bos, precision=precision)
     if answer.by_loss:
         return _search(short, windows, result, running)
     return _measure(short, windows, result, cut, running, notify, detailed=detailed)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 from llama.io.files import check_writable, is_stream
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.settings import WRITE, needs_one_of, setting
+from short_gpt.wrappers.options import AUTO, OpenOptions
 
 if TYPE_CHECKING:
     from short_gpt.runtime.state import StateFile
@@ -54,6 +55,17 @@ class Saving:
             raise ShortGPTError(
                 f"`save_every` {self.save_every}: expected seconds, 0 to save after every batch"
             )
+
+
+def as_begun(opening: OpenOptions, *states: str | Path | None) -> OpenOptions:
+    """The options in the precision of the run that is continued, where `auto` would choose one."""
+    from short_gpt.runtime.state import USUAL, read_record
+
+    for path in states if opening.precision == AUTO else ():
+        run = read_record(path).get("run") if path and Path(path).is_file() else None
+        if isinstance(run, dict):
+            return replace(opening, precision=str({**USUAL, **run}["precision"]))
+    return opening
 
 
 @contextmanager

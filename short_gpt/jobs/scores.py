@@ -62,6 +62,8 @@ class Scores:
         """The scores of a file; ``method`` takes the place of the one that ranked."""
         record = _read(file)
         arguments, scored = _part(record, "arguments", file), _part(record, "scored", file)
+        if "precision" in arguments:  # the one that auto took
+            arguments = {**arguments, "precision": record.get("precision", "float32")}
         digests = {name: str(scored[name]) for name in MENDS if scored.get(name)}
         if "chosen" not in record:
             if type(arguments.get("seed") or 0) is not int:
@@ -303,7 +305,8 @@ def _chosen_within(
             f"by a factor of {rise:.4f}, {budget.verdict(1)}; more `eval_windows` or texts tell "
             "more"
         )
-    gate = {"quality_gate": {"eval_data": data, "not_compared": unsure, **budget.to_dict()}}
+    gate: dict[str, object] = {"eval_data": data, "not_compared": unsure, **budget.to_dict()}
+    gate = {"quality_gate": {**gate, **short.about_precision}}
     remarks = _lines(unchecked, scores.about(len(budget.layers)))
     return Chosen(budget.layers, scores.record(**gate), budget, scores.importance, unsure, remarks)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Protocol
 
 import torch
@@ -20,6 +20,8 @@ class Decoder(Protocol):
     Scoring reads hidden states by hooks on ``layers``, removal goes through `keep_layers`; a new
     kind of model needs nothing else.
     """
+
+    mixed: bool  # whether `run` and `logits` take matrix products in bfloat16, by `products`
 
     @property
     def module(self) -> nn.Module:
@@ -53,6 +55,24 @@ class Decoder(Protocol):
 
     def keep_layers(self, keep: Sequence[int]) -> Callable[[], None]:
         """Keeps only these layers (ascending positions); returns what restores the model."""
+
+
+def products(mixed: bool, device: torch.device) -> AbstractContextManager[object]:
+    """Where ``mixed``, autocast: matrix products in bfloat16, weights and the stream in float32."""
+    if not mixed:
+        return nullcontext()
+    # a pass reads each weight once: copies that outlive their product would take half a model more
+    return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
+
+
+@contextmanager
+def unmixed(decoder: Decoder) -> Iterator[None]:
+    """All passes inside the block in the model's own dtype, for what is compared bit for bit."""
+    before, decoder.mixed = decoder.mixed, False
+    try:
+        yield
+    finally:
+        decoder.mixed = before
 
 
 def remove_layers(decoder: Decoder, drop: Sequence[int]) -> Callable[[], None]:

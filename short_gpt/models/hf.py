@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from short_gpt.models.decoder import products
 from short_gpt.models.families import FAMILIES, Family, family_of
 from short_gpt.models.layer_config import (
     Outline,
@@ -41,6 +42,8 @@ class HFDecoder:
 
     ``layers_path`` is where its layers are, as in ``"model.layers"``; None finds them.
     """
+
+    mixed = False
 
     def __init__(self, model: Any, layers_path: str | None = None) -> None:
         check_layers_path(layers_path)
@@ -111,12 +114,14 @@ class HFDecoder:
     @torch.no_grad()
     def run(self, tokens: Tensor) -> None:
         # the module that owns the layers has embeddings and layers, and no head
-        self._owner(input_ids=tokens, **_uncached(self._owner))
+        with products(self.mixed, self.device):
+            self._owner(input_ids=tokens, **_uncached(self._owner))
 
     @torch.no_grad()
     def logits(self, tokens: Tensor) -> Tensor:
         # (B, S, V), float32: a loss in bfloat16 would keep three digits
-        return self.model(input_ids=tokens, **_uncached(self.model)).logits.float()
+        with products(self.mixed, self.device):
+            return self.model(input_ids=tokens, **_uncached(self.model)).logits.float()
 
     def keep_layers(self, keep: Sequence[int]) -> Callable[[], None]:
         before = self.layers

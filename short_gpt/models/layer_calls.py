@@ -12,7 +12,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor, nn
 
-from short_gpt.models.decoder import Decoder
+from short_gpt.models.decoder import Decoder, products
 from short_gpt.models.families import only_part
 from short_gpt.models.layer_hooks import Arguments, Call, first, state_in, transposed
 from short_gpt.runtime.errors import ShortGPTError
@@ -25,8 +25,10 @@ class LayerCalls:
     themselves; otherwise a ShortGPTError is raised.
     """
 
+    mixed = False
+
     def __init__(self, decoder: Decoder) -> None:
-        self._decoder = decoder
+        self._decoder, self.mixed = decoder, decoder.mixed
         self.family, self.count = decoder.family, len(decoder.layers)
         self._calls: dict[torch.Size, list[Call]] = {}  # by (B, S), one for each layer
         # two texts must make for the same arguments beside the states
@@ -79,7 +81,8 @@ class LayerCalls:
     def run(self, index: int, state: Tensor) -> Tensor:
         """The state (B, S, D) leaving a layer, from the one entering it, which is not changed."""
         args, kwargs = self.call(index, state.clone())  # a layer may write over it
-        return first(self.layer(index)(*args, **kwargs))
+        with products(self.mixed, state.device):
+            return first(self.layer(index)(*args, **kwargs))
 
     def until(self, index: int, state: Tensor, module: nn.Module) -> Tensor:
         """What a layer hands to a module inside it, (B, S, ...); it goes no further."""

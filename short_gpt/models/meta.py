@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from short_gpt.models.decoder import products
 from short_gpt.models.families import META
 
 
@@ -16,6 +17,7 @@ class MetaDecoder:
 
     family = META
     rotary_limits: Sequence[int] = ()
+    mixed = False
 
     def __init__(self, model: Any) -> None:
         self.model = self.module = model
@@ -39,16 +41,18 @@ class MetaDecoder:
     @torch.no_grad()
     def run(self, tokens: Tensor) -> None:
         # ours has a way around the output head, the reference's model has none
-        if hasattr(self.model, "hidden"):
-            self.model.hidden(tokens)
-        else:
-            self.model(tokens, 0)
+        with products(self.mixed, self.device):
+            if hasattr(self.model, "hidden"):
+                self.model.hidden(tokens)
+            else:
+                self.model(tokens, 0)
 
     @torch.no_grad()
     def logits(self, tokens: Tensor) -> Tensor:
         # ours takes tokens alone, the reference's a start, too
         ours = hasattr(self.model, "hidden")
-        return self.model(tokens) if ours else self.model(tokens, 0).float()  # (B, S, V)
+        with products(self.mixed, self.device):
+            return self.model(tokens) if ours else self.model(tokens, 0).float()  # (B, S, V)
 
     def keep_layers(self, keep: Sequence[int]) -> Callable[[], None]:
         before = self.layers

@@ -27,6 +27,7 @@ from short_gpt.runtime.progress import first_rank
 ABOUT = ("versions", "machine")  # entries of every record
 CHECKED = "sha256"  # the entry with the digest of all entries except these
 PACKAGES = ("short-gpt", "torch", "fairscale", "datasets", "transformers", "numpy")
+USUAL = {"precision": "float32"}  # entries of a run's identity that it has where they are others
 LONGEST = 300  # characters of a process's description that are shown
 
 
@@ -248,14 +249,15 @@ class StateFile:
         if not isinstance(theirs, dict):
             raise ShortGPTError(f"{self.path} is no state of a run; choose another name")
         anew = f"delete {self._folder} or name another state"
+        theirs, own = {**USUAL, **theirs}, {**USUAL, **self._identity}
         # a run keeps the same entries from one save to the next, so other ones are another format
-        if theirs.keys() != self._identity.keys():
-            other = ", ".join(sorted(theirs.keys() ^ self._identity.keys()))
+        if theirs.keys() != own.keys():
+            other = ", ".join(sorted(theirs.keys() ^ own.keys()))
             raise ShortGPTError(
                 f"{self.path} is the state of another version of this library, or of another "
                 f"command (it differs in the entries {other}); {anew}"
             )
-        for name, value in self._identity.items():
+        for name, value in own.items():
             if theirs.get(name) != value:
                 raise ShortGPTError(
                     f"{self.path} is the state of a run with another {name}: "

@@ -209,9 +209,10 @@ class LayerHooks:
         known = self._norms if version is not None and version == self._version else None
         x_norm = norms(x) if known is None else known  # (B, S)
         y_norm = norms(y)  # (B, S), which the next layer takes as those of its x
-        products = [torch.linalg.vecdot(x, y), x_norm, y_norm, norms(y - x)]  # (B, S) each
-        if self._middle is not None:
-            products += self._middle.products(state, y)
+        with torch.autocast(x.device.type, enabled=False):  # vecdot is a matrix product
+            products = [torch.linalg.vecdot(x, y), x_norm, y_norm, norms(y - x)]  # (B, S) each
+            if self._middle is not None:
+                products += self._middle.products(state, y)
         self._products.append(torch.stack(products))  # (4 or 7, B, S)
         self._keep(result, y)
         self._state, self._version, self._norms = result, version_of(result), y_norm

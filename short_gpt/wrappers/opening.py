@@ -24,6 +24,7 @@ from short_gpt.models.config_file import explained, read_config, said_layers
 from short_gpt.runtime.digest import files_digest
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.wrappers.options import OpenOptions
+from short_gpt.wrappers.precision import in_precision
 from short_gpt.wrappers.scored_model import ScoredModel
 from short_gpt.wrappers.short_hf import ShortHFModel
 from short_gpt.wrappers.short_llama import ShortLlama
@@ -87,7 +88,8 @@ def open_hf(source: str | Source, options: OpenOptions = DEFAULTS) -> ShortHFMod
     torch.manual_seed(options.seed)
     dtype, trust = choose_dtype(options.dtype, device), options.trust_remote_code
     count = options.n_prune_layers
-    return ShortHFModel(source, None, count, device=device, dtype=dtype, trust_remote_code=trust)
+    short = ShortHFModel(source, None, count, device=device, dtype=dtype, trust_remote_code=trust)
+    return in_precision(short, options)
 
 
 def _reads_tokenizer(source: str | Source, *, stream: bool = False) -> bool:
@@ -121,7 +123,8 @@ def open_trainable(source: str | Source, options: OpenOptions = DEFAULTS) -> Sho
     if source.kind != "meta":
         return open_hf(source, options)
     path, device, dtype = options.tokenizer_path, options.device, options.dtype
-    return ShortHFModel.from_meta(source, tokenizer_path=path, device=device, dtype=dtype)
+    short = ShortHFModel.from_meta(source, tokenizer_path=path, device=device, dtype=dtype)
+    return in_precision(short, options)
 
 
 def layers_of(source: str | PathLike[str]) -> int | None:

@@ -23,6 +23,8 @@ def _tokenizer_is_read(values: Values) -> bool:
 TOKENIZER = Needs(
     "a model in Meta's format (others bring their own tokenizer) or `stream`", _tokenizer_is_read
 )
+PRECISIONS = FLOAT32, MIXED, AUTO = ("float32", "mixed", "auto")
+READING = ("rank", "prune", "heal", "calibrate", "compare", "perplexity", "evaluate", "reproduce")
 LOADED = needs_one_of("`max_perplexity_ratio`", "max_perplexity_ratio")
 
 
@@ -36,6 +38,11 @@ class OpenOptions:
         device: cpu, cuda or mps; the best there is if not given.
         dtype: float32, bfloat16 or float16; if not given, float32 on cpu, bfloat16 on cuda that
             has it, else float16.
+        precision: of reading windows, to score, search and evaluate, in a refit and of a teacher:
+            float32 keeps the model's dtype; mixed takes matrix products in bfloat16, with weights
+            and the stream of a float32 model in float32; auto times both on one window, and takes
+            mixed where that is faster by a third. Training, generation, tasks and proofs of what
+            was written are not affected.
         trust_remote_code: run the Python files that come with a Hugging Face model; look at them
             first. Without it such a model is refused, unless transformers knows its kind.
         max_seq_len: longest window in tokens, of Meta's format or streamed.
@@ -51,6 +58,7 @@ class OpenOptions:
     tokenizer_path: str | None = setting(None, value="FILE", needs=TOKENIZER)
     device: str | None = setting(None, needs=LOADED)
     dtype: str | None = setting(None, needs=LOADED)
+    precision: str = setting(FLOAT32, commands=READING, needs=LOADED)
     trust_remote_code: bool = False
     # what the jobs derive from their own settings
     max_seq_len: int = setting(2048, commands=())
@@ -59,6 +67,12 @@ class OpenOptions:
     seed: int = setting(1, commands=())
     model_parallel_size: int | None = setting(None, commands=())
     max_memory: str | int | None = setting(None, commands=())
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise ShortGPTError(
+                f"`precision` {self.precision}: expected one of {', '.join(PRECISIONS)}"
+            )
 
     def check(self, *, stream: bool) -> None:
         """Raises ShortGPTError for options that do not go together."""

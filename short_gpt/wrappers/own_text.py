@@ -91,6 +91,7 @@ def own_samples(
     if beside is not None:
         settings = {"opening": opening, "length": size + unseen, "temperature": temperature}
         identity = {**short.identity(), **settings, "seed": seed}
+        identity.pop("precision", None)  # of reading windows: a text is written in the model's own
         state = StateFile(Path(beside).parent / f"self-{json_digest(identity)}.json", identity)
         texts = (state.content or {}).get("texts", [])
     texts += [[*opening] for _ in range(count - len(texts))]

@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -29,6 +30,7 @@ from short_gpt.scoring.importance import Importance
 from short_gpt.scoring.run import Follow, RunState, ScoringRun, seconds_a_pass
 from short_gpt.scoring.stopping import Stop, Verdict, check_sample
 from short_gpt.selection.methods import choose
+from short_gpt.wrappers.options import FLOAT32, MIXED
 
 
 class ScoredModel(ModelRecord, ABC):
@@ -161,6 +163,7 @@ class ScoredModel(ModelRecord, ABC):
         """Perplexity of the model as it is now; arguments and errors as in `measure`."""
         total = count_of(windows) if total is None else total
         result = self._perplexity(windows, batch_size, total, progress)
+        result = replace(result, precision=self.precision)
         self.note_quality(result)
         return result
 
@@ -213,7 +216,7 @@ class ScoredModel(ModelRecord, ABC):
 
     def identity(self) -> dict[str, object]:
         """What two runs must share for one to continue the other's state, ready for JSON."""
-        dtype, device = self._layers_run_in()
+        dtype, device = self.runs_in()
         return {
             "dtype": str(dtype),
             "device": device.type,
@@ -221,9 +224,21 @@ class ScoredModel(ModelRecord, ABC):
             "model_parallel_size": len(replicas.of_model(None)),
             "configuration": config_digest(self.configuration),
             "weights": self.weights_digest(),
+            **self.about_precision,
         }
 
-    def _layers_run_in(self) -> tuple[torch.dtype, torch.device]:
+    @property
+    def precision(self) -> str:
+        """In which precision of `OpenOptions` windows are read, "float32" or "mixed"."""
+        return MIXED if self.decoder.mixed else FLOAT32
+
+    @property
+    def about_precision(self) -> dict[str, str]:
+        """Its entry in identities and results, where it is mixed."""
+        return {"precision": MIXED} if self.decoder.mixed else {}
+
+    def runs_in(self) -> tuple[torch.dtype, torch.device]:
+        """The dtype and the device of the layers."""
         weight = next(self.decoder.layers.parameters())
         return weight.dtype, weight.device
 

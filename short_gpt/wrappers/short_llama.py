@@ -20,9 +20,11 @@ from short_gpt.data.windows import starts_texts
 from short_gpt.evaluation.harness import llama_lm
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.models.config_file import TRUST, params_entries
+from short_gpt.models.decoder import unmixed
 from short_gpt.models.meta import MetaDecoder
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.wrappers.options import OpenOptions
+from short_gpt.wrappers.precision import in_precision
 from short_gpt.wrappers.short_model import Prompts, ShortModel
 from short_gpt.wrappers.streamed_llama import StreamedLlama
 
@@ -88,11 +90,12 @@ class ShortLlama(ShortModel):
             names = ("tokenizer_path", "max_seq_len", "device", "dtype", "max_memory", TRUST)
             entries = {name: getattr(chosen, name) for name in names}
             entries["batch_size"] = chosen.max_batch_size
-            return StreamedLlama(ckpt_dir, n_prune_layers, **entries)
+            return in_precision(StreamedLlama(ckpt_dir, n_prune_layers, **entries), chosen)
         tokenizer = chosen.tokenizer_path or find_tokenizer(ckpt_dir)
         names = ("max_seq_len", "max_batch_size", "seed", "device", "dtype", "model_parallel_size")
         entries = {name: getattr(chosen, name) for name in names}
-        return cls(Llama.build(ckpt_dir, tokenizer, **entries), n_prune_layers)
+        short = cls(Llama.build(ckpt_dir, tokenizer, **entries), n_prune_layers)
+        return in_precision(short, chosen)
 
     @property
     def configuration(self) -> Mapping[str, object]:
@@ -133,7 +136,8 @@ class ShortLlama(ShortModel):
                 logits = self.llama.model(tokens[:, start:], start)  # (1, S - start, V)
                 start = tokens.shape[1]
             else:
-                logits = self.decoder.logits(tokens)  # (1, S, V)
+                with unmixed(self.decoder):
+                    logits = self.decoder.logits(tokens)  # (1, S, V)
             tokens = torch.cat((tokens, logits[:, -1:].argmax(-1)), dim=1)  # (1, S + 1)
         return tokens[0, len(ids) :].tolist()
 
@@ -205,7 +209,7 @@ class ShortLlama(ShortModel):
     def _check_saved(self, directory: Path) -> None:
         size = self.decoder.max_seq_len or 2048
         count = max(min(8, size // 2), 1)  # tokens that are compared
-        dtype, device = self._layers_run_in()
+        dtype, device = self.runs_in()
 
         def saved() -> ShortLlama:
             tokenizer = find_tokenizer(directory)

@@ -25,7 +25,7 @@ from short_gpt.data.windows import batches
 from short_gpt.evaluation.perplexity import Perplexity, check_loss, check_predicted, samples_of
 from short_gpt.evaluation.sampling import Sample
 from short_gpt.models.config_file import params_entries
-from short_gpt.models.decoder import pad
+from short_gpt.models.decoder import pad, products
 from short_gpt.models.families import META
 from short_gpt.models.layer_calls import LayerCalls
 from short_gpt.models.layer_hooks import Call
@@ -101,13 +101,16 @@ class StreamedDecoder(MetaDecoder):
         """Negative log-likelihoods in nats of all predicted tokens of one round, (N,)."""
         group = self._pass("perplexity", windows)
         # (B, S - 1) losses of each batch; only those of real tokens count
-        pairs = zip(self.model.losses(group), group, strict=True)
+        with products(self.mixed, self.device):
+            losses = self.model.losses(group)
+        pairs = zip(losses, group, strict=True)
         return torch.cat([loss.cpu()[batch.mask[:, 1:]] for loss, batch in pairs])
 
     def window_logits(self, windows: Sequence[Sequence[int]]) -> Iterator[Tensor]:
         """Logits at all tokens of each window of one round, (S, V) float32 each."""
         for batch in self._pass("logits", windows):
-            logits = self.model.logits(batch)  # (B, S, V)
+            with products(self.mixed, self.device):
+                logits = self.model.logits(batch)  # (B, S, V)
             yield from (row[real] for row, real in zip(logits, batch.mask, strict=True))
 
     def _pass(self, name: str, windows: Sequence[Sequence[int]], **scored: bool) -> list[Batch]:
@@ -122,7 +125,8 @@ class StreamedDecoder(MetaDecoder):
             shown.update(len(batch.mask))
 
         text = f"{name} {len(windows)} windows"
-        with bar(text, total=steps, unit="layer", show=self.progress) as shown:
+        shown_bar = bar(text, total=steps, unit="layer", show=self.progress)
+        with shown_bar as shown, products(self.mixed, self.device):
             self.model.run(group, step=step)
         return group
 
@@ -134,8 +138,8 @@ GROUP_BYTES = 2 * BLOCK_BYTES
 class StreamedCalls(LayerCalls):
     """`LayerCalls` whose layers have weights inside `loaded` alone, one at a time."""
 
-    def __init__(self, model: StreamedTransformer) -> None:
-        self._model = model
+    def __init__(self, model: StreamedTransformer, *, mixed: bool = False) -> None:
+        self._model, self.mixed = model, mixed
         model.release()
         self.family, self.count = META, len(model.layers)
         self._ready: nn.Module | None = None
@@ -361,7 +365,7 @@ class StreamedLlama(ScoredModel):
         saved = open_stream(directory, max_seq_len=size, device=device, dtype=dtype)
         check_logits(ours, saved(tokens))
 
-    def _layers_run_in(self) -> tuple[torch.dtype, torch.device]:
+    def runs_in(self) -> tuple[torch.dtype, torch.device]:
         return self.stream.dtype, self.stream.device  # the layers' own weights come and go
 
     def windows_at_once(self, batch_size: int, progress: bool = False) -> int:
@@ -372,7 +376,8 @@ class StreamedLlama(ScoredModel):
     def seconds_a_window(self, window: Sequence[int], batch_size: int = 1) -> float:
         windows = self.windows_at_once(batch_size)  # of a full round; one layer is timed
         batch = Batch(*pad([window] * batch_size, self.decoder), watched=True)
-        read, ready, run = self.stream.layer_seconds(batch)
+        with products(self.decoder.mixed, self.decoder.device):
+            read, ready, run = self.stream.layer_seconds(batch)
         # a thread reads the next layer while the round passes this one
         layer = ready + max(read, run * windows / batch_size)
         return len(self.kept) * layer / windows
@@ -386,7 +391,7 @@ class StreamedLlama(ScoredModel):
         return files_digest(self.stream.source.files)
 
     def layer_calls(self) -> LayerCalls:
-        return StreamedCalls(self.stream)
+        return StreamedCalls(self.stream, mixed=self.decoder.mixed)
 
     def change_weights(
         self, how: Mapping[str, object], values: Mapping[Parameter, Tensor]

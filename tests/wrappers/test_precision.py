@@ -1,0 +1,331 @@
+"""Windows read with products in bfloat16: what that touches, what it does not, and who says so."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from commands import TEXT, fails, run
+from conftest import (
+    BYTE_VOCAB,
+    interrupted,
+    make_transformer,
+    random_windows,
+    save_checkpoint,
+    write_byte_tokenizer,
+)
+from families import FAMILIES, make
+
+from llama.formats.convert import meta_to_hf
+from short_gpt import ShortGPTError, ShortHFModel, heal_refit
+from short_gpt.checkpoints.verify import fingerprint
+from short_gpt.evaluation.harness import llama_lm
+from short_gpt.evaluation.perplexity import perplexity
+from short_gpt.healing.distillation import LiveTeacher
+from short_gpt.jobs import Cut, OpenOptions, Reading, Saving, evaluate, rank
+from short_gpt.models.decoder import without_layers
+from short_gpt.models.hf import HFDecoder
+from short_gpt.models.layer_calls import LayerCalls
+from short_gpt.runtime import replicas
+from short_gpt.runtime.state import read_record
+from short_gpt.scoring.hooks import hooked
+from short_gpt.scoring.metrics import block_influence
+from short_gpt.scoring.run import ScoringRun
+from short_gpt.wrappers import precision
+from short_gpt.wrappers.opening import open_model, open_trainable
+from short_gpt.wrappers.scored_model import ScoredModel
+
+pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
+WINDOWS = random_windows(3, 24)
+CPU = OpenOptions(device="cpu", max_seq_len=32)
+RANK = ("rank", "meta", "--data", "book.txt", "--size", 32, "--stride", 16, "--device", "cpu")
+MIXED = ("--precision", "mixed")
+KINDS = [("meta", False), ("hf", False), ("meta", True), ("hf", True)]
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    save_checkpoint(tmp_path / "meta", make_transformer(vocab_size=BYTE_VOCAB))
+    write_byte_tokenizer(tmp_path / "meta")
+    meta_to_hf("meta", "hf")
+    Path("book.txt").write_text(TEXT)
+    Path("other.txt").write_text("".join(chr(97 + i * i % 26) for i in range(400)))
+    return tmp_path
+
+
+def dtypes(layers, read) -> tuple[set, set]:
+    """Of what the matrices inside layers give, and of the stream that enters and leaves them."""
+    products, stream = set(), set()
+
+    def product(module, args, output):
+        if isinstance(output, torch.Tensor):
+            products.add(output.dtype)
+
+    def layer(module, args, kwargs, output):
+        states = args[0] if args else kwargs["hidden_states"], output
+        stream.update((s[0] if isinstance(s, tuple) else s).dtype for s in states)
+
+    linear = [m for m in layers.modules() if hasattr(m, "weight") and m.weight.dim() == 2]
+    linear = [m for m in linear if "mbedding" not in type(m).__name__]
+    handles = [m.register_forward_hook(product) for m in linear]
+    handles += [one.register_forward_hook(layer, with_kwargs=True) for one in layers]
+    read()
+    for handle in handles:
+        handle.remove()
+    return products, stream
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "bloom", "falcon", "mixtral"])
+def test_products_are_in_bfloat16_and_the_stream_in_float32(family):
+    assert family in FAMILIES
+    decoder, tokens = HFDecoder(make(family)), torch.tensor(random_windows(2, 10))
+    exact = decoder.logits(tokens)
+    assert dtypes(decoder.layers, lambda: decoder.run(tokens))[0] == {torch.float32}
+    decoder.mixed = True
+    for read in (decoder.run, decoder.logits):
+        found = dtypes(decoder.layers, lambda read=read: read(tokens))
+        assert found == ({torch.bfloat16}, {torch.float32})
+    logits = decoder.logits(tokens)
+    assert logits.dtype == torch.float32 and not torch.equal(logits, exact)
+    # every product keeps 8 bits, and each logit is a sum of many
+    assert (logits - exact).norm() < 0.05 * exact.norm()
+
+
+@pytest.mark.parametrize(("name", "stream"), KINDS)
+def test_every_kind_of_model_scores_and_evaluates_in_mixed(name, stream, here):
+    short = open_model(name, CPU, stream=stream, precision="mixed")
+    plain = open_model(name, CPU, stream=stream)
+    found = dtypes(short.decoder.layers, lambda: short.score(WINDOWS)), short.score(WINDOWS)
+    assert found[0][0] == {torch.bfloat16} and found[0][1] <= {torch.float32}
+    exact = plain.score(WINDOWS).influence
+    assert found[1].influence.dtype == torch.float32
+    assert not torch.equal(found[1].influence, exact)
+    assert torch.allclose(found[1].influence, exact, rtol=3e-2)
+    ours, theirs = (s.perplexity(WINDOWS, progress=False) for s in (short, plain))
+    assert ours.precision == "mixed" and theirs.precision == "float32"
+    assert ours.value == pytest.approx(theirs.value, rel=0.05) and ours.value != theirs.value
+    logits = [*short.window_logits(WINDOWS)]
+    assert not torch.equal(logits[0], next(iter(plain.window_logits(WINDOWS))))
+    targets = LiveTeacher(short, k=4).targets([0, 1, 2], WINDOWS)  # of what a teacher predicts
+    expected = logits[0][:-1].log_softmax(-1).topk(4).values
+    assert torch.allclose(targets[0].logs, expected, atol=1e-5)
+    assert "precision" not in plain.identity() and short.identity()["precision"] == "mixed"
+    calls = short.layer_calls()  # as the refit calls them
+    with calls.loaded(0) as layer:
+        state = next(calls.embed_all([torch.tensor(WINDOWS[:1])]))  # (1, S, D)
+        found = dtypes(torch.nn.ModuleList([layer]), lambda: calls.run(0, state))
+        assert found == ({torch.bfloat16}, {torch.float32})
+    calls.close()
+
+
+def test_the_arithmetic_of_the_hooks_is_that_of_float64_on_the_same_states(here):
+    short = open_model("meta", CPU, precision="mixed")
+    tokens, pairs = torch.tensor(WINDOWS), []
+    for layer in short.decoder.layers:
+        layer.register_forward_hook(lambda _, args, out: pairs.append((args[0], out)))
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    with hooked(short.decoder.layers, mask, sublayers_of=short.decoder.family) as hooks:
+        short.decoder.run(tokens)
+    scores = hooks.scores()
+    exact = torch.stack([block_influence(x.double(), y.double()).sum(1) for x, y in pairs], dim=1)
+    assert torch.allclose(scores.influence.double(), exact, rtol=1e-5)
+    # what attention and MLP add in bfloat16 is summed in float32, and so the proof holds
+    assert scores.sublayers.isfinite().all()
+
+
+def test_searches_by_loss_try_in_mixed(here):
+    short = open_model("meta", CPU, precision="mixed")
+    found = short.search(WINDOWS, 1, progress=False)
+    for layer, loss in found.losses[0].items():
+        with without_layers(short.decoder, [layer]):
+            trial = perplexity(short.decoder, [[w] for w in WINDOWS])
+        assert loss == pytest.approx(trial.nats / trial.tokens, abs=1e-6)
+    short.decoder.mixed = False
+    assert short.search(WINDOWS, 1, progress=False).losses != found.losses
+
+
+def test_a_refit_reads_in_mixed_and_solves_in_float32(here, monkeypatch):
+    short, plain = (open_model("meta", CPU, precision=p) for p in ("mixed", "float32"))
+    fit_on = random_windows(32, 24, seed=3)
+    run_layer, seen = LayerCalls.run, []
+
+    def layer(calls, index, state):
+        leaving = run_layer(calls, index, state)
+        seen.append((state.dtype, leaving.dtype))
+        return leaving
+
+    monkeypatch.setattr(LayerCalls, "run", layer)
+    ours, theirs = (heal_refit(s, [1, 3], fit_on, progress=False) for s in (short, plain))
+    assert {*seen} == {(torch.float32, torch.float32)}
+    assert [fit.part for fit in ours.fits] == [fit.part for fit in theirs.fits]
+    pairs = zip(ours.fits, theirs.fits, strict=True)
+    both = [pair for pair in pairs if pair[0].changed and pair[1].changed]
+    assert len(both) > len(ours.fits) // 2  # held-out windows may tell otherwise of a near tie
+    for ours_fit, theirs_fit in both:
+        assert ours_fit.restored == pytest.approx(theirs_fit.restored, abs=0.02)
+    assert {value.dtype for value in ours.values.values()} == {torch.float32}
+
+
+def test_generation_tasks_and_proofs_are_those_of_float32_bit_for_bit(here):
+    for name in ("meta", "hf"):
+        short, plain = (open_model(name, CPU, precision=p) for p in ("mixed", "float32"))
+        ours, theirs = fingerprint(short), fingerprint(plain)
+        assert torch.equal(ours.logits, theirs.logits) and short.decoder.mixed
+        assert (ours.cached, ours.uncached) == (theirs.cached, theirs.uncached)
+        assert short.generate(["a b"], 8, 0.0) == plain.generate(["a b"], 8, 0.0)
+    short, plain = (open_model("meta", CPU, precision=p) for p in ("mixed", "float32"))
+    requests = [(None, [1, 2, 3], [4, 5])]
+    nats = [llama_lm(s)._loglikelihood_tokens(requests, True) for s in (short, plain)]
+    assert nats[0] == nats[1] and short.decoder.mixed
+    short = open_model("hf", CPU, precision="mixed")
+    short.remove_layers([1])
+    short.save_pretrained("out")  # which compares what is read again, bit for bit
+    assert json.loads(Path("out/pruning.json").read_text())["precision"] == "mixed"
+
+
+def test_training_is_that_of_float32_bit_for_bit(here):
+    from short_gpt.healing.lora import heal
+    from short_gpt.healing.recipe import Recipe
+
+    recipe, trained = Recipe(rank=2, steps=2, warmup=1, batch=2, eval_every=1), []
+    for name in ("mixed", "float32"):
+        short = open_trainable("hf", CPU if name == "float32" else OpenOptions(precision=name))
+        assert short.precision == name
+        parts = (random_windows(4, 16, seed=seed) for seed in (4, 5, 6))
+        heal(short, *parts, recipe=recipe, progress=False)
+        trained.append([p.detach().clone() for p in short.model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*trained, strict=True))
+
+
+@pytest.mark.parametrize("asked", ["mixed", "auto"])
+def test_a_model_that_is_not_in_float32_stays_as_it_is_and_says_so(asked, here, capsys):
+    short = open_model("meta", CPU, dtype="bfloat16", precision=asked)
+    assert short.precision == "float32" and "precision" not in short.identity()
+    expected = f"precision: that of torch.bfloat16, which `{asked}` does not change\n"
+    assert capsys.readouterr().err == expected
+    bf16 = open_model("meta", CPU, dtype="bfloat16")
+    assert torch.equal(short.score(WINDOWS).influence, bf16.score(WINDOWS).influence)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "cost", "taken", "said"),
+    [
+        ((1.3, 0.8), 0.5, "mixed", "precision: mixed (0.8 seconds a window against 1.3 seconds)"),
+        ((1.2, 0.79), 1.9, "mixed", "precision: mixed (0.79 seconds a window against 1.2 seconds)"),
+        ((1.2, 0.81), 0.5, "float32", "float32 (1.2 seconds a window; 0.81 seconds in mixed, whi"),
+        (None, 40.0, "float32", "float32 (a product in bfloat16 takes 40.0 times as long)"),
+        (None, float("inf"), "float32", "float32 (a product in bfloat16 takes inf times as long)"),
+    ],
+)
+def test_auto_takes_mixed_where_a_window_is_faster_by_a_third(
+    seconds, cost, taken, said, here, capsys, monkeypatch
+):
+    def timer(short, window, batch_size=1):
+        assert len(window) == 32 and batch_size == 1
+        return seconds[short.decoder.mixed]
+
+    monkeypatch.setattr(ScoredModel, "seconds_a_window", timer)
+    monkeypatch.setattr(precision, "bfloat16_cost", lambda device: cost)
+    short = open_model("meta", CPU, precision="auto")
+    assert said in capsys.readouterr().err
+    assert short.precision == taken and short.decoder.mixed == (taken == "mixed")
+
+
+def test_auto_is_one_answer_for_all_ranks(here, monkeypatch):
+    monkeypatch.setattr(ScoredModel, "seconds_a_window", lambda s, w: (1.3, 0.8)[s.decoder.mixed])
+    monkeypatch.setattr(precision, "bfloat16_cost", lambda device: 0.5)
+    answers = iter([False, True])  # another rank's window was not faster
+    monkeypatch.setattr(replicas.Replicas, "any", lambda _, flag: flag or next(answers))
+    assert open_model("meta", CPU, precision="auto").precision == "float32"
+
+
+def test_a_pair_of_models_is_read_in_one_precision(here, monkeypatch):
+    run("prune", "meta", "out", "--layers", 1)
+    times = iter([1.3, 0.8, 1.3, 1.3])  # the second model alone would take float32
+    monkeypatch.setattr(ScoredModel, "seconds_a_window", lambda *_: next(times))
+    monkeypatch.setattr(precision, "bfloat16_cost", lambda device: 0.5)
+    opening = replace(CPU, precision="auto")
+    rows = evaluate(["meta", "out"], Reading("other.txt", size=32), opening=opening)
+    assert all("other.txt perplexity, precision mixed" in row for row in rows.values())
+
+
+def test_the_cost_of_a_product_is_measured_in_both(monkeypatch):
+    assert 0 < precision.bfloat16_cost(torch.device("cpu")) < float("inf")
+
+    def unsupported(mixed, device):
+        raise RuntimeError("Current CUDA Device does not support bfloat16")
+
+    monkeypatch.setattr(precision, "products", unsupported)
+    assert precision.bfloat16_cost(torch.device("cpu")) == float("inf")
+
+
+def test_what_cannot_be_is_refused_in_one_line(here, capsys, monkeypatch):
+    line = fails(capsys, *RANK, "--precision", "half")
+    assert line == "short-gpt: --precision half: expected one of float32, mixed, auto"
+    with pytest.raises(ShortGPTError, match="`precision` half: expected one of"):
+        open_model("meta", precision="half")
+    monkeypatch.setattr(precision, "bfloat16_cost", lambda device: float("inf"))
+    assert fails(capsys, *RANK, *MIXED) == (
+        "short-gpt: --precision mixed: cpu multiplies no bfloat16; leave it out"
+    )
+    assert "no effect without --max_perplexity_ratio" in fails(
+        capsys, "prune", "meta", "out", "--layers", 1, *MIXED
+    )
+    assert "has no flag" in fails(capsys, "generate", "meta", "a", *MIXED)
+
+
+def test_a_run_goes_on_in_the_precision_that_it_began_with(here, monkeypatch):
+    how = {"cut": Cut(32, stride=16), "saving": Saving("state", 0)}
+    monkeypatch.setattr(ScoredModel, "seconds_a_window", lambda *_: pytest.fail("it was timed"))
+    scores = {}
+    for first, other in (("mixed", "float32"), ("float32", "mixed")):
+        opening = OpenOptions(device="cpu", precision=first)
+        with interrupted(ScoringRun, "_after", 3):
+            rank("meta", "book.txt", opening=opening, **how)
+        assert read_record("state")["run"].get("precision", "float32") == first
+        line = f"the state of a run with another precision: '{first}', now '{other}'"
+        with pytest.raises(ShortGPTError, match=line):
+            rank("meta", "book.txt", opening=replace(opening, precision=other), **how)
+        auto = rank("meta", "book.txt", opening=replace(opening, precision="auto"), **how)
+        at_once = rank("meta", "book.txt", opening=opening, cut=how["cut"])
+        scores[first] = at_once.importance.to_dict()
+        assert auto.importance.to_dict() == scores[first]
+        auto.finish()
+    assert scores["mixed"] != scores["float32"]
+
+
+def test_results_say_that_they_are_mixed(here, capsys, monkeypatch):
+    def result(*argv, name="mixed.json"):
+        run(*argv, "--device", "cpu", "--json", name, "--overwrite")
+        return read_record(name)
+
+    own = ("--data", "other.txt", "--size", 32)
+    rank = ("rank", "meta", "--data", "book.txt", "--size", 32, "--n", 1)
+    assert "precision" not in result(*rank)
+    assert result(*rank, *MIXED)["precision"] == "mixed"
+    assert "precision mixed\n" in capsys.readouterr().out
+    assert result(*rank, "--method", "sleb", *MIXED, name="s.json")["precision"] == "mixed"
+    measured = result("perplexity", "meta", *own, *MIXED)["result"]
+    assert measured["precision"] == "mixed"
+    assert "precision" not in result("perplexity", "meta", *own)["result"]
+    compared = ("compare", "meta", "--data", "book.txt", "--eval_data", "other.txt", "--size", 32)
+    compared += ("--methods", "bi", "--counts", 1, "--healing", "raw")
+    assert result(*compared, *MIXED)["precision"] == "mixed"
+    assert "precision" not in result(*compared)
+    # a choice by scores names the precision that auto took
+    monkeypatch.setattr(precision, "bfloat16_cost", lambda device: 0.5)
+    monkeypatch.setattr(ScoredModel, "seconds_a_window", lambda s, w: (1.3, 0.8)[s.decoder.mixed])
+    result(*rank, "--precision", "auto", name="auto.json")
+    run("prune", "meta", "out", "--scores", "auto.json", "--n", 1)
+    assert json.loads(Path("out/pruning.json").read_text())["scored_by"]["precision"] == "mixed"
+    heal = ("heal", "hf", "healed", "--layers", 2, "--data", "book.txt", "--eval_data", "other.txt")
+    heal += ("--size", 32, "--eval_windows", 2, "--max_windows", 8, "--precision", "auto")
+    assert result(*heal)["result"]["precision"] == "mixed"
+    assert json.loads(Path("healed/pruning.json").read_text())["precision"] == "mixed"
+    pair = result("evaluate", "meta", "out", "--data", "other.txt", "--size", 32, *MIXED)["result"]
+    assert "other.txt perplexity, precision mixed" in pair["out"]
+    assert isinstance(open_model("hf", CPU, precision="mixed"), ShortHFModel)
