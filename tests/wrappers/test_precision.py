@@ -177,6 +177,8 @@ def test_generation_tasks_and_proofs_are_those_of_float32_bit_for_bit(here):
         assert torch.equal(ours.logits, theirs.logits) and short.decoder.mixed
         assert (ours.cached, ours.uncached) == (theirs.cached, theirs.uncached)
         assert short.generate(["a b"], 8, 0.0) == plain.generate(["a b"], 8, 0.0)
+        written = dtypes(short.decoder.layers, lambda s=short: s.greedy([1, 2], 2, use_cache=False))
+        assert written[0] == {torch.float32}
     short, plain = (open_model("meta", CPU, precision=p) for p in ("mixed", "float32"))
     requests = [(None, [1, 2, 3], [4, 5])]
     nats = [llama_lm(s)._loglikelihood_tokens(requests, True) for s in (short, plain)]
