@@ -284,7 +284,7 @@ def shared_healing(folder: Path) -> None:
     found: dict[object, object] = {}
     for name, (model, changes) in given["cases"].items():
         refit = fit(ShortHFModel(model), [2, 3], given["windows"], **changes, progress=False)
-        found[name] = (dict(refit.values), refit.fits, refit.tried)
+        found[name] = (dict(refit.values), refit.fits)
     try:
         fit(ShortHFModel(model), [2, 3], given["windows"][:2], progress=False)
     except ShortGPTError as error:
@@ -295,9 +295,40 @@ def shared_healing(folder: Path) -> None:
         beside.parent.mkdir(exist_ok=True)
         options = {"batch_size": size, "beside": beside, "progress": False}
         found["own", size] = own_samples(short, 7, 12, **options)
-    torch.save(found, folder / f"world{dist.get_world_size()}-rank{dist.get_rank()}.pt")
+    for name, (model, windows, options) in given["trained"].items():
+        found[name] = trained(ShortHFModel(model), windows, options, folder / name)
+    torch.save(found, folder / f"world{world}-rank{dist.get_rank()}.pt")
     dist.barrier()
     dist.destroy_process_group()
+
+
+def trained(short: ShortHFModel, windows: object, options: dict, work: Path) -> dict[str, object]:
+    """What a healing that trains gives, where it was interrupted before its last evaluation."""
+    from short_gpt.healing import HealingJob
+    from short_gpt.healing.trainer import TrainingRun
+
+    def run(resume: bool) -> HealingJob:
+        job = HealingJob(short, windows, [4, 2], work_dir=work, resume=resume, **options)
+        job.run()
+        return job
+
+    plain, left = TrainingRun.measure, [2]
+
+    def measure(self: TrainingRun, adapted: object) -> dict[str, float]:
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return plain(self, adapted)
+
+    TrainingRun.measure = measure
+    try:
+        run(False)
+    except KeyboardInterrupt:
+        TrainingRun.measure = plain
+    assert [path.name for path in work.rglob("checkpoint-*")] == ["checkpoint-2"]
+    evidence = run(True).evidence
+    weights = [p.detach().clone() for p in short.decoder.module.parameters()]
+    return {"evidence": evidence.to_dict(), "weights": weights}
 
 
 def heals_and_fails(argv: list[str], line: list[str]) -> None:

@@ -253,7 +253,7 @@ class HealingJob:
             if self.resume:
                 raise ShortGPTError("to resume, name the work_dir that holds what was done")
             with tempfile.TemporaryDirectory() as name:
-                yield Path(name)
+                yield Path(self._team.gather(name)[0])
             return
         folder = self.work_dir
         self._lock = hold(folder)
