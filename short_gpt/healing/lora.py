@@ -6,6 +6,7 @@ After Gromov et al. (arXiv:2403.17887, appendix A), through peft and the Trainer
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -228,10 +229,11 @@ def _check(run: TrainingRun, evaluation: Sequence[Window]) -> None:
 
 
 def _check_processes(count: int, recipe: Recipe) -> None:
-    if several_ranks() and count != dist.get_world_size():
+    shards = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if shards or (several_ranks() and count != dist.get_world_size()):
         raise ShortGPTError(
-            "LoRA healing needs the whole model in every process: open it with "
-            "model_parallel_size=1, before anything else makes groups of processes"
+            "LoRA healing needs the whole model in every process: start it by torchrun, without "
+            "FSDP, and open the model with model_parallel_size=1 before other groups are made"
         )
     if recipe.batch % (at_once := recipe.micro_batch * count):
         raise ShortGPTError(

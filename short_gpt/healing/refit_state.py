@@ -223,32 +223,22 @@ class RefitState:
         if self.folder is None:
             self._values |= values
         else:
+            first, path = self.team.rank == 0, self.folder / f"{VALUES}{done}"
             digests = {model + self._own: self.leaving(model).digest for model in models}
             digests = dict(ChainMap(*self.team.gather(digests)))
-            path = self.folder / f"{VALUES}{done}"
-            if self.team.rank == 0:
-                self._save(path, done, fits, values, digests)
+            if first and values:
+                tensors = {f"{n} {name}": v.contiguous() for (n, name), v in values.items()}
+                with new_file(path, overwrite=True, ours=lambda _: True) as partial:
+                    save_file(tensors, partial)
+                self._files = {**self._files, path.name: files_digest([path])}
+            content = {"done": done, "fits": [asdict(fit) for fit in fits], "states": digests}
+            if first:
+                processes = self.team.count
+                self._file.save({**content, "values": self._files, "processes": processes})
             self._files = self.team.gather(self._files)[0]  # and waits for that
             if values:
                 self._stored.read(path)
         self.done, self.fits = done, fits
-
-    def _save(
-        self,
-        path: Path,
-        done: int,
-        fits: Sequence[Fit],
-        values: Mapping[Parameter, Tensor],
-        digests: Mapping[str, str | None],
-    ) -> None:
-        if values:
-            tensors = {f"{n} {name}": v.contiguous() for (n, name), v in values.items()}
-            with new_file(path, overwrite=True, ours=lambda _: True) as partial:
-                save_file(tensors, partial)
-            self._files = {**self._files, path.name: files_digest([path])}
-        content = {"done": done, "fits": [asdict(fit) for fit in fits], "values": self._files}
-        shared = {"processes": self.team.count} if self.team.count > 1 else {}
-        self._file.save({**content, "states": digests, **shared})
 
     def finish(self) -> None:
         """Removes the states, which are not needed any more; what was solved stays."""

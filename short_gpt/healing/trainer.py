@@ -258,6 +258,7 @@ def run_folder(
         if not resume:
             if folder.exists() and {p.name for p in folder.iterdir()} - {RECIPE}:
                 raise FileExistsError(f"{folder} holds an earlier run; resume it, or remove it")
+            team.gather(None)  # all have looked before one writes
             folder.mkdir(parents=True, exist_ok=True)
             if not team.rank:
                 write_json(folder / RECIPE, run)
