@@ -123,7 +123,7 @@ class LayerRefit:
         state, calls = batches.state, batches.calls
         self._entering, self._leaving = state.entering(PRUNED), state.leaving(PRUNED)
         self._target = state.leaving(ORIGINAL)  # after `run_original` and the removed layers
-        # (1, 32, D), one sample for all, who must find the same sublayers
+        # (1, 32, D), one for all, who must find the same sublayers; of a view all would be sent
         sample = batches.team.gather(self._entering[0][:1, :32].clone())[0]
         sample = sample.to(batches.device(index))
         self._sublayers = Sublayers.of(calls, index, sample, calls.family)
