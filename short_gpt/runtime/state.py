@@ -237,7 +237,7 @@ class StateFile:
     ) -> None:
         self.path, self.every = Path(str(path)), every
         self._folder = folder or self.path
-        self._lock = hold(self.path) if lock is None else lock
+        self._lock: Lock | None = hold(self.path) if lock is None else lock
         self._identity: JsonObject = json.loads(json.dumps(dict(identity)))  # as a file has it
         self._saved = time.monotonic()
         self.content = self._load() if self.path.exists() else None
