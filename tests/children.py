@@ -22,7 +22,7 @@ from llama.checkpoint.meta import Checkpoint
 from llama.formats.convert import hf_to_meta, meta_to_hf
 from llama.generation import load_model
 from llama.parallel import initialize
-from short_gpt import ShortGPTError, ShortLlama
+from short_gpt import ShortGPTError, ShortHFModel, ShortLlama
 from short_gpt.checkpoints import prune_hf
 from short_gpt.cli import app
 from short_gpt.data.windows import Window, batches
@@ -270,3 +270,79 @@ def healing(folder: Path, argv: list[str], ready: Path) -> None:
     os.chdir(folder)
     LayerRefit.solve = solve
     app.main(argv)
+
+
+# Healing that replicas share, for `test_ranks`
+
+
+def shared_healing(folder: Path) -> None:
+    """Saves what this rank gets of refits in memory, and of texts that a model writes."""
+    from short_gpt import own_samples
+    from short_gpt.healing.refit import fit
+
+    given = torch.load(folder / "given.pt", weights_only=False)
+    found: dict[object, object] = {}
+    for name, (model, changes) in given["cases"].items():
+        refit = fit(ShortHFModel(model), [2, 3], given["windows"], **changes, progress=False)
+        found[name] = (dict(refit.values), refit.fits)
+    try:
+        fit(ShortHFModel(model), [2, 3], given["windows"][:2], progress=False)
+    except ShortGPTError as error:
+        found["few"] = str(error)
+    short, world = ShortLlama(given["llama"]), dist.get_world_size()
+    for size in (2, None):
+        beside = folder / f"own{world}-{size}" / "out"
+        beside.parent.mkdir(exist_ok=True)
+        options = {"batch_size": size, "beside": beside, "progress": False}
+        found["own", size] = own_samples(short, 7, 12, **options)
+    for name, (model, windows, options) in given["trained"].items():
+        found[name] = trained(ShortHFModel(model), windows, options, folder / name)
+    torch.save(found, folder / f"world{world}-rank{dist.get_rank()}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def trained(short: ShortHFModel, windows: object, options: dict, work: Path) -> dict[str, object]:
+    """What a healing that trains gives, where it was interrupted before its last evaluation."""
+    from short_gpt.healing import HealingJob
+    from short_gpt.healing.trainer import TrainingRun
+
+    def run(resume: bool) -> HealingJob:
+        job = HealingJob(short, windows, [4, 2], work_dir=work, resume=resume, **options)
+        job.run()
+        return job
+
+    plain, left = TrainingRun.measure, [2]
+
+    def measure(self: TrainingRun, adapted: object) -> dict[str, float]:
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return plain(self, adapted)
+
+    TrainingRun.measure = measure
+    try:
+        run(False)
+    except KeyboardInterrupt:
+        TrainingRun.measure = plain
+    assert [path.name for path in work.rglob("checkpoint-*")] == ["checkpoint-2"]
+    evidence = run(True).evidence
+    weights = [p.detach().clone() for p in short.decoder.module.parameters()]
+    return {"evidence": evidence.to_dict(), "weights": weights}
+
+
+def heals_and_fails(argv: list[str], line: list[str]) -> None:
+    """Heals a model, and starts again with another output; in its second layer rank 1 fails."""
+    from short_gpt.healing.refit_layer import LayerRefit
+
+    app.run(["heal", "ckpt", *argv])
+    plain, layers = LayerRefit.solve, []
+
+    def solve(self: LayerRefit) -> object:
+        layers.append(self)
+        if len(layers) == 2 and os.environ["RANK"] == "1":
+            raise ShortGPTError("rank 1 alone")
+        return plain(self)
+
+    LayerRefit.solve = solve
+    app.main(line)

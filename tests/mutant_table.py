@@ -352,4 +352,19 @@ MUTANTS = [
         "pass",
         "test_any_division_gives_the_sums_of_one_process",
     ),
+    (
+        "return float(self._team.total(own))",
+        "return float(own)",
+        "test_processes_that_share_the_windows_solve_the_matrices_of_one",
+    ),
+    (
+        "for part in self.team.gather({i: self.texts[i] for i in mine}):",
+        "for part in [{i: self.texts[i] for i in mine}]:",
+        "test_processes_share_the_texts_that_a_model_writes",
+    ),
+    (
+        "return loss * self.accelerator.num_processes",
+        "return loss",
+        "test_two_processes_train_as_one_with_the_whole_batch[distill]",
+    ),
 ]

@@ -15,6 +15,7 @@ from short_gpt.models.decoder import Decoder
 from short_gpt.models.layer_calls import LayerCalls
 from short_gpt.models.numbering import span
 from short_gpt.models.weight_changes import Parameter, WeightChange, restored_on_error
+from short_gpt.runtime import replicas
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.scoring.importance import Importance
 
@@ -128,8 +129,12 @@ class ModelRecord:
     def window_losses(
         self, windows: Sequence[Sequence[int]], *, progress: bool = True
     ) -> list[Perplexity]:
-        """The loss of every window on its own, of the model as it is now, for `paired`."""
-        return losses(self.decoder, windows, progress=progress)
+        """The loss of every window on its own, of the model as it is now, for `paired`.
+
+        Replicas share the windows; all ranks must call it.
+        """
+        team = replicas.current(self.decoder.device)
+        return team.all(losses(self.decoder, team.mine(windows), progress=progress))
 
     def note_quality(self, result: Perplexity) -> None:
         """Records a perplexity of the model as it is, unless layers were removed unrecorded."""

@@ -40,7 +40,7 @@ from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.settings import WRITE, Needs, needs_one_of, setting
 from short_gpt.wrappers.options import TOKENIZER
 
-ALONE = ("prune", "heal", "convert", "plot")  # of several ranks, only the first runs these
+ALONE = ("prune", "convert", "plot")  # of several ranks, only the first runs these
 REMOVED = {"draft": "compare the pruned model by perplexity, or by evaluate on tasks"}
 SAMPLES = Needs("a --temperature above 0", lambda values: values["temperature"] != 0)
 PROMPT = Needs("a PROMPT", lambda values: values["prompt"] is not None)

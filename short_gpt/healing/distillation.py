@@ -33,6 +33,7 @@ from short_gpt.data.windows import batches
 from short_gpt.evaluation.perplexity import AT_ONCE, Perplexity, check_loss
 from short_gpt.healing.texts import IGNORED, Example, collate, examples
 from short_gpt.models.decoder import Decoder, padded
+from short_gpt.runtime import replicas
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
 from short_gpt.runtime.progress import bar, set_rate
@@ -201,30 +202,43 @@ class CachedTeacher:
         return joined({"teacher": self._teacher}, own)
 
     def fill(self, *, batch_size: int = 1, progress: bool = True) -> None:
-        """Asks the model for what the file lacks; ShortGPTError where the file is damaged."""
+        """Asks the model for what the file lacks; ShortGPTError where the file is damaged.
+
+        Replicas share the windows, and the first writes what all were told.
+        """
+        team = replicas.current(None if self._model is None else self._model.decoder.device)
+        team.gather(None)  # all have looked for a file before one is written
         self._file.parent.mkdir(parents=True, exist_ok=True)
-        if self._state.content is None:
+        if self._state.content is None and not team.rank:
             self._state.save({})
-        done = self._drop_unfinished()
+        done = team.gather(0 if team.rank else self._drop_unfinished())[0]
         rest, model = self._windows[done:], self._model
-        every = model.window_logits(rest, batch_size=batch_size) if rest and model else ()
+        mine = team.mine(rest)
+        every = iter(model.window_logits(mine, batch_size=batch_size) if mine and model else ())
         tokens = 0
         with (
             open(self._file, "ab") as file,
             bar("teacher", total=len(self._windows), unit="window", show=progress) as shown,
         ):
             shown.update(done)
-            for logits in every:  # (S, V)
-                targets = _targets(logits, self.k, self.temperature)
-                record = np.empty(len(targets.rest), self._record)
-                for name, part in targets._asdict().items():
-                    record[name] = part.cpu().numpy()
-                content = record.tobytes()
-                file.write(content + sha256(content).digest())
-                tokens += len(logits) - 1
-                set_rate(shown, tokens)
-                shown.update()
+            for _ in range(0, len(rest), team.count):
+                logits = next(every, None)  # (S, V)
+                for content in team.gather(b"" if logits is None else self._content(logits)):
+                    file.write(b"" if team.rank else content)
+                    tokens += max(len(content) - DIGEST, 0) // self._record.itemsize
+                    set_rate(shown, tokens)
+                    shown.update(bool(content))
+        team.gather(None)  # the first has written all
         self._model = None
+
+    def _content(self, logits: Tensor) -> bytes:
+        """The records of a window's logits, (S, V), and their digest."""
+        targets = _targets(logits, self.k, self.temperature)
+        record = np.empty(len(targets.rest), self._record)
+        for name, part in targets._asdict().items():
+            record[name] = part.cpu().numpy()
+        content = record.tobytes()
+        return content + sha256(content).digest()
 
     def targets(self, indices: Sequence[int], windows: Sequence[Window]) -> list[Targets]:
         """The same, by the windows' indices among all of training, then of validation."""

@@ -18,6 +18,7 @@ from short_gpt.healing.lora import TEACHER, DistillSettings, LoraSettings
 from short_gpt.healing.refit import PatchSettings, RefitSettings
 from short_gpt.healing.refit_state import STATE
 from short_gpt.healing.texts import Learning
+from short_gpt.runtime import replicas
 from short_gpt.runtime.errors import (
     USER_ERRORS,
     NotFiniteError,
@@ -36,6 +37,12 @@ KINDS: tuple[type[Step], ...] = (
     DistillSettings,
 )
 STEPS = {kind.name: kind for kind in KINDS}
+
+
+def begun(short: ScoredModel, folder: Path | None) -> bool:
+    """Whether a folder held anything when all ranks had come here; all must call it."""
+    own = folder is not None and folder.is_dir() and any(folder.iterdir())
+    return replicas.current(short.decoder.device).gather(own)[0]
 
 
 def check_order(steps: Sequence[tuple[str, bool]]) -> None:
@@ -83,6 +90,9 @@ class HealingEvidence:
 class HealingJob:
     """Removes layers, heals the pruned model in steps, and measures before and after.
 
+    Replicas (torchrun) share the windows, and a ``work_dir`` that all of them must see; all call
+    `run`, and get the same model. The first one saves it.
+
     Args:
         short: the opened model, changed in place; training needs a `ShortHFModel` (``from_meta``).
         windows: to learn from, validate by and evaluate on.
@@ -122,6 +132,7 @@ class HealingJob:
         self.work_dir = None if work_dir is None else Path(str(work_dir))
         self.resume, self.progress, self.notify = resume, progress, notify
         self.evidence: HealingEvidence | None = None  # of `run`
+        self._team = replicas.current(short.decoder.device)
         self._lock: Lock | None = None  # of the folder, from the start of `run` until it is removed
 
     def plan_text(self) -> str | None:
@@ -200,6 +211,8 @@ class HealingJob:
         if self.evidence is None:
             raise RuntimeError("nothing was healed yet; call run first")
         measured = self.evidence.perplexity
+        if self._team.rank:
+            return Path(out_dir)
         try:
             out = self.short.save(out_dir, facts=facts, measured=measured, overwrite=overwrite)
         except Exception as error:
@@ -240,12 +253,12 @@ class HealingJob:
             if self.resume:
                 raise ShortGPTError("to resume, name the work_dir that holds what was done")
             with tempfile.TemporaryDirectory() as name:
-                yield Path(name)
+                yield Path(self._team.gather(name)[0])
             return
         folder = self.work_dir
         self._lock = hold(folder)
         try:
-            any_there = folder.is_dir() and any(folder.iterdir())
+            any_there = begun(self.short, folder)
             if any_there and not self.resume:
                 raise FileExistsError(f"{folder} holds an earlier run; resume it, or remove it")
             if self.resume and not any_there:
@@ -253,7 +266,8 @@ class HealingJob:
             folder.mkdir(parents=True, exist_ok=True)
             yield folder
         except BaseException as error:
-            if isinstance(error, NotFiniteError) and not any(step.trains for step in self.steps):
+            again = any(step.trains for step in self.steps) or self._team.rank > 0
+            if isinstance(error, NotFiniteError) and not again:
                 self._clear(folder)  # the same command would end in the same way
             self._lock = None  # else it is needed until the model is saved
             raise

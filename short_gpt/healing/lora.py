@@ -6,6 +6,7 @@ After Gromov et al. (arXiv:2403.17887, appendix A), through peft and the Trainer
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, cast
 
 import torch
+import torch.distributed as dist
 
 from llama.ranks import several_ranks
 from short_gpt.data.disjoint import check_disjoint
@@ -31,6 +33,7 @@ from short_gpt.healing.trainer import TrainingRun, begun, quiet, train
 from short_gpt.models.families import ANY, family_of
 from short_gpt.models.hf import find_layers
 from short_gpt.models.weight_changes import WeightChange, parameters_of, restored_on_error
+from short_gpt.runtime import replicas
 from short_gpt.runtime.errors import MissingPackageError, ShortGPTError
 from short_gpt.wrappers.scored_model import ScoredModel
 
@@ -80,7 +83,8 @@ def heal(
 ) -> Healed:
     """Trains low-rank changes on windows of text and merges them into the model, in place.
 
-    After any error the model is as before.
+    After any error the model is as before. Under torchrun processes share every batch, by the
+    Trainer's data parallelism; each holds the whole model, and all get the same.
 
     Args:
         short: a `ShortHFModel`, its layers removed.
@@ -112,8 +116,7 @@ def heal(
 def heal_run(short: ScoredModel, run: TrainingRun, evaluation: Sequence[Window] = ()) -> Merged:
     """As `heal`; also returns what takes the change out again, for which a copy is held."""
     require_packages()
-    if several_ranks():
-        raise ShortGPTError("LoRA healing runs in one process; start it without torchrun")
+    _check_processes(replicas.current(short.decoder.device).count, run.recipe)
     model = short.trainable()
     _check(run, evaluation)
     targets = [model.get_submodule(name) for name in target_modules(model, run.recipe.modules)]
@@ -223,6 +226,20 @@ def _check(run: TrainingRun, evaluation: Sequence[Window]) -> None:
     check_disjoint(run.training, run.validation)
     if run.recipe.four_bit:
         require_four_bit()
+
+
+def _check_processes(count: int, recipe: Recipe) -> None:
+    shards = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if shards or (several_ranks() and count != dist.get_world_size()):
+        raise ShortGPTError(
+            "LoRA healing needs the whole model in every process: start it by torchrun, without "
+            "FSDP, and open the model with model_parallel_size=1 before other groups are made"
+        )
+    if recipe.batch % (at_once := recipe.micro_batch * count):
+        raise ShortGPTError(
+            f"batch {recipe.batch} is not a multiple of {at_once}, the windows that {count} "
+            "processes read at once: give another batch, or start fewer"
+        )
 
 
 def require_packages() -> None:

@@ -43,6 +43,7 @@ from short_gpt.healing.texts import Learning
 from short_gpt.models.decoder import pad
 from short_gpt.models.numbering import check_layers, span
 from short_gpt.models.weight_changes import Parameter
+from short_gpt.runtime import replicas
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
 from short_gpt.runtime.progress import bar
@@ -211,7 +212,8 @@ def fit(
     All windows pass a layer before the next one, in the original model and in the pruned one. Held
     beside the model are three states (N, D), the inputs of a matrix (N, F) and one (F, F) float64
     matrix; states for which there is no room go into temporary files. With a folder all are there,
-    and the same call continues from the last finished layer, bit for bit.
+    and the same call continues from the last finished layer, bit for bit. Replicas (torchrun) share
+    the windows, which changes the rounding of sums alone, and get the same values.
 
     Args:
         short: the model with all the layers, in memory or streamed.
@@ -226,21 +228,28 @@ def fit(
         changes: attributes of the settings, such as ``parts=("mlp",)`` or ``step_size=0.5``.
 
     Raises:
-        ShortGPTError: a layer does not exist; fewer than two windows; nothing can be solved; for a
-            patch, a gap begins the model; several model-parallel ranks; too little memory or disk;
-            ``work_dir`` is of another refit, damaged or in use.
+        ShortGPTError: a layer does not exist; fewer than two windows, or fewer to fit on than
+            replicas; nothing can be solved; for a patch, a gap begins the model; several
+            model-parallel ranks; too little memory or disk; ``work_dir`` is of another refit or
+            number of processes, damaged or in use.
         NotFiniteError: a state is NaN or infinite.
     """
     settings = replace(settings or RefitSettings(), **changes)
+    team = replicas.current(short.decoder.device)
     _check(short, layers, settings)
     windows, held = split_held_out(list(windows)) if held is None else (windows, held)
     if not windows or not held:
         raise ShortGPTError("expected at least two windows of calibration tokens")
+    if len(windows) < team.count:
+        raise ShortGPTError(
+            f"expected a window to fit on for each of {team.count} processes, got {len(windows)}: "
+            "give more text, or start fewer"
+        )
     folder = None if work_dir is None else Path(os.fspath(work_dir))
     if settings.parts is None:
         return _fit_best(short, layers, windows, held, settings, folder, progress)
     known = {} if folder is None else _identity(short, layers, windows, held, settings)
-    state = RefitState(folder, known)
+    state = RefitState(folder, known, team)
     try:
         refused = _solve(short, layers, windows, held, settings, state, progress)
     except BaseException as error:
@@ -274,14 +283,16 @@ def _solve(
     if state.done == len(visits):
         state.finish()  # which a killed run may not have come to
         return ""
-    fitted, held_out = ([*batched(part, settings.batch_size)] for part in (windows, held))
+    team = state.team  # held-out windows go on where those to fit on end
+    own = (team.mine(windows), team.mine(held, first=len(windows)))
+    fitted, held_out = ([*batched(part, settings.batch_size)] for part in own)
     with ExitStack() as stack:
         if plan.disk and state.folder is None:  # the states are more than there is room for
             state.scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         rest = visits[state.done :]
         passes = visits[-1].next_kept - (rest[0].layer if state.done else 0)
         passes += sum(visit.solved for visit in rest)  # these the pruned model has, too
-        title, total = f"refitting {len(every)} windows", passes * len(every)
+        title, total = f"refitting {len(every)} windows", passes * sum(map(len, own))
         shown = stack.enter_context(bar(title, total=total, unit="layer", show=progress))
         stack.callback(calls.close)
         batches = Batches(calls, state, fitted, held_out, plan.room, shown.update)
@@ -435,8 +446,9 @@ def split_held_out(windows: Windows) -> tuple[Windows, Windows]:
 def _check(short: ScoredModel, layers: Sequence[int], settings: RefitSettings) -> None:
     if model_parallel_size() > 1:
         raise ShortGPTError(
-            f"the {settings.name} needs the whole model on one rank, got {model_parallel_size()} "
-            "model-parallel ranks; convert the checkpoint, which merges its shards, and heal that"
+            f"the {settings.name} needs the whole model on every rank, got {model_parallel_size()} "
+            "model-parallel ranks: open the model with model_parallel_size=1, and the ranks share "
+            "the windows"
         )
     short.check_whole()
     check_layers(layers, short.kept)

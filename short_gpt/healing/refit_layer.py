@@ -48,6 +48,7 @@ class Batches:
         passed: Callable[[int], object],  # called with B after every layer of either model
     ) -> None:
         self.calls, self.state, self._room, self._passed = calls, state, room, passed
+        self.team = state.team  # each replica has batches of its own, to fit on at least one
         self.tokens = [*fitted, *held_out]  # (B, S) each
         self.shapes = [(tokens.shape[0], tokens.shape[1]) for tokens in self.tokens]
         self.fitted = range(len(fitted))
@@ -122,7 +123,9 @@ class LayerRefit:
         state, calls = batches.state, batches.calls
         self._entering, self._leaving = state.entering(PRUNED), state.leaving(PRUNED)
         self._target = state.leaving(ORIGINAL)  # after `run_original` and the removed layers
-        sample = self._entering[0][:1, :32].to(batches.device(index))  # (1, 32, D)
+        # (1, 32, D), one for all, who must find the same sublayers; of a view all would be sent
+        sample = batches.team.gather(self._entering[0][:1, :32].clone())[0]
+        sample = sample.to(batches.device(index))
         self._sublayers = Sublayers.of(calls, index, sample, calls.family)
         # attention first, in whatever order they are named: the MLP restores what it leaves
         solvable = self._sublayers.projections
@@ -190,7 +193,7 @@ class LayerRefit:
             return Tokens.of(inputs.reshape(len(h), -1).float(), h, t, mean_square)
 
         first_read = self._read_mlp if part == "mlp" else self._read_attention
-        equations = equations_of(projection, first_read(projection, tokens))
+        equations = equations_of(projection, first_read(projection, tokens), batches.team)
         if part == "mlp":  # of a streamed layer the output projections alone stay loaded
             batches.calls.keep_only(self._index, self._output_modules)
         parameters = [p for module in projection.modules for p in module.parameters()]
@@ -201,7 +204,7 @@ class LayerRefit:
             return lambda: (tokens(batch, inputs[batch].to(device)) for batch in chosen)
 
         reads = (again(batches.fitted), again(batches.held_out))
-        solver = SublayerSolver(projection, *reads, **self._solving)
+        solver = SublayerSolver(projection, *reads, team=batches.team, **self._solving)
         # tokens weigh 1 / ||T||^2: their mean square is relative to the stream's own
         noise = 16 * torch.finfo(self._entering[0].dtype).eps
         return solver.solve(equations, layer=self._layer, part=part, noise=noise)
@@ -250,8 +253,10 @@ class LayerRefit:
         if self._weights == "inverse":
             return None
         targets = (self._target_of(part, batch).float() for batch in self._batches.fitted)
-        squares = [target.pow(2).sum(-1).flatten() for target in targets]  # (B, S, D) to (N,)
-        return float(torch.cat(squares).mean())
+        every = torch.cat([t.pow(2).sum(-1).flatten() for t in targets])  # (B, S, D) to (N,)
+        own = torch.tensor([len(every), len(every) * float(every.mean())], dtype=torch.float64)
+        count, total = self._batches.team.total(own).tolist()
+        return total / count
 
     def _keep(self, part: str, batch: int, inputs: Tensor, again: bool) -> None:
         """Keeps the inputs of a projection, where they are read again."""

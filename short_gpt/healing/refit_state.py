@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections import ChainMap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -26,18 +27,20 @@ from torch import Tensor
 from llama.formats.safetensors import SafetensorsFile
 from llama.io.files import new_file, tidy
 from llama.io.json_files import JsonObject
-from short_gpt.healing.solver import COLUMNS, ROWS, Fit
+from short_gpt.healing.solver import ALONE, COLUMNS, ROWS, Fit
 from short_gpt.models.layer_calls import LayerCalls
 from short_gpt.models.weight_changes import Parameter
+from short_gpt.runtime import replicas
 from short_gpt.runtime.digest import files_digest
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.memory import bytes_of, free_memory, resident, shown
+from short_gpt.runtime.replicas import Replicas
 from short_gpt.runtime.state import StateFile, check_saved, damaged, hold
 from short_gpt.wrappers.scored_model import ScoredModel
 
 ORIGINAL, PRUNED = "original", "pruned"  # the models whose hidden states are kept
 MODELS = (ORIGINAL, PRUNED)
-ALONE = ("between", "inputs of ")  # states that one layer alone needs
+OF_A_LAYER = ("between", "inputs of ")  # states that one layer alone needs
 STATE, VALUES = "refit.json", "values."  # the first is written after all that it names
 UNUSED = 200 * 10**6  # bytes that libraries take at their first use, and that lie between pieces
 
@@ -130,10 +133,18 @@ class StoredValues(Mapping[Parameter, Tensor]):
 
 
 class RefitState:
-    """A refit under way, in memory or in a folder from which it can be continued."""
+    """A refit under way, in memory or in a folder from which it can be continued.
 
-    def __init__(self, folder: Path | None, identity: Mapping[str, object]) -> None:
+    Of several replicas, each has files of its own states; the first writes all else. All share the
+    folder, and call `advance` together.
+    """
+
+    def __init__(
+        self, folder: Path | None, identity: Mapping[str, object], team: Replicas = ALONE
+    ) -> None:
         self.folder, self.done, self.fits = folder, 0, list[Fit]()  # finished layers, their fits
+        self.team, self._begun_by = team, team.count  # replicas, and those of the run continued
+        self._own = f".{team.rank}" * (team.count > 1)  # of this one's files
         self.scratch: Path | None = None  # for states that are not to be continued from
         self._values: dict[Parameter, Tensor] = {}
         self._stored, self._files = StoredValues(), dict[str, str]()  # digests by their names
@@ -141,7 +152,9 @@ class RefitState:
         self._turns: dict[str, list[HiddenStates]] = {}
         if folder is not None:
             lock = hold(folder)
-            _sweep(folder)
+            if team.rank == 0:
+                _sweep(folder)
+            team.gather(None)  # waits for that
             # before other files are looked at, so that another version's state is refused by name
             self._file = StateFile(folder / STATE, identity, lock=lock)
             _check_own(folder)
@@ -149,6 +162,7 @@ class RefitState:
                 content: JsonObject = self._file.content
                 self.done, self.fits = content["done"], [Fit(**fit) for fit in content["fits"]]
                 self._files, self._digests = content["values"], content["states"]
+                self._begun_by = content.get("processes", 1)
             for name, digest in self._files.items():
                 check_saved(folder / name, digest, folder=folder)
                 self._stored.read(folder / name)
@@ -164,11 +178,16 @@ class RefitState:
         if folder is None:  # in memory what leaves a layer overwrites what entered it
             self._turns = {model: [HiddenStates(shapes, width, dtype)] * 2 for model in MODELS}
             return
+        if self._begun_by != self.team.count:
+            raise ShortGPTError(
+                f"{folder} holds a refit that {self._begun_by} processes share, now there are "
+                f"{self.team.count}: start {self._begun_by}, or delete {folder} to begin anew"
+            )
         folder.mkdir(parents=True, exist_ok=True)
         hashed = self.folder is not None  # else there is nothing to continue from
         for model in MODELS:
-            paths = [folder / f"{model}.{turn}" for turn in range(2)]
-            path, digest = paths[self.done % 2], self._digests.get(model)
+            paths = [folder / f"{model}.{turn}{self._own}" for turn in range(2)]
+            path, digest = paths[self.done % 2], self._digests.get(model + self._own)
             if digest and not path.is_file():
                 raise damaged(path, folder)
             turns = [HiddenStates(shapes, width, dtype, path, hashed=hashed) for path in paths]
@@ -186,7 +205,7 @@ class RefitState:
 
     def path(self, name: str) -> Path | None:
         folder = self._folder_of_states
-        return None if folder is None else folder / name
+        return None if folder is None else folder / f"{name}{self._own}"
 
     @property
     def _folder_of_states(self) -> Path | None:
@@ -204,29 +223,34 @@ class RefitState:
         if self.folder is None:
             self._values |= values
         else:
-            if values:
-                path = self.folder / f"{VALUES}{done}"
+            first, path = self.team.rank == 0, self.folder / f"{VALUES}{done}"
+            digests = {model + self._own: self.leaving(model).digest for model in models}
+            digests = dict(ChainMap(*self.team.gather(digests)))
+            if first and values:
                 tensors = {f"{n} {name}": v.contiguous() for (n, name), v in values.items()}
                 with new_file(path, overwrite=True, ours=lambda _: True) as partial:
                     save_file(tensors, partial)
-                self._stored.read(path)
                 self._files = {**self._files, path.name: files_digest([path])}
-            digests = {model: self.leaving(model).digest for model in models}
-            content = {"done": done, "fits": [asdict(fit) for fit in fits]}
-            self._file.save({**content, "values": self._files, "states": digests})
+            content = {"done": done, "fits": [asdict(fit) for fit in fits], "states": digests}
+            if first:
+                processes = self.team.count
+                self._file.save({**content, "values": self._files, "processes": processes})
+            self._files = self.team.gather(self._files)[0]  # and waits for that
+            if values:
+                self._stored.read(path)
         self.done, self.fits = done, fits
 
     def finish(self) -> None:
         """Removes the states, which are not needed any more; what was solved stays."""
         self._turns = {}
-        if self.folder is not None:
+        if self.folder is not None and self.team.rank == 0:
             for path in self.folder.glob("*"):
                 if is_own(path) and path.name != STATE and not path.name.startswith(VALUES):
                     path.unlink()
 
     def clear(self) -> None:
         self._turns = {}
-        if self.folder is not None:
+        if self.folder is not None and self.team.rank == 0:
             _sweep(self.folder)
             # before the others, so that nothing continues from what a kill here may leave
             (self.folder / STATE).unlink(missing_ok=True)
@@ -241,7 +265,7 @@ def is_own(path: Path) -> bool:
 
 
 def _is_name(name: str) -> bool:
-    return name.startswith((STATE, VALUES, *(f"{model}." for model in MODELS), *ALONE))
+    return name.startswith((STATE, VALUES, *(f"{model}." for model in MODELS), *OF_A_LAYER))
 
 
 def _sweep(folder: Path) -> None:
@@ -299,7 +323,8 @@ def plan_of(
     calls, max_memory = short.layer_calls(), short.max_memory
     width, inputs, itemsize = calls.widths()
     every, tokens = sum(map(len, windows)), batch_size * max(map(len, windows))
-    states = every * width * itemsize
+    own = replicas.current().mine(windows)  # states of others are theirs
+    states = sum(map(len, own)) * width * itemsize
     host = {"the process itself": resident() + UNUSED, **_fullest(calls, tokens)}
     solved = calls.count * (inputs + width) * width * itemsize
     if folder is None:
@@ -307,7 +332,7 @@ def plan_of(
     room = (free_memory() // 2 if max_memory is None else bytes_of(max_memory)) - sum(host.values())
     spilled = folder is not None or room < 3 * states
     if not spilled:
-        host[f"states of {len(windows)} windows"] = 3 * states
+        host[f"states of {len(own)} windows"] = 3 * states
         room -= 3 * states
     if max_memory is not None and room < 0:
         least, parts = sum(host.values()), ", ".join(f"{shown(v)} {k}" for k, v in host.items())
@@ -316,7 +341,7 @@ def plan_of(
             f"{shown(least, up=True)} ({parts})"
         )
     # states of both models entering and leaving a layer, and of the original between sublayers
-    disk = 5 * states + 2 * every * inputs * itemsize
+    disk = (5 * width + 2 * inputs) * every * itemsize
     disk += fits * solved if folder is not None else 0
     if spilled:
         _check_disk(folder, disk)

@@ -23,12 +23,14 @@ from torch import Tensor
 from short_gpt.models.layer_hooks import transposed
 from short_gpt.models.sublayers import OutputProjection, effective_weight
 from short_gpt.models.weight_changes import keep_values, restored_on_error
+from short_gpt.runtime.replicas import Replicas
 
 PARTS = ("attention", "mlp")
 RIDGES = (1e-2, 1e-1, 1.0)
 TINY = torch.finfo(torch.float32).tiny
 ROWS = 256  # of X^T W X that are added at once
 COLUMNS = 256  # of C that are solved at once
+ALONE = Replicas()
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,17 @@ class NormalEquations:
         self.square += float(rest.pow(2).sum())
         self.tokens += len(inputs)
 
+    def add_up(self, team: Replicas) -> None:
+        """Adds the sums of all replicas, each of which has some; all ranks must call it."""
+        for start in range(0, len(self._gram) if team.count > 1 else 0, ROWS):
+            rows = self._gram[start : start + ROWS, start:]  # (ROWS, F - start)
+            rows.copy_(team.total(rows))
+            rows = self._cross[start : start + ROWS]  # (ROWS, D)
+            rows.copy_(team.total(rows))
+        counts = torch.tensor([self.square, self.tokens], dtype=torch.float64)  # (2,)
+        self.square, tokens = team.total(counts).tolist()
+        self.tokens, self._diagonal = int(tokens), self._gram.diagonal().clone()  # (F,)
+
     @property
     def solvable(self) -> bool:
         """Whether something is missing, and some input is not zero."""
@@ -157,8 +170,13 @@ class NormalEquations:
         self._gram.diagonal().copy_(diagonal)
 
 
-def equations_of(projection: OutputProjection, batches: Iterable[Tokens]) -> NormalEquations:
-    """The equations of a projection as it is; before a norm, at the outputs' present rms."""
+def equations_of(
+    projection: OutputProjection, batches: Iterable[Tokens], team: Replicas = ALONE
+) -> NormalEquations:
+    """The equations of a projection as it is; before a norm, at the outputs' present rms.
+
+    Every replica of the ``team`` has batches of its own, at least one.
+    """
     equations = NormalEquations()
     for inputs, target, weights, outputs in batches:
         if outputs is None:
@@ -169,6 +187,7 @@ def equations_of(projection: OutputProjection, batches: Iterable[Tokens]) -> Nor
         if projection.norm is not None:
             inputs = inputs / _rms(outputs)  # (N, F)
         equations.add(inputs, rest, weights)
+    equations.add_up(team)
     return equations
 
 
@@ -186,6 +205,7 @@ class SublayerSolver:
     """Solves the output projection of a sublayer, and leaves what is best in place.
 
     ``fitted`` yields the tokens to fit on, ``held_out`` those to choose by, as often as called.
+    Every replica of the ``team`` has others, and finds the same solution.
     """
 
     def __init__(
@@ -196,10 +216,11 @@ class SublayerSolver:
         *,
         ridges: Sequence[float] = RIDGES,
         step_size: float = 1.0,
+        team: Replicas = ALONE,
     ) -> None:
         self._projection, self._ridges, self._step_size = projection, ridges, step_size
-        self._fitted, self._held_out = fitted, held_out
-        self._error_before = error(projection, held_out())
+        self._fitted, self._held_out, self._team = fitted, held_out, team
+        self._error_before = self._error_on(held_out)
         self._error = self._error_before  # after the best change so far
 
     def solve(self, equations: NormalEquations, *, layer: int, part: str, noise: float) -> Fit:
@@ -212,13 +233,18 @@ class SublayerSolver:
         if self._projection.norm is None:
             ridge, restored = self._solve_matrix(equations)
             return Fit(layer, part, ridge, restored, self._restored())
-        before = error(self._projection, self._fitted())
+        before = self._error_on(self._fitted)
         ridge, _ = self._solve_matrix(equations)
         norm_ridge = self._solve_norm()
-        again, _ = self._solve_matrix(equations_of(self._projection, self._fitted()))
-        restored = 1 - error(self._projection, self._fitted()) / before
+        equations = equations_of(self._projection, self._fitted(), self._team)
+        again, _ = self._solve_matrix(equations)
+        restored = 1 - self._error_on(self._fitted) / before
         last = ridge if again is None else again
         return Fit(layer, part, last, restored, self._restored(), norm_ridge)
+
+    def _error_on(self, read: Callable[[], Iterable[Tokens]]) -> float:
+        own = torch.tensor([error(self._projection, read())], dtype=torch.float64)  # (1,)
+        return float(self._team.total(own))
 
     def _restored(self) -> float:
         return 1 - self._error / self._error_before
@@ -256,6 +282,7 @@ class SublayerSolver:
             unit, w = outputs / _rms(outputs), weights[:, None]  # (N, D), (N, 1)
             squares += (w * unit * unit).sum(0).cpu()  # (D,)
             crosses += (w * unit * rest).sum(0).cpu()  # (D,)
+        squares, crosses = self._team.total(squares), self._team.total(crosses)  # (D,) each
 
         def add(ridge: float) -> float:
             change = self._step_size * crosses / (squares + ridge * squares.mean())  # (D,)
@@ -274,7 +301,7 @@ class SublayerSolver:
             set_best = restore
             for ridge in self._ridges:
                 restored = add(ridge)
-                held_out = error(self._projection, self._held_out())
+                held_out = self._error_on(self._held_out)
                 if held_out < self._error:
                     self._error, best = held_out, (ridge, restored)
                     set_best = restore  # frees the former best's copy before another is made

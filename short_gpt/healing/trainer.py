@@ -26,6 +26,7 @@ from short_gpt.healing.recipe import Recipe
 from short_gpt.healing.texts import collate, examples
 from short_gpt.models.config_file import config_digest, config_entries
 from short_gpt.models.hf import HFDecoder
+from short_gpt.runtime import replicas
 from short_gpt.runtime.digest import files_digest, json_digest, weights_digest
 from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
 from short_gpt.runtime.progress import Bar, bar
@@ -77,10 +78,12 @@ class TrainingRun(NamedTuple):
         decoder, at_once = HFDecoder(adapted.get_base_model()), self.recipe.micro_batch
         if self.distillation is not None:
             read = {"first": len(self.training), "batch_size": at_once}  # validation comes after
-            return self.distillation.measure(decoder, self.validation, **read)
-        measured = perplexity(decoder, batches(self.validation, at_once))
-        loss = measured.nats / measured.tokens
-        return {"eval_loss": loss, "eval_perplexity": measured.value}
+            metrics = self.distillation.measure(decoder, self.validation, **read)
+        else:
+            measured = perplexity(decoder, batches(self.validation, at_once))
+            loss = measured.nats / measured.tokens
+            metrics = {"eval_loss": loss, "eval_perplexity": measured.value}
+        return replicas.current().gather(metrics)[0]  # by which all ranks choose
 
 
 def train(
@@ -145,7 +148,8 @@ def _trainer(
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             assert num_items_in_batch is not None
             logits = model(input_ids=inputs["input_ids"], use_cache=False).logits  # (B, S, V)
-            return distillation.loss(logits, inputs) / num_items_in_batch
+            loss = distillation.loss(logits, inputs) / num_items_in_batch  # of all processes
+            return loss * self.accelerator.num_processes  # their gradients' mean is taken
 
     stop = [] if recipe.patience is None else [EarlyStoppingCallback(recipe.patience)]
     trainer = Healer(
@@ -176,7 +180,7 @@ def _arguments(adapted: PeftModel, recipe: Recipe, folder: Path) -> transformers
         lr_scheduler_type="cosine",
         warmup_steps=recipe.warmup,
         per_device_train_batch_size=recipe.micro_batch,
-        gradient_accumulation_steps=recipe.batch // recipe.micro_batch,
+        gradient_accumulation_steps=recipe.batch // (recipe.micro_batch * replicas.current().count),
         eval_strategy="steps",
         eval_steps=min(recipe.eval_every, recipe.steps),
         save_strategy="steps",
@@ -216,9 +220,11 @@ def _progress(shown: Bar) -> transformers.TrainerCallback:
                 control.should_evaluate = control.should_save = True
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            folder = Path(str(args.output_dir))
-            follow_umask(folder)
-            note_files(folder / f"checkpoint-{state.global_step}")
+            folder, team = Path(str(args.output_dir)), replicas.current()
+            team.gather(None)  # waits for the random numbers of every rank
+            if not team.rank:
+                follow_umask(folder)
+                note_files(folder / f"checkpoint-{state.global_step}")
 
         def on_log(self, args: Any, state: Any, control: Any, **more: Any) -> None:
             logs = more.get("logs") or {}
@@ -238,20 +244,24 @@ def _progress(shown: Bar) -> transformers.TrainerCallback:
 def run_folder(
     work_dir: str | Path | None, run: dict[str, object], *, resume: bool
 ) -> Iterator[Path]:
-    """Where checkpoints go; with ``resume`` it must hold some of the same run."""
+    """Where checkpoints go, of all ranks; with ``resume`` it must hold some of the same run."""
+    team = replicas.current()
     if work_dir is None:
         if resume:
             raise ShortGPTError("to resume, name the work_dir that holds the checkpoints")
         with tempfile.TemporaryDirectory() as name:
-            yield Path(name)
+            yield Path(team.gather(name)[0])
+            team.gather(None)  # waits for those who still read
         return
     folder = Path(str(work_dir))
     with hold(folder):
         if not resume:
             if folder.exists() and {p.name for p in folder.iterdir()} - {RECIPE}:
                 raise FileExistsError(f"{folder} holds an earlier run; resume it, or remove it")
+            team.gather(None)  # all have looked before one writes
             folder.mkdir(parents=True, exist_ok=True)
-            write_json(folder / RECIPE, run)
+            if not team.rank:
+                write_json(folder / RECIPE, run)
         elif not finished_checkpoints(folder) or not (folder / RECIPE).is_file():
             raise ShortGPTError(
                 f"{folder} holds no checkpoint to resume from; start without resume"
@@ -264,7 +274,7 @@ def run_folder(
         try:
             yield folder
         except BaseException:
-            if not finished_checkpoints(folder):  # there is nothing to continue from
+            if not team.rank and not _drop_unfinished(folder):  # there is nothing to continue from
                 shutil.rmtree(folder, ignore_errors=True)
             raise
 
@@ -285,10 +295,16 @@ def _by_name(run: Mapping[str, object]) -> dict[str, object]:
 
 
 def begun(folder: Path) -> bool:
-    return (folder / RECIPE).is_file() and finished_checkpoints(folder)
+    return finished_checkpoints(folder) and (folder / RECIPE).is_file()
 
 
 def finished_checkpoints(folder: Path) -> bool:
+    """Whether the first rank finds finished checkpoints; all must call it."""
+    team = replicas.current()
+    return team.gather(not team.rank and _drop_unfinished(folder))[0]
+
+
+def _drop_unfinished(folder: Path) -> bool:
     """Deletes checkpoints that a kill left unfinished; whether any other is there."""
     for path in folder.glob("checkpoint-*"):
         if not _is_finished(path):

@@ -27,6 +27,7 @@ from short_gpt.jobs.inputs import (
 from short_gpt.jobs.saving import interruptible
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.progress import first_rank
 from short_gpt.wrappers.opening import check_tokenizer, of_source, open_model
 from short_gpt.wrappers.options import OpenOptions
 from short_gpt.wrappers.own_text import own_samples
@@ -113,9 +114,11 @@ def write_samples(
     if target.suffix != ".jsonl":
         raise ShortGPTError(f"`out` {out}: expected the name of a .jsonl file")
     check_output(target, overwrite=False, ours=lambda _: False)
-    short = open_model(model, opening, max_seq_len=size)
+    short = open_model(model, opening, max_seq_len=size, model_parallel_size=1)
     with interruptible():
         texts = own_samples(short, count, size, seed=seed, beside=target)
+    if not first_rank():
+        return target
     with new_file(target, overwrite=False, ours=lambda _: False) as partial:
         lines = (json.dumps({"text": short.decode(ids)}) + "\n" for ids in texts)
         partial.write_text("".join(lines), encoding="utf-8")

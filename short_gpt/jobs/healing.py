@@ -23,7 +23,7 @@ from short_gpt.healing import (
     Step,
 )
 from short_gpt.healing.distillation import IDENTITY
-from short_gpt.healing.job import STEPS
+from short_gpt.healing.job import STEPS, begun
 from short_gpt.healing.refit_state import STATE
 from short_gpt.healing.solver import RIDGES
 from short_gpt.jobs.inputs import SIZE, Notify, Running, TextSource, check_model, ignore, source_of
@@ -32,6 +32,7 @@ from short_gpt.jobs.saving import as_begun, interruptible
 from short_gpt.jobs.scores import Chosen, chosen
 from short_gpt.jobs.settings import Choice, HealingWindows, Settings, kinds_of_methods, methods_of
 from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.progress import first_rank
 from short_gpt.runtime.state import hold
 from short_gpt.wrappers.opening import check_tokenizer, of_source, open_model, open_trainable
 from short_gpt.wrappers.options import OpenOptions
@@ -152,6 +153,8 @@ def _heal(
     lock = hold(folder) if folder is not None and folder.parent.is_dir() else None
     opening = as_begun(opening, *(p for n in (STATE, IDENTITY) for p in (folder or out).rglob(n)))
     own, context = of_source(opening, model, stream=streaming.stream), windows.size or SIZE
+    if not streaming.stream:  # of several ranks each has the whole model, and windows of its own
+        streaming = replace(streaming, model_parallel_size=1)
     short = open_trainable(model, own) if trains else streaming.open(model, own, context)
     opening = replace(opening, precision=short.precision)  # of all that is opened from here on
     if removal.importance is not None:  # its record tells what it rests on, as that of prune does
@@ -178,8 +181,7 @@ def _heal(
         "distill": settings.distill(recipe, _teacher(model, settings, opening, size)),
     }
     steps = [known.get(name) or STEPS[name]() for name in methods]
-    begun = folder is not None and folder.is_dir() and any(folder.iterdir())
-    resume, layers = settings.resume or begun, removal.layers
+    resume, layers = begun(short, folder) or settings.resume, removal.layers
     job = HealingJob(
         short, parts, layers, settings=steps, work_dir=folder, resume=resume, notify=notify
     )
@@ -191,6 +193,8 @@ def _heal(
     short.evidence |= {**removal.record.evidence, "eval_data": windows.eval_data, "size": size}
     job.save(out, facts={**removal.record.facts, "data": texts.data}, overwrite=overwrite)
     del short, job, known, steps, lock  # which makes room for what is read again
+    if not first_rank():
+        return done
     return reread(replace(done, remark=_remark(model, out, removal)), parts, opening, size)
 
 

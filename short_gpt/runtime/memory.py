@@ -6,6 +6,7 @@ Shapes: B windows of a batch, S tokens, D width, L layers, V vocabulary, F feed-
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import torch
 
 from llama.args import ModelArgs
 from llama.checkpoint.sharding import full_shapes
+from llama.ranks import several_ranks
 from short_gpt.runtime.errors import ShortGPTError
 
 BLOCK_BYTES = 32 * 2**20  # rows of the embedding or the output head that are read at once
@@ -141,5 +143,6 @@ def resident() -> int:
 
 
 def free_memory() -> int:
-    """Bytes that the machine can still give, without swapping."""
-    return psutil.virtual_memory().available
+    """Bytes that the machine can still give, without swapping; of several ranks there, to each."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if several_ranks() else 1
+    return psutil.virtual_memory().available // ranks

@@ -54,6 +54,21 @@ class Replicas:
     def _part(self, batch_size: int) -> int:
         return batch_size * (1 + (batch_size % 2 and self.count > 1))
 
+    def mine(self, items: Sequence[T], *, first: int = 0) -> Sequence[T]:
+        """This replica's items, every ``count``-th; the first of all is number ``first``."""
+        every = range((self.rank - first) % self.count, len(items), self.count)
+        return items if self.count == 1 else [items[i] for i in every]
+
+    def all(self, mine: Sequence[T]) -> list[T]:
+        """All items in their order, from what every replica has for `mine` of them (first = 0)."""
+        parts = self.gather(mine)
+        total = sum(map(len, parts))
+        return [parts[i % self.count][i // self.count] for i in range(total)]
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum of all replicas' tensors on the CPU. All ranks must call it."""
+        return values if self.count == 1 else _sum(values.contiguous())
+
     def sum(self, sums: Sums) -> Sums:
         """The sums of the tensors in all replicas' dataclasses. All ranks must call it."""
         own = {f.name: getattr(sums, f.name) for f in fields(sums)}

@@ -101,14 +101,15 @@ def read_record(path: str | os.PathLike[str]) -> JsonObject:
 class Lock:
     """A state that this process holds, for as long as something here refers to this object.
 
-    It is flock's, on a hidden file next to the state; without flock nothing is locked.
+    It is flock's, on a hidden file next to the state; without flock nothing is locked. Of several
+    ranks the first holds it for all.
     """
 
     def __init__(self, path: Path) -> None:
         self.process = os.getpid()
         target = path.resolve()
         file = target.with_name(f".{target.name}.lock")
-        handle = _locked(path, file)
+        handle = _locked(path, file) if first_rank() else None
         if handle is not None:
             with suppress(OSError):  # a full disk
                 os.ftruncate(handle, 0)
@@ -210,8 +211,7 @@ def damaged(path: Path, folder: Path) -> ShortGPTError:
 class StateFile:
     """A JSON file that a long run is saved in, with what the run depends on.
 
-    No other process works on it until this object is gone, or cleared. Of several ranks that
-    share it the first holds it for all.
+    No other process works on it until this object is gone, or cleared.
 
     Args:
         path: the file; each save replaces it.
@@ -238,7 +238,7 @@ class StateFile:
     ) -> None:
         self.path, self.every = Path(str(path)), every
         self._folder = folder or self.path
-        self._lock = hold(self.path) if lock is None and first_rank() else lock
+        self._lock: Lock | None = hold(self.path) if lock is None else lock
         self._identity: JsonObject = json.loads(json.dumps(dict(identity)))  # as a file has it
         self._saved = time.monotonic()
         self.content = self._load() if self.path.exists() else None

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from llama.generation import COLDEST, check_logits
-from llama.ranks import several_ranks
+from llama.parallel import model_parallel_size
 from short_gpt.checkpoints.target import StrPath
 from short_gpt.data.disjoint import hold_out
 from short_gpt.data.texts import OWN
-from short_gpt.data.windows import Text, Window, at_least, starts_texts
+from short_gpt.data.windows import Text, Window, at_least, batches, starts_texts
+from short_gpt.runtime import replicas
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.memory import free_memory
@@ -55,14 +56,16 @@ def own_samples(
     Every token is drawn from softmax(logits / temperature) over the whole vocabulary, and nothing
     ends a text (as for fine-tuning in arXiv:2410.09982 and quantization in arXiv:2305.17888). A
     draw is argmax(logits / temperature - log E), E ~ Exp(1) of V numbers by seed, text and position
-    alone: batch and count change a text only where rounding decides between two tokens.
+    alone: batch and count change a text only where rounding decides between two tokens. Replicas
+    (torchrun) share the texts, and all get every one.
 
     Args:
         count: how many texts.
         size: tokens of each, with bos if the tokenizer puts it before a text.
         chat: write both sides of dialogs, after the chat template's system prompt and open user
             turn, which the window has too.
-        batch_size: texts written at once; None is up to 64, in half of the free memory.
+        batch_size: texts written at once; None is up to 64, in half of the free memory. Replicas
+            then write their shares at once; with a number, the batches of one process.
         beside: a file beside which texts are kept, by a digest of weights and settings: a later
             call writes only what is missing. None keeps nothing.
 
@@ -76,8 +79,12 @@ def own_samples(
         raise ShortGPTError(STREAMED)
     for least, name, value in ((1, "count", count), (2, "size", size), (0, "seed", seed)):
         at_least(least, name, value)
-    if several_ranks():
-        raise ShortGPTError("a model's own text is written on one rank: start the command alone")
+    team = replicas.current(short.decoder.device)
+    if model_parallel_size() > 1:
+        raise ShortGPTError(
+            f"a model's own text is written by the whole model on every rank, got "
+            f"{model_parallel_size()} model-parallel ranks: set `model_parallel_size` to 1"
+        )
     if size > short.decoder.max_seq_len:
         raise ShortGPTError(f"size = {size}: this model takes {short.decoder.max_seq_len} tokens")
     if not COLDEST <= temperature < math.inf:
@@ -92,10 +99,12 @@ def own_samples(
         settings = {"opening": opening, "length": size + unseen, "temperature": temperature}
         identity = {**short.identity(), **settings, "seed": seed}
         identity.pop("precision", None)  # of reading windows: a text is written in the model's own
-        state = StateFile(Path(beside).parent / f"self-{json_digest(identity)}.json", identity)
-        texts = (state.content or {}).get("texts", [])
+        path = Path(beside).parent / f"self-{json_digest(identity)}.json"
+        state = None if team.rank else StateFile(path, identity)
+        texts = team.gather(((state and state.content) or {}).get("texts", []))[0]
     texts += [[*opening] for _ in range(count - len(texts))]
-    _Writing(short, texts, size + unseen, temperature, seed, state).run(count, batch_size, progress)
+    writing = _Writing(short, texts, size + unseen, temperature, seed, state, team)
+    writing.run(count, batch_size, progress)
     return [Window(ids[unseen:], text) for text, ids in enumerate(texts[:count])]
 
 
@@ -117,13 +126,17 @@ class _Writing:
     length: int
     temperature: float
     seed: int
-    state: StateFile | None
+    state: StateFile | None  # of several replicas the first has it
+    team: replicas.Replicas
     times: list[float] = field(default_factory=list)  # of the first steps
 
     def run(self, count: int, batch_size: int | None, progress: bool) -> None:
         """Completes the first ``count`` texts; keeps what is there however it ends."""
-        missing = sum(self.length - len(ids) for ids in self.texts[:count])
-        at_once = batch_size or self._fitting()
+        missing = [i for i in range(count) if len(self.texts[i]) < self.length]
+        share = -(-len(missing) // self.team.count)
+        at_once = batch_size or max(1, min(share, *self.team.gather(self._fitting())))
+        mine = [i for batch in self.team.mine([*batches(missing, at_once)]) for i in batch]
+        total = sum(self.length - len(self.texts[i]) for i in mine)
 
         def choose(rows: Sequence[int], logits: Tensor) -> Tensor:  # (B, V) to (B,)
             position = len(self.texts[rows[0]])
@@ -132,20 +145,23 @@ class _Writing:
                 self.texts[row].append(token)
             shown.update(len(rows))
             self.times.append(perf_counter())
-            if progress and len(self.times) == TIMED:
-                above_bars(self._forecast(missing, len(rows)))
+            if progress and not self.team.rank and len(self.times) == TIMED:
+                above_bars(self._forecast(total, len(rows)))
             if self.state is not None and self.state.due():
                 self.state.save({"texts": self.texts})
             return tokens
 
-        with bar("writing", total=missing, unit="token", show=progress) as shown:
+        with bar("writing", total=total, unit="token", show=progress) as shown:
             try:
                 # a batch is of one length: what was interrupted first
-                while short := [i for i in range(count) if len(self.texts[i]) < self.length]:
+                while short := [i for i in mine if len(self.texts[i]) < self.length]:
                     begun = len(self.texts[short[0]])
                     rows = [i for i in short if len(self.texts[i]) == begun][:at_once]
                     ids = [self.texts[i] for i in rows]
                     self.short.continued(ids, self.length - begun, partial(choose, rows))
+                for part in self.team.gather({i: self.texts[i] for i in mine}):
+                    for i, written_ids in part.items():
+                        self.texts[i] = written_ids
             finally:
                 if self.state is not None and missing:
                     self.state.save({"texts": self.texts})

@@ -166,7 +166,7 @@ def test_other_refusals(monkeypatch):
     with pytest.raises(ValueError, match="where = 'here': expected one of all, gaps"):
         PatchSettings(where="here")
     monkeypatch.setattr(refit, "model_parallel_size", lambda: 2)
-    with pytest.raises(ValueError, match="the patch needs the whole model on one rank, got 2"):
+    with pytest.raises(ValueError, match="the patch needs the whole model on every rank, got 2"):
         fit(meta(), [2])
 
 

@@ -419,7 +419,7 @@ def test_of_a_streamed_layer_the_last_matrices_alone_are_left_while_the_mlps_is_
 
     ready: list[set[str]] = []
     equations = refit_layer.equations_of
-    monkeypatch.setattr(refit_layer, "equations_of", lambda e, b: equations(e, made(e, b)))
+    monkeypatch.setattr(refit_layer, "equations_of", lambda e, b, *t: equations(e, made(e, b), *t))
     monkeypatch.setattr(SublayerSolver, "solve", solve)
     fit(short, [2, 3], WINDOWS, **QUIET)
     fitted = len(WINDOWS) - 1

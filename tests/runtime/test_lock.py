@@ -127,10 +127,11 @@ def test_one_process_does_not_wait_for_itself(tmp_path):
 def test_of_several_ranks_the_first_holds_it_for_all(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("MASTER_ADDR", "localhost")
-    monkeypatch.setenv("RANK", "1")
-    assert StateFile(tmp_path / "state", IDENTITY)._lock is None
-    monkeypatch.setenv("RANK", "0")
-    assert StateFile(tmp_path / "state", IDENTITY)._lock is not None
+    for rank, locks in (("1", []), ("0", [".state.lock"])):
+        monkeypatch.setenv("RANK", rank)
+        state = StateFile(tmp_path / "state", IDENTITY)
+        assert [path.name for path in tmp_path.iterdir()] == locks
+        del state
 
 
 def test_a_fork_neither_has_the_lock_nor_takes_it_away(tmp_path):

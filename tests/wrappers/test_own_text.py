@@ -252,10 +252,10 @@ def test_settings_out_of_range_are_refused(settings, message):
         quiet(llama(), **{"count": 2, "size": 8, **settings})
 
 
-def test_streamed_models_and_several_ranks_are_refused(folder, monkeypatch):
+def test_streamed_models_and_model_parallel_ranks_are_refused(folder, monkeypatch):
     streamed = open_model(str(folder / "meta"), stream=True, max_seq_len=32)
     with pytest.raises(ShortGPTError, match="generate COPY --samples 96 --out own.jsonl"):
         own_samples(streamed, 2, 8)
-    monkeypatch.setattr(module, "several_ranks", lambda: True)
-    with pytest.raises(ShortGPTError, match="written on one rank"):
+    monkeypatch.setattr(module, "model_parallel_size", lambda: 2)
+    with pytest.raises(ShortGPTError, match="got 2 model-parallel ranks: set `model_parallel_si"):
         own_samples(llama(), 2, 8)
