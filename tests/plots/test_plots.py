@@ -367,12 +367,11 @@ def test_pyplot_is_not_needed() -> None:
     assert "matplotlib.pyplot" not in set(sys.modules) - before
 
 
-def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("short_gpt.plots.figures.find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r'pip install "short-gpt\[plots\]"'):
-        importance_bars(LEVEL)
-    with pytest.raises(ImportError, match=r'pip install "short-gpt\[plots\]"'):
-        angular_heatmap(distances())
+def test_without_matplotlib_the_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for draw in (lambda: importance_bars(LEVEL), lambda: angular_heatmap(distances())):
+        with pytest.raises(ImportError, match=r"drawing needs matplotlib .*pip install matplotlib"):
+            draw()
 
 
 def crossed(choice: str, text: str, healing: str, excess: float) -> Crossed:
