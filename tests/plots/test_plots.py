@@ -348,7 +348,9 @@ def test_bars_reach_one_standard_error_of_the_nats() -> None:
 @pytest.mark.parametrize("worst", [1e9, math.inf, math.nan])
 def test_what_is_far_worse_is_marked_at_the_end_of_the_axis(worst: float) -> None:
     rows = [*CUT, row("reverse", 2, "raw", 5e4), row("deepest", 4, "raw", worst)]
-    figure = quality_curves([DENSE, *rows, *RANDOM, row("random", 4, "raw", worst)])
+    figure = quality_curves(
+        [DENSE, *rows, *RANDOM, *(row("random", 4, "raw", p) for p in (50.0, worst))]
+    )
     (axes,) = figure.axes
     top = SHOWN * DENSE.perplexity
     assert axes.get_ylim()[1] == top
