@@ -137,7 +137,7 @@ def _draw_method(
         x = [*zero, *(n + shift for n in groups)]
         style: dict[str, Any] = {"markersize": 5, "linewidth": 1.4, "label": label, **look}
         axes.errorbar(x, y, yerr=reach, elinewidth=1, **style)
-    off = [n + shift for n, own in values.items() if not max(own) <= top]  # NaN is off too
+    off = [n + shift for n, own in values.items() if not all(v <= top for v in own)]  # NaN too
     if off:
         mark: dict[str, Any] = {"linestyle": "none", "marker": 6, "markersize": 9, "zorder": 4}
         axes.plot(off, [top] * len(off), clip_on=False, color=look["color"], **mark)
