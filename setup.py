@@ -1,16 +1,11 @@
-"""Packaging of the two packages, the console script and the optional extras."""
+"""Packaging of the two packages, the console script and the extras."""
 
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
-PLOTS = ["matplotlib>=3.8"]
-DEMO = ["gguf>=0.17", "platformdirs>=4", *PLOTS]
-HF = ["transformers>=4.57.1", "accelerate"]
-EVAL = ["lm_eval>=0.4.13", *HF]
-HEAL = ["peft>=0.18", *HF]
-FOUR_BIT = ["bitsandbytes>=0.43", *HEAL]
-NOTEBOOKS = ["jupyter", *DEMO, *HEAL]
+EVAL = ["lm_eval>=0.4.13"]
+NOTEBOOKS = ["jupyter"]
 DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.6", "mkdocstrings[python]>=0.30"]
 DEV = [
     "hypothesis",
@@ -25,9 +20,7 @@ DEV = [
     "ruff",
     "xllamacpp>=2026.10",
     *DOCS,
-    *DEMO,
     *EVAL,
-    *HEAL,
 ]
 
 setup(
@@ -54,24 +47,29 @@ setup(
         "tiktoken>=0.7",
         "tokenizers>=0.19",
         "safetensors>=0.4",
+        "transformers>=4.57.1",
+        "accelerate",
+        "peft>=0.18",
+        "gguf>=0.17",
         "huggingface_hub>=0.24",
         "datasets>=3",
         "pyarrow>=15",
+        "matplotlib>=3.8",
+        "platformdirs>=4",
         "psutil>=5.9",
         "pyyaml",
         "tqdm",
     ],
     extras_require={
-        "plots": PLOTS,
-        "demo": DEMO,
-        "hf": HF,
         "eval": EVAL,
-        "heal": HEAL,
-        "four_bit": FOUR_BIT,
+        # no underscore: pip before 23.3 does not find such a name in the metadata
+        "four-bit": ["bitsandbytes>=0.43"],
         "notebooks": NOTEBOOKS,
         "docs": DOCS,
         "dev": DEV,
-        "all": sorted({*NOTEBOOKS, *DEV}),
+        # old names: what they named is always installed now, and command lines keep working
+        **{name: [] for name in ("plots", "demo", "hf", "heal")},
+        "all": [*NOTEBOOKS, *DEV],
     },
     entry_points={"console_scripts": ["short-gpt = short_gpt.cli.app:main"]},
     classifiers=[

@@ -160,28 +160,33 @@ def picture(path: Path) -> None:
     import matplotlib.pyplot as plt
 
     size = result("refit_parts")["tokens_of_parts"]
-    figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8, 4.4), layout="constrained")
     cases = by_windows()
     counts = {name: sum(map(int, name.split(" + "))) * size for name in cases}
     both = [name for name in cases if "0" not in name.split(" + ")]
-    for place, kind in enumerate(KINDS):
+    alone = [name for name in cases if name not in both]  # chapters, then WikiText-2
+    for place, (kind, mark) in enumerate(zip(KINDS, "osD", strict=True)):
         back = {
             n: 100 * [*found["healed"].values()][place]["restored"] for n, found in cases.items()
         }
-        line = axes.plot([counts[n] for n in both], [back[n] for n in both], "o-", label=kind)
-        for name, marker in zip([n for n in cases if n not in both], ("v", "^"), strict=True):
-            color = line[0].get_color()
-            axes.plot(counts[name], back[name], marker, color=color, mfc="none", markersize=9)
-    axes.plot([], [], "kv", mfc="none", label="fitted on chapters alone")
-    axes.plot([], [], "k^", mfc="none", label="fitted on WikiText-2 alone")
-    axes.set(xlabel="tokens fitted on", ylabel="% of the lost nats recovered", xscale="log")
+        label = f"loss on {kind}, fitted on both texts"
+        x, y = zip(*((counts[n], back[n]) for n in both), strict=True)
+        (line,) = axes.plot(x, y, f"{mark}-", label=label)
+        for name, shape, aside in zip(alone, "v^", (0.94, 1 / 0.94), strict=True):
+            look = {"color": line.get_color(), "mfc": "w", "markersize": 9}
+            axes.plot(counts[name] * aside, back[name], shape, **look)
+    for shape, text in zip("v^", ("chapters", "WikiText-2"), strict=True):
+        axes.plot([], [], f"k{shape}", mfc="w", markersize=9, label=f"fitted on {text} alone")
+    axes.set(xlabel="tokens fitted on", ylabel="% of the lost nats restored", xscale="log")
+    axes.set_title("What a refit restores, by the text it was fitted on", fontsize="medium")
     ticks = sorted(set(counts.values()))
     axes.set_xticks(ticks, [f"{t:,}" for t in ticks])
     axes.minorticks_off()
-    axes.axhline(0, color="black", linewidth=0.8)
+    axes.set_ylim(0, 100)
     axes.grid(alpha=0.3)
-    figure.legend(loc="outside right upper", frameon=False)
-    figure.savefig(path, dpi=120)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    figure.savefig(path, dpi=150)
     plt.close(figure)
 
 

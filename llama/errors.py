@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class InputError(ValueError):
     """A wrong input; the message says what was expected, what came and what to do.
@@ -17,4 +20,29 @@ class InputError(ValueError):
 
 
 class MissingPackageError(InputError, ImportError):
-    """An optional package is not installed; the message names what brings it."""
+    """A package cannot be imported; the message names the command that installs it."""
+
+
+@contextmanager
+def required(package: str, *, by: str) -> Iterator[None]:
+    """Around an import: where it fails, a MissingPackageError says how to install the package.
+
+    Args:
+        package: as the registry calls it. This library is on no registry, and so its extras are not
+            named: the command must work from a checkout and from a wheel.
+        by: what needs the package.
+
+    Example:
+        >>> try:
+        ...     with required("no-package", by="this example"):
+        ...         import no_package
+        ... except MissingPackageError as error:
+        ...     print(error)
+        this example needs no-package (No module named 'no_package'): pip install no-package
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise MissingPackageError(
+            f"{by} needs {package} ({error}): pip install {package}"
+        ) from None

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llama.errors import InputError, MissingPackageError
+from llama.errors import InputError, MissingPackageError, required
 from llama.io.files import file_chunks
 
 # The types of a value, by number: those of one size as struct names them, then two of any size.
@@ -194,10 +194,8 @@ class _Reader:
 
 def nbytes_of(name: str, shape: tuple[int, ...], kind: int) -> int:
     """The bytes of a tensor of this shape, in torch's order, in blocks of ggml's type."""
-    try:
+    with required("gguf", by="reading GGUF"):
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-    except ImportError:
-        raise MissingPackageError('reading GGUF needs: pip install "short-gpt[demo]"') from None
     known = {int(k): sizes for k, sizes in GGML_QUANT_SIZES.items()}
     if kind not in known:
         raise InputError(f"tensor {name} is of type {kind}, of {len(GGMLQuantizationType)} known")

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from llama.errors import InputError, MissingPackageError
+from llama.errors import InputError, required
 from llama.formats.gguf_read import (
     ARRAY,
     NUMBERS,
@@ -206,10 +206,8 @@ def writable(kind: int, shape: tuple[int, ...]) -> int:
     """
     if kind in PLAIN:
         return kind
-    try:
+    with required("gguf", by="writing GGUF"):
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
-    except ImportError:
-        raise MissingPackageError('writing GGUF needs: pip install "short-gpt[demo]"') from None
     known = GGMLQuantizationType(kind)
     row = torch.ones(1, GGML_QUANT_SIZES[known][0]).numpy()
     try:

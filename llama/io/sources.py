@@ -8,7 +8,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Literal
 
-from llama.errors import InputError, MissingPackageError
+from llama.errors import InputError, required
 
 Kind = Literal["meta", "hf", "gguf", "hub"]
 FETCHED = ["*.json", "*.safetensors", "tokenizer*", "*.jinja", "merges.txt", "LICENSE*"]
@@ -106,10 +106,8 @@ def resolve(source: str | PathLike[str]) -> Path:
         return path
     if not is_hub_id(name):
         raise FileNotFoundError(f"{path} is neither a directory nor a hub id like 'owner/name'")
-    try:
+    with required("huggingface_hub", by="fetching a model"):
         from huggingface_hub import snapshot_download
-    except ImportError:
-        raise MissingPackageError("fetching a model needs: pip install huggingface_hub") from None
     try:
         skipped = ["original/*", "consolidated*"]
         return Path(snapshot_download(name, allow_patterns=FETCHED, ignore_patterns=skipped))

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from llama.formats.convert import gguf_to_meta
-from short_gpt.runtime.errors import MissingPackageError, ShortGPTError
+from short_gpt.runtime.errors import MissingPackageError, ShortGPTError, required
 from short_gpt.runtime.progress import bar
 
 N_LAYERS = 30  # of the model
@@ -56,10 +56,8 @@ BOOK = Wheel(
 
 def cache_dir() -> Path:
     """The user's cache folder of this library."""
-    try:
+    with required("platformdirs", by="the demo"):
         from platformdirs import user_cache_path
-    except ImportError:
-        raise MissingPackageError('the demo needs: pip install "short-gpt[demo]"') from None
     return user_cache_path("short_gpt")
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from llama import Llama
 from short_gpt.data.windows import batches
 from short_gpt.models.decoder import Decoder, pad, unmixed
-from short_gpt.runtime.errors import MissingPackageError, ShortGPTError
+from short_gpt.runtime.errors import ShortGPTError, required
 from short_gpt.runtime.progress import bar
 
 # context and continuation as texts (None for a window of a longer text) and as token ids
@@ -53,11 +53,8 @@ if TYPE_CHECKING:
 
 def harness(module: str) -> ModuleType:
     """A module of lm-eval, as in ``harness("api.model")``; MissingPackageError without lm-eval."""
-    try:
+    with required("lm_eval", by="evaluation on tasks"):
         return import_module(f"lm_eval.{module}")
-    except ImportError:
-        message = 'evaluation on tasks needs: pip install "short-gpt[eval]"'
-        raise MissingPackageError(message) from None
 
 
 def hugging_face_lm(

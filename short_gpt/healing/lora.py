@@ -34,7 +34,7 @@ from short_gpt.models.families import ANY, family_of
 from short_gpt.models.hf import find_layers
 from short_gpt.models.weight_changes import WeightChange, parameters_of, restored_on_error
 from short_gpt.runtime import replicas
-from short_gpt.runtime.errors import MissingPackageError, ShortGPTError
+from short_gpt.runtime.errors import ShortGPTError, required
 from short_gpt.wrappers.scored_model import ScoredModel
 
 if TYPE_CHECKING:
@@ -245,12 +245,8 @@ def _check_processes(count: int, recipe: Recipe) -> None:
 def require_packages() -> None:
     """Raises MissingPackageError where the packages that train are missing."""
     for package in ("peft", "transformers", "accelerate"):
-        try:
-            __import__(package)
-        except ImportError:
-            raise MissingPackageError(
-                f'healing needs {package}: pip install "short-gpt[heal]"'
-            ) from None
+        with required(package, by="training"):
+            import_module(package)
 
 
 def adapt(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
@@ -314,10 +310,8 @@ def quantized(model: PreTrainedModel, device: torch.device, recipe: Recipe) -> P
 
 
 def require_four_bit() -> None:
-    try:
+    with required("bitsandbytes", by="training in 4 bits"):
         import_module("bitsandbytes")
-    except ImportError:
-        raise MissingPackageError("training in 4 bits needs: pip install bitsandbytes") from None
     if not torch.cuda.is_available():
         raise ShortGPTError("training in 4 bits needs CUDA, which torch does not find here")
 

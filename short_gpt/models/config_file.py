@@ -17,7 +17,7 @@ from llama.formats.safetensors import INDEX, WEIGHTS, SafetensorsFile, open_weig
 from llama.io.json_files import read_json
 from llama.io.sources import hub_failure, kind_of
 from short_gpt.runtime.digest import json_digest
-from short_gpt.runtime.errors import MissingPackageError, ShortGPTError
+from short_gpt.runtime.errors import ShortGPTError, required
 
 TRUST = "trust_remote_code"  # an option, and in errors: a model comes with Python code
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
@@ -47,10 +47,8 @@ LIMITS = frozenset({"max_batch_size", "max_seq_len", "vocab_size"})
 
 def read_config(source: str, options: Mapping[str, object] | None = None) -> Any:
     """The config of a model of transformers; if its files lie here, `check_config` goes first."""
-    try:
+    with required("transformers", by="a Hugging Face model"):
         from transformers import AutoConfig
-    except ImportError:
-        raise MissingPackageError('this model needs: pip install "short-gpt[hf]"') from None
     # False and not None, with which transformers asks on the terminal
     options = {TRUST: False, **(options or {})}
     directory = Path(source) / str(options.get("subfolder") or "")

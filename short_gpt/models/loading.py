@@ -23,7 +23,7 @@ from short_gpt.models.gguf_loading import (
     reading_gguf,
     some,
 )
-from short_gpt.runtime.errors import MissingPackageError, ShortGPTError, shortage
+from short_gpt.runtime.errors import MissingPackageError, ShortGPTError, required, shortage
 
 # options of loading that say where files come from: the tokenizer's as well as the model's
 FROM_WHERE = ["cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder"]
@@ -56,10 +56,8 @@ def auto_class(config: Any) -> Any:
 
 def load(name: str, options: dict[str, Any], tokenizer: Any) -> tuple[Any, Any]:
     """A model with all of its weights, and its tokenizer unless one is passed."""
-    try:
+    with required("transformers", by="ShortHFModel"):
         import transformers  # noqa: F401
-    except ImportError:
-        raise MissingPackageError('ShortHFModel needs: pip install "short-gpt[hf]"') from None
     path, gguf, parts = Path(name), {}, None
     if is_gguf(name):
         if not path.is_file():
@@ -109,8 +107,8 @@ def load(name: str, options: dict[str, Any], tokenizer: Any) -> tuple[Any, Any]:
 
 def load_tokenizer(where: str, options: Mapping[str, Any]) -> Any:
     """A tokenizer of transformers; of a directory, a ShortGPTError names the file at fault."""
-    from transformers import AutoTokenizer
-
+    with required("transformers", by="a tokenizer of Hugging Face"):
+        from transformers import AutoTokenizer
     directory = Path(where) / str(options.get("subfolder") or "")
     local = directory.is_dir() and "gguf_file" not in options
     try:
@@ -147,12 +145,8 @@ def _check_tokenizer(directory: Path) -> None:
         return
     Tokenizer(path)
     if path.suffix == ".model":
-        try:
+        with required("protobuf", by=f"{path.name}, as transformers reads it,"):
             import_module("google.protobuf")
-        except ImportError:
-            raise MissingPackageError(
-                f"transformers reads a {path.name} by a package: pip install protobuf"
-            ) from None
 
 
 def check_stored(directory: Path, config: Any) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llama.io.files import new_file
-from short_gpt.runtime.errors import MissingPackageError
+from short_gpt.runtime.errors import required
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,9 +30,9 @@ def is_picture(path: Path) -> bool:
 
 
 def require_matplotlib() -> None:
-    """Raises MissingPackageError that names the extra, for a check before long work."""
-    if find_spec("matplotlib") is None:
-        raise MissingPackageError('plots need matplotlib: pip install "short-gpt[plots]"')
+    """Raises MissingPackageError where there is none, for a check before long work."""
+    with required("matplotlib", by="drawing"):
+        import matplotlib  # noqa: F401
 
 
 def empty(width: float, height: float) -> Figure:

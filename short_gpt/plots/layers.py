@@ -67,10 +67,19 @@ def importance_bars(
     parts[0].tick_params(axis="x", labelsize=8)
     figure.supylabel("Block Influence, 1 - cos", fontsize="medium")
     handles, labels = parts[0].get_legend_handles_labels()
-    if "removed" in labels:  # else all bars are alike
-        figure.legend(handles, labels, loc="outside upper right", ncols=2, frameon=False)
-    if title is not None:
-        figure.suptitle(title)
+    if "removed" not in labels:  # all bars are alike
+        handles, labels = [], []
+    if errors is not None and bool((errors > 0).any()):
+        from matplotlib.lines import Line2D
+
+        mark: dict[str, Any] = {"marker": "|", "markersize": 11, "linestyle": "none"}
+        handles.append(Line2D([], [], color="black", **mark))
+        labels.append("margin, 95%")
+    if handles:
+        figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    figure.suptitle(
+        "Block Influence: how far each layer turns the hidden states" if title is None else title
+    )
     return figure
 
 
@@ -154,12 +163,13 @@ def angular_heatmap(
     if block is not None:
         _outline(axes, *block)
     axes.set_xlabel("first layer of the block")
-    axes.set_ylabel("layers in the block")
+    axes.set_ylabel("number of layers in the block")
     axes.locator_params(integer=True)
     axes.legend(loc="upper right", frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
-    if title is not None:
-        figure.suptitle(title)
+    figure.suptitle(
+        "Angle between the hidden states before and after a block" if title is None else title
+    )
     return figure
 
 
@@ -176,7 +186,7 @@ def _mark_minima(axes: Axes, values: Tensor) -> None:
         markerfacecolor="white",
         markeredgecolor="black",
         markeredgewidth=0.5,
-        label="least of its row",
+        label="least distance for its number of layers",
     )
 
 
@@ -186,7 +196,9 @@ def _outline(axes: Axes, start: int, n: int) -> None:
     from matplotlib.patheffects import withStroke
 
     frame = Rectangle((start - 0.5, n - 0.5), 1, 1, fill=False, edgecolor=REMOVED, linewidth=2)
-    frame.set_label(f"layers {start} to {start + n - 1}" if n > 1 else f"layer {start}")
+    frame.set_label(
+        f"best of {n}: layers {start} to {start + n - 1}" if n > 1 else f"best layer: {start}"
+    )
     frame.set_path_effects([withStroke(linewidth=4, foreground="white")])
     axes.add_patch(frame)
 
@@ -222,14 +234,14 @@ def beside_published(importance: Importance, comparison: PaperComparison) -> Fig
 def _influence(axes: Axes, importance: Importance, comparison: PaperComparison) -> None:
     layers, ours = importance.layers, importance.block_influence
     for number, layer in enumerate(comparison.paper):
-        label = "removed by the paper" if number == 0 else None
+        label = "the paper removes this layer" if number == 0 else None
         axes.axvspan(layer - 0.5, layer + 0.5, color=REMOVED, alpha=0.15, linewidth=0, label=label)
     margin = importance.margin.nan_to_num(nan=0.0)
     line = axes.errorbar(layers, ours, yerr=margin, fmt="o-", color="black", markersize=4)
-    line.set_label("measured")
+    line.set_label("measured, with its 95% margin")
     chosen = ours[[layers.index(i) for i in comparison.ours]]
     rings: dict[str, Any] = {"color": REMOVED, "markersize": 10, "zorder": 0}
-    rings["label"] = "removed by these scores"
+    rings["label"] = "the measured scores remove this layer"
     axes.plot(comparison.ours, chosen, "o", **rings)
     axes.set_xlabel("layer")
     axes.set_ylabel("Block Influence, 1 - cos")
@@ -238,4 +250,6 @@ def _influence(axes: Axes, importance: Importance, comparison: PaperComparison) 
 def _published(axes: Axes, x: Sequence[int], theirs: Tensor, ours: Tensor) -> None:
     """Published scores at the median of the measured ones."""
     scaled = theirs * (ours.median() / theirs.median())
-    axes.plot(x, scaled, "s--", color=KEPT, markersize=4, label="published, scaled")
+    axes.plot(
+        x, scaled, "s--", color=KEPT, markersize=4, label="published, scaled to the measured median"
+    )

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from short_gpt.jobs.calibration import Crossed
 from short_gpt.jobs.cases import Row
 from short_gpt.plots.figures import empty, logarithmic
 from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.selection.methods import LABELS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,21 +19,28 @@ if TYPE_CHECKING:
 
 # Times the original model's perplexity, up to where curves of quality are shown.
 SHOWN = 100
-TRAINED = {"lora": ("*", "LoRA"), "distill": ("D", "distilled")}
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
-LINES = {"refit": "s--", "linearpatch": "^:", "ghosted": "v:"}  # closed forms, also of old files
-TITLES = {"raw": "pruned", "refit": "refitted"}
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C7A00", "#000000")
+MARKERS = "osD^vPX*"  # one shape a method: where lines coincide, the colour alone hides one
+TRAINED = ("lora", "distill")
+TITLES = {  # of parts, by healing, in their order; also closed forms of old files
+    "raw": "pruned, not healed",
+    "patched": "healed by a patch",
+    "refit": "healed by a refit",
+    "linearpatch": "healed by LinearPatch",
+    "ghosted": "healed by a ghosted layer",
+    "lora": "healed by LoRA",
+    "distill": "healed by distillation",
+}
 
 
 def quality_curves(rows: Sequence[Row], *, title: str | None = None) -> Figure:
-    """Perplexity over the number of layers removed, a colour for every method.
+    """Perplexity over the number of layers removed: a part for each healing, a colour and shape
+    for each method.
 
-    The left part shows the pruned models, the right one, where there are any, the healed: solid
-    lines for patches, dashed and dotted ones for other closed forms, stars for LoRA,
-    diamonds for distillation, joined where a method has one for each of several numbers. Several
-    rows of one method and number, such as random sets, are a band from the least to the largest,
-    and marks of their own where they were trained. The axis ends at `SHOWN` times the original
-    model's perplexity; lines of what is worse leave the picture.
+    Bars reach one standard error of the change from the original model up and down. Several rows
+    of one method and number, such as random sets, are a band from the least to the largest.
+    The axis ends at `SHOWN` times the original model's perplexity; triangles at its end stand for
+    the models that are worse, and the legend says so.
 
     Args:
         rows: of `jobs.Comparison.rows`, the original model first.
@@ -39,58 +48,100 @@ def quality_curves(rows: Sequence[Row], *, title: str | None = None) -> Figure:
     if not rows:
         raise ShortGPTError("expected the rows of a comparison, the original model first; got none")
     dense, pruned = rows[0], rows[1:]
-    colours = dict(zip(dict.fromkeys(r.method for r in pruned), PALETTE * 3, strict=False))
-    healed = {r.healing for r in pruned} - {"raw"}
-    right = "healed (solid: patched)" if "patched" in healed and len(healed) > 1 else "healed"
-    parts = {"pruned": ["raw"]} | ({right: ["patched", *LINES, *TRAINED]} if healed else {})
-    figure = empty(2.0 + 4.0 * len(parts), 4.4)
-    axes = figure.subplots(1, len(parts), sharey=True, squeeze=False)[0]
-    for axis, (name, healings) in zip(axes, parts.items(), strict=True):
-        for healing in healings:
-            for method, colour in colours.items():
-                own = [r for r in pruned if (r.method, r.healing) == (method, healing)]
-                _draw_curve(axis, dense, own, colour)
-        axis.set_title(name, fontsize="medium")
-        axis.set_xlabel("layers removed")
-        axis.locator_params(axis="x", integer=True)
-        axis.spines[["top", "right"]].set_visible(False)
-    logarithmic(axes[0], ",.5g")
-    highest = max((r.perplexity for r in rows if math.isfinite(r.perplexity)), default=1.0)
-    if highest > SHOWN * dense.perplexity:
-        axes[0].set_ylim(0.9 * dense.perplexity, SHOWN * dense.perplexity)
-    axes[0].set_ylabel("perplexity")
-    named: dict[str, Any] = {}
-    for axis in axes:
-        handles, labels = axis.get_legend_handles_labels()
-        named |= dict(zip(labels, handles, strict=True))
-    figure.legend(named.values(), named.keys(), loc="outside right upper", frameon=False)
+    methods = list(dict.fromkeys(r.method for r in pruned))
+    healings = sorted({"raw", *(r.healing for r in pruned)}, key=_place)
+    top, numbers = _top(rows), sorted({0, *(r.n for r in pruned)})
+    gap = min((b - a for a, b in pairwise(numbers)), default=1)
+    step = min(0.5 * gap / max(len(methods), 1), 0.02 * numbers[-1])  # between marks side by side
+    columns = min(3, len(healings))
+    lines = -(-len(healings) // columns)
+    keys = -(-(len(methods) + 2) // columns)  # lines of the legend
+    figure = empty(1.4 + 2.4 * columns, 1.2 + 2.5 * lines + 0.22 * keys)
+    grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
+    for axes, healing in zip(grid.flat, healings, strict=False):
+        axes.axhline(dense.perplexity, color="0.5", linewidth=1, label="original model")
+        for place, method in enumerate(methods):
+            own = [r for r in pruned if (r.method, r.healing) == (method, healing)]
+            look = {"color": PALETTE[place % 8], "marker": MARKERS[place % 8]}
+            shift = step * (place - (len(methods) - 1) / 2)
+            _draw_method(axes, dense, own, shift, top, look)
+        axes.set_title(TITLES.get(healing, f"healed by {healing}"), fontsize="medium")
+        axes.set_xticks(numbers)
+        axes.grid(axis="y", color="0.9", linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.tick_params(labelbottom=True)
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in [*grid.flat][len(healings) :]:
+        axes.set_visible(False)
+    logarithmic(grid[0, 0], ",.5g")
+    grid[0, 0].set_ylim(0.9 * dense.perplexity, top)
+    for axes in grid[-1]:
+        axes.set_xlabel("layers removed")
+    for axes in grid[:, 0]:
+        axes.set_ylabel("perplexity, lower is better")
+    named = {
+        label: handle
+        for axes in grid.flat
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    labels = sorted(named, key=lambda label: label.startswith(("original model", "worse than")))
+    figure.legend(
+        [named[label] for label in labels],
+        labels,
+        loc="outside lower center",
+        ncols=columns,
+        frameon=False,
+        title="layers chosen by (bars: one standard error)",
+        fontsize=9,
+    )
     if title is not None:
         figure.suptitle(title)
     return figure
 
 
-def _draw_curve(axes: Axes, dense: Row, rows: Sequence[Row], colour: str) -> None:
-    """One method, healed one way: a line from the original on, a band, or what was trained."""
+def _place(healing: str) -> int:
+    return [*TITLES].index(healing) if healing in TITLES else len(TITLES)
+
+
+def _top(rows: Sequence[Row]) -> float:
+    """Where the axis of perplexities ends."""
+    ends = [r.perplexity * math.exp(r.standard_error) for r in rows]
+    return min(1.1 * max(filter(math.isfinite, ends), default=1.0), SHOWN * rows[0].perplexity)
+
+
+def _draw_method(
+    axes: Axes, dense: Row, rows: Sequence[Row], shift: float, top: float, look: dict[str, str]
+) -> None:
+    """One method, healed one way: a line, or a band where a number has several rows.
+
+    It begins at the original model, unless it was trained; `shift` keeps lines apart.
+    """
     if not rows:
         return
-    method, healing = rows[0].method, rows[0].healing
-    values = {n: [r.perplexity for r in rows if r.n == n] for n in sorted({r.n for r in rows})}
-    if healing in TRAINED:
-        mark, name = TRAINED[healing]
-        x = [n for n, own in values.items() for _ in own]
-        y = [value for own in values.values() for value in own]
-        style: dict[str, Any] = {"markersize": 11, "markeredgecolor": "black", "zorder": 3}
-        style["linestyle"] = "-." if len(x) == len(values) > 1 else "none"
-        axes.plot(x, y, marker=mark, color=colour, label=f"{method}, {name}", **style)
-        return
-    x = [0, *values]
-    low, high = ([dense.perplexity, *map(f, values.values())] for f in (min, max))
-    if low == high:
-        label = f"{method}, {healing}" if healing in LINES else method
-        line = LINES.get(healing, "o-")
-        axes.plot(x, low, line, color=colour, markersize=4, label=label)
+    label = LABELS.get(rows[0].method, rows[0].method)
+    groups = {n: [r for r in rows if r.n == n] for n in sorted({r.n for r in rows})}
+    values = {n: [r.perplexity for r in own] for n, own in groups.items()}
+    start = [] if rows[0].healing in TRAINED else [dense.perplexity]
+    zero = [0.0] * len(start)
+    if most := max(map(len, values.values())) - 1:
+        low, high = ([*start, *map(end, values.values())] for end in (min, max))
+        label, shift, look = f"{label}, best to worst of {most + 1}", 0.0, {"color": "0.6"}
+        axes.fill_between([*zero, *groups], low, high, color="0.87", label=label)
     else:
-        axes.fill_between(x, low, high, color="0.88", label=method)
+        y = [*start, *(own[0] for own in values.values())]
+        errors = [*zero, *(own[0].standard_error for own in groups.values())]
+        reach = [
+            [v * (1 - math.exp(-e)) for v, e in zip(y, errors, strict=True)],
+            [v * (math.exp(e) - 1) for v, e in zip(y, errors, strict=True)],
+        ]
+        x = [*zero, *(n + shift for n in groups)]
+        style: dict[str, Any] = {"markersize": 5, "linewidth": 1.4, "label": label, **look}
+        axes.errorbar(x, y, yerr=reach, elinewidth=1, **style)
+    off = [n + shift for n, own in values.items() if not all(v <= top for v in own)]  # NaN too
+    if off:
+        mark: dict[str, Any] = {"linestyle": "none", "marker": 6, "markersize": 9, "zorder": 4}
+        axes.plot(off, [top] * len(off), clip_on=False, color=look["color"], **mark)
+        axes.plot([], [], color="black", label=f"worse than {top:,.0f}, off the axis", **mark)
 
 
 def cross_map(cells: Sequence[Crossed]) -> Figure:
@@ -107,7 +158,7 @@ def cross_map(cells: Sequence[Crossed]) -> Figure:
     parts = figure.subplots(1, len(healings), squeeze=False)[0]
     for axes, healing in zip(parts, healings, strict=True):
         _draw_map(axes, [cell for cell in cells if cell.healing == healing], largest)
-        axes.set_title(TITLES.get(healing, healing), fontsize="medium")
+        axes.set_title(TITLES.get(healing, f"healed by {healing}"), fontsize="medium")
     parts[0].set_ylabel("chosen on")
     figure.suptitle("nats a token beyond the text's own choice")
     return figure

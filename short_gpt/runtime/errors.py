@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from llama.errors import InputError, MissingPackageError
+from llama.errors import InputError, MissingPackageError, required
 
 __all__ = [
     "USER_ERRORS",
@@ -13,6 +13,7 @@ __all__ = [
     "NotSavedError",
     "ShortGPTError",
     "one_line",
+    "required",
     "shortage",
 ]
 

@@ -18,6 +18,7 @@ class Method(NamedTuple):
     # from the scores, the number of layers and a seed to positions of layers; None runs the model
     # without layers, see `search`
     choose: Callable[[Importance, int, int], list[int]] | None = None
+    label: str = ""  # as pictures write it; else the name
 
 
 REGISTRY = (
@@ -25,41 +26,66 @@ REGISTRY = (
         "bi",
         "lowest Block Influence (ShortGPT)",
         lambda scores, n, _: lowest(scores.block_influence, n),
+        "Block Influence",
     ),
     Method(
         "angular",
         "best block by the last token's angle (Gromov et al.)",
         lambda scores, n, _: best_block(scores.angular, n),
+        "best block by angle",
     ),
     Method(
         "angular_all",
         "best block by the angle at all tokens",
         lambda scores, n, _: best_block(scores.angular_all_tokens, n),
+        "best block by angle, all tokens",
     ),
     Method(
         "deepest",
         "deepest layers but the last (Gromov et al., simple heuristic)",
         lambda scores, n, _: deepest(len(scores.layers), n),
+        "deepest layers but the last",
     ),
     Method(
         "relative_magnitude",
         "lowest relative magnitude (Samragh et al.)",
         lambda scores, n, _: lowest(scores.mean("magnitude"), n),
+        "relative magnitude",
     ),
     Method(
         "norm",
         "largest hidden-state norm (ShortGPT, Table 10)",
         lambda scores, n, _: lowest(-scores.mean("norm"), n),
+        "largest norm",
     ),
-    Method("sequential", "first layers", lambda scores, n, _: sequential(len(scores.layers), n)),
-    Method("reverse", "last layers", lambda scores, n, _: reverse(len(scores.layers), n)),
     Method(
-        "random", "random layers", lambda scores, n, seed: at_random(len(scores.layers), n, seed)
+        "sequential",
+        "first layers",
+        lambda scores, n, _: sequential(len(scores.layers), n),
+        "first layers",
     ),
-    Method("perplexity", "lowest perplexity without the one layer (Shortened LLaMA)"),
-    Method("sleb", "greedily, lowest loss without the layer, scored anew (SLEB)"),
+    Method(
+        "reverse", "last layers", lambda scores, n, _: reverse(len(scores.layers), n), "last layers"
+    ),
+    Method(
+        "random",
+        "random layers",
+        lambda scores, n, seed: at_random(len(scores.layers), n, seed),
+        "random layers",
+    ),
+    Method(
+        "perplexity",
+        "lowest perplexity without the one layer (Shortened LLaMA)",
+        label="perplexity without one layer",
+    ),
+    Method(
+        "sleb",
+        "greedily, lowest loss without the layer, scored anew (SLEB)",
+        label="greedy search (SLEB)",
+    ),
 )
 METHODS = {method.name: method.about for method in REGISTRY}
+LABELS = {method.name: method.label or method.name for method in REGISTRY}
 BY_LOSS = tuple(method.name for method in REGISTRY if method.choose is None)
 REMOVED = {
     "sleb_healed": "rank by sleb and heal what it removes, or compare sets once they are refitted",

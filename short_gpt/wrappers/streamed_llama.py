@@ -33,7 +33,7 @@ from short_gpt.models.loading import load_tokenizer
 from short_gpt.models.meta import MetaDecoder
 from short_gpt.models.weight_changes import Parameter, WeightChange
 from short_gpt.runtime.digest import files_digest
-from short_gpt.runtime.errors import MissingPackageError, ShortGPTError
+from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.memory import BLOCK_BYTES, Plan
 from short_gpt.runtime.progress import bar, set_rate
 from short_gpt.scoring.hooks import Scores
@@ -414,9 +414,5 @@ class StreamedLlama(ScoredModel):
 def _hf_tokenizer(directory: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     try:
         return load_tokenizer(str(directory), {"trust_remote_code": trust_remote_code})
-    except ModuleNotFoundError:
-        raise MissingPackageError(
-            'Hugging Face directories need: pip install "short-gpt[hf]"; or pass tokenizer_path'
-        ) from None
     except ShortGPTError as error:
         raise ShortGPTError(f"{directory} cannot be loaded: {error}") from error

@@ -386,14 +386,14 @@ def test_what_four_bits_and_other_models_need(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     short = ShortHFModel(make("llama"))
-    with pytest.raises(ImportError, match="4 bits needs: pip install bitsandbytes"):
+    with pytest.raises(ImportError, match="4 bits needs .*: pip install bitsandbytes"):
         heal(short, TRAINING, VALIDATION, recipe=changed(four_bit=True), progress=False)
     monkeypatch.setitem(sys.modules, "bitsandbytes", SimpleNamespace())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="4 bits needs CUDA"):
         heal(short, TRAINING, VALIDATION, recipe=changed(four_bit=True), progress=False)
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(ImportError, match=r'healing needs peft: pip install "short-gpt\[heal\]"'):
+    with pytest.raises(ImportError, match="training needs peft .*: pip install peft$"):
         heal(short, TRAINING, VALIDATION, recipe=QUICK, progress=False)
     monkeypatch.undo()
     meta = ShortLlama(SimpleNamespace(model=make_transformer(), tokenizer=CharTokenizer()))

@@ -13,6 +13,7 @@ from conftest import BYTE_VOCAB, make_transformer, save_checkpoint, write_byte_t
 from gguf_files import stack_file
 
 from llama.formats.convert import meta_to_hf
+from llama.io.files import new_directory
 from short_gpt import ShortGPTError, prune, rank
 from short_gpt.jobs import Choice, Cut, Scores, heal, read_scores
 from short_gpt.jobs.scores import configuration_of, tokenizer_of
@@ -255,6 +256,16 @@ def another_seed(record: dict) -> None:
 
 def another_model(record: dict) -> None:
     record["scored"] = {}
+
+
+def test_scores_in_a_folder_whose_marker_lists_its_files_are_read(here):
+    """As the demo writes them: the list comes after the digest of the scores."""
+    ranked("ckpt", "r.json")
+    with new_directory(here / "demo", marker="layers.json") as partial:
+        shutil.copy("r.json", partial / "layers.json")
+    assert "files" in json.loads(Path("demo/layers.json").read_text())
+    assert Scores.read("demo/layers.json").layers(2) == Scores.read("r.json").layers(2)
+    run("plot", "demo/layers.json", "pictures")
 
 
 @pytest.mark.parametrize("spoil", [halved, swapped, another_seed, another_model])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import sys
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -32,6 +33,7 @@ from short_gpt.plots.figures import KEPT, REMOVED
 from short_gpt.plots.quality import SHOWN
 from short_gpt.scoring.hooks import Scores
 from short_gpt.scoring.importance import Importance
+from short_gpt.selection.methods import LABELS
 
 LEVEL = torch.tensor([0.4, 0.2, 0.1, 0.3, 0.25])
 TOWER = torch.tensor([0.99, 0.04, 0.03, 0.05, 0.04, 0.03, 0.06, 0.05, 0.04, 0.03])
@@ -66,8 +68,7 @@ def test_a_bar_a_layer_and_the_removed_in_another_colour() -> None:
     assert bars(axes) == {
         n: (float(height), REMOVED if n in (1, 2) else KEPT) for n, height in enumerate(LEVEL)
     }
-    (legend,) = figure.legends
-    assert [text.get_text() for text in legend.get_texts()] == ["kept", "removed"]
+    assert legend(figure) == ["kept", "removed"]
     assert figure.get_suptitle() == "A model"
     assert axes.get_xlabel() == "layer"
     assert figure.get_supylabel() == "Block Influence, 1 - cos"
@@ -100,6 +101,22 @@ def test_error_bars_reach_the_margin_up_and_down() -> None:
     reach = margin.nan_to_num(nan=0.0)
     torch.testing.assert_close(ends.float(), torch.stack([LEVEL - reach, LEVEL + reach], 1))
     assert png(figure)
+    assert legend(figure) == ["margin, 95%"]
+    assert legend(importance_bars(LEVEL, margin=margin, removed=[1])) == [
+        "kept",
+        "removed",
+        "margin, 95%",
+    ]
+
+
+def test_a_picture_of_bars_alone_says_what_it_shows_and_nothing_overlaps() -> None:
+    figure = importance_bars(TOWER, margin=TOWER / 9, removed=[2])
+    png(figure)
+    title = figure._suptitle.get_window_extent()
+    assert figure.get_suptitle() == "Block Influence: how far each layer turns the hidden states"
+    parts = [axes.get_tightbbox() for axes in figure.axes]
+    assert all(part.y1 <= title.y0 for part in parts)
+    assert all(part.y0 >= figure.legends[0].get_window_extent().y1 for part in parts)
 
 
 def test_a_layer_without_a_score_has_no_bar() -> None:
@@ -169,7 +186,7 @@ def test_a_column_is_a_start_and_a_row_a_size() -> None:
     torch.testing.assert_close(cells(figure), torch.tensor(expected).double(), equal_nan=True)
     axes, colours = figure.axes
     assert axes.get_xlabel() == "first layer of the block"
-    assert axes.get_ylabel() == "layers in the block"
+    assert axes.get_ylabel() == "number of layers in the block"
     assert colours.get_ylabel() == "angular distance, arccos(cos) / pi"
     assert figure.get_suptitle() == "A model"
     assert png(figure)
@@ -189,7 +206,7 @@ def test_the_block_is_outlined_at_its_start_and_size() -> None:
     assert (frame.get_xy(), frame.get_width(), frame.get_height()) == ((0.5, 1.5), 1, 1)
     assert not frame.get_fill()
     labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
-    assert labels == ["least of its row", "layers 1 to 2"]
+    assert labels == ["least distance for its number of layers", "best of 2: layers 1 to 2"]
     assert png(figure)
     assert not angular_heatmap(distances()).axes[0].patches
 
@@ -240,60 +257,115 @@ RANDOM = [row("random", 2, "raw", value) for value in (30.0, 80.0, 50.0)]
 HEALED = [row("bi", 2, "patched", 12.0), row("bi", 4, "lora", 11.0), row("bi", 4, "distill", 10.5)]
 
 
-def curves(axes: Axes) -> list[tuple[list[float], list[float]]]:
-    return [(list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines]
+def curves(axes: Axes) -> dict[str, list[tuple[int, float]]]:
+    """The points of every method, at the numbers of layers that their shifted marks stand for."""
+    return {
+        str(group.get_label()): [
+            (round(x), y) for x, y in np.asarray(group.lines[0].get_xydata()).tolist()
+        ]
+        for group in axes.containers
+        if isinstance(group, ErrorbarContainer)
+    }
 
 
-def test_a_curve_starts_at_the_whole_model_and_a_band_spans_the_seeds() -> None:
+def legend(figure: Figure) -> list[str]:
+    return [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+def test_a_curve_starts_at_the_original_model_and_a_band_spans_the_seeds() -> None:
     figure = quality_curves([DENSE, *CUT, *RANDOM], title="A model")
     (axes,) = figure.axes
-    assert curves(axes) == [([0, 2, 4], [10.0, 20.0, 90.0])]
-    (band,) = axes.collections
-    box = band.get_paths()[0].get_extents()
+    assert curves(axes) == {"Block Influence": [(0, 10.0), (2, 20.0), (4, 90.0)]}
+    bands = [c for c in axes.collections if "random" in str(c.get_label())]
+    box = bands[0].get_paths()[0].get_extents()
+    assert len(bands) == 1
     assert (box.x0, box.x1, box.y0, box.y1) == (0, 2, 10.0, 80.0)
     assert figure.get_suptitle() == "A model"
+    random = "random layers, best to worst of 3"
+    assert legend(figure) == [random, "Block Influence", "original model"]
     png(figure)
 
 
-def test_the_healed_stand_beside_the_cut() -> None:
-    figure = quality_curves([DENSE, *CUT, *HEALED])
-    cut, healed = figure.axes
-    assert curves(cut) == [([0, 2, 4], [10.0, 20.0, 90.0])]
-    assert curves(healed) == [([0, 2], [10.0, 12.0]), ([4], [11.0]), ([4], [10.5])]
-    assert cut.get_ylim() == healed.get_ylim()
-    (legend,) = figure.legends
-    assert [text.get_text() for text in legend.get_texts()] == ["bi", "bi, LoRA", "bi, distilled"]
+def test_every_healing_has_a_part_whose_title_names_it() -> None:
+    other = [row("bi", 2, kind, 12.0) for kind in ("linearpatch", "ghosted", "refit", "rescale")]
+    figure = quality_curves([DENSE, *HEALED, *CUT, *other])
+    parts = {axes.get_title(): axes for axes in figure.axes if axes.get_visible()}
+    assert [*parts] == [
+        "pruned, not healed",
+        "healed by a patch",
+        "healed by a refit",
+        "healed by LinearPatch",
+        "healed by a ghosted layer",
+        "healed by LoRA",
+        "healed by distillation",
+        "healed by rescale",
+    ]
+    drawn = [curves(axes)["Block Influence"] for axes in parts.values()]
+    assert drawn[0] == [(0, 10.0), (2, 20.0), (4, 90.0)]
+    assert drawn[1:3] == [[(0, 10.0), (2, 12.0)]] * 2
+    assert drawn[5:7] == [[(4, 11.0)], [(4, 10.5)]]  # trained: no line from the original model
+    assert len({axes.get_ylim() for axes in parts.values()}) == 1
+    assert legend(figure) == ["Block Influence", "original model"]
     png(figure)
 
 
-def test_trained_models_of_several_numbers_are_joined_by_a_line() -> None:
-    many = [row("bi", n, "distill", 10.0 + n) for n in (2, 4)]
-    lines = {
-        len(rows): quality_curves([DENSE, *CUT, *rows]).axes[1].get_lines()[0]
-        for rows in (many, many[:1])
-    }
-    assert [lines[n].get_linestyle() for n in (1, 2)] == ["None", "-."]
-    assert list(lines[2].get_xdata()) == [2, 4]
-    several = quality_curves([DENSE, *CUT, *many, *many]).axes[1].get_lines()[0]
-    assert several.get_linestyle() == "None" and list(several.get_xdata()) == [2, 2, 4, 4]
+@pytest.mark.parametrize("healings", [["raw"], ["raw", "patched"], ["raw", "patched", "refit"]])
+def test_legend_titles_and_axes_of_any_number_of_parts_do_not_overlap(healings) -> None:
+    every = [row(m, n, h, 10.0 + 9 * n) for m in LABELS for n in (2, 4, 8) for h in healings]
+    figure = quality_curves([DENSE, *every])
+    png(figure)
+    (box,) = (item.get_window_extent() for item in figure.legends)
+    assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1
+    for axes in figure.axes:
+        assert axes.get_tightbbox().y0 >= box.y1
+        assert axes.get_tightbbox().x1 <= figure.bbox.x1
+    titles = [axes.title.get_window_extent() for axes in figure.axes]
+    assert all(left.x1 < right.x0 for left, right in pairwise(titles))
 
 
-def test_other_closed_forms_have_lines_of_their_own() -> None:
-    kinds = ("patched", "refit", "linearpatch", "ghosted")
-    figure = quality_curves([DENSE, *CUT, *(row("bi", 2, kind, 12.0) for kind in kinds)])
-    lines = figure.axes[1].get_lines()
-    assert len({(line.get_marker(), line.get_linestyle()) for line in lines}) == len(kinds)
-    assert [line.get_label() for line in lines] == ["bi", *(f"bi, {kind}" for kind in kinds[1:])]
-    assert figure.axes[1].get_title() == "healed (solid: patched)"
+def test_methods_are_spelled_out_and_lines_that_coincide_can_be_told_apart() -> None:
+    every = [row(method, n, "raw", 20.0) for method in (*LABELS, "evolution") for n in (2, 4)]
+    figure = quality_curves([DENSE, *every[:16]])
+    assert legend(figure) == [*map(LABELS.get, [*LABELS][:8]), "original model"]
+    assert {"Block Influence", "best block by angle", "relative magnitude"} <= {*legend(figure)}
+    groups = [g for g in figure.axes[0].containers if isinstance(g, ErrorbarContainer)]
+    points = [tuple(g.lines[0].get_xydata()[1].tolist()) for g in groups]
+    assert len({*points}) == 8 and max(abs(x - 2) for x, _ in points) <= 0.5
+    looks = [(g.lines[0].get_marker(), g.lines[0].get_color()) for g in groups]
+    assert len({mark for mark, _ in looks}) == len({colour for _, colour in looks}) == 8
+    assert "evolution" in legend(quality_curves([DENSE, *every]))  # of an old file
+    assert all(label != name for name, label in LABELS.items())
 
 
-@pytest.mark.parametrize("worst", [1e9, math.inf])
-def test_what_is_far_worse_leaves_the_picture(worst: float) -> None:
+def test_bars_reach_one_standard_error_of_the_nats() -> None:
+    figure = quality_curves([DENSE, replace(CUT[0], standard_error=0.1)])
+    (group,) = (g for g in figure.axes[0].containers if isinstance(g, ErrorbarContainer))
+    ends = np.array(group.lines[2][0].get_segments())[1, :, 1]
+    assert ends == pytest.approx([20.0 * math.exp(-0.1), 20.0 * math.exp(0.1)])
+    assert figure.legends[0].get_title().get_text() == "layers chosen by (bars: one standard error)"
+
+
+@pytest.mark.parametrize("worst", [1e9, math.inf, math.nan])
+def test_what_is_far_worse_is_marked_at_the_end_of_the_axis(worst: float) -> None:
+    rows = [*CUT, row("reverse", 2, "raw", 5e4), row("deepest", 4, "raw", worst)]
     figure = quality_curves(
-        [DENSE, *CUT, row("reverse", 2, "raw", 5e4), row("deepest", 2, "raw", worst)]
+        [DENSE, *rows, *RANDOM, *(row("random", 4, "raw", p) for p in (50.0, worst))]
     )
-    assert figure.axes[0].get_ylim()[1] == SHOWN * DENSE.perplexity
+    (axes,) = figure.axes
+    top = SHOWN * DENSE.perplexity
+    assert axes.get_ylim()[1] == top
+    marks = [line.get_xydata().tolist() for line in axes.lines if line.get_marker() == 6]
+    assert sorted((round(x), y) for own in marks for x, y in own) == [(2, top), (4, top), (4, top)]
+    assert legend(figure).count("worse than 1,000, off the axis") == 1
     png(figure)
+
+
+def test_the_axis_holds_every_point_with_its_bar() -> None:
+    rows = [replace(r, standard_error=0.5) for r in (*CUT, *HEALED)]
+    figure = quality_curves([DENSE, *rows])
+    low, high = figure.axes[0].get_ylim()
+    assert low < DENSE.perplexity and high > 90.0 * math.exp(0.5)
+    assert not any("off the axis" in label for label in legend(figure))
 
 
 def test_curves_need_rows() -> None:
@@ -302,6 +374,9 @@ def test_curves_need_rows() -> None:
 
 
 # Beside what was published
+
+MEASURED = "measured, with its 95% margin"
+PUBLISHED = "published, scaled to the measured median"
 
 
 def measured(seed: int = 0) -> Importance:
@@ -334,17 +409,17 @@ def test_measured_scores_stand_beside_published_ones_of_the_same_median() -> Non
     png(figure)
     above, below = figure.axes
     found = lines(above)
-    assert found["measured"] == pytest.approx(scores.block_influence.numpy())
-    ratios = found["published, scaled"] / influence.numpy()
+    assert found[MEASURED] == pytest.approx(scores.block_influence.numpy())
+    ratios = found[PUBLISHED] / influence.numpy()
     assert ratios == pytest.approx(np.full(32, ratios[0]))
-    assert np.sort(found["published, scaled"])[15] == pytest.approx(scores.block_influence.median())
-    assert sorted(found["removed by these scores"]) == sorted(
+    assert np.sort(found[PUBLISHED])[15] == pytest.approx(scores.block_influence.median())
+    assert sorted(found["the measured scores remove this layer"]) == sorted(
         scores.block_influence[comparison.ours].tolist()
     )
     shaded = sorted(patch.get_x() + 0.5 for patch in above.patches)
     assert shaded == sorted(comparison.paper)
     assert lines(below)["measured"] == pytest.approx(scores.angular.diagonal(9).numpy())
-    assert len(lines(below)["published, scaled"]) == len(angles) == 24
+    assert len(lines(below)[PUBLISHED]) == len(angles) == 24
     assert (above.get_yscale(), below.get_yscale()) == ("log", "linear")
 
 
@@ -353,7 +428,7 @@ def test_of_a_model_without_published_scores_the_measured_ones_stand_alone() -> 
     figure = beside_published(scores, compare_with_paper("Baichuan-2-7B", [1, 2]))
     png(figure)
     (axes,) = figure.axes
-    assert "published, scaled" not in lines(axes) and "measured" in lines(axes)
+    assert PUBLISHED not in lines(axes) and MEASURED in lines(axes)
 
 
 # All
@@ -367,12 +442,11 @@ def test_pyplot_is_not_needed() -> None:
     assert "matplotlib.pyplot" not in set(sys.modules) - before
 
 
-def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("short_gpt.plots.figures.find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r'pip install "short-gpt\[plots\]"'):
-        importance_bars(LEVEL)
-    with pytest.raises(ImportError, match=r'pip install "short-gpt\[plots\]"'):
-        angular_heatmap(distances())
+def test_without_matplotlib_the_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for draw in (lambda: importance_bars(LEVEL), lambda: angular_heatmap(distances())):
+        with pytest.raises(ImportError, match=r"drawing needs matplotlib .*pip install matplotlib"):
+            draw()
 
 
 def crossed(choice: str, text: str, healing: str, excess: float) -> Crossed:
@@ -386,7 +460,7 @@ def test_a_map_of_choices_shows_what_each_costs_on_every_text() -> None:
     ]
     figure = cross_map(cells)
     raw, refit = figure.axes
-    assert (raw.get_title(), refit.get_title()) == ("pruned", "refitted")
+    assert (raw.get_title(), refit.get_title()) == ("pruned, not healed", "healed by a refit")
     assert raw.images[0].get_array().tolist() == [[0.0, 0.25], [-0.5, 0.0]]
     assert refit.images[0].get_array().tolist() == [[0.0, 0.5], [-1.0, 0.0]]
     assert raw.images[0].get_clim() == refit.images[0].get_clim() == (-1.0, 1.0)

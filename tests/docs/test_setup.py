@@ -1,0 +1,105 @@
+"""What is installed: without a choice, all that the commands need; extras for the rest."""
+
+from __future__ import annotations
+
+import ast
+import re
+import runpy
+import sys
+from importlib.metadata import packages_distributions
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from pages import PAGES, ROOT
+
+from llama import MissingPackageError
+from llama.errors import required
+
+EXTRAS = {"eval", "four-bit", "notebooks", "docs", "dev"}
+OLD = {"plots", "demo", "hf", "heal"}  # what they named is always installed
+# Imported where an extra or a user brings them, or only while types are checked.
+OTHERS = {"lm_eval", "bitsandbytes", "google", "_typeshed", "pandas", "llama", "short_gpt"}
+
+
+@pytest.fixture(scope="module")
+def packaging() -> dict[str, Any]:
+    """The arguments that setup.py gives to setuptools."""
+    given: dict[str, Any] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        stub = SimpleNamespace(setup=given.update, find_packages=lambda include: [])
+        patch.setitem(sys.modules, "setuptools", stub)
+        runpy.run_path(str(ROOT / "setup.py"))
+    return given
+
+
+def name(requirement: str) -> str:
+    """A requirement's package without its version, as registries spell it."""
+    return re.split(r"[\[<>=! ]", requirement)[0].replace("_", "-").lower()
+
+
+def imported() -> set[str]:
+    """The top-level names of every import of both packages, inside functions too."""
+    found = set()
+    for path in (*(ROOT / "short_gpt").rglob("*.py"), *(ROOT / "llama").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                found.add(node.module.split(".")[0])
+    return found
+
+
+def test_all_that_the_library_imports_is_installed_without_an_extra(packaging):
+    owners = packages_distributions()
+    third_party = imported() - set(sys.stdlib_module_names) - OTHERS
+    needed = {owner.replace("_", "-").lower() for top in third_party for owner in owners[top]}
+    installed = {name(requirement) for requirement in packaging["install_requires"]}
+    assert {"transformers", "peft", "gguf", "matplotlib", "platformdirs"} <= needed
+    assert needed <= installed
+    # transformers loads onto devices by accelerate, and its tokenizers are read by these two
+    assert installed - needed == {"accelerate"}
+
+
+def test_every_older_extra_still_exists_and_installs_what_it_meant(packaging):
+    extras, installed = packaging["extras_require"], packaging["install_requires"]
+    assert not any("_" in extra for extra in extras)  # pip before 23.3 would not find it
+    assert set(extras) == EXTRAS | OLD | {"all"}
+    assert all(extras[old] == [] for old in OLD)
+    assert set(extras["all"]) == {*extras["notebooks"], *extras["dev"]}
+    assert {*extras["docs"], *extras["eval"]} <= {*extras["dev"]}
+    always = {*map(name, installed)}
+    assert not always & {name(r) for own in extras.values() for r in own}
+    meant = {"demo": "gguf", "plots": "matplotlib", "hf": "transformers", "heal": "peft"}
+    assert set(meant) == OLD and always >= {*meant.values()}
+
+
+def test_readme_says_what_each_extra_is_for(packaging):
+    shown = re.findall(r"^\| .*", PAGES["README.md"], flags=re.MULTILINE)
+    named = {extra for row in shown for extra in re.findall(r'-e "\.\[([\w-]+)\]"', row)}
+    assert named == EXTRAS
+    pages = [*PAGES.values(), (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")]
+    lines = [line for page in pages for line in page.splitlines()]
+    extras = {
+        extra for line in lines for extra in re.findall(r"pip install .*?\.\[([\w,-]+)\]", line)
+    }
+    assert extras == EXTRAS
+
+
+def test_a_missing_package_is_named_with_a_command_that_needs_no_checkout(monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    line = r"^training needs peft \(import of peft halted; .*\): pip install peft$"
+    with pytest.raises(MissingPackageError, match=line), required("peft", by="training"):
+        import peft  # noqa: F401
+    with pytest.raises(ZeroDivisionError), required("peft", by="training"):
+        _ = 1 / 0
+
+
+def test_no_message_names_an_extra_of_a_registry():
+    for path in (*(ROOT / "short_gpt").rglob("*.py"), *(ROOT / "llama").rglob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        assert "short-gpt[" not in text, path
+        raises = re.findall(r"raise MissingPackageError", text)
+        at = str(path.relative_to(ROOT))
+        # pip itself is the one thing that pip does not install
+        assert len(raises) == (at in ("llama/errors.py", "short_gpt/data/demo.py")), path
