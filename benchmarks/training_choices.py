@@ -59,8 +59,6 @@ class Way(NamedTuple):
     kl_share: float = 1.0
     visits: int = 1  # of every window
     fresh: bool = True  # whether the windows are others than the refit's
-    beta: float = 0.999  # of Adam's second moment
-    mask: tuple[int, ...] = ()  # layers, of those kept, that are not trained
 
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -242,7 +240,7 @@ def _train(
         trained = model
         model.model.layers.requires_grad_(True)
     weights = [p for p in trained.parameters() if p.requires_grad]
-    adam = torch.optim.AdamW(weights, lr=way.rate, betas=(0.9, way.beta), weight_decay=0.0)
+    adam = torch.optim.AdamW(weights, lr=way.rate, weight_decay=0.0)
     trained.train()
     read: set[tuple[int, ...]] = set()
     spent, asked, steps, tokens = 0.0, 0.0, 0, 0

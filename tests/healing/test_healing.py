@@ -647,8 +647,8 @@ def test_heal_by_lora_a_pruned_meta_model_and_back(books, capsys):
 
 
 def test_heal_by_a_chain_a_meta_model_and_back(books, capsys):
-    more = ("--learning_rate", 0.005, "--top_k", 8, "--temperature", 2, "--kl_share", 0.5)
-    chain = ("--method", "patch,distill", *LORA[2:], *more)
+    more = ("--learning_rate", 0.02, "--top_k", 8, "--temperature", 2, "--kl_share", 0.5)
+    chain = ("--method", "patch,distill", *LORA[4:], "--steps", 8, *more)
     run("heal", "dense", "out", *SMALL, "--layers", "3,1", *chain, "--json", "e.json")
     out = capsys.readouterr().out
     assert "patch changes the loss by" in out and "distill changes the loss by" in out
