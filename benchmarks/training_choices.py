@@ -141,7 +141,10 @@ class _Run(NamedTuple):
             for other in ("refit", "lora"):
                 if other in self.cells:
                     change = difference(self.losses(other, None)[kind], own)
-                    cells[kind][f"nats from {other}"] = [change.nats, change.standard_error]
+                    cells[kind][f"from {other}"] = {
+                        "nats": change.nats,
+                        "standard_error": change.standard_error,
+                    }
         steps = f"steps {name}"
         return cells | (self.cells.value(steps, None) if steps in self.cells else {})
 
@@ -279,8 +282,8 @@ def shown(table: dict[str, dict[str, Any]]) -> str:
     for name, cells in table.items():
         parts = [f"{kind} {cells[kind]['perplexity']:.2f}" for kind in HELD]
         for kind in HELD:
-            if change := cells[kind].get("nats from lora"):
-                parts.append(f"{change[0]:+.4f} ({change[1]:.4f})")
+            if change := cells[kind].get("from lora"):
+                parts.append(f"{change['nats']:+.4f} ({change['standard_error']:.4f})")
         lines.append(f"{name:<24}" + "  ".join(parts))
     return "\n".join(lines)
 
