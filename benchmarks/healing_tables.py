@@ -77,13 +77,14 @@ def minutes() -> str:
 
 
 def ways() -> list[str]:
-    """Every way of training of `training_choices.py`, and what it is from LoRA's own by."""
+    """Every way of training of `training_choices.py`: LoRA's from the refit, others from LoRA."""
     lines = []
     for name, cells in result("training_choices")["rows"].items():
         kinds = [cells[kind] for kind in ("book", "wikitext", "novels")]
         texts = [f"{kind['perplexity']:.2f}" for kind in kinds]
         if "steps" in cells:
-            changes = [_than(kind["from lora"]) for kind in kinds]
+            other = "from refit" if name == "lora" else "from lora"
+            changes = [_than(kind[other]) for kind in kinds]
             texts = [text + change for text, change in zip(texts, changes, strict=True)]
         lines.append(row(name, *texts, f"{cells.get('steps', '')}"))
     return lines

@@ -13,7 +13,7 @@ RESULTS = ("scoring", "stopping", "stopping_adversarial", "streaming", "greedy",
 RESULTS += ("healing", "reproduce_7b", "draft_4", "draft_8", "second_family", "serving")
 RESULTS += ("calibration", "tasks", "refit_streamed", "refit_sets", "refit_parts", "refit_aims")
 RESULTS += ("optimality", "distillation", "compare_healing", "refit_choices")
-RESULTS += ("distillation_influence", "coverage", "choice_variance")
+RESULTS += ("distillation_influence", "coverage", "choice_variance", "training_choices")
 PAGES = {
     str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
     for path in (ROOT / "README.md", ROOT / "benchmarks/README.md", *ROOT.glob("docs/**/*.md"))
