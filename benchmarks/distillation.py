@@ -74,7 +74,7 @@ def main(
     write = partial(own_samples, open_model(str(demo.gguf_file())), own, size, beside=beside)
     writing = seconds(lambda: samples.extend(write()))
     texts = [demo.bible("calibration"), *([[halves(also)[0]]] if also else [])]
-    read = [cut(meta, text, count + steps, size) for text in texts]
+    read = [cut(meta, text, count + wanted(steps), size) for text in texts]
     refitted_on, learning = divided([*read, samples], [count, count, 2 * count], steps, evaluation)
     short = ShortHFModel.from_meta(str(demo.checkpoint()), device="cpu", dtype="float32")
     changes = {"steps": steps, "size": size, "batch": 1, "eval_every": steps}
