@@ -76,6 +76,20 @@ def minutes() -> str:
     )
 
 
+def ways() -> list[str]:
+    """Every way of training of `training_choices.py`: LoRA's from the refit, others from LoRA."""
+    lines = []
+    for name, cells in result("training_choices")["rows"].items():
+        kinds = [cells[kind] for kind in ("book", "wikitext", "novels")]
+        texts = [f"{kind['perplexity']:.2f}" for kind in kinds]
+        if "steps" in cells:
+            other = "from refit" if name == "lora" else "from lora"
+            changes = [_than(kind[other]) for kind in kinds]
+            texts = [text + change for text, change in zip(texts, changes, strict=True)]
+        lines.append(row(name, *texts, f"{cells.get('steps', '')}"))
+    return lines
+
+
 def parts() -> list[str]:
     """The original and the pruned model, and what each part of the refit restores."""
     cases = group("parts")

@@ -367,6 +367,10 @@ TABLES: dict[str, Callable[[], str]] = {
         HEALED.format("Block Influence's 8 removed"),
         partial(healing.distilled, "distillation_influence"),
     ),
+    "ways of training": table(
+        "| after the refit | held-out chapters | WikiText-2, second half | novels | steps |",
+        healing.ways,
+    ),
     "parts of the refit": table(HEALED.format("healed by"), healing.parts),
     "refit by windows": table(HEALED.format("windows"), healing.windows),
     "refit by aim": table(HEALED.format("step size"), healing.aims),

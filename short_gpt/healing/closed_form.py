@@ -14,6 +14,7 @@ from short_gpt.wrappers.scored_model import ScoredModel
 
 # Heals the model as it is; returns how, ready for JSON, and what takes it out again.
 Heal = Callable[[], tuple[dict[str, object], Callable[[], object]]]
+Windows = Sequence[Sequence[int]]  # of token ids
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,12 @@ class HealingContext:
     folder: Path  # what steps keep, until the healing ends or to be continued
     lasting: bool = False  # whether the folder outlives the healing
     progress: bool = True  # whether to show bars
+    fitted: int = 0  # training windows, from the first, that the closed form of a chain reads
+
+    def fresh_first(self) -> Windows:
+        """All training windows; those that the closed form reads come last."""
+        every = self.windows.training
+        return [*every[self.fitted :], *every[: self.fitted]]
 
 
 class Step(Protocol):
@@ -41,6 +48,7 @@ class Step(Protocol):
 class ClosedForm(ABC):
     """Frozen settings of a step fitted on the original model and folded into the pruned one."""
 
+    max_windows: int | None  # of the training windows, from the first; None reads all
     name: ClassVar[str]
     trains: ClassVar[bool] = False
 

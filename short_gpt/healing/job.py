@@ -12,7 +12,7 @@ from pathlib import Path
 
 from short_gpt.evaluation.paired import Difference, difference, together
 from short_gpt.evaluation.perplexity import Perplexity
-from short_gpt.healing.closed_form import Heal, HealingContext, Step
+from short_gpt.healing.closed_form import ClosedForm, Heal, HealingContext, Step
 from short_gpt.healing.distillation import CONTENT
 from short_gpt.healing.lora import TEACHER, DistillSettings, LoraSettings
 from short_gpt.healing.refit import PatchSettings, RefitSettings
@@ -152,7 +152,10 @@ class HealingJob:
         parts: dict[str, list[Perplexity]] = {}
         with self._folder() as folder:
             kept = (folder, self.work_dir is not None)
-            context = HealingContext(self.short, self.windows, self.layers, *kept, self.progress)
+            shared = (self.short, self.windows, self.layers, *kept, self.progress)
+            first = self.steps[0]  # the only one that may be a closed form
+            most = first.max_windows if isinstance(first, ClosedForm) else 0
+            context = HealingContext(*shared, fitted=len(self.windows.training[:most]))
             ready = [step.prepare(context) for step in self.steps]
             if self.layers:
                 self._measure(f"original, {len(self.short.kept)} layers", parts)

@@ -53,6 +53,7 @@ class Healed:
     kept_step: int  # the best step by the validation windows; 0 leaves the model as it was
     losses: dict[int, float]  # training loss in nats by step
     validation: dict[int, float]  # perplexity on the validation windows by step; 0 is before
+    windows: int  # different ones trained on
     tokens: int  # trained on, with repetitions
     divergence: dict[int, float] | None = None  # from the teacher in validation by step, nats
     distillation: dict[str, object] | None = None  # its settings; None where text was learned
@@ -177,6 +178,7 @@ def _train(adapted: PeftModel, run: TrainingRun) -> Healed:
         kept_step=min(losses, key=lambda step: losses[step]),  # the earliest of equals
         losses={int(entry["step"]): entry["loss"] for entry in logs if "loss" in entry},
         validation={step: metrics["eval_perplexity"] for step, metrics in measured.items()},
+        windows=round(min(1.0, state.epoch) * len(run.training)),
         tokens=round(state.epoch * sum(map(len, run.training))),
         divergence=None if distilled is None else losses,
         distillation=None if distilled is None else distilled.identity(),
@@ -332,7 +334,7 @@ class LoraSettings:
 
     def _training(self, context: HealingContext) -> Sequence[Window]:
         recipe = self._recipe(context)
-        return context.windows.training[: recipe.steps * recipe.batch]
+        return context.fresh_first()[: recipe.steps * recipe.batch]
 
     def _train(
         self, context: HealingContext, distillation: Distillation | None

@@ -39,7 +39,7 @@ from short_gpt.wrappers.options import OpenOptions
 from short_gpt.wrappers.own_text import writes
 from short_gpt.wrappers.scored_model import ScoredModel
 
-CLOSED_WINDOWS = 64  # that a closed form reads
+CLOSED_WINDOWS = 64  # that a closed form reads; training after it begins with others
 CLOSED, TRAINING = kinds_of_methods()
 
 
@@ -172,7 +172,7 @@ def _heal(
         validate=trains,
         write=writes(short, size, seed=windows.seed, beside=out),
     )
-    few = CLOSED_WINDOWS if windows.max_windows is None else None
+    few = CLOSED_WINDOWS if trains or windows.max_windows is None else None
     ridges = RIDGES if settings.ridge is None else (settings.ridge,)
     known: dict[str, Step] = {
         "refit": settings.refit(max_windows=few),

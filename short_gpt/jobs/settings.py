@@ -195,7 +195,8 @@ class HealingWindows:
     Args:
         eval_data: texts to evaluate on; if not given, a tenth of the texts of data is held out.
         size: tokens in a window; the recipe's for lora and distill, else 1024.
-        max_windows: windows to learn from; 64 for a closed form, all for lora and distill.
+        max_windows: windows to learn from; 64 for a closed form, all for lora and distill. Before
+            training, a closed form reads 64 of them at most, and the training begins with others.
         eval_windows: windows to evaluate on.
         drop_overlap: leave out windows that share text with those to evaluate on, instead of
             refusing them; on if no eval_data is given.

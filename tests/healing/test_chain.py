@@ -30,6 +30,7 @@ from short_gpt.healing import (
     lora,
     refit_state,
 )
+from short_gpt.healing.closed_form import HealingContext
 from short_gpt.healing.refit_layer import LayerRefit
 from short_gpt.wrappers.short_hf import ShortHFModel
 from short_gpt.wrappers.short_llama import ShortLlama
@@ -97,6 +98,60 @@ def test_a_refit_is_judged_by_the_windows_that_validate():
     assert evidence.perplexity["refit"].value == pytest.approx(refitted.value)
     assert [step["method"] for step in evidence.steps] == ["refit", "LoRA"]
     assert evidence.steps[0]["held"] == len(WINDOWS.validation)
+
+
+@pytest.mark.parametrize(
+    ("most", "steps", "expected"),
+    [
+        (2, 2, [2, 3, 4, 5]),  # the rest suffices
+        (4, 2, [4, 5, 0, 1]),  # and then those of the closed form
+        (None, 2, [0, 1, 2, 3]),  # which read them all
+        (2, 9, [2, 3, 4, 5, 0, 1]),
+    ],
+)
+@pytest.mark.parametrize("kind", [LoraSettings, DistillSettings])
+def test_training_begins_with_windows_that_the_closed_form_did_not_read(
+    kind, most, steps, expected, monkeypatch
+):
+    run, read = lora.heal_run, []
+
+    def seen(short, training, evaluation):
+        read.append([WINDOWS.training.index(window) for window in training.training])
+        return run(short, training, evaluation)
+
+    monkeypatch.setattr(lora, "heal_run", seen)
+    recipe = replace(QUICK, steps=steps)
+    evidence = job(whole(), [PatchSettings(max_windows=most), kind(recipe)]).run()
+    assert read == [expected]
+    closed, trained = evidence.steps
+    assert closed["windows"] == (most or 6) and trained["windows"] == len(expected)
+
+
+def test_all_training_of_a_chain_begins_with_the_same_and_alone_with_the_first(monkeypatch):
+    read = []
+    run = lora.heal_run
+    monkeypatch.setattr(
+        lora, "heal_run", lambda short, it, held: read.append(it.training) or run(short, it, held)
+    )
+    few = replace(QUICK, steps=1)
+    job(whole(), [PatchSettings(max_windows=2), LoraSettings(few), DistillSettings(few)]).run()
+    job(whole(), LoraSettings(few)).run()
+    assert read == [WINDOWS.training[2:4]] * 2 + [WINDOWS.training[:2]]
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [(LoraSettings, "a run of another text"), (DistillSettings, "another windows")],
+)
+def test_no_run_goes_on_from_one_that_read_the_windows_in_another_order(
+    kind, message, tmp_path, monkeypatch
+):
+    steps, order = [PatchSettings(max_windows=2), kind(QUICK)], HealingContext.fresh_first
+    monkeypatch.setattr(HealingContext, "fresh_first", lambda self: self.windows.training)
+    stopped(monkeypatch, steps, tmp_path, at=5)
+    monkeypatch.setattr(HealingContext, "fresh_first", order)
+    with pytest.raises(ValueError, match=message):
+        job(whole(), steps, work_dir=tmp_path, resume=True).run()
 
 
 def stopped(monkeypatch, steps, folder, *, at: int) -> ShortHFModel:

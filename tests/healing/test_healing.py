@@ -648,7 +648,7 @@ def test_heal_by_lora_a_pruned_meta_model_and_back(books, capsys):
 
 def test_heal_by_a_chain_a_meta_model_and_back(books, capsys):
     more = ("--learning_rate", 0.02, "--top_k", 8, "--temperature", 2, "--kl_share", 0.5)
-    chain = ("--method", "patch,distill", *LORA[2:], *more)
+    chain = ("--method", "patch,distill", *LORA[4:], "--steps", 8, *more)
     run("heal", "dense", "out", *SMALL, "--layers", "3,1", *chain, "--json", "e.json")
     out = capsys.readouterr().out
     assert "patch changes the loss by" in out and "distill changes the loss by" in out
@@ -661,6 +661,20 @@ def test_heal_by_a_chain_a_meta_model_and_back(books, capsys):
     settings = {"top_k": 8, "temperature": 2.0, "kl_share": 0.5, "cached": True}
     assert settings.items() <= distilled["distillation"].items() and distilled["kept_step"]
     assert isinstance(opened(Path("out")), ShortLlama) and not Path("out.training").exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    # one of 5 validates; a closed form alone reads as many as were asked for
+    [("patch,lora", [2, 4]), ("patch", [4])],
+)
+def test_heal_by_a_chain_leaves_windows_for_the_training(books, monkeypatch, method, expected):
+    monkeypatch.setattr("short_gpt.jobs.healing.CLOSED_WINDOWS", 2)
+    options = ("--layers", 1, "--max_windows", 5, "--method", method)
+    trains = (*LORA[2:], "--learning_rate", 0.005) if "lora" in method else ()
+    run("heal", "dense", "out", *SMALL, *options, *trains)
+    steps = json.loads(Path("out/pruning.json").read_text())["healing"]
+    assert [step["windows"] for step in steps] == expected
 
 
 @pytest.mark.parametrize("how", ["--stream_teacher", "--live_teacher"])
