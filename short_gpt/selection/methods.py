@@ -20,6 +20,7 @@ class Method(NamedTuple):
     choose: Callable[[Importance, int, int], list[int]] | None = None
 
 
+AUTO = "auto"  # see `healing.choosing`
 REGISTRY = (
     Method(
         "bi",
@@ -58,11 +59,13 @@ REGISTRY = (
     ),
     Method("perplexity", "lowest perplexity without the one layer (Shortened LLaMA)"),
     Method("sleb", "greedily, lowest loss without the layer, scored anew (SLEB)"),
+    Method(AUTO, "refitted candidates and swaps, lowest held-out loss"),
 )
 METHODS = {method.name: method.about for method in REGISTRY}
 BY_LOSS = tuple(method.name for method in REGISTRY if method.choose is None)
+SEARCHED = tuple(name for name in BY_LOSS if name != AUTO)  # by `selection.search`
 REMOVED = {
-    "sleb_healed": "rank by sleb and heal what it removes, or compare sets once they are refitted",
+    "sleb_healed": "rank by auto, or by sleb and heal what it removes",
     "evolution": "rank by sleb; layers that it chose before are removed by their numbers",
 }
 
@@ -85,9 +88,10 @@ def choose(importance: Importance, n: int, *, method: str = "bi", seed: int = 0)
     check_method(method)
     (positions_of,) = (row.choose for row in REGISTRY if row.name == method)
     if positions_of is None:
+        function = "choose_healed" if method == AUTO else "selection.search"
         raise ShortGPTError(
             f"{method} runs the model without layers, and uses no scores: rank by `method` "
-            f"{method} (in Python short_gpt.selection.search)"
+            f"{method} (in Python short_gpt.{function})"
         )
     if method == "angular_all" and importance.token_angles.isnan().any():
         raise ShortGPTError("angular_all needs scores of all tokens; measure with all_tokens")

@@ -33,7 +33,7 @@ from short_gpt.models.numbering import check_count
 from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
 from short_gpt.runtime.progress import Bar, bar
 from short_gpt.runtime.state import StateFile
-from short_gpt.selection.methods import BY_LOSS, check_method
+from short_gpt.selection.methods import SEARCHED, check_method
 
 Batch = tuple[Tensor, Tensor]  # tokens (B, S) and mask (B, S)
 Nats = dict[int, float]  # by candidate
@@ -80,10 +80,10 @@ DEFAULT = Options()
 def by_loss(
     decoder: Decoder, windows: Sequence[Sequence[int]], n: int, options: Options, *, method: str
 ) -> Search:
-    """The search of a name in `methods.BY_LOSS`; ShortGPTError if it is none."""
-    if method not in BY_LOSS:
+    """The search of a name in `methods.SEARCHED`; ShortGPTError if it is none."""
+    if method not in SEARCHED:
         check_method(method)  # of one that was removed, says so
-        raise ShortGPTError(f"no search by {method!r}; expected one of {', '.join(BY_LOSS)}")
+        raise ShortGPTError(f"no search by {method!r}; expected one of {', '.join(SEARCHED)}")
     if method == "sleb":
         *_, result = sleb_rounds(decoder, windows, n, options)
         return result
@@ -126,6 +126,27 @@ def sleb_rounds(
             candidates = [i for i in alive[1:-1] if i in allowed]
             trials.round(candidates, shown.update, again=number < n - 1)
             yield trials.result
+
+
+def most_layers_run(count: int, n: int) -> int:
+    """The most layers, of so many, that a window runs through in the search of `sleb`."""
+    trials = [alive - 2 for alive in range(count, count - n, -1)]  # of every round
+    # the states pass each candidate once, and of each trial they pass what follows
+    return sum(tried * (tried + 1) // 2 + tried for tried in trials)
+
+
+def losses_without(
+    decoder: Decoder,
+    windows: Sequence[Sequence[int]],
+    removed: Sequence[int],
+    candidates: Sequence[int],
+    *,
+    max_memory: int = DEFAULT.max_memory,
+) -> Nats:
+    """The mean loss without ``removed`` and one candidate more, by candidate; all are positions."""
+    trials = Trials(decoder, windows, Options(max_memory=max_memory), removed)
+    trials.round(sorted(candidates), lambda _: None)
+    return trials.result.losses[0]
 
 
 def one_shot(decoder: Decoder, windows: Sequence[Sequence[int]], n: int, **options: Any) -> Search:
@@ -210,10 +231,17 @@ def _entered_by(state: Tensor) -> Callable[..., Call]:
 
 
 class Trials:
-    """Rounds of trials: ``result`` is the search so far, over ``groups`` groups of windows."""
+    """Rounds of trials: ``result`` is the search so far, over ``groups`` groups of windows.
+
+    It begins without the positions ``removed``.
+    """
 
     def __init__(
-        self, decoder: Decoder, windows: Sequence[Sequence[int]], options: Options
+        self,
+        decoder: Decoder,
+        windows: Sequence[Sequence[int]],
+        options: Options,
+        removed: Sequence[int] = (),
     ) -> None:
         self._layers, self._state = range(len(decoder.layers)), options.state
         self._run = PartialRun(decoder)
@@ -233,7 +261,9 @@ class Trials:
         # two more are in use while the states move on
         self._room = 0 if self.groups > 1 else options.max_memory // size - 2
         self.result, self._done = continued(options.state)
-        self._kept, self._rounds = len(self.result.losses), 0  # of a state; counted so far
+        self.result.removed[:0] = removed
+        self._kept = len(self.result.losses)  # rounds of a state
+        self._rounds, self._given = 0, len(removed)  # counted so far; removed before
 
     def shown(self, total: int, show: bool) -> Bar:
         """A bar of all trials, with those of a continued search done."""
@@ -323,7 +353,7 @@ class Trials:
 
     def _count(self, candidates: Sequence[int], *, again: bool) -> None:
         """Counts the layers that a round runs, as `_try` does when nothing interrupts it."""
-        before = self.result.removed[: self._rounds]
+        before = self.result.removed[: self._given + self._rounds]
         alive = [i for i in self._layers if i not in before]
         at = 0
         for j in candidates:
@@ -332,7 +362,7 @@ class Trials:
             if again and len(self._storing) < self._room:
                 self._storing.add(j)
             at = j
-        best = self.result.removed[self._rounds]
+        best = self.result.removed[self._given + self._rounds]
         self._storing = {i for i in self._storing if i <= best}
         self._rounds += 1
 
