@@ -107,6 +107,13 @@ def test_a_swap_is_kept_if_the_loss_falls_by_more_than_its_error(
     assert len(set(map(tuple, tried))) == len(tried) == (3 if kept else 5)  # each set once
 
 
+def test_a_swap_that_leads_to_another_candidate_is_not_tried(candidates, monkeypatch):
+    candidates("deepest", "reverse")  # 1 and 2, 2 and 3
+    monkeypatch.setattr(choosing, "difference", lambda *_: Difference(0.0, 0.01, 8))  # keeps none
+    result = choose_healed(model(4), WINDOWS, 2, budget=30, **QUIET)
+    assert len(result.swaps) == 3  # of 2 x 2
+
+
 def test_candidates_are_judged_by_their_refit_on_windows_that_it_does_not_read(candidates):
     candidates("bi", "deepest")
     short = model()
