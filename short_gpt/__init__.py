@@ -12,7 +12,7 @@ install(MOVED)
 
 REMOVED = {
     "draft_agreement": "compare models by perplexity or run_tasks",
-    "search_healed": "search by ShortModel.search and heal what it removes by heal_refit",
+    "search_healed": "choose by choose_healed",
 }
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from short_gpt.data.windows import batches, windows
     from short_gpt.evaluation.perplexity import perplexity
     from short_gpt.evaluation.tasks import run_tasks
+    from short_gpt.healing.choosing import choose_healed
     from short_gpt.healing.lora import heal as heal_lora
     from short_gpt.healing.recipe import Recipe
     from short_gpt.healing.refit import heal as heal_refit
@@ -57,6 +58,7 @@ __all__ = [
     "batches",
     "calibrate",
     "choose",
+    "choose_healed",
     "compare",
     "convert",
     "heal_lora",

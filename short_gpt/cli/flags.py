@@ -39,7 +39,6 @@ ALSO_EVERYWHERE = {"n_prune_layers": "n", "ckpt_dir": "model", "model_dir": "mod
 ALSO_EVERYWHERE |= {"out_dir": "out", "out": "json"}
 REMOVED = {
     ("rank", "healed"): "heal what --method sleb removes",
-    ("rank", "budget"): "it was for --method evolution, which is gone; use sleb",
 }
 
 

@@ -31,6 +31,11 @@ def ranked(result: Ranking) -> str:
     parts += [f"precision {name}" for name in result.precision.values()]
     if result.search is not None:
         return "\n".join([*parts, search(result.search, answer.method)])
+    if result.choice is not None:
+        from short_gpt.selection.methods import METHODS
+
+        chosen = f"{METHODS[answer.method]}: {result.choice.layers}"
+        return "\n".join([*parts, f"{result.choice}\n", chosen])
     assert result.importance is not None
     parts += [ranking(result.importance, answer.n, method=answer.method, seed=result.seed or 0)]
     parts += ["\n" + sublayers(result.importance)] if answer.sublayers else []

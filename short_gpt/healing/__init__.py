@@ -3,13 +3,15 @@
 `heal_refit` solves the output projections of the kept layers again, `heal_patch` those before gaps
 alone. `heal_lora` trains low-rank changes and merges them; given a `Distillation` it learns what
 the original model predicts. `HealingJob` runs several of these and measures before, between and
-after. No architecture changes: the result loads wherever the model does.
+after. `choose_healed` chooses layers by the loss after a refit. No architecture changes: the result
+loads wherever the model does.
 """
 
 from __future__ import annotations
 
 import warnings
 
+from short_gpt.healing.choosing import HealedChoice, choose_healed
 from short_gpt.healing.closed_form import Step
 from short_gpt.healing.distillation import TOP_K, CachedTeacher, Distillation, LiveTeacher
 from short_gpt.healing.job import STEPS, HealingEvidence, HealingJob
@@ -30,6 +32,7 @@ __all__ = [
     "Distillation",
     "Fit",
     "Healed",
+    "HealedChoice",
     "HealingEvidence",
     "HealingJob",
     "Learning",
@@ -41,6 +44,7 @@ __all__ = [
     "RefitSettings",
     "Source",
     "Step",
+    "choose_healed",
     "heal_lora",
     "heal_patch",
     "heal_refit",

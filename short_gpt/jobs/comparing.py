@@ -10,21 +10,21 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import combinations
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import torch
 
 from llama.io.json_files import JsonObject
 from short_gpt.data.disjoint import check_disjoint
-from short_gpt.evaluation import Perplexity, TaskSuite, difference, losses, together
-from short_gpt.evaluation.sampling import Sample
+from short_gpt.evaluation import Perplexity, TaskSuite, difference, together
+from short_gpt.evaluation.cells import Cells
 from short_gpt.evaluation.tasks import TaskRun, task_changes
-from short_gpt.healing import PatchSettings, RefitSettings, refit
+from short_gpt.healing import PatchSettings, choose_healed
+from short_gpt.healing.choosing import pruned_losses
 from short_gpt.jobs.cases import (
     PATCHED,
     RAW,
@@ -42,7 +42,7 @@ from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import bar
 from short_gpt.runtime.state import StateFile, joined
 from short_gpt.scoring import Importance, spearman
-from short_gpt.selection.methods import BY_LOSS, check_method, choose
+from short_gpt.selection.methods import AUTO, BY_LOSS, check_method, choose
 from short_gpt.selection.search import Search
 from short_gpt.wrappers.short_model import ShortModel
 
@@ -51,70 +51,11 @@ PROBE = "".join(map(chr, [*range(32, 127), *range(161, 1424), *range(8192, 8448)
 PROBE += " 1,234,567 ordinary words; naturally, unbelievable internationalization.\n\n"
 Heal = Callable[[list[int]], list[Perplexity]]
 Case = tuple[str, int | None, int]  # method, seed of a random one, number of layers
-T = TypeVar("T")
-
-
-class Cells:
-    """Values by name, saved in a state file, if there is one, as soon as they are measured.
-
-    A cell is a set of layers removed, healed one way and judged on one text; or scores, a search.
-    """
-
-    def __init__(self, state: StateFile | None = None) -> None:
-        self._state = state
-        self._values: JsonObject = ((state and state.content) or {}).get("cells", {})
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._values
-
-    def value(self, name: str, measure: Callable[[], T]) -> T:
-        """The cell's value, ready for JSON, measured if there is none yet."""
-        if name not in self._values:
-            self._values[name] = measure()
-            if self._state is not None:
-                self._state.save({"cells": self._values})
-        return self._values[name]
-
-    def losses(self, name: str, measure: Callable[[], list[Perplexity]]) -> list[Perplexity]:
-        """Losses of windows, each as ``[nats, tokens, windows, text]`` in the file."""
-
-        def rows() -> list[tuple[float, int, int, int | None]]:
-            samples = [(p, p.samples[0].text if p.samples else None) for p in measure()]
-            return [(p.nats, p.tokens, p.windows, text) for p, text in samples]
-
-        return [  # older files lack the text's number
-            Perplexity(nats, tokens, windows, (Sample(text[0] if text else None, nats, tokens),))
-            for nats, tokens, windows, *text in self.value(name, rows)
-        ]
-
-    def inner(self, name: str) -> StateFile | None:
-        """A state file for a long measurement inside this one; None where none is kept."""
-        return None if self._state is None else self._state.part(name)
 
 
 def windows_digest(windows: Windows) -> str:
     """What tells windows from others."""
     return json_digest([list(window) for window in windows])
-
-
-def pruned_losses(
-    short: ShortModel,
-    layers: list[int],
-    evaluation: Windows,
-    *,
-    fit_on: Windows | None = None,
-    settings: RefitSettings | None = None,
-    progress: bool = False,
-) -> list[Perplexity]:
-    """Losses of windows without some layers; ``fit_on``, if given, has the windows of a refit."""
-    fitted = None
-    if fit_on is not None:
-        fitted = refit.fit(short, layers, fit_on, settings=settings, progress=progress)
-    with ExitStack() as stack:
-        stack.enter_context(short.without_layers(layers))
-        if fitted is not None:
-            stack.callback(refit.fold(short, fitted))
-        return losses(short.decoder, evaluation, progress=False)
 
 
 def size_without(short: ShortModel, layers: Sequence[int]) -> tuple[int, int]:
@@ -327,6 +268,8 @@ class Comparison:
 
     def layers(self, method: str, n: int, seed: int = 0, *, most: int | None = None) -> list[int]:
         """The n layers that a method removes; searches go on to ``most`` at once."""
+        if method == AUTO:
+            return self._auto(n)
         if method in BY_LOSS:
             return self._search(method, most or n).removed[:n]
         return choose(self.importance, n, method=method, seed=seed)
@@ -350,20 +293,24 @@ class Comparison:
         return Importance.from_dict(self._cells.value(name, measure))
 
     def _search(self, method: str, n: int) -> Search:
-        name = f"{method} {n}"
-        part = None if name in self._cells else self._cells.inner(name.replace(" ", "-"))
-
-        def measure() -> JsonObject:
+        def measure(part: StateFile | None) -> JsonObject:
             show = self._progress
             result = self.short.search(self._few, n, method=method, state=part, progress=show)
             return {"removed": result.removed, "losses": result.losses}
 
-        content = self._cells.value(name, measure)
-        if part is not None:  # its result is saved now
-            part.clear()
+        content = self._cells.resumed(f"{method} {n}", measure)
         # JSON's keys are texts
         trials = [{int(i): v for i, v in loss.items()} for loss in content["losses"]]
         return Search(content["removed"], trials)
+
+    def _auto(self, n: int) -> list[int]:
+        def measure(part: StateFile | None) -> JsonObject:
+            show = self._progress
+            return choose_healed(
+                self.short, self._calibration, n, state=part, progress=show
+            ).to_dict()
+
+        return list(self._cells.resumed(f"{AUTO} {n}", measure)["layers"])
 
     def agreement(self, n: int, most: int) -> Agreement:
         """How far bi, angular and sleb, which searches to ``most`` layers, agree on n layers."""

@@ -151,6 +151,7 @@ class Cut:
         max_windows: stop after so many; all if not given.
         seed: of the random order of all windows; none reads them in the order of the texts.
         stride: tokens between the starts of windows; the size if not given, so that none overlap.
+            The method auto takes at least the size.
         bos: first puts it before a text's first window alone, every before every window; if not
             given, every for Gemma, which needs it, else first.
     """

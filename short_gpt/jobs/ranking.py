@@ -11,6 +11,7 @@ from llama.io.sources import is_meta
 from llama.ranks import several_ranks
 from llama.tokenizer import Tokenizer, find_tokenizer
 from short_gpt.data.windows import count_of
+from short_gpt.healing.choosing import MOST, HealedChoice, choose_healed
 from short_gpt.jobs.inputs import (
     STRIDE,
     Cut,
@@ -34,7 +35,7 @@ from short_gpt.runtime.state import StateFile, joined
 from short_gpt.scoring.importance import Importance
 from short_gpt.scoring.run import Following, RunState
 from short_gpt.scoring.stopping import Stop, Verdict
-from short_gpt.selection.methods import BY_LOSS, choose
+from short_gpt.selection.methods import AUTO, SEARCHED, choose
 from short_gpt.selection.search import Search
 from short_gpt.wrappers.opening import check_tokenizer
 from short_gpt.wrappers.options import OpenOptions
@@ -52,7 +53,8 @@ class Ranking:
     answer: Answer  # what was asked
     seed: int | None = None  # of the windows, and of the random method
     importance: Importance | None = None  # the scores of one pass; None of a method by loss
-    search: Search | None = None  # what a method by loss removed; None of the others
+    search: Search | None = None  # what a search by loss removed; None of the others
+    choice: HealedChoice | None = None  # what auto chose; None of the others
     verdict: Verdict | None = None  # whether the answer is settled; None without a stop
     state: StateFile | None = None  # the file of the run; `finish` deletes it
     scored: Digests = field(default_factory=dict)  # of the model's files, for `prune` and `heal`
@@ -64,6 +66,8 @@ class Ranking:
         """The layers to remove, in original numbers: least important first, or a block."""
         if self.search is not None:
             return self.search.removed
+        if self.choice is not None:
+            return self.choice.layers
         if self.answer.n is None or self.importance is None:
             raise ShortGPTError("the ranking was made without n: pass n, or use choose")
         method, seed = self.answer.method, self.seed or 0
@@ -73,9 +77,11 @@ class Ranking:
         """The scores and the verdict, or the search, and of which weights, ready for JSON."""
         source = {"bos": self.bos, "scored": dict(self.scored), **self.precision}
         if self.importance is None:
-            assert self.search is not None
-            chosen = {"method": self.answer.method, "layers": self.search.removed}
-            return {"chosen": chosen, "search": vars(self.search), **source}
+            chosen = {"method": self.answer.method, "layers": self.layers}
+            how = (
+                {"choice": self.choice.to_dict()} if self.choice else {"search": vars(self.search)}
+            )
+            return {"chosen": chosen, **how, **source}
         settled: dict[str, object] | None = None
         if self.verdict is not None:
             settled = {**vars(self.verdict), "stop": vars(self.verdict.stop)}
@@ -126,6 +132,8 @@ def rank(
     """
     answer, texts, saving = answer or Answer(n), source_of(data), saving or Saving()
     cut, running = cut or Cut(stride=STRIDE), running or Running()
+    if answer.method == AUTO:  # what judges must not overlap what is fitted on
+        cut = replace(cut, stride=max(cut.step, cut.size), max_windows=cut.max_windows or MOST)
     opening = as_begun(opening or OpenOptions(), saving.state)
     check_ranking(model, answer, cut, running, opening)
     kinds = texts.kinds()
@@ -159,6 +167,8 @@ def _identity(
     if answer.by_loss:  # only these read a fixed number of windows for a fixed number of layers
         parts += [{"method": answer.method, "n": answer.n, "candidates": answer.candidates}]
         parts += [{"max_windows": cut.max_windows, "max_memory": running.max_memory}]
+    if answer.method == AUTO:
+        parts += [{"budget": answer.budget}]
     parts += [{"method of all tokens": answer.method == "angular_all"}]
     # states of earlier versions do not name the usual bos
     return joined(*parts, {} if bos == "first" else {"bos": bos})
@@ -178,7 +188,7 @@ def check_ranking(
         raise ShortGPTError(
             f"`method` {answer.method} needs {why}; choose another, or leave out `stream`"
         )
-    running.check_bounds(BY_LOSS, searches=answer.by_loss)
+    running.check_bounds(SEARCHED, searches=answer.method in SEARCHED)
     if answer.by_loss and several_ranks():
         raise ShortGPTError(f"`method` {answer.method} runs on one rank; start it alone")
     check_tokenizer(opening.tokenizer_path, model, stream=running.stream)
@@ -267,13 +277,17 @@ def _search(
     """What a method by loss removes."""
     assert isinstance(short, ShortModel) and isinstance(windows, list)  # it is not streamed
     answer, few = result.answer, None
+    n = answer.n or 0  # checked: it is given
     with interruptible():
+        if answer.method == AUTO:
+            choice = choose_healed(short, windows, n, budget=answer.budget, state=result.state)
+            return replace(result, choice=choice)
         if answer.candidates is not None:
             short.measure(windows, batch_size=running.batch_size)
             few = short.layers_to_remove(n=answer.candidates)
         search = short.search(
             windows,
-            answer.n or 0,  # checked: it is given
+            n,
             method=answer.method,
             candidates=few,
             batch_size=running.batch_size,

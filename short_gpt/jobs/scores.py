@@ -28,7 +28,7 @@ from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.state import CHECKED, content_digest, read_record
 from short_gpt.scoring.importance import Importance
 from short_gpt.scoring.lists import layer_numbers
-from short_gpt.selection.methods import METHODS, check_method, choose
+from short_gpt.selection.methods import AUTO, METHODS, check_method, choose
 from short_gpt.selection.perplexity_budget import Budget
 from short_gpt.wrappers.opening import layers_of, open_model, weights_of
 from short_gpt.wrappers.options import OpenOptions
@@ -153,6 +153,11 @@ class Scores:
         if not 1 <= n <= len(self.searched):
             raise ShortGPTError(
                 f"n = {n}; {self.file} holds {len(self.searched)} layers that {self.method} chose"
+            )
+        if self.method == AUTO and n < len(self.searched):  # they have no order
+            raise ShortGPTError(
+                f"n = {n}; {self.file} holds {len(self.searched)} layers that {AUTO} chose "
+                f"together: take {len(self.searched)}, or rank again with `n` {n}"
             )
         return self.searched[:n]
 
@@ -288,6 +293,11 @@ def _chosen_within(
     model: str, scores: Scores, choice: Choice, data: str, ratio: float, opening: OpenOptions
 ) -> Chosen:
     """As many layers as the perplexity on held-out text allows."""
+    if scores.method == AUTO:
+        raise ShortGPTError(
+            f"`max_perplexity_ratio` needs layers in an order, and {AUTO} chooses a set: name `n`, "
+            "or rank by another method"
+        )
     _check_names(data, scores.arguments.get("data"))
     unchecked = scores.check_model(model)
     at_least(1, eval_windows=choice.eval_windows)

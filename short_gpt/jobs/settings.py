@@ -38,8 +38,10 @@ def _by_loss(method: object) -> bool:
 
 SETTLED = Needs("`n`, a `seed` and `method` bi or angular", _settled)
 SLEB = Needs("`method` sleb", lambda v: v["method"] == "sleb")
+AUTO = Needs("`method` auto", lambda v: v["method"] == "auto")
 SCORES = Needs(
-    "a `method` that scores (not perplexity or sleb)", lambda v: not _by_loss(v.get("method"))
+    "a `method` that scores (not perplexity, sleb or auto)",
+    lambda v: not _by_loss(v.get("method")),
 )
 
 
@@ -50,9 +52,11 @@ class Answer:
     Args:
         n: also print which so many layers the methods would remove.
         method: bi, angular, angular_all, deepest, relative_magnitude, norm, sequential, reverse,
-            random, perplexity or sleb.
+            random, perplexity, sleb or auto, which refits the sets of several methods and takes
+            the one of lowest held-out loss.
         candidates: sleb only tries the so many layers of lowest Block Influence; all if not
             given.
+        budget: what auto may take, in passes over the windows that it begins with; 60 if not given.
         confidence: of all runs, at most 1 - confidence end early with another answer than that of
             all windows, unless windows decide that make up less than rare of all; of those that
             end early, more may be wrong. none reads all windows.
@@ -69,6 +73,7 @@ class Answer:
     n: int | None = setting(None, commands=RANK)
     method: str = setting("bi", commands=RANK)
     candidates: int | None = setting(None, commands=RANK, needs=SLEB)
+    budget: int | None = setting(None, commands=RANK, needs=AUTO)
     confidence: float | None = setting(0.99, needs=(SETTLED, SEED))
     rare: float = setting(0.02, needs=(SETTLED, SEED, CONFIDENCE))
     sublayers: bool = setting(False, commands=RANK, needs=SCORES)

@@ -21,6 +21,7 @@ class Method(NamedTuple):
     label: str = ""  # as pictures write it; else the name
 
 
+AUTO = "auto"  # see `healing.choosing`
 REGISTRY = (
     Method(
         "bi",
@@ -83,12 +84,18 @@ REGISTRY = (
         "greedily, lowest loss without the layer, scored anew (SLEB)",
         label="greedy search (SLEB)",
     ),
+    Method(
+        AUTO,
+        "refitted candidates and swaps, lowest held-out loss",
+        label="lowest loss once refitted",
+    ),
 )
 METHODS = {method.name: method.about for method in REGISTRY}
 LABELS = {method.name: method.label or method.name for method in REGISTRY}
 BY_LOSS = tuple(method.name for method in REGISTRY if method.choose is None)
+SEARCHED = tuple(name for name in BY_LOSS if name != AUTO)  # by `selection.search`
 REMOVED = {
-    "sleb_healed": "rank by sleb and heal what it removes, or compare sets once they are refitted",
+    "sleb_healed": "rank by auto, or by sleb and heal what it removes",
     "evolution": "rank by sleb; layers that it chose before are removed by their numbers",
 }
 
@@ -111,9 +118,10 @@ def choose(importance: Importance, n: int, *, method: str = "bi", seed: int = 0)
     check_method(method)
     (positions_of,) = (row.choose for row in REGISTRY if row.name == method)
     if positions_of is None:
+        function = "choose_healed" if method == AUTO else "selection.search"
         raise ShortGPTError(
             f"{method} runs the model without layers, and uses no scores: rank by `method` "
-            f"{method} (in Python short_gpt.selection.search)"
+            f"{method} (in Python short_gpt.{function})"
         )
     if method == "angular_all" and importance.token_angles.isnan().any():
         raise ShortGPTError("angular_all needs scores of all tokens; measure with all_tokens")

@@ -33,7 +33,7 @@ from short_gpt.models.numbering import check_count
 from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
 from short_gpt.runtime.progress import Bar, bar
 from short_gpt.runtime.state import StateFile
-from short_gpt.selection.methods import BY_LOSS, check_method
+from short_gpt.selection.methods import SEARCHED, check_method
 
 Batch = tuple[Tensor, Tensor]  # tokens (B, S) and mask (B, S)
 Nats = dict[int, float]  # by candidate
@@ -80,10 +80,10 @@ DEFAULT = Options()
 def by_loss(
     decoder: Decoder, windows: Sequence[Sequence[int]], n: int, options: Options, *, method: str
 ) -> Search:
-    """The search of a name in `methods.BY_LOSS`; ShortGPTError if it is none."""
-    if method not in BY_LOSS:
+    """The search of a name in `methods.SEARCHED`; ShortGPTError if it is none."""
+    if method not in SEARCHED:
         check_method(method)  # of one that was removed, says so
-        raise ShortGPTError(f"no search by {method!r}; expected one of {', '.join(BY_LOSS)}")
+        raise ShortGPTError(f"no search by {method!r}; expected one of {', '.join(SEARCHED)}")
     if method == "sleb":
         *_, result = sleb_rounds(decoder, windows, n, options)
         return result
@@ -126,6 +126,13 @@ def sleb_rounds(
             candidates = [i for i in alive[1:-1] if i in allowed]
             trials.round(candidates, shown.update, again=number < n - 1)
             yield trials.result
+
+
+def most_layers_run(count: int, n: int) -> int:
+    """The most layers, of so many, that a window runs through in the search of `sleb`."""
+    tried = [alive - 2 for alive in range(count, count - n, -1)]  # in every round
+    # what follows each candidate, and the candidates, through which the states move on
+    return sum(trials * (trials + 1) // 2 + trials for trials in tried)
 
 
 def one_shot(decoder: Decoder, windows: Sequence[Sequence[int]], n: int, **options: Any) -> Search:

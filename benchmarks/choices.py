@@ -1,0 +1,179 @@
+"""What `choose_healed` chooses on the real small model, against each candidate alone.
+
+Calibration windows are half of the book and half of another text, drawn anew for each draw. The
+first of them choose. Every set is then refitted on more of them, and judged on held-out chapters,
+on the half of the second text that nothing was fitted on, and on novels. Differences are paired
+over windows. ``loop`` is Prune&Comp's: remove the layer of lowest Block Influence, refit, score the
+refitted model again, and so on.
+
+    python benchmarks/choices.py --also FILE --others FILE --out benchmarks/results/choices.json
+
+``--also`` and ``--others`` are as in ``healing.py``. What is measured is kept in a state beside the
+file, and the same command continues from it; ``--counts`` and ``--draws`` may grow meanwhile.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import fire
+from healing import Windows, cut, halves
+from outcome import begin, finish
+from refit_choices import compared
+from scoring import build
+
+from short_gpt import ShortLlama, choose_healed, windows
+from short_gpt.data import demo
+from short_gpt.evaluation.cells import Cells
+from short_gpt.healing import refit
+from short_gpt.healing.choosing import FIRST, MOST, pruned_losses
+from short_gpt.runtime.digest import json_digest
+from short_gpt.runtime.state import StateFile
+from short_gpt.scoring.importance import Importance
+from short_gpt.scoring.run import measure
+from short_gpt.selection.methods import choose
+
+
+def main(
+    also: str,
+    others: str | None = None,
+    counts: Sequence[int] = (8, 4, 12),
+    draws: int = 3,
+    learned: int = 24,
+    size: int = 512,
+    judged: int = 8,
+    budget: int | None = None,
+    out: str | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Runs the benchmark, prints the table, and writes the JSON file if ``out`` is given.
+
+    Args:
+        also, others: as in ``healing.py``.
+        counts: numbers of layers to remove, of 30.
+        draws: samples of calibration text.
+        learned: windows that the chosen sets are refitted on, in the end.
+        size: tokens of all windows.
+        judged: windows of each kind to judge by.
+        budget: of the choice, in bare passes.
+        out, overwrite: the JSON file.
+    """
+    begin(out, overwrite=overwrite)
+    short = build()
+    kinds = {"held-out chapters": cut(short, demo.bible("held_out"), judged, size)}
+    kinds["other half of the second text"] = cut(short, [halves(also)[1]], judged, size)
+    for path in filter(None, (others or "").split(",")):
+        with open(path, encoding="utf-8") as file:
+            kinds["novels"] = cut(short, [file.read()], judged, size)
+    identity = {"model": short.identity(), "learned": learned, "judged by": json_digest(kinds)}
+    identity |= {"budget": budget}
+    cells = Cells(StateFile(f"{out or 'choices'}.state", identity, every=0.0))
+    rows: list[dict[str, Any]] = []
+    for draw in range(draws):
+        text = drawn(short, also, size, draw)
+        for n in [counts] if isinstance(counts, int) else counts:
+            trial = Trial(cells, short, kinds, text, f"draw {draw}", learned)
+            rows.append({"n": n, "draw": draw, **trial.row(n, budget)})
+            print(f"\n{n} layers, draw {draw}\n{table(rows[-1])}", flush=True)
+    content = {"windows": learned, "tokens_per_window": size, "judged": judged, "rows": rows}
+    finish("choices", [], content, out=out, overwrite=overwrite)
+
+
+def drawn(short: ShortLlama, also: str, size: int, draw: int) -> Windows:
+    """Windows of the book and of the second text's first half, in turn."""
+    options = {"size": size, "stride": size, "seed": draw, "limit": MOST // 2}
+    texts = (demo.bible("calibration"), [halves(also)[0]])
+    pairs = zip(*(windows(text, short.encode, **options) for text in texts), strict=True)
+    return [window for pair in pairs for window in pair]
+
+
+class Trial:
+    """Choices by the windows of one draw, and what they are worth."""
+
+    def __init__(
+        self,
+        cells: Cells,
+        short: ShortLlama,
+        kinds: Mapping[str, Windows],
+        text: Windows,
+        name: str,
+        learned: int,
+    ) -> None:
+        self._cells, self._short, self._kinds = cells, short, kinds
+        self._text, self._name, self._learned = text, name, learned
+
+    def row(self, n: int, budget: int | None) -> dict[str, Any]:
+        """The sets by what chose them, their losses, and how far each is from auto's."""
+        chosen = self._cells.resumed(
+            f"{self._name}, auto {n}", partial(self._auto, n=n, budget=budget)
+        )
+        sets = {name: one["layers"] for one in chosen["candidates"] for name in one["methods"]}
+        sets["auto without swaps"] = before_swaps(chosen)
+        sets["auto"] = chosen["layers"]
+        sets["loop"] = self._cells.value(f"{self._name}, loop {n}", partial(self._loop, n))
+        nats = {name: self._nats(layers) for name, layers in sets.items()}
+        found = {name: compared(own, nats["auto"]) for name, own in nats.items()}
+        found["original"] = compared(self._nats([]), nats["auto"])
+        kept = {name: chosen[name] for name in ("swaps", "passes", "fitted", "judged", "seconds")}
+        return {"sets": sets, "from auto": found, "loss": chosen["loss"], **kept}
+
+    def _auto(self, state: StateFile | None, *, n: int, budget: int | None) -> Any:
+        started = time.perf_counter()
+        chosen = choose_healed(self._short, self._text, n, budget=budget, state=state)
+        print(chosen, flush=True)
+        return {**chosen.to_dict(), "seconds": time.perf_counter() - started}
+
+    def _loop(self, n: int) -> list[int]:
+        short, few, removed = self._short, self._text[: FIRST // 2], []
+        while len(removed) < n:
+            into = Importance.empty([i for i in short.kept if i not in removed])
+            fitted = refit.fit(short, removed, few, progress=False) if removed else None
+            with short.without_layers(removed):
+                undo = refit.fold(short, fitted) if fitted else None
+                removed = removed + choose(measure(short.decoder, [[w] for w in few], into=into), 1)
+                if undo is not None:
+                    undo()
+        return removed
+
+    def _nats(self, layers: Sequence[int]) -> dict[str, list[tuple[float, int]]]:
+        """Nats and tokens of every window, by its kind, of the model refitted on more windows."""
+
+        def measured() -> Any:
+            every = [window for read in self._kinds.values() for window in read]
+            fit_on = self._text[: self._learned] if layers else None
+            each = iter(pruned_losses(self._short, layers, every, fit_on=fit_on))
+            return {
+                kind: [(p.nats, p.tokens) for p in (next(each) for _ in read)]
+                for kind, read in self._kinds.items()
+            }
+
+        name = f"{self._name}, " if layers else ""
+        return self._cells.value(f"{name}losses {sorted(layers)}", measured)
+
+
+def before_swaps(chosen: Mapping[str, Any]) -> list[int]:
+    """The best candidate: what was chosen, with the kept swaps undone."""
+    layers = {*chosen["layers"]}
+    for swap in reversed(chosen["swaps"]):
+        if swap["kept"]:
+            layers = layers - {swap["removed"]} | {swap["back"]}
+    return sorted(layers)
+
+
+def table(row: Mapping[str, Any]) -> str:
+    """A line for every set: perplexities by kind, and nats more than auto's with the error."""
+    lines = [f"{row['passes']:.1f} bare passes, {row['seconds']:.0f} s; {len(row['swaps'])} swaps"]
+    for name, found in row["from auto"].items():
+        texts = [
+            f"{kind} {own['perplexity']:.2f} {own['nats']:+.4f} ({own['standard_error']:.4f})"
+            for kind, own in found.items()
+        ]
+        lines.append(f"{name:<20}{sorted(row['sets'].get(name, []))!s:<42}{'; '.join(texts)}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    fire.Fire(main)

@@ -1,0 +1,56 @@
+"""What a long run has measured, by name, in the file that it continues from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from llama.io.json_files import JsonObject
+from short_gpt.evaluation.perplexity import Perplexity
+from short_gpt.evaluation.sampling import Sample
+from short_gpt.runtime.state import StateFile
+
+T = TypeVar("T")
+
+
+class Cells:
+    """Values by name, saved in a state file, if there is one, as soon as they are measured.
+
+    A cell is a set of layers removed, healed one way and judged on one text; or scores, a search.
+    """
+
+    def __init__(self, state: StateFile | None = None) -> None:
+        self._state = state
+        self._values: JsonObject = ((state and state.content) or {}).get("cells", {})
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._values
+
+    def value(self, name: str, measure: Callable[[], T]) -> T:
+        """The cell's value, ready for JSON, measured if there is none yet."""
+        if name not in self._values:
+            self._values[name] = measure()
+            if self._state is not None:
+                self._state.save({"cells": self._values})
+        return self._values[name]
+
+    def losses(self, name: str, measure: Callable[[], list[Perplexity]]) -> list[Perplexity]:
+        """Losses of windows, each as ``[nats, tokens, windows, text]`` in the file."""
+
+        def rows() -> list[tuple[float, int, int, int | None]]:
+            samples = [(p, p.samples[0].text if p.samples else None) for p in measure()]
+            return [(p.nats, p.tokens, p.windows, text) for p, text in samples]
+
+        return [  # older files lack the text's number
+            Perplexity(nats, tokens, windows, (Sample(text[0] if text else None, nats, tokens),))
+            for nats, tokens, windows, *text in self.value(name, rows)
+        ]
+
+    def resumed(self, name: str, measure: Callable[[StateFile | None], T]) -> T:
+        """The cell's value, by a long measurement that keeps a state file of its own meanwhile."""
+        file = None if name in self else self._state
+        own = None if file is None else file.part(name.replace(" ", "-"))
+        value = self.value(name, lambda: measure(own))
+        if own is not None:  # the value is saved now
+            own.clear()
+        return value

@@ -1,0 +1,327 @@
+"""Layers to remove, chosen by the held-out loss of the refitted model.
+
+Which set is removed matters more than how the rest is refitted, and the best set before a refit
+need not be the best after it. So the sets of several methods are refitted and judged on other
+windows, and then swaps of one removed layer for a kept one, as far as a budget goes.
+
+Costs count layers that a window runs through. A bare pass is all layers, L, on the first windows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import product
+
+from short_gpt.data.disjoint import without_overlap
+from short_gpt.evaluation.cells import Cells
+from short_gpt.evaluation.paired import Difference, difference, losses, together
+from short_gpt.evaluation.perplexity import Perplexity
+from short_gpt.healing import refit
+from short_gpt.healing.refit import RefitSettings, Windows
+from short_gpt.models.numbering import check_count
+from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.progress import Bar, bar
+from short_gpt.runtime.state import StateFile
+from short_gpt.scoring.importance import Importance
+from short_gpt.scoring.run import measure
+from short_gpt.selection.methods import BY_LOSS, choose
+from short_gpt.selection.search import most_layers_run
+from short_gpt.wrappers.short_model import ShortModel
+
+CANDIDATES = ("bi", "angular", "relative_magnitude", "sleb")
+FIRST, LEAST = 16, 4  # windows to begin with, and the fewest
+MOST = 48  # that `rank` cuts where the user names no number
+FEW = 4  # that trials without a refit read
+REFIT = 3  # passes of a refit over its windows; `benchmarks/healing.py` measures 2.6
+BUDGET = 60  # bare passes
+Layers = tuple[int, ...]  # original numbers, ascending
+
+
+def pruned_losses(
+    short: ShortModel,
+    layers: Sequence[int],
+    evaluation: Windows,
+    *,
+    fit_on: Windows | None = None,
+    settings: RefitSettings | None = None,
+    progress: bool = False,
+) -> list[Perplexity]:
+    """Losses of windows without some layers; ``fit_on``, if given, has the windows of a refit."""
+    fitted = None
+    if fit_on is not None:
+        fitted = refit.fit(short, layers, fit_on, settings=settings, progress=progress)
+    with ExitStack() as stack:
+        stack.enter_context(short.without_layers(layers))
+        if fitted is not None:
+            stack.callback(refit.fold(short, fitted))
+        return losses(short.decoder, evaluation, progress=False)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A set of layers that methods would remove, refitted and judged."""
+
+    methods: list[str]
+    layers: list[int]
+    loss: float  # held-out, nats a token
+    difference: Difference  # its loss minus that of the chosen set, paired over windows
+    told_apart: bool  # whether the 95% interval of the difference leaves 0 out
+
+
+@dataclass(frozen=True)
+class Swap:
+    """A trial of one removed layer for a kept one."""
+
+    back: int  # put back
+    removed: int  # in its place
+    difference: Difference  # of the loss, after minus before
+    kept: bool  # the loss fell by more than one standard error
+
+
+@dataclass(frozen=True)
+class HealedChoice:
+    """What `choose_healed` chose, and why."""
+
+    layers: list[int]  # to remove, original numbers, ascending
+    loss: float  # refitted, on the windows that judged it, in nats a token; the least of many
+    candidates: list[Candidate]  # the best first
+    swaps: list[Swap]  # all trials, in their order
+    fitted: int  # windows that the refits read
+    judged: int  # windows that judged in the end
+    passes: float  # bare passes spent
+    budget: int
+    notes: list[str]  # what was left out, and why
+
+    def to_dict(self) -> dict[str, object]:
+        """All of it, ready for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        rows = [f"{'loss, nats':>10}  {'from the chosen (95%)':<36}layers of"]
+        for one in self.candidates:
+            off = _shown(one.difference) + ("" if one.told_apart else ", not told apart")
+            off = "chosen" if one.layers == self.layers else off
+            rows.append(f"{one.loss:>10.4f}  {off:<36}{', '.join(one.methods)} {one.layers}")
+        kept = [swap for swap in self.swaps if swap.kept]
+        rows.append(f"{len(self.swaps)} swaps tried, {len(kept)} kept")
+        rows += [f"  {s.back} back, {s.removed} removed: {_shown(s.difference)}" for s in kept]
+        rows.append(f"{self.loss:.4f} chosen; the least of many is lower than on new text")
+        windows = f"refitted on {self.fitted} windows, judged on {self.judged}"
+        spent = f"{self.passes:.1f} of {self.budget} bare passes"
+        return "\n".join([*rows, f"{windows}; {spent}", *self.notes])
+
+
+def _shown(change: Difference) -> str:
+    reach = change.error.reach()
+    return f"{change.nats:+.4f} " + ("(-)" if math.isnan(reach) else f"(+- {reach:.4f})")
+
+
+def choose_healed(
+    short: ShortModel,
+    windows: Windows,
+    n: int,
+    *,
+    budget: int | None = None,
+    state: StateFile | None = None,
+    progress: bool = True,
+) -> HealedChoice:
+    """The n layers whose removal, followed by a refit, costs least on held-out windows.
+
+    Candidates are lowest Block Influence, the best angular block, lowest relative magnitude and
+    greedy search (SLEB). The first half of 16 windows scores, searches and refits; the second half
+    judges, and proposes nothing. Halves, because a refit of a window costs three times its judging,
+    and more windows that judge lower the noise of a difference.
+
+    While sets are not told apart from the best (95%, paired), 16 more windows judge them, if there
+    are more; that takes at most half of what is left of the budget. The rest goes to swaps of one
+    removed layer for a kept one. They are ordered once, by two losses without a refit, added: with
+    the one put back, and with the other removed too. A swap is kept if the loss falls by more than
+    one standard error; a smaller gain may be luck.
+
+    A candidate or swap takes (3 x windows to refit on + windows that judge) / 16 bare passes, 2 at
+    first. For 8 of 30 layers the greedy search takes 23 and the order of swaps 5, on 4 windows.
+
+    Args:
+        windows: token ids of calibration text in random order, at least 4.
+        n: how many layers, 1 to L - 2.
+        budget: in bare passes, each the original model on the first 16 windows; None is 60. Greedy
+            search is left out where it would take more than there is.
+        state: keeps what was measured; the same call continues from it.
+
+    Raises:
+        ShortGPTError: too few windows, or a budget too small for the candidates; as in `refit.fit`.
+        NotFiniteError: a state or a loss is NaN or infinite.
+
+    Example:
+        >>> print(choose_healed(short, windows, 8))  # doctest: +SKIP
+    """
+    check_count(n, len(short.kept), most=len(short.kept) - 2)
+    budget = BUDGET if budget is None else budget
+    choosing = _Choosing(short, list(windows), n, budget, Cells(state))
+    total = budget * choosing.a_pass
+    with bar("choosing", total=total, unit="layer", show=progress, delay=0) as shown:
+        return choosing.run(shown)
+
+
+class _Choosing:
+    """The choice so far: its windows, what was spent, and the losses of refitted sets."""
+
+    def __init__(
+        self, short: ShortModel, windows: Windows, n: int, budget: int, cells: Cells
+    ) -> None:
+        self._short, self._n, self._budget, self._cells = short, n, budget, cells
+        half, self._count = min(FIRST, len(windows)) // 2, len(short.kept)
+        self._fit = windows[:half]
+        others, shared = without_overlap(windows[half:], self._fit)
+        self._judging, self._more = others[:half], others[half:]
+        if len(self._judging) < LEAST // 2:
+            raise ShortGPTError(
+                f"expected at least {LEAST} windows, half to refit on and half to judge by, got "
+                f"{len(windows)}, of which {shared} share text with those: give more text"
+            )
+        first = half + len(self._judging)
+        self.a_pass, self._spent = self._count * first, 0
+        self._losses: dict[Layers, list[Perplexity]] = {}
+        self._notes = [f"{shared} windows left out: they share text with others"] * bool(shared)
+        if first < FIRST:
+            self._notes.append(f"{first} windows, fewer than {FIRST}: differences are less sure")
+        scored = sum(name not in BY_LOSS for name in CANDIDATES)
+        least = math.ceil((self._count * half + scored * self._price()) / self.a_pass)
+        if budget < least:
+            raise ShortGPTError(
+                f"budget = {budget}: refitting the candidates takes {least} bare passes; give as "
+                f"many or more, such as the default {BUDGET}"
+            )
+
+    def run(self, shown: Bar) -> HealedChoice:
+        self._shown, swaps = shown, list[Swap]()
+        methods = self._candidates()
+        best = self._swapped(self._grown([*methods]), swaps)
+        candidates = []
+        for layers, names in methods.items():
+            change, loss = self._change(best, layers), _loss(self._losses[layers])
+            candidates.append(Candidate(names, [*layers], loss, change, _told_apart(change)))
+        return HealedChoice(
+            layers=[*best],
+            loss=_loss(self._losses[best]),
+            candidates=sorted(candidates, key=lambda one: one.difference.nats),
+            swaps=swaps,
+            fitted=len(self._fit),
+            judged=len(self._judging),
+            passes=self._spent / self.a_pass,
+            budget=self._budget,
+            notes=self._notes,
+        )
+
+    def _candidates(self) -> dict[Layers, list[str]]:
+        """The methods of each set, all of them refitted and judged."""
+        scores = Importance.from_dict(self._cells.value("scores", self._scores))
+        self._spend(self._count * len(self._fit))
+        methods: dict[Layers, list[str]] = {}
+        for name in CANDIDATES:
+            if name not in BY_LOSS:
+                layers = choose(scores, self._n, method=name)
+            else:
+                few = self._fit[:FEW]
+                price = most_layers_run(self._count, self._n) * len(few)
+                takes = f"{name} takes up to {price / self.a_pass:.1f} bare passes"
+                if not self._affords(price + self._price()):
+                    self._notes.append(f"{takes}, more than were left: left out")
+                    continue
+                self._shown.set_postfix_str(takes)
+                layers = self._cells.resumed(name, partial(self._searched, name, few))
+                self._shown.set_postfix_str("")
+                self._spend(price)
+            methods.setdefault(tuple(sorted(layers)), []).append(name)
+            self._refitted(tuple(sorted(layers)))
+        return methods
+
+    def _scores(self) -> dict[str, object]:
+        into = Importance.empty(self._short.kept)
+        return measure(self._short.decoder, [[w] for w in self._fit], into=into).to_dict()
+
+    def _searched(self, method: str, few: Windows, state: StateFile | None) -> list[int]:
+        return self._short.search(few, self._n, method=method, state=state, progress=False).removed
+
+    def _grown(self, sets: list[Layers]) -> Layers:
+        """The best set, after more windows have judged those that are not told apart from it."""
+        limit = (self._spent + self._budget * self.a_pass) // 2  # the rest is for swaps
+        while True:
+            best = min(sets, key=lambda layers: _loss(self._refitted(layers)))
+            sets = [s for s in sets if s == best or not _told_apart(self._change(best, s))]
+            judging = [*self._judging, *self._more[:FIRST]]
+            price = len(sets) * self._price(len(judging))
+            if len(sets) == 1 or not self._more or self._spent + price > limit:
+                return best
+            self._judging, self._more = judging, self._more[FIRST:]
+
+    def _swapped(self, best: Layers, swaps: list[Swap]) -> Layers:
+        """The set after the swaps that are kept, as far as the budget goes; notes all trials."""
+        kept = [layer for layer in self._short.kept if layer not in best]
+        trials = len(best) * (len(kept) + 1) + len(kept) * (len(kept) - 1)  # layers run
+        price = trials * len(self._fit[:FEW])
+        if not self._affords(price + self._price()):
+            return best
+        order = self._cells.value(f"swaps of {[*best]}", partial(self._ordered, best, kept))
+        self._spend(price)
+        for back, removed in order:
+            layers = tuple(sorted({*best, removed} - {back}))
+            if len(layers) != len(best) or layers in self._losses:  # not a swap any more, or known
+                continue
+            if not self._affords(self._price()):
+                break
+            self._refitted(layers)
+            change = self._change(best, layers)
+            swaps.append(Swap(back, removed, change, change.nats < -change.standard_error))
+            best = layers if swaps[-1].kept else best
+        return best
+
+    def _ordered(self, best: Layers, kept: list[int]) -> list[tuple[int, int]]:
+        """Pairs of a removed layer and a kept one, the most promising first."""
+        # in nats a token, with the one put back, or with the other removed too
+        short, few = self._short, self._fit[:FEW]
+        sets = {i: sorted({*best} ^ {i}) for i in short.kept}
+        changed = {i: _loss(pruned_losses(short, layers, few)) for i, layers in sets.items()}
+        return sorted(product(best, kept), key=lambda pair: changed[pair[0]] + changed[pair[1]])
+
+    def _refitted(self, layers: Layers) -> list[Perplexity]:
+        """Losses of the windows that judge, refitted without these layers; each measured once."""
+        judging = self._judging
+        if len(self._losses.get(layers, [])) < len(judging):
+            name = f"{[*layers]} on {len(judging)} windows"
+            run = partial(pruned_losses, self._short, layers, judging, fit_on=self._fit)
+            self._losses[layers] = self._cells.losses(name, run)
+            self._spend(self._price())
+        return self._losses[layers]
+
+    def _change(self, first: Layers, second: Layers) -> Difference:
+        """From one set's loss to another's, on the windows that judged both."""
+        both = self._losses[first], self._losses[second]
+        return difference(*(each[: min(map(len, both))] for each in both))
+
+    def _price(self, judging: int | None = None) -> int:
+        """Of a refit and its losses, in layers run."""
+        judging = len(self._judging) if judging is None else judging
+        return self._count * (REFIT * len(self._fit) + judging)
+
+    def _affords(self, price: int) -> bool:
+        return self._spent + price <= self._budget * self.a_pass
+
+    def _spend(self, price: int) -> None:
+        """Counts what was measured, by this run or by the one that it continues."""
+        self._spent += price
+        self._shown.update(price)
+
+
+def _told_apart(change: Difference) -> bool:
+    return abs(change.nats) > change.error.reach()  # False where there is no interval: NaN
+
+
+def _loss(parts: Sequence[Perplexity]) -> float:
+    """The mean, in nats a token."""
+    every = together(parts)
+    return every.nats / every.tokens
