@@ -73,6 +73,9 @@ script refit_sets refits --only sets --also wikitext2_test.txt --others lambada_
 script refit_parts refits --only parts,windows --also wikitext2_test.txt --others lambada_passages.txt
 script refit_aims refits --only aims --also wikitext2_test.txt --others lambada_passages.txt
 script refit_choices refit_choices --also wikitext2_test.txt --others lambada_passages.txt
+script own_samples own_samples --novels tasks/lambada_openai.jsonl --wikitext wikitext2_test.txt
+script training_choices training_choices --novels tasks/lambada_openai.jsonl \
+    --wikitext wikitext2_test.txt --rows lora,full-1e-4
 script calibration calibration --wikitext wikitext2_test.txt --tasks tasks --state calibration.state
 script tasks tasks --source tasks --wikitext wikitext2_test.txt --state tasks.state
 measure compare python -m short_gpt compare --search_windows 2 --healing raw,patched,lora \
