@@ -50,7 +50,7 @@ def texts(source: str | Path, *, split: str | None = None, column: str = "text")
         files = _files(path, split)
         return _started(chain.from_iterable(_read(file, column) for file in files), source)
     if isinstance(source, Path) or _is_like_path(str(source)):
-        raise FileNotFoundError(f"{str(source)!r} does not exist: expected {EXPECTED}")
+        raise FileNotFoundError(f"no such file or folder: {str(source)!r}; expected {EXPECTED}")
     return _started(_hub_texts(str(source), split, column), source)
 
 
@@ -211,12 +211,12 @@ def _reach(name: str) -> None:
     try:
         HfApi().dataset_info(name, timeout=5)
     except (RepositoryNotFoundError, HFValidationError) as error:
-        message = f"{name!r} is neither a local path nor a data set that the hub shows you"
-        raise FileNotFoundError(f"{message}: expected {EXPECTED}") from error
+        message = f"no such file or folder: {name!r}, and no data set that the hub shows you"
+        raise FileNotFoundError(f"{message}; expected {EXPECTED}") from error
     except (OSError, HTTPError) as error:
         raise ConnectionError(
-            f"{name!r} is no local path, and the hub cannot be reached ({error}); pass a local "
-            f"copy, a folder of {KINDS}: pg19(path=FOLDER), or --data FOLDER on the command line"
+            f"no such file or folder: {name!r}, and the hub cannot be reached ({error}); "
+            f"pass a local copy as `data`, a folder of {KINDS}, or in Python to pg19(path=FOLDER)"
         ) from error
 
 
@@ -258,12 +258,33 @@ def read_texts(data: str, split: str, column: str, limit: int | None) -> Iterabl
     if limit is not None and limit < 1:
         raise ShortGPTError(f"`max_texts` expects at least 1, got {limit}")
     every = pg19(split) if data == "pg19" else texts(data, split=split, column=column)
-    return shown(islice(every, limit))
+    return shown(islice(every, limit), limit or count_texts(data, split))
 
 
-def shown(texts: Iterable[str]) -> Iterator[str]:
+def count_texts(source: str, split: str | None = None) -> int | None:
+    """How many texts a file or folder has; None of other sources, and if a file is damaged."""
+    path = _path(source)
+    try:
+        return sum(map(_count, _files(path, split))) if path.exists() else None
+    except (ShortGPTError, OSError, ValueError):
+        return None
+
+
+def _count(file: Path) -> int:
+    kind = file.suffix.lower()
+    if kind == ".jsonl":
+        with file.open("rb") as lines:
+            return sum(1 for line in lines if line.strip())
+    if kind == ".parquet":
+        from pyarrow.parquet import read_metadata
+
+        return int(read_metadata(file).num_rows)
+    return 1
+
+
+def shown(texts: Iterable[str], total: int | None = None) -> Iterator[str]:
     """The same texts, with a progress bar while they are read."""
-    with bar("reading", total=None, unit="text") as progress:
+    with bar("reading", total=total, unit="text") as progress:
         for text in texts:
             yield text
             progress.update()

@@ -6,6 +6,7 @@ the help does without.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -38,8 +39,13 @@ def listed(names: str) -> list[str]:
 def whole_numbers(
     numbers: object, name: str, example: str, *, what: str = "whole numbers", empty: bool = False
 ) -> list[int]:
-    """One number or several as a list; ShortGPTError for anything else, and for none of them."""
+    """One number or several as a list; ShortGPTError for anything else, and for none of them.
+
+    A text of numbers, as in "3 4", is several.
+    """
     several = [numbers] if isinstance(numbers, int) else numbers
+    if isinstance(numbers, str) and re.fullmatch(r"[\d\s,]+", numbers):
+        several = [int(number) for number in re.findall(r"\d+", numbers)]
     right = isinstance(several, Sequence) and all(type(i) is int for i in several)
     if not right or not (several or empty):
         raise ShortGPTError(f"expected {what} as in `{name}` {example}, got {numbers!r}")
@@ -226,10 +232,12 @@ class Reading:
 
     def own_texts(self) -> list[str]:
         """The texts of a local file or folder; none of a published protocol."""
-        from short_gpt.data.texts import shown, texts
+        from short_gpt.data.texts import count_texts, shown, texts
         from short_gpt.evaluation.protocols import PROTOCOLS
 
-        return [] if self.data in ("none", *PROTOCOLS) else list(shown(texts(self.data)))
+        if self.data in ("none", *PROTOCOLS):
+            return []
+        return list(shown(texts(self.data), count_texts(self.data)))
 
     def windows(self, short: ShortModel, own: Sequence[str]) -> Iterable[list[int]]:
         """Windows of the protocol's text, or of ``own``."""
