@@ -26,6 +26,7 @@ from short_gpt.evaluation import Perplexity, difference, together
 from short_gpt.jobs.cases import RAW, REFIT, Kinds, Ranked, Readings, Windows
 from short_gpt.jobs.comparing import Cells, pruned_losses, windows_digest
 from short_gpt.jobs.inputs import Cut, check_model, listed
+from short_gpt.jobs.ranking import end_dry_run
 from short_gpt.jobs.saving import Saving, interruptible
 from short_gpt.models.numbering import check_count
 from short_gpt.runtime.errors import ShortGPTError
@@ -362,10 +363,12 @@ def calibrate_checkpoint(
     readings: Readings | None = None,
     opening: OpenOptions | None = None,
     saving: Saving | None = None,
+    dry_run: bool = False,
 ) -> Calibrated:
     """What `calibrate` does, for a checkpoint and texts by their names with commas between.
 
-    A text of several documents is ranked on one half of them and judged by the other.
+    A text of several documents is ranked on one half of them and judged by the other. ``dry_run``
+    raises `DryRun`, which says what would be done, in place of the work.
     """
     readings, state = readings or Readings(), (saving or Saving()).state
     if several_ranks():
@@ -379,6 +382,12 @@ def calibrate_checkpoint(
     check_model(model, ranked.n)
     kinds = {name: kind for name, source in sources.items() for kind in source.kinds()}
     short = open_model(model, opening or OpenOptions(), max_seq_len=max(readings.numbers))
+    if dry_run:
+        healings, names = listed(ranked.healing), ", ".join(sources)
+        models = (len(sources) + 1) * len(healings) + 1
+        work = f"judge {models} models of {model}, chosen by {ranked.method} on {names}, on all"
+        count = models * len(sources) * readings.eval_windows + len(sources) * readings.max_windows
+        end_dry_run(short, work, readings.numbers[0], count)
     write = writes(short, max(readings.numbers), seed=readings.seed, beside=state)
     half = max(readings.max_windows, readings.eval_windows)  # one half ranks, the other judges
     with interruptible():

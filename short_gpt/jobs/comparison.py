@@ -22,6 +22,7 @@ from short_gpt.healing.trainer import begun
 from short_gpt.jobs.cases import DISTILL, LORA, PATCHED, RAW, Cases, LoraSettings, Shares, Windows
 from short_gpt.jobs.comparing import Compared, compare, windows_digest
 from short_gpt.jobs.inputs import Tasks, TextSource, check_model, source_of
+from short_gpt.jobs.ranking import end_dry_run
 from short_gpt.jobs.saving import Saving, interruptible
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import ShortGPTError
@@ -44,6 +45,7 @@ def compare_checkpoint(
     tasks: Tasks | None = None,
     opening: OpenOptions | None = None,
     saving: Saving | None = None,
+    dry_run: bool = False,
 ) -> Compared:
     """What `compare` does, for a checkpoint and texts by their names.
 
@@ -53,6 +55,7 @@ def compare_checkpoint(
         data: texts to choose layers and to heal by.
         lora: settings of the healings that train.
         tasks: also run on the models without healing.
+        dry_run: raise `DryRun`, which says what would be done, in place of the work.
 
     Example:
         >>> compare_checkpoint("llama-2-7b", cases=Cases("bi", 9)).rows[1].n  # doctest: +SKIP
@@ -77,6 +80,12 @@ def compare_checkpoint(
         kinds, held = source_of(data).kinds(), shares.held(source_of(data).column)
     size = max(shares.size, (lora.size or Recipe.size) if DISTILL in cases.heals else 0)
     short = open_model(source, opening, max_seq_len=size)
+    if dry_run:
+        models = 1 + len(cases.names) * len(cases.numbers) * len(cases.heals)
+        work = f"compare {models} models of {source}: {', '.join(cases.names)} x {cases.numbers} "
+        work += f"layers x {', '.join(cases.heals)}; searches and training take more"
+        count = models * shares.eval_windows + shares.max_windows
+        end_dry_run(short, work, shares.size, count)
     write = writes(short, size, seed=shares.seed, beside=saving.state)
     how = (write, shares.max_windows, shares.seed)
     with interruptible():

@@ -23,6 +23,7 @@ from short_gpt.jobs.inputs import (
     known_total,
     source_of,
 )
+from short_gpt.jobs.ranking import end_dry_run
 from short_gpt.jobs.saving import interruptible
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import ShortGPTError
@@ -37,8 +38,11 @@ def evaluate(
     *,
     tasks: Tasks | None = None,
     opening: OpenOptions | None = None,
+    dry_run: bool = False,
 ) -> dict[str, dict[str, float]]:
     """Perplexity and tasks of several checkpoints, one loaded at a time.
+
+    ``dry_run`` raises `DryRun`, which says what would be done, in place of the work.
 
     Returns:
         By model: its number of layers, perplexity, and metrics of the tasks. Of every model except
@@ -60,6 +64,11 @@ def evaluate(
     tasks.check()
     own, opening = reading.own_texts(), opening or OpenOptions()
     check_tokenizer(opening.tokenizer_path, *models)
+    if dry_run:
+        short = open_model(models[0], of_source(opening, models[0]), max_seq_len=reading.size)
+        read = [name for name in (reading.data, tasks.tasks) if name not in ("none", None)]
+        work = f"evaluate {' and '.join(models)} on {' and '.join(map(str, read))}"
+        end_dry_run(short, work, reading.size, reading.max_windows)
     first, rows = None, {}
     for name in models:
         rows[name], measured = _evaluated(name, reading, own, tasks, opening, first)
@@ -126,11 +135,12 @@ def perplexity_of(
     opening: OpenOptions | None = None,
     running: Running | None = None,
     notify: Notify = ignore,
+    dry_run: bool = False,
 ) -> Perplexity:
     """The perplexity of a checkpoint on a text, in windows that do not overlap.
 
     Each window is read on its own, its first token is not predicted. ``notify`` is called with what
-    a streamed run will take in memory, before it starts.
+    a streamed run will take in memory, before it starts. ``dry_run`` is as of `evaluate`.
 
     Example:
         >>> perplexity_of("llama-2-7b", "novels/").value  # doctest: +SKIP
@@ -147,4 +157,6 @@ def perplexity_of(
         if remark is not None:
             notify(remark)
     total = known_total(windows, cut.max_windows)
+    if dry_run:
+        end_dry_run(short, f"read {texts.data} with {model}", cut.size, total)
     return short.perplexity(windows, batch_size=running.batch_size, total=total)

@@ -25,6 +25,7 @@ from short_gpt.healing import (
 from short_gpt.healing.job import STEPS
 from short_gpt.healing.solver import RIDGES
 from short_gpt.jobs.inputs import SIZE, Notify, Running, TextSource, check_model, ignore, source_of
+from short_gpt.jobs.ranking import end_dry_run
 from short_gpt.jobs.renamed import takes_old
 from short_gpt.jobs.saving import interruptible
 from short_gpt.jobs.scores import Chosen, chosen
@@ -82,6 +83,7 @@ def heal(
     streaming: Running | None = None,
     overwrite: bool = False,
     notify: Notify = ignore,
+    dry_run: bool = False,
 ) -> Healing:
     """Removes layers of a checkpoint and brings quality back.
 
@@ -101,6 +103,7 @@ def heal(
         streaming: how a refit holds one layer at a time.
         overwrite: replace an earlier output.
         notify: called with what a refit will take, and with every perplexity.
+        dry_run: raise `DryRun`, which says what would be done, in place of the work.
 
     Raises:
         ShortGPTError: a setting, the model or the texts are refused, before anything is written.
@@ -125,7 +128,7 @@ def heal(
     if is_gguf(out):
         check_saved(model, removal.layers, removal.record.block_influence)
     how = (texts, windows, settings, opening, streaming)
-    return _heal(model, Path(out), methods, removal, *how, overwrite, notify)
+    return _heal(model, Path(out), methods, removal, *how, overwrite, notify, dry_run)
 
 
 @interruptible()
@@ -141,19 +144,27 @@ def _heal(
     streaming: Running,
     overwrite: bool,
     notify: Notify,
+    dry_run: bool,
 ) -> Healing:
     """Opens the model, heals it without the layers of the choice, and saves it."""
     trains, folder = methods[-1] in TRAINING, None
     if trains or "refit" in methods:  # which continue from what lies beside the new directory
         folder = Path(f"{out}.{'training' if trains else 'refit'}")
     # before the model is opened; where nothing is there yet, nobody works either
-    lock = hold(folder) if folder is not None and folder.parent.is_dir() else None
+    lock = None
+    if folder is not None and folder.parent.is_dir() and not dry_run:
+        lock = hold(folder)
     own, context = of_source(opening, model, stream=streaming.stream), windows.size or SIZE
     short = open_trainable(model, own) if trains else streaming.open(model, own, context)
     if removal.importance is not None:  # its record tells what it rests on, as that of prune does
         short.importance = removal.importance
     recipe = settings.recipe(short, windows.seed) if trains else None
     size, bos = windows.size or (recipe.size if recipe else SIZE), windows.bos or short.bos
+    if dry_run:
+        work = f"remove layers {removal.layers} of {model}, heal by {','.join(methods)} on "
+        count = recipe.steps * recipe.batch if recipe else windows.max_windows or CLOSED_WINDOWS
+        work += f"{count:,} windows of {texts.data}, and write {out}; each is read twice or more"
+        end_dry_run(short, work, size, count)
     place = (texts.split, texts.column, texts.max_texts, windows.seed)
     parts = Source(texts.data, windows.eval_data, *place).windows(
         short.encode,

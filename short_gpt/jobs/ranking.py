@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from typing import TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from llama.io.sources import is_meta
 from llama.ranks import several_ranks
@@ -29,7 +29,7 @@ from short_gpt.runtime import replicas
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.memory import bytes_of
-from short_gpt.runtime.progress import duration, first_rank
+from short_gpt.runtime.progress import DryRun, duration, first_rank
 from short_gpt.runtime.state import StateFile, joined
 from short_gpt.scoring.importance import Importance
 from short_gpt.scoring.run import Following, RunState
@@ -99,6 +99,7 @@ def rank(
     saving: Saving | None = None,
     notify: Notify = ignore,
     detailed: bool = False,
+    dry_run: bool = False,
 ) -> Ranking:
     """Scores every layer of a checkpoint: Block Influence and angular distances, in one pass.
 
@@ -114,6 +115,7 @@ def rank(
         notify: called with what a streamed run will take in memory, before it starts.
         detailed: whether it is also called with the time that one pass will take, from a window
             that is timed, and how the answer stands while it goes on.
+        dry_run: raise `DryRun`, which says what would be done, in place of the work.
 
     Raises:
         ShortGPTError: a setting, the model, the texts or the state of another run are refused.
@@ -131,6 +133,13 @@ def rank(
     # of the files as they are now
     digests = digests_of(model, opening.tokenizer_path) if first_rank() else {}
     short = running.open(model, opening, cut.size)
+    if dry_run:
+        known = all(not isinstance(kind, str) for kind in kinds)  # else the model writes it first
+        cuts = cut.mixed(kinds, short.encode, short.bos) if known else []
+        total = known_total(cuts, cut.max_windows) if known else cut.max_windows
+        how = {"rule": answer.rule(cut.seed), "population": getattr(cuts, "population", None)}
+        work = f"score {len(short.kept)} layers of {model} by {answer.method} on {texts.data}"
+        end_dry_run(short, work, cut.size, total, batch_size=running.batch_size, **how)
     write = writes(short, cut.size, seed=cut.seed, beside=saving.state)
     with interruptible():
         documents = written(kinds, write, cut.max_windows)
@@ -257,6 +266,15 @@ def forecast(
     parts.append(f"all {total:,} {duration((total - read) * one)}")
     before = f"; {read:,} were read before" if read else ""
     return f"{line}: {'; '.join(parts)}{before}"
+
+
+def end_dry_run(
+    short: ScoredModel, work: str, size: int, total: int | None = None, **how: Any
+) -> NoReturn:
+    """Raises DryRun with the work and its `forecast`, from a window of ``size`` that is timed."""
+    window = [0] * min(size, short.decoder.max_seq_len)  # which tokens takes no other time
+    time = forecast(short, window, total=total, **how)
+    raise DryRun(f"dry run: it would {work}\n{time}\nnothing was written")
 
 
 def _search(
