@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import combinations, zip_longest
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from short_gpt.jobs.comparing import Cells, pruned_losses, windows_digest
 from short_gpt.jobs.inputs import Cut, check_model, listed
 from short_gpt.jobs.ranking import end_dry_run
 from short_gpt.jobs.saving import Saving, interruptible
+from short_gpt.jobs.settings import takes_fields
 from short_gpt.models.numbering import check_count
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import bar
@@ -355,21 +356,25 @@ class _Run(NamedTuple):
         return {text: [next(losses) for _ in own.judged] for text, own in self.texts.items()}
 
 
+@takes_fields("calibrate")
 def calibrate_checkpoint(
     model: str,
     data: str | Kinds,
     *,
-    ranked: Ranked,
+    ranked: Ranked | None = None,
     readings: Readings | None = None,
     opening: OpenOptions | None = None,
     saving: Saving | None = None,
     dry_run: bool = False,
+    **fields: Any,
 ) -> Calibrated:
     """What `calibrate` does, for a checkpoint and texts by their names with commas between.
 
     A text of several documents is ranked on one half of them and judged by the other. ``dry_run``
-    raises `DryRun`, which says what would be done, in place of the work.
+    raises `DryRun`, which says what would be done, in place of the work. ``fields`` are single
+    settings by their names, in place of objects: ``n=8``, ``sizes=512``, ``max_windows=24``.
     """
+    ranked = ranked or Ranked()
     readings, state = readings or Readings(), (saving or Saving()).state
     if several_ranks():
         raise ShortGPTError("calibrate runs on one rank; start it alone")

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from llama.io.files import check_writable
 from llama.ranks import several_ranks
@@ -24,6 +25,7 @@ from short_gpt.jobs.comparing import Compared, compare, windows_digest
 from short_gpt.jobs.inputs import Tasks, TextSource, check_model, source_of
 from short_gpt.jobs.ranking import end_dry_run
 from short_gpt.jobs.saving import Saving, interruptible
+from short_gpt.jobs.settings import takes_fields
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.state import hold, joined
@@ -35,6 +37,7 @@ MOST_VALIDATION = 8  # windows by which the best checkpoint is kept
 DEFAULT_CASES = Cases(healings=(RAW, PATCHED))
 
 
+@takes_fields("compare", cases=DEFAULT_CASES)
 def compare_checkpoint(
     model: str | None,
     data: str | TextSource = "pg19",
@@ -46,6 +49,7 @@ def compare_checkpoint(
     opening: OpenOptions | None = None,
     saving: Saving | None = None,
     dry_run: bool = False,
+    **fields: Any,
 ) -> Compared:
     """What `compare` does, for a checkpoint and texts by their names.
 
@@ -56,6 +60,8 @@ def compare_checkpoint(
         lora: settings of the healings that train.
         tasks: also run on the models without healing.
         dry_run: raise `DryRun`, which says what would be done, in place of the work.
+        fields: single settings by their names, in place of objects: ``counts=[4, 8]``,
+            ``size=512``, ``max_windows=24``, ``device="cuda"``.
 
     Example:
         >>> compare_checkpoint("llama-2-7b", cases=Cases("bi", 9)).rows[1].n  # doctest: +SKIP

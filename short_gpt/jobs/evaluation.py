@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from llama.io.files import check_output, new_file
 from short_gpt.evaluation.paired import difference
@@ -25,6 +26,7 @@ from short_gpt.jobs.inputs import (
 )
 from short_gpt.jobs.ranking import end_dry_run
 from short_gpt.jobs.saving import interruptible
+from short_gpt.jobs.settings import takes_fields
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.wrappers.opening import check_tokenizer, of_source, open_model
@@ -32,6 +34,7 @@ from short_gpt.wrappers.options import OpenOptions
 from short_gpt.wrappers.own_text import own_samples
 
 
+@takes_fields("evaluate")
 def evaluate(
     models: Sequence[str],
     reading: Reading | None = None,
@@ -39,10 +42,12 @@ def evaluate(
     tasks: Tasks | None = None,
     opening: OpenOptions | None = None,
     dry_run: bool = False,
+    **fields: Any,
 ) -> dict[str, dict[str, float]]:
     """Perplexity and tasks of several checkpoints, one loaded at a time.
 
-    ``dry_run`` raises `DryRun`, which says what would be done, in place of the work.
+    ``dry_run`` raises `DryRun`, which says what would be done, in place of the work. ``fields`` are
+    single settings by their names, in place of objects: ``data="novels/"``, ``tasks="piqa"``.
 
     Returns:
         By model: its number of layers, perplexity, and metrics of the tasks. Of every model except
@@ -127,6 +132,7 @@ def write_samples(
     return target
 
 
+@takes_fields("perplexity")
 def perplexity_of(
     model: str,
     data: str | TextSource = "pg19",
@@ -136,11 +142,13 @@ def perplexity_of(
     running: Running | None = None,
     notify: Notify = ignore,
     dry_run: bool = False,
+    **fields: Any,
 ) -> Perplexity:
     """The perplexity of a checkpoint on a text, in windows that do not overlap.
 
     Each window is read on its own, its first token is not predicted. ``notify`` is called with what
-    a streamed run will take in memory, before it starts. ``dry_run`` is as of `evaluate`.
+    a streamed run will take in memory, before it starts. ``dry_run`` is as of `evaluate`;
+    ``fields`` are single settings by their names: ``size=512``, ``max_windows=24``.
 
     Example:
         >>> perplexity_of("llama-2-7b", "novels/").value  # doctest: +SKIP

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from llama.io.files import check_new
 from llama.io.sources import is_gguf
@@ -29,7 +30,14 @@ from short_gpt.jobs.ranking import end_dry_run
 from short_gpt.jobs.renamed import takes_old
 from short_gpt.jobs.saving import interruptible
 from short_gpt.jobs.scores import Chosen, chosen
-from short_gpt.jobs.settings import Choice, HealingWindows, Settings, kinds_of_methods, methods_of
+from short_gpt.jobs.settings import (
+    Choice,
+    HealingWindows,
+    Settings,
+    kinds_of_methods,
+    methods_of,
+    takes_fields,
+)
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.state import hold
 from short_gpt.wrappers.opening import check_tokenizer, of_source, open_model, open_trainable
@@ -70,6 +78,7 @@ class Healing:
 
 
 @takes_old(learned="windows", distilling="settings")
+@takes_fields("heal")
 def heal(
     model: str,
     out: str,
@@ -84,6 +93,7 @@ def heal(
     overwrite: bool = False,
     notify: Notify = ignore,
     dry_run: bool = False,
+    **fields: Any,
 ) -> Healing:
     """Removes layers of a checkpoint and brings quality back.
 
@@ -104,6 +114,8 @@ def heal(
         overwrite: replace an earlier output.
         notify: called with what a refit will take, and with every perplexity.
         dry_run: raise `DryRun`, which says what would be done, in place of the work.
+        fields: single settings by their names, in place of objects: ``layers=[21, 22]``,
+            ``scores="ranking.json"``, ``size=512``, ``max_windows=24``, ``device="cuda"``.
 
     Raises:
         ShortGPTError: a setting, the model or the texts are refused, before anything is written.

@@ -24,7 +24,7 @@ from short_gpt.jobs.inputs import (
 )
 from short_gpt.jobs.saving import Saving, interruptible
 from short_gpt.jobs.scores import Digests, digests_of
-from short_gpt.jobs.settings import Answer
+from short_gpt.jobs.settings import Answer, takes_fields
 from short_gpt.runtime import replicas
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import ShortGPTError
@@ -87,6 +87,7 @@ class Ranking:
             self.state.clear()
 
 
+@takes_fields("rank", cut=Cut(stride=STRIDE))
 def rank(
     model: str,
     data: str | TextSource = "pg19",
@@ -100,6 +101,7 @@ def rank(
     notify: Notify = ignore,
     detailed: bool = False,
     dry_run: bool = False,
+    **fields: Any,
 ) -> Ranking:
     """Scores every layer of a checkpoint: Block Influence and angular distances, in one pass.
 
@@ -116,6 +118,8 @@ def rank(
         detailed: whether it is also called with the time that one pass will take, from a window
             that is timed, and how the answer stands while it goes on.
         dry_run: raise `DryRun`, which says what would be done, in place of the work.
+        fields: single settings by their names, in place of objects: ``method="angular"``,
+            ``size=512``, ``max_windows=24``, ``column="content"``, ``device="cuda"``.
 
     Raises:
         ShortGPTError: a setting, the model, the texts or the state of another run are refused.
@@ -124,6 +128,7 @@ def rank(
     Example:
         >>> rank("llama-2-7b", "novels/", n=9).layers  # doctest: +SKIP
         [27, 26, 25, 28, 24, 29, 23, 21, 22]
+        >>> quick = rank("llama-2-7b", "novels/", n=9, size=512, max_windows=24)  # doctest: +SKIP
     """
     answer, texts, saving = answer or Answer(n), source_of(data), saving or Saving()
     cut, running = cut or Cut(stride=STRIDE), running or Running()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import random
 import re
@@ -32,6 +33,7 @@ from short_gpt.jobs import (
     Choice,
     Cut,
     HealingWindows,
+    LoraSettings,
     OpenOptions,
     Reading,
     Readings,
@@ -41,6 +43,7 @@ from short_gpt.jobs import (
     Settings,
     Shares,
     Tasks,
+    TextSource,
     Written,
     evaluate,
     heal,
@@ -48,6 +51,7 @@ from short_gpt.jobs import (
     read_scores,
     reproduce,
 )
+from short_gpt.jobs.settings import takes_fields
 from short_gpt.selection.search import PartialRun
 from short_gpt.wrappers.short_llama import ShortLlama
 
@@ -338,3 +342,57 @@ def test_names_of_tasks_may_have_blanks_between():
 
 def test_an_answer_says_which_kinds_of_windows_it_guards_against():
     assert Answer(2, rare=0.05).rule(seed=0) == Stop(2, rare=0.05) != Answer(2).rule(seed=0)
+
+
+def test_settings_are_taken_as_single_arguments(here):
+    """The same result as with the objects, defaults that are the job's own included."""
+    both = [
+        rank("ckpt", "book.txt", n=2, size=32, max_windows=6, stride=16, device="cpu"),
+        rank("ckpt", "book.txt", n=2, cut=CUT, opening=OpenOptions(device="cpu")),
+    ]
+    assert both[0].layers == both[1].layers
+    assert both[0].importance.to_dict() == both[1].importance.to_dict()
+    # n goes where the method goes; what is given as an object keeps its other fields
+    angular = rank("ckpt", "book.txt", n=2, method="angular", cut=CUT, max_windows=3)
+    assert (angular.answer.n, angular.answer.method) == (2, "angular")
+    assert angular.importance.n_windows == 3 and angular.importance.n_tokens == 3 * 32
+    seen = rank("ckpt", "book.txt", size=300, max_windows=1)
+    assert seen.importance.n_tokens == 300
+    value = perplexity_of("ckpt", "book.txt", size=32)
+    assert value == perplexity_of("ckpt", "book.txt", cut=Cut(32))
+    rows = evaluate(["ckpt"], data="book.txt", size=32, max_windows=2)
+    assert rows == evaluate(["ckpt"], Reading("book.txt", size=32, max_windows=2))
+
+
+def test_a_jobs_own_defaults_stay_and_a_flags_name_is_its_own():
+    @takes_fields("rank", cut=Cut(stride=7))
+    def job(model, *, cut: Cut | None = None, data: str | TextSource = "pg19", **fields):
+        return cut, data, fields
+
+    assert job("m", size=5, column="c") == (Cut(5, stride=7), TextSource(column="c"), {})
+    assert job("m") == (None, "pg19", {})
+
+    @takes_fields("compare")
+    def compared(*, shares: Shares | None = None, lora: LoraSettings | None = None, **fields):
+        return shares, lora
+
+    assert compared(size=5, lora_size=6, rank=2) == (Shares(size=5), LoraSettings(rank=2, size=6))
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda: rank("ckpt", max_window=3), "no setting 'max_window': did you mean max_w"),
+        (lambda: rank("ckpt", nothing_at_all=3), r"no setting 'nothing_at_all'; see help\(rank\)"),
+        (lambda: heal("ckpt", "o", stride=3), "heal has no setting 'stride'"),
+        (lambda: perplexity_of("ckpt", sise=3), "_of has no setting 'sise': did you mean size"),
+    ],
+)  # fmt: skip
+def test_an_unknown_setting_is_named_with_the_nearest(call, said):
+    with pytest.raises(ShortGPTError, match=said):
+        call()
+
+
+def test_a_job_shows_its_signature_in_help():
+    shown = str(inspect.signature(rank))
+    assert "cut: 'Cut | None' = None" in shown and shown.count("**fields") == 1
