@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from itertools import chain, islice
 from pathlib import Path
 
 from llama.tokenizer import check_text
 from short_gpt.data.windows import Text
+from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import bar
 
@@ -20,14 +21,36 @@ OWN = {"self": False, "self:chat": True}  # sources that the model writes; wheth
 EXPECTED = f"a file or folder of {KINDS}, or a data set at the hub such as allenai/c4:en"
 
 
-def texts(source: str | Path, *, split: str | None = None, column: str = "text") -> Iterator[str]:
+class Given(str):
+    """Texts that are in memory; as a string it is a name with a digest of them, for records.
+
+    Attributes:
+        rows: strings, or rows with columns: a list, a ``datasets.Dataset``, or by names several.
+    """
+
+    rows: Iterable[object]
+
+    def __new__(cls, rows: Iterable[object]) -> Given:
+        digest = getattr(rows, "_fingerprint", None)  # a Dataset's, of all that made it
+        if digest is None and not isinstance(rows, Mapping):
+            rows = list(rows)
+        name = f"{type(rows).__name__} {digest or json_digest(str(rows))}"
+        given = super().__new__(cls, name[:30])
+        given.rows = rows
+        return given
+
+
+def texts(
+    source: str | Path | Iterable[object], *, split: str | None = None, column: str = "text"
+) -> Iterator[str]:
     """Iterates once over the texts of a local file or folder, or of a data set at the HF hub.
 
     A .txt file is one text, a .jsonl file has one object a line, a .parquet file one text a row.
     The first text is read before this returns, so that most errors come from the call itself.
 
     Args:
-        source: a path, else a name at the hub: "allenai/c4:en" has a configuration.
+        source: a path, else a name at the hub: "allenai/c4:en" has a configuration; or texts in
+            memory, a list of strings or a ``datasets.Dataset``.
         split: of a folder, only sub-folders of this name and files whose names begin with it, if
             there are any; else all files, sorted by name. A data set with several splits needs it.
         column: of the text, in .jsonl, .parquet and data sets.
@@ -40,6 +63,11 @@ def texts(source: str | Path, *, split: str | None = None, column: str = "text")
     Example:
         >>> chapters = texts("novels/")  # doctest: +SKIP
     """
+    if not isinstance(source, str | Path):
+        source = Given(source)
+    if isinstance(source, Given):
+        rows = ({column: row} if isinstance(row, str) else row for row in source.rows)
+        return _started((_cell(row, column) for row in rows), source)
     path = _path(source)
     if source in OWN:
         raise ShortGPTError(
@@ -244,7 +272,8 @@ def _hub_texts(source: str, split: str | None, column: str) -> Iterator[str]:
 
 def source_names(data: str) -> list[str]:
     """The sources that a name stands for: one, if it is that of a file, or several by commas."""
-    return [data] if Path(data).exists() else [name.strip() for name in data.split(",")]
+    one = isinstance(data, Given) or Path(data).exists()
+    return [data] if one else [name.strip() for name in data.split(",")]
 
 
 def read_kinds(data: str, split: str, column: str, limit: int | None) -> list[Iterable[Text]]:
@@ -263,6 +292,8 @@ def read_texts(data: str, split: str, column: str, limit: int | None) -> Iterabl
 
 def count_texts(source: str, split: str | None = None) -> int | None:
     """How many texts a file or folder has; None of other sources, and if a file is damaged."""
+    if isinstance(source, Given):
+        return len(source.rows) if isinstance(source.rows, Sized) else None
     path = _path(source)
     try:
         return sum(map(_count, _files(path, split))) if path.exists() else None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import combinations, zip_longest
@@ -359,7 +359,7 @@ class _Run(NamedTuple):
 @takes_fields("calibrate")
 def calibrate_checkpoint(
     model: str,
-    data: str | Kinds,
+    data: str | Mapping[str, Iterable[object]] | Kinds,
     *,
     ranked: Ranked | None = None,
     readings: Readings | None = None,
@@ -383,7 +383,7 @@ def calibrate_checkpoint(
     readings.check()
     if state is not None:
         check_writable(Path(state))
-    sources = (Kinds(data) if isinstance(data, str) else data).each()
+    sources = (data if isinstance(data, Kinds) else Kinds(data)).each()  # type: ignore[arg-type]
     check_model(model, ranked.n)
     kinds = {name: kind for name, source in sources.items() for kind in source.kinds()}
     short = open_model(model, opening or OpenOptions(), max_seq_len=max(readings.numbers))

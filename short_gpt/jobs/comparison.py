@@ -22,7 +22,7 @@ from short_gpt.healing.recipe import Recipe
 from short_gpt.healing.trainer import begun
 from short_gpt.jobs.cases import DISTILL, LORA, PATCHED, RAW, Cases, LoraSettings, Shares, Windows
 from short_gpt.jobs.comparing import Compared, compare, windows_digest
-from short_gpt.jobs.inputs import Tasks, TextSource, check_model, source_of
+from short_gpt.jobs.inputs import Data, Tasks, check_model, source_of
 from short_gpt.jobs.ranking import end_dry_run
 from short_gpt.jobs.saving import Saving, interruptible
 from short_gpt.jobs.settings import takes_fields
@@ -40,7 +40,7 @@ DEFAULT_CASES = Cases(healings=(RAW, PATCHED))
 @takes_fields("compare", cases=DEFAULT_CASES)
 def compare_checkpoint(
     model: str | None,
-    data: str | TextSource = "pg19",
+    data: Data = "pg19",
     *,
     cases: Cases | None = None,
     shares: Shares | None = None,

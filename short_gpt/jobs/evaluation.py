@@ -13,11 +13,11 @@ from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.evaluation.tasks import TaskRun, task_changes
 from short_gpt.jobs.inputs import (
     Cut,
+    Data,
     Notify,
     Reading,
     Running,
     Tasks,
-    TextSource,
     about_bos,
     check_model,
     ignore,
@@ -135,7 +135,7 @@ def write_samples(
 @takes_fields("perplexity")
 def perplexity_of(
     model: str,
-    data: str | TextSource = "pg19",
+    data: Data = "pg19",
     *,
     cut: Cut | None = None,
     opening: OpenOptions | None = None,

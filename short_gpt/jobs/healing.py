@@ -25,7 +25,16 @@ from short_gpt.healing import (
 )
 from short_gpt.healing.job import STEPS
 from short_gpt.healing.solver import RIDGES
-from short_gpt.jobs.inputs import SIZE, Notify, Running, TextSource, check_model, ignore, source_of
+from short_gpt.jobs.inputs import (
+    SIZE,
+    Data,
+    Notify,
+    Running,
+    TextSource,
+    check_model,
+    ignore,
+    source_of,
+)
 from short_gpt.jobs.ranking import end_dry_run
 from short_gpt.jobs.renamed import takes_old
 from short_gpt.jobs.saving import interruptible
@@ -85,7 +94,7 @@ def heal(
     method: str = "refit",
     *,
     choice: Choice | None = None,
-    data: str | TextSource = "pg19",
+    data: Data = "pg19",
     windows: HealingWindows | None = None,
     settings: Settings | None = None,
     opening: OpenOptions | None = None,

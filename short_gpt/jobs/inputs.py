@@ -130,6 +130,9 @@ class TextSource:
     column: str = setting("text", needs=COLUMNS)
     max_texts: int | None = None
 
+    def __post_init__(self) -> None:
+        name_texts(self, "data")
+
     def read(self) -> Iterable[str]:
         """The texts, with a progress bar; errors as of `short_gpt.texts`."""
         from short_gpt.data.texts import read_texts
@@ -143,9 +146,20 @@ class TextSource:
         return read_kinds(self.data, self.split, self.column, self.max_texts)
 
 
-def source_of(data: str | TextSource) -> TextSource:
-    """The source itself, or that of a name."""
-    return TextSource(data) if isinstance(data, str) else data
+Data = str | Iterable[object] | TextSource  # a name, texts in memory, or with settings
+
+
+def source_of(data: Data) -> TextSource:
+    """The source itself, or that of a name or of texts in memory."""
+    return data if isinstance(data, TextSource) else TextSource(data)  # type: ignore[arg-type]
+
+
+def name_texts(settings: object, field: str) -> None:
+    """Makes a `data.texts.Given` of a field of settings that holds texts in memory."""
+    if not isinstance(value := getattr(settings, field), str | None):
+        from short_gpt.data.texts import Given
+
+        object.__setattr__(settings, field, Given(value))
 
 
 @dataclass(frozen=True)
@@ -220,6 +234,9 @@ class Reading:
     max_windows: int | None = setting(None, needs=TEXT)
     bos: str | None = setting(None, needs=TEXT)
     batch_size: int = setting(1, heading=RUN)
+
+    def __post_init__(self) -> None:
+        name_texts(self, "data")
 
     def check(self) -> None:
         """Raises ShortGPTError for what would go wrong after a model is loaded."""

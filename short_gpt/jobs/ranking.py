@@ -14,6 +14,7 @@ from short_gpt.data.windows import count_of
 from short_gpt.jobs.inputs import (
     STRIDE,
     Cut,
+    Data,
     Notify,
     Running,
     TextSource,
@@ -90,7 +91,7 @@ class Ranking:
 @takes_fields("rank", cut=Cut(stride=STRIDE))
 def rank(
     model: str,
-    data: str | TextSource = "pg19",
+    data: Data = "pg19",
     *,
     n: int | None = None,
     answer: Answer | None = None,

@@ -9,7 +9,16 @@ from difflib import get_close_matches
 from functools import wraps
 from typing import TYPE_CHECKING, Any, ClassVar, ParamSpec, TypeVar, get_args, get_type_hints
 
-from short_gpt.jobs.inputs import SIZE, Cut, TextSource, at_least, layer_list, listed, source_of
+from short_gpt.jobs.inputs import (
+    SIZE,
+    Cut,
+    TextSource,
+    at_least,
+    layer_list,
+    listed,
+    name_texts,
+    source_of,
+)
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.settings import (
     CHOOSE,
@@ -225,6 +234,9 @@ class HealingWindows:
     drop_overlap: bool | None = None
     seed: int = 0
     bos: str | None = None
+
+    def __post_init__(self) -> None:
+        name_texts(self, "eval_data")
 
     def check(self) -> None:
         """Raises ShortGPTError for a number out of range, before a model is loaded."""

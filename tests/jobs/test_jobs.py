@@ -396,3 +396,65 @@ def test_an_unknown_setting_is_named_with_the_nearest(call, said):
 def test_a_job_shows_its_signature_in_help():
     shown = str(inspect.signature(rank))
     assert "cut: 'Cut | None' = None" in shown and shown.count("**fields") == 1
+
+
+TEXTS = [" ".join(f"{(n + 3) * (i + 7) % 997} {n}" for i in range(40)) for n in range(8)]
+
+
+@pytest.fixture
+def dataset():
+    return pytest.importorskip("datasets").Dataset.from_dict({"body": TEXTS, "n": [*range(8)]})
+
+
+def test_texts_in_memory_are_read_as_those_of_files(here, dataset):
+    Path("docs").mkdir()
+    for number, text in enumerate(TEXTS):
+        Path("docs", f"{number}.txt").write_text(text)
+    how = {"n": 2, "size": 16, "stride": 16, "confidence": None, "max_windows": 9}
+    rows = [{"body": text} for text in TEXTS]
+    scores = [
+        rank("ckpt", "docs", **how),
+        rank("ckpt", TEXTS, **how),
+        rank("ckpt", dataset, column="body", **how),
+        rank("ckpt", TextSource(rows, column="body"), **how),
+        rank("ckpt", (text for text in TEXTS), **how),
+    ]
+    assert all(one.importance.to_dict() == scores[0].importance.to_dict() for one in scores)
+    assert rank("ckpt", TEXTS, max_texts=2, size=16).importance.n_texts == 2
+    perplexities = [perplexity_of("ckpt", data, size=16) for data in ("docs", TEXTS)]
+    assert perplexities[0] == perplexities[1]
+    rows = [evaluate(["ckpt"], data=data, size=16) for data in ("docs", TEXTS)]
+    assert [*rows[0]["ckpt"].values()] == [*rows[1]["ckpt"].values()]
+
+
+def test_a_saved_run_on_other_texts_in_memory_is_another(here, dataset):
+    how = {"size": 16, "column": "body", "saving": Saving("state")}
+    rank("ckpt", dataset, **how)
+    assert rank("ckpt", dataset, **how).importance.n_texts == 8  # continued
+    with pytest.raises(ShortGPTError, match="data"):
+        rank("ckpt", dataset.select(range(3)), **how)
+    with pytest.raises(ShortGPTError, match="data"):
+        rank("ckpt", TEXTS, **how)
+
+
+def test_jobs_that_heal_and_compare_take_texts_in_memory(here, dataset):
+    how = {"layers": [1], "size": 16, "max_windows": 4, "eval_windows": 2, "device": "cpu"}
+    done = heal("ckpt", "out", data=dataset, column="body", eval_data=[{"body": TEXT}], **how)
+    assert done.evidence.perplexity["healed"].windows == 2
+    name = json.loads(Path("out/pruning.json").read_text())["data"]
+    assert name.startswith("Dataset ") and done.texts["eval_data"].startswith("list ")
+    few = {"methods": "bi", "counts": 1, "healings": "raw", "size": 16, "device": "cpu"}
+    result = jobs.compare_checkpoint("ckpt", TEXTS, **few)
+    assert [row.n for row in result.rows] == [0, 1]
+    kinds = {"a": TEXTS, "b": [text[::-1] for text in TEXTS]}
+    how = {"n": 1, "sizes": 16, "healing": "raw", "max_windows": 3, "eval_windows": 2}
+    assert [*jobs.calibrate_checkpoint("ckpt", kinds, **how).choices] == ["a", "b", "mix"]
+
+
+def test_rows_in_memory_without_the_column_are_told(here, dataset):
+    with pytest.raises(ShortGPTError, match="no column 'text', only .*pass column="):
+        rank("ckpt", dataset)
+    with pytest.raises(ShortGPTError, match="expected an object with named values, got 3"):
+        rank("ckpt", [3])
+    with pytest.raises(ShortGPTError, match="holds no text"):
+        rank("ckpt", [])
