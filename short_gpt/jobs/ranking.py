@@ -29,6 +29,7 @@ from short_gpt.jobs.settings import Answer, takes_fields
 from short_gpt.runtime import replicas
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.frames import data_frame, html_table
 from short_gpt.runtime.memory import bytes_of
 from short_gpt.runtime.progress import DryRun, duration, first_rank
 from short_gpt.runtime.state import StateFile, joined
@@ -46,7 +47,7 @@ from short_gpt.wrappers.short_model import ShortModel
 W = TypeVar("W", bound=list[int])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Ranking:
     """What `rank` measured."""
 
@@ -81,6 +82,33 @@ class Ranking:
             settled = {**vars(self.verdict), "stop": vars(self.verdict.stop)}
             settled["pair"] = list(self.verdict.pair)
         return {"importance": self.importance.to_dict(), "settled": settled, **source}
+
+    @property
+    def columns(self) -> dict[str, list[object]]:
+        """`Importance.columns` and whether each is to go; of a search, layers and losses."""
+        if self.importance is None:
+            assert self.search is not None
+            removed, losses = self.search.removed, self.search.losses
+            steps = (losses[min(i, len(losses) - 1)][layer] for i, layer in enumerate(removed))
+            return {"layer": [*removed], "loss": [*steps]}
+        if self.answer.n is None:
+            return self.importance.columns
+        gone = [layer in self.layers for layer in self.importance.layers]
+        return {**self.importance.columns, "remove": [*gone]}
+
+    def to_dataframe(self) -> Any:
+        """`columns` as a pandas frame, by layer; MissingPackageError where there is no pandas."""
+        return data_frame(self.columns)
+
+    def __repr__(self) -> str:
+        parts = [self.answer.method + ("" if self.answer.n is None else f": {self.layers}")]
+        parts += [] if self.importance is None else [repr(self.importance)]
+        if self.verdict is not None:
+            parts += ["settled" if self.verdict.settled else "NOT settled"]
+        return f"Ranking({', '.join(parts)})"
+
+    def _repr_html_(self) -> str:
+        return html_table(self.columns, repr(self))
 
     def finish(self) -> None:
         """Deletes the state, once the result is safe."""

@@ -458,3 +458,28 @@ def test_rows_in_memory_without_the_column_are_told(here, dataset):
         rank("ckpt", [3])
     with pytest.raises(ShortGPTError, match="holds no text"):
         rank("ckpt", [])
+
+
+def test_a_ranking_shows_what_goes(here):
+    result = rank("ckpt", "book.txt", n=2, size=32, max_windows=6, stride=16)
+    assert repr(result).startswith(f"Ranking(bi: {result.layers}, Importance(5 layers, 6 windows")
+    assert repr(result).endswith(", NOT settled)")
+    assert [i for i, gone in zip(result.columns["layer"], result.columns["remove"], strict=True)
+            if gone] == sorted(result.layers)  # fmt: skip
+    assert result._repr_html_().count("<td>True</td>") == 2
+    frame = pytest.importorskip("pandas").DataFrame(result.columns).set_index("layer")
+    assert result.to_dataframe().equals(frame) and frame.query("remove").index.size == 2
+    plain = rank("ckpt", "book.txt", size=32, max_windows=6)
+    assert repr(plain).startswith("Ranking(bi, ") and "remove" not in plain.columns
+    searched = rank("ckpt", "book.txt", n=2, method="sleb", size=32, max_windows=2)
+    assert repr(searched) == f"Ranking(sleb: {searched.layers})"
+    assert searched.columns["layer"] == searched.layers
+    losses = [searched.search.losses[i][layer] for i, layer in enumerate(searched.layers)]
+    assert searched.columns["loss"] == losses
+
+
+def test_the_package_says_its_version_and_shows_what_is_public():
+    from importlib.metadata import version
+
+    assert short_gpt.__version__ == version("short-gpt")
+    assert dir(short_gpt) == sorted(short_gpt.__all__)
