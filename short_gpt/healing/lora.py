@@ -112,6 +112,7 @@ def heal(
 def heal_run(short: ScoredModel, run: TrainingRun, evaluation: Sequence[Window] = ()) -> Merged:
     """As `heal`; also returns what takes the change out again, for which a copy is held."""
     require_packages()
+    check_reports(run.recipe.report_to)
     if several_ranks():
         raise ShortGPTError("LoRA healing runs in one process; start it without torchrun")
     model = short.trainable()
@@ -234,6 +235,19 @@ def require_packages() -> None:
             raise MissingPackageError(
                 f'healing needs {package}: pip install "short-gpt[heal]"'
             ) from None
+
+
+def check_reports(report_to: str | None) -> None:
+    """Raises MissingPackageError for a service that transformers cannot report to here."""
+    if report_to is not None:
+        from transformers.integrations import get_available_reporting_integrations
+
+        known = get_available_reporting_integrations()
+        if odd := [name for name in report_to.split(",") if name not in ("all", "none", *known)]:
+            raise MissingPackageError(
+                f"`report_to` {odd[0]}: its package is not installed, or transformers knows no "
+                f"such service; here are {', '.join(known) or 'none'}"
+            )
 
 
 def adapt(model: PreTrainedModel, recipe: Recipe) -> PeftModel:

@@ -246,7 +246,7 @@ class HealingWindows:
 
 # the settings of a recipe, and all of distillation alone
 RECIPE = ["rank", "alpha", "learning_rate", "steps", "warmup", "batch", "micro_batch"]
-RECIPE += ["eval_every", "patience", "four_bit", "gradient_checkpointing"]
+RECIPE += ["eval_every", "patience", "four_bit", "gradient_checkpointing", "report_to"]
 DISTILLING = ("teacher", "stream_teacher", "live_teacher", "top_k", "temperature", "kl_share")
 
 
@@ -274,6 +274,7 @@ class Settings:
         patience: stop after so many evaluations without a better one.
         four_bit: train over weights in 4 bits; needs bitsandbytes and CUDA.
         gradient_checkpointing: less memory, more time.
+        report_to: services that the training reports to, such as wandb or tensorboard.
         resume: training must continue an interrupted run, from OUT.training; where there is one,
             the same command continues it anyway.
         teacher: the original model of which MODEL is a part; MODEL itself, before layers go, if not
@@ -303,6 +304,7 @@ class Settings:
     patience: int | None = None
     four_bit: bool = False
     gradient_checkpointing: bool = False
+    report_to: str | None = setting(None, value="A,B")
     resume: bool = False
     teacher: str | None = None
     stream_teacher: bool = False
@@ -342,11 +344,12 @@ class Settings:
 
     def _check_training(self, methods: Sequence[str]) -> None:
         from short_gpt.healing.distillation import check_share, check_targets
-        from short_gpt.healing.lora import require_four_bit, require_packages
+        from short_gpt.healing.lora import check_reports, require_four_bit, require_packages
         from short_gpt.healing.recipe import Recipe
 
         Recipe(**{**asdict(Recipe()), **self.changes})  # refuses values out of range
         require_packages()
+        check_reports(self.report_to)
         if self.four_bit:
             require_four_bit()
         if "distill" in methods:
