@@ -21,6 +21,23 @@ OWN = {"self": False, "self:chat": True}  # sources that the model writes; wheth
 EXPECTED = f"a file or folder of {KINDS}, or a data set at the hub such as allenai/c4:en"
 
 
+class Conversation(str):
+    """Messages with role and content, as JSON; a wrapper encodes them by its chat template."""
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        return list(json.loads(self))
+
+
+def check_plain(text: str) -> None:
+    """Raises ShortGPTError for a `Conversation`, of a model without a chat template."""
+    if isinstance(text, Conversation):
+        raise ShortGPTError(
+            "a conversation needs a model with a chat template, of Hugging Face's format or GGUF: "
+            "take an instruct model, held in memory, or give plain text"
+        )
+
+
 class Given(str):
     """Texts that are in memory; as a string it is a name with a digest of them, for records.
 
@@ -53,7 +70,8 @@ def texts(
             memory, a list of strings or a ``datasets.Dataset``.
         split: of a folder, only sub-folders of this name and files whose names begin with it, if
             there are any; else all files, sorted by name. A data set with several splits needs it.
-        column: of the text, in .jsonl, .parquet and data sets.
+        column: of the text, in .jsonl, .parquet and data sets; or of messages with role and
+            content, which are a `Conversation`.
 
     Raises:
         FileNotFoundError: source looks like a path that does not exist, or the hub lacks it.
@@ -219,11 +237,17 @@ def _read_parquet(file: Path, column: str) -> Iterator[str]:
 _READERS = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
 
 
+def _is_message(turn: object) -> bool:
+    return isinstance(turn, dict) and all(isinstance(turn.get(k), str) for k in ("role", "content"))
+
+
 def _cell(row: object, column: str) -> str:
     if not isinstance(row, dict):
         raise ShortGPTError(f"expected an object with named values, got {row!r:.60}")
     if column not in row:
         raise ShortGPTError(f"no column {column!r}, only {list(row)}; pass column=")
+    if isinstance(turns := row[column], list) and turns and all(map(_is_message, turns)):
+        return Conversation(json.dumps([{k: t[k] for k in ("role", "content")} for t in turns]))
     if not isinstance(row[column], str):
         raise ShortGPTError(f"column {column!r} holds {row[column]!r:.60}, expected text")
     check_text(row[column])

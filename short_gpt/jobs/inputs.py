@@ -118,10 +118,12 @@ class TextSource:
         column: column of the text in .jsonl, .parquet and hub data sets.
         max_texts: take only the first so many texts; a seed draws from all that are taken, so set
             it for a data set that is too large to be read in full.
+        chat: the texts are conversations: messages with role and content, in the column messages
+            if no other is named, which the model's chat template renders.
 
     Example:
         >>> TextSource("novels/", max_texts=100)
-        TextSource(data='novels/', split='validation', column='text', max_texts=100)
+        TextSource(data='novels/', split='validation', column='text', max_texts=100, chat=False)
     """
 
     HEADING: ClassVar = READ
@@ -129,9 +131,12 @@ class TextSource:
     split: str = setting("validation", needs=SPLITS)
     column: str = setting("text", needs=COLUMNS)
     max_texts: int | None = None
+    chat: bool = setting(False, needs=COLUMNS)
 
     def __post_init__(self) -> None:
         name_texts(self, "data")
+        if self.chat and self.column == TextSource.column:
+            object.__setattr__(self, "column", "messages")
 
     def read(self) -> Iterable[str]:
         """The texts, with a progress bar; errors as of `short_gpt.texts`."""

@@ -194,7 +194,9 @@ def _identity(
     texts: TextSource, answer: Answer, cut: Cut, running: Running, bos: str
 ) -> dict[str, object]:
     """The settings that a saved run depends on, by the names that an error shows."""
-    parts: list[Mapping[str, object]] = [vars(texts)]
+    # the column says whether they are conversations, which states of earlier versions never are
+    own = {name: value for name, value in vars(texts).items() if name != "chat"}
+    parts: list[Mapping[str, object]] = [own]
     parts += [{"size": cut.size, "seed": cut.seed, "stride": cut.step}]
     parts += [{"sublayers": answer.sublayers, "batch_size": running.batch_size}]
     if answer.by_loss:  # only these read a fixed number of windows for a fixed number of layers

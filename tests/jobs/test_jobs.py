@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import DATA, TEXT, run
+from commands import DATA, TEXT, fails, run
 from conftest import (
     BYTE_VOCAB,
     interrupted,
@@ -483,3 +483,66 @@ def test_the_package_says_its_version_and_shows_what_is_public():
 
     assert short_gpt.__version__ == version("short-gpt")
     assert dir(short_gpt) == sorted(short_gpt.__all__)
+
+
+CHATS = [
+    [
+        {"role": "user", "content": f"What is {n}?", "more": n},
+        {"role": "assistant", "content": f"It is {n} and {n * n}. " * 3},
+    ]
+    for n in range(8)
+]
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
+    "<{{ m.role }}>{{ m.content }}{% endfor %}"
+)
+
+
+@pytest.fixture
+def chatty(here):
+    """The model in Hugging Face's format with a chat template, and conversations."""
+    convert("ckpt", "hf", to="hf")
+    config = json.loads(Path("hf/tokenizer_config.json").read_text())
+    Path("hf/tokenizer_config.json").write_text(json.dumps({**config, "chat_template": TEMPLATE}))
+    lines = (json.dumps({"messages": turns}) for turns in CHATS)
+    Path("chats.jsonl").write_text("\n".join(lines))
+
+
+@pytest.mark.filterwarnings("default")  # transformers' own
+def test_conversations_are_read_as_the_template_renders_them(chatty):
+    rendered = ["".join(f"<{m['role']}>{m['content']}" for m in turns) for turns in CHATS]
+    how = {"size": 16, "stride": 16, "device": "cpu"}  # the tokenizer writes bos, as the template
+    read = rank("hf", rendered, **how).importance
+    expected = read.to_dict()
+    for data in ("chats.jsonl", [{"messages": turns} for turns in CHATS]):
+        assert rank("hf", data, chat=True, **how).importance.to_dict() == expected
+    convert("hf", "model.gguf")
+    for data, how in (("chats.jsonl", {"chat": True}), (rendered, {})):
+        gguf = rank("model.gguf", data, size=16, stride=16, device="cpu", **how)
+        assert torch.allclose(gguf.importance.influence, read.influence, rtol=1e-4)
+    ours, plain = (perplexity_of("hf", data, size=16, column=column) for data, column in
+                   (("chats.jsonl", "messages"), (rendered, "text")))  # fmt: skip
+    assert ours == plain
+    run("rank", "hf", "--data", "chats.jsonl", "--chat", "--size", 16, "--stride", 16, "--json",
+        "r.json", "--device", "cpu")  # fmt: skip
+    assert read_scores("r.json").to_dict() == expected
+
+
+@pytest.mark.filterwarnings("default")
+def test_conversations_are_refused_without_a_template(chatty, capsys):
+    needs = "a conversation needs a model with a chat template"
+    for model, more in (("ckpt", {}), ("ckpt", {"stream": True}), ("hf", {"stream": True})):
+        with pytest.raises(ShortGPTError, match=needs):
+            rank(model, "chats.jsonl", chat=True, size=16, **more)
+    with pytest.raises(ShortGPTError, match="chat template of hf refuses .*: no tools"):
+        rank("hf", [{"messages": [{"role": "tool", "content": "x"}]}], chat=True)
+    config = json.loads(Path("hf/tokenizer_config.json").read_text())
+    del config["chat_template"]
+    Path("hf/tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(ShortGPTError, match=needs):
+        rank("hf", "chats.jsonl", chat=True, size=16)
+    with pytest.raises(ShortGPTError, match="column 'messages' holds .*, expected text"):
+        rank("hf", [{"messages": [{"role": "user"}]}], chat=True)
+    line = fails(capsys, "rank", "hf", "--data", "book.txt", "--chat")
+    assert "--chat has no effect without data with columns" in line
