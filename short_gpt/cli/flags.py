@@ -272,7 +272,7 @@ def overview(commands: Mapping[str, Command]) -> str:
     ends = [
         "short-gpt COMMAND --help says what a command takes.",
         "Each takes --quiet (no bars and no notes); --max-windows is --max_windows.",
-        "short-gpt -- --completion prints a script that completes them in bash (or: fish).",
+        "short-gpt -- --completion prints a script by which bash (or: fish) completes.",
     ]
     return "\n".join([*head, *lines, "", *ends])
 

@@ -172,9 +172,7 @@ def _heal(
     if trains or "refit" in methods:  # which continue from what lies beside the new directory
         folder = Path(f"{out}.{'training' if trains else 'refit'}")
     # before the model is opened; where nothing is there yet, nobody works either
-    lock = None
-    if folder is not None and folder.parent.is_dir() and not dry_run:
-        lock = hold(folder)
+    lock = hold(folder) if folder is not None and folder.parent.is_dir() else None
     own, context = of_source(opening, model, stream=streaming.stream), windows.size or SIZE
     short = open_trainable(model, own) if trains else streaming.open(model, own, context)
     if removal.importance is not None:  # its record tells what it rests on, as that of prune does

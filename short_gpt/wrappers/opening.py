@@ -89,7 +89,7 @@ def open_model(
         if source.kind != "meta":
             return open_hf(source, options, tokenizer)
     if tokenizer is not None:
-        raise ShortGPTError(f"{source} is read with `tokenizer_path`, a file, not with `tokenizer`")
+        raise ShortGPTError(f"{source} is read with `tokenizer_path`, a file: pass its path")
     entries = {field.name: getattr(options, field.name) for field in fields(OpenOptions)}
     return ShortLlama.from_checkpoint(source, stream=stream, **entries)
 

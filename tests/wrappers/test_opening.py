@@ -156,7 +156,9 @@ def test_a_tokenizer_object_takes_the_place_of_the_models_own(folder):
     tokenizer = open_model(str(folder / "hf"), device="cpu").tokenizer
     short = open_model(str(folder / "hf"), tokenizer=tokenizer, device="cpu")
     assert short.tokenizer is tokenizer
-    with pytest.raises(ShortGPTError, match="meta is read with `tokenizer_path`, a file"):
+    with pytest.raises(
+        ShortGPTError, match="meta is read with `tokenizer_path`, a file: pass its path"
+    ):
         open_model(str(folder / "meta"), tokenizer=tokenizer)
 
 
