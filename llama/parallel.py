@@ -40,7 +40,8 @@ def choose_device(device: str | torch.device | None = None) -> torch.device:
         chosen.type == "mps" and not torch.backends.mps.is_available()
     ):
         raise InputError(
-            f"device {device!r} is not available here; pass another `device`, such as cpu"
+            f"`device` {device!r} is not available here: pass cpu, or leave it out for the best "
+            "there is"
         )
     return chosen
 

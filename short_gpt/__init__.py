@@ -16,6 +16,7 @@ REMOVED = {
 }
 
 if TYPE_CHECKING:
+    __version__: str
     from short_gpt.data.texts import pg19, texts
     from short_gpt.data.windows import batches, windows
     from short_gpt.evaluation.perplexity import perplexity
@@ -44,6 +45,10 @@ else:
     def __getattr__(name):
         if name in REMOVED:
             raise ImportError(f"short_gpt.{name} was removed: {REMOVED[name]}")  # `from` shows it
+        if name == "__version__":
+            from importlib.metadata import version
+
+            return version("short-gpt")
         return _new(name)
 
 

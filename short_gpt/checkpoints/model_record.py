@@ -17,6 +17,7 @@ from short_gpt.models.numbering import span
 from short_gpt.models.weight_changes import Parameter, WeightChange, restored_on_error
 from short_gpt.runtime import replicas
 from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.frames import html_table
 from short_gpt.scoring.importance import Importance
 
 if TYPE_CHECKING:
@@ -50,6 +51,28 @@ class ModelRecord:
         self.quality: dict[tuple[int, ...], Perplexity] = {}
         self.evidence: dict[str, object] = {}
         self._trial: list[int] | None = None
+
+    def _about(self) -> dict[str, object]:
+        """What `repr` says."""
+        gone = {"removed": self.removed} if self.removed else {}
+        source = getattr(self, "source", None)
+        name = {} if source is None else {"model": str(source)}
+        healed = {"changed parameters": len(self.changed)} if self.changed else {}
+        return {
+            **name,
+            "layers": len(self.kept),
+            **gone,
+            **healed,
+            "windows scored": self.n_windows,
+        }
+
+    def __repr__(self) -> str:
+        parts = (f"{name} {value}" for name, value in self._about().items())
+        return f"{type(self).__name__}({', '.join(parts)})"
+
+    def _repr_html_(self) -> str:
+        columns = {name: [value] for name, value in self._about().items()}
+        return html_table(columns, type(self).__name__)
 
     @property
     def present(self) -> list[int]:

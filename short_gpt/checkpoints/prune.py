@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from os import PathLike
 from pathlib import Path
 
-from llama.checkpoint.meta import CONVERSION
+from llama.checkpoint.meta import CONVERSION, Checkpoint
 from llama.formats.convert import gguf_to_meta, hf_to_meta, meta_to_hf
 from llama.formats.gguf import SOURCE_KEY, GGUFFile, llama_to_gguf
+from llama.formats.gguf_read import GGUFParts
 from llama.formats.hf import check_llama
+from llama.formats.safetensors import open_weights
 from llama.io.files import read_marker
 from llama.io.json_files import json_text, write_json
 from llama.io.sources import Source, find_source, resolve
@@ -69,6 +72,19 @@ def prune_checkpoint(
             "memory: open it, remove the layers and save it, as short-gpt prune does"
         )
     return _write_converted(source, target, write, progress)
+
+
+def kept_tensors(source: Source, layers: Sequence[int]) -> int:
+    """How many tensors a local checkpoint without some layers has, each counted in every file."""
+    names: list[str] = []
+    if source.kind == "gguf":
+        names += GGUFParts(source.path).tensors
+    elif source.kind == "meta":
+        names += [name for shard in Checkpoint(source).shards for name in shard.infos]
+    else:
+        names += open_weights(source.path)
+    removed = re.compile(rf"\D*({'|'.join(map(str, layers))})\.")  # the first number is the layer
+    return sum(not removed.match(name) for name in names)
 
 
 def _write_converted(

@@ -8,14 +8,24 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from traceback import clear_frames
 from typing import TextIO
 
 from llama.ranks import several_ranks
 from short_gpt.cli.commands import ALONE, COMMANDS, REMOVED
-from short_gpt.cli.flags import flags_of, help_of, overview, prepared, similar, typed
+from short_gpt.cli.flags import (
+    flags_of,
+    for_completion,
+    help_of,
+    overview,
+    prepared,
+    similar,
+    typed,
+)
+from short_gpt.cli.options import result_alone, say
 from short_gpt.runtime.errors import USER_ERRORS, NotSavedError, ShortGPTError, one_line, shortage
-from short_gpt.runtime.progress import first_rank
+from short_gpt.runtime.progress import DryRun, be_quiet, first_rank
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -43,13 +53,20 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run(argv: list[str]) -> None:
-    """Prints the version or a help, or runs the command."""
+    """Prints the version, a help or a script for completion, or runs the command."""
+    be_quiet("--quiet" in argv)
+    argv = [word for word in argv if word != "--quiet"]
     if (text := answer(argv)) is None:
         arguments = prepared(argv, COMMANDS)
         if first_rank() or argv[0] not in ALONE:
             import fire
 
-            fire.Fire({argv[0]: typed(COMMANDS[argv[0]])}, command=arguments, name="short-gpt")
+            with result_alone() if "--json=-" in arguments else nullcontext():
+                try:
+                    command = {argv[0]: typed(COMMANDS[argv[0]])}
+                    fire.Fire(command, command=arguments, name="short-gpt")
+                except DryRun as plan:
+                    say(str(plan))
     elif first_rank():
         print(text)
 
@@ -60,6 +77,15 @@ def answer(argv: list[str]) -> str | None:
         from importlib import metadata
 
         return f"short-gpt {metadata.version('short-gpt')}"
+    if argv[:2] == ["--", "--completion"]:
+        from fire.completion import Script
+
+        named = {name: for_completion(command) for name, command in COMMANDS.items()}
+        script = Script("short-gpt", named, shell=(argv[2:] or ["bash"])[0])
+        # fire takes the last word that is no flag for the command; other words are files
+        word = "lastcommand=${COMP_WORDS[i]}\n"
+        script = script.replace(word, f"{word}      [[ $i -gt 0 ]] && break\n")
+        return script.replace("complete -F", "complete -o default -F")
     if not argv or argv[0] in ("--help", "-h", "--"):
         return overview(COMMANDS)
     name = argv[0]

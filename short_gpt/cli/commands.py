@@ -13,7 +13,7 @@ from typing import ClassVar
 import short_gpt
 from short_gpt import jobs, plots
 from short_gpt.cli import tables
-from short_gpt.cli.options import Output, record_of, say, say_written, tell
+from short_gpt.cli.options import Output, note, record_of, say, say_written, tell
 from short_gpt.jobs import (
     Answer,
     Cases,
@@ -113,6 +113,7 @@ def rank(
         running=running,
         saving=saving.beside(output.json),
         notify=tell,
+        dry_run=output.dry_run,
     )
     say(tables.ranked(result))
     output.write({**record, **result.to_dict()})
@@ -120,8 +121,9 @@ def rank(
         plots.draw_scores(result.importance, output.folder, answer.n)
     result.finish()
     say_written(output.targets)
-    if (command := tables.next_command(model, result, output.json)) is not None:
-        say(command)
+    json = None if output.file is None else str(output.file)
+    if (command := tables.next_command(model, result, json)) is not None:
+        note(command)
 
 
 def prune(
@@ -191,6 +193,7 @@ def heal(
         streaming=streaming,
         notify=tell,
         overwrite=output.overwrite,
+        dry_run=output.dry_run,
     )
     say(tables.healed(result))
     output.write({**record, "result": result.to_dict()})
@@ -220,7 +223,13 @@ def calibrate(
     record = output.checked(calibrate, locals())
     saving = saving.beside(output.json)
     result = jobs.calibrate_checkpoint(
-        model, texts, ranked=ranked, readings=readings, opening=opening, saving=saving
+        model,
+        texts,
+        ranked=ranked,
+        readings=readings,
+        opening=opening,
+        saving=saving,
+        dry_run=output.dry_run,
     )
     say(tables.calibrated(result))
     if (remark := about_own(texts.data, each=True)) is not None:
@@ -265,6 +274,7 @@ def compare(
         tasks=tasks,
         opening=opening,
         saving=saving.beside(output.json),
+        dry_run=output.dry_run,
     )
     say(tables.compared(result.rows, result.agreement, result.tasks, bos=result.bos))
     if (remark := about_own(texts.data, shares.eval_data)) is not None:
@@ -351,7 +361,15 @@ def perplexity(
         model: Meta checkpoint directory, Hugging Face directory or hub id, or GGUF file.
     """
     record = output.checked(perplexity, locals())
-    value = jobs.perplexity_of(model, texts, cut=cut, opening=opening, running=running, notify=tell)
+    value = jobs.perplexity_of(
+        model,
+        texts,
+        cut=cut,
+        opening=opening,
+        running=running,
+        notify=tell,
+        dry_run=output.dry_run,
+    )
     say(tables.perplexities({model: value}))
     output.write({**record, "result": value.to_dict()})
     say_written(output.targets)
@@ -376,7 +394,7 @@ def evaluate(
     """
     record = output.checked(evaluate, locals())
     models = [model] if pruned is None else [model, pruned]
-    result = jobs.evaluate(models, reading, tasks=tasks, opening=opening)
+    result = jobs.evaluate(models, reading, tasks=tasks, opening=opening, dry_run=output.dry_run)
     say(tables.comparison(result))
     output.write({**record, "result": result})
     say_written(output.targets)
@@ -489,8 +507,8 @@ def convert(model: str, out: str, *, conversion: Conversion = Conversion()) -> N
         model: GGUF file, Hugging Face directory or hub id, or Meta checkpoint directory.
         out: new directory, or GGUF file if it ends with .gguf; must not exist.
     """
-    jobs.convert(model, out, notify=say, **vars(conversion))
-    say(f"written: {out}")
+    jobs.convert(model, out, notify=note, **vars(conversion))
+    say_written([Path(out)])
 
 
 # in the order of use

@@ -14,6 +14,7 @@ import textwrap
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, is_dataclass, replace
 from difflib import get_close_matches
+from functools import partial
 from types import NoneType
 from typing import Any, NamedTuple, get_args, get_type_hints
 
@@ -233,6 +234,17 @@ def typed(command: Command) -> Command:
     return run
 
 
+def for_completion(command: Command) -> Command:
+    """A function whose keyword arguments are the command's flags, which fire completes."""
+    names = [*flags_of(command), "quiet", "help"]
+    flag = partial(inspect.Parameter, kind=inspect.Parameter.KEYWORD_ONLY, default=None)
+
+    def named(**_: object) -> None: ...
+
+    named.__signature__ = inspect.Signature([flag(name) for name in names])  # type: ignore[attr-defined]
+    return named
+
+
 def refuse_unused(flags: Mapping[str, Flag], values: Mapping[str, object]) -> None:
     """Raises ShortGPTError for a flag that has a value but does nothing without another."""
     every = {name: flag.default for name, flag in flags.items()} | {**values}
@@ -256,7 +268,12 @@ def overview(commands: Mapping[str, Command]) -> str:
     about = {name: inspect.getdoc(command) or "" for name, command in commands.items()}
     lines = [f"  {name:<{wide}}{text.partition(chr(10))[0]}" for name, text in about.items()]
     head = ["short-gpt COMMAND ...: the commands, in the order of use", ""]
-    return "\n".join([*head, *lines, "", "short-gpt COMMAND --help says what a command takes."])
+    ends = [
+        "short-gpt COMMAND --help says what a command takes.",
+        "Each takes --quiet (no bars and no notes); --max-windows is --max_windows.",
+        "short-gpt -- --completion prints a script by which bash (or: fish) completes.",
+    ]
+    return "\n".join([*head, *lines, "", *ends])
 
 
 def help_of(name: str, command: Command) -> str:

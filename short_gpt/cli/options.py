@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TextIO
 
 from llama.io.files import check_output
 from short_gpt.cli.flags import Command, flags_of
 from short_gpt.jobs.settings import SCORES
 from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.runtime.progress import above_bars, first_rank
-from short_gpt.runtime.settings import WRITE, Needs, setting
+from short_gpt.runtime.progress import above_bars, first_rank, quiet
+from short_gpt.runtime.settings import RUN, WRITE, Needs, setting
 
 FILE_FLAGS, DRAWING = ("json", "plots"), ("rank", "calibrate", "compare", "reproduce")
+LONG = ("rank", "heal", "calibrate", "compare", "perplexity", "evaluate")
+STDOUT = "-"  # in place of a file
+_alone: list[TextIO] = []  # the stdout that a result has for itself
 WRITTEN = Needs(  # of heal, the model
     "--json or --plots", lambda v: "out" in v or any(v.get(n) is not None for n in FILE_FLAGS)
 )
@@ -26,10 +31,13 @@ class Output:
     """The result as a file, and as pictures.
 
     Args:
-        json: JSON file for the result, with all arguments, versions and the seed.
+        json: JSON file for the result, with all arguments, versions and the seed; - is stdout,
+            where nothing else is printed then.
         overwrite: replace what an earlier run has written.
         plots: folder for the pictures.
         kinds: of `plots.pictures.FILES`.
+        dry_run: check everything and open the model, say what would be done and how long a window
+            takes, and end with nothing written.
     """
 
     HEADING: ClassVar = WRITE
@@ -37,6 +45,7 @@ class Output:
     overwrite: bool = setting(False, needs=WRITTEN)
     plots: str | None = setting(None, value="FOLDER", commands=DRAWING, needs=SCORES)
     kinds: tuple[str, ...] = setting((), commands=())
+    dry_run: bool = setting(False, heading=RUN, commands=LONG)
 
     @property
     def folder(self) -> Path | None:
@@ -55,7 +64,12 @@ class Output:
     @property
     def targets(self) -> list[Path]:
         """The files that the command will write."""
-        return [*([] if self.json is None else [Path(self.json)]), *self.pictures]
+        return [*([] if self.file is None else [self.file]), *self.pictures]
+
+    @property
+    def file(self) -> Path | None:
+        """The file of the result; None where it has none."""
+        return None if self.json in (None, STDOUT) else Path(str(self.json))
 
     def check(self, arguments: Mapping[str, Any]) -> None:
         """Raises what would keep a file from being written, before the work."""
@@ -65,10 +79,10 @@ class Output:
             require_matplotlib()
             for picture in self.pictures:
                 check_output(picture, overwrite=self.overwrite, ours=is_picture)
-        if self.json is not None:
+        if self.file is not None:
             from short_gpt.runtime.state import is_record
 
-            check_output(Path(self.json), overwrite=self.overwrite, ours=is_record)
+            check_output(self.file, overwrite=self.overwrite, ours=is_record)
         out = arguments.get("out")
         named = {k: v for k, v in arguments.items() if k not in FILE_FLAGS}
         for target in self.targets:
@@ -94,10 +108,23 @@ class Output:
 
     def write(self, record: Mapping[str, object]) -> None:
         """Writes the result, if it has a name; of several ranks, only the first does."""
-        from short_gpt.runtime.state import write_record
+        from short_gpt.runtime.state import record_text, write_record
 
-        if self.json is not None and first_rank():
-            write_record(self.json, record, overwrite=self.overwrite)
+        if self.json == STDOUT and first_rank():
+            print(record_text(record), end="", flush=True, file=_alone[-1] if _alone else None)
+        elif self.file is not None and first_rank():
+            write_record(self.file, record, overwrite=self.overwrite)
+
+
+@contextmanager
+def result_alone() -> Iterator[None]:
+    """Keeps stdout for a result inside the block: all that is printed goes to stderr."""
+    _alone.append(sys.stdout)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _alone.pop()
 
 
 def record_of(command: Command, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -120,6 +147,12 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
+def note(text: str) -> None:
+    """Prints what a quiet run leaves out."""
+    if not quiet():
+        say(text)
+
+
 def tell(text: str) -> None:
     """Prints to stderr what a user must know of a long run, above its bars; of ranks the first."""
     if first_rank():
@@ -129,4 +162,4 @@ def tell(text: str) -> None:
 def say_written(targets: Sequence[Path]) -> None:
     """Names files that were written."""
     for target in targets:
-        say(f"written: {target}")
+        note(f"written: {target}")

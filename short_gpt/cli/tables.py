@@ -6,6 +6,7 @@ import math
 import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama.io.sources import is_gguf
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from short_gpt.scoring.importance import Importance
     from short_gpt.selection.perplexity_budget import Budget
     from short_gpt.selection.search import Search
+
+BOS = ", bos in every window"  # of a measure of `jobs.evaluate`
 
 
 def ranked(result: Ranking) -> str:
@@ -211,15 +214,15 @@ def demonstrated(result: Demo, n: int) -> str:
 
 
 def perplexities(models: Mapping[str, Perplexity]) -> str:
-    """A row for every named perplexity, with the ratio to the first, and their 95% intervals."""
+    """A row for every named perplexity, its ratio to the first of several, and 95% intervals."""
     width = max(len(name) for name in models)
     first = next(iter(models.values()))
-    rows = [f"{'':<{width}}  {'perplexity':>12}  {'ratio':>7}  {'tokens':>9}  {'windows':>7}"]
+    ratio = f"  {'ratio':>7}" if len(models) > 1 else ""
+    rows = [f"{'':<{width}}  {'perplexity':>12}{ratio}  {'tokens':>9}  {'windows':>7}"]
     for name, p in models.items():
-        rows.append(
-            f"{name:<{width}}  {p.value:>12.3f}  {p.value / first.value:>7.2f}  {p.tokens:>9,}"
-            f"  {p.windows:>7,}"
-        )
+        ratio = f"  {p.value / first.value:>7.2f}" if len(models) > 1 else ""
+        counts = f"{p.tokens:>9,}  {p.windows:>7,}"
+        rows.append(f"{name:<{width}}  {p.value:>12.3f}{ratio}  {counts}")
     if (error := first.error) is not None and error.no_interval:
         rows.append(f"no interval: {error.no_interval}")
     elif error is not None:
@@ -229,17 +232,35 @@ def perplexities(models: Mapping[str, Perplexity]) -> str:
 
 
 def comparison(results: Mapping[str, Mapping[str, float]]) -> str:
-    """A row for every measure, a column for every model."""
-    measures = list(dict.fromkeys(m for row in results.values() for m in row))
-    first, widths = max(map(len, measures)), {name: max(len(name), 12) for name in results}
-    rows = ["  ".join([" " * first, *(f"{name:>{width}}" for name, width in widths.items())])]
-    for measure in measures:
-        cells = [
-            f"{f'{results[name][measure]:.6g}' if measure in results[name] else '':>{width}}"
-            for name, width in widths.items()
-        ]
-        rows.append("  ".join([f"{measure:<{first}}", *cells]).rstrip())
-    return "\n".join(rows)
+    """A row for every measure with its standard error, a column for every model."""
+    names = {name: Path(name).name for name in results}
+    heads = names if len({*names.values()}) == len(names) else {name: name for name in names}
+    every = dict.fromkeys(m for row in results.values() for m in row)
+    measures = {m: _named(m) for m in every if not re.search(f"(_stderr|_p)({BOS})?$", m)}
+    cells = {m: [_with_error(row, m) for row in results.values()] for m in measures}
+    lines = [["", *heads.values()], *([label, *cells[m]] for m, label in measures.items())]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    rows = []
+    for first, *others in lines:
+        right = (f"{cell:>{width}}" for cell, width in zip(others, widths[1:], strict=True))
+        rows.append("  ".join([f"{first:<{widths[0]}}", *right]).rstrip())
+    return "\n".join([*rows, *["in brackets: standard errors"] * (len(every) > len(measures))])
+
+
+def _named(measure: str) -> str:
+    """The name of a measure of `jobs.evaluate` as it is printed."""
+    return re.sub(f" nats change(?={BOS}|$)", ": change of the loss, nats a token", measure)
+
+
+def _with_error(row: Mapping[str, float], measure: str) -> str:
+    """A measure's cell: its value, its standard error and the p of its change, where known."""
+    if measure not in row:
+        return ""
+    found = re.fullmatch(f"(.*?)({BOS})?", measure)
+    base, where = (found[1], found[2] or "") if found else (measure, "")
+    error, p = (row.get(f"{base}{end}{where}") for end in ("_stderr", "_p"))
+    parts = [f"{row[measure]:.6g}"] + ([] if error is None else [f" ({error:.2g})"])
+    return "".join([*parts, *([] if p is None else [f", p {p:.3g}"])])
 
 
 def compared(

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from itertools import chain, islice
 from pathlib import Path
 
 from llama.tokenizer import check_text
 from short_gpt.data.windows import Text
+from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import bar
 
@@ -20,17 +21,57 @@ OWN = {"self": False, "self:chat": True}  # sources that the model writes; wheth
 EXPECTED = f"a file or folder of {KINDS}, or a data set at the hub such as allenai/c4:en"
 
 
-def texts(source: str | Path, *, split: str | None = None, column: str = "text") -> Iterator[str]:
+class Conversation(str):
+    """Messages with role and content, as JSON; a wrapper encodes them by its chat template."""
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        return list(json.loads(self))
+
+
+def check_plain(text: str) -> None:
+    """Raises ShortGPTError for a `Conversation`, of a model without a chat template."""
+    if isinstance(text, Conversation):
+        raise ShortGPTError(
+            "a conversation needs a model with a chat template, of Hugging Face's format or GGUF: "
+            "take an instruct model, held in memory, or give plain text"
+        )
+
+
+class Given(str):
+    """Texts that are in memory; as a string it is a name with a digest of them, for records.
+
+    Attributes:
+        rows: strings, or rows with columns: a list, a ``datasets.Dataset``, or by names several.
+    """
+
+    rows: Iterable[object]
+
+    def __new__(cls, rows: Iterable[object]) -> Given:
+        digest = getattr(rows, "_fingerprint", None)  # a Dataset's, of all that made it
+        if digest is None and not isinstance(rows, Mapping):
+            rows = list(rows)
+        name = f"{type(rows).__name__} {digest or json_digest(str(rows))}"
+        given = super().__new__(cls, name[:30])
+        given.rows = rows
+        return given
+
+
+def texts(
+    source: str | Path | Iterable[object], *, split: str | None = None, column: str = "text"
+) -> Iterator[str]:
     """Iterates once over the texts of a local file or folder, or of a data set at the HF hub.
 
     A .txt file is one text, a .jsonl file has one object a line, a .parquet file one text a row.
     The first text is read before this returns, so that most errors come from the call itself.
 
     Args:
-        source: a path, else a name at the hub: "allenai/c4:en" has a configuration.
+        source: a path, else a name at the hub: "allenai/c4:en" has a configuration; or texts in
+            memory, a list of strings or a ``datasets.Dataset``.
         split: of a folder, only sub-folders of this name and files whose names begin with it, if
             there are any; else all files, sorted by name. A data set with several splits needs it.
-        column: of the text, in .jsonl, .parquet and data sets.
+        column: of the text, in .jsonl, .parquet and data sets; or of messages with role and
+            content, which are a `Conversation`.
 
     Raises:
         FileNotFoundError: source looks like a path that does not exist, or the hub lacks it.
@@ -40,6 +81,11 @@ def texts(source: str | Path, *, split: str | None = None, column: str = "text")
     Example:
         >>> chapters = texts("novels/")  # doctest: +SKIP
     """
+    if not isinstance(source, str | Path):
+        source = Given(source)
+    if isinstance(source, Given):
+        rows = ({column: row} if isinstance(row, str) else row for row in source.rows)
+        return _started((_cell(row, column) for row in rows), source)
     path = _path(source)
     if source in OWN:
         raise ShortGPTError(
@@ -50,7 +96,7 @@ def texts(source: str | Path, *, split: str | None = None, column: str = "text")
         files = _files(path, split)
         return _started(chain.from_iterable(_read(file, column) for file in files), source)
     if isinstance(source, Path) or _is_like_path(str(source)):
-        raise FileNotFoundError(f"{str(source)!r} does not exist: expected {EXPECTED}")
+        raise FileNotFoundError(f"no such file or folder: {str(source)!r}; expected {EXPECTED}")
     return _started(_hub_texts(str(source), split, column), source)
 
 
@@ -191,11 +237,17 @@ def _read_parquet(file: Path, column: str) -> Iterator[str]:
 _READERS = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
 
 
+def _is_message(turn: object) -> bool:
+    return isinstance(turn, dict) and all(isinstance(turn.get(k), str) for k in ("role", "content"))
+
+
 def _cell(row: object, column: str) -> str:
     if not isinstance(row, dict):
         raise ShortGPTError(f"expected an object with named values, got {row!r:.60}")
     if column not in row:
         raise ShortGPTError(f"no column {column!r}, only {list(row)}; pass column=")
+    if isinstance(turns := row[column], list) and turns and all(map(_is_message, turns)):
+        return Conversation(json.dumps([{k: t[k] for k in ("role", "content")} for t in turns]))
     if not isinstance(row[column], str):
         raise ShortGPTError(f"column {column!r} holds {row[column]!r:.60}, expected text")
     check_text(row[column])
@@ -211,12 +263,12 @@ def _reach(name: str) -> None:
     try:
         HfApi().dataset_info(name, timeout=5)
     except (RepositoryNotFoundError, HFValidationError) as error:
-        message = f"{name!r} is neither a local path nor a data set that the hub shows you"
-        raise FileNotFoundError(f"{message}: expected {EXPECTED}") from error
+        message = f"no such file or folder: {name!r}, and no data set that the hub shows you"
+        raise FileNotFoundError(f"{message}; expected {EXPECTED}") from error
     except (OSError, HTTPError) as error:
         raise ConnectionError(
-            f"{name!r} is no local path, and the hub cannot be reached ({error}); pass a local "
-            f"copy, a folder of {KINDS}: pg19(path=FOLDER), or --data FOLDER on the command line"
+            f"no such file or folder: {name!r}, and the hub cannot be reached ({error}); "
+            f"pass a local copy as `data`, a folder of {KINDS}, or in Python to pg19(path=FOLDER)"
         ) from error
 
 
@@ -244,7 +296,8 @@ def _hub_texts(source: str, split: str | None, column: str) -> Iterator[str]:
 
 def source_names(data: str) -> list[str]:
     """The sources that a name stands for: one, if it is that of a file, or several by commas."""
-    return [data] if Path(data).exists() else [name.strip() for name in data.split(",")]
+    one = isinstance(data, Given) or Path(data).exists()
+    return [data] if one else [name.strip() for name in data.split(",")]
 
 
 def read_kinds(data: str, split: str, column: str, limit: int | None) -> list[Iterable[Text]]:
@@ -258,12 +311,35 @@ def read_texts(data: str, split: str, column: str, limit: int | None) -> Iterabl
     if limit is not None and limit < 1:
         raise ShortGPTError(f"`max_texts` expects at least 1, got {limit}")
     every = pg19(split) if data == "pg19" else texts(data, split=split, column=column)
-    return shown(islice(every, limit))
+    return shown(islice(every, limit), limit or count_texts(data, split))
 
 
-def shown(texts: Iterable[str]) -> Iterator[str]:
+def count_texts(source: str, split: str | None = None) -> int | None:
+    """How many texts a file or folder has; None of other sources, and if a file is damaged."""
+    if isinstance(source, Given):
+        return len(source.rows) if isinstance(source.rows, Sized) else None
+    path = _path(source)
+    try:
+        return sum(map(_count, _files(path, split))) if path.exists() else None
+    except (ShortGPTError, OSError, ValueError):
+        return None
+
+
+def _count(file: Path) -> int:
+    kind = file.suffix.lower()
+    if kind == ".jsonl":
+        with file.open("rb") as lines:
+            return sum(1 for line in lines if line.strip())
+    if kind == ".parquet":
+        from pyarrow.parquet import read_metadata
+
+        return int(read_metadata(file).num_rows)
+    return 1
+
+
+def shown(texts: Iterable[str], total: int | None = None) -> Iterator[str]:
     """The same texts, with a progress bar while they are read."""
-    with bar("reading", total=None, unit="text") as progress:
+    with bar("reading", total=total, unit="text") as progress:
         for text in texts:
             yield text
             progress.update()

@@ -17,6 +17,7 @@ from short_gpt.data.windows import text_of
 from short_gpt.evaluation.sampling import Sample, SamplingError, sampling_error
 from short_gpt.models.decoder import Decoder, padded
 from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
+from short_gpt.runtime.frames import html_table
 from short_gpt.runtime.progress import bar, set_rate
 
 # Logits turned into losses at once: their logarithms of softmax stay in the processor's cache.
@@ -31,7 +32,7 @@ def exp(nats: float) -> float:
         return math.inf
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Perplexity:
     """Total loss over predicted tokens."""
 
@@ -50,6 +51,18 @@ class Perplexity:
     def value(self) -> float:
         """exp(nats / tokens): 1 is certainty, the vocabulary's size is blind guessing."""
         return exp(self.nats / self.tokens)
+
+    def __repr__(self) -> str:
+        low, high = self.interval()
+        interval = "" if math.isnan(low) else f", 95% {low:.3f} to {high:.3f}"
+        return (
+            f"Perplexity({self.value:.3f}{interval}, nats={self.nats!r}, tokens={self.tokens}, "
+            f"windows={self.windows})"
+        )
+
+    def _repr_html_(self) -> str:
+        columns = {name: [value] for name, value in self.to_dict().items()}
+        return html_table(columns, "Perplexity")
 
     @property
     def error(self) -> SamplingError | None:

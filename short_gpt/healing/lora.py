@@ -34,7 +34,7 @@ from short_gpt.models.families import ANY, family_of
 from short_gpt.models.hf import find_layers
 from short_gpt.models.weight_changes import WeightChange, parameters_of, restored_on_error
 from short_gpt.runtime import replicas
-from short_gpt.runtime.errors import ShortGPTError, required
+from short_gpt.runtime.errors import MissingPackageError, ShortGPTError, required
 from short_gpt.wrappers.scored_model import ScoredModel
 
 if TYPE_CHECKING:
@@ -118,6 +118,7 @@ def heal_run(short: ScoredModel, run: TrainingRun, evaluation: Sequence[Window] 
     """As `heal`; also returns what takes the change out again, for which a copy is held."""
     require_packages()
     _check_processes(replicas.current(short.decoder.device).count, run.recipe)
+    check_reports(run.recipe.report_to)
     model = short.trainable()
     _check(run, evaluation)
     targets = [model.get_submodule(name) for name in target_modules(model, run.recipe.modules)]
@@ -249,6 +250,19 @@ def require_packages() -> None:
     for package in ("peft", "transformers", "accelerate"):
         with required(package, by="training"):
             import_module(package)
+
+
+def check_reports(report_to: str | None) -> None:
+    """Raises MissingPackageError for a service that transformers cannot report to here."""
+    if report_to is not None:
+        from transformers.integrations import get_available_reporting_integrations
+
+        known = get_available_reporting_integrations()
+        if odd := [name for name in report_to.split(",") if name not in ("all", "none", *known)]:
+            raise MissingPackageError(
+                f"`report_to` {odd[0]}: its package is not installed, or transformers knows no "
+                f"such service; here are {', '.join(known) or 'none'}"
+            )
 
 
 def adapt(model: PreTrainedModel, recipe: Recipe) -> PeftModel:

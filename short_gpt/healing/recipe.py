@@ -43,6 +43,7 @@ class Recipe:
     patience: int | None = None  # evaluations without a better one before it stops; None: never
     four_bit: bool = False  # train over weights in 4 bits (QLoRA), merge into unquantized ones
     gradient_checkpointing: bool = False  # less memory for a second forward pass
+    report_to: str | None = None  # services of `TrainingArguments`, as in "wandb,tensorboard"
 
     def __post_init__(self) -> None:
         for name in ("rank", "steps", "batch", "micro_batch", "eval_every"):

@@ -64,8 +64,9 @@ class TrainingRun(NamedTuple):
 
     def identity(self, adapted: PeftModel) -> dict[str, object]:
         windows = [[list(w) for w in part] for part in (self.training, self.validation)]
+        recipe = {k: v for k, v in asdict(self.recipe).items() if k != "report_to"}
         own = {
-            "recipe": json.loads(json.dumps(asdict(self.recipe))),  # as a file gives it back
+            "recipe": json.loads(json.dumps(recipe)),  # as a file gives it back
             "text": json_digest(windows),
             "model": weights_digest(adapted),
             "configuration": config_digest(config_entries(adapted.get_base_model().config)),
@@ -196,7 +197,7 @@ def _arguments(adapted: PeftModel, recipe: Recipe, folder: Path) -> transformers
         use_cpu=weight.device.type == "cpu",
         dataloader_pin_memory=False,
         remove_unused_columns=False,
-        report_to=[],
+        report_to=recipe.report_to.split(",") if recipe.report_to else [],
         seed=recipe.seed,
         data_seed=recipe.seed,
         restore_callback_states_from_checkpoint=True,  # how long patience has lasted

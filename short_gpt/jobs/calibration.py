@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import combinations, zip_longest
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,7 +26,9 @@ from short_gpt.evaluation import Perplexity, difference, together
 from short_gpt.jobs.cases import RAW, REFIT, Kinds, Ranked, Readings, Windows
 from short_gpt.jobs.comparing import Cells, pruned_losses, windows_digest
 from short_gpt.jobs.inputs import Cut, check_model, listed
+from short_gpt.jobs.ranking import end_dry_run
 from short_gpt.jobs.saving import Saving, as_begun, interruptible
+from short_gpt.jobs.settings import takes_fields
 from short_gpt.models.numbering import check_count
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import bar
@@ -356,19 +358,25 @@ class _Run(NamedTuple):
         return {text: [next(losses) for _ in own.judged] for text, own in self.texts.items()}
 
 
+@takes_fields("calibrate")
 def calibrate_checkpoint(
     model: str,
-    data: str | Kinds,
+    data: str | Mapping[str, Iterable[object]] | Kinds,
     *,
-    ranked: Ranked,
+    ranked: Ranked | None = None,
     readings: Readings | None = None,
     opening: OpenOptions | None = None,
     saving: Saving | None = None,
+    dry_run: bool = False,
+    **fields: Any,
 ) -> Calibrated:
     """What `calibrate` does, for a checkpoint and texts by their names with commas between.
 
-    A text of several documents is ranked on one half of them and judged by the other.
+    A text of several documents is ranked on one half of them and judged by the other. ``dry_run``
+    raises `DryRun`, which says what would be done, in place of the work. ``fields`` are single
+    settings by their names, in place of objects: ``n=8``, ``sizes=512``, ``max_windows=24``.
     """
+    ranked = ranked or Ranked()
     readings, state = readings or Readings(), (saving or Saving()).state
     if several_ranks():
         raise ShortGPTError("calibrate runs on one rank; start it alone")
@@ -377,11 +385,17 @@ def calibrate_checkpoint(
     readings.check()
     if state is not None:
         check_writable(Path(state))
-    sources = (Kinds(data) if isinstance(data, str) else data).each()
+    sources = (data if isinstance(data, Kinds) else Kinds(data)).each()  # type: ignore[arg-type]
     check_model(model, ranked.n)
     kinds = {name: kind for name, source in sources.items() for kind in source.kinds()}
     opening = as_begun(opening or OpenOptions(), state)
     short = open_model(model, opening, max_seq_len=max(readings.numbers))
+    if dry_run:
+        healings, names = listed(ranked.healing), ", ".join(sources)
+        models = (len(sources) + 1) * len(healings) + 1
+        work = f"judge {models} models of {model}, chosen by {ranked.method} on {names}, on all"
+        count = models * len(sources) * readings.eval_windows + len(sources) * readings.max_windows
+        end_dry_run(short, work, readings.numbers[0], count)
     write = writes(short, max(readings.numbers), seed=readings.seed, beside=state)
     half = max(readings.max_windows, readings.eval_windows)  # one half ranks, the other judges
     with interruptible():

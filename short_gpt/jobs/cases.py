@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, TypedDict
 
-from short_gpt.jobs.inputs import Cut, TextSource, at_least, listed, whole_numbers
+from short_gpt.jobs.inputs import (
+    Cut,
+    TextSource,
+    at_least,
+    listed,
+    name_texts,
+    whole_numbers,
+)
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.settings import CHOOSE, READ, Needs, Values, setting
 
@@ -180,6 +187,9 @@ class Shares:
     seed: int = 0
     bos: str | None = None
 
+    def __post_init__(self) -> None:
+        name_texts(self, "eval_data")
+
     def check(self) -> None:
         """Raises ShortGPTError for a number out of range, before a text is read."""
         Cut(self.size, bos=self.bos).check()
@@ -256,6 +266,8 @@ class Kinds(TextSource):
 
     def each(self) -> dict[str, TextSource]:
         """Every text's source by its name: that of the file or folder, without its ending."""
+        if isinstance(held := getattr(self.data, "rows", None), Mapping):
+            return {name: replace(self, data=texts) for name, texts in held.items()}
         names = listed(self.data or "")
         sources: dict[str, TextSource] = {
             Path(name).stem or name: replace(self, data=name) for name in names

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from llama.io.files import check_writable
 from llama.ranks import several_ranks
@@ -21,8 +22,10 @@ from short_gpt.healing.recipe import Recipe
 from short_gpt.healing.trainer import begun
 from short_gpt.jobs.cases import DISTILL, LORA, PATCHED, RAW, Cases, LoraSettings, Shares, Windows
 from short_gpt.jobs.comparing import Compared, compare, windows_digest
-from short_gpt.jobs.inputs import Tasks, TextSource, check_model, source_of
+from short_gpt.jobs.inputs import Data, Tasks, check_model, source_of
+from short_gpt.jobs.ranking import end_dry_run
 from short_gpt.jobs.saving import Saving, as_begun, interruptible
+from short_gpt.jobs.settings import takes_fields
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.state import hold, joined
@@ -34,9 +37,10 @@ MOST_VALIDATION = 8  # windows by which the best checkpoint is kept
 DEFAULT_CASES = Cases(healings=(RAW, PATCHED))
 
 
+@takes_fields("compare", cases=DEFAULT_CASES)
 def compare_checkpoint(
     model: str | None,
-    data: str | TextSource = "pg19",
+    data: Data = "pg19",
     *,
     cases: Cases | None = None,
     shares: Shares | None = None,
@@ -44,6 +48,8 @@ def compare_checkpoint(
     tasks: Tasks | None = None,
     opening: OpenOptions | None = None,
     saving: Saving | None = None,
+    dry_run: bool = False,
+    **fields: Any,
 ) -> Compared:
     """What `compare` does, for a checkpoint and texts by their names.
 
@@ -53,6 +59,9 @@ def compare_checkpoint(
         data: texts to choose layers and to heal by.
         lora: settings of the healings that train.
         tasks: also run on the models without healing.
+        dry_run: raise `DryRun`, which says what would be done, in place of the work.
+        fields: single settings by their names, in place of objects: ``counts=[4, 8]``,
+            ``size=512``, ``max_windows=24``, ``device="cuda"``.
 
     Example:
         >>> compare_checkpoint("llama-2-7b", cases=Cases("bi", 9)).rows[1].n  # doctest: +SKIP
@@ -78,6 +87,12 @@ def compare_checkpoint(
     size = max(shares.size, (lora.size or Recipe.size) if DISTILL in cases.heals else 0)
     short = open_model(source, as_begun(opening, saving.state), max_seq_len=size)
     opening = replace(opening, precision=short.precision)  # also of the models that are trained
+    if dry_run:
+        models = 1 + len(cases.names) * len(cases.numbers) * len(cases.heals)
+        work = f"compare {models} models of {source}: {', '.join(cases.names)} x {cases.numbers} "
+        work += f"layers x {', '.join(cases.heals)}; searches and training take more"
+        count = models * shares.eval_windows + shares.max_windows
+        end_dry_run(short, work, shares.size, count)
     write = writes(short, size, seed=shares.seed, beside=saving.state)
     how = (write, shares.max_windows, shares.seed)
     with interruptible():

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from llama.io.files import check_output, new_file
 from short_gpt.evaluation.paired import difference
@@ -13,18 +14,20 @@ from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.evaluation.tasks import TaskRun, task_changes
 from short_gpt.jobs.inputs import (
     Cut,
+    Data,
     Notify,
     Reading,
     Running,
     Tasks,
-    TextSource,
     about_bos,
     check_model,
     ignore,
     known_total,
     source_of,
 )
+from short_gpt.jobs.ranking import end_dry_run
 from short_gpt.jobs.saving import interruptible
+from short_gpt.jobs.settings import takes_fields
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import first_rank
@@ -33,14 +36,20 @@ from short_gpt.wrappers.options import OpenOptions
 from short_gpt.wrappers.own_text import own_samples
 
 
+@takes_fields("evaluate")
 def evaluate(
     models: Sequence[str],
     reading: Reading | None = None,
     *,
     tasks: Tasks | None = None,
     opening: OpenOptions | None = None,
+    dry_run: bool = False,
+    **fields: Any,
 ) -> dict[str, dict[str, float]]:
     """Perplexity and tasks of several checkpoints, one loaded at a time.
+
+    ``dry_run`` raises `DryRun`, which says what would be done, in place of the work. ``fields`` are
+    single settings by their names, in place of objects: ``data="novels/"``, ``tasks="piqa"``.
 
     Returns:
         By model: its number of layers, perplexity, and metrics of the tasks. Of every model except
@@ -62,6 +71,11 @@ def evaluate(
     tasks.check()
     own, opening = reading.own_texts(), opening or OpenOptions()
     check_tokenizer(opening.tokenizer_path, *models)
+    if dry_run:
+        short = open_model(models[0], of_source(opening, models[0]), max_seq_len=reading.size)
+        read = [name for name in (reading.data, tasks.tasks) if name not in ("none", None)]
+        work = f"evaluate {' and '.join(models)} on {' and '.join(map(str, read))}"
+        end_dry_run(short, work, reading.size, reading.max_windows)
     first, rows = None, {}
     for name in models:
         rows[name], measured = _evaluated(name, reading, own, tasks, opening, first)
@@ -125,19 +139,23 @@ def write_samples(
     return target
 
 
+@takes_fields("perplexity")
 def perplexity_of(
     model: str,
-    data: str | TextSource = "pg19",
+    data: Data = "pg19",
     *,
     cut: Cut | None = None,
     opening: OpenOptions | None = None,
     running: Running | None = None,
     notify: Notify = ignore,
+    dry_run: bool = False,
+    **fields: Any,
 ) -> Perplexity:
     """The perplexity of a checkpoint on a text, in windows that do not overlap.
 
     Each window is read on its own, its first token is not predicted. ``notify`` is called with what
-    a streamed run will take in memory, before it starts.
+    a streamed run will take in memory, before it starts. ``dry_run`` is as of `evaluate`;
+    ``fields`` are single settings by their names: ``size=512``, ``max_windows=24``.
 
     Example:
         >>> perplexity_of("llama-2-7b", "novels/").value  # doctest: +SKIP
@@ -154,4 +172,6 @@ def perplexity_of(
         if remark is not None:
             notify(remark)
     total = known_total(windows, cut.max_windows)
+    if dry_run:
+        end_dry_run(short, f"read {texts.data} with {model}", cut.size, total)
     return short.perplexity(windows, batch_size=running.batch_size, total=total)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from llama.io.files import check_new
 from llama.io.sources import is_gguf
@@ -26,11 +27,28 @@ from short_gpt.healing.distillation import IDENTITY
 from short_gpt.healing.job import STEPS, begun
 from short_gpt.healing.refit_state import STATE
 from short_gpt.healing.solver import RIDGES
-from short_gpt.jobs.inputs import SIZE, Notify, Running, TextSource, check_model, ignore, source_of
+from short_gpt.jobs.inputs import (
+    SIZE,
+    Data,
+    Notify,
+    Running,
+    TextSource,
+    check_model,
+    ignore,
+    source_of,
+)
+from short_gpt.jobs.ranking import end_dry_run
 from short_gpt.jobs.renamed import takes_old
 from short_gpt.jobs.saving import as_begun, interruptible
 from short_gpt.jobs.scores import Chosen, chosen
-from short_gpt.jobs.settings import Choice, HealingWindows, Settings, kinds_of_methods, methods_of
+from short_gpt.jobs.settings import (
+    Choice,
+    HealingWindows,
+    Settings,
+    kinds_of_methods,
+    methods_of,
+    takes_fields,
+)
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import first_rank
 from short_gpt.runtime.state import hold
@@ -72,19 +90,22 @@ class Healing:
 
 
 @takes_old(learned="windows", distilling="settings")
+@takes_fields("heal")
 def heal(
     model: str,
     out: str,
     method: str = "refit",
     *,
     choice: Choice | None = None,
-    data: str | TextSource = "pg19",
+    data: Data = "pg19",
     windows: HealingWindows | None = None,
     settings: Settings | None = None,
     opening: OpenOptions | None = None,
     streaming: Running | None = None,
     overwrite: bool = False,
     notify: Notify = ignore,
+    dry_run: bool = False,
+    **fields: Any,
 ) -> Healing:
     """Removes layers of a checkpoint and brings quality back.
 
@@ -104,6 +125,9 @@ def heal(
         streaming: how a refit holds one layer at a time.
         overwrite: replace an earlier output.
         notify: called with what a refit will take, and with every perplexity.
+        dry_run: raise `DryRun`, which says what would be done, in place of the work.
+        fields: single settings by their names, in place of objects: ``layers=[21, 22]``,
+            ``scores="ranking.json"``, ``size=512``, ``max_windows=24``, ``device="cuda"``.
 
     Raises:
         ShortGPTError: a setting, the model or the texts are refused, before anything is written.
@@ -128,7 +152,7 @@ def heal(
     if is_gguf(out):
         check_saved(model, removal.layers, removal.record.block_influence)
     how = (texts, windows, settings, opening, streaming)
-    return _heal(model, Path(out), methods, removal, *how, overwrite, notify)
+    return _heal(model, Path(out), methods, removal, *how, overwrite, notify, dry_run)
 
 
 @interruptible()
@@ -144,6 +168,7 @@ def _heal(
     streaming: Running,
     overwrite: bool,
     notify: Notify,
+    dry_run: bool,
 ) -> Healing:
     """Opens the model, heals it without the layers of the choice, and saves it."""
     trains, folder = methods[-1] in TRAINING, None
@@ -161,6 +186,11 @@ def _heal(
         short.importance = removal.importance
     recipe = settings.recipe(short, windows.seed) if trains else None
     size, bos = windows.size or (recipe.size if recipe else SIZE), windows.bos or short.bos
+    if dry_run:
+        work = f"remove layers {removal.layers} of {model}, heal by {','.join(methods)} on "
+        count = recipe.steps * recipe.batch if recipe else windows.max_windows or CLOSED_WINDOWS
+        work += f"{count:,} windows of {texts.data}, and write {out}; each is read twice or more"
+        end_dry_run(short, work, size, count)
     place = (texts.split, texts.column, texts.max_texts, windows.seed)
     parts = Source(texts.data, windows.eval_data, *place).windows(
         short.encode,

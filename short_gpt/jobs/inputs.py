@@ -6,6 +6,7 @@ the help does without.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -38,8 +39,13 @@ def listed(names: str) -> list[str]:
 def whole_numbers(
     numbers: object, name: str, example: str, *, what: str = "whole numbers", empty: bool = False
 ) -> list[int]:
-    """One number or several as a list; ShortGPTError for anything else, and for none of them."""
+    """One number or several as a list; ShortGPTError for anything else, and for none of them.
+
+    A text of numbers, as in "3 4", is several.
+    """
     several = [numbers] if isinstance(numbers, int) else numbers
+    if isinstance(numbers, str) and re.fullmatch(r"[\d\s,]+", numbers):
+        several = [int(number) for number in re.findall(r"\d+", numbers)]
     right = isinstance(several, Sequence) and all(type(i) is int for i in several)
     if not right or not (several or empty):
         raise ShortGPTError(f"expected {what} as in `{name}` {example}, got {numbers!r}")
@@ -112,10 +118,12 @@ class TextSource:
         column: column of the text in .jsonl, .parquet and hub data sets.
         max_texts: take only the first so many texts; a seed draws from all that are taken, so set
             it for a data set that is too large to be read in full.
+        chat: the texts are conversations: messages with role and content, in the column messages
+            if no other is named, which the model's chat template renders.
 
     Example:
         >>> TextSource("novels/", max_texts=100)
-        TextSource(data='novels/', split='validation', column='text', max_texts=100)
+        TextSource(data='novels/', split='validation', column='text', max_texts=100, chat=False)
     """
 
     HEADING: ClassVar = READ
@@ -123,6 +131,12 @@ class TextSource:
     split: str = setting("validation", needs=SPLITS)
     column: str = setting("text", needs=COLUMNS)
     max_texts: int | None = None
+    chat: bool = setting(False, needs=COLUMNS)
+
+    def __post_init__(self) -> None:
+        name_texts(self, "data")
+        if self.chat and self.column == TextSource.column:
+            object.__setattr__(self, "column", "messages")
 
     def read(self) -> Iterable[str]:
         """The texts, with a progress bar; errors as of `short_gpt.texts`."""
@@ -137,9 +151,20 @@ class TextSource:
         return read_kinds(self.data, self.split, self.column, self.max_texts)
 
 
-def source_of(data: str | TextSource) -> TextSource:
-    """The source itself, or that of a name."""
-    return TextSource(data) if isinstance(data, str) else data
+Data = str | Iterable[object] | TextSource  # a name, texts in memory, or with settings
+
+
+def source_of(data: Data) -> TextSource:
+    """The source itself, or that of a name or of texts in memory."""
+    return data if isinstance(data, TextSource) else TextSource(data)  # type: ignore[arg-type]
+
+
+def name_texts(settings: object, field: str) -> None:
+    """Makes a `data.texts.Given` of a field of settings that holds texts in memory."""
+    if not isinstance(value := getattr(settings, field), str | None):
+        from short_gpt.data.texts import Given
+
+        object.__setattr__(settings, field, Given(value))
 
 
 @dataclass(frozen=True)
@@ -216,6 +241,9 @@ class Reading:
     bos: str | None = setting(None, needs=TEXT)
     batch_size: int = setting(1, heading=RUN)
 
+    def __post_init__(self) -> None:
+        name_texts(self, "data")
+
     def check(self) -> None:
         """Raises ShortGPTError for what would go wrong after a model is loaded."""
         from short_gpt.evaluation.protocols import PROTOCOLS
@@ -227,10 +255,12 @@ class Reading:
 
     def own_texts(self) -> list[str]:
         """The texts of a local file or folder; none of a published protocol."""
-        from short_gpt.data.texts import shown, texts
+        from short_gpt.data.texts import count_texts, shown, texts
         from short_gpt.evaluation.protocols import PROTOCOLS
 
-        return [] if self.data in ("none", *PROTOCOLS) else list(shown(texts(self.data)))
+        if self.data in ("none", *PROTOCOLS):
+            return []
+        return list(shown(texts(self.data), count_texts(self.data)))
 
     def windows(self, short: ShortModel, own: Sequence[str]) -> Iterable[list[int]]:
         """Windows of the protocol's text, or of ``own``."""

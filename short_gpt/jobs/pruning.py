@@ -10,7 +10,13 @@ from typing import Any
 from llama.io.files import check_output, new_file, resolved
 from llama.io.sources import Source, find_source
 from short_gpt.checkpoints.gguf import about_kinds
-from short_gpt.checkpoints.prune import is_recipe, mergekit_recipe, prune_checkpoint, recipe_dtype
+from short_gpt.checkpoints.prune import (
+    is_recipe,
+    kept_tensors,
+    mergekit_recipe,
+    prune_checkpoint,
+    recipe_dtype,
+)
 from short_gpt.checkpoints.records import PROVENANCE
 from short_gpt.checkpoints.target import Target
 from short_gpt.jobs.conversion import prove
@@ -148,7 +154,8 @@ def _write(
         layers = removal.layers
         proofs.append(prove(directory, source, str(target.out), opening, verify, drop=layers))
 
-    with bar("writing", total=None, unit="tensor") as shown:
+    total = kept_tensors(source, removal.layers) if target.format == source.kind else None
+    with bar("writing", total=total, unit="tensor") as shown:
         prune_checkpoint(
             source,
             replace(target, verify=check),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from typing import TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from llama.io.sources import is_meta
 from llama.ranks import several_ranks
@@ -15,6 +15,7 @@ from short_gpt.healing.choosing import MOST, HealedChoice, choose_healed
 from short_gpt.jobs.inputs import (
     STRIDE,
     Cut,
+    Data,
     Notify,
     Running,
     TextSource,
@@ -25,12 +26,13 @@ from short_gpt.jobs.inputs import (
 )
 from short_gpt.jobs.saving import Saving, as_begun, interruptible
 from short_gpt.jobs.scores import Digests, digests_of
-from short_gpt.jobs.settings import Answer
+from short_gpt.jobs.settings import Answer, takes_fields
 from short_gpt.runtime import replicas
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.frames import data_frame, html_table
 from short_gpt.runtime.memory import bytes_of
-from short_gpt.runtime.progress import duration, first_rank
+from short_gpt.runtime.progress import DryRun, duration, first_rank
 from short_gpt.runtime.state import StateFile, joined
 from short_gpt.scoring.importance import Importance
 from short_gpt.scoring.run import Following, RunState
@@ -46,7 +48,7 @@ from short_gpt.wrappers.short_model import ShortModel
 W = TypeVar("W", bound=list[int])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Ranking:
     """What `rank` measured."""
 
@@ -88,15 +90,43 @@ class Ranking:
             settled["pair"] = list(self.verdict.pair)
         return {"importance": self.importance.to_dict(), "settled": settled, **source}
 
+    @property
+    def columns(self) -> dict[str, list[object]]:
+        """`Importance.columns` and whether each is to go; of a search, layers and losses."""
+        if self.importance is None:
+            assert self.search is not None
+            removed, losses = self.search.removed, self.search.losses
+            steps = (losses[min(i, len(losses) - 1)][layer] for i, layer in enumerate(removed))
+            return {"layer": [*removed], "loss": [*steps]}
+        if self.answer.n is None:
+            return self.importance.columns
+        gone = [layer in self.layers for layer in self.importance.layers]
+        return {**self.importance.columns, "remove": [*gone]}
+
+    def to_dataframe(self) -> Any:
+        """`columns` as a pandas frame, by layer; MissingPackageError where there is no pandas."""
+        return data_frame(self.columns)
+
+    def __repr__(self) -> str:
+        parts = [self.answer.method + ("" if self.answer.n is None else f": {self.layers}")]
+        parts += [] if self.importance is None else [repr(self.importance)]
+        if self.verdict is not None:
+            parts += ["settled" if self.verdict.settled else "NOT settled"]
+        return f"Ranking({', '.join(parts)})"
+
+    def _repr_html_(self) -> str:
+        return html_table(self.columns, repr(self))
+
     def finish(self) -> None:
         """Deletes the state, once the result is safe."""
         if self.state is not None and first_rank():
             self.state.clear()
 
 
+@takes_fields("rank", cut=Cut(stride=STRIDE))
 def rank(
     model: str,
-    data: str | TextSource = "pg19",
+    data: Data = "pg19",
     *,
     n: int | None = None,
     answer: Answer | None = None,
@@ -106,6 +136,8 @@ def rank(
     saving: Saving | None = None,
     notify: Notify = ignore,
     detailed: bool = False,
+    dry_run: bool = False,
+    **fields: Any,
 ) -> Ranking:
     """Scores every layer of a checkpoint: Block Influence and angular distances, in one pass.
 
@@ -121,6 +153,9 @@ def rank(
         notify: called with what a streamed run will take in memory, before it starts.
         detailed: whether it is also called with the time that one pass will take, from a window
             that is timed, and how the answer stands while it goes on.
+        dry_run: raise `DryRun`, which says what would be done, in place of the work.
+        fields: single settings by their names, in place of objects: ``method="angular"``,
+            ``size=512``, ``max_windows=24``, ``column="content"``, ``device="cuda"``.
 
     Raises:
         ShortGPTError: a setting, the model, the texts or the state of another run are refused.
@@ -129,6 +164,7 @@ def rank(
     Example:
         >>> rank("llama-2-7b", "novels/", n=9).layers  # doctest: +SKIP
         [27, 26, 25, 28, 24, 29, 23, 21, 22]
+        >>> quick = rank("llama-2-7b", "novels/", n=9, size=512, max_windows=24)  # doctest: +SKIP
     """
     answer, texts, saving = answer or Answer(n), source_of(data), saving or Saving()
     cut, running = cut or Cut(stride=STRIDE), running or Running()
@@ -140,6 +176,13 @@ def rank(
     # of the files as they are now
     digests = digests_of(model, opening.tokenizer_path) if first_rank() else {}
     short = running.open(model, opening, cut.size)
+    if dry_run:
+        known = all(not isinstance(kind, str) for kind in kinds)  # else the model writes it first
+        cuts = cut.mixed(kinds, short.encode, short.bos) if known else []
+        total = known_total(cuts, cut.max_windows) if known else cut.max_windows
+        how = {"rule": answer.rule(cut.seed), "population": getattr(cuts, "population", None)}
+        work = f"score {len(short.kept)} layers of {model} by {answer.method} on {texts.data}"
+        end_dry_run(short, work, cut.size, total, batch_size=running.batch_size, **how)
     write = writes(short, cut.size, seed=cut.seed, beside=saving.state)
     with interruptible():
         documents = written(kinds, write, cut.max_windows)
@@ -161,7 +204,9 @@ def _identity(
     texts: TextSource, answer: Answer, cut: Cut, running: Running, bos: str
 ) -> dict[str, object]:
     """The settings that a saved run depends on, by the names that an error shows."""
-    parts: list[Mapping[str, object]] = [vars(texts)]
+    # the column says whether they are conversations, which states of earlier versions never are
+    own = {name: value for name, value in vars(texts).items() if name != "chat"}
+    parts: list[Mapping[str, object]] = [own]
     parts += [{"size": cut.size, "seed": cut.seed, "stride": cut.step}]
     parts += [{"sublayers": answer.sublayers, "batch_size": running.batch_size}]
     if answer.by_loss:  # only these read a fixed number of windows for a fixed number of layers
@@ -269,6 +314,15 @@ def forecast(
     parts.append(f"all {total:,} {duration((total - read) * one)}")
     before = f"; {read:,} were read before" if read else ""
     return f"{line}: {'; '.join(parts)}{before}"
+
+
+def end_dry_run(
+    short: ScoredModel, work: str, size: int, total: int | None = None, **how: Any
+) -> NoReturn:
+    """Raises DryRun with the work and its `forecast`, from a window of ``size`` that is timed."""
+    window = [0] * min(size, short.decoder.max_seq_len)  # which tokens takes no other time
+    time = forecast(short, window, total=total, **how)
+    raise DryRun(f"dry run: it would {work}\n{time}\nnothing was written")
 
 
 def _search(

@@ -42,6 +42,7 @@ def takes_old(**names: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
         def either(*args: Any, **named: Any) -> T:
             given = {names[old]: (old, named.pop(old)) for old in names if old in named}
             arguments = inspect.signature(run).bind_partial(*args, **named).arguments
+            arguments |= arguments.pop("fields", {})
             for new, (old, part) in given.items():
                 message = f"{run.__name__}: {old} is now {new}"
                 warnings.warn(message, DeprecationWarning, stacklevel=2)

@@ -37,7 +37,7 @@ class Saving:
 
     def beside(self, result: str | None) -> Saving:
         """The same, by default with a file next to the result's; a pipe or device has none."""
-        named = self.state is not None or result is None or is_stream(Path(result))
+        named = self.state is not None or result in (None, "-") or is_stream(Path(str(result)))
         return self if named else replace(self, state=f"{result}.state")
 
     def file(self, identity: Mapping[str, object]) -> StateFile | None:

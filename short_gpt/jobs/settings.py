@@ -2,13 +2,34 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from difflib import get_close_matches
+from functools import wraps
+from typing import TYPE_CHECKING, Any, ClassVar, ParamSpec, TypeVar, get_args, get_type_hints
 
-from short_gpt.jobs.inputs import SIZE, Cut, at_least, layer_list, listed
+from short_gpt.jobs.inputs import (
+    SIZE,
+    Cut,
+    TextSource,
+    at_least,
+    layer_list,
+    listed,
+    name_texts,
+    source_of,
+)
 from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.runtime.settings import CHOOSE, READ, WRITE, Needs, Values, needs_one_of, setting
+from short_gpt.runtime.settings import (
+    CHOOSE,
+    READ,
+    WRITE,
+    Needs,
+    Values,
+    flag_of,
+    needs_one_of,
+    setting,
+)
 
 if TYPE_CHECKING:
     from short_gpt.healing import DistillSettings, Recipe
@@ -17,6 +38,8 @@ if TYPE_CHECKING:
     from short_gpt.scoring.stopping import Stop
     from short_gpt.wrappers.scored_model import ScoredModel
 
+P = ParamSpec("P")
+T = TypeVar("T")
 RANK, PRUNE = ("rank",), ("prune",)
 # what `Choice` has for a limit of perplexity
 LIMITS = ("max_perplexity_ratio", "eval_data", "eval_windows", "size", "confidence", "bos")
@@ -218,6 +241,9 @@ class HealingWindows:
     seed: int = 0
     bos: str | None = None
 
+    def __post_init__(self) -> None:
+        name_texts(self, "eval_data")
+
     def check(self) -> None:
         """Raises ShortGPTError for a number out of range, before a model is loaded."""
         Cut(SIZE if self.size is None else self.size, self.max_windows, bos=self.bos).check()
@@ -226,7 +252,7 @@ class HealingWindows:
 
 # the settings of a recipe, and all of distillation alone
 RECIPE = ["rank", "alpha", "learning_rate", "steps", "warmup", "batch", "micro_batch"]
-RECIPE += ["eval_every", "patience", "four_bit", "gradient_checkpointing"]
+RECIPE += ["eval_every", "patience", "four_bit", "gradient_checkpointing", "report_to"]
 DISTILLING = ("teacher", "stream_teacher", "live_teacher", "top_k", "temperature", "kl_share")
 
 
@@ -254,6 +280,7 @@ class Settings:
         patience: stop after so many evaluations without a better one.
         four_bit: train over weights in 4 bits; needs bitsandbytes and CUDA.
         gradient_checkpointing: less memory, more time.
+        report_to: services that the training reports to, such as wandb or tensorboard.
         resume: training must continue an interrupted run, from OUT.training; where there is one,
             the same command continues it anyway.
         teacher: the original model of which MODEL is a part; MODEL itself, before layers go, if not
@@ -283,6 +310,7 @@ class Settings:
     patience: int | None = None
     four_bit: bool = False
     gradient_checkpointing: bool = False
+    report_to: str | None = setting(None, value="A,B")
     resume: bool = False
     teacher: str | None = None
     stream_teacher: bool = False
@@ -322,11 +350,12 @@ class Settings:
 
     def _check_training(self, methods: Sequence[str]) -> None:
         from short_gpt.healing.distillation import check_share, check_targets
-        from short_gpt.healing.lora import require_four_bit, require_packages
+        from short_gpt.healing.lora import check_reports, require_four_bit, require_packages
         from short_gpt.healing.recipe import Recipe
 
         Recipe(**{**asdict(Recipe()), **self.changes})  # refuses values out of range
         require_packages()
+        check_reports(self.report_to)
         if self.four_bit:
             require_four_bit()
         if "distill" in methods:
@@ -392,3 +421,67 @@ def methods_of(text: str) -> list[str]:
             )
     check_order([(name, STEPS[name].trains) for name in methods])
     return methods
+
+
+# Settings as single arguments
+
+
+def takes_fields(command: str, **defaults: object) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Lets a job take fields of its settings by their names: ``rank(model, data, size=512)``.
+
+    The job has a parameter ``**fields`` for them, which it finds empty.
+
+    Args:
+        command: the command whose flags these are; a flag's own name is taken too.
+        defaults: settings of the job that are not those of their class.
+    """
+
+    def wrap(run: Callable[P, T]) -> Callable[P, T]:
+        @wraps(run)
+        def with_fields(*args: Any, **named: Any) -> T:
+            own = inspect.signature(run).parameters
+            if named.keys() <= own.keys():
+                return run(*args, **named)
+            known, kinds = _fields_of(run, command)
+            arguments = inspect.signature(run).bind_partial(*args, **named).arguments
+            singles = arguments.pop("fields")
+            for name in singles:
+                if name not in known:
+                    near = get_close_matches(name, [*known, *own], n=1)
+                    hint = f": did you mean {near[0]}?" if near else f"; see help({run.__name__})"
+                    raise ShortGPTError(f"{run.__name__} has no setting {name!r}{hint}")
+            groups = {known[name][0] for name in singles}
+            both = [name for name in arguments if name in known and known[name][0] in groups]
+            singles |= {name: arguments.pop(name) for name in both}
+            for group in groups:
+                base: Any = arguments.get(group) or defaults.get(group) or kinds[group]()
+                base = source_of(base) if issubclass(kinds[group], TextSource) else base
+                parts = {
+                    known[name][1]: v for name, v in singles.items() if known[name][0] == group
+                }
+                arguments[group] = replace(base, **parts)
+            return run(**arguments)  # type: ignore[call-arg]
+
+        return with_fields
+
+    return wrap
+
+
+def _fields_of(
+    run: Callable[..., object], command: str
+) -> tuple[dict[str, tuple[str, str]], dict[str, type[Any]]]:
+    """The parameter and field of every name that a job takes, and the parameters' classes."""
+    hints, known = get_type_hints(run), dict[str, tuple[str, str]]()
+    kinds = {
+        name: kind
+        for name, hint in hints.items()
+        for kind in get_args(hint)
+        if isinstance(kind, type) and is_dataclass(kind) and name != "return"
+    }
+    every = [(group, field) for group, kind in kinds.items() for field in fields(kind)]
+    flags = [(flag_of(field, command), group, field.name) for group, field in every]
+    known |= {flag: (group, name) for flag, group, name in flags if flag is not None}
+    for flag, group, name in flags:  # a name that is another's flag is that one
+        if flag is not None:
+            known.setdefault(name, (group, name))
+    return known, kinds

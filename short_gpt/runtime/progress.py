@@ -9,7 +9,25 @@ from typing import Any
 from llama.ranks import several_ranks
 
 Bar = Any  # of tqdm, which has no types
+_quiet = False  # whether neither bars nor notes are shown
 UNITS = (("days", 86_400.0), ("hours", 3600.0), ("minutes", 60.0), ("seconds", 1.0))
+
+
+class DryRun(Exception):
+    """What a run would do, in words: raised in its place where a dry run is asked for."""
+
+
+def be_quiet(on: bool) -> None:
+    """Shows neither bars nor notes from now on, or shows them again."""
+    global _quiet
+    _quiet = on
+    if on:  # those of other libraries too, which read these when they are imported
+        os.environ.update(TQDM_DISABLE="1", TRANSFORMERS_VERBOSITY="error")
+
+
+def quiet() -> bool:
+    """Whether neither bars nor notes are shown."""
+    return _quiet
 
 
 def bar(
@@ -22,12 +40,14 @@ def bar(
     """
     from tqdm import tqdm
 
-    silent = not (show and first_rank())
+    silent = _quiet or not (show and first_rank())
     return tqdm(total=total, desc=desc, unit=unit, delay=delay, initial=done, disable=silent)
 
 
 def above_bars(text: str) -> None:
-    """Writes a line to stderr, above the bars that are shown there."""
+    """Writes a note to stderr, above the bars that are shown there."""
+    if _quiet:
+        return
     from tqdm import tqdm
 
     tqdm.write(text, file=sys.stderr)

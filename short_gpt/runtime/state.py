@@ -18,7 +18,7 @@ from weakref import WeakValueDictionary, finalize
 import torch
 
 from llama.io.files import lock_file, new_file, tidy
-from llama.io.json_files import JsonObject, json_text, read_json, write_json
+from llama.io.json_files import JsonObject, json_text, read_json
 from llama.renamed import renamed_argument
 from short_gpt.runtime.digest import files_digest
 from short_gpt.runtime.errors import ShortGPTError
@@ -70,9 +70,14 @@ def write_record(
     """Writes ``content``, its digest, `versions` and `machine`; replaces only such a record."""
     target = Path(str(path))
     with new_file(target, overwrite=overwrite, ours=is_record) as partial:
-        checked = {**content, CHECKED: content_digest(content)}
-        write_json(partial, {**checked, "versions": versions(), "machine": machine()})
+        partial.write_text(record_text(content), encoding="utf-8")
     return target
+
+
+def record_text(content: Mapping[str, object]) -> str:
+    """What `write_record` writes."""
+    checked = {**content, CHECKED: content_digest(content)}
+    return json_text({**checked, "versions": versions(), "machine": machine()})
 
 
 def content_digest(content: Mapping[str, object]) -> str:

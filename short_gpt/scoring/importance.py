@@ -16,6 +16,7 @@ from torch import Tensor
 
 from llama.renamed import renamed_argument
 from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.frames import data_frame, html_table
 from short_gpt.scoring import lists, moments
 from short_gpt.scoring.hooks import Scores
 from short_gpt.scoring.metrics import LAYER_METRICS, spearman, t_quantile
@@ -24,7 +25,7 @@ from short_gpt.scoring.order import best_block, lowest
 
 
 @renamed_argument("halves", "sublayers")
-@dataclass
+@dataclass(repr=False)
 class Importance:
     """Block Influence, angular distances and further scores of a model's layers.
 
@@ -268,6 +269,30 @@ class Importance:
         """
         chosen = best_block(self.angular, n) if angular else lowest(self.block_influence, n)
         return [self.layers[i] for i in chosen]
+
+    @property
+    def columns(self) -> dict[str, list[object]]:
+        """A value a layer of every score: Block Influence, its 95% margin and rank, and metrics."""
+        scores = self.block_influence
+        table = {"layer": self.layers, "block_influence": scores.tolist()}
+        table["margin"] = self.margin.tolist()
+        table["rank"] = (scores.argsort(stable=True).argsort() + 1).tolist()
+        return {**table, **{name: self.mean(name).tolist() for name in LAYER_METRICS}}
+
+    def to_dataframe(self) -> Any:
+        """`columns` as a pandas frame, by layer; MissingPackageError where there is no pandas."""
+        return data_frame(self.columns)
+
+    def __repr__(self) -> str:
+        about = f"{len(self.layers)} layers, {self.n_windows:,} windows, {self.n_tokens:,} tokens"
+        if not self.n_windows or not self.block_influence.isfinite().all():
+            return f"Importance({about})"
+        order = lowest(self.block_influence, min(10, len(self.layers) - 1))
+        few = ", ".join(str(self.layers[i]) for i in order)
+        return f"Importance({about}; lowest Block Influence first: {few}, ...)"
+
+    def _repr_html_(self) -> str:
+        return html_table(self.columns, repr(self))
 
     def to_dict(self) -> dict[str, object]:
         sums = {name: lists.to_lists(value) for name, value in self._named().items()}

@@ -306,10 +306,8 @@ class Following:
         verdict = rule.judge(importance, population)
         layers = importance.least_important(rule.n, angular=rule.angular)
         of = "" if population is None else f" of {population:,}"
-        line = f"{verdict.windows:,}{of} windows: {layers}; {verdict.closest}: z = {verdict.z:.2f}"
         first = rule.first_look(population)
-        if self._stops and verdict.windows < first:
-            line += f", looked at from {first:,} windows on"
-        elif self._stops:
-            line += f", needed {verdict.needed:.2f}"
-        return line
+        looked = verdict.windows >= first
+        apart = verdict.apart(self._stops and looked)
+        line = f"{verdict.windows:,}{of} windows: {layers}; {verdict.closest}: {apart}"
+        return line if looked or not self._stops else f"{line}, looked at from {first:,} windows on"

@@ -206,13 +206,19 @@ class Verdict:
         kind = "blocks that start at" if self.stop.angular else "layers"
         return f"closest {kind} " + " and ".join(f"{i}" for i in self.pair)
 
+    def apart(self, looked: bool) -> str:
+        """How far apart the closest are; ``looked``: also what would have settled them."""
+        needed = f", {self.needed:.2f} needed" if looked else ""
+        return f"{self.z:.2f} standard errors apart{needed}"
+
     def __str__(self) -> str:
         what = "best block" if self.stop.angular else f"set of the {self.stop.n} lowest"
         of = "" if self.population is None else f" of {self.population:,}"
         read = f"{self.windows:,}{of} windows"
         if self.population is not None and self.windows >= self.population:
             return f"{what} settled: all {self.windows:,} windows were read"
-        closest = f"{self.closest}: z = {self.z:.2f}, needed {self.needed:.2f}"
+        first = self.stop.first_look(self.population)
+        closest = f"{self.closest}: {self.apart(self.windows >= first)}"
         if self.settled:
             sure = self.stop.confidence
             promise = (
@@ -220,7 +226,6 @@ class Verdict:
                 f"decide that make up less than {100 * self.stop.rare:.4g}% of all"
             )
             return f"{what} settled at {sure:.4g} after {read}; {closest}; {promise}"
-        first = self.stop.first_look(self.population)
         early = f", looked at from {first:,} on" if self.windows < first else ""
         return f"{what} NOT settled at {self.stop.confidence:.4g} by {read}{early}; {closest}"
 

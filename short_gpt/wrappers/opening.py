@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 
@@ -30,15 +31,19 @@ from short_gpt.wrappers.short_hf import ShortHFModel
 from short_gpt.wrappers.short_llama import ShortLlama
 from short_gpt.wrappers.short_model import ShortModel
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 DEFAULTS = OpenOptions()
 
 
 @overload
 def open_model(
-    source: str | Source,
+    source: str | Source | PreTrainedModel,
     options: OpenOptions = ...,
     *,
     stream: Literal[False] = ...,
+    tokenizer: PreTrainedTokenizerBase | None = ...,
     **changes: Any,
 ) -> ShortModel: ...
 
@@ -50,12 +55,20 @@ def open_model(
 
 
 def open_model(
-    source: str | Source, options: OpenOptions = DEFAULTS, *, stream: bool = False, **changes: Any
+    source: str | Source | PreTrainedModel,
+    options: OpenOptions = DEFAULTS,
+    *,
+    stream: bool = False,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    **changes: Any,
 ) -> ScoredModel:
     """Opens a checkpoint for scoring and removal; as a `StreamedLlama` with ``stream``.
 
     Args:
-        source: Meta directory (a `ShortLlama`), Hugging Face directory, hub id or GGUF file.
+        source: Meta directory (a `ShortLlama`), Hugging Face directory, hub id or GGUF file; or a
+            model of transformers that is loaded.
+        tokenizer: of transformers, in place of the one beside a Hugging Face model; a loaded model
+            has none of its own.
         stream: one layer at a time in memory, of a Llama in Meta's format or in safetensors.
         changes: single options by their names, as in ``max_seq_len=1024``.
 
@@ -65,15 +78,28 @@ def open_model(
     """
     options = replace(options, **changes)
     options.check(stream=stream)
+    if not isinstance(source, str | PathLike | Source):
+        loading = {**changes, "stream": stream or None}
+        known = ("device", "n_prune_layers", "precision")
+        if odd := [k for k, value in loading.items() if k not in known and value is not None]:
+            raise ShortGPTError(f"`{odd[0]}` is for loading, and this is loaded: leave it out")
+        wrap = partial(ShortHFModel, tokenizer=tokenizer, device=options.device)
+        return in_precision(wrap(source, n_prune_layers=options.n_prune_layers), options)
     if not stream:
         source = find_source(source)
         if source.kind != "meta":
-            return open_hf(source, options)
+            return open_hf(source, options, tokenizer)
+    if tokenizer is not None:
+        raise ShortGPTError(f"{source} is read with `tokenizer_path`, a file: pass its path")
     entries = {field.name: getattr(options, field.name) for field in fields(OpenOptions)}
     return ShortLlama.from_checkpoint(source, stream=stream, **entries)
 
 
-def open_hf(source: str | Source, options: OpenOptions = DEFAULTS) -> ShortHFModel:
+def open_hf(
+    source: str | Source,
+    options: OpenOptions = DEFAULTS,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> ShortHFModel:
     """Opens a model of transformers, in any format except Meta's; see `open_model`."""
     check_tokenizer(options.tokenizer_path, source)
     if options.model_parallel_size not in (None, 1):
@@ -88,7 +114,8 @@ def open_hf(source: str | Source, options: OpenOptions = DEFAULTS) -> ShortHFMod
     torch.manual_seed(options.seed)
     dtype, trust = choose_dtype(options.dtype, device), options.trust_remote_code
     count = options.n_prune_layers
-    short = ShortHFModel(source, None, count, device=device, dtype=dtype, trust_remote_code=trust)
+    how: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust}
+    short = ShortHFModel(source, None, count, tokenizer=tokenizer, **how)
     return in_precision(short, options)
 
 

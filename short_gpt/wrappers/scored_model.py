@@ -198,10 +198,21 @@ class ScoredModel(ModelRecord, ABC):
                 self._trial = before
 
     def remove_layers(
-        self, layers_to_remove: Sequence[int] | None = None, angular: bool = False
+        self,
+        layers_to_remove: Sequence[int] | None = None,
+        angular: bool = False,
+        *,
+        n: int | None = None,
+        method: str | None = None,
     ) -> list[int]:
-        """Removes layers (original numbers), or else those of `layers_to_remove`; returns them."""
-        drop = layer_numbers(layers_to_remove) or self.layers_to_remove(angular=angular)
+        """Removes layers (original numbers), or else those of `layers_to_remove`; returns them.
+
+        ``n``, ``angular`` and ``method`` are as there, for layers that are not named.
+        """
+        named = layer_numbers(layers_to_remove)
+        if named and (n is not None or method is not None):
+            raise ShortGPTError("expected layers, or n and method to choose them by; got both")
+        drop = named or self.layers_to_remove(n, angular=angular, method=method)
         check_layers(drop, self.kept)
         self.check_whole()
         remove_layers(self.decoder, [self.kept.index(i) for i in drop])
@@ -271,22 +282,24 @@ class ScoredModel(ModelRecord, ABC):
 
     def layers_to_remove(
         self,
+        n: int | None = None,
         *,
         angular: bool = False,
-        n: int | None = None,
         method: str | None = None,
         seed: int = 0,
     ) -> list[int]:
         """The layers to remove by the scores, least important first or an ascending block.
 
         Args:
-            angular: the best block (Gromov et al.) instead of the lowest Block Influence.
             n: how many; None takes ``n_prune_layers``.
+            angular: the best block (Gromov et al.) instead of the lowest Block Influence.
             method: a name of `methods.METHODS`, in place of ``angular``; ``seed`` is for "random".
         """
         name, count = ("n_prune_layers", self.n_prune_layers) if n is None else ("n", n)
         if count is None:
-            raise ShortGPTError("set n_prune_layers, or name the layers: remove_layers([...])")
+            raise ShortGPTError(
+                "say how many layers, n=..., set n_prune_layers, or name them: remove_layers([...])"
+            )
         check_count(count, len(self.kept), name=name)
         importance = self._scored()
         if self._stale:

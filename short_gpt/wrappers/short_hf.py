@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +23,7 @@ from short_gpt.checkpoints.hf import save_as_meta, save_hf
 from short_gpt.checkpoints.provenance import Provenance
 from short_gpt.checkpoints.target import StrPath, Target
 from short_gpt.checkpoints.verify import check_same, copy_weights, fingerprint, one_by_one
+from short_gpt.data.texts import Conversation, check_plain
 from short_gpt.data.windows import starts_texts, windows
 from short_gpt.evaluation.harness import hugging_face_lm
 from short_gpt.evaluation.perplexity import Perplexity
@@ -110,7 +112,24 @@ class ShortHFModel(ShortModel):
 
     def encode(self, text: str) -> list[int]:
         check_text(text)
+        if isinstance(text, Conversation):
+            return self._rendered(text)
         return self._tokenizer()(text, verbose=False)["input_ids"]
+
+    def _rendered(self, conversation: Conversation) -> list[int]:
+        """Token ids of a conversation, by the chat template, which writes special tokens itself."""
+        from jinja2 import TemplateError
+
+        tokenizer = self._tokenizer()
+        if not tokenizer.chat_template:
+            check_plain(conversation)
+        try:
+            text = str(tokenizer.apply_chat_template(conversation.messages, tokenize=False))
+        except TemplateError as error:
+            raise ShortGPTError(
+                f"the chat template of {self.source} refuses {str(conversation)[:60]!r}: {error}"
+            ) from None
+        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
     def _tokenizer(self) -> PreTrainedTokenizerBase:
         if self.tokenizer is None:
@@ -186,9 +205,7 @@ class ShortHFModel(ShortModel):
         tokenizer = self._tokenizer()
 
         def dialog(text: str) -> list[int]:
-            turn = [{"role": "user", "content": text}]
-            rendered = str(tokenizer.apply_chat_template(turn, tokenize=False))
-            return tokenizer(rendered, add_special_tokens=False)["input_ids"]
+            return self._rendered(Conversation(json.dumps([{"role": "user", "content": text}])))
 
         config = self.model.config.get_text_config(decoder=True)
         ids = [tokenizer.bos_token_id, getattr(config, "bos_token_id", None)]

@@ -16,6 +16,7 @@ from short_gpt.checkpoints.meta import save_meta
 from short_gpt.checkpoints.provenance import Provenance
 from short_gpt.checkpoints.target import StrPath, Target
 from short_gpt.checkpoints.verify import check_same, fingerprint_aligned, one_by_one
+from short_gpt.data.texts import check_plain
 from short_gpt.data.windows import starts_texts
 from short_gpt.evaluation.harness import llama_lm
 from short_gpt.evaluation.perplexity import Perplexity
@@ -107,6 +108,7 @@ class ShortLlama(ShortModel):
         return frozenset(getattr(tokenizer, "stop_tokens", None) or {tokenizer.eos_id})
 
     def encode(self, text: str) -> list[int]:
+        check_plain(text)
         bos = getattr(self.llama.tokenizer, "add_bos", True)
         return self.llama.tokenizer.encode(text, bos=bos, eos=False)
 

@@ -21,6 +21,7 @@ from short_gpt.checkpoints.meta import prune_meta
 from short_gpt.checkpoints.provenance import Provenance
 from short_gpt.checkpoints.target import StrPath, Target
 from short_gpt.checkpoints.verify import check_logits
+from short_gpt.data.texts import check_plain
 from short_gpt.data.windows import batches
 from short_gpt.evaluation.perplexity import Perplexity, check_loss, check_predicted, samples_of
 from short_gpt.evaluation.sampling import Sample
@@ -269,6 +270,7 @@ class StreamedLlama(ScoredModel):
         return params_entries(self.stream.params)
 
     def encode(self, text: str) -> list[int]:
+        check_plain(text)
         if self._hf_tokenizer is None:
             return self.tokenizer.encode(text, bos=self.tokenizer.add_bos, eos=False)
         check_text(text)

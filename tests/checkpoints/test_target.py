@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import make_transformer
+from conftest import BYTE_VOCAB, make_transformer
 from gguf_files import write_gguf as write_model
 
 from llama.formats.gguf_read import GGUFParts
+from llama.io.sources import find_source
 from short_gpt.checkpoints import Provenance, Target, format_of, prune_checkpoint, write_gguf
+from short_gpt.checkpoints.prune import kept_tensors
 from short_gpt.runtime.errors import ShortGPTError
 
 
@@ -56,3 +58,14 @@ def test_the_format_follows_the_name_then_the_source(tmp_path):
         format_of(model, "out", "gguf")
     with pytest.raises(ShortGPTError, match="meta or hf or gguf, got 'pth'"):
         format_of(model, "out", "pth")
+
+
+@pytest.mark.parametrize("kind", ["gguf", "meta", "hf"])
+def test_how_many_tensors_are_written_is_known_before(tmp_path, kind):
+    source = write_model(tmp_path / "m.gguf", make_transformer(vocab_size=BYTE_VOCAB))
+    for step in {"gguf": (), "meta": ("meta",), "hf": ("meta", "hf")}[kind]:
+        source = prune_checkpoint(source, Target(tmp_path / step, step), [1])
+    seen: list[str] = []
+    out = tmp_path / ("x.gguf" if kind == "gguf" else "x")
+    prune_checkpoint(source, Target(out, kind), [1, 2], progress=seen.append)
+    assert len(seen) == kept_tensors(find_source(source), [1, 2]) > 10

@@ -63,6 +63,8 @@ def test_rank_prune_plot_and_perplexity(ckpt, capsys):
     for name in ("small", "named"):
         state = torch.load(f"{name}/consolidated.00.pth")
         assert len(state) == 3 + 3 * 9
+    run("prune", "ckpt", "spaced", "--layers", "3 1")
+    assert json.loads(Path("spaced/pruning.json").read_text())["removed_layers"] == [3, 1]
     run("prune", "ckpt", "one", "--layers", 3)
     run("plot", "r.json", "again", "--n_prune_layers", 2)
     capsys.readouterr()
@@ -231,7 +233,7 @@ def test_the_quality_gate_finds_the_scores_text_under_another_name(ckpt, capsys)
     run("prune", "ckpt", "gated", *gate, "--eval_data", "other.txt")
     assert "not compared with the text that the scores were measured on" in capsys.readouterr().out
     record = json.loads(Path("gated/pruning.json").read_text())
-    assert "'book.txt' does not exist" in record["quality_gate"]["not_compared"]
+    assert "no such file or folder: 'book.txt'" in record["quality_gate"]["not_compared"]
 
 
 def test_the_quality_gate_with_a_tokenizer_elsewhere(ckpt):
@@ -419,7 +421,9 @@ def test_reproduce_runs_the_protocol_on_a_model_of_the_papers_shape(ckpt, capsys
             "--counts = 99; the model has 5 layers: expected 1 to 4",
         ),
         (["rank", "ckpt", "more"], "rank takes MODEL; what is 'more'?"),
-        (["rank", "ckpt", "--data", "no.txt"], "'no.txt' does not exist"),
+        (["rank", "ckpt", "--data", "no.txt"], "short-gpt: no such file or folder: 'no.txt'"),
+        (["rank", "ckpt", "--data", "no"], "short-gpt: no such file or folder: 'no', and the hub"),
+        (["rank", "ckpt", *DATA, "--device", "cuda:99"], "--device 'cuda:99' is not available"),
         (["rank", "ckpt", "--data", "book.txt"], "no windows: the longest of 1 texts has 633"),
         (["rank", "ckpt", *DATA, "--n_prune_layers", "5"], "expected 1 to 4"),
         (["rank", "ckpt", *DATA, "--batch_size", "0"], "max_batch_size must be a positive"),
@@ -430,6 +434,7 @@ def test_reproduce_runs_the_protocol_on_a_model_of_the_papers_shape(ckpt, capsys
         (["prune", "ckpt", "x"], "expected either --layers, as in 21,22,23, or --scores and --n"),
         (["prune", "ckpt", "x", "--layers", "7"], "layers [7] do not exist; the model has 0..4"),
         (["prune", "ckpt", "x", "--layers", "a"], "expected layer numbers as in"),
+        (["prune", "ckpt", "x", "--layers", "3-4"], "as in --layers 21,22,23, got '3-4'"),
         (["prune", "ckpt", "x", "--scores", "no.json"], "no.json does not exist"),
         (["prune", "ckpt", "x", "--scores", "book.txt"], "book.txt is not JSON"),
         (["prune", "ckpt", "ckpt", "--layers", "1"], "ckpt exists"),
@@ -448,7 +453,7 @@ def test_reproduce_runs_the_protocol_on_a_model_of_the_papers_shape(ckpt, capsys
         ),
         (["rank", "ckpt", *DATA, "--json", "a", "--plots", "a/b"], "into the file a"),
         (["rank", "ckpt", *DATA, "--state", "ckpt"], "ckpt is no file"),
-        (["rank", "ckpt", "--data=a--b"], "'a--b' is neither a local path nor a data set"),
+        (["rank", "ckpt", "--data=a--b"], "no such file or folder: 'a--b', and no data set"),
         (["prune", "ckpt", "x", "--scores", "ckpt", "-n", "1"], "ckpt is no file"),
         (["heal", "ckpt", "x", "--layers", "1", "--json", "x/r.json"], "x/r.json lies in x, which"),
         (
@@ -512,7 +517,7 @@ def test_the_help_says_what_holds_for_the_command_alone():
             r"\r\n/y\x1b[31m/z does not exist",
         ),
         (["rank", "m" * 1500], "File name too long: 'mmm"),
-        (["rank", "ckpt", "--data", "a/" * 750], "does not exist"),
+        (["rank", "ckpt", "--data", "a/" * 750], "no such file or folder: 'a"),
         (["rank", "ckpt", "--method", "x" * 1500], ""),
         (["rank", "ckpt", "--" + "x" * 1500, "1"], "rank has no flag --xxx"),
         (["x" * 1500], "no command 'xxx"),
@@ -575,7 +580,7 @@ def test_a_mistyped_flag_is_told_before_anything_runs(ckpt, capsys, monkeypatch)
 def test_no_network_is_told_within_seconds(ckpt, capsys):
     start = time.monotonic()
     line = fails(capsys, "rank", "ckpt")
-    assert "emozilla/pg19" in line and "--data FOLDER" in line
+    assert "emozilla/pg19" in line and "as --data, a folder" in line
     assert time.monotonic() - start < 15
 
 

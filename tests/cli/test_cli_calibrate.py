@@ -135,7 +135,7 @@ def test_without_texts_it_says_what_to_name(here, capsys):
         (["--n", "5"], "n = 5; the model has 5 layers: expected 1 to 4"),
         (["--n", "1", "--data", "books"], "--data books: expected two texts or more with commas"),
         (["--n", "1", "--data", "code.txt,code.txt"], "of different names"),
-        (["--n", "1", "--data", "books,no.txt"], "'no.txt' does not exist"),
+        (["--n", "1", "--data", "books,no.txt"], "no such file or folder: 'no.txt'"),
         (["--n", "1", "--sizes", "a"], "expected whole numbers as in --sizes 512,1024, got 'a'"),
         (["--n", "1", "--sizes", "1"], "size = 1: expected a whole number of at least 2"),
         (["--n", "1", "--bos", "last"], "bos = 'last': expected first or every"),

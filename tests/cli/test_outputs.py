@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -11,7 +13,11 @@ import pytest
 from commands import DATA, TEXT, fails, run
 from conftest import BYTE_VOCAB, make_transformer, save_checkpoint, write_byte_tokenizer
 
+from short_gpt.cli import COMMANDS
+from short_gpt.cli.flags import flags_of
+from short_gpt.cli.options import LONG
 from short_gpt.jobs import Saving
+from short_gpt.runtime import progress
 
 RANK = ("rank", "ckpt", *DATA, "--max_windows", 2)
 
@@ -98,3 +104,88 @@ def test_a_tilde_is_the_home_folder_but_in_a_prompt(ckpt, monkeypatch, capsys):
     capsys.readouterr()
     run("generate", "~/work/ckpt", "~ is", "--max_gen_len", 2)
     assert capsys.readouterr().out.startswith("~ is")
+
+
+def test_a_result_on_stdout_is_alone_there(ckpt, capfd):
+    run(*RANK, "--n", 1, "--json", "-", "--plots", "p")
+    out, err = capfd.readouterr()
+    assert json.loads(out)["importance"]["layers"] == [0, 1, 2, 3, 4]
+    assert "Block Influence" in err and "written: p/angular.png" in err
+    assert "next: short-gpt prune ckpt OUT --layers" in err  # no file of scores to name
+    run("rank", "ckpt", *DATA, "--max_windows", 2, "--json=-", "--quiet")
+    out, err = capfd.readouterr()
+    assert json.loads(out)["sha256"] and "Block Influence" in err
+    assert not {p.name for p in Path().iterdir()} & {"-", "-.state"}
+    run(*RANK)
+    assert "Block Influence" in capfd.readouterr().out  # only that run's was moved
+
+
+def write_docs(folder: str) -> None:
+    Path(folder).mkdir()
+    for n in range(8):
+        words = (f"{(n + 3) * (i + 7) * (i + n) % 997} {folder}" for i in range(60))
+        Path(folder, f"{n}.txt").write_text(" ".join(words))
+
+
+def test_a_quiet_run_says_its_result_alone(ckpt, monkeypatch, capsys):
+    for name in ("TQDM_DISABLE", "TRANSFORMERS_VERBOSITY"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.setattr(progress, "_quiet", False)
+    write_docs("docs")
+    heal = ("heal", "ckpt", "OUT", "--layers", 1, "--data", "docs", "--size", 16,
+            "--eval_windows", 2, "--max_windows", 4, "--device", "cpu")  # fmt: skip
+    run(*heal)
+    loud = capsys.readouterr()
+    run(*heal, "--overwrite", "--quiet")
+    out, err = capsys.readouterr()
+    assert err == "" and loud.err
+    assert "written: OUT" in loud.out and "written" not in out
+    assert "healing changes the loss by" in out
+    assert "--quiet has no" not in fails(capsys, "rank", "nowhere", "--quiet")
+    assert os.environ["TQDM_DISABLE"] == "1"
+    run(*RANK)
+    assert not progress.quiet() and progress.bar("x", total=1, unit="y").disable is False
+
+
+@pytest.mark.parametrize("command", LONG)
+def test_a_dry_run_tells_the_time_and_writes_nothing(ckpt, capsys, command):
+    write_docs("docs")
+    write_docs("others")
+    more = {"compare": ("--counts", "1,2")}
+    more |= {"heal": ("out", "--layers", 1), "rank": ("--n", 1), "evaluate": ("--max_windows", 5)}
+    more["calibrate"] = ("--data", "docs,others", "--n", 1, "--sizes", 16, "--state", "s")
+    if command != "calibrate":
+        more[command] = (*more.get(command, ()), "--data", "docs", "--size", 16)
+    before = contents()
+    run(command, "ckpt", *more[command], "--json", "r.json", "--dry-run", "--device", "cpu")
+    first, time, last = capsys.readouterr().out.splitlines()
+    assert first.startswith("dry run: it would ") and "ckpt" in first
+    assert time.startswith("a window of 16 tokens takes ") and "seconds" in time
+    assert last == "nothing was written" and contents() == before
+    assert "dry_run" in flags_of(COMMANDS[command])
+
+
+def test_a_dry_run_refuses_what_the_run_would_refuse(ckpt, capsys):
+    line = fails(capsys, *RANK, "--n", 9, "--dry_run")
+    assert "n = 9; the model has 5 layers" in line
+    assert "prune has no flag --dry_run" in fails(capsys, "prune", "ckpt", "x", "--dry_run")
+
+
+def test_the_completion_script_completes_commands_and_flags(tmp_path):
+    """In bash itself, as a user sources it."""
+    command = [sys.executable, "-m", "short_gpt", "--", "--completion"]
+    script = tmp_path / "completion.sh"
+    script.write_text(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    for words, expected in (
+        ("short-gpt r", "rank reproduce"),
+        ("short-gpt rank --max-", "--max-memory --max-texts --max-windows"),
+        ("short-gpt prune a b --ov", "--overwrite"),
+        ("short-gpt convert --qu", "--quiet"),
+    ):
+        typed = words.split()
+        line = f"COMP_WORDS=({words}); COMP_CWORD={len(typed) - 1}; _complete-short-gpt"
+        shell = f"source {script}; {line}; echo ${{COMPREPLY[@]}}"
+        done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=True)
+        assert done.stdout.split() == expected.split(), words
+    fish = subprocess.run([*command, "fish"], capture_output=True, text=True, check=True).stdout
+    assert "complete -c short-gpt" in fish and "max-windows" in fish

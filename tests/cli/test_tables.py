@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import scipy.stats
 import torch
 from conftest import make_transformer, random_windows
 
-from short_gpt.cli.tables import compared, ranking, search
+from short_gpt.cli.tables import compared, comparison, perplexities, ranking, search
 from short_gpt.data.windows import Window
+from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.jobs.cases import Row
 from short_gpt.models.meta import MetaDecoder
 from short_gpt.scoring.importance import Importance
@@ -45,6 +48,37 @@ def test_a_loss_whose_perplexity_no_float_holds_is_infinite():
     rows = search(Search([4, 2], [{4: 2.0, 2: 9.0}, {2: 710.0}]), "sleb").splitlines()
     assert rows[1].split() == ["4", "2.0000", "7.389"]
     assert rows[2].split() == ["2", "710.0000", "inf"]
+
+
+def test_one_perplexity_has_no_ratio_and_of_several_each_has():
+    one = Perplexity(nats=10.0, tokens=10, windows=2)
+    assert "ratio" not in perplexities({"a": one}) and "1.00" not in perplexities({"a": one})
+    head, first, second, *_ = perplexities({"a": one, "b": Perplexity(20.0, 10, 2)}).splitlines()
+    assert head.split()[1] == "ratio" and (first.split()[2], second.split()[2]) == ("1.00", "2.72")
+
+
+def test_an_evaluation_has_names_for_heads_and_errors_in_brackets():
+    bos, accuracy = ", bos in every window", {"piqa acc": 0.75, "piqa acc_stderr": 0.1}
+    results = {
+        "models/7b": {"layers": 32.0, "t perplexity": 5.5, **accuracy},
+        "models/5b": {"layers": 23.0, f"t perplexity{bos}": 7.5, "piqa acc change": -0.25,
+                      "piqa acc change_stderr": 0.125, "piqa acc change_p": 0.0625,
+                      f"t nats change{bos}": 0.5, f"t nats change_stderr{bos}": 0.25},
+    }  # fmt: skip
+    head, *rows, last = comparison(results).splitlines()
+    assert head.split() == ["7b", "5b"] and last == "in brackets: standard errors"
+    assert [re.split("  +", row) for row in rows] == [
+        ["layers", "32", "23"],
+        ["t perplexity", "5.5"],
+        ["piqa acc", "0.75 (0.1)"],
+        [f"t perplexity{bos}", "7.5"],
+        ["piqa acc change", "-0.25 (0.12), p 0.0625"],
+        [f"t: change of the loss, nats a token{bos}", "0.5 (0.25)"],
+    ]
+    assert comparison({"a/x": {"layers": 1.0}, "b/x": {"layers": 2.0}}).split()[:2] == [
+        "a/x",
+        "b/x",
+    ]
 
 
 def test_a_comparison_names_every_set_of_layers():

@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from short_gpt.data.texts import pg19, texts
+from short_gpt.data.texts import count_texts, pg19, read_texts, texts
 from short_gpt.data.windows import Windows, batches, windows
 from short_gpt.runtime.errors import ShortGPTError
 
@@ -118,20 +118,46 @@ def test_an_existing_path_wins_over_the_hub(
     "source", ["./novels", "/no/such/novels", "~no-one/novels", "novels.txt", "a/b/c", "", "a\\b"]
 )
 def test_what_looks_like_a_path_is_not_asked_of_the_hub(source: str) -> None:
-    with pytest.raises(FileNotFoundError, match=r"does not exist: expected a file or folder of"):
+    with pytest.raises(FileNotFoundError, match=r"^no such file or folder: .*; expected a file or"):
         texts(source)
 
 
 @pytest.mark.parametrize("source", ["-1", "--", "a--b", "a" * 97, "a..b", "\u00e9", "a/b.git"])
 def test_what_is_no_name_at_the_hub_is_not_there(source: str) -> None:
-    with pytest.raises(FileNotFoundError, match=r"is neither a local path .*: expected a file or"):
+    with pytest.raises(FileNotFoundError, match=r"^no such file or folder: .*; expected a file or"):
         texts(source)
 
 
+def test_how_many_texts_there_are_is_known_before_they_are_read(tmp_path: Path) -> None:
+    write_txt(tmp_path / "train")
+    write_parquet(tmp_path / "more.parquet", BOOKS * 3)
+    (tmp_path / "lines.jsonl").write_text('{"text": "a"}\n\n{"text": "b"}\n')
+    assert count_texts(str(tmp_path)) == len([*texts(tmp_path)]) == 3 + 9 + 2
+    assert count_texts(str(tmp_path), "train") == 3
+    assert count_texts("pg19") is None and count_texts(str(tmp_path / "none.txt")) is None
+    (tmp_path / "more.parquet").write_bytes(b"damaged")
+    assert count_texts(str(tmp_path)) is None
+
+
+@pytest.mark.parametrize(("limit", "total"), [(None, 3), (2, 2)])
+def test_the_bar_of_reading_knows_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int | None, total: int
+) -> None:
+    write_txt(tmp_path)
+    totals: list[object] = []
+    names = read_texts.__globals__
+    plain = names["bar"]
+    monkeypatch.setitem(
+        names, "bar", lambda *a, **how: totals.append(how["total"]) or plain(*a, **how)
+    )
+    assert len([*read_texts(str(tmp_path), "validation", "text", limit)]) == total
+    assert totals == [total]
+
+
 def test_a_path_object_is_never_a_name_at_the_hub() -> None:
-    with pytest.raises(FileNotFoundError, match="'novels' does not exist"):
+    with pytest.raises(FileNotFoundError, match="no such file or folder: 'novels'"):
         texts(Path("novels"))
-    with pytest.raises(FileNotFoundError, match="'novels' does not exist"):
+    with pytest.raises(FileNotFoundError, match="no such file or folder: 'novels'"):
         pg19(path="novels")
 
 
@@ -249,9 +275,10 @@ def test_without_the_hub_the_call_fails_at_once(environment: dict[str, str]) -> 
         text=True,
         timeout=60,
     )
-    message = "is no local path, and the hub cannot be reached"
+    message = ", and the hub cannot be reached"
     assert run.stdout.count(message) == len(calls), run.stderr
-    assert run.stdout.count("pg19(path=FOLDER), or --data FOLDER on the command line") == 2
+    assert run.stdout.count("pass a local copy as `data`, a folder of .txt") == 2
+    assert all(line.startswith("no such file or folder: ") for line in run.stdout.splitlines())
     assert time.monotonic() - began < 20
 
 

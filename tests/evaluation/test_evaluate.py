@@ -68,3 +68,11 @@ def test_nan_logits_are_refused():
         model.output.weight[3] = math.nan
     with pytest.raises(FloatingPointError, match="NaN or infinite loss"):
         perplexity(MetaDecoder(model), [random_windows(1, 8)])
+
+
+def test_a_perplexity_shows_itself():
+    assert repr(Perplexity(4.0, 4, 2)) == "Perplexity(2.718, nats=4.0, tokens=4, windows=2)"
+    several = Perplexity.of([Sample(text, nats, 4) for text, nats in enumerate((3.0, 4.0, 5.0))])
+    low, high = several.interval()
+    assert f"(2.718, 95% {low:.3f} to {high:.3f}, nats=12.0" in repr(several)
+    assert "<td>2.718</td>" in several._repr_html_()

@@ -23,6 +23,7 @@ from conftest import (
     write_byte_tokenizer,
 )
 from families import make
+from transformers import integrations
 
 from short_gpt.checkpoints import Provenance
 from short_gpt.data.disjoint import check_disjoint, hold_out, overlapping
@@ -30,11 +31,15 @@ from short_gpt.evaluation.paired import difference, losses, together
 from short_gpt.evaluation.perplexity import Perplexity, perplexity
 from short_gpt.healing import heal_patch as patch
 from short_gpt.healing import lora as healing
+from short_gpt.healing import trainer
 from short_gpt.healing.lora import adapt, heal, target_modules
 from short_gpt.healing.recipe import Recipe, recipe_for
 from short_gpt.healing.texts import collate, examples
+from short_gpt.healing.trainer import TrainingRun
+from short_gpt.jobs import Settings
 from short_gpt.jobs.saving import Saving
 from short_gpt.models.hf import HFDecoder
+from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.wrappers.opening import open_model
 from short_gpt.wrappers.short_hf import ShortHFModel
 from short_gpt.wrappers.short_llama import ShortLlama
@@ -755,3 +760,25 @@ def test_heal_leaves_out_what_is_evaluated_on_when_told_to(books, capsys):
     run("heal", "dense", "out", *SMALL, *arguments, "--max_windows", 200)
     out = capsys.readouterr().out
     assert "left out" in out and "text kept apart from learning" in out
+
+
+def test_the_training_reports_where_the_recipe_says(tmp_path, monkeypatch):
+    """And nowhere else; where it reports to is no part of what a run continues."""
+    model = adapt(make("llama"), QUICK)
+    for asked, expected in (
+        (None, []),
+        ("wandb", ["wandb"]),
+        ("wandb,trackio", ["wandb", "trackio"]),
+    ):
+        arguments = trainer._arguments(model, changed(report_to=asked), tmp_path)
+        assert arguments.report_to == expected
+    runs = [TrainingRun([[1]], [[2]], changed(report_to=to)) for to in (None, "wandb")]
+    assert runs[0].identity(model) == runs[1].identity(model)
+    assert runs[0].identity(model) != TrainingRun([[1]], [[2]], changed(steps=7)).identity(model)
+    monkeypatch.setattr(integrations, "get_available_reporting_integrations", lambda: ["wandb"])
+    healing.check_reports("wandb")
+    healing.check_reports("none")
+    with pytest.raises(ImportError, match="`report_to` mlflow: its package is not inst.*wandb"):
+        Settings(report_to="wandb,mlflow").check(["lora"])
+    with pytest.raises(ShortGPTError, match="`report_to` is for `method` lora or distill"):
+        Settings(report_to="wandb").check(["refit"])

@@ -64,9 +64,9 @@ def test_a_file_whose_name_has_a_comma_is_one_source(tmp_path):
 
 
 def test_every_source_of_a_mix_must_exist(kinds):
-    with pytest.raises(FileNotFoundError, match="'no.txt' does not exist"):
+    with pytest.raises(FileNotFoundError, match="no such file or folder: 'no.txt'"):
         Source(f"{kinds[0]},no.txt").windows(characters, 40)
-    with pytest.raises(FileNotFoundError, match="'' does not exist"):
+    with pytest.raises(FileNotFoundError, match="no such file or folder: ''"):
         Source(f"{kinds[0]},").windows(characters, 40)
 
 

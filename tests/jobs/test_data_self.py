@@ -218,7 +218,7 @@ def test_generate_writes_samples_to_a_file_that_data_reads(here, capsys):
 
 def test_texts_that_will_not_be_read_are_told_before_the_model_writes(here, monkeypatch):
     monkeypatch.setattr(module, "own_samples", None)
-    with pytest.raises(FileNotFoundError, match=r"'no\.txt' does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"no such file or folder: 'no\.txt'"):
         rank("ckpt", "self,no.txt", cut=Cut(32))
     assert TextSource("self,self:chat").kinds() == ["self", "self:chat"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import random
 import re
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import DATA, TEXT, run
+from commands import DATA, TEXT, fails, run
 from conftest import (
     BYTE_VOCAB,
     interrupted,
@@ -32,6 +33,7 @@ from short_gpt.jobs import (
     Choice,
     Cut,
     HealingWindows,
+    LoraSettings,
     OpenOptions,
     Reading,
     Readings,
@@ -41,6 +43,7 @@ from short_gpt.jobs import (
     Settings,
     Shares,
     Tasks,
+    TextSource,
     Written,
     evaluate,
     heal,
@@ -48,6 +51,7 @@ from short_gpt.jobs import (
     read_scores,
     reproduce,
 )
+from short_gpt.jobs.settings import takes_fields
 from short_gpt.selection.search import PartialRun
 from short_gpt.wrappers.short_llama import ShortLlama
 
@@ -338,3 +342,207 @@ def test_names_of_tasks_may_have_blanks_between():
 
 def test_an_answer_says_which_kinds_of_windows_it_guards_against():
     assert Answer(2, rare=0.05).rule(seed=0) == Stop(2, rare=0.05) != Answer(2).rule(seed=0)
+
+
+def test_settings_are_taken_as_single_arguments(here):
+    """The same result as with the objects, defaults that are the job's own included."""
+    both = [
+        rank("ckpt", "book.txt", n=2, size=32, max_windows=6, stride=16, device="cpu"),
+        rank("ckpt", "book.txt", n=2, cut=CUT, opening=OpenOptions(device="cpu")),
+    ]
+    assert both[0].layers == both[1].layers
+    assert both[0].importance.to_dict() == both[1].importance.to_dict()
+    # n goes where the method goes; what is given as an object keeps its other fields
+    angular = rank("ckpt", "book.txt", n=2, method="angular", cut=CUT, max_windows=3)
+    assert (angular.answer.n, angular.answer.method) == (2, "angular")
+    assert angular.importance.n_windows == 3 and angular.importance.n_tokens == 3 * 32
+    seen = rank("ckpt", "book.txt", size=300, max_windows=1)
+    assert seen.importance.n_tokens == 300
+    value = perplexity_of("ckpt", "book.txt", size=32)
+    assert value == perplexity_of("ckpt", "book.txt", cut=Cut(32))
+    rows = evaluate(["ckpt"], data="book.txt", size=32, max_windows=2)
+    assert rows == evaluate(["ckpt"], Reading("book.txt", size=32, max_windows=2))
+
+
+def test_a_jobs_own_defaults_stay_and_a_flags_name_is_its_own():
+    @takes_fields("rank", cut=Cut(stride=7))
+    def job(model, *, cut: Cut | None = None, data: str | TextSource = "pg19", **fields):
+        return cut, data, fields
+
+    assert job("m", size=5, column="c") == (Cut(5, stride=7), TextSource(column="c"), {})
+    assert job("m") == (None, "pg19", {})
+
+    @takes_fields("compare")
+    def compared(*, shares: Shares | None = None, lora: LoraSettings | None = None, **fields):
+        return shares, lora
+
+    assert compared(size=5, lora_size=6, rank=2) == (Shares(size=5), LoraSettings(rank=2, size=6))
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda: rank("ckpt", max_window=3), "no setting 'max_window': did you mean max_w"),
+        (lambda: rank("ckpt", nothing_at_all=3), r"no setting 'nothing_at_all'; see help\(rank\)"),
+        (lambda: heal("ckpt", "o", stride=3), "heal has no setting 'stride'"),
+        (lambda: perplexity_of("ckpt", sise=3), "_of has no setting 'sise': did you mean size"),
+    ],
+)  # fmt: skip
+def test_an_unknown_setting_is_named_with_the_nearest(call, said):
+    with pytest.raises(ShortGPTError, match=said):
+        call()
+
+
+def test_a_job_shows_its_signature_in_help():
+    shown = str(inspect.signature(rank))
+    assert "cut: 'Cut | None' = None" in shown and shown.count("**fields") == 1
+
+
+TEXTS = [" ".join(f"{(n + 3) * (i + 7) % 997} {n}" for i in range(40)) for n in range(8)]
+
+
+@pytest.fixture
+def dataset():
+    return pytest.importorskip("datasets").Dataset.from_dict({"body": TEXTS, "n": [*range(8)]})
+
+
+def test_texts_in_memory_are_read_as_those_of_files(here, dataset):
+    Path("docs").mkdir()
+    for number, text in enumerate(TEXTS):
+        Path("docs", f"{number}.txt").write_text(text)
+    how = {"n": 2, "size": 16, "stride": 16, "confidence": None, "max_windows": 9}
+    rows = [{"body": text} for text in TEXTS]
+    scores = [
+        rank("ckpt", "docs", **how),
+        rank("ckpt", TEXTS, **how),
+        rank("ckpt", dataset, column="body", **how),
+        rank("ckpt", TextSource(rows, column="body"), **how),
+        rank("ckpt", (text for text in TEXTS), **how),
+    ]
+    assert all(one.importance.to_dict() == scores[0].importance.to_dict() for one in scores)
+    assert rank("ckpt", TEXTS, max_texts=2, size=16).importance.n_texts == 2
+    perplexities = [perplexity_of("ckpt", data, size=16) for data in ("docs", TEXTS)]
+    assert perplexities[0] == perplexities[1]
+    rows = [evaluate(["ckpt"], data=data, size=16) for data in ("docs", TEXTS)]
+    assert [*rows[0]["ckpt"].values()] == [*rows[1]["ckpt"].values()]
+
+
+def test_a_saved_run_on_other_texts_in_memory_is_another(here, dataset):
+    how = {"size": 16, "column": "body", "saving": Saving("state")}
+    rank("ckpt", dataset, **how)
+    assert rank("ckpt", dataset, **how).importance.n_texts == 8  # continued
+    with pytest.raises(ShortGPTError, match="data"):
+        rank("ckpt", dataset.select(range(3)), **how)
+    with pytest.raises(ShortGPTError, match="data"):
+        rank("ckpt", TEXTS, **how)
+
+
+def test_jobs_that_heal_and_compare_take_texts_in_memory(here, dataset):
+    how = {"layers": [1], "size": 16, "max_windows": 4, "eval_windows": 2, "device": "cpu"}
+    done = heal("ckpt", "out", data=dataset, column="body", eval_data=[{"body": TEXT}], **how)
+    assert done.evidence.perplexity["healed"].windows == 2
+    name = json.loads(Path("out/pruning.json").read_text())["data"]
+    assert name.startswith("Dataset ") and done.texts["eval_data"].startswith("list ")
+    few = {"methods": "bi", "counts": 1, "healings": "raw", "size": 16, "device": "cpu"}
+    result = jobs.compare_checkpoint("ckpt", TEXTS, **few)
+    assert [row.n for row in result.rows] == [0, 1]
+    kinds = {"a": TEXTS, "b": [text[::-1] for text in TEXTS]}
+    how = {"n": 1, "sizes": 16, "healing": "raw", "max_windows": 3, "eval_windows": 2}
+    assert [*jobs.calibrate_checkpoint("ckpt", kinds, **how).choices] == ["a", "b", "mix"]
+
+
+def test_rows_in_memory_without_the_column_are_told(here, dataset):
+    with pytest.raises(ShortGPTError, match="no column 'text', only .*pass column="):
+        rank("ckpt", dataset)
+    with pytest.raises(ShortGPTError, match="expected an object with named values, got 3"):
+        rank("ckpt", [3])
+    with pytest.raises(ShortGPTError, match="holds no text"):
+        rank("ckpt", [])
+
+
+def test_a_ranking_shows_what_goes(here):
+    result = rank("ckpt", "book.txt", n=2, size=32, max_windows=6, stride=16)
+    assert repr(result).startswith(f"Ranking(bi: {result.layers}, Importance(5 layers, 6 windows")
+    assert repr(result).endswith(", NOT settled)")
+    assert [i for i, gone in zip(result.columns["layer"], result.columns["remove"], strict=True)
+            if gone] == sorted(result.layers)  # fmt: skip
+    assert result._repr_html_().count("<td>True</td>") == 2
+    frame = pytest.importorskip("pandas").DataFrame(result.columns).set_index("layer")
+    assert result.to_dataframe().equals(frame) and frame.query("remove").index.size == 2
+    plain = rank("ckpt", "book.txt", size=32, max_windows=6)
+    assert repr(plain).startswith("Ranking(bi, ") and "remove" not in plain.columns
+    searched = rank("ckpt", "book.txt", n=2, method="sleb", size=32, max_windows=2)
+    assert repr(searched) == f"Ranking(sleb: {searched.layers})"
+    assert searched.columns["layer"] == searched.layers
+    losses = [searched.search.losses[i][layer] for i, layer in enumerate(searched.layers)]
+    assert searched.columns["loss"] == losses
+
+
+def test_the_package_says_its_version_and_shows_what_is_public():
+    from importlib.metadata import version
+
+    assert short_gpt.__version__ == version("short-gpt")
+    assert dir(short_gpt) == sorted(short_gpt.__all__)
+
+
+CHATS = [
+    [
+        {"role": "user", "content": f"What is {n}?", "more": n},
+        {"role": "assistant", "content": f"It is {n} and {n * n}. " * 3},
+    ]
+    for n in range(8)
+]
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
+    "<{{ m.role }}>{{ m.content }}{% endfor %}"
+)
+
+
+@pytest.fixture
+def chatty(here):
+    """The model in Hugging Face's format with a chat template, and conversations."""
+    convert("ckpt", "hf", to="hf")
+    config = json.loads(Path("hf/tokenizer_config.json").read_text())
+    Path("hf/tokenizer_config.json").write_text(json.dumps({**config, "chat_template": TEMPLATE}))
+    lines = (json.dumps({"messages": turns}) for turns in CHATS)
+    Path("chats.jsonl").write_text("\n".join(lines))
+
+
+@pytest.mark.filterwarnings("default")  # transformers' own
+def test_conversations_are_read_as_the_template_renders_them(chatty):
+    rendered = ["".join(f"<{m['role']}>{m['content']}" for m in turns) for turns in CHATS]
+    how = {"size": 16, "stride": 16, "device": "cpu"}  # the tokenizer writes bos, as the template
+    read = rank("hf", rendered, **how).importance
+    expected = read.to_dict()
+    for data in ("chats.jsonl", [{"messages": turns} for turns in CHATS]):
+        assert rank("hf", data, chat=True, **how).importance.to_dict() == expected
+    convert("hf", "model.gguf")
+    for data, how in (("chats.jsonl", {"chat": True}), (rendered, {})):
+        gguf = rank("model.gguf", data, size=16, stride=16, device="cpu", **how)
+        assert torch.allclose(gguf.importance.influence, read.influence, rtol=1e-4)
+    ours, plain = (perplexity_of("hf", data, size=16, column=column) for data, column in
+                   (("chats.jsonl", "messages"), (rendered, "text")))  # fmt: skip
+    assert ours == plain
+    run("rank", "hf", "--data", "chats.jsonl", "--chat", "--size", 16, "--stride", 16, "--json",
+        "r.json", "--device", "cpu")  # fmt: skip
+    assert read_scores("r.json").to_dict() == expected
+
+
+@pytest.mark.filterwarnings("default")
+def test_conversations_are_refused_without_a_template(chatty, capsys):
+    needs = "a conversation needs a model with a chat template"
+    for model, more in (("ckpt", {}), ("ckpt", {"stream": True}), ("hf", {"stream": True})):
+        with pytest.raises(ShortGPTError, match=needs):
+            rank(model, "chats.jsonl", chat=True, size=16, **more)
+    with pytest.raises(ShortGPTError, match="chat template of hf refuses .*: no tools"):
+        rank("hf", [{"messages": [{"role": "tool", "content": "x"}]}], chat=True)
+    config = json.loads(Path("hf/tokenizer_config.json").read_text())
+    del config["chat_template"]
+    Path("hf/tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(ShortGPTError, match=needs):
+        rank("hf", "chats.jsonl", chat=True, size=16)
+    with pytest.raises(ShortGPTError, match="column 'messages' holds .*, expected text"):
+        rank("hf", [{"messages": [{"role": "user"}]}], chat=True)
+    line = fails(capsys, "rank", "hf", "--data", "book.txt", "--chat")
+    assert "--chat has no effect without data with columns" in line

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -650,3 +651,22 @@ def test_scores_of_nothing_come_back_from_json():
 def test_numbers_of_texts_may_be_numpys():
     texts = add_texts({}, [(np.int64(3), torch.ones(3)), (3, torch.ones(3))])
     assert json.dumps([*texts]) == "[3]" and texts[3].tolist() == [2.0] * 3
+
+
+def test_scores_turn_into_a_frame_and_show_themselves_shortly(monkeypatch):
+    scores = measure(MetaDecoder(make_transformer()), [random_windows(4, 12)])
+    assert repr(scores).startswith("Importance(5 layers, 4 windows, 48 tokens; lowest Block Infl")
+    order = ", ".join(map(str, scores.least_important(4)))
+    assert repr(scores).endswith(f" first: {order}, ...)")
+    assert repr(Importance.empty([0, 1])) == "Importance(2 layers, 0 windows, 0 tokens)"
+    html = scores._repr_html_()
+    assert html.count("<tr>") == 6 and f"<td>{scores.block_influence[2]:.4g}</td>" in html
+    frame = pytest.importorskip("pandas").DataFrame(scores.columns).set_index("layer")
+    assert scores.to_dataframe().equals(frame)
+    assert frame["block_influence"].tolist() == scores.block_influence.tolist()
+    assert frame.sort_values("rank").index.tolist()[:4] == scores.least_important(4)
+    assert frame["magnitude"].tolist() == scores.relative_magnitude.tolist()
+    assert frame["margin"].tolist() == scores.margin.tolist()
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(ImportError, match="a data frame needs: pip install pandas"):
+        scores.to_dataframe()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -317,7 +318,10 @@ def test_what_settles_an_answer_says_what_it_promises():
 def test_a_verdict_tells_its_kind_of_answer_and_its_windows():
     verdict = Verdict(Stop(3, angular=True), False, 297, None, (2, 5), 1.5, 4.25)
     told = "best block NOT settled at 0.99 by 297 windows; closest blocks that start at 2 and 5"
-    assert str(verdict) == f"{told}: z = 1.50, needed 4.25"
+    assert str(verdict) == f"{told}: 1.50 standard errors apart, 4.25 needed"
+    early = str(replace(verdict, windows=31, needed=18461.97))
+    assert early.endswith(" 31 windows, looked at from 297 on; closest blocks that start at 2 and "
+                          "5: 1.50 standard errors apart")  # fmt: skip
 
 
 def test_when_is_looked_at_how_much_is_unread():

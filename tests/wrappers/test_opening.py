@@ -132,3 +132,52 @@ def test_a_cut_checkpoint_is_told_from_another(folder, tmp_path):
         same_model(*arguments, [1, 2])
     across = same_model(str(folder / "hf"), str(tmp_path / "cut"), [1, 3])
     assert "except for the last digits" in across
+
+
+def test_a_loaded_model_is_opened_with_its_tokenizer(folder):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    named = open_model(str(folder / "hf"), device="cpu", dtype="float32")
+    model = AutoModelForCausalLM.from_pretrained(folder / "hf", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "hf")
+    short = open_model(model, tokenizer=tokenizer, n_prune_layers=2)
+    assert type(short) is ShortHFModel and short.model is model and short.n_prune_layers == 2
+    assert short.encode("a b") == named.encode("a b")
+    short.measure(WINDOWS, progress=False)
+    assert short.perplexity(WINDOWS, progress=False).nats == pytest.approx(
+        named.perplexity(WINDOWS, progress=False).nats
+    )
+    for option in ({"dtype": "float32"}, {"stream": True}, {"max_seq_len": 9}):
+        with pytest.raises(ShortGPTError, match=f"`{next(iter(option))}` is for loading, and"):
+            open_model(model, tokenizer=tokenizer, **option)
+
+
+def test_a_tokenizer_object_takes_the_place_of_the_models_own(folder):
+    tokenizer = open_model(str(folder / "hf"), device="cpu").tokenizer
+    short = open_model(str(folder / "hf"), tokenizer=tokenizer, device="cpu")
+    assert short.tokenizer is tokenizer
+    with pytest.raises(
+        ShortGPTError, match="meta is read with `tokenizer_path`, a file: pass its path"
+    ):
+        open_model(str(folder / "meta"), tokenizer=tokenizer)
+
+
+def test_so_many_layers_are_removed_as_are_named_in_the_call(folder):
+    short = open_model(str(folder / "hf"), device="cpu")
+    short.measure(WINDOWS, progress=False)
+    lowest = short.importances.argsort().tolist()
+    assert short.layers_to_remove(3) == short.layers_to_remove(n=3) == lowest[:3]
+    with pytest.raises(ShortGPTError, match="say how many layers, n=..., set n_prune_layers"):
+        short.remove_layers()
+    with pytest.raises(ShortGPTError, match="expected layers, or n and method .* got both"):
+        short.remove_layers([1], n=2)
+    assert short.remove_layers(n=2, method="deepest") == [2, 3] and short.kept == [0, 1, 4]
+
+
+def test_a_model_says_what_it_is_and_what_was_done_to_it(folder):
+    short = open_model(str(folder / "hf"), device="cpu")
+    short.measure(WINDOWS, progress=False)
+    assert repr(short) == f"ShortHFModel(model {folder / 'hf'}, layers 5, windows scored 3)"
+    short.remove_layers([3, 1])
+    assert "layers 3, removed [3, 1], windows scored 3" in repr(short)
+    assert "<td>[3, 1]</td>" in short._repr_html_()
