@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from short_gpt.healing.recipe import Recipe
     from short_gpt.healing.refit import heal as heal_refit
     from short_gpt.healing.refit import heal_patch
-    from short_gpt.jobs import convert, prune, rank
+    from short_gpt.jobs import convert, prune, rank, shrink
     from short_gpt.jobs.calibration import calibrate
     from short_gpt.jobs.comparing import compare
     from short_gpt.runtime.errors import ShortGPTError
@@ -72,6 +72,7 @@ __all__ = [
     "prune",
     "rank",
     "run_tasks",
+    "shrink",
     "texts",
     "windows",
 ]
