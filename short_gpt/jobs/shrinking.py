@@ -111,39 +111,23 @@ def shrink(
     sizes = {f.name for f in fields(Dial)} & changes.keys()
     dial = replace(dial or Dial(), **{name: changes.pop(name) for name in sizes})
     settings = replace(settings or Shrinking(), **changes)
-    windows, tasks, opening = (
-        windows or HealingWindows(),
-        tasks or Tasks(),
-        opening or OpenOptions(),
-    )
-    for group in (dial, settings, windows, tasks):
-        group.check()
-    if settings.minutes is not None:
-        require_packages()
-    target = Path(out)
+    cut, tasks, opening = windows or HealingWindows(), tasks or Tasks(), opening or OpenOptions()
     source = find_source(model) if isinstance(model, str | PathLike) else None
-    to = settings.to or ("gguf" if is_gguf(out) else "hf")
-    check_format(out, to)
-    _check_out(target, to, source, overwrite=overwrite)
-    texts_of = source_of(data)
-    texts_of.kinds()  # refuses what cannot be read before a model is loaded
-    for name in [] if windows.eval_data is None else source_names(windows.eval_data):
-        texts(name, column=texts_of.column)
-    folder = Path(f"{target}.shrinking")
+    to, texts = settings.to or ("gguf" if is_gguf(out) else "hf"), source_of(data)
+    how = (source, Path(out), to, dial, settings, texts, cut, tasks, opening, notify)
+    _check(*how[:-2], overwrite=overwrite)
+    folder = _folder(Path(out))
     lock = None if settings.dry_run else hold(folder)
     if isinstance(model, str | PathLike):
-        assert source is not None
-        short = open_trainable(source, opening)
+        short = open_trainable(str(model), opening)
     else:
         short = ShortHFModel(model, tokenizer=tokenizer)
-    if to != "hf" and short.model.config.model_type != "llama" and not _from_gguf(source, to):
-        raise ShortGPTError(
-            f"`to` {to} is for a Llama, got {short.model.config.model_type}: leave it out"
-        )
-    how = (source, target, to, dial, settings, texts_of, windows, tasks, opening, notify)
+    kind = short.model.config.model_type
+    if to != "hf" and kind != "llama" and not _from_gguf(source, to):
+        raise ShortGPTError(f"`to` {to} is for a Llama, and this is a {kind}: leave it out")
     run = _Run(short, *how)
     if settings.dry_run:
-        return Shrunk(target, run.plan)
+        return Shrunk(Path(out), run.plan)
     notify(run.plan)
     try:
         result = run.done(overwrite=overwrite)
@@ -153,6 +137,35 @@ def shrink(
             folder.rmdir()
         del lock
     return result
+
+
+def _check(
+    source: Weights | None,
+    out: Path,
+    to: str,
+    dial: Dial,
+    settings: Shrinking,
+    data: TextSource,
+    cut: HealingWindows,
+    tasks: Tasks,
+    *,
+    overwrite: bool,
+) -> None:
+    """Raises what can be known before a model is loaded."""
+    for group in (dial, settings, cut, tasks):
+        group.check()
+    if settings.minutes is not None:
+        require_packages()
+    check_format(out, to)
+    if to == "gguf":
+        check_new_gguf(out, overwrite=overwrite)
+        check_output(report_of(out), overwrite=True, ours=is_page)
+    else:
+        path = None if source is None else source.path
+        check_new(out, marker=PROVENANCE, overwrite=overwrite, source=path)
+    data.kinds()  # reads the first text of each
+    for name in [] if cut.eval_data is None else source_names(cut.eval_data):
+        texts(name, column=data.column)
 
 
 @dataclass
@@ -172,14 +185,17 @@ class _Run:
     notify: Notify
 
     def __post_init__(self) -> None:
-        self.folder = Path(f"{self.out}.shrinking")
+        self.folder = _folder(self.out)
         self.size = self.cut.size or min(SIZE, self.short.decoder.max_seq_len)
         self.count = len(self.short.kept)
         self.own = [name for name in source_names(self.texts.data) if name in OWN]
         minutes, many = self.settings.minutes, 3 * CLOSED_WINDOWS
         limit = CLOSED_WINDOWS if minutes is None else many if self.own else None
         self.limit = self.cut.max_windows or limit  # windows to learn from
+        self.fitted = min(self.limit or CLOSED_WINDOWS, CLOSED_WINDOWS)  # of the refit, at most
+        self.refit = RefitSettings(max_windows=CLOSED_WINDOWS)
         self.probe = [i % self.short.decoder.vocab_size for i in range(self.size)]
+        self.judged = self.short.model.dtype
         self.parameters, self.stored = self._sizes()  # before any layer goes
         sizes, rest = self.parameters
         if self.dial.memory is not None:
@@ -190,7 +206,7 @@ class _Run:
     @cached_property
     def dtype(self) -> torch.dtype:
         """Of the weights as they are written: the source's own, unless one was asked for."""
-        ours = self.short.model.dtype
+        ours = self.judged
         if self.source is None or self.opening.dtype is not None or self.source.kind == "gguf":
             return ours
         if self.source.kind == "meta":
@@ -227,11 +243,8 @@ class _Run:
     @cached_property
     def plan(self) -> str:
         """What will be done, and about how long each part takes."""
-        a_pass, count, method = (
-            self.short.seconds_a_window(self.probe),
-            self.count,
-            self.settings.method,
-        )
+        a_pass, count = self.short.seconds_a_window(self.probe), self.count
+        method = self.settings.method
         few, rounds = FEW * a_pass / count, 1 if method == "perplexity" else self.n or count // 2
         search = few * most_layers_run(count, rounds)
         auto = choosing.BUDGET * FIRST * a_pass
@@ -241,12 +254,12 @@ class _Run:
             tries = math.ceil(math.log2(count)) * (REFIT * 3 + 1) * MOST / 4 * a_pass
             parts["finding how many layers"] = few * most_layers_run(count, count - 2) + tries
         parts["choosing them, at most" if method == AUTO else "choosing them"] = chosen
-        parts["the refit"] = REFIT * min(self.limit or CLOSED_WINDOWS, CLOSED_WINDOWS) * a_pass
+        parts["the refit"] = REFIT * self.fitted * a_pass
         parts["training"] = 60 * (self.settings.minutes or 0)
         parts["judging"] = 3 * self.cut.eval_windows * a_pass
         times = [f"{name} {duration(time)}" for name, time in parts.items() if time]
-        fitted = [self.probe] * min(self.limit or CLOSED_WINDOWS, CLOSED_WINDOWS)
-        memory = self._refit().plan(self.short, Learning(fitted, [], []), None).describe()
+        read = Learning([self.probe] * self.fitted, [], [])
+        memory = self.refit.plan(self.short, read, None).describe()
         sizes, rest = self.parameters
         n, left = self.n or "some", sum(sizes) + rest - sum(sorted(sizes)[: self.n or 0])
         kept = f", at most {left / 1e6:.1f} M parameters stay" if self.n else ""
@@ -268,80 +281,79 @@ class _Run:
         step = (times[-1] - times[0]) / (TIMED - 1)
         return step * self.size * math.ceil(texts / AT_ONCE)
 
-    def _refit(self) -> RefitSettings:
-        return RefitSettings(max_windows=CLOSED_WINDOWS)
-
     def done(self, *, overwrite: bool) -> Shrunk:
         """Does all of it; continues what the folder holds."""
-        short, cut, settings = self.short, self.cut, self.settings
+        short, windows = self.short, self._read()
+        digests = {"training": windows.training, "evaluation": windows.evaluation}
+        settings = {**asdict(self.dial), **asdict(self.settings), **asdict(self.tasks)}
+        texts = {name: windows_digest(own) for name, own in digests.items()}
+        identity = joined(short.identity(), texts, settings)
+        self.cells = Cells(StateFile(self.folder / "state.json", identity, folder=self.folder))
+        short.importance = Importance.from_dict(self.cells.value("scores", self._scores))
+        layers, choice = self._chosen()
+        if _from_gguf(self.source, self.to):
+            check_saved(str(self.source), layers, short.importance.block_influence.tolist())
+        how = {"method": METHODS[self.settings.method], "eval_data": self.cut.eval_data}
+        short.evidence |= {**how, "size": self.size}
+        looks = {"original": self._look("original")}
+        with short.without_layers(layers):
+            looks["pruned"] = self._look("pruned")
+            steps = self._steps()
+        work = self.folder / "healing"
+        options: dict[str, Any] = {
+            "work_dir": work,
+            "resume": work.is_dir() and any(work.iterdir()),
+        }
+        job = HealingJob(short, windows, layers, settings=steps, notify=self.notify, **options)
+        importance, evidence = short.importance, job.run()
+        looks["healed"] = self._look("healed")
+        built = self._write(evidence.perplexity)
+        result = Shrunk(
+            self.out,
+            self.plan,
+            self.count,
+            layers,
+            self.settings.method,
+            {
+                kind: {state: p for name, p in own.items() if (state := _state(name)) in looks}
+                for kind, own in evidence.by_kind.items()
+            },
+            looks,
+            self._prompt(),
+            self._remarks(built),
+            evidence.steps,
+            choice,
+            importance,
+            next_steps(self.out, self.to),
+        )
+        self._place(built, result, overwrite=overwrite)
+        return result
+
+    def _read(self) -> Learning:
+        """The windows; what the model writes is kept in the folder."""
+        short, cut, texts = self.short, self.cut, self.texts
         self.folder.mkdir(parents=True, exist_ok=True)
-        place = (self.texts.split, self.texts.column, self.texts.max_texts, cut.seed)
-        windows = Source(self.texts.data, cut.eval_data, *place).windows(
+        place = (texts.split, texts.column, texts.max_texts, cut.seed)
+        self.windows = Source(texts.data, cut.eval_data, *place).windows(
             short.encode,
             self.size,
             bos=cut.bos or short.bos,
             limit=self.limit,
             eval_windows=cut.eval_windows,
             drop_overlap=cut.drop_overlap,
-            validate=settings.minutes is not None,
+            validate=self.settings.minutes is not None,
             write=writes(short, self.size, seed=cut.seed, beside=self.folder / REPORT),
         )
-        self.windows = windows
-        digests = {"training": windows.training, "evaluation": windows.evaluation}
-        identity = joined(
-            short.identity(),
-            {name: windows_digest(own) for name, own in digests.items()},
-            {**asdict(self.dial), "method": settings.method, "minutes": settings.minutes},
-            {"prompt": settings.prompt, "tasks": self.tasks.tasks},
-        )
-        self.cells = Cells(StateFile(self.folder / "state.json", identity, folder=self.folder))
-        self.choosing = StateFile(self.folder / "choice.json", identity, folder=self.folder)
-        scores = Importance.from_dict(self.cells.value("scores", self._scores))
-        short.importance = scores
-        layers, choice = self._chosen(scores)
+        return self.windows
+
+    def _remarks(self, built: Path) -> list[str]:
+        """What must be known of the numbers."""
+        own, types = about_own(self.texts.data, self.cut.eval_data), None
         if _from_gguf(self.source, self.to):
-            check_saved(str(self.source), layers, scores.block_influence.tolist())
-        looks = {"original": self._look("original")}
-        with short.without_layers(layers):
-            looks["pruned"] = self._look("pruned")
-            steps = self._steps(len(layers))
-        work = self.folder / "healing"
-        begun = work.is_dir() and any(work.iterdir())
-        job = HealingJob(
-            short, windows, layers, settings=steps, work_dir=work, resume=begun, notify=self.notify
-        )
-        evidence = job.run()
-        looks["healed"] = self._look("healed")
-        quality = {
-            kind: {_state(name): p for name, p in states.items() if _state(name) in looks}
-            for kind, states in evidence.by_kind.items()
-        }
-        remarks = [about_own(self.texts.data, cut.eval_data), windows.left_out]
-        if self.dtype != short.model.dtype:
-            remarks.append(f"judged in {short.model.dtype}, written in {self.dtype}")
-        result = Shrunk(
-            self.out,
-            self.plan,
-            self.count,
-            layers,
-            settings.method,
-            quality,
-            looks,
-            self._prompt(),
-            [],
-            evidence.steps,
-            choice,
-            scores,
-            next_steps(self.out, self.to),
-        )
-        short.evidence |= {"method": METHODS[settings.method], "eval_data": cut.eval_data}
-        short.evidence |= {"size": self.size}
-        built = self._write(evidence.perplexity)
-        if _from_gguf(self.source, self.to):
-            remarks.append(about_types(str(self.source), built))
-        result = replace(result, remarks=[remark for remark in remarks if remark])
-        self._place(built, result, overwrite=overwrite)
-        return result
+            types = about_types(str(self.source), built)
+        elif self.judged != self.dtype:
+            types = f"judged in {self.judged}, written in {self.dtype}"
+        return [remark for remark in (own, self.windows.left_out, types) if remark]
 
     def _scores(self) -> dict[str, object]:
         before, self.short.importance = self.short.importance, Importance.empty(self.short.kept)
@@ -351,21 +363,21 @@ class _Run:
         finally:
             self.short.importance = before
 
-    def _chosen(self, scores: Importance) -> tuple[list[int], dict[str, Any]]:
+    def _chosen(self) -> tuple[list[int], dict[str, Any]]:
         """The layers to remove, and how auto chose them."""
         n = self.n or self.cells.value("how many", self._within)
         method, windows = self.settings.method, self.windows.training[:MOST]
         if method == AUTO:
-            how = self.cells.value("choice", partial(self._auto, n))
+            how = self.cells.resumed("choice", partial(self._auto, n))
             return list(how["layers"]), dict(how)
         if method in SEARCHED:
             search = partial(self.short.search, windows[:FEW], n, method=method)
             return self.cells.resumed("search", lambda s: search(state=s).removed), {}
-        return choose(scores, n, method=method, seed=self.cut.seed), {}
+        return choose(self.short.importance, n, method=method, seed=self.cut.seed), {}
 
-    def _auto(self, n: int) -> dict[str, Any]:
+    def _auto(self, n: int, state: StateFile | None) -> dict[str, Any]:
         windows = self.windows.training[:MOST]
-        return choose_healed(self.short, windows, n, state=self.choosing).to_dict()
+        return choose_healed(self.short, windows, n, state=state).to_dict()
 
     def _within(self) -> int:
         """The most layers, of a greedy search's, whose refitted model keeps the ratio."""
@@ -396,17 +408,17 @@ class _Run:
             )
         return low
 
-    def _steps(self, n: int) -> list[Step]:
+    def _steps(self) -> list[Step]:
         """The refit, and a distillation of so many steps as take the minutes."""
         if self.settings.minutes is None:
-            return [self._refit()]
+            return [self.refit]
         recipe = recipe_for(self.short.model.config, "small", seed=self.cut.seed)
         steps = self.cells.value(
             "steps", partial(self._steps_in, 60 * self.settings.minutes, recipe)
         )
         every = max(1, steps // CHECKS)
         own = replace(recipe, steps=steps, warmup=min(recipe.warmup, steps // 8), eval_every=every)
-        return [self._refit(), DistillSettings(own)]
+        return [self.refit, DistillSettings(own)]
 
     def _steps_in(self, seconds: float, recipe: Recipe) -> int:
         """Training steps that fit, by one that is timed; the teacher reads each window before."""
@@ -449,7 +461,8 @@ class _Run:
         how: dict[str, Any] = {"facts": {"data": self.texts.data}, "measured": measured}
         if _from_gguf(self.source, self.to):
             return short.save(built, **how, overwrite=True)
-        short.model.to(self.dtype)
+        for weight in short.model.parameters():  # no buffers, which loading leaves in float32
+            weight.data = weight.data.to(self.dtype)
         if self.to == "hf":
             return short.save_pretrained(built, **how)
         scratch = self.folder / f"{self.out.stem}-hf"
@@ -485,15 +498,11 @@ def _from_gguf(source: Weights | None, to: str) -> bool:
     return source is not None and source.kind == to == "gguf"
 
 
+def _folder(out: Path) -> Path:
+    """What a killed run continues from."""
+    return Path(f"{out}.shrinking")
+
+
 def _state(name: str) -> str:
     """The short name of a state: ``"original, 30 layers"`` is ``"original"``."""
     return name.partition(",")[0]
-
-
-def _check_out(out: Path, to: str, source: Weights | None, *, overwrite: bool) -> None:
-    if to == "gguf":
-        check_new_gguf(out, overwrite=overwrite)
-        check_output(report_of(out), overwrite=True, ours=is_page)
-    else:
-        path = None if source is None else source.path
-        check_new(out, marker=PROVENANCE, overwrite=overwrite, source=path)

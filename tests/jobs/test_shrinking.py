@@ -152,12 +152,15 @@ def test_every_format_has_the_model_that_single_steps_give(here, capsys, model, 
     ],
 )
 def test_the_same_call_continues_what_was_killed(here, monkeypatch, owner, name, after):
-    settings = {"n": 2, "method": "bi", "windows": HealingWindows(None, 24, 8, 6)}
+    cut = HealingWindows(None, 24, 8, 6)
+    settings = {"n": 2, "method": "sequential", "windows": cut}  # four layers are refitted
     with interrupted(owner, name, after):
         shrink("hf", "out", **settings)
     assert not Path("out").exists() and Path("out.shrinking").is_dir()
     if name != "continued":
-        with pytest.raises(ValueError, match=r"of a run with another method: 'bi', now 'deepest'"):
+        with pytest.raises(
+            ValueError, match=r"of a run with another method: 'sequential', now 'deepest'"
+        ):
             shrink("hf", "out", **{**settings, "method": "deepest"})
         monkeypatch.setattr(shrinking._Run, "_scores", None)  # nothing is measured again
     done = shrink("hf", "out", **settings)
