@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from llama.io.sources import NAMED
 from llama.lazy import lazy
 from llama.renamed import install
 from short_gpt.runtime.renamed import MOVED
 
 install(MOVED)
+
+
+def _demo() -> str:
+    from short_gpt.data.demo import gguf_file
+
+    return str(gguf_file())
+
+
+NAMED["demo"] = _demo
 
 REMOVED = {
     "draft_agreement": "compare models by perplexity or run_tasks",

@@ -1,11 +1,10 @@
 """Layers to remove, chosen by the held-out loss of the refitted model.
 
-Which set is removed matters more than how the rest is refitted, and what is best before a refit
-need not be best after it. So the sets of several methods are refitted and judged on other windows,
-and then swaps of one removed layer for a kept one, as far as a budget goes.
+Which set is removed matters more than how the rest is refitted, and the best set before a refit
+need not be the best after it. So the sets of several methods are refitted and judged on other
+windows, and then swaps of one removed layer for a kept one, as far as a budget goes.
 
-Costs are counted in layers that a window runs through; a bare pass is all layers on the windows to
-begin with, and a refit takes `REFIT` times its windows' passes. L = layers of the model.
+Costs count layers that a window runs through. A bare pass is all layers, L, on the first windows.
 """
 
 from __future__ import annotations
@@ -35,9 +34,9 @@ from short_gpt.wrappers.short_model import ShortModel
 
 CANDIDATES = ("bi", "angular", "relative_magnitude", "sleb")
 FIRST, LEAST = 16, 4  # windows to begin with, and the fewest
-MOST = 48  # windows that `rank` cuts where the user names no number
-FEW = 4  # windows of those to fit on that trials without a refit read
-REFIT = 3  # bare passes of a refit over its windows; `benchmarks/healing.py` measures 2.6
+MOST = 48  # that `rank` cuts where the user names no number
+FEW = 4  # that trials without a refit read
+REFIT = 3  # passes of a refit over its windows; `benchmarks/healing.py` measures 2.6
 BUDGET = 60  # bare passes
 Layers = tuple[int, ...]  # original numbers, ascending
 
@@ -69,12 +68,8 @@ class Candidate:
     methods: list[str]
     layers: list[int]
     loss: float  # held-out, nats a token
-    difference: Difference  # its loss minus that of the chosen set, paired over the windows
-
-    @property
-    def told_apart(self) -> bool:
-        """Whether the 95% interval of the difference leaves 0 out."""
-        return _told_apart(self.difference)
+    difference: Difference  # its loss minus that of the chosen set, paired over windows
+    told_apart: bool  # whether the 95% interval of the difference leaves 0 out
 
 
 @dataclass(frozen=True)
@@ -83,8 +78,8 @@ class Swap:
 
     back: int  # put back
     removed: int  # in its place
-    difference: Difference  # of the loss, from before
-    kept: bool  # lower by more than one standard error
+    difference: Difference  # of the loss, after minus before
+    kept: bool  # the loss fell by more than one standard error
 
 
 @dataclass(frozen=True)
@@ -92,9 +87,9 @@ class HealedChoice:
     """What `choose_healed` chose, and why."""
 
     layers: list[int]  # to remove, original numbers, ascending
-    loss: float  # of the refitted model on the judging windows, nats a token; the least of many
-    candidates: list[Candidate]
-    swaps: list[Swap]  # in the order of the trials
+    loss: float  # refitted, on the windows that judged it, in nats a token; the least of many
+    candidates: list[Candidate]  # the best first
+    swaps: list[Swap]  # all trials, in their order
     fitted: int  # windows that the refits read
     judged: int  # windows that judged in the end
     passes: float  # bare passes spent
@@ -103,29 +98,21 @@ class HealedChoice:
 
     def to_dict(self) -> dict[str, object]:
         """All of it, ready for JSON."""
-        content = asdict(self)
-        for row, candidate in zip(content["candidates"], self.candidates, strict=True):
-            row["told_apart"] = candidate.told_apart
-        return content
+        return asdict(self)
 
     def __str__(self) -> str:
         rows = [f"{'loss, nats':>10}  {'from the chosen (95%)':<36}layers of"]
         for one in self.candidates:
-            off = f"{_shown(one.difference)}{'' if one.told_apart else ', not told apart'}"
+            off = _shown(one.difference) + ("" if one.told_apart else ", not told apart")
             off = "chosen" if one.layers == self.layers else off
             rows.append(f"{one.loss:>10.4f}  {off:<36}{', '.join(one.methods)} {one.layers}")
         kept = [swap for swap in self.swaps if swap.kept]
         rows.append(f"{len(self.swaps)} swaps tried, {len(kept)} kept")
         rows += [f"  {s.back} back, {s.removed} removed: {_shown(s.difference)}" for s in kept]
-        rows.append(f"{self.loss:.4f} without {self.layers}, refitted; the least of many, and so")
-        rows[-1] += " lower than on new text"
-        spent = f"{self.passes:.1f} of {self.budget} bare passes"
+        rows.append(f"{self.loss:.4f} chosen; the least of many is lower than on new text")
         windows = f"refitted on {self.fitted} windows, judged on {self.judged}"
+        spent = f"{self.passes:.1f} of {self.budget} bare passes"
         return "\n".join([*rows, f"{windows}; {spent}", *self.notes])
-
-
-def _told_apart(change: Difference) -> bool:
-    return abs(change.nats) > change.error.reach()  # False where there is no interval: NaN
 
 
 def _shown(change: Difference) -> str:
@@ -139,106 +126,90 @@ def choose_healed(
     n: int,
     *,
     budget: int | None = None,
-    settings: RefitSettings | None = None,
-    max_memory: int = 2**31,
     state: StateFile | None = None,
     progress: bool = True,
 ) -> HealedChoice:
     """The n layers whose removal, followed by a refit, costs least on held-out windows.
 
     Candidates are lowest Block Influence, the best angular block, lowest relative magnitude and
-    greedy search (SLEB). The first half of the first 16 windows scores, searches and refits; the
-    second half judges, and never proposes. Halves, because judging a window costs a third of
-    fitting on one, and the noise of a difference falls with the windows that judge.
+    greedy search (SLEB). The first half of 16 windows scores, searches and refits; the second half
+    judges, and proposes nothing. Halves, because a refit of a window costs three times its judging,
+    and more windows that judge lower the noise of a difference.
 
     While sets are not told apart from the best (95%, paired), 16 more windows judge them, if there
-    are more; this spends at most half of what is left. The rest tries swaps of one removed layer
-    for a kept one. They are ordered by the sum of two losses without a refit: with the one put
-    back, and with the other removed too. A swap is kept if it lowers the loss by more than one
-    standard error, and the next are ordered anew.
+    are more; that takes at most half of what is left of the budget. The rest goes to swaps of one
+    removed layer for a kept one. They are ordered by two losses without a refit, added: with the
+    one put back, and with the other removed too. A swap is kept if the loss falls by more than one
+    standard error; then the next are ordered anew.
 
-    A candidate costs (3 x windows to fit on + windows to judge) / 16 bare passes, 2 at first; a
-    greedy search of 8 of 30 layers, on 4 windows, 23.
+    A candidate takes (3 x windows to refit on + windows that judge) / 16 bare passes, 2 at first; a
+    greedy search of 8 of 30 layers, which reads 4 windows, takes 23.
 
     Args:
-        windows: token ids of calibration text, in random order: the first 16, or all if fewer, but
-            at least 4; more may judge.
+        windows: token ids of calibration text in random order, at least 4.
         n: how many layers, 1 to L - 2.
-        budget: in bare passes, each the original model's layers on the windows to begin with; None
-            is `BUDGET`. Greedy search is left out where it would exceed it.
-        settings: of the refits; None takes those of `RefitSettings`.
-        max_memory: of states that the greedy search stores, in bytes.
-        state: keeps what was measured; a call with the same arguments continues from it.
+        budget: in bare passes, each the original model on the first 16 windows; None is 60. Greedy
+            search is left out where it would take more than there is.
+        state: keeps what was measured; the same call continues from it.
 
     Raises:
-        ShortGPTError: too few windows, or too small a budget for the candidates; as in `refit.fit`.
+        ShortGPTError: too few windows, or a budget too small for the candidates; as in `refit.fit`.
         NotFiniteError: a state or a loss is NaN or infinite.
 
     Example:
         >>> print(choose_healed(short, windows, 8))  # doctest: +SKIP
     """
     check_count(n, len(short.kept), most=len(short.kept) - 2)
-    cells, budget = Cells(state), BUDGET if budget is None else budget
-    choosing = _Choosing(short, windows, n, cells, budget, settings, max_memory)
+    budget = BUDGET if budget is None else budget
+    choosing = _Choosing(short, list(windows), n, budget, Cells(state))
     total = budget * choosing.a_pass
     with bar("choosing", total=total, unit="layer", show=progress, delay=0) as shown:
         return choosing.run(shown)
 
 
 class _Choosing:
-    """The choice so far: windows, what was spent, and the losses of the sets that were refitted."""
+    """The choice so far: its windows, what was spent, and the losses of refitted sets."""
 
     def __init__(
-        self,
-        short: ShortModel,
-        windows: Windows,
-        n: int,
-        cells: Cells,
-        budget: int,
-        settings: RefitSettings | None,
-        max_memory: int,
+        self, short: ShortModel, windows: Windows, n: int, budget: int, cells: Cells
     ) -> None:
-        self._short, self._n, self._cells, self._settings = short, n, cells, settings
-        self._budget, self._max_memory, self._count = budget, max_memory, len(short.kept)
-        half = min(FIRST, len(windows)) // 2
-        windows = list(windows)
+        self._short, self._n, self._budget, self._cells = short, n, budget, cells
+        half, self._count = min(FIRST, len(windows)) // 2, len(short.kept)
         self._fit = windows[:half]
         others, shared = without_overlap(windows[half:], self._fit)
         self._judging, self._more = others[:half], others[half:]
-        if half < LEAST // 2 or len(self._judging) < LEAST // 2:
-            but = f", of which {shared} share text with the first {half}" if shared else ""
+        if len(self._judging) < LEAST // 2:
             raise ShortGPTError(
                 f"expected at least {LEAST} windows, half to refit on and half to judge by, got "
-                f"{len(windows)}{but}: give more text"
+                f"{len(windows)}, of which {shared} share text with those: give more text"
             )
-        self.a_pass = self._count * (half + len(self._judging))
-        self._spent, self._losses = 0, dict[Layers, list[Perplexity]]()
-        self._notes = [f"{shared} windows left out: they share text with others"] if shared else []
-        if half + len(self._judging) < FIRST:
-            few = f"{half + len(self._judging)} windows, fewer than {FIRST}"
-            self._notes.append(f"{few}: differences are less sure")
-        scored = [name for name in CANDIDATES if name not in BY_LOSS]
-        least = math.ceil((self._count * half + len(scored) * self._price()) / self.a_pass)
+        first = half + len(self._judging)
+        self.a_pass, self._spent = self._count * first, 0
+        self._losses: dict[Layers, list[Perplexity]] = {}
+        self._notes = [f"{shared} windows left out: they share text with others"] * bool(shared)
+        if first < FIRST:
+            self._notes.append(f"{first} windows, fewer than {FIRST}: differences are less sure")
+        scored = sum(name not in BY_LOSS for name in CANDIDATES)
+        least = math.ceil((self._count * half + scored * self._price()) / self.a_pass)
         if budget < least:
             raise ShortGPTError(
-                f"budget = {budget}: expected at least {least} bare passes, which refitting the "
-                f"candidates takes; the default is {BUDGET}"
+                f"budget = {budget}: refitting the candidates takes {least} bare passes; give as "
+                f"many or more, such as the default {BUDGET}"
             )
 
     def run(self, shown: Bar) -> HealedChoice:
-        self._shown = shown
+        self._shown, swaps = shown, list[Swap]()
         methods = self._candidates()
-        chosen = best = self._grown([*methods])
-        swaps: list[Swap] = []
-        while (swap := self._swap(best, swaps)) is not None:
-            best = chosen = _swapped(best, swap)
-        candidates = [
-            Candidate(names, [*layers], _loss(self._losses[layers]), self._change(chosen, layers))
-            for layers, names in methods.items()
-        ]
+        best = self._grown([*methods])
+        while (better := self._swapped(best, swaps)) is not None:
+            best = better
+        candidates = []
+        for layers, names in methods.items():
+            change, loss = self._change(best, layers), _loss(self._losses[layers])
+            candidates.append(Candidate(names, [*layers], loss, change, _told_apart(change)))
         return HealedChoice(
-            layers=[*chosen],
-            loss=_loss(self._losses[chosen]),
+            layers=[*best],
+            loss=_loss(self._losses[best]),
             candidates=sorted(candidates, key=lambda one: one.difference.nats),
             swaps=swaps,
             fitted=len(self._fit),
@@ -249,23 +220,24 @@ class _Choosing:
         )
 
     def _candidates(self) -> dict[Layers, list[str]]:
-        """The methods of each set."""
-        few = self._fit[:FEW]
-        self._spend(self._count * len(self._fit))
+        """The methods of each set, all of them refitted and judged."""
         scores = Importance.from_dict(self._cells.value("scores", self._scores))
+        self._spend(self._count * len(self._fit))
         methods: dict[Layers, list[str]] = {}
         for name in CANDIDATES:
-            if name in BY_LOSS:
-                price = most_layers_run(self._count, self._n) * len(few)
-                said = f"{name}'s search takes up to {price / self.a_pass:.1f} bare passes"
-                if not self._affords(price + self._price()):
-                    self._notes.append(f"{name} left out: {said}, more than the budget has left")
-                    continue
-                self._shown.set_postfix_str(said)
-                layers = self._cells.resumed(name, partial(self._searched, name, few))
-                self._spend(price)
-            else:
+            if name not in BY_LOSS:
                 layers = choose(scores, self._n, method=name)
+            else:
+                few = self._fit[:FEW]
+                price = most_layers_run(self._count, self._n) * len(few)
+                takes = f"{name} takes up to {price / self.a_pass:.1f} bare passes"
+                if not self._affords(price + self._price()):
+                    self._notes.append(f"{takes}, more than were left: left out")
+                    continue
+                self._shown.set_postfix_str(takes)
+                layers = self._cells.resumed(name, partial(self._searched, name, few))
+                self._shown.set_postfix_str("")
+                self._spend(price)
             methods.setdefault(tuple(sorted(layers)), []).append(name)
             self._refitted(tuple(sorted(layers)))
         return methods
@@ -275,8 +247,7 @@ class _Choosing:
         return measure(self._short.decoder, [[w] for w in self._fit], into=into).to_dict()
 
     def _searched(self, method: str, few: Windows, state: StateFile | None) -> list[int]:
-        options = {"max_memory": self._max_memory, "state": state, "progress": False}
-        return self._short.search(few, self._n, method=method, **options).removed
+        return self._short.search(few, self._n, method=method, state=state, progress=False).removed
 
     def _grown(self, sets: list[Layers]) -> Layers:
         """The best set, after more windows have judged those that are not told apart from it."""
@@ -284,14 +255,14 @@ class _Choosing:
         while True:
             best = min(sets, key=lambda layers: _loss(self._refitted(layers)))
             sets = [s for s in sets if s == best or not _told_apart(self._change(best, s))]
-            price = len(sets) * self._price(more=len(self._more[:FIRST]))
+            judging = [*self._judging, *self._more[:FIRST]]
+            price = len(sets) * self._price(len(judging))
             if len(sets) == 1 or not self._more or self._spent + price > limit:
                 return best
-            self._judging = [*self._judging, *self._more[:FIRST]]
-            self._more = self._more[FIRST:]
+            self._judging, self._more = judging, self._more[FIRST:]
 
-    def _swap(self, best: Layers, swaps: list[Swap]) -> Swap | None:
-        """The next swap that is kept; None if there is none in the budget. Adds all trials."""
+    def _swapped(self, best: Layers, swaps: list[Swap]) -> Layers | None:
+        """The set after the next swap that is kept, if the budget reaches it; notes all trials."""
         kept = [layer for layer in self._short.kept if layer not in best]
         trials = len(best) * (len(kept) + 1) + len(kept) * (len(kept) + 1) // 2  # layers run
         price = trials * len(self._fit[:FEW])
@@ -307,56 +278,50 @@ class _Choosing:
                 return None
             self._refitted(layers)
             change = self._change(best, layers)
-            swap = Swap(back, removed, change, kept=change.nats < -change.standard_error)
-            swaps.append(swap)
-            if swap.kept:
-                return swap
+            swaps.append(Swap(back, removed, change, change.nats < -change.standard_error))
+            if swaps[-1].kept:
+                return layers
         return None
 
     def _ordered(self, best: Layers, kept: list[int]) -> list[tuple[int, int]]:
         """Pairs of a removed layer and a kept one, the most promising first."""
-        short, few = self._short, self._fit[:FEW]
-        removed, positions = ([short.kept.index(i) for i in part] for part in (best, kept))
-        further = losses_without(
-            short.decoder, few, removed, positions, max_memory=self._max_memory
-        )
-        back = {}
-        for layer in best:
-            back[layer] = _loss(pruned_losses(short, [i for i in best if i != layer], few))
-        pairs = product(best, kept)
-        return sorted(pairs, key=lambda p: back[p[0]] + further[short.kept.index(p[1])])
+        short, few, index = self._short, self._fit[:FEW], self._short.kept.index
+        # in nats a token, with another layer removed and with one put back
+        fewer = losses_without(short.decoder, few, [*map(index, best)], [*map(index, kept)])
+        more = {i: _loss(pruned_losses(short, [j for j in best if j != i], few)) for i in best}
+        return sorted(product(best, kept), key=lambda pair: more[pair[0]] + fewer[index(pair[1])])
 
     def _refitted(self, layers: Layers) -> list[Perplexity]:
-        """Losses of the judging windows without these layers, refitted; measured once."""
-        fit_on, judging = self._fit, self._judging
+        """Losses of the windows that judge, refitted without these layers; each measured once."""
+        judging = self._judging
         if len(self._losses.get(layers, [])) < len(judging):
-            name = f"refit of {[*layers]}, {len(judging)} windows"
-            options = {"fit_on": fit_on, "settings": self._settings}
-            run = partial(pruned_losses, self._short, layers, judging, **options)
+            name = f"{[*layers]} on {len(judging)} windows"
+            run = partial(pruned_losses, self._short, layers, judging, fit_on=self._fit)
             self._losses[layers] = self._cells.losses(name, run)
             self._spend(self._price())
         return self._losses[layers]
 
     def _change(self, first: Layers, second: Layers) -> Difference:
         """From one set's loss to another's, on the windows that judged both."""
-        both = [self._losses[layers] for layers in (first, second)]
+        both = self._losses[first], self._losses[second]
         return difference(*(each[: min(map(len, both))] for each in both))
 
-    def _price(self, *, more: int = 0) -> int:
+    def _price(self, judging: int | None = None) -> int:
         """Of a refit and its losses, in layers run."""
-        return self._count * (REFIT * len(self._fit) + len(self._judging) + more)
+        judging = len(self._judging) if judging is None else judging
+        return self._count * (REFIT * len(self._fit) + judging)
 
     def _affords(self, price: int) -> bool:
         return self._spent + price <= self._budget * self.a_pass
 
     def _spend(self, price: int) -> None:
-        """Counts what was measured, now or in the run that this one continues."""
+        """Counts what was measured, by this run or by the one that it continues."""
         self._spent += price
         self._shown.update(price)
 
 
-def _swapped(layers: Layers, swap: Swap) -> Layers:
-    return tuple(sorted({*layers, swap.removed} - {swap.back}))
+def _told_apart(change: Difference) -> bool:
+    return abs(change.nats) > change.error.reach()  # False where there is no interval: NaN
 
 
 def _loss(parts: Sequence[Perplexity]) -> float:

@@ -35,7 +35,7 @@ from short_gpt.runtime.state import StateFile, joined
 from short_gpt.scoring.importance import Importance
 from short_gpt.scoring.run import Following, RunState
 from short_gpt.scoring.stopping import Stop, Verdict
-from short_gpt.selection.methods import AUTO, BY_LOSS, choose
+from short_gpt.selection.methods import AUTO, SEARCHED, choose
 from short_gpt.selection.search import Search
 from short_gpt.wrappers.opening import check_tokenizer
 from short_gpt.wrappers.options import OpenOptions
@@ -186,7 +186,7 @@ def check_ranking(
         raise ShortGPTError(
             f"`method` {answer.method} needs {why}; choose another, or leave out `stream`"
         )
-    running.check_bounds(BY_LOSS, searches=answer.by_loss)
+    running.check_bounds(SEARCHED, searches=answer.method in SEARCHED)
     if answer.by_loss and several_ranks():
         raise ShortGPTError(f"`method` {answer.method} runs on one rank; start it alone")
     check_tokenizer(opening.tokenizer_path, model, stream=running.stream)
@@ -275,11 +275,11 @@ def _search(
     """What a method by loss removes."""
     assert isinstance(short, ShortModel) and isinstance(windows, list)  # it is not streamed
     answer, few = result.answer, None
-    memory, n = bytes_of(running.max_memory or "2GB"), answer.n or 0  # checked: it is given
+    n = answer.n or 0  # checked: it is given
     with interruptible():
         if answer.method == AUTO:
-            options = {"budget": answer.budget, "max_memory": memory, "state": result.state}
-            return replace(result, choice=choose_healed(short, windows, n, **options))
+            choice = choose_healed(short, windows, n, budget=answer.budget, state=result.state)
+            return replace(result, choice=choice)
         if answer.candidates is not None:
             short.measure(windows, batch_size=running.batch_size)
             few = short.layers_to_remove(n=answer.candidates)
@@ -289,7 +289,7 @@ def _search(
             method=answer.method,
             candidates=few,
             batch_size=running.batch_size,
-            max_memory=memory,
+            max_memory=bytes_of(running.max_memory or "2GB"),
             state=result.state,
         )
     return replace(result, search=search)

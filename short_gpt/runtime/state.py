@@ -273,7 +273,8 @@ class StateFile:
     def part(self, name: str) -> StateFile:
         """The state, in a file of its own, of a run inside this one."""
         path = self.path.with_name(f"{self.path.name}.{name}")
-        identity = joined(self._identity, {"part": name})
+        outer = self._identity.get("part")  # of a part's part
+        identity = {**self._identity, "part": f"{outer}, {name}" if outer else name}
         return StateFile(path, identity, every=self.every, lock=self._lock)
 
     def due(self) -> bool:

@@ -140,11 +140,9 @@ def losses_without(
     windows: Sequence[Sequence[int]],
     removed: Sequence[int],
     candidates: Sequence[int],
-    *,
-    max_memory: int = DEFAULT.max_memory,
 ) -> Nats:
     """The mean loss without ``removed`` and one candidate more, by candidate; all are positions."""
-    trials = Trials(decoder, windows, Options(max_memory=max_memory), removed)
+    trials = Trials(decoder, windows, DEFAULT, removed)
     trials.round(sorted(candidates), lambda _: None)
     return trials.result.losses[0]
 

@@ -103,7 +103,7 @@ def test_one_window_alone_has_no_errors_and_prints_none(ckpt, capsys):
     assert [line.split()[2] for line in out.splitlines()[1:6]] == ["-"] * 5
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("bi", "angular")])
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("bi", "angular", "auto")])
 def test_rank_by_every_method(ckpt, capsys, method):
     numbers = ("--n_prune_layers", 2, "--max_windows", 6, "--stride", 32)
     run("rank", "ckpt", *DATA[:4], *numbers, "--method", method, "--out", "m.json")
@@ -147,6 +147,34 @@ def test_prune_takes_what_a_search_chose(ckpt, capsys):
         (("--n_prune_layers", 1, "--method", "bi"), "holds the layers of sleb, not of bi"),
     ):
         assert message in fails(capsys, "prune", "ckpt", "x", "--scores", "s.json", *options)
+
+
+def test_prune_takes_what_auto_chose_together(ckpt, capsys):
+    Path("numbers.txt").write_text(" ".join(str(i * i) for i in range(120)))
+    auto = ("rank", "ckpt", "--data", "numbers.txt", "--size", 32, "--stride", 16)
+    run(*auto, "--method", "auto", "--n", 2, "--max_windows", 8, "--budget", 9, "--json", "a.json")
+    out = capsys.readouterr().out
+    record = json.loads(Path("a.json").read_text())
+    layers, choice = record["chosen"]["layers"], record["choice"]
+    assert f"{METHODS['auto']}: {layers}" in out and " of 9 bare passes" in out
+    assert choice["layers"] == layers and record["arguments"]["budget"] == 9
+    # a stride below the size is not taken: no window shares text with another
+    assert (choice["fitted"], choice["judged"]) == (4, 4) and len(choice["notes"]) == 1
+    assert all({"methods", "loss", "difference", "told_apart"} < {*c} for c in choice["candidates"])
+    assert not Path("a.json.state").exists()
+    run("prune", "ckpt", "two", "--scores", "a.json", "--n", 2)
+    pruned = json.loads(Path("two", "pruning.json").read_text())
+    assert pruned["removed_layers"] == layers and pruned["method"] == METHODS["auto"]
+    capsys.readouterr()
+    together, limit = "2 layers that auto chose together: take 2", ("--max_perplexity_ratio", 2)
+    for options, message in (
+        (("--n", 1), together),
+        ((*limit, "--eval_data", "book.txt"), "needs layers in an order, and auto chooses a set"),
+    ):
+        assert message in fails(capsys, "prune", "ckpt", "x", "--scores", "a.json", *options)
+    assert together in fails(
+        capsys, "heal", "ckpt", "x", "--scores", "a.json", "--n", 1, "--data", "book.txt"
+    )
 
 
 def test_prune_by_the_method_that_ranked_or_another(ckpt):

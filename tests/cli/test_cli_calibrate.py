@@ -11,7 +11,8 @@ from conftest import BYTE_VOCAB, make_transformer, save_checkpoint, write_byte_t
 
 from short_gpt import open_model
 from short_gpt.data import overlapping
-from short_gpt.jobs import Readings, calibration, comparing
+from short_gpt.healing import choosing
+from short_gpt.jobs import Readings, calibration
 from short_gpt.jobs.calibration import windows_apart
 
 WORDS = ("alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta")
@@ -100,7 +101,7 @@ def test_in_one_text_what_ranks_is_left_out_of_what_judges(here):
 
 
 def test_interrupted_the_same_command_continues(here, monkeypatch, capsys):
-    plain, calls = comparing.losses, []
+    plain, calls = choosing.losses, []
 
     def counted(*args, **options):
         calls.append(1)
@@ -108,7 +109,7 @@ def test_interrupted_the_same_command_continues(here, monkeypatch, capsys):
             raise KeyboardInterrupt
         return plain(*args, **options)
 
-    monkeypatch.setattr(comparing, "losses", counted)
+    monkeypatch.setattr(choosing, "losses", counted)
     with pytest.raises(SystemExit):
         run(*COMMON, "--n", 2, "--out", "c.json")
     assert Path("c.json.state").is_file()

@@ -18,6 +18,7 @@ UNUSED = [
     (("prune", *TWO, "--layers", "1", "--confidence", 0.9), "--max_perplexity_ratio"),
     (("prune", *TWO, "--layers", "1", "--bos", "every"), "--max_perplexity_ratio"),
     (("rank", "model", "--n", 2, "--candidates", 3), "--method sleb"),
+    (("rank", "model", "--n", 2, "--method", "sleb", "--budget", 3), "--method auto"),
     (("rank", "model", "--confidence", 0.9), "--n, a --seed"),
     (("rank", "model", "--rare", 0.1), "--n, a --seed"),
     (("rank", "model", "--n", 2, "--confidence", "none", "--rare", 0.1), "a --confidence"),
@@ -134,7 +135,6 @@ def test_what_counts_or_asks_for_nothing_passes():
     [
         (("draft", "model", "pruned"), "the command draft was removed: compare"),
         (("rank", "model", "--healed"), "rank --healed was removed: heal what"),
-        (("rank", "model", "--budget", 2), "rank --budget was removed: it was for"),
         (("rank", "model", "--n", 2, "--method", "evolution"), "evolution was removed: rank by"),
     ],
 )

@@ -13,7 +13,8 @@ from conftest import CharTokenizer, make_transformer, random_windows
 from short_gpt import ShortLlama, heal_refit
 from short_gpt.data.windows import Window
 from short_gpt.evaluation import difference, losses, together
-from short_gpt.jobs import Apart, calibrate, comparing
+from short_gpt.healing import choosing
+from short_gpt.jobs import Apart, calibrate
 from short_gpt.jobs import calibration as module
 from short_gpt.jobs.calibration import (
     WindowScores,
@@ -111,13 +112,13 @@ def test_the_model_is_left_as_it_was():
 
 
 def test_the_mix_is_refitted_on_windows_of_all_texts_in_turn(monkeypatch):
-    seen, plain = [], comparing.refit.fit
+    seen, plain = [], choosing.refit.fit
 
     def watched(model, layers, windows, **options):
         seen.append([*windows])
         return plain(model, layers, windows, **options)
 
-    monkeypatch.setattr(comparing.refit, "fit", watched)
+    monkeypatch.setattr(choosing.refit, "fit", watched)
     texts = {**TEXTS, "low": TEXTS["low"]._replace(ranking=TEXTS["low"].ranking[:2])}
     calibrate(short(), texts, 2, healings=["refit"], progress=False)
     even, low, high = (parts.ranking for parts in texts.values())
@@ -250,7 +251,7 @@ def test_an_interval_is_not_below_what_noise_takes_away():
 
 
 def test_interrupted_it_continues_and_measures_nothing_twice(tmp_path, monkeypatch):
-    calls, plain = [], comparing.losses
+    calls, plain = [], choosing.losses
 
     def counted(decoder, windows, **options):
         calls.append(len(decoder.layers))
@@ -258,7 +259,7 @@ def test_interrupted_it_continues_and_measures_nothing_twice(tmp_path, monkeypat
             raise KeyboardInterrupt
         return plain(decoder, windows, **options)
 
-    monkeypatch.setattr(comparing, "losses", counted)
+    monkeypatch.setattr(choosing, "losses", counted)
     state = tmp_path / "state"
     with pytest.raises(KeyboardInterrupt):
         calibrate(short(), TEXTS, 2, state=state, progress=False)

@@ -9,11 +9,12 @@ from dataclasses import replace
 import pytest
 import scipy.stats
 import torch
-from conftest import CharTokenizer, make_transformer, random_windows, zero_layer
+from conftest import CharTokenizer, interrupted, make_transformer, random_windows, zero_layer
 
-from short_gpt import ShortLlama, heal_patch, heal_refit
+from short_gpt import ShortLlama, choose_healed, heal_patch, heal_refit
 from short_gpt.cli.tables import compared
 from short_gpt.evaluation import TaskRun, TaskSuite, difference, losses, perplexity
+from short_gpt.healing import choosing
 from short_gpt.jobs import Cases, Comparison, compare
 from short_gpt.jobs import comparing as module
 from short_gpt.jobs.comparing import size_without, tokens_per_second
@@ -93,7 +94,7 @@ def test_the_difference_from_the_whole_model_has_its_error(rows):
 
 
 def test_nothing_is_computed_twice_and_it_continues(tmp_path, monkeypatch):
-    calls, plain = [], module.losses
+    calls, plain = [], choosing.losses
 
     def counted(decoder, windows, **options):
         calls.append(len(decoder.layers))
@@ -101,7 +102,7 @@ def test_nothing_is_computed_twice_and_it_continues(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return plain(decoder, windows, **options)
 
-    monkeypatch.setattr(module, "losses", counted)
+    monkeypatch.setattr(choosing, "losses", counted)
 
     def run():
         state = StateFile(tmp_path / "state", {"model": "tiny"})
@@ -139,6 +140,22 @@ def test_an_interrupted_search_continues_in_the_middle(tmp_path, monkeypatch):
     calls[:] = range(100)
     assert Comparison(short(), CALIBRATION, EVALUATION).layers("sleb", 2) == found
     assert needed == len(calls) - 100 + 1  # and the interrupted window
+
+
+def test_auto_is_measured_once_by_the_calibration_windows_and_continues(tmp_path):
+    def layers():
+        state = StateFile(tmp_path / "state", {"model": "tiny"})
+        return Comparison(short(), CALIBRATION, EVALUATION, state=state).layers("auto", 2)
+
+    with interrupted(PartialRun, "nats", 9):  # in the greedy search, a run inside a run inside
+        layers()
+    assert (tmp_path / "state.auto-2.sleb").is_file()
+    found = layers()
+    assert [p.name for p in tmp_path.iterdir()] == ["state"]
+    with interrupted(PartialRun, "nats", 0):
+        assert layers() == found
+        raise KeyboardInterrupt  # nothing else did
+    assert found == choose_healed(short(), CALIBRATION, 2, progress=False).layers
 
 
 def test_the_model_is_left_as_it_was():

@@ -427,6 +427,10 @@ REFUSED = [
         ("rank", "hf", "--method", "sleb", "--n_prune_layers", 1),
         "--method sleb needs the model in memory",
     ),
+    (
+        ("rank", "hf", "--method", "auto", "--n", 1),
+        "--method auto needs the model in memory",
+    ),
     (("rank", "hf", "--method", "angular_all"), "--method angular_all needs all states"),
     (("rank", "hf", "--model_parallel_size", 2), "--model_parallel_size 2: --stream holds one"),
     (("rank", "hf", "--max_memory", "1MB"), "max_memory 1MB is too little: .* at least"),

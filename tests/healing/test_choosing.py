@@ -1,0 +1,220 @@
+"""The choice by held-out loss after a refit: known answers, its budget, and what it continues."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import CharTokenizer, interrupted, make_transformer, random_windows, zero_layer
+
+from llama.model import TransformerBlock
+from short_gpt import ShortLlama, choose_healed
+from short_gpt.evaluation import Perplexity, difference
+from short_gpt.evaluation.cells import Cells
+from short_gpt.evaluation.sampling import Sample
+from short_gpt.healing import choosing, refit
+from short_gpt.healing.choosing import pruned_losses
+from short_gpt.runtime.state import StateFile
+
+WINDOWS = random_windows(16, 12)
+QUIET = {"progress": False}
+
+
+def model(layers: int = 6, *identities: int) -> ShortLlama:
+    transformer = make_transformer(n_layers=layers)
+    for layer in identities:
+        zero_layer(transformer, layer)
+    return ShortLlama(SimpleNamespace(model=transformer, tokenizer=CharTokenizer()))
+
+
+@cache
+def written(layers: int, *identities: int, count: int = 16) -> list[list[int]]:
+    """Windows of 12 tokens drawn from the model itself, which predicts them best."""
+    decoder, windows = model(layers, *identities).decoder, []
+    torch.manual_seed(1)
+    for first in torch.randint(0, 96, (count, 1, 1)):
+        tokens = first
+        while tokens.shape[1] < 12:
+            chances = decoder.logits(tokens)[:, -1].softmax(-1)  # (1, V)
+            tokens = torch.cat([tokens, torch.multinomial(chances, 1)], 1)
+        windows += tokens.tolist()
+    return windows
+
+
+@pytest.fixture
+def candidates(monkeypatch):
+    """Sets the methods whose sets are the candidates."""
+    return lambda *names: monkeypatch.setattr(choosing, "CANDIDATES", names)
+
+
+@pytest.fixture
+def refitted(monkeypatch):
+    """The sets that were refitted, in their order, with the windows read."""
+    found, plain = [], refit.fit
+
+    def fit(short, layers, windows, **options):
+        found.append((*layers, len(windows)))
+        return plain(short, layers, windows, **options)
+
+    monkeypatch.setattr(choosing.refit, "fit", fit)
+    return found
+
+
+def test_identities_are_chosen_their_loss_is_the_models_and_equal_sets_are_refitted_once(refitted):
+    short, windows = model(6, 1, 4), written(6, 1, 4)
+    result = choose_healed(short, windows, 2, budget=9, **QUIET)
+    assert result.layers == [1, 4]
+    judging = windows[8:]
+    whole = sum(p.nats for p in pruned_losses(short, [], judging)) / (8 * 11)
+    assert result.loss == pytest.approx(whole, abs=1e-5)
+    best, *others = result.candidates
+    assert best.methods == ["bi", "relative_magnitude", "sleb"] and best.difference.nats == 0
+    assert [one.methods for one in others] == [["angular"]]
+    assert refitted.count((1, 4, 8)) == 1 == refitted.count((*others[0].layers, 8))
+    assert others[0].difference.nats > 0
+
+
+def test_a_swap_brings_the_right_layer_in(candidates):
+    candidates("deepest")  # 3 and 4
+    result = choose_healed(model(6, 1, 4), written(6, 1, 4), 2, budget=8, **QUIET)
+    assert result.layers == [1, 4]
+    first = result.swaps[0]
+    assert (first.back, first.removed, first.kept) == (3, 1, True)
+    assert first.difference.nats < -first.difference.standard_error
+    assert not any(swap.kept for swap in result.swaps[1:])  # nothing is better than identities
+    (candidate,) = result.candidates
+    assert candidate.layers == [3, 4]
+    assert candidate.difference.nats == pytest.approx(-first.difference.nats)
+
+
+def test_candidates_are_judged_by_their_refit_on_windows_that_it_does_not_read(candidates):
+    candidates("bi", "deepest")
+    short = model()
+    result = choose_healed(short, WINDOWS, 2, budget=5, **QUIET)
+    losses = {}
+    for one in result.candidates:
+        own = losses[tuple(one.layers)] = pruned_losses(
+            model(), one.layers, WINDOWS[8:], fit_on=WINDOWS[:8]
+        )
+        assert one.loss == pytest.approx(sum(p.nats for p in own) / (8 * 11), abs=1e-6)
+    best, worse = losses
+    expected = difference(losses[best], losses[worse])
+    assert result.candidates[1].difference.nats == pytest.approx(expected.nats, abs=1e-6)
+    assert list(best) == result.layers and expected.nats > 0
+
+
+def test_the_budget_is_never_passed_and_a_bare_pass_is_the_first_windows(candidates, monkeypatch):
+    layers_run, plain = [], TransformerBlock.forward
+
+    def counted(self, x, *args, **kwargs):
+        layers_run.append(len(x))
+        return plain(self, x, *args, **kwargs)
+
+    monkeypatch.setattr(TransformerBlock, "forward", counted)
+    candidates("deepest", "sleb")
+    result = choose_healed(model(), WINDOWS, 2, budget=14, **QUIET)
+    assert result.passes <= 14 and result.swaps
+    price = 3 * 8 + 8
+    trials = 2 * 5 + 4 * 5 // 2  # with one put back, and with one more removed
+    # 10 and 6 for the trials of two rounds, 4 and 3 to move on, all on 4 windows
+    spent = 6 * 8 + 4 * (10 + 4 + 6 + 3) + 6 * price * (2 + len(result.swaps))
+    orders = 1 + sum(swap.kept for swap in result.swaps)
+    assert result.passes == pytest.approx((spent + orders * 4 * trials) / (6 * 16))
+    assert sum(layers_run) <= result.passes * 6 * 16  # refits' products take the rest
+
+
+def test_greedy_search_is_left_out_where_the_budget_does_not_allow_it(candidates):
+    candidates("deepest", "sleb")
+    result = choose_healed(model(), WINDOWS, 2, budget=3, **QUIET)
+    assert [one.methods for one in result.candidates] == [["deepest"]]
+    assert result.notes == ["sleb takes up to 1.0 bare passes, more than were left: left out"]
+    with pytest.raises(ValueError, match="budget = 2: refitting the candidates takes 3 bare"):
+        choose_healed(model(), WINDOWS, 2, budget=2, **QUIET)
+
+
+def test_what_is_not_told_apart_is_said_and_judged_by_more_windows(candidates, monkeypatch):
+    candidates("bi", "deepest")
+    monkeypatch.setattr(choosing, "_told_apart", lambda change: False)
+    windows = random_windows(24, 12)
+    # scores 0.5 passes, 2 for each candidate, 2.5 for each on 16 windows: half of 15 + 4.5 is 9.75
+    result = choose_healed(model(), windows, 2, budget=15, **QUIET)
+    assert (result.fitted, result.judged) == (8, 16)
+    assert [one.difference.windows for one in result.candidates] == [16, 16]
+    text = str(result).splitlines()
+    assert "chosen" in text[1] and ", not told apart " in text[2] and "judged on 16;" in text[-1]
+    less = choose_healed(model(), windows, 2, budget=14, **QUIET)
+    assert less.judged == 8  # it would take more than half of what was left
+
+
+def test_sets_that_are_told_apart_are_not_judged_again(candidates, monkeypatch):
+    candidates("bi", "deepest")
+    monkeypatch.setattr(choosing, "_told_apart", lambda change: change.nats != 0)
+    result = choose_healed(model(), random_windows(24, 12), 2, budget=15, **QUIET)
+    assert result.judged == 8 and "not told apart" not in str(result)
+
+
+def test_a_difference_is_told_apart_where_its_interval_leaves_0_out():
+    first = [Perplexity.of([Sample(None, nats, 11)]) for nats in (20.0, 22.0, 24.0, 21.0)]
+    for change, apart in ((1.0, True), (0.05, False)):
+        second = [
+            Perplexity.of([Sample(None, p.nats + change + noise, 11)])
+            for p, noise in zip(first, (0.2, -0.2, 0.1, 0.0), strict=True)
+        ]
+        assert choosing._told_apart(difference(first, second)) is apart
+        assert choosing._told_apart(difference(second, first)) is apart
+    assert not choosing._told_apart(difference(first[:1], second[:1]))  # no interval
+
+
+@pytest.mark.parametrize("stop_at", [3, 7])
+def test_an_interrupted_choice_continues_to_the_same_result(tmp_path, candidates, stop_at):
+    candidates("deepest", "sleb")
+    whole = choose_healed(model(), WINDOWS, 2, budget=14, **QUIET)
+    state = StateFile(tmp_path / "s", {}, every=0.0)
+    with interrupted(Cells, "value", stop_at):
+        choose_healed(model(), WINDOWS, 2, budget=14, state=state, **QUIET)
+    state = StateFile(tmp_path / "s", {}, every=0.0)
+    assert len(state.content["cells"]) == stop_at
+    assert choose_healed(model(), WINDOWS, 2, budget=14, state=state, **QUIET) == whole
+
+
+def test_what_was_measured_is_not_measured_again(tmp_path, candidates, refitted):
+    candidates("deepest")
+    for _ in range(2):
+        state = StateFile(tmp_path / "s", {}, every=0.0)
+        result = choose_healed(model(), WINDOWS, 2, budget=8, state=state, **QUIET)
+    assert len(refitted) == 1 + len(result.swaps)
+    assert json.loads(json.dumps(result.to_dict()))["layers"] == result.layers
+
+
+def test_the_model_and_its_scores_are_left_as_they_were():
+    short, tokens = model(), torch.tensor(random_windows(2, 12, seed=3))
+    short.measure(WINDOWS[:2], **QUIET)
+    before = [p.clone() for p in short.decoder.module.parameters()]
+    logits, scores = short.decoder.logits(tokens), short.importance.to_dict()
+    choose_healed(short, WINDOWS, 2, budget=10, **QUIET)
+    assert all(map(torch.equal, before, short.decoder.module.parameters()))
+    assert torch.equal(short.decoder.logits(tokens), logits)
+    assert short.importance.to_dict() == scores and short.kept == [*range(6)]
+
+
+def test_of_a_pruned_model_the_numbers_are_the_originals(candidates):
+    candidates("deepest")
+    short = model(7, 0, 2, 5)
+    short.remove_layers([0])
+    result = choose_healed(short, written(7, 0, 2, 5), 2, budget=10, **QUIET)
+    assert result.candidates[0].layers == [4, 5] and result.layers == [2, 5]
+
+
+def test_few_windows_and_windows_that_share_text():
+    assert choose_healed(model(), WINDOWS[:6], 1, budget=9, **QUIET).notes == [
+        "6 windows, fewer than 16: differences are less sure"
+    ]
+    with pytest.raises(ValueError, match="at least 4 windows, .* got 3, of which 0 share"):
+        choose_healed(model(), WINDOWS[:3], 1, **QUIET)
+    with pytest.raises(ValueError, match="got 8, of which 4 share text"):
+        choose_healed(model(), WINDOWS[:4] * 2, 1, **QUIET)
+    with pytest.raises(ValueError, match="expected 1 to 4"):
+        choose_healed(model(), WINDOWS, 5, **QUIET)
