@@ -29,7 +29,7 @@ def texts(source: str | Path, *, split: str | None = None, column: str = "text")
 
     Args:
         source: a path, else a name at the hub: "allenai/c4:en" has a configuration. "demo" is the
-            demo's book: its held-out chapters, or with the split "train" or "validation" the others.
+            demo's book: its held-out chapters, or with another split than "test" the others.
         split: of a folder, only sub-folders of this name and files whose names begin with it, if
             there are any; else all files, sorted by name. A data set with several splits needs it.
         column: of the text, in .jsonl, .parquet and data sets.

@@ -16,7 +16,7 @@ from short_gpt.runtime.state import versions
 from short_gpt.scoring.importance import Importance
 
 if TYPE_CHECKING:
-    from short_gpt.jobs.shrinking import Shrunk
+    from short_gpt.jobs.shrunk import Shrunk
 
 TEMPLATE, MARK = "page.html", "<!-- a page of ShortGPT -->"
 WIDTH, HEIGHT, LEFT, ROW = 360, 150, 34, 34  # of pictures: a phone's, so that letters stay large
@@ -44,14 +44,6 @@ def is_page(path: Path) -> bool:
     """Whether a file is such a page."""
     with path.open(encoding="utf-8", errors="replace") as file:
         return MARK in file.read(200)
-
-
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows, the first of them the head, as HTML."""
-    head, *body = ([escape(cell) for cell in row] for row in rows)
-    lines = ["<tr>" + "".join(f"<th>{cell}</th>" for cell in head) + "</tr>"]
-    lines += [f"<tr><th>{r[0]}</th>" + "".join(f"<td>{c}</td>" for c in r[1:]) for r in body]
-    return f"<table>{''.join(lines)}</table>"
 
 
 def bars(importance: Importance, removed: Sequence[int]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +13,6 @@ from llama.io.sources import is_gguf
 from short_gpt.evaluation.paired import difference
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.evaluation.tasks import TaskRun, task_changes
-from short_gpt.jobs.page import table
 from short_gpt.runtime.memory import shown
 from short_gpt.scoring.importance import Importance
 from short_gpt.selection.methods import AUTO
@@ -112,7 +112,12 @@ class Shrunk:
         return "\n".join([*lines, *(f"  {step}" for step in self.next_steps)])
 
     def _repr_html_(self) -> str:
-        return table(self.rows())
+        head, *body = ([escape(cell) for cell in row] for row in self.rows())
+        lines = ["<tr>" + "".join(f"<th>{cell}</th>" for cell in head) + "</tr>"]
+        for first, *cells in body:
+            right = "".join(f"<td>{cell}</td>" for cell in cells)
+            lines.append(f"<tr><th>{first}</th>{right}</tr>")
+        return f"<table>{''.join(lines)}</table>"
 
     def to_dict(self) -> dict[str, object]:
         """All of it, ready for JSON."""
