@@ -30,7 +30,7 @@ from short_gpt.checkpoints.target import Target, check_format, check_new_gguf, o
 from short_gpt.data.disjoint import without_overlap
 from short_gpt.data.texts import OWN, source_names, texts
 from short_gpt.evaluation.cells import Cells
-from short_gpt.evaluation.paired import losses, together
+from short_gpt.evaluation.paired import difference, losses, together
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.healing import DistillSettings, HealingJob, RefitSettings, Source, Step, choosing
 from short_gpt.healing.choosing import FEW, FIRST, MOST, REFIT, choose_healed, pruned_losses
@@ -114,65 +114,31 @@ def shrink(
     cut, tasks, opening = windows or HealingWindows(), tasks or Tasks(), opening or OpenOptions()
     source = find_source(model) if isinstance(model, str | PathLike) else None
     to, texts = settings.to or ("gguf" if is_gguf(out) else "hf"), source_of(data)
-    how = (source, Path(out), to, dial, settings, texts, cut, tasks, opening, notify)
-    _check(*how[:-2], overwrite=overwrite)
-    folder = _folder(Path(out))
-    lock = None if settings.dry_run else hold(folder)
+    how = (dial, settings, texts, cut, tasks, opening)
+    run = _Run(source, Path(out), to, *how, overwrite, notify)
+    run.check()
+    lock = None if settings.dry_run else hold(run.folder)
     if isinstance(model, str | PathLike):
-        short = open_trainable(str(model), opening)
+        run.open(open_trainable(str(model), opening))
     else:
-        short = ShortHFModel(model, tokenizer=tokenizer)
-    kind = short.model.config.model_type
-    if to != "hf" and kind != "llama" and not _from_gguf(source, to):
-        raise ShortGPTError(f"`to` {to} is for a Llama, and this is a {kind}: leave it out")
-    run = _Run(short, *how)
+        run.open(ShortHFModel(model, tokenizer=tokenizer))
     if settings.dry_run:
-        return Shrunk(Path(out), run.plan)
+        return Shrunk(run.out, run.plan)
     notify(run.plan)
     try:
-        result = run.done(overwrite=overwrite)
-        shutil.rmtree(folder, ignore_errors=True)
+        result = run.done()
+        shutil.rmtree(run.folder, ignore_errors=True)
     finally:
         with suppress(OSError):  # what is kept to continue from stays
-            folder.rmdir()
+            run.folder.rmdir()
         del lock
     return result
-
-
-def _check(
-    source: Weights | None,
-    out: Path,
-    to: str,
-    dial: Dial,
-    settings: Shrinking,
-    data: TextSource,
-    cut: HealingWindows,
-    tasks: Tasks,
-    *,
-    overwrite: bool,
-) -> None:
-    """Raises what can be known before a model is loaded."""
-    for group in (dial, settings, cut, tasks):
-        group.check()
-    if settings.minutes is not None:
-        require_packages()
-    check_format(out, to)
-    if to == "gguf":
-        check_new_gguf(out, overwrite=overwrite)
-        check_output(report_of(out), overwrite=True, ours=is_page)
-    else:
-        path = None if source is None else source.path
-        check_new(out, marker=PROVENANCE, overwrite=overwrite, source=path)
-    data.kinds()  # reads the first text of each
-    for name in [] if cut.eval_data is None else source_names(cut.eval_data):
-        texts(name, column=data.column)
 
 
 @dataclass
 class _Run:
     """One shrinking: what it reads and writes, and what was measured so far."""
 
-    short: ShortHFModel
     source: Weights | None  # None of a loaded model
     out: Path
     to: str
@@ -182,39 +148,69 @@ class _Run:
     cut: HealingWindows
     tasks: Tasks
     opening: OpenOptions
+    overwrite: bool
     notify: Notify
 
-    def __post_init__(self) -> None:
-        self.folder = _folder(self.out)
-        self.size = self.cut.size or min(SIZE, self.short.decoder.max_seq_len)
-        self.count = len(self.short.kept)
+    def check(self) -> None:
+        """Raises what can be known before a model is loaded."""
+        for group in (self.dial, self.settings, self.cut, self.tasks):
+            group.check()
+        if self.settings.minutes is not None:
+            require_packages()
+        check_format(self.out, self.to)
+        if self.to == "gguf":
+            check_new_gguf(self.out, overwrite=self.overwrite)
+            check_output(report_of(self.out), overwrite=True, ours=is_page)
+        else:
+            path = None if self.source is None else self.source.path
+            check_new(self.out, marker=PROVENANCE, overwrite=self.overwrite, source=path)
+        self.texts.kinds()  # reads the first text of each
+        judges = self.cut.eval_data
+        for name in [] if judges is None else source_names(judges):
+            texts(name, column=self.texts.column)
+        self.folder = Path(f"{self.out}.shrinking")  # what a killed run continues from
+
+    def open(self, short: ShortHFModel) -> None:
+        """Takes the original model, and derives the rest of the settings from it."""
+        kind, self.short, self.judged = short.model.config.model_type, short, short.model.dtype
+        if self.to != "hf" and kind != "llama" and not self.in_place:
+            raise ShortGPTError(
+                f"`to` {self.to} is for a Llama, and this is a {kind}: leave it out"
+            )
+        self.size = self.cut.size or min(SIZE, short.decoder.max_seq_len)
+        self.count = len(short.kept)
         self.own = [name for name in source_names(self.texts.data) if name in OWN]
         minutes, many = self.settings.minutes, 3 * CLOSED_WINDOWS
         limit = CLOSED_WINDOWS if minutes is None else many if self.own else None
         self.limit = self.cut.max_windows or limit  # windows to learn from
         self.fitted = min(self.limit or CLOSED_WINDOWS, CLOSED_WINDOWS)  # of the refit, at most
         self.refit = RefitSettings(max_windows=CLOSED_WINDOWS)
-        self.probe = [i % self.short.decoder.vocab_size for i in range(self.size)]
-        self.judged = self.short.model.dtype
-        self.parameters, self.stored = self._sizes()  # before any layer goes
+        self.probe = [i % short.decoder.vocab_size for i in range(self.size)]
+        self.parameters, self.stored = self._sizes()
         sizes, rest = self.parameters
         if self.dial.memory is not None:
             sizes, rest = [size + self.cache for size in self.stored[0]], self.stored[1]
         open_ended = self.dial.max_perplexity_ratio is not None
         self.n = None if open_ended else self.dial.count(sizes, rest)
 
+    @property
+    def in_place(self) -> bool:
+        """Whether tensors keep the types of a GGUF file."""
+        return self.source is not None and self.source.kind == self.to == "gguf"
+
     @cached_property
     def dtype(self) -> torch.dtype:
         """Of the weights as they are written: the source's own, unless one was asked for."""
-        ours = self.judged
         if self.source is None or self.opening.dtype is not None or self.source.kind == "gguf":
-            return ours
+            return self.judged
         if self.source.kind == "meta":
             infos = Checkpoint(self.source).infos.values()
-            return max(infos, key=lambda info: math.prod(info.shape)).dtype
-        config = read_json(resolve(self.source) / "config.json")
-        name = config.get("dtype") or config.get("torch_dtype")
-        return getattr(torch, str(name), ours)
+            stored = max(infos, key=lambda info: math.prod(info.shape)).dtype
+        else:
+            config = read_json(resolve(self.source) / "config.json")
+            name = str(config.get("dtype") or config.get("torch_dtype"))
+            stored = getattr(torch, name, self.judged)
+        return min(self.judged, stored, key=lambda dtype: dtype.itemsize)
 
     @cached_property
     def cache(self) -> int:
@@ -231,7 +227,7 @@ class _Run:
         total = size_without(self.short, ())[0]
         layers = [total - size_without(self.short, [i])[0] for i in self.short.kept]
         parameters = layers, total - sum(layers)
-        if not _from_gguf(self.source, self.to):
+        if not self.in_place:
             width = self.dtype.itemsize
             return parameters, ([width * size for size in layers], width * parameters[1])
         sizes = [0] * (self.count + 1)  # each tensor in its own type; the rest last
@@ -281,7 +277,7 @@ class _Run:
         step = (times[-1] - times[0]) / (TIMED - 1)
         return step * self.size * math.ceil(texts / AT_ONCE)
 
-    def done(self, *, overwrite: bool) -> Shrunk:
+    def done(self) -> Shrunk:
         """Does all of it; continues what the folder holds."""
         short, windows = self.short, self._read()
         digests = {"training": windows.training, "evaluation": windows.evaluation}
@@ -291,7 +287,7 @@ class _Run:
         self.cells = Cells(StateFile(self.folder / "state.json", identity, folder=self.folder))
         short.importance = Importance.from_dict(self.cells.value("scores", self._scores))
         layers, choice = self._chosen()
-        if _from_gguf(self.source, self.to):
+        if self.in_place:
             check_saved(str(self.source), layers, short.importance.block_influence.tolist())
         how = {"method": METHODS[self.settings.method], "eval_data": self.cut.eval_data}
         short.evidence |= {**how, "size": self.size}
@@ -307,7 +303,8 @@ class _Run:
         job = HealingJob(short, windows, layers, settings=steps, notify=self.notify, **options)
         importance, evidence = short.importance, job.run()
         looks["healed"] = self._look("healed")
-        built = self._write(evidence.perplexity)
+        built, prompt = self._write(evidence.perplexity), self._prompt()
+        del short, job, self.short  # which makes room for what is read again
         result = Shrunk(
             self.out,
             self.plan,
@@ -319,14 +316,14 @@ class _Run:
                 for kind, own in evidence.by_kind.items()
             },
             looks,
-            self._prompt(),
-            self._remarks(built),
+            prompt,
+            self._remarks(built, evidence.perplexity["healed"]),
             evidence.steps,
             choice,
             importance,
             next_steps(self.out, self.to),
         )
-        self._place(built, result, overwrite=overwrite)
+        self._place(built, result)
         return result
 
     def _read(self) -> Learning:
@@ -346,14 +343,19 @@ class _Run:
         )
         return self.windows
 
-    def _remarks(self, built: Path) -> list[str]:
-        """What must be known of the numbers."""
-        own, types = about_own(self.texts.data, self.cut.eval_data), None
-        if _from_gguf(self.source, self.to):
-            types = about_types(str(self.source), built)
+    def _remarks(self, built: Path, healed: Perplexity) -> list[str]:
+        """What must be known of the numbers; a GGUF file, whose tensors were rounded, is judged."""
+        said = [about_own(self.texts.data, self.cut.eval_data), self.windows.left_out]
+        if self.in_place:
+            again = open_trainable(str(built), self.opening)
+            rounding = difference(
+                [healed], [together(losses(again.decoder, self.windows.evaluation))]
+            )
+            said.append(f"writing it in the file's own types changes the loss by {rounding}")
+            said.append(about_types(str(self.source), built))
         elif self.judged != self.dtype:
-            types = f"judged in {self.judged}, written in {self.dtype}"
-        return [remark for remark in (own, self.windows.left_out, types) if remark]
+            said.append(f"judged in {self.judged}, written in {self.dtype}")
+        return [remark for remark in said if remark]
 
     def _scores(self) -> dict[str, object]:
         before, self.short.importance = self.short.importance, Importance.empty(self.short.kept)
@@ -459,7 +461,7 @@ class _Run:
         short, built = self.short, self.folder / self.out.name
         shutil.rmtree(built, ignore_errors=True)
         how: dict[str, Any] = {"facts": {"data": self.texts.data}, "measured": measured}
-        if _from_gguf(self.source, self.to):
+        if self.in_place:
             return short.save(built, **how, overwrite=True)
         for weight in short.model.parameters():  # no buffers, which loading leaves in float32
             weight.data = weight.data.to(self.dtype)
@@ -480,27 +482,17 @@ class _Run:
         target = Target(built, "meta", False, short.check_saved)
         return save_as_meta(short.model, target, record=record, tokenizer_path=tokenizer)
 
-    def _place(self, built: Path, result: Shrunk, *, overwrite: bool) -> None:
+    def _place(self, built: Path, result: Shrunk) -> None:
         """Puts model and page where they belong, whole or not at all."""
         if self.to == "gguf":
             report_of(self.out).write_text(page(result), encoding="utf-8")
             for here, there in reversed([*zip(out_paths(built), out_paths(self.out), strict=True)]):
                 here.replace(there)
             return
-        with new_directory(self.out, marker=PROVENANCE, overwrite=overwrite) as partial:
+        with new_directory(self.out, marker=PROVENANCE, overwrite=self.overwrite) as partial:
             for path in built.iterdir():
                 path.rename(partial / path.name)
             (partial / REPORT).write_text(page(result), encoding="utf-8")
-
-
-def _from_gguf(source: Weights | None, to: str) -> bool:
-    """Whether tensors keep the types of a GGUF file."""
-    return source is not None and source.kind == to == "gguf"
-
-
-def _folder(out: Path) -> Path:
-    """What a killed run continues from."""
-    return Path(f"{out}.shrinking")
 
 
 def _state(name: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,10 @@ def test_it_needs_nothing_but_a_model(here):
     assert sum(p.stat().st_size for p in Path("out").glob("*.safetensors")) == pytest.approx(
         healed.size, rel=0.05
     )
+    words = AutoTokenizer.from_pretrained("hf")
+    asked = words(f"<s>{done.prompt}>", add_special_tokens=False)["input_ids"]
+    answer = open_model("hf", device="cpu").greedy(asked, shrinking.ANSWER)
+    assert original.completion == words.decode(answer, skip_special_tokens=True)
     page = done.report().read_text()
     for part in (done.prompt, "Which sets were tried", "What was removed", *done.rows()[1]):
         assert part in page
@@ -140,6 +145,8 @@ def test_every_format_has_the_model_that_single_steps_give(here, capsys, model, 
     report = Path("out.gguf.report.html" if kind is None else "out/report.html")
     assert f"{layers}" in report.read_text()
     assert {p.name for p in here.iterdir() if "out" in p.name} <= {out, report.name}
+    in_place = "writing it in the file's own types changes the loss by" in printed
+    assert in_place == (model == "model.gguf" and kind is None)
 
 
 @pytest.mark.parametrize(
@@ -197,8 +204,12 @@ def test_a_loaded_model_is_shrunk_in_place_and_trained(here):
 def test_the_weights_are_written_as_the_source_has_them(here):
     AutoModelForCausalLM.from_pretrained("hf", dtype=torch.bfloat16).save_pretrained("half")
     AutoTokenizer.from_pretrained("hf").save_pretrained("half")
-    settings = {"n": 2, "windows": CUT, "data": "other", "method": "bi"}
-    done = shrink("half", "out", **settings, opening=OpenOptions(device="cpu"))
+    (here / "third").mkdir()
+    (here / "third/0.txt").write_text("0123456789" * 20)
+    settings = {"n": 2, "windows": replace(CUT, eval_data="books,third"), "data": "other"}
+    done = shrink("half", "out", **settings, method="bi", opening=OpenOptions(device="cpu"))
+    assert {"books", "third"} == {*done.quality}
+    assert [row[0] for row in done.rows()].count("nats from the original, 95%") == 2
     assert AutoModelForCausalLM.from_pretrained("out").dtype == torch.bfloat16
     assert "judged in torch.float32, written in torch.bfloat16" in done.remarks
     assert done.looks["healed"].size == 2 * done.looks["healed"].parameters
