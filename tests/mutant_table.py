@@ -340,6 +340,22 @@ MUTANTS = [
         "if True:",
         "test_a_fork_neither_has_the_lock_nor_takes_it_away",
     ),
+    # A choice of layers: what judges is not what is fitted on, and luck is no gain.
+    (
+        "judging, fit_on=self._fit)",
+        "judging, fit_on=[*self._fit, *judging])",
+        "test_candidates_are_judged_by_their_refit_on_windows_that_it_does_not_read",
+    ),
+    (
+        "change.nats < -change.standard_error",
+        "change.nats < 0",
+        "test_a_swap_is_kept_if_the_loss_falls_by_more_than_its_error",
+    ),
+    (
+        "min(map(len, both))",
+        "max(map(len, both))",
+        "test_what_is_not_told_apart_is_said_and_judged_by_more_windows",
+    ),
     # Ranks and replicas.
     ("(batch_size % 2 and self.count > 1)", "0", "test_shares_are_disjoint_whole_and_in_step"),
     (

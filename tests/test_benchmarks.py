@@ -45,6 +45,7 @@ from short_gpt.jobs.comparing import Cells
     ("script", "first", "arguments"),
     [
         ("choice_variance", "build", {}),
+        ("choices", "build", {"also": "wikitext2_test.txt"}),
         ("coverage", "case", {}),
         ("greedy", "build", {}),
         ("optimality", "build", {}),

@@ -29,7 +29,7 @@ from short_gpt.runtime.state import StateFile
 from short_gpt.scoring.importance import Importance
 from short_gpt.scoring.run import measure
 from short_gpt.selection.methods import BY_LOSS, choose
-from short_gpt.selection.search import losses_without, most_layers_run
+from short_gpt.selection.search import most_layers_run
 from short_gpt.wrappers.short_model import ShortModel
 
 CANDIDATES = ("bi", "angular", "relative_magnitude", "sleb")
@@ -264,7 +264,7 @@ class _Choosing:
     def _swapped(self, best: Layers, swaps: list[Swap]) -> Layers | None:
         """The set after the next swap that is kept, if the budget reaches it; notes all trials."""
         kept = [layer for layer in self._short.kept if layer not in best]
-        trials = len(best) * (len(kept) + 1) + len(kept) * (len(kept) + 1) // 2  # layers run
+        trials = len(best) * (len(kept) + 1) + len(kept) * (len(kept) - 1)  # layers run
         price = trials * len(self._fit[:FEW])
         if not self._affords(price + self._price()):
             return None
@@ -285,11 +285,11 @@ class _Choosing:
 
     def _ordered(self, best: Layers, kept: list[int]) -> list[tuple[int, int]]:
         """Pairs of a removed layer and a kept one, the most promising first."""
-        short, few, index = self._short, self._fit[:FEW], self._short.kept.index
-        # in nats a token, with another layer removed and with one put back
-        fewer = losses_without(short.decoder, few, [*map(index, best)], [*map(index, kept)])
-        more = {i: _loss(pruned_losses(short, [j for j in best if j != i], few)) for i in best}
-        return sorted(product(best, kept), key=lambda pair: more[pair[0]] + fewer[index(pair[1])])
+        # in nats a token, with the one put back, or with the other removed too
+        short, few = self._short, self._fit[:FEW]
+        sets = {i: sorted({*best} ^ {i}) for i in short.kept}
+        changed = {i: _loss(pruned_losses(short, layers, few)) for i, layers in sets.items()}
+        return sorted(product(best, kept), key=lambda pair: changed[pair[0]] + changed[pair[1]])
 
     def _refitted(self, layers: Layers) -> list[Perplexity]:
         """Losses of the windows that judge, refitted without these layers; each measured once."""

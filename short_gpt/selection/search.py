@@ -130,21 +130,9 @@ def sleb_rounds(
 
 def most_layers_run(count: int, n: int) -> int:
     """The most layers, of so many, that a window runs through in the search of `sleb`."""
-    trials = [alive - 2 for alive in range(count, count - n, -1)]  # of every round
-    # the states pass each candidate once, and of each trial they pass what follows
-    return sum(tried * (tried + 1) // 2 + tried for tried in trials)
-
-
-def losses_without(
-    decoder: Decoder,
-    windows: Sequence[Sequence[int]],
-    removed: Sequence[int],
-    candidates: Sequence[int],
-) -> Nats:
-    """The mean loss without ``removed`` and one candidate more, by candidate; all are positions."""
-    trials = Trials(decoder, windows, DEFAULT, removed)
-    trials.round(sorted(candidates), lambda _: None)
-    return trials.result.losses[0]
+    tried = [alive - 2 for alive in range(count, count - n, -1)]  # in every round
+    # what follows each candidate, and the candidates, through which the states move on
+    return sum(trials * (trials + 1) // 2 + trials for trials in tried)
 
 
 def one_shot(decoder: Decoder, windows: Sequence[Sequence[int]], n: int, **options: Any) -> Search:
@@ -229,17 +217,10 @@ def _entered_by(state: Tensor) -> Callable[..., Call]:
 
 
 class Trials:
-    """Rounds of trials: ``result`` is the search so far, over ``groups`` groups of windows.
-
-    It begins without the positions ``removed``.
-    """
+    """Rounds of trials: ``result`` is the search so far, over ``groups`` groups of windows."""
 
     def __init__(
-        self,
-        decoder: Decoder,
-        windows: Sequence[Sequence[int]],
-        options: Options,
-        removed: Sequence[int] = (),
+        self, decoder: Decoder, windows: Sequence[Sequence[int]], options: Options
     ) -> None:
         self._layers, self._state = range(len(decoder.layers)), options.state
         self._run = PartialRun(decoder)
@@ -259,9 +240,7 @@ class Trials:
         # two more are in use while the states move on
         self._room = 0 if self.groups > 1 else options.max_memory // size - 2
         self.result, self._done = continued(options.state)
-        self.result.removed[:0] = removed
-        self._kept = len(self.result.losses)  # rounds of a state
-        self._rounds, self._given = 0, len(removed)  # counted so far; removed before
+        self._kept, self._rounds = len(self.result.losses), 0  # of a state; counted so far
 
     def shown(self, total: int, show: bool) -> Bar:
         """A bar of all trials, with those of a continued search done."""
@@ -351,7 +330,7 @@ class Trials:
 
     def _count(self, candidates: Sequence[int], *, again: bool) -> None:
         """Counts the layers that a round runs, as `_try` does when nothing interrupts it."""
-        before = self.result.removed[: self._given + self._rounds]
+        before = self.result.removed[: self._rounds]
         alive = [i for i in self._layers if i not in before]
         at = 0
         for j in candidates:
@@ -360,7 +339,7 @@ class Trials:
             if again and len(self._storing) < self._room:
                 self._storing.add(j)
             at = j
-        best = self.result.removed[self._given + self._rounds]
+        best = self.result.removed[self._rounds]
         self._storing = {i for i in self._storing if i <= best}
         self._rounds += 1
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from functools import cache
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ from conftest import CharTokenizer, interrupted, make_transformer, random_window
 
 from llama.model import TransformerBlock
 from short_gpt import ShortLlama, choose_healed
-from short_gpt.evaluation import Perplexity, difference
+from short_gpt.evaluation import Difference, Perplexity, difference
 from short_gpt.evaluation.cells import Cells
 from short_gpt.evaluation.sampling import Sample
 from short_gpt.healing import choosing, refit
@@ -90,6 +91,22 @@ def test_a_swap_brings_the_right_layer_in(candidates):
     assert candidate.difference.nats == pytest.approx(-first.difference.nats)
 
 
+@pytest.mark.parametrize(("error", "kept"), [(0.009, True), (0.011, False), (math.nan, False)])
+def test_a_swap_is_kept_if_the_loss_falls_by_more_than_its_error(
+    candidates, monkeypatch, error, kept
+):
+    candidates("deepest")
+    monkeypatch.setattr(choosing, "difference", lambda *_: Difference(-0.01, error, 8))
+    result = choose_healed(model(4), WINDOWS, 2, budget=30, **QUIET)
+    layers, tried = {1, 2}, [{1, 2}]
+    for swap in result.swaps:
+        assert swap.kept is kept and swap.back in layers and swap.removed not in layers
+        tried.append(layers - {swap.back} | {swap.removed})
+        layers = tried[-1] if kept else layers
+    assert set(result.layers) == layers
+    assert len(set(map(tuple, tried))) == len(tried) >= (4 if kept else 5)  # each set once
+
+
 def test_candidates_are_judged_by_their_refit_on_windows_that_it_does_not_read(candidates):
     candidates("bi", "deepest")
     short = model()
@@ -118,7 +135,7 @@ def test_the_budget_is_never_passed_and_a_bare_pass_is_the_first_windows(candida
     result = choose_healed(model(), WINDOWS, 2, budget=14, **QUIET)
     assert result.passes <= 14 and result.swaps
     price = 3 * 8 + 8
-    trials = 2 * 5 + 4 * 5 // 2  # with one put back, and with one more removed
+    trials = 2 * 5 + 4 * 3  # with one put back, and with one more removed
     # 10 and 6 for the trials of two rounds, 4 and 3 to move on, all on 4 windows
     spent = 6 * 8 + 4 * (10 + 4 + 6 + 3) + 6 * price * (2 + len(result.swaps))
     orders = 1 + sum(swap.kept for swap in result.swaps)
@@ -145,6 +162,13 @@ def test_what_is_not_told_apart_is_said_and_judged_by_more_windows(candidates, m
     assert [one.difference.windows for one in result.candidates] == [16, 16]
     text = str(result).splitlines()
     assert "chosen" in text[1] and ", not told apart " in text[2] and "judged on 16;" in text[-1]
+    # a set that is told apart keeps its 8 windows, and its difference is over these
+    candidates("bi", "deepest", "sequential")
+    monkeypatch.setattr(choosing, "_told_apart", lambda change: change.nats > 0.12)
+    more = choose_healed(model(), windows, 2, budget=20, **QUIET)
+    assert [one.difference.windows for one in more.candidates] == [16, 16, 8]
+    assert more.candidates[2].told_apart
+    monkeypatch.setattr(choosing, "_told_apart", lambda change: False)
     less = choose_healed(model(), windows, 2, budget=14, **QUIET)
     assert less.judged == 8  # it would take more than half of what was left
 
@@ -158,12 +182,14 @@ def test_sets_that_are_told_apart_are_not_judged_again(candidates, monkeypatch):
 
 def test_a_difference_is_told_apart_where_its_interval_leaves_0_out():
     first = [Perplexity.of([Sample(None, nats, 11)]) for nats in (20.0, 22.0, 24.0, 21.0)]
-    for change, apart in ((1.0, True), (0.05, False)):
+    for change, apart in ((1.0, True), (0.15, False)):
         second = [
             Perplexity.of([Sample(None, p.nats + change + noise, 11)])
             for p, noise in zip(first, (0.2, -0.2, 0.1, 0.0), strict=True)
         ]
-        assert choosing._told_apart(difference(first, second)) is apart
+        one = difference(first, second)
+        assert abs(one.nats) > one.standard_error  # of which the 95% interval has 3.2
+        assert choosing._told_apart(one) is apart
         assert choosing._told_apart(difference(second, first)) is apart
     assert not choosing._told_apart(difference(first[:1], second[:1]))  # no interval
 

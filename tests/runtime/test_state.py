@@ -74,8 +74,16 @@ def test_no_entry_of_an_identity_hides_another(tmp_path):
     for content in ({"run": 1}, {"sha256": 1}):
         with pytest.raises(ValueError, match="two values for "):
             state.save(content)
-    with pytest.raises(ValueError, match="two values for part"):
-        state.part("one").part("two")
+
+
+def test_a_part_may_have_parts_which_are_told_apart(tmp_path):
+    state = StateFile(tmp_path / "state", IDENTITY)
+    inside = state.part("one").part("two")
+    inside.save({"sums": [1]})
+    assert inside.path.name == "state.one.two"
+    assert StateFile(inside.path, {**IDENTITY, "part": "one, two"}).content["sums"] == [1]
+    with pytest.raises(ValueError, match="with another part: 'one, two', now 'two'"):
+        StateFile(inside.path, {**IDENTITY, "part": "two"})
 
 
 def test_an_identity_is_compared_as_the_file_has_it(tmp_path):
