@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property, partial
@@ -29,15 +29,14 @@ from short_gpt.checkpoints.records import PROVENANCE
 from short_gpt.checkpoints.target import Target, check_format, check_new_gguf, out_paths
 from short_gpt.data.disjoint import without_overlap
 from short_gpt.data.texts import OWN, source_names, texts
-from short_gpt.evaluation.cells import Cells
 from short_gpt.evaluation.paired import difference, losses, together
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.healing import DistillSettings, HealingJob, RefitSettings, Source, Step, choosing
-from short_gpt.healing.choosing import FEW, FIRST, MOST, REFIT, choose_healed, pruned_losses
+from short_gpt.healing.choosing import FEW, FIRST, MOST, REFIT, pruned_losses
 from short_gpt.healing.lora import require_packages, seconds_a_step
 from short_gpt.healing.recipe import Recipe, recipe_for
 from short_gpt.healing.texts import Learning
-from short_gpt.jobs.comparing import size_without, tokens_per_second, windows_digest
+from short_gpt.jobs.comparing import Comparison, size_without, tokens_per_second, windows_digest
 from short_gpt.jobs.conversion import convert
 from short_gpt.jobs.dial import Dial, Shrinking
 from short_gpt.jobs.healing import CLOSED_WINDOWS
@@ -49,8 +48,7 @@ from short_gpt.jobs.shrunk import PLAIN, REPORT, Look, Shrunk, next_steps, repor
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import duration
 from short_gpt.runtime.state import StateFile, hold, joined
-from short_gpt.scoring.importance import Importance
-from short_gpt.selection.methods import AUTO, METHODS, SEARCHED, choose
+from short_gpt.selection.methods import AUTO, METHODS, SEARCHED
 from short_gpt.selection.search import most_layers_run
 from short_gpt.wrappers.opening import open_trainable
 from short_gpt.wrappers.options import OpenOptions
@@ -284,33 +282,34 @@ class _Run:
         settings = {**asdict(self.dial), **asdict(self.settings), **asdict(self.tasks)}
         texts = {name: windows_digest(own) for name, own in digests.items()}
         identity = joined(short.identity(), texts, settings)
-        self.cells = Cells(StateFile(self.folder / "state.json", identity, folder=self.folder))
-        short.importance = Importance.from_dict(self.cells.value("scores", self._scores))
-        layers, choice = self._chosen()
+        file, calibration = self.folder / "state.json", windows.training[:MOST]
+        saved, method = StateFile(file, identity, folder=self.folder), self.settings.method
+        sets = Comparison(short, calibration, windows.evaluation, few=FEW, state=saved)
+        self.cells, short.importance = sets.cells, sets.importance
+        n = self.n or self.cells.value("how many", partial(self._within, sets, calibration))
+        layers = sets.layers(method, n, self.cut.seed)
         if self.in_place:
             check_saved(str(self.source), layers, short.importance.block_influence.tolist())
-        how = {"method": METHODS[self.settings.method], "eval_data": self.cut.eval_data}
+        how = {"method": METHODS[method], "eval_data": self.cut.eval_data}
         short.evidence |= {**how, "size": self.size}
         looks = {"original": self._look("original")}
         with short.without_layers(layers):
             looks["pruned"] = self._look("pruned")
             steps = self._steps()
         work = self.folder / "healing"
-        options: dict[str, Any] = {
-            "work_dir": work,
-            "resume": work.is_dir() and any(work.iterdir()),
-        }
-        job = HealingJob(short, windows, layers, settings=steps, notify=self.notify, **options)
+        kept: Any = {"work_dir": work, "resume": work.is_dir() and any(work.iterdir())}
+        job = HealingJob(short, windows, layers, settings=steps, notify=self.notify, **kept)
         importance, evidence = short.importance, job.run()
         looks["healed"] = self._look("healed")
         built, prompt = self._write(evidence.perplexity), self._prompt()
-        del short, job, self.short  # which makes room for what is read again
+        choice = sets.choice(n) if method == AUTO else {}
+        del short, job, self.short, sets  # which makes room for what is read again
         result = Shrunk(
             self.out,
             self.plan,
             self.count,
             layers,
-            self.settings.method,
+            method,
             {
                 kind: {state: p for name, p in own.items() if (state := _state(name)) in looks}
                 for kind, own in evidence.by_kind.items()
@@ -357,42 +356,12 @@ class _Run:
             said.append(f"judged in {self.judged}, written in {self.dtype}")
         return [remark for remark in said if remark]
 
-    def _scores(self) -> dict[str, object]:
-        before, self.short.importance = self.short.importance, Importance.empty(self.short.kept)
-        try:
-            self.short.measure(self.windows.training[:MOST], all_tokens=True)
-            return self.short.importance.to_dict()
-        finally:
-            self.short.importance = before
-
-    def _chosen(self) -> tuple[list[int], dict[str, Any]]:
-        """The layers to remove, and how auto chose them."""
-        n = self.n or self.cells.value("how many", self._within)
-        method, windows = self.settings.method, self.windows.training[:MOST]
-        if method == AUTO:
-            how = self.cells.resumed("choice", partial(self._auto, n))
-            return list(how["layers"]), dict(how)
-        if method in SEARCHED:
-            search = partial(self.short.search, windows[:FEW], n, method=method)
-            return self.cells.resumed("search", lambda s: search(state=s).removed), {}
-        return choose(self.short.importance, n, method=method, seed=self.cut.seed), {}
-
-    def _auto(self, n: int, state: StateFile | None) -> dict[str, Any]:
-        windows = self.windows.training[:MOST]
-        return choose_healed(self.short, windows, n, state=state).to_dict()
-
-    def _within(self) -> int:
+    def _within(self, sets: Comparison, every: Sequence[Sequence[int]]) -> int:
         """The most layers, of a greedy search's, whose refitted model keeps the ratio."""
-        short, ratio, every = (
-            self.short,
-            self.dial.max_perplexity_ratio or 1.0,
-            self.windows.training,
-        )
-        held = max(2, min(len(every), MOST) // 4)
-        fit = every[held:MOST]
-        judging, _ = without_overlap(every[:held], fit)
-        search = partial(short.search, fit[:FEW], self.count - 2)
-        order = self.cells.resumed("order", lambda s: search(state=s).removed)
+        short, held = self.short, max(2, len(every) // 4)
+        fit, ratio = every[:-held], self.dial.max_perplexity_ratio or 1.0
+        judging, _ = without_overlap(every[-held:], fit)
+        order = sets.layers("sleb", self.count - 2)
         original = together(self.cells.losses("original", lambda: losses(short.decoder, judging)))
 
         def rise(n: int) -> float:

@@ -169,7 +169,7 @@ def test_the_same_call_continues_what_was_killed(here, monkeypatch, owner, name,
             ValueError, match=r"of a run with another method: 'sequential', now 'deepest'"
         ):
             shrink("hf", "out", **{**settings, "method": "deepest"})
-        monkeypatch.setattr(shrinking._Run, "_scores", None)  # nothing is measured again
+        monkeypatch.setattr(ShortHFModel, "measure", None)  # nothing is measured again
     done = shrink("hf", "out", **settings)
     monkeypatch.undo()
     monkeypatch.chdir(here)
