@@ -94,7 +94,9 @@ def dots(choice: Mapping[str, Any]) -> str | None:
     parts = [f'<line class="grid" x1="{at(0):.1f}" x2="{at(0):.1f}" y1="0" y2="{foot}"/>']
     for number, ((name, change, layers), (first, last)) in enumerate(zip(rows, ends, strict=True)):
         y, kind = number * ROW + 24, "removed" if layers == choice["layers"] else "kept"
-        said = f"{escape(name)}: {change['nats']:+.4f} nats"
+        said = (
+            f"{escape(name)}: {change['nats']:+.4f} nats" if kind == "kept" else f"{name}: chosen"
+        )
         parts.append(f'<text x="8" y="{y - 10}" class="start">{said}</text>')
         if math.isfinite(first):
             parts.append(

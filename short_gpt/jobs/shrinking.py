@@ -31,7 +31,15 @@ from short_gpt.data.disjoint import without_overlap
 from short_gpt.data.texts import OWN, source_names, texts
 from short_gpt.evaluation.paired import difference, losses, together
 from short_gpt.evaluation.perplexity import Perplexity
-from short_gpt.healing import DistillSettings, HealingJob, RefitSettings, Source, Step, choosing
+from short_gpt.healing import (
+    DistillSettings,
+    HealingEvidence,
+    HealingJob,
+    RefitSettings,
+    Source,
+    Step,
+    choosing,
+)
 from short_gpt.healing.choosing import FEW, FIRST, MOST, REFIT, pruned_losses
 from short_gpt.healing.lora import require_packages, seconds_a_step
 from short_gpt.healing.recipe import Recipe, recipe_for
@@ -115,7 +123,8 @@ def shrink(
     how = (dial, settings, texts, cut, tasks, opening)
     run = _Run(source, Path(out), to, *how, overwrite, notify)
     run.check()
-    lock = None if settings.dry_run else hold(run.folder)
+    # where nothing is there yet, nobody works either
+    lock = hold(run.folder) if run.out.parent.is_dir() and not settings.dry_run else None
     if isinstance(model, str | PathLike):
         run.open(open_trainable(str(model), opening))
     else:
@@ -316,7 +325,7 @@ class _Run:
             },
             looks,
             prompt,
-            self._remarks(built, evidence.perplexity["healed"]),
+            self._remarks(built, evidence),
             evidence.steps,
             choice,
             importance,
@@ -342,15 +351,16 @@ class _Run:
         )
         return self.windows
 
-    def _remarks(self, built: Path, healed: Perplexity) -> list[str]:
+    def _remarks(self, built: Path, evidence: HealingEvidence) -> list[str]:
         """What must be known of the numbers; a GGUF file, whose tensors were rounded, is judged."""
         said = [about_own(self.texts.data, self.cut.eval_data), self.windows.left_out]
+        if evidence.worse:
+            said.append(f"WORSE: healing changes the loss by {evidence.change}; give more text")
         if self.in_place:
             again = open_trainable(str(built), self.opening)
-            rounding = difference(
-                [healed], [together(losses(again.decoder, self.windows.evaluation))]
-            )
-            said.append(f"writing it in the file's own types changes the loss by {rounding}")
+            written = together(losses(again.decoder, self.windows.evaluation))
+            change = difference([evidence.perplexity["healed"]], [written])
+            said.append(f"writing it in the file's own types changes the loss by {change}")
             said.append(about_types(str(self.source), built))
         elif self.judged != self.dtype:
             said.append(f"judged in {self.judged}, written in {self.dtype}")

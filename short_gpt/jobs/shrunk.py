@@ -13,6 +13,7 @@ from llama.io.sources import is_gguf
 from short_gpt.evaluation.paired import difference
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.evaluation.tasks import TaskRun, task_changes
+from short_gpt.runtime.errors import one_line
 from short_gpt.runtime.memory import shown
 from short_gpt.scoring.importance import Importance
 from short_gpt.selection.methods import AUTO
@@ -59,7 +60,7 @@ class Shrunk:
         rows = [["", *self.looks]]
         for kind, states in self.quality.items():
             rows.append([f"perplexity, {kind}", *(f"{p.value:.3f}" for p in states.values())])
-            ends = ["{:.3f} to {:.3f}".format(*p.interval()) for p in states.values()]
+            ends = ["{:.4g} to {:.4g}".format(*p.interval()) for p in states.values()]
             rows.append(["95%", *(end.replace("nan to nan", "unknown") for end in ends)])
             first = next(iter(states.values()))
             changes = [difference([first], [p]) for p in [*states.values()][1:]]
@@ -107,7 +108,7 @@ class Shrunk:
         lines += [*self.remarks, "", self.prompt]
         width = max(map(len, self.looks))
         for state, look in self.looks.items():
-            lines.append(f"  {state:<{width}}  {' '.join(look.completion.split())}")
+            lines.append(f"  {state:<{width}}  {one_line(' '.join(look.completion.split()))}")
         lines += ["", f"written: {self.out}", f"written: {self.report()}", "", "next:"]
         return "\n".join([*lines, *(f"  {step}" for step in self.next_steps)])
 
