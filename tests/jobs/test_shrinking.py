@@ -27,7 +27,7 @@ from short_gpt import heal_refit, shrink
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.healing import Source
 from short_gpt.healing.refit_layer import LayerRefit
-from short_gpt.jobs import HealingWindows, OpenOptions, shrinking
+from short_gpt.jobs import HealingWindows, OpenOptions, Shrunk, shrinking
 from short_gpt.wrappers.opening import open_model
 from short_gpt.wrappers.short_hf import ShortHFModel
 
@@ -78,14 +78,25 @@ def logits(path: str) -> torch.Tensor:
     return open_model(path, device="cpu", dtype="float32").decoder.logits(TOKENS)
 
 
-def by_hand() -> tuple[list[int], torch.Tensor]:
+@pytest.fixture(scope="module")
+def by_hand(made) -> tuple[list[int], torch.Tensor]:
     """The layers and the logits of what `FLAGS` and `TEXTS` ask for, without 2 layers."""
-    short = open_model("hf", device="cpu")
-    read = Source("other", "books").windows(short.encode, 24, limit=8, eval_windows=6)
+    short = open_model(str(made / "hf"), device="cpu")
+    source = Source(str(made / "other"), str(made / "books"))
+    read = source.windows(short.encode, 24, limit=8, eval_windows=6)
     short.measure(read.training, progress=False)
     layers = short.layers_to_remove(n=2)
     heal_refit(short, layers, read.training, progress=False)
     return layers, short.decoder.logits(TOKENS)
+
+
+# four layers are refitted
+KILLED = {"n": 2, "method": "sequential", "windows": HealingWindows(None, 24, 8, 6)}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(made, few_timed_tokens) -> Shrunk:
+    return shrink(str(made / "hf"), str(made / "whole"), **KILLED)
 
 
 def test_it_needs_nothing_but_a_model(here):
@@ -133,8 +144,8 @@ def test_it_needs_nothing_but_a_model(here):
         ("model.gguf", "out", ()),
     ],
 )
-def test_every_format_has_the_model_that_single_steps_give(here, capsys, model, out, flags):
-    layers, expected = by_hand()
+def test_every_format_has_the_model_of_single_steps(here, by_hand, capsys, model, out, flags):
+    layers, expected = by_hand
     run("shrink", model, out, "--n", 2, *FLAGS, *TEXTS, *flags)
     printed = capsys.readouterr().out
     assert f"removed 2 of 6 layers, chosen by bi: {layers}" in printed
@@ -147,6 +158,11 @@ def test_every_format_has_the_model_that_single_steps_give(here, capsys, model, 
     assert {p.name for p in here.iterdir() if "out" in p.name} <= {out, report.name}
     in_place = "writing it in the file's own types changes the loss by" in printed
     assert in_place == (model == "model.gguf" and kind is None)
+    if model == "hf" and not flags:
+        again = ("shrink", model, out, "--n", 3, *FLAGS, *TEXTS)
+        assert "exists; choose another" in fails(capsys, *again)
+        run(*again, "--overwrite")
+        assert logits(out).shape == expected.shape and f"{layers}" not in report.read_text()
 
 
 @pytest.mark.parametrize(
@@ -158,24 +174,20 @@ def test_every_format_has_the_model_that_single_steps_give(here, capsys, model, 
         (shrinking._Run, "_place", 0),
     ],
 )
-def test_the_same_call_continues_what_was_killed(here, monkeypatch, owner, name, after):
-    cut = HealingWindows(None, 24, 8, 6)
-    settings = {"n": 2, "method": "sequential", "windows": cut}  # four layers are refitted
+def test_the_same_call_continues_what_was_killed(
+    here, monkeypatch, uninterrupted, owner, name, after
+):
     with interrupted(owner, name, after):
-        shrink("hf", "out", **settings)
+        shrink("hf", "out", **KILLED)
     assert not Path("out").exists() and Path("out.shrinking").is_dir()
     if name != "continued":
-        with pytest.raises(
-            ValueError, match=r"of a run with another method: 'sequential', now 'deepest'"
-        ):
-            shrink("hf", "out", **{**settings, "method": "deepest"})
+        with pytest.raises(ValueError, match="with another method: 'sequential', now 'deepest'"):
+            shrink("hf", "out", **{**KILLED, "method": "deepest"})
         monkeypatch.setattr(ShortHFModel, "measure", None)  # nothing is measured again
-    done = shrink("hf", "out", **settings)
-    monkeypatch.undo()
-    monkeypatch.chdir(here)
-    again = shrink("hf", "again", **settings)
-    assert done.layers == again.layers and torch.equal(logits("out"), logits("again"))
-    assert done.looks["healed"].completion == again.looks["healed"].completion
+    done = shrink("hf", "out", **KILLED)
+    assert done.layers == uninterrupted.layers
+    assert torch.equal(logits("out"), logits(str(uninterrupted.out)))
+    assert done.looks["healed"].completion == uninterrupted.looks["healed"].completion
     assert not Path("out.shrinking").exists()
 
 
