@@ -138,12 +138,12 @@ def choose_healed(
 
     While sets are not told apart from the best (95%, paired), 16 more windows judge them, if there
     are more; that takes at most half of what is left of the budget. The rest goes to swaps of one
-    removed layer for a kept one. They are ordered by two losses without a refit, added: with the
-    one put back, and with the other removed too. A swap is kept if the loss falls by more than one
-    standard error; then the next are ordered anew.
+    removed layer for a kept one. They are ordered once, by two losses without a refit, added: with
+    the one put back, and with the other removed too. A swap is kept if the loss falls by more than
+    one standard error; a smaller gain may be luck.
 
-    A candidate takes (3 x windows to refit on + windows that judge) / 16 bare passes, 2 at first; a
-    greedy search of 8 of 30 layers, which reads 4 windows, takes 23.
+    A candidate or swap takes (3 x windows to refit on + windows that judge) / 16 bare passes, 2 at
+    first. For 8 of 30 layers the greedy search takes 23 and the order of swaps 5, on 4 windows.
 
     Args:
         windows: token ids of calibration text in random order, at least 4.
@@ -200,9 +200,7 @@ class _Choosing:
     def run(self, shown: Bar) -> HealedChoice:
         self._shown, swaps = shown, list[Swap]()
         methods = self._candidates()
-        best = self._grown([*methods])
-        while (better := self._swapped(best, swaps)) is not None:
-            best = better
+        best = self._swapped(self._grown([*methods]), swaps)
         candidates = []
         for layers, names in methods.items():
             change, loss = self._change(best, layers), _loss(self._losses[layers])
@@ -261,27 +259,26 @@ class _Choosing:
                 return best
             self._judging, self._more = judging, self._more[FIRST:]
 
-    def _swapped(self, best: Layers, swaps: list[Swap]) -> Layers | None:
-        """The set after the next swap that is kept, if the budget reaches it; notes all trials."""
+    def _swapped(self, best: Layers, swaps: list[Swap]) -> Layers:
+        """The set after the swaps that are kept, as far as the budget goes; notes all trials."""
         kept = [layer for layer in self._short.kept if layer not in best]
         trials = len(best) * (len(kept) + 1) + len(kept) * (len(kept) - 1)  # layers run
         price = trials * len(self._fit[:FEW])
         if not self._affords(price + self._price()):
-            return None
+            return best
         order = self._cells.value(f"swaps of {[*best]}", partial(self._ordered, best, kept))
         self._spend(price)
         for back, removed in order:
             layers = tuple(sorted({*best, removed} - {back}))
-            if layers in self._losses:
+            if len(layers) != len(best) or layers in self._losses:  # not a swap any more, or known
                 continue
             if not self._affords(self._price()):
-                return None
+                break
             self._refitted(layers)
             change = self._change(best, layers)
             swaps.append(Swap(back, removed, change, change.nats < -change.standard_error))
-            if swaps[-1].kept:
-                return layers
-        return None
+            best = layers if swaps[-1].kept else best
+        return best
 
     def _ordered(self, best: Layers, kept: list[int]) -> list[tuple[int, int]]:
         """Pairs of a removed layer and a kept one, the most promising first."""
